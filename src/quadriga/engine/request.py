@@ -1,0 +1,116 @@
+"""What is asked of a model and what comes back, as plain values. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from quadriga.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+"""stop: an end token or a stop string; length: max_new_tokens or the context is full; cancelled: the caller left."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RequestError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen. The defaults are greedy and unpenalised: the most probable token every time.
+
+    Order of application: penalties and bias on the logits, temperature, top-k, top-p, min-p, then one draw.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 is greedy; 1 samples the model's own distribution."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most probable tokens whose probabilities reach this sum; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as probable as the best one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divide positive and multiply negative logits of tokens seen in prompt or answer (Keskar et al. 2019)."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token already in the answer."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a logit once per occurrence of its token in the answer."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """token id -> added to its logit, in [-100, 100]."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; they are not part of it."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end the answer, besides the model's own end tokens."""
+    ignore_eos: bool = False
+    """Do not end at the model's end tokens (benchmarks)."""
+    seed: int | None = None
+    """Same seed, same model, same prompt: same answer. None draws a fresh seed."""
+    logprobs: int = 0
+    """Number of most probable alternatives to report per token; the chosen token's own is always reported."""
+
+    def __post_init__(self) -> None:
+        _require_int(1, 2**31 - 1, max_new_tokens=self.max_new_tokens)
+        _require_int(0, 2**31 - 1, top_k=self.top_k)
+        _require_int(0, 20, logprobs=self.logprobs)
+        _require_in(0.0, 100.0, temperature=self.temperature)
+        _require_in(0.0, 1.0, min_p=self.min_p)
+        _require_in(0.0, 1.0, top_p=self.top_p)
+        _require(self.top_p > 0.0, "top_p must be above 0: 0 would keep no token. Use temperature=0 for greedy.")
+        _require_in(0.01, 100.0, repetition_penalty=self.repetition_penalty)
+        _require_in(-100.0, 100.0, presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty)
+        for token, bias in self.logit_bias.items():
+            _require_int(0, 2**31 - 1, **{"logit_bias token id": token})
+            _require_in(-100.0, 100.0, **{f"logit_bias[{token}]": bias})
+        _require(all(isinstance(s, str) and s for s in self.stop), "stop must be non-empty strings")
+        for token in self.stop_ids:
+            _require_int(0, 2**31 - 1, **{"stop_ids entry": token})
+        if self.seed is not None:
+            _require_int(0, 2**63 - 1, seed=self.seed)
+
+
+def _require_int(low: int, high: int, **values: object) -> None:
+    for name, value in values.items():
+        good = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        _require(good, f"{name} must be a whole number from {low} to {high}, got {value!r}")
+
+
+def _require_in(low: float, high: float, **values: object) -> None:
+    for name, value in values.items():
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        _require(good and low <= float(value) <= high, f"{name} must be from {low:g} to {high:g}, got {value!r}")  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEvent:
+    """One step of a generation. The last event carries ``finish_reason``; its ``text`` may be empty."""
+
+    token_id: int
+    text: str
+    """Text that became certain with this token: whole characters only, never part of a stop string."""
+    logprob: float
+    """Natural-log probability of the token under the model's own distribution (before sampling changes it)."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A finished answer and what it cost."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    n_prompt_tokens: int
+    time_to_first_token_s: float
+    decode_s: float
+    """Seconds from the first token to the last."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode rate after the first token; 0 when only one token was made."""
+        return (len(self.token_ids) - 1) / self.decode_s if self.decode_s > 0 else 0.0

@@ -1,0 +1,50 @@
+"""The exceptions Quadriga raises, as one tree.
+
+    QuadrigaError                 anything this project raises on purpose
+    ├── InputError                the caller's input is wrong; commands exit with code 2
+    │   ├── ConfigError           a model, run or generation configuration
+    │   ├── CheckpointError       weight files: unreadable, hostile, incomplete, of another model
+    │   ├── TokenizerError        vocabulary files, token ids out of range
+    │   ├── TemplateError         a chat template, or the messages given to it
+    │   ├── RequestError          a prompt or sampling parameters
+    │   └── CatalogueError        an unknown model name, a failed download, a wrong hash
+    └── HardwareError             this machine lacks what was asked for (memory, device, instruction set)
+
+Every message says what must be, what came, and what to do. ``assert`` is kept for our own invariants.
+"""
+
+
+class QuadrigaError(Exception):
+    """Anything Quadriga raises on purpose. The message is written for the person who runs the command."""
+
+
+class InputError(QuadrigaError):
+    """The caller's input is wrong: a file, an option, a prompt. Commands print it and exit with code 2."""
+
+
+class ConfigError(InputError):
+    """A configuration that cannot be: unknown key, impossible sizes, unsupported option."""
+
+
+class CheckpointError(InputError):
+    """A weight file that is unreadable, malformed, incomplete, or belongs to another model."""
+
+
+class TokenizerError(InputError):
+    """A vocabulary file that cannot be used, or a token id outside the vocabulary."""
+
+
+class TemplateError(InputError):
+    """A chat template that fails or runs out of fuel, or messages it cannot render."""
+
+
+class RequestError(InputError):
+    """A prompt or a sampling parameter that cannot be served."""
+
+
+class CatalogueError(InputError):
+    """A model name nobody knows, a source that does not answer, or bytes with the wrong hash."""
+
+
+class HardwareError(QuadrigaError):
+    """This machine lacks what was asked for: memory, a device, an instruction set."""

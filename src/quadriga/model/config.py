@@ -1,0 +1,228 @@
+"""What a model is: a small tree of frozen specs, checked once when it is built.
+
+    ModelConfig
+    ├── attn      AttentionSpec            heads, clipping, soft cap, scale
+    ├── position  RopeSpec | AlibiSpec     how a token knows where it stands
+    ├── ffn       DenseSpec | MoESpec      one feed-forward network, or a router over many
+    └── norm      NormSpec                 LayerNorm or RMSNorm, and its epsilon
+
+Alternatives are types, not flags, so a wrong combination cannot be written down. Nothing here imports torch:
+``quadriga info`` and the planner work from these specs by arithmetic alone. Families (``model/families``) turn a
+checkpoint's own configuration into a ModelConfig; nothing else in the project looks at ``family``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from quadriga.errors import ConfigError
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+"""The non-linearity of a feed-forward network. ``gelu`` is the exact erf form, ``gelu_tanh`` jax's and GPT-2's."""
+
+Aggregate = Literal["weighted_sum", "vote", "fuse"]
+"""How the chosen experts' outputs become one vector; see ``model.moe``."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_positive(where: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        is_int = isinstance(size, int) and not isinstance(size, bool)
+        # 2^31 bounds every product below well inside what Python, torch and a file offset can hold.
+        _require(is_int and 0 < size < 2**31, f"{where}.{name} must be a positive whole number, got {size!r}")
+
+
+def _require_number(where: str, *, above: float = 0.0, **values: float) -> None:
+    for name, value in values.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        _require(is_number and value > above, f"{where}.{name} must be a finite number above {above:g}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSpec:
+    """A normalisation with a learned weight and no bias.
+
+    ``layer``: (x - mean) / sqrt(var + eps) * weight.  ``rms``: x / sqrt(mean(x^2) + eps) * weight.
+    """
+
+    kind: Literal["layer", "rms"]
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("layer", "rms"), f"norm.kind must be 'layer' or 'rms', got {self.kind!r}")
+        _require_number("norm", eps=self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """Rotary positions in the half-rotation (NeoX) form over the whole head: angle = position * theta^(-2j/d)."""
+
+    theta: float
+
+    def __post_init__(self) -> None:
+        _require_number("rope", theta=self.theta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlibiSpec:
+    """A linear bias slope_h * (key_position - query_position) on the attention scores (Press et al. 2022)."""
+
+    max_bias: float = 8.0
+
+    def __post_init__(self) -> None:
+        _require_number("alibi", max_bias=self.max_bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Grouped-query attention: ``n_heads`` queries share ``n_kv_heads`` keys and values, in consecutive groups."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    clip_qkv: float | None = None
+    """Clamp the projected q, k and v to [-clip_qkv, clip_qkv] before RoPE (DBRX: 8)."""
+    soft_cap: float | None = None
+    """Scores become soft_cap * tanh(scores / soft_cap) before the mask (Grok-1: 30)."""
+    scale: float | None = None
+    """Multiplier of q·k; None means 1/sqrt(head_dim)."""
+
+    def __post_init__(self) -> None:
+        _require_positive("attn", n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
+        _require(
+            self.n_heads % self.n_kv_heads == 0,
+            f"n_kv_heads must divide n_heads: got n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}. "
+            "Check the number of key/value heads in config.json.",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim must be even for rotary halves, got {self.head_dim}")
+        for name in ("clip_qkv", "soft_cap", "scale"):
+            value = getattr(self, name)
+            if value is not None:
+                _require_number("attn", **{name: value})
+
+    @property
+    def q_dim(self) -> int:
+        """Rows of the query projection: n_heads * head_dim."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Rows of the key (and of the value) projection: n_kv_heads * head_dim."""
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def qkv_dim(self) -> int:
+        """Rows of the packed projection wqkv, in the order all q, all k, all v."""
+        return self.q_dim + 2 * self.kv_dim
+
+    @property
+    def score_scale(self) -> float:
+        """The multiplier of q·k that is in force."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSpec:
+    """One feed-forward network: gated, w_down(act(w_gate x) * w_up x), or plain, w_down(act(w_up x))."""
+
+    d_ff: int
+    activation: Activation
+    gated: bool = True
+
+    def __post_init__(self) -> None:
+        _require_positive("ffn", d_ff=self.d_ff)
+        _require_activation(self.activation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoESpec:
+    """A router over ``n_experts`` gated networks of which each token visits ``top_k``; dropless."""
+
+    d_ff: int
+    n_experts: int
+    top_k: int
+    activation: Activation
+    normalize_p: float | None = 1.0
+    """Divide the chosen weights by their p-norm; 1 makes them sum to one, None leaves the softmax values (Grok-1)."""
+    aggregate: Aggregate = "weighted_sum"
+    aux_loss_weight: float = 0.0
+    """Strength of the load-balancing loss in the checkpoint's own convention; used by training only."""
+    jitter_eps: float | None = None
+    """Training only: the router's input (and nothing else) is multiplied by U(1-eps, 1+eps)."""
+
+    def __post_init__(self) -> None:
+        _require_positive("ffn", d_ff=self.d_ff, n_experts=self.n_experts, top_k=self.top_k)
+        _require(
+            self.top_k <= self.n_experts,
+            f"top_k must not exceed n_experts: got top_k={self.top_k}, n_experts={self.n_experts}",
+        )
+        _require_activation(self.activation)
+        if self.normalize_p is not None:
+            _require_number("ffn", normalize_p=self.normalize_p)
+        _require(
+            self.aggregate in ("weighted_sum", "vote", "fuse"),
+            f"ffn.aggregate must be 'weighted_sum', 'vote' or 'fuse', got {self.aggregate!r}",
+        )
+        _require_number("ffn", above=-1e-30, aux_loss_weight=self.aux_loss_weight)
+        if self.jitter_eps is not None:
+            _require_number("ffn", above=-1e-30, jitter_eps=self.jitter_eps)
+
+
+def _require_activation(activation: str) -> None:
+    known = ("silu", "gelu", "gelu_tanh", "relu")
+    _require(activation in known, f"activation must be one of {', '.join(known)}; got {activation!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer: embed, n_layers x (attention, feed-forward), norm, head.
+
+    Sizes use the field's letters: D = d_model, H = attn.n_heads, K = attn.n_kv_heads, F = ffn.d_ff,
+    E = ffn.n_experts, k = ffn.top_k, V = vocab_size.
+    """
+
+    family: str
+    """Which row of ``model.families.FAMILIES`` can write this model back; nothing computes with it."""
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    max_seq_len: int
+    norm: NormSpec
+    position: RopeSpec | AlibiSpec
+    attn: AttentionSpec
+    ffn: DenseSpec | MoESpec
+    post_norms: bool = False
+    """True adds a norm after attention and after the feed-forward, inside the residual branch (Grok-1's sandwich)."""
+    tied_embeddings: bool = False
+    """True: the head is the embedding table and there is no ``lm_head`` parameter."""
+    embedding_scale: float = 1.0
+    """Embeddings are multiplied by this after the look-up (Grok-1: sqrt(d_model))."""
+    logit_scale: float = 1.0
+    """Logits are multiplied by this (Grok-1: 1/sqrt(3))."""
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    """Ids that end a generation; DBRX-instruct has two, <|endoftext|> and <|im_end|>."""
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "model",
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            max_seq_len=self.max_seq_len,
+        )
+        # One config must not make a command allocate for minutes: real models have tens to hundreds of layers.
+        _require(self.n_layers <= 10_000, f"n_layers must be at most 10000, got {self.n_layers}")
+        _require_number("model", embedding_scale=self.embedding_scale, logit_scale=self.logit_scale)
+
+    @property
+    def is_moe(self) -> bool:
+        """True if every layer routes its tokens over experts."""
+        return isinstance(self.ffn, MoESpec)

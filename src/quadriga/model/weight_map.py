@@ -1,0 +1,171 @@
+"""Where each number of a checkpoint goes: a weight map is a list of pieces, plain data that reads in both directions.
+
+A :class:`Piece` ties a box of one *source* tensor (named as in the checkpoint) to a box of one *parameter* (named as in
+``Transformer.state_dict``). Import copies source box -> parameter box, export the other way round, so one list proves
+the round trip. The pieces of a map must cover every element of every source tensor and of every parameter exactly once;
+:func:`check_cover` holds them to it before a byte is read.
+
+    parameter[target_box] = unpack(source[source_box])
+
+    unpack:  view as `view` if given  ->  swap the last two axes if `transpose`  ->  un-interleave rotary rows
+             if `rotary_heads` > 0
+
+Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, V vocab):
+
+    embed.weight (V, D)                      layers.{i}.attn.wqkv.weight ((H + 2K) d, D), rows: all q, all k, all v
+    layers.{i}.attn_norm.weight (D,)         layers.{i}.attn.wo.weight   (D, H d)
+    layers.{i}.ffn_norm.weight (D,)          layers.{i}.attn_post_norm.weight, ffn_post_norm.weight  (post_norms only)
+    layers.{i}.ffn.w_gate|w_up (F, D), w_down (D, F)                               (dense; w_gate only if gated)
+    layers.{i}.moe.router.weight (E, D), moe.w_gate|w_up (E, F, D), moe.w_down (E, D, F)             (experts)
+    layers.{i}.moe.fuse.weight (E,)          (aggregate "fuse" only)
+    final_norm.weight (D,)                   lm_head.weight (V, D) (unless tied)
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from quadriga.errors import CheckpointError
+from quadriga.model.config import DenseSpec, ModelConfig, MoESpec
+
+Shape = tuple[int, ...]
+Box = tuple[tuple[int, int], ...]
+"""Half-open ranges, one per axis: ((start, stop), ...). Always as long as the tensor has axes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One box of a source tensor and the box of a parameter it fills."""
+
+    source: str
+    source_shape: Shape
+    target: str
+    target_shape: Shape
+    source_box: Box | None = None
+    """None: the whole source tensor."""
+    target_box: Box | None = None
+    """None: the whole parameter."""
+    view: Shape | None = None
+    """Reshape the source box to this (row-major) before anything else; e.g. (E*F, D) -> (E, F, D)."""
+    transpose: bool = False
+    """Swap the last two axes."""
+    rotary_heads: int = 0
+    """Heads whose rows are stored as interleaved rotary pairs (Meta, GGUF llama) and must become halves; 0: none."""
+    scale: float = 1.0
+    """The parameter is this times the stored value; used by no byte-identical map, only where a source demands it."""
+
+
+def whole(shape: Shape) -> Box:
+    """The box that covers a tensor of ``shape``."""
+    return tuple((0, n) for n in shape)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Every parameter of the model and its shape, in the order of a forward pass."""
+    d, attn, ffn = config.d_model, config.attn, config.ffn
+    shapes: dict[str, Shape] = {"embed.weight": (config.vocab_size, d)}
+    for i in range(config.n_layers):
+        p = f"layers.{i}."
+        shapes[p + "attn_norm.weight"] = (d,)
+        shapes[p + "attn.wqkv.weight"] = (attn.qkv_dim, d)
+        shapes[p + "attn.wo.weight"] = (d, attn.q_dim)
+        if config.post_norms:
+            shapes[p + "attn_post_norm.weight"] = (d,)
+        shapes[p + "ffn_norm.weight"] = (d,)
+        match ffn:
+            case DenseSpec():
+                if ffn.gated:
+                    shapes[p + "ffn.w_gate"] = (ffn.d_ff, d)
+                shapes[p + "ffn.w_up"] = (ffn.d_ff, d)
+                shapes[p + "ffn.w_down"] = (d, ffn.d_ff)
+            case MoESpec():
+                shapes[p + "moe.router.weight"] = (ffn.n_experts, d)
+                shapes[p + "moe.w_gate"] = (ffn.n_experts, ffn.d_ff, d)
+                shapes[p + "moe.w_up"] = (ffn.n_experts, ffn.d_ff, d)
+                shapes[p + "moe.w_down"] = (ffn.n_experts, d, ffn.d_ff)
+                if ffn.aggregate == "fuse":
+                    shapes[p + "moe.fuse.weight"] = (ffn.n_experts,)
+        if config.post_norms:
+            shapes[p + "ffn_post_norm.weight"] = (d,)
+    shapes["final_norm.weight"] = (d,)
+    if not config.tied_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, d)
+    return shapes
+
+
+def source_shapes(pieces: Iterable[Piece]) -> dict[str, Shape]:
+    """Every source tensor the map reads and its shape."""
+    return {piece.source: piece.source_shape for piece in pieces}
+
+
+def _volume(box: Box) -> int:
+    return prod(stop - start for start, stop in box)
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return all(max(a0, b0) < min(a1, b1) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
+
+
+def _uncovered(boxes: Mapping[str, list[Box]], shapes: Mapping[str, Shape]) -> list[str]:
+    """Names whose boxes do not tile their shape exactly: missing, doubled or out of range."""
+    wrong = []
+    for name, shape in shapes.items():
+        parts = boxes.get(name, [])
+        inside = all(0 <= a < b <= n for box in parts for (a, b), n in zip(box, shape, strict=True))
+        ordered = sorted(parts)
+        disjoint = not any(_overlap(a, b) for a, b in zip(ordered, ordered[1:], strict=False))
+        if not inside or not disjoint or sum(map(_volume, parts)) != prod(shape):
+            wrong.append(name)
+    return wrong
+
+
+def check_cover(pieces: Iterable[Piece], parameters: Mapping[str, Shape], sources: Mapping[str, Shape]) -> None:
+    """Raise unless the pieces use every element of ``sources`` and fill every element of ``parameters`` exactly once.
+
+    Args:
+        pieces: the weight map.
+        parameters: name -> shape of every parameter of the model (:func:`parameter_shapes`).
+        sources: name -> shape of every tensor the checkpoint holds, after the family's documented exclusions.
+
+    Raises:
+        CheckpointError: with both lists, unused source tensors and unfilled parameters, and every shape mismatch.
+    """
+    pieces = list(pieces)
+    filled: dict[str, list[Box]] = {}
+    used: dict[str, list[Box]] = {}
+    mismatched = []
+    for piece in pieces:
+        found = sources.get(piece.source)
+        if found is not None and tuple(found) != piece.source_shape:
+            mismatched.append(f"{piece.source}: must be {list(piece.source_shape)}, the file has {list(found)}")
+        filled.setdefault(piece.target, []).append(piece.target_box or whole(piece.target_shape))
+        used.setdefault(piece.source, []).append(piece.source_box or whole(piece.source_shape))
+    missing = sorted(set(used) - set(sources))
+    unused = sorted(set(sources) - set(used))
+    expected = {name: shape for name, shape in source_shapes(pieces).items() if name in sources}
+    partly = _uncovered(used, expected)
+    unfilled = _uncovered(filled, parameters)
+    alien = sorted(set(filled) - set(parameters))
+    assert not alien, f"weight map fills parameters the model does not have: {alien[:4]}"
+    problems = [
+        ("tensors the model needs and the checkpoint lacks", missing),
+        ("tensors of the checkpoint the model has no place for", unused),
+        ("tensors with the wrong shape", sorted(set(mismatched))),
+        ("tensors not used exactly once", partly),
+        ("parameters not filled exactly once", unfilled),
+    ]
+    lines = [f"{len(names)} {title}: {_some(names)}" for title, names in problems if names]
+    if lines:
+        raise CheckpointError(
+            "the checkpoint does not match its configuration.\n  " + "\n  ".join(lines) + "\n"
+            "Check that config.json belongs to these weight files and that no shard is missing."
+        )
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, ... ({len(names) - limit} more)"
