@@ -1,0 +1,59 @@
+"""Which backend runs an op. A literal table: no registry, no import side effects."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from quadriga import runtime
+from quadriga.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BACKENDS = {"reference": "quadriga.ops.reference"}
+"""Backend name -> module. The module's functions carry the names in ``quadriga.ops``."""
+
+BY_DEVICE = {"cpu": "reference", "cuda": "reference", "meta": "reference"}
+"""torch device type -> backend used when none is forced."""
+
+_forced: list[str] = []
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    if name not in BACKENDS:
+        raise ConfigError(f"op backend must be one of {', '.join(BACKENDS)}, got {name!r}. Check QUADRIGA_OPS.")
+    return importlib.import_module(BACKENDS[name])
+
+
+@cache
+def _from_environment() -> str | None:
+    return runtime.setting("OPS")
+
+
+def backend_for(x: Tensor) -> ModuleType:
+    """The module whose functions run on ``x``: the innermost ``use``, else QUADRIGA_OPS, else by device."""
+    name = _forced[-1] if _forced else _from_environment() or BY_DEVICE.get(x.device.type, "reference")
+    return _module(name)
+
+
+def available() -> dict[str, str]:
+    """Device type -> backend in force, for ``quadriga info``."""
+    forced = _forced[-1] if _forced else _from_environment()
+    return {device: forced or name for device, name in BY_DEVICE.items() if device != "meta"}
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force a backend inside a ``with`` block; for tests and comparisons, not for concurrent threads."""
+    _module(name)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()

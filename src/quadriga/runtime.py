@@ -1,0 +1,152 @@
+"""Facts about this machine and this process: memory, processor, folders, threads, dtypes and devices.
+
+The only module that reads ``os.environ``. It imports torch only inside the functions that return torch objects, so that
+commands which compute nothing (``--help``, ``info``, ``models``) never pay for it.
+
+Environment variables (all optional):
+
+    QUADRIGA_CACHE      folder for downloaded models and histories   (default: the user's cache folder / quadriga)
+    QUADRIGA_DATA       folder with benchmark and training data      (default: ../shared/data)
+    QUADRIGA_OPS        force an op backend, e.g. "reference"
+    QUADRIGA_CPU_ISA    force a CPU instruction set: avx512, avx2 or portable
+    QUADRIGA_DEBUG      1: commands show tracebacks
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quadriga.errors import ConfigError, HardwareError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Names accepted wherever a model's dtype is asked for."""
+
+_DTYPE_ALIASES = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "f16": "float16", "fp16": "float16"}
+
+
+def setting(name: str) -> str | None:
+    """The environment variable QUADRIGA_<name>, or None if it is unset or empty."""
+    return os.environ.get(f"QUADRIGA_{name}") or None
+
+
+def debug() -> bool:
+    """True if commands should show tracebacks."""
+    return setting("DEBUG") == "1"
+
+
+def cache_dir() -> Path:
+    """Where downloaded models, vocabularies and chat histories are kept; not created here."""
+    chosen = setting("CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "quadriga"
+
+
+def data_dir() -> Path:
+    """Where benchmark and training data lie: QUADRIGA_DATA, else ../shared/data beside the working folder."""
+    chosen = setting("DATA")
+    return Path(chosen).expanduser() if chosen else Path("../shared/data")
+
+
+def child_environment() -> dict[str, str]:
+    """A copy of this process's environment, for starting another program."""
+    return dict(os.environ)
+
+
+def memory_bytes() -> tuple[int, int]:
+    """(total, available) bytes of main memory; available counts caches the kernel would give back."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+        return page * pages, page * pages
+    kib = {key: int(rest.split()[0]) for key, rest in (line.split(":", 1) for line in lines) if rest.split()}
+    return kib["MemTotal"] * 1024, kib.get("MemAvailable", kib["MemFree"]) * 1024
+
+
+@lru_cache(maxsize=1)
+def cpu_flags() -> frozenset[str]:
+    """Instruction-set flags of the first processor as the kernel names them; empty where it does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cpu_count() -> int:
+    """Processors this process may run on (affinity respected)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def set_threads(threads: int | None) -> int:
+    """Let torch use ``threads`` threads, or all processors of this process if None. Returns the number in force."""
+    import torch
+
+    count = cpu_count() if threads is None else threads
+    if count < 1:
+        raise ConfigError(f"threads must be at least 1, got {threads}")
+    torch.set_num_threads(count)
+    return count
+
+
+def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
+    """A torch dtype from its name; "auto" is float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        ConfigError: the name is not one of DTYPES, their short forms, or "auto".
+    """
+    import torch
+
+    if name == "auto":
+        name = "float32" if device == "cpu" else "bfloat16"
+    name = _DTYPE_ALIASES.get(name, name)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)} or auto, got {name!r}")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def resolve_device(name: str) -> torch.device:
+    """A torch device that exists on this machine; "auto" takes the first CUDA device, else the CPU.
+
+    Raises:
+        HardwareError: the device is not there.
+        ConfigError: the name is not a device.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be like 'cpu', 'cuda' or 'cuda:1', got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise HardwareError(
+            f"device {name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices. Use device='cpu'."
+        )
+    return device
