@@ -1,0 +1,135 @@
+"""The sampler against naive statements of what each parameter means."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quadriga.engine.request import SamplingParams
+from quadriga.engine.sampler import Sampler, truncate
+from quadriga.errors import RequestError
+
+LOGITS = torch.tensor([1.0, 3.0, -2.0, 2.5, 0.0])
+
+
+def sampler(prompt: list[int] | None = None, vocab_size: int = 5, **params: object) -> Sampler:
+    return Sampler(SamplingParams(**params), prompt or [], vocab_size)  # type: ignore[arg-type]
+
+
+def test_greedy_takes_the_best_and_reports_its_own_probability() -> None:
+    chosen = sampler(logprobs=2).sample(LOGITS)
+    expected = [x - math.log(sum(math.exp(y) for y in LOGITS.tolist())) for x in LOGITS.tolist()]
+    assert chosen.token_id == 1
+    assert chosen.logprob == pytest.approx(expected[1], abs=1e-6)
+    assert [token for token, _ in chosen.top_logprobs] == [1, 3]
+    assert chosen.top_logprobs[1][1] == pytest.approx(expected[3], abs=1e-6)
+
+
+def test_same_seed_same_tokens_and_another_seed_differs() -> None:
+    flat = torch.zeros(1000)
+    draws = [
+        [s.sample(flat).token_id for _ in range(8)]
+        for s in (sampler(vocab_size=1000, temperature=1.0, seed=seed) for seed in (7, 7, 8))
+    ]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]  # odds of a false alarm: 1000^-8
+
+
+def test_draws_follow_the_distribution() -> None:
+    s = sampler(temperature=2.0, seed=1)
+    counts = torch.bincount(torch.tensor([s.sample(LOGITS).token_id for _ in range(4000)]), minlength=5)
+    expected = (LOGITS / 2.0).softmax(0) * 4000
+    chi2 = float(((counts - expected) ** 2 / expected).sum())
+    assert chi2 < 23.5  # 4 degrees of freedom: false alarm 1 in 10^4, and the seed is fixed
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_prompt_and_answer() -> None:
+    s = sampler(prompt=[1, 2], repetition_penalty=2.0)
+    assert s._adjust(LOGITS).tolist() == [1.0, 1.5, -4.0, 2.5, 0.0]
+    assert s.sample(LOGITS).token_id == 3
+    assert s._adjust(LOGITS).tolist() == [1.0, 1.5, -4.0, 1.25, 0.0]
+
+
+def test_presence_and_frequency_penalties_count_the_answer_only() -> None:
+    s = sampler(prompt=[1, 1, 1], presence_penalty=0.5, frequency_penalty=0.25)
+    assert s._adjust(LOGITS).tolist() == LOGITS.tolist()
+    assert [s.sample(LOGITS).token_id for _ in range(2)] == [1, 3]  # 3.0 falls to 2.25 after one use
+    assert s._adjust(LOGITS).tolist() == [1.0, 2.25, -2.0, 1.75, 0.0]
+    s.sample(LOGITS)
+    assert s._adjust(LOGITS).tolist() == [1.0, 2.0, -2.0, 1.75, 0.0]
+
+
+def test_logit_bias_moves_the_choice_but_not_the_reported_probability() -> None:
+    plain, biased = sampler().sample(LOGITS), sampler(logit_bias={1: -100.0}).sample(LOGITS)
+    assert (plain.token_id, biased.token_id) == (1, 3)
+    assert biased.logprob == pytest.approx(plain.logprob - 0.5, abs=1e-6)
+
+
+def test_truncation_by_hand() -> None:
+    probs = torch.tensor([0.1, 0.4, 0.3, 0.2])
+    assert truncate(probs, 2, 1.0, 0.0).nonzero().flatten().tolist() == [1, 2]
+    assert truncate(probs, 0, 0.7, 0.0).nonzero().flatten().tolist() == [1, 2]
+    assert truncate(probs, 0, 0.71, 0.0).nonzero().flatten().tolist() == [1, 2, 3]
+    assert truncate(probs, 0, 1.0, 0.5).nonzero().flatten().tolist() == [1, 2, 3]
+    assert truncate(probs, 0, 1e-9, 0.0).nonzero().flatten().tolist() == [1]
+
+
+@given(
+    st.lists(st.floats(0.001, 1.0), min_size=1, max_size=30),
+    st.integers(0, 31),
+    st.floats(0.01, 1.0),
+    st.floats(0.0, 1.0),
+)
+def test_truncation_against_a_loop(weights: list[float], top_k: int, top_p: float, min_p: float) -> None:
+    probs = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    kept = truncate(probs, top_k, top_p, min_p)
+    order = sorted(range(len(weights)), key=lambda i: (-float(probs[i]), i))
+    if top_k:
+        order = order[:top_k]
+    total = sum(float(probs[i]) for i in order)
+    survivors, mass = [], 0.0
+    for i in order:
+        if abs(mass - top_p * total) < 1e-12 and top_p < 1.0:
+            return  # a tie at the border may fall either way by rounding
+        if top_p == 1.0 or mass < top_p * total:
+            survivors.append(i)
+        mass += float(probs[i])
+    survivors = [i for i in survivors if float(probs[i]) >= min_p * float(probs[order[0]])]
+    assert sorted(kept.nonzero().flatten().tolist()) == sorted(survivors)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_logits_are_an_error_not_a_token(bad: float) -> None:
+    with pytest.raises(RequestError, match="not finite"):
+        sampler().sample(torch.tensor([0.0, bad, 1.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_k": True}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"stop": ("",)}, "stop"),
+        ({"seed": -1}, "seed"),
+        ({"logit_bias": {3: 101.0}}, "logit_bias"),
+        ({"logprobs": 21}, "logprobs"),
+    ],
+)
+def test_impossible_parameters_are_named(params: dict[str, object], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        SamplingParams(**params)  # type: ignore[arg-type]
+
+
+def test_token_ids_outside_the_vocabulary_are_named() -> None:
+    with pytest.raises(RequestError, match=r"below the vocabulary's 5, got \[5\]"):
+        sampler(logit_bias={5: 1.0})
