@@ -1,0 +1,114 @@
+"""The model families, and how to find one: by preset name, by config.json, by GGUF metadata.
+
+A family is a :class:`~quadriga.model.families.base.Family`: presets, config translation, weight maps. To add one, write
+a module beside these and add its row to FAMILIES. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+
+from quadriga.errors import ConfigError
+from quadriga.model.config import ModelConfig
+from quadriga.model.families import dbrx, grok1, llama2, mixtral, mpt
+from quadriga.model.families.base import Family
+from quadriga.model.families.keys import Keys
+from quadriga.model.weight_map import Shape
+
+FAMILIES: dict[str, Family] = {
+    "dbrx": dbrx.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "grok1": grok1.FAMILY,
+    "llama2": llama2.FAMILY,
+    "mpt": mpt.FAMILY,
+}
+
+PRESETS: dict[str, ModelConfig] = {
+    name: config for family in FAMILIES.values() for name, config in family.presets.items()
+}
+"""Every published size by name."""
+
+_BY_MODEL_TYPE = {model_type: family for family in FAMILIES.values() for model_type in family.model_types}
+_GGUF_ARCHS = sorted({arch for family in FAMILIES.values() for arch in family.gguf_archs})
+
+
+def preset(name: str) -> ModelConfig:
+    """The configuration of a published size.
+
+    Raises:
+        ConfigError: no such preset; the message names the nearest one.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name[:80].lower(), PRESETS, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"no preset is called {name[:80]!r}.{hint} Presets: {', '.join(PRESETS)}")
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that can write ``config`` back.
+
+    Raises:
+        ConfigError: ``config.family`` is none of FAMILIES.
+    """
+    if config.family not in FAMILIES:
+        raise ConfigError(f"family must be one of {', '.join(FAMILIES)}; got {config.family!r}")
+    return FAMILIES[config.family]
+
+
+def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
+    """Translate a parsed config.json.
+
+    Raises:
+        ConfigError: the model type is not supported, or a key is missing, unknown, of the wrong type, or asks for
+            something that Quadriga does not compute.
+    """
+    model_type = Keys(raw, "config.json").text("model_type")
+    if model_type not in _BY_MODEL_TYPE:
+        raise ConfigError(
+            f"config.json: model_type must be one of {', '.join(_BY_MODEL_TYPE)}; got {model_type[:80]!r}. "
+            "Quadriga runs these families only."
+        )
+    return _BY_MODEL_TYPE[model_type].config_from_hf(raw)
+
+
+def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
+    """Translate a GGUF header.
+
+    Args:
+        metadata: the key/value pairs.
+        shapes: tensor name -> shape in torch's order (slowest axis first).
+
+    Raises:
+        ConfigError: as :func:`config_from_hf`.
+    """
+    arch = Keys(metadata, "GGUF metadata").text("general.architecture")
+    if arch == "llama":
+        # One architecture, two families: llama.cpp calls a LLaMA with experts llama as well.
+        family = mixtral.FAMILY if metadata.get("llama.expert_count") else llama2.FAMILY
+    elif arch in _GGUF_ARCHS:
+        family = next(family for family in FAMILIES.values() if arch in family.gguf_archs)
+    else:
+        raise ConfigError(f"general.architecture must be one of {', '.join(_GGUF_ARCHS)}; got {arch[:80]!r}")
+    assert family.config_from_gguf is not None, "a family with GGUF architectures reads GGUF"
+    return family.config_from_gguf(metadata, shapes)
+
+
+def with_generation_config(config: ModelConfig, raw: Mapping[str, object]) -> ModelConfig:
+    """``config`` with the token ids of a parsed generation_config.json, which knows more end tokens than config.json.
+
+    DBRX-instruct's config.json has none, its generation_config.json has <|endoftext|> and <|im_end|>. Sampling settings
+    in the file are left alone: they belong to a request.
+
+    Raises:
+        ConfigError: a token id is no whole number.
+    """
+    keys = Keys(raw, "generation_config.json")
+    return replace(
+        config,
+        bos_id=keys.token_id("bos_token_id") if keys.given("bos_token_id") else config.bos_id,
+        eos_ids=keys.token_ids("eos_token_id") or config.eos_ids,
+        pad_id=keys.token_id("pad_token_id") if keys.given("pad_token_id") else config.pad_id,
+    )

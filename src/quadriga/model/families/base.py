@@ -1,13 +1,16 @@
-"""What a family is: data and four pure translations. No nn.Module, no torch."""
+"""What a family is: data and a few pure translations. No nn.Module, no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
 
+from quadriga.errors import CheckpointError, ConfigError
 from quadriga.model.config import ModelConfig
-from quadriga.model.weight_map import Piece, Shape
+from quadriga.model.weight_map import Piece, Shape, source_shapes
 
+T = TypeVar("T")
 MapBuilder = Callable[[ModelConfig], list[Piece]]
 
 
@@ -21,39 +24,78 @@ class Family:
     model_types: tuple[str, ...]
     """Values of ``model_type`` in config.json that mean this family."""
     config_from_hf: Callable[[Mapping[str, object]], ModelConfig]
-    """Reads config.json with [] and no defaults; a key neither read nor in the family's IGNORED raises ConfigError."""
+    """Reads config.json without defaults; a key neither read nor in the family's IGNORED raises ConfigError."""
     config_to_hf: Callable[[ModelConfig], dict[str, object]]
+    """Writes config.json; raises ConfigError for a model that the format cannot express."""
     layouts: Mapping[str, MapBuilder]
-    """Hugging Face layouts by name; the first is the one exports use (e.g. dbrx: fused, split, split-linear...)."""
+    """Hugging Face layouts by name; the first is the one exports use (e.g. dbrx: fused, split, split-stored...)."""
     gguf_archs: tuple[str, ...] = ()
     """Values of ``general.architecture`` that mean this family (``llama`` with experts is mixtral)."""
     config_from_gguf: Callable[[Mapping[str, object], Mapping[str, Shape]], ModelConfig] | None = None
     """GGUF metadata and tensor shapes -> config."""
     config_to_gguf: Callable[[ModelConfig], dict[str, object]] | None = None
-    """The architecture keys to write, e.g. {"dbrx.block_count": 40, ...}."""
+    """The architecture keys to write, e.g. {"dbrx.block_count": 40, ...}, and the ids of special tokens."""
     gguf_map: MapBuilder | None = None
     ignored_tensors: tuple[str, ...] = field(default=())
     """fnmatch patterns of stored tensors that carry no information (e.g. ``*.rotary_emb.inv_freq``)."""
+    tied_copies: Mapping[str, str] = field(default_factory=dict)
+    """Of a model with tied embeddings: a tensor some writers store all the same -> the tensor it must equal.
+
+    Such a tensor is accepted only if it is byte for byte the one it repeats; if it differs, the checkpoint was not tied
+    and reading it as tied would change the model."""
 
 
 def pick_layout(family: Family, config: ModelConfig, names: Mapping[str, Shape]) -> tuple[str, list[Piece]]:
     """The layout whose source names and shapes best match the stored tensors.
 
+    Layouts are compared on the first layer, which is enough to tell them apart and keeps a config that promises
+    10,000 layers of 4,096 experts from filling the memory with pieces.
+
+    Args:
+        names: stored tensor -> shape.
+
     Returns:
         (layout name, its pieces). Where none matches exactly, the closest by number of shared (name, shape) pairs, so
         that the error of ``check_cover`` speaks about the layout the user most likely meant.
+
+    Raises:
+        CheckpointError: the config promises far more tensors than are stored.
     """
-    ranked: list[tuple[int, int, str, list[Piece]]] = []
-    for order, (layout, build) in enumerate(family.layouts.items()):
-        pieces = build(config)
-        wanted = {piece.source: piece.source_shape for piece in pieces}
-        hits = sum(2 if tuple(names[n]) == shape else 1 for n, shape in wanted.items() if n in names)
-        ranked.append((hits, -order, layout, pieces))
-    hits, _, layout, pieces = max(ranked, key=lambda row: row[:2])
-    return layout, pieces
+    one_layer = replace(config, n_layers=1)
+
+    def score(layout: str) -> int:
+        wanted = source_shapes(family.layouts[layout](one_layer))
+        return sum(2 if tuple(names[n]) == shape else 1 for n, shape in wanted.items() if n in names)
+
+    layout = max(family.layouts, key=score)  # the first of equals
+    build = family.layouts[layout]
+    in_one = len(source_shapes(build(one_layer)))
+    per_layer = len(source_shapes(build(replace(config, n_layers=2)))) - in_one
+    promised = in_one + per_layer * (config.n_layers - 1)
+    if promised > 10 * len(names) + 10_000:
+        raise CheckpointError(
+            f"the configuration asks for {promised} tensors (layout {layout}, {config.n_layers} layers) and the "
+            f"checkpoint holds {len(names)}. Check that config.json belongs to these weight files."
+        )
+    return layout, build(config)
 
 
-def duplicates_of(values: Sequence[str]) -> list[str]:
-    """Values that occur more than once, sorted."""
-    seen: set[str] = set()
-    return sorted({v for v in values if v in seen or seen.add(v)})  # type: ignore[func-returns-value]
+def of_kind(spec: object, kind: type[T], form: str) -> T:
+    """``spec`` if it is a ``kind``; else ConfigError: the format ``form`` has no words for it."""
+    if not isinstance(spec, kind):
+        raise ConfigError(f"{form} cannot express this model: it needs a {kind.__name__}, got {spec}")
+    return spec
+
+
+def must_read_back(config: ModelConfig, again: ModelConfig, form: str) -> None:
+    """Raise unless a written configuration reads back as the same model: a format must not drop a field in silence.
+
+    Args:
+        config: the model that was written.
+        again: what the reader makes of it.
+        form: the format's name, for the message.
+    """
+    lost = [f.name for f in fields(config) if getattr(config, f.name) != getattr(again, f.name)]
+    if lost:
+        shown = "; ".join(f"{name}: {getattr(config, name)} would become {getattr(again, name)}" for name in lost)
+        raise ConfigError(f"{form} cannot express this model. {shown}")

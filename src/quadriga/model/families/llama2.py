@@ -1,0 +1,305 @@
+"""LLaMA-2 (Meta, July 2023) and the many dense models of its shape: RMSNorm, rotary positions, SwiGLU.
+
+SmolLM2, Mistral without a window and LLaMA-3 without frequency scaling are this family too; anything that bends the
+shape (attention biases, scaled rotary frequencies) is refused by name. Sources: transformers 4.57.6 and 5.x
+(configuration_llama), meta-llama/llama (tensor names), gguf 0.19.0 and llama.cpp b11434.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, NormSpec, RopeSpec
+from quadriga.model.families import gguf_keys
+from quadriga.model.families.base import Family, must_read_back, of_kind
+from quadriga.model.families.keys import PRETRAINED_KEYS, Keys, equal_heads
+from quadriga.model.families.pieces import copies, qkv
+from quadriga.model.weight_map import Piece, Shape
+
+IGNORED = PRETRAINED_KEYS | {
+    "pretraining_tp",  # splits matrix products to repeat the rounding of a training run
+    "is_llama_config",  # written by SmolLM2's training code
+    "rope_interleaved",  # the same; false, and HF's rotation is never interleaved
+    "transformers.js_config",
+}
+
+
+def _config(*, d_model: int, n_heads: int, n_kv_heads: int, n_layers: int, d_ff: int) -> ModelConfig:
+    return ModelConfig(
+        family="llama2",
+        vocab_size=32_000,
+        d_model=d_model,
+        n_layers=n_layers,
+        max_seq_len=4096,
+        norm=NormSpec(kind="rms", eps=1e-5),
+        position=RopeSpec(theta=10_000.0),
+        attn=AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=128),
+        ffn=DenseSpec(d_ff=d_ff, activation="silu"),
+        bos_id=1,
+        eos_ids=(2,),
+    )
+
+
+PRESETS = {
+    "llama2-7b": _config(d_model=4096, n_heads=32, n_kv_heads=32, n_layers=32, d_ff=11_008),
+    "llama2-13b": _config(d_model=5120, n_heads=40, n_kv_heads=40, n_layers=40, d_ff=13_824),
+    "llama2-70b": _config(d_model=8192, n_heads=64, n_kv_heads=8, n_layers=80, d_ff=28_672),
+}
+
+
+def attention_from_hf(keys: Keys) -> AttentionSpec:
+    """Heads as LLaMA's and Mixtral's config.json name them."""
+    d_model, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    # LLaMA-1's files have no num_key_value_heads: every query head has its own (configuration_llama.py).
+    n_kv_heads = keys.integer("num_key_value_heads") if keys.given("num_key_value_heads") else n_heads
+    # head_dim is written since transformers 4.46; before, and where it is null, the heads share d_model.
+    head_dim = keys.integer("head_dim") if keys.given("head_dim") else equal_heads(d_model, n_heads)
+    keys.must_be("attention_bias", False)
+    return AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim)
+
+
+def rope_from_hf(keys: Keys) -> RopeSpec:
+    """The rotary base: ``rope_theta`` (transformers 4) or ``rope_parameters.rope_theta`` (transformers 5)."""
+    keys.must_be("partial_rotary_factor", 1, None)
+    if keys.given("rope_scaling"):
+        # transformers 4 writes {"rope_type": "default"} for "no scaling"; older files say "type".
+        scaling = keys.section("rope_scaling")
+        _plain_rotation(scaling)
+        scaling.finish(frozenset({"rope_theta"}))  # a copy of the top-level key
+    if not keys.given("rope_parameters"):
+        return RopeSpec(theta=keys.number("rope_theta"))
+    parameters = keys.section("rope_parameters")
+    _plain_rotation(parameters)
+    theta = parameters.number("rope_theta")
+    parameters.finish(frozenset())
+    keys.must_be("rope_theta", theta)
+    return RopeSpec(theta=theta)
+
+
+def _plain_rotation(keys: Keys) -> None:
+    keys.must_be("rope_type", "default")
+    keys.must_be("type", "default")
+    keys.must_be("factor", 1, None)
+    keys.must_be("partial_rotary_factor", 1, None)
+
+
+def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
+    """Read a LLaMA config.json, as transformers 4 or 5 writes it."""
+    keys = Keys(raw, "config.json")
+    keys.must_be("model_type", "llama")
+    keys.must_be("hidden_act", "silu")
+    keys.must_be("mlp_bias", False)
+    config = ModelConfig(
+        family="llama2",
+        vocab_size=keys.integer("vocab_size"),
+        d_model=keys.integer("hidden_size"),
+        n_layers=keys.integer("num_hidden_layers"),
+        max_seq_len=keys.integer("max_position_embeddings"),
+        norm=NormSpec(kind="rms", eps=keys.number("rms_norm_eps")),
+        position=rope_from_hf(keys),
+        attn=attention_from_hf(keys),
+        ffn=DenseSpec(d_ff=keys.integer("intermediate_size"), activation="silu"),
+        # LlamaConfig's class default is untied, and early files leave the key out.
+        tied_embeddings=keys.flag("tie_word_embeddings") if keys.has("tie_word_embeddings") else False,
+        bos_id=keys.token_id("bos_token_id"),
+        eos_ids=keys.token_ids("eos_token_id"),
+        pad_id=keys.token_id("pad_token_id"),
+    )
+    keys.finish(IGNORED)
+    return config
+
+
+def common_to_hf(config: ModelConfig, form: str) -> dict[str, object]:
+    """The keys that LLaMA's and Mixtral's config.json share."""
+    attn, rope = config.attn, of_kind(config.position, RopeSpec, form)
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.ffn.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": attn.n_heads,
+        "num_key_value_heads": attn.n_kv_heads,
+        "head_dim": attn.head_dim,
+        "hidden_act": config.ffn.activation,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm.eps,
+        "rope_theta": rope.theta,
+        "tie_word_embeddings": config.tied_embeddings,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": list(config.eos_ids) or None,
+        "pad_token_id": config.pad_id,
+        "use_cache": True,
+    }
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, object]:
+    """Write config.json as transformers 4.57.6 reads it."""
+    form = "LLaMA's config.json"
+    of_kind(config.ffn, DenseSpec, form)
+    raw: dict[str, object] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **common_to_hf(config, form),
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_scaling": None,
+    }
+    must_read_back(config, config_from_hf(raw), form)
+    return raw
+
+
+_LAYER = "model.layers.{i}."
+HF_COMMON = {
+    "model.embed_tokens.weight": "embed.weight",
+    _LAYER + "input_layernorm.weight": "layers.{i}.attn_norm.weight",
+    _LAYER + "self_attn.o_proj.weight": "layers.{i}.attn.wo.weight",
+    _LAYER + "post_attention_layernorm.weight": "layers.{i}.ffn_norm.weight",
+    "model.norm.weight": "final_norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+"""Tensors that LLaMA and Mixtral name alike."""
+
+_HF_FFN = {
+    _LAYER + "mlp.gate_proj.weight": "layers.{i}.ffn.w_gate",
+    _LAYER + "mlp.up_proj.weight": "layers.{i}.ffn.w_up",
+    _LAYER + "mlp.down_proj.weight": "layers.{i}.ffn.w_down",
+}
+
+META_COMMON = {
+    "tok_embeddings.weight": "embed.weight",
+    "layers.{i}.attention_norm.weight": "layers.{i}.attn_norm.weight",
+    "layers.{i}.attention.wo.weight": "layers.{i}.attn.wo.weight",
+    "layers.{i}.ffn_norm.weight": "layers.{i}.ffn_norm.weight",
+    "norm.weight": "final_norm.weight",
+    "output.weight": "lm_head.weight",
+}
+"""Tensors that Meta's and Mistral's own files name alike."""
+
+_META_FFN = {
+    "layers.{i}.feed_forward.w1.weight": "layers.{i}.ffn.w_gate",
+    "layers.{i}.feed_forward.w3.weight": "layers.{i}.ffn.w_up",
+    "layers.{i}.feed_forward.w2.weight": "layers.{i}.ffn.w_down",
+}
+
+GGUF_COMMON = {
+    gguf_keys.TOKEN_EMBEDDING: "embed.weight",
+    "blk.{i}.attn_norm.weight": "layers.{i}.attn_norm.weight",
+    "blk.{i}.attn_output.weight": "layers.{i}.attn.wo.weight",
+    "blk.{i}.ffn_norm.weight": "layers.{i}.ffn_norm.weight",
+    "output_norm.weight": "final_norm.weight",
+    gguf_keys.OUTPUT: "lm_head.weight",
+}
+"""Tensors that dense and expert models of GGUF arch ``llama`` share."""
+
+_GGUF_FFN = {
+    "blk.{i}.ffn_gate.weight": "layers.{i}.ffn.w_gate",
+    "blk.{i}.ffn_up.weight": "layers.{i}.ffn.w_up",
+    "blk.{i}.ffn_down.weight": "layers.{i}.ffn.w_down",
+}
+
+
+def hf_qkv(config: ModelConfig) -> list[Piece]:
+    """q_proj, k_proj and v_proj in halves, as transformers rotates them."""
+    q, k, v = (f"{_LAYER}self_attn.{p}_proj.weight" for p in "qkv")
+    return qkv(config, q, k, v)
+
+
+def meta_qkv(config: ModelConfig) -> list[Piece]:
+    """wq, wk and wv of Meta's and Mistral's own files, whose rotary pairs lie side by side."""
+    q, k, v = (f"layers.{{i}}.attention.w{p}.weight" for p in "qkv")
+    return qkv(config, q, k, v, interleaved=True)
+
+
+def gguf_qkv(config: ModelConfig) -> list[Piece]:
+    """attn_q, attn_k and attn_v of arch ``llama``: the converter puts rotary pairs side by side for llama.cpp."""
+    q, k, v = (f"blk.{{i}}.attn_{p}.weight" for p in "qkv")
+    return qkv(config, q, k, v, interleaved=True)
+
+
+def _hf_layout(config: ModelConfig) -> list[Piece]:
+    return copies(config, HF_COMMON) + hf_qkv(config) + copies(config, _HF_FFN)
+
+
+def _meta_layout(config: ModelConfig) -> list[Piece]:
+    return copies(config, META_COMMON) + meta_qkv(config) + copies(config, _META_FFN)
+
+
+def _gguf_map(config: ModelConfig) -> list[Piece]:
+    return copies(config, GGUF_COMMON) + gguf_qkv(config) + copies(config, _GGUF_FFN)
+
+
+def common_from_gguf(keys: Keys, metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Every field of a ``llama`` GGUF but family and feed-forward."""
+    gguf_keys.refuse_tensors(shapes, {"rope_freqs.weight": "LLaMA-3.1's scaling of rotary frequencies"})
+    # llama.cpp: a window of 0 is no window; one as long as the context hides nothing.
+    max_seq_len = keys.integer("context_length")
+    if keys.given("attention.sliding_window") and 0 < keys.integer("attention.sliding_window") < max_seq_len:
+        keys.must_be("attention.sliding_window", 0)
+    d_model = keys.integer("embedding_length")
+    return {
+        "vocab_size": gguf_keys.vocabulary_size(keys, shapes),
+        "d_model": d_model,
+        "n_layers": keys.integer("block_count"),
+        "max_seq_len": max_seq_len,
+        "norm": NormSpec(kind="rms", eps=gguf_keys.number(keys, "attention.layer_norm_rms_epsilon")),
+        "position": RopeSpec(theta=gguf_keys.rope_theta(keys)),
+        "attn": gguf_keys.attention(keys, d_model),
+        # A GGUF without a head uses the embedding table.
+        "tied_embeddings": gguf_keys.OUTPUT not in shapes,
+        **gguf_keys.token_ids(metadata),
+    }
+
+
+def common_to_gguf(config: ModelConfig, form: str) -> dict[str, object]:
+    """Every key of a ``llama`` GGUF but those of experts."""
+    rope, head_dim = of_kind(config.position, RopeSpec, form), config.attn.head_dim
+    return {
+        **gguf_keys.common_keys(config, "llama"),
+        "llama.rope.freq_base": rope.theta,
+        "llama.rope.dimension_count": head_dim,
+        "llama.attention.key_length": head_dim,
+        "llama.attention.value_length": head_dim,
+    }
+
+
+def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
+    """Read a dense GGUF of arch ``llama``."""
+    keys = gguf_keys.architecture_keys(metadata, "llama")
+    keys.must_be("expert_count", 0)
+    keys.must_be("expert_used_count", 0)
+    config = ModelConfig(
+        family="llama2",
+        ffn=DenseSpec(d_ff=keys.integer("feed_forward_length"), activation="silu"),
+        **common_from_gguf(keys, metadata, shapes),
+    )
+    keys.finish(gguf_keys.IGNORED)
+    return config
+
+
+def config_to_gguf(config: ModelConfig) -> dict[str, object]:
+    """Write the keys of a dense GGUF of arch ``llama``."""
+    form = "GGUF arch llama"
+    of_kind(config.ffn, DenseSpec, form)
+    metadata = common_to_gguf(config, form)
+    gguf_keys.must_read_back(config, config_from_gguf, metadata, form)
+    return metadata
+
+
+FAMILY = Family(
+    name="llama2",
+    presets=PRESETS,
+    model_types=("llama",),
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    layouts={"hf": _hf_layout, "meta": _meta_layout},
+    gguf_archs=("llama",),
+    config_from_gguf=config_from_gguf,
+    config_to_gguf=config_to_gguf,
+    gguf_map=_gguf_map,
+    ignored_tensors=(
+        "model.layers.*.self_attn.rotary_emb.inv_freq",  # old transformers stored the buffer; it follows from theta
+        "rope.freqs",  # the same buffer in Meta's files
+    ),
+    tied_copies={"lm_head.weight": "model.embed_tokens.weight", "output.weight": "tok_embeddings.weight"},
+)

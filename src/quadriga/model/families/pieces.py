@@ -1,0 +1,129 @@
+"""Building blocks of weight maps: the few ways in which checkpoints store what we keep as one parameter.
+
+    copies        one tensor is one parameter, names given as a table
+    qkv           three projections are the rows of wqkv:       [q; k; v]
+    experts       one matrix per expert is a slice of a stack:  w[e]
+    flat_experts  all experts below each other in one matrix:   (E*F, D)
+
+Nothing here knows a family; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Literal
+
+from quadriga.model.config import ModelConfig, MoESpec
+from quadriga.model.weight_map import Piece, parameter_shapes
+
+ExpertPart = Literal["w_gate", "w_up", "w_down"]
+
+
+def copies(config: ModelConfig, names: Mapping[str, str], *, transpose: bool = False) -> list[Piece]:
+    """Pieces for tensors that are stored as we keep them, or transposed.
+
+    Args:
+        names: source name -> parameter name; ``{i}`` in both stands for every layer. ``lm_head.weight`` is left out
+            where the model has none because its embeddings are tied.
+        transpose: the stored matrix is the parameter's transpose.
+    """
+    shapes = parameter_shapes(config)
+    pieces = []
+    for source, target in names.items():
+        if target == "lm_head.weight" and config.tied_embeddings:
+            continue
+        for i in range(config.n_layers if "{i}" in target else 1):
+            shape = shapes[target.format(i=i)]
+            pieces.append(
+                Piece(
+                    source=source.format(i=i),
+                    source_shape=shape[:-2] + shape[-2:][::-1] if transpose else shape,
+                    target=target.format(i=i),
+                    target_shape=shape,
+                    transpose=transpose,
+                )
+            )
+    return pieces
+
+
+def qkv(
+    config: ModelConfig, q: str, k: str, v: str, *, interleaved: bool = False, transpose: bool = False
+) -> list[Piece]:
+    """Pieces for separate query, key and value projections, which fill wqkv's rows in this order.
+
+    Args:
+        q, k, v: source names with ``{i}`` for the layer.
+        interleaved: q's and k's rows hold rotary pairs side by side (Meta, Mistral, GGUF llama), not in halves.
+        transpose: the stored matrices are (D, rows).
+    """
+    attn, d = config.attn, config.d_model
+    parts = (
+        (q, 0, attn.q_dim, attn.n_heads if interleaved else 0),
+        (k, attn.q_dim, attn.kv_dim, attn.n_kv_heads if interleaved else 0),
+        (v, attn.q_dim + attn.kv_dim, attn.kv_dim, 0),
+    )
+    return [
+        Piece(
+            source=source.format(i=i),
+            source_shape=(d, rows) if transpose else (rows, d),
+            target=f"layers.{i}.attn.wqkv.weight",
+            target_shape=(attn.qkv_dim, d),
+            target_box=((start, start + rows), (0, d)),
+            transpose=transpose,
+            rotary_heads=heads,
+        )
+        for i in range(config.n_layers)
+        for source, start, rows, heads in parts
+    ]
+
+
+def experts(config: ModelConfig, part: ExpertPart, name: str, *, transpose: bool = False) -> list[Piece]:
+    """Pieces for experts stored one matrix each.
+
+    Args:
+        part: the parameter they fill: w_gate or w_up (E, F, D), w_down (E, D, F).
+        name: source name with ``{i}`` for the layer and ``{e}`` for the expert.
+        transpose: a stored matrix is the transpose of the parameter's slice.
+    """
+    n_experts, rows, columns = _stack_shape(config, part)
+    stored = (columns, rows) if transpose else (rows, columns)
+    return [
+        Piece(
+            source=name.format(i=i, e=e),
+            source_shape=stored,
+            target=f"layers.{i}.moe.{part}",
+            target_shape=(n_experts, rows, columns),
+            target_box=((e, e + 1), (0, rows), (0, columns)),
+            view=(1, *stored),
+            transpose=transpose,
+        )
+        for i in range(config.n_layers)
+        for e in range(n_experts)
+    ]
+
+
+def flat_experts(config: ModelConfig, part: ExpertPart, name: str, *, transpose: bool = False) -> list[Piece]:
+    """Pieces for experts stored one below the other in a matrix: (E*F, D) for w_gate and w_up.
+
+    With ``transpose`` each expert's block is stored transposed: (E*F, D) for w_down as well (MegaBlocks, DBRX).
+    """
+    n_experts, rows, columns = shape = _stack_shape(config, part)
+    view = (n_experts, columns, rows) if transpose else shape
+    return [
+        Piece(
+            source=name.format(i=i),
+            source_shape=(prod(view[:2]), view[2]),
+            target=f"layers.{i}.moe.{part}",
+            target_shape=shape,
+            view=view,
+            transpose=transpose,
+        )
+        for i in range(config.n_layers)
+    ]
+
+
+def _stack_shape(config: ModelConfig, part: ExpertPart) -> tuple[int, int, int]:
+    ffn, d = config.ffn, config.d_model
+    assert isinstance(ffn, MoESpec), "expert pieces need a mixture-of-experts config"
+    return (ffn.n_experts, d, ffn.d_ff) if part == "w_down" else (ffn.n_experts, ffn.d_ff, d)
