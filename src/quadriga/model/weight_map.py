@@ -110,17 +110,45 @@ def _overlap(a: Box, b: Box) -> bool:
     return all(max(a0, b0) < min(a1, b1) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
 
 
+def _disjoint(boxes: list[Box], axis: int = 0) -> bool:
+    """True if no element lies in two boxes: a sweep along the first axis on which the boxes differ.
+
+    n log n for the slices and grids of real maps; any pair is found, adjacent in the order or not.
+    """
+    if len(boxes) < 2:
+        return True
+    if axis == len(boxes[0]):
+        return False  # equal on every axis
+    if len({box[axis] for box in boxes}) == 1:
+        return _disjoint(boxes, axis + 1)
+    open_boxes: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box[axis]):
+        open_boxes = [other for other in open_boxes if other[axis][1] > box[axis][0]]
+        if any(_overlap(box, other) for other in open_boxes):
+            return False
+        open_boxes.append(box)
+    return True
+
+
 def _uncovered(boxes: Mapping[str, list[Box]], shapes: Mapping[str, Shape]) -> list[str]:
     """Names whose boxes do not tile their shape exactly: missing, doubled or out of range."""
     wrong = []
     for name, shape in shapes.items():
         parts = boxes.get(name, [])
         inside = all(0 <= a < b <= n for box in parts for (a, b), n in zip(box, shape, strict=True))
-        ordered = sorted(parts)
-        disjoint = not any(_overlap(a, b) for a, b in zip(ordered, ordered[1:], strict=False))
-        if not inside or not disjoint or sum(map(_volume, parts)) != prod(shape):
+        if not inside or sum(map(_volume, parts)) != prod(shape) or not _disjoint(parts):
             wrong.append(name)
     return wrong
+
+
+def _assert_fits(piece: Piece) -> None:
+    """What leaves the source box must have the shape of the target box."""
+    source = piece.source_box or whole(piece.source_shape)
+    target = piece.target_box or whole(piece.target_shape)
+    shape = piece.view or tuple(b - a for a, b in source)
+    moved = (*shape[:-2], shape[-1], shape[-2]) if piece.transpose else shape
+    fits = moved == tuple(b - a for a, b in target) and prod(shape) == _volume(source)
+    assert fits, f"{piece.source} -> {piece.target}: {source} viewed as {moved} does not fit {target}"
 
 
 def check_cover(pieces: Iterable[Piece], parameters: Mapping[str, Shape], sources: Mapping[str, Shape]) -> None:
@@ -139,6 +167,7 @@ def check_cover(pieces: Iterable[Piece], parameters: Mapping[str, Shape], source
     used: dict[str, list[Box]] = {}
     mismatched = []
     for piece in pieces:
+        _assert_fits(piece)
         found = sources.get(piece.source)
         if found is not None and tuple(found) != piece.source_shape:
             mismatched.append(f"{piece.source}: must be {list(piece.source_shape)}, the file has {list(found)}")
@@ -167,5 +196,5 @@ def check_cover(pieces: Iterable[Piece], parameters: Mapping[str, Shape], source
 
 
 def _some(names: list[str], limit: int = 8) -> str:
-    shown = ", ".join(names[:limit])
+    shown = ", ".join(name[:200] for name in names[:limit])
     return shown if len(names) <= limit else f"{shown}, ... ({len(names) - limit} more)"

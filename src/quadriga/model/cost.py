@@ -1,0 +1,155 @@
+"""What a model costs: parameters, operations and bytes, by arithmetic on its configuration. No tensors, no torch.
+
+    decode one token     FLOPs = 2 * (active parameters that multiply) + 4 * L * H d * T      T cached positions
+    keep one token       bytes = 2 * L * K d * size of an element                             keys and values
+    hold the weights     bytes = sum over parameters of rows * blocks per row * bytes per block
+
+Every count walks ``weight_map.parameter_shapes``, the same table the model and its checkpoints are built from, so it
+cannot drift from them. What a machine needs besides weights and cache (the program itself, activations) is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil, prod
+
+from quadriga.errors import ConfigError
+from quadriga.model.config import ModelConfig, MoESpec
+from quadriga.model.weight_map import Shape, parameter_shapes
+
+ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of an element by dtype name."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How many bytes the weights take: matrices in blocks along their rows, the rest plain."""
+
+    block: int
+    """Elements that share a scale; 1 for plain floats."""
+    block_bytes: int
+    wide_bytes: int
+    """Bytes of an element that stays wide: norms and router, and the two token tables unless ``tables``."""
+    tables: bool = True
+    """True if the token tables (embedding, head) are stored in blocks too."""
+
+
+FORMATS = {
+    "f32": WeightFormat(1, 4, 4),
+    "bf16": WeightFormat(1, 2, 2),
+    # Ours: 32 weights share a 16-bit scale, (256 + 16) / 32 = 8.5 and (128 + 16) / 32 = 4.5 bits a weight.
+    "q8": WeightFormat(32, 34, 2, tables=False),
+    "q4": WeightFormat(32, 18, 2, tables=False),
+    # GGUF keeps norms and router in float32 whatever the file's type.
+    "gguf-f16": WeightFormat(1, 2, 4),
+    "gguf-q8_0": WeightFormat(32, 34, 4),
+    "gguf-q4_0": WeightFormat(32, 18, 4),
+}
+"""Weight formats by name."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model; equal for a dense one, where every parameter works for every token."""
+
+    total: int
+    active: int
+    """Parameters that one token meets: everything but the experts it is not sent to. Both token tables count."""
+    active_without_input: int
+    """The same without the input table, of which a token reads one row (the convention of LLM Foundry and Databricks).
+    A tied table stays in: it multiplies as the head."""
+
+
+def n_params(config: ModelConfig) -> ParameterCount:
+    """Count parameters, to the unit."""
+    total = active = 0
+    for name, shape, copies in _parameters(config):
+        total += prod(shape) * copies
+        active += prod(_used(config, name, shape)) * copies
+    input_only = 0 if config.tied_embeddings else config.vocab_size * config.d_model
+    return ParameterCount(total, active, active - input_only)
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: str = "bfloat16") -> int:
+    """Bytes that one cached position takes, over all layers.
+
+    Raises:
+        ConfigError: ``dtype`` is not one of ELEMENT_BYTES.
+    """
+    if dtype not in ELEMENT_BYTES:
+        raise ConfigError(f"dtype must be one of {', '.join(ELEMENT_BYTES)}; got {dtype!r}")
+    return 2 * config.n_layers * config.attn.kv_dim * ELEMENT_BYTES[dtype]
+
+
+def flops_per_token(config: ModelConfig, context: int) -> int:
+    """Floating-point operations of a forward pass for one token that attends to ``context`` positions.
+
+    A multiplication and an addition count as two. Norm weights are counted like matrices; they are below 1e-4 of all.
+    """
+    attention = 4 * config.n_layers * config.attn.q_dim * context  # q·k and weights·v
+    return 2 * n_params(config).active_without_input + attention
+
+
+def weight_bytes(config: ModelConfig, form: str) -> int:
+    """Bytes of all weights in a format of FORMATS.
+
+    Raises:
+        ConfigError: no such format.
+    """
+    chosen = _format(form)
+    return sum(_bytes(name, shape, chosen) * copies for name, shape, copies in _parameters(config))
+
+
+def bytes_read_per_token(config: ModelConfig, form: str) -> int:
+    """Bytes of weights that decoding one token reads at batch 1: the bound of a memory-bound machine.
+
+    Raises:
+        ConfigError: no such format.
+    """
+    chosen = _format(form)
+    read = sum(_bytes(name, _used(config, name, shape), chosen) * copies for name, shape, copies in _parameters(config))
+    if not config.tied_embeddings:
+        read -= _bytes("embed.weight", (config.vocab_size - 1, config.d_model), chosen)  # one row of the input table
+    return read
+
+
+def expected_distinct_experts(ffn: MoESpec, n_tokens: int) -> float:
+    """Experts of a layer that ``n_tokens`` independent, evenly routed tokens reach together: E (1 - (1 - k/E)^n)."""
+    return ffn.n_experts * (1 - (1 - ffn.top_k / ffn.n_experts) ** n_tokens)
+
+
+def memory_needed(config: ModelConfig, form: str, context: int, kv_dtype: str = "bfloat16") -> int:
+    """Bytes of the weights in ``form`` and of a cache of ``context`` positions."""
+    return weight_bytes(config, form) + context * kv_bytes_per_token(config, kv_dtype)
+
+
+def fits(config: ModelConfig, form: str, context: int, memory_bytes: int, kv_dtype: str = "bfloat16") -> bool:
+    """True if weights and cache fit into ``memory_bytes``."""
+    return memory_needed(config, form, context, kv_dtype) <= memory_bytes
+
+
+def _parameters(config: ModelConfig) -> Iterator[tuple[str, Shape, int]]:
+    """(name, shape, how often) of every parameter, a layer's once with n_layers."""
+    for name, shape in parameter_shapes(replace(config, n_layers=1)).items():
+        yield name, shape, config.n_layers if name.startswith("layers.") else 1
+
+
+def _used(config: ModelConfig, name: str, shape: Shape) -> Shape:
+    """The part of a parameter that one token meets: top_k of the stacked experts, all of anything else."""
+    if isinstance(config.ffn, MoESpec) and name.endswith((".moe.w_gate", ".moe.w_up", ".moe.w_down")):
+        return (config.ffn.top_k, *shape[1:])
+    return shape
+
+
+def _bytes(name: str, shape: Shape, form: WeightFormat) -> int:
+    table = name in ("embed.weight", "lm_head.weight")
+    if len(shape) == 1 or ".router." in name or (table and not form.tables):
+        return prod(shape) * form.wide_bytes
+    return prod(shape[:-1]) * ceil(shape[-1] / form.block) * form.block_bytes
+
+
+def _format(form: str) -> WeightFormat:
+    if form not in FORMATS:
+        raise ConfigError(f"weight format must be one of {', '.join(FORMATS)}; got {form!r}")
+    return FORMATS[form]

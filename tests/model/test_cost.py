@@ -1,0 +1,119 @@
+"""Counts are exact: every figure is a published one or SPEC's, to the unit where the source gives units."""
+
+from dataclasses import replace
+
+import pytest
+
+from quadriga.errors import ConfigError
+from quadriga.model import cost
+from quadriga.model.families import PRESETS, preset
+
+TOTAL = {
+    "dbrx-132b": 131_596_523_520,
+    "dbrx-73b": 73_508_131_840,
+    "dbrx-35b": 35_653_357_568,
+    "dbrx-18b": 18_611_346_432,
+    "dbrx-9b": 9_169_635_328,
+    "mixtral-8x7b": 46_702_792_704,
+    "grok-1": 315_684_820_992,
+    "llama2-70b": 68_976_648_192,
+    "llama2-13b": 13_015_864_320,
+    "llama2-7b": 6_738_415_616,
+    "mpt-7b": 6_649_286_656,
+}
+
+
+@pytest.mark.parametrize("name", TOTAL)
+def test_total_parameters(name):
+    assert cost.n_params(preset(name)).total == TOTAL[name]
+
+
+def test_active_parameters():
+    assert cost.n_params(preset("dbrx-132b")).active == 36_469_708_800
+    assert cost.n_params(preset("grok-1")).active == 83_756_587_008
+    assert cost.n_params(preset("mixtral-8x7b")).active == 12_879_925_248
+    assert cost.n_params(preset("llama2-70b")).active == TOTAL["llama2-70b"]
+
+
+def test_active_parameters_without_the_input_table():
+    without = {name: cost.n_params(config).active_without_input for name, config in PRESETS.items()}
+    assert without["dbrx-132b"] == 35_853_146_112
+    assert without["dbrx-73b"] == 20_146_099_200
+    assert without["dbrx-35b"] == 9_875_165_184
+    assert without["dbrx-18b"] == 5_223_128_064
+    assert without["dbrx-9b"] == 2_622_326_784
+    assert without["mpt-7b"] == TOTAL["mpt-7b"], "a tied table multiplies as the head"
+
+
+def test_the_two_research_models_meet_their_published_sizes():
+    a, b = cost.n_params(preset("moe-a")), cost.n_params(preset("moe-b"))
+    assert (round(a.total / 1e9, 1), round(a.active_without_input / 1e9, 1)) == (7.7, 2.2)
+    assert (round(b.total / 1e9, 1), round(b.active_without_input / 1e9, 1)) == (23.5, 6.6)
+
+
+def test_cache_bytes():
+    assert cost.kv_bytes_per_token(preset("dbrx-132b")) == 163_840
+    assert cost.kv_bytes_per_token(preset("dbrx-132b"), "float32") == 327_680
+    assert cost.kv_bytes_per_token(preset("dbrx-132b")) * 32_768 == 5 * 2**30
+    with pytest.raises(ConfigError, match="dtype must be one of"):
+        cost.kv_bytes_per_token(preset("dbrx-132b"), "int3")
+
+
+def test_operations_per_token():
+    dbrx = preset("dbrx-132b")
+    assert cost.flops_per_token(dbrx, 0) == 2 * 35_853_146_112
+    assert cost.flops_per_token(dbrx, 32_768) - cost.flops_per_token(dbrx, 0) == 40 * 4 * 6144 * 32_768
+    # 12T tokens of training, three passes each without attention: SPEC's 2.58e24.
+    assert 3 * cost.flops_per_token(dbrx, 0) * 12e12 == pytest.approx(2.58e24, rel=2e-3)
+
+
+def test_weight_bytes_of_dbrx():
+    dbrx, gib = preset("dbrx-132b"), 2**30
+    assert cost.weight_bytes(dbrx, "bf16") == 263_193_047_040
+    assert round(cost.weight_bytes(dbrx, "bf16") / gib, 1) == 245.1
+    assert cost.weight_bytes(dbrx, "f32") == 2 * cost.weight_bytes(dbrx, "bf16")
+    # 4.5 bits everywhere would be 68.9 GiB; norms and router in float32 add 40 layers of 16 x 6144 and a few rows.
+    router_and_norms = 40 * (16 + 2) * 6144 + 6144
+    everywhere = (131_596_523_520 - router_and_norms) * 4.5 / 8 + router_and_norms * 4
+    assert cost.weight_bytes(dbrx, "gguf-q4_0") == everywhere
+    # Ours leaves both token tables in bfloat16 too.
+    wide = router_and_norms + 2 * 616_562_688
+    assert cost.weight_bytes(dbrx, "q8") == (131_596_523_520 - wide) * 8.5 / 8 + wide * 2
+
+
+def test_a_row_that_is_no_multiple_of_a_block_takes_a_whole_one():
+    llama = replace(preset("llama2-7b"), d_model=33, n_layers=1, vocab_size=7)
+    one_row = cost.weight_bytes(replace(llama, vocab_size=8), "gguf-q8_0") - cost.weight_bytes(llama, "gguf-q8_0")
+    assert one_row == 2 * 2 * 34  # two tables, 33 elements in two blocks
+
+
+def test_bytes_read_per_token():
+    dbrx = preset("dbrx-132b")
+    experts = 40 * 4 * 198_180_864 * 2  # SPEC 1.5: 63.4 GB of experts in bfloat16
+    rest = 40 * (88_080_384 + 98_304 + 2 * 6144) * 2 + 616_562_688 * 2 + 6144 * 2
+    assert round(experts / 1e9, 1) == 63.4
+    assert cost.bytes_read_per_token(dbrx, "bf16") == experts + rest + 6144 * 2  # and one row of the input table
+    assert cost.bytes_read_per_token(preset("mpt-7b"), "bf16") == cost.weight_bytes(preset("mpt-7b"), "bf16")
+
+
+def test_a_batch_soon_reaches_every_expert():
+    ffn = preset("dbrx-132b").ffn
+    expected = [round(cost.expected_distinct_experts(ffn, n), 1) for n in (1, 2, 4, 8)]
+    assert expected == [4.0, 7.0, 10.9, 14.4]
+
+
+def test_fits():
+    dbrx, context = preset("dbrx-132b"), 4096
+    needed = 263_193_047_040 + 4096 * 163_840
+    assert cost.memory_needed(dbrx, "bf16", context) == needed
+    assert cost.fits(dbrx, "bf16", context, needed)
+    assert not cost.fits(dbrx, "bf16", context, needed - 1)
+    with pytest.raises(ConfigError, match="weight format must be one of f32, bf16"):
+        cost.fits(dbrx, "fp3", context, needed)
+
+
+def test_counting_a_deep_model_costs_nothing_extra():
+    deep = replace(preset("dbrx-9b"), n_layers=10_000)
+    per_layer = cost.n_params(replace(deep, n_layers=2)).total - cost.n_params(replace(deep, n_layers=1)).total
+    tables = 2 * 100_352 * 2048 + 2048
+    assert cost.n_params(deep).total == 10_000 * per_layer + tables
