@@ -1,0 +1,354 @@
+"""GGUF files: a bounded header reader that hostile bytes cannot hang, and a streaming writer. No torch.
+
+    magic "GGUF" | version u32 | n_tensors u64 | n_metadata u64 | metadata ... | tensor table ... | pad | tensor data
+
+Every count and length is checked against the bytes that are really there before anything is allocated: a file of n
+bytes costs O(n) time and memory whatever it claims. Layout: ggml-org/ggml docs/gguf.md; versions 2 and 3, little-endian.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from quadriga.errors import CheckpointError
+from quadriga.model.weight_map import Shape
+from quadriga.quant.formats import BY_GGML_TYPE, FORMATS
+
+_MAGIC = b"GGUF"
+_MAX_TENSORS = 1 << 20
+_MAX_KEYS = 1 << 16
+_MAX_HEADER_BYTES = 512 << 20  # a vocabulary of 256k tokens with merges takes about 20 MB
+_MAX_AXES = 4
+_ALIGNMENT = 32
+
+# GGUF value types: number -> (name, struct code); 8 is a string and 9 an array.
+_SCALARS = {
+    0: ("uint8", "B"),
+    1: ("int8", "b"),
+    2: ("uint16", "H"),
+    3: ("int16", "h"),
+    4: ("uint32", "I"),
+    5: ("int32", "i"),
+    6: ("float32", "f"),
+    7: ("bool", "?"),
+    10: ("uint64", "Q"),
+    11: ("int64", "q"),
+    12: ("float64", "d"),
+}
+_STRING, _ARRAY = 8, 9
+_NUMBER_OF = {name: number for number, (name, _) in _SCALARS.items()} | {"string": _STRING}
+
+
+class Typed(NamedTuple):
+    """A metadata value with its GGUF type, for writing: ``Typed("uint32", 40)``, ``Typed("string", ["a", "b"])``."""
+
+    type: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One row of the tensor table."""
+
+    shape: Shape
+    """In torch's order (GGUF stores the fastest axis first)."""
+    format: str
+    offset: int
+    """From the start of the file."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """Everything of a GGUF file but the weights."""
+
+    version: int
+    metadata: dict[str, Any]
+    """Numbers, strings, and lists of them."""
+    types: dict[str, str]
+    """GGUF type of each metadata value, or of an array's elements; enough to write the file again."""
+    tensors: dict[str, GGUFTensor]
+
+    def typed(self, prefix: str = "") -> dict[str, Typed]:
+        """The metadata under ``prefix``, ready for :class:`GGUFWriter`."""
+        return {k: Typed(self.types[k], v) for k, v in self.metadata.items() if k.startswith(prefix)}
+
+
+def is_gguf(path: Path) -> bool:
+    """True if the file starts as GGUF files do."""
+    with path.open("rb") as file:
+        return file.read(4) == _MAGIC
+
+
+def read_header(path: Path) -> GGUFHeader:
+    """Read and check everything before the weights.
+
+    Raises:
+        CheckpointError: not GGUF, big-endian, an unsupported version or format, or any claim the file does not keep.
+    """
+    try:
+        with path.open("rb") as file:
+            return _Reader(file, path.name).header()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+
+
+class _Reader:
+    """Walks a header; no read goes past the end of the file or the header's cap."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.file, self.name = file, name
+        self.size = os.fstat(file.fileno()).st_size
+        self.buffer = b""
+        self.start = 0  # file offset of buffer[0]
+        self.at = 0  # position in buffer
+
+    def fail(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.name} is not a usable GGUF file: {message} (near byte {self.start + self.at})")
+
+    def take(self, n: int) -> memoryview:
+        if n > self.size - self.start - self.at:
+            raise self.fail(f"{n} bytes are claimed where {self.size - self.start - self.at} are left")
+        if self.start + self.at + n > _MAX_HEADER_BYTES:
+            raise self.fail(f"its header exceeds {_MAX_HEADER_BYTES >> 20} MB")
+        if n > len(self.buffer) - self.at:
+            rest = self.buffer[self.at :]
+            self.start += self.at
+            self.buffer, self.at = rest + self.file.read(max(n - len(rest), 1 << 20)), 0
+            if len(self.buffer) < n:
+                raise self.fail("it ends while being read")
+        view = memoryview(self.buffer)[self.at : self.at + n]
+        self.at += n
+        return view
+
+    def unpack(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        raw = self.take(self.unpack("Q"))
+        try:
+            return str(raw, "utf-8")
+        except UnicodeDecodeError:
+            raise self.fail("a string is not UTF-8") from None
+
+    def strings(self, count: int) -> list[str]:
+        """A string array; a real vocabulary has 10^5 of them, so this is the one hot loop."""
+        if count * 8 > self.size - self.start - self.at:
+            raise self.fail(f"an array claims {count} strings, more than the file could hold")
+        values = []
+        for _ in range(count):
+            if len(self.buffer) - self.at < 4096:
+                values.append(self.string())
+                continue
+            length = int.from_bytes(self.buffer[self.at : self.at + 8], "little")
+            end = self.at + 8 + length
+            if end > len(self.buffer):
+                values.append(self.string())
+                continue
+            try:
+                values.append(self.buffer[self.at + 8 : end].decode())
+            except UnicodeDecodeError:
+                raise self.fail("a string is not UTF-8") from None
+            self.at = end
+        return values
+
+    def value(self) -> tuple[str, Any]:
+        kind = self.unpack("I")
+        if kind in _SCALARS:
+            name, code = _SCALARS[kind]
+            return name, self.boolean() if code == "?" else self.unpack(code)
+        if kind == _STRING:
+            return "string", self.string()
+        if kind != _ARRAY:
+            raise self.fail(f"metadata type {kind} does not exist")
+        element, count = self.unpack("I"), self.unpack("Q")
+        if element == _STRING:
+            return "string", self.strings(count)
+        if element not in _SCALARS:
+            raise self.fail("arrays of arrays are not allowed" if element == _ARRAY else f"no metadata type {element}")
+        name, code = _SCALARS[element]
+        width = struct.calcsize("<" + code)
+        if count > (self.size - self.start - self.at) // width:
+            raise self.fail(f"an array claims {count} numbers, more than the file could hold")
+        raw = np.frombuffer(self.take(count * width), dtype=np.dtype(name).newbyteorder("<"))
+        return name, raw.tolist()
+
+    def boolean(self) -> bool:
+        value = self.unpack("B")
+        if value > 1:
+            raise self.fail(f"a truth value must be 0 or 1, got {value}")
+        return bool(value)
+
+    def header(self) -> GGUFHeader:
+        if self.size < 24 or bytes(self.take(4)) != _MAGIC:
+            raise self.fail("it does not start with GGUF")
+        version = self.unpack("I")
+        if version not in (2, 3):
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+            what = "it is big-endian" if swapped in (2, 3) else f"version {version}"
+            raise self.fail(f"{what}; versions 2 and 3, little-endian, are supported")
+        n_tensors, n_keys = self.unpack("Q"), self.unpack("Q")
+        if n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
+            raise self.fail(f"it claims {n_tensors} tensors and {n_keys} metadata keys")
+        metadata: dict[str, Any] = {}
+        types: dict[str, str] = {}
+        for _ in range(n_keys):
+            key = self.string()
+            if key in metadata:
+                raise self.fail(f"metadata key {key[:80]!r} comes twice")
+            types[key], metadata[key] = self.value()
+        rows: dict[str, tuple[Shape, str, int]] = {}
+        for _ in range(n_tensors):
+            name = self.string()
+            if name in rows:
+                raise self.fail(f"tensor {name[:80]!r} comes twice")
+            rows[name] = self.tensor_row(name)
+        alignment = metadata.get("general.alignment", _ALIGNMENT)
+        if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
+            raise self.fail(f"general.alignment must be a power of two, got {alignment!r}")
+        data = -(-(self.start + self.at) // alignment) * alignment
+        return GGUFHeader(version, metadata, types, self.place(rows, data, alignment))
+
+    def tensor_row(self, name: str) -> tuple[Shape, str, int]:
+        axes = self.unpack("I")
+        if not 0 < axes <= _MAX_AXES:
+            raise self.fail(f"tensor {name[:80]!r} has {axes} axes")
+        shape = tuple(reversed([self.unpack("Q") for _ in range(axes)]))
+        kind, offset = self.unpack("I"), self.unpack("Q")
+        if kind not in BY_GGML_TYPE:
+            known = ", ".join(FORMATS)
+            raise self.fail(f"tensor {name[:80]!r} has the unsupported format number {kind}; supported: {known}")
+        spec = BY_GGML_TYPE[kind]
+        if not all(0 < n < 2**40 for n in shape) or shape[-1] % spec.block:
+            raise self.fail(f"tensor {name[:80]!r} of shape {list(shape)} cannot be stored as {spec.name}")
+        return shape, spec.name, offset
+
+    def place(self, rows: dict[str, tuple[Shape, str, int]], data: int, alignment: int) -> dict[str, GGUFTensor]:
+        """Absolute offsets, checked: inside the file, aligned, not overlapping, no unexplained gaps."""
+        tensors = {}
+        for name, (shape, form, offset) in rows.items():
+            nbytes = prod(shape) // FORMATS[form].block * FORMATS[form].nbytes
+            if offset % alignment:
+                raise self.fail(f"tensor {name[:80]!r} starts at {offset}, not a multiple of {alignment}")
+            if nbytes > self.size or offset > self.size or data + offset + nbytes > self.size:
+                raise self.fail(f"tensor {name[:80]!r} ends past the end of the file; the file is cut short or forged")
+            tensors[name] = GGUFTensor(shape, form, data + offset, nbytes)
+        end = data
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+            if tensor.offset < end:
+                raise self.fail(f"tensor {name[:80]!r} overlaps the one before it")
+            if tensor.offset - end >= alignment:
+                raise self.fail(f"{tensor.offset - end} bytes before tensor {name[:80]!r} belong to nothing")
+            end = tensor.offset + tensor.nbytes
+        return tensors
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def storable_format(shape: Shape, wanted: str) -> str:
+    """What llama.cpp expects a tensor to be stored as: vectors float32, rows that are no whole blocks float16."""
+    if len(shape) == 1:
+        return "float32"
+    return wanted if shape[-1] % FORMATS[wanted].block == 0 else "float16"
+
+
+class GGUFWriter:
+    """Writes a GGUF v3 file: the header at once, since all shapes are known, then tensor bytes in any order.
+
+    The file appears under its name only when :meth:`close` has every byte on disk; until then it is ``NAME.part``.
+
+    Args:
+        path: the file to make.
+        metadata: key -> Typed value.
+        tensors: name -> (shape in torch's order, format name).
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, Typed], tensors: Mapping[str, tuple[Shape, str]]) -> None:
+        self.path = path
+        self.part = path.with_name(path.name + ".part")
+        table, offset = [], 0
+        places: dict[str, tuple[int, int]] = {}
+        for name, (shape, form) in tensors.items():
+            spec = FORMATS[form]
+            assert shape[-1] % spec.block == 0, f"{name} cannot be stored as {form}; see storable_format"
+            nbytes = prod(shape) // spec.block * spec.nbytes
+            axes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+            table.append(_pack_string(name) + axes + struct.pack("<IQ", spec.ggml_type, offset))
+            places[name] = (offset, nbytes)
+            offset += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        keys = b"".join(_pack_string(key) + _pack_value(key, typed) for key, typed in metadata.items())
+        head = _MAGIC + struct.pack("<IQQ", 3, len(tensors), len(metadata)) + keys + b"".join(table)
+        data = -(-len(head) // _ALIGNMENT) * _ALIGNMENT
+        self.tensors = {name: (data + at, nbytes) for name, (at, nbytes) in places.items()}
+        self._file = self.part.open("wb")
+        try:
+            self._file.truncate(data + offset)
+            self._file.write(head)
+        except OSError as error:
+            self._file.close()
+            raise CheckpointError(f"cannot write {self.part}: {error.strerror}") from None
+
+    def write(self, name: str, start: int, raw: bytes | memoryview) -> None:
+        """Put ``raw`` at byte ``start`` of tensor ``name``."""
+        offset, nbytes = self.tensors[name]
+        assert 0 <= start and start + len(raw) <= nbytes, f"{name}: outside the tensor"
+        try:
+            self._file.seek(offset + start)
+            self._file.write(raw)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.part}: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Put everything on disk and give the file its name."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self.part.replace(self.path)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from None
+
+    def abandon(self) -> None:
+        """Drop the unfinished file."""
+        self._file.close()
+        self.part.unlink(missing_ok=True)
+
+    def __enter__(self) -> GGUFWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+
+def _pack_string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _pack_value(key: str, typed: Typed) -> bytes:
+    if typed.type not in _NUMBER_OF:
+        raise CheckpointError(f"metadata {key!r}: no GGUF type is called {typed.type!r}")
+    number = _NUMBER_OF[typed.type]
+    if isinstance(typed.value, Sequence) and not isinstance(typed.value, str):
+        head = struct.pack("<IIQ", _ARRAY, number, len(typed.value))
+        if number == _STRING:
+            return head + b"".join(map(_pack_string, typed.value))
+        return head + np.asarray(typed.value, dtype=np.dtype(typed.type).newbyteorder("<")).tobytes()
+    if number == _STRING:
+        return struct.pack("<I", number) + _pack_string(typed.value)
+    return struct.pack("<I" + _SCALARS[number][1], number, typed.value)

@@ -1,0 +1,59 @@
+"""The element and block formats of stored weights: a literal table, no code.
+
+A block format packs ``block`` consecutive elements of a row into ``nbytes`` bytes: a scale or two and small integers.
+Field order and meaning are those of ggml (ggml-common.h in ggml-org/ggml); ``quant.codec`` is their plain decoding.
+
+    q8_0  d:f16, q:i8[32]                      w = d q
+    q4_0  d:f16, q:u4[32]                      w = d (q - 8)          nibbles: low half = elements 0..15
+    q4_1  d:f16, m:f16, q:u4[32]               w = d q + m
+    q5_0  d:f16, high:u1[32], q:u4[32]         w = d (q - 16)
+    q5_1  d:f16, m:f16, high:u1[32], q:u4[32]  w = d q + m
+    q2_k .. q6_k  256 elements in 8 or 16 sub-blocks, each with its own small integer scale (and minimum)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Format:
+    """How elements are stored."""
+
+    name: str
+    ggml_type: int
+    """The number GGUF files use."""
+    block: int
+    """Elements a block; rows are whole blocks."""
+    nbytes: int
+    """Bytes a block."""
+
+    @property
+    def bits(self) -> float:
+        """Bits an element, scales included."""
+        return 8.0 * self.nbytes / self.block
+
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format("float32", 0, 1, 4),
+        Format("float16", 1, 1, 2),
+        Format("q4_0", 2, 32, 18),
+        Format("q4_1", 3, 32, 20),
+        Format("q5_0", 6, 32, 22),
+        Format("q5_1", 7, 32, 24),
+        Format("q8_0", 8, 32, 34),
+        Format("q2_k", 10, 256, 84),
+        Format("q3_k", 11, 256, 110),
+        Format("q4_k", 12, 256, 144),
+        Format("q5_k", 13, 256, 176),
+        Format("q6_k", 14, 256, 210),
+        Format("bfloat16", 30, 1, 2),
+    )
+}
+
+BY_GGML_TYPE: dict[int, Format] = {f.ggml_type: f for f in FORMATS.values()}
+
+PLAIN = ("float32", "float16", "bfloat16")
+"""Formats that are torch dtypes of the same name."""

@@ -1,0 +1,1 @@
+"""Text to tokens and back: vocabularies, chat templates, and detokenising as the tokens come."""

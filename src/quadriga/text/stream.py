@@ -1,0 +1,63 @@
+"""Text as the tokens come: whole characters only, and never a piece of a stop string.
+
+A token may end in the middle of a UTF-8 character and a stop string may be spread over several tokens, so text is held
+back until it is certain:
+
+    bytes of tokens ──► complete characters ──► all but a tail that could still become a stop string ──► out
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from quadriga.text.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """Turns one answer's token ids into text as they arrive.
+
+    The pieces of :meth:`push` followed by :meth:`finish` are together ``tokenizer.decode(ids)``, cut before the first
+    stop string. Work per token does not grow with the answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        assert all(stop), "stop strings are not empty"
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stop = tuple(stop)
+        self._held = ""
+        self._strip = tokenizer.strip_leading_space
+
+    def push(self, token_id: int) -> tuple[str, bool]:
+        """Add a token.
+
+        Returns:
+            (text that became certain, True if a stop string has been completed and the answer ends before it).
+        """
+        raw = self._tokenizer.token_bytes(token_id)
+        if self._strip and raw:
+            raw, self._strip = raw.removeprefix(b" "), False
+        return self._release(self._decoder.decode(raw))
+
+    def finish(self) -> str:
+        """What was held back: the tail that became no stop string, and U+FFFD for an unfinished character."""
+        text, _ = self._release(self._decoder.decode(b"", final=True))
+        tail, self._held = self._held, ""
+        return text + tail
+
+    def _release(self, new: str) -> tuple[str, bool]:
+        text = self._held + new
+        hits = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if hits:
+            self._held = ""
+            return text[: min(hits)], True
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a proper beginning of ``stop``."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
