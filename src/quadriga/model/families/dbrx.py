@@ -95,8 +95,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
             n_heads=n_heads,
             n_kv_heads=attn.integer("kv_n_heads"),
             head_dim=equal_heads(d_model, n_heads),
-            # null means no clipping, in the file and in ours.
-            clip_qkv=attn.number("clip_qkv") if attn.given("clip_qkv") else None,
+            clip_qkv=attn.number_or_null("clip_qkv"),
         ),
         ffn=MoESpec(
             d_ff=ffn.integer("ffn_hidden_size"),
@@ -105,7 +104,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
             activation="silu",
             normalize_p=_normalize_p(ffn),
             aux_loss_weight=ffn.number("moe_loss_weight"),
-            jitter_eps=ffn.number("moe_jitter_eps") if ffn.given("moe_jitter_eps") else None,
+            jitter_eps=ffn.number_or_null("moe_jitter_eps"),
         ),
         bos_id=keys.token_id("bos_token_id"),
         eos_ids=keys.token_ids("eos_token_id"),
@@ -124,11 +123,10 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def _normalize_p(ffn: Keys) -> float | None:
-    key = "moe_normalize_expert_weights"
-    if not ffn.has(key):
+    if not ffn.has("moe_normalize_expert_weights"):
         return 1.0  # the release leaves it out and relies on the class's 1 (configuration_dbrx.py)
     # A null or a zero switches the division off: the reference tests the value's truth.
-    return (ffn.number(key) or None) if ffn.given(key) else None
+    return ffn.number_or_null("moe_normalize_expert_weights") or None
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, object]:

@@ -156,7 +156,7 @@ def must_read_back(
     base.must_read_back(inference, read(metadata, shapes), form)
 
 
-def score_scale(value: float, head_dim: int) -> float | None:
-    """The attention scale for AttentionSpec: None where the stored number is 1/sqrt(head_dim)."""
-    usual = head_dim**-0.5
-    return None if exact_or(value, usual) == usual else value
+def with_scale(attn: AttentionSpec, value: float) -> AttentionSpec:
+    """``attn`` with the stored attention scale; left out where it is the usual 1/sqrt(head_dim)."""
+    usual = attn.head_dim**-0.5
+    return attn if exact_or(value, usual) == usual else replace(attn, scale=value)

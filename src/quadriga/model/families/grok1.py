@@ -60,7 +60,13 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     keys.must_be("tie_word_embeddings", True)
     keys.must_be("rope_scaling", None)
     d_model, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
-    head_dim = keys.integer("head_dim") if keys.given("head_dim") else equal_heads(d_model, n_heads)
+    attn = AttentionSpec(
+        n_heads=n_heads,
+        n_kv_heads=keys.integer("num_key_value_heads"),
+        head_dim=keys.integer("head_dim") if keys.given("head_dim") else equal_heads(d_model, n_heads),
+        # hpcai's file has no rope_theta, and one port no max_attn_value: xAI's code fixes 10000 and 30.
+        soft_cap=keys.number("max_attn_value") if keys.has("max_attn_value") else SOFT_CAP,
+    )
     config = ModelConfig(
         family="grok1",
         vocab_size=keys.integer("vocab_size"),
@@ -68,16 +74,9 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
         n_layers=keys.integer("num_hidden_layers"),
         max_seq_len=keys.integer("max_position_embeddings"),
         norm=NormSpec(kind="rms", eps=keys.number("rms_norm_eps")),
-        # hpcai's file has no rope_theta, and one port no max_attn_value: xAI's code fixes 10000 and 30.
         position=RopeSpec(theta=keys.number("rope_theta") if keys.has("rope_theta") else THETA),
-        attn=AttentionSpec(
-            n_heads=n_heads,
-            n_kv_heads=keys.integer("num_key_value_heads"),
-            head_dim=head_dim,
-            soft_cap=keys.number("max_attn_value") if keys.has("max_attn_value") else SOFT_CAP,
-            # It multiplies the scores, not the output, whatever its name says (xai-org/grok-1 model.py).
-            scale=gguf_keys.score_scale(keys.number("attn_output_multiplier"), head_dim),
-        ),
+        # It multiplies the scores, not the output, whatever its name says (xai-org/grok-1 model.py).
+        attn=gguf_keys.with_scale(attn, keys.number("attn_output_multiplier")),
         ffn=MoESpec(
             d_ff=keys.integer("intermediate_size"),
             # hpcai says num_experts, ports that came from Mixtral's code num_local_experts.
@@ -202,7 +201,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     )
     keys = gguf_keys.architecture_keys(metadata, "grok")
     d_model, d_ff = keys.integer("embedding_length"), keys.integer("feed_forward_length")
-    attn = gguf_keys.attention(keys, d_model)
+    soft_cap = _constant(keys, "attn_logit_softcapping", SOFT_CAP)
     config = ModelConfig(
         family="grok1",
         vocab_size=gguf_keys.vocabulary_size(keys, shapes),
@@ -211,12 +210,8 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
         max_seq_len=keys.integer("context_length"),
         norm=NormSpec(kind="rms", eps=gguf_keys.number(keys, "attention.layer_norm_rms_epsilon")),
         position=RopeSpec(theta=gguf_keys.rope_theta(keys)),
-        attn=AttentionSpec(
-            n_heads=attn.n_heads,
-            n_kv_heads=attn.n_kv_heads,
-            head_dim=attn.head_dim,
-            soft_cap=_constant(keys, "attn_logit_softcapping", SOFT_CAP),
-            scale=gguf_keys.score_scale(_constant(keys, "attention.output_scale", 128**-0.5), attn.head_dim),
+        attn=gguf_keys.with_scale(
+            gguf_keys.attention(keys, d_model, soft_cap=soft_cap), _constant(keys, "attention.output_scale", 128**-0.5)
         ),
         ffn=MoESpec(
             d_ff=d_ff,

@@ -13,7 +13,6 @@ It knows nothing of any family, and does not check ranges: the specs of ``model.
 from __future__ import annotations
 
 import difflib
-import math
 import struct
 from collections.abc import Iterable, Mapping
 
@@ -106,9 +105,14 @@ class Keys:
     def number(self, key: str) -> float:
         """A finite number."""
         value = self._get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        # 1e300 bounds whole numbers too long for a float; nothing in a model is that large.
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -1e300 < value < 1e300:
             raise self._wrong(key, "a finite number")
         return float(value)
+
+    def number_or_null(self, key: str) -> float | None:
+        """A finite number, or None if the key is there and null; the key must be there."""
+        return self.number(key) if self._get(key) is not None else None
 
     def text(self, key: str) -> str:
         """A string."""

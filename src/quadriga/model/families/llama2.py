@@ -20,8 +20,7 @@ from quadriga.model.weight_map import Piece, Shape
 IGNORED = PRETRAINED_KEYS | {
     "pretraining_tp",  # splits matrix products to repeat the rounding of a training run
     "is_llama_config",  # written by SmolLM2's training code
-    "rope_interleaved",  # the same; false, and HF's rotation is never interleaved
-    "transformers.js_config",
+    "transformers.js_config",  # how a browser quantises the cache
 }
 
 
@@ -90,6 +89,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     keys.must_be("model_type", "llama")
     keys.must_be("hidden_act", "silu")
     keys.must_be("mlp_bias", False)
+    keys.must_be("rope_interleaved", False)
     config = ModelConfig(
         family="llama2",
         vocab_size=keys.integer("vocab_size"),

