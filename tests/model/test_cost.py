@@ -81,10 +81,10 @@ def test_weight_bytes_of_dbrx():
     assert cost.weight_bytes(dbrx, "q8") == (131_596_523_520 - wide) * 8.5 / 8 + wide * 2
 
 
-def test_a_row_that_is_no_multiple_of_a_block_takes_a_whole_one():
+def test_rows_that_are_no_whole_blocks_are_not_packed():
     llama = replace(preset("llama2-7b"), d_model=33, n_layers=1, vocab_size=7)
     one_row = cost.weight_bytes(replace(llama, vocab_size=8), "gguf-q8_0") - cost.weight_bytes(llama, "gguf-q8_0")
-    assert one_row == 2 * 2 * 34  # two tables, 33 elements in two blocks
+    assert one_row == 2 * 33 * 2  # two tables, 33 elements of 16 bits
 
 
 def test_bytes_read_per_token():

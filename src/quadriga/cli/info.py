@@ -1,7 +1,7 @@
 """``quadriga info NAME|PATH``: what a model is and what it costs, from its configuration alone.
 
-NAME is a preset (``dbrx-132b``); PATH a directory with config.json, a config.json, or a GGUF file, of which only the
-header is read. Nothing here imports torch or reads a weight, so the answer comes in well under a second.
+NAME is a preset (``dbrx-132b``); PATH is any checkpoint, of which only the configuration or the header is read. Nothing
+here imports torch or reads a weight, so the answer comes in well under a second.
 """
 
 from __future__ import annotations
@@ -13,65 +13,27 @@ from typing import Annotated, Any
 
 import typer
 
+from quadriga.checkpoint.detect import locate
 from quadriga.errors import ConfigError
 from quadriga.model import cost, families
 from quadriga.model.config import ModelConfig, MoESpec, RopeSpec
 from quadriga.model.weight_map import Shape, parameter_shapes
 from quadriga.runtime import memory_bytes
 
-MAX_CONFIG_BYTES = 16 << 20
-"""No config.json is larger; a hostile one must not fill the memory."""
-
 
 def load_config(name_or_path: str) -> ModelConfig:
     """The configuration behind a preset's name or a path.
 
     Raises:
-        ConfigError: neither a preset nor a readable model file.
-        CheckpointError: a GGUF header that cannot be read.
+        ConfigError: no preset of this name, or a configuration that is not supported.
+        CheckpointError: nothing at the path that is a checkpoint.
     """
     if name_or_path in families.PRESETS:
         return families.PRESETS[name_or_path]
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return _config_of_directory(path)
-    if not path.is_file():
-        if "/" in name_or_path or path.suffix:
-            raise ConfigError(f"there is no file or directory {name_or_path}. Give a path that exists, or a preset.")
-        return families.preset(name_or_path)  # raises, naming the nearest preset
-    if path.suffix == ".json":
-        return families.config_from_hf(_read_json(path))
-    return _config_of_gguf(path)
-
-
-def _config_of_directory(path: Path) -> ModelConfig:
-    if not (path / "config.json").is_file():
-        ggufs = sorted(path.glob("*.gguf"))
-        if len(ggufs) == 1:
-            return _config_of_gguf(ggufs[0])
-        raise ConfigError(f"{path} must hold a config.json or one GGUF file; it holds {len(ggufs)} GGUF files")
-    config = families.config_from_hf(_read_json(path / "config.json"))
-    generation = path / "generation_config.json"
-    return families.with_generation_config(config, _read_json(generation)) if generation.is_file() else config
-
-
-def _config_of_gguf(path: Path) -> ModelConfig:
-    from quadriga.checkpoint.gguf import read_header
-
-    header = read_header(path)
-    return families.config_from_gguf(header.metadata, {name: t.shape for name, t in header.tensors.items()})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path} must be at most {MAX_CONFIG_BYTES} bytes, it has {path.stat().st_size}")
-    try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} must be JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a JSON object, it holds a {type(raw).__name__}")
-    return raw
+    path = Path(name_or_path)
+    if path.expanduser().exists() or "/" in name_or_path or path.suffix:
+        return locate(path).config
+    return families.preset(name_or_path)  # raises, naming the nearest preset
 
 
 def describe(config: ModelConfig, context: int) -> dict[str, Any]:
@@ -120,8 +82,8 @@ def info(name_or_path: str, as_json: bool = False, context: int | None = None) -
         context: cached positions to plan for; None takes the model's own limit.
 
     Raises:
-        ConfigError: unknown name, unreadable file, or a context outside the model's.
-        CheckpointError: a GGUF header that cannot be read.
+        ConfigError: unknown name, unsupported configuration, or a context outside the model's.
+        CheckpointError: nothing at the path that is a checkpoint.
     """
     config = load_config(name_or_path)
     if context is None:
@@ -177,18 +139,18 @@ def _print_tables(name: str, config: ModelConfig, facts: dict[str, Any]) -> None
         shapes.add_row(parameter, " x ".join(f"{n:,}" for n in shape))
     console.print(shapes)
 
-    sizes = titled(f"GiB; {_gib(memory['available'])} of {_gib(memory['total'])} are free here")
+    sizes = titled(f"memory; {_size(memory['available'])} of {_size(memory['total'])} are free here")
     sizes.add_column("format")
     for column in ("weights", "read per token", f"with {context} positions", "fits"):
         sizes.add_column(column, justify="right")
     for form, row in facts["formats"].items():
         shown = (row["weight_bytes"], row["bytes_read_per_token"], row["bytes_with_context"])
-        sizes.add_row(form, *map(_gib, shown), "yes" if row["fits"] else "no")
+        sizes.add_row(form, *map(_size, shown), "yes" if row["fits"] else "no")
     console.print(sizes)
 
 
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:,.2f}"
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:,.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:,.1f} MiB"
 
 
 def _attention(config: ModelConfig) -> str:

@@ -2,7 +2,7 @@
 
     decode one token     FLOPs = 2 * (active parameters that multiply) + 4 * L * H d * T      T cached positions
     keep one token       bytes = 2 * L * K d * size of an element                             keys and values
-    hold the weights     bytes = sum over parameters of rows * blocks per row * bytes per block
+    hold the weights     bytes = sum over parameters of elements / block * bytes of a block
 
 Every count walks ``weight_map.parameter_shapes``, the same table the model and its checkpoints are built from, so it
 cannot drift from them. What a machine needs besides weights and cache (the program itself, activations) is not counted.
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import prod
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import ModelConfig, MoESpec
 from quadriga.model.weight_map import Shape, parameter_shapes
+from quadriga.quant import formats
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element by dtype name."""
@@ -24,29 +25,26 @@ ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How many bytes the weights take: matrices in blocks along their rows, the rest plain."""
+    """Which element or block format (``quant.formats``) each kind of parameter is stored in."""
 
-    block: int
-    """Elements that share a scale; 1 for plain floats."""
-    block_bytes: int
-    wide_bytes: int
-    """Bytes of an element that stays wide: norms and router, and the two token tables unless ``tables``."""
-    tables: bool = True
-    """True if the token tables (embedding, head) are stored in blocks too."""
+    matrices: str
+    tables: str
+    """The embedding table and the head."""
+    rest: str
+    """Norms and router."""
 
 
 FORMATS = {
-    "f32": WeightFormat(1, 4, 4),
-    "bf16": WeightFormat(1, 2, 2),
-    # Ours: 32 weights share a 16-bit scale, (256 + 16) / 32 = 8.5 and (128 + 16) / 32 = 4.5 bits a weight.
-    "q8": WeightFormat(32, 34, 2, tables=False),
-    "q4": WeightFormat(32, 18, 2, tables=False),
+    "f32": WeightFormat("float32", "float32", "float32"),
+    "bf16": WeightFormat("bfloat16", "bfloat16", "bfloat16"),
+    "q8": WeightFormat("q8_0", "bfloat16", "bfloat16"),
+    "q4": WeightFormat("q4_0", "bfloat16", "bfloat16"),
     # GGUF keeps norms and router in float32 whatever the file's type.
-    "gguf-f16": WeightFormat(1, 2, 4),
-    "gguf-q8_0": WeightFormat(32, 34, 4),
-    "gguf-q4_0": WeightFormat(32, 18, 4),
+    "gguf-f16": WeightFormat("float16", "float16", "float32"),
+    "gguf-q8_0": WeightFormat("q8_0", "q8_0", "float32"),
+    "gguf-q4_0": WeightFormat("q4_0", "q4_0", "float32"),
 }
-"""Weight formats by name."""
+"""Weight formats by name. Blocks of 32 with a 16-bit scale: 8.5 bits a weight in q8, 4.5 in q4."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +141,13 @@ def _used(config: ModelConfig, name: str, shape: Shape) -> Shape:
 
 
 def _bytes(name: str, shape: Shape, form: WeightFormat) -> int:
-    table = name in ("embed.weight", "lm_head.weight")
-    if len(shape) == 1 or ".router." in name or (table and not form.tables):
-        return prod(shape) * form.wide_bytes
-    return prod(shape[:-1]) * ceil(shape[-1] / form.block) * form.block_bytes
+    if len(shape) == 1 or ".router." in name:
+        stored = formats.FORMATS[form.rest]
+    else:
+        stored = formats.FORMATS[form.tables if name in ("embed.weight", "lm_head.weight") else form.matrices]
+    if shape[-1] % stored.block:
+        stored = formats.FORMATS["float16"]  # rows that are no whole blocks are not packed
+    return prod(shape) // stored.block * stored.nbytes
 
 
 def _format(form: str) -> WeightFormat:

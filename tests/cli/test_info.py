@@ -1,0 +1,93 @@
+"""``quadriga info`` says what the arithmetic says, without torch, in well under a second."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from quadriga.cli.info import info, load_config
+from quadriga.errors import CheckpointError, ConfigError
+from quadriga.model.families import PRESETS, family_of, preset
+
+
+def facts_of(capsys, name, **options):
+    info(name, as_json=True, **options)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_holds_every_figure(capsys):
+    facts = facts_of(capsys, "dbrx-132b")
+    assert facts["name"] == "dbrx-132b"
+    assert facts["parameters"] == {
+        "total": 131_596_523_520,
+        "active": 36_469_708_800,
+        "active_without_input": 35_853_146_112,
+    }
+    assert facts["config"]["attn"]["clip_qkv"] == 8.0
+    assert facts["shapes"]["layers.{i}.moe.w_down"] == [16, 6144, 10752]
+    assert facts["kv_bytes_per_token"] == {"float32": 327_680, "bfloat16": 163_840}
+    assert facts["context"] == 32_768
+    assert facts["flops_per_token"]["at_context"] == 2 * 35_853_146_112 + 40 * 4 * 6144 * 32_768
+    bf16 = facts["formats"]["bf16"]
+    assert bf16["weight_bytes"] == 263_193_047_040
+    assert bf16["bytes_with_context"] == 263_193_047_040 + 32_768 * 163_840
+    assert bf16["fits"] == (bf16["bytes_with_context"] <= facts["memory_bytes"]["available"])
+
+
+def test_what_fits_depends_on_the_memory_and_the_context(capsys, monkeypatch):
+    # q4 weights take 70.6 GiB, a cache of 32,768 positions 5 more.
+    monkeypatch.setattr("quadriga.cli.info.memory_bytes", lambda: (100 * 2**30, 71 * 2**30))
+    short, full = facts_of(capsys, "dbrx-132b", context=1)["formats"], facts_of(capsys, "dbrx-132b")["formats"]
+    assert [form for form, row in short.items() if row["fits"]] == ["q4", "gguf-q4_0"]
+    assert not any(row["fits"] for row in full.values())
+    assert full["q4"]["bytes_with_context"] - short["q4"]["bytes_with_context"] == 32_767 * 163_840
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_prints(capsys, name):
+    info(name)
+    out = capsys.readouterr().out
+    assert name in out
+    assert f"{PRESETS[name].vocab_size:,}" in out
+
+
+def test_a_directory_is_described_by_its_config(capsys, tmp_path):
+    config = replace(preset("mixtral-8x7b"), n_layers=3)
+    folder = tmp_path / "[red]odd name"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(family_of(config).config_to_hf(config)))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert load_config(str(folder)) == replace(config, eos_ids=(2, 7))
+    assert load_config(str(folder / "config.json")) == replace(config, eos_ids=(2, 7))
+    info(str(folder))
+    assert "[red]odd" in capsys.readouterr().out, "a path is no markup"
+
+
+def test_faults_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="Did you mean 'dbrx-132b'"):
+        load_config("dbrx-132")
+    with pytest.raises(CheckpointError, match="there is nothing at"):
+        load_config(str(tmp_path / "missing"))
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        load_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config.json is not valid JSON"):
+        load_config(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "dbrx"}')
+    with pytest.raises(ConfigError, match=r"config.json lacks the key 'd_model'"):
+        load_config(str(tmp_path))
+    with pytest.raises(ConfigError, match="context must be from 0 to this model's 4096, got 4097"):
+        info("llama2-7b", context=4097)
+
+
+def test_no_torch_and_well_under_a_second():
+    code = (
+        "from quadriga.cli.info import info; info('grok-1', as_json=True); import sys; sys.exit('torch' in sys.modules)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert time.perf_counter() - started < 5  # measured 0.3 s; importing torch alone takes longer on a busy machine
