@@ -466,7 +466,7 @@ def test_hostile_values_end_in_one_short_named_error(name):
 def test_a_billion_layers_are_refused_and_quoted_values_are_short():
     with pytest.raises(ConfigError, match="n_layers must be at most 10000, got 1000000000"):
         config_from_hf(DBRX_RELEASE | {"n_layers": 10**9})
-    with pytest.raises(ConfigError, match=r"n_experts must be at most 4096"):
+    with pytest.raises(ConfigError, match=r"n_experts must be at most 1024"):
         config_from_hf(MIXTRAL_RELEASE | {"num_local_experts": 10**9})
     with pytest.raises(ConfigError, match=r"vocab_size must be a whole number, got 'xxx.*\(1000002 characters\)"):
         config_from_hf(DBRX_RELEASE | {"vocab_size": "x" * 1_000_000})
@@ -831,7 +831,16 @@ def test_a_damaged_checkpoint_is_told_in_the_layout_it_is_in():
 
 
 def test_a_config_that_promises_the_moon_is_refused_at_once():
-    config = replace(TINY["dbrx"], n_layers=10_000, ffn=replace(MOE, n_experts=4096))
+    config = replace(TINY["dbrx"], n_layers=10_000, ffn=replace(MOE, n_experts=1024))
     names = source_shapes(FAMILIES["dbrx"].layouts["split"](TINY["dbrx"]))
     with pytest.raises(CheckpointError, match=r"asks for \d+ tensors .* holds 83"):
         pick_layout(FAMILIES["dbrx"], config, names)
+
+
+def test_a_square_expert_stored_either_way_is_not_guessed():
+    """With d_ff = d_model nothing tells w2 (D, F) from w2 (F, D)."""
+    family, config = FAMILIES["dbrx"], replace(TINY["dbrx"], ffn=replace(MOE, d_ff=48))
+    with pytest.raises(CheckpointError, match="layouts split and split-stored have the same names and shapes"):
+        pick_layout(family, config, source_shapes(family.layouts["split"](config)))
+    fused = source_shapes(family.layouts["fused"](config))
+    assert pick_layout(family, config, fused)[0] == "fused"

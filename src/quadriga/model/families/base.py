@@ -49,7 +49,7 @@ def pick_layout(family: Family, config: ModelConfig, names: Mapping[str, Shape])
     """The layout whose source names and shapes best match the stored tensors.
 
     Layouts are compared on the first layer, which is enough to tell them apart and keeps a config that promises
-    10,000 layers of 4,096 experts from filling the memory with pieces.
+    10,000 layers of 1,024 experts from filling the memory with pieces.
 
     Args:
         names: stored tensor -> shape.
@@ -59,19 +59,24 @@ def pick_layout(family: Family, config: ModelConfig, names: Mapping[str, Shape])
         that the error of ``check_cover`` speaks about the layout the user most likely meant.
 
     Raises:
-        CheckpointError: the config promises far more tensors than are stored.
+        CheckpointError: the config promises far more tensors than are stored, or two layouts fit equally.
     """
     one_layer = replace(config, n_layers=1)
+    wanted = {layout: source_shapes(build(one_layer)) for layout, build in family.layouts.items()}
 
     def score(layout: str) -> int:
-        wanted = source_shapes(family.layouts[layout](one_layer))
-        return sum(2 if tuple(names[n]) == shape else 1 for n, shape in wanted.items() if n in names)
+        return sum(2 if tuple(names[n]) == shape else 1 for n, shape in wanted[layout].items() if n in names)
 
-    layout = max(family.layouts, key=score)  # the first of equals
+    layout = max(wanted, key=score)  # the first of equals
+    twins = [other for other in wanted if other != layout and wanted[other] == wanted[layout]]
+    if twins:
+        raise CheckpointError(
+            f"the layouts {layout} and {twins[0]} have the same names and shapes for this model, so a matrix that is "
+            "stored transposed in one of them cannot be told from the other. Convert from another layout."
+        )
     build = family.layouts[layout]
-    in_one = len(source_shapes(build(one_layer)))
-    per_layer = len(source_shapes(build(replace(config, n_layers=2)))) - in_one
-    promised = in_one + per_layer * (config.n_layers - 1)
+    per_layer = len(source_shapes(build(replace(config, n_layers=2)))) - len(wanted[layout])
+    promised = len(wanted[layout]) + per_layer * (config.n_layers - 1)
     if promised > 10 * len(names) + 10_000:
         raise CheckpointError(
             f"the configuration asks for {promised} tensors (layout {layout}, {config.n_layers} layers) and the "

@@ -64,7 +64,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
         n_heads=n_heads,
         n_kv_heads=keys.integer("num_key_value_heads"),
         head_dim=keys.integer("head_dim") if keys.given("head_dim") else equal_heads(d_model, n_heads),
-        # hpcai's file has no rope_theta, and one port no max_attn_value: xAI's code fixes 10000 and 30.
+        # One port leaves it out: xAI's code fixes 30.
         soft_cap=keys.number("max_attn_value") if keys.has("max_attn_value") else SOFT_CAP,
     )
     config = ModelConfig(
@@ -74,6 +74,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
         n_layers=keys.integer("num_hidden_layers"),
         max_seq_len=keys.integer("max_position_embeddings"),
         norm=NormSpec(kind="rms", eps=keys.number("rms_norm_eps")),
+        # hpcai's file leaves it out: xAI's code fixes 10000.
         position=RopeSpec(theta=keys.number("rope_theta") if keys.has("rope_theta") else THETA),
         # It multiplies the scores, not the output, whatever its name says (xai-org/grok-1 model.py).
         attn=gguf_keys.with_scale(attn, keys.number("attn_output_multiplier")),
