@@ -1,4 +1,4 @@
-"""GGUF files: a bounded header reader that hostile bytes cannot hang, and a streaming writer. No torch.
+"""GGUF files: a bounded header reader that hostile bytes cannot hang, and the layout of files to write. No torch.
 
     magic "GGUF" | version u32 | n_tensors u64 | n_metadata u64 | metadata ... | tensor table ... | pad | tensor data
 
@@ -12,13 +12,12 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from quadriga.checkpoint.plan import FilePlan
 from quadriga.errors import CheckpointError
 from quadriga.model.weight_map import Shape
 from quadriga.quant.formats import BY_GGML_TYPE, FORMATS
@@ -75,11 +74,11 @@ class GGUFHeader:
     metadata: dict[str, Any]
     """Numbers, strings, and lists of them."""
     types: dict[str, str]
-    """GGUF type of each metadata value, or of an array's elements; enough to write the file again."""
+    """GGUF type of each metadata value, or of an array's elements; enough to write it again."""
     tensors: dict[str, GGUFTensor]
 
     def typed(self, prefix: str = "") -> dict[str, Typed]:
-        """The metadata under ``prefix``, ready for :class:`GGUFWriter`."""
+        """The metadata under ``prefix``, ready for :func:`plan_gguf`."""
         return {k: Typed(self.types[k], v) for k, v in self.metadata.items() if k.startswith(prefix)}
 
 
@@ -236,7 +235,7 @@ class _Reader:
         """Absolute offsets, checked: inside the file, aligned, not overlapping, no unexplained gaps."""
         tensors = {}
         for name, (shape, form, offset) in rows.items():
-            nbytes = prod(shape) // FORMATS[form].block * FORMATS[form].nbytes
+            nbytes = FORMATS[form].nbytes_of(shape)
             if offset % alignment:
                 raise self.fail(f"tensor {name[:80]!r} starts at {offset}, not a multiple of {alignment}")
             if nbytes > self.size or offset > self.size or data + offset + nbytes > self.size:
@@ -262,77 +261,28 @@ def storable_format(shape: Shape, wanted: str) -> str:
     return wanted if shape[-1] % FORMATS[wanted].block == 0 else "float16"
 
 
-class GGUFWriter:
-    """Writes a GGUF v3 file: the header at once, since all shapes are known, then tensor bytes in any order.
-
-    The file appears under its name only when :meth:`close` has every byte on disk; until then it is ``NAME.part``.
+def plan_gguf(file: str, metadata: Mapping[str, Typed], tensors: Mapping[str, tuple[Shape, str]]) -> FilePlan:
+    """Lay a GGUF v3 file out: its header, and where each tensor's bytes go.
 
     Args:
-        path: the file to make.
+        file: the file's name.
         metadata: key -> Typed value.
-        tensors: name -> (shape in torch's order, format name).
+        tensors: name -> (shape in torch's order, format name), in the order they will be written.
     """
-
-    def __init__(self, path: Path, metadata: Mapping[str, Typed], tensors: Mapping[str, tuple[Shape, str]]) -> None:
-        self.path = path
-        self.part = path.with_name(path.name + ".part")
-        table, offset = [], 0
-        places: dict[str, tuple[int, int]] = {}
-        for name, (shape, form) in tensors.items():
-            spec = FORMATS[form]
-            assert shape[-1] % spec.block == 0, f"{name} cannot be stored as {form}; see storable_format"
-            nbytes = prod(shape) // spec.block * spec.nbytes
-            axes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-            table.append(_pack_string(name) + axes + struct.pack("<IQ", spec.ggml_type, offset))
-            places[name] = (offset, nbytes)
-            offset += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        keys = b"".join(_pack_string(key) + _pack_value(key, typed) for key, typed in metadata.items())
-        head = _MAGIC + struct.pack("<IQQ", 3, len(tensors), len(metadata)) + keys + b"".join(table)
-        data = -(-len(head) // _ALIGNMENT) * _ALIGNMENT
-        self.tensors = {name: (data + at, nbytes) for name, (at, nbytes) in places.items()}
-        self._file = self.part.open("wb")
-        try:
-            self._file.truncate(data + offset)
-            self._file.write(head)
-        except OSError as error:
-            self._file.close()
-            raise CheckpointError(f"cannot write {self.part}: {error.strerror}") from None
-
-    def write(self, name: str, start: int, raw: bytes | memoryview) -> None:
-        """Put ``raw`` at byte ``start`` of tensor ``name``."""
-        offset, nbytes = self.tensors[name]
-        assert 0 <= start and start + len(raw) <= nbytes, f"{name}: outside the tensor"
-        try:
-            self._file.seek(offset + start)
-            self._file.write(raw)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.part}: {error.strerror}") from None
-
-    def close(self) -> None:
-        """Put everything on disk and give the file its name."""
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self.part.replace(self.path)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from None
-
-    def abandon(self) -> None:
-        """Drop the unfinished file."""
-        self._file.close()
-        self.part.unlink(missing_ok=True)
-
-    def __enter__(self) -> GGUFWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abandon()
+    table, offset = [], 0
+    offsets: dict[str, int] = {}
+    for name, (shape, form) in tensors.items():
+        spec = FORMATS[form]
+        assert shape[-1] % spec.block == 0, f"{name} cannot be stored as {form}; see storable_format"
+        axes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        table.append(_pack_string(name) + axes + struct.pack("<IQ", spec.ggml_type, offset))
+        offsets[name] = offset
+        offset += -(-spec.nbytes_of(shape) // _ALIGNMENT) * _ALIGNMENT
+    keys = b"".join(_pack_string(key) + _pack_value(key, typed) for key, typed in metadata.items())
+    head = _MAGIC + struct.pack("<IQQ", 3, len(tensors), len(metadata)) + keys + b"".join(table)
+    head += b"\0" * (-len(head) % _ALIGNMENT)
+    places = {name: (file, len(head) + at) for name, at in offsets.items()}
+    return FilePlan(headers={file: head}, sizes={file: len(head) + offset}, places=places)
 
 
 def _pack_string(text: str) -> bytes:

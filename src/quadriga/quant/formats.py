@@ -14,6 +14,7 @@ Field order and meaning are those of ggml (ggml-common.h in ggml-org/ggml); ``qu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Format:
     def bits(self) -> float:
         """Bits an element, scales included."""
         return 8.0 * self.nbytes / self.block
+
+    def nbytes_of(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of ``shape``, whose rows are whole blocks."""
+        return prod(shape) // self.block * self.nbytes
 
 
 FORMATS: dict[str, Format] = {

@@ -1,0 +1,492 @@
+"""From any checkpoint to any other: streaming, resumable, and never half-done under its final name.
+
+    open_checkpoint ──► plan (every byte's place) ──► [part: read ► pack ► pwrite] ... ──► fsync ──► rename
+
+At most one part (about 64 MB; a matrix that must be transposed moves whole) is in memory. The work happens in
+OUT.part beside the result; a journal there lists the tensors that are safely on disk, so a conversion that was killed
+at any instant goes on where it stopped and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quadriga.checkpoint import engine_file, gguf
+from quadriga.checkpoint.detect import locate
+from quadriga.checkpoint.gguf import Typed
+from quadriga.checkpoint.gguf_source import GGUFSource
+from quadriga.checkpoint.json_files import read_json
+from quadriga.checkpoint.open import Checkpoint, identity_map, open_checkpoint, without_extras
+from quadriga.checkpoint.parameters import SLICE_BYTES, Progress, pack, slices
+from quadriga.checkpoint.plan import FilePlan
+from quadriga.checkpoint.tensor_files import INDEX, plan_shards, shard_index
+from quadriga.errors import CheckpointError, ConfigError
+from quadriga.model import families
+from quadriga.model.families.base import pick_layout
+from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shapes, source_shapes, whole
+from quadriga.quant import codec
+from quadriga.quant.formats import FORMATS, PLAIN
+from quadriga.text import gguf_vocabulary
+
+TARGETS = ("quadriga", "hf", "gguf")
+GGUF_FORMATS = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+    "cl100k_base.tiktoken",
+)
+"""What is carried over beside the weights. Nothing else is: no code, no pickles."""
+
+_JOURNAL = "journal.jsonl"
+_SYNC_BYTES = 512 << 20
+"""How much may have to be done again after a crash."""
+MAX_SHARD_BYTES = 4_500_000_000
+"""DBRX's release has 61 files of 4.2 to 4.4 GB."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will write."""
+
+    to: str
+    layout: str
+    pieces: list[Piece]
+    """The result's weight map: ``source`` names the result's tensors."""
+    tensors: dict[str, tuple[Shape, str]]
+    """Result tensor -> (shape, format)."""
+    files: FilePlan
+    extra: dict[str, bytes] = field(default_factory=dict)
+    """Small files: configuration, index, tokenizer."""
+    notes: list[str] = field(default_factory=list)
+    """What the caller should be told, e.g. tensors that had to take another format."""
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    to: str = "quadriga",
+    layout: str | None = None,
+    dtype: str = "keep",
+    gguf_format: str = "bfloat16",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> Plan:
+    """Convert a checkpoint.
+
+    Args:
+        source: anything ``open_checkpoint`` opens.
+        out: the directory to make (for ``gguf``: the file). Must not exist, or be an empty directory.
+        to: "quadriga", "hf" (Hugging Face safetensors) or "gguf".
+        layout: for "hf", one of the family's layouts; None is the family's usual one.
+        dtype: "keep" stores each tensor as it came (block formats become float32), else float32, bfloat16, float16.
+            Ignored by nothing: with "gguf" it must be "keep", the format says it all.
+        gguf_format: for "gguf": float32, float16, bfloat16, q8_0 or q4_0.
+        max_shard_bytes: largest safetensors file, unless one tensor alone is larger.
+        resume: go on with an unfinished conversion of the same source with the same options; False starts over.
+        progress: called after each part with (bytes written, bytes in all, tensor).
+
+    Returns:
+        the plan that was carried out.
+
+    Raises:
+        CheckpointError: a bad source, a result that exists, an unfinished conversion of something else, a full disk.
+        ConfigError: an option that does not exist, or a model the target format cannot express.
+    """
+    _check_options(to, layout, dtype, gguf_format)
+    if out.exists() and not (out.is_dir() and to != "gguf" and not any(out.iterdir())):
+        raise CheckpointError(f"{out} exists; give a new name, or remove it first")
+    checkpoint = open_checkpoint(source)
+    try:
+        plan = _plan(checkpoint, out, to, layout, dtype, gguf_format, max_shard_bytes)
+        work = out.with_name(out.name + ".part")
+        _Writer(work, plan, _fingerprint(checkpoint.path, plan), resume).run(checkpoint, progress)
+    finally:
+        checkpoint.close()
+    try:
+        if to == "gguf":
+            (work / out.name).replace(out)
+            (work / _JOURNAL).unlink()
+            work.rmdir()
+        else:
+            (work / _JOURNAL).unlink()
+            if out.exists():
+                out.rmdir()
+            work.replace(out)
+        _sync_directory(out.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot put the finished {out} in place: {error.strerror}") from None
+    return plan
+
+
+def _check_options(to: str, layout: str | None, dtype: str, gguf_format: str) -> None:
+    for name, value, known in (("to", to, TARGETS), ("dtype", dtype, DTYPES), ("gguf_format", gguf_format, GGUF_FORMATS)):
+        if value not in known:
+            raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}")
+    if to == "gguf" and dtype != "keep":
+        raise ConfigError("a GGUF file's number format is chosen with gguf_format; leave dtype at 'keep'")
+    if layout is not None and to != "hf":
+        raise ConfigError(f"a layout can be chosen for 'hf' only, not for {to!r}")
+
+
+# Planning ------------------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    checkpoint: Checkpoint, out: Path, to: str, layout: str | None, dtype: str, gguf_format: str, max_shard_bytes: int
+) -> Plan:
+    config = checkpoint.config
+    extra = _tokenizer_files(checkpoint)
+    if to == "gguf":
+        return _plan_gguf(checkpoint, out.name, gguf_format)
+    if to == "quadriga":
+        pieces, name = identity_map(config), "quadriga"
+    else:
+        family = families.family_of(config)
+        name = layout or next(iter(family.layouts))
+        if name not in family.layouts:
+            raise ConfigError(f"layout must be one of {', '.join(family.layouts)}; got {name!r}")
+        pieces = family.layouts[name](config)
+        extra["config.json"] = _json(family.config_to_hf(config) | {"torch_dtype": _common_dtype(checkpoint, dtype)})
+        if config.eos_ids and "generation_config.json" not in extra:
+            ends = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids), "pad_token_id": config.pad_id}
+            extra["generation_config.json"] = _json({k: v for k, v in ends.items() if v is not None})
+    formats = {p.source: _stored(checkpoint, p, dtype) for p in pieces}
+    tensors = {name: (shape, formats[name]) for name, shape in source_shapes(pieces).items()}
+    files = plan_shards(tensors, max_shard_bytes, "weights" if to == "quadriga" else "model")
+    if to == "hf" and len(files.sizes) > 1:
+        extra[INDEX] = _json(shard_index(files))
+    return Plan(to, name, pieces, tensors, files, extra)
+
+
+def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> Plan:
+    config = checkpoint.config
+    family = families.family_of(config)
+    if family.gguf_map is None or family.config_to_gguf is None:
+        raise ConfigError(f"GGUF has no architecture for the family {family.name}")
+    pieces = family.gguf_map(config)
+    tensors, narrow = {}, []
+    for name, shape in source_shapes(pieces).items():
+        # The router stays wide: its rounding changes which experts a token visits, not just by how much.
+        wanted = "float32" if name.endswith("ffn_gate_inp.weight") else gguf.storable_format(shape, form)
+        tensors[name] = (shape, wanted)
+        if wanted == "float16" and form != "float16":
+            narrow.append(name)
+    metadata, notes = _gguf_metadata(checkpoint, family.config_to_gguf(config), form)
+    if narrow:
+        notes.append(f"{len(narrow)} tensors whose rows are no whole {form} blocks are stored as float16: {narrow[:3]}")
+    return Plan("gguf", form, pieces, tensors, gguf.plan_gguf(file, metadata, tensors), notes=notes)
+
+
+_FILE_TYPE = {"float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "bfloat16": 32}
+"""GGUF's general.file_type, for people and file browsers."""
+
+
+def _gguf_metadata(checkpoint: Checkpoint, keys: dict[str, object], form: str) -> tuple[dict[str, Typed], list[str]]:
+    metadata = {
+        "general.name": Typed("string", checkpoint.path.stem),
+        "general.file_type": Typed("uint32", _FILE_TYPE[form]),
+        "general.quantization_version": Typed("uint32", 2),
+    }
+    notes = []
+    vocabulary: dict[str, Typed] = {}
+    if isinstance(checkpoint.source, GGUFSource):
+        vocabulary = checkpoint.source.header.typed("tokenizer.")
+    else:
+        found = gguf_vocabulary.from_directory(checkpoint.path)
+        if found is None:
+            notes.append("the checkpoint has no tokenizer, so the GGUF file has none: llama.cpp needs one to chat")
+        else:
+            vocabulary = {key: Typed(kind, value) for key, (kind, value) in found.items()}
+    translated = {key: Typed(_gguf_type(value), value) for key, value in keys.items()}
+    return {**translated, **metadata, **vocabulary}, notes
+
+
+def _gguf_type(value: object) -> str:
+    match value:
+        case bool():
+            return "bool"
+        case int():
+            return "uint32"
+        case float():
+            return "float32"
+        case str():
+            return "string"
+    raise AssertionError(f"config_to_gguf gives numbers and strings, got {value!r}")
+
+
+def _stored(checkpoint: Checkpoint, piece: Piece, dtype: str) -> str:
+    if dtype != "keep":
+        return dtype
+    return str(checkpoint.parameters.dtype(piece.target)).removeprefix("torch.")
+
+
+def _common_dtype(checkpoint: Checkpoint, dtype: str) -> str:
+    """What config.json calls the checkpoint's dtype: that of its largest parameters."""
+    if dtype != "keep":
+        return dtype
+    return str(checkpoint.parameters.dtype("embed.weight")).removeprefix("torch.")
+
+
+def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    if isinstance(checkpoint.source, GGUFSource):
+        return gguf_vocabulary.to_files(checkpoint.source.metadata)
+    found = {name: checkpoint.path / name for name in TOKENIZER_FILES}
+    return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Fills the planned files inside the work folder, tensor by tensor, remembering which are safe."""
+
+    def __init__(self, work: Path, plan: Plan, fingerprint: str, resume: bool) -> None:
+        self.work, self.plan, self.fingerprint = work, plan, fingerprint
+        self.hashes: dict[str, str] = {}
+        self._open: dict[str, int] = {}
+        self._unsafe: list[str] = []
+        self._unsafe_bytes = 0
+        if work.exists() and resume:
+            self.hashes = self._finished()
+        else:
+            shutil.rmtree(work, ignore_errors=True)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            for file, size in plan.files.sizes.items():
+                fd = os.open(work / file, os.O_RDWR | os.O_CREAT, 0o644)
+                self._open[file] = fd
+                os.ftruncate(fd, size)
+                _write_all(fd, plan.files.headers[file], 0)
+            if not (work / _JOURNAL).exists():
+                self._append([{"fingerprint": fingerprint}])
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _finished(self) -> dict[str, str]:
+        """Tensors an earlier run has put safely on disk, or an error if that run was of something else."""
+        journal = self.work / _JOURNAL
+        if not journal.is_file():
+            return {}
+        lines = []
+        for line in journal.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break  # the crash tore the last line; that tensor is done again
+        if not lines:
+            journal.unlink()
+            return {}
+        if lines[0].get("fingerprint") != self.fingerprint:
+            raise CheckpointError(
+                f"{self.work} holds an unfinished conversion of another source or with other options. "
+                "Remove it, or start over with --no-resume."
+            )
+        return {line["tensor"]: line["sha256"] for line in lines[1:]}
+
+    def run(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
+        """Write what is missing, then the small files."""
+        total = sum(_nbytes(self.plan, name) for name in self.plan.tensors)
+        done = sum(_nbytes(self.plan, name) for name in self.hashes)
+        by_tensor: dict[str, list[Piece]] = {}
+        for piece in self.plan.pieces:
+            by_tensor.setdefault(piece.source, []).append(piece)
+        try:
+            for name, pieces in by_tensor.items():
+                if name in self.hashes:
+                    continue
+                digest = hashlib.sha256()
+                for raw, at in _encoded(checkpoint, self.plan, name, pieces):
+                    file, offset = self.plan.files.places[name]
+                    _write_all(self._open[file], raw, offset + at)
+                    digest.update(raw)
+                    done += len(raw)
+                    if progress is not None:
+                        progress(done, total, name)
+                self._finish(name, digest.hexdigest())
+            self._sync()
+            self._small_files(checkpoint)
+        except OSError as error:
+            raise self._failed(error) from None
+        finally:
+            for fd in self._open.values():
+                os.close(fd)
+
+    def _finish(self, name: str, sha256: str) -> None:
+        self.hashes[name] = sha256
+        self._unsafe.append(name)
+        self._unsafe_bytes += _nbytes(self.plan, name)
+        if self._unsafe_bytes >= _SYNC_BYTES:
+            self._sync()
+
+    def _sync(self) -> None:
+        """Data first, then the journal that vouches for it."""
+        for fd in self._open.values():
+            os.fsync(fd)
+        self._append([{"tensor": name, "sha256": self.hashes[name]} for name in self._unsafe])
+        self._unsafe, self._unsafe_bytes = [], 0
+
+    def _append(self, lines: list[dict[str, str]]) -> None:
+        with (self.work / _JOURNAL).open("a") as journal:
+            journal.writelines(json.dumps(line) + "\n" for line in lines)
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def _small_files(self, checkpoint: Checkpoint) -> None:
+        for name, content in self.plan.extra.items():
+            with (self.work / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if self.plan.to == "quadriga":
+            entries = {
+                name: engine_file.Entry(
+                    file=self.plan.files.places[name][0],
+                    offset=self.plan.files.places[name][1],
+                    shape=shape,
+                    format=form,
+                    nbytes=FORMATS[form].nbytes_of(shape),
+                    sha256=self.hashes[name],
+                )
+                for name, (shape, form) in self.plan.tensors.items()
+            }
+            engine_file.write_manifest(
+                self.work,
+                engine_file.Manifest(config=checkpoint.config, parameters=entries, made_from=checkpoint.path.name),
+            )
+        _sync_directory(self.work)
+
+    def _failed(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"cannot write to {self.work}: {error.strerror}. What was finished is kept: free some space or fix the "
+            "cause and run the same command again, it goes on from there."
+        )
+
+
+def _encoded(checkpoint: Checkpoint, plan: Plan, name: str, pieces: list[Piece]) -> Iterator[tuple[memoryview, int]]:
+    """The bytes of one result tensor in parts, each with its place inside the tensor."""
+    shape, form = plan.tensors[name]
+    for piece in pieces:
+        for cut in slices(piece, SLICE_BYTES // 4):
+            values = pack(checkpoint.parameters.read(cut.target, cut.target_box), cut)
+            box = cut.source_box or whole(shape)
+            assert all(r == (0, n) for r, n in zip(box[2:], shape[2:], strict=True)), "parts are runs of rows"
+            yield encode(values, form), FORMATS[form].nbytes_of((_first_element(box, shape),))
+
+
+def _first_element(box: tuple[tuple[int, int], ...], shape: Shape) -> int:
+    index = 0
+    for (start, _), size in zip(box, shape, strict=True):
+        index = index * size + start
+    return index
+
+
+def encode(values: Tensor, form: str) -> memoryview:
+    """A tensor's numbers in a stored format, as bytes."""
+    if form in PLAIN:
+        plain = values.to(getattr(torch, form)).contiguous()
+        return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(codec.quantize(values.float().contiguous().numpy(), form))
+
+
+def _write_all(fd: int, raw: bytes | memoryview, offset: int) -> None:
+    view = memoryview(raw)
+    while len(view):
+        written = os.pwrite(fd, view[: 1 << 30], offset)
+        view, offset = view[written:], offset + written
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _nbytes(plan: Plan, name: str) -> int:
+    shape, form = plan.tensors[name]
+    return FORMATS[form].nbytes_of(shape)
+
+
+def _fingerprint(path: Path, plan: Plan) -> str:
+    """Changes whenever the source's files or the planned bytes do."""
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
+    seen: list[Any] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    digest = hashlib.sha256(json.dumps([str(path.resolve()), seen]).encode())
+    for file, header in sorted(plan.files.headers.items()):
+        digest.update(file.encode() + header)
+    return digest.hexdigest()
+
+
+# Dry run -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a conversion of a checkpoint would read, from its configuration and index alone."""
+
+    layout: str
+    n_tensors: int
+    n_parameters: int
+    n_files: int
+    files_present: int
+    source_of: dict[str, list[str]]
+    """Parameter -> the stored tensors that fill it."""
+
+
+def dry_run(path: Path) -> DryRun:
+    """Map a checkpoint by name and shape without its weights: config.json and an index are enough.
+
+    Where the shards are missing, shapes are those the configuration demands; where they are there, the stored ones.
+
+    Raises:
+        CheckpointError: names (or, with shards, shapes) that do not match, with both lists.
+        ConfigError: a configuration no model of ours can have.
+    """
+    index = path / INDEX
+    files: set[str] = set()
+    if index.is_file() and (path / "config.json").is_file():
+        table = read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
+            raise CheckpointError(f"{INDEX} must have a 'weight_map' from tensor names to file names")
+        files = set(table.values())
+    if not files or all((path / file).is_file() for file in files):
+        checkpoint = open_checkpoint(path)
+        checkpoint.close()
+        return _report(checkpoint.layout, checkpoint.pieces, len(files) or 1, len(files) or 1)
+    config = locate(path).config
+    family = families.family_of(config)
+    layout, pieces = pick_layout(family, config, dict.fromkeys(table, ()))
+    demanded = source_shapes(pieces)
+    named = {name: demanded.get(name, ()) for name in table}
+    check_cover(pieces, parameter_shapes(config), without_extras(family, config, named, pieces))
+    return _report(layout, pieces, len(files), sum((path / file).is_file() for file in files))
+
+
+def _report(layout: str, pieces: list[Piece], n_files: int, present: int) -> DryRun:
+    source_of: dict[str, list[str]] = {}
+    for piece in pieces:
+        source_of.setdefault(piece.target, []).append(piece.source)
+    return DryRun(layout, len({p.source for p in pieces}), len(source_of), n_files, present, source_of)

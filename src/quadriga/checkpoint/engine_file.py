@@ -1,0 +1,202 @@
+"""Quadriga's own directory: parameters under their canonical names, and a manifest that can prove them.
+
+    quadriga.json            what the model is, and for every parameter its file, format and sha256
+    weights-0000i-of-N.safetensors
+    tokenizer files          as they came with the source
+
+The manifest is written last, so a directory that has one is complete. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from quadriga.checkpoint.json_files import read_json
+from quadriga.errors import CheckpointError
+from quadriga.model.config import (
+    AlibiSpec,
+    AttentionSpec,
+    DenseSpec,
+    ModelConfig,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+)
+from quadriga.model.weight_map import Shape, parameter_shapes
+
+MANIFEST = "quadriga.json"
+WEIGHTS_STEM = "weights"
+_VERSION = 1
+_HASH_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One parameter of the directory."""
+
+    file: str
+    offset: int
+    """Of its first byte in the file."""
+    shape: tuple[int, ...]
+    format: str
+    """A torch dtype name; later, a block format."""
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of quadriga.json."""
+
+    config: ModelConfig
+    parameters: dict[str, Entry]
+    made_from: str
+    """What the directory was converted from, for people."""
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Put the manifest in place, on disk before it has its name.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    body = {
+        "quadriga": _VERSION,
+        "made_from": manifest.made_from,
+        "config": config_to_json(manifest.config),
+        "parameters": {name: asdict(entry) for name, entry in manifest.parameters.items()},
+    }
+    write_text(directory / MANIFEST, json.dumps(body, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small file, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check quadriga.json: every parameter of its model must be there, with the right shape.
+
+    Raises:
+        CheckpointError: malformed, of another version, or incomplete.
+        ConfigError: a configuration that no model can have.
+    """
+    body = read_json(directory / MANIFEST)
+    if body.get("quadriga") != _VERSION:
+        raise CheckpointError(
+            f"{MANIFEST} must have version {_VERSION}, got {body.get('quadriga')!r}. "
+            "It was made by another release of Quadriga; convert the original checkpoint again."
+        )
+    try:
+        parameters = msgspec.convert(body.get("parameters"), dict[str, Entry])
+        config = config_from_json(body.get("config"))
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{MANIFEST} is malformed: {error}") from None
+    expected = parameter_shapes(config)
+    wrong = sorted(n for n in expected.keys() | parameters.keys() if not _matches(parameters.get(n), expected.get(n)))
+    if wrong:
+        raise CheckpointError(f"{MANIFEST} does not describe its model: {len(wrong)} parameters differ, {wrong[:4]}")
+    for entry in parameters.values():
+        if entry.file != Path(entry.file).name or not entry.file.endswith(".safetensors"):
+            raise CheckpointError(f"{MANIFEST} names the file {entry.file[:80]!r}; weights lie beside it")
+    return Manifest(config=config, parameters=parameters, made_from=str(body.get("made_from", "")))
+
+
+def _matches(entry: Entry | None, shape: Shape | None) -> bool:
+    return entry is not None and shape is not None and tuple(entry.shape) == shape
+
+
+def verify(directory: Path, progress: Callable[[int, int, str], None] | None = None) -> list[str]:
+    """Hash every parameter again.
+
+    Returns:
+        names of the parameters whose bytes are not what the manifest says; empty if all is well.
+    """
+    manifest = read_manifest(directory)
+    total = sum(entry.nbytes for entry in manifest.parameters.values())
+    done, broken = 0, []
+    for name, entry in manifest.parameters.items():
+        digest = hashlib.sha256()
+        try:
+            with (directory / entry.file).open("rb") as file:
+                file.seek(entry.offset)
+                left = entry.nbytes
+                while left and (chunk := file.read(min(left, _HASH_CHUNK))):
+                    digest.update(chunk)
+                    left -= len(chunk)
+        except OSError:
+            left = entry.nbytes
+        if left or digest.hexdigest() != entry.sha256:
+            broken.append(name)
+        done += entry.nbytes
+        if progress is not None:
+            progress(done, total, name)
+    return broken
+
+
+# ModelConfig as JSON -------------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+_KINDS = {"rope": RopeSpec, "alibi": AlibiSpec, "dense": DenseSpec, "moe": MoESpec}
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """A config as plain JSON values; the tagged alternatives carry their ``kind``."""
+    body = asdict(config)
+    for name in ("position", "ffn"):
+        spec = getattr(config, name)
+        body[name] = {"kind": next(kind for kind, cls in _KINDS.items() if type(spec) is cls), **body[name]}
+    return body
+
+
+def config_from_json(body: object) -> ModelConfig:
+    """The inverse of :func:`config_to_json`; unknown and missing fields are refused.
+
+    Raises:
+        CheckpointError: not the JSON of a config.
+        ConfigError: values that no model can have.
+    """
+    if not isinstance(body, dict):
+        raise CheckpointError(f"{MANIFEST} has no config")
+    fields = dict(body)
+    fields["norm"] = _spec(NormSpec, body.get("norm"))
+    fields["attn"] = _spec(AttentionSpec, body.get("attn"))
+    for name, kinds in (("position", ("rope", "alibi")), ("ffn", ("dense", "moe"))):
+        inner = body.get(name)
+        kind = inner.get("kind") if isinstance(inner, dict) else None
+        if kind not in kinds:
+            raise CheckpointError(f"{MANIFEST}: config.{name}.kind must be one of {', '.join(kinds)}; got {kind!r}")
+        assert isinstance(inner, dict)
+        fields[name] = _spec(_KINDS[kind], {key: value for key, value in inner.items() if key != "kind"})
+    if isinstance(fields.get("eos_ids"), list):
+        fields["eos_ids"] = tuple(fields["eos_ids"])
+    return _build(ModelConfig, fields)
+
+
+def _spec(cls: type, body: object) -> Any:
+    if not isinstance(body, dict):
+        raise CheckpointError(f"{MANIFEST}: the config has no {cls.__name__}")
+    return _build(cls, body)
+
+
+def _build(cls: type[T], fields: dict[str, Any]) -> T:
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise CheckpointError(f"{MANIFEST}: {error}") from None

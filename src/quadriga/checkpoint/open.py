@@ -1,0 +1,207 @@
+"""Opening a checkpoint of any kind: its configuration, its tensors under their weight map, its tokenizer.
+
+    locate ──► source + pieces ──► check_cover ──► ParameterView ──► load_parameters / convert
+
+The cover check comes before any weight is read: every stored tensor is used exactly once and every parameter filled
+exactly once, or one error lists both sides.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quadriga.checkpoint import catalogue, engine_file
+from quadriga.checkpoint.detect import Kind, locate
+from quadriga.checkpoint.gguf_source import GGUFSource
+from quadriga.checkpoint.grok_pickle import GrokSource
+from quadriga.checkpoint.parameters import SLICE_BYTES, ParameterView, Progress, slices
+from quadriga.checkpoint.source import TensorSource
+from quadriga.checkpoint.tensor_files import SafetensorsSource
+from quadriga.errors import CheckpointError
+from quadriga.model import families
+from quadriga.model.config import ModelConfig
+from quadriga.model.families.base import Family, pick_layout
+from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shapes, whole
+from quadriga.text import tokenizer as tokenizers
+from quadriga.text.tokenizer import Tokenizer
+
+@dataclass
+class Checkpoint:
+    """An open checkpoint. Close it when done; parameters already read stay valid."""
+
+    kind: Kind
+    path: Path
+    config: ModelConfig
+    layout: str
+    """Which layout the tensors are in, e.g. "fused" or "gguf"."""
+    source: TensorSource
+    pieces: list[Piece]
+
+    def __post_init__(self) -> None:
+        self.parameters = ParameterView(self.source, self.pieces)
+
+    def load_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that came with the weights, or None."""
+        if isinstance(self.source, GGUFSource):
+            return tokenizers.load_gguf(self.source.metadata)
+        return tokenizers.load_directory(self.path, cl100k_ranks=lambda: catalogue.resolve("cl100k_base"))
+
+    def close(self) -> None:
+        """Release the files."""
+        self.source.close()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open whatever lies at ``path`` and hold it to its configuration.
+
+    Raises:
+        CheckpointError: nothing there, malformed files, or tensors that do not match the configuration.
+        ConfigError: a configuration no model of ours can have.
+    """
+    found = locate(path)
+    config = found.config
+    match found.kind:
+        case "gguf":
+            gguf = GGUFSource(found.path)
+            family = families.family_of(config)
+            assert family.gguf_map is not None, "a family whose GGUF config was read has a GGUF map"
+            return _checked("gguf", found.path, config, "gguf", gguf, family.gguf_map(config), family)
+        case "grok":
+            pieces = families.family_of(config).layouts["jax"](config)
+            return _checked("grok", found.path, config, "jax", GrokSource(found.path, pieces), pieces, None)
+        case "quadriga":
+            native = SafetensorsSource(found.path)
+            _match_manifest(found.path, native)
+            return _checked("quadriga", found.path, config, "quadriga", native, identity_map(config), None)
+        case "hf":
+            source = SafetensorsSource(found.path)
+            family = families.family_of(config)
+            shapes = {name: info.shape for name, info in source.tensors.items()}
+            layout, pieces = pick_layout(family, config, shapes)
+            return _checked("hf", found.path, config, layout, source, pieces, family)
+
+
+def identity_map(config: ModelConfig) -> list[Piece]:
+    """The weight map of Quadriga's own directory: every parameter under its own name."""
+    return [
+        Piece(source=name, source_shape=shape, target=name, target_shape=shape)
+        for name, shape in parameter_shapes(config).items()
+    ]
+
+
+def load_parameters(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Every parameter in memory, part by part, under the names of ``parameter_shapes``.
+
+    Args:
+        dtype: what they become; None keeps each as it is stored (block formats become float32).
+        progress: called after each part.
+    """
+    view = checkpoint.parameters
+    parts = {
+        name: list(slices(_own(name, shape), SLICE_BYTES // 4))
+        for name, shape in parameter_shapes(checkpoint.config).items()
+    }
+    total = sum(prod(shape) for shape in parameter_shapes(checkpoint.config).values())
+    done = 0
+    loaded: dict[str, Tensor] = {}
+    for name, cuts in parts.items():
+        out = torch.empty(cuts[0].target_shape, dtype=dtype or view.dtype(name), device=device)
+        for cut in cuts:
+            assert cut.target_box is not None, "slices carry their boxes"
+            out[tuple(slice(*r) for r in cut.target_box)] = view.read(name, cut.target_box).to(device)
+            done += prod(tuple(b - a for a, b in cut.target_box))
+            if progress is not None:
+                progress(done * out.element_size(), total * out.element_size(), name)
+        loaded[name] = out
+    return loaded
+
+
+def _own(name: str, shape: Shape) -> Piece:
+    return Piece(source=name, source_shape=shape, target=name, target_shape=shape)
+
+
+def _checked(
+    kind: Kind,
+    path: Path,
+    config: ModelConfig,
+    layout: str,
+    source: TensorSource,
+    pieces: list[Piece],
+    family: Family | None,
+) -> Checkpoint:
+    try:
+        shapes = {name: info.shape for name, info in source.tensors.items()}
+        if family is not None:
+            shapes = without_extras(family, config, shapes, pieces, source)
+        check_cover(pieces, parameter_shapes(config), shapes)
+    except BaseException:
+        source.close()
+        raise
+    return Checkpoint(kind, path, config, layout, source, pieces)
+
+
+def without_extras(
+    family: Family,
+    config: ModelConfig,
+    shapes: Mapping[str, Shape],
+    pieces: list[Piece],
+    source: TensorSource | None = None,
+) -> dict[str, Shape]:
+    """The stored tensors that carry the model: without the family's documented ignorable ones and tied copies.
+
+    Raises:
+        CheckpointError: a stored copy of a tied tensor differs from it (only checked where ``source`` is given).
+    """
+    used = {piece.source for piece in pieces}
+    kept = {
+        name: shape
+        for name, shape in shapes.items()
+        if name in used or not any(fnmatch.fnmatchcase(name, pattern) for pattern in family.ignored_tensors)
+    }
+    if config.tied_embeddings:
+        for copy, original in family.tied_copies.items():
+            if copy in kept and copy not in used and original in kept:
+                if source is not None and not _same(source, copy, original, kept[copy]):
+                    raise CheckpointError(
+                        f"the configuration ties {copy} to {original}, but the file stores two different tensors. "
+                        "Check tie_word_embeddings in config.json."
+                    )
+                del kept[copy]
+    return kept
+
+
+def _same(source: TensorSource, a: str, b: str, shape: Shape) -> bool:
+    if source.tensors[a] != source.tensors[b]:
+        return False
+    step = max(1, SLICE_BYTES // max(1, 4 * prod(shape[1:])))
+    boxes = (((i, min(i + step, shape[0])), *whole(shape[1:])) for i in range(0, shape[0], step))
+    return all(torch.equal(source.read(a, box), source.read(b, box)) for box in boxes)
+
+
+def _match_manifest(path: Path, source: SafetensorsSource) -> None:
+    manifest = engine_file.read_manifest(path)
+    wrong = [
+        name
+        for name, entry in manifest.parameters.items()
+        if name not in source.tensors
+        or source.tensors[name].dtype != entry.format
+        or source.tensors[name].shape != tuple(entry.shape)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} parameters are not stored as {engine_file.MANIFEST} says, e.g. {wrong[:4]}. Files were "
+            "mixed or changed; convert the original checkpoint again."
+        )
