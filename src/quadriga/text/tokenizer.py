@@ -153,7 +153,7 @@ def load_directory(path: Path, cl100k_ranks: Callable[[], Path] | None = None) -
     Raises:
         TokenizerError: a file is malformed, too large, or names tokens that do not exist.
     """
-    config = _read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
+    config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
     template = _chat_template(path, config)
     if (path / "tokenizer.json").exists():
         return _from_tokenizer_json(path / "tokenizer.json", config, template, _generation_eos(path))
@@ -219,9 +219,6 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
     if model is None or model == "no_vocab":
         return None
     tokens = _string_list(metadata, "tokenizer.ggml.tokens")
-    types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
-    if len(types) != len(tokens):
-        raise TokenizerError(f"tokenizer.ggml.token_type must have {len(tokens)} entries, got {len(types)}")
 
     def token_id(name: str) -> int | None:
         value = metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -229,36 +226,29 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
             raise TokenizerError(f"tokenizer.ggml.{name}_token_id must be below {len(tokens)}, got {value!r}")
         return value
 
+    bos, pad = token_id("bos"), token_id("padding")
     eos = [i for i in (token_id("eos"), token_id("eot"), token_id("eom")) if i is not None]
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise TokenizerError("tokenizer.chat_template must be a string")
     if model == "gpt2":
-        special = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind in (_UNKNOWN, _CONTROL)}
+        vocabulary = _HuggingFace(gguf_bpe_spec(metadata), "the GGUF vocabulary")
         return Tokenizer(
-            _gguf_bpe(metadata, tokens, types, special),
-            special_ids=special,
-            bos_id=token_id("bos"),
+            vocabulary,
+            special_ids=vocabulary.special_ids,
+            bos_id=bos,
             eos_ids=eos,
-            pad_id=token_id("padding"),
+            pad_id=pad,
             add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
             chat_template=template,
         )
     if model == "llama":
-        scores = metadata.get("tokenizer.ggml.scores")
-        if not isinstance(scores, (list, tuple)) and not hasattr(scores, "__len__"):
-            raise TokenizerError("tokenizer.ggml.scores is missing; a 'llama' vocabulary needs one per token")
-        assert scores is not None
-        if len(scores) != len(tokens):
-            raise TokenizerError(f"tokenizer.ggml.scores must have {len(tokens)} entries, got {len(scores)}")
-        space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-        proto = _sentencepiece_proto(tokens, scores, types, space)
-        return _SentencePiece(proto, "the GGUF vocabulary").tokenizer(
+        return _SentencePiece(gguf_sentencepiece(metadata), "the GGUF vocabulary").tokenizer(
             add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", True)),
             chat_template=template,
-            bos=token_id("bos"),
+            bos=bos,
             eos=eos,
-            pad=token_id("padding"),
+            pad=pad,
         )
     raise TokenizerError(f"tokenizer.ggml.model must be 'gpt2' or 'llama', got {model!r}")
 
@@ -349,7 +339,7 @@ class _HuggingFace:
 def _from_tokenizer_json(
     path: Path, config: Mapping[str, Any], template: str | None, generation_eos: list[int]
 ) -> Tokenizer:
-    spec = _read_json(path)
+    spec = read_json(path)
     if not isinstance(spec.get("model"), dict):
         raise TokenizerError(f"{path.name} must be an object with a 'model'; it is not a tokenizers file")
     added = spec.get("added_tokens") or []
@@ -391,23 +381,27 @@ def _from_tokenizer_json(
     )
 
 
-def _gguf_bpe(
-    metadata: Mapping[str, Any], tokens: list[str], types: Sequence[int], special: Mapping[str, int]
-) -> _HuggingFace:
+def gguf_bpe_spec(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A GGUF 'gpt2' vocabulary in the form of a tokenizer.json.
+
+    Raises:
+        TokenizerError: an unknown splitting pattern, or lists that do not fit together.
+    """
+    tokens, types = _string_list(metadata, "tokenizer.ggml.tokens"), _token_types(metadata)
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if pre not in GGUF_PATTERNS:
         raise TokenizerError(
-            f"tokenizer.ggml.pre must be one of {', '.join(sorted(GGUF_PATTERNS))}; got {pre!r}. "
-            "Its text would be split wrongly, so it is refused; put the model's tokenizer.json beside the GGUF file."
+            f"tokenizer.ggml.pre must be one of {', '.join(sorted(GGUF_PATTERNS))}; got {pre!r}. Its text would be "
+            "split wrongly, so it is refused. Convert the model's safetensors with its tokenizer.json instead."
         )
     merges = _string_list(metadata, "tokenizer.ggml.merges")
     if any(merge.count(" ") != 1 for merge in merges):
         raise TokenizerError("tokenizer.ggml.merges must be pairs separated by one space")
+    flags = {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
     added = [
-        {"id": i, "content": t, "special": t in special, "normalized": False}
-        | {"single_word": False, "lstrip": False, "rstrip": False}
-        for i, t in enumerate(tokens)
-        if t in special or types[i] == _USER_DEFINED
+        {"id": i, "content": text, "special": kind in (_UNKNOWN, _CONTROL), **flags}
+        for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
     splits: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -417,7 +411,7 @@ def _gguf_bpe(
     vocab = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(vocab) != len(tokens):
         raise TokenizerError("tokenizer.ggml.tokens lists a token twice")
-    spec = {
+    return {
         "version": "1.0",
         "added_tokens": added,
         "normalizer": None,
@@ -433,7 +427,6 @@ def _gguf_bpe(
             "byte_fallback": False,
         },
     }
-    return _HuggingFace(spec, "the GGUF vocabulary")
 
 
 @lru_cache(maxsize=1)
@@ -447,7 +440,7 @@ def _byte_alphabet() -> dict[str, int]:
 # SentencePiece -------------------------------------------------------------------------------------------------------
 
 # Piece types, the same numbers in SentencePiece's model file and in GGUF.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
 
 class _SentencePiece:
@@ -522,10 +515,18 @@ def _piece_bytes(piece: str) -> bytes:
     return piece.replace("▁", " ").encode()
 
 
-def _sentencepiece_proto(
-    tokens: list[str], scores: Sequence[float], types: Sequence[int], add_space_prefix: bool
-) -> bytes:
-    """A SentencePiece ModelProto with a GGUF file's pieces, scores and types (field numbers: sentencepiece_model.proto)."""
+def gguf_sentencepiece(metadata: Mapping[str, Any]) -> bytes:
+    """A GGUF 'llama' vocabulary in the form of a SentencePiece model file.
+
+    Field numbers are those of sentencepiece_model.proto (google/sentencepiece).
+
+    Raises:
+        TokenizerError: lists that do not fit together.
+    """
+    tokens, types = _string_list(metadata, "tokenizer.ggml.tokens"), _token_types(metadata)
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise TokenizerError(f"tokenizer.ggml.scores must have {len(tokens)} numbers; a 'llama' vocabulary needs them")
 
     def varint(n: int) -> bytes:
         out = bytearray()
@@ -544,11 +545,11 @@ def _sentencepiece_proto(
         block(1, block(1, token.encode()) + b"\x15" + struct.pack("<f", score) + number(3, int(kind)))
         for token, score, kind in zip(tokens, scores, types, strict=True)
     )
-    bpe, unknown = 2, list(types).index(_UNKNOWN) if _UNKNOWN in types else 0
-    byte_fallback = int(6 in types)
-    trainer = number(3, bpe) + number(35, byte_fallback) + number(40, unknown)
+    bpe, unknown = 2, types.index(_UNKNOWN) if _UNKNOWN in types else 0
+    trainer = number(3, bpe) + number(35, int(_BYTE in types)) + number(40, unknown)
+    add_space_prefix = int(metadata.get("tokenizer.ggml.add_space_prefix", True))
     # Grok-1 and LLaMA normalise nothing: spaces are kept as they are.
-    normaliser = block(1, b"identity") + number(3, int(add_space_prefix)) + number(4, 0) + number(5, 1)
+    normaliser = block(1, b"identity") + number(3, add_space_prefix) + number(4, 0) + number(5, 1)
     return pieces + block(2, trainer) + block(3, normaliser)
 
 
@@ -565,7 +566,12 @@ def _read_bytes(path: Path) -> bytes:
         raise TokenizerError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A tokenizer's JSON file, bounded in size and depth.
+
+    Raises:
+        TokenizerError: it cannot be read, or is no JSON object.
+    """
     raw = _read_bytes(path)
     depth = deepest = 0
     for bracket in re.finditer(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', raw, re.DOTALL):
@@ -600,11 +606,19 @@ def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
 
 def _generation_eos(path: Path) -> list[int]:
     file = path / "generation_config.json"
-    value = _read_json(file).get("eos_token_id") if file.exists() else None
+    value = read_json(file).get("eos_token_id") if file.exists() else None
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and i >= 0 for i in ids):
         raise TokenizerError(f"eos_token_id in generation_config.json must be token ids, got {value!r}")
     return ids
+
+
+def _token_types(metadata: Mapping[str, Any]) -> list[int]:
+    n = len(_string_list(metadata, "tokenizer.ggml.tokens"))
+    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * n)
+    if not isinstance(types, list) or len(types) != n:
+        raise TokenizerError(f"tokenizer.ggml.token_type must have {n} entries")
+    return types
 
 
 def _string_list(metadata: Mapping[str, Any], key: str) -> list[str]:
