@@ -1,6 +1,6 @@
 """Facts about this machine and this process: memory, processor, folders, threads, dtypes and devices.
 
-The only module that reads ``os.environ``. It imports torch only inside the functions that return torch objects, so that
+The only module that touches ``os.environ``. It imports torch only inside the functions that return torch objects, so that
 commands which compute nothing (``--help``, ``info``, ``models``) never pay for it.
 
 Environment variables (all optional):
@@ -39,6 +39,11 @@ def setting(name: str) -> str | None:
 def debug() -> bool:
     """True if commands should show tracebacks."""
     return setting("DEBUG") == "1"
+
+
+def set_debug() -> None:
+    """Make :func:`debug` true for this process and its children."""
+    os.environ["QUADRIGA_DEBUG"] = "1"
 
 
 def cache_dir() -> Path:

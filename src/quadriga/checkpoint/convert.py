@@ -201,6 +201,7 @@ _FILE_TYPE = {"float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "bfloat16": 32}
 
 def _gguf_metadata(checkpoint: Checkpoint, keys: dict[str, object], form: str) -> tuple[dict[str, Typed], list[str]]:
     metadata = {
+        "general.architecture": Typed("string", families.family_of(checkpoint.config).gguf_archs[0]),
         "general.name": Typed("string", checkpoint.path.stem),
         "general.file_type": Typed("uint32", _FILE_TYPE[form]),
         "general.quantization_version": Typed("uint32", 2),
@@ -216,7 +217,7 @@ def _gguf_metadata(checkpoint: Checkpoint, keys: dict[str, object], form: str) -
         else:
             vocabulary = {key: Typed(kind, value) for key, (kind, value) in found.items()}
     translated = {key: Typed(_gguf_type(value), value) for key, value in keys.items()}
-    return {**translated, **metadata, **vocabulary}, notes
+    return {**metadata, **translated, **vocabulary}, notes
 
 
 def _gguf_type(value: object) -> str:
@@ -406,8 +407,8 @@ def encode(values: Tensor, form: str) -> memoryview:
     """A tensor's numbers in a stored format, as bytes."""
     if form in PLAIN:
         plain = values.to(getattr(torch, form)).contiguous()
-        return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
-    return memoryview(codec.quantize(values.float().contiguous().numpy(), form))
+        return plain.reshape(-1).view(torch.uint8).numpy().data
+    return codec.quantize(values.float().contiguous().numpy(), form).data
 
 
 def _write_all(fd: int, raw: bytes | memoryview, offset: int) -> None:
@@ -465,14 +466,13 @@ def dry_run(path: Path) -> DryRun:
         CheckpointError: names (or, with shards, shapes) that do not match, with both lists.
         ConfigError: a configuration no model of ours can have.
     """
-    index = path / INDEX
-    files: set[str] = set()
-    if index.is_file() and (path / "config.json").is_file():
-        table = read_json(index).get("weight_map")
+    table: dict[str, str] = {}
+    if (path / INDEX).is_file() and (path / "config.json").is_file():
+        table = read_json(path / INDEX).get("weight_map") or {}
         if not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
             raise CheckpointError(f"{INDEX} must have a 'weight_map' from tensor names to file names")
-        files = set(table.values())
-    if not files or all((path / file).is_file() for file in files):
+    files = set(table.values())
+    if all((path / file).is_file() for file in files):
         checkpoint = open_checkpoint(path)
         checkpoint.close()
         return _report(checkpoint.layout, checkpoint.pieces, len(files) or 1, len(files) or 1)

@@ -29,14 +29,15 @@ class KVCache:
     ) -> None:
         self.config = config
         self.lengths = [0] * n_sequences
-        self._options = {"dtype": dtype, "device": torch.device(device)}
+        self.dtype, self.device = dtype, torch.device(device)
         self._capacity = 0
         self.keys: list[Tensor] = [self._strip(0) for _ in range(config.n_layers)]
         self.values: list[Tensor] = [self._strip(0) for _ in range(config.n_layers)]
 
     def _strip(self, capacity: int) -> Tensor:
         attn = self.config.attn
-        return torch.empty((len(self.lengths), attn.n_kv_heads, capacity, attn.head_dim), **self._options)  # type: ignore[call-overload,no-any-return]
+        shape = (len(self.lengths), attn.n_kv_heads, capacity, attn.head_dim)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the positions of one sequence from ``length`` on."""
@@ -80,7 +81,7 @@ class CacheContext:
 
     def __init__(self, cache: KVCache, starts: list[int], new_tokens: list[int]) -> None:
         self.cache = cache
-        device = cache._options["device"]
+        device = cache.device
         spans = [torch.arange(start, start + n) for start, n in zip(starts, new_tokens, strict=True)]
         self.positions = torch.cat(spans).to(device)
         self._single = len(new_tokens) == 1

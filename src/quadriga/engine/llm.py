@@ -103,7 +103,8 @@ class LLM:
     def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Logits of every position of one sequence: ids (T,) -> (T, V) float32."""
         ids = self._check_ids(token_ids)
-        return self.model(ids, PackedContext([len(ids)], self.device)).logits.float()
+        logits: Tensor = self.model(ids, PackedContext([len(ids)], self.device)).logits
+        return logits.float()
 
     @torch.inference_mode()
     def routing(self, token_ids: Sequence[int] | Tensor) -> list[RouterStats]:

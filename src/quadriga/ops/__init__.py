@@ -57,7 +57,8 @@ def norm(x: Tensor, weight: Tensor, kind: str, eps: float) -> Tensor:
     Returns:
         (N, D) in x's dtype.
     """
-    return backend_for(x).norm(x, weight, kind, eps)
+    out: Tensor = backend_for(x).norm(x, weight, kind, eps)
+    return out
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -70,7 +71,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         (N, heads, d) in x's dtype.
     """
-    return backend_for(x).rope(x, cos, sin)
+    out: Tensor = backend_for(x).rope(x, cos, sin)
+    return out
 
 
 def attention(
@@ -96,9 +98,10 @@ def attention(
     Returns:
         (B, H, T, d) in q's dtype. Rows whose position is negative (padding) are finite and meaningless.
     """
-    return backend_for(q).attention(
+    out: Tensor = backend_for(q).attention(
         q, k, v, scale=scale, q_positions=q_positions, soft_cap=soft_cap, alibi_slopes=alibi_slopes
     )
+    return out
 
 
 def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None) -> Routing:
@@ -110,7 +113,8 @@ def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None) -> R
     Args:
         x: (N, D). weight: (E, D).
     """
-    return backend_for(x).route(x, weight, top_k, normalize_p)
+    out: Routing = backend_for(x).route(x, weight, top_k, normalize_p)
+    return out
 
 
 def experts(
@@ -134,9 +138,11 @@ def experts(
     Returns:
         (N, D) in x's dtype.
     """
-    return backend_for(x).experts(x, routing_ids, combine, w_gate, w_up, w_down, activation)
+    out: Tensor = backend_for(x).experts(x, routing_ids, combine, w_gate, w_up, w_down, activation)
+    return out
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
     """Elementwise non-linearity by name: silu, gelu (erf), gelu_tanh, relu."""
-    return backend_for(x).activate(x, activation)
+    out: Tensor = backend_for(x).activate(x, activation)
+    return out

@@ -133,5 +133,5 @@ def _grouped_linear(rows: Tensor, w: Tensor, counts: Tensor, sizes: list[int] | 
     if sizes is None:
         return F.grouped_mm(rows, w.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
     # unbind, not w[e]: indexing would write a full-size zero gradient for every expert in the backward pass.
-    parts = zip(rows.split(sizes), w.unbind(0), strict=True)
+    parts = zip(torch.split(rows, sizes), w.unbind(0), strict=True)
     return torch.cat([F.linear(part, weight) for part, weight in parts if part.shape[0]])

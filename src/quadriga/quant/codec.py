@@ -2,7 +2,8 @@
 
 Everything works on a NumPy array of whole blocks, (n_blocks, bytes a block) uint8 <-> (n_blocks, elements a block)
 float32. Scales are float16 on disk and multiply in float32, in the order ggml multiplies them, so that unpacking is
-bit-exact to ggml's.
+bit-exact to ggml's. Scales may be Inf or NaN in a broken file; they come out as the arithmetic has it (Inf * 0 = NaN),
+never as a finite number. Packing refuses what a block cannot hold. Plain floats are not blocks: torch casts them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from quadriga.errors import CheckpointError
 from quadriga.quant.formats import FORMATS
 
 Bytes = NDArray[np.uint8]
@@ -30,7 +32,6 @@ def dequantize(raw: Bytes, name: str) -> Floats:
     """
     spec = FORMATS[name]
     blocks = raw.reshape(-1, spec.nbytes)
-    # NaN and Inf scales are possible in hostile or broken files; they must come out as they are, not as a warning.
     with np.errstate(invalid="ignore", over="ignore"):
         return _UNPACK[name](blocks).reshape(-1)
 
@@ -40,6 +41,9 @@ def quantize(values: Floats, name: str) -> Bytes:
 
     Returns:
         uint8 (n_blocks * bytes a block,).
+
+    Raises:
+        CheckpointError: a value is NaN or infinite, or so large that its block's scale is beyond float16.
     """
     spec = FORMATS[name]
     blocks = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, spec.block)
@@ -88,13 +92,13 @@ def _unpack_q5_1(blocks: Bytes) -> Floats:
     return q.astype(np.float32) * _half(blocks, 0) + _half(blocks, 2)
 
 
-# 256-element blocks: 16 sub-blocks of 16 (q2_k, q3_k, q6_k) or 8 of 32 (q4_k, q5_k) ------------------------------------
+# 256-element blocks: 16 sub-blocks of 16 (q2_k, q3_k, q6_k) or 8 of 32 (q4_k, q5_k) -----------------------------------
 
 
 def _crumbs(packed: Bytes) -> NDArray[np.uint8]:
     """(n, 64) bytes of four 2-bit numbers -> (n, 256): each 32 bytes give four runs of 32, lowest bits first."""
     halves = packed.reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], dtype=np.uint8).reshape(1, 1, 4, 1)
-    return (halves & 3).reshape(-1, 256)
+    return (halves & np.uint8(3)).reshape(-1, 256)
 
 
 def _spread(per_subblock: Floats, length: int) -> Floats:
@@ -109,7 +113,7 @@ def _unpack_q2_k(blocks: Bytes) -> Floats:
 
 
 def _unpack_q3_k(blocks: Bytes) -> Floats:
-    high = np.unpackbits(blocks[:, :32, None], axis=2, bitorder="little")  # (n, 32, 8): bit j of byte i: element 32 j + i
+    high = np.unpackbits(blocks[:, :32, None], axis=2, bitorder="little")  # bit j of byte i: element 32 j + i
     third = high.transpose(0, 2, 1).reshape(-1, 256)
     low = _crumbs(blocks[:, 32:96]).astype(np.int8)
     q = low - np.where(third == 1, 0, 4).astype(np.int8)  # a clear high bit means minus four
@@ -138,7 +142,7 @@ def _affine_k(blocks: Bytes, q: NDArray[np.uint8]) -> Floats:
 def _nibble_runs(packed: Bytes) -> NDArray[np.uint8]:
     """(n, 128) -> (n, 256): each 32 bytes give a run of 32 low nibbles, then one of 32 high nibbles."""
     runs = packed.reshape(-1, 4, 1, 32) >> np.array([0, 4], dtype=np.uint8).reshape(1, 1, 2, 1)
-    return (runs & 15).reshape(-1, 256)
+    return (runs & np.uint8(15)).reshape(-1, 256)
 
 
 def _unpack_q4_k(blocks: Bytes) -> Floats:
@@ -176,21 +180,34 @@ _UNPACK: dict[str, Callable[[Bytes], Floats]] = {
 
 
 def _inverse(scale: Floats) -> Floats:
-    with np.errstate(divide="ignore"):
-        return np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    """1 / scale; 0 where scale is 0, or so small that the inverse overflows: such a block is stored as zeros."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / scale
+    return np.where(np.isinf(inverse), np.float32(0), inverse)
 
 
 def _as_half(scale: Floats) -> Bytes:
-    with np.errstate(over="ignore"):  # beyond float16 becomes Inf, as in ggml
-        return scale.astype(np.float16).view(np.uint8)
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = scale.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise CheckpointError(
+            "weights to be quantised must be finite, and their blocks' scales below 65520 (float16): got "
+            f"{scale[~np.isfinite(half)][0]}. Check the source with another format, e.g. bfloat16."
+        )
+    return half.view(np.uint8)
+
+
+def _round_half_away(values: Floats) -> Floats:
+    """C's roundf. Adding one half and cutting off would send 0.49999997 to 1; NumPy's rint sends halves to even."""
+    whole = np.trunc(values)
+    return whole + np.trunc(2 * (values - whole))
 
 
 def _pack_q8_0(blocks: Floats) -> Bytes:
     d = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    scaled = blocks * _inverse(d)
-    # Halves round away from zero, as C's roundf does; NumPy's rint would round them to even.
-    q = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
-    return np.concatenate((_as_half(d), q.view(np.uint8)), axis=1)
+    scale = _as_half(d)
+    q = _round_half_away(blocks * _inverse(d)).astype(np.int8)
+    return np.concatenate((scale, q.view(np.uint8)), axis=1)
 
 
 def _pack_nibbles(q: NDArray[np.uint8]) -> Bytes:
@@ -201,15 +218,18 @@ def _pack_q4_0(blocks: Floats) -> Bytes:
     largest = np.abs(blocks).argmax(axis=1)[:, None]
     # The value furthest from zero becomes exactly -8, which keeps its sign and uses the whole range.
     d = np.take_along_axis(blocks, largest, axis=1) / np.float32(-8)
-    q = np.trunc(blocks * _inverse(d) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
-    return np.concatenate((_as_half(d), _pack_nibbles(q)), axis=1)
+    scale = _as_half(d)
+    q = (blocks * _inverse(d) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
+    return np.concatenate((scale, _pack_nibbles(q)), axis=1)
 
 
 def _pack_q4_1(blocks: Floats) -> Bytes:
     low, high = blocks.min(axis=1, keepdims=True), blocks.max(axis=1, keepdims=True)
-    d = (high - low) / np.float32(15)
-    q = np.trunc((blocks - low) * _inverse(d) + np.float32(0.5)).astype(np.uint8).clip(0, 15)
-    return np.concatenate((_as_half(d), _as_half(low), _pack_nibbles(q)), axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        d = (high - low) / np.float32(15)
+    scale, minimum = _as_half(d), _as_half(low)
+    q = ((blocks - low) * _inverse(d) + np.float32(0.5)).astype(np.uint8).clip(0, 15)
+    return np.concatenate((scale, minimum, _pack_nibbles(q)), axis=1)
 
 
 _PACK: dict[str, Callable[[Floats], Bytes]] = {"q8_0": _pack_q8_0, "q4_0": _pack_q4_0, "q4_1": _pack_q4_1}

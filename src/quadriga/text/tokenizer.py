@@ -310,7 +310,7 @@ class _HuggingFace:
         decoder = json.dumps(spec.get("decoder")) + json.dumps(spec.get("pre_tokenizer"))
         self._byte_level = "ByteLevel" in decoder
         self.strips_space = "Metaspace" in decoder or ("Strip" in decoder and "▁" in decoder)
-        self._added = {token["id"]: token["content"] for token in added}
+        self._added: dict[int, str] = {token["id"]: token["content"] for token in added}
 
     def encode(self, text: str, allow_special: bool) -> list[int]:
         tokenizer = self._full if allow_special else self._plain

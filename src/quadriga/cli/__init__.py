@@ -1,0 +1,105 @@
+"""The ``quadriga`` command: parse, call, print.
+
+Each command lives in a module of this package and imports what it needs inside its function, so that ``--help`` and the
+commands that only compute stay quick: nothing here imports torch, prompt_toolkit or huggingface_hub when it is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from quadriga import __version__, runtime
+from quadriga.cli.chat import chat_command
+from quadriga.cli.convert import convert_command
+from quadriga.cli.generate import generate_command
+from quadriga.cli.info import info_command
+from quadriga.cli.models import models_app, pull_command
+from quadriga.errors import InputError, QuadrigaError
+
+app = typer.Typer(
+    name="quadriga",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    suggest_commands=True,
+    help="An open DBRX: run and look inside fine-grained mixture-of-experts language models.",
+    epilog='Start with:  quadriga chat "What is the capital of France?"',
+)
+
+
+def _example(*lines: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)
+
+
+app.command(
+    "chat",
+    epilog=_example(
+        'quadriga chat "What is the capital of France?"',
+        "quadriga chat                                   a conversation; /help lists its commands",
+        "cat notes.txt | quadriga chat --system 'Summarise in one sentence.'",
+        "quadriga chat --model ./my-model --temperature 0.7 --seed 1",
+    ),
+)(chat_command)
+app.command(
+    "generate",
+    epilog=_example(
+        'quadriga generate "The capital of France is" --max-tokens 20',
+        'quadriga generate "def fib(n):" --stop "\\n\\n" --json',
+    ),
+)(generate_command)
+app.command(
+    "convert",
+    epilog=_example(
+        "quadriga convert model.gguf out-hf --to hf",
+        "quadriga convert dbrx-instruct dbrx.gguf --to gguf --gguf-format q8_0",
+        "quadriga convert dbrx-instruct dbrx-split --to hf --layout split",
+        "quadriga convert dbrx-instruct --dry-run        needs config.json and the index only",
+    ),
+)(convert_command)
+app.command(
+    "info",
+    epilog=_example("quadriga info dbrx-132b", "quadriga info model.gguf --json", "quadriga info grok-1 --context 4096"),
+)(info_command)
+app.command(
+    "pull",
+    epilog=_example("quadriga pull smollm2-135m-instruct", "quadriga pull hf:ORG/REPO@REVISION"),
+)(pull_command)
+app.add_typer(models_app, name="models")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"quadriga {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    if debug:
+        runtime.set_debug()
+
+
+def main() -> None:
+    """Run the command line; errors of ours become one line on stderr and exit code 2 (bad input) or 1."""
+    try:
+        app()
+    except QuadrigaError as error:
+        if runtime.debug():
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output left (`| head`). Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

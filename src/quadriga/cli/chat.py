@@ -1,0 +1,342 @@
+"""``quadriga chat``: one question on the command line, or a conversation.
+
+:class:`ChatSession` is the conversation itself, without a terminal: lines in, text out through a callback. The loop
+around it owns the terminal, the history file and Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json as jsonlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quadriga.cli import options
+from quadriga.errors import InputError, RequestError
+
+if TYPE_CHECKING:
+    from quadriga.engine.llm import LLM
+    from quadriga.engine.request import SamplingParams, TokenEvent
+
+HELP = """\
+/help                 this list
+/system [TEXT]        show or set the system prompt; starts the conversation anew
+/set [NAME VALUE]     show or set a sampling parameter, e.g. /set temperature 0.7
+/regen                answer the last question again
+/undo                 take back the last question and its answer
+/clear                forget the conversation, keep the system prompt
+/save FILE            write the conversation as JSON
+/load FILE            read one back
+/stats                speed and length of this conversation
+/tokens TEXT          how TEXT is cut into tokens
+/experts              which experts each layer used for the last answer
+/exit                 leave (also Ctrl-D)
+Three quotes (\"\"\") begin and end a message of several lines. Ctrl-C stops an answer."""
+
+_COMMANDS = tuple(line.split()[0] for line in HELP.splitlines() if line.startswith("/"))
+
+
+def chat_command(
+    prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation begins.")] = None,
+    model: options.Model = "smollm2-135m-instruct",
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_tokens: options.MaxTokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    logit_bias: options.LogitBias = None,
+    stop: options.Stop = None,
+    seed: options.Seed = None,
+    json: options.Json = False,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+) -> None:
+    """Talk to a model. The default model (98 MB) is fetched on first use and works offline after that."""
+    from quadriga.engine.request import SamplingParams
+
+    params = SamplingParams(
+        max_new_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=options.biases(logit_bias),
+        stop=options.stops(stop),
+        seed=seed,
+    )
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip()
+        if not prompt:
+            raise RequestError("standard input was empty; give a question as an argument, or pipe one in")
+    if json and prompt is None:
+        raise RequestError("--json answers one question: give it as an argument or on standard input")
+    llm = options.load_model(model, dtype, device, threads)
+    session = ChatSession(llm, params, system=system)
+    if prompt is None:
+        _converse(session)
+    elif json:
+        done = llm.chat([*session.opening(), {"role": "user", "content": prompt}], params)
+        fields = {"text": done.text, "finish_reason": done.finish_reason, "n_prompt_tokens": done.n_prompt_tokens}
+        speed = {"tokens_per_s": done.tokens_per_s, "time_to_first_token_s": done.time_to_first_token_s}
+        print(options.as_json({**fields, "token_ids": done.token_ids, **speed}))
+    else:
+        print_stream(session.ask(prompt))
+
+
+def print_stream(events: Iterator[TokenEvent]) -> None:
+    """Print an answer as it comes, then one dim line about it (on stderr, so that pipes get the answer only)."""
+    started = first = time.perf_counter()
+    n_tokens, reason = 0, "cancelled"
+    try:
+        for event in events:
+            if n_tokens == 0:
+                first = time.perf_counter()
+            n_tokens += 1
+            print(event.text, end="", flush=True)
+            reason = event.finish_reason or reason
+    except KeyboardInterrupt:
+        reason = "cancelled"
+    print(flush=True)
+    elapsed = time.perf_counter() - first
+    rate = (n_tokens - 1) / elapsed if n_tokens > 1 and elapsed > 0 else 0.0
+    line = options.summary(n_tokens, rate, first - started, reason)
+    print(f"\033[2m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr)
+
+
+class ChatSession:
+    """A conversation with a model: its turns, its settings, and the slash commands over them."""
+
+    def __init__(self, llm: LLM, params: SamplingParams, *, system: str | None = None) -> None:
+        self.llm = llm
+        self.params = params
+        self.system = system
+        self.turns: list[dict[str, str]] = []
+        self.answers = 0
+        self.answer_tokens = 0
+        self.answer_s = 0.0
+
+    def opening(self) -> list[dict[str, str]]:
+        """The system message, if there is one."""
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def ask(self, text: str) -> Iterator[TokenEvent]:
+        """Put a question; the turns hold question and answer once the events are through or the caller stops."""
+        self.turns.append({"role": "user", "content": text})
+        return self._answer()
+
+    def _answer(self) -> Iterator[TokenEvent]:
+        try:
+            events = self.llm.chat_stream([*self.opening(), *self.turns], self.params)
+        except InputError:
+            self.turns.pop()  # a question that cannot be asked is not part of the conversation
+            raise
+        return self._record(events)
+
+    def _record(self, events: Iterable[TokenEvent]) -> Iterator[TokenEvent]:
+        text, started = "", time.perf_counter()
+        try:
+            for event in events:
+                text += event.text
+                self.answer_tokens += 1
+                yield event
+        finally:  # also when Ctrl-C closes this generator: what was said was said
+            self.turns.append({"role": "assistant", "content": text})
+            self.answers += 1
+            self.answer_s += time.perf_counter() - started
+
+    def command(self, line: str, say: Callable[[str], None]) -> Iterator[TokenEvent] | None:
+        """Carry out a slash command. Returns events where the command makes the model answer.
+
+        Raises:
+            EOFError: /exit.
+            InputError: what is wrong with the command, for the user.
+        """
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        match name:
+            case "/help" | "/?":
+                say(HELP)
+            case "/exit" | "/quit" | "/bye":
+                raise EOFError
+            case "/system":
+                self._system(rest, say)
+            case "/set":
+                self._set(rest, say)
+            case "/regen":
+                self._require_answer("regenerate")
+                self.turns.pop()
+                return self._answer()
+            case "/undo":
+                self._require_answer("take back")
+                del self.turns[-2:]
+                say("taken back")
+            case "/clear":
+                self.turns.clear()
+                say("forgotten")
+            case "/save":
+                self._save(rest, say)
+            case "/load":
+                self._load(rest, say)
+            case "/stats":
+                rate = self.answer_tokens / self.answer_s if self.answer_s else 0.0
+                used = len(self.llm.chat_ids([*self.opening(), *self.turns])) if self.turns else 0
+                say(f"{self.answers} answers, {self.answer_tokens} tokens, {rate:.1f} tok/s")
+                say(f"context: {used} of {self.llm.config.max_seq_len} tokens")
+            case "/tokens":
+                self._tokens(rest, say)
+            case "/experts":
+                self._experts(say)
+            case _:
+                near = difflib.get_close_matches(name, _COMMANDS, n=1)
+                raise RequestError(f"there is no {name}." + (f" Did you mean {near[0]}?" if near else " Try /help."))
+        return None
+
+    def _require_answer(self, what: str) -> None:
+        if len(self.turns) < 2:
+            raise RequestError(f"there is no answer yet to {what}")
+
+    def _system(self, text: str, say: Callable[[str], None]) -> None:
+        if not text:
+            say(self.system if self.system is not None else "no system prompt of yours; the template may bring its own")
+            return
+        self.system = text
+        self.turns.clear()
+        say("set; the conversation starts anew")
+
+    def _set(self, rest: str, say: Callable[[str], None]) -> None:
+        settable = ["temperature", "top_k", "top_p", "min_p", "max_new_tokens", "seed", "repetition_penalty"]
+        settable += ["presence_penalty", "frequency_penalty"]
+        name, _, value = rest.partition(" ")
+        if not name:
+            say("\n".join(f"{key} = {getattr(self.params, key)}" for key in settable))
+            return
+        if name not in settable:
+            near = difflib.get_close_matches(name, settable, n=1)
+            hint = f" Did you mean {near[0]}?" if near else f" There are: {', '.join(settable)}."
+            raise RequestError(f"there is no parameter {name}.{hint}")
+        whole = name in ("top_k", "max_new_tokens", "seed")
+        try:
+            number: Any = None if name == "seed" and value == "none" else int(value) if whole else float(value)
+        except ValueError:
+            raise RequestError(f"{name} takes a {'whole ' if whole else ''}number, got {value!r}") from None
+        self.params = replace(self.params, **{name: number})
+        say(f"{name} = {number}")
+
+    def _save(self, file: str, say: Callable[[str], None]) -> None:
+        path = _file_argument(file, "/save")
+        try:
+            path.write_text(jsonlib.dumps([*self.opening(), *self.turns], ensure_ascii=False, indent=1) + "\n")
+        except OSError as error:
+            raise RequestError(f"cannot write {path}: {error.strerror}") from None
+        say(f"saved {len(self.turns)} turns to {path}")
+
+    def _load(self, file: str, say: Callable[[str], None]) -> None:
+        path = _file_argument(file, "/load")
+        try:
+            messages = jsonlib.loads(path.read_text())
+        except OSError as error:
+            raise RequestError(f"cannot read {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise RequestError(f"{path} is not JSON: {error}") from None
+        shaped = isinstance(messages, list) and all(
+            isinstance(m, dict)
+            and m.get("role") in ("system", "user", "assistant")
+            and isinstance(m.get("content"), str)
+            for m in messages
+        )
+        if not shaped:
+            raise RequestError(f"{path} must be a JSON list of messages with a role and a content")
+        opening = [m for m in messages[:1] if m["role"] == "system"]
+        self.system = opening[0]["content"] if opening else None
+        self.turns = [{"role": m["role"], "content": m["content"]} for m in messages[len(opening) :]]
+        say(f"loaded {len(self.turns)} turns")
+
+    def _tokens(self, text: str, say: Callable[[str], None]) -> None:
+        tokenizer = self.llm.tokenizer
+        if not text or tokenizer is None:
+            raise RequestError("give a text: /tokens TEXT")
+        ids = tokenizer.encode(text)
+        say(f"{len(ids)} tokens: " + " ".join(f"{i}:{tokenizer.token_text(i)!r}" for i in ids))
+
+    def _experts(self, say: Callable[[str], None]) -> None:
+        from quadriga.model.config import MoESpec
+
+        ffn = self.llm.config.ffn
+        if not isinstance(ffn, MoESpec):
+            say("this is a dense model: every token uses the whole feed-forward network, there are no experts")
+            return
+        self._require_answer("look into")
+        before = len(self.llm.chat_ids([*self.opening(), *self.turns[:-1]]))
+        tokenizer = self.llm.tokenizer
+        assert tokenizer is not None, "a chat has a tokenizer"
+        ids = self.llm.chat_ids([*self.opening(), *self.turns[:-1]]) + tokenizer.encode(self.turns[-1]["content"])
+        say(f"share of the answer's tokens by layer (rows) and expert (columns 0..{ffn.n_experts - 1}), in %")
+        for layer, stats in enumerate(self.llm.routing(ids)):
+            answered = stats.expert_ids[before:].reshape(-1)
+            load = answered.bincount(minlength=ffn.n_experts)
+            share = (100 * ffn.top_k * load / max(1, answered.numel())).round().int().tolist()
+            say(f"{layer:3d} " + " ".join(f"{n:3d}" for n in share))
+
+
+def _file_argument(text: str, command: str) -> Path:
+    if not text:
+        raise RequestError(f"give a file: {command} FILE")
+    return Path(text).expanduser()
+
+
+# The terminal --------------------------------------------------------------------------------------------------------
+
+
+def _converse(session: ChatSession) -> None:
+    """The loop of a conversation on a terminal."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory
+
+    from quadriga import runtime
+
+    runtime.cache_dir().mkdir(parents=True, exist_ok=True)
+    reader: PromptSession[str] = PromptSession(
+        history=FileHistory(str(runtime.cache_dir() / "chat_history")),
+        completer=WordCompleter(list(_COMMANDS), sentence=True),
+        complete_while_typing=False,
+    )
+    print(f"{session.llm.name}. /help lists commands, Ctrl-D leaves.", file=sys.stderr)
+    while True:
+        try:
+            line = _read_message(reader.prompt)
+            if not line.strip():
+                continue
+            events = session.command(line, print) if line.startswith("/") else session.ask(line)
+            if events is not None:
+                print_stream(events)
+        except KeyboardInterrupt:
+            continue  # Ctrl-C at the prompt drops the line
+        except EOFError:
+            return
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _read_message(prompt: Callable[[str], str]) -> str:
+    line = prompt("> ")
+    if not line.startswith('"""'):
+        return line
+    lines = [line[3:]]
+    while not lines[-1].endswith('"""'):
+        lines.append(prompt(". "))
+    return "\n".join(lines).removesuffix('"""')

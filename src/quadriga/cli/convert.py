@@ -1,0 +1,71 @@
+"""``quadriga convert``: any checkpoint to any other form, streaming and resumable."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert_command(
+    source: Annotated[str, typer.Argument(help="A catalogue name, hf:ORG/REPO, a directory or a GGUF file.")],
+    out: Annotated[Path | None, typer.Argument(help="What to make; must not exist yet.")] = None,
+    to: Annotated[str, typer.Option(help="quadriga, hf (safetensors) or gguf.")] = "quadriga",
+    layout: Annotated[str | None, typer.Option(help="With --to hf: one of the family's layouts.")] = None,
+    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
+    gguf_format: Annotated[
+        str, typer.Option(help="With --to gguf: float32, float16, bfloat16, q8_0 or q4_0.")
+    ] = "bfloat16",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; weights may be missing.")] = False,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of going on.")] = False,
+) -> None:
+    """Convert a checkpoint. One part is in memory at a time; run the same command again after an interruption."""
+    from quadriga.checkpoint import catalogue
+    from quadriga.cli.progress import progress_bar
+    from quadriga.errors import ConfigError
+
+    with progress_bar("fetching") as show:
+        path = catalogue.resolve(source, progress=show)
+    from quadriga.checkpoint import convert
+
+    if dry_run:
+        _print_dry_run(convert.dry_run(path))
+        return
+    if out is None:
+        raise ConfigError("give the path of the result, or --dry-run")
+    started = time.perf_counter()
+    with progress_bar("converting") as show:
+        plan = convert.convert(
+            path,
+            out,
+            to=to,
+            layout=layout,
+            dtype=dtype,
+            gguf_format=gguf_format,
+            resume=not no_resume,
+            progress=show,
+        )
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+    nbytes, elapsed = sum(plan.files.sizes.values()), time.perf_counter() - started
+    print(
+        f"{out}: {len(plan.tensors)} tensors in {len(plan.files.sizes)} files, {nbytes / 1e9:.2f} GB, layout "
+        f"{plan.layout}, {elapsed:.1f} s ({nbytes / 1e6 / elapsed:.0f} MB/s)"
+    )
+
+
+def _print_dry_run(report: object) -> None:
+    from quadriga.checkpoint.convert import DryRun
+
+    assert isinstance(report, DryRun)
+    print(f"layout {report.layout}: {report.n_tensors} stored tensors fill {report.n_parameters} parameters")
+    print(f"{report.files_present} of {report.n_files} weight files are here")
+    for parameter, sources in report.source_of.items():
+        if parameter.startswith("layers.") and not parameter.startswith("layers.0."):
+            continue
+        shown = sources[0] if len(sources) == 1 else f"{sources[0]} ... {sources[-1]} ({len(sources)} tensors)"
+        print(f"  {parameter} <- {shown}")
+    print("Layers above 0 follow the same pattern. Every tensor is used once, every parameter filled once.")

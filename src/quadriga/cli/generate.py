@@ -1,0 +1,70 @@
+"""``quadriga generate``: continue a text, no chat template."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from quadriga.cli import options
+
+
+def generate_command(
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; without it, standard input is read.")] = None,
+    model: options.Model = "smollm2-135m-instruct",
+    max_tokens: options.MaxTokens = 128,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    logit_bias: options.LogitBias = None,
+    stop: options.Stop = None,
+    seed: options.Seed = None,
+    logprobs: Annotated[int, typer.Option(help="With --json: this many alternatives per token.")] = 0,
+    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
+    json: options.Json = False,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+) -> None:
+    """Continue a text exactly as given, without a chat template."""
+    from quadriga.engine.request import SamplingParams
+    from quadriga.errors import RequestError
+
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise RequestError("give a text to continue, as an argument or on standard input")
+        prompt = sys.stdin.read()
+    params = SamplingParams(
+        max_new_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=options.biases(logit_bias),
+        stop=options.stops(stop),
+        seed=seed,
+        logprobs=logprobs,
+    )
+    llm = options.load_model(model, dtype, device, threads)
+    if json:
+        events = list(llm.stream(prompt, params))
+        rows = [
+            {"id": e.token_id, "text": e.text, "logprob": e.logprob, "top_logprobs": list(e.top_logprobs)}
+            for e in events
+        ]
+        text = (prompt if echo else "") + "".join(e.text for e in events)
+        print(options.as_json({"text": text, "finish_reason": events[-1].finish_reason, "tokens": rows}))
+        return
+    from quadriga.cli.chat import print_stream
+
+    if echo:
+        print(prompt, end="", flush=True)
+    print_stream(llm.stream(prompt, params))

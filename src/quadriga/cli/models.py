@@ -1,0 +1,82 @@
+"""``quadriga pull`` and ``quadriga models``: what can be fetched and what is here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quadriga.checkpoint import catalogue
+from quadriga.cli.progress import progress_bar
+
+models_app = typer.Typer(no_args_is_help=True, help="Models in the catalogue and in the cache: list, show, verify, rm.")
+
+_Name = Annotated[str, typer.Argument(help="A catalogue name or hf:ORG/REPO.")]
+
+
+def pull_command(
+    name: Annotated[str, typer.Argument(metavar="NAME|hf:ORG/REPO[@REV]|PATH", help="What to fetch.")],
+) -> None:
+    """Fetch a model into the cache and check its hash; a path is only checked to exist."""
+    with progress_bar(f"fetching {name}") as show:
+        path = catalogue.resolve(name, progress=show)
+    print(path)
+
+
+@models_app.command("list")
+def list_command() -> None:
+    """What the catalogue offers and what is in the cache."""
+    from rich.console import Console
+    from rich.table import Table
+
+    here = {entry.name: entry for entry in catalogue.cached()}
+    table = Table("name", "size", "licence", "here", "about")
+    for name, entry in catalogue.CATALOGUE.items():
+        table.add_row(name, _megabytes(entry.nbytes), entry.licence, "yes" if name in here else "", entry.about)
+    for name, found in here.items():
+        if name not in catalogue.CATALOGUE:
+            table.add_row(name, _megabytes(found.nbytes), found.licence, "yes", found.source)
+    Console().print(table)
+
+
+@models_app.command("show")
+def show_command(name: _Name) -> None:
+    """Source, licence, size, hash and place of one model."""
+    from quadriga.errors import CatalogueError
+
+    here = {found.name: found for found in catalogue.cached()}
+    entry = catalogue.CATALOGUE.get(name)
+    if entry is None and name not in here:
+        raise CatalogueError(f"{name!r} is neither in the catalogue nor in the cache; see `quadriga models list`")
+    if entry is not None:
+        print(f"name      {entry.name}\nabout     {entry.about}\nlicence   {entry.licence}")
+        print(f"source    package index, {entry.package}\nfile      {entry.filename}")
+        print(f"size      {entry.nbytes} bytes\nsha256    {entry.sha256}")
+    else:
+        found = here[name]
+        print(f"name      {name}\nlicence   {found.licence}\nsource    {found.source}\nsize      {found.nbytes} bytes")
+    print(f"here      {here[name].path if name in here else 'no'}")
+
+
+@models_app.command("verify")
+def verify_command(name: _Name) -> None:
+    """Hash a cached model again and compare."""
+    from quadriga.errors import CatalogueError
+
+    with progress_bar(f"hashing {name}") as show:
+        wrong = catalogue.verify(name, progress=show)
+    if wrong:
+        raise CatalogueError(
+            f"{name}: {', '.join(wrong[:4])} changed since it was fetched. `quadriga models rm {name}`, then pull again."
+        )
+    print(f"{name}: all files are what was fetched")
+
+
+@models_app.command("rm")
+def remove_command(name: _Name) -> None:
+    """Take a model out of the cache."""
+    print(f"{name}: {_megabytes(catalogue.remove(name))} freed")
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f} MB"
