@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
+from quadriga.errors import CheckpointError
 from quadriga.quant import codec
 from quadriga.quant.formats import FORMATS, PLAIN
 
@@ -29,16 +30,19 @@ def test_unpacking_random_bytes_is_bit_exact(name: str) -> None:
     with np.errstate(all="ignore"):
         theirs = gguf.quants.dequantize(raw, ggml_type(name)).reshape(-1)
     np.testing.assert_array_equal(ours, theirs)  # NaN equals NaN here
-    assert np.isnan(ours).any() and np.isfinite(ours).mean() > 0.9
+    assert np.isnan(ours).any()
+    assert np.isfinite(ours).mean() > 0.9
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_1"])
-@pytest.mark.parametrize("spread", [1e-9, 1.0, 3e4])
+@pytest.mark.parametrize("spread", [1e-9, 1.0, 1e4])
 def test_packing_is_bit_exact(name: str, spread: float) -> None:
     values = np.random.default_rng(6).standard_normal((2048, 32), dtype=np.float32) * np.float32(spread)
     values[0] = 0
     values[1] = 1.5  # every element the same
     values[2, ::2] = -values[2, 1::2]  # two values furthest from zero, of opposite sign
+    values[3] = np.float32(spread) * np.linspace(-127, 127, 32, dtype=np.float32).round() / 127
+    values[4] = values[4] * np.float32(1e-6)  # the scale is a subnormal float16, or 0
     ours = codec.quantize(values, name)
     theirs = gguf.quants.quantize(values, ggml_type(name)).reshape(-1)
     np.testing.assert_array_equal(ours, theirs)
@@ -54,3 +58,39 @@ def test_packing_error_is_half_a_step(name: str, steps: int) -> None:
     # are rounded to float16, 2^-11 of values up to `steps` steps.
     bound = step * ((1.0 if name == "q4_0" else 0.5) + steps * 2.0**-11) + 2.0**-11
     assert (np.abs(back - values) <= bound).all()
+
+
+def test_halves_round_away_from_zero() -> None:
+    """As C's roundf: the step is 1 here, and 0.49999997 + 0.5 is 1 in float32."""
+    values = np.zeros((1, 32), dtype=np.float32)
+    values[0, :8] = (127, 0.5, -0.5, 1.5, -2.5, 2.5, 0.49999997, -0.49999997)
+    packed = codec.quantize(values, "q8_0")
+    assert packed[2:10].view(np.int8).tolist() == [127, 1, -1, 2, -3, 3, 0, 0]
+    np.testing.assert_array_equal(packed, gguf.quants.quantize(values, ggml_type("q8_0")).reshape(-1))
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_1"])
+def test_a_block_too_small_for_its_scale_becomes_zeros(name: str) -> None:
+    values = np.full((3, 32), 1e-45, dtype=np.float32)  # the scale's inverse is beyond float32
+    values[:, ::3] = 0
+    assert not codec.dequantize(codec.quantize(values, name), name).any()
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38, -3e38])
+def test_what_a_block_cannot_hold_is_refused(name: str, bad: float) -> None:
+    values = np.random.default_rng(8).standard_normal((5, 32), dtype=np.float32)
+    values[3, 17] = bad
+    with pytest.raises(CheckpointError, match="weights to be quantised must be finite"):
+        codec.quantize(values, name)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("q8_0", 127), ("q4_0", 8), ("q4_1", 15)])
+def test_the_largest_scale_is_float16_s_largest(name: str, steps: int) -> None:
+    """65519 rounds to 65504 in float16, 65520 to infinity."""
+    values = np.zeros((1, 32), dtype=np.float32)
+    values[0, 5] = 65519 * steps
+    assert codec.dequantize(codec.quantize(values, name), name)[5] == 65504 * steps
+    values[0, 5] = 65521 * steps
+    with pytest.raises(CheckpointError, match="below 65520"):
+        codec.quantize(values, name)

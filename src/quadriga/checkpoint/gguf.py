@@ -3,14 +3,14 @@
     magic "GGUF" | version u32 | n_tensors u64 | n_metadata u64 | metadata ... | tensor table ... | pad | tensor data
 
 Every count and length is checked against the bytes that are really there before anything is allocated: a file of n
-bytes costs O(n) time and memory whatever it claims. Layout: ggml-org/ggml docs/gguf.md; versions 2 and 3, little-endian.
+bytes costs O(n) time and memory whatever it claims. Little-endian versions 2 and 3; layout: ggml-org/ggml docs/gguf.md.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,11 +23,16 @@ from quadriga.model.weight_map import Shape
 from quadriga.quant.formats import BY_GGML_TYPE, FORMATS
 
 _MAGIC = b"GGUF"
-_MAX_TENSORS = 1 << 20
+# Caps far above any real file, so that forged ones cost little: a vocabulary of 262k tokens with merges, scores and
+# types is about 1.3 million array elements in 20 MB.
+_MAX_HEADER_BYTES = 40 << 20
+_MAX_STRING_BYTES = 16 << 20
+_MAX_ELEMENTS = 3 << 19
+_MAX_TENSORS = 1 << 16
 _MAX_KEYS = 1 << 16
-_MAX_HEADER_BYTES = 512 << 20  # a vocabulary of 256k tokens with merges takes about 20 MB
-_MAX_AXES = 4
+_MAX_AXES = 4  # ggml has no more
 _ALIGNMENT = 32
+_LENGTH = struct.Struct("<Q")
 
 # GGUF value types: number -> (name, struct code); 8 is a string and 9 an array.
 _SCALARS = {
@@ -83,9 +88,23 @@ class GGUFHeader:
 
 
 def is_gguf(path: Path) -> bool:
-    """True if the file starts as GGUF files do."""
-    with path.open("rb") as file:
+    """True if the file starts as GGUF files do.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    with open_file(path) as file:
         return file.read(4) == _MAGIC
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file for reading; a pipe or a device, which could block for ever, is an error."""
+    if not path.is_file():
+        raise CheckpointError(f"cannot read {path}: it must be a file")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
 def read_header(path: Path) -> GGUFHeader:
@@ -94,11 +113,16 @@ def read_header(path: Path) -> GGUFHeader:
     Raises:
         CheckpointError: not GGUF, big-endian, an unsupported version or format, or any claim the file does not keep.
     """
+    with open_file(path) as file:
+        return parse_header(file, path.name)
+
+
+def parse_header(file: BinaryIO, name: str) -> GGUFHeader:
+    """:func:`read_header` of an open file; ``name`` is for messages."""
     try:
-        with path.open("rb") as file:
-            return _Reader(file, path.name).header()
+        return _Reader(file, name).header()
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+        raise CheckpointError(f"cannot read {name}: {error.strerror}") from None
 
 
 class _Reader:
@@ -110,6 +134,7 @@ class _Reader:
         self.buffer = b""
         self.start = 0  # file offset of buffer[0]
         self.at = 0  # position in buffer
+        self.n_elements = 0  # of all arrays so far
 
     def fail(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.name} is not a usable GGUF file: {message} (near byte {self.start + self.at})")
@@ -133,53 +158,62 @@ class _Reader:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
-        raw = self.take(self.unpack("Q"))
+        length = self.unpack("Q")
+        if length > _MAX_STRING_BYTES:
+            raise self.fail(f"a string claims {length} bytes, the limit is {_MAX_STRING_BYTES}")
         try:
-            return str(raw, "utf-8")
+            return str(self.take(length), "utf-8")
         except UnicodeDecodeError:
             raise self.fail("a string is not UTF-8") from None
 
     def strings(self, count: int) -> list[str]:
         """A string array; a real vocabulary has 10^5 of them, so this is the one hot loop."""
-        if count * 8 > self.size - self.start - self.at:
-            raise self.fail(f"an array claims {count} strings, more than the file could hold")
-        values = []
-        for _ in range(count):
-            if len(self.buffer) - self.at < 4096:
-                values.append(self.string())
-                continue
-            length = int.from_bytes(self.buffer[self.at : self.at + 8], "little")
-            end = self.at + 8 + length
-            if end > len(self.buffer):
-                values.append(self.string())
-                continue
+        values: list[str] = []
+        while len(values) < count:
+            values.append(self.string())  # checks everything and refills the buffer
+            buffer, at, last = self.buffer, self.at, len(self.buffer) - 8
             try:
-                values.append(self.buffer[self.at + 8 : end].decode())
+                while at <= last and len(values) < count:  # the strings that are whole in the buffer
+                    end = at + 8 + _LENGTH.unpack_from(buffer, at)[0]
+                    if end > len(buffer):
+                        break
+                    values.append(buffer[at + 8 : end].decode())
+                    at = end
             except UnicodeDecodeError:
                 raise self.fail("a string is not UTF-8") from None
-            self.at = end
+            self.at = at
         return values
+
+    def array(self) -> tuple[str, list[Any]]:
+        element, count = self.unpack("I"), self.unpack("Q")
+        if element == _ARRAY:
+            raise self.fail("arrays of arrays are not supported")
+        if element != _STRING and element not in _SCALARS:
+            raise self.fail(f"metadata type {element} does not exist")
+        name, code = _SCALARS.get(element, ("string", "Q"))  # a string is at least its length
+        width = struct.calcsize("<" + code)
+        if count > (self.size - self.start - self.at) // width:
+            raise self.fail(f"an array claims {count} elements, more than the file could hold")
+        self.n_elements += count
+        if self.n_elements > _MAX_ELEMENTS:
+            raise self.fail(f"its arrays have more than {_MAX_ELEMENTS} elements")
+        if element == _STRING:
+            return name, self.strings(count)
+        if code == "?":
+            return name, [self.boolean() for _ in range(count)]
+        raw = np.frombuffer(self.take(count * width), dtype=np.dtype(name).newbyteorder("<"))
+        return name, raw.tolist()
 
     def value(self) -> tuple[str, Any]:
         kind = self.unpack("I")
-        if kind in _SCALARS:
-            name, code = _SCALARS[kind]
-            return name, self.boolean() if code == "?" else self.unpack(code)
+        if kind == _ARRAY:
+            return self.array()
         if kind == _STRING:
             return "string", self.string()
-        if kind != _ARRAY:
+        if kind not in _SCALARS:
             raise self.fail(f"metadata type {kind} does not exist")
-        element, count = self.unpack("I"), self.unpack("Q")
-        if element == _STRING:
-            return "string", self.strings(count)
-        if element not in _SCALARS:
-            raise self.fail("arrays of arrays are not allowed" if element == _ARRAY else f"no metadata type {element}")
-        name, code = _SCALARS[element]
-        width = struct.calcsize("<" + code)
-        if count > (self.size - self.start - self.at) // width:
-            raise self.fail(f"an array claims {count} numbers, more than the file could hold")
-        raw = np.frombuffer(self.take(count * width), dtype=np.dtype(name).newbyteorder("<"))
-        return name, raw.tolist()
+        name, code = _SCALARS[kind]
+        return name, self.boolean() if code == "?" else self.unpack(code)
 
     def boolean(self) -> bool:
         value = self.unpack("B")
@@ -211,9 +245,12 @@ class _Reader:
             if name in rows:
                 raise self.fail(f"tensor {name[:80]!r} comes twice")
             rows[name] = self.tensor_row(name)
+        if metadata.get("split.count", 0) not in (0, 1):
+            raise self.fail("it is one part of several; join them first with llama.cpp's llama-gguf-split --merge")
         alignment = metadata.get("general.alignment", _ALIGNMENT)
-        if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
-            raise self.fail(f"general.alignment must be a power of two, got {alignment!r}")
+        whole_number = isinstance(alignment, int) and not isinstance(alignment, bool)
+        if not whole_number or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
+            raise self.fail(f"general.alignment must be a power of two up to 2^20, got {str(alignment)[:40]}")
         data = -(-(self.start + self.at) // alignment) * alignment
         return GGUFHeader(version, metadata, types, self.place(rows, data, alignment))
 
@@ -248,6 +285,8 @@ class _Reader:
             if tensor.offset - end >= alignment:
                 raise self.fail(f"{tensor.offset - end} bytes before tensor {name[:80]!r} belong to nothing")
             end = tensor.offset + tensor.nbytes
+        if self.size - end >= alignment:
+            raise self.fail(f"{self.size - end} bytes at its end belong to nothing")
         return tensors
 
 
@@ -266,9 +305,13 @@ def plan_gguf(file: str, metadata: Mapping[str, Typed], tensors: Mapping[str, tu
 
     Args:
         file: the file's name.
-        metadata: key -> Typed value.
+        metadata: key -> Typed value, without general.alignment: 32 is what a reader takes for granted.
         tensors: name -> (shape in torch's order, format name), in the order they will be written.
+
+    Raises:
+        CheckpointError: a metadata value is not of its type.
     """
+    assert "general.alignment" not in metadata, "tensors are laid out for the default alignment"
     table, offset = [], 0
     offsets: dict[str, int] = {}
     for name, (shape, form) in tensors.items():
@@ -291,14 +334,19 @@ def _pack_string(text: str) -> bytes:
 
 
 def _pack_value(key: str, typed: Typed) -> bytes:
-    if typed.type not in _NUMBER_OF:
-        raise CheckpointError(f"metadata {key!r}: no GGUF type is called {typed.type!r}")
-    number = _NUMBER_OF[typed.type]
-    if isinstance(typed.value, Sequence) and not isinstance(typed.value, str):
-        head = struct.pack("<IIQ", _ARRAY, number, len(typed.value))
-        if number == _STRING:
-            return head + b"".join(map(_pack_string, typed.value))
-        return head + np.asarray(typed.value, dtype=np.dtype(typed.type).newbyteorder("<")).tobytes()
-    if number == _STRING:
-        return struct.pack("<I", number) + _pack_string(typed.value)
-    return struct.pack("<I" + _SCALARS[number][1], number, typed.value)
+    kind, value = typed
+    assert kind in _NUMBER_OF, f"{key}: no GGUF type is called {kind!r}"
+    number = _NUMBER_OF[kind]
+    is_array = isinstance(value, (list, tuple))
+    values = value if is_array else [value]
+    try:
+        if any(isinstance(v, bool) != (kind == "bool") for v in values):
+            raise TypeError("a truth value is not a number")
+        if kind == "string":
+            body = b"".join(map(_pack_string, values))
+        else:
+            body = struct.pack(f"<{len(values)}{_SCALARS[number][1]}", *values)
+    except (struct.error, TypeError, AttributeError, OverflowError, UnicodeEncodeError) as error:
+        raise CheckpointError(f"GGUF metadata {key} must be of type {kind}: {error}") from None
+    head = struct.pack("<IIQ", _ARRAY, number, len(values)) if is_array else struct.pack("<I", number)
+    return head + body

@@ -1,26 +1,29 @@
 """A GGUF file as a TensorSource: boxes of tensors, unpacked to float32 where they are stored in blocks.
 
-Reads go through ``pread``, not a memory map: a file that is cut short while it is open then ends in an error, where a
+Reads go through ``preadv``, not a memory map: a file that is cut short while it is open then ends in an error, where a
 map would end the process with SIGBUS.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Mapping
-from math import prod
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from quadriga.checkpoint.gguf import GGUFHeader, read_header
+from quadriga.checkpoint.gguf import GGUFHeader, open_file, parse_header
 from quadriga.checkpoint.source import TensorInfo
 from quadriga.errors import CheckpointError
 from quadriga.model.weight_map import Box, Shape, whole
 from quadriga.quant import codec
 from quadriga.quant.formats import FORMATS, PLAIN
+
+_CHUNK_ELEMENTS = 1 << 20
+"""Elements unpacked at once: unpacking takes several times the result's memory, so the result is filled in chunks."""
 
 
 class GGUFSource:
@@ -28,8 +31,12 @@ class GGUFSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.header: GGUFHeader = read_header(path)
-        self._fd = os.open(path, os.O_RDONLY)
+        self._file = open_file(path)
+        try:
+            self.header: GGUFHeader = parse_header(self._file, path.name)
+        except BaseException:
+            self._file.close()
+            raise
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(t.shape, t.format, t.nbytes) for name, t in self.header.tensors.items()
         }
@@ -45,35 +52,39 @@ class GGUFSource:
         return {name: info.shape for name, info in self.tensors.items()}
 
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
-        """See ``TensorSource.read``. Only the rows the box touches are read."""
+        """See ``TensorSource.read``. Only the box's rows are read and unpacked; rows run along the last axis."""
         tensor = self.header.tensors[name]
         box = box or whole(tensor.shape)
-        row = tensor.shape[-1]
-        lead = tensor.shape[:-1]
-        # Rows (all but the last axis, flattened) from the box's first to its last corner.
-        first = _row_index([start for start, _ in box[:-1]], lead)
-        last = _row_index([stop - 1 for _, stop in box[:-1]], lead)
-        raw = self.raw(name, first, last + 1)
-        if tensor.format in PLAIN:
-            values = torch.frombuffer(raw, dtype=getattr(torch, tensor.format))
-        else:
-            values = torch.from_numpy(codec.dequantize(np.frombuffer(raw, dtype=np.uint8), tensor.format))
-        values = values.view(-1, row)
-        if len(lead) <= 1:
-            return values[:, slice(*box[-1])].reshape([stop - start for start, stop in box])
-        rows = torch.arange(prod(lead)).view(lead)[tuple(slice(*r) for r in box[:-1])].reshape(-1) - first
-        picked = values if len(rows) == len(values) else values[rows]
-        return picked[:, slice(*box[-1])].reshape([stop - start for start, stop in box])
+        columns = slice(*box[-1])
+        dtype = getattr(torch, tensor.format) if tensor.format in PLAIN else torch.float32
+        out = torch.empty([stop - start for start, stop in box], dtype=dtype)
+        rows = out.view(-1, out.shape[-1])
+        step = max(1, _CHUNK_ELEMENTS // tensor.shape[-1])
+        done = 0
+        for start, stop in _row_runs(tensor.shape, box):
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                raw = np.frombuffer(self.raw(name, first, last), dtype=np.uint8)
+                if tensor.format in PLAIN:
+                    values = torch.from_numpy(raw).view(dtype)
+                else:
+                    values = torch.from_numpy(codec.dequantize(raw, tensor.format))
+                rows[done : done + last - first] = values.view(last - first, -1)[:, columns]
+                done += last - first
+        return out
 
     def raw(self, name: str, row_start: int, row_stop: int) -> bytearray:
         """The stored bytes of rows [row_start, row_stop), all axes but the last flattened."""
         tensor = self.header.tensors[name]
-        spec = FORMATS[tensor.format]
-        row_bytes = tensor.shape[-1] // spec.block * spec.nbytes
+        row_bytes = FORMATS[tensor.format].nbytes_of(tensor.shape[-1:])
+        assert 0 <= row_start <= row_stop <= tensor.nbytes // row_bytes, f"{name}: rows outside the tensor"
         buffer = bytearray((row_stop - row_start) * row_bytes)
         offset, done = tensor.offset + row_start * row_bytes, 0
         while done < len(buffer):
-            got = os.preadv(self._fd, [memoryview(buffer)[done:]], offset + done)
+            try:
+                got = os.preadv(self._file.fileno(), [memoryview(buffer)[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot read tensor {name!r} of {self.path.name}: {error.strerror}") from None
             if got == 0:
                 raise CheckpointError(f"{self.path.name} became shorter while it was read; tensor {name!r} is cut off")
             done += got
@@ -81,11 +92,14 @@ class GGUFSource:
 
     def close(self) -> None:
         """Release the file."""
-        os.close(self._fd)
+        self._file.close()
 
 
-def _row_index(corner: list[int], lead: Shape) -> int:
-    index = 0
-    for position, size in zip(corner, lead, strict=True):
-        index = index * size + position
-    return index
+def _row_runs(shape: Shape, box: Box) -> Iterator[tuple[int, int]]:
+    """The box's rows as runs of consecutive row numbers, all axes but the last flattened."""
+    *outer, inner = box[:-1] or ((0, 1),)  # a vector is one row
+    for corner in itertools.product(*(range(*r) for r in outer)):
+        row = 0
+        for position, size in zip((*corner, 0), shape[:-1], strict=False):
+            row = row * size + position
+        yield row + inner[0], row + inner[1]

@@ -43,7 +43,7 @@ def quantize(values: Floats, name: str) -> Bytes:
         uint8 (n_blocks * bytes a block,).
 
     Raises:
-        CheckpointError: a value is NaN or infinite, or so large that its block's scale is beyond float16.
+        CheckpointError: a value is NaN or infinite, or so large that its block's scale or minimum is beyond float16.
     """
     spec = FORMATS[name]
     blocks = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, spec.block)
@@ -191,7 +191,7 @@ def _as_half(scale: Floats) -> Bytes:
         half = scale.astype(np.float16)
     if not np.isfinite(half).all():
         raise CheckpointError(
-            "weights to be quantised must be finite, and their blocks' scales below 65520 (float16): got "
+            "weights to be quantised must be finite, with scales and minima of blocks below 65520 (float16): got "
             f"{scale[~np.isfinite(half)][0]}. Check the source with another format, e.g. bfloat16."
         )
     return half.view(np.uint8)
