@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from quadriga.cli.info import info, load_config
+from quadriga.cli.info_report import info, load_config
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.model.families import PRESETS, family_of, preset
 
@@ -39,7 +39,7 @@ def test_json_holds_every_figure(capsys):
 
 def test_what_fits_depends_on_the_memory_and_the_context(capsys, monkeypatch):
     # q4 weights take 70.6 GiB, a cache of 32,768 positions 5 more.
-    monkeypatch.setattr("quadriga.cli.info.memory_bytes", lambda: (100 * 2**30, 71 * 2**30))
+    monkeypatch.setattr("quadriga.cli.info_report.memory_bytes", lambda: (100 * 2**30, 71 * 2**30))
     short, full = facts_of(capsys, "dbrx-132b", context=1)["formats"], facts_of(capsys, "dbrx-132b")["formats"]
     assert [form for form, row in short.items() if row["fits"]] == ["q4", "gguf-q4_0"]
     assert not any(row["fits"] for row in full.values())
@@ -85,7 +85,7 @@ def test_faults_are_named(tmp_path):
 
 def test_no_torch_and_well_under_a_second():
     code = (
-        "from quadriga.cli.info import info; info('grok-1', as_json=True); import sys; sys.exit('torch' in sys.modules)"
+        "from quadriga.cli.info_report import info; info('grok-1', as_json=True); import sys; sys.exit('torch' in sys.modules)"
     )
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)

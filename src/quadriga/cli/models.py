@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from quadriga.checkpoint import catalogue
 from quadriga.cli.progress import progress_bar
 
 models_app = typer.Typer(no_args_is_help=True, help="Models in the catalogue and in the cache: list, show, verify, rm.")
@@ -18,6 +17,8 @@ def pull_command(
     name: Annotated[str, typer.Argument(metavar="NAME|hf:ORG/REPO[@REV]|PATH", help="What to fetch.")],
 ) -> None:
     """Fetch a model into the cache and check its hash; a path is only checked to exist."""
+    from quadriga.checkpoint import catalogue
+
     with progress_bar(f"fetching {name}") as show:
         path = catalogue.resolve(name, progress=show)
     print(path)
@@ -28,6 +29,8 @@ def list_command() -> None:
     """What the catalogue offers and what is in the cache."""
     from rich.console import Console
     from rich.table import Table
+
+    from quadriga.checkpoint import catalogue
 
     here = {entry.name: entry for entry in catalogue.cached()}
     table = Table("name", "size", "licence", "here", "about")
@@ -42,6 +45,7 @@ def list_command() -> None:
 @models_app.command("show")
 def show_command(name: _Name) -> None:
     """Source, licence, size, hash and place of one model."""
+    from quadriga.checkpoint import catalogue
     from quadriga.errors import CatalogueError
 
     here = {found.name: found for found in catalogue.cached()}
@@ -61,6 +65,7 @@ def show_command(name: _Name) -> None:
 @models_app.command("verify")
 def verify_command(name: _Name) -> None:
     """Hash a cached model again and compare."""
+    from quadriga.checkpoint import catalogue
     from quadriga.errors import CatalogueError
 
     with progress_bar(f"hashing {name}") as show:
@@ -75,6 +80,8 @@ def verify_command(name: _Name) -> None:
 @models_app.command("rm")
 def remove_command(name: _Name) -> None:
     """Take a model out of the cache."""
+    from quadriga.checkpoint import catalogue
+
     print(f"{name}: {_megabytes(catalogue.remove(name))} freed")
 
 

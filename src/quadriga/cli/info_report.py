@@ -1,0 +1,160 @@
+"""``quadriga info NAME|PATH``: what a model is and what it costs, from its configuration alone.
+
+NAME is a preset (``dbrx-132b``); PATH is any checkpoint, of which only the configuration or the header is read. Nothing
+here imports torch or reads a weight, so the answer comes in well under a second.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from quadriga.checkpoint import catalogue
+from quadriga.checkpoint.detect import locate
+from quadriga.errors import ConfigError
+from quadriga.model import cost, families
+from quadriga.model.config import ModelConfig, MoESpec, RopeSpec
+from quadriga.model.weight_map import Shape, parameter_shapes
+from quadriga.runtime import memory_bytes
+
+
+def load_config(name_or_path: str) -> ModelConfig:
+    """The configuration behind a preset's name, a catalogue model (fetched if it is not here yet) or a path.
+
+    Raises:
+        ConfigError: no preset of this name, or a configuration that is not supported.
+        CheckpointError: nothing at the path that is a checkpoint.
+    """
+    if name_or_path in families.PRESETS:
+        return families.PRESETS[name_or_path]
+    if name_or_path in catalogue.CATALOGUE:
+        return locate(catalogue.resolve(name_or_path)).config
+    path = Path(name_or_path)
+    if path.expanduser().exists() or "/" in name_or_path or path.suffix:
+        return locate(path).config
+    return families.preset(name_or_path)  # raises, naming the nearest preset
+
+
+def describe(config: ModelConfig, context: int) -> dict[str, Any]:
+    """Everything ``info`` says, as JSON-ready values. Sizes are bytes, counts are exact.
+
+    Args:
+        config: the model.
+        context: cached positions to plan for.
+    """
+    total, available = memory_bytes()
+    return {
+        "config": asdict(config),
+        "shapes": _shapes(config),
+        "parameters": asdict(cost.n_params(config)),
+        "context": context,
+        "kv_bytes_per_token": {dtype: cost.kv_bytes_per_token(config, dtype) for dtype in ("float32", "bfloat16")},
+        "flops_per_token": {
+            "without_attention_to_the_past": cost.flops_per_token(config, 0),
+            "at_context": cost.flops_per_token(config, context),
+        },
+        "memory_bytes": {"total": total, "available": available},
+        "formats": {
+            form: {
+                "weight_bytes": cost.weight_bytes(config, form),
+                "bytes_read_per_token": cost.bytes_read_per_token(config, form),
+                "bytes_with_context": cost.memory_needed(config, form, context),
+                "fits": cost.fits(config, form, context, available),
+            }
+            for form in cost.FORMATS
+        },
+    }
+
+
+def _shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Parameters of one layer as ``layers.{i}.``, and those outside the layers."""
+    shapes = parameter_shapes(replace(config, n_layers=1))
+    return {name.replace("layers.0.", "layers.{i}."): shape for name, shape in shapes.items()}
+
+
+def info(name_or_path: str, as_json: bool = False, context: int | None = None) -> None:
+    """Print what a model is and what it costs.
+
+    Args:
+        name_or_path: a preset or a path, see :func:`load_config`.
+        as_json: print :func:`describe` as JSON instead of tables.
+        context: cached positions to plan for; None takes the model's own limit.
+
+    Raises:
+        ConfigError: unknown name, unsupported configuration, or a context outside the model's.
+        CheckpointError: nothing at the path that is a checkpoint.
+    """
+    config = load_config(name_or_path)
+    if context is None:
+        context = config.max_seq_len
+    if not 0 <= context <= config.max_seq_len:
+        raise ConfigError(f"context must be from 0 to this model's {config.max_seq_len}, got {context}")
+    facts = describe(config, context)
+    if as_json:
+        print(json.dumps({"name": name_or_path, **facts}, indent=2))
+    else:
+        _print_tables(name_or_path, config, facts)
+
+
+def _print_tables(name: str, config: ModelConfig, facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    def titled(title: str, **options: Any) -> Table:
+        return Table(title=Text(title, style="bold"), title_justify="left", **options)  # Text: no markup from a path
+
+    console = Console()
+    count, memory, context = facts["parameters"], facts["memory_bytes"], f"{facts['context']:,}"
+    model = titled(name, show_header=False)
+    for label, value in (
+        ("family", config.family),
+        ("parameters", f"{count['total']:,}"),
+        ("active per token", f"{count['active']:,} ({count['active'] / count['total']:.1%})"),
+        ("  without the input table", f"{count['active_without_input']:,}"),
+        ("layers x width", f"{config.n_layers} x {config.d_model:,}"),
+        ("attention", _attention(config)),
+        ("feed-forward", _feed_forward(config)),
+        ("vocabulary", f"{config.vocab_size:,}" + (", head tied to it" if config.tied_embeddings else "")),
+        ("context", f"{config.max_seq_len:,}"),
+        ("cache per token", f"{facts['kv_bytes_per_token']['bfloat16']:,} B in bfloat16"),
+        ("operations per token", f"{facts['flops_per_token']['without_attention_to_the_past']:.2e} FLOP"),
+        (f"  at position {context}", f"{facts['flops_per_token']['at_context']:.2e} FLOP"),
+    ):
+        model.add_row(label, value)
+    console.print(model)
+
+    shapes = titled(f"shapes, i from 0 to {config.n_layers - 1}", show_header=False)
+    for parameter, shape in facts["shapes"].items():
+        shapes.add_row(parameter, " x ".join(f"{n:,}" for n in shape))
+    console.print(shapes)
+
+    sizes = titled(f"memory; {_size(memory['available'])} of {_size(memory['total'])} are free here")
+    sizes.add_column("format")
+    for column in ("weights", "read per token", f"with {context} positions", "fits"):
+        sizes.add_column(column, justify="right")
+    for form, row in facts["formats"].items():
+        shown = (row["weight_bytes"], row["bytes_read_per_token"], row["bytes_with_context"])
+        sizes.add_row(form, *map(_size, shown), "yes" if row["fits"] else "no")
+    console.print(sizes)
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:,.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:,.1f} MiB"
+
+
+def _attention(config: ModelConfig) -> str:
+    attn = config.attn
+    clip = f", clipped to {attn.clip_qkv:g}" if attn.clip_qkv is not None else ""
+    place = config.position
+    position = f"RoPE {place.theta:g}" if isinstance(place, RopeSpec) else f"ALiBi {place.max_bias:g}"
+    return f"{attn.n_heads} heads of {attn.head_dim}, {attn.n_kv_heads} for keys and values{clip}; {position}"
+
+
+def _feed_forward(config: ModelConfig) -> str:
+    ffn = config.ffn
+    if isinstance(ffn, MoESpec):
+        return f"{ffn.n_experts} experts of width {ffn.d_ff:,}, {ffn.top_k} per token, {ffn.activation}"
+    return f"{'gated, ' if ffn.gated else ''}width {ffn.d_ff:,}, {ffn.activation}"
