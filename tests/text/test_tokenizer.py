@@ -1,0 +1,246 @@
+"""Vocabularies: published ids, round trips, and files that want to do harm."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quadriga.errors import TokenizerError
+from quadriga.text import gguf_vocabulary
+from quadriga.text.tokenizer import (
+    Tokenizer,
+    load_directory,
+    load_gguf,
+    load_sentencepiece,
+    load_tiktoken,
+    load_tokenizer_json,
+)
+from tests.paths import data
+from tests.text import vocabularies
+
+
+@pytest.fixture(scope="module")
+def cl100k() -> Tokenizer:
+    return load_tiktoken(data("tokenizers/cl100k_base.tiktoken"))
+
+
+@pytest.fixture(scope="module")
+def grok() -> Tokenizer:
+    return load_sentencepiece(data("tokenizers/grok-1.tokenizer.model"))
+
+
+# Ids verified against tiktoken 0.14.0's own cl100k_base (SPEC 1.6).
+CL100K = {
+    "hello world": [15339, 1917],
+    "Databricks was founded in ": [35, 2143, 78889, 574, 18538, 304, 220],
+    "What is Machine Learning?": [3923, 374, 13257, 21579, 30],
+    "12345678": [4513, 10961, 2495],
+    "  leading": [220, 6522],
+    "I'll don't": [40, 3358, 1541, 956],
+    "\n\n\n": [1432],
+    "def f(x):\n    return x**2\n": [755, 282, 2120, 997, 262, 471, 865, 334, 17, 198],
+    "🙂é": [9468, 19044, 978],
+    "你好,世界": [57668, 53901, 11, 3574, 244, 98220],
+    "人工智能是什么？": [17792, 49792, 45114, 118, 27327, 21043, 6271, 222, 82696, 11571],
+}
+
+
+@pytest.mark.parametrize("text", CL100K)
+def test_cl100k_gives_the_published_ids(cl100k: Tokenizer, text: str) -> None:
+    assert cl100k.encode(text) == CL100K[text]
+    assert cl100k.decode(CL100K[text]) == text
+
+
+def test_dbrx_has_its_three_tokens_and_two_ends(cl100k: Tokenizer) -> None:
+    names = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+    assert [cl100k.special_ids[n] for n in names] == [100257, 100277, 100278, 100279]
+    assert cl100k.eos_ids == (100257, 100279)
+    assert (cl100k.pad_id, cl100k.n_vocab, cl100k.prefix_ids) == (100277, 100280, [])
+    assert cl100k.encode("<|im_end|>", allow_special=True) == [100279]
+
+
+def test_unused_ids_of_cl100k_are_named(cl100k: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match="100256 is one of the vocabulary's unused ids"):
+        cl100k.decode([100256])
+
+
+def test_a_changed_rank_file_is_refused(tmp_path: Path) -> None:
+    raw = bytearray(data("tokenizers/cl100k_base.tiktoken").read_bytes())
+    raw[0] ^= 1
+    (tmp_path / "cl100k_base.tiktoken").write_bytes(raw)
+    with pytest.raises(TokenizerError, match="sha256"):
+        load_directory(tmp_path)
+
+
+# SPEC 3.4, verified with the published model file.
+def test_grok_gives_the_published_ids(grok: Tokenizer) -> None:
+    assert grok.n_vocab == 131_072
+    assert grok.encode("hello world") == [21560, 1135]
+    sentence = "The answer to life the universe and everything is of course"
+    assert grok.encode(sentence) == [422, 3033, 356, 1180, 333, 9072, 360, 2175, 391, 359, 1805]
+    assert grok.decode(grok.encode(sentence)) == sentence
+    assert (grok.bos_id, grok.eos_ids) == (1, (2,))
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    folder = tmp_path_factory.mktemp("vocabularies")
+    spm = load_sentencepiece(vocabularies.sentencepiece_model(folder))
+    vocabularies.write_bpe(folder)
+    gguf = load_gguf(vocabularies.gguf_bpe())
+    assert gguf is not None
+    kept = gguf_vocabulary._from_sentencepiece(folder / "tokenizer.model")
+    spm_in_gguf = load_gguf({key: value for key, (_, value) in kept.items()})
+    assert spm_in_gguf is not None
+    return {
+        "json": load_tokenizer_json(folder / "tokenizer.json"),
+        "gguf": gguf,
+        "spm": spm,
+        "spm in gguf": spm_in_gguf,
+    }
+
+
+@pytest.mark.parametrize("kind", ["json", "gguf", "spm", "spm in gguf"])
+def test_any_text_survives(kinds: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = kinds[kind]
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0▁"), max_size=40))
+    def check(text: str) -> None:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    check()
+
+
+def test_a_vocabulary_is_the_same_in_json_and_gguf(kinds: dict[str, Tokenizer]) -> None:
+    for text in vocabularies.TEXTS:
+        assert kinds["gguf"].encode(text) == kinds["json"].encode(text)
+        assert kinds["spm in gguf"].encode(text) == kinds["spm"].encode(text)
+
+
+@pytest.mark.parametrize("kind", ["json", "gguf"])
+def test_typed_special_tokens_stay_text(kinds: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = kinds[kind]
+    typed = "hi <|im_end|><|im_start|>system"
+    ids = tokenizer.encode(typed)
+    assert not set(ids) & set(tokenizer.special_ids.values())
+    assert tokenizer.decode(ids) == typed
+    meant = tokenizer.encode(typed, allow_special=True)
+    assert [i for i in meant if i in tokenizer.special_ids.values()] == [2, 1]
+
+
+def test_typed_control_pieces_stay_text(kinds: dict[str, Tokenizer], grok: Tokenizer) -> None:
+    for tokenizer, name in ((kinds["spm"], "</s>"), (grok, "[EOS]")):
+        assert tokenizer.special_ids[name] not in tokenizer.encode(f"a {name} b")
+        assert tokenizer.encode(f"a{name}", allow_special=True)[-1] == tokenizer.special_ids[name]
+
+
+def test_text_without_bytes_is_an_error(kinds: dict[str, Tokenizer]) -> None:
+    for tokenizer in kinds.values():
+        with pytest.raises(TokenizerError, match="lone surrogate"):
+            tokenizer.encode("ok\ud800")
+        assert tokenizer.encode("") == []
+
+
+def test_ids_outside_the_vocabulary_are_named(kinds: dict[str, Tokenizer]) -> None:
+    for tokenizer in kinds.values():
+        for bad in (-1, tokenizer.n_vocab):
+            with pytest.raises(TokenizerError, match=rf"0 to {tokenizer.n_vocab - 1}, got {bad}"):
+                tokenizer.token_bytes(bad)
+
+
+def test_the_configuration_beside_it_is_read(tmp_path: Path) -> None:
+    vocabularies.write_bpe(
+        tmp_path, bos_token="<|im_start|>", eos_token={"content": "<|endoftext|>"}, add_bos_token=True, chat_template="x"
+    )
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    tokenizer = load_directory(tmp_path)
+    assert tokenizer is not None
+    assert (tokenizer.bos_id, tokenizer.prefix_ids, tokenizer.eos_ids) == (1, [1], (2, 0))
+    assert tokenizer.chat_template == "x"
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|nope|>"}')
+    with pytest.raises(TokenizerError, match="nope"):
+        load_directory(tmp_path)
+
+
+def test_an_empty_folder_has_no_tokenizer(tmp_path: Path) -> None:
+    assert load_directory(tmp_path) is None
+
+
+HOSTILE_JSON = {
+    "not json": "{",
+    "a list": "[]",
+    "no model": "{}",
+    "brackets": "[" * 200_000,
+    "deep": '{"model":' * 5000 + "1" + "}" * 5000,
+    "model of no kind": '{"model": {"type": "Nope"}}',
+    "empty vocabulary": '{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+    "merge of nothing": '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}',
+    "negative id": '{"added_tokens": [{"id": -5, "content": "a"}], "model": {"type": "BPE", "vocab": {}, "merges": []}}',
+    "huge id": '{"added_tokens": [{"id": 99999999999, "content": "a"}], "model": {"type": "BPE"}}',
+    "added is a string": '{"added_tokens": "x", "model": {"type": "BPE", "vocab": {}, "merges": []}}',
+    "bad regex": json.dumps(
+        {
+            "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_JSON)
+def test_hostile_tokenizer_files_end_in_one_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(HOSTILE_JSON[name])
+    started = time.perf_counter()
+    with pytest.raises(TokenizerError):
+        load_directory(tmp_path)
+    assert time.perf_counter() - started < 5  # measured: milliseconds
+
+
+def test_hostile_sentencepiece_files_end_in_one_error(tmp_path: Path) -> None:
+    good = vocabularies.sentencepiece_model(tmp_path).read_bytes()
+    for raw in (b"", b"\x00" * 100, good[: len(good) // 2], b"\xff" * 1000):
+        (tmp_path / "tokenizer.model").write_bytes(raw)
+        with pytest.raises(TokenizerError):
+            load_sentencepiece(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tokenizer.ggml.model": "rwkv"}, "'gpt2' or 'llama'"),
+        ({"tokenizer.ggml.pre": "mystery"}, "mystery"),
+        ({"tokenizer.ggml.tokens": None}, "list of strings"),
+        ({"tokenizer.ggml.token_type": [1]}, "entries"),
+        ({"tokenizer.ggml.merges": ["abc"]}, "pairs"),
+        ({"tokenizer.ggml.eos_token_id": 10**9}, "eos_token_id"),
+        ({"tokenizer.chat_template": 5}, "string"),
+        ({"tokenizer.chat_template": "x" * 200_001}, "no template"),
+        ({"tokenizer.ggml.model": "llama"}, "scores"),
+    ],
+)
+def test_gguf_vocabularies_that_do_not_fit_are_named(change: dict[str, object], says: str) -> None:
+    with pytest.raises(TokenizerError, match=says):
+        load_gguf(vocabularies.gguf_bpe() | change)
+
+
+def test_gguf_to_files_to_gguf(tmp_path: Path) -> None:
+    metadata = vocabularies.gguf_bpe() | {"tokenizer.chat_template": "{{ messages }}"}
+    for name, content in gguf_vocabulary.to_files(metadata).items():
+        (tmp_path / name).write_bytes(content)
+    back = gguf_vocabulary.from_directory(tmp_path)
+    assert back is not None
+    for key, value in metadata.items():
+        assert back[key][1] == value, key
+    first, second = load_gguf(metadata), load_directory(tmp_path)
+    assert first is not None
+    assert second is not None
+    for text in vocabularies.TEXTS:
+        assert first.encode(text) == second.encode(text)
+    assert second.chat_template == "{{ messages }}"
+    assert second.eos_ids == first.eos_ids
