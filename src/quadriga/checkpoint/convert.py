@@ -392,8 +392,12 @@ def _encoded(checkpoint: Checkpoint, plan: Plan, name: str, pieces: list[Piece])
         for cut in slices(piece, SLICE_BYTES // 4):
             values = pack(checkpoint.parameters.read(cut.target, cut.target_box), cut)
             box = cut.source_box or whole(shape)
+            # A run of rows is one run of bytes; where the box leaves out part of axis 1 (gate and up of every expert
+            # in one tensor), each index of axis 0 is a run of its own.
+            split = len(shape) > 1 and box[1] != (0, shape[1])
             assert all(r == (0, n) for r, n in zip(box[2:], shape[2:], strict=True)), "parts are runs of rows"
-            yield encode(values, form), FORMATS[form].nbytes_of((_first_element(box, shape),))
+            for start, run in enumerate(values, box[0][0]) if split else ((box[0][0], values),):
+                yield encode(run, form), FORMATS[form].nbytes_of((_first_element(((start, 0), *box[1:]), shape),))
 
 
 def _first_element(box: tuple[tuple[int, int], ...], shape: Shape) -> int:

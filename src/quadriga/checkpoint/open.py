@@ -188,7 +188,12 @@ def _same(source: TensorSource, a: str, b: str, shape: Shape) -> bool:
         return False
     step = max(1, SLICE_BYTES // max(1, 4 * prod(shape[1:])))
     boxes = (((i, min(i + step, shape[0])), *whole(shape[1:])) for i in range(0, shape[0], step))
-    return all(torch.equal(source.read(a, box), source.read(b, box)) for box in boxes)
+    return all(torch.equal(_bits(source.read(a, box)), _bits(source.read(b, box))) for box in boxes)
+
+
+def _bits(values: Tensor) -> Tensor:
+    """The bytes themselves: NaN equals NaN."""
+    return values.contiguous().view(torch.uint8)
 
 
 def _match_manifest(path: Path, source: SafetensorsSource) -> None:

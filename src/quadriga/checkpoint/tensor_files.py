@@ -198,7 +198,7 @@ def _read_header(fd: int, name: str) -> dict[str, tuple[int, TensorInfo]]:
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise fail(f"{what} must have dtype, shape and data_offsets")
         code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if code not in _DTYPES:
+        if not isinstance(code, str) or code not in _DTYPES:
             raise fail(f"{what} has dtype {code!r}; weights are {', '.join(_DTYPES)}")
         if not _are_sizes(shape) or len(shape) > 8 or not _are_sizes(span) or len(span) != 2:
             raise fail(f"{what} must have a shape and two offsets of whole numbers")

@@ -1,0 +1,133 @@
+"""Tiny models of every family, all sizes different, and their checkpoints on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quadriga.checkpoint.parameters import pack
+from quadriga.model import families
+from quadriga.model.config import AlibiSpec, AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.weight_map import Piece, parameter_shapes, source_shapes, whole
+
+_SIZES = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "max_seq_len": 64}
+_ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8)
+
+
+def _moe(**changes: object) -> MoESpec:
+    return MoESpec(**({"d_ff": 80, "n_experts": 5, "top_k": 3, "activation": "silu"} | changes))  # type: ignore[arg-type]
+
+
+TINY: dict[str, ModelConfig] = {
+    "dbrx": ModelConfig(
+        family="dbrx",
+        **_SIZES,
+        norm=NormSpec(kind="layer"),
+        position=RopeSpec(theta=5e5),
+        attn=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, clip_qkv=8.0),
+        ffn=_moe(aux_loss_weight=0.05, jitter_eps=0.0),
+        eos_ids=(7,),
+    ),
+    "mixtral": ModelConfig(
+        family="mixtral", **_SIZES, norm=NormSpec(kind="rms"), position=RopeSpec(theta=1e6), attn=_ATTN, ffn=_moe()
+    ),
+    "llama2": ModelConfig(
+        family="llama2",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        position=RopeSpec(theta=1e4),
+        attn=_ATTN,
+        ffn=DenseSpec(d_ff=80, activation="silu"),
+    ),
+    "llama2-tied": ModelConfig(
+        family="llama2",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        position=RopeSpec(theta=1e4),
+        attn=_ATTN,
+        ffn=DenseSpec(d_ff=80, activation="silu"),
+        tied_embeddings=True,
+    ),
+    "mpt": ModelConfig(
+        family="mpt",
+        **_SIZES,
+        norm=NormSpec(kind="layer"),
+        position=AlibiSpec(),
+        attn=AttentionSpec(n_heads=6, n_kv_heads=6, head_dim=8),
+        ffn=DenseSpec(d_ff=192, activation="gelu", gated=False),
+        tied_embeddings=True,
+    ),
+    "grok1": ModelConfig(
+        family="grok1",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        position=RopeSpec(theta=1e4),
+        attn=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, soft_cap=30.0),
+        ffn=_moe(activation="gelu_tanh", normalize_p=None, aux_loss_weight=0.001),
+        post_norms=True,
+        tied_embeddings=True,
+        embedding_scale=48**0.5,
+        logit_scale=0.5773502691896257,
+        bos_id=1,
+        eos_ids=(2,),
+        pad_id=0,
+    ),
+}
+
+
+def random_bits(config: ModelConfig, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, Tensor]:
+    """Parameters of arbitrary bit patterns: NaN with payloads, infinities, negative zero, denormals."""
+    generator = torch.Generator().manual_seed(seed)
+    width = torch.empty((), dtype=dtype).element_size()
+    return {
+        name: torch.randint(0, 256, (*shape[:-1], shape[-1] * width), generator=generator, dtype=torch.uint8).view(dtype)
+        for name, shape in parameter_shapes(config).items()
+    }
+
+
+def bits(tensor: Tensor) -> bytes:
+    """A tensor's exact bytes; NaNs compare."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def stored(pieces: list[Piece], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors a checkpoint in this layout holds, made without the code that writes checkpoints."""
+    dtype = next(iter(parameters.values())).dtype
+    out = {name: torch.empty(shape, dtype=dtype) for name, shape in source_shapes(pieces).items()}
+    for piece in pieces:
+        source, target = piece.source_box or whole(piece.source_shape), piece.target_box or whole(piece.target_shape)
+        part = parameters[piece.target][tuple(slice(*r) for r in target)]
+        out[piece.source][tuple(slice(*r) for r in source)] = pack(part, piece)
+    return out
+
+
+def write_hf(
+    folder: Path,
+    config: ModelConfig,
+    layout: str | None = None,
+    *,
+    n_shards: int = 1,
+    parameters: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """A Hugging Face directory, written by the safetensors library. Returns the stored tensors."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    family = families.family_of(config)
+    tensors = stored(family.layouts[layout or next(iter(family.layouts))](config), parameters or random_bits(config))
+    (folder / "config.json").write_text(json.dumps(family.config_to_hf(config)))
+    names = list(tensors)
+    if n_shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return tensors
+    table = {}
+    for shard in range(n_shards):
+        file = f"model-{shard + 1:05d}-of-{n_shards:05d}.safetensors"
+        mine = names[shard::n_shards]
+        save_file({name: tensors[name] for name in mine}, folder / file)
+        table.update(dict.fromkeys(mine, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    return tensors

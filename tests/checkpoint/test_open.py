@@ -1,0 +1,152 @@
+"""Opening checkpoints: every layout of every family gives the same parameters, and a mismatch says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quadriga.checkpoint.open import load_parameters, open_checkpoint
+from quadriga.errors import CheckpointError, ConfigError
+from quadriga.model import families
+from tests.checkpoint.models import TINY, bits, random_bits, write_hf
+
+LAYOUTS = [
+    (name, layout)
+    for name, config in TINY.items()
+    for layout in families.family_of(config).layouts
+    if layout != "jax"  # Grok-1's released files are pickles: test_grok_pickle.py
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_every_layout_is_recognised_and_read_bit_by_bit(tmp_path: Path, name: str, layout: str) -> None:
+    config = TINY[name]
+    expected = random_bits(config)
+    write_hf(tmp_path, config, layout, n_shards=3)
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.kind, checkpoint.layout, checkpoint.config) == ("hf", layout, config)
+    loaded = load_parameters(checkpoint)
+    assert loaded.keys() == expected.keys()
+    for parameter, values in expected.items():
+        assert bits(loaded[parameter]) == bits(values), parameter
+
+
+def test_boxes_smaller_and_larger_than_the_stored_pieces(tmp_path: Path) -> None:
+    config = TINY["dbrx"]
+    expected = random_bits(config)
+    write_hf(tmp_path, config, "split-qkv")
+    view = open_checkpoint(tmp_path).parameters
+    box = ((1, 4), (5, 80), (7, 31))
+    assert bits(view.read("layers.1.moe.w_gate", box)) == bits(expected["layers.1.moe.w_gate"][1:4, 5:80, 7:31])
+    assert bits(view.read("layers.2.attn.wqkv.weight", ((40, 70), (0, 48)))) == bits(
+        expected["layers.2.attn.wqkv.weight"][40:70]
+    )
+
+
+def test_dtype_is_the_caller_s_choice(tmp_path: Path) -> None:
+    config = TINY["llama2"]
+    values = {name: torch.randn(t.shape) for name, t in random_bits(config).items()}
+    write_hf(tmp_path, config, parameters=values)
+    checkpoint = open_checkpoint(tmp_path)
+    seen: list[tuple[int, int, str]] = []
+    loaded = load_parameters(checkpoint, dtype=torch.bfloat16, progress=lambda *step: seen.append(step))
+    assert all(torch.equal(loaded[name], values[name].bfloat16()) for name in values)
+    assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for t in loaded.values())
+
+
+def test_one_error_lists_both_sides(tmp_path: Path) -> None:
+    tensors = write_hf(tmp_path, TINY["mixtral"])
+    tensors["model.layers.1.extra.weight"] = torch.ones(3, dtype=torch.bfloat16)
+    del tensors["model.layers.0.self_attn.k_proj.weight"]
+    tensors["model.norm.weight"] = torch.ones(47, dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as raised:
+        open_checkpoint(tmp_path)
+    said = str(raised.value)
+    assert "lacks: model.layers.0.self_attn.k_proj.weight" in said
+    assert "has no place for: model.layers.1.extra.weight" in said
+    assert "model.norm.weight: must be [48], the file has [47]" in said
+
+
+def test_a_stored_copy_of_tied_embeddings_must_be_one(tmp_path: Path) -> None:
+    tensors = write_hf(tmp_path, TINY["llama2-tied"])
+    copy = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": copy}, tmp_path / "model.safetensors")
+    expected = random_bits(TINY["llama2-tied"])["embed.weight"]
+    assert bits(load_parameters(open_checkpoint(tmp_path))["embed.weight"]) == bits(expected)
+    copy.view(torch.uint8)[5, 5] ^= 1
+    save_file(tensors | {"lm_head.weight": copy}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="two different tensors"):
+        open_checkpoint(tmp_path)
+
+
+def test_generation_config_brings_the_end_tokens(tmp_path: Path) -> None:
+    write_hf(tmp_path, replace(TINY["dbrx"], eos_ids=()))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [57, 79]}')
+    assert open_checkpoint(tmp_path).config.eos_ids == (57, 79)
+
+
+def booby_trapped(folder: Path) -> Path:
+    """A repository that wants to run code in every way known."""
+    write_hf(folder, TINY["dbrx"])
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "auto_map": {"AutoModelForCausalLM": "evil.Model"},
+        "trust_remote_code": True,
+        "_attn_implementation_internal": "evil/kernels",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("raise SystemExit('code from a checkpoint ran')")
+    return folder
+
+
+def test_code_in_a_checkpoint_is_never_followed(tmp_path: Path) -> None:
+    assert open_checkpoint(booby_trapped(tmp_path)).config == TINY["dbrx"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_layers": 10**9},
+        {"n_layers": -1},
+        {"d_model": float("nan")},
+        {"d_model": "x" * 10**6},
+        {"vocab_size": 2**70},
+        {"ffn_config": None},
+        {"surprise": 1},
+        {"model_type": "mystery"},
+    ],
+)
+def test_hostile_configs_end_in_one_short_error(tmp_path: Path, change: dict[str, object]) -> None:
+    write_hf(tmp_path, TINY["dbrx"])
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ConfigError, CheckpointError)) as raised:
+        open_checkpoint(tmp_path)
+    assert len(str(raised.value)) < 2000
+
+
+@pytest.mark.parametrize("what", ["nothing", "an empty folder", "a text file", "a lone shard"])
+def test_what_is_no_checkpoint_says_so(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "x"
+    match what:
+        case "an empty folder":
+            path.mkdir()
+        case "a text file":
+            path.write_text("hello")
+        case "a lone shard":
+            path = tmp_path / "model.safetensors"
+            save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(path)
+
+
+def test_the_tests_own_writer_is_the_library(tmp_path: Path) -> None:
+    tensors = write_hf(tmp_path, TINY["mpt"])
+    again = load_file(tmp_path / "model.safetensors")
+    assert all(bits(again[name]) == bits(tensor) for name, tensor in tensors.items())
