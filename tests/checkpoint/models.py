@@ -83,7 +83,9 @@ def random_bits(config: ModelConfig, dtype: torch.dtype = torch.bfloat16, seed: 
     generator = torch.Generator().manual_seed(seed)
     width = torch.empty((), dtype=dtype).element_size()
     return {
-        name: torch.randint(0, 256, (*shape[:-1], shape[-1] * width), generator=generator, dtype=torch.uint8).view(dtype)
+        name: torch.randint(0, 256, (*shape[:-1], shape[-1] * width), generator=generator, dtype=torch.uint8).view(
+            dtype
+        )
         for name, shape in parameter_shapes(config).items()
     }
 

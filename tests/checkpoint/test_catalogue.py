@@ -160,7 +160,10 @@ def test_the_hub_gives_weights_and_text_only(tmp_path: Path, monkeypatch: pytest
     calls = hub(monkeypatch, {"config.json": b"{}", "model.safetensors": b"x" * 100, ".cache/lock": b""})
     folder = resolve("hf:org/model@v1.0")
     assert (calls[0]["repository"], calls[0]["revision"]) == ("org/model", "v1.0")
-    assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) and pattern != "LICENSE*" for pattern in calls[0]["allow_patterns"])
+    assert not any(
+        pattern.endswith((".py", ".bin", ".pt", "*")) and pattern != "LICENSE*"
+        for pattern in calls[0]["allow_patterns"]
+    )
     assert resolve("hf:org/model@v1.0") == folder
     assert len(calls) == 1
     assert verify("hf:org/model@v1.0") == []

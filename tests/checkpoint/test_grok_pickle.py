@@ -141,14 +141,14 @@ def hostile() -> dict[str, bytes]:
         "pops too much": b"\x80\x04\x87.",
         "shape too small": pickle.dumps(np.ones((6, 4), np.float32), protocol=4).replace(b"K\x06K\x04", b"K\x05K\x04"),
         "other shape": pickle.dumps(np.ones((4, 6), np.float32)),
-        "scales that do not fit": pickled(QuantizedWeight8bit(np.ones((6, 4), np.int8), np.ones((5, 4), np.float32)), 4),
+        "scales that do not fit": pickled(
+            QuantizedWeight8bit(np.ones((6, 4), np.int8), np.ones((5, 4), np.float32)), 4
+        ),
     }
 
 
 @pytest.mark.parametrize("name", hostile())
-def test_what_is_no_array_is_refused_and_never_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_what_is_no_array_is_refused_and_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tensor00000_000").write_bytes(hostile()[name])
     piece = families.FAMILIES["grok1"].layouts["jax"](CONFIG)[0]

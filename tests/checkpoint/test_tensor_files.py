@@ -86,7 +86,9 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
 def test_hostile_headers_take_little_memory(tmp_path: Path) -> None:
     """A header that claims much, and one that is much: under 200 MB, in a process of its own with that limit."""
     (tmp_path / "claims.safetensors").write_bytes(HOSTILE["header of 101 MB"])
-    entries = ",".join(f'"t{i}":{{"dtype":"F32","shape":[1],"data_offsets":[{4 * i},{4 * i + 4}]}}' for i in range(90_000))
+    entries = ",".join(
+        f'"t{i}":{{"dtype":"F32","shape":[1],"data_offsets":[{4 * i},{4 * i + 4}]}}' for i in range(90_000)
+    )
     (tmp_path / "is.safetensors").write_bytes(file_of(("{" + entries + "}").encode(), b""))
     program = (
         "import sys\nfrom pathlib import Path\nfrom quadriga.checkpoint.tensor_files import SafetensorsSource\n"

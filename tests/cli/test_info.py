@@ -84,9 +84,7 @@ def test_faults_are_named(tmp_path):
 
 
 def test_no_torch_and_well_under_a_second():
-    code = (
-        "from quadriga.cli.info_report import info; info('grok-1', as_json=True); import sys; sys.exit('torch' in sys.modules)"
-    )
+    code = "from quadriga.cli.info_report import info; info('grok-1', as_json=True); import sys; sys.exit('torch' in sys.modules)"
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

@@ -67,10 +67,17 @@ def test_a_ragged_batch_equals_one_by_one(kind: str) -> None:
     for b, prompt in enumerate(prompts):
         alone = whole(model, torch.cat((prompt, steps[b])))
         torch.testing.assert_close(prefill[start : start + len(prompt)], alone[: len(prompt)], rtol=0, atol=1e-11)
-        torch.testing.assert_close(
-            torch.stack([d[b] for d in decoded]), alone[len(prompt) :], rtol=0, atol=1e-11
-        )
+        torch.testing.assert_close(torch.stack([d[b] for d in decoded]), alone[len(prompt) :], rtol=0, atol=1e-11)
         start += len(prompt)
+
+
+@torch.inference_mode()
+def test_spare_room_is_never_seen() -> None:
+    """Fresh memory may hold NaN; a short sequence beside a long one must not meet it."""
+    cache = KVCache(tiny("dense"), 2, dtype=torch.float64)
+    cache.extend([5, 1])
+    for strip in (*cache.keys, *cache.values):
+        assert torch.isfinite(strip).all()
 
 
 @torch.inference_mode()

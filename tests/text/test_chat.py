@@ -110,7 +110,11 @@ def test_the_careful_path_gives_the_same_ids(small: Tokenizer, contents: list[st
 
 def test_answer_spans_are_the_answers_with_their_end(small: Tokenizer) -> None:
     done = render(
-        [USER, assistant("Yo there"), USER, assistant("Bye")], small, "chatml", add_generation_prompt=False, with_spans=True
+        [USER, assistant("Yo there"), USER, assistant("Bye")],
+        small,
+        "chatml",
+        add_generation_prompt=False,
+        with_spans=True,
     )
     answers = ["".join(small.token_text(i) for i in done.ids[a:b]) for a, b in done.spans]
     assert answers == ["Yo there<|im_end|>", "Bye<|im_end|>"]

@@ -156,7 +156,11 @@ def test_ids_outside_the_vocabulary_are_named(kinds: dict[str, Tokenizer]) -> No
 
 def test_the_configuration_beside_it_is_read(tmp_path: Path) -> None:
     vocabularies.write_bpe(
-        tmp_path, bos_token="<|im_start|>", eos_token={"content": "<|endoftext|>"}, add_bos_token=True, chat_template="x"
+        tmp_path,
+        bos_token="<|im_start|>",
+        eos_token={"content": "<|endoftext|>"},
+        add_bos_token=True,
+        chat_template="x",
     )
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     tokenizer = load_directory(tmp_path)

@@ -137,7 +137,11 @@ def convert(
 
 
 def _check_options(to: str, layout: str | None, dtype: str, gguf_format: str) -> None:
-    for name, value, known in (("to", to, TARGETS), ("dtype", dtype, DTYPES), ("gguf_format", gguf_format, GGUF_FORMATS)):
+    for name, value, known in (
+        ("to", to, TARGETS),
+        ("dtype", dtype, DTYPES),
+        ("gguf_format", gguf_format, GGUF_FORMATS),
+    ):
         if value not in known:
             raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}")
     if to == "gguf" and dtype != "keep":

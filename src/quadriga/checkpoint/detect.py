@@ -1,9 +1,9 @@
 """What lies at a path: which kind of checkpoint, and the model it says it is. No torch, no weights.
 
-    quadriga   a directory with quadriga.json            (``checkpoint.engine_file``)
-    hf         a directory with config.json              (safetensors, any of the family's layouts)
-    gguf       a GGUF file, or a directory with one
-    grok       a directory with tensor00000_000          (Grok-1's release)
+quadriga   a directory with quadriga.json            (``checkpoint.engine_file``)
+hf         a directory with config.json              (safetensors, any of the family's layouts)
+gguf       a GGUF file, or a directory with one
+grok       a directory with tensor00000_000          (Grok-1's release)
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shape
 from quadriga.text import tokenizer as tokenizers
 from quadriga.text.tokenizer import Tokenizer
 
+
 @dataclass
 class Checkpoint:
     """An open checkpoint. Close it when done; parameters already read stay valid."""

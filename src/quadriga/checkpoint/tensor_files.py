@@ -205,7 +205,9 @@ def _read_header(fd: int, name: str) -> dict[str, tuple[int, TensorInfo]]:
         dtype = _DTYPES[code]
         start, stop = span
         if stop - start != prod(shape) * _WIDTH[dtype]:
-            raise fail(f"{what} of shape {shape} as {code} takes {prod(shape) * _WIDTH[dtype]} bytes, not {stop - start}")
+            raise fail(
+                f"{what} of shape {shape} as {code} takes {prod(shape) * _WIDTH[dtype]} bytes, not {stop - start}"
+            )
         if stop > size - 8 - length:
             raise fail(f"{what} ends past the end of the file. It is cut short or forged")
         spans.append((start, stop, tensor))

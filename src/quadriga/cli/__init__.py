@@ -62,7 +62,9 @@ app.command(
 )(convert_command)
 app.command(
     "info",
-    epilog=_example("quadriga info dbrx-132b", "quadriga info model.gguf --json", "quadriga info grok-1 --context 4096"),
+    epilog=_example(
+        "quadriga info dbrx-132b", "quadriga info model.gguf --json", "quadriga info grok-1 --context 4096"
+    ),
 )(info_command)
 app.command(
     "pull",

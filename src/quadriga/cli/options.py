@@ -39,12 +39,12 @@ PresencePenalty = Annotated[float, typer.Option(help="Disfavours tokens in the a
 FrequencyPenalty = Annotated[
     float, typer.Option(help="Disfavours tokens by their count in the answer.", rich_help_panel=_SAMPLING)
 ]
-LogitBias = Annotated[
-    list[str] | None, typer.Option(help="TOKEN_ID=BIAS, may be repeated.", rich_help_panel=_SAMPLING)
-]
+LogitBias = Annotated[list[str] | None, typer.Option(help="TOKEN_ID=BIAS, may be repeated.", rich_help_panel=_SAMPLING)]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(help="End the answer before this text; may be repeated. \\n is a new line.", rich_help_panel=_SAMPLING),
+    typer.Option(
+        help="End the answer before this text; may be repeated. \\n is a new line.", rich_help_panel=_SAMPLING
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.", rich_help_panel=_SAMPLING)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -37,7 +37,9 @@ class KVCache:
     def _strip(self, capacity: int) -> Tensor:
         attn = self.config.attn
         shape = (len(self.lengths), attn.n_kv_heads, capacity, attn.head_dim)
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        # Zeros, not empty: in a ragged batch the spare room of a shorter sequence is read with weight 0, and 0 times
+        # the NaN that fresh memory may hold is NaN.
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the positions of one sequence from ``length`` on."""

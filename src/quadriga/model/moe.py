@@ -38,6 +38,8 @@ class RouterStats:
     """(N, k) float32, what each chosen expert's output was multiplied by."""
     probs: Tensor
     """(N, E) float32, the router's softmax over all experts."""
+    logits: Tensor
+    """(N, E) float32, what the softmax was taken of."""
 
     def load(self) -> Tensor:
         """(E,) int64: how many (token, slot) pairs each expert got."""
@@ -87,10 +89,10 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         """(N, D) -> ((N, D), this layer's routing)."""
-        ids, weights, probs = self.router(x)
+        ids, weights, probs, logits = self.router(x)
         combine = self.aggregation_weights(ids, weights)
         out = ops.experts(x, ids, combine, self.w_gate, self.w_up, self.w_down, self.spec.activation)
-        return out, RouterStats(ids, combine, probs)
+        return out, RouterStats(ids, combine, probs, logits)
 
     def aggregation_weights(self, ids: Tensor, weights: Tensor) -> Tensor:
         """The (N, k) multipliers of the chosen experts' outputs under the spec's aggregate."""

@@ -44,6 +44,8 @@ class Routing(NamedTuple):
     """(N, k) float32, what each chosen expert's output is multiplied by."""
     probs: Tensor
     """(N, E) float32, softmax over all experts."""
+    logits: Tensor
+    """(N, E) float32, what the softmax was taken of."""
 
 
 def norm(x: Tensor, weight: Tensor, kind: str, eps: float) -> Tensor:

@@ -73,13 +73,14 @@ def attention(
 
 
 def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None) -> Routing:
-    probs = F.linear(_wide(x), _wide(weight)).softmax(dim=-1)
+    logits = F.linear(_wide(x), _wide(weight))
+    probs = logits.softmax(dim=-1)
     # A stable sort, not topk: equal probabilities must take the lower expert id on every device and batch size.
     ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
     chosen = ordered[:, :top_k]
     if normalize_p is not None:
         chosen = chosen / torch.linalg.vector_norm(chosen, ord=normalize_p, dim=-1, keepdim=True)
-    return Routing(ids[:, :top_k], chosen, probs)
+    return Routing(ids[:, :top_k], chosen, probs, logits)
 
 
 def experts(

@@ -1,0 +1,136 @@
+"""Weights of the golden models, made from a seed by NumPy so that only results have to be stored.
+
+Imported by make_golden.py (in an environment with transformers 4.57.6) and by the tests: both must draw the same
+numbers, so nothing here may change without making the golden files anew.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+TOKENS = [
+    3,
+    96,
+    41,
+    7,
+    7,
+    58,
+    12,
+    90,
+    33,
+    71,
+    5,
+    64,
+    28,
+    19,
+    82,
+    47,
+    1,
+    60,
+    39,
+    88,
+    2,
+    14,
+    75,
+    53,
+    36,
+    9,
+    67,
+    22,
+    94,
+    30,
+]
+TOKENS += [81, 44, 17]
+"""33 tokens; the first 16 are read at once and the others one by one in the decoding run."""
+PREFILL = 16
+RAGGED = [33, 9, 21]
+"""Lengths of the sequences of the batch, each the beginning of TOKENS rotated by its index."""
+
+_SHARED = {"vocab_size": 97, "initializer_range": 0.02}
+_LLAMA = {
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    **_SHARED,
+}
+
+MODELS: dict[str, dict[str, object]] = {
+    "dbrx": {
+        "model_type": "dbrx",
+        "d_model": 48,
+        "n_heads": 6,
+        "n_layers": 4,
+        "max_seq_len": 64,
+        "attn_config": {"clip_qkv": 1.5, "kv_n_heads": 2, "rope_theta": 500000.0},
+        "ffn_config": {
+            "ffn_hidden_size": 80,
+            "moe_num_experts": 5,
+            "moe_top_k": 3,
+            "moe_normalize_expert_weights": 1,
+            "moe_loss_weight": 0.05,
+            "moe_jitter_eps": 0,
+        },
+        "tie_word_embeddings": False,
+        **_SHARED,
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "router_aux_loss_coef": 0.02,
+        "hidden_act": "silu",
+        **_LLAMA,
+    },
+    "llama": {
+        "model_type": "llama",
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        **_LLAMA,
+    },
+    "llama-tied": {
+        "model_type": "llama",
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        **_LLAMA,
+    },
+    "mpt": {
+        "model_type": "mpt",
+        "d_model": 48,
+        "n_heads": 6,  # no power of two: the slopes take two runs
+        "n_layers": 4,
+        "expansion_ratio": 4,
+        "max_seq_len": 64,
+        "no_bias": True,
+        "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None},
+        "tie_word_embeddings": True,
+        **_SHARED,
+    },
+}
+"""config.json of each golden model, without what transformers adds."""
+
+
+def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The weights of one tensor, float32: norms around 1, everything else N(0, 0.3) from a seed made of the name.
+
+    0.3 makes logits, router probabilities and clipped projections vary as in a trained model; 0.02 would leave the
+    router almost uniform and the clipping idle.
+    """
+    seed = np.frombuffer(name.encode(), dtype=np.uint8).astype(np.uint32)
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed.tolist())))
+    values = rng.standard_normal(shape, dtype=np.float64)
+    is_norm = len(shape) == 1
+    return (1 + 0.2 * values if is_norm else 0.3 * values).astype(np.float32)
+
+
+def ragged() -> list[list[int]]:
+    """The sequences of the batch."""
+    return [(TOKENS[i:] + TOKENS[:i])[:n] for i, n in enumerate(RAGGED)]
