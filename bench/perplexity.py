@@ -40,8 +40,8 @@ def main() -> None:
         count += len(window) - 1
     elapsed = time.perf_counter() - started
     print(
-        f"{args.model} {args.dtype}: perplexity {math.exp(total / count):.4f} over {count} predicted tokens of {len(ids)} "
-        f"in windows of {args.window}; {len(ids) / elapsed:.0f} tokens/s"
+        f"{args.model} {args.dtype}: perplexity {math.exp(total / count):.4f} over {count} predicted tokens of "
+        f"{len(ids)} in windows of {args.window}; {len(ids) / elapsed:.0f} tokens/s"
     )
 
 

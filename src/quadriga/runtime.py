@@ -1,6 +1,6 @@
 """Facts about this machine and this process: memory, processor, folders, threads, dtypes and devices.
 
-The only module that touches ``os.environ``. It imports torch only inside the functions that return torch objects, so that
+The only module that touches ``os.environ``. It imports torch only inside the functions that need it, so that
 commands which compute nothing (``--help``, ``info``, ``models``) never pay for it.
 
 Environment variables (all optional):

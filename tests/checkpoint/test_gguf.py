@@ -298,6 +298,27 @@ def test_claims_that_a_huge_sparse_file_keeps(tmp_path: Path, claim: bytes) -> N
     assert peak_kb < 200_000
 
 
+@pytest.mark.parametrize("count", [(3 << 19) - 8, 1 << 20, 1 << 18])
+@pytest.mark.parametrize("n_numbers", [0, 1 << 19])
+def test_a_forged_vocabulary_of_wide_strings_stays_under_200_mb(tmp_path: Path, count: int, n_numbers: int) -> None:
+    """Strings that are all different, each with one emoji: the costliest that Python keeps."""
+    count = min(count, (3 << 19) - 8 - n_numbers)
+    length = max(11, ((39 << 20) - 8 * n_numbers) // count - 8)
+    words = b"".join(text(b"%07d" % i + b"a" * (length - 11) + "😀".encode()) for i in range(count))
+    numbers = np.arange(2**62, 2**62 + n_numbers, dtype="<u8").tobytes()
+    keys = [
+        key("n", ARRAY, array(10, n_numbers, numbers)),
+        key("t", ARRAY, array(STRING, count, words)),
+        key("bad", BOOL, b"\x02"),
+    ]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(file_bytes(keys, [], bytes(64)))
+    message, seconds, peak_kb = read_alone(path)
+    assert "m.gguf is not a usable GGUF file" in message
+    assert seconds < 1
+    assert peak_kb < 195_000  # 200 MB are 195,312 of the kernel's kB
+
+
 def test_reading_headers_needs_no_torch(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(small())

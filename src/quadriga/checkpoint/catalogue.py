@@ -130,8 +130,8 @@ def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
     """
     if re.match(r"[a-z][a-z0-9+.-]*://", name_or_path, re.IGNORECASE):
         raise CatalogueError(
-            f"models are not fetched from addresses like {name_or_path[:80]!r}. Give a catalogue name (`quadriga models "
-            "list`), hf:ORG/REPO, or the path of a file you already have."
+            f"models are not fetched from addresses like {name_or_path[:80]!r}. Give a catalogue name (`quadriga "
+            "models list`), hf:ORG/REPO, or the path of a file you already have."
         )
     if name_or_path.startswith("hf:"):
         return _from_hub(name_or_path, progress)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ _MAGIC = b"GGUF"
 _MAX_HEADER_BYTES = 40 << 20
 _MAX_STRING_BYTES = 16 << 20
 _MAX_ELEMENTS = 3 << 19
+_MAX_PARSED_BYTES = 112 << 20  # as Python keeps it: one emoji makes a string four bytes a character, plus 76
 _MAX_TENSORS = 1 << 16
 _MAX_KEYS = 1 << 16
 _MAX_AXES = 4  # ggml has no more
@@ -135,6 +137,7 @@ class _Reader:
         self.start = 0  # file offset of buffer[0]
         self.at = 0  # position in buffer
         self.n_elements = 0  # of all arrays so far
+        self.parsed_bytes = 0  # memory of the strings and arrays so far
 
     def fail(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.name} is not a usable GGUF file: {message} (near byte {self.start + self.at})")
@@ -162,9 +165,17 @@ class _Reader:
         if length > _MAX_STRING_BYTES:
             raise self.fail(f"a string claims {length} bytes, the limit is {_MAX_STRING_BYTES}")
         try:
-            return str(self.take(length), "utf-8")
+            value = str(self.take(length), "utf-8")
         except UnicodeDecodeError:
             raise self.fail("a string is not UTF-8") from None
+        self.keep([value])
+        return value
+
+    def keep(self, values: list[Any]) -> None:
+        """Count what the values and a list of them take in memory."""
+        self.parsed_bytes += 8 * len(values) + sum(map(sys.getsizeof, values))
+        if self.parsed_bytes > _MAX_PARSED_BYTES:
+            raise self.fail(f"its metadata takes more than {_MAX_PARSED_BYTES >> 20} MB of memory")
 
     def strings(self, count: int) -> list[str]:
         """A string array; a real vocabulary has 10^5 of them, so this is the one hot loop."""
@@ -172,6 +183,7 @@ class _Reader:
         while len(values) < count:
             values.append(self.string())  # checks everything and refills the buffer
             buffer, at, last = self.buffer, self.at, len(self.buffer) - 8
+            n_kept = len(values)
             try:
                 while at <= last and len(values) < count:  # the strings that are whole in the buffer
                     end = at + 8 + _LENGTH.unpack_from(buffer, at)[0]
@@ -182,6 +194,7 @@ class _Reader:
             except UnicodeDecodeError:
                 raise self.fail("a string is not UTF-8") from None
             self.at = at
+            self.keep(values[n_kept:])
         return values
 
     def array(self) -> tuple[str, list[Any]]:
@@ -202,7 +215,9 @@ class _Reader:
         if code == "?":
             return name, [self.boolean() for _ in range(count)]
         raw = np.frombuffer(self.take(count * width), dtype=np.dtype(name).newbyteorder("<"))
-        return name, raw.tolist()
+        values = raw.tolist()
+        self.keep(values)
+        return name, values
 
     def value(self) -> tuple[str, Any]:
         kind = self.unpack("I")

@@ -1,8 +1,8 @@
 """Grok-1's release: 770 pickle files, read by a machine that can build arrays and nothing else.
 
 Python's unpickler runs what a file tells it to. This reader does not use it: it walks the few opcodes that pickled
-NumPy arrays consist of, knows a handful of names (all inert markers here), and refuses every other opcode or name. Array bytes
-are not read while walking, only their place in the file is noted, so opening the 318 GB takes 770 small reads.
+NumPy arrays consist of, knows a few names (all inert markers here), and refuses every other opcode or name. Array bytes
+are not read while walking, only their place in the file is noted: opening the 318 GB takes 770 small reads.
 
     ckpt-0/tensor00000_000 .. tensor00769_000      one leaf of the JAX parameter tree each, in sorted key order:
                                                    layers come as 0, 1, 10, 11, ... 19, 2, 20, ...

@@ -72,7 +72,8 @@ def verify_command(name: _Name) -> None:
         wrong = catalogue.verify(name, progress=show)
     if wrong:
         raise CatalogueError(
-            f"{name}: {', '.join(wrong[:4])} changed since it was fetched. `quadriga models rm {name}`, then pull again."
+            f"{name}: {', '.join(wrong[:4])} changed since it was fetched. "
+            f"Run `quadriga models rm {name}`, then pull it again."
         )
     print(f"{name}: all files are what was fetched")
 

@@ -207,7 +207,7 @@ class LLM:
         return {*self.config.eos_ids, *(self.tokenizer.eos_ids if self.tokenizer is not None else ())}
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt as checked token ids; text is encoded with special tokens off, after bos where the model wants it."""
+        """A prompt as checked token ids; text is encoded with special tokens off, after bos if the model wants it."""
         if isinstance(prompt, str):
             tokenizer = self._need_tokenizer()
             prompt = [*tokenizer.prefix_ids, *tokenizer.encode(prompt)]

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from quadriga.ops.dispatch import available, backend_for, use
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 __all__ = [

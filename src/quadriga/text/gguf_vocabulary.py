@@ -59,7 +59,7 @@ def from_directory(path: Path) -> dict[str, Entry] | None:
         table = _from_sentencepiece(path / "tokenizer.model")
     else:
         raise TokenizerError(
-            "a GGUF file needs merges, which a tiktoken rank file does not list. Put the model's tokenizer.json beside it."
+            "a GGUF file needs merges, which a tiktoken rank file lacks. Put the model's tokenizer.json beside it."
         )
     ids = {"bos": tokenizer.bos_id, "eos": next(iter(tokenizer.eos_ids), None), "padding": tokenizer.pad_id}
     for name, token_id in ids.items():

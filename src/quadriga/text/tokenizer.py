@@ -431,7 +431,7 @@ def gguf_bpe_spec(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one visible character (GPT-2): printable Latin-1 as itself, others from U+0100."""
+    """Byte-level BPE writes each byte as one visible character (GPT-2): printable Latin-1 as is, others from U+0100."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
     return {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(hidden)}
