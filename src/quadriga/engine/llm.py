@@ -103,7 +103,8 @@ class LLM:
     def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Logits of every position of one sequence: ids (T,) -> (T, V) float32."""
         ids = self._check_ids(token_ids)
-        logits: Tensor = self.model(ids, PackedContext([len(ids)], self.device)).logits
+        with runtime.quick_float32(len(ids)):
+            logits: Tensor = self.model(ids, PackedContext([len(ids)], self.device)).logits
         return logits.float()
 
     @torch.inference_mode()
@@ -170,7 +171,8 @@ class LLM:
         """Read ids into the cache; the logits (V,) after the last of them."""
         tokens = torch.tensor(ids, device=self.device)
         last = torch.tensor([len(ids) - 1], device=self.device)
-        logits: Tensor = self.model(tokens, cache.extend([len(ids)]), rows=last).logits[0]
+        with runtime.quick_float32(len(ids)):
+            logits: Tensor = self.model(tokens, cache.extend([len(ids)]), rows=last).logits[0]
         return logits
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Completion:
