@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -76,7 +77,7 @@ def load_model(model: str, dtype: str, device: str, threads: int | None) -> LLM:
     from quadriga.engine.llm import load
 
     runtime.set_threads(threads)
-    with progress_bar(f"loading {model}") as show:
+    with progress_bar(f"loading {Path(model).name}") as show:
         return load(model, dtype=dtype, device=device, progress=show)
 
 

@@ -1,0 +1,305 @@
+"""The chat command: the conversation and its slash commands on a fake model, and the terminal in a real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quadriga.cli.chat import ChatSession, print_stream
+from quadriga.engine.request import SamplingParams, TokenEvent
+from quadriga.errors import InputError, RequestError, TemplateError
+from tests.checkpoint.models import TINY
+
+
+class FakeLLM:
+    """Answers every conversation with how many messages it saw, a word at a time."""
+
+    name = "fake"
+    config = TINY["llama2"]
+    tokenizer = None
+
+    def __init__(self) -> None:
+        self.asked: list[list[dict[str, str]]] = []
+
+    def chat_stream(self, messages: Sequence[dict[str, str]], params: SamplingParams) -> Iterator[TokenEvent]:
+        self.asked.append([dict(m) for m in messages])
+        if messages[-1]["content"] == "bad":
+            raise TemplateError("cannot render")
+        words = ["I ", "saw ", str(len(messages))]
+        return iter(
+            TokenEvent(token_id=i, text=w, logprob=-1.0, finish_reason="stop" if i == 2 else None)
+            for i, w in enumerate(words)
+        )
+
+    def chat_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return [0] * (3 * len(messages))
+
+
+@pytest.fixture
+def session() -> ChatSession:
+    return ChatSession(FakeLLM(), SamplingParams())  # type: ignore[arg-type]
+
+
+def say(session: ChatSession, line: str) -> str:
+    """Run a line as the terminal loop would; everything shown, as one text."""
+    shown: list[str] = []
+    events = session.command(line, shown.append) if line.startswith("/") else session.ask(line)
+    if events is not None:
+        shown.append("".join(e.text for e in events))
+    return "\n".join(shown)
+
+
+def test_a_conversation_grows_and_can_be_taken_back(session: ChatSession) -> None:
+    assert say(session, "hello") == "I saw 1"
+    assert say(session, "again") == "I saw 3"
+    assert say(session, "/regen") == "I saw 3"
+    assert [m["content"] for m in session.turns] == ["hello", "I saw 1", "again", "I saw 3"]
+    say(session, "/undo")
+    assert [m["content"] for m in session.turns] == ["hello", "I saw 1"]
+    say(session, "/clear")
+    assert session.turns == []
+
+
+def test_the_system_prompt_comes_first_and_starts_anew(session: ChatSession) -> None:
+    say(session, "hello")
+    say(session, "/system Be brief.")
+    assert say(session, "hi") == "I saw 2"
+    assert session.llm.asked[-1][0] == {"role": "system", "content": "Be brief."}  # type: ignore[attr-defined]
+    assert say(session, "/system") == "Be brief."
+
+
+def test_settings_are_checked_as_everywhere(session: ChatSession) -> None:
+    assert say(session, "/set temperature 0.7") == "temperature = 0.7"
+    assert session.params.temperature == 0.7
+    assert "temperature = 0.7" in say(session, "/set")
+    for line, says in (
+        ("/set temperature -1", "temperature must be from 0"),
+        ("/set temperature warm", "takes a number, got 'warm'"),
+        ("/set top_k 1.5", "takes a whole number"),
+        ("/set temprature 1", "Did you mean temperature"),
+        ("/set colour 1", "There are: temperature"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            say(session, line)
+    assert session.params.temperature == 0.7
+    say(session, "/set seed 5")
+    assert session.params.seed == 5
+    say(session, "/set seed none")
+    assert session.params.seed is None
+
+
+def test_a_question_that_cannot_be_asked_is_not_kept(session: ChatSession) -> None:
+    with pytest.raises(InputError):
+        session.ask("bad")
+    assert session.turns == []
+
+
+def test_an_interrupted_answer_is_kept_as_far_as_it_came(session: ChatSession) -> None:
+    events = session.ask("hello")
+    next(events)
+    events.close()  # type: ignore[attr-defined]
+    assert session.turns[-1] == {"role": "assistant", "content": "I "}
+
+
+def test_saved_conversations_come_back(session: ChatSession, tmp_path: Path) -> None:
+    say(session, "/system Be brief.")
+    say(session, "hello")
+    file = tmp_path / "chat.json"
+    say(session, f"/save {file}")
+    other = ChatSession(FakeLLM(), SamplingParams())  # type: ignore[arg-type]
+    say(other, f"/load {file}")
+    assert (other.system, other.turns) == (session.system, session.turns)
+    for content, says in (("{", "not JSON"), ("{}", "list of messages"), ('[{"role": "root"}]', "list of messages")):
+        file.write_text(content)
+        with pytest.raises(RequestError, match=says):
+            say(other, f"/load {file}")
+    with pytest.raises(RequestError, match="cannot read"):
+        say(other, f"/load {tmp_path / 'missing'}")
+    with pytest.raises(RequestError, match="cannot write"):
+        say(other, f"/save {tmp_path / 'no' / 'folder'}")
+    with pytest.raises(RequestError, match="give a file"):
+        say(other, "/save")
+
+
+def test_the_other_commands(session: ChatSession) -> None:
+    assert "/regen" in say(session, "/help")
+    for line in ("/regen", "/undo"):
+        with pytest.raises(RequestError, match="no answer yet"):
+            say(session, line)
+    say(session, "hello")
+    assert "1 answers, 3 tokens" in say(session, "/stats")
+    assert "context: 6 of 64" in say(session, "/stats")
+    assert "dense model" in say(session, "/experts")
+    with pytest.raises(RequestError, match="Did you mean /regen"):
+        say(session, "/regn")
+    with pytest.raises(EOFError):
+        say(session, "/exit")
+
+
+def test_experts_of_the_last_answer() -> None:
+    from quadriga import LLM
+    from quadriga.model.transformer import Transformer, random_parameters
+    from quadriga.text.tokenizer import Tokenizer
+    from tests.engine.test_llm import Letters
+
+    config = TINY["dbrx"]
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    llm = LLM(
+        Transformer.from_parameters(config, random_parameters(config, std=0.4)),
+        Tokenizer(Letters(), special_ids={}, chat_template=template),
+    )
+    session = ChatSession(llm, SamplingParams(max_new_tokens=6, ignore_eos=True))
+    say(session, "hello")
+    shown = say(session, "/experts").splitlines()
+    assert len(shown) == 1 + config.n_layers
+    for row in shown[1:]:
+        # Each token visits three experts, so a row adds up to 300 %, but for rounding.
+        assert sum(int(n) for n in row.split()[1:]) == pytest.approx(300, abs=3)
+
+
+def test_the_last_line_tells_what_it_took(session: ChatSession, capsys: pytest.CaptureFixture[str]) -> None:
+    print_stream(session.ask("hello"))
+    shown = capsys.readouterr()
+    assert shown.out == "I saw 1\n"
+    assert shown.err.startswith("3 tokens · ")
+    assert shown.err.rstrip().endswith("s · stop")
+
+
+# In a process of its own -----------------------------------------------------------------------------------------------
+
+
+def quadriga(*arguments: str, stdin: str | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "quadriga", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["info", "dbrx-132"], 2, "error: no preset is called 'dbrx-132'. Did you mean 'dbrx-132b'?"),
+        (["chat", "hi", "--model", "/no/such/file"], 2, "error: there is no file, folder or catalogue model"),
+        (["chat", "hi", "--temperature", "-1"], 2, "error: temperature must be from 0 to 100"),
+        (["chat"], 2, "error: standard input was empty"),
+        (["generate", "x", "--logit-bias", "abc"], 2, "error: --logit-bias takes TOKEN_ID=BIAS"),
+        (["convert", "/no/such/file", "out"], 2, "error: there is no file"),
+        (["pull", "https://example.org/x"], 2, "error: models are not fetched from addresses"),
+        (["models", "show", "nonsense"], 2, "error: 'nonsense' is neither"),
+        (["chta"], 2, "No such command 'chta'"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_2(tmp_path: Path, arguments: list[str], code: int, says: str) -> None:
+    run = quadriga(*arguments, cwd=tmp_path)
+    assert run.returncode == code, run.stderr
+    assert says in run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.stdout == ""
+
+
+def test_debug_shows_the_traceback() -> None:
+    run = quadriga("--debug", "info", "dbrx-132")
+    assert run.returncode == 1
+    assert "Traceback" in run.stderr
+
+
+def test_version_and_json() -> None:
+    assert quadriga("--version").stdout.startswith("quadriga 0.")
+    facts = json.loads(quadriga("info", "dbrx-132b", "--json").stdout)
+    assert facts["parameters"]["total"] == 131_596_523_520
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    run = subprocess.run(
+        f"{sys.executable} -m quadriga info dbrx-132b --json | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout == "{\n"
+    assert run.stderr == ""
+
+
+@pytest.mark.weights
+def test_questions_by_argument_pipe_and_json(smollm2: Path) -> None:
+    question = "What is the capital of France?"
+    asked = quadriga("chat", question, "--model", str(smollm2))
+    assert asked.returncode == 0, asked.stderr
+    assert "Paris" in asked.stdout
+    assert " tok/s · first token " in asked.stderr
+    piped = quadriga("chat", "--model", str(smollm2), "--json", stdin=question)
+    assert json.loads(piped.stdout)["text"] == asked.stdout.strip()
+    made = json.loads(
+        quadriga("generate", "The capital of France is", "--model", str(smollm2), "--max-tokens", "2", "--json").stdout
+    )
+    assert made["text"].startswith(" Paris")
+    assert made["finish_reason"] == "length"
+
+
+@pytest.mark.weights
+def test_a_conversation_on_a_terminal(smollm2: Path, tmp_path: Path) -> None:
+    """A real terminal: a question, Ctrl-C during a long answer, a command, Ctrl-D."""
+    terminal, side = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "QUADRIGA_CACHE": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quadriga", "chat", "--model", str(smollm2)],
+        stdin=side,
+        stdout=side,
+        stderr=side,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+    )
+    os.close(side)
+    seen = ""
+
+    def until(*words: str) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 120
+        while not all(word in seen for word in words):
+            assert time.monotonic() < deadline, seen
+            if select.select([terminal], [], [], 1)[0]:
+                text = os.read(terminal, 65536).decode(errors="replace")
+                seen += text
+                if "\x1b[6n" in text:  # prompt_toolkit asks where the cursor is
+                    os.write(terminal, b"\x1b[1;1R")
+
+    def type_line(text: str) -> None:
+        nonlocal seen
+        seen = ""
+        os.write(terminal, text.encode() + b"\r")
+
+    try:
+        until("/help lists commands")
+        until("\x1b[?2004h")  # the prompt is ready: it asked for bracketed paste
+        type_line("What is the capital of France?")
+        until("Paris", "tok/s")
+        type_line("Count from one to five hundred in words.")
+        until("wo")
+        time.sleep(0.5)
+        os.write(terminal, b"\x03")
+        until("cancelled")
+        type_line("/stats")
+        until("2 answers")
+        os.write(terminal, b"\x04")
+        assert process.wait(timeout=60) == 0
+        assert (tmp_path / "chat_history").exists()
+    finally:
+        process.kill()
+        os.close(terminal)

@@ -1,0 +1,163 @@
+"""The offline API: on a tiny model everything that can be checked exactly, on the default model the answer itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import quadriga
+from quadriga import LLM, SamplingParams
+from quadriga.engine import llm as module
+from quadriga.errors import ConfigError, HardwareError, RequestError, TemplateError, TokenizerError
+from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.text.tokenizer import Tokenizer
+from tests.checkpoint.models import TINY, write_hf
+
+
+class Letters:
+    """97 tokens, each one printable character."""
+
+    n_vocab = 97
+
+    def encode(self, text: str, allow_special: bool) -> list[int]:
+        return [(ord(c) - 32) % 97 for c in text]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([32 + token_id])
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LLM:
+    config = TINY["dbrx"]
+    model = Transformer.from_parameters(config, random_parameters(config, std=0.4)).eval()
+    return LLM(model, Tokenizer(Letters(), special_ids={}, bos_id=5, eos_ids=(7,), add_bos=True))
+
+
+def greedy(model: LLM, ids: Sequence[int], n: int) -> list[int]:
+    """Greedy decoding by reading everything again for every token."""
+    made: list[int] = []
+    for _ in range(n):
+        made.append(int(model.logits([*ids, *made])[-1].argmax()))
+    return made
+
+
+def test_cached_decoding_equals_reading_everything_again(tiny: LLM) -> None:
+    done = tiny.generate([3, 1, 4], SamplingParams(max_new_tokens=12, ignore_eos=True))
+    assert done.token_ids == greedy(tiny, [3, 1, 4], 12)
+    assert (done.finish_reason, done.n_prompt_tokens, len(done.logprobs)) == ("length", 3, 12)
+    first = tiny.logits([3, 1, 4])[-1].log_softmax(-1)
+    assert done.logprobs[0] == pytest.approx(float(first.max()), abs=1e-5)
+
+
+def test_long_prompts_are_read_in_chunks_with_the_same_result(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = [i * 7 % 97 for i in range(40)]
+    whole = tiny.generate(prompt, SamplingParams(max_new_tokens=5)).token_ids
+    monkeypatch.setattr(module, "PREFILL_CHUNK", 7)
+    assert tiny.generate(prompt, SamplingParams(max_new_tokens=5)).token_ids == whole
+
+
+def test_end_tokens_stop_unless_ignored(tiny: LLM) -> None:
+    free = tiny.generate([3, 1, 4], SamplingParams(max_new_tokens=20, ignore_eos=True)).token_ids
+    end = free[4]
+    stopped = tiny.generate([3, 1, 4], SamplingParams(max_new_tokens=20, stop_ids=(end,)))
+    assert stopped.token_ids == free[: free.index(end) + 1]
+    assert stopped.finish_reason == "stop"
+    assert len(stopped.text) == len(stopped.token_ids) - 1  # the end token has no text
+
+
+def test_stop_strings_end_the_answer_and_stay_out_of_it(tiny: LLM) -> None:
+    free = tiny.generate([3, 1, 4], SamplingParams(max_new_tokens=20, ignore_eos=True))
+    stop = free.text[6:9]
+    stopped = tiny.generate([3, 1, 4], SamplingParams(max_new_tokens=20, ignore_eos=True, stop=(stop,)))
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.finish_reason == "stop"
+
+
+def test_seeds_decide_and_differ(tiny: LLM) -> None:
+    def sample(seed: int) -> list[int]:
+        return tiny.generate([3], SamplingParams(max_new_tokens=20, temperature=2.0, seed=seed)).token_ids
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_text_prompts_begin_with_bos(tiny: LLM) -> None:
+    assert tiny.prompt_ids("AB") == [5, 33, 34]
+    assert tiny.prompt_ids([33, 34]) == [33, 34]
+
+
+def test_the_context_is_a_limit_that_ends_the_answer(tiny: LLM) -> None:
+    done = tiny.generate([1] * 60, SamplingParams(max_new_tokens=50, ignore_eos=True))
+    assert (len(done.token_ids), done.finish_reason) == (4, "length")
+    with pytest.raises(RequestError, match="no room for an answer"):
+        tiny.generate([1] * 64)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [([], "at least one token"), ([97], "from 0 to 96, got 97"), ([-1], "got -1"), ([1.5], "whole numbers")],
+)
+def test_prompts_that_cannot_be(tiny: LLM, prompt: list[int], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        tiny.generate(prompt)
+    with pytest.raises(RequestError):
+        tiny.logits([1] * 65)
+
+
+def test_without_a_tokenizer_only_ids_work(tiny: LLM) -> None:
+    bare = LLM(tiny.model, None, name="bare")
+    assert bare.generate([3, 1, 4], SamplingParams(max_new_tokens=3)).text == ""
+    with pytest.raises(TokenizerError, match="bare came without a tokenizer"):
+        bare.generate("hello")
+
+
+def test_a_base_model_does_not_chat(tiny: LLM) -> None:
+    with pytest.raises(TemplateError, match="no chat template"):
+        tiny.chat("hi")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny: LLM) -> None:
+    class More(Letters):
+        n_vocab = 98
+
+    with pytest.raises(TokenizerError, match="98 tokens, the model's embedding only 97"):
+        LLM(tiny.model, Tokenizer(More(), special_ids={}))
+
+
+def test_routing_covers_every_layer_and_token(tiny: LLM) -> None:
+    stats = tiny.routing([3, 1, 4, 1, 5])
+    assert [s.expert_ids.shape for s in stats] == [(5, 3)] * 3
+    assert all(int(s.load().sum()) == 15 for s in stats)
+
+
+def test_load_from_a_directory(tmp_path: Path) -> None:
+    values = random_parameters(TINY["mixtral"], std=0.3)
+    write_hf(tmp_path, TINY["mixtral"], parameters=values)
+    seen: list[int] = []
+    model = quadriga.load(tmp_path, progress=lambda done, total, what: seen.append(done))
+    assert model.tokenizer is None
+    assert model.logits([1, 2, 3]).shape == (3, 97)
+    assert model.logits([1, 2, 3]).dtype == torch.float32
+    assert seen == sorted(seen)
+    half = quadriga.load(tmp_path, dtype="bf16")
+    assert half.dtype == torch.bfloat16
+    assert half.logits([1, 2, 3]).dtype == torch.float32
+    with pytest.raises(ConfigError, match="dtype must be one of"):
+        quadriga.load(tmp_path, dtype="int3")
+    with pytest.raises(ConfigError, match="device must be like"):
+        quadriga.load(tmp_path, device="toaster")
+    if not torch.cuda.is_available():
+        with pytest.raises(HardwareError, match="0 CUDA devices"):
+            quadriga.load(tmp_path, device="cuda")
+
+
+@pytest.mark.weights
+def test_the_default_model_knows_paris(smollm2: Path) -> None:
+    model = quadriga.load(smollm2)
+    answer = model.chat("What is the capital of France?")
+    assert "Paris" in answer.text
+    assert answer.finish_reason == "stop"
+    assert model.generate("The capital of France is", SamplingParams(max_new_tokens=1)).text == " Paris"
