@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -175,6 +176,9 @@ def test_the_last_line_tells_what_it_took(session: ChatSession, capsys: pytest.C
     assert shown.err.rstrip().endswith("s · stop")
 
 
+PROMPT = "\x1b[?2004h"
+"""What the terminal gets when the prompt is ready for keys: a request for bracketed paste."""
+
 # In a process of its own -----------------------------------------------------------------------------------------------
 
 
@@ -272,7 +276,8 @@ def test_a_conversation_on_a_terminal(smollm2: Path, tmp_path: Path) -> None:
     def until(*words: str, longer_than: int = 0) -> None:
         nonlocal seen
         deadline = time.monotonic() + 120
-        while len(seen) <= longer_than or not all(word in seen for word in words):
+        in_this_order = re.compile(".*".join(map(re.escape, words)), re.DOTALL)
+        while len(seen) <= longer_than or not in_this_order.search(seen):
             assert time.monotonic() < deadline, seen
             if select.select([terminal], [], [], 1)[0]:
                 text = os.read(terminal, 65536).decode(errors="replace")
@@ -287,19 +292,19 @@ def test_a_conversation_on_a_terminal(smollm2: Path, tmp_path: Path) -> None:
 
     try:
         until("/help lists commands")
-        until("\x1b[?2004h")  # the prompt is ready: it asked for bracketed paste
+        until(PROMPT)
         type_line("What is the capital of France?")
-        until("Paris", "tok/s")
+        until("Paris", "tok/s", PROMPT)
         type_line("/clear")
-        until("forgotten", "\x1b[?2004h")
+        until("forgotten", PROMPT)
         type_line("Write a long story about a fox.")
         until("\x1b[?2004l")  # the prompt is done; what follows is the answer
         before = len(seen)
         until(longer_than=before + 80)
         os.write(terminal, b"\x03")
-        until("cancelled")
+        until("cancelled", PROMPT)
         type_line("/stats")
-        until("2 answers")
+        until("2 answers", PROMPT)
         os.write(terminal, b"\x04")
         assert process.wait(timeout=60) == 0
         assert (tmp_path / "chat_history").exists()

@@ -10,7 +10,7 @@ import difflib
 import json as jsonlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +23,8 @@ from quadriga.errors import InputError, RequestError
 if TYPE_CHECKING:
     from quadriga.engine.llm import LLM
     from quadriga.engine.request import SamplingParams, TokenEvent
+
+    Answer = Generator[TokenEvent, None, None]
 
 HELP = """\
 /help                 this list
@@ -97,7 +99,7 @@ def chat_command(
         print_stream(session.ask(prompt))
 
 
-def print_stream(events: Iterator[TokenEvent]) -> None:
+def print_stream(events: Answer) -> None:
     """Print an answer as it comes, then one dim line about it (on stderr, so that pipes get the answer only)."""
     started = first = time.perf_counter()
     n_tokens, reason = 0, "cancelled"
@@ -110,6 +112,8 @@ def print_stream(events: Iterator[TokenEvent]) -> None:
             reason = event.finish_reason or reason
     except KeyboardInterrupt:
         reason = "cancelled"
+    finally:
+        events.close()  # now, not when it is collected: the conversation records the answer as far as it came
     print(flush=True)
     elapsed = time.perf_counter() - first
     rate = (n_tokens - 1) / elapsed if n_tokens > 1 and elapsed > 0 else 0.0
@@ -133,12 +137,12 @@ class ChatSession:
         """The system message, if there is one."""
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def ask(self, text: str) -> Iterator[TokenEvent]:
+    def ask(self, text: str) -> Answer:
         """Put a question; the turns hold question and answer once the events are through or the caller stops."""
         self.turns.append({"role": "user", "content": text})
         return self._answer()
 
-    def _answer(self) -> Iterator[TokenEvent]:
+    def _answer(self) -> Answer:
         try:
             events = self.llm.chat_stream([*self.opening(), *self.turns], self.params)
         except InputError:
@@ -146,7 +150,7 @@ class ChatSession:
             raise
         return self._record(events)
 
-    def _record(self, events: Iterable[TokenEvent]) -> Iterator[TokenEvent]:
+    def _record(self, events: Iterable[TokenEvent]) -> Answer:
         text, started = "", time.perf_counter()
         try:
             for event in events:
@@ -158,7 +162,7 @@ class ChatSession:
             self.answers += 1
             self.answer_s += time.perf_counter() - started
 
-    def command(self, line: str, say: Callable[[str], None]) -> Iterator[TokenEvent] | None:
+    def command(self, line: str, say: Callable[[str], None]) -> Answer | None:
         """Carry out a slash command. Returns events where the command makes the model answer.
 
         Raises:

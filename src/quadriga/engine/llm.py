@@ -10,7 +10,7 @@ One :class:`LLM` holds one model and serves one caller at a time; serving many a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +36,9 @@ Message = Mapping[str, str]
 
 Progress = Callable[[int, int, str], None]
 """Called with (bytes done, bytes in all, what is being read)."""
+
+Answer = Generator[TokenEvent, None, None]
+"""Tokens as they are made; closing it ends the answer."""
 
 PREFILL_CHUNK = 2048
 """Prompt tokens per forward pass: bounds the activations of a long prompt without costing speed."""
@@ -116,7 +119,7 @@ class LLM:
 
     # Generation ------------------------------------------------------------------------------------------------------
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Answer:
         """Continue a prompt, yielding each token as it is made.
 
         Args:
@@ -135,7 +138,7 @@ class LLM:
             )
         return self._decode(ids, params)
 
-    def _decode(self, prompt: list[int], params: SamplingParams) -> Iterator[TokenEvent]:
+    def _decode(self, prompt: list[int], params: SamplingParams) -> Answer:
         sampler = Sampler(params, prompt, self.config.vocab_size)
         text = Detokenizer(self.tokenizer, stop=params.stop) if self.tokenizer is not None else None
         ends = set(params.stop_ids) | (set() if params.ignore_eos else self.end_ids)
@@ -191,9 +194,7 @@ class LLM:
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         return render(turns, self._need_tokenizer(), add_generation_prompt=True).ids
 
-    def chat_stream(
-        self, messages: str | Sequence[Message], params: SamplingParams | None = None
-    ) -> Iterator[TokenEvent]:
+    def chat_stream(self, messages: str | Sequence[Message], params: SamplingParams | None = None) -> Answer:
         """Answer a conversation (or a single user message), yielding each token as it is made."""
         return self.stream(self.chat_ids(messages), params)
 
