@@ -89,6 +89,15 @@ def test_a_dtype_can_be_chosen(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[n], v.half()) for n, v in values.items())
 
 
+def test_numbers_that_do_not_fit_float16_are_refused(tmp_path: Path) -> None:
+    values = {n: torch.randn(t.shape) for n, t in random_bits(TINY["mixtral"]).items()}
+    values["layers.1.attn.wo.weight"][3, 3] = 70_000.0
+    write_hf(tmp_path / "hf", TINY["mixtral"], parameters=values)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.o_proj\.weight: a weight of 70000 does not fit"):
+        convert(tmp_path / "hf", tmp_path / "half", to="hf", dtype="float16")
+    convert(tmp_path / "hf", tmp_path / "half", to="hf", dtype="bfloat16", resume=False)
+
+
 def test_known_side_files_come_along_and_code_does_not(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", TINY["llama2"])
     for name in ("tokenizer_config.json", "special_tokens_map.json"):

@@ -322,7 +322,7 @@ class _Writer:
                 if name in self.hashes:
                     continue
                 digest = hashlib.sha256()
-                for raw, at in _encoded(checkpoint, self.plan, name, pieces):
+                for raw, at in _named(name, _encoded(checkpoint, self.plan, name, pieces)):
                     file, offset = self.plan.files.places[name]
                     _write_all(self._open[file], raw, offset + at)
                     digest.update(raw)
@@ -404,6 +404,14 @@ def _encoded(checkpoint: Checkpoint, plan: Plan, name: str, pieces: list[Piece])
                 yield encode(run, form), FORMATS[form].nbytes_of((_first_element(((start, 0), *box[1:]), shape),))
 
 
+def _named(name: str, parts: Iterator[tuple[memoryview, int]]) -> Iterator[tuple[memoryview, int]]:
+    """The parts; an error about their numbers says which tensor they are of."""
+    try:
+        yield from parts
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+
+
 def _first_element(box: tuple[tuple[int, int], ...], shape: Shape) -> int:
     index = 0
     for (start, _), size in zip(box, shape, strict=True):
@@ -412,9 +420,18 @@ def _first_element(box: tuple[tuple[int, int], ...], shape: Shape) -> int:
 
 
 def encode(values: Tensor, form: str) -> memoryview:
-    """A tensor's numbers in a stored format, as bytes."""
+    """A tensor's numbers in a stored format, as bytes.
+
+    Raises:
+        CheckpointError: a finite number is beyond float16's largest, 65504: it would become infinite in silence.
+    """
     if form in PLAIN:
         plain = values.to(getattr(torch, form)).contiguous()
+        if form == "float16" and plain.dtype != values.dtype and not torch.equal(plain.isinf(), values.isinf()):
+            raise CheckpointError(
+                f"a weight of {float(values.abs().max()):g} does not fit float16, whose largest number is 65504. "
+                "Choose bfloat16 or float32."
+            )
         return plain.reshape(-1).view(torch.uint8).numpy().data
     return codec.quantize(values.float().contiguous().numpy(), form).data
 
