@@ -19,7 +19,7 @@ import pytest
 from quadriga.cli.chat import ChatSession, print_stream
 from quadriga.engine.request import SamplingParams, TokenEvent
 from quadriga.errors import InputError, RequestError, TemplateError
-from tests.checkpoint.models import TINY
+from tests.checkpoint.models import TINY, write_hf
 
 
 class FakeLLM:
@@ -214,6 +214,28 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path: Path, arguments: list[str
     assert says in run.stderr
     assert "Traceback" not in run.stderr
     assert run.stdout == ""
+
+
+@pytest.mark.parametrize("kind", ["gguf", "safetensors", "tokenizer", "pickle"])
+def test_hostile_files_end_in_one_line_and_code_2(tmp_path: Path, kind: str) -> None:
+    """What the readers refuse reaches the user as one line, through every command that opens files."""
+    path = tmp_path / "model"
+    match kind:
+        case "gguf":
+            path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + (2**40).to_bytes(8, "little") * 2)
+        case "safetensors":
+            write_hf(path, TINY["dbrx"])
+            (path / "model.safetensors").write_bytes((2**63).to_bytes(8, "little"))
+        case "tokenizer":
+            write_hf(path, TINY["dbrx"])
+            (path / "tokenizer.json").write_text("[" * 100_000)
+        case "pickle":
+            write_hf(path, TINY["dbrx"])
+            (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    run = quadriga("generate", "x", "--model", str(path))
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: ")
+    assert "Traceback" not in run.stderr
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from quadriga import ops
 from quadriga.model.config import ModelConfig
 from quadriga.model.context import ForwardContext, Scoring
+from quadriga.model.layers import Matrix
 
 
 class Attention(nn.Module):
@@ -16,8 +17,8 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = config.attn
         self.layer = layer
-        self.wqkv = nn.Linear(config.d_model, self.spec.qkv_dim, bias=False)
-        self.wo = nn.Linear(self.spec.q_dim, config.d_model, bias=False)
+        self.wqkv = Matrix(self.spec.qkv_dim, config.d_model)
+        self.wo = Matrix(config.d_model, self.spec.q_dim)
 
     def forward(
         self, x: Tensor, context: ForwardContext, rotary: tuple[Tensor, Tensor] | None, scoring: Scoring

@@ -1,12 +1,33 @@
-"""The small parts: normalisation, rotary tables, ALiBi slopes."""
+"""The small parts: matrices, normalisation, rotary tables, ALiBi slopes.
+
+Modules here only hold parameters; none initialises them (``transformer.random_parameters`` does). torch's own Linear
+and Embedding do when they are built, which on the meta device imports torch's compiler: 1.7 s of every load.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quadriga import ops
 from quadriga.model.config import AlibiSpec, NormSpec, RopeSpec
+
+
+class Matrix(nn.Module):
+    """A weight (rows, columns): a linear map without bias, or a table of embeddings."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T: (..., columns) -> (..., rows)."""
+        return F.linear(x, self.weight)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Rows of the table: ids (N,) -> (N, columns)."""
+        return F.embedding(ids, self.weight)
 
 
 class Norm(nn.Module):

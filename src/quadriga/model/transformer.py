@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quadriga.model.attention import Attention
 from quadriga.model.config import AlibiSpec, DenseSpec, ModelConfig, MoESpec, RopeSpec
 from quadriga.model.context import ForwardContext, Scoring
 from quadriga.model.feedforward import FeedForward
-from quadriga.model.layers import Norm, alibi_slopes, rotary_tables
+from quadriga.model.layers import Matrix, Norm, alibi_slopes, rotary_tables
 from quadriga.model.moe import MoE, RouterStats
 from quadriga.model.weight_map import parameter_shapes
 
@@ -75,10 +74,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed = Matrix(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.final_norm = Norm(config.d_model, config.norm)
-        self.lm_head = None if config.tied_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = None if config.tied_embeddings else Matrix(config.vocab_size, config.d_model)
         self._scoring: Scoring | None = None
 
     @classmethod
@@ -105,7 +104,7 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, context: ForwardContext) -> tuple[Tensor, list[RouterStats]]:
         """tokens (N,) -> (final hidden states before the last norm (N, D), routing of each MoE layer)."""
-        h = F.embedding(tokens, self.embed.weight)
+        h = self.embed.look_up(tokens)
         if self.config.embedding_scale != 1.0:
             h = h * self.config.embedding_scale
         rotary = None
@@ -121,8 +120,8 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(R, D) before the last norm -> logits (R, V), float32 (float64 for a float64 model)."""
-        weight = self.embed.weight if self.lm_head is None else self.lm_head.weight
-        logits = F.linear(self.final_norm(hidden), weight)
+        head = self.embed if self.lm_head is None else self.lm_head
+        logits: Tensor = head(self.final_norm(hidden))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
 
