@@ -283,6 +283,7 @@ def test_dry_run_maps_the_real_dbrx_without_its_weights(tmp_path: Path) -> None:
     report = dry_run(tmp_path)
     assert (report.n_tensors, report.n_parameters, report.layout) == (323, 323, "fused")
     assert (report.n_files, report.files_present) == (61, 0)
+    assert report.n_numbers == 131_596_523_520
     assert {s for sources in report.source_of.values() for s in sources} == set(table)
     assert report.source_of["layers.39.moe.w_down"] == ["transformer.blocks.39.ffn.experts.mlp.w2"]
 

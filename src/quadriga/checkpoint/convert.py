@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -476,6 +477,7 @@ class DryRun:
     layout: str
     n_tensors: int
     n_parameters: int
+    n_numbers: int
     n_files: int
     files_present: int
     source_of: dict[str, list[str]]
@@ -514,4 +516,6 @@ def _report(layout: str, pieces: list[Piece], n_files: int, present: int) -> Dry
     source_of: dict[str, list[str]] = {}
     for piece in pieces:
         source_of.setdefault(piece.target, []).append(piece.source)
-    return DryRun(layout, len({p.source for p in pieces}), len(source_of), n_files, present, source_of)
+    stored = source_shapes(pieces)
+    n_numbers = sum(prod(shape) for shape in stored.values())
+    return DryRun(layout, len(stored), len(source_of), n_numbers, n_files, present, source_of)

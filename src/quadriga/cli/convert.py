@@ -62,6 +62,7 @@ def _print_dry_run(report: object) -> None:
 
     assert isinstance(report, DryRun)
     print(f"layout {report.layout}: {report.n_tensors} stored tensors fill {report.n_parameters} parameters")
+    print(f"{report.n_numbers:,} numbers: {2 * report.n_numbers / 1e9:.1f} GB in 16 bits")
     print(f"{report.files_present} of {report.n_files} weight files are here")
     for parameter, sources in report.source_of.items():
         if parameter.startswith("layers.") and not parameter.startswith("layers.0."):
