@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from quadriga.checkpoint import catalogue
+from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.errors import CatalogueError
+from quadriga.model.transformer import Transformer
+from tests.golden import checkpoints
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +28,18 @@ def smollm2() -> Path:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"the default model cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def golden_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Transformer]:
+    """``golden_model(name, dtype)``: a model of ``tests.golden``, written as a checkpoint, opened and loaded."""
+    folders: dict[str, Path] = {}
+
+    def load(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            checkpoints.write(name, folders[name])
+        checkpoint = open_checkpoint(folders[name])
+        return Transformer.from_parameters(checkpoint.config, load_parameters(checkpoint, dtype=dtype)).eval()
+
+    return load

@@ -1,10 +1,16 @@
 """How far results may lie apart, derived from dtypes and lengths instead of guessed.
 
-Rounding of a reduction of n terms in a format of unit roundoff u grows like u sqrt(n) for terms of random sign (Higham,
-Accuracy and Stability of Numerical Algorithms, 3.1 and 4.2). A transformer rounds its residual stream a few times a
-layer, and each of the ``ROUNDINGS`` adds an independent relative error u. What arrives at a layer with error e leaves it
-twice, through the residual sum and through the branch; where the two agree in sign the variance doubles. L layers thus
-give u sqrt(ROUNDINGS (1 + 2 + 4 + ... + 2^(L-1))). Logits are sums over D of such numbers.
+One rounding to a format of unit roundoff u leaves a relative error of at most u, spread evenly: u / sqrt(3) in the root
+mean square. A sum of n products is accumulated wider, with unit roundoff a, and n roundings of random sign leave
+a sqrt(n / 3) (Higham, Accuracy and Stability of Numerical Algorithms, 2.8). So one layer adds to the stream's relative
+variance
+
+    c = ROUNDINGS u^2 / 3  +  sum over its reductions n of  a^2 n / 3
+
+and passes on what came in, multiplied by GROWTH = 3. A branch that reads a stream with relative error e is off by e
+through every factor that depends on it: attention by the values (e^2) and by the scores, products of q and k, which at a
+score of about 1 move the probabilities by sqrt(2) e (2 e^2); a gated network by gate and up (2 e^2). Branch and stream
+of like size then carry (1 + 3) / 2 and (1 + 2) / 2 times e^2, together 3. L layers give c (1 + 3 + 9 + ... + 3^(L-1)).
 """
 
 from __future__ import annotations
@@ -13,17 +19,32 @@ import math
 
 import torch
 
+from quadriga.model.config import ModelConfig
+
 ROUNDINGS = 20
-"""Roundings to the working dtype that a layer leaves in the stream: two norms, q/k/v, rotation (two products and a
-sum), scores, probabilities, their sum over values, wo, gate, its activation, up, their product, down, the experts' weight
-and their sum, two residual sums."""
+"""Results that a layer rounds to the working dtype: two norms, q/k/v, rotation (two products and a sum), scores,
+probabilities, their sum over values, wo, gate, its activation, up, their product, down, the experts' weight and their sum,
+two residual sums, one more for the head's share."""
+
+GROWTH = 3
+"""How a layer multiplies the relative variance that reaches it; see above."""
 
 
-def logit_bound(dtype: torch.dtype, n_layers: int, logit_range: float, sigmas: float = 4.0) -> float:
-    """Largest difference of one logit that rounding in ``dtype`` explains, against exact arithmetic.
+TAIL = 8
+"""How far above the bound a single token may be. Scores of the golden models have a root mean square of 2 to 5 and reach
+22: a token whose attention wavers between two keys of such scores magnifies the stream's error by their size. The worst
+token measured is at 4.7 (mixtral, float16)."""
 
-    A relative error e of the stream moves a logit by about e times the logits' spread; the range of some thousand
-    normally distributed logits is about seven standard deviations. ``sigmas`` covers the largest of them.
+
+def relative_error(dtype: torch.dtype, config: ModelConfig, n_keys: int) -> float:
+    """Root mean square error of a typical token's logits that rounding in ``dtype`` explains.
+
+    Returns:
+        the error in units of the logits' standard deviation.
     """
     unit = torch.finfo(dtype).eps / 2
-    return sigmas * unit * math.sqrt(ROUNDINGS * (2**n_layers - 1)) * logit_range / 7
+    wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
+    d, q_dim = config.d_model, config.attn.q_dim
+    reductions = (d, d, config.attn.head_dim, n_keys, q_dim, d, config.ffn.d_ff)  # norms, qkv, q.k, p.v, wo, up, down
+    per_layer = (ROUNDINGS * unit**2 + sum(reductions) * wide**2) / 3
+    return math.sqrt(per_layer * sum(GROWTH**i for i in range(config.n_layers)))

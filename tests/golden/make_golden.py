@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -21,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from tests.golden.weights import MODELS, PREFILL, TOKENS, draw, ragged
 
 HERE = Path(__file__).parent
-NAMES_OF_STACKS = ("w1", "v1", "w2")
 
 
 def build(config: dict[str, object]) -> torch.nn.Module:
@@ -50,13 +50,13 @@ def run(name: str, config: dict[str, object]) -> tuple[dict[str, torch.Tensor], 
     tensors = {f"{name}.prefill": out.logits[0]}
     facts: dict[str, object] = {"logit_range": float(out.logits.max() - out.logits.min())}
 
-    step = model(ids[:, :PREFILL], use_cache=True)
-    pieces, cache = [step.logits[0]], step.past_key_values
+    cache = model(ids[:, :PREFILL], use_cache=True).past_key_values
+    steps = []
     for i in range(PREFILL, len(TOKENS)):
         step = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
-        pieces.append(step.logits[0])
+        steps.append(step.logits[0])
         cache = step.past_key_values
-    tensors[f"{name}.decode"] = torch.cat(pieces)
+    tensors[f"{name}.decode"] = torch.cat(steps)
 
     sequences = ragged()
     longest = max(map(len, sequences))
@@ -77,16 +77,17 @@ def run(name: str, config: dict[str, object]) -> tuple[dict[str, torch.Tensor], 
     return {key: value.contiguous() for key, value in tensors.items()}, facts
 
 
-def clipped_share() -> float:
-    """How much of DBRX's q, k, v the clamp changes: it must be a good part, or the test would not see it."""
-    model = build(MODELS["dbrx"])
+@torch.no_grad()
+def clipped_share(name: str) -> float:
+    """How much of q, k and v the clamp changes: it must be a good part, or the tests would not see it."""
+    model = build(MODELS[name])
     seen: list[torch.Tensor] = []
-    for block in model.transformer.blocks:
-        block.norm_attn_norm.attn.Wqkv.register_forward_hook(lambda _m, _i, out: seen.append(out))
-    with torch.no_grad():
-        model(torch.tensor([TOKENS]), use_cache=False)
-    clip = MODELS["dbrx"]["attn_config"]["clip_qkv"]  # type: ignore[index]
-    return float(torch.stack([(t.abs() > clip).float().mean() for t in seen]).mean())
+    for module_name, module in model.named_modules():
+        if module_name.endswith("Wqkv"):
+            module.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    model(torch.tensor([TOKENS]), use_cache=False)
+    clip = MODELS[name]["attn_config"]["clip_qkv"]  # type: ignore[index]
+    return float((torch.stack(seen).abs() > clip).float().mean())
 
 
 def main() -> None:
@@ -95,7 +96,9 @@ def main() -> None:
     facts: dict[str, object] = {
         "made_with": f"transformers {transformers.__version__}, torch {torch.__version__}",
         "command": "python tests/golden/make_golden.py",
-        "dbrx_clipped_share": clipped_share(),
+        "numpy": np.__version__,
+        "drawn": draw("pinned", (3,)).tolist(),
+        "clipped_share": {name: clipped_share(name) for name in ("dbrx", "mpt-clipped")},
     }
     for name, config in MODELS.items():
         more, facts[name] = run(name, config)

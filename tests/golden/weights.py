@@ -8,39 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-TOKENS = [
-    3,
-    96,
-    41,
-    7,
-    7,
-    58,
-    12,
-    90,
-    33,
-    71,
-    5,
-    64,
-    28,
-    19,
-    82,
-    47,
-    1,
-    60,
-    39,
-    88,
-    2,
-    14,
-    75,
-    53,
-    36,
-    9,
-    67,
-    22,
-    94,
-    30,
-]
-TOKENS += [81, 44, 17]
+# fmt: off
+TOKENS = [3, 96, 41, 7, 7, 58, 12, 90, 33, 71, 5, 64, 28, 19, 82, 47,
+          1, 60, 39, 88, 2, 14, 75, 53, 36, 9, 67, 22, 94, 30, 81, 44, 17]
+# fmt: on
 """33 tokens; the first 16 are read at once and the others one by one in the decoding run."""
 PREFILL = 16
 RAGGED = [33, 9, 21]
@@ -57,6 +28,16 @@ _LLAMA = {
     "rms_norm_eps": 1e-5,
     **_SHARED,
 }
+_MPT = {
+    "model_type": "mpt",
+    "d_model": 48,
+    "n_layers": 4,
+    "expansion_ratio": 4,
+    "max_seq_len": 64,
+    "no_bias": True,
+    "tie_word_embeddings": True,
+    **_SHARED,
+}
 
 MODELS: dict[str, dict[str, object]] = {
     "dbrx": {
@@ -65,7 +46,7 @@ MODELS: dict[str, dict[str, object]] = {
         "n_heads": 6,
         "n_layers": 4,
         "max_seq_len": 64,
-        "attn_config": {"clip_qkv": 1.5, "kv_n_heads": 2, "rope_theta": 500000.0},
+        "attn_config": {"clip_qkv": 2.5, "kv_n_heads": 2, "rope_theta": 500000.0},
         "ffn_config": {
             "ffn_hidden_size": 80,
             "moe_num_experts": 5,
@@ -90,6 +71,7 @@ MODELS: dict[str, dict[str, object]] = {
     },
     "llama": {
         "model_type": "llama",
+        "head_dim": 10,  # the heads together are wider than the model: 60 against 48
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "hidden_act": "silu",
@@ -102,20 +84,37 @@ MODELS: dict[str, dict[str, object]] = {
         "hidden_act": "silu",
         **_LLAMA,
     },
-    "mpt": {
-        "model_type": "mpt",
-        "d_model": 48,
-        "n_heads": 6,  # no power of two: the slopes take two runs
-        "n_layers": 4,
-        "expansion_ratio": 4,
-        "max_seq_len": 64,
-        "no_bias": True,
-        "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None},
-        "tie_word_embeddings": True,
-        **_SHARED,
-    },
+    "mpt": {**_MPT, "n_heads": 6, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None}},
+    "mpt-clipped": {**_MPT, "n_heads": 8, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": 2.0}},
 }
-"""config.json of each golden model, without what transformers adds."""
+"""config.json of each golden model, without what transformers adds. Six ALiBi heads take their slopes in two runs, eight
+in one; transformers 4.57.6 reads alibi_bias_max and then uses 8 whatever it says."""
+
+GROK1: dict[str, object] = {
+    "model_type": "grok-1",
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_attn_value": 30.0,
+    "attn_output_multiplier": 10**-0.5,
+    "embedding_multiplier_scale": 48**0.5,
+    "output_multiplier_scale": 0.5773502691896257,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "num_experts": 5,
+    "num_experts_per_tok": 3,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+"""Grok-1 has no golden file: transformers does not know it. Its truth is ``tests.oracles.numpy_models.grok1``."""
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from quadriga.errors import ConfigError
 from quadriga.model.context import PackedContext
 from quadriga.model.moe import RouterStats
 from quadriga.model.router_loss import load_balancing_loss, router_z_loss
 from quadriga.model.transformer import Transformer
+from tests.golden.checkpoints import FACTS
 from tests.golden.weights import TOKENS, ragged
-from tests.model.test_parity import FACTS, load
-from tests.oracles import numpy_models
-
-__all__ = ["load"]  # the fixture
+from tests.oracles import router_losses
 
 E, K, L, N = 5, 3, 4, 29
 
@@ -35,8 +34,8 @@ def random_stats(seed: int = 0) -> list[RouterStats]:
 
 @pytest.mark.parametrize("name", ["dbrx", "mixtral"])
 @torch.inference_mode()
-def test_equals_transformers(load: Callable[..., Transformer], name: str) -> None:
-    model = load(name)
+def test_equals_transformers(golden_model: Callable[..., Transformer], name: str) -> None:
+    model = golden_model(name)
     _, stats = model(torch.tensor(TOKENS), PackedContext([33]), with_stats=True)
     assert load_balancing_loss(stats, form="hf").item() == pytest.approx(FACTS[name]["aux_loss"], rel=1e-5)
     packed = torch.tensor([t for s in ragged() for t in s])
@@ -48,13 +47,11 @@ def test_equals_transformers(load: Callable[..., Transformer], name: str) -> Non
 def test_equals_the_naive_statements() -> None:
     stats = random_stats()
     probs = [layer.probs.double().numpy() for layer in stats]
-    together = torch.cat([layer.probs for layer in stats]).double().numpy()
-    assert load_balancing_loss(stats, form="hf").item() == pytest.approx(
-        numpy_models.hf_balance_loss(together, K), rel=1e-5
-    )
-    assert load_balancing_loss(stats, form="megablocks").item() == pytest.approx(
-        numpy_models.megablocks_balance_loss(probs, K), rel=1e-5
-    )
+    logits = [layer.logits.double().numpy() for layer in stats]
+    hf, megablocks = load_balancing_loss(stats, form="hf"), load_balancing_loss(stats, form="megablocks")
+    assert hf.item() == pytest.approx(router_losses.hf_balance(probs, K), rel=1e-5)
+    assert megablocks.item() == pytest.approx(router_losses.megablocks_balance(probs, K), rel=1e-5)
+    assert router_z_loss(stats).item() == pytest.approx(router_losses.z_loss(logits), rel=1e-5)
 
 
 def test_perfect_balance_gives_k_and_one() -> None:
@@ -104,3 +101,28 @@ def test_z_loss_by_hand_and_gradients_reach_the_logits() -> None:
     (grad,) = torch.autograd.grad(loss + balance, logits)
     assert torch.isfinite(grad).all()
     assert (grad.abs() > 0).any()
+
+
+def test_only_routers_and_what_feeds_them_get_a_gradient(golden_model: Callable[..., Transformer]) -> None:
+    """The choice of experts is a constant: the last layer's experts are downstream of every router."""
+    model = golden_model("dbrx").requires_grad_()
+    _, stats = model(torch.tensor(TOKENS), PackedContext([33]), with_stats=True)
+    (load_balancing_loss(stats, form="megablocks") + router_z_loss(stats)).backward()
+    for layer in model.layers:
+        grad = layer.moe.router.weight.grad
+        assert torch.isfinite(grad).all() and (grad != 0).all()
+    assert model.layers[-1].moe.w_gate.grad is None
+    assert model.layers[0].moe.w_gate.grad.any()
+
+
+def test_a_bfloat16_model_has_float32_losses(golden_model: Callable[..., Transformer]) -> None:
+    model = golden_model("mixtral", torch.bfloat16)
+    _, stats = model(torch.tensor(TOKENS), PackedContext([33]), with_stats=True)
+    for loss in (load_balancing_loss(stats, form="hf"), router_z_loss(stats)):
+        assert loss.dtype == torch.float32
+    assert load_balancing_loss(stats, form="hf").item() == pytest.approx(FACTS["mixtral"]["aux_loss"], rel=0.05)
+
+
+def test_an_unknown_form_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="'hf' or 'megablocks', got 'switch'"):
+        load_balancing_loss(random_stats(), form="switch")  # type: ignore[arg-type]

@@ -1,18 +1,21 @@
-"""DBRX and Grok-1 in plain NumPy, float64, token by token: written from the published mathematics, not from our code.
+"""DBRX, Mixtral, LLaMA, MPT and Grok-1 in plain NumPy, float64: the published mathematics, read from top to bottom.
 
-Sources: SPEC 1.2 (databricks/dbrx@a3200393) and 3.4 (xai-org/grok-1@7050ed20). Weights come under their Hugging Face
-names. Slow on purpose; no caching, no batching, no shared code with the package.
+Written from the models' papers and reference code (SPEC 1.2, 3.1-3.4: databricks/dbrx@a3200393, xai-org/grok-1@7050ed20,
+mosaicml/llm-foundry@8c8dd48f), not from this package, and sharing nothing with it. One sequence, one token and one head
+at a time; no cache, no batch. ``w`` holds the weights under their Hugging Face names, ``c`` is config.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Weights = Mapping[str, Array]
+Config = Mapping[str, Any]
 
 
 def softmax(x: Array) -> Array:
@@ -20,136 +23,194 @@ def softmax(x: Array) -> Array:
     return e / e.sum()
 
 
+def layer_norm(x: Array, weight: Array, eps: float = 1e-5) -> Array:
+    return (x - x.mean()) / np.sqrt(x.var() + eps) * weight
+
+
+def rms_norm(x: Array, weight: Array, eps: float = 1e-5) -> Array:
+    return x / np.sqrt((x**2).mean() + eps) * weight
+
+
+def silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
+def gelu(x: Array) -> Array:
+    """The exact form: x times the normal distribution function."""
+    return np.array([v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])
+
+
+def gelu_tanh(x: Array) -> Array:
+    """The tanh approximation, jax's default."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
 def rotate(x: Array, position: int, theta: float) -> Array:
-    """RoPE, half rotation: pair (j, j + d/2) turns by position * theta^(-2j/d)."""
+    """RoPE of one head, half rotation: the pair (j, j + d/2) turns by position * theta^(-2j/d)."""
     half = len(x) // 2
     angle = position * theta ** (-2 * np.arange(half) / len(x))
     a, b = x[:half], x[half:]
     return np.concatenate((a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)))
 
 
-def attend(q: Array, keys: list[Array], values: list[Array], scale: float, cap: float | None) -> Array:
-    """One head's output for one query over the keys up to it."""
-    scores = np.array([q @ k for k in keys]) * scale
-    if cap is not None:
-        scores = cap * np.tanh(scores / cap)
-    return softmax(scores) @ np.array(values)
+def attend(
+    q: Array, k: Array, v: Array, *, theta: float | None = None, cap: float | None = None, slopes: Sequence[float] = ()
+) -> Array:
+    """Causal attention of one sequence: q (T, H, d), k and v (T, K, d) -> (T, H d), heads side by side."""
+    n_tokens, n_heads, head_dim = q.shape
+    group = n_heads // k.shape[1]
+    out = np.zeros((n_tokens, n_heads, head_dim))
+    for t in range(n_tokens):
+        for h in range(n_heads):
+            scores = np.zeros(t + 1)
+            for s in range(t + 1):
+                query, key = q[t, h], k[s, h // group]
+                if theta is not None:
+                    query, key = rotate(query, t, theta), rotate(key, s, theta)
+                scores[s] = query @ key / math.sqrt(head_dim)
+                if cap is not None:
+                    scores[s] = cap * math.tanh(scores[s] / cap)
+                if slopes:
+                    scores[s] += slopes[h] * (s - t)
+            out[t, h] = softmax(scores) @ v[: t + 1, h // group]
+    return out.reshape(n_tokens, n_heads * head_dim)
 
 
-def dbrx(weights: Weights, config: Mapping[str, Any], tokens: list[int]) -> tuple[Array, Array]:
+def heads(x: Array, n_heads: int) -> Array:
+    """(T, H d) -> (T, H, d)."""
+    return x.reshape(len(x), n_heads, -1)
+
+
+def alibi_slopes(n_heads: int) -> list[float]:
+    """2^(-8 i / n) for i = 1..n, n the next power of two; other head counts take every second slope, then the rest."""
+    n = 1
+    while n < n_heads:
+        n *= 2
+    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
+    return slopes if n == n_heads else (slopes[1::2] + slopes[0::2])[:n_heads]
+
+
+def dbrx(w: Weights, c: Config, tokens: Sequence[int]) -> tuple[Array, Array]:
     """Logits (T, V) and router probabilities (L, T, E)."""
-    attn, ffn = config["attn_config"], config["ffn_config"]
-    d, n_heads, n_kv = config["d_model"], config["n_heads"], attn["kv_n_heads"]
-    hd = d // n_heads
-    n_experts, width, top_k = ffn["moe_num_experts"], ffn["ffn_hidden_size"], ffn["moe_top_k"]
-
-    def layer_norm(x: Array, w: Array) -> Array:
-        return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * w
-
-    h = [weights["transformer.wte.weight"][t] for t in tokens]
-    probabilities = []
-    for i in range(config["n_layers"]):
-        p = f"transformer.blocks.{i}."
-        keys: list[list[Array]] = [[] for _ in range(n_kv)]
-        values: list[list[Array]] = [[] for _ in range(n_kv)]
-        probabilities.append([])
+    attn, ffn = c["attn_config"], c["ffn_config"]
+    d, n_heads, n_kv = c["d_model"], c["n_heads"], attn["kv_n_heads"]
+    kv_dim = n_kv * d // n_heads
+    h = w["transformer.wte.weight"][tokens]
+    probabilities = np.zeros((c["n_layers"], len(tokens), ffn["moe_num_experts"]))
+    for i in range(c["n_layers"]):
+        block = f"transformer.blocks.{i}."
+        a = np.array([layer_norm(x, w[block + "norm_attn_norm.norm_1.weight"]) for x in h])
+        qkv = a @ w[block + "norm_attn_norm.attn.Wqkv.weight"].T
+        qkv = np.clip(qkv, -attn["clip_qkv"], attn["clip_qkv"])  # before the split and the rotation
+        q, k, v = qkv[:, :d], qkv[:, d : d + kv_dim], qkv[:, d + kv_dim :]
+        mixed = attend(heads(q, n_heads), heads(k, n_kv), heads(v, n_kv), theta=attn["rope_theta"])
+        h = h + mixed @ w[block + "norm_attn_norm.attn.out_proj.weight"].T
         for t in range(len(tokens)):
-            a = layer_norm(h[t], weights[p + "norm_attn_norm.norm_1.weight"])
-            qkv = np.clip(weights[p + "norm_attn_norm.attn.Wqkv.weight"] @ a, -attn["clip_qkv"], attn["clip_qkv"])
-            q = qkv[:d].reshape(n_heads, hd)
-            k = qkv[d : d + n_kv * hd].reshape(n_kv, hd)
-            v = qkv[d + n_kv * hd :].reshape(n_kv, hd)
-            for g in range(n_kv):
-                keys[g].append(rotate(k[g], t, attn["rope_theta"]))
-                values[g].append(v[g])
-            heads = []
-            for head in range(n_heads):
-                g = head // (n_heads // n_kv)
-                heads.append(attend(rotate(q[head], t, attn["rope_theta"]), keys[g], values[g], hd**-0.5, None))
-            h[t] = h[t] + weights[p + "norm_attn_norm.attn.out_proj.weight"] @ np.concatenate(heads)
-            m = layer_norm(h[t], weights[p + "norm_attn_norm.norm_2.weight"])
-            probs = softmax(weights[p + "ffn.router.layer.weight"] @ m)
-            probabilities[-1].append(probs)
-            chosen = np.argsort(-probs, kind="stable")[:top_k]
-            total = probs[chosen].sum()
+            m = layer_norm(h[t], w[block + "norm_attn_norm.norm_2.weight"])
+            p = softmax(w[block + "ffn.router.layer.weight"] @ m)
+            probabilities[i, t] = p
+            chosen = np.argsort(-p, kind="stable")[: ffn["moe_top_k"]]
             for e in chosen:
-                rows = slice(e * width, (e + 1) * width)
-                w1 = weights[p + "ffn.experts.mlp.w1"][rows]
-                v1 = weights[p + "ffn.experts.mlp.v1"][rows]
-                w2 = weights[p + "ffn.experts.mlp.w2"][rows]
-                gate = w1 @ m
-                hidden = gate / (1 + np.exp(-gate)) * (v1 @ m)
-                h[t] = h[t] + probs[e] / total * (hidden @ w2)
-        assert n_experts == len(probabilities[-1][0])
-    head_weight = weights["lm_head.weight"]
-    logits = [head_weight @ layer_norm(x, weights["transformer.norm_f.weight"]) for x in h]
-    return np.array(logits), np.array(probabilities)
+                rows = slice(e * ffn["ffn_hidden_size"], (e + 1) * ffn["ffn_hidden_size"])
+                w1, v1, w2 = (w[f"{block}ffn.experts.mlp.{name}"][rows] for name in ("w1", "v1", "w2"))
+                hidden = silu(w1 @ m) * (v1 @ m)
+                h[t] += p[e] / p[chosen].sum() * (hidden @ w2)  # w2 is stored (d_ff, d_model)
+    logits = [w["lm_head.weight"] @ layer_norm(x, w["transformer.norm_f.weight"]) for x in h]
+    return np.array(logits), probabilities
 
 
-def grok1(weights: Weights, sizes: Mapping[str, int], tokens: list[int]) -> Array:
-    """Logits (T, V). ``sizes``: d_model, n_layers, n_heads, n_kv_heads, head_dim, n_experts, top_k."""
-    d, hd = sizes["d_model"], sizes["head_dim"]
-    group = sizes["n_heads"] // sizes["n_kv_heads"]
+def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
+    """The attention branch of LLaMA and Mixtral, norm included: (T, D) -> (T, D)."""
+    a = np.array([rms_norm(x, w[layer + "input_layernorm.weight"], c["rms_norm_eps"]) for x in h])
+    q, k, v = (a @ w[f"{layer}self_attn.{name}_proj.weight"].T for name in "qkv")
+    n_heads, n_kv = c["num_attention_heads"], c["num_key_value_heads"]
+    mixed = attend(heads(q, n_heads), heads(k, n_kv), heads(v, n_kv), theta=c["rope_theta"])
+    return mixed @ w[layer + "self_attn.o_proj.weight"].T
 
-    def rms_norm(x: Array, w: Array) -> Array:
-        return x / np.sqrt((x**2).mean() + 1e-5) * w
 
-    def gelu(x: Array) -> Array:  # jax's default, the tanh form
-        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-    h = [weights["model.embed_tokens.weight"][t] * np.sqrt(d) for t in tokens]
-    for i in range(sizes["n_layers"]):
-        p = f"model.layers.{i}."
-        keys: list[list[Array]] = [[] for _ in range(sizes["n_kv_heads"])]
-        values: list[list[Array]] = [[] for _ in range(sizes["n_kv_heads"])]
+def llama(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Logits (T, V)."""
+    table, eps = w["model.embed_tokens.weight"], c["rms_norm_eps"]
+    h = table[tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
         for t in range(len(tokens)):
-            a = rms_norm(h[t], weights[p + "pre_attn_norm.scale"])
-            q = (weights[p + "attn.q_proj.weight"] @ a).reshape(-1, hd)
-            k = (weights[p + "attn.k_proj.weight"] @ a).reshape(-1, hd)
-            v = (weights[p + "attn.v_proj.weight"] @ a).reshape(-1, hd)
-            for g in range(sizes["n_kv_heads"]):
-                keys[g].append(rotate(k[g], t, 10_000.0))
-                values[g].append(v[g])
-            heads = [
-                attend(rotate(q[n], t, 10_000.0), keys[n // group], values[n // group], hd**-0.5, 30.0)
-                for n in range(sizes["n_heads"])
-            ]
-            mixed = weights[p + "attn.o_proj.weight"] @ np.concatenate(heads)
-            h[t] = h[t] + rms_norm(mixed, weights[p + "post_attn_norm.scale"])
-            m = rms_norm(h[t], weights[p + "pre_moe_norm.scale"])
-            probs = softmax(weights[p + "moe_block.gate.weight"] @ m)
-            out = np.zeros(d)
-            for e in np.argsort(-probs, kind="stable")[: sizes["top_k"]]:
-                one = f"{p}moe_block.experts.{e}."
-                hidden = gelu(weights[one + "linear.weight"] @ m) * (weights[one + "linear_v.weight"] @ m)
-                out += probs[e] * (weights[one + "linear_1.weight"] @ hidden)  # as the softmax gives it
-            h[t] = h[t] + rms_norm(out, weights[p + "post_moe_norm.scale"])
-    table = weights["model.embed_tokens.weight"]
-    return np.array([table @ rms_norm(x, weights["model.norm.scale"]) * 0.5773502691896257 for x in h])
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            hidden = silu(w[layer + "mlp.gate_proj.weight"] @ m) * (w[layer + "mlp.up_proj.weight"] @ m)
+            h[t] += w[layer + "mlp.down_proj.weight"] @ hidden
+    head = table if c["tie_word_embeddings"] else w["lm_head.weight"]
+    return np.array([head @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
 
 
-def hf_balance_loss(probs: Array, top_k: int) -> float:
-    """transformers' load-balancing loss: E sum_j sum_e f[j, e] P[e] over the rows of all layers together.
+def mixtral(w: Weights, c: Config, tokens: Sequence[int]) -> tuple[Array, Array]:
+    """Logits (T, V) and router probabilities (L, T, E)."""
+    eps = c["rms_norm_eps"]
+    h = w["model.embed_tokens.weight"][tokens]
+    probabilities = np.zeros((c["num_hidden_layers"], len(tokens), c["num_local_experts"]))
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            logits = w[layer + "block_sparse_moe.gate.weight"] @ m
+            probabilities[i, t] = softmax(logits)
+            chosen = np.argsort(-logits, kind="stable")[: c["num_experts_per_tok"]]
+            for e, weight in zip(chosen, softmax(logits[chosen]), strict=True):  # softmax of the chosen alone
+                w1, w2, w3 = (w[f"{layer}block_sparse_moe.experts.{e}.w{n}.weight"] for n in (1, 2, 3))
+                h[t] += weight * (w2 @ (silu(w1 @ m) * (w3 @ m)))
+    head = [w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h]
+    return np.array(head), probabilities
 
-    ``probs``: (rows, E) of every layer, one after the other.
-    """
-    n_experts = probs.shape[1]
-    f = np.zeros((top_k, n_experts))
-    for row in probs:
-        for j, e in enumerate(np.argsort(-row, kind="stable")[:top_k]):
-            f[j, e] += 1 / len(probs)
-    mean = probs.mean(0)
-    return float(n_experts * sum(f[j, e] * mean[e] for j in range(top_k) for e in range(n_experts)))
+
+def mpt(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Logits (T, V)."""
+    clip = c["attn_config"]["clip_qkv"]
+    table = w["transformer.wte.weight"]
+    h = table[tokens]
+    for i in range(c["n_layers"]):
+        block = f"transformer.blocks.{i}."
+        a = np.array([layer_norm(x, w[block + "norm_1.weight"]) for x in h])
+        qkv = a @ w[block + "attn.Wqkv.weight"].T
+        if clip is not None:
+            qkv = np.clip(qkv, -clip, clip)
+        q, k, v = (heads(x, c["n_heads"]) for x in np.split(qkv, 3, axis=1))
+        h = h + attend(q, k, v, slopes=alibi_slopes(c["n_heads"])) @ w[block + "attn.out_proj.weight"].T
+        for t in range(len(tokens)):
+            m = layer_norm(h[t], w[block + "norm_2.weight"])
+            h[t] += w[block + "ffn.down_proj.weight"] @ gelu(w[block + "ffn.up_proj.weight"] @ m)
+    return np.array([table @ layer_norm(x, w["transformer.norm_f.weight"]) for x in h])
 
 
-def megablocks_balance_loss(layers: list[Array], top_k: int) -> float:
-    """MegaBlocks' form: E / (L T k) sum over layers of counts . mean probabilities; perfect balance gives 1."""
-    total = 0.0
-    for probs in layers:
-        n_tokens, n_experts = probs.shape
-        counts = np.zeros(n_experts)
-        for row in probs:
-            for e in np.argsort(-row, kind="stable")[:top_k]:
-                counts[e] += 1
-        total += n_experts / (len(layers) * n_tokens * top_k) * float(counts @ probs.mean(0))
-    return total
+def grok1(w: Weights, sizes: Mapping[str, int], tokens: Sequence[int]) -> Array:
+    """Logits (T, V) under the names of the hpcai port. ``sizes``: d_model, n_layers, n_heads, n_kv_heads, top_k."""
+    n_heads, n_kv = sizes["n_heads"], sizes["n_kv_heads"]
+    table = w["model.embed_tokens.weight"]
+    h = table[tokens] * math.sqrt(sizes["d_model"])
+    for i in range(sizes["n_layers"]):
+        layer = f"model.layers.{i}."
+        a = np.array([rms_norm(x, w[layer + "pre_attn_norm.scale"]) for x in h])
+        q, k, v = (a @ w[f"{layer}attn.{name}_proj.weight"].T for name in "qkv")
+        mixed = attend(heads(q, n_heads), heads(k, n_kv), heads(v, n_kv), theta=10_000.0, cap=30.0)
+        mixed = mixed @ w[layer + "attn.o_proj.weight"].T
+        for t in range(len(tokens)):
+            h[t] += rms_norm(mixed[t], w[layer + "post_attn_norm.scale"])
+            m = rms_norm(h[t], w[layer + "pre_moe_norm.scale"])
+            p = softmax(w[layer + "moe_block.gate.weight"] @ m)
+            out = np.zeros_like(m)
+            for e in np.argsort(-p, kind="stable")[: sizes["top_k"]]:
+                linear, linear_v, linear_1 = (
+                    w[f"{layer}moe_block.experts.{e}.{name}.weight"] for name in ("linear", "linear_v", "linear_1")
+                )
+                out += p[e] * (linear_1 @ (gelu_tanh(linear @ m) * (linear_v @ m)))  # p as it is, not renormalised
+            h[t] += rms_norm(out, w[layer + "post_moe_norm.scale"])
+    return np.array([table @ rms_norm(x, w["model.norm.scale"]) / math.sqrt(3) for x in h])
+
+
+ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
+    "dbrx": lambda w, c, tokens: dbrx(w, c, tokens)[0],
+    "mixtral": lambda w, c, tokens: mixtral(w, c, tokens)[0],
+    "llama": llama,
+    "mpt": mpt,
+}
+"""Logits by ``model_type``."""

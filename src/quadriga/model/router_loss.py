@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quadriga.errors import ConfigError
 from quadriga.model.moe import RouterStats
 
 Form = Literal["hf", "megablocks"]
@@ -33,22 +34,27 @@ def load_balancing_loss(stats: Sequence[RouterStats], *, form: Form, mask: Tenso
         mask: (N,) bool, False for padding tokens, which count neither in f nor in P.
 
     Returns:
-        a float32 scalar, differentiable through the probabilities.
+        a float32 scalar, differentiable through the probabilities; NaN if the mask keeps no token.
+
+    Raises:
+        ConfigError: an unknown form.
     """
     assert stats, "a dense model has no balance loss"
     kept = [_rows(layer, mask) for layer in stats]
-    if form == "hf":
-        ids = torch.cat([ids for ids, _ in kept])
-        probs = torch.cat([probs for _, probs in kept])
-        return _one_layer(ids, probs)
-    return torch.stack([_one_layer(ids, probs) / ids.shape[1] for ids, probs in kept]).mean()
+    match form:
+        case "hf":
+            return _balance(torch.cat([ids for ids, _ in kept]), torch.cat([probs for _, probs in kept]))
+        case "megablocks":
+            return torch.stack([_balance(ids, probs) / ids.shape[1] for ids, probs in kept]).mean()
+        case _:
+            raise ConfigError(f"the form of the balance loss must be 'hf' or 'megablocks', got {form!r}")
 
 
 def _rows(layer: RouterStats, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return (layer.expert_ids, layer.probs) if mask is None else (layer.expert_ids[mask], layer.probs[mask])
 
 
-def _one_layer(ids: Tensor, probs: Tensor) -> Tensor:
+def _balance(ids: Tensor, probs: Tensor) -> Tensor:
     n_experts = probs.shape[1]
     counts = torch.bincount(ids.reshape(-1), minlength=n_experts).to(probs.dtype)
     return n_experts * torch.dot(counts / len(ids), probs.mean(0))

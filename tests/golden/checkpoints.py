@@ -1,0 +1,51 @@
+"""The golden models as checkpoints on disk, and the results stored for them."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quadriga.model import families
+from quadriga.model.weight_map import source_shapes
+from tests.golden.weights import GROK1, MODELS, draw
+
+_HERE = Path(__file__).parent
+FACTS: dict[str, Any] = json.loads((_HERE / "golden.json").read_text())
+NAMES = [*MODELS, "grok1"]
+
+
+@cache
+def results() -> dict[str, Tensor]:
+    """What transformers computed: "{model}.prefill", ".decode" (single steps), ".ragged", ".router_probs"."""
+    return load_file(_HERE / "golden.safetensors")
+
+
+def config_json(name: str) -> dict[str, Any]:
+    """A model's config.json with nothing left to transformers' defaults."""
+    raw: dict[str, Any] = dict(GROK1 if name == "grok1" else MODELS[name])
+    if raw["model_type"] == "mpt":
+        attn = {"attn_type": "multihead_attention", "softmax_scale": None}
+        return {**raw, "attn_config": {**raw["attn_config"], **attn}}
+    if raw["model_type"] == "llama":
+        return {**raw, "attention_bias": False}
+    return raw
+
+
+def weights(name: str) -> dict[str, np.ndarray[Any, Any]]:
+    """A model's float32 weights under their Hugging Face names."""
+    config = families.config_from_hf(config_json(name))
+    layout = next(iter(families.family_of(config).layouts.values()))(config)
+    return {tensor: draw(tensor, shape) for tensor, shape in source_shapes(layout).items()}
+
+
+def write(name: str, folder: Path) -> None:
+    """A Hugging Face directory: config.json and one safetensors file."""
+    (folder / "config.json").write_text(json.dumps(config_json(name)))
+    save_file({k: torch.from_numpy(v) for k, v in weights(name).items()}, folder / "model.safetensors")
