@@ -218,7 +218,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "alignment zero": (file_bytes([key("general.alignment", 4, bytes(4))], ONE, DATA), "power of two"),
     "alignment 24": (file_bytes([key("general.alignment", 4, struct.pack("<I", 24))], ONE, DATA), "power of two"),
     "alignment of words": (file_bytes([key("general.alignment", STRING, text("x" * 999))], ONE, DATA), "power of two"),
-    "one part of three": (file_bytes([key("split.count", 2, b"\3\0")], ONE, DATA), "llama-gguf-split --merge"),
+    "one part of three": (
+        file_bytes([key("split.count", 2, b"\3\0")], ONE, DATA),
+        "one of 3 parts, which must be called NAME-00001-of-00003.gguf",
+    ),
 }
 
 

@@ -62,7 +62,7 @@ def locate(path: Path) -> Located:
     if (path / "ckpt-0").is_dir() and _is_grok(path / "ckpt-0"):
         return Located("grok", path / "ckpt-0", _grok_config(path / "ckpt-0"))
     files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
+    if len(files) == 1 or (files and gguf.are_parts(files)):
         return _gguf(files[0])
     raise CheckpointError(
         f"{path} is no checkpoint: it needs a config.json with safetensors files, a {engine_file.MANIFEST}, one GGUF "

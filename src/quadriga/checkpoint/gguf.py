@@ -9,10 +9,11 @@ bytes costs O(n) time and memory whatever it claims. Little-endian versions 2 an
 from __future__ import annotations
 
 import os
+import re
 import struct
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,6 +24,8 @@ from quadriga.errors import CheckpointError
 from quadriga.model.weight_map import Shape
 from quadriga.quant.formats import BY_GGML_TYPE, FORMATS
 
+_PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_MAX_PARTS = 1000
 _MAGIC = b"GGUF"
 # Caps far above any real file, so that forged ones cost little: a vocabulary of 262k tokens with merges, scores and
 # types is about 1.3 million array elements in 20 MB.
@@ -71,6 +74,8 @@ class GGUFTensor:
     offset: int
     """From the start of the file."""
     nbytes: int
+    part: int = 0
+    """Which of the model's files it is in, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,75 @@ def read_header(path: Path) -> GGUFHeader:
     Raises:
         CheckpointError: not GGUF, big-endian, an unsupported version or format, or any claim the file does not keep.
     """
-    with open_file(path) as file:
-        return parse_header(file, path.name)
+    files, header = open_parts(path)
+    for file in files:
+        file.close()
+    return header
+
+
+def open_parts(path: Path) -> tuple[list[BinaryIO], GGUFHeader]:
+    """Open a GGUF file, and the other parts if it is one of several (NAME-00001-of-00003.gguf, ...).
+
+    Returns:
+        the open files in their order, and one header over all their tensors with the first part's metadata.
+
+    Raises:
+        CheckpointError: as :func:`read_header`, or parts that are missing or do not belong together.
+    """
+    files: list[BinaryIO] = []
+    try:
+        files.append(open_file(path))
+        header = parse_header(files[0], path.name)
+        paths = _part_paths(path, header)
+        if paths == [path]:
+            return files, header
+        files.pop().close()
+        headers = []
+        for part in paths:
+            files.append(open_file(part))
+            headers.append(parse_header(files[-1], part.name))
+        return files, _joined(paths, headers)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
+def are_parts(paths: list[Path]) -> bool:
+    """True if the names are those of one split file's parts."""
+    names = [_PART_NAME.fullmatch(path.name) for path in paths]
+    return len({(name[1], name[3]) if name else None for name in names}) == 1 and names[0] is not None
+
+
+def _part_paths(path: Path, header: GGUFHeader) -> list[Path]:
+    count = header.metadata.get("split.count", 0)
+    if not isinstance(count, int) or not 0 <= count <= _MAX_PARTS:
+        raise CheckpointError(f"{path.name}: split.count must be from 0 to {_MAX_PARTS}, got {count!r}")
+    if count <= 1:
+        return [path]
+    match = _PART_NAME.fullmatch(path.name)
+    if match is None or int(match[3]) != count:
+        raise CheckpointError(
+            f"{path.name} is one of {count} parts, which must be called NAME-00001-of-{count:05d}.gguf and so on; "
+            "give them back their names"
+        )
+    return [path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+
+
+def _joined(paths: list[Path], headers: list[GGUFHeader]) -> GGUFHeader:
+    tensors: dict[str, GGUFTensor] = {}
+    for number, (path, header) in enumerate(zip(paths, headers, strict=True)):
+        said = (header.metadata.get("split.no"), header.metadata.get("split.count"))
+        if said != (number, len(paths)):
+            raise CheckpointError(f"{path.name} says it is part {said[0]} of {said[1]}; the parts are mixed up")
+        twice = tensors.keys() & header.tensors.keys()
+        if twice:
+            raise CheckpointError(f"{path.name} holds {min(twice)[:80]!r} again; are the parts of one model?")
+        tensors |= {name: replace(tensor, part=number) for name, tensor in header.tensors.items()}
+    promised = headers[0].metadata.get("split.tensors.count", len(tensors))
+    if promised != len(tensors):
+        raise CheckpointError(f"the {len(paths)} parts must hold {promised} tensors, they hold {len(tensors)}")
+    return replace(headers[0], tensors=tensors)
 
 
 def parse_header(file: BinaryIO, name: str) -> GGUFHeader:
@@ -260,8 +332,6 @@ class _Reader:
             if name in rows:
                 raise self.fail(f"tensor {name[:80]!r} comes twice")
             rows[name] = self.tensor_row(name)
-        if metadata.get("split.count", 0) not in (0, 1):
-            raise self.fail("it is one part of several; join them first with llama.cpp's llama-gguf-split --merge")
         alignment = metadata.get("general.alignment", _ALIGNMENT)
         whole_number = isinstance(alignment, int) and not isinstance(alignment, bool)
         if not whole_number or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):

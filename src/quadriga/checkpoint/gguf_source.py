@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quadriga.checkpoint.gguf import GGUFHeader, open_file, parse_header
+from quadriga.checkpoint.gguf import GGUFHeader, open_parts
 from quadriga.checkpoint.source import TensorInfo
 from quadriga.errors import CheckpointError
 from quadriga.model.weight_map import Box, Shape, whole
@@ -27,16 +27,12 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 class GGUFSource:
-    """An open GGUF file; see ``checkpoint.source.TensorSource``."""
+    """An open GGUF file, or all the parts of a split one; see ``checkpoint.source.TensorSource``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open_file(path)
-        try:
-            self.header: GGUFHeader = parse_header(self._file, path.name)
-        except BaseException:
-            self._file.close()
-            raise
+        self._files, header = open_parts(path)
+        self.header: GGUFHeader = header
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(t.shape, t.format, t.nbytes) for name, t in self.header.tensors.items()
         }
@@ -82,7 +78,7 @@ class GGUFSource:
         offset, done = tensor.offset + row_start * row_bytes, 0
         while done < len(buffer):
             try:
-                got = os.preadv(self._file.fileno(), [memoryview(buffer)[done:]], offset + done)
+                got = os.preadv(self._files[tensor.part].fileno(), [memoryview(buffer)[done:]], offset + done)
             except OSError as error:
                 raise CheckpointError(f"cannot read tensor {name!r} of {self.path.name}: {error.strerror}") from None
             if got == 0:
@@ -91,8 +87,9 @@ class GGUFSource:
         return buffer
 
     def close(self) -> None:
-        """Release the file."""
-        self._file.close()
+        """Release the files."""
+        for file in self._files:
+            file.close()
 
 
 def _row_runs(shape: Shape, box: Box) -> Iterator[tuple[int, int]]:
