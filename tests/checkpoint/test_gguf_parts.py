@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -32,21 +33,12 @@ def split(
         plan = plan_gguf(file, metadata, {n: (source.tensors[n].shape, source.tensors[n].dtype) for n in mine})
         content = bytearray(plan.headers[file]) + bytes(plan.sizes[file] - len(plan.headers[file]))
         for name in mine:
-            raw = source.raw(
-                name, 0, source.tensors[name].nbytes // (source.tensors[name].nbytes // rows(source, name))
-            )
+            raw = source.raw(name, 0, prod(source.tensors[name].shape[:-1]))
             at = plan.places[name][1]
             content[at : at + len(raw)] = raw
         (folder / file).write_bytes(content)
         paths.append(folder / file)
     return paths
-
-
-def rows(source: GGUFSource, name: str) -> int:
-    n = 1
-    for size in source.tensors[name].shape[:-1]:
-        n *= size
-    return n
 
 
 @pytest.fixture
@@ -62,9 +54,7 @@ def test_parts_are_one_model(whole: Path) -> None:
     paths = split(whole, whole.parent / "parts")
     expected = load_parameters(open_checkpoint(whole))
     for path in (paths[0], paths[2], whole.parent / "parts"):
-        checkpoint = open_checkpoint(path)
-        assert checkpoint.config == TINY["dbrx"] or checkpoint.config.n_layers == TINY["dbrx"].n_layers
-        loaded = load_parameters(checkpoint)
+        loaded = load_parameters(open_checkpoint(path))
         assert all(bits(loaded[name]) == bits(value) for name, value in expected.items())
 
 
