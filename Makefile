@@ -1,13 +1,17 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python
 
-.PHONY: help setup check test test-weights test-slow bench chat
+.PHONY: help setup build check test test-weights test-slow sanitize bench chat
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup:  ## install the package and the test tools into the current environment
 	$(PYTHON) -m pip install '.[test]'
+
+build:  ## compile the CPU kernels into the source tree, for work on a checkout
+	cmake -S . -B build/dev && cmake --build build/dev -j
+	cp build/dev/quadriga_cpu.so src/quadriga/ops/
 
 check:  ## lint, formatting, types and layer contracts
 	$(PYTHON) -m ruff check .
@@ -20,6 +24,12 @@ test: check  ## everything that must hold on every machine, in minutes on two co
 
 test-slow:  ## the long tests as well
 	$(PYTHON) -m pytest -n 2 -m 'not gpu'
+
+sanitize:  ## the kernels' tests under the address and undefined-behaviour sanitizers
+	cmake -S . -B build/sanitize -DQUADRIGA_SANITIZE=ON && cmake --build build/sanitize -j
+	QUADRIGA_LIBRARY=build/sanitize/quadriga_cpu.so ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  $(PYTHON) -m pytest -m 'not gpu' tests/model/test_compiled.py tests/ops
 
 chat:  ## talk to the default model
 	quadriga chat

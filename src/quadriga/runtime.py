@@ -9,6 +9,7 @@ Environment variables (all optional):
     QUADRIGA_DATA       folder with benchmark and training data      (default: ../shared/data)
     QUADRIGA_OPS        force an op backend, e.g. "reference"
     QUADRIGA_CPU_ISA    force a CPU instruction set: avx512, avx2 or portable
+    QUADRIGA_LIBRARY    another build of the CPU kernels, e.g. one with sanitizers
     QUADRIGA_DEBUG      1: commands show tracebacks
 """
 

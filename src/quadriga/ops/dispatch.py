@@ -39,13 +39,22 @@ def _from_environment() -> str | None:
 def backend_for(x: Tensor) -> ModuleType:
     """The module whose functions run on ``x``: the innermost ``use``, else QUADRIGA_OPS, else by device."""
     name = _forced[-1] if _forced else _from_environment() or BY_DEVICE.get(x.device.type, "reference")
-    return _module(name)
+    # The C++ kernels work on whole captured steps (ops.program); single ops on tensors are plain torch's.
+    return _module("reference" if name == "cpu" else name)
+
+
+def compiled() -> bool:
+    """True if models on a CPU run on the C++ kernels: no backend is forced, or "cpu" is."""
+    forced = _forced[-1] if _forced else _from_environment()
+    if forced not in (None, "cpu", *BACKENDS):
+        _module(str(forced))
+    return forced in (None, "cpu")
 
 
 def available() -> dict[str, str]:
     """Device type -> backend in force, for ``quadriga info``."""
     forced = _forced[-1] if _forced else _from_environment()
-    return {device: forced or name for device, name in BY_DEVICE.items() if device != "meta"}
+    return {"cpu": forced or "cpu", "cuda": forced or "reference"}
 
 
 @contextmanager

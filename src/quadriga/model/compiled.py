@@ -1,0 +1,208 @@
+"""The Transformer as a captured program of CPU kernels: the same model as ``model.transformer``, op by op.
+
+    ModelConfig + packed parameters --build--> ops.Program --run(Batch)--> logits
+
+What ``Transformer`` computes in torch's modules, this computes in ``ops/csrc`` over a paged cache; the tests hold the
+two to each other for every family. Nothing here branches on the family either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from quadriga.errors import ConfigError
+from quadriga.model.config import AlibiSpec, DenseSpec, ModelConfig, MoESpec, RopeSpec
+from quadriga.model.layers import alibi_slopes
+from quadriga.model.moe import RouterStats
+from quadriga.model.weight_map import parameter_shapes
+from quadriga.ops.packing import Packed, allocate, pack
+from quadriga.ops.program import AttentionArgs, Batch, FFNArgs, NormArgs, Program
+from quadriga.quant.packed import KV_FORMATS, kv_block_bytes
+
+Parameter = Tensor | Packed | Sequence[Packed]
+"""A vector (norms, fuse) as a tensor; a matrix packed; a layer's experts as one packed matrix each."""
+
+ACTIVATIONS = ("auto", "int8", "int16")
+
+MAX_TOKENS = 2048
+"""Tokens of one pass: bounds the activations of a long prompt; more is not faster."""
+
+
+def pack_parameters(parameters: Mapping[str, Tensor], form: str) -> dict[str, Parameter]:
+    """All matrices of a model in one packed format, its router and vectors in float32: tests and benchmarks.
+
+    Args:
+        parameters: named and shaped as ``parameter_shapes``.
+        form: a name of ``quant.packed.PACKED``.
+    """
+    packed: dict[str, Parameter] = {}
+    for name, values in parameters.items():
+        values = values.detach()
+        if values.ndim == 1:
+            packed[name] = values
+        elif values.ndim == 2:
+            packed[name] = pack(values.contiguous(), "float32" if name.endswith("router.weight") else form)
+        else:
+            packed[name] = [pack(expert.contiguous(), form) for expert in values]
+    return packed
+
+
+class CompiledModel:
+    """A model ready to run on the CPU's kernels, with its key/value cache.
+
+    Args:
+        config: what the model is.
+        parameters: see ``Parameter``; named as in ``parameter_shapes``. They are used where they lie.
+        threads: computing threads.
+        n_blocks: KV blocks of 16 tokens.
+        kv_format: float32, bfloat16 or q8.
+        activations: what quantised matrices are multiplied with: int8, int16, or auto: int16 for models of fewer than
+            a billion parameters, which are sensitive (SmolLM2's perplexity: 23.67 and 23.73) and quick anyway.
+        max_tokens: most tokens of one pass.
+        isa: an instruction set instead of the one in force (tests).
+        store: handle of an expert store, where the experts' memory is elsewhere.
+
+    Raises:
+        ConfigError: an unknown kv_format.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Mapping[str, Parameter],
+        *,
+        threads: int,
+        n_blocks: int,
+        kv_format: str = "bfloat16",
+        activations: str = "auto",
+        max_tokens: int = MAX_TOKENS,
+        isa: str | None = None,
+        store: int | None = None,
+    ) -> None:
+        if kv_format not in KV_FORMATS:
+            raise ConfigError(f"the cache's format must be one of {', '.join(KV_FORMATS)}; got {kv_format!r}")
+        self.config, self.n_blocks, self.kv_format = config, n_blocks, kv_format
+        if activations not in ACTIVATIONS:
+            raise ConfigError(f"activations must be one of {', '.join(ACTIVATIONS)}; got {activations!r}")
+        small = sum(prod(shape) for shape in parameter_shapes(config).values()) < 1e9
+        self.program = Program(
+            d_model=config.d_model,
+            vocab_size=config.vocab_size,
+            max_tokens=max_tokens,
+            threads=threads,
+            fine=activations == "int16" or (activations == "auto" and small),
+            isa=isa,
+        )
+        self._parameters = parameters
+        block_bytes = kv_block_bytes(kv_format, config.attn.n_kv_heads, config.attn.head_dim)
+        self.kv_bytes = n_blocks * block_bytes * config.n_layers
+        embed = self._packed("embed.weight")
+        self.program.embed(embed, config.embedding_scale)
+        for layer in range(config.n_layers):
+            self.program.attention(self._attention(layer, n_blocks * block_bytes))
+            self.program.ffn(self._ffn(layer, store))
+        head = embed if config.tied_embeddings else self._packed("lm_head.weight")
+        self.program.head(self._norm("final_norm.weight"), head, config.logit_scale)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (R, V) float32 of the rows asked for; valid until the next pass."""
+        return self.program.run(batch)
+
+    def row_stats(self, logits: Tensor) -> tuple[list[int], list[float]]:
+        """Of every row of logits (R, V): the most probable token (the lowest id of equals) and log(sum(exp))."""
+        return self.program.row_stats(logits)
+
+    def router_stats(self, n_tokens: int) -> list[RouterStats]:
+        """What every layer's router decided for the last pass's tokens; the logits are those of the softmax's log."""
+        return [
+            RouterStats(r.ids[:n_tokens].long(), r.weights[:n_tokens].clone(), p, p.clamp_min(1e-38).log())
+            for r in self.program.routing
+            for p in (r.probs[:n_tokens].clone(),)
+        ]
+
+    def expert_load(self) -> list[Tensor]:
+        """Per MoE layer (E,) int64: tokens every expert has seen since the model was built."""
+        return [routing.load for routing in self.program.routing]
+
+    def _attention(self, layer: int, nbytes: int) -> AttentionArgs:
+        config, spec, p = self.config, self.config.attn, f"layers.{layer}."
+        frequencies = slopes = None
+        if isinstance(config.position, RopeSpec):
+            exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+            frequencies = 1.0 / config.position.theta**exponents
+        elif isinstance(config.position, AlibiSpec):
+            slopes = alibi_slopes(config.position, spec.n_heads)
+        return AttentionArgs(
+            norm=self._norm(p + "attn_norm.weight"),
+            post_norm=self._norm(p + "attn_post_norm.weight") if config.post_norms else None,
+            wqkv=self._packed(p + "attn.wqkv.weight"),
+            wo=self._packed(p + "attn.wo.weight"),
+            n_heads=spec.n_heads,
+            n_kv_heads=spec.n_kv_heads,
+            head_dim=spec.head_dim,
+            clip=spec.clip_qkv,
+            score_scale=spec.score_scale,
+            soft_cap=spec.soft_cap,
+            inverse_frequencies=frequencies,
+            alibi_slopes=slopes,
+            kv=allocate(nbytes),
+            kv_format=self.kv_format,
+        )
+
+    def _ffn(self, layer: int, store: int | None) -> FFNArgs:
+        config, ffn, p = self.config, self.config.ffn, f"layers.{layer}."
+        norm = self._norm(p + "ffn_norm.weight")
+        post = self._norm(p + "ffn_post_norm.weight") if config.post_norms else None
+        match ffn:
+            case DenseSpec():
+                return FFNArgs(
+                    norm=norm,
+                    post_norm=post,
+                    router=None,
+                    gate=[self._packed(p + "ffn.w_gate")] if ffn.gated else None,
+                    up=[self._packed(p + "ffn.w_up")],
+                    down=[self._packed(p + "ffn.w_down")],
+                    top_k=1,
+                    activation=ffn.activation,
+                    aggregate="weighted_sum",
+                    normalize_p=None,
+                    fuse=None,
+                    layer=layer,
+                )
+            case MoESpec():
+                fuse = self._parameters.get(p + "moe.fuse.weight")
+                assert fuse is None or isinstance(fuse, Tensor), "fuse is a vector"
+                return FFNArgs(
+                    norm=norm,
+                    post_norm=post,
+                    router=self._packed(p + "moe.router.weight"),
+                    gate=self._experts(p + "moe.w_gate"),
+                    up=self._experts(p + "moe.w_up"),
+                    down=self._experts(p + "moe.w_down"),
+                    top_k=ffn.top_k,
+                    activation=ffn.activation,
+                    aggregate=ffn.aggregate,
+                    normalize_p=ffn.normalize_p,
+                    fuse=fuse,
+                    layer=layer,
+                    store=store,
+                )
+
+    def _packed(self, name: str) -> Packed:
+        parameter = self._parameters[name]
+        assert isinstance(parameter, Packed), f"{name} is a packed matrix"
+        return parameter
+
+    def _experts(self, name: str) -> Sequence[Packed]:
+        parameter = self._parameters[name]
+        assert not isinstance(parameter, (Packed, Tensor)), f"{name} is a list of packed matrices"
+        return parameter
+
+    def _norm(self, name: str) -> NormArgs:
+        weight = self._parameters[name]
+        assert isinstance(weight, Tensor), f"{name} is a vector"
+        return NormArgs(weight, self.config.norm.kind, self.config.norm.eps)

@@ -1,0 +1,292 @@
+// The whole feed-forward half of a layer: norm, router, grouping by expert, gate and up, activation, down, weighted sum.
+// A dense network is one expert that every token visits with weight 1.
+//
+//   tokens sorted by expert -> panels of at most max_width tokens -> gate/up tiles -> hidden panels -> down tiles
+//
+// The hidden activations never exist as a matrix: the 32 rows of a task are exactly one quantisation group of the panel
+// that the down projection reads. A token's experts are added in the order of their ids, whatever else is in the batch.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "steps.hpp"
+#include "store.hpp"
+
+namespace {
+
+struct Panel {
+  int64_t first;  // index of its first token in the sorted list
+  int width;
+};
+
+struct Active {
+  int expert;
+  int64_t first, n;          // its tokens in the sorted list
+  int64_t panel, n_panels;   // its panels
+  int64_t in_offset, hidden_offset;  // units at its first token
+  PanelKind in_kind, hidden_kind;
+  qd_matrix gate, up, down;
+};
+
+struct Plan {
+  std::vector<int32_t> token;   // (slots,) sorted by expert
+  std::vector<float> weight;    // (slots,)
+  std::vector<Panel> panels;
+  std::vector<Active> active;
+  int64_t in_units = 0, hidden_units = 0;
+};
+
+constexpr int kDownTiles = 4;
+
+// Softmax over all experts, the k largest (equal ones: the lower id first), their p-norm, the aggregate's weights.
+void choose(const qd_ffn& op, const Kernels& kernels, float* logits, int32_t* ids, float* weights, float* probs) {
+  const int n_experts = op.n_experts, k = op.top_k;
+  kernels.softmax(logits, n_experts);
+  if (probs) std::memcpy(probs, logits, size_t(n_experts) * 4);
+  for (int j = 0; j < k; ++j) {
+    int best = -1;
+    for (int e = 0; e < n_experts; ++e) {
+      bool taken = false;
+      for (int i = 0; i < j; ++i) taken |= ids[i] == e;
+      if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
+    }
+    ids[j] = best, weights[j] = logits[best];
+  }
+  float total = 0.0f;
+  if (op.normalize_p > 0) {
+    for (int j = 0; j < k; ++j) total += op.normalize_p == 1.0f ? weights[j] : std::pow(weights[j], op.normalize_p);
+    const float factor = op.normalize_p == 1.0f ? 1.0f / total : std::pow(total, -1.0f / op.normalize_p);
+    for (int j = 0; j < k; ++j) weights[j] *= factor;
+  }
+  if (op.aggregate == QD_VOTE) {
+    for (int j = 0; j < k; ++j) weights[j] = 1.0f / float(k);
+  } else if (op.aggregate == QD_FUSE) {
+    float before = 0.0f, after = 0.0f;
+    for (int j = 0; j < k; ++j) before += weights[j], weights[j] *= std::exp(op.fuse[ids[j]]), after += weights[j];
+    for (int j = 0; j < k; ++j) weights[j] *= before / after;
+  }
+}
+
+void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d, int32_t* ids, float* weights, float* probs) {
+  const int64_t width = c.kernels->max_width, tiles = tiles_of(op.n_experts), bytes = tile_bytes(QD_F32, d);
+  const int64_t stride = tiles * kTile;
+  c.pool.run((n + width - 1) / width, n > width ? 1 : 2, [&](int64_t begin, int64_t end, int thread) {
+    auto& mine = c.of_thread[size_t(thread)];
+    uint32_t* panel = mine.units.get(width * d);
+    float* logits = mine.a.get(width * stride);
+    const float* rows[kMaxWidth];
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = t * width;
+      const int count = int(std::min(width, n - first));
+      for (int i = 0; i < count; ++i) rows[i] = x + (first + i) * d;
+      c.kernels->make_panel(kPanelF32, rows, count, d, panel);
+      for (int64_t e = 0; e < tiles; ++e) c.kernels->tile(QD_F32, false, op.router.data + e * bytes, d, panel, count, logits + e * kTile, stride);
+      for (int i = 0; i < count; ++i)
+        choose(op, *c.kernels, logits + i * stride, ids + (first + i) * op.top_k, weights + (first + i) * op.top_k,
+               probs ? probs + (first + i) * op.n_experts : nullptr);
+    }
+  });
+}
+
+Plan make_plan(qd_context& c, const qd_ffn& op, int64_t n, const int32_t* ids, const float* weights) {
+  Plan plan;
+  const int k = op.router.data ? op.top_k : 1, n_experts = op.router.data ? op.n_experts : 1;
+  plan.token.resize(size_t(n * k));
+  plan.weight.resize(size_t(n * k));
+  std::vector<int64_t> begin(size_t(n_experts) + 1, 0);
+  if (op.router.data) {
+    for (int64_t i = 0; i < n * k; ++i) ++begin[size_t(ids[i]) + 1];
+  } else {
+    begin[1] = n;
+  }
+  for (int e = 0; e < n_experts; ++e) {
+    if (op.load) op.load[e] += begin[size_t(e) + 1];
+    begin[size_t(e) + 1] += begin[size_t(e)];
+  }
+  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+  for (int64_t i = 0; i < n * k; ++i) {
+    const int64_t at = next[op.router.data ? size_t(ids[i]) : 0]++;
+    plan.token[size_t(at)] = int32_t(i / k);
+    plan.weight[size_t(at)] = op.router.data ? weights[i] : 1.0f;
+  }
+  const int64_t width = c.kernels->max_width;
+  for (int e = 0; e < n_experts; ++e) {
+    const int64_t first = begin[size_t(e)], count = begin[size_t(e) + 1] - first;
+    if (!count) continue;
+    Active a{e, first, count, int64_t(plan.panels.size()), 0, plan.in_units, plan.hidden_units, kPanelInt8, kPanelInt8, {}, op.up[e], op.down[e]};
+    if (op.gate) a.gate = op.gate[e];
+    a.in_kind = panel_kind(a.up.format, c.fine), a.hidden_kind = panel_kind(a.down.format, c.fine);
+    for (int64_t t = 0; t < count; t += width) plan.panels.push_back({first + t, int(std::min(width, count - t))});
+    a.n_panels = int64_t(plan.panels.size()) - a.panel;
+    plan.in_units += count * panel_units(a.in_kind, a.up.cols);
+    plan.hidden_units += count * panel_units(a.hidden_kind, a.down.cols);
+    plan.active.push_back(a);
+  }
+  return plan;
+}
+
+// Tiles of one matrix, times all panels of one expert: packed for few tokens, widened once for many.
+struct Tiles {
+  const Kernels& kernels;
+  const qd_matrix& m;
+  bool fine;
+  int64_t bytes;
+  const uint8_t* wide = nullptr;
+  int64_t first_wide = 0, wide_bytes = 0;
+
+  Tiles(const qd_context& c, const qd_matrix& matrix) : kernels(*c.kernels), m(matrix), fine(c.fine), bytes(tile_bytes(matrix.format, matrix.cols)) {}
+  void widen(uint8_t* memory, int64_t first, int64_t n) {
+    if (m.format != QD_Q4 && m.format != QD_Q4M) return;
+    wide = memory, first_wide = first, wide_bytes = groups_of(m.cols) * kWideGroupM;
+    for (int64_t t = 0; t < n; ++t) kernels.widen(m.format, m.data + (first + t) * bytes, m.cols, memory + t * wide_bytes);
+  }
+  void times(int64_t tile, const uint32_t* panel, int width, float* out) const {
+    if (wide) kernels.tile_wide(m.format, fine, wide + (tile - first_wide) * wide_bytes, m.cols, panel, width, out, kTile);
+    else kernels.tile(m.format, fine, m.data + tile * bytes, m.cols, panel, width, out, kTile);
+  }
+};
+
+// Rows [32 block, 32 block + 32) of gate and up for every token of an expert, into its hidden panels.
+void hidden_block(qd_context& c, const qd_ffn& op, const Plan& plan, const Active& a, int64_t block, const uint32_t* in,
+                  uint32_t* hidden, qd_context::Thread& mine) {
+  const Kernels& kernels = *c.kernels;
+  const int64_t in_units = panel_units(a.in_kind, a.up.cols), out_units = panel_units(a.hidden_kind, a.down.cols);
+  const int64_t first = 2 * block, n_tiles = std::min<int64_t>(2, tiles_of(a.up.rows) - first);
+  Tiles up(c, a.up), gate(c, op.gate ? a.gate : a.up);
+  if (a.n > 2 * kernels.max_width) {
+    const int64_t bytes = 2 * groups_of(a.up.cols) * kWideGroupM;
+    uint8_t* wide = mine.wide.get(2 * bytes);
+    up.widen(wide, first, n_tiles);
+    if (op.gate) gate.widen(wide + bytes, first, n_tiles);
+  }
+  alignas(64) float g[2][kMaxWidth * kTile], u[2][kMaxWidth * kTile], row[kMaxWidth * 32];
+  for (int64_t p = a.panel; p < a.panel + a.n_panels; ++p) {
+    const Panel& panel = plan.panels[size_t(p)];
+    const uint32_t* x = in + a.in_offset + (panel.first - a.first) * in_units;
+    if (n_tiles < 2) std::memset(row, 0, sizeof row);
+    for (int64_t t = 0; t < n_tiles; ++t) {
+      up.times(first + t, x, panel.width, u[t]);
+      if (op.gate) gate.times(first + t, x, panel.width, g[t]);
+      kernels.activate(op.activation, op.gate ? g[t] : nullptr, u[t], int64_t(panel.width) * kTile, u[t]);
+      for (int m = 0; m < panel.width; ++m) std::memcpy(row + 32 * m + kTile * t, u[t] + kTile * m, kTile * 4);
+    }
+    uint32_t* to = hidden + a.hidden_offset + (panel.first - a.first) * out_units;
+    kernels.fill_group(a.hidden_kind, row, panel.width, block, to, a.down.cols);
+    if (is_integer(a.hidden_kind) && 32 * (block + 1) >= a.down.cols && block + 1 < groups_of(a.down.cols)) {
+      std::memset(row, 0, sizeof row);  // the second half of a last pair of groups
+      kernels.fill_group(a.hidden_kind, row, panel.width, block + 1, to, a.down.cols);
+    }
+  }
+}
+
+}  // namespace
+
+void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
+  const int64_t n = b.n_tokens, d = op.up[0].cols, f_rows = op.up[0].rows;
+  const Kernels& kernels = *c.kernels;
+  float* x = c.normed.get(n * d);
+  norm_rows(c, op.norm, b.hidden, n, d, x);
+
+  std::vector<int32_t> own_ids;
+  std::vector<float> own_weights;
+  int32_t* ids = op.ids;
+  float* weights = op.weights;
+  if (op.router.data) {
+    if (!ids) own_ids.resize(size_t(n * op.top_k)), ids = own_ids.data();
+    if (!weights) own_weights.resize(size_t(n * op.top_k)), weights = own_weights.data();
+    route(c, op, x, n, d, ids, weights, op.probs);
+  }
+  Plan plan = make_plan(c, op, n, ids, weights);
+  if (op.store)
+    for (Active& a : plan.active) a.gate.data = a.up.data = a.down.data = nullptr;
+  if (op.store) {
+    std::vector<int32_t> wanted;
+    for (const Active& a : plan.active) wanted.push_back(a.expert);
+    const auto parts = op.store->acquire(op.layer, wanted);
+    for (size_t i = 0; i < plan.active.size(); ++i) {
+      Active& a = plan.active[i];
+      const uint8_t* const* part = parts[i].data();
+      if (op.gate) a.gate.data = *part++;
+      a.up.data = part[0], a.down.data = part[1];
+    }
+  }
+
+  // Panels. One token has the same panel for all its experts.
+  uint32_t* in = c.panels.get(plan.in_units);
+  const bool shared = n == 1;
+  c.pool.run(shared ? 1 : int64_t(plan.panels.size()), std::max<int64_t>(1, (1 << 15) / (d * kernels.max_width)),
+             [&](int64_t begin, int64_t end, int) {
+               const float* rows[kMaxWidth];
+               size_t e = 0;
+               for (int64_t p = begin; p < end; ++p) {
+                 while (p >= plan.active[e].panel + plan.active[e].n_panels) ++e;
+                 const Active& a = plan.active[e];
+                 const Panel& panel = plan.panels[size_t(p)];
+                 for (int m = 0; m < panel.width; ++m) rows[m] = x + plan.token[size_t(panel.first + m)] * d;
+                 kernels.make_panel(a.in_kind, rows, panel.width, d,
+                                    in + a.in_offset + (panel.first - a.first) * panel_units(a.in_kind, d));
+               }
+             });
+  if (shared)
+    for (size_t e = 1; e < plan.active.size(); ++e) {
+      Active& a = plan.active[e];
+      if (a.in_kind == plan.active[0].in_kind) {
+        a.in_offset = plan.active[0].in_offset;
+      } else {
+        const float* row = x;
+        kernels.make_panel(a.in_kind, &row, 1, d, in + a.in_offset);
+      }
+    }
+
+  // Gate and up, 32 rows a task.
+  const int64_t blocks = (f_rows + 31) / 32;
+  uint32_t* hidden = c.hidden_panels.get(plan.hidden_units);
+  c.pool.run(int64_t(plan.active.size()) * blocks, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t i = begin; i < end; ++i)
+      hidden_block(c, op, plan, plan.active[size_t(i / blocks)], i % blocks, in, hidden, c.of_thread[size_t(thread)]);
+  });
+
+  // Down: every task owns some output rows of all tokens and adds the experts in the order of their ids.
+  const int64_t out_rows = op.down[0].rows;
+  float* out = op.post_norm.weight ? c.projected.get(n * out_rows) : b.hidden;
+  const int64_t tiles = tiles_of(out_rows);
+  c.pool.run(tiles, 1, [&](int64_t begin, int64_t end, int thread) {
+    auto& mine = c.of_thread[size_t(thread)];
+    float* sum = mine.b.get(n * kTile * kDownTiles);
+    alignas(64) float y[kMaxWidth * kTile];
+    for (int64_t from = begin; from < end; from += kDownTiles) {
+      const int64_t count = std::min<int64_t>(kDownTiles, end - from);
+      std::memset(sum, 0, size_t(n * kTile * count) * 4);
+      for (const Active& a : plan.active) {
+        Tiles down(c, a.down);
+        const int64_t units = panel_units(a.hidden_kind, a.down.cols);
+        if (a.n > 2 * kernels.max_width) down.widen(mine.wide.get(count * groups_of(a.down.cols) * kWideGroupM), from, count);
+        for (int64_t p = a.panel; p < a.panel + a.n_panels; ++p) {
+          const Panel& panel = plan.panels[size_t(p)];
+          const uint32_t* units_of = hidden + a.hidden_offset + (panel.first - a.first) * units;
+          for (int64_t t = 0; t < count; ++t) {
+            down.times(from + t, units_of, panel.width, y);
+            for (int m = 0; m < panel.width; ++m) {
+              const size_t slot = size_t(panel.first + m);
+              kernels.add_scaled(sum + (t * n + plan.token[slot]) * kTile, y + m * kTile, plan.weight[slot], kTile);
+            }
+          }
+        }
+      }
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t row = (from + t) * kTile, rows = std::min<int64_t>(kTile, out_rows - row);
+        for (int64_t i = 0; i < n; ++i) {
+          float* to = out + i * out_rows + row;
+          const float* total = sum + (t * n + i) * kTile;
+          if (op.post_norm.weight) std::memcpy(to, total, size_t(rows) * 4);
+          else
+            for (int64_t r = 0; r < rows; ++r) to[r] += total[r];
+        }
+      }
+    }
+  });
+  if (op.store) op.store->release();
+  if (!op.post_norm.weight) return;
+  norm_rows(c, op.post_norm, out, n, out_rows, out);
+  for (int64_t i = 0; i < n * out_rows; ++i) b.hidden[i] += out[i];
+}

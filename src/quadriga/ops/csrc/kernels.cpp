@@ -1,0 +1,16 @@
+// Compiled once for each instruction set: QD_TABLE names the function that returns this build's table.
+#include "kernels.hpp"
+
+#include "simd.hpp"
+
+#include "matmul.inl"
+#include "elementwise.inl"
+#include "attention.inl"
+#include "pack.inl"
+
+const Kernels* QD_TABLE() {
+  static const Kernels table = {kWidth, make_panel, fill_group, tile_any, widen_any, tile_wide_any, norm, activate,
+                                add_scaled, softmax, row_stats, attend, merge, write_kv, pack_tile, unpack_row, peak_of,
+                                read_all};
+  return &table;
+}

@@ -1,0 +1,322 @@
+// Sixteen lanes of arithmetic, in three instruction sets behind one set of names.
+//
+//   vf  16 x float32      vi  16 x int32      vb  64 raw bytes
+//
+// Which one is compiled is chosen by the macros QD_AVX512, QD_AVX2 or neither (portable); kernels.cpp is built once for
+// each. Sums are taken in the same order everywhere, so a result depends on the instruction set only where it has no
+// fused multiply-add (portable).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if QD_AVX512 || QD_AVX2
+#include <immintrin.h>
+#endif
+
+#define QD_INLINE static inline __attribute__((always_inline))
+
+namespace {  // one private copy per instruction set
+
+QD_INLINE float half_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
+  if (exponent == 31) {
+    bits = sign | 0x7f800000u | mantissa << 13;
+  } else if (exponent) {
+    bits = sign | (exponent + 112) << 23 | mantissa << 13;
+  } else {
+    float tiny = float(mantissa) * 5.9604644775390625e-08f;  // 2^-24
+    std::memcpy(&bits, &tiny, 4);
+    bits |= sign;
+  }
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+// Round to nearest even; finite numbers beyond 65504 become infinite, as the hardware has it.
+QD_INLINE uint16_t float_to_half(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  uint32_t sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);
+  if (rest < 0x38800000) {  // subnormal half: adding 0.5 lets the float unit round at 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &rest, 4);
+    magnitude += 0.5f;
+    std::memcpy(&rest, &magnitude, 4);
+    return uint16_t(sign | (rest - 0x3f000000));
+  }
+  rest += 0xfff + ((rest >> 13) & 1);
+  return uint16_t(sign | ((rest - 0x38000000) >> 13));
+}
+
+QD_INLINE float bf16_to_float(uint16_t b) {
+  uint32_t bits = uint32_t(b) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+QD_INLINE uint16_t float_to_bf16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 64);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Two floats as one unit of a bf16 panel, the first in the low half.
+QD_INLINE uint32_t bf16_pair(float low, float high) {
+  return uint32_t(float_to_bf16(low)) | uint32_t(float_to_bf16(high)) << 16;
+}
+
+#if QD_AVX512
+
+struct vf { __m512 v; };
+struct vi { __m512i v; };
+struct vb { __m512i v; };
+
+QD_INLINE vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
+QD_INLINE void store(float* p, vf a) { _mm512_storeu_ps(p, a.v); }
+QD_INLINE vi load_int(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+QD_INLINE void store_int(int32_t* p, vi a) { _mm512_storeu_si512(p, a.v); }
+QD_INLINE vb load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
+QD_INLINE void store_bytes(void* p, vb a) { _mm512_storeu_si512(p, a.v); }
+QD_INLINE vf all(float x) { return {_mm512_set1_ps(x)}; }
+QD_INLINE vi all_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+QD_INLINE vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
+QD_INLINE vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
+QD_INLINE vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
+QD_INLINE vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
+QD_INLINE vf fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+QD_INLINE vf vmax(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
+QD_INLINE vf vmin(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
+QD_INLINE vf vabs(vf a) { return {_mm512_abs_ps(a.v)}; }
+QD_INLINE vf nearest(vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+QD_INLINE vf greater_select(vf a, vf b, vf yes, vf no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), no.v, yes.v)};
+}
+QD_INLINE vi to_int(vf a) { return {_mm512_cvtps_epi32(a.v)}; }
+QD_INLINE vf to_float(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
+QD_INLINE vi operator+(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
+QD_INLINE vi operator|(vi a, vi b) { return {_mm512_or_si512(a.v, b.v)}; }
+QD_INLINE vi operator&(vi a, vi b) { return {_mm512_and_si512(a.v, b.v)}; }
+template <int n> QD_INLINE vi shift_left(vi a) { return {_mm512_slli_epi32(a.v, n)}; }
+QD_INLINE vi as_int(vf a) { return {_mm512_castps_si512(a.v)}; }
+QD_INLINE vf as_float(vi a) { return {_mm512_castsi512_ps(a.v)}; }
+QD_INLINE vi bytes_as_int(vb a) { return {a.v}; }
+QD_INLINE vf load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+QD_INLINE void store_half(uint16_t* p, vf a) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+QD_INLINE vf load_int8(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
+QD_INLINE float sum(vf a) { return _mm512_reduce_add_ps(a.v); }
+QD_INLINE float largest(vf a) { return _mm512_reduce_max_ps(a.v); }
+
+// acc[lane] += sum over 4 of unsigned weight byte * signed activation byte
+QD_INLINE vi dot4(vi acc, vb w, uint32_t a) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(int(a)))}; }
+// acc[lane] += sum over 2 of bf16 * bf16
+QD_INLINE vf dot2(vf acc, vb w, uint32_t a) {
+  return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi32(int(a)))};
+}
+// High nibbles as they stand (16 n), low nibbles moved up.
+QD_INLINE vb high_nibbles(vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(char(0xf0)))}; }
+QD_INLINE vb low_nibbles(vb a) { return {_mm512_and_si512(_mm512_slli_epi16(a.v, 4), _mm512_set1_epi8(char(0xf0)))}; }
+QD_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+#elif QD_AVX2
+
+struct vf { __m256 a, b; };
+struct vi { __m256i a, b; };
+struct vb { __m256i a, b; };
+
+#define QD_BOTH(type, name, intrinsic) \
+  QD_INLINE type name(type x, type y) { return {intrinsic(x.a, y.a), intrinsic(x.b, y.b)}; }
+
+QD_INLINE vf load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+QD_INLINE void store(float* p, vf x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+QD_INLINE vi load_int(const int32_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))}; }
+QD_INLINE void store_int(int32_t* p, vi x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)(p + 8), x.b); }
+QD_INLINE vb load_bytes(const void* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)}; }
+QD_INLINE void store_bytes(void* p, vb x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)p + 1, x.b); }
+QD_INLINE vf all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+QD_INLINE vi all_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+QD_BOTH(vf, operator+, _mm256_add_ps)
+QD_BOTH(vf, operator-, _mm256_sub_ps)
+QD_BOTH(vf, operator*, _mm256_mul_ps)
+QD_BOTH(vf, operator/, _mm256_div_ps)
+QD_BOTH(vf, vmax, _mm256_max_ps)
+QD_BOTH(vf, vmin, _mm256_min_ps)
+QD_BOTH(vi, operator+, _mm256_add_epi32)
+QD_BOTH(vi, operator|, _mm256_or_si256)
+QD_BOTH(vi, operator&, _mm256_and_si256)
+QD_INLINE vf fma(vf x, vf y, vf z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+QD_INLINE vf vabs(vf x) {
+  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
+}
+QD_INLINE vf nearest(vf x) {
+  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
+}
+QD_INLINE vf greater_select(vf x, vf y, vf yes, vf no) {
+  return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)),
+          _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ))};
+}
+QD_INLINE vi to_int(vf x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+QD_INLINE vf to_float(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+template <int n> QD_INLINE vi shift_left(vi x) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
+QD_INLINE vi as_int(vf x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+QD_INLINE vf as_float(vi x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+QD_INLINE vi bytes_as_int(vb x) { return {x.a, x.b}; }
+QD_INLINE vf load_half(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+}
+QD_INLINE void store_half(uint16_t* p, vf x) {
+  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, mode)), _mm_storeu_si128((__m128i*)p + 1, _mm256_cvtps_ph(x.b, mode));
+}
+QD_INLINE vf load_int8(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+}
+// The tree of _mm512_reduce_add_ps: halves, quarters, pairs, neighbours.
+QD_INLINE float sum(vf x) {
+  __m256 s = _mm256_add_ps(x.a, x.b);
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+QD_INLINE float largest(vf x) {
+  __m256 s = _mm256_max_ps(x.a, x.b);
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+// maddubs would saturate at 255 * 127 * 2, so even and odd bytes go through 16-bit products, which are exact.
+QD_INLINE __m256i dot4_half(__m256i acc, __m256i w, __m256i even, __m256i odd) {
+  const __m256i low = _mm256_and_si256(w, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(w, 8);
+  return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(low, even), _mm256_madd_epi16(high, odd)));
+}
+QD_INLINE vi dot4(vi acc, vb w, uint32_t a) {
+  const __m256i x = _mm256_set1_epi32(int(a));
+  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), odd = _mm256_srai_epi16(x, 8);
+  return {dot4_half(acc.a, w.a, even, odd), dot4_half(acc.b, w.b, even, odd)};
+}
+QD_INLINE __m256 dot2_half(__m256 acc, __m256i w, __m256 even, __m256 odd) {
+  acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(int(0xffff0000)))), odd, acc);
+  return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), even, acc);
+}
+QD_INLINE vf dot2(vf acc, vb w, uint32_t a) {
+  const __m256 even = _mm256_castsi256_ps(_mm256_set1_epi32(int(a << 16)));
+  const __m256 odd = _mm256_castsi256_ps(_mm256_set1_epi32(int(a & 0xffff0000)));
+  return {dot2_half(acc.a, w.a, even, odd), dot2_half(acc.b, w.b, even, odd)};
+}
+QD_INLINE vb high_nibbles(vb x) {
+  const __m256i mask = _mm256_set1_epi8(char(0xf0));
+  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+QD_INLINE vb low_nibbles(vb x) { return high_nibbles({_mm256_slli_epi16(x.a, 4), _mm256_slli_epi16(x.b, 4)}); }
+QD_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+#else  // portable
+
+#define QD_LANES for (int i = 0; i < 16; ++i)
+struct vf { float x[16]; };
+struct vi { int32_t x[16]; };
+struct vb { uint8_t x[64]; };
+
+#define QD_EACH(type, name, expression) \
+  QD_INLINE type name(type a, type b) { type r; QD_LANES r.x[i] = expression; return r; }
+
+QD_INLINE vf load(const float* p) { vf r; std::memcpy(&r, p, 64); return r; }
+QD_INLINE void store(float* p, vf a) { std::memcpy(p, &a, 64); }
+QD_INLINE vi load_int(const int32_t* p) { vi r; std::memcpy(&r, p, 64); return r; }
+QD_INLINE void store_int(int32_t* p, vi a) { std::memcpy(p, &a, 64); }
+QD_INLINE vb load_bytes(const void* p) { vb r; std::memcpy(&r, p, 64); return r; }
+QD_INLINE void store_bytes(void* p, vb a) { std::memcpy(p, &a, 64); }
+QD_INLINE vf all(float x) { vf r; QD_LANES r.x[i] = x; return r; }
+QD_INLINE vi all_int(int32_t x) { vi r; QD_LANES r.x[i] = x; return r; }
+QD_EACH(vf, operator+, a.x[i] + b.x[i])
+QD_EACH(vf, operator-, a.x[i] - b.x[i])
+QD_EACH(vf, operator*, a.x[i] * b.x[i])
+QD_EACH(vf, operator/, a.x[i] / b.x[i])
+QD_EACH(vf, vmax, a.x[i] > b.x[i] ? a.x[i] : b.x[i])
+QD_EACH(vf, vmin, a.x[i] < b.x[i] ? a.x[i] : b.x[i])
+QD_EACH(vi, operator+, a.x[i] + b.x[i])
+QD_EACH(vi, operator|, a.x[i] | b.x[i])
+QD_EACH(vi, operator&, a.x[i] & b.x[i])
+QD_INLINE vf fma(vf a, vf b, vf c) { vf r; QD_LANES r.x[i] = a.x[i] * b.x[i] + c.x[i]; return r; }
+QD_INLINE vf vabs(vf a) { vf r; QD_LANES r.x[i] = std::fabs(a.x[i]); return r; }
+QD_INLINE vf nearest(vf a) { vf r; QD_LANES r.x[i] = std::nearbyint(a.x[i]); return r; }
+QD_INLINE vf greater_select(vf a, vf b, vf yes, vf no) { vf r; QD_LANES r.x[i] = a.x[i] > b.x[i] ? yes.x[i] : no.x[i]; return r; }
+// Out of range and NaN give INT_MIN, as x86's instruction does; a plain cast would be undefined.
+QD_INLINE vi to_int(vf a) {
+  vi r;
+  QD_LANES r.x[i] = std::fabs(a.x[i]) < 2147483648.0f ? int32_t(std::nearbyint(a.x[i])) : INT32_MIN;
+  return r;
+}
+QD_INLINE vf to_float(vi a) { vf r; QD_LANES r.x[i] = float(a.x[i]); return r; }
+template <int n> QD_INLINE vi shift_left(vi a) { vi r; QD_LANES r.x[i] = int32_t(uint32_t(a.x[i]) << n); return r; }
+QD_INLINE vi as_int(vf a) { vi r; std::memcpy(&r, &a, 64); return r; }
+QD_INLINE vf as_float(vi a) { vf r; std::memcpy(&r, &a, 64); return r; }
+QD_INLINE vi bytes_as_int(vb a) { vi r; std::memcpy(&r, &a, 64); return r; }
+QD_INLINE vf load_half(const uint16_t* p) { vf r; QD_LANES r.x[i] = half_to_float(p[i]); return r; }
+QD_INLINE void store_half(uint16_t* p, vf a) { QD_LANES p[i] = float_to_half(a.x[i]); }
+QD_INLINE vf load_int8(const int8_t* p) { vf r; QD_LANES r.x[i] = float(p[i]); return r; }
+QD_INLINE float sum(vf a) {
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; ++i) a.x[i] += a.x[i + width];
+  return a.x[0];
+}
+QD_INLINE float largest(vf a) {
+  float best = a.x[0];
+  QD_LANES best = a.x[i] > best ? a.x[i] : best;
+  return best;
+}
+QD_INLINE vi dot4(vi acc, vb w, uint32_t a) {
+  int8_t s[4];
+  std::memcpy(s, &a, 4);
+  QD_LANES acc.x[i] += w.x[4 * i] * s[0] + w.x[4 * i + 1] * s[1] + w.x[4 * i + 2] * s[2] + w.x[4 * i + 3] * s[3];
+  return acc;
+}
+QD_INLINE vf dot2(vf acc, vb w, uint32_t a) {
+  const float even = bf16_to_float(uint16_t(a)), odd = bf16_to_float(uint16_t(a >> 16));
+  uint16_t pairs[32];
+  std::memcpy(pairs, &w, 64);
+  QD_LANES acc.x[i] = (acc.x[i] + bf16_to_float(pairs[2 * i + 1]) * odd) + bf16_to_float(pairs[2 * i]) * even;
+  return acc;
+}
+QD_INLINE vb high_nibbles(vb a) { for (uint8_t& byte : a.x) byte &= 0xf0; return a; }
+QD_INLINE vb low_nibbles(vb a) { for (uint8_t& byte : a.x) byte = uint8_t(byte << 4); return a; }
+QD_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+
+#endif
+
+// acc[lane] += float32 weight * activation; the panel unit holds the activation's bits
+QD_INLINE vf dot1(vf acc, vb w, uint32_t a) {
+  float x;
+  std::memcpy(&x, &a, 4);
+  return fma(as_float(bytes_as_int(w)), all(x), acc);
+}
+
+// e^x to about 2 units in the last place, 0 below -87. Range reduction by ln 2 in two parts, then a degree-6 Taylor
+// polynomial in Horner form on [-0.347, 0.347] (remainder 1.2e-7 relative).
+QD_INLINE vf exponential(vf x) {
+  const vf clamped = vmin(vmax(x, all(-87.0f)), all(88.0f));
+  const vf n = nearest(clamped * all(1.44269504088896341f));
+  vf r = fma(n, all(-0.693359375f), clamped);
+  r = fma(n, all(2.12194440e-4f), r);
+  vf p = all(1.0f / 720);
+  p = fma(p, r, all(1.0f / 120));
+  p = fma(p, r, all(1.0f / 24));
+  p = fma(p, r, all(1.0f / 6));
+  p = fma(p, r, all(0.5f));
+  p = fma(p, r, all(1.0f));
+  p = fma(p, r, all(1.0f));
+  const vf power = as_float(shift_left<23>(to_int(n) + all_int(127)));
+  const vf e = p * power;
+  return greater_select(all(-87.0f), x, all(0.0f), e);
+}
+
+}  // namespace

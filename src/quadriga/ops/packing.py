@@ -1,0 +1,146 @@
+"""Matrices as the CPU kernels want them: packing, unpacking, and memory to hold them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quadriga import runtime
+from quadriga.errors import CheckpointError
+from quadriga.ops import cpu
+from quadriga.quant.formats import FORMATS
+from quadriga.quant.packed import FROM_GGUF, PACKED
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One packed matrix (rows, cols); see ``quant.packed`` for the formats."""
+
+    format: str
+    rows: int
+    cols: int
+    data: Bytes
+    """uint8, ``PACKED[format].nbytes_of(rows, cols)`` of them, at a 64-byte boundary; possibly a memory map."""
+
+    def struct(self) -> cpu.Matrix:
+        """What the kernels are handed. Keep this object alive while they use it."""
+        return cpu.Matrix(self.data.ctypes.data, self.rows, self.cols, PACKED[self.format].code, 0)
+
+    def unpack(self, first: int = 0, n: int | None = None) -> Tensor:
+        """Rows [first, first + n) as float32."""
+        n = self.rows - first if n is None else n
+        assert first >= 0 and first + n <= self.rows, "rows of this matrix"
+        out = torch.empty(n, self.cols)
+        context = packing_context()
+        context.lib.qd_unpack(
+            context.handle,
+            PACKED[self.format].code,
+            self.data.ctypes.data,
+            self.rows,
+            self.cols,
+            first,
+            n,
+            out.data_ptr(),
+        )
+        return out
+
+
+@lru_cache(maxsize=1)
+def packing_context() -> cpu.Context:
+    """Threads for packing and measuring: all of this process's processors."""
+    return cpu.Context(runtime.cpu_count())
+
+
+_HUGE = 2 << 20
+
+
+def allocate(nbytes: int) -> Bytes:
+    """Fresh zeroed memory at a page boundary, in huge pages where the system gives them (large pieces only)."""
+    memory = mmap.mmap(-1, max(nbytes, 1))
+    if nbytes >= 4 * _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8, count=nbytes)
+
+
+def pack(values: Tensor, form: str, *, out: Bytes | None = None, importance: Tensor | None = None) -> Packed:
+    """Pack a matrix.
+
+    Args:
+        values: (rows, cols) float32, bfloat16 or float16, contiguous.
+        form: a name of ``quant.packed.PACKED``.
+        out: memory to fill; None allocates.
+        importance: (cols,) float32, how much each column's squared error counts in the search for scales.
+
+    Raises:
+        CheckpointError: a number that is not finite, or whose scale is beyond float16 (block formats).
+    """
+    source = str(values.dtype).removeprefix("torch.")
+    assert source in cpu.SOURCES and values.is_contiguous(), "a contiguous float matrix"
+    rows, cols = values.shape
+    weight = None if importance is None else importance.float().contiguous()
+    return _pack(source, values.data_ptr(), values.element_size() * cols, rows, cols, form, out, weight)
+
+
+def pack_blocks(raw: Any, source: str, rows: int, cols: int, *, out: Bytes | None = None) -> Packed:
+    """Pack GGUF blocks (q8_0, q4_0 or q4_1) as they are.
+
+    Args:
+        raw: the stored bytes of ``rows`` rows (any buffer).
+        source: the block format.
+    """
+    row_bytes = FORMATS[source].nbytes_of((cols,))
+    stored = np.frombuffer(raw, dtype=np.uint8)
+    assert stored.nbytes == rows * row_bytes, "whole rows of blocks"
+    return _pack(source, stored.ctypes.data, row_bytes, rows, cols, FROM_GGUF[source], out, None)
+
+
+def _pack(
+    source: str,
+    address: int,
+    row_bytes: int,
+    rows: int,
+    cols: int,
+    form: str,
+    out: Bytes | None,
+    importance: Tensor | None,
+) -> Packed:
+    nbytes = PACKED[form].nbytes_of(rows, cols)
+    out = allocate(nbytes) if out is None else out
+    assert out.nbytes == nbytes and out.ctypes.data % 64 == 0, "memory of the packed matrix's size, aligned"
+    context = packing_context()
+    bad = context.lib.qd_pack(
+        context.handle,
+        cpu.SOURCES[source],
+        address,
+        row_bytes,
+        rows,
+        cols,
+        PACKED[form].code,
+        out.ctypes.data,
+        None if importance is None else importance.data_ptr(),
+    )
+    if bad:
+        raise CheckpointError(
+            f"weights to be quantised must be finite, with scales below 65520 (float16): row {bad - 1} is not. Check "
+            "the source with another format, e.g. bfloat16."
+        )
+    return Packed(form, rows, cols, out)
+
+
+def linear(matrix: Packed, x: Tensor, context: cpu.Context | None = None) -> Tensor:
+    """x (N, cols) float32 times the matrix transposed: (N, rows) float32."""
+    context = context or packing_context()
+    x = x.float().contiguous()
+    out = torch.empty(x.shape[0], matrix.rows)
+    context.lib.qd_linear(context.handle, ctypes.byref(matrix.struct()), x.data_ptr(), x.shape[0], out.data_ptr())
+    return out
