@@ -10,7 +10,8 @@ import torch
 
 import quadriga
 from quadriga import LLM, SamplingParams
-from quadriga.engine import llm as module
+from quadriga.engine.engine import Engine
+from quadriga.engine.runner import TorchRunner
 from quadriga.errors import ConfigError, HardwareError, RequestError, TemplateError, TokenizerError
 from quadriga.model.transformer import Transformer, random_parameters
 from quadriga.text.tokenizer import Tokenizer
@@ -52,11 +53,42 @@ def test_cached_decoding_equals_reading_everything_again(tiny: LLM) -> None:
     assert done.logprobs[0] == pytest.approx(float(first.max()), abs=1e-5)
 
 
-def test_long_prompts_are_read_in_chunks_with_the_same_result(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_are_read_in_chunks_with_the_same_result(tiny: LLM) -> None:
     prompt = [i * 7 % 97 for i in range(40)]
     whole = tiny.generate(prompt, SamplingParams(max_new_tokens=5)).token_ids
-    monkeypatch.setattr(module, "PREFILL_CHUNK", 7)
-    assert tiny.generate(prompt, SamplingParams(max_new_tokens=5)).token_ids == whole
+    chunked = LLM(tiny.runner, tiny.tokenizer)
+    chunked.engine = Engine(tiny.runner, tiny.tokenizer, max_batch_tokens=7, max_sequences=2)
+    assert chunked.generate(prompt, SamplingParams(max_new_tokens=5)).token_ids == whole
+    assert chunked.engine.stats().n_steps == 6 + 4
+
+
+def test_many_prompts_are_answered_as_if_each_were_alone(tiny: LLM) -> None:
+    prompts = [[3, 1, 4], [2, 7], [9] * 20]
+    params = [SamplingParams(max_new_tokens=n, temperature=0.8, seed=n, ignore_eos=True) for n in (9, 4, 6)]
+    seen: list[tuple[int, int]] = []
+    together = tiny.generate_many(prompts, params, progress=lambda done, total: seen.append((done, total)))
+    alone = [tiny.generate(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    with pytest.raises(RequestError, match="3 prompts need as many params, got 1"):
+        tiny.generate_many(prompts, params[:1])
+
+
+def test_two_streams_may_be_read_in_turns(tiny: LLM) -> None:
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    first, second = tiny.stream([3, 1, 4], params), tiny.stream([2, 7], params)
+    turns = list(zip(first, second, strict=True))
+    assert [a.token_id for a, _ in turns] == tiny.generate([3, 1, 4], params).token_ids
+    assert [b.token_id for _, b in turns] == tiny.generate([2, 7], params).token_ids
+
+
+def test_leaving_a_stream_frees_its_blocks(tiny: LLM) -> None:
+    events = tiny.stream([3, 1, 4], SamplingParams(max_new_tokens=30, ignore_eos=True))
+    next(events)
+    assert tiny.engine.stats().kv_blocks_used > 0
+    events.close()
+    assert tiny.engine.stats().kv_blocks_used == 0
+    assert not tiny.engine.has_work
 
 
 def test_end_tokens_stop_unless_ignored(tiny: LLM) -> None:
@@ -108,7 +140,7 @@ def test_prompts_that_cannot_be(tiny: LLM, prompt: list[int], says: str) -> None
 
 
 def test_without_a_tokenizer_only_ids_work(tiny: LLM) -> None:
-    bare = LLM(tiny.model, None, name="bare")
+    bare = LLM(tiny.runner, None, name="bare")
     assert bare.generate([3, 1, 4], SamplingParams(max_new_tokens=3)).text == ""
     with pytest.raises(TokenizerError, match="bare came without a tokenizer"):
         bare.generate("hello")
@@ -124,7 +156,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny: LLM) -> None:
         n_vocab = 98
 
     with pytest.raises(TokenizerError, match="98 tokens, the model's embedding only 97"):
-        LLM(tiny.model, Tokenizer(More(), special_ids={}))
+        LLM(tiny.runner, Tokenizer(More(), special_ids={}))
 
 
 def test_routing_covers_every_layer_and_token(tiny: LLM) -> None:
@@ -143,7 +175,7 @@ def test_load_from_a_directory(tmp_path: Path) -> None:
     assert model.logits([1, 2, 3]).dtype == torch.float32
     assert seen == sorted(seen)
     half = quadriga.load(tmp_path, dtype="bf16")
-    assert half.dtype == torch.bfloat16
+    assert isinstance(half.runner, TorchRunner) and half.runner.model.embed.weight.dtype == torch.bfloat16
     assert half.logits([1, 2, 3]).dtype == torch.float32
     with pytest.raises(ConfigError, match="dtype must be one of"):
         quadriga.load(tmp_path, dtype="int3")

@@ -1,9 +1,11 @@
 """Quadriga's own directory: parameters under their canonical names, and a manifest that can prove them.
 
     quadriga.json            what the model is, and for every parameter its file, format and sha256
-    weights-0000i-of-N.safetensors
+    weights-0000i-of-N.safetensors, or .packed
     tokenizer files          as they came with the source
 
+A plain directory holds torch dtypes in safetensors files. A packed one holds what the CPU's kernels map and use as it
+lies (``quant.packed``): a matrix an entry, the experts of a layer one each (``layers.0.moe.w_up/3``), page-aligned.
 The manifest is written last, so a directory that has one is complete. No torch here.
 """
 
@@ -31,6 +33,7 @@ from quadriga.model.config import (
     RopeSpec,
 )
 from quadriga.model.weight_map import Shape, parameter_shapes
+from quadriga.quant.packed import PACKED
 
 MANIFEST = "quadriga.json"
 WEIGHTS_STEM = "weights"
@@ -60,6 +63,15 @@ class Manifest:
     parameters: dict[str, Entry]
     made_from: str
     """What the directory was converted from, for people."""
+    packed: bool = False
+    """True if the matrices are packed for the CPU's kernels."""
+
+    def entries(self, name: str) -> list[Entry]:
+        """The entries of one parameter: one, or one per expert."""
+        if name in self.parameters:
+            return [self.parameters[name]]
+        n_experts = self.config.ffn.n_experts if isinstance(self.config.ffn, MoESpec) else 0
+        return [self.parameters[f"{name}/{expert}"] for expert in range(n_experts)]
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -71,6 +83,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     body = {
         "quadriga": _VERSION,
         "made_from": manifest.made_from,
+        "packed": manifest.packed,
         "config": config_to_json(manifest.config),
         "parameters": {name: asdict(entry) for name, entry in manifest.parameters.items()},
     }
@@ -108,14 +121,52 @@ def read_manifest(directory: Path) -> Manifest:
         config = config_from_json(body.get("config"))
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{MANIFEST} is malformed: {error}") from None
-    expected = parameter_shapes(config)
+    packed = body.get("packed", False)
+    if not isinstance(packed, bool):
+        raise CheckpointError(f"{MANIFEST}: packed must be true or false, got {packed!r}")
+    expected = packed_shapes(config) if packed else parameter_shapes(config)
     wrong = sorted(n for n in expected.keys() | parameters.keys() if not _matches(parameters.get(n), expected.get(n)))
     if wrong:
         raise CheckpointError(f"{MANIFEST} does not describe its model: {len(wrong)} parameters differ, {wrong[:4]}")
-    for entry in parameters.values():
-        if entry.file != Path(entry.file).name or not entry.file.endswith(".safetensors"):
+    suffix = ".packed" if packed else ".safetensors"
+    for name, entry in parameters.items():
+        if entry.file != Path(entry.file).name or not entry.file.endswith(suffix):
             raise CheckpointError(f"{MANIFEST} names the file {entry.file[:80]!r}; weights lie beside it")
-    return Manifest(config=config, parameters=parameters, made_from=str(body.get("made_from", "")))
+        if packed:
+            _check_packed(directory, name, entry)
+    return Manifest(config=config, parameters=parameters, made_from=str(body.get("made_from", "")), packed=packed)
+
+
+def packed_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The matrices and vectors of a packed directory, every expert by itself."""
+    shapes: dict[str, Shape] = {}
+    for name, shape in parameter_shapes(config).items():
+        if len(shape) == 3:
+            shapes.update({f"{name}/{expert}": shape[1:] for expert in range(shape[0])})
+        else:
+            shapes[name] = shape
+    return shapes
+
+
+def packed_bytes(shape: Shape, form: str) -> int:
+    """Bytes of a matrix or vector in a packed directory; vectors are plain float32."""
+    return 4 * shape[0] if len(shape) == 1 else PACKED[form].nbytes_of(*shape)
+
+
+def _check_packed(directory: Path, name: str, entry: Entry) -> None:
+    """A packed file is mapped and used as it lies, so nothing may point outside it."""
+    if entry.format not in PACKED or (len(entry.shape) == 1 and entry.format != "float32"):
+        raise CheckpointError(f"{MANIFEST}: {name} has the format {entry.format!r}; known: {', '.join(PACKED)}")
+    try:
+        size = (directory / entry.file).stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{entry.file} cannot be read: {error.strerror}. Convert again.") from None
+    if entry.nbytes != packed_bytes(entry.shape, entry.format) or entry.offset % 64 or entry.offset < 0:
+        raise CheckpointError(f"{MANIFEST}: {name} has impossible bytes or offset")
+    if entry.offset + entry.nbytes > size:
+        raise CheckpointError(
+            f"{entry.file} is cut short: {name} ends at {entry.offset + entry.nbytes}, the file at {size}"
+        )
 
 
 def _matches(entry: Entry | None, shape: Shape | None) -> bool:

@@ -21,6 +21,7 @@ from quadriga.checkpoint import catalogue, engine_file
 from quadriga.checkpoint.detect import Kind, locate
 from quadriga.checkpoint.gguf_source import GGUFSource
 from quadriga.checkpoint.grok_pickle import GrokSource
+from quadriga.checkpoint.packed_source import PackedSource
 from quadriga.checkpoint.parameters import SLICE_BYTES, ParameterView, Progress, slices
 from quadriga.checkpoint.source import TensorSource
 from quadriga.checkpoint.tensor_files import SafetensorsSource
@@ -78,6 +79,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
             pieces = families.family_of(config).layouts["jax"](config)
             return _checked("grok", found.path, config, "jax", GrokSource(found.path, pieces), pieces, None)
         case "quadriga":
+            manifest = engine_file.read_manifest(found.path)
+            if manifest.packed:
+                pieces = packed_map(config)
+                return _checked(
+                    "quadriga", found.path, config, "packed", PackedSource(found.path, manifest), pieces, None
+                )
             native = SafetensorsSource(found.path)
             _match_manifest(found.path, native)
             return _checked("quadriga", found.path, config, "quadriga", native, identity_map(config), None)
@@ -95,6 +102,28 @@ def identity_map(config: ModelConfig) -> list[Piece]:
         Piece(source=name, source_shape=shape, target=name, target_shape=shape)
         for name, shape in parameter_shapes(config).items()
     ]
+
+
+def packed_map(config: ModelConfig) -> list[Piece]:
+    """The weight map of a packed directory: every expert of a layer is a tensor of its own."""
+    pieces = []
+    for name, shape in parameter_shapes(config).items():
+        if len(shape) < 3:
+            pieces.append(Piece(source=name, source_shape=shape, target=name, target_shape=shape))
+            continue
+        for expert in range(shape[0]):
+            box = ((expert, expert + 1), *whole(shape[1:]))
+            pieces.append(
+                Piece(
+                    source=f"{name}/{expert}",
+                    source_shape=shape[1:],
+                    target=name,
+                    target_shape=shape,
+                    target_box=box,
+                    view=(1, *shape[1:]),
+                )
+            )
+    return pieces
 
 
 def load_parameters(

@@ -2,15 +2,18 @@
 
     model = quadriga.load("smollm2-135m-instruct")
     model.chat("What is the capital of France?").text
+    model.generate_many(["One,", "Two,", "Three,"])                       # one batch, answers as if each were alone
     model.logits(model.tokenizer.encode("The capital of France is"))      # (T, V) float32
 
-One :class:`LLM` holds one model and serves one caller at a time; serving many at once is the server's engine.
+On a CPU the model runs on the kernels of ``ops/csrc``; with a ``dtype``, on another device, or with
+QUADRIGA_OPS=reference it runs on plain torch. Both are driven by the same engine. One :class:`LLM` serves one thread.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,16 +22,19 @@ from torch import Tensor
 from quadriga import runtime
 from quadriga.checkpoint import catalogue
 from quadriga.checkpoint.open import load_parameters, open_checkpoint
-from quadriga.engine.kv_cache import KVCache
-from quadriga.engine.request import Completion, SamplingParams, TokenEvent
-from quadriga.engine.sampler import Sampler
-from quadriga.errors import RequestError, TokenizerError
+from quadriga.checkpoint.packed import load_packed
+from quadriga.engine.blocks import BLOCK_TOKENS
+from quadriga.engine.engine import Engine
+from quadriga.engine.request import Completion, Request, SamplingParams, TokenEvent
+from quadriga.engine.runner import Runner, TorchRunner
+from quadriga.errors import ConfigError, RequestError, TokenizerError
+from quadriga.model.compiled import CompiledModel
 from quadriga.model.config import ModelConfig
-from quadriga.model.context import PackedContext
 from quadriga.model.moe import RouterStats
 from quadriga.model.transformer import Transformer
+from quadriga.ops import dispatch
+from quadriga.quant.packed import kv_block_bytes
 from quadriga.text.chat import render
-from quadriga.text.stream import Detokenizer
 from quadriga.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
@@ -40,16 +46,19 @@ Progress = Callable[[int, int, str], None]
 Answer = Generator[TokenEvent, None, None]
 """Tokens as they are made; closing it ends the answer."""
 
-PREFILL_CHUNK = 2048
-"""Prompt tokens per forward pass: bounds the activations of a long prompt without costing speed."""
-
 
 def load(
     path_or_name: str | Path,
     *,
-    dtype: str = "float32",
+    format: str = "keep",
+    dtype: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    activations: str = "auto",
+    kv_format: str = "bfloat16",
+    kv_memory: int | None = None,
+    expert_memory: int | None = None,
+    max_sequences: int = 64,
     progress: Progress | None = None,
 ) -> LLM:
     """Load a model.
@@ -57,9 +66,18 @@ def load(
     Args:
         path_or_name: a catalogue name (`quadriga models list`), a Hugging Face or Quadriga directory, a GGUF file, or
             the folder of Grok-1's release.
-        dtype: what the model computes in: float32, bfloat16, float16, float64, or auto.
+        format: what its matrices are packed as on the CPU: keep (as they are stored), float32, bfloat16, q8, q4, q4m.
+        dtype: compute in plain torch with this dtype instead (float32, bfloat16, float16, float64 or auto); None runs
+            the CPU's kernels where the device is a CPU, and is "auto" elsewhere.
         device: a torch device, or auto.
-        threads: CPU threads; None leaves torch's setting as it is.
+        threads: CPU threads; None takes all of this process's processors.
+        activations: what quantised matrices are multiplied with: int8, int16 (twice the work of a prompt, the result of
+            float32), or auto: int16 for models of fewer than a billion parameters.
+        kv_format: the cache of keys and values: float32, bfloat16 or q8.
+        kv_memory: bytes for it; None takes what 4 full contexts need, at most a quarter of the free memory.
+        expert_memory: leave the experts of a packed Quadriga directory on disk and keep at most this many bytes of the
+            recently used ones in memory; None loads everything.
+        max_sequences: requests that run at once.
         progress: called while weights are downloaded and read.
 
     Raises:
@@ -67,15 +85,43 @@ def load(
         CheckpointError, ConfigError: the files are malformed, incomplete or of an unsupported kind.
         HardwareError: the device does not exist here.
     """
-    if threads is not None:
-        runtime.set_threads(threads)
+    count = runtime.set_threads(threads)
     target = runtime.resolve_device(device)
     opened = open_checkpoint(catalogue.resolve(str(path_or_name), progress=progress))
-    parameters = load_parameters(
-        opened, dtype=runtime.resolve_dtype(dtype, target.type), device=target, progress=progress
-    )
-    model = Transformer.from_parameters(opened.config, parameters).eval()
-    return LLM(model, opened.load_tokenizer(), name=str(path_or_name))
+    config = opened.config
+    plain = dtype is not None or target.type != "cpu" or not dispatch.compiled()
+    runner: Runner
+    if plain:
+        if format != "keep" or expert_memory is not None:
+            raise ConfigError("format and expert_memory are for the CPU's kernels: leave dtype out, and device at cpu")
+        chosen = runtime.resolve_dtype(dtype or "auto", target.type)
+        parameters = load_parameters(opened, dtype=chosen, device=target, progress=progress)
+        per_block = 2 * BLOCK_TOKENS * config.attn.kv_dim * config.n_layers * parameters["embed.weight"].element_size()
+        runner = TorchRunner(
+            Transformer.from_parameters(config, parameters), _n_blocks(config, per_block, kv_memory, 2)
+        )
+    else:
+        packed = load_packed(opened, format, expert_memory=expert_memory, progress=progress)
+        per_block = kv_block_bytes(kv_format, config.attn.n_kv_heads, config.attn.head_dim) * config.n_layers
+        runner = CompiledModel(
+            config,
+            packed.parameters,
+            threads=count,
+            n_blocks=_n_blocks(config, per_block, kv_memory, 4),
+            kv_format=kv_format,
+            activations=activations,
+            store=packed.store,
+        )
+    return LLM(runner, opened.load_tokenizer(), name=str(path_or_name), max_sequences=max_sequences)
+
+
+def _n_blocks(config: ModelConfig, per_block: int, memory: int | None, contexts: int) -> int:
+    one = -(-config.max_seq_len // BLOCK_TOKENS)
+    if memory is not None:
+        if memory < per_block:
+            raise ConfigError(f"kv_memory must hold at least one block of 16 tokens, {per_block} bytes; got {memory}")
+        return min(memory // per_block, 2**20)
+    return max(1, min(contexts * one, runtime.memory_bytes()[1] // 4 // per_block))
 
 
 class LLM:
@@ -84,38 +130,38 @@ class LLM:
     Attributes:
         config: what the model is.
         tokenizer: its vocabulary, or None where the checkpoint has none (then prompts are token ids).
+        engine: what runs it.
         name: how it was asked for.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None, *, name: str = "model") -> None:
-        self.model = model
+    def __init__(
+        self, model: Runner | Transformer, tokenizer: Tokenizer | None, *, name: str = "model", max_sequences: int = 64
+    ) -> None:
+        if isinstance(model, Transformer):
+            model = TorchRunner(model, -(-model.config.max_seq_len // BLOCK_TOKENS) * 2)
+        self.runner: Runner = model
         self.config: ModelConfig = model.config
         self.tokenizer = tokenizer
         self.name = name
-        self.device = model.embed.weight.device
-        self.dtype = model.embed.weight.dtype
         if tokenizer is not None and tokenizer.n_vocab > self.config.vocab_size:
             raise TokenizerError(
                 f"the tokenizer has {tokenizer.n_vocab} tokens, the model's embedding only {self.config.vocab_size}. "
                 "Check that both come from the same checkpoint."
             )
+        self.engine = Engine(
+            model, tokenizer, end_ids=frozenset(self.end_ids), max_batch_tokens=2048, max_sequences=max_sequences
+        )
+        self._inbox: dict[int, deque[TokenEvent]] = {}
 
     # Whole sequences -------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Logits of every position of one sequence: ids (T,) -> (T, V) float32."""
-        ids = self._check_ids(token_ids)
-        with runtime.quick_float32(len(ids)):
-            logits: Tensor = self.model(ids, PackedContext([len(ids)], self.device)).logits
-        return logits.float()
+        return self.engine.score(self._check_ids(token_ids).tolist())[0]
 
-    @torch.inference_mode()
     def routing(self, token_ids: Sequence[int] | Tensor) -> list[RouterStats]:
         """What every layer's router decided for each token of one sequence; empty for a dense model."""
-        ids = self._check_ids(token_ids)
-        _, stats = self.model.hidden(ids, PackedContext([len(ids)], self.device))
-        return stats
+        return self.engine.score(self._check_ids(token_ids).tolist())[1]
 
     # Generation ------------------------------------------------------------------------------------------------------
 
@@ -129,59 +175,78 @@ class LLM:
         Raises:
             RequestError: an empty prompt, ids outside the vocabulary, or a prompt that fills the context.
         """
-        params = params or SamplingParams()
         ids = self.prompt_ids(prompt)
-        if len(ids) >= self.config.max_seq_len:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens and the model's context is {self.config.max_seq_len}: "
-                "no room for an answer. Shorten the prompt."
-            )
-        return self._decode(ids, params)
+        request_id = self.engine.submit(Request(prompt=tuple(ids), params=params or SamplingParams()))
+        self._inbox[request_id] = deque()
+        return self._events(request_id)
 
-    def _decode(self, prompt: list[int], params: SamplingParams) -> Answer:
-        sampler = Sampler(params, prompt, self.config.vocab_size)
-        text = Detokenizer(self.tokenizer, stop=params.stop) if self.tokenizer is not None else None
-        ends = set(params.stop_ids) | (set() if params.ignore_eos else self.end_ids)
-        cache = KVCache(self.config, dtype=self.dtype, device=self.device)
-        logits = self._prefill(cache, prompt)
-        room = min(params.max_new_tokens, self.config.max_seq_len - len(prompt))
-        for n_made in range(1, room + 1):
-            chosen = sampler.sample(logits)
-            ended = chosen.token_id in ends
-            piece, hit_stop = ("", False) if text is None or ended else text.push(chosen.token_id)
-            last = ended or hit_stop or n_made == room
-            if last and not hit_stop and text is not None:
-                piece += text.finish()
-            yield TokenEvent(
-                token_id=chosen.token_id,
-                text=piece,
-                logprob=chosen.logprob,
-                top_logprobs=chosen.top_logprobs,
-                finish_reason=("stop" if ended or hit_stop else "length") if last else None,
-            )
-            if last:
-                return
-            logits = self._step(cache, [chosen.token_id])
+    def _events(self, request_id: int) -> Answer:
+        inbox = self._inbox[request_id]
+        try:
+            while True:
+                while not inbox:
+                    self._step()
+                event = inbox.popleft()
+                yield event
+                if event.finish_reason is not None:
+                    return
+        finally:
+            self.engine.cancel(request_id)
+            del self._inbox[request_id]
 
-    @torch.inference_mode()
-    def _prefill(self, cache: KVCache, ids: list[int]) -> Tensor:
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            logits = self._step(cache, ids[start : start + PREFILL_CHUNK])
-        return logits
-
-    @torch.inference_mode()
-    def _step(self, cache: KVCache, ids: list[int]) -> Tensor:
-        """Read ids into the cache; the logits (V,) after the last of them."""
-        tokens = torch.tensor(ids, device=self.device)
-        last = torch.tensor([len(ids) - 1], device=self.device)
-        with runtime.quick_float32(len(ids)):
-            logits: Tensor = self.model(tokens, cache.extend([len(ids)]), rows=last).logits[0]
-        return logits
+    def _step(self) -> None:
+        for request_id, event in self.engine.step():
+            self._inbox[request_id].append(event)
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Completion:
         """Continue a prompt to its end; see :meth:`stream`."""
         ids = self.prompt_ids(prompt)
         return _collect(self.stream(ids, params), n_prompt_tokens=len(ids))
+
+    def generate_many(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Continue many prompts as one continuous batch; each answer is what :meth:`generate` would give.
+
+        Args:
+            params: one for all, or one for each prompt.
+            progress: called with (finished, in all).
+        """
+        all_ids = [self.prompt_ids(prompt) for prompt in prompts]
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(all_ids)
+        if len(each) != len(all_ids):
+            raise RequestError(f"{len(all_ids)} prompts need as many params, got {len(each)}")
+        started = time.perf_counter()
+        made: dict[int, list[tuple[float, TokenEvent]]] = {}
+        try:
+            for ids, one in zip(all_ids, each, strict=True):
+                request_id = self.engine.submit(Request(prompt=tuple(ids), params=one))
+                made[request_id] = []
+                self._inbox[request_id] = deque()
+            finished = 0
+            while finished < len(made):
+                self._step()
+                now = time.perf_counter()
+                for request_id, events in made.items():
+                    inbox = self._inbox[request_id]
+                    while inbox:
+                        events.append((now, inbox.popleft()))
+                        if events[-1][1].finish_reason is not None:
+                            finished += 1
+                            if progress is not None:
+                                progress(finished, len(made))
+        finally:
+            for request_id in made:
+                self.engine.cancel(request_id)
+                del self._inbox[request_id]
+        return [
+            _completion([event for _, event in events], len(ids), events[0][0] - started, events[-1][0] - events[0][0])
+            for events, ids in zip(made.values(), all_ids, strict=True)
+        ]
 
     # Chat ------------------------------------------------------------------------------------------------------------
 
@@ -218,7 +283,7 @@ class LLM:
         return ids
 
     def _check_ids(self, token_ids: Sequence[int] | Tensor) -> Tensor:
-        ids = torch.as_tensor(token_ids, device=self.device)
+        ids = torch.as_tensor(token_ids)
         if ids.ndim != 1 or ids.numel() == 0:
             raise RequestError("a prompt needs at least one token")
         if ids.dtype.is_floating_point or ids.dtype == torch.bool:
@@ -247,14 +312,20 @@ def _collect(events: Iterator[TokenEvent], n_prompt_tokens: int) -> Completion:
         if not made:
             first = time.perf_counter()
         made.append(event)
-    finish = made[-1].finish_reason
-    assert finish is not None, "the last event carries the finish reason"
+    return _completion(made, n_prompt_tokens, first - started, time.perf_counter() - first)
+
+
+def _completion(made: list[TokenEvent], n_prompt_tokens: int, first_s: float, decode_s: float) -> Completion:
+    finish, report = made[-1].finish_reason, made[0].prompt
+    assert finish is not None and report is not None, "the first event reports the prompt, the last why it ended"
     return Completion(
         text="".join(event.text for event in made),
         token_ids=[event.token_id for event in made],
         logprobs=[event.logprob for event in made],
         finish_reason=finish,
         n_prompt_tokens=n_prompt_tokens,
-        time_to_first_token_s=first - started,
-        decode_s=time.perf_counter() - first,
+        prompt_logprobs=list(report.logprobs),
+        n_cached_tokens=report.n_cached_tokens,
+        time_to_first_token_s=first_s,
+        decode_s=decode_s,
     )

@@ -51,11 +51,17 @@ class SamplingParams:
     """Same seed, same model, same prompt: same answer. None draws a fresh seed."""
     logprobs: int = 0
     """Number of most probable alternatives to report per token; the chosen token's own is always reported."""
+    prompt_logprobs: bool = False
+    """Also report the log-probability of every prompt token but the first."""
+    speculate: int = 0
+    """Guess up to this many tokens a step by looking the last words up in what was said before; 0 guesses none. The
+    answer is the same, bit for bit; only the time changes."""
 
     def __post_init__(self) -> None:
         _require_int(1, 2**31 - 1, max_new_tokens=self.max_new_tokens)
         _require_int(0, 2**31 - 1, top_k=self.top_k)
         _require_int(0, 20, logprobs=self.logprobs)
+        _require_int(0, 64, speculate=self.speculate)
         _require_in(0.0, 100.0, temperature=self.temperature)
         _require_in(0.0, 1.0, min_p=self.min_p)
         _require_in(0.0, 1.0, top_p=self.top_p)
@@ -85,6 +91,16 @@ def _require_in(low: float, high: float, **values: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptReport:
+    """What became of a prompt."""
+
+    n_cached_tokens: int
+    """Tokens that were found in the prefix cache."""
+    logprobs: tuple[float, ...] = ()
+    """Of every token but the first, where ``prompt_logprobs`` was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenEvent:
     """One step of a generation. The last event carries ``finish_reason``; its ``text`` may be empty."""
 
@@ -95,6 +111,21 @@ class TokenEvent:
     """Natural-log probability of the token under the model's own distribution (before sampling changes it)."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
+    prompt: PromptReport | None = None
+    """With the first event of an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the engine is asked for."""
+
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    params: SamplingParams
+    priority: int = 0
+    """Higher goes first."""
+    salt: bytes = b""
+    """Requests share cached prefixes only with those of the same salt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +137,10 @@ class Completion:
     logprobs: list[float]
     finish_reason: FinishReason
     n_prompt_tokens: int
+    prompt_logprobs: list[float] = field(default_factory=list)
+    """Of every prompt token but the first, where asked for."""
+    n_cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache."""
     time_to_first_token_s: float
     decode_s: float
     """Seconds from the first token to the last."""

@@ -7,6 +7,7 @@ Log-probabilities are reported from the untouched logits: they are the model's o
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import Counter
 from typing import NamedTuple
@@ -38,23 +39,26 @@ class Sampler:
         self._answer: Counter[int] = Counter()
         self._seen = set(prompt_ids)
 
-    def sample(self, logits: Tensor) -> Sample:
+    def sample(self, logits: Tensor, best: int | None = None, log_sum: float | None = None) -> Sample:
         """Choose a token from logits (V,) float32 and count it as said.
+
+        Args:
+            best, log_sum: index of the first largest logit and log(sum(exp)), where they are known already.
 
         Raises:
             RequestError: the logits are not finite, so the weights or the computation are broken.
         """
         params = self.params
         logits = logits.cpu()
-        log_normaliser = logits.logsumexp(0)
-        if not torch.isfinite(log_normaliser):
+        log_normaliser = float(logits.logsumexp(0)) if log_sum is None else log_sum
+        if not math.isfinite(log_normaliser):
             raise RequestError(
                 "the model's logits are not finite: weights with NaN or Inf, or a dtype too narrow for this model. "
                 "Run `quadriga models verify`, or load with dtype='float32'."
             )
         adjusted = self._adjust(logits)
         if params.temperature == 0:
-            token = int(adjusted.argmax())
+            token = best if best is not None and adjusted is logits else int(adjusted.argmax())
         else:
             probs = truncate((adjusted / params.temperature).softmax(0), params.top_k, params.top_p, params.min_p)
             token = int(torch.multinomial(probs, 1, generator=self._generator))

@@ -1,0 +1,216 @@
+"""Parameters as the CPU's kernels want them, from any checkpoint.
+
+    a packed Quadriga directory   memory-mapped where it lies: nothing is read before it is used
+    GGUF Q8_0, Q4_0, Q4_1         blocks rearranged, no number changed
+    anything else                 read part by part and packed as `format` says
+
+Routers and vectors are float32 in every case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quadriga.checkpoint import engine_file
+from quadriga.checkpoint.gguf_source import GGUFSource
+from quadriga.checkpoint.open import Checkpoint
+from quadriga.checkpoint.parameters import Progress, unpack
+from quadriga.errors import CheckpointError, ConfigError
+from quadriga.model.compiled import Parameter
+from quadriga.model.weight_map import Piece, Shape, parameter_shapes, whole
+from quadriga.ops.expert_store import ExpertStore
+from quadriga.ops.packing import Packed, pack, pack_blocks
+from quadriga.quant.formats import FORMATS
+from quadriga.quant.packed import FROM_GGUF, PACKED
+
+FORMATS_TO_LOAD = ("keep", *PACKED)
+
+
+@dataclass(frozen=True)
+class PackedParameters:
+    """A model's parameters and, where its experts stay on disk, their store."""
+
+    parameters: dict[str, Parameter]
+    expert_store: ExpertStore | None = None
+
+    @property
+    def store(self) -> int | None:
+        """The store's handle for the kernels."""
+        return None if self.expert_store is None else self.expert_store.handle
+
+
+def is_router(name: str) -> bool:
+    """True for the parameters that stay float32: their rounding changes which experts a token visits."""
+    return name.endswith("router.weight")
+
+
+def load_packed(
+    checkpoint: Checkpoint, form: str = "keep", *, expert_memory: int | None = None, progress: Progress | None = None
+) -> PackedParameters:
+    """Every parameter, packed.
+
+    Args:
+        form: one of FORMATS_TO_LOAD. ``keep`` takes Q8_0, Q4_0 and Q4_1 blocks, float32 and bfloat16 as they are;
+            float16 becomes bfloat16, other block formats q8.
+        expert_memory: leave experts on disk, with a cache of this many bytes (packed directories only).
+        progress: called after each matrix.
+
+    Raises:
+        ConfigError: an unknown format, or experts that cannot stay on disk.
+        CheckpointError: weights that cannot be read or packed.
+    """
+    if form not in FORMATS_TO_LOAD:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS_TO_LOAD)}; got {form!r}")
+    manifest = engine_file.read_manifest(checkpoint.path) if checkpoint.kind == "quadriga" else None
+    if manifest is not None and manifest.packed and form == "keep":
+        return _map_directory(checkpoint, manifest, expert_memory)
+    if expert_memory is not None:
+        raise ConfigError(
+            "experts can stay on disk only in a packed Quadriga directory. Make one: quadriga convert MODEL OUT "
+            "--format q4"
+        )
+    parameters: dict[str, Parameter] = {}
+    shapes = parameter_shapes(checkpoint.config)
+    total, done = sum(prod(shape) for shape in shapes.values()), 0
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            parameters[name] = checkpoint.parameters.read(name).float()
+        else:
+            matrices = list(pack_parameter(checkpoint, name, shape, form))
+            parameters[name] = matrices if len(shape) == 3 else matrices[0]
+        done += prod(shape)
+        if progress is not None:
+            progress(done, total, name)
+    return PackedParameters(parameters)
+
+
+def packed_format(checkpoint: Checkpoint, name: str, form: str) -> str:
+    """What a matrix becomes under ``form``."""
+    if is_router(name):
+        return "float32"
+    if form != "keep":
+        return form
+    stored = {checkpoint.source.tensors[piece.source].dtype for piece in checkpoint.pieces if piece.target == name}
+    one = next(iter(stored))
+    if len(stored) == 1 and one in FROM_GGUF:
+        return FROM_GGUF[one]
+    if len(stored) == 1 and one in PACKED:
+        return one
+    if all(one in ("float32", "bfloat16") for one in stored):
+        return "float32" if "float32" in stored else "bfloat16"
+    return "bfloat16" if stored <= {"float16", "bfloat16"} else "q8"
+
+
+def pack_parameter(checkpoint: Checkpoint, name: str, shape: Shape, form: str) -> Iterator[Packed]:
+    """The matrices of one parameter, packed one after the other: one, or one per expert."""
+    wanted = packed_format(checkpoint, name, form)
+    for expert in range(shape[0] if len(shape) == 3 else 1):
+        yield pack_matrix(checkpoint, name, expert, wanted)
+
+
+def pack_matrix(
+    checkpoint: Checkpoint, name: str, expert: int, form: str, *, importance: Tensor | None = None
+) -> Packed:
+    """One matrix of a parameter in a packed format; stored blocks of that very format are copied bit by bit.
+
+    Args:
+        expert: which matrix of a parameter (E, rows, cols); 0 for others.
+        importance: (cols,) how much each column's squared error counts in the search for scales.
+
+    Raises:
+        CheckpointError: numbers that the format cannot hold.
+    """
+    shape = parameter_shapes(checkpoint.config)[name]
+    pieces = [piece for piece in checkpoint.pieces if piece.target == name]
+    source, (rows, cols) = checkpoint.source, shape[-2:]
+    stored = {source.tensors[piece.source].dtype for piece in pieces}
+    block = next(iter(stored))
+    if (
+        isinstance(source, GGUFSource)
+        and len(stored) == 1
+        and FROM_GGUF.get(block) == form
+        and all(map(_is_rows, pieces))
+    ):
+        return pack_blocks(_block_rows(source, pieces, shape, expert, block), block, rows, cols)
+    box = whole(shape) if len(shape) == 2 else ((expert, expert + 1), *whole(shape[1:]))
+    values = checkpoint.parameters.read(name, box).reshape(rows, cols).contiguous()
+    try:
+        return pack(values if values.dtype != torch.float64 else values.float(), form, importance=importance)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+
+
+def _is_rows(piece: Piece) -> bool:
+    """True if the piece moves whole rows: their blocks can move with them."""
+    box = piece.source_box or whole(piece.source_shape)
+    return (
+        not piece.transpose and piece.scale == 1.0 and piece.view is None and box[1:] == whole(piece.source_shape[1:])
+    )
+
+
+def _block_rows(source: GGUFSource, pieces: list[Piece], shape: Shape, expert: int, form: str) -> np.ndarray[Any, Any]:
+    """The stored blocks of one matrix, row by row in the parameter's order."""
+    row_bytes = FORMATS[form].nbytes_of(shape[-1:])
+    out = np.empty((shape[-2], row_bytes), dtype=np.uint8)
+    for piece in pieces:
+        target = piece.target_box or whole(shape)
+        first, _ = (piece.source_box or whole(piece.source_shape))[0]
+        if len(shape) == 3:
+            if not target[0][0] <= expert < target[0][1]:
+                continue
+            start = (first + expert - target[0][0]) * (shape[1] if len(piece.source_shape) == 3 else 1)
+            n, to = target[1][1] - target[1][0], target[1][0]
+        else:
+            start, n, to = first, target[0][1] - target[0][0], target[0][0]
+        raw = np.frombuffer(source.raw(piece.source, start, start + n), dtype=np.uint8).reshape(n, row_bytes)
+        if piece.rotary_heads:  # the order of rows, found by moving their numbers as values are moved
+            order = unpack(torch.arange(n)[:, None], piece)[:, 0].numpy()
+            raw = raw[order]
+        out[to : to + n] = raw
+    return out
+
+
+def _map_directory(
+    checkpoint: Checkpoint, manifest: engine_file.Manifest, expert_memory: int | None
+) -> PackedParameters:
+    files: dict[str, np.ndarray[Any, Any]] = {}
+
+    def bytes_of(entry: engine_file.Entry) -> np.ndarray[Any, Any]:
+        if entry.file not in files:
+            files[entry.file] = np.memmap(checkpoint.path / entry.file, dtype=np.uint8, mode="r")
+        return files[entry.file][entry.offset : entry.offset + entry.nbytes]
+
+    config = checkpoint.config
+    parameters: dict[str, Parameter] = {}
+    on_disk = expert_memory is not None and config.is_moe
+    extents: list[list[list[engine_file.Entry]]] = [[] for _ in range(config.n_layers)]
+    for name, shape in parameter_shapes(config).items():
+        entries = manifest.entries(name)
+        if len(shape) == 1:
+            raw = bytes_of(entries[0])
+            parameters[name] = torch.from_numpy(np.array(raw).view(np.float32))
+            continue
+        if on_disk and len(shape) == 3:
+            extents[int(name.split(".")[1])].append(entries)
+            nothing = np.zeros(64, dtype=np.uint8)
+            parameters[name] = [Packed(e.format, e.shape[0], e.shape[1], nothing) for e in entries]
+            continue
+        matrices = [Packed(e.format, e.shape[0], e.shape[1], bytes_of(e)) for e in entries]
+        parameters[name] = matrices if len(shape) == 3 else matrices[0]
+    if not on_disk:
+        return PackedParameters(parameters)
+    assert expert_memory is not None
+    by_expert = [[tuple(parts) for parts in zip(*layer, strict=True)] for layer in extents]
+    store = ExpertStore(
+        checkpoint.path,
+        [[[(e.file, e.offset, e.nbytes) for e in parts] for parts in layer] for layer in by_expert],
+        budget=expert_memory,
+    )
+    return PackedParameters(parameters, store)

@@ -1,0 +1,329 @@
+"""The engine: many requests on one model, a token of each at a time.
+
+    submit(Request) ─► scheduler ─► Plan ─► Batch ─► runner.forward ─► sample ─► scheduler.commit ─► TokenEvents
+                           ▲                                                            │
+                           └──────────────────────── step() ────────────────────────────┘
+
+One thread calls :meth:`Engine.step` again and again; everything it returns is values. A request's tokens and
+log-probabilities depend on the request alone: sampling state belongs to it, and the CPU's kernels give the same bits
+whatever shares the batch, however the prompt was cut, and whether its prefix was cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quadriga.engine.blocks import BLOCK_TOKENS
+from quadriga.engine.lookup import Lookup
+from quadriga.engine.request import FinishReason, PromptReport, Request, TokenEvent
+from quadriga.engine.runner import Runner
+from quadriga.engine.sampler import Sampler
+from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
+from quadriga.errors import RequestError
+from quadriga.model.moe import RouterStats
+from quadriga.ops.program import Batch
+from quadriga.text.stream import Detokenizer
+from quadriga.text.tokenizer import Tokenizer
+
+
+@dataclass(eq=False)
+class _Active:
+    """A request in the engine."""
+
+    request: Request
+    running: Running
+    sampler: Sampler
+    text: Detokenizer | None
+    ends: frozenset[int]
+    lookup: Lookup | None
+    prompt_logprobs: dict[int, float] = field(default_factory=dict)
+    """Prompt position -> log-probability of the token there."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine was made, and its state now."""
+
+    n_running: int
+    n_waiting: int
+    kv_blocks_used: int
+    kv_blocks: int
+    n_steps: int
+    n_prompt_tokens: int
+    n_cached_tokens: int
+    n_generated_tokens: int
+    n_preemptions: int
+    n_guessed: int
+    n_guessed_right: int
+
+
+class Engine:
+    """See the module docstring.
+
+    Args:
+        runner: the model.
+        tokenizer: for text and stop strings; None where prompts and answers are token ids only.
+        max_batch_tokens: tokens of one pass.
+        max_sequences: requests that run at once; the others wait.
+        prefix_cache: keep finished prefixes to be found again.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None = None,
+        *,
+        end_ids: frozenset[int] = frozenset(),
+        max_batch_tokens: int = 2048,
+        max_sequences: int = 64,
+        prefix_cache: bool = True,
+    ) -> None:
+        self.runner, self.config, self.tokenizer = runner, runner.config, tokenizer
+        self.end_ids = end_ids
+        self.scheduler = Scheduler(
+            runner.n_blocks, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, prefix_cache=prefix_cache
+        )
+        self._active: dict[int, _Active] = {}
+        self._next_id = 0
+        self._steps = self._prompt_tokens = self._cached = self._generated = 0
+        self._guessed = self._guessed_right = 0
+
+    # Requests --------------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its id.
+
+        Raises:
+            RequestError: an empty prompt, ids outside the vocabulary, a prompt that fills the context or the cache.
+        """
+        prompt, params = list(request.prompt), request.params
+        if not prompt:
+            raise RequestError("a prompt needs at least one token")
+        if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
+            raise RequestError(
+                f"token ids must be from 0 to {self.config.vocab_size - 1}, got {min(prompt)} to {max(prompt)}"
+            )
+        if len(prompt) >= self.config.max_seq_len:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens and the model's context is {self.config.max_seq_len}: "
+                "no room for an answer. Shorten the prompt."
+            )
+        running = Running(
+            request_id=self._next_id,
+            tokens=prompt,
+            max_tokens=min(len(prompt) + params.max_new_tokens, self.config.max_seq_len),
+            priority=request.priority,
+            salt=request.salt,
+            all_logits=params.prompt_logprobs,
+        )
+        active = _Active(
+            request=request,
+            running=running,
+            sampler=Sampler(params, prompt, self.config.vocab_size),
+            text=Detokenizer(self.tokenizer, stop=params.stop) if self.tokenizer is not None else None,
+            ends=frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.end_ids),
+            lookup=Lookup() if params.speculate else None,
+        )
+        self.scheduler.add(running)
+        self._active[running.request_id] = active
+        self._next_id += 1
+        return running.request_id
+
+    def cancel(self, request_id: int) -> bool:
+        """Drop a request wherever it is; its blocks are free at once. False if it is not here (any more)."""
+        if self._active.pop(request_id, None) is None:
+            return False
+        return self.scheduler.cancel(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """True if any request is not finished."""
+        return self.scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        """Counters for people and metrics."""
+        pool = self.scheduler.pool
+        return EngineStats(
+            n_running=len(self.scheduler.running),
+            n_waiting=len(self.scheduler.waiting),
+            kv_blocks_used=pool.n_blocks - pool.n_free,
+            kv_blocks=pool.n_blocks,
+            n_steps=self._steps,
+            n_prompt_tokens=self._prompt_tokens,
+            n_cached_tokens=self._cached,
+            n_generated_tokens=self._generated,
+            n_preemptions=self.scheduler.n_preemptions,
+            n_guessed=self._guessed,
+            n_guessed_right=self._guessed_right,
+        )
+
+    # A step ----------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[tuple[int, TokenEvent]]:
+        """One pass: (request id, token) for every token made. A request is gone after the event with its finish_reason.
+
+        Raises:
+            RequestError: the logits are not finite (broken weights); the requests of the pass are dropped.
+        """
+        for active in self._active.values():
+            running = active.running
+            if active.lookup is not None and running.n_computed == len(running.tokens) - 1:
+                running.draft = active.lookup.guess(running.tokens, active.request.params.speculate)
+        plan = self.scheduler.schedule()
+        if not plan.chunks:
+            return []
+        batch, first_rows = build_batch(plan)
+        logits = self.runner.forward(batch)
+        try:
+            events, new_tokens, finished = self._sample(plan, logits, first_rows)
+        except RequestError:
+            for chunk in plan.chunks:
+                self.cancel(chunk.sequence.request_id)
+            raise
+        self.scheduler.commit(plan, new_tokens, finished)
+        self._steps += 1
+        for request_id in finished:
+            active = self._active.pop(request_id)
+            self._prompt_tokens += active.running.n_prompt
+            self._cached += active.running.n_cached
+        return events
+
+    def _sample(
+        self, plan: Plan, logits: Tensor, first_rows: Sequence[int]
+    ) -> tuple[list[tuple[int, TokenEvent]], dict[int, list[int]], set[int]]:
+        best, log_sums = self.runner.row_stats(logits) if len(logits) else ([], [])
+        events: list[tuple[int, TokenEvent]] = []
+        new_tokens: dict[int, list[int]] = {}
+        finished: set[int] = set()
+        for chunk, row in zip(plan.chunks, first_rows, strict=True):
+            active = self._active.get(chunk.sequence.request_id)
+            if active is None:
+                continue
+            if chunk.sequence.all_logits:
+                self._score_prompt(active, chunk, logits, log_sums, row)
+                row += len(chunk.tokens) - 1 - chunk.n_draft
+            if not chunk.samples:
+                continue
+            made: list[int] = []
+            guesses = chunk.tokens[len(chunk.tokens) - chunk.n_draft :]
+            self._guessed += len(guesses)
+            for i in range(len(guesses) + 1):
+                event = self._next(active, logits[row + i], best[row + i], log_sums[row + i], len(made))
+                made.append(event.token_id)
+                events.append((chunk.sequence.request_id, event))
+                if event.finish_reason is not None:
+                    finished.add(chunk.sequence.request_id)
+                    break
+                if i < len(guesses) and guesses[i] != event.token_id:
+                    break
+            self._guessed_right += len(made) - 1
+            self._generated += len(made)
+            new_tokens[chunk.sequence.request_id] = made
+        return events, new_tokens, finished
+
+    def _next(self, active: _Active, logits: Tensor, best: int, log_sum: float, n_before: int) -> TokenEvent:
+        """Sample one token of a request and say what it means for its text and its end."""
+        running = active.running
+        chosen = active.sampler.sample(logits, best, log_sum)
+        ended = chosen.token_id in active.ends
+        piece, hit_stop = ("", False) if active.text is None or ended else active.text.push(chosen.token_id)
+        full = len(running.tokens) + n_before + 1 >= running.max_tokens
+        last = ended or hit_stop or full
+        if last and not hit_stop and active.text is not None:
+            piece += active.text.finish()
+        reason: FinishReason | None = None
+        if last:
+            reason = "stop" if ended or hit_stop else "length"
+        report = None
+        if len(running.tokens) + n_before == running.n_prompt:
+            scored = active.prompt_logprobs
+            report = PromptReport(
+                n_cached_tokens=running.n_cached, logprobs=tuple(scored[position] for position in sorted(scored))
+            )
+        return TokenEvent(
+            token_id=chosen.token_id,
+            text=piece,
+            logprob=chosen.logprob,
+            top_logprobs=chosen.top_logprobs,
+            finish_reason=reason,
+            prompt=report,
+        )
+
+    def _score_prompt(self, active: _Active, chunk: Chunk, logits: Tensor, log_sums: list[float], row: int) -> None:
+        tokens, n_prompt = chunk.sequence.tokens, chunk.sequence.n_prompt
+        for i in range(len(chunk.tokens)):
+            following = chunk.start + i + 1
+            if following < n_prompt:
+                active.prompt_logprobs[following] = float(logits[row + i, tokens[following]]) - log_sums[row + i]
+
+    # Whole sequences -------------------------------------------------------------------------------------------------
+
+    def score(self, token_ids: Sequence[int], *, chunk: int = 512) -> tuple[Tensor, list[RouterStats]]:
+        """Logits (T, V) float32 of every position of one sequence, and its routing per MoE layer.
+
+        Runs beside whatever the engine is doing, in blocks of its own.
+
+        Raises:
+            RequestError: the sequence does not fit into the free blocks.
+        """
+        n, pool = len(token_ids), self.scheduler.pool
+        blocks: list[int] = []
+        try:
+            for _ in range(-(-n // BLOCK_TOKENS)):
+                block = pool.allocate()
+                if block is None:
+                    raise RequestError(f"{n} tokens do not fit into the free part of the cache; ask again later")
+                blocks.append(block)
+            logits, stats = [], []
+            for start in range(0, n, chunk):
+                stop = min(start + chunk, n)
+                ints = (
+                    token_ids[start:stop],
+                    range(start, stop),
+                    (0, stop - start),
+                    blocks,
+                    (0, len(blocks)),
+                    range(stop - start),
+                )
+                logits.append(self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints))).clone())
+                stats.append(self.runner.router_stats(stop - start))
+        finally:
+            for block in blocks:
+                pool.release(block)
+        merged = [
+            RouterStats(*(torch.cat([getattr(s, name) for s in layer]) for name in _STATS_FIELDS))
+            for layer in zip(*stats, strict=True)
+        ]
+        return torch.cat(logits), merged
+
+
+_STATS_FIELDS = ("expert_ids", "expert_weights", "probs", "logits")
+
+
+def build_batch(plan: Plan) -> tuple[Batch, list[int]]:
+    """A plan as arrays, and the index of every chunk's first wanted row among the rows of logits."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    starts, table_starts = [0], [0]
+    tables: list[int] = []
+    rows: list[int] = []
+    first_rows: list[int] = []
+    for chunk in plan.chunks:
+        n = len(chunk.tokens)
+        first_rows.append(len(rows))
+        if chunk.sequence.all_logits:
+            rows.extend(range(len(tokens), len(tokens) + n))
+        elif chunk.samples:
+            rows.extend(range(len(tokens) + n - 1 - chunk.n_draft, len(tokens) + n))
+        tokens.extend(chunk.tokens)
+        positions.extend(range(chunk.start, chunk.start + n))
+        starts.append(len(tokens))
+        tables.extend(chunk.sequence.blocks)
+        table_starts.append(len(tables))
+    ints = (tokens, positions, starts, tables, table_starts, rows)
+    return Batch(*(np.array(x, dtype=np.int32) for x in ints)), first_rows

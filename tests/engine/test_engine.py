@@ -1,0 +1,214 @@
+"""The engine on a tiny MoE, on the CPU's kernels and on plain torch: a request's answer is its own."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quadriga.engine.engine import Engine
+from quadriga.engine.lookup import Lookup
+from quadriga.engine.request import Request, SamplingParams, TokenEvent
+from quadriga.engine.runner import Runner, TorchRunner
+from quadriga.errors import RequestError
+from quadriga.model.compiled import CompiledModel, pack_parameters
+from quadriga.model.transformer import Transformer, random_parameters
+from tests.checkpoint.models import TINY
+
+CONFIG = replace(TINY["dbrx"], max_seq_len=400)
+Answers = dict[int, list[TokenEvent]]
+
+
+def compiled(n_blocks: int = 60, form: str = "q4", threads: int = 2) -> CompiledModel:
+    parameters = random_parameters(CONFIG, std=0.3)
+    return CompiledModel(CONFIG, pack_parameters(parameters, form), threads=threads, n_blocks=n_blocks)
+
+
+def plain(n_blocks: int = 60) -> TorchRunner:
+    return TorchRunner(Transformer.from_parameters(CONFIG, random_parameters(CONFIG, std=0.3)), n_blocks)
+
+
+RUNNERS = {"compiled": compiled, "torch": plain}
+
+
+def drain(engine: Engine, answers: Answers | None = None) -> Answers:
+    answers = {} if answers is None else answers
+    while engine.has_work:
+        for request_id, event in engine.step():
+            answers.setdefault(request_id, []).append(event)
+    return answers
+
+
+def request(seed: int, **params: object) -> Request:
+    rng = random.Random(seed)
+    n = rng.randint(1, 60)
+    prompt = [rng.randrange(97) for _ in range(n)] if seed % 3 else [5] * 16 + [rng.randrange(97) for _ in range(n)]
+    options: dict[str, object] = {
+        "max_new_tokens": rng.randint(1, 50),
+        "temperature": rng.choice([0.0, 0.7, 1.3]),
+        "top_p": rng.choice([1.0, 0.9]),
+        "seed": seed,
+        "ignore_eos": True,
+        "logprobs": rng.choice([0, 2]),
+        "frequency_penalty": rng.choice([0.0, 0.5]),
+        "speculate": rng.choice([0, 0, 4]),
+        "prompt_logprobs": rng.random() < 0.2,
+        "logit_bias": {3: 100.0} if seed % 5 == 0 else {},  # says one thing only, so guesses come true
+    }
+    return Request(prompt=tuple(prompt), params=SamplingParams(**{**options, **params}))  # type: ignore[arg-type]
+
+
+def solo(make: object, one: Request) -> list[TokenEvent]:
+    engine = Engine(make())  # type: ignore[operator]
+    wanted = engine.submit(replace(one, params=replace(one.params, speculate=0)))
+    return drain(engine)[wanted]
+
+
+def same(a: list[TokenEvent], b: list[TokenEvent]) -> bool:
+    """Tokens, log-probabilities and reasons, bit for bit."""
+
+    def key(e: TokenEvent) -> tuple[object, ...]:
+        scored = e.prompt.logprobs if e.prompt is not None else None
+        return (e.token_id, e.logprob, e.top_logprobs, e.finish_reason, scored)
+
+    return [key(e) for e in a] == [key(e) for e in b]
+
+
+def test_crowded_chunked_preempted_and_cached_answers_are_the_solo_ones() -> None:
+    """Kernels are batch invariant, so the comparison is of bits."""
+    engine = Engine(compiled(n_blocks=14, threads=1), max_batch_tokens=23, max_sequences=5)
+    wanted = {engine.submit(one): one for one in (request(seed) for seed in range(30))}
+    answers = drain(engine)
+    stats = engine.stats()
+    assert stats.n_preemptions > 0 and stats.n_cached_tokens > 0 and stats.n_guessed_right > 0
+    for number, one in wanted.items():
+        assert same(answers[number], solo(compiled, one)), f"request {number}"
+    assert stats.kv_blocks_used == 0
+
+
+def test_plain_torch_gives_the_same_tokens_in_a_crowd() -> None:
+    engine = Engine(plain(n_blocks=30), max_batch_tokens=32, max_sequences=4)
+    wanted = {engine.submit(one): one for one in (request(seed, temperature=0.0) for seed in range(8))}
+    answers = drain(engine)
+    for number, one in wanted.items():
+        alone = solo(plain, one)
+        assert [e.token_id for e in answers[number]] == [e.token_id for e in alone]
+        assert [e.logprob for e in answers[number]] == pytest.approx([e.logprob for e in alone], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_prompt_logprobs_are_the_models(name: str) -> None:
+    runner: Runner = RUNNERS[name]()
+    engine = Engine(runner, max_batch_tokens=7, max_sequences=2)
+    prompt = [i * 5 % 97 for i in range(33)]
+    number = engine.submit(Request(prompt=tuple(prompt), params=SamplingParams(max_new_tokens=2, prompt_logprobs=True)))
+    report = drain(engine)[number][0].prompt
+    assert report is not None
+    logits, _ = Engine(runner).score(prompt)
+    expected = logits.log_softmax(-1)[torch.arange(32), torch.tensor(prompt[1:])]
+    assert list(report.logprobs) == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_guessing_changes_the_time_only(name: str) -> None:
+    params = SamplingParams(max_new_tokens=60, ignore_eos=True, logit_bias={3: 6.0, 4: 6.0})
+    prompt = tuple([3, 1, 4, 1, 5, 9] * 4)
+    steps, answers = [], []
+    for speculate in (0, 6):
+        engine = Engine(RUNNERS[name]())
+        number = engine.submit(Request(prompt=prompt, params=replace(params, speculate=speculate)))
+        answers.append([e.token_id for e in drain(engine)[number]])
+        steps.append(engine.stats().n_steps)
+    assert answers[0] == answers[1]
+    assert steps[1] < steps[0], "this request repeats itself, so some guess is right"
+
+
+def test_a_cancelled_request_is_gone_at_once() -> None:
+    engine = Engine(compiled(), max_sequences=2)
+    first, second, third = (engine.submit(request(seed, max_new_tokens=40)) for seed in (1, 2, 4))
+    engine.step()
+    assert engine.cancel(first) and engine.cancel(third) and not engine.cancel(first)
+    answers = drain(engine)
+    assert set(answers) == {second}
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_higher_priority_is_admitted_first() -> None:
+    engine = Engine(compiled(), max_sequences=1)
+    low = engine.submit(replace(request(1, max_new_tokens=3), priority=0))
+    high = engine.submit(replace(request(2, max_new_tokens=3), priority=5))
+    order = [number for number, _ in (event for _ in range(20) for event in engine.step())]
+    assert order.index(high) < order.index(low)
+
+
+def test_broken_weights_are_reported_and_nothing_is_left_behind() -> None:
+    parameters = random_parameters(CONFIG)
+    parameters["final_norm.weight"][3] = float("nan")
+    engine = Engine(CompiledModel(CONFIG, pack_parameters(parameters, "bfloat16"), threads=1, n_blocks=60))
+    engine.submit(request(1))
+    with pytest.raises(RequestError, match="logits are not finite"):
+        drain(engine)
+    assert not engine.has_work and engine.stats().kv_blocks_used == 0
+
+
+def test_bad_requests_are_refused_at_the_door() -> None:
+    engine = Engine(compiled(n_blocks=4))
+    for prompt, message in (((), "at least one token"), ((97,), "from 0 to 96"), ((1,) * 400, "no room for an answer")):
+        with pytest.raises(RequestError, match=message):
+            engine.submit(Request(prompt=prompt, params=SamplingParams()))
+    with pytest.raises(RequestError, match="the cache has 4"):
+        engine.submit(Request(prompt=(1,) * 60, params=SamplingParams(max_new_tokens=20)))
+    assert not engine.has_work
+
+
+def test_expert_load_counts_what_was_computed() -> None:
+    runner = compiled()
+    engine = Engine(runner, prefix_cache=False)
+    engine.submit(request(1, max_new_tokens=10, speculate=0))
+    engine.submit(request(2, max_new_tokens=10, speculate=0))
+    drain(engine)
+    computed = sum(len(request(seed).prompt) + 9 for seed in (1, 2))
+    assert [int(load.sum()) for load in runner.expert_load()] == [3 * computed] * CONFIG.n_layers
+
+
+def test_lookup_finds_the_latest_continuation() -> None:
+    lookup = Lookup()
+    assert lookup.guess([1, 2], 4) == []
+    assert lookup.guess([1, 2, 3, 9, 1, 2, 3], 2) == [9, 1]
+    assert lookup.guess([1, 2, 3, 9, 1, 2, 3, 8, 2, 3], 3) == [8, 2, 3]
+    assert lookup.guess([1, 2, 3, 9, 1, 2, 3, 8, 2, 3, 7], 3) == []
+
+
+@pytest.mark.slow
+def test_ten_minutes_of_random_traffic() -> None:
+    """Requests arrive, are cancelled and preempted at random; every answer is its solo run's, no block is lost."""
+    import time
+
+    rng, reference = random.Random(0), compiled
+    engine = Engine(compiled(n_blocks=20), max_batch_tokens=40, max_sequences=6)
+    waiting: dict[int, Request] = {}
+    answers: Answers = {}
+    finished = cancelled = seed = 0
+    until = time.monotonic() + 600
+    while time.monotonic() < until or engine.has_work:
+        if time.monotonic() < until and len(waiting) < 12 and rng.random() < 0.3:
+            one = replace(request(seed), priority=rng.choice([0, 0, 1]))
+            waiting[engine.submit(one)] = one
+            seed += 1
+        if waiting and rng.random() < 0.02:
+            number = rng.choice(list(waiting))
+            assert engine.cancel(number)
+            answers.pop(number, None)
+            del waiting[number]
+            cancelled += 1
+        for number, event in engine.step():
+            answers.setdefault(number, []).append(event)
+            if event.finish_reason is not None:
+                assert same(answers.pop(number), solo(reference, waiting.pop(number))), f"request {number}"
+                finished += 1
+        engine.scheduler.check()
+    assert finished > 100 and cancelled > 5 and engine.stats().n_preemptions > 10
+    assert engine.stats().kv_blocks_used == 0
+    print(f"{finished} finished, {cancelled} cancelled, {engine.stats()}")
