@@ -26,9 +26,11 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=6144)
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", help="plain torch in this dtype; default: the CPU's kernels")
+    parser.add_argument("--format", default="keep", help="what the kernels pack matrices as")
+    parser.add_argument("--kv-format", default="bfloat16")
     args = parser.parse_args()
-    model = quadriga.load(args.model, dtype=args.dtype)
+    model = quadriga.load(args.model, dtype=args.dtype, format=args.format, kv_format=args.kv_format)
     assert model.tokenizer is not None, "perplexity of a text needs a tokenizer"
     ids = model.tokenizer.encode(args.text.read_text())[: args.tokens]
     total, count, started = 0.0, 0, time.perf_counter()
@@ -39,8 +41,9 @@ def main() -> None:
         total -= float(logprobs.gather(1, targets).double().sum())
         count += len(window) - 1
     elapsed = time.perf_counter() - started
+    how = args.dtype or f"{args.format}, cache {args.kv_format}"
     print(
-        f"{args.model} {args.dtype}: perplexity {math.exp(total / count):.4f} over {count} predicted tokens of "
+        f"{args.model} {how}: perplexity {math.exp(total / count):.4f} over {count} predicted tokens of "
         f"{len(ids)} in windows of {args.window}; {len(ids) / elapsed:.0f} tokens/s"
     )
 

@@ -13,11 +13,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from quadriga.checkpoint.gguf import Typed
 from quadriga.checkpoint.gguf_source import GGUFSource
 from quadriga.checkpoint.json_files import read_json
 from quadriga.checkpoint.open import Checkpoint, identity_map, open_checkpoint, without_extras
+from quadriga.checkpoint.packed import FORMATS_TO_LOAD, pack_matrix, packed_format
 from quadriga.checkpoint.parameters import SLICE_BYTES, Progress, pack, slices
 from quadriga.checkpoint.plan import FilePlan
 from quadriga.checkpoint.tensor_files import INDEX, plan_shards, shard_index
@@ -37,6 +40,7 @@ from quadriga.model.families.base import pick_layout
 from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shapes, source_shapes, whole
 from quadriga.quant import codec
 from quadriga.quant.formats import FORMATS, PLAIN
+from quadriga.quant.packed import PACKED
 from quadriga.text import gguf_vocabulary
 
 TARGETS = ("quadriga", "hf", "gguf")
@@ -57,8 +61,17 @@ TOKENIZER_FILES = (
 _JOURNAL = "journal.jsonl"
 _SYNC_BYTES = 512 << 20
 """How much may have to be done again after a crash."""
+_PARTS_WAITING = 3
+"""Parts made and not yet written: what the memory of a conversion is a few times of."""
+_PAGE = 4096
+_MAX_PACKED_BYTES = 16 << 30
 MAX_SHARD_BYTES = 4_500_000_000
 """DBRX's release has 61 files of 4.2 to 4.4 GB."""
+
+
+class _Digest(Protocol):
+    def update(self, data: memoryview, /) -> None: ...
+    def hexdigest(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,8 @@ class Plan:
     tensors: dict[str, tuple[Shape, str]]
     """Result tensor -> (shape, format)."""
     files: FilePlan
+    packed: dict[str, str] = field(default_factory=dict)
+    """For a packed directory: parameter (experts by number) -> packed format. Empty for all others."""
     extra: dict[str, bytes] = field(default_factory=dict)
     """Small files: configuration, index, tokenizer."""
     notes: list[str] = field(default_factory=list)
@@ -86,6 +101,8 @@ def convert(
     layout: str | None = None,
     dtype: str = "keep",
     gguf_format: str = "bfloat16",
+    format: str | Mapping[str, str] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     resume: bool = True,
     progress: Progress | None = None,
@@ -100,6 +117,10 @@ def convert(
         dtype: "keep" stores each tensor as it came (block formats become float32), else float32, bfloat16, float16.
             Ignored by nothing: with "gguf" it must be "keep", the format says it all.
         gguf_format: for "gguf": float32, float16, bfloat16, q8_0 or q4_0.
+        format: for "quadriga": pack the matrices for the CPU's kernels: keep, bfloat16, q8, q4, q4m or float32 for all
+            (routers stay float32, embeddings and head at least q8), or a recipe: matrix -> format
+            (``quant.recipe``).
+        importance: matrix -> (cols,), how much each column's error counts in the search for scales.
         max_shard_bytes: largest safetensors file, unless one tensor alone is larger.
         resume: go on with an unfinished conversion of the same source with the same options; False starts over.
         progress: called after each part with (bytes written, bytes in all, tensor).
@@ -111,14 +132,17 @@ def convert(
         CheckpointError: a bad source, a result that exists, an unfinished conversion of something else, a full disk.
         ConfigError: an option that does not exist, or a model the target format cannot express.
     """
-    _check_options(to, layout, dtype, gguf_format)
+    _check_options(to, layout, dtype, gguf_format, format)
     if out.exists() and not (out.is_dir() and to != "gguf" and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists; give a new name, or remove it first")
     checkpoint = open_checkpoint(source)
     try:
-        plan = _plan(checkpoint, out, to, layout, dtype, gguf_format, max_shard_bytes)
+        if format is None:
+            plan = _plan(checkpoint, out, to, layout, dtype, gguf_format, max_shard_bytes)
+        else:
+            plan = _plan_packed(checkpoint, format)
         work = out.with_name(out.name + ".part")
-        _Writer(work, plan, _fingerprint(checkpoint.path, plan), resume).run(checkpoint, progress)
+        _Writer(work, plan, _fingerprint(checkpoint.path, plan), resume).run(checkpoint, progress, importance or {})
     finally:
         checkpoint.close()
     try:
@@ -137,7 +161,13 @@ def convert(
     return plan
 
 
-def _check_options(to: str, layout: str | None, dtype: str, gguf_format: str) -> None:
+def _check_options(
+    to: str, layout: str | None, dtype: str, gguf_format: str, format: str | Mapping[str, str] | None
+) -> None:
+    if format is not None and (to != "quadriga" or dtype != "keep"):
+        raise ConfigError("format packs for Quadriga's own kernels: leave 'to' at quadriga and dtype at 'keep'")
+    if isinstance(format, str) and format not in FORMATS_TO_LOAD:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS_TO_LOAD)}; got {format!r}")
     for name, value, known in (
         ("to", to, TARGETS),
         ("dtype", dtype, DTYPES),
@@ -178,7 +208,52 @@ def _plan(
     files = plan_shards(tensors, max_shard_bytes, "weights" if to == "quadriga" else "model")
     if to == "hf" and len(files.sizes) > 1:
         extra[INDEX] = _json(shard_index(files))
-    return Plan(to, name, pieces, tensors, files, extra)
+    return Plan(to, name, pieces, tensors, files, extra=extra)
+
+
+_WIDE_ENDS = {"q4": "q8", "q4m": "q8"}
+"""What embeddings and head are where the rest has 4 bits: every token goes through them, and they are few."""
+
+
+def _plan_packed(checkpoint: Checkpoint, form: str | Mapping[str, str]) -> Plan:
+    """Matrices packed for the kernels, each at a page of its own so that it can be mapped and read directly."""
+    config, formats = checkpoint.config, dict[str, str]()
+    for name, shape in parameter_shapes(config).items():
+        for part in [f"{name}/{e}" for e in range(shape[0])] if len(shape) == 3 else [name]:
+            if len(shape) == 1:
+                formats[part] = "float32"
+            elif not isinstance(form, str):
+                if part not in form or form[part] not in PACKED:
+                    raise ConfigError(
+                        f"the recipe gives {part} the format {form.get(part)!r}; known: {', '.join(PACKED)}"
+                    )
+                formats[part] = form[part]
+            else:
+                wanted = _WIDE_ENDS.get(form, form) if name in ("embed.weight", "lm_head.weight") else form
+                formats[part] = packed_format(checkpoint, name, wanted)
+    shapes = engine_file.packed_shapes(config)
+    places: dict[str, tuple[str, int]] = {}
+    sizes: list[int] = [0]
+    for name, one in formats.items():
+        nbytes = engine_file.packed_bytes(shapes[name], one)
+        if sizes[-1] and sizes[-1] + nbytes > _MAX_PACKED_BYTES:
+            sizes.append(0)
+        places[name] = (str(len(sizes)), sizes[-1])
+        sizes[-1] += -(-nbytes // _PAGE) * _PAGE
+    files = {str(i): f"{engine_file.WEIGHTS_STEM}-{i:05d}-of-{len(sizes):05d}.packed" for i in range(1, len(sizes) + 1)}
+    return Plan(
+        "quadriga",
+        "packed",
+        checkpoint.pieces,
+        {name: (shapes[name], one) for name, one in formats.items()},
+        FilePlan(
+            headers=dict.fromkeys(files.values(), b""),
+            sizes={files[str(i)]: size for i, size in enumerate(sizes, 1)},
+            places={name: (files[number], offset) for name, (number, offset) in places.items()},
+        ),
+        packed=formats,
+        extra=_tokenizer_files(checkpoint),
+    )
 
 
 def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> Plan:
@@ -274,6 +349,7 @@ class _Writer:
         self._open: dict[str, int] = {}
         self._unsafe: list[str] = []
         self._unsafe_bytes = 0
+        self._broken = False
         if work.exists() and resume:
             self.hashes = self._finished()
         else:
@@ -311,26 +387,23 @@ class _Writer:
             )
         return {line["tensor"]: line["sha256"] for line in lines[1:]}
 
-    def run(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
-        """Write what is missing, then the small files."""
+    def run(self, checkpoint: Checkpoint, progress: Progress | None, importance: Mapping[str, Tensor]) -> None:
+        """Write what is missing, then the small files. One thread hashes and writes while the others make the next."""
         total = sum(_nbytes(self.plan, name) for name in self.plan.tensors)
         done = sum(_nbytes(self.plan, name) for name in self.hashes)
-        by_tensor: dict[str, list[Piece]] = {}
-        for piece in self.plan.pieces:
-            by_tensor.setdefault(piece.source, []).append(piece)
         try:
-            for name, pieces in by_tensor.items():
-                if name in self.hashes:
-                    continue
-                digest = hashlib.sha256()
-                for raw, at in _named(name, _encoded(checkpoint, self.plan, name, pieces)):
-                    file, offset = self.plan.files.places[name]
-                    _write_all(self._open[file], raw, offset + at)
-                    digest.update(raw)
-                    done += len(raw)
-                    if progress is not None:
-                        progress(done, total, name)
-                self._finish(name, digest.hexdigest())
+            with ThreadPoolExecutor(1) as background:
+                writing: deque[Future[tuple[str, int]]] = deque()
+                for name, parts in self._missing(checkpoint, importance):
+                    # A tensor of one part is written while the next is made; longer ones part by part, as they come.
+                    digest = hashlib.sha256()
+                    for raw, at in parts:
+                        writing.append(background.submit(self._in_order, self._write, name, raw, at, digest))
+                        while len(writing) > _PARTS_WAITING:
+                            done += self._written(writing.popleft(), total, done, progress)
+                    writing.append(background.submit(self._in_order, self._finish, name, digest))
+                while writing:
+                    done += self._written(writing.popleft(), total, done, progress)
             self._sync()
             self._small_files(checkpoint)
         except OSError as error:
@@ -339,12 +412,53 @@ class _Writer:
             for fd in self._open.values():
                 os.close(fd)
 
-    def _finish(self, name: str, sha256: str) -> None:
-        self.hashes[name] = sha256
+    def _missing(
+        self, checkpoint: Checkpoint, importance: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Iterator[tuple[memoryview, int]]]]:
+        """The tensors that are not on disk yet, and the parts of each."""
+        if self.plan.packed:
+            for name, shape in parameter_shapes(checkpoint.config).items():
+                parts = [f"{name}/{e}" for e in range(shape[0])] if len(shape) == 3 else [name]
+                for expert, part in enumerate(parts):
+                    if part not in self.hashes:
+                        yield part, _packed_part(checkpoint, self.plan, name, part, expert, importance.get(part))
+            return
+        by_tensor: dict[str, list[Piece]] = {}
+        for piece in self.plan.pieces:
+            by_tensor.setdefault(piece.source, []).append(piece)
+        for name, pieces in by_tensor.items():
+            if name not in self.hashes:
+                yield name, _named(name, _encoded(checkpoint, self.plan, name, pieces))
+
+    def _in_order(self, task: Callable[..., tuple[str, int]], *args: object) -> tuple[str, int]:
+        """Run in the background, but nothing after a failure: a tensor with a lost part must not count as finished."""
+        if self._broken:
+            return "", 0
+        try:
+            return task(*args)
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _write(self, name: str, raw: memoryview, at: int, digest: _Digest) -> tuple[str, int]:
+        file, offset = self.plan.files.places[name]
+        _write_all(self._open[file], raw, offset + at)
+        digest.update(raw)
+        return name, len(raw)
+
+    def _written(self, future: Future[tuple[str, int]], total: int, done: int, progress: Progress | None) -> int:
+        name, nbytes = future.result()
+        if progress is not None and nbytes:
+            progress(done + nbytes, total, name)
+        return nbytes
+
+    def _finish(self, name: str, digest: _Digest) -> tuple[str, int]:
+        self.hashes[name] = digest.hexdigest()
         self._unsafe.append(name)
         self._unsafe_bytes += _nbytes(self.plan, name)
         if self._unsafe_bytes >= _SYNC_BYTES:
             self._sync()
+        return name, 0
 
     def _sync(self) -> None:
         """Data first, then the journal that vouches for it."""
@@ -372,14 +486,19 @@ class _Writer:
                     offset=self.plan.files.places[name][1],
                     shape=shape,
                     format=form,
-                    nbytes=FORMATS[form].nbytes_of(shape),
+                    nbytes=_nbytes(self.plan, name),
                     sha256=self.hashes[name],
                 )
                 for name, (shape, form) in self.plan.tensors.items()
             }
             engine_file.write_manifest(
                 self.work,
-                engine_file.Manifest(config=checkpoint.config, parameters=entries, made_from=checkpoint.path.name),
+                engine_file.Manifest(
+                    config=checkpoint.config,
+                    parameters=entries,
+                    made_from=checkpoint.path.name,
+                    packed=bool(self.plan.packed),
+                ),
             )
         _sync_directory(self.work)
 
@@ -388,6 +507,17 @@ class _Writer:
             f"cannot write to {self.work}: {error.strerror}. What was finished is kept: free some space or fix the "
             "cause and run the same command again, it goes on from there."
         )
+
+
+def _packed_part(
+    checkpoint: Checkpoint, plan: Plan, name: str, part: str, expert: int, importance: Tensor | None
+) -> Iterator[tuple[memoryview, int]]:
+    """The bytes of one packed matrix, or of a vector."""
+    shape, form = plan.tensors[part]
+    if len(shape) == 1:
+        yield checkpoint.parameters.read(name).float().contiguous().view(torch.uint8).numpy().data, 0
+    else:
+        yield pack_matrix(checkpoint, name, expert, form, importance=importance).data.data, 0
 
 
 def _encoded(checkpoint: Checkpoint, plan: Plan, name: str, pieces: list[Piece]) -> Iterator[tuple[memoryview, int]]:
@@ -454,6 +584,8 @@ def _sync_directory(path: Path) -> None:
 
 def _nbytes(plan: Plan, name: str) -> int:
     shape, form = plan.tensors[name]
+    if plan.packed:
+        return engine_file.packed_bytes(shape, form)
     return FORMATS[form].nbytes_of(shape)
 
 
@@ -464,6 +596,7 @@ def _fingerprint(path: Path, plan: Plan) -> str:
     digest = hashlib.sha256(json.dumps([str(path.resolve()), seen]).encode())
     for file, header in sorted(plan.files.headers.items()):
         digest.update(file.encode() + header)
+    digest.update(json.dumps(plan.packed).encode())
     return digest.hexdigest()
 
 

@@ -54,6 +54,7 @@ app.command(
 app.command(
     "convert",
     epilog=_example(
+        "quadriga convert dbrx-instruct dbrx-q4 --format q4     packed for the CPU: loads in a second",
         "quadriga convert model.gguf out-hf --to hf",
         "quadriga convert dbrx-instruct dbrx.gguf --to gguf --gguf-format q8_0",
         "quadriga convert dbrx-instruct dbrx-split --to hf --layout split",

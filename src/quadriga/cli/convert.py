@@ -16,6 +16,12 @@ def convert_command(
     to: Annotated[str, typer.Option(help="quadriga, hf (safetensors) or gguf.")] = "quadriga",
     layout: Annotated[str | None, typer.Option(help="With --to hf: one of the family's layouts.")] = None,
     dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="Pack for the CPU's kernels: keep, bfloat16, q8, q4, q4m (4 bits with a minimum) or float32."
+        ),
+    ] = None,
     gguf_format: Annotated[
         str, typer.Option(help="With --to gguf: float32, float16, bfloat16, q8_0 or q4_0.")
     ] = "bfloat16",
@@ -45,6 +51,7 @@ def convert_command(
             layout=layout,
             dtype=dtype,
             gguf_format=gguf_format,
+            format=format,
             resume=not no_resume,
             progress=show,
         )
