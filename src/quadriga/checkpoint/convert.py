@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
@@ -30,7 +30,7 @@ from quadriga.checkpoint.gguf import Typed
 from quadriga.checkpoint.gguf_source import GGUFSource
 from quadriga.checkpoint.json_files import read_json
 from quadriga.checkpoint.open import Checkpoint, identity_map, open_checkpoint, without_extras
-from quadriga.checkpoint.packed import FORMATS_TO_LOAD, pack_matrix, packed_format
+from quadriga.checkpoint.packed import FORMATS_TO_LOAD, Unpacked, packed_format, read_matrix
 from quadriga.checkpoint.parameters import SLICE_BYTES, Progress, pack, slices
 from quadriga.checkpoint.plan import FilePlan
 from quadriga.checkpoint.tensor_files import INDEX, plan_shards, shard_index
@@ -38,6 +38,7 @@ from quadriga.errors import CheckpointError, ConfigError
 from quadriga.model import families
 from quadriga.model.families.base import pick_layout
 from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shapes, source_shapes, whole
+from quadriga.ops.packing import allocate
 from quadriga.quant import codec
 from quadriga.quant.formats import FORMATS, PLAIN
 from quadriga.quant.packed import PACKED
@@ -63,6 +64,7 @@ _SYNC_BYTES = 512 << 20
 """How much may have to be done again after a crash."""
 _PARTS_WAITING = 3
 """Parts made and not yet written: what the memory of a conversion is a few times of."""
+_READ_AHEAD = 2
 _PAGE = 4096
 _MAX_PACKED_BYTES = 16 << 30
 MAX_SHARD_BYTES = 4_500_000_000
@@ -417,11 +419,7 @@ class _Writer:
     ) -> Iterator[tuple[str, Iterator[tuple[memoryview, int]]]]:
         """The tensors that are not on disk yet, and the parts of each."""
         if self.plan.packed:
-            for name, shape in parameter_shapes(checkpoint.config).items():
-                parts = [f"{name}/{e}" for e in range(shape[0])] if len(shape) == 3 else [name]
-                for expert, part in enumerate(parts):
-                    if part not in self.hashes:
-                        yield part, _packed_part(checkpoint, self.plan, name, part, expert, importance.get(part))
+            yield from _packed_parts(checkpoint, self.plan, importance, self.hashes)
             return
         by_tensor: dict[str, list[Piece]] = {}
         for piece in self.plan.pieces:
@@ -509,15 +507,37 @@ class _Writer:
         )
 
 
-def _packed_part(
-    checkpoint: Checkpoint, plan: Plan, name: str, part: str, expert: int, importance: Tensor | None
-) -> Iterator[tuple[memoryview, int]]:
-    """The bytes of one packed matrix, or of a vector."""
-    shape, form = plan.tensors[part]
-    if len(shape) == 1:
-        yield checkpoint.parameters.read(name).float().contiguous().view(torch.uint8).numpy().data, 0
-    else:
-        yield pack_matrix(checkpoint, name, expert, form, importance=importance).data.data, 0
+def _packed_parts(
+    checkpoint: Checkpoint, plan: Plan, importance: Mapping[str, Tensor], finished: Collection[str]
+) -> Iterator[tuple[str, Iterator[tuple[memoryview, int]]]]:
+    """Packed matrices and vectors: one thread reads ahead while the others pack."""
+    missing = [
+        (part, name, expert)
+        for name, shape in parameter_shapes(checkpoint.config).items()
+        for expert, part in enumerate([f"{name}/{e}" for e in range(shape[0])] if len(shape) == 3 else [name])
+        if part not in finished
+    ]
+    # Fresh memory costs a page fault every 4 kB, a third of the time: results take turns in a few buffers.
+    buffers = [allocate(max(_nbytes(plan, part) for part in plan.tensors)) for _ in range(_PARTS_WAITING + 2)]
+
+    def read(part: str, name: str, expert: int) -> Unpacked | Tensor:
+        shape, form = plan.tensors[part]
+        if len(shape) == 1:
+            return checkpoint.parameters.read(name).float().contiguous()
+        return read_matrix(checkpoint, name, expert, form)
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = deque(reader.submit(read, *one) for one in missing[:_READ_AHEAD])
+        for index, (part, _, _) in enumerate(missing):
+            got = ahead.popleft().result()
+            if index + _READ_AHEAD < len(missing):
+                ahead.append(reader.submit(read, *missing[index + _READ_AHEAD]))
+            if isinstance(got, Tensor):
+                yield part, iter([(got.view(torch.uint8).numpy().data, 0)])
+                continue
+            out = buffers[index % len(buffers)][: _nbytes(plan, part)]
+            packed = got.pack(plan.tensors[part][1], out=out, importance=importance.get(part))
+            yield part, iter([(packed.data.data, 0)])
 
 
 def _encoded(checkpoint: Checkpoint, plan: Plan, name: str, pieces: list[Piece]) -> Iterator[tuple[memoryview, int]]:

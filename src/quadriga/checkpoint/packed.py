@@ -26,7 +26,7 @@ from quadriga.errors import CheckpointError, ConfigError
 from quadriga.model.compiled import Parameter
 from quadriga.model.weight_map import Piece, Shape, parameter_shapes, whole
 from quadriga.ops.expert_store import ExpertStore
-from quadriga.ops.packing import Packed, pack, pack_blocks
+from quadriga.ops.packing import Bytes, Packed, pack, pack_blocks
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import FROM_GGUF, PACKED
 
@@ -112,20 +112,44 @@ def pack_parameter(checkpoint: Checkpoint, name: str, shape: Shape, form: str) -
     """The matrices of one parameter, packed one after the other: one, or one per expert."""
     wanted = packed_format(checkpoint, name, form)
     for expert in range(shape[0] if len(shape) == 3 else 1):
-        yield pack_matrix(checkpoint, name, expert, wanted)
+        yield read_matrix(checkpoint, name, expert, wanted).pack(wanted)
 
 
-def pack_matrix(
-    checkpoint: Checkpoint, name: str, expert: int, form: str, *, importance: Tensor | None = None
-) -> Packed:
-    """One matrix of a parameter in a packed format; stored blocks of that very format are copied bit by bit.
+@dataclass(frozen=True)
+class Unpacked:
+    """One matrix as it was read: numbers, or the rows of blocks it is stored in."""
+
+    name: str
+    rows: int
+    cols: int
+    values: Tensor | None = None
+    blocks: np.ndarray[Any, Any] | None = None
+    block_format: str = ""
+
+    def pack(self, form: str, *, out: Bytes | None = None, importance: Tensor | None = None) -> Packed:
+        """The packed matrix. Blocks must have been read for ``form``.
+
+        Args:
+            out: memory to fill, ``PACKED[form].nbytes_of(rows, cols)`` bytes; None allocates.
+            importance: (cols,) how much each column's squared error counts in the search for scales.
+
+        Raises:
+            CheckpointError: numbers that the format cannot hold.
+        """
+        if self.blocks is not None:
+            return pack_blocks(self.blocks, self.block_format, self.rows, self.cols, out=out)
+        assert self.values is not None
+        try:
+            return pack(self.values, form, out=out, importance=importance)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.name}: {error}") from None
+
+
+def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Unpacked:
+    """One matrix of a parameter; stored blocks of the very format ``form`` are read as they are.
 
     Args:
         expert: which matrix of a parameter (E, rows, cols); 0 for others.
-        importance: (cols,) how much each column's squared error counts in the search for scales.
-
-    Raises:
-        CheckpointError: numbers that the format cannot hold.
     """
     shape = parameter_shapes(checkpoint.config)[name]
     pieces = [piece for piece in checkpoint.pieces if piece.target == name]
@@ -138,13 +162,11 @@ def pack_matrix(
         and FROM_GGUF.get(block) == form
         and all(map(_is_rows, pieces))
     ):
-        return pack_blocks(_block_rows(source, pieces, shape, expert, block), block, rows, cols)
+        raw = _block_rows(source, pieces, shape, expert, block)
+        return Unpacked(name, rows, cols, blocks=raw, block_format=block)
     box = whole(shape) if len(shape) == 2 else ((expert, expert + 1), *whole(shape[1:]))
     values = checkpoint.parameters.read(name, box).reshape(rows, cols).contiguous()
-    try:
-        return pack(values if values.dtype != torch.float64 else values.float(), form, importance=importance)
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}") from None
+    return Unpacked(name, rows, cols, values=values if values.dtype != torch.float64 else values.float())
 
 
 def _is_rows(piece: Piece) -> bool:

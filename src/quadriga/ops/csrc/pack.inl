@@ -18,16 +18,22 @@ QD_INLINE float read_float(int source, const uint8_t* row, int64_t c) {
 
 // x[c] = column first + c of the tile's rows, zeros beyond the matrix
 QD_INLINE void load_columns(int source, const uint8_t* in, int64_t row_bytes, int n_rows, int64_t first, int64_t n, vf* x) {
-  alignas(64) float columns[32 * 16] = {};
-  for (int r = 0; r < n_rows; ++r) {
-    const uint8_t* row = in + r * row_bytes;
-    if (source == QD_FROM_BF16)
-      for (int64_t c = 0; c < n; ++c) columns[16 * c + r] = read_float(QD_FROM_BF16, row, first + c);
-    else if (source == QD_FROM_F32)
-      for (int64_t c = 0; c < n; ++c) columns[16 * c + r] = read_float(QD_FROM_F32, row, first + c);
-    else
-      for (int64_t c = 0; c < n; ++c) columns[16 * c + r] = read_float(QD_FROM_F16, row, first + c);
+  if (n == 32 && n_rows == 16) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 32; half += 16) {
+      for (int r = 0; r < 16; ++r) {
+        const uint8_t* row = in + r * row_bytes;
+        if (source == QD_FROM_F32) x[half + r] = load(reinterpret_cast<const float*>(row) + first + half);
+        else if (source == QD_FROM_BF16) x[half + r] = load_bf16(reinterpret_cast<const uint16_t*>(row) + first + half);
+        else x[half + r] = load_half(reinterpret_cast<const uint16_t*>(row) + first + half);
+      }
+      transpose(x + half);
+    }
+    return;
   }
+  alignas(64) float columns[32 * 16] = {};
+  for (int r = 0; r < n_rows; ++r)
+    for (int64_t c = 0; c < n; ++c) columns[16 * c + r] = read_float(source, in + r * row_bytes, first + c);
   for (int c = 0; c < 32; ++c) x[c] = load(columns + 16 * c);
 }
 
@@ -166,7 +172,7 @@ int64_t pack_tile(int source, const void* in, int64_t row_bytes, int64_t rows, i
       for (int64_t c = 0; c < n; c += 2) {
         alignas(64) float a[16], b[16];
         alignas(64) uint32_t line[16];
-        store(a, x[c]), store(b, x[c + 1 < 32 ? c + 1 : c]);
+        store(a, x[c]), store(b, c + 1 < 32 ? x[c + 1] : all(0.0f));
         for (int i = 0; i < 16; ++i) line[i] = bf16_pair(a[i], b[i]);
         std::memcpy(out + 32 * (first + c), line, 64);
       }

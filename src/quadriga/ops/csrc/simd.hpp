@@ -123,6 +123,34 @@ QD_INLINE vf dot2(vf acc, vb w, uint32_t a) {
 QD_INLINE vb high_nibbles(vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(char(0xf0)))}; }
 QD_INLINE vb low_nibbles(vb a) { return {_mm512_and_si512(_mm512_slli_epi16(a.v, 4), _mm512_set1_epi8(char(0xf0)))}; }
 QD_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+QD_INLINE vf load_bf16(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+// x[i] lane j becomes x[j] lane i
+QD_INLINE void transpose(vf* x) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v), a[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d p = _mm512_castps_pd(a[i]), q = _mm512_castps_pd(a[i + 1]);
+    const __m512d r = _mm512_castps_pd(a[i + 2]), s = _mm512_castps_pd(a[i + 3]);
+    b[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(p, r)), b[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(p, r));
+    b[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(q, s)), b[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(q, s));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), a[i + 4] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88), a[i + 12] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[i].v = _mm512_shuffle_f32x4(a[i], a[i + 8], 0x88), x[i + 8].v = _mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
+    x[i + 4].v = _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0x88), x[i + 12].v = _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0xdd);
+  }
+}
 
 #elif QD_AVX2
 
@@ -291,6 +319,21 @@ QD_INLINE vb high_nibbles(vb a) { for (uint8_t& byte : a.x) byte &= 0xf0; return
 QD_INLINE vb low_nibbles(vb a) { for (uint8_t& byte : a.x) byte = uint8_t(byte << 4); return a; }
 QD_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
+#endif
+
+#if !QD_AVX512
+QD_INLINE vf load_bf16(const uint16_t* p) {
+  float x[16];
+  for (int i = 0; i < 16; ++i) x[i] = bf16_to_float(p[i]);
+  return load(x);
+}
+QD_INLINE void transpose(vf* x) {
+  float rows[16][16], columns[16][16];
+  for (int i = 0; i < 16; ++i) store(rows[i], x[i]);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) columns[j][i] = rows[i][j];
+  for (int i = 0; i < 16; ++i) x[i] = load(columns[i]);
+}
 #endif
 
 // acc[lane] += float32 weight * activation; the panel unit holds the activation's bits

@@ -1,0 +1,155 @@
+"""Checkpoints of a given shape with random weights, for benchmarks: N(0, 0.02) in bfloat16, written as a stream.
+
+python bench/synthetic.py dbrx4b OUT            the reference shape as a Hugging Face DBRX
+python bench/synthetic.py mixtral4b OUT         the same sizes as a Mixtral, for peers that cannot read DBRX
+python bench/synthetic.py dbrx-132b OUT --packed q4 --layers 40     straight into a packed directory
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import torch
+
+from quadriga.checkpoint import engine_file
+from quadriga.checkpoint.tensor_files import plan_shards, shard_index
+from quadriga.model import families
+from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.weight_map import source_shapes
+from quadriga.ops.packing import pack
+
+_ATTN = AttentionSpec(n_heads=16, n_kv_heads=4, head_dim=128)
+_DBRX = ModelConfig(
+    family="dbrx",
+    vocab_size=100352,
+    d_model=2048,
+    n_layers=10,
+    max_seq_len=32768,
+    norm=NormSpec(kind="layer"),
+    position=RopeSpec(theta=5e5),
+    attn=replace(_ATTN, clip_qkv=8.0),
+    ffn=MoESpec(d_ff=3584, n_experts=16, top_k=4, activation="silu", aux_loss_weight=0.05),
+)
+_MIXTRAL = replace(
+    _DBRX,
+    family="mixtral",
+    norm=NormSpec(kind="rms"),
+    position=RopeSpec(theta=1e6),
+    attn=_ATTN,
+    ffn=replace(_DBRX.ffn, aux_loss_weight=0.0),
+)
+SHAPES: dict[str, ModelConfig] = {
+    "dbrx4b": _DBRX,
+    "mixtral4b": _MIXTRAL,
+    # The launch's ratio of active parameters, 36 B to 70 B: a dense LLaMA beside the reference shape.
+    "llama2b": replace(
+        _MIXTRAL,
+        family="llama2",
+        n_layers=24,
+        attn=AttentionSpec(n_heads=16, n_kv_heads=2, head_dim=128),
+        ffn=DenseSpec(d_ff=8192, activation="silu"),
+    ),
+    **families.PRESETS,
+}
+"""What the benchmarks run; published sizes too."""
+
+_BLOCK = 1 << 24
+
+
+def numbers() -> Iterator[torch.Tensor]:
+    """Endless pieces of N(0, 0.02) in bfloat16: one block of numbers read from random places."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.empty(_BLOCK).normal_(0, 0.02, generator=generator).bfloat16()
+    while True:
+        start = int(torch.randint(0, _BLOCK // 2, (1,), generator=generator))
+        yield block[start : start + _BLOCK // 2]
+
+
+def take(source: Iterator[torch.Tensor], n: int) -> Iterator[torch.Tensor]:
+    """n numbers in pieces."""
+    while n:
+        piece = next(source)[:n]
+        n -= len(piece)
+        yield piece
+
+
+def write_hf(config: ModelConfig, out: Path) -> None:
+    """A Hugging Face directory in the family's usual layout; norms are random numbers too, around one."""
+    family = families.family_of(config)
+    shapes = source_shapes(next(iter(family.layouts.values()))(config))
+    plan = plan_shards({name: (shape, "bfloat16") for name, shape in shapes.items()}, 4 << 30)
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps(family.config_to_hf(config)))
+    if len(plan.headers) > 1:
+        (out / "model.safetensors.index.json").write_text(json.dumps(shard_index(plan)))
+    source = numbers()
+    for file, header in plan.headers.items():
+        with (out / file).open("wb") as stream:
+            stream.write(header)
+            for name, (place, _) in plan.places.items():
+                if place != file:
+                    continue
+                for piece in take(source, prod(shapes[name])):
+                    values = piece + 1 if len(shapes[name]) == 1 else piece
+                    stream.write(values.contiguous().view(torch.uint8).numpy().data)
+
+
+def write_packed(config: ModelConfig, out: Path, form: str, n_different: int = 8) -> None:
+    """A packed directory made directly: of every shape a few different matrices, repeated."""
+    out.mkdir(parents=True)
+    shapes = engine_file.packed_shapes(config)
+    source, made = numbers(), dict[tuple[tuple[int, ...], str], list[bytes]]()
+    entries: dict[str, engine_file.Entry] = {}
+    file = f"{engine_file.WEIGHTS_STEM}-00001-of-00001.packed"
+    offset = 0
+    with (out / file).open("wb") as stream:
+        for index, (name, shape) in enumerate(shapes.items()):
+            one = "float32" if len(shape) == 1 or name.endswith("router.weight") else form
+            kinds = made.setdefault((shape, one), [])
+            if len(kinds) < n_different:
+                values = torch.cat(list(take(source, prod(shape)))).reshape(shape)
+                if len(shape) == 1:
+                    kinds.append((values.float() + 1).numpy().tobytes())
+                else:
+                    kinds.append(pack(values, one).data.tobytes())
+            raw = kinds[index % len(kinds)]
+            stream.write(raw)
+            entries[name] = engine_file.Entry(
+                file=file, offset=offset, shape=shape, format=one, nbytes=len(raw), sha256="0" * 64
+            )
+            padding = -len(raw) % 4096
+            stream.write(bytes(padding))
+            offset += len(raw) + padding
+    engine_file.write_manifest(
+        out, engine_file.Manifest(config=config, parameters=entries, made_from="random", packed=True)
+    )
+
+
+def main() -> None:
+    """Parse the command line and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--packed", metavar="FORMAT", help="write a packed directory instead")
+    parser.add_argument("--layers", type=int, help="this many layers instead of the shape's own")
+    parser.add_argument("--experts", type=int, help="this many experts a layer")
+    args = parser.parse_args()
+    config = SHAPES[args.shape]
+    if args.layers:
+        config = replace(config, n_layers=args.layers)
+    if args.experts:
+        assert isinstance(config.ffn, MoESpec), "only an MoE has experts"
+        config = replace(config, ffn=replace(config.ffn, n_experts=args.experts))
+    if args.packed:
+        write_packed(config, args.out, args.packed)
+    else:
+        write_hf(config, args.out)
+
+
+if __name__ == "__main__":
+    main()
