@@ -11,7 +11,7 @@ setup:  ## install the package and the test tools into the current environment
 
 build:  ## compile the CPU kernels into the source tree, for work on a checkout
 	cmake -S . -B build/dev && cmake --build build/dev -j
-	cp build/dev/quadriga_cpu.so src/quadriga/ops/
+	ln -sf ../../../build/dev/quadriga_cpu.so src/quadriga/ops/quadriga_cpu.so
 
 check:  ## lint, formatting, types and layer contracts
 	$(PYTHON) -m ruff check .

@@ -104,6 +104,7 @@ def convert(
     dtype: str = "keep",
     gguf_format: str = "bfloat16",
     format: str | Mapping[str, str] | None = None,
+    embeddings: str | None = None,
     importance: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     resume: bool = True,
@@ -122,6 +123,7 @@ def convert(
         format: for "quadriga": pack the matrices for the CPU's kernels: keep, bfloat16, q8, q4, q4m or float32 for all
             (routers stay float32, embeddings and head at least q8), or a recipe: matrix -> format
             (``quant.recipe``).
+        embeddings: with ``format``, another one for the embedding table and the head.
         importance: matrix -> (cols,), how much each column's error counts in the search for scales.
         max_shard_bytes: largest safetensors file, unless one tensor alone is larger.
         resume: go on with an unfinished conversion of the same source with the same options; False starts over.
@@ -135,6 +137,10 @@ def convert(
         ConfigError: an option that does not exist, or a model the target format cannot express.
     """
     _check_options(to, layout, dtype, gguf_format, format)
+    if embeddings is not None and (embeddings not in FORMATS_TO_LOAD or not isinstance(format, str)):
+        raise ConfigError(
+            f"embeddings goes with format and must be one of {', '.join(FORMATS_TO_LOAD)}; got {embeddings!r}"
+        )
     if out.exists() and not (out.is_dir() and to != "gguf" and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists; give a new name, or remove it first")
     checkpoint = open_checkpoint(source)
@@ -142,7 +148,7 @@ def convert(
         if format is None:
             plan = _plan(checkpoint, out, to, layout, dtype, gguf_format, max_shard_bytes)
         else:
-            plan = _plan_packed(checkpoint, format)
+            plan = _plan_packed(checkpoint, format, embeddings)
         work = out.with_name(out.name + ".part")
         _Writer(work, plan, _fingerprint(checkpoint.path, plan), resume).run(checkpoint, progress, importance or {})
     finally:
@@ -217,7 +223,7 @@ _WIDE_ENDS = {"q4": "q8", "q4m": "q8"}
 """What embeddings and head are where the rest has 4 bits: every token goes through them, and they are few."""
 
 
-def _plan_packed(checkpoint: Checkpoint, form: str | Mapping[str, str]) -> Plan:
+def _plan_packed(checkpoint: Checkpoint, form: str | Mapping[str, str], embeddings: str | None) -> Plan:
     """Matrices packed for the kernels, each at a page of its own so that it can be mapped and read directly."""
     config, formats = checkpoint.config, dict[str, str]()
     for name, shape in parameter_shapes(config).items():
@@ -231,7 +237,8 @@ def _plan_packed(checkpoint: Checkpoint, form: str | Mapping[str, str]) -> Plan:
                     )
                 formats[part] = form[part]
             else:
-                wanted = _WIDE_ENDS.get(form, form) if name in ("embed.weight", "lm_head.weight") else form
+                end = name in ("embed.weight", "lm_head.weight")
+                wanted = (embeddings or _WIDE_ENDS.get(form, form)) if end else form
                 formats[part] = packed_format(checkpoint, name, wanted)
     shapes = engine_file.packed_shapes(config)
     places: dict[str, tuple[str, int]] = {}

@@ -1,6 +1,6 @@
 """Parameters as the CPU's kernels want them, from any checkpoint.
 
-    a packed Quadriga directory   memory-mapped where it lies: nothing is read before it is used
+    a packed Quadriga directory   read by several threads into huge pages; memory-mapped if it is nearly all of memory
     GGUF Q8_0, Q4_0, Q4_1         blocks rearranged, no number changed
     anything else                 read part by part and packed as `format` says
 
@@ -9,15 +9,19 @@ Routers and vectors are float32 in every case.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from quadriga import runtime
 from quadriga.checkpoint import engine_file
 from quadriga.checkpoint.gguf_source import GGUFSource
 from quadriga.checkpoint.open import Checkpoint
@@ -26,7 +30,7 @@ from quadriga.errors import CheckpointError, ConfigError
 from quadriga.model.compiled import Parameter
 from quadriga.model.weight_map import Piece, Shape, parameter_shapes, whole
 from quadriga.ops.expert_store import ExpertStore
-from quadriga.ops.packing import Bytes, Packed, pack, pack_blocks
+from quadriga.ops.packing import Bytes, Packed, allocate, pack, pack_blocks
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import FROM_GGUF, PACKED
 
@@ -70,7 +74,7 @@ def load_packed(
         raise ConfigError(f"format must be one of {', '.join(FORMATS_TO_LOAD)}; got {form!r}")
     manifest = engine_file.read_manifest(checkpoint.path) if checkpoint.kind == "quadriga" else None
     if manifest is not None and manifest.packed and form == "keep":
-        return _map_directory(checkpoint, manifest, expert_memory)
+        return _map_directory(checkpoint, manifest, expert_memory, progress)
     if expert_memory is not None:
         raise ConfigError(
             "experts can stay on disk only in a packed Quadriga directory. Make one: quadriga convert MODEL OUT "
@@ -199,33 +203,79 @@ def _block_rows(source: GGUFSource, pieces: list[Piece], shape: Shape, expert: i
     return out
 
 
+class _Weights:
+    """The files of a packed directory: mapped where they lie, or read into memory by several threads."""
+
+    def __init__(self, directory: Path, copy: bool, progress: Progress | None) -> None:
+        self._directory, self._copy, self._progress = directory, copy, progress
+        self._maps: dict[str, Bytes] = {}
+        self._reads: list[tuple[engine_file.Entry, Bytes]] = []
+
+    def bytes_of(self, entry: engine_file.Entry) -> Bytes:
+        """The entry's bytes; with ``copy`` they are there after :meth:`finish`."""
+        if self._copy:
+            out = allocate(entry.nbytes)
+            self._reads.append((entry, out))
+            return out
+        if entry.file not in self._maps:
+            self._maps[entry.file] = np.memmap(self._directory / entry.file, dtype=np.uint8, mode="r")
+        return self._maps[entry.file][entry.offset : entry.offset + entry.nbytes]
+
+    def finish(self) -> None:
+        """Read what was asked for.
+
+        Raises:
+            CheckpointError: a file ended early.
+        """
+        total, done = sum(entry.nbytes for entry, _ in self._reads), 0
+        files = {name: os.open(self._directory / name, os.O_RDONLY) for name in {e.file for e, _ in self._reads}}
+        try:
+            with ThreadPoolExecutor(min(4, runtime.cpu_count())) as pool:
+                tasks = [pool.submit(_read_into, files[e.file], e.offset, out, e.file) for e, out in self._reads]
+                for task, (entry, _) in zip(tasks, self._reads, strict=True):
+                    task.result()
+                    done += entry.nbytes
+                    if self._progress is not None:
+                        self._progress(done, total, entry.file)
+        finally:
+            for fd in files.values():
+                os.close(fd)
+
+
+def _read_into(fd: int, offset: int, out: Bytes, name: str) -> None:
+    done, view = 0, memoryview(out)  # type: ignore[arg-type]
+    while done < len(view):
+        got = os.preadv(fd, [view[done : done + (64 << 20)]], offset + done)
+        if got == 0:
+            raise CheckpointError(f"{name} became shorter while it was read")
+        done += got
+
+
 def _map_directory(
-    checkpoint: Checkpoint, manifest: engine_file.Manifest, expert_memory: int | None
+    checkpoint: Checkpoint, manifest: engine_file.Manifest, expert_memory: int | None, progress: Progress | None
 ) -> PackedParameters:
-    files: dict[str, np.ndarray[Any, Any]] = {}
-
-    def bytes_of(entry: engine_file.Entry) -> np.ndarray[Any, Any]:
-        if entry.file not in files:
-            files[entry.file] = np.memmap(checkpoint.path / entry.file, dtype=np.uint8, mode="r")
-        return files[entry.file][entry.offset : entry.offset + entry.nbytes]
-
     config = checkpoint.config
     parameters: dict[str, Parameter] = {}
     on_disk = expert_memory is not None and config.is_moe
+    resident = sum(e.nbytes for n, e in manifest.parameters.items() if not (on_disk and "/" in n))
+    # Copied into huge pages where it fits easily; larger models are mapped, and the system pages them in and out.
+    weights = _Weights(checkpoint.path, resident < 0.7 * runtime.memory_bytes()[1], progress)
+    vectors: list[tuple[str, Bytes]] = []
     extents: list[list[list[engine_file.Entry]]] = [[] for _ in range(config.n_layers)]
     for name, shape in parameter_shapes(config).items():
         entries = manifest.entries(name)
         if len(shape) == 1:
-            raw = bytes_of(entries[0])
-            parameters[name] = torch.from_numpy(np.array(raw).view(np.float32))
+            vectors.append((name, weights.bytes_of(entries[0])))
             continue
         if on_disk and len(shape) == 3:
             extents[int(name.split(".")[1])].append(entries)
             nothing = np.zeros(64, dtype=np.uint8)
             parameters[name] = [Packed(e.format, e.shape[0], e.shape[1], nothing) for e in entries]
             continue
-        matrices = [Packed(e.format, e.shape[0], e.shape[1], bytes_of(e)) for e in entries]
+        matrices = [Packed(e.format, e.shape[0], e.shape[1], weights.bytes_of(e)) for e in entries]
         parameters[name] = matrices if len(shape) == 3 else matrices[0]
+    weights.finish()
+    parameters.update({name: torch.from_numpy(np.array(raw).view(np.float32)) for name, raw in vectors})
     if not on_disk:
         return PackedParameters(parameters)
     assert expert_memory is not None

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from quadriga import __version__, runtime
+from quadriga.cli.bench import bench_command
 from quadriga.cli.chat import chat_command
 from quadriga.cli.convert import convert_command
 from quadriga.cli.generate import generate_command
@@ -55,12 +56,22 @@ app.command(
     "convert",
     epilog=_example(
         "quadriga convert dbrx-instruct dbrx-q4 --format q4     packed for the CPU: loads in a second",
+        "quadriga convert dbrx-instruct dbrx-mix --budget 70GB --calibrate sample.txt",
         "quadriga convert model.gguf out-hf --to hf",
         "quadriga convert dbrx-instruct dbrx.gguf --to gguf --gguf-format q8_0",
         "quadriga convert dbrx-instruct dbrx-split --to hf --layout split",
         "quadriga convert dbrx-instruct --dry-run        needs config.json and the index only",
     ),
 )(convert_command)
+app.command(
+    "bench",
+    epilog=_example(
+        "quadriga bench decode                          tokens a second, and the share of the read bandwidth",
+        "quadriga bench prefill --model dbrx-q4 --n 512 --n 2048 --threads 2",
+        "quadriga bench batch --model dbrx-q4 --csv speed.csv",
+        "quadriga bench load --model dbrx-q4",
+    ),
+)(bench_command)
 app.command(
     "info",
     epilog=_example(

@@ -60,7 +60,11 @@ def chat_command(
     stop: options.Stop = None,
     seed: options.Seed = None,
     json: options.Json = False,
-    dtype: options.Dtype = "float32",
+    speculate: options.Speculate = 0,
+    format: options.Format = "keep",
+    kv_format: options.KVFormat = "bfloat16",
+    expert_memory: options.ExpertMemory = None,
+    dtype: options.Dtype = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
 ) -> None:
@@ -79,6 +83,7 @@ def chat_command(
         logit_bias=options.biases(logit_bias),
         stop=options.stops(stop),
         seed=seed,
+        speculate=speculate,
     )
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
@@ -86,7 +91,9 @@ def chat_command(
             raise RequestError("standard input was empty; give a question as an argument, or pipe one in")
     if json and prompt is None:
         raise RequestError("--json answers one question: give it as an argument or on standard input")
-    llm = options.load_model(model, dtype, device, threads)
+    llm = options.load_model(
+        model, dtype, device, threads, format=format, kv_format=kv_format, expert_memory=expert_memory
+    )
     session = ChatSession(llm, params, system=system)
     if prompt is None:
         _converse(session)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def convert_command(
@@ -25,6 +28,18 @@ def convert_command(
     gguf_format: Annotated[
         str, typer.Option(help="With --to gguf: float32, float16, bfloat16, q8_0 or q4_0.")
     ] = "bfloat16",
+    embeddings: Annotated[
+        str | None,
+        typer.Option(help="With --format: another format for embeddings and head. Default: q8 beside 4 bits."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Pack with the best mix of formats that fits, e.g. 20GB; needs --calibrate."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="A text like those to come: weighs errors by what the weights meet in it.")
+    ] = None,
+    calibrate_tokens: Annotated[int, typer.Option(help="How much of it is read.")] = 2048,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; weights may be missing.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of going on.")] = False,
 ) -> None:
@@ -43,6 +58,15 @@ def convert_command(
     if out is None:
         raise ConfigError("give the path of the result, or --dry-run")
     started = time.perf_counter()
+    wanted: str | dict[str, str] | None = format
+    importance = None
+    if budget is not None and (calibrate is None or format is not None):
+        raise ConfigError("--budget chooses the formats itself and needs --calibrate FILE, a text like those to come")
+    if calibrate is not None:
+        if budget is None and format is None:
+            raise ConfigError("--calibrate goes with --format or --budget")
+        recipe, importance = _calibrate(path, calibrate, calibrate_tokens, budget)
+        wanted = recipe or format
     with progress_bar("converting") as show:
         plan = convert.convert(
             path,
@@ -51,7 +75,9 @@ def convert_command(
             layout=layout,
             dtype=dtype,
             gguf_format=gguf_format,
-            format=format,
+            format=wanted,
+            embeddings=embeddings,
+            importance=importance,
             resume=not no_resume,
             progress=show,
         )
@@ -62,6 +88,45 @@ def convert_command(
         f"{out}: {len(plan.tensors)} tensors in {len(plan.files.sizes)} files, {nbytes / 1e9:.2f} GB, layout "
         f"{plan.layout}, {elapsed:.1f} s ({nbytes / 1e6 / elapsed:.0f} MB/s)"
     )
+
+
+def _calibrate(model: Path, text: Path, n_tokens: int, budget: str | None) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The recipe for a budget (empty without one) and the weights of errors, from a text."""
+    from quadriga.checkpoint.calibrate import calibrate
+    from quadriga.checkpoint.engine_file import packed_shapes
+    from quadriga.checkpoint.open import open_checkpoint
+    from quadriga.checkpoint.packed import is_router
+    from quadriga.cli.options import size
+    from quadriga.cli.progress import progress_bar
+    from quadriga.errors import ConfigError
+    from quadriga.quant.recipe import choose
+
+    checkpoint = open_checkpoint(model)
+    try:
+        tokenizer = checkpoint.load_tokenizer()
+        if tokenizer is None:
+            raise ConfigError("calibration reads a text, and this checkpoint has no tokenizer")
+        try:
+            ids = tokenizer.encode(text.read_text())[:n_tokens]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the text {text}: {error}") from None
+        with progress_bar("calibrating") as show:
+            found = calibrate(checkpoint, ids, errors=budget is not None, progress=show)
+        if budget is None:
+            return {}, found.importance
+        fixed = {
+            name: 4 * shape[0] if len(shape) == 1 else 64 * shape[1] * -(-shape[0] // 16)
+            for name, shape in packed_shapes(checkpoint.config).items()
+            if len(shape) == 1 or is_router(name)
+        }
+        recipe = choose(found.candidates, size(budget) - sum(fixed.values()))
+        count: dict[str, int] = {}
+        for form in recipe.values():
+            count[form] = count.get(form, 0) + 1
+        print(", ".join(f"{n} matrices {form}" for form, n in sorted(count.items())), file=sys.stderr)
+        return {**recipe, **{n: "float32" for n in fixed if is_router(n)}}, found.importance
+    finally:
+        checkpoint.close()
 
 
 def _print_dry_run(report: object) -> None:

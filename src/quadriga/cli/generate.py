@@ -27,7 +27,11 @@ def generate_command(
     logprobs: Annotated[int, typer.Option(help="With --json: this many alternatives per token.")] = 0,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     json: options.Json = False,
-    dtype: options.Dtype = "float32",
+    speculate: options.Speculate = 0,
+    format: options.Format = "keep",
+    kv_format: options.KVFormat = "bfloat16",
+    expert_memory: options.ExpertMemory = None,
+    dtype: options.Dtype = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
 ) -> None:
@@ -51,9 +55,12 @@ def generate_command(
         logit_bias=options.biases(logit_bias),
         stop=options.stops(stop),
         seed=seed,
+        speculate=speculate,
         logprobs=logprobs,
     )
-    llm = options.load_model(model, dtype, device, threads)
+    llm = options.load_model(
+        model, dtype, device, threads, format=format, kv_format=kv_format, expert_memory=expert_memory
+    )
     if json:
         events = list(llm.stream(prompt, params))
         rows = [

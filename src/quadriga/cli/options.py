@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,38 @@ Model = Annotated[
     typer.Option("--model", "-m", help="Catalogue name, hf:ORG/REPO, or a path.", rich_help_panel=_MACHINE),
 ]
 Dtype = Annotated[
-    str, typer.Option(help="Numbers to compute in: float32, bfloat16, float16 or auto.", rich_help_panel=_MACHINE)
+    str | None,
+    typer.Option(
+        help="Compute in plain torch with float32, bfloat16, float16 or auto; default: the CPU's own kernels.",
+        rich_help_panel=_MACHINE,
+    ),
+]
+Format = Annotated[
+    str,
+    typer.Option(
+        help="What the kernels hold weights as: keep (as stored), bfloat16, q8, q4, q4m or float32.",
+        rich_help_panel=_MACHINE,
+    ),
+]
+Activations = Annotated[
+    str, typer.Option(help="What quantised weights are multiplied with: int8, int16, auto.", rich_help_panel=_MACHINE)
+]
+KVFormat = Annotated[
+    str, typer.Option("--kv-format", help="The cache: bfloat16, q8 or float32.", rich_help_panel=_MACHINE)
+]
+ExpertMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Leave experts on disk, at most this much of them in memory, e.g. 12GB (packed directories).",
+        rich_help_panel=_MACHINE,
+    ),
+]
+Speculate = Annotated[
+    int,
+    typer.Option(
+        help="Guess this many tokens a step from what was said before; the answer stays the same.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.", rich_help_panel=_MACHINE)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all.", rich_help_panel=_MACHINE)]
@@ -70,15 +102,46 @@ def biases(values: list[str] | None) -> dict[int, float]:
     return table
 
 
-def load_model(model: str, dtype: str, device: str, threads: int | None) -> LLM:
+def size(text: str) -> int:
+    """Bytes from "20GB", "512 MiB", "1e9"."""
+    from quadriga.errors import ConfigError
+
+    units = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "m": 1e6, "mb": 1e6, "g": 1e9, "gb": 1e9, "t": 1e12, "tb": 1e12}
+    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+    try:
+        if match is None or match[2] not in units:
+            raise ValueError
+        return int(float(match[1]) * units[match[2]])
+    except ValueError:
+        raise ConfigError(f"a size looks like 20GB or 512MiB, got {text!r}") from None
+
+
+def load_model(
+    model: str,
+    dtype: str | None,
+    device: str,
+    threads: int | None,
+    *,
+    format: str = "keep",
+    kv_format: str = "bfloat16",
+    expert_memory: str | None = None,
+) -> LLM:
     """Load a model with a progress bar."""
-    from quadriga import runtime
     from quadriga.cli.progress import progress_bar
     from quadriga.engine.llm import load
 
-    runtime.set_threads(threads)
     with progress_bar(f"loading {Path(model).name}") as show:
-        return load(model, dtype=dtype, device=device, progress=show)
+        return load(
+            model,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            format=format,
+            kv_format=kv_format,
+            expert_memory=None if expert_memory is None else size(expert_memory),
+            progress=show,
+        )
 
 
 def summary(n_tokens: int, tokens_per_s: float, first_token_s: float, finish_reason: str) -> str:

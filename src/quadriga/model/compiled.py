@@ -97,7 +97,7 @@ class CompiledModel:
             fine=activations == "int16" or (activations == "auto" and small),
             isa=isa,
         )
-        self._parameters = parameters
+        self.parameters = parameters
         block_bytes = kv_block_bytes(kv_format, config.attn.n_kv_heads, config.attn.head_dim)
         self.kv_bytes = n_blocks * block_bytes * config.n_layers
         embed = self._packed("embed.weight")
@@ -174,7 +174,7 @@ class CompiledModel:
                     layer=layer,
                 )
             case MoESpec():
-                fuse = self._parameters.get(p + "moe.fuse.weight")
+                fuse = self.parameters.get(p + "moe.fuse.weight")
                 assert fuse is None or isinstance(fuse, Tensor), "fuse is a vector"
                 return FFNArgs(
                     norm=norm,
@@ -193,16 +193,16 @@ class CompiledModel:
                 )
 
     def _packed(self, name: str) -> Packed:
-        parameter = self._parameters[name]
+        parameter = self.parameters[name]
         assert isinstance(parameter, Packed), f"{name} is a packed matrix"
         return parameter
 
     def _experts(self, name: str) -> Sequence[Packed]:
-        parameter = self._parameters[name]
+        parameter = self.parameters[name]
         assert not isinstance(parameter, (Packed, Tensor)), f"{name} is a list of packed matrices"
         return parameter
 
     def _norm(self, name: str) -> NormArgs:
-        weight = self._parameters[name]
+        weight = self.parameters[name]
         assert isinstance(weight, Tensor), f"{name} is a vector"
         return NormArgs(weight, self.config.norm.kind, self.config.norm.eps)

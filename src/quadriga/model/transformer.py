@@ -127,12 +127,16 @@ class Transformer(nn.Module):
 
     def _scoring_on(self, device: torch.device) -> Scoring:
         if self._scoring is None:
-            spec = self.config.attn
-            slopes = None
-            if isinstance(self.config.position, AlibiSpec):
-                slopes = alibi_slopes(self.config.position, spec.n_heads).to(device)
-            self._scoring = Scoring(spec.score_scale, spec.soft_cap, slopes)
+            self._scoring = self.scoring_of(self.config, device)
         return self._scoring
+
+    @staticmethod
+    def scoring_of(config: ModelConfig, device: torch.device | str = "cpu") -> Scoring:
+        """How a model of this configuration turns q·k into scores."""
+        slopes = None
+        if isinstance(config.position, AlibiSpec):
+            slopes = alibi_slopes(config.position, config.attn.n_heads).to(device)
+        return Scoring(config.attn.score_scale, config.attn.soft_cap, slopes)
 
 
 def random_parameters(

@@ -62,14 +62,38 @@ def packing_context() -> cpu.Context:
 
 
 _HUGE = 2 << 20
+_ARENA = 256 << 20
+
+
+class _Arenas:
+    """Memory in large pieces, handed out from front to back: only large pieces get huge pages, and reading weights
+    through 4 kB pages is up to a third slower. A piece is freed when nothing points into it any more."""
+
+    def __init__(self) -> None:
+        self._piece: Bytes | None = None
+        self._used = 0
+
+    def take(self, nbytes: int) -> Bytes:
+        if self._piece is None or self._used + nbytes > self._piece.nbytes:
+            size = -(-max(nbytes, _ARENA) // _HUGE) * _HUGE
+            # Private: shared anonymous memory, Python's default, never gets huge pages.
+            memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            whole = np.frombuffer(memory, dtype=np.uint8)
+            skip = -whole.ctypes.data % _HUGE
+            self._piece, self._used = whole[skip : skip + size], 0
+        taken = self._piece[self._used : self._used + nbytes]
+        self._used += -(-nbytes // 64) * 64
+        return taken
+
+
+_arenas = _Arenas()
 
 
 def allocate(nbytes: int) -> Bytes:
-    """Fresh zeroed memory at a page boundary, in huge pages where the system gives them (large pieces only)."""
-    memory = mmap.mmap(-1, max(nbytes, 1))
-    if nbytes >= 4 * _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype=np.uint8, count=nbytes)
+    """Fresh zeroed memory at a 64-byte boundary, in huge pages where the system gives them."""
+    return _arenas.take(nbytes)
 
 
 def pack(values: Tensor, form: str, *, out: Bytes | None = None, importance: Tensor | None = None) -> Packed:

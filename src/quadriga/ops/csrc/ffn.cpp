@@ -36,7 +36,8 @@ struct Plan {
   int64_t in_units = 0, hidden_units = 0;
 };
 
-constexpr int kDownTiles = 4;
+constexpr int kDownTiles = 8;     // output tiles a task sums up at once: a run of as many tiles of each expert
+constexpr int kStreamBlocks = 8;  // blocks of 32 rows of up, then of gate, read in one run
 
 // Softmax over all experts, the k largest (equal ones: the lower id first), their p-norm, the aggregate's weights.
 void choose(const qd_ffn& op, const Kernels& kernels, float* logits, int32_t* ids, float* weights, float* probs) {
@@ -146,35 +147,39 @@ struct Tiles {
   }
 };
 
-// Rows [32 block, 32 block + 32) of gate and up for every token of an expert, into its hidden panels.
-void hidden_block(qd_context& c, const qd_ffn& op, const Plan& plan, const Active& a, int64_t block, const uint32_t* in,
-                  uint32_t* hidden, qd_context::Thread& mine) {
+// Rows [32 block, 32 (block + count)) of gate and up for every token of an expert, into its hidden panels. Few tokens:
+// memory is the limit, and it is fastest in long runs, so all tiles of up are read before those of gate.
+void hidden_blocks(qd_context& c, const qd_ffn& op, const Plan& plan, const Active& a, int64_t block, int64_t count,
+                   const uint32_t* in, uint32_t* hidden, qd_context::Thread& mine) {
   const Kernels& kernels = *c.kernels;
   const int64_t in_units = panel_units(a.in_kind, a.up.cols), out_units = panel_units(a.hidden_kind, a.down.cols);
-  const int64_t first = 2 * block, n_tiles = std::min<int64_t>(2, tiles_of(a.up.rows) - first);
+  const int64_t first = 2 * block, n_tiles = std::min<int64_t>(2 * count, tiles_of(a.up.rows) - first);
   Tiles up(c, a.up), gate(c, op.gate ? a.gate : a.up);
   if (a.n > 2 * kernels.max_width) {
-    const int64_t bytes = 2 * groups_of(a.up.cols) * kWideGroupM;
+    const int64_t bytes = n_tiles * groups_of(a.up.cols) * kWideGroupM;
     uint8_t* wide = mine.wide.get(2 * bytes);
     up.widen(wide, first, n_tiles);
     if (op.gate) gate.widen(wide + bytes, first, n_tiles);
   }
-  alignas(64) float g[2][kMaxWidth * kTile], u[2][kMaxWidth * kTile], row[kMaxWidth * 32];
+  alignas(64) float g[2 * kStreamBlocks][kMaxWidth * kTile], u[2 * kStreamBlocks][kMaxWidth * kTile], row[kMaxWidth * 32];
   for (int64_t p = a.panel; p < a.panel + a.n_panels; ++p) {
     const Panel& panel = plan.panels[size_t(p)];
     const uint32_t* x = in + a.in_offset + (panel.first - a.first) * in_units;
-    if (n_tiles < 2) std::memset(row, 0, sizeof row);
-    for (int64_t t = 0; t < n_tiles; ++t) {
-      up.times(first + t, x, panel.width, u[t]);
-      if (op.gate) gate.times(first + t, x, panel.width, g[t]);
-      kernels.activate(op.activation, op.gate ? g[t] : nullptr, u[t], int64_t(panel.width) * kTile, u[t]);
-      for (int m = 0; m < panel.width; ++m) std::memcpy(row + 32 * m + kTile * t, u[t] + kTile * m, kTile * 4);
-    }
     uint32_t* to = hidden + a.hidden_offset + (panel.first - a.first) * out_units;
-    kernels.fill_group(a.hidden_kind, row, panel.width, block, to, a.down.cols);
-    if (is_integer(a.hidden_kind) && 32 * (block + 1) >= a.down.cols && block + 1 < groups_of(a.down.cols)) {
-      std::memset(row, 0, sizeof row);  // the second half of a last pair of groups
-      kernels.fill_group(a.hidden_kind, row, panel.width, block + 1, to, a.down.cols);
+    for (int64_t t = 0; t < n_tiles; ++t) up.times(first + t, x, panel.width, u[t]);
+    for (int64_t t = 0; op.gate && t < n_tiles; ++t) gate.times(first + t, x, panel.width, g[t]);
+    for (int64_t t = 0; t < n_tiles; ++t) {
+      kernels.activate(op.activation, op.gate ? g[t] : nullptr, u[t], int64_t(panel.width) * kTile, u[t]);
+      for (int m = 0; m < panel.width; ++m) std::memcpy(row + 32 * m + kTile * (t % 2), u[t] + kTile * m, kTile * 4);
+      if (t % 2 == 0 && t + 1 < n_tiles) continue;
+      if (t % 2 == 0)
+        for (int m = 0; m < panel.width; ++m) std::memset(row + 32 * m + kTile, 0, kTile * 4);
+      kernels.fill_group(a.hidden_kind, row, panel.width, block + t / 2, to, a.down.cols);
+    }
+    const int64_t last = block + (n_tiles + 1) / 2;  // the second half of a last pair of groups
+    if (is_integer(a.hidden_kind) && 32 * last >= a.down.cols && last < groups_of(a.down.cols)) {
+      std::memset(row, 0, sizeof row);
+      kernels.fill_group(a.hidden_kind, row, panel.width, last, to, a.down.cols);
     }
   }
 }
@@ -242,8 +247,12 @@ void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
   const int64_t blocks = (f_rows + 31) / 32;
   uint32_t* hidden = c.hidden_panels.get(plan.hidden_units);
   c.pool.run(int64_t(plan.active.size()) * blocks, 1, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t i = begin; i < end; ++i)
-      hidden_block(c, op, plan, plan.active[size_t(i / blocks)], i % blocks, in, hidden, c.of_thread[size_t(thread)]);
+    for (int64_t i = begin, count; i < end; i += count) {
+      const Active& a = plan.active[size_t(i / blocks)];
+      const int64_t run = a.n > 2 * kernels.max_width ? 1 : kStreamBlocks;
+      count = std::min({run, end - i, blocks - i % blocks});
+      hidden_blocks(c, op, plan, a, i % blocks, count, in, hidden, c.of_thread[size_t(thread)]);
+    }
   });
 
   // Down: every task owns some output rows of all tokens and adds the experts in the order of their ids.
@@ -252,10 +261,11 @@ void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
   const int64_t tiles = tiles_of(out_rows);
   c.pool.run(tiles, 1, [&](int64_t begin, int64_t end, int thread) {
     auto& mine = c.of_thread[size_t(thread)];
+    const int64_t run = n > 2 * kernels.max_width ? kDownTiles / 2 : kDownTiles;
     float* sum = mine.b.get(n * kTile * kDownTiles);
     alignas(64) float y[kMaxWidth * kTile];
-    for (int64_t from = begin; from < end; from += kDownTiles) {
-      const int64_t count = std::min<int64_t>(kDownTiles, end - from);
+    for (int64_t from = begin; from < end; from += run) {
+      const int64_t count = std::min<int64_t>(run, end - from);
       std::memset(sum, 0, size_t(n * kTile * count) * 4);
       for (const Active& a : plan.active) {
         Tiles down(c, a.down);

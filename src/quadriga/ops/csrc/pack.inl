@@ -73,7 +73,7 @@ void quantise_q4(const vf* x, const float* weight, uint16_t* half, uint8_t* line
     vf product = all(0.0f), square = all(0.0f);
     for (int c = 0; c < 32; ++c) {
       const vf q = clip(nearest(x[c] * inverse), -8.0f, 7.0f);
-      const vf wq = weight ? q * all(weight[c]) : q;
+      const vf wq = q * (weight ? all(weight[c]) : x[c] * x[c]);
       product = fma(x[c], wq, product);
       square = fma(q, wq, square);
     }

@@ -1,0 +1,38 @@
+"""Measures our engine, in the protocol of ik_driver.py: one measurement a line in, tokens per second and limit out.
+
+python bench/own_driver.py MODEL --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import quadriga
+from quadriga.engine.benchmark import Bench
+from quadriga.model.compiled import CompiledModel
+
+
+def main() -> None:
+    """Load, then answer line by line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--format", default="keep")
+    parser.add_argument("--activations", default="auto")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    llm = quadriga.load(args.model, threads=args.threads, format=args.format, activations=args.activations)
+    assert isinstance(llm.runner, CompiledModel), "the CPU's kernels"
+    bench = Bench(llm.runner, dict(llm.runner.parameters), rounds=1)
+    bench.run("decode", 2)
+    print(f"ready {time.perf_counter() - started:.2f}", flush=True)
+    for line in sys.stdin:
+        kind, n = line.split()[:2]
+        row = bench.run(kind, int(n))
+        print(f"{row.tokens_per_s:.3f} {row.roofline:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
