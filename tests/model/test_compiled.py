@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from quadriga.model.context import PackedContext
 from quadriga.model.transformer import Transformer, random_parameters
 from quadriga.ops import cpu
 from quadriga.ops.packing import Packed
-from quadriga.ops.program import Batch
+from tests.batches import batch
 from tests.checkpoint.models import TINY
 from tests.tolerance import TAIL, relative_error
 
@@ -58,17 +57,6 @@ def _plain(value: Parameter) -> Tensor:
     if isinstance(value, Tensor):
         return value
     return value.unpack() if isinstance(value, Packed) else torch.stack([p.unpack() for p in value])
-
-
-def batch(chunks: list[tuple[list[int], int, list[int]]]) -> Batch:
-    """A pass over (tokens, position of the first, blocks) of several sequences, logits of every row."""
-    tokens = [t for chunk, _, _ in chunks for t in chunk]
-    positions = [start + i for chunk, start, _ in chunks for i in range(len(chunk))]
-    starts = np.cumsum([0] + [len(chunk) for chunk, _, _ in chunks])
-    tables = [b for _, _, blocks in chunks for b in blocks]
-    table_starts = np.cumsum([0] + [len(blocks) for _, _, blocks in chunks])
-    ints = [np.array(x, dtype=np.int32) for x in (tokens, positions, starts, tables, table_starts, range(len(tokens)))]
-    return Batch(*ints)
 
 
 def sequence(seed: int, n: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 Checkpoints go all the way: config.json and safetensors under Hugging Face names are written, opened and read by the
 package, so that configuration, names, layouts and mathematics are proven together. Cached decoding in every rhythm is
-compared with one pass in tests/engine/test_kv_cache.py.
+compared with one pass in tests/engine/test_runner.py.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from quadriga import ops
-from quadriga.engine.kv_cache import KVCache
+from quadriga.engine.runner import TorchRunner
 from quadriga.model.config import ModelConfig, RopeSpec
 from quadriga.model.context import PackedContext
 from quadriga.model.moe import Router, RouterStats
 from quadriga.model.transformer import ModelOutput, Transformer
+from tests.batches import batch
 from tests.golden.checkpoints import FACTS, NAMES, config_json, results, weights
 from tests.golden.weights import MODELS, PREFILL, TOKENS, ragged
 from tests.oracles import numpy_models
@@ -57,11 +58,12 @@ def prefill(model: Transformer) -> ModelOutput:
     return model(torch.tensor(TOKENS), PackedContext([len(TOKENS)]), with_stats=True)
 
 
-def decode(model: Transformer, dtype: torch.dtype = torch.float32) -> Tensor:
+def decode(model: Transformer) -> Tensor:
     """Read PREFILL tokens at once and the others one by one; logits of the single steps."""
-    kv, tokens = KVCache(model.config, dtype=dtype), torch.tensor(TOKENS)
-    model(tokens[:PREFILL], kv.extend([PREFILL]))
-    return torch.cat([model(token[None], kv.extend([1])).logits for token in tokens[PREFILL:]])
+    blocks = list(range(-(-len(TOKENS) // 16)))
+    runner = TorchRunner(model, len(blocks))
+    runner.forward(batch([(TOKENS[:PREFILL], 0, blocks)]))
+    return torch.cat([runner.forward(batch([([TOKENS[i]], i, blocks)])) for i in range(PREFILL, len(TOKENS))])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -72,9 +74,11 @@ def test_prefill_decode_and_ragged_batches_equal_transformers(golden_model: Load
     assert error(decode(model), results()[f"{name}.decode"]) <= BAR
     lengths = [len(sequence) for sequence in ragged()]
     packed = torch.tensor([token for sequence in ragged() for token in sequence])
-    kv = KVCache(model.config, len(lengths), dtype=torch.float32)
-    for context in (PackedContext(lengths), kv.extend(lengths)):
-        assert error(model(packed, context).logits, results()[f"{name}.ragged"]) <= BAR
+    assert error(model(packed, PackedContext(lengths)).logits, results()[f"{name}.ragged"]) <= BAR
+    paged = TorchRunner(model, 4 * len(lengths)).forward(
+        batch([(list(ids), 0, list(range(4 * i, 4 * i + 4))) for i, ids in enumerate(ragged())])
+    )
+    assert error(paged, results()[f"{name}.ragged"]) <= BAR
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -86,7 +90,7 @@ def test_prefill_and_decode_equal_the_numpy_statement(golden_model: LoadModel, n
     wide_bar = 1e-12 if config_json(name)["model_type"] == "mpt" else 2e-6
     bar = BAR if dtype == torch.float32 else wide_bar
     assert error(prefill(model).logits, oracle(name)) <= bar
-    assert error(decode(model, dtype), oracle(name)[PREFILL:]) <= bar
+    assert error(decode(model), oracle(name)[PREFILL:]) <= bar
 
 
 @pytest.mark.parametrize("name", ["dbrx", "mixtral"])

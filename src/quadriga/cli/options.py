@@ -113,7 +113,7 @@ def size(text: str) -> int:
         if match is None or match[2] not in units:
             raise ValueError
         return int(float(match[1]) * units[match[2]])
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"a size looks like 20GB or 512MiB, got {text!r}") from None
 
 

@@ -80,8 +80,8 @@ class TorchRunner:
             if layer == len(self._load):
                 self._load.append(torch.zeros(stats.probs.shape[-1], dtype=torch.int64, device=device))
             self._load[layer] += stats.load()
-        logits: Tensor = out.logits.float().cpu()
-        return logits
+        logits: Tensor = out.logits.cpu()
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def row_stats(self, logits: Tensor) -> tuple[list[int], list[float]]:
         """See :class:`Runner`."""

@@ -1,0 +1,75 @@
+"""Calibration: what it measures layer by layer is what the whole model sees, and using it loses less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quadriga.checkpoint.calibrate import FORMATS, calibrate
+from quadriga.checkpoint.engine_file import packed_shapes
+from quadriga.checkpoint.open import Checkpoint, load_parameters, open_checkpoint
+from quadriga.checkpoint.packed import is_router
+from quadriga.errors import RequestError
+from quadriga.model.context import PackedContext
+from quadriga.model.transformer import Transformer, random_parameters
+from tests.checkpoint.models import TINY, write_hf
+
+IDS = torch.randint(0, 97, (300,), generator=torch.Generator().manual_seed(2)).tolist()
+
+
+def checkpoint(folder: Path, name: str) -> Checkpoint:
+    torch.manual_seed(0)
+    values = {n: v.bfloat16() for n, v in random_parameters(TINY[name], std=0.3, dtype=torch.float32).items()}
+    write_hf(folder, TINY[name], parameters=values)
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", TINY)
+@torch.inference_mode()
+def test_inputs_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
+    opened = checkpoint(tmp_path, name)
+    found = calibrate(opened, IDS, errors=False)
+    parameters = {n: v.float() for n, v in load_parameters(opened).items()}
+    model = Transformer.from_parameters(TINY[name], parameters).eval()
+    seen: dict[str, Tensor] = {}
+
+    def watch(module: nn.Linear, name: str) -> None:
+        module.register_forward_pre_hook(
+            lambda _, inputs: seen.update({name: seen.get(name, 0) + inputs[0].double().square().sum(0)})
+        )
+
+    for i, layer in enumerate(model.layers):
+        watch(layer.attn.wqkv, f"layers.{i}.attn.wqkv.weight")
+        watch(layer.attn.wo, f"layers.{i}.attn.wo.weight")
+    counts: list[list[int]] = []
+    length = min(1024, TINY[name].max_seq_len)
+    for start in range(0, len(IDS), length):
+        part = IDS[start : start + length]
+        stats = model(torch.tensor(part), PackedContext([len(part)]), with_stats=True).router_stats
+        counts.append([s.load().tolist() for s in stats])
+    for matrix, square in seen.items():
+        mean = square / len(IDS)
+        torch.testing.assert_close(found.importance[matrix].double(), mean + mean.mean() * 1e-3, rtol=1e-3, atol=1e-9)
+    for i, tokens in enumerate(found.expert_tokens.values()):
+        assert tokens == torch.tensor([part[i] for part in counts]).sum(0).tolist()
+    weights = {n for n, shape in packed_shapes(TINY[name]).items() if len(shape) == 2 and not is_router(n)}
+    assert weights <= set(found.importance)
+
+
+def test_wider_formats_lose_less_and_every_matrix_is_measured(tmp_path: Path) -> None:
+    found = calibrate(checkpoint(tmp_path, "dbrx"), IDS, errors=True)
+    weights = {n for n, shape in packed_shapes(TINY["dbrx"]).items() if len(shape) == 2 and not is_router(n)}
+    assert set(found.candidates) == weights
+    for name, options in found.candidates.items():
+        error = {c.format: c.error for c in options}
+        assert tuple(error) == FORMATS
+        assert error["q4"] > error["q8"] > error["bfloat16"] >= 0, name
+
+
+@pytest.mark.parametrize("ids", [[], [97], [-1]])
+def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, ids: list[int]) -> None:
+    with pytest.raises(RequestError, match="from 0 to 96"):
+        calibrate(checkpoint(tmp_path, "dbrx"), ids, errors=False)

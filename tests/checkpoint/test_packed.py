@@ -1,0 +1,207 @@
+"""Packed directories: the same model as packing at load, resumable, provable, and experts that stay on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quadriga.checkpoint import convert as conversion
+from quadriga.checkpoint import engine_file
+from quadriga.checkpoint import packed as packed_module
+from quadriga.checkpoint.convert import convert
+from quadriga.checkpoint.open import load_parameters, open_checkpoint
+from quadriga.checkpoint.packed import PackedParameters, load_packed
+from quadriga.errors import CheckpointError, ConfigError
+from quadriga.model.compiled import CompiledModel
+from quadriga.ops.packing import Packed
+from tests.batches import batch
+from tests.checkpoint.models import TINY, random_bits, write_hf
+
+IDS = [3, 96, 41, 7, 7, 58, 12, 90, 33]
+
+
+def write(folder: Path, name: str) -> Path:
+    generator = torch.Generator().manual_seed(1)
+    values = {n: torch.randn(t.shape, generator=generator).bfloat16() for n, t in random_bits(TINY[name]).items()}
+    write_hf(folder, TINY[name], parameters=values)
+    return folder
+
+
+def matrices(parameters: PackedParameters) -> dict[str, bytes]:
+    out = {}
+    for name, value in parameters.parameters.items():
+        for i, one in enumerate(value if isinstance(value, list) else [value]):
+            raw = one.data if isinstance(one, Packed) else one.numpy()
+            out[f"{name}/{i}"] = raw.tobytes()
+    return out
+
+
+def logits(name: str, packed: PackedParameters) -> torch.Tensor:
+    model = CompiledModel(TINY[name], packed.parameters, threads=2, n_blocks=4, store=packed.store)
+    out = model.forward(batch([(IDS, 0, [0])])).clone()
+    again = model.forward(batch([(IDS, 0, [1])]))
+    assert torch.equal(out, again)
+    return out
+
+
+@pytest.mark.parametrize("form", ["keep", "q4", "q4m", "q8", "float32"])
+@pytest.mark.parametrize("name", TINY)
+def test_a_packed_directory_holds_what_packing_at_load_makes(tmp_path: Path, name: str, form: str) -> None:
+    write(tmp_path / "hf", name)
+    convert(tmp_path / "hf", tmp_path / "out", format=form, embeddings=form)
+    assert engine_file.verify(tmp_path / "out") == []
+    assert matrices(load_packed(open_checkpoint(tmp_path / "out"))) == matrices(
+        load_packed(open_checkpoint(tmp_path / "hf"), form)
+    )
+
+
+def test_mapped_and_copied_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "hf", "dbrx")
+    convert(tmp_path / "hf", tmp_path / "out", format="q4")
+    copied = load_packed(open_checkpoint(tmp_path / "out"))
+    monkeypatch.setattr(packed_module.runtime, "memory_bytes", lambda: (1000, 1000))
+    mapped = load_packed(open_checkpoint(tmp_path / "out"))
+    assert isinstance(mapped.parameters["layers.0.attn.wo.weight"].data.base, np.memmap)  # type: ignore[union-attr]
+    assert matrices(mapped) == matrices(copied)
+
+
+def test_a_packed_directory_can_be_read_as_numbers_and_converted_on(tmp_path: Path) -> None:
+    write(tmp_path / "hf", "mixtral")
+    convert(tmp_path / "hf", tmp_path / "q8", format="q8")
+    values = load_parameters(open_checkpoint(tmp_path / "q8"))
+    source = load_parameters(open_checkpoint(tmp_path / "hf"))
+    for name, expected in source.items():
+        assert float((values[name].float() - expected.float()).abs().max()) < 0.03, name
+    convert(tmp_path / "q8", tmp_path / "back", to="hf", dtype="float32")
+    back = load_parameters(open_checkpoint(tmp_path / "back"))
+    assert all(torch.equal(back[name], value.float()) for name, value in values.items())
+
+
+def test_embeddings_and_head_stay_wider_beside_four_bits(tmp_path: Path) -> None:
+    write(tmp_path / "hf", "dbrx")
+    convert(tmp_path / "hf", tmp_path / "out", format="q4")
+    entries = engine_file.read_manifest(tmp_path / "out").parameters
+    assert entries["embed.weight"].format == entries["lm_head.weight"].format == "q8"
+    assert entries["layers.0.moe.router.weight"].format == "float32"
+    assert entries["layers.1.moe.w_up/4"].format == "q4"
+
+
+def test_a_recipe_gives_each_matrix_its_format(tmp_path: Path) -> None:
+    write(tmp_path / "hf", "dbrx")
+    shapes = engine_file.packed_shapes(TINY["dbrx"])
+    recipe = {n: ("q8" if "w_down/2" in n else "q4") for n, shape in shapes.items() if len(shape) == 2}
+    recipe.update({n: "float32" for n in recipe if n.endswith("router.weight")})
+    convert(tmp_path / "hf", tmp_path / "out", format=recipe)
+    entries = engine_file.read_manifest(tmp_path / "out").parameters
+    assert {n: entries[n].format for n in recipe} == recipe
+    with pytest.raises(ConfigError, match=r"attn\.wo"):
+        convert(tmp_path / "hf", tmp_path / "no", format={n: f for n, f in recipe.items() if "attn.wo" not in n})
+
+
+def test_an_interrupted_packing_is_resumed_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "hf", "dbrx")
+    monkeypatch.setattr(conversion, "_SYNC_BYTES", 10_000)
+    convert(tmp_path / "hf", tmp_path / "whole", format="q4")
+    real, calls = os.pwrite, [0]
+
+    def pwrite(*arguments: Any) -> int:
+        calls[0] += 1
+        if calls[0] == 25:
+            raise OSError(28, os.strerror(28))
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(CheckpointError, match="No space"):
+            convert(tmp_path / "hf", tmp_path / "out", format="q4")
+    written: list[str] = []
+    convert(tmp_path / "hf", tmp_path / "out", format="q4", progress=lambda done, total, name: written.append(name))
+    assert len(set(written)) < len(engine_file.packed_shapes(TINY["dbrx"]))
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+# Experts on disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dbrx", "mixtral", "grok1"])
+def test_experts_on_disk_give_the_same_answer(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "hf", name)
+    convert(tmp_path / "hf", tmp_path / "out", format="q8")
+    in_memory = load_packed(open_checkpoint(tmp_path / "out"))
+    experts = [p for v in in_memory.parameters.values() if isinstance(v, list) for p in v]
+    one_layer = sum(-(-p.data.nbytes // 4096) * 4096 for p in experts) // TINY[name].n_layers  # whole pages
+    expected = logits(name, in_memory)
+    for budget, everything_fits in ((one_layer, False), (100 * one_layer, True)):
+        on_disk = load_packed(open_checkpoint(tmp_path / "out"), expert_memory=budget)
+        assert torch.equal(logits(name, on_disk), expected)
+        assert on_disk.expert_store is not None
+        stats = on_disk.expert_store.stats()
+        assert stats.misses > 0 and stats.bytes_read > 0 and stats.bytes_held > 0
+        assert stats.bytes_held <= budget
+        # The second pass over the same tokens finds everything only if everything fits.
+        assert (stats.hits >= stats.misses) == everything_fits
+
+
+def test_a_file_cut_short_while_experts_are_read_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "hf", "dbrx")
+    convert(tmp_path / "hf", tmp_path / "out", format="q8")
+    on_disk = load_packed(open_checkpoint(tmp_path / "out"), expert_memory=1)
+    for file in (tmp_path / "out").glob("*.packed"):
+        os.truncate(file, 5000)
+    model = CompiledModel(TINY["dbrx"], on_disk.parameters, threads=2, n_blocks=4, store=on_disk.store)
+    model.forward(batch([(IDS, 0, [0])]))
+    assert on_disk.expert_store is not None
+    with pytest.raises(CheckpointError, match="cut short"):
+        on_disk.expert_store.stats()
+
+
+def test_only_packed_directories_can_leave_experts_on_disk(tmp_path: Path) -> None:
+    write(tmp_path / "hf", "dbrx")
+    with pytest.raises(ConfigError, match="quadriga convert"):
+        load_packed(open_checkpoint(tmp_path / "hf"), expert_memory=1 << 20)
+
+
+# Hostile manifests ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offset": -64}, "offset"),
+        ({"offset": 32}, "offset"),
+        ({"offset": 1 << 40}, "cut short"),
+        ({"nbytes": 1 << 40}, "impossible"),
+        ({"nbytes": 0}, "impossible"),
+        ({"format": "q3"}, "format"),
+        ({"shape": [1 << 20, 1 << 20]}, r"attn\.wo"),
+        ({"file": "../../secret.packed"}, "secret"),
+        ({"file": "/etc/passwd"}, "passwd"),
+        ({"file": "gone.packed"}, "gone.packed"),
+    ],
+)
+def test_entries_that_point_elsewhere_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    write(tmp_path / "hf", "dbrx")
+    convert(tmp_path / "hf", tmp_path / "out", format="q4")
+    (tmp_path / "secret.packed").write_bytes(bytes(1 << 20))
+    manifest = tmp_path / "out/quadriga.json"
+    body = json.loads(manifest.read_text())
+    body["parameters"]["layers.0.attn.wo.weight"] |= change
+    manifest.write_text(json.dumps(body))
+    with pytest.raises(CheckpointError, match=message):
+        load_packed(open_checkpoint(tmp_path / "out"))
+
+
+def test_a_packed_file_cut_short_is_refused_at_load(tmp_path: Path) -> None:
+    write(tmp_path / "hf", "dbrx")
+    convert(tmp_path / "hf", tmp_path / "out", format="q4")
+    last = max(engine_file.read_manifest(tmp_path / "out").parameters.values(), key=lambda e: e.offset)
+    os.truncate(tmp_path / "out" / last.file, last.offset + last.nbytes - 1)
+    with pytest.raises(CheckpointError, match="cut short"):
+        load_packed(open_checkpoint(tmp_path / "out"))

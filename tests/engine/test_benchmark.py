@@ -1,0 +1,60 @@
+"""What a benchmark row says: counted bytes, measured limits, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from quadriga.cli import app
+from quadriga.engine.benchmark import KINDS, Bench, bytes_per_token
+from quadriga.errors import ConfigError
+from quadriga.model.compiled import CompiledModel, pack_parameters
+from quadriga.model.transformer import random_parameters
+from quadriga.quant.packed import PACKED
+from tests.checkpoint.models import TINY
+from tests.checkpoint.test_packed import write
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    config = TINY["dbrx"]
+    packed = pack_parameters(random_parameters(config, std=0.1), "q4")
+    return Bench(CompiledModel(config, packed, threads=2, n_blocks=40), packed, rounds=2)
+
+
+def test_a_token_reads_everything_but_idle_experts_and_other_embeddings() -> None:
+    config = TINY["dbrx"]
+    packed = pack_parameters(random_parameters(config, std=0.1), "q8")
+    q8, d, f = PACKED["q8"].nbytes_of, config.d_model, config.ffn.d_ff
+    router = PACKED["float32"].nbytes_of(config.ffn.n_experts, d)
+    expert = 2 * q8(f, d) + q8(d, f)
+    attention = q8(config.attn.q_dim + 2 * config.attn.kv_dim, d) + q8(d, config.attn.q_dim)
+    layer = attention + router + config.ffn.top_k * expert
+    assert bytes_per_token(config, packed) == pytest.approx(config.n_layers * layer + q8(config.vocab_size, d))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_measured_beside_its_limit(bench: Bench, kind: str) -> None:
+    row = bench.run(kind, 4)
+    assert row.tokens_per_s > 0 and row.roofline > row.tokens_per_s
+    assert row.limit == ("arithmetic" if kind == "prefill" else "read")
+
+
+@pytest.mark.parametrize(("kind", "n"), [("decode", 10_000), ("prefill", 0), ("sprint", 1)])
+def test_what_cannot_be_measured_is_refused(bench: Bench, kind: str, n: int) -> None:
+    with pytest.raises(ConfigError):
+        bench.run(kind, n)
+
+
+def test_the_command_prints_and_keeps_rows(tmp_path: Path) -> None:
+    model = str(write(tmp_path / "hf", "mixtral"))
+    table = tmp_path / "rows.csv"
+    for _ in range(2):
+        arguments = ["bench", "decode", "--n", "4", "--model", model, "--rounds", "1", "--csv", str(table)]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert "tokens/s" in result.output and "% of the read limit" in result.output
+    lines = table.read_text().splitlines()
+    assert len(lines) == 3 and lines[0].startswith("version,cpu,isa") and ",decode,4," in lines[2]

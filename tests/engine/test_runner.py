@@ -1,0 +1,76 @@
+"""The plain torch runner: decoding from blocks equals reading everything at once, for every kind of attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quadriga.engine.runner import TorchRunner
+from quadriga.model.config import AlibiSpec, AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.context import PackedContext
+from quadriga.model.transformer import Transformer, random_parameters
+from tests.batches import batch
+
+KINDS = ["dense", "moe", "alibi", "soft_cap"]
+
+
+def build(kind: str) -> TorchRunner:
+    config = ModelConfig(
+        family="test",
+        vocab_size=97,
+        d_model=48,
+        n_layers=4,
+        max_seq_len=300,
+        norm=NormSpec(kind="rms"),
+        position=AlibiSpec() if kind == "alibi" else RopeSpec(theta=1e4),
+        attn=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, soft_cap=3.0 if kind == "soft_cap" else None),
+        ffn=DenseSpec(d_ff=80, activation="gelu")
+        if kind == "dense"
+        else MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu"),
+    )
+    # float64: what differs is then a mistake, not rounding.
+    return TorchRunner(Transformer.from_parameters(config, random_parameters(config, std=0.3, dtype=torch.float64)), 40)
+
+
+def whole(runner: TorchRunner, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return runner.model(torch.tensor(ids), PackedContext([len(ids)])).logits
+
+
+def random_ids(seed: int, n: int) -> list[int]:
+    return torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_and_steps_equal_one_pass(kind: str) -> None:
+    runner, ids, blocks = build(kind), random_ids(3, 279), [7, 1, 30, *range(8, 23)]
+    pieces, start = [], 0
+    for size in (1, 17, 1, 1, 239, 1, 19):
+        pieces.append(runner.forward(batch([(ids[start : start + size], start, blocks)])))
+        start += size
+    torch.testing.assert_close(torch.cat(pieces), whole(runner, ids), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_ragged_batch_equals_one_by_one(kind: str) -> None:
+    runner = build(kind)
+    prompts, answers = [random_ids(4 + n, n) for n in (7, 1, 12)], [random_ids(50 + n, 5) for n in range(3)]
+    tables = [[3, 9], [0], [20, 4]]
+    prefill = runner.forward(batch([(p, 0, table) for p, table in zip(prompts, tables, strict=True)]))
+    decoded = [
+        runner.forward(batch([([a[t]], len(p) + t, b) for p, a, b in zip(prompts, answers, tables, strict=True)]))
+        for t in range(5)
+    ]
+    start = 0
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        alone = whole(runner, prompt + answer)
+        torch.testing.assert_close(prefill[start : start + len(prompt)], alone[: len(prompt)], rtol=0, atol=1e-11)
+        torch.testing.assert_close(torch.stack([d[i] for d in decoded]), alone[len(prompt) :], rtol=0, atol=1e-11)
+        start += len(prompt)
+
+
+def test_positions_that_were_given_up_are_forgotten() -> None:
+    runner, ids = build("moe"), list(range(20))
+    runner.forward(batch([(ids[:10] + ids[:7], 0, [5, 6])]))
+    rest = runner.forward(batch([(ids[10:], 10, [5, 6])]))
+    torch.testing.assert_close(rest, whole(runner, ids)[10:], rtol=0, atol=1e-11)

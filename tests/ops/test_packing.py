@@ -1,0 +1,93 @@
+"""Packing: what a format loses, what it must not lose, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from quadriga.errors import CheckpointError
+from quadriga.ops.packing import allocate, linear, pack, pack_blocks
+from quadriga.quant import codec
+from quadriga.quant.packed import FROM_GGUF, PACKED
+
+SHAPES = [(1, 1), (15, 31), (16, 64), (33, 65), (100, 320)]
+
+
+def normal(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("form", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_wide_formats_lose_nothing(form: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    values = normal(*shape).to(dtype)
+    assert torch.equal(pack(values, form).unpack(), values.float())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("form", "steps"), [("q8", 127), ("q4", 8), ("q4m", 15)])
+def test_block_formats_round_each_group_of_32_by_itself(form: str, steps: int, shape: tuple[int, int]) -> None:
+    rows, cols = shape
+    values = normal(*shape) * torch.logspace(-3, 2, rows)[:, None]
+    values[:, cols // 2 :] *= 100
+    got = pack(values, form).unpack()
+    for first in range(0, cols, 32):
+        group, error = values[:, first : first + 32], (got - values)[:, first : first + 32].abs().amax(1)
+        # The widest step the format could need (q4m also reaches down to 0), its half, and float16's rounding; the
+        # search may clip an outlier by another step.
+        low = torch.minimum(group.amin(1), torch.zeros(rows)) if form == "q4m" else -group.abs().amax(1)
+        width = (group.amax(1) - low) if form == "q4m" else group.abs().amax(1)
+        assert bool((error <= 1.6 * width / steps + group.abs().amax(1) * 2**-10).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", FROM_GGUF)
+def test_gguf_blocks_come_over_bit_by_bit(block: str, shape: tuple[int, int]) -> None:
+    rows, cols = shape[0], -(-shape[1] // 32) * 32
+    raw = codec.quantize(normal(rows, cols).numpy(), block)
+    packed = pack_blocks(raw.tobytes(), block, rows, cols)
+    assert np.array_equal(packed.unpack().numpy(), codec.dequantize(raw, block).reshape(rows, cols))
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_rows_can_be_unpacked_alone(form: str) -> None:
+    packed = pack(normal(70, 96), form)
+    assert torch.equal(packed.unpack(19, 40), packed.unpack()[19:59])
+
+
+@pytest.mark.parametrize("form", ["q4", "q4m"])
+def test_the_search_for_scales_minds_what_is_important(form: str) -> None:
+    values = normal(256, 512)
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(1)) ** 4
+    plain, aware = (pack(values, form, importance=i).unpack() for i in (None, importance))
+    lost = [float(((got - values).square() * importance).sum()) for got in (plain, aware)]
+    assert lost[1] < 0.8 * lost[0]
+
+
+@pytest.mark.parametrize("form", ["q8", "q4", "q4m"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
+def test_numbers_that_no_scale_can_hold_are_refused(form: str, bad: float) -> None:
+    values = normal(40, 64)
+    values[17, 5] = bad
+    with pytest.raises(CheckpointError, match="row 17"):
+        pack(values, form)
+
+
+@pytest.mark.parametrize("n", [1, 3, 17])
+@pytest.mark.parametrize("form", PACKED)
+def test_products_with_a_packed_matrix(form: str, n: int) -> None:
+    packed, x = pack(normal(70, 200), form), normal(n, 200, 1)
+    exact = x.double() @ packed.unpack().double().T
+    relative = float((linear(packed, x) - exact).norm() / exact.norm())
+    # bfloat16 and 8-bit activations: their unit roundoff; see tests/model/test_compiled.py.
+    assert relative < {"float32": 1e-6, "bfloat16": 2**-8}.get(form, 0.0083)
+
+
+def test_memory_is_aligned_and_zero() -> None:
+    pieces = [allocate(n) for n in (1, 64, 100, 300 << 20, 7)]
+    for piece in pieces:
+        assert piece.ctypes.data % 64 == 0
+        assert not piece[:: max(1, piece.nbytes // 1000)].any()
+    pieces[0][:], pieces[1][:] = 1, 2
+    assert pieces[0][0] == 1 and not pieces[2].any()

@@ -1,0 +1,64 @@
+"""Which matrix gets which format: within the budget, and as good as any other choice."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quadriga.errors import ConfigError
+from quadriga.quant.recipe import Candidate, choose, protected_share
+
+candidates = st.dictionaries(
+    st.sampled_from("abcd"),
+    st.lists(
+        st.tuples(st.integers(1, 50), st.floats(0, 10, allow_subnormal=False)), min_size=1, max_size=4, unique=True
+    ),
+    min_size=1,
+).map(lambda d: {n: [Candidate(f"f{i}", *option) for i, option in enumerate(options)] for n, options in d.items()})
+
+
+def total(options: dict[str, list[Candidate]], chosen: dict[str, str]) -> tuple[int, float]:
+    picked = [next(c for c in options[name] if c.format == form) for name, form in chosen.items()]
+    return sum(c.nbytes for c in picked), sum(c.error for c in picked)
+
+
+@given(candidates, st.integers(0, 60))
+def test_within_the_budget_and_near_the_best(options: dict[str, list[Candidate]], spare: int) -> None:
+    smallest = sum(min(c.nbytes for c in option) for option in options.values())
+    budget = smallest + spare
+    nbytes, error = total(options, choose(options, budget))
+    assert nbytes <= budget
+    every = [
+        dict(zip(options, forms, strict=True)) for forms in product(*([c.format for c in o] for o in options.values()))
+    ]
+    best = min(e for n, e in (total(options, chosen) for chosen in every) if n <= budget)
+    # Greedy on the hull loses at most the last step it could not pay for: one matrix's whole range.
+    widest = max(max(c.error for c in o) - min(c.error for c in o) for o in options.values())
+    assert error <= best + widest + 1e-9
+
+
+def test_bytes_go_where_they_help_most() -> None:
+    options = {
+        "robust": [Candidate("q4", 10, 0.10), Candidate("q8", 20, 0.01)],
+        "delicate": [Candidate("q4", 10, 5.00), Candidate("q8", 20, 0.20)],
+    }
+    assert choose(options, 30) == {"robust": "q4", "delicate": "q8"}
+    assert choose(options, 40) == {"robust": "q8", "delicate": "q8"}
+
+
+def test_an_option_that_a_cheaper_one_beats_is_never_taken() -> None:
+    options = {"w": [Candidate("q4", 10, 0.1), Candidate("worse", 15, 0.2), Candidate("q8", 20, 0.05)]}
+    assert {choose(options, budget)["w"] for budget in range(10, 30)} == {"q4", "q8"}
+
+
+def test_a_budget_below_the_smallest_formats_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="smallest formats take"):
+        choose({"w": [Candidate("q4", 10, 0.1)]}, 9)
+
+
+def test_an_expert_that_saw_little_is_protected() -> None:
+    assert protected_share(0, 1000, 16) == 1 / 32
+    assert protected_share(500, 1000, 16) == 0.5
