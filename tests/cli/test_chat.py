@@ -28,6 +28,7 @@ class FakeLLM:
     name = "fake"
     config = TINY["llama2"]
     tokenizer = None
+    expert_store = None
 
     def __init__(self) -> None:
         self.asked: list[list[dict[str, str]]] = []
@@ -169,7 +170,7 @@ def test_experts_of_the_last_answer() -> None:
 
 
 def test_the_last_line_tells_what_it_took(session: ChatSession, capsys: pytest.CaptureFixture[str]) -> None:
-    print_stream(session.ask("hello"))
+    print_stream(session.ask("hello"), session.llm)
     shown = capsys.readouterr()
     assert shown.out == "I saw 1\n"
     assert shown.err.startswith("3 tokens · ")

@@ -75,8 +75,10 @@ def calibrate(
     tokens = torch.tensor([t for part in parts for t in part])
     context = PackedContext([len(part) for part in parts])
     view, found = checkpoint.parameters, Calibration(len(tokens))
-    h = torch.cat([view.read("embed.weight", ((t, t + 1), (0, config.d_model))).float() for t in tokens.tolist()])
-    h = h * config.embedding_scale
+    # In order, so that every stored part is read once; copied, so that none is kept.
+    distinct = sorted(set(tokens.tolist()))
+    embedded = [view.read("embed.weight", ((t, t + 1), (0, config.d_model))).float().clone() for t in distinct]
+    h = torch.cat(embedded)[torch.searchsorted(torch.tensor(distinct), tokens)] * config.embedding_scale
     scoring = Transformer.scoring_of(config)
     rotary = None
     if isinstance(config.position, RopeSpec):

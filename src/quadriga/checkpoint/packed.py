@@ -42,12 +42,7 @@ class PackedParameters:
     """A model's parameters and, where its experts stay on disk, their store."""
 
     parameters: dict[str, Parameter]
-    expert_store: ExpertStore | None = None
-
-    @property
-    def store(self) -> int | None:
-        """The store's handle for the kernels."""
-        return None if self.expert_store is None else self.expert_store.handle
+    store: ExpertStore | None = None
 
 
 def is_router(name: str) -> bool:

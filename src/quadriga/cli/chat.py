@@ -103,10 +103,10 @@ def chat_command(
         speed = {"tokens_per_s": done.tokens_per_s, "time_to_first_token_s": done.time_to_first_token_s}
         print(options.as_json({**fields, "token_ids": done.token_ids, **speed}))
     else:
-        print_stream(session.ask(prompt))
+        print_stream(session.ask(prompt), llm)
 
 
-def print_stream(events: Answer) -> None:
+def print_stream(events: Answer, llm: LLM) -> None:
     """Print an answer as it comes, then one dim line about it (on stderr, so that pipes get the answer only)."""
     started = first = time.perf_counter()
     n_tokens, reason = 0, "cancelled"
@@ -125,6 +125,9 @@ def print_stream(events: Answer) -> None:
     elapsed = time.perf_counter() - first
     rate = (n_tokens - 1) / elapsed if n_tokens > 1 and elapsed > 0 else 0.0
     line = options.summary(n_tokens, rate, first - started, reason)
+    if llm.expert_store is not None:
+        disk = llm.expert_store.stats()
+        line += f" · experts: {disk.bytes_read / 1e9:.1f} GB read, {disk.hit_rate:.0%} found in memory"
     print(f"\033[2m{line}\033[0m" if sys.stderr.isatty() else line, file=sys.stderr)
 
 
@@ -334,7 +337,7 @@ def _converse(session: ChatSession) -> None:
                 continue
             events = session.command(line, print) if line.startswith("/") else session.ask(line)
             if events is not None:
-                print_stream(events)
+                print_stream(events, session.llm)
         except KeyboardInterrupt:
             continue  # Ctrl-C at the prompt drops the line
         except EOFError:

@@ -74,4 +74,4 @@ def generate_command(
 
     if echo:
         print(prompt, end="", flush=True)
-    print_stream(llm.stream(prompt, params))
+    print_stream(llm.stream(prompt, params), llm)

@@ -33,6 +33,7 @@ from quadriga.model.config import ModelConfig
 from quadriga.model.moe import RouterStats
 from quadriga.model.transformer import Transformer
 from quadriga.ops import dispatch
+from quadriga.ops.expert_store import ExpertStore
 from quadriga.quant.packed import kv_block_bytes
 from quadriga.text.chat import render
 from quadriga.text.tokenizer import Tokenizer
@@ -152,6 +153,11 @@ class LLM:
             model, tokenizer, end_ids=frozenset(self.end_ids), max_batch_tokens=2048, max_sequences=max_sequences
         )
         self._inbox: dict[int, deque[TokenEvent]] = {}
+
+    @property
+    def expert_store(self) -> ExpertStore | None:
+        """Where the experts are, if they stay on disk; its ``stats`` say how often the disk was needed."""
+        return self.runner.store if isinstance(self.runner, CompiledModel) else None
 
     # Whole sequences -------------------------------------------------------------------------------------------------
 

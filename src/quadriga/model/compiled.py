@@ -19,6 +19,7 @@ from quadriga.model.config import AlibiSpec, DenseSpec, ModelConfig, MoESpec, Ro
 from quadriga.model.layers import alibi_slopes
 from quadriga.model.moe import RouterStats
 from quadriga.model.weight_map import parameter_shapes
+from quadriga.ops.expert_store import ExpertStore
 from quadriga.ops.packing import Packed, allocate, pack
 from quadriga.ops.program import AttentionArgs, Batch, FFNArgs, NormArgs, Program
 from quadriga.quant.packed import KV_FORMATS, kv_block_bytes
@@ -64,7 +65,7 @@ class CompiledModel:
             a billion parameters, which are sensitive (SmolLM2's perplexity: 23.67 and 23.73) and quick anyway.
         max_tokens: most tokens of one pass.
         isa: an instruction set instead of the one in force (tests).
-        store: handle of an expert store, where the experts' memory is elsewhere.
+        store: where the experts are, if they stay on disk.
 
     Raises:
         ConfigError: an unknown kv_format.
@@ -81,7 +82,7 @@ class CompiledModel:
         activations: str = "auto",
         max_tokens: int = MAX_TOKENS,
         isa: str | None = None,
-        store: int | None = None,
+        store: ExpertStore | None = None,
     ) -> None:
         if kv_format not in KV_FORMATS:
             raise ConfigError(f"the cache's format must be one of {', '.join(KV_FORMATS)}; got {kv_format!r}")
@@ -97,20 +98,27 @@ class CompiledModel:
             fine=activations == "int16" or (activations == "auto" and small),
             isa=isa,
         )
-        self.parameters = parameters
+        self.parameters, self.store = parameters, store
         block_bytes = kv_block_bytes(kv_format, config.attn.n_kv_heads, config.attn.head_dim)
         self.kv_bytes = n_blocks * block_bytes * config.n_layers
         embed = self._packed("embed.weight")
         self.program.embed(embed, config.embedding_scale)
         for layer in range(config.n_layers):
             self.program.attention(self._attention(layer, n_blocks * block_bytes))
-            self.program.ffn(self._ffn(layer, store))
+            self.program.ffn(self._ffn(layer))
         head = embed if config.tied_embeddings else self._packed("lm_head.weight")
         self.program.head(self._norm("final_norm.weight"), head, config.logit_scale)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (R, V) float32 of the rows asked for; valid until the next pass."""
-        return self.program.run(batch)
+        """Logits (R, V) float32 of the rows asked for; valid until the next pass.
+
+        Raises:
+            CheckpointError: experts on disk could not be read.
+        """
+        logits = self.program.run(batch)
+        if self.store is not None:
+            self.store.stats()  # raises
+        return logits
 
     def row_stats(self, logits: Tensor) -> tuple[list[int], list[float]]:
         """Of every row of logits (R, V): the most probable token (the lowest id of equals) and log(sum(exp))."""
@@ -153,7 +161,7 @@ class CompiledModel:
             kv_format=self.kv_format,
         )
 
-    def _ffn(self, layer: int, store: int | None) -> FFNArgs:
+    def _ffn(self, layer: int) -> FFNArgs:
         config, ffn, p = self.config, self.config.ffn, f"layers.{layer}."
         norm = self._norm(p + "ffn_norm.weight")
         post = self._norm(p + "ffn_post_norm.weight") if config.post_norms else None
@@ -189,7 +197,7 @@ class CompiledModel:
                     normalize_p=ffn.normalize_p,
                     fuse=fuse,
                     layer=layer,
-                    store=store,
+                    store=None if self.store is None else self.store.handle,
                 )
 
     def _packed(self, name: str) -> Packed:
