@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+COLUMNS = ("model", "kind", "n", "machine", "program", "tokens_per_s", "slowest", "fastest", "ours_over_it", "of_limit")
 
 
 class Driver:
@@ -88,7 +89,7 @@ def main() -> None:
     competitor = None
     if args.busy:
         competitor = subprocess.Popen([*pin, sys.executable, "-c", "while True: pass"])
-    rows = []
+    rows: list[tuple[object, ...]] = []
     try:
         for item in args.measure:
             kind, number = item.split(":")
@@ -106,22 +107,28 @@ def main() -> None:
                 if args.llama is not None:
                     rate = llama_cpp(args.llama_bin, args.llama, pin, args.threads, kind, n)
                     others["llama.cpp"].append(rate)
+            share = statistics.median(limits)
             text = f"{item}: ours {statistics.median(mine):.1f} ({min(mine):.1f}-{max(mine):.1f})"
-            text += f", {statistics.median(limits):.0%} of the limit"
-            row = [args.ours, kind, n, args.busy, f"{statistics.median(mine):.2f}", f"{statistics.median(limits):.3f}"]
+            text += f", {share:.0%} of the limit"
+            what = (Path(args.ours).name, kind, n, "busy" if args.busy else "quiet")
+            rows.append((*what, "quadriga", *_spread(mine), "1.00", f"{share:.2f}"))
             for name, rates in others.items():
                 if rates:
                     ratio = statistics.median(m / r for m, r in zip(mine, rates, strict=True))
                     text += f"; {name} {statistics.median(rates):.1f} ({min(rates):.1f}-{max(rates):.1f}): {ratio:.2f}x"
-                    row += [name, f"{statistics.median(rates):.2f}", f"{ratio:.2f}"]
+                    rows.append((*what, name, *_spread(rates), f"{ratio:.2f}", ""))
             print(text, flush=True)
-            rows.append(row)
     finally:
         if competitor is not None:
             competitor.kill()
     if args.csv is not None:
+        fresh = not args.csv.exists()
         with args.csv.open("a", newline="") as file:
-            csv.writer(file).writerows(rows)
+            csv.writer(file).writerows([COLUMNS, *rows] if fresh else rows)
+
+
+def _spread(rates: list[float]) -> tuple[str, str, str]:
+    return f"{statistics.median(rates):.2f}", f"{min(rates):.2f}", f"{max(rates):.2f}"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ whatever shares the batch, however the prompt was cut, and whether its prefix wa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quadriga.engine.blocks import BLOCK_TOKENS
 from quadriga.engine.lookup import Lookup
-from quadriga.engine.request import FinishReason, PromptReport, Request, TokenEvent
+from quadriga.engine.request import FinishReason, PromptReport, Request, Routing, TokenEvent
 from quadriga.engine.runner import Runner
 from quadriga.engine.sampler import Sampler
 from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
@@ -41,8 +41,8 @@ class _Active:
     text: Detokenizer | None
     ends: frozenset[int]
     lookup: Lookup | None
-    prompt_logprobs: dict[int, float] = field(default_factory=dict)
-    """Prompt position -> log-probability of the token there."""
+    prompt_logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=dict)
+    """Prompt position -> log-probability of the token there, and the most probable tokens."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ class Engine:
             sampler=Sampler(params, prompt, self.config.vocab_size),
             text=Detokenizer(self.tokenizer, stop=params.stop) if self.tokenizer is not None else None,
             ends=frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.end_ids),
-            lookup=Lookup() if params.speculate else None,
+            # A guess is checked against the model's choice, not against a grammar's.
+            lookup=Lookup() if params.speculate and request.constraint is None else None,
         )
         self.scheduler.add(running)
         self._active[running.request_id] = active
@@ -180,7 +181,7 @@ class Engine:
         batch, first_rows = build_batch(plan)
         logits = self.runner.forward(batch)
         try:
-            events, new_tokens, finished = self._sample(plan, logits, first_rows)
+            events, new_tokens, finished = self._sample(plan, logits, first_rows, batch)
         except RequestError:
             for chunk in plan.chunks:
                 self.cancel(chunk.sequence.request_id)
@@ -194,9 +195,12 @@ class Engine:
         return events
 
     def _sample(
-        self, plan: Plan, logits: Tensor, first_rows: Sequence[int]
+        self, plan: Plan, logits: Tensor, first_rows: Sequence[int], batch: Batch
     ) -> tuple[list[tuple[int, TokenEvent]], dict[int, list[int]], set[int]]:
         best, log_sums = self.runner.row_stats(logits) if len(logits) else ([], [])
+        routing = None
+        if any(a.request.routing for c in plan.chunks if (a := self._active.get(c.sequence.request_id)) is not None):
+            routing = self.runner.router_stats(len(batch.tokens))
         events: list[tuple[int, TokenEvent]] = []
         new_tokens: dict[int, list[int]] = {}
         finished: set[int] = set()
@@ -214,6 +218,8 @@ class Engine:
             self._guessed += len(guesses)
             for i in range(len(guesses) + 1):
                 event = self._next(active, logits[row + i], best[row + i], log_sums[row + i], len(made))
+                if routing is not None and active.request.routing:
+                    event = replace(event, routing=_routing_of(routing, int(batch.rows[row + i])))
                 made.append(event.token_id)
                 events.append((chunk.sequence.request_id, event))
                 if event.finish_reason is not None:
@@ -228,22 +234,27 @@ class Engine:
 
     def _next(self, active: _Active, logits: Tensor, best: int, log_sum: float, n_before: int) -> TokenEvent:
         """Sample one token of a request and say what it means for its text and its end."""
-        running = active.running
-        chosen = active.sampler.sample(logits, best, log_sum)
+        running, constraint = active.running, active.request.constraint
+        allowed = None if constraint is None else constraint.allowed()
+        chosen = active.sampler.sample(logits, best, log_sum, allowed)
         ended = chosen.token_id in active.ends
+        complete = constraint is not None and not ended and constraint.accept(chosen.token_id)
         piece, hit_stop = ("", False) if active.text is None or ended else active.text.push(chosen.token_id)
         full = len(running.tokens) + n_before + 1 >= running.max_tokens
-        last = ended or hit_stop or full
+        last = ended or hit_stop or full or complete
         if last and not hit_stop and active.text is not None:
             piece += active.text.finish()
         reason: FinishReason | None = None
         if last:
-            reason = "stop" if ended or hit_stop else "length"
+            reason = "stop" if ended or hit_stop or complete else "length"
         report = None
         if len(running.tokens) + n_before == running.n_prompt:
             scored = active.prompt_logprobs
+            in_order = [scored[position] for position in sorted(scored)]
             report = PromptReport(
-                n_cached_tokens=running.n_cached, logprobs=tuple(scored[position] for position in sorted(scored))
+                n_cached_tokens=running.n_cached,
+                logprobs=tuple(logprob for logprob, _ in in_order),
+                top_logprobs=tuple(top for _, top in in_order),
             )
         return TokenEvent(
             token_id=chosen.token_id,
@@ -255,11 +266,20 @@ class Engine:
         )
 
     def _score_prompt(self, active: _Active, chunk: Chunk, logits: Tensor, log_sums: list[float], row: int) -> None:
-        tokens, n_prompt = chunk.sequence.tokens, chunk.sequence.n_prompt
-        for i in range(len(chunk.tokens)):
-            following = chunk.start + i + 1
-            if following < n_prompt:
-                active.prompt_logprobs[following] = float(logits[row + i, tokens[following]]) - log_sums[row + i]
+        tokens, n_prompt, n_top = chunk.sequence.tokens, chunk.sequence.n_prompt, active.request.params.logprobs
+        n = min(len(chunk.tokens), n_prompt - 1 - chunk.start)
+        if n <= 0:
+            return
+        rows, sums = logits[row : row + n], torch.tensor(log_sums[row : row + n])[:, None]
+        following = torch.tensor(tokens[chunk.start + 1 : chunk.start + 1 + n])[:, None]
+        own = (rows.gather(1, following) - sums)[:, 0].tolist()
+        top: list[tuple[tuple[int, float], ...]] = [()] * n
+        if n_top:
+            values, ids = rows.topk(n_top)
+            pairs = zip(ids.tolist(), (values - sums).tolist(), strict=True)
+            top = [tuple(zip(i, v, strict=True)) for i, v in pairs]
+        for i in range(n):
+            active.prompt_logprobs[chunk.start + i + 1] = (own[i], top[i])
 
     # Whole sequences -------------------------------------------------------------------------------------------------
 
@@ -271,6 +291,30 @@ class Engine:
         Raises:
             RequestError: the sequence does not fit into the free blocks.
         """
+        logits, stats = [], []
+        for rows, n in self._passes(token_ids, chunk, with_logits=True):
+            logits.append(rows.clone())
+            stats.append(self.runner.router_stats(n))
+        merged = [
+            RouterStats(*(torch.cat([getattr(s, name) for s in layer]) for name in _STATS_FIELDS))
+            for layer in zip(*stats, strict=True)
+        ]
+        return torch.cat(logits), merged
+
+    def embed(self, token_ids: Sequence[int], *, chunk: int = 512) -> Tensor:
+        """A sequence as one vector (D,) float32: the mean of its last hidden states after the final norm, of length 1.
+
+        Raises:
+            RequestError: the sequence does not fit into the free blocks.
+        """
+        total = torch.zeros(self.config.d_model)
+        for _, n in self._passes(token_ids, chunk, with_logits=False):
+            total += self.runner.hidden(n).sum(0)
+        unit: Tensor = total / total.norm().clamp_min(1e-12)
+        return unit
+
+    def _passes(self, token_ids: Sequence[int], chunk: int, *, with_logits: bool) -> Iterator[tuple[Tensor, int]]:
+        """Run one sequence beside everything else, in blocks of its own: (logits, tokens) of every pass."""
         n, pool = len(token_ids), self.scheduler.pool
         blocks: list[int] = []
         try:
@@ -279,7 +323,6 @@ class Engine:
                 if block is None:
                     raise RequestError(f"{n} tokens do not fit into the free part of the cache; ask again later")
                 blocks.append(block)
-            logits, stats = [], []
             for start in range(0, n, chunk):
                 stop = min(start + chunk, n)
                 ints = (
@@ -288,18 +331,21 @@ class Engine:
                     (0, stop - start),
                     blocks,
                     (0, len(blocks)),
-                    range(stop - start),
+                    range(stop - start if with_logits else 0),
                 )
-                logits.append(self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints))).clone())
-                stats.append(self.runner.router_stats(stop - start))
+                yield self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints))), stop - start
         finally:
             for block in blocks:
                 pool.release(block)
-        merged = [
-            RouterStats(*(torch.cat([getattr(s, name) for s in layer]) for name in _STATS_FIELDS))
-            for layer in zip(*stats, strict=True)
-        ]
-        return torch.cat(logits), merged
+
+
+def _routing_of(stats: list[RouterStats], token: int) -> Routing:
+    """One position's experts in every layer, heaviest first."""
+    layers = []
+    for layer in stats:
+        pairs = zip(layer.expert_ids[token].tolist(), layer.expert_weights[token].tolist(), strict=True)
+        layers.append(tuple(sorted(pairs, key=lambda pair: -pair[1])))
+    return tuple(layers)
 
 
 _STATS_FIELDS = ("expert_ids", "expert_weights", "probs", "logits")

@@ -169,6 +169,22 @@ class LLM:
         """What every layer's router decided for each token of one sequence; empty for a dense model."""
         return self.engine.score(self._check_ids(token_ids).tolist())[1]
 
+    def embed(self, text: str | Sequence[int]) -> Tensor:
+        """A text as one vector (D,) float32 of length 1: the mean of the last hidden states."""
+        return self.engine.embed(self.prompt_ids(text))
+
+    def loglikelihood(self, context: str | Sequence[int], continuation: str | Sequence[int]) -> tuple[float, bool]:
+        """How probable a continuation is after a context.
+
+        Returns:
+            (sum of its tokens' natural-log probabilities, True if each of them was the most probable one).
+        """
+        before = self.prompt_ids(context)
+        after = self._need_tokenizer().encode(continuation) if isinstance(continuation, str) else list(continuation)
+        logits = self.logits([*before, *after])[len(before) - 1 : -1]
+        own = logits.log_softmax(-1).gather(1, torch.tensor(after)[:, None])
+        return float(own.sum()), bool((logits.argmax(-1) == torch.tensor(after)).all())
+
     # Generation ------------------------------------------------------------------------------------------------------
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Answer:

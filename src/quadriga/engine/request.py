@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from quadriga.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """stop: an end token or a stop string; length: max_new_tokens or the context is full; cancelled: the caller left."""
+
+
+Routing = tuple[tuple[tuple[int, float], ...], ...]
+"""What one position's routers chose: per MoE layer (expert, weight), heaviest first."""
+
+
+class Constraint(Protocol):
+    """A grammar that an answer must follow, fed token by token. Belongs to one request."""
+
+    def allowed(self) -> Any:
+        """(V,) bool tensor: the tokens that may come next, end tokens included where the answer may end."""
+        ...
+
+    def accept(self, token_id: int) -> bool:
+        """Go on by a token; True if nothing may follow it."""
+        ...
 
 
 def _require(condition: bool, message: str) -> None:
@@ -98,6 +114,8 @@ class PromptReport:
     """Tokens that were found in the prefix cache."""
     logprobs: tuple[float, ...] = ()
     """Of every token but the first, where ``prompt_logprobs`` was asked for."""
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """The most probable tokens at those places, where ``logprobs`` was asked for too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +131,8 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     prompt: PromptReport | None = None
     """With the first event of an answer."""
+    routing: Routing | None = None
+    """Which experts computed the prediction of this token, where the request asked for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +144,10 @@ class Request:
     params: SamplingParams
     priority: int = 0
     """Higher goes first."""
+    routing: bool = False
+    """Report which experts each token came from (none in a dense model)."""
+    constraint: Constraint | None = None
+    """A grammar for the answer."""
     salt: bytes = b""
     """Requests share cached prefixes only with those of the same salt."""
 

@@ -38,6 +38,10 @@ class Runner(Protocol):
         """Of logits (R, V): the most probable token of every row (lowest id of equals), and log(sum(exp))."""
         ...
 
+    def hidden(self, n_tokens: int) -> Tensor:
+        """(n_tokens, D) float32: the last pass's states after the final norm, which the head reads."""
+        ...
+
     def router_stats(self, n_tokens: int) -> list[RouterStats]:
         """The last pass's routing of its first ``n_tokens`` tokens, per MoE layer."""
         ...
@@ -74,18 +78,23 @@ class TorchRunner:
         tokens = torch.from_numpy(batch.tokens).long().to(device)
         rows = torch.from_numpy(batch.rows).long().to(device)
         with runtime.quick_float32(len(tokens)):
-            out = self.model(tokens, _PagedContext(self, batch, device), rows=rows, with_stats=True)
-        self._stats = out.router_stats
+            self._hidden, self._stats = self.model.hidden(tokens, _PagedContext(self, batch, device))
+            logits: Tensor = self.model.head(self._hidden[rows]).cpu()
         for layer, stats in enumerate(self._stats):
             if layer == len(self._load):
                 self._load.append(torch.zeros(stats.probs.shape[-1], dtype=torch.int64, device=device))
             self._load[layer] += stats.load()
-        logits: Tensor = out.logits.cpu()
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return logits
 
     def row_stats(self, logits: Tensor) -> tuple[list[int], list[float]]:
         """See :class:`Runner`."""
         return logits.argmax(-1).tolist(), logits.logsumexp(-1).tolist()
+
+    @torch.inference_mode()
+    def hidden(self, n_tokens: int) -> Tensor:
+        """See :class:`Runner`."""
+        normed: Tensor = self.model.final_norm(self._hidden[:n_tokens])
+        return normed.float().cpu()
 
     def router_stats(self, n_tokens: int) -> list[RouterStats]:
         """See :class:`Runner`."""

@@ -39,11 +39,14 @@ class Sampler:
         self._answer: Counter[int] = Counter()
         self._seen = set(prompt_ids)
 
-    def sample(self, logits: Tensor, best: int | None = None, log_sum: float | None = None) -> Sample:
+    def sample(
+        self, logits: Tensor, best: int | None = None, log_sum: float | None = None, allowed: Tensor | None = None
+    ) -> Sample:
         """Choose a token from logits (V,) float32 and count it as said.
 
         Args:
             best, log_sum: index of the first largest logit and log(sum(exp)), where they are known already.
+            allowed: (V,) bool, the tokens that may be chosen; None allows all.
 
         Raises:
             RequestError: the logits are not finite, so the weights or the computation are broken.
@@ -57,6 +60,8 @@ class Sampler:
                 "Run `quadriga models verify`, or load with dtype='float32'."
             )
         adjusted = self._adjust(logits)
+        if allowed is not None:
+            adjusted = adjusted.masked_fill(~allowed, -math.inf)
         if params.temperature == 0:
             token = best if best is not None and adjusted is logits else int(adjusted.argmax())
         else:

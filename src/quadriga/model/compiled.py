@@ -124,6 +124,10 @@ class CompiledModel:
         """Of every row of logits (R, V): the most probable token (the lowest id of equals) and log(sum(exp))."""
         return self.program.row_stats(logits)
 
+    def hidden(self, n_tokens: int) -> Tensor:
+        """(n_tokens, D) float32: the last pass's states after the final norm, which the head reads."""
+        return self.program.hidden(n_tokens, self._norm("final_norm.weight"))
+
     def router_stats(self, n_tokens: int) -> list[RouterStats]:
         """What every layer's router decided for the last pass's tokens; the logits are those of the softmax's log."""
         return [

@@ -136,7 +136,7 @@ class Program:
         self._ops: list[tuple[int, ctypes.Structure]] = []
         self._keep: list[Any] = []
         self._steps: ctypes.Array[cpu.Step] | None = None
-        self._hidden = torch.zeros(max_tokens, d_model)
+        self.d_model, self._hidden = d_model, torch.zeros(max_tokens, d_model)
         self._logits = torch.empty(0, vocab_size)
 
     def embed(self, table: Packed, scale: float) -> None:
@@ -225,6 +225,15 @@ class Program:
         )
         self.context.run(self._steps, args)
         return self._logits[:n_rows]
+
+    def hidden(self, n_tokens: int, norm: NormArgs) -> Tensor:
+        """(n_tokens, D) float32: the last pass's states after all layers, normed."""
+        out, weight = torch.empty(n_tokens, self.d_model), norm.weight.float().contiguous()
+        spec = cpu.Norm(weight.data_ptr(), cpu.NORMS[norm.kind], norm.eps)
+        self.context.lib.qd_norm_rows(
+            self.context.handle, ctypes.byref(spec), self._hidden.data_ptr(), n_tokens, self.d_model, out.data_ptr()
+        )
+        return out
 
     def row_stats(self, logits: Tensor) -> tuple[list[int], list[float]]:
         """Of every row of logits (R, V): the most probable token (the lowest id of equals) and log(sum(exp))."""
