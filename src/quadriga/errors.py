@@ -8,7 +8,9 @@
     │   ├── TemplateError         a chat template, or the messages given to it
     │   ├── RequestError          a prompt or sampling parameters
     │   └── CatalogueError        an unknown model name, a failed download, a wrong hash
-    └── HardwareError             this machine lacks what was asked for (memory, device, instruction set)
+    ├── HardwareError             this machine lacks what was asked for (memory, device, instruction set)
+    ├── BusyError                 more requests than the engine takes; the same one may succeed later
+    └── EngineError               the engine failed while a request ran, or has stopped
 
 Every message says what must be, what came, and what to do. ``assert`` is kept for our own invariants.
 """
@@ -48,3 +50,11 @@ class CatalogueError(InputError):
 
 class HardwareError(QuadrigaError):
     """This machine lacks what was asked for: memory, a device, an instruction set."""
+
+
+class BusyError(QuadrigaError):
+    """More requests than may wait. The same request may succeed later."""
+
+
+class EngineError(QuadrigaError):
+    """The engine failed while a request ran, or has stopped."""

@@ -19,6 +19,7 @@ from quadriga.cli.convert import convert_command
 from quadriga.cli.generate import generate_command
 from quadriga.cli.info import info_command
 from quadriga.cli.models import models_app, pull_command
+from quadriga.cli.serve import serve_command
 from quadriga.errors import InputError, QuadrigaError
 
 app = typer.Typer(
@@ -52,6 +53,14 @@ app.command(
         'quadriga generate "def fib(n):" --stop "\\n\\n" --json',
     ),
 )(generate_command)
+app.command(
+    "serve",
+    epilog=_example(
+        "quadriga serve                                 the default model, on this machine only",
+        "quadriga serve dbrx-q4 --port 9000 --kv-memory 8GB",
+        "quadriga serve dbrx-q4 --host 0.0.0.0 --allow-host llm.example.org --api-key $KEY",
+    ),
+)(serve_command)
 app.command(
     "convert",
     epilog=_example(

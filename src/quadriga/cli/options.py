@@ -125,7 +125,9 @@ def load_model(
     *,
     format: str = "keep",
     kv_format: str = "bfloat16",
+    kv_memory: str | None = None,
     expert_memory: str | None = None,
+    max_sequences: int = 64,
 ) -> LLM:
     """Load a model with a progress bar."""
     from quadriga.cli.progress import progress_bar
@@ -139,7 +141,9 @@ def load_model(
             threads=threads,
             format=format,
             kv_format=kv_format,
+            kv_memory=None if kv_memory is None else size(kv_memory),
             expert_memory=None if expert_memory is None else size(expert_memory),
+            max_sequences=max_sequences,
             progress=show,
         )
 

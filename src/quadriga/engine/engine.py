@@ -84,7 +84,7 @@ class Engine:
         prefix_cache: bool = True,
     ) -> None:
         self.runner, self.config, self.tokenizer = runner, runner.config, tokenizer
-        self.end_ids = end_ids
+        self.end_ids, self.max_sequences = end_ids, max_sequences
         self.scheduler = Scheduler(
             runner.n_blocks, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, prefix_cache=prefix_cache
         )
@@ -140,6 +140,10 @@ class Engine:
         if self._active.pop(request_id, None) is None:
             return False
         return self.scheduler.cancel(request_id)
+
+    def is_active(self, request_id: int) -> bool:
+        """True if a request is waiting or running."""
+        return request_id in self._active
 
     @property
     def has_work(self) -> bool:

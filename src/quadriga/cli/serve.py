@@ -1,0 +1,87 @@
+"""``quadriga serve``: a model over HTTP, with a chat page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quadriga.cli import options
+
+
+def serve_command(
+    model: Annotated[str, typer.Argument(help="A catalogue name, hf:ORG/REPO, a directory or a GGUF file.")] = (
+        "smollm2-135m-instruct"
+    ),
+    host: Annotated[str, typer.Option(help="Address to listen on; loopback is this machine only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option("--served-name", help="What clients call the model.")] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="A key that clients must send; may be repeated. Also QUADRIGA_API_KEYS.")
+    ] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="A host name clients may use; * is any.")] = None,
+    allow_origin: Annotated[list[str] | None, typer.Option(help="A site whose pages may ask; * is any.")] = None,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
+    max_sequences: Annotated[int, typer.Option(help="Requests that are computed at once.")] = 64,
+    requests_per_minute: Annotated[int, typer.Option(help="For each key or address; 0 is no limit.")] = 0,
+    concurrent: Annotated[int, typer.Option(help="Requests at once for each key or address; 0 is no limit.")] = 0,
+    max_body: Annotated[str, typer.Option(help="Largest request body, e.g. 8MB.")] = "8MB",
+    drain: Annotated[
+        int, typer.Option(help="Seconds that answers get after SIGTERM; a second signal ends at once.")
+    ] = 30,
+    format: options.Format = "keep",
+    kv_format: options.KVFormat = "bfloat16",
+    kv_memory: Annotated[str | None, typer.Option(help="Memory for keys and values, e.g. 4GB.")] = None,
+    expert_memory: options.ExpertMemory = None,
+    dtype: options.Dtype = None,
+    device: options.Device = "cpu",
+    threads: options.Threads = None,
+) -> None:
+    """Serve a model: OpenAI's and Anthropic's interfaces, and a chat page at /."""
+    from quadriga import runtime
+    from quadriga.errors import ConfigError
+    from quadriga.server.guard import Limits, is_loopback
+    from quadriga.server.run import listen, serve
+    from quadriga.server.service import Service
+
+    keys = tuple(api_key or ()) + tuple(k for k in (runtime.setting("API_KEYS") or "").split(",") if k)
+    if any(len(key) < 8 for key in keys):
+        raise ConfigError("an API key needs at least 8 characters")
+    if max_waiting < 0 or max_sequences < 1 or requests_per_minute < 0 or concurrent < 0 or drain < 0:
+        raise ConfigError("limits cannot be negative, and at least one request must run")
+    limits = Limits(
+        keys=keys,
+        hosts=(*(allow_host or ()), *(() if host in ("0.0.0.0", "::") else (host,))),
+        origins=tuple(allow_origin or ()),
+        max_body_bytes=options.size(max_body),
+        requests_per_minute=requests_per_minute,
+        concurrent=concurrent,
+    )
+    listener = listen(host, port)
+    llm = options.load_model(
+        model,
+        dtype,
+        device,
+        threads,
+        format=format,
+        kv_format=kv_format,
+        kv_memory=kv_memory,
+        expert_memory=expert_memory,
+        max_sequences=max_sequences,
+    )
+    service = Service(llm, name=name or Path(model).name, max_waiting=max_waiting)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+    def started() -> None:
+        blocks = llm.engine.stats().kv_blocks
+        key = ' -H "Authorization: Bearer $KEY"' if keys else ""
+        body = f'{{"model": "{service.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+        print(f"{service.name} at {address}  (chat page: {address}/, interface: {address}/openapi.json)")
+        print(f"cache for {16 * blocks:,} tokens, {max_sequences} requests at once, {max_waiting} may wait")
+        print(f"  curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
+        if not is_loopback(host) and not keys:
+            print("warning: reachable from other machines without an API key; see --api-key", file=sys.stderr)
+
+    serve(service, limits, listener, drain_s=drain, started=started)

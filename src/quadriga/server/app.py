@@ -1,0 +1,212 @@
+"""All routes of the server, with and without /v1."""
+
+from __future__ import annotations
+
+import hashlib
+import mimetypes
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from quadriga.errors import QuadrigaError
+from quadriga.server import batches, chat, completions, messages, responses, status, text_routes
+from quadriga.server.errors import ApiError, as_api_error
+from quadriga.server.guard import Guard, Limits, read_body
+from quadriga.server.openapi import document
+from quadriga.server.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TemplateRequest,
+    TokenizeRequest,
+    convert,
+    parse,
+)
+from quadriga.server.service import Caller, Service
+from quadriga.server.sse import Gone, json_response, unless_gone
+
+PAGE = Path(__file__).parent / "page"
+
+CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "font-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_PAGE_HEADERS = {
+    "content-security-policy": CSP,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+}
+
+Answer = Callable[[Service, Any, Caller], Awaitable[Response]]
+
+
+def build(service: Service, limits: Limits) -> Guard:
+    """The ASGI application.
+
+    Args:
+        service: the model; its engine is started and stopped with the application.
+        limits: who may ask, and how much.
+    """
+    experts = status.Experts(service)
+
+    def generates(kind: type, whole: Answer, stream: Answer) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            body: Any = parse(await read_body(request, limits), kind)
+            caller = request.state.caller
+            answer: Response = await unless_gone(request, (stream if body.stream else whole)(service, body, caller))
+            return answer
+
+        return endpoint
+
+    def simple(
+        kind: type, answer: Callable[[Service, Any], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            body: Any = parse(await read_body(request, limits), kind)
+            response: Response = await unless_gone(request, answer(service, body))
+            return response
+
+        return endpoint
+
+    async def batch(request: Request) -> Response:
+        raw = await read_body(request, limits, ("application/jsonl", "application/x-ndjson"))
+        caller: Caller = request.state.caller
+
+        def handler(kind: type, answer: Answer) -> batches.Handler:
+            async def handle(body: Any) -> Response:
+                parsed: Any = convert(body, kind)
+                if parsed.stream:
+                    raise ApiError(400, "a batch has no streams", param="stream")
+                return await answer(service, parsed, caller)
+
+            return handle
+
+        async def embed(body: Any) -> Response:
+            return await text_routes.embeddings(service, convert(body, EmbeddingRequest))
+
+        return batches.run(
+            raw,
+            {
+                "/v1/chat/completions": handler(ChatRequest, chat.complete),
+                "/v1/completions": handler(CompletionRequest, completions.complete),
+                "/v1/responses": handler(responses.ResponsesRequest, responses.complete),
+                "/v1/embeddings": embed,
+            },
+        )
+
+    def plain(answer: Callable[[], Response]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(_: Request) -> Response:
+            return answer()
+
+        return endpoint
+
+    async def ready(request: Request) -> Response:
+        response: Response = await unless_gone(request, status.ready(service))
+        return response
+
+    async def one_model(request: Request) -> Response:
+        return status.one_model(service, request.path_params["name"])
+
+    posts = {
+        "/chat/completions": generates(ChatRequest, chat.complete, chat.stream),
+        "/completions": generates(CompletionRequest, completions.complete, completions.stream),
+        "/responses": generates(responses.ResponsesRequest, responses.complete, responses.stream),
+        "/messages": generates(messages.MessagesRequest, messages.complete, messages.stream),
+        "/messages/count_tokens": simple(messages.CountRequest, messages.count),
+        "/embeddings": simple(EmbeddingRequest, text_routes.embeddings),
+        "/tokenize": simple(TokenizeRequest, text_routes.tokenize),
+        "/detokenize": simple(DetokenizeRequest, text_routes.detokenize),
+        "/apply-template": simple(TemplateRequest, text_routes.apply_template),
+        "/batches": batch,
+        "/experts/reset": plain(experts.reset),
+    }
+    gets = {
+        "/models": plain(lambda: status.models(service)),
+        "/models/{name:path}": one_model,
+        "/tokenizer_info": plain(lambda: text_routes.tokenizer_info(service)),
+        "/health": plain(lambda: status.health(service)),
+        "/ready": ready,
+        "/experts": plain(experts.show),
+        "/metrics": plain(lambda: Response(service.metrics.text(), media_type="text/plain; version=0.0.4")),
+        "/openapi.json": plain(lambda: json_response(document())),
+    }
+    routes = []
+    for prefix in ("", "/v1"):
+        routes += [Route(prefix + path, _counted(service, path, e), methods=["POST"]) for path, e in posts.items()]
+        routes += [Route(prefix + path, _counted(service, path, e), methods=["GET"]) for path, e in gets.items()]
+    routes += page_routes(PAGE)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await service.engine.start()
+        yield
+        await service.engine.stop()
+
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error, Exception: _bug})
+    return Guard(app, limits)
+
+
+def _counted(
+    service: Service, path: str, endpoint: Callable[[Request], Awaitable[Response]]
+) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint, its refusals as answers, every answer counted."""
+
+    async def counted(request: Request) -> Response:
+        try:
+            response = await endpoint(request)
+        except Gone:
+            response = Response(status_code=499)
+        except QuadrigaError as error:
+            shown = as_api_error(error)
+            response = json_response(shown.body(request.url.path), shown.status, shown.headers)
+        service.metrics.answers.labels(path, str(response.status_code)).inc()
+        return response
+
+    return counted
+
+
+def page_routes(folder: Path) -> list[Route]:
+    """The chat page: a fixed list of files, read once. No path of a request ever reaches the file system."""
+    if not (folder / "index.html").exists():
+        return []
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    def serve(path: Path) -> Callable[[Request], Awaitable[Response]]:
+        raw = path.read_bytes()
+        tag = f'"{hashlib.sha256(raw).hexdigest()[:24]}"'
+        kind = "text/javascript" if path.suffix in (".js", ".mjs") else mimetypes.guess_type(path.name)[0]
+        headers = {**_PAGE_HEADERS, "etag": tag, "cache-control": "no-cache"}
+
+        async def endpoint(request: Request) -> Response:
+            if request.headers.get("if-none-match") == tag:
+                return Response(status_code=304, headers=headers)
+            return Response(raw, headers=headers, media_type=kind or "application/octet-stream")
+
+        return endpoint
+
+    routes = [Route("/", serve(folder / "index.html"), methods=["GET"])]
+    routes += [Route(f"/page/{name}", serve(path), methods=["GET"]) for name, path in files.items()]
+    if "favicon.svg" in files:
+        routes.append(Route("/favicon.ico", serve(files["favicon.svg"]), methods=["GET"]))
+    return routes
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text = {404: f"nothing is at {request.url.path[:200]!r}; see /openapi.json", 405: "this path takes another method"}
+    shown = ApiError(error.status_code, text.get(error.status_code, error.detail))
+    return json_response(shown.body(request.url.path), error.status_code, dict(error.headers or {}))
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    shown = ApiError(500, f"a mistake in the server ({type(error).__name__}); its log says more")
+    return json_response(shown.body(request.url.path), 500)

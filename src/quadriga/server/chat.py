@@ -1,0 +1,166 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from typing import Any
+
+from starlette.responses import Response
+
+from quadriga.engine.request import TokenEvent
+from quadriga.server.errors import ApiError
+from quadriga.server.schema import ChatRequest
+from quadriga.server.service import Answers, Caller, Choice, Service
+from quadriga.server.sse import EventSender, EventStream, collect, json_response
+from quadriga.server.tools import ToolUse
+from quadriga.text.chat import render
+
+MAX_MESSAGES = 10_000
+
+
+async def start(service: Service, body: ChatRequest, caller: Caller) -> tuple[Answers, ToolUse]:
+    """Check a chat request and put it into the engine.
+
+    Raises:
+        ApiError, RequestError, BusyError: it cannot be served.
+    """
+    service.check_model(body.model)
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise ApiError(400, "give max_tokens or max_completion_tokens, not both", param="max_tokens")
+    if not 1 <= len(body.messages) <= MAX_MESSAGES:
+        raise ApiError(400, f"messages must be 1 to {MAX_MESSAGES}, got {len(body.messages)}", param="messages")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options is for streams", param="stream_options")
+    if body.metadata:
+        raise ApiError(400, "metadata is not supported: answers are not stored", param="metadata")
+    tools = ToolUse(body)
+    constraint = service.constraint(body.response_format)
+    if tools.forced:
+        if constraint is not None:
+            raise ApiError(400, "a forced tool call leaves no room for a response_format", param="response_format")
+        constraint = ("json", tools.schema())
+    tokenizer = service.llm._need_tokenizer()
+    turns = tools.messages(body.messages)
+    ids = (await asyncio.to_thread(render, turns, tokenizer, add_generation_prompt=True)).ids
+    params = service.params(
+        body,
+        max_tokens=body.max_completion_tokens or body.max_tokens or service.llm.config.max_seq_len,
+        logprobs=body.top_logprobs or 0,
+    )
+    if (body.max_tokens is not None and body.max_tokens < 1) or (body.max_completion_tokens or 1) < 1:
+        raise ApiError(400, "max_tokens must be at least 1", param="max_tokens")
+    return await service.run([ids], params, body, caller, constraint=constraint), tools
+
+
+def finish_reason(choice: Choice, called: bool) -> str:
+    """Why an answer ended, in OpenAI's words."""
+    return "tool_calls" if called and choice.finish_reason == "stop" else choice.finish_reason or "stop"
+
+
+async def complete(service: Service, body: ChatRequest, caller: Caller) -> Response:
+    """The whole answer as one JSON object."""
+    answers, tools = await start(service, body, caller)
+    await collect(aiter(answers))
+    record(service, answers)
+    choices = []
+    for choice in answers.choices:
+        content, calls = tools.read(choice.text)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+        if calls:
+            message["tool_calls"] = calls
+        shown: dict[str, Any] = {
+            "index": choice.index,
+            "message": message,
+            "logprobs": _logprobs(service, choice.events) if body.logprobs else None,
+            "finish_reason": finish_reason(choice, bool(calls)),
+        }
+        if body.routing:
+            shown["routing"] = [r for event in choice.events for r in service.routing(event)]
+        choices.append(shown)
+    head = {"id": _new_id(), "object": "chat.completion", "created": int(time.time()), "model": service.name}
+    return json_response({**head, "choices": choices, "usage": answers.usage(), "timings": answers.timings()})
+
+
+async def stream(service: Service, body: ChatRequest, caller: Caller) -> Response:
+    """The answer as it comes."""
+    answers, tools = await start(service, body, caller)
+    head = {"id": _new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": service.name}
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    with_usage: dict[str, Any] = {"usage": None} if usage else {}
+
+    async def produce(sender: EventSender) -> None:
+        def chunk(choice: Choice, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+            one = {"index": choice.index, "delta": delta, "logprobs": more.pop("logprobs", None)}
+            one["finish_reason"] = more.pop("finish_reason", None)
+            return {**head, "choices": [one], **with_usage, **more}
+
+        try:
+            for choice in answers.choices:
+                await sender.event(chunk(choice, {"role": "assistant", "content": "", "refusal": None}))
+            async for choice, event in answers:
+                extra: dict[str, Any] = {"logprobs": _logprobs(service, [event])} if body.logprobs else {}
+                if body.routing:
+                    extra["routing"] = service.routing(event)
+                # Where tools may be called, it takes the whole answer to tell a call from words.
+                if not tools.tools and (event.text or extra):
+                    await sender.event(chunk(choice, {"content": event.text}, **extra))
+                elif tools.tools and extra:
+                    await sender.event(chunk(choice, {}, **extra))
+                if event.finish_reason is None:
+                    continue
+                calls: list[dict[str, Any]] = []
+                if tools.tools:
+                    content, calls = tools.read(choice.text)
+                    if content:
+                        await sender.event(chunk(choice, {"content": content}))
+                    for i, call in enumerate(calls):
+                        await sender.event(chunk(choice, {"tool_calls": [{"index": i, **call}]}))
+                last: dict[str, Any] = {"finish_reason": finish_reason(choice, bool(calls))}
+                if all(c.finish_reason for c in answers.choices):
+                    last["timings"] = answers.timings()
+                await sender.event(chunk(choice, {}, **last))
+            record(service, answers)
+            if usage:
+                await sender.event({**head, "choices": [], "usage": answers.usage(), "timings": answers.timings()})
+            await sender.done()
+        finally:
+            answers.close()
+
+    return EventStream(produce)
+
+
+def record(service: Service, answers: Answers) -> None:
+    """Put finished answers into the metrics."""
+    now = time.perf_counter()
+    for choice in answers.choices:
+        first = None if answers.first is None else answers.first - answers.started
+        service.metrics.done(choice.finish_reason or "cancelled", first, now - answers.started, len(choice.events))
+
+
+def _logprobs(service: Service, events: list[TokenEvent]) -> dict[str, Any]:
+    return {
+        "content": [
+            {
+                **_one(service, event.token_id, event.logprob),
+                "top_logprobs": [_one(service, token, logprob) for token, logprob in event.top_logprobs],
+            }
+            for event in events
+        ],
+        "refusal": None,
+    }
+
+
+def _one(service: Service, token_id: int, logprob: float) -> dict[str, Any]:
+    return {
+        "token": service.token_text(token_id),
+        "logprob": max(logprob, -9999.0),
+        "bytes": service.token_bytes(token_id),
+    }
+
+
+def _new_id() -> str:
+    return f"chatcmpl-{secrets.token_hex(12)}"

@@ -1,0 +1,143 @@
+"""POST /v1/completions: continue texts or token ids, with the prompt's own log-probabilities on request."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import replace
+from typing import Any
+
+from starlette.responses import Response
+
+from quadriga.server.chat import record
+from quadriga.server.errors import ApiError
+from quadriga.server.schema import MAX_CHOICES, CompletionRequest
+from quadriga.server.service import Answers, Caller, Choice, Service
+from quadriga.server.sse import EventSender, EventStream, collect, json_response
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's."""
+
+
+def prompts_of(service: Service, given: Any, param: str) -> list[list[int]]:
+    """A prompt field as checked token ids: one text, texts, one list of ids, or lists of ids.
+
+    Raises:
+        ApiError: nothing, or too many; ids outside the vocabulary are the engine's to refuse.
+    """
+    many = given if isinstance(given, list) and not (given and isinstance(given[0], int)) else [given]
+    if not 1 <= len(many) <= MAX_CHOICES:
+        raise ApiError(400, f"{param} takes 1 to {MAX_CHOICES} prompts, got {len(many)}", param=param)
+    return [service.llm.prompt_ids(prompt) for prompt in many]
+
+
+async def start(service: Service, body: CompletionRequest, caller: Caller) -> tuple[Answers, list[list[int]]]:
+    """Check a completion request and put it into the engine."""
+    service.check_model(body.model)
+    if body.logprobs is not None and not 0 <= body.logprobs <= 20:
+        raise ApiError(400, f"logprobs must be from 0 to 20, got {body.logprobs}", param="logprobs")
+    if body.stream and body.echo and body.logprobs is not None:
+        raise ApiError(400, "echo with logprobs comes as one answer: leave stream out", param="stream")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options is for streams", param="stream_options")
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if max_tokens < 0 or (max_tokens == 0 and not body.echo):
+        raise ApiError(400, "max_tokens must be at least 1, or 0 with echo", param="max_tokens")
+    prompts = prompts_of(service, body.prompt, "prompt")
+    # One token is always made; with max_tokens=0 it is not shown.
+    params = service.params(body, max_tokens=max(1, max_tokens), logprobs=body.logprobs or 0)
+    if body.echo and body.logprobs is not None:
+        params = replace(params, prompt_logprobs=True)
+    return await service.run(
+        prompts, params, body, caller, constraint=service.constraint(body.response_format)
+    ), prompts
+
+
+async def complete(service: Service, body: CompletionRequest, caller: Caller) -> Response:
+    """All answers as one JSON object."""
+    answers, prompts = await start(service, body, caller)
+    await collect(aiter(answers))
+    record(service, answers)
+    n = body.n or 1
+    choices = []
+    for choice in answers.choices:
+        prompt = prompts[choice.index // n]
+        if body.max_tokens == 0:
+            choice.text, choice.events, choice.finish_reason = "", [], "length"
+        echoed = _decode(service, prompt) if body.echo else ""
+        shown: dict[str, Any] = {
+            "index": choice.index,
+            "text": echoed + choice.text,
+            "logprobs": None if body.logprobs is None else _logprobs(service, choice, prompt if body.echo else []),
+            "finish_reason": choice.finish_reason,
+        }
+        if body.routing:
+            shown["routing"] = [r for event in choice.events for r in service.routing(event)]
+        choices.append(shown)
+    head = {"id": _new_id(), "object": "text_completion", "created": int(time.time()), "model": service.name}
+    return json_response({**head, "choices": choices, "usage": answers.usage(), "timings": answers.timings()})
+
+
+async def stream(service: Service, body: CompletionRequest, caller: Caller) -> Response:
+    """The answers as they come."""
+    answers, prompts = await start(service, body, caller)
+    head = {"id": _new_id(), "object": "text_completion", "created": int(time.time()), "model": service.name}
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    with_usage: dict[str, Any] = {"usage": None} if usage else {}
+    n = body.n or 1
+
+    async def produce(sender: EventSender) -> None:
+        def chunk(choice: Choice, text: str, **more: Any) -> dict[str, Any]:
+            one = {"index": choice.index, "text": text, "logprobs": more.pop("logprobs", None)}
+            one["finish_reason"] = more.pop("finish_reason", None)
+            return {**head, "choices": [one], **with_usage, **more}
+
+        try:
+            if body.echo:
+                for choice in answers.choices:
+                    await sender.event(chunk(choice, _decode(service, prompts[choice.index // n])))
+            async for choice, event in answers:
+                extra: dict[str, Any] = {"finish_reason": event.finish_reason}
+                if body.logprobs is not None:
+                    extra["logprobs"] = _logprobs(service, replace(choice, events=[event]), [])
+                if body.routing:
+                    extra["routing"] = service.routing(event)
+                await sender.event(chunk(choice, "" if body.max_tokens == 0 else event.text, **extra))
+            record(service, answers)
+            if usage:
+                await sender.event({**head, "choices": [], "usage": answers.usage(), "timings": answers.timings()})
+            await sender.done()
+        finally:
+            answers.close()
+
+    return EventStream(produce)
+
+
+def _decode(service: Service, ids: list[int]) -> str:
+    tokenizer = service.llm.tokenizer
+    return tokenizer.decode(ids) if tokenizer is not None else ""
+
+
+def _logprobs(service: Service, choice: Choice, prompt: list[int]) -> dict[str, Any]:
+    """OpenAI's four lists. The first token of an echoed prompt has no log-probability."""
+    ids, own = list(prompt), [None, *(choice.prompt.logprobs if choice.prompt else ())][: len(prompt)]
+    top: list[Any] = [None, *(choice.prompt.top_logprobs if choice.prompt else ())][: len(prompt)]
+    ids += [event.token_id for event in choice.events]
+    own += [event.logprob for event in choice.events]
+    top += [event.top_logprobs for event in choice.events]
+    tokens = [service.token_text(token) for token in ids]
+    offsets, at = [], 0
+    for token in tokens:
+        offsets.append(at)
+        at += len(token)
+    shown = [None if pairs is None else {service.token_text(t): max(p, -9999.0) for t, p in pairs} for pairs in top]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [None if p is None else max(p, -9999.0) for p in own],
+        "top_logprobs": shown,
+        "text_offset": offsets,
+    }
+
+
+def _new_id() -> str:
+    return f"cmpl-{secrets.token_hex(12)}"

@@ -1,0 +1,192 @@
+"""Who may ask, and how much: host and origin, keys, rates, and bodies that are bounded in size and time.
+
+A browser can be made to send requests to a server on this machine by any page it shows, so the Host header must be one
+of ours (DNS rebinding) and the Origin header, where there is one, must be ours or allowed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quadriga.server.errors import ApiError
+from quadriga.server.service import Caller
+from quadriga.server.sse import json_response
+
+OPEN_PATHS = ("/health", "/v1/health")
+_PAGE = ("/", "/favicon.ico")
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one server allows."""
+
+    keys: tuple[str, ...] = ()
+    """API keys; none means everybody."""
+    hosts: tuple[str, ...] = ()
+    """Host names besides loopback's; "*" is any."""
+    origins: tuple[str, ...] = ()
+    """Origins of other sites' pages that may ask, e.g. "https://chat.example.org"; "*" is any."""
+    max_body_bytes: int = 8 << 20
+    body_timeout_s: float = 30.0
+    requests_per_minute: int = 0
+    """For each key (for each address where there are no keys); 0 is no limit."""
+    concurrent: int = 0
+    """Requests at once for each key or address; 0 is no limit."""
+
+
+@dataclass
+class _Account:
+    """What one key or address has used."""
+
+    tokens: float
+    seen: float
+    open: int = 0
+
+
+@dataclass
+class Guard:
+    """ASGI middleware; see the module docstring."""
+
+    app: ASGIApp
+    limits: Limits
+    _accounts: dict[str, _Account] = field(default_factory=dict)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it here."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers, path = Headers(scope=scope), scope["path"]
+        cors = self._cors(headers)
+        account: _Account | None = None
+        try:
+            self._check_host(headers)
+            if scope["method"] == "OPTIONS" and headers.get("access-control-request-method"):
+                await Response(status_code=204, headers=cors)(scope, receive, send)
+                return
+            key = self._check_key(headers, path)
+            scope.setdefault("state", {})["caller"] = Caller(salt=hashlib.sha256(key.encode()).digest() if key else b"")
+            if scope["method"] == "POST":
+                account = self._take(key or (scope.get("client") or ("?",))[0])
+        except ApiError as error:
+            response = json_response(error.body(path), error.status, {**error.headers, **cors})
+            await response(scope, receive, send)
+            return
+
+        async def with_cors(message: Message) -> None:
+            if message["type"] == "http.response.start" and cors:
+                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in cors.items())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, with_cors)
+        finally:
+            if account is not None:
+                account.open -= 1
+
+    def _check_host(self, headers: Headers) -> None:
+        host = headers.get("host", "")
+        if "*" not in self.limits.hosts and _name(host) not in (*_LOOPBACK, *self.limits.hosts):
+            raise ApiError(403, f"the Host header {host[:100]!r} is not one of this server's; see --allow-host")
+        origin = headers.get("origin")
+        if origin is None or origin in self.limits.origins or "*" in self.limits.origins:
+            return
+        if origin.split("://")[-1] != host:
+            raise ApiError(403, f"pages of {origin[:100]!r} may not ask this server; see --allow-origin")
+
+    def _cors(self, headers: Headers) -> dict[str, str]:
+        origin = headers.get("origin")
+        if origin is None or not (origin in self.limits.origins or "*" in self.limits.origins):
+            return {}
+        return {
+            "access-control-allow-origin": origin,
+            "access-control-allow-methods": "GET, POST, OPTIONS",
+            "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version",
+            "access-control-max-age": "600",
+            "vary": "origin",
+        }
+
+    def _check_key(self, headers: Headers, path: str) -> str:
+        """The caller's key, or "" where none is needed."""
+        if not self.limits.keys or path in OPEN_PATHS or path in _PAGE or path.startswith("/page/"):
+            return ""
+        given = headers.get("authorization", "").removeprefix("Bearer ").strip() or headers.get("x-api-key", "")
+        # Every key is compared, each in constant time: how long it takes tells nothing.
+        matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self.limits.keys]
+        if not any(matches):
+            raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        return given
+
+    def _take(self, who: str) -> _Account:
+        now, rate = time.monotonic(), self.limits.requests_per_minute
+        if len(self._accounts) > 10_000:  # addresses come and go: forget those that have nothing open
+            self._accounts = {name: a for name, a in self._accounts.items() if a.open or now - a.seen < 60}
+        account = self._accounts.setdefault(who, _Account(tokens=float(rate), seen=now))
+        account.tokens = min(float(rate), account.tokens + (now - account.seen) * rate / 60)
+        account.seen = now
+        if rate and account.tokens < 1:
+            wait = (1 - account.tokens) * 60 / rate
+            raise ApiError(429, f"more than {rate} requests a minute", code="rate_limit_exceeded", retry_after_s=wait)
+        if self.limits.concurrent and account.open >= self.limits.concurrent:
+            message = f"more than {self.limits.concurrent} requests at once"
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=1)
+        account.tokens -= 1
+        account.open += 1
+        return account
+
+
+async def read_body(request: Request, limits: Limits, kinds: Iterable[str] = ("application/json",)) -> bytes:
+    """A request's body.
+
+    Raises:
+        ApiError: too large, too slow, compressed, or of another kind.
+    """
+    headers = request.headers
+    if headers.get("content-encoding", "identity") != "identity":
+        raise ApiError(415, "compressed bodies are not taken")
+    kind = headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind not in kinds:
+        raise ApiError(415, f"the content type must be {' or '.join(kinds)}, got {kind[:80]!r}")
+    length = headers.get("content-length", "0")
+    too_large = ApiError(413, f"a body may have {limits.max_body_bytes} bytes", code="body_too_large")
+    if not length.isdecimal() or int(length) > limits.max_body_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limits.max_body_bytes:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {limits.body_timeout_s:g} s") from None
+    return bytes(body)
+
+
+def is_loopback(host: str) -> bool:
+    """True if an address to bind to is reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0].lower()

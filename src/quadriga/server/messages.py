@@ -1,0 +1,266 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's interface. A request becomes a chat request."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Any, Literal
+
+from msgspec import Struct
+from starlette.responses import Response
+
+from quadriga.server import chat
+from quadriga.server.errors import ApiError
+from quadriga.server.schema import (
+    ChatRequest,
+    Function,
+    FunctionCall,
+    Message,
+    NamedFunction,
+    NamedTool,
+    Tool,
+    ToolCall,
+)
+from quadriga.server.service import Answers, Caller, Service
+from quadriga.server.sse import EventSender, EventStream, collect, json_response
+from quadriga.server.tools import ToolUse
+from quadriga.text.chat import render
+
+
+class TextBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """Text. ``cache_control`` is a hint; every prefix is cached here."""
+
+    text: str
+    cache_control: dict[str, str] | None = None
+    citations: None = None
+
+
+class ToolUseBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="tool_use"):
+    """A call the assistant made."""
+
+    id: str
+    name: str
+    input: dict[str, Any]
+    cache_control: dict[str, str] | None = None
+
+
+class ToolResultBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="tool_result"):
+    """What a call gave."""
+
+    tool_use_id: str
+    content: str | list[TextBlock] | None = None
+    is_error: bool | None = None
+    cache_control: dict[str, str] | None = None
+
+
+class Turn(Struct, kw_only=True, forbid_unknown_fields=True):
+    """One turn."""
+
+    role: Literal["user", "assistant"]
+    content: str | list[TextBlock | ToolUseBlock | ToolResultBlock]
+
+
+class InputTool(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool."""
+
+    name: str
+    input_schema: dict[str, Any]
+    description: str | None = None
+    type: Literal["custom"] | None = None
+    cache_control: dict[str, str] | None = None
+
+
+class ToolChoice(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Which tool must be called."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+
+class CountRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/messages/count_tokens."""
+
+    model: str
+    messages: list[Turn]
+    system: str | list[TextBlock] | None = None
+    tools: list[InputTool] | None = None
+    tool_choice: ToolChoice | None = None
+
+
+class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/messages."""
+
+    max_tokens: int
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    metadata: dict[str, str | None] | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+
+
+def as_chat(body: CountRequest) -> ChatRequest:
+    """The same question as a chat request.
+
+    Raises:
+        ApiError: a block in the wrong place.
+    """
+    messages = []
+    if body.system:
+        messages.append(Message(role="system", content=_text(body.system)))
+    for i, turn in enumerate(body.messages):
+        messages += _turn(i, turn)
+    choice = body.tool_choice
+    named: Any = None
+    if choice is not None:
+        if choice.type == "tool" and not choice.name:
+            raise ApiError(400, "tool_choice of type tool needs a name", param="tool_choice.name")
+        named = {"auto": "auto", "any": "required", "none": "none"}.get(choice.type) or NamedTool(
+            type="function", function=NamedFunction(name=choice.name or "")
+        )
+    request = ChatRequest(
+        model=body.model,
+        messages=messages,
+        tools=[
+            Tool(type="function", function=Function(name=t.name, description=t.description, parameters=t.input_schema))
+            for t in body.tools or []
+        ]
+        or None,
+        tool_choice=named,
+        parallel_tool_calls=None if choice is None else not choice.disable_parallel_tool_use,
+    )
+    if isinstance(body, MessagesRequest):
+        if body.max_tokens < 1:
+            raise ApiError(400, "max_tokens must be at least 1", param="max_tokens")
+        request.max_tokens, request.stop = body.max_tokens, body.stop_sequences
+        request.temperature, request.top_k, request.top_p = body.temperature, body.top_k, body.top_p
+    return request
+
+
+def _text(content: str | list[TextBlock]) -> str:
+    return content if isinstance(content, str) else "".join(block.text for block in content)
+
+
+def _turn(index: int, turn: Turn) -> list[Message]:
+    if isinstance(turn.content, str):
+        return [Message(role=turn.role, content=turn.content)]
+    text, calls, results = "", [], []
+    for i, block in enumerate(turn.content):
+        place = f"messages[{index}].content[{i}]"
+        if isinstance(block, TextBlock):
+            text += block.text
+        elif isinstance(block, ToolUseBlock):
+            if turn.role != "assistant":
+                raise ApiError(400, "tool_use belongs to the assistant", param=place)
+            arguments = json.dumps(block.input, ensure_ascii=False)
+            calls.append(ToolCall(id=block.id, function=FunctionCall(name=block.name, arguments=arguments)))
+        else:
+            if turn.role != "user":
+                raise ApiError(400, "tool_result belongs to the user", param=place)
+            result = _text(block.content or "")
+            content = f"error: {result}" if block.is_error else result
+            results.append(Message(role="tool", tool_call_id=block.tool_use_id, content=content))
+    if turn.role == "assistant":
+        return [Message(role="assistant", content=text, tool_calls=calls or None)]
+    return [*results, Message(role="user", content=text)] if text or not results else results
+
+
+async def count(service: Service, body: CountRequest) -> Response:
+    """How many tokens a request would be."""
+    service.check_model(body.model)
+    request = as_chat(body)
+    turns = ToolUse(request).messages(request.messages)
+    return json_response({"input_tokens": len(render(turns, service.llm._need_tokenizer()).ids)})
+
+
+def _stop(service: Service, body: MessagesRequest, answers: Answers, called: bool) -> tuple[str, str | None]:
+    """(stop_reason, stop_sequence)."""
+    choice = answers.choices[0]
+    if called:
+        return "tool_use", None
+    if choice.finish_reason == "length":
+        return "max_tokens", None
+    ids = [event.token_id for event in choice.events]
+    if body.stop_sequences and ids and ids[-1] not in service.llm.end_ids:
+        raw = service.llm._need_tokenizer().decode(ids)
+        found = [(raw.find(stop), stop) for stop in body.stop_sequences if stop in raw]
+        if found:
+            return "stop_sequence", min(found)[1]
+    return "end_turn", None
+
+
+def _usage(answers: Answers) -> dict[str, Any]:
+    usage = answers.usage()
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    return {
+        "input_tokens": usage["prompt_tokens"] - cached,
+        "output_tokens": usage["completion_tokens"],
+        "cache_read_input_tokens": cached,
+        "cache_creation_input_tokens": 0,
+    }
+
+
+def _blocks(content: str | None, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    blocks: list[dict[str, Any]] = [{"type": "text", "text": content or ""}] if content or not calls else []
+    for call in calls:
+        block = {"type": "tool_use", "id": call["id"].replace("call_", "toolu_"), "name": call["function"]["name"]}
+        blocks.append({**block, "input": json.loads(call["function"]["arguments"])})
+    return blocks
+
+
+async def complete(service: Service, body: MessagesRequest, caller: Caller) -> Response:
+    """The whole message."""
+    answers, tools = await chat.start(service, as_chat(body), caller)
+    await collect(aiter(answers))
+    chat.record(service, answers)
+    content, calls = tools.read(answers.choices[0].text)
+    reason, sequence = _stop(service, body, answers, bool(calls))
+    head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": service.name}
+    end = {"stop_reason": reason, "stop_sequence": sequence, "usage": _usage(answers)}
+    return json_response({**head, "content": _blocks(content, calls), **end})
+
+
+async def stream(service: Service, body: MessagesRequest, caller: Caller) -> Response:
+    """The message as events."""
+    answers, tools = await chat.start(service, as_chat(body), caller)
+
+    async def produce(sender: EventSender) -> None:
+        async def send(kind: str, **fields: Any) -> None:
+            await sender.event({"type": kind, **fields}, name=kind)
+
+        try:
+            head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": service.name}
+            usage = {**_usage(answers), "output_tokens": 0}
+            whole: dict[str, Any] = {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+            await send("message_start", message=whole)
+            if not tools.tools:
+                await send("content_block_start", index=0, content_block={"type": "text", "text": ""})
+                await send("ping")
+            async for _, event in answers:
+                if event.text and not tools.tools:
+                    await send("content_block_delta", index=0, delta={"type": "text_delta", "text": event.text})
+            chat.record(service, answers)
+            content, calls = tools.read(answers.choices[0].text)
+            if not tools.tools:
+                await send("content_block_stop", index=0)
+            else:
+                for i, block in enumerate(_blocks(content, calls)):
+                    begin: dict[str, Any]
+                    if block["type"] == "text":
+                        begin, delta = {"type": "text", "text": ""}, {"type": "text_delta", "text": block["text"]}
+                    else:
+                        text = json.dumps(block["input"], ensure_ascii=False)
+                        begin, delta = {**block, "input": {}}, {"type": "input_json_delta", "partial_json": text}
+                    await send("content_block_start", index=i, content_block=begin)
+                    await send("content_block_delta", index=i, delta=delta)
+                    await send("content_block_stop", index=i)
+            reason, sequence = _stop(service, body, answers, bool(calls))
+            end = {"stop_reason": reason, "stop_sequence": sequence}
+            await send("message_delta", delta=end, usage=_usage(answers))
+            await send("message_stop")
+        finally:
+            answers.close()
+
+    return EventStream(produce, anthropic=True)

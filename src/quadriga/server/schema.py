@@ -1,0 +1,259 @@
+"""What a request may say: msgspec types. A field that is not here is refused by name, never ignored.
+
+Fields that clients send by habit are here with the one value that asks for nothing special (``store=False``).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from quadriga.server.errors import ApiError
+
+T = TypeVar("T")
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_TOOLS = 128
+
+
+class TextPart(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A piece of a message's content."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+class FunctionCall(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool call's function and its arguments, a JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A call the assistant made."""
+
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
+class Message(Struct, kw_only=True, forbid_unknown_fields=True):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
+
+
+class Function(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A function the model may call; its parameters are a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Struct, kw_only=True, forbid_unknown_fields=True):
+    """The name in a tool choice."""
+
+    name: str
+
+
+class NamedTool(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool choice by name."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Struct, kw_only=True, forbid_unknown_fields=True):
+    """The schema of a ``json_schema`` response format."""
+
+    name: str
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What an answer must look like: text, any JSON object, a JSON schema, a regular expression or a Lark grammar."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+
+class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Options of a stream."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class Sampling(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Fields that chat and plain completions share."""
+
+    model: str
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    priority: int = 0
+    deadline_ms: int | None = None
+    speculate: int = 0
+    routing: bool = False
+    user: str | None = None
+
+
+class ChatRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    metadata: dict[str, str] | None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    safety_identifier: str | None = None
+
+
+class CompletionRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: None = None
+    best_of: Literal[1] | None = None
+
+
+class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/embeddings."""
+
+    input: str | list[str] | list[int] | list[list[int]]
+    model: str
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+
+
+class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /tokenize: a text, or a conversation through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+class TemplateRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /apply-template: a conversation as the text the model reads."""
+
+    messages: list[Message]
+    model: str | None = None
+    add_generation_prompt: bool = True
+
+
+def parse(raw: bytes, kind: type[T]) -> T:
+    """A request body as one of the types above.
+
+    Raises:
+        ApiError: 400 that names the field and what is wrong with it.
+    """
+    return convert(parse_json(raw), kind)
+
+
+def parse_json(raw: bytes) -> Any:
+    """A body as JSON: UTF-8, no key twice, no NaN, nothing nested too deep, no lone surrogates.
+
+    Raises:
+        ApiError: 400 that says what is wrong.
+    """
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError:
+        raise ApiError(400, "the body must be UTF-8") from None
+    except UnicodeEncodeError:
+        raise ApiError(400, "the body has half of a surrogate pair, which is no text") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deep") from None
+    except ValueError as error:
+        raise ApiError(400, f"the body must be JSON: {error}") from None
+    return value
+
+
+def convert(value: Any, kind: type[T]) -> T:
+    """Checked JSON as one of the types above; see :func:`parse`."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        message, _, place = str(error).partition(" - at `$")
+        param = place.rstrip("`").lstrip(".") or None
+        if "unknown field `" in message:
+            field = message.split("`")[1]
+            param = f"{param}.{field}" if param else field
+            message = f"{param} is not supported"
+        raise ApiError(400, f"{param}: {message}" if param and param not in message else message, param=param) from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} appears twice")
+    return out
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")

@@ -1,0 +1,300 @@
+"""What every route needs: the model, its engine, and the way from a request's fields to running answers.
+
+fields ─► SamplingParams ─► one engine request a choice ─► events, merged ─► collected, or sent as they come
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from quadriga.engine.async_engine import AsyncEngine, Stream
+from quadriga.engine.llm import LLM
+from quadriga.engine.request import PromptReport, Request, SamplingParams, TokenEvent
+from quadriga.errors import RequestError
+from quadriga.server.errors import ApiError
+from quadriga.server.metrics import Metrics
+from quadriga.server.schema import MAX_CHOICES, MAX_STOPS, ResponseFormat, Sampling
+from quadriga.text.grammar import Grammar, Grammars
+
+
+@dataclass
+class Caller:
+    """Who asks: what the guard found out about the connection."""
+
+    salt: bytes = b""
+    """Prefixes in the cache are shared within one key only."""
+
+
+@dataclass
+class Choice:
+    """One answer as far as it has come."""
+
+    index: int
+    text: str = ""
+    events: list[TokenEvent] = field(default_factory=list)
+    finish_reason: str | None = None
+    prompt: PromptReport | None = None
+
+
+class Answers:
+    """Some requests under way, as one stream of (choice, event)."""
+
+    def __init__(self, streams: Sequence[Stream], n_prompt_tokens: int, deadline_s: float | None) -> None:
+        self._streams, self.n_prompt_tokens = streams, n_prompt_tokens
+        self.choices = [Choice(i) for i in range(len(streams))]
+        self.started = time.perf_counter()
+        self.first: float | None = None
+        self._deadline = None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s
+
+    async def __aiter__(self) -> AsyncIterator[tuple[Choice, TokenEvent]]:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                async with aclosing(self._merged()) as merged:
+                    async for choice, event in merged:
+                        if self.first is None:
+                            self.first = time.perf_counter()
+                        choice.text += event.text
+                        choice.events.append(event)
+                        choice.prompt = choice.prompt or event.prompt
+                        choice.finish_reason = event.finish_reason
+                        yield choice, event
+        except TimeoutError:
+            raise ApiError(504, "the answer was not complete at its deadline", code="deadline_exceeded") from None
+        finally:
+            self.close()
+
+    async def _merged(self) -> AsyncGenerator[tuple[Choice, TokenEvent], None]:
+        if len(self._streams) == 1:
+            async for event in self._streams[0]:
+                yield self.choices[0], event
+            return
+        ready: asyncio.Queue[tuple[Choice, TokenEvent] | Exception | None] = asyncio.Queue(16)
+
+        async def pump(choice: Choice, stream: Stream) -> None:
+            try:
+                async for event in stream:
+                    await ready.put((choice, event))
+                await ready.put(None)
+            except Exception as error:
+                await ready.put(error)
+
+        tasks = [asyncio.create_task(pump(c, s)) for c, s in zip(self.choices, self._streams, strict=True)]
+        try:
+            left = len(tasks)
+            while left:
+                item = await ready.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    left -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def close(self) -> None:
+        """Drop whatever still runs."""
+        for stream in self._streams:
+            stream.close()
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts as OpenAI writes them."""
+        made = sum(len(choice.events) for choice in self.choices)
+        reports = [choice.prompt for choice in self.choices if choice.prompt is not None]
+        return {
+            "prompt_tokens": self.n_prompt_tokens,
+            "completion_tokens": made,
+            "total_tokens": self.n_prompt_tokens + made,
+            "prompt_tokens_details": {"cached_tokens": reports[0].n_cached_tokens if reports else 0, "audio_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": 0,
+                "audio_tokens": 0,
+                "accepted_prediction_tokens": 0,
+                "rejected_prediction_tokens": 0,
+            },
+        }
+
+    def timings(self) -> dict[str, Any]:
+        """How fast it went, in llama-server's words."""
+        now, first = time.perf_counter(), self.first or time.perf_counter()
+        made = sum(len(choice.events) for choice in self.choices)
+        decode = now - first
+        return {
+            "prompt_n": self.n_prompt_tokens,
+            "prompt_ms": round(1000 * (first - self.started), 3),
+            "predicted_n": made,
+            "predicted_ms": round(1000 * decode, 3),
+            "predicted_per_second": round((made - 1) / decode, 3) if made > 1 and decode > 0 else 0.0,
+        }
+
+
+class Service:
+    """The model and its engine, for the routes.
+
+    Args:
+        llm: what is served; its engine belongs to the service from now on.
+        name: what clients call the model.
+        max_waiting: requests that may wait.
+    """
+
+    def __init__(self, llm: LLM, *, name: str, max_waiting: int = 256) -> None:
+        self.llm, self.name, self.created = llm, name, int(time.time())
+        self.engine = AsyncEngine(llm.engine, max_waiting=max_waiting)
+        self.metrics = Metrics(self)
+        self.draining = False
+        self._grammars: Grammars | None = None
+
+    def check_model(self, model: str | None) -> None:
+        """Refuse a request for another model.
+
+        Raises:
+            ApiError: 404.
+        """
+        if model is not None and model != self.name:
+            raise ApiError(
+                404, f"the model {model!r} is not served here; {self.name!r} is", param="model", code="model_not_found"
+            )
+
+    def grammar(self, kind: Any, source: Any) -> Grammar:
+        """A fresh grammar; the vocabulary is prepared on first use (a second or so)."""
+        if self._grammars is None:
+            tokenizer = self.llm.tokenizer
+            if tokenizer is None or not self.llm.end_ids:
+                raise RequestError("this model has no vocabulary with an end token, so no grammar can guide it")
+            self._grammars = Grammars(tokenizer, self.llm.config.vocab_size, frozenset(self.llm.end_ids))
+        return self._grammars.compile(kind, source)
+
+    def params(self, body: Sampling, *, max_tokens: int | None, logprobs: int, echo: bool = False) -> SamplingParams:
+        """A request's fields as sampling parameters.
+
+        Raises:
+            RequestError: a value outside its range.
+        """
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        if len(stops) > MAX_STOPS:
+            raise ApiError(400, f"stop takes at most {MAX_STOPS} strings, got {len(stops)}", param="stop")
+        bias = {}
+        for key, value in (body.logit_bias or {}).items():
+            if not (key.isdecimal() and len(key) < 10):
+                raise ApiError(400, f"logit_bias keys are token ids, got {key[:40]!r}", param="logit_bias")
+            bias[int(key)] = value
+        given = {
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "top_p": body.top_p,
+            "top_k": body.top_k,
+            "min_p": body.min_p,
+            "presence_penalty": body.presence_penalty,
+            "frequency_penalty": body.frequency_penalty,
+            "repetition_penalty": body.repetition_penalty,
+            "max_new_tokens": max_tokens,
+        }
+        return SamplingParams(
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+            logit_bias=bias,
+            stop=tuple(stops),
+            stop_ids=tuple(body.stop_token_ids or ()),
+            ignore_eos=body.ignore_eos,
+            seed=body.seed,
+            logprobs=logprobs,
+            prompt_logprobs=echo and logprobs > 0,
+            speculate=body.speculate,
+        )
+
+    def constraint(self, form: ResponseFormat | None) -> tuple[str, Any] | None:
+        """What a response format asks of a grammar: (kind, source), or None for free text."""
+        if form is None or form.type == "text":
+            return None
+        if form.type == "json_object":
+            return "json", {"type": "object"}
+        if form.type == "json_schema":
+            if form.json_schema is None or form.json_schema.schema is None:
+                raise ApiError(400, "json_schema needs a schema", param="response_format.json_schema")
+            return "json", form.json_schema.schema
+        source = form.regex if form.type == "regex" else form.grammar
+        if not source:
+            raise ApiError(400, f"{form.type} is missing", param=f"response_format.{form.type}")
+        return ("regex" if form.type == "regex" else "lark"), source
+
+    async def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        body: Any,
+        caller: Caller,
+        *,
+        constraint: tuple[str, Any] | None = None,
+    ) -> Answers:
+        """Start n answers to every prompt; choice i of prompt p is number p * n + i.
+
+        Raises:
+            ApiError, RequestError, BusyError: it cannot be served.
+        """
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=5)
+        n = 1 if body.n is None else body.n
+        if not 1 <= n <= MAX_CHOICES or n * len(prompts) > MAX_CHOICES:
+            raise ApiError(
+                400, f"n times the prompts must be from 1 to {MAX_CHOICES}, got {n * len(prompts)}", param="n"
+            )
+        if not -1000 <= body.priority <= 1000:
+            raise ApiError(400, f"priority must be from -1000 to 1000, got {body.priority}", param="priority")
+        if body.deadline_ms is not None and not 1 <= body.deadline_ms <= 86_400_000:
+            raise ApiError(400, "deadline_ms must be from 1 to 86400000", param="deadline_ms")
+        if self.engine.n_open + n * len(prompts) > self.engine.capacity and n * len(prompts) > 1:
+            raise ApiError(429, "not enough places in the queue", code="queue_full", retry_after_s=1)
+        streams: list[Stream] = []
+        try:
+            for prompt in prompts:
+                for i in range(n):
+                    one = params if params.seed is None or i == 0 else _with_seed(params, params.seed + i)
+                    grammar = None
+                    if constraint is not None:
+                        grammar = await asyncio.to_thread(self.grammar, *constraint)
+                    request = Request(
+                        prompt=tuple(prompt),
+                        params=one,
+                        priority=body.priority,
+                        routing=body.routing,
+                        constraint=grammar,
+                        salt=caller.salt,
+                    )
+                    streams.append(await self.engine.submit(request))
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        deadline = None if body.deadline_ms is None else body.deadline_ms / 1000
+        return Answers(streams, sum(len(p) for p in prompts), deadline)
+
+    def token_text(self, token_id: int) -> str:
+        """A token as text; bytes that are no whole characters as OpenAI writes them."""
+        assert self.llm.tokenizer is not None
+        raw = self.llm.tokenizer.token_bytes(token_id)
+        if not raw:
+            return self.llm.tokenizer.token_text(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def token_bytes(self, token_id: int) -> list[int]:
+        """A token's bytes."""
+        assert self.llm.tokenizer is not None
+        return list(self.llm.tokenizer.token_bytes(token_id))
+
+    def routing(self, event: TokenEvent) -> list[dict[str, Any]]:
+        """Which experts a token came from, for the lens."""
+        layers = [[[expert, round(weight, 4)] for expert, weight in layer] for layer in event.routing or ()]
+        return [{"id": event.token_id, "text": self.token_text(event.token_id), "layers": layers}]
+
+
+def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
+    from dataclasses import replace
+
+    return replace(params, seed=seed % 2**63)

@@ -1,0 +1,144 @@
+"""Answers over HTTP: server-sent events, and JSON that is given up when the client leaves.
+
+Starlette lets a handler run to its end when the client of a plain answer is gone; here both kinds watch the connection,
+and whatever was computing is dropped before the engine's next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from quadriga.errors import QuadrigaError
+from quadriga.server.errors import ApiError, as_api_error
+
+PING_S = 10.0
+SEND_TIMEOUT_S = 60.0
+"""A reader that takes nothing for this long is cut off."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Gone(Exception):
+    """The client left."""
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON answer."""
+    return Response(_encode(body), status, headers, media_type="application/json")
+
+
+async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
+    """Wait for ``work``, but give up when the client leaves.
+
+    Raises:
+        Gone: it left; the work has been cancelled.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.create_task(_left(request.receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        watch.cancel()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events made by ``produce(send)``, which is cancelled when the client leaves or reads nothing.
+
+    Args:
+        produce: writes everything through the function it is given.
+        anthropic: whose shape an error after the beginning has.
+    """
+
+    media_type = "text/event-stream"
+
+    pings = True
+
+    def __init__(self, produce: Callable[[EventSender], Awaitable[None]], *, anthropic: bool = False) -> None:
+        self._produce, self._anthropic = produce, anthropic
+        self.status_code, self.background = 200, None
+        self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        sender = EventSender(send)
+        tasks = [asyncio.create_task(t) for t in (self._run(sender), _left(receive))]
+        if self.pings:
+            tasks.append(asyncio.create_task(sender.ping()))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(OSError):
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _run(self, sender: EventSender) -> None:
+        try:
+            await self._produce(sender)
+        except QuadrigaError as error:
+            shown = as_api_error(error)
+            if self._anthropic:
+                await sender.event(shown.anthropic(), name="error")
+            else:
+                await sender.event(shown.openai())
+                await sender.done()
+
+
+class EventSender:
+    """Writes events; every write has a deadline."""
+
+    def __init__(self, send: Send) -> None:
+        self._send, self._lock = send, asyncio.Lock()
+
+    async def event(self, body: Any, *, name: str | None = None) -> None:
+        """One event."""
+        head = b"" if name is None else b"event: " + name.encode() + b"\n"
+        await self._write(head + b"data: " + _encode(body) + b"\n\n")
+
+    async def done(self) -> None:
+        """OpenAI's last event."""
+        await self._write(b"data: [DONE]\n\n")
+
+    async def ping(self) -> None:
+        """A comment now and then, so that nothing between here and the client gives the connection up."""
+        while True:
+            await asyncio.sleep(PING_S)
+            await self._write(b": ping\n\n")
+
+    async def raw(self, raw: bytes) -> None:
+        """Bytes as they are."""
+        await self._write(raw)
+
+    async def _write(self, raw: bytes) -> None:
+        async with self._lock:
+            try:
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    await self._send({"type": "http.response.body", "body": raw, "more_body": True})
+            except TimeoutError:
+                raise ApiError(408, "the client reads nothing") from None
+
+
+async def collect(answers: AsyncIterator[Any]) -> None:
+    """Run answers to their end."""
+    async for _ in answers:
+        pass

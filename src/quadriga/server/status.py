@@ -1,0 +1,114 @@
+"""Routes about the server itself: what it serves, whether it is well, and what its experts do."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from starlette.responses import Response
+
+from quadriga.engine.request import Request, SamplingParams
+from quadriga.model import cost
+from quadriga.model.config import MoESpec
+from quadriga.server.errors import ApiError
+from quadriga.server.metrics import balance_of
+from quadriga.server.service import Service
+from quadriga.server.sse import json_response
+
+
+def model(service: Service) -> dict[str, Any]:
+    """The served model as OpenAI's list shows it, and what it is."""
+    config = service.llm.config
+    count, ffn = cost.n_params(config), config.ffn
+    tokenizer = service.llm.tokenizer
+    facts = {
+        "family": config.family,
+        "n_parameters": count.total,
+        "n_active_parameters": count.active,
+        "n_layers": config.n_layers,
+        "n_experts": ffn.n_experts if isinstance(ffn, MoESpec) else 0,
+        "top_k": ffn.top_k if isinstance(ffn, MoESpec) else 0,
+        "context_length": config.max_seq_len,
+        "chat": tokenizer is not None and tokenizer.chat_template is not None,
+    }
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "quadriga",
+        "quadriga": facts,
+    }
+
+
+def models(service: Service) -> Response:
+    """GET /v1/models."""
+    return json_response({"object": "list", "data": [model(service)]})
+
+
+def one_model(service: Service, name: str) -> Response:
+    """GET /v1/models/{name}."""
+    service.check_model(name)
+    return json_response(model(service))
+
+
+def health(service: Service) -> Response:
+    """200 while the engine lives; it needs no key."""
+    if service.engine.error is not None:
+        return json_response({"status": "failed", "error": str(service.engine.error)}, 503)
+    return json_response({"status": "draining" if service.draining else "ok"})
+
+
+async def ready(service: Service) -> Response:
+    """200 once a token has been generated just now."""
+    started = time.perf_counter()
+    if service.draining:
+        raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=5)
+    stream = await service.engine.submit(
+        Request(
+            prompt=(min(1, service.llm.config.vocab_size - 1),), params=SamplingParams(max_new_tokens=1), priority=1
+        )
+    )
+    try:
+        async for _ in stream:
+            pass
+    finally:
+        stream.close()
+    return json_response({"status": "ready", "ms": round(1000 * (time.perf_counter() - started), 3)})
+
+
+class Experts:
+    """What the experts have seen since the server began, or since the last reset."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._base: list[list[int]] = []
+
+    def _counts(self) -> list[list[int]]:
+        return [load.tolist() for load in self._service.llm.runner.expert_load()]
+
+    def show(self) -> Response:
+        """GET /v1/experts."""
+        ffn = self._service.llm.config.ffn
+        counts = self._counts()
+        if self._base:
+            counts = [
+                [n - b for n, b in zip(now, then, strict=True)] for now, then in zip(counts, self._base, strict=True)
+            ]
+        moe = isinstance(ffn, MoESpec)
+        top_k = ffn.top_k if isinstance(ffn, MoESpec) else 0
+        return json_response(
+            {
+                "model": self._service.name,
+                "n_layers": self._service.llm.config.n_layers,
+                "n_experts": ffn.n_experts if isinstance(ffn, MoESpec) else 0,
+                "top_k": top_k,
+                "n_tokens": sum(counts[0]) // top_k if moe and counts else 0,
+                "counts": counts,
+                "balance": [round(balance_of(layer), 4) for layer in counts],
+            }
+        )
+
+    def reset(self) -> Response:
+        """POST /v1/experts/reset. The counters in /metrics go on."""
+        self._base = self._counts()
+        return self.show()

@@ -1,0 +1,112 @@
+"""Routes about text and vectors: tokenise, detokenise, the chat template, embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from functools import partial
+from typing import Any
+
+import numpy as np
+from starlette.responses import Response
+from torch import Tensor
+
+from quadriga.engine.engine import Engine
+from quadriga.server.completions import prompts_of
+from quadriga.server.errors import ApiError
+from quadriga.server.schema import (
+    ChatRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    Message,
+    TemplateRequest,
+    TokenizeRequest,
+)
+from quadriga.server.service import Service
+from quadriga.server.sse import json_response
+from quadriga.server.tools import ToolUse
+from quadriga.text.chat import RenderedPrompt, render
+
+
+async def tokenize(service: Service, body: TokenizeRequest) -> Response:
+    """A text's token ids, or a conversation's."""
+    service.check_model(body.model)
+    tokenizer = service.llm._need_tokenizer()
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give prompt or messages", param="prompt")
+    if body.prompt is not None:
+        ids = [*(tokenizer.prefix_ids if body.add_special_tokens else []), *tokenizer.encode(body.prompt)]
+    else:
+        ids = (await _rendered(service, body.messages or [], body.add_generation_prompt)).ids
+    strings = [service.token_text(token) for token in ids] if body.return_token_strs else None
+    limit = service.llm.config.max_seq_len
+    return json_response({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings})
+
+
+async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
+    """The text of token ids."""
+    service.check_model(body.model)
+    tokenizer = service.llm._need_tokenizer()
+    outside = [token for token in body.tokens if not 0 <= token < tokenizer.n_vocab]
+    if outside:
+        raise ApiError(400, f"token ids are 0 to {tokenizer.n_vocab - 1}, got {outside[:4]}", param="tokens")
+    return json_response({"prompt": tokenizer.decode(body.tokens)})
+
+
+def tokenizer_info(service: Service) -> Response:
+    """What a client needs to know of the vocabulary."""
+    tokenizer = service.llm._need_tokenizer()
+
+    def named(token: int | None) -> str | None:
+        return None if token is None else tokenizer.token_text(token)
+
+    ends = sorted(service.llm.end_ids)
+    info: dict[str, Any] = {
+        "n_vocab": tokenizer.n_vocab,
+        "bos_token": named(tokenizer.bos_id),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token": named(ends[0]) if ends else None,
+        "eos_token_id": ends[0] if ends else None,
+        "eos_token_ids": ends,
+        "pad_token": named(tokenizer.pad_id),
+        "pad_token_id": tokenizer.pad_id,
+        "add_bos_token": bool(tokenizer.prefix_ids),
+        "chat_template": tokenizer.chat_template,
+        "model_max_length": service.llm.config.max_seq_len,
+    }
+    return json_response(info)
+
+
+async def apply_template(service: Service, body: TemplateRequest) -> Response:
+    """A conversation as the text that the model reads."""
+    service.check_model(body.model)
+    rendered = await _rendered(service, body.messages, body.add_generation_prompt)
+    return json_response({"prompt": rendered.text})
+
+
+async def embeddings(service: Service, body: EmbeddingRequest) -> Response:
+    """Texts as vectors of length 1: the mean of the last hidden states."""
+    service.check_model(body.model)
+    if body.dimensions not in (None, service.llm.config.d_model):
+        raise ApiError(400, f"this model's vectors have {service.llm.config.d_model} dimensions", param="dimensions")
+    prompts = prompts_of(service, body.input, "input")
+    data = []
+    for i, prompt in enumerate(prompts):
+        vector = (await service.engine.call(partial(_embed, prompt))).numpy()
+        shown: Any = vector.tolist()
+        if body.encoding_format == "base64":
+            shown = base64.b64encode(vector.astype(np.float32).tobytes()).decode()
+        data.append({"object": "embedding", "index": i, "embedding": shown})
+    n = sum(len(prompt) for prompt in prompts)
+    usage = {"prompt_tokens": n, "total_tokens": n}
+    return json_response({"object": "list", "data": data, "model": service.name, "usage": usage})
+
+
+def _embed(ids: list[int], engine: Engine) -> Tensor:
+    return engine.embed(ids)
+
+
+async def _rendered(service: Service, messages: list[Message], add_generation_prompt: bool) -> RenderedPrompt:
+    turns = ToolUse(ChatRequest(model=service.name, messages=messages)).messages(messages)
+    tokenizer = service.llm._need_tokenizer()
+    return await asyncio.to_thread(render, turns, tokenizer, add_generation_prompt=add_generation_prompt)

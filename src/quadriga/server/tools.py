@@ -1,0 +1,169 @@
+"""Tool calls: how a model is told of tools, how its answer is read, and the grammar that makes a call certain.
+
+Models without a template for tools get a paragraph in the system prompt that asks for
+``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``. With ``tool_choice`` "required" or a name, a grammar
+allows nothing but a JSON array of calls whose arguments fit the tools' schemas.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from quadriga.server.errors import ApiError
+from quadriga.server.schema import MAX_TOOLS, ChatRequest, Message, NamedTool, Tool
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_MAX_CALLS = 16
+
+
+def system_text(tools: Sequence[Tool], *, forced: bool, parallel: bool) -> str:
+    """What the model is told about its tools."""
+    lines = [json.dumps({k: v for k, v in _shown(tool).items() if v is not None}, ensure_ascii=False) for tool in tools]
+    listed = "\n".join(lines)
+    if forced:
+        count = "one or more calls" if parallel else "one call"
+        form = f'Answer only with a JSON array of {count}: [{{"name": NAME, "arguments": {{...}}}}]'
+    else:
+        form = f'To call one, answer only with {OPEN}{{"name": NAME, "arguments": {{...}}}}{CLOSE}'
+        form += ", one such block for each call. If no function helps, answer in plain words."
+    return f"These functions can be called, given as JSON:\n{listed}\n{form}"
+
+
+def _shown(tool: Tool) -> dict[str, Any]:
+    function = tool.function
+    return {"name": function.name, "description": function.description, "parameters": function.parameters}
+
+
+class ToolUse:
+    """What one request allows: which tools, and whether a call is certain.
+
+    Raises:
+        ApiError: a tool choice without tools, a name that is no tool's, too many tools.
+    """
+
+    def __init__(self, body: ChatRequest) -> None:
+        tools = body.tools or []
+        choice = body.tool_choice
+        if len(tools) > MAX_TOOLS:
+            raise ApiError(400, f"tools takes at most {MAX_TOOLS}, got {len(tools)}", param="tools")
+        names = [tool.function.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise ApiError(400, "two tools have the same name", param="tools")
+        for name in names:
+            if not (0 < len(name) <= 64 and name.replace("_", "a").replace("-", "a").isalnum() and name.isascii()):
+                raise ApiError(
+                    400, f"a tool's name is 1 to 64 letters, digits, _ or -; got {name[:80]!r}", param="tools"
+                )
+        if isinstance(choice, NamedTool):
+            if choice.function.name not in names:
+                raise ApiError(400, f"tool_choice names {choice.function.name!r}, no tool does", param="tool_choice")
+            tools = [tool for tool in tools if tool.function.name == choice.function.name]
+        if choice == "required" and not tools:
+            raise ApiError(400, "tool_choice 'required' needs tools", param="tool_choice")
+        self.tools = [] if choice == "none" else tools
+        self.forced = bool(self.tools) and choice not in (None, "auto", "none")
+        self.parallel = body.parallel_tool_calls is not False and not isinstance(choice, NamedTool)
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of a certain answer: an array of calls."""
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": t.function.name},
+                    "arguments": t.function.parameters or {"type": "object"},
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for t in self.tools
+        ]
+        items = calls[0] if len(calls) == 1 else {"anyOf": calls}
+        return {"type": "array", "items": items, "minItems": 1, "maxItems": _MAX_CALLS if self.parallel else 1}
+
+    def messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:
+        """A conversation as the chat template takes it: every turn a role and a text."""
+        turns = [_turn(i, message) for i, message in enumerate(messages)]
+        if self.tools:
+            told = system_text(self.tools, forced=self.forced, parallel=self.parallel)
+            if turns and turns[0]["role"] == "system":
+                turns[0] = {"role": "system", "content": f"{turns[0]['content']}\n\n{told}".strip()}
+            else:
+                turns.insert(0, {"role": "system", "content": told})
+        return turns
+
+    def read(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
+        """(content, tool calls) of an answer. What is no well-formed call of a known tool stays content."""
+        if not self.tools:
+            return text, []
+        if self.forced:
+            calls = _array(text)
+            return (None, [_call(call) for call in calls]) if calls else (text, [])
+        known = {tool.function.name for tool in self.tools}
+        rest, calls = "", []
+        while OPEN in text:
+            before, _, after = text.partition(OPEN)
+            inside, _, tail = after.partition(CLOSE)
+            found = _object(inside)
+            if found is None or found["name"] not in known or len(calls) >= (_MAX_CALLS if self.parallel else 1):
+                rest += before + OPEN
+                text = after
+                continue
+            calls.append(found)
+            rest += before
+            text = tail
+        rest = (rest + text).strip() if calls else rest + text
+        return rest or None, [_call(call) for call in calls]
+
+
+def _turn(index: int, message: Message) -> dict[str, str]:
+    content = message.content
+    text = content if isinstance(content, str) else "".join(part.text for part in content or ())
+    role = "system" if message.role == "developer" else message.role
+    if message.tool_calls:
+        if role != "assistant":
+            raise ApiError(400, "only the assistant makes tool calls", param=f"messages[{index}].tool_calls")
+        calls = []
+        for call in message.tool_calls:
+            arguments = _json(call.function.arguments)
+            if not isinstance(arguments, dict):
+                place = f"messages[{index}].tool_calls"
+                raise ApiError(400, "a tool call's arguments are the JSON text of an object", param=place)
+            calls.append(json.dumps({"name": call.function.name, "arguments": arguments}, ensure_ascii=False))
+        text += "".join(f"{OPEN}{call}{CLOSE}" for call in calls)
+    elif content is None and role != "assistant":
+        raise ApiError(400, "a message needs content", param=f"messages[{index}].content")
+    return {"role": role, "content": text}
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    value = _json(text)
+    if isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get("arguments"), dict):
+        return value
+    return None
+
+
+def _array(text: str) -> list[dict[str, Any]]:
+    value = _json(text)
+    if not isinstance(value, list) or not all(_object(json.dumps(item)) for item in value):
+        return []
+    return value
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = json.dumps(call["arguments"], ensure_ascii=False)
+    return {
+        "id": f"call_{secrets.token_hex(12)}",
+        "type": "function",
+        "function": {"name": call["name"], "arguments": arguments},
+    }
