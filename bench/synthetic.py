@@ -50,7 +50,7 @@ SHAPES: dict[str, ModelConfig] = {
     "llama2b": replace(
         _MIXTRAL,
         family="llama2",
-        n_layers=24,
+        n_layers=32,
         attn=AttentionSpec(n_heads=16, n_kv_heads=2, head_dim=128),
         ffn=DenseSpec(d_ff=8192, activation="silu"),
     ),
@@ -137,11 +137,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--packed", metavar="FORMAT", help="write a packed directory instead")
     parser.add_argument("--layers", type=int, help="this many layers instead of the shape's own")
+    parser.add_argument("--vocab", type=int, help="this many tokens")
     parser.add_argument("--experts", type=int, help="this many experts a layer")
     args = parser.parse_args()
     config = SHAPES[args.shape]
     if args.layers:
         config = replace(config, n_layers=args.layers)
+    if args.vocab:
+        config = replace(config, vocab_size=args.vocab)
     if args.experts:
         assert isinstance(config.ffn, MoESpec), "only an MoE has experts"
         config = replace(config, ffn=replace(config.ffn, n_experts=args.experts))

@@ -46,13 +46,11 @@ async def start(service: Service, body: ChatRequest, caller: Caller) -> tuple[An
     tokenizer = service.llm._need_tokenizer()
     turns = tools.messages(body.messages)
     ids = (await asyncio.to_thread(render, turns, tokenizer, add_generation_prompt=True)).ids
-    params = service.params(
-        body,
-        max_tokens=body.max_completion_tokens or body.max_tokens or service.llm.config.max_seq_len,
-        logprobs=body.top_logprobs or 0,
-    )
-    if (body.max_tokens is not None and body.max_tokens < 1) or (body.max_completion_tokens or 1) < 1:
-        raise ApiError(400, "max_tokens must be at least 1", param="max_tokens")
+    given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if given is not None and given < 1:
+        raise ApiError(400, f"max_tokens must be at least 1, got {given}", param="max_tokens")
+    limit = service.llm.config.max_seq_len if given is None else given
+    params = service.params(body, max_tokens=limit, logprobs=body.top_logprobs or 0)
     return await service.run([ids], params, body, caller, constraint=constraint), tools
 
 

@@ -25,7 +25,10 @@ def prompts_of(service: Service, given: Any, param: str) -> list[list[int]]:
     Raises:
         ApiError: nothing, or too many; ids outside the vocabulary are the engine's to refuse.
     """
-    many = given if isinstance(given, list) and not (given and isinstance(given[0], int)) else [given]
+    kinds = {type(item) for item in given} if isinstance(given, list) else set()
+    if len(kinds) > 1:
+        raise ApiError(400, f"{param} mixes texts and token ids", param=param)
+    many = given if isinstance(given, list) and kinds != {int} else [given]
     if not 1 <= len(many) <= MAX_CHOICES:
         raise ApiError(400, f"{param} takes 1 to {MAX_CHOICES} prompts, got {len(many)}", param=param)
     return [service.llm.prompt_ids(prompt) for prompt in many]

@@ -12,6 +12,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10
 HEAD_TIMEOUT_S = 10.0
+LINGER_S = 1.0
+"""How long a refused connection is read on, so that its answer arrives."""
 
 _ANSWER = b"HTTP/1.1 %s\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
@@ -23,6 +25,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
         self._in_head = True
+        self._refused = False
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -37,6 +40,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes: those of a head are counted."""
+        if self._refused:
+            return
         if self._in_head:
             if self._deadline is None:
                 self._expect_head()
@@ -77,6 +82,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refuse(b"408 Request Timeout")
 
     def _refuse(self, status: bytes) -> None:
-        if not self.transport.is_closing():
-            self.transport.write(_ANSWER % status)
-            self.transport.close()
+        if self.transport.is_closing() or self._refused:
+            return
+        self._refused = True
+        self.transport.write(_ANSWER % status)
+        # Closing with bytes unread would reset the connection, and the answer would be lost on its way.
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        asyncio.get_running_loop().call_later(LINGER_S, self.transport.close)

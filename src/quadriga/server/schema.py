@@ -20,6 +20,10 @@ MAX_STOPS = 16
 MAX_TOOLS = 128
 
 
+Prompts = str | list[str | int | list[int]]
+"""One text, texts, one list of token ids, or lists of ids; ``completions.prompts_of`` refuses mixtures."""
+
+
 class TextPart(Struct, kw_only=True, forbid_unknown_fields=True):
     """A piece of a message's content."""
 
@@ -161,7 +165,7 @@ class ChatRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
 class CompletionRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompts
     echo: bool | None = None
     logprobs: int | None = None
     suffix: None = None
@@ -171,7 +175,7 @@ class CompletionRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
 class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/embeddings."""
 
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Prompts
     model: str
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None

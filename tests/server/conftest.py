@@ -1,0 +1,137 @@
+"""Servers for tests: a tiny random MoE in this process, and the default model behind the real command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+
+from quadriga import LLM
+from quadriga.model.compiled import CompiledModel, pack_parameters
+from quadriga.model.transformer import random_parameters
+from quadriga.server.guard import Limits
+from quadriga.server.run import Server, listen, serve
+from quadriga.server.service import Service
+from quadriga.text.chat import CHATML
+from quadriga.text.tokenizer import Tokenizer
+from tests.checkpoint.models import TINY
+
+
+class Bytes:
+    """One token a byte, and one end token."""
+
+    n_vocab = 257
+
+    def encode(self, text: str, allow_special: bool) -> list[int]:
+        return list(text.encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
+
+
+def tiny_llm(*, n_blocks: int = 64, max_sequences: int = 8) -> LLM:
+    """A random DBRX over bytes: 4 layers, 5 experts."""
+    torch.manual_seed(0)
+    config = replace(TINY["dbrx"], vocab_size=257, max_seq_len=1024)
+    parameters = pack_parameters(random_parameters(config, std=0.3), "q8")
+    runner = CompiledModel(config, parameters, threads=1, n_blocks=n_blocks)
+    special = {"<|end|>": 256}
+    tokenizer = Tokenizer(Bytes(), special_ids=special, eos_ids=(256,), chat_template=CHATML)
+    return LLM(runner, tokenizer, max_sequences=max_sequences)
+
+
+@dataclass
+class Live:
+    """A server that answers."""
+
+    url: str
+    service: Service
+    client: httpx2.Client
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx2.Response:
+        """POST JSON."""
+        return self.client.post(path, json=body, **options)
+
+    def settled(self) -> bool:
+        """Wait until nothing runs; True if every block and place is free again."""
+        for _ in range(200):
+            stats = self.service.llm.engine.stats()
+            if not (stats.n_running or stats.n_waiting or stats.kv_blocks_used or self.service.engine.n_open):
+                return True
+            time.sleep(0.02)
+        return False
+
+
+@contextlib.contextmanager
+def running(llm: LLM, limits: Limits | None = None, *, max_waiting: int = 16) -> Iterator[Live]:
+    """A server in a thread of this process."""
+    service = Service(llm, name="tiny", max_waiting=max_waiting)
+    listener, up = listen("127.0.0.1", 0), threading.Event()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    servers: list[Server] = []
+    original = Server.__init__
+
+    def remember(self: Server, *args: Any) -> None:
+        original(self, *args)
+        servers.append(self)
+
+    Server.__init__ = remember  # type: ignore[method-assign]
+    options = {"drain_s": 2, "started": up.set}
+    thread = threading.Thread(target=serve, args=(service, limits or Limits(), listener), kwargs=options, daemon=True)
+    thread.start()
+    assert up.wait(20), "the server starts"
+    Server.__init__ = original  # type: ignore[method-assign]
+    with httpx2.Client(base_url=url, timeout=30) as client:
+        yield Live(url, service, client)
+    servers[0].should_exit = True
+    thread.join(20)
+    assert not thread.is_alive(), "the server ends"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[Live]:
+    """A random model, open to everybody on this machine."""
+    with running(tiny_llm()) as live:
+        yield live
+
+
+@contextlib.contextmanager
+def command(*arguments: str, env: dict[str, str] | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """``quadriga serve`` as a process of its own; (its address, the process)."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "quadriga", "serve", *arguments, "--port", "0", "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | (env or {}),
+    )
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        found = re.search(r"http://[\d.]+:\d+", line)
+        assert found, line + process.stderr.read()
+        yield found[0], process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def smol(smollm2: Path) -> Iterator[str]:
+    """The default model's address."""
+    with command() as (url, _):
+        yield url

@@ -1,0 +1,357 @@
+"""Hostile and mistaken requests: each gets an answer that says what is wrong, and the server goes on."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from quadriga.server import protocol
+from quadriga.server.guard import Limits
+from quadriga.server.openapi import GETS, POSTS
+from tests.server.conftest import Live, running, tiny_llm
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+TEXT = {"model": "tiny", "prompt": "hi", "max_tokens": 2}
+KEY = "correct-horse-battery"
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Live]:
+    """A server with a key, small limits, and one foreign page allowed."""
+    limits = Limits(
+        keys=(KEY, "another-key-entirely"),
+        hosts=("llm.example.org",),
+        origins=("https://page.example.org",),
+        max_body_bytes=4096,
+        body_timeout_s=0.5,
+    )
+    with running(tiny_llm(), limits) as live:
+        yield live
+
+
+def error_of(live: Live, path: str, body: Any, status: int = 400) -> dict[str, Any]:
+    response = live.post(path, body)
+    assert response.status_code == status, response.text
+    return response.json()["error"]
+
+
+# Fields --------------------------------------------------------------------------------------------------------------
+
+FIELDS = ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"]
+FIELDS += ["seed", "max_tokens", "n", "stop", "logit_bias", "stop_token_ids", "priority", "deadline_ms", "speculate"]
+WRONG: list[Any] = ["x", -1.5e308, 10**30, [[]], {"a": {}}, -(2**63)]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_wrong_value_is_refused_by_the_name_of_its_field(tiny: Live, field: str, value: Any) -> None:
+    if field == "stop" and value == "x":
+        return
+    for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)):
+        error = error_of(tiny, path, {**body, field: value})
+        named = {"max_tokens": "max_", "stop_token_ids": "stop_"}.get(field, field)
+        assert named in error["message"] or named in str(error["param"]), error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n": 0},
+        {"n": 129},
+        {"stop": [""]},
+        {"stop": ["a"] * 17},
+        {"logit_bias": {"x": 1}},
+        {"logit_bias": {"999": 1}},
+        {"logit_bias": {"-1": 1}},
+        {"logit_bias": {"1": 101}},
+        {"max_tokens": 0},
+        {"top_p": 0},
+        {"deadline_ms": 0},
+        {"stream_options": {"include_usage": True}},
+        {"stop_token_ids": [257]},
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "regex"}},
+        {"response_format": {"type": "grammar", "grammar": "start: ("}},
+        {"nonsense": 1},
+    ],
+    ids=str,
+)
+def test_values_just_outside_are_refused(tiny: Live, change: dict[str, Any]) -> None:
+    error_of(tiny, "/v1/chat/completions", CHAT | change)
+    error_of(tiny, "/v1/completions", TEXT | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"messages": None},
+        {"messages": []},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "robot", "content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
+        {"messages": [{"role": "user", "content": "x" * 2000}]},
+        {"messages": [{"role": "user", "content": "x"}] * 10_001},
+        {"top_logprobs": 2},
+        {"logprobs": True, "top_logprobs": 21},
+        {"max_tokens": 1, "max_completion_tokens": 1},
+        {"tool_choice": "required"},
+        {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+        {"tools": [{"type": "function", "function": {"name": "a"}}] * 2},
+        {
+            "tools": [{"type": "function", "function": {"name": "a"}}],
+            "tool_choice": {"type": "function", "function": {"name": "b"}},
+        },
+        {"functions": []},
+        {"store": True},
+        {"modalities": ["audio"]},
+        {"chat_template": "{{ 1 }}"},
+    ],
+    ids=lambda change: str(change)[:60],
+)
+def test_what_a_chat_cannot_be(tiny: Live, change: dict[str, Any]) -> None:
+    error_of(tiny, "/v1/chat/completions", CHAT | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": ""},
+        {"prompt": []},
+        {"prompt": [[]]},
+        {"prompt": [1, "a"]},
+        {"prompt": [257]},
+        {"prompt": [-1]},
+        {"prompt": [1.5]},
+        {"prompt": ["a"] * 129},
+        {"prompt": "x" * 1024},
+        {"logprobs": 21},
+        {"echo": True, "logprobs": 1, "stream": True},
+        {"suffix": "x"},
+        {"best_of": 2},
+    ],
+    ids=lambda change: str(change)[:60],
+)
+def test_what_a_prompt_cannot_be(tiny: Live, change: dict[str, Any]) -> None:
+    error_of(tiny, "/v1/completions", TEXT | change)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "nonsense"},
+        {"$ref": "https://example.org/schema.json"},
+        {"type": "string", "pattern": "(" * 5000},
+        json.loads('{"type": "array", "items": ' * 200 + "{}" + "}" * 200),
+        {"type": "string", "pattern": "((a{1,1000}){1,1000}){1,1000}"},
+    ],
+    ids=lambda schema: str(schema)[:40],
+)
+def test_a_hostile_schema_ends_at_once(tiny: Live, schema: Any) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    started = time.perf_counter()
+    response = tiny.post("/v1/chat/completions", CHAT | {"response_format": form})
+    assert response.status_code in (200, 400) and time.perf_counter() - started < 10
+    assert tiny.post("/v1/chat/completions", CHAT).status_code == 200
+
+
+# Bodies --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"model": "tiny", "model": "tiny"}',
+        b'{"temperature": NaN}',
+        b'{"temperature": Infinity}',
+        b"[" * 100_000,
+        b'{"a":' * 50_000,
+        b'{"model": "\xff"}',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b"1" * 100_000,
+        b'{"model": "tiny", "prompt": "\x00"}',
+    ],
+    ids=lambda raw: repr(raw[:24]),
+)
+def test_bodies_that_are_no_requests(tiny: Live, raw: bytes) -> None:
+    response = tiny.client.post("/v1/chat/completions", content=raw, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+def test_special_tokens_in_content_stay_text(tiny: Live) -> None:
+    def ids(text: str) -> list[int]:
+        return tiny.post("/tokenize", {"prompt": text}).json()["tokens"]
+
+    assert 256 not in ids("<|end|>")
+    chat = tiny.post("/tokenize", {"messages": [{"role": "user", "content": "<|end|>"}]}).json()["tokens"]
+    assert 256 not in chat
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status"),
+    [
+        ({"content-type": "text/plain"}, b"{}", 415),
+        ({"content-type": "application/json", "content-encoding": "gzip"}, b"{}", 415),
+        ({"content-type": "application/json"}, b"x" * 5000, 413),
+        ({"content-type": "application/json", "content-length": "9" * 30}, b"", 400),
+    ],
+)
+def test_bodies_of_the_wrong_kind(locked: Live, headers: dict[str, str], body: bytes, status: int) -> None:
+    raw = [f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {KEY}\r\n"]
+    if "content-length" not in headers:
+        headers = headers | {"content-length": str(len(body))}
+    raw += [f"{name}: {value}\r\n" for name, value in headers.items()]
+    assert f" {status} " in send(locked, "".join(raw).encode() + b"\r\n" + body).split("\r\n")[0]
+
+
+def test_chunked_bodies_are_bounded_too(locked: Live) -> None:
+    head = f"POST /tokenize HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {KEY}\r\n"
+    head += "content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    chunks = b"".join(b"400\r\n" + b" " * 1024 + b"\r\n" for _ in range(6))
+    assert " 413 " in send(locked, head.encode() + chunks)
+
+
+# Connections ---------------------------------------------------------------------------------------------------------
+
+
+def send(live: Live, raw: bytes, wait_s: float = 5) -> str:
+    """Raw bytes in, what comes back until the server closes or pauses."""
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.settimeout(wait_s)
+        connection.sendall(raw)
+        out = b""
+        try:
+            while piece := connection.recv(65536):
+                out += piece
+                if b"\r\n\r\n" in out:
+                    connection.settimeout(0.3)
+        except (TimeoutError, ConnectionResetError):
+            pass
+    return out.decode(errors="replace")
+
+
+def test_a_body_that_never_comes_is_given_up(locked: Live) -> None:
+    head = f"POST /tokenize HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {KEY}\r\n"
+    started = time.perf_counter()
+    assert " 408 " in send(locked, (head + "content-type: application/json\r\ncontent-length: 9\r\n\r\n{").encode())
+    assert time.perf_counter() - started < 3
+
+
+def test_a_head_that_never_ends_is_given_up(tiny: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.3)
+    assert " 408 " in send(tiny, b"GET /health HTTP/1.1\r\nhost: 127.0")
+    assert " 408 " in send(tiny, b"")
+    both = send(tiny, b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\nGET /hea", wait_s=3)
+    assert " 200 " in both
+
+
+def test_a_head_that_is_too_large_is_refused(tiny: Live) -> None:
+    assert " 431 " in send(tiny, b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nx: " + b"a" * (10 << 20))
+    many = b"".join(b"x-%d: y\r\n" % i for i in range(20_000))
+    assert " 431 " in send(tiny, b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n" + many)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GARBAGE\r\n\r\n",
+        b"\x16\x03\x01\x02\x00",
+        b"POST /tokenize HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: -1\r\n\r\n",
+    ],
+    ids=lambda raw: repr(raw[:24]),
+)
+def test_broken_framing_is_refused(tiny: Live, raw: bytes) -> None:
+    assert " 400 " in send(tiny, raw + b"\r\n\r\n").split("\r\n")[0]
+    assert tiny.client.get("/health").status_code == 200
+
+
+def test_pipelined_requests_are_all_answered(tiny: Live) -> None:
+    one = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
+    assert send(tiny, one * 5).count("HTTP/1.1 200") == 5
+
+
+def test_http_1_0_is_answered(tiny: Live) -> None:
+    assert " 200 " in send(tiny, b"GET /health HTTP/1.0\r\nhost: 127.0.0.1\r\n\r\n")
+
+
+def test_many_idle_connections_do_not_stop_others(tiny: Live) -> None:
+    host, port = tiny.url.removeprefix("http://").split(":")
+    idle = [socket.create_connection((host, int(port))) for _ in range(400)]
+    try:
+        assert tiny.post("/v1/chat/completions", CHAT).status_code == 200
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+# Who may ask ---------------------------------------------------------------------------------------------------------
+
+PATHS = [(path, "POST") for path in POSTS] + [(path, "GET") for path in GETS]
+PATHS += [("/metrics", "GET"), ("/openapi.json", "GET"), ("/v1/batches", "POST"), ("/v1/experts/reset", "POST")]
+
+
+@pytest.mark.parametrize(("path", "method"), PATHS)
+def test_every_route_but_health_needs_a_key(locked: Live, path: str, method: str) -> None:
+    for prefix in ("", "/v1") if not path.startswith("/v1") else ("",):
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"x-api-key": KEY[:-1]}):
+            status = locked.client.request(method, prefix + path, headers=headers).status_code
+            assert status == (200 if path == "/health" else 401)
+
+
+def test_keys_are_taken_in_both_ways(locked: Live) -> None:
+    for headers in ({"authorization": f"Bearer {KEY}"}, {"x-api-key": "another-key-entirely"}):
+        assert locked.client.get("/v1/models", headers=headers).status_code == 200
+
+
+def test_hosts_and_origins(locked: Live) -> None:
+    def status(**headers: str) -> int:
+        return locked.client.get("/health", headers=headers).status_code
+
+    assert status() == status(host="llm.example.org:80") == status(host="localhost") == 200
+    assert status(host="evil.example") == status(host="127.0.0.1.evil.example") == status(host="") == 403
+    assert status(origin="https://evil.example") == status(origin="null") == 403
+    assert status(origin="https://page.example.org") == status(origin=locked.url) == 200
+
+
+def test_preflight(locked: Live) -> None:
+    ask = {"access-control-request-method": "POST"}
+    good = locked.client.options("/v1/models", headers=ask | {"origin": "https://page.example.org"})
+    assert good.status_code == 204 and good.headers["access-control-allow-origin"] == "https://page.example.org"
+    assert locked.client.options("/v1/models", headers=ask | {"origin": "https://evil.example"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "path", ["/page/../app.py", "/page/%2e%2e/app.py", "/page//etc/passwd", "/..%2f..%2fetc/passwd"]
+)
+def test_no_path_leads_out_of_the_page(tiny: Live, path: str) -> None:
+    assert " 404 " in send(tiny, f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode()).split("\r\n")[0]
+
+
+def test_unknown_paths_and_methods_have_the_usual_shape(tiny: Live) -> None:
+    assert tiny.client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert tiny.client.get("/v1/chat/completions").status_code == 405
+
+
+# Rates ---------------------------------------------------------------------------------------------------------------
+
+
+def test_rates_and_concurrency_are_limited_by_key() -> None:
+    with running(tiny_llm(), Limits(keys=("key-number-one", "key-number-two"), requests_per_minute=3)) as live:
+
+        def ask(key: str) -> Any:
+            return live.post("/tokenize", {"prompt": "x"}, headers={"authorization": f"Bearer {key}"})
+
+        assert [ask("key-number-one").status_code for _ in range(4)] == [200, 200, 200, 429]
+        refused = ask("key-number-one")
+        assert int(refused.headers["retry-after"]) in range(1, 21)
+        assert ask("key-number-two").status_code == 200
