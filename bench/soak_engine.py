@@ -1,4 +1,4 @@
-"""Random requests at one engine for some minutes: they arrive, share prefixes, are cancelled and preempted; then the books.
+"""Random requests at one engine for some minutes: they arrive, share prefixes, leave, are preempted; then the books.
 
 At the end no block may be missing, no request may have waited for ever, and every answer that came to its end must be,
 token by token and to the bit of its log-probabilities, what the same request gives alone in a fresh engine.
