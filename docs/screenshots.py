@@ -78,9 +78,7 @@ def served(llm: LLM, name: str, port: int = 0) -> Iterator[str]:
     """A server in a thread of this process, which ends with it; its address."""
     listener, up = listen("127.0.0.1", port), threading.Event()
     service = Service(llm, name=name)
-    threading.Thread(
-        target=serve, args=(service, Limits(), listener), kwargs={"started": up.set}, daemon=True
-    ).start()
+    threading.Thread(target=serve, args=(service, Limits(), listener), kwargs={"started": up.set}, daemon=True).start()
     assert up.wait(30), "the server starts"
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
@@ -114,17 +112,15 @@ def quoted(value: object) -> str:
 
 def lens_picture(browser, url: str, out: Path) -> None:  # type: ignore[no-untyped-def]
     """Light, 1280 wide: the lens on an answer, a token's card open, the load map beside it."""
-    page = browser.new_page(viewport={"width": 1280, "height": 820}, color_scheme="light", locale="en-US")
+    page = browser.new_page(viewport={"width": 1360, "height": 820}, color_scheme="light", locale="en-US")
     settings(page, theme="light", locale="en", lens=True)
     page.goto(url)
     page.click(".top nav [aria-label='Experts at work']")
-    page.set_viewport_size({"width": 1440, "height": 860})
     ask(page, "Why is the sky blue?")
-    ask(page, "Explain it to a child in two sentences.")
     page.fill(".lens-bar input[type=range]", "11")
     page.wait_for_timeout(2500)
-    page.locator("[data-token='14']").first.click()
-    page.mouse.move(5, 5)
+    page.locator("[data-token='5']").first.click()
+    page.mouse.move(700, 790)
     page.wait_for_timeout(600)
     page.screenshot(path=out)
 
@@ -132,7 +128,11 @@ def lens_picture(browser, url: str, out: Path) -> None:  # type: ignore[no-untyp
 def phone_picture(browser, url: str, out: Path) -> None:  # type: ignore[no-untyped-def]
     """Dark, 390 wide, in Chinese: a chat with the default model."""
     page = browser.new_page(
-        viewport={"width": 390, "height": 844}, device_scale_factor=2, color_scheme="dark", locale="zh-CN", has_touch=True
+        viewport={"width": 390, "height": 844},
+        device_scale_factor=2,
+        color_scheme="dark",
+        locale="zh-CN",
+        has_touch=True,
     )
     settings(page, theme="dark", locale="zh-CN")
     page.goto(url)

@@ -4,7 +4,7 @@ import { fetchModel, generate, Problem, setKey } from "./api.js";
 import { setLocale, preferredLocale, t } from "./i18n.js";
 import { app, hover } from "./state.js";
 import * as storage from "./storage.js";
-import { newTrace, push } from "./trace.js";
+import { newTrace, push, trimmed } from "./trace.js";
 import * as tree from "./tree.js";
 
 const REDRAW_MS = 70;
@@ -276,7 +276,7 @@ class Progress {
       return;
     }
     const changes = { content: this.text, stats: this.stats(), finish: this.finish ?? "broken" };
-    if (this.node.trace) changes.trace = { ...this.node.trace };
+    if (this.node.trace) changes.trace = trimmed(this.node.trace);
     put(tree.update({ ...conversation, updated: Date.now() }, this.node.id, changes));
   }
 }

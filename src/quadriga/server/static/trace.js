@@ -50,6 +50,17 @@ export function push(trace, token, text) {
   trace.n_tokens += 1;
 }
 
+/** The same without the room it had for more: what is kept. */
+export function trimmed(trace) {
+  const pairs = trace.n_tokens * trace.n_layers * trace.top_k;
+  return {
+    ...trace,
+    experts: trace.experts.slice(0, pairs),
+    weights: trace.weights.slice(0, pairs),
+    entropy: trace.entropy.slice(0, trace.n_tokens * trace.n_layers),
+  };
+}
+
 /** The experts of a token in a layer, heaviest first: [{expert, weight}]. */
 export function chosen(trace, token, layer) {
   const start = (token * trace.n_layers + layer) * trace.top_k;
@@ -77,10 +88,9 @@ const PACKED = ["experts", "weights", "entropy"];
 
 /** For a JSON file: arrays as base64. */
 export function toJson(trace) {
-  const sizes = { experts: trace.top_k, weights: trace.top_k, entropy: 1 };
-  const out = { ...trace };
+  const out = trimmed(trace);
   for (const name of PACKED) {
-    const used = trace[name].slice(0, trace.n_tokens * trace.n_layers * sizes[name]);
+    const used = out[name];
     const bytes = new Uint8Array(used.buffer, used.byteOffset, used.byteLength);
     out[name] = btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
   }

@@ -1,13 +1,12 @@
 // The load map: how often each expert of each layer has been at work, live, from /v1/experts.
 
-import { mean } from "../balance.js";
 import * as balance from "../balance.js";
 import * as actions from "../actions.js";
 import { fetchExperts, resetExperts } from "../api.js";
 import { compact, number, t } from "../i18n.js";
 import { loadColour, prepare, themed } from "../palette.js";
 import { lens } from "../state.js";
-import { html, useEffect, useRef, useState } from "../vendor/htm-preact.mjs";
+import { html, useEffect, useMemo, useRef, useState } from "../vendor/htm-preact.mjs";
 import { problemText } from "./chat.js";
 import { IconButton } from "./icons.js";
 
@@ -164,9 +163,14 @@ function Heatmap({ counts }) {
 function History({ snapshots, theme }) {
   const place = useRef(null);
   const plot = useRef(null);
-  const points = snapshots
-    .map((one, i) => ({ time: one.time / 1000, counts: recent(snapshots.slice(0, i + 1)) }))
-    .filter(({ counts }) => balance.sum(counts[0]) > 0);
+  const latest = useRef([[], [], []]);
+  const series = useMemo(() => {
+    const points = snapshots
+      .map((one, i) => ({ time: one.time / 1000, counts: recent(snapshots.slice(0, i + 1)) }))
+      .filter(({ counts }) => balance.sum(counts[0]) > 0);
+    const over = (measure) => points.map((one) => balance.mean(one.counts.map(measure)));
+    return [points.map((one) => one.time), over(balance.maxOverMean), over(balance.jain)];
+  }, [snapshots]);
   useEffect(() => {
     let gone = false;
     import("../vendor/uplot.mjs").then(({ default: UPlot }) => {
@@ -191,7 +195,7 @@ function History({ snapshots, theme }) {
             { ...axis, scale: "jain", side: 1, size: 32, grid: { show: false } },
           ],
         },
-        [[], [], []],
+        latest.current,
         place.current,
       );
     });
@@ -201,13 +205,8 @@ function History({ snapshots, theme }) {
       plot.current = null;
     };
   }, [theme]);
-  useEffect(() => {
-    plot.current?.setData([
-      points.map((one) => one.time),
-      points.map((one) => mean(one.counts.map(balance.maxOverMean))),
-      points.map((one) => mean(one.counts.map(balance.jain))),
-    ]);
-  });
+  latest.current = series;
+  useEffect(() => plot.current?.setData(series), [series]);
   return html`<div class="history" ref=${place} role="img" aria-label=${t("experts.history")}></div>
     <p class="keys">
       <span class="key most">${t("experts.balance")}</span>
@@ -246,9 +245,9 @@ function Report({ snapshots, reset, theme }) {
     </div>
     <dl class="facts">
       <${Fact} label=${t("experts.tokens")} title=${t("experts.tokens.help")}>${compact(tokens)}<//>
-      <${Fact} label=${t("experts.balance")} title=${t("experts.balance.help")}>${number(mean(most), 2)}<//>
+      <${Fact} label=${t("experts.balance")} title=${t("experts.balance.help")}>${number(balance.mean(most), 2)}<//>
       <${Fact} label=${t("experts.jain")} title=${t("experts.jain.help")}>
-        ${number(mean(counts.map(balance.jain)), 2)}
+        ${number(balance.mean(counts.map(balance.jain)), 2)}
       <//>
       <${Fact} label=${t("experts.dead")} title=${t("experts.dead.help")}>${number(dead)}<//>
     </dl>
