@@ -38,7 +38,7 @@ from quadriga.server.service import Service
 IMAGES = Path(__file__).parent / "images"
 MAX_BYTES = 300_000
 N_EXPERTS, TOP_K = 16, 4
-ROUTER_STD = 0.1  # logits spread by about one: neither a fixed choice nor a coin toss
+ROUTER_STD = 0.25  # neither a fixed choice nor a coin toss
 
 CHROMIUM_ARGS = [
     "--no-sandbox",
@@ -112,7 +112,7 @@ def quoted(value: object) -> str:
 
 def lens_picture(browser, url: str, out: Path) -> None:  # type: ignore[no-untyped-def]
     """Light, 1280 wide: the lens on an answer, a token's card open, the load map beside it."""
-    page = browser.new_page(viewport={"width": 1360, "height": 820}, color_scheme="light", locale="en-US")
+    page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="light", locale="en-US")
     settings(page, theme="light", locale="en", lens=True)
     page.goto(url)
     page.click(".top nav [aria-label='Experts at work']")

@@ -785,7 +785,7 @@ def tiny_dense(chat_template: str | None) -> LLM:
 def test_a_dense_model_without_a_chat_template_says_so_and_continues_the_text(visit: Open) -> None:
     with running(tiny_dense(None)) as dense:
         tab = visit({"lens": True, "sampling": {"temperature": 0, "max_tokens": 12, "top_p": 1}}, live=dense)
-        tab.page.wait_for_selector(".lens-bar:has-text('is a dense model')")
+        tab.page.wait_for_selector(".lens-strip:has-text('is a dense model')")
         assert "brings no chat template" in tab.texts(".welcome")[0]
         tab.page.click("nav [aria-label='Experts at work']")
         tab.page.wait_for_selector(".experts:has-text('is a dense model')")

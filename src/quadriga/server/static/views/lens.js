@@ -30,7 +30,7 @@ export function LensBar({ model }) {
   const facts = model?.quadriga;
   if (!facts) return null;
   if (!facts.n_experts) {
-    return html`<div class="lens-bar"><p class="dense">${t("experts.dense", { model: model.id })}</p></div>`;
+    return html`<div class="lens-strip"><p class="dense">${t("experts.dense", { model: model.id })}</p></div>`;
   }
   const modes = [
     ["expert", t("lens.mode.expert")],
@@ -40,7 +40,7 @@ export function LensBar({ model }) {
   const low = view.mode === "entropy" ? -1 : 0;
   const layer = Math.max(low, Math.min(view.layer, facts.n_layers - 1));
   const options = Array.from({ length: facts.n_experts }, (_, i) => html`<option value=${i}>${t("lens.expert", { i })}</option>`);
-  return html`<div class="lens-bar" role="toolbar" aria-label=${t("lens.label")}>
+  return html`<div class="lens-strip"><div class="lens-bar" role="toolbar" aria-label=${t("lens.label")}>
     <div class="segments" role="radiogroup" aria-label=${t("lens.colour")}>
       ${modes.map(
         ([mode, label]) =>
@@ -76,7 +76,7 @@ export function LensBar({ model }) {
         </select>`
       : null}
     <${Legend} mode=${view.mode} n_experts=${facts.n_experts} />
-  </div>`;
+  </div></div>`;
 }
 
 /** Colours and what they mean. Set through the style object: the page's CSP allows no style attributes. */
