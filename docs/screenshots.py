@@ -116,7 +116,7 @@ def lens_picture(browser, url: str, out: Path) -> None:  # type: ignore[no-untyp
     settings(page, theme="light", locale="en", lens=True)
     page.goto(url)
     page.click(".top nav [aria-label='Experts at work']")
-    ask(page, "Why is the sky blue?")
+    ask(page, "Why is the sky blue? Answer in two sentences.")
     page.fill(".lens-bar input[type=range]", "11")
     page.wait_for_timeout(2500)
     page.locator("[data-token='5']").first.click()

@@ -755,6 +755,9 @@ def test_the_load_map_counts_what_the_server_counts(visit: Open) -> None:
     canvas.hover(position={"x": 24 + 3.5 * cell, "y": 22 + 11})  # layer 1, expert 3
     n = report["counts"][1][3]
     assert tab.texts(".cell")[0].startswith(f"Layer 1, expert 3: {n} times")
+    canvas.click(position={"x": 24 + 3.5 * cell, "y": 22 + 11})
+    tab.page.wait_for_selector("[data-mode=one][aria-checked=true]")
+    assert tab.page.input_value(".lens-bar select") == "3" and tab.page.input_value(".lens-bar input") == "1"
     tab.page.wait_for_selector(".history canvas")
     tab.page.click("text=Last 30 s")
     assert dict(zip(tab.texts(".fact dt"), tab.texts(".fact dd"), strict=True))["Tokens"] == str(report["n_tokens"])

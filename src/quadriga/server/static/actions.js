@@ -1,8 +1,8 @@
-// Everything a person can do. The only module that changes the store.
+// Everything a person can do. The only module that changes the `app` store.
 
 import { fetchModel, generate, Problem, setKey } from "./api.js";
 import { setLocale, preferredLocale, t } from "./i18n.js";
-import { app, hover } from "./state.js";
+import { app, hover, lens } from "./state.js";
 import * as storage from "./storage.js";
 import { newTrace, push, trimmed } from "./trace.js";
 import * as tree from "./tree.js";
@@ -213,6 +213,7 @@ async function answer(id, parent) {
     else {
       progress.finish = "broken";
       setProblem(id, error instanceof Problem ? error : new Problem("page", String(error)));
+      if (error.kind === "request") connect(); // perhaps another model is served by now
     }
   }
   setRunning(id, null);
@@ -330,6 +331,12 @@ export function toggleLens() {
   setSettings({ lens: !app.get().settings.lens });
 }
 
+/** Colour the text by the weight of one expert. */
+export function followExpert(layer, expert) {
+  lens.set({ mode: "one", layer, expert });
+  if (!app.get().settings.lens) toggleLens();
+}
+
 export function toggleExperts() {
   app.set({ experts: !app.get().experts });
 }
@@ -390,10 +397,16 @@ function settled(conversation) {
   return out;
 }
 
+/** Another tab has changed a conversation, or deleted it. */
 async function reload(id) {
-  if (app.get().running[id]) return;
+  const { running, current, conversations } = app.get();
+  if (running[id]) return;
   const fresh = await storage.loadConversation(id);
   if (fresh) put(fresh, { save: false });
+  else if (id !== current) {
+    const { [id]: _, ...left } = conversations;
+    app.set({ conversations: left });
+  }
 }
 
 export async function begin() {

@@ -102,7 +102,7 @@ function keyDown(event) {
       actions.setSidebar(true);
       requestAnimationFrame(() => document.getElementById("search").focus());
     };
-  } else if (event.key === "Escape") action = escape;
+  } else if (event.key === "Escape" && event.target.id !== "search") action = escape;
   else if (event.key === "?" && !typing) action = () => actions.openDialog("help");
   if (!action) return;
   event.preventDefault();

@@ -5,7 +5,6 @@ import * as actions from "../actions.js";
 import { fetchExperts, resetExperts } from "../api.js";
 import { compact, number, t } from "../i18n.js";
 import { loadColour, prepare, themed } from "../palette.js";
-import { lens } from "../state.js";
 import { html, useEffect, useMemo, useRef, useState } from "../vendor/htm-preact.mjs";
 import { problemText } from "./chat.js";
 import { IconButton } from "./icons.js";
@@ -133,7 +132,7 @@ function Heatmap({ counts }) {
   };
   const follow = (event) => {
     const cell = cellAt(event);
-    if (cell) lens.set({ mode: "one", ...cell });
+    if (cell) actions.followExpert(cell.layer, cell.expert);
   };
   const layer = at && counts[at.layer];
   const total = layer ? balance.sum(layer) : 0;

@@ -230,7 +230,7 @@ export function LensCard() {
             <button
               type="button"
               title=${t("lens.follow")}
-              onClick=${() => lens.set({ mode: "one", layer, expert })}
+              onClick=${() => actions.followExpert(layer, expert)}
             >
               ${t("lens.expert", { i: expert })}
             </button>
