@@ -14,12 +14,14 @@ Needs playwright and a Chromium (``--chromium``, by default the one in the path)
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +32,7 @@ from quadriga.checkpoint.open import open_checkpoint
 from quadriga.checkpoint.packed import load_packed
 from quadriga.model.compiled import CompiledModel, Parameter
 from quadriga.model.config import DenseSpec, MoESpec
-from quadriga.ops.packing import pack
+from quadriga.ops.packing import Packed, pack
 from quadriga.server.guard import Limits
 from quadriga.server.run import listen, serve
 from quadriga.server.service import Service
@@ -64,7 +66,8 @@ def upcycled() -> LLM:
         if ".ffn." not in name:
             parameters[name] = values
             continue
-        parameters[name.replace(".ffn.", ".moe.")] = [values] * N_EXPERTS  # type: ignore[list-item]
+        assert isinstance(values, Packed)
+        parameters[name.replace(".ffn.", ".moe.")] = [values] * N_EXPERTS
         router = name.split(".ffn.")[0] + ".moe.router.weight"
         if router not in parameters:
             weights = torch.empty(N_EXPERTS, config.d_model).normal_(0, ROUTER_STD, generator=generator)
@@ -89,7 +92,7 @@ MODELS = {
 }
 
 
-def ask(page, text: str) -> None:  # type: ignore[no-untyped-def]
+def ask(page: Any, text: str) -> None:
     """Send a message and wait for the whole answer."""
     page.fill("#composer", text)
     page.keyboard.press("Enter")
@@ -97,7 +100,7 @@ def ask(page, text: str) -> None:  # type: ignore[no-untyped-def]
     page.wait_for_selector(".message.assistant[data-last=true][aria-busy=false]", timeout=240_000)
 
 
-def settings(page, **changes: object) -> None:  # type: ignore[no-untyped-def]
+def settings(page: Any, **changes: object) -> None:
     """Settings as if chosen before; greedy, so that the pictures are the same each time."""
     sampling = {"temperature": 0, "repetition_penalty": 1.1, "max_tokens": 220}
     page.add_init_script(f"localStorage.setItem('quadriga.settings', {quoted(changes | {'sampling': sampling})})")
@@ -105,12 +108,10 @@ def settings(page, **changes: object) -> None:  # type: ignore[no-untyped-def]
 
 def quoted(value: object) -> str:
     """JSON as a string literal of JavaScript."""
-    import json
-
     return json.dumps(json.dumps(value))
 
 
-def lens_picture(browser, url: str, out: Path) -> None:  # type: ignore[no-untyped-def]
+def lens_picture(browser: Any, url: str, out: Path) -> None:
     """Light, 1280 wide: the lens on an answer, a token's card open, the load map beside it."""
     page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme="light", locale="en-US")
     settings(page, theme="light", locale="en", lens=True)
@@ -125,7 +126,7 @@ def lens_picture(browser, url: str, out: Path) -> None:  # type: ignore[no-untyp
     page.screenshot(path=out)
 
 
-def phone_picture(browser, url: str, out: Path) -> None:  # type: ignore[no-untyped-def]
+def phone_picture(browser: Any, url: str, out: Path) -> None:
     """Dark, 390 wide, in Chinese: a chat with the default model."""
     page = browser.new_page(
         viewport={"width": 390, "height": 844},

@@ -1,25 +1,17 @@
-// Everything a person can do. The only module that changes the `app` store.
+// What a person can do with the page and its conversations. This module and answers.js alone change the `app` store.
 
-import { fetchModel, generate, Problem, setKey } from "./api.js";
+import { fetchModel, Problem, setKey } from "./api.js";
 import { setLocale, preferredLocale, t } from "./i18n.js";
 import { app, hover, lens } from "./state.js";
 import * as storage from "./storage.js";
-import { newTrace, push, trimmed } from "./trace.js";
 import * as tree from "./tree.js";
-
-const REDRAW_MS = 70;
-const SAVE_MS = 2000;
 
 const channel = "BroadcastChannel" in self ? new BroadcastChannel("quadriga") : null;
 
-function newId(letter) {
-  const bytes = crypto.getRandomValues(new Uint8Array(10));
-  return letter + Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
-}
-
 // Conversations ------------------------------------------------------------------------------------------------------
 
-function put(conversation, { save = true } = {}) {
+/** A conversation as it is now, shown and (mostly) kept. */
+export function put(conversation, { save = true } = {}) {
   app.set({ conversations: { ...app.get().conversations, [conversation.id]: conversation } });
   if (save) keep(conversation);
 }
@@ -41,7 +33,7 @@ export function currentConversation() {
 export function startConversation() {
   const at = currentConversation();
   if (!at || Object.keys(at.nodes).length) {
-    const fresh = tree.newConversation(newId("c"), Date.now(), app.get().settings.system);
+    const fresh = tree.newConversation(storage.newId("c"), Date.now(), app.get().settings.system);
     put(fresh, { save: false });
     app.set({ current: fresh.id });
   }
@@ -103,53 +95,12 @@ export async function importFile(file) {
   }
   for (const conversation of taken) {
     const known = conversation.id in app.get().conversations;
-    put(known ? { ...conversation, id: newId("c") } : conversation);
+    put(known ? { ...conversation, id: storage.newId("c") } : conversation);
   }
   toast(t("import.done", { n: taken.length }));
 }
 
-// Answers ------------------------------------------------------------------------------------------------------------
-
-/** Say something in the current conversation. */
-export function send(text) {
-  const conversation = currentConversation();
-  if (!text.trim() || app.get().running[conversation.id] || !app.get().model) return;
-  const last = tree.path(conversation).at(-1);
-  setDraft(conversation.id, "");
-  ask(conversation, last?.id ?? "", text);
-}
-
-function ask(conversation, parent, text) {
-  const node = { id: newId("m"), role: "user", content: text, finish: null };
-  const title = conversation.title || text.trim().replace(/\s+/g, " ").slice(0, 60);
-  const asked = tree.add({ ...conversation, title, updated: Date.now() }, parent, node);
-  put(asked);
-  answer(asked.id, node.id);
-}
-
-/** Say a message again in other words: a branch beside the old one. */
-export function edit(id, text) {
-  const conversation = currentConversation();
-  app.set({ editing: null });
-  if (app.get().running[conversation.id] || !text.trim()) return;
-  ask(conversation, conversation.nodes[id].parent, text);
-}
-
-/** Another answer to the same question, beside the old one. */
-export function regenerate(id) {
-  const conversation = currentConversation();
-  if (app.get().running[conversation.id]) return;
-  forgetToken();
-  answer(conversation.id, conversation.nodes[id].parent);
-}
-
-/** Answer the last question again after a failure. */
-export function retry() {
-  const conversation = currentConversation();
-  const last = tree.path(conversation).at(-1);
-  if (last?.role === "user") answer(conversation.id, last.id);
-  else if (last) regenerate(last.id);
-}
+// Messages -----------------------------------------------------------------------------------------------------------
 
 export function showBranch(id) {
   put(tree.select(currentConversation(), id));
@@ -162,137 +113,6 @@ export function startEditing(id) {
 
 export function stop(id = app.get().current) {
   app.get().running[id]?.controller.abort();
-}
-
-function samplingFields({ sampling }) {
-  const given = Object.entries(sampling).filter(([, value]) => value !== null && value !== "");
-  return Object.fromEntries(given);
-}
-
-function messagesFor(conversation, id) {
-  const turns = tree.ancestry(conversation, id).map(({ role, content }) => ({ role, content }));
-  return conversation.system.trim() ? [{ role: "system", content: conversation.system }, ...turns] : turns;
-}
-
-function setRunning(id, value) {
-  const { [id]: _, ...others } = app.get().running;
-  app.set({ running: value ? { ...others, [id]: value } : others });
-}
-
-function setProblem(id, problem) {
-  app.set({ problems: { ...app.get().problems, [id]: problem } });
-}
-
-/** Forget why the last request failed, once that is mended; a question without an answer is asked again. */
-export function clearProblem() {
-  const { current, problem } = app.get();
-  if (problem || !app.get().problems[current]) return;
-  setProblem(current, null);
-  retry();
-}
-
-async function answer(id, parent) {
-  const { model, settings } = app.get();
-  const messages = messagesFor(app.get().conversations[id], parent);
-  const routing = settings.lens && model.quadriga.n_experts > 0;
-  const node = { id: newId("m"), role: "assistant", content: "", finish: null, model: model.id };
-  if (routing) node.trace = newTrace(model.quadriga.n_experts);
-  put(tree.add(app.get().conversations[id], parent, node), { save: false });
-  const controller = new AbortController();
-  setRunning(id, { node: node.id, controller });
-  setProblem(id, null);
-
-  const progress = new Progress(id, node);
-  try {
-    const sampling = samplingFields(settings);
-    for await (const event of generate({ model, messages, sampling, routing, signal: controller.signal })) {
-      progress.take(event);
-    }
-  } catch (error) {
-    if (error.name === "AbortError") progress.finish = "stopped";
-    else {
-      progress.finish = "broken";
-      setProblem(id, error instanceof Problem ? error : new Problem("page", String(error)));
-      if (error.kind === "request") connect(); // perhaps another model is served by now
-    }
-  }
-  setRunning(id, null);
-  if (id in app.get().conversations) progress.end();
-}
-
-/** One answer as it comes: gathers pieces, and draws and saves them now and then. */
-class Progress {
-  constructor(id, node) {
-    Object.assign(this, { id, node, text: "", tokens: 0, finish: null, usage: null, timings: null });
-    this.started = performance.now();
-    this.first = null;
-    this.drawn = 0;
-    this.saved = this.started;
-  }
-
-  take({ text, routing, finish, usage, timings }) {
-    const now = performance.now();
-    if (text || routing.length) {
-      this.first ??= now;
-      this.tokens += 1;
-    }
-    this.text += text;
-    for (const token of routing) push(this.node.trace, token, shownAs(token, text));
-    this.finish = finish ?? this.finish;
-    this.usage = usage ?? this.usage;
-    this.timings = timings ?? this.timings;
-    if (now - this.drawn < REDRAW_MS) return;
-    this.drawn = now;
-    const save = now - this.saved > SAVE_MS;
-    if (save) this.saved = now;
-    this.show(save);
-  }
-
-  stats() {
-    const seconds = (performance.now() - (this.first ?? this.started)) / 1000;
-    const mine = { tokens: this.tokens, rate: this.tokens > 1 ? (this.tokens - 1) / seconds : 0 };
-    mine.firstMs = (this.first ?? performance.now()) - this.started;
-    if (this.usage) {
-      mine.tokens = this.usage.completion_tokens;
-      mine.total = this.usage.total_tokens;
-      mine.context = app.get().model.quadriga.context_length;
-    }
-    if (this.timings) mine.rate = this.timings.predicted_per_second;
-    return mine;
-  }
-
-  show(save) {
-    const conversation = app.get().conversations[this.id];
-    if (!conversation) return;
-    const trace = this.node.trace && { ...this.node.trace };
-    put(tree.update(conversation, this.node.id, { content: this.text, stats: this.stats(), trace }), { save });
-  }
-
-  end() {
-    const conversation = app.get().conversations[this.id];
-    const empty = this.finish === "broken" && !this.text;
-    if (empty) {
-      // Nothing came: the question stands alone again, or the answer before is shown.
-      put(withoutNode(conversation, this.node.id));
-      return;
-    }
-    const changes = { content: this.text, stats: this.stats(), finish: this.finish ?? "broken" };
-    if (this.node.trace) changes.trace = trimmed(this.node.trace);
-    put(tree.update({ ...conversation, updated: Date.now() }, this.node.id, changes));
-  }
-}
-
-/** A token's words in the lens. One that ends inside a character has none; the one that completes it shows it. */
-function shownAs(token, text) {
-  return text || (token.text.startsWith("bytes:") ? "" : token.text);
-}
-
-function withoutNode(conversation, id) {
-  const others = tree.siblings(conversation, id).filter((other) => other !== id);
-  const { [id]: gone, ...nodes } = conversation.nodes;
-  const { [gone.parent]: _, ...selected } = conversation.selected;
-  if (others.length) selected[gone.parent] = others.at(-1);
-  return { ...conversation, nodes, selected };
 }
 
 // Settings and the page ----------------------------------------------------------------------------------------------

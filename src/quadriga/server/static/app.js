@@ -1,11 +1,12 @@
-// The chat page: one store (state.js), changed by actions.js, drawn by views/.
+// The chat page: one store (state.js), changed by actions.js and answers.js, drawn by views/.
 //
-//     index.html ─ boot.js (theme) ─ app.js ─┬─ actions.js ─ api.js, storage.js, tree.js, trace.js
+//     index.html ─ boot.js (theme) ─ app.js ─┬─ actions.js, answers.js ─ api.js, storage.js, tree.js, trace.js
 //                                            └─ views/ ─ markdown.js, palette.js, balance.js, i18n.js
 //
 // No build step: these files are what the browser runs. Libraries lie under vendor/, with their licences and hashes.
 
 import * as actions from "./actions.js";
+import * as answers from "./answers.js";
 import { compact, loadStrings, t } from "./i18n.js";
 import { app, hover, useStore } from "./state.js";
 import { path, siblings } from "./tree.js";
@@ -72,7 +73,7 @@ function turnBranch(step) {
 
 function regenerateLast() {
   const last = path(actions.currentConversation()).at(-1);
-  if (last?.role === "assistant") actions.regenerate(last.id);
+  if (last?.role === "assistant") answers.regenerate(last.id);
 }
 
 const WITH_ALT = {

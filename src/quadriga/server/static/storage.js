@@ -42,6 +42,12 @@ export function saveSettings(settings) {
   }
 }
 
+/** A name that nothing else has: m... for a message, c... for a conversation. */
+export function newId(letter) {
+  const bytes = crypto.getRandomValues(new Uint8Array(10));
+  return letter + Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
 let database = null;
 
 function done(request) {

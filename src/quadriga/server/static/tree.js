@@ -58,6 +58,15 @@ export function select(conversation, id) {
   return { ...conversation, selected: { ...conversation.selected, [conversation.nodes[id].parent]: id } };
 }
 
+/** Without a node that has nothing under it; an alternative is shown in its place, if there is one. */
+export function remove(conversation, id) {
+  const others = siblings(conversation, id).filter((other) => other !== id);
+  const { [id]: gone, ...nodes } = conversation.nodes;
+  const { [gone.parent]: _, ...selected } = conversation.selected;
+  if (others.length) selected[gone.parent] = others.at(-1);
+  return { ...conversation, nodes, selected };
+}
+
 /** Everything said anywhere in the conversation, for searching. */
 export function allText(conversation) {
   const said = Object.values(conversation.nodes).map((node) => node.content);

@@ -1,6 +1,7 @@
 // The conversation: its messages, the failure of its last request, and the way back down.
 
 import * as actions from "../actions.js";
+import * as answers from "../answers.js";
 import { compact, t } from "../i18n.js";
 import { path, siblings } from "../tree.js";
 import { html, useEffect, useLayoutEffect, useRef, useState } from "../vendor/htm-preact.mjs";
@@ -34,7 +35,7 @@ function KeyForm() {
     event.preventDefault();
     actions.setSettings({ apiKey: key.trim() });
     await actions.connect();
-    actions.clearProblem();
+    answers.clearProblem();
   };
   return html`<form class="key" onSubmit=${submit}>
     <input
@@ -91,7 +92,7 @@ function Welcome({ model }) {
     ${facts && !facts.chat ? html`<p class="note">${t("welcome.nochat")}</p>` : null}
     ${facts?.chat
       ? html`<div class="starters">
-          ${starters.map((text) => html`<button type="button" onClick=${() => actions.send(text)}>${text}</button>`)}
+          ${starters.map((text) => html`<button type="button" onClick=${() => answers.send(text)}>${text}</button>`)}
         </div>`
       : null}
   </div>`;
@@ -143,7 +144,7 @@ export function Chat({ state, conversation }) {
             />`,
         )}
         ${problem
-          ? html`<${ProblemCard} problem=${problem} onRetry=${state.problem ? actions.connect : actions.retry} />`
+          ? html`<${ProblemCard} problem=${problem} onRetry=${state.problem ? actions.connect : answers.retry} />`
           : null}
       </div>
     </div>

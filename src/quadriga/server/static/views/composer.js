@@ -1,6 +1,7 @@
 // Where people write. Enter sends, Shift+Enter breaks the line; an Enter that picks a word of an input method does neither.
 
 import * as actions from "../actions.js";
+import * as answers from "../answers.js";
 import { t } from "../i18n.js";
 import { path } from "../tree.js";
 import { html, useEffect, useLayoutEffect, useRef } from "../vendor/htm-preact.mjs";
@@ -32,7 +33,7 @@ export function Composer({ state, conversation }) {
     if (isComposing(event)) return;
     if (event.key === "Enter" && !event.shiftKey) {
       event.preventDefault();
-      actions.send(draft);
+      answers.send(draft);
     }
     if (event.key === "ArrowUp" && !draft) {
       const last = path(conversation).findLast((node) => node.role === "user");
@@ -47,7 +48,7 @@ export function Composer({ state, conversation }) {
     class="composer"
     onSubmit=${(event) => {
       event.preventDefault();
-      actions.send(draft);
+      answers.send(draft);
     }}
   >
     <div class="box">
@@ -69,7 +70,7 @@ export function Composer({ state, conversation }) {
             keys="Enter"
             class="icon-button go"
             disabled=${!draft.trim() || !state.model}
-            onClick=${() => actions.send(draft)}
+            onClick=${() => answers.send(draft)}
           />`}
     </div>
   </form>`;

@@ -1,6 +1,7 @@
 // One message: what was said, its alternatives, what can be done with it, and what it cost.
 
 import * as actions from "../actions.js";
+import * as answers from "../answers.js";
 import { compact, number, t } from "../i18n.js";
 import { toHtml } from "../markdown.js";
 import { Component, html, useLayoutEffect, useRef, useState } from "../vendor/htm-preact.mjs";
@@ -43,7 +44,7 @@ function Editor({ node }) {
     if (isComposing(event)) return;
     if (event.key === "Enter" && !event.shiftKey) {
       event.preventDefault();
-      actions.edit(node.id, text);
+      answers.edit(node.id, text);
     }
     if (event.key === "Escape") {
       event.stopPropagation();
@@ -62,7 +63,7 @@ function Editor({ node }) {
     <div class="editor-actions">
       <span class="hint">${t("message.edit.hint")}</span>
       <button type="button" onClick=${cancel}>${t("button.cancel")}</button>
-      <button type="button" class="primary" onClick=${() => actions.edit(node.id, text)}>${t("composer.send")}</button>
+      <button type="button" class="primary" onClick=${() => answers.edit(node.id, text)}>${t("composer.send")}</button>
     </div>
   </div>`;
 }
@@ -161,7 +162,7 @@ export class Message extends Component {
                 label=${t("message.again")}
                 keys="Alt+R"
                 disabled=${busy}
-                onClick=${() => actions.regenerate(node.id)}
+                onClick=${() => answers.regenerate(node.id)}
               />
             </span>`}
         <${Cost} node=${node} running=${running} />
