@@ -11,6 +11,7 @@ whatever shares the batch, however the prompt was cut, and whether its prefix wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -223,7 +224,9 @@ class Engine:
             for i in range(len(guesses) + 1):
                 event = self._next(active, logits[row + i], best[row + i], log_sums[row + i], len(made))
                 if routing is not None and active.request.routing:
-                    event = replace(event, routing=_routing_of(routing, int(batch.rows[row + i])))
+                    token = int(batch.rows[row + i])
+                    entropy = _entropy_of(routing, token)
+                    event = replace(event, routing=_routing_of(routing, token), router_entropy=entropy)
                 made.append(event.token_id)
                 events.append((chunk.sequence.request_id, event))
                 if event.finish_reason is not None:
@@ -350,6 +353,18 @@ def _routing_of(stats: list[RouterStats], token: int) -> Routing:
         pairs = zip(layer.expert_ids[token].tolist(), layer.expert_weights[token].tolist(), strict=True)
         layers.append(tuple(sorted(pairs, key=lambda pair: -pair[1])))
     return tuple(layers)
+
+
+def _entropy_of(stats: list[RouterStats], token: int) -> tuple[float, ...]:
+    """One position's router entropies, each as a part of the largest possible, ln(E)."""
+    if not stats:
+        return ()
+    probs = torch.stack([layer.probs[token] for layer in stats])  # (layers, E)
+    n_experts = probs.shape[-1]
+    if n_experts == 1:
+        return (0.0,) * len(stats)
+    parts = torch.special.entr(probs).sum(-1) / math.log(n_experts)
+    return tuple(parts.clamp(0, 1).tolist())
 
 
 _STATS_FIELDS = ("expert_ids", "expert_weights", "probs", "logits")

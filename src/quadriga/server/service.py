@@ -289,9 +289,11 @@ class Service:
         return list(self.llm.tokenizer.token_bytes(token_id))
 
     def routing(self, event: TokenEvent) -> list[dict[str, Any]]:
-        """Which experts a token came from, for the lens."""
+        """Which experts a token came from, and how sure each router was, for the lens. Empty layers: a dense model."""
         layers = [[[expert, round(weight, 4)] for expert, weight in layer] for layer in event.routing or ()]
-        return [{"id": event.token_id, "text": self.token_text(event.token_id), "layers": layers}]
+        entropy = [round(part, 3) for part in event.router_entropy]
+        text = self.token_text(event.token_id)
+        return [{"id": event.token_id, "text": text, "layers": layers, "entropy": entropy}]
 
 
 def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
