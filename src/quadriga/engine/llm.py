@@ -152,7 +152,7 @@ class LLM:
         self.engine = Engine(
             model, tokenizer, end_ids=frozenset(self.end_ids), max_batch_tokens=2048, max_sequences=max_sequences
         )
-        self._inbox: dict[int, deque[TokenEvent]] = {}
+        self._inbox: dict[int, deque[TokenEvent | RequestError]] = {}
 
     @property
     def expert_store(self) -> ExpertStore | None:
@@ -209,6 +209,8 @@ class LLM:
                 while not inbox:
                     self._step()
                 event = inbox.popleft()
+                if isinstance(event, RequestError):
+                    raise event
                 yield event
                 if event.finish_reason is not None:
                     return
@@ -256,8 +258,11 @@ class LLM:
                 for request_id, events in made.items():
                     inbox = self._inbox[request_id]
                     while inbox:
-                        events.append((now, inbox.popleft()))
-                        if events[-1][1].finish_reason is not None:
+                        event = inbox.popleft()
+                        if isinstance(event, RequestError):
+                            raise event
+                        events.append((now, event))
+                        if event.finish_reason is not None:
                             finished += 1
                             if progress is not None:
                                 progress(finished, len(made))

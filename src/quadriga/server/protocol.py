@@ -1,6 +1,7 @@
-"""uvicorn's HTTP protocol with what it lacks: a limit and a deadline for the head of a request.
+"""uvicorn's HTTP protocol with what it lacks: limits for heads, for bodies nobody reads, and for readers that stop.
 
-Without them a client may send header lines for ever, or one byte a minute, and hold a connection each.
+Without them a client may send header lines for ever, or one byte a minute, or leave an answer unread, and hold a
+connection and what it waits for each time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10
 HEAD_TIMEOUT_S = 10.0
+STALL_TIMEOUT_S = 60.0
+"""A client that has not taken what was sent for this long is cut off."""
 LINGER_S = 1.0
 """How long a refused connection is read on, so that its answer arrives."""
 
@@ -27,6 +30,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._refused = False
         self._deadline: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """A connection: its first head is due."""
@@ -36,7 +40,31 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The end of it."""
         self._stop_clock()
+        self._reads_again()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than we write: it must take something within a time."""
+        self._stalled = asyncio.get_running_loop().call_later(STALL_TIMEOUT_S, self.transport.abort)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """It has."""
+        self._reads_again()
+        super().resume_writing()
+
+    def _reads_again(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def on_response_complete(self) -> None:
+        """An answer is out. If the request's body is not all in, the rest is not waited for."""
+        unread = not self._in_head and not self.pipeline  # with a pipeline, what comes belongs to a later request
+        super().on_response_complete()
+        if unread and not self.transport.is_closing():
+            self._refused = True
+            self._hang_up()
 
     def data_received(self, data: bytes) -> None:
         """Bytes: those of a head are counted."""
@@ -86,6 +114,9 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._refused = True
         self.transport.write(_ANSWER % status)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         # Closing with bytes unread would reset the connection, and the answer would be lost on its way.
         if self.transport.can_write_eof():
             self.transport.write_eof()
