@@ -97,7 +97,7 @@ def _busy(connection: Any) -> bool:
 
 
 def test_a_body_that_trickles_after_its_answer_does_not_hold_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "LINGER_S", 0.2)
+    monkeypatch.setattr(protocol, "REST_TIMEOUT_S", 0.3)
     with running(tiny_llm()) as live:
         host, port = live.url.removeprefix("http://").split(":")
         connection = socket.create_connection((host, int(port)))

@@ -15,6 +15,8 @@ MAX_HEAD_BYTES = 64 << 10
 HEAD_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 60.0
 """A client that has not taken what was sent for this long is cut off."""
+REST_TIMEOUT_S = 10.0
+"""For the rest of a body that nobody reads, once its answer is out."""
 LINGER_S = 1.0
 """How long a refused connection is read on, so that its answer arrives."""
 
@@ -31,6 +33,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refused = False
         self._deadline: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
+        self._rest_due: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """A connection: its first head is due."""
@@ -41,6 +44,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """The end of it."""
         self._stop_clock()
         self._reads_again()
+        if self._rest_due is not None:
+            self._rest_due.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -59,12 +64,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self._stalled = None
 
     def on_response_complete(self) -> None:
-        """An answer is out. If the request's body is not all in, the rest is not waited for."""
+        """An answer is out. If the request's body is not all in, the rest is waited for, but not for ever."""
         unread = not self._in_head and not self.pipeline  # with a pipeline, what comes belongs to a later request
         super().on_response_complete()
         if unread and not self.transport.is_closing():
-            self._refused = True
-            self._hang_up()
+            self._rest_due = asyncio.get_running_loop().call_later(REST_TIMEOUT_S, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
         """Bytes: those of a head are counted."""
@@ -95,6 +99,14 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """A whole request: the next one may begin when it likes, within the keep-alive time."""
         self._in_head = True
+        if self._rest_due is not None:
+            self._rest_due.cancel()
+            self._rest_due = None
+            # The answer is out already, and its keep-alive clock was stopped by what came after it.
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
         super().on_message_complete()
 
     def _expect_head(self) -> None:
@@ -114,9 +126,6 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._refused = True
         self.transport.write(_ANSWER % status)
-        self._hang_up()
-
-    def _hang_up(self) -> None:
         # Closing with bytes unread would reset the connection, and the answer would be lost on its way.
         if self.transport.can_write_eof():
             self.transport.write_eof()
