@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from quadriga import __version__, runtime
-from quadriga.cli.bench import bench_command
+from quadriga.cli.bench import bench_app
 from quadriga.cli.chat import chat_command
 from quadriga.cli.convert import convert_command
 from quadriga.cli.generate import generate_command
@@ -73,15 +73,6 @@ app.command(
     ),
 )(convert_command)
 app.command(
-    "bench",
-    epilog=_example(
-        "quadriga bench decode                          tokens a second, and the share of the read bandwidth",
-        "quadriga bench prefill --model dbrx-q4 --n 512 --n 2048 --threads 2",
-        "quadriga bench batch --model dbrx-q4 --csv speed.csv",
-        "quadriga bench load --model dbrx-q4",
-    ),
-)(bench_command)
-app.command(
     "info",
     epilog=_example(
         "quadriga info dbrx-132b", "quadriga info model.gguf --json", "quadriga info grok-1 --context 4096"
@@ -92,6 +83,7 @@ app.command(
     epilog=_example("quadriga pull smollm2-135m-instruct", "quadriga pull hf:ORG/REPO@REVISION"),
 )(pull_command)
 app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
 
 
 def _show_version(wanted: bool) -> None:
