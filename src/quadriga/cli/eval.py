@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quadriga.evaluate.model import LanguageModel
 
 _TASKS = "Tasks"
+_MACHINE = "Model and machine"
 _REMOTE = "A model behind an address"
 
 
@@ -34,7 +35,7 @@ def eval_command(
             "--model",
             "-m",
             help="Catalogue name, hf:ORG/REPO, a path, or the http(s) address of an interface.",
-            rich_help_panel="Model and machine",
+            rich_help_panel=_MACHINE,
         ),
     ] = "smollm2-135m-instruct",
     limit: Annotated[
@@ -86,13 +87,13 @@ def eval_command(
         str,
         typer.Option(
             help="As elsewhere; auto: float32 where that takes at most a third of the free memory, else keep.",
-            rich_help_panel="Model and machine",
+            rich_help_panel=_MACHINE,
         ),
     ] = "auto",
     activations: options.Activations = "auto",
     kv_format: Annotated[
         str,
-        typer.Option("--kv-format", help="As elsewhere; auto goes with --format.", rich_help_panel="Model and machine"),
+        typer.Option("--kv-format", help="As elsewhere; auto goes with --format.", rich_help_panel=_MACHINE),
     ] = "auto",
     expert_memory: options.ExpertMemory = None,
     dtype: options.Dtype = None,
@@ -194,7 +195,7 @@ def list_tasks() -> None:
     from quadriga.evaluate.tasks import GROUPS, TASKS
     from quadriga.evaluate.tasks.gauntlet import MISSING
 
-    rows = [("task", "shots", "figure", "protocol")]
+    rows: list[tuple[str, ...]] = [("task", "shots", "figure", "protocol")]
     rows += [(t.name, str(t.shots), t.main, t.protocol) for t in TASKS.values()]
     rows += [(name, "", "", f"the tasks {', '.join(tasks)}") for name, tasks in GROUPS.items()]
     print_table(rows)

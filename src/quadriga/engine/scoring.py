@@ -8,7 +8,8 @@ Sequences are sorted by their tokens, so whatever one shares with any earlier on
 key/value blocks of the common prefix are kept and only the rest is computed. One pass packs the new tokens of many
 sequences; a later one may read blocks that an earlier one fills in the same pass, because every layer stores all keys
 and values before it attends. Blocks hold 16 positions, so up to 15 shared tokens are computed again. The head runs only
-where a log-probability is wanted. Nothing is padded, and by the kernels' batch invariance nothing depends on the packing.
+where a log-probability is wanted. Nothing is padded, and as the kernels are batch invariant nothing depends on how
+sequences are packed.
 
 This is not :meth:`Engine.score`, which returns one sequence's whole logits, nor the prefix cache, which serves requests
 that come one after the other.

@@ -1,4 +1,4 @@
-"""A loaded model as texts in and out: what benchmarks ask for. Meets ``evaluate.model.LanguageModel``, knows nothing of it.
+"""A loaded model as texts in and out: what benchmarks ask for. It meets ``evaluate.model.LanguageModel``.
 
 A context and its continuation are tokenised together and cut where the context's own tokens end, after moving the
 context's trailing spaces to the continuation: the convention of EleutherAI's harness, so that numbers compare. A pair
@@ -144,9 +144,7 @@ class TextModel:
         if self._tokenizer.bos_id is not None:
             ids.insert(0, self._tokenizer.bos_id)
         if not ids:
-            raise TokenizerError(
-                "the vocabulary has neither a bos nor an end token, so nothing can stand before a text"
-            )
+            raise TokenizerError("the vocabulary has neither a bos nor an end token to stand before a text")
         return ids[0]
 
 

@@ -60,7 +60,7 @@ class Options:
             raise EvaluationError(f"--limit must be at least 1, got {self.limit}")
         if self.samples < 1 or any(not 1 <= k <= self.samples for k in self.ks):
             raise EvaluationError(
-                f"pass@k needs k from 1 to the number of samples: got k {', '.join(map(str, self.ks))} of {self.samples}"
+                f"pass@k needs k from 1 to the number of samples, {self.samples}; got {', '.join(map(str, self.ks))}"
             )
 
     @property
@@ -181,7 +181,7 @@ def run_task(
     """
     if task.kind == "code" and runner is None:
         raise EvaluationError(
-            f"{task.name} runs the programs that the model writes, and was given nothing to run them in"
+            f"{task.name} runs programs that the model writes, and was given no sandbox to run them in"
         )
     data.used = {}
     whole = task.items(data, model, options.shots)

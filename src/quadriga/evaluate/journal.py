@@ -58,8 +58,8 @@ class Journal:
         if asked != self._question:
             changed = [key for key in self._question if asked.get(key) != self._question[key]] or ["its form"]
             raise EvaluationError(
-                f"{self.path} holds answers to another question (different: {', '.join(changed)}). Choose another --out, "
-                "or begin again with --restart."
+                f"{self.path} holds answers to another question (different: {', '.join(changed)}). Choose another "
+                "--out, or begin again with --restart."
             )
 
     def add(self, rows: Sequence[tuple[int, Scores, Sequence[str]]]) -> None:

@@ -83,7 +83,7 @@ def _gauntlet_json(score: GauntletScore) -> dict[str, Any]:
 
 def table(results: Sequence[TaskResult]) -> list[tuple[str, ...]]:
     """Rows (task, shots, items, figure, value ± error); the main figure of a task first."""
-    rows = [("task", "shots", "items", "figure", "value")]
+    rows: list[tuple[str, ...]] = [("task", "shots", "items", "figure", "value")]
     for result in results:
         names = [result.task.main, *(n for n in result.figures if n != result.task.main)]
         whole = "" if result.n_items == result.n_whole else f" of {result.n_whole}"
@@ -194,11 +194,7 @@ def pyplot() -> Any:
 
 def commit() -> str:
     """The commit of the checkout that runs, or "release" for an installed package."""
-    here = Path(__file__).parent
-    run = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    )
-    tracked = subprocess.run(
-        ["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True, check=False
-    )
-    return run.stdout.strip() if run.returncode == 0 and tracked.returncode == 0 else "release"
+    git = ["git", "-C", str(Path(__file__).parent)]
+    tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() if tracked.returncode == 0 and head.returncode == 0 else "release"

@@ -20,6 +20,7 @@ finds it: a model that cheats its tests so is caught by reading what it wrote (t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -196,15 +197,11 @@ def _verdict(said: bytes | None, word: str, code: int | None) -> tuple[bool, str
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """End everything that was started, grandchildren too: the first process of a process name space takes all along."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     if process.stdin is not None and not process.stdin.closed:
-        try:
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
-        except BrokenPipeError:
-            pass
     process.wait()
 
 

@@ -216,7 +216,9 @@ def _task(
     main: str,
     chance: float,
     protocol: str,
-    **more: bool,
+    *,
+    fixed_shots: bool = False,
+    by_group: bool = False,
 ) -> Task:
     return Task(
         name=name,
@@ -228,7 +230,8 @@ def _task(
         build=build,
         main=main,
         chance=chance,
-        **more,
+        fixed_shots=fixed_shots,
+        by_group=by_group,
     )
 
 
@@ -252,8 +255,8 @@ TASKS = (
         _mmlu,
         "acc",
         0.25,
-        f"Hendrycks et al. 2020 as in {_HARNESS}: the subject's first shots of dev, letters scored; mean over questions "
-        "and over subjects.",
+        f"Hendrycks et al. 2020 as in {_HARNESS}: the subject's first shots of dev, letters scored; mean over "
+        "questions and over subjects.",
         by_group=True,
     ),
     _task(
@@ -312,7 +315,7 @@ TASKS = (
         _copa,
         "acc",
         0.5,
-        f"Prompts of {_HARNESS}, copa (SuperGLUE), validation; one space before a choice. {_OWN_POOL}",
+        f"{_HARNESS}, copa (SuperGLUE), one space before a choice. {_OWN_POOL}",
     ),
     _task(
         "lambada",
