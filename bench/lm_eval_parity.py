@@ -164,9 +164,10 @@ def main() -> None:
     parser.add_argument("--speed", type=int, metavar="ITEMS")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8, help="of transformers")
+    parser.add_argument("--threads", type=int, help="of both sides; default: all processors")
     args = parser.parse_args()
-    torch.set_num_threads(quadriga.runtime.cpu_count() if hasattr(quadriga, "runtime") else os.cpu_count() or 1)
-    model = TextModel(quadriga.load(args.model, format="float32", kv_format="float32"))
+    torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    model = TextModel(quadriga.load(args.model, format="float32", kv_format="float32", threads=args.threads))
     hf = HFLM(pretrained=str(args.hf), dtype="float32", device="cpu", batch_size=args.batch)
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     result |= {"commit": report.commit(), "model": model.identity, "batch of transformers": args.batch}

@@ -145,7 +145,7 @@ class Sandbox:
             "fd": fd,
             "read_only": self.kind == "unshare",
             # A user of its own, so that its processes are counted apart and it may signal nobody else's.
-            "uid": 60_000 + secrets.randbelow(5_000) if os.getuid() == 0 and self.kind == "bubblewrap" else None,
+            "uid": 60_000 + secrets.randbelow(5_000) if os.getuid() == 0 and self.kind != "none" else None,
             "limits": {
                 "AS": limits.memory_bytes,
                 "CPU": limits.cpu_s,
@@ -219,7 +219,9 @@ def _command(kind: Kind, folder: Path, tmp_bytes: int) -> list[str]:
         return run
     if kind == "unshare":
         rest = ["--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
-        return [_program("unshare"), "--user", "--map-root-user", *rest, *run]
+        # Root stays root until the driver has shut the files; others become root of a user name space to do that.
+        users = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
+        return [_program("unshare"), *users, *rest, *run]
     command = [_program("bwrap"), "--die-with-parent", "--new-session", "--clearenv"]
     command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     command += [] if os.getuid() == 0 else ["--unshare-user"]

@@ -15,7 +15,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     program, word, fd = job["program"], job["word"].encode(), job["fd"]
     if job["read_only"]:
-        _close_files()
+        _close_files(sys.base_prefix)
         os.chdir("/tmp")
     if job["uid"] is not None:
         os.setgroups([])
@@ -36,9 +36,14 @@ def main() -> None:
     leave(0)
 
 
-def _close_files() -> None:
-    """Make every mount of this name space read-only and put an empty /tmp over the old one (the unshare kind)."""
+def _close_files(prefix: str) -> None:
+    """Make every mount of this name space read-only and put an empty /tmp over the old one (the unshare kind).
+
+    Where the interpreter lives in a folder that only root may enter, an empty folder is put over that one, and the
+    interpreter's own alone is put back: the program runs as another user.
+    """
     import ctypes
+    import os
 
     libc = ctypes.CDLL(None, use_errno=True)
     read_only, nosuid, nodev, noexec, noatime, remount, bind, private = 1, 2, 4, 8, 1024, 32, 4096, 1 << 18 | 1 << 14
@@ -50,6 +55,15 @@ def _close_files() -> None:
 
     mount(None, b"/", None, private, None)
     mount(b"tmpfs", b"/tmp", b"tmpfs", nosuid | nodev, b"size=16m,mode=1777")
+    top = "/" + prefix.split("/")[1]
+    if os.getuid() == 0 and top != "/usr":
+        os.mkdir("/tmp/keep")  # noqa: PTH102 - pathlib costs 10 ms here
+        mount(prefix.encode(), b"/tmp/keep", None, bind, None)
+        mount(b"tmpfs", top.encode(), b"tmpfs", nosuid | nodev, b"size=1m,mode=755")
+        os.makedirs(prefix)  # noqa: PTH103
+        mount(b"/tmp/keep", prefix.encode(), None, bind, None)
+        libc.umount(b"/tmp/keep")
+        os.rmdir("/tmp/keep")  # noqa: PTH106
     with open("/proc/self/mountinfo", "rb") as file:  # noqa: PTH123 - pathlib costs 10 ms here
         mounts = [line.split() for line in file]
     for fields in mounts:
