@@ -80,6 +80,7 @@ app.command(
         "quadriga bench prefill --model dbrx-q4 --n 512 --n 2048 --threads 2",
         "quadriga bench batch --model dbrx-q4 --csv speed.csv",
         "quadriga bench load --model dbrx-q4",
+        "quadriga bench claim --csv claim.csv           DBRX beside LLaMA2-70B, Mixtral and Grok-1, a layer of each",
     ),
 )(bench_command)
 app.command(

@@ -15,7 +15,7 @@ _DEFAULT_N = {"decode": (64,), "prefill": (512, 2048), "batch": (1, 4, 8, 16, 32
 
 
 def bench_command(
-    what: Annotated[str, typer.Argument(help="decode, prefill, batch, depth or load.")],
+    what: Annotated[str, typer.Argument(help="decode, prefill, batch, depth, load or claim.")],
     n: Annotated[
         list[int] | None,
         typer.Option("--n", help="Tokens made, prompt tokens, sequences or positions in the cache; may be repeated."),
@@ -38,10 +38,15 @@ def bench_command(
     from quadriga.errors import ConfigError
     from quadriga.model.compiled import CompiledModel
 
-    if what not in (*KINDS, "load"):
-        raise ConfigError(f"what to measure must be one of {', '.join(KINDS)}, load; got {what!r}")
+    if what not in (*KINDS, "load", "claim"):
+        raise ConfigError(f"what to measure must be one of {', '.join(KINDS)}, load, claim; got {what!r}")
     if rounds < 1:
         raise ConfigError(f"rounds must be at least 1, got {rounds}")
+    if what == "claim":
+        from quadriga.cli.bench_claim import bench_claim
+
+        bench_claim(n, format, threads, rounds, out)
+        return
     started = time.perf_counter()
     llm = load(model, format=format, activations=activations, kv_format=kv_format, threads=threads)
     loaded = time.perf_counter() - started

@@ -126,6 +126,7 @@ class _Scorer:
         self._continuations, self._done = continuations, done
         self._logprobs: list[list[float]] = [[] for _ in continuations]
         self._greedy = [True] * len(continuations)
+        self._reserve = max(map(len, continuations), default=0) // BLOCK_TOKENS + 2
         self._path: tuple[int, ...] = ()
         self._blocks: list[int] = []  # of the path
         self._stems: list[_Stem] = []
@@ -153,6 +154,8 @@ class _Scorer:
         self._retired += self._blocks[keep:]
         del self._blocks[keep:]
         self._path = context
+        if self._pool.n_free < -(-len(context) // BLOCK_TOKENS) - keep + self._reserve:
+            self.finish_group()  # any continuation must find room after its context
         at = keep * BLOCK_TOKENS
         self._group_tokens += len(context) - at
         while at < len(context):

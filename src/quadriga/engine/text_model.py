@@ -140,9 +140,8 @@ class TextModel:
     @property
     def _first_id(self) -> int:
         """What stands before a text that has nothing before it."""
-        ids = [*self._tokenizer.prefix_ids, *sorted(self.llm.end_ids)]
-        if self._tokenizer.bos_id is not None:
-            ids.insert(0, self._tokenizer.bos_id)
+        bos = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
+        ids = [*bos, *self._tokenizer.eos_ids, *sorted(self.llm.end_ids)]
         if not ids:
             raise TokenizerError("the vocabulary has neither a bos nor an end token to stand before a text")
         return ids[0]
@@ -155,7 +154,11 @@ def weights_hash(name_or_path: str) -> str:
     """
     if name_or_path in catalogue.CATALOGUE:
         return catalogue.CATALOGUE[name_or_path].sha256[:16]
-    path = catalogue.resolve(name_or_path)
+    path = Path(name_or_path)
+    if not path.exists():
+        if not name_or_path.startswith("hf:"):
+            return "made in memory"
+        path = catalogue.resolve(name_or_path)
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and f.name != "entry.json")
     digest, edge = hashlib.sha256(), 1 << 20
     for file in files:
