@@ -15,6 +15,7 @@ import typer
 from quadriga import __version__, runtime
 from quadriga.cli.bench import bench_command
 from quadriga.cli.chat import chat_command
+from quadriga.cli.compare import compare_command
 from quadriga.cli.convert import convert_command
 from quadriga.cli.eval import eval_command
 from quadriga.cli.generate import generate_command
@@ -95,6 +96,14 @@ app.command(
         "quadriga eval --tasks gsm8k --model https://api.example.org/v1 --api-model gpt-4 --chat",
     ),
 )(eval_command)
+app.command(
+    "compare",
+    epilog=_example(
+        "quadriga compare                               the launch's table: DBRX, Mixtral, LLaMA2, Grok-1",
+        "quadriga compare eval/dbrx-q4 --picture table.svg",
+        "quadriga compare --table closed --markdown runs/a runs/b",
+    ),
+)(compare_command)
 app.command(
     "info",
     epilog=_example(

@@ -112,7 +112,7 @@ def _mbpp_assembler(row: Row) -> Callable[[str], str]:
 
 def wikitext_articles(text: str) -> list[str]:
     """The articles of a WikiText file: each begins with a heading between single equals signs."""
-    starts = [match.start() for match in re.finditer(r"^ = [^=\n]+ = $", text, re.MULTILINE)]
+    starts = [m.start() for m in re.finditer(r"^ = [^=\n]+ = $", text, re.MULTILINE)]
     return [text[start:stop].strip() for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
@@ -213,8 +213,8 @@ TASKS = (
         name="wikitext",
         version=1,
         title="WikiText-2",
-        protocol="Raw test text, each article whole, windows of the model's context that do not overlap; words are "
-        "counted in the raw text (tokens @-@ and all), so word perplexity is not the detokenised one.",
+        protocol="WikiText-2's test text as published, <unk> and @-@ and all, each article whole, in windows of the "
+        "model's context that do not overlap; not the detokenised raw text of EleutherAI's harness.",
         kind="rolling",
         shots=0,
         build=_wikitext,
