@@ -314,6 +314,13 @@ def test_the_whole_gauntlet_has_a_core_average() -> None:
     assert len(accuracies) == 31
 
 
+@pytest.mark.weights
+def test_humaneval_is_fetched_where_it_is_missing(tmp_path: Path) -> None:
+    fetched = Data(tmp_path)
+    assert len(TASKS["humaneval"].items(fetched)) == 164
+    assert fetched.used == {"humaneval/HumanEval.jsonl": hashes()["humaneval/HumanEval.jsonl"]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
 def test_the_published_solutions_pass_and_nothing_does_not(name: str, bench: Data) -> None:
