@@ -104,7 +104,7 @@ class Layer:
     def distinct_experts(self, n_tokens: int) -> float:
         """Experts that the last pass visited."""
         stats = self.model.router_stats(n_tokens)
-        return float(len(stats[0].expert_ids.unique())) if stats else 1.0
+        return float(len(set(stats[0].expert_ids.flatten().tolist()))) if stats else 1.0
 
     def _timed(self, starts: Sequence[int], lengths: Sequence[int], rows: list[int]) -> tuple[float, float]:
         tokens = self._random.integers(0, self.config.vocab_size, sum(lengths)).tolist()

@@ -222,7 +222,8 @@ class OpenAIText(Endpoint):
 
     def _ask(self, prompt: str, n: int, stop: Sequence[str], temperature: float, seed: int | None) -> str:
         body = {"model": self.model, "prompt": prompt} | _openai_options(n, stop, temperature, seed)
-        return _field(self.caller, self.caller.post("completions", body), lambda a: a["choices"][0]["text"])
+        text: str = _field(self.caller, self.caller.post("completions", body), lambda a: a["choices"][0]["text"])
+        return text
 
     def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, done: Done = quietly) -> list[Read]:
         """See the module docstring.
