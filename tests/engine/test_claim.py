@@ -92,7 +92,7 @@ def test_the_whole_model_is_its_layers_and_its_head(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_ratio_needs_its_base() -> None:
-    row = Measured("DBRX", "decode", 1, 1.0, 1.0, 1.0, 0.0, 4.0, 1.0)
+    row = Measured("DBRX", "decode", 1, 1.0, 1.0, 1.0, 0.0, 4.0, 1.0, "avx2")
     assert ratio([row], row) is None
 
 

@@ -24,7 +24,6 @@ def bench_claim(batches: Sequence[int] | None, form: str, threads: int | None, r
     from quadriga import __version__, runtime
     from quadriga.cli.eval import print_table
     from quadriga.engine import claim
-    from quadriga.ops import cpu
 
     if out is not None and out.suffix != ".csv":
         raise EvaluationError(f"--csv names a file that ends in .csv, and the picture is drawn beside it; got {out}")
@@ -44,7 +43,7 @@ def bench_claim(batches: Sequence[int] | None, form: str, threads: int | None, r
         ratios = ("-", "-") if over is None else (f"{over[0]:.2f}", f"{over[1]:.2f}")
         speed = (f"{row.tokens_per_s:.3g}", f"{row.expected_tokens_per_s:.3g}")
         table.append((f"{row.kind} {row.n}", row.system, *speed, *ratios))
-        machine = (__version__, runtime.cpu_name(), cpu.isa(), count, chosen)
+        machine = (__version__, runtime.cpu_name(), row.isa, count, chosen)
         times = (f"{1e3 * row.layer_s:.3f}", f"{1e3 * row.head_s:.3f}", f"{row.experts:.0f}")
         lines.append((*machine, row.system, row.kind, row.n, *times, speed[0], f"{row.spread:.3f}", speed[1], *ratios))
     print_table(table)

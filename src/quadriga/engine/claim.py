@@ -70,6 +70,8 @@ class Measured:
     experts: float
     """Distinct experts that the layer visited; 1 in a dense one."""
     expected_tokens_per_s: float
+    isa: str
+    """Instruction set of the kernels."""
 
 
 class Layer:
@@ -244,6 +246,7 @@ def _measured(
         spread=(max(wholes) - min(wholes)) / middle,
         experts=visited,
         expected_tokens_per_s=layer.expected(kind, n, bandwidth, peak),
+        isa=layer.model.program.context.isa,
     )
 
 
