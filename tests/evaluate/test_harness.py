@@ -172,14 +172,14 @@ def test_the_hash_changes_with_every_letter_of_every_prompt() -> None:
 def test_results_carry_what_they_mean(tmp_path: Path) -> None:
     model = RuleModel(rule=yes)
     result = run(task(choices(9)), model, tmp_path, Options(limit=8))
-    report.write(tmp_path, model, [result])
+    report.write(tmp_path, model, [result], "1.2.3")
     body = json.loads((tmp_path / "results.json").read_text())
     kept = body["tasks"]["toy"]
     assert (kept["version"], kept["shots"], kept["items"], kept["items_whole"]) == (3, 2, 8, 9)
     assert kept["prompt_hash"] == result.prompt_hash
     assert kept["figures"]["acc"]["value"] == 5 / 8
     assert body["model"] == {"model": "rule", "weights": "0", "name": "rule"}
-    assert set(body["program"]) == {"version", "commit"}
+    assert (body["program"]["version"], len(body["program"])) == ("1.2.3", 2)
     text = (tmp_path / "results.md").read_text()
     assert "| Toy | 2 | 8 of 9 | acc | 62.50 ± 18.30 % |" in text
     assert "made up" in text

@@ -101,6 +101,7 @@ def eval_command(
     threads: options.Threads = None,
 ) -> None:
     """Run benchmarks. Kill it and give the same command: it goes on where it stopped."""
+    from quadriga import __version__
     from quadriga.evaluate import report
     from quadriga.evaluate.data import Data
     from quadriga.evaluate.harness import Options, run_task
@@ -133,9 +134,9 @@ def eval_command(
     for task in chosen:
         with progress_count(task.title) as show:
             results.append(run_task(task, language_model, data, folder, how, runner=sandbox, progress=show))
-        report.write(folder, language_model, results)
+        report.write(folder, language_model, results, __version__)
     if json:
-        print(options.as_json(report.as_json(language_model, results)))
+        print(options.as_json(report.as_json(language_model, results, __version__)))
     else:
         print_table(report.table(results))
         print(f"results in {folder}", file=sys.stderr)

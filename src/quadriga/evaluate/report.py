@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import quadriga
 from quadriga.errors import EvaluationError
 from quadriga.evaluate.harness import TaskResult
 from quadriga.evaluate.model import LanguageModel
@@ -23,11 +22,11 @@ from quadriga.evaluate.tasks.gauntlet import CATEGORIES, GauntletScore, gauntlet
 _LOWER_IS_BETTER = "perplexity"
 
 
-def as_json(model: LanguageModel, results: Sequence[TaskResult]) -> dict[str, Any]:
+def as_json(model: LanguageModel, results: Sequence[TaskResult], version: str) -> dict[str, Any]:
     """Everything, as plain values."""
     gauntlet = _gauntlet(results)
     return {
-        "program": {"version": quadriga.__version__, "commit": commit()},
+        "program": {"version": version, "commit": commit()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": dict(model.identity) | {"name": model.name},
         "tasks": {result.task.name: _task(result) for result in results},
@@ -111,24 +110,24 @@ def shown(name: str, figure: Figure) -> str:
     return f"{scale * figure.value:.2f}{error}{unit}"
 
 
-def as_markdown(model: LanguageModel, results: Sequence[TaskResult]) -> str:
+def as_markdown(model: LanguageModel, results: Sequence[TaskResult], version: str) -> str:
     """The table and what it was made with."""
     rows = table(results)
     lines = [f"# {model.name}", ""]
     lines += ["| " + " | ".join(row) + " |" for row in rows[:1]] + ["|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(row) + " |" for row in rows[1:]]
     lines += ["", *(f"- {key}: {value}" for key, value in sorted(model.identity.items()))]
-    lines += [f"- program: quadriga {quadriga.__version__}, commit {commit()}", "", "## Protocols", ""]
+    lines += [f"- program: quadriga {version}, commit {commit()}", "", "## Protocols", ""]
     lines += [
         f"- {r.task.title} (version {r.task.version}, prompts {r.prompt_hash}): {r.task.protocol}" for r in results
     ]
     return "\n".join(lines) + "\n"
 
 
-def write(out: Path, model: LanguageModel, results: Sequence[TaskResult]) -> None:
-    """results.json and results.md in ``out``."""
-    (out / "results.json").write_text(json.dumps(as_json(model, results), indent=1, ensure_ascii=False) + "\n")
-    (out / "results.md").write_text(as_markdown(model, results))
+def write(out: Path, model: LanguageModel, results: Sequence[TaskResult], version: str) -> None:
+    """results.json and results.md in ``out``, made by this ``version`` of the program."""
+    (out / "results.json").write_text(json.dumps(as_json(model, results, version), indent=1, ensure_ascii=False) + "\n")
+    (out / "results.md").write_text(as_markdown(model, results, version))
 
 
 def picture(path: Path, name: str, results: Sequence[TaskResult]) -> None:
