@@ -36,9 +36,9 @@ from quadriga.evaluate.tasks import TASKS
 
 PLAN: dict[str, tuple[list[str], int]] = {
     "hellaswag": (["quadriga_hellaswag"], 0),
-    "mmlu": (["quadriga_mmlu_abstract_algebra", "quadriga_mmlu_anatomy"], 5),
-    "winogrande": (["quadriga_winogrande"], 5),
-    "arc_challenge": (["quadriga_arc_challenge"], 1),
+    "mmlu": (["quadriga_mmlu_abstract_algebra", "quadriga_mmlu_anatomy"], 2),
+    "winogrande": (["quadriga_winogrande"], 1),
+    "arc_challenge": (["quadriga_arc_challenge"], 0),
     "gsm8k": (["quadriga_gsm8k"], 1),
 }
 """Our task -> lm_eval's, and the shots."""
