@@ -157,7 +157,10 @@ def _local(
 ) -> LanguageModel:
     from quadriga.engine.text_model import TextModel
 
-    format, kv_format = _formats(model, format, kv_format, plain=dtype is not None or expert_memory is not None)
+    from quadriga.ops import dispatch
+
+    plain = dtype is not None or device != "cpu" or not dispatch.compiled() or expert_memory is not None
+    format, kv_format = _formats(model, format, kv_format, plain=plain)
     llm = options.load_model(
         model,
         dtype,
