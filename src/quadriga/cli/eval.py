@@ -156,7 +156,6 @@ def _local(
     expert_memory: str | None,
 ) -> LanguageModel:
     from quadriga.engine.text_model import TextModel
-
     from quadriga.ops import dispatch
 
     plain = dtype is not None or device != "cpu" or not dispatch.compiled() or expert_memory is not None
