@@ -20,7 +20,7 @@ from tests.text import vocabularies
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny DBRX with a vocabulary."""
     folder = tmp_path_factory.mktemp("model")
-    config = replace(TINY["dbrx"], vocab_size=400, max_seq_len=512)
+    config = replace(TINY["dbrx"], vocab_size=400, max_seq_len=1024)
     write_hf(folder, config, parameters=random_parameters(config, std=0.3))
     (folder / "tokenizer.json").write_text(json.dumps(vocabularies.bpe()))
     return folder
@@ -54,7 +54,7 @@ def test_own_questions_end_in_a_table_json_and_go_on(model: Path, questions: Pat
         "1",
     ]
     shown = quadriga(*command, "--limit", "3")
-    assert "mine.jsonl\t0\t3 of 5\tacc_norm\t" in shown
+    assert "mine\t0\t3 of 5\tacc_norm\t" in shown
     kept = (tmp_path / "out/items/mine.jsonl.jsonl").read_text()
     body = json.loads(quadriga(*command, "--json"))
     assert (tmp_path / "out/items/mine.jsonl.jsonl").read_text().startswith(kept)
