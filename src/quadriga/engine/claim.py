@@ -47,7 +47,7 @@ BASE = "LLaMA2-70B"
 """What ratios are to."""
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-PROMPT = 256
+PROMPT = 128
 DEPTH = 256
 """Positions already in the cache when a token is decoded."""
 
@@ -97,33 +97,30 @@ class Layer:
 
     def decode(self, batch: int) -> tuple[float, float]:
         """Seconds of (the layer, the head) for one token of each of ``batch`` sequences."""
-        return self._timed([DEPTH] * batch, [1] * batch, list(range(batch)))
+        layer = self._once([DEPTH] * batch, [1] * batch, [])
+        return layer, max(0.0, self._once([DEPTH] * batch, [1] * batch, list(range(batch))) - layer)
 
     def prefill(self, n: int) -> tuple[float, float]:
-        """Seconds of (the layer, the head) for a prompt of ``n`` tokens."""
-        return self._timed([0], [n], [n - 1])
+        """Seconds of (the layer, the head) for a prompt of ``n`` tokens; its head is that of one decoded token."""
+        head = self.decode(1)[1]
+        return max(0.0, self._once([0], [n], [n - 1]) - head), head
 
     def distinct_experts(self, n_tokens: int) -> float:
         """Experts that the last pass visited."""
         stats = self.model.router_stats(n_tokens)
         return float(len(set(stats[0].expert_ids.flatten().tolist()))) if stats else 1.0
 
-    def _timed(self, starts: Sequence[int], lengths: Sequence[int], rows: list[int]) -> tuple[float, float]:
+    def _once(self, starts: Sequence[int], lengths: Sequence[int], rows: list[int]) -> float:
+        """Seconds of one pass over random tokens, with the logits of ``rows``."""
         tokens = self._random.integers(0, self.config.vocab_size, sum(lengths)).tolist()
         positions = [p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]
         each = self._blocks_each
-        tables = list(range(each * len(starts)))
-        ends = np.cumsum([0, *lengths]).tolist()
-
-        def once(wanted: list[int]) -> float:
-            ints = (tokens, positions, ends, tables, [each * i for i in range(len(starts) + 1)], wanted)
-            batch = Batch(*(np.array(x, dtype=np.int32) for x in ints))
-            started = time.perf_counter()
-            self.model.forward(batch)
-            return time.perf_counter() - started
-
-        layer = once([])
-        return layer, max(0.0, once(rows) - layer)
+        tables, table_starts = list(range(each * len(starts))), [each * i for i in range(len(starts) + 1)]
+        ints = (tokens, positions, np.cumsum([0, *lengths]), tables, table_starts, rows)
+        batch = Batch(*(np.array(x, dtype=np.int32) for x in ints))
+        started = time.perf_counter()
+        self.model.forward(batch)
+        return time.perf_counter() - started
 
     def expected(self, kind: str, n: int, bandwidth: float, peak: float) -> float:
         """Tokens a second of the whole model on a perfect machine; see the module docstring."""

@@ -90,8 +90,8 @@ def mbpp_prompt(row: Row, solution: str | None = None) -> str:
 
 
 def mbpp_program(row: Row, answer: str) -> str:
-    """The answer, its set-up, the tests."""
-    return "\n".join([row["test_setup_code"], code_of(answer), *row["test_list"], ""])
+    """The answer, the set-up of the tests (it may use what the answer defines), the tests."""
+    return "\n".join([code_of(answer), row["test_setup_code"], *row["test_list"], ""])
 
 
 def _mbpp(data: Data, shots: int) -> list[Item]:
