@@ -15,7 +15,9 @@ import typer
 from quadriga import __version__, runtime
 from quadriga.cli.bench import bench_app
 from quadriga.cli.chat import chat_command
+from quadriga.cli.compare import compare_command
 from quadriga.cli.convert import convert_command
+from quadriga.cli.eval import eval_command
 from quadriga.cli.generate import generate_command
 from quadriga.cli.info import info_command
 from quadriga.cli.models import models_app, pull_command
@@ -72,6 +74,26 @@ app.command(
         "quadriga convert dbrx-instruct --dry-run        needs config.json and the index only",
     ),
 )(convert_command)
+app.command(
+    "eval",
+    epilog=_example(
+        "quadriga eval                                  the tasks there are, each with its protocol",
+        "quadriga eval --tasks hellaswag,mmlu --limit 200",
+        "quadriga eval --tasks leaderboard --model dbrx-q4 --picture dbrx.svg",
+        "quadriga eval --tasks gauntlet --out runs/gauntlet     killed, the same command goes on",
+        "quadriga eval --tasks humaneval --samples 20 --k 1 --k 10",
+        "quadriga eval --tasks my-questions.jsonl --shots 3",
+        "quadriga eval --tasks gsm8k --model https://api.example.org/v1 --api-model gpt-4 --chat",
+    ),
+)(eval_command)
+app.command(
+    "compare",
+    epilog=_example(
+        "quadriga compare                               the launch's table: DBRX, Mixtral, LLaMA2, Grok-1",
+        "quadriga compare eval/dbrx-q4 --picture table.svg",
+        "quadriga compare --table closed --markdown runs/a runs/b",
+    ),
+)(compare_command)
 app.command(
     "info",
     epilog=_example(

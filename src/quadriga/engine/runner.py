@@ -7,6 +7,7 @@ that torch knows, CUDA included, and the reference that the first is compared wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +33,10 @@ class Runner(Protocol):
 
     def forward(self, batch: Batch) -> Tensor:
         """(R, V) float32 logits of the rows asked for, on the CPU, until the next pass; stores keys and values."""
+        ...
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the keys and values of whole blocks, (from, to), in every layer."""
         ...
 
     def row_stats(self, logits: Tensor) -> tuple[list[int], list[float]]:
@@ -85,6 +90,13 @@ class TorchRunner:
                 self._load.append(torch.zeros(stats.probs.shape[-1], dtype=torch.int64, device=device))
             self._load[layer] += stats.load()
         return logits
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See :class:`Runner`."""
+        source, target = zip(*pairs, strict=True)
+        for stored in (*self._keys, *self._values):
+            blocks = stored.view(self.n_blocks, BLOCK_TOKENS, *stored.shape[1:])
+            blocks[list(target)] = blocks[list(source)]
 
     def row_stats(self, logits: Tensor) -> tuple[list[int], list[float]]:
         """See :class:`Runner`."""
