@@ -3,6 +3,7 @@
     QuadrigaError                 anything this project raises on purpose
     ├── InputError                the caller's input is wrong; commands exit with code 2
     │   ├── ConfigError           a model, run or generation configuration
+    │   ├── CorpusError           text, corpora and their manifests
     │   ├── CheckpointError       weight files: unreadable, hostile, incomplete, of another model
     │   ├── TokenizerError        vocabulary files, token ids out of range
     │   ├── TemplateError         a chat template, or the messages given to it
@@ -26,6 +27,10 @@ class InputError(QuadrigaError):
 
 class ConfigError(InputError):
     """A configuration that cannot be: unknown key, impossible sizes, unsupported option."""
+
+
+class CorpusError(InputError):
+    """Text that cannot be read, a prepared corpus that is damaged, or one that changed under a run."""
 
 
 class CheckpointError(InputError):

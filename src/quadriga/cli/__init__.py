@@ -16,6 +16,7 @@ from quadriga import __version__, runtime
 from quadriga.cli.bench import bench_command
 from quadriga.cli.chat import chat_command
 from quadriga.cli.convert import convert_command
+from quadriga.cli.data import data_app
 from quadriga.cli.generate import generate_command
 from quadriga.cli.info import info_command
 from quadriga.cli.models import models_app, pull_command
@@ -92,6 +93,7 @@ app.command(
     epilog=_example("quadriga pull smollm2-135m-instruct", "quadriga pull hf:ORG/REPO@REVISION"),
 )(pull_command)
 app.add_typer(models_app, name="models")
+app.add_typer(data_app, name="data")
 
 
 def _show_version(wanted: bool) -> None:
