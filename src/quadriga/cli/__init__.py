@@ -21,6 +21,7 @@ from quadriga.cli.generate import generate_command
 from quadriga.cli.info import info_command
 from quadriga.cli.models import models_app, pull_command
 from quadriga.cli.serve import serve_command
+from quadriga.cli.train import train_command
 from quadriga.errors import InputError, QuadrigaError
 
 app = typer.Typer(
@@ -73,6 +74,14 @@ app.command(
         "quadriga convert dbrx-instruct --dry-run        needs config.json and the index only",
     ),
 )(convert_command)
+app.command(
+    "train",
+    epilog=_example(
+        "quadriga train recipes/nano.toml                 the same command goes on after an interruption",
+        "torchrun --nproc-per-node 2 -m quadriga train recipes/nano.toml --threads 1",
+        "quadriga train recipes/nano.toml --export nano   the newest checkpoint as a Hugging Face directory",
+    ),
+)(train_command)
 app.command(
     "bench",
     epilog=_example(
