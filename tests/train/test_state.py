@@ -21,7 +21,6 @@ from quadriga.train import config as sections
 from quadriga.train.run_directory import MANIFEST, RunDirectory, newest, read_manifest
 from quadriga.train.shards import ShardReader, encode, parse_name
 from quadriga.train.storage import Files
-from tests.train import runs
 from tests.train.runs import Record, Settings, bits, trainer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -259,7 +258,7 @@ def test_names_that_are_no_parts(name: str) -> None:
 
 def test_a_file_of_garbage_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"\x80\x02}q\x00." * 40)
-    with pytest.raises(CheckpointError, match="a.safetensors"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         ShardReader([tmp_path / "a.safetensors"])
 
 
