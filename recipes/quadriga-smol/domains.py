@@ -2,8 +2,8 @@
 
     python recipes/quadriga-smol/domains.py ../shared/data/corpus/mix.jsonl mix.domains.jsonl
 
-Text keeps its order; long documents are cut into parts of about PART characters at paragraph ends, and parts of the four
-domains take turns, so that any beginning of the result is balanced.
+Text keeps its order; long documents are cut into parts of about PART characters at paragraph ends, and parts of the
+four domains take turns, so that any beginning of the result is balanced.
 """
 
 from __future__ import annotations

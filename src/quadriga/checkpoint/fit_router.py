@@ -114,5 +114,5 @@ def _regression(x: Tensor, labels: Tensor, n_labels: int) -> Tensor:
         total.backward()  # type: ignore[no-untyped-call]
         return total
 
-    optimiser.step(loss)  # type: ignore[arg-type]
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
     return w.detach() / size
