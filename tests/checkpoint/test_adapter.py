@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -145,7 +146,7 @@ def test_the_fused_form_is_what_pefts_wrapper_computes(tmp_path: Path) -> None:
     class Shell(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.config = {"model_type": "custom"}
+            self.config = SimpleNamespace(model_type="custom")
             self.model = torch.nn.Module()
             self.model.layers = torch.nn.ModuleList(torch.nn.Module() for _ in range(3))
             for layer in self.model.layers:

@@ -16,10 +16,12 @@ from quadriga import __version__, runtime
 from quadriga.cli.bench import bench_command
 from quadriga.cli.chat import chat_command
 from quadriga.cli.convert import convert_command
+from quadriga.cli.data import data_app
 from quadriga.cli.generate import generate_command
 from quadriga.cli.info import info_command
 from quadriga.cli.models import models_app, pull_command
 from quadriga.cli.serve import serve_command
+from quadriga.cli.train import train_command
 from quadriga.cli.upcycle import merge_experts_command, prune_command, upcycle_command
 from quadriga.errors import InputError, QuadrigaError
 
@@ -74,6 +76,14 @@ app.command(
     ),
 )(convert_command)
 app.command(
+    "train",
+    epilog=_example(
+        "quadriga train recipes/nano.toml                 the same command goes on after an interruption",
+        "torchrun --nproc-per-node 2 -m quadriga train recipes/nano.toml --threads 1",
+        "quadriga train recipes/nano.toml --export nano   the newest checkpoint as a Hugging Face directory",
+    ),
+)(train_command)
+app.command(
     "upcycle",
     epilog=_example(
         "quadriga upcycle smollm2-135m-instruct smol-moe                    16 experts, 4 at work, the same function",
@@ -107,6 +117,7 @@ app.command(
     epilog=_example("quadriga pull smollm2-135m-instruct", "quadriga pull hf:ORG/REPO@REVISION"),
 )(pull_command)
 app.add_typer(models_app, name="models")
+app.add_typer(data_app, name="data")
 
 
 def _show_version(wanted: bool) -> None:

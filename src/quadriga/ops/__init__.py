@@ -106,16 +106,19 @@ def attention(
     return out
 
 
-def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None) -> Routing:
+def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None, bias: Tensor | None = None) -> Routing:
     """Choose experts: softmax(x W^T) over all E, the top k, divided by their p-norm if one is given.
+
+    With a ``bias`` (training's loss-free balancing), the k highest of probability + bias are chosen; their weights and
+    everything else come from the probabilities alone.
 
     Everything is float32 whatever the dtype of ``x`` (float64 stays float64): in bf16, near ties flip and the model
     becomes another one (SPEC of DBRX: float32 softmax; see docs/architecture.md).
 
     Args:
-        x: (N, D). weight: (E, D).
+        x: (N, D). weight: (E, D). bias: (E,) float32.
     """
-    out: Routing = backend_for(x).route(x, weight, top_k, normalize_p)
+    out: Routing = backend_for(x).route(x, weight, top_k, normalize_p, bias)
     return out
 
 

@@ -97,6 +97,7 @@ class Objective(Protocol):
 
         Returns:
             the loss *summed* over the batch with a gradient: the trainer divides by ``target_weight`` of the whole
-            batch of all ranks; and detached scalars to sum over micro-steps and ranks, for the log.
+            batch of all ranks; and detached tensors, most of them scalars, to sum over micro-steps and ranks for the
+            log. ``loss`` (summed, without what only regularises) must be among them; ``expert_counts`` (L, E) may be.
         """
         ...
