@@ -27,6 +27,7 @@ __all__ = [
     "attention",
     "available",
     "experts",
+    "grouped_linear",
     "norm",
     "rope",
     "route",
@@ -143,6 +144,19 @@ def experts(
         (N, D) in x's dtype.
     """
     out: Tensor = backend_for(x).experts(x, routing_ids, combine, w_gate, w_up, w_down, activation)
+    return out
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Rows of expert e times weight[e]^T, for rows that are sorted by expert.
+
+    Args:
+        rows: (R, in). weight: (E, out, in) of the same dtype. counts: (E,) int64, rows of each expert; they sum to R.
+
+    Returns:
+        (R, out) in the rows' dtype. An expert without rows gets a gradient of zero.
+    """
+    out: Tensor = backend_for(rows).grouped_linear(rows, weight, counts)
     return out
 
 

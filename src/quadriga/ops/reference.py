@@ -121,6 +121,10 @@ def activate(x: Tensor, activation: str) -> Tensor:
             raise AssertionError(f"ModelConfig lets no activation {activation!r} through")
 
 
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return _grouped_linear(rows, weight, counts, None if _fits_grouped_mm(weight, weight.mT) else counts.tolist())
+
+
 def _fits_grouped_mm(*weights: Tensor) -> bool:
     """torch 2.13's grouped product wants bf16 or fp32 rows whose stride is a multiple of 16 bytes (CPU and CUDA)."""
     return all(w.dtype in (torch.bfloat16, torch.float32) and w.shape[-1] * w.element_size() % 16 == 0 for w in weights)
