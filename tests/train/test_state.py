@@ -244,7 +244,7 @@ def test_shards_put_any_boxes_together(tmp_path: Path) -> None:
     reader = ShardReader([c, a, b])
     assert torch.equal(reader.whole("x"), whole)
     assert reader.whole("step").item() == 3.0
-    with pytest.raises(CheckpointError, match="incomplete in the checkpoint: 29 of 35"):
+    with pytest.raises(CheckpointError, match="incomplete in the checkpoint: 30 of 35"):
         ShardReader([a, b, _write(tmp_path / "d.safetensors", {"x@4:5,6:7": whole[4:, 6:].contiguous()})]).whole("x")
     with pytest.raises(CheckpointError, match=r"is \[5, 7\] in the checkpoint and \[5, 8\] in this run"):
         reader.fill("x", torch.empty(5, 8))
