@@ -25,8 +25,9 @@ def test_the_objective_is_its_plain_statement(form: str) -> None:
     loss, metrics = NextToken(runs.TINY.ffn, section, World())(model, batch)
     out = model(batch.tokens, PackedContext(batch.bounds.diff().tolist()), with_stats=True)
     plain = F.cross_entropy(out.logits, batch.targets, reduction="sum")
-    balance = load_balancing_loss(out.router_stats, form=form)  # type: ignore[arg-type]
-    z = router_z_loss(out.router_stats)
+    mask = batch.real()
+    balance = load_balancing_loss(out.router_stats, form=form, mask=mask)  # type: ignore[arg-type]
+    z = router_z_loss(out.router_stats, mask=mask)
     n = batch.target_weight()
     assert float(metrics["loss"]) == pytest.approx(float(plain), rel=1e-5)
     assert float(loss) == pytest.approx(float(plain + n * (0.3 * balance + 0.01 * z)), rel=1e-5)

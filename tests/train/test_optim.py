@@ -79,10 +79,10 @@ def test_muon_takes_each_expert_alone() -> None:
             p.grad = (g if expert is None else g[expert]).float()
             theirs.param_groups[0]["lr"] = 0.1 * share
             theirs.step()
-        ours = after[name] if expert is None else after[name][expert]
+        ours = (after[name] if expert is None else after[name][expert]).detach()
         # torch iterates in bfloat16 and averages the momentum: directions agree to bf16 and a few steps' rounding.
-        moved = ours - (_parameters()[name] if expert is None else _parameters()[name][expert])
-        expected = p.detach() - (_parameters()[name] if expert is None else _parameters()[name][expert])
+        before = (_parameters()[name] if expert is None else _parameters()[name][expert]).detach()
+        moved, expected = ours - before, p.detach() - before
         assert torch.nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.97
         assert moved.norm() == pytest.approx(float(expected.norm()), rel=0.1)
     adamw, _, _ = _steps(OptimiserSection(weight_decay=0.3), 3)

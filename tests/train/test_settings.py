@@ -90,7 +90,7 @@ def test_schedules() -> None:
     assert shares[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert shares[99] == pytest.approx(0.1)
     assert shares[4 + 95 // 2] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (95 // 2) / 95)))
-    assert all(a >= b for a, b in itertools.pairwise(shares))
+    assert all(a >= b for a, b in itertools.pairwise(shares[4:]))
     wsd = ScheduleSection(kind="wsd", warmup_steps=4, decay_share=0.2, final_share=0.0)
     shares = [learning_rate_share(s, 100, wsd) for s in range(100)]
     assert shares[3:80] == [1.0] * 77
