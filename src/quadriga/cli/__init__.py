@@ -20,6 +20,7 @@ from quadriga.cli.data import data_app
 from quadriga.cli.generate import generate_command
 from quadriga.cli.info import info_command
 from quadriga.cli.models import models_app, pull_command
+from quadriga.cli.plan import plan_command
 from quadriga.cli.serve import serve_command
 from quadriga.cli.train import train_command
 from quadriga.cli.upcycle import merge_experts_command, prune_command, upcycle_command
@@ -116,6 +117,14 @@ app.command(
     "pull",
     epilog=_example("quadriga pull smollm2-135m-instruct", "quadriga pull hf:ORG/REPO@REVISION"),
 )(pull_command)
+app.command(
+    "plan",
+    epilog=_example(
+        "quadriga plan dbrx-132b --gpus 3072xH100 --tokens 12T",
+        "quadriga plan mixtral-8x7b --gpus 64xH100 --tokens 300B --svg plan.svg",
+        "quadriga plan dbrx-132b --context 32768            serving only",
+    ),
+)(plan_command)
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 
