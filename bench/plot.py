@@ -20,7 +20,7 @@ COLOURS = {"quadriga": "#1b6ca8", "llama.cpp": "#d98e04", "ik_llama.cpp": "#8a8f
 def main() -> None:
     """Read the table, draw one panel per kind of measurement."""
     with Path(sys.argv[1]).open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["machine"] in ("quiet", "busy")]
     kinds: dict[str, list[str]] = {}
     for row in rows:
         labels = kinds.setdefault(_kind(row), [])
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _kind(row: dict[str, str]) -> str:
-    return row["kind"] if row["machine"] == "quiet" else "decode, one busy rival"
+    return row["kind"] if row["machine"] == "quiet" else f"{row['kind']}, {row['machine']}"
 
 
 def _label(row: dict[str, str]) -> str:

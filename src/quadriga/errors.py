@@ -11,7 +11,8 @@
     │   └── CatalogueError        an unknown model name, a failed download, a wrong hash
     ├── HardwareError             this machine lacks what was asked for (memory, device, instruction set)
     ├── BusyError                 more requests than the engine takes; the same one may succeed later
-    └── EngineError               the engine failed while a request ran, or has stopped
+    ├── EngineError               the engine failed while a request ran, or has stopped
+    └── TrainingError             a run that cannot go on: diverged, a rank lost, nowhere to save
 
 Every message says what must be, what came, and what to do. ``assert`` is kept for our own invariants.
 """
@@ -63,3 +64,7 @@ class BusyError(QuadrigaError):
 
 class EngineError(QuadrigaError):
     """The engine failed while a request ran, or has stopped."""
+
+
+class TrainingError(QuadrigaError):
+    """A training run that cannot go on: it diverged, a rank is lost, its state cannot be saved or trusted."""

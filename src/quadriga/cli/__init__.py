@@ -22,6 +22,8 @@ from quadriga.cli.info import info_command
 from quadriga.cli.models import models_app, pull_command
 from quadriga.cli.plan import plan_command
 from quadriga.cli.serve import serve_command
+from quadriga.cli.train import train_command
+from quadriga.cli.upcycle import merge_experts_command, prune_command, upcycle_command
 from quadriga.errors import InputError, QuadrigaError
 
 app = typer.Typer(
@@ -74,6 +76,28 @@ app.command(
         "quadriga convert dbrx-instruct --dry-run        needs config.json and the index only",
     ),
 )(convert_command)
+app.command(
+    "train",
+    epilog=_example(
+        "quadriga train recipes/nano.toml                 the same command goes on after an interruption",
+        "torchrun --nproc-per-node 2 -m quadriga train recipes/nano.toml --threads 1",
+        "quadriga train recipes/nano.toml --export nano   the newest checkpoint as a Hugging Face directory",
+    ),
+)(train_command)
+app.command(
+    "upcycle",
+    epilog=_example(
+        "quadriga upcycle smollm2-135m-instruct smol-moe                    16 experts, 4 at work, the same function",
+        "quadriga upcycle smollm2-135m-instruct smol-moe --router-text mix.jsonl --router-label lang",
+        "quadriga upcycle ./llama ./moe --experts 8 --top-k 2 --granules 1 --drop 0.5 --to hf",
+    ),
+)(upcycle_command)
+app.command("prune", epilog=_example("quadriga prune smol-moe smaller --experts 12 --calibrate sample.txt"))(
+    prune_command
+)
+app.command("merge-experts", epilog=_example("quadriga merge-experts smol-moe dense --calibrate sample.txt --to hf"))(
+    merge_experts_command
+)
 app.command(
     "bench",
     epilog=_example(

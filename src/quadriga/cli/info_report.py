@@ -108,7 +108,8 @@ def _print_tables(name: str, config: ModelConfig, facts: dict[str, Any]) -> None
 
     console = Console()
     count, memory, context = facts["parameters"], facts["memory_bytes"], f"{facts['context']:,}"
-    model = titled(name, show_header=False)
+    console.print(Text(name, style="bold"), soft_wrap=True)  # a long path stays one line, to be copied
+    model = Table(show_header=False)
     for label, value in (
         ("family", config.family),
         ("parameters", f"{count['total']:,}"),

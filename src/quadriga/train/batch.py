@@ -71,10 +71,15 @@ class Batch:
 class BatchSource(Protocol):
     """Training data as a function of the optimiser step."""
 
-    domains: tuple[str, ...]
-    """Names of the domains, which ``Batch.domains`` counts from 0."""
-    fingerprint: str
-    """Of the data and of everything that decides their order; a resumed run must find the same."""
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains, which ``Batch.domains`` counts from 0."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the data and of everything that decides their order; a resumed run must find the same."""
+        ...
 
     def n_rows(self, step: int) -> int:
         """Rows of the whole batch of an optimiser step, over all ranks."""
@@ -97,6 +102,7 @@ class Objective(Protocol):
 
         Returns:
             the loss *summed* over the batch with a gradient: the trainer divides by ``target_weight`` of the whole
-            batch of all ranks; and detached scalars to sum over micro-steps and ranks, for the log.
+            batch of all ranks; and detached tensors, most of them scalars, to sum over micro-steps and ranks for the
+            log. ``loss`` (summed, without what only regularises) must be among them; ``expert_counts`` (L, E) may be.
         """
         ...

@@ -247,15 +247,18 @@ QD_INLINE vb high_nibbles(vb x) {
 QD_INLINE vb low_nibbles(vb x) { return high_nibbles({_mm256_slli_epi16(x.a, 4), _mm256_slli_epi16(x.b, 4)}); }
 QD_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
-#else  // portable
+#else  // portable: the compiler's own vectors of 64 bytes, which it cuts to what the processor has
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Units __attribute__((vector_size(64)));
+struct vf { Floats v; };
+struct vi { Ints v; };
+struct vb { Units v; };
 
 #define QD_LANES for (int i = 0; i < 16; ++i)
-struct vf { float x[16]; };
-struct vi { int32_t x[16]; };
-struct vb { uint8_t x[64]; };
-
 #define QD_EACH(type, name, expression) \
-  QD_INLINE type name(type a, type b) { type r; QD_LANES r.x[i] = expression; return r; }
+  QD_INLINE type name(type a, type b) { return {expression}; }
 
 QD_INLINE vf load(const float* p) { vf r; std::memcpy(&r, p, 64); return r; }
 QD_INLINE void store(float* p, vf a) { std::memcpy(p, &a, 64); }
@@ -263,60 +266,65 @@ QD_INLINE vi load_int(const int32_t* p) { vi r; std::memcpy(&r, p, 64); return r
 QD_INLINE void store_int(int32_t* p, vi a) { std::memcpy(p, &a, 64); }
 QD_INLINE vb load_bytes(const void* p) { vb r; std::memcpy(&r, p, 64); return r; }
 QD_INLINE void store_bytes(void* p, vb a) { std::memcpy(p, &a, 64); }
-QD_INLINE vf all(float x) { vf r; QD_LANES r.x[i] = x; return r; }
-QD_INLINE vi all_int(int32_t x) { vi r; QD_LANES r.x[i] = x; return r; }
-QD_EACH(vf, operator+, a.x[i] + b.x[i])
-QD_EACH(vf, operator-, a.x[i] - b.x[i])
-QD_EACH(vf, operator*, a.x[i] * b.x[i])
-QD_EACH(vf, operator/, a.x[i] / b.x[i])
-QD_EACH(vf, vmax, a.x[i] > b.x[i] ? a.x[i] : b.x[i])
-QD_EACH(vf, vmin, a.x[i] < b.x[i] ? a.x[i] : b.x[i])
-QD_EACH(vi, operator+, a.x[i] + b.x[i])
-QD_EACH(vi, operator|, a.x[i] | b.x[i])
-QD_EACH(vi, operator&, a.x[i] & b.x[i])
-QD_INLINE vf fma(vf a, vf b, vf c) { vf r; QD_LANES r.x[i] = a.x[i] * b.x[i] + c.x[i]; return r; }
-QD_INLINE vf vabs(vf a) { vf r; QD_LANES r.x[i] = std::fabs(a.x[i]); return r; }
-QD_INLINE vf nearest(vf a) { vf r; QD_LANES r.x[i] = std::nearbyint(a.x[i]); return r; }
-QD_INLINE vf greater_select(vf a, vf b, vf yes, vf no) { vf r; QD_LANES r.x[i] = a.x[i] > b.x[i] ? yes.x[i] : no.x[i]; return r; }
+QD_INLINE vf all(float x) { return {Floats{} + x}; }
+QD_INLINE vi all_int(int32_t x) { return {Ints{} + x}; }
+QD_EACH(vf, operator+, a.v + b.v)
+QD_EACH(vf, operator-, a.v - b.v)
+QD_EACH(vf, operator*, a.v * b.v)
+QD_EACH(vf, operator/, a.v / b.v)
+QD_EACH(vf, vmax, a.v > b.v ? a.v : b.v)
+QD_EACH(vf, vmin, a.v < b.v ? a.v : b.v)
+QD_EACH(vi, operator+, Ints(Units(a.v) + Units(b.v)))
+QD_EACH(vi, operator|, a.v | b.v)
+QD_EACH(vi, operator&, a.v & b.v)
+QD_INLINE vf fma(vf a, vf b, vf c) { return {a.v * b.v + c.v}; }
+QD_INLINE vf vabs(vf a) { return {Floats(Ints(a.v) & 0x7fffffff)}; }
+// Adding 1.5 * 2^23 pushes the fraction out, to the nearest even; from 2^22 on it would lose a bit that counts.
+QD_INLINE vf nearest(vf a) {
+  const Floats shift = Floats{} + 12582912.0f;
+  return {vabs(a).v < 4194304.0f ? (a.v + shift) - shift : a.v};
+}
+QD_INLINE vf greater_select(vf a, vf b, vf yes, vf no) { return {a.v > b.v ? yes.v : no.v}; }
 // Out of range and NaN give INT_MIN, as x86's instruction does; a plain cast would be undefined.
 QD_INLINE vi to_int(vf a) {
-  vi r;
-  QD_LANES r.x[i] = std::fabs(a.x[i]) < 2147483648.0f ? int32_t(std::nearbyint(a.x[i])) : INT32_MIN;
-  return r;
+  const Ints fits = vabs(a).v < 2147483648.0f;
+  const Floats whole = fits ? nearest(a).v : Floats{};
+  return {fits ? __builtin_convertvector(whole, Ints) : Ints{} + INT32_MIN};
 }
-QD_INLINE vf to_float(vi a) { vf r; QD_LANES r.x[i] = float(a.x[i]); return r; }
-template <int n> QD_INLINE vi shift_left(vi a) { vi r; QD_LANES r.x[i] = int32_t(uint32_t(a.x[i]) << n); return r; }
-QD_INLINE vi as_int(vf a) { vi r; std::memcpy(&r, &a, 64); return r; }
-QD_INLINE vf as_float(vi a) { vf r; std::memcpy(&r, &a, 64); return r; }
-QD_INLINE vi bytes_as_int(vb a) { vi r; std::memcpy(&r, &a, 64); return r; }
-QD_INLINE vf load_half(const uint16_t* p) { vf r; QD_LANES r.x[i] = half_to_float(p[i]); return r; }
-QD_INLINE void store_half(uint16_t* p, vf a) { QD_LANES p[i] = float_to_half(a.x[i]); }
-QD_INLINE vf load_int8(const int8_t* p) { vf r; QD_LANES r.x[i] = float(p[i]); return r; }
+QD_INLINE vf to_float(vi a) { return {__builtin_convertvector(a.v, Floats)}; }
+template <int n> QD_INLINE vi shift_left(vi a) { return {Ints(Units(a.v) << n)}; }
+QD_INLINE vi as_int(vf a) { return {Ints(a.v)}; }
+QD_INLINE vf as_float(vi a) { return {Floats(a.v)}; }
+QD_INLINE vi bytes_as_int(vb a) { return {Ints(a.v)}; }
+QD_INLINE vf load_half(const uint16_t* p) { vf r; QD_LANES r.v[i] = half_to_float(p[i]); return r; }
+QD_INLINE void store_half(uint16_t* p, vf a) { QD_LANES p[i] = float_to_half(a.v[i]); }
+QD_INLINE vf load_int8(const int8_t* p) { vf r; QD_LANES r.v[i] = float(p[i]); return r; }
 QD_INLINE float sum(vf a) {
+  float x[16];
+  store(x, a);
   for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) a.x[i] += a.x[i + width];
-  return a.x[0];
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
 }
 QD_INLINE float largest(vf a) {
-  float best = a.x[0];
-  QD_LANES best = a.x[i] > best ? a.x[i] : best;
+  float x[16];
+  store(x, a);
+  float best = x[0];
+  QD_LANES best = x[i] > best ? x[i] : best;
   return best;
 }
 QD_INLINE vi dot4(vi acc, vb w, uint32_t a) {
   int8_t s[4];
   std::memcpy(s, &a, 4);
-  QD_LANES acc.x[i] += w.x[4 * i] * s[0] + w.x[4 * i + 1] * s[1] + w.x[4 * i + 2] * s[2] + w.x[4 * i + 3] * s[3];
-  return acc;
+  const Ints b0 = Ints(w.v & 255u), b1 = Ints(w.v >> 8 & 255u), b2 = Ints(w.v >> 16 & 255u), b3 = Ints(w.v >> 24);
+  return {acc.v + (b0 * s[0] + b1 * s[1] + b2 * s[2] + b3 * s[3])};
 }
 QD_INLINE vf dot2(vf acc, vb w, uint32_t a) {
   const float even = bf16_to_float(uint16_t(a)), odd = bf16_to_float(uint16_t(a >> 16));
-  uint16_t pairs[32];
-  std::memcpy(pairs, &w, 64);
-  QD_LANES acc.x[i] = (acc.x[i] + bf16_to_float(pairs[2 * i + 1]) * odd) + bf16_to_float(pairs[2 * i]) * even;
-  return acc;
+  return {(acc.v + Floats(w.v & 0xffff0000u) * odd) + Floats(w.v << 16) * even};
 }
-QD_INLINE vb high_nibbles(vb a) { for (uint8_t& byte : a.x) byte &= 0xf0; return a; }
-QD_INLINE vb low_nibbles(vb a) { for (uint8_t& byte : a.x) byte = uint8_t(byte << 4); return a; }
+QD_INLINE vb high_nibbles(vb a) { return {a.v & 0xf0f0f0f0u}; }
+QD_INLINE vb low_nibbles(vb a) { return {a.v << 4 & 0xf0f0f0f0u}; }
 QD_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #endif
