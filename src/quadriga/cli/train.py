@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,12 +10,19 @@ from typing import Annotated
 import typer
 
 
+class Resume(enum.StrEnum):
+    """What becomes of a run that has begun."""
+
+    AUTO = "auto"
+    NEVER = "never"
+    MUST = "must"
+
+
 def train_command(
     config: Annotated[Path, typer.Argument(help="The run's TOML file; recipes/ has some.")],
     resume: Annotated[
-        str,
-        typer.Option(help="auto: go on if the run has a checkpoint. never: it must be new. must: it must have one."),
-    ] = "auto",
+        Resume, typer.Option(help="auto: go on if the run has a checkpoint. never: it must be new. must: it has one.")
+    ] = Resume.AUTO,
     threads: Annotated[int | None, typer.Option(help="CPU threads of each rank; default: all.")] = None,
     run: Annotated[str | None, typer.Option(help="Another folder than the file's.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Read the file, say what would run, and stop.")] = False,
@@ -31,8 +39,6 @@ def train_command(
     from quadriga.errors import ConfigError
     from quadriga.train.config import RunConfig, read_toml
 
-    if resume not in ("auto", "never", "must"):
-        raise ConfigError(f"--resume must be auto, never or must; got {resume!r}")
     settings = read_toml(config, RunConfig)
     if run is not None:
         import msgspec
@@ -50,7 +56,7 @@ def train_command(
     from quadriga.train.run import train
 
     runtime.set_threads(threads)
-    outcome = train(settings, resume=resume)
+    outcome = train(settings, resume=resume.value)
     if runtime.launched_rank() in (None, 0):
         what = "done" if outcome.done else "stopped and saved; the same command goes on"
         print(f"{outcome.folder}: step {outcome.step} of {settings.n_steps}, {what}", file=sys.stderr)
@@ -63,7 +69,8 @@ def _export(settings: object, out: Path, step: int | None, dtype: str) -> None:
 
     assert isinstance(settings, RunConfig)
     corpus = open_corpora(settings.data.corpora)[0]
-    files = {file.name: (corpus.path / file.name).read_bytes() for file in corpus.manifest.tokenizer.files}
+    names = [file.path for file in corpus.manifest.tokenizer.files]
+    files = {name: (corpus.path / name).read_bytes() for name in names}
     made = export(Path(settings.run).expanduser(), out, step=step, dtype=dtype, tokenizer_files=files)
     print(f"{out}: step {made} as {dtype} safetensors")
 

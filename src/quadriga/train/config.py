@@ -290,9 +290,9 @@ def parse_toml(raw: bytes, kind: type[T], name: str = "configuration") -> T:
     """As :func:`read_toml`, from bytes."""
     try:
         return msgspec.toml.decode(raw, type=kind)
+    except ConfigError as error:  # raised by a section itself
+        raise ConfigError(f"{name}: {error}") from None
     except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise ConfigError(f"{name}: {error.__cause__}") from None
         raise ConfigError(f"{name}: {_explain(str(error), kind)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name} is not valid TOML: {error}") from None

@@ -44,8 +44,8 @@ class AllToAllExperts:
         activation: str,
     ) -> Tensor:
         """See ``ops.experts``; the weights are this rank's experts (E / size, ...)."""
-        weights = [w.to_local() if isinstance(w, DTensor) else w for w in (w_gate, w_up, w_down)]
-        own = weights[0].shape[0]
+        gate, up, down = (w.to_local() if isinstance(w, DTensor) else w for w in (w_gate, w_up, w_down))
+        own = gate.shape[0]
         n_tokens, top_k = routing_ids.shape
         flat = routing_ids.reshape(-1)
         order = flat.argsort(stable=True)
@@ -54,16 +54,21 @@ class AllToAllExperts:
         to_get = torch.empty_like(to_send)
         dist.all_to_all_single(to_get, to_send, group=self.group)
         out_sizes, in_sizes = to_get.tolist(), to_send.tolist()
-        rows = _AllToAll.apply(x[order // top_k], out_sizes, in_sizes, self.group)
+        rows = _travel(x[order // top_k], out_sizes, in_sizes, self.group)
         ids = torch.empty(sum(out_sizes), dtype=sent_ids.dtype, device=x.device)
         dist.all_to_all_single(ids, sent_ids % own, out_sizes, in_sizes, group=self.group)
         ones = torch.ones(len(ids), 1, dtype=combine.dtype, device=x.device)
-        done = self.compute(rows, ids[:, None], ones, *weights, activation)
-        back = _AllToAll.apply(done, in_sizes, out_sizes, self.group)
+        done = self.compute(rows, ids[:, None], ones, gate, up, down, activation)
+        back = _travel(done, in_sizes, out_sizes, self.group)
         home = torch.empty_like(order)
         home[order] = torch.arange(len(order), device=x.device)
         slots = F.embedding(home, back).view(n_tokens, top_k, -1)
         return torch.einsum("nkd,nk->nd", slots, combine.to(x.dtype))
+
+
+def _travel(rows: Tensor, out_sizes: list[int], in_sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    arrived: Tensor = _AllToAll.apply(rows, out_sizes, in_sizes, group)  # type: ignore[no-untyped-call]
+    return arrived
 
 
 class _AllToAll(torch.autograd.Function):
@@ -75,7 +80,7 @@ class _AllToAll(torch.autograd.Function):
         return _exchange(rows, out_sizes, in_sizes, group)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         out_sizes, in_sizes = ctx.sizes
         return _exchange(d_out, out_sizes, in_sizes, ctx.group), None, None, None
 

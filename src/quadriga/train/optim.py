@@ -116,7 +116,8 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
 
 def local(x: Tensor) -> Tensor:
     """This rank's part of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    part: Tensor = x.to_local() if isinstance(x, DTensor) else x
+    return part
 
 
 class Optimiser:

@@ -171,7 +171,7 @@ class Masters:
             if parameter.requires_grad:
                 self.by_name[name] = master.requires_grad_()
                 self._copies.append((master, parameter))
-                parameter.register_post_accumulate_grad_hook(partial(_add_to_master, master))
+                parameter.register_post_accumulate_grad_hook(partial(_add_to_master, master))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def refresh(self) -> None:

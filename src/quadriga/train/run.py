@@ -27,11 +27,10 @@ from quadriga.model.config import ModelConfig
 from quadriga.model.transformer import Transformer
 from quadriga.text.tokenizer import Tokenizer, load_directory
 from quadriga.train import report
-from quadriga.train.batch import BatchSource
 from quadriga.train.config import RunConfig
 from quadriga.train.held_out import HeldOutLoss, held_out_losses, samples
 from quadriga.train.initialise import model_config, new_parameters, start_from
-from quadriga.train.loader import open_corpora, open_held_out, open_source
+from quadriga.train.loader import HeldOutSource, open_corpora, open_held_out, open_source
 from quadriga.train.losses import NextToken
 from quadriga.train.metrics import MetricsFile, TensorBoard
 from quadriga.train.run_directory import RunDirectory
@@ -127,7 +126,7 @@ class _Evaluation:
     def __init__(
         self,
         config: RunConfig,
-        sources: Mapping[str, BatchSource],
+        sources: Mapping[str, HeldOutSource],
         tokenizer: Tokenizer,
         architecture: ModelConfig,
         watchers: list[MetricsFile | Screen | TensorBoard],

@@ -159,7 +159,7 @@ def read_manifest(checkpoint: Path, *, verify: bool = True) -> Manifest:
 
 def newest(run: RunDirectory) -> tuple[Path, Manifest, list[str]] | None:
     """The newest checkpoint whose files are what its manifest says, and what was wrong with newer ones; None: none."""
-    complaints = []
+    complaints: list[str] = []
     for step in reversed(run.steps()):
         try:
             return run.at(step), read_manifest(run.at(step)), complaints

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -99,14 +100,14 @@ class ShardReader:
 
     def __init__(self, files: list[Path]) -> None:
         self._parts: dict[str, list[tuple[Box, str, int]]] = {}
-        self._files = []
+        self._files: list[Any] = []
         for file in files:
             try:
-                handle = safe_open(file, framework="pt")
+                handle: Any = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: {error}") from None
             self._files.append(handle)
-            for stored in handle.keys():  # noqa: SIM118  (no mapping)
+            for stored in handle.keys():  # noqa: SIM118  (it is no mapping)
                 name, box = parse_name(stored)
                 shape = tuple(b - a for a, b in box)
                 if tuple(handle.get_slice(stored).get_shape()) != shape:

@@ -371,7 +371,7 @@ class Trainer:
         return True
 
     def _save_batches(self, step: int, batches: Sequence[Batch]) -> None:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             kept = {"tokens": batch.tokens, "targets": batch.targets, "bounds": batch.bounds, "domains": batch.domains}
             tensors |= {f"{i}/{name}": value.cpu() for name, value in kept.items()}
@@ -400,7 +400,7 @@ def _sum_all(world: World, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         [value.detach().to(device=world.device, dtype=torch.float64).flatten() for value in values.values()]
     )
     total = world.sum(flat).cpu()
-    parts = total.split([value.numel() for value in values.values()])
+    parts = torch.split(total, [value.numel() for value in values.values()])
     return {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
 
 

@@ -44,7 +44,7 @@ def document_attention(
         (N, H, d).
     """
     assert bounds[0] == 0 and bounds[-1] == q.shape[0], "documents cover every token"
-    out: Tensor = _DocumentAttention.apply(q, k, v, bounds, scale, soft_cap, alibi_slopes)
+    out: Tensor = _DocumentAttention.apply(q, k, v, bounds, scale, soft_cap, alibi_slopes)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -123,7 +123,7 @@ class _DocumentAttention(torch.autograd.Function):
         return out.transpose(0, 1).reshape(q.shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, alibi_slopes = ctx.saved_tensors
         scores = _Scores(q, k, ctx.scale, ctx.soft_cap, alibi_slopes)

@@ -31,7 +31,7 @@ def experts(
     activation: str,
 ) -> Tensor:
     """``ops.experts`` with a gradient that is cheap on a processor; same arguments, same result to rounding."""
-    out: Tensor = _Experts.apply(x, routing_ids, combine, w_gate, w_up, w_down, activation)
+    out: Tensor = _Experts.apply(x, routing_ids, combine, w_gate, w_up, w_down, activation)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -95,7 +95,7 @@ class _Experts(torch.autograd.Function):
         return plan.sum_slots(y)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, gate, up, w_gate, w_up, w_down = ctx.saved_tensors
         plan: Plan = ctx.plan
@@ -129,14 +129,16 @@ class _Experts(torch.autograd.Function):
 
 
 def _activation_gradient(d_out: Tensor, x: Tensor, activation: str) -> Tensor:
+    aten = torch.ops.aten
     match activation:
         case "silu":
-            return torch.ops.aten.silu_backward(d_out, x)
+            gradient: Tensor = aten.silu_backward(d_out, x)
         case "gelu":
-            return torch.ops.aten.gelu_backward(d_out, x)
+            gradient = aten.gelu_backward(d_out, x)
         case "gelu_tanh":
-            return torch.ops.aten.gelu_backward(d_out, x, approximate="tanh")
+            gradient = aten.gelu_backward(d_out, x, approximate="tanh")
         case "relu":
-            return torch.ops.aten.threshold_backward(d_out, x, 0)
+            gradient = aten.threshold_backward(d_out, x, 0)
         case _:
             raise AssertionError(f"ModelConfig lets no activation {activation!r} through")
+    return gradient

@@ -37,20 +37,20 @@ def linear_cross_entropy(
         the sum, float32 (float64 for float64), with a gradient for ``hidden`` and ``weight``; and each token's
         unweighted loss (N,), detached, 0 where ignored.
     """
-    out: tuple[Tensor, Tensor] = _Sum.apply(hidden, weight, targets, weights, logit_scale)
+    out: tuple[Tensor, Tensor] = _Sum.apply(hidden, weight, targets, weights, logit_scale)  # type: ignore[no-untyped-call]
     return out
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, logit_scale: float = 1.0) -> Tensor:
     """The loss of each token (N,) with a gradient, 0 where the target is IGNORE; arguments as above."""
-    out: Tensor = _Each.apply(hidden, weight, targets, logit_scale)
+    out: Tensor = _Each.apply(hidden, weight, targets, logit_scale)  # type: ignore[no-untyped-call]
     return out
 
 
 def _chunks(targets: Tensor, weight: Tensor) -> Iterator[Tensor]:
     """Indices of the tokens that have a target, some at a time."""
     kept = (targets != IGNORE).nonzero()[:, 0]
-    yield from kept.split(max(32, _LOGITS_BYTES // (4 * weight.shape[0])))
+    yield from torch.split(kept, max(32, _LOGITS_BYTES // (4 * weight.shape[0])))
 
 
 def _forward(h: Tensor, weight: Tensor, targets: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ class _Sum(torch.autograd.Function):
         return total, losses
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         return (
@@ -130,7 +130,7 @@ class _Each(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         d_hidden = torch.zeros_like(hidden)

@@ -6,6 +6,7 @@ workers: this package, and the output folder under the same path (a shared file 
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -82,7 +83,7 @@ class RayExecutor:
         self._ours = not ray.is_initialized()
         if self._ours:
             try:
-                ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
+                ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, ValueError) as error:
                 raise HardwareError(
                     f"no Ray cluster answers at {address!r} ({error}). Start one: `ray start --head`, then `ray start "

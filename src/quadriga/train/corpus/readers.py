@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import zlib
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -181,8 +182,8 @@ def _read_part(part: Part, source: Source) -> Iterator[tuple[str, Any]]:
             yield "the file", _decode_text(resolve(part.path).read_bytes(), source)
         else:
             yield from _json_lines(part)
-    except OSError as error:
-        raise CorpusError(f"cannot read {part.path}: {error.strerror or error}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorpusError(f"cannot read {part.path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _decode_text(raw: bytes, source: Source) -> Any:

@@ -37,7 +37,7 @@ from quadriga.train.corpus.language import language
 from quadriga.train.corpus.quality import broken_rule
 from quadriga.train.corpus.readers import Chunk, Row, read_chunk, resolve
 from quadriga.train.corpus.recipe import Recipe
-from quadriga.train.corpus.words import U64, words
+from quadriga.train.corpus.words import U64, mix, words
 
 KEEP, EXACT, NEAR = 0, 1, 2
 """Marks of a document."""
@@ -348,7 +348,7 @@ def _gather(folder: Path, what: str, offsets: npt.NDArray[np.int64], documents: 
 
 def _fraction(number: int, salt: int) -> float:
     """A number in [0, 1) that a document's hash decides."""
-    return float(minhash.mix(np.array([number ^ salt], dtype=np.uint64))[0]) / 2**64
+    return float(mix(np.array([number ^ salt], dtype=np.uint64))[0]) / 2**64
 
 
 def _held_out(number: int, recipe: Recipe) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from quadriga.errors import ConfigError, CorpusError, TokenizerError
 from quadriga.text import tokenizer as text_tokenizer
+from quadriga.text.chat import CHATML
 from quadriga.text.pretokenize import GGUF_PATTERNS
 from quadriga.text.tokenizer import Tokenizer
 
@@ -21,11 +22,6 @@ END = "<|endoftext|>"
 SPECIALS = (END, "<|pad|>", "<|im_start|>", "<|im_end|>")
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "generation_config.json")
 """What may belong to a vocabulary, besides *.tiktoken."""
-
-_CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 def train_bpe(texts: Iterable[str], size: int, folder: Path) -> None:
@@ -66,7 +62,7 @@ def train_bpe(texts: Iterable[str], size: int, folder: Path) -> None:
         "eos_token": END,
         "pad_token": "<|pad|>",
         "add_bos_token": False,
-        "chat_template": _CHATML,
+        "chat_template": CHATML,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -116,4 +116,4 @@ def _powers(n: int) -> tuple[U64, U64]:
 
 @lru_cache(maxsize=64)
 def _constant(i: int) -> np.uint64:
-    return mix(np.array([i + 1], dtype=np.uint64))[0] | np.uint64(1)
+    return np.uint64(int(mix(np.array([i + 1], dtype=np.uint64))[0]) | 1)
