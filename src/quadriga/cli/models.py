@@ -36,8 +36,10 @@ def list_command() -> None:
     table = Table("name", "size", "licence", "here", "about")
     for name, entry in catalogue.CATALOGUE.items():
         table.add_row(name, _megabytes(entry.nbytes), entry.licence, "yes" if name in here else "", entry.about)
+    for name, made in catalogue.DELTAS.items():
+        table.add_row(name, _megabytes(made.nbytes), made.licence, "yes" if name in here else "", made.about)
     for name, found in here.items():
-        if name not in catalogue.CATALOGUE:
+        if name not in catalogue.CATALOGUE and name not in catalogue.DELTAS:
             table.add_row(name, _megabytes(found.nbytes), found.licence, "yes", found.source)
     Console().print(table)
 
