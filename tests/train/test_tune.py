@@ -20,7 +20,7 @@ from quadriga.model.lora import attach
 from quadriga.model.transformer import Transformer, random_parameters
 from quadriga.train.config import parse_toml
 from quadriga.train.metrics import read
-from quadriga.train.tune import tune
+from quadriga.train.tune import read_data, tune
 from quadriga.train.tune_config import TuneConfig
 from tests.checkpoint.models import TINY, write_hf
 from tests.text.vocabularies import write_bpe
@@ -106,6 +106,13 @@ def test_the_adapter_that_is_written_is_the_one_that_was_trained(tmp_path: Path,
     assert not torch.allclose(model(torch.arange(20), PackedContext([20])).logits, before, atol=1e-2)
 
 
+def test_in_bfloat16_the_float32_masters_are_written(tmp_path: Path, base: Path) -> None:
+    outcome = tune(settings(tmp_path, base, "sft", LORA + '[parallel]\ndtype = "bfloat16"\n'))
+    assert outcome.result is not None
+    _, b = load(outcome.result, open_checkpoint(base).config).factors["layers.0.attn.wqkv.weight"]
+    assert not torch.equal(b, b.bfloat16().float())
+
+
 def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path: Path, base: Path) -> None:
     once = tune(settings(tmp_path, base, "sft", LORA))
     whole = (once.result / "adapter.safetensors").read_bytes()  # type: ignore[operator]
@@ -125,6 +132,16 @@ def test_without_an_adapter_the_whole_model_is_trained_and_written(tmp_path: Pat
     assert tuned.config == before.config and tuned.load_tokenizer() is not None
     changed = load_parameters(tuned), load_parameters(before)
     assert all(not torch.equal(changed[0][n], changed[1][n].float()) for n in changed[0] if "moe" not in n)
+
+
+def test_no_more_rows_are_read_than_asked_for(tmp_path: Path, base: Path) -> None:
+    text = toml(tmp_path, base, "sft", LORA).replace("seq_len = 64", "seq_len = 64\nmax_rows = 7")
+    config = parse_toml(text.encode(), TuneConfig)
+    tokenizer = open_checkpoint(base).load_tokenizer()
+    assert tokenizer is not None
+    source, held_out, _, rejects = read_data(config, tokenizer)
+    assert len(source._groups) + len(held_out["held out"]._groups) == 7  # type: ignore[attr-defined]
+    assert rejects.n == 0, "the broken line lies behind"
 
 
 def test_the_commands(tmp_path: Path, base: Path) -> None:

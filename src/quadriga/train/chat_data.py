@@ -269,8 +269,10 @@ def text_examples(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) ->
     return [Example(tuple(part[:-1]), tuple(part[1:])) for part in parts if len(part) > 1]
 
 
-def read(paths: Sequence[Path], make: Callable[[dict[str, Any]], Any], rejects: Rejects) -> list[Any]:
-    """Every usable row of the files through ``make``.
+def read(
+    paths: Sequence[Path], make: Callable[[dict[str, Any]], Any], rejects: Rejects, *, limit: int | None = None
+) -> list[Any]:
+    """Every usable row of the files through ``make``; no more than ``limit``.
 
     Raises:
         CorpusError: unreadable files, too many bad rows, or none that can be used.
@@ -281,6 +283,8 @@ def read(paths: Sequence[Path], make: Callable[[dict[str, Any]], Any], rejects: 
             found.append(make(row))
         except QuadrigaError as error:
             rejects.add(place, str(error))
+        if len(found) == limit:
+            break
     if not found:
         raise CorpusError(f"no row of {', '.join(p.name for p in paths)} can be used. {'; '.join(rejects.first)}")
     return found

@@ -141,7 +141,7 @@ def _tune(config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[]
             watcher.close()
         if config.log.report:
             report.write(run.path)
-    result = _write(run, config, model, factors, spec, origin) if done else None
+    result = _write(run, config, trainer, factors, spec, origin) if done else None
     return Tuned(done, trainer.step, n_steps, result, str(rejects))
 
 
@@ -182,15 +182,20 @@ def _base(checkpoint: Checkpoint, lora: LoraSection) -> Transformer:
 
 
 def _write(
-    run: RunDirectory, config: TuneConfig, model: Transformer, factors: dict[str, Factors], spec: LoraSpec | None,
+    run: RunDirectory, config: TuneConfig, trainer: Trainer, factors: dict[str, Factors], spec: LoraSpec | None,
     origin: Path,
 ) -> Path:  # fmt: skip
-    """The adapter, or the whole model as a Hugging Face directory with its tokenizer."""
+    """The adapter, or the whole model as a Hugging Face directory with its tokenizer; float32 whatever computed."""
     from quadriga.checkpoint.convert import tokenizer_files
 
+    masters = trainer.masters.by_name
     if spec is not None:
         out = _fresh(run.path / "adapter")
-        pairs = {name: (one.a.detach().cpu(), one.b.detach().cpu()) for name, one in factors.items()}
+        name_of = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+        pairs = {
+            name: (masters[name_of[id(one.a)]].detach().cpu(), masters[name_of[id(one.b)]].detach().cpu())
+            for name, one in factors.items()
+        }
         adapters.save(Adapter(spec=spec, factors=pairs, base=config.model), out)
         return out
     out = _fresh(run.path / "model")
@@ -199,7 +204,7 @@ def _write(
         files = tokenizer_files(checkpoint)
     finally:
         checkpoint.close()
-    write_hf({name: p.detach().cpu() for name, p in model.named_parameters()}, model.config, out, files)
+    write_hf({name: master.detach().cpu() for name, master in masters.items()}, trainer.model.config, out, files)
     return out
 
 
@@ -221,10 +226,10 @@ def read_data(
     data = config.data
     rejects = Rejects(limit=data.max_bad_rows)
     names, make, weigh = _maker(config, tokenizer)
-    found = chat_data.read([Path(f).expanduser() for f in data.files], make, rejects)
+    found = chat_data.read([Path(f).expanduser() for f in data.files], make, rejects, limit=data.max_rows)
     groups = [group for one in found for group in one]
     labels = [label for label, _ in groups]
-    everything = [group for _, group in groups][: data.max_rows]
+    everything = [group for _, group in groups]
     if data.held_out:
         kept = chat_data.read([Path(f).expanduser() for f in data.held_out], make, rejects)
         test = [group for one in kept for group in one]
