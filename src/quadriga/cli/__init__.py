@@ -25,6 +25,7 @@ from quadriga.cli.models import models_app, pull_command
 from quadriga.cli.plan import plan_command
 from quadriga.cli.serve import serve_command
 from quadriga.cli.train import train_command
+from quadriga.cli.tune import adapter_app, tune_command
 from quadriga.cli.upcycle import merge_experts_command, prune_command, upcycle_command
 from quadriga.errors import InputError, QuadrigaError
 
@@ -86,6 +87,14 @@ app.command(
         "quadriga train recipes/nano.toml --export nano   the newest checkpoint as a Hugging Face directory",
     ),
 )(train_command)
+app.command(
+    "tune",
+    epilog=_example(
+        "quadriga tune recipes/tune/dolly.toml                 an adapter on Dolly's answers",
+        "quadriga tune recipes/tune/dpo.toml --steps 20        a short try",
+    ),
+)(tune_command)
+app.add_typer(adapter_app, name="adapter")
 app.command(
     "upcycle",
     epilog=_example(
