@@ -6,9 +6,12 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from quadriga.errors import EvaluationError
+import typer
+
+from quadriga.cli import options
+from quadriga.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
     from quadriga.engine.claim import Measured
@@ -17,6 +20,19 @@ COLUMNS = (
     *("version", "cpu", "isa", "threads", "format", "system", "kind", "n", "layer_ms", "head_ms", "experts"),
     *("tokens_per_s", "spread", "expected_tokens_per_s", "over_llama2_70b", "expected_over_llama2_70b"),
 )
+
+
+def bench_claim_command(
+    n: Annotated[list[int] | None, typer.Option("--n", help="Sequences decoded at once; may be repeated.")] = None,
+    format: options.Format = "keep",
+    threads: options.Threads = None,
+    rounds: Annotated[int, typer.Option(help="Measurements; the median counts.")] = 5,
+    out: Annotated[Path | None, typer.Option("--csv", help="Write the rows here and a picture beside it.")] = None,
+) -> None:
+    """DBRX beside LLaMA2-70B, Mixtral and Grok-1 at equal bits: a real-width layer of each, scaled to the whole."""
+    if rounds < 1:
+        raise ConfigError(f"rounds must be at least 1, got {rounds}")
+    bench_claim(n, format, threads, rounds, out)
 
 
 def bench_claim(batches: Sequence[int] | None, form: str, threads: int | None, rounds: int, out: Path | None) -> None:

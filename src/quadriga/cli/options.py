@@ -129,6 +129,7 @@ def load_model(
     kv_memory: str | None = None,
     expert_memory: str | None = None,
     max_sequences: int = 64,
+    max_batch_tokens: int = 2048,
 ) -> LLM:
     """Load a model with a progress bar."""
     from quadriga.cli.progress import progress_bar
@@ -146,6 +147,7 @@ def load_model(
             kv_memory=None if kv_memory is None else size(kv_memory),
             expert_memory=None if expert_memory is None else size(expert_memory),
             max_sequences=max_sequences,
+            max_batch_tokens=max_batch_tokens,
             progress=show,
         )
 

@@ -40,6 +40,25 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         yield show
 
 
+@contextlib.contextmanager
+def count_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """The same for things that are counted: (done, in all, what)."""
+    if not sys.stderr.isatty():
+        yield _lines(title)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(title, total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            bars.update(task, completed=done, total=total or None, description=what[-40:])
+
+        yield show
+
+
 def _lines(title: str) -> Callable[[int, int, str], None]:
     last = time.monotonic()
 
