@@ -31,13 +31,13 @@ from quadriga.errors import ConfigError
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.train.corpus import minhash, vocabulary
 from quadriga.train.corpus.clean import clean
-from quadriga.train.corpus.decontaminate import clean_pieces, reference_ngrams
+from quadriga.train.corpus.decontaminate import References, clean_pieces, load_references, reference_ngrams
 from quadriga.train.corpus.format import ORIGIN, FileEntry, ShardEntry, file_sha256
 from quadriga.train.corpus.language import language
 from quadriga.train.corpus.quality import broken_rule
 from quadriga.train.corpus.readers import Chunk, Row, read_chunk, resolve
 from quadriga.train.corpus.recipe import Recipe
-from quadriga.train.corpus.words import U64, mix, words
+from quadriga.train.corpus.words import mix, words
 
 KEEP, EXACT, NEAR = 0, 1, 2
 """Marks of a document."""
@@ -105,7 +105,7 @@ def references(work: str, files: list[str], ngram: int) -> dict[str, Any]:
 def clean_chunk(work: str, recipe: Recipe, chunk: Chunk) -> dict[str, Any]:
     """Read, clean, filter and fingerprint one chunk."""
     tally = Tally()
-    known = np.load(Path(work) / "references.npy", mmap_mode="r")
+    known = load_references(Path(work) / "references.npy")
     documents: list[Document] = []
     hashes: list[bytes] = []
     signatures: list[minhash.Signatures] = []
@@ -129,7 +129,7 @@ def clean_chunk(work: str, recipe: Recipe, chunk: Chunk) -> dict[str, Any]:
     return {"documents": len(documents), "counts": tally.counts}
 
 
-def _pass_filters(row: Row, recipe: Recipe, known: U64, tally: Tally) -> list[str]:
+def _pass_filters(row: Row, recipe: Recipe, known: References, tally: Tally) -> list[str]:
     """The texts that come out of a row: none, itself, or its clean pieces."""
     domain, rules = row.domain, recipe.rules(row.domain)
     if len(row.text) > recipe.max_chars:
