@@ -25,26 +25,7 @@ from quadriga.train.metrics import FILE, MetricsFile, read
 from quadriga.train.run import train
 from quadriga.train.run_directory import RunDirectory
 from quadriga.train.view import duration, load_bars, sparkline
-
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "clever",
-    "wizards",
-    "box",
-    "with",
-    "daft",
-    "zebras",
-]
+from tests.train.corpora import prose
 
 RUN = """
 run = "{run}"
@@ -93,11 +74,7 @@ sample_tokens = 4
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two hundred little texts of two domains, prepared with a vocabulary of 300."""
     folder = tmp_path_factory.mktemp("corpus")
-    generator = torch.Generator().manual_seed(0)
-    lines = []
-    for i in range(200):
-        chosen = torch.randint(len(WORDS), (40,), generator=generator).tolist()
-        lines.append(json.dumps({"text": " ".join(WORDS[w] for w in chosen), "domain": ("a", "b")[i % 2]}))
+    lines = [json.dumps({"text": prose(i), "domain": ("a", "b")[i % 2]}) for i in range(200)]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
     arguments = [
         "data", "prepare", str(folder / "text.jsonl"), "--out", str(folder / "made"), "--train-tokenizer", "300",
