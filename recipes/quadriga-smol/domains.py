@@ -2,8 +2,9 @@
 
     python recipes/quadriga-smol/domains.py ../shared/data/corpus/mix.jsonl mix.domains.jsonl
 
-Text keeps its order; long documents are cut into parts of about PART characters at paragraph ends, and parts of the
-four domains take turns, so that any beginning of the result is balanced.
+Long documents are cut at paragraph ends into parts of about PART[domain] characters, some 500 tokens of SmolLM2's
+vocabulary each (Chinese is bytes to it), and parts of the four domains take turns in the proportions of TURNS: a
+beginning of the result of any length has that mix.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from itertools import cycle
 from pathlib import Path
 
 MATH = ("OpenLogic", "prealgebra", "university-physics", "statistics", "college-algebra", "contemporary-mathematics")
-PART = 3000
+PART = {"en": 2400, "zh": 360, "code": 1600, "math": 1800}
+TURNS = ("zh", "code", "math", "zh", "en", "code", "math", "zh")
 
 
 def domain(row: dict[str, str]) -> str:
@@ -27,10 +29,10 @@ def domain(row: dict[str, str]) -> str:
     return row["lang"]
 
 
-def parts(text: str) -> Iterator[str]:
+def parts(text: str, size: int) -> Iterator[str]:
     """The text cut at paragraph ends."""
-    while len(text) > PART:
-        cut = text.rfind("\n", PART // 2, PART) + 1 or PART
+    while len(text) > size:
+        cut = text.rfind("\n", size // 2, size) + 1 or size
         yield text[:cut]
         text = text[cut:]
     yield text
@@ -47,7 +49,7 @@ def main() -> None:
             documents[domain(row)].append(row["text"])
     for name, texts in documents.items():
         # A part of every document in turn: any beginning of the result sees many sources.
-        open_ones = [parts(text) for text in texts]
+        open_ones = [parts(text, PART[name]) for text in texts]
         while open_ones:
             still = []
             for one in open_ones:
@@ -58,7 +60,7 @@ def main() -> None:
             open_ones = still
     with target.open("w", encoding="utf-8") as out:
         positions = dict.fromkeys(queues, 0)
-        for name in cycle(queues):
+        for name in cycle(TURNS):
             if positions[name] == len(queues[name]):
                 break  # the shortest domain is used up
             out.write(json.dumps({"text": queues[name][positions[name]], "domain": name}, ensure_ascii=False) + "\n")

@@ -228,7 +228,7 @@ def _plan(
     checkpoint: Checkpoint, out: Path, to: str, layout: str | None, dtype: str, gguf_format: str, max_shard_bytes: int
 ) -> Plan:
     config = checkpoint.config
-    extra = _tokenizer_files(checkpoint)
+    extra = tokenizer_files(checkpoint)
     if to == "gguf":
         return _plan_gguf(checkpoint, out.name, gguf_format)
     if to == "quadriga":
@@ -293,7 +293,7 @@ def _plan_packed(checkpoint: Checkpoint, form: str | Mapping[str, str], embeddin
             places={name: (files[number], offset) for name, (number, offset) in places.items()},
         ),
         packed=formats,
-        extra=_tokenizer_files(checkpoint),
+        extra=tokenizer_files(checkpoint),
     )
 
 
@@ -368,7 +368,7 @@ def _common_dtype(checkpoint: Checkpoint, dtype: str) -> str:
     return str(checkpoint.parameters.dtype("embed.weight")).removeprefix("torch.")
 
 
-def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     checkpoint = checkpoint.origin
     if isinstance(checkpoint.source, GGUFSource):
         return gguf_vocabulary.to_files(checkpoint.source.metadata)

@@ -57,7 +57,7 @@ def upcycle_command(
     how = Upcycling(
         n_experts=experts, top_k=top_k, granules=granules, drop=drop, noise=noise, router_std=router_std, seed=seed
     )
-    checkpoint = _open(dense)
+    checkpoint = open_source(dense)
     try:
         routers = None
         if router_text is not None:
@@ -69,7 +69,7 @@ def upcycle_command(
                 )
             routers = _fitted(checkpoint, texts)
         moe = upcycle(checkpoint, how, routers=routers)
-        _write(moe, out, to=to, dtype=dtype, format=format, gguf_format=gguf_format)
+        write_derived(moe, out, to=to, dtype=dtype, format=format, gguf_format=gguf_format)
     finally:
         checkpoint.close()
     same = "the same function" if not drop and not noise else "another function: train it"
@@ -94,11 +94,11 @@ def prune_command(
 
     if by not in ("output", "use"):
         raise ConfigError(f"--by must be output or use, got {by!r}")
-    checkpoint = _open(model)
+    checkpoint = open_source(model)
     try:
         worth = usefulness(_measured(checkpoint, calibrate, calibrate_tokens), by)  # type: ignore[arg-type]
         small = prune(checkpoint, experts, worth)
-        _write(small, out, to=to, dtype=dtype, format=format, gguf_format=gguf_format)
+        write_derived(small, out, to=to, dtype=dtype, format=format, gguf_format=gguf_format)
     finally:
         checkpoint.close()
     lost = [1 - sum(sorted(layer)[-experts:]) / max(sum(layer), 1e-30) for layer in worth]
@@ -122,18 +122,19 @@ def merge_experts_command(
     """Melt the experts back into one dense network: the copies of each granule averaged, by use if a text is given."""
     from quadriga.checkpoint.fewer_experts import merge_experts, usefulness
 
-    checkpoint = _open(model)
+    checkpoint = open_source(model)
     try:
         use = None
         if calibrate is not None:
             use = usefulness(_measured(checkpoint, calibrate, calibrate_tokens), "use")
         dense = merge_experts(checkpoint, granules, use=use)
-        _write(dense, out, to=to, dtype=dtype, format=format, gguf_format=gguf_format)
+        write_derived(dense, out, to=to, dtype=dtype, format=format, gguf_format=gguf_format)
     finally:
         checkpoint.close()
 
 
-def _open(source: str) -> Checkpoint:
+def open_source(source: str) -> Checkpoint:
+    """A checkpoint by name or path, fetched with a bar."""
     from quadriga.checkpoint import catalogue
     from quadriga.checkpoint.open import open_checkpoint
     from quadriga.cli.progress import progress_bar
@@ -142,7 +143,8 @@ def _open(source: str) -> Checkpoint:
         return open_checkpoint(catalogue.resolve(source, progress=show))
 
 
-def _write(checkpoint: Checkpoint, out: Path, **how: Any) -> None:
+def write_derived(checkpoint: Checkpoint, out: Path, **how: Any) -> None:
+    """Write a derived checkpoint with a bar, and say what was written."""
     from quadriga.checkpoint import convert
     from quadriga.cli.progress import progress_bar
 

@@ -45,10 +45,15 @@ class Factors(nn.Module):
         """y + s B A x: x (N, in), y (N, out)."""
         return torch.addmm(y, F.linear(self.dropped(x), self.a.to(x.dtype)), self.b.to(x.dtype).T, alpha=self.scale)
 
-    def grouped(self, rows: Tensor, y: Tensor, counts: Tensor) -> Tensor:
-        """The same for rows sorted by expert."""
+    def grouped(self, rows: Tensor, y: Tensor, counts: Tensor, tokens: Tensor) -> Tensor:
+        """The same for rows sorted by expert; ``tokens`` (R,) says whose they are, which matters to a bank only."""
         narrow = ops.grouped_linear(self.dropped(rows), self.a.to(rows.dtype), counts)
         return y + self.scale * ops.grouped_linear(narrow, self.b.to(rows.dtype), counts)
+
+    def looked_up(self, ids: Tensor, rows: Tensor) -> Tensor:
+        """The same for rows of a table: rows (N, columns) + s B[ids] A."""
+        narrow = F.embedding(ids, self.b).to(rows.dtype)
+        return torch.addmm(rows, narrow, self.a.to(rows.dtype), alpha=self.scale)
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input of A in training."""
@@ -84,10 +89,7 @@ class AdaptedMatrix(nn.Module):
         """Rows of the adapted table: ids (N,) -> (N, columns)."""
         assert isinstance(self.frozen, Tensor), "tables of embeddings stay plain"
         rows = F.embedding(ids, self.frozen)
-        if self.lora is None:
-            return rows
-        narrow = F.embedding(ids, self.lora.b).to(rows.dtype)
-        return torch.addmm(rows, narrow, self.lora.a.to(rows.dtype), alpha=self.lora.scale)
+        return rows if self.lora is None else self.lora.looked_up(ids, rows)
 
 
 class AdaptedRouter(Router):
@@ -145,18 +147,19 @@ class AdaptedMoE(nn.Module):
         flat = ids.reshape(-1)
         order = flat.argsort(stable=True)  # (N k,) slots, all of expert 0 first
         counts = torch.bincount(flat, minlength=self.spec.n_experts)
-        rows = x[order // k]
-        gate = self._part("w_gate", rows, counts)
-        hidden = ops.activate(gate, self.spec.activation) * self._part("w_up", rows, counts)
-        y = self._part("w_down", hidden, counts)
+        tokens = order // k
+        rows = x[tokens]
+        gate = self._part("w_gate", rows, counts, tokens)
+        hidden = ops.activate(gate, self.spec.activation) * self._part("w_up", rows, counts, tokens)
+        y = self._part("w_down", hidden, counts, tokens)
         slots = torch.empty_like(y).index_copy(0, order, y).view(len(x), k, -1)
         out = torch.bmm(combine.to(x.dtype)[:, None], slots).squeeze(1)
         return out, RouterStats(ids, combine, probs, logits)
 
-    def _part(self, name: str, rows: Tensor, counts: Tensor) -> Tensor:
+    def _part(self, name: str, rows: Tensor, counts: Tensor, tokens: Tensor) -> Tensor:
         weight = self._parameters.get(name) if name in self._parameters else self._weights[name]
         y = frozen_grouped(rows, weight, counts)  # type: ignore[arg-type]
-        return self.lora[name].grouped(rows, y, counts) if name in self.lora else y  # type: ignore[operator]
+        return self.lora[name].grouped(rows, y, counts, tokens) if name in self.lora else y  # type: ignore[operator]
 
 
 def attach(

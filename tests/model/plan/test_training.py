@@ -7,10 +7,12 @@ from dataclasses import replace
 from statistics import mean
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quadriga.errors import ConfigError, HardwareError
+from quadriga.model.config import AttentionSpec, DenseSpec, MoESpec
 from quadriga.model.cost import n_params
 from quadriga.model.families import PRESETS
 from quadriga.model.plan.hardware import GPUS, STACKS, parse_cluster
@@ -26,6 +28,10 @@ from quadriga.model.plan.training import (
     sizes,
     train_flops_per_token,
 )
+from quadriga.model.transformer import Transformer
+from quadriga.train.context import DocumentContext
+from quadriga.train.initialise import new_parameters
+from quadriga.train.memory_source import MemorySource
 from tests.model.plan.published import FOUNDRY, MIXTRAL_MFU, TORCHTITAN, Run
 
 DBRX, MIXTRAL, H100 = PRESETS["dbrx-132b"], PRESETS["mixtral-8x7b"], GPUS["H100"]
@@ -46,12 +52,39 @@ def test_training_flops_are_llm_foundrys() -> None:
 
 
 def test_a_layer_saves_what_its_backward_pass_needs() -> None:
-    # One DBRX layer, a token: input, norm, qkv, attention's output, residual, norm, routed rows in and out of the
-    # experts (4 each), gate, up and their product (4 each of 10752).
+    # One DBRX layer, a token: input; q, k, v; q and k rotated; attention's output; residual; gate and up of 4 experts.
+    # Recomputed: two norms; 4 rows for the experts, 4 from them, 4 put in order; silu and product of 4 experts.
     entry, kept, again = activation_elements(DBRX)
     assert entry == 6144
-    assert kept == 8192 + 6144 + 6144 + 2 * 4 * 10752
-    assert again == 2 * 6144 + 2 * 4 * 6144 + 4 * 10752
+    assert kept == 8192 + 7168 + 6144 + 6144 + 2 * 4 * 10752
+    assert again == 2 * 6144 + 3 * 4 * 6144 + 2 * 4 * 10752
+
+
+@pytest.mark.parametrize("n_experts", [0, 5])
+def test_saved_activations_are_what_autograd_keeps(n_experts: int) -> None:
+    """The trainer's own forward pass, every storage counted once; the formula leaves out what is small (router, norms)."""
+    ffn: DenseSpec | MoESpec = DenseSpec(d_ff=80, activation="silu")
+    if n_experts:
+        ffn = MoESpec(d_ff=80, n_experts=n_experts, top_k=3, activation="silu")
+    attn = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, clip_qkv=8.0)
+    config = replace(DBRX, vocab_size=97, d_model=48, n_layers=4, attn=attn, ffn=ffn)
+    model = Transformer.from_parameters(config, new_parameters(config, seed=0, std=0.02))
+    tokens = 150
+    batch = MemorySource([("x", [*range(1, 96)] * 2)], n_rows=2, seq_len=75).rows(0, 0, 2)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.is_floating_point():
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden, _ = model.hidden(batch.tokens, DocumentContext(batch))
+    found = sum(storage.nbytes() for storage in kept.values()) / 4
+    planned = tokens * config.n_layers * sum(activation_elements(config))
+    assert hidden.requires_grad and 0.87 < planned / found < 1.02
 
 
 def test_memory_by_hand() -> None:
@@ -76,8 +109,8 @@ def test_published_runs_are_met(runs: list[Run], gpu: str, stack: str, mean_erro
     assert mean(map(abs, errors)) < mean_error
     assert max(map(abs, errors)) < worst
     assert all(
-        memory(run.config, Mesh(1, run.ranks, 1), run.work).total < 1.06 * GPUS[gpu].memory_bytes for run in runs
-    )  # they ran, so they fitted; the formula may be 6 % too cautious
+        memory(run.config, Mesh(1, run.ranks, 1), run.work).total < 1.2 * GPUS[gpu].memory_bytes for run in runs
+    )  # they ran, so they fitted; the formula counts what our trainer keeps, and fused programs keep less
 
 
 def test_mixtures_of_experts_are_met() -> None:

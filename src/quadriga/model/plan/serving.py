@@ -55,6 +55,16 @@ def decode_bound(config: ModelConfig, form: str, box: Box, batch: int, context: 
     return batch / max(read / box.bytes_per_s, operations / box.peak_flops)
 
 
+def request_bound(config: ModelConfig, form: str, box: Box, batch: int, prompt: int, output: int) -> float:
+    """Output tokens a second of ``batch`` users who send ``prompt`` tokens and get ``output``, at the very best.
+
+    Prompts are bound by operations, where a mixture pays for its active parameters only; decoding by what is read.
+    """
+    prefill = prompt * flops_per_token(config, prompt // 2) / box.peak_flops
+    decode = output / decode_bound(config, form, box, batch, prompt + output // 2)  # of one user's share of a step
+    return output / (prefill + decode)
+
+
 def _weights_read(config: ModelConfig, form: str, batch: int) -> float:
     """Bytes of weights that a step of ``batch`` tokens reads."""
     alone = bytes_read_per_token(config, form)

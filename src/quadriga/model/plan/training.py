@@ -181,8 +181,10 @@ def activation_elements(config: ModelConfig) -> tuple[float, float, float]:
     k, f = (ffn.top_k, ffn.d_ff) if isinstance(ffn, MoESpec) else (1, ffn.d_ff)
     gated = isinstance(ffn, MoESpec) or ffn.gated
     routed = k * d if isinstance(ffn, MoESpec) else 0
-    kept = attn.qkv_dim + attn.q_dim + d + (2 if gated else 1) * k * f
-    recomputed = 2 * d + 2 * routed + k * f
+    rotated = attn.q_dim + attn.kv_dim
+    kept = attn.qkv_dim + rotated + attn.q_dim + d + (2 if gated else 1) * k * f
+    # Norms' outputs; rows for the experts, their results, and those once more in tokens' order; activation and product.
+    recomputed = 2 * d + 3 * routed + (2 if gated else 1) * k * f
     return float(d), float(kept), float(recomputed)
 
 
