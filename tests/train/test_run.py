@@ -21,9 +21,11 @@ from quadriga.errors import CheckpointError, ConfigError
 from quadriga.train import report
 from quadriga.train.config import RunConfig, parse_toml
 from quadriga.train.export import export
-from quadriga.train.metrics import FILE, MetricsFile, read
+from quadriga.train.held_out import HeldOutLoss
+from quadriga.train.metrics import FILE, MetricsFile, TensorBoard, read
 from quadriga.train.run import train
 from quadriga.train.run_directory import RunDirectory
+from quadriga.train.trainer import StepReport
 from quadriga.train.view import duration, load_bars, sparkline
 from tests.train.corpora import prose
 
@@ -224,6 +226,23 @@ def test_a_report_of_an_empty_run_and_of_nan() -> None:
     assert "No step has been made" in report.render([], "x")
     page = report.render([{"step": 0, "loss": float("nan"), "seconds": 1.0, "tokens": 5}], "<b>")
     assert "&lt;b&gt;" in page and "<h1><b>" not in page
+
+
+def test_tensorboard_files_are_written(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    board = TensorBoard(tmp_path, 0)
+    board.on_step(
+        StepReport(step=3, loss=1.5, norm=1.0, rate=1.0, tokens=8, tokens_seen=8, flops=1.0, seconds=2.0, verdict=None)
+    )
+    board.on_evaluation(4, {"a": HeldOutLoss(2.5, None)}, {"p": "t"})
+    board.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 1.5)]
+    assert [(e.step, e.value) for e in events.Scalars("train/tokens_per_s")] == [(3, 4.0)]
+    assert [(e.step, e.value) for e in events.Scalars("held_out/a")] == [(4, 2.5)]
 
 
 def test_ticks_and_thinning() -> None:
