@@ -151,7 +151,7 @@ def test_sigterm_saves_and_exits_with_0(corpus: Path, finished: Path, tmp_path: 
     child.send_signal(signal.SIGTERM)
     rest = child.stderr.read()
     assert child.wait(timeout=60) == 0
-    done = CliRunner().invoke(app, ["train", str(file)])
+    done = CliRunner().invoke(app, ["train", str(file), "--threads", "1"])
     assert done.exit_code == 0
     assert _weights(tmp_path / "run") == _weights(finished)
     assert "stopped and saved" in rest or "step 8/8" in rest

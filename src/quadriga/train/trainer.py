@@ -235,7 +235,12 @@ class Trainer:
             self.save()
         stopping = False
         while self.step < self.settings.n_steps and not stopping:
-            stopping = self.run_step(stop())
+            try:
+                stopping = self.run_step(stop())
+            except RuntimeError as error:
+                if self.world.size > 1 and World.is_lost(error):
+                    raise self.world.lost(error) from error
+                raise
             if self.evaluate is not None and self.evaluate_every and self.step % self.evaluate_every == 0:
                 self.evaluate(self)
             if self.step % self.settings.checkpoint.every == 0:

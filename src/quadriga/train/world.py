@@ -78,6 +78,12 @@ class World:
         """Until all ranks are here."""
         self.gather(torch.zeros(1))
 
+    @staticmethod
+    def is_lost(error: RuntimeError) -> bool:
+        """True for what gloo and NCCL raise when a rank does not answer."""
+        text = str(error).lower()
+        return any(word in text for word in ("timed out", "timeout", "connection", "gloo", "nccl"))
+
     def lost(self, error: RuntimeError) -> TrainingError:
         """What a failed collective means: which ranks no longer answer."""
         missing = ""
