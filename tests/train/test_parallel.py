@@ -52,7 +52,7 @@ def test_two_ranks_compute_what_one_does(alone: list[float], tmp_path: Path) -> 
 def test_four_ranks_compute_what_one_does_and_save_for_two_and_one(alone: list[float], tmp_path: Path) -> None:
     found = _torchrun(4, tmp_path)
     record = runs.Record()
-    runs.trainer(tmp_path / "muon", worker.settings("muon"), record=record).train()
+    runs.trainer(tmp_path / "muon", worker.settings("muon", alone=True), record=record).train()
     assert found.pop("muon") == pytest.approx(record.losses, rel=1e-5)
     for layout, losses in found.items():
         assert losses == pytest.approx(alone, rel=1e-5), layout
