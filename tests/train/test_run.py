@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from quadriga.train.run_directory import RunDirectory
 from quadriga.train.trainer import StepReport
 from quadriga.train.view import duration, load_bars, sparkline
 from tests.train.corpora import prose
+
+ROOT = Path(__file__).parent.parent.parent
 
 RUN = """
 run = "{run}"
@@ -258,3 +261,9 @@ def test_bars() -> None:
     assert len(sparkline([float(i) for i in range(1000)])) == 40
     assert load_bars([0.0, 1.0, 2.0, 9.0]) == "▁▅██"
     assert duration(3723) == "1:02:03" and duration(65) == "1:05"
+
+
+def test_the_page_on_training_tells_the_truth() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    exec(compile(blocks[0], "docs/training.md", "exec"), {})
