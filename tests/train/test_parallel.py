@@ -104,7 +104,7 @@ def test_a_lost_rank_is_named(way: str) -> None:
         children[1].kill()
         children[1].wait()
     assert "rank 0 of 2 lost the others" in said
-    assert "Ranks 1 failed" in said, said
+    assert "Ranks that do not answer: [1]" in said, said
 
 
 def test_layouts_that_cannot_be_are_refused() -> None:
