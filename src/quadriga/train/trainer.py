@@ -356,7 +356,7 @@ class Trainer:
         """Deal with a bad step; True if the run was rolled back and this step is void."""
         self._save_batches(step, batches)
         action = self.settings.guard.action
-        self._tell(f"step {step}: {verdict}; {action}, its batch is saved in spikes/")
+        self._tell(f"{verdict}; {action}, its batch is saved in spikes/")
         if action == "stop":
             raise TrainingError(
                 f"step {step}: {verdict}. guard.action is 'stop'; the batch is in {self.run.path}/spikes"
