@@ -110,7 +110,7 @@ def test_lm_eval_over_http_gives_the_log_likelihoods_of_the_process_itself(tmp_p
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    pairs = [("Two and two is", " four"), ("", "Once upon"), ("a" * 300, "b" * 40), ("naïve ", "café 中文")]
+    pairs = [("Two and two is", " four"), ("", "Once upon"), ("a" * 300, "b" * 40), ("naïve", " café 中文")]
     with running(tiny_llm(n_blocks=128)) as live:
         outside = LocalCompletionsAPI(
             model="tiny",
