@@ -70,3 +70,47 @@ def _lines(title: str) -> Callable[[int, int, str], None]:
             print(f"{title}: {share} ({what})", file=sys.stderr, flush=True)
 
     return show
+
+
+@contextlib.contextmanager
+def progress_count(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A callback (items done, items in all, what) that shows itself for as long as the ``with`` block runs."""
+    if not sys.stderr.isatty():
+        yield _counts(title)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, total, what: bars.update(task, completed=done, total=total)
+
+
+def _counts(title: str) -> Callable[[int, int, str], None]:
+    started = last = time.monotonic()
+    first: int | None = None
+
+    def show(done: int, total: int, what: str) -> None:
+        nonlocal last, first
+        now = time.monotonic()
+        first = done if first is None else first
+        if now - last >= _LINE_EVERY_S or done == total:
+            last = now
+            rate = (done - first) / max(now - started, 1e-9)
+            print(f"{title}: {done} of {total} ({rate:.2f} a second)", file=sys.stderr, flush=True)
+
+    return show

@@ -23,6 +23,10 @@ def serve_command(
     ] = None,
     allow_host: Annotated[list[str] | None, typer.Option(help="A host name clients may use; * is any.")] = None,
     allow_origin: Annotated[list[str] | None, typer.Option(help="A site whose pages may ask; * is any.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER of an adapter, served as MODEL:NAME; may be repeated. Needs --dtype."),
+    ] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
     max_sequences: Annotated[int, typer.Option(help="Requests that are computed at once.")] = 64,
     max_batch_tokens: Annotated[
@@ -75,6 +79,11 @@ def serve_command(
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
     )
+    for one in adapter or ():
+        key, _, folder = one.partition("=")
+        if not key or not folder or ":" in key:
+            raise ConfigError(f"--adapter takes NAME=FOLDER with no colon in the name, got {one!r}")
+        llm.add_adapter(key, folder)
     service = Service(llm, name=name or Path(model).name, max_waiting=max_waiting)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 

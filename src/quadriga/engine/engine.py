@@ -11,8 +11,10 @@ whatever shares the batch, however the prompt was cut, and whether its prefix wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -21,10 +23,11 @@ from torch import Tensor
 from quadriga.engine.blocks import BLOCK_TOKENS
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.request import FinishReason, PromptReport, Request, Routing, TokenEvent
-from quadriga.engine.runner import Runner
+from quadriga.engine.runner import Runner, TorchRunner
 from quadriga.engine.sampler import Sampler
 from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
 from quadriga.errors import BusyError, RequestError
+from quadriga.model.adapter_bank import AdapterBank
 from quadriga.model.moe import RouterStats
 from quadriga.ops.program import Batch
 from quadriga.text.stream import Detokenizer
@@ -113,12 +116,15 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and the model's context is {self.config.max_seq_len}: "
                 "no room for an answer. Shorten the prompt."
             )
+        number = 0 if request.adapter is None else self.adapters().number(request.adapter)
         running = Running(
             request_id=self._next_id,
             tokens=prompt,
             max_tokens=min(len(prompt) + params.max_new_tokens, self.config.max_seq_len),
             priority=request.priority,
-            salt=request.salt,
+            # What one adapter cached is of no use to another, nor to the next of the same name.
+            salt=request.salt if not number else blake2b(request.salt, salt=number.to_bytes(8, "little")).digest(),
+            adapter=number,
             all_logits=params.prompt_logprobs,
         )
         active = _Active(
@@ -134,6 +140,31 @@ class Engine:
         self._active[running.request_id] = active
         self._next_id += 1
         return running.request_id
+
+    def adapters(self) -> AdapterBank:
+        """The model's adapters: add and remove them here, between steps.
+
+        Raises:
+            RequestError: the model runs on the CPU's kernels, which know no adapters.
+        """
+        if not isinstance(self.runner, TorchRunner):
+            raise RequestError(
+                "adapters chosen per request run on plain torch: load the model with a dtype, e.g. float32. For the "
+                "CPU's kernels fold the adapter in: quadriga adapter merge MODEL ADAPTER OUT --format q8"
+            )
+        return self.runner.adapters()
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter that no request uses any more.
+
+        Raises:
+            RequestError: there is none of this name, or it is answering.
+        """
+        number = self.adapters().number(name)
+        busy = sum(active.running.adapter == number for active in self._active.values())
+        if busy:
+            raise RequestError(f"{busy} requests use the adapter {name!r}; let them end first")
+        self.adapters().remove(name)
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request wherever it is; its blocks are free at once. False if it is not here (any more)."""
@@ -183,6 +214,8 @@ class Engine:
         if not plan.chunks:
             return []
         batch, first_rows = build_batch(plan)
+        if isinstance(self.runner, TorchRunner) and any(chunk.sequence.adapter for chunk in plan.chunks):
+            self.runner.choose([chunk.sequence.adapter for chunk in plan.chunks for _ in chunk.tokens])
         logits = self.runner.forward(batch)
         events, new_tokens, finished = self._sample(plan, logits, first_rows, batch)
         for request_id, event in events:
@@ -225,7 +258,9 @@ class Engine:
                     events.append((chunk.sequence.request_id, error))
                     break
                 if routing is not None and active.request.routing:
-                    event = replace(event, routing=_routing_of(routing, int(batch.rows[row + i])))
+                    token = int(batch.rows[row + i])
+                    entropy = _entropy_of(routing, token)
+                    event = replace(event, routing=_routing_of(routing, token), router_entropy=entropy)
                 made.append(event.token_id)
                 events.append((chunk.sequence.request_id, event))
                 if event.finish_reason is not None:
@@ -359,6 +394,18 @@ def _routing_of(stats: list[RouterStats], token: int) -> Routing:
         pairs = zip(layer.expert_ids[token].tolist(), layer.expert_weights[token].tolist(), strict=True)
         layers.append(tuple(sorted(pairs, key=lambda pair: -pair[1])))
     return tuple(layers)
+
+
+def _entropy_of(stats: list[RouterStats], token: int) -> tuple[float, ...]:
+    """One position's router entropies, each as a part of the largest possible, ln(E)."""
+    if not stats:
+        return ()
+    probs = torch.stack([layer.probs[token] for layer in stats])  # (layers, E)
+    n_experts = probs.shape[-1]
+    if n_experts == 1:
+        return (0.0,) * len(stats)
+    parts = torch.special.entr(probs).sum(-1) / math.log(n_experts)
+    return tuple(parts.clamp(0, 1).tolist())
 
 
 _STATS_FIELDS = ("expert_ids", "expert_weights", "probs", "logits")

@@ -33,7 +33,7 @@ from quadriga.server.schema import (
 from quadriga.server.service import Caller, Service
 from quadriga.server.sse import Gone, json_response, unless_gone
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parent / "static"
 
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "

@@ -37,7 +37,7 @@ GETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "/tokenizer_info": ("Facts about the vocabulary.", ("n_vocab", "eos_token_id")),
     "/health": ("200 while the engine lives; needs no key.", ("status",)),
     "/ready": ("200 once a token has been generated just now.", ("status",)),
-    "/v1/experts": ("Tokens every expert has seen, per layer.", ("n_layers", "n_experts", "counts", "balance")),
+    "/v1/experts": ("Tokens every expert has seen, per layer.", ("n_layers", "n_experts", "counts", "balance", "jain")),
 }
 
 _ERROR = {

@@ -140,10 +140,28 @@ class Service:
         Raises:
             ApiError: 404.
         """
-        if model is not None and model != self.name:
-            raise ApiError(
-                404, f"the model {model!r} is not served here; {self.name!r} is", param="model", code="model_not_found"
-            )
+        self.adapter_of(model)
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """The adapter a request asks for by calling the model NAME:ADAPTER; None: the model itself.
+
+        Raises:
+            ApiError: 404.
+        """
+        if model is None or model == self.name:
+            return None
+        base, _, adapter = model.partition(":")
+        if base == self.name and adapter in self.llm.adapters:
+            return adapter
+        served = ", ".join(repr(name) for name in self.names)
+        raise ApiError(
+            404, f"the model {model!r} is not served here; {served} is", param="model", code="model_not_found"
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """What a request may call the model: its name, and NAME:ADAPTER for every adapter."""
+        return [self.name, *(f"{self.name}:{adapter}" for adapter in self.llm.adapters)]
 
     def grammar(self, kind: Any, source: Any) -> Grammar:
         """A fresh grammar; the vocabulary is prepared on first use (a second or so)."""
@@ -251,6 +269,7 @@ class Service:
                         routing=body.routing,
                         constraint=grammar,
                         salt=caller.salt,
+                        adapter=self.adapter_of(body.model),
                     )
                     streams.append(await self.engine.submit(request, inbox))
         except BaseException:
@@ -277,9 +296,11 @@ class Service:
         return list(self.llm.tokenizer.token_bytes(token_id))
 
     def routing(self, event: TokenEvent) -> list[dict[str, Any]]:
-        """Which experts a token came from, for the lens."""
+        """Which experts a token came from, and how sure each router was, for the lens. Empty layers: a dense model."""
         layers = [[[expert, round(weight, 4)] for expert, weight in layer] for layer in event.routing or ()]
-        return [{"id": event.token_id, "text": self.token_text(event.token_id), "layers": layers}]
+        entropy = [round(part, 3) for part in event.router_entropy]
+        text = self.token_text(event.token_id)
+        return [{"id": event.token_id, "text": text, "layers": layers, "entropy": entropy}]
 
 
 def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
