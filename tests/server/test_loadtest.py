@@ -208,7 +208,9 @@ def test_a_key_is_sent_and_failures_are_told(tmp_path: Path) -> None:
         wrong = CliRunner().invoke(app, ["bench", "serve", live.url, "--api-key", "wrong-key"])
         assert wrong.exit_code == 1 and "401" in str(wrong.exception)
         arguments = ["--api-key", "correct-horse-battery", "-c", "2", "--requests", "8", "--max-tokens", "3"]
-        some = CliRunner().invoke(app, ["bench", "serve", live.url, *arguments, "--warmup", "0"])
+        some = CliRunner().invoke(
+            app, ["bench", "serve", live.url, *arguments, "--warmup", "0"], env={"COLUMNS": "160"}
+        )
         assert some.exit_code == 0, some.output
         assert "failed" in some.output and "HTTP 429" in some.output
 
