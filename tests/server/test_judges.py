@@ -85,11 +85,17 @@ FORMS = {"openai-chat": "chat-tool-calling", "open-responses": "tool-calling", "
 @pytest.mark.parametrize("form", FORMS)
 def test_llm_comply_finds_the_form_right(tiny: Live, form: str) -> None:
     verdicts = judges.llm_comply(tiny.url, "tiny", form)
-    failed = {name: errors for name, (status, errors) in verdicts.items() if status == "failed"}
+    # A random model may talk up to the end of its context, which some cases call a failure: that is not about form.
+    faults = {
+        name: [error for error in errors if error != "expected status='completed', got 'incomplete'"]
+        for name, (status, errors) in verdicts.items()
+        if status == "failed"
+    }
+    failed = {name: errors for name, errors in faults.items() if errors}
     # These models read text: a picture must be refused with 400. And a random one cannot finish a call's arguments.
     assert {"Image Input"} <= set(failed) <= {"Image Input", "Tool Calling"}, failed
     assert "HTTP 400" in failed["Image Input"][0]
-    passed = {name for name, (status, _) in verdicts.items() if status == "passed"}
+    right = {name for name, (status, _) in verdicts.items() if status in ("passed", "failed")} - set(failed)
     wanted = {
         "Basic Text Response",
         "System Prompt",
@@ -97,7 +103,7 @@ def test_llm_comply_finds_the_form_right(tiny: Live, form: str) -> None:
         "Streaming Response",
         "Streaming Usage",
     }
-    assert wanted | {"Error Handling"} <= passed
+    assert wanted | {"Error Handling"} <= right
 
 
 @pytest.mark.slow
