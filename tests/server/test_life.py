@@ -116,6 +116,18 @@ def test_a_body_that_trickles_after_its_answer_does_not_hold_the_connection(monk
         assert closed
 
 
+def test_leaving_within_a_body_is_no_mistake_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    with running(tiny_llm()) as live:
+        host, port = live.url.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)))
+        head = "POST /tokenize HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        connection.sendall(head.encode() + b"content-length: 99\r\n\r\n{")
+        time.sleep(0.1)
+        connection.close()
+        assert until(lambda: 'status="499"' in live.client.get("/metrics").text)
+    assert "Exception" not in caplog.text
+
+
 # Too much ------------------------------------------------------------------------------------------------------------
 
 
