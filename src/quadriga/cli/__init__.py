@@ -13,13 +13,20 @@ from typing import Annotated
 import typer
 
 from quadriga import __version__, runtime
-from quadriga.cli.bench import bench_command
+from quadriga.cli.bench import bench_app
 from quadriga.cli.chat import chat_command
+from quadriga.cli.compare import compare_command
 from quadriga.cli.convert import convert_command
+from quadriga.cli.data import data_app
+from quadriga.cli.eval import eval_command
 from quadriga.cli.generate import generate_command
 from quadriga.cli.info import info_command
 from quadriga.cli.models import models_app, pull_command
+from quadriga.cli.plan import plan_command
 from quadriga.cli.serve import serve_command
+from quadriga.cli.train import train_command
+from quadriga.cli.tune import adapter_app, tune_command
+from quadriga.cli.upcycle import merge_experts_command, prune_command, upcycle_command
 from quadriga.errors import InputError, QuadrigaError
 
 app = typer.Typer(
@@ -73,14 +80,55 @@ app.command(
     ),
 )(convert_command)
 app.command(
-    "bench",
+    "train",
     epilog=_example(
-        "quadriga bench decode                          tokens a second, and the share of the read bandwidth",
-        "quadriga bench prefill --model dbrx-q4 --n 512 --n 2048 --threads 2",
-        "quadriga bench batch --model dbrx-q4 --csv speed.csv",
-        "quadriga bench load --model dbrx-q4",
+        "quadriga train recipes/nano.toml                 the same command goes on after an interruption",
+        "torchrun --nproc-per-node 2 -m quadriga train recipes/nano.toml --threads 1",
+        "quadriga train recipes/nano.toml --export nano   the newest checkpoint as a Hugging Face directory",
     ),
-)(bench_command)
+)(train_command)
+app.command(
+    "tune",
+    epilog=_example(
+        "quadriga tune recipes/tune/dolly.toml                 an adapter on Dolly's answers",
+        "quadriga tune recipes/tune/dpo.toml --steps 20        a short try",
+    ),
+)(tune_command)
+app.add_typer(adapter_app, name="adapter")
+app.command(
+    "upcycle",
+    epilog=_example(
+        "quadriga upcycle smollm2-135m-instruct smol-moe                    16 experts, 4 at work, the same function",
+        "quadriga upcycle smollm2-135m-instruct smol-moe --router-text mix.jsonl --router-label lang",
+        "quadriga upcycle ./llama ./moe --experts 8 --top-k 2 --granules 1 --drop 0.5 --to hf",
+    ),
+)(upcycle_command)
+app.command("prune", epilog=_example("quadriga prune smol-moe smaller --experts 12 --calibrate sample.txt"))(
+    prune_command
+)
+app.command("merge-experts", epilog=_example("quadriga merge-experts smol-moe dense --calibrate sample.txt --to hf"))(
+    merge_experts_command
+)
+app.command(
+    "eval",
+    epilog=_example(
+        "quadriga eval                                  the tasks there are, each with its protocol",
+        "quadriga eval --tasks hellaswag,mmlu --limit 200",
+        "quadriga eval --tasks leaderboard --model dbrx-q4 --picture dbrx.svg",
+        "quadriga eval --tasks gauntlet --out runs/gauntlet     killed, the same command goes on",
+        "quadriga eval --tasks humaneval --samples 20 --k 1 --k 10",
+        "quadriga eval --tasks my-questions.jsonl --shots 3",
+        "quadriga eval --tasks gsm8k --model https://api.example.org/v1 --api-model gpt-4 --chat",
+    ),
+)(eval_command)
+app.command(
+    "compare",
+    epilog=_example(
+        "quadriga compare                               the launch's table: DBRX, Mixtral, LLaMA2, Grok-1",
+        "quadriga compare eval/dbrx-q4 --picture table.svg",
+        "quadriga compare --table closed --markdown runs/a runs/b",
+    ),
+)(compare_command)
 app.command(
     "info",
     epilog=_example(
@@ -91,7 +139,17 @@ app.command(
     "pull",
     epilog=_example("quadriga pull smollm2-135m-instruct", "quadriga pull hf:ORG/REPO@REVISION"),
 )(pull_command)
+app.command(
+    "plan",
+    epilog=_example(
+        "quadriga plan dbrx-132b --gpus 3072xH100 --tokens 12T",
+        "quadriga plan mixtral-8x7b --gpus 64xH100 --tokens 300B --svg plan.svg",
+        "quadriga plan dbrx-132b --context 32768            serving only",
+    ),
+)(plan_command)
 app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
+app.add_typer(data_app, name="data")
 
 
 def _show_version(wanted: bool) -> None:

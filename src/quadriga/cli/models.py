@@ -36,8 +36,10 @@ def list_command() -> None:
     table = Table("name", "size", "licence", "here", "about")
     for name, entry in catalogue.CATALOGUE.items():
         table.add_row(name, _megabytes(entry.nbytes), entry.licence, "yes" if name in here else "", entry.about)
+    for name, made in catalogue.DELTAS.items():
+        table.add_row(name, _megabytes(made.nbytes), made.licence, "yes" if name in here else "", made.about)
     for name, found in here.items():
-        if name not in catalogue.CATALOGUE:
+        if name not in catalogue.CATALOGUE and name not in catalogue.DELTAS:
             table.add_row(name, _megabytes(found.nbytes), found.licence, "yes", found.source)
     Console().print(table)
 
@@ -50,9 +52,14 @@ def show_command(name: _Name) -> None:
 
     here = {found.name: found for found in catalogue.cached()}
     entry = catalogue.CATALOGUE.get(name)
-    if entry is None and name not in here:
+    made = catalogue.DELTAS.get(name)
+    if entry is None and made is None and name not in here:
         raise CatalogueError(f"{name!r} is neither in the catalogue nor in the cache; see `quadriga models list`")
-    if entry is not None:
+    if made is not None:
+        print(f"name      {made.name}\nabout     {made.about}\nlicence   {made.licence}")
+        print(f"source    {made.base} and {made.file} of this package, packed as {made.format}")
+        print(f"size      about {made.nbytes} bytes\nsha256    {made.sha256} (of the delta)")
+    elif entry is not None:
         print(f"name      {entry.name}\nabout     {entry.about}\nlicence   {entry.licence}")
         print(f"source    package index, {entry.package}\nfile      {entry.filename}")
         print(f"size      {entry.nbytes} bytes\nsha256    {entry.sha256}")

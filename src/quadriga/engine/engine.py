@@ -12,8 +12,9 @@ whatever shares the batch, however the prompt was cut, and whether its prefix wa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -22,10 +23,11 @@ from torch import Tensor
 from quadriga.engine.blocks import BLOCK_TOKENS
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.request import FinishReason, PromptReport, Request, Routing, TokenEvent
-from quadriga.engine.runner import Runner
+from quadriga.engine.runner import Runner, TorchRunner
 from quadriga.engine.sampler import Sampler
 from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
-from quadriga.errors import RequestError
+from quadriga.errors import BusyError, RequestError
+from quadriga.model.adapter_bank import AdapterBank
 from quadriga.model.moe import RouterStats
 from quadriga.ops.program import Batch
 from quadriga.text.stream import Detokenizer
@@ -114,12 +116,15 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and the model's context is {self.config.max_seq_len}: "
                 "no room for an answer. Shorten the prompt."
             )
+        number = 0 if request.adapter is None else self.adapters().number(request.adapter)
         running = Running(
             request_id=self._next_id,
             tokens=prompt,
             max_tokens=min(len(prompt) + params.max_new_tokens, self.config.max_seq_len),
             priority=request.priority,
-            salt=request.salt,
+            # What one adapter cached is of no use to another, nor to the next of the same name.
+            salt=request.salt if not number else blake2b(request.salt, salt=number.to_bytes(8, "little")).digest(),
+            adapter=number,
             all_logits=params.prompt_logprobs,
         )
         active = _Active(
@@ -135,6 +140,31 @@ class Engine:
         self._active[running.request_id] = active
         self._next_id += 1
         return running.request_id
+
+    def adapters(self) -> AdapterBank:
+        """The model's adapters: add and remove them here, between steps.
+
+        Raises:
+            RequestError: the model runs on the CPU's kernels, which know no adapters.
+        """
+        if not isinstance(self.runner, TorchRunner):
+            raise RequestError(
+                "adapters chosen per request run on plain torch: load the model with a dtype, e.g. float32. For the "
+                "CPU's kernels fold the adapter in: quadriga adapter merge MODEL ADAPTER OUT --format q8"
+            )
+        return self.runner.adapters()
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter that no request uses any more.
+
+        Raises:
+            RequestError: there is none of this name, or it is answering.
+        """
+        number = self.adapters().number(name)
+        busy = sum(active.running.adapter == number for active in self._active.values())
+        if busy:
+            raise RequestError(f"{busy} requests use the adapter {name!r}; let them end first")
+        self.adapters().remove(name)
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request wherever it is; its blocks are free at once. False if it is not here (any more)."""
@@ -170,11 +200,11 @@ class Engine:
 
     # A step ----------------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[tuple[int, TokenEvent]]:
-        """One pass: (request id, token) for every token made. A request is gone after the event with its finish_reason.
+    def step(self) -> list[tuple[int, TokenEvent | RequestError]]:
+        """One pass: (request id, token) for every token made.
 
-        Raises:
-            RequestError: the logits are not finite (broken weights); the requests of the pass are dropped.
+        A request is gone after the event with its finish_reason. One that cannot go on (logits that are not finite, a
+        grammar at its limits) has an error in place of its token and is gone too; the others of the pass never notice.
         """
         for active in self._active.values():
             running = active.running
@@ -184,13 +214,13 @@ class Engine:
         if not plan.chunks:
             return []
         batch, first_rows = build_batch(plan)
+        if isinstance(self.runner, TorchRunner) and any(chunk.sequence.adapter for chunk in plan.chunks):
+            self.runner.choose([chunk.sequence.adapter for chunk in plan.chunks for _ in chunk.tokens])
         logits = self.runner.forward(batch)
-        try:
-            events, new_tokens, finished = self._sample(plan, logits, first_rows, batch)
-        except RequestError:
-            for chunk in plan.chunks:
-                self.cancel(chunk.sequence.request_id)
-            raise
+        events, new_tokens, finished = self._sample(plan, logits, first_rows, batch)
+        for request_id, event in events:
+            if isinstance(event, RequestError):  # before the commit: nothing of it goes into the prefix cache
+                self.cancel(request_id)
         self.scheduler.commit(plan, new_tokens, finished)
         self._steps += 1
         for request_id in finished:
@@ -201,12 +231,12 @@ class Engine:
 
     def _sample(
         self, plan: Plan, logits: Tensor, first_rows: Sequence[int], batch: Batch
-    ) -> tuple[list[tuple[int, TokenEvent]], dict[int, list[int]], set[int]]:
+    ) -> tuple[list[tuple[int, TokenEvent | RequestError]], dict[int, list[int]], set[int]]:
         best, log_sums = self.runner.row_stats(logits) if len(logits) else ([], [])
         routing = None
         if any(a.request.routing for c in plan.chunks if (a := self._active.get(c.sequence.request_id)) is not None):
             routing = self.runner.router_stats(len(batch.tokens))
-        events: list[tuple[int, TokenEvent]] = []
+        events: list[tuple[int, TokenEvent | RequestError]] = []
         new_tokens: dict[int, list[int]] = {}
         finished: set[int] = set()
         for chunk, row in zip(plan.chunks, first_rows, strict=True):
@@ -222,7 +252,11 @@ class Engine:
             guesses = chunk.tokens[len(chunk.tokens) - chunk.n_draft :]
             self._guessed += len(guesses)
             for i in range(len(guesses) + 1):
-                event = self._next(active, logits[row + i], best[row + i], log_sums[row + i], len(made))
+                try:
+                    event = self._next(active, logits[row + i], best[row + i], log_sums[row + i], len(made))
+                except RequestError as error:
+                    events.append((chunk.sequence.request_id, error))
+                    break
                 if routing is not None and active.request.routing:
                     token = int(batch.rows[row + i])
                     entropy = _entropy_of(routing, token)
@@ -234,7 +268,7 @@ class Engine:
                     break
                 if i < len(guesses) and guesses[i] != event.token_id:
                     break
-            self._guessed_right += len(made) - 1
+            self._guessed_right += max(0, len(made) - 1)
             self._generated += len(made)
             new_tokens[chunk.sequence.request_id] = made
         return events, new_tokens, finished
@@ -296,7 +330,7 @@ class Engine:
         Runs beside whatever the engine is doing, in blocks of its own.
 
         Raises:
-            RequestError: the sequence does not fit into the free blocks.
+            BusyError: the sequence does not fit into the free blocks.
         """
         logits, stats = [], []
         for rows, n in self._passes(token_ids, chunk, with_logits=True):
@@ -308,17 +342,24 @@ class Engine:
         ]
         return torch.cat(logits), merged
 
-    def embed(self, token_ids: Sequence[int], *, chunk: int = 512) -> Tensor:
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
         """A sequence as one vector (D,) float32: the mean of its last hidden states after the final norm, of length 1.
 
         Raises:
-            RequestError: the sequence does not fit into the free blocks.
+            BusyError: the sequence does not fit into the free blocks.
         """
-        total = torch.zeros(self.config.d_model)
+        for vector in self.embed_passes(token_ids):
+            if vector is not None:
+                return vector
+        raise AssertionError("the last pass gives the vector")
+
+    def embed_passes(self, token_ids: Sequence[int], *, chunk: int = 512) -> Generator[Tensor | None, None, None]:
+        """:meth:`embed` pass by pass: None after each but the last, so that steps of others can come between."""
+        total, left = torch.zeros(self.config.d_model), len(token_ids)
         for _, n in self._passes(token_ids, chunk, with_logits=False):
             total += self.runner.hidden(n).sum(0)
-        unit: Tensor = total / total.norm().clamp_min(1e-12)
-        return unit
+            left -= n
+            yield total / total.norm().clamp_min(1e-12) if left == 0 else None
 
     def _passes(self, token_ids: Sequence[int], chunk: int, *, with_logits: bool) -> Iterator[tuple[Tensor, int]]:
         """Run one sequence beside everything else, in blocks of its own: (logits, tokens) of every pass."""
@@ -328,7 +369,7 @@ class Engine:
             for _ in range(-(-n // BLOCK_TOKENS)):
                 block = pool.allocate()
                 if block is None:
-                    raise RequestError(f"{n} tokens do not fit into the free part of the cache; ask again later")
+                    raise BusyError(f"{n} tokens do not fit into the free part of the cache; ask again later")
                 blocks.append(block)
             for start in range(0, n, chunk):
                 stop = min(start + chunk, n)

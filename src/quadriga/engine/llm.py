@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quadriga import runtime
 from quadriga.checkpoint import catalogue
+from quadriga.checkpoint.adapter import load as load_adapter
 from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.checkpoint.packed import load_packed
 from quadriga.engine.blocks import BLOCK_TOKENS
@@ -60,6 +61,7 @@ def load(
     kv_memory: int | None = None,
     expert_memory: int | None = None,
     max_sequences: int = 64,
+    max_batch_tokens: int = 2048,
     progress: Progress | None = None,
 ) -> LLM:
     """Load a model.
@@ -79,6 +81,7 @@ def load(
         expert_memory: leave the experts of a packed Quadriga directory on disk and keep at most this many bytes of the
             recently used ones in memory; None loads everything.
         max_sequences: requests that run at once.
+        max_batch_tokens: tokens of one pass; a long prompt goes in pieces of at most this many beside other answers.
         progress: called while weights are downloaded and read.
 
     Raises:
@@ -113,7 +116,13 @@ def load(
             activations=activations,
             store=packed.store,
         )
-    return LLM(runner, opened.load_tokenizer(), name=str(path_or_name), max_sequences=max_sequences)
+    return LLM(
+        runner,
+        opened.load_tokenizer(),
+        name=str(path_or_name),
+        max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
+    )
 
 
 def _n_blocks(config: ModelConfig, per_block: int, memory: int | None, contexts: int) -> int:
@@ -136,7 +145,13 @@ class LLM:
     """
 
     def __init__(
-        self, model: Runner | Transformer, tokenizer: Tokenizer | None, *, name: str = "model", max_sequences: int = 64
+        self,
+        model: Runner | Transformer,
+        tokenizer: Tokenizer | None,
+        *,
+        name: str = "model",
+        max_sequences: int = 64,
+        max_batch_tokens: int = 2048,
     ) -> None:
         if isinstance(model, Transformer):
             model = TorchRunner(model, -(-model.config.max_seq_len // BLOCK_TOKENS) * 2)
@@ -150,9 +165,13 @@ class LLM:
                 "Check that both come from the same checkpoint."
             )
         self.engine = Engine(
-            model, tokenizer, end_ids=frozenset(self.end_ids), max_batch_tokens=2048, max_sequences=max_sequences
+            model,
+            tokenizer,
+            end_ids=frozenset(self.end_ids),
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
         )
-        self._inbox: dict[int, deque[TokenEvent]] = {}
+        self._inbox: dict[int, deque[TokenEvent | RequestError]] = {}
 
     @property
     def expert_store(self) -> ExpertStore | None:
@@ -187,18 +206,42 @@ class LLM:
 
     # Generation ------------------------------------------------------------------------------------------------------
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Answer:
+    def add_adapter(self, name: str, folder: str | Path) -> None:
+        """Make an adapter's files (ours or peft's) available under a name; it may be done while answers run.
+
+        Raises:
+            RequestError: the name is taken, or the model runs on the CPU's kernels (load it with a dtype).
+            CheckpointError: no adapter, or one of another model.
+        """
+        loaded = load_adapter(Path(folder), self.config)
+        self.engine.adapters().add(name, loaded.spec, loaded.factors)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that were added."""
+        bank = self.runner.bank if isinstance(self.runner, TorchRunner) else None
+        return [] if bank is None else list(bank.names)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter that no answer uses any more."""
+        self.engine.remove_adapter(name)
+
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Answer:
         """Continue a prompt, yielding each token as it is made.
 
         Args:
             prompt: text (encoded with the model's bos token if it wants one; typed special tokens stay text), or
                 token ids taken as they are.
+            adapter: the name of one that was added.
 
         Raises:
             RequestError: an empty prompt, ids outside the vocabulary, or a prompt that fills the context.
         """
         ids = self.prompt_ids(prompt)
-        request_id = self.engine.submit(Request(prompt=tuple(ids), params=params or SamplingParams()))
+        request = Request(prompt=tuple(ids), params=params or SamplingParams(), adapter=adapter)
+        request_id = self.engine.submit(request)
         self._inbox[request_id] = deque()
         return self._events(request_id)
 
@@ -209,6 +252,8 @@ class LLM:
                 while not inbox:
                     self._step()
                 event = inbox.popleft()
+                if isinstance(event, RequestError):
+                    raise event
                 yield event
                 if event.finish_reason is not None:
                     return
@@ -220,33 +265,40 @@ class LLM:
         for request_id, event in self.engine.step():
             self._inbox[request_id].append(event)
 
-    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Completion:
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Completion:
         """Continue a prompt to its end; see :meth:`stream`."""
         ids = self.prompt_ids(prompt)
-        return _collect(self.stream(ids, params), n_prompt_tokens=len(ids))
+        return _collect(self.stream(ids, params, adapter=adapter), n_prompt_tokens=len(ids))
 
     def generate_many(
         self,
         prompts: Iterable[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapters: Sequence[str | None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """Continue many prompts as one continuous batch; each answer is what :meth:`generate` would give.
 
         Args:
             params: one for all, or one for each prompt.
+            adapters: one for each prompt, None for the model itself; several may run in one batch.
             progress: called with (finished, in all).
         """
         all_ids = [self.prompt_ids(prompt) for prompt in prompts]
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(all_ids)
         if len(each) != len(all_ids):
             raise RequestError(f"{len(all_ids)} prompts need as many params, got {len(each)}")
+        names = [None] * len(all_ids) if adapters is None else list(adapters)
+        if len(names) != len(all_ids):
+            raise RequestError(f"{len(all_ids)} prompts need as many adapters, got {len(names)}")
         started = time.perf_counter()
         made: dict[int, list[tuple[float, TokenEvent]]] = {}
         try:
-            for ids, one in zip(all_ids, each, strict=True):
-                request_id = self.engine.submit(Request(prompt=tuple(ids), params=one))
+            for ids, one, name in zip(all_ids, each, names, strict=True):
+                request_id = self.engine.submit(Request(prompt=tuple(ids), params=one, adapter=name))
                 made[request_id] = []
                 self._inbox[request_id] = deque()
             finished = 0
@@ -256,8 +308,11 @@ class LLM:
                 for request_id, events in made.items():
                     inbox = self._inbox[request_id]
                     while inbox:
-                        events.append((now, inbox.popleft()))
-                        if events[-1][1].finish_reason is not None:
+                        event = inbox.popleft()
+                        if isinstance(event, RequestError):
+                            raise event
+                        events.append((now, event))
+                        if event.finish_reason is not None:
                             finished += 1
                             if progress is not None:
                                 progress(finished, len(made))
@@ -285,9 +340,11 @@ class LLM:
         """Answer a conversation (or a single user message), yielding each token as it is made."""
         return self.stream(self.chat_ids(messages), params)
 
-    def chat(self, messages: str | Sequence[Message], params: SamplingParams | None = None) -> Completion:
+    def chat(
+        self, messages: str | Sequence[Message], params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Completion:
         """Answer a conversation (or a single user message)."""
-        return self.generate(self.chat_ids(messages), params)
+        return self.generate(self.chat_ids(messages), params, adapter=adapter)
 
     # Border checks ---------------------------------------------------------------------------------------------------
 

@@ -152,6 +152,8 @@ class Request:
     """A grammar for the answer."""
     salt: bytes = b""
     """Requests share cached prefixes only with those of the same salt."""
+    adapter: str | None = None
+    """The adapter that answers, by the name it was added under; None: the model itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ that torch knows, CUDA included, and the reference that the first is compared wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from quadriga import runtime
 from quadriga.engine.blocks import BLOCK_TOKENS
+from quadriga.model.adapter_bank import AdapterBank
 from quadriga.model.config import ModelConfig
 from quadriga.model.context import Scoring
 from quadriga.model.moe import RouterStats
@@ -32,6 +34,10 @@ class Runner(Protocol):
 
     def forward(self, batch: Batch) -> Tensor:
         """(R, V) float32 logits of the rows asked for, on the CPU, until the next pass; stores keys and values."""
+        ...
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the keys and values of whole blocks, (from, to), in every layer."""
         ...
 
     def row_stats(self, logits: Tensor) -> tuple[list[int], list[float]]:
@@ -61,7 +67,7 @@ class TorchRunner:
 
     def __init__(self, model: Transformer, n_blocks: int) -> None:
         self.model, self.config, self.n_blocks = model.eval(), model.config, n_blocks
-        weight = model.embed.weight
+        weight = next(model.parameters())
         attn = self.config.attn
         shape = (n_blocks * BLOCK_TOKENS, attn.n_kv_heads, attn.head_dim)
         # Zeros, not empty: spare room of a shorter sequence is read with weight 0, and 0 times NaN is NaN.
@@ -70,6 +76,18 @@ class TorchRunner:
         self.kv_bytes = sum(t.nbytes for t in (*self._keys, *self._values))
         self._stats: list[RouterStats] = []
         self._load: list[Tensor] = []
+        self.bank: AdapterBank | None = None
+        self._adapters: Tensor | None = None
+
+    def adapters(self) -> AdapterBank:
+        """The model's adapters; the first call makes room for them."""
+        if self.bank is None:
+            self.bank = AdapterBank(self.model)
+        return self.bank
+
+    def choose(self, of_token: Sequence[int]) -> None:
+        """Which adapter each token of the next pass uses, 0 for none; passes not announced so use none."""
+        self._adapters = torch.tensor(of_token, device=self._keys[0].device)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -77,14 +95,26 @@ class TorchRunner:
         device = self._keys[0].device
         tokens = torch.from_numpy(batch.tokens).long().to(device)
         rows = torch.from_numpy(batch.rows).long().to(device)
+        chosen, self._adapters = self._adapters, None
         with runtime.quick_float32(len(tokens)):
+            if self.bank is not None:
+                self.bank.choose(chosen)
             self._hidden, self._stats = self.model.hidden(tokens, _PagedContext(self, batch, device))
+            if self.bank is not None:
+                self.bank.choose(None if chosen is None else chosen[rows])
             logits: Tensor = self.model.head(self._hidden[rows]).cpu()
         for layer, stats in enumerate(self._stats):
             if layer == len(self._load):
                 self._load.append(torch.zeros(stats.probs.shape[-1], dtype=torch.int64, device=device))
             self._load[layer] += stats.load()
         return logits
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See :class:`Runner`."""
+        source, target = zip(*pairs, strict=True)
+        for stored in (*self._keys, *self._values):
+            blocks = stored.view(self.n_blocks, BLOCK_TOKENS, *stored.shape[1:])
+            blocks[list(target)] = blocks[list(source)]
 
     def row_stats(self, logits: Tensor) -> tuple[list[int], list[float]]:
         """See :class:`Runner`."""

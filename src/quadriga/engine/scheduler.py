@@ -36,6 +36,8 @@ class Running:
     """Higher goes first."""
     salt: bytes = b""
     """Prefixes are shared among sequences of equal salt only."""
+    adapter: int = 0
+    """Number of the adapter its tokens run with; 0: none."""
     all_logits: bool = False
     """Every prompt position's logits are wanted, so nothing of it is taken from the prefix cache."""
     draft: list[int] = field(default_factory=list)

@@ -20,6 +20,7 @@ Dropless: no capacity, no padding, no token is ever left out. What the router de
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,33 @@ class RouterStats:
         return torch.bincount(self.expert_ids.reshape(-1), minlength=self.probs.shape[-1])
 
 
+class ExpertCompute(Protocol):
+    """Whoever computes the chosen experts: ``ops.experts``, or what training puts in its place.
+
+    Expert parallelism is one such function: it sends tokens to the ranks that hold their experts and brings the
+    results back. The layer knows nothing of it.
+    """
+
+    def __call__(
+        self,
+        x: Tensor,
+        routing_ids: Tensor,
+        combine: Tensor,
+        w_gate: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        activation: str,
+    ) -> Tensor:
+        """See ``ops.experts``."""
+        ...
+
+
 class Router(nn.Module):
     """The gate: float32 softmax over all experts, top k, renormalised by the spec's p-norm."""
+
+    bias: Tensor | None = None
+    """(E,) float32 added to the probabilities for the choice alone: training's loss-free balancing. No parameter, and
+    in no checkpoint format."""
 
     def __init__(self, d_model: int, spec: MoESpec) -> None:
         super().__init__()
@@ -59,7 +85,7 @@ class Router(nn.Module):
         eps = self.spec.jitter_eps
         if self.training and eps:
             x = x * torch.empty_like(x).uniform_(1 - eps, 1 + eps)
-        return ops.route(x, self.weight, self.spec.top_k, self.spec.normalize_p)
+        return ops.route(x, self.weight, self.spec.top_k, self.spec.normalize_p, self.bias)
 
 
 class Fuse(nn.Module):
@@ -86,12 +112,13 @@ class MoE(nn.Module):
         self.w_up = nn.Parameter(torch.empty(spec.n_experts, spec.d_ff, d_model))
         self.w_down = nn.Parameter(torch.empty(spec.n_experts, d_model, spec.d_ff))
         self.fuse = Fuse(spec.n_experts) if spec.aggregate == "fuse" else None
+        self.compute: ExpertCompute = ops.experts
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         """(N, D) -> ((N, D), this layer's routing)."""
         ids, weights, probs, logits = self.router(x)
         combine = self.aggregation_weights(ids, weights)
-        out = ops.experts(x, ids, combine, self.w_gate, self.w_up, self.w_down, self.spec.activation)
+        out = self.compute(x, ids, combine, self.w_gate, self.w_up, self.w_down, self.spec.activation)
         return out, RouterStats(ids, combine, probs, logits)
 
     def aggregation_weights(self, ids: Tensor, weights: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ Probabilities go in once softmaxed. DBRX's first official file softmaxed them a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,6 +24,48 @@ from quadriga.errors import ConfigError
 from quadriga.model.moe import RouterStats
 
 Form = Literal["hf", "megablocks"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How some tokens used every layer's experts: sums, so the usage of several ranks' tokens is their sum."""
+
+    counts: Tensor
+    """(L, E): (token, slot) pairs sent to each expert. No gradient."""
+    probs: Tensor
+    """(L, E): summed probabilities, differentiable."""
+    n_tokens: Tensor
+    """Scalar."""
+
+    @classmethod
+    def of(cls, stats: Sequence[RouterStats], mask: Tensor | None = None) -> Usage:
+        """The usage of one forward pass, without the tokens that ``mask`` (N,) leaves out."""
+        assert stats, "a dense model has no router"
+        kept = [_rows(layer, mask) for layer in stats]
+        n_experts = stats[0].probs.shape[1]
+        counts = torch.stack([torch.bincount(ids.reshape(-1), minlength=n_experts) for ids, _ in kept])
+        probs = torch.stack([probs.sum(0) for _, probs in kept])
+        return cls(counts.to(probs.dtype), probs, probs.new_tensor(float(len(kept[0][0]))))
+
+
+def balance_loss(counts: Tensor, probs: Tensor, n_tokens: Tensor, top_k: int, form: Form) -> Tensor:
+    """The balance loss from usage; see the module docstring.
+
+    ``counts`` and ``n_tokens`` belong to all tokens that are balanced together. ``probs`` may be of a part of them, one
+    rank's: the loss is linear in it, so what the ranks compute from their own adds up to the loss of the whole.
+
+    Raises:
+        ConfigError: an unknown form.
+    """
+    n_layers, n_experts = counts.shape
+    match form:
+        case "hf":
+            rows = n_layers * n_tokens
+            return n_experts * torch.dot(counts.sum(0) / rows, probs.sum(0) / rows)
+        case "megablocks":
+            return n_experts / (top_k * n_layers) * ((counts / n_tokens) * (probs / n_tokens)).sum()
+        case _:
+            raise ConfigError(f"the form of the balance loss must be 'hf' or 'megablocks', got {form!r}")
 
 
 def load_balancing_loss(stats: Sequence[RouterStats], *, form: Form, mask: Tensor | None = None) -> Tensor:
@@ -39,25 +82,12 @@ def load_balancing_loss(stats: Sequence[RouterStats], *, form: Form, mask: Tenso
     Raises:
         ConfigError: an unknown form.
     """
-    assert stats, "a dense model has no balance loss"
-    kept = [_rows(layer, mask) for layer in stats]
-    match form:
-        case "hf":
-            return _balance(torch.cat([ids for ids, _ in kept]), torch.cat([probs for _, probs in kept]))
-        case "megablocks":
-            return torch.stack([_balance(ids, probs) / ids.shape[1] for ids, probs in kept]).mean()
-        case _:
-            raise ConfigError(f"the form of the balance loss must be 'hf' or 'megablocks', got {form!r}")
+    usage = Usage.of(stats, mask)
+    return balance_loss(usage.counts, usage.probs, usage.n_tokens, stats[0].expert_ids.shape[1], form)
 
 
 def _rows(layer: RouterStats, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return (layer.expert_ids, layer.probs) if mask is None else (layer.expert_ids[mask], layer.probs[mask])
-
-
-def _balance(ids: Tensor, probs: Tensor) -> Tensor:
-    n_experts = probs.shape[1]
-    counts = torch.bincount(ids.reshape(-1), minlength=n_experts).to(probs.dtype)
-    return n_experts * torch.dot(counts / len(ids), probs.mean(0))
 
 
 def router_z_loss(stats: Sequence[RouterStats], *, mask: Tensor | None = None) -> Tensor:

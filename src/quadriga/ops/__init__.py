@@ -27,6 +27,7 @@ __all__ = [
     "attention",
     "available",
     "experts",
+    "grouped_linear",
     "norm",
     "rope",
     "route",
@@ -105,16 +106,19 @@ def attention(
     return out
 
 
-def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None) -> Routing:
+def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None, bias: Tensor | None = None) -> Routing:
     """Choose experts: softmax(x W^T) over all E, the top k, divided by their p-norm if one is given.
+
+    With a ``bias`` (training's loss-free balancing), the k highest of probability + bias are chosen; their weights and
+    everything else come from the probabilities alone.
 
     Everything is float32 whatever the dtype of ``x`` (float64 stays float64): in bf16, near ties flip and the model
     becomes another one (SPEC of DBRX: float32 softmax; see docs/architecture.md).
 
     Args:
-        x: (N, D). weight: (E, D).
+        x: (N, D). weight: (E, D). bias: (E,) float32.
     """
-    out: Routing = backend_for(x).route(x, weight, top_k, normalize_p)
+    out: Routing = backend_for(x).route(x, weight, top_k, normalize_p, bias)
     return out
 
 
@@ -140,6 +144,19 @@ def experts(
         (N, D) in x's dtype.
     """
     out: Tensor = backend_for(x).experts(x, routing_ids, combine, w_gate, w_up, w_down, activation)
+    return out
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Rows of expert e times weight[e]^T, for rows that are sorted by expert.
+
+    Args:
+        rows: (R, in). weight: (E, out, in) of the same dtype. counts: (E,) int64, rows of each expert; they sum to R.
+
+    Returns:
+        (R, out) in the rows' dtype. An expert without rows gets a gradient of zero.
+    """
+    out: Tensor = backend_for(rows).grouped_linear(rows, weight, counts)
     return out
 
 

@@ -72,15 +72,15 @@ def attention(
     return torch.cat(blocks, dim=3).reshape(q.shape)
 
 
-def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None) -> Routing:
+def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None, bias: Tensor | None = None) -> Routing:
     logits = F.linear(_wide(x), _wide(weight))
     probs = logits.softmax(dim=-1)
     # A stable sort, not topk: equal probabilities must take the lower expert id on every device and batch size.
-    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
-    chosen = ordered[:, :top_k]
+    ids = (probs if bias is None else probs + bias).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    chosen = probs.gather(1, ids)
     if normalize_p is not None:
         chosen = chosen / torch.linalg.vector_norm(chosen, ord=normalize_p, dim=-1, keepdim=True)
-    return Routing(ids[:, :top_k], chosen, probs, logits)
+    return Routing(ids, chosen, probs, logits)
 
 
 def experts(
@@ -119,6 +119,10 @@ def activate(x: Tensor, activation: str) -> Tensor:
             return F.relu(x)
         case _:
             raise AssertionError(f"ModelConfig lets no activation {activation!r} through")
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return _grouped_linear(rows, weight, counts, None if _fits_grouped_mm(weight, weight.mT) else counts.tolist())
 
 
 def _fits_grouped_mm(*weights: Tensor) -> bool:

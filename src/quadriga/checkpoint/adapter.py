@@ -1,0 +1,444 @@
+"""Adapters as files: our own form, peft's in both directions, and folding one into a checkpoint.
+
+    ADAPTER/quadriga_adapter.json    rank, alpha, targets, what it was made for, sha256 of the numbers
+    ADAPTER/adapter.safetensors      layers.0.moe.w_up.a (E, r, D), layers.0.moe.w_up.b (E, F, r), ...
+
+peft writes one pair of factors for every matrix that Hugging Face's checkpoint stores, so the family's weight map ties
+the two forms together: a stored matrix is a box of a parameter, its factors are the same rows of B over a common A.
+
+    export   q_proj: A, B[rows of q]     k_proj: A, B[rows of k]     ...                  exact
+    import   wqkv:   A = [A_q; A_k; A_v],  B = blockdiag(B_q, B_k, B_v)                   exact, of rank 3 r
+
+peft's form for fused expert stacks (``target_parameters``, experts (E, rows, columns)) reads and writes as well: its
+A is our B transposed and the other way round, because it takes the first axis of a slice for the input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from quadriga.checkpoint.derive import Unchanged, derive
+from quadriga.checkpoint.engine_file import write_text
+from quadriga.checkpoint.json_files import read_json
+from quadriga.checkpoint.open import Checkpoint
+from quadriga.checkpoint.tensor_files import SafetensorsSource
+from quadriga.errors import CheckpointError, ConfigError
+from quadriga.model import families
+from quadriga.model.adapter_spec import TARGETS, LoraSpec, adapted_shapes, target_of
+from quadriga.model.config import ModelConfig
+from quadriga.model.weight_map import Piece, parameter_shapes, whole
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Parameter -> (A, B), float32: ([E,] r, in) and ([E,] out, r)."""
+
+MANIFEST = "quadriga_adapter.json"
+WEIGHTS = "adapter.safetensors"
+_PEFT_CONFIG = "adapter_config.json"
+_PEFT_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_HEAD = "lm_head"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A low-rank adapter with its numbers."""
+
+    spec: LoraSpec
+    factors: Factors
+    base: str = ""
+    """The model it was trained on, for people."""
+
+
+def save(adapter: Adapter, folder: Path) -> None:
+    """Write our form; the manifest comes last, so a folder that has one is complete.
+
+    Raises:
+        CheckpointError: the folder exists with something in it, or cannot be written.
+    """
+    tensors = {f"{name}.{part}": t for name, ab in adapter.factors.items() for part, t in zip("ab", ab, strict=True)}
+    digest = _write_tensors(tensors, folder, WEIGHTS)
+    body = {"quadriga_adapter": _VERSION, "base": adapter.base, "lora": asdict(adapter.spec), "sha256": digest}
+    write_text(folder / MANIFEST, json.dumps(body, indent=1) + "\n")
+
+
+def load(folder: Path, config: ModelConfig) -> Adapter:
+    """Read an adapter of either form and hold it to the model it is for.
+
+    Raises:
+        CheckpointError: nothing there, malformed, changed since it was written, or of another model.
+        ConfigError: peft options that are no plain low-rank adapter.
+    """
+    if (folder / MANIFEST).is_file():
+        return _load_own(folder, config)
+    if (folder / _PEFT_CONFIG).is_file():
+        return from_peft(folder, config)
+    raise CheckpointError(f"{folder} is no adapter: it needs {MANIFEST}, or peft's {_PEFT_CONFIG}")
+
+
+def _load_own(folder: Path, config: ModelConfig) -> Adapter:
+    body = read_json(folder / MANIFEST)
+    if body.get("quadriga_adapter") != _VERSION:
+        raise CheckpointError(
+            f"{MANIFEST} must have version {_VERSION}, got {body.get('quadriga_adapter')!r}: another release wrote it"
+        )
+    try:
+        spec = msgspec.convert(body.get("lora"), LoraSpec)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{MANIFEST} is malformed: {error}") from None
+    tensors = _read_tensors(folder / WEIGHTS)
+    if _sha256(folder / WEIGHTS) != body.get("sha256"):
+        raise CheckpointError(f"{folder / WEIGHTS} is not what {MANIFEST} describes: it changed since it was written")
+    names = sorted({name.rpartition(".")[0] for name in tensors})
+    try:
+        factors = {name: (tensors[f"{name}.a"], tensors[f"{name}.b"]) for name in names}
+    except KeyError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} lacks {error}") from None
+    _check(factors, spec, config, folder)
+    return Adapter(spec=spec, factors=_ordered(factors, config), base=str(body.get("base", "")))
+
+
+def _ordered(factors: Factors, config: ModelConfig) -> Factors:
+    return {name: factors[name] for name in parameter_shapes(config) if name in factors}
+
+
+def _check(factors: Factors, spec: LoraSpec, config: ModelConfig, folder: Path) -> None:
+    """Every factor fits its parameter, and all parameters of the targets have some."""
+    shapes = parameter_shapes(config)
+    wrong = []
+    for name, (a, b) in factors.items():
+        shape = shapes.get(name, ())
+        fits = len(shape) > 1 and a.shape[:-2] == shape[:-2] == b.shape[:-2]
+        if not fits or a.shape[-1] != shape[-1] or b.shape[-2] != shape[-2] or a.shape[-2] != b.shape[-1]:
+            wrong.append(f"{name}: A {list(a.shape)}, B {list(b.shape)} for {list(shape)}")
+    missing = sorted(set(adapted_shapes(config, spec)) - factors.keys())
+    if wrong or missing:
+        raise CheckpointError(
+            f"{folder} does not fit this model: {len(wrong)} factors of other shapes {wrong[:3]}, {len(missing)} "
+            f"missing {missing[:3]}. Give the model it was trained on."
+        )
+
+
+# Folding in ----------------------------------------------------------------------------------------------------------
+
+
+def merge(base: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """``base`` with W + s B A for every adapted W, as a derived checkpoint; ``convert.write`` stores it."""
+    return derive(base, _Merge(base, adapter))
+
+
+class _Merge(Unchanged):
+    def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
+        digest = hashlib.sha256(repr(adapter.spec).encode())
+        for name, factors in adapter.factors.items():
+            digest.update(name.encode())
+            for t in factors:
+                digest.update(t.contiguous().numpy().tobytes())
+        super().__init__(base, base.config, f"with adapter {digest.hexdigest()[:16]}")
+        self.adapter = adapter
+
+    def rows(self, name: str, expert: int | None, first: int, last: int) -> Tensor:
+        frozen = super().rows(name, expert, first, last)
+        if name not in self.adapter.factors:
+            return frozen
+        a, b = self.adapter.factors[name]
+        if expert is not None:
+            a, b = a[expert], b[expert]
+        return torch.addmm(frozen.float(), b[first:last], a, alpha=self.adapter.spec.scale).to(frozen.dtype)
+
+
+# peft's form ---------------------------------------------------------------------------------------------------------
+
+
+def to_peft(adapter: Adapter, config: ModelConfig, folder: Path, *, layout: str | None = None) -> None:
+    """Write peft's form for the model in one of its Hugging Face layouts.
+
+    Args:
+        layout: one of the family's; None: the one exports use. ``hf5`` of Mixtral writes fused expert stacks.
+
+    Raises:
+        ConfigError: no such layout, or one whose experts peft has no form for.
+        CheckpointError: the folder exists with something in it, or cannot be written.
+    """
+    by_source = _by_source(config, layout)
+    tensors: dict[str, Tensor] = {}
+    modules: set[str] = set()
+    parameters: list[str] = []
+    nesting: dict[str, list[str]] = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for source, pieces in by_source.items():
+        if not any(piece.target in adapter.factors for piece in pieces):
+            continue
+        pairs[source] = _stored_factors(adapter, source, pieces)
+        if pairs[source][0].ndim == 3:
+            nesting.setdefault(source.rpartition(".")[0], []).append(source)
+    rank = max(a.shape[-2] for a, _ in pairs.values())
+    for source, (a, b) in pairs.items():
+        a = torch.nn.functional.pad(a, (0, 0, 0, rank - a.shape[-2]))
+        b = torch.nn.functional.pad(b, (0, rank - b.shape[-1]))
+        if a.ndim == 3:
+            owner = source.rpartition(".")[0]
+            nesting[owner].sort(key=lambda name: name.endswith("down_proj"))  # the first parameter is the innermost
+            inner = "base_layer." * (len(nesting[owner]) - 1 - nesting[owner].index(source))
+            key, (a, b) = f"{_PREFIX}{owner}.{inner}lora_", _fused_to_peft(a, b)
+            parameters.append(".".join(source.split(".")[-3:]))
+        elif by_source[source][0].target == "embed.weight":
+            name = source.removesuffix(".weight")
+            modules.add(name.rpartition(".")[2])
+            tensors[f"{_PREFIX}{name}.lora_embedding_A"] = b.T.contiguous()
+            tensors[f"{_PREFIX}{name}.lora_embedding_B"] = a.T.contiguous()
+            if not config.tied_embeddings:
+                continue
+            # peft adapts the two uses of a tied table apart: the same factors go to both.
+            name = _HEAD
+            modules.add(name)
+            key = f"{_PREFIX}{name}.lora_"
+        else:
+            name = source.removesuffix(".weight")
+            modules.add(name.rpartition(".")[2])
+            key = f"{_PREFIX}{name}.lora_"
+        tensors[f"{key}A.weight"], tensors[f"{key}B.weight"] = a.contiguous(), b.contiguous()
+    _write_tensors(tensors, folder, _PEFT_WEIGHTS)
+    body = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base,
+        "r": rank,
+        "lora_alpha": adapter.spec.scale * rank,
+        "lora_dropout": 0.0 if parameters else adapter.spec.dropout,
+        "target_modules": sorted(modules),
+        "target_parameters": sorted(set(parameters), key=parameters.index) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    write_text(folder / _PEFT_CONFIG, json.dumps(body, indent=1) + "\n")
+
+
+def from_peft(folder: Path, config: ModelConfig) -> Adapter:
+    """Read peft's form.
+
+    Raises:
+        CheckpointError: malformed files, or factors that fit no matrix of this model.
+        ConfigError: DoRA, trained biases, whole saved modules: more than a low-rank adapter.
+    """
+    raw = read_json(folder / _PEFT_CONFIG)
+    refused = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "fan_in_fan_out": False}
+    for key, wanted in refused.items():
+        if raw.get(key, wanted) not in (wanted, [] if wanted is None else wanted):
+            raise ConfigError(f"{_PEFT_CONFIG}: {key} must be {wanted!r}, got {raw[key]!r}; only plain LoRA is read")
+    try:
+        rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
+        dropout = float(raw.get("lora_dropout") or 0.0)
+        patterns: dict[str, Any] = {k: dict(raw.get(k) or {}) for k in ("rank_pattern", "alpha_pattern")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{_PEFT_CONFIG} is malformed: {error!r}") from None
+    if patterns["alpha_pattern"]:
+        raise ConfigError(f"{_PEFT_CONFIG}: alpha_pattern is not read; merge with peft, then convert the result")
+    tensors = _read_tensors(folder / _PEFT_WEIGHTS)
+    if config.tied_embeddings:
+        tensors = _untie(tensors, folder)
+    rooted = raw.get("use_rslora", False)
+    best: tuple[Factors, list[str]] | None = None
+    for layout in families.family_of(config).layouts:
+        found, left = _match_peft(tensors, config, layout, alpha, bool(rooted))
+        if found and (best is None or len(left) < len(best[1])):
+            best = found, left
+    if best is None or best[1]:
+        left = sorted(tensors) if best is None else best[1]
+        raise CheckpointError(f"{folder}: {len(left)} tensors fit no matrix of this model, e.g. {left[:3]}")
+    factors = _ordered(best[0], config)
+    targets = tuple(t for t in TARGETS if t in {target_of(name) for name in factors})
+    spec = LoraSpec(rank=rank, alpha=float(rank), targets=targets, dropout=dropout)  # scale 1: it is in B already
+    # A target may have been adapted in part (q and v only): what is left out gets factors of zero.
+    for name, (a_shape, b_shape) in adapted_shapes(config, spec).items():
+        if name not in factors:
+            factors[name] = (torch.zeros(a_shape), torch.zeros(b_shape))
+    _check(factors, spec, config, folder)
+    return Adapter(spec=spec, factors=_ordered(factors, config), base=str(raw.get("base_model_name_or_path") or ""))
+
+
+def _untie(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Without the head's factors, once they are seen to be the table's: here a tied table is one matrix."""
+    table = next((key for key in tensors if key.endswith("lora_embedding_A")), None)
+    heads = [f"{_PREFIX}{_HEAD}.lora_{part}.weight" for part in "AB"]
+    if table is None and not any(key in tensors for key in heads):
+        return tensors
+    same = table is not None and all(key in tensors for key in heads)
+    if same and table is not None:
+        a, b = (tensors[key] for key in heads)
+        other = tensors[table.removesuffix("A") + "B"]
+        same = torch.equal(b.T, tensors[table]) and torch.equal(a.T, other)
+    if not same:
+        raise ConfigError(
+            f"{folder} adapts the table and the head of a model with tied embeddings as two matrices. Here they "
+            "are one: both must have the same factors, as Quadriga writes them."
+        )
+    return {key: t for key, t in tensors.items() if key not in heads}
+
+
+def _by_source(config: ModelConfig, layout: str | None) -> dict[str, list[Piece]]:
+    family = families.family_of(config)
+    name = layout or next(iter(family.layouts))
+    if name not in family.layouts:
+        raise ConfigError(f"layout must be one of {', '.join(family.layouts)}; got {name!r}")
+    by_source: dict[str, list[Piece]] = {}
+    for piece in family.layouts[name](config):
+        if target_of(piece.target) is not None:
+            by_source.setdefault(piece.source, []).append(piece)
+    return by_source
+
+
+def _stored_factors(adapter: Adapter, source: str, pieces: list[Piece]) -> tuple[Tensor, Tensor]:
+    """A and B of one stored matrix (or stack) from those of the parameters it fills."""
+    parts = []
+    for piece in pieces:
+        a, b = adapter.factors[piece.target]
+        box = piece.target_box or whole(piece.target_shape)
+        flat = len(piece.source_shape) == 2 and len(box) == 3
+        if piece.rotary_heads or (flat and box[0][1] - box[0][0] > 1) or (piece.transpose and not flat):
+            raise ConfigError(f"peft has no form for factors of {source}; choose another layout of the family")
+        if flat:
+            a, b = a[box[0][0]], b[box[0][0]]
+            if piece.transpose:
+                a, b = b.T, a.T
+            parts.append((a, b))
+        else:
+            parts.append((a, b[..., slice(*box[-2]), :] if len(pieces) == 1 else b))
+    if len(parts) == 1:
+        return parts[0]
+    # Gate above up in one stack: a block for each.
+    zeros = [torch.zeros_like(b) for _, b in parts]
+    rows = [torch.cat([b if i == j else zeros[i][..., : parts[j][1].shape[-1]] for j in range(len(parts))], -1)
+            for i, (_, b) in enumerate(parts)]  # fmt: skip
+    return torch.cat([a for a, _ in parts], -2), torch.cat(rows, -2)
+
+
+def _fused_to_peft(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(E, r, in), (E, out, r) -> peft's lora_A (E r, out) and lora_B (in, r E)."""
+    e, r, columns = a.shape
+    return b.transpose(1, 2).reshape(e * r, -1), a.permute(2, 1, 0).reshape(columns, r * e)
+
+
+def _fused_from_peft(first: Tensor, second: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`_fused_to_peft`: (E, r, in), (E, out, r)."""
+    b = first.reshape(n_experts, -1, first.shape[-1]).transpose(1, 2)
+    a = second.reshape(second.shape[0], -1, n_experts).permute(2, 1, 0)
+    return a.contiguous(), b.contiguous()
+
+
+def _match_peft(
+    tensors: Mapping[str, Tensor], config: ModelConfig, layout: str, alpha: float, rooted: bool
+) -> tuple[Factors, list[str]]:
+    """Factors by parameter under one layout, scaled by alpha / rank already, and the tensors that found no place."""
+    left = set(tensors)
+    collected: dict[str, list[tuple[Piece, Tensor, Tensor]]] = {}
+    for source, pieces in _by_source(config, layout).items():
+        pair = _peft_pair(tensors, source, pieces[0])
+        if pair is None:
+            continue
+        (key_a, key_b), a, b = pair
+        left -= {key_a, key_b}
+        rank = a.shape[-2]
+        b = b * (alpha / (math.sqrt(rank) if rooted else rank))
+        start = 0
+        for piece in pieces:
+            box = piece.target_box or whole(piece.target_shape)
+            height = box[-2][1] - box[-2][0]
+            rows = b if len(pieces) == 1 else b[..., start : start + height, :]
+            start += height
+            collected.setdefault(piece.target, []).append((piece, a, rows))
+    shapes = parameter_shapes(config)
+    return {name: _assembled(shapes[name], parts) for name, parts in collected.items()}, sorted(left)
+
+
+def _peft_pair(
+    tensors: Mapping[str, Tensor], source: str, piece: Piece
+) -> tuple[tuple[str, str], Tensor, Tensor] | None:
+    shape = piece.source_shape
+    if len(shape) == 3:
+        owner = source.rpartition(".")[0]
+        for inner in ("", "base_layer.", "base_layer.base_layer."):
+            keys = (f"{_PREFIX}{owner}.{inner}lora_A.weight", f"{_PREFIX}{owner}.{inner}lora_B.weight")
+            if all(key in tensors for key in keys):
+                a, b = (tensors[key].float() for key in keys)
+                if a.shape[-1] == shape[1] and b.shape[0] == shape[2] and a.shape[0] % shape[0] == 0:
+                    return keys, *_fused_from_peft(a, b, shape[0])
+        return None
+    name = source.removesuffix(".weight")
+    keys = (f"{_PREFIX}{name}.lora_embedding_A", f"{_PREFIX}{name}.lora_embedding_B")
+    if all(key in tensors for key in keys):
+        return keys, tensors[keys[1]].float().T.contiguous(), tensors[keys[0]].float().T.contiguous()
+    keys = (f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight")
+    if not all(key in tensors for key in keys):
+        return None
+    a, b = (tensors[key].float() for key in keys)
+    fits = a.ndim == b.ndim == 2 and a.shape[1] == shape[1] and b.shape[0] == shape[0] and a.shape[0] == b.shape[1]
+    return (keys, a, b) if fits else None
+
+
+def _assembled(shape: tuple[int, ...], parts: list[tuple[Piece, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One parameter's factors from those of the stored matrices in it: ranks side by side."""
+    piece, a, b = parts[0]
+    if len(shape) == 3 and a.ndim == 2:  # a matrix an expert
+        rank = max(one.shape[0] for _, one, _ in parts)
+        out = torch.zeros(shape[0], rank, shape[2]), torch.zeros(shape[0], shape[1], rank)
+        for piece, a, b in parts:
+            expert = (piece.target_box or whole(shape))[0][0]
+            if piece.transpose:
+                a, b = b.T, a.T
+            out[0][expert, : a.shape[0]], out[1][expert, :, : b.shape[1]] = a, b
+        return out
+    if len(parts) == 1 and piece.target_box is None:
+        return a.contiguous(), b.contiguous()
+    rank = sum(one.shape[-2] for _, one, _ in parts)
+    all_a, all_b = a.new_zeros(*shape[:-2], rank, shape[-1]), b.new_zeros(*shape[:-1], rank)
+    at = 0
+    for piece, a, b in parts:
+        first, last = (piece.target_box or whole(shape))[-2]
+        all_a[..., at : at + a.shape[-2], :] = a
+        all_b[..., first:last, at : at + a.shape[-2]] = b
+        at += a.shape[-2]
+    return all_a, all_b
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, file: str) -> str:
+    from safetensors.torch import save_file
+
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} exists and is not empty; give a new name, or remove it first")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / (file + ".part")
+        save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, part)
+        part.replace(folder / file)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder / file}: {error.strerror}") from None
+    return _sha256(folder / file)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    source = SafetensorsSource(path)
+    try:
+        return {name: source.read(name).float() for name in source.tensors}
+    finally:
+        source.close()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,94 @@
+"""``quadriga train``: pre-train a model from one TOML file, resumable at any moment."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Resume(enum.StrEnum):
+    """What becomes of a run that has begun."""
+
+    AUTO = "auto"
+    NEVER = "never"
+    MUST = "must"
+
+
+def train_command(
+    config: Annotated[Path, typer.Argument(help="The run's TOML file; recipes/ has some.")],
+    resume: Annotated[
+        Resume, typer.Option(help="auto: go on if the run has a checkpoint. never: it must be new. must: it has one.")
+    ] = Resume.AUTO,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each rank; default: all.")] = None,
+    run: Annotated[str | None, typer.Option(help="Another folder than the file's.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Read the file, say what would run, and stop.")] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Write the run's newest checkpoint as a Hugging Face directory instead.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="With --export: the checkpoint of this step.")] = None,
+    dtype: Annotated[str, typer.Option(help="With --export: float32 or bfloat16.")] = "float32",
+) -> None:
+    """Pre-train a model. SIGTERM or Ctrl-C saves and stops; the same command goes on.
+
+    Under torchrun every process runs this command: FSDP2 over all of them, expert parallelism as the file says.
+    """
+    from quadriga.errors import ConfigError
+    from quadriga.train.config import RunConfig, read_toml
+
+    settings = read_toml(config, RunConfig)
+    if run is not None:
+        import msgspec
+
+        settings = msgspec.structs.replace(settings, run=run)
+    if (step is not None or dtype != "float32") and export is None:
+        raise ConfigError("--step and --dtype go with --export")
+    if check:
+        _print_plan(settings)
+        return
+    if export is not None:
+        _export(settings, export, step, dtype)
+        return
+    from quadriga import runtime
+    from quadriga.train.run import train
+
+    runtime.set_threads(threads)
+    outcome = train(settings, resume=resume.value)
+    if runtime.launched_rank() in (None, 0):
+        what = "done" if outcome.done else "stopped and saved; the same command goes on"
+        print(f"{outcome.folder}: step {outcome.step} of {settings.n_steps}, {what}", file=sys.stderr)
+
+
+def _export(settings: object, out: Path, step: int | None, dtype: str) -> None:
+    from quadriga.train.config import RunConfig
+    from quadriga.train.export import export
+    from quadriga.train.loader import open_corpora
+
+    assert isinstance(settings, RunConfig)
+    corpus = open_corpora(settings.data.corpora)[0]
+    names = [file.path for file in corpus.manifest.tokenizer.files]
+    files = {name: (corpus.path / name).read_bytes() for name in names}
+    made = export(Path(settings.run).expanduser(), out, step=step, dtype=dtype, tokenizer_files=files)
+    print(f"{out}: step {made} as {dtype} safetensors")
+
+
+def _print_plan(settings: object) -> None:
+    from quadriga.model.cost import n_params
+    from quadriga.train.config import RunConfig
+    from quadriga.train.initialise import model_config
+
+    assert isinstance(settings, RunConfig)
+    print(f"run {settings.run}: {settings.n_steps:,} steps, {settings.data.n_tokens:,} tokens")
+    for number, stage in enumerate(settings.data.stages):
+        mix = ", ".join(f"{name} {weight:g}" for name, weight in stage.mix.items()) or "all by size"
+        print(f"  stage {number}: {stage.n_steps:,} steps of {stage.n_rows} rows of {stage.seq_len} ({mix})")
+    if settings.model.preset is not None:
+        from quadriga.train.loader import open_corpora
+
+        vocabulary = open_corpora(settings.data.corpora)[0].manifest.tokenizer
+        found = model_config(settings.model, vocabulary.n_vocab, (vocabulary.end_id,))
+        count = n_params(found)
+        print(f"  model: {count.total:,} parameters, {count.active:,} active, vocabulary {found.vocab_size}")

@@ -1,0 +1,208 @@
+"""``quadriga upcycle``, ``prune`` and ``merge-experts``: experts out of a dense model, fewer of them, and back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from quadriga.checkpoint.calibrate import Calibration
+    from quadriga.checkpoint.open import Checkpoint
+
+_Source = Annotated[str, typer.Argument(help="A catalogue name, hf:ORG/REPO, a directory or a GGUF file.")]
+_Out = Annotated[Path, typer.Argument(help="What to make; must not exist yet.")]
+_To = Annotated[str, typer.Option(help="quadriga, hf (safetensors) or gguf.", rich_help_panel="Result")]
+_Dtype = Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.", rich_help_panel="Result")]
+_Format = Annotated[
+    str | None,
+    typer.Option(help="Pack for the CPU's kernels: bfloat16, q8, q4, q4m or float32.", rich_help_panel="Result"),
+]
+_GGUFFormat = Annotated[
+    str, typer.Option(help="With --to gguf: float32, float16, bfloat16, q8_0 or q4_0.", rich_help_panel="Result")
+]
+_Calibrate = Annotated[Path | None, typer.Option(help="A text like those to come: it says which experts are useful.")]
+_Tokens = Annotated[int, typer.Option("--calibrate-tokens", help="How much of the text is read.")]
+
+
+def upcycle_command(
+    dense: _Source,
+    out: _Out,
+    experts: Annotated[int, typer.Option(help="Experts of each layer.")] = 16,
+    top_k: Annotated[int, typer.Option(help="Experts a token visits.")] = 4,
+    granules: Annotated[
+        int | None, typer.Option(help="Parts the network is cut into; default: top-k, so a token costs what it did.")
+    ] = None,
+    drop: Annotated[float, typer.Option(help="Share of hidden units drawn anew (Drop-Upcycling).")] = 0.0,
+    noise: Annotated[float, typer.Option(help="Noise on expert weights, in standard deviations.")] = 0.0,
+    router_std: Annotated[float, typer.Option(help="Deviation of random router rows.")] = 0.02,
+    router_text: Annotated[
+        Path | None, typer.Option(help="JSON lines with text and a label: fit the router to part the labels.")
+    ] = None,
+    router_label: Annotated[str, typer.Option(help="The label's name in --router-text.")] = "lang",
+    router_tokens: Annotated[int, typer.Option(help="Tokens of each label that are read.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Of router, noise and drop.")] = 0,
+    to: _To = "quadriga",
+    dtype: _Dtype = "keep",
+    format: _Format = None,
+    gguf_format: _GGUFFormat = "bfloat16",
+) -> None:
+    """Turn a dense model of LLaMA's shape into a mixture of experts that computes the same function."""
+    from quadriga.checkpoint.upcycle import Upcycling, upcycle
+    from quadriga.errors import ConfigError
+
+    how = Upcycling(
+        n_experts=experts, top_k=top_k, granules=granules, drop=drop, noise=noise, router_std=router_std, seed=seed
+    )
+    checkpoint = open_source(dense)
+    try:
+        routers = None
+        if router_text is not None:
+            texts = labelled_ids(checkpoint, router_text, router_label, router_tokens)
+            if len(texts) != how.n_copies:
+                raise ConfigError(
+                    f"{how.n_experts} experts in {how.n_granules} granules are {how.n_copies} copies, one a label; "
+                    f"{router_text} has the labels {sorted(texts)}"
+                )
+            routers = _fitted(checkpoint, texts)
+        moe = upcycle(checkpoint, how, routers=routers)
+        write_derived(moe, out, to=to, dtype=dtype, format=format, gguf_format=gguf_format)
+    finally:
+        checkpoint.close()
+    same = "the same function" if not drop and not noise else "another function: train it"
+    print(f"{how.n_experts} experts, {how.top_k} at work: {how.n_copies} copies of {how.n_granules} granules; {same}")
+
+
+def prune_command(
+    model: _Source,
+    out: _Out,
+    experts: Annotated[int, typer.Option(help="Experts that stay in each layer.")],
+    calibrate: Annotated[Path, typer.Option(help="A text like those to come: it says which experts are useful.")],
+    by: Annotated[str, typer.Option(help="output (routing weight times length of output, summed) or use.")] = "output",
+    calibrate_tokens: _Tokens = 4096,
+    to: _To = "quadriga",
+    dtype: _Dtype = "keep",
+    format: _Format = None,
+    gguf_format: _GGUFFormat = "bfloat16",
+) -> None:
+    """Leave out the experts of each layer that a text needs least."""
+    from quadriga.checkpoint.fewer_experts import prune, usefulness
+    from quadriga.errors import ConfigError
+
+    if by not in ("output", "use"):
+        raise ConfigError(f"--by must be output or use, got {by!r}")
+    checkpoint = open_source(model)
+    try:
+        worth = usefulness(_measured(checkpoint, calibrate, calibrate_tokens), by)  # type: ignore[arg-type]
+        small = prune(checkpoint, experts, worth)
+        write_derived(small, out, to=to, dtype=dtype, format=format, gguf_format=gguf_format)
+    finally:
+        checkpoint.close()
+    lost = [1 - sum(sorted(layer)[-experts:]) / max(sum(layer), 1e-30) for layer in worth]
+    mean, worst = sum(lost) / len(lost), max(lost)
+    print(f"{experts} experts a layer stay; {mean:.1%} of {by} went with the others ({worst:.1%} in the worst layer)")
+
+
+def merge_experts_command(
+    model: _Source,
+    out: _Out,
+    granules: Annotated[
+        int | None, typer.Option(help="Parts the dense network was cut into; default: top-k. 1: average all experts.")
+    ] = None,
+    calibrate: _Calibrate = None,
+    calibrate_tokens: _Tokens = 4096,
+    to: _To = "quadriga",
+    dtype: _Dtype = "keep",
+    format: _Format = None,
+    gguf_format: _GGUFFormat = "bfloat16",
+) -> None:
+    """Melt the experts back into one dense network: the copies of each granule averaged, by use if a text is given."""
+    from quadriga.checkpoint.fewer_experts import merge_experts, usefulness
+
+    checkpoint = open_source(model)
+    try:
+        use = None
+        if calibrate is not None:
+            use = usefulness(_measured(checkpoint, calibrate, calibrate_tokens), "use")
+        dense = merge_experts(checkpoint, granules, use=use)
+        write_derived(dense, out, to=to, dtype=dtype, format=format, gguf_format=gguf_format)
+    finally:
+        checkpoint.close()
+
+
+def open_source(source: str) -> Checkpoint:
+    """A checkpoint by name or path, fetched with a bar."""
+    from quadriga.checkpoint import catalogue
+    from quadriga.checkpoint.open import open_checkpoint
+    from quadriga.cli.progress import progress_bar
+
+    with progress_bar("fetching") as show:
+        return open_checkpoint(catalogue.resolve(source, progress=show))
+
+
+def write_derived(checkpoint: Checkpoint, out: Path, **how: Any) -> None:
+    """Write a derived checkpoint with a bar, and say what was written."""
+    from quadriga.checkpoint import convert
+    from quadriga.cli.progress import progress_bar
+
+    with progress_bar("writing") as show:
+        plan = convert.write(checkpoint, out, progress=show, **how)
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{out}: {len(plan.tensors)} tensors, {sum(plan.files.sizes.values()) / 1e9:.2f} GB, layout {plan.layout}")
+
+
+def _measured(checkpoint: Checkpoint, text: Path, n_tokens: int) -> Calibration:
+    from quadriga.checkpoint.calibrate import calibrate
+    from quadriga.cli.progress import progress_bar
+    from quadriga.errors import ConfigError
+
+    tokenizer = checkpoint.load_tokenizer()
+    if tokenizer is None:
+        raise ConfigError("calibration reads a text, and this checkpoint has no tokenizer")
+    try:
+        ids = tokenizer.encode(text.read_text())[:n_tokens]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the text {text}: {error}") from None
+    with progress_bar("calibrating") as show:
+        return calibrate(checkpoint, ids, errors=False, progress=show)
+
+
+def _fitted(checkpoint: Checkpoint, texts: dict[str, list[int]]) -> Any:
+    from quadriga.checkpoint.fit_router import fit_routers
+    from quadriga.cli.progress import progress_bar
+
+    with progress_bar("fitting routers") as show:
+        found = fit_routers(checkpoint, texts, progress=show)
+    accuracy = list(found.accuracy.values())
+    print(
+        f"routers fitted to {', '.join(found.labels)}: {min(accuracy):.0%} to {max(accuracy):.0%} of held-out tokens "
+        "go to their label's copy"
+    )
+    return found.rows
+
+
+def labelled_ids(checkpoint: Checkpoint, path: Path, label: str, n_tokens: int) -> dict[str, list[int]]:
+    """Label -> the first ``n_tokens`` token ids of its texts, from JSON lines {"text": ..., LABEL: ...}."""
+    from quadriga.errors import ConfigError
+
+    tokenizer = checkpoint.load_tokenizer()
+    if tokenizer is None:
+        raise ConfigError("fitting routers reads a text, and this checkpoint has no tokenizer")
+    texts: dict[str, list[int]] = {}
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str) or label not in row:
+                    raise ConfigError(f"{path}:{number}: a row needs 'text' and {label!r}; got {line[:80]!r}")
+                ids = texts.setdefault(str(row[label]), [])
+                if len(ids) < n_tokens:
+                    # Long documents are cut, so that many of them are seen.
+                    ids.extend(tokenizer.encode(row["text"][:4000])[: min(512, n_tokens - len(ids))])
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    return texts

@@ -1,0 +1,143 @@
+"""The head and the cross-entropy in one: logits exist for a few hundred tokens at a time.
+
+    loss[n] = logsumexp(z) - z[target],   z = logit_scale * W h[n]        d loss / d z = softmax(z) - onehot(target)
+
+At 4096 tokens and 100k words the logits and their gradient would take 3 GB. Two forms:
+
+    linear_cross_entropy   the weighted sum over tokens. The gradient is computed with the loss, while a chunk's logits
+                           are at hand: three products in all, none repeated.
+    token_losses           the loss of each token, for objectives that are no weighted sum (preference tuning).
+                           The backward pass computes the logits again: four products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100
+_LOGITS_BYTES = 32 << 20
+"""Most bytes of a chunk's logits; some of it should stay in the last-level cache."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, *, logit_scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Sum of weights[n] * loss[n] over the tokens whose target is not IGNORE.
+
+    Args:
+        hidden: (N, D) after the last norm. weight: (V, D) of the same dtype. targets: (N,) int64.
+        weights: (N,) float32; None: 1.
+
+    Returns:
+        the sum, float32 (float64 for float64), with a gradient for ``hidden`` and ``weight``; and each token's
+        unweighted loss (N,), detached, 0 where ignored.
+    """
+    out: tuple[Tensor, Tensor] = _Sum.apply(hidden, weight, targets, weights, logit_scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, logit_scale: float = 1.0) -> Tensor:
+    """The loss of each token (N,) with a gradient, 0 where the target is IGNORE; arguments as above."""
+    out: Tensor = _Each.apply(hidden, weight, targets, logit_scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _chunks(targets: Tensor, weight: Tensor) -> Iterator[Tensor]:
+    """Indices of the tokens that have a target, some at a time."""
+    kept = (targets != IGNORE).nonzero()[:, 0]
+    yield from torch.split(kept, max(32, _LOGITS_BYTES // (4 * weight.shape[0])))
+
+
+def _forward(h: Tensor, weight: Tensor, targets: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
+    """(losses (C,), softmax (C, V)) of one chunk, float32 or wider."""
+    logits = h @ weight.t()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if logit_scale != 1.0:
+        logits.mul_(logit_scale)
+    wanted = logits.gather(1, targets[:, None])[:, 0]
+    highest = logits.amax(-1)
+    probs = torch.softmax(logits, -1, out=logits)
+    # softmax at the highest logit is 1 / sum(exp(z - max)): the sum comes back out of it without another exp.
+    losses = highest - probs.amax(-1).log() - wanted
+    return losses, probs
+
+
+def _backward(
+    probs: Tensor, h: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | float, d_weight: Tensor | None
+) -> Tensor:
+    """The gradient of h (C, D), and d_weight += its own; ``probs`` is used up. ``scale``: (C, 1) or a number."""
+    probs[torch.arange(len(targets), device=targets.device), targets] -= 1
+    d_logits = probs.to(h.dtype)
+    if d_weight is not None:
+        d_weight.addmm_(d_logits.t(), (h * scale).to(h.dtype))
+    return (d_logits @ weight) * scale
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, logit_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        losses = torch.zeros(len(targets), dtype=wide, device=hidden.device)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        need_h, need_w = ctx.needs_input_grad[:2]
+        d_hidden = torch.zeros_like(hidden) if need_h or need_w else None
+        d_weight = torch.zeros_like(weight) if need_w else None
+        for kept in _chunks(targets, weight):
+            h, target = hidden[kept], targets[kept]
+            chunk, probs = _forward(h, weight, target, logit_scale)
+            losses[kept] = chunk
+            scale: Tensor | float = logit_scale
+            if weights is not None:
+                chunk_weights = weights[kept].to(wide)
+                scale = (chunk_weights * logit_scale)[:, None]
+                chunk = chunk * chunk_weights
+            total += chunk.sum()
+            if d_hidden is not None:
+                d_hidden[kept] = _backward(probs, h, weight, target, scale, d_weight).to(hidden.dtype)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.mark_non_differentiable(losses)
+        return total, losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            d_hidden * d_total if ctx.needs_input_grad[0] else None,
+            d_weight * d_total if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+            None,
+        )
+
+
+class _Each(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logit_scale: float) -> Tensor:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        losses = torch.zeros(len(targets), dtype=wide, device=hidden.device)
+        for kept in _chunks(targets, weight):
+            losses[kept] = _forward(hidden[kept], weight, targets[kept], logit_scale)[0]
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.logit_scale = logit_scale
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        d_hidden = torch.zeros_like(hidden)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for kept in _chunks(targets, weight):
+            h, target = hidden[kept], targets[kept]
+            _, probs = _forward(h, weight, target, ctx.logit_scale)
+            scale = (d_losses[kept] * ctx.logit_scale)[:, None]
+            d_hidden[kept] = _backward(probs, h, weight, target, scale, d_weight).to(hidden.dtype)
+        return d_hidden, d_weight, None, None

@@ -1,0 +1,323 @@
+"""A training run as frozen structs, read from one TOML file. No torch, no files but that one.
+
+    run = "runs/nano"          where everything of the run goes
+    seed = 17
+    [model]                    a preset with changes, or a checkpoint to go on from
+    [data]                     what is read (train/data_config.py)
+    [schedule] [optimiser]     learning rates and updates
+    [router]                   what keeps the experts busy
+    [parallel]                 ranks, precision, memory
+    [guard]                    what happens when the loss jumps
+    [checkpoint] [log] [evaluate] [ema]
+
+A key that does not exist is refused with its nearest neighbour. Defaults are those of docs/training.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Literal, TypeVar, get_args, get_type_hints
+
+import msgspec
+
+from quadriga.errors import ConfigError
+from quadriga.train.data_config import DataConfig
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the sections: frozen, keywords only, no unknown keys."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _positive(section: str, **values: float) -> None:
+    for name, value in values.items():
+        ok = math.isfinite(value) and value > 0
+        _require(ok, f"{section}.{name} must be a finite number above 0, got {value!r}")
+
+
+def _not_negative(section: str, **values: float) -> None:
+    for name, value in values.items():
+        ok = math.isfinite(value) and value >= 0
+        _require(ok, f"{section}.{name} must be a finite number, 0 or above, got {value!r}")
+
+
+class ModelSection(Section, frozen=True):
+    """``preset`` with the sizes below put in place of its own, or ``start``, never both."""
+
+    preset: str | None = None
+    """A name that ``quadriga info`` knows: the family and every number that is not given here."""
+    start: str | None = None
+    """A checkpoint of any kind to go on from, with its own configuration."""
+    vocab_size: int | None = None
+    """None: the corpus's vocabulary, rounded up to a multiple of 64."""
+    d_model: int | None = None
+    n_layers: int | None = None
+    n_heads: int | None = None
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int | None = None
+    n_experts: int | None = None
+    top_k: int | None = None
+    max_seq_len: int | None = None
+    rope_theta: float | None = None
+    init_std: float = 0.02
+    """Of a new model's matrices; projections back into the residual stream get init_std / sqrt(2 n_layers)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.preset is None) != (self.start is None),
+            "model needs one of preset (a new model) and start (a checkpoint to go on from)",
+        )
+        given = [name for name in SIZES if getattr(self, name) is not None]
+        _require(self.start is None or not given, f"model.start brings its own sizes; leave out {', '.join(given)}")
+        _positive("model", init_std=self.init_std)
+
+
+SIZES = (
+    "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_experts", "top_k",
+    "max_seq_len", "rope_theta",
+)  # fmt: skip
+"""The keys of [model] that take the place of the preset's."""
+
+
+class ScheduleSection(Section, frozen=True):
+    """The learning rate's course; see ``schedule``."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    steps: int | None = None
+    """None: all of the curriculum."""
+    warmup_steps: int = 100
+    decay_share: float = 0.2
+    """wsd: the last part of the run, over which the rate falls."""
+    final_share: float = 0.1
+    """What is left of the rate at the end."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps is None or self.steps > 0, f"schedule.steps must be at least 1, got {self.steps}")
+        _not_negative("schedule", warmup_steps=self.warmup_steps, final_share=self.final_share)
+        _require(0 < self.decay_share <= 1, f"schedule.decay_share must be within (0, 1], got {self.decay_share}")
+
+
+class OptimiserSection(Section, frozen=True):
+    """``adamw`` and ``lion`` update everything; ``muon`` the layers' matrices, AdamW beside it the rest."""
+
+    name: Literal["adamw", "lion", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    """Of AdamW or Lion; with muon, of the AdamW beside it."""
+    muon_learning_rate: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    momentum: float = 0.95
+    """Muon's."""
+    weight_decay: float = 0.1
+    """On matrices; norms and the router have none."""
+    clip_norm: float = 1.0
+    """The gradient's norm over all parameters and ranks is cut to this; 0 leaves it."""
+
+    def __post_init__(self) -> None:
+        _positive("optimiser", learning_rate=self.learning_rate, muon_learning_rate=self.muon_learning_rate)
+        _positive("optimiser", eps=self.eps)
+        _not_negative("optimiser", weight_decay=self.weight_decay, clip_norm=self.clip_norm)
+        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
+            _require(0 <= value < 1, f"optimiser.{name} must be within [0, 1), got {value}")
+
+
+class RouterSection(Section, frozen=True):
+    """What keeps experts evenly used."""
+
+    balance_loss: float | None = None
+    """Weight of the balance loss; None takes the model's own (DBRX: 0.05)."""
+    balance_form: Literal["megablocks", "hf"] = "megablocks"
+    """See ``model.router_loss``: the same weight is k times stronger in the second."""
+    z_loss: float = 0.0
+    bias_rate: float = 0.0
+    """Loss-free balancing: each step moves the choice's bias of an expert by this, against its load. 0: off."""
+    bias_fade: float = 0.2
+    """Over this last part of the run the bias goes to 0: no checkpoint format has a place for it."""
+
+    def __post_init__(self) -> None:
+        _not_negative("router", balance_loss=self.balance_loss or 0.0, z_loss=self.z_loss, bias_rate=self.bias_rate)
+        _require(0 <= self.bias_fade <= 1, f"router.bias_fade must be within [0, 1], got {self.bias_fade}")
+
+
+class ParallelSection(Section, frozen=True):
+    """How one step is computed; the result does not depend on it, to rounding."""
+
+    micro_rows: int | None = None
+    """Rows that run at the same time, over *all* ranks; None: the whole batch. The balance loss is taken over them."""
+    replicate: int = 1
+    """HSDP: so many copies of the sharded model."""
+    experts: int = 1
+    """Expert parallelism: so many neighbouring ranks hold a part of the experts each."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; masters and optimiser are float32 always."""
+    device: str = "auto"
+    recompute: bool = False
+    """Activation checkpointing: keep each layer's input only, compute the rest again in the backward pass."""
+    compile: bool = False
+    """torch.compile each layer; pays on a GPU, seldom on a CPU (the attention and experts are hand-written there)."""
+    timeout_s: float = 600.0
+    """How long a rank waits for the others before the run ends with their numbers."""
+
+    def __post_init__(self) -> None:
+        _positive("parallel", replicate=self.replicate, experts=self.experts, timeout_s=self.timeout_s)
+        ok = self.micro_rows is None or self.micro_rows > 0
+        _require(ok, f"parallel.micro_rows must be at least 1, got {self.micro_rows}")
+
+
+class GuardSection(Section, frozen=True):
+    """What happens to a step whose loss or gradient is not finite or far above the recent ones."""
+
+    action: Literal["skip", "rollback", "stop"] = "skip"
+    """skip: leave this batch out. rollback: back to the last checkpoint, then leave it out. stop: end the run."""
+    sigmas: float = 8.0
+    """How far above the mean of the window; 0 watches for NaN and infinity only."""
+    window: int = 128
+    limit: int = 10
+    """So many bad steps within one window end the run whatever the action."""
+
+    def __post_init__(self) -> None:
+        _not_negative("guard", sigmas=self.sigmas)
+        _require(self.window >= 8, f"guard.window must be at least 8, got {self.window}")
+        _require(self.limit >= 1, f"guard.limit must be at least 1, got {self.limit}")
+
+
+class CheckpointSection(Section, frozen=True):
+    """When the run is saved, and how much is kept."""
+
+    every: int = 200
+    keep: int = 3
+    keep_every: int = 0
+    """Steps divisible by this are kept for good; 0: none."""
+    asynchronous: bool = True
+    """Copy the state, write it while training goes on."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """A save that fails (full disk) is said, the last good one kept, and training goes on or stops."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"checkpoint.every must be at least 1, got {self.every}")
+        _require(self.keep >= 1, f"checkpoint.keep must be at least 1, got {self.keep}")
+        _not_negative("checkpoint", keep_every=self.keep_every)
+
+
+class LogSection(Section, frozen=True):
+    """What is written while it runs."""
+
+    every: int = 10
+    """Steps between lines on the screen; metrics.jsonl has every step."""
+    routing_every: int = 10
+    """Steps between rows of the expert-load heatmap."""
+    tensorboard: bool = False
+    report: bool = True
+    """Write report.html at every checkpoint and at the end."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1 and self.routing_every >= 1, "log.every and log.routing_every must be at least 1")
+
+
+class EvaluateSection(Section, frozen=True):
+    """Held-out loss by domain, and samples."""
+
+    every: int = 200
+    """0: never."""
+    rows: int = 8
+    """Of each domain."""
+    prompts: list[str] = []
+    """Continued at each evaluation, to be read."""
+    sample_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        _not_negative("evaluate", every=self.every)
+        _require(self.rows >= 1 and self.sample_tokens >= 1, "evaluate.rows and sample_tokens must be at least 1")
+
+
+class EmaSection(Section, frozen=True):
+    """A running mean of the weights, saved beside them; ``quadriga train --export`` takes it where it is on."""
+
+    decay: float = 0.0
+    """0: off; 0.999 averages about the last thousand steps."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.decay < 1, f"ema.decay must be within [0, 1), got {self.decay}")
+
+
+class RunConfig(Section, frozen=True):
+    """Everything a pre-training run is made of."""
+
+    run: str
+    model: ModelSection
+    data: DataConfig
+    seed: int = 17
+    schedule: ScheduleSection = ScheduleSection()
+    optimiser: OptimiserSection = OptimiserSection()
+    router: RouterSection = RouterSection()
+    parallel: ParallelSection = ParallelSection()
+    guard: GuardSection = GuardSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    ema: EmaSection = EmaSection()
+
+    @property
+    def n_steps(self) -> int:
+        """Optimiser steps of the run."""
+        return self.schedule.steps or self.data.n_steps
+
+
+def read_toml(path: Path, kind: type[T]) -> T:
+    """A TOML file as a struct.
+
+    Raises:
+        ConfigError: no such file, not TOML, an unknown key (with its nearest neighbour), a missing or wrong value.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    return parse_toml(raw, kind, path.name)
+
+
+def parse_toml(raw: bytes, kind: type[T], name: str = "configuration") -> T:
+    """As :func:`read_toml`, from bytes."""
+    try:
+        return msgspec.toml.decode(raw, type=kind)
+    except ConfigError as error:  # raised by a section itself
+        raise ConfigError(f"{name}: {error}") from None
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{name}: {_explain(str(error), kind)}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} is not valid TOML: {error}") from None
+
+
+def _explain(message: str, kind: type[msgspec.Struct]) -> str:
+    """msgspec's message with the place as TOML names it, and the nearest key where one is unknown."""
+    place = re.search(r" - at `\$\.?([^`]*)`$", message)
+    path = place[1] if place else ""
+    message = message[: place.start()] if place else message
+    unknown = re.search(r"unknown field `([^`]*)`", message)
+    where = f"[{path}] " if path else ""
+    if unknown is None:
+        return f"{path or 'the file'}: {message[0].lower()}{message[1:]}"
+    known = _fields_at(kind, path)
+    near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{where}has no key {unknown[1]!r}.{hint} It has: {', '.join(known)}"
+
+
+def _fields_at(kind: type, path: str) -> list[str]:
+    for name in filter(None, re.sub(r"\[[^]]*\]", "", path).split(".")):
+        hint = get_type_hints(kind).get(name)
+        inner = [k for k in (hint, *get_args(hint)) if isinstance(k, type) and issubclass(k, msgspec.Struct)]
+        if not inner:
+            return []
+        kind = inner[0]
+    return [field.encode_name for field in msgspec.structs.fields(kind)]

@@ -1,0 +1,37 @@
+"""What the model's layers must know of a training batch: positions, and attention within packed documents."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quadriga.model.context import PackedContext, Scoring
+from quadriga.ops import training
+from quadriga.train.batch import Batch
+
+
+class DocumentContext:
+    """A ``ForwardContext`` over the documents of a batch; see there.
+
+    On a processor attention is ``ops.training.document_attention``; elsewhere torch's fused kernel, a document a call.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.positions = batch.positions
+        self.bounds: list[int] = batch.bounds.tolist()
+        self._elsewhere = None
+        if batch.tokens.device.type != "cpu":
+            self._elsewhere = PackedContext(batch.bounds.diff().tolist(), batch.tokens.device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        """See ``ForwardContext``."""
+        if self._elsewhere is not None:
+            return self._elsewhere.attend(layer, q, k, v, scoring)
+        return training.document_attention(
+            q,
+            k,
+            v,
+            self.bounds,
+            scale=scoring.scale,
+            soft_cap=scoring.soft_cap,
+            alibi_slopes=scoring.alibi_slopes,
+        )

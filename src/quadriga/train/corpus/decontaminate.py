@@ -1,0 +1,97 @@
+"""Benchmarks taken out of training text: whatever shares a run of 13 words with them is cut away.
+
+The method is that of GPT-3 (Brown et al. 2020, appendix C): a match and 200 characters around it go, what is left on
+both sides goes on as documents of its own, and a document that falls into many pieces goes whole. Benchmark strings of
+fewer than 13 words cannot be matched without hitting ordinary prose as well; they are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from quadriga.errors import CorpusError
+from quadriga.train.corpus.readers import expand, resolve
+from quadriga.train.corpus.recipe import Decontaminate
+from quadriga.train.corpus.words import U64, Words, words
+
+REFERENCES = (".jsonl", ".json", ".txt")
+
+
+def reference_files(paths: list[str]) -> list[str]:
+    """The benchmark files behind a recipe's paths."""
+    return expand(paths, REFERENCES) if paths else []
+
+
+def reference_ngrams(files: list[str], ngram: int) -> U64:
+    """Sorted distinct hashes of all word n-grams in the strings of the files.
+
+    Raises:
+        CorpusError: a file cannot be read.
+    """
+    found = [np.empty(0, dtype=np.uint64)]
+    for file in files:
+        grams = [words(text).ngrams(ngram) for text in _texts(file)]
+        found.append(np.unique(np.concatenate(grams)) if grams else found[0])
+    return np.unique(np.concatenate(found))
+
+
+def _texts(path: str) -> Iterator[str]:
+    file = resolve(path)
+    try:
+        if path.endswith(".txt"):
+            yield file.read_text()
+            return
+        with file.open() as lines:
+            rows = (
+                [json.load(lines)] if path.endswith(".json") else (json.loads(line) for line in lines if line.strip())
+            )
+            for row in rows:
+                yield from _strings(row)
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"the benchmark file {path} cannot be read: {error}") from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _strings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
+
+
+def clean_pieces(text: str, found: Words, references: U64, rules: Decontaminate) -> list[str] | None:
+    """What is left of ``text``: itself, its pieces between matches, or None if it is to be dropped whole."""
+    grams = found.ngrams(rules.ngram)
+    if len(grams) == 0 or len(references) == 0:
+        return [text]
+    place = np.minimum(np.searchsorted(references, grams), len(references) - 1)
+    hits = np.flatnonzero(references[place] == grams)
+    if len(hits) == 0:
+        return [text]
+    pieces, start = [], 0
+    for first, last in _runs(
+        found.starts[hits] - rules.margin_chars, found.ends[hits + rules.ngram - 1] + rules.margin_chars
+    ):
+        pieces.append(text[start : max(start, first)])
+        start = last
+    pieces.append(text[start:])
+    kept = [piece.strip() for piece in pieces if len(piece.strip()) >= rules.min_chars]
+    return kept if len(pieces) <= rules.max_pieces else None
+
+
+def _runs(firsts: Any, lasts: Any) -> Iterator[tuple[int, int]]:
+    """Overlapping stretches [first, last) joined; both lists ascend."""
+    first, last = int(firsts[0]), int(lasts[0])
+    for next_first, next_last in zip(firsts[1:].tolist(), lasts[1:].tolist(), strict=True):
+        if next_first > last:
+            yield first, last
+            first = next_first
+        last = max(last, next_last)
+    yield first, last

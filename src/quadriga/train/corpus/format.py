@@ -1,0 +1,256 @@
+"""A prepared corpus on disk, and how it is read. Nothing here writes; ``corpus.pipeline`` does.
+
+    OUT/
+      manifest.json                 written last: recipe, tokenizer, steps with their counts, files with their sha256
+      tokenizer.json | *.tiktoken   the vocabulary the ids belong to, with its configuration
+      train/en/00003.tokens.npy     ids, uint16 or uint32; every document ends with the end token
+      train/en/00003.ends.npy       int64: where each document ends in it
+      train/en/00003.origin.npy     (row of the input, bytes of text) of each document
+      held_out/en/...               the same, for documents that are never trained on
+
+A shard holds the documents of one input chunk, one split and one domain, so a domain is the concatenation of its shards
+and a token of it is found by two binary searches, without any table in memory that grows with the corpus.
+All files are plain .npy: ``numpy.load(file, mmap_mode="r")`` is all that another program needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from quadriga.errors import CorpusError
+
+VERSION = 1
+SPLITS = ("train", "held_out")
+ORIGIN = np.dtype([("row", "<u4"), ("n_bytes", "<u4")])
+PARTS = ("tokens", "ends", "origin")
+
+Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of the corpus and what its bytes must be."""
+
+    path: str
+    n_bytes: int
+    sha256: str
+
+
+class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One shard: a chunk's documents of one split and domain."""
+
+    name: str
+    """``train/en/00003``: its files are ``name.tokens.npy`` and so on."""
+    split: str
+    domain: str
+    chunk: int
+    n_documents: int
+    n_tokens: int
+    n_text_bytes: int
+    files: list[FileEntry]
+
+
+class TokenizerEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """The vocabulary the ids belong to."""
+
+    files: list[FileEntry]
+    n_vocab: int
+    end_id: int
+    """Ends every document."""
+    dtype: str
+
+
+class InputEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """An input file as it was read."""
+
+    path: str
+    n_bytes: int
+    sha256: str
+
+
+class ChunkEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Which part of which input a chunk is: bytes of a line file, row groups of Parquet."""
+
+    source: int
+    path: str
+    start: int
+    stop: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything needed to make the corpus again, and to tell whether it is the same."""
+
+    version: int
+    pipeline: int
+    """``corpus.pipeline.PIPELINE`` of the program that wrote it."""
+    recipe: dict[str, Any]
+    inputs: list[InputEntry]
+    chunks: list[ChunkEntry]
+    references: list[InputEntry]
+    """Benchmark files that the text was held against."""
+    tokenizer: TokenizerEntry
+    steps: list[dict[str, Any]]
+    """What each step took in, kept and dropped, and why."""
+    shards: list[ShardEntry]
+    fingerprint: str
+    """sha256 over vocabulary and shards: equal fingerprints, equal tokens."""
+
+
+def fingerprint(tokenizer: TokenizerEntry, shards: list[ShardEntry]) -> str:
+    """The corpus's identity: order and content of every shard, and the vocabulary."""
+    digest = hashlib.sha256(f"quadriga corpus {VERSION} {tokenizer.end_id}".encode())
+    for file in [*tokenizer.files, *(file for shard in shards for file in shard.files)]:
+        digest.update(f"\n{file.path} {file.sha256}".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Of a whole file, read once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Shard:
+    """One shard, mapped into memory."""
+
+    def __init__(self, root: Path, entry: ShardEntry, tokenizer: TokenizerEntry) -> None:
+        self.entry = entry
+        self.tokens: Tokens = _map(root / f"{entry.name}.tokens.npy", np.dtype(tokenizer.dtype), entry.n_tokens)
+        self.ends: npt.NDArray[np.int64] = _map(root / f"{entry.name}.ends.npy", np.dtype("<i8"), entry.n_documents)
+        if len(self.ends) == 0 or self.ends[-1] != entry.n_tokens:
+            raise CorpusError(
+                f"{entry.name}.ends.npy must end at {entry.n_tokens}; the shard is damaged. Run `quadriga data inspect "
+                "--verify`, then prepare the corpus again."
+            )
+
+
+class Stream:
+    """All documents of one domain and split, as one line of tokens."""
+
+    def __init__(self, corpora: list[Corpus], domain: str, split: str) -> None:
+        self.domain = domain
+        self._shards = [
+            (corpus, entry)
+            for corpus in corpora
+            for entry in corpus.manifest.shards
+            if entry.domain == domain and entry.split == split
+        ]
+        self._starts = np.array([0, *accumulate(entry.n_tokens for _, entry in self._shards)], dtype=np.int64)
+        self.n_tokens = int(self._starts[-1])
+        self.n_documents = sum(entry.n_documents for _, entry in self._shards)
+        self.n_text_bytes = sum(entry.n_text_bytes for _, entry in self._shards)
+
+    def read(self, start: int, n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Tokens [start, start + n) of the endless repetition of the stream.
+
+        Returns:
+            (n ids, ends): ``ends`` are the offsets, in (0, n], at which documents end within them.
+        """
+        tokens = np.empty(n, dtype=np.int64)
+        ends = []
+        done = 0
+        while done < n:
+            place = (start + done) % self.n_tokens
+            which = int(np.searchsorted(self._starts, place, side="right")) - 1
+            corpus, entry = self._shards[which]
+            shard = corpus.shard(entry.name)
+            first = place - int(self._starts[which])
+            last = min(entry.n_tokens, first + n - done)
+            tokens[done : done + last - first] = shard.tokens[first:last]
+            inside = slice(*np.searchsorted(shard.ends, (first, last), side="right"))
+            ends.append(shard.ends[inside] - first + done)
+            done += last - first
+        if len(tokens) and tokens.max() >= self._shards[0][0].manifest.tokenizer.n_vocab:
+            raise CorpusError(
+                f"a token of domain {self.domain!r} near position {start} is outside the vocabulary: a shard is "
+                "damaged. `quadriga data inspect --verify` finds it."
+            )
+        return tokens, np.concatenate(ends) if ends else np.empty(0, dtype=np.int64)
+
+
+class Corpus:
+    """A prepared corpus, opened for reading.
+
+    Raises:
+        CorpusError: nothing prepared at ``path``, another version, or a file that is missing or of another size.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+        for file in self.files():
+            _check_size(path, file)
+        self._entries = {entry.name: entry for entry in self.manifest.shards}
+        self.shard = lru_cache(maxsize=256)(self._open_shard)  # bounded: each mapped file holds a descriptor
+        """The shard of a name, mapped into memory."""
+
+    def _open_shard(self, name: str) -> Shard:
+        return Shard(self.path, self._entries[name], self.manifest.tokenizer)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains, sorted."""
+        return tuple(sorted({shard.domain for shard in self.manifest.shards}))
+
+    def files(self) -> Iterator[FileEntry]:
+        """Every file but the manifest."""
+        yield from self.manifest.tokenizer.files
+        for shard in self.manifest.shards:
+            yield from shard.files
+
+    def verify(self) -> list[str]:
+        """Paths of the files whose bytes are not what the manifest says."""
+        return [file.path for file in self.files() if file_sha256(self.path / file.path) != file.sha256]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the corpus at ``path``.
+
+    Raises:
+        CorpusError: there is none, or it is not one of ours.
+    """
+    file = path / "manifest.json"
+    try:
+        manifest = msgspec.json.decode(file.read_bytes(), type=Manifest)
+    except OSError as error:
+        raise CorpusError(
+            f"{path} must be a corpus that `quadriga data prepare` finished; its manifest.json cannot be read "
+            f"({error.strerror})"
+        ) from None
+    except msgspec.DecodeError as error:
+        raise CorpusError(f"{file} is not a corpus manifest: {error}") from None
+    if manifest.version != VERSION:
+        raise CorpusError(f"{file} must have version {VERSION}, got {manifest.version}. Prepare the corpus again.")
+    for entry in [*manifest.tokenizer.files, *(file for shard in manifest.shards for file in shard.files)]:
+        if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
+            raise CorpusError(f"{file} names {entry.path!r}, which lies outside the corpus")
+    return manifest
+
+
+def _check_size(root: Path, file: FileEntry) -> None:
+    try:
+        size = (root / file.path).stat().st_size
+    except OSError as error:
+        raise CorpusError(
+            f"{root / file.path} is missing or unreadable ({error.strerror}). Prepare it again."
+        ) from None
+    if size != file.n_bytes:
+        raise CorpusError(f"{root / file.path} must have {file.n_bytes} bytes, got {size}. Prepare the corpus again.")
+
+
+def _map(path: Path, dtype: np.dtype[Any], length: int) -> Any:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"{path} cannot be read as an array: {error}. Prepare the corpus again.") from None
+    if array.dtype != dtype or array.shape != (length,):
+        raise CorpusError(f"{path} must hold {length} x {dtype}, got {array.shape} x {array.dtype}")
+    return array

@@ -1,0 +1,360 @@
+"""The steps of preparation as tasks: functions of files and a recipe that write files, whoever runs them.
+
+    hash_input     an input file               -> its sha256
+    references     benchmark files             -> references.npy            n-grams to be cut out
+    clean_chunk    a chunk of the input        -> texts, hashes, keys and signatures of what passes the filters
+    find_pairs     one band (or exact hashes)  -> pairs of documents that are the same
+    mark           all pairs                   -> marks.npy                 which documents go
+    vocabulary     texts that stay             -> tokenizer.json
+    tokenise_chunk texts that stay             -> shards
+
+Every task writes its files whole and under their final names only when they are complete, and writes the same bytes
+whenever it is run again. So any executor that runs a function somewhere within reach of the folder will do, in any
+order within a step, and a task that was killed is simply run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from quadriga.errors import ConfigError
+from quadriga.text.tokenizer import Tokenizer
+from quadriga.train.corpus import minhash, vocabulary
+from quadriga.train.corpus.clean import clean
+from quadriga.train.corpus.decontaminate import clean_pieces, reference_ngrams
+from quadriga.train.corpus.format import ORIGIN, FileEntry, ShardEntry, file_sha256
+from quadriga.train.corpus.language import language
+from quadriga.train.corpus.quality import broken_rule
+from quadriga.train.corpus.readers import Chunk, Row, read_chunk, resolve
+from quadriga.train.corpus.recipe import Recipe
+from quadriga.train.corpus.words import U64, mix, words
+
+KEEP, EXACT, NEAR = 0, 1, 2
+"""Marks of a document."""
+STEPS = ("read", "clean", "language", "quality", "decontaminate", "duplicates")
+
+Counts = dict[str, Any]
+
+
+class Document(msgspec.Struct, frozen=True, array_like=True):
+    """A text on its way: which row of its chunk it came from, and its domain."""
+
+    row: int
+    domain: str
+    text: str
+
+
+class Tally:
+    """What each step took in and dropped, by domain: counted here, added up over chunks, kept in the manifest."""
+
+    def __init__(self) -> None:
+        self.counts: Counts = {step: {} for step in STEPS}
+
+    def kept(self, step: str, domain: str, n_bytes: int, documents: int = 1) -> None:
+        """Count documents that passed a step."""
+        entry = self._entry(step, domain)
+        entry["documents"] += documents
+        entry["bytes"] += n_bytes
+
+    def dropped(self, step: str, domain: str, why: str) -> None:
+        """Count a document that a step took out, or changed."""
+        entry = self._entry(step, domain)
+        entry["dropped"][why] = entry["dropped"].get(why, 0) + 1
+
+    def _entry(self, step: str, domain: str) -> Counts:
+        entry: Counts = self.counts[step].setdefault(domain, {"documents": 0, "bytes": 0, "dropped": {}})
+        return entry
+
+
+def add_counts(total: Counts, part: Counts) -> Counts:
+    """Two nested tables of numbers, added."""
+    for key, value in part.items():
+        if isinstance(value, dict):
+            add_counts(total.setdefault(key, {}), value)
+        else:
+            total[key] = total.get(key, 0) + value
+    return total
+
+
+# Tasks ---------------------------------------------------------------------------------------------------------------
+
+
+def hash_input(path: str) -> dict[str, Any]:
+    """Size and sha256 of an input file."""
+    file = resolve(path)
+    return {"path": path, "n_bytes": file.stat().st_size, "sha256": file_sha256(file)}
+
+
+def references(work: str, files: list[str], ngram: int) -> dict[str, Any]:
+    """Collect what is to be cut out of the text."""
+    grams = reference_ngrams(files, ngram)
+    write_array(Path(work) / "references.npy", grams)
+    return {"ngrams": len(grams)}
+
+
+def clean_chunk(work: str, recipe: Recipe, chunk: Chunk) -> dict[str, Any]:
+    """Read, clean, filter and fingerprint one chunk."""
+    tally = Tally()
+    known = np.load(Path(work) / "references.npy", mmap_mode="r")
+    documents: list[Document] = []
+    hashes: list[bytes] = []
+    signatures: list[minhash.Signatures] = []
+    rules = recipe.duplicates
+    unread: dict[str, int] = {}
+    for row in read_chunk(chunk, recipe.sources[chunk.source], unread):
+        for text in _pass_filters(row, recipe, known, tally):
+            documents.append(Document(row.number, row.domain, text))
+            hashes.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
+            if rules.near:
+                signatures.append(minhash.signature(words(text), rules.ngram, rules.bands * rules.rows, rules.seed))
+    for why, n in unread.items():
+        tally.counts["read"].setdefault("(unknown)", {"documents": 0, "bytes": 0, "dropped": {}})["dropped"][why] = n
+    base = Path(work) / f"{chunk.number:05}"
+    if rules.near:
+        matrix = np.array(signatures, dtype=np.uint32).reshape(len(documents), rules.bands * rules.rows)
+        write_array(base.with_suffix(".signatures.npy"), matrix)
+        write_array(base.with_suffix(".keys.npy"), minhash.band_keys(matrix, rules.bands, rules.rows))
+    write_array(base.with_suffix(".hashes.npy"), np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2))
+    _write_documents(base.with_suffix(".documents.zst"), documents)
+    return {"documents": len(documents), "counts": tally.counts}
+
+
+def _pass_filters(row: Row, recipe: Recipe, known: U64, tally: Tally) -> list[str]:
+    """The texts that come out of a row: none, itself, or its clean pieces."""
+    domain, rules = row.domain, recipe.rules(row.domain)
+    if len(row.text) > recipe.max_chars:
+        tally.dropped("read", domain, "max_chars")
+        return []
+    tally.kept("read", domain, _n_bytes(row.text))
+    text = clean(row.text)
+    if not text:
+        tally.dropped("clean", domain, "empty")
+        return []
+    tally.kept("clean", domain, _n_bytes(text))
+    if rules.languages:
+        code, score = language(text)
+        if code not in rules.languages or score < rules.min_language_score:
+            tally.dropped("language", domain, code if score >= rules.min_language_score else "min_language_score")
+            return []
+    tally.kept("language", domain, _n_bytes(text))
+    found = words(text)
+    broken = broken_rule(text, found, rules)
+    if broken is not None:
+        tally.dropped("quality", domain, broken)
+        return []
+    tally.kept("quality", domain, _n_bytes(text))
+    pieces = clean_pieces(text, found, known, recipe.decontaminate)
+    if pieces is None:
+        tally.dropped("decontaminate", domain, "max_pieces")
+        return []
+    if not pieces:
+        tally.dropped("decontaminate", domain, "min_chars")
+    elif pieces != [text]:
+        tally.dropped("decontaminate", domain, "cut, not dropped")
+    tally.kept("decontaminate", domain, sum(map(_n_bytes, pieces)), len(pieces))
+    return pieces
+
+
+def find_pairs(work: str, recipe: Recipe, sizes: list[int], band: int, partition: int) -> dict[str, Any]:
+    """Pairs of documents with an equal key in a band and similar signatures; band -1 compares whole texts by hash."""
+    folder, offsets = Path(work), _offsets(sizes)
+    found_keys, found_documents = [], []
+    for chunk, size in enumerate(sizes):
+        keys = np.load(folder / f"{chunk:05}.{'hashes' if band < 0 else 'keys'}.npy", mmap_mode="r")
+        column = keys[:, 0] if band < 0 else keys[band]
+        mine = np.flatnonzero(column % np.uint64(recipe.duplicates.partitions) == partition)
+        found_keys.append(np.asarray(column)[mine])
+        found_documents.append(np.arange(size)[mine] + offsets[chunk])
+    pairs = minhash.pairs_with_equal_keys(np.concatenate(found_keys), np.concatenate(found_documents))
+    met = len(pairs)
+    a, b = pairs[:, 0], pairs[:, 1]
+    if band < 0:
+        same = (_gather(folder, "hashes", offsets, a) == _gather(folder, "hashes", offsets, b)).all(axis=1)
+    else:
+        alike = _gather(folder, "signatures", offsets, a) == _gather(folder, "signatures", offsets, b)
+        same = alike.mean(axis=1) >= recipe.duplicates.min_similarity if met else np.empty(0, dtype=bool)
+    write_array(folder / f"pairs.{band}.{partition}.npy", pairs[same])
+    return {"met": met, "pairs": int(same.sum())}
+
+
+def mark(work: str, recipe: Recipe, sizes: list[int]) -> dict[str, Any]:
+    """Decide which document of each group of duplicates stays: the first."""
+    folder, n = Path(work), sum(sizes)
+    none = np.empty((0, 2), dtype=np.int64)
+    load = [np.load(file) for file in sorted(folder.glob("pairs.-1.*.npy"))]
+    exact = np.concatenate([none, *load])
+    near = [np.load(file) for file in sorted(folder.glob("pairs.[0-9]*.npy"))]
+    marks = np.where(minhash.clusters(exact, n) == np.arange(n), KEEP, EXACT).astype(np.uint8)
+    both = minhash.clusters(np.concatenate([exact, *near]), n) == np.arange(n)
+    marks[(marks == KEEP) & ~both] = NEAR
+    write_array(folder / "marks.npy", marks)
+    return {"exact": int((marks == EXACT).sum()), "near": int((marks == NEAR).sum())}
+
+
+def train_vocabulary(work: str, recipe: Recipe, sizes: list[int], n_bytes: int, folder: str) -> dict[str, Any]:
+    """Train a vocabulary on an even sample of the documents that stay and are trained on."""
+    assert recipe.tokenizer.train is not None, "the recipe trains a vocabulary"
+    share = min(1.0, recipe.tokenizer.train_bytes / max(1, n_bytes))
+    used = {"documents": 0, "bytes": 0}
+
+    def texts() -> Iterator[str]:
+        for chunk in range(len(sizes)):
+            for document, _, mark_, number in _marked(work, chunk, sizes):
+                if mark_ == KEEP and not _held_out(number, recipe) and _fraction(number, 1) < share:
+                    used["documents"] += 1
+                    used["bytes"] += _n_bytes(document.text)
+                    yield document.text
+
+    vocabulary.train_bpe(texts(), recipe.tokenizer.train, Path(folder))
+    return used
+
+
+def tokenise_chunk(work: str, root: str, recipe: Recipe, chunk: Chunk, sizes: list[int]) -> dict[str, Any]:
+    """Turn what stays of a chunk into shards, one for each split and domain."""
+    tokenizer = _tokenizer(root)
+    end = vocabulary.end_id(tokenizer, recipe.tokenizer.end_token)
+    tally = Tally()
+    split_of_source = recipe.sources[chunk.source].split
+    shards: dict[tuple[str, str], _OpenShard] = {}
+    for document, _, mark_, number in _marked(work, chunk.number, sizes):
+        n_bytes = _n_bytes(document.text)
+        if mark_ != KEEP:
+            tally.dropped("duplicates", document.domain, "exact" if mark_ == EXACT else "near")
+            continue
+        tally.kept("duplicates", document.domain, n_bytes)
+        split = "held_out" if split_of_source == "held_out" or _held_out(number, recipe) else "train"
+        shard = shards.setdefault((split, document.domain), _OpenShard([], [], []))
+        shard.ids.append(np.array([*tokenizer.encode(document.text), end], dtype=np.uint32))
+        shard.rows.append(document.row)
+        shard.n_bytes.append(n_bytes)
+    entries = [
+        shard.write(Path(root), split, domain, chunk.number, token_dtype(tokenizer))
+        for (split, domain), shard in sorted(shards.items())
+    ]
+    return {"shards": msgspec.to_builtins(entries), "counts": tally.counts}
+
+
+class _OpenShard(msgspec.Struct):
+    ids: list[npt.NDArray[np.uint32]]
+    rows: list[int]
+    n_bytes: list[int]
+
+    def write(self, root: Path, split: str, domain: str, chunk: int, dtype: str) -> ShardEntry:
+        name = f"{split}/{domain}/{chunk:05}"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        ends = np.cumsum([len(ids) for ids in self.ids]).astype("<i8")
+        origin = np.array(list(zip(self.rows, self.n_bytes, strict=True)), dtype=ORIGIN)
+        arrays = {"tokens": np.concatenate(self.ids).astype(dtype), "ends": ends, "origin": origin}
+        files = []
+        for part, array in arrays.items():
+            size, digest = write_array(root / f"{name}.{part}.npy", array)
+            files.append(FileEntry(path=f"{name}.{part}.npy", n_bytes=size, sha256=digest))
+        return ShardEntry(
+            name=name,
+            split=split,
+            domain=domain,
+            chunk=chunk,
+            n_documents=len(ends),
+            n_tokens=int(ends[-1]),
+            n_text_bytes=sum(self.n_bytes),
+            files=files,
+        )
+
+
+def token_dtype(tokenizer: Tokenizer) -> str:
+    """The smallest type that holds the vocabulary, little-endian."""
+    return "<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4"
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, raw: bytes) -> None:
+    """Write a file so that it is either not there or complete, also after a power cut."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_array(path: Path, array: npt.NDArray[Any]) -> tuple[int, str]:
+    """Write a .npy file like :func:`write_file`; returns its size and sha256."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    raw = buffer.getvalue()
+    write_file(path, raw)
+    return len(raw), hashlib.sha256(raw).hexdigest()
+
+
+def _zstd() -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise ConfigError("preparing a corpus needs zstandard: pip install 'quadriga[train]'") from None
+    return zstandard
+
+
+def _write_documents(path: Path, documents: list[Document]) -> None:
+    write_file(path, _zstd().ZstdCompressor(level=3).compress(msgspec.msgpack.encode(documents)))
+
+
+def read_documents(work: str | Path, chunk: int) -> list[Document]:
+    """The documents of a chunk that passed the filters."""
+    raw = (Path(work) / f"{chunk:05}.documents.zst").read_bytes()
+    return msgspec.msgpack.decode(_zstd().ZstdDecompressor().decompress(raw), type=list[Document])
+
+
+def _marked(work: str, chunk: int, sizes: list[int]) -> Iterator[tuple[Document, int, int, int]]:
+    """(document, its number in the corpus, its mark, 64 bits of its hash) of a chunk."""
+    offset = sum(sizes[:chunk])
+    marks = np.load(Path(work) / "marks.npy", mmap_mode="r")
+    hashes = np.load(Path(work) / f"{chunk:05}.hashes.npy")
+    for i, document in enumerate(read_documents(work, chunk)):
+        yield document, offset + i, int(marks[offset + i]), int(hashes[i, 0])
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(root: str) -> Tokenizer:
+    return vocabulary.load(Path(root))
+
+
+def _offsets(sizes: list[int]) -> npt.NDArray[np.int64]:
+    return np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
+
+
+def _gather(folder: Path, what: str, offsets: npt.NDArray[np.int64], documents: npt.NDArray[np.int64]) -> Any:
+    """Rows of the chunks' arrays ``what`` for documents numbered over the whole corpus."""
+    chunk_of = np.searchsorted(offsets, documents, side="right") - 1
+    rows: Any = None
+    for chunk in np.unique(chunk_of):
+        stored = np.load(folder / f"{chunk:05}.{what}.npy", mmap_mode="r")
+        mine = chunk_of == chunk
+        if rows is None:
+            rows = np.empty((len(documents), *stored.shape[1:]), dtype=stored.dtype)
+        rows[mine] = stored[documents[mine] - offsets[chunk]]
+    return np.empty((0, 1), dtype=np.uint64) if rows is None else rows
+
+
+def _fraction(number: int, salt: int) -> float:
+    """A number in [0, 1) that a document's hash decides."""
+    return float(mix(np.array([number ^ salt], dtype=np.uint64))[0]) / 2**64
+
+
+def _held_out(number: int, recipe: Recipe) -> bool:
+    return _fraction(number, 0) < recipe.held_out
+
+
+def _n_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))

@@ -1,0 +1,116 @@
+"""A training checkpoint as a model that others read: safetensors in the family's usual Hugging Face layout.
+
+    runs/nano/checkpoints/step-N ─► weights (or their running mean) ─► the family's weight map backwards ─► directory
+
+The result is an ordinary checkpoint: `quadriga chat`, `quadriga convert` and transformers open it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quadriga.checkpoint.engine_file import config_from_json
+from quadriga.checkpoint.parameters import pack
+from quadriga.errors import CheckpointError, ConfigError
+from quadriga.model import families
+from quadriga.model.config import ModelConfig
+from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes, whole
+from quadriga.train.run_directory import RunDirectory, newest, read_manifest
+from quadriga.train.shards import ShardReader
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def export(
+    run: Path, out: Path, *, step: int | None = None, dtype: str = "float32", tokenizer_files: Mapping[str, bytes]
+) -> int:
+    """Write a run's checkpoint as a Hugging Face directory; its running mean where the run keeps one.
+
+    Args:
+        step: which checkpoint; None: the newest whole one.
+        tokenizer_files: name -> bytes, put beside the weights.
+
+    Returns:
+        the checkpoint's step.
+
+    Raises:
+        CheckpointError: no such checkpoint, damaged files, ``out`` exists.
+        ConfigError: a bad dtype, a router whose bias has not faded, a model its family's format cannot express.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if out.exists():
+        raise CheckpointError(f"{out} exists; give a new name, or remove it first")
+    folder, state, files = _checkpoint(RunDirectory(run), step)
+    config = config_from_json(state["model"])
+    reader = ShardReader([folder / name for name in files])
+    if "router_bias" in reader.names() and reader.whole("router_bias").abs().max() > 0 and not _faded(run, folder):
+        raise ConfigError(
+            f"{folder} chooses experts with a bias (router.bias_rate) that no checkpoint format can hold. Export the "
+            "run's last checkpoint: the bias is 0 there."
+        )
+    kind = "ema" if any(name.startswith("ema/") for name in reader.names()) else "parameter"
+    parameters = {name: reader.whole(f"{kind}/{name}").to(DTYPES[dtype]) for name in parameter_shapes(config)}
+    write_hf(parameters, config, out, tokenizer_files)
+    return int(folder.name.removeprefix("step-"))
+
+
+def _checkpoint(run: RunDirectory, step: int | None) -> tuple[Path, dict[str, object], list[str]]:
+    if step is None:
+        found = newest(run)
+        if found is None:
+            raise CheckpointError(f"{run.path} has no checkpoint")
+        folder, manifest, _ = found
+    else:
+        if step not in run.steps():
+            raise CheckpointError(f"{run.path} has no checkpoint of step {step}; it has {run.steps()}")
+        folder = run.at(step)
+        manifest = read_manifest(folder)
+    return folder, manifest.state, list(manifest.files)
+
+
+def _faded(run: Path, folder: Path) -> bool:
+    """True for the checkpoint after the last step of a run whose bias fades."""
+    try:
+        config = json.loads((run / "config.json").read_bytes())
+        n_steps = config["schedule"]["steps"] or sum(_steps(stage) for stage in config["data"]["stages"])
+        return bool(config["router"]["bias_fade"]) and int(folder.name.removeprefix("step-")) >= n_steps
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _steps(stage: dict[str, object]) -> int:
+    from quadriga.train.data_config import parse_count
+
+    return -(-parse_count(stage["tokens"]) // parse_count(stage["batch_tokens"]))  # type: ignore[arg-type]
+
+
+def write_hf(
+    parameters: Mapping[str, Tensor], config: ModelConfig, out: Path, extra: Mapping[str, bytes] | None = None
+) -> None:
+    """A model as a Hugging Face directory in its family's usual layout; appears whole or not at all."""
+    family = families.family_of(config)
+    build = next(iter(family.layouts.values()))
+    pieces = build(config)
+    check_cover(pieces, parameter_shapes(config), source_shapes(pieces))
+    dtype = next(iter(parameters.values())).dtype
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in source_shapes(pieces).items()}
+    for piece in pieces:
+        target = piece.target_box or whole(piece.target_shape)
+        source = piece.source_box or whole(piece.source_shape)
+        values = parameters[piece.target][tuple(slice(*span) for span in target)]
+        tensors[piece.source][tuple(slice(*span) for span in source)] = pack(values, piece)
+    work = out.with_name(out.name + ".part")
+    work.mkdir(parents=True, exist_ok=True)
+    raw = {**family.config_to_hf(config), "torch_dtype": str(dtype).removeprefix("torch.")}
+    (work / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    for name, content in (extra or {}).items():
+        (work / name).write_bytes(content)
+    save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+    work.replace(out)

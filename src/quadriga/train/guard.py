@@ -1,0 +1,77 @@
+"""Watching for steps that would do harm: a loss or gradient that is not finite, or far above the recent ones.
+
+    bad  <=>  not finite(loss), not finite(norm), or  x > mean + sigmas * deviation  for x = loss or log(norm)
+
+over the last ``window`` good steps (OLMo-core skips at 6 sigma of 128). The deviation never counts as less than 1 % of
+the mean loss or 0.1 in log(norm): late in a run they lie so close together that noise would be six of theirs. Plain
+arithmetic on numbers that all ranks share, so all ranks decide alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from statistics import fmean, pstdev
+
+from quadriga.errors import TrainingError
+from quadriga.train.config import GuardSection
+
+_FEW = 16
+"""Good steps before anything but NaN and infinity can be told from noise."""
+
+
+class SpikeGuard:
+    """Remembers recent steps and judges the next one."""
+
+    def __init__(self, section: GuardSection) -> None:
+        self.section = section
+        self._losses: deque[float] = deque(maxlen=section.window)
+        self._norms: deque[float] = deque(maxlen=section.window)
+        self._bad: list[int] = []
+
+    def judge(self, step: int, loss: float, norm: float) -> str | None:
+        """Why the step is bad, or None; a good step is remembered.
+
+        Raises:
+            TrainingError: ``limit`` bad steps within one window.
+        """
+        reason = self._reason(loss, norm)
+        if reason is None:
+            self._losses.append(loss)
+            self._norms.append(math.log(norm) if norm > 0 else -50.0)
+            return None
+        self._bad = [s for s in self._bad if step - self.section.window < s < step] + [step]
+        if len(self._bad) >= self.section.limit:
+            raise TrainingError(
+                f"{len(self._bad)} bad steps within {self.section.window}: {reason} at step {step}. Their batches are "
+                "in the run's spikes/ folder. Lower optimiser.learning_rate, look at the data, or raise guard.limit."
+            )
+        return reason
+
+    def _reason(self, loss: float, norm: float) -> str | None:
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return f"loss {loss:g}, gradient norm {norm:g}"
+        if not self.section.sigmas or len(self._losses) < min(_FEW, self.section.window):
+            return None
+        if _far_above(loss, self._losses, self.section.sigmas, 0.01 * abs(fmean(self._losses))):
+            return f"loss {loss:.3f} after a mean of {fmean(self._losses):.3f}"
+        if norm > 0 and _far_above(math.log(norm), self._norms, self.section.sigmas, 0.1):
+            return f"gradient norm {norm:.3g} after a mean of {math.exp(fmean(self._norms)):.3g}"
+        return None
+
+    def state(self) -> dict[str, list[float]]:
+        """For the checkpoint."""
+        return {"losses": list(self._losses), "norms": list(self._norms), "bad": [float(step) for step in self._bad]}
+
+    def load(self, state: dict[str, list[float]]) -> None:
+        """What :meth:`state` returned."""
+        self._losses.clear()
+        self._norms.clear()
+        self._losses.extend(state["losses"])
+        self._norms.extend(state["norms"])
+        self._bad = [int(step) for step in state["bad"]]
+
+
+def _far_above(value: float, window: Sequence[float] | deque[float], sigmas: float, least: float) -> bool:
+    return value > fmean(window) + sigmas * max(pstdev(window), least)

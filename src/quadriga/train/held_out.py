@@ -1,0 +1,104 @@
+"""What a run says about itself on the way: loss on held-out text by domain, and continuations to be read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quadriga.model.transformer import Transformer
+from quadriga.train.batch import IGNORE, Batch, BatchSource
+from quadriga.train.losses import final_hidden, head_weight
+from quadriga.train.parallel import Step
+from quadriga.train.world import World
+
+if TYPE_CHECKING:
+    from quadriga.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Of one domain."""
+
+    loss: float
+    """Nats a token."""
+    bits_per_byte: float | None
+    """The loss in bits a byte of text, which does not depend on the vocabulary; None where bytes are not known."""
+
+
+@torch.no_grad()
+def held_out_losses(step: Step, sources: Mapping[str, BatchSource], world: World) -> dict[str, HeldOutLoss]:
+    """Each domain's mean loss by the objective of ``step``; rows are shared among the ranks. Every rank calls this."""
+    step.eval()
+    found = {}
+    for domain, source in sources.items():
+        n_rows = source.n_rows(0)
+        share = -(-n_rows // world.size)
+        first = world.rank * share
+        counts = first < n_rows  # ranks without rows of their own run along: sharded models need every rank
+        batch = source.rows(0, first if counts else 0, min(first + share, n_rows) if counts else 1).to(world.device)
+        _, metrics = step(batch)
+        own = torch.stack([metrics["loss"].double().cpu(), torch.tensor(batch.target_weight(), dtype=torch.float64)])
+        total, weight = world.sum((own * counts).to(world.device)).tolist()
+        loss = total / max(weight, 1.0)
+        found[domain] = HeldOutLoss(loss, _bits_per_byte(loss, source))
+    step.train()
+    return found
+
+
+def _bits_per_byte(loss: float, source: BatchSource) -> float | None:
+    tokens, n_bytes = getattr(source, "n_tokens", None), getattr(source, "n_text_bytes", None)
+    return loss / math.log(2) * tokens / n_bytes if tokens and n_bytes else None
+
+
+class _LastLogits:
+    """An objective's place-holder that hands back the logits after the last token."""
+
+    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden, _ = final_hidden(model, batch)
+        logits = hidden[-1:].float() @ head_weight(model).float().t()
+        return logits[0] * model.config.logit_scale, {}
+
+
+@torch.no_grad()
+def continuation(step: Step, prompt: Sequence[int], n_tokens: int, end_ids: Sequence[int], world: World) -> list[int]:
+    """The most probable continuation of a prompt, token by token, without a cache; every rank calls this."""
+    ids = list(prompt)
+    objective, step.objective = step.objective, _LastLogits()
+    step.eval()
+    try:
+        for _ in range(n_tokens):
+            logits, _ = step(_one_document(ids).to(world.device))
+            ids.append(int(logits.argmax()))
+            if ids[-1] in end_ids:
+                break
+    finally:
+        step.objective = objective
+        step.train()
+    return ids[len(prompt) :]
+
+
+def _one_document(ids: Sequence[int]) -> Batch:
+    n = len(ids)
+    return Batch(
+        tokens=torch.tensor(list(ids)),
+        targets=torch.full((n,), IGNORE),
+        positions=torch.arange(n),
+        bounds=torch.tensor([0, n], dtype=torch.int32),
+        domains=torch.zeros(1, dtype=torch.int16),
+    )
+
+
+def samples(
+    step: Step, tokenizer: Tokenizer, prompts: Sequence[str], n_tokens: int, end_ids: Sequence[int], world: World
+) -> dict[str, str]:
+    """Prompt -> what the model continues it with."""
+    found = {}
+    for prompt in prompts:
+        ids = continuation(step, tokenizer.encode(prompt), n_tokens, end_ids, world)
+        found[prompt] = tokenizer.decode(ids)
+    return found

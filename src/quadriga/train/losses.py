@@ -1,0 +1,83 @@
+"""The objective of pre-training: the next token, and what keeps the routers in order.
+
+    total = sum_n w_n CE_n  +  W (balance_weight * balance + z_weight * z)      W: weight of the micro-step's targets
+
+The trainer divides by the weight of the whole batch, so the balance loss enters as its mean over micro-steps. Balance
+and z are taken over all tokens that run at the same time on all ranks: counts are summed over the ranks once per
+micro-step, in one message for all layers, and each rank adds the part of its own tokens. So their value and gradient
+are the same for any number of ranks, and idle experts or ranks change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quadriga.model.config import MoESpec
+from quadriga.model.moe import RouterStats
+from quadriga.model.router_loss import Form, Usage, balance_loss
+from quadriga.model.transformer import Transformer
+from quadriga.ops import training
+from quadriga.train.batch import Batch
+from quadriga.train.config import RouterSection
+from quadriga.train.context import DocumentContext
+from quadriga.train.world import World
+
+
+def final_hidden(model: Transformer, batch: Batch) -> tuple[Tensor, list[RouterStats]]:
+    """(hidden states after the last norm (N, D), routing of each layer): what every objective starts from."""
+    hidden, stats = model.hidden(batch.tokens, DocumentContext(batch))
+    return model.final_norm(hidden), stats
+
+
+def head_weight(model: Transformer) -> Tensor:
+    """The matrix that turns final hidden states into logits (V, D)."""
+    return model.embed.weight if model.lm_head is None else model.lm_head.weight
+
+
+class NextToken:
+    """Cross-entropy of the next token with balance and z losses; an ``Objective``."""
+
+    def __init__(self, ffn: object, section: RouterSection, world: World) -> None:
+        self.world = world
+        self.balance_weight = self.z_weight = 0.0
+        self.form: Form = section.balance_form
+        self.top_k = 1
+        if isinstance(ffn, MoESpec):
+            self.top_k = ffn.top_k
+            self.balance_weight = ffn.aux_loss_weight if section.balance_loss is None else section.balance_loss
+            self.z_weight = section.z_loss
+
+    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See ``Objective``."""
+        hidden, stats = final_hidden(model, batch)
+        weight, scale = head_weight(model), model.config.logit_scale
+        loss, _ = training.linear_cross_entropy(hidden, weight, batch.targets, batch.weights, logit_scale=scale)
+        metrics = {"loss": loss.detach()}
+        if stats:
+            extra, router_metrics = self.router_losses(stats, batch)
+            loss = loss + extra
+            metrics |= router_metrics
+        return loss, metrics
+
+    def router_losses(self, stats: Sequence[RouterStats], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(what is added to the summed loss, metrics to sum)."""
+        mask = batch.real()
+        usage = Usage.of(stats, mask)
+        own = torch.cat(
+            [usage.counts.flatten(), usage.n_tokens[None], usage.n_tokens.new_tensor([batch.target_weight()])]
+        )
+        together = self.world.sum(own)
+        counts = together[:-2].view_as(usage.counts)
+        n_tokens, weight = together[-2].clamp(min=1), together[-1]
+        balance = balance_loss(counts, usage.probs, n_tokens, self.top_k, self.form)
+        z = torch.stack([layer.logits[mask].logsumexp(-1).square().sum() for layer in stats]).sum() / n_tokens
+        extra = weight * (self.balance_weight * balance + self.z_weight * z)
+        metrics = {
+            "balance": (weight * balance).detach(),
+            "router_z": (weight * z).detach(),
+            "expert_counts": usage.counts.detach(),
+        }
+        return extra, metrics

@@ -1,0 +1,168 @@
+"""A run's numbers on disk: one JSON object a line in metrics.jsonl, TensorBoard's files if asked for.
+
+    {"step": 12, "loss": 7.31, "norm": 1.2, ...}       each step; "experts": [[...], ...] now and then
+    {"step": 200, "held_out": {"en": {...}}, "samples": {...}}
+    {"step": 321, "event": "..."}
+
+A resumed run removes the lines of steps it will run again, so every step is there once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quadriga.errors import ConfigError
+from quadriga.train.held_out import HeldOutLoss
+from quadriga.train.trainer import StepReport
+
+FILE = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Writes metrics.jsonl; a ``Listener``.
+
+    Args:
+        folder: the run's. step: where the run stands; later lines are removed.
+        peak_flops: the machine's, over all ranks, for the MFU; None leaves it out.
+        learning_rate: the peak. routing_every: steps between lines with expert counts.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, *, peak_flops: float | None, learning_rate: float, routing_every: int
+    ) -> None:
+        self.path = folder / FILE
+        self.peak_flops, self.learning_rate, self.routing_every = peak_flops, learning_rate, routing_every
+        self._keep_before(step)
+        self._file = self.path.open("a")
+
+    def _keep_before(self, step: int) -> None:
+        kept = [line for line in read(self.path) if _number(line) < step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.path)
+
+    def on_step(self, report: StepReport) -> None:
+        """A line a step."""
+        line: dict[str, Any] = {
+            "step": report.step,
+            "loss": round(report.loss, 6),
+            "norm": round(report.norm, 6),
+            "learning_rate": report.rate * self.learning_rate,
+            "tokens": report.tokens_seen,
+            "tokens_per_s": round(report.tokens / report.seconds, 1),
+            "seconds": round(report.seconds, 4),
+        }
+        if self.peak_flops:
+            line["mfu"] = round(report.flops / report.seconds / self.peak_flops, 4)
+        line |= {name: round(value, 6) for name, value in report.extra.items()}
+        if report.expert_counts is not None:
+            line["busiest_expert"] = round(busiest(report), 3)
+            if report.step % self.routing_every == 0:
+                line["experts"] = report.expert_counts.long().tolist()
+        if report.verdict is not None:
+            line["left_out"] = report.verdict
+        self._write(line)
+
+    def on_evaluation(self, step: int, losses: dict[str, HeldOutLoss], samples: dict[str, str]) -> None:
+        """A line an evaluation."""
+        held_out = {
+            domain: {
+                "loss": round(found.loss, 5),
+                **({} if found.bits_per_byte is None else {"bits_per_byte": round(found.bits_per_byte, 5)}),
+            }
+            for domain, found in losses.items()
+        }
+        self._write({"step": step, "held_out": held_out, "samples": samples})
+
+    def on_event(self, step: int, text: str) -> None:
+        """A line for whatever else happened."""
+        self._write({"step": step, "event": text})
+
+    def on_rollback(self, step: int) -> None:
+        """The steps from here on will come again."""
+        self._file.close()
+        events = [line for line in read(self.path) if "event" in line and _number(line) >= step]
+        self._keep_before(step)
+        self._file = self.path.open("a")
+        for line in events:
+            self._write({**line, "step": step})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _number(line: dict[str, Any]) -> int:
+    """The step a line belongs to; an evaluation after step n stands with step n - 1, which it followed."""
+    return int(line["step"]) - ("held_out" in line)
+
+
+def busiest(report: StepReport) -> float:
+    """The load of the busiest expert of any layer, as a multiple of an even share."""
+    assert report.expert_counts is not None, "a model with experts"
+    counts = report.expert_counts
+    return float((counts.amax(1) / counts.mean(1).clamp(min=1e-9)).max())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics file; one cut short by a kill is left out."""
+    found = []
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            found.append(value)
+    return found
+
+
+class TensorBoard:
+    """TensorBoard's event files in the run's folder; a ``Listener``. Needs the ``train`` extra.
+
+    Raises:
+        ConfigError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "log.tensorboard needs the tensorboard package: pip install 'quadriga[train]', or turn it off"
+            ) from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def on_step(self, report: StepReport) -> None:
+        """Scalars of a step."""
+        scalars = {"loss": report.loss, "norm": report.norm, "tokens_per_s": report.tokens / report.seconds}
+        for name, value in {**scalars, **report.extra}.items():
+            self._writer.add_scalar(f"train/{name}", value, report.step)
+
+    def on_evaluation(self, step: int, losses: dict[str, HeldOutLoss], samples: dict[str, str]) -> None:
+        """Losses by domain, and the samples."""
+        for domain, found in losses.items():
+            self._writer.add_scalar(f"held_out/{domain}", found.loss, step)
+        for prompt, text in samples.items():
+            self._writer.add_text(prompt[:60], text, step)
+
+    def on_event(self, step: int, text: str) -> None:
+        """As text."""
+        self._writer.add_text("event", text, step)
+
+    def on_rollback(self, step: int) -> None:
+        """TensorBoard shows both histories."""
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()

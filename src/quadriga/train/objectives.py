@@ -1,0 +1,207 @@
+"""What tuning minimises besides the next token: preferences, and rewards that can be checked.
+
+    logp(a)  sum of the log-probabilities of an answer's tokens            r  the reference: the model before tuning
+    DPO      -log sigmoid(beta [(logp(c) - logp_r(c)) - (logp(j) - logp_r(j))])          c chosen, j rejected
+    ORPO     -mean logp(c) - lambda log sigmoid(log odds(c) - log odds(j)),   odds = p / (1 - p), p = exp(mean logp)
+    GRPO     -A ratio + beta KL,  A = (reward - mean of its group) / (deviation of its group)
+
+Each returns a sum over pairs (or answers), which the trainer divides by their number: ``PackedSource`` gives the
+targets of a group a weight of one together. Sources: Rafailov et al. 2023 (arXiv 2305.18290), Hong et al. 2024
+(arXiv 2403.07691), Shao et al. 2024 (arXiv 2402.03300).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quadriga.model.lora import Factors
+from quadriga.model.transformer import Transformer
+from quadriga.ops import training
+from quadriga.train.batch import IGNORE, Batch
+from quadriga.train.losses import final_hidden, head_weight
+from quadriga.train.rollout import sample
+
+CHOSEN, REJECTED = 0, 1
+"""Domains of a pair's documents, in this order in every row."""
+
+
+def token_logprobs(model: Transformer, batch: Batch) -> Tensor:
+    """Log-probability of every target (N,), 0 where there is none; logits exist for a few hundred tokens at a time."""
+    hidden, _ = final_hidden(model, batch)
+    return -training.token_losses(hidden, head_weight(model), batch.targets, logit_scale=model.config.logit_scale)
+
+
+def per_document(values: Tensor, batch: Batch) -> Tensor:
+    """Sums over each document: (N,) -> (documents,)."""
+    lengths = batch.bounds.diff().long().to(values.device)
+    document = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
+    return torch.zeros(len(lengths), dtype=values.dtype, device=values.device).index_add(0, document, values)
+
+
+def pairs(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The chosen and the rejected documents' values, pair by pair."""
+    domains = batch.domains.to(values.device)
+    return values[domains == CHOSEN], values[domains == REJECTED]
+
+
+@contextlib.contextmanager
+def without_adapter(model: Transformer) -> Iterator[None]:
+    """The model as it was before its adapter: every scale is 0 inside the block."""
+    factors = [module for module in model.modules() if isinstance(module, Factors)]
+    scales = [one.scale for one in factors]
+    for one in factors:
+        one.scale = 0.0
+    try:
+        yield
+    finally:
+        for one, scale in zip(factors, scales, strict=True):
+            one.scale = scale
+
+
+class Reference:
+    """Log-probabilities under the model before tuning: without its adapter, or by a frozen copy of it."""
+
+    def __init__(self, frozen: Transformer | None) -> None:
+        self.frozen = frozen
+
+    @torch.no_grad()
+    def __call__(self, model: Transformer, batch: Batch) -> Tensor:
+        """(N,) as :func:`token_logprobs`."""
+        if self.frozen is not None:
+            return token_logprobs(self.frozen, batch)
+        training_now = model.training
+        model.eval()  # no dropout in the reference
+        try:
+            with without_adapter(model):
+                return token_logprobs(model, batch)
+        finally:
+            model.train(training_now)
+
+
+class DPO:
+    """Direct preference optimisation; an ``Objective``."""
+
+    def __init__(self, reference: Reference, beta: float) -> None:
+        self.reference, self.beta = reference, beta
+
+    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See ``Objective``: the sum over pairs."""
+        chosen, rejected = pairs(per_document(token_logprobs(model, batch), batch), batch)
+        chosen_r, rejected_r = pairs(per_document(self.reference(model, batch), batch), batch)
+        margin = (chosen - chosen_r) - (rejected - rejected_r)
+        loss = -F.logsigmoid(self.beta * margin).sum()
+        return loss, {
+            "loss": loss.detach(),
+            "accuracy": (margin > 0).sum().float(),
+            "margin": margin.detach().sum(),
+        }
+
+
+class ORPO:
+    """Odds-ratio preference optimisation; needs no reference. An ``Objective``."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See ``Objective``: the sum over pairs."""
+        counts = per_document((batch.targets != IGNORE).float(), batch).clamp(min=1)
+        chosen, rejected = pairs(per_document(token_logprobs(model, batch), batch) / counts, batch)
+        ratio = _log_odds(chosen) - _log_odds(rejected)
+        loss = (-chosen - self.weight * F.logsigmoid(ratio)).sum()
+        return loss, {
+            "loss": loss.detach(),
+            "accuracy": (ratio > 0).sum().float(),
+            "nll": -chosen.detach().sum(),
+        }
+
+
+def _log_odds(logp: Tensor) -> Tensor:
+    """log(p / (1 - p)) of p = exp(logp) < 1, without forming 1 - p where p is near 1."""
+    below = logp.clamp(max=-1e-6)
+    return below - torch.log(-torch.expm1(below))
+
+
+class GRPO:
+    """Group relative policy optimisation; an ``Objective`` over prompts whose answers can be checked.
+
+    Every pass samples ``n_samples`` answers to each prompt of the batch from the model as it is, so the probability
+    ratio is 1 in value and the policy gradient is exact; there is nothing to clip.
+
+    Args:
+        reward: (prompt ids, answer ids) -> number.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        reward: Callable[[Sequence[int], Sequence[int]], float],
+        *,
+        n_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        kl_weight: float,
+        end_ids: Collection[int],
+    ) -> None:
+        self.reference, self.reward, self.kl_weight = reference, reward, kl_weight
+        self.n_samples, self.max_new_tokens, self.temperature = n_samples, max_new_tokens, temperature
+        self.end_ids = end_ids
+
+    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See ``Objective``: the sum over prompts of the mean over their samples."""
+        documents, advantages, rewards = [], [], []
+        bounds = batch.bounds.tolist()
+        model.eval()  # the policy that is sampled is the one without dropout
+        for first, last in itertools.pairwise(bounds):
+            if bool((batch.targets[first:last] == IGNORE).all()):
+                continue  # padding
+            prompt = batch.tokens[first:last].tolist()
+            answers = sample(
+                model, prompt, self.n_samples, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
+                end_ids=self.end_ids,
+            )  # fmt: skip
+            group = torch.tensor([self.reward(prompt, answer) for answer in answers])
+            rewards.append(group)
+            advantages.append((group - group.mean()) / (group.std(unbiased=False) + 1e-4))
+            documents += [(prompt, answer) for answer in answers]
+        model.train()
+        rolled = _answers(documents, batch.tokens.device)
+        loss = self.loss(model, rolled, torch.cat(advantages).to(batch.tokens.device))
+        return loss, {"loss": loss.detach(), "reward": torch.stack([group.mean() for group in rewards]).sum()}
+
+    def loss(self, model: Transformer, rolled: Batch, advantages: Tensor) -> Tensor:
+        """Of answers whose advantages (documents,) are known: mean over tokens, then over a group's samples."""
+        logp = token_logprobs(model, rolled)
+        ratio = torch.exp(logp - logp.detach())
+        counts = per_document((rolled.targets != IGNORE).float(), rolled).clamp(min=1)
+        each = -per_document(ratio * (rolled.targets != IGNORE), rolled) / counts * advantages
+        if self.kl_weight:
+            behind = self.reference(model, rolled) - logp  # Schulman's k3 estimate: never negative
+            each = each + self.kl_weight * per_document(torch.exp(behind) - behind - 1, rolled) / counts
+        return each.sum() / self.n_samples
+
+
+def _answers(documents: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> Batch:
+    """Prompts with their answers, end to end, targets on the answers."""
+    ids: list[int] = []
+    targets: list[int] = []
+    bounds = [0]
+    for prompt, answer in documents:
+        both = [*prompt, *answer]
+        ids += both
+        targets += [IGNORE] * (len(prompt) - 1) + [*answer, IGNORE]
+        bounds.append(len(ids))
+    limits = torch.tensor(bounds)
+    return Batch(
+        tokens=torch.tensor(ids, device=device),
+        targets=torch.tensor(targets, device=device),
+        positions=(torch.arange(len(ids)) - torch.repeat_interleave(limits[:-1], limits.diff())).to(device),
+        bounds=limits.int(),
+        domains=torch.zeros(len(documents), dtype=torch.int16),
+    )

@@ -1,0 +1,183 @@
+"""The optimisers: AdamW (torch's fused one), Lion, and Muon for matrices and stacks of experts.
+
+    AdamW   m, v = moments of g;            w -= lr (m / (sqrt(v) + eps) + decay w)
+    Lion    w -= lr (sign(b1 m + (1 - b1) g) + decay w);   m = b2 m + (1 - b2) g          (Chen et al. 2023)
+    Muon    m = b m + g;  u = newton_schulz(g + b m);  w -= lr (sqrt(max(1, rows / columns)) u + decay w)
+                                                                                          (Jordan et al. 2024)
+
+Muon treats every expert of a stack as a matrix of its own, all of a layer in one batched product; torch.optim.Muon
+refuses stacks. A matrix that is sharded over ranks is gathered for its update, a stack of whole experts is not.
+Norms, the router and the two token tables are left to AdamW beside Muon. Norms and the router have no weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from quadriga.train.config import OptimiserSection
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration (Jordan et al. 2024): steep at 0, singular values end within [0.7, 1.2]."""
+
+
+def decays(name: str) -> bool:
+    """True for the parameters that weight decay pulls on: matrices, tables and experts."""
+    return not name.endswith("norm.weight") and ".router." not in name and ".fuse." not in name
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """True for what Muon updates: the matrices inside the layers, except the router."""
+    return name.startswith("layers.") and parameter.ndim >= 2 and ".router." not in name
+
+
+class Lion(torch.optim.Optimizer):
+    """Sign of an interpolated momentum; half of AdamW's state."""
+
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update from the gradients at hand."""
+        assert closure is None, "the trainer computes gradients itself"
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                w, g = local(p), local(p.grad)
+                m = local(_momentum(self.state[p], p))
+                w.mul_(1 - group["lr"] * group["weight_decay"])
+                w.add_(torch.lerp(g, m, b1).sign_(), alpha=-group["lr"])
+                m.lerp_(g, 1 - b2)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal; for matrices (R, C) and stacks (E, R, C)."""
+
+    def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update from the gradients at hand."""
+        assert closure is None, "the trainer computes gradients itself"
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                m = _momentum(self.state[p], p)
+                local(m).mul_(group["momentum"]).add_(local(p.grad))
+                update = orthogonal(p.grad.add(m, alpha=group["momentum"]))
+                scale = max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5
+                w = local(p)
+                w.mul_(1 - group["lr"] * group["weight_decay"])
+                w.add_(local(update), alpha=-group["lr"] * scale)
+
+
+def _momentum(state: dict[str, Any], parameter: Tensor) -> Tensor:
+    if "exp_avg" not in state:
+        state["exp_avg"] = torch.zeros_like(parameter)
+    momentum: Tensor = state["exp_avg"]
+    return momentum
+
+
+def orthogonal(update: Tensor) -> Tensor:
+    """:func:`newton_schulz` of every matrix; where ranks hold parts of matrices they are put together first."""
+    if not isinstance(update, DTensor):
+        return newton_schulz(update)
+    mesh, placements = update.device_mesh, update.placements
+    if all(not isinstance(p, Shard) or p.dim < update.ndim - 2 for p in placements):
+        own = newton_schulz(update.to_local())
+        made: Tensor = DTensor.from_local(own, mesh, placements, shape=update.shape, stride=update.stride())
+        return made
+    return distribute_tensor(newton_schulz(update.full_tensor()), mesh, placements, src_data_rank=None)
+
+
+def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest (semi-)orthogonal matrix to each of (..., R, C), roughly: singular values become about 1."""
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.transpose(-2, -1) if tall else x
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.transpose(-2, -1)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.transpose(-2, -1) if tall else x
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    part: Tensor = x.to_local() if isinstance(x, DTensor) else x
+    return part
+
+
+class Optimiser:
+    """One or two torch optimisers over named parameters, driven by a share of their peak rates.
+
+    Args:
+        parameters: name -> master parameter, float32, the ones to train.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], section: OptimiserSection) -> None:
+        self.names = {parameter: name for name, parameter in parameters.items()}
+        rest = dict(parameters)
+        self.parts: list[torch.optim.Optimizer] = []
+        if section.name == "muon":
+            hidden = {name: p for name, p in rest.items() if is_hidden_matrix(name, p)}
+            rest = {name: p for name, p in rest.items() if name not in hidden}
+            if hidden:
+                groups = _groups(hidden, section.weight_decay)
+                self.parts.append(Muon(groups, section.muon_learning_rate, section.momentum))
+        if rest:
+            groups = _groups(rest, section.weight_decay)
+            if section.name == "lion":
+                self.parts.append(Lion(groups, section.learning_rate, section.betas))
+            else:
+                self.parts.append(
+                    torch.optim.AdamW(
+                        groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True
+                    )
+                )
+        self._peaks = [part.defaults["lr"] for part in self.parts]
+        self._zero_state()
+
+    def step(self, share: float) -> None:
+        """Update every parameter that has a gradient, at ``share`` of the peak rates."""
+        for part, peak in zip(self.parts, self._peaks, strict=True):
+            for group in part.param_groups:
+                group["lr"] = peak * share
+            part.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """``name/key`` -> tensor, for the checkpoint; the tensors themselves."""
+        return {
+            f"{self.names[p]}/{key}": value
+            for part in self.parts
+            for p, entries in part.state.items()
+            for key, value in entries.items()
+        }
+
+    def _zero_state(self) -> None:
+        """The state as it is before the first step, all zero, so that any checkpoint can be loaded into it."""
+        for part in self.parts:
+            adamw = isinstance(part, torch.optim.AdamW)
+            for p in (p for group in part.param_groups for p in group["params"]):
+                part.state[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")[: 1 + adamw]}
+                if adamw:
+                    part.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=local(p).device)
+
+
+def _groups(parameters: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    groups = []
+    for wanted, decay in ((True, weight_decay), (False, 0.0)):
+        chosen = [p for name, p in parameters.items() if decays(name) is wanted]
+        if chosen:
+            groups.append({"params": chosen, "weight_decay": decay})
+    return groups

@@ -1,0 +1,190 @@
+"""How a model is spread over ranks: FSDP2 or HSDP over a DeviceMesh, experts over neighbouring ranks.
+
+    ranks            replicate x shard                         every parameter but the experts: FSDP2 on this mesh
+                     (replicate x shard / experts) x experts   the experts: whole ones on each rank of the inner axis
+                                                               (all-to-all), their columns sharded over the outer one
+
+Expert parallelism borrows the ranks of data parallelism (torchtitan, Megatron-LM), so every rank has rows of its own.
+Gradients are sums over ranks, never means: the trainer divides by the whole batch's weight before the backward pass.
+One process has no mesh; bfloat16 then computes on copies of the masters (:class:`Masters`), with several ranks FSDP2
+makes the copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from quadriga import ops
+from quadriga.errors import ConfigError
+from quadriga.model.moe import ExpertCompute, MoE
+from quadriga.model.transformer import Block, Transformer
+from quadriga.ops import training
+from quadriga.train.batch import Batch, Objective
+from quadriga.train.config import ParallelSection
+from quadriga.train.expert_parallel import AllToAllExperts
+from quadriga.train.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Step(nn.Module):
+    """Model and objective as one module: FSDP2 gathers parameters around a module's forward, so the loss is in it."""
+
+    def __init__(self, model: Transformer, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of a batch."""
+        loss, metrics = self.objective(self.model, batch)
+        return loss, dict(metrics)
+
+
+def prepare(model: Transformer, objective: Objective, section: ParallelSection, world: World) -> Step:
+    """A model ready to train: on its device, with training's compute, recomputing, sharded where there are ranks.
+
+    Raises:
+        ConfigError: ranks that cannot be laid out as asked.
+    """
+    check_layout(model, section, world)
+    model.to(world.device)
+    on_host = world.device.type == "cpu"
+    own: ExpertCompute = training.experts if on_host else ops.experts
+    for moe in mixtures(model):
+        moe.compute = own
+    blocks = [layer for layer in model.layers if isinstance(layer, Block)]
+    for block in blocks:
+        if section.compile:
+            block.compile()
+        if section.recompute:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    step = Step(model, objective)
+    if world.size > 1:
+        _shard(step, blocks, section, world, own)
+    return step
+
+
+def check_layout(model: Transformer, section: ParallelSection, world: World) -> None:
+    """Refuse meshes that do not exist."""
+    size, replicate, experts = world.size, section.replicate, section.experts
+    if size % replicate:
+        raise ConfigError(f"parallel.replicate must divide the number of ranks: got {replicate} and {size} ranks")
+    if size % experts:
+        raise ConfigError(f"parallel.experts must divide the number of ranks: got {experts} and {size} ranks")
+    for moe in mixtures(model)[:1]:
+        if moe.spec.n_experts % experts:
+            raise ConfigError(f"parallel.experts must divide the model's {moe.spec.n_experts} experts: got {experts}")
+    if experts > 1 and not mixtures(model):
+        raise ConfigError(f"parallel.experts={experts} needs a model with experts; this one is dense")
+    if experts > 1 and replicate > 1:
+        raise ConfigError("parallel.experts and parallel.replicate together are not supported; use shard with experts")
+
+
+def mixtures(model: Transformer) -> list[MoE]:
+    """The mixture of every layer; empty for a dense model."""
+    return [layer.moe for layer in model.layers if isinstance(layer, Block) and layer.moe is not None]
+
+
+def _shard(step: Step, blocks: Iterable[Block], section: ParallelSection, world: World, own: ExpertCompute) -> None:
+    kind = world.device.type
+    mesh = init_device_mesh(
+        kind, (section.replicate, world.size // section.replicate), mesh_dim_names=("replicate", "shard")
+    )
+    data_mesh = mesh["shard"] if section.replicate == 1 else mesh
+    expert_mesh = None
+    if section.experts > 1:
+        expert_mesh = init_device_mesh(
+            kind, (world.size // section.experts, section.experts), mesh_dim_names=("outer", "experts")
+        )
+    dtype = DTYPES[section.dtype]
+    narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    wide = MixedPrecisionPolicy(cast_forward_inputs=False)
+    shard: Callable[..., FSDPModule] = partial(fully_shard, mesh=data_mesh, mp_policy=narrow)
+    for block in blocks:
+        if block.moe is not None:
+            # The router computes in float32 whatever the rest does.
+            _sum_gradients(fully_shard(block.moe.router, mesh=data_mesh, mp_policy=wide))
+            if expert_mesh is not None:
+                _spread_experts(block.moe, expert_mesh, narrow, own)
+        _sum_gradients(shard(block))
+    _sum_gradients(shard(step))
+
+
+def _spread_experts(moe: MoE, mesh: DeviceMesh, policy: MixedPrecisionPolicy, own: ExpertCompute) -> None:
+    inner, outer = mesh["experts"], mesh["outer"]
+    for name in ("w_gate", "w_up", "w_down"):
+        whole = getattr(moe, name)
+        part = distribute_tensor(whole.detach(), inner, [Shard(0)], src_data_rank=None)
+        setattr(moe, name, nn.Parameter(part, requires_grad=whole.requires_grad))
+    moe.compute = AllToAllExperts(inner.get_group(), own)
+    placement = lambda parameter: Shard(1) if parameter.ndim == 3 else Shard(0)  # noqa: E731
+    _sum_gradients(fully_shard(moe, mesh=outer, mp_policy=policy, shard_placement_fn=placement))
+
+
+def _sum_gradients(module: FSDPModule) -> None:
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+def replicas(parameter: Tensor, world: World) -> int:
+    """How many ranks hold the same part of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return world.size
+    parts = 1
+    for axis, placement in enumerate(parameter.placements):
+        if not isinstance(placement, Replicate):
+            parts *= parameter.device_mesh.size(axis)
+    return world.size // parts
+
+
+class Masters:
+    """The parameters that an optimiser updates, float32, by name; computed with as they are or as bfloat16 copies.
+
+    In one process with ``dtype`` bfloat16 the model's parameters become copies, whose gradients are added to the
+    masters' as soon as they exist, so several micro-steps add up in float32 and no second set of gradients is kept.
+    The router stays float32.
+    """
+
+    def __init__(self, model: Transformer, dtype: str, world: World) -> None:
+        self.by_name: dict[str, Tensor] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        narrow = world.size == 1 and dtype != "float32"
+        for name, parameter in model.named_parameters():
+            if not narrow or ".router." in name:
+                if parameter.requires_grad:
+                    self.by_name[name] = parameter
+                continue
+            master = parameter.detach().clone()
+            parameter.data = master.to(DTYPES[dtype])
+            if parameter.requires_grad:
+                self.by_name[name] = master.requires_grad_()
+                self._copies.append((master, parameter))
+                parameter.register_post_accumulate_grad_hook(partial(_add_to_master, master))  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the copies what the masters are now."""
+        for master, copy in self._copies:
+            copy.copy_(master)
+
+
+def _add_to_master(master: Tensor, copy: Tensor) -> None:
+    assert copy.grad is not None, "the hook runs when a gradient was added"
+    if master.grad is None:
+        master.grad = copy.grad.float()
+    else:
+        master.grad.add_(copy.grad)
+    copy.grad = None

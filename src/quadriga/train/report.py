@@ -1,0 +1,217 @@
+"""A run as one HTML file with nothing to fetch: curves, the load of every expert over time, samples, events.
+
+Drawn from metrics.jsonl alone, as inline SVG; can be made again at any time, for a run of any length: curves are
+averaged into at most 400 points, the heatmap into 120 columns.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from quadriga.train.metrics import FILE, read
+
+_POINTS = 400
+_COLUMNS = 120
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 220, 56, 24
+_COLOURS = ("#2f6fde", "#d1495b", "#2a9d6f", "#b07d12", "#7b4fc9", "#3aa0b8", "#8a5a44", "#555555")
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d2330; --paper: #ffffff; --rule: #d8dce5; --soft: #667085; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e7eaf0; --paper: #14171d; --rule: #2c323d; --soft: #98a2b3; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
+  max-width: 780px; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
+svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
+.frame { stroke: var(--rule); fill: none; } table { border-collapse: collapse; }
+td, th { padding: .2rem .8rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums; }
+th { color: var(--soft); }
+td:first-child, th:first-child { text-align: left; } pre { white-space: pre-wrap; border-left: 3px solid var(--rule);
+  padding-left: .8rem; } .soft { color: var(--soft); }
+"""
+
+Series = tuple[str, list[tuple[float, float]]]
+
+
+def write(folder: Path) -> Path:
+    """Write FOLDER/report.html from FOLDER/metrics.jsonl; returns its path."""
+    place = folder / "report.html"
+    temporary = place.with_suffix(".tmp")
+    temporary.write_text(render(read(folder / FILE), folder.resolve().name))
+    temporary.replace(place)
+    return place
+
+
+def render(lines: Sequence[dict[str, Any]], title: str) -> str:
+    """The page."""
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "held_out" in line]
+    parts = [f"<h1>{html.escape(title)}</h1>", _summary(steps, evaluations)]
+    parts += _plot_section("Loss", [_series(steps, "loss", "train"), *_held_out(evaluations)], "nats per token")
+    for key, name, unit in (
+        ("learning_rate", "Learning rate", "peak rate x schedule"),
+        ("norm", "Gradient norm", "before clipping"),
+        ("tokens_per_s", "Speed", "tokens per second"),
+        ("mfu", "Use of the machine", "share of the measured matrix-product peak"),
+        ("balance", "Router balance loss", "1 (megablocks) or k (hf) is even"),
+        ("busiest_expert", "Busiest expert", "load of the busiest expert of any layer; 1 is even"),
+    ):
+        parts += _plot_section(name, [_series(steps, key, key)], unit)
+    parts += _heatmaps([line for line in steps if "experts" in line])
+    parts += _samples(evaluations)
+    parts += _events(lines)
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def _summary(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> str:
+    if not steps:
+        return '<p class="soft">No step has been made yet.</p>'
+    last = steps[-1]
+    seconds = sum(line["seconds"] for line in steps)
+    text = (
+        f"{last['step'] + 1:,} steps, {last['tokens']:,} tokens, {seconds / 3600:.2f} h of steps, "
+        f"last loss {last['loss']:.4f}"
+    )
+    rows = ""
+    if evaluations:
+        found = evaluations[-1]["held_out"]
+        rows = "<table><tr><th>held out</th><th>loss</th><th>bits per byte</th></tr>"
+        for domain, entry in found.items():
+            bits = f"{entry['bits_per_byte']:.4f}" if "bits_per_byte" in entry else "–"
+            rows += f"<tr><td>{html.escape(domain)}</td><td>{entry['loss']:.4f}</td><td>{bits}</td></tr>"
+        rows += "</table>"
+    return f"<p>{text}</p>{rows}"
+
+
+def _series(lines: Sequence[dict[str, Any]], key: str, name: str) -> Series:
+    points = [(float(line["step"]), float(line[key])) for line in lines if isinstance(line.get(key), (int, float))]
+    return name, thin([point for point in points if math.isfinite(point[1])], _POINTS)
+
+
+def _held_out(evaluations: Sequence[dict[str, Any]]) -> list[Series]:
+    domains = sorted({domain for line in evaluations for domain in line["held_out"]})
+    return [
+        (
+            domain,
+            [(line["step"], line["held_out"][domain]["loss"]) for line in evaluations if domain in line["held_out"]],
+        )
+        for domain in domains
+    ]
+
+
+def thin(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most ``most`` points, each the mean of its neighbours."""
+    size = max(1, -(-len(points) // most))
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def _plot_section(name: str, series: Sequence[Series], unit: str) -> list[str]:
+    drawn = [(label, points) for label, points in series if points]
+    if not drawn:
+        return []
+    return [f'<h2>{html.escape(name)} <span class="soft">{html.escape(unit)}</span></h2>', plot(drawn)]
+
+
+def plot(series: Sequence[Series]) -> str:
+    """Lines over a common pair of axes, as SVG."""
+    xs = [x for _, points in series for x, _ in points]
+    ys = [y for _, points in series for _, y in points]
+    x_of, y_of = _axis(xs, _LEFT, _WIDTH - 8), _axis(ys, _HEIGHT - _BOTTOM, 10)
+    parts = [f'<rect class="frame" x="{_LEFT}" y="10" width="{_WIDTH - 8 - _LEFT}" height="{_HEIGHT - _BOTTOM - 10}"/>']
+    for value in ticks(min(ys), max(ys)):
+        y = y_of(value)
+        parts.append(f'<line class="frame" x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for value in ticks(min(xs), max(xs)):
+        parts.append(f'<text x="{x_of(value):.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{value:g}</text>')
+    for i, (label, points) in enumerate(series):
+        colour = _COLOURS[i % len(_COLOURS)]
+        path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in points)
+        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{path}"/>')
+        if len(series) > 1:
+            x, y = _WIDTH - 16, 24 + 14 * i
+            parts.append(f'<text x="{x}" y="{y}" text-anchor="end" style="fill:{colour}">{html.escape(label)}</text>')
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+
+
+def _axis(values: Sequence[float], start: float, stop: float) -> Callable[[float], float]:
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return lambda value: start + (value - low) / span * (stop - start)
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round values within [low, high]."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / most
+    size = 10 ** math.floor(math.log10(raw))
+    step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw)
+    first = math.ceil(low / step)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step) + 1)]
+
+
+def _heatmaps(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """The load of every expert over time, all layers below one another."""
+    if not lines:
+        return []
+    n_layers = len(lines[0]["experts"])
+    size = max(1, -(-len(lines) // _COLUMNS))
+    columns = [lines[i : i + size] for i in range(0, len(lines), size)]
+    parts = [
+        '<h2>Expert load <span class="soft">a row an expert, time to the right; pale: idle, strong: twice an even share'
+        "</span></h2>"
+    ]
+    for layer in range(n_layers):
+        loads = []
+        for column in columns:
+            sums = [sum(values) for values in zip(*(line["experts"][layer] for line in column), strict=True)]
+            mean = sum(sums) / len(sums) or 1.0
+            loads.append([value / mean for value in sums])
+        parts.append(f'<p class="soft">layer {layer}</p>{heatmap(loads)}')
+    return parts
+
+
+def heatmap(loads: Sequence[Sequence[float]]) -> str:
+    """Columns of loads (1 is even) as SVG."""
+    n_experts = len(loads[0])
+    width, cell = (_WIDTH - _LEFT - 8) / len(loads), max(2.0, min(9.0, 144 / n_experts))
+    cells = []
+    for i, column in enumerate(loads):
+        for e, load in enumerate(column):
+            strength = min(1.0, load / 2)
+            x, y = _LEFT + i * width, e * cell
+            cells.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{width + 0.3:.1f}" height="{cell + 0.3:.1f}" '
+                f'fill="#d1495b" fill-opacity="{strength:.2f}"/>'
+            )
+    height = n_experts * cell
+    frame = f'<rect class="frame" x="{_LEFT}" y="0" width="{_WIDTH - 8 - _LEFT}" height="{height:.0f}"/>'
+    return f'<svg viewBox="0 0 {_WIDTH} {height + 2:.0f}" role="img">{"".join(cells)}{frame}</svg>'
+
+
+def _samples(evaluations: Sequence[dict[str, Any]]) -> list[str]:
+    shown = [line for line in evaluations if line.get("samples")]
+    if not shown:
+        return []
+    chosen = {id(line): line for line in (shown[0], shown[len(shown) // 2], shown[-1])}
+    parts = ["<h2>Samples</h2>"]
+    for line in chosen.values():
+        parts.append(f'<p class="soft">after step {line["step"]}</p>')
+        for prompt, text in line["samples"].items():
+            parts.append(f"<pre><b>{html.escape(prompt)}</b>{html.escape(text)}</pre>")
+    return parts
+
+
+def _events(lines: Sequence[dict[str, Any]]) -> list[str]:
+    rows = [f"<li>step {line['step']}: {html.escape(line['event'])}</li>" for line in lines if "event" in line]
+    return ["<h2>Events</h2>", f"<ul>{''.join(rows)}</ul>"] if rows else []

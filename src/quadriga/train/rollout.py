@@ -1,0 +1,95 @@
+"""Sampling inside training, and rewards that can be checked: what GRPO learns from.
+
+One prompt at a time, its samples together: the prompt runs once, its keys and values are shared by all samples, which
+then grow a token a step. This is no serving engine (``quadriga.engine`` is, and training never imports it): it exists
+so that the policy that is sampled is the very module that is trained, adapters and all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from quadriga.model.context import PackedContext, Scoring
+from quadriga.model.transformer import Transformer
+
+
+class _Samples:
+    """A ``ForwardContext``: G samples of one prompt, each one token further at every pass."""
+
+    def __init__(self, prompt: PackedContext, n_samples: int) -> None:
+        self.positions = prompt.positions
+        self._prompt, self._n = prompt, n_samples
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._decoding = False
+
+    def advance(self, position: int) -> None:
+        """From now on every pass is one token of each sample, at this position."""
+        self._decoding = True
+        self.positions = torch.full((self._n,), position, device=self.positions.device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        """See ``ForwardContext``."""
+        if not self._decoding:
+            # (G, K, T, d): one prompt, seen by all samples
+            self._keys[layer] = k.transpose(0, 1)[None].expand(self._n, -1, -1, -1)
+            self._values[layer] = v.transpose(0, 1)[None].expand(self._n, -1, -1, -1)
+            return self._prompt.attend(layer, q, k, v, scoring)
+        self._keys[layer] = torch.cat((self._keys[layer], k[:, :, None]), dim=2)
+        self._values[layer] = torch.cat((self._values[layer], v[:, :, None]), dim=2)
+        return scoring.attention(q[:, :, None], self._keys[layer], self._values[layer])[:, :, 0]
+
+
+@torch.no_grad()
+def sample(
+    model: Transformer,
+    prompt: Sequence[int],
+    n_samples: int,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    end_ids: Collection[int],
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """Continuations of one prompt drawn from the model's own distribution; each ends after an end token or the limit.
+
+    Args:
+        temperature: above 0.
+    """
+    device = next(model.parameters()).device
+    before = PackedContext([len(prompt)], device)
+    context = _Samples(before, n_samples)
+    tokens = torch.tensor(list(prompt), device=device)
+    logits = model(tokens, context, rows=torch.tensor([len(prompt) - 1], device=device)).logits
+    logits = logits.expand(n_samples, -1)
+    done = torch.zeros(n_samples, dtype=torch.bool)
+    found: list[list[int]] = [[] for _ in range(n_samples)]
+    for step in range(max_new_tokens):
+        drawn = torch.multinomial((logits.cpu() / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        for i, token in enumerate(drawn.tolist()):
+            if not done[i]:
+                found[i].append(token)
+                done[i] = token in end_ids
+        if bool(done.all()) or step == max_new_tokens - 1:
+            break
+        context.advance(len(prompt) + step)
+        logits = model(drawn.to(device), context).logits
+    return found
+
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def number_reward(text: str, answer: str) -> float:
+    """1 if the last number of a text is the answer's (GSM8K: what follows ####), else 0."""
+    wanted, got = (_last_number(one) for one in (answer.rpartition("####")[2], text))
+    return float(wanted is not None and got is not None and abs(wanted - got) < 1e-6)
+
+
+def _last_number(text: str) -> float | None:
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None

@@ -1,0 +1,212 @@
+"""A pre-training run from its configuration: build everything, go on where it stopped, train, report, export.
+
+    RunConfig ─► corpora, vocabulary ─► model ─► Trainer ─► resume? ─► train ─► report.html
+
+Several processes may run this at once under torchrun; the first holds the folder's lock and writes everything but its
+peers' parts of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import msgspec
+import torch
+
+from quadriga import runtime
+from quadriga.checkpoint import catalogue
+from quadriga.errors import ConfigError
+from quadriga.model.config import ModelConfig
+from quadriga.model.transformer import Transformer
+from quadriga.text.tokenizer import Tokenizer, load_directory
+from quadriga.train import report
+from quadriga.train.config import RunConfig
+from quadriga.train.held_out import HeldOutLoss, held_out_losses, samples
+from quadriga.train.initialise import model_config, new_parameters, start_from
+from quadriga.train.loader import HeldOutSource, open_corpora, open_held_out, open_source
+from quadriga.train.losses import NextToken
+from quadriga.train.metrics import MetricsFile, TensorBoard
+from quadriga.train.run_directory import RunDirectory
+from quadriga.train.trainer import Trainer
+from quadriga.train.view import Screen
+from quadriga.train.world import World
+
+Resume = Literal["auto", "never", "must"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of :func:`train` ended."""
+
+    done: bool
+    """False: it was stopped and can be resumed."""
+    step: int
+    folder: Path
+
+
+def train(config: RunConfig, *, resume: Resume = "auto", stop: Callable[[], bool] | None = None) -> Outcome:
+    """Run a configuration to its end, or until SIGTERM, SIGINT or ``stop``.
+
+    Args:
+        resume: "auto" goes on from the newest checkpoint if there is one; "never" refuses a folder that has some;
+            "must" refuses one that has none.
+
+    Raises:
+        ConfigError, CorpusError, CheckpointError: a configuration, data or checkpoints that cannot be used.
+        TrainingError: the run diverged, lost ranks, or could not save.
+    """
+    runtime.keep_freed_memory()
+    world = World.join(config.parallel.device, config.parallel.timeout_s)
+    run = RunDirectory(Path(config.run).expanduser())
+    try:
+        with run.locked() if world.first else contextlib.nullcontext(), _signals() as asked, runtime.quick_float32(512):
+            return _train(config, run, world, resume, lambda: asked() or (stop is not None and stop()))
+    finally:
+        world.leave()
+
+
+def _train(config: RunConfig, run: RunDirectory, world: World, resume: Resume, stop: Callable[[], bool]) -> Outcome:
+    if world.first:
+        run.clean()
+    world.wait()
+    has_some = bool(run.steps())
+    if resume == "never" and has_some:
+        raise ConfigError(f"{run.path} has checkpoints already; resume it with --resume auto, or choose another run")
+    if resume == "must" and not has_some:
+        raise ConfigError(f"{run.path} has no checkpoint to resume from")
+    source = open_source(config.data)
+    if config.n_steps > source.n_steps:
+        raise ConfigError(
+            f"schedule.steps={config.n_steps} is more than the curriculum's {source.n_steps}; add a stage to [data]"
+        )
+    tokenizer = corpus_tokenizer(config)
+    architecture, parameters = _model(config)
+    longest = max(stage.seq_len for stage in config.data.stages)
+    if longest > architecture.max_seq_len:
+        raise ConfigError(
+            f"model.max_seq_len must be at least the longest stage's {longest}: {architecture.max_seq_len}"
+        )
+    model = Transformer.from_parameters(architecture, parameters)
+    trainer = Trainer(
+        config, model, source, NextToken(architecture.ffn, config.router, world), world=world, run=run,
+        evaluate_every=config.evaluate.every,
+    )  # fmt: skip
+    if has_some:
+        trainer.resume()
+    peak = peak_flops(config.parallel.dtype, world)
+    watchers = _listeners(config, run, trainer.step, peak) if world.first else []
+    trainer.listeners = list(watchers)
+    if config.evaluate.every:
+        held_out = open_held_out(
+            config.data, seq_len=min(longest, config.data.stages[0].seq_len), max_rows=config.evaluate.rows
+        )
+        trainer.evaluate = _Evaluation(config, held_out, tokenizer, architecture, watchers)
+    if world.first and not (run.path / "config.json").exists():
+        (run.path / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+    try:
+        done = trainer.train(stop)
+    finally:
+        for watcher in watchers:
+            watcher.close()
+        if world.first and config.log.report:
+            report.write(run.path)
+    return Outcome(done, trainer.step, run.path)
+
+
+class _Evaluation:
+    """Held-out losses and samples of a trainer, told to whoever watches."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        sources: Mapping[str, HeldOutSource],
+        tokenizer: Tokenizer,
+        architecture: ModelConfig,
+        watchers: list[MetricsFile | Screen | TensorBoard],
+    ) -> None:
+        self.section, self.sources, self.tokenizer, self.watchers = config.evaluate, sources, tokenizer, watchers
+        self.end_ids = architecture.eos_ids
+
+    def __call__(self, trainer: Trainer) -> None:
+        losses: dict[str, HeldOutLoss] = held_out_losses(trainer.module, self.sources, trainer.world)
+        found = samples(
+            trainer.module,
+            self.tokenizer,
+            self.section.prompts,
+            self.section.sample_tokens,
+            self.end_ids,
+            trainer.world,
+        )
+        for watcher in self.watchers:
+            watcher.on_evaluation(trainer.step, losses, found)
+
+
+def _listeners(
+    config: RunConfig, run: RunDirectory, step: int, peak: float
+) -> list[MetricsFile | Screen | TensorBoard]:
+    metrics = MetricsFile(
+        run.path, step, peak_flops=peak, learning_rate=config.optimiser.learning_rate,
+        routing_every=config.log.routing_every,
+    )  # fmt: skip
+    screen = Screen(run.path.name, config.n_steps, every=config.log.every, peak_flops=peak)
+    found: list[MetricsFile | Screen | TensorBoard] = [metrics, screen]
+    return [*found, TensorBoard(run.path, step)] if config.log.tensorboard else found
+
+
+def corpus_tokenizer(config: RunConfig) -> Tokenizer:
+    """The vocabulary the run's corpora were tokenised with."""
+    corpus = open_corpora(config.data.corpora)[0]
+    tokenizer = load_directory(corpus.path, cl100k_ranks=lambda: catalogue.resolve("cl100k_base"))
+    if tokenizer is None:
+        raise ConfigError(f"{corpus.path} has no vocabulary; prepare it again with `quadriga data prepare`")
+    return tokenizer
+
+
+def _model(config: RunConfig) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    if config.model.start is not None:
+        return start_from(config.model.start)
+    vocabulary = open_corpora(config.data.corpora)[0].manifest.tokenizer
+    architecture = model_config(config.model, vocabulary.n_vocab, (vocabulary.end_id,))
+    return architecture, new_parameters(architecture, seed=config.seed, std=config.model.init_std)
+
+
+def peak_flops(dtype: str, world: World) -> float:
+    """Floating-point operations a second of all ranks' devices, by a large matrix product in ``dtype``; 0.3 s."""
+    n = 1536 if world.device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=world.device).to(getattr(torch, dtype))
+    best = float("inf")
+    for _ in range(3 if dtype == "float32" or world.device.type != "cpu" else 1):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    own = torch.tensor(2.0 * n**3 / best, dtype=torch.float64, device=world.device)
+    return float(world.sum(own))
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM and the first SIGINT into a request to save and stop; a second SIGINT interrupts at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

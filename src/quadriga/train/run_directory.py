@@ -1,0 +1,170 @@
+"""A run's folder: one process tree at a time, checkpoints that are whole or not there.
+
+    runs/nano/
+      lock                    held (flock) by the rank that leads the run
+      config.toml             what the run was started with
+      metrics.jsonl           a line a step
+      report.html
+      spikes/step-00000321.safetensors
+      checkpoints/step-00000400/
+        rank-00000.safetensors ...    each rank's part of everything
+        manifest.json                 sizes, hashes, step, data position: written last
+
+A checkpoint is built as step-N.part, gets its manifest as its last file and then its name. So a folder named step-N
+with a manifest is complete; everything else is left over from a process that was killed, and the next start removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from quadriga.checkpoint.json_files import read_json
+from quadriga.errors import CheckpointError, TrainingError
+from quadriga.train.storage import Files, file_digest
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a checkpoint consists of, and the state that is no tensor."""
+
+    version: int = 1
+    step: int
+    """The next step: so many were done."""
+    files: dict[str, tuple[int, str]]
+    """Name -> (bytes, sha256)."""
+    state: dict[str, Any]
+
+
+class RunDirectory:
+    """The folder of one run.
+
+    Args:
+        path: made if it is not there.
+        files: how it writes; a test's may fail.
+    """
+
+    def __init__(self, path: Path, files: Files | None = None) -> None:
+        self.path = path
+        self.files = files or Files()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where they are."""
+        return self.path / "checkpoints"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process.
+
+        Raises:
+            TrainingError: another process has it, or the folder cannot be written.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise TrainingError(f"cannot write to the run's folder {self.path}: {error.strerror}") from None
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(fd, 64, 0).decode(errors="replace").strip() or "unknown"
+                raise TrainingError(
+                    f"{self.path} is in use by process {holder}; one run, one process. Stop it, or choose another run."
+                ) from None
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(fd)
+
+    def clean(self) -> None:
+        """Remove what a killed process left half done."""
+        if self.checkpoints.exists():
+            for entry in self.checkpoints.iterdir():
+                if not _NAME.fullmatch(entry.name) or not (entry / MANIFEST).exists():
+                    self.files.remove_folder(entry)
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        if not self.checkpoints.exists():
+            return []
+        found = [
+            int(match[1])
+            for entry in self.checkpoints.iterdir()
+            if (match := _NAME.fullmatch(entry.name)) and (entry / MANIFEST).exists()
+        ]
+        return sorted(found)
+
+    def at(self, step: int) -> Path:
+        """The folder of a checkpoint."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def part(self, step: int) -> Path:
+        """The folder it is built in."""
+        return self.checkpoints / f"step-{step:08d}.part"
+
+    def finish(self, manifest: Manifest) -> None:
+        """Make the checkpoint in :meth:`part` a complete one: its manifest, then its name."""
+        work, place = self.part(manifest.step), self.at(manifest.step)
+        self.files.write(work / MANIFEST, [msgspec.json.format(msgspec.json.encode(manifest), indent=1)])
+        if place.exists():  # saved before a rollback, or by a run that was killed after its rename
+            self.remove(place)
+        self.files.rename(work, place)
+
+    def prune(self, keep: int, keep_every: int) -> None:
+        """Remove the oldest checkpoints beyond ``keep``, except those at multiples of ``keep_every``."""
+        removable = [step for step in self.steps() if not (keep_every and step % keep_every == 0)]
+        for step in removable[:-keep]:
+            self.remove(self.at(step))
+
+    def remove(self, checkpoint: Path) -> None:
+        """Remove a checkpoint so that no moment shows a broken one: its manifest goes first."""
+        self.files.remove(checkpoint / MANIFEST)
+        self.files.sync_folder(checkpoint)
+        self.files.remove_folder(checkpoint)
+
+
+def read_manifest(checkpoint: Path, *, verify: bool = True) -> Manifest:
+    """The manifest of a complete checkpoint; ``verify`` reads every file and holds it to its hash.
+
+    Raises:
+        CheckpointError: missing, malformed, or a file is missing, cut short or changed.
+    """
+    raw = read_json(checkpoint / MANIFEST)
+    try:
+        manifest = msgspec.convert(raw, Manifest)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{checkpoint / MANIFEST} is no manifest of a training state: {error}") from None
+    if manifest.version != 1:
+        raise CheckpointError(f"{checkpoint / MANIFEST} is version {manifest.version}; this Quadriga reads version 1")
+    for name, (size, digest) in manifest.files.items():
+        file = checkpoint / name
+        if name != Path(name).name or not file.is_file() or file.stat().st_size != size:
+            raise CheckpointError(f"{file} is missing or cut short; {MANIFEST} says {size} bytes")
+        if verify and file_digest(file)[1] != digest:
+            raise CheckpointError(f"{file} was changed: its hash is not the one in {MANIFEST}")
+    return manifest
+
+
+def newest(run: RunDirectory) -> tuple[Path, Manifest, list[str]] | None:
+    """The newest checkpoint whose files are what its manifest says, and what was wrong with newer ones; None: none."""
+    complaints: list[str] = []
+    for step in reversed(run.steps()):
+        try:
+            return run.at(step), read_manifest(run.at(step)), complaints
+        except CheckpointError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise CheckpointError("no checkpoint of this run is whole: " + "; ".join(complaints))
+    return None

@@ -1,0 +1,126 @@
+"""Saving and loading everything a run is: weights, optimiser, averages, biases, position. Bit for bit.
+
+    copy to the host ─► [thread] each rank writes its file ─► hashes to rank 0 ─► manifest ─► rename ─► prune
+
+Tensors go into safetensors files, everything else into the manifest's JSON. There is no random state to save: each
+step seeds its generator from (seed, step, rank), as data are a function of the step. A state saved by 4 ranks is read
+by 2 or 1 or any mesh (``shards``). torch's own distributed checkpoints (DCP) would do the resharding too, but store
+their table as a pickle, and what a resumed run reads must never be able to run code (torch CVE-2025-32434).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quadriga.errors import CheckpointError, TrainingError
+from quadriga.train.config import CheckpointSection
+from quadriga.train.run_directory import Manifest, RunDirectory
+from quadriga.train.shards import ShardReader, encode, local_parts
+from quadriga.train.world import World
+
+
+class Saver:
+    """Writes checkpoints, one at a time, in a second thread if asked to.
+
+    Args:
+        run: where. world: who takes part: every rank calls :meth:`save` and :meth:`finish` at the same steps.
+    """
+
+    def __init__(self, run: RunDirectory, world: World, section: CheckpointSection) -> None:
+        self.run, self.world, self.section = run, world, section
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Save the state as the checkpoint of ``step``; returns once it is copied (or written, where synchronous)."""
+        self.finish()
+        parts = local_parts(tensors, self.world.rank)
+        if self.section.asynchronous:
+            # Not a daemon: the interpreter waits for it at exit, a save is never cut off by a normal end.
+            self._thread = threading.Thread(target=self._write, args=(step, parts, state), name="checkpoint")
+            self._thread.start()
+        else:
+            self._write(step, parts, state)
+
+    def finish(self) -> str | None:
+        """Wait for the save under way. Returns what went wrong on any rank, or None."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        return None if error is None else f"{type(error).__name__}: {error}"
+
+    def _write(self, step: int, parts: dict[str, Tensor], state: dict[str, Any]) -> None:
+        try:
+            self._write_parts(step, parts, state)
+        except Exception as error:
+            self._error = error
+
+    def _write_parts(self, step: int, parts: dict[str, Tensor], state: dict[str, Any]) -> None:
+        work, files = self.run.part(step), self.run.files
+        failure: Exception | None = None
+        try:
+            if self.world.first:
+                files.remove_folder(work)
+                files.make_folder(work)
+        except OSError as error:
+            failure = error
+        self._agree(failure)
+        size, digest = 0, "0" * 64
+        try:
+            size, digest = files.write(work / rank_file(self.world.rank), encode(parts))
+        except OSError as error:
+            failure = error
+        written = self._agree(failure, size, digest)
+        try:
+            if self.world.first:
+                table = {rank_file(rank): entry for rank, entry in enumerate(written)}
+                self.run.finish(Manifest(step=step, files=table, state=state))
+                self.run.prune(self.section.keep, self.section.keep_every)
+        except OSError as error:
+            failure = error
+        self._agree(failure)
+
+    def _agree(self, failure: Exception | None, size: int = 0, digest: str = "0" * 64) -> list[tuple[int, str]]:
+        """Every rank's (size, digest), or the same failure on all of them."""
+        report = torch.zeros(41, dtype=torch.uint8)
+        report[0] = failure is not None
+        report[1:9] = torch.tensor(list(size.to_bytes(8, "little")), dtype=torch.uint8)
+        report[9:] = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
+        reports = self.world.gather(report)
+        if failure is not None:
+            raise failure
+        failed = [rank for rank, part in enumerate(reports) if part[0]]
+        if failed:
+            raise TrainingError(f"ranks {failed} could not write their part of the checkpoint; see their output")
+        found = [bytes(part.tolist()) for part in reports]
+        return [(int.from_bytes(part[1:9], "little"), part[9:].hex()) for part in found]
+
+
+def rank_file(rank: int) -> str:
+    """The name of a rank's part."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def load(checkpoint: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors, whole or sharded in any way, from a checkpoint; its manifest was verified.
+
+    Raises:
+        CheckpointError: it holds other tensors than these.
+    """
+    reader = ShardReader([checkpoint / name for name in manifest.files])
+    missing, extra = sorted(set(tensors) - reader.names()), sorted(reader.names() - set(tensors))
+    if missing or extra:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint} does not fit this run: {len(missing)} tensors are missing {missing[:3]}, "
+            f"{len(extra)} are not wanted {extra[:3]}. Resume with the model, optimiser, ema and router sections it "
+            "was made with."
+        )
+    for name, tensor in tensors.items():
+        reader.fill(name, tensor)

@@ -1,0 +1,411 @@
+"""The loop: rows in, weights changed, everything reported, saved and watched.
+
+    step s:  seed(seed, s, rank) ─► for each micro-step: rows of this rank ─► objective ─► backward (sums, all ranks)
+             ─► one message: gradient norm, losses, expert counts ─► guard ─► clip ─► optimiser ─► EMA, biases
+             ─► listeners ─► evaluate? save?
+
+A step is a function of (state, s) alone: data, learning rate and random numbers come from s, so a run that is stopped
+anywhere and resumed ends with the same bits. The global batch is cut into micro-steps by the configuration, never by
+the number of ranks, so any number of ranks computes the same sums, to rounding. What is minimised comes from outside
+(``Objective``), as does what is shown (:class:`Listener`): pre-training, tuning and tests share this loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from quadriga.checkpoint.engine_file import config_to_json
+from quadriga.errors import CheckpointError, ConfigError, TrainingError
+from quadriga.model import cost
+from quadriga.model.transformer import Transformer
+from quadriga.train import config as sections
+from quadriga.train import state
+from quadriga.train.balance import BiasBalancer
+from quadriga.train.batch import Batch, BatchSource, Objective
+from quadriga.train.guard import SpikeGuard
+from quadriga.train.optim import Optimiser, local
+from quadriga.train.parallel import Masters, prepare, replicas
+from quadriga.train.run_directory import RunDirectory, newest
+from quadriga.train.schedule import learning_rate_share
+from quadriga.train.world import World
+
+
+class Settings(Protocol):
+    """The sections a loop needs; ``RunConfig`` has them, so may other commands' configurations."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def n_steps(self) -> int: ...
+    @property
+    def schedule(self) -> sections.ScheduleSection: ...
+    @property
+    def optimiser(self) -> sections.OptimiserSection: ...
+    @property
+    def router(self) -> sections.RouterSection: ...
+    @property
+    def parallel(self) -> sections.ParallelSection: ...
+    @property
+    def guard(self) -> sections.GuardSection: ...
+    @property
+    def checkpoint(self) -> sections.CheckpointSection: ...
+    @property
+    def ema(self) -> sections.EmaSection: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one step did."""
+
+    step: int
+    loss: float
+    """Mean over targets, without balance and other additions."""
+    norm: float
+    """Of the gradient, before clipping."""
+    rate: float
+    """Share of the peak learning rate."""
+    tokens: int
+    """Of all ranks in this step."""
+    tokens_seen: int
+    flops: float
+    """Of all ranks: three forward passes' worth."""
+    seconds: float
+    verdict: str | None
+    """Why the step was left out; None: it was taken."""
+    extra: dict[str, float] = field(default_factory=dict)
+    """The objective's other scalars, as means over targets."""
+    expert_counts: Tensor | None = None
+    """(L, E) over the whole batch; None for dense models."""
+
+
+class Listener(Protocol):
+    """Who is told what happens; on the first rank."""
+
+    def on_step(self, report: StepReport) -> None: ...
+    def on_event(self, step: int, text: str) -> None: ...
+    def on_rollback(self, step: int) -> None: ...
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """A source whose past stages are frozen (``loader.CorpusSource``)."""
+
+    def history(self, step: int) -> list[str]: ...
+    def check_history(self, saved: Sequence[str]) -> None: ...
+
+
+class Trainer:
+    """A model in training.
+
+    Args:
+        settings: how. model: float32 parameters; those that require a gradient are trained.
+        source: the data. objective: what is minimised. world: the ranks.
+        run: where checkpoints and saved batches go.
+        listeners: told about every step on the first rank.
+        evaluate: called as evaluate(trainer) after ``evaluate_every`` steps and at the end.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: Transformer,
+        source: BatchSource,
+        objective: Objective,
+        *,
+        world: World,
+        run: RunDirectory,
+        listeners: Sequence[Listener] = (),
+        evaluate: Callable[[Trainer], None] | None = None,
+        evaluate_every: int = 0,
+    ) -> None:
+        self.settings, self.model, self.source, self.world, self.run = settings, model, source, world, run
+        self.listeners = list(listeners) if world.first else []
+        self.evaluate, self.evaluate_every = evaluate, evaluate_every
+        self.module = prepare(model, objective, settings.parallel, world)
+        self.masters = Masters(model, settings.parallel.dtype, world)
+        if not self.masters.by_name:
+            raise ConfigError("nothing to train: no parameter requires a gradient")
+        self.optimiser = Optimiser(self.masters.by_name, settings.optimiser)
+        self.averages = {name: p.detach().clone() for name, p in self.masters.by_name.items() if settings.ema.decay}
+        self.balancer = BiasBalancer(model, settings.router, world) if settings.router.bias_rate else None
+        self.guard = SpikeGuard(settings.guard)
+        self.saver = state.Saver(run, world, settings.checkpoint)
+        self.step = 0
+        self.tokens_seen = 0
+        self.left_out: set[int] = set()
+        self._rollbacks = 0
+        self._saved = -1
+        self._active = cost.n_params(model.config).active_without_input
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is saved as tensors, the tensors themselves."""
+        found: dict[str, Tensor] = {}
+        found |= {f"parameter/{name}": p for name, p in self.masters.by_name.items()}
+        found |= {f"optimiser/{name}": value for name, value in self.optimiser.state().items()}
+        found |= {f"ema/{name}": value for name, value in self.averages.items()}
+        if self.balancer is not None:
+            found["router_bias"] = self.balancer.bias
+        return found
+
+    def position(self) -> dict[str, Any]:
+        """Everything else that is saved."""
+        return {
+            "tokens_seen": self.tokens_seen,
+            "left_out": sorted(self.left_out),
+            "guard": self.guard.state(),
+            "data": self.source.fingerprint,
+            "stages": self.source.history(self.step) if isinstance(self.source, Staged) else [],
+            "seed": self.settings.seed,
+            "model": config_to_json(self.model.config),
+        }
+
+    def resume(self) -> bool:
+        """Go on from the newest whole checkpoint of the run; False if it has none.
+
+        Raises:
+            CheckpointError: checkpoints that are all damaged, or of another run's settings.
+            ConfigError: other data, or a stage that had begun was changed.
+        """
+        self.saver.finish()
+        found = newest(self.run)
+        if found is None:
+            return False
+        folder, manifest, complaints = found
+        saved = manifest.state
+        if saved["data"] != self.source.fingerprint:
+            raise ConfigError(
+                f"the data have changed since {folder} was saved: fingerprint {saved['data'][:12]} then, "
+                f"{self.source.fingerprint[:12]} now. Put the corpora back, or start a new run."
+            )
+        if isinstance(self.source, Staged):
+            self.source.check_history(saved["stages"])
+        if saved["seed"] != self.settings.seed:
+            raise ConfigError(f"the run's seed is {saved['seed']}, the configuration says {self.settings.seed}")
+        if saved["model"] != _plain(config_to_json(self.model.config)):
+            raise CheckpointError(f"{folder} holds another model than the configuration's")
+        with torch.no_grad():
+            state.load(folder, manifest, self.tensors())
+        self.masters.refresh()
+        self.step, self.tokens_seen = manifest.step, saved["tokens_seen"]
+        self.left_out |= set(saved["left_out"])
+        self.guard.load(saved["guard"])
+        self._saved = self.step
+        for complaint in complaints:
+            self._tell(f"warning: a newer checkpoint was passed over: {complaint}")
+        return True
+
+    def save(self) -> None:
+        """Save this moment as a checkpoint, unless it is one already."""
+        if self._saved != self.step:
+            self._check_save()
+            self.saver.save(self.step, self.tensors(), self.position())
+            self._saved = self.step
+
+    def _check_save(self) -> None:
+        """Hear about the last save; what a failure means is the configuration's to say."""
+        wrong = self.saver.finish()
+        if wrong is None:
+            return
+        self._saved = -1
+        if self.settings.checkpoint.on_error == "stop":
+            raise TrainingError(f"a checkpoint could not be saved: {wrong}")
+        self._tell(f"warning: a checkpoint could not be saved, the last good one is kept: {wrong}")
+
+    # The loop --------------------------------------------------------------------------------------------------------
+
+    def train(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Run to the end of the settings' steps, or until ``stop`` says so on any rank; then save.
+
+        Returns:
+            True if the run is complete.
+
+        Raises:
+            TrainingError: the guard ended the run, ranks were lost, or the last state could not be saved.
+        """
+        if self.settings.guard.action == "rollback" and self.step == 0:
+            self.save()
+        stopping = False
+        while self.step < self.settings.n_steps and not stopping:
+            stopping = self.run_step(stop())
+            if self.evaluate is not None and self.evaluate_every and self.step % self.evaluate_every == 0:
+                self.evaluate(self)
+            if self.step % self.settings.checkpoint.every == 0:
+                self.save()
+        done = self.step >= self.settings.n_steps
+        if done and self.evaluate is not None and not (self.evaluate_every and self.step % self.evaluate_every == 0):
+            self.evaluate(self)
+        self.save()
+        wrong = self.saver.finish()
+        if wrong is not None:
+            raise TrainingError(f"the last state could not be saved: {wrong}")
+        return done
+
+    def run_step(self, stop: bool = False) -> bool:
+        """One optimiser step. Returns True if any rank wants to stop."""
+        started = time.perf_counter()
+        step = self.step
+        torch.manual_seed((self.settings.seed * 1_000_003 + step) * 65_537 + self.world.rank)
+        batches = self.batches(step)
+        weight = float(self.world.sum(torch.tensor(sum(b.target_weight() for b in batches), dtype=torch.float64)))
+        if self.balancer is not None:
+            self.balancer.apply(step, self.settings.n_steps)
+        sums = self._backward(batches, max(weight, 1.0))
+        square, wants_stop = self._gradient_square(), torch.tensor(float(stop))
+        totals = _sum_all(self.world, {**sums, "_square": square, "_stop": wants_stop})
+        loss, norm = float(totals.pop("loss")) / max(weight, 1.0), float(totals.pop("_square")) ** 0.5
+        stopping = bool(totals.pop("_stop"))
+        counts = totals.pop("expert_counts", None)
+        verdict = "left out after a rollback" if step in self.left_out else self.guard.judge(step, loss, norm)
+        if verdict is not None and step not in self.left_out and self._bad_step(step, verdict, batches):
+            return stopping
+        rate = learning_rate_share(step, self.settings.n_steps, self.settings.schedule)
+        if verdict is None:
+            self._update(rate, norm)
+            if self.balancer is not None and counts is not None:
+                self.balancer.update(counts)
+        self._clear_gradients()
+        n_tokens = self.source.n_rows(step) * self.source.seq_len(step)
+        self.tokens_seen += n_tokens
+        self.step += 1
+        report = StepReport(
+            step=step,
+            loss=loss,
+            norm=norm,
+            rate=rate,
+            tokens=n_tokens,
+            tokens_seen=self.tokens_seen,
+            flops=self._flops(batches) * self.world.size,
+            seconds=time.perf_counter() - started,
+            verdict=verdict,
+            extra={name: float(value) / max(weight, 1.0) for name, value in totals.items()},
+            expert_counts=counts,
+        )
+        for listener in self.listeners:
+            listener.on_step(report)
+        return stopping
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's rows of a step, a batch a micro-step.
+
+        Raises:
+            ConfigError: the rows cannot be shared out evenly.
+        """
+        rows, size = self.source.n_rows(step), self.world.size
+        micro = min(self.settings.parallel.micro_rows or rows, rows)
+        if rows % micro or micro % size:
+            raise ConfigError(
+                f"a batch of {rows} rows in micro-steps of {micro} cannot be shared by {size} ranks: "
+                "parallel.micro_rows must divide the rows of a batch and be a multiple of the number of ranks"
+            )
+        share = micro // size
+        first = [start + self.world.rank * share for start in range(0, rows, micro)]
+        return [self.source.rows(step, a, a + share).to(self.world.device) for a in first]
+
+    def _backward(self, batches: Sequence[Batch], weight: float) -> dict[str, Tensor]:
+        """Gradients of the mean loss into the masters; the objective's metrics, summed over micro-steps."""
+        self.module.train()
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            loss, metrics = self.module(batch)
+            (loss / weight).backward()
+            for name, value in metrics.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def _gradient_square(self) -> Tensor:
+        """The squared norm of this rank's share of the gradient, so that shares add up to the whole's."""
+        square = torch.zeros((), dtype=torch.float64)
+        gradients = [(p.grad, replicas(p, self.world)) for p in self.masters.by_name.values() if p.grad is not None]
+        norms = torch._foreach_norm([local(g) for g, _ in gradients])
+        for (_, copies), norm in zip(gradients, norms, strict=True):
+            square += norm.double().cpu().square() / copies
+        return square
+
+    @torch.no_grad()
+    def _update(self, rate: float, norm: float) -> None:
+        limit = self.settings.optimiser.clip_norm
+        if limit and norm > limit:
+            gradients = [local(p.grad) for p in self.masters.by_name.values() if p.grad is not None]
+            torch._foreach_mul_(gradients, limit / norm)
+        self.optimiser.step(rate)
+        self.masters.refresh()
+        if self.averages:
+            averages = [local(value) for value in self.averages.values()]
+            weights = [local(p.detach()) for p in self.masters.by_name.values()]
+            torch._foreach_lerp_(averages, weights, 1 - self.settings.ema.decay)
+
+    def _clear_gradients(self) -> None:
+        for p in self.masters.by_name.values():
+            p.grad = None
+
+    def _bad_step(self, step: int, verdict: str, batches: Sequence[Batch]) -> bool:
+        """Deal with a bad step; True if the run was rolled back and this step is void."""
+        self._save_batches(step, batches)
+        action = self.settings.guard.action
+        self._tell(f"step {step}: {verdict}; {action}, its batch is saved in spikes/")
+        if action == "stop":
+            raise TrainingError(
+                f"step {step}: {verdict}. guard.action is 'stop'; the batch is in {self.run.path}/spikes"
+            )
+        if action == "skip":
+            return False
+        self._rollbacks += 1
+        if self._rollbacks >= self.settings.guard.limit:
+            raise TrainingError(f"step {step}: {verdict}, after {self._rollbacks} rollbacks. Lower the learning rate.")
+        self._clear_gradients()
+        self._check_save()
+        if not self.resume():
+            raise TrainingError(f"step {step}: {verdict}, and there is no checkpoint to go back to")
+        self.left_out.add(step)
+        for listener in self.listeners:
+            listener.on_rollback(self.step)
+        return True
+
+    def _save_batches(self, step: int, batches: Sequence[Batch]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            kept = {"tokens": batch.tokens, "targets": batch.targets, "bounds": batch.bounds, "domains": batch.domains}
+            tensors |= {f"{i}/{name}": value.cpu() for name, value in kept.items()}
+        rank = f"-rank{self.world.rank}" if self.world.size > 1 else ""
+        try:
+            self.run.files.make_folder(self.run.path / "spikes")
+            self.run.files.write(self.run.path / "spikes" / f"step-{step:08d}{rank}.safetensors", [save(tensors)])
+        except OSError as error:
+            self._tell(f"warning: the batch of step {step} could not be saved: {error}")
+
+    def _flops(self, batches: Sequence[Batch]) -> float:
+        """Forward and backward of this rank's rows: 3 x (2 x active parameters + attention over what is seen)."""
+        config = self.model.config
+        seen = float(sum(int(batch.positions.sum()) + len(batch.positions) for batch in batches))
+        n_tokens = sum(len(batch.tokens) for batch in batches)
+        return 3.0 * (2 * self._active * n_tokens + 4 * config.n_layers * config.attn.q_dim * seen)
+
+    def _tell(self, text: str) -> None:
+        for listener in self.listeners:
+            listener.on_event(self.step, text)
+
+
+def _sum_all(world: World, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over ranks of several tensors in one message, on the host, float64."""
+    flat = torch.cat(
+        [value.detach().to(device=world.device, dtype=torch.float64).flatten() for value in values.values()]
+    )
+    total = world.sum(flat).cpu()
+    parts = torch.split(total, [value.numel() for value in values.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back: tuples are lists."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,326 @@
+"""A tuning run from its configuration: pre-training's loop with other data, another objective, perhaps an adapter.
+
+    TuneConfig ─► checkpoint (packed for QLoRA) ─► adapter ─► examples ─► Trainer ─► adapter/ or model/ in the run
+
+Checkpoints of a run hold what is trained: with an adapter a few megabytes. A run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from quadriga import runtime
+from quadriga.checkpoint import adapter as adapters
+from quadriga.checkpoint import catalogue
+from quadriga.checkpoint.adapter import Adapter
+from quadriga.checkpoint.open import Checkpoint, load_parameters, open_checkpoint
+from quadriga.checkpoint.packed import pack_parameter
+from quadriga.errors import ConfigError
+from quadriga.model.adapter_spec import LoraSpec, target_of
+from quadriga.model.config import ModelConfig
+from quadriga.model.lora import Factors, attach, quantised
+from quadriga.model.transformer import Transformer
+from quadriga.model.weight_map import parameter_shapes
+from quadriga.text.tokenizer import Tokenizer
+from quadriga.train import chat_data, report
+from quadriga.train.batch import IGNORE, BatchSource, Objective
+from quadriga.train.chat_data import Example, Preference, Problem, Rejects
+from quadriga.train.export import write_hf
+from quadriga.train.held_out import held_out_losses, samples
+from quadriga.train.losses import NextToken
+from quadriga.train.metrics import MetricsFile, TensorBoard
+from quadriga.train.objectives import DPO, GRPO, ORPO, Reference
+from quadriga.train.packing import PackedSource
+from quadriga.train.rollout import number_reward
+from quadriga.train.run import peak_flops
+from quadriga.train.run_directory import RunDirectory
+from quadriga.train.trainer import Trainer
+from quadriga.train.tune_config import LoraSection, TuneConfig
+from quadriga.train.view import Screen
+from quadriga.train.world import World
+
+_PACKABLE = ("attention", "experts", "ffn")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The trainer's sections of a tuning run, its steps known."""
+
+    config: TuneConfig
+    n_steps: int
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """How a run ended."""
+
+    done: bool
+    step: int
+    n_steps: int
+    result: Path | None
+    """The adapter's folder, or the model's; None if the run was stopped before its end."""
+    rejected: str
+    """Rows that were left out, by reason; empty if none."""
+
+
+def tune(config: TuneConfig, *, stop: Callable[[], bool] = lambda: False) -> Tuned:
+    """Run a configuration to its end, or until ``stop``; the same call goes on where it stopped.
+
+    Raises:
+        ConfigError, CorpusError, CheckpointError: a configuration, data or a model that cannot be used.
+        TrainingError: the run diverged or could not save.
+    """
+    runtime.keep_freed_memory()
+    world = World.join(config.parallel.device, config.parallel.timeout_s)
+    if world.size > 1:
+        world.leave()
+        raise ConfigError("quadriga tune runs in one process; start it without torchrun")
+    run = RunDirectory(Path(config.run).expanduser())
+    try:
+        with run.locked(), runtime.quick_float32(config.data.seq_len):
+            run.clean()
+            return _tune(config, run, world, stop)
+    finally:
+        world.leave()
+
+
+def _tune(config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[], bool]) -> Tuned:
+    checkpoint = open_checkpoint(catalogue.resolve(config.model))
+    try:
+        tokenizer = checkpoint.load_tokenizer()
+        if tokenizer is None:
+            raise ConfigError(f"{config.model} has no tokenizer, and tuning reads text")
+        source, held_out, problems, rejects = read_data(config, tokenizer)
+        model, factors, spec = build_model(config, checkpoint)
+        origin = checkpoint.path
+    finally:
+        checkpoint.close()
+    objective = _objective(config, model, tokenizer, problems, world)
+    n_steps = config.schedule.steps or config.data.epochs * source.steps_per_epoch
+    trainer = Trainer(_Settings(config, n_steps), model, source, objective, world=world, run=run)
+    if run.steps():
+        trainer.resume()
+    peak = peak_flops(config.parallel.dtype, world)
+    watchers: list[MetricsFile | Screen | TensorBoard] = [
+        MetricsFile(
+            run.path, trainer.step, peak_flops=peak, learning_rate=config.optimiser.learning_rate,
+            routing_every=config.log.routing_every,
+        ),
+        Screen(run.path.name, n_steps, every=config.log.every, peak_flops=peak),
+    ]  # fmt: skip
+    if config.log.tensorboard:
+        watchers.append(TensorBoard(run.path, trainer.step))
+    trainer.listeners = list(watchers)
+    end_ids = (*model.config.eos_ids, *tokenizer.eos_ids)
+
+    def evaluate(one: Trainer) -> None:
+        losses = held_out_losses(one.module, held_out, world)
+        said = samples(one.module, tokenizer, config.evaluate.prompts, config.evaluate.sample_tokens, end_ids, world)
+        for watcher in watchers:
+            watcher.on_evaluation(one.step, losses, said)
+
+    if config.evaluate.every and held_out and config.objective != "grpo":
+        trainer.evaluate, trainer.evaluate_every = evaluate, config.evaluate.every
+        if trainer.step == 0:
+            evaluate(trainer)
+    (run.path / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+    try:
+        done = trainer.train(stop)
+    finally:
+        for watcher in watchers:
+            watcher.close()
+        if config.log.report:
+            report.write(run.path)
+    result = _write(run, config, trainer, factors, spec, origin) if done else None
+    return Tuned(done, trainer.step, n_steps, result, str(rejects))
+
+
+# Model ---------------------------------------------------------------------------------------------------------------
+
+
+def build_model(config: TuneConfig, checkpoint: Checkpoint) -> tuple[Transformer, dict[str, Factors], LoraSpec | None]:
+    """The model to train: all of it, or an adapter over a frozen (perhaps packed) base."""
+    if config.lora is None:
+        parameters = load_parameters(checkpoint, dtype=torch.float32)
+        return Transformer.from_parameters(checkpoint.config, parameters), {}, None
+    lora, start = config.lora, None
+    spec = lora.spec()
+    if lora.start is not None:
+        start = adapters.load(Path(lora.start).expanduser(), checkpoint.config)
+        spec = replace(start.spec, dropout=lora.dropout)
+    model = _base(checkpoint, lora)
+    factors = attach(model, spec, None if start is None else start.factors, seed=config.seed)
+    return model, factors, spec
+
+
+def _base(checkpoint: Checkpoint, lora: LoraSection) -> Transformer:
+    if lora.base_format == "float32":
+        return Transformer.from_parameters(checkpoint.config, load_parameters(checkpoint, dtype=torch.float32))
+    shapes = parameter_shapes(checkpoint.config)
+    packed: dict[str, Any] = {}
+    plain: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
+        if target_of(name) in _PACKABLE:
+            matrices = list(pack_parameter(checkpoint, name, shape, lora.base_format))
+            packed[name] = matrices if len(shape) == 3 else matrices[0]
+            plain[name] = torch.empty(shape, device="meta")
+        else:
+            plain[name] = checkpoint.parameters.read(name).float()
+    model = Transformer.from_parameters(checkpoint.config, plain)
+    quantised(model, packed)
+    return model
+
+
+def _write(
+    run: RunDirectory, config: TuneConfig, trainer: Trainer, factors: dict[str, Factors], spec: LoraSpec | None,
+    origin: Path,
+) -> Path:  # fmt: skip
+    """The adapter, or the whole model as a Hugging Face directory with its tokenizer; float32 whatever computed."""
+    from quadriga.checkpoint.convert import tokenizer_files
+
+    masters = trainer.masters.by_name
+    if spec is not None:
+        out = _fresh(run.path / "adapter")
+        name_of = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+        pairs = {
+            name: (masters[name_of[id(one.a)]].detach().cpu(), masters[name_of[id(one.b)]].detach().cpu())
+            for name, one in factors.items()
+        }
+        adapters.save(Adapter(spec=spec, factors=pairs, base=config.model), out)
+        return out
+    out = _fresh(run.path / "model")
+    checkpoint = open_checkpoint(origin)
+    try:
+        files = tokenizer_files(checkpoint)
+    finally:
+        checkpoint.close()
+    write_hf({name: master.detach().cpu() for name, master in masters.items()}, trainer.model.config, out, files)
+    return out
+
+
+def _fresh(folder: Path) -> Path:
+    """A folder of an earlier end of this run gives way to this one's."""
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def read_data(
+    config: TuneConfig, tokenizer: Tokenizer
+) -> tuple[PackedSource, dict[str, BatchSource], dict[tuple[int, ...], str], Rejects]:
+    """(training rows, held-out rows by name, prompt -> answer for grpo, what was left out)."""
+    data = config.data
+    rejects = Rejects(limit=data.max_bad_rows)
+    names, make, weigh = _maker(config, tokenizer)
+    found = chat_data.read([Path(f).expanduser() for f in data.files], make, rejects, limit=data.max_rows)
+    groups = [group for one in found for group in one]
+    labels = [label for label, _ in groups]
+    everything = [group for _, group in groups]
+    if data.held_out:
+        kept = chat_data.read([Path(f).expanduser() for f in data.held_out], make, rejects)
+        test = [group for one in kept for group in one]
+        train = everything
+    else:
+        every = data.held_out_every
+        test = [(labels[i], g) for i, g in enumerate(everything) if i % every == every - 1]
+        train = [g for i, g in enumerate(everything) if i % every != every - 1]
+    pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
+
+    def packed(some: Sequence[tuple[Example, ...]], rows: int) -> PackedSource:
+        return PackedSource(
+            some, names, n_rows=rows, seq_len=data.seq_len * len(names), weigh=weigh, pad=pad, seed=config.seed
+        )
+
+    held_out: dict[str, BatchSource] = {}
+    for label in sorted({label for label, _ in test}):
+        some = [group for one, group in test if one == label]
+        whole = packed(some, 1)
+        held_out[label] = packed(some, min(config.evaluate.rows, whole.rows_per_epoch))
+    problems: dict[tuple[int, ...], str] = {}
+    if config.objective == "grpo":
+        problems = {group[0].ids: answer for (answer, group) in groups}
+        held_out = {}
+    return packed(train, data.rows), held_out, problems, rejects
+
+
+def _maker(
+    config: TuneConfig, tokenizer: Tokenizer
+) -> tuple[tuple[str, ...], Callable[[dict[str, Any]], list[tuple[str, tuple[Example, ...]]]], str]:
+    """(names of a group's places, row -> labelled groups, how targets are weighed) of an objective."""
+    data = config.data
+
+    def label(row: dict[str, Any]) -> str:
+        return "held out" if data.label is None else str(row.get(data.label, "other"))
+
+    match config.objective:
+        case "text":
+            return (
+                ("text",),
+                lambda row: [(label(row), (e,)) for e in chat_data.text_examples(row, tokenizer, data.seq_len)],
+                "tokens",
+            )
+        case "sft":
+            return (
+                ("conversation",),
+                lambda row: [
+                    (
+                        label(row),
+                        (chat_data.example(chat_data.conversation(row), tokenizer, data.seq_len, data.template),),
+                    )
+                ],
+                "tokens",
+            )
+        case "grpo":
+            return ("prompt",), lambda row: [_prompt(chat_data.problem(row, tokenizer, data.seq_len))], "groups"
+
+    def pair(row: dict[str, Any]) -> list[tuple[str, tuple[Example, ...]]]:
+        one: Preference = chat_data.preference(row, tokenizer, data.seq_len, data.template)
+        return [(label(row), (one.chosen, one.rejected))]
+
+    return ("chosen", "rejected"), pair, "groups"
+
+
+def _prompt(one: Problem) -> tuple[str, tuple[Example, ...]]:
+    """A prompt as a document with one target, in whose place the samples will stand."""
+    targets = (*[IGNORE] * (len(one.ids) - 1), one.ids[-1])
+    return one.answer, (Example(one.ids, targets),)
+
+
+def _objective(
+    config: TuneConfig, model: Transformer, tokenizer: Tokenizer, problems: dict[tuple[int, ...], str], world: World
+) -> Objective:
+    architecture: ModelConfig = model.config
+    if config.objective in ("sft", "text"):
+        return NextToken(architecture.ffn, config.router, world)
+    if config.objective == "orpo":
+        return ORPO(config.preference.odds_weight)
+    # With an adapter the reference is the model without it; else a frozen copy.
+    frozen = copy.deepcopy(model).requires_grad_(False).eval() if config.lora is None else None
+    if config.lora is not None and config.lora.start is not None:
+        raise ConfigError("dpo and grpo hold a new adapter to the model without it; merge lora.start first")
+    reference = Reference(frozen)
+    if config.objective == "dpo":
+        return DPO(reference, config.preference.beta)
+
+    def reward(prompt: Sequence[int], answer: Sequence[int]) -> float:
+        return number_reward(tokenizer.decode(answer), problems[tuple(prompt)])
+
+    return GRPO(
+        reference, reward, n_samples=config.grpo.samples, max_new_tokens=config.grpo.max_new_tokens,
+        temperature=config.grpo.temperature, kl_weight=config.grpo.kl_weight,
+        end_ids={*architecture.eos_ids, *tokenizer.eos_ids},
+    )  # fmt: skip

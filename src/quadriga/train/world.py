@@ -1,0 +1,97 @@
+"""The ranks of a run: one process, or several started by torchrun; gloo on processors, NCCL on GPUs.
+
+One process needs no process group: every method then returns what it was given. A second, small gloo group watches:
+it carries checkpoints' messages beside the training's, and tells which ranks are missing when a collective fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quadriga import runtime
+from quadriga.errors import TrainingError
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = _CPU
+    watch: dist.ProcessGroup | None = None
+
+    @classmethod
+    def join(cls, device: str = "auto", timeout_s: float = 600.0) -> World:
+        """Meet the other ranks that torchrun started; alone where it did not.
+
+        Raises:
+            HardwareError: the device is not there.
+        """
+        place = runtime.launched_rank()
+        if place is None:
+            return cls(device=runtime.resolve_device(device))
+        local = runtime.resolve_device(device)
+        if local.type == "cuda":
+            local = torch.device("cuda", place)
+            torch.cuda.set_device(local)
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group("nccl" if local.type == "cuda" else "gloo", timeout=timeout)
+        watch = dist.new_group(backend="gloo", timeout=timeout)
+        return cls(dist.get_rank(), dist.get_world_size(), local, watch)
+
+    @property
+    def first(self) -> bool:
+        """True on the rank that prints and writes logs."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks of a detached tensor, on all of them."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        try:
+            dist.all_reduce(total)
+        except RuntimeError as error:
+            raise self.lost(error) from error
+        return total
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Every rank's host tensor (same shape and dtype), by way of the watching group; safe in a second thread."""
+        if self.size == 1:
+            return [values]
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        try:
+            dist.all_gather(parts, values, group=self.watch)
+        except RuntimeError as error:
+            raise self.lost(error) from error
+        return parts
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.gather(torch.zeros(1))
+
+    def lost(self, error: RuntimeError) -> TrainingError:
+        """What a failed collective means: which ranks no longer answer."""
+        missing = ""
+        try:
+            dist.monitored_barrier(self.watch, timeout=timedelta(seconds=10), wait_all_ranks=True)
+        except RuntimeError as named:
+            missing = f" {str(named).splitlines()[0][:300]}"
+        first = (str(error).splitlines() or ["unknown"])[0]
+        return TrainingError(
+            f"rank {self.rank} of {self.size} lost the others: {first[:200]}.{missing} Look at that rank's output; "
+            "torchrun --max-restarts with --resume auto goes on from the last checkpoint."
+        )
+
+    def leave(self) -> None:
+        """End the process group."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()

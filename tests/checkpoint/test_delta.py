@@ -1,0 +1,92 @@
+"""A delta makes one exact model of its base: written, read, applied, and by name through the catalogue."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from quadriga.checkpoint import catalogue, convert, delta
+from quadriga.checkpoint.adapter import Adapter, merge
+from quadriga.checkpoint.catalogue import CatalogueError, DeltaEntry
+from quadriga.checkpoint.open import Checkpoint, open_checkpoint
+from quadriga.checkpoint.upcycle import Upcycling, upcycle, upcycled_config
+from quadriga.errors import CheckpointError
+from quadriga.model.adapter_spec import LoraSpec
+from quadriga.model.weight_map import parameter_shapes
+from tests.checkpoint.test_upcycle import opened
+from tests.model.test_lora import random_factors
+
+HOW = Upcycling(n_experts=6, top_k=2)
+SPEC = LoraSpec(rank=4, alpha=8.0, targets=("experts",))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Checkpoint:
+    dense = opened(tmp_path / "dense", eos_ids=(7,), bos_id=1)
+    convert.write(dense, tmp_path / "base.gguf", to="gguf", gguf_format="float32")
+    return open_checkpoint(tmp_path / "base.gguf")
+
+
+@pytest.fixture
+def made(tmp_path: Path, base: Checkpoint) -> tuple[str, Checkpoint]:
+    """(the delta's sha256, the model it stands for)."""
+    config = upcycled_config(base.config, HOW)
+    routers = {layer: torch.randn(3, 48, generator=torch.Generator().manual_seed(layer)) for layer in range(3)}
+    adapter = Adapter(spec=SPEC, factors=random_factors(config, SPEC))
+    sha = delta.write(
+        tmp_path / "d.safetensors", base_sha256=delta.sha256(base.path), how=HOW, routers=routers, adapter=adapter
+    )
+    return sha, merge(upcycle(base, HOW, routers=routers), adapter)
+
+
+def test_applied_it_is_the_model_to_the_rounding_of_its_blocks(
+    tmp_path: Path, base: Checkpoint, made: tuple[str, Checkpoint]
+) -> None:
+    wanted, got = made[1], delta.apply(base, tmp_path / "d.safetensors")
+    assert got.config == wanted.config
+    for name in parameter_shapes(wanted.config):
+        a, b = wanted.parameters.read(name), got.parameters.read(name)
+        if "moe.w_" not in name:
+            assert torch.equal(a, b), name
+            continue
+        # q8_0 of both factors: relative error about 2 * (1 / 127) / sqrt(12) of the block's largest number.
+        plain = upcycle(base, HOW).parameters.read(name)
+        assert (a - plain).norm() > 0.1 * plain.norm(), "the adapter does something"
+        assert (a - b).norm() < 0.02 * (a - plain).norm(), name
+
+
+def test_another_base_or_a_damaged_file_is_refused(
+    tmp_path: Path, base: Checkpoint, made: tuple[str, Checkpoint]
+) -> None:
+    other = opened(tmp_path / "other", vocab_size=101)
+    convert.write(other, tmp_path / "other.gguf", to="gguf", gguf_format="float32")
+    with pytest.raises(CheckpointError, match=r"is not the file that d.safetensors was made for"):
+        delta.apply(open_checkpoint(tmp_path / "other.gguf"), tmp_path / "d.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "d.safetensors").read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="cannot read"):
+        delta.apply(base, tmp_path / "cut.safetensors")
+
+
+def test_the_catalogue_makes_it_once_and_keeps_it(
+    tmp_path: Path, made: tuple[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUADRIGA_CACHE", str(tmp_path / "cache"))
+    entry = DeltaEntry(
+        name="tiny-moe", about="", licence="Apache-2.0", base=str(tmp_path / "base.gguf"),
+        file=str(tmp_path / "d.safetensors"), sha256=made[0], format="q8", nbytes=1,
+    )  # fmt: skip
+    monkeypatch.setitem(catalogue.DELTAS, "tiny-moe", entry)
+    path = catalogue.resolve("tiny-moe")
+    before = (path / "quadriga.json").stat().st_mtime_ns
+    assert catalogue.resolve("tiny-moe") == path and (path / "quadriga.json").stat().st_mtime_ns == before
+    assert open_checkpoint(path).config == made[1].config
+    assert [found.name for found in catalogue.cached()] == ["tiny-moe"] and catalogue.verify("tiny-moe") == []
+    record = json.loads((path / "entry.json").read_text())
+    assert record["delta"] == made[0]
+    broken = DeltaEntry(**{**vars(entry), "sha256": "0" * 64})
+    monkeypatch.setitem(catalogue.DELTAS, "tiny-moe", broken)
+    with pytest.raises(CatalogueError, match="install Quadriga again"):
+        catalogue.resolve("tiny-moe")

@@ -1,0 +1,177 @@
+"""Words, cleaning, quality rules, languages, decontamination: text in, decisions out."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quadriga.errors import CorpusError
+from quadriga.train.corpus.clean import clean
+from quadriga.train.corpus.decontaminate import clean_pieces, reference_ngrams
+from quadriga.train.corpus.language import language
+from quadriga.train.corpus.quality import broken_rule, repeated_phrases
+from quadriga.train.corpus.recipe import CodeRules, Decontaminate, Domain, ProseRules
+from quadriga.train.corpus.words import words
+from tests.train.corpora import prose
+
+
+def _slow_words(text: str) -> list[str]:
+    """Words by a Python loop, from the definition."""
+    found: list[str] = []
+    for character in text:
+        if unicodedata.category(character)[0] not in "LNM" or ord(character) >= 0x33480:
+            found.append("")
+        elif (
+            unicodedata.name(character, "").startswith(("CJK", "HIRAGANA", "KATAKANA", "THAI"))
+            and ord(character) > 0xE00
+        ):
+            found.extend([character, ""])
+        else:
+            found = found or [""]
+            found[-1] += character
+    return [word for word in found if word]
+
+
+@given(st.text(alphabet="aB1é .,-'你好カฉ²\n🙂\ud800", max_size=40))
+@settings(max_examples=150, deadline=None)
+def test_words_are_those_of_a_plain_loop(text: str) -> None:
+    found = words(text)
+    assert [text[a:b] for a, b in zip(found.starts, found.ends, strict=True)] == _slow_words(text)
+    assert found.n_letters == sum(map(len, _slow_words(text)))
+
+
+def test_a_word_hashes_the_same_wherever_it_stands() -> None:
+    found = words("Stone river, stone. STONES (river stone) " + "x " * 9000 + "stone")
+    stone, river = found.hashes[0], found.hashes[1]
+    assert [h == stone for h in found.hashes[:6]] == [True, False, True, False, False, True]
+    assert found.hashes[4] == river and found.hashes[-1] == stone
+    assert len(np.unique(words(" ".join(map(str, range(20_000)))).hashes)) == 20_000
+
+
+def test_ngrams_name_runs_of_words() -> None:
+    found = words("a b c a b c b a")
+    grams = found.ngrams(3)
+    assert len(grams) == 6 and grams[0] == grams[3] and len(np.unique(grams)) == 5
+    assert len(found.ngrams(9)) == 0
+    assert words("b a").ngrams(2)[0] != words("a b").ngrams(2)[0]
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_cleaning_twice_changes_nothing_and_leaves_valid_text(text: str) -> None:
+    once = clean(text)
+    assert clean(once) == once
+    once.encode()
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", once)
+
+
+def test_cleaning_keeps_meaning() -> None:
+    assert clean("\ufeffa\r\nb\rc\u2028d  \n\n\n\n\n\ne\x00\x1bf\u00ad") == "a\nb\nc\nd\n\n\nef"
+    assert clean("x² ﬁ 𝔸 ½ e\u0301") == "x² ﬁ 𝔸 ½ é"  # NFC, not NFKC
+    assert clean("👩\u200d👧 नमस्\u200dते") == "👩\u200d👧 नमस्\u200dते"
+    assert clean("bad \ud83d half") == "bad \ufffd half"
+    assert clean("    indented\n\tcode  \n") == "    indented\n\tcode"
+    assert clean("\x00\ufeff \n") == ""
+
+
+GOOD = prose(1)
+CODE = "\n".join(f"def function_{i}(argument):\n    return argument + {i}" for i in range(12))
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (None, GOOD),
+        (
+            None,
+            "人工智能是计算机科学的一个分支它试图了解智能的实质并生产出一种新的能以人类智能相似的方式做出反应的智能机器。"
+            * 1
+            + "该领域的研究包括机器人语言识别图像识别自然语言处理和专家系统等。",
+        ),
+        ("min_words", "Too short."),
+        ("mean_word_length", " ".join(f"{'abcdefghijklmnopqrstuvwxyz'[i % 26] * 14}{i}" for i in range(60))),
+        ("min_letters", " ".join(f"word{i} +=%&/()+=%&" for i in range(60))),
+        ("max_replacement", GOOD + "\ufffd\ufffd"),
+        ("max_symbols", " # ".join(GOOD.split())),
+        ("max_bullet_lines", "\n".join("- " + line for line in GOOD.split(". "))),
+        ("max_ellipsis_lines", "\n".join(prose(i, 60) + ("…" if i < 3 else "") for i in range(6))),
+        ("max_repeated_lines", "\n".join([prose(2, 40)] * 3 + [prose(3, 60)])),
+        ("max_repeated_phrases", prose(4, 30) + " and " + prose(4, 30) + " but " + prose(4, 30)),
+    ],
+)
+def test_each_rule_for_prose_drops_what_it_is_for(rule: str | None, text: str) -> None:
+    assert broken_rule(text, words(text), Domain()) == rule
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (None, CODE),
+        ("min_words", "x = 1"),
+        ("max_line_length", CODE + "\ndata = '" + "ab cd " * 200 + "'"),
+        ("max_mean_line_length", "\n".join("value = " + " + ".join(f"name{j}" for j in range(20)) for _ in range(5))),
+        ("min_letters", "\n".join("x = [[[[(((({{{{.,.,.,.,;;;;----++++}}}}))))]]]]" for _ in range(30))),
+        ("max_replacement", CODE + "\ufffd" * 3),
+        ("allow_generated", "# Automatically generated by a tool. DO NOT EDIT.\n" + CODE),
+    ],
+)
+def test_each_rule_for_code_drops_what_it_is_for(rule: str | None, text: str) -> None:
+    assert broken_rule(text, words(text), Domain(kind="code")) == rule
+
+
+def test_limits_are_the_recipes() -> None:
+    assert broken_rule("Too short.", words("Too short."), Domain(kind="any")) is None
+    loose = Domain(prose=ProseRules(min_words=2))
+    assert broken_rule("Too short.", words("Too short."), loose) is None
+    generated = "# generated by x\n" + CODE
+    assert broken_rule(generated, words(generated), Domain(kind="code", code=CodeRules(allow_generated=True))) is None
+
+
+def test_repeated_phrases_count_covered_words() -> None:
+    ten = "one two three four five six seven eight nine ten"
+    assert repeated_phrases(words(f"{ten} gap {ten} end")) == pytest.approx(10 / 22)
+    assert repeated_phrases(words(ten)) == 0.0
+    assert repeated_phrases(words("short")) == 0.0
+
+
+def test_languages_are_told_apart() -> None:
+    assert language("The teacher opened the window and looked at the river in the morning light.")[0] == "en"
+    assert language("老师打开窗户，看着晨光中的河流，心里想着昨天的事情。")[0] == "zh"
+    assert language("Der Lehrer öffnete das Fenster und blickte im Morgenlicht auf den Fluss.")[0] == "de"
+    assert language(" \n ") == ("und", 0.0)
+    # The head decides nothing by itself.
+    assert language("Title: a page. " * 20 + "老师打开窗户看着晨光中的河流心里想着昨天的事情。" * 200)[0] == "zh"
+
+
+def test_what_benchmarks_hold_is_cut_out(tmp_path: Path) -> None:
+    question = "If a train leaves the station at noon and travels west at sixty miles an hour when does it arrive"
+    bench = tmp_path / "bench.jsonl"
+    bench.write_text(json.dumps({"id": 1, "row": {"question": question, "choices": ["short", "also short"]}}) + "\n")
+    references = reference_ngrams([str(bench)], 13)
+    assert len(references) == len(question.split()) - 12
+    before, after = prose(5, 120), prose(6, 120)
+    text = f"{before}\n{question.upper().replace(' at', ', at')}!\n{after}"
+    rules = Decontaminate()
+    pieces = clean_pieces(text, words(text), references, rules)
+    assert pieces is not None and len(pieces) == 2
+    assert before.startswith(pieces[0]) and after.endswith(pieces[1])
+    assert len(before) - 200 - 2 <= len(pieces[0]) <= len(before) - 198
+    untouched = f"{before} {' '.join(question.split()[:12])} {after}"
+    assert clean_pieces(untouched, words(untouched), references, rules) == [untouched]
+    many = f"\n{question}\n".join(prose(i, 130) for i in range(12))
+    assert clean_pieces(many, words(many), references, rules) is None
+    alone = f"See here: {question}."
+    assert clean_pieces(alone, words(alone), references, rules) == []
+
+
+def test_benchmarks_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(CorpusError, match=r"bad\.jsonl cannot be read"):
+        reference_ngrams([str(tmp_path / "bad.jsonl")], 13)

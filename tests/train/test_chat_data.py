@@ -1,0 +1,179 @@
+"""Every layout of rows, answers marked token by token, bad rows counted; packing keeps groups whole and every token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quadriga.errors import CorpusError
+from quadriga.text.tokenizer import Tokenizer, load_directory
+from quadriga.train.batch import IGNORE
+from quadriga.train.chat_data import (
+    BadRowError,
+    Example,
+    Rejects,
+    conversation,
+    example,
+    preference,
+    problem,
+    read,
+    text_examples,
+)
+from quadriga.train.packing import PackedSource
+from tests.text.vocabularies import write_bpe
+
+ASKED = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = write_bpe(tmp_path_factory.mktemp("bpe"), eos_token="<|im_end|>")
+    found = load_directory(folder, cl100k_ranks=lambda: Path("/nowhere"))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": ASKED},
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+        {"instruction": "2 + 2?", "input": "", "output": "4"},
+        {"instruction": "2 + 2?", "context": "", "response": "4", "category": "qa"},
+        {"prompt": "2 + 2?", "response": "4"},
+        {"prompt": "2 + 2?", "completion": "4"},
+        {"question": "2 + 2?", "answer": "4"},
+    ],
+)
+def test_every_layout_is_the_same_conversation(row: dict[str, Any]) -> None:
+    assert conversation(row) == ASKED
+
+
+def test_context_stands_below_the_instruction() -> None:
+    row = {"instruction": "Sum up.", "context": "A long text.", "response": "Short."}
+    assert conversation(row)[0]["content"] == "Sum up.\n\nA long text."
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"text": "x"}, "unknown columns: text"),
+        ({"messages": []}, "messages is no list of turns"),
+        ({"messages": [{"role": "user"}]}, "a turn needs role and content"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "unknown speaker"),
+        ({"prompt": 3, "response": "x"}, "prompt is no text"),
+    ],
+)
+def test_rows_of_no_layout_say_why(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRowError, match=reason):
+        conversation(row)
+
+
+def test_targets_are_the_answers_and_their_ends_only(tokenizer: Tokenizer) -> None:
+    turns = [*ASKED, {"role": "user", "content": "And 3?"}, {"role": "assistant", "content": "nine <|im_end|>"}]
+    one = example(turns, tokenizer, 400)
+    learned = [one.targets[n] for n in range(len(one.ids)) if one.targets[n] != IGNORE]
+    end = tokenizer.special_ids["<|im_end|>"]
+    # Each answer, and the token that ends it; what a user or an answer typed is never a special token.
+    assert learned == [*tokenizer.encode("4"), end, *tokenizer.encode("nine <|im_end|>"), end]
+    for n in range(len(one.ids) - 1):
+        assert one.targets[n] in (IGNORE, one.ids[n + 1])
+    assert one.targets[-1] == IGNORE
+
+
+def test_preferences_learn_from_the_last_answer_only(tokenizer: Tokenizer) -> None:
+    before = [*ASKED, {"role": "user", "content": "Sure?"}]
+    row = {"messages": before, "chosen": {"role": "assistant", "content": "Yes"}, "rejected": "No"}
+    one = preference(row, tokenizer, 400)
+    end = tokenizer.special_ids["<|im_end|>"]
+    assert [t for t in one.chosen.targets if t != IGNORE] == [*tokenizer.encode("Yes"), end]
+    assert [t for t in one.rejected.targets if t != IGNORE] == [*tokenizer.encode("No"), end]
+    sharegpt = {
+        "conversations": [{"from": "human", "value": "Hi"}],
+        "chosen": {"from": "gpt", "value": "Hello"},
+        "rejected": {"from": "gpt", "value": "Go"},
+    }
+    assert preference(sharegpt, tokenizer, 400).chosen.n_targets == len(tokenizer.encode("Hello")) + 1
+    with pytest.raises(BadRowError, match="equal"):
+        preference({"prompt": "a", "chosen": "b", "rejected": "b"}, tokenizer, 400)
+
+
+def test_problems_end_where_the_assistant_answers(tokenizer: Tokenizer) -> None:
+    one = problem({"question": "2 + 2?", "answer": "It is\n#### 4"}, tokenizer, 100)
+    assert one.answer.endswith("#### 4")
+    assert tokenizer.encode("assistant")[0] in one.ids[-8:] and one.ids[-1] == tokenizer.encode("\n")[-1]
+
+
+def test_text_is_cut_and_every_token_but_the_first_is_a_target(tokenizer: Tokenizer) -> None:
+    text = "The quick brown fox jumps over the lazy dog. " * 5
+    ids = tokenizer.encode(text)
+    parts = text_examples({"text": text}, tokenizer, 16)
+    assert [t for part in parts for t in part.targets] == ids[1:]
+    assert all(len(part.ids) <= 16 for part in parts)
+
+
+def test_bad_rows_are_counted_and_too_many_end_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    good = json.dumps({"messages": ASKED})
+    lines = [good, "{not json", "[1]", json.dumps({"a": 1}), json.dumps({"messages": ASKED[:1]}), "", good]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    rejects = Rejects(limit=4)
+    found = read([tmp_path / "rows.jsonl"], lambda row: example(conversation(row), tokenizer, 400), rejects)
+    assert len(found) == 2 and rejects.n == 4
+    assert rejects.first[0] == "rows.jsonl:2: no JSON" and "unknown columns" in rejects.reasons
+    with pytest.raises(CorpusError, match=r"4 rows cannot be used, data.max_bad_rows allows 3"):
+        read([tmp_path / "rows.jsonl"], lambda row: example(conversation(row), tokenizer, 400), Rejects(limit=3))
+    with pytest.raises(CorpusError, match=r"no row of rows.jsonl can be used"):
+        read([tmp_path / "rows.jsonl"], lambda row: example(conversation(row), tokenizer, 2), Rejects(limit=9))
+
+
+def _groups(sizes: list[tuple[int, int]]) -> list[tuple[Example, ...]]:
+    n, groups = 10, []
+    for a, b in sizes:
+        group = []
+        for size in (a, b):
+            ids = tuple(range(n, n + size))
+            group.append(Example(ids, (*[IGNORE] * (size // 2), *ids[size // 2 + 1 :], IGNORE)))
+            n += size
+        groups.append(tuple(group))
+    return groups
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(2, 15), st.integers(2, 15)), min_size=1, max_size=40), st.integers(0, 3))
+def test_packing_loses_nothing_and_keeps_pairs_in_a_row(sizes: list[tuple[int, int]], seed: int) -> None:
+    groups = _groups(sizes)
+    source = PackedSource(groups, ("chosen", "rejected"), n_rows=1, seq_len=32, weigh="groups", seed=seed)
+    seen: list[int] = []
+    for step in range(source.rows_per_epoch):
+        batch = source.rows(step, 0, 1)
+        assert len(batch.tokens) == 32 and batch.bounds[-1] == 32
+        names = batch.domains.tolist()
+        real = [d for d in names if d != 2]
+        assert real == [0, 1] * (len(real) // 2), "every pair is whole, the chosen answer first"
+        kept = batch.real()
+        seen += batch.tokens[kept].tolist()
+        for first, last in zip(batch.bounds[:-1].tolist(), batch.bounds[1:].tolist(), strict=True):
+            assert batch.positions[first:last].tolist() == list(range(last - first))
+        pairs = sum(any(t != IGNORE for one in g for t in one.targets) for g in groups)
+        assert batch.target_weight() <= pairs + 1e-5
+    # Documents whose every target is ignored count as padding, so sizes here leave at least one target each.
+    want = [i for g in groups for one in g if one.n_targets for i in one.ids]
+    assert sorted(seen) == sorted(want)
+
+
+def test_every_epoch_has_an_order_of_its_own_and_rows_depend_on_the_step_alone() -> None:
+    groups = _groups([(5, 6)] * 20)
+    source = PackedSource(groups, ("a", "b"), n_rows=2, seq_len=32, seed=1)
+    again = PackedSource(groups, ("a", "b"), n_rows=2, seq_len=32, seed=1)
+    later = source.steps_per_epoch * 2 + 1
+    assert source.rows(later, 0, 2).tokens.equal(again.rows(later, 0, 2).tokens)
+    assert not source.rows(0, 0, 2).tokens.equal(source.rows(source.steps_per_epoch, 0, 2).tokens)
+    assert source.fingerprint == again.fingerprint
+    assert source.fingerprint != PackedSource(groups[1:], ("a", "b"), n_rows=2, seq_len=32, seed=1).fingerprint
+    with pytest.raises(CorpusError, match="must hold the longest group: 11 tokens, got 8"):
+        PackedSource(groups, ("a", "b"), n_rows=2, seq_len=8)

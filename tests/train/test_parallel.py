@@ -1,0 +1,79 @@
+"""Any number of ranks in any layout computes the same run; checkpoints do not care how many ranks made them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quadriga import runtime
+from quadriga.errors import ConfigError
+from quadriga.train import config as sections
+from quadriga.train.parallel import check_layout
+from quadriga.train.world import World
+from tests.train import runs, worker
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def _torchrun(n_ranks: int, folder: Path) -> dict[str, list[float]]:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks),
+        "-m", "tests.train.worker", str(folder),
+    ]  # fmt: skip
+    environment = {**runtime.child_environment(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, list[float]] = json.loads((folder / f"losses-{n_ranks}.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """One process, never stopped, by layout-independent settings."""
+    record = runs.Record()
+    runs.trainer(tmp_path_factory.mktemp("alone"), worker.settings("one"), record=record).train()
+    return record.losses
+
+
+@pytest.mark.dist
+def test_two_ranks_compute_what_one_does(alone: list[float], tmp_path: Path) -> None:
+    for layout, losses in _torchrun(2, tmp_path).items():
+        assert losses == pytest.approx(alone, rel=1e-5), layout
+
+
+@pytest.mark.dist
+def test_four_ranks_compute_what_one_does_and_save_for_two_and_one(alone: list[float], tmp_path: Path) -> None:
+    found = _torchrun(4, tmp_path)
+    record = runs.Record()
+    runs.trainer(tmp_path / "muon", worker.settings("muon"), record=record).train()
+    assert found.pop("muon") == pytest.approx(record.losses, rel=1e-5)
+    for layout, losses in found.items():
+        assert losses == pytest.approx(alone, rel=1e-5), layout
+    one = runs.Record()
+    run = runs.trainer(tmp_path / "shared-1", worker.settings("one"), record=one)
+    assert run.resume()
+    run.train()
+    assert one.losses == pytest.approx(alone[10:], rel=1e-5)
+    shutil.rmtree(tmp_path / "shared-1")
+    two = _torchrun(2, tmp_path)["shared-2 resumed"]
+    assert two == pytest.approx(alone[10:], rel=1e-5)
+
+
+def test_layouts_that_cannot_be_are_refused() -> None:
+    model = runs.model()
+    four = World(0, 4, torch.device("cpu"))
+    for options, message in (
+        ({"replicate": 3}, "replicate must divide the number of ranks: got 3 and 4"),
+        ({"experts": 3}, "experts must divide the number of ranks: got 3 and 4"),
+        ({"experts": 2, "replicate": 2}, "together are not supported"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_layout(model, sections.ParallelSection(**options), four)
+    with pytest.raises(ConfigError, match="must divide the model's 8 experts: got 16"):
+        check_layout(model, sections.ParallelSection(experts=16), World(0, 16, torch.device("cpu")))

@@ -1,0 +1,315 @@
+"""State on disk: a fault at any operation leaves the last good checkpoint; nothing broken is ever read as whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+from quadriga import runtime
+from quadriga.errors import CheckpointError, TrainingError
+from quadriga.train import config as sections
+from quadriga.train.run_directory import MANIFEST, RunDirectory, newest, read_manifest
+from quadriga.train.shards import ShardReader, encode, parse_name
+from quadriga.train.storage import Files
+from tests.train.runs import Record, Settings, bits, trainer
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Failing(Files):
+    """Files whose i-th operation fails, and in a crash all later ones too."""
+
+    def __init__(self, fail_at: int | None, code: int = errno.ENOSPC, *, crash: bool = False) -> None:
+        self.fail_at, self.code, self.crash, self.count = fail_at, code, crash, 0
+        self.log: list[str] = []
+
+    def about_to(self, operation: str, path: Path) -> None:
+        self.count += 1
+        self.log.append(f"{operation} {path.name}")
+        if self.fail_at is not None and (self.count == self.fail_at or (self.crash and self.count > self.fail_at)):
+            raise Crash if self.crash else OSError(self.code, os.strerror(self.code), str(path))
+
+
+class Crash(BaseException):
+    """The machine stopped."""
+
+
+SYNCHRONOUS = Settings(
+    n_steps=3, checkpoint=sections.CheckpointSection(every=1, keep=1, asynchronous=False, on_error="continue")
+)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The state after three steps that nothing disturbed."""
+    run = trainer(tmp_path_factory.mktemp("calm"), SYNCHRONOUS)
+    run.train()
+    return bits(run)
+
+
+@pytest.fixture(scope="module")
+def operations(tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many operations three saves make."""
+    files = Failing(None)
+    trainer(tmp_path_factory.mktemp("counted"), SYNCHRONOUS, files=files).train()
+    kinds = {line.split()[0] for line in files.log}
+    assert kinds == {"create", "write", "fsync", "rename", "mkdir", "remove"}
+    assert len(files.log) > 25
+    return len(files.log)
+
+
+def _whole_or_nothing(folder: Path) -> int:
+    """Every checkpoint that calls itself complete is; returns the newest step (0: none)."""
+    run = RunDirectory(folder)
+    for step in run.steps():
+        read_manifest(run.at(step))
+    found = newest(run)
+    return 0 if found is None else found[1].step
+
+
+def test_a_crash_at_any_operation_loses_nothing_that_was_complete(
+    tmp_path: Path, expected: dict[str, bytes], operations: int
+) -> None:
+    """For every i: the process stops at the i-th operation, another goes on, and the end is the same, bit for bit."""
+    for i in range(1, operations + 1):
+        folder = tmp_path / str(i)
+        run = trainer(folder, SYNCHRONOUS, files=Failing(i, crash=True))
+        with pytest.raises(Crash):
+            run.train()
+        newest_step = _whole_or_nothing(folder)
+        assert newest_step >= run.step - 1
+        RunDirectory(folder).clean()
+        again = trainer(folder, SYNCHRONOUS)
+        assert again.resume() == bool(newest_step)
+        assert again.step == newest_step
+        again.train()
+        assert bits(again) == expected
+        assert RunDirectory(folder).steps()[-1] == 3
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_failed_operation_keeps_the_last_good_one_and_training_goes_on(
+    tmp_path: Path, expected: dict[str, bytes], operations: int, code: int
+) -> None:
+    """Every third operation in turn: the run goes on, says so, and ends where it would have."""
+    for i in range(1 + code % 3, operations + 1, 3):  # the three codes share the operations
+        folder, record = tmp_path / str(i), Record()
+        files = Failing(i, code)
+        run = trainer(folder, SYNCHRONOUS, files=files, record=record)
+        try:
+            run.train()
+        except TrainingError as error:
+            assert "last state could not be saved" in str(error)  # only if the very last save failed
+            assert run.step == 3
+        else:
+            assert _whole_or_nothing(folder) == 3
+            assert any("last good one is kept" in event for event in record.events)
+        assert bits(run) == expected
+        assert _whole_or_nothing(folder) >= 2
+
+
+def test_on_error_stop_ends_the_run(tmp_path: Path) -> None:
+    section = sections.CheckpointSection(every=1, asynchronous=False, on_error="stop")
+    run = trainer(tmp_path, Settings(checkpoint=section), files=Failing(3))
+    with pytest.raises(TrainingError, match="could not be saved: OSError"):
+        run.train()
+
+
+def test_a_full_disk_is_a_real_one(tmp_path: Path) -> None:
+    """A 1 MB file system, where this may be mounted: the error comes from the kernel."""
+    place = tmp_path / "small"
+    place.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        record = Record()
+        with pytest.raises(TrainingError, match="No space left"):
+            trainer(place, SYNCHRONOUS, record=record).train()
+        assert any("No space left" in event for event in record.events)
+        assert not list(place.rglob("*.tmp"))
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+# Damage --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> RunDirectory:
+    trainer(tmp_path, Settings(n_steps=3, checkpoint=sections.CheckpointSection(every=1, keep=2))).train()
+    return RunDirectory(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(saved: RunDirectory) -> None:
+    file = saved.at(3) / "rank-00000.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    record = Record()
+    run = trainer(saved.path, SYNCHRONOUS, record=record)
+    assert run.resume()
+    assert run.step == 2
+    assert any("was changed: its hash" in event for event in record.events)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.999])
+def test_a_file_cut_short_is_refused(saved: RunDirectory, share: float) -> None:
+    file = saved.at(3) / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(CheckpointError, match="missing or cut short"):
+        read_manifest(saved.at(3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.pop("files"), "no manifest of a training state"),
+        (lambda table: table.update(version=2), "version 2"),
+        (lambda table: table.update(files={"../x": [1, "0"]}), "missing or cut short"),
+        (lambda table: table.update(extra=1), "no manifest of a training state"),
+    ],
+)
+def test_strange_manifests_are_refused(saved: RunDirectory, change: object, message: str) -> None:
+    place = saved.at(3) / MANIFEST
+    table = json.loads(place.read_text())
+    change(table)  # type: ignore[operator]
+    place.write_text(json.dumps(table))
+    with pytest.raises(CheckpointError, match=message):
+        read_manifest(saved.at(3))
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(saved: RunDirectory) -> None:
+    for step in saved.steps():
+        (saved.at(step) / "rank-00000.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint of this run is whole"):
+        trainer(saved.path, SYNCHRONOUS).resume()
+
+
+def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
+    section = sections.CheckpointSection(every=1, keep=2, keep_every=3)
+    trainer(tmp_path, Settings(n_steps=8, checkpoint=section)).train()
+    assert RunDirectory(tmp_path).steps() == [3, 6, 7, 8]
+
+
+def test_one_run_one_process(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path).locked():
+        script = (
+            "import sys, pathlib; from quadriga.train.run_directory import RunDirectory\n"
+            "with RunDirectory(pathlib.Path(sys.argv[1])).locked(): pass"
+        )
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"in use by process {os.getpid()}" in done.stderr
+    with RunDirectory(tmp_path).locked():
+        pass
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(TrainingError, match="cannot write to the run's folder"),
+        RunDirectory(tmp_path / "file").locked(),
+    ):
+        pass
+
+
+# Shards --------------------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, parts: dict[str, torch.Tensor]) -> Path:
+    def raw() -> Iterable[bytes | memoryview]:
+        yield from encode(parts)
+
+    Files().write(path, raw())
+    return path
+
+
+def test_shards_put_any_boxes_together(tmp_path: Path) -> None:
+    whole = torch.arange(5 * 7.0).view(5, 7)
+    a = _write(tmp_path / "a.safetensors", {"x@0:3,0:7": whole[:3].contiguous(), "step@": torch.tensor(3.0)})
+    b = _write(tmp_path / "b.safetensors", {"x@3:5,0:4": whole[3:, :4].contiguous()})
+    c = _write(tmp_path / "c.safetensors", {"x@3:5,4:7": whole[3:, 4:].contiguous()})
+    reader = ShardReader([c, a, b])
+    assert torch.equal(reader.whole("x"), whole)
+    assert reader.whole("step").item() == 3.0
+    with pytest.raises(CheckpointError, match="incomplete in the checkpoint: 30 of 35"):
+        ShardReader([a, b, _write(tmp_path / "d.safetensors", {"x@4:5,6:7": whole[4:, 6:].contiguous()})]).whole("x")
+    with pytest.raises(CheckpointError, match=r"is \[5, 7\] in the checkpoint and \[5, 8\] in this run"):
+        reader.fill("x", torch.empty(5, 8))
+
+
+@pytest.mark.parametrize("name", ["x", "x@a:b", "x@3:3", "x@-1:2", "x@1", "x@1:2:3"])
+def test_names_that_are_no_parts(name: str) -> None:
+    with pytest.raises(CheckpointError, match="no part of a training state"):
+        parse_name(name)
+
+
+def test_a_file_of_garbage_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"\x80\x02}q\x00." * 40)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
+        ShardReader([tmp_path / "a.safetensors"])
+
+
+# Kills ---------------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import sys, pathlib, torch
+sys.path.insert(0, sys.argv[2])
+torch.set_num_threads(1)
+from tests.train import runs
+from quadriga.train import config as sections
+section = sections.CheckpointSection(every=1, keep=2)
+settings = runs.Settings(n_steps=int(sys.argv[3]), checkpoint=section)
+run = runs.trainer(pathlib.Path(sys.argv[1]), settings)
+run.run.clean()
+run.resume()
+print("ready", flush=True)
+run.train()
+"""
+
+
+def _kill_and_resume(folder: Path, n_steps: int, n_kills: int) -> None:
+    """SIGKILL the run at moments spread over its work, saves included, until it has been killed ``n_kills`` times."""
+    generator = torch.Generator().manual_seed(n_kills)
+    kills = 0
+    environment = {**runtime.child_environment(), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CHILD, str(folder), str(ROOT), str(n_steps)]
+    while True:
+        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, cwd=ROOT)
+        assert child.stdout is not None
+        child.stdout.readline()
+        if kills < n_kills:
+            time.sleep(float(torch.rand((), generator=generator)) * 0.6)
+            child.send_signal(signal.SIGKILL)
+        code = child.wait()
+        _whole_or_nothing(folder)
+        if code == 0:
+            return
+        assert code == -signal.SIGKILL
+        kills += 1
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "n_kills"), [(60, 2), pytest.param(400, 24, marks=pytest.mark.slow)], ids=["2 kills", "24 kills"]
+)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path: Path, n_steps: int, n_kills: int) -> None:
+    (tmp_path / "killed" / "checkpoints").mkdir(parents=True)
+    _kill_and_resume(tmp_path / "killed", n_steps, n_kills)
+    section = sections.CheckpointSection(every=1000)
+    settings = Settings(n_steps=n_steps, checkpoint=section)
+    calm = trainer(tmp_path / "calm", settings)
+    calm.train()
+    killed = trainer(tmp_path / "killed", settings)
+    assert killed.resume()
+    assert killed.step == n_steps
+    assert bits(killed) == bits(calm)

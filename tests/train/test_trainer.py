@@ -1,0 +1,251 @@
+"""The loop: it learns, it is a function of the step, it resumes bit for bit, it deals with bad steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quadriga.errors import CheckpointError, ConfigError, TrainingError
+from quadriga.model.config import DenseSpec, ModelConfig
+from quadriga.model.transformer import Transformer
+from quadriga.train import config as sections
+from quadriga.train.batch import Batch
+from quadriga.train.losses import NextToken
+from quadriga.train.run_directory import RunDirectory
+from quadriga.train.trainer import Trainer
+from quadriga.train.world import World
+from tests.train import runs
+from tests.train.runs import Record, Settings, bits, trainer
+
+PLANS = {
+    "adamw": Settings(),
+    "lion": Settings(optimiser=sections.OptimiserSection(name="lion", learning_rate=3e-3)),
+    "muon": Settings(optimiser=sections.OptimiserSection(name="muon", learning_rate=1e-2)),
+    "bfloat16": Settings(parallel=sections.ParallelSection(dtype="bfloat16", device="cpu")),
+    "micro-steps": Settings(parallel=sections.ParallelSection(micro_rows=2, device="cpu")),
+    "recompute": Settings(parallel=sections.ParallelSection(recompute=True, device="cpu")),
+    "everything": Settings(
+        ema=sections.EmaSection(decay=0.9),
+        router=sections.RouterSection(bias_rate=0.01, z_loss=1e-3),
+        schedule=sections.ScheduleSection(kind="wsd", warmup_steps=2),
+        checkpoint=sections.CheckpointSection(every=3, keep=2, asynchronous=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, name: str) -> None:
+    """Jitter is on, so random numbers matter; the run is stopped between its checkpoints and after each of two."""
+    config = replace(runs.TINY, ffn=replace(runs.TINY.ffn, jitter_eps=0.1))
+    settings = PLANS[name]
+    whole = trainer(tmp_path / "whole", settings, config=config)
+    assert whole.train()
+    for pieces in ([4], [1, 6], [3, 3]):
+        folder = tmp_path / str(pieces)
+        for n in [*pieces, 99]:
+            left = n
+
+            def stop() -> bool:
+                nonlocal left
+                left -= 1
+                return left <= 0
+
+            part = trainer(folder, settings, config=config)
+            part.resume()
+            part.train(stop)
+        assert part.step == settings.n_steps
+        assert bits(part) == bits(whole)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_it_learns(tmp_path: Path, name: str) -> None:
+    record = Record()
+    settings = msgspec.structs.replace(PLANS[name], n_steps=40)
+    trainer(tmp_path, settings, record=record).train()
+    assert record.losses[0] == pytest.approx(math.log(runs.VOCAB), rel=0.1)
+    assert sum(record.losses[-4:]) / 4 < 0.75 * record.losses[0]
+
+
+def test_micro_steps_and_recomputing_change_nothing_but_rounding(tmp_path: Path) -> None:
+    """The balance loss is taken over a micro-step, so it is off here."""
+    losses = []
+    for i, parallel in enumerate([{}, {"micro_rows": 2}, {"recompute": True}]):
+        record = Record()
+        settings = Settings(
+            router=sections.RouterSection(balance_loss=0.0),
+            parallel=sections.ParallelSection(device="cpu", **parallel),
+        )
+        trainer(tmp_path / str(i), settings, record=record).train()
+        losses.append(record.losses)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_the_gradient_is_that_of_the_mean_loss(tmp_path: Path) -> None:
+    """One plain step of Lion moves every weight by the rate, against the sign of the reference gradient."""
+    run = trainer(tmp_path)
+    batch = run.batches(0)[0]
+    reference = runs.model()
+    loss, _ = NextToken(runs.TINY.ffn, Settings().router, World())(reference, batch)
+    (loss / batch.target_weight()).backward()
+    expected = dict(reference.named_parameters())
+    run._backward([batch], batch.target_weight())
+    square = sum(float(p.grad.double().square().sum()) for p in expected.values() if p.grad is not None)
+    assert float(run._gradient_square()) == pytest.approx(square, rel=1e-5)
+    for name, p in run.masters.by_name.items():
+        torch.testing.assert_close(p.grad, expected[name].grad)
+
+
+def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+    """SGD-like check on AdamW's first moment: it holds (1 - b1) times the clipped gradient."""
+    settings = Settings(optimiser=sections.OptimiserSection(clip_norm=0.01, learning_rate=1e-3), n_steps=1)
+    record = Record()
+    run = trainer(tmp_path, settings, record=record)
+    run.train()
+    moments = [value for name, value in run.optimiser.state().items() if name.endswith("/exp_avg")]
+    norm = math.sqrt(sum(float(m.double().square().sum()) for m in moments)) / (1 - 0.9)
+    assert record.steps[0].norm > 0.01
+    assert norm == pytest.approx(0.01, rel=1e-4)
+
+
+def test_ema_is_the_running_mean(tmp_path: Path) -> None:
+    run = trainer(tmp_path, Settings(ema=sections.EmaSection(decay=0.5), n_steps=3))
+    name = "layers.0.attn.wo.weight"
+    mean = run.masters.by_name[name].detach().clone()
+    for _ in range(3):
+        run.run_step()
+        mean = mean.lerp(run.masters.by_name[name].detach(), 0.5)
+    torch.testing.assert_close(run.averages[name], mean)
+
+
+def test_dense_models_train_too(tmp_path: Path) -> None:
+    dense = replace(
+        runs.TINY, family="llama2", ffn=DenseSpec(d_ff=40, activation="silu"), norm=replace(runs.TINY.norm, kind="rms")
+    )
+    record = Record()
+    trainer(tmp_path, config=dense, record=record).train()
+    assert record.steps[0].expert_counts is None
+    assert record.losses[-1] < record.losses[0]
+
+
+def test_frozen_parameters_stay(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    before = run.model.embed.weight.detach().clone()
+    model = runs.model()
+    for name, p in model.named_parameters():
+        p.requires_grad_("moe" in name)
+    part = Trainer(
+        Settings(), model, runs.source(), NextToken(runs.TINY.ffn, Settings().router, World()), world=World(),
+        run=RunDirectory(tmp_path / "part"),
+    )  # fmt: skip
+    part.run.checkpoints.mkdir(parents=True)
+    assert part.train()
+    assert torch.equal(model.embed.weight, before)
+    assert all(".moe." in name for name in part.masters.by_name)
+
+
+# Bad steps -----------------------------------------------------------------------------------------------------------
+
+
+class Poisoned:
+    """NextToken, but a chosen step's loss is not a number or huge."""
+
+    def __init__(self, bad: int, factor: float) -> None:
+        self.inner = NextToken(runs.TINY.ffn, Settings().router, World())
+        self.bad, self.factor, self.calls = bad, factor, 0
+        self.seen: list[Tensor] = []
+
+    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.inner(model, batch)
+        bad = torch.equal(batch.tokens, runs.source().rows(self.bad, 0, 8).tokens)
+        self.calls += 1
+        factor = self.factor if bad else 1.0
+        return loss * factor, {**metrics, "loss": metrics["loss"] * factor}
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e6])
+def test_a_bad_step_is_left_out_and_its_batch_saved(tmp_path: Path, factor: float) -> None:
+    record = Record()
+    settings = Settings(n_steps=24, checkpoint=sections.CheckpointSection(every=100))
+    run = trainer(tmp_path, settings, record=record, objective=Poisoned(20, factor))
+    while run.step < 20:
+        run.run_step()
+    before = bits(run)
+    run.run_step()
+    assert bits(run) == before
+    assert record.steps[20].verdict is not None
+    assert [report.verdict for report in record.steps[:20]] == [None] * 20
+    saved = list((tmp_path / "spikes").iterdir())
+    assert torch.equal(load_file(saved[0])["0/tokens"], runs.source().rows(20, 0, 8).tokens)
+    run.train()
+    assert math.isfinite(record.losses[-1])
+
+
+def test_rolling_back_goes_on_without_the_bad_batch(tmp_path: Path) -> None:
+    """After the rollback the run is what it would have been had that one step been left out from the start."""
+    record = Record()
+    rollback = Settings(n_steps=9, guard=sections.GuardSection(action="rollback"))
+    run = trainer(tmp_path / "a", rollback, record=record, objective=Poisoned(5, float("nan")))
+    assert run.train()
+    assert record.rollbacks == [3]
+    skipping = trainer(tmp_path / "b", Settings(n_steps=9), objective=Poisoned(5, float("nan")))
+    skipping.train()
+    assert bits(run) == bits(skipping)
+
+
+def test_stop_ends_the_run(tmp_path: Path) -> None:
+    settings = Settings(guard=sections.GuardSection(action="stop"))
+    with pytest.raises(TrainingError, match=r"step 5: loss nan.*spikes"):
+        trainer(tmp_path, settings, objective=Poisoned(5, float("nan"))).train()
+
+
+def test_too_many_bad_steps_end_the_run(tmp_path: Path) -> None:
+    class Always(Poisoned):
+        def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, metrics = self.inner(model, batch)
+            return loss * math.nan, {**metrics, "loss": metrics["loss"] * math.nan}
+
+    with pytest.raises(TrainingError, match="3 bad steps"):
+        trainer(tmp_path, Settings(guard=sections.GuardSection(limit=3)), objective=Always(0, 1.0)).train()
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_other_data_other_seeds_other_models_are_refused(tmp_path: Path) -> None:
+    trainer(tmp_path).train()
+    with pytest.raises(ConfigError, match="data have changed"):
+        trainer(tmp_path, source=runs.source(seed=2)).resume()
+    with pytest.raises(ConfigError, match="seed is 5"):
+        trainer(tmp_path, Settings(seed=6)).resume()
+    other: ModelConfig = replace(runs.TINY, max_seq_len=65)
+    with pytest.raises(CheckpointError, match="another model"):
+        trainer(tmp_path, config=other).resume()
+    with pytest.raises(CheckpointError, match="tensors are missing"):
+        trainer(tmp_path, Settings(ema=sections.EmaSection(decay=0.9))).resume()
+
+
+def test_rows_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
+    settings = Settings(parallel=sections.ParallelSection(micro_rows=3, device="cpu"))
+    with pytest.raises(ConfigError, match="micro_rows must divide"):
+        trainer(tmp_path, settings).run_step()
+
+
+def test_reports_add_up(tmp_path: Path) -> None:
+    record = Record()
+    trainer(tmp_path, record=record).train()
+    report = record.steps[-1]
+    assert report.tokens == 8 * 16
+    assert report.tokens_seen == 8 * 8 * 16
+    assert report.expert_counts is not None
+    assert report.expert_counts.shape == (2, runs.N_EXPERTS)
+    real = int(runs.source().rows(7, 0, 8).real().sum())  # a document of one token is nobody's target
+    assert report.expert_counts.sum(1).tolist() == [2 * real] * 2
+    assert 0.9 < report.extra["balance"] < 4

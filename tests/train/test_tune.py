@@ -1,0 +1,173 @@
+"""A tuning run from its TOML file to its result, on a tiny mixture: every objective learns, adapters come back whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from quadriga.checkpoint.adapter import load
+from quadriga.checkpoint.open import load_parameters, open_checkpoint
+from quadriga.cli import app
+from quadriga.errors import ConfigError
+from quadriga.model.context import PackedContext
+from quadriga.model.lora import attach
+from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.train.config import parse_toml
+from quadriga.train.metrics import read
+from quadriga.train.tune import read_data, tune
+from quadriga.train.tune_config import TuneConfig
+from tests.checkpoint.models import TINY, write_hf
+from tests.text.vocabularies import write_bpe
+
+FACTS = [("sky", "blue"), ("grass", "green"), ("coal", "black"), ("snow", "white")]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    config = replace(TINY["mixtral"], vocab_size=448, max_seq_len=96, eos_ids=(2,))
+    write_hf(tmp_path / "base", config, parameters=random_parameters(config, std=0.05))
+    write_bpe(tmp_path / "base", eos_token="<|im_end|>")
+    return tmp_path / "base"
+
+
+def rows(path: Path, objective: str) -> Path:
+    made = []
+    for thing, colour in FACTS * 6:
+        question, wrong = f"Colour of {thing}?", FACTS[(len(made) + 1) % 4][1]
+        match objective:
+            case "text":
+                made.append({"text": f"{thing} is {colour}. " * 4, "domain": "a" if thing < "m" else "b"})
+            case "dpo" | "orpo":
+                made.append({"prompt": question, "chosen": colour, "rejected": wrong + "!"})
+            case _:
+                made.append({"prompt": question, "response": colour})
+    path.write_text("\n".join(json.dumps(row) for row in made) + "\nbroken\n")
+    return path
+
+
+def toml(tmp_path: Path, base: Path, objective: str, extra: str = "", run: str = "run") -> str:
+    return f"""
+run = "{tmp_path / run}"
+model = "{base}"
+objective = "{objective}"
+[data]
+files = ["{rows(tmp_path / "rows.jsonl", objective)}"]
+held_out_every = 6
+seq_len = 64
+rows = 2
+{'label = "domain"' if objective == "text" else ""}
+[schedule]
+steps = 12
+warmup_steps = 1
+[optimiser]
+learning_rate = 2e-2
+weight_decay = 0.0
+[evaluate]
+every = 12
+[log]
+report = false
+{extra}
+"""
+
+
+def settings(*args: Any, **kwargs: Any) -> TuneConfig:
+    return parse_toml(toml(*args, **kwargs).encode(), TuneConfig)
+
+
+LORA = '[lora]\nrank = 4\nalpha = 8.0\ntargets = ["attention", "experts", "router"]\n'
+
+
+@pytest.mark.parametrize("objective", ["sft", "text", "dpo", "orpo"])
+def test_the_held_out_loss_falls(tmp_path: Path, base: Path, objective: str) -> None:
+    outcome = tune(settings(tmp_path, base, objective, LORA))
+    assert outcome.done and outcome.rejected == "1 rows left out: no JSON"
+    evaluations = [line["held_out"] for line in read(tmp_path / "run" / "metrics.jsonl") if "held_out" in line]
+    assert len(evaluations) == 2 and set(evaluations[0]) == ({"a", "b"} if objective == "text" else {"held out"})
+    for domain, before in evaluations[0].items():
+        assert evaluations[1][domain]["loss"] < 0.9 * before["loss"], (before, evaluations[1])
+
+
+def test_the_adapter_that_is_written_is_the_one_that_was_trained(tmp_path: Path, base: Path) -> None:
+    outcome = tune(settings(tmp_path, base, "sft", LORA + 'base_format = "q8"\n'))
+    assert outcome.result == tmp_path / "run" / "adapter"
+    checkpoint = open_checkpoint(base)
+    adapter = load(outcome.result, checkpoint.config)
+    assert adapter.spec.targets == ("attention", "experts", "router") and adapter.base == str(base)
+    assert all(b.abs().max() > 0 for name, (_, b) in adapter.factors.items() if "moe.w_" not in name)
+    model = Transformer.from_parameters(checkpoint.config, load_parameters(checkpoint)).eval()
+    before = model(torch.arange(20), PackedContext([20])).logits
+    attach(model, adapter.spec, adapter.factors)
+    assert not torch.allclose(model(torch.arange(20), PackedContext([20])).logits, before, atol=1e-2)
+
+
+def test_in_bfloat16_the_float32_masters_are_written(tmp_path: Path, base: Path) -> None:
+    outcome = tune(settings(tmp_path, base, "sft", LORA + '[parallel]\ndtype = "bfloat16"\n'))
+    assert outcome.result is not None
+    _, b = load(outcome.result, open_checkpoint(base).config).factors["layers.0.attn.wqkv.weight"]
+    assert not torch.equal(b, b.bfloat16().float())
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path: Path, base: Path) -> None:
+    once = tune(settings(tmp_path, base, "sft", LORA))
+    whole = (once.result / "adapter.safetensors").read_bytes()  # type: ignore[operator]
+    calls = iter(range(100))
+    config = settings(tmp_path, base, "sft", LORA, run="again")
+    first = tune(config, stop=lambda: next(calls) >= 4)
+    assert not first.done and first.result is None and first.step == 5
+    second = tune(config)
+    assert second.done
+    assert (second.result / "adapter.safetensors").read_bytes() == whole  # type: ignore[operator]
+
+
+def test_without_an_adapter_the_whole_model_is_trained_and_written(tmp_path: Path, base: Path) -> None:
+    outcome = tune(settings(tmp_path, base, "sft"))
+    assert outcome.result == tmp_path / "run" / "model"
+    tuned, before = open_checkpoint(outcome.result), open_checkpoint(base)
+    assert tuned.config == before.config and tuned.load_tokenizer() is not None
+    changed = load_parameters(tuned), load_parameters(before)
+    assert all(not torch.equal(changed[0][n], changed[1][n].float()) for n in changed[0] if "moe" not in n)
+
+
+def test_no_more_rows_are_read_than_asked_for(tmp_path: Path, base: Path) -> None:
+    text = toml(tmp_path, base, "sft", LORA).replace("seq_len = 64", "seq_len = 64\nmax_rows = 7")
+    config = parse_toml(text.encode(), TuneConfig)
+    tokenizer = open_checkpoint(base).load_tokenizer()
+    assert tokenizer is not None
+    source, held_out, _, rejects = read_data(config, tokenizer)
+    assert len(source._groups) + len(held_out["held out"]._groups) == 7  # type: ignore[attr-defined]
+    assert rejects.n == 0, "the broken line lies behind"
+
+
+def test_the_commands(tmp_path: Path, base: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(toml(tmp_path, base, "sft", LORA))
+    runner = CliRunner()
+    result = runner.invoke(app, ["tune", str(file), "--steps", "2"])
+    assert result.exit_code == 0, result.output
+    adapter = str(tmp_path / "run" / "adapter")
+    assert adapter in result.output
+    for command in (
+        ["adapter", "export", str(base), adapter, str(tmp_path / "peft")],
+        ["adapter", "import", str(base), str(tmp_path / "peft"), str(tmp_path / "ours")],
+        ["adapter", "merge", str(base), str(tmp_path / "ours"), str(tmp_path / "merged"), "--to", "hf"],
+    ):
+        result = runner.invoke(app, command)
+        assert result.exit_code == 0, result.output
+    assert open_checkpoint(tmp_path / "merged").config == open_checkpoint(base).config
+
+
+def test_unknown_keys_and_impossible_values_are_refused() -> None:
+    good = 'run = "r"\nmodel = "m"\n[data]\nfiles = ["f"]\n'
+    assert parse_toml(good.encode(), TuneConfig).objective == "sft"
+    with pytest.raises(ConfigError, match="Did you mean 'targets'"):
+        parse_toml((good + "[lora]\ntarget = ['attention']\n").encode(), TuneConfig)
+    with pytest.raises(ConfigError, match=r"lora.rank must be between"):
+        parse_toml((good + "[lora]\nrank = 0\n").encode(), TuneConfig)
+    with pytest.raises(ConfigError, match="grpo needs samples of 2"):
+        parse_toml((good + "[grpo]\nsamples = 1\n").encode(), TuneConfig)
