@@ -8,10 +8,12 @@
     │   ├── TokenizerError        vocabulary files, token ids out of range
     │   ├── TemplateError         a chat template, or the messages given to it
     │   ├── RequestError          a prompt or sampling parameters
-    │   └── CatalogueError        an unknown model name, a failed download, a wrong hash
+    │   ├── CatalogueError        an unknown model name, a failed download, a wrong hash
+    │   └── EvaluationError       an unknown benchmark, its data, or a question this kind of model cannot answer
     ├── HardwareError             this machine lacks what was asked for (memory, device, instruction set)
     ├── BusyError                 more requests than the engine takes; the same one may succeed later
     ├── EngineError               the engine failed while a request ran, or has stopped
+    ├── EndpointError             a model behind an HTTP interface refused, failed or did not answer
     └── TrainingError             a run that cannot go on: diverged, a rank lost, nowhere to save
 
 Every message says what must be, what came, and what to do. ``assert`` is kept for our own invariants.
@@ -54,6 +56,10 @@ class CatalogueError(InputError):
     """A model name nobody knows, a source that does not answer, or bytes with the wrong hash."""
 
 
+class EvaluationError(InputError):
+    """A benchmark nobody knows, data that is missing or changed, or a question this kind of model cannot answer."""
+
+
 class HardwareError(QuadrigaError):
     """This machine lacks what was asked for: memory, a device, an instruction set."""
 
@@ -64,6 +70,10 @@ class BusyError(QuadrigaError):
 
 class EngineError(QuadrigaError):
     """The engine failed while a request ran, or has stopped."""
+
+
+class EndpointError(QuadrigaError):
+    """A model behind an HTTP interface refused, failed, or did not answer after several tries."""
 
 
 class TrainingError(QuadrigaError):

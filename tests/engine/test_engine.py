@@ -37,6 +37,7 @@ def drain(engine: Engine, answers: Answers | None = None) -> Answers:
     answers = {} if answers is None else answers
     while engine.has_work:
         for request_id, event in engine.step():
+            assert isinstance(event, TokenEvent), event
             answers.setdefault(request_id, []).append(event)
     return answers
 
@@ -147,10 +148,44 @@ def test_broken_weights_are_reported_and_nothing_is_left_behind() -> None:
     parameters = random_parameters(CONFIG)
     parameters["final_norm.weight"][3] = float("nan")
     engine = Engine(CompiledModel(CONFIG, pack_parameters(parameters, "bfloat16"), threads=1, n_blocks=60))
-    engine.submit(request(1))
-    with pytest.raises(RequestError, match="logits are not finite"):
-        drain(engine)
+    number = engine.submit(request(1))
+    failed, error = engine.step()[0]
+    assert failed == number and isinstance(error, RequestError) and "logits are not finite" in str(error)
     assert not engine.has_work and engine.stats().kv_blocks_used == 0
+
+
+class Grudge:
+    """A grammar that fails, or allows nothing, at its nth token."""
+
+    def __init__(self, n: int, *, fails: bool) -> None:
+        self.n, self.fails = n, fails
+
+    def allowed(self) -> torch.Tensor:
+        self.n -= 1
+        if self.n == 0 and self.fails:
+            raise RequestError("the grammar failed")
+        return torch.full((97,), self.n != 0)
+
+    def accept(self, token_id: int) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_grammar_that_fails_ends_its_own_request_only(fails: bool) -> None:
+    engine, params = Engine(compiled()), SamplingParams(max_new_tokens=9, ignore_eos=True)
+    good, bad = Request(prompt=(1, 2, 3), params=params), Request(prompt=(4, 5), params=params)
+    reference = Engine(compiled())
+    first = reference.submit(good)
+    expected = drain(reference)[first]
+    beside = engine.submit(good)
+    failing = engine.submit(replace(bad, constraint=Grudge(4, fails=fails)))
+    seen: dict[int, list[object]] = {beside: [], failing: []}
+    while engine.has_work:
+        for number, event in engine.step():
+            seen[number].append(event)
+    assert [e.token_id for e in seen[beside]] == [e.token_id for e in expected]  # type: ignore[attr-defined]
+    assert len(seen[failing]) == 4 and isinstance(seen[failing][-1], RequestError)
+    assert engine.stats().kv_blocks_used == 0
 
 
 def test_bad_requests_are_refused_at_the_door() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pytest
 import torch
 
 from quadriga import LLM
+from quadriga.engine.engine import Engine
 from quadriga.model.compiled import CompiledModel, pack_parameters
 from quadriga.model.transformer import random_parameters
 from quadriga.server.guard import Limits
@@ -42,15 +45,19 @@ class Bytes:
         return bytes([token_id]) if token_id < 256 else b""
 
 
-def tiny_llm(*, n_blocks: int = 64, max_sequences: int = 8) -> LLM:
-    """A random DBRX over bytes: 4 layers, 5 experts."""
+def tiny_llm(*, n_blocks: int = 64, max_sequences: int = 8, **engine: Any) -> LLM:
+    """A random DBRX over bytes: 4 layers, 5 experts; ``engine`` are options of its engine."""
     torch.manual_seed(0)
     config = replace(TINY["dbrx"], vocab_size=257, max_seq_len=1024)
     parameters = pack_parameters(random_parameters(config, std=0.3), "q8")
     runner = CompiledModel(config, parameters, threads=1, n_blocks=n_blocks)
     special = {"<|end|>": 256}
     tokenizer = Tokenizer(Bytes(), special_ids=special, eos_ids=(256,), chat_template=CHATML)
-    return LLM(runner, tokenizer, max_sequences=max_sequences)
+    llm = LLM(runner, tokenizer, max_sequences=max_sequences)
+    if engine:
+        ends = frozenset(llm.end_ids)
+        llm.engine = Engine(runner, tokenizer, end_ids=ends, max_sequences=max_sequences, **engine)
+    return llm
 
 
 @dataclass
@@ -60,10 +67,30 @@ class Live:
     url: str
     service: Service
     client: httpx2.Client
+    server: Server
 
     def post(self, path: str, body: Any, **options: Any) -> httpx2.Response:
         """POST JSON."""
         return self.client.post(path, json=body, **options)
+
+    def metric(self, name: str) -> float:
+        """A number from /metrics."""
+        for line in self.client.get("/metrics").text.splitlines():
+            if line.startswith((name + "{", name + " ")):
+                return float(line.rsplit(" ", 1)[1])
+        raise AssertionError(f"no metric {name}")
+
+    def connect(self, body: Any, path: str = "/v1/completions", receive_bytes: int = 0) -> socket.socket:
+        """A connection on which a request has been sent."""
+        host, port = self.url.removeprefix("http://").split(":")
+        connection = socket.socket()
+        if receive_bytes:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        connection.connect((host, int(port)))
+        raw = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        connection.sendall(head.encode() + b"content-length: %d\r\n\r\n" % len(raw) + raw)
+        return connection
 
     def settled(self) -> bool:
         """Wait until nothing runs; True if every block and place is free again."""
@@ -95,10 +122,47 @@ def running(llm: LLM, limits: Limits | None = None, *, max_waiting: int = 16) ->
     assert up.wait(20), "the server starts"
     Server.__init__ = original  # type: ignore[method-assign]
     with httpx2.Client(base_url=url, timeout=30) as client:
-        yield Live(url, service, client)
+        yield Live(url, service, client, servers[0])
     servers[0].should_exit = True
     thread.join(20)
     assert not thread.is_alive(), "the server ends"
+
+
+class Gate:
+    """Lets a server's model compute one pass at a time."""
+
+    def __init__(self, live: Live) -> None:
+        self._passes, self._live = threading.Semaphore(0), live
+        self._runner = live.service.llm.engine.runner
+        self._forward = self._runner.forward
+
+    def __enter__(self) -> Gate:
+        def forward(batch: Any) -> Any:
+            assert self._passes.acquire(timeout=30), "a pass is let through in time"
+            return self._forward(batch)
+
+        self._runner.forward = forward  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.forward = self._forward  # type: ignore[method-assign]
+        self._passes.release(10_000)
+
+    def open(self, n: int = 1) -> None:
+        """Let n passes through, and wait until they are over."""
+        done = self._live.service.llm.engine.stats().n_steps + n
+        self._passes.release(n)
+        assert until(lambda: self._live.service.llm.engine.stats().n_steps >= done)
+
+
+def until(condition: Callable[[], bool], seconds: float = 15) -> bool:
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
 
 
 @pytest.fixture(scope="module")

@@ -222,7 +222,7 @@ def test_messages_whole_and_streamed(claude: anthropic.Anthropic) -> None:
 
 def test_messages_call_tools_and_take_results(claude: anthropic.Anthropic) -> None:
     tool = {"name": "weather", "description": "Weather of a city", "input_schema": WEATHER}
-    options = {"model": MODEL, "max_tokens": 200, "tools": [tool]}
+    options = {"model": MODEL, "max_tokens": 200, "tools": [tool], "extra_body": {"temperature": 0.0}}
     done = claude.messages.create(**options, messages=QUESTION, tool_choice={"type": "any"})
     call = next(block for block in done.content if block.type == "tool_use")
     assert done.stop_reason == "tool_use" and set(call.input) == {"city", "days"}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -159,6 +162,39 @@ def test_a_hostile_schema_ends_at_once(tiny: Live, schema: Any) -> None:
     assert tiny.post("/v1/chat/completions", CHAT).status_code == 200
 
 
+NULLABLE = [
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "seed",
+    "max_tokens",
+    "n",
+    "stop",
+    "logit_bias",
+]
+NULLABLE += ["stream", "stream_options", "response_format", "deadline_ms", "user"]
+
+
+@pytest.mark.parametrize("field", NULLABLE)
+def test_null_is_the_same_as_leaving_a_field_out(tiny: Live, field: str) -> None:
+    options = {"seed": 1, "max_tokens": 4} | {field: None}
+    plain = {name: value for name, value in options.items() if value is not None}
+    limit = {"stop_token_ids": list(range(256))} if field == "max_tokens" else {}  # else it would go on to the context
+    for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)):
+        one, other = (tiny.post(path, {**body, **limit, **o}) for o in (body | options, plain))
+        assert one.status_code == other.status_code == 200, one.text
+        if "seed" in plain and "max_tokens" in plain:
+            assert one.json()["choices"] == other.json()["choices"]
+
+
+@pytest.mark.parametrize("field", ["messages", "model", "ignore_eos", "priority", "speculate", "routing", "prompt"])
+def test_null_where_something_must_be_is_refused(tiny: Live, field: str) -> None:
+    path, body = ("/v1/completions", TEXT) if field == "prompt" else ("/v1/chat/completions", CHAT)
+    assert field in str(error_of(tiny, path, {**body, field: None}))
+
+
 # Bodies --------------------------------------------------------------------------------------------------------------
 
 
@@ -284,9 +320,11 @@ def test_http_1_0_is_answered(tiny: Live) -> None:
     assert " 200 " in send(tiny, b"GET /health HTTP/1.0\r\nhost: 127.0.0.1\r\n\r\n")
 
 
-def test_many_idle_connections_do_not_stop_others(tiny: Live) -> None:
+def test_a_thousand_idle_connections_do_not_stop_others(tiny: Live) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))  # both ends are in this process
     host, port = tiny.url.removeprefix("http://").split(":")
-    idle = [socket.create_connection((host, int(port))) for _ in range(400)]
+    idle = [socket.create_connection((host, int(port))) for _ in range(1000)]
     try:
         assert tiny.post("/v1/chat/completions", CHAT).status_code == 200
     finally:
@@ -297,7 +335,13 @@ def test_many_idle_connections_do_not_stop_others(tiny: Live) -> None:
 # Who may ask ---------------------------------------------------------------------------------------------------------
 
 PATHS = [(path, "POST") for path in POSTS] + [(path, "GET") for path in GETS]
-PATHS += [("/metrics", "GET"), ("/openapi.json", "GET"), ("/v1/batches", "POST"), ("/v1/experts/reset", "POST")]
+PATHS += [
+    ("/metrics", "GET"),
+    ("/openapi.json", "GET"),
+    ("/docs", "GET"),
+    ("/v1/batches", "POST"),
+    ("/v1/experts/reset", "POST"),
+]
 
 
 @pytest.mark.parametrize(("path", "method"), PATHS)
@@ -309,7 +353,11 @@ def test_every_route_but_health_needs_a_key(locked: Live, path: str, method: str
 
 
 def test_keys_are_taken_in_both_ways(locked: Live) -> None:
-    for headers in ({"authorization": f"Bearer {KEY}"}, {"x-api-key": "another-key-entirely"}):
+    for headers in (
+        {"authorization": f"Bearer {KEY}"},
+        {"authorization": f"bearer  {KEY}"},
+        {"x-api-key": "another-key-entirely"},
+    ):
         assert locked.client.get("/v1/models", headers=headers).status_code == 200
 
 
@@ -335,6 +383,26 @@ def test_preflight(locked: Live) -> None:
 )
 def test_no_path_leads_out_of_the_page(tiny: Live, path: str) -> None:
     assert " 404 " in send(tiny, f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode()).split("\r\n")[0]
+
+
+def test_a_part_of_a_file_is_the_whole_file(tiny: Live) -> None:
+    whole = tiny.client.get("/docs")
+    part = tiny.client.get("/docs", headers={"range": "bytes=0-9,0-9," + ",".join(["0-1"] * 5000)})
+    assert part.status_code == 200 and part.content == whole.content
+
+
+def test_the_docs_page_names_every_route_and_field_and_runs_no_script(tiny: Live) -> None:
+    page, spec = tiny.client.get("/docs"), tiny.client.get("/openapi.json").json()
+    assert page.headers["content-type"].startswith("text/html") and "<script" not in page.text
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; style-src 'sha256-") and "unsafe" not in policy
+    style = page.text.split("<style>")[1].split("</style>")[0]
+    assert base64.b64encode(hashlib.sha256(style.encode()).digest()).decode() in policy
+    for path in spec["paths"]:
+        assert f"<code>{path}</code>" in page.text
+    for name in spec["components"]["schemas"]["ChatRequest"]["properties"]:
+        assert f"<code>{name}</code>" in page.text
+    assert spec["components"]["schemas"]["ChatRequest"]["properties"]["model"] == {"enum": ["tiny"]}
 
 
 def test_unknown_paths_and_methods_have_the_usual_shape(tiny: Live) -> None:

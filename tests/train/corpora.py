@@ -13,7 +13,7 @@ import numpy as np
 from quadriga.train.corpus import format as corpus_format
 from quadriga.train.corpus.format import FileEntry, Manifest, ShardEntry, TokenizerEntry
 from quadriga.train.corpus.recipe import Recipe, from_table
-from quadriga.train.corpus.tasks import _write_array, write_file
+from quadriga.train.corpus.tasks import write_array, write_file
 
 WORDS = [
     "river",
@@ -86,7 +86,7 @@ def write_shards(root: Path, documents: dict[str, list[list[list[int]]]], n_voca
             origin = np.zeros(len(ids), dtype=corpus_format.ORIGIN)
             files = []
             for what, array in (("tokens", np.concatenate(ids)), ("ends", ends), ("origin", origin)):
-                size, digest = _write_array(root / f"{name}.{what}.npy", array)
+                size, digest = write_array(root / f"{name}.{what}.npy", array)
                 files.append(FileEntry(path=f"{name}.{what}.npy", n_bytes=size, sha256=digest))
             entry = ShardEntry(
                 name=name,
@@ -101,7 +101,7 @@ def write_shards(root: Path, documents: dict[str, list[list[list[int]]]], n_voca
             shards.append(entry)
     manifest = Manifest(
         version=corpus_format.VERSION,
-        quadriga="test",
+        pipeline=0,
         recipe={},
         inputs=[],
         chunks=[],

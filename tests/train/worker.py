@@ -61,11 +61,13 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     world = World.join("cpu", 60)
+    saved_by_others = sorted(folder.glob("shared-*"))
+    world.wait()
     found = {}
     for layout in LAYOUTS[world.size]:
         found[layout] = losses(folder / f"{world.size}-{layout}", layout, world)
     # Save on four, resume on any: a checkpoint that another number of ranks made, if there is one.
-    for other in sorted(folder.glob("shared-*")):
+    for other in saved_by_others:
         record = runs.Record()
         run = runs.trainer(other, settings("fsdp"), record=record, world=world)
         assert run.resume()

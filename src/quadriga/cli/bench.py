@@ -10,12 +10,14 @@ from typing import Annotated
 import typer
 
 from quadriga.cli import options
+from quadriga.cli.bench_claim import bench_claim_command
+from quadriga.cli.bench_serve import bench_serve_command
 
 _DEFAULT_N = {"decode": (64,), "prefill": (512, 2048), "batch": (1, 4, 8, 16, 32), "depth": (4096, 16384)}
 
 
 def bench_command(
-    what: Annotated[str, typer.Argument(help="decode, prefill, batch, depth or load.")],
+    context: typer.Context,
     n: Annotated[
         list[int] | None,
         typer.Option("--n", help="Tokens made, prompt tokens, sequences or positions in the cache; may be repeated."),
@@ -31,15 +33,15 @@ def bench_command(
     """Measure speed. Every row says how much of the machine's own limit was reached, measured beside it."""
     import time
 
+    what = context.info_name or ""
+
     from quadriga import __version__, runtime
-    from quadriga.engine.benchmark import KINDS, Bench, Row
+    from quadriga.engine.benchmark import Bench, Row
     from quadriga.engine.llm import load
     from quadriga.engine.request import SamplingParams
     from quadriga.errors import ConfigError
     from quadriga.model.compiled import CompiledModel
 
-    if what not in (*KINDS, "load"):
-        raise ConfigError(f"what to measure must be one of {', '.join(KINDS)}, load; got {what!r}")
     if rounds < 1:
         raise ConfigError(f"rounds must be at least 1, got {rounds}")
     started = time.perf_counter()
@@ -74,6 +76,34 @@ def bench_command(
                 writer.writerow((__version__, *machine, *what_ran, *speed, f"{row.share:.3f}"))
         print(f"rows added to {out}", file=sys.stderr)
 
+
+_EXAMPLES = {
+    "decode": "quadriga bench decode --format q4 --threads 2",
+    "prefill": "quadriga bench prefill --model dbrx-q4 --n 512 --n 2048",
+    "batch": "quadriga bench batch --model dbrx-q4 --csv speed.csv",
+    "depth": "quadriga bench depth --n 4096 --kv-format q8",
+    "load": "quadriga bench load --model dbrx-q4",
+}
+_HELP = {
+    "decode": "Tokens a second of one answer.",
+    "prefill": "Tokens a second of a prompt.",
+    "batch": "Tokens a second of many answers at once.",
+    "depth": "Tokens a second behind a long context.",
+    "load": "Seconds until a model is ready.",
+}
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed: of a model on this machine, or of a server.")
+for _name, _text in _HELP.items():
+    bench_app.command(_name, help=_text, epilog=f"Example:\n\n  {_EXAMPLES[_name]}")(bench_command)
+bench_app.command(
+    "claim", epilog="Example:\n\n  quadriga bench claim --csv claim.csv --n 1 --n 8 --n 32"
+)(bench_claim_command)
+bench_app.command(
+    "serve",
+    epilog="Examples:\n\n  quadriga bench serve http://127.0.0.1:8000 -c 1 -c 8 -c 32 --ignore-eos\n\n"
+    "  quadriga bench serve http://127.0.0.1:8000 --rate 2 --rate 4 --slo-first-token 500 --slo-per-token 60\n\n"
+    "  quadriga bench serve https://llm.example.org/v1 --api-key $KEY --json load.json --plot load.svg",
+)(bench_serve_command)
 
 _COLUMNS = (
     *("version", "cpu", "isa", "threads", "model", "format", "kv_format", "kind", "n"),

@@ -124,10 +124,12 @@ def load_model(
     threads: int | None,
     *,
     format: str = "keep",
+    activations: str = "auto",
     kv_format: str = "bfloat16",
     kv_memory: str | None = None,
     expert_memory: str | None = None,
     max_sequences: int = 64,
+    max_batch_tokens: int = 2048,
 ) -> LLM:
     """Load a model with a progress bar."""
     from quadriga.cli.progress import progress_bar
@@ -140,10 +142,12 @@ def load_model(
             device=device,
             threads=threads,
             format=format,
+            activations=activations,
             kv_format=kv_format,
             kv_memory=None if kv_memory is None else size(kv_memory),
             expert_memory=None if expert_memory is None else size(expert_memory),
             max_sequences=max_sequences,
+            max_batch_tokens=max_batch_tokens,
             progress=show,
         )
 

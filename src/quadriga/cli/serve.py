@@ -29,6 +29,9 @@ def serve_command(
     ] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
     max_sequences: Annotated[int, typer.Option(help="Requests that are computed at once.")] = 64,
+    max_batch_tokens: Annotated[
+        int, typer.Option(help="Tokens of one pass: fewer keep answers fluent beside long prompts.")
+    ] = 512,
     requests_per_minute: Annotated[int, typer.Option(help="For each key or address; 0 is no limit.")] = 0,
     concurrent: Annotated[int, typer.Option(help="Requests at once for each key or address; 0 is no limit.")] = 0,
     max_body: Annotated[str, typer.Option(help="Largest request body, e.g. 8MB.")] = "8MB",
@@ -74,6 +77,7 @@ def serve_command(
         kv_memory=kv_memory,
         expert_memory=expert_memory,
         max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
     )
     for one in adapter or ():
         key, _, folder = one.partition("=")
@@ -87,7 +91,7 @@ def serve_command(
         blocks = llm.engine.stats().kv_blocks
         key = ' -H "Authorization: Bearer $KEY"' if keys else ""
         body = f'{{"model": "{service.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-        print(f"{service.name} at {address}  (chat page: {address}/, interface: {address}/openapi.json)")
+        print(f"{service.name} at {address}  (chat page: {address}/, interface: {address}/docs)")
         print(f"cache for {16 * blocks:,} tokens, {max_sequences} requests at once, {max_waiting} may wait")
         print(f"  curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
         if not is_loopback(host) and not keys:

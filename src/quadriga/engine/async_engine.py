@@ -1,11 +1,12 @@
 """The engine behind an event loop: one thread computes, any number of tasks wait.
 
-    task ──submit──► commands ─► engine thread: commands, step, commands, step, ... ─► events ──► the task's stream
+    task ──submit──► commands ─► engine thread: commands, step, commands, step, ... ─► events ──► the task's inbox
                                                         │
          ◄── a stream that is closed frees its blocks before the next step
 
-The thread owns the engine; tasks reach it through :meth:`AsyncEngine.call` only. A stream that nobody reads is cut off
-after a bounded number of events, so a slow reader costs bounded memory.
+The thread owns the engine; tasks reach it through :meth:`AsyncEngine.call` only. What a step made crosses over to the
+loop once, for all streams together, and a task takes whatever has come for it at once. An inbox that nobody reads is
+cut off after a bounded number of events, so a slow reader costs bounded memory.
 """
 
 from __future__ import annotations
@@ -14,37 +15,84 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
 from quadriga.engine.engine import Engine
 from quadriga.engine.request import Request, TokenEvent
-from quadriga.errors import BusyError, EngineError, QuadrigaError, RequestError
+from quadriga.errors import BusyError, EngineError, QuadrigaError
 
 T = TypeVar("T")
 
 MAX_UNREAD = 4096
-"""Events a stream holds for a reader that does not read; then it is cut off."""
+"""Events of a request that are kept for a task that does not read; then it is dropped."""
+
+
+class Inbox:
+    """Where the events of one task's requests arrive: taken by that task, filled in the loop's thread.
+
+    Args:
+        n_streams: requests that will share it.
+    """
+
+    def __init__(self, n_streams: int = 1) -> None:
+        self._room = MAX_UNREAD * n_streams
+        self._items: list[tuple[Stream, TokenEvent]] = []
+        self._error: QuadrigaError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def take(self) -> list[tuple[Stream, TokenEvent]]:
+        """Everything that has come, at least one event.
+
+        Raises:
+            QuadrigaError: one of the requests failed; whatever came before it has been taken.
+        """
+        while not self._items:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        items, self._items = self._items, []
+        return items
+
+    def put(self, stream: Stream, event: TokenEvent) -> None:
+        """An event of one of the requests."""
+        self._items.append((stream, event))
+        self._wake()
+
+    def fail(self, error: QuadrigaError) -> None:
+        """End it with an error, after what has come already. The first error counts."""
+        self._error = self._error or error
+        self._wake()
+
+    @property
+    def full(self) -> bool:
+        """True if its task is too far behind in reading."""
+        return len(self._items) >= self._room
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class Stream:
-    """The answer to one request. Iterate, and close when done or no longer wanted."""
+    """The answer to one request. Iterate, or read its inbox, and close when done or no longer wanted."""
 
-    def __init__(self, owner: AsyncEngine) -> None:
-        self._owner = owner
-        self._events: asyncio.Queue[TokenEvent | QuadrigaError] = asyncio.Queue()
+    def __init__(self, owner: AsyncEngine, inbox: Inbox) -> None:
+        self._owner, self.inbox = owner, inbox
         self.request_id: int | None = None
         self.closed = False
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         while True:
-            event = await self._events.get()
-            if isinstance(event, QuadrigaError):
-                raise event
-            yield event
-            if event.finish_reason is not None:
-                return
+            for _, event in await self.inbox.take():
+                yield event
+                if event.finish_reason is not None:
+                    return
 
     def close(self) -> None:
         """Drop the request, wherever it is; blocks are free before the engine's next step."""
@@ -55,10 +103,13 @@ class Stream:
     def _push(self, event: TokenEvent | QuadrigaError) -> None:
         if self.closed:
             return
-        if self._events.qsize() >= MAX_UNREAD:
-            self.close()
+        if isinstance(event, TokenEvent) and not self.inbox.full:
+            self.inbox.put(self, event)
+            return
+        self.close()
+        if isinstance(event, TokenEvent):
             event = EngineError("the answer was not read for too long and has been dropped")
-        self._events.put_nowait(event)
+        self.inbox.fail(event)
 
 
 class AsyncEngine:
@@ -92,8 +143,11 @@ class AsyncEngine:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    async def submit(self, request: Request) -> Stream:
+    async def submit(self, request: Request, inbox: Inbox | None = None) -> Stream:
         """Queue a request.
+
+        Args:
+            inbox: where its events shall come, if several requests share one.
 
         Raises:
             BusyError: as many requests as may wait are waiting.
@@ -102,7 +156,7 @@ class AsyncEngine:
         """
         if self.n_open >= self.capacity:
             raise BusyError(f"{self.n_open} requests are running or waiting; try again later")
-        stream = Stream(self)
+        stream = Stream(self, Inbox() if inbox is None else inbox)
         self.n_open += 1
 
         def begin(engine: Engine) -> None:
@@ -139,6 +193,17 @@ class AsyncEngine:
                 raise self._failure()
             self._commands.put(run)
         return await asyncio.wrap_future(future)
+
+    def drop_all(self, error: QuadrigaError) -> None:
+        """End every request with an error, before the next step."""
+
+        def drop(engine: Engine) -> None:
+            for request_id in self._streams:
+                engine.cancel(request_id)
+            self._send([(stream, error) for stream in self._streams.values()])
+            self._streams.clear()
+
+        self._commands.put(drop)
 
     def _close(self, stream: Stream) -> None:
         self.n_open -= 1
@@ -183,22 +248,20 @@ class AsyncEngine:
         return True
 
     def _step(self) -> None:
-        try:
-            events = self.engine.step()
-        except RequestError as error:  # broken logits: the pass's requests are gone, the others go on
-            gone = [i for i in self._streams if not self.engine.is_active(i)]
-            self._send([(self._streams.pop(i), EngineError(str(error))) for i in gone])
-            return
         out: list[tuple[Stream, TokenEvent | QuadrigaError]] = []
-        for request_id, event in events:
+        for request_id, event in self.engine.step():
             stream = self._streams.get(request_id)
-            if stream is not None:
+            if stream is None:
+                continue
+            if isinstance(event, TokenEvent):
                 out.append((stream, event))
-                if event.finish_reason is not None:
-                    del self._streams[request_id]
+            else:  # this request is gone, the others of the pass go on
+                out.append((stream, EngineError(str(event))))
+            if not isinstance(event, TokenEvent) or event.finish_reason is not None:
+                del self._streams[request_id]
         self._send(out)
 
-    def _send(self, events: list[tuple[Stream, TokenEvent | QuadrigaError]] | list[tuple[Stream, EngineError]]) -> None:
+    def _send(self, events: Sequence[tuple[Stream, TokenEvent | QuadrigaError]]) -> None:
         assert self._loop is not None
 
         def deliver() -> None:

@@ -11,7 +11,8 @@ whatever shares the batch, however the prompt was cut, and whether its prefix wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
@@ -25,7 +26,7 @@ from quadriga.engine.request import FinishReason, PromptReport, Request, Routing
 from quadriga.engine.runner import Runner, TorchRunner
 from quadriga.engine.sampler import Sampler
 from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
-from quadriga.errors import RequestError
+from quadriga.errors import BusyError, RequestError
 from quadriga.model.adapter_bank import AdapterBank
 from quadriga.model.moe import RouterStats
 from quadriga.ops.program import Batch
@@ -199,11 +200,11 @@ class Engine:
 
     # A step ----------------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[tuple[int, TokenEvent]]:
-        """One pass: (request id, token) for every token made. A request is gone after the event with its finish_reason.
+    def step(self) -> list[tuple[int, TokenEvent | RequestError]]:
+        """One pass: (request id, token) for every token made.
 
-        Raises:
-            RequestError: the logits are not finite (broken weights); the requests of the pass are dropped.
+        A request is gone after the event with its finish_reason. One that cannot go on (logits that are not finite, a
+        grammar at its limits) has an error in place of its token and is gone too; the others of the pass never notice.
         """
         for active in self._active.values():
             running = active.running
@@ -216,12 +217,10 @@ class Engine:
         if isinstance(self.runner, TorchRunner) and any(chunk.sequence.adapter for chunk in plan.chunks):
             self.runner.choose([chunk.sequence.adapter for chunk in plan.chunks for _ in chunk.tokens])
         logits = self.runner.forward(batch)
-        try:
-            events, new_tokens, finished = self._sample(plan, logits, first_rows, batch)
-        except RequestError:
-            for chunk in plan.chunks:
-                self.cancel(chunk.sequence.request_id)
-            raise
+        events, new_tokens, finished = self._sample(plan, logits, first_rows, batch)
+        for request_id, event in events:
+            if isinstance(event, RequestError):  # before the commit: nothing of it goes into the prefix cache
+                self.cancel(request_id)
         self.scheduler.commit(plan, new_tokens, finished)
         self._steps += 1
         for request_id in finished:
@@ -232,12 +231,12 @@ class Engine:
 
     def _sample(
         self, plan: Plan, logits: Tensor, first_rows: Sequence[int], batch: Batch
-    ) -> tuple[list[tuple[int, TokenEvent]], dict[int, list[int]], set[int]]:
+    ) -> tuple[list[tuple[int, TokenEvent | RequestError]], dict[int, list[int]], set[int]]:
         best, log_sums = self.runner.row_stats(logits) if len(logits) else ([], [])
         routing = None
         if any(a.request.routing for c in plan.chunks if (a := self._active.get(c.sequence.request_id)) is not None):
             routing = self.runner.router_stats(len(batch.tokens))
-        events: list[tuple[int, TokenEvent]] = []
+        events: list[tuple[int, TokenEvent | RequestError]] = []
         new_tokens: dict[int, list[int]] = {}
         finished: set[int] = set()
         for chunk, row in zip(plan.chunks, first_rows, strict=True):
@@ -253,9 +252,15 @@ class Engine:
             guesses = chunk.tokens[len(chunk.tokens) - chunk.n_draft :]
             self._guessed += len(guesses)
             for i in range(len(guesses) + 1):
-                event = self._next(active, logits[row + i], best[row + i], log_sums[row + i], len(made))
+                try:
+                    event = self._next(active, logits[row + i], best[row + i], log_sums[row + i], len(made))
+                except RequestError as error:
+                    events.append((chunk.sequence.request_id, error))
+                    break
                 if routing is not None and active.request.routing:
-                    event = replace(event, routing=_routing_of(routing, int(batch.rows[row + i])))
+                    token = int(batch.rows[row + i])
+                    entropy = _entropy_of(routing, token)
+                    event = replace(event, routing=_routing_of(routing, token), router_entropy=entropy)
                 made.append(event.token_id)
                 events.append((chunk.sequence.request_id, event))
                 if event.finish_reason is not None:
@@ -263,7 +268,7 @@ class Engine:
                     break
                 if i < len(guesses) and guesses[i] != event.token_id:
                     break
-            self._guessed_right += len(made) - 1
+            self._guessed_right += max(0, len(made) - 1)
             self._generated += len(made)
             new_tokens[chunk.sequence.request_id] = made
         return events, new_tokens, finished
@@ -325,7 +330,7 @@ class Engine:
         Runs beside whatever the engine is doing, in blocks of its own.
 
         Raises:
-            RequestError: the sequence does not fit into the free blocks.
+            BusyError: the sequence does not fit into the free blocks.
         """
         logits, stats = [], []
         for rows, n in self._passes(token_ids, chunk, with_logits=True):
@@ -337,17 +342,24 @@ class Engine:
         ]
         return torch.cat(logits), merged
 
-    def embed(self, token_ids: Sequence[int], *, chunk: int = 512) -> Tensor:
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
         """A sequence as one vector (D,) float32: the mean of its last hidden states after the final norm, of length 1.
 
         Raises:
-            RequestError: the sequence does not fit into the free blocks.
+            BusyError: the sequence does not fit into the free blocks.
         """
-        total = torch.zeros(self.config.d_model)
+        for vector in self.embed_passes(token_ids):
+            if vector is not None:
+                return vector
+        raise AssertionError("the last pass gives the vector")
+
+    def embed_passes(self, token_ids: Sequence[int], *, chunk: int = 512) -> Generator[Tensor | None, None, None]:
+        """:meth:`embed` pass by pass: None after each but the last, so that steps of others can come between."""
+        total, left = torch.zeros(self.config.d_model), len(token_ids)
         for _, n in self._passes(token_ids, chunk, with_logits=False):
             total += self.runner.hidden(n).sum(0)
-        unit: Tensor = total / total.norm().clamp_min(1e-12)
-        return unit
+            left -= n
+            yield total / total.norm().clamp_min(1e-12) if left == 0 else None
 
     def _passes(self, token_ids: Sequence[int], chunk: int, *, with_logits: bool) -> Iterator[tuple[Tensor, int]]:
         """Run one sequence beside everything else, in blocks of its own: (logits, tokens) of every pass."""
@@ -357,7 +369,7 @@ class Engine:
             for _ in range(-(-n // BLOCK_TOKENS)):
                 block = pool.allocate()
                 if block is None:
-                    raise RequestError(f"{n} tokens do not fit into the free part of the cache; ask again later")
+                    raise BusyError(f"{n} tokens do not fit into the free part of the cache; ask again later")
                 blocks.append(block)
             for start in range(0, n, chunk):
                 stop = min(start + chunk, n)
@@ -382,6 +394,18 @@ def _routing_of(stats: list[RouterStats], token: int) -> Routing:
         pairs = zip(layer.expert_ids[token].tolist(), layer.expert_weights[token].tolist(), strict=True)
         layers.append(tuple(sorted(pairs, key=lambda pair: -pair[1])))
     return tuple(layers)
+
+
+def _entropy_of(stats: list[RouterStats], token: int) -> tuple[float, ...]:
+    """One position's router entropies, each as a part of the largest possible, ln(E)."""
+    if not stats:
+        return ()
+    probs = torch.stack([layer.probs[token] for layer in stats])  # (layers, E)
+    n_experts = probs.shape[-1]
+    if n_experts == 1:
+        return (0.0,) * len(stats)
+    parts = torch.special.entr(probs).sum(-1) / math.log(n_experts)
+    return tuple(parts.clamp(0, 1).tolist())
 
 
 _STATS_FIELDS = ("expert_ids", "expert_weights", "probs", "logits")

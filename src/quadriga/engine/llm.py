@@ -61,6 +61,7 @@ def load(
     kv_memory: int | None = None,
     expert_memory: int | None = None,
     max_sequences: int = 64,
+    max_batch_tokens: int = 2048,
     progress: Progress | None = None,
 ) -> LLM:
     """Load a model.
@@ -80,6 +81,7 @@ def load(
         expert_memory: leave the experts of a packed Quadriga directory on disk and keep at most this many bytes of the
             recently used ones in memory; None loads everything.
         max_sequences: requests that run at once.
+        max_batch_tokens: tokens of one pass; a long prompt goes in pieces of at most this many beside other answers.
         progress: called while weights are downloaded and read.
 
     Raises:
@@ -114,7 +116,13 @@ def load(
             activations=activations,
             store=packed.store,
         )
-    return LLM(runner, opened.load_tokenizer(), name=str(path_or_name), max_sequences=max_sequences)
+    return LLM(
+        runner,
+        opened.load_tokenizer(),
+        name=str(path_or_name),
+        max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
+    )
 
 
 def _n_blocks(config: ModelConfig, per_block: int, memory: int | None, contexts: int) -> int:
@@ -137,7 +145,13 @@ class LLM:
     """
 
     def __init__(
-        self, model: Runner | Transformer, tokenizer: Tokenizer | None, *, name: str = "model", max_sequences: int = 64
+        self,
+        model: Runner | Transformer,
+        tokenizer: Tokenizer | None,
+        *,
+        name: str = "model",
+        max_sequences: int = 64,
+        max_batch_tokens: int = 2048,
     ) -> None:
         if isinstance(model, Transformer):
             model = TorchRunner(model, -(-model.config.max_seq_len // BLOCK_TOKENS) * 2)
@@ -151,9 +165,13 @@ class LLM:
                 "Check that both come from the same checkpoint."
             )
         self.engine = Engine(
-            model, tokenizer, end_ids=frozenset(self.end_ids), max_batch_tokens=2048, max_sequences=max_sequences
+            model,
+            tokenizer,
+            end_ids=frozenset(self.end_ids),
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
         )
-        self._inbox: dict[int, deque[TokenEvent]] = {}
+        self._inbox: dict[int, deque[TokenEvent | RequestError]] = {}
 
     @property
     def expert_store(self) -> ExpertStore | None:
@@ -234,6 +252,8 @@ class LLM:
                 while not inbox:
                     self._step()
                 event = inbox.popleft()
+                if isinstance(event, RequestError):
+                    raise event
                 yield event
                 if event.finish_reason is not None:
                     return
@@ -288,8 +308,11 @@ class LLM:
                 for request_id, events in made.items():
                     inbox = self._inbox[request_id]
                     while inbox:
-                        events.append((now, inbox.popleft()))
-                        if events[-1][1].finish_reason is not None:
+                        event = inbox.popleft()
+                        if isinstance(event, RequestError):
+                            raise event
+                        events.append((now, event))
+                        if event.finish_reason is not None:
                             finished += 1
                             if progress is not None:
                                 progress(finished, len(made))

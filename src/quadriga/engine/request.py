@@ -133,6 +133,8 @@ class TokenEvent:
     """With the first event of an answer."""
     routing: Routing | None = None
     """Which experts computed the prediction of this token, where the request asked for it."""
+    router_entropy: tuple[float, ...] = ()
+    """With ``routing``, per MoE layer: -sum(p ln p) / ln(E) of the router's softmax, from 0 (sure) to 1 (undecided)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,10 @@ class Runner(Protocol):
         """(R, V) float32 logits of the rows asked for, on the CPU, until the next pass; stores keys and values."""
         ...
 
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the keys and values of whole blocks, (from, to), in every layer."""
+        ...
+
     def row_stats(self, logits: Tensor) -> tuple[list[int], list[float]]:
         """Of logits (R, V): the most probable token of every row (lowest id of equals), and log(sum(exp))."""
         ...
@@ -104,6 +108,13 @@ class TorchRunner:
                 self._load.append(torch.zeros(stats.probs.shape[-1], dtype=torch.int64, device=device))
             self._load[layer] += stats.load()
         return logits
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See :class:`Runner`."""
+        source, target = zip(*pairs, strict=True)
+        for stored in (*self._keys, *self._values):
+            blocks = stored.view(self.n_blocks, BLOCK_TOKENS, *stored.shape[1:])
+            blocks[list(target)] = blocks[list(source)]
 
     def row_stats(self, logits: Tensor) -> tuple[list[int], list[float]]:
         """See :class:`Runner`."""

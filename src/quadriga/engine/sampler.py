@@ -49,7 +49,7 @@ class Sampler:
             allowed: (V,) bool, the tokens that may be chosen; None allows all.
 
         Raises:
-            RequestError: the logits are not finite, so the weights or the computation are broken.
+            RequestError: the logits are not finite, so the weights or the computation are broken; nothing is allowed.
         """
         params = self.params
         logits = logits.cpu()
@@ -61,6 +61,8 @@ class Sampler:
             )
         adjusted = self._adjust(logits)
         if allowed is not None:
+            if not allowed.any():
+                raise RequestError("the grammar has come to a place where no token of this vocabulary may follow")
             adjusted = adjusted.masked_fill(~allowed, -math.inf)
         if params.temperature == 0:
             token = best if best is not None and adjusted is logits else int(adjusted.argmax())

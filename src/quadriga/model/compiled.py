@@ -101,10 +101,11 @@ class CompiledModel:
         self.parameters, self.store = parameters, store
         block_bytes = kv_block_bytes(kv_format, config.attn.n_kv_heads, config.attn.head_dim)
         self.kv_bytes = n_blocks * block_bytes * config.n_layers
+        self._kv = [allocate(n_blocks * block_bytes) for _ in range(config.n_layers)]
         embed = self._packed("embed.weight")
         self.program.embed(embed, config.embedding_scale)
         for layer in range(config.n_layers):
-            self.program.attention(self._attention(layer, n_blocks * block_bytes))
+            self.program.attention(self._attention(layer))
             self.program.ffn(self._ffn(layer))
         head = embed if config.tied_embeddings else self._packed("lm_head.weight")
         self.program.head(self._norm("final_norm.weight"), head, config.logit_scale)
@@ -119,6 +120,13 @@ class CompiledModel:
         if self.store is not None:
             self.store.stats()  # raises
         return logits
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the keys and values of whole blocks, (from, to), in every layer."""
+        source, target = (list(side) for side in zip(*pairs, strict=True))
+        for kv in self._kv:
+            blocks = kv.reshape(self.n_blocks, -1)
+            blocks[target] = blocks[source]
 
     def row_stats(self, logits: Tensor) -> tuple[list[int], list[float]]:
         """Of every row of logits (R, V): the most probable token (the lowest id of equals) and log(sum(exp))."""
@@ -140,7 +148,7 @@ class CompiledModel:
         """Per MoE layer (E,) int64: tokens every expert has seen since the model was built."""
         return [routing.load for routing in self.program.routing]
 
-    def _attention(self, layer: int, nbytes: int) -> AttentionArgs:
+    def _attention(self, layer: int) -> AttentionArgs:
         config, spec, p = self.config, self.config.attn, f"layers.{layer}."
         frequencies = slopes = None
         if isinstance(config.position, RopeSpec):
@@ -161,7 +169,7 @@ class CompiledModel:
             soft_cap=spec.soft_cap,
             inverse_frequencies=frequencies,
             alibi_slopes=slopes,
-            kv=allocate(nbytes),
+            kv=self._kv[layer],
             kv_format=self.kv_format,
         )
 

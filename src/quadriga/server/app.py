@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from quadriga.errors import QuadrigaError
-from quadriga.server import batches, chat, completions, messages, responses, status, text_routes
+from quadriga.server import batches, chat, completions, docs_page, messages, responses, status, text_routes
 from quadriga.server.errors import ApiError, as_api_error
 from quadriga.server.guard import Guard, Limits, read_body
 from quadriga.server.openapi import document
@@ -33,7 +33,7 @@ from quadriga.server.schema import (
 from quadriga.server.service import Caller, Service
 from quadriga.server.sse import Gone, json_response, unless_gone
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parent / "static"
 
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -116,6 +116,11 @@ def build(service: Service, limits: Limits) -> Guard:
     async def one_model(request: Request) -> Response:
         return status.one_model(service, request.path_params["name"])
 
+    async def docs(request: Request) -> Response:
+        text = docs_page.page(document(service.name), service.name, str(request.base_url).rstrip("/"))
+        headers = {**_PAGE_HEADERS, "content-security-policy": docs_page.CSP}
+        return Response(text, headers=headers, media_type="text/html")
+
     posts = {
         "/chat/completions": generates(ChatRequest, chat.complete, chat.stream),
         "/completions": generates(CompletionRequest, completions.complete, completions.stream),
@@ -137,7 +142,8 @@ def build(service: Service, limits: Limits) -> Guard:
         "/ready": ready,
         "/experts": plain(experts.show),
         "/metrics": plain(lambda: Response(service.metrics.text(), media_type="text/plain; version=0.0.4")),
-        "/openapi.json": plain(lambda: json_response(document())),
+        "/openapi.json": plain(lambda: json_response(document(service.name))),
+        "/docs": docs,
     }
     routes = []
     for prefix in ("", "/v1"):

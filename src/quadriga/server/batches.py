@@ -15,7 +15,7 @@ from typing import Any, Literal
 from msgspec import Struct
 from starlette.responses import Response
 
-from quadriga.errors import BusyError, QuadrigaError
+from quadriga.errors import QuadrigaError
 from quadriga.server.errors import ApiError, as_api_error
 from quadriga.server.schema import convert, parse_json
 from quadriga.server.sse import EventSender, EventStream
@@ -75,7 +75,8 @@ def run(raw: bytes, handlers: dict[str, Handler]) -> Response:
                 status, body = await _answer(handlers[line.url], line.body)
             response = {"status_code": status, "request_id": f"req_{secrets.token_hex(8)}", "body": body}
             answer = {"id": f"batch_req_{secrets.token_hex(8)}", "custom_id": line.custom_id}
-            await sender.raw(json.dumps({**answer, "response": response, "error": None}).encode() + b"\n")
+            sender.raw(json.dumps({**answer, "response": response, "error": None}).encode() + b"\n")
+            await sender.flush()
 
         async with asyncio.TaskGroup() as group:
             for line in lines:
@@ -89,8 +90,8 @@ async def _answer(handler: Handler, body: dict[str, Any]) -> tuple[int, Any]:
         try:
             response = await handler(body)
             return response.status_code, json.loads(bytes(response.body))
-        except BusyError:
-            await asyncio.sleep(0.1)  # others are served first; a batch can wait
         except QuadrigaError as error:
             shown = as_api_error(error)
-            return shown.status, shown.openai()
+            if shown.code != "queue_full":
+                return shown.status, shown.openai()
+            await asyncio.sleep(0.1)  # others are served first; a batch can wait

@@ -13,8 +13,8 @@ from quadriga.engine.request import TokenEvent
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import ChatRequest
 from quadriga.server.service import Answers, Caller, Choice, Service
-from quadriga.server.sse import EventSender, EventStream, collect, json_response
-from quadriga.server.tools import ToolUse
+from quadriga.server.sse import EventSender, EventStream, json_response
+from quadriga.server.tools import Reader, ToolUse
 from quadriga.text.chat import render
 
 MAX_MESSAGES = 10_000
@@ -62,7 +62,7 @@ def finish_reason(choice: Choice, called: bool) -> str:
 async def complete(service: Service, body: ChatRequest, caller: Caller) -> Response:
     """The whole answer as one JSON object."""
     answers, tools = await start(service, body, caller)
-    await collect(aiter(answers))
+    await answers.collect()
     record(service, answers)
     choices = []
     for choice in answers.choices:
@@ -89,6 +89,8 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
     head = {"id": _new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": service.name}
     usage = body.stream_options is not None and body.stream_options.include_usage
     with_usage: dict[str, Any] = {"usage": None} if usage else {}
+    readers = [Reader(tools) for _ in answers.choices]
+    calls = [0 for _ in answers.choices]
 
     async def produce(sender: EventSender) -> None:
         def chunk(choice: Choice, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -96,35 +98,38 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
             one["finish_reason"] = more.pop("finish_reason", None)
             return {**head, "choices": [one], **with_usage, **more}
 
+        def write(choice: Choice, event: TokenEvent) -> None:
+            extra: dict[str, Any] = {"logprobs": _logprobs(service, [event])} if body.logprobs else {}
+            if body.routing:
+                extra["routing"] = service.routing(event)
+            reader, last = readers[choice.index], event.finish_reason is not None
+            pieces = reader.push(event.text, last=last)
+            if extra and not (pieces and isinstance(pieces[0], str)):
+                sender.event(chunk(choice, {}, **extra))
+                extra = {}
+            for piece in pieces:
+                if isinstance(piece, str):
+                    sender.event(chunk(choice, {"content": piece}, **extra))
+                    extra = {}
+                else:
+                    calls[choice.index] += 1
+                    sender.event(chunk(choice, {"tool_calls": [{"index": calls[choice.index] - 1, **piece}]}))
+            if last:
+                more = {"timings": answers.timings()} if all(c.finish_reason for c in answers.choices) else {}
+                sender.event(chunk(choice, {}, finish_reason=finish_reason(choice, reader.n_calls > 0), **more))
+
         try:
             for choice in answers.choices:
-                await sender.event(chunk(choice, {"role": "assistant", "content": "", "refusal": None}))
-            async for choice, event in answers:
-                extra: dict[str, Any] = {"logprobs": _logprobs(service, [event])} if body.logprobs else {}
-                if body.routing:
-                    extra["routing"] = service.routing(event)
-                # Where tools may be called, it takes the whole answer to tell a call from words.
-                if not tools.tools and (event.text or extra):
-                    await sender.event(chunk(choice, {"content": event.text}, **extra))
-                elif tools.tools and extra:
-                    await sender.event(chunk(choice, {}, **extra))
-                if event.finish_reason is None:
-                    continue
-                calls: list[dict[str, Any]] = []
-                if tools.tools:
-                    content, calls = tools.read(choice.text)
-                    if content:
-                        await sender.event(chunk(choice, {"content": content}))
-                    for i, call in enumerate(calls):
-                        await sender.event(chunk(choice, {"tool_calls": [{"index": i, **call}]}))
-                last: dict[str, Any] = {"finish_reason": finish_reason(choice, bool(calls))}
-                if all(c.finish_reason for c in answers.choices):
-                    last["timings"] = answers.timings()
-                await sender.event(chunk(choice, {}, **last))
+                sender.event(chunk(choice, {"role": "assistant", "content": "", "refusal": None}))
+            await sender.flush()
+            async for batch in answers.batches():
+                for choice, event in batch:
+                    write(choice, event)
+                await sender.flush()
             record(service, answers)
             if usage:
-                await sender.event({**head, "choices": [], "usage": answers.usage(), "timings": answers.timings()})
-            await sender.done()
+                sender.event({**head, "choices": [], "usage": answers.usage(), "timings": answers.timings()})
+            sender.done()
         finally:
             answers.close()
 

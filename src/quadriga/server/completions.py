@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from dataclasses import replace
@@ -9,11 +10,12 @@ from typing import Any
 
 from starlette.responses import Response
 
+from quadriga.engine.request import TokenEvent
 from quadriga.server.chat import record
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import MAX_CHOICES, CompletionRequest
 from quadriga.server.service import Answers, Caller, Choice, Service
-from quadriga.server.sse import EventSender, EventStream, collect, json_response
+from quadriga.server.sse import EventSender, EventStream, json_response
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -46,7 +48,7 @@ async def start(service: Service, body: CompletionRequest, caller: Caller) -> tu
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens < 0 or (max_tokens == 0 and not body.echo):
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo", param="max_tokens")
-    prompts = prompts_of(service, body.prompt, "prompt")
+    prompts = await asyncio.to_thread(prompts_of, service, body.prompt, "prompt")
     # One token is always made; with max_tokens=0 it is not shown.
     params = service.params(body, max_tokens=max(1, max_tokens), logprobs=body.logprobs or 0)
     if body.echo and body.logprobs is not None:
@@ -59,7 +61,7 @@ async def start(service: Service, body: CompletionRequest, caller: Caller) -> tu
 async def complete(service: Service, body: CompletionRequest, caller: Caller) -> Response:
     """All answers as one JSON object."""
     answers, prompts = await start(service, body, caller)
-    await collect(aiter(answers))
+    await answers.collect()
     record(service, answers)
     n = body.n or 1
     choices = []
@@ -67,7 +69,7 @@ async def complete(service: Service, body: CompletionRequest, caller: Caller) ->
         prompt = prompts[choice.index // n]
         if body.max_tokens == 0:
             choice.text, choice.events, choice.finish_reason = "", [], "length"
-        echoed = _decode(service, prompt) if body.echo else ""
+        echoed = await _decode(service, prompt) if body.echo else ""
         shown: dict[str, Any] = {
             "index": choice.index,
             "text": echoed + choice.text,
@@ -95,30 +97,37 @@ async def stream(service: Service, body: CompletionRequest, caller: Caller) -> R
             one["finish_reason"] = more.pop("finish_reason", None)
             return {**head, "choices": [one], **with_usage, **more}
 
+        def write(choice: Choice, event: TokenEvent) -> None:
+            extra: dict[str, Any] = {"finish_reason": event.finish_reason}
+            if body.logprobs is not None:
+                extra["logprobs"] = _logprobs(service, replace(choice, events=[event]), [])
+            if body.routing:
+                extra["routing"] = service.routing(event)
+            if event.text or len(extra) > 1 or event.finish_reason:
+                sender.event(chunk(choice, "" if body.max_tokens == 0 else event.text, **extra))
+
         try:
             if body.echo:
                 for choice in answers.choices:
-                    await sender.event(chunk(choice, _decode(service, prompts[choice.index // n])))
-            async for choice, event in answers:
-                extra: dict[str, Any] = {"finish_reason": event.finish_reason}
-                if body.logprobs is not None:
-                    extra["logprobs"] = _logprobs(service, replace(choice, events=[event]), [])
-                if body.routing:
-                    extra["routing"] = service.routing(event)
-                await sender.event(chunk(choice, "" if body.max_tokens == 0 else event.text, **extra))
+                    sender.event(chunk(choice, await _decode(service, prompts[choice.index // n])))
+            await sender.flush()
+            async for batch in answers.batches():
+                for choice, event in batch:
+                    write(choice, event)
+                await sender.flush()
             record(service, answers)
             if usage:
-                await sender.event({**head, "choices": [], "usage": answers.usage(), "timings": answers.timings()})
-            await sender.done()
+                sender.event({**head, "choices": [], "usage": answers.usage(), "timings": answers.timings()})
+            sender.done()
         finally:
             answers.close()
 
     return EventStream(produce)
 
 
-def _decode(service: Service, ids: list[int]) -> str:
+async def _decode(service: Service, ids: list[int]) -> str:
     tokenizer = service.llm.tokenizer
-    return tokenizer.decode(ids) if tokenizer is not None else ""
+    return "" if tokenizer is None else await asyncio.to_thread(tokenizer.decode, ids)
 
 
 def _logprobs(service: Service, choice: Choice, prompt: list[int]) -> dict[str, Any]:

@@ -122,7 +122,8 @@ class Guard:
         """The caller's key, or "" where none is needed."""
         if not self.limits.keys or path in OPEN_PATHS or path in _PAGE or path.startswith("/page/"):
             return ""
-        given = headers.get("authorization", "").removeprefix("Bearer ").strip() or headers.get("x-api-key", "")
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        given = given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         # Every key is compared, each in constant time: how long it takes tells nothing.
         matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self.limits.keys]
         if not any(matches):

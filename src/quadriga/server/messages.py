@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
+from collections.abc import Callable
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -22,8 +24,8 @@ from quadriga.server.schema import (
     ToolCall,
 )
 from quadriga.server.service import Answers, Caller, Service
-from quadriga.server.sse import EventSender, EventStream, collect, json_response
-from quadriga.server.tools import ToolUse
+from quadriga.server.sse import EventSender, EventStream, json_response
+from quadriga.server.tools import Reader, ToolUse
 from quadriga.text.chat import render
 
 
@@ -35,6 +37,12 @@ class TextBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="typ
     citations: None = None
 
 
+class Direct(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Who called a tool: the model itself, which is all there is here."""
+
+    type: Literal["direct"]
+
+
 class ToolUseBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="tool_use"):
     """A call the assistant made."""
 
@@ -42,6 +50,7 @@ class ToolUseBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="
     name: str
     input: dict[str, Any]
     cache_control: dict[str, str] | None = None
+    caller: Direct | None = None
 
 
 class ToolResultBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="tool_result"):
@@ -172,7 +181,9 @@ async def count(service: Service, body: CountRequest) -> Response:
     service.check_model(body.model)
     request = as_chat(body)
     turns = ToolUse(request).messages(request.messages)
-    return json_response({"input_tokens": len(render(turns, service.llm._need_tokenizer()).ids)})
+    return json_response(
+        {"input_tokens": len((await asyncio.to_thread(render, turns, service.llm._need_tokenizer())).ids)}
+    )
 
 
 def _stop(service: Service, body: MessagesRequest, answers: Answers, called: bool) -> tuple[str, str | None]:
@@ -199,27 +210,48 @@ def _usage(answers: Answers) -> dict[str, Any]:
         "output_tokens": usage["completion_tokens"],
         "cache_read_input_tokens": cached,
         "cache_creation_input_tokens": 0,
+        "output_tokens_details": {"thinking_tokens": 0},
+        "server_tool_use": None,
     }
 
 
-def _blocks(content: str | None, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    blocks: list[dict[str, Any]] = [{"type": "text", "text": content or ""}] if content or not calls else []
-    for call in calls:
-        block = {"type": "tool_use", "id": call["id"].replace("call_", "toolu_"), "name": call["function"]["name"]}
-        blocks.append({**block, "input": json.loads(call["function"]["arguments"])})
-    return blocks
+def _message(service: Service, content: list[dict[str, Any]], end: dict[str, Any], answers: Answers) -> dict[str, Any]:
+    """A message with every field that Anthropic's schema wants, most of which mean nothing here."""
+    nothing = {"cache_creation": None, "inference_geo": None, "service_tier": "standard"}
+    return {
+        "id": f"msg_{secrets.token_hex(12)}",
+        "type": "message",
+        "role": "assistant",
+        "model": service.name,
+        "content": content,
+        **end,
+        "usage": {**_usage(answers), **nothing},
+    }
+
+
+def _end(reason: str | None, sequence: str | None) -> dict[str, Any]:
+    return {"stop_reason": reason, "stop_sequence": sequence, "stop_details": None, "container": None}
+
+
+def _tool_block(call: dict[str, Any]) -> dict[str, Any]:
+    name, identifier = call["function"]["name"], call["id"].replace("call_", "toolu_")
+    given = json.loads(call["function"]["arguments"])
+    return {"type": "tool_use", "id": identifier, "name": name, "input": given, "caller": {"type": "direct"}}
+
+
+_NO_TEXT: dict[str, Any] = {"type": "text", "text": "", "citations": None}
 
 
 async def complete(service: Service, body: MessagesRequest, caller: Caller) -> Response:
     """The whole message."""
     answers, tools = await chat.start(service, as_chat(body), caller)
-    await collect(aiter(answers))
+    await answers.collect()
     chat.record(service, answers)
     content, calls = tools.read(answers.choices[0].text)
-    reason, sequence = _stop(service, body, answers, bool(calls))
-    head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": service.name}
-    end = {"stop_reason": reason, "stop_sequence": sequence, "usage": _usage(answers)}
-    return json_response({**head, "content": _blocks(content, calls), **end})
+    blocks = [{**_NO_TEXT, "text": content or ""}] if content or not calls else []
+    blocks += [_tool_block(call) for call in calls]
+    end = _end(*_stop(service, body, answers, bool(calls)))
+    return json_response(_message(service, blocks, end, answers))
 
 
 async def stream(service: Service, body: MessagesRequest, caller: Caller) -> Response:
@@ -227,40 +259,63 @@ async def stream(service: Service, body: MessagesRequest, caller: Caller) -> Res
     answers, tools = await chat.start(service, as_chat(body), caller)
 
     async def produce(sender: EventSender) -> None:
-        async def send(kind: str, **fields: Any) -> None:
-            await sender.event({"type": kind, **fields}, name=kind)
+        def send(kind: str, **fields: Any) -> None:
+            sender.event({"type": kind, **fields}, name=kind)
 
+        blocks, reader = _Blocks(send), Reader(tools)
         try:
-            head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": service.name}
-            usage = {**_usage(answers), "output_tokens": 0}
-            whole: dict[str, Any] = {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
-            await send("message_start", message=whole)
-            if not tools.tools:
-                await send("content_block_start", index=0, content_block={"type": "text", "text": ""})
-                await send("ping")
-            async for _, event in answers:
-                if event.text and not tools.tools:
-                    await send("content_block_delta", index=0, delta={"type": "text_delta", "text": event.text})
+            send("message_start", message=_message(service, [], _end(None, None), answers))
+            send("ping")
+            await sender.flush()
+            async for batch in answers.batches():
+                for _, event in batch:
+                    for piece in reader.push(event.text, last=event.finish_reason is not None):
+                        if isinstance(piece, str):
+                            blocks.text(piece)
+                        else:
+                            blocks.call(_tool_block(piece))
+                await sender.flush()
             chat.record(service, answers)
-            content, calls = tools.read(answers.choices[0].text)
-            if not tools.tools:
-                await send("content_block_stop", index=0)
-            else:
-                for i, block in enumerate(_blocks(content, calls)):
-                    begin: dict[str, Any]
-                    if block["type"] == "text":
-                        begin, delta = {"type": "text", "text": ""}, {"type": "text_delta", "text": block["text"]}
-                    else:
-                        text = json.dumps(block["input"], ensure_ascii=False)
-                        begin, delta = {**block, "input": {}}, {"type": "input_json_delta", "partial_json": text}
-                    await send("content_block_start", index=i, content_block=begin)
-                    await send("content_block_delta", index=i, delta=delta)
-                    await send("content_block_stop", index=i)
-            reason, sequence = _stop(service, body, answers, bool(calls))
-            end = {"stop_reason": reason, "stop_sequence": sequence}
-            await send("message_delta", delta=end, usage=_usage(answers))
-            await send("message_stop")
+            blocks.finish()
+            end = _end(*_stop(service, body, answers, reader.n_calls > 0))
+            send("message_delta", delta=end, usage=_usage(answers))
+            send("message_stop")
         finally:
             answers.close()
 
     return EventStream(produce, anthropic=True)
+
+
+class _Blocks:
+    """The events of a message's content blocks: words into a text block, each call a block of its own."""
+
+    def __init__(self, send: Callable[..., None]) -> None:
+        self._send, self._index, self._open = send, 0, False
+
+    def text(self, piece: str) -> None:
+        """Words, into the open block or a new one."""
+        if not self._open:
+            self._open = True
+            self._send("content_block_start", index=self._index, content_block=_NO_TEXT)
+        if piece:
+            self._send("content_block_delta", index=self._index, delta={"type": "text_delta", "text": piece})
+
+    def call(self, block: dict[str, Any]) -> None:
+        """A call of a tool."""
+        self._close()
+        delta = {"type": "input_json_delta", "partial_json": json.dumps(block["input"], ensure_ascii=False)}
+        self._send("content_block_start", index=self._index, content_block={**block, "input": {}})
+        self._send("content_block_delta", index=self._index, delta=delta)
+        self._open = True
+        self._close()
+
+    def finish(self) -> None:
+        """End; a message without any block has an empty one."""
+        if self._index == 0 and not self._open:
+            self.text("")
+        self._close()
+
+    def _close(self) -> None:
+        if self._open:
+            self._send("content_block_stop", index=self._index)
+            self._index, self._open = self._index + 1, False

@@ -108,3 +108,9 @@ def balance_of(counts: list[int]) -> float:
     """Largest load over mean load: 1 is perfect, the number of experts is collapse; 1 before the first token."""
     total = sum(counts)
     return max(counts) * len(counts) / total if total else 1.0
+
+
+def jain_of(counts: list[int]) -> float:
+    """Jain's fairness index (sum x)^2 / (n sum x^2): 1 is perfect, 1/n is collapse; 1 before the first token."""
+    squares = sum(n * n for n in counts)
+    return sum(counts) ** 2 / (len(counts) * squares) if squares else 1.0

@@ -37,7 +37,7 @@ GETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "/tokenizer_info": ("Facts about the vocabulary.", ("n_vocab", "eos_token_id")),
     "/health": ("200 while the engine lives; needs no key.", ("status",)),
     "/ready": ("200 once a token has been generated just now.", ("status",)),
-    "/v1/experts": ("Tokens every expert has seen, per layer.", ("n_layers", "n_experts", "counts", "balance")),
+    "/v1/experts": ("Tokens every expert has seen, per layer.", ("n_layers", "n_experts", "counts", "balance", "jain")),
 }
 
 _ERROR = {
@@ -58,10 +58,18 @@ _ERROR = {
 }
 
 
-def document() -> dict[str, Any]:
-    """OpenAPI 3.1."""
+def document(model: str) -> dict[str, Any]:
+    """OpenAPI 3.1.
+
+    Args:
+        model: the one that is served; no other name is taken.
+    """
     kinds = [kind for kind, _, _ in POSTS.values()]
     schemas, components = msgspec.json.schema_components([*kinds, Line], ref_template="#/components/schemas/{name}")
+    for schema in components.values():
+        if "model" in schema.get("properties", {}):
+            optional = "model" not in schema.get("required", ())
+            schema["properties"]["model"] = {"enum": [model, None] if optional else [model]}
     paths: dict[str, Any] = {}
     for (path, (_, text, keys)), schema in zip(POSTS.items(), schemas, strict=False):
         body = {"required": True, "content": {"application/json": {"schema": schema}}}

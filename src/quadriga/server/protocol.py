@@ -1,6 +1,7 @@
-"""uvicorn's HTTP protocol with what it lacks: a limit and a deadline for the head of a request.
+"""uvicorn's HTTP protocol with what it lacks: limits for heads, for bodies nobody reads, and for readers that stop.
 
-Without them a client may send header lines for ever, or one byte a minute, and hold a connection each.
+Without them a client may send header lines for ever, or one byte a minute, or leave an answer unread, and hold a
+connection and what it waits for each time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10
 HEAD_TIMEOUT_S = 10.0
+STALL_TIMEOUT_S = 60.0
+"""A client that has not taken what was sent for this long is cut off."""
+REST_TIMEOUT_S = 10.0
+"""For the rest of a body that nobody reads, once its answer is out."""
 LINGER_S = 1.0
 """How long a refused connection is read on, so that its answer arrives."""
 
@@ -27,6 +32,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._refused = False
         self._deadline: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
+        self._rest_due: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """A connection: its first head is due."""
@@ -36,7 +43,32 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The end of it."""
         self._stop_clock()
+        self._reads_again()
+        if self._rest_due is not None:
+            self._rest_due.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than we write: it must take something within a time."""
+        self._stalled = asyncio.get_running_loop().call_later(STALL_TIMEOUT_S, self.transport.abort)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """It has."""
+        self._reads_again()
+        super().resume_writing()
+
+    def _reads_again(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def on_response_complete(self) -> None:
+        """An answer is out. If the request's body is not all in, the rest is waited for, but not for ever."""
+        unread = not self._in_head and not self.pipeline  # with a pipeline, what comes belongs to a later request
+        super().on_response_complete()
+        if unread and not self.transport.is_closing():
+            self._rest_due = asyncio.get_running_loop().call_later(REST_TIMEOUT_S, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
         """Bytes: those of a head are counted."""
@@ -67,6 +99,14 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """A whole request: the next one may begin when it likes, within the keep-alive time."""
         self._in_head = True
+        if self._rest_due is not None:
+            self._rest_due.cancel()
+            self._rest_due = None
+            # The answer is out already, and its keep-alive clock was stopped by what came after it.
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
         super().on_message_complete()
 
     def _expect_head(self) -> None:

@@ -26,7 +26,8 @@ from quadriga.server.schema import (
     ToolCall,
 )
 from quadriga.server.service import Answers, Caller, Service
-from quadriga.server.sse import EventSender, EventStream, collect, json_response
+from quadriga.server.sse import EventSender, EventStream, json_response
+from quadriga.server.tools import Reader
 
 
 class Item(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -41,6 +42,8 @@ class Item(Struct, kw_only=True, forbid_unknown_fields=True):
     name: str | None = None
     arguments: str | None = None
     output: str | None = None
+    phase: Literal["commentary", "final_answer"] | None = None
+    """What an earlier answer was labelled as; it is part of the conversation either way."""
 
 
 class FlatTool(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -232,10 +235,11 @@ def _finish(shell: dict[str, Any], answers: Answers, output: list[dict[str, Any]
     }
 
 
+_TEXT_PART: dict[str, Any] = {"type": "output_text", "annotations": [], "logprobs": []}
+
+
 def _text_item(identifier: str, text: str, status: str) -> dict[str, Any]:
-    content = (
-        [{"type": "output_text", "text": text, "annotations": [], "logprobs": []}] if status != "in_progress" else []
-    )
+    content = [] if status == "in_progress" else [{**_TEXT_PART, "text": text}]
     return {"id": identifier, "type": "message", "status": status, "role": "assistant", "content": content}
 
 
@@ -253,7 +257,7 @@ def _call_item(call: dict[str, Any], status: str = "completed") -> dict[str, Any
 async def complete(service: Service, body: ResponsesRequest, caller: Caller) -> Response:
     """The whole response."""
     answers, tools = await chat.start(service, as_chat(body), caller)
-    await collect(aiter(answers))
+    await answers.collect()
     chat.record(service, answers)
     content, calls = tools.read(answers.choices[0].text)
     status = "incomplete" if answers.choices[0].finish_reason == "length" else "completed"
@@ -269,60 +273,87 @@ async def stream(service: Service, body: ResponsesRequest, caller: Caller) -> Re
     shell = _shell(service, body, f"resp_{secrets.token_hex(12)}", int(time.time()))
 
     async def produce(sender: EventSender) -> None:
-        number = -1
-
-        async def send(kind: str, **fields: Any) -> None:
-            nonlocal number
-            number += 1
-            await sender.event({"type": kind, "sequence_number": number, **fields}, name=kind)
-
+        out = _Output(sender)
         try:
-            await send("response.created", response=shell)
-            await send("response.in_progress", response=shell)
-            message = f"msg_{secrets.token_hex(12)}"
-            place = {"item_id": message, "output_index": 0, "content_index": 0}
-            empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-
-            async def begin() -> None:
-                await send("response.output_item.added", output_index=0, item=_text_item(message, "", "in_progress"))
-                await send("response.content_part.added", **place, part=empty)
-
-            if not tools.tools:
-                await begin()
-            async for _, event in answers:
-                if event.text and not tools.tools:
-                    await send("response.output_text.delta", **place, delta=event.text, logprobs=[])
+            out.send("response.created", response=shell)
+            out.send("response.in_progress", response=shell)
+            await sender.flush()
+            reader = Reader(tools)
+            async for batch in answers.batches():
+                for _, event in batch:
+                    for piece in reader.push(event.text, last=event.finish_reason is not None):
+                        if isinstance(piece, str):
+                            out.text(piece)
+                        else:
+                            out.call(piece)
+                await sender.flush()
             chat.record(service, answers)
-            content, calls = tools.read(answers.choices[0].text)
-            status = "incomplete" if answers.choices[0].finish_reason == "length" else "completed"
-            output = []
-            if content or not calls:
-                text = content or ""
-                if tools.tools:
-                    await begin()
-                    await send("response.output_text.delta", **place, delta=text, logprobs=[])
-                await send("response.output_text.done", **place, text=text, logprobs=[])
-                await send("response.content_part.done", **place, part={**empty, "text": text})
-                output.append(_text_item(message, text, status))
-                await send("response.output_item.done", output_index=0, item=output[0])
-            for call in calls:
-                item = _call_item(call)
-                at = {"item_id": item["id"], "output_index": len(output)}
-                begun = {**item, "arguments": "", "status": "in_progress"}
-                await send("response.output_item.added", output_index=len(output), item=begun)
-                await send("response.function_call_arguments.delta", **at, delta=item["arguments"])
-                await send(
-                    "response.function_call_arguments.done", **at, name=item["name"], arguments=item["arguments"]
-                )
-                await send("response.output_item.done", output_index=len(output), item=item)
-                output.append(item)
-            whole = _finish(shell, answers, output)
-            await send(f"response.{whole['status']}", response=whole)
+            cut = answers.choices[0].finish_reason == "length"
+            whole = _finish(shell, answers, out.finish("incomplete" if cut else "completed"))
+            out.send(f"response.{whole['status']}", response=whole)
         except QuadrigaError as error:
             shown = as_api_error(error)
             failure = {"code": shown.code or "server_error", "message": str(shown)}
-            await send("response.failed", response={**shell, "status": "failed", "error": failure})
+            out.send("response.failed", response={**shell, "status": "failed", "error": failure})
         finally:
             answers.close()
 
     return EventStream(produce)
+
+
+class _Output:
+    """The events of a response's items: words into a message, each call an item of its own."""
+
+    def __init__(self, sender: EventSender) -> None:
+        self._sender, self._number = sender, -1
+        self._items: list[dict[str, Any]] = []
+        self._message: str | None = None  # the id of the message that is open
+        self._said = ""
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """One event, numbered."""
+        self._number += 1
+        self._sender.event({"type": kind, "sequence_number": self._number, **fields}, name=kind)
+
+    def text(self, piece: str) -> None:
+        """Words, into the open message or a new one."""
+        if self._message is None:
+            self._message, self._said = f"msg_{secrets.token_hex(12)}", ""
+            begun = _text_item(self._message, "", "in_progress")
+            self.send("response.output_item.added", output_index=len(self._items), item=begun)
+            self.send("response.content_part.added", **self._place(), part={**_TEXT_PART, "text": ""})
+        self._said += piece
+        if piece:
+            self.send("response.output_text.delta", **self._place(), delta=piece, logprobs=[])
+
+    def call(self, call: dict[str, Any]) -> None:
+        """A call of a tool."""
+        self._close("completed")
+        item, index = _call_item(call), len(self._items)
+        at = {"item_id": item["id"], "output_index": index}
+        begun = {**item, "arguments": "", "status": "in_progress"}
+        self.send("response.output_item.added", output_index=index, item=begun)
+        self.send("response.function_call_arguments.delta", **at, delta=item["arguments"])
+        self.send("response.function_call_arguments.done", **at, name=item["name"], arguments=item["arguments"])
+        self.send("response.output_item.done", output_index=index, item=item)
+        self._items.append(item)
+
+    def finish(self, status: str) -> list[dict[str, Any]]:
+        """All items, the last one ended; an answer without any is an empty message."""
+        if not self._items and self._message is None:
+            self.text("")
+        self._close(status)
+        return self._items
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self._message, "output_index": len(self._items), "content_index": 0}
+
+    def _close(self, status: str) -> None:
+        if self._message is None:
+            return
+        item = _text_item(self._message, self._said, status)
+        self.send("response.output_text.done", **self._place(), text=self._said, logprobs=[])
+        self.send("response.content_part.done", **self._place(), part={**_TEXT_PART, "text": self._said})
+        self.send("response.output_item.done", output_index=len(self._items), item=item)
+        self._items.append(item)
+        self._message = None

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quadriga.engine.async_engine import AsyncEngine, Stream
+from quadriga.engine.async_engine import AsyncEngine, Inbox, Stream
 from quadriga.engine.llm import LLM
 from quadriga.engine.request import PromptReport, Request, SamplingParams, TokenEvent
 from quadriga.errors import RequestError
@@ -44,62 +43,47 @@ class Choice:
 class Answers:
     """Some requests under way, as one stream of (choice, event)."""
 
-    def __init__(self, streams: Sequence[Stream], n_prompt_tokens: int, deadline_s: float | None) -> None:
-        self._streams, self.n_prompt_tokens = streams, n_prompt_tokens
+    def __init__(self, streams: Sequence[Stream], inbox: Inbox, n_prompt_tokens: int, deadline_s: float | None) -> None:
+        self._streams, self._inbox, self.n_prompt_tokens = streams, inbox, n_prompt_tokens
         self.choices = [Choice(i) for i in range(len(streams))]
         self.started = time.perf_counter()
         self.first: float | None = None
-        self._deadline = None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s
+        late = ApiError(504, "the answer was not complete at its deadline", code="deadline_exceeded")
+        self._alarm = None
+        if deadline_s is not None:
+            self._alarm = asyncio.get_running_loop().call_later(deadline_s, inbox.fail, late)
 
-    async def __aiter__(self) -> AsyncIterator[tuple[Choice, TokenEvent]]:
+    async def batches(self) -> AsyncIterator[list[tuple[Choice, TokenEvent]]]:
+        """Whatever has come, as soon as something has; ends with the last answer.
+
+        Raises:
+            QuadrigaError: an answer failed, or was not complete at its deadline.
+        """
+        choices = dict(zip(self._streams, self.choices, strict=True))
+        left = len(choices)
         try:
-            async with asyncio.timeout_at(self._deadline):
-                async with aclosing(self._merged()) as merged:
-                    async for choice, event in merged:
-                        if self.first is None:
-                            self.first = time.perf_counter()
-                        choice.text += event.text
-                        choice.events.append(event)
-                        choice.prompt = choice.prompt or event.prompt
-                        choice.finish_reason = event.finish_reason
-                        yield choice, event
-        except TimeoutError:
-            raise ApiError(504, "the answer was not complete at its deadline", code="deadline_exceeded") from None
+            while left:
+                batch = [(choices[stream], event) for stream, event in await self._inbox.take()]
+                self.first = self.first or time.perf_counter()
+                for choice, event in batch:
+                    choice.text += event.text
+                    choice.events.append(event)
+                    choice.prompt = choice.prompt or event.prompt
+                    choice.finish_reason = event.finish_reason
+                    left -= event.finish_reason is not None
+                yield batch
         finally:
             self.close()
 
-    async def _merged(self) -> AsyncGenerator[tuple[Choice, TokenEvent], None]:
-        if len(self._streams) == 1:
-            async for event in self._streams[0]:
-                yield self.choices[0], event
-            return
-        ready: asyncio.Queue[tuple[Choice, TokenEvent] | Exception | None] = asyncio.Queue(16)
-
-        async def pump(choice: Choice, stream: Stream) -> None:
-            try:
-                async for event in stream:
-                    await ready.put((choice, event))
-                await ready.put(None)
-            except Exception as error:
-                await ready.put(error)
-
-        tasks = [asyncio.create_task(pump(c, s)) for c, s in zip(self.choices, self._streams, strict=True)]
-        try:
-            left = len(tasks)
-            while left:
-                item = await ready.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    left -= 1
-                else:
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
+    async def collect(self) -> None:
+        """Run all of them to their end; see :meth:`batches` for what it raises."""
+        async for _ in self.batches():
+            pass
 
     def close(self) -> None:
         """Drop whatever still runs."""
+        if self._alarm is not None:
+            self._alarm.cancel()
         for stream in self._streams:
             stream.close()
 
@@ -264,9 +248,13 @@ class Service:
             raise ApiError(400, f"priority must be from -1000 to 1000, got {body.priority}", param="priority")
         if body.deadline_ms is not None and not 1 <= body.deadline_ms <= 86_400_000:
             raise ApiError(400, "deadline_ms must be from 1 to 86400000", param="deadline_ms")
+        if n * len(prompts) > self.engine.capacity:
+            limit = self.engine.capacity
+            raise ApiError(400, f"n times the prompts must be at most {limit} on this server", param="n")
         if self.engine.n_open + n * len(prompts) > self.engine.capacity and n * len(prompts) > 1:
             raise ApiError(429, "not enough places in the queue", code="queue_full", retry_after_s=1)
         streams: list[Stream] = []
+        inbox = Inbox(n * len(prompts))
         try:
             for prompt in prompts:
                 for i in range(n):
@@ -283,13 +271,13 @@ class Service:
                         salt=caller.salt,
                         adapter=self.adapter_of(body.model),
                     )
-                    streams.append(await self.engine.submit(request))
+                    streams.append(await self.engine.submit(request, inbox))
         except BaseException:
             for stream in streams:
                 stream.close()
             raise
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1000
-        return Answers(streams, sum(len(p) for p in prompts), deadline)
+        return Answers(streams, inbox, sum(len(p) for p in prompts), deadline)
 
     def token_text(self, token_id: int) -> str:
         """A token as text; bytes that are no whole characters as OpenAI writes them."""
@@ -308,9 +296,11 @@ class Service:
         return list(self.llm.tokenizer.token_bytes(token_id))
 
     def routing(self, event: TokenEvent) -> list[dict[str, Any]]:
-        """Which experts a token came from, for the lens."""
+        """Which experts a token came from, and how sure each router was, for the lens. Empty layers: a dense model."""
         layers = [[[expert, round(weight, 4)] for expert, weight in layer] for layer in event.routing or ()]
-        return [{"id": event.token_id, "text": self.token_text(event.token_id), "layers": layers}]
+        entropy = [round(part, 3) for part in event.router_entropy]
+        text = self.token_text(event.token_id)
+        return [{"id": event.token_id, "text": text, "layers": layers, "entropy": entropy}]
 
 
 def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -17,11 +17,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quadriga.errors import QuadrigaError
-from quadriga.server.errors import ApiError, as_api_error
+from quadriga.server.errors import as_api_error
 
 PING_S = 10.0
-SEND_TIMEOUT_S = 60.0
-"""A reader that takes nothing for this long is cut off."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -61,15 +59,16 @@ async def _left(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events made by ``produce(send)``, which is cancelled when the client leaves or reads nothing.
+    """Server-sent events made by ``produce(sender)``, which is cancelled when the client leaves.
+
+    A client that stops reading is cut off by the connection (``protocol.STALL_TIMEOUT_S``), which looks the same.
 
     Args:
-        produce: writes everything through the function it is given.
+        produce: writes everything through the sender it is given.
         anthropic: whose shape an error after the beginning has.
     """
 
     media_type = "text/event-stream"
-
     pings = True
 
     def __init__(self, produce: Callable[[EventSender], Awaitable[None]], *, anthropic: bool = False) -> None:
@@ -88,9 +87,11 @@ class EventStream(Response):
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
         with contextlib.suppress(OSError):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if isinstance(ended[0], Exception):
+            raise ended[0]  # a mistake of ours, for the log
 
     async def _run(self, sender: EventSender) -> None:
         try:
@@ -98,47 +99,42 @@ class EventStream(Response):
         except QuadrigaError as error:
             shown = as_api_error(error)
             if self._anthropic:
-                await sender.event(shown.anthropic(), name="error")
+                sender.event(shown.anthropic(), name="error")
             else:
-                await sender.event(shown.openai())
-                await sender.done()
+                sender.event(shown.openai())
+                sender.done()
+        await sender.flush()
 
 
 class EventSender:
-    """Writes events; every write has a deadline."""
+    """Writes events: gathered until :meth:`flush`, so that what came at once leaves at once."""
 
     def __init__(self, send: Send) -> None:
-        self._send, self._lock = send, asyncio.Lock()
+        self._send, self._lock, self._parts = send, asyncio.Lock(), list[bytes]()
 
-    async def event(self, body: Any, *, name: str | None = None) -> None:
+    def event(self, body: Any, *, name: str | None = None) -> None:
         """One event."""
         head = b"" if name is None else b"event: " + name.encode() + b"\n"
-        await self._write(head + b"data: " + _encode(body) + b"\n\n")
+        self._parts.append(head + b"data: " + _encode(body) + b"\n\n")
 
-    async def done(self) -> None:
+    def done(self) -> None:
         """OpenAI's last event."""
-        await self._write(b"data: [DONE]\n\n")
+        self._parts.append(b"data: [DONE]\n\n")
+
+    def raw(self, raw: bytes) -> None:
+        """Bytes as they are."""
+        self._parts.append(raw)
 
     async def ping(self) -> None:
         """A comment now and then, so that nothing between here and the client gives the connection up."""
         while True:
             await asyncio.sleep(PING_S)
-            await self._write(b": ping\n\n")
+            self.raw(b": ping\n\n")
+            await self.flush()
 
-    async def raw(self, raw: bytes) -> None:
-        """Bytes as they are."""
-        await self._write(raw)
-
-    async def _write(self, raw: bytes) -> None:
+    async def flush(self) -> None:
+        """Send what has gathered; waits while the client is behind in reading."""
         async with self._lock:
-            try:
-                async with asyncio.timeout(SEND_TIMEOUT_S):
-                    await self._send({"type": "http.response.body", "body": raw, "more_body": True})
-            except TimeoutError:
-                raise ApiError(408, "the client reads nothing") from None
-
-
-async def collect(answers: AsyncIterator[Any]) -> None:
-    """Run answers to their end."""
-    async for _ in answers:
-        pass
+            parts, self._parts = self._parts, []
+            if parts:
+                await self._send({"type": "http.response.body", "body": b"".join(parts), "more_body": True})

@@ -11,7 +11,7 @@ from quadriga.engine.request import Request, SamplingParams
 from quadriga.model import cost
 from quadriga.model.config import MoESpec
 from quadriga.server.errors import ApiError
-from quadriga.server.metrics import balance_of
+from quadriga.server.metrics import balance_of, jain_of
 from quadriga.server.service import Service
 from quadriga.server.sse import json_response
 
@@ -105,6 +105,7 @@ class Experts:
                 "n_tokens": sum(counts[0]) // top_k if moe and counts else 0,
                 "counts": counts,
                 "balance": [round(balance_of(layer), 4) for layer in counts],
+                "jain": [round(jain_of(layer), 4) for layer in counts],
             }
         )
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from functools import partial
 from typing import Any
 
 import numpy as np
 from starlette.responses import Response
 from torch import Tensor
 
-from quadriga.engine.engine import Engine
 from quadriga.server.completions import prompts_of
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import (
@@ -35,7 +33,8 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give prompt or messages", param="prompt")
     if body.prompt is not None:
-        ids = [*(tokenizer.prefix_ids if body.add_special_tokens else []), *tokenizer.encode(body.prompt)]
+        encoded = await asyncio.to_thread(tokenizer.encode, body.prompt)
+        ids = [*(tokenizer.prefix_ids if body.add_special_tokens else []), *encoded]
     else:
         ids = (await _rendered(service, body.messages or [], body.add_generation_prompt)).ids
     strings = [service.token_text(token) for token in ids] if body.return_token_strs else None
@@ -50,7 +49,7 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
     outside = [token for token in body.tokens if not 0 <= token < tokenizer.n_vocab]
     if outside:
         raise ApiError(400, f"token ids are 0 to {tokenizer.n_vocab - 1}, got {outside[:4]}", param="tokens")
-    return json_response({"prompt": tokenizer.decode(body.tokens)})
+    return json_response({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
 
 
 def tokenizer_info(service: Service) -> Response:
@@ -89,10 +88,10 @@ async def embeddings(service: Service, body: EmbeddingRequest) -> Response:
     service.check_model(body.model)
     if body.dimensions not in (None, service.llm.config.d_model):
         raise ApiError(400, f"this model's vectors have {service.llm.config.d_model} dimensions", param="dimensions")
-    prompts = prompts_of(service, body.input, "input")
+    prompts = await asyncio.to_thread(prompts_of, service, body.input, "input")
     data = []
     for i, prompt in enumerate(prompts):
-        vector = (await service.engine.call(partial(_embed, prompt))).numpy()
+        vector = (await _embed(service, prompt)).numpy()
         shown: Any = vector.tolist()
         if body.encoding_format == "base64":
             shown = base64.b64encode(vector.astype(np.float32).tobytes()).decode()
@@ -102,8 +101,16 @@ async def embeddings(service: Service, body: EmbeddingRequest) -> Response:
     return json_response({"object": "list", "data": data, "model": service.name, "usage": usage})
 
 
-def _embed(ids: list[int], engine: Engine) -> Tensor:
-    return engine.embed(ids)
+async def _embed(service: Service, ids: list[int]) -> Tensor:
+    """One pass at a time, so that a long text does not stop the answers of others."""
+    call = service.engine.call
+    passes = await call(lambda engine: engine.embed_passes(ids))
+    try:
+        while (vector := await call(lambda _: next(passes))) is None:
+            pass
+        return vector
+    finally:
+        await asyncio.shield(call(lambda _: passes.close()))  # on the engine's thread: it gives blocks back
 
 
 async def _rendered(service: Service, messages: list[Message], add_generation_prompt: bool) -> RenderedPrompt:

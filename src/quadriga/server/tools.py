@@ -96,27 +96,63 @@ class ToolUse:
         return turns
 
     def read(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
-        """(content, tool calls) of an answer. What is no well-formed call of a known tool stays content."""
-        if not self.tools:
-            return text, []
-        if self.forced:
-            calls = _array(text)
-            return (None, [_call(call) for call in calls]) if calls else (text, [])
-        known = {tool.function.name for tool in self.tools}
-        rest, calls = "", []
-        while OPEN in text:
-            before, _, after = text.partition(OPEN)
-            inside, _, tail = after.partition(CLOSE)
-            found = _object(inside)
-            if found is None or found["name"] not in known or len(calls) >= (_MAX_CALLS if self.parallel else 1):
-                rest += before + OPEN
-                text = after
+        """(content, tool calls) of a whole answer. What is no well-formed call of a known tool stays content."""
+        pieces = Reader(self).push(text, last=True)
+        content = "".join(piece for piece in pieces if isinstance(piece, str))
+        return content if content or not self.tools else None, [p for p in pieces if not isinstance(p, str)]
+
+
+class Reader:
+    """One answer as it comes: words as soon as they are certain to be words, calls as soon as they are complete.
+
+    White space beside a call is dropped; so white space, and what may become ``<tool_call>``, waits for what follows.
+    """
+
+    def __init__(self, use: ToolUse) -> None:
+        self._use, self._held = use, ""
+        self._known = {tool.function.name for tool in use.tools}
+        self._most = _MAX_CALLS if use.parallel else 1
+        self.n_calls = 0
+
+    def push(self, text: str, *, last: bool) -> list[str | dict[str, Any]]:
+        """The words (str) and calls (dict) that this text makes certain, in order; all that is left with the last."""
+        self._held += text
+        if not self._use.tools:
+            return self._take(len(self._held))
+        if self._use.forced:  # one JSON array, which is a call at its end only
+            calls = _array(self._held) if last else []
+            self.n_calls += len(calls)
+            return [_call(call) for call in calls] or (self._take(len(self._held)) if last else [])
+        out: list[str | dict[str, Any]] = []
+        while (at := self._held.find(OPEN)) >= 0:
+            end = self._held.find(CLOSE, at)
+            if end < 0 and not last:
+                break
+            call = None if end < 0 else _object(self._held[at + len(OPEN) : end])
+            if call is None or call["name"] not in self._known or self.n_calls >= self._most:
+                out += self._take(at + len(OPEN))  # it only looked like one
                 continue
-            calls.append(found)
-            rest += before
-            text = tail
-        rest = (rest + text).strip() if calls else rest + text
-        return rest or None, [_call(call) for call in calls]
+            out += self._take(len(self._held[:at].rstrip()))
+            out.append(_call(call))
+            self.n_calls += 1
+            self._held = self._held.partition(CLOSE)[2].lstrip()
+        if last:
+            return out + self._take(len(self._held.rstrip() if self.n_calls else self._held))
+        if at >= 0:
+            return out + self._take(len(self._held[:at].rstrip()))
+        return out + self._take(len(_certain(self._held).rstrip()))
+
+    def _take(self, n: int) -> list[str | dict[str, Any]]:
+        taken, self._held = self._held[:n], self._held[n:]
+        return [taken] if taken else []
+
+
+def _certain(text: str) -> str:
+    """Text without an end that may be the beginning of a call."""
+    for n in range(min(len(OPEN) - 1, len(text)), 0, -1):
+        if text.endswith(OPEN[:n]):
+            return text[:-n]
+    return text
 
 
 def _turn(index: int, message: Message) -> dict[str, str]:

@@ -71,10 +71,15 @@ class Batch:
 class BatchSource(Protocol):
     """Training data as a function of the optimiser step."""
 
-    domains: tuple[str, ...]
-    """Names of the domains, which ``Batch.domains`` counts from 0."""
-    fingerprint: str
-    """Of the data and of everything that decides their order; a resumed run must find the same."""
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains, which ``Batch.domains`` counts from 0."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the data and of everything that decides their order; a resumed run must find the same."""
+        ...
 
     def n_rows(self, step: int) -> int:
         """Rows of the whole batch of an optimiser step, over all ranks."""

@@ -91,14 +91,12 @@ def orthogonal(update: Tensor) -> Tensor:
     """:func:`newton_schulz` of every matrix; where ranks hold parts of matrices they are put together first."""
     if not isinstance(update, DTensor):
         return newton_schulz(update)
-    whole_matrices = all(not isinstance(p, Shard) or p.dim < update.ndim - 2 for p in update.placements)
-    if whole_matrices:
-        return DTensor.from_local(
-            newton_schulz(update.to_local()), update.device_mesh, update.placements, shape=update.shape,
-            stride=update.stride(),
-        )  # fmt: skip
-    whole = newton_schulz(update.full_tensor())
-    return distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
+    mesh, placements = update.device_mesh, update.placements
+    if all(not isinstance(p, Shard) or p.dim < update.ndim - 2 for p in placements):
+        own = newton_schulz(update.to_local())
+        made: Tensor = DTensor.from_local(own, mesh, placements, shape=update.shape, stride=update.stride())
+        return made
+    return distribute_tensor(newton_schulz(update.full_tensor()), mesh, placements, src_data_rank=None)
 
 
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:

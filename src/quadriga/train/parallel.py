@@ -136,6 +136,7 @@ def _spread_experts(moe: MoE, mesh: DeviceMesh, policy: MixedPrecisionPolicy, ow
 
 def _sum_gradients(module: FSDPModule) -> None:
     module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
 def replicas(parameter: Tensor, world: World) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -28,13 +28,13 @@ class Files:
         self.about_to("create", path)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            for part in parts:
+            for part in _joined(parts):
                 view = memoryview(part).cast("B")
                 digest.update(view)
+                size += len(view)
                 while len(view):
                     self.about_to("write", path)
                     view = view[os.write(fd, view[: 64 << 20]) :]
-                size += memoryview(part).nbytes
             self.about_to("fsync", path)
             os.fsync(fd)
         except BaseException:
@@ -74,6 +74,21 @@ class Files:
         """A folder and all in it, if it is there."""
         self.about_to("remove folder", folder)
         shutil.rmtree(folder, ignore_errors=not folder.exists())
+
+
+def _joined(parts: Iterable[bytes | memoryview], enough: int = 1 << 20) -> Iterator[bytes | memoryview]:
+    """The same bytes with small parts put together: a state has hundreds of norms of a kilobyte."""
+    small = bytearray()
+    for part in parts:
+        if memoryview(part).nbytes < enough:
+            small += part
+        if len(small) >= enough or (small and memoryview(part).nbytes >= enough):
+            yield bytes(small)
+            small = bytearray()
+        if memoryview(part).nbytes >= enough:
+            yield part
+    if small:
+        yield bytes(small)
 
 
 def file_digest(path: Path) -> tuple[int, str]:

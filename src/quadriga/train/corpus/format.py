@@ -89,7 +89,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything needed to make the corpus again, and to tell whether it is the same."""
 
     version: int
-    quadriga: str
+    pipeline: int
+    """``corpus.pipeline.PIPELINE`` of the program that wrote it."""
     recipe: dict[str, Any]
     inputs: list[InputEntry]
     chunks: list[ChunkEntry]

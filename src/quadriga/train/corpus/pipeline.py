@@ -18,7 +18,6 @@ from typing import Any
 
 import msgspec
 
-from quadriga import __version__
 from quadriga.errors import ConfigError, CorpusError
 from quadriga.train.corpus import format as corpus_format
 from quadriga.train.corpus import tasks, vocabulary
@@ -27,6 +26,9 @@ from quadriga.train.corpus.executors import Executor, Task
 from quadriga.train.corpus.format import ChunkEntry, FileEntry, InputEntry, Manifest, ShardEntry, TokenizerEntry
 from quadriga.train.corpus.readers import Chunk, plan_chunks
 from quadriga.train.corpus.recipe import Recipe
+
+PIPELINE = 1
+"""Raised whenever the same recipe and inputs would give other bytes than before."""
 
 Progress = Callable[[int, int, str], None]
 
@@ -138,7 +140,7 @@ def _begin(recipe: Recipe, out: Path, executor: Executor, chunk_bytes: int, prog
     files = reference_files(recipe.decontaminate.paths)
     run = Run(recipe, out, part, executor, progress, plan_chunks(recipe, chunk_bytes), files)
     (Path(run.work) / "journal").mkdir(parents=True, exist_ok=True)
-    plan = hashlib.sha256(msgspec.json.encode([recipe, run.chunks, files, __version__])).hexdigest()
+    plan = hashlib.sha256(msgspec.json.encode([recipe, run.chunks, files, PIPELINE])).hexdigest()
     begun = Path(run.work) / "plan"
     if begun.exists() and begun.read_text() != plan:
         raise ConfigError(
@@ -209,7 +211,7 @@ def _manifest(
     n_references = len(run.reference_files)
     return Manifest(
         version=corpus_format.VERSION,
-        quadriga=__version__,
+        pipeline=PIPELINE,
         recipe=msgspec.to_builtins(run.recipe),
         inputs=inputs[: len(inputs) - n_references],
         chunks=[

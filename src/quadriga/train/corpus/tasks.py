@@ -98,7 +98,7 @@ def hash_input(path: str) -> dict[str, Any]:
 def references(work: str, files: list[str], ngram: int) -> dict[str, Any]:
     """Collect what is to be cut out of the text."""
     grams = reference_ngrams(files, ngram)
-    _write_array(Path(work) / "references.npy", grams)
+    write_array(Path(work) / "references.npy", grams)
     return {"ngrams": len(grams)}
 
 
@@ -122,9 +122,9 @@ def clean_chunk(work: str, recipe: Recipe, chunk: Chunk) -> dict[str, Any]:
     base = Path(work) / f"{chunk.number:05}"
     if rules.near:
         matrix = np.array(signatures, dtype=np.uint32).reshape(len(documents), rules.bands * rules.rows)
-        _write_array(base.with_suffix(".signatures.npy"), matrix)
-        _write_array(base.with_suffix(".keys.npy"), minhash.band_keys(matrix, rules.bands, rules.rows))
-    _write_array(base.with_suffix(".hashes.npy"), np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2))
+        write_array(base.with_suffix(".signatures.npy"), matrix)
+        write_array(base.with_suffix(".keys.npy"), minhash.band_keys(matrix, rules.bands, rules.rows))
+    write_array(base.with_suffix(".hashes.npy"), np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2))
     _write_documents(base.with_suffix(".documents.zst"), documents)
     return {"documents": len(documents), "counts": tally.counts}
 
@@ -183,7 +183,7 @@ def find_pairs(work: str, recipe: Recipe, sizes: list[int], band: int, partition
     else:
         alike = _gather(folder, "signatures", offsets, a) == _gather(folder, "signatures", offsets, b)
         same = alike.mean(axis=1) >= recipe.duplicates.min_similarity if met else np.empty(0, dtype=bool)
-    _write_array(folder / f"pairs.{band}.{partition}.npy", pairs[same])
+    write_array(folder / f"pairs.{band}.{partition}.npy", pairs[same])
     return {"met": met, "pairs": int(same.sum())}
 
 
@@ -197,7 +197,7 @@ def mark(work: str, recipe: Recipe, sizes: list[int]) -> dict[str, Any]:
     marks = np.where(minhash.clusters(exact, n) == np.arange(n), KEEP, EXACT).astype(np.uint8)
     both = minhash.clusters(np.concatenate([exact, *near]), n) == np.arange(n)
     marks[(marks == KEEP) & ~both] = NEAR
-    _write_array(folder / "marks.npy", marks)
+    write_array(folder / "marks.npy", marks)
     return {"exact": int((marks == EXACT).sum()), "near": int((marks == NEAR).sum())}
 
 
@@ -257,7 +257,7 @@ class _OpenShard(msgspec.Struct):
         arrays = {"tokens": np.concatenate(self.ids).astype(dtype), "ends": ends, "origin": origin}
         files = []
         for part, array in arrays.items():
-            size, digest = _write_array(root / f"{name}.{part}.npy", array)
+            size, digest = write_array(root / f"{name}.{part}.npy", array)
             files.append(FileEntry(path=f"{name}.{part}.npy", n_bytes=size, sha256=digest))
         return ShardEntry(
             name=name,
@@ -289,7 +289,8 @@ def write_file(path: Path, raw: bytes) -> None:
     part.replace(path)
 
 
-def _write_array(path: Path, array: npt.NDArray[Any]) -> tuple[int, str]:
+def write_array(path: Path, array: npt.NDArray[Any]) -> tuple[int, str]:
+    """Write a .npy file like :func:`write_file`; returns its size and sha256."""
     buffer = io.BytesIO()
     np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
     raw = buffer.getvalue()

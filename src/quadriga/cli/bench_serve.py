@@ -1,0 +1,242 @@
+"""``quadriga bench serve``: load on any server with OpenAI's interface, and what became of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from quadriga.server.client import Target
+    from quadriga.server.loadtest import Load, Objectives, Shape
+
+_LOAD, _REQUESTS, _GOALS = "Load", "Requests", "What a good answer keeps"
+
+
+def bench_serve_command(
+    url: Annotated[str, typer.Argument(help="http://127.0.0.1:8000, https://llm.example.org/v1, ...")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Default: the first that the server lists.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token. Also QUADRIGA_API_KEY.")] = None,
+    concurrency: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--concurrency", "-c", help="Clients at once; may be repeated. Default 1, 8.", rich_help_panel=_LOAD
+        ),
+    ] = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option(help="Requests a second at random times (Poisson); may be repeated.", rich_help_panel=_LOAD),
+    ] = None,
+    requests: Annotated[
+        int, typer.Option(help="Requests of each level; 0: 4 for each client, at least 16.", rich_help_panel=_LOAD)
+    ] = 0,
+    warmup: Annotated[int, typer.Option(help="Requests before the first level.", rich_help_panel=_LOAD)] = 2,
+    timeout: Annotated[float, typer.Option(help="Seconds an answer may take.", rich_help_panel=_LOAD)] = 600.0,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompts.", rich_help_panel=_REQUESTS)] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.", rich_help_panel=_REQUESTS)] = 64,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-eos", help="Answers of exactly --max-tokens (not all servers).", rich_help_panel=_REQUESTS
+        ),
+    ] = False,
+    text: Annotated[
+        Path | None, typer.Option(help="Cut prompts from this file; default: common words.", rich_help_panel=_REQUESTS)
+    ] = None,
+    shared_prefix: Annotated[
+        float, typer.Option(help="Part of every prompt that is the same, 0 to 1.", rich_help_panel=_REQUESTS)
+    ] = 0.0,
+    completions: Annotated[
+        bool,
+        typer.Option("--completions", help="/completions instead of /chat/completions.", rich_help_panel=_REQUESTS),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Same seed, same prompts and times.", rich_help_panel=_REQUESTS)] = 0,
+    slo_first_token: Annotated[
+        float | None, typer.Option(help="Milliseconds to the first token.", rich_help_panel=_GOALS)
+    ] = None,
+    slo_per_token: Annotated[
+        float | None, typer.Option(help="Milliseconds a token after it, on average.", rich_help_panel=_GOALS)
+    ] = None,
+    slo_whole: Annotated[
+        float | None, typer.Option(help="Milliseconds to the end of an answer.", rich_help_panel=_GOALS)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the levels into this SVG file (needs matplotlib).")] = None,
+) -> None:
+    """Put load on a server: first-token and inter-token latency, throughput, goodput, errors."""
+    import asyncio
+
+    from quadriga import runtime
+    from quadriga.errors import EngineError
+    from quadriga.server.client import target
+    from quadriga.server.loadtest import Objectives, Shape, first_model
+
+    loads = _loads(concurrency, rate, requests)
+    _check(prompt_tokens=prompt_tokens, max_tokens=max_tokens, timeout=timeout, warmup=warmup + 1)
+    if plot is not None:
+        _need_matplotlib(plot)
+    at = target(url, api_key or runtime.setting("API_KEY"))
+    shape = Shape(
+        model=model or asyncio.run(first_model(at)),
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        chat=not completions,
+        ignore_eos=ignore_eos,
+        shared_prefix=_share(shared_prefix),
+        text=None if text is None else _read(text),
+        seed=seed,
+        timeout_s=timeout,
+    )
+    goal = Objectives(first_token_ms=slo_first_token, per_token_ms=slo_per_token, whole_ms=slo_whole)
+    rows = asyncio.run(_measure(at, shape, loads, goal, warmup))
+    if out is not None:
+        out.write_text(_as_json(url, shape, goal, rows))
+    if plot is not None:
+        _draw(rows, shape.model, plot)
+    if all(row["errors"] and not row["output_tokens"] for row in rows):
+        raise EngineError("no request was answered; the table says why")
+
+
+def _loads(concurrency: list[int] | None, rate: list[float] | None, requests: int) -> list[Load]:
+    from quadriga.server.loadtest import Load
+
+    clients = concurrency if concurrency or rate else [1, 8]
+    _check(**{f"concurrency {n}": n for n in clients or ()}, **{f"rate {r:g}": r for r in rate or ()})
+    _check(requests=requests + 1)
+    loads = [Load(n_requests=requests or max(16, 4 * n), concurrency=n) for n in clients or ()]
+    return loads + [Load(n_requests=requests or max(16, round(16 * r)), rate=r) for r in rate or ()]
+
+
+def _check(**values: float) -> None:
+    from quadriga.errors import ConfigError
+
+    for name, value in values.items():
+        if not 0 < value < 1e9:
+            raise ConfigError(f"{name.replace('_', ' ')} is too small or too large")
+
+
+def _share(value: float) -> float:
+    from quadriga.errors import ConfigError
+
+    if not 0 <= value <= 1:
+        raise ConfigError(f"--shared-prefix is a part of the prompt, from 0 to 1; got {value:g}")
+    return value
+
+
+def _read(path: Path) -> str:
+    from quadriga.errors import ConfigError
+
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text must be a UTF-8 text file: {error}") from None
+
+
+async def _measure(at: Target, shape: Shape, loads: list[Load], goal: Objectives, warmup: int) -> list[dict[str, Any]]:
+    from quadriga.cli.progress import count_bar
+    from quadriga.server.loadtest import LoadTest
+
+    rows = []
+    with count_bar("warming up") as show:
+        test = LoadTest(at, shape)
+        got = await test.prepare(warmup)
+        if got and abs(got - shape.prompt_tokens) > max(8, shape.prompt_tokens // 10):
+            print(f"prompts have about {got} tokens, not {shape.prompt_tokens}", file=sys.stderr)
+        for load in loads:
+            rows.append((await test.run(load, partial(_shown, show, load.label))).numbers(goal))
+        test.close()
+    _print(rows, shape.model, goal)
+    return rows
+
+
+def _shown(show: Callable[[int, int, str], None], label: str, done: int, total: int) -> None:
+    show(done, total, label)
+
+
+def _print(rows: list[dict[str, Any]], model: str, goal: Objectives) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{model}: milliseconds are p50 / p99", title_justify="left")
+    for name in ("load", "requests", "tokens/s", "requests/s", "first token", "between tokens", "whole"):
+        table.add_column(name, justify="left" if name == "load" else "right", no_wrap=True)
+    aims = any(value is not None for value in (goal.first_token_ms, goal.per_token_ms, goal.whole_ms))
+    if aims:
+        table.add_column("goodput/s", justify="right")
+    for row in rows:
+        failed = sum(row["errors"].values())
+        cells = [row["load"], f"{row['requests'] - failed}" + (f" + {failed} failed" if failed else "")]
+        cells += [f"{row['output_tokens_per_s']:.1f}", f"{row['requests_per_s']:.2f}"]
+        cells += [_pair(row[name]) for name in ("first_token_ms", "between_tokens_ms", "whole_ms")]
+        if aims:
+            cells.append(f"{row['goodput_requests_per_s']:.2f} ({row['good_share']:.0%})")
+        table.add_row(*cells)
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    for row in rows:
+        for kind, n in row["errors"].items():
+            print(f"{row['load']}: {n} x {kind}", file=sys.stderr)
+    if not all(row["tokens_counted_by_server"] for row in rows):
+        print("the server reports no usage: tokens are events with text", file=sys.stderr)
+
+
+def _pair(spread: dict[str, float | None]) -> str:
+    return "-" if spread["p50"] is None else f"{spread['p50']:.1f} / {spread['p99']:.1f}"
+
+
+def _as_json(url: str, shape: Shape, goal: Objectives, rows: list[dict[str, Any]]) -> str:
+    import json
+    from dataclasses import asdict
+
+    from quadriga import __version__
+
+    fields = asdict(shape)
+    fields["text"] = "words" if shape.text is None else f"{len(shape.text)} characters of a file"
+    whole = {"quadriga": __version__, "url": url, "requests": fields, "objectives": asdict(goal), "levels": rows}
+    return json.dumps(whole, indent=2) + "\n"
+
+
+def _need_matplotlib(path: Path) -> None:
+    import importlib.util
+
+    from quadriga.errors import ConfigError
+
+    if path.suffix != ".svg":
+        raise ConfigError(f"--plot writes SVG: name a file that ends in .svg, not {path.name!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'quadriga[bench]', or leave --plot out")
+
+
+def _draw(rows: list[dict[str, Any]], model: str, path: Path) -> None:
+    """Three panels over the levels: tokens a second, first token, between tokens."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "output_tokens_per_s": "tokens a second",
+        "first_token_ms": "first token, ms",
+        "between_tokens_ms": "between tokens, ms",
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4), constrained_layout=True)
+    places = range(len(rows))
+    for axis, (name, title) in zip(axes, panels.items(), strict=True):
+        if name == "output_tokens_per_s":
+            axis.bar(places, [row[name] for row in rows], 0.6, color="#1b6ca8")
+        else:
+            for p, colour in (("p50", "#1b6ca8"), ("p90", "#d98e04"), ("p99", "#b3383d")):
+                axis.plot(places, [row[name][p] for row in rows], marker="o", color=colour, label=p)
+            axis.set_ylim(bottom=0)
+            axis.legend(frameon=False, fontsize=8)
+        axis.set_xticks(places, [row["load"].replace(" ", "\n") for row in rows], fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(model, fontsize=10, x=0.01, ha="left")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

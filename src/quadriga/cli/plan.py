@@ -1,0 +1,232 @@
+"""``quadriga plan``: what training or serving a model takes. Parse, call, print; the arithmetic is ``model.plan``'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quadriga.cli.options import Json, as_json
+
+if TYPE_CHECKING:
+    from quadriga.model.config import ModelConfig
+    from quadriga.model.plan.hardware import Gpu
+    from quadriga.model.plan.training import Plan
+
+_LEAST_BATCH = 16_000_000
+_LEAST_STEPS = 10_000
+
+
+def plan_command(
+    model: Annotated[str, typer.Argument(metavar="NAME|PATH", help="A preset (dbrx-132b), or a checkpoint.")],
+    gpus: Annotated[
+        str | None, typer.Option(help="Train on this cluster, e.g. 3072xH100; leave out for serving only.")
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Tokens to train on, e.g. 12T.")] = "1T",
+    seq_len: Annotated[int, typer.Option(help="Tokens of a training row.")] = 4096,
+    batch_tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens of a step; default: the least whole batch from 16M, or a 10,000th of all."),
+    ] = None,
+    stack: Annotated[str, typer.Option(help="How well the program uses the hardware: tuned or foundry.")] = "tuned",
+    price: Annotated[float | None, typer.Option(help="US dollars of an accelerator's hour.")] = None,
+    availability: Annotated[float, typer.Option(help="Share of the time that is not lost to faults.")] = 0.95,
+    context: Annotated[int, typer.Option(help="Positions a served sequence has.")] = 4096,
+    top: Annotated[int, typer.Option(help="How many meshes to show.")] = 5,
+    svg: Annotated[Path | None, typer.Option(help="Draw the best plan into this file.")] = None,
+    json_: Json = False,
+) -> None:
+    """Memory, time, cost and the best mesh for training; formats, boxes and speed limits for serving. By arithmetic."""
+    from quadriga.cli.info_report import load_config
+    from quadriga.errors import ConfigError
+
+    config = load_config(model)
+    if not 1 <= context <= config.max_seq_len:
+        raise ConfigError(f"context must be from 1 to this model's {config.max_seq_len}, got {context}")
+    if svg is not None and gpus is None:
+        raise ConfigError("--svg draws a training plan: give the cluster with --gpus, e.g. --gpus 64xH100")
+    table: dict[str, Any] = {"model": model, "serving": _serving(config, context), "context": context}
+    plans: list[Plan] = []
+    if gpus is not None:
+        table["training"], plans, gpu = _training(
+            config, gpus, tokens, seq_len, batch_tokens, stack, price, availability, top
+        )
+        if svg is not None:
+            from quadriga.model.plan.picture import plan_svg
+
+            svg.write_text(plan_svg(f"{model} on {gpus}, {tokens} tokens", plans[0], gpu))
+    if json_:
+        print(as_json(table))
+        return
+    if gpus is not None:
+        _print_training(model, table["training"])
+    _print_serving(model, table)
+    if svg is not None:
+        print(f"drawn: {svg}")
+
+
+def _training(
+    config: ModelConfig,
+    cluster: str,
+    tokens: str,
+    seq_len: int,
+    batch: str | None,
+    stack: str,
+    price: float | None,
+    availability: float,
+    top: int,
+) -> tuple[dict[str, Any], list[Plan], Gpu]:
+    from quadriga.errors import ConfigError
+    from quadriga.model.plan.hardware import STACKS, parse_cluster
+    from quadriga.model.plan.training import search, train_flops_per_token
+    from quadriga.train.data_config import parse_count
+
+    ranks, gpu = parse_cluster(cluster)
+    total = parse_count(tokens)
+    if stack not in STACKS:
+        raise ConfigError(f"stack must be one of {', '.join(STACKS)}; got {stack!r}")
+    if not 0 < availability <= 1:
+        raise ConfigError(f"availability must be above 0 and at most 1, got {availability}")
+    if not 1 <= seq_len <= config.max_seq_len:
+        raise ConfigError(f"seq_len must be from 1 to this model's {config.max_seq_len}, got {seq_len}")
+    row = ranks * seq_len
+    wanted = parse_count(batch) if batch else -(-max(row, min(_LEAST_BATCH, total // _LEAST_STEPS)) // row) * row
+    plans = search(config, ranks, gpu, seq_len, wanted, STACKS[stack])
+    hourly = gpu.price_per_hour if price is None else price
+    flops = train_flops_per_token(config, seq_len) * total
+
+    def days_at(mfu: float) -> float:
+        return flops / (mfu * gpu.peak_flops * ranks) / 86400
+
+    shown = []
+    for plan in plans[: max(1, top)]:
+        days = total / plan.tokens_per_s / 86400
+        shown.append(
+            {
+                "mesh": {"replicate": plan.mesh.replicate, "shard": plan.mesh.shard, "ep": plan.mesh.ep},
+                "recompute": plan.work.recompute,
+                "micro_rows": plan.work.micro_rows,
+                "accumulate": plan.work.accumulate,
+                "batch_tokens": plan.batch_tokens,
+                "steps": -(-total // plan.batch_tokens),
+                "step_s": plan.time.total,
+                "step_parts_s": {name: getattr(plan.time, name) for name in plan.time.__dataclass_fields__},
+                "memory_bytes": plan.memory.total,
+                "memory_parts_bytes": {name: getattr(plan.memory, name) for name in plan.memory.__dataclass_fields__},
+                "mfu": plan.mfu,
+                "tokens_per_s": plan.tokens_per_s,
+                "days": days,
+                "days_with_faults": days / availability,
+                "gpu_hours": days / availability * 24 * ranks,
+                "cost": days / availability * 24 * ranks * hourly,
+            }
+        )
+    facts = {
+        "cluster": {"ranks": ranks, "gpu": gpu.name, "memory_bytes": gpu.memory_bytes, "peak_flops": gpu.peak_flops},
+        "tokens": total,
+        "seq_len": seq_len,
+        "stack": stack,
+        "flops": flops,
+        "flops_6nd": 6 * _active(config) * total,
+        "days_at_40_percent": days_at(0.4),
+        "price_per_hour": hourly,
+        "availability": availability,
+        "n_plans_that_fit": len(plans),
+        "plans": shown,
+    }
+    return facts, plans, gpu
+
+
+def _active(config: ModelConfig) -> int:
+    from quadriga.model.cost import n_params
+
+    return n_params(config).active_without_input
+
+
+def _serving(config: ModelConfig, context: int) -> list[dict[str, Any]]:
+    from quadriga.model.plan.hardware import BOXES
+    from quadriga.model.plan.serving import SERVED_FORMATS, serve
+
+    rows = []
+    for box in BOXES:
+        for form in SERVED_FORMATS:
+            found = serve(config, form, box, context)
+            rows.append(
+                {
+                    "box": box.name,
+                    "format": form,
+                    "fits": found.fits,
+                    "weight_bytes": found.weight_bytes,
+                    "cache_tokens": found.cache_tokens,
+                    "tokens_per_s_alone": found.tokens_per_s_alone,
+                    "batch": found.batch,
+                    "tokens_per_s_batch": found.tokens_per_s_batch,
+                }
+            )
+    return rows
+
+
+def _print_training(model: str, facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console, cluster, best = Console(), facts["cluster"], facts["plans"][0]
+    title = f"train {model} on {cluster['ranks']} x {cluster['gpu']}, {facts['tokens']:.3g} tokens"
+    console.print(Text(title, style="bold"))
+    console.print(
+        f"{facts['flops_6nd']:.3g} FLOP by 6 x active parameters x tokens; {facts['flops']:.3g} with attention at "
+        f"{facts['seq_len']}; {facts['days_at_40_percent']:.1f} days at 40 % MFU",
+        highlight=False,
+    )
+    table = Table()
+    for column in ("mesh", "recompute", "rows"):
+        table.add_column(column, no_wrap=True)
+    for column in ("GB", "step", "MFU", "M tokens/s", "days"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for plan in facts["plans"]:
+        mesh = plan["mesh"]
+        table.add_row(
+            f"{mesh['replicate']}x{mesh['shard']}x{mesh['ep']}",
+            plan["recompute"],
+            f"{plan['micro_rows']}x{plan['accumulate']}",
+            f"{plan['memory_bytes'] / 1e9:.1f}",
+            f"{plan['step_s']:.2f} s",
+            f"{plan['mfu']:.1%}",
+            f"{plan['tokens_per_s'] / 1e6:,.3f}",
+            f"{plan['days']:.1f}",
+        )
+    console.print(table)
+    console.print("mesh: replicas x shards x expert ranks; rows: of a rank's micro-step x micro-steps", highlight=False)
+    parts = ", ".join(f"{name} {value / best['step_s']:.0%}" for name, value in best["step_parts_s"].items())
+    bytes_ = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in best["memory_parts_bytes"].items())
+    console.print(f"best: step of {best['batch_tokens']:,} tokens, {best['steps']:,} steps: {parts}", highlight=False)
+    console.print(f"memory of a rank in GB: {bytes_}", highlight=False)
+    console.print(
+        f"{best['days_with_faults']:.1f} days at {facts['availability']:.0%} availability: {best['gpu_hours']:,.0f} "
+        f"accelerator hours, {best['cost'] / 1e6:,.2f} M$ at {facts['price_per_hour']:g} $/h; "
+        f"{facts['n_plans_that_fit']} plans fit",
+        highlight=False,
+    )
+
+
+def _print_serving(model: str, table: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    title = Text(f"serve {model}, sequences of {table['context']} positions", style="bold")
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("box")
+    for form in dict.fromkeys(row["format"] for row in table["serving"]):
+        shown.add_column(form, justify="right")
+    by_box: dict[str, list[str]] = {}
+    for row in table["serving"]:
+        speed = f"{row['tokens_per_s_alone']:,.0f} tok/s; {row['batch']}: {row['tokens_per_s_batch']:,.0f}"
+        by_box.setdefault(row["box"], []).append(speed if row["fits"] else f"{row['weight_bytes'] / 1e9:.0f} GB: no")
+    for box, cells in by_box.items():
+        shown.add_row(box, *cells)
+    console = Console()
+    console.print(shown)
+    console.print("one sequence; then the batch that fits and its tokens a second, as memory and peak allow at best")

@@ -1,0 +1,259 @@
+"""Run benchmarks over a model.
+
+    task ── items ──► batches ──► LanguageModel ──► item.grade ──► journal ──► figures
+
+A batch holds items that lie together in the data, so those that share a prompt (a subject of MMLU, the choices of one
+question) reach the model together, and it computes the common part once. What an item scored is kept before the next
+batch begins; figures are made from the journal only, so an interrupted run and a whole one end the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from quadriga.errors import EvaluationError
+from quadriga.evaluate.data import Data
+from quadriga.evaluate.items import AnswerItem, ChoiceItem, ClozeItem, CodeItem, Item, Scores, TextItem, TruthItem
+from quadriga.evaluate.journal import Journal
+from quadriga.evaluate.model import LanguageModel
+from quadriga.evaluate.statistics import Figure, figures, mean_of_groups
+from quadriga.evaluate.tasks.base import Task
+
+Progress = Callable[[int, int, str], None]
+"""Called with (items done, items in all, which task)."""
+
+BATCH = {"likelihood": 64, "rolling": 4, "generate": 32, "code": 16}
+"""Items of a batch, by the kind of task: enough to share and to fill passes, few enough to lose little to a crash."""
+
+
+class Runner(Protocol):
+    """Runs programs; ``evaluate.sandbox.Sandbox`` is one."""
+
+    def passes(self, programs: Sequence[str]) -> list[bool]:
+        """True for each program that ran to its end."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How tasks are run."""
+
+    limit: int | None = None
+    """The first items only."""
+    shots: int | None = None
+    """Instead of each task's own."""
+    samples: int = 1
+    """Programs for each coding question."""
+    ks: tuple[int, ...] = (1,)
+    """Of pass@k."""
+    temperature: float | None = None
+    """None: 0 for one sample, 0.8 for more (Chen et al. 2021)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise EvaluationError(f"--limit must be at least 1, got {self.limit}")
+        if self.samples < 1 or any(not 1 <= k <= self.samples for k in self.ks):
+            raise EvaluationError(
+                f"pass@k needs k from 1 to the number of samples, {self.samples}; got {', '.join(map(str, self.ks))}"
+            )
+
+    @property
+    def heat(self) -> float:
+        """The temperature of coding tasks."""
+        return self.temperature if self.temperature is not None else (0.0 if self.samples == 1 else 0.8)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a task came to."""
+
+    task: Task
+    shots: int
+    n_items: int
+    n_whole: int
+    """Items of the whole task; more than ``n_items`` under a limit."""
+    figures: dict[str, Figure]
+    groups: dict[str, Figure]
+    """The main figure of each group."""
+    prompt_hash: str
+    data: dict[str, str]
+    seconds: float
+    """Of this run, which may have begun with some items done."""
+    n_new: int
+    """Items that this run answered."""
+
+    @property
+    def main(self) -> Figure:
+        """The figure that tables show."""
+        return self.figures[self.task.main]
+
+
+@dataclass
+class _Work:
+    """A task on its way."""
+
+    task: Task
+    items: list[Item]
+    journal: Journal
+    options: Options
+    model: LanguageModel
+    runner: Runner | None
+    tell: Callable[[int], None] = field(default=lambda n: None)
+
+    def run(self) -> int:
+        """Answer what is not answered yet; how many that were."""
+        waiting = [i for i in range(len(self.items)) if i not in self.journal.scores]
+        self.tell(len(self.items) - len(waiting))
+        size = BATCH[self.task.kind]
+        for start in range(0, len(waiting), size):
+            chosen = waiting[start : start + size]
+            batch = [self.items[i] for i in chosen]
+            graded = self._answer(batch, chosen[0])
+            self.journal.add([(i, scores, answers) for i, (scores, answers) in zip(chosen, graded, strict=True)])
+            self.tell(len(batch))
+        return len(waiting)
+
+    def _answer(self, batch: Sequence[Item], first: int) -> list[tuple[Scores, list[str]]]:
+        """Scores of a batch, and the texts that the model wrote."""
+        match self.task.kind:
+            case "likelihood":
+                return [(scores, []) for scores in self._choose(batch)]
+            case "rolling":
+                texts = [item for item in batch if isinstance(item, TextItem)]
+                answers = self.model.rolling([item.text for item in texts])
+                return [(item.grade(answer), []) for item, answer in zip(texts, answers, strict=True)]
+            case "generate":
+                asked = [item for item in batch if isinstance(item, AnswerItem)]
+                written = self._write([item.prompt for item in asked], 0.0, first)
+                return [(item.grade(text), [text]) for item, text in zip(asked, written, strict=True)]
+            case "code":
+                return self._code([item for item in batch if isinstance(item, CodeItem)], first)
+
+    def _choose(self, batch: Sequence[Item]) -> list[Scores]:
+        asked = [item for item in batch if isinstance(item, ChoiceItem | TruthItem | ClozeItem)]
+        answers = self.model.loglikelihoods([pair for item in asked for pair in item.pairs])
+        graded, at = [], 0
+        for item in asked:
+            graded.append(item.grade(answers[at : at + len(item.pairs)]))
+            at += len(item.pairs)
+        return graded
+
+    def _write(self, prompts: Sequence[str], temperature: float, first: int) -> list[str]:
+        seed = self.options.seed + first * self.options.samples
+        task = self.task
+        return self.model.generate(
+            prompts, max_new_tokens=task.max_new_tokens, stop=task.stop, temperature=temperature, seed=seed
+        )
+
+    def _code(self, batch: Sequence[CodeItem], first: int) -> list[tuple[Scores, list[str]]]:
+        assert self.runner is not None, "checked before the first task"
+        n = self.options.samples
+        written = self._write([item.prompt for item in batch for _ in range(n)], self.options.heat, first)
+        programs = [item.program(written[j * n + k]) for j, item in enumerate(batch) for k in range(n)]
+        passed = self.runner.passes(programs)
+        return [
+            ({"passed": float(sum(passed[j * n : (j + 1) * n])), "n": float(n)}, written[j * n : (j + 1) * n])
+            for j in range(len(batch))
+        ]
+
+
+def run_task(
+    task: Task,
+    model: LanguageModel,
+    data: Data,
+    out: Path,
+    options: Options,
+    *,
+    runner: Runner | None = None,
+    progress: Progress = lambda done, total, name: None,
+) -> TaskResult:
+    """Run one task, or what is left of it.
+
+    Raises:
+        EvaluationError: missing data, results of another question in ``out``, a task that runs code without a runner,
+            or a question that this model cannot answer.
+    """
+    if task.kind == "code" and runner is None:
+        raise EvaluationError(
+            f"{task.name} runs programs that the model writes, and was given no sandbox to run them in"
+        )
+    data.used = {}
+    whole = task.items(data, model, options.shots)
+    items = whole[: options.limit]
+    shots = task.shots if options.shots is None else options.shots
+    digest = prompt_hash(items)
+    question: dict[str, Any] = {
+        "task": task.name,
+        "version": task.version,
+        "shots": shots,
+        "prompts": prompt_hash(whole),
+        "data": data.used,
+        "model": dict(model.identity),
+    }
+    if task.kind == "code":
+        question |= {"samples": options.samples, "temperature": options.heat, "seed": options.seed}
+    journal = Journal(out / "items" / f"{task.name}.jsonl", question)
+    done = 0
+
+    def tell(n: int) -> None:
+        nonlocal done
+        done += n
+        progress(done, len(items), task.name)
+
+    started = time.perf_counter()
+    n_new = _Work(task, items, journal, options, model, runner, tell).run()
+    seconds = time.perf_counter() - started
+    scores = [journal.scores[i] for i in range(len(items))]
+    return TaskResult(
+        task=task,
+        shots=shots,
+        n_items=len(items),
+        n_whole=len(whole),
+        figures=_figures(task, items, scores, options),
+        groups=_groups(task, items, scores),
+        prompt_hash=digest,
+        data=dict(data.used),
+        seconds=seconds,
+        n_new=n_new,
+    )
+
+
+def _figures(task: Task, items: Sequence[Item], scores: Sequence[Scores], options: Options) -> dict[str, Figure]:
+    found = figures(scores, options.ks if task.kind == "code" else ())
+    if task.by_group:
+        by_group: dict[str, list[float]] = {}
+        for item, one in zip(items, scores, strict=True):
+            by_group.setdefault(item.group, []).append(one[task.main])
+        found[f"{task.main}_mean_of_groups"] = mean_of_groups(by_group)
+    return found
+
+
+def _groups(task: Task, items: Sequence[Item], scores: Sequence[Scores]) -> dict[str, Figure]:
+    by_group: dict[str, list[Scores]] = {}
+    for item, one in zip(items, scores, strict=True):
+        if item.group:
+            by_group.setdefault(item.group, []).append(one)
+    return {group: figures(some)[task.main] for group, some in by_group.items()}
+
+
+def prompt_hash(items: Sequence[Item]) -> str:
+    """16 hex digits of everything the model is asked, in order."""
+    digest = hashlib.sha256()
+    for item in items:
+        match item:
+            case ChoiceItem() | TruthItem() | ClozeItem():
+                parts = [part for pair in item.pairs for part in pair]
+            case TextItem():
+                parts = [item.text]
+            case AnswerItem() | CodeItem():
+                parts = [item.prompt]
+        for part in parts:
+            raw = part.encode()
+            digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()[:16]

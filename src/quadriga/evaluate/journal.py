@@ -1,0 +1,77 @@
+"""Results of single items on disk, so that a run that was killed goes on where it stopped.
+
+    OUT/items/TASK.jsonl       line 1: what was asked (task, version, shots, hash of all prompts, data, model)
+                               then one line an item: {"i": 17, "scores": {...}, "answers": [...]}
+
+Lines are appended and synced a batch at a time. A line cut off by a crash is dropped on opening; a file whose first
+line asks something else is refused, never mixed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quadriga.errors import EvaluationError
+from quadriga.evaluate.items import Scores
+
+
+class Journal:
+    """One task's file.
+
+    Args:
+        path: where; made with its folder if it is not there.
+        question: what is asked, as plain JSON values.
+
+    Raises:
+        EvaluationError: the file holds answers to something else, or cannot be written.
+    """
+
+    def __init__(self, path: Path, question: Mapping[str, Any]) -> None:
+        self.path, self.scores = path, dict[int, Scores]()
+        self._question = json.loads(json.dumps(question))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._open()
+        except OSError as error:
+            raise EvaluationError(
+                f"cannot keep results in {path.parent}: {error.strerror}. Choose another --out."
+            ) from None
+
+    def _open(self) -> None:
+        whole = self.path.read_bytes() if self.path.exists() else b""
+        lines = whole[: whole.rfind(b"\n") + 1].splitlines()
+        if not lines:
+            self._write([{"question": self._question}], "wb")
+            return
+        with self.path.open("r+b") as file:
+            file.truncate(whole.rfind(b"\n") + 1)
+        try:
+            rows = [json.loads(line) for line in lines]
+            asked = rows[0]["question"]
+            self.scores = {int(row["i"]): {k: float(v) for k, v in row["scores"].items()} for row in rows[1:]}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise EvaluationError(f"{self.path} is no file of results: remove it, or choose another --out") from None
+        if asked != self._question:
+            changed = [key for key in self._question if asked.get(key) != self._question[key]] or ["its form"]
+            raise EvaluationError(
+                f"{self.path} holds answers to another question (different: {', '.join(changed)}). Choose another "
+                "--out, or begin again with --restart."
+            )
+
+    def add(self, rows: Sequence[tuple[int, Scores, Sequence[str]]]) -> None:
+        """Keep (index, scores, answers) of a batch."""
+        kept = []
+        for i, scores, answers in rows:
+            self.scores[i] = scores
+            kept.append({"i": i, "scores": scores} | ({"answers": list(answers)} if answers else {}))
+        self._write(kept, "ab")
+
+    def _write(self, rows: Sequence[Mapping[str, Any]], mode: str) -> None:
+        with self.path.open(mode) as file:
+            file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())

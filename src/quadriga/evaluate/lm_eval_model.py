@@ -1,0 +1,156 @@
+"""Any of our models inside EleutherAI's harness: its ``LM`` class, and its tasks over local files. Extra: ``eval``.
+
+    lm = HarnessLM(TextModel(quadriga.load("smollm2-135m-instruct")))
+    write_tasks(folder)
+    lm_eval.simple_evaluate(lm, tasks=["quadriga_hellaswag"],
+                            task_manager=TaskManager(include_path=str(folder), include_defaults=False))
+
+The task files include the harness's own and replace only where the data comes from, so no hub is asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+from lm_eval.api.model import LM
+
+from quadriga.errors import EvaluationError
+from quadriga.evaluate.data import Data
+from quadriga.evaluate.model import LanguageModel
+from quadriga.evaluate.tasks.choice import arc_form
+
+_DEFAULT_NEW_TOKENS = 256
+
+
+class HarnessLM(LM):  # type: ignore[misc]  # lm_eval has no types
+    """The harness's view of a :class:`~quadriga.evaluate.model.LanguageModel`.
+
+    A chat template is the model's own business: make the model with ``chat=True`` and leave the harness's
+    ``apply_chat_template`` off.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability, greedy) of each (context, continuation)."""
+        answers = self.model.loglikelihoods([request.args for request in requests])
+        return [(answer.logprob, answer.greedy) for answer in answers]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole text."""
+        return [answer.logprob for answer in self.model.rolling([request.args[0] for request in requests])]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continue each prompt under its own options; requests of equal options go together.
+
+        Raises:
+            EvaluationError: an option that would change the answer and is not known here.
+        """
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        answers = [""] * len(requests)
+        for options, members in groups.items():
+            known = _generation(json.loads(options))
+            written = self.model.generate([requests[i].args[0] for i in members], **known)
+            for i, text in zip(members, written, strict=True):
+                answers[i] = text
+        return answers
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Refused; see the class."""
+        raise EvaluationError("make the model with chat=True instead of the harness's apply_chat_template")
+
+
+def _generation(options: dict[str, Any]) -> dict[str, Any]:
+    until = options.pop("until", [])
+    n = options.pop("max_gen_toks", options.pop("max_new_tokens", _DEFAULT_NEW_TOKENS))
+    temperature = float(options.pop("temperature", 0.0))
+    sample = options.pop("do_sample", temperature > 0)
+    if options:
+        raise EvaluationError(f"generation options must be until, max_gen_toks, temperature; got {', '.join(options)}")
+    stops = [until] if isinstance(until, str) else list(until)
+    return {"max_new_tokens": n, "stop": stops, "temperature": temperature if sample else 0.0}
+
+
+_STOCK = Path(lm_eval.tasks.__file__).parent
+
+
+def write_tasks(folder: Path, data: Data | None = None) -> list[str]:
+    """Task files over the local data, for ``TaskManager(include_path=folder)``.
+
+    Args:
+        folder: made if it is not there; the files name the data by absolute path.
+        data: where it is.
+
+    Returns:
+        The tasks' names: quadriga_hellaswag, _winogrande, _arc_challenge, _gsm8k and _mmlu_SUBJECT.
+
+    Raises:
+        EvaluationError: missing or changed data.
+    """
+    data = data or Data()
+    folder.mkdir(parents=True, exist_ok=True)
+    root = data.folder.resolve()
+    checked = ("hellaswag/validation", "winogrande/validation_xl", "gsm8k/train", "gsm8k/test")
+    paths = {name: root / f"{name}.jsonl" for name in checked}
+    for name in checked:
+        data.bytes(f"{name}.jsonl")
+    none = dict.fromkeys(("training_split", "validation_split"))
+    itself = {**none, "test_split": "validation", "fewshot_split": "validation"}  # shots from the questions themselves
+    splits = {split: _arc_file(folder, data, split) for split in ("test", "validation")}
+    pool = {"training_split": None, "fewshot_split": "validation"}
+    gsm8k = {split: paths[f"gsm8k/{split}"] for split in ("train", "test")}
+    names = [
+        _write(folder, "hellaswag", "hellaswag/hellaswag.yaml", {"validation": paths[checked[0]]}, itself),
+        _write(folder, "winogrande", "winogrande/default.yaml", {"validation": paths[checked[1]]}, itself),
+        _write(folder, "gsm8k", "gsm8k/gsm8k.yaml", gsm8k, {}),
+        _write(folder, "arc_challenge", "arc/arc_easy.yaml", splits, pool),
+    ]
+    subjects: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for split in ("dev", "test"):
+        for row in data.rows(f"mmlu/{split}.jsonl"):
+            subjects.setdefault(row["subject"], {}).setdefault(split, []).append(row)
+    for subject, rows in subjects.items():
+        files = {split: _jsonl(folder / f"mmlu_{subject}_{split}.jsonl", some) for split, some in rows.items()}
+        names.append(_write(folder, f"mmlu_{subject}", f"mmlu/default/mmlu_{subject}.yaml", files, {}))
+    return names
+
+
+def _write(folder: Path, name: str, stock: str, files: dict[str, Path], more: dict[str, Any]) -> str:
+    """One task file; JSON is YAML."""
+    task = f"quadriga_{name}"
+    body = {
+        "include": str(_STOCK / stock),
+        "task": task,
+        "tag": None,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}},
+        **more,
+    }
+    (folder / f"{task}.yaml").write_text(json.dumps(body, indent=1) + "\n")
+    return task
+
+
+def _arc_file(folder: Path, data: Data, split: str) -> Path:
+    """ARC in the form of the hub's set."""
+    rows = []
+    for row in data.rows(f"arc/challenge_{split}.jsonl"):
+        form = arc_form(row)
+        labels = list("ABCDE"[: len(form.choices)])
+        question = form.question.removeprefix("Question: ").removesuffix("\nAnswer:")
+        choices = {"text": list(form.choices), "label": labels}
+        rows.append({"question": question, "choices": choices, "answerKey": labels[form.gold]})
+    return _jsonl(folder / f"arc_challenge_{split}.jsonl", rows)
+
+
+def _jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path.resolve()

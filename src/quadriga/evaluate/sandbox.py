@@ -1,0 +1,255 @@
+"""Run programs that a model wrote, and learn only whether each came to its end.
+
+    this process ── bwrap (own users, processes, network, files) ── fresh interpreter -I -S ── driver ── program
+         ▲                                                                                        │
+         └──────────────── a random word on a pipe, written after the last line of the program ───┘
+
+A program passes if the word comes back: leaving early with code 0, killing its parent or printing anything does not
+help. It has no network, no file of this machine but the interpreter's, an empty environment, and limits on memory,
+processor time, file size, processes, open files and core dumps; at the deadline the whole group dies.
+
+What stands between the program and this machine, best first:
+
+    bubblewrap   Linux name spaces for everything, a file system of its own
+    unshare      the same name spaces by util-linux; all mounts turned read-only by the driver, /tmp its own
+    none         limits and an empty environment only: refused unless asked for
+
+It is no defence against a hole in the kernel, and a program that looks for the word in its own interpreter's memory
+finds it: a model that cheats its tests so is caught by reading what it wrote (the results keep it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from quadriga import runtime
+from quadriga.errors import HardwareError
+
+Kind = Literal["bubblewrap", "unshare", "none"]
+
+_MOST_ERROR_BYTES = 4096
+_LIBRARIES = ("/lib", "/lib64", "/lib32", "/bin", "/sbin")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program."""
+
+    passed: bool
+    error: str
+    """Why not: the exception's last line, "timed out", or how the interpreter ended."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Of one program."""
+
+    wall_s: float = 10.0
+    cpu_s: int = 10
+    memory_bytes: int = 1 << 30
+    """Address space of each process."""
+    file_bytes: int = 16 << 20
+    """Largest file; also the size of its /tmp."""
+    processes: int = 16
+    """Threads count too."""
+    open_files: int = 64
+
+
+class Sandbox:
+    """Runs programs one by one or several at once.
+
+    Args:
+        kind: what they are shut into.
+        limits: of each.
+    """
+
+    def __init__(self, kind: Kind, limits: Limits | None = None) -> None:
+        self.kind, self.limits = kind, limits or Limits()
+
+    @classmethod
+    def find(cls, *, unsafe: bool = False, limits: Limits | None = None) -> Sandbox:
+        """The best kind that works on this machine.
+
+        Raises:
+            HardwareError: none does, and ``unsafe`` is not set.
+        """
+        for kind in ("bubblewrap", "unshare"):
+            if works(kind):
+                return cls(kind, limits)
+        if unsafe:
+            return cls("none", limits)
+        raise HardwareError(
+            "programs that a model wrote need a sandbox, and neither bwrap nor unshare works here. Install bubblewrap "
+            "(e.g. apt install bubblewrap), or run them with your own rights by --unsafe-exec, in a container that has "
+            "nothing to lose."
+        )
+
+    def passes(self, programs: Sequence[str]) -> list[bool]:
+        """True for each program that ran to its end; as many at once as there are processors."""
+        with ThreadPoolExecutor(runtime.cpu_count()) as pool:
+            return [outcome.passed for outcome in pool.map(self.run, programs)]
+
+    def run(self, program: str) -> Outcome:
+        """Run one program to its end, its failure or its deadline."""
+        started = time.monotonic()
+        word = secrets.token_hex(16)
+        with tempfile.TemporaryDirectory(prefix="quadriga-run-") as folder:
+            read_end, write_end = os.pipe()
+            try:
+                process = subprocess.Popen(
+                    _command(self.kind, Path(folder), self.limits.file_bytes),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    cwd=folder,
+                    env={},
+                    pass_fds=(write_end,),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                os.close(read_end)
+                raise HardwareError(f"the sandbox could not be started: {error}") from None
+            finally:
+                os.close(write_end)
+            try:
+                said = self._talk(process, read_end, self._job(program, word, write_end), started)
+            finally:
+                _kill_group(process)
+                os.close(read_end)
+        seconds = time.monotonic() - started
+        return Outcome(*_verdict(said, word, process.returncode), seconds)
+
+    def _job(self, program: str, word: str, fd: int) -> bytes:
+        limits = self.limits
+        job = {
+            "program": program,
+            "word": word,
+            "fd": fd,
+            "read_only": self.kind == "unshare",
+            # A user of its own, so that its processes are counted apart and it may signal nobody else's.
+            "uid": 60_000 + secrets.randbelow(5_000) if os.getuid() == 0 and self.kind != "none" else None,
+            "limits": {
+                "AS": limits.memory_bytes,
+                "CPU": limits.cpu_s,
+                "FSIZE": limits.file_bytes,
+                "NPROC": limits.processes,
+                "NOFILE": limits.open_files,
+                "CORE": 0,
+            },
+        }
+        return json.dumps(job).encode()
+
+    def _talk(self, process: subprocess.Popen[bytes], read_end: int, job: bytes, started: float) -> bytes | None:
+        """Hand the job over and wait for the verdict; None at the deadline."""
+        assert process.stdin is not None, "a pipe was asked for"
+        deadline = started + self.limits.wall_s
+        said = b""
+        with selectors.DefaultSelector() as selector:
+            os.set_blocking(process.stdin.fileno(), False)
+            selector.register(process.stdin, selectors.EVENT_WRITE)
+            selector.register(read_end, selectors.EVENT_READ)
+            while (left := deadline - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    if key.fd == read_end:
+                        piece = os.read(read_end, 65536)
+                        said += piece
+                        if not piece or len(said) > _MOST_ERROR_BYTES:
+                            return said
+                        continue
+                    try:
+                        job = job[os.write(process.stdin.fileno(), job) :]
+                    except BrokenPipeError:
+                        job = b""
+                    if not job:
+                        selector.unregister(process.stdin)
+                        process.stdin.close()
+        return None
+
+
+def _verdict(said: bytes | None, word: str, code: int | None) -> tuple[bool, str]:
+    if said is None:
+        return False, "timed out"
+    line, _, rest = said.partition(b"\n")
+    if line == b"passed " + word.encode() and not rest:
+        return True, ""
+    if line == b"failed " + word.encode():
+        return False, rest.decode(errors="replace").strip()
+    return False, f"ended before its tests did (code {code})"
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End everything that was started, grandchildren too: the first process of a process name space takes all along."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.stdin is not None and not process.stdin.closed:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+    process.wait()
+
+
+def interpreter() -> tuple[Path, Path]:
+    """The interpreter without this process's environment, and the folder it lives from."""
+    base = Path(getattr(sys, "_base_executable", sys.executable) or sys.executable).resolve()
+    return base, Path(sys.base_prefix).resolve()
+
+
+def _command(kind: Kind, folder: Path, tmp_bytes: int) -> list[str]:
+    python, prefix = interpreter()
+    driver = files("quadriga.evaluate").joinpath("sandbox_driver.py").read_text()
+    run = [str(python), "-I", "-S", "-c", driver]
+    if kind == "none":
+        return run
+    if kind == "unshare":
+        rest = ["--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
+        # Root stays root until the driver has shut the files; others become root of a user name space to do that.
+        users = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
+        return [_program("unshare"), *users, *rest, *run]
+    command = [_program("bwrap"), "--die-with-parent", "--new-session", "--clearenv"]
+    command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    command += [] if os.getuid() == 0 else ["--unshare-user"]
+    command += ["--ro-bind", "/usr", "/usr"]
+    for library in _LIBRARIES:
+        path = Path(library)
+        if path.is_symlink():
+            command += ["--symlink", os.readlink(path), library]  # noqa: PTH115 - the link's own text
+        elif path.exists():
+            command += ["--ro-bind", library, library]
+    if not prefix.is_relative_to("/usr"):
+        for parent in reversed(prefix.parents[:-1]):  # made by bwrap itself they would be closed to the program's user
+            command += ["--perms", "0755", "--dir", str(parent)]
+        command += ["--ro-bind", str(prefix), str(prefix)]
+    command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(tmp_bytes), "--tmpfs", "/tmp"]
+    return [*command, "--chdir", "/tmp", *run]
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise HardwareError(f"{name} is not installed")
+    return found
+
+
+@lru_cache(maxsize=4)
+def works(kind: Kind) -> bool:
+    """True if a program that passes passes in this kind of sandbox: kernels and containers may forbid name spaces."""
+    if kind != "none" and shutil.which({"bubblewrap": "bwrap", "unshare": "unshare"}[kind]) is None:
+        return False
+    return Sandbox(kind, Limits(wall_s=20.0)).run("assert 6 * 7 == 42").passed

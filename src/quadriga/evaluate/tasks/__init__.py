@@ -1,0 +1,44 @@
+"""Every benchmark by name. ``gauntlet`` stands for all tasks of the Gauntlet, a path for a JSONL file of one's own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from quadriga.errors import EvaluationError
+from quadriga.evaluate.tasks import choice, gauntlet, generated
+from quadriga.evaluate.tasks.base import Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (*choice.TASKS, *generated.TASKS, *gauntlet.TASKS)}
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "gauntlet": tuple(task.name for task in gauntlet.TASKS),
+    "leaderboard": ("arc_challenge", "hellaswag_10", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k"),
+}
+"""leaderboard: the six of the Open LLM Leaderboard v1, DBRX's launch table."""
+
+
+def select(names: Sequence[str]) -> list[Task]:
+    """Tasks by name, group or path, each once, in the order given.
+
+    Raises:
+        EvaluationError: an unknown name.
+    """
+    chosen: dict[str, Task] = {}
+    for name in names:
+        if name in TASKS:
+            chosen[name] = TASKS[name]
+        elif name in GROUPS:
+            chosen.update({one: TASKS[one] for one in GROUPS[name]})
+        elif name.endswith(".jsonl"):
+            task = gauntlet.own_task(Path(name))
+            chosen[task.name] = task
+        else:
+            known = [*(n for n in TASKS if not n.startswith("gauntlet_")), *GROUPS]
+            near = difflib.get_close_matches(name, [*TASKS, *GROUPS], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise EvaluationError(
+                f"there is no task {name!r}.{hint} There are {', '.join(known)}, and paths of .jsonl files."
+            )
+    return list(chosen.values())

@@ -1,0 +1,347 @@
+"""The Mosaic Eval Gauntlet v0.3: its task forms, its tasks, and the score of five categories.
+
+    score of a task     = (accuracy - chance) / (1 - chance)
+    score of a category = mean of its tasks            core average = mean of the five categories
+
+A category with a task that was not run has no score, and the missing task is named: a mean over other tasks would be
+another figure under the same name.
+
+The four forms of rows are also what anybody's own JSONL may have (:func:`form_of`): multiple choice
+{query, choices, gold}, schema {context_options, continuation, gold}, language modelling {context, continuation},
+questions {context, answer, aliases}.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quadriga.errors import EvaluationError
+from quadriga.evaluate.data import Data, Row, read_rows
+from quadriga.evaluate.items import AnswerItem, ChoiceItem, ClozeItem, Item, Scores
+from quadriga.evaluate.tasks.base import Shots, Task
+
+_COT = "The answer is "
+
+
+def form_of(row: Row) -> str:
+    """Which of the four forms a row has.
+
+    Raises:
+        EvaluationError: none of them.
+    """
+    keys = row.keys()
+    for form, needed in _FORMS.items():
+        if needed <= keys:
+            return form
+    wanted = "; ".join(f"{form}: {', '.join(sorted(needed))}" for form, needed in _FORMS.items())
+    raise EvaluationError(f"a row must have the keys of one of these forms ({wanted}); it has {', '.join(keys)}")
+
+
+_FORMS = {
+    "schema": {"context_options", "continuation", "gold"},
+    "choice": {"query", "choices", "gold"},
+    "question": {"context", "answer"},
+    "cloze": {"context", "continuation"},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What stands between the parts of a prompt."""
+
+    question: str = ""
+    """Before every question, shots included."""
+    answer: str = " "
+    """Between a question and its answer."""
+    example: str = "\n"
+    """After each shot."""
+
+
+def items_of(rows: Sequence[Row], shots: int, layout: Layout, group: str = "") -> list[Item]:
+    """Rows of one form as questions; shots are drawn from the same rows, never the question itself.
+
+    Raises:
+        EvaluationError: a row of another form, or a broken one.
+    """
+    if not rows:
+        raise EvaluationError("there is no row in it: a task needs at least one question")
+    form, draw, items = form_of(rows[0]), Shots(shots), list[Item]()
+    for number, row in enumerate(rows, 1):
+        try:
+            examples = draw.draw(rows, row)
+            before = "".join(_solved(one, form, layout) + layout.example for one in examples)
+            items.append(_ITEM[form](before, row, layout, group or str(row.get("category", ""))))
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            raise EvaluationError(f"row {number} is no {form} row: {type(error).__name__}: {error}") from None
+    return items
+
+
+def _solved(row: Row, form: str, layout: Layout) -> str:
+    """A row as an example, right answer filled in."""
+    match form:
+        case "schema":
+            return f"{layout.question}{row['context_options'][row['gold']]}{layout.answer}{row['continuation'].strip()}"
+        case "choice":
+            end = row["choices"][row["gold"]]
+        case "cloze":
+            end = row["continuation"].strip()
+        case _:
+            thought = row.get("chain_of_thought", "")
+            end = f"{thought.strip()} {_COT}{row['answer']}" if thought else row["answer"]
+    question = row["query" if form == "choice" else "context"].rstrip(" ")
+    return f"{layout.question}{question}{layout.answer}{end}"
+
+
+def _choice(before: str, row: Row, layout: Layout, group: str) -> Item:
+    context = f"{before}{layout.question}{row['query'].rstrip(' ')}"
+    choices = tuple(row["choices"])
+    if not isinstance(row["gold"], int) or not 0 <= row["gold"] < len(choices):
+        raise ValueError(f"gold must be the index of a choice (0 to {len(choices) - 1}), got {row['gold']!r}")
+    pairs = tuple((context, f"{layout.answer}{choice}") for choice in choices)
+    return ChoiceItem(pairs=pairs, gold=row["gold"], texts=choices, group=group)
+
+
+def _schema(before: str, row: Row, layout: Layout, group: str) -> Item:
+    end = layout.answer + row["continuation"].strip()
+    pairs = tuple((f"{before}{layout.question}{start.rstrip(' ')}", end) for start in row["context_options"])
+    return ChoiceItem(pairs=pairs, gold=row["gold"], group=group)
+
+
+def _cloze(before: str, row: Row, layout: Layout, group: str) -> Item:
+    context = f"{before}{layout.question}{row['context'].rstrip(' ')}"
+    return ClozeItem(context=context, continuation=layout.answer + row["continuation"].strip(), group=group)
+
+
+def _question(before: str, row: Row, layout: Layout, group: str) -> Item:
+    prompt = f"{before}{layout.question}{row['context'].rstrip(' ')}{layout.answer.rstrip(' ')}"
+    accepted = [row["answer"], *row.get("aliases", ())]
+    thinks = "chain_of_thought" in row
+    return AnswerItem(prompt=prompt, grader=_starts_with(accepted, thinks=thinks), group=group)
+
+
+_ITEM: dict[str, Callable[[str, Row, Layout, str], Item]] = {
+    "choice": _choice,
+    "schema": _schema,
+    "cloze": _cloze,
+    "question": _question,
+}
+
+
+def _starts_with(accepted: Sequence[str], *, thinks: bool) -> Callable[[str], Scores]:
+    """Right if the answer, after "The answer is " where it reasons first, begins with an accepted one."""
+
+    def grade(answer: str) -> Scores:
+        if thinks:
+            answer = answer.split(_COT, 1)[1] if _COT in answer else answer
+            right = any(answer.strip().lower().startswith(one.strip().lower()) for one in accepted)
+        else:
+            plain = normalised(answer)
+            right = any(plain.startswith(normalised(one)) for one in accepted if normalised(one))
+        return {"acc": float(right)}
+
+    return grade
+
+
+def normalised(text: str) -> str:
+    """TriviaQA's comparison: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(" " if c in string.punctuation + "‘’´`_" else c for c in text.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def own_task(path: Path) -> Task:
+    """A task from anybody's JSONL file; Chinese or any other language, any of the four forms."""
+    rows = read_rows(path)
+    form = form_of(rows[0]) if rows else "choice"
+    return Task(
+        name=path.name,
+        version=1,
+        title=path.stem,
+        protocol=f"{path.name}, form {form}, as it is; shots from the same file.",
+        kind="generate" if form == "question" else "likelihood",
+        shots=0,
+        build=lambda data, shots: items_of(rows, shots, Layout()),
+        main="acc_norm" if form == "choice" else "acc",
+        max_new_tokens=128,
+        stop=("\n\n", "Question:"),
+    )
+
+
+# The tasks -----------------------------------------------------------------------------------------------------------
+
+_ANSWER = Layout(answer="\nAnswer: ")
+_A = Layout(answer="\n\nA:", question="Q: ")
+_PLAIN = Layout()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task of a category."""
+
+    name: str
+    shots: int
+    chance: float
+    file: str | None
+    """In the data's folder mosaic_gauntlet; None where the data has none."""
+    layout: Layout = _PLAIN
+
+
+CATEGORIES: dict[str, tuple[Part, ...]] = {
+    "world_knowledge": (
+        Part("jeopardy", 3, 0.0, "world_knowledge/jeopardy_all", _ANSWER),
+        Part("bigbench_qa_wikidata", 3, 0.0, "world_knowledge/bigbench_qa_wikidata"),
+        Part("arc_easy", 3, 0.25, "world_knowledge/arc_easy", _ANSWER),
+        Part("arc_challenge", 3, 0.25, "world_knowledge/arc_challenge", _ANSWER),
+        Part("mmlu", 5, 0.25, "mmlu", _ANSWER),
+        Part("triviaqa_sm_sub", 3, 0.0, "world_knowledge/triviaqa_sm_sub"),
+    ),
+    "commonsense_reasoning": (
+        Part("copa", 0, 0.5, "commonsense_reasoning/copa"),
+        Part("siqa", 3, 0.5, "commonsense_reasoning/siqa"),
+        Part("commonsense_qa", 0, 0.25, "commonsense_reasoning/commonsense_qa"),
+        Part("piqa", 0, 0.5, "commonsense_reasoning/piqa", _ANSWER),
+        Part("openbook_qa", 10, 0.25, "commonsense_reasoning/openbook_qa"),
+        Part("bigbench_strange_stories", 0, 0.5, "commonsense_reasoning/bigbench_strange_stories"),
+        Part("bigbench_strategy_qa", 0, 0.5, "commonsense_reasoning/bigbench_strategy_qa"),
+    ),
+    "language_understanding": (
+        Part("lambada_openai", 0, 0.0, "language_understanding/lambada_openai"),
+        Part("hellaswag", 0, 0.25, "hellaswag"),
+        Part("winograd", 3, 0.5, "language_understanding/winograd_wsc"),
+        Part("winogrande", 5, 0.5, "language_understanding/winogrande"),
+    ),
+    "symbolic_problem_solving": (
+        Part("bigbench_elementary_math_qa", 1, 0.25, None),
+        Part("bigbench_dyck_languages", 5, 0.0, "symbolic_problem_solving/bigbench_dyck_languages"),
+        Part("bigbench_operators", 3, 0.0, "symbolic_problem_solving/bigbench_operators"),
+        Part("simple_arithmetic_withspaces", 5, 0.0, "symbolic_problem_solving/simple_arithmetic_withspaces"),
+        Part("simple_arithmetic_nospaces", 5, 0.0, "symbolic_problem_solving/simple_arithmetic_nospaces"),
+        Part("gsm8k", 0, 0.0, "symbolic_problem_solving/gsm8k_prepended_8shot", Layout(answer="\n\nA:")),
+        Part("svamp", 5, 0.0, "symbolic_problem_solving/svamp", _A),
+        Part("agi_eval_lsat_ar", 5, 0.25, "symbolic_problem_solving/agi_eval_lsat_ar"),
+    ),
+    "reading_comprehension": (
+        Part("squad", 3, 0.0, None),
+        Part("boolq", 0, 0.5, "reading_comprehension/boolq", _ANSWER),
+        Part("coqa", 0, 0.0, None),
+        Part("agi_eval_lsat_rc", 5, 0.25, "reading_comprehension/agi_eval_lsat_rc"),
+        Part("agi_eval_lsat_lr", 5, 0.25, "reading_comprehension/agi_eval_lsat_lr"),
+        Part("agi_eval_sat_en", 5, 0.25, "reading_comprehension/agi_eval_sat_en"),
+    ),
+}
+
+_GENERATED = ("triviaqa_sm_sub", "gsm8k", "svamp")
+_GROUPED = ("jeopardy", "mmlu")
+
+
+def _rows(data: Data, file: str) -> dict[str, list[Row]]:
+    """A part's rows by sub-category. MMLU and HellaSwag come from their own files, in the Gauntlet's form."""
+    if file == "mmlu":
+        found: dict[str, list[Row]] = {}
+        for row in data.rows("mmlu/test.jsonl"):
+            lines = "\n".join(f"{x}. {c}" for x, c in zip("ABCD", row["choices"], strict=True))
+            query = f"{row['question'].strip()}\n{lines}"
+            found.setdefault(row["subject"], []).append(
+                {"query": query, "choices": ["A", "B", "C", "D"], "gold": row["answer"]}
+            )
+        return found
+    if file == "hellaswag":
+        rows = [
+            {
+                "query": f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}".strip(),
+                "choices": row["endings"],
+                "gold": int(row["label"]),
+            }
+            for row in data.rows("hellaswag/validation.jsonl")
+        ]
+        return {"": rows}
+    rows = data.rows(f"mosaic_gauntlet/{file}.jsonl")
+    if "category" not in rows[0]:
+        return {"": rows}
+    by_category: dict[str, list[Row]] = {}
+    for row in rows:
+        by_category.setdefault(row["category"], []).append(row)
+    return by_category
+
+
+def _build(part: Part) -> Callable[[Data, int], list[Item]]:
+    def build(data: Data, shots: int) -> list[Item]:
+        assert part.file is not None, "a part without data is not run"
+        by_group = _rows(data, part.file)
+        return [item for group, rows in by_group.items() for item in items_of(rows, shots, part.layout, group)]
+
+    return build
+
+
+def _gauntlet_task(category: str, part: Part) -> Task:
+    generated = part.name in _GENERATED
+    form = "acc" if generated else "acc_tokens"
+    cloze = part.chance == 0.0
+    return Task(
+        name=f"gauntlet_{part.name}",
+        version=1,
+        title=f"Gauntlet {part.name}",
+        protocol=f"Mosaic Eval Gauntlet v0.3, {category}, {part.shots} shots; choices by mean log-probability of a "
+        "token. Shots are drawn with Python's generator (seed 1234), not with theirs.",
+        kind="generate" if generated else "likelihood",
+        shots=part.shots,
+        build=_build(part),
+        main="acc" if cloze else form,
+        chance=part.chance,
+        fixed_shots=True,
+        max_new_tokens=256 if part.name in ("gsm8k", "svamp") else 32,
+        stop=("\n\n", "Question:", "Q:"),
+        by_group=part.name in _GROUPED,
+    )
+
+
+TASKS = tuple(
+    _gauntlet_task(category, part) for category, parts in CATEGORIES.items() for part in parts if part.file is not None
+)
+
+MISSING = tuple(part.name for parts in CATEGORIES.values() for part in parts if part.file is None)
+"""Tasks of the Gauntlet whose data is not at hand."""
+
+
+@dataclass(frozen=True)
+class GauntletScore:
+    """Scores of tasks, and of the categories whose tasks all ran."""
+
+    tasks: dict[str, float]
+    categories: dict[str, float]
+    missing: dict[str, tuple[str, ...]]
+    """Category -> its tasks without a result."""
+    partial: dict[str, float]
+    """Means over the tasks present, of the categories with missing ones: not comparable with published figures."""
+    core_average: float | None
+    """Only if no task is missing."""
+
+
+def gauntlet_score(accuracies: Mapping[str, float]) -> GauntletScore:
+    """The Gauntlet's scores from accuracies by task name without "gauntlet_".
+
+    Raises:
+        EvaluationError: an accuracy that belongs to no task of it.
+    """
+    known = {part.name: part for parts in CATEGORIES.values() for part in parts}
+    for name in accuracies:
+        if name not in known:
+            raise EvaluationError(f"{name!r} is no task of the Gauntlet; it has {', '.join(known)}")
+    tasks = {name: (a - known[name].chance) / (1 - known[name].chance) for name, a in accuracies.items()}
+    categories: dict[str, float] = {}
+    partial: dict[str, float] = {}
+    missing: dict[str, tuple[str, ...]] = {}
+    for category, parts in CATEGORIES.items():
+        present = [tasks[part.name] for part in parts if part.name in tasks]
+        absent = tuple(part.name for part in parts if part.name not in tasks)
+        if absent:
+            missing[category] = absent
+            if present:
+                partial[category] = sum(present) / len(present)
+        else:
+            categories[category] = sum(present) / len(present)
+    core = None if missing else sum(categories.values()) / len(categories)
+    return GauntletScore(tasks, categories, missing, partial, core)

@@ -1,0 +1,149 @@
+"""Accelerators and boxes as data: what their makers publish, and how much of it programs were seen to reach.
+
+``gemm`` and ``attention`` are shares of the peak that very wide matrix products and fused attention reach alone; a
+``Stack`` says how well a program uses them. docs/plan.md holds these numbers to published runs, with the errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from quadriga.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One accelerator of a training cluster."""
+
+    name: str
+    memory_bytes: int
+    peak_flops: float
+    """Dense bfloat16, as published: what MFU is a share of."""
+    hbm_bytes_per_s: float
+    node_bytes_per_s: float
+    """To the other accelerators of its node (NVLink), one direction."""
+    network_bytes_per_s: float
+    """To other nodes (InfiniBand), one direction, its share of the node's."""
+    per_node: int
+    gemm: float
+    attention: float
+    price_per_hour: float
+    """US dollars; an assumption, `--price` replaces it."""
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
+            name="H100",
+            memory_bytes=80 * 10**9,
+            peak_flops=989.4e12,
+            hbm_bytes_per_s=3.35e12,
+            node_bytes_per_s=450e9,
+            network_bytes_per_s=50e9,
+            per_node=8,
+            gemm=0.74,
+            attention=0.35,
+            price_per_hour=3.0,
+        ),
+        Gpu(
+            name="H200",
+            memory_bytes=141 * 10**9,
+            peak_flops=989.4e12,
+            hbm_bytes_per_s=4.8e12,
+            node_bytes_per_s=450e9,
+            network_bytes_per_s=50e9,
+            per_node=8,
+            gemm=0.74,
+            attention=0.35,
+            price_per_hour=3.5,
+        ),
+        Gpu(
+            name="A100",
+            memory_bytes=80 * 10**9,
+            peak_flops=312e12,
+            hbm_bytes_per_s=2.04e12,
+            node_bytes_per_s=300e9,
+            network_bytes_per_s=25e9,
+            per_node=8,
+            gemm=0.75,
+            attention=0.50,
+            price_per_hour=1.8,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Box:
+    """A machine that serves: one memory, or several read at once."""
+
+    name: str
+    memory_bytes: int
+    bytes_per_s: float
+    peak_flops: float
+
+
+def _gpus(name: str, n: int, memory_gb: int, tb_per_s: float, tflops: float) -> Box:
+    return Box(name, n * memory_gb * 10**9, n * tb_per_s * 1e12, n * tflops * 1e12)
+
+
+BOXES = (
+    _gpus("8x H200 141GB", 8, 141, 4.8, 989),
+    _gpus("8x H100 80GB", 8, 80, 3.35, 989),
+    _gpus("4x H100 80GB", 4, 80, 3.35, 989),
+    _gpus("2x H100 80GB", 2, 80, 3.35, 989),
+    _gpus("1x H100 80GB", 1, 80, 3.35, 989),
+    _gpus("8x A100 40GB", 8, 40, 1.555, 312),
+    _gpus("4x RTX 4090 24GB", 4, 24, 1.008, 165),
+    Box("Apple M2 Ultra 192GB", 192 * 10**9, 800e9, 27e12),
+    Box("Apple M3 Max 96GB", 96 * 10**9, 400e9, 16e12),
+    Box("server, 12x DDR5-4800, 384GB", 384 * 10**9, 460e9, 10e12),
+    Box("desktop, 2x DDR5-5600, 96GB", 96 * 10**9, 89e9, 1.5e12),
+)
+"""Memory, bandwidth and 16-bit peak as the makers publish them."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """How well a training program uses its hardware."""
+
+    name: str
+    hidden: float
+    """Share of the weights' traffic that costs nothing while there is compute to hide it behind."""
+    attention: float
+    """Its attention's speed over ``Gpu.attention``."""
+    width_half: float = 900.0
+    """Width of a model at which its products reach half of a very wide one's rate."""
+
+
+STACKS = {
+    stack.name: stack
+    for stack in (
+        Stack("tuned", hidden=0.8, attention=1.0),  # prefetching, FlashAttention-2 or -3: what DBRX's makers reached
+        Stack("foundry", hidden=0.0, attention=0.5),  # LLM Foundry's published table of 2023
+    )
+}
+
+
+def parse_cluster(text: str) -> tuple[int, Gpu]:
+    """("3072xH100") -> (3072, H100).
+
+    Raises:
+        ConfigError: not COUNTxNAME, or no such accelerator.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*([A-Za-z0-9]+)\s*", text)
+    if match is None or int(match[1]) < 1:
+        raise ConfigError(f"a cluster looks like 3072xH100, got {text!r}")
+    name = match[2].upper()
+    if name not in GPUS:
+        near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.0)
+        raise ConfigError(
+            f"the accelerator must be one of {', '.join(GPUS)}; got {match[2]!r}. Did you mean {near[0]}?"
+        )
+    gpu, count = GPUS[name], int(match[1])
+    if count > gpu.per_node and count % gpu.per_node:
+        raise ConfigError(f"a cluster must be whole nodes of {gpu.per_node}: got {count}")
+    return count, gpu

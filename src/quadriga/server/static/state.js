@@ -1,0 +1,68 @@
+// The page's stores. `app` is read by the views, changed by actions.js and answers.js, drawn by app.js, at most once a frame; what the
+// lens colours by and points at are stores of their own, so that moving over a text draws nothing else again.
+
+import { useEffect, useState } from "./vendor/htm-preact.mjs";
+import { DEFAULTS } from "./storage.js";
+
+/** A value with listeners. `set` takes the fields to change. */
+export function createStore(initial) {
+  let state = initial;
+  const listeners = new Set();
+  return {
+    get: () => state,
+    set(changes) {
+      state = { ...state, ...changes };
+      for (const listener of listeners) listener();
+    },
+    subscribe(listener) {
+      listeners.add(listener);
+      return () => listeners.delete(listener);
+    },
+  };
+}
+
+/** A store's state in a component, drawn again once a frame at most. */
+export function useStore(store) {
+  const [state, setState] = useState(store.get());
+  useEffect(() => {
+    let frame = 0;
+    const changed = () => {
+      frame ||= requestAnimationFrame(() => {
+        frame = 0;
+        setState(store.get());
+      });
+    };
+    changed();
+    const stop = store.subscribe(changed);
+    return () => {
+      stop();
+      cancelAnimationFrame(frame);
+    };
+  }, [store]);
+  return state;
+}
+
+export const app = createStore({
+  ready: false,
+  model: null,
+  problem: null, // why there is no model yet
+  settings: DEFAULTS,
+  keeps: true, // false where the browser stores nothing
+  conversations: {},
+  current: null,
+  drafts: {},
+  editing: null, // the id of the message being edited
+  running: {}, // conversation id -> {node, controller}
+  problems: {}, // conversation id -> the Problem of its last request
+  search: "",
+  dialog: null, // "settings" | "help"
+  sidebar: false, // open, where it covers the page
+  experts: false,
+  toast: null, // {text, undo}
+});
+
+/** What the lens colours by; `layer` -1 is the mean of all layers. */
+export const lens = createStore({ mode: "expert", layer: 0, expert: 0 });
+
+/** The token under the pointer: {node, trace, token, x, y, pinned}, or token -1. */
+export const hover = createStore({ token: -1 });

@@ -1,0 +1,172 @@
+// One message: what was said, its alternatives, what can be done with it, and what it cost.
+
+import * as actions from "../actions.js";
+import * as answers from "../answers.js";
+import { compact, number, t } from "../i18n.js";
+import { toHtml } from "../markdown.js";
+import { Component, html, useLayoutEffect, useRef, useState } from "../vendor/htm-preact.mjs";
+import { fit, isComposing } from "./composer.js";
+import { IconButton } from "./icons.js";
+import { LensText } from "./lens.js";
+
+/** < 2 / 3 >: the alternatives of a message. */
+function Branches({ siblings, id }) {
+  if (siblings.length < 2) return null;
+  const at = siblings.indexOf(id);
+  const go = (step) => () => actions.showBranch(siblings[at + step]);
+  return html`<span class="branches">
+    <${IconButton} icon="left" label=${t("branch.previous")} disabled=${at === 0} onClick=${go(-1)} />
+    <span aria-label=${t("branch.position", { i: at + 1, n: siblings.length })}>${at + 1} / ${siblings.length}</span>
+    <${IconButton} icon="right" label=${t("branch.next")} disabled=${at === siblings.length - 1} onClick=${go(1)} />
+  </span>`;
+}
+
+function CopyButton({ text }) {
+  const [copied, setCopied] = useState(false);
+  const copy = async () => {
+    if (!(await actions.copy(text))) return;
+    setCopied(true);
+    setTimeout(() => setCopied(false), 1500);
+  };
+  return html`<${IconButton} icon=${copied ? "check" : "copy"} label=${t("message.copy")} onClick=${copy} />`;
+}
+
+function Editor({ node }) {
+  const area = useRef(null);
+  const [text, setText] = useState(node.content);
+  useLayoutEffect(() => fit(area.current), [text]);
+  useLayoutEffect(() => {
+    area.current.focus();
+    area.current.setSelectionRange(text.length, text.length);
+  }, []);
+  const cancel = () => actions.startEditing(null);
+  const keyDown = (event) => {
+    if (isComposing(event)) return;
+    if (event.key === "Enter" && !event.shiftKey) {
+      event.preventDefault();
+      answers.edit(node.id, text);
+    }
+    if (event.key === "Escape") {
+      event.stopPropagation();
+      cancel();
+    }
+  };
+  return html`<div class="editor">
+    <textarea
+      ref=${area}
+      rows="1"
+      value=${text}
+      aria-label=${t("message.edit")}
+      onInput=${(event) => setText(event.target.value)}
+      onKeyDown=${keyDown}
+    />
+    <div class="editor-actions">
+      <span class="hint">${t("message.edit.hint")}</span>
+      <button type="button" onClick=${cancel}>${t("button.cancel")}</button>
+      <button type="button" class="primary" onClick=${() => answers.edit(node.id, text)}>${t("composer.send")}</button>
+    </div>
+  </div>`;
+}
+
+/** Tokens, tokens a second, seconds to the first, and how full the context is. */
+function Cost({ node, running }) {
+  const { stats, finish } = node;
+  if (!stats) return null;
+  const endings = {
+    length: t("finish.length"),
+    stopped: t("finish.stopped"),
+    broken: t("finish.broken"),
+  };
+  return html`<span class="cost">
+    ${stats.rate ? html`<span>${t("cost.rate", { n: number(stats.rate, 1) })}</span>` : null}
+    <span>${t("cost.tokens", { n: number(stats.tokens) })}</span>
+    ${running ? null : html`<span class="first">${t("cost.first", { n: number(stats.firstMs / 1000, 2) })}</span>`}
+    ${stats.total
+      ? html`<span class="gauge" title=${t("cost.context.of", { n: number(stats.total), of: number(stats.context) })}>
+          <meter min="0" max=${stats.context} high=${0.85 * stats.context} value=${stats.total}></meter>
+          ${t("cost.context", { percent: number((100 * stats.total) / stats.context, 1), of: compact(stats.context) })}
+        </span>`
+      : null}
+    ${!running && endings[finish] ? html`<span class="ending">${endings[finish]}</span>` : null}
+  </span>`;
+}
+
+async function copyCode(event) {
+  const button = event.target.closest("button.copy");
+  const code = button?.closest(".code")?.querySelector("code");
+  if (!code || !(await actions.copy(code.textContent))) return;
+  button.textContent = t("code.copied");
+  setTimeout(() => (button.textContent = t("code.copy")), 1500);
+}
+
+/** Markdown as HTML; its text is parsed again only when it changes. */
+class Prose extends Component {
+  shouldComponentUpdate(next) {
+    return next.text !== this.props.text;
+  }
+
+  render({ text }) {
+    return html`<div class="prose" onClick=${copyCode} dangerouslySetInnerHTML=${{ __html: toHtml(text) }} />`;
+  }
+}
+
+function Answer({ node, running, lensOn, hasExperts }) {
+  const waiting = running && !node.content && !node.trace?.n_tokens;
+  if (waiting) return html`<div class="waiting" role="status" aria-label=${t("message.waiting")}><i /><i /><i /></div>`;
+  if (lensOn && hasExperts) {
+    if (node.trace?.n_tokens) return html`<${LensText} node=${node} />`;
+    return html`<${Prose} text=${node.content} /><p class="note">${t("lens.notrace")}</p>`;
+  }
+  return html`<${Prose} text=${node.content} />`;
+}
+
+/** Redrawn only when one of its properties changes: a long conversation costs nothing while its last answer grows. */
+export class Message extends Component {
+  shouldComponentUpdate(next) {
+    const names = new Set([...Object.keys(next), ...Object.keys(this.props)]);
+    names.delete("siblings");
+    const moved = next.siblings.join() !== this.props.siblings.join();
+    return moved || [...names].some((name) => next[name] !== this.props[name]);
+  }
+
+  render({ node, siblings, running, busy, editing, lensOn, hasExperts, last }) {
+    if (node.role === "user") {
+      return html`<article class="message user" data-id=${node.id}>
+        ${editing ? html`<${Editor} node=${node} />` : html`<div class="said">${node.content}</div>`}
+        ${editing
+          ? null
+          : html`<footer>
+              <${Branches} siblings=${siblings} id=${node.id} />
+              <span class="doing">
+                <${CopyButton} text=${node.content} />
+                <${IconButton}
+                  icon="edit"
+                  label=${t("message.edit")}
+                  disabled=${busy}
+                  onClick=${() => actions.startEditing(node.id)}
+                />
+              </span>
+            </footer>`}
+      </article>`;
+    }
+    return html`<article class="message assistant" data-id=${node.id} data-last=${String(last)} aria-busy=${String(running)}>
+      <${Answer} node=${node} running=${running} lensOn=${lensOn} hasExperts=${hasExperts} />
+      <footer>
+        <${Branches} siblings=${siblings} id=${node.id} />
+        ${running
+          ? null
+          : html`<span class="doing">
+              <${CopyButton} text=${node.content} />
+              <${IconButton}
+                icon="again"
+                label=${t("message.again")}
+                keys="Alt+R"
+                disabled=${busy}
+                onClick=${() => answers.regenerate(node.id)}
+              />
+            </span>`}
+        <${Cost} node=${node} running=${running} />
+      </footer>
+    </article>`;
+  }
+}

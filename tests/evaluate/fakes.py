@@ -1,0 +1,59 @@
+"""A model that knows what it is asked: answers by rule, so every score can be worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from quadriga.evaluate.model import Done, quietly
+
+
+@dataclass(frozen=True)
+class Said:
+    """A likelihood."""
+
+    logprob: float
+    greedy: bool = False
+    n_tokens: int = 1
+
+
+@dataclass
+class RuleModel:
+    """Scores pairs by ``rule`` and writes by ``write``; counts what it was asked."""
+
+    rule: Callable[[str, str], Said] = lambda context, continuation: Said(-float(len(continuation)))
+    write: Callable[[str], str] = lambda prompt: ""
+    name: str = "rule"
+    context: int = 4096
+    identity: dict[str, str] = field(default_factory=lambda: {"model": "rule", "weights": "0"})
+    n_pairs: int = 0
+    n_prompts: int = 0
+    seeds: list[int | None] = field(default_factory=list)
+    dies_after: int | None = None
+    """Raise KeyboardInterrupt once so many pairs have been asked."""
+
+    def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, done: Done = quietly) -> list[Said]:
+        self.n_pairs += len(requests)
+        if self.dies_after is not None and self.n_pairs > self.dies_after:
+            raise KeyboardInterrupt
+        return [self.rule(*request) for request in requests]
+
+    def rolling(self, texts: Sequence[str], *, done: Done = quietly) -> list[Said]:
+        return [Said(-0.5 * len(text), n_tokens=len(text) // 2) for text in texts]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        seed: int | None = None,
+        done: Done = quietly,
+    ) -> list[str]:
+        self.n_prompts += len(prompts)
+        self.seeds.append(seed)
+        return [self.write(prompt) for prompt in prompts]
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())

@@ -1,0 +1,199 @@
+"""Running tasks: batches, resumption, refusals, figures, what results carry."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from quadriga.errors import EvaluationError
+from quadriga.evaluate import report
+from quadriga.evaluate.data import Data
+from quadriga.evaluate.harness import Options, TaskResult, prompt_hash, run_task
+from quadriga.evaluate.items import AnswerItem, ChoiceItem, CodeItem, Item, TextItem
+from quadriga.evaluate.tasks.base import Kind, Task
+from tests.evaluate.fakes import RuleModel, Said
+
+
+def choices(n: int) -> list[Item]:
+    """Item i is right if i is no multiple of 3; two groups."""
+    return [
+        ChoiceItem(
+            pairs=((f"q{i}", " yes"), (f"q{i}", " no")), gold=int(i % 3 == 0), group="even" if i % 2 == 0 else "odd"
+        )
+        for i in range(n)
+    ]
+
+
+def task(items: list[Item], kind: Kind = "likelihood", main: str = "acc", **more: object) -> Task:
+    base = Task(
+        name="toy",
+        version=3,
+        title="Toy",
+        protocol="made up",
+        kind=kind,
+        shots=2,
+        build=lambda data, shots: items,
+        main=main,
+    )
+    return replace(base, **more)  # type: ignore[arg-type]
+
+
+def yes(context: str, continuation: str) -> Said:
+    return Said(-1.0 if continuation == " yes" else -2.0)
+
+
+def run(one: Task, model: RuleModel, out: Path, options: Options | None = None, **more: object) -> TaskResult:
+    return run_task(one, model, Data(out), out, options or Options(), **more)  # type: ignore[arg-type]
+
+
+def test_scores_of_a_task(tmp_path: Path) -> None:
+    model, seen = RuleModel(rule=yes), list[tuple[int, int, str]]()
+    result = run(task(choices(150), by_group=True), model, tmp_path, progress=lambda *a: seen.append(a))
+    assert result.main.value == 100 / 150
+    assert result.groups["even"].value == pytest.approx(50 / 75)
+    assert result.figures["acc_mean_of_groups"].value == pytest.approx(100 / 150)
+    assert (result.n_items, result.n_whole, result.n_new, result.shots) == (150, 150, 150, 2)
+    assert model.n_pairs == 300
+    assert seen[0] == (0, 150, "toy")
+    assert seen[-1] == (150, 150, "toy")
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    whole = run(task(choices(150)), RuleModel(rule=yes), tmp_path / "whole")
+    killed = RuleModel(rule=yes, dies_after=200)
+    with pytest.raises(KeyboardInterrupt):
+        run(task(choices(150)), killed, tmp_path / "cut")
+    later = RuleModel(rule=yes)
+    result = run(task(choices(150)), later, tmp_path / "cut")
+    assert later.n_pairs == 300 - 128, "one batch of 64 items had been kept"
+    assert result.figures == whole.figures
+    assert (tmp_path / "cut/items/toy.jsonl").read_text() == (tmp_path / "whole/items/toy.jsonl").read_text()
+
+
+@pytest.mark.parametrize("cut", [1, 10, 40])
+def test_a_line_torn_by_a_crash_is_asked_again(tmp_path: Path, cut: int) -> None:
+    run(task(choices(5)), RuleModel(rule=yes), tmp_path)
+    file = tmp_path / "items/toy.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-cut])
+    model = RuleModel(rule=yes)
+    run(task(choices(5)), model, tmp_path)
+    assert model.n_pairs == 2
+    assert file.read_bytes() == whole
+
+
+def test_a_larger_limit_goes_on_from_a_smaller_one(tmp_path: Path) -> None:
+    first = run(task(choices(20)), RuleModel(rule=yes), tmp_path, Options(limit=6))
+    assert (first.n_items, first.n_whole) == (6, 20)
+    model = RuleModel(rule=yes)
+    assert run(task(choices(20)), model, tmp_path, Options(limit=10)).n_items == 10
+    assert model.n_pairs == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"version": 4}, "version"),
+        ({"build": lambda data, shots: choices(6)}, "prompts"),
+    ],
+)
+def test_answers_to_another_question_are_never_mixed(tmp_path: Path, change: dict[str, object], word: str) -> None:
+    run(task(choices(5)), RuleModel(rule=yes), tmp_path)
+    with pytest.raises(EvaluationError, match=f"different: {word}"):
+        run(task(choices(5), **change), RuleModel(rule=yes), tmp_path)
+
+
+def test_another_model_or_other_shots_are_another_question(tmp_path: Path) -> None:
+    run(task(choices(5)), RuleModel(rule=yes), tmp_path)
+    with pytest.raises(EvaluationError, match="different: model"):
+        run(task(choices(5)), RuleModel(rule=yes, identity={"model": "rule", "weights": "1"}), tmp_path)
+    with pytest.raises(EvaluationError, match="different: shots"):
+        run(task(choices(5)), RuleModel(rule=yes), tmp_path, Options(shots=0))
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "items").mkdir()
+    (tmp_path / "items/toy.jsonl").write_text('{"other": 1}\n')
+    with pytest.raises(EvaluationError, match="no file of results"):
+        run(task(choices(5)), RuleModel(), tmp_path)
+
+
+def test_written_answers_are_graded_and_kept(tmp_path: Path) -> None:
+    items: list[Item] = [
+        AnswerItem(prompt=f"p{i}", grader=lambda text, i=i: {"acc": float(text == f"p{i}!" and i != 1)})
+        for i in range(3)
+    ]
+    result = run(task(items, kind="generate"), RuleModel(write=lambda prompt: prompt + "!"), tmp_path)
+    assert result.main.value == pytest.approx(2 / 3)
+    rows = [json.loads(line) for line in (tmp_path / "items/toy.jsonl").read_text().splitlines()[1:]]
+    assert [row["answers"] for row in rows] == [["p0!"], ["p1!"], ["p2!"]]
+
+
+class Longer:
+    """A runner: programs of more than 5 characters pass."""
+
+    def passes(self, programs: list[str]) -> list[bool]:
+        return [len(program) > 5 for program in programs]
+
+
+def test_programs_of_several_samples(tmp_path: Path) -> None:
+    items: list[Item] = [CodeItem(prompt=p, program=lambda answer: answer) for p in ("long prompt", "no")]
+    model = RuleModel(write=lambda prompt: prompt)
+    code = task(items, kind="code", main="pass@1")
+    with pytest.raises(EvaluationError, match="no sandbox"):
+        run(code, model, tmp_path)
+    result = run(code, model, tmp_path, Options(samples=4, ks=(1, 3), seed=10), runner=Longer())
+    assert {name: figure.value for name, figure in result.figures.items()} == {"pass@1": 0.5, "pass@3": 0.5}
+    assert (model.n_prompts, model.seeds) == (8, [10])
+
+
+def test_texts_give_perplexities(tmp_path: Path) -> None:
+    result = run(task([TextItem(text="ab cd ef")], kind="rolling", main="word_perplexity"), RuleModel(), tmp_path)
+    assert result.main.value == pytest.approx(2.718281828 ** (4 / 3))
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(EvaluationError, match="--limit"):
+        Options(limit=0)
+    with pytest.raises(EvaluationError, match=r"from 1 to the number of samples, 2; got 3"):
+        Options(samples=2, ks=(3,))
+    assert (Options().heat, Options(samples=2).heat, Options(samples=2, temperature=0.2).heat) == (0.0, 0.8, 0.2)
+
+
+def test_the_hash_changes_with_every_letter_of_every_prompt() -> None:
+    one = [ChoiceItem(pairs=(("ab", "c"),), gold=0)]
+    assert prompt_hash(one) != prompt_hash([ChoiceItem(pairs=(("a", "bc"),), gold=0)])
+    assert prompt_hash(one) == prompt_hash([ChoiceItem(pairs=(("ab", "c"),), gold=1)])
+
+
+def test_results_carry_what_they_mean(tmp_path: Path) -> None:
+    model = RuleModel(rule=yes)
+    result = run(task(choices(9)), model, tmp_path, Options(limit=8))
+    report.write(tmp_path, model, [result], "1.2.3")
+    body = json.loads((tmp_path / "results.json").read_text())
+    kept = body["tasks"]["toy"]
+    assert (kept["version"], kept["shots"], kept["items"], kept["items_whole"]) == (3, 2, 8, 9)
+    assert kept["prompt_hash"] == result.prompt_hash
+    assert kept["figures"]["acc"]["value"] == 5 / 8
+    assert body["model"] == {"model": "rule", "weights": "0", "name": "rule"}
+    assert (body["program"]["version"], len(body["program"])) == ("1.2.3", 2)
+    text = (tmp_path / "results.md").read_text()
+    assert "| Toy | 2 | 8 of 9 | acc | 62.50 ± 18.30 % |" in text
+    assert "made up" in text
+
+
+def test_the_picture_shows_bars_and_from_three_tasks_a_radar(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model = RuleModel(rule=yes)
+    results = [run(task(choices(9), name=f"toy{i}", title=f"Toy {i}"), model, tmp_path) for i in range(3)]
+    report.picture(tmp_path / "three.svg", "rule", results)
+    report.picture(tmp_path / "one.svg", "rule", results[:1])
+    three, one = (tmp_path / "three.svg").read_text(), (tmp_path / "one.svg").read_text()
+    assert len(three) > len(one) > 2000
+    assert "Toy 2" in three or "Toy_2" in three or "<svg" in three
+    text = run(task([TextItem(text="ab cd")], kind="rolling", main="word_perplexity", name="t"), model, tmp_path)
+    with pytest.raises(EvaluationError, match="shares in percent"):
+        report.picture(tmp_path / "none.svg", "rule", [text])

@@ -1,0 +1,264 @@
+"""`quadriga train` as a user runs it: a file, a corpus, interruptions, a report, an export that others read."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from quadriga import runtime
+from quadriga.checkpoint.open import load_parameters, open_checkpoint
+from quadriga.cli import app
+from quadriga.errors import CheckpointError, ConfigError
+from quadriga.train import report
+from quadriga.train.config import RunConfig, parse_toml
+from quadriga.train.export import export
+from quadriga.train.metrics import FILE, MetricsFile, read
+from quadriga.train.run import train
+from quadriga.train.run_directory import RunDirectory
+from quadriga.train.view import duration, load_bars, sparkline
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "clever",
+    "wizards",
+    "box",
+    "with",
+    "daft",
+    "zebras",
+]
+
+RUN = """
+run = "{run}"
+[model]
+preset = "dbrx-132b"
+d_model = 24
+n_layers = 2
+n_heads = 6
+n_kv_heads = 3
+head_dim = 4
+d_ff = 20
+n_experts = 8
+top_k = 2
+max_seq_len = 64
+[data]
+corpora = ["{corpus}"]
+unit_tokens = 64
+[[data.stages]]
+tokens = 1536
+seq_len = 32
+batch_tokens = 256
+[[data.stages]]
+tokens = 512
+seq_len = 64
+batch_tokens = 256
+[schedule]
+warmup_steps = 2
+[router]
+bias_rate = 0.001
+[parallel]
+device = "cpu"
+[checkpoint]
+every = 3
+[log]
+every = 1
+routing_every = 2
+[evaluate]
+every = 4
+rows = 2
+prompts = ["the quick"]
+sample_tokens = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two hundred little texts of two domains, prepared with a vocabulary of 300."""
+    folder = tmp_path_factory.mktemp("corpus")
+    generator = torch.Generator().manual_seed(0)
+    lines = []
+    for i in range(200):
+        chosen = torch.randint(len(WORDS), (40,), generator=generator).tolist()
+        lines.append(json.dumps({"text": " ".join(WORDS[w] for w in chosen), "domain": ("a", "b")[i % 2]}))
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = [
+        "data", "prepare", str(folder / "text.jsonl"), "--out", str(folder / "made"), "--train-tokenizer", "300",
+        "--domain-field", "domain", "--held-out", "0.2", "--workers", "1",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    return folder / "made"
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from its first step to its last."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    outcome = train(_config(folder, corpus))
+    assert outcome.done and outcome.step == 8
+    return folder
+
+
+def _config(run: Path, corpus: Path, extra: str = "") -> RunConfig:
+    return parse_toml((RUN.format(run=run, corpus=corpus) + extra).encode(), RunConfig)
+
+
+def _weights(run: Path) -> bytes:
+    folder = RunDirectory(run).at(8)
+    return (folder / "rank-00000.safetensors").read_bytes()
+
+
+def test_a_run_leaves_everything_behind(finished: Path) -> None:
+    lines = read(finished / FILE)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(8))
+    assert [line["tokens"] for line in steps] == [256 * n for n in range(1, 9)]
+    assert [bool("experts" in line) for line in steps] == [True, False] * 4
+    held_out = [line for line in lines if "held_out" in line]
+    assert [line["step"] for line in held_out] == [4, 8]
+    assert held_out[0]["held_out"].keys() == {"a", "b"}
+    entry = held_out[1]["held_out"]["a"]
+    assert entry["loss"] < held_out[0]["held_out"]["a"]["loss"]
+    assert 0.5 < entry["bits_per_byte"] < entry["loss"] / 0.69
+    assert held_out[0]["samples"].keys() == {"the quick"}
+    assert RunDirectory(finished).steps() == [3, 6, 8]
+    page = (finished / "report.html").read_text()
+    assert page.count("<svg") >= 8
+    assert "http" not in page.replace("http-equiv", "")  # nothing to fetch
+    assert "layer 1" in page and "Samples" in page
+
+
+def _last(calls: Iterator[int], n: int) -> bool:
+    return next(calls) == n - 1
+
+
+def test_stopped_and_resumed_it_is_the_same_run(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    config = _config(tmp_path / "run", corpus)
+    for n_steps in (2, 5):
+        calls = iter(range(n_steps))
+        assert not train(config, stop=partial(_last, calls, n_steps)).done
+    assert train(config).done
+    assert _weights(tmp_path / "run") == _weights(finished)
+    mine, theirs = ([line for line in read(p / FILE) if "loss" in line] for p in (tmp_path / "run", finished))
+    assert [line["loss"] for line in mine] == [line["loss"] for line in theirs]
+
+
+def test_sigterm_saves_and_exits_with_0(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(RUN.format(run=tmp_path / "run", corpus=corpus))
+    command = [sys.executable, "-m", "quadriga", "train", str(file), "--threads", "1"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=runtime.child_environment())
+    assert child.stderr is not None
+    while "step 2/8" not in child.stderr.readline():
+        assert child.poll() is None
+    child.send_signal(signal.SIGTERM)
+    rest = child.stderr.read()
+    assert child.wait(timeout=60) == 0
+    done = CliRunner().invoke(app, ["train", str(file)])
+    assert done.exit_code == 0
+    assert _weights(tmp_path / "run") == _weights(finished)
+    assert "stopped and saved" in rest or "step 8/8" in rest
+
+
+def test_resume_must_and_never(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has checkpoints already"):
+        train(_config(finished, corpus), resume="never")
+    with pytest.raises(ConfigError, match="no checkpoint to resume from"):
+        train(_config(tmp_path / "new", corpus), resume="must")
+
+
+def test_a_begun_stage_is_frozen(corpus: Path, finished: Path) -> None:
+    config = RUN.format(run=finished, corpus=corpus).replace("tokens = 1536", "tokens = 1280")
+    with pytest.raises(ConfigError, match="frozen"):
+        train(parse_toml(config.encode(), RunConfig))
+
+
+def test_rows_longer_than_the_model_are_refused(corpus: Path, tmp_path: Path) -> None:
+    config = RUN.format(run=tmp_path, corpus=corpus).replace("max_seq_len = 64", "max_seq_len = 48")
+    with pytest.raises(ConfigError, match="longest stage's 64"):
+        train(parse_toml(config.encode(), RunConfig))
+
+
+def test_check_says_what_would_run(corpus: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(RUN.format(run=tmp_path / "run", corpus=corpus))
+    done = CliRunner().invoke(app, ["train", str(file), "--check"])
+    assert done.exit_code == 0, done.output
+    assert "8 steps, 2,048 tokens" in done.output
+    assert "stage 1: 2 steps of 4 rows of 64" in done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_export_is_the_trained_model(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    """Opened as any Hugging Face checkpoint, with its tokenizer; byte by byte the trained weights."""
+    file = tmp_path / "run.toml"
+    file.write_text(RUN.format(run=finished, corpus=corpus))
+    done = CliRunner().invoke(app, ["train", str(file), "--export", str(tmp_path / "hf")])
+    assert done.exit_code == 0, done.output
+    opened = open_checkpoint(tmp_path / "hf")
+    assert opened.layout == "fused" and opened.config.ffn.n_experts == 8  # type: ignore[union-attr]
+    parameters = load_parameters(opened)
+    tokenizer = opened.load_tokenizer()
+    assert tokenizer is not None and tokenizer.decode(tokenizer.encode("the quick")) == "the quick"
+    from quadriga.train.shards import ShardReader
+
+    trained = ShardReader([RunDirectory(finished).at(8) / "rank-00000.safetensors"])
+    for name, value in parameters.items():
+        assert torch.equal(value, trained.whole(f"parameter/{name}")), name
+    opened.close()
+    with pytest.raises(CheckpointError, match="exists"):
+        export(finished, tmp_path / "hf", tokenizer_files={})
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5; it has \[3, 6, 8\]"):
+        export(finished, tmp_path / "other", step=5, tokenizer_files={})
+    with pytest.raises(ConfigError, match="bias"):
+        export(finished, tmp_path / "other", step=3, tokenizer_files={})
+
+
+# What is shown -------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_steps_to_come_again_are_removed(tmp_path: Path) -> None:
+    lines = [{"step": n, "loss": 1.0} for n in range(6)]
+    lines.insert(4, {"step": 4, "held_out": {}, "samples": {}})
+    (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "lo')
+    MetricsFile(tmp_path, 4, peak_flops=None, learning_rate=1.0, routing_every=1).close()
+    assert read(tmp_path / FILE) == lines[:5]
+
+
+def test_a_report_of_an_empty_run_and_of_nan() -> None:
+    assert "No step has been made" in report.render([], "x")
+    page = report.render([{"step": 0, "loss": float("nan"), "seconds": 1.0, "tokens": 5}], "<b>")
+    assert "&lt;b&gt;" in page and "<h1><b>" not in page
+
+
+def test_ticks_and_thinning() -> None:
+    assert report.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert report.ticks(0.013, 0.047) == [0.02, 0.03, 0.04]
+    assert report.ticks(3, 3) == [3]
+    assert report.thin([(float(i), 2.0 * i) for i in range(10)], 5) == [(0.5 + 2 * i, 1.0 + 4 * i) for i in range(5)]
+
+
+def test_bars() -> None:
+    assert sparkline([0.0, 7.0]) == "▁█"
+    assert sparkline([1.0, 1.0]) == "▁▁"
+    assert len(sparkline([float(i) for i in range(1000)])) == 40
+    assert load_bars([0.0, 1.0, 2.0, 9.0]) == "▁▅██"
+    assert duration(3723) == "1:02:03" and duration(65) == "1:05"
