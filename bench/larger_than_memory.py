@@ -1,7 +1,7 @@
 """A packed model whose experts stay on disk: tokens a second, bytes read, how often the cache had the expert.
 
-    python bench/synthetic.py dbrx-132b OUT --packed q4 [--layers 24]
-    python bench/larger_than_memory.py OUT --expert-memory 12 --tokens 20
+python bench/synthetic.py dbrx-132b OUT --packed q4 [--layers 24]
+python bench/larger_than_memory.py OUT --expert-memory 12 --tokens 20
 """
 
 from __future__ import annotations

@@ -95,9 +95,9 @@ _HELP = {
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed: of a model on this machine, or of a server.")
 for _name, _text in _HELP.items():
     bench_app.command(_name, help=_text, epilog=f"Example:\n\n  {_EXAMPLES[_name]}")(bench_command)
-bench_app.command(
-    "claim", epilog="Example:\n\n  quadriga bench claim --csv claim.csv --n 1 --n 8 --n 32"
-)(bench_claim_command)
+bench_app.command("claim", epilog="Example:\n\n  quadriga bench claim --csv claim.csv --n 1 --n 8 --n 32")(
+    bench_claim_command
+)
 bench_app.command(
     "serve",
     epilog="Examples:\n\n  quadriga bench serve http://127.0.0.1:8000 -c 1 -c 8 -c 32 --ignore-eos\n\n"

@@ -115,11 +115,11 @@ QD_EXPORT double qd_read_bandwidth(qd_context* c, const uint8_t* data, int64_t b
 
 QD_EXPORT double qd_peak(qd_context* c, int32_t format, int64_t iterations) {
   std::atomic<int64_t> sink{0};
-  const int lanes = format == QD_Q8 ? 64 : format == QD_BF16 ? 32 : 16;
+  const int lanes = format >= QD_Q8 ? 64 : format == QD_BF16 ? 32 : 16;
   const int64_t pieces = 16 * int64_t(c->pool.size());
   const double start = seconds();
   c->pool.run(pieces, 1, [&](int64_t begin, int64_t end, int) { sink += int64_t(c->kernels->peak(format, iterations * (end - begin))); });
-  return 2.0 * lanes * 12 * double(iterations) * double(pieces) / (seconds() - start);
+  return 2.0 * lanes * kPeakLines * double(iterations) * double(pieces) / (seconds() - start);
 }
 
 QD_EXPORT qd_store* qd_store_create(int32_t n_layers, int32_t n_experts, int32_t n_parts, const int32_t* files, const int64_t* offsets,

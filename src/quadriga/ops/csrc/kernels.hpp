@@ -25,6 +25,8 @@ inline int64_t attend_scratch(int n_rows, int d) {
   return int64_t(n_rows) * (d + 2 * QD_KV_CHUNK) + 2 * 16 * d + int64_t(QD_KV_CHUNK) * round_up_16(d);
 }
 
+constexpr int kPeakLines = 24;  // 64-byte lines of weights an iteration of `peak` multiplies
+
 struct Kernels {
   int max_width;  // tokens of a panel
 

@@ -15,16 +15,20 @@ struct Q8 {
   static constexpr bool nibbles = false, minimum = false;
   static constexpr int64_t pair_bytes = 1088, first_line = 64, group_bytes = 512;
   static constexpr float factor = 1.0f;
+  static int32_t zero_point(uint32_t unit) { return kSignedBytes ? 0 : int32_t(unit); }
 };
-struct Q4 {
-  static constexpr bool nibbles = true, minimum = false;
+struct Nibbles {  // 2^kNibbleShift times the number
+  static constexpr bool nibbles = true;
+  static constexpr float factor = 1.0f / (1 << kNibbleShift);
+  static int32_t zero_point(uint32_t unit) { return int32_t(unit) >> (4 - kNibbleShift); }  // exact
+};
+struct Q4 : Nibbles {
+  static constexpr bool minimum = false;
   static constexpr int64_t pair_bytes = 576, first_line = 64, group_bytes = 256;
-  static constexpr float factor = 1.0f / 16;  // nibbles stay in the high half of their byte: 16 n
 };
-struct Q4M {
-  static constexpr bool nibbles = true, minimum = true;
+struct Q4M : Nibbles {
+  static constexpr bool minimum = true;
   static constexpr int64_t pair_bytes = 640, first_line = 128, group_bytes = 256;
-  static constexpr float factor = 1.0f / 16;
 };
 
 template <int M, int P, bool minimum>
@@ -39,32 +43,54 @@ QD_INLINE void finish_group(vf* f, const vi* acc, vf scale, vf min, const uint32
 }
 
 template <int M>
-QD_INLINE void zero_group(vi* acc) {
+QD_INLINE void nibble_line(vn* part, vb w, const uint32_t* units) {
 #pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) acc[m] = all_int(0);
+  for (int m = 0; m < M; ++m) part[m] = dot_nibbles(part[m], w, units[m]);
 }
 
-template <int M, int P, bool minimum>
-QD_INLINE void start_group(vi* acc, const uint32_t* rec) {
-  if (minimum) return zero_group<M>(acc);
+// start(m) + a group's eight lines times one plane of token m's activations; `wide`: nibbles are bytes already.
+template <class F, bool wide, int M, class Start>
+QD_INLINE void multiply_lines(vi* acc, const uint8_t* lines, const uint32_t* units, Start start) {
+  if (!F::nibbles) {
 #pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) acc[m] = all_int(int32_t(rec[(8 * P + 1) * M + m]));
-}
-
-// After the high bytes: they count 128 times; the zero point is of both planes together.
-template <int M, bool minimum>
-QD_INLINE void between_planes(vi* acc, const uint32_t* rec) {
+    for (int m = 0; m < M; ++m) acc[m] = start(m);
+#pragma GCC unroll kUnroll
+    for (int l = 0; l < 8; ++l) {
+      const vq w = bytes_line(lines + 64 * l);
 #pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) {
-    acc[m] = shift_left<7>(acc[m]);
-    if (!minimum) acc[m] = acc[m] + all_int(int32_t(rec[17 * M + m]));
+      for (int m = 0; m < M; ++m) acc[m] = dot_bytes(acc[m], w, units[l * M + m]);
+    }
+    return;
   }
+  vn part[M];
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m) part[m] = begin_nibbles(start(m));
+  if (wide) {
+#pragma GCC unroll kUnroll
+    for (int l = 0; l < 8; ++l) nibble_line<M>(part, load_bytes(lines + 64 * l), units + l * M);
+  } else {
+#pragma GCC unroll kUnroll
+    for (int l = 0; l < 4; ++l) {
+      const vb both = load_bytes(lines + 64 * l);
+      nibble_line<M>(part, low_nibbles(both), units + 2 * l * M);
+      nibble_line<M>(part, high_nibbles(both), units + (2 * l + 1) * M);
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m) acc[m] = end_nibbles(part[m], start(m));
 }
 
-template <int M>
-QD_INLINE void line(vi* acc, vb w, const uint32_t* units) {
+// -128 times the sum of the activations undoes that weights are stored unsigned (with a minimum there is no such shift).
+// Of two planes the high bytes count 128 times; the zero point is of both together.
+template <class F, bool wide, int P, int M>
+QD_INLINE void multiply_group(vi* acc, const uint8_t* lines, const uint32_t* rec) {
+  const auto zero_point = [rec](int m) { return all_int(F::minimum ? 0 : F::zero_point(rec[(8 * P + 1) * M + m])); };
+  if (P == 1) return multiply_lines<F, wide, M>(acc, lines, rec, zero_point);
+  multiply_lines<F, wide, M>(acc, lines, rec, [](int) { return all_int(0); });
+  vi high[M];
 #pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) acc[m] = dot4(acc[m], w, units[m]);
+  for (int m = 0; m < M; ++m) high[m] = shift_left<7>(acc[m]) + zero_point(m);
+  multiply_lines<F, wide, M>(acc, lines, rec + 8 * M, [&high](int m) { return high[m]; });
 }
 
 template <class F, int P, int M>
@@ -79,24 +105,7 @@ void tile_int(const uint8_t* tile, int64_t cols, const uint32_t* panel, float* o
     const uint32_t* rec = panel + g * group_units(P) * M;
     for (int i = 0; i < F::group_bytes + (F::first_line / 2); i += 64) prefetch(lines + kAhead + i);
     vi acc[M];
-    if (P == 1) start_group<M, P, F::minimum>(acc, rec);
-    else zero_group<M>(acc);
-#pragma GCC unroll kUnroll
-    for (int p = 0; p < P; ++p) {
-      const uint32_t* units = rec + 8 * p * M;
-      if (F::nibbles) {
-#pragma GCC unroll kUnroll
-        for (int l = 0; l < 4; ++l) {
-          const vb both = load_bytes(lines + 64 * l);
-          line<M>(acc, low_nibbles(both), units + 2 * l * M);
-          line<M>(acc, high_nibbles(both), units + (2 * l + 1) * M);
-        }
-      } else {
-#pragma GCC unroll kUnroll
-        for (int l = 0; l < 8; ++l) line<M>(acc, load_bytes(lines + 64 * l), units + l * M);
-      }
-      if (P == 2 && p == 0) between_planes<M, F::minimum>(acc, rec);
-    }
+    multiply_group<F, false, P, M>(acc, lines, rec);
     vf scale = load_half(reinterpret_cast<const uint16_t*>(pair) + 16 * (g & 1));
     if (F::nibbles) scale = scale * all(F::factor);
     const vf min = F::minimum ? load_half(reinterpret_cast<const uint16_t*>(pair) + 32 + 16 * (g & 1)) : all(0.0f);
@@ -106,27 +115,20 @@ void tile_int(const uint8_t* tile, int64_t cols, const uint32_t* panel, float* o
   for (int m = 0; m < M; ++m) store(out + m * stride, f[m]);
 }
 
-template <bool minimum, int P, int M>
+template <class F, int P, int M>
 void tile_widened(const uint8_t* wide, int64_t cols, const uint32_t* panel, float* out, int64_t stride) {
   vf f[M];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) f[m] = all(0.0f);
   const int64_t groups = groups_of(cols);
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* lines = wide + g * (minimum ? kWideGroupM : kWideGroup);
+    const uint8_t* lines = wide + g * (F::minimum ? kWideGroupM : kWideGroup);
     const uint32_t* rec = panel + g * group_units(P) * M;
     vi acc[M];
-    if (P == 1) start_group<M, P, minimum>(acc, rec);
-    else zero_group<M>(acc);
-#pragma GCC unroll kUnroll
-    for (int p = 0; p < P; ++p) {
-#pragma GCC unroll kUnroll
-      for (int l = 0; l < 8; ++l) line<M>(acc, load_bytes(lines + 64 * l), rec + (8 * p + l) * M);
-      if (P == 2 && p == 0) between_planes<M, minimum>(acc, rec);
-    }
+    multiply_group<F, true, P, M>(acc, lines, rec);
     const vf scale = load(reinterpret_cast<const float*>(lines + 512));
-    const vf min = minimum ? load(reinterpret_cast<const float*>(lines + 576)) : all(0.0f);
-    finish_group<M, P, minimum>(f, acc, scale, min, rec);
+    const vf min = F::minimum ? load(reinterpret_cast<const float*>(lines + 576)) : all(0.0f);
+    finish_group<M, P, F::minimum>(f, acc, scale, min, rec);
   }
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) store(out + m * stride, f[m]);
@@ -152,15 +154,17 @@ using TileFunction = void (*)(const uint8_t*, int64_t, const uint32_t*, float*, 
 
 #if QD_AVX512
 constexpr int kWidth = 12;
+#define QD_PEAK_CHAINS 12
 #else
-constexpr int kWidth = 4;
+constexpr int kWidth = 6;
+#define QD_PEAK_CHAINS 3
 #endif
 
 #define QD_WIDTHS_4(f) f(1), f(2), f(3), f(4)
 #if QD_AVX512
 #define QD_WIDTHS(f) QD_WIDTHS_4(f), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12)
 #else
-#define QD_WIDTHS(f) QD_WIDTHS_4(f)
+#define QD_WIDTHS(f) QD_WIDTHS_4(f), f(5), f(6)
 #endif
 
 #define QD_F32_TILE(m) tile_float<false, m>
@@ -171,10 +175,10 @@ constexpr int kWidth = 4;
 #define QD_Q8_FINE(m) tile_int<Q8, 2, m>
 #define QD_Q4_FINE(m) tile_int<Q4, 2, m>
 #define QD_Q4M_FINE(m) tile_int<Q4M, 2, m>
-#define QD_WIDE_TILE(m) tile_widened<false, 1, m>
-#define QD_WIDEM_TILE(m) tile_widened<true, 1, m>
-#define QD_WIDE_FINE(m) tile_widened<false, 2, m>
-#define QD_WIDEM_FINE(m) tile_widened<true, 2, m>
+#define QD_WIDE_TILE(m) tile_widened<Q4, 1, m>
+#define QD_WIDEM_TILE(m) tile_widened<Q4M, 1, m>
+#define QD_WIDE_FINE(m) tile_widened<Q4, 2, m>
+#define QD_WIDEM_FINE(m) tile_widened<Q4M, 2, m>
 
 const TileFunction kTiles[8][kWidth] = {{QD_WIDTHS(QD_F32_TILE)}, {QD_WIDTHS(QD_BF16_TILE)}, {QD_WIDTHS(QD_Q8_TILE)},
                                         {QD_WIDTHS(QD_Q4_TILE)},  {QD_WIDTHS(QD_Q4M_TILE)},  {QD_WIDTHS(QD_Q8_FINE)},

@@ -243,24 +243,40 @@ void unpack_row(int format, const uint8_t* packed, int64_t cols, int64_t row, fl
   }
 }
 
+// Lines of products in registers: kPeakLines an iteration, in as many independent chains as the registers hold.
 double peak_of(int format, int64_t iterations) {
-  vi ints[12];
-  vf floats[12];
-  for (int m = 0; m < 12; ++m) ints[m] = all_int(m), floats[m] = all(float(m));
-  uint8_t bytes[64];
-  for (int i = 0; i < 64; ++i) bytes[i] = uint8_t(i & 1);
-  const vb w = load_bytes(bytes);
-  for (int64_t i = 0; i < iterations; ++i) {
-    const uint32_t a = uint32_t(i) & 0x01010101u;
+  constexpr int chains = QD_PEAK_CHAINS, deep = kPeakLines / chains;
+  vi ints[chains];
+  vf floats[chains];
 #pragma GCC unroll 12
-    for (int m = 0; m < 12; ++m) {
-      if (format == QD_Q8) ints[m] = dot4(ints[m], w, a);
-      else if (format == QD_BF16) floats[m] = dot2(floats[m], w, a);
-      else floats[m] = dot1(floats[m], w, a);
-    }
+  for (int m = 0; m < chains; ++m) ints[m] = all_int(m), floats[m] = all(float(m));
+  alignas(64) uint8_t bytes[64];
+  uint32_t units[kPeakLines];
+  for (int i = 0; i < 64; ++i) bytes[i] = uint8_t(i & 1);
+  for (int i = 0; i < kPeakLines; ++i) units[i] = uint32_t(i % 2) * 0x01010101u;
+  for (int64_t i = 0; i < iterations; ++i) {
+    asm volatile("" : : "r"(bytes), "r"(units) : "memory");  // may have changed: no product is known from before
+    const vb w = load_bytes(bytes);
+    const vq q = bytes_line(bytes);
+    vn part[chains];
+#pragma GCC unroll 12
+    for (int m = 0; m < chains; ++m) part[m] = begin_nibbles(ints[m]);
+#pragma GCC unroll 8
+    for (int j = 0; j < deep; ++j)
+#pragma GCC unroll 12
+      for (int m = 0; m < chains; ++m) {
+        const uint32_t a = units[j * chains + m];
+        if (format == QD_Q8) ints[m] = dot_bytes(ints[m], q, a);
+        else if (format == QD_BF16) floats[m] = dot2(floats[m], w, a);
+        else if (format == QD_F32) floats[m] = dot1(floats[m], w, a);
+        else part[m] = dot_nibbles(part[m], w, a);
+      }
+#pragma GCC unroll 12
+    for (int m = 0; m < chains; ++m)
+      if (format >= QD_Q4) ints[m] = end_nibbles(part[m], ints[m]);
   }
   vf total = all(0.0f);
-  for (int m = 0; m < 12; ++m) total = total + floats[m] + to_float(ints[m]);
+  for (int m = 0; m < chains; ++m) total = total + floats[m] + to_float(ints[m]);
   return double(sum(total));
 }
 

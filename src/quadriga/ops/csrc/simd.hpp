@@ -120,6 +120,7 @@ QD_INLINE vf dot2(vf acc, vb w, uint32_t a) {
   return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi32(int(a)))};
 }
 // High nibbles as they stand (16 n), low nibbles moved up.
+constexpr int kNibbleShift = 4;
 QD_INLINE vb high_nibbles(vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(char(0xf0)))}; }
 QD_INLINE vb low_nibbles(vb a) { return {_mm512_and_si512(_mm512_slli_epi16(a.v, 4), _mm512_set1_epi8(char(0xf0)))}; }
 QD_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
@@ -221,15 +222,39 @@ QD_INLINE float largest(vf x) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
-// maddubs would saturate at 255 * 127 * 2, so even and odd bytes go through 16-bit products, which are exact.
-QD_INLINE __m256i dot4_half(__m256i acc, __m256i w, __m256i even, __m256i odd) {
-  const __m256i low = _mm256_and_si256(w, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(w, 8);
-  return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(low, even), _mm256_madd_epi16(high, odd)));
+// gcc 12 regroups integer sums until their terms no longer fit the registers; this keeps every sum where it is.
+QD_INLINE __m256i stay(__m256i x) {
+  asm("" : "+x"(x));
+  return x;
 }
-QD_INLINE vi dot4(vi acc, vb w, uint32_t a) {
+// The byte product takes unsigned times signed and saturates at 32767, so weights of 8 bits go in as magnitudes up to
+// 128 and lend their sign to the activation: 128 * 127 * 2 fits. They need no zero point then.
+constexpr bool kSignedBytes = true;
+struct vq { vb magnitude, sign; };
+QD_INLINE vq bytes_line(const void* p) {
+  const __m256i flip = _mm256_set1_epi8(char(0x80));
+  const vb u = load_bytes(p), w = {_mm256_xor_si256(u.a, flip), _mm256_xor_si256(u.b, flip)};
+  return {{_mm256_abs_epi8(w.a), _mm256_abs_epi8(w.b)}, w};
+}
+QD_INLINE __m256i dot_half(__m256i acc, __m256i magnitude, __m256i sign, __m256i a) {
+  const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(a, sign));
+  return stay(_mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
+}
+QD_INLINE vi dot_bytes(vi acc, vq w, uint32_t a) {
   const __m256i x = _mm256_set1_epi32(int(a));
-  const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), odd = _mm256_srai_epi16(x, 8);
-  return {dot4_half(acc.a, w.a, even, odd), dot4_half(acc.b, w.b, even, odd)};
+  return {dot_half(acc.a, w.magnitude.a, w.sign.a, x), dot_half(acc.b, w.magnitude.b, w.sign.b, x)};
+}
+// Nibbles as numbers from 0 to 15: a group's eight lines fit in 16 bits (15 * 127 * 2 * 8 = 30480) and are widened once.
+constexpr int kNibbleShift = 0;
+struct vn { __m256i a, b; };
+QD_INLINE vn begin_nibbles(vi) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+QD_INLINE vn dot_nibbles(vn acc, vb w, uint32_t a) {
+  const __m256i x = _mm256_set1_epi32(int(a));
+  return {stay(_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(w.a, x))), stay(_mm256_add_epi16(acc.b, _mm256_maddubs_epi16(w.b, x)))};
+}
+QD_INLINE vi end_nibbles(vn acc, vi start) {
+  const __m256i one = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(start.a, _mm256_madd_epi16(acc.a, one)), _mm256_add_epi32(start.b, _mm256_madd_epi16(acc.b, one))};
 }
 QD_INLINE __m256 dot2_half(__m256 acc, __m256i w, __m256 even, __m256 odd) {
   acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(int(0xffff0000)))), odd, acc);
@@ -240,11 +265,11 @@ QD_INLINE vf dot2(vf acc, vb w, uint32_t a) {
   const __m256 odd = _mm256_castsi256_ps(_mm256_set1_epi32(int(a & 0xffff0000)));
   return {dot2_half(acc.a, w.a, even, odd), dot2_half(acc.b, w.b, even, odd)};
 }
-QD_INLINE vb high_nibbles(vb x) {
-  const __m256i mask = _mm256_set1_epi8(char(0xf0));
+QD_INLINE vb low_nibbles(vb x) {
+  const __m256i mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
-QD_INLINE vb low_nibbles(vb x) { return high_nibbles({_mm256_slli_epi16(x.a, 4), _mm256_slli_epi16(x.b, 4)}); }
+QD_INLINE vb high_nibbles(vb x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
 QD_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 #else  // portable: the compiler's own vectors of 64 bytes, which it cuts to what the processor has
@@ -323,10 +348,22 @@ QD_INLINE vf dot2(vf acc, vb w, uint32_t a) {
   const float even = bf16_to_float(uint16_t(a)), odd = bf16_to_float(uint16_t(a >> 16));
   return {(acc.v + Floats(w.v & 0xffff0000u) * odd) + Floats(w.v << 16) * even};
 }
+constexpr int kNibbleShift = 4;
 QD_INLINE vb high_nibbles(vb a) { return {a.v & 0xf0f0f0f0u}; }
 QD_INLINE vb low_nibbles(vb a) { return {a.v << 4 & 0xf0f0f0f0u}; }
 QD_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
+#endif
+
+#if !QD_AVX2  // one instruction (or expression) for unsigned weights of any size, which starts from the zero point
+constexpr bool kSignedBytes = false;
+using vq = vb;
+using vn = vi;
+QD_INLINE vq bytes_line(const void* p) { return load_bytes(p); }
+QD_INLINE vi dot_bytes(vi acc, vq w, uint32_t a) { return dot4(acc, w, a); }
+QD_INLINE vn begin_nibbles(vi start) { return start; }
+QD_INLINE vn dot_nibbles(vn acc, vb w, uint32_t a) { return dot4(acc, w, a); }
+QD_INLINE vi end_nibbles(vn acc, vi) { return acc; }
 #endif
 
 #if !QD_AVX512

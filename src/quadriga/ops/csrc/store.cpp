@@ -13,7 +13,7 @@ int64_t whole_lines(int64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 }  // namespace
 
 qd_store::qd_store(int n_layers, int n_experts, int n_parts, std::vector<Extent> extents, int64_t budget, int n_readers)
-    : n_experts_(n_experts), n_parts_(n_parts), extents_(std::move(extents)) {
+    : n_experts_(n_experts), n_parts_(n_parts), extents_(std::move(extents)), held_of_(size_t(n_layers), 0) {
   for (size_t i = 0; i < extents_.size(); i += size_t(n_parts)) {
     int64_t bytes = 0;
     for (int p = 0; p < n_parts; ++p) bytes += whole_lines(extents_[i + size_t(p)].bytes);
@@ -23,6 +23,7 @@ qd_store::qd_store(int n_layers, int n_experts, int n_parts, std::vector<Extent>
   const int64_t most = int64_t(n_layers) * n_experts;
   const int64_t count = std::min(most, std::max<int64_t>(n_experts, budget / slot_bytes_));
   slots_.resize(size_t(count));
+  share_ = int(count / n_layers);
   for (int i = 0; i < int(count); ++i) slots_[size_t(i)].place = by_use_.insert(by_use_.end(), i);
   for (int i = 0; i < n_readers; ++i) readers_.emplace_back([this] { reader(); });
 }
@@ -43,6 +44,23 @@ int64_t qd_store::held() const {
   return std::count_if(slots_.begin(), slots_.end(), [](const Slot& s) { return s.memory != nullptr; }) * slot_bytes_;
 }
 
+// Layers are visited in a circle, so the least recently used expert of all would be the one that is needed next: a cache
+// smaller than one token's experts would never hit. Every layer has a share instead, and gives up its own.
+int qd_store::victim(int layer) const {
+  int of_own = -1, of_rich = -1, of_any = -1;
+  for (int s : by_use_) {
+    const Slot& slot = slots_[size_t(s)];
+    if (slot.key < 0) return s;
+    if (slot.pinned) continue;
+    const int owner = int(slot.key / n_experts_);
+    of_any = s;  // the most recent one is needed last
+    if (of_own < 0 && owner == layer) of_own = s;
+    if (of_rich < 0 && held_of_[size_t(owner)] > share_) of_rich = s;
+  }
+  if (held_of_[size_t(layer)] >= share_ && of_own >= 0) return of_own;
+  return of_rich >= 0 ? of_rich : of_any;
+}
+
 std::vector<std::vector<const uint8_t*>> qd_store::acquire(int layer, const std::vector<int32_t>& experts) {
   std::vector<std::vector<const uint8_t*>> result(experts.size());
   std::unique_lock lock(mutex_);
@@ -59,10 +77,10 @@ std::vector<std::vector<const uint8_t*>> qd_store::acquire(int layer, const std:
   }
   for (size_t i = 0; i < experts.size(); ++i) {
     if (at[i] < 0) {
-      const auto victim = std::find_if(by_use_.begin(), by_use_.end(), [&](int s) { return !slots_[size_t(s)].pinned; });
-      at[i] = *victim;
+      at[i] = victim(layer);
       Slot& slot = slots_[size_t(at[i])];
-      if (slot.key >= 0) slot_of_.erase(slot.key);
+      if (slot.key >= 0) slot_of_.erase(slot.key), --held_of_[size_t(slot.key / n_experts_)];
+      ++held_of_[size_t(layer)];
       if (!slot.memory) {
         void* memory = mmap(nullptr, size_t(slot_bytes_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();

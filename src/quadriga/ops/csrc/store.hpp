@@ -2,7 +2,7 @@
 //
 // The cache has slots of one expert each, as many as the budget holds. acquire() brings all experts that a layer's
 // tokens chose: those in memory are used as they are, the others are read by several threads at once into the slots
-// that were used longest ago. The experts of one acquire stay until release().
+// that this layer used longest ago. The experts of one acquire stay until release().
 #pragma once
 #include <atomic>
 #include <condition_variable>
@@ -46,11 +46,14 @@ struct qd_store {
   };
 
   void reader();
+  int victim(int layer) const;  // the slot to give up; never a pinned one
 
   int n_experts_, n_parts_;
   std::vector<Extent> extents_;
   int64_t slot_bytes_ = 0;
   std::vector<Slot> slots_;
+  std::vector<int> held_of_;  // slots that hold an expert of this layer
+  int share_ = 0;             // that every layer may hold
   std::list<int> by_use_;  // slots, least recently used first
   std::unordered_map<int64_t, int> slot_of_;
   std::vector<int> pinned_;
