@@ -60,7 +60,7 @@ def ours(path: Path, ids: Tensor) -> Callable[[], float]:
         (loss / batch.target_weight()).backward()
         optimiser.step()
         optimiser.zero_grad()
-        return float(loss) / batch.target_weight()
+        return float(loss.detach()) / batch.target_weight()
 
     return step
 
@@ -82,7 +82,7 @@ def theirs(path: Path, ids: Tensor) -> Callable[[], float]:
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
