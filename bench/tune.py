@@ -50,7 +50,7 @@ def ours(path: Path, ids: Tensor) -> Callable[[], float]:
     made = attach(model, LoraSpec(rank=RANK, alpha=ALPHA, targets=("attention", "ffn")))
     documents = [(Example(tuple(row), (*row[1:], IGNORE)),) for row in ids.tolist()]
     source = PackedSource(documents, ("text",), n_rows=len(ids), seq_len=ids.shape[1])
-    objective = NextToken(checkpoint.config.ffn, RouterSection(), World.join("cpu", 60.0))
+    objective = NextToken(checkpoint.config.ffn, RouterSection(), World())
     optimiser = torch.optim.AdamW([p for one in made.values() for p in (one.a, one.b)], lr=1e-4, fused=True)
     batch = source.rows(0, 0, len(ids))
     model.train()
@@ -60,7 +60,7 @@ def ours(path: Path, ids: Tensor) -> Callable[[], float]:
         (loss / batch.target_weight()).backward()
         optimiser.step()
         optimiser.zero_grad()
-        return float(loss) / batch.target_weight()
+        return float(loss.detach()) / batch.target_weight()
 
     return step
 
@@ -82,7 +82,7 @@ def theirs(path: Path, ids: Tensor) -> Callable[[], float]:
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

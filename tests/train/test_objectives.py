@@ -16,10 +16,13 @@ from quadriga.model.lora import attach
 from quadriga.model.transformer import Transformer
 from quadriga.train.batch import IGNORE, Batch
 from quadriga.train.chat_data import Example
+from quadriga.train.config import RouterSection
+from quadriga.train.losses import NextToken
 from quadriga.train.objectives import DPO, GRPO, ORPO, Reference, _answers, without_adapter
 from quadriga.train.packing import PackedSource
 from quadriga.train.rollout import number_reward, sample
-from tests.model.test_lora import model_of, random_factors
+from quadriga.train.world import World
+from tests.model.test_lora import ALL, model_of, random_factors
 
 SPEC = LoraSpec(rank=4, alpha=6.0, targets=("attention", "experts", "router"))
 
@@ -61,6 +64,42 @@ def adapted(seed: int = 0) -> Transformer:
 
 def gradients(model: Transformer) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("name", ["dbrx", "mixtral", "llama2-tied"])
+def test_a_packed_step_is_the_sum_over_documents_read_alone(name: str, lora: bool) -> None:
+    generator = torch.Generator().manual_seed(6)
+    documents = []
+    for prompt, answer in ((5, 4), (3, 9), (7, 2), (4, 4), (2, 12)):
+        ids = torch.randint(3, 97, (prompt + answer,), generator=generator).tolist()
+        documents.append((ids, prompt))
+    groups = [(Example(tuple(i), (*[IGNORE] * (n - 1), *i[n:], IGNORE)),) for i, n in documents]
+    source = PackedSource(groups, ("conversation",), n_rows=2, seq_len=32)
+    models = []
+    for _ in range(2):
+        model = model_of(name)
+        if lora:
+            spec = LoraSpec(rank=4, alpha=6.0, targets=ALL[name])
+            for one in attach(model, spec, random_factors(model.config, spec)).values():
+                one.double()
+        models.append(model.train())
+    objective = NextToken(models[0].config.ffn, RouterSection(balance_loss=0.0), World())
+    total = torch.zeros((), dtype=torch.float64)
+    weight = 0.0
+    for row in range(2):  # accumulation: a row a micro-step
+        batch = source.rows(0, row, row + 1)
+        loss, _ = objective(models[0], batch)
+        loss.backward()
+        total, weight = total + loss.detach(), weight + batch.target_weight()
+    assert weight == sum(len(ids) - prompt for ids, prompt in documents)
+    wanted = -sum((naive_logp(models[1], *d).sum() for d in documents), torch.zeros((), dtype=torch.float64))
+    wanted.backward()
+    torch.testing.assert_close(total, wanted.detach(), rtol=1e-9, atol=0)
+    theirs = dict(models[1].named_parameters())
+    for parameter, mine in models[0].named_parameters():
+        if mine.requires_grad:
+            torch.testing.assert_close(mine.grad, theirs[parameter].grad, rtol=1e-6, atol=1e-11, msg=parameter)
 
 
 @pytest.mark.parametrize("with_copy", [False, True])

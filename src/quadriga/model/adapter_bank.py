@@ -33,7 +33,7 @@ class _Choice:
 
     def groups(self, of_row: Tensor) -> list[tuple[int, Tensor]]:
         """(adapter, indices of its rows) of every adapter that occurs."""
-        return [(int(n), (of_row == n).nonzero()[:, 0]) for n in of_row.unique().tolist() if n]
+        return [(int(n), (of_row == n).nonzero()[:, 0]) for n in torch.unique(of_row).tolist() if n]
 
 
 class _Several(nn.Module):
