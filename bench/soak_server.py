@@ -4,6 +4,8 @@ At the end the server still answers, no cache block is held, nothing runs or wai
 every answer that came to its end is what the same request gives alone afterwards.
 
     python bench/soak_server.py smollm2-135m-instruct --minutes 10 --clients 64
+
+The cache is kept small, for its memory counts as it is first used: else the process grows until all of it has been.
 """
 
 from __future__ import annotations
@@ -184,7 +186,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--check", type=int, default=300, help="Answers to compare with their solo run.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--options", default="--max-waiting 32", help="Of `quadriga serve`.")
+    parser.add_argument("--options", default="--max-waiting 32 --kv-memory 256MB", help="Of `quadriga serve`.")
     args = parser.parse_args()
     command = [sys.executable, "-m", "quadriga", "serve", args.model, "--port", "0", "--served-name", "m"]
     server = subprocess.Popen([*command, *args.options.split()], stdout=subprocess.PIPE, text=True)
