@@ -22,7 +22,7 @@ import numpy as np
 from quadriga.runtime import cpu_name
 from quadriga.train.corpus import minhash, vocabulary
 from quadriga.train.corpus.clean import clean
-from quadriga.train.corpus.decontaminate import clean_pieces, reference_files, reference_ngrams
+from quadriga.train.corpus.decontaminate import References, clean_pieces, reference_files, reference_ngrams
 from quadriga.train.corpus.language import language
 from quadriga.train.corpus.quality import broken_rule
 from quadriga.train.corpus.recipe import Decontaminate, Domain, Duplicates
@@ -71,9 +71,8 @@ def main() -> None:
         size += len(texts[-1].encode())
     found = [words(text) for text in texts]
     rules, prose = Duplicates(), Domain()
-    references = (
-        reference_ngrams(reference_files([options.bench]), 13) if options.bench else np.empty(0, dtype=np.uint64)
-    )
+    grams = reference_ngrams(reference_files([options.bench]), 13) if options.bench else np.empty(0, dtype=np.uint64)
+    references = References(grams)
     n = rules.bands * rules.rows
     many = np.random.default_rng(0).integers(0, 2**32, (200_000, n), dtype=np.uint32)
     keys = minhash.band_keys(many, rules.bands, rules.rows)

@@ -276,7 +276,7 @@ def ranks(options: argparse.Namespace) -> None:
     with runtime.quick_float32(512):
         peak = peak_flops(options.dtype, world)
         side = Ours(config, options.dtype, options.rows, world)
-        side.step()
+        side.trainer.run_step()
         times = []
         for _ in range(options.steps * options.rounds):
             started = time.perf_counter()

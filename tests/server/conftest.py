@@ -148,10 +148,14 @@ class Gate:
         self._runner.forward = self._forward  # type: ignore[method-assign]
         self._passes.release(10_000)
 
+    def let(self, n: int = 1) -> None:
+        """Let n passes through, if there are that many."""
+        self._passes.release(n)
+
     def open(self, n: int = 1) -> None:
         """Let n passes through, and wait until they are over."""
         done = self._live.service.llm.engine.stats().n_steps + n
-        self._passes.release(n)
+        self.let(n)
         assert until(lambda: self._live.service.llm.engine.stats().n_steps >= done)
 
 

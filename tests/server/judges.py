@@ -57,24 +57,13 @@ def schemathesis(spec: str | Path, url: str, *options: str, timeout_s: float = 5
     return done.stdout
 
 
-def llm_comply(url: str, model: str, form: str) -> dict[str, tuple[str, list[str]]]:
+def llm_comply(url: str, model: str, form: str, only: str | None = None) -> dict[str, tuple[str, list[str]]]:
     """Its verdicts: case -> (passed, failed or skipped; what is wrong)."""
     need("llm_comply")
-    command = [
-        sys.executable,
-        "-m",
-        "llm_comply.cli",
-        "-u",
-        f"{url}/v1",
-        "-k",
-        "x",
-        "-m",
-        model,
-        "--format",
-        form,
-        "--json",
-    ]
+    command = [sys.executable, "-m", "llm_comply.cli", "-u", f"{url}/v1", "-k", "x", "-m", model, "--format", form]
+    command += ["--json", *(("--filter", only) if only else ())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("{"), done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(done.stdout)
     return {case["name"]: (case["status"], [str(e) for e in case.get("errors", [])]) for case in report["results"]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_two_ranks_compute_what_one_does(alone: list[float], tmp_path: Path) -> 
 def test_four_ranks_compute_what_one_does_and_save_for_two_and_one(alone: list[float], tmp_path: Path) -> None:
     found = _torchrun(4, tmp_path)
     record = runs.Record()
-    runs.trainer(tmp_path / "muon", worker.settings("muon"), record=record).train()
+    runs.trainer(tmp_path / "muon", worker.settings("muon", alone=True), record=record).train()
     assert found.pop("muon") == pytest.approx(record.losses, rel=1e-5)
     for layout, losses in found.items():
         assert losses == pytest.approx(alone, rel=1e-5), layout
@@ -63,6 +64,47 @@ def test_four_ranks_compute_what_one_does_and_save_for_two_and_one(alone: list[f
     shutil.rmtree(tmp_path / "shared-1")
     two = _torchrun(2, tmp_path)["shared-2 resumed"]
     assert two == pytest.approx(alone[10:], rel=1e-5)
+
+
+LOST = """
+import os, sys, time
+from quadriga.errors import TrainingError
+from quadriga.train.world import World
+import torch
+world = World.join("cpu", timeout_s=4)
+world.wait()
+if world.rank == 1:
+    if sys.argv[1] == "dead":
+        os._exit(9)
+    time.sleep(60)
+try:
+    world.sum(torch.ones(1))
+except TrainingError as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("way", ["dead", "hung"])
+def test_a_lost_rank_is_named(way: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(2):
+        environment = {
+            **runtime.child_environment(), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
+        }  # fmt: skip
+        children.append(subprocess.Popen([sys.executable, "-c", LOST, way], stdout=subprocess.PIPE, env=environment))
+    try:
+        said = children[0].communicate(timeout=120)[0].decode()
+    finally:
+        children[1].kill()
+        children[1].wait()
+    assert "rank 0 of 2 lost the others" in said
+    assert "Ranks that do not answer: [1]" in said, said
 
 
 def test_layouts_that_cannot_be_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -21,30 +22,15 @@ from quadriga.errors import CheckpointError, ConfigError
 from quadriga.train import report
 from quadriga.train.config import RunConfig, parse_toml
 from quadriga.train.export import export
-from quadriga.train.metrics import FILE, MetricsFile, read
+from quadriga.train.held_out import HeldOutLoss
+from quadriga.train.metrics import FILE, MetricsFile, TensorBoard, read
 from quadriga.train.run import train
 from quadriga.train.run_directory import RunDirectory
+from quadriga.train.trainer import StepReport
 from quadriga.train.view import duration, load_bars, sparkline
+from tests.train.corpora import prose
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "clever",
-    "wizards",
-    "box",
-    "with",
-    "daft",
-    "zebras",
-]
+ROOT = Path(__file__).parent.parent.parent
 
 RUN = """
 run = "{run}"
@@ -93,11 +79,7 @@ sample_tokens = 4
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two hundred little texts of two domains, prepared with a vocabulary of 300."""
     folder = tmp_path_factory.mktemp("corpus")
-    generator = torch.Generator().manual_seed(0)
-    lines = []
-    for i in range(200):
-        chosen = torch.randint(len(WORDS), (40,), generator=generator).tolist()
-        lines.append(json.dumps({"text": " ".join(WORDS[w] for w in chosen), "domain": ("a", "b")[i % 2]}))
+    lines = [json.dumps({"text": prose(i), "domain": ("a", "b")[i % 2]}) for i in range(200)]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
     arguments = [
         "data", "prepare", str(folder / "text.jsonl"), "--out", str(folder / "made"), "--train-tokenizer", "300",
@@ -172,7 +154,7 @@ def test_sigterm_saves_and_exits_with_0(corpus: Path, finished: Path, tmp_path: 
     child.send_signal(signal.SIGTERM)
     rest = child.stderr.read()
     assert child.wait(timeout=60) == 0
-    done = CliRunner().invoke(app, ["train", str(file)])
+    done = CliRunner().invoke(app, ["train", str(file), "--threads", "1"])
     assert done.exit_code == 0
     assert _weights(tmp_path / "run") == _weights(finished)
     assert "stopped and saved" in rest or "step 8/8" in rest
@@ -249,6 +231,23 @@ def test_a_report_of_an_empty_run_and_of_nan() -> None:
     assert "&lt;b&gt;" in page and "<h1><b>" not in page
 
 
+def test_tensorboard_files_are_written(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    board = TensorBoard(tmp_path, 0)
+    board.on_step(
+        StepReport(step=3, loss=1.5, norm=1.0, rate=1.0, tokens=8, tokens_seen=8, flops=1.0, seconds=2.0, verdict=None)
+    )
+    board.on_evaluation(4, {"a": HeldOutLoss(2.5, None)}, {"p": "t"})
+    board.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 1.5)]
+    assert [(e.step, e.value) for e in events.Scalars("train/tokens_per_s")] == [(3, 4.0)]
+    assert [(e.step, e.value) for e in events.Scalars("held_out/a")] == [(4, 2.5)]
+
+
 def test_ticks_and_thinning() -> None:
     assert report.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert report.ticks(0.013, 0.047) == [0.02, 0.03, 0.04]
@@ -262,3 +261,9 @@ def test_bars() -> None:
     assert len(sparkline([float(i) for i in range(1000)])) == 40
     assert load_bars([0.0, 1.0, 2.0, 9.0]) == "▁▅██"
     assert duration(3723) == "1:02:03" and duration(65) == "1:05"
+
+
+def test_the_page_on_training_tells_the_truth() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    exec(compile(blocks[0], "docs/training.md", "exec"), {})

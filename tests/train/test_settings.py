@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from quadriga.errors import ConfigError, TrainingError
+from quadriga.model.cost import n_params
 from quadriga.train.config import GuardSection, RunConfig, ScheduleSection, parse_toml, read_toml
 from quadriga.train.guard import SpikeGuard
+from quadriga.train.initialise import model_config
 from quadriga.train.schedule import bias_share, learning_rate_share
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.toml"))
@@ -79,9 +81,14 @@ def test_configuration_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_the_nano_recipe_reads() -> None:
-    config = read_toml(next(path for path in RECIPES if path.name == "nano.toml"), RunConfig)
-    assert config.model.preset == "dbrx-132b"
+def test_nano_and_its_dense_twin_are_of_one_active_size() -> None:
+    sizes = []
+    for name in ("nano.toml", "nano-dense.toml"):
+        config = read_toml(next(path for path in RECIPES if path.name == name), RunConfig)
+        sizes.append(n_params(model_config(config.model, 8192)))
+    moe, dense = sizes
+    assert moe.total > 2 * dense.total
+    assert moe.active == pytest.approx(dense.active, rel=0.005)
 
 
 def test_schedules() -> None:

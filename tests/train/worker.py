@@ -31,9 +31,9 @@ LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
 }
 
 
-def settings(layout: str, n_steps: int = N_STEPS) -> runs.Settings:
-    """What all ranks of any number run; micro-steps of 4 rows, all kinds of balancing on."""
-    options = next((table[layout] for table in LAYOUTS.values() if layout in table), {})
+def settings(layout: str, n_steps: int = N_STEPS, *, alone: bool = False) -> runs.Settings:
+    """What all ranks of any number run; micro-steps of 4 rows, all kinds of balancing on. ``alone``: for one rank."""
+    options = {} if alone else next((table[layout] for table in LAYOUTS.values() if layout in table), {})
     return runs.Settings(
         n_steps=n_steps,
         schedule=sections.ScheduleSection(kind="constant", warmup_steps=4),

@@ -82,14 +82,15 @@ def bench_serve_command(
     if plot is not None:
         _need_matplotlib(plot)
     at = target(url, api_key or runtime.setting("API_KEY"))
+    share, source = _share(shared_prefix), None if text is None else _read(text)
     shape = Shape(
         model=model or asyncio.run(first_model(at)),
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
         chat=not completions,
         ignore_eos=ignore_eos,
-        shared_prefix=_share(shared_prefix),
-        text=None if text is None else _read(text),
+        shared_prefix=share,
+        text=source,
         seed=seed,
         timeout_s=timeout,
     )

@@ -143,33 +143,37 @@ class AsyncEngine:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    async def submit(self, request: Request, inbox: Inbox | None = None) -> Stream:
-        """Queue a request.
+    async def submit(self, request: Request) -> Stream:
+        """Queue a request; see :meth:`submit_all`."""
+        return (await self.submit_all([request]))[0]
 
-        Args:
-            inbox: where its events shall come, if several requests share one.
+    async def submit_all(self, requests: Sequence[Request]) -> list[Stream]:
+        """Queue requests that begin together and share one inbox, all of them or none.
 
         Raises:
             BusyError: as many requests as may wait are waiting.
-            RequestError: the request can never run.
+            RequestError: one of them can never run.
             EngineError: the engine has failed.
         """
-        if self.n_open >= self.capacity:
+        if self.n_open + len(requests) > self.capacity:
             raise BusyError(f"{self.n_open} requests are running or waiting; try again later")
-        stream = Stream(self, Inbox() if inbox is None else inbox)
-        self.n_open += 1
+        inbox = Inbox(len(requests))
+        streams = [Stream(self, inbox) for _ in requests]
+        self.n_open += len(requests)
 
         def begin(engine: Engine) -> None:
-            if not stream.closed:
-                stream.request_id = engine.submit(request)
-                self._streams[stream.request_id] = stream
+            for stream, request in zip(streams, requests, strict=True):
+                if not stream.closed:
+                    stream.request_id = engine.submit(request)
+                    self._streams[stream.request_id] = stream
 
         try:
             await self.call(begin)
         except BaseException:
-            stream.close()
+            for stream in streams:
+                stream.close()
             raise
-        return stream
+        return streams
 
     async def call(self, work: Callable[[Engine], T]) -> T:
         """Run something on the engine's thread between two steps.

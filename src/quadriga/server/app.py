@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -169,7 +169,7 @@ def _counted(
     async def counted(request: Request) -> Response:
         try:
             response = await endpoint(request)
-        except Gone:
+        except (Gone, ClientDisconnect):
             response = Response(status_code=499)
         except QuadrigaError as error:
             shown = as_api_error(error)

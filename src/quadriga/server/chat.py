@@ -91,6 +91,7 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
     with_usage: dict[str, Any] = {"usage": None} if usage else {}
     readers = [Reader(tools) for _ in answers.choices]
     calls = [0 for _ in answers.choices]
+    open_choices = set(range(len(answers.choices)))
 
     async def produce(sender: EventSender) -> None:
         def chunk(choice: Choice, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -115,7 +116,8 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
                     calls[choice.index] += 1
                     sender.event(chunk(choice, {"tool_calls": [{"index": calls[choice.index] - 1, **piece}]}))
             if last:
-                more = {"timings": answers.timings()} if all(c.finish_reason for c in answers.choices) else {}
+                open_choices.remove(choice.index)
+                more = {} if open_choices else {"timings": answers.timings()}
                 sender.event(chunk(choice, {}, finish_reason=finish_reason(choice, reader.n_calls > 0), **more))
 
         try:

@@ -27,6 +27,8 @@ from quadriga.errors import ConfigError, EngineError
 from quadriga.server.client import Connection, Target
 
 PERCENTILES = (50, 90, 95, 99)
+_PROBES = (64, 256)
+"""Characters of the first two prompts."""
 
 _WORDS = re.findall(
     r"\w+",
@@ -182,29 +184,34 @@ class LoadTest:
     def __init__(self, at: Target, shape: Shape) -> None:
         self._at, self._shape = at, shape
         self._path = "/chat/completions" if shape.chat else "/completions"
-        self._chars_per_token = 5.0
+        self._n_chars = 5 * shape.prompt_tokens
         self._n_sent = 0
         self._idle: list[Connection] = []
         if shape.text is not None and len(shape.text) < 64:
             raise ConfigError("the text to cut prompts from has fewer than 64 characters")
 
     async def prepare(self, warmup: int = 2) -> int:
-        """Find how long a text makes a prompt of the wanted length, and warm the server up; the length got.
+        """Find how many characters make a prompt of the wanted length, and warm the server up; the length got, or 0.
+
+        Two short prompts give the characters of a token and the tokens that a chat template adds.
 
         Raises:
             EngineError: the server does not answer as it should.
         """
-        got = 0
-        for attempt in range(2):
-            one = await self._one(self._shape.max_tokens if attempt else 1, seed=f"probe {attempt}")
-            if one.error is not None:
-                raise EngineError(f"a first request to {self._at.authority} failed: {one.error}")
-            got = one.prompt_tokens
-            if got:  # the chat template's own tokens count as well, so the second guess is the better one
-                self._chars_per_token = min(40.0, max(0.5, self._chars_per_token * self._shape.prompt_tokens / got))
+        short, longer = [(await self._probe(1, n)).prompt_tokens for n in _PROBES]
+        if 0 < short < longer:
+            per_token = (_PROBES[1] - _PROBES[0]) / (longer - short)
+            self._n_chars = max(1, round(_PROBES[0] + (self._shape.prompt_tokens - short) * per_token))
+        got = (await self._probe(self._shape.max_tokens, self._n_chars)).prompt_tokens
         for i in range(warmup):
             await self._one(self._shape.max_tokens, seed=f"warm {i}")
         return got
+
+    async def _probe(self, max_tokens: int, n_chars: int) -> Timing:
+        one = await self._one(max_tokens, seed=f"probe {n_chars}", n_chars=n_chars)
+        if one.error not in (None, "no text"):
+            raise EngineError(f"a first request to {self._at.authority} failed: {one.error}")
+        return one
 
     async def run(self, load: Load, progress: Callable[[int, int], None] | None = None) -> Report:
         """One level of load.
@@ -250,10 +257,10 @@ class LoadTest:
             connection.close()
         self._idle.clear()
 
-    def body(self, seed: str, max_tokens: int) -> bytes:
+    def body(self, seed: str, max_tokens: int, n_chars: int | None = None) -> bytes:
         """The request that a seed stands for."""
         shape = self._shape
-        prompt = self._prompt(random.Random(f"{shape.seed} {seed}"))
+        prompt = self._prompt(random.Random(f"{shape.seed} {seed}"), n_chars or self._n_chars)
         fields: dict[str, Any] = {"model": shape.model, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         fields["stream_options"] = {"include_usage": True}
         if shape.ignore_eos:
@@ -261,8 +268,7 @@ class LoadTest:
         fields |= {"messages": [{"role": "user", "content": prompt}]} if shape.chat else {"prompt": prompt}
         return json.dumps(fields).encode()
 
-    def _prompt(self, rng: random.Random) -> str:
-        n = max(1, round(self._shape.prompt_tokens * self._chars_per_token))
+    def _prompt(self, rng: random.Random, n: int) -> str:
         shared = round(n * self._shape.shared_prefix)
         common = self._text(random.Random(f"{self._shape.seed} shared"), shared) if shared else ""
         return common + self._text(rng, n - shared)
@@ -277,13 +283,13 @@ class LoadTest:
         begin = rng.randrange(len(source))
         return (source[begin : begin + n] + source * (n // len(source) + 1))[:n]
 
-    async def _one(self, max_tokens: int, seed: str | None = None) -> Timing:
+    async def _one(self, max_tokens: int, seed: str | None = None, n_chars: int | None = None) -> Timing:
         if seed is None:
             seed, self._n_sent = str(self._n_sent), self._n_sent + 1
         connection = self._idle.pop() if self._idle else Connection(self._at)
         try:
             async with asyncio.timeout(self._shape.timeout_s):
-                exchange = await connection.request("POST", self._path, self.body(seed, max_tokens))
+                exchange = await connection.request("POST", self._path, self.body(seed, max_tokens, n_chars))
         except TimeoutError:
             return Timing(0.0, error="no answer in time")
         except OSError as error:

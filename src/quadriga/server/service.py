@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quadriga.engine.async_engine import AsyncEngine, Inbox, Stream
+from quadriga.engine.async_engine import AsyncEngine, Stream
 from quadriga.engine.llm import LLM
 from quadriga.engine.request import PromptReport, Request, SamplingParams, TokenEvent
 from quadriga.errors import RequestError
@@ -43,15 +43,15 @@ class Choice:
 class Answers:
     """Some requests under way, as one stream of (choice, event)."""
 
-    def __init__(self, streams: Sequence[Stream], inbox: Inbox, n_prompt_tokens: int, deadline_s: float | None) -> None:
-        self._streams, self._inbox, self.n_prompt_tokens = streams, inbox, n_prompt_tokens
+    def __init__(self, streams: Sequence[Stream], n_prompt_tokens: int, deadline_s: float | None) -> None:
+        self._streams, self._inbox, self.n_prompt_tokens = streams, streams[0].inbox, n_prompt_tokens
         self.choices = [Choice(i) for i in range(len(streams))]
         self.started = time.perf_counter()
         self.first: float | None = None
         late = ApiError(504, "the answer was not complete at its deadline", code="deadline_exceeded")
         self._alarm = None
         if deadline_s is not None:
-            self._alarm = asyncio.get_running_loop().call_later(deadline_s, inbox.fail, late)
+            self._alarm = asyncio.get_running_loop().call_later(deadline_s, self._inbox.fail, late)
 
     async def batches(self) -> AsyncIterator[list[tuple[Choice, TokenEvent]]]:
         """Whatever has come, as soon as something has; ends with the last answer.
@@ -251,33 +251,23 @@ class Service:
         if n * len(prompts) > self.engine.capacity:
             limit = self.engine.capacity
             raise ApiError(400, f"n times the prompts must be at most {limit} on this server", param="n")
-        if self.engine.n_open + n * len(prompts) > self.engine.capacity and n * len(prompts) > 1:
-            raise ApiError(429, "not enough places in the queue", code="queue_full", retry_after_s=1)
-        streams: list[Stream] = []
-        inbox = Inbox(n * len(prompts))
-        try:
-            for prompt in prompts:
-                for i in range(n):
-                    one = params if params.seed is None or i == 0 else _with_seed(params, params.seed + i)
-                    grammar = None
-                    if constraint is not None:
-                        grammar = await asyncio.to_thread(self.grammar, *constraint)
-                    request = Request(
-                        prompt=tuple(prompt),
-                        params=one,
-                        priority=body.priority,
-                        routing=body.routing,
-                        constraint=grammar,
-                        salt=caller.salt,
-                        adapter=self.adapter_of(body.model),
-                    )
-                    streams.append(await self.engine.submit(request, inbox))
-        except BaseException:
-            for stream in streams:
-                stream.close()
-            raise
+        requests = []
+        for prompt in prompts:
+            for i in range(n):
+                grammar = None
+                if constraint is not None:
+                    grammar = await asyncio.to_thread(self.grammar, *constraint)
+                request = Request(
+                    prompt=tuple(prompt),
+                    params=params if params.seed is None or i == 0 else _with_seed(params, params.seed + i),
+                    priority=body.priority,
+                    routing=body.routing,
+                    constraint=grammar,
+                    salt=caller.salt,
+                )
+                requests.append(request)
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1000
-        return Answers(streams, inbox, sum(len(p) for p in prompts), deadline)
+        return Answers(await self.engine.submit_all(requests), sum(len(p) for p in prompts), deadline)
 
     def token_text(self, token_id: int) -> str:
         """A token as text; bytes that are no whole characters as OpenAI writes them."""

@@ -110,6 +110,7 @@ class Reader:
 
     def __init__(self, use: ToolUse) -> None:
         self._use, self._held = use, ""
+        self._after_call = False
         self._known = {tool.function.name for tool in use.tools}
         self._most = _MAX_CALLS if use.parallel else 1
         self.n_calls = 0
@@ -123,6 +124,8 @@ class Reader:
             calls = _array(self._held) if last else []
             self.n_calls += len(calls)
             return [_call(call) for call in calls] or (self._take(len(self._held)) if last else [])
+        if self._after_call:
+            self._held = self._held.lstrip()
         out: list[str | dict[str, Any]] = []
         while (at := self._held.find(OPEN)) >= 0:
             end = self._held.find(CLOSE, at)
@@ -135,7 +138,7 @@ class Reader:
             out += self._take(len(self._held[:at].rstrip()))
             out.append(_call(call))
             self.n_calls += 1
-            self._held = self._held.partition(CLOSE)[2].lstrip()
+            self._held, self._after_call = self._held.partition(CLOSE)[2].lstrip(), True
         if last:
             return out + self._take(len(self._held.rstrip() if self.n_calls else self._held))
         if at >= 0:
@@ -144,6 +147,7 @@ class Reader:
 
     def _take(self, n: int) -> list[str | dict[str, Any]]:
         taken, self._held = self._held[:n], self._held[n:]
+        self._after_call = self._after_call and not taken
         return [taken] if taken else []
 
 

@@ -163,8 +163,6 @@ class ParallelSection(Section, frozen=True):
     device: str = "auto"
     recompute: bool = False
     """Activation checkpointing: keep each layer's input only, compute the rest again in the backward pass."""
-    compile: bool = False
-    """torch.compile each layer; pays on a GPU, seldom on a CPU (the attention and experts are hand-written there)."""
     timeout_s: float = 600.0
     """How long a rank waits for the others before the run ends with their numbers."""
 

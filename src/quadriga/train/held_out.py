@@ -65,15 +65,20 @@ class _LastLogits:
 
 
 @torch.no_grad()
-def continuation(step: Step, prompt: Sequence[int], n_tokens: int, end_ids: Sequence[int], world: World) -> list[int]:
-    """The most probable continuation of a prompt, token by token, without a cache; every rank calls this."""
+def continuation(
+    step: Step, prompt: Sequence[int], n_tokens: int, *, n_words: int, end_ids: Sequence[int], world: World
+) -> list[int]:
+    """The most probable continuation of a prompt, token by token, without a cache; every rank calls this.
+
+    ``n_words``: ids from here on are rows that only pad the table.
+    """
     ids = list(prompt)
     objective, step.objective = step.objective, _LastLogits()
     step.eval()
     try:
         for _ in range(n_tokens):
             logits, _ = step(_one_document(ids).to(world.device))
-            ids.append(int(logits.argmax()))
+            ids.append(int(logits[:n_words].argmax()))
             if ids[-1] in end_ids:
                 break
     finally:
@@ -99,6 +104,7 @@ def samples(
     """Prompt -> what the model continues it with."""
     found = {}
     for prompt in prompts:
-        ids = continuation(step, tokenizer.encode(prompt), n_tokens, end_ids, world)
+        words = tokenizer.encode(prompt)
+        ids = continuation(step, words, n_tokens, n_words=tokenizer.n_vocab, end_ids=end_ids, world=world)
         found[prompt] = tokenizer.decode(ids)
     return found

@@ -102,9 +102,8 @@ def orthogonal(update: Tensor) -> Tensor:
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest (semi-)orthogonal matrix to each of (..., R, C), roughly: singular values become about 1."""
     a, b, c = _NEWTON_SCHULZ
-    x = matrices
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.transpose(-2, -1) if tall else x
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x: Tensor = matrices.transpose(-2, -1) if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.transpose(-2, -1)

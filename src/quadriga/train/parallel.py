@@ -67,8 +67,6 @@ def prepare(model: Transformer, objective: Objective, section: ParallelSection, 
         moe.compute = own
     blocks = [layer for layer in model.layers if isinstance(layer, Block)]
     for block in blocks:
-        if section.compile:
-            block.compile()
         if section.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
     step = Step(model, objective)

@@ -16,7 +16,7 @@ from quadriga.train.metrics import FILE, read
 
 _POINTS = 400
 _COLUMNS = 120
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 220, 56, 24
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _BOTTOM = 720, 220, 56, 16, 24
 _COLOURS = ("#2f6fde", "#d1495b", "#2a9d6f", "#b07d12", "#7b4fc9", "#3aa0b8", "#8a5a44", "#555555")
 
 _STYLE = """
@@ -125,11 +125,13 @@ def plot(series: Sequence[Series]) -> str:
     """Lines over a common pair of axes, as SVG."""
     xs = [x for _, points in series for x, _ in points]
     ys = [y for _, points in series for _, y in points]
-    x_of, y_of = _axis(xs, _LEFT, _WIDTH - 8), _axis(ys, _HEIGHT - _BOTTOM, 10)
-    parts = [f'<rect class="frame" x="{_LEFT}" y="10" width="{_WIDTH - 8 - _LEFT}" height="{_HEIGHT - _BOTTOM - 10}"/>']
+    x_of, y_of = _axis(xs, _LEFT, _WIDTH - _RIGHT), _axis(ys, _HEIGHT - _BOTTOM, 10)
+    parts = [
+        f'<rect class="frame" x="{_LEFT}" y="10" width="{_WIDTH - _RIGHT - _LEFT}" height="{_HEIGHT - _BOTTOM - 10}"/>'
+    ]
     for value in ticks(min(ys), max(ys)):
         y = y_of(value)
-        parts.append(f'<line class="frame" x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="frame" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     for value in ticks(min(xs), max(xs)):
         parts.append(f'<text x="{x_of(value):.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{value:g}</text>')
@@ -138,7 +140,7 @@ def plot(series: Sequence[Series]) -> str:
         path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in points)
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{path}"/>')
         if len(series) > 1:
-            x, y = _WIDTH - 16, 24 + 14 * i
+            x, y = _WIDTH - _RIGHT - 8, 24 + 14 * i
             parts.append(f'<text x="{x}" y="{y}" text-anchor="end" style="fill:{colour}">{html.escape(label)}</text>')
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
 
@@ -184,7 +186,7 @@ def _heatmaps(lines: Sequence[dict[str, Any]]) -> list[str]:
 def heatmap(loads: Sequence[Sequence[float]]) -> str:
     """Columns of loads (1 is even) as SVG."""
     n_experts = len(loads[0])
-    width, cell = (_WIDTH - _LEFT - 8) / len(loads), max(2.0, min(9.0, 144 / n_experts))
+    width, cell = (_WIDTH - _LEFT - _RIGHT) / len(loads), max(2.0, min(9.0, 144 / n_experts))
     cells = []
     for i, column in enumerate(loads):
         for e, load in enumerate(column):
@@ -195,7 +197,7 @@ def heatmap(loads: Sequence[Sequence[float]]) -> str:
                 f'fill="#d1495b" fill-opacity="{strength:.2f}"/>'
             )
     height = n_experts * cell
-    frame = f'<rect class="frame" x="{_LEFT}" y="0" width="{_WIDTH - 8 - _LEFT}" height="{height:.0f}"/>'
+    frame = f'<rect class="frame" x="{_LEFT}" y="0" width="{_WIDTH - _RIGHT - _LEFT}" height="{height:.0f}"/>'
     return f'<svg viewBox="0 0 {_WIDTH} {height + 2:.0f}" role="img">{"".join(cells)}{frame}</svg>'
 
 

@@ -235,7 +235,12 @@ class Trainer:
             self.save()
         stopping = False
         while self.step < self.settings.n_steps and not stopping:
-            stopping = self.run_step(stop())
+            try:
+                stopping = self.run_step(stop())
+            except RuntimeError as error:
+                if self.world.size > 1 and World.is_lost(error):
+                    raise self.world.lost(error) from error
+                raise
             if self.evaluate is not None and self.evaluate_every and self.step % self.evaluate_every == 0:
                 self.evaluate(self)
             if self.step % self.settings.checkpoint.every == 0:
@@ -351,7 +356,7 @@ class Trainer:
         """Deal with a bad step; True if the run was rolled back and this step is void."""
         self._save_batches(step, batches)
         action = self.settings.guard.action
-        self._tell(f"step {step}: {verdict}; {action}, its batch is saved in spikes/")
+        self._tell(f"{verdict}; {action}, its batch is saved in spikes/")
         if action == "stop":
             raise TrainingError(
                 f"step {step}: {verdict}. guard.action is 'stop'; the batch is in {self.run.path}/spikes"

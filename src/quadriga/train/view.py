@@ -122,7 +122,7 @@ class Screen:
 
     def on_event(self, step: int, text: str) -> None:
         """Print it above the panel."""
-        self._console.print(text, style="yellow", markup=False, soft_wrap=True)
+        self._console.print(f"step {step}: {text}", style="yellow", markup=False, soft_wrap=True)
 
     def on_rollback(self, step: int) -> None:
         """Say where the run goes on."""

@@ -1,11 +1,12 @@
 """The ranks of a run: one process, or several started by torchrun; gloo on processors, NCCL on GPUs.
 
-One process needs no process group: every method then returns what it was given. A second, small gloo group watches:
-it carries checkpoints' messages beside the training's, and tells which ranks are missing when a collective fails.
+One process needs no process group: every method then returns what it was given. A second, small gloo group
+carries the messages of checkpoints, which are written beside the training.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -78,18 +79,38 @@ class World:
         """Until all ranks are here."""
         self.gather(torch.zeros(1))
 
+    @staticmethod
+    def is_lost(error: RuntimeError) -> bool:
+        """True for what gloo and NCCL raise when a rank does not answer."""
+        text = str(error).lower()
+        return any(word in text for word in ("timed out", "timeout", "connection", "gloo", "nccl"))
+
     def lost(self, error: RuntimeError) -> TrainingError:
-        """What a failed collective means: which ranks no longer answer."""
-        missing = ""
-        try:
-            dist.monitored_barrier(self.watch, timeout=timedelta(seconds=10), wait_all_ranks=True)
-        except RuntimeError as named:
-            missing = f" {str(named).splitlines()[0][:300]}"
+        """What a failed collective means: which ranks no longer answer.
+
+        Every living rank that arrives here says so in the store that the ranks met in; who has not after some seconds
+        is dead or hung. A dead rank's peers only see a closed connection, a hung one's a timeout.
+        """
+        silent = self._silent_ranks(10.0)
+        who = f" Ranks that do not answer: {silent}." if silent else ""
         first = (str(error).splitlines() or ["unknown"])[0]
         return TrainingError(
-            f"rank {self.rank} of {self.size} lost the others: {first[:200]}.{missing} Look at that rank's output; "
-            "torchrun --max-restarts with --resume auto goes on from the last checkpoint."
+            f"rank {self.rank} of {self.size} lost the others.{who} ({first[:200]}) Look at their output; torchrun "
+            "--max-restarts with --resume auto goes on from the last checkpoint."
         )
+
+    def _silent_ranks(self, patience_s: float) -> list[int]:
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"quadriga/alive/{self.rank}", "1")
+            silent = [rank for rank in range(self.size) if rank != self.rank]
+            deadline = time.monotonic() + patience_s
+            while silent and time.monotonic() < deadline:
+                silent = [rank for rank in silent if not store.check([f"quadriga/alive/{rank}"])]
+                time.sleep(0.1)
+            return silent
+        except RuntimeError:  # the rank that kept the store is gone
+            return [0]
 
     def leave(self) -> None:
         """End the process group."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from quadriga.errors import CorpusError
 from quadriga.train.corpus.clean import clean
-from quadriga.train.corpus.decontaminate import clean_pieces, reference_ngrams
+from quadriga.train.corpus.decontaminate import References, clean_pieces, reference_ngrams
 from quadriga.train.corpus.language import language
 from quadriga.train.corpus.quality import broken_rule, repeated_phrases
 from quadriga.train.corpus.recipe import CodeRules, Decontaminate, Domain, ProseRules
@@ -154,7 +154,7 @@ def test_what_benchmarks_hold_is_cut_out(tmp_path: Path) -> None:
     question = "If a train leaves the station at noon and travels west at sixty miles an hour when does it arrive"
     bench = tmp_path / "bench.jsonl"
     bench.write_text(json.dumps({"id": 1, "row": {"question": question, "choices": ["short", "also short"]}}) + "\n")
-    references = reference_ngrams([str(bench)], 13)
+    references = References(reference_ngrams([str(bench)], 13))
     assert len(references) == len(question.split()) - 12
     before, after = prose(5, 120), prose(6, 120)
     text = f"{before}\n{question.upper().replace(' at', ', at')}!\n{after}"
@@ -169,6 +169,16 @@ def test_what_benchmarks_hold_is_cut_out(tmp_path: Path) -> None:
     assert clean_pieces(many, words(many), references, rules) is None
     alone = f"See here: {question}."
     assert clean_pieces(alone, words(alone), references, rules) == []
+
+
+def test_references_are_found_whatever_their_top_bits() -> None:
+    draw = np.random.default_rng(3)
+    grams = np.unique(draw.integers(0, 2**64, 300, dtype=np.uint64))
+    near = grams ^ np.uint64(1)  # the same top 24 bits
+    asked = draw.permutation(np.concatenate((grams[::3], near[1::3])))
+    assert asked[References(grams).find(asked)].tolist() == [g for g in asked.tolist() if g in set(grams[::3].tolist())]
+    assert len(References(np.empty(0, dtype=np.uint64)).find(asked)) == 0
+    assert len(References(grams).find(np.empty(0, dtype=np.uint64))) == 0
 
 
 def test_benchmarks_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:

@@ -59,16 +59,16 @@ def _bar(top: int, caption: str, parts: list[tuple[str, float]], whole: float, u
         _text(_LEFT, top, caption, 13, bold=True),
         f'<rect x="{_LEFT}" y="{top + 8}" width="{width}" height="{_BAR}" fill="none" stroke="#888"/>',
     ]
-    left, place = float(_LEFT), float(_LEFT)
+    left, place, legend = float(_LEFT), float(_LEFT), top + 50
     for (name, value), colour in zip(parts, _COLOURS, strict=False):
         share = width * value / whole
         drawn.append(f'<rect x="{left:.1f}" y="{top + 8}" width="{share:.1f}" height="{_BAR}" fill="{colour}"/>')
         left += share
         label = f"{name} {value:.2g} {unit}"
         if place + 22 + 6.6 * len(label) > _WIDTH - _LEFT:
-            place, top = float(_LEFT), top + 18
-        drawn.append(f'<rect x="{place:.0f}" y="{top + 50}" width="10" height="10" fill="{colour}"/>')
-        drawn.append(_text(place + 14, top + 59, label, 12))
+            place, legend = float(_LEFT), legend + 18
+        drawn.append(f'<rect x="{place:.0f}" y="{legend}" width="10" height="10" fill="{colour}"/>')
+        drawn.append(_text(place + 14, legend + 9, label, 12))
         place += 30 + 6.6 * len(label)
     return drawn
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,13 +68,35 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(part)
 
 
-def clean_pieces(text: str, found: Words, references: U64, rules: Decontaminate) -> list[str] | None:
+class References:
+    """N-grams to look for. A table of one bit for each value of the top 24 bits answers most questions with no."""
+
+    _SHIFT = np.uint64(40)
+
+    def __init__(self, grams: U64) -> None:
+        self._grams = grams
+        self._may_hold = np.zeros(1 << 24, dtype=bool)
+        self._may_hold[grams >> self._SHIFT] = True
+
+    def __len__(self) -> int:
+        return len(self._grams)
+
+    def find(self, grams: U64) -> Any:
+        """Places of those of ``grams`` that are here."""
+        maybe = np.flatnonzero(self._may_hold[grams >> self._SHIFT])
+        place = np.minimum(np.searchsorted(self._grams, grams[maybe]), max(0, len(self._grams) - 1))
+        return maybe[self._grams[place] == grams[maybe]] if len(maybe) else maybe
+
+
+@lru_cache(maxsize=1)
+def load_references(path: Path) -> References:
+    """What :func:`reference_ngrams` found, from a file; kept for the next chunk of a worker."""
+    return References(np.load(path))
+
+
+def clean_pieces(text: str, found: Words, references: References, rules: Decontaminate) -> list[str] | None:
     """What is left of ``text``: itself, its pieces between matches, or None if it is to be dropped whole."""
-    grams = found.ngrams(rules.ngram)
-    if len(grams) == 0 or len(references) == 0:
-        return [text]
-    place = np.minimum(np.searchsorted(references, grams), len(references) - 1)
-    hits = np.flatnonzero(references[place] == grams)
+    hits = references.find(found.ngrams(rules.ngram))
     if len(hits) == 0:
         return [text]
     pieces, start = [], 0

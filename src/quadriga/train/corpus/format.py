@@ -229,9 +229,12 @@ def read_manifest(path: Path) -> Manifest:
         raise CorpusError(f"{file} is not a corpus manifest: {error}") from None
     if manifest.version != VERSION:
         raise CorpusError(f"{file} must have version {VERSION}, got {manifest.version}. Prepare the corpus again.")
-    for entry in [*manifest.tokenizer.files, *(file for shard in manifest.shards for file in shard.files)]:
-        if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
-            raise CorpusError(f"{file} names {entry.path!r}, which lies outside the corpus")
+    paths = [entry.path for entry in manifest.tokenizer.files]
+    for shard in manifest.shards:
+        paths += [shard.name, *(entry.path for entry in shard.files)]
+    for path_inside in paths:
+        if Path(path_inside).is_absolute() or ".." in Path(path_inside).parts:
+            raise CorpusError(f"{file} names {path_inside!r}, which lies outside the corpus")
     return manifest
 
 

@@ -31,7 +31,7 @@ from quadriga.errors import ConfigError
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.train.corpus import minhash, vocabulary
 from quadriga.train.corpus.clean import clean
-from quadriga.train.corpus.decontaminate import clean_pieces, reference_ngrams
+from quadriga.train.corpus.decontaminate import References, clean_pieces, load_references, reference_ngrams
 from quadriga.train.corpus.format import ORIGIN, FileEntry, ShardEntry, file_sha256
 from quadriga.train.corpus.language import language
 from quadriga.train.corpus.quality import broken_rule
@@ -105,7 +105,7 @@ def references(work: str, files: list[str], ngram: int) -> dict[str, Any]:
 def clean_chunk(work: str, recipe: Recipe, chunk: Chunk) -> dict[str, Any]:
     """Read, clean, filter and fingerprint one chunk."""
     tally = Tally()
-    known = np.load(Path(work) / "references.npy", mmap_mode="r")
+    known = load_references(Path(work) / "references.npy")
     documents: list[Document] = []
     hashes: list[bytes] = []
     signatures: list[minhash.Signatures] = []
@@ -120,16 +120,30 @@ def clean_chunk(work: str, recipe: Recipe, chunk: Chunk) -> dict[str, Any]:
     for why, n in unread.items():
         tally.counts["read"].setdefault("(unknown)", {"documents": 0, "bytes": 0, "dropped": {}})["dropped"][why] = n
     base = Path(work) / f"{chunk.number:05}"
+    whole = np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2)
+    keys = whole[:, :1].T
     if rules.near:
         matrix = np.array(signatures, dtype=np.uint32).reshape(len(documents), rules.bands * rules.rows)
         write_array(base.with_suffix(".signatures.npy"), matrix)
-        write_array(base.with_suffix(".keys.npy"), minhash.band_keys(matrix, rules.bands, rules.rows))
-    write_array(base.with_suffix(".hashes.npy"), np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2))
+        keys = np.concatenate((keys, minhash.band_keys(matrix, rules.bands, rules.rows)))
+    _write_keys(base, keys, rules.partitions)
+    write_array(base.with_suffix(".hashes.npy"), whole)
     _write_documents(base.with_suffix(".documents.zst"), documents)
     return {"documents": len(documents), "counts": tally.counts}
 
 
-def _pass_filters(row: Row, recipe: Recipe, known: U64, tally: Tally) -> list[str]:
+def _write_keys(base: Path, keys: U64, partitions: int) -> None:
+    """Keys of a chunk, whole texts' first and then the bands', each sorted by partition: a task reads its own part."""
+    partition = keys % np.uint64(partitions)
+    order = np.argsort(partition, axis=1, kind="stable")
+    edges = np.arange(partitions + 1)
+    starts = [np.searchsorted(row[by], edges) for row, by in zip(partition, order, strict=True)]
+    write_array(base.with_suffix(".keys.npy"), np.take_along_axis(keys, order, axis=1))
+    write_array(base.with_suffix(".rows.npy"), order.astype(np.int64))
+    write_array(base.with_suffix(".starts.npy"), np.array(starts, dtype=np.int64))
+
+
+def _pass_filters(row: Row, recipe: Recipe, known: References, tally: Tally) -> list[str]:
     """The texts that come out of a row: none, itself, or its clean pieces."""
     domain, rules = row.domain, recipe.rules(row.domain)
     if len(row.text) > recipe.max_chars:
@@ -169,12 +183,12 @@ def find_pairs(work: str, recipe: Recipe, sizes: list[int], band: int, partition
     """Pairs of documents with an equal key in a band and similar signatures; band -1 compares whole texts by hash."""
     folder, offsets = Path(work), _offsets(sizes)
     found_keys, found_documents = [], []
-    for chunk, size in enumerate(sizes):
-        keys = np.load(folder / f"{chunk:05}.{'hashes' if band < 0 else 'keys'}.npy", mmap_mode="r")
-        column = keys[:, 0] if band < 0 else keys[band]
-        mine = np.flatnonzero(column % np.uint64(recipe.duplicates.partitions) == partition)
-        found_keys.append(np.asarray(column)[mine])
-        found_documents.append(np.arange(size)[mine] + offsets[chunk])
+    for chunk in range(len(sizes)):
+        base = folder / f"{chunk:05}"
+        start, stop = np.load(base.with_suffix(".starts.npy"))[band + 1, partition : partition + 2]
+        keys, rows = (np.load(base.with_suffix(f".{what}.npy"), mmap_mode="r") for what in ("keys", "rows"))
+        found_keys.append(np.asarray(keys[band + 1, start:stop]))
+        found_documents.append(rows[band + 1, start:stop] + offsets[chunk])
     pairs = minhash.pairs_with_equal_keys(np.concatenate(found_keys), np.concatenate(found_documents))
     met = len(pairs)
     a, b = pairs[:, 0], pairs[:, 1]
