@@ -5,8 +5,8 @@ python docs/screenshots.py --serve moe       serves one of the two models and wa
 
 The chat is the default model's. The lens needs a mixture of experts small enough for any machine, so it looks at the
 same model upcycled: every feed-forward network becomes 16 experts that share its weights, and a router with random
-weights chooses 4. Its answers are the dense model's, since equal experts with weights that sum to one add up to one of
-them; what the lens shows is a real router at work on real states, but one that was never trained.
+weights chooses 4. In exact arithmetic it computes what the dense model does, since equal experts with weights that sum
+to one add up to one of them; what the lens shows is a real router at work on real states, though one never trained.
 
 Needs playwright and a Chromium (``--chromium``, by default the one in the path).
 """
