@@ -264,6 +264,7 @@ class Service:
                     routing=body.routing,
                     constraint=grammar,
                     salt=caller.salt,
+                    adapter=self.adapter_of(body.model),
                 )
                 requests.append(request)
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1000

@@ -86,12 +86,13 @@ def _apportion(weights: Sequence[float], parts: int) -> list[int]:
     """Whole parts in proportion to the weights (largest remainders); a weight above 0 gets at least one."""
     total = sum(weights)
     exact = [parts * weight / total for weight in weights]
-    quotas = [max(1, int(x)) if x > 0 else 0 for x in exact]
+    quotas = [max(1, int(x)) if weight > 0 else 0 for x, weight in zip(exact, weights, strict=True)]
     by_need = sorted(range(len(weights)), key=lambda d: (quotas[d] - exact[d], d))
     for d in by_need[: max(0, parts - sum(quotas))]:
         quotas[d] += 1
     while sum(quotas) > parts:  # many tiny weights were lifted to one
-        quotas[max(range(len(quotas)), key=lambda d: (quotas[d] - exact[d], quotas[d]))] -= 1
+        can_give = (d for d in range(len(quotas)) if quotas[d] > 1)
+        quotas[max(can_give, key=lambda d: (quotas[d] - exact[d], quotas[d]))] -= 1
     return quotas
 
 
