@@ -296,6 +296,28 @@ def test_regenerating_and_editing_make_branches_that_can_be_walked(visit: Open) 
     assert tab.texts(".said") == ["Question", "More"] and tab.texts(".prose") == ["alpha", "gamma"]
 
 
+def test_what_is_typed_and_sent_between_two_frames_is_sent(visit: Open) -> None:
+    tab = visit()
+    bodies = tab.answers("It is about verdigris.")
+    tab.send("Green")
+    tab.page.evaluate(
+        """() => {
+            const press = (key, code, keys) => document.activeElement.dispatchEvent(
+                new KeyboardEvent("keydown", {key, code, bubbles: true, cancelable: true, ...keys}));
+            press("n", "KeyN", {altKey: true});
+            const area = document.getElementById("composer");
+            area.focus();
+            area.value = "Brown";
+            area.dispatchEvent(new InputEvent("input", {bubbles: true}));
+            press("Enter", "Enter", {});
+        }"""
+    )
+    tab.until("document.querySelectorAll('.row').length === 2")
+    tab.done()
+    assert [[m["content"] for m in body["messages"]] for body in bodies] == [["Green"], ["Brown"]]
+    assert tab.page.input_value("#composer") == ""
+
+
 def test_conversations_are_searched_renamed_deleted_and_brought_back(visit: Open) -> None:
     tab = visit()
     tab.answers("It is about verdigris.", "It is about bronze.")

@@ -29,13 +29,17 @@ export function Composer({ state, conversation }) {
     if (matchMedia("(pointer: fine)").matches) area.current.focus();
   }, [conversation.id]);
 
+  // The page is drawn once a frame: between two, what was typed is in the area, and the conversation in the store.
+  const typed = () => actions.setDraft(actions.currentConversation().id, area.current.value);
+  const send = () => answers.send(area.current.value);
+
   const keyDown = (event) => {
     if (isComposing(event)) return;
     if (event.key === "Enter" && !event.shiftKey) {
       event.preventDefault();
-      answers.send(draft);
+      send();
     }
-    if (event.key === "ArrowUp" && !draft) {
+    if (event.key === "ArrowUp" && !area.current.value) {
       const last = path(conversation).findLast((node) => node.role === "user");
       if (last && !running) {
         event.preventDefault();
@@ -48,7 +52,7 @@ export function Composer({ state, conversation }) {
     class="composer"
     onSubmit=${(event) => {
       event.preventDefault();
-      answers.send(draft);
+      send();
     }}
   >
     <div class="box">
@@ -59,7 +63,7 @@ export function Composer({ state, conversation }) {
         placeholder=${plain ? t("composer.continue") : t("composer.placeholder")}
         aria-label=${t("composer.placeholder")}
         value=${draft}
-        onInput=${(event) => actions.setDraft(conversation.id, event.target.value)}
+        onInput=${typed}
         onKeyDown=${keyDown}
       />
       ${running
@@ -70,7 +74,7 @@ export function Composer({ state, conversation }) {
             keys="Enter"
             class="icon-button go"
             disabled=${!draft.trim() || !state.model}
-            onClick=${() => answers.send(draft)}
+            onClick=${send}
           />`}
     </div>
   </form>`;

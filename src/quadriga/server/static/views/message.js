@@ -40,11 +40,12 @@ function Editor({ node }) {
     area.current.setSelectionRange(text.length, text.length);
   }, []);
   const cancel = () => actions.startEditing(null);
+  const send = () => answers.edit(node.id, area.current.value);
   const keyDown = (event) => {
     if (isComposing(event)) return;
     if (event.key === "Enter" && !event.shiftKey) {
       event.preventDefault();
-      answers.edit(node.id, text);
+      send();
     }
     if (event.key === "Escape") {
       event.stopPropagation();
@@ -63,7 +64,7 @@ function Editor({ node }) {
     <div class="editor-actions">
       <span class="hint">${t("message.edit.hint")}</span>
       <button type="button" onClick=${cancel}>${t("button.cancel")}</button>
-      <button type="button" class="primary" onClick=${() => answers.edit(node.id, text)}>${t("composer.send")}</button>
+      <button type="button" class="primary" onClick=${send}>${t("composer.send")}</button>
     </div>
   </div>`;
 }
