@@ -393,6 +393,7 @@ class _Writer:
         self._unsafe: list[str] = []
         self._unsafe_bytes = 0
         self._broken = False
+        self._syncing: Future[None] | None = None
         if work.exists() and resume:
             self.hashes = self._finished()
         else:
@@ -435,7 +436,7 @@ class _Writer:
         total = sum(_nbytes(self.plan, name) for name in self.plan.tensors)
         done = sum(_nbytes(self.plan, name) for name in self.hashes)
         try:
-            with ThreadPoolExecutor(1) as background:
+            with ThreadPoolExecutor(1) as self._syncer, ThreadPoolExecutor(1) as background:
                 writing: deque[Future[tuple[str, int]]] = deque()
                 for name, parts in self._missing(checkpoint, importance):
                     # A tensor of one part is written while the next is made; longer ones part by part, as they come.
@@ -447,7 +448,8 @@ class _Writer:
                     writing.append(background.submit(self._in_order, self._finish, name, digest))
                 while writing:
                     done += self._written(writing.popleft(), total, done, progress)
-            self._sync()
+                self._start_sync()
+                self._wait_for_sync()
             self._small_files(checkpoint)
         except OSError as error:
             raise self._failed(error) from None
@@ -496,15 +498,24 @@ class _Writer:
         self._unsafe.append(name)
         self._unsafe_bytes += _nbytes(self.plan, name)
         if self._unsafe_bytes >= _SYNC_BYTES:
-            self._sync()
+            self._start_sync()
         return name, 0
 
-    def _sync(self) -> None:
+    def _start_sync(self) -> None:
+        """Put the finished tensors on disk, while the next are made and written; one such round at a time."""
+        self._wait_for_sync()
+        names, self._unsafe, self._unsafe_bytes = self._unsafe, [], 0
+        self._syncing = self._syncer.submit(self._sync, names)
+
+    def _wait_for_sync(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
+
+    def _sync(self, names: list[str]) -> None:
         """Data first, then the journal that vouches for it."""
         for fd in self._open.values():
             os.fsync(fd)
-        self._append([{"tensor": name, "sha256": self.hashes[name]} for name in self._unsafe])
-        self._unsafe, self._unsafe_bytes = [], 0
+        self._append([{"tensor": name, "sha256": self.hashes[name]} for name in names])
 
     def _append(self, lines: list[dict[str, str]]) -> None:
         with (self.work / _JOURNAL).open("a") as journal:

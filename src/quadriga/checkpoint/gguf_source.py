@@ -60,13 +60,17 @@ class GGUFSource:
         for start, stop in _row_runs(tensor.shape, box):
             for first in range(start, stop, step):
                 last = min(first + step, stop)
+                part = rows[done : done + last - first]
+                done += last - first
+                if tensor.format in PLAIN and part.shape[-1] == tensor.shape[-1]:
+                    self._read_into(part.view(torch.uint8).numpy().data, name, first)
+                    continue
                 raw = np.frombuffer(self.raw(name, first, last), dtype=np.uint8)
                 if tensor.format in PLAIN:
                     values = torch.from_numpy(raw).view(dtype)
                 else:
                     values = torch.from_numpy(codec.dequantize(raw, tensor.format))
-                rows[done : done + last - first] = values.view(last - first, -1)[:, columns]
-                done += last - first
+                part[:] = values.view(last - first, -1)[:, columns]
         return out
 
     def raw(self, name: str, row_start: int, row_stop: int) -> bytearray:
@@ -75,16 +79,22 @@ class GGUFSource:
         row_bytes = FORMATS[tensor.format].nbytes_of(tensor.shape[-1:])
         assert 0 <= row_start <= row_stop <= tensor.nbytes // row_bytes, f"{name}: rows outside the tensor"
         buffer = bytearray((row_stop - row_start) * row_bytes)
-        offset, done = tensor.offset + row_start * row_bytes, 0
+        self._read_into(memoryview(buffer), name, row_start)
+        return buffer
+
+    def _read_into(self, out: memoryview, name: str, row_start: int) -> None:
+        """Fill ``out`` with stored bytes from a row on."""
+        tensor = self.header.tensors[name]
+        buffer = out.cast("B") if out.ndim > 1 else out
+        offset, done = tensor.offset + row_start * FORMATS[tensor.format].nbytes_of(tensor.shape[-1:]), 0
         while done < len(buffer):
             try:
-                got = os.preadv(self._files[tensor.part].fileno(), [memoryview(buffer)[done:]], offset + done)
+                got = os.preadv(self._files[tensor.part].fileno(), [buffer[done:]], offset + done)
             except OSError as error:
                 raise CheckpointError(f"cannot read tensor {name!r} of {self.path.name}: {error.strerror}") from None
             if got == 0:
                 raise CheckpointError(f"{self.path.name} became shorter while it was read; tensor {name!r} is cut off")
             done += got
-        return buffer
 
     def close(self) -> None:
         """Release the files."""

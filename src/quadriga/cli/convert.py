@@ -44,6 +44,7 @@ def convert_command(
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of going on.")] = False,
 ) -> None:
     """Convert a checkpoint. One part is in memory at a time; run the same command again after an interruption."""
+    from quadriga import runtime
     from quadriga.checkpoint import catalogue
     from quadriga.cli.progress import progress_bar
     from quadriga.errors import ConfigError
@@ -58,6 +59,7 @@ def convert_command(
     if out is None:
         raise ConfigError("give the path of the result, or --dry-run")
     started = time.perf_counter()
+    runtime.keep_freed_memory()  # matrices come and go
     wanted: str | dict[str, str] | None = format
     importance = None
     if budget is not None and (calibrate is None or format is not None):
