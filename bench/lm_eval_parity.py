@@ -46,7 +46,9 @@ PLAN: dict[str, tuple[list[str], int]] = {
 """Our task -> lm_eval's, and the shots."""
 
 
-def harness(lm: Any, names: list[str], shots: int, limit: int, manager: TaskManager) -> list[dict[str, Any]]:
+def harness(
+    lm: Any, names: list[str], shots: int, limit: int, manager: TaskManager, cache: Path | None = None
+) -> list[dict[str, Any]]:
     """lm_eval's samples in the order of the data."""
     result = lm_eval.simple_evaluate(
         lm,
@@ -54,11 +56,17 @@ def harness(lm: Any, names: list[str], shots: int, limit: int, manager: TaskMana
         num_fewshot=shots,
         limit=limit // len(names),
         task_manager=manager,
+        use_cache=None if cache is None else str(cache),
         log_samples=True,
         bootstrap_iters=0,
         verbosity="ERROR",
     )
-    return [s for name in names for s in sorted(result["samples"][name], key=lambda s: s["doc_id"])]
+    return [s for name in names for s in sorted(result["samples"][name], key=lambda s: (s["filter"], s["doc_id"]))]
+
+
+def answers_of(samples: list[dict[str, Any]]) -> list[str]:
+    """What was generated, an item each; lm_eval lists an item once for every filter."""
+    return [s["resps"][0][0] for s in samples if s["filter"] == samples[0]["filter"]]
 
 
 def likelihoods(samples: list[dict[str, Any]]) -> list[list[float]]:
@@ -69,12 +77,14 @@ def likelihoods(samples: list[dict[str, Any]]) -> list[list[float]]:
     return by_item
 
 
-def compare(name: str, model: TextModel, hf: Any, manager: TaskManager, limit: int) -> dict[str, Any]:
+def compare(
+    name: str, model: TextModel, hf: Any, manager: TaskManager, limit: int, cache: Path | None
+) -> dict[str, Any]:
     """All three ways over one task."""
     names, shots = PLAN[name]
     seconds = {}
     started = time.perf_counter()
-    theirs = harness(hf, names, shots, limit, manager)
+    theirs = harness(hf, names, shots, limit, manager, cache)
     seconds["lm_eval + transformers"] = time.perf_counter() - started
     started = time.perf_counter()
     through = harness(HarnessLM(model), names, shots, limit, manager)
@@ -86,8 +96,7 @@ def compare(name: str, model: TextModel, hf: Any, manager: TaskManager, limit: i
     if name == "gsm8k":
         prompts = [item.prompt for item in items if isinstance(item, AnswerItem)]
         ours = model.generate(prompts, max_new_tokens=task.max_new_tokens, stop=task.stop)
-        texts = [sample["resps"][0][0] for sample in theirs]
-        both = [sample["resps"][0][0] for sample in through]
+        texts, both = answers_of(theirs), answers_of(through)
         row["same answers, ours and theirs"] = sum(a == b for a, b in zip(ours, texts, strict=True))
         row["same answers, our LM and theirs"] = sum(a == b for a, b in zip(both, texts, strict=True))
         for key, scores in {"ours": ours, "theirs": texts, "our LM": both}.items():
@@ -172,6 +181,7 @@ def main() -> None:
     parser.add_argument("--speed", type=int, metavar="ITEMS")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8, help="of transformers")
+    parser.add_argument("--cache", type=Path, help="where transformers' answers are kept, so that a run can go on")
     parser.add_argument("--threads", type=int, help="of both sides; default: all processors")
     args = parser.parse_args()
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
@@ -186,7 +196,7 @@ def main() -> None:
             result["speed"] = speed(model, hf, manager, args.speed, args.rounds)
         else:
             for name in args.tasks.split(","):
-                result[name] = compare(name, model, hf, manager, args.limit)
+                result[name] = compare(name, model, hf, manager, args.limit, args.cache)
                 print(name, json.dumps(result[name]), flush=True)
                 args.out.write_text(json.dumps(result, indent=1) + "\n")
     args.out.write_text(json.dumps(result, indent=1) + "\n")
