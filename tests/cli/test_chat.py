@@ -323,7 +323,8 @@ def test_a_conversation_on_a_terminal(smollm2: Path, tmp_path: Path) -> None:
         type_line("Write a long story about a fox.")
         until("\x1b[?2004l")  # the prompt is done; what follows is the answer
         before = len(seen)
-        until(longer_than=before + 80)
+        # So much is prose: the prompt's last codes are fewer, and while it lives Ctrl-C is a key like others.
+        until(longer_than=before + 500)
         os.write(terminal, b"\x03")
         until("cancelled", PROMPT)
         type_line("/stats")
