@@ -102,7 +102,7 @@ def compare(
         for key, scores in {"ours": ours, "theirs": texts, "our LM": both}.items():
             graded = [item.grade(text) for item, text in zip(items, scores, strict=True)]  # type: ignore[arg-type]
             row[f"accuracy {key}"] = {m: sum(g[m] for g in graded) / len(graded) for m in graded[0]}
-        row["lm_eval's own figure"] = {
+        row["right by lm_eval's own grading"] = {
             f: sum(s["exact_match"] for s in theirs if s["filter"] == f) for f in {s["filter"] for s in theirs}
         }
     else:
