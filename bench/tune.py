@@ -32,6 +32,7 @@ from quadriga.model.config import MoESpec
 from quadriga.model.lora import AdaptedMoE, Factors, attach
 from quadriga.model.moe import MoE
 from quadriga.model.transformer import Transformer
+from quadriga.ops import training
 from quadriga.train.batch import IGNORE
 from quadriga.train.chat_data import Example
 from quadriga.train.config import RouterSection
@@ -106,6 +107,7 @@ def layer(path: Path, n_tokens: int) -> tuple[Callable[[], float], Callable[[], 
     x = torch.randn(n_tokens, checkpoint.config.d_model, generator=generator).requires_grad_()
     weights = {name: getattr(moe, name) for name in pairs}
     adapted = AdaptedMoE(moe, weights, {name: Factors(*(t.clone() for t in ab), lora) for name, ab in pairs.items()})
+    adapted.compute = training.adapted_experts
     plain = {name: tuple(t.clone().requires_grad_() for t in ab) for name, ab in pairs.items()}
 
     def low_rank() -> float:

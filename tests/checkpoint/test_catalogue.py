@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from quadriga.checkpoint import catalogue
-from quadriga.checkpoint.catalogue import CATALOGUE, DEFAULT_MODEL, cached, remove, resolve, verify
+from quadriga.checkpoint.catalogue import CATALOGUE, DEFAULT_MODEL, BundledEntry, cached, remove, resolve, verify
 from quadriga.errors import CatalogueError
 
 CONTENT = b"weights" * 1000
@@ -176,6 +176,23 @@ def test_a_repository_without_weights_is_refused(tmp_path: Path, monkeypatch: py
     with pytest.raises(CatalogueError, match="no safetensors or GGUF weights"):
         resolve("hf:org/model")
     assert cached() == []
+
+
+def test_a_model_of_this_package_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "__file__", str(tmp_path / "catalogue.py"))
+    (tmp_path / "models").mkdir()
+    file = tmp_path / "models" / "tiny.gguf"
+    file.write_bytes(b"weights")
+    sha = hashlib.sha256(b"weights").hexdigest()
+    entry = BundledEntry(name="tiny", about="", licence="Apache-2.0", file=file.name, nbytes=7, sha256=sha)
+    monkeypatch.setitem(catalogue.BUNDLED, "tiny", entry)
+    assert resolve("tiny") == file and verify("tiny") == [] and catalogue.is_known("tiny")
+    with pytest.raises(CatalogueError, match="Did you mean 'tiny'"):
+        resolve("tinny")
+    file.write_bytes(b"weighty")
+    for use in (resolve, verify):
+        with pytest.raises(CatalogueError, match=r"tiny.gguf is missing or not what tiny is; install Quadriga again"):
+            use("tiny")
 
 
 def test_every_entry_is_complete() -> None:

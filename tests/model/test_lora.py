@@ -10,9 +10,10 @@ from quadriga.errors import ConfigError
 from quadriga.model.adapter_spec import LoraSpec, adapted_shapes
 from quadriga.model.config import ModelConfig
 from quadriga.model.context import PackedContext
-from quadriga.model.lora import Factors, attach, quantised
+from quadriga.model.lora import AdaptedCompute, AdaptedMoE, Factors, attach, quantised
 from quadriga.model.transformer import Transformer, random_parameters
 from quadriga.model.weight_map import parameter_shapes
+from quadriga.ops import training
 from quadriga.ops.packing import pack
 from tests.checkpoint.models import TINY
 
@@ -25,6 +26,16 @@ ALL = {
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }
+
+
+WAYS = pytest.mark.parametrize("way", [None, training.adapted_experts], ids=["grouped", "by expert"])
+"""How adapted experts are computed: grouped products, or training's own pass on a processor."""
+
+
+def compute_by(model: Transformer, way: AdaptedCompute | None) -> None:
+    for module in model.modules():
+        if isinstance(module, AdaptedMoE):
+            module.compute = way
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float64, std: float = 0.2) -> Transformer:
@@ -45,14 +56,16 @@ def loss_of(model: Transformer) -> Tensor:
     return -logits[:-1].log_softmax(-1).gather(1, IDS[1:, None]).mean()
 
 
+@WAYS
 @pytest.mark.parametrize("name", list(TINY))
-def test_logits_and_gradients_are_those_of_the_materialised_weight(name: str) -> None:
+def test_logits_and_gradients_are_those_of_the_materialised_weight(name: str, way: AdaptedCompute | None) -> None:
     spec = LoraSpec(rank=4, alpha=6.0, targets=ALL[name])
     factors = random_factors(TINY[name], spec)
     model = model_of(name)
     made = attach(model, spec, factors)
     for one in made.values():  # float64 all through, so that only mathematics is compared
         one.double()
+    compute_by(model, way)
     loss_of(model).backward()
 
     naive = {n: (a.double().requires_grad_(), b.double().requires_grad_()) for n, (a, b) in factors.items()}
@@ -84,9 +97,11 @@ def test_a_new_adapter_changes_nothing_and_trains_only_itself() -> None:
     assert all(torch.equal(made[n].a, again[n].a) for n in made)
 
 
-def test_experts_without_a_token_get_exactly_zero_and_the_others_do_not() -> None:
+@WAYS
+def test_experts_without_a_token_get_exactly_zero_and_the_others_do_not(way: AdaptedCompute | None) -> None:
     model = model_of("mixtral")
     made = attach(model, LoraSpec(rank=4, alpha=4.0, targets=("experts",)), None)
+    compute_by(model, way)
     for one in made.values():
         torch.nn.init.normal_(one.b, std=0.1)
     tokens = IDS[:1]  # one token visits three of five experts
@@ -102,10 +117,12 @@ def test_experts_without_a_token_get_exactly_zero_and_the_others_do_not() -> Non
                     assert bool((gradient[e] != 0).any()) == (e in visited)
 
 
-def test_dropout_is_for_training_only() -> None:
+@WAYS
+def test_dropout_is_for_training_only(way: AdaptedCompute | None) -> None:
     model = model_of("mixtral", torch.float32)
-    spec = LoraSpec(rank=4, alpha=4.0, targets=("attention", "experts"), dropout=0.5)
+    spec = LoraSpec(rank=4, alpha=4.0, targets=("experts",), dropout=0.5)
     attach(model, spec, random_factors(TINY["mixtral"], spec))
+    compute_by(model, way)
     one, two = (model(IDS, PackedContext([37])).logits for _ in range(2))
     assert torch.equal(one, two)
     model.train()
@@ -113,9 +130,12 @@ def test_dropout_is_for_training_only() -> None:
     assert not torch.equal(one, two)
 
 
+@WAYS
 @pytest.mark.parametrize("form", ["q4", "q8"])
 @pytest.mark.parametrize("name", ["mixtral", "llama2", "mpt"])
-def test_over_a_packed_base_it_is_the_adapter_over_the_unpacked_numbers(name: str, form: str) -> None:
+def test_over_a_packed_base_it_is_the_adapter_over_the_unpacked_numbers(
+    name: str, form: str, way: AdaptedCompute | None
+) -> None:
     spec = LoraSpec(rank=4, alpha=6.0, targets=tuple(t for t in ALL[name] if t in ("attention", "experts", "ffn")))
     factors = random_factors(TINY[name], spec)
     parameters = random_parameters(TINY[name], std=0.2)
@@ -133,6 +153,7 @@ def test_over_a_packed_base_it_is_the_adapter_over_the_unpacked_numbers(name: st
     grads = []
     for m in (model, plain):
         made = attach(m, spec, factors)
+        compute_by(m, way)
         loss_of(m).backward()
         grads.append({n: (one.a.grad, one.b.grad) for n, one in made.items()})
     torch.testing.assert_close(
@@ -141,6 +162,24 @@ def test_over_a_packed_base_it_is_the_adapter_over_the_unpacked_numbers(name: st
     for n in grads[0]:
         for got, want in zip(grads[0][n], grads[1][n], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_experts_with_factors_on_some_of_their_matrices() -> None:
+    spec = LoraSpec(rank=4, alpha=6.0, targets=("experts",))
+    results = []
+    for way in (None, training.adapted_experts):
+        model = model_of("mixtral")
+        made = attach(model, spec, random_factors(TINY["mixtral"], spec))
+        for module in model.modules():
+            if isinstance(module, AdaptedMoE):
+                del module.lora["w_up"]
+        made = {name: one.double() for name, one in made.items() if not name.endswith("w_up")}
+        compute_by(model, way)
+        loss_of(model).backward()
+        results.append([t.grad for one in made.values() for t in (one.a, one.b)])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert want is not None and want.abs().max() > 0
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-14)
 
 
 def test_the_effective_weight_is_what_a_loss_over_the_head_sees() -> None:

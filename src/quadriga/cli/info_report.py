@@ -29,7 +29,7 @@ def load_config(name_or_path: str) -> ModelConfig:
     """
     if name_or_path in families.PRESETS:
         return families.PRESETS[name_or_path]
-    if name_or_path in catalogue.CATALOGUE or name_or_path in catalogue.DELTAS:
+    if catalogue.is_known(name_or_path):
         return locate(catalogue.resolve(name_or_path)).config
     path = Path(name_or_path)
     if path.expanduser().exists() or "/" in name_or_path or path.suffix:

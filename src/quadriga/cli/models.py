@@ -38,8 +38,10 @@ def list_command() -> None:
         table.add_row(name, _megabytes(entry.nbytes), entry.licence, "yes" if name in here else "", entry.about)
     for name, made in catalogue.DELTAS.items():
         table.add_row(name, _megabytes(made.nbytes), made.licence, "yes" if name in here else "", made.about)
+    for name, own in catalogue.BUNDLED.items():
+        table.add_row(name, _megabytes(own.nbytes), own.licence, "yes", own.about)
     for name, found in here.items():
-        if name not in catalogue.CATALOGUE and name not in catalogue.DELTAS:
+        if not catalogue.is_known(name):
             table.add_row(name, _megabytes(found.nbytes), found.licence, "yes", found.source)
     Console().print(table)
 
@@ -50,6 +52,10 @@ def show_command(name: _Name) -> None:
     from quadriga.checkpoint import catalogue
     from quadriga.errors import CatalogueError
 
+    if (own := catalogue.BUNDLED.get(name)) is not None:
+        print(f"name      {own.name}\nabout     {own.about}\nlicence   {own.licence}\nsource    this package")
+        print(f"size      {own.nbytes} bytes\nsha256    {own.sha256}\nhere      {catalogue.resolve(name)}")
+        return
     here = {found.name: found for found in catalogue.cached()}
     entry = catalogue.CATALOGUE.get(name)
     made = catalogue.DELTAS.get(name)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from quadriga.model.layers import Matrix
 from quadriga.model.moe import MoE, Router, RouterStats
 from quadriga.model.transformer import Transformer
 from quadriga.ops.packing import Packed
+from quadriga.ops.training import AdaptedPart
 
 Weight = Tensor | Packed | list[Packed]
 """A frozen weight: numbers, a packed matrix, or a packed matrix an expert."""
@@ -127,8 +128,24 @@ class AdaptedFeedForward(nn.Module):
         return out
 
 
+class AdaptedCompute(Protocol):
+    """Whoever computes adapted experts in training, see ``ops.training.adapted_experts``."""
+
+    def __call__(
+        self, x: Tensor, routing_ids: Tensor, combine: Tensor, parts: dict[str, AdaptedPart], activation: str
+    ) -> Tensor:
+        """(N, D) -> (N, D)."""
+        ...
+
+
 class AdaptedMoE(nn.Module):
-    """:class:`~quadriga.model.moe.MoE` over frozen experts, each with factors of its own."""
+    """:class:`~quadriga.model.moe.MoE` over frozen experts, each with factors of its own.
+
+    Attributes:
+        compute: computes experts whose factors are the same for all tokens and see no dropout; None: grouped products.
+    """
+
+    compute: AdaptedCompute | None = None
 
     def __init__(self, moe: MoE, weights: Mapping[str, Weight], lora: Mapping[str, Factors]) -> None:
         super().__init__()
@@ -143,6 +160,9 @@ class AdaptedMoE(nn.Module):
         """(N, D) -> ((N, D), this layer's routing)."""
         ids, weights, probs, logits = self.router(x)
         combine = MoE.aggregation_weights(self, ids, weights)  # type: ignore[arg-type]
+        stats = RouterStats(ids, combine, probs, logits)
+        if self.compute is not None and (parts := self._plain_parts(x.dtype)) is not None:
+            return self.compute(x, ids, combine, parts, self.spec.activation), stats
         k = self.spec.top_k
         flat = ids.reshape(-1)
         order = flat.argsort(stable=True)  # (N k,) slots, all of expert 0 first
@@ -154,11 +174,28 @@ class AdaptedMoE(nn.Module):
         y = self._part("w_down", hidden, counts, tokens)
         slots = torch.empty_like(y).index_copy(0, order, y).view(len(x), k, -1)
         out = torch.bmm(combine.to(x.dtype)[:, None], slots).squeeze(1)
-        return out, RouterStats(ids, combine, probs, logits)
+        return out, stats
+
+    def _weight(self, name: str) -> Weight:
+        found = self._parameters.get(name)
+        return self._weights[name] if found is None else found
+
+    def _plain_parts(self, dtype: torch.dtype) -> dict[str, AdaptedPart] | None:
+        """What ``compute`` takes; None where an adapter is no mere pair of factors, or drops inputs."""
+        made, factors = {}, dict(self.lora.items())
+        for name in self._weights:
+            weight, lora = self._weight(name), factors.get(name)
+            assert not isinstance(weight, Packed), "one matrix an expert"
+            if lora is None:
+                made[name] = AdaptedPart(weight)
+            elif isinstance(lora, Factors) and not (lora.dropout and self.training):
+                made[name] = AdaptedPart(weight, lora.a.to(dtype), lora.b.to(dtype), lora.scale)
+            else:
+                return None
+        return made
 
     def _part(self, name: str, rows: Tensor, counts: Tensor, tokens: Tensor) -> Tensor:
-        weight = self._parameters.get(name) if name in self._parameters else self._weights[name]
-        y = frozen_grouped(rows, weight, counts)  # type: ignore[arg-type]
+        y = frozen_grouped(rows, self._weight(name), counts)
         return self.lora[name].grouped(rows, y, counts, tokens) if name in self.lora else y  # type: ignore[operator]
 
 

@@ -53,6 +53,7 @@ class MetricsFile:
             "tokens": report.tokens_seen,
             "tokens_per_s": round(report.tokens / report.seconds, 1),
             "seconds": round(report.seconds, 4),
+            "flops": report.flops,
         }
         if self.peak_flops:
             line["mfu"] = round(report.flops / report.seconds / self.peak_flops, 4)

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quadriga import ops
 from quadriga.errors import ConfigError
+from quadriga.model.lora import AdaptedMoE
 from quadriga.model.moe import ExpertCompute, MoE
 from quadriga.model.transformer import Block, Transformer
 from quadriga.ops import training
@@ -64,7 +65,10 @@ def prepare(model: Transformer, objective: Objective, section: ParallelSection, 
     on_host = world.device.type == "cpu"
     own: ExpertCompute = training.experts if on_host else ops.experts
     for moe in mixtures(model):
-        moe.compute = own
+        if isinstance(moe, AdaptedMoE):
+            moe.compute = training.adapted_experts if on_host else None
+        else:
+            moe.compute = own
     blocks = [layer for layer in model.layers if isinstance(layer, Block)]
     for block in blocks:
         if section.recompute:
@@ -91,7 +95,7 @@ def check_layout(model: Transformer, section: ParallelSection, world: World) -> 
         raise ConfigError("parallel.experts and parallel.replicate together are not supported; use shard with experts")
 
 
-def mixtures(model: Transformer) -> list[MoE]:
+def mixtures(model: Transformer) -> list[MoE | AdaptedMoE]:
     """The mixture of every layer; empty for a dense model."""
     return [layer.moe for layer in model.layers if isinstance(layer, Block) and layer.moe is not None]
 

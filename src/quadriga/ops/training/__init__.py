@@ -1,6 +1,7 @@
-"""What training needs beside the ops of inference: three functions with hand-written gradients.
+"""What training needs beside the ops of inference: four functions with hand-written gradients.
 
     experts                 the mixture's feed-forward, dropless, one expert at a time inside the processor's cache
+    adapted_experts         the same over frozen weights, each expert with low-rank factors of its own
     document_attention      causal attention within packed documents, block by block, nothing of it kept for backward
     linear_cross_entropy    head and loss together; logits exist for a few hundred tokens at a time
 
@@ -9,8 +10,9 @@ float dtype; tests hold values and gradients to naive loops in float64. They are
 ``ops.experts`` (a grouped product that asks the host for nothing) and torch's fused attention take their places.
 """
 
+from quadriga.ops.training.adapted_experts import AdaptedPart, adapted_experts
 from quadriga.ops.training.document_attention import document_attention
 from quadriga.ops.training.expert_layer import experts
 from quadriga.ops.training.token_loss import linear_cross_entropy, token_losses
 
-__all__ = ["document_attention", "experts", "linear_cross_entropy", "token_losses"]
+__all__ = ["AdaptedPart", "adapted_experts", "document_attention", "experts", "linear_cross_entropy", "token_losses"]

@@ -113,7 +113,7 @@ class _Experts(torch.autograd.Function):
             d_weights[a:b] = torch.linalg.vecdot(dh, plain)[:, None]
             dh.mul_(c)
             du = act.mul_(dh)
-            dg = _activation_gradient(dh.mul_(u), g, ctx.activation)
+            dg = activation_gradient(dh.mul_(u), g, ctx.activation)
             torch.mm(dg, w_gate[e], out=dx[a:b])
             dx[a:b].addmm_(du, w_up[e])
             if train_weights:
@@ -128,7 +128,8 @@ class _Experts(torch.autograd.Function):
         return plan.sum_slots(dx), None, d_combine, d_gate_w, d_up_w, d_down_w, None
 
 
-def _activation_gradient(d_out: Tensor, x: Tensor, activation: str) -> Tensor:
+def activation_gradient(d_out: Tensor, x: Tensor, activation: str) -> Tensor:
+    """The gradient of ``activate(x, activation)`` by x, times d_out."""
     aten = torch.ops.aten
     match activation:
         case "silu":

@@ -1,0 +1,159 @@
+"""How much arithmetic a dense model needs for a mixture's loss, from finished runs; prints a table, draws a picture.
+
+    python bench/equal_loss.py --mixture runs/nano-s1 runs/nano-s2 --dense runs/dense-s1 runs/dense-2x-s1 ... \\
+        --svg docs/images/equal-loss.svg --csv bench/results/equal-loss.csv
+
+Loss: held out, nats a token, mean of the corpus's domains, at a run's end (after its decay). Arithmetic: what its steps
+report, 3 x (2 x active parameters + attention) a token. Dense runs of one size are averaged over seeds; between sizes
+the loss is a straight line in the logarithm of the arithmetic. A mixture whose loss lies outside the dense runs gets a
+bound, never an extrapolation. The ratio is that line's arithmetic at the mixture's loss over the mixture's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from quadriga.train import metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its curve of (floating-point operations so far, held-out loss)."""
+
+    name: str
+    size: str
+    curve: tuple[tuple[float, float], ...]
+    domains: dict[str, float]
+    tokens: int
+    hours: float
+
+    @property
+    def flops(self) -> float:
+        """Of the whole run."""
+        return self.curve[-1][0]
+
+    @property
+    def loss(self) -> float:
+        """At the end."""
+        return self.curve[-1][1]
+
+
+def load(path: Path) -> Run:
+    """Read a run's folder; its size is the name without a last ``-sN``."""
+    total, seconds, tokens, curve, domains = 0.0, 0.0, 0, [], {}
+    for line in metrics.read(path / metrics.FILE):
+        if "flops" in line:
+            total, seconds, tokens = total + line["flops"], seconds + line["seconds"], line["tokens"]
+        if "held_out" in line:
+            domains = {name: found["loss"] for name, found in line["held_out"].items()}
+            curve.append((total, statistics.fmean(domains.values())))
+    if not curve or curve[-1][0] < total:
+        raise SystemExit(f"{path}: the last step has no held-out loss, so the run is not at its end")
+    size, _, seed = path.name.rpartition("-s")
+    return Run(path.name, size if seed.isdigit() else path.name, tuple(curve), domains, tokens, seconds / 3600)
+
+
+def flops_for(loss: float, dense: list[tuple[float, float]]) -> tuple[float, str]:
+    """(arithmetic at which dense models have this loss, "", ">" or "<" when it is only a bound)."""
+    dense = sorted(dense)
+    for (f0, l0), (f1, l1) in itertools.pairwise(dense):
+        if l1 <= loss <= l0:
+            share = (l0 - loss) / (l0 - l1) if l0 > l1 else 0.0
+            return math.exp(math.log(f0) + share * (math.log(f1) - math.log(f0))), ""
+    return (dense[-1][0], ">") if loss < dense[-1][1] else (dense[0][0], "<")
+
+
+def draw(mixtures: list[Run], dense: list[Run], line: list[tuple[float, float]], path: Path) -> None:
+    """Curves of all runs, and ends with the dense line through them."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "quadriga"
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    sizes = list(dict.fromkeys(run.size for run in dense))
+    colours = dict(zip(sizes, ("#b5b8bd", "#8a8f98", "#5d626b", "#33363b"), strict=False))
+    for run in (*dense, *mixtures):
+        colour = colours.get(run.size, "#1b6ca8")
+        points = [(x, y) for x, y in run.curve if x > 0]
+        left.plot(*zip(*points, strict=True), color=colour, lw=1.4, label=run.size)
+        right.plot(run.flops, run.loss, "o", color=colour, ms=5)
+    right.plot(*zip(*sorted(line), strict=True), color="#33363b", lw=1)
+    for axis, title in ((left, "during the runs"), (right, "at their end, and the line through the dense")):
+        axis.set_xscale("log")
+        axis.set_xlabel("floating-point operations")
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    left.set_ylabel("held-out loss, nats a token")
+    handles, labels = left.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    left.legend(unique.values(), unique, frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Parse, read, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixture", type=Path, nargs="+", required=True)
+    parser.add_argument("--dense", type=Path, nargs="+", required=True)
+    parser.add_argument("--svg", type=Path)
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    mixtures, dense = [load(path) for path in args.mixture], [load(path) for path in args.dense]
+    by_size: defaultdict[str, list[Run]] = defaultdict(list)
+    for run in dense:
+        by_size[run.size].append(run)
+    line = [
+        (statistics.fmean(r.flops for r in runs), statistics.fmean(r.loss for r in runs)) for runs in by_size.values()
+    ]
+    rows = []
+    for run in (*mixtures, *dense):
+        ratio, bound = math.nan, ""
+        if run in mixtures:
+            needed, bound = flops_for(run.loss, line)
+            ratio = needed / run.flops
+        rows.append((run, ratio, bound))
+        text = "" if math.isnan(ratio) else f", a dense model needs {bound}{ratio:.2f} times the arithmetic"
+        domains = " · ".join(f"{name} {loss:.3f}" for name, loss in sorted(run.domains.items()))
+        print(
+            f"{run.name}: {run.tokens:,} tokens, {run.flops:.3e} operations, {run.hours:.2f} h, loss {run.loss:.4f} "
+            f"({domains}){text}"
+        )
+    ratios = [ratio for _, ratio, _ in rows if not math.isnan(ratio)]
+    spread = f" (seeds {min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+    print(f"FLOPs to equal loss, dense over mixture: {statistics.fmean(ratios):.2f}{spread}")
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("run", "tokens", "flops", "hours", "loss", "domains", "dense_over_it", "bound"))
+            for run, ratio, bound in rows:
+                shown = "" if math.isnan(ratio) else f"{ratio:.3f}"
+                domains = json.dumps(run.domains, sort_keys=True)
+                writer.writerow(
+                    (
+                        run.name,
+                        run.tokens,
+                        f"{run.flops:.4e}",
+                        f"{run.hours:.3f}",
+                        f"{run.loss:.5f}",
+                        domains,
+                        shown,
+                        bound,
+                    )
+                )
+    if args.svg:
+        draw(mixtures, dense, line, args.svg)
+
+
+if __name__ == "__main__":
+    main()
