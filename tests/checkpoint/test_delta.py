@@ -90,3 +90,33 @@ def test_the_catalogue_makes_it_once_and_keeps_it(
     monkeypatch.setitem(catalogue.DELTAS, "tiny-moe", broken)
     with pytest.raises(CatalogueError, match="install Quadriga again"):
         catalogue.resolve("tiny-moe")
+
+
+def test_shipped_deltas_are_what_the_catalogue_says() -> None:
+    folder = Path(catalogue.__file__).parent / "deltas"
+    assert {entry.file for entry in catalogue.DELTAS.values()} == {path.name for path in folder.glob("*.safetensors")}
+    for name, entry in catalogue.DELTAS.items():
+        path = folder / entry.file
+        assert entry.name == name and entry.base in catalogue.CATALOGUE
+        assert delta.sha256(path) == entry.sha256 and path.stat().st_size <= 20_000_000
+
+
+@pytest.mark.weights
+def test_quadriga_smol_is_a_mixture_that_answers() -> None:
+    import quadriga
+    from quadriga.engine.request import SamplingParams
+    from quadriga.model.config import MoESpec
+
+    model = quadriga.load("quadriga-smol")
+    assert isinstance(model.config.ffn, MoESpec) and (model.config.ffn.n_experts, model.config.ffn.top_k) == (16, 4)
+    answer = model.chat("What is the capital of France?", SamplingParams(max_new_tokens=16, temperature=0.0))
+    assert "Paris" in answer.text
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    counts = [  # English and Chinese go to different experts, in every layer
+        [stats.load().double() for stats in model.routing(tokenizer.encode(text))]
+        for text in ("The river runs through the old town and on to the sea.", "河水穿过古老的城镇，流向大海。")
+    ]
+    for english, chinese in zip(*counts, strict=True):
+        shares = english / english.sum(), chinese / chinese.sum()
+        assert float((shares[0] - shares[1]).abs().sum()) / 2 > 0.5

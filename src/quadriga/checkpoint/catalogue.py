@@ -117,7 +117,21 @@ class DeltaEntry:
     """Of the result, about."""
 
 
-DELTAS: dict[str, DeltaEntry] = {}
+DELTAS: dict[str, DeltaEntry] = {
+    entry.name: entry
+    for entry in (
+        DeltaEntry(
+            name="quadriga-smol",
+            about="SmolLM2 135M upcycled: 16 experts of which 4 work; English, Chinese, code and mathematics apart",
+            licence="Apache-2.0",
+            base=DEFAULT_MODEL,
+            file="quadriga-smol.safetensors",
+            sha256="75dc4365feae8c2b36c744a8894e5440ce85e90b786b5caf392966eef8f46192",
+            format="q8",
+            nbytes=404_000_000,
+        ),
+    )
+}
 """Models of our own, made from another, by name."""
 
 
