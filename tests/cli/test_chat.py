@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -282,6 +285,11 @@ def test_questions_by_argument_pipe_and_json(smollm2: Path) -> None:
 @pytest.mark.weights
 def test_a_conversation_on_a_terminal(smollm2: Path, tmp_path: Path) -> None:
     """A real terminal: a question, Ctrl-C during a long answer, a command, Ctrl-D."""
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests in the background of a shell inherit that it is ignored
+
     terminal, side = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "QUADRIGA_CACHE": str(tmp_path)}
     process = subprocess.Popen(
@@ -291,7 +299,7 @@ def test_a_conversation_on_a_terminal(smollm2: Path, tmp_path: Path) -> None:
         stderr=side,
         env=environment,
         start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )
     os.close(side)
     seen = ""
