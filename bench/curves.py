@@ -21,7 +21,7 @@ COLOURS = ("#1b6ca8", "#d98e04", "#5b8c5a", "#8a4b7d")
 
 
 def held_out(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Domain -> (step, loss), and their mean where there are several."""
+    """Domain -> (step, loss) of each evaluation."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in metrics.read(folder / metrics.FILE):
         losses = {name: value["loss"] for name, value in line.get("held_out", {}).items()}

@@ -1,7 +1,8 @@
 """Low-rank adapters on a Transformer: attach, train, and fold in; on experts as well, each with factors of its own.
 
     y = W x + s B A x             W frozen (or 4- and 8-bit blocks, unpacked when needed: QLoRA), A and B trained
-    experts: the same for every expert's w_gate, w_up and w_down, over tokens sorted by expert, as grouped products
+    experts: the same for every expert's w_gate, w_up and w_down, over tokens sorted by expert: grouped products, or, in
+             training on a processor, one expert at a time (ops.training.adapted_experts)
 
 Never W + B A: that costs a product as large as a full fine-tuning's for every weight, and is why peft is slow on
 experts (its ``target_parameters`` materialises the sum). What is trained of an expert that got no token has a gradient

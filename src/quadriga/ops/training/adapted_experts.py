@@ -104,7 +104,7 @@ class _AdaptedExperts(torch.autograd.Function):
         first = parts["w_gate"].frozen
         n_experts, d_ff = len(first), first[0].rows if isinstance(first[0], Packed) else first[0].shape[0]
         plan = Plan(routing_ids, n_experts)
-        weights = combine.to(x.dtype).reshape(-1)[plan.slots][:, None]  # (N k, 1)
+        weights = plan.sort(combine, x.dtype)
         n_rows = len(plan.tokens)
         narrow = [None if a is None else x.new_empty(n_rows, a.shape[1]) for a in factors[::2]]
         gate_part, up_part, down_part = (_Pass(parts[name], rows) for name, rows in zip(PARTS, narrow, strict=True))
@@ -151,8 +151,6 @@ class _AdaptedExperts(torch.autograd.Function):
             d_rows = None if dx is None else dx[span]
             gate_part.backward(e, span, rows, dg, d_rows, add=False)
             up_part.backward(e, span, rows, du, d_rows, add=True)
-        d_combine = torch.empty_like(d_weights[:, 0])
-        d_combine[plan.slots] = d_weights[:, 0]
-        d_combine = d_combine.view(plan.home.shape).to(ctx.combine_dtype)
+        d_combine = plan.unsort(d_weights, ctx.combine_dtype)
         gradients = [gradient for part in (gate_part, up_part, down_part) for gradient in (part.d_a, part.d_b)]
         return None if dx is None else plan.sum_slots(dx), None, d_combine, *gradients, None, None

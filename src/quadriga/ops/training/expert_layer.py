@@ -60,6 +60,16 @@ class Plan:
             start += size
         return found
 
+    def sort(self, combine: Tensor, dtype: torch.dtype) -> Tensor:
+        """(N, k) a number a slot -> (N k, 1) in sorted order."""
+        return combine.to(dtype).reshape(-1)[self.slots][:, None]
+
+    def unsort(self, sorted_values: Tensor, dtype: torch.dtype) -> Tensor:
+        """The way back: (N k, 1) in sorted order -> (N, k)."""
+        values = torch.empty_like(sorted_values[:, 0])
+        values[self.slots] = sorted_values[:, 0]
+        return values.view(self.home.shape).to(dtype)
+
     def sum_slots(self, rows: Tensor) -> Tensor:
         """(N k, D) in sorted order -> (N, D): each token's k rows added up, in the order of its slots."""
         if rows.dtype in (torch.float32, torch.float64):
@@ -80,7 +90,7 @@ class _Experts(torch.autograd.Function):
         activation: str,
     ) -> Tensor:
         plan = Plan(routing_ids, w_gate.shape[0])
-        weights = combine.to(x.dtype).reshape(-1)[plan.slots][:, None]  # (N k, 1)
+        weights = plan.sort(combine, x.dtype)
         shape = (len(plan.tokens), w_gate.shape[1])
         gate, up = x.new_empty(shape), x.new_empty(shape)
         y = x.new_empty(shape[0], x.shape[1])
@@ -122,9 +132,7 @@ class _Experts(torch.autograd.Function):
                 torch.mm(d_rows.t(), plain.mul_(c), out=d_down_w[e])
                 torch.mm(dg.t(), rows, out=d_gate_w[e])
                 torch.mm(du.t(), rows, out=d_up_w[e])
-        d_combine = torch.empty_like(d_weights[:, 0])
-        d_combine[plan.slots] = d_weights[:, 0]
-        d_combine = d_combine.view(plan.home.shape).to(ctx.combine_dtype)
+        d_combine = plan.unsort(d_weights, ctx.combine_dtype)
         return plan.sum_slots(dx), None, d_combine, d_gate_w, d_up_w, d_down_w, None
 
 
