@@ -325,7 +325,7 @@ def test_conversations_are_searched_renamed_deleted_and_brought_back(visit: Open
     tab.page.keyboard.press("Alt+KeyN")
     tab.send("Brown")
     tab.page.keyboard.press("Control+KeyK")
-    tab.page.wait_for_function("document.activeElement.id === 'search'")
+    tab.until("document.activeElement.id === 'search'")
     tab.page.keyboard.type("VERDI")
     assert tab.texts(".row .title") == ["Green"] and tab.texts(".row mark") == ["verdi"]
     tab.page.fill("#search", "")
