@@ -68,9 +68,10 @@ ROUTINGS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
-def test_experts_are_the_naive_loop(name: str, activation: str) -> None:
+def test_experts_are_the_naive_loop(name: str, activation: str, dtype: torch.dtype) -> None:
     ids = ROUTINGS[name]
     n, k = ids.shape
     inputs = [
@@ -84,7 +85,8 @@ def test_experts_are_the_naive_loop(name: str, activation: str) -> None:
     def ours(x: Tensor, combine: Tensor, *weights: Tensor) -> Tensor:
         return training.experts(x, ids, combine, *weights, activation)
 
-    _same_gradients(ours, _naive_experts(ids, activation), inputs)
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    _same_gradients(ours, _naive_experts(ids, activation), [x.to(dtype) for x in inputs], tolerance)
 
 
 def test_experts_without_tokens_get_a_gradient_of_zero() -> None:
@@ -137,7 +139,7 @@ def _naive_attention(
                 scores = soft_cap * torch.tanh(scores / soft_cap)
             position = torch.arange(b - a)
             if slopes is not None:
-                scores = scores + slopes.double()[:, None, None] * (position[None] - position[:, None])
+                scores = scores + slopes.to(q.dtype)[:, None, None] * (position[None] - position[:, None])
             scores = scores.masked_fill(position[None] > position[:, None], float("-inf"))
             documents.append(torch.einsum("hts,shd->thd", scores.softmax(-1), v[a:b].repeat_interleave(group, 1)))
         return torch.cat(documents)
@@ -145,17 +147,19 @@ def _naive_attention(
     return run
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
 @pytest.mark.parametrize("alibi", [False, True])
-def test_document_attention_is_the_naive_statement(soft_cap: float | None, alibi: bool) -> None:
+def test_document_attention_is_the_naive_statement(soft_cap: float | None, alibi: bool, dtype: torch.dtype) -> None:
     n, h, kv, d = BOUNDS[-1], 6, 2, 8
     slopes = torch.linspace(0.1, 0.7, h) if alibi else None
-    inputs = [_normal(n, h, d, seed=1), _normal(n, kv, d, seed=2), _normal(n, kv, d, seed=3)]
+    inputs = [_normal(n, heads, d, seed=i).to(dtype) for i, heads in ((1, h), (2, kv), (3, kv))]
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return training.document_attention(q, k, v, BOUNDS, scale=0.4, soft_cap=soft_cap, alibi_slopes=slopes)
 
-    _same_gradients(ours, _naive_attention(0.4, soft_cap, slopes, BOUNDS), inputs)
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    _same_gradients(ours, _naive_attention(0.4, soft_cap, slopes, BOUNDS), inputs, tolerance)
 
 
 def test_document_attention_in_bfloat16_is_close() -> None:
@@ -174,9 +178,12 @@ def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training.token_loss, "_LOGITS_BYTES", 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("logit_scale", [1.0, 0.6])
-def test_linear_cross_entropy_is_torchs(tiny_chunks: None, weighted: bool, logit_scale: float) -> None:
+def test_linear_cross_entropy_is_torchs(
+    tiny_chunks: None, weighted: bool, logit_scale: float, dtype: torch.dtype
+) -> None:
     n, d, v = 101, 12, 37
     targets = torch.randint(v, (n,), generator=torch.Generator().manual_seed(0))
     targets[::7] = -100
@@ -193,7 +200,8 @@ def test_linear_cross_entropy_is_torchs(tiny_chunks: None, weighted: bool, logit
         torch.testing.assert_close(each[0], losses.detach())
         return (losses if weights is None else losses * weights).sum()
 
-    _same_gradients(ours, naive, [_normal(n, d, seed=1), _normal(v, d, seed=2)])
+    inputs = [_normal(n, d, seed=1).to(dtype), _normal(v, d, seed=2).to(dtype)]
+    _same_gradients(ours, naive, inputs, 1e-10 if dtype == torch.float64 else 2e-5)
 
 
 def test_token_losses_are_torchs(tiny_chunks: None) -> None:

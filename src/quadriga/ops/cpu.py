@@ -24,7 +24,7 @@ AGGREGATES = {"weighted_sum": 0, "vote": 1, "fuse": 2}
 SOURCES = {"float32": 0, "bfloat16": 1, "float16": 2, "q8_0": 3, "q4_0": 4, "q4_1": 5}
 EMBED, QKV, ATTEND, ATTENTION_OUT, FFN, HEAD = range(6)
 
-_ABI = 1
+_ABI = 2
 _ERRORS = {1: "an unknown op", 2: "out of memory"}
 
 
@@ -130,6 +130,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "qd_linear": (None, [_p, c.POINTER(Matrix), _p, _i64, _p]),
     "qd_norm_rows": (None, [_p, c.POINTER(Norm), _p, _i64, _i64, _p]),
     "qd_row_stats": (None, [_p, _p, _i64, _i64, _p, _p]),
+    "qd_gather_rows": (None, [_p, _p, _i64, _p, _i64, _p]),
+    "qd_sum_rows": (None, [_p, _i32, _p, _p, _i64, _i64, _i64, _p]),
+    "qd_hidden": (None, [_p, _i32, _i32, _p, _p, _p, _i64, _i64, _p]),
+    "qd_hidden_back": (None, [_p, _i32, _i32, _p, _p, _p, _i64, _i64, _p, _p, _p, _p]),
+    "qd_attention_softmax": (_i32, [_p, _i32, _p, _p, _i64, _i64, _i64, _i64, _i64, _p]),
+    "qd_attention_softmax_back": (None, [_p, _i32, _p, _p, _p, _i64, _i64, _i64, _i64, _i64]),
+    "qd_cross_entropy": (_i32, [_p, _i32, _p, _p, _i64, _i64, c.c_float, _i32, _p]),
     "qd_read_bandwidth": (c.c_double, [_p, _p, _i64, _i32]),
     "qd_peak": (c.c_double, [_p, _i32, _i64]),
     "qd_store_create": (_p, [_i32, _i32, _i32, _p, _p, _p, _i64, _i32]),

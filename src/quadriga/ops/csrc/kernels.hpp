@@ -56,6 +56,16 @@ struct Kernels {
   int64_t (*pack)(int source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols, int64_t tile, int format,
                   uint8_t* out, const float* importance);
   void (*unpack_row)(int format, const uint8_t* packed, int64_t cols, int64_t row, float* out);
+  // Training (training.inl); dtype QD_F32 or QD_BF16, one row a call.
+  void (*hidden)(int dtype, int activation, const void* gate, const void* up, float weight, int64_t f, void* hidden);
+  float (*hidden_back)(int dtype, int activation, const void* gate, const void* up, float weight, int64_t f, void* dh,
+                       void* hidden, void* du);
+  void (*sum_rows)(int dtype, const void* rows, const int64_t* home, int64_t k, int64_t d, void* out);
+  void (*masked_softmax)(int dtype, void* row, int64_t low, int64_t high, int64_t keys, float slope, float first_bias,
+                         float* work);
+  void (*softmax_back)(int dtype, const void* p, int64_t low, int64_t high, int64_t keys, void* dp);
+  float (*cross_entropy)(int dtype, void* logits, int64_t target, int64_t v, float scale, bool gradient, float* work);
+
   double (*peak)(int format, int64_t iterations);
   uint64_t (*read)(const uint8_t* data, int64_t bytes);
 };

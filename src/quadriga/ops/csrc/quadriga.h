@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define QD_ABI 1
+#define QD_ABI 2
 #define QD_BLOCK_TOKENS 16 /* tokens of one KV block */
 #define QD_KV_CHUNK 256    /* keys whose softmax is taken together, counted from position 0: fixed, so that a result
                               does not depend on batch or threads */
@@ -124,6 +124,29 @@ void qd_linear(qd_context*, const qd_matrix*, const float* x, int64_t n, float* 
 void qd_norm_rows(qd_context*, const qd_norm*, const float* x, int64_t n, int64_t d, float* out);
 /* Of every row of logits (r, v): the first largest index, and log(sum(exp)). */
 void qd_row_stats(qd_context*, const float* logits, int64_t r, int64_t v, int32_t* best, float* log_sum);
+
+/* What lies between the matrix products of a training step. dtype: QD_F32 or QD_BF16, of every void pointer's numbers.
+ * Slots are sorted by expert; home (N, k) is where token n's slot j lies among the sorted rows. Those that return a
+ * number: 0, or 2 (out of memory). */
+void qd_gather_rows(qd_context*, const uint8_t* x, int64_t row_bytes, const int64_t* index, int64_t n, uint8_t* out);
+void qd_sum_rows(qd_context*, int32_t dtype, const uint8_t* rows, const int64_t* home, int64_t n, int64_t k, int64_t d,
+                 uint8_t* out); /* out[i] = sum of rows[home[i, j]] over j, (n, d) */
+/* hidden = activation(gate) * up * weights[row], (n, f) */
+void qd_hidden(qd_context*, int32_t dtype, int32_t activation, const uint8_t* gate, const uint8_t* up, const float* weights,
+               int64_t n, int64_t f, uint8_t* hidden);
+/* dh, the gradient of hidden, becomes the gate's; hidden and the gradients of up and weights are written. */
+void qd_hidden_back(qd_context*, int32_t dtype, int32_t activation, const uint8_t* gate, const uint8_t* up,
+                    const float* weights, int64_t n, int64_t f, uint8_t* dh, uint8_t* hidden, uint8_t* du, float* d_weights);
+/* Softmax in place of scores (K, Q, G, keys) over keys [lows[q], offset + q]; the others become 0.
+ * slopes (K G,): ALiBi, key - query times it is added; or NULL. */
+int32_t qd_attention_softmax(qd_context*, int32_t dtype, uint8_t* scores, const int64_t* lows, int64_t offset,
+                             int64_t n_kv_heads, int64_t n_queries, int64_t group, int64_t keys, const float* slopes);
+/* The gradient of the probabilities p becomes that of the scores, in place. */
+void qd_attention_softmax_back(qd_context*, int32_t dtype, const uint8_t* p, uint8_t* dp, const int64_t* lows, int64_t offset,
+                               int64_t n_kv_heads, int64_t n_queries, int64_t group, int64_t keys);
+/* Of every row of logits (n, v): logsumexp(scale z) - scale z[target]. gradient: logits become softmax - onehot. */
+int32_t qd_cross_entropy(qd_context*, int32_t dtype, uint8_t* logits, const int64_t* targets, int64_t n, int64_t v,
+                         float logit_scale, int32_t gradient, float* losses);
 
 /* Bytes a second that all threads read together from `bytes` of memory, for the roofline. */
 double qd_read_bandwidth(qd_context*, const uint8_t* data, int64_t bytes, int32_t repeats);

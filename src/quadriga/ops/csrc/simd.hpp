@@ -127,6 +127,7 @@ QD_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T
 QD_INLINE vf load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
+QD_INLINE void store_bf16(uint16_t* p, vf a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
 // x[i] lane j becomes x[j] lane i
 QD_INLINE void transpose(vf* x) {
   __m512 a[16], b[16];
@@ -367,6 +368,11 @@ QD_INLINE vi end_nibbles(vn acc, vi) { return acc; }
 #endif
 
 #if !QD_AVX512
+QD_INLINE void store_bf16(uint16_t* p, vf a) {
+  float x[16];
+  store(x, a);
+  for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(x[i]);
+}
 QD_INLINE vf load_bf16(const uint16_t* p) {
   float x[16];
   for (int i = 0; i < 16; ++i) x[i] = bf16_to_float(p[i]);

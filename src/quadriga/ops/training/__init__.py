@@ -5,9 +5,10 @@
     document_attention      causal attention within packed documents, block by block, nothing of it kept for backward
     linear_cross_entropy    head and loss together; logits exist for a few hundred tokens at a time
 
-Each computes what the plain statement in ``ops.reference`` (or torch's own function) computes, to rounding, in any
-float dtype; tests hold values and gradients to naive loops in float64. They are written for processors. On a GPU
-``ops.experts`` (a grouped product that asks the host for nothing) and torch's fused attention take their places.
+What lies between their matrix products is C++ (``between``). Each computes what the plain statement in
+``ops.reference`` (or torch's own function) computes, to rounding, in any float dtype; tests hold values and gradients
+to naive loops in float64. They are written for processors. On a GPU ``ops.experts`` (a grouped product that asks the
+host for nothing) and torch's fused attention take their places.
 """
 
 from quadriga.ops.training.adapted_experts import AdaptedPart, adapted_experts

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quadriga.ops.packing import Packed
-from quadriga.ops.reference import activate
-from quadriga.ops.training.expert_layer import Plan, activation_gradient
+from quadriga.ops.training import between
+from quadriga.ops.training.expert_layer import Plan
 
 PARTS = ("w_gate", "w_up", "w_down")
 
@@ -104,22 +104,22 @@ class _AdaptedExperts(torch.autograd.Function):
         first = parts["w_gate"].frozen
         n_experts, d_ff = len(first), first[0].rows if isinstance(first[0], Packed) else first[0].shape[0]
         plan = Plan(routing_ids, n_experts)
-        weights = plan.sort(combine, x.dtype)
-        n_rows = len(plan.tokens)
+        x, weights = x.contiguous(), plan.sort(combine, between.wide(x.dtype))
+        n_rows, d = len(plan.tokens), x.shape[1]
         narrow = [None if a is None else x.new_empty(n_rows, a.shape[1]) for a in factors[::2]]
         gate_part, up_part, down_part = (_Pass(parts[name], rows) for name, rows in zip(PARTS, narrow, strict=True))
-        gate, up = x.new_empty(n_rows, d_ff), x.new_empty(n_rows, d_ff)
-        y = x.new_empty(n_rows, x.shape[1])
+        gate, up, y = x.new_empty(n_rows, d_ff), x.new_empty(n_rows, d_ff), x.new_empty(n_rows, d)
+        work_rows, work_hidden = x.new_empty(plan.most, d), x.new_empty(plan.most, d_ff)
         for e, start, end in plan.ranges():
             span = slice(start, end)
-            rows = x[plan.tokens[span]]
+            rows = between.gather_rows(x, plan.tokens[span], work_rows[: end - start])
             g = gate_part.forward(e, span, rows, gate[span])
             u = up_part.forward(e, span, rows, up[span])
-            hidden = activate(g, activation).mul_(u).mul_(weights[span])
+            hidden = between.hidden_rows(g, u, weights[span], activation, work_hidden[: end - start])
             down_part.forward(e, span, hidden, y[span])
         ctx.save_for_backward(x, weights, gate, up, *narrow, *factors)
         ctx.plan, ctx.parts, ctx.activation, ctx.combine_dtype = plan, parts, activation, combine.dtype
-        return plan.sum_slots(y)
+        return between.sum_rows(y, plan.home)
 
     @staticmethod
     @once_differentiable
@@ -131,26 +131,25 @@ class _AdaptedExperts(torch.autograd.Function):
             _Pass(replace(ctx.parts[name], a=a, b=b), rows, gradients=True)
             for name, (a, b), rows in zip(PARTS, a_and_b, narrow, strict=True)
         )
-        d_weights = torch.empty_like(weights)
-        dx = x.new_empty(len(plan.tokens), x.shape[1]) if ctx.needs_input_grad[0] else None
+        d_out, d_weights = d_out.contiguous(), torch.empty_like(weights)
+        d, d_ff = x.shape[1], gate.shape[1]
+        dx = x.new_empty(len(plan.tokens), d) if ctx.needs_input_grad[0] else None
+        work_rows = x.new_empty(plan.most, d)
+        work_dh, work_hidden, work_du = x.new_empty(3, plan.most, d_ff).unbind()
         for e, start, end in plan.ranges():
-            span = slice(start, end)
-            taken = plan.tokens[span]
-            g, u, c = gate[span], up[span], weights[span]
-            act = activate(g, ctx.activation)
-            plain = act * u  # the hidden row before its combine weight
-            dh = torch.empty_like(plain)
-            down_part.backward(
-                e, span, plain * c if down_part.narrow is not None else None, d_out[taken], dh, add=False
-            )
-            d_weights[span] = torch.linalg.vecdot(dh, plain)[:, None]
-            dh.mul_(c)
-            du = act.mul_(dh)
-            dg = activation_gradient(dh.mul_(u), g, ctx.activation)
-            rows = x[taken] if gate_part.d_a is not None or up_part.d_a is not None else None
+            span, n = slice(start, end), end - start
+            taken, g, u, c = plan.tokens[span], gate[span], up[span], weights[span]
+            dh, hidden, du = work_dh[:n], work_hidden[:n], work_du[:n]
+            if down_part.narrow is not None:
+                between.hidden_rows(g, u, c, ctx.activation, hidden)
+            down_part.backward(e, span, hidden, between.gather_rows(d_out, taken, work_rows[:n]), dh, add=False)
+            dg = between.hidden_rows_backward(g, u, c, ctx.activation, dh, hidden, du, d_weights[span])
+            rows = None
+            if gate_part.d_a is not None or up_part.d_a is not None:
+                rows = between.gather_rows(x, taken, work_rows[:n])
             d_rows = None if dx is None else dx[span]
             gate_part.backward(e, span, rows, dg, d_rows, add=False)
             up_part.backward(e, span, rows, du, d_rows, add=True)
         d_combine = plan.unsort(d_weights, ctx.combine_dtype)
         gradients = [gradient for part in (gate_part, up_part, down_part) for gradient in (part.d_a, part.d_b)]
-        return None if dx is None else plan.sum_slots(dx), None, d_combine, *gradients, None, None
+        return None if dx is None else between.sum_rows(dx, plan.home), None, d_combine, *gradients, None, None

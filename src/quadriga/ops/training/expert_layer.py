@@ -11,14 +11,15 @@ Experts without tokens cost nothing and get a gradient of zero.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quadriga.ops.reference import activate
+from quadriga.ops.training import between
 
 
 def experts(
@@ -36,45 +37,56 @@ def experts(
 
 
 class Plan:
-    """Which rows go to which expert: slots sorted by expert, and the way back."""
+    """Which rows go to which expert: slots sorted by expert, and the way back.
+
+    Every expert's rows are filled up to one of 16 counts an octave: oneDNN compiles a product's code for each count of
+    rows it has not seen, which took as long as the product itself. A row that fills up is token 0 with weight 0.
+    """
 
     def __init__(self, routing_ids: Tensor, n_experts: int) -> None:
         n_tokens, top_k = routing_ids.shape
-        flat = routing_ids.reshape(-1)
+        flat, device = routing_ids.reshape(-1), routing_ids.device
         # One byte a key: the sort is a radix pass over 1 byte instead of 8.
         keys = flat.to(torch.uint8) if n_experts <= 256 else flat
         order = keys.argsort(stable=True)  # (N k,) slots, all of expert 0 first
-        self.slots = order
-        self.tokens = order // top_k
-        self.home = torch.empty_like(order)
-        self.home[order] = torch.arange(len(order), device=order.device)
-        self.home = self.home.view(n_tokens, top_k)  # where token n's slot j lies in the sorted order
         self.sizes: list[int] = torch.bincount(flat, minlength=n_experts).tolist()
+        filled = [filled_up(size) for size in self.sizes]
+        self.starts = [0, *itertools.accumulate(filled)]
+        self.most = max(filled)
+        fill = torch.tensor([f - s for f, s in zip(filled, self.sizes, strict=True)], device=device)
+        before = fill.cumsum(0) - fill  # rows that fill up, before each expert's first
+        rows = torch.arange(len(order), device=device) + before[flat[order]]
+        self.tokens = torch.zeros(self.starts[-1], dtype=order.dtype, device=device)
+        self.tokens[rows] = order // top_k
+        self.home = torch.empty_like(order)
+        self.home[order] = rows
+        self.home = self.home.view(n_tokens, top_k)  # where token n's slot j lies in the sorted order
 
-    def ranges(self) -> list[tuple[int, int, int]]:
+    def ranges(self) -> Iterator[tuple[int, int, int]]:
         """(expert, first row, last row) of every expert that has rows."""
-        found, start = [], 0
         for expert, size in enumerate(self.sizes):
             if size:
-                found.append((expert, start, start + size))
-            start += size
-        return found
+                yield expert, self.starts[expert], self.starts[expert + 1]
+
+    def idle(self) -> list[int]:
+        """Experts that have no rows."""
+        return [expert for expert, size in enumerate(self.sizes) if not size]
 
     def sort(self, combine: Tensor, dtype: torch.dtype) -> Tensor:
-        """(N, k) a number a slot -> (N k, 1) in sorted order."""
-        return combine.to(dtype).reshape(-1)[self.slots][:, None]
+        """(N, k) a number a slot -> (rows, 1) in sorted order, 0 where a row only fills up."""
+        values = torch.zeros(len(self.tokens), 1, dtype=dtype, device=combine.device)
+        values[self.home.view(-1), 0] = combine.to(dtype).reshape(-1)
+        return values
 
     def unsort(self, sorted_values: Tensor, dtype: torch.dtype) -> Tensor:
-        """The way back: (N k, 1) in sorted order -> (N, k)."""
-        values = torch.empty_like(sorted_values[:, 0])
-        values[self.slots] = sorted_values[:, 0]
-        return values.view(self.home.shape).to(dtype)
+        """The way back: (rows, 1) in sorted order -> (N, k)."""
+        return sorted_values[:, 0][self.home].to(dtype)
 
-    def sum_slots(self, rows: Tensor) -> Tensor:
-        """(N k, D) in sorted order -> (N, D): each token's k rows added up, in the order of its slots."""
-        if rows.dtype in (torch.float32, torch.float64):
-            return F.embedding_bag(self.home, rows, mode="sum")  # gathers and adds in one pass
-        return rows[self.home].sum(1)
+
+def filled_up(rows: int) -> int:
+    """The next count of rows that is worth compiling for: a multiple of 8, at most a sixteenth more from 128 on."""
+    step = max(8, 1 << rows.bit_length() >> 5)
+    return -(-rows // step) * step
 
 
 class _Experts(torch.autograd.Function):
@@ -90,19 +102,19 @@ class _Experts(torch.autograd.Function):
         activation: str,
     ) -> Tensor:
         plan = Plan(routing_ids, w_gate.shape[0])
-        weights = plan.sort(combine, x.dtype)
-        shape = (len(plan.tokens), w_gate.shape[1])
-        gate, up = x.new_empty(shape), x.new_empty(shape)
-        y = x.new_empty(shape[0], x.shape[1])
+        x, weights = x.contiguous(), plan.sort(combine, between.wide(x.dtype))
+        (n_rows, d), d_ff = (len(plan.tokens), x.shape[1]), w_gate.shape[1]
+        gate, up, y = x.new_empty(n_rows, d_ff), x.new_empty(n_rows, d_ff), x.new_empty(n_rows, d)
+        work_rows, work_hidden = x.new_empty(plan.most, d), x.new_empty(plan.most, d_ff)
         for e, a, b in plan.ranges():
-            rows = x[plan.tokens[a:b]]
+            rows = between.gather_rows(x, plan.tokens[a:b], work_rows[: b - a])
             torch.mm(rows, w_gate[e].t(), out=gate[a:b])
             torch.mm(rows, w_up[e].t(), out=up[a:b])
-            hidden = activate(gate[a:b], activation).mul_(up[a:b]).mul_(weights[a:b])
+            hidden = between.hidden_rows(gate[a:b], up[a:b], weights[a:b], activation, work_hidden[: b - a])
             torch.mm(hidden, w_down[e].t(), out=y[a:b])
         ctx.save_for_backward(x, weights, gate, up, w_gate, w_up, w_down)
         ctx.plan, ctx.activation, ctx.combine_dtype = plan, activation, combine.dtype
-        return plan.sum_slots(y)
+        return between.sum_rows(y, plan.home)
 
     @staticmethod
     @once_differentiable
@@ -110,44 +122,30 @@ class _Experts(torch.autograd.Function):
         x, weights, gate, up, w_gate, w_up, w_down = ctx.saved_tensors
         plan: Plan = ctx.plan
         train_weights = any(ctx.needs_input_grad[3:6])
-        d_gate_w, d_up_w, d_down_w = (torch.zeros_like(w) if train_weights else None for w in (w_gate, w_up, w_down))
-        d_weights = torch.empty_like(weights)
-        dx = torch.empty(len(plan.tokens), x.shape[1], dtype=x.dtype, device=x.device)
+        d_gate_w, d_up_w, d_down_w = (torch.empty_like(w) if train_weights else None for w in (w_gate, w_up, w_down))
+        d_out, d_weights = d_out.contiguous(), torch.empty_like(weights)
+        d, d_ff = x.shape[1], gate.shape[1]
+        dx = x.new_empty(len(plan.tokens), d)
+        work_rows = x.new_empty(plan.most, d)
+        work_dh, work_hidden, work_du = x.new_empty(3, plan.most, d_ff).unbind()
         for e, a, b in plan.ranges():
-            taken = plan.tokens[a:b]
-            d_rows = d_out[taken]
-            g, u, c = gate[a:b], up[a:b], weights[a:b]
-            act = activate(g, ctx.activation)
-            plain = act * u  # the hidden row before its combine weight
-            dh = d_rows @ w_down[e]
-            d_weights[a:b] = torch.linalg.vecdot(dh, plain)[:, None]
-            dh.mul_(c)
-            du = act.mul_(dh)
-            dg = activation_gradient(dh.mul_(u), g, ctx.activation)
+            taken, n = plan.tokens[a:b], b - a
+            d_rows = between.gather_rows(d_out, taken, work_rows[:n])
+            dh, hidden, du = torch.mm(d_rows, w_down[e], out=work_dh[:n]), work_hidden[:n], work_du[:n]
+            dg = between.hidden_rows_backward(
+                gate[a:b], up[a:b], weights[a:b], ctx.activation, dh, hidden, du, d_weights[a:b]
+            )
             torch.mm(dg, w_gate[e], out=dx[a:b])
             dx[a:b].addmm_(du, w_up[e])
             if train_weights:
                 assert d_gate_w is not None and d_up_w is not None and d_down_w is not None, "allocated above"
-                rows = x[taken]
-                torch.mm(d_rows.t(), plain.mul_(c), out=d_down_w[e])
+                torch.mm(d_rows.t(), hidden, out=d_down_w[e])
+                rows = between.gather_rows(x, taken, work_rows[:n])
                 torch.mm(dg.t(), rows, out=d_gate_w[e])
                 torch.mm(du.t(), rows, out=d_up_w[e])
+        for e in plan.idle() if train_weights else ():
+            for gradient in (d_gate_w, d_up_w, d_down_w):
+                assert gradient is not None, "allocated above"
+                gradient[e].zero_()
         d_combine = plan.unsort(d_weights, ctx.combine_dtype)
-        return plan.sum_slots(dx), None, d_combine, d_gate_w, d_up_w, d_down_w, None
-
-
-def activation_gradient(d_out: Tensor, x: Tensor, activation: str) -> Tensor:
-    """The gradient of ``activate(x, activation)`` by x, times d_out."""
-    aten = torch.ops.aten
-    match activation:
-        case "silu":
-            gradient: Tensor = aten.silu_backward(d_out, x)
-        case "gelu":
-            gradient = aten.gelu_backward(d_out, x)
-        case "gelu_tanh":
-            gradient = aten.gelu_backward(d_out, x, approximate="tanh")
-        case "relu":
-            gradient = aten.threshold_backward(d_out, x, 0)
-        case _:
-            raise AssertionError(f"ModelConfig lets no activation {activation!r} through")
-    return gradient
+        return between.sum_rows(dx, plan.home), None, d_combine, d_gate_w, d_up_w, d_down_w, None

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from quadriga.ops.training import between
+
 IGNORE = -100
-_LOGITS_BYTES = 32 << 20
+_LOGITS_BYTES = 16 << 20
 """Most bytes of a chunk's logits; some of it should stay in the last-level cache."""
 
 
@@ -50,29 +52,16 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, logit_scale
 def _chunks(targets: Tensor, weight: Tensor) -> Iterator[Tensor]:
     """Indices of the tokens that have a target, some at a time."""
     kept = (targets != IGNORE).nonzero()[:, 0]
-    yield from torch.split(kept, max(32, _LOGITS_BYTES // (4 * weight.shape[0])))
+    yield from torch.split(kept, max(32, _LOGITS_BYTES // (weight.element_size() * weight.shape[0])))
 
 
-def _forward(h: Tensor, weight: Tensor, targets: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
-    """(losses (C,), softmax (C, V)) of one chunk, float32 or wider."""
-    logits = h @ weight.t()
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if logit_scale != 1.0:
-        logits.mul_(logit_scale)
-    wanted = logits.gather(1, targets[:, None])[:, 0]
-    highest = logits.amax(-1)
-    probs = torch.softmax(logits, -1, out=logits)
-    # softmax at the highest logit is 1 / sum(exp(z - max)): the sum comes back out of it without another exp.
-    losses = highest - probs.amax(-1).log() - wanted
-    return losses, probs
+def _logits(h: Tensor, weight: Tensor, work: Tensor | None) -> Tensor:
+    """A chunk's logits (C, V), in ``work`` if there is one."""
+    return torch.mm(h, weight.t(), out=None if work is None else work[: len(h)])
 
 
-def _backward(
-    probs: Tensor, h: Tensor, weight: Tensor, targets: Tensor, scale: Tensor | float, d_weight: Tensor | None
-) -> Tensor:
-    """The gradient of h (C, D), and d_weight += its own; ``probs`` is used up. ``scale``: (C, 1) or a number."""
-    probs[torch.arange(len(targets), device=targets.device), targets] -= 1
-    d_logits = probs.to(h.dtype)
+def _backward(d_logits: Tensor, h: Tensor, weight: Tensor, scale: Tensor | float, d_weight: Tensor | None) -> Tensor:
+    """The gradient of h (C, D), and d_weight += its own, from the scaled logits'. ``scale``: (C, 1) or a number."""
     if d_weight is not None:
         d_weight.addmm_(d_logits.t(), (h * scale).to(h.dtype))
     return (d_logits @ weight) * scale
@@ -83,15 +72,17 @@ class _Sum(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, logit_scale: float
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        wide = between.wide(hidden.dtype)
         losses = torch.zeros(len(targets), dtype=wide, device=hidden.device)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         need_h, need_w = ctx.needs_input_grad[:2]
         d_hidden = torch.zeros_like(hidden) if need_h or need_w else None
         d_weight = torch.zeros_like(weight) if need_w else None
+        work = None
         for kept in _chunks(targets, weight):
             h, target = hidden[kept], targets[kept]
-            chunk, probs = _forward(h, weight, target, logit_scale)
+            work = logits = _logits(h, weight, work)
+            chunk = between.cross_entropy(logits, target, logit_scale, gradient=d_hidden is not None)
             losses[kept] = chunk
             scale: Tensor | float = logit_scale
             if weights is not None:
@@ -100,7 +91,7 @@ class _Sum(torch.autograd.Function):
                 chunk = chunk * chunk_weights
             total += chunk.sum()
             if d_hidden is not None:
-                d_hidden[kept] = _backward(probs, h, weight, target, scale, d_weight).to(hidden.dtype)
+                d_hidden[kept] = _backward(logits, h, weight, scale, d_weight).to(hidden.dtype)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(losses)
         return total, losses
@@ -121,10 +112,11 @@ class _Sum(torch.autograd.Function):
 class _Each(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logit_scale: float) -> Tensor:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        wide = between.wide(hidden.dtype)
         losses = torch.zeros(len(targets), dtype=wide, device=hidden.device)
         for kept in _chunks(targets, weight):
-            losses[kept] = _forward(hidden[kept], weight, targets[kept], logit_scale)[0]
+            logits = _logits(hidden[kept], weight, None)
+            losses[kept] = between.cross_entropy(logits, targets[kept], logit_scale, gradient=False)
         ctx.save_for_backward(hidden, weight, targets)
         ctx.logit_scale = logit_scale
         return losses
@@ -137,7 +129,8 @@ class _Each(torch.autograd.Function):
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for kept in _chunks(targets, weight):
             h, target = hidden[kept], targets[kept]
-            _, probs = _forward(h, weight, target, ctx.logit_scale)
+            logits = _logits(h, weight, None)
+            between.cross_entropy(logits, target, ctx.logit_scale, gradient=True)
             scale = (d_losses[kept] * ctx.logit_scale)[:, None]
-            d_hidden[kept] = _backward(probs, h, weight, target, scale, d_weight).to(hidden.dtype)
+            d_hidden[kept] = _backward(logits, h, weight, scale, d_weight).to(hidden.dtype)
         return d_hidden, d_weight, None, None
