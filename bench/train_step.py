@@ -1,21 +1,26 @@
 """A training step beside transformers' DBRX on the same weights and tokens, and a mixture beside a dense network.
 
     python bench/train_step.py peers                      ours and transformers, alternating, one process each
+    python bench/train_step.py peers --dtype bfloat16 --threads 1 --same-allocator --newest tf5   another transformers,
+                                                          installed by pip install --target tf5 transformers
     python bench/train_step.py peers --vocab 100352 --rounds 1
     python bench/train_step.py experts                    16 and 64 experts against a dense network of equal active size
-    torchrun --nproc-per-node 2 bench/train_step.py ranks ours on as many ranks, one thread each
+    python bench/train_step.py ranks --dtype bfloat16     2 ranks of one thread against transformers on two threads
 
 Every measurement is a process of its own, as allocator settings belong to a process; the two sides take turns.
 The step is whole: forward, balance loss, backward, clipping, AdamW, metrics. The first losses of both sides must
-agree to 1e-3 (float32). MFU is of this machine's own matrix-product peak in the same dtype, measured in the same
-process. d_model 256, 8 layers, 16 experts of which 4, d_ff 448, sequence 512, batch 8.
+agree to 1e-3 (float32). Steps before the measured ones are not counted: oneDNN compiles its products in them. MFU is of
+this machine's own matrix-product peak in the same dtype, measured in the same process. d_model 256, 8 layers, 16
+experts of which 4, d_ff 448, sequence 512, batch 8.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -115,6 +120,9 @@ class Theirs:
 
         raw = dbrx.FAMILY.config_to_hf(config)
         raw.pop("model_type"), raw.pop("architectures", None)
+        if "rope_parameters" in inspect.signature(DbrxConfig.__init__).parameters:
+            # transformers 5 does not read attn_config.rope_theta and would rotate with 10000.
+            raw["rope_parameters"] = {"rope_type": "default", "rope_theta": 500_000.0}
         self.model = DbrxForCausalLM._from_config(
             DbrxConfig(**{**raw, "output_router_logits": True, "use_cache": False}), attn_implementation="sdpa"
         )
@@ -145,32 +153,38 @@ class Theirs:
 
 
 def child(options: argparse.Namespace) -> None:
-    """One side, timed; a JSON line on stdout."""
+    """One side, timed; a JSON line on stdout. Under torchrun, one of its ranks: the batch is theirs together."""
     torch.set_num_threads(options.threads)
     if options.allocator:
         assert runtime.keep_freed_memory(), "this C library has no mallopt"
     config = architecture(options.vocab, options.n_experts)
+    world = World.join("cpu") if "RANK" in os.environ else World()
     with runtime.quick_float32(512 if options.side == "ours" else 0):
-        peak = peak_flops(options.dtype, World())
-        side = (Ours if options.side == "ours" else Theirs)(config, options.dtype, options.rows)
+        peak = peak_flops(options.dtype, world)
+        if options.side == "ours":
+            side: Ours | Theirs = Ours(config, options.dtype, options.rows, world)
+        else:
+            side = Theirs(config, options.dtype, options.rows)
         first, times = side.step(), []
+        for _ in range(options.warmup):
+            side.step()
         for _ in range(options.steps):
             started = time.perf_counter()
             side.step()
             times.append(time.perf_counter() - started)
     seconds = statistics.median(times)
-    print(
-        json.dumps(
-            {
-                "first_loss": first,
-                "seconds": seconds,
-                "tokens_per_s": options.rows * 512 / seconds,
-                "peak_gflops": peak / 1e9,
-                "mfu": _flops(config, options.rows) / seconds / peak,
-                "rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            }
-        )
-    )
+    rss = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, dtype=torch.float64)
+    result = {
+        "first_loss": first,
+        "seconds": seconds,
+        "tokens_per_s": options.rows * 512 / seconds,
+        "peak_gflops": peak / 1e9,
+        "mfu": _flops(config, options.rows) / seconds / peak,
+        "rss_gb": float(world.sum(rss)),
+    }
+    if world.first:
+        print(json.dumps(result))
+    world.leave()
 
 
 def _flops(config: ModelConfig, rows: int) -> float:
@@ -181,13 +195,16 @@ def _flops(config: ModelConfig, rows: int) -> float:
 
 
 def measure(side: str, options: argparse.Namespace, **changes: Any) -> dict[str, float]:
-    """A child process's result."""
+    """A child process's result; ``newest`` among the changes is the folder of another transformers."""
+    environment = {**os.environ, **({"PYTHONPATH": str(changes["newest"])} if "newest" in changes else {})}
     values = {**vars(options), **changes}
     command = [sys.executable, __file__, "child", "--side", side]
-    for name in ("vocab", "dtype", "rows", "steps", "threads", "n_experts"):
+    if values.get("ranks", 1) > 1:
+        command[1:2] = ["-m", "torch.distributed.run", "--nproc-per-node", str(values["ranks"]), __file__]
+    for name in ("vocab", "dtype", "rows", "steps", "warmup", "threads", "n_experts"):
         command += [f"--{name.replace('_', '-')}", str(values[name])]
     command += ["--allocator"] if values["allocator"] else []
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -222,7 +239,7 @@ def compare(options: argparse.Namespace, names: dict[str, tuple[str, dict[str, A
             "variant": name,
             "vocab": changes.get("vocab", options.vocab),
             "dtype": changes.get("dtype", options.dtype),
-            "threads": changes.get("threads", options.threads),
+            "threads": changes.get("threads", options.threads) * changes.get("ranks", 1),
             "rows": options.rows,
             "rounds": options.rounds,
             **{key: round(statistics.median(run[key] for run in runs), 4) for key in runs[0]},
@@ -242,14 +259,22 @@ def peers(options: argparse.Namespace) -> None:
     }
     if options.same_allocator:
         names["transformers, same allocator"] = ("theirs", {"allocator": True})
+    if options.newest:
+        names["newest transformers"] = ("theirs", {"allocator": False, "newest": options.newest})
+    against(options, names)
+
+
+def against(options: argparse.Namespace, names: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    """Measure, check that all begin at the same loss, print ratios to the first."""
     found = compare(options, names)
-    gap = abs(found["ours"]["first_loss"] - found["transformers"]["first_loss"])
-    assert gap < (1e-3 if options.dtype == "float32" else 5e-2), f"first losses differ by {gap}"
+    ours = next(iter(found.values()))
     for name, row in found.items():
-        ratio = found["ours"]["tokens_per_s"] / row["tokens_per_s"]
+        gap = abs(ours["first_loss"] - row["first_loss"])
+        assert gap < (1e-3 if options.dtype == "float32" else 5e-2), f"first losses differ by {gap}: {name}"
         print(
             f"{name:>30}: {row['tokens_per_s']:8.0f} tokens/s   MFU {row['mfu']:.2f}   {row['rss_gb']:.1f} GB   "
-            f"ours is {ratio:.2f}x"
+            f"ours is {ours['tokens_per_s'] / row['tokens_per_s']:.2f}x, "
+            f"with {ours['rss_gb'] / row['rss_gb']:.2f} of its memory"
         )
 
 
@@ -268,25 +293,14 @@ def experts(options: argparse.Namespace) -> None:
 
 
 def ranks(options: argparse.Namespace) -> None:
-    """Ours on torchrun's ranks, one thread each, data parallel."""
-    torch.set_num_threads(1)
-    runtime.keep_freed_memory()
-    world = World.join("cpu")
-    config = architecture(options.vocab)
-    with runtime.quick_float32(512):
-        peak = peak_flops(options.dtype, world)
-        side = Ours(config, options.dtype, options.rows, world)
-        side.trainer.run_step()
-        times = []
-        for _ in range(options.steps * options.rounds):
-            started = time.perf_counter()
-            side.trainer.run_step()
-            times.append(time.perf_counter() - started)
-    if world.first:
-        seconds = statistics.median(times)
-        mfu = _flops(config, options.rows) / seconds / peak
-        print(f"{world.size} ranks: {options.rows * 512 / seconds:.0f} tokens/s, MFU {mfu:.2f}")
-    world.leave()
+    """Ours on two ranks of one thread, and on one rank of two, against transformers on two threads."""
+    names: dict[str, tuple[str, dict[str, Any]]] = {
+        "ours, 2 ranks": ("ours", {"allocator": True, "threads": 1, "ranks": 2}),
+        "ours, 2 threads": ("ours", {"allocator": True, "threads": 2}),
+        "transformers": ("theirs", {"allocator": False, "threads": 2}),
+        "transformers, same allocator": ("theirs", {"allocator": True, "threads": 2}),
+    }
+    against(options, names)
 
 
 def main() -> None:
@@ -297,6 +311,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=6, help="steps before the measured ones")
+    parser.add_argument("--newest", type=Path, help="folder of another transformers, also measured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=runtime.cpu_count())
     parser.add_argument("--n-experts", type=int, default=16)

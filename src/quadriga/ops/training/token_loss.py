@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 from quadriga.ops.training import between
 
 IGNORE = -100
-_LOGITS_BYTES = 16 << 20
-"""Most bytes of a chunk's logits; some of it should stay in the last-level cache."""
+_ROWS, _LOGITS_BYTES = 1024, 128 << 20
+"""Most tokens of a chunk, and most bytes of its logits: each chunk reads and writes the weight's whole gradient."""
 
 
 def linear_cross_entropy(
@@ -52,7 +52,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, logit_scale
 def _chunks(targets: Tensor, weight: Tensor) -> Iterator[Tensor]:
     """Indices of the tokens that have a target, some at a time."""
     kept = (targets != IGNORE).nonzero()[:, 0]
-    yield from torch.split(kept, max(32, _LOGITS_BYTES // (weight.element_size() * weight.shape[0])))
+    yield from torch.split(kept, max(32, min(_ROWS, _LOGITS_BYTES // weight[:, 0].nbytes)))
 
 
 def _logits(h: Tensor, weight: Tensor, work: Tensor | None) -> Tensor:
