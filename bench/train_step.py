@@ -108,14 +108,20 @@ class Ours:
 
     def step(self) -> float:
         self.trainer.run_step()
+        if not self.reports:  # only the first rank is told
+            return 0.0
         report = self.reports[-1]
         return report.loss + 0.05 * report.extra.get("balance", 0.0)
 
 
 class Theirs:
-    """transformers' DbrxForCausalLM with SDPA, fused AdamW and clipping; bfloat16 by autocast, as its Trainer does."""
+    """transformers' DbrxForCausalLM with SDPA, fused AdamW and clipping; bfloat16 by autocast, as its Trainer does.
 
-    def __init__(self, config: ModelConfig, dtype: str, rows: int) -> None:
+    ``pure``: weights and moments in bfloat16 themselves. That is less work and another result, but 5.23.0 knows no
+    other bfloat16: its experts stop under autocast ("self (Float) and source (BFloat16)").
+    """
+
+    def __init__(self, config: ModelConfig, dtype: str, rows: int, pure: bool = False) -> None:
         from transformers import DbrxConfig, DbrxForCausalLM
 
         raw = dbrx.FAMILY.config_to_hf(config)
@@ -138,12 +144,14 @@ class Theirs:
             values = parameters[piece.target][tuple(slice(*span) for span in target)]
             stored[piece.source][tuple(slice(*span) for span in box)] = pack(values, piece)
         self.model.load_state_dict(stored, strict=True)
+        if pure:
+            self.model.to(torch.bfloat16)
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
         self.ids = torch.tensor([ids for _, ids in documents(config.vocab_size, rows)])
-        self.dtype = dtype
+        self.autocast = dtype == "bfloat16" and not pure
 
     def step(self) -> float:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
             loss = self.model(input_ids=self.ids, labels=self.ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -164,7 +172,7 @@ def child(options: argparse.Namespace) -> None:
         if options.side == "ours":
             side: Ours | Theirs = Ours(config, options.dtype, options.rows, world)
         else:
-            side = Theirs(config, options.dtype, options.rows)
+            side = Theirs(config, options.dtype, options.rows, options.pure)
         first, times = side.step(), []
         for _ in range(options.warmup):
             side.step()
@@ -183,8 +191,10 @@ def child(options: argparse.Namespace) -> None:
         "rss_gb": float(world.sum(rss)),
     }
     if world.first:
-        print(json.dumps(result))
-    world.leave()
+        print(json.dumps(result), flush=True)
+    if world.size > 1:  # torch's gloo threads sometimes abort while the interpreter takes itself apart
+        world.wait()
+        os._exit(0)
 
 
 def _flops(config: ModelConfig, rows: int) -> float:
@@ -203,7 +213,7 @@ def measure(side: str, options: argparse.Namespace, **changes: Any) -> dict[str,
         command[1:2] = ["-m", "torch.distributed.run", "--nproc-per-node", str(values["ranks"]), __file__]
     for name in ("vocab", "dtype", "rows", "steps", "warmup", "threads", "n_experts"):
         command += [f"--{name.replace('_', '-')}", str(values[name])]
-    command += ["--allocator"] if values["allocator"] else []
+    command += [f"--{name}" for name in ("allocator", "pure") if values[name]]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
@@ -260,7 +270,8 @@ def peers(options: argparse.Namespace) -> None:
     if options.same_allocator:
         names["transformers, same allocator"] = ("theirs", {"allocator": True})
     if options.newest:
-        names["newest transformers"] = ("theirs", {"allocator": False, "newest": options.newest})
+        pure = options.dtype == "bfloat16"
+        names["newest transformers"] = ("theirs", {"allocator": False, "newest": options.newest, "pure": pure})
     against(options, names)
 
 
@@ -317,6 +328,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=runtime.cpu_count())
     parser.add_argument("--n-experts", type=int, default=16)
     parser.add_argument("--allocator", action="store_true", help="keep freed memory (mallopt)")
+    parser.add_argument("--pure", action="store_true", help="theirs with weights in bfloat16 too, not by autocast")
     parser.add_argument("--same-allocator", action="store_true", help="also transformers with our allocator setting")
     options = parser.parse_args()
     {"peers": peers, "experts": experts, "ranks": ranks, "child": child}[options.what](options)
