@@ -33,7 +33,8 @@ class Run:
     curve: tuple[tuple[float, float], ...]
     domains: dict[str, float]
     tokens: int
-    hours: float
+    tokens_per_s: float
+    """Median over steps: a run may have been paused, or shared its machine."""
 
     @property
     def flops(self) -> float:
@@ -48,17 +49,21 @@ class Run:
 
 def load(path: Path) -> Run:
     """Read a run's folder; its size is the name without a last ``-sN``."""
-    total, seconds, tokens, curve, domains = 0.0, 0.0, 0, [], {}
+    total, tokens, curve, domains = 0.0, 0, [], {}
+    speeds = []
     for line in metrics.read(path / metrics.FILE):
         if "flops" in line:
-            total, seconds, tokens = total + line["flops"], seconds + line["seconds"], line["tokens"]
+            total, tokens = total + line["flops"], line["tokens"]
+            speeds.append(line["tokens_per_s"])
         if "held_out" in line:
             domains = {name: found["loss"] for name, found in line["held_out"].items()}
             curve.append((total, statistics.fmean(domains.values())))
     if not curve or curve[-1][0] < total:
         raise SystemExit(f"{path}: the last step has no held-out loss, so the run is not at its end")
     size, _, seed = path.name.rpartition("-s")
-    return Run(path.name, size if seed.isdigit() else path.name, tuple(curve), domains, tokens, seconds / 3600)
+    return Run(
+        path.name, size if seed.isdigit() else path.name, tuple(curve), domains, tokens, statistics.median(speeds)
+    )
 
 
 def flops_for(loss: float, dense: list[tuple[float, float]]) -> tuple[float, str]:
@@ -126,8 +131,8 @@ def main() -> None:
         text = "" if math.isnan(ratio) else f", a dense model needs {bound}{ratio:.2f} times the arithmetic"
         domains = " · ".join(f"{name} {loss:.3f}" for name, loss in sorted(run.domains.items()))
         print(
-            f"{run.name}: {run.tokens:,} tokens, {run.flops:.3e} operations, {run.hours:.2f} h, loss {run.loss:.4f} "
-            f"({domains}){text}"
+            f"{run.name}: {run.tokens:,} tokens, {run.flops:.3e} operations, {run.tokens_per_s:,.0f} tokens/s, "
+            f"loss {run.loss:.4f} ({domains}){text}"
         )
     ratios = [ratio for _, ratio, _ in rows if not math.isnan(ratio)]
     spread = f" (seeds {min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
@@ -135,7 +140,7 @@ def main() -> None:
     if args.csv:
         with args.csv.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(("run", "tokens", "flops", "hours", "loss", "domains", "dense_over_it", "bound"))
+            writer.writerow(("run", "tokens", "flops", "tokens_per_s", "loss", "domains", "dense_over_it", "bound"))
             for run, ratio, bound in rows:
                 shown = "" if math.isnan(ratio) else f"{ratio:.3f}"
                 domains = json.dumps(run.domains, sort_keys=True)
@@ -144,7 +149,7 @@ def main() -> None:
                         run.name,
                         run.tokens,
                         f"{run.flops:.4e}",
-                        f"{run.hours:.3f}",
+                        f"{run.tokens_per_s:.0f}",
                         f"{run.loss:.5f}",
                         domains,
                         shown,

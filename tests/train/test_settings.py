@@ -81,14 +81,15 @@ def test_configuration_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_nano_and_its_dense_twin_are_of_one_active_size() -> None:
+def test_nano_its_dense_twin_and_the_one_of_twice_the_work() -> None:
     sizes = []
-    for name in ("nano.toml", "nano-dense.toml"):
+    for name in ("nano.toml", "nano-dense.toml", "nano-dense-2x.toml"):
         config = read_toml(next(path for path in RECIPES if path.name == name), RunConfig)
         sizes.append(n_params(model_config(config.model, 8192)))
-    moe, dense = sizes
+    moe, dense, wider = sizes
     assert moe.total > 2 * dense.total
     assert moe.active == pytest.approx(dense.active, rel=0.005)
+    assert wider.active_without_input == pytest.approx(2 * dense.active_without_input, rel=0.05)
 
 
 def test_schedules() -> None:

@@ -148,7 +148,19 @@ class BundledEntry:
     sha256: str
 
 
-BUNDLED: dict[str, BundledEntry] = {}
+BUNDLED: dict[str, BundledEntry] = {
+    entry.name: entry
+    for entry in (
+        BundledEntry(
+            name="quadriga-nano",
+            about="12.6M parameters, 16 experts of which 4 work, trained on 6M tokens; continues text, does not chat",
+            licence="Apache-2.0",
+            file="quadriga-nano.gguf",
+            nbytes=7_432_096,
+            sha256="2a8bd575b99911479561e70260774168a92e865e693f9ad7af2c1c349c018ee6",
+        ),
+    )
+}
 """Models of our own that need no network, by name."""
 
 _HUB_FILES = (
