@@ -136,7 +136,9 @@ def main() -> None:
         )
     ratios = [ratio for _, ratio, _ in rows if not math.isnan(ratio)]
     spread = f" (seeds {min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
-    print(f"FLOPs to equal loss, dense over mixture: {statistics.fmean(ratios):.2f}{spread}")
+    bounds = sum(bool(bound) for _, _, bound in rows)
+    clause = f"; {bounds} of {len(ratios)} only a bound" if bounds else ""
+    print(f"FLOPs to equal loss, dense over mixture: {statistics.fmean(ratios):.2f}{spread}{clause}")
     if args.csv:
         with args.csv.open("w", newline="") as file:
             writer = csv.writer(file)
