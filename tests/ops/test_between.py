@@ -108,6 +108,12 @@ def test_cross_entropy_and_its_gradient(width: int, dtype: torch.dtype) -> None:
         assert torch.equal(kept, logits)
 
 
+@pytest.mark.parametrize("target", [-1, 5])
+def test_a_target_that_is_no_word_is_an_error(target: int) -> None:
+    with pytest.raises(IndexError, match="of 5 words"):
+        between.cross_entropy(torch.zeros(2, 5), torch.tensor([0, target]), 1.0, gradient=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.usefixtures("kernels")

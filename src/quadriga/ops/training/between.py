@@ -167,8 +167,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, logit_scale: float, *, gradie
     """(n,) :func:`wide`: logsumexp(logit_scale * logits) - logit_scale * logits[target], of each row of logits (n, V).
 
     With ``gradient`` the logits become softmax - onehot: the gradient by the scaled logits.
+
+    Raises:
+        IndexError: a target that is no column.
     """
     if compiled(logits):
+        lowest, highest = torch.aminmax(targets) if len(targets) else (0, 0)
+        if lowest < 0 or highest >= logits.shape[1]:
+            raise IndexError(f"targets reach from {int(lowest)} to {int(highest)}, of {logits.shape[1]} words")
         context, losses = _context(), torch.empty(len(targets))
         code = context.lib.qd_cross_entropy(
             context.handle, _DTYPES[logits.dtype], logits.data_ptr(), targets.data_ptr(), *logits.shape, logit_scale,
