@@ -83,6 +83,7 @@ def draw(mixtures: list[Run], dense: list[Run], line: list[tuple[float, float]],
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "quadriga"
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     sizes = list(dict.fromkeys(run.size for run in dense))
@@ -95,7 +96,10 @@ def draw(mixtures: list[Run], dense: list[Run], line: list[tuple[float, float]],
     right.plot(*zip(*sorted(line), strict=True), color="#33363b", lw=1)
     for axis, title in ((left, "during the runs"), (right, "at their end, and the line through the dense")):
         axis.set_xscale("log")
-        axis.set_xlabel("floating-point operations")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e14:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel("floating-point operations, 1e14")
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     left.set_ylabel("held-out loss, nats a token")

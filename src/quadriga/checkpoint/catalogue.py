@@ -157,7 +157,7 @@ BUNDLED: dict[str, BundledEntry] = {
             licence="Apache-2.0",
             file="quadriga-nano.gguf",
             nbytes=7_432_096,
-            sha256="2a8bd575b99911479561e70260774168a92e865e693f9ad7af2c1c349c018ee6",
+            sha256="9b8d79f67a447705419261736386021a0f050deab9cd27d7d18e19a1daf0f281",
         ),
     )
 }
