@@ -221,7 +221,15 @@ class Context:
         Raises:
             MemoryError: no room for the intermediate results.
         """
-        code = self.lib.qd_run(self.handle, steps, len(steps), c.byref(batch))
+        self.check(self.lib.qd_run(self.handle, steps, len(steps), c.byref(batch)))
+
+    @staticmethod
+    def check(code: int) -> None:
+        """What a function that may fail returned.
+
+        Raises:
+            MemoryError: no room for the intermediate results.
+        """
         if code:
             raise MemoryError(f"the CPU kernels stopped: {_ERRORS[code]}")
 

@@ -32,8 +32,6 @@ const Kernels* avx512_kernels() { return nullptr; }
 
 extern "C" {
 
-#define QD_EXPORT __attribute__((visibility("default")))
-
 QD_EXPORT int32_t qd_abi(void) {
   return QD_ABI * 100000 + int32_t(sizeof(qd_attention) + sizeof(qd_ffn) + sizeof(qd_head) + sizeof(qd_batch) + sizeof(qd_embed));
 }

@@ -8,6 +8,8 @@
 #include "kernels.hpp"
 #include "pool.hpp"
 
+#define QD_EXPORT __attribute__((visibility("default")))
+
 // Aligned memory that keeps its size between steps; contents are not kept when it grows.
 template <class T>
 class Scratch {

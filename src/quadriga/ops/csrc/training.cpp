@@ -3,7 +3,7 @@
 #include <cstring>
 #include <exception>
 
-#include "steps.hpp"
+#include "context.hpp"
 
 namespace {
 
@@ -11,13 +11,21 @@ constexpr int64_t kSerialNumbers = 1 << 15;  // below this, waking threads costs
 
 int64_t grain(int64_t numbers_of_row) { return std::max<int64_t>(1, kSerialNumbers / std::max<int64_t>(1, numbers_of_row)); }
 
+// Room for a row of n floats in each thread, so that none is asked for while they run. False: out of memory.
+bool reserve(qd_context& c, int64_t n) {
+  try {
+    for (auto& thread : c.of_thread) thread.a.get(n);
+  } catch (const std::exception&) {
+    return false;
+  }
+  return true;
+}
+
 int64_t bytes_of(int32_t dtype) { return dtype == QD_BF16 ? 2 : 4; }
 
 }  // namespace
 
 extern "C" {
-
-#define QD_EXPORT __attribute__((visibility("default")))
 
 QD_EXPORT void qd_gather_rows(qd_context* c, const uint8_t* x, int64_t row_bytes, const int64_t* index, int64_t n, uint8_t* out) {
   c->pool.run(n, grain(row_bytes / 4), [&](int64_t begin, int64_t end, int) {
@@ -56,11 +64,7 @@ QD_EXPORT void qd_hidden_back(qd_context* c, int32_t dtype, int32_t activation, 
 QD_EXPORT int32_t qd_attention_softmax(qd_context* c, int32_t dtype, uint8_t* scores, const int64_t* lows, int64_t offset,
                                        int64_t n_kv_heads, int64_t n_queries, int64_t group, int64_t keys, const float* slopes) {
   const int64_t size = keys * bytes_of(dtype);
-  try {
-    for (auto& thread : c->of_thread) thread.a.get(keys + 16);
-  } catch (const std::exception&) {
-    return 2;
-  }
+  if (!reserve(*c, keys + 16)) return 2;
   c->pool.run(n_kv_heads * n_queries, grain(keys * group), [&](int64_t begin, int64_t end, int t) {
     float* work = c->of_thread[size_t(t)].a.get(keys + 16);
     for (int64_t i = begin; i < end; ++i) {
@@ -90,11 +94,7 @@ QD_EXPORT void qd_attention_softmax_back(qd_context* c, int32_t dtype, const uin
 QD_EXPORT int32_t qd_cross_entropy(qd_context* c, int32_t dtype, uint8_t* logits, const int64_t* targets, int64_t n, int64_t v,
                                    float logit_scale, int32_t gradient, float* losses) {
   const int64_t size = v * bytes_of(dtype);
-  try {
-    for (auto& thread : c->of_thread) thread.a.get(v + 16);
-  } catch (const std::exception&) {
-    return 2;
-  }
+  if (!reserve(*c, v + 16)) return 2;
   c->pool.run(n, 1, [&](int64_t begin, int64_t end, int t) {
     float* work = c->of_thread[size_t(t)].a.get(v + 16);
     for (int64_t i = begin; i < end; ++i)

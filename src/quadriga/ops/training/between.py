@@ -37,11 +37,6 @@ def _context() -> cpu.Context:
     return context
 
 
-def _check(code: int) -> None:
-    if code:
-        raise MemoryError("the CPU kernels stopped: out of memory")
-
-
 def gather_rows(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
     """out (n, D) = x[index]; all contiguous, index int64."""
     if not compiled(x):
@@ -138,7 +133,7 @@ def softmax_between(scores: Tensor, lows: Tensor, offset: int, slopes: Tensor | 
             context.handle, _DTYPES[scores.dtype], scores.data_ptr(), lows.data_ptr(), offset, n_kv_heads, n_queries,
             group, keys, None if slopes is None else slopes.data_ptr(),
         )  # fmt: skip
-        _check(code)
+        context.check(code)
         return scores
     own = offset + torch.arange(n_queries, device=scores.device)[:, None, None]
     key = torch.arange(keys, device=scores.device)
@@ -180,7 +175,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, logit_scale: float, *, gradie
             context.handle, _DTYPES[logits.dtype], logits.data_ptr(), targets.data_ptr(), *logits.shape, logit_scale,
             int(gradient), losses.data_ptr(),
         )  # fmt: skip
-        _check(code)
+        context.check(code)
         return losses
     scaled = logits.to(wide(logits.dtype)) * logit_scale
     log_probs = torch.log_softmax(scaled, -1)

@@ -143,9 +143,9 @@ class _Experts(torch.autograd.Function):
                 rows = between.gather_rows(x, taken, work_rows[:n])
                 torch.mm(dg.t(), rows, out=d_gate_w[e])
                 torch.mm(du.t(), rows, out=d_up_w[e])
-        for e in plan.idle() if train_weights else ():
-            for gradient in (d_gate_w, d_up_w, d_down_w):
-                assert gradient is not None, "allocated above"
-                gradient[e].zero_()
+        idle = torch.tensor(plan.idle(), dtype=torch.int64, device=x.device)
+        for gradient in (d_gate_w, d_up_w, d_down_w):
+            if gradient is not None:
+                gradient.index_fill_(0, idle, 0)
         d_combine = plan.unsort(d_weights, ctx.combine_dtype)
         return between.sum_rows(dx, plan.home), None, d_combine, d_gate_w, d_up_w, d_down_w, None
