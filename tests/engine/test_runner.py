@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from quadriga.engine.runner import TorchRunner
+from quadriga.model.compiled import CompiledModel, pack_parameters
 from quadriga.model.config import AlibiSpec, AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
 from quadriga.model.context import PackedContext
 from quadriga.model.transformer import Transformer, random_parameters
@@ -74,3 +77,37 @@ def test_positions_that_were_given_up_are_forgotten() -> None:
     runner.forward(batch([(ids[:10] + ids[:7], 0, [5, 6])]))
     rest = runner.forward(batch([(ids[10:], 10, [5, 6])]))
     torch.testing.assert_close(rest, whole(runner, ids)[10:], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("changes", [{}, {"normalize_p": None}, {"aggregate": "vote"}, {"aggregate": "fuse"}])
+def test_both_runners_say_the_same_of_the_routers(changes: dict[str, Any]) -> None:
+    """Ids, weights, probabilities and the logits they come from: one meaning each, whoever computed them."""
+    config = ModelConfig(
+        family="test",
+        vocab_size=97,
+        d_model=48,
+        n_layers=4,
+        max_seq_len=300,
+        norm=NormSpec(kind="rms"),
+        position=RopeSpec(theta=1e4),
+        attn=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8),
+        ffn=MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu", **changes),
+    )
+    parameters = random_parameters(config, std=0.3)
+    for name, values in parameters.items():
+        if name.endswith("fuse.weight"):
+            values.normal_(generator=torch.Generator().manual_seed(2))
+    torch_runner = TorchRunner(Transformer.from_parameters(config, parameters), 4)
+    kernels = CompiledModel(config, pack_parameters(parameters, "float32"), threads=2, n_blocks=4, kv_format="float32")
+    one_batch = batch([(random_ids(5, 33), 0, [3, 0, 2])])
+    torch_runner.forward(one_batch)
+    kernels.forward(one_batch)
+    theirs, mine = torch_runner.router_stats(33), kernels.router_stats(33)
+    assert len(theirs) == len(mine) == 4
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.equal(a.expert_ids, b.expert_ids)
+        for field in ("expert_weights", "probs", "logits"):
+            one, other = getattr(a, field), getattr(b, field)
+            assert one.dtype == other.dtype == torch.float32
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4, msg=lambda text, f=field: f"{f}: {text}")
+        assert float(b.logits.logsumexp(-1).abs().max()) > 0.1, "logits that are not normalised already"

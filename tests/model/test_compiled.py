@@ -105,6 +105,7 @@ def test_equals_the_plain_model_in_float32(family: str, isa: str) -> None:
         assert torch.equal(mine.expert_ids, theirs.expert_ids)
         torch.testing.assert_close(mine.expert_weights, theirs.expert_weights, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mine.probs, theirs.probs, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(mine.logits, theirs.logits, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("isa", HERE)

@@ -137,11 +137,11 @@ class CompiledModel:
         return self.program.hidden(n_tokens, self._norm("final_norm.weight"))
 
     def router_stats(self, n_tokens: int) -> list[RouterStats]:
-        """What every layer's router decided for the last pass's tokens; the logits are those of the softmax's log."""
+        """What every layer's router decided for the last pass's tokens."""
         return [
-            RouterStats(r.ids[:n_tokens].long(), r.weights[:n_tokens].clone(), p, p.clamp_min(1e-38).log())
+            RouterStats(r.ids[:n_tokens].long(), r.weights[:n_tokens].clone(), logits.softmax(-1), logits)
             for r in self.program.routing
-            for p in (r.probs[:n_tokens].clone(),)
+            for logits in (r.logits[:n_tokens].clone(),)
         ]
 
     def expert_load(self) -> list[Tensor]:

@@ -24,7 +24,7 @@ AGGREGATES = {"weighted_sum": 0, "vote": 1, "fuse": 2}
 SOURCES = {"float32": 0, "bfloat16": 1, "float16": 2, "q8_0": 3, "q4_0": 4, "q4_1": 5}
 EMBED, QKV, ATTEND, ATTENTION_OUT, FFN, HEAD = range(6)
 
-_ABI = 2
+_ABI = 3
 _ERRORS = {1: "an unknown op", 2: "out of memory"}
 
 
@@ -85,7 +85,7 @@ class FFN_(c.Structure):
         ("load", c.c_void_p),
         ("ids", c.c_void_p),
         ("weights", c.c_void_p),
-        ("probs", c.c_void_p),
+        ("logits", c.c_void_p),
         ("store", c.c_void_p),
     ]
 

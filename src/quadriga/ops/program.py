@@ -105,7 +105,7 @@ class LayerRouting:
     def __init__(self, n_experts: int, top_k: int, max_tokens: int) -> None:
         self.ids = torch.zeros(max_tokens, top_k, dtype=torch.int32)
         self.weights = torch.zeros(max_tokens, top_k)
-        self.probs = torch.zeros(max_tokens, n_experts)
+        self.logits = torch.zeros(max_tokens, n_experts)
         self.load = torch.zeros(n_experts, dtype=torch.int64)
 
 
@@ -188,7 +188,7 @@ class Program:
             load=None if routing is None else routing.load.data_ptr(),
             ids=None if routing is None else routing.ids.data_ptr(),
             weights=None if routing is None else routing.weights.data_ptr(),
-            probs=None if routing is None else routing.probs.data_ptr(),
+            logits=None if routing is None else routing.logits.data_ptr(),
             store=a.store,
         )
         self._add(cpu.FFN, op)

@@ -40,10 +40,11 @@ constexpr int kDownTiles = 8;     // output tiles a task sums up at once: a run 
 constexpr int kStreamBlocks = 8;  // blocks of 32 rows of up, then of gate, read in one run
 
 // Softmax over all experts, the k largest (equal ones: the lower id first), their p-norm, the aggregate's weights.
-void choose(const qd_ffn& op, const Kernels& kernels, float* logits, int32_t* ids, float* weights, float* probs) {
+// `kept` gets the logits before they become probabilities.
+void choose(const qd_ffn& op, const Kernels& kernels, float* logits, int32_t* ids, float* weights, float* kept) {
   const int n_experts = op.n_experts, k = op.top_k;
+  if (kept) std::memcpy(kept, logits, size_t(n_experts) * 4);
   kernels.softmax(logits, n_experts);
-  if (probs) std::memcpy(probs, logits, size_t(n_experts) * 4);
   for (int j = 0; j < k; ++j) {
     int best = -1;
     for (int e = 0; e < n_experts; ++e) {
@@ -68,7 +69,7 @@ void choose(const qd_ffn& op, const Kernels& kernels, float* logits, int32_t* id
   }
 }
 
-void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d, int32_t* ids, float* weights, float* probs) {
+void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d, int32_t* ids, float* weights, float* kept) {
   const int64_t width = c.kernels->max_width, tiles = tiles_of(op.n_experts), bytes = tile_bytes(QD_F32, d);
   const int64_t stride = tiles * kTile;
   c.pool.run((n + width - 1) / width, n > width ? 1 : 2, [&](int64_t begin, int64_t end, int thread) {
@@ -84,7 +85,7 @@ void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d
       for (int64_t e = 0; e < tiles; ++e) c.kernels->tile(QD_F32, false, op.router.data + e * bytes, d, panel, count, logits + e * kTile, stride);
       for (int i = 0; i < count; ++i)
         choose(op, *c.kernels, logits + i * stride, ids + (first + i) * op.top_k, weights + (first + i) * op.top_k,
-               probs ? probs + (first + i) * op.n_experts : nullptr);
+               kept ? kept + (first + i) * op.n_experts : nullptr);
     }
   });
 }
@@ -199,7 +200,7 @@ void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
   if (op.router.data) {
     if (!ids) own_ids.resize(size_t(n * op.top_k)), ids = own_ids.data();
     if (!weights) own_weights.resize(size_t(n * op.top_k)), weights = own_weights.data();
-    route(c, op, x, n, d, ids, weights, op.probs);
+    route(c, op, x, n, d, ids, weights, op.logits);
   }
   Plan plan = make_plan(c, op, n, ids, weights);
   if (op.store)

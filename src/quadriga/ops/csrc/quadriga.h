@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define QD_ABI 2
+#define QD_ABI 3
 #define QD_BLOCK_TOKENS 16 /* tokens of one KV block */
 #define QD_KV_CHUNK 256    /* keys whose softmax is taken together, counted from position 0: fixed, so that a result
                               does not depend on batch or threads */
@@ -69,7 +69,7 @@ typedef struct {
   int64_t* load;              /* (E,) running count of tokens per expert, or NULL */
   int32_t* ids;               /* (max N, k) chosen experts of the last pass, most probable first, or NULL */
   float* weights;             /* (max N, k) their weights, or NULL */
-  float* probs;               /* (max N, E) softmax over all experts, or NULL */
+  float* logits;              /* (max N, E) the router's, before the softmax, or NULL */
   qd_store* store;            /* NULL: experts are in memory */
 } qd_ffn;
 
