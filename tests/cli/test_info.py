@@ -66,6 +66,19 @@ def test_a_directory_is_described_by_its_config(capsys, tmp_path):
     assert "[red]odd" in capsys.readouterr().out, "a path is no markup"
 
 
+def test_what_a_file_leaves_open_is_said(capsys, tmp_path):
+    raw = family_of(preset("llama2-7b")).config_to_hf(preset("llama2-7b"))
+    del raw["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"transformers_version": "4.31.0.dev0"}))
+    facts = facts_of(capsys, str(tmp_path))
+    assert facts["config"]["position"] == {"theta": 10_000.0}
+    (note,) = facts["notes"]
+    assert note.startswith("config.json does not give rope_theta: 10000 is taken")
+    info(str(tmp_path))
+    assert f"Note: {note}." in capsys.readouterr().out
+    assert facts_of(capsys, "llama2-7b")["notes"] == []
+
+
 def test_faults_are_named(tmp_path):
     with pytest.raises(ConfigError, match="Did you mean 'dbrx-132b'"):
         load_config("dbrx-132")

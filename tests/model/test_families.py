@@ -288,9 +288,76 @@ def test_rope_theta_where_transformers_5_writes_it():
     moved = raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 54321.0}}
     assert config_from_hf(moved).position == RopeSpec(theta=54_321.0)
     with pytest.raises(ConfigError, match="rope_theta"):
-        config_from_hf(raw)
+        config_from_hf(raw | {"rope_parameters": {"rope_type": "default"}})
     with pytest.raises(ConfigError, match=r"rope_theta must be 54321.0, got 10000.0"):
         config_from_hf(moved | {"rope_theta": 10000.0})
+
+
+TINYLLAMA = {  # TinyLlama-1.1B-Chat-v0.3 as published: no rope_theta
+    "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5632, "max_position_embeddings": 2048,
+    "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False,
+    "torch_dtype": "float32", "transformers_version": "4.31.0.dev0", "use_cache": True, "vocab_size": 32000,
+}  # fmt: skip
+LLAMA1 = {  # an early conversion of LLaMA-1, by a transformers before its first release with the model
+    "architectures": ["LLaMAForCausalLM"], "bos_token_id": 0, "eos_token_id": 1, "hidden_act": "silu",
+    "hidden_size": 4096, "intermediate_size": 11008, "initializer_range": 0.02, "max_sequence_length": 2048,
+    "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "pad_token_id": -1,
+    "rms_norm_eps": 1e-06, "torch_dtype": "float16", "transformers_version": "4.27.0.dev0", "use_cache": True,
+    "vocab_size": 32000,
+}  # fmt: skip
+
+
+def test_keys_older_than_the_file_have_the_classs_default_and_that_is_said():
+    config, notes = families.read_hf(TINYLLAMA)
+    assert config.position == RopeSpec(theta=10_000.0)
+    assert notes == [
+        "config.json does not give rope_theta: 10000 is taken, the class's default since transformers 4.28 "
+        "(this file was written by 4.31.0.dev0)"
+    ]
+    config, notes = families.read_hf(LLAMA1)
+    assert (config.position, config.max_seq_len, config.pad_id) == (RopeSpec(theta=10_000.0), 2048, None)
+    assert [note.split(":")[0].rpartition(" ")[2] for note in notes] == ["rope_theta", "max_position_embeddings"]
+    sparse = {
+        k: v
+        for k, v in MIXTRAL_RELEASE.items()
+        if k not in ("rope_theta", "num_key_value_heads", "router_aux_loss_coef")
+    }
+    config, notes = families.read_hf(sparse)
+    assert (config.position, config.attn.n_kv_heads) == (RopeSpec(theta=1e6), 8)
+    assert config.ffn.aux_loss_weight == 0.001
+    assert len(notes) == 3
+    assert families.read_hf(MIXTRAL_RELEASE)[1] == families.read_hf(DBRX_RELEASE)[1] == []
+
+
+def test_dbrxs_rotary_base_is_never_filled_in():
+    attn = {k: v for k, v in DBRX_RELEASE["attn_config"].items() if k != "rope_theta"}
+    with pytest.raises(ConfigError, match="lacks the key 'rope_theta'"):
+        config_from_hf(DBRX_RELEASE | {"attn_config": attn})
+
+
+@pytest.mark.parametrize("release", ["dbrx-132b", "mixtral-8x7b", "llama2-70b", "mpt-7b", "grok-1"])
+def test_what_tuners_and_mergers_leave_behind_changes_nothing(release):
+    left = {
+        "unsloth_version": "2024.9", "unsloth_fixed": True, "neftune_noise_alpha": 5, "cache_implementation": "hybrid",
+        "pretraining_tp": 1, "mergekit_version": "0.1.4", "model_max_length": 4096, "tokenizer_padding_side": "right",
+        "quantization_config": None, "max_new_tokens": 20, "min_p": 0.1,
+    }  # fmt: skip
+    assert config_from_hf(RELEASES[release] | left) == config_from_hf(RELEASES[release])
+
+
+def test_every_harmless_key_has_its_reason():
+    assert all(len(reason) > 20 for reason in families.keys.HARMLESS_KEYS.values())
+    assert not families.keys.HARMLESS_KEYS.keys() & families.keys.REFUSED_KEYS.keys()
+
+
+def test_linear_scaling_by_one_is_no_scaling():
+    plain = config_from_hf(LLAMA2_70B_RELEASE)
+    assert config_from_hf(LLAMA2_70B_RELEASE | {"rope_scaling": {"type": "linear", "factor": 1.0}}) == plain
+    for wrong in ({"type": "linear"}, {"type": "dynamic", "factor": 1.0}, {"rope_type": "linear", "factor": 2.0}):
+        with pytest.raises(ConfigError, match="rope_scaling"):
+            config_from_hf(LLAMA2_70B_RELEASE | {"rope_scaling": wrong})
 
 
 def test_a_sliding_window_that_hides_nothing_is_none():
@@ -349,7 +416,9 @@ def test_dbrx_reads_a_resaved_config_with_a_full_dump_in_its_parts():
         (LLAMA2_70B_RELEASE, {"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         (LLAMA2_70B_RELEASE, {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type must be 'default'"),
         (LLAMA2_70B_RELEASE, {"rope_scaling": {"type": "linear", "factor": 2}}, "type must be 'default'"),
-        (LLAMA2_70B_RELEASE, {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (LLAMA2_70B_RELEASE, {"quantization_config": {"bits": 4}}, "quantization_config must be null or absent"),
+        (MIXTRAL_RELEASE, {"compression_config": {"bits": 4}}, "packed by a quantiser"),
+        (LLAMA2_70B_RELEASE, {"use_dual_attention": None}, "'use_dual_attention', which Quadriga does not know"),
         (MIXTRAL_RELEASE, {"sliding_window": 4096}, "sliding_window must be null, got 4096"),
         (GROK_HPCAI, {"tie_word_embeddings": False}, "tie_word_embeddings must be True"),
         (GROK_HPCAI, {"hidden_act": "silu"}, "hidden_act must be 'gelu'"),
@@ -392,10 +461,14 @@ def test_an_unknown_key_is_named_with_its_neighbour(name):
 
 MAY_BE_ABSENT = {
     "dbrx-132b": {"tie_word_embeddings", "router_aux_loss_coef"},
-    "mixtral-8x7b": {"hidden_act", "num_key_value_heads", "sliding_window", "tie_word_embeddings"},
+    "mixtral-8x7b": {
+        "hidden_act", "num_key_value_heads", "rope_theta", "router_aux_loss_coef", "sliding_window",
+        "tie_word_embeddings",
+    },
     "grok-1": {"max_attn_value", "router_aux_loss_coef", "tie_word_embeddings"},
     "llama2-70b": {
-        "hidden_act", "num_key_value_heads", "pretraining_tp", "rope_scaling", "tie_word_embeddings"
+        "hidden_act", "max_position_embeddings", "num_key_value_heads", "rope_scaling", "rope_theta",
+        "tie_word_embeddings",
     },
     "mpt-7b": {
         "attn_type", "attn_uses_sequence_id", "embedding_fraction", "learned_pos_emb", "logit_scale", "no_bias",

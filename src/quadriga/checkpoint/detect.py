@@ -29,6 +29,8 @@ class Located:
     path: Path
     """The GGUF file, or the directory."""
     config: ModelConfig
+    notes: tuple[str, ...] = ()
+    """What the files left open and how it was read, for people."""
 
 
 def locate(path: Path) -> Located:
@@ -53,10 +55,10 @@ def locate(path: Path) -> Located:
     if (path / engine_file.MANIFEST).is_file():
         return Located("quadriga", path, engine_file.read_manifest(path).config)
     if (path / "config.json").is_file() and not _is_grok(path):
-        config = families.config_from_hf(read_json(path / "config.json"))
+        config, notes = families.read_hf(read_json(path / "config.json"))
         if (path / "generation_config.json").is_file():
             config = families.with_generation_config(config, read_json(path / "generation_config.json"))
-        return Located("hf", path, config)
+        return Located("hf", path, config, tuple(notes))
     if _is_grok(path):
         return Located("grok", path, _grok_config(path))
     if (path / "ckpt-0").is_dir() and _is_grok(path / "ckpt-0"):

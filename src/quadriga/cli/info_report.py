@@ -27,14 +27,20 @@ def load_config(name_or_path: str) -> ModelConfig:
         ConfigError: no preset of this name, or a configuration that is not supported.
         CheckpointError: nothing at the path that is a checkpoint.
     """
+    return _load(name_or_path)[0]
+
+
+def _load(name_or_path: str) -> tuple[ModelConfig, tuple[str, ...]]:
+    """:func:`load_config`, and what the files left open and how it was read."""
     if name_or_path in families.PRESETS:
-        return families.PRESETS[name_or_path]
-    if catalogue.is_known(name_or_path):
-        return locate(catalogue.resolve(name_or_path)).config
+        return families.PRESETS[name_or_path], ()
     path = Path(name_or_path)
-    if path.expanduser().exists() or "/" in name_or_path or path.suffix:
-        return locate(path).config
-    return families.preset(name_or_path)  # raises, naming the nearest preset
+    if catalogue.is_known(name_or_path):
+        path = catalogue.resolve(name_or_path)
+    elif not (path.expanduser().exists() or "/" in name_or_path or path.suffix):
+        return families.preset(name_or_path), ()  # raises, naming the nearest preset
+    found = locate(path)
+    return found.config, found.notes
 
 
 def describe(config: ModelConfig, context: int) -> dict[str, Any]:
@@ -86,19 +92,19 @@ def info(name_or_path: str, as_json: bool = False, context: int | None = None) -
         ConfigError: unknown name, unsupported configuration, or a context outside the model's.
         CheckpointError: nothing at the path that is a checkpoint.
     """
-    config = load_config(name_or_path)
+    config, notes = _load(name_or_path)
     if context is None:
         context = config.max_seq_len
     if not 0 <= context <= config.max_seq_len:
         raise ConfigError(f"context must be from 0 to this model's {config.max_seq_len}, got {context}")
     facts = describe(config, context)
     if as_json:
-        print(json.dumps({"name": name_or_path, **facts}, indent=2))
+        print(json.dumps({"name": name_or_path, "notes": notes, **facts}, indent=2))
     else:
-        _print_tables(name_or_path, config, facts)
+        _print_tables(name_or_path, config, facts, notes)
 
 
-def _print_tables(name: str, config: ModelConfig, facts: dict[str, Any]) -> None:
+def _print_tables(name: str, config: ModelConfig, facts: dict[str, Any], notes: tuple[str, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -126,6 +132,8 @@ def _print_tables(name: str, config: ModelConfig, facts: dict[str, Any]) -> None
     ):
         model.add_row(label, value)
     console.print(model)
+    for note in notes:
+        console.print(Text(f"Note: {note}."), soft_wrap=True)
 
     shapes = titled(f"shapes, i from 0 to {config.n_layers - 1}", show_header=False)
     for parameter, shape in facts["shapes"].items():

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import ModelConfig
-from quadriga.model.families import dbrx, grok1, llama2, mixtral, mpt
+from quadriga.model.families import class_defaults, dbrx, grok1, llama2, mixtral, mpt
 from quadriga.model.families.base import Family
 from quadriga.model.families.keys import Keys
 from quadriga.model.weight_map import Shape
@@ -59,7 +59,12 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
-    """Translate a parsed config.json.
+    """Translate a parsed config.json; see :func:`read_hf`."""
+    return read_hf(raw)[0]
+
+
+def read_hf(raw: Mapping[str, object]) -> tuple[ModelConfig, list[str]]:
+    """Translate a parsed config.json, and say what it left to the class's defaults (``class_defaults``).
 
     Raises:
         ConfigError: the model type is not supported, or a key is missing, unknown, of the wrong type, or asks for
@@ -71,7 +76,8 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
             f"config.json: model_type must be one of {', '.join(_BY_MODEL_TYPE)}; got {model_type[:80]!r}. "
             "Quadriga runs these families only."
         )
-    return _BY_MODEL_TYPE[model_type].config_from_hf(raw)
+    full, notes = class_defaults.filled(raw)
+    return _BY_MODEL_TYPE[model_type].config_from_hf(full), notes
 
 
 def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:

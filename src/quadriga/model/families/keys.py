@@ -25,6 +25,9 @@ GENERATION_KEYS = frozenset(
         "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups",
         "num_beams", "num_return_sequences", "output_scores", "prefix", "remove_invalid_values", "repetition_penalty",
         "return_dict_in_generate", "sep_token_id", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
+        # What people move over from generation_config.json.
+        "epsilon_cutoff", "eta_cutoff", "guidance_scale", "max_new_tokens", "max_time", "min_new_tokens", "min_p",
+        "num_assistant_tokens", "penalty_alpha", "prompt_lookup_num_tokens", "renormalize_logits", "stop_strings",
     }
 )  # fmt: skip
 """Sampling settings that a transformers PretrainedConfig carries; ours come from the request."""
@@ -56,7 +59,34 @@ CODE_KEYS = frozenset(
 )  # fmt: skip
 """Keys that select code. They are never followed, whatever they say: this project runs no code from a checkpoint."""
 
-PRETRAINED_KEYS = GENERATION_KEYS | BOOKKEEPING_KEYS | CODE_KEYS
+_CACHE = "how transformers keeps keys and values, not what they are"
+_TOKENIZER = "a setting of the tokenizer that the tuning program copied here; the tokenizer's own files are read"
+HARMLESS_KEYS: Mapping[str, str] = {
+    "cache_config": _CACHE,
+    "cache_implementation": _CACHE,
+    "return_legacy_cache": _CACHE,
+    "is_llama_config": "written by SmolLM2's training code; says what model_type says",
+    "max_sequence_length": "the length FastChat tuned with; transformers reads max_position_embeddings",
+    "mergekit_version": "which release of mergekit wrote the file; the weights are merged already",
+    "model_max_length": _TOKENIZER,
+    "neftune_noise_alpha": "noise on the embeddings during tuning (NEFTune); there is none afterwards",
+    "pretraining_tp": "splits matrix products to repeat the rounding of a training run",
+    "tokenizer_model_max_length": _TOKENIZER,
+    "tokenizer_padding_side": _TOKENIZER,
+    "transformers.js_config": "how a browser quantises its cache",
+    "unsloth_fixed": "Unsloth's mark that it corrected the tokenizer's files; they are read as they are",
+    "unsloth_version": "which release of Unsloth wrote the file",
+}
+"""Keys that training and merging programs leave in config.json, each with the reason why no answer depends on it."""
+
+REFUSED_KEYS: Mapping[str, str] = {
+    key: "the weights were packed by a quantiser whose blocks are not read. Give the checkpoint it was made from, or a "
+    "GGUF file of it"
+    for key in ("quantization_config", "compression_config")
+}
+"""Keys that change what the stored numbers mean; null says nothing and passes."""
+
+PRETRAINED_KEYS = GENERATION_KEYS | BOOKKEEPING_KEYS | CODE_KEYS | frozenset(HARMLESS_KEYS)
 """What any transformers config.json may carry besides the model: ignored by name, not by default."""
 
 
@@ -129,8 +159,10 @@ class Keys:
         return value
 
     def token_id(self, key: str) -> int | None:
-        """A token id; None if the key is absent or null."""
-        return self.integer(key) if self.given(key) else None
+        """A token id; None if the key is absent or null, or -1, which LLaMA-1's files write for "none"."""
+        if not self.given(key) or self._raw[key] == -1:
+            return None
+        return self.integer(key)
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         """One token id or a list of them; empty if the key is absent or null."""
@@ -160,6 +192,10 @@ class Keys:
     def finish(self, ignored: frozenset[str]) -> None:
         """Raise if a key was neither read nor is in ``ignored``."""
         unknown = sorted(key for key in self._raw if key not in self._read and key not in ignored)
+        unknown = [key for key in unknown if key not in REFUSED_KEYS or self._raw[key] is not None]
+        for key in unknown:
+            if key in REFUSED_KEYS:
+                raise ConfigError(f"{self._where}: {key} must be null or absent: {REFUSED_KEYS[key]}.")
         if unknown:
             key = unknown[0]
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""

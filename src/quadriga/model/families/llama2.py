@@ -17,11 +17,7 @@ from quadriga.model.families.keys import PRETRAINED_KEYS, Keys, equal_heads
 from quadriga.model.families.pieces import copies, qkv
 from quadriga.model.weight_map import Piece, Shape
 
-IGNORED = PRETRAINED_KEYS | {
-    "pretraining_tp",  # splits matrix products to repeat the rounding of a training run
-    "is_llama_config",  # written by SmolLM2's training code
-    "transformers.js_config",  # how a browser quantises the cache
-}
+IGNORED = PRETRAINED_KEYS
 
 
 def _config(*, d_model: int, n_heads: int, n_kv_heads: int, n_layers: int, d_ff: int) -> ModelConfig:
@@ -77,8 +73,10 @@ def rope_from_hf(keys: Keys) -> RopeSpec:
 
 
 def _plain_rotation(keys: Keys) -> None:
-    keys.must_be("rope_type", "default")
-    keys.must_be("type", "default")
+    # Linear scaling by 1 divides every position by 1.
+    plain = ("default", "linear") if keys.given("factor") and keys.number("factor") == 1 else ("default",)
+    keys.must_be("rope_type", *plain)
+    keys.must_be("type", *plain)
     keys.must_be("factor", 1, None)
     keys.must_be("partial_rotary_factor", 1, None)
 
