@@ -167,7 +167,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "does not start with GGUF"),
     "another format": (b"PK\x03\x04" + bytes(60), "does not start with GGUF"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0) + bytes(8), "big-endian"),
-    "version 1": (file_bytes([], [], b"", version=1), "version 1"),
+    "version 1": (file_bytes([], [], b"", version=1), "version 1: convert the original checkpoint again"),
+    "big-endian version 2": (b"GGUF" + struct.pack(">IQQ", 2, 0, 0) + bytes(8), "gguf_convert_endian"),
     "version 99": (file_bytes([], [], b"", version=99), "version 99"),
     "2^60 tensors": (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0) + bytes(8), "claims 1152921504606846976 tensors"),
     "2^60 keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60) + bytes(8), "1152921504606846976 metadata keys"),
@@ -218,7 +219,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     ),
     "hole": (file_bytes([], [row("x", (32,)), row("y", (32,), 0, 160)], bytes(288)), "32 bytes before tensor 'y'"),
     "hole at the front": (file_bytes([], [row("x", (32,), 0, 32)], bytes(160)), "32 bytes before tensor 'x'"),
-    "bytes at the end": (file_bytes([], ONE, bytes(128 + 32)), "32 bytes at its end belong to nothing"),
+    "bytes at the end": (file_bytes([], ONE, bytes(128 + 31) + b"x"), "32 bytes at its end belong to nothing"),
+    "bytes far behind the end": (file_bytes([], ONE, bytes(3 << 20) + b"x"), "bytes at its end belong to nothing"),
     "alignment zero": (file_bytes([key("general.alignment", 4, bytes(4))], ONE, DATA), "power of two"),
     "alignment 24": (file_bytes([key("general.alignment", 4, struct.pack("<I", 24))], ONE, DATA), "power of two"),
     "alignment of words": (file_bytes([key("general.alignment", STRING, text("x" * 999))], ONE, DATA), "power of two"),
@@ -247,6 +249,19 @@ def test_a_valid_file_like_the_hostile_ones(tmp_path: Path) -> None:
     ]
     content = file_bytes(keys, [row("x", (32,)), row("y", (32,), 0, 128)], bytes(256))
     assert set(read(tmp_path, content).tensors) == {"x", "y"}  # type: ignore[attr-defined]
+
+
+def test_zeros_behind_the_last_tensor_are_no_content(tmp_path: Path) -> None:
+    """Files made of whole disk or download blocks; more than 64 MB of them are no rounding any more."""
+    content = small()
+    expected = read(tmp_path, content).tensors  # type: ignore[attr-defined]
+    for n in (31, 32, 4096, (1 << 20) + 7):
+        assert read(tmp_path, content + bytes(n)).tensors == expected  # type: ignore[attr-defined]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    os.truncate(path, len(content) + (64 << 20) + 1)
+    with pytest.raises(CheckpointError, match="67108865 bytes at its end belong to nothing"):
+        read_header(path)
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:

@@ -17,14 +17,23 @@ from tests.checkpoint.models import TINY, bits, random_bits, write_hf
 
 
 def split(
-    whole: Path, folder: Path, count: int = 3, said: Callable[[int], tuple[int, int]] | None = None
+    whole: Path,
+    folder: Path,
+    count: int = 3,
+    said: Callable[[int], tuple[int, int]] | None = None,
+    empty_first: bool = False,
 ) -> list[Path]:
-    """Split a GGUF file as llama.cpp's llama-gguf-split does: all metadata in the first part, tensors shared out."""
+    """Split a GGUF file as llama.cpp's llama-gguf-split does: all metadata in the first part, tensors shared out.
+
+    With ``empty_first`` the first part holds no tensor (its option --no-tensor-first-split).
+    """
     source = GGUFSource(whole)
     names = list(source.header.tensors)
     paths = []
     for number in range(count):
         mine = names[number::count]
+        if empty_first:
+            mine = names[number - 1 :: count - 1] if number else []
         file = f"model-{number + 1:05d}-of-{count:05d}.gguf"
         no, of = said(number) if said else (number, count)
         metadata = source.header.typed() if number == 0 else {}
@@ -50,8 +59,9 @@ def whole(tmp_path: Path) -> Path:
     return tmp_path / "whole.gguf"
 
 
-def test_parts_are_one_model(whole: Path) -> None:
-    paths = split(whole, whole.parent / "parts")
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_parts_are_one_model(whole: Path, empty_first: bool) -> None:
+    paths = split(whole, whole.parent / "parts", empty_first=empty_first)
     expected = load_parameters(open_checkpoint(whole))
     for path in (paths[0], paths[2], whole.parent / "parts"):
         loaded = load_parameters(open_checkpoint(path))

@@ -682,6 +682,21 @@ def test_the_same_model_from_hf_and_gguf():
         ({"llama.logit_scale": 16.0}, {}, "GGUF llama keys has the key 'logit_scale'"),
         ({"llama.vocab_size": 49153}, {}, "vocab_size must be the rows of token_embd.weight: got 49153 and 49152"),
         ({"llama.attention.head_count": [9, 9, 3]}, {}, "attention.head_count must be a whole number"),
+        (
+            {"llama.feed_forward_length": [1536] * 28 + [1024, 512]},
+            {},
+            "llama.feed_forward_length must be the same in every layer, got 1536 in layer 0 and 1024 in layer 28",
+        ),
+        ({"llama.attention.head_count_kv": [3, 1] * 15}, {}, "head_count_kv must be the same in every layer"),
+        ({"llama.attention.head_count_kv": [3.5] * 30}, {}, "head_count_kv must be a whole number, got 3.5"),
+        ({"llama.attention.head_count_kv": [3] * 29}, {}, "head_count_kv must be a whole number, got .3, 3"),
+        ({"llama.attention.sliding_window_pattern": [True, False] * 15}, {}, "sliding_window_pattern must be the same"),
+        ({"llama.rope.scaling.attn_factor": 1.2}, {}, "rope.scaling.attn_factor must be 1"),
+        ({"llama.rope.scaling.alpha": 1000.0}, {}, "rope.scaling.alpha must be 1"),
+        ({"llama.rope.scaling.yarn_log_multiplier": 0.1}, {}, "yarn_log_multiplier must be 0"),
+        ({"llama.rope.scaling.yarn_beta_fast": 32.0}, {}, "'rope.scaling.yarn_beta_fast'"),
+        ({"llama.rope.scaling.type": "longrope"}, {}, "rope.scaling.type must be"),
+        ({"general.type": "adapter"}, {}, "must hold a model, got general.type 'adapter'"),
         ({"llama.block_count": 10**9}, {}, "n_layers must be at most 10000"),
         ({"llama.attention.head_count": 0}, {}, "multiple of its heads"),
         ({"general.architecture": "qwen2"}, {}, "must be one of dbrx, grok, llama, mpt; got 'qwen2'"),
@@ -690,6 +705,53 @@ def test_the_same_model_from_hf_and_gguf():
 def test_gguf_refusals(change, tensors, says):
     with pytest.raises(ConfigError, match=says):
         config_from_gguf(SMOLLM2_GGUF | change, TABLE | tensors)
+
+
+def test_arrays_of_one_value_are_that_value():
+    """Newer converters write one number a layer; here all layers have it."""
+    each = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+    arrays = {f"llama.{key}": [SMOLLM2_GGUF[f"llama.{key}"]] * 30 for key in each}
+    assert config_from_gguf(SMOLLM2_GGUF | arrays, TABLE) == config_from_gguf(SMOLLM2_GGUF, TABLE)
+
+
+def test_keys_that_say_no_scaling_are_read():
+    said = {
+        "rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scaling.original_context_length": 8192,
+        "rope.scaling.finetuned": False, "rope.scaling.attn_factor": 1.0, "attention.scale": 0.0,
+    }  # fmt: skip
+    said = {f"llama.{key}": value for key, value in said.items()}
+    assert config_from_gguf(SMOLLM2_GGUF | said | {"general.type": "model"}, TABLE) == config_from_hf(SMOLLM2)
+    scaled = config_from_gguf(SMOLLM2_GGUF | {"llama.attention.scale": 0.25}, TABLE)
+    assert scaled.attn.score_scale == 0.25
+
+
+@pytest.mark.parametrize("name", ["mixtral", "dbrx", "grok1"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"expert_gating_func": 2}, "expert_gating_func must be 1"),
+        ({"expert_gating_func": 3}, "expert_gating_func must be 1"),
+        ({"expert_weights_scale": 2.5}, "expert_weights_scale must be 1"),
+        ({"expert_weights_norm": False}, "expert_weights_norm must be True"),
+        ({"expert_shared_count": 1}, "expert_shared_count must be 0"),
+        ({"leading_dense_block_count": 1}, "leading_dense_block_count must be 0"),
+        ({"expert_group_count": 8}, "expert_group_count must be 0 or 1"),
+        ({"expert_feed_forward_length": 7}, "expert_feed_forward_length must be 80"),
+        ({"expert_used_count": [3, 3, 3, 2]}, "expert_used_count must be the same in every layer"),
+    ],
+)
+def test_other_kinds_of_mixture_in_gguf_are_refused(name, change, says):
+    config = TINY[name]
+    family = family_of(config)
+    arch = family.gguf_archs[0]
+    metadata = {"general.architecture": arch, **family.config_to_gguf(config)}
+    plain = {"expert_gating_func": 1, "expert_weights_norm": True, "expert_weights_scale": 1.0}
+    plain |= {"expert_shared_count": 0, "expert_feed_forward_length": 80}
+    shapes = gguf_shapes(config)
+    again = config_from_gguf(metadata | {f"{arch}.{key}": value for key, value in plain.items()}, shapes)
+    assert again == config_from_gguf(metadata, shapes)
+    with pytest.raises(ConfigError, match=says):
+        config_from_gguf(metadata | {f"{arch}.{key}": value for key, value in change.items()}, shapes)
 
 
 def test_gguf_without_a_table_or_with_a_key_missing():
@@ -751,6 +813,10 @@ def test_every_layout_covers_both_sides_exactly_once_and_is_recognised(name, lay
 def test_every_gguf_map_covers_both_sides_exactly_once(name):
     config = ALL[name]
     check_cover(family_of(config).gguf_map(config), parameter_shapes(config), gguf_shapes(config))
+    split = family_of(config).gguf_split_map
+    if split is not None:
+        pieces = split(config)
+        check_cover(pieces, parameter_shapes(config), source_shapes(pieces))
 
 
 def test_the_released_dbrx_has_these_323_tensors():

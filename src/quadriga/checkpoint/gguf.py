@@ -36,6 +36,7 @@ _MAX_PARSED_BYTES = 112 << 20  # as Python keeps it: one emoji makes a string fo
 _MAX_TENSORS = 1 << 16
 _MAX_KEYS = 1 << 16
 _MAX_AXES = 4  # ggml has no more
+_MAX_PADDING = 64 << 20
 _ALIGNMENT = 32
 _LENGTH = struct.Struct("<Q")
 
@@ -313,9 +314,7 @@ class _Reader:
             raise self.fail("it does not start with GGUF")
         version = self.unpack("I")
         if version not in (2, 3):
-            swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-            what = "it is big-endian" if swapped in (2, 3) else f"version {version}"
-            raise self.fail(f"{what}; versions 2 and 3, little-endian, are supported")
+            raise self.fail(_not_supported(version))
         n_tensors, n_keys = self.unpack("Q"), self.unpack("Q")
         if n_tensors > _MAX_TENSORS or n_keys > _MAX_KEYS:
             raise self.fail(f"it claims {n_tensors} tensors and {n_keys} metadata keys")
@@ -370,9 +369,27 @@ class _Reader:
             if tensor.offset - end >= alignment:
                 raise self.fail(f"{tensor.offset - end} bytes before tensor {name[:80]!r} belong to nothing")
             end = tensor.offset + tensor.nbytes
-        if self.size - end >= alignment:
+        if self.size - end >= alignment and not self.only_zeros(end):
             raise self.fail(f"{self.size - end} bytes at its end belong to nothing")
         return tensors
+
+    def only_zeros(self, start: int) -> bool:
+        """True if all bytes from ``start`` on are zero: a file made of whole disk or download blocks. At most 64 MB."""
+        if self.size - start > _MAX_PADDING:
+            return False
+        self.file.seek(start)
+        while chunk := self.file.read(1 << 20):
+            if chunk.count(0) != len(chunk):
+                return False
+        return True
+
+
+def _not_supported(version: int) -> str:
+    """What a version number other than 2 and 3 means, and what to do."""
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3):
+        return "it is big-endian; turn its bytes round where it was made (llama.cpp: gguf_convert_endian.py)"
+    older = ": convert the original checkpoint again, that form had no 64-bit lengths" if version == 1 else ""
+    return f"version {version}{older}; versions 2 and 3, little-endian, are supported"
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from quadriga.checkpoint.tensor_files import SafetensorsSource
 from quadriga.errors import CheckpointError
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
-from quadriga.model.families.base import Family, pick_layout
+from quadriga.model.families.base import Family, pick_gguf_map, pick_layout
 from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shapes, whole
 from quadriga.text import tokenizer as tokenizers
 from quadriga.text.tokenizer import Tokenizer
@@ -84,8 +84,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         case "gguf":
             gguf = GGUFSource(found.path)
             family = families.family_of(config)
-            assert family.gguf_map is not None, "a family whose GGUF config was read has a GGUF map"
-            return _checked("gguf", found.path, config, "gguf", gguf, family.gguf_map(config), family)
+            layout, pieces = pick_gguf_map(family, config, gguf.shapes)
+            return _checked("gguf", found.path, config, layout, gguf, pieces, family)
         case "grok":
             pieces = families.family_of(config).layouts["jax"](config)
             return _checked("grok", found.path, config, "jax", GrokSource(found.path, pieces), pieces, None)

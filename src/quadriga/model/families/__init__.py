@@ -91,6 +91,10 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
         ConfigError: as :func:`config_from_hf`.
     """
     arch = Keys(metadata, "GGUF metadata").text("general.architecture")
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise ConfigError(
+            f"this GGUF file must hold a model, got general.type {str(kind)[:80]!r}. Give the model it goes with."
+        )
     if arch == "llama":
         # One architecture, two families: llama.cpp calls a LLaMA with experts llama as well.
         family = mixtral.FAMILY if metadata.get("llama.expert_count") else llama2.FAMILY

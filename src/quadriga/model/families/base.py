@@ -36,6 +36,9 @@ class Family:
     config_to_gguf: Callable[[ModelConfig], dict[str, object]] | None = None
     """The architecture keys to write, e.g. {"dbrx.block_count": 40, ...}, and the ids of special tokens."""
     gguf_map: MapBuilder | None = None
+    gguf_split_map: MapBuilder | None = None
+    """The same with a tensor an expert, as llama.cpp wrote until it merged them (ggml-org/llama.cpp#6387, April 2024);
+    read only."""
     ignored_tensors: tuple[str, ...] = field(default=())
     """fnmatch patterns of stored tensors that carry no information (e.g. ``*.rotary_emb.inv_freq``)."""
     tied_copies: Mapping[str, str] = field(default_factory=dict)
@@ -83,6 +86,24 @@ def pick_layout(family: Family, config: ModelConfig, names: Mapping[str, Shape])
             f"checkpoint holds {len(names)}. Check that config.json belongs to these weight files."
         )
     return layout, build(config)
+
+
+def pick_gguf_map(family: Family, config: ModelConfig, names: Mapping[str, Shape]) -> tuple[str, list[Piece]]:
+    """Whether a GGUF file has one tensor a layer for all experts or one for each, and its pieces.
+
+    Raises:
+        CheckpointError: the metadata promises far more experts than are stored.
+    """
+    assert family.gguf_map is not None, "a family whose GGUF config was read has a GGUF map"
+    if family.gguf_split_map is None or "blk.0.ffn_gate.0.weight" not in names:
+        return "gguf", family.gguf_map(config)
+    per_layer = len(source_shapes(family.gguf_split_map(replace(config, n_layers=1))))
+    if per_layer * config.n_layers > 10 * len(names) + 10_000:
+        raise CheckpointError(
+            f"the metadata asks for {per_layer * config.n_layers} tensors ({config.n_layers} layers) and the file "
+            f"holds {len(names)}"
+        )
+    return "gguf-split", family.gguf_split_map(config)
 
 
 def of_kind(spec: object, kind: type[T], form: str) -> T:

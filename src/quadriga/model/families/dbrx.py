@@ -222,6 +222,8 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     """Read GGUF arch ``dbrx``: clamp and theta must be there; the expert weights are always renormalised."""
     keys = gguf_keys.architecture_keys(metadata, "dbrx")
     d_model = keys.integer("embedding_length")
+    d_ff = keys.integer("feed_forward_length")
+    gguf_keys.plain_experts(keys, d_ff)
     keys.number("rope.freq_base")  # required here: llama.cpp's fallback of 10000 is wrong for every DBRX
     config = ModelConfig(
         family="dbrx",
@@ -234,7 +236,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
         # 0 means no clamp to llama.cpp.
         attn=gguf_keys.attention(keys, d_model, clip_qkv=gguf_keys.number(keys, "attention.clamp_kqv") or None),
         ffn=MoESpec(
-            d_ff=keys.integer("feed_forward_length"),
+            d_ff=d_ff,
             n_experts=keys.integer("expert_count"),
             top_k=keys.integer("expert_used_count"),
             activation="silu",

@@ -15,10 +15,29 @@ from quadriga.errors import ConfigError
 from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec
 from quadriga.model.families import base
 from quadriga.model.families.keys import Keys, equal_heads, exact_or, shortest_float32
-from quadriga.model.weight_map import Shape
+from quadriga.model.families.pieces import ExpertPart, experts
+from quadriga.model.weight_map import Piece, Shape
 
 TOKEN_EMBEDDING = "token_embd.weight"
 OUTPUT = "output.weight"
+
+MERGED_EXPERTS = {
+    "blk.{i}.ffn_gate_exps.weight": "layers.{i}.moe.w_gate",
+    "blk.{i}.ffn_up_exps.weight": "layers.{i}.moe.w_up",
+    "blk.{i}.ffn_down_exps.weight": "layers.{i}.moe.w_down",
+}
+"""Names of a layer's experts in one tensor each; in torch's axis order they have our shapes."""
+
+
+def split_experts(config: ModelConfig) -> list[Piece]:
+    """Pieces for the experts of files from before April 2024: a tensor each."""
+    parts: tuple[ExpertPart, ...] = ("w_gate", "w_up", "w_down")
+    return [
+        piece
+        for part in parts
+        for piece in experts(config, part, f"blk.{{i}}.ffn_{part.removeprefix('w_')}.{{e}}.weight")
+    ]
+
 
 IGNORED = frozenset(
     {
@@ -32,9 +51,44 @@ _ID_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "token
 
 
 def architecture_keys(metadata: Mapping[str, object], arch: str) -> Keys:
-    """The keys below ``arch.``, without that prefix."""
+    """The keys below ``arch.``, without that prefix; an array of one value a layer counts as that value.
+
+    Raises:
+        ConfigError: an array whose layers differ.
+    """
     prefix = arch + "."
-    return Keys({k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}, f"GGUF {arch} keys")
+    found = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    n_layers = found.get("block_count")
+    return Keys({k: _of_all_layers(f"{prefix}{k}", v, n_layers) for k, v in found.items()}, f"GGUF {arch} keys")
+
+
+def _of_all_layers(key: str, value: object, n_layers: object) -> object:
+    """A value that converters write once for every layer (``get_key_or_arr`` of llama.cpp), where all are the same."""
+    if not isinstance(value, list) or not value or len(value) != n_layers:
+        return value
+    other = next((i for i, one in enumerate(value) if one != value[0]), None)
+    if other is not None:
+        raise ConfigError(
+            f"GGUF {key} must be the same in every layer, got {str(value[0])[:40]} in layer 0 and "
+            f"{str(value[other])[:40]} in layer {other}. Quadriga's layers are all of one size."
+        )
+    return value[0]
+
+
+def plain_experts(keys: Keys, d_ff: int) -> None:
+    """Refuse every kind of mixture but this: each layer routes by a softmax, its chosen weights summing to one.
+
+    Args:
+        d_ff: width of an expert.
+    """
+    keys.must_be("expert_gating_func", 1, 0)  # 1 is the softmax (gguf.ExpertGatingFuncType), 0 llama.cpp's default
+    keys.must_be("expert_weights_norm", True)
+    keys.must_be("expert_weights_scale", 1, 0)
+    keys.must_be("expert_feed_forward_length", d_ff)
+    for key in ("expert_shared_count", "expert_shared_feed_forward_length", "leading_dense_block_count"):
+        keys.must_be(key, 0)
+    for key in ("expert_group_count", "expert_group_used_count", "interleave_moe_layer_step", "moe_every_n_layers"):
+        keys.must_be(key, 0, 1)
 
 
 def number(keys: Keys, key: str) -> float:
@@ -75,8 +129,13 @@ def attention(keys: Keys, d_model: int, **extras: float | None) -> AttentionSpec
 def rope_theta(keys: Keys) -> float:
     """The rotary base, after refusing every kind of context scaling."""
     keys.must_be("rope.scaling.type", "none", "linear")  # linear with factor 1 is no scaling
-    keys.must_be("rope.scaling.factor", 1, 0)
+    for key in ("factor", "attn_factor", "alpha"):
+        keys.must_be(f"rope.scaling.{key}", 1, 0)
+    keys.must_be("rope.scaling.yarn_log_multiplier", 0)
     keys.must_be("rope.scale_linear", 1, 0)
+    # Facts about how a scaled model was made; nothing reads them where positions are not scaled.
+    for key in ("original_context_length", "finetuned"):
+        keys.has(f"rope.scaling.{key}")
     # llama.cpp: no freq_base means 10000; LLaMA-2's own files leave it out.
     return number(keys, "rope.freq_base") if keys.given("rope.freq_base") else 10_000.0
 

@@ -227,7 +227,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
         logit_scale=exact_or(_constant(keys, "logit_scale", LOGIT_SCALE), LOGIT_SCALE),
         **gguf_keys.token_ids(metadata),
     )
-    keys.must_be("expert_feed_forward_length", d_ff)
+    gguf_keys.plain_experts(keys, d_ff)
     keys.must_be("final_logit_softcapping", 0)
     keys.must_be("attention.temperature_length", 0)
     keys.finish(gguf_keys.IGNORED | {"router_logit_softcapping"})
@@ -267,9 +267,6 @@ _GGUF_NAMES = {
     "blk.{i}.attn_output_norm.weight": "layers.{i}.attn_post_norm.weight",
     "blk.{i}.ffn_norm.weight": "layers.{i}.ffn_norm.weight",
     "blk.{i}.ffn_gate_inp.weight": "layers.{i}.moe.router.weight",
-    "blk.{i}.ffn_gate_exps.weight": "layers.{i}.moe.w_gate",
-    "blk.{i}.ffn_up_exps.weight": "layers.{i}.moe.w_up",
-    "blk.{i}.ffn_down_exps.weight": "layers.{i}.moe.w_down",
     "blk.{i}.layer_output_norm.weight": "layers.{i}.ffn_post_norm.weight",
     "output_norm.weight": "final_norm.weight",
     gguf_keys.OUTPUT: "lm_head.weight",
@@ -278,8 +275,16 @@ _GGUF_NAMES = {
 
 def _gguf_map(config: ModelConfig) -> list[Piece]:
     # No rotary permutation: llama.cpp runs Grok with NeoX (half) rotation.
+    return copies(config, _GGUF_NAMES | gguf_keys.MERGED_EXPERTS) + _gguf_qkv(config)
+
+
+def _gguf_split_map(config: ModelConfig) -> list[Piece]:
+    return copies(config, _GGUF_NAMES) + _gguf_qkv(config) + gguf_keys.split_experts(config)
+
+
+def _gguf_qkv(config: ModelConfig) -> list[Piece]:
     q, k, v = (f"blk.{{i}}.attn_{p}.weight" for p in "qkv")
-    return copies(config, _GGUF_NAMES) + qkv(config, q, k, v)
+    return qkv(config, q, k, v)
 
 
 FAMILY = Family(
@@ -297,5 +302,6 @@ FAMILY = Family(
     config_from_gguf=config_from_gguf,
     config_to_gguf=config_to_gguf,
     gguf_map=_gguf_map,
+    gguf_split_map=_gguf_split_map,
     tied_copies={"lm_head.weight": "model.embed_tokens.weight"},
 )

@@ -235,6 +235,9 @@ def common_from_gguf(keys: Keys, metadata: Mapping[str, object], shapes: Mapping
     if keys.given("attention.sliding_window") and 0 < keys.integer("attention.sliding_window") < max_seq_len:
         keys.must_be("attention.sliding_window", 0)
     d_model = keys.integer("embedding_length")
+    attn = gguf_keys.attention(keys, d_model)
+    if keys.given("attention.scale") and keys.number("attention.scale") != 0:  # llama.cpp: 0 means 1/sqrt(head_dim)
+        attn = gguf_keys.with_scale(attn, gguf_keys.number(keys, "attention.scale"))
     return {
         "vocab_size": gguf_keys.vocabulary_size(keys, shapes),
         "d_model": d_model,
@@ -242,7 +245,7 @@ def common_from_gguf(keys: Keys, metadata: Mapping[str, object], shapes: Mapping
         "max_seq_len": max_seq_len,
         "norm": NormSpec(kind="rms", eps=gguf_keys.number(keys, "attention.layer_norm_rms_epsilon")),
         "position": RopeSpec(theta=gguf_keys.rope_theta(keys)),
-        "attn": gguf_keys.attention(keys, d_model),
+        "attn": attn,
         # A GGUF without a head uses the embedding table.
         "tied_embeddings": gguf_keys.OUTPUT not in shapes,
         **gguf_keys.token_ids(metadata),

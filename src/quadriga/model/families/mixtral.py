@@ -159,10 +159,12 @@ def _mistral_layout(config: ModelConfig) -> list[Piece]:
 def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
     """Read a GGUF of arch ``llama`` with experts."""
     keys = gguf_keys.architecture_keys(metadata, "llama")
+    d_ff = keys.integer("feed_forward_length")
+    gguf_keys.plain_experts(keys, d_ff)
     config = ModelConfig(
         family="mixtral",
         ffn=MoESpec(
-            d_ff=keys.integer("feed_forward_length"),
+            d_ff=d_ff,
             n_experts=keys.integer("expert_count"),
             top_k=keys.integer("expert_used_count"),
             activation="silu",
@@ -186,16 +188,15 @@ def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     return metadata
 
 
-_GGUF_MOE = {
-    "blk.{i}.ffn_gate_inp.weight": "layers.{i}.moe.router.weight",
-    "blk.{i}.ffn_gate_exps.weight": "layers.{i}.moe.w_gate",
-    "blk.{i}.ffn_up_exps.weight": "layers.{i}.moe.w_up",
-    "blk.{i}.ffn_down_exps.weight": "layers.{i}.moe.w_down",
-}
+_GGUF_ROUTER = {"blk.{i}.ffn_gate_inp.weight": "layers.{i}.moe.router.weight"}
 
 
 def _gguf_map(config: ModelConfig) -> list[Piece]:
-    return copies(config, GGUF_COMMON | _GGUF_MOE) + gguf_qkv(config)
+    return copies(config, GGUF_COMMON | _GGUF_ROUTER | gguf_keys.MERGED_EXPERTS) + gguf_qkv(config)
+
+
+def _gguf_split_map(config: ModelConfig) -> list[Piece]:
+    return copies(config, GGUF_COMMON | _GGUF_ROUTER) + gguf_qkv(config) + gguf_keys.split_experts(config)
 
 
 FAMILY = Family(
@@ -209,6 +210,7 @@ FAMILY = Family(
     config_from_gguf=config_from_gguf,
     config_to_gguf=config_to_gguf,
     gguf_map=_gguf_map,
+    gguf_split_map=_gguf_split_map,
     ignored_tensors=("model.layers.*.self_attn.rotary_emb.inv_freq",),
     tied_copies={"lm_head.weight": "model.embed_tokens.weight", "output.weight": "tok_embeddings.weight"},
 )
