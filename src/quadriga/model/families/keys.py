@@ -79,11 +79,11 @@ HARMLESS_KEYS: Mapping[str, str] = {
 }
 """Keys that training and merging programs leave in config.json, each with the reason why no answer depends on it."""
 
-REFUSED_KEYS: Mapping[str, str] = {
-    key: "the weights were packed by a quantiser whose blocks are not read. Give the checkpoint it was made from, or a "
-    "GGUF file of it"
-    for key in ("quantization_config", "compression_config")
-}
+_QUANTISED = (
+    "the weights were packed by a quantiser whose blocks are not read. Give the checkpoint it was made from, or a GGUF "
+    "file of it"
+)
+REFUSED_KEYS: Mapping[str, str] = {"quantization_config": _QUANTISED, "compression_config": _QUANTISED}
 """Keys that change what the stored numbers mean; null says nothing and passes."""
 
 PRETRAINED_KEYS = GENERATION_KEYS | BOOKKEEPING_KEYS | CODE_KEYS | frozenset(HARMLESS_KEYS)
