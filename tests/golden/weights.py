@@ -130,6 +130,32 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return (1 + 0.2 * values if is_norm else 0.3 * values).astype(np.float32)
 
 
+ADAPTER_ROWS = 6
+"""The last positions whose logits are stored for each golden adapter."""
+
+
+def drawn_adapter(shapes: dict[str, list[int]], tied: bool) -> dict[str, np.ndarray]:
+    """The tensors of an adapter under the names peft gives them; copies of the base's tables are the base's.
+
+    Args:
+        tied: the head is the table, so what is the head's is the table's.
+    """
+    prefix, copy, table = "base_model.model.", ".base_layer.weight", "model.embed_tokens"
+    tensors = {}
+    for name, shape in shapes.items():
+        module = name.removeprefix(prefix)
+        if tied and module.startswith("lm_head."):
+            module = module.replace("lm_head", table)
+        if name.endswith(copy):
+            tensors[name] = draw(module.replace(copy, ".weight"), tuple(shape))
+        elif tied and table in module and module.endswith(("lora_A.weight", "lora_B.weight")):
+            other = "lora_embedding_B" if module.endswith("lora_A.weight") else "lora_embedding_A"
+            tensors[name] = draw(f"{prefix}{table}.{other}", tuple(reversed(shape))).T.copy()
+        else:
+            tensors[name] = draw(name, tuple(shape))
+    return tensors
+
+
 def ragged() -> list[list[int]]:
     """The sequences of the batch."""
     return [(TOKENS[i:] + TOKENS[:i])[:n] for i, n in enumerate(RAGGED)]

@@ -9,41 +9,44 @@ the two forms together: a stored matrix is a box of a parameter, its factors are
     export   q_proj: A, B[rows of q]     k_proj: A, B[rows of k]     ...                  exact
     import   wqkv:   A = [A_q; A_k; A_v],  B = blockdiag(B_q, B_k, B_v)                   exact, of rank 3 r
 
-peft's form for fused expert stacks (``target_parameters``, experts (E, rows, columns)) reads and writes as well: its
-A is our B transposed and the other way round, because it takes the first axis of a slice for the input.
+peft's form for fused expert stacks (``target_parameters``, experts (E, out, in)) reads and writes as well: all experts'
+A below each other, the numbers of B with the expert as the fastest axis. Before 0.19 it took the first axis of a slice
+for the input, so A and B changed places.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
+from quadriga.checkpoint import peft_config
+from quadriga.checkpoint.adapter_extras import Extras
 from quadriga.checkpoint.derive import Unchanged, derive
 from quadriga.checkpoint.engine_file import write_text
 from quadriga.checkpoint.json_files import read_json
 from quadriga.checkpoint.open import Checkpoint
+from quadriga.checkpoint.parameters import unpack
+from quadriga.checkpoint.peft_config import PeftConfig
 from quadriga.checkpoint.tensor_files import SafetensorsSource
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.model import families
 from quadriga.model.adapter_spec import TARGETS, LoraSpec, adapted_shapes, target_of
 from quadriga.model.config import ModelConfig
-from quadriga.model.weight_map import Piece, parameter_shapes, whole
+from quadriga.model.weight_map import Box, Piece, parameter_shapes, whole
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Parameter -> (A, B), float32: ([E,] r, in) and ([E,] out, r)."""
 
 MANIFEST = "quadriga_adapter.json"
 WEIGHTS = "adapter.safetensors"
-_PEFT_CONFIG = "adapter_config.json"
+_PEFT_CONFIG = peft_config.FILE
 _PEFT_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _HEAD = "lm_head"
@@ -58,6 +61,22 @@ class Adapter:
     factors: Factors
     base: str = ""
     """The model it was trained on, for people."""
+    extras: Extras | None = None
+    """What it has beyond factors; see :func:`low_rank`."""
+
+
+def low_rank(adapter: Adapter) -> Factors:
+    """The factors of an adapter that has nothing else.
+
+    Raises:
+        ConfigError: it has more, which would be left out.
+    """
+    if adapter.extras is not None:
+        raise ConfigError(
+            f"this adapter has more than low-rank factors ({', '.join(adapter.extras.reasons())}): it can only be "
+            "folded into its model. Write the result with `quadriga adapter merge` and use that."
+        )
+    return adapter.factors
 
 
 def save(adapter: Adapter, folder: Path) -> None:
@@ -65,8 +84,9 @@ def save(adapter: Adapter, folder: Path) -> None:
 
     Raises:
         CheckpointError: the folder exists with something in it, or cannot be written.
+        ConfigError: an adapter with more than factors.
     """
-    tensors = {f"{name}.{part}": t for name, ab in adapter.factors.items() for part, t in zip("ab", ab, strict=True)}
+    tensors = {f"{name}.{part}": t for name, ab in low_rank(adapter).items() for part, t in zip("ab", ab, strict=True)}
     digest = _write_tensors(tensors, folder, WEIGHTS)
     body = {"quadriga_adapter": _VERSION, "base": adapter.base, "lora": asdict(adapter.spec), "sha256": digest}
     write_text(folder / MANIFEST, json.dumps(body, indent=1) + "\n")
@@ -144,17 +164,21 @@ class _Merge(Unchanged):
             digest.update(name.encode())
             for t in factors:
                 digest.update(t.contiguous().numpy().tobytes())
+        self.extras = adapter.extras or Extras()
+        for t in self.extras.tensors():
+            digest.update(t.contiguous().numpy().tobytes())
         super().__init__(base, base.config, f"with adapter {digest.hexdigest()[:16]}")
         self.adapter = adapter
 
     def rows(self, name: str, expert: int | None, first: int, last: int) -> Tensor:
-        frozen = super().rows(name, expert, first, last)
+        frozen = self.extras.in_place(name, expert, first, super().rows(name, expert, first, last))
         if name not in self.adapter.factors:
             return frozen
         a, b = self.adapter.factors[name]
         if expert is not None:
             a, b = a[expert], b[expert]
-        return torch.addmm(frozen.float(), b[first:last], a, alpha=self.adapter.spec.scale).to(frozen.dtype)
+        rows = torch.addmm(frozen.float(), b[first:last], a, alpha=self.adapter.spec.scale)
+        return self.extras.stretched(name, expert, first, rows).to(frozen.dtype)
 
 
 # peft's form ---------------------------------------------------------------------------------------------------------
@@ -167,7 +191,7 @@ def to_peft(adapter: Adapter, config: ModelConfig, folder: Path, *, layout: str 
         layout: one of the family's; None: the one exports use. ``hf5`` of Mixtral writes fused expert stacks.
 
     Raises:
-        ConfigError: no such layout, or one whose experts peft has no form for.
+        ConfigError: no such layout, or one whose experts peft has no form for; an adapter with more than factors.
         CheckpointError: the folder exists with something in it, or cannot be written.
     """
     by_source = _by_source(config, layout)
@@ -177,7 +201,7 @@ def to_peft(adapter: Adapter, config: ModelConfig, folder: Path, *, layout: str 
     nesting: dict[str, list[str]] = {}
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for source, pieces in by_source.items():
-        if not any(piece.target in adapter.factors for piece in pieces):
+        if not any(piece.target in low_rank(adapter) for piece in pieces):
             continue
         pairs[source] = _stored_factors(adapter, source, pieces)
         if pairs[source][0].ndim == 3:
@@ -211,6 +235,7 @@ def to_peft(adapter: Adapter, config: ModelConfig, folder: Path, *, layout: str 
     _write_tensors(tensors, folder, _PEFT_WEIGHTS)
     body = {
         "peft_type": "LORA",
+        "peft_version": "0.19.0",  # whose form of fused stacks this is
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base,
         "r": rank,
@@ -230,61 +255,214 @@ def from_peft(folder: Path, config: ModelConfig) -> Adapter:
     """Read peft's form.
 
     Raises:
-        CheckpointError: malformed files, or factors that fit no matrix of this model.
-        ConfigError: DoRA, trained biases, whole saved modules: more than a low-rank adapter.
+        CheckpointError: malformed files, factors that fit no matrix of this model, or others than the configuration
+            says.
+        ConfigError: an option that is not computed.
     """
-    raw = read_json(folder / _PEFT_CONFIG)
-    refused = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "fan_in_fan_out": False}
-    for key, wanted in refused.items():
-        if raw.get(key, wanted) not in (wanted, [] if wanted is None else wanted):
-            raise ConfigError(f"{_PEFT_CONFIG}: {key} must be {wanted!r}, got {raw[key]!r}; only plain LoRA is read")
-    try:
-        rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
-        dropout = float(raw.get("lora_dropout") or 0.0)
-        patterns: dict[str, Any] = {k: dict(raw.get(k) or {}) for k in ("rank_pattern", "alpha_pattern")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{_PEFT_CONFIG} is malformed: {error!r}") from None
-    if patterns["alpha_pattern"]:
-        raise ConfigError(f"{_PEFT_CONFIG}: alpha_pattern is not read; merge with peft, then convert the result")
+    how = peft_config.read(read_json(folder / _PEFT_CONFIG))
     tensors = _read_tensors(folder / _PEFT_WEIGHTS)
     if config.tied_embeddings:
         tensors = _untie(tensors, folder)
-    rooted = raw.get("use_rslora", False)
-    best: tuple[Factors, list[str]] | None = None
-    for layout in families.family_of(config).layouts:
-        found, left = _match_peft(tensors, config, layout, alpha, bool(rooted))
-        if found and (best is None or len(left) < len(best[1])):
-            best = found, left
-    if best is None or best[1]:
-        left = sorted(tensors) if best is None else best[1]
+    found = [_match_peft(tensors, config, layout, how) for layout in families.family_of(config).layouts]
+    best = min(found, key=lambda match: (not match.parts, len(match.left)))  # the first of equals
+    if best.left or not best.parts:
+        left = sorted(best.left if best.parts else tensors)
         raise CheckpointError(f"{folder}: {len(left)} tensors fit no matrix of this model, e.g. {left[:3]}")
-    factors = _ordered(best[0], config)
+    _check_modules(best, how, config, folder)
+    shapes = parameter_shapes(config)
+    factors = _ordered({name: _assembled(shapes[name], parts) for name, parts in best.parts.items()}, config)
     targets = tuple(t for t in TARGETS if t in {target_of(name) for name in factors})
-    spec = LoraSpec(rank=rank, alpha=float(rank), targets=targets, dropout=dropout)  # scale 1: it is in B already
+    # Scale 1: it is in B already.
+    spec = LoraSpec(rank=how.rank, alpha=float(how.rank), targets=targets, dropout=how.dropout)
     # A target may have been adapted in part (q and v only): what is left out gets factors of zero.
     for name, (a_shape, b_shape) in adapted_shapes(config, spec).items():
         if name not in factors:
             factors[name] = (torch.zeros(a_shape), torch.zeros(b_shape))
     _check(factors, spec, config, folder)
-    return Adapter(spec=spec, factors=_ordered(factors, config), base=str(raw.get("base_model_name_or_path") or ""))
+    extras = _extras(best, how, config, folder)
+    return Adapter(spec=spec, factors=_ordered(factors, config), base=how.base, extras=extras)
+
+
+@dataclass
+class _Match:
+    """What a file holds for the matrices of one layout, and what found no place."""
+
+    layout: str
+    left: set[str]
+    parts: dict[str, list[tuple[Piece, Tensor, Tensor]]] = field(default_factory=dict)
+    """Parameter -> the factors of the stored matrices in it, scaled already."""
+    adapted: set[str] = field(default_factory=set)
+    """Stored tensors with factors."""
+    lengths: dict[str, tuple[Piece, Tensor]] = field(default_factory=dict)
+    tokens: dict[str, tuple[Piece, Tensor]] = field(default_factory=dict)
+    whole: dict[str, tuple[list[Piece], Tensor]] = field(default_factory=dict)
+
+
+def _match_peft(tensors: Mapping[str, Tensor], config: ModelConfig, layout: str, how: PeftConfig) -> _Match:
+    match = _Match(layout, set(tensors))
+    by_source: dict[str, list[Piece]] = {}
+    for piece in families.family_of(config).layouts[layout](config):
+        by_source.setdefault(piece.source, []).append(piece)
+    for source, pieces in by_source.items():
+        module = source.removesuffix(".weight")
+        if target_of(pieces[0].target) is not None:
+            _take_factors(match, tensors, source, pieces, how)
+            for key in (f"{_PREFIX}{module}.lora_magnitude_vector{end}" for end in ("", ".weight")):
+                if key in match.left:
+                    match.lengths[source] = pieces[0], tensors[key]
+                    match.left.remove(key)
+            key = f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"
+            if key in match.left:
+                match.tokens[source] = pieces[0], tensors[key]
+                match.left.remove(key)
+        # An adapted table is saved with its base's numbers.
+        for key in (f"{_PREFIX}{source}", f"{_PREFIX}{module}.base_layer.weight"):
+            if key in match.left:
+                match.whole[source] = pieces, tensors[key]
+                match.left.remove(key)
+    return match
+
+
+def _take_factors(
+    match: _Match, tensors: Mapping[str, Tensor], source: str, pieces: list[Piece], how: PeftConfig
+) -> None:
+    pair = _peft_pair(tensors, source, pieces[0], how.along_inputs)
+    if pair is None:
+        return
+    keys, a, b = pair
+    module = source.removesuffix(".weight")
+    if a.shape[-2] != how.rank_of(module):
+        raise CheckpointError(
+            f"{_PEFT_WEIGHTS}: the factors of {module} must have the rank that {_PEFT_CONFIG} gives, "
+            f"{how.rank_of(module)}, and have {a.shape[-2]}. Were the two files saved together?"
+        )
+    match.left -= set(keys)
+    match.adapted.add(source)
+    b = b * how.scale_of(module)
+    start = 0
+    for piece in pieces:
+        box = piece.target_box or whole(piece.target_shape)
+        height = box[-2][1] - box[-2][0]
+        rows = b if len(pieces) == 1 else b[..., start : start + height, :]
+        start += height
+        match.parts.setdefault(piece.target, []).append((piece, a, rows))
+
+
+def _check_modules(match: _Match, how: PeftConfig, config: ModelConfig, folder: Path) -> None:
+    """The modules with factors are those that the configuration says, and so are whole matrices and lengths."""
+    missing, alien = [], []
+    for source, pieces in _by_source(config, match.layout).items():
+        module = source.removesuffix(".weight")
+        wanted = how.adapts(module) if len(pieces[0].source_shape) == 2 else how.adapts_parameter(source)
+        if wanted is True and source not in match.adapted and not _names_one(how.saved, module):
+            missing.append(module)
+        if wanted is False and source in match.adapted:
+            alien.append(module)
+    if missing or alien:
+        raise CheckpointError(
+            f"{folder}: the factors are not those that {_PEFT_CONFIG} names (target_modules, target_parameters, "
+            f"exclude_modules, layers_to_transform). Without factors: {missing[:3]} ({len(missing)} in all); with "
+            f"factors but not named: {alien[:3]} ({len(alien)}). Were the two files saved together?"
+        )
+    modules = [source.removesuffix(".weight") for source in match.whole]
+    for name in how.saved:
+        if not any(_names_one((name,), module) for module in modules):
+            raise CheckpointError(f"{folder}: modules_to_save names {name!r}, whose weight is not in {_PEFT_WEIGHTS}")
+    for module, (pieces, _) in zip(modules, match.whole.values(), strict=True):
+        if target_of(pieces[0].target) not in ("embeddings", "head") and not _names_one(how.saved, module):
+            raise CheckpointError(
+                f"{folder}: it holds the whole weight of {module}, which modules_to_save does not name"
+            )
+    if match.lengths.keys() != (match.adapted if how.dora else set()):
+        raise CheckpointError(
+            f"{folder}: use_dora is {how.dora}, and {len(match.lengths)} of {len(match.adapted)} adapted matrices have "
+            "a magnitude vector"
+        )
+
+
+def _names_one(names: tuple[str, ...], module: str) -> bool:
+    """Whether one of the names is a module's or the end of it, as peft takes them."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _extras(match: _Match, how: PeftConfig, config: ModelConfig, folder: Path) -> Extras | None:
+    """What the file holds beyond factors; None if there is nothing."""
+    replaced: dict[str, list[tuple[Box, Tensor]]] = {}
+    for source, (pieces, values) in match.whole.items():
+        if values.shape != pieces[0].source_shape:
+            raise CheckpointError(
+                f"{folder}: {source} is saved whole with shape {list(values.shape)}, this model's has "
+                f"{list(pieces[0].source_shape)}. If tokens were added, merge with peft and give the result."
+            )
+        for piece in pieces:
+            box = piece.source_box or whole(piece.source_shape)
+            part = unpack(values[tuple(slice(*axis) for axis in box)], piece)
+            replaced.setdefault(piece.target, []).append((piece.target_box or whole(piece.target_shape), part))
+    for name, ids, values in _token_rows(match, how, folder):
+        columns = (0, values.shape[1])
+        boxes = [(((i, i + 1), columns), row[None]) for i, row in zip(ids, values, strict=True)]
+        replaced.setdefault(name, []).extend(boxes)
+    if config.tied_embeddings and how.saved and {"embed.weight", "lm_head.weight"} & replaced.keys():
+        raise ConfigError(
+            f"{folder} saves the table or the head of a model with tied embeddings as a matrix of its own. Here they "
+            "are one: merge with peft and give the result, with tie_word_embeddings false."
+        )
+    lengths = _row_lengths(match, config)
+    return Extras(lengths=lengths, replaced=replaced) if lengths or replaced else None
+
+
+def _token_rows(match: _Match, how: PeftConfig, folder: Path) -> list[tuple[str, tuple[int, ...], Tensor]]:
+    """(table, ids, their rows) of single trained tokens."""
+    found = []
+    for source, (piece, values) in match.tokens.items():
+        ids = next((ids for name, ids in how.tokens.items() if _names_one((name,), source.removesuffix(".weight"))), ())
+        n, columns = piece.source_shape
+        if values.shape != (len(ids), columns) or max(ids, default=0) >= n:
+            raise CheckpointError(
+                f"{folder}: trainable_token_indices gives {len(ids)} ids below {n} for {source}, the file has rows of "
+                f"shape {list(values.shape)}"
+            )
+        found.append((piece.target, ids, values))
+    if how.tokens and not found:
+        raise CheckpointError(f"{folder}: trainable_token_indices is given, and {_PEFT_WEIGHTS} has no rows of tokens")
+    return found
+
+
+def _row_lengths(match: _Match, config: ModelConfig) -> dict[str, Tensor]:
+    shapes = parameter_shapes(config)
+    lengths: dict[str, Tensor] = {}
+    for source, (piece, values) in match.lengths.items():
+        box = piece.target_box or whole(piece.target_shape)
+        # peft's lengths run along rows of what is stored; for tables and fused stacks they mean something else.
+        plain = len(piece.source_shape) == 2 and not piece.transpose and not piece.rotary_heads
+        if not plain or piece.target == "embed.weight" or (len(box) == 3 and box[0][1] - box[0][0] != 1):
+            raise ConfigError(f"use_dora is read for plain linear layers only, not for {source}")
+        if values.shape != piece.source_shape[:1]:
+            raise CheckpointError(f"the magnitude vector of {source} must have {piece.source_shape[0]} numbers")
+        rows = lengths.setdefault(piece.target, torch.full(shapes[piece.target][:-1], torch.nan))
+        rows[tuple(slice(*axis) for axis in box[:-1])] = values
+    return lengths
 
 
 def _untie(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Without the head's factors, once they are seen to be the table's: here a tied table is one matrix."""
-    table = next((key for key in tensors if key.endswith("lora_embedding_A")), None)
+    table = next((key.removesuffix("A") for key in tensors if key.endswith("lora_embedding_A")), None)
     heads = [f"{_PREFIX}{_HEAD}.lora_{part}.weight" for part in "AB"]
     if table is None and not any(key in tensors for key in heads):
         return tensors
     same = table is not None and all(key in tensors for key in heads)
     if same and table is not None:
         a, b = (tensors[key] for key in heads)
-        other = tensors[table.removesuffix("A") + "B"]
-        same = torch.equal(b.T, tensors[table]) and torch.equal(a.T, other)
-    if not same:
+        same = torch.equal(b.T, tensors[table + "A"]) and torch.equal(a.T, tensors[table + "B"])
+    if not same or table is None:
         raise ConfigError(
             f"{folder} adapts the table and the head of a model with tied embeddings as two matrices. Here they "
-            "are one: both must have the same factors, as Quadriga writes them."
+            "are one: both must have the same factors, as Quadriga and peft's ensure_weight_tying write them."
         )
+    frozen = f"{_PREFIX}{_HEAD}.base_layer.weight"
+    stored = tensors.get(table.replace("lora_embedding_", "base_layer.weight"))
+    if frozen in tensors and stored is not None and torch.equal(tensors[frozen], stored):
+        heads.append(frozen)
     return {key: t for key, t in tensors.items() if key not in heads}
 
 
@@ -326,45 +504,34 @@ def _stored_factors(adapter: Adapter, source: str, pieces: list[Piece]) -> tuple
 
 
 def _fused_to_peft(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(E, r, in), (E, out, r) -> peft's lora_A (E r, out) and lora_B (in, r E)."""
-    e, r, columns = a.shape
-    return b.transpose(1, 2).reshape(e * r, -1), a.permute(2, 1, 0).reshape(columns, r * e)
+    """(E, r, in), (E, out, r) -> peft's lora_A (E r, in) and lora_B (out, r E), as it is since 0.19."""
+    return a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
 
 
-def _fused_from_peft(first: Tensor, second: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`_fused_to_peft`: (E, r, in), (E, out, r)."""
-    b = first.reshape(n_experts, -1, first.shape[-1]).transpose(1, 2)
-    a = second.reshape(second.shape[0], -1, n_experts).permute(2, 1, 0)
-    return a.contiguous(), b.contiguous()
+def _fused_from_peft(
+    first: Tensor, second: Tensor, shape: tuple[int, ...], along_inputs: bool
+) -> tuple[Tensor, Tensor] | None:
+    """lora_A and lora_B of a stack (E, out, in) as (E, r, in), (E, out, r); None if they are not of it.
 
-
-def _match_peft(
-    tensors: Mapping[str, Tensor], config: ModelConfig, layout: str, alpha: float, rooted: bool
-) -> tuple[Factors, list[str]]:
-    """Factors by parameter under one layout, scaled by alpha / rank already, and the tensors that found no place."""
-    left = set(tensors)
-    collected: dict[str, list[tuple[Piece, Tensor, Tensor]]] = {}
-    for source, pieces in _by_source(config, layout).items():
-        pair = _peft_pair(tensors, source, pieces[0])
-        if pair is None:
-            continue
-        (key_a, key_b), a, b = pair
-        left -= {key_a, key_b}
-        rank = a.shape[-2]
-        b = b * (alpha / (math.sqrt(rank) if rooted else rank))
-        start = 0
-        for piece in pieces:
-            box = piece.target_box or whole(piece.target_shape)
-            height = box[-2][1] - box[-2][0]
-            rows = b if len(pieces) == 1 else b[..., start : start + height, :]
-            start += height
-            collected.setdefault(piece.target, []).append((piece, a, rows))
-    shapes = parameter_shapes(config)
-    return {name: _assembled(shapes[name], parts) for name, parts in collected.items()}, sorted(left)
+    Args:
+        along_inputs: which form they are in, where both fit.
+    """
+    e, rows, columns = shape
+    if first.ndim != 2 or second.ndim != 2 or first.shape[0] != second.shape[1] or first.shape[0] % e:
+        return None
+    new, old = (columns, rows), (rows, columns)
+    given = (first.shape[1], second.shape[0])
+    if given not in (new, old):
+        return None
+    one = first.reshape(e, -1, first.shape[1])  # (E, r, axis of A)
+    other = second.reshape(second.shape[0], -1, e).permute(2, 0, 1)  # (E, axis of B, r)
+    if given == new and (along_inputs or new != old):
+        return one.contiguous(), other.contiguous()
+    return other.transpose(1, 2).contiguous(), one.transpose(1, 2).contiguous()
 
 
 def _peft_pair(
-    tensors: Mapping[str, Tensor], source: str, piece: Piece
+    tensors: Mapping[str, Tensor], source: str, piece: Piece, along_inputs: bool
 ) -> tuple[tuple[str, str], Tensor, Tensor] | None:
     shape = piece.source_shape
     if len(shape) == 3:
@@ -372,9 +539,9 @@ def _peft_pair(
         for inner in ("", "base_layer.", "base_layer.base_layer."):
             keys = (f"{_PREFIX}{owner}.{inner}lora_A.weight", f"{_PREFIX}{owner}.{inner}lora_B.weight")
             if all(key in tensors for key in keys):
-                a, b = (tensors[key].float() for key in keys)
-                if a.shape[-1] == shape[1] and b.shape[0] == shape[2] and a.shape[0] % shape[0] == 0:
-                    return keys, *_fused_from_peft(a, b, shape[0])
+                found = _fused_from_peft(tensors[keys[0]].float(), tensors[keys[1]].float(), shape, along_inputs)
+                if found is not None:
+                    return keys, *found
         return None
     name = source.removesuffix(".weight")
     keys = (f"{_PREFIX}{name}.lora_embedding_A", f"{_PREFIX}{name}.lora_embedding_B")

@@ -20,7 +20,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from quadriga.checkpoint.adapter import Adapter, merge
+from quadriga.checkpoint.adapter import Adapter, low_rank, merge
 from quadriga.checkpoint.open import Checkpoint
 from quadriga.checkpoint.upcycle import Upcycling, upcycle
 from quadriga.errors import CheckpointError
@@ -48,7 +48,7 @@ def write(path: Path, *, base_sha256: str, how: Upcycling, routers: dict[int, Te
 
     tensors: dict[str, Tensor] = {f"router/{layer}": rows.float().contiguous() for layer, rows in routers.items()}
     shapes: dict[str, list[int]] = {}
-    for name, factors in adapter.factors.items():
+    for name, factors in low_rank(adapter).items():
         for part, values in zip("ab", factors, strict=True):
             key = f"factor/{name}.{part}"
             if values.numel() % FORMATS[_FORM].block:

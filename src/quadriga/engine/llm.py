@@ -22,6 +22,7 @@ from torch import Tensor
 from quadriga import runtime
 from quadriga.checkpoint import catalogue
 from quadriga.checkpoint.adapter import load as load_adapter
+from quadriga.checkpoint.adapter import low_rank
 from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.checkpoint.packed import load_packed
 from quadriga.engine.blocks import BLOCK_TOKENS
@@ -214,7 +215,7 @@ class LLM:
             CheckpointError: no adapter, or one of another model.
         """
         loaded = load_adapter(Path(folder), self.config)
-        self.engine.adapters().add(name, loaded.spec, loaded.factors)
+        self.engine.adapters().add(name, loaded.spec, low_rank(loaded))
 
     @property
     def adapters(self) -> list[str]:

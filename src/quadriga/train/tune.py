@@ -159,7 +159,7 @@ def build_model(config: TuneConfig, checkpoint: Checkpoint) -> tuple[Transformer
         start = adapters.load(Path(lora.start).expanduser(), checkpoint.config)
         spec = replace(start.spec, dropout=lora.dropout)
     model = _base(checkpoint, lora)
-    factors = attach(model, spec, None if start is None else start.factors, seed=config.seed)
+    factors = attach(model, spec, None if start is None else adapters.low_rank(start), seed=config.seed)
     return model, factors, spec
 
 

@@ -125,6 +125,11 @@ class Keys:
         self._read.add(key)
         return key in self._raw
 
+    def value(self, key: str) -> object:
+        """What the key says, unchecked; None if it is absent. Counts as reading it."""
+        self._read.add(key)
+        return self._raw.get(key)
+
     def integer(self, key: str) -> int:
         """A whole number."""
         value = self._get(key)

@@ -1,0 +1,63 @@
+"""What an adapter may have beyond its low-rank factors; it can be folded into a checkpoint, and nothing else.
+
+DoRA                     row i of W + s B A keeps its direction and gets the length m_i      (Liu et al. 2024,
+                         arXiv 2402.09353; peft divides by the norm over a row of the stored matrix)
+modules_to_save          whole matrices in place of the base's
+trainable_token_indices  single rows of a table in place of the base's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quadriga.model.weight_map import Box
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """Everything of an adapter that is no pair of factors; names are parameters, values float32."""
+
+    lengths: Mapping[str, Tensor] = field(default_factory=dict)
+    """(rows,) or (E, rows): the length of each row of the result; NaN where a row keeps the length it has."""
+    replaced: Mapping[str, list[tuple[Box, Tensor]]] = field(default_factory=dict)
+    """Boxes of parameters, and what stands there instead of the base's numbers."""
+
+    def reasons(self) -> list[str]:
+        """What there is, in peft's words."""
+        named = {"use_dora": self.lengths, "modules_to_save or trainable_token_indices": self.replaced}
+        return [name for name, there in named.items() if there]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All numbers, in a fixed order."""
+        yield from self.lengths.values()
+        for boxes in self.replaced.values():
+            for _, values in boxes:
+                yield values
+
+    def in_place(self, name: str, expert: int | None, first: int, frozen: Tensor) -> Tensor:
+        """The base's rows (or elements of a vector) from ``first`` on, with what replaces them."""
+        out: Tensor | None = None
+        for box, values in self.replaced.get(name, ()):
+            if expert is not None:
+                if not box[0][0] <= expert < box[0][1]:
+                    continue
+                values, box = values[expert - box[0][0]], box[1:]
+            start, stop = max(box[0][0], first), min(box[0][1], first + len(frozen))
+            if start < stop:
+                out = frozen.clone() if out is None else out
+                part = values[start - box[0][0] : stop - box[0][0]].to(out.dtype)
+                out[(slice(start - first, stop - first), *(slice(*axis) for axis in box[1:]))] = part
+        return frozen if out is None else out
+
+    def stretched(self, name: str, expert: int | None, first: int, rows: Tensor) -> Tensor:
+        """Rows (float32) from ``first`` on, each with the length it is to have."""
+        if name not in self.lengths:
+            return rows
+        lengths = self.lengths[name] if expert is None else self.lengths[name][expert]
+        wanted = lengths[first : first + len(rows)]
+        factor = torch.where(wanted.isnan(), 1.0, wanted / rows.norm(dim=1))
+        return rows * factor[:, None]
