@@ -115,6 +115,11 @@ class Runs:
         return self.action
 
 
+def laughing() -> bytes:
+    """Opcodes of a tuple of itself 200 times doubled: nothing in memory, 2^200 words if it is written out."""
+    return b")q\x00" + b"".join(b"h\x00h\x00\x86q\x00" for _ in range(200))
+
+
 def hostile() -> dict[str, bytes]:
     good = pickle.dumps(np.ones((6, 4), np.float32), protocol=4)
     nested: object = ()
@@ -136,6 +141,10 @@ def hostile() -> dict[str, bytes]:
         "bytes that are not there": b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b".",
         "a string that is not there": b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b".",
         "deep": pickle.dumps(nested, protocol=4),
+        "a name of laughing tuples": b"\x80\x04" + laughing() + b"\x8c\x01a\x93.",
+        "a shape of laughing tuples": b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00K\x00tR(K\x01"
+        + laughing()
+        + b"cnumpy\ndtype\n(X\x02\x00\x00\x00f4tR\x89NtbN.",
         "endless": b"\x80\x04" + b"N" * 100_000 + b".",
         "memo of nothing": b"\x80\x04h\x05.",
         "pops too much": b"\x80\x04\x87.",

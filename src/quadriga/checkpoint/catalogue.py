@@ -169,6 +169,7 @@ _HUB_FILES = (
     "*.gguf",
     "config.json",
     "generation_config.json",
+    "params.json",
     "tokenizer*.json",
     "tokenizer.model",
     "special_tokens_map.json",

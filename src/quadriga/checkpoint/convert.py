@@ -333,7 +333,7 @@ def _gguf_metadata(checkpoint: Checkpoint, keys: dict[str, object], form: str) -
     if isinstance(checkpoint.source, GGUFSource):
         vocabulary = checkpoint.source.header.typed("tokenizer.")
     else:
-        found = gguf_vocabulary.from_directory(checkpoint.path)
+        found = gguf_vocabulary.from_directory(checkpoint.tokenizer_folder)
         if found is None:
             notes.append("the checkpoint has no tokenizer, so the GGUF file has none: llama.cpp needs one to chat")
         else:
@@ -372,7 +372,7 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     checkpoint = checkpoint.origin
     if isinstance(checkpoint.source, GGUFSource):
         return gguf_vocabulary.to_files(checkpoint.source.metadata)
-    found = {name: checkpoint.path / name for name in TOKENIZER_FILES}
+    found = {name: checkpoint.tokenizer_folder / name for name in TOKENIZER_FILES}
     return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
 
 

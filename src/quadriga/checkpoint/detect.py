@@ -2,6 +2,7 @@
 
 quadriga   a directory with quadriga.json            (``checkpoint.engine_file``)
 hf         a directory with config.json              (safetensors, any of the family's layouts)
+own        a directory with params.json              (Meta's and Mistral's own folders: consolidated.*)
 gguf       a GGUF file, or a directory with one
 grok       a directory with tensor00000_000          (Grok-1's release)
 """
@@ -12,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from quadriga.checkpoint import engine_file, gguf
+from quadriga.checkpoint import engine_file, gguf, own_files
 from quadriga.checkpoint.json_files import read_json
 from quadriga.errors import CheckpointError
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
+from quadriga.model.families import own_params
 
-Kind = Literal["quadriga", "hf", "gguf", "grok"]
+Kind = Literal["quadriga", "hf", "own", "gguf", "grok"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ def locate(path: Path) -> Located:
     if not path.exists():
         raise CheckpointError(f"there is nothing at {path}. Check the path, or see `quadriga models list` for names.")
     if path.is_file():
-        if path.name in ("config.json", engine_file.MANIFEST):
+        if path.name in ("config.json", "params.json", engine_file.MANIFEST):
             return locate(path.parent)
         if not gguf.is_gguf(path):
             raise CheckpointError(
                 f"{path.name} is not a GGUF file. Give the directory of a safetensors checkpoint (with its "
-                "config.json), not one of its files; pickle-based files (.bin, .pt, .ckpt) are never opened."
+                "config.json), or of Meta's or Mistral's own (with its params.json), not one of its files."
             )
         return _gguf(path)
     if (path / engine_file.MANIFEST).is_file():
@@ -63,12 +65,16 @@ def locate(path: Path) -> Located:
         return Located("grok", path, _grok_config(path))
     if (path / "ckpt-0").is_dir() and _is_grok(path / "ckpt-0"):
         return Located("grok", path / "ckpt-0", _grok_config(path / "ckpt-0"))
+    if (path / own_params.FILE).is_file():
+        raw = read_json(path / own_params.FILE)
+        config, notes = own_params.from_params(raw, lambda d_model: own_files.table_rows(path, d_model))
+        return Located("own", path, config, tuple(notes))
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1 or (files and gguf.are_parts(files)):
         return _gguf(files[0])
     raise CheckpointError(
         f"{path} is no checkpoint: it needs a config.json with safetensors files, a {engine_file.MANIFEST}, one GGUF "
-        f"file (it has {len(files)}), or Grok-1's tensor files"
+        f"file (it has {len(files)}), a params.json with consolidated files (Meta, Mistral), or Grok-1's tensor files"
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -18,19 +18,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quadriga.checkpoint import catalogue, engine_file
+from quadriga.checkpoint import catalogue, engine_file, own_files
 from quadriga.checkpoint.detect import Kind, locate
 from quadriga.checkpoint.gguf_source import GGUFSource
 from quadriga.checkpoint.grok_pickle import GrokSource
+from quadriga.checkpoint.joined import JoinedSource
 from quadriga.checkpoint.packed_source import PackedSource
 from quadriga.checkpoint.parameters import SLICE_BYTES, ParameterView, Progress, slices
 from quadriga.checkpoint.source import TensorSource
 from quadriga.checkpoint.tensor_files import SafetensorsSource
+from quadriga.checkpoint.torch_source import TorchSource
 from quadriga.errors import CheckpointError
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
+from quadriga.model.families import own_params
 from quadriga.model.families.base import Family, pick_gguf_map, pick_layout
-from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shapes, whole
+from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shapes, source_shapes, whole
 from quadriga.text import tokenizer as tokenizers
 from quadriga.text.tokenizer import Tokenizer
 
@@ -59,12 +62,19 @@ class Checkpoint:
         """The checkpoint whose files lie on disk: this one, or what it is derived from."""
         return self if self.base is None else self.base.origin
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer's files are: with the weights, or, as Meta's downloads come, one folder up."""
+        path, name = self.origin.path, "tokenizer.model"
+        shared = self.origin.kind == "own" and not (path / name).exists() and (path.parent / name).exists()
+        return path.parent if shared else path
+
     def load_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that came with the weights, or None."""
         source = self.origin.source
         if isinstance(source, GGUFSource):
             return tokenizers.load_gguf(source.metadata)
-        return tokenizers.load_directory(self.origin.path, cl100k_ranks=lambda: catalogue.resolve("cl100k_base"))
+        return tokenizers.load_directory(self.tokenizer_folder, cl100k_ranks=lambda: catalogue.resolve("cl100k_base"))
 
     def close(self) -> None:
         """Release the files."""
@@ -105,6 +115,26 @@ def open_checkpoint(path: Path) -> Checkpoint:
             shapes = {name: info.shape for name, info in source.tensors.items()}
             layout, pieces = pick_layout(family, config, shapes)
             return _checked("hf", found.path, config, layout, source, pieces, family)
+        case "own":
+            return _open_own(found.path, config)
+
+
+def _open_own(path: Path, config: ModelConfig) -> Checkpoint:
+    """Meta's and Mistral's own folders: one file, or a part of every matrix in each of several."""
+    parts: list[TensorSource] = []
+    family = families.family_of(config)
+    own = replace(family, layouts={name: family.layouts[name] for name in own_params.LAYOUTS[family.name]})
+    try:
+        for file in own_files.weight_files(path):
+            parts.append(SafetensorsSource(file) if file.suffix == ".safetensors" else TorchSource(file))
+        shapes = {name: info.shape for part in parts for name, info in part.tensors.items()}
+        layout, pieces = pick_layout(own, config, shapes)
+        source = JoinedSource(parts, source_shapes(pieces))
+    except BaseException:
+        for part in parts:
+            part.close()
+        raise
+    return _checked("own", path, config, layout, source, pieces, family)
 
 
 def identity_map(config: ModelConfig) -> list[Piece]:

@@ -25,7 +25,7 @@ from quadriga.model.families.llama2 import (
     meta_qkv,
     rope_from_hf,
 )
-from quadriga.model.families.pieces import copies, experts
+from quadriga.model.families.pieces import copies, experts, flat_experts
 from quadriga.model.weight_map import Piece, Shape, whole
 
 IGNORED = PRETRAINED_KEYS
@@ -156,6 +156,18 @@ def _mistral_layout(config: ModelConfig) -> list[Piece]:
     ]
 
 
+def _stacked_layout(config: ModelConfig) -> list[Piece]:
+    """Mistral's first release of Mixtral (consolidated.00.pt to 07): all experts below each other, w2 transposed."""
+    moe = "layers.{i}.block_sparse_moe."
+    return [
+        *copies(config, META_COMMON | {moe + "gate.weight": "layers.{i}.moe.router.weight"}),
+        *meta_qkv(config),
+        *flat_experts(config, "w_gate", moe + "w1"),
+        *flat_experts(config, "w_up", moe + "w3"),
+        *flat_experts(config, "w_down", moe + "w2", transpose=True),
+    ]
+
+
 def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
     """Read a GGUF of arch ``llama`` with experts."""
     keys = gguf_keys.architecture_keys(metadata, "llama")
@@ -205,7 +217,7 @@ FAMILY = Family(
     model_types=("mixtral",),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    layouts={"hf": _hf_layout, "hf5": _hf5_layout, "mistral": _mistral_layout},
+    layouts={"hf": _hf_layout, "hf5": _hf5_layout, "mistral": _mistral_layout, "mistral-stacked": _stacked_layout},
     gguf_archs=("llama",),
     config_from_gguf=config_from_gguf,
     config_to_gguf=config_to_gguf,
