@@ -108,6 +108,7 @@ def convert(
     importance: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     resume: bool = True,
+    pickles: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Convert a checkpoint.
@@ -127,6 +128,7 @@ def convert(
         importance: matrix -> (cols,), how much each column's error counts in the search for scales.
         max_shard_bytes: largest safetensors file, unless one tensor alone is larger.
         resume: go on with an unfinished conversion of the same source with the same options; False starts over.
+        pickles: see ``open_checkpoint``.
         progress: called after each part with (bytes written, bytes in all, tensor).
 
     Returns:
@@ -136,7 +138,7 @@ def convert(
         CheckpointError: a bad source, a result that exists, an unfinished conversion of something else, a full disk.
         ConfigError: an option that does not exist, or a model the target format cannot express.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, pickles=pickles)
     try:
         return write(
             checkpoint,

@@ -27,7 +27,7 @@ from quadriga.checkpoint.packed_source import PackedSource
 from quadriga.checkpoint.parameters import SLICE_BYTES, ParameterView, Progress, slices
 from quadriga.checkpoint.source import TensorSource
 from quadriga.checkpoint.tensor_files import SafetensorsSource
-from quadriga.checkpoint.torch_source import TorchSource
+from quadriga.checkpoint.torch_source import TorchSource, open_bins
 from quadriga.errors import CheckpointError
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
@@ -81,8 +81,13 @@ class Checkpoint:
         self.source.close()
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, pickles: bool = False) -> Checkpoint:
     """Open whatever lies at ``path`` and hold it to its configuration.
+
+    Args:
+        pickles: read a Hugging Face directory without safetensors from its ``pytorch_model*.bin`` files. They are
+            walked by a machine that builds tensors and nothing else; asked for all the same, because other programs
+            run what such files say.
 
     Raises:
         CheckpointError: nothing there, malformed files, or tensors that do not match the configuration.
@@ -110,7 +115,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             _match_manifest(found.path, native)
             return _checked("quadriga", found.path, config, "quadriga", native, identity_map(config), None)
         case "hf":
-            source = SafetensorsSource(found.path)
+            plain = pickles and not any(found.path.glob("*.safetensors"))
+            source = open_bins(found.path) if plain else SafetensorsSource(found.path)
             family = families.family_of(config)
             shapes = {name: info.shape for name, info in source.tensors.items()}
             layout, pieces = pick_layout(family, config, shapes)

@@ -141,8 +141,9 @@ def _shards(path: Path) -> list[tuple[Path, set[str] | None]]:
 
 def _unsafe(name: str) -> str:
     return (
-        f"{name} is not safetensors. Pickle-based files can run code when opened, so Quadriga never reads them: "
-        "convert them to safetensors where they were made (transformers: save_pretrained with safe_serialization=True)."
+        f"{name} is not safetensors. Pickle-based files can run code in the programs that open them: convert them to "
+        "safetensors where they were made (transformers: save_pretrained with safe_serialization=True). Files of "
+        "torch.save (pytorch_model.bin) can be converted here, running nothing of them: `quadriga convert --pickles`."
     )
 
 

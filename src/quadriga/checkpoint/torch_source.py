@@ -1,4 +1,7 @@
-"""Files of ``torch.save`` as a TensorSource, read by ``checkpoint.torch_zip``, which runs nothing of them."""
+"""Files of ``torch.save`` as a TensorSource, read by ``checkpoint.torch_zip``, which runs nothing of them.
+
+One file each, and Hugging Face's directories of such files from before safetensors (pytorch_model.bin and its shards).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from quadriga.checkpoint.joined import JoinedSource
+from quadriga.checkpoint.json_files import read_json
 from quadriga.checkpoint.source import TensorInfo
 from quadriga.checkpoint.torch_zip import TorchTensor, read_tensors
 from quadriga.errors import CheckpointError
@@ -62,3 +67,43 @@ class TorchSource:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+BIN = "pytorch_model"
+BIN_INDEX = "pytorch_model.bin.index.json"
+
+
+def open_bins(folder: Path) -> JoinedSource:
+    """The ``pytorch_model*.bin`` files of a Hugging Face directory as one source.
+
+    Raises:
+        CheckpointError: there are none, one is missing or holds other tensors than the index says, or a tensor comes
+            twice.
+    """
+    files = sorted(folder.glob(f"{BIN}*.bin"))
+    named = read_json(folder / BIN_INDEX).get("weight_map") if (folder / BIN_INDEX).is_file() else None
+    if named is not None:
+        if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+            raise CheckpointError(f"{BIN_INDEX} must have a 'weight_map' from tensor names to file names")
+        missing = sorted(set(named.values()) - {file.name for file in files})
+        if missing:
+            raise CheckpointError(f"shard {missing[0][:80]} is named by {BIN_INDEX} but missing; fetch it again")
+    if not files:
+        raise CheckpointError(f"{folder} holds no {BIN}*.bin files")
+    parts: list[TorchSource] = []
+    try:
+        for file in files:
+            parts.append(TorchSource(file))
+            wanted = {tensor for tensor, place in named.items() if place == file.name} if named is not None else None
+            if wanted is not None and wanted != parts[-1].tensors.keys():
+                odd = sorted(wanted ^ parts[-1].tensors.keys())
+                raise CheckpointError(f"{file.name} does not hold what {BIN_INDEX} says, e.g. {odd[:3]}")
+        names = [tensor for part in parts for tensor in part.tensors]
+        if len(set(names)) != len(names):
+            twice = next(tensor for tensor in names if names.count(tensor) > 1)
+            raise CheckpointError(f"tensor {twice[:80]!r} is in two files of {folder}")
+        return JoinedSource(parts, {})
+    except BaseException:
+        for part in parts:
+            part.close()
+        raise

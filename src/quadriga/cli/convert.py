@@ -40,6 +40,10 @@ def convert_command(
         Path | None, typer.Option(help="A text like those to come: weighs errors by what the weights meet in it.")
     ] = None,
     calibrate_tokens: Annotated[int, typer.Option(help="How much of it is read.")] = 2048,
+    pickles: Annotated[
+        bool,
+        typer.Option("--pickles", help="Read pytorch_model*.bin where there are no safetensors; runs nothing."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; weights may be missing.")] = False,
     no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of going on.")] = False,
 ) -> None:
@@ -53,6 +57,12 @@ def convert_command(
         path = catalogue.resolve(source, progress=show)
     from quadriga.checkpoint import convert
 
+    if pickles:
+        print(
+            "warning: .bin files are pickles. Tensors are read from them and nothing is run, but other programs run "
+            "what they say: keep the result, not the source.",
+            file=sys.stderr,
+        )
     if dry_run:
         _print_dry_run(convert.dry_run(path))
         return
@@ -67,7 +77,7 @@ def convert_command(
     if calibrate is not None:
         if budget is None and format is None:
             raise ConfigError("--calibrate goes with --format or --budget")
-        recipe, importance = _calibrate(path, calibrate, calibrate_tokens, budget)
+        recipe, importance = _calibrate(path, calibrate, calibrate_tokens, budget, pickles)
         wanted = recipe or format
     with progress_bar("converting") as show:
         plan = convert.convert(
@@ -81,6 +91,7 @@ def convert_command(
             embeddings=embeddings,
             importance=importance,
             resume=not no_resume,
+            pickles=pickles,
             progress=show,
         )
     for note in plan.notes:
@@ -92,7 +103,9 @@ def convert_command(
     )
 
 
-def _calibrate(model: Path, text: Path, n_tokens: int, budget: str | None) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _calibrate(
+    model: Path, text: Path, n_tokens: int, budget: str | None, pickles: bool
+) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The recipe for a budget (empty without one) and the weights of errors, from a text."""
     from quadriga.checkpoint.calibrate import calibrate
     from quadriga.checkpoint.engine_file import packed_shapes
@@ -103,7 +116,7 @@ def _calibrate(model: Path, text: Path, n_tokens: int, budget: str | None) -> tu
     from quadriga.errors import ConfigError
     from quadriga.quant.recipe import choose
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, pickles=pickles)
     try:
         tokenizer = checkpoint.load_tokenizer()
         if tokenizer is None:
