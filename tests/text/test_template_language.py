@@ -70,7 +70,7 @@ def compare(template: str, messages: list[dict[str, Any]], prompt: bool) -> None
         expected = reference(template, messages=messages, add_generation_prompt=prompt, **VARIABLES)
     except Exception as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        with pytest.raises(TemplateError, match="^the chat template cannot render these messages: .") as caught:
+        with pytest.raises(TemplateError, match=r"^the chat template cannot render these messages: .") as caught:
             ours(template, VARIABLES, messages, prompt)
         assert said[:200] in str(caught.value) or isinstance(error, RecursionError)
     else:

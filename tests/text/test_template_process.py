@@ -210,7 +210,7 @@ def test_a_template_that_ends_its_process_says_how(monkeypatch: pytest.MonkeyPat
 def test_a_process_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(template_process, "children", template_process._Children())
     monkeypatch.setattr(template_process, "_paths", lambda: [str(tmp_path / "nothing.py")])
-    with pytest.raises(TemplateError, match="status 1: .*nothing.py"):
+    with pytest.raises(TemplateError, match=r"status 1: .*nothing.py"):
         still_renders()
 
 
@@ -227,7 +227,7 @@ def test_it_inherits_no_files_and_no_environment(monkeypatch: pytest.MonkeyPatch
                 1,
             )
             (pid,) = fresh.pids()
-            assert sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2"]
+            assert sorted(path.name for path in Path(f"/proc/{pid}/fd").iterdir()) == ["0", "1", "2"]
             assert b"SECRET_TOKEN" not in Path(f"/proc/{pid}/environ").read_bytes()
             limits = Path(f"/proc/{pid}/limits").read_text()
             assert all(

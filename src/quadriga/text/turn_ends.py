@@ -53,7 +53,7 @@ _MARK = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z][A-Z_]{0,40}\]")
 """What looks like a mark rather than words: <|im_end|>, <end_of_turn>, </s>, [INST]."""
 
 _QUESTION, _ANSWER, _NEXT = "quadriga asks zero", "quadriga answers one", "quadriga asks two"
-_PROBE_CPU_S = 0.5
+_PROBE_CPU_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -93,25 +93,23 @@ def _template_mark(tokenizer: Tokenizer) -> str | None:
         program = Program(template_of(tokenizer), tokenizer)
     except TemplateError:
         return None
-    system = [{"role": "system", "content": "quadriga"}]
-    for opening in ([], system):  # some formats need a system prompt, some have none
-        turns = [
-            *opening,
-            {"role": "user", "content": _QUESTION},
-            {"role": "assistant", "content": _ANSWER},
-            {"role": "user", "content": _NEXT},
-        ]
-        # The last answer first: in a conversation that goes on, templates may end earlier turns in another way.
-        jobs = [(len(turns) - 1, False), (len(turns), False)]
-        try:
-            texts = program.render(turns, jobs, cpu_s=_PROBE_CPU_S)
-        except TemplateError:
-            continue  # whoever chats is told; here it only says nothing about ends
-        for text in texts:
+    turns = [
+        {"role": "user", "content": _QUESTION},
+        {"role": "assistant", "content": _ANSWER},
+        {"role": "user", "content": _NEXT},
+    ]
+    # The last answer first: in a conversation that goes on, templates may end earlier turns in another way. Some
+    # formats have no system prompt, some need one; some refuse a conversation that ends with an answer.
+    for opening in ([], [{"role": "system", "content": "quadriga"}]):
+        for n in (2, 3):
+            messages = [*opening, *turns[:n]]
+            try:
+                text = program.render(messages, [(len(messages), False)], cpu_s=_PROBE_CPU_S)[0]
+            except TemplateError:
+                continue  # whoever chats is told; here it only says nothing about ends
             behind = text.rpartition(_ANSWER)[2].partition(_NEXT)[0] if _ANSWER in text else ""
             if mark := _first_mark(behind, tokenizer):
                 return mark
-        return None
     return None
 
 
