@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ EOS = "</s>"
 
 
 def tokenizer_of(
-    folder: Path, template: str | None, special: list[str], others: list[str] = [], **config: Any
-) -> Tokenizer:  # noqa: B006
+    folder: Path, template: str | None, special: list[str], others: Sequence[str] = (), **config: Any
+) -> Tokenizer:
     """A BPE vocabulary with bos <s>, eos </s>, and these special and other added tokens."""
     folder.mkdir(exist_ok=True)
     spec = vocabularies.bpe(["<s>", EOS, *special])
