@@ -207,6 +207,22 @@ def test_a_template_that_ends_its_process_says_how(monkeypatch: pytest.MonkeyPat
         still_renders()
 
 
+def test_a_process_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    still_renders()
+    stopped = children.pids()
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(template_process, "_GUARD_S", 0.1)
+        patch.setattr(template_process, "_GUARD_PER_CPU_S", 0.0)
+        with pytest.raises(TemplateError, match="does not answer"):
+            still_renders()
+    assert len(set(stopped) - set(children.pids())) == 1
+    for pid in children.pids():
+        os.kill(pid, signal.SIGCONT)
+    still_renders()
+
+
 def test_a_process_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(template_process, "children", template_process._Children())
     monkeypatch.setattr(template_process, "_paths", lambda: [str(tmp_path / "nothing.py")])
@@ -229,6 +245,8 @@ def test_it_inherits_no_files_and_no_environment(monkeypatch: pytest.MonkeyPatch
             (pid,) = fresh.pids()
             assert sorted(path.name for path in Path(f"/proc/{pid}/fd").iterdir()) == ["0", "1", "2"]
             assert b"SECRET_TOKEN" not in Path(f"/proc/{pid}/environ").read_bytes()
+            owner = Path(f"/proc/{pid}/status").read_text().split("Uid:")[1].split()[0]
+            assert int(owner) == (65534 if os.geteuid() == 0 else os.geteuid())
             limits = Path(f"/proc/{pid}/limits").read_text()
             assert all(
                 line.split()[3:5] == ["0", "0"] for line in limits.splitlines() if line.startswith("Max open files")

@@ -8,8 +8,8 @@ where the model was trained. What is ours is the cage:
     time       an interval timer of processor time for each rendering; its signal ends the process, whatever the
                interpreter is busy with (one call of C can take minutes and answers no Python signal handler)
     output     counted as it is made
-    the rest   no file or socket can be opened (RLIMIT_NOFILE 0), nothing written (RLIMIT_FSIZE 0), no process started
-               (RLIMIT_NPROC 0, for users other than root)
+    the rest   root becomes nobody; no file or socket can be opened (RLIMIT_NOFILE 0), no file written (RLIMIT_FSIZE 0),
+               no process started (RLIMIT_NPROC 0)
 
 One request and one answer at a time, on file descriptors 0 and 1, each as length and JSON (:data:`HEAD`, :data:`LENGTH`
 there). At the end of its input the program ends, so it does not outlive the process that started it.
@@ -35,6 +35,7 @@ LENGTH = struct.Struct("<Q")
 """Of an answer: bytes of JSON that follow."""
 
 _IN, _OUT = 0, 1
+_NOBODY = 65534
 _KEPT_TEMPLATES = 8
 _MAX_REASON = 300
 
@@ -119,6 +120,11 @@ def _prepare() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except OSError:  # not Linux: the system does not say, and macOS does not hold to the limit either
         pages = 0
+    with contextlib.suppress(OSError):  # root may lift limits, so it becomes nobody; there may be none to become
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(_NOBODY)
+            os.setuid(_NOBODY)
     for what in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_CORE):
         _limit(what, 0, hard=True)
     return pages * resource.getpagesize()

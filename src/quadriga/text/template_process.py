@@ -124,6 +124,7 @@ class _Child:
         return b"".join(parts)
 
     def _gone(self, said: str) -> _GoneError:
+        self._socket.close()  # if it runs on after all, this ends it
         try:
             status = self._process.wait(timeout=_GUARD_S)
         except subprocess.TimeoutExpired:
@@ -153,6 +154,9 @@ class _Children:
     """The children of this process: a slot each, filled when it is first needed."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._slots: queue.LifoQueue[_Child | None] = queue.LifoQueue()  # the one used last is used next
         for _ in range(_CHILDREN):
             self._slots.put(None)
@@ -234,7 +238,7 @@ class _Children:
         """After a fork: their sockets are the other process's."""
         for child in self._alive:
             child.forget()
-        self.__init__()  # type: ignore[misc]
+        self._begin()
 
 
 children = _Children()
