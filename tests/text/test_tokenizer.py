@@ -165,7 +165,7 @@ def test_the_configuration_beside_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     tokenizer = load_directory(tmp_path)
     assert tokenizer is not None
-    assert (tokenizer.bos_id, tokenizer.prefix_ids, tokenizer.eos_ids) == (1, [1], (2, 0))
+    assert (tokenizer.bos_id, tokenizer.prefix_ids, tokenizer.eos_ids) == (1, [1], (0, 2))
     assert tokenizer.chat_template == "x"
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|nope|>"}')
     with pytest.raises(TokenizerError, match="nope"):

@@ -16,7 +16,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +36,7 @@ from quadriga.checkpoint.plan import FilePlan
 from quadriga.checkpoint.tensor_files import INDEX, plan_shards, shard_index
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.model import families
+from quadriga.model.config import ModelConfig
 from quadriga.model.families.base import pick_layout
 from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shapes, source_shapes, whole
 from quadriga.ops.packing import allocate
@@ -312,7 +313,7 @@ def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> Plan:
         tensors[name] = (shape, wanted)
         if wanted == "float16" and form != "float16":
             narrow.append(name)
-    metadata, notes = _gguf_metadata(checkpoint, family.config_to_gguf(config), form)
+    metadata, notes = _gguf_metadata(checkpoint, family.config_to_gguf, form)
     if narrow:
         notes.append(f"{len(narrow)} tensors whose rows are no whole {form} blocks are stored as float16: {narrow[:3]}")
     return Plan("gguf", form, pieces, tensors, gguf.plan_gguf(file, metadata, tensors), notes=notes)
@@ -322,9 +323,12 @@ _FILE_TYPE = {"float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "bfloat16": 32}
 """GGUF's general.file_type, for people and file browsers."""
 
 
-def _gguf_metadata(checkpoint: Checkpoint, keys: dict[str, object], form: str) -> tuple[dict[str, Typed], list[str]]:
+def _gguf_metadata(
+    checkpoint: Checkpoint, to_gguf: Callable[[ModelConfig], dict[str, object]], form: str
+) -> tuple[dict[str, Typed], list[str]]:
+    config = checkpoint.config
     metadata = {
-        "general.architecture": Typed("string", families.family_of(checkpoint.config).gguf_archs[0]),
+        "general.architecture": Typed("string", families.family_of(config).gguf_archs[0]),
         "general.name": Typed("string", checkpoint.path.stem),
         "general.file_type": Typed("uint32", _FILE_TYPE[form]),
         "general.quantization_version": Typed("uint32", 2),
@@ -340,6 +344,11 @@ def _gguf_metadata(checkpoint: Checkpoint, keys: dict[str, object], form: str) -
             notes.append("the checkpoint has no tokenizer, so the GGUF file has none: llama.cpp needs one to chat")
         else:
             vocabulary = {key: Typed(kind, value) for key, (kind, value) in found.items()}
+    # The vocabulary's eos token comes first (templates name it); the configuration's other ends stay beside it.
+    eos = vocabulary.get("tokenizer.ggml.eos_token_id")
+    if eos is not None:
+        config = replace(config, eos_ids=tuple(dict.fromkeys((eos.value, *config.eos_ids))))
+    keys = to_gguf(config)
     translated = {key: Typed(_gguf_type(value), value) for key, value in keys.items()}
     return {**metadata, **translated, **vocabulary}, notes
 

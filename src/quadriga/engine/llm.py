@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,8 +38,10 @@ from quadriga.model.transformer import Transformer
 from quadriga.ops import dispatch
 from quadriga.ops.expert_store import ExpertStore
 from quadriga.quant.packed import kv_block_bytes
+from quadriga.text import template_process
 from quadriga.text.chat import render
 from quadriga.text.tokenizer import Tokenizer
+from quadriga.text.turn_ends import TurnEnds, turn_ends
 
 Message = Mapping[str, str]
 """One turn: {"role": "system" | "user" | "assistant", "content": text}."""
@@ -93,7 +96,9 @@ def load(
     count = runtime.set_threads(threads)
     target = runtime.resolve_device(device)
     opened = open_checkpoint(catalogue.resolve(str(path_or_name), progress=progress))
-    config = opened.config
+    config, tokenizer = opened.config, opened.load_tokenizer()
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        template_process.warm()  # it starts while the weights are read
     plain = dtype is not None or target.type != "cpu" or not dispatch.compiled()
     runner: Runner
     if plain:
@@ -119,7 +124,7 @@ def load(
         )
     return LLM(
         runner,
-        opened.load_tokenizer(),
+        tokenizer,
         name=str(path_or_name),
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
@@ -165,6 +170,7 @@ class LLM:
                 f"the tokenizer has {tokenizer.n_vocab} tokens, the model's embedding only {self.config.vocab_size}. "
                 "Check that both come from the same checkpoint."
             )
+        self._ends = TurnEnds(frozenset()) if tokenizer is None else turn_ends(tokenizer)
         self.engine = Engine(
             model,
             tokenizer,
@@ -339,20 +345,30 @@ class LLM:
 
     def chat_stream(self, messages: str | Sequence[Message], params: SamplingParams | None = None) -> Answer:
         """Answer a conversation (or a single user message), yielding each token as it is made."""
-        return self.stream(self.chat_ids(messages), params)
+        return self.stream(self.chat_ids(messages), self.chat_params(params))
 
     def chat(
         self, messages: str | Sequence[Message], params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> Completion:
         """Answer a conversation (or a single user message)."""
-        return self.generate(self.chat_ids(messages), params, adapter=adapter)
+        return self.generate(self.chat_ids(messages), self.chat_params(params), adapter=adapter)
+
+    def chat_params(self, params: SamplingParams | None = None) -> SamplingParams:
+        """``params`` for an answer in a conversation: the texts that end its turn are stop strings too.
+
+        There are such texts only where the template ends turns with something that is no token of the vocabulary.
+        """
+        params = params or SamplingParams()
+        if not self._ends.texts or params.ignore_eos:
+            return params
+        return replace(params, stop=(*params.stop, *self._ends.texts))
 
     # Border checks ---------------------------------------------------------------------------------------------------
 
     @property
     def end_ids(self) -> set[int]:
-        """Token ids that end an answer: the checkpoint's and the tokenizer's."""
-        return {*self.config.eos_ids, *(self.tokenizer.eos_ids if self.tokenizer is not None else ())}
+        """Token ids that end an answer: the checkpoint's, the tokenizer's, and the template's ends of turns."""
+        return {*self.config.eos_ids, *self._ends.ids}
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt as checked token ids; text is encoded with special tokens off, after bos if the model wants it."""

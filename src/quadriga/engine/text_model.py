@@ -100,6 +100,8 @@ class TextModel:
             SamplingParams(max_new_tokens=max_new_tokens, stop=tuple(stop), temperature=temperature, seed=base + i)
             for i in range(len(ids))
         ]
+        if self.chat:
+            params = [self.llm.chat_params(one) for one in params]
         seen = 0
 
         def finished(n: int, _: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from typing import Any
@@ -15,7 +14,7 @@ from quadriga.server.schema import ChatRequest
 from quadriga.server.service import Answers, Caller, Choice, Service
 from quadriga.server.sse import EventSender, EventStream, json_response
 from quadriga.server.tools import Reader, ToolUse
-from quadriga.text.chat import render
+from quadriga.text.chat import render_soon
 
 MAX_MESSAGES = 10_000
 
@@ -45,12 +44,12 @@ async def start(service: Service, body: ChatRequest, caller: Caller) -> tuple[An
         constraint = ("json", tools.schema())
     tokenizer = service.llm._need_tokenizer()
     turns = tools.messages(body.messages)
-    ids = (await asyncio.to_thread(render, turns, tokenizer, add_generation_prompt=True)).ids
+    ids = (await render_soon(turns, tokenizer)).ids
     given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if given is not None and given < 1:
         raise ApiError(400, f"max_tokens must be at least 1, got {given}", param="max_tokens")
     limit = service.llm.config.max_seq_len if given is None else given
-    params = service.params(body, max_tokens=limit, logprobs=body.top_logprobs or 0)
+    params = service.llm.chat_params(service.params(body, max_tokens=limit, logprobs=body.top_logprobs or 0))
     return await service.run([ids], params, body, caller, constraint=constraint), tools
 
 

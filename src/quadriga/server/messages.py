@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from quadriga.server.schema import (
 from quadriga.server.service import Answers, Caller, Service
 from quadriga.server.sse import EventSender, EventStream, json_response
 from quadriga.server.tools import Reader, ToolUse
-from quadriga.text.chat import render
+from quadriga.text.chat import render_soon
 
 
 class TextBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
@@ -181,9 +180,8 @@ async def count(service: Service, body: CountRequest) -> Response:
     service.check_model(body.model)
     request = as_chat(body)
     turns = ToolUse(request).messages(request.messages)
-    return json_response(
-        {"input_tokens": len((await asyncio.to_thread(render, turns, service.llm._need_tokenizer())).ids)}
-    )
+    rendered = await render_soon(turns, service.llm._need_tokenizer())
+    return json_response({"input_tokens": len(rendered.ids)})
 
 
 def _stop(service: Service, body: MessagesRequest, answers: Answers, called: bool) -> tuple[str, str | None]:

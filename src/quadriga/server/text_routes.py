@@ -23,7 +23,7 @@ from quadriga.server.schema import (
 from quadriga.server.service import Service
 from quadriga.server.sse import json_response
 from quadriga.server.tools import ToolUse
-from quadriga.text.chat import RenderedPrompt, render
+from quadriga.text.chat import RenderedPrompt, render_soon
 
 
 async def tokenize(service: Service, body: TokenizeRequest) -> Response:
@@ -60,12 +60,13 @@ def tokenizer_info(service: Service) -> Response:
         return None if token is None else tokenizer.token_text(token)
 
     ends = sorted(service.llm.end_ids)
+    eos = next(iter((*tokenizer.eos_ids, *ends)), None)
     info: dict[str, Any] = {
         "n_vocab": tokenizer.n_vocab,
         "bos_token": named(tokenizer.bos_id),
         "bos_token_id": tokenizer.bos_id,
-        "eos_token": named(ends[0]) if ends else None,
-        "eos_token_id": ends[0] if ends else None,
+        "eos_token": named(eos),
+        "eos_token_id": eos,
         "eos_token_ids": ends,
         "pad_token": named(tokenizer.pad_id),
         "pad_token_id": tokenizer.pad_id,
@@ -116,4 +117,4 @@ async def _embed(service: Service, ids: list[int]) -> Tensor:
 async def _rendered(service: Service, messages: list[Message], add_generation_prompt: bool) -> RenderedPrompt:
     turns = ToolUse(ChatRequest(model=service.name, messages=messages)).messages(messages)
     tokenizer = service.llm._need_tokenizer()
-    return await asyncio.to_thread(render, turns, tokenizer, add_generation_prompt=add_generation_prompt)
+    return await render_soon(turns, tokenizer, add_generation_prompt=add_generation_prompt)

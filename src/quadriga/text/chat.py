@@ -1,7 +1,7 @@
 """Chat templates: a conversation becomes token ids, and users' words can never become special tokens.
 
-A template is a Jinja program from a model file, so it is run by minijinja with a budget of instructions and no access
-to anything but the messages. Content is safe by construction:
+A template is a Jinja program from a model file. It is rendered by jinja2, set up as transformers sets it up, in a
+process of its own with bounds on time, memory and output (``text.template_process``). Content is safe by construction:
 
     no content contains a special-token string (nearly always)
         render, encode the whole text with special tokens on: exactly what the model was trained on
@@ -12,24 +12,25 @@ to anything but the messages. Content is safe by construction:
 
 from __future__ import annotations
 
-import datetime
-import json
+import asyncio
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import minijinja
-
 from quadriga.errors import TemplateError
+from quadriga.text.template_process import Budget, Job, render_texts
 from quadriga.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 _MAX_TEMPLATE_BYTES = 200_000
-_FUEL = 200_000
-"""Template instructions allowed for a short conversation; a real template uses some 30 a message."""
-_FUEL_PER_MESSAGE = 2_000
+_CPU_S = 2.0
+"""Processor time for one rendering of a short conversation; a real template takes a thousandth of it."""
+_CPU_S_PER_MESSAGE = 0.001
+_MEMORY_BYTES = 256 << 20
+"""Beside what the conversation's own size allows (``template_process``)."""
 _MAX_GROWTH = 1 << 20
 """Characters a rendering may have beyond four times its messages."""
 
@@ -88,62 +89,78 @@ def render(
     Raises:
         TemplateError: no template, one that fails or exceeds its budget, an unknown role, or content that is no text.
     """
-    source = BUILT_IN.get(template, template) if template is not None else _template_of(tokenizer)
+    source = BUILT_IN.get(template, template) if template is not None else template_of(tokenizer)
     turns = [_checked(index, message) for index, message in enumerate(messages)]
     if not turns:
         raise TemplateError("a conversation needs at least one message")
     marks = _marks(turns, tokenizer)
     marked = [{**turn, "content": _swap(turn["content"], marks)} for turn in turns]
-    program = _Program(source, tokenizer)
-    text = program.render(marked, add_generation_prompt)
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"] if with_spans else []
+    whole: Job = (len(turns), add_generation_prompt)
+    parts = [job for i in answers for job in ((i, True), (i + 1, False)) if job[0]]
+    jobs = list(dict.fromkeys([whole, *parts]))
+    texts = dict(zip(jobs, Program(source, tokenizer).render(marked, jobs), strict=True))
+    text = texts[whole]
     if not text:
         raise TemplateError(
             "the conversation renders to nothing: this format needs at least one message besides the system prompt"
         )
     ids = _encode(text, marks, tokenizer)
-    spans = _answer_spans(program, marked, text, marks, tokenizer) if with_spans else []
+    spans = [_span(text, texts.get((i, True), ""), texts[i + 1, False], marks, tokenizer) for i in answers]
     return RenderedPrompt(ids, _swap(text, {mark: original for original, mark in marks.items()}), spans)
 
 
-class _Program:
-    """A template ready to run within its budget."""
+async def render_soon(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, add_generation_prompt: bool = True
+) -> RenderedPrompt:
+    """:func:`render` for an event loop, on threads that do nothing else.
+
+    A template that takes all the time it may have holds up other conversations, which need the same template, but
+    neither the event loop nor what waits for the loop's own threads.
+    """
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(
+        _threads, lambda: render(messages, tokenizer, add_generation_prompt=add_generation_prompt)
+    )
+
+
+_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="chat-template")
+
+
+class Program:
+    """A template with what it may read, ready to run within its budget."""
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
-        if len(source.encode()) > _MAX_TEMPLATE_BYTES:
-            raise TemplateError(f"a chat template may have {_MAX_TEMPLATE_BYTES} bytes, got {len(source.encode())}")
-        self._environment = minijinja.Environment(
-            templates={"chat": source},
-            globals={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
-            filters={"tojson": _to_json},
-            trim_blocks=True,
-            lstrip_blocks=True,
-            pycompat=True,
-            reload_before_render=False,
-            auto_escape_callback=_never_escape,
+        n_bytes = len(source.encode(errors="replace"))
+        if n_bytes > _MAX_TEMPLATE_BYTES:
+            raise TemplateError(f"a chat template may have {_MAX_TEMPLATE_BYTES} bytes, got {n_bytes}")
+        self._source = source
+        # transformers passes these two whether or not there are any: a template asks whether they are none.
+        self._variables = {"tools": None, "documents": None, **tokenizer.template_variables}
+
+    def render(self, messages: Sequence[Mapping[str, str]], jobs: Sequence[Job], *, cpu_s: float = _CPU_S) -> list[str]:
+        """The first n messages of each job, with or without the generation prompt.
+
+        Args:
+            cpu_s: processor time for each job of a short conversation.
+
+        Raises:
+            TemplateError: the template fails, or goes over its budget.
+        """
+        budget = Budget(
+            cpu_s=cpu_s + _CPU_S_PER_MESSAGE * len(messages),
+            memory_bytes=_MEMORY_BYTES,
+            chars=4 * sum(len(m["content"]) for m in messages) + _MAX_GROWTH,
         )
-        self._names = {id_: text for text, id_ in tokenizer.special_ids.items()}
-        self._bos = self._names.get(tokenizer.bos_id, "") if tokenizer.bos_id is not None else ""
-        self._eos = self._names.get(tokenizer.eos_ids[0], "") if tokenizer.eos_ids else ""
-
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        self._environment.fuel = _FUEL + _FUEL_PER_MESSAGE * len(messages)
-        try:
-            text: str = self._environment.render_template(
-                "chat",
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self._bos,
-                eos_token=self._eos,
-            )
-        except (minijinja.TemplateError, TemplateError, RecursionError, ValueError, TypeError) as error:
-            raise TemplateError(f"the chat template cannot render these messages: {_reason(error)}") from None
-        limit = 4 * sum(len(m["content"]) for m in messages) + _MAX_GROWTH
-        if len(text) > limit:
-            raise TemplateError(f"the chat template made {len(text)} characters out of {len(messages)} messages")
-        return text
+        return render_texts(self._source, self._variables, messages, jobs, budget)
 
 
-def _template_of(tokenizer: Tokenizer) -> str:
+def template_of(tokenizer: Tokenizer) -> str:
+    """The template of the checkpoint a vocabulary came with.
+
+    Raises:
+        TemplateError: it brings none.
+    """
     if tokenizer.chat_template is not None:
         return tokenizer.chat_template
     if {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_ids.keys():
@@ -194,44 +211,10 @@ def _encode(text: str, marks: Mapping[str, str], tokenizer: Tokenizer) -> list[i
     return ids
 
 
-def _answer_spans(
-    program: _Program,
-    messages: list[dict[str, str]],
-    text: str,
-    marks: Mapping[str, str],
-    tokenizer: Tokenizer,
-) -> list[tuple[int, int]]:
-    """Where each assistant turn's tokens lie, found by rendering the conversation up to it and including it."""
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = program.render(messages[:index], add_generation_prompt=True) if index else ""
-        after = program.render(messages[: index + 1], add_generation_prompt=False)
-        if not (text.startswith(before) and text.startswith(after) and len(after) > len(before)):
-            raise TemplateError(
-                "the chat template rewrites earlier turns when later ones come, so the answers' places are not defined"
-            )
-        spans.append((len(_encode(before, marks, tokenizer)), len(_encode(after, marks, tokenizer))))
-    return spans
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _never_escape(name: str) -> bool:
-    return False
-
-
-def _reason(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return str(cause).splitlines()[0][:300] if str(cause) else type(cause).__name__
+def _span(whole: str, before: str, after: str, marks: Mapping[str, str], tokenizer: Tokenizer) -> tuple[int, int]:
+    """Where an answer's tokens lie, by the renderings up to it and including it."""
+    if not (whole.startswith(before) and whole.startswith(after) and len(after) > len(before)):
+        raise TemplateError(
+            "the chat template rewrites earlier turns when later ones come, so the answers' places are not defined"
+        )
+    return len(_encode(before, marks, tokenizer)), len(_encode(after, marks, tokenizer))

@@ -26,13 +26,10 @@ def to_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     tokenizer = loading.load_gguf(metadata)
     if tokenizer is None:
         return {}
-    names = {i: text for text, i in tokenizer.special_ids.items()}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": bool(tokenizer.prefix_ids),
-        "bos_token": names.get(tokenizer.bos_id) if tokenizer.bos_id is not None else None,
-        "eos_token": names.get(tokenizer.eos_ids[0]) if tokenizer.eos_ids else None,
-        "pad_token": names.get(tokenizer.pad_id) if tokenizer.pad_id is not None else None,
+        **{name: text or None for name, text in tokenizer.template_variables.items()},
         "chat_template": tokenizer.chat_template,
         "clean_up_tokenization_spaces": False,
     }

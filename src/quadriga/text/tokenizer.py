@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from quadriga.errors import TokenizerError
+from quadriga.text import template_variables
 from quadriga.text.pretokenize import CL100K_PATTERN, GGUF_PATTERNS
 
 CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
@@ -62,9 +63,10 @@ class Tokenizer:
         n_vocab: ids are 0 .. n_vocab-1.
         special_ids: special token text -> id.
         bos_id, pad_id: or None where the vocabulary has none.
-        eos_ids: ids that end an answer; DBRX has two.
+        eos_ids: ids that end an answer, the eos token's first; DBRX has two.
         prefix_ids: put before a plain prompt ([bos_id] where the model was trained so, else empty).
         chat_template: the checkpoint's own template, or None.
+        template_variables: the special tokens it may name: bos_token, eos_token and others.
         strip_leading_space: the vocabulary writes a space before the first word (SentencePiece), decoding drops it.
     """
 
@@ -78,6 +80,7 @@ class Tokenizer:
         pad_id: int | None = None,
         add_bos: bool = False,
         chat_template: str | None = None,
+        template_variables: Mapping[str, str | list[str]] | None = None,
         strip_leading_space: bool = False,
     ) -> None:
         self._vocabulary = vocabulary
@@ -89,15 +92,24 @@ class Tokenizer:
         if add_bos and bos_id is None:
             raise TokenizerError("the tokenizer asks for a bos token before every prompt but names none")
         self.prefix_ids = [bos_id] if add_bos and bos_id is not None else []
-        if chat_template is not None and len(chat_template.encode()) > _MAX_TEMPLATE_BYTES:
+        if chat_template is not None and len(chat_template.encode(errors="replace")) > _MAX_TEMPLATE_BYTES:
             raise TokenizerError(f"the chat template is over {_MAX_TEMPLATE_BYTES} bytes; that is no template")
         self.chat_template = chat_template
+        if template_variables is None:
+            template_variables = self._tokens_by_id()
+        self.template_variables = dict(template_variables)
         self.strip_leading_space = strip_leading_space
         named = {"bos_id": (bos_id,), "eos_ids": self.eos_ids, "pad_id": (pad_id,), "special_ids": self._special}
         for name, ids in named.items():
             outside = [i for i in ids if i is not None and not 0 <= i < self.n_vocab]
             if outside:
                 raise TokenizerError(f"{name} must be below the vocabulary's {self.n_vocab} tokens, got {outside[:4]}")
+
+    def _tokens_by_id(self) -> dict[str, str]:
+        """bos_token and eos_token by what the vocabulary calls them."""
+        names = {token_id: text for text, token_id in self.special_ids.items()}
+        ids = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
+        return {variable: names[i] for variable, i in ids.items() if i in names}
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of ``text``; nothing is prepended.
@@ -153,7 +165,20 @@ def load_directory(path: Path, cl100k_ranks: Callable[[], Path] | None = None) -
     Raises:
         TokenizerError: a file is malformed, too large, or names tokens that do not exist.
     """
-    config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").exists() else {}
+    config = _read_json_if_there(path / "tokenizer_config.json")
+    tokenizer = _load_vocabulary(path, config, cl100k_ranks)
+    if tokenizer is not None:
+        others = [_read_json_if_there(path / name) for name in ("special_tokens_map.json", "config.json")]
+        variables, complete = template_variables.from_files(config, *others)
+        tokenizer.template_variables = variables if complete else {**tokenizer._tokens_by_id(), **variables}
+        eos = tokenizer.special_ids.get(str(variables.get("eos_token")))
+        tokenizer.eos_ids = tuple(dict.fromkeys((*(() if eos is None else (eos,)), *tokenizer.eos_ids)))
+    return tokenizer
+
+
+def _load_vocabulary(
+    path: Path, config: Mapping[str, Any], cl100k_ranks: Callable[[], Path] | None
+) -> Tokenizer | None:
     template = _chat_template(path, config)
     if (path / "tokenizer.json").exists():
         return _from_tokenizer_json(path / "tokenizer.json", config, template, _generation_eos(path))
@@ -231,9 +256,10 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise TokenizerError("tokenizer.chat_template must be a string")
+    tokenizer: Tokenizer
     if model == "gpt2":
         vocabulary = _HuggingFace(gguf_bpe_spec(metadata), "the GGUF vocabulary")
-        return Tokenizer(
+        tokenizer = Tokenizer(
             vocabulary,
             special_ids=vocabulary.special_ids,
             bos_id=bos,
@@ -242,15 +268,20 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
             add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
             chat_template=template,
         )
-    if model == "llama":
-        return _SentencePiece(gguf_sentencepiece(metadata), "the GGUF vocabulary").tokenizer(
+    elif model == "llama":
+        tokenizer = _SentencePiece(gguf_sentencepiece(metadata), "the GGUF vocabulary").tokenizer(
             add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", True)),
             chat_template=template,
             bos=bos,
             eos=eos,
             pad=pad,
         )
-    raise TokenizerError(f"tokenizer.ggml.model must be 'gpt2' or 'llama', got {model!r}")
+    else:
+        raise TokenizerError(f"tokenizer.ggml.model must be 'gpt2' or 'llama', got {model!r}")
+    tokenizer.template_variables = template_variables.from_gguf(
+        metadata, tokens, tokenizer.bos_id, next(iter(tokenizer.eos_ids), None)
+    )
+    return tokenizer
 
 
 # tiktoken ------------------------------------------------------------------------------------------------------------
@@ -355,7 +386,7 @@ def _from_tokenizer_json(
     def named(key: str) -> int | None:
         value = config.get(key)
         text = value.get("content") if isinstance(value, dict) else value
-        if text is None:
+        if not text:
             return None
         token_id = vocabulary._full.token_to_id(str(text))
         if token_id is None:
@@ -367,7 +398,7 @@ def _from_tokenizer_json(
     add_bos = bool(config["add_bos_token"]) if "add_bos_token" in config else bool(prefix)
     if bos is None and prefix:
         bos = prefix[0]
-    ends = [*generation_eos, *([] if eos is None else [eos])]
+    ends = [*([] if eos is None else [eos]), *generation_eos]
     if "<|im_end|>" in special and "<|im_start|>" in special and template and "<|im_end|>" in template:
         ends.append(special["<|im_end|>"])  # ChatML: the end of a turn ends an answer (DBRX's generation config)
     return Tokenizer(
@@ -593,9 +624,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _read_json_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     if (path / "chat_template.jinja").exists():
-        return _read_bytes(path / "chat_template.jinja").decode("utf-8", errors="strict")
+        try:
+            return _read_bytes(path / "chat_template.jinja").decode()
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"chat_template.jinja must be UTF-8: {error}") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates; "default" is the chat one
         by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

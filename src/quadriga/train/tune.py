@@ -29,6 +29,7 @@ from quadriga.model.lora import Factors, attach, quantised
 from quadriga.model.transformer import Transformer
 from quadriga.model.weight_map import parameter_shapes
 from quadriga.text.tokenizer import Tokenizer
+from quadriga.text.turn_ends import turn_ends
 from quadriga.train import chat_data, report
 from quadriga.train.batch import IGNORE, BatchSource, Objective
 from quadriga.train.chat_data import Example, Preference, Problem, Rejects
@@ -121,7 +122,7 @@ def _tune(config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[]
     if config.log.tensorboard:
         watchers.append(TensorBoard(run.path, trainer.step))
     trainer.listeners = list(watchers)
-    end_ids = (*model.config.eos_ids, *tokenizer.eos_ids)
+    end_ids = (*model.config.eos_ids, *turn_ends(tokenizer).ids)
 
     def evaluate(one: Trainer) -> None:
         losses = held_out_losses(one.module, held_out, world)
@@ -322,5 +323,5 @@ def _objective(
     return GRPO(
         reference, reward, n_samples=config.grpo.samples, max_new_tokens=config.grpo.max_new_tokens,
         temperature=config.grpo.temperature, kl_weight=config.grpo.kl_weight,
-        end_ids={*architecture.eos_ids, *tokenizer.eos_ids},
+        end_ids={*architecture.eos_ids, *turn_ends(tokenizer).ids},
     )  # fmt: skip
