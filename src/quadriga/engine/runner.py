@@ -70,7 +70,6 @@ class TorchRunner:
         weight = next(model.parameters())
         attn = self.config.attn
         shape = (n_blocks * BLOCK_TOKENS, attn.n_kv_heads, attn.head_dim)
-        # Zeros, not empty: spare room of a shorter sequence is read with weight 0, and 0 times NaN is NaN.
         self._keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(self.config.n_layers)]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
         self.kv_bytes = sum(t.nbytes for t in (*self._keys, *self._values))
@@ -158,9 +157,10 @@ class _PagedContext:
         if len(self._spans) > 1 and all(stop - start == 1 for start, stop in self._spans):
             # All sequences decode: one padded attention for all of them.
             longest = max(len(past) for past in self._past)
-            padded = torch.zeros(len(self._spans), longest, dtype=torch.int64, device=device)
+            padded = torch.empty(len(self._spans), longest, dtype=torch.int64, device=device)
             for row, past in zip(padded, self._past, strict=True):
-                row[: len(past)] = past
+                # The rest repeats its own first place: a weight of 0 times another's NaN would be NaN.
+                row[: len(past)], row[len(past) :] = past, past[0]
             self._decode = padded
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:

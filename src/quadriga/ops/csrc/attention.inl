@@ -111,6 +111,18 @@ void attend_chunk(const AttendChunk& a) {
     if (quantised) scales[t] = reinterpret_cast<const float*>(values[t] + value_bytes(a.kv_format, d));
   }
 
+  if (!quantised && last % 16) {
+    // Places not written yet hold what the block's last owner left there: 0 times its NaN would be NaN.
+    uint8_t* clean = reinterpret_cast<uint8_t*>(wide_values);
+    const int64_t line = int64_t(padded) * 4;  // a key's values, or two keys' of bf16, whose numbers alternate
+    const int written = last % 16, whole = bf16 ? written / 2 : written, lines = bf16 ? 8 : 16;
+    std::memcpy(clean, values[n_tiles - 1], size_t(whole) * size_t(line));
+    std::memset(clean + whole * line, 0, size_t(lines - whole) * size_t(line));
+    if (bf16 && written % 2)
+      for (int j = 0; j < padded; ++j) std::memcpy(clean + whole * line + j * 4, values[n_tiles - 1] + whole * line + j * 4, 2);
+    values[n_tiles - 1] = clean;
+  }
+
   for (int t = 0; t < n_tiles; t += 2) {
     const int both = t + 1 < n_tiles ? 2 : 1;
     if (t + 2 < n_tiles)  // the next two tiles and their values are on their way while these are scored

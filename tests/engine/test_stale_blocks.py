@@ -1,0 +1,51 @@
+"""A block of the cache that changes hands brings nothing of its last owner along."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from quadriga.engine.engine import Engine
+from quadriga.engine.request import Request, SamplingParams, TokenEvent
+from quadriga.engine.runner import TorchRunner
+from quadriga.model.compiled import CompiledModel, pack_parameters
+from quadriga.model.transformer import Transformer, random_parameters
+from tests.checkpoint.models import TINY
+
+CONFIG = replace(TINY["dbrx"], max_seq_len=400)
+
+
+@pytest.mark.parametrize("kv_format", ["float32", "bfloat16", "q8", "torch"])
+def test_nobody_reads_what_a_blocks_last_owner_left(kv_format: str) -> None:
+    """A NaN there, of a prompt with broken rows say, would be the next owner's: 0 times NaN is NaN."""
+    made = random_parameters(CONFIG, std=0.3)
+
+    def answers(poisoned: bool) -> list[list[tuple[int, float]]]:
+        if kv_format == "torch":
+            runner: Any = TorchRunner(Transformer.from_parameters(CONFIG, made), 60)
+            stored = [*runner._keys, *runner._values]
+            if poisoned:
+                for tensor in stored:
+                    tensor.fill_(float("nan"))
+        else:
+            packed = pack_parameters(made, "q8")
+            runner = CompiledModel(CONFIG, packed, threads=1, n_blocks=60, kv_format=kv_format)
+            if poisoned:
+                for kv in runner._kv:
+                    kv.reshape(-1)[:] = 0xFF  # a NaN as float32, as bfloat16 and as a scale
+        engine = Engine(runner)
+        assert engine.scheduler.pool.allocate() == 0, "somebody else holds the first block, and never writes it"
+        seen: dict[int, list[tuple[int, float]]] = {}
+        for n in (1, 5, 16, 17, 40, 300):
+            prompt = tuple(i % 97 for i in range(3, 3 + n))
+            params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+            seen[engine.submit(Request(prompt=prompt, params=params))] = []
+        while engine.has_work:
+            for number, event in engine.step():
+                assert isinstance(event, TokenEvent), event
+                seen[number].append((event.token_id, event.logprob))
+        return list(seen.values())
+
+    assert answers(poisoned=True) == answers(poisoned=False)
