@@ -13,6 +13,7 @@
     ├── HardwareError             this machine lacks what was asked for (memory, device, instruction set)
     ├── BusyError                 more requests than the engine takes; the same one may succeed later
     ├── EngineError               the engine failed while a request ran, or has stopped
+    ├── AnswerError               one answer failed by a mistake of ours; the engine and the other answers go on
     ├── EndpointError             a model behind an HTTP interface refused, failed or did not answer
     └── TrainingError             a run that cannot go on: diverged, a rank lost, nowhere to save
 
@@ -70,6 +71,10 @@ class BusyError(QuadrigaError):
 
 class EngineError(QuadrigaError):
     """The engine failed while a request ran, or has stopped."""
+
+
+class AnswerError(QuadrigaError):
+    """One answer failed by a mistake of ours, which is its ``__cause__``; the engine and the other answers go on."""
 
 
 class EndpointError(QuadrigaError):

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quadriga.engine.request import SamplingParams
-from quadriga.engine.sampler import Sampler, truncate
+from quadriga.engine.sampler import Sampler, Unused, truncate
 from quadriga.errors import RequestError
 
 LOGITS = torch.tensor([1.0, 3.0, -2.0, 2.5, 0.0])
@@ -128,6 +128,90 @@ def test_broken_logits_are_an_error_not_a_token(bad: float) -> None:
 def test_impossible_parameters_are_named(params: dict[str, object], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         SamplingParams(**params)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{name: value} for name in ("temperature", "top_p", "min_p") for value in (10**400, -(10**400), 10**5000)]
+    + [{"seed": 10**5000}, {"top_k": -(10**5000)}],
+    ids=lambda p: f"{next(iter(p))} of many digits",
+)
+def test_numbers_beyond_any_float_are_named_too(params: dict[str, int]) -> None:
+    with pytest.raises(RequestError, match=next(iter(params))):
+        SamplingParams(**params)  # type: ignore[arg-type]
+
+
+# Extremes ------------------------------------------------------------------------------------------------------------
+
+TINY_TEMPERATURES = [9e-6, 1e-30, 1e-38, 1e-45, 1e-46, 1e-300, 5e-324]
+
+
+@pytest.mark.parametrize("temperature", TINY_TEMPERATURES)
+def test_a_temperature_near_nothing_is_greedy(temperature: float) -> None:
+    s = sampler(temperature=temperature, seed=1)
+    assert [s.sample(LOGITS).token_id for _ in range(20)] == [1] * 20
+
+
+@pytest.mark.parametrize("top_p", [1e-10, 1e-46, 1e-300, 5e-324])
+def test_a_top_p_near_nothing_is_greedy(top_p: float) -> None:
+    s = sampler(temperature=1.0, top_p=top_p, seed=1)
+    assert [s.sample(LOGITS).token_id for _ in range(20)] == [1] * 20
+
+
+def extremes(low: float, high: float) -> st.SearchStrategy[float]:
+    """Numbers of a range, its ends, and those that float32 rounds to nothing."""
+    odd = [x for x in (low, high, 0.0, 5e-324, 1e-300, 1e-46, 1e-45, 1e-38, 1e-5, 1 - 1e-16, 1.0) if low <= x <= high]
+    return st.sampled_from(odd) | st.floats(low, high)
+
+
+LARGEST = float(torch.finfo(torch.float32).max)
+logit = st.sampled_from([0.0, LARGEST, -LARGEST, 1e37, -1e37, 1e-45, -1e-45, 1.0]) | st.floats(
+    -LARGEST, LARGEST, width=32
+)
+N = 9
+parameters = st.fixed_dictionaries(
+    {
+        "temperature": extremes(0.0, 100.0),
+        "top_k": st.integers(0, 12) | st.just(2**31 - 1),
+        "top_p": extremes(5e-324, 1.0),
+        "min_p": extremes(0.0, 1.0),
+        "repetition_penalty": extremes(0.01, 100.0),
+        "presence_penalty": extremes(-100.0, 100.0),
+        "frequency_penalty": extremes(-100.0, 100.0),
+        "logit_bias": st.dictionaries(st.integers(0, N - 3), extremes(-100.0, 100.0), max_size=N),
+        "logprobs": st.sampled_from([0, 3, 20]),
+        "seed": st.sampled_from([0, 1, 2**63 - 1]),
+    }
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    params=parameters,
+    logits=st.lists(logit, min_size=N, max_size=N),
+    prompt=st.lists(st.integers(0, N - 1), max_size=4),
+    allowed=st.none() | st.sets(st.integers(0, N - 3), min_size=1),
+)
+@example(params={"temperature": 1e-38}, logits=[1.0] * N, prompt=[], allowed=None)
+@example(params={"temperature": 1.0, "top_p": 1e-46}, logits=[1.0] * N, prompt=[], allowed=None)
+@example(params={"temperature": 1e-5}, logits=[LARGEST, *[-LARGEST] * (N - 1)], prompt=[], allowed={3, 4})
+@example(params={"repetition_penalty": 0.01, "temperature": 1.0}, logits=[1e37] * N, prompt=[0, 1], allowed=None)
+@example(params={"repetition_penalty": 100.0}, logits=[-1e37] * N, prompt=[*range(N)], allowed={2})
+@example(params={"frequency_penalty": 100.0, "logprobs": 20}, logits=[-LARGEST] * N, prompt=[], allowed={5})
+def test_whatever_the_parameters_a_token_that_may_be_chosen_comes_with_a_finite_probability(
+    params: dict[str, object], logits: list[float], prompt: list[int], allowed: set[int] | None
+) -> None:
+    unused = Unused([N - 2, N - 1])
+    s = Sampler(SamplingParams(**params), prompt, N, unused)  # type: ignore[arg-type]
+    row = torch.tensor(logits)
+    mask = None if allowed is None else torch.tensor([i in allowed for i in range(N)])
+    for best in (None, int(row.argmax())):
+        for _ in range(3):
+            chosen = s.sample(row, best, None, mask)
+            assert chosen.token_id in (set(range(N - 2)) if allowed is None else allowed)
+            assert math.isfinite(chosen.logprob)
+            assert all(token < N - 2 and math.isfinite(p) for token, p in chosen.top_logprobs)
+            assert len(chosen.top_logprobs) == min(int(str(params.get("logprobs", 0))), N - 2)
 
 
 def test_token_ids_outside_the_vocabulary_are_named() -> None:

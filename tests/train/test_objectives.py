@@ -218,6 +218,14 @@ def test_samples_end_with_an_end_token() -> None:
     assert any(len(answer) < 12 for answer in drawn)
 
 
+def test_samples_never_have_an_id_that_no_token_has() -> None:
+    model = model_of("mixtral", torch.float32)
+    unused = set(range(10, 90))  # chance alone would draw one in every second token
+    drawn = sample(model, [3, 4, 50], 16, max_new_tokens=12, temperature=1.0, end_ids={80}, unused=unused)
+    said = {token for answer in drawn for token in answer}
+    assert said and not said & (unused - {80}), "an end token is one, whatever the vocabulary lists"
+
+
 def test_without_its_adapter_the_model_is_the_base_and_then_itself_again() -> None:
     model, base = adapted(), model_of("mixtral")
     ids = torch.arange(9)

@@ -171,3 +171,5 @@ def test_unknown_keys_and_impossible_values_are_refused() -> None:
         parse_toml((good + "[lora]\nrank = 0\n").encode(), TuneConfig)
     with pytest.raises(ConfigError, match="grpo needs samples of 2"):
         parse_toml((good + "[grpo]\nsamples = 1\n").encode(), TuneConfig)
+    with pytest.raises(ConfigError, match="a temperature of 1e-5 or more"):
+        parse_toml((good + "[grpo]\ntemperature = 1e-38\n").encode(), TuneConfig)

@@ -7,10 +7,14 @@
 One thread calls :meth:`Engine.step` again and again; everything it returns is values. A request's tokens and
 log-probabilities depend on the request alone: sampling state belongs to it, and the CPU's kernels give the same bits
 whatever shares the batch, however the prompt was cut, and whether its prefix was cached.
+
+A request's own work (guessing, sampling, its grammar, its text, its log-probabilities) fails for that request alone,
+whatever the exception; what all share (scheduling, the pass through the model) raises out of :meth:`Engine.step`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,14 +28,19 @@ from quadriga.engine.blocks import BLOCK_TOKENS
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.request import FinishReason, PromptReport, Request, Routing, TokenEvent
 from quadriga.engine.runner import Runner, TorchRunner
-from quadriga.engine.sampler import Sampler
+from quadriga.engine.sampler import Sampler, Unused, require_finite, top_logprobs
 from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
-from quadriga.errors import BusyError, RequestError
+from quadriga.errors import AnswerError, BusyError, QuadrigaError, RequestError
 from quadriga.model.adapter_bank import AdapterBank
 from quadriga.model.moe import RouterStats
 from quadriga.ops.program import Batch
 from quadriga.text.stream import Detokenizer
 from quadriga.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+Event = TokenEvent | QuadrigaError
+"""What a step has for a request: a token, or why there will be no more."""
 
 
 @dataclass(eq=False)
@@ -88,6 +97,9 @@ class Engine:
     ) -> None:
         self.runner, self.config, self.tokenizer = runner, runner.config, tokenizer
         self.end_ids, self.max_sequences = end_ids, max_sequences
+        rows = [] if tokenizer is None else tokenizer.unused_rows(self.config.vocab_size)
+        # A checkpoint may name an end token that its vocabulary does not list: it still ends answers.
+        self.unused = Unused(i for i in rows if i not in end_ids)
         self.scheduler = Scheduler(
             runner.n_blocks, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, prefix_cache=prefix_cache
         )
@@ -102,7 +114,8 @@ class Engine:
         """Queue a request; its id.
 
         Raises:
-            RequestError: an empty prompt, ids outside the vocabulary, a prompt that fills the context or the cache.
+            RequestError: an empty prompt, ids outside the model's table, a bias on an id that no token has, a prompt
+                that fills the context or the cache.
         """
         prompt, params = list(request.prompt), request.params
         if not prompt:
@@ -130,7 +143,7 @@ class Engine:
         active = _Active(
             request=request,
             running=running,
-            sampler=Sampler(params, prompt, self.config.vocab_size),
+            sampler=Sampler(params, prompt, self.config.vocab_size, self.unused),
             text=Detokenizer(self.tokenizer, stop=params.stop) if self.tokenizer is not None else None,
             ends=frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.end_ids),
             # A guess is checked against the model's choice, not against a grammar's.
@@ -200,26 +213,27 @@ class Engine:
 
     # A step ----------------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[tuple[int, TokenEvent | RequestError]]:
+    def step(self) -> list[tuple[int, Event]]:
         """One pass: (request id, token) for every token made.
 
         A request is gone after the event with its finish_reason. One that cannot go on (logits that are not finite, a
-        grammar at its limits) has an error in place of its token and is gone too; the others of the pass never notice.
+        grammar at its limits, a mistake of ours) has an error in place of its token and is gone too: a RequestError
+        where it says what was wrong, an AnswerError with its cause otherwise. The others of the pass never notice.
+
+        Raises:
+            BaseException: what all requests share has failed; the engine's state cannot be trusted any more.
         """
-        for active in self._active.values():
-            running = active.running
-            if active.lookup is not None and running.n_computed == len(running.tokens) - 1:
-                running.draft = active.lookup.guess(running.tokens, active.request.params.speculate)
+        events = self._guess()
         plan = self.scheduler.schedule()
         if not plan.chunks:
-            return []
+            return events
         batch, first_rows = build_batch(plan)
         if isinstance(self.runner, TorchRunner) and any(chunk.sequence.adapter for chunk in plan.chunks):
             self.runner.choose([chunk.sequence.adapter for chunk in plan.chunks for _ in chunk.tokens])
         logits = self.runner.forward(batch)
-        events, new_tokens, finished = self._sample(plan, logits, first_rows, batch)
-        for request_id, event in events:
-            if isinstance(event, RequestError):  # before the commit: nothing of it goes into the prefix cache
+        made, new_tokens, finished = self._sample(plan, logits, first_rows, batch)
+        for request_id, event in made:
+            if not isinstance(event, TokenEvent):  # before the commit: nothing of it goes into the prefix cache
                 self.cancel(request_id)
         self.scheduler.commit(plan, new_tokens, finished)
         self._steps += 1
@@ -227,51 +241,69 @@ class Engine:
             active = self._active.pop(request_id)
             self._prompt_tokens += active.running.n_prompt
             self._cached += active.running.n_cached
-        return events
+        return events + made
+
+    def _guess(self) -> list[tuple[int, Event]]:
+        """Draft what may follow, where asked for; the errors of those whose guessing failed."""
+        failed: list[tuple[int, Event]] = []
+        for request_id, active in self._active.items():
+            running = active.running
+            if active.lookup is not None and running.n_computed == len(running.tokens) - 1:
+                try:
+                    running.draft = active.lookup.guess(running.tokens, active.request.params.speculate)
+                except BaseException as error:
+                    failed.append((request_id, _own_failure(error)))
+        for request_id, _ in failed:
+            self.cancel(request_id)
+        return failed
 
     def _sample(
         self, plan: Plan, logits: Tensor, first_rows: Sequence[int], batch: Batch
-    ) -> tuple[list[tuple[int, TokenEvent | RequestError]], dict[int, list[int]], set[int]]:
+    ) -> tuple[list[tuple[int, Event]], dict[int, list[int]], set[int]]:
         best, log_sums = self.runner.row_stats(logits) if len(logits) else ([], [])
-        routing = None
-        if any(a.request.routing for c in plan.chunks if (a := self._active.get(c.sequence.request_id)) is not None):
-            routing = self.runner.router_stats(len(batch.tokens))
-        events: list[tuple[int, TokenEvent | RequestError]] = []
+        made = _Pass(self.runner, batch, logits, best, log_sums)
+        events: list[tuple[int, Event]] = []
         new_tokens: dict[int, list[int]] = {}
         finished: set[int] = set()
         for chunk, row in zip(plan.chunks, first_rows, strict=True):
-            active = self._active.get(chunk.sequence.request_id)
+            request_id = chunk.sequence.request_id
+            active = self._active.get(request_id)
             if active is None:
                 continue
-            if chunk.sequence.all_logits:
-                self._score_prompt(active, chunk, logits, log_sums, row)
-                row += len(chunk.tokens) - 1 - chunk.n_draft
-            if not chunk.samples:
-                continue
-            made: list[int] = []
-            guesses = chunk.tokens[len(chunk.tokens) - chunk.n_draft :]
-            self._guessed += len(guesses)
-            for i in range(len(guesses) + 1):
-                try:
-                    event = self._next(active, logits[row + i], best[row + i], log_sums[row + i], len(made))
-                except RequestError as error:
-                    events.append((chunk.sequence.request_id, error))
-                    break
-                if routing is not None and active.request.routing:
-                    token = int(batch.rows[row + i])
-                    entropy = _entropy_of(routing, token)
-                    event = replace(event, routing=_routing_of(routing, token), router_entropy=entropy)
-                made.append(event.token_id)
-                events.append((chunk.sequence.request_id, event))
-                if event.finish_reason is not None:
-                    finished.add(chunk.sequence.request_id)
-                    break
-                if i < len(guesses) and guesses[i] != event.token_id:
-                    break
-            self._guessed_right += max(0, len(made) - 1)
-            self._generated += len(made)
-            new_tokens[chunk.sequence.request_id] = made
+            answered: list[TokenEvent] = []
+            try:
+                self._answer(active, chunk, made, row, answered)
+                error = None
+            except BaseException as raised:
+                error = _own_failure(raised)
+            events += [(request_id, event) for event in answered]
+            if error is not None:
+                events.append((request_id, error))
+            elif answered and answered[-1].finish_reason is not None:
+                finished.add(request_id)
+            if chunk.samples:
+                self._guessed += chunk.n_draft
+                self._guessed_right += max(0, len(answered) - 1)
+                self._generated += len(answered)
+                new_tokens[request_id] = [event.token_id for event in answered]
         return events, new_tokens, finished
+
+    def _answer(self, active: _Active, chunk: Chunk, made: _Pass, row: int, answered: list[TokenEvent]) -> None:
+        """One request's part of a pass, whose rows begin at ``row``: its tokens are appended to ``answered``."""
+        if chunk.sequence.all_logits:
+            self._score_prompt(active, chunk, made, row)
+            row += len(chunk.tokens) - 1 - chunk.n_draft
+        if not chunk.samples:
+            return
+        guesses = chunk.tokens[len(chunk.tokens) - chunk.n_draft :]
+        for i in range(len(guesses) + 1):
+            at = row + i
+            event = self._next(active, made.logits[at], made.best[at], made.log_sums[at], len(answered))
+            if active.request.routing:
+                event = made.with_routing(event, at)
+            answered.append(event)
+            if event.finish_reason is not None or (i < len(guesses) and guesses[i] != event.token_id):
+                return
 
     def _next(self, active: _Active, logits: Tensor, best: int, log_sum: float, n_before: int) -> TokenEvent:
         """Sample one token of a request and say what it means for its text and its end."""
@@ -306,19 +338,16 @@ class Engine:
             prompt=report,
         )
 
-    def _score_prompt(self, active: _Active, chunk: Chunk, logits: Tensor, log_sums: list[float], row: int) -> None:
+    def _score_prompt(self, active: _Active, chunk: Chunk, made: _Pass, row: int) -> None:
         tokens, n_prompt, n_top = chunk.sequence.tokens, chunk.sequence.n_prompt, active.request.params.logprobs
         n = min(len(chunk.tokens), n_prompt - 1 - chunk.start)
         if n <= 0:
             return
-        rows, sums = logits[row : row + n], torch.tensor(log_sums[row : row + n])[:, None]
+        rows, log_sums = made.logits[row : row + n], made.log_sums[row : row + n]
+        require_finite(log_sums)
         following = torch.tensor(tokens[chunk.start + 1 : chunk.start + 1 + n])[:, None]
-        own = (rows.gather(1, following) - sums)[:, 0].tolist()
-        top: list[tuple[tuple[int, float], ...]] = [()] * n
-        if n_top:
-            values, ids = rows.topk(n_top)
-            pairs = zip(ids.tolist(), (values - sums).tolist(), strict=True)
-            top = [tuple(zip(i, v, strict=True)) for i, v in pairs]
+        own = (rows.gather(1, following)[:, 0].double() - torch.tensor(log_sums, dtype=torch.float64)).tolist()
+        top = top_logprobs(rows, log_sums, n_top, self.unused) if n_top else [()] * n
         for i in range(n):
             active.prompt_logprobs[chunk.start + i + 1] = (own[i], top[i])
 
@@ -347,6 +376,7 @@ class Engine:
 
         Raises:
             BusyError: the sequence does not fit into the free blocks.
+            RequestError: the model's states are not finite.
         """
         for vector in self.embed_passes(token_ids):
             if vector is not None:
@@ -359,7 +389,9 @@ class Engine:
         for _, n in self._passes(token_ids, chunk, with_logits=False):
             total += self.runner.hidden(n).sum(0)
             left -= n
-            yield total / total.norm().clamp_min(1e-12) if left == 0 else None
+            norm = total.norm()
+            require_finite([float(norm)])
+            yield total / norm.clamp_min(1e-12) if left == 0 else None
 
     def _passes(self, token_ids: Sequence[int], chunk: int, *, with_logits: bool) -> Iterator[tuple[Tensor, int]]:
         """Run one sequence beside everything else, in blocks of its own: (logits, tokens) of every pass."""
@@ -385,6 +417,44 @@ class Engine:
         finally:
             for block in blocks:
                 pool.release(block)
+
+
+class _Pass:
+    """What a pass has computed: logits (R, V), of every row the best token and log(sum(exp)), and the routing."""
+
+    def __init__(
+        self, runner: Runner, batch: Batch, logits: Tensor, best: Sequence[int], log_sums: Sequence[float]
+    ) -> None:
+        self._runner, self._batch = runner, batch
+        self.logits, self.best, self.log_sums = logits, best, log_sums
+        self._routing: list[RouterStats] | None = None
+
+    def with_routing(self, event: TokenEvent, row: int) -> TokenEvent:
+        """The event with the experts that predicted it; they are fetched when the first request asks."""
+        if self._routing is None:
+            self._routing = self._runner.router_stats(len(self._batch.tokens))
+        token = int(self._batch.rows[row])
+        entropy = _entropy_of(self._routing, token)
+        return replace(event, routing=_routing_of(self._routing, token), router_entropy=entropy)
+
+
+def _own_failure(error: BaseException) -> QuadrigaError:
+    """What a request is told when its own work raised, whatever it raised: a panic in a Rust library is no Exception.
+
+    Raises:
+        KeyboardInterrupt: if it is one; somebody at the keyboard means the whole process.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    if isinstance(error, RequestError):
+        return error
+    kind = type(error).__name__
+    _log.error("an answer failed with %s; the others go on", kind, exc_info=error)
+    failure = AnswerError(
+        f"this answer failed by a mistake of ours ({kind}); the log says more. Others are not affected."
+    )
+    failure.__cause__ = error
+    return failure
 
 
 def _routing_of(stats: list[RouterStats], token: int) -> Routing:

@@ -27,10 +27,10 @@ from quadriga.checkpoint.adapter import low_rank
 from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.checkpoint.packed import load_packed
 from quadriga.engine.blocks import BLOCK_TOKENS
-from quadriga.engine.engine import Engine
-from quadriga.engine.request import Completion, Request, SamplingParams, TokenEvent
+from quadriga.engine.engine import Engine, Event
+from quadriga.engine.request import Completion, PromptReport, Request, SamplingParams, TokenEvent
 from quadriga.engine.runner import Runner, TorchRunner
-from quadriga.errors import ConfigError, RequestError, TokenizerError
+from quadriga.errors import ConfigError, QuadrigaError, RequestError, TokenizerError
 from quadriga.model.compiled import CompiledModel
 from quadriga.model.config import ModelConfig
 from quadriga.model.moe import RouterStats
@@ -178,7 +178,7 @@ class LLM:
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
         )
-        self._inbox: dict[int, deque[TokenEvent | RequestError]] = {}
+        self._inbox: dict[int, deque[Event]] = {}
 
     @property
     def expert_store(self) -> ExpertStore | None:
@@ -244,7 +244,9 @@ class LLM:
             adapter: the name of one that was added.
 
         Raises:
-            RequestError: an empty prompt, ids outside the vocabulary, or a prompt that fills the context.
+            RequestError: an empty prompt, ids outside the model's table, a prompt that fills the context; or, after
+                some tokens, logits that are not finite.
+            AnswerError: after some tokens, a mistake of ours, which is its cause.
         """
         ids = self.prompt_ids(prompt)
         request = Request(prompt=tuple(ids), params=params or SamplingParams(), adapter=adapter)
@@ -259,7 +261,7 @@ class LLM:
                 while not inbox:
                     self._step()
                 event = inbox.popleft()
-                if isinstance(event, RequestError):
+                if not isinstance(event, TokenEvent):
                     raise event
                 yield event
                 if event.finish_reason is not None:
@@ -289,10 +291,16 @@ class LLM:
     ) -> list[Completion]:
         """Continue many prompts as one continuous batch; each answer is what :meth:`generate` would give.
 
+        An answer that fails on its way costs none of the others: it comes back with ``finish_reason`` "error", the text
+        it had, and what :meth:`generate` would have raised as its ``error``.
+
         Args:
             params: one for all, or one for each prompt.
             adapters: one for each prompt, None for the model itself; several may run in one batch.
             progress: called with (finished, in all).
+
+        Raises:
+            RequestError: a prompt or parameters that can never run, before anything does.
         """
         all_ids = [self.prompt_ids(prompt) for prompt in prompts]
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(all_ids)
@@ -302,24 +310,41 @@ class LLM:
         if len(names) != len(all_ids):
             raise RequestError(f"{len(all_ids)} prompts need as many adapters, got {len(names)}")
         started = time.perf_counter()
-        made: dict[int, list[tuple[float, TokenEvent]]] = {}
+        requests = [
+            Request(prompt=tuple(ids), params=one, adapter=name)
+            for ids, one, name in zip(all_ids, each, names, strict=True)
+        ]
+        answers = []
+        for (times, events, error), ids in zip(self._run_all(requests, progress), all_ids, strict=True):
+            first, last = (times[0], times[-1]) if times else (started, started)
+            answers.append(_completion(events, len(ids), first - started, last - first, error))
+        return answers
+
+    def _run_all(
+        self, requests: Sequence[Request], progress: Callable[[int, int], None] | None
+    ) -> list[tuple[list[float], list[TokenEvent], QuadrigaError | None]]:
+        """Every request's events with the times they came at, and what ended it if that was an error."""
+        made: dict[int, tuple[list[float], list[TokenEvent]]] = {}
+        failed: dict[int, QuadrigaError] = {}
         try:
-            for ids, one, name in zip(all_ids, each, names, strict=True):
-                request_id = self.engine.submit(Request(prompt=tuple(ids), params=one, adapter=name))
-                made[request_id] = []
+            for request in requests:
+                request_id = self.engine.submit(request)
+                made[request_id] = [], []
                 self._inbox[request_id] = deque()
             finished = 0
             while finished < len(made):
                 self._step()
                 now = time.perf_counter()
-                for request_id, events in made.items():
+                for request_id, (times, events) in made.items():
                     inbox = self._inbox[request_id]
                     while inbox:
                         event = inbox.popleft()
-                        if isinstance(event, RequestError):
-                            raise event
-                        events.append((now, event))
-                        if event.finish_reason is not None:
+                        if isinstance(event, TokenEvent):
+                            times.append(now)
+                            events.append(event)
+                        else:
+                            failed[request_id] = event
+                        if not isinstance(event, TokenEvent) or event.finish_reason is not None:
                             finished += 1
                             if progress is not None:
                                 progress(finished, len(made))
@@ -327,10 +352,7 @@ class LLM:
             for request_id in made:
                 self.engine.cancel(request_id)
                 del self._inbox[request_id]
-        return [
-            _completion([event for _, event in events], len(ids), events[0][0] - started, events[-1][0] - events[0][0])
-            for events, ids in zip(made.values(), all_ids, strict=True)
-        ]
+        return [(*answer, failed.get(request_id)) for request_id, answer in made.items()]
 
     # Chat ------------------------------------------------------------------------------------------------------------
 
@@ -414,14 +436,18 @@ def _collect(events: Iterator[TokenEvent], n_prompt_tokens: int) -> Completion:
     return _completion(made, n_prompt_tokens, first - started, time.perf_counter() - first)
 
 
-def _completion(made: list[TokenEvent], n_prompt_tokens: int, first_s: float, decode_s: float) -> Completion:
-    finish, report = made[-1].finish_reason, made[0].prompt
+def _completion(
+    made: list[TokenEvent], n_prompt_tokens: int, first_s: float, decode_s: float, error: QuadrigaError | None = None
+) -> Completion:
+    finish = made[-1].finish_reason if error is None else "error"
+    report = made[0].prompt if made else PromptReport(n_cached_tokens=0)
     assert finish is not None and report is not None, "the first event reports the prompt, the last why it ended"
     return Completion(
         text="".join(event.text for event in made),
         token_ids=[event.token_id for event in made],
         logprobs=[event.logprob for event in made],
         finish_reason=finish,
+        error=error,
         n_prompt_tokens=n_prompt_tokens,
         prompt_logprobs=list(report.logprobs),
         n_cached_tokens=report.n_cached_tokens,

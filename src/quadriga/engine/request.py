@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from quadriga.errors import RequestError
+from quadriga.errors import QuadrigaError, RequestError
 
-FinishReason = Literal["stop", "length", "cancelled"]
-"""stop: an end token or a stop string; length: max_new_tokens or the context is full; cancelled: the caller left."""
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+"""stop: an end token or a stop string; length: max_new_tokens or the context is full; cancelled: the caller left;
+error: the answer failed on its way (in a :class:`Completion`; no token says so)."""
 
 
 Routing = tuple[tuple[tuple[int, float], ...], ...]
@@ -42,11 +42,11 @@ class SamplingParams:
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    """0 is greedy; 1 samples the model's own distribution."""
+    """0 is greedy, and so is anything below 1e-5; 1 samples the model's own distribution."""
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the smallest set of most probable tokens whose probabilities reach this sum; 1 keeps all."""
+    """Keep the smallest set of most probable tokens whose probabilities reach this sum, at least one; 1 keeps all."""
     min_p: float = 0.0
     """Keep tokens at least this fraction as probable as the best one; 0 keeps all."""
     repetition_penalty: float = 1.0
@@ -56,7 +56,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted from a logit once per occurrence of its token in the answer."""
     logit_bias: dict[int, float] = field(default_factory=dict)
-    """token id -> added to its logit, in [-100, 100]."""
+    """token id -> added to its logit, in [-100, 100]; ids that no token has are refused."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer; they are not part of it."""
     stop_ids: tuple[int, ...] = ()
@@ -97,13 +97,21 @@ class SamplingParams:
 def _require_int(low: int, high: int, **values: object) -> None:
     for name, value in values.items():
         good = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-        _require(good, f"{name} must be a whole number from {low} to {high}, got {value!r}")
+        _require(good, f"{name} must be a whole number from {low} to {high}, got {_shown(value)}")
 
 
 def _require_in(low: float, high: float, **values: object) -> None:
     for name, value in values.items():
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        _require(good and low <= float(value) <= high, f"{name} must be from {low:g} to {high:g}, got {value!r}")  # type: ignore[arg-type]
+        # Comparing is exact for whole numbers of any size, and false for NaN.
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+        _require(good, f"{name} must be from {low:g} to {high:g}, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:80]
+    except ValueError:  # Python writes out no whole number of over 4300 digits
+        return "a number of thousands of digits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +172,8 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
+    error: QuadrigaError | None = None
+    """Why the answer failed, where ``finish_reason`` is "error"; text and tokens are what it had by then."""
     n_prompt_tokens: int
     prompt_logprobs: list[float] = field(default_factory=list)
     """Of every prompt token but the first, where asked for."""

@@ -87,7 +87,11 @@ class TextModel:
         seed: int | None = None,
         done: Done = lambda n: None,
     ) -> list[str]:
-        """Continue each prompt; one that leaves no room for the answer loses its beginning."""
+        """Continue each prompt; one that leaves no room for the answer loses its beginning.
+
+        Raises:
+            QuadrigaError: an answer failed on its way; the others have run to their ends.
+        """
         most = self.llm.config.max_seq_len - max_new_tokens
         if most < 1:
             raise RequestError(
@@ -109,7 +113,11 @@ class TextModel:
             done(n - seen)
             seen = n
 
-        return [answer.text for answer in self.llm.generate_many(ids, params, progress=finished)]
+        answers = self.llm.generate_many(ids, params, progress=finished)
+        for answer in answers:
+            if answer.error is not None:  # a score of half an answer would be a wrong score
+                raise answer.error
+        return [answer.text for answer in answers]
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text."""

@@ -126,8 +126,11 @@ async def stream(service: Service, body: CompletionRequest, caller: Caller) -> R
 
 
 async def _decode(service: Service, ids: list[int]) -> str:
+    """A prompt as text. Ids that no token has are allowed in one, the model has rows for them, and add no text."""
     tokenizer = service.llm.tokenizer
-    return "" if tokenizer is None else await asyncio.to_thread(tokenizer.decode, ids)
+    if tokenizer is None:
+        return ""
+    return await asyncio.to_thread(tokenizer.decode, [i for i in ids if tokenizer.is_token(i)])
 
 
 def _logprobs(service: Service, choice: Choice, prompt: list[int]) -> dict[str, Any]:

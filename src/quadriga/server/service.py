@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quadriga.engine.async_engine import AsyncEngine, Stream
+from quadriga.engine.async_engine import STEP_TIMEOUT_S, AsyncEngine, Stream
 from quadriga.engine.llm import LLM
 from quadriga.engine.request import PromptReport, Request, SamplingParams, TokenEvent
 from quadriga.errors import RequestError
@@ -125,11 +125,12 @@ class Service:
         llm: what is served; its engine belongs to the service from now on.
         name: what clients call the model.
         max_waiting: requests that may wait.
+        step_timeout_s: a step of the engine that takes longer counts as hung; 0 lets it take any time.
     """
 
-    def __init__(self, llm: LLM, *, name: str, max_waiting: int = 256) -> None:
+    def __init__(self, llm: LLM, *, name: str, max_waiting: int = 256, step_timeout_s: float = STEP_TIMEOUT_S) -> None:
         self.llm, self.name, self.created = llm, name, int(time.time())
-        self.engine = AsyncEngine(llm.engine, max_waiting=max_waiting)
+        self.engine = AsyncEngine(llm.engine, max_waiting=max_waiting, step_timeout_s=step_timeout_s)
         self.metrics = Metrics(self)
         self.draining = False
         self._grammars: Grammars | None = None
@@ -271,20 +272,24 @@ class Service:
         return Answers(await self.engine.submit_all(requests), sum(len(p) for p in prompts), deadline)
 
     def token_text(self, token_id: int) -> str:
-        """A token as text; bytes that are no whole characters as OpenAI writes them."""
-        assert self.llm.tokenizer is not None
-        raw = self.llm.tokenizer.token_bytes(token_id)
+        """A token as text; bytes that are no whole characters as OpenAI writes them; ids without a token by number."""
+        tokenizer = self.llm.tokenizer
+        assert tokenizer is not None
+        if not tokenizer.is_token(token_id):
+            return f"<unused {token_id}>"
+        raw = tokenizer.token_bytes(token_id)
         if not raw:
-            return self.llm.tokenizer.token_text(token_id)
+            return tokenizer.token_text(token_id)
         try:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def token_bytes(self, token_id: int) -> list[int]:
-        """A token's bytes."""
-        assert self.llm.tokenizer is not None
-        return list(self.llm.tokenizer.token_bytes(token_id))
+        """A token's bytes; none where no token has the id."""
+        tokenizer = self.llm.tokenizer
+        assert tokenizer is not None
+        return list(tokenizer.token_bytes(token_id)) if tokenizer.is_token(token_id) else []
 
     def routing(self, event: TokenEvent) -> list[dict[str, Any]]:
         """Which experts a token came from, and how sure each router was, for the lens. Empty layers: a dense model."""

@@ -30,12 +30,13 @@ class Detokenizer:
         self._strip = tokenizer.strip_leading_space
 
     def push(self, token_id: int) -> tuple[str, bool]:
-        """Add a token.
+        """Add a token. An id that no token has, a row that only pads the model's table, adds nothing.
 
         Returns:
             (text that became certain, True if a stop string has been completed and the answer ends before it).
         """
-        raw = self._tokenizer.token_bytes(token_id)
+        tokenizer = self._tokenizer
+        raw = tokenizer.token_bytes(token_id) if token_id < tokenizer.n_vocab else b""
         if self._strip and raw:
             raw, self._strip = raw.removeprefix(b" "), False
         return self._release(self._decoder.decode(raw))

@@ -16,7 +16,7 @@ import json
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,7 +52,11 @@ class Vocabulary(Protocol):
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The exact bytes a token stands for; a special token's own name."""
+        """The exact bytes a token stands for; a special token's own name.
+
+        Raises:
+            TokenizerError: no token has this id.
+        """
         ...
 
 
@@ -68,6 +72,7 @@ class Tokenizer:
         chat_template: the checkpoint's own template, or None.
         template_variables: the special tokens it may name: bos_token, eos_token and others.
         strip_leading_space: the vocabulary writes a space before the first word (SentencePiece), decoding drops it.
+        unused_ids: ids below n_vocab that no token has; left out, the vocabulary is asked about every id, once.
     """
 
     def __init__(
@@ -82,8 +87,10 @@ class Tokenizer:
         chat_template: str | None = None,
         template_variables: Mapping[str, str | list[str]] | None = None,
         strip_leading_space: bool = False,
+        unused_ids: Iterable[int] | None = None,
     ) -> None:
         self._vocabulary = vocabulary
+        self._unused_ids = unused_ids
         self.n_vocab = vocabulary.n_vocab
         self.special_ids = dict(special_ids)
         self._special = frozenset(self.special_ids.values())
@@ -111,6 +118,32 @@ class Tokenizer:
         ids = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
         return {variable: names[i] for variable, i in ids.items() if i in names}
 
+    @cached_property
+    def unused_ids(self) -> frozenset[int]:
+        """Ids below ``n_vocab`` that stand for no token: holes between ranks, entries that only fill the table."""
+        if self._unused_ids is not None:
+            return frozenset(self._unused_ids) - self._special
+        return frozenset(i for i in range(self.n_vocab) if i not in self._special and not self._has(i))
+
+    def _has(self, token_id: int) -> bool:
+        try:
+            self._vocabulary.token_bytes(token_id)
+        except TokenizerError:
+            return False
+        return True
+
+    def is_token(self, token_id: int) -> bool:
+        """True if a token has this id. Models often have more rows than that: holes, and padding after the last id."""
+        return 0 <= token_id < self.n_vocab and token_id not in self.unused_ids
+
+    def unused_rows(self, n_rows: int) -> list[int]:
+        """The ids below a model's ``n_rows`` that no token has, in order."""
+        return [*sorted(i for i in self.unused_ids if i < n_rows), *range(self.n_vocab, n_rows)]
+
+    @cached_property
+    def _silent(self) -> frozenset[int]:
+        return self._special | self.unused_ids
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of ``text``; nothing is prepended.
 
@@ -130,14 +163,14 @@ class Tokenizer:
         return self._vocabulary.encode(text, allow_special) if text else []
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token adds to a text; none for special tokens.
+        """The bytes one token adds to a text; none for special tokens and for ids that no token has.
 
         Raises:
-            TokenizerError: the id is outside the vocabulary, or one of its holes.
+            TokenizerError: the id is outside the vocabulary.
         """
         if not 0 <= token_id < self.n_vocab:
             raise TokenizerError(f"token ids are 0 to {self.n_vocab - 1}, got {token_id}")
-        return b"" if token_id in self._special else self._vocabulary.token_bytes(token_id)
+        return b"" if token_id in self._silent else self._vocabulary.token_bytes(token_id)
 
     def token_text(self, token_id: int) -> str:
         """One token as a person may look at it: special tokens by name, partial characters as U+FFFD."""
@@ -146,7 +179,14 @@ class Tokenizer:
         return self._vocabulary.token_bytes(token_id).decode("utf-8", errors="replace")
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids`` without special tokens; bytes that form no character become U+FFFD."""
+        """The text of ``ids`` without special tokens; bytes that form no character become U+FFFD.
+
+        Raises:
+            TokenizerError: an id is outside the vocabulary, or one that no token has.
+        """
+        unused = [i for i in ids if i in self.unused_ids] if self.unused_ids else []
+        if unused:
+            raise TokenizerError(f"token id {unused[0]} is one of the vocabulary's unused ids")
         raw = b"".join(self.token_bytes(i) for i in ids)
         if self.strip_leading_space:
             raw = raw.removeprefix(b" ")
@@ -207,13 +247,16 @@ def load_tiktoken(
             f"{digest[:12]}... ({len(raw)} bytes). Get it again: `quadriga pull cl100k_base`."
         )
     ends = [special_ids[name] for name in ("<|endoftext|>", "<|im_end|>") if name in special_ids]
+    ranks = _parse_ranks(raw)
+    vocabulary = _Tiktoken(ranks, special_ids)
     return Tokenizer(
-        _Tiktoken(_parse_ranks(raw), special_ids),
+        vocabulary,
         special_ids=special_ids,
         bos_id=special_ids["<|endoftext|>"],
         eos_ids=ends,
         pad_id=special_ids.get("<|pad|>"),
         chat_template=chat_template,
+        unused_ids=set(range(vocabulary.n_vocab)) - set(ranks.values()) - set(special_ids.values()),
     )
 
 
@@ -267,6 +310,8 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
             pad_id=pad,
             add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
             chat_template=template,
+            # Converters fill holes with entries of this kind, named [PAD100256] and so on.
+            unused_ids=[i for i, kind in enumerate(_token_types(metadata)) if kind == _UNUSED],
         )
     elif model == "llama":
         tokenizer = _SentencePiece(gguf_sentencepiece(metadata), "the GGUF vocabulary").tokenizer(
@@ -335,7 +380,9 @@ class _HuggingFace:
         except Exception as error:  # the library raises bare Exception with its parser's words
             raise TokenizerError(f"{name} is not a tokenizer the tokenizers library can read: {error}") from None
         self.special_ids = {token["content"]: token["id"] for token in added if token.get("special")}
-        self.n_vocab = max(self._full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        used = set(self._full.get_vocab(with_added_tokens=True).values())
+        self.n_vocab = max(used, default=-1) + 1
+        self.unused_ids = set(range(self.n_vocab)) - used
         if self.n_vocab == 0:
             raise TokenizerError(f"{name} has an empty vocabulary")
         decoder = json.dumps(spec.get("decoder")) + json.dumps(spec.get("pre_tokenizer"))
@@ -410,6 +457,7 @@ def _from_tokenizer_json(
         add_bos=add_bos,
         chat_template=template,
         strip_leading_space=vocabulary.strips_space,
+        unused_ids=vocabulary.unused_ids,
     )
 
 
@@ -472,7 +520,7 @@ def _byte_alphabet() -> dict[str, int]:
 # SentencePiece -------------------------------------------------------------------------------------------------------
 
 # Piece types, the same numbers in SentencePiece's model file and in GGUF.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 
 class _SentencePiece:
@@ -523,6 +571,7 @@ class _SentencePiece:
             add_bos=add_bos and found_bos is not None,
             chat_template=chat_template,
             strip_leading_space=self._dummy_prefix,
+            unused_ids=[i for i in range(self.n_vocab) if self._model.IsUnused(i)],
         )
 
     def encode(self, text: str, allow_special: bool) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,19 +66,26 @@ class _LastLogits:
 
 @torch.no_grad()
 def continuation(
-    step: Step, prompt: Sequence[int], n_tokens: int, *, n_words: int, end_ids: Sequence[int], world: World
+    step: Step,
+    prompt: Sequence[int],
+    n_tokens: int,
+    *,
+    n_words: int,
+    end_ids: Sequence[int],
+    world: World,
+    unused: Collection[int] = (),
 ) -> list[int]:
     """The most probable continuation of a prompt, token by token, without a cache; every rank calls this.
 
-    ``n_words``: ids from here on are rows that only pad the table.
+    ``n_words``: ids from here on are rows that only pad the table. ``unused``: ids below that no token has.
     """
-    ids = list(prompt)
+    ids, holes = list(prompt), torch.tensor(sorted(unused), dtype=torch.int64)
     objective, step.objective = step.objective, _LastLogits()
     step.eval()
     try:
         for _ in range(n_tokens):
             logits, _ = step(_one_document(ids).to(world.device))
-            ids.append(int(logits[:n_words].argmax()))
+            ids.append(int(logits[:n_words].index_fill(0, holes.to(logits.device), -math.inf).argmax()))
             if ids[-1] in end_ids:
                 break
     finally:
@@ -105,6 +112,8 @@ def samples(
     found = {}
     for prompt in prompts:
         words = tokenizer.encode(prompt)
-        ids = continuation(step, words, n_tokens, n_words=tokenizer.n_vocab, end_ids=end_ids, world=world)
+        ids = continuation(
+            step, words, n_tokens, n_words=tokenizer.n_vocab, end_ids=end_ids, world=world, unused=tokenizer.unused_ids
+        )
         found[prompt] = tokenizer.decode(ids)
     return found

@@ -136,6 +136,7 @@ class GRPO:
 
     Args:
         reward: (prompt ids, answer ids) -> number.
+        unused: rows of the head that no token stands for: no answer has them.
     """
 
     def __init__(
@@ -148,10 +149,11 @@ class GRPO:
         temperature: float,
         kl_weight: float,
         end_ids: Collection[int],
+        unused: Collection[int] = (),
     ) -> None:
         self.reference, self.reward, self.kl_weight = reference, reward, kl_weight
         self.n_samples, self.max_new_tokens, self.temperature = n_samples, max_new_tokens, temperature
-        self.end_ids = end_ids
+        self.end_ids, self.unused = end_ids, unused
 
     def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """See ``Objective``: the sum over prompts of the mean over their samples."""
@@ -164,7 +166,7 @@ class GRPO:
             prompt = batch.tokens[first:last].tolist()
             answers = sample(
                 model, prompt, self.n_samples, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-                end_ids=self.end_ids,
+                end_ids=self.end_ids, unused=self.unused,
             )  # fmt: skip
             group = torch.tensor([self.reward(prompt, answer) for answer in answers])
             rewards.append(group)

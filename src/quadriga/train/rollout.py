@@ -7,6 +7,7 @@ so that the policy that is sampled is the very module that is trained, adapters 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Sequence
 
@@ -53,12 +54,14 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     end_ids: Collection[int],
+    unused: Collection[int] = (),
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
     """Continuations of one prompt drawn from the model's own distribution; each ends after an end token or the limit.
 
     Args:
         temperature: above 0.
+        unused: rows of the head that no token stands for; they are never drawn.
     """
     device = next(model.parameters()).device
     before = PackedContext([len(prompt)], device)
@@ -67,9 +70,11 @@ def sample(
     logits = model(tokens, context, rows=torch.tensor([len(prompt) - 1], device=device)).logits
     logits = logits.expand(n_samples, -1)
     done = torch.zeros(n_samples, dtype=torch.bool)
+    never = torch.tensor(sorted(set(unused) - set(end_ids)), dtype=torch.int64)
     found: list[list[int]] = [[] for _ in range(n_samples)]
     for step in range(max_new_tokens):
-        drawn = torch.multinomial((logits.cpu() / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        scaled = logits.cpu() / temperature
+        drawn = torch.multinomial(scaled.index_fill_(1, never, -math.inf).softmax(-1), 1, generator=generator)[:, 0]
         for i, token in enumerate(drawn.tolist()):
             if not done[i]:
                 found[i].append(token)

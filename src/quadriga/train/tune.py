@@ -318,10 +318,12 @@ def _objective(
         return DPO(reference, config.preference.beta)
 
     def reward(prompt: Sequence[int], answer: Sequence[int]) -> float:
-        return number_reward(tokenizer.decode(answer), problems[tuple(prompt)])
+        said = tokenizer.decode([token for token in answer if tokenizer.is_token(token)])
+        return number_reward(said, problems[tuple(prompt)])
 
     return GRPO(
         reference, reward, n_samples=config.grpo.samples, max_new_tokens=config.grpo.max_new_tokens,
         temperature=config.grpo.temperature, kl_weight=config.grpo.kl_weight,
         end_ids={*architecture.eos_ids, *turn_ends(tokenizer).ids},
+        unused=tokenizer.unused_rows(architecture.vocab_size),
     )  # fmt: skip

@@ -98,8 +98,11 @@ class GrpoSection(Section, frozen=True):
     kl_weight: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.samples < 2 or self.max_new_tokens < 1 or self.temperature <= 0:
-            raise ConfigError("grpo needs samples of 2 or more, max_new_tokens of 1 or more, a temperature above 0")
+        if self.samples < 2 or self.max_new_tokens < 1 or not 1e-5 <= self.temperature < float("inf"):
+            raise ConfigError(
+                "grpo needs samples of 2 or more, max_new_tokens of 1 or more, a temperature of 1e-5 or more: below it "
+                f"all samples are the same; got {self.samples}, {self.max_new_tokens}, {self.temperature:g}"
+            )
 
 
 class TuneConfig(Section, frozen=True):

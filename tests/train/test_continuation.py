@@ -1,0 +1,35 @@
+"""Continuations that a run shows of itself name tokens only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from quadriga.text.tokenizer import Tokenizer
+from quadriga.train.held_out import samples
+from quadriga.train.world import World
+from tests.text.test_unused_ids import Gaps
+
+
+class Likes:
+    """A step whose model likes one id best, then the others in falling order."""
+
+    def __init__(self, best: int) -> None:
+        self.objective: Any = None
+        self.logits = -torch.arange(10.0)
+        self.logits[best] = 5.0
+
+    def eval(self) -> None: ...
+
+    def train(self) -> None: ...
+
+    def __call__(self, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.logits, {}
+
+
+def test_neither_holes_nor_padding_are_said() -> None:
+    tokenizer, world = Tokenizer(Gaps(), special_ids={}), World.join("cpu", 10)
+    for best, said in ((5, "x"), (8, "x"), (4, "x")):
+        step: Any = Likes(best)
+        assert samples(step, tokenizer, ["p"], 1, [], world) == {"p": said}
