@@ -45,12 +45,18 @@ class Bytes:
         return bytes([token_id]) if token_id < 256 else b""
 
 
-def tiny_llm(*, n_blocks: int = 64, max_sequences: int = 8, **engine: Any) -> LLM:
-    """A random DBRX over bytes: 4 layers, 5 experts; ``engine`` are options of its engine."""
+def tiny_llm(*, n_blocks: int = 64, max_sequences: int = 8, n_rows: int = 257, **engine: Any) -> LLM:
+    """A random DBRX over bytes: 4 layers, 5 experts.
+
+    Args:
+        n_rows: of the embedding and the head; the model likes those beyond the vocabulary's 257 best.
+        engine: options of its engine.
+    """
     torch.manual_seed(0)
-    config = replace(TINY["dbrx"], vocab_size=257, max_seq_len=1024)
-    parameters = pack_parameters(random_parameters(config, std=0.3), "q8")
-    runner = CompiledModel(config, parameters, threads=1, n_blocks=n_blocks)
+    config = replace(TINY["dbrx"], vocab_size=n_rows, max_seq_len=1024)
+    parameters = random_parameters(config, std=0.3)
+    parameters["lm_head.weight"][257:] *= 30
+    runner = CompiledModel(config, pack_parameters(parameters, "q8"), threads=1, n_blocks=n_blocks)
     special = {"<|end|>": 256}
     tokenizer = Tokenizer(Bytes(), special_ids=special, eos_ids=(256,), chat_template=CHATML)
     llm = LLM(runner, tokenizer, max_sequences=max_sequences)
@@ -103,7 +109,9 @@ class Live:
 
 
 @contextlib.contextmanager
-def running(llm: LLM, limits: Limits | None = None, *, max_waiting: int = 16) -> Iterator[Live]:
+def running(
+    llm: LLM, limits: Limits | None = None, *, max_waiting: int = 16, stay_on_failure: bool = False
+) -> Iterator[Live]:
     """A server in a thread of this process."""
     service = Service(llm, name="tiny", max_waiting=max_waiting)
     listener, up = listen("127.0.0.1", 0), threading.Event()
@@ -116,7 +124,7 @@ def running(llm: LLM, limits: Limits | None = None, *, max_waiting: int = 16) ->
         servers.append(self)
 
     Server.__init__ = remember  # type: ignore[method-assign]
-    options = {"drain_s": 2, "started": up.set}
+    options = {"drain_s": 2, "stay_on_failure": stay_on_failure, "started": up.set}
     thread = threading.Thread(target=serve, args=(service, limits or Limits(), listener), kwargs=options, daemon=True)
     thread.start()
     assert up.wait(20), "the server starts"

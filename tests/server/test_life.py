@@ -258,7 +258,7 @@ def test_a_seeded_request_gives_the_same_bytes_whatever_happens_beside_it() -> N
 
 
 def test_when_the_engine_dies_everybody_hears_of_it() -> None:
-    with running(tiny_llm(max_sequences=1)) as live:
+    with running(tiny_llm(max_sequences=1), stay_on_failure=True) as live:
         with Gate(live) as gate, ThreadPoolExecutor(2) as pool:
             streams = [
                 pool.submit(live.post, "/v1/completions", {**TEXT, "stream": True}),
@@ -275,6 +275,7 @@ def test_when_the_engine_dies_everybody_hears_of_it() -> None:
         assert "event: error" in claude.text and "engine has stopped" in claude.text
         health = live.client.get("/health")
         assert health.status_code == 503 and health.json()["status"] == "failed"
+        assert "wheel" not in health.text + mine.text + claude.text, "what it died of is for the log"
         for path, body in (("/v1/completions", TEXT), ("/v1/embeddings", {"model": "tiny", "input": "x"})):
             assert live.post(path, body).status_code == 503
         assert live.client.get("/ready").status_code == 503

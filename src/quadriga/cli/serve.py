@@ -38,6 +38,12 @@ def serve_command(
     drain: Annotated[
         int, typer.Option(help="Seconds that answers get after SIGTERM; a second signal ends at once.")
     ] = 30,
+    step_timeout: Annotated[
+        float, typer.Option(help="Seconds that one pass may take; longer counts as hung, and the server ends. 0: any.")
+    ] = 300,
+    stay_on_failure: Annotated[
+        bool, typer.Option("--stay-on-failure", help="When the engine fails, go on answering 503; do not exit.")
+    ] = False,
     format: options.Format = "keep",
     kv_format: options.KVFormat = "bfloat16",
     kv_memory: Annotated[str | None, typer.Option(help="Memory for keys and values, e.g. 4GB.")] = None,
@@ -58,6 +64,8 @@ def serve_command(
         raise ConfigError("an API key needs at least 8 characters")
     if max_waiting < 0 or max_sequences < 1 or requests_per_minute < 0 or concurrent < 0 or drain < 0:
         raise ConfigError("limits cannot be negative, and at least one request must run")
+    if not 0 <= step_timeout < float("inf"):
+        raise ConfigError(f"--step-timeout must be seconds, 0 for no limit; got {step_timeout:g}")
     limits = Limits(
         keys=keys,
         hosts=(*(allow_host or ()), *(() if host in ("0.0.0.0", "::") else (host,))),
@@ -84,7 +92,7 @@ def serve_command(
         if not key or not folder or ":" in key:
             raise ConfigError(f"--adapter takes NAME=FOLDER with no colon in the name, got {one!r}")
         llm.add_adapter(key, folder)
-    service = Service(llm, name=name or Path(model).name, max_waiting=max_waiting)
+    service = Service(llm, name=name or Path(model).name, max_waiting=max_waiting, step_timeout_s=step_timeout)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
     def started() -> None:
@@ -97,4 +105,4 @@ def serve_command(
         if not is_loopback(host) and not keys:
             print("warning: reachable from other machines without an API key; see --api-key", file=sys.stderr)
 
-    serve(service, limits, listener, drain_s=drain, started=started)
+    serve(service, limits, listener, drain_s=drain, stay_on_failure=stay_on_failure, started=started)

@@ -7,23 +7,43 @@
 The thread owns the engine; tasks reach it through :meth:`AsyncEngine.call` only. What a step made crosses over to the
 loop once, for all streams together, and a task takes whatever has come for it at once. An inbox that nobody reads is
 cut off after a bounded number of events, so a slow reader costs bounded memory.
+
+The engine ends once, for good, in :meth:`AsyncEngine._end`: told to stop, by anything its thread raises, or because a
+step took longer than it may (the thread cannot be ended, so it is left where it is). From then on every stream and call
+has an error, old ones and new ones, and nothing waits for the thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
+import sys
 import threading
+import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
-from typing import TypeVar
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, TypeVar
 
 from quadriga.engine.engine import Engine
 from quadriga.engine.request import Request, TokenEvent
-from quadriga.errors import BusyError, EngineError, QuadrigaError
+from quadriga.errors import BusyError, EngineError, QuadrigaError, RequestError
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+STEP_TIMEOUT_S = 300.0
+"""Longest that one step may take; vLLM's. The slowest honest step known here reads every expert of a DBRX from a disk
+of 0.52 GB/s (docs/performance.md): 75 GB, two and a half minutes."""
+
+WATCH_S = 1.0
+"""How often a step's time is looked at."""
+
+_LAST_LINES_S = 1.0
+"""More than a thread needs that has said its last word and only has to return."""
 
 MAX_UNREAD = 4096
 """Events of a request that are kept for a task that does not read; then it is dropped."""
@@ -118,15 +138,30 @@ class AsyncEngine:
     Args:
         engine: what computes; nobody else may touch it from now on.
         max_waiting: requests that may wait while the engine is full; more are refused.
+        step_timeout_s: a step that takes longer counts as hung and ends the engine; 0 lets it take any time.
+        clock: seconds that only go forward.
     """
 
-    def __init__(self, engine: Engine, *, max_waiting: int = 256) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_waiting: int = 256,
+        step_timeout_s: float = STEP_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.engine, self.capacity = engine, engine.max_sequences + max_waiting
         self.n_open = 0
         """Requests that are running or waiting."""
-        self.error: Exception | None = None
-        """What ended the engine's thread, if anything did."""
+        self.error: BaseException | None = None
+        """What ended the engine, if it did not end because it was told to. For the log; clients hear that it ended."""
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called once, in the loop's thread, when the engine has failed and everybody has been told."""
+        self.step_timeout_s, self._clock = step_timeout_s, clock
         self._streams: dict[int, Stream] = {}  # the engine thread's
+        self._open: dict[Stream, None] = {}  # the loop's: every stream that is not closed
+        self._calls: set[Future[Any]] = set()  # what callers wait for
+        self._busy_since: float | None = None  # when the engine's thread began what it is doing; None: it waits
         self._lock = threading.Lock()
         self._ended = False  # under the lock: nothing is put among the commands once it is true
         self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
@@ -136,12 +171,33 @@ class AsyncEngine:
     async def start(self) -> None:
         """Begin to work for the running event loop."""
         self._loop = asyncio.get_running_loop()
+        self._told = asyncio.Event()
         self._thread.start()
+        self._watch = asyncio.create_task(self._keep_watch())
 
-    async def stop(self) -> None:
-        """Let the step under way finish, and end the thread. Open streams get an error."""
+    async def stop(self, timeout_s: float | None = None) -> None:
+        """Let the step under way finish, and end the thread. Open streams get an error.
+
+        Args:
+            timeout_s: how long the step may still take; then the thread is left behind. None waits for it.
+        """
+        self._watch.cancel()
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._told.wait(), timeout_s)
+        if not self._told.is_set():
+            _log.error("a step is still under way after %g s more; the engine's thread is left behind", timeout_s)
+
+    @property
+    def failed(self) -> bool:
+        """True if the engine has ended without being told to; nothing will be computed any more."""
+        return self.error is not None or (self._loop is not None and not self._ended and not self._thread.is_alive())
+
+    @property
+    def stuck(self) -> bool:
+        """After :meth:`stop`: True if the engine's thread is still inside a step and does not end by being asked."""
+        self._thread.join(_LAST_LINES_S)
+        return self._thread.is_alive()
 
     async def submit(self, request: Request) -> Stream:
         """Queue a request; see :meth:`submit_all`."""
@@ -160,6 +216,7 @@ class AsyncEngine:
         inbox = Inbox(len(requests))
         streams = [Stream(self, inbox) for _ in requests]
         self.n_open += len(requests)
+        self._open.update(dict.fromkeys(streams))
 
         def begin(engine: Engine) -> None:
             for stream, request in zip(streams, requests, strict=True):
@@ -184,33 +241,49 @@ class AsyncEngine:
         future: Future[T] = Future()
 
         def run(engine: Engine) -> None:
-            if future.set_running_or_notify_cancel():
+            if not future.done() and future.set_running_or_notify_cancel():
+                # Anything but an Exception is no mistake of this caller's: it goes on, and ends the engine.
                 try:
-                    if self._ended:
-                        raise self._failure()
-                    future.set_result(work(engine))
-                except BaseException as error:
-                    future.set_exception(error)
+                    result = work(engine)
+                except Exception as error:
+                    _settle(future, error=error)
+                else:
+                    _settle(future, result)
 
         with self._lock:
             if self._ended:
                 raise self._failure()
+            self._calls.add(future)
+            future.add_done_callback(self._calls.discard)
             self._commands.put(run)
         return await asyncio.wrap_future(future)
 
     def drop_all(self, error: QuadrigaError) -> None:
-        """End every request with an error, before the next step."""
+        """End every request with an error, now; the engine forgets them before its next step. In the loop's thread."""
+        for stream in list(self._open):
+            stream._push(error)
 
-        def drop(engine: Engine) -> None:
-            for request_id in self._streams:
-                engine.cancel(request_id)
-            self._send([(stream, error) for stream in self._streams.values()])
-            self._streams.clear()
+    def check(self) -> None:
+        """End the engine if its thread is gone, or at one thing for longer than it may be. In the loop's thread."""
+        since = self._busy_since
+        if self._ended:
+            return
+        if not self._thread.is_alive():
+            self._end(EngineError("the engine's thread is gone"))
+        elif self.step_timeout_s and since is not None and self._clock() - since > self.step_timeout_s:
+            frame = sys._current_frames().get(self._thread.ident or 0)
+            where = "".join(traceback.format_stack(frame)) if frame is not None else "nowhere\n"
+            limit = f"{self.step_timeout_s:g} s (--step-timeout)"
+            self._end(EngineError(f"a step took longer than {limit} and counts as hung. It is at:\n{where}"))
 
-        self._commands.put(drop)
+    async def _keep_watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self.check()
 
     def _close(self, stream: Stream) -> None:
         self.n_open -= 1
+        del self._open[stream]
 
         def cancel(engine: Engine) -> None:
             if stream.request_id is not None:
@@ -219,37 +292,60 @@ class AsyncEngine:
 
         self._commands.put(cancel)
 
+    # The end, in whichever thread it is noticed ----------------------------------------------------------------------
+
+    def _end(self, error: BaseException | None) -> None:
+        """The engine has ended; whoever waits or will ask hears of it. Only the first call counts.
+
+        Args:
+            error: why, if it was not told to.
+        """
+        with self._lock:
+            if self._ended:
+                return
+            self._ended, self.error = True, error
+        if error is not None:
+            _log.critical("the engine has stopped", exc_info=error)
+        for future in list(self._calls):
+            _settle(future, error=self._failure())
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        self.drop_all(self._failure())
+        self._told.set()
+        if self.error is not None:
+            self.on_failure()
+
+    def _failure(self) -> EngineError:
+        why = "the server is shutting down" if self.error is None else "the server's log says why"
+        return EngineError(f"the engine has stopped: {why}")
+
     # The engine's thread ---------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         try:
             while self._do_commands():
                 if self.engine.has_work:
+                    self._busy_since = self._clock()
                     self._step()
-        except Exception as error:
-            self.error = error
-        with self._lock:
-            self._ended = True
-        self._send([(stream, self._failure()) for stream in self._streams.values()])
-        self._streams.clear()
-        while not self._commands.empty():  # whoever still waits hears that nothing will come
-            command = self._commands.get()
-            if command is not None:
-                command(self.engine)
-
-    def _failure(self) -> EngineError:
-        return EngineError(f"the engine has stopped: {self.error or 'the server is shutting down'}")
+            self._end(None)
+        except BaseException as error:
+            self._end(error)
 
     def _do_commands(self) -> bool:
         """Everything that is asked for; waits for something if there is nothing else to do. False to stop."""
         wait = not self.engine.has_work
         while wait or not self._commands.empty():
+            self._busy_since = None
             command = self._commands.get()
-            if command is None:
+            self._busy_since = self._clock()
+            if command is None or self._ended:
                 return False
             command(self.engine)
             wait = False
-        return True
+        return not self._ended
 
     def _step(self) -> None:
         out: list[tuple[Stream, TokenEvent | QuadrigaError]] = []
@@ -257,10 +353,8 @@ class AsyncEngine:
             stream = self._streams.get(request_id)
             if stream is None:
                 continue
-            if isinstance(event, TokenEvent):
-                out.append((stream, event))
-            else:  # this request is gone, the others of the pass go on
-                out.append((stream, EngineError(str(event))))
+            # This request is gone, the others go on. What the engine finds wrong is no fault of the client's.
+            out.append((stream, EngineError(str(event)) if isinstance(event, RequestError) else event))
             if not isinstance(event, TokenEvent) or event.finish_reason is not None:
                 del self._streams[request_id]
         self._send(out)
@@ -275,3 +369,12 @@ class AsyncEngine:
         if events:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
                 self._loop.call_soon_threadsafe(deliver)
+
+
+def _settle(future: Future[Any], result: object = None, *, error: BaseException | None = None) -> None:
+    """Answer a caller, if nobody has yet: the end of the engine and a step that came back late may both try."""
+    with contextlib.suppress(InvalidStateError):
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)

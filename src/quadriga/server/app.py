@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from quadriga.errors import QuadrigaError
 from quadriga.server import batches, chat, completions, docs_page, messages, responses, status, text_routes
-from quadriga.server.errors import ApiError, as_api_error
+from quadriga.server.errors import ApiError, as_api_error, as_bug
 from quadriga.server.guard import Guard, Limits, read_body
 from quadriga.server.openapi import document
 from quadriga.server.schema import (
@@ -32,6 +32,9 @@ from quadriga.server.schema import (
 )
 from quadriga.server.service import Caller, Service
 from quadriga.server.sse import Gone, json_response, unless_gone
+
+LAST_STEP_S = 2.0
+"""When the server ends: time for a step that nobody waits for any more."""
 
 PAGE = Path(__file__).parent / "static"
 
@@ -155,7 +158,7 @@ def build(service: Service, limits: Limits) -> Guard:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await service.engine.start()
         yield
-        await service.engine.stop()
+        await service.engine.stop(LAST_STEP_S)
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error, Exception: _bug})
     return Guard(app, limits)
@@ -214,5 +217,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    shown = ApiError(500, f"a mistake in the server ({type(error).__name__}); its log says more")
+    shown = as_bug(error)
     return json_response(shown.body(request.url.path), 500)

@@ -84,3 +84,8 @@ def as_api_error(error: QuadrigaError) -> ApiError:
     if isinstance(error, EngineError):
         return ApiError(503, str(error), code="engine_error", retry_after_s=RETRY_AFTER_S)
     return ApiError(500, str(error))
+
+
+def as_bug(error: Exception) -> ApiError:
+    """What a mistake of ours is over HTTP: its kind, not its text, which may hold anything."""
+    return ApiError(500, f"a mistake in the server ({type(error).__name__}); its log says more")

@@ -1,44 +1,94 @@
-"""A server's life: listen, drain on the first signal, leave at once on the second.
+"""A server's life: listen, drain on the first signal, leave at once on the second, and never outlive the engine.
 
 SIGTERM ─► no new requests ─► answers under way end ─► the process ends
                                     │ drain_s
                                     └► whatever still runs gets an error, as an event where it is a stream
+
+the engine fails ─► every answer gets an error ─► a few seconds of 503 for whoever asks ─► the process ends with 70
+
+Whatever hangs, a kernel or a library, the process is gone a few seconds after the drain's deadline: by ``os._exit``,
+with every thread's place in the log, where the interpreter would wait for a thread that never returns.
 """
 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import os
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 
 from quadriga.errors import ConfigError, EngineError
-from quadriga.server.app import build
+from quadriga.server.app import LAST_STEP_S, build
 from quadriga.server.guard import Limits
 from quadriga.server.protocol import GuardedProtocol
 from quadriga.server.service import Service
+
+_log = logging.getLogger(__name__)
+
+EXIT_FAILED = 70
+"""The engine failed, or something hung beyond every deadline (EX_SOFTWARE in sysexits.h): start the server again."""
 
 KEEP_ALIVE_S = 15
 _LAST_WORDS_S = 2
 """After the drain's deadline: time for the errors to reach their clients."""
 
+FAILED_S = 5
+"""So long a server whose engine has failed answers 503: balancers see it, and clients read why. Then it ends."""
+
+_GRACE_S = 1
+"""After all of these, the process ends itself, and has as long again for its last words."""
+
 
 class Server(uvicorn.Server):
-    """uvicorn's server: a first signal drains, any second one ends the process."""
+    """uvicorn's server: a first signal drains, any second one ends the process, and so does the engine's end.
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
+    Args:
+        drain_s: seconds that answers under way get.
+        stay_on_failure: go on answering 503 when the engine has failed, until a signal comes.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float, stay_on_failure: bool = False) -> None:
         super().__init__(config)
-        self._service, self._drain_s = service, drain_s
+        self._service, self._drain_s, self._stay = service, drain_s, stay_on_failure
+        self._alarm: threading.Timer | None = None
+        service.engine.on_failure = self._engine_failed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM or SIGINT."""
         if self.should_exit:
             os._exit(1)  # at once: whatever is under way was told to end long ago
+        self._leave()
+        self._end_in(self._drain_s + _LAST_WORDS_S + LAST_STEP_S + _GRACE_S)
+
+    def _engine_failed(self) -> None:
+        if self._stay:
+            _log.error("the engine has failed and the server stays: it answers 503 until a signal ends it")
+            return
+        _log.error("the engine has failed: this process ends with exit code %d in %g s", EXIT_FAILED, FAILED_S)
+        asyncio.get_running_loop().call_later(FAILED_S, self._leave)
+        self._end_in(FAILED_S + self._drain_s + _LAST_WORDS_S + LAST_STEP_S + _GRACE_S)
+
+    def _leave(self) -> None:
         self.should_exit = self._service.draining = True
+
+    def _end_in(self, seconds: float) -> None:
+        """End the process then, whatever it is doing. Not where the server is a guest in one of its threads."""
+        if self._alarm is None and threading.current_thread() is threading.main_thread():
+            self._alarm = threading.Timer(seconds, give_up)
+            self._alarm.daemon = True
+            self._alarm.start()
+
+    def disarm(self) -> None:
+        """The process may go on: the server has ended in time."""
+        if self._alarm is not None:
+            self._alarm.cancel()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for the answers under way, no longer than the deadline."""
@@ -66,20 +116,40 @@ def listen(host: str, port: int) -> socket.socket:
     return server
 
 
+def give_up() -> None:
+    """End this process without waiting for its threads, and say in the log where each of them is."""
+    words = threading.Thread(target=_last_words, daemon=True)
+    words.start()
+    words.join(_GRACE_S)  # a thread that hangs may hold the log
+    os._exit(EXIT_FAILED)
+
+
+def _last_words() -> None:
+    _log.critical("this process does not end by itself: leaving with exit code %d; its threads are at", EXIT_FAILED)
+    faulthandler.dump_traceback(sys.__stderr__ or 2)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+
+
 def serve(
     service: Service,
     limits: Limits,
     server: socket.socket,
     *,
     drain_s: int = 30,
+    stay_on_failure: bool = False,
     started: Callable[[], None] | None = None,
 ) -> None:
-    """Answer requests until a signal comes.
+    """Answer requests until a signal comes, or the engine fails.
 
     Args:
         server: from :func:`listen`.
         drain_s: seconds that answers under way get after the first signal.
+        stay_on_failure: do not end when the engine fails; answer 503 until a signal comes.
         started: called when requests are answered.
+
+    Raises:
+        SystemExit: with EXIT_FAILED, after the drain, if the engine failed; in the main thread only.
     """
     config = uvicorn.Config(
         build(service, limits),
@@ -93,7 +163,7 @@ def serve(
         timeout_graceful_shutdown=drain_s + _LAST_WORDS_S,
     )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    loop = Server(config, service, drain_s)
+    loop = Server(config, service, drain_s, stay_on_failure)
     if started is not None:
         original = loop.startup
 
@@ -103,3 +173,10 @@ def serve(
 
         loop.startup = startup  # type: ignore[method-assign]
     loop.run(sockets=[server])
+    loop.disarm()
+    if threading.current_thread() is not threading.main_thread():
+        return  # a guest: the process is somebody else's
+    if service.engine.stuck:
+        give_up()  # the interpreter would free what the engine's thread still computes with, or wait for it
+    if service.engine.failed:
+        raise SystemExit(EXIT_FAILED)

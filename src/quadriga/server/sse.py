@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quadriga.errors import QuadrigaError
-from quadriga.server.errors import as_api_error
+from quadriga.server.errors import ApiError, as_api_error, as_bug
 
 PING_S = 10.0
 
@@ -97,13 +97,20 @@ class EventStream(Response):
         try:
             await self._produce(sender)
         except QuadrigaError as error:
-            shown = as_api_error(error)
-            if self._anthropic:
-                sender.event(shown.anthropic(), name="error")
-            else:
-                sender.event(shown.openai())
-                sender.done()
+            self._fail(sender, as_api_error(error))
+        except Exception as error:
+            self._fail(sender, as_bug(error))
+            await sender.flush()
+            raise
         await sender.flush()
+
+    def _fail(self, sender: EventSender, shown: ApiError) -> None:
+        """The last event of a stream that cannot go on."""
+        if self._anthropic:
+            sender.event(shown.anthropic(), name="error")
+        else:
+            sender.event(shown.openai())
+            sender.done()
 
 
 class EventSender:

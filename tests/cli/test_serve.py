@@ -1,0 +1,58 @@
+"""What ``quadriga serve`` hands to the server, and which options it refuses, without a model."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from quadriga.cli import app, options
+from quadriga.errors import ConfigError
+from quadriga.server import run, service
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options that the service and the server are given."""
+    seen: dict[str, Any] = {}
+
+    class Service:
+        name = "model"
+
+        def __init__(self, llm: Any, **given: Any) -> None:
+            seen.update(given)
+
+    def serve(service: Any, limits: Any, listener: socket.socket, **given: Any) -> None:
+        listener.close()
+        seen.update(given)
+
+    monkeypatch.setattr(options, "load_model", lambda *args, **given: None)
+    monkeypatch.setattr(service, "Service", Service)
+    monkeypatch.setattr(run, "serve", serve)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "timeout", "stays"),
+    [
+        ([], 300.0, False),
+        (["--step-timeout", "0"], 0.0, False),
+        (["--step-timeout", "2.5", "--stay-on-failure"], 2.5, True),
+    ],
+    ids=["defaults", "any time", "both"],
+)
+def test_how_the_engines_failure_is_met(
+    handed: dict[str, Any], arguments: list[str], timeout: float, stays: bool
+) -> None:
+    result = CliRunner().invoke(app, ["serve", "--port", "0", *arguments])
+    assert result.exit_code == 0, result.output
+    assert (handed["step_timeout_s"], handed["stay_on_failure"]) == (timeout, stays)
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+def test_a_limit_that_is_none_is_refused(handed: dict[str, Any], value: str) -> None:
+    result = CliRunner().invoke(app, ["serve", "--port", "0", "--step-timeout", value])
+    assert isinstance(result.exception, ConfigError) and "--step-timeout" in str(result.exception)
+    assert not handed
