@@ -8,7 +8,7 @@ child is started with the first rendering (about 0.1 s) and kept: a rendering th
 itself. One that went over a bound is ended and replaced.
 
 A child is a fresh program (no fork of a process with threads), inherits no file descriptor but its end of a socket
-pair, gets an empty environment, and ends when that socket closes, which the kernel does however the parent ends.
+pair, gets next to no environment, and ends when that socket closes, which the kernel does however the parent ends.
 """
 
 from __future__ import annotations
