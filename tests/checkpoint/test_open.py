@@ -150,3 +150,11 @@ def test_the_tests_own_writer_is_the_library(tmp_path: Path) -> None:
     tensors = write_hf(tmp_path, TINY["mpt"])
     again = load_file(tmp_path / "model.safetensors")
     assert all(bits(again[name]) == bits(tensor) for name, tensor in tensors.items())
+
+
+def test_a_repository_that_holds_the_model_twice(tmp_path: Path) -> None:
+    """Mistral's: Hugging Face's names and its own, in one folder."""
+    tensors = write_hf(tmp_path, TINY["mixtral"], n_shards=2)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    save_file({"output.weight": tensors["lm_head.weight"]}, tmp_path / "consolidated.safetensors")
+    assert open_checkpoint(tmp_path).layout == "hf"

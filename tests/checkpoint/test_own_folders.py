@@ -241,6 +241,8 @@ def test_contexts_and_bases_that_the_file_leaves_open() -> None:
     config, notes = from_params(v01, lambda _: 0)
     assert (config.family, config.max_seq_len, config.position) == ("llama2", 4096, RopeSpec(theta=1e4))
     assert "rope_theta: 10000" in notes[0]
+    assert from_params(v01 | {"max_position_embeddings": 32_768}, lambda _: 0)[0].max_seq_len == 4096
+    assert from_params(MISTRAL | {"max_seq_len": 65_536}, lambda _: 0)[0].max_seq_len == 65_536
 
 
 @pytest.mark.parametrize(

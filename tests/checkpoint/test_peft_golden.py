@@ -95,9 +95,10 @@ def test_two_merges_of_different_extras_are_told_apart(tmp_path: Path) -> None:
                 tensors[key] = tensors[key] * 2
 
     base = base_of("dora", tmp_path)
-    one = merge(base, load(written("dora", tmp_path / "one"), base.config))
-    two = merge(base, load(written("dora", tmp_path / "two", other_lengths), base.config))
-    assert one.recipe != two.recipe
+    for name, change in (("dora", other_lengths), ("tokens", _config(trainable_token_indices=[5, 95, 7]))):
+        one = merge(base, load(written(name, tmp_path / f"{name}-1"), base.config))
+        two = merge(base, load(written(name, tmp_path / f"{name}-2", change), base.config))
+        assert one.recipe != two.recipe
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -224,6 +225,17 @@ def test_a_file_that_is_not_what_its_configuration_says(
     base = base_of(name, tmp_path)
     with pytest.raises(CheckpointError, match=says):
         load(written(name, tmp_path / "peft", change), base.config)
+
+
+def test_a_folder_without_safetensors_says_so(tmp_path: Path) -> None:
+    base = base_of("plain", tmp_path)
+    folder = written("plain", tmp_path / "peft")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"lacks adapter_model\.safetensors: its adapter_model\.bin is a pickle"):
+        load(folder, base.config)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks adapter_model\.safetensors$"):
+        load(folder, base.config)
 
 
 def test_a_matrix_of_its_own_for_a_tied_table_is_refused(tmp_path: Path) -> None:

@@ -165,7 +165,8 @@ class _Merge(Unchanged):
             for t in factors:
                 digest.update(t.contiguous().numpy().tobytes())
         self.extras = adapter.extras or Extras()
-        for t in self.extras.tensors():
+        for where, t in self.extras.parts():
+            digest.update(where.encode())
             digest.update(t.contiguous().numpy().tobytes())
         super().__init__(base, base.config, f"with adapter {digest.hexdigest()[:16]}")
         self.adapter = adapter
@@ -260,6 +261,12 @@ def from_peft(folder: Path, config: ModelConfig) -> Adapter:
         ConfigError: an option that is not computed.
     """
     how = peft_config.read(read_json(folder / _PEFT_CONFIG))
+    if not (folder / _PEFT_WEIGHTS).is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        raise CheckpointError(
+            f"{folder} lacks {_PEFT_WEIGHTS}"
+            + (": its adapter_model.bin is a pickle. Load it with peft and save it again" if pickled else "")
+        )
     tensors = _read_tensors(folder / _PEFT_WEIGHTS)
     if config.tied_embeddings:
         tensors = _untie(tensors, folder)

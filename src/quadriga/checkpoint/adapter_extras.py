@@ -31,12 +31,13 @@ class Extras:
         named = {"use_dora": self.lengths, "modules_to_save or trainable_token_indices": self.replaced}
         return [name for name, there in named.items() if there]
 
-    def tensors(self) -> Iterator[Tensor]:
-        """All numbers, in a fixed order."""
-        yield from self.lengths.values()
-        for boxes in self.replaced.values():
-            for _, values in boxes:
-                yield values
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """All numbers in a fixed order, each with where it goes."""
+        for name, lengths in self.lengths.items():
+            yield f"lengths of {name}", lengths
+        for name, boxes in self.replaced.items():
+            for box, values in boxes:
+                yield f"{name} {box}", values
 
     def in_place(self, name: str, expert: int | None, first: int, frozen: Tensor) -> Tensor:
         """The base's rows (or elements of a vector) from ``first`` on, with what replaces them."""

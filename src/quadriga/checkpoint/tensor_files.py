@@ -133,6 +133,8 @@ def _shards(path: Path) -> list[tuple[Path, set[str] | None]]:
     files = sorted(path.glob("*.safetensors"))
     if (path / SINGLE) in files:
         return [(path / SINGLE, None)]
+    # Mistral's repositories hold the model twice: under its own names as well.
+    files = [file for file in files if not file.name.startswith("consolidated")] or files
     if not files:
         unsafe = sorted(f.name for f in path.iterdir() if f.suffix in UNSAFE_SUFFIXES)
         raise CheckpointError(_unsafe(unsafe[0]) if unsafe else f"{path} holds no *.safetensors files")

@@ -170,8 +170,8 @@ class Keys:
         return self.integer(key)
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """One token id or a list of them; empty if the key is absent or null."""
-        if not self.given(key):
+        """One token id or a list of them; empty if the key is absent or null, or -1 ("none")."""
+        if not self.given(key) or self._raw[key] == -1:
             return ()
         value = self._get(key)
         if not isinstance(value, list):

@@ -117,8 +117,7 @@ def _mistral(keys: Keys, vocab_size: int, notes: list[str]) -> ModelConfig:
         vocab_size=vocab_size,
         d_model=keys.integer("dim"),
         n_layers=keys.integer("n_layers"),
-        # A window as long as the context hides nothing; beyond it, keys would have to be forgotten.
-        max_seq_len=window or _context(keys, 32_768, "of Mistral's models without a window", notes),
+        max_seq_len=_mistral_context(keys, window, notes),
         norm=NormSpec(kind="rms", eps=keys.number("norm_eps")),
         position=RopeSpec(theta=theta),
         attn=AttentionSpec(
@@ -127,6 +126,14 @@ def _mistral(keys: Keys, vocab_size: int, notes: list[str]) -> ModelConfig:
         ffn=ffn,
         **_tokens(vocab_size, notes),
     )
+
+
+def _mistral_context(keys: Keys, window: int | None, notes: list[str]) -> int:
+    """Up to a window nothing is hidden; beyond it, keys would have to be forgotten."""
+    if window is None:
+        return _context(keys, 32_768, "of Mistral's models without a window", notes)
+    notes.append(f"the context is the window of {FILE}, {window}: beyond it old tokens would have to be forgotten")
+    return min(window, _context(keys, window, "the window leaves", []))
 
 
 def _window(keys: Keys) -> int | None:
@@ -138,9 +145,9 @@ def _window(keys: Keys) -> int | None:
 
 
 def _context(keys: Keys, otherwise: int, whose: str, notes: list[str]) -> int:
-    for key in ("max_seq_len", "max_position_embeddings"):
-        if keys.given(key):
-            return keys.integer(key)
+    given = [keys.integer(key) for key in ("max_seq_len", "max_position_embeddings") if keys.given(key)]
+    if given:
+        return min(given)
     notes.append(f"{FILE} does not give the context: {otherwise}, that {whose}")
     return otherwise
 
