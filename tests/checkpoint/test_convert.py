@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from quadriga.model import families
 from quadriga.model.weight_map import source_shapes
 from tests.checkpoint.models import TINY, bits, random_bits, write_hf
 from tests.checkpoint.test_open import LAYOUTS
+from tests.golden import vocabularies as golden
 
 
 def tensors_of(folder: Path) -> dict[str, bytes]:
@@ -107,6 +109,27 @@ def test_known_side_files_come_along_and_code_does_not(tmp_path: Path) -> None:
     convert(tmp_path / "hf", tmp_path / "out")
     names = {f.name for f in (tmp_path / "out").iterdir()}
     assert names == {"quadriga.json", "weights.safetensors", "tokenizer_config.json", "special_tokens_map.json"}
+
+
+@pytest.mark.parametrize("beside", ["added_tokens.json", "added_tokens_decoder"])
+@pytest.mark.parametrize("to", ["quadriga", "hf", "gguf"])
+def test_added_tokens_are_tokens_wherever_a_checkpoint_goes(to: str, beside: str, tmp_path: Path) -> None:
+    config = replace(TINY["mixtral"], vocab_size=golden.N + 7)
+    write_hf(tmp_path / "hf", config, parameters={n: torch.randn(t.shape) for n, t in random_bits(config).items()})
+    golden.write(f"tokenizer.model, legacy, {beside}", tmp_path / "hf")
+    out = tmp_path / ("out.gguf" if to == "gguf" else "out")
+    convert(tmp_path / "hf", out, to=to)  # type: ignore[arg-type]
+    before, after = (open_checkpoint(path).load_tokenizer() for path in (tmp_path / "hf", out))
+    assert before is not None
+    assert after is not None
+    end = before.special_ids["<|im_end|>"]
+    assert before.eos_ids[0] == after.eos_ids[0] == end
+    for text in golden.TEXTS:
+        if "extra" not in text and "return" not in text:  # GGUF cannot say that these take white space along
+            for allow in (True, False):
+                assert before.encode(text, allow_special=allow) == after.encode(text, allow_special=allow), text
+    if to == "gguf":
+        assert after.n_vocab == config.vocab_size, "a token for every row"
 
 
 # Crashes -------------------------------------------------------------------------------------------------------------

@@ -91,10 +91,11 @@ def test_grok_gives_the_published_ids(grok: Tokenizer) -> None:
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     folder = tmp_path_factory.mktemp("vocabularies")
     spm = load_sentencepiece(vocabularies.sentencepiece_model(folder))
+    kept = gguf_vocabulary.from_directory(folder)
+    assert kept is not None
     vocabularies.write_bpe(folder)
     gguf = load_gguf(vocabularies.gguf_bpe())
     assert gguf is not None
-    kept = gguf_vocabulary._from_sentencepiece(folder / "tokenizer.model")
     spm_in_gguf = load_gguf({key: value for key, (_, value) in kept.items()})
     assert spm_in_gguf is not None
     return {
@@ -217,7 +218,7 @@ def test_hostile_sentencepiece_files_end_in_one_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"tokenizer.ggml.model": "rwkv"}, "'gpt2' or 'llama'"),
+        ({"tokenizer.ggml.model": "rwkv"}, "'gpt2', 'llama' or 't5'"),
         ({"tokenizer.ggml.pre": "mystery"}, "mystery"),
         ({"tokenizer.ggml.tokens": None}, "list of strings"),
         ({"tokenizer.ggml.token_type": [1]}, "entries"),

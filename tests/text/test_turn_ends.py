@@ -151,7 +151,7 @@ def test_an_added_token_that_is_not_special_ends_turns_where_the_template_says_s
     tokenizer = tokenizer_of(tmp_path, CHATML, [], added)
     assert named(tokenizer, turn_ends(tokenizer)) == {EOS, "<|im_end|>"}
     assert turn_ends(tokenizer).texts == ()
-    tokenizer = tokenizer_of(tmp_path, None, [], added)
+    tokenizer = tokenizer_of(tmp_path, None, [], ["<eos>", "[EOS]"])
     assert named(tokenizer, turn_ends(tokenizer)) == {EOS}
 
 

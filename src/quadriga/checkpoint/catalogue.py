@@ -172,6 +172,7 @@ _HUB_FILES = (
     "params.json",
     "tokenizer*.json",
     "tokenizer.model",
+    "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "*.tiktoken",

@@ -52,6 +52,7 @@ DTYPES = ("keep", "float32", "bfloat16", "float16")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "added_tokens.json",
     "special_tokens_map.json",
     "tokenizer.model",
     "chat_template.jinja",
@@ -339,7 +340,7 @@ def _gguf_metadata(
     if isinstance(checkpoint.source, GGUFSource):
         vocabulary = checkpoint.source.header.typed("tokenizer.")
     else:
-        found = gguf_vocabulary.from_directory(checkpoint.tokenizer_folder)
+        found = gguf_vocabulary.from_directory(checkpoint.tokenizer_folder, config.vocab_size)
         if found is None:
             notes.append("the checkpoint has no tokenizer, so the GGUF file has none: llama.cpp needs one to chat")
         else:

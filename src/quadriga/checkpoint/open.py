@@ -74,7 +74,9 @@ class Checkpoint:
         source = self.origin.source
         if isinstance(source, GGUFSource):
             return tokenizers.load_gguf(source.metadata)
-        return tokenizers.load_directory(self.tokenizer_folder, cl100k_ranks=lambda: catalogue.resolve("cl100k_base"))
+        return tokenizers.load_directory(
+            self.tokenizer_folder, lambda: catalogue.resolve("cl100k_base"), n_rows=self.config.vocab_size
+        )
 
     def close(self) -> None:
         """Release the files."""

@@ -294,13 +294,13 @@ class ChatSession:
             say("this is a dense model: every token uses the whole feed-forward network, there are no experts")
             return
         self._require_answer("look into")
-        before = len(self.llm.chat_ids([*self.opening(), *self.turns[:-1]]))
+        prompt = self.llm.chat_ids([*self.opening(), *self.turns[:-1]])
         tokenizer = self.llm.tokenizer
         assert tokenizer is not None, "a chat has a tokenizer"
-        ids = self.llm.chat_ids([*self.opening(), *self.turns[:-1]]) + tokenizer.encode(self.turns[-1]["content"])
+        ids = [*prompt, *tokenizer.encode_continuation(self.turns[-1]["content"])]
         say(f"share of the answer's tokens by layer (rows) and expert (columns 0..{ffn.n_experts - 1}), in %")
         for layer, stats in enumerate(self.llm.routing(ids)):
-            answered = stats.expert_ids[before:].reshape(-1)
+            answered = stats.expert_ids[len(prompt) :].reshape(-1)
             load = answered.bincount(minlength=ffn.n_experts)
             share = (100 * ffn.top_k * load / max(1, answered.numel())).round().int().tolist()
             say(f"{layer:3d} " + " ".join(f"{n:3d}" for n in share))

@@ -197,19 +197,38 @@ class LLM:
 
     def embed(self, text: str | Sequence[int]) -> Tensor:
         """A text as one vector (D,) float32 of length 1: the mean of the last hidden states."""
-        return self.engine.embed(self.prompt_ids(text))
+        return self.engine.embed(self.prompt_ids(text, parse_special=False))
 
     def loglikelihood(self, context: str | Sequence[int], continuation: str | Sequence[int]) -> tuple[float, bool]:
         """How probable a continuation is after a context.
 
+        Two texts are encoded as one and cut where the context's own tokens end; spaces at its end belong to the
+        continuation, as in training.
+
         Returns:
             (sum of its tokens' natural-log probabilities, True if each of them was the most probable one).
+
+        Raises:
+            RequestError: the continuation has no token of its own.
         """
-        before = self.prompt_ids(context)
-        after = self._need_tokenizer().encode(continuation) if isinstance(continuation, str) else list(continuation)
+        before, after = self._pair(context, continuation)
         logits = self.logits([*before, *after])[len(before) - 1 : -1]
         own = logits.log_softmax(-1).gather(1, torch.tensor(after)[:, None])
         return float(own.sum()), bool((logits.argmax(-1) == torch.tensor(after)).all())
+
+    def _pair(self, context: str | Sequence[int], continuation: str | Sequence[int]) -> tuple[list[int], list[int]]:
+        if isinstance(continuation, str) and isinstance(context, str):
+            tokenizer, bare = self._need_tokenizer(), context.rstrip() or context
+            before = self._check_ids([*tokenizer.prefix_ids, *tokenizer.encode(bare)]).tolist()
+            after = [*tokenizer.prefix_ids, *tokenizer.encode(context + continuation)][len(before) :]
+        elif isinstance(continuation, str):
+            before = self.prompt_ids(context)
+            after = self._need_tokenizer().encode_continuation(continuation)
+        else:
+            before, after = self.prompt_ids(context), list(continuation)
+        if not after:
+            raise RequestError(f"the continuation {continuation!r:.80} has no token of its own after its context")
+        return before, after
 
     # Generation ------------------------------------------------------------------------------------------------------
 
@@ -239,8 +258,7 @@ class LLM:
         """Continue a prompt, yielding each token as it is made.
 
         Args:
-            prompt: text (encoded with the model's bos token if it wants one; typed special tokens stay text), or
-                token ids taken as they are.
+            prompt: text as :meth:`prompt_ids` encodes it, or token ids taken as they are.
             adapter: the name of one that was added.
 
         Raises:
@@ -392,11 +410,17 @@ class LLM:
         """Token ids that end an answer: the checkpoint's, the tokenizer's, and the template's ends of turns."""
         return {*self.config.eos_ids, *self._ends.ids}
 
-    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt as checked token ids; text is encoded with special tokens off, after bos if the model wants it."""
+    def prompt_ids(self, prompt: str | Sequence[int], *, parse_special: bool = True) -> list[int]:
+        """A prompt as checked token ids.
+
+        Args:
+            prompt: text, which gets the bos token if the model wants one and it has none yet; or token ids.
+            parse_special: names of special tokens in a text are those tokens: a prompt is what the model reads, and
+                programs render templates themselves. False where the text is somebody's words; in a conversation
+                (:meth:`chat_ids`) words always stay words.
+        """
         if isinstance(prompt, str):
-            tokenizer = self._need_tokenizer()
-            prompt = [*tokenizer.prefix_ids, *tokenizer.encode(prompt)]
+            prompt = self._need_tokenizer().encode_prompt(prompt, allow_special=parse_special)
         ids: list[int] = self._check_ids(prompt).tolist()
         return ids
 

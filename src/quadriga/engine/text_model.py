@@ -129,7 +129,7 @@ class TextModel:
         if n_spaces and not self.chat:
             context, continuation = context[:-n_spaces], context[-n_spaces:] + continuation
         if self.chat:
-            before, after = self._prompt(context), self._tokenizer.encode(continuation.lstrip())
+            before, after = self._prompt(context), self._tokenizer.encode_continuation(continuation.lstrip())
         elif not context:
             before, after = [self._first_id], self._tokenizer.encode(continuation)
         else:

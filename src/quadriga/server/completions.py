@@ -16,13 +16,16 @@ from quadriga.server.errors import ApiError
 from quadriga.server.schema import MAX_CHOICES, CompletionRequest
 from quadriga.server.service import Answers, Caller, Choice, Service
 from quadriga.server.sse import EventSender, EventStream, json_response
+from quadriga.text.stream import Offsets
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
 
 
-def prompts_of(service: Service, given: Any, param: str) -> list[list[int]]:
+def prompts_of(service: Service, given: Any, param: str, *, parse_special: bool = False) -> list[list[int]]:
     """A prompt field as checked token ids: one text, texts, one list of ids, or lists of ids.
+
+    With ``parse_special`` names of special tokens in texts are those tokens.
 
     Raises:
         ApiError: nothing, or too many; ids outside the vocabulary are the engine's to refuse.
@@ -33,7 +36,7 @@ def prompts_of(service: Service, given: Any, param: str) -> list[list[int]]:
     many = given if isinstance(given, list) and kinds != {int} else [given]
     if not 1 <= len(many) <= MAX_CHOICES:
         raise ApiError(400, f"{param} takes 1 to {MAX_CHOICES} prompts, got {len(many)}", param=param)
-    return [service.llm.prompt_ids(prompt) for prompt in many]
+    return [service.llm.prompt_ids(prompt, parse_special=parse_special) for prompt in many]
 
 
 async def start(service: Service, body: CompletionRequest, caller: Caller) -> tuple[Answers, list[list[int]]]:
@@ -48,7 +51,8 @@ async def start(service: Service, body: CompletionRequest, caller: Caller) -> tu
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens < 0 or (max_tokens == 0 and not body.echo):
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo", param="max_tokens")
-    prompts = await asyncio.to_thread(prompts_of, service, body.prompt, "prompt")
+    special = body.parse_special
+    prompts = await asyncio.to_thread(prompts_of, service, body.prompt, "prompt", parse_special=special)
     # One token is always made; with max_tokens=0 it is not shown.
     params = service.params(body, max_tokens=max(1, max_tokens), logprobs=body.logprobs or 0)
     if body.echo and body.logprobs is not None:
@@ -73,7 +77,7 @@ async def complete(service: Service, body: CompletionRequest, caller: Caller) ->
         shown: dict[str, Any] = {
             "index": choice.index,
             "text": echoed + choice.text,
-            "logprobs": None if body.logprobs is None else _logprobs(service, choice, prompt if body.echo else []),
+            "logprobs": None if body.logprobs is None else _logprobs(service, choice, prompt, echo=bool(body.echo)),
             "finish_reason": choice.finish_reason,
         }
         if body.routing:
@@ -97,10 +101,15 @@ async def stream(service: Service, body: CompletionRequest, caller: Caller) -> R
             one["finish_reason"] = more.pop("finish_reason", None)
             return {**head, "choices": [one], **with_usage, **more}
 
+        offsets: dict[int, Offsets] = {}
+
         def write(choice: Choice, event: TokenEvent) -> None:
             extra: dict[str, Any] = {"finish_reason": event.finish_reason}
             if body.logprobs is not None:
-                extra["logprobs"] = _logprobs(service, replace(choice, events=[event]), [])
+                if choice.index not in offsets:
+                    offsets[choice.index] = _offsets(service, prompts[choice.index // n])
+                one = replace(choice, events=[event])
+                extra["logprobs"] = _logprobs(service, one, [], offsets=offsets[choice.index])
             if body.routing:
                 extra["routing"] = service.routing(event)
             if event.text or len(extra) > 1 or event.finish_reason:
@@ -133,24 +142,33 @@ async def _decode(service: Service, ids: list[int]) -> str:
     return await asyncio.to_thread(tokenizer.decode, [i for i in ids if tokenizer.is_token(i)])
 
 
-def _logprobs(service: Service, choice: Choice, prompt: list[int]) -> dict[str, Any]:
-    """OpenAI's four lists. The first token of an echoed prompt has no log-probability."""
+def _offsets(service: Service, after: list[int]) -> Offsets:
+    assert service.llm.tokenizer is not None, "text is asked for"
+    return Offsets(service.llm.tokenizer, after=after)
+
+
+def _logprobs(
+    service: Service, choice: Choice, prompt: list[int], *, echo: bool = False, offsets: Offsets | None = None
+) -> dict[str, Any]:
+    """OpenAI's four lists. The first token of an echoed prompt has no log-probability.
+
+    ``text_offset`` counts characters of the text that is returned, which is not the sum of the tokens': special tokens
+    are not in it, and a first word may begin without the space of its token.
+    """
+    offsets = offsets or _offsets(service, [] if echo else prompt)
+    prompt = prompt if echo else []
     ids, own = list(prompt), [None, *(choice.prompt.logprobs if choice.prompt else ())][: len(prompt)]
     top: list[Any] = [None, *(choice.prompt.top_logprobs if choice.prompt else ())][: len(prompt)]
     ids += [event.token_id for event in choice.events]
     own += [event.logprob for event in choice.events]
     top += [event.top_logprobs for event in choice.events]
     tokens = [service.token_text(token) for token in ids]
-    offsets, at = [], 0
-    for token in tokens:
-        offsets.append(at)
-        at += len(token)
     shown = [None if pairs is None else {service.token_text(t): max(p, -9999.0) for t, p in pairs} for pairs in top]
     return {
         "tokens": tokens,
         "token_logprobs": [None if p is None else max(p, -9999.0) for p in own],
         "top_logprobs": shown,
-        "text_offset": offsets,
+        "text_offset": [offsets.push(token) for token in ids],
     }
 
 

@@ -170,6 +170,7 @@ class CompletionRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
     logprobs: int | None = None
     suffix: None = None
     best_of: Literal[1] | None = None
+    parse_special: bool = True
 
 
 class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -189,6 +190,7 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool = True
+    parse_special: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
 

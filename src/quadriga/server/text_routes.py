@@ -33,8 +33,8 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give prompt or messages", param="prompt")
     if body.prompt is not None:
-        encoded = await asyncio.to_thread(tokenizer.encode, body.prompt)
-        ids = [*(tokenizer.prefix_ids if body.add_special_tokens else []), *encoded]
+        encode = tokenizer.encode_prompt if body.add_special_tokens else tokenizer.encode
+        ids = await asyncio.to_thread(encode, body.prompt, allow_special=body.parse_special)
     else:
         ids = (await _rendered(service, body.messages or [], body.add_generation_prompt)).ids
     strings = [service.token_text(token) for token in ids] if body.return_token_strs else None

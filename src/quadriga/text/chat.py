@@ -6,8 +6,8 @@ process of its own with bounds on time, memory and output (``text.template_proce
     no content contains a special-token string (nearly always)
         render, encode the whole text with special tokens on: exactly what the model was trained on
     some content does, e.g. a user types <|im_end|>
-        each such string inside content is swapped for a random mark, the template is rendered, and the text between
-        the template's own special tokens is encoded with special tokens off, marks swapped back
+        each such string inside content is swapped for a random mark, the template is rendered, marks are swapped
+        back, and the text is encoded as before, except that no special token is looked for where a mark was
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ INSTRUCT = (
     "{% elif (message.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('turns must alternate user, assistant, user, ...') }}"
     "{% elif message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message.content + eos_token }}{% endif %}"
+    "{% else %}{{ ' ' + (message.content | trim) + eos_token }}{% endif %}"
     "{% endfor %}"
 )
-"""Mixtral-Instruct's format: bos, then [INST] question [/INST] answer eos."""
+"""Mixtral-Instruct's format: bos, then [INST] question [/INST] answer eos. An answer comes with its first space."""
 
 BUILT_IN = {"chatml": CHATML, "instruct": INSTRUCT}
 """Templates a caller may name where a checkpoint brings none."""
@@ -201,14 +201,12 @@ def _encode(text: str, marks: Mapping[str, str], tokenizer: Tokenizer) -> list[i
     if not marks:
         return tokenizer.encode(text, allow_special=True)
     back = {mark: original for original, mark in marks.items()}
-    names = sorted(tokenizer.special_ids, key=len, reverse=True)
-    ids: list[int] = []
-    for part in re.split("(" + "|".join(map(re.escape, names)) + ")", text):
-        if part in tokenizer.special_ids:
-            ids.append(tokenizer.special_ids[part])
-        else:
-            ids.extend(tokenizer.encode(_swap(part, back)))
-    return ids
+    whole, typed = "", []
+    for part in re.split("(" + "|".join(map(re.escape, back)) + ")", text):
+        if part in back:
+            typed.append((len(whole), len(whole) + len(back[part])))
+        whole += back.get(part, part)
+    return tokenizer.encode_mixed(whole, typed)
 
 
 def _span(whole: str, before: str, after: str, marks: Mapping[str, str], tokenizer: Tokenizer) -> tuple[int, int]:

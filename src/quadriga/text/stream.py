@@ -9,7 +9,7 @@ back until it is certain:
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from quadriga.text.tokenizer import Tokenizer
 
@@ -17,17 +17,22 @@ from quadriga.text.tokenizer import Tokenizer
 class Detokenizer:
     """Turns one answer's token ids into text as they arrive.
 
-    The pieces of :meth:`push` followed by :meth:`finish` are together ``tokenizer.decode(ids)``, cut before the first
-    stop string. Work per token does not grow with the answer.
+    The pieces of :meth:`push` followed by :meth:`finish` are together ``tokenizer.decode(ids, after=after)``, cut
+    before the first stop string. Work per token does not grow with the answer.
+
+    Args:
+        tokenizer: the vocabulary.
+        stop: texts that end the answer.
+        after: the ids that the answer continues.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, after: Iterable[int] = ()) -> None:
         assert all(stop), "stop strings are not empty"
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = tuple(stop)
         self._held = ""
-        self._strip = tokenizer.strip_leading_space
+        self._opening = tokenizer.opening(after)
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """Add a token. An id that no token has, a row that only pads the model's table, adds nothing.
@@ -36,9 +41,12 @@ class Detokenizer:
             (text that became certain, True if a stop string has been completed and the answer ends before it).
         """
         tokenizer = self._tokenizer
-        raw = tokenizer.token_bytes(token_id) if token_id < tokenizer.n_vocab else b""
-        if self._strip and raw:
-            raw, self._strip = raw.removeprefix(b" "), False
+        if token_id >= tokenizer.n_vocab:
+            raw = b""
+        elif self._opening:
+            raw, self._opening = tokenizer.first_bytes(token_id, self._opening)
+        else:
+            raw = tokenizer.token_bytes(token_id)
         return self._release(self._decoder.decode(raw))
 
     def finish(self) -> str:
@@ -56,6 +64,23 @@ class Detokenizer:
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
+
+
+class Offsets:
+    """Where tokens begin in a text that is made of them, as they come.
+
+    The characters before a token are those that the tokens before it completed, so tokens that share a character begin
+    at the same place, and special tokens take none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, after: Iterable[int] = ()) -> None:
+        self._text, self._n = Detokenizer(tokenizer, after=after), 0
+
+    def push(self, token_id: int) -> int:
+        """Characters before this token."""
+        before = self._n
+        self._n += len(self._text.push(token_id)[0])
+        return before
 
 
 def _overlap(text: str, stop: str) -> int:

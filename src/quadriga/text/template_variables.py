@@ -16,7 +16,7 @@ Variables = dict[str, str | list[str]]
 
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-_OF_CLASS: dict[str, dict[str, str]] = {
+OF_CLASS: dict[str, dict[str, str]] = {
     "PreTrainedTokenizer": {},
     "LlamaTokenizer": _LLAMA,
     "CodeLlamaTokenizer": _LLAMA,
@@ -57,7 +57,7 @@ def from_files(
     """
     name = tokenizer_config.get("tokenizer_class") or model_config.get("tokenizer_class")
     name = str(name or _CLASS_OF_MODEL.get(str(model_config.get("model_type")), "")).removesuffix("Fast")
-    merged: dict[str, Any] = {**_OF_CLASS.get(name, {}), **tokenizer_config}
+    merged: dict[str, Any] = {**OF_CLASS.get(name, {}), **tokenizer_config}
     if "added_tokens_decoder" not in tokenizer_config:  # saved by transformers before 4.33
         own = _contents(tokenizer_config.get("additional_special_tokens"))
         merged |= special_tokens_map
@@ -74,7 +74,7 @@ def from_files(
                 found[key] = texts
         elif (text := _content(value)) and key.endswith("_token"):
             found[key] = text
-    return found, name in _OF_CLASS
+    return found, name in OF_CLASS
 
 
 def from_gguf(metadata: Mapping[str, Any], tokens: Sequence[str], bos_id: int | None, eos_id: int | None) -> Variables:

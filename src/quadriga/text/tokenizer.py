@@ -13,16 +13,38 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import re
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from quadriga.errors import TokenizerError
-from quadriga.text import template_variables
+from quadriga.text import gguf_spec, sentencepiece_model, template_variables
+from quadriga.text.added_tokens import (
+    AddedToken,
+    Declared,
+    Splitter,
+    check_gap,
+    declared,
+    looks_like_control,
+    within_rows,
+)
 from quadriga.text.pretokenize import CL100K_PATTERN, GGUF_PATTERNS
+from quadriga.text.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    SentencePieceVocabulary,
+)
+from quadriga.text.tokenizers_json import TokenizersVocabulary
+
+logger = logging.getLogger(__name__)
 
 CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 """Of the published cl100k_base.tiktoken, 1,681,126 bytes."""
@@ -43,7 +65,15 @@ _MAX_TEMPLATE_BYTES = 200_000
 
 
 class Vocabulary(Protocol):
-    """What a library must do for :class:`Tokenizer`."""
+    """What a library must do for :class:`Tokenizer`.
+
+    Three things more where the place in a text matters, as it does where a space is written before the first word:
+
+        encode_runs(runs, continues=False)   ids of a text in order: ids that are there already, and typed text
+                                             between them; ``continues``: other text stands before it
+        opening                              0, or what first_bytes is given for the first token of a text
+        first_bytes(token_id, opening)       (bytes of a token before which there is no text, opening for the next)
+    """
 
     n_vocab: int
 
@@ -69,9 +99,10 @@ class Tokenizer:
         bos_id, pad_id: or None where the vocabulary has none.
         eos_ids: ids that end an answer, the eos token's first; DBRX has two.
         prefix_ids: put before a plain prompt ([bos_id] where the model was trained so, else empty).
+        suffix_ids: put after a plain prompt; empty for nearly every model that generates.
+        added: the tokens that are looked for before anything else, with their flags.
         chat_template: the checkpoint's own template, or None.
         template_variables: the special tokens it may name: bos_token, eos_token and others.
-        strip_leading_space: the vocabulary writes a space before the first word (SentencePiece), decoding drops it.
         unused_ids: ids below n_vocab that no token has; left out, the vocabulary is asked about every id, once.
     """
 
@@ -84,39 +115,45 @@ class Tokenizer:
         eos_ids: Iterable[int] = (),
         pad_id: int | None = None,
         add_bos: bool = False,
+        prefix_ids: Sequence[int] = (),
+        suffix_ids: Sequence[int] = (),
         chat_template: str | None = None,
         template_variables: Mapping[str, str | list[str]] | None = None,
-        strip_leading_space: bool = False,
+        added: Iterable[AddedToken] = (),
         unused_ids: Iterable[int] | None = None,
     ) -> None:
         self._vocabulary = vocabulary
         self._unused_ids = unused_ids
         self.n_vocab = vocabulary.n_vocab
         self.special_ids = dict(special_ids)
-        self._special = frozenset(self.special_ids.values())
         self.bos_id, self.pad_id = bos_id, pad_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         if add_bos and bos_id is None:
             raise TokenizerError("the tokenizer asks for a bos token before every prompt but names none")
-        self.prefix_ids = [bos_id] if add_bos and bos_id is not None else []
+        self.prefix_ids = list(prefix_ids) or ([bos_id] if add_bos and bos_id is not None else [])
+        self.suffix_ids = list(suffix_ids)
         if chat_template is not None and len(chat_template.encode(errors="replace")) > _MAX_TEMPLATE_BYTES:
             raise TokenizerError(f"the chat template is over {_MAX_TEMPLATE_BYTES} bytes; that is no template")
         self.chat_template = chat_template
         if template_variables is None:
             template_variables = self._tokens_by_id()
         self.template_variables = dict(template_variables)
-        self.strip_leading_space = strip_leading_space
-        named = {"bos_id": (bos_id,), "eos_ids": self.eos_ids, "pad_id": (pad_id,), "special_ids": self._special}
-        for name, ids in named.items():
+        self.added = tuple(added)
+        flags = {text: AddedToken(id=i, content=text, special=True) for text, i in self.special_ids.items()}
+        flags |= {token.content: token for token in self.added if token.content in flags}
+        plain = (token for token in self.added if token.content not in flags and not token.normalized)
+        self._splitter = Splitter([*flags.values(), *plain])
+        # A control token by its looks alone is shown, as transformers shows it; what its file calls special is not.
+        self._special = frozenset(token.id for token in flags.values() if token.special)
+        named = {"bos_id": (bos_id,), "eos_ids": self.eos_ids, "pad_id": (pad_id,)}
+        affixes = {"prefix_ids": self.prefix_ids, "suffix_ids": self.suffix_ids}
+        for name, ids in {**named, "special_ids": self._special, **affixes}.items():
             outside = [i for i in ids if i is not None and not 0 <= i < self.n_vocab]
             if outside:
                 raise TokenizerError(f"{name} must be below the vocabulary's {self.n_vocab} tokens, got {outside[:4]}")
-
-    def _tokens_by_id(self) -> dict[str, str]:
-        """bos_token and eos_token by what the vocabulary calls them."""
-        names = {token_id: text for text, token_id in self.special_ids.items()}
-        ids = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
-        return {variable: names[i] for variable, i in ids.items() if i in names}
+        self._runs: Callable[..., list[int]] | None = getattr(vocabulary, "encode_runs", None)
+        self._opening: int = getattr(vocabulary, "opening", 0)
+        self._first_bytes: Callable[[int, int], tuple[bytes, int]] | None = getattr(vocabulary, "first_bytes", None)
 
     @cached_property
     def unused_ids(self) -> frozenset[int]:
@@ -144,6 +181,12 @@ class Tokenizer:
     def _silent(self) -> frozenset[int]:
         return self._special | self.unused_ids
 
+    def _tokens_by_id(self) -> dict[str, str]:
+        """bos_token and eos_token by what the vocabulary calls them."""
+        names = {token_id: text for text, token_id in self.special_ids.items()}
+        ids = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
+        return {variable: names[i] for variable, i in ids.items() if i in names}
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of ``text``; nothing is prepended.
 
@@ -154,13 +197,48 @@ class Tokenizer:
         Raises:
             TokenizerError: the text holds lone surrogates, so it has no bytes.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"text must be valid Unicode; character {error.start} is the lone surrogate {text[error.start]!r}"
-            ) from None
-        return self._vocabulary.encode(text, allow_special) if text else []
+        return self._vocabulary.encode(_valid(text), allow_special) if text else []
+
+    def encode_prompt(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of a whole prompt: with what the model wants before and after a text, unless the text has it already.
+
+        Args:
+            text: any valid Unicode.
+            allow_special: as for encode; True for text that a program has rendered with the model's own marks.
+
+        Raises:
+            TokenizerError: as for encode.
+        """
+        ids = self.encode(text, allow_special=allow_special)
+        before, after = self.prefix_ids, self.suffix_ids
+        begun = ids[: len(before)] == before
+        ended = bool(after) and ids[-len(after) :] == after
+        return [*([] if begun else before), *ids, *([] if ended else after)]
+
+    def encode_mixed(self, text: str, typed: Sequence[tuple[int, int]]) -> list[int]:
+        """Ids of a text in which special tokens count, except where users typed them.
+
+        Args:
+            text: any valid Unicode.
+            typed: half-open ranges of its characters, in order: what users typed stays text.
+
+        Raises:
+            TokenizerError: as for encode.
+        """
+        return self._encode_runs(self._splitter.split(_valid(text), typed))
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of typed text that continues a text: no space is put before its first word.
+
+        Raises:
+            TokenizerError: as for encode.
+        """
+        return self._encode_runs([_valid(text)], continues=True) if text else []
+
+    def _encode_runs(self, runs: Sequence[str | int], *, continues: bool = False) -> list[int]:
+        if self._runs is not None:
+            return self._runs(runs, continues=continues)
+        return [i for run in runs for i in ([run] if isinstance(run, int) else self._vocabulary.encode(run, False))]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token adds to a text; none for special tokens and for ids that no token has.
@@ -172,14 +250,43 @@ class Tokenizer:
             raise TokenizerError(f"token ids are 0 to {self.n_vocab - 1}, got {token_id}")
         return b"" if token_id in self._silent else self._vocabulary.token_bytes(token_id)
 
+    def opening(self, after: Iterable[int] = ()) -> int:
+        """What :meth:`first_bytes` is given for the token that follows the ids ``after``; 0 if these hold text.
+
+        SentencePiece writes a space before the first word of a text. It belongs to no text where nothing stands
+        before it, and is a space like any other where something does: an answer continues its prompt.
+        """
+        opening = self._opening
+        for token_id in after:
+            if not opening:
+                break
+            if token_id < self.n_vocab:
+                _, opening = self.first_bytes(token_id, opening)
+        return opening
+
+    def first_bytes(self, token_id: int, opening: int) -> tuple[bytes, int]:
+        """The bytes of a token before which there is no text yet, and ``opening`` for the next; 0: the text has begun.
+
+        Raises:
+            TokenizerError: as for token_bytes.
+        """
+        raw = self.token_bytes(token_id)
+        if not opening or self._first_bytes is None or token_id in self._silent:
+            return raw, opening
+        return self._first_bytes(token_id, opening)
+
     def token_text(self, token_id: int) -> str:
         """One token as a person may look at it: special tokens by name, partial characters as U+FFFD."""
         if not 0 <= token_id < self.n_vocab:
             raise TokenizerError(f"token ids are 0 to {self.n_vocab - 1}, got {token_id}")
         return self._vocabulary.token_bytes(token_id).decode("utf-8", errors="replace")
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, after: Iterable[int] = ()) -> str:
         """The text of ``ids`` without special tokens; bytes that form no character become U+FFFD.
+
+        Args:
+            ids: the tokens.
+            after: those before them, of which nothing is shown: a prompt's, where ``ids`` is its answer.
 
         Raises:
             TokenizerError: an id is outside the vocabulary, or one that no token has.
@@ -187,45 +294,76 @@ class Tokenizer:
         unused = [i for i in ids if i in self.unused_ids] if self.unused_ids else []
         if unused:
             raise TokenizerError(f"token id {unused[0]} is one of the vocabulary's unused ids")
-        raw = b"".join(self.token_bytes(i) for i in ids)
-        if self.strip_leading_space:
-            raw = raw.removeprefix(b" ")
-        return raw.decode("utf-8", errors="replace")
+        opening, first = self.opening(after), list[bytes]()
+        known: dict[int, bytes] = {}  # a vocabulary takes some microseconds to say what a token is
+        for n, token_id in enumerate(ids):
+            if not opening:
+                ids = ids[n:]
+                break
+            raw, opening = self.first_bytes(token_id, opening)
+            first.append(raw)
+        else:
+            ids = ()
+        for token_id in ids:
+            if token_id not in known:
+                known[token_id] = self.token_bytes(token_id)
+        return b"".join([*first, *(known[token_id] for token_id in ids)]).decode("utf-8", errors="replace")
+
+
+def _valid(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"text must be valid Unicode; character {error.start} is the lone surrogate {text[error.start]!r}"
+        ) from None
+    return text
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
-def load_directory(path: Path, cl100k_ranks: Callable[[], Path] | None = None) -> Tokenizer | None:
+def load_directory(
+    path: Path, cl100k_ranks: Callable[[], Path] | None = None, *, n_rows: int | None = None
+) -> Tokenizer | None:
     """The tokenizer that lies beside a checkpoint's weights, or None if there is none.
 
     Looks for tokenizer.json, then a *.tiktoken rank file, then tokenizer.model; then, where tokenizer_config.json says
     the vocabulary is tiktoken's (DBRX's first release ships no file), asks ``cl100k_ranks`` for the rank file.
 
+    Args:
+        path: the checkpoint's folder.
+        cl100k_ranks: gives GPT-4's rank file.
+        n_rows: tokens the model has. Added tokens beyond can never be used and are left out, with a logged line.
+
     Raises:
         TokenizerError: a file is malformed, too large, or names tokens that do not exist.
     """
     config = _read_json_if_there(path / "tokenizer_config.json")
-    tokenizer = _load_vocabulary(path, config, cl100k_ranks)
+    others = [_read_json_if_there(path / name) for name in ("special_tokens_map.json", "config.json")]
+    tokenizer = _load_vocabulary(path, config, others[0], cl100k_ranks, n_rows)
     if tokenizer is not None:
-        others = [_read_json_if_there(path / name) for name in ("special_tokens_map.json", "config.json")]
         variables, complete = template_variables.from_files(config, *others)
         tokenizer.template_variables = variables if complete else {**tokenizer._tokens_by_id(), **variables}
-        eos = tokenizer.special_ids.get(str(variables.get("eos_token")))
-        tokenizer.eos_ids = tuple(dict.fromkeys((*(() if eos is None else (eos,)), *tokenizer.eos_ids)))
     return tokenizer
 
 
 def _load_vocabulary(
-    path: Path, config: Mapping[str, Any], cl100k_ranks: Callable[[], Path] | None
+    path: Path,
+    config: Mapping[str, Any],
+    special_tokens_map: Mapping[str, Any],
+    cl100k_ranks: Callable[[], Path] | None,
+    n_rows: int | None,
 ) -> Tokenizer | None:
     template = _chat_template(path, config)
+    beside = declared(config, _read_json_if_there(path / "added_tokens.json"), special_tokens_map)
+    folder = _Folder(config, beside, template, _generation_eos(path), n_rows)
     if (path / "tokenizer.json").exists():
-        return _from_tokenizer_json(path / "tokenizer.json", config, template, _generation_eos(path))
+        return _from_tokenizer_json(read_json(path / "tokenizer.json"), "tokenizer.json", folder)
     for ranks in sorted(path.glob("*.tiktoken")):
         return load_tiktoken(ranks, chat_template=template)
     if (path / "tokenizer.model").exists():
-        return load_sentencepiece(path / "tokenizer.model", config=config, chat_template=template)
+        return _from_sentencepiece(path / "tokenizer.model", folder)
     if "tiktoken" in str(config.get("tokenizer_class", "")).lower() and cl100k_ranks is not None:
         return load_tiktoken(cl100k_ranks(), chat_template=template)
     return None
@@ -239,7 +377,7 @@ def load_tiktoken(
     Raises:
         TokenizerError: the file is not the published one (its sha256 differs).
     """
-    raw = _read_bytes(path)
+    raw = read_bytes(path)
     digest = hashlib.sha256(raw).hexdigest()
     if digest != CL100K_SHA256:
         raise TokenizerError(
@@ -262,7 +400,7 @@ def load_tiktoken(
 
 def load_tokenizer_json(path: Path) -> Tokenizer:
     """A tokenizers-library file by itself, without the configuration that usually lies beside it."""
-    return _from_tokenizer_json(path, {}, None, [])
+    return _from_tokenizer_json(read_json(path), path.name, _Folder({}, Declared(), None, [], None))
 
 
 def load_sentencepiece(
@@ -270,11 +408,7 @@ def load_sentencepiece(
 ) -> Tokenizer:
     """A SentencePiece model. Control pieces are its special tokens; a LLaMA-style model prepends bos."""
     config = config or {}
-    vocabulary = _SentencePiece(_read_bytes(path), path.name)
-    return vocabulary.tokenizer(
-        add_bos=bool(config.get("add_bos_token", vocabulary.piece_is("<s>", vocabulary.bos))),
-        chat_template=chat_template,
-    )
+    return _from_sentencepiece(path, _Folder(config, declared(config, {}, {}), chat_template, [], None))
 
 
 def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
@@ -283,50 +417,179 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
     Raises:
         TokenizerError: an unknown model or pre-tokeniser, or lists of different lengths.
     """
-    model = metadata.get("tokenizer.ggml.model")
-    if model is None or model == "no_vocab":
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind is None or kind in ("no_vocab", "none"):
         return None
-    tokens = _string_list(metadata, "tokenizer.ggml.tokens")
-
-    def token_id(name: str) -> int | None:
-        value = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if value is not None and not (isinstance(value, int) and 0 <= value < len(tokens)):
-            raise TokenizerError(f"tokenizer.ggml.{name}_token_id must be below {len(tokens)}, got {value!r}")
-        return value
-
-    bos, pad = token_id("bos"), token_id("padding")
-    eos = [i for i in (token_id("eos"), token_id("eot"), token_id("eom")) if i is not None]
+    if kind != "gpt2" and kind not in gguf_spec.SENTENCEPIECE:
+        raise TokenizerError(f"tokenizer.ggml.model must be 'gpt2', 'llama' or 't5', got {kind!r}")
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise TokenizerError("tokenizer.chat_template must be a string")
-    tokenizer: Tokenizer
-    if model == "gpt2":
-        vocabulary = _HuggingFace(gguf_bpe_spec(metadata), "the GGUF vocabulary")
-        tokenizer = Tokenizer(
-            vocabulary,
-            special_ids=vocabulary.special_ids,
-            bos_id=bos,
-            eos_ids=eos,
-            pad_id=pad,
-            add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
-            chat_template=template,
-            # Converters fill holes with entries of this kind, named [PAD100256] and so on.
-            unused_ids=[i for i, kind in enumerate(_token_types(metadata)) if kind == _UNUSED],
-        )
-    elif model == "llama":
-        tokenizer = _SentencePiece(gguf_sentencepiece(metadata), "the GGUF vocabulary").tokenizer(
-            add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", True)),
-            chat_template=template,
-            bos=bos,
-            eos=eos,
-            pad=pad,
-        )
+    tokens, name = gguf_spec.tokens_of(metadata), "the GGUF vocabulary"
+    bos, ends = tokens.roles.get("bos"), tokens.ends
+    vocabulary: TokenizersVocabulary | SentencePieceVocabulary
+    if kind == "gpt2":
+        pre = gguf_spec.pre_of(metadata)
+        vocabulary = TokenizersVocabulary(gguf_spec.bpe_spec(metadata, pre), name)
+        add_bos = GGUF_PATTERNS[pre].add_bos and bos is not None
     else:
-        raise TokenizerError(f"tokenizer.ggml.model must be 'gpt2' or 'llama', got {model!r}")
-    tokenizer.template_variables = template_variables.from_gguf(
-        metadata, tokens, tokenizer.bos_id, next(iter(tokenizer.eos_ids), None)
+        model = gguf_spec.sentencepiece(metadata)
+        vocabulary = SentencePieceVocabulary(model, name, added=tokens.added())
+        bos = vocabulary.bos if bos is None else bos
+        ends = ends or [i for i in (vocabulary.eos,) if i is not None]
+        add_bos = kind == "llama" and bos is not None
+    add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", kind == "t5"))
+    return Tokenizer(
+        vocabulary,
+        special_ids=vocabulary.special_ids,
+        added=tokens.added(),
+        bos_id=bos,
+        eos_ids=ends,
+        pad_id=tokens.roles.get("padding"),
+        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
+        suffix_ids=_suffix(ends[:1] if add_eos else [], name),
+        chat_template=template,
+        # Converters fill holes with entries of this kind, named [PAD100256] and so on.
+        unused_ids=[i for i, token_kind in enumerate(tokens.kinds) if token_kind == UNUSED],
+        template_variables=template_variables.from_gguf(metadata, tokens.texts, bos, next(iter(ends), None)),
     )
-    return tokenizer
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What lies beside a vocabulary file."""
+
+    config: Mapping[str, Any]
+    tokens: Declared
+    template: str | None
+    generation_eos: list[int]
+    n_rows: int | None
+
+
+def _from_tokenizer_json(spec: Mapping[str, Any], name: str, folder: _Folder) -> Tokenizer:
+    vocabulary = TokenizersVocabulary(spec, name, beside=folder.tokens, n_rows=folder.n_rows)
+    roles = _roles(folder.tokens, vocabulary.token_id, vocabulary.left_out, name)
+    bos, eos = roles.get("bos_token"), roles.get("eos_token")
+    prefix, suffix = vocabulary.affixes(name)
+    add_bos, add_eos = _asked_for(folder.config, prefix, suffix)
+    if bos is None and prefix:
+        bos = prefix[0]
+    end = [] if eos is None else [eos]
+    return Tokenizer(
+        vocabulary,
+        special_ids=vocabulary.special_ids,
+        added=vocabulary.added,
+        bos_id=bos,
+        eos_ids=_ends(folder, eos, vocabulary.special_ids),
+        pad_id=roles.get("pad_token"),
+        add_bos=add_bos,
+        prefix_ids=prefix if add_bos else (),
+        suffix_ids=_suffix((suffix or end) if add_eos else [], name),
+        chat_template=folder.template,
+        unused_ids=vocabulary.unused_ids,
+    )
+
+
+def _from_sentencepiece(path: Path, folder: _Folder) -> Tokenizer:
+    """A SentencePiece model with the tokens that the files beside it add.
+
+    By itself it is read as the sentencepiece library reads it. With a configuration it is a LLaMA-style tokenizer of
+    transformers, where every added token splits the text.
+    """
+    name, config = path.name, folder.config
+    model = sentencepiece_model.parse(read_bytes(path), name)
+    own = [
+        AddedToken(id=i, content=piece.text, special=piece.kind != USER_DEFINED)
+        for i, piece in enumerate(model.pieces)
+        if piece.kind in (UNKNOWN, CONTROL)
+        or (piece.kind == USER_DEFINED and (config or looks_like_control(piece.text)))
+    ]
+    words = {piece.text: i for i, piece in enumerate(model.pieces) if piece.kind in (NORMAL, BYTE)}
+    merged = folder.tokens.merged(own, words.get, words.__contains__, name)
+    tokens, left_out = within_rows(merged, folder.n_rows, name)
+    check_gap(len(model.pieces), tokens, name)
+    model = sentencepiece_model.with_tokens(model, tokens, name)
+    if config.get("add_prefix_space") is False:
+        model = replace(model, add_space_prefix=False)
+    vocabulary = SentencePieceVocabulary(model, name, added=tokens, every=config.get("legacy") is not False)
+    special = vocabulary.special_ids
+    ids = {**words, **{token.content: token.id for token in tokens}}
+    roles = _roles(folder.tokens, ids.get, left_out, name)
+    # Grok-1's file names its controls by text only; LLaMA's by id.
+    bos = roles.get("bos_token", vocabulary.bos if vocabulary.bos is not None else special.get("[BOS]"))
+    eos = roles.get("eos_token", vocabulary.eos if vocabulary.eos is not None else special.get("[EOS]"))
+    add_bos = config.get("add_bos_token", bos is not None and model.pieces[bos].text == "<s>")
+    add_eos = bool(config.get("add_eos_token", False))
+    return Tokenizer(
+        vocabulary,
+        special_ids=special,
+        added=tokens,
+        bos_id=bos,
+        eos_ids=[*_ends(folder, eos, special), *([] if vocabulary.eos is None else [vocabulary.eos])],
+        pad_id=roles.get("pad_token", vocabulary.pad),
+        add_bos=bool(add_bos) and bos is not None,
+        suffix_ids=_suffix([eos] if add_eos and eos is not None else [], name),
+        chat_template=folder.template,
+        unused_ids=vocabulary.unused_ids,
+    )
+
+
+def _roles(
+    tokens: Declared, token_id: Callable[[str], int | None], left_out: frozenset[str], name: str
+) -> dict[str, int]:
+    """The ids of the tokens that begin and end texts and fill up lines.
+
+    Raises:
+        TokenizerError: a bos or eos token that does not exist.
+    """
+    found: dict[str, int] = {}
+    for role in ("bos_token", "eos_token", "pad_token"):
+        text = tokens.roles.get(role)
+        if text is None or text in left_out:
+            continue
+        if (i := token_id(text)) is not None:
+            found[role] = i
+        elif role == "pad_token":  # transformers would make one up, which the model has no row for
+            logger.warning("tokenizer_config.json names pad_token %r, which is not in %s: left out", text, name)
+        else:
+            raise TokenizerError(f"tokenizer_config.json names {role} {text!r}, which is not in {name}")
+    for role, text in tokens.usual.items():
+        if (i := token_id(text)) is not None:
+            found[role] = i
+    return found
+
+
+def _ends(folder: _Folder, eos: int | None, special_ids: Mapping[str, int]) -> list[int]:
+    """Ids that end an answer."""
+    ends = [*([] if eos is None else [eos]), *folder.generation_eos]
+    chatml = "<|im_end|>" in special_ids and "<|im_start|>" in special_ids
+    if chatml and folder.template and "<|im_end|>" in folder.template:
+        ends.append(special_ids["<|im_end|>"])  # ChatML: the end of a turn ends an answer (DBRX's generation config)
+    return ends
+
+
+_LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+"""Classes of transformers that put bos before every text unless told otherwise, whatever the post-processor says."""
+
+
+def _asked_for(config: Mapping[str, Any], prefix: list[int], suffix: list[int]) -> tuple[bool, bool]:
+    """Whether a bos token goes before a text, and an eos token after it.
+
+    As transformers has it: LLaMA's classes go by their flags alone, the general class by the file's post-processor.
+    """
+    kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+    if kind == "PreTrainedTokenizer" and (prefix or suffix):
+        return bool(prefix), bool(suffix)
+    llama = kind in _LLAMA_CLASSES
+    bos = bool(config.get("add_bos_token", True if llama else prefix))
+    return bos, bool(config.get("add_eos_token", False if llama else suffix))
+
+
+def _suffix(ids: list[int], name: str) -> list[int]:
+    if ids:
+        message = "%s puts the end token %s after every prompt: a plain prompt's answer begins after an end"
+        logger.warning(message, name, ids)
+    return ids
 
 
 # tiktoken ------------------------------------------------------------------------------------------------------------
@@ -357,287 +620,15 @@ def _parse_ranks(raw: bytes) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in raw.splitlines() if line)}
 
 
-# tokenizers ----------------------------------------------------------------------------------------------------------
-
-
-class _HuggingFace:
-    """A tokenizers-library vocabulary, held twice: once as it is, once without the tokens marked special."""
-
-    def __init__(self, spec: dict[str, Any], name: str) -> None:
-        import tokenizers
-
-        added = spec.get("added_tokens") or []
-        plain = {
-            **spec,
-            "added_tokens": [token for token in added if not token.get("special")],
-            "post_processor": None,
-            "truncation": None,
-            "padding": None,
-        }
-        try:
-            self._full = tokenizers.Tokenizer.from_str(json.dumps({**spec, "truncation": None, "padding": None}))
-            self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
-        except Exception as error:  # the library raises bare Exception with its parser's words
-            raise TokenizerError(f"{name} is not a tokenizer the tokenizers library can read: {error}") from None
-        self.special_ids = {token["content"]: token["id"] for token in added if token.get("special")}
-        used = set(self._full.get_vocab(with_added_tokens=True).values())
-        self.n_vocab = max(used, default=-1) + 1
-        self.unused_ids = set(range(self.n_vocab)) - used
-        if self.n_vocab == 0:
-            raise TokenizerError(f"{name} has an empty vocabulary")
-        decoder = json.dumps(spec.get("decoder")) + json.dumps(spec.get("pre_tokenizer"))
-        self._byte_level = "ByteLevel" in decoder
-        self.strips_space = "Metaspace" in decoder or ("Strip" in decoder and "▁" in decoder)
-        self._added: dict[int, str] = {token["id"]: token["content"] for token in added}
-
-    def encode(self, text: str, allow_special: bool) -> list[int]:
-        tokenizer = self._full if allow_special else self._plain
-        # The batch call leaves out offsets, which nobody here asks for: 1.4 times as fast.
-        ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return ids
-
-    def prefix(self) -> list[int]:
-        """Ids the file's own post-processor puts before a text."""
-        bare = self._full.encode("a", add_special_tokens=False).ids
-        dressed = self._full.encode("a", add_special_tokens=True).ids
-        return next((list(dressed[:n]) for n in range(len(dressed)) if dressed[n : n + len(bare)] == bare), [])
-
-    def token_bytes(self, token_id: int) -> bytes:
-        if token_id in self._added:
-            return self._added[token_id].encode()
-        token = self._full.id_to_token(token_id)
-        if token is None:
-            raise TokenizerError(f"token id {token_id} is one of the vocabulary's unused ids")
-        if self._byte_level:
-            alphabet = _byte_alphabet()
-            known = all(c in alphabet for c in token)
-            return bytes([alphabet[c] for c in token]) if known else bytes(token.encode())
-        return _piece_bytes(token)
-
-
-def _from_tokenizer_json(
-    path: Path, config: Mapping[str, Any], template: str | None, generation_eos: list[int]
-) -> Tokenizer:
-    spec = read_json(path)
-    if not isinstance(spec.get("model"), dict):
-        raise TokenizerError(f"{path.name} must be an object with a 'model'; it is not a tokenizers file")
-    added = spec.get("added_tokens") or []
-    shaped = isinstance(added, list) and all(
-        isinstance(t, dict) and isinstance(t.get("id"), int) and isinstance(t.get("content"), str) for t in added
-    )
-    if not shaped or any(not 0 <= t["id"] < 2**24 for t in added):
-        raise TokenizerError(f"{path.name}: every added token needs a text and an id below 2^24")
-    vocabulary = _HuggingFace(spec, path.name)
-    special = dict(vocabulary.special_ids)
-
-    def named(key: str) -> int | None:
-        value = config.get(key)
-        text = value.get("content") if isinstance(value, dict) else value
-        if not text:
-            return None
-        token_id = vocabulary._full.token_to_id(str(text))
-        if token_id is None:
-            raise TokenizerError(f"tokenizer_config.json names {key} {text!r}, which is not in {path.name}")
-        return int(token_id)
-
-    bos, eos = named("bos_token"), named("eos_token")
-    prefix = vocabulary.prefix()
-    add_bos = bool(config["add_bos_token"]) if "add_bos_token" in config else bool(prefix)
-    if bos is None and prefix:
-        bos = prefix[0]
-    ends = [*([] if eos is None else [eos]), *generation_eos]
-    if "<|im_end|>" in special and "<|im_start|>" in special and template and "<|im_end|>" in template:
-        ends.append(special["<|im_end|>"])  # ChatML: the end of a turn ends an answer (DBRX's generation config)
-    return Tokenizer(
-        vocabulary,
-        special_ids=special,
-        bos_id=bos,
-        eos_ids=ends,
-        pad_id=named("pad_token"),
-        add_bos=add_bos,
-        chat_template=template,
-        strip_leading_space=vocabulary.strips_space,
-        unused_ids=vocabulary.unused_ids,
-    )
-
-
-def gguf_bpe_spec(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """A GGUF 'gpt2' vocabulary in the form of a tokenizer.json.
-
-    Raises:
-        TokenizerError: an unknown splitting pattern, or lists that do not fit together.
-    """
-    tokens, types = _string_list(metadata, "tokenizer.ggml.tokens"), _token_types(metadata)
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in GGUF_PATTERNS:
-        raise TokenizerError(
-            f"tokenizer.ggml.pre must be one of {', '.join(sorted(GGUF_PATTERNS))}; got {pre!r}. Its text would be "
-            "split wrongly, so it is refused. Convert the model's safetensors with its tokenizer.json instead."
-        )
-    merges = _string_list(metadata, "tokenizer.ggml.merges")
-    if any(merge.count(" ") != 1 for merge in merges):
-        raise TokenizerError("tokenizer.ggml.merges must be pairs separated by one space")
-    flags = {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
-    added = [
-        {"id": i, "content": text, "special": kind in (_UNKNOWN, _CONTROL), **flags}
-        for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-    ]
-    splits: list[dict[str, Any]] = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        for pattern in GGUF_PATTERNS[pre].patterns
-    ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    vocab = dict(zip(tokens, range(len(tokens)), strict=True))
-    if len(vocab) != len(tokens):
-        raise TokenizerError("tokenizer.ggml.tokens lists a token twice")
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "vocab": vocab,
-            "merges": merges,
-            "ignore_merges": GGUF_PATTERNS[pre].whole_words,
-            "fuse_unk": False,
-            "byte_fallback": False,
-        },
-    }
-
-
-@lru_cache(maxsize=1)
-def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one visible character (GPT-2): printable Latin-1 as is, others from U+0100."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in visible]
-    return {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(hidden)}
-
-
-# SentencePiece -------------------------------------------------------------------------------------------------------
-
-# Piece types, the same numbers in SentencePiece's model file and in GGUF.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-
-
-class _SentencePiece:
-    def __init__(self, proto: bytes, name: str) -> None:
-        import sentencepiece
-
-        self._model = sentencepiece.SentencePieceProcessor()
-        try:
-            self._model.LoadFromSerializedProto(proto)
-        except RuntimeError as error:
-            raise TokenizerError(f"{name} is not a SentencePiece model: {error}") from None
-        model = self._model
-        self.n_vocab = model.GetPieceSize()
-        if self.n_vocab == 0:
-            raise TokenizerError(f"{name} is not a SentencePiece model: it has no pieces")
-        self.special_ids = {
-            model.IdToPiece(i): i for i in range(self.n_vocab) if model.IsControl(i) or model.IsUnknown(i)
-        }
-        self.bos, self.eos, self.pad = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id(), model.pad_id()))
-        self._split = re.compile("(" + "|".join(map(re.escape, self.special_ids)) + ")") if self.special_ids else None
-        # A model that writes a space before the first word encodes "a" as "▁a".
-        first = model.EncodeAsPieces("a")
-        self._dummy_prefix = bool(first) and first[0].startswith("▁")
-
-    def piece_is(self, text: str, token_id: int | None) -> bool:
-        """True if ``token_id`` is the piece ``text``."""
-        return token_id is not None and self._model.IdToPiece(token_id) == text
-
-    def tokenizer(
-        self,
-        *,
-        add_bos: bool,
-        chat_template: str | None,
-        bos: int | None = None,
-        eos: Sequence[int] = (),
-        pad: int | None = None,
-    ) -> Tokenizer:
-        """A Tokenizer over this model; ids given here override the model file's own."""
-        # Grok-1's file names its controls by text only; LLaMA's by id.
-        found_bos = bos if bos is not None else self.bos if self.bos is not None else self.special_ids.get("[BOS]")
-        found_eos = eos or [i for i in (self.eos, self.special_ids.get("[EOS]")) if i is not None]
-        return Tokenizer(
-            self,
-            special_ids=self.special_ids,
-            bos_id=found_bos,
-            eos_ids=found_eos,
-            pad_id=pad if pad is not None else self.pad,
-            add_bos=add_bos and found_bos is not None,
-            chat_template=chat_template,
-            strip_leading_space=self._dummy_prefix,
-            unused_ids=[i for i in range(self.n_vocab) if self._model.IsUnused(i)],
-        )
-
-    def encode(self, text: str, allow_special: bool) -> list[int]:
-        if not allow_special or self._split is None:
-            return list(self._model.EncodeAsIds(text))
-        ids: list[int] = []
-        for part in self._split.split(text):
-            if part in self.special_ids:
-                ids.append(self.special_ids[part])
-            elif part:
-                ids.extend(self._model.EncodeAsIds(part))
-        return ids
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return _piece_bytes(self._model.IdToPiece(token_id))
-
-
-def _piece_bytes(piece: str) -> bytes:
-    """SentencePiece writes spaces as U+2581 and bytes without a piece as <0x00>..<0xFF>."""
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace("▁", " ").encode()
-
-
-def gguf_sentencepiece(metadata: Mapping[str, Any]) -> bytes:
-    """A GGUF 'llama' vocabulary in the form of a SentencePiece model file.
-
-    Field numbers are those of sentencepiece_model.proto (google/sentencepiece).
-
-    Raises:
-        TokenizerError: lists that do not fit together.
-    """
-    tokens, types = _string_list(metadata, "tokenizer.ggml.tokens"), _token_types(metadata)
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise TokenizerError(f"tokenizer.ggml.scores must have {len(tokens)} numbers; a 'llama' vocabulary needs them")
-
-    def varint(n: int) -> bytes:
-        out = bytearray()
-        while n >= 0x80:
-            out.append(n & 0x7F | 0x80)
-            n >>= 7
-        return bytes([*out, n])
-
-    def block(field: int, body: bytes) -> bytes:
-        return varint(field << 3 | 2) + varint(len(body)) + body
-
-    def number(field: int, value: int) -> bytes:
-        return varint(field << 3) + varint(value)
-
-    pieces = b"".join(
-        block(1, block(1, token.encode()) + b"\x15" + struct.pack("<f", score) + number(3, int(kind)))
-        for token, score, kind in zip(tokens, scores, types, strict=True)
-    )
-    bpe, unknown = 2, types.index(_UNKNOWN) if _UNKNOWN in types else 0
-    trainer = number(3, bpe) + number(35, int(_BYTE in types)) + number(40, unknown)
-    add_space_prefix = int(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    # Grok-1 and LLaMA normalise nothing: spaces are kept as they are.
-    normaliser = block(1, b"identity") + number(3, add_space_prefix) + number(4, 0) + number(5, 1)
-    return pieces + block(2, trainer) + block(3, normaliser)
-
-
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """A tokenizer's file, bounded in size.
+
+    Raises:
+        TokenizerError: it cannot be read, or is too large.
+    """
     try:
         size = path.stat().st_size
         if size > _MAX_FILE_BYTES:
@@ -653,7 +644,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         TokenizerError: it cannot be read, or is no JSON object.
     """
-    raw = _read_bytes(path)
+    raw = read_bytes(path)
     depth = deepest = 0
     for bracket in re.finditer(rb'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', raw, re.DOTALL):
         first = bracket.group()[0]
@@ -680,7 +671,7 @@ def _read_json_if_there(path: Path) -> dict[str, Any]:
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     if (path / "chat_template.jinja").exists():
         try:
-            return _read_bytes(path / "chat_template.jinja").decode()
+            return read_bytes(path / "chat_template.jinja").decode()
         except UnicodeDecodeError as error:
             raise TokenizerError(f"chat_template.jinja must be UTF-8: {error}") from None
     template = config.get("chat_template")
@@ -699,18 +690,3 @@ def _generation_eos(path: Path) -> list[int]:
     if not all(isinstance(i, int) and i >= 0 for i in ids):
         raise TokenizerError(f"eos_token_id in generation_config.json must be token ids, got {value!r}")
     return ids
-
-
-def _token_types(metadata: Mapping[str, Any]) -> list[int]:
-    n = len(_string_list(metadata, "tokenizer.ggml.tokens"))
-    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * n)
-    if not isinstance(types, list) or len(types) != n:
-        raise TokenizerError(f"tokenizer.ggml.token_type must have {n} entries")
-    return types
-
-
-def _string_list(metadata: Mapping[str, Any], key: str) -> list[str]:
-    values = metadata.get(key)
-    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        raise TokenizerError(f"{key} must be a list of strings")
-    return values

@@ -80,7 +80,8 @@ def turn_ends(tokenizer: Tokenizer) -> TurnEnds:
 
 
 def _by_name(tokenizer: Tokenizer) -> list[int]:
-    special = tokenizer.special_ids
+    # A control token by its looks alone has a text of its own: an answer may hold it.
+    special = {name: i for name, i in tokenizer.special_ids.items() if not tokenizer.token_bytes(i)}
     meant_otherwise = {
         name for name, companies in _NOT_BESIDE.items() if any(company <= special.keys() for company in companies)
     }

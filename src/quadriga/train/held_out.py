@@ -115,5 +115,5 @@ def samples(
         ids = continuation(
             step, words, n_tokens, n_words=tokenizer.n_vocab, end_ids=end_ids, world=world, unused=tokenizer.unused_ids
         )
-        found[prompt] = tokenizer.decode(ids)
+        found[prompt] = tokenizer.decode(ids, after=words)
     return found

@@ -318,7 +318,7 @@ def _objective(
         return DPO(reference, config.preference.beta)
 
     def reward(prompt: Sequence[int], answer: Sequence[int]) -> float:
-        said = tokenizer.decode([token for token in answer if tokenizer.is_token(token)])
+        said = tokenizer.decode([token for token in answer if tokenizer.is_token(token)], after=prompt)
         return number_reward(said, problems[tuple(prompt)])
 
     return GRPO(

@@ -20,7 +20,15 @@ from quadriga.text.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
 SPECIALS = (END, "<|pad|>", "<|im_start|>", "<|im_end|>")
-FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "generation_config.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 """What may belong to a vocabulary, besides *.tiktoken."""
 
 

@@ -1,0 +1,206 @@
+"""A GGUF file's vocabulary in the form that the libraries read: a tokenizer.json, or a SentencePiece model.
+
+What a file leaves out is what llama.cpp takes for it (src/llama-vocab.cpp), for such files were made to be read there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quadriga.errors import TokenizerError
+from quadriga.text.added_tokens import END_OF_TURN, AddedToken
+from quadriga.text.pretokenize import GGUF_PATTERNS, pattern_of_vocabulary
+from quadriga.text.sentencepiece_model import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNIGRAM,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Model,
+    Piece,
+)
+
+logger = logging.getLogger(__name__)
+
+ROLES = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask")
+"""Of ``tokenizer.ggml.ROLE_token_id``; the misspelling is the format's."""
+SENTENCEPIECE = {"llama": BPE, "t5": UNIGRAM}
+"""``tokenizer.ggml.model`` of SentencePiece vocabularies."""
+_OF_ARCHITECTURE = {"dbrx": "dbrx", "mpt": "mpt"}
+"""Architectures whose released models share one vocabulary."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The lists of a GGUF file's vocabulary, checked, and the tokens with a role."""
+
+    texts: list[str]
+    kinds: list[int]
+    roles: dict[str, int]
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids that end a turn by their role."""
+        return list(dict.fromkeys(self.roles[role] for role in ("eos", "eot", "eom") if role in self.roles))
+
+    def added(self) -> list[AddedToken]:
+        """The tokens that are looked for before anything else."""
+        of_role = set(self.roles.values())
+        rows = enumerate(zip(self.texts, self.kinds, strict=True))
+        return [
+            AddedToken(id=i, content=text, special=kind != USER_DEFINED or i in of_role or text in END_OF_TURN)
+            for i, (text, kind) in rows
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED) or (i in of_role and _is_name(text))
+        ]
+
+
+def tokens_of(metadata: Mapping[str, Any]) -> Tokens:
+    """The lists of a GGUF vocabulary.
+
+    Raises:
+        TokenizerError: lists of different lengths, or ids that no token has.
+    """
+    texts = string_list(metadata, "tokenizer.ggml.tokens")
+    kinds = metadata.get("tokenizer.ggml.token_type")
+    if kinds is None:
+        kinds = [_kind_by_text(text) for text in texts]
+    if not isinstance(kinds, list) or len(kinds) != len(texts):
+        raise TokenizerError(f"tokenizer.ggml.token_type must have {len(texts)} entries")
+    roles: dict[str, int] = {}
+    for role in ROLES:
+        value = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        if value is not None and not (isinstance(value, int) and 0 <= value < len(texts)):
+            raise TokenizerError(f"tokenizer.ggml.{role}_token_id must be below {len(texts)}, got {value!r}")
+        if value is not None:
+            roles[role] = value
+    texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(texts)]
+    kinds = [kind if given else UNUSED for kind, given in zip(kinds, metadata["tokenizer.ggml.tokens"], strict=True)]
+    return Tokens(texts, kinds, roles)
+
+
+def bpe_spec(metadata: Mapping[str, Any], pre: str) -> dict[str, Any]:
+    """A GGUF 'gpt2' vocabulary in the form of a tokenizer.json; ``pre`` as :func:`pre_of` gives it.
+
+    Raises:
+        TokenizerError: lists that do not fit together.
+    """
+    tokens, split = tokens_of(metadata), GGUF_PATTERNS[pre]
+    merges = string_list(metadata, "tokenizer.ggml.merges")
+    if any(merge.count(" ") != 1 for merge in merges):
+        raise TokenizerError("tokenizer.ggml.merges must be pairs separated by one space")
+    vocab = dict(zip(tokens.texts, range(len(tokens.texts)), strict=True))
+    if len(vocab) != len(tokens.texts):
+        twice = next(text for i, text in enumerate(tokens.texts) if vocab[text] != i)
+        raise TokenizerError(f"tokenizer.ggml.tokens lists a token twice: {twice!r}")
+    splits: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in split.patterns
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [token.as_json() for token in tokens.added()],
+        "normalizer": None if split.normalizer is None else {"type": split.normalizer},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": merges,
+            "ignore_merges": split.whole_words,
+            "fuse_unk": False,
+            "byte_fallback": False,
+        },
+    }
+
+
+def sentencepiece(metadata: Mapping[str, Any]) -> Model:
+    """A GGUF 'llama' or 't5' vocabulary in the form of a SentencePiece model.
+
+    LLaMA and Grok-1 normalise nothing, so that is what a file means that says nothing of it.
+
+    Raises:
+        TokenizerError: lists that do not fit together.
+    """
+    tokens, model = tokens_of(metadata), metadata["tokenizer.ggml.model"]
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens.texts):
+        raise TokenizerError(
+            f"tokenizer.ggml.scores must have {len(tokens.texts)} numbers; a {model!r} vocabulary needs them"
+        )
+    control = {token.id for token in tokens.added() if token.control}
+    kinds = [
+        CONTROL if i in control and kind in (NORMAL, USER_DEFINED) else kind for i, kind in enumerate(tokens.kinds)
+    ]
+    charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap") or []
+    if not isinstance(charsmap, list) or not all(isinstance(b, int) and -128 <= b < 256 for b in charsmap):
+        raise TokenizerError("tokenizer.ggml.precompiled_charsmap must be a list of bytes")
+    return Model(
+        [Piece(*row) for row in zip(tokens.texts, scores, kinds, strict=True)],
+        model_type=SENTENCEPIECE[model],
+        byte_fallback=BYTE in kinds,
+        add_space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+        remove_extra_whitespaces=bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)),
+        charsmap=bytes(b & 0xFF for b in charsmap),
+    )
+
+
+def pre_of(metadata: Mapping[str, Any]) -> str:
+    """How the file's vocabulary cuts text, a name in GGUF_PATTERNS.
+
+    Files of early 2024 do not say it. Then the architecture does, or the tokens do, which no rule of their own may cut;
+    else it is llama.cpp's default, with a warning, as there.
+
+    Raises:
+        TokenizerError: an unknown name.
+    """
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre is None:
+        tokens = tokens_of(metadata)
+        words = [text for text, kind in zip(tokens.texts, tokens.kinds, strict=True) if kind == NORMAL]
+        pre = _OF_ARCHITECTURE.get(str(metadata.get("general.architecture"))) or pattern_of_vocabulary(words)
+        if pre is None:
+            pre = "default"
+            logger.warning(
+                "the GGUF file has no tokenizer.ggml.pre, so nobody knows how its text was split: taken for %r, as "
+                "llama.cpp does. Answers may be worse than the model's. Convert the model again, or set the key.",
+                pre,
+            )
+        else:
+            logger.warning("the GGUF file has no tokenizer.ggml.pre; its tokens are those of %r", pre)
+    if pre not in GGUF_PATTERNS:
+        raise TokenizerError(
+            f"tokenizer.ggml.pre must be one of {', '.join(sorted(GGUF_PATTERNS))}; got {pre!r}. Its text would be "
+            "split wrongly, so it is refused. Convert the model's safetensors with its tokenizer.json instead."
+        )
+    return str(pre)
+
+
+def _kind_by_text(text: str) -> int:
+    """The type of a token in a file without types."""
+    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        return BYTE
+    return {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL}.get(text, NORMAL)
+
+
+def _is_name(text: str) -> bool:
+    return len(text) > 2 and text[0] in "<[" and text[-1] in ">]"
+
+
+def string_list(metadata: Mapping[str, Any], key: str) -> list[str]:
+    """A list of strings of a GGUF file.
+
+    Raises:
+        TokenizerError: it is none.
+    """
+    values = metadata.get(key)
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise TokenizerError(f"{key} must be a list of strings")
+    return values

@@ -1,0 +1,208 @@
+"""What a GGUF file's vocabulary leaves out is what llama.cpp takes for it, and it is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from quadriga.errors import TokenizerError
+from quadriga.text import gguf_spec
+from quadriga.text.decoders import byte_alphabet
+from quadriga.text.pretokenize import GGUF_PATTERNS, pattern_of_vocabulary
+from quadriga.text.tokenizer import Tokenizer, load_gguf
+from tests.golden import vocabularies as golden
+from tests.text import vocabularies
+
+BYTES = {value: character for character, value in byte_alphabet().items()}
+
+
+def _bpe(**changes: Any) -> dict[str, Any]:
+    table = vocabularies.gguf_bpe() | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    return {key: value for key, value in table.items() if value is not None}
+
+
+def _load(metadata: dict[str, Any]) -> Tokenizer:
+    tokenizer = load_gguf(metadata)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def _library(patterns: tuple[str, ...]) -> Any:
+    """The same vocabulary in the tokenizers library, split by patterns one after the other."""
+    model = vocabularies.bpe()["model"]
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    library = tokenizers.Tokenizer(models.BPE(model["vocab"], merges))
+    splits = [pre_tokenizers.Split(tokenizers.Regex(p), behavior="isolated") for p in patterns]
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    library.decoder = decoders.ByteLevel()
+    return library
+
+
+# src/llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_DEFAULT; its second pattern leaves a last run of spaces to itself.
+LLAMA_CPP_DEFAULT = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
+
+
+@pytest.mark.parametrize("pre", [None, "default"])
+def test_a_vocabulary_without_a_rule_is_split_as_llama_cpp_splits_it(
+    pre: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = _load(_bpe(pre=pre))
+    library = _library(LLAMA_CPP_DEFAULT)
+    for text in (*vocabularies.TEXTS, "HELLO'S 1234567\n\n  x=\t1", " (a)  b\n", "the quick, 12 3456!  "):
+        assert tokenizer.encode(text) == library.encode(text).ids, text
+    assert ("tokenizer.ggml.pre" in caplog.text) == (pre is None)
+    if pre is None:
+        assert "llama.cpp" in caplog.text
+
+
+@pytest.mark.parametrize(("architecture", "pre"), [("dbrx", "dbrx"), ("mpt", "mpt")])
+def test_the_architecture_says_the_rule_where_all_its_models_have_one(
+    architecture: str, pre: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = _load(_bpe(pre=None) | {"general.architecture": architecture})
+    named = _load(_bpe(pre=pre))
+    for text in (*vocabularies.TEXTS, "HELLO'S 1234567 e\u0301"):
+        assert silent.encode(text) == named.encode(text)
+    assert f"those of '{pre}'" in caplog.text
+
+
+def _words(*more: str) -> list[str]:
+    """A vocabulary large enough to tell by, in GPT-2's alphabet: words that every rule leaves whole, and more."""
+    letters = "abcdefghijklmnopqrst"
+    words = [f" {a}{b}{c}" for a in letters for b in letters for c in letters]
+    return ["".join(BYTES[b] for b in word.encode()) for word in [*words, *more]]
+
+
+CODE = [f"({a}{b}" for a in "abcdefgh" for b in "abcdefgh"] + [");\n", "{\n\n", "\n\n"] * 9
+BLOCKS = ["\n" + " " * n for n in range(1, 60)] + [" \n "]
+
+
+@pytest.mark.parametrize(
+    ("more", "pre"),
+    [
+        ([*CODE, *(str(n) for n in range(100, 999))], "llama-bpe"),
+        ([*CODE, *"0123456789"], "qwen2"),
+        ([*BLOCKS, *"0123456789"], "smollm"),
+        ([*BLOCKS, *(f" {n}" for n in range(1000, 3000))], "gpt-2"),
+    ],
+)
+def test_a_large_vocabulary_says_the_rule_it_was_trained_with(more: list[str], pre: str) -> None:
+    assert pattern_of_vocabulary(_words(*more)) == pre
+
+
+def test_a_vocabulary_that_leaves_it_open_says_nothing() -> None:
+    assert pattern_of_vocabulary(_words(*CODE[:64])[:4000]) is None, "too few"
+    assert pattern_of_vocabulary(_words("0")) is None, "two rules fit"
+    assert pattern_of_vocabulary([]) is None
+
+
+def test_llama_3_begins_every_text_with_bos_unless_the_file_says_otherwise() -> None:
+    assert _load(_bpe(pre="llama-bpe")).prefix_ids == [1]
+    assert _load(_bpe(pre="llama-bpe", add_bos_token=False)).prefix_ids == []
+    assert _load(_bpe(pre="gpt-2")).prefix_ids == []
+    assert _load(_bpe(pre="gpt-2", add_bos_token=True)).prefix_ids == [1]
+
+
+def test_what_stands_around_a_text(caplog: pytest.LogCaptureFixture) -> None:
+    assert _load(_bpe(add_eos_token=True)).suffix_ids == [2]
+    assert "after every prompt" in caplog.text
+    assert _load(_spm()).prefix_ids == [1]
+    assert _load(_spm(add_bos_token=False)).prefix_ids == []
+    assert _load(_spm(add_eos_token=True)).suffix_ids == [2]
+
+
+def _spm(added: list[tuple[str, int]] | None = None, **changes: Any) -> dict[str, Any]:
+    rows = [(p.text, p.score, p.kind) for p in golden.model().pieces]
+    rows += [(text, -1000.0, kind) for text, kind in added or []]
+    table: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [text for text, _, _ in rows],
+        "tokenizer.ggml.scores": [score for _, score, _ in rows],
+        "tokenizer.ggml.token_type": [kind for _, _, kind in rows],
+        **{f"tokenizer.ggml.{key}": value for key, value in changes.items()},
+    }
+    return {key: value for key, value in table.items() if value is not None}
+
+
+def test_a_space_before_the_first_word_and_after_special_tokens_unless_the_file_says_otherwise() -> None:
+    the, word = (next(i for i, p in enumerate(golden.model().pieces) if p.text == t) for t in ("▁the", "word"))
+    mark, n = ("<|a|>", 3), golden.N
+    assert _load(_spm([mark])).encode("the<|a|>the", allow_special=True) == [the, n, the]
+    bare = _load(_spm([mark], add_space_prefix=False))
+    assert bare.encode("word<|a|>word", allow_special=True) == [word, n, word]
+    assert bare.decode([the]) == " the"
+
+
+def test_types_of_tokens_mean_what_they_mean_in_llama_cpp() -> None:
+    n = golden.N
+    tokenizer = _load(_spm([("<c>", 3), ("<u>", 4), ("<n>", 5), ("  x", 4)], unknown_token_id=0))
+    assert n not in tokenizer.encode("<c>")
+    assert tokenizer.encode("<c>", allow_special=True) == [n]
+    assert tokenizer.encode("<u>") == [n + 1], "a user-defined token is text like any other"
+    assert tokenizer.decode([n + 1]) == "<u>"
+    assert n + 2 not in tokenizer.encode("<n>", allow_special=True), "an unused one is never written"
+    assert n + 3 in tokenizer.encode("a  xb")
+    assert tokenizer.decode([13, n + 3]) == "\n  x"
+    assert tokenizer.decode([3 + 0x41]) == "A", "a byte"
+    assert tokenizer.special_ids.keys() >= {"<unk>", "<s>", "</s>", "<c>"}
+
+
+def test_a_file_without_types_is_read_by_the_texts() -> None:
+    without = _load(_spm(token_type=None))
+    with_types = _load(_spm())
+    for text in golden.TEXTS:
+        assert without.encode(text) == with_types.encode(text)
+    assert without.special_ids == with_types.special_ids
+
+
+def test_empty_tokens_are_unused_and_doubled_ones_an_error() -> None:
+    tokenizer = _load(_spm([("", 1), ("<|a|>", 3)]))
+    assert tokenizer.encode("<|a|>", allow_special=True) == [golden.N + 1]
+    with pytest.raises(TokenizerError, match="the"):
+        load_gguf(_spm([("▁the", 1)]))
+    tokens = vocabularies.gguf_bpe()["tokenizer.ggml.tokens"]
+    with pytest.raises(TokenizerError, match="twice: 'a'"):
+        load_gguf(_bpe(tokens=[*tokens, "a"], token_type=[1] * (len(tokens) + 1)))
+
+
+def test_a_role_makes_a_token_special_if_it_is_a_name_and_no_word() -> None:
+    tokens = vocabularies.gguf_bpe()["tokenizer.ggml.tokens"]
+    exclamation = tokens.index("!")
+    tokenizer = _load(_bpe(padding_token_id=exclamation, token_type=[1] * len(tokens)))
+    assert tokenizer.pad_id == exclamation
+    assert tokenizer.decode(tokenizer.encode("a!")) == "a!"
+    assert tokenizer.special_ids["<|im_end|>"] == 2, "the eos token, whose type is that of a word"
+    assert tokenizer.eos_ids == (2,)
+
+
+def test_a_unigram_vocabulary_is_a_unigram_vocabulary() -> None:
+    rows = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2), ("▁", -3.0, 1), ("a", -2.0, 1), ("b", -2.0, 1)]
+    rows += [("▁a", -9.0, 1), ("ab", -2.5, 1)]  # as bpe, "ab" would be "▁" "ab"; by probability "▁a" never pays
+    table: dict[str, Any] = {
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.tokens": [text for text, _, _ in rows],
+        "tokenizer.ggml.scores": [score for _, score, _ in rows],
+        "tokenizer.ggml.token_type": [kind for _, _, kind in rows],
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.remove_extra_whitespaces": True,
+    }
+    tokenizer = _load(table)
+    assert tokenizer.encode("ab  a ") == [3, 7, 3, 4]
+    assert (tokenizer.prefix_ids, tokenizer.suffix_ids) == ([], [1])
+    assert gguf_spec.sentencepiece(table).remove_extra_whitespaces
+
+
+def test_every_rule_is_a_pattern_that_the_library_reads() -> None:
+    for split in GGUF_PATTERNS.values():
+        for pattern in split.patterns:
+            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
