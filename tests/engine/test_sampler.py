@@ -185,7 +185,7 @@ parameters = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     params=parameters,
     logits=st.lists(logit, min_size=N, max_size=N),

@@ -164,6 +164,13 @@ def test_a_prompt_of_them_is_computed_and_echoed(padded: Live) -> None:
     assert padded.post("/detokenize", {"tokens": prompt}).status_code == 400
 
 
+def test_an_end_that_the_vocabulary_does_not_list_has_no_name(padded: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = padded.service.llm
+    monkeypatch.setattr(llm.tokenizer, "eos_ids", (260,))
+    info = padded.client.get("/tokenizer_info").json()
+    assert (info["eos_token"], info["eos_token_id"]) == (None, 260)
+
+
 def test_structured_output_works_over_such_a_vocabulary(padded: Live) -> None:
     message = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 60, "temperature": 1}
     form = {"type": "regex", "regex": "[0-9]{4}"}

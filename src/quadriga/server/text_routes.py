@@ -57,7 +57,7 @@ def tokenizer_info(service: Service) -> Response:
     tokenizer = service.llm._need_tokenizer()
 
     def named(token: int | None) -> str | None:
-        return None if token is None else tokenizer.token_text(token)
+        return tokenizer.token_text(token) if token is not None and tokenizer.is_token(token) else None
 
     ends = sorted(service.llm.end_ids)
     eos = next(iter((*tokenizer.eos_ids, *ends)), None)
