@@ -105,4 +105,5 @@ def serve_command(
         if not is_loopback(host) and not keys:
             print("warning: reachable from other machines without an API key; see --api-key", file=sys.stderr)
 
+    runtime.prefer_short_pauses()
     serve(service, limits, listener, drain_s=drain, stay_on_failure=stay_on_failure, started=started)

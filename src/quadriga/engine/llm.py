@@ -40,6 +40,7 @@ from quadriga.ops.expert_store import ExpertStore
 from quadriga.quant.packed import kv_block_bytes
 from quadriga.text import template_process
 from quadriga.text.chat import render
+from quadriga.text.least_tokens import LeastTokens
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.text.turn_ends import TurnEnds, turn_ends
 
@@ -51,6 +52,9 @@ Progress = Callable[[int, int, str], None]
 
 Answer = Generator[TokenEvent, None, None]
 """Tokens as they are made; closing it ends the answer."""
+
+_ORDINARY_CHARS = 8
+"""Of a token. A text below this times the context may well fit, and is encoded to find out."""
 
 
 def load(
@@ -179,6 +183,7 @@ class LLM:
             max_sequences=max_sequences,
         )
         self._inbox: dict[int, deque[Event]] = {}
+        self._least = None if tokenizer is None else LeastTokens(tokenizer)
 
     @property
     def expert_store(self) -> ExpertStore | None:
@@ -420,11 +425,33 @@ class LLM:
                 (:meth:`chat_ids`) words always stay words.
         """
         if isinstance(prompt, str):
+<<<<<<< HEAD
             prompt = self._need_tokenizer().encode_prompt(prompt, allow_special=parse_special)
+=======
+            tokenizer = self._need_tokenizer()
+            self.check_length(prompt)
+            prompt = [*tokenizer.prefix_ids, *tokenizer.encode(prompt)]
+>>>>>>> wt-http
         ids: list[int] = self._check_ids(prompt).tolist()
         return ids
 
+    def check_length(self, text: str) -> None:
+        """Refuse a text that cannot fit the context, without encoding it: megabytes would take seconds.
+
+        Raises:
+            RequestError: it certainly has more tokens than the context.
+        """
+        limit = self.config.max_seq_len
+        if self._least is None or len(text) <= _ORDINARY_CHARS * limit:
+            return
+        least = self._least.of(text)
+        if least > limit:
+            raise RequestError(f"{len(text)} characters, {least} tokens or more, exceed the model's context of {limit}")
+
     def _check_ids(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+        # Before a tensor is made of them: a million takes torch 0.2 s, in which no other thread can run.
+        if not isinstance(token_ids, Tensor):
+            self._check_count(len(token_ids))
         try:
             ids = torch.as_tensor(token_ids)
         except (ValueError, TypeError, RuntimeError):  # beyond 64 bits, or something else than numbers
@@ -437,9 +464,12 @@ class LLM:
             raise RequestError(
                 f"token ids must be from 0 to {self.config.vocab_size - 1}, got {int(ids.min())} to {int(ids.max())}"
             )
-        if len(ids) > self.config.max_seq_len:
-            raise RequestError(f"{len(ids)} tokens exceed the model's context of {self.config.max_seq_len}")
+        self._check_count(len(ids))
         return ids.long()
+
+    def _check_count(self, n_tokens: int) -> None:
+        if n_tokens > self.config.max_seq_len:
+            raise RequestError(f"{n_tokens} tokens exceed the model's context of {self.config.max_seq_len}")
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -6,6 +6,7 @@ import hashlib
 import mimetypes
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from quadriga.server.errors import ApiError, as_api_error, as_bug
 from quadriga.server.guard import Guard, Limits, read_body
 from quadriga.server.openapi import document
 from quadriga.server.schema import (
+    INLINE_BYTES,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
     TemplateRequest,
     TokenizeRequest,
-    convert,
     parse,
 )
 from quadriga.server.service import Caller, Service
@@ -63,48 +64,49 @@ def build(service: Service, limits: Limits) -> Guard:
 
     def generates(kind: type, whole: Answer, stream: Answer) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            body: Any = parse(await read_body(request, limits), kind)
+            body: Any = await parsed(request, kind)
             caller = request.state.caller
             answer: Response = await unless_gone(request, (stream if body.stream else whole)(service, body, caller))
             return answer
 
         return endpoint
 
-    def simple(
-        kind: type, answer: Callable[[Service, Any], Awaitable[Response]]
-    ) -> Callable[[Request], Awaitable[Response]]:
+    def simple(kind: type, answer: Answer) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            body: Any = parse(await read_body(request, limits), kind)
-            response: Response = await unless_gone(request, answer(service, body))
+            body: Any = await parsed(request, kind)
+            response: Response = await unless_gone(request, answer(service, body, request.state.caller))
             return response
 
         return endpoint
+
+    async def parsed(request: Request, kind: type) -> Any:
+        raw = await read_body(request, limits)
+        request.state.caller.n_bytes = len(raw)
+        if len(raw) <= INLINE_BYTES:
+            return parse(raw, kind)
+        return await unless_gone(request, service.work.check(len(raw), parse, raw, kind))
 
     async def batch(request: Request) -> Response:
         raw = await read_body(request, limits, ("application/jsonl", "application/x-ndjson"))
         caller: Caller = request.state.caller
 
         def handler(kind: type, answer: Answer) -> batches.Handler:
-            async def handle(body: Any) -> Response:
-                parsed: Any = convert(body, kind)
-                if parsed.stream:
+            async def handle(line: bytes) -> Response:
+                body: Any = await service.work.check(len(line), batches.body_of, line, kind)
+                if getattr(body, "stream", None):
                     raise ApiError(400, "a batch has no streams", param="stream")
-                return await answer(service, parsed, caller)
+                return await answer(service, body, replace(caller, n_bytes=len(line)))
 
             return handle
 
-        async def embed(body: Any) -> Response:
-            return await text_routes.embeddings(service, convert(body, EmbeddingRequest))
-
-        return batches.run(
-            raw,
-            {
-                "/v1/chat/completions": handler(ChatRequest, chat.complete),
-                "/v1/completions": handler(CompletionRequest, completions.complete),
-                "/v1/responses": handler(responses.ResponsesRequest, responses.complete),
-                "/v1/embeddings": embed,
-            },
-        )
+        handlers = {
+            "/v1/chat/completions": handler(ChatRequest, chat.complete),
+            "/v1/completions": handler(CompletionRequest, completions.complete),
+            "/v1/responses": handler(responses.ResponsesRequest, responses.complete),
+            "/v1/embeddings": handler(EmbeddingRequest, text_routes.embeddings),
+        }
+        answer: Response = await unless_gone(request, service.work.check(len(raw), batches.run, raw, handlers))
+        return answer
 
     def plain(answer: Callable[[], Response]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(_: Request) -> Response:
@@ -159,6 +161,7 @@ def build(service: Service, limits: Limits) -> Guard:
         await service.engine.start()
         yield
         await service.engine.stop(LAST_STEP_S)
+        service.work.close()
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error, Exception: _bug})
     return Guard(app, limits)
@@ -175,12 +178,18 @@ def _counted(
         except (Gone, ClientDisconnect):
             response = Response(status_code=499)
         except QuadrigaError as error:
-            shown = as_api_error(error)
-            response = json_response(shown.body(request.url.path), shown.status, shown.headers)
+            response = _refusal(error, request.url.path)
         service.metrics.answers.labels(path, str(response.status_code)).inc()
         return response
 
     return counted
+
+
+def _refusal(error: QuadrigaError, path: str) -> Response:
+    """An error as an answer. Whoever catches one keeps no second name for it: the two would hold each other, and the
+    request's body with them, until the collector comes by."""
+    shown = as_api_error(error)
+    return json_response(shown.body(path), shown.status, shown.headers)
 
 
 def page_routes(folder: Path) -> list[Route]:

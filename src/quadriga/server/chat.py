@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import Response
 
 from quadriga.engine.request import TokenEvent
 from quadriga.server.errors import ApiError
-from quadriga.server.schema import ChatRequest
+from quadriga.server.schema import INLINE_BYTES, ChatRequest
 from quadriga.server.service import Answers, Caller, Choice, Service
-from quadriga.server.sse import EventSender, EventStream, json_response
+from quadriga.server.sse import EventSender, EventStream, json_response, part
 from quadriga.server.tools import Reader, ToolUse
-from quadriga.text.chat import render_soon
+from quadriga.text.chat import RenderedPrompt, render, render_soon
 
 MAX_MESSAGES = 10_000
 
@@ -28,29 +29,67 @@ async def start(service: Service, body: ChatRequest, caller: Caller) -> tuple[An
     service.check_model(body.model)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise ApiError(400, "give max_tokens or max_completion_tokens, not both", param="max_tokens")
-    if not 1 <= len(body.messages) <= MAX_MESSAGES:
-        raise ApiError(400, f"messages must be 1 to {MAX_MESSAGES}, got {len(body.messages)}", param="messages")
+    check_count(service, len(body.messages))
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is for streams", param="stream_options")
     if body.metadata:
         raise ApiError(400, "metadata is not supported: answers are not stored", param="metadata")
-    tools = ToolUse(body)
     constraint = service.constraint(body.response_format)
+    tools, turns = await service.work.check(caller.n_bytes, _turns, body)
     if tools.forced:
         if constraint is not None:
             raise ApiError(400, "a forced tool call leaves no room for a response_format", param="response_format")
         constraint = ("json", tools.schema())
-    tokenizer = service.llm._need_tokenizer()
-    turns = tools.messages(body.messages)
-    ids = (await render_soon(turns, tokenizer)).ids
+    ids = (await rendered(service, turns, caller, check=service.llm.check_length)).ids
     given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if given is not None and given < 1:
         raise ApiError(400, f"max_tokens must be at least 1, got {given}", param="max_tokens")
     limit = service.llm.config.max_seq_len if given is None else given
-    params = service.llm.chat_params(service.params(body, max_tokens=limit, logprobs=body.top_logprobs or 0))
+    params = await service.work.check(
+        caller.n_bytes, lambda: service.params(body, max_tokens=limit, logprobs=body.top_logprobs or 0)
+    )
+    params = service.llm.chat_params(params)
     return await service.run([ids], params, body, caller, constraint=constraint), tools
+
+
+def check_count(service: Service, n_messages: int) -> None:
+    """Refuse a conversation of no messages, or of so many that no context holds them.
+
+    Raises:
+        ApiError: 400 that names the bound.
+    """
+    most = min(MAX_MESSAGES, service.llm.config.max_seq_len)
+    if not 1 <= n_messages <= most:
+        raise ApiError(400, f"messages must be 1 to {most}, got {n_messages}", param="messages")
+
+
+def _turns(body: ChatRequest) -> tuple[ToolUse, list[dict[str, str]]]:
+    tools = ToolUse(body)
+    return tools, tools.messages(body.messages)
+
+
+async def rendered(
+    service: Service,
+    turns: list[dict[str, str]],
+    caller: Caller,
+    *,
+    add_generation_prompt: bool = True,
+    check: Callable[[str], None] | None = None,
+) -> RenderedPrompt:
+    """A conversation as the model reads it: on the threads for templates, a large one on those for large bodies.
+
+    Args:
+        check: see ``text.chat.render``.
+    """
+    tokenizer = service.llm._need_tokenizer()
+    if caller.n_bytes <= INLINE_BYTES:
+        return await render_soon(turns, tokenizer, add_generation_prompt=add_generation_prompt, check=check)
+    return await service.work.encode(
+        caller.n_bytes,
+        lambda: render(turns, tokenizer, add_generation_prompt=add_generation_prompt, check=check),
+    )
 
 
 def finish_reason(choice: Choice, called: bool) -> str:
@@ -63,6 +102,11 @@ async def complete(service: Service, body: ChatRequest, caller: Caller) -> Respo
     answers, tools = await start(service, body, caller)
     await answers.collect()
     record(service, answers)
+    size = answers.n_bytes((1 + (body.top_logprobs or 0) if body.logprobs else 0) + 8 * body.routing)
+    return await service.work.write(size, _whole, service, body, answers, tools)
+
+
+def _whole(service: Service, body: ChatRequest, answers: Answers, tools: ToolUse) -> Response:
     choices = []
     for choice in answers.choices:
         content, calls = tools.read(choice.text)
@@ -77,7 +121,7 @@ async def complete(service: Service, body: ChatRequest, caller: Caller) -> Respo
         }
         if body.routing:
             shown["routing"] = [r for event in choice.events for r in service.routing(event)]
-        choices.append(shown)
+        choices.append(part(shown))
     head = {"id": _new_id(), "object": "chat.completion", "created": int(time.time()), "model": service.name}
     return json_response({**head, "choices": choices, "usage": answers.usage(), "timings": answers.timings()})
 
@@ -148,10 +192,12 @@ def record(service: Service, answers: Answers) -> None:
 def _logprobs(service: Service, events: list[TokenEvent]) -> dict[str, Any]:
     return {
         "content": [
-            {
-                **_one(service, event.token_id, event.logprob),
-                "top_logprobs": [_one(service, token, logprob) for token, logprob in event.top_logprobs],
-            }
+            part(
+                {
+                    **_one(service, event.token_id, event.logprob),
+                    "top_logprobs": [_one(service, token, logprob) for token, logprob in event.top_logprobs],
+                }
+            )
             for event in events
         ],
         "refusal": None,

@@ -15,8 +15,12 @@ from quadriga.server.chat import record
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import MAX_CHOICES, CompletionRequest
 from quadriga.server.service import Answers, Caller, Choice, Service
+<<<<<<< HEAD
 from quadriga.server.sse import EventSender, EventStream, json_response
 from quadriga.text.stream import Offsets
+=======
+from quadriga.server.sse import EventSender, EventStream, json_response, part
+>>>>>>> wt-http
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -29,6 +33,7 @@ def prompts_of(service: Service, given: Any, param: str, *, parse_special: bool 
 
     Raises:
         ApiError: nothing, or too many; ids outside the vocabulary are the engine's to refuse.
+        RequestError: a prompt that exceeds the context, which is known of most long texts before they are encoded.
     """
     kinds = {type(item) for item in given} if isinstance(given, list) else set()
     if len(kinds) > 1:
@@ -51,12 +56,18 @@ async def start(service: Service, body: CompletionRequest, caller: Caller) -> tu
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens < 0 or (max_tokens == 0 and not body.echo):
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo", param="max_tokens")
+<<<<<<< HEAD
     special = body.parse_special
     prompts = await asyncio.to_thread(prompts_of, service, body.prompt, "prompt", parse_special=special)
+=======
+>>>>>>> wt-http
     # One token is always made; with max_tokens=0 it is not shown.
-    params = service.params(body, max_tokens=max(1, max_tokens), logprobs=body.logprobs or 0)
+    params = await service.work.check(
+        caller.n_bytes, lambda: service.params(body, max_tokens=max(1, max_tokens), logprobs=body.logprobs or 0)
+    )
     if body.echo and body.logprobs is not None:
         params = replace(params, prompt_logprobs=True)
+    prompts = await service.work.encode(caller.n_bytes, prompts_of, service, body.prompt, "prompt")
     return await service.run(
         prompts, params, body, caller, constraint=service.constraint(body.response_format)
     ), prompts
@@ -67,22 +78,34 @@ async def complete(service: Service, body: CompletionRequest, caller: Caller) ->
     answers, prompts = await start(service, body, caller)
     await answers.collect()
     record(service, answers)
+    echoes = [await _decode(service, prompt) if body.echo else "" for prompt in prompts]
+    size = answers.n_bytes((0 if body.logprobs is None else 1 + body.logprobs) + 8 * body.routing)
+    return await service.work.write(size, _whole, service, body, answers, prompts, echoes)
+
+
+def _whole(
+    service: Service, body: CompletionRequest, answers: Answers, prompts: list[list[int]], echoes: list[str]
+) -> Response:
     n = body.n or 1
     choices = []
     for choice in answers.choices:
         prompt = prompts[choice.index // n]
         if body.max_tokens == 0:
-            choice.text, choice.events, choice.finish_reason = "", [], "length"
-        echoed = await _decode(service, prompt) if body.echo else ""
+            choice.events, choice.finish_reason = [], "length"
         shown: dict[str, Any] = {
             "index": choice.index,
+<<<<<<< HEAD
             "text": echoed + choice.text,
             "logprobs": None if body.logprobs is None else _logprobs(service, choice, prompt, echo=bool(body.echo)),
+=======
+            "text": echoes[choice.index // n] + choice.text,
+            "logprobs": None if body.logprobs is None else _logprobs(service, choice, prompt if body.echo else []),
+>>>>>>> wt-http
             "finish_reason": choice.finish_reason,
         }
         if body.routing:
             shown["routing"] = [r for event in choice.events for r in service.routing(event)]
-        choices.append(shown)
+        choices.append(part(shown))
     head = {"id": _new_id(), "object": "text_completion", "created": int(time.time()), "model": service.name}
     return json_response({**head, "choices": choices, "usage": answers.usage(), "timings": answers.timings()})
 
@@ -117,8 +140,9 @@ async def stream(service: Service, body: CompletionRequest, caller: Caller) -> R
 
         try:
             if body.echo:
+                echoes = [await _decode(service, prompt) for prompt in prompts]
                 for choice in answers.choices:
-                    sender.event(chunk(choice, await _decode(service, prompts[choice.index // n])))
+                    sender.event(chunk(choice, echoes[choice.index // n]))
             await sender.flush()
             async for batch in answers.batches():
                 for choice, event in batch:
@@ -163,7 +187,17 @@ def _logprobs(
     own += [event.logprob for event in choice.events]
     top += [event.top_logprobs for event in choice.events]
     tokens = [service.token_text(token) for token in ids]
+<<<<<<< HEAD
     shown = [None if pairs is None else {service.token_text(t): max(p, -9999.0) for t, p in pairs} for pairs in top]
+=======
+    offsets, at = [], 0
+    for token in tokens:
+        offsets.append(at)
+        at += len(token)
+    shown = [
+        None if pairs is None else part({service.token_text(t): max(p, -9999.0) for t, p in pairs}) for pairs in top
+    ]
+>>>>>>> wt-http
     return {
         "tokens": tokens,
         "token_logprobs": [None if p is None else max(p, -9999.0) for p in own],

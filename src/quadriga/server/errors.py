@@ -7,6 +7,8 @@ from typing import Any
 from quadriga.errors import BusyError, EngineError, InputError, QuadrigaError
 
 RETRY_AFTER_S = 1
+_MAX_MESSAGE = 2_000
+"""Characters. What a client sent may be part of a message, but not megabytes of it."""
 
 _OPENAI_TYPES = {
     400: "invalid_request_error",
@@ -46,8 +48,9 @@ class ApiError(QuadrigaError):
         code: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code, self.retry_after_s = status, param, code, retry_after_s
+        super().__init__(_shortened(message))
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
+        self.param = None if param is None else _shortened(param)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -70,6 +73,10 @@ class ApiError(QuadrigaError):
     def body(self, path: str) -> dict[str, Any]:
         """The body for whoever asks at this path."""
         return self.anthropic() if "/messages" in path else self.openai()
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}... ({len(text)} characters)"
 
 
 def as_api_error(error: QuadrigaError) -> ApiError:

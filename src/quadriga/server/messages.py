@@ -10,7 +10,7 @@ from typing import Any, Literal
 from msgspec import Struct
 from starlette.responses import Response
 
-from quadriga.server import chat
+from quadriga.server import chat, text_routes
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import (
     ChatRequest,
@@ -25,7 +25,6 @@ from quadriga.server.schema import (
 from quadriga.server.service import Answers, Caller, Service
 from quadriga.server.sse import EventSender, EventStream, json_response
 from quadriga.server.tools import Reader, ToolUse
-from quadriga.text.chat import render_soon
 
 
 class TextBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
@@ -154,11 +153,11 @@ def _text(content: str | list[TextBlock]) -> str:
 def _turn(index: int, turn: Turn) -> list[Message]:
     if isinstance(turn.content, str):
         return [Message(role=turn.role, content=turn.content)]
-    text, calls, results = "", [], []
+    texts, calls, results = [], [], []
     for i, block in enumerate(turn.content):
         place = f"messages[{index}].content[{i}]"
         if isinstance(block, TextBlock):
-            text += block.text
+            texts.append(block.text)
         elif isinstance(block, ToolUseBlock):
             if turn.role != "assistant":
                 raise ApiError(400, "tool_use belongs to the assistant", param=place)
@@ -170,18 +169,18 @@ def _turn(index: int, turn: Turn) -> list[Message]:
             result = _text(block.content or "")
             content = f"error: {result}" if block.is_error else result
             results.append(Message(role="tool", tool_call_id=block.tool_use_id, content=content))
+    text = "".join(texts)
     if turn.role == "assistant":
         return [Message(role="assistant", content=text, tool_calls=calls or None)]
     return [*results, Message(role="user", content=text)] if text or not results else results
 
 
-async def count(service: Service, body: CountRequest) -> Response:
-    """How many tokens a request would be."""
+async def count(service: Service, body: CountRequest, caller: Caller) -> Response:
+    """How many tokens a request would be; not limited to the context."""
     service.check_model(body.model)
-    request = as_chat(body)
-    turns = ToolUse(request).messages(request.messages)
-    rendered = await render_soon(turns, service.llm._need_tokenizer())
-    return json_response({"input_tokens": len(rendered.ids)})
+    request = await service.work.check(caller.n_bytes, as_chat, body)
+    ids = (await text_routes.rendered(service, request, caller)).ids
+    return json_response({"input_tokens": len(ids)})
 
 
 def _stop(service: Service, body: MessagesRequest, answers: Answers, called: bool) -> tuple[str, str | None]:
@@ -242,9 +241,14 @@ _NO_TEXT: dict[str, Any] = {"type": "text", "text": "", "citations": None}
 
 async def complete(service: Service, body: MessagesRequest, caller: Caller) -> Response:
     """The whole message."""
-    answers, tools = await chat.start(service, as_chat(body), caller)
+    request = await service.work.check(caller.n_bytes, as_chat, body)
+    answers, tools = await chat.start(service, request, caller)
     await answers.collect()
     chat.record(service, answers)
+    return await service.work.write(answers.n_bytes(), _whole, service, body, answers, tools)
+
+
+def _whole(service: Service, body: MessagesRequest, answers: Answers, tools: ToolUse) -> Response:
     content, calls = tools.read(answers.choices[0].text)
     blocks = [{**_NO_TEXT, "text": content or ""}] if content or not calls else []
     blocks += [_tool_block(call) for call in calls]
@@ -254,7 +258,8 @@ async def complete(service: Service, body: MessagesRequest, caller: Caller) -> R
 
 async def stream(service: Service, body: MessagesRequest, caller: Caller) -> Response:
     """The message as events."""
-    answers, tools = await chat.start(service, as_chat(body), caller)
+    request = await service.work.check(caller.n_bytes, as_chat, body)
+    answers, tools = await chat.start(service, request, caller)
 
     async def produce(sender: EventSender) -> None:
         def send(kind: str, **fields: Any) -> None:
@@ -275,7 +280,8 @@ async def stream(service: Service, body: MessagesRequest, caller: Caller) -> Res
                 await sender.flush()
             chat.record(service, answers)
             blocks.finish()
-            end = _end(*_stop(service, body, answers, reader.n_calls > 0))
+            called = reader.n_calls > 0
+            end = _end(*await service.work.write(answers.n_bytes(), _stop, service, body, answers, called))
             send("message_delta", delta=end, usage=_usage(answers))
             send("message_stop")
         finally:

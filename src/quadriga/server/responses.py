@@ -164,8 +164,9 @@ def _message(index: int, item: Item) -> Message:
     for i, part in enumerate(item.content):
         kind, text = part.get("type"), part.get("text")
         if kind not in ("input_text", "output_text", "text") or not isinstance(text, str):
+            shown = repr(kind[:80]) if isinstance(kind, str) else type(kind).__name__
             raise ApiError(
-                400, f"content of type {kind!r} is not supported: this model reads text", param=f"{place}.content[{i}]"
+                400, f"content of type {shown} is not supported: this model reads text", param=f"{place}.content[{i}]"
             )
         parts.append(TextPart(type="text", text=text))
     return Message(role=item.role, content=parts)
@@ -256,7 +257,8 @@ def _call_item(call: dict[str, Any], status: str = "completed") -> dict[str, Any
 
 async def complete(service: Service, body: ResponsesRequest, caller: Caller) -> Response:
     """The whole response."""
-    answers, tools = await chat.start(service, as_chat(body), caller)
+    request = await service.work.check(caller.n_bytes, as_chat, body)
+    answers, tools = await chat.start(service, request, caller)
     await answers.collect()
     chat.record(service, answers)
     content, calls = tools.read(answers.choices[0].text)
@@ -269,7 +271,8 @@ async def complete(service: Service, body: ResponsesRequest, caller: Caller) -> 
 
 async def stream(service: Service, body: ResponsesRequest, caller: Caller) -> Response:
     """The response as events."""
-    answers, tools = await chat.start(service, as_chat(body), caller)
+    request = await service.work.check(caller.n_bytes, as_chat, body)
+    answers, tools = await chat.start(service, request, caller)
     shell = _shell(service, body, f"resp_{secrets.token_hex(12)}", int(time.time()))
 
     async def produce(sender: EventSender) -> None:
@@ -292,13 +295,16 @@ async def stream(service: Service, body: ResponsesRequest, caller: Caller) -> Re
             whole = _finish(shell, answers, out.finish("incomplete" if cut else "completed"))
             out.send(f"response.{whole['status']}", response=whole)
         except QuadrigaError as error:
-            shown = as_api_error(error)
-            failure = {"code": shown.code or "server_error", "message": str(shown)}
-            out.send("response.failed", response={**shell, "status": "failed", "error": failure})
+            out.send("response.failed", response={**shell, "status": "failed", "error": _failure(error)})
         finally:
             answers.close()
 
     return EventStream(produce)
+
+
+def _failure(error: QuadrigaError) -> dict[str, Any]:
+    shown = as_api_error(error)
+    return {"code": shown.code or "server_error", "message": str(shown)}
 
 
 class _Output:
@@ -308,7 +314,7 @@ class _Output:
         self._sender, self._number = sender, -1
         self._items: list[dict[str, Any]] = []
         self._message: str | None = None  # the id of the message that is open
-        self._said = ""
+        self._said: list[str] = []
 
     def send(self, kind: str, **fields: Any) -> None:
         """One event, numbered."""
@@ -318,11 +324,11 @@ class _Output:
     def text(self, piece: str) -> None:
         """Words, into the open message or a new one."""
         if self._message is None:
-            self._message, self._said = f"msg_{secrets.token_hex(12)}", ""
+            self._message, self._said = f"msg_{secrets.token_hex(12)}", []
             begun = _text_item(self._message, "", "in_progress")
             self.send("response.output_item.added", output_index=len(self._items), item=begun)
             self.send("response.content_part.added", **self._place(), part={**_TEXT_PART, "text": ""})
-        self._said += piece
+        self._said.append(piece)
         if piece:
             self.send("response.output_text.delta", **self._place(), delta=piece, logprobs=[])
 
@@ -351,9 +357,10 @@ class _Output:
     def _close(self, status: str) -> None:
         if self._message is None:
             return
-        item = _text_item(self._message, self._said, status)
-        self.send("response.output_text.done", **self._place(), text=self._said, logprobs=[])
-        self.send("response.content_part.done", **self._place(), part={**_TEXT_PART, "text": self._said})
+        said = "".join(self._said)
+        item = _text_item(self._message, said, status)
+        self.send("response.output_text.done", **self._place(), text=said, logprobs=[])
+        self.send("response.content_part.done", **self._place(), part={**_TEXT_PART, "text": said})
         self.send("response.output_item.done", output_index=len(self._items), item=item)
         self._items.append(item)
         self._message = None

@@ -6,6 +6,7 @@ fields ─► SamplingParams ─► one engine request a choice ─► events, m
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,16 @@ from quadriga.engine.request import PromptReport, Request, SamplingParams, Token
 from quadriga.errors import RequestError
 from quadriga.server.errors import ApiError
 from quadriga.server.metrics import Metrics
-from quadriga.server.schema import MAX_CHOICES, MAX_STOPS, ResponseFormat, Sampling
+from quadriga.server.schema import (
+    MAX_BIASES,
+    MAX_CHOICES,
+    MAX_STOP_CHARS,
+    MAX_STOP_IDS,
+    MAX_STOPS,
+    ResponseFormat,
+    Sampling,
+)
+from quadriga.server.work import Work
 from quadriga.text.grammar import Grammar, Grammars
 
 
@@ -27,6 +37,8 @@ class Caller:
 
     salt: bytes = b""
     """Prefixes in the cache are shared within one key only."""
+    n_bytes: int = 0
+    """Of the request's body, or of its line in a batch: says where it is worked on (``server.work``)."""
 
 
 @dataclass
@@ -34,10 +46,14 @@ class Choice:
     """One answer as far as it has come."""
 
     index: int
-    text: str = ""
     events: list[TokenEvent] = field(default_factory=list)
     finish_reason: str | None = None
     prompt: PromptReport | None = None
+
+    @property
+    def text(self) -> str:
+        """What has come of it."""
+        return "".join(event.text for event in self.events)
 
 
 class Answers:
@@ -66,7 +82,6 @@ class Answers:
                 batch = [(choices[stream], event) for stream, event in await self._inbox.take()]
                 self.first = self.first or time.perf_counter()
                 for choice, event in batch:
-                    choice.text += event.text
                     choice.events.append(event)
                     choice.prompt = choice.prompt or event.prompt
                     choice.finish_reason = event.finish_reason
@@ -86,6 +101,11 @@ class Answers:
             self._alarm.cancel()
         for stream in self._streams:
             stream.close()
+
+    def n_bytes(self, n_logprobs: int = 0) -> int:
+        """About how many bytes the answers are as JSON, with so many log-probabilities (or their like) a token."""
+        prompts = sum(len(choice.prompt.logprobs) for choice in self.choices if choice.prompt is not None)
+        return (8 + 64 * n_logprobs) * (prompts + sum(len(choice.events) for choice in self.choices))
 
     def usage(self) -> dict[str, Any]:
         """Token counts as OpenAI writes them."""
@@ -131,6 +151,7 @@ class Service:
     def __init__(self, llm: LLM, *, name: str, max_waiting: int = 256, step_timeout_s: float = STEP_TIMEOUT_S) -> None:
         self.llm, self.name, self.created = llm, name, int(time.time())
         self.engine = AsyncEngine(llm.engine, max_waiting=max_waiting, step_timeout_s=step_timeout_s)
+        self.work = Work()
         self.metrics = Metrics(self)
         self.draining = False
         self._grammars: Grammars | None = None
@@ -156,7 +177,7 @@ class Service:
             return adapter
         served = ", ".join(repr(name) for name in self.names)
         raise ApiError(
-            404, f"the model {model!r} is not served here; {served} is", param="model", code="model_not_found"
+            404, f"the model {model[:100]!r} is not served here; {served} is", param="model", code="model_not_found"
         )
 
     @property
@@ -182,8 +203,18 @@ class Service:
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         if len(stops) > MAX_STOPS:
             raise ApiError(400, f"stop takes at most {MAX_STOPS} strings, got {len(stops)}", param="stop")
+        longest = max(map(len, stops), default=0)
+        if longest > MAX_STOP_CHARS:
+            raise ApiError(400, f"a stop string has at most {MAX_STOP_CHARS} characters, got {longest}", param="stop")
+        given_bias, stop_ids = body.logit_bias or {}, body.stop_token_ids or []
+        if len(given_bias) > MAX_BIASES:
+            message = f"logit_bias takes at most {MAX_BIASES} token ids, got {len(given_bias)}"
+            raise ApiError(400, message, param="logit_bias")
+        if len(stop_ids) > MAX_STOP_IDS:
+            message = f"stop_token_ids takes at most {MAX_STOP_IDS}, got {len(stop_ids)}"
+            raise ApiError(400, message, param="stop_token_ids")
         bias = {}
-        for key, value in (body.logit_bias or {}).items():
+        for key, value in given_bias.items():
             if not (key.isdecimal() and len(key) < 10):
                 raise ApiError(400, f"logit_bias keys are token ids, got {key[:40]!r}", param="logit_bias")
             bias[int(key)] = value
@@ -201,7 +232,7 @@ class Service:
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
             logit_bias=bias,
             stop=tuple(stops),
-            stop_ids=tuple(body.stop_token_ids or ()),
+            stop_ids=tuple(stop_ids),
             ignore_eos=body.ignore_eos,
             seed=body.seed,
             logprobs=logprobs,
@@ -253,13 +284,13 @@ class Service:
             limit = self.engine.capacity
             raise ApiError(400, f"n times the prompts must be at most {limit} on this server", param="n")
         requests = []
-        for prompt in prompts:
+        for prompt in map(tuple, prompts):  # one tuple for all its answers
             for i in range(n):
                 grammar = None
                 if constraint is not None:
                     grammar = await asyncio.to_thread(self.grammar, *constraint)
                 request = Request(
-                    prompt=tuple(prompt),
+                    prompt=prompt,
                     params=params if params.seed is None or i == 0 else _with_seed(params, params.seed + i),
                     priority=body.priority,
                     routing=body.routing,
@@ -300,6 +331,7 @@ class Service:
 
 
 def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
-    from dataclasses import replace
-
-    return replace(params, seed=seed % 2**63)
+    """The same with another seed. What has been checked is not checked again for each of 128 answers."""
+    other = copy.copy(params)
+    object.__setattr__(other, "seed", seed % 2**63)
+    return other

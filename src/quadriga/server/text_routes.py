@@ -4,52 +4,73 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from starlette.responses import Response
 from torch import Tensor
 
+from quadriga.server import chat
 from quadriga.server.completions import prompts_of
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import (
     ChatRequest,
     DetokenizeRequest,
     EmbeddingRequest,
-    Message,
     TemplateRequest,
     TokenizeRequest,
 )
-from quadriga.server.service import Service
-from quadriga.server.sse import json_response
+from quadriga.server.service import Caller, Service
+from quadriga.server.sse import json_response, part
 from quadriga.server.tools import ToolUse
-from quadriga.text.chat import RenderedPrompt, render_soon
+from quadriga.text.chat import RenderedPrompt
+
+MAX_TEXT_BYTES = 1 << 20
+"""UTF-8 bytes of a text where no context bounds it: some seconds of encoding at most, and as many tokens."""
 
 
-async def tokenize(service: Service, body: TokenizeRequest) -> Response:
-    """A text's token ids, or a conversation's."""
+async def tokenize(service: Service, body: TokenizeRequest, caller: Caller) -> Response:
+    """A text's token ids, or a conversation's; not limited to the context."""
     service.check_model(body.model)
     tokenizer = service.llm._need_tokenizer()
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give prompt or messages", param="prompt")
     if body.prompt is not None:
+<<<<<<< HEAD
         encode = tokenizer.encode_prompt if body.add_special_tokens else tokenizer.encode
         ids = await asyncio.to_thread(encode, body.prompt, allow_special=body.parse_special)
+=======
+        check_text([body.prompt], "prompt")
+        encoded = await service.work.encode(caller.n_bytes, tokenizer.encode, body.prompt)
+        ids = [*(tokenizer.prefix_ids if body.add_special_tokens else []), *encoded]
+>>>>>>> wt-http
     else:
-        ids = (await _rendered(service, body.messages or [], body.add_generation_prompt)).ids
-    strings = [service.token_text(token) for token in ids] if body.return_token_strs else None
+        request = ChatRequest(model=service.name, messages=body.messages or [])
+        ids = (await rendered(service, request, caller, body.add_generation_prompt)).ids
+    return await service.work.check(caller.n_bytes, _tokens, service, ids, body.return_token_strs)
+
+
+def _tokens(service: Service, ids: list[int], with_strings: bool) -> Response:
+    names: dict[int, str] = {}
+    strings = [names.get(i) or names.setdefault(i, service.token_text(i)) for i in ids] if with_strings else None
     limit = service.llm.config.max_seq_len
-    return json_response({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings})
+    shown = {"count": len(ids), "max_model_len": limit, "tokens": part(ids), "token_strs": part(strings)}
+    return json_response(shown)
 
 
-async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
+async def detokenize(service: Service, body: DetokenizeRequest, caller: Caller) -> Response:
     """The text of token ids."""
     service.check_model(body.model)
+    return await service.work.encode(caller.n_bytes, _text, service, body.tokens)
+
+
+def _text(service: Service, ids: list[int]) -> Response:
     tokenizer = service.llm._need_tokenizer()
-    outside = [token for token in body.tokens if not 0 <= token < tokenizer.n_vocab]
+    outside = [token for token in ids if not 0 <= token < tokenizer.n_vocab]
     if outside:
         raise ApiError(400, f"token ids are 0 to {tokenizer.n_vocab - 1}, got {outside[:4]}", param="tokens")
-    return json_response({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
+    return json_response({"prompt": tokenizer.decode(ids)})
 
 
 def tokenizer_info(service: Service) -> Response:
@@ -77,19 +98,19 @@ def tokenizer_info(service: Service) -> Response:
     return json_response(info)
 
 
-async def apply_template(service: Service, body: TemplateRequest) -> Response:
+async def apply_template(service: Service, body: TemplateRequest, caller: Caller) -> Response:
     """A conversation as the text that the model reads."""
     service.check_model(body.model)
-    rendered = await _rendered(service, body.messages, body.add_generation_prompt)
-    return json_response({"prompt": rendered.text})
+    request = ChatRequest(model=service.name, messages=body.messages)
+    return json_response({"prompt": (await rendered(service, request, caller, body.add_generation_prompt)).text})
 
 
-async def embeddings(service: Service, body: EmbeddingRequest) -> Response:
+async def embeddings(service: Service, body: EmbeddingRequest, caller: Caller) -> Response:
     """Texts as vectors of length 1: the mean of the last hidden states."""
     service.check_model(body.model)
     if body.dimensions not in (None, service.llm.config.d_model):
         raise ApiError(400, f"this model's vectors have {service.llm.config.d_model} dimensions", param="dimensions")
-    prompts = await asyncio.to_thread(prompts_of, service, body.input, "input")
+    prompts = await service.work.encode(caller.n_bytes, prompts_of, service, body.input, "input")
     data = []
     for i, prompt in enumerate(prompts):
         vector = (await _embed(service, prompt)).numpy()
@@ -114,7 +135,34 @@ async def _embed(service: Service, ids: list[int]) -> Tensor:
         await asyncio.shield(call(lambda _: passes.close()))  # on the engine's thread: it gives blocks back
 
 
-async def _rendered(service: Service, messages: list[Message], add_generation_prompt: bool) -> RenderedPrompt:
-    turns = ToolUse(ChatRequest(model=service.name, messages=messages)).messages(messages)
-    tokenizer = service.llm._need_tokenizer()
-    return await render_soon(turns, tokenizer, add_generation_prompt=add_generation_prompt)
+async def rendered(
+    service: Service, request: ChatRequest, caller: Caller, add_generation_prompt: bool = True
+) -> RenderedPrompt:
+    """A conversation that need not fit the context, by the template.
+
+    Raises:
+        ApiError: 400, its texts are longer than MAX_TEXT_BYTES, or it cannot be a conversation.
+    """
+    turns = await service.work.check(caller.n_bytes, _turns, service, request)
+    return await chat.rendered(service, turns, caller, add_generation_prompt=add_generation_prompt)
+
+
+def _turns(service: Service, request: ChatRequest) -> list[dict[str, str]]:
+    chat.check_count(service, len(request.messages))
+    turns = ToolUse(request).messages(request.messages)
+    check_text([turn["content"] for turn in turns], "messages")
+    return turns
+
+
+def check_text(texts: Sequence[str], param: str) -> None:
+    """Refuse more text than is encoded where no context bounds it.
+
+    Raises:
+        ApiError: 400 that names the bound.
+    """
+    n_bytes = sum(map(len, texts))  # of as many bytes at least: those are counted only where they may be few enough
+    if n_bytes <= MAX_TEXT_BYTES:
+        n_bytes = sum(len(text.encode(errors="replace")) for text in texts)
+    if n_bytes > MAX_TEXT_BYTES:
+        message = f"{param} may have {MAX_TEXT_BYTES:,} bytes of text, got {n_bytes:,} or more. Send it in parts"
+        raise ApiError(400, message, param=param)

@@ -12,10 +12,13 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import MAX_TOOLS, ChatRequest, Message, NamedTool, Tool
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_OPEN, _CLOSE = OPEN.encode(), CLOSE.encode()
 _MAX_CALLS = 16
 
 
@@ -109,7 +112,11 @@ class Reader:
     """
 
     def __init__(self, use: ToolUse) -> None:
-        self._use, self._held = use, ""
+        self._use = use
+        self._parts: list[str] = []
+        """What is held back, in the pieces in which it came: looked through once something may be decided."""
+        self._blank, self._waits, self._end = True, False, ""
+        """Of what is held: it is only white space; it begins a call; its last characters."""
         self._after_call = False
         self._known = {tool.function.name for tool in use.tools}
         self._most = _MAX_CALLS if use.parallel else 1
@@ -117,38 +124,63 @@ class Reader:
 
     def push(self, text: str, *, last: bool) -> list[str | dict[str, Any]]:
         """The words (str) and calls (dict) that this text makes certain, in order; all that is left with the last."""
-        self._held += text
         if not self._use.tools:
-            return self._take(len(self._held))
+            return [text] if text else []
+        self._parts.append(text)
+        if not last and self._undecided(text):
+            return []
+        held = "".join(self._parts)
         if self._use.forced:  # one JSON array, which is a call at its end only
-            calls = _array(self._held) if last else []
+            calls = _array(held)
             self.n_calls += len(calls)
-            return [_call(call) for call in calls] or (self._take(len(self._held)) if last else [])
-        if self._after_call:
-            self._held = self._held.lstrip()
+            return [_call(call) for call in calls] or ([held] if held else [])
+        out, rest = self._read(held, last)
+        self._parts, self._blank, self._end = [rest], not rest or rest.isspace(), rest[1 - len(CLOSE) :]
+        return out
+
+    def _undecided(self, text: str) -> bool:
+        """True if more text tells no more: it is held back without a look at what was held before."""
+        if self._use.forced:
+            return True
+        if self._waits:
+            near = self._end + text
+            self._end = near[1 - len(CLOSE) :]
+            return CLOSE not in near
+        return self._blank and (not text or text.isspace())
+
+    def _read(self, held: str, last: bool) -> tuple[list[str | dict[str, Any]], str]:
+        """(what is certain, what must wait) of what was held back. Linear: no place is looked at twice for one mark."""
         out: list[str | dict[str, Any]] = []
-        while (at := self._held.find(OPEN)) >= 0:
-            end = self._held.find(CLOSE, at)
-            if end < 0 and not last:
+        raw, begin, search = held.encode(errors="replace"), 0, 0
+        close = raw.find(_CLOSE)
+        while (at := raw.find(_OPEN, search)) >= 0:
+            if 0 <= close < at:
+                close = raw.find(_CLOSE, at)
+            if close < 0 and not last:
                 break
-            call = None if end < 0 else _object(self._held[at + len(OPEN) : end])
+            search = at + len(_OPEN)
+            call = None if close < 0 else _object(memoryview(raw)[search:close])
             if call is None or call["name"] not in self._known or self.n_calls >= self._most:
-                out += self._take(at + len(OPEN))  # it only looked like one
-                continue
-            out += self._take(len(self._held[:at].rstrip()))
+                continue  # it only looked like one
+            out += self._words(raw[begin:at].decode().rstrip())
             out.append(_call(call))
             self.n_calls += 1
-            self._held, self._after_call = self._held.partition(CLOSE)[2].lstrip(), True
+            begin = search = close + len(_CLOSE)
+            self._after_call = True
+        self._waits = at >= 0
+        text = raw[begin : at if at >= 0 else None].decode()
+        if self._after_call:
+            text = text.lstrip()
         if last:
-            return out + self._take(len(self._held.rstrip() if self.n_calls else self._held))
-        if at >= 0:
-            return out + self._take(len(self._held[:at].rstrip()))
-        return out + self._take(len(_certain(self._held).rstrip()))
+            return out + self._words(text.rstrip() if self.n_calls else text), ""
+        words = (text if at >= 0 else _certain(text)).rstrip()
+        return out + self._words(words), text[len(words) :] + (raw[at:].decode() if at >= 0 else "")
 
-    def _take(self, n: int) -> list[str | dict[str, Any]]:
-        taken, self._held = self._held[:n], self._held[n:]
-        self._after_call = self._after_call and not taken
-        return [taken] if taken else []
+    def _words(self, text: str) -> list[str | dict[str, Any]]:
+        if self._after_call:
+            text = text.lstrip()
+        self._after_call = self._after_call and not text
+        return [text] if text else []
 
 
 def _certain(text: str) -> str:
@@ -186,18 +218,23 @@ def _json(text: str) -> Any:
         return None
 
 
-def _object(text: str) -> dict[str, Any] | None:
-    value = _json(text)
-    if isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get("arguments"), dict):
-        return value
-    return None
+def _object(raw: bytes | memoryview) -> dict[str, Any] | None:
+    """A call, if that is what this is. msgspec stops where the JSON does; json would count the lines up to there."""
+    try:
+        value = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return value if _is_call(value) else None
+
+
+def _is_call(value: Any) -> bool:
+    named = isinstance(value, dict) and isinstance(value.get("name"), str)
+    return named and isinstance(value.get("arguments"), dict)
 
 
 def _array(text: str) -> list[dict[str, Any]]:
     value = _json(text)
-    if not isinstance(value, list) or not all(_object(json.dumps(item)) for item in value):
-        return []
-    return value
+    return value if isinstance(value, list) and all(map(_is_call, value)) else []
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -81,10 +81,14 @@ def render(
     *,
     add_generation_prompt: bool = True,
     with_spans: bool = False,
+    check: Callable[[str], None] | None = None,
 ) -> RenderedPrompt:
     """Render a conversation with the checkpoint's template (or ``template``, or a name in BUILT_IN) and encode it.
 
     ``with_spans`` also finds where the assistant's answers lie (one more rendering each): what training learns.
+    ``check`` raises what it likes to refuse a conversation. It is given what others than the assistant say, before that
+    is rendered (templates leave out white space and what the assistant thought, never what it was told), and the whole
+    rendered text, before that is encoded.
 
     Raises:
         TemplateError: no template, one that fails or exceeds its budget, an unknown role, or content that is no text.
@@ -93,6 +97,8 @@ def render(
     turns = [_checked(index, message) for index, message in enumerate(messages)]
     if not turns:
         raise TemplateError("a conversation needs at least one message")
+    if check is not None:
+        check("".join(turn["content"].strip() for turn in turns if turn["role"] != "assistant"))
     marks = _marks(turns, tokenizer)
     marked = [{**turn, "content": _swap(turn["content"], marks)} for turn in turns]
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"] if with_spans else []
@@ -105,13 +111,20 @@ def render(
         raise TemplateError(
             "the conversation renders to nothing: this format needs at least one message besides the system prompt"
         )
+    shown = _swap(text, {mark: original for original, mark in marks.items()})
+    if check is not None:
+        check(shown)
     ids = _encode(text, marks, tokenizer)
     spans = [_span(text, texts.get((i, True), ""), texts[i + 1, False], marks, tokenizer) for i in answers]
-    return RenderedPrompt(ids, _swap(text, {mark: original for original, mark in marks.items()}), spans)
+    return RenderedPrompt(ids, shown, spans)
 
 
 async def render_soon(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, add_generation_prompt: bool = True
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    add_generation_prompt: bool = True,
+    check: Callable[[str], None] | None = None,
 ) -> RenderedPrompt:
     """:func:`render` for an event loop, on threads that do nothing else.
 
@@ -120,7 +133,7 @@ async def render_soon(
     """
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(
-        _threads, lambda: render(messages, tokenizer, add_generation_prompt=add_generation_prompt)
+        _threads, lambda: render(messages, tokenizer, add_generation_prompt=add_generation_prompt, check=check)
     )
 
 
