@@ -425,13 +425,8 @@ class LLM:
                 (:meth:`chat_ids`) words always stay words.
         """
         if isinstance(prompt, str):
-<<<<<<< HEAD
-            prompt = self._need_tokenizer().encode_prompt(prompt, allow_special=parse_special)
-=======
-            tokenizer = self._need_tokenizer()
             self.check_length(prompt)
-            prompt = [*tokenizer.prefix_ids, *tokenizer.encode(prompt)]
->>>>>>> wt-http
+            prompt = self._need_tokenizer().encode_prompt(prompt, allow_special=parse_special)
         ids: list[int] = self._check_ids(prompt).tolist()
         return ids
 
