@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from dataclasses import replace
@@ -15,12 +16,8 @@ from quadriga.server.chat import record
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import MAX_CHOICES, CompletionRequest
 from quadriga.server.service import Answers, Caller, Choice, Service
-<<<<<<< HEAD
-from quadriga.server.sse import EventSender, EventStream, json_response
-from quadriga.text.stream import Offsets
-=======
 from quadriga.server.sse import EventSender, EventStream, json_response, part
->>>>>>> wt-http
+from quadriga.text.stream import Offsets
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -56,18 +53,14 @@ async def start(service: Service, body: CompletionRequest, caller: Caller) -> tu
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens < 0 or (max_tokens == 0 and not body.echo):
         raise ApiError(400, "max_tokens must be at least 1, or 0 with echo", param="max_tokens")
-<<<<<<< HEAD
-    special = body.parse_special
-    prompts = await asyncio.to_thread(prompts_of, service, body.prompt, "prompt", parse_special=special)
-=======
->>>>>>> wt-http
     # One token is always made; with max_tokens=0 it is not shown.
     params = await service.work.check(
         caller.n_bytes, lambda: service.params(body, max_tokens=max(1, max_tokens), logprobs=body.logprobs or 0)
     )
     if body.echo and body.logprobs is not None:
         params = replace(params, prompt_logprobs=True)
-    prompts = await service.work.encode(caller.n_bytes, prompts_of, service, body.prompt, "prompt")
+    read = functools.partial(prompts_of, parse_special=body.parse_special)
+    prompts = await service.work.encode(caller.n_bytes, read, service, body.prompt, "prompt")
     return await service.run(
         prompts, params, body, caller, constraint=service.constraint(body.response_format)
     ), prompts
@@ -94,13 +87,8 @@ def _whole(
             choice.events, choice.finish_reason = [], "length"
         shown: dict[str, Any] = {
             "index": choice.index,
-<<<<<<< HEAD
-            "text": echoed + choice.text,
-            "logprobs": None if body.logprobs is None else _logprobs(service, choice, prompt, echo=bool(body.echo)),
-=======
             "text": echoes[choice.index // n] + choice.text,
-            "logprobs": None if body.logprobs is None else _logprobs(service, choice, prompt if body.echo else []),
->>>>>>> wt-http
+            "logprobs": None if body.logprobs is None else _logprobs(service, choice, prompt, echo=bool(body.echo)),
             "finish_reason": choice.finish_reason,
         }
         if body.routing:
@@ -187,17 +175,9 @@ def _logprobs(
     own += [event.logprob for event in choice.events]
     top += [event.top_logprobs for event in choice.events]
     tokens = [service.token_text(token) for token in ids]
-<<<<<<< HEAD
-    shown = [None if pairs is None else {service.token_text(t): max(p, -9999.0) for t, p in pairs} for pairs in top]
-=======
-    offsets, at = [], 0
-    for token in tokens:
-        offsets.append(at)
-        at += len(token)
     shown = [
         None if pairs is None else part({service.token_text(t): max(p, -9999.0) for t, p in pairs}) for pairs in top
     ]
->>>>>>> wt-http
     return {
         "tokens": tokens,
         "token_logprobs": [None if p is None else max(p, -9999.0) for p in own],

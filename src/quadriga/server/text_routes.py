@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,14 +38,10 @@ async def tokenize(service: Service, body: TokenizeRequest, caller: Caller) -> R
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give prompt or messages", param="prompt")
     if body.prompt is not None:
-<<<<<<< HEAD
-        encode = tokenizer.encode_prompt if body.add_special_tokens else tokenizer.encode
-        ids = await asyncio.to_thread(encode, body.prompt, allow_special=body.parse_special)
-=======
         check_text([body.prompt], "prompt")
-        encoded = await service.work.encode(caller.n_bytes, tokenizer.encode, body.prompt)
-        ids = [*(tokenizer.prefix_ids if body.add_special_tokens else []), *encoded]
->>>>>>> wt-http
+        encode = tokenizer.encode_prompt if body.add_special_tokens else tokenizer.encode
+        encode = functools.partial(encode, allow_special=body.parse_special)
+        ids = await service.work.encode(caller.n_bytes, encode, body.prompt)
     else:
         request = ChatRequest(model=service.name, messages=body.messages or [])
         ids = (await rendered(service, request, caller, body.add_generation_prompt)).ids
