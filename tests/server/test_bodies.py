@@ -6,10 +6,13 @@ import asyncio
 import gc
 import json
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -326,6 +329,24 @@ def test_too_many_token_ids_are_no_tensor_first(tiny: Live, monkeypatch: pytest.
         tiny.service.llm.prompt_ids([1] * 1025)
 
 
+def test_the_documented_limits_are_the_limits() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+    parts = (
+        f"{schema.MAX_KEYS:,} keys; {schema.MAX_VALUES:,} texts, lists and objects; {schema.MAX_NUMBERS:,} numbers; "
+    )
+    for said in (
+        f"{parts}{schema.MAX_ESCAPES:,} backslashes",
+        f"body of over {schema.INLINE_BYTES >> 10} KiB",
+        f"being read and encoded | {work.MAX_LARGE} |",
+        f"{chat.MAX_MESSAGES:,}, and no more than the context has tokens",
+        f"{schema.MAX_BIASES:,} each; {schema.MAX_STOP_CHARS:,} characters",
+        f"lines of a batch | {batches.MAX_LINES:,} |",
+        f"`count_tokens` | {text_routes.MAX_TEXT_BYTES:,} bytes",
+    ):
+        assert said in page, said
+    assert schema.MAX_BIASES == schema.MAX_STOP_IDS
+
+
 # The event loop ------------------------------------------------------------------------------------------------------
 
 
@@ -461,6 +482,14 @@ def test_freed_memory_goes_back_once_large_bodies_are_done(monkeypatch: pytest.M
         one.close()
 
     asyncio.run(run())
+
+
+def test_a_server_s_collections_leave_out_what_was_there_before_it() -> None:
+    program = "import gc, sys; from quadriga import runtime; kept = [[] for _ in range(1000)]; "
+    program += "runtime.prefer_short_pauses(); runtime.release_freed_memory(); "
+    program += "print(gc.get_freeze_count() > 1000, sys.getswitchinterval() <= 0.001)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=GUARD_S)
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 @pytest.mark.parametrize("body", [TEXT | {"prompt": "x" * 20_000}, TEXT | {"top_p": 2}, TEXT | {"prompt": LARGE * 2}])
