@@ -217,18 +217,15 @@ def test_lookup_finds_the_latest_continuation() -> None:
 
 
 @pytest.mark.slow
-def test_ten_minutes_of_random_traffic() -> None:
-    """Requests arrive, are cancelled and preempted at random; every answer is its solo run's, no block is lost."""
-    import time
-
+def test_a_thousand_random_requests() -> None:
+    """They arrive, are cancelled and preempted at random; every answer is its solo run's, no block is lost."""
     rng, reference = random.Random(0), compiled
     engine = Engine(compiled(n_blocks=20), max_batch_tokens=40, max_sequences=6)
     waiting: dict[int, Request] = {}
     answers: Answers = {}
     finished = cancelled = seed = 0
-    until = time.monotonic() + 600
-    while time.monotonic() < until or engine.has_work:
-        if time.monotonic() < until and len(waiting) < 12 and rng.random() < 0.3:
+    while seed < 1000 or engine.has_work:
+        if seed < 1000 and len(waiting) < 12 and rng.random() < 0.3:
             one = replace(request(seed), priority=rng.choice([0, 0, 1]))
             waiting[engine.submit(one)] = one
             seed += 1
