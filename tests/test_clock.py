@@ -12,7 +12,7 @@ CLOCKS = {"sleep", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns
 CLOCKS |= {"wait_for_timeout", "time_ns"}
 """Functions that let time pass or say how much has."""
 
-WAITS = {"timeout", "settimeout", "set_default_timeout", "wait_for", "deadline"}
+WAITS = {"timeout", "settimeout", "set_default_timeout", "wait_for", "deadline", "wait", "join", "result", "acquire"}
 """Functions and keywords that bound a wait."""
 
 

@@ -47,7 +47,9 @@ console.log(JSON.stringify({ whole: whole.choices[0].message.content, text, reas
 def test_openais_node_library(tiny: Live, tmp_path: Path) -> None:
     node = judges.node_with("openai", tmp_path)
     (tmp_path / "ask.mjs").write_text(NODE)
-    done = subprocess.run([node, "ask.mjs", tiny.url, "tiny"], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
+    done = subprocess.run(
+        [node, "ask.mjs", tiny.url, "tiny"], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S
+    )
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
     assert got["whole"] == got["text"] and got["reason"] in ("length", "stop")

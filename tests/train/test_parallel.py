@@ -101,7 +101,9 @@ def test_a_lost_rank_is_named(way: str) -> None:
             **runtime.child_environment(), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
         }  # fmt: skip
-        children.append(subprocess.Popen([sys.executable, "-c", LOST, way, str(HANG_S)], stdout=subprocess.PIPE, env=environment))
+        children.append(
+            subprocess.Popen([sys.executable, "-c", LOST, way, str(HANG_S)], stdout=subprocess.PIPE, env=environment)
+        )
     try:
         said = children[0].communicate(timeout=HANG_S)[0].decode()
     finally:
