@@ -113,6 +113,32 @@ def test_prompt_logprobs_are_the_models(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNNERS)
+def test_alternatives_of_prompt_and_answer_are_the_models(name: str) -> None:
+    """Every number of every list, of prompts in chunks with others beside them and of sampled answers."""
+    runner: Runner = RUNNERS[name]()
+    engine = Engine(runner, max_batch_tokens=23, max_sequences=3)
+    params = SamplingParams(
+        max_new_tokens=6, prompt_logprobs=True, logprobs=4, temperature=1.5, seed=2, ignore_eos=True, logit_bias={3: 4.0},
+        top_k=9,
+    )  # fmt: skip
+    prompts = [[i * k % 97 for i in range(40)] for k in (3, 5, 7)]
+    wanted = {engine.submit(Request(prompt=tuple(prompt), params=params)): prompt for prompt in prompts}
+    for number, events in drain(engine).items():
+        prompt, report = wanted[number], events[0].prompt
+        assert report is not None and all(event.prompt is None for event in events[1:])
+        ids = prompt + [event.token_id for event in events]
+        own = Engine(RUNNERS[name]()).score(ids)[0].log_softmax(-1)
+        assert len(report.logprobs) == len(report.top_logprobs) == 39
+        tops = [*report.top_logprobs, *(event.top_logprobs for event in events)]
+        chosen = [*report.logprobs, *(event.logprob for event in events)]
+        for position, (top, logprob) in enumerate(zip(tops, chosen, strict=True)):
+            values, best = own[position].topk(4)
+            assert [token for token, _ in top] == best.tolist(), position
+            assert [p for _, p in top] == pytest.approx(values.tolist(), abs=1e-4)
+            assert logprob == pytest.approx(float(own[position, ids[position + 1]]), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", RUNNERS)
 def test_guessing_changes_the_time_only(name: str) -> None:
     params = SamplingParams(max_new_tokens=60, ignore_eos=True, logit_bias={3: 6.0, 4: 6.0})
     prompt = tuple([3, 1, 4, 1, 5, 9] * 4)

@@ -33,7 +33,6 @@ from quadriga.text.tokenizer import Tokenizer
 from tests.checkpoint.models import TINY
 from tests.waiting import HANG_S, until
 
-
 DRAIN_S = 30
 """What a test's server gives answers under way when it is told to end."""
 

@@ -324,25 +324,25 @@ def long_story(smollm2: Path) -> dict[str, Any]:
 
 
 def test_the_first_signal_drains_and_the_deadline_ends_what_is_left() -> None:
-    with running(tiny_llm()) as live, StoppedClock(live) as clock, ThreadPoolExecutor(2) as pool:
-        with Gate(live) as gate:
-            short = pool.submit(live.post, "/v1/completions", {**TEXT, "stream": True, "max_tokens": 5})
-            long = pool.submit(live.post, "/v1/completions", {**TEXT, "stream": True})
-            assert until(lambda: live.service.engine.n_open == 2)
-            gate.open(3)
-            live.server.handle_exit(signal.SIGTERM, None)
-            clock.advance(0.2)  # uvicorn looks ten times a second whether it is to end
-            assert until(lambda: not _listens(live.url)), "nobody new is let in"
-            gate.let(5)
-            done = events_of(short.result().text)
-            assert done[-1] == "[DONE]" and done[-2]["choices"][0]["finish_reason"] == "length", "it was let finish"
-            clock.advance(DRAIN_S - 1)
-            gate.open(2)
-            assert live.service.engine.n_open == 1, "it has time left"
-            clock.advance(1)
-            gate.let(1)
-            cut = events_of(long.result().text)
-            assert "shutting down" in cut[-2]["error"]["message"] and len(cut) >= 3 + 2 + 2
+    server, pool = running(tiny_llm()), ThreadPoolExecutor(2)
+    with server as live, pool, StoppedClock(live) as clock, Gate(live) as gate:
+        short = pool.submit(live.post, "/v1/completions", {**TEXT, "stream": True, "max_tokens": 5})
+        long = pool.submit(live.post, "/v1/completions", {**TEXT, "stream": True})
+        assert until(lambda: live.service.engine.n_open == 2)
+        gate.open(3)
+        live.server.handle_exit(signal.SIGTERM, None)
+        clock.advance(0.2)  # uvicorn looks ten times a second whether it is to end
+        assert until(lambda: not _listens(live.url)), "nobody new is let in"
+        gate.let(5)
+        done = events_of(short.result().text)
+        assert done[-1] == "[DONE]" and done[-2]["choices"][0]["finish_reason"] == "length", "it was let finish"
+        clock.advance(DRAIN_S - 1)
+        gate.open(2)
+        assert live.service.engine.n_open == 1, "it has time left"
+        clock.advance(1)
+        gate.let(1)
+        cut = events_of(long.result().text)
+        assert "shutting down" in cut[-2]["error"]["message"] and len(cut) >= 3 + 2 + 2
 
 
 def _listens(url: str) -> bool:
