@@ -232,11 +232,12 @@ def serve(scheduler: Desk, number: int, prompt: list[int], **more: object) -> in
 
 
 def test_the_end_of_a_prefix_is_taken_before_its_beginning() -> None:
-    scheduler = Desk(6)
-    long, other = [1, 2] * 32, [3] * 32
-    assert serve(scheduler, 0, long) == 0  # four full blocks, and one for the new token: all but two are cached
-    assert serve(scheduler, 1, other) == 0
-    assert serve(scheduler, 2, long) == 48, "only the last block of the long one was taken"
+    scheduler = Desk(5)
+    long, other = [1, 2] * 32, [3] * 40
+    assert serve(scheduler, 0, long) == 0
+    assert scheduler.pool.n_cached == 4
+    assert serve(scheduler, 1, other) == 0  # three blocks: the free one and two of the long one's
+    assert serve(scheduler, 2, long) == 32, "its beginning, the better half, is still there"
 
 
 def test_prefixes_are_forgotten_in_the_order_they_were_left() -> None:

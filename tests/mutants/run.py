@@ -13,12 +13,15 @@ imported is a fault of the list. Exit status 1 if any mutant is not killed.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 from tests.mutants.kept import ROOT, Mutant, load, rooms
 
@@ -66,22 +69,38 @@ def _has(program: str) -> bool:
     return which(program) is not None
 
 
-def run_tests(tests: Sequence[str], library: Path | None, *options: str) -> tuple[int | None, str]:
-    """(pytest's exit status, None for a hang; the end of what it said)."""
-    environment = os.environ | {
-        "PYTHONPATH": str(TREE / "src"),
-        "PYTHONDONTWRITEBYTECODE": "1",  # files of one size that change within a second look alike to the cache
-        "QUADRIGA_TEST_HANG_S": str(HANG_S),
-        "OMP_NUM_THREADS": "1",
-    }
+def run_tests(tests: Sequence[str], library: Path | None) -> tuple[int | None, str]:
+    """(pytest's exit status, None for a hang; the end of what it said), in a process that has the libraries loaded."""
+    said = WORK / "said.txt"
+    process = _FRESH.Process(target=_pytest, args=(list(tests), library, said))
+    process.start()
+    process.join(LIMIT_S)
+    hangs = process.is_alive()
+    if hangs:
+        process.kill()
+        process.join()
+    text = said.read_text(errors="replace")[-4000:] if said.exists() else ""
+    return None if hangs else process.exitcode, text
+
+
+_FRESH = multiprocessing.get_context("forkserver")
+_FRESH.set_forkserver_preload(["torch", "hypothesis", "pytest", "tests.mutants.run"])
+
+
+def _pytest(tests: list[str], library: Path | None, said: Path) -> None:
+    """In a fresh process: the copy takes the working tree's place, and pytest runs."""
+    out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(out, 1), os.dup2(out, 2)
+    os.environ.update(QUADRIGA_TEST_HANG_S=str(HANG_S), PYTHONPATH=str(TREE / "src"))
     if library is not None:
-        environment["QUADRIGA_LIBRARY"] = str(library)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options, *tests]
-    try:
-        done = subprocess.run(command, cwd=TREE, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        return None, ""
-    return done.returncode, (done.stdout + done.stderr)[-4000:]
+        os.environ["QUADRIGA_LIBRARY"] = str(library)
+    sys.dont_write_bytecode = True  # files of one size that change within a second look alike to the cache
+    os.chdir(TREE)
+    ours = {str(ROOT), str(ROOT / "src"), "", "src", "."}
+    sys.path[:] = [str(TREE), str(TREE / "src"), *(path for path in sys.path if path not in ours)]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("tests", "quadriga")]:
+        del sys.modules[name]
+    sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])))
 
 
 def library_in_use(mutants: Sequence[Mutant]) -> Path | None:
@@ -131,6 +150,7 @@ def main() -> int:
     parser.add_argument("--unproven", action="store_true", help="do not run the tests on the right code first")
     chosen = parser.parse_args()
     mutants = [m for room in chosen.rooms or rooms() for m in load(room) if chosen.name in m.name]
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")  # before the first process
     TREE.mkdir(parents=True, exist_ok=True)
     copy_tree()
     library = library_in_use(mutants)
