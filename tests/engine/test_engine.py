@@ -16,6 +16,7 @@ from quadriga.engine.runner import Runner, TorchRunner
 from quadriga.errors import BusyError, RequestError
 from quadriga.model.compiled import CompiledModel, pack_parameters
 from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.text.tokenizer import Tokenizer
 from tests.batches import batch
 from tests.checkpoint.models import TINY
 
@@ -169,6 +170,47 @@ def test_an_answer_ends_at_any_of_its_ends(what: str, ignore: bool, own: tuple[i
     ends = (what in ("one end", "another end") and not ignore) or (what == "its own end" and 17 in own)
     assert [e.token_id for e in events] == [5, 6, SAYS[what], 7, 8][: 3 if ends else 5]
     assert [e.finish_reason for e in events] == [None] * (len(events) - 1) + ["stop" if ends else "length"]
+
+
+class Bytes:
+    """One token a byte, three more without text."""
+
+    n_vocab = 97 + 3
+
+    def encode(self, text: str, allow_special: bool) -> list[int]:
+        raise AssertionError("not asked")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return {93: b"\xc3", 94: b"\xa9"}.get(token_id, bytes([token_id % 96 + 32]))
+
+
+@pytest.mark.parametrize(
+    ("says", "stop", "text", "reason"),
+    [
+        ([65, 66, 67, 68], (), "abcd", "length"),
+        ([65, 66, 67, 68], ("bc",), "a", "stop"),
+        ([65, 66, 67, 68], ("dz", "cdy"), "abcd", "length"),  # held back for a stop string that never came
+        ([93, 94, 65, 93], (), "\u00e9a\ufffd", "length"),  # half a character at the end
+        ([65, 13, 67, 68], ("b",), "a", "stop"),
+        ([65, 66, 13, 68], ("bz",), "ab", "stop"),  # held back, then an end
+    ],
+)
+def test_all_text_comes_out_and_no_more(says: list[int], stop: tuple[str, ...], text: str, reason: str) -> None:
+    class Script:
+        def __init__(self) -> None:
+            self.rest = list(says)
+
+        def allowed(self) -> torch.Tensor:
+            return torch.arange(97) == self.rest.pop(0)
+
+        def accept(self, token_id: int) -> bool:
+            return False
+
+    engine = Engine(compiled(), Tokenizer(Bytes(), special_ids={}), end_ids=frozenset({13}))
+    params = SamplingParams(max_new_tokens=4, stop=stop)
+    number = engine.submit(Request(prompt=(1, 2, 3), params=params, constraint=Script()))
+    events = drain(engine)[number]
+    assert "".join(event.text for event in events) == text and events[-1].finish_reason == reason
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])

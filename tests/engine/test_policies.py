@@ -197,15 +197,14 @@ def test_guesses_are_given_up_before_anybody_gives_way() -> None:
 
 def test_the_last_in_line_uses_the_room_it_has() -> None:
     """Its next block is not free, but part of its last one is: it takes that and goes on later."""
-    scheduler = Desk(4, max_batch_tokens=20, max_sequences=2, prefix_cache=False)
-    first, last = Running(0, [1] * 30, 34), Running(1, [2] * 28, 40)
+    scheduler = Desk(5, max_batch_tokens=20, max_sequences=2, prefix_cache=False)
+    first, last = Running(0, [1] * 16, 50), Running(1, [2] * 60, 62)
     add(scheduler, first, last)
-    found = [chunks(plan := scheduler.schedule())]
-    commit(scheduler, plan)
-    found += passes(scheduler)
-    assert scheduler.n_preemptions <= 1
-    assert first.tokens == answer([1] * 30, 34) and last.tokens == answer([2] * 28, 40)
-    assert work(found, 0) == 33
+    found = passes(scheduler)
+    assert [one[1] for one in found[:4]] == [(1, 0, 4), (1, 4, 19), (1, 23, 19), (1, 42, 6)]
+    assert [number for number, _, _ in found[4]] == [0], "now it has none, and gives way"
+    assert first.tokens == answer([1] * 16, 50) and last.tokens == answer([2] * 60, 62)
+    assert work(found, 0) == 49 and last.n_preempted == 1
 
 
 def test_what_was_found_in_the_cache_is_said_of_the_first_time_only() -> None:

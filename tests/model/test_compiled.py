@@ -295,7 +295,8 @@ def test_a_value_is_stored_to_the_nearest_number_of_its_format(head_dim: int, kv
         assert float((off / heads.abs().clamp_min(1e-3)).max()) > 2**-10
     else:
         step = heads.abs().amax(-1, keepdim=True) / 127
-        assert bool((off <= 0.5 * step + slack).all()), "half a step of 1/127 of each head's largest"
+        # Half a step of 1/127 of each head's largest; and the step, as a weight of the sum, is rounded to bfloat16.
+        assert bool((off <= 0.5 * step + heads.abs() * 2**-8 + slack).all())
         assert float((off / step).max()) > 0.4
 
 
