@@ -263,6 +263,18 @@ def test_routing_is_that_of_the_token_it_came_from(name: str) -> None:
                 assert entropy == pytest.approx(float(-(p * p.log()).sum() / math.log(5)), abs=1e-4)
 
 
+def test_routing_of_a_guess_is_its_own() -> None:
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True, logit_bias={3: 6.0, 4: 6.0})
+    request = Request(prompt=(3, 1, 4, 1, 5, 9) * 4, params=params, routing=True)
+    seen = []
+    for speculate in (0, 6):
+        engine = Engine(compiled())
+        number = engine.submit(replace(request, params=replace(params, speculate=speculate)))
+        seen.append([(e.token_id, e.routing, e.router_entropy) for e in drain(engine)[number]])
+        assert (engine.stats().n_guessed_right > 0) == (speculate > 0)
+    assert seen[0] == seen[1] and len({routing for _, routing, _ in seen[0]}) > 5
+
+
 @pytest.mark.parametrize("name", RUNNERS)
 def test_a_vector_is_the_mean_of_all_hidden_states_of_length_one(name: str) -> None:
     engine, ids = Engine(RUNNERS[name]()), [i * 7 % 97 for i in range(50)]
