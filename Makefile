@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python
 
-.PHONY: help setup build check test test-weights test-slow sanitize bench chat
+.PHONY: help setup build check test test-weights test-slow test-busy mutate sanitize bench chat
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,13 @@ test: check  ## everything that must hold on every machine, in minutes on two co
 
 test-slow:  ## the long tests as well
 	$(PYTHON) -m pytest -n 2 -m 'not gpu'
+
+test-busy:  ## the tests on a busy machine: beside two loops that never rest
+	@(while :; do :; done) & one=$$!; (while :; do :; done) & two=$$!; \
+	  trap "kill $$one $$two" EXIT INT TERM; $(PYTHON) -m pytest -n 2
+
+mutate:  ## wrong changes that some test must notice, one at a time; ONLY=kernels chooses a room
+	$(PYTHON) -m tests.mutants.run $(ONLY)
 
 sanitize:  ## the kernels' tests under the address and undefined-behaviour sanitizers
 	cmake -S . -B build/sanitize -DQUADRIGA_SANITIZE=ON && cmake --build build/sanitize -j

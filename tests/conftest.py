@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from quadriga.checkpoint import catalogue
 from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.errors import CatalogueError
 from quadriga.model.transformer import Transformer
 from tests.golden import checkpoints
+
+GUARD_S = 30 * 60
+"""The longest a test may take before its process shows where it stands and ends: no wait inside a test is longer than
+``waiting.HANG_S``, and a hang in C ends too. Four times as long for the slow ones."""
+
+# An example may take as long as it does: a busy machine is no failure.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+_stderr = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the real standard error: pytest puts another one in its place while tests run."""
+    config.stash[_stderr] = os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Guard every test, fixtures included, against hanging."""
+    factor = 4 if item.get_closest_marker("slow") else 1
+    faulthandler.dump_traceback_later(factor * GUARD_S, exit=True, file=item.config.stash[_stderr])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from quadriga.model.config import ModelConfig
 
@@ -36,8 +37,18 @@ TAIL = 8
 token measured is at 4.7 (mixtral, float16)."""
 
 
-def relative_error(dtype: torch.dtype, config: ModelConfig, n_keys: int) -> float:
+KERNEL_ROUNDINGS = 15
+"""The same for the CPU's kernels, which compute in float32 and round only what meets a matrix (before q/k/v, wo, gate and
+up, down, head) or what is stored in the cache (q, k, v, the probabilities): five, each with three times the variance of a
+normal number's. Numbers that are quantised in groups share the step of the largest, and what meets down is a product of
+two: its group's largest lies twice as many deviations out. (Measured: 1.5 of the bound with 5.)"""
+
+
+def relative_error(dtype: torch.dtype, config: ModelConfig, n_keys: int, roundings: int = ROUNDINGS) -> float:
     """Root mean square error of a typical token's logits that rounding in ``dtype`` explains.
+
+    Args:
+        roundings: results that each layer rounds.
 
     Returns:
         the error in units of the logits' standard deviation.
@@ -46,5 +57,25 @@ def relative_error(dtype: torch.dtype, config: ModelConfig, n_keys: int) -> floa
     wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
     d, q_dim = config.d_model, config.attn.q_dim
     reductions = (d, d, config.attn.head_dim, n_keys, q_dim, d, config.ffn.d_ff)  # norms, qkv, q.k, p.v, wo, up, down
-    per_layer = (ROUNDINGS * unit**2 + sum(reductions) * wide**2) / 3
+    per_layer = (roundings * unit**2 + sum(reductions) * wide**2) / 3
     return math.sqrt(per_layer * sum(GROWTH**i for i in range(config.n_layers)))
+
+
+def faults(rows: Tensor, lag: float, bound: float, tail: float = TAIL) -> list[str]:
+    """What is wrong with a result: nothing, if every row is as near as rounding explains and every choice a near tie.
+
+    Args:
+        rows: error of every row, in units of the logits' standard deviation.
+        lag: how much less probable the worst choice of an expert was than it should be, in units of the probabilities'
+            standard deviation; see ``tests.model.routing``.
+        bound: from :func:`relative_error`.
+        tail: how far above it a single row, or a choice, may be.
+    """
+    found = []
+    if not float(rows.median()) <= bound:
+        found.append(f"the typical row is off by {float(rows.median()):.2e}, bound {bound:.2e}")
+    if not float(rows.max()) <= tail * bound:
+        found.append(f"row {int(rows.argmax())} is off by {float(rows.max()):.2e}, bound {tail * bound:.2e}")
+    if not lag <= tail * bound:
+        found.append(f"an expert was chosen that lags behind by {lag:.2e}, bound {tail * bound:.2e}")
+    return found

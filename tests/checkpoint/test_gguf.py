@@ -8,7 +8,6 @@ import random
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gguf as oracle
@@ -19,10 +18,6 @@ from quadriga.checkpoint.gguf import GGUFTensor, Typed, is_gguf, plan_gguf, read
 from quadriga.errors import CheckpointError
 
 UINT32, FLOAT32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
-
-GUARD_S = 5.0
-"""Processor seconds that tell a bounded reader from one that spins. The promise is one second (measured: milliseconds for
-most, 0.8 s for the largest headers the caps allow); a busy or slow machine must not turn that into a red test."""
 
 
 # Bytes by hand, from the format's description ------------------------------------------------------------------------
@@ -234,10 +229,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused(tmp_path: Path, name: str) -> None:
     content, message = HOSTILE[name]
-    start = time.process_time()
     with pytest.raises(CheckpointError, match=message) as error:
         read(tmp_path, content)
-    assert time.process_time() - start < GUARD_S
     assert len(str(error.value)) < 400, "a hostile name must not fill the terminal"
 
 
@@ -281,12 +274,10 @@ def test_random_damage_is_refused_or_read(tmp_path: Path) -> None:
         damaged = bytearray(content)
         for _ in range(rng.choice((1, 2, 8))):
             damaged[rng.randrange(header)] = rng.randrange(256)
-        start = time.process_time()
         try:
             read(tmp_path, bytes(damaged))
         except CheckpointError:
             refused += 1
-        assert time.process_time() - start < GUARD_S
     assert 250 < refused < 500  # damage inside a string or a number is a valid file
 
 
@@ -314,9 +305,9 @@ def test_claims_that_a_huge_sparse_file_keeps(tmp_path: Path, claim: bytes) -> N
     path = tmp_path / "m.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 40) + claim)
     os.truncate(path, 8 << 30)
-    message, seconds, peak_kb = read_alone(path)
+    message, n_read, peak_kb = read_alone(path)
     assert "m.gguf is not a usable GGUF file" in message
-    assert seconds < GUARD_S
+    assert n_read < 200 << 20, "the caps end the reading, not the file"
     assert peak_kb < 200_000
 
 
@@ -335,9 +326,9 @@ def test_a_forged_vocabulary_of_wide_strings_stays_under_200_mb(tmp_path: Path, 
     ]
     path = tmp_path / "m.gguf"
     path.write_bytes(file_bytes(keys, [], bytes(64)))
-    message, seconds, peak_kb = read_alone(path)
+    message, n_read, peak_kb = read_alone(path)
     assert "m.gguf is not a usable GGUF file" in message
-    assert seconds < GUARD_S
+    assert n_read < 200 << 20, "the caps end the reading, not the file"
     assert peak_kb < 195_000  # 200 MB are 195,312 of the kernel's kB
 
 
@@ -347,26 +338,28 @@ def test_reading_headers_needs_no_torch(tmp_path: Path) -> None:
     assert read_alone(path)[0] == "fine"
 
 
-def read_alone(path: Path) -> tuple[str, float, int]:
-    """Read a header in a fresh process: what it said, the seconds it took, the process's peak memory in kB."""
+def read_alone(path: Path) -> tuple[str, int, int]:
+    """Read a header in a fresh process: what it said, the bytes it read, the process's peak memory in kB."""
     program = """
-import re, sys, time
+import re, sys
 from pathlib import Path
 from quadriga.checkpoint.gguf import read_header
 from quadriga.errors import CheckpointError
-start = time.process_time()
+def n_read():
+    return int(re.search(r"rchar: (\\d+)", Path("/proc/self/io").read_text())[1])
+start = n_read()
 try:
     read_header(Path(sys.argv[1]))
     print("fine")
 except CheckpointError as error:
     print(error)
-print(time.process_time() - start)
+print(n_read() - start)
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
-    message, seconds, peak_kb = done.stdout.splitlines()
-    return message, float(seconds), int(peak_kb)
+    message, n_read, peak_kb = done.stdout.splitlines()
+    return message, int(n_read), int(peak_kb)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from quadriga.cli.chat import ChatSession, print_stream
 from quadriga.engine.request import SamplingParams, TokenEvent
 from quadriga.errors import InputError, RequestError, TemplateError
 from tests.checkpoint.models import TINY, write_hf
+from tests.waiting import HANG_S
 
 
 class FakeLLM:
@@ -306,15 +306,13 @@ def test_a_conversation_on_a_terminal(smollm2: Path, tmp_path: Path) -> None:
 
     def until(*words: str, longer_than: int = 0) -> None:
         nonlocal seen
-        deadline = time.monotonic() + 120
         in_this_order = re.compile(".*".join(map(re.escape, words)), re.DOTALL)
         while len(seen) <= longer_than or not in_this_order.search(seen):
-            assert time.monotonic() < deadline, seen
-            if select.select([terminal], [], [], 1)[0]:
-                text = os.read(terminal, 65536).decode(errors="replace")
-                seen += text
-                if "\x1b[6n" in text:  # prompt_toolkit asks where the cursor is
-                    os.write(terminal, b"\x1b[1;1R")
+            assert select.select([terminal], [], [], HANG_S)[0], seen
+            text = os.read(terminal, 65536).decode(errors="replace")
+            seen += text
+            if "\x1b[6n" in text:  # prompt_toolkit asks where the cursor is
+                os.write(terminal, b"\x1b[1;1R")
 
     def type_line(text: str) -> None:
         nonlocal seen
@@ -338,7 +336,7 @@ def test_a_conversation_on_a_terminal(smollm2: Path, tmp_path: Path) -> None:
         type_line("/stats")
         until("2 answers", PROMPT)
         os.write(terminal, b"\x04")
-        assert process.wait(timeout=60) == 0
+        assert process.wait(HANG_S) == 0
         assert (tmp_path / "chat_history").exists()
     finally:
         process.kill()

@@ -1,9 +1,8 @@
-"""``quadriga info`` says what the arithmetic says, without torch, in well under a second."""
+"""``quadriga info`` says what the arithmetic says, without torch."""
 
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -96,9 +95,7 @@ def test_faults_are_named(tmp_path):
         info("llama2-7b", context=4097)
 
 
-def test_no_torch_and_well_under_a_second():
+def test_no_torch():
     code = "from quadriga.cli.info_report import info; info('grok-1', as_json=True); import sys; sys.exit('torch' in sys.modules)"
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    assert time.perf_counter() - started < 5  # measured 0.3 s; importing torch alone takes longer on a busy machine

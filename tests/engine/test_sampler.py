@@ -47,6 +47,100 @@ def test_draws_follow_the_distribution() -> None:
     assert chi2 < 23.5  # 4 degrees of freedom: false alarm 1 in 10^4, and the seed is fixed
 
 
+LETTERS = torch.tensor([2.0, 1.4, 1.0, 0.2, -0.3, -1.0, -2.0, 0.6])
+"""Temperature decides who is kept: top_p of 0.7 keeps 3 of these at 1 and 5 at 2.5."""
+
+
+def naive(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
+    """The distribution that the parameters document: temperature first, then who is kept."""
+    p = [math.exp(x / temperature) for x in logits.tolist()]
+    p = [x / sum(p) for x in p]
+    order = sorted(range(len(p)), key=lambda i: (-p[i], i))
+    kept = order[:top_k] if top_k else order
+    total, mass, reached = sum(p[i] for i in kept), 0.0, []
+    for i in kept:
+        if mass < top_p * total:
+            reached.append(i)
+        mass += p[i]
+    kept = [i for i in reached if p[i] >= min_p * p[order[0]]]
+    return torch.tensor([p[i] / sum(p[j] for j in kept) if i in kept else 0.0 for i in range(len(p))])
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (2.5, 0, 0.7, 0.0),
+        (0.5, 0, 0.7, 0.0),
+        (2.5, 6, 0.8, 0.0),
+        (2.5, 0, 1.0, 0.4),
+        (0.6, 3, 1.0, 0.0),
+        (2.5, 6, 0.9, 0.5),
+    ],
+)
+def test_draws_with_temperature_and_truncation_together(
+    temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    s = sampler(vocab_size=8, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=1)
+    expected = naive(LETTERS, temperature, top_k, top_p, min_p)
+    drawn = torch.bincount(torch.tensor([s.sample(LETTERS).token_id for _ in range(4000)]), minlength=8)
+    assert not drawn[expected == 0].any(), "only who is kept is drawn"
+    kept = expected > 0
+    assert 2 <= int(kept.sum()) < 8
+    chi2 = float(((drawn - 4000 * expected)[kept] ** 2 / (4000 * expected)[kept]).sum())
+    assert chi2 < 29.9  # up to 7 degrees of freedom: false alarm 1 in 10^4, and the seed is fixed
+
+
+def test_what_is_reported_is_the_models_own_opinion_whatever_the_sampler_does() -> None:
+    """Bias, penalties, temperature, truncation and a grammar move the choice; the numbers stay those of the logits."""
+    allowed = torch.tensor([True, False, True, True, True])
+    s = sampler(
+        prompt=[3], logit_bias={1: 50.0, 2: 9.0}, repetition_penalty=1.7, presence_penalty=1.0, temperature=0.3, top_k=2,
+        logprobs=5, seed=1,
+    )  # fmt: skip
+    own = LOGITS.log_softmax(0)
+    order = own.argsort(descending=True).tolist()
+    for log_sum in (None, float(LOGITS.logsumexp(0))):
+        chosen = s.sample(LOGITS, best=1, log_sum=log_sum, allowed=allowed)
+        assert chosen.token_id == 2, "the bias decides among the allowed"
+        assert chosen.logprob == pytest.approx(float(own[2]), abs=1e-6)
+        assert [token for token, _ in chosen.top_logprobs] == order
+        assert [p for _, p in chosen.top_logprobs] == pytest.approx(own[order].tolist(), abs=1e-6)
+
+
+def test_a_known_best_token_counts_for_untouched_logits_only() -> None:
+    assert sampler().sample(LOGITS, best=1).token_id == 1
+    assert sampler(logit_bias={4: 9.0}).sample(LOGITS, best=1).token_id == 4
+    assert sampler(prompt=[1], repetition_penalty=3.0).sample(LOGITS, best=1).token_id == 3
+    assert sampler().sample(LOGITS, best=1, allowed=torch.tensor([True, False, True, False, True])).token_id == 0
+
+
+def test_greedy_takes_the_first_of_equal_logits() -> None:
+    logits = torch.zeros(40)
+    logits[[17, 5, 39]] = 2.0
+    assert sampler(vocab_size=40).sample(logits).token_id == 5
+    assert sampler(vocab_size=40, logit_bias={5: -1.0}).sample(logits).token_id == 17
+
+
+def test_penalties_and_bias_add_up_on_the_penalised_logits() -> None:
+    s = sampler(
+        prompt=[0, 2],
+        repetition_penalty=2.0,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        logit_bias={1: -0.5, 2: 1.0},
+    )
+    s._answer.update([1, 1, 3])
+    s._seen |= {1, 3}
+    assert s._adjust(LOGITS).tolist() == pytest.approx([0.5, 1.5 - 0.5 - 0.5 - 0.5, -4.0 + 1.0, 1.25 - 0.5 - 0.25, 0.0])
+
+
+def test_equal_probabilities_keep_the_lower_ids() -> None:
+    flat = torch.full((64,), 1 / 64)
+    assert truncate(flat, 3, 1.0, 0.0).nonzero().flatten().tolist() == [0, 1, 2]
+    assert truncate(flat, 0, 4 / 64, 0.0).nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert truncate(flat, 0, 1.0, 1.0).count_nonzero() == 64, "as probable as the best is enough"
+
+
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_prompt_and_answer() -> None:
     s = sampler(prompt=[1, 2], repetition_penalty=2.0)
     assert s._adjust(LOGITS).tolist() == [1.0, 1.5, -4.0, 2.5, 0.0]

@@ -70,6 +70,7 @@ class Job:
     at: int
     cancel_at: int | None
     guesses: bool
+    all_logits: bool
 
 
 JOBS = st.lists(
@@ -80,15 +81,29 @@ JOBS = st.lists(
             st.lists(st.integers(0, 1), min_size=1, max_size=20), st.integers(1, 70).map(lambda n: [0] * n)
         ),
         n_new=st.integers(1, 40),
-        priority=st.sampled_from([0, 0, 0, 1]),
+        priority=st.sampled_from([0, 0, 0, 1, -2, 5]),
         salt=st.sampled_from([b"", b"", b"x"]),
         at=st.integers(0, 30),
         cancel_at=st.one_of(st.none(), st.none(), st.integers(0, 60)),
         guesses=st.booleans(),
+        all_logits=st.sampled_from([False, False, False, True]),
     ),
     min_size=1,
     max_size=12,
 )
+
+
+def check_turns(before: list[Running], scheduler: Scheduler, plan: Plan) -> None:
+    """Nobody is let in past one who waits, and who gave way came after all who stayed."""
+    for sequence in scheduler.running:
+        if sequence not in before:
+            assert all(sequence.order < other.order for other in scheduler.waiting), "overtaken"
+    for sequence in before:
+        if sequence in scheduler.waiting:
+            assert all(other.order < sequence.order for other in scheduler.running), "the wrong one gave way"
+    ready = [s.order for s in before if s in scheduler.running and len(s.tokens) - s.n_computed == 1]
+    planned = [c.sequence.order for c in plan.chunks if c.sequence.order in ready]
+    assert planned == sorted(ready)[: len(planned)], "who decodes goes first, in order"
 
 
 @settings(max_examples=300, deadline=None)
@@ -102,14 +117,15 @@ def test_any_traffic_ends_with_the_answers_of_each_alone(
     model, step = FakeModel(), 0
     sequences: dict[int, Running] = {}
     alive: set[int] = set()
-    work = sum(len(job.prompt) + job.n_new for job in jobs)
+    work, computed = sum(len(job.prompt) + job.n_new for job in jobs), 0
     while step <= 60 or scheduler.has_work:
         assert step < 100 + 60 * work, "somebody starves"
         for number, job in enumerate(jobs):
             if job.at == step:
                 sequences[number] = Running(
-                    number, list(job.prompt), len(job.prompt) + job.n_new, priority=job.priority, salt=job.salt
-                )
+                    number, list(job.prompt), len(job.prompt) + job.n_new, priority=job.priority, salt=job.salt,
+                    all_logits=job.all_logits,
+                )  # fmt: skip
                 scheduler.add(sequences[number])
                 alive.add(number)
             if job.cancel_at == step and number in alive:
@@ -119,7 +135,10 @@ def test_any_traffic_ends_with_the_answers_of_each_alone(
             if jobs[running.request_id].guesses:  # right for a while, then wrong
                 future = answer(running.tokens, len(running.tokens) + 3)[len(running.tokens) :]
                 running.draft = [*future[:2], 9, 9] if step % 2 else [9]
+        before = list(scheduler.running)
         plan = scheduler.schedule()
+        check_turns(before, scheduler, plan)
+        computed += plan.n_tokens - sum(chunk.n_draft for chunk in plan.chunks)
         assert plan.n_tokens <= budget
         assert len(scheduler.running) <= n_running
         assert bool(plan.chunks) == scheduler.has_work
@@ -138,6 +157,9 @@ def test_any_traffic_ends_with_the_answers_of_each_alone(
         step += 1
     assert not alive
     assert scheduler.pool.n_free == n_blocks, "every block came back"
+    if not scheduler.n_preemptions and not any(job.cancel_at is not None or job.guesses for job in jobs):
+        found = sum(sequence.n_cached for sequence in sequences.values())
+        assert computed == work - found - len(jobs), "each token once; the last of an answer is never read"
 
 
 def run(scheduler: Scheduler, sequence: Running, model: FakeModel) -> Running:

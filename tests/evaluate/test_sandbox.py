@@ -6,7 +6,6 @@ import os
 import secrets
 import socket
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,22 +14,23 @@ import pytest
 from quadriga.errors import HardwareError
 from quadriga.evaluate import sandbox
 from quadriga.evaluate.sandbox import Kind, Limits, Sandbox, works
+from tests.waiting import HANG_S, until
 
 KINDS: list[Kind] = ["bubblewrap", "unshare"]
 
 
 @pytest.fixture(params=KINDS)
 def box(request: pytest.FixtureRequest) -> Sandbox:
-    """A sandbox with short limits, or a skip where this machine cannot have it."""
+    """A sandbox with small limits and no deadline, or a skip where this machine cannot have it."""
     if not works(request.param):
         pytest.skip(f"{request.param} does not work on this machine")
-    return Sandbox(request.param, Limits(wall_s=8.0, cpu_s=2, memory_bytes=256 << 20, processes=12))
+    return Sandbox(request.param, Limits(wall_s=HANG_S, cpu_s=2, memory_bytes=256 << 20, processes=12))
 
 
 @pytest.fixture
 def brief(box: Sandbox) -> Sandbox:
-    """The same, for programs that never end."""
-    return Sandbox(box.kind, replace(box.limits, wall_s=1.2))
+    """The same with a deadline, for programs that never end by themselves."""
+    return Sandbox(box.kind, replace(box.limits, wall_s=1.2, cpu_s=3600))
 
 
 def test_a_program_that_ends_passes_and_one_that_fails_says_why(box: Sandbox) -> None:
@@ -76,30 +76,29 @@ def test_overriding_check_does_not_help() -> None:
 def test_a_fork_bomb_ends_and_leaves_nothing(brief: Sandbox) -> None:
     mark = secrets.token_hex(8)
     bomb = f"mark = '{mark}'\nimport os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-    started = time.monotonic()
-    assert not brief.run(bomb).passed
-    assert time.monotonic() - started < 8
-    assert survivors(mark) == []
+    assert brief.run(bomb).error == "timed out"
+    assert until(lambda: survivors(mark) == [])
 
 
 def test_a_daemon_dies_with_its_sandbox(box: Sandbox) -> None:
     mark = secrets.token_hex(8)
     daemon = (
-        "import os, sys, time\n"
+        "import os, sys\n"
+        "read, write = os.pipe()\n"
         "if os.fork() == 0:\n"
         "    os.setsid()\n"
         "    if os.fork() == 0:\n"
-        f"        os.execv(sys.executable, [sys.executable, '-I', '-S', '-c', 'import time; time.sleep(60)', '{mark}'])\n"
+        f"        os.execv(sys.executable, [sys.executable, '-I', '-S', '-c', 'import signal; signal.pause()', '{mark}'])\n"
         "    os._exit(0)\n"
-        "time.sleep(0.3)\n"
+        "os.close(write)\n"
+        "assert os.read(read, 1) == b''\n"  # the pipe closes when the daemon's own program begins
     )
     assert box.run(daemon).passed
-    assert survivors(mark) == []
+    assert until(lambda: survivors(mark) == [])
 
 
 def survivors(mark: str) -> list[str]:
     """Processes of this machine with the mark in their command line."""
-    time.sleep(0.2)
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -113,8 +112,7 @@ def survivors(mark: str) -> list[str]:
 
 def test_endless_output_is_dropped(brief: Sandbox) -> None:
     outcome = brief.run("import sys\nwhile True:\n    print('x' * 100000); sys.stderr.write('y' * 100000)")
-    assert not outcome.passed
-    assert outcome.seconds < 8
+    assert outcome.error == "timed out"
 
 
 def test_an_endless_error_message_is_cut(box: Sandbox) -> None:
@@ -126,9 +124,12 @@ def test_a_hundred_gigabytes_are_refused(box: Sandbox) -> None:
 
 
 def test_endless_arithmetic_meets_the_limit(brief: Sandbox) -> None:
-    outcome = brief.run("while True: pass")
-    assert not outcome.passed
-    assert outcome.seconds < 8
+    assert brief.run("while True: pass").error == "timed out"
+
+
+def test_the_limit_of_processor_time_ends_a_program_too(box: Sandbox) -> None:
+    hurried = Sandbox(box.kind, replace(box.limits, cpu_s=1))
+    assert hurried.run("while True: pass").error.startswith("ended before its tests did")
 
 
 def test_the_home_folder_cannot_be_written(box: Sandbox, tmp_path: Path) -> None:
@@ -156,14 +157,14 @@ def test_there_is_no_network(box: Sandbox) -> None:
         port = server.getsockname()[1]
         outcome = box.run(f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)")
         assert not outcome.passed
-        server.settimeout(0.1)
-        with pytest.raises(TimeoutError):
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
             server.accept()
 
 
 def test_other_processes_cannot_be_killed_or_seen(box: Sandbox) -> None:
     box.run("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)")
-    with subprocess.Popen(["sleep", "30"]) as bystander:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as bystander:
         outcome = box.run(f"import os, signal\nos.kill({bystander.pid}, signal.SIGKILL)")
         assert not outcome.passed
         assert bystander.poll() is None

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from quadriga.model import families
 from quadriga.model.weight_map import source_shapes
-from tests.golden.weights import GROK1, MODELS, draw
+from tests.golden.weights import GROK1, MODELS, TOKENS, draw
+from tests.oracles import numpy_models
 
 _HERE = Path(__file__).parent
 FACTS: dict[str, Any] = json.loads((_HERE / "golden.json").read_text())
@@ -43,6 +44,22 @@ def weights(name: str) -> dict[str, np.ndarray[Any, Any]]:
     config = families.config_from_hf(config_json(name))
     layout = next(iter(families.family_of(config).layouts.values()))(config)
     return {tensor: draw(tensor, shape) for tensor, shape in source_shapes(layout).items()}
+
+
+@cache
+def oracle(name: str) -> Tensor:
+    """The NumPy statement's logits (T, V), float64."""
+    w, raw = {k: v.astype(np.float64) for k, v in weights(name).items()}, config_json(name)
+    if name != "grok1":
+        return torch.from_numpy(numpy_models.ORACLES[raw["model_type"]](w, raw, TOKENS))
+    sizes = {
+        "d_model": raw["hidden_size"],
+        "n_layers": raw["num_hidden_layers"],
+        "n_heads": raw["num_attention_heads"],
+        "n_kv_heads": raw["num_key_value_heads"],
+        "top_k": raw["num_experts_per_tok"],
+    }
+    return torch.from_numpy(numpy_models.grok1(w, sizes, TOKENS))
 
 
 def write(name: str, folder: Path) -> None:

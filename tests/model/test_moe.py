@@ -111,6 +111,41 @@ def test_routing_is_float32_whatever_the_dtype() -> None:
 
 
 @torch.no_grad()
+def test_jitter_disturbs_the_routers_input_in_training_and_nothing_else() -> None:
+    """In use a jittered model is the model without; in training the experts still see what came in."""
+    plain, jittered = build(jitter_eps=None), build(jitter_eps=0.4)
+    x = tokens()
+    out, stats = plain(x)
+    for _ in range(2):
+        again, same = jittered(x)
+        assert torch.equal(again, out) and torch.equal(same.logits, stats.logits)
+    jittered.train()
+    torch.manual_seed(0)
+    seen: list[Tensor] = []
+    compute = jittered.compute
+    jittered.compute = lambda *arguments: seen.append(arguments[0]) or compute(*arguments)  # type: ignore[func-returns-value]
+    _, moved = jittered(x)
+    assert torch.equal(seen[0], x), "what the experts compute on is not disturbed"
+    torch.manual_seed(0)
+    factors = torch.empty_like(x).uniform_(0.6, 1.4)
+    torch.testing.assert_close(moved.logits, (x * factors) @ jittered.router.weight.T)
+    plain.train()
+    assert torch.equal(plain(x)[1].logits, stats.logits)
+
+
+@torch.no_grad()
+def test_a_bias_moves_the_choice_and_not_the_weights() -> None:
+    moe = build()
+    free = moe(tokens())[1]
+    moe.router.bias = torch.tensor([0.0, 0.0, 0.0, 0.0, 9.0])
+    _, stats = moe(tokens())
+    assert bool((stats.expert_ids == 4).any(1).all()), "it is chosen for every token"
+    assert torch.equal(stats.probs, free.probs) and torch.equal(stats.logits, free.logits)
+    chosen = free.probs.gather(1, stats.expert_ids)
+    torch.testing.assert_close(stats.expert_weights, chosen / chosen.sum(-1, keepdim=True))
+
+
+@torch.no_grad()
 def test_ties_take_the_lower_expert_first() -> None:
     moe = build()
     moe.router.weight.zero_()

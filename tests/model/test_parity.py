@@ -8,46 +8,25 @@ compared with one pass in tests/engine/test_runner.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from quadriga import ops
 from quadriga.engine.runner import TorchRunner
-from quadriga.model.config import ModelConfig, RopeSpec
 from quadriga.model.context import PackedContext
-from quadriga.model.moe import Router, RouterStats
 from quadriga.model.transformer import ModelOutput, Transformer
 from tests.batches import batch
-from tests.golden.checkpoints import FACTS, NAMES, config_json, results, weights
+from tests.golden.checkpoints import FACTS, NAMES, config_json, oracle, results
 from tests.golden.weights import MODELS, PREFILL, TOKENS, ragged
-from tests.oracles import numpy_models
-from tests.tolerance import TAIL, relative_error
+from tests.model.routing import exact, row_errors, worst_lag
+from tests.model.wrong_models import FINER_THAN_BF16, MUTATIONS
+from tests.tolerance import faults, relative_error
 
 LoadModel = Callable[..., Transformer]
 
 BAR = 2e-5
 """Largest difference of a float32 logit, as a share of the logits' range."""
-
-
-@cache
-def oracle(name: str) -> Tensor:
-    """The NumPy statement's logits (T, V), float64."""
-    w, raw = {k: v.astype(np.float64) for k, v in weights(name).items()}, config_json(name)
-    if name != "grok1":
-        return torch.from_numpy(numpy_models.ORACLES[raw["model_type"]](w, raw, TOKENS))
-    sizes = {
-        "d_model": raw["hidden_size"],
-        "n_layers": raw["num_hidden_layers"],
-        "n_heads": raw["num_attention_heads"],
-        "n_kv_heads": raw["num_key_value_heads"],
-        "top_k": raw["num_experts_per_tok"],
-    }
-    return torch.from_numpy(numpy_models.grok1(w, sizes, TOKENS))
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
@@ -119,32 +98,6 @@ def test_a_good_part_of_q_k_and_v_is_really_clipped(golden_model: LoadModel, nam
     assert share == pytest.approx(FACTS["clipped_share"][name], abs=1e-3)
 
 
-# What a test of parity is worth is what it can see: each change below must break it.
-MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
-    "rope theta 10000, as transformers 5.15-5.23 loads DBRX": (
-        "dbrx",
-        lambda c: replace(c, position=RopeSpec(theta=10_000.0)),
-    ),
-    "no clipping": ("dbrx", lambda c: replace(c, attn=replace(c.attn, clip_qkv=None))),
-    "weights not renormalised": ("dbrx", lambda c: replace(c, ffn=replace(c.ffn, normalize_p=None))),
-    "weights of norm 2": ("dbrx", lambda c: replace(c, ffn=replace(c.ffn, normalize_p=2.0))),
-    "one expert fewer": ("mixtral", lambda c: replace(c, ffn=replace(c.ffn, top_k=2))),
-    "vote": ("mixtral", lambda c: replace(c, ffn=replace(c.ffn, aggregate="vote"))),
-    "layer norm for rms norm": ("llama", lambda c: replace(c, norm=replace(c.norm, kind="layer"))),
-    "epsilon 3e-5": ("llama", lambda c: replace(c, norm=replace(c.norm, eps=3e-5))),
-    "scores of twice the scale": ("llama-tied", lambda c: replace(c, attn=replace(c.attn, scale=2 * 8**-0.5))),
-    "tanh gelu": ("mpt", lambda c: replace(c, ffn=replace(c.ffn, activation="gelu_tanh"))),
-    "alibi bias 6": ("mpt", lambda c: replace(c, position=replace(c.position, max_bias=6.0))),
-    "no clipping in mpt": ("mpt-clipped", lambda c: replace(c, attn=replace(c.attn, clip_qkv=None))),
-    "exact gelu": ("grok1", lambda c: replace(c, ffn=replace(c.ffn, activation="gelu"))),
-    "no soft cap": ("grok1", lambda c: replace(c, attn=replace(c.attn, soft_cap=None))),
-    "logits not scaled": ("grok1", lambda c: replace(c, logit_scale=1.0)),
-    "embeddings not scaled": ("grok1", lambda c: replace(c, embedding_scale=1.0)),
-}
-FINER_THAN_BF16 = {"epsilon 3e-5", "tanh gelu", "exact gelu", "no soft cap"}
-"""Mistakes smaller than bf16's own rounding: only float32 can show them."""
-
-
 @pytest.mark.parametrize("what", MUTATIONS)
 @torch.inference_mode()
 def test_a_wrong_model_is_seen(golden_model: LoadModel, what: str) -> None:
@@ -154,50 +107,17 @@ def test_a_wrong_model_is_seen(golden_model: LoadModel, what: str) -> None:
     assert error(prefill(wrong).logits, oracle(name)) > BAR
 
 
-class ForcedRouter(nn.Module):
-    """A router whose choice of experts is given, so that two precisions can be compared where a near tie flips."""
-
-    def __init__(self, router: Router, ids: Tensor) -> None:
-        super().__init__()
-        self.router, self.ids = router, ids
-
-    def forward(self, x: Tensor) -> ops.Routing:
-        free = self.router(x)
-        chosen, p = free.probs.gather(1, self.ids), self.router.spec.normalize_p
-        if p is not None:
-            chosen = chosen / torch.linalg.vector_norm(chosen, ord=p, dim=-1, keepdim=True)
-        return ops.Routing(self.ids, chosen, free.probs, free.logits)
-
-
-def exact(model: Transformer, config: ModelConfig, choices: list[RouterStats]) -> ModelOutput:
-    """float64 results of a model of ``config`` with the (rounded) weights of ``model`` and given expert choices."""
-    wide = Transformer.from_parameters(config, {name: t.double() for name, t in model.state_dict().items()})
-    for layer, stats in zip(wide.layers, choices, strict=False):
-        layer.moe.router = ForcedRouter(layer.moe.router, stats.expert_ids)
-    return prefill(wide)
-
-
-def in_deviations(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Root mean square difference of each row (T,), in units of the reference's standard deviation."""
-    return (ours - theirs).square().mean(-1).sqrt() / theirs.std()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_each_precision_is_within_its_rounding(golden_model: LoadModel, name: str, dtype: torch.dtype) -> None:
     model = golden_model(name, dtype)
     logits, choices = prefill(model)
-    reference, free = exact(model, model.config, choices)
+    reference, free = exact(model, model.config, TOKENS, choices)
     bound = relative_error(dtype, model.config, len(TOKENS))
-    rows = in_deviations(logits, reference)
-    assert bound / 20 < rows.median() < bound  # far below it, the bound would mean little
-    assert rows.max() < TAIL * bound
-    # An expert chosen here and not there was nearly as probable: the choice is rounding, not a mistake.
-    for mine, wide in zip(choices, free, strict=True):
-        kth_best = wide.probs.sort(dim=-1, descending=True).values[:, [2]]
-        lag = (kth_best - wide.probs.gather(1, mine.expert_ids)).clamp(min=0)
-        assert lag.max() < TAIL * bound * wide.probs.std()
+    rows = row_errors(logits, reference)
+    assert rows.median() > bound / 20, "far below it, the bound would mean little"
+    assert faults(rows, worst_lag(choices, free), bound) == []
 
 
 @pytest.mark.parametrize("what", sorted(MUTATIONS.keys() - FINER_THAN_BF16))
@@ -208,5 +128,6 @@ def test_bfloat16_shows_a_wrong_model_too(golden_model: LoadModel, what: str) ->
     wrong = Transformer.from_parameters(change(right.config), right.state_dict())
     logits, choices = prefill(wrong)
     same_top_k = not choices or choices[0].expert_ids.shape[1] == right.config.ffn.top_k  # type: ignore[union-attr]
-    reference, _ = exact(right, right.config, choices if same_top_k else [])
-    assert in_deviations(logits, reference).median() > relative_error(torch.bfloat16, right.config, len(TOKENS))
+    reference, free = exact(right, right.config, TOKENS, choices if same_top_k else [])
+    bound = relative_error(torch.bfloat16, right.config, len(TOKENS))
+    assert faults(row_errors(logits, reference), worst_lag(choices, free), bound)

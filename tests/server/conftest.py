@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,8 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ from quadriga.server.service import Service
 from quadriga.text.chat import CHATML
 from quadriga.text.tokenizer import Tokenizer
 from tests.checkpoint.models import TINY
+from tests.waiting import HANG_S, until
+
+DRAIN_S = 30
+"""What a test's server gives answers under way when it is told to end."""
 
 
 class Bytes:
@@ -100,12 +104,12 @@ class Live:
 
     def settled(self) -> bool:
         """Wait until nothing runs; True if every block and place is free again."""
-        for _ in range(200):
+
+        def idle() -> bool:
             stats = self.service.llm.engine.stats()
-            if not (stats.n_running or stats.n_waiting or stats.kv_blocks_used or self.service.engine.n_open):
-                return True
-            time.sleep(0.02)
-        return False
+            return not (stats.n_running or stats.n_waiting or stats.kv_blocks_used or self.service.engine.n_open)
+
+        return until(idle)
 
 
 @contextlib.contextmanager
@@ -119,20 +123,21 @@ def running(
     servers: list[Server] = []
     original = Server.__init__
 
-    def remember(self: Server, *args: Any) -> None:
-        original(self, *args)
+    def remember(self: Server, config: Any, *args: Any) -> None:
+        config.loop = "asyncio"  # whose clock can be stopped
+        original(self, config, *args)
         servers.append(self)
 
     Server.__init__ = remember  # type: ignore[method-assign]
-    options = {"drain_s": 2, "stay_on_failure": stay_on_failure, "started": up.set}
+    options = {"drain_s": DRAIN_S, "stay_on_failure": stay_on_failure, "started": up.set}
     thread = threading.Thread(target=serve, args=(service, limits or Limits(), listener), kwargs=options, daemon=True)
     thread.start()
-    assert up.wait(20), "the server starts"
+    assert up.wait(HANG_S), "the server starts"
     Server.__init__ = original  # type: ignore[method-assign]
-    with httpx2.Client(base_url=url, timeout=30) as client:
+    with httpx2.Client(base_url=url, timeout=HANG_S) as client:
         yield Live(url, service, client, servers[0])
     servers[0].should_exit = True
-    thread.join(20)
+    thread.join(HANG_S)
     assert not thread.is_alive(), "the server ends"
 
 
@@ -146,7 +151,7 @@ class Gate:
 
     def __enter__(self) -> Gate:
         def forward(batch: Any) -> Any:
-            assert self._passes.acquire(timeout=30), "a pass is let through in time"
+            assert self._passes.acquire(timeout=HANG_S), "a pass is let through"
             return self._forward(batch)
 
         self._runner.forward = forward  # type: ignore[method-assign]
@@ -167,14 +172,39 @@ class Gate:
         assert until(lambda: self._live.service.llm.engine.stats().n_steps >= done)
 
 
-def until(condition: Callable[[], bool], seconds: float = 15) -> bool:
-    """Wait for something to become true."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
+class StoppedClock:
+    """Stops the clock of a server's event loop: its timers fire when a test says so, and never before.
+
+    Timeouts keep the lengths they have in use, and nothing that a test does is ever too slow for one.
+    """
+
+    def __init__(self, live: Live) -> None:
+        loop = live.service.engine._loop
+        assert loop is not None, "the server has started"
+        self._loop: asyncio.AbstractEventLoop = loop
+
+    def __enter__(self) -> StoppedClock:
+        self._running, self._now = self._loop.time, self._loop.time()
+        self._loop.time = lambda: self._now  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        running, ahead = self._running, self._now - self._running()
+        self._loop.time = lambda: running() + ahead  # type: ignore[method-assign]
+        self._wake()
+
+    def advance(self, seconds: float) -> None:
+        """Let so much time pass at once; timers that come due fire in their order."""
+        self._now += seconds
+        self._wake()
+
+    def waits(self, seconds: float) -> bool:
+        """True if a timer will fire after so many seconds more."""
+        timers: list[asyncio.TimerHandle] = list(self._loop._scheduled)  # type: ignore[attr-defined]
+        return any(not t.cancelled() and abs(t.when() - self._now - seconds) < 1e-3 for t in timers)
+
+    def _wake(self) -> None:
+        self._loop.call_soon_threadsafe(lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import HANG_S
+
 ROUTES = {
     "/chat/completions": "post",
     "/completions": "post",
@@ -61,12 +63,12 @@ def published_spec(folder: Path, model: str) -> Path:
     return path
 
 
-def schemathesis(spec: str | Path, url: str, *options: str, timeout_s: float = 540) -> str:
+def schemathesis(spec: str | Path, url: str, *options: str, timeout_s: float = 6 * HANG_S) -> str:
     """Run it; its output. Fails the test if it found anything."""
     need("schemathesis")
     checks = "response_schema_conformance,not_a_server_error,content_type_conformance,status_code_conformance"
     command = [sys.executable, "-m", "schemathesis.cli", "run", str(spec), "--url", url, "--checks", checks]
-    command += ["--request-timeout", "20", "--seed", "1", "--no-color", *options]
+    command += ["--request-timeout", str(HANG_S), "--seed", "1", "--no-color", *options]
     environment = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.server.schemathesis_hooks", "PYTHONPATH": str(Path.cwd())}
     with tempfile.TemporaryDirectory() as folder:  # it leaves a folder of its own where it runs
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=folder)
@@ -79,7 +81,7 @@ def llm_comply(url: str, model: str, form: str, only: str | None = None) -> dict
     need("llm_comply")
     command = [sys.executable, "-m", "llm_comply.cli", "-u", f"{url}/v1", "-k", "x", "-m", model, "--format", form]
     command += ["--json", *(("--filter", only) if only else ())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert done.stdout.startswith("{"), done.stdout[-2000:] + done.stderr[-2000:]
     report = json.loads(done.stdout)
     return {case["name"]: (case["status"], [str(e) for e in case.get("errors", [])]) for case in report["results"]}
@@ -91,7 +93,7 @@ def node_with(package: str, folder: Path) -> str:
     if node is None or npm is None:
         pytest.skip("node and npm are not installed")
     command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(folder), package]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     if done.returncode:
         pytest.skip(f"npm cannot install {package}: {done.stderr.strip().splitlines()[-1:]}")
     return node

@@ -10,6 +10,8 @@ import anthropic
 import openai
 import pytest
 
+from tests.waiting import HANG_S
+
 MODEL = "smollm2-135m-instruct"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 WEATHER = {
@@ -25,12 +27,12 @@ pytestmark = pytest.mark.weights
 
 @pytest.fixture
 def client(smol: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{smol}/v1", api_key="x", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{smol}/v1", api_key="x", max_retries=0, timeout=HANG_S)
 
 
 @pytest.fixture
 def claude(smol: str) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=smol, api_key="x", max_retries=0, timeout=60)
+    return anthropic.Anthropic(base_url=smol, api_key="x", max_retries=0, timeout=HANG_S)
 
 
 # Chat ----------------------------------------------------------------------------------------------------------------
@@ -185,7 +187,9 @@ def test_responses_whole_and_streamed(client: openai.OpenAI) -> None:
 
 def test_responses_call_tools(client: openai.OpenAI) -> None:
     tool = {"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}
-    done = client.responses.create(model=MODEL, input="Rain in Oslo?", tools=[tool], tool_choice="required")
+    # Greedy: a draw may talk until the context is full, which is an answer cut off and minutes of work.
+    asked = {"model": MODEL, "tools": [tool], "temperature": 0}
+    done = client.responses.create(**asked, input="Rain in Oslo?", tool_choice="required", max_output_tokens=400)
     calls = [item for item in done.output if item.type == "function_call"]
     assert calls and set(json.loads(calls[0].arguments)) == {"city", "days"}
     turns = [
@@ -193,7 +197,7 @@ def test_responses_call_tools(client: openai.OpenAI) -> None:
         {"type": "function_call", "call_id": calls[0].call_id, "name": "weather", "arguments": calls[0].arguments},
         {"type": "function_call_output", "call_id": calls[0].call_id, "output": "no"},
     ]
-    assert client.responses.create(model=MODEL, input=turns, tools=[tool], max_output_tokens=20).output
+    assert client.responses.create(**asked, input=turns, max_output_tokens=20).output
 
 
 # Anthropic -----------------------------------------------------------------------------------------------------------

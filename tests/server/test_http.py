@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import re
 import resource
 import socket
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 from quadriga.server import protocol
 from quadriga.server.guard import Limits
 from quadriga.server.openapi import GETS, POSTS
-from tests.server.conftest import Live, running, tiny_llm
+from quadriga.server.run import KEEP_ALIVE_S
+from tests.server.conftest import Live, StoppedClock, running, tiny_llm
+from tests.waiting import HANG_S, until
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TEXT = {"model": "tiny", "prompt": "hi", "max_tokens": 2}
@@ -31,7 +34,6 @@ def locked() -> Iterator[Live]:
         hosts=("llm.example.org",),
         origins=("https://page.example.org",),
         max_body_bytes=4096,
-        body_timeout_s=0.5,
     )
     with running(tiny_llm(), limits) as live:
         yield live
@@ -162,11 +164,9 @@ def test_what_embeddings_cannot_be_made_of(tiny: Live, given: Any) -> None:
     ],
     ids=lambda schema: str(schema)[:40],
 )
-def test_a_hostile_schema_ends_at_once(tiny: Live, schema: Any) -> None:
+def test_a_hostile_schema_comes_to_an_end(tiny: Live, schema: Any) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    started = time.perf_counter()
-    response = tiny.post("/v1/chat/completions", CHAT | {"response_format": form})
-    assert response.status_code in (200, 400) and time.perf_counter() - started < 10
+    assert tiny.post("/v1/chat/completions", CHAT | {"response_format": form}).status_code in (200, 400)
     assert tiny.post("/v1/chat/completions", CHAT).status_code == 200
 
 
@@ -266,36 +266,66 @@ def test_chunked_bodies_are_bounded_too(locked: Live) -> None:
 # Connections ---------------------------------------------------------------------------------------------------------
 
 
-def send(live: Live, raw: bytes, wait_s: float = 5) -> str:
-    """Raw bytes in, what comes back until the server closes or pauses."""
+def connect(live: Live) -> socket.socket:
     host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        connection.settimeout(wait_s)
-        connection.sendall(raw)
-        out = b""
+    return socket.create_connection((host, int(port)), timeout=HANG_S)
+
+
+def send(live: Live, raw: bytes, n: int = 1) -> str:
+    """Raw bytes in; the first n answers, heads and bodies, or what has come when the server closes."""
+    with connect(live) as connection:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has heard enough
+            connection.sendall(raw)
+        return receive(connection, n)
+
+
+def receive(connection: socket.socket, n: int = 1) -> str:
+    """See :func:`send`."""
+    out, whole = b"", 0
+    while n:
+        head, blank, rest = out[whole:].partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        if blank and length and len(rest) >= int(length[1]):
+            whole, n = whole + len(head) + 4 + int(length[1]), n - 1
+            continue
         try:
-            while piece := connection.recv(65536):
-                out += piece
-                if b"\r\n\r\n" in out:
-                    connection.settimeout(0.3)
-        except (TimeoutError, ConnectionResetError):
-            pass
+            piece = connection.recv(65536)
+        except ConnectionResetError:
+            break
+        if not piece:
+            break
+        out += piece
     return out.decode(errors="replace")
 
 
-def test_a_body_that_never_comes_is_given_up(locked: Live) -> None:
-    head = f"POST /tokenize HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {KEY}\r\n"
-    started = time.perf_counter()
-    assert " 408 " in send(locked, (head + "content-type: application/json\r\ncontent-length: 9\r\n\r\n{").encode())
-    assert time.perf_counter() - started < 3
+def test_a_body_that_never_comes_is_given_up() -> None:
+    limits = Limits(body_timeout_s=60)
+    with running(tiny_llm(), limits) as live, StoppedClock(live) as clock, connect(live) as connection:
+        head = b"POST /tokenize HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        connection.sendall(head + b"content-length: 9\r\n\r\n{")
+        assert until(lambda: clock.waits(60)), "it is being read"
+        clock.advance(59)
+        assert live.client.get("/health").status_code == 200 and clock.waits(1), "not a second too early"
+        clock.advance(2)
+        assert " 408 " in receive(connection)
 
 
-def test_a_head_that_never_ends_is_given_up(tiny: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.3)
-    assert " 408 " in send(tiny, b"GET /health HTTP/1.1\r\nhost: 127.0")
-    assert " 408 " in send(tiny, b"")
-    both = send(tiny, b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\nGET /hea", wait_s=3)
-    assert " 200 " in both
+def test_a_head_that_never_ends_is_given_up() -> None:
+    with running(tiny_llm()) as live, StoppedClock(live) as clock:
+        begun, silent, second = connect(live), connect(live), connect(live)
+        with begun, silent, second:
+            begun.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0")
+            second.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\nGET /hea")
+            assert " 200 " in receive(second)
+            connections = live.server.server_state.connections
+            assert until(lambda: sum(c._deadline is not None for c in list(connections)) >= 2)
+            clock.advance(protocol.HEAD_TIMEOUT_S - 1)
+            assert live.client.get("/health").status_code == 200
+            assert not any(c._refused for c in list(connections)), "not a second too early"
+            clock.advance(2)
+            assert " 408 " in receive(begun) and " 408 " in receive(silent)
+            clock.advance(KEEP_ALIVE_S)
+            assert receive(second, 2).count("HTTP/1.1") <= 1, "it is closed: nor is a head waited for after an answer"
 
 
 def test_a_head_that_is_too_large_is_refused(tiny: Live) -> None:
@@ -321,7 +351,7 @@ def test_broken_framing_is_refused(tiny: Live, raw: bytes) -> None:
 
 def test_pipelined_requests_are_all_answered(tiny: Live) -> None:
     one = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
-    assert send(tiny, one * 5).count("HTTP/1.1 200") == 5
+    assert send(tiny, one * 5, n=5).count("HTTP/1.1 200") == 5
 
 
 def test_http_1_0_is_answered(tiny: Live) -> None:
@@ -416,18 +446,3 @@ def test_the_docs_page_names_every_route_and_field_and_runs_no_script(tiny: Live
 def test_unknown_paths_and_methods_have_the_usual_shape(tiny: Live) -> None:
     assert tiny.client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert tiny.client.get("/v1/chat/completions").status_code == 405
-
-
-# Rates ---------------------------------------------------------------------------------------------------------------
-
-
-def test_rates_and_concurrency_are_limited_by_key() -> None:
-    with running(tiny_llm(), Limits(keys=("key-number-one", "key-number-two"), requests_per_minute=3)) as live:
-
-        def ask(key: str) -> Any:
-            return live.post("/tokenize", {"prompt": "x"}, headers={"authorization": f"Bearer {key}"})
-
-        assert [ask("key-number-one").status_code for _ in range(4)] == [200, 200, 200, 429]
-        refused = ask("key-number-one")
-        assert int(refused.headers["retry-after"]) in range(1, 21)
-        assert ask("key-number-two").status_code == 200

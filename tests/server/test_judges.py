@@ -14,6 +14,7 @@ import pytest
 
 from tests.server import judges
 from tests.server.conftest import Live, running, tiny_llm
+from tests.waiting import HANG_S
 
 MODEL = "smollm2-135m-instruct"
 
@@ -46,7 +47,9 @@ console.log(JSON.stringify({ whole: whole.choices[0].message.content, text, reas
 def test_openais_node_library(tiny: Live, tmp_path: Path) -> None:
     node = judges.node_with("openai", tmp_path)
     (tmp_path / "ask.mjs").write_text(NODE)
-    done = subprocess.run([node, "ask.mjs", tiny.url, "tiny"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [node, "ask.mjs", tiny.url, "tiny"], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S
+    )
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
     assert got["whole"] == got["text"] and got["reason"] in ("length", "stop")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
-import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import httpx2
 import psutil
 import pytest
 
+from quadriga.engine import async_engine
 from quadriga.server import protocol
 from quadriga.server.guard import Limits
-from tests.server.conftest import Gate, Live, command, running, tiny_llm, until
+from tests.server.conftest import DRAIN_S, Gate, Live, StoppedClock, command, running, tiny_llm
+from tests.waiting import HANG_S, until
 
 TEXT = {"model": "tiny", "prompt": "hello there", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
 MODEL = "smollm2-135m-instruct"
@@ -51,7 +54,7 @@ def test_whoever_leaves_is_forgotten_within_one_step(stage: str, stream: bool) -
         leaver.close()
         assert until(lambda: engine.n_open == open_before - 1), "the server notices without computing"
         gate.let(1)
-        gone = until(lambda: stats().n_waiting == 0 and (first is not None or stats().kv_blocks_used == 0), 5)
+        gone = until(lambda: stats().n_waiting == 0 and (first is not None or stats().kv_blocks_used == 0))
         assert gone and stats().n_steps <= steps + 1
         if first is not None:
             first.close()
@@ -77,43 +80,60 @@ def test_leaving_while_choices_and_embeddings_are_made_frees_all_of_it() -> None
         assert live.settled(), "the pass that was under way has ended, and nothing stays behind"
 
 
-def test_a_reader_that_stops_costs_bounded_memory_and_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "STALL_TIMEOUT_S", 1.0)
-    with running(tiny_llm(n_blocks=800, max_sequences=64), max_waiting=64) as live:
+def test_a_reader_that_stops_costs_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock stands still, so nothing but the bound of its inbox can end it."""
+    monkeypatch.setattr(async_engine, "MAX_UNREAD", 16)
+    with running(tiny_llm(n_blocks=800, max_sequences=64), max_waiting=64) as live, StoppedClock(live):
         body = {**TEXT, "max_tokens": 900, "stream": True, "n": 40, "routing": True, "logprobs": 20}
         reader = live.connect(body, receive_bytes=4096)
         assert until(lambda: live.service.engine.n_open == 40)
-        assert until(lambda: live.service.engine.n_open == 0, 60), "its requests are dropped"
-        assert live.settled() and until(lambda: not any(_busy(c) for c in live.server.server_state.connections))
+        assert until(lambda: live.service.engine.n_open == 0), "its requests are dropped"
+        assert live.settled() and live.service.llm.engine.stats().n_generated_tokens < 40 * 900
         reader.close()
-        whole = live.connect({"prompt": "x" * 4_000_000, "return_token_strs": True}, "/tokenize", receive_bytes=4096)
-        assert until(lambda: any(_busy(c) for c in live.server.server_state.connections))
-        assert until(lambda: not any(_busy(c) for c in live.server.server_state.connections), 40)
-        whole.close()
         assert live.post("/v1/completions", {**TEXT, "max_tokens": 2}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_reader_that_stops_is_cut_off(stream: bool) -> None:
+    with running(tiny_llm(n_blocks=800, max_sequences=64), max_waiting=64) as live, StoppedClock(live) as clock:
+        if stream:
+            body = {**TEXT, "max_tokens": 900, "stream": True, "n": 40, "routing": True, "logprobs": 20}
+            reader = live.connect(body, receive_bytes=4096)
+        else:
+            body = {"prompt": "x" * 4_000_000, "return_token_strs": True}
+            reader = live.connect(body, "/tokenize", receive_bytes=4096)
+        assert until(lambda: any(_stalled(c) for c in live.server.server_state.connections))
+        clock.advance(protocol.STALL_TIMEOUT_S - 1)
+        assert live.post("/v1/completions", {**TEXT, "max_tokens": 1}).status_code == 200
+        assert any(_stalled(c) for c in live.server.server_state.connections), "not a second too early"
+        clock.advance(2)
+        assert until(lambda: not any(_busy(c) for c in live.server.server_state.connections))
+        assert live.settled(), "its requests are dropped"
+        reader.close()
+
+
+def _stalled(connection: Any) -> bool:
+    return connection._stalled is not None
 
 
 def _busy(connection: Any) -> bool:
     return connection.cycle is not None and not connection.cycle.response_complete
 
 
-def test_a_body_that_trickles_after_its_answer_does_not_hold_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "REST_TIMEOUT_S", 0.3)
-    with running(tiny_llm()) as live:
+def test_a_body_that_trickles_after_its_answer_does_not_hold_the_connection() -> None:
+    with running(tiny_llm()) as live, StoppedClock(live) as clock:
         host, port = live.url.removeprefix("http://").split(":")
-        connection = socket.create_connection((host, int(port)))
-        connection.sendall(b"POST /nothing HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 1000000\r\n\r\n{")
-        connection.settimeout(5)
-        assert b" 404 " in connection.recv(65536)
-        closed = False
-        for _ in range(100):
+        with socket.create_connection((host, int(port)), timeout=HANG_S) as connection:
+            connection.sendall(b"POST /nothing HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 1000000\r\n\r\n{")
+            assert b" 404 " in connection.recv(65536)
+            connection.sendall(b" ")
+            assert until(lambda: any(c._rest_due is not None for c in live.server.server_state.connections))
+            clock.advance(protocol.REST_TIMEOUT_S + 1)
             try:
-                connection.sendall(b" ")
-                time.sleep(0.02)
-            except OSError:
-                closed = True
-                break
-        assert closed
+                while connection.recv(65536):  # the rest of the answer
+                    pass
+            except ConnectionResetError:
+                pass  # what came too late was not read: this too is an end
 
 
 def test_leaving_within_a_body_is_no_mistake_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
@@ -122,7 +142,7 @@ def test_leaving_within_a_body_is_no_mistake_of_the_server(caplog: pytest.LogCap
         connection = socket.create_connection((host, int(port)))
         head = "POST /tokenize HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         connection.sendall(head.encode() + b"content-length: 99\r\n\r\n{")
-        time.sleep(0.1)
+        assert until(lambda: any(_busy(c) for c in live.server.server_state.connections)), "its body is waited for"
         connection.close()
         assert until(lambda: 'status="499"' in live.client.get("/metrics").text)
     assert "Exception" not in caplog.text
@@ -167,16 +187,24 @@ def test_one_key_cannot_take_all_places() -> None:
 
 
 def test_a_deadline_ends_an_answer_wherever_it_is() -> None:
-    with running(tiny_llm(max_sequences=1)) as live, Gate(live) as gate:
-        late = live.post("/v1/completions", {**TEXT, "deadline_ms": 100})
-        assert late.status_code == 504 and late.json()["error"]["code"] == "deadline_exceeded"
+    with running(tiny_llm(max_sequences=1)) as live, StoppedClock(live) as clock, Gate(live) as gate:
         with ThreadPoolExecutor(1) as pool:
-            body = {**TEXT, "stream": True, "deadline_ms": 1500}
-            answer = pool.submit(live.post, "/v1/completions", body)
+            answer = pool.submit(live.post, "/v1/completions", {**TEXT, "deadline_ms": 60_000})
+            assert until(lambda: live.service.engine.n_open == 1)
+            clock.advance(61)
+            late = answer.result()
+            assert late.status_code == 504 and late.json()["error"]["code"] == "deadline_exceeded"
+            gate.let(1)
+            assert live.settled()
+            answer = pool.submit(live.post, "/v1/completions", {**TEXT, "stream": True, "deadline_ms": 60_000})
             assert until(lambda: live.service.engine.n_open == 1)
             gate.open(3)
+            clock.advance(59)
+            gate.open(2)
+            assert live.service.engine.n_open == 1, "it has a second left"
+            clock.advance(2)
             events = events_of(answer.result().text)
-        assert len(events) >= 3 and events[-2]["error"]["code"] == "deadline_exceeded" and events[-1] == "[DONE]"
+        assert len(events) >= 5 and events[-2]["error"]["code"] == "deadline_exceeded" and events[-1] == "[DONE]"
         gate.let(1)
         assert live.settled()
 
@@ -296,46 +324,78 @@ def long_story(smollm2: Path) -> dict[str, Any]:
     return {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 8000, "ignore_eos": True, "stream": True}
 
 
-@pytest.mark.weights
-def test_the_first_signal_drains_and_the_deadline_ends_what_is_left(long_story: dict[str, Any]) -> None:
-    with command("--drain", "3") as (url, process), ThreadPoolExecutor(2) as pool:
-        short = pool.submit(httpx2.post, f"{url}/v1/completions", json={**long_story, "max_tokens": 60}, timeout=60)
-        long = pool.submit(httpx2.post, f"{url}/v1/completions", json=long_story, timeout=60)
-        time.sleep(1)
-        process.send_signal(signal.SIGTERM)
-        started = time.monotonic()
+def test_the_first_signal_drains_and_the_deadline_ends_what_is_left() -> None:
+    server, pool = running(tiny_llm()), ThreadPoolExecutor(2)
+    with server as live, pool, StoppedClock(live) as clock, Gate(live) as gate:
+        short = pool.submit(live.post, "/v1/completions", {**TEXT, "stream": True, "max_tokens": 5})
+        long = pool.submit(live.post, "/v1/completions", {**TEXT, "stream": True})
+        assert until(lambda: live.service.engine.n_open == 2)
+        gate.open(3)
+        live.server.handle_exit(signal.SIGTERM, None)
+        clock.advance(0.2)  # uvicorn looks ten times a second whether it is to end
+        assert until(lambda: not _listens(live.url)), "nobody new is let in"
+        gate.let(5)
         done = events_of(short.result().text)
         assert done[-1] == "[DONE]" and done[-2]["choices"][0]["finish_reason"] == "length", "it was let finish"
+        clock.advance(DRAIN_S - 1)
+        gate.open(2)
+        assert live.service.engine.n_open == 1, "it has time left"
+        clock.advance(1)
+        gate.let(1)
         cut = events_of(long.result().text)
-        assert "shutting down" in cut[-2]["error"]["message"] and len(cut) > 20
-        assert process.wait(20) == 0 and 2.5 < time.monotonic() - started < 10
-        with pytest.raises(httpx2.ConnectError):
-            httpx2.get(f"{url}/health")
+        assert "shutting down" in cut[-2]["error"]["message"] and len(cut) >= 3 + 2 + 2
+
+
+def _listens(url: str) -> bool:
+    host, port = url.removeprefix("http://").split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=HANG_S).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def telling(url: str, body: dict[str, Any]) -> Iterator[Iterator[str]]:
+    """The lines of a streamed answer that has begun."""
+    client = httpx2.Client(timeout=HANG_S)
+    with client, client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        assert next(lines).startswith("data: ")
+        yield lines
+
+
+@pytest.mark.weights
+def test_a_signal_lets_the_process_finish_its_answers_and_end_with_0(long_story: dict[str, Any]) -> None:
+    with command("--drain", "3600") as (url, process), telling(url, {**long_story, "max_tokens": 60}) as short:
+        with telling(url, long_story):
+            process.send_signal(signal.SIGTERM)
+            assert until(lambda: not _listens(url))
+            assert list(short)[-1] == "data: [DONE]"
+            assert process.poll() is None, "it waits for the other answer"
+        assert process.wait(HANG_S) == 0, "whose reader has left"
 
 
 @pytest.mark.weights
 def test_a_second_signal_ends_the_process_at_once(long_story: dict[str, Any]) -> None:
-    with command("--drain", "60") as (url, process), ThreadPoolExecutor(1) as pool:
-        long = pool.submit(httpx2.post, f"{url}/v1/completions", json=long_story, timeout=60)
-        time.sleep(1)
+    with command("--drain", "3600") as (url, process), telling(url, long_story) as long:
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        assert process.poll() is None, "it drains"
+        assert until(lambda: not _listens(url)), "it drains"
+        assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        started = time.monotonic()
-        assert process.wait(5) == 1 and time.monotonic() - started < 2
+        assert process.wait(HANG_S) == 1
         with pytest.raises(httpx2.HTTPError):
-            long.result()
+            list(long)
 
 
 @pytest.mark.weights
 def test_a_killed_server_leaves_no_process_and_its_port_is_free(smollm2: Path) -> None:
     with command() as (url, process):
         children = psutil.Process(process.pid).children(recursive=True)
-        assert httpx2.get(f"{url}/ready", timeout=60).status_code == 200
+        assert httpx2.get(f"{url}/ready", timeout=HANG_S).status_code == 200
         port = int(url.rsplit(":", 1)[1])
         os.kill(process.pid, signal.SIGKILL)
-        process.wait(10)
+        process.wait(HANG_S)
         assert not [child for child in children if child.is_running()]
         with socket.socket() as again:
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

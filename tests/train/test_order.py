@@ -9,9 +9,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quadriga.errors import ConfigError
-from quadriga.train.order import MIX_PERIOD, Curriculum, DomainShape, Mix, StageShape, shuffle
+from quadriga.train.order import MIX_PERIOD, Curriculum, DomainShape, Mix, StageShape, hash64, shuffle
 
 UNIT = 24
+PINNED_SHUFFLE = [2, 7, 8, 5, 3, 9, 1, 4, 0, 6]
+PINNED_PLACES = [
+    (0, 384),
+    (1, 93),
+    (0, 92),
+    (0, 280),
+    (1, 69),
+    (0, 392),
+    (0, 100),
+    (1, 101),
+    (0, 288),
+    (1, 77),
+    (0, 376),
+    (0, 108),
+    (0, 304),
+    (1, 289),
+    (0, 352),
+    (1, 109),
+    (0, 20),
+    (0, 116),
+]
 
 
 @given(n=st.integers(1, 500), key=st.integers(0, 2**64 - 1))
@@ -110,6 +131,55 @@ def test_epochs_and_seeds_read_in_different_orders() -> None:
     assert sorted(first) != sorted(second)  # cut at other places
     assert [row[1] for row in first] != [row[1] for row in second]
     assert rows != _places(Curriculum(domains, [stage], UNIT, 2))
+
+
+def test_the_order_is_the_published_one() -> None:
+    """SplitMix64's own numbers, and a permutation pinned: an old run must read on where it stopped, in any release."""
+    mask = 2**64 - 1
+    state, seeds = 0, []
+    for _ in range(3):  # the finaliser over a counter, as its authors publish it for seed 0
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+        seeds.append(z ^ (z >> 31))
+    assert seeds[0] == 0xE220A8397B1DCDAF
+    h = 0x9E3779B97F4A7C15
+    for value in (3, 2**64 - 1, 0):
+        z = ((h ^ value) + 0x9E3779B97F4A7C15) & mask
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+        h = z ^ (z >> 31)
+    assert hash64(3, -1, 0) == h
+    assert [shuffle(i, 10, 7) for i in range(10)] == PINNED_SHUFFLE
+    curriculum = Curriculum(
+        [DomainShape("a", 500), DomainShape("b", 300)],
+        [StageShape(seq_len=8, n_rows=4, n_steps=3, weights={"a": 2, "b": 1}), StageShape(24, 2, 3, {})],
+        UNIT,
+        seed=3,
+    )
+    assert [place[:2] for place in _places(curriculum)] == PINNED_PLACES
+
+
+def test_an_epoch_has_its_own_order_and_its_own_beginning() -> None:
+    """Not the first one's again, moved or not: neighbours of one epoch are not neighbours of the next."""
+    domains, n = [DomainShape("a", 2400)], 100
+    rows = [row[1] for row in _places(Curriculum(domains, [StageShape(24, n, 3, {})], UNIT, 1))]
+    epochs = [rows[:n], rows[n : 2 * n], rows[2 * n :]]
+    followers = [{(b - a) % 2400 for a, b in pairwise(epoch)} for epoch in epochs]
+    assert all(len(steps) > 40 for steps in followers), "an order at random"
+    moves = [{(b - a) % 2400 for a, b in zip(one, two, strict=True)} for one, two in pairwise(epochs)]
+    assert all(len(steps) > 40 for steps in moves), "another order, not the same one moved"
+    phases = [{first % 24 for first in epoch} for epoch in epochs]
+    assert all(len(phase) == 1 for phase in phases) and len(set.union(*phases)) > 1, "cut at other places"
+
+
+def test_rows_of_a_unit_come_far_apart_and_in_another_order_for_each_unit() -> None:
+    stage = StageShape(seq_len=4, n_rows=60, n_steps=1, weights={})
+    rows = [row[1] for row in _places(Curriculum([DomainShape("a", 240)], [stage], UNIT, 2))]
+    when = {first: i for i, first in enumerate(rows)}
+    apart = [abs(when[first] - when[(first + 4) % 240]) for first in rows]
+    assert sum(apart) / len(apart) > 10, "what stands together in a document comes at different times"
+    assert len({first % UNIT for first in rows[:10]}) > 2, "units begin with different rows"
 
 
 def test_impossible_curricula_are_refused() -> None:

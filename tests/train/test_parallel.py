@@ -18,6 +18,7 @@ from quadriga.train import config as sections
 from quadriga.train.parallel import check_layout
 from quadriga.train.world import World
 from tests.train import runs, worker
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -28,7 +29,7 @@ def _torchrun(n_ranks: int, folder: Path) -> dict[str, list[float]]:
         "-m", "tests.train.worker", str(folder),
     ]  # fmt: skip
     environment = {**runtime.child_environment(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * HANG_S)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, list[float]] = json.loads((folder / f"losses-{n_ranks}.json").read_text())
     return found
@@ -67,16 +68,19 @@ def test_four_ranks_compute_what_one_does_and_save_for_two_and_one(alone: list[f
 
 
 LOST = """
-import os, sys, time
+import os, signal, sys
+from datetime import timedelta
 from quadriga.errors import TrainingError
 from quadriga.train.world import World
 import torch
-world = World.join("cpu", timeout_s=4)
+import torch.distributed as dist
+world = World.join("cpu", timeout_s=float(sys.argv[2]))
 world.wait()
+dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)  # both are here; now one is lost
 if world.rank == 1:
     if sys.argv[1] == "dead":
         os._exit(9)
-    time.sleep(60)
+    signal.pause()
 try:
     world.sum(torch.ones(1))
 except TrainingError as error:
@@ -97,9 +101,11 @@ def test_a_lost_rank_is_named(way: str) -> None:
             **runtime.child_environment(), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
         }  # fmt: skip
-        children.append(subprocess.Popen([sys.executable, "-c", LOST, way], stdout=subprocess.PIPE, env=environment))
+        children.append(
+            subprocess.Popen([sys.executable, "-c", LOST, way, str(HANG_S)], stdout=subprocess.PIPE, env=environment)
+        )
     try:
-        said = children[0].communicate(timeout=120)[0].decode()
+        said = children[0].communicate(timeout=HANG_S)[0].decode()
     finally:
         children[1].kill()
         children[1].wait()

@@ -29,6 +29,7 @@ from quadriga.train.run_directory import RunDirectory
 from quadriga.train.trainer import StepReport
 from quadriga.train.view import duration, load_bars, sparkline
 from tests.train.corpora import prose
+from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -153,7 +154,7 @@ def test_sigterm_saves_and_exits_with_0(corpus: Path, finished: Path, tmp_path: 
         assert child.poll() is None
     child.send_signal(signal.SIGTERM)
     rest = child.stderr.read()
-    assert child.wait(timeout=60) == 0
+    assert child.wait(HANG_S) == 0
     done = CliRunner().invoke(app, ["train", str(file), "--threads", "1"])
     assert done.exit_code == 0
     assert _weights(tmp_path / "run") == _weights(finished)

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -273,13 +272,20 @@ settings = runs.Settings(n_steps=int(sys.argv[3]), checkpoint=section)
 run = runs.trainer(pathlib.Path(sys.argv[1]), settings)
 run.run.clean()
 run.resume()
-print("ready", flush=True)
-run.train()
+def point(event, arguments):
+    if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.scandir", "quadriga.step"):
+        sys.stdout.write(".")
+        sys.stdout.flush()
+sys.addaudithook(point)
+run.train(lambda: bool(sys.audit("quadriga.step")))
 """
 
 
 def _kill_and_resume(folder: Path, n_steps: int, n_kills: int) -> None:
-    """SIGKILL the run at moments spread over its work, saves included, until it has been killed ``n_kills`` times."""
+    """SIGKILL the run at moments spread over its work, saves included, until it has been killed ``n_kills`` times.
+
+    It writes a dot at every step and every file that it opens, renames or removes; a kill follows one of the dots.
+    """
     generator = torch.Generator().manual_seed(n_kills)
     kills = 0
     environment = {**runtime.child_environment(), "OMP_NUM_THREADS": "1"}
@@ -287,10 +293,11 @@ def _kill_and_resume(folder: Path, n_steps: int, n_kills: int) -> None:
     while True:
         child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, cwd=ROOT)
         assert child.stdout is not None
-        child.stdout.readline()
         if kills < n_kills:
-            time.sleep(float(torch.rand((), generator=generator)) * 0.6)
+            n_dots = int(torch.randint(1, 120, (), generator=generator))
+            assert child.stdout.read(n_dots) == b"." * n_dots, "the run is longer than that"
             child.send_signal(signal.SIGKILL)
+        child.stdout.read()
         code = child.wait()
         _whole_or_nothing(folder)
         if code == 0:

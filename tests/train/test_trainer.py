@@ -115,14 +115,92 @@ def test_clipping_bounds_the_step(tmp_path: Path) -> None:
     assert norm == pytest.approx(0.01, rel=1e-4)
 
 
-def test_ema_is_the_running_mean(tmp_path: Path) -> None:
-    run = trainer(tmp_path, Settings(ema=sections.EmaSection(decay=0.5), n_steps=3))
-    name = "layers.0.attn.wo.weight"
-    mean = run.masters.by_name[name].detach().clone()
+@pytest.mark.parametrize("decay", [0.9, 0.3])
+def test_ema_is_the_running_mean(tmp_path: Path, decay: float) -> None:
+    """mean <- decay * mean + (1 - decay) * weight, after every step; 0.5 would not tell the two shares apart."""
+    run = trainer(tmp_path, Settings(ema=sections.EmaSection(decay=decay), n_steps=3))
+    means = {name: p.detach().clone() for name, p in run.masters.by_name.items()}
     for _ in range(3):
         run.run_step()
-        mean = mean.lerp(run.masters.by_name[name].detach(), 0.5)
-    torch.testing.assert_close(run.averages[name], mean)
+        means = {name: decay * mean + (1 - decay) * run.masters.by_name[name].detach() for name, mean in means.items()}
+    assert run.averages.keys() == means.keys()
+    for name, mean in means.items():
+        torch.testing.assert_close(run.averages[name], mean, rtol=1e-6, atol=1e-8)
+
+
+def test_a_step_that_is_left_out_moves_no_average(tmp_path: Path) -> None:
+    settings = Settings(ema=sections.EmaSection(decay=0.9), router=sections.RouterSection(bias_rate=0.01), n_steps=6)
+    run = trainer(tmp_path, settings, objective=Poisoned(3, math.nan))
+    for _ in range(3):
+        run.run_step()
+    before = bits(run)
+    run.run_step()
+    assert run.step == 4 and bits(run) == before, "averages and the routers' bias too"
+
+
+def test_the_rate_of_a_step_is_its_schedules(tmp_path: Path) -> None:
+    """Lion moves every weight that decays not by exactly the rate: warm-up from the first step on, then the fall."""
+    schedule = sections.ScheduleSection(kind="wsd", warmup_steps=3, decay_share=0.25, final_share=0.1)
+    optimiser = sections.OptimiserSection(name="lion", learning_rate=0.01, weight_decay=0.0)
+    record = Record()
+    run = trainer(tmp_path, Settings(n_steps=8, schedule=schedule, optimiser=optimiser), record=record)
+    moved = []
+    for _ in range(8):
+        before = run.masters.by_name["final_norm.weight"].detach().clone()
+        run.run_step()
+        moved.append(float((run.masters.by_name["final_norm.weight"].detach() - before).abs().max()))
+    assert moved == pytest.approx([0.01 * report.rate for report in record.steps], rel=1e-3)
+    fall = [0.1 + 0.9 * share for share in (1.0, 0.5, 0.0)]
+    assert [report.rate for report in record.steps] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, *fall])
+
+
+@pytest.mark.parametrize("micro_rows", [None, 2])
+def test_a_step_of_several_micro_steps_has_the_norm_of_the_whole_batch(tmp_path: Path, micro_rows: int | None) -> None:
+    """And it is divided by the targets of all of them, not by those of each."""
+    parallel = sections.ParallelSection(device="cpu", micro_rows=micro_rows)
+    record = Record()
+    settings = Settings(n_steps=1, parallel=parallel, router=sections.RouterSection(balance_loss=0.0))
+    trainer(tmp_path, settings, record=record).train()
+    whole = runs.source().rows(0, 0, 8)
+    reference = runs.model()
+    loss, _ = NextToken(runs.TINY.ffn, settings.router, World())(reference, whole)
+    (loss / whole.target_weight()).backward()
+    square = sum(float(p.grad.double().square().sum()) for p in reference.parameters() if p.grad is not None)
+    assert record.steps[0].norm == pytest.approx(math.sqrt(square), rel=1e-4)
+    assert record.steps[0].loss == pytest.approx(float(loss.detach()) / whole.target_weight(), rel=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.01, 1e6])
+def test_only_what_is_beyond_the_limit_is_clipped(tmp_path: Path, limit: float) -> None:
+    settings = Settings(optimiser=sections.OptimiserSection(clip_norm=limit, learning_rate=1e-3), n_steps=1)
+    record = Record()
+    run = trainer(tmp_path, settings, record=record)
+    run.train()
+    moments = [value for name, value in run.optimiser.state().items() if name.endswith("/exp_avg")]
+    norm = math.sqrt(sum(float(m.double().square().sum()) for m in moments)) / (1 - 0.9)
+    expected = min(limit, record.steps[0].norm) if limit else record.steps[0].norm
+    assert norm == pytest.approx(expected, rel=1e-4)
+
+
+def test_random_numbers_follow_from_seed_and_step(tmp_path: Path) -> None:
+    """Jitter draws other numbers in every step, and the same ones in another run of the seed."""
+    config = replace(runs.TINY, ffn=replace(runs.TINY.ffn, jitter_eps=0.3))
+    still = Settings(n_steps=2, optimiser=sections.OptimiserSection(learning_rate=1e-30, weight_decay=0.0))
+
+    class Same(runs.MemorySource):
+        def rows(self, step: int, first: int, last: int) -> Batch:
+            return super().rows(0, first, last)
+
+    documents = [("a", [(7 * i * i + 3 * k) % 97 for i in range(30)]) for k in range(20)]
+    losses = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        record = Record()
+        source = Same(documents, n_rows=8, seq_len=16, seed=1)
+        settings = msgspec.structs.replace(still, seed=seed)
+        trainer(tmp_path / name, settings, config=config, record=record, source=source).train()
+        losses.append(record.losses)
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[0][0] != losses[0][1], "the same rows and weights, other jitter"
 
 
 def test_dense_models_train_too(tmp_path: Path) -> None:

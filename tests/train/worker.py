@@ -16,6 +16,7 @@ import torch
 from quadriga.train import config as sections
 from quadriga.train.world import World
 from tests.train import runs
+from tests.waiting import HANG_S
 
 N_STEPS = 20
 LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
@@ -39,7 +40,7 @@ def settings(layout: str, n_steps: int = N_STEPS, *, alone: bool = False) -> run
         schedule=sections.ScheduleSection(kind="constant", warmup_steps=4),
         optimiser=sections.OptimiserSection(name="muon" if layout == "muon" else "adamw", learning_rate=3e-3),
         router=sections.RouterSection(z_loss=1e-3, bias_rate=1e-3, bias_fade=0.0),
-        parallel=sections.ParallelSection(device="cpu", micro_rows=4, timeout_s=60, **options),
+        parallel=sections.ParallelSection(device="cpu", micro_rows=4, timeout_s=HANG_S, **options),
         checkpoint=sections.CheckpointSection(every=N_STEPS // 2),
         ema=sections.EmaSection(decay=0.9),
     )
@@ -60,7 +61,7 @@ def losses(folder: Path, layout: str, world: World) -> list[float]:
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    world = World.join("cpu", 60)
+    world = World.join("cpu", HANG_S)
     saved_by_others = sorted(folder.glob("shared-*"))
     world.wait()
     found = {}

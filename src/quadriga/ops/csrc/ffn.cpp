@@ -23,8 +23,8 @@ struct Active {
   int expert;
   int64_t first, n;          // its tokens in the sorted list
   int64_t panel, n_panels;   // its panels
-  int64_t in_offset, hidden_offset;  // units at its first token
-  PanelKind in_kind, hidden_kind;
+  int64_t in_offset, gate_offset, hidden_offset;  // units at its first token; gate and up of one kind share a panel
+  PanelKind in_kind, gate_kind, hidden_kind;
   qd_matrix gate, up, down;
 };
 
@@ -115,12 +115,15 @@ Plan make_plan(qd_context& c, const qd_ffn& op, int64_t n, const int32_t* ids, c
   for (int e = 0; e < n_experts; ++e) {
     const int64_t first = begin[size_t(e)], count = begin[size_t(e) + 1] - first;
     if (!count) continue;
-    Active a{e, first, count, int64_t(plan.panels.size()), 0, plan.in_units, plan.hidden_units, kPanelInt8, kPanelInt8, {}, op.up[e], op.down[e]};
+    Active a{e, first, count, int64_t(plan.panels.size()), 0, plan.in_units, plan.in_units, plan.hidden_units, kPanelInt8, kPanelInt8, kPanelInt8,
+             {}, op.up[e], op.down[e]};
     if (op.gate) a.gate = op.gate[e];
-    a.in_kind = panel_kind(a.up.format, c.fine), a.hidden_kind = panel_kind(a.down.format, c.fine);
+    a.in_kind = a.gate_kind = panel_kind(a.up.format, c.fine), a.hidden_kind = panel_kind(a.down.format, c.fine);
+    if (op.gate) a.gate_kind = panel_kind(a.gate.format, c.fine);
     for (int64_t t = 0; t < count; t += width) plan.panels.push_back({first + t, int(std::min(width, count - t))});
     a.n_panels = int64_t(plan.panels.size()) - a.panel;
     plan.in_units += count * panel_units(a.in_kind, a.up.cols);
+    if (a.gate_kind != a.in_kind) a.gate_offset = plan.in_units, plan.in_units += count * panel_units(a.gate_kind, a.up.cols);
     plan.hidden_units += count * panel_units(a.hidden_kind, a.down.cols);
     plan.active.push_back(a);
   }
@@ -153,7 +156,8 @@ struct Tiles {
 void hidden_blocks(qd_context& c, const qd_ffn& op, const Plan& plan, const Active& a, int64_t block, int64_t count,
                    const uint32_t* in, uint32_t* hidden, qd_context::Thread& mine) {
   const Kernels& kernels = *c.kernels;
-  const int64_t in_units = panel_units(a.in_kind, a.up.cols), out_units = panel_units(a.hidden_kind, a.down.cols);
+  const int64_t in_units = panel_units(a.in_kind, a.up.cols), gate_units = panel_units(a.gate_kind, a.up.cols);
+  const int64_t out_units = panel_units(a.hidden_kind, a.down.cols);
   const int64_t first = 2 * block, n_tiles = std::min<int64_t>(2 * count, tiles_of(a.up.rows) - first);
   Tiles up(c, a.up), gate(c, op.gate ? a.gate : a.up);
   if (a.n > 2 * kernels.max_width) {
@@ -166,9 +170,10 @@ void hidden_blocks(qd_context& c, const qd_ffn& op, const Plan& plan, const Acti
   for (int64_t p = a.panel; p < a.panel + a.n_panels; ++p) {
     const Panel& panel = plan.panels[size_t(p)];
     const uint32_t* x = in + a.in_offset + (panel.first - a.first) * in_units;
+    const uint32_t* gate_x = in + a.gate_offset + (panel.first - a.first) * gate_units;
     uint32_t* to = hidden + a.hidden_offset + (panel.first - a.first) * out_units;
     for (int64_t t = 0; t < n_tiles; ++t) up.times(first + t, x, panel.width, u[t]);
-    for (int64_t t = 0; op.gate && t < n_tiles; ++t) gate.times(first + t, x, panel.width, g[t]);
+    for (int64_t t = 0; op.gate && t < n_tiles; ++t) gate.times(first + t, gate_x, panel.width, g[t]);
     for (int64_t t = 0; t < n_tiles; ++t) {
       kernels.activate(op.activation, op.gate ? g[t] : nullptr, u[t], int64_t(panel.width) * kTile, u[t]);
       for (int m = 0; m < panel.width; ++m) std::memcpy(row + 32 * m + kTile * (t % 2), u[t] + kTile * m, kTile * 4);
@@ -217,7 +222,7 @@ void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
     }
   }
 
-  // Panels. One token has the same panel for all its experts.
+  // Panels. One token has the same panel for all its experts whose weights are of one kind.
   uint32_t* in = c.panels.get(plan.in_units);
   const bool shared = n == 1;
   c.pool.run(shared ? 1 : int64_t(plan.panels.size()), std::max<int64_t>(1, (1 << 15) / (d * kernels.max_width)),
@@ -231,18 +236,26 @@ void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
                  for (int m = 0; m < panel.width; ++m) rows[m] = x + plan.token[size_t(panel.first + m)] * d;
                  kernels.make_panel(a.in_kind, rows, panel.width, d,
                                     in + a.in_offset + (panel.first - a.first) * panel_units(a.in_kind, d));
+                 if (a.gate_kind != a.in_kind)
+                   kernels.make_panel(a.gate_kind, rows, panel.width, d,
+                                      in + a.gate_offset + (panel.first - a.first) * panel_units(a.gate_kind, d));
                }
              });
-  if (shared)
+  if (shared) {
+    const Active& made = plan.active[0];
+    const float* x_row = x;
+    const auto share = [&](PanelKind kind, int64_t& offset) {
+      if (kind == made.in_kind) offset = made.in_offset;
+      else if (kind == made.gate_kind) offset = made.gate_offset;
+      else kernels.make_panel(kind, &x_row, 1, d, in + offset);
+    };
     for (size_t e = 1; e < plan.active.size(); ++e) {
       Active& a = plan.active[e];
-      if (a.in_kind == plan.active[0].in_kind) {
-        a.in_offset = plan.active[0].in_offset;
-      } else {
-        const float* row = x;
-        kernels.make_panel(a.in_kind, &row, 1, d, in + a.in_offset);
-      }
+      share(a.in_kind, a.in_offset);
+      if (a.gate_kind == a.in_kind) a.gate_offset = a.in_offset;
+      else share(a.gate_kind, a.gate_offset);
     }
+  }
 
   // Gate and up, 32 rows a task.
   const int64_t blocks = (f_rows + 31) / 32;

@@ -1,0 +1,35 @@
+"""Mistakes that a model can be made with by its configuration alone: what a test of parity is worth is what it can see.
+
+Every backend's golden test must fail for every one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from quadriga.model.config import ModelConfig, RopeSpec
+
+MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
+    "rope theta 10000, as transformers 5.15-5.23 loads DBRX": (
+        "dbrx",
+        lambda c: replace(c, position=RopeSpec(theta=10_000.0)),
+    ),
+    "no clipping": ("dbrx", lambda c: replace(c, attn=replace(c.attn, clip_qkv=None))),
+    "weights not renormalised": ("dbrx", lambda c: replace(c, ffn=replace(c.ffn, normalize_p=None))),
+    "weights of norm 2": ("dbrx", lambda c: replace(c, ffn=replace(c.ffn, normalize_p=2.0))),
+    "one expert fewer": ("mixtral", lambda c: replace(c, ffn=replace(c.ffn, top_k=2))),
+    "vote": ("mixtral", lambda c: replace(c, ffn=replace(c.ffn, aggregate="vote"))),
+    "layer norm for rms norm": ("llama", lambda c: replace(c, norm=replace(c.norm, kind="layer"))),
+    "epsilon 3e-5": ("llama", lambda c: replace(c, norm=replace(c.norm, eps=3e-5))),
+    "scores of twice the scale": ("llama-tied", lambda c: replace(c, attn=replace(c.attn, scale=2 * 8**-0.5))),
+    "tanh gelu": ("mpt", lambda c: replace(c, ffn=replace(c.ffn, activation="gelu_tanh"))),
+    "alibi bias 6": ("mpt", lambda c: replace(c, position=replace(c.position, max_bias=6.0))),
+    "no clipping in mpt": ("mpt-clipped", lambda c: replace(c, attn=replace(c.attn, clip_qkv=None))),
+    "exact gelu": ("grok1", lambda c: replace(c, ffn=replace(c.ffn, activation="gelu"))),
+    "no soft cap": ("grok1", lambda c: replace(c, attn=replace(c.attn, soft_cap=None))),
+    "logits not scaled": ("grok1", lambda c: replace(c, logit_scale=1.0)),
+    "embeddings not scaled": ("grok1", lambda c: replace(c, embedding_scale=1.0)),
+}
+FINER_THAN_BF16 = {"epsilon 3e-5", "tanh gelu", "exact gelu", "no soft cap"}
+"""Mistakes smaller than bf16's own rounding: only float32 can show them."""
