@@ -223,6 +223,39 @@ def test_bounds_of_fields_are_named(tiny: Live, change: dict[str, Any], says: st
         assert response.json()["error"]["param"] == next(iter(change))
 
 
+def test_a_token_id_has_one_bias(tiny: Live) -> None:
+    response = tiny.post("/v1/completions", TEXT | {"logit_bias": {"7": 1, "007": -1}})
+    assert response.status_code == 400 and "the token id 7 twice" in response.json()["error"]["message"]
+
+
+def test_what_is_just_not_nested_too_deep_to_be_parsed_is_refused_too(tiny: Live) -> None:
+    headers = {"content-type": "application/json"}
+    for depth in range(880, 1000):
+        nested = '{"a":' * depth + "1" + "}" * depth
+        for path, tool in (
+            ("/v1/chat/completions", f'{{"type":"function","function":{{"name":"f","parameters":{nested}}}}}'),
+            ("/v1/messages", f'{{"name":"f","input_schema":{nested}}}'),
+        ):
+            raw = json.dumps(CHAT)[:-1] + f', "tools": [{tool}]}}'
+            assert tiny.client.post(path, content=raw.encode(), headers=headers).status_code == 400, (depth, path)
+
+
+@pytest.mark.parametrize("n_bytes", [0, schema.INLINE_BYTES + 1])
+def test_whatever_runs_out_of_depth_is_the_body_s_fault(n_bytes: int) -> None:
+    def deep() -> None:
+        raise RecursionError
+
+    async def run() -> None:
+        one = work.Work()
+        for way in (one.check, one.encode):
+            with pytest.raises(ApiError, match="nested too deep") as caught:
+                await way(n_bytes, deep)
+            assert caught.value.status == 400
+        one.close()
+
+    asyncio.run(run())
+
+
 def test_fields_at_their_bounds_are_taken(tiny: Live) -> None:
     change = {"stop_token_ids": [1] * 4096, "stop": "x" * 4096, "logit_bias": {str(i): 1 for i in range(256)}}
     assert tiny.post("/v1/completions", TEXT | change).status_code == 200

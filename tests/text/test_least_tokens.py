@@ -10,15 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quadriga.text.decoders import byte_alphabet
 from quadriga.text.least_tokens import LeastTokens
-from quadriga.text.tokenizer import (
-    Tokenizer,
-    _byte_alphabet,
-    load_directory,
-    load_gguf,
-    load_sentencepiece,
-    load_tiktoken,
-)
+from quadriga.text.tokenizer import Tokenizer, load_directory, load_gguf, load_sentencepiece, load_tiktoken
 from tests.paths import data
 from tests.text import vocabularies
 
@@ -38,7 +32,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     spec = vocabularies.bpe()
     holes = json.loads(json.dumps(spec))
     holes["model"]["merges"] = []
-    for letter, byte in _byte_alphabet().items():
+    for letter, byte in byte_alphabet().items():
         if byte in (0x07, 0xF0):  # a control character, and what faces begin with: such bytes have no token
             del holes["model"]["vocab"][letter]
     gguf = load_gguf(vocabularies.gguf_bpe())

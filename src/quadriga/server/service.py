@@ -217,6 +217,8 @@ class Service:
         for key, value in given_bias.items():
             if not (key.isdecimal() and len(key) < 10):
                 raise ApiError(400, f"logit_bias keys are token ids, got {key[:40]!r}", param="logit_bias")
+            if int(key) in bias:
+                raise ApiError(400, f"logit_bias names the token id {int(key)} twice", param="logit_bias")
             bias[int(key)] = value
         given = {
             "temperature": 1.0 if body.temperature is None else body.temperature,

@@ -11,6 +11,7 @@ libraries that encode let the lock go. Small requests never wait for large ones.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,13 +47,13 @@ class Work:
             ApiError: 429, as many large bodies as may wait are waiting; and whatever the call raises.
         """
         if n_bytes <= INLINE_BYTES:
-            return call(*arguments)
+            return _bounded(call, *arguments)
         return await self._large(call, *arguments)
 
     async def encode(self, n_bytes: int, call: Callable[..., T], *arguments: object) -> T:
         """The same for what takes long with small bodies too, such as encoding their texts: always in a thread."""
         if n_bytes <= INLINE_BYTES:
-            return await asyncio.to_thread(call, *arguments)
+            return await asyncio.to_thread(_bounded, call, *arguments)
         return await self._large(call, *arguments)
 
     async def write(self, n_bytes: int, call: Callable[..., T], *arguments: object) -> T:
@@ -65,7 +66,9 @@ class Work:
             raise ApiError(429, message, code="queue_full", retry_after_s=1)
         self._n_large += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(call, *arguments))
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, functools.partial(_bounded, call, *arguments)
+            )
         finally:
             self._n_large -= 1
             if self._tidy is not None:
@@ -75,10 +78,19 @@ class Work:
 
     def _release(self) -> None:
         self._tidy = None
-        self._threads.submit(runtime.release_freed_memory)
+        with contextlib.suppress(RuntimeError):  # it is closed
+            self._threads.submit(runtime.release_freed_memory)
 
     def close(self) -> None:
         """Forget what waits; what is under way ends by itself."""
         if self._tidy is not None:
             self._tidy.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _bounded(call: Callable[..., T], *arguments: object) -> T:
+    """``call(*arguments)``. What a parser just managed to nest, the writer of a prompt may not."""
+    try:
+        return call(*arguments)
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deep") from None
