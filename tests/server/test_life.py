@@ -100,7 +100,7 @@ def test_a_reader_that_stops_is_cut_off(stream: bool) -> None:
             body = {**TEXT, "max_tokens": 900, "stream": True, "n": 40, "routing": True, "logprobs": 20}
             reader = live.connect(body, receive_bytes=4096)
         else:
-            body = {"prompt": "x" * 4_000_000, "return_token_strs": True}
+            body = {"prompt": "x" * 1_000_000, "return_token_strs": True}
             reader = live.connect(body, "/tokenize", receive_bytes=4096)
         assert until(lambda: any(_stalled(c) for c in live.server.server_state.connections))
         clock.advance(protocol.STALL_TIMEOUT_S - 1)
@@ -396,7 +396,7 @@ def test_a_killed_server_leaves_no_process_and_its_port_is_free(smollm2: Path) -
         port = int(url.rsplit(":", 1)[1])
         os.kill(process.pid, signal.SIGKILL)
         process.wait(HANG_S)
-        assert not [child for child in children if child.is_running()]
+        assert psutil.wait_procs(children, HANG_S)[1] == [], "a child ends when it notices"
         with socket.socket() as again:
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             again.bind(("127.0.0.1", port))
