@@ -17,21 +17,22 @@ from typing import Any
 
 import pytest
 import torch
+from starlette.requests import Request
 from starlette.types import Message as AsgiMessage
 
 from quadriga.engine.request import SamplingParams
 from quadriga.errors import RequestError
 from quadriga.server import app, batches, chat, completions, messages, schema, service, text_routes, tools, work
 from quadriga.server.errors import ApiError
+from quadriga.server.guard import Limits, read_body
 from quadriga.server.schema import ChatRequest, CompletionRequest, Function, Tool, parse, parse_json
 from quadriga.server.tools import CLOSE, OPEN, Reader, ToolUse
 from quadriga.text import chat as template
-from tests.server.conftest import Live, running, tiny_llm, until
+from tests.server.conftest import Live, running, tiny_llm
+from tests.waiting import HANG_S, until
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TEXT = {"model": "tiny", "prompt": "hi", "max_tokens": 2}
-GUARD_S = 120
-"""Nothing waits so long unless it hangs."""
 
 
 def refusal_of(raw: bytes, kind: type = CompletionRequest) -> str:
@@ -395,7 +396,7 @@ class Shut:
 
         def wait(*arguments: Any, **options: Any) -> Any:
             self.reached.set()
-            assert self.gate.wait(GUARD_S), "the gate is opened"
+            assert self.gate.wait(HANG_S), "the gate is opened"
             return original(*arguments, **options)
 
         monkeypatch.setattr(owner, name, wait)
@@ -426,10 +427,10 @@ PLACES: dict[str, tuple[Any, str, str, Any]] = {
 
 def post(live: Live, path: str, body: Any) -> Any:
     if body is not None:
-        return live.client.post(path, json=body, timeout=GUARD_S)
+        return live.client.post(path, json=body, timeout=HANG_S)
     line = {"custom_id": "1", "url": "/v1/completions", "body": TEXT | {"user": LARGE}}
     headers = {"content-type": "application/jsonl"}
-    return live.client.post(path, content=json.dumps(line).encode(), headers=headers, timeout=GUARD_S)
+    return live.client.post(path, content=json.dumps(line).encode(), headers=headers, timeout=HANG_S)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -442,12 +443,12 @@ def test_the_loop_answers_others_while_a_body_is_worked_on(
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(post, tiny, path, body)
         try:
-            assert shut.reached.wait(GUARD_S), "the work begins"
-            assert tiny.client.get("/health", timeout=GUARD_S / 4).status_code == 200, "while it is under way"
+            assert shut.reached.wait(HANG_S), "the work begins"
+            assert tiny.client.get("/health", timeout=HANG_S / 4).status_code == 200, "while it is under way"
             assert not waiting.done()
         finally:
             shut.gate.set()
-        assert waiting.result(GUARD_S).status_code in (200, 400)
+        assert waiting.result(HANG_S).status_code in (200, 400)
 
 
 def test_small_requests_do_not_wait_for_large_ones(tiny: Live, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,16 +457,16 @@ def test_small_requests_do_not_wait_for_large_ones(tiny: Live, monkeypatch: pyte
     with ThreadPoolExecutor(40) as pool:
         waiting = [pool.submit(post, tiny, "/tokenize", {"prompt": LARGE}) for _ in range(12)]
         try:
-            assert until(lambda: tiny.service.work._n_large == 12, GUARD_S)
+            assert until(lambda: tiny.service.work._n_large == 12)
             for path, body in (
                 ("/v1/chat/completions", CHAT),
                 ("/v1/completions", TEXT),
                 ("/tokenize", {"prompt": "x"}),
             ):
-                assert tiny.client.post(path, json=body, timeout=GUARD_S / 4).status_code == 200
+                assert tiny.client.post(path, json=body, timeout=HANG_S / 4).status_code == 200
         finally:
             shut.gate.set()
-        assert {w.result(GUARD_S).status_code for w in waiting} == {200}
+        assert {w.result(HANG_S).status_code for w in waiting} == {200}
 
 
 def test_no_more_large_bodies_wait_than_may(tiny: Live, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,13 +476,13 @@ def test_no_more_large_bodies_wait_than_may(tiny: Live, monkeypatch: pytest.Monk
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(post, tiny, "/tokenize", {"prompt": LARGE}) for _ in range(2)]
         try:
-            assert until(lambda: tiny.service.work._n_large == 2, GUARD_S)
+            assert until(lambda: tiny.service.work._n_large == 2)
             refused = tiny.post("/tokenize", {"prompt": LARGE})
             assert refused.status_code == 429 and refused.headers["retry-after"]
             assert refused.json()["error"]["code"] == "queue_full"
         finally:
             shut.gate.set()
-        assert [w.result(GUARD_S).status_code for w in waiting] == [200, 200]
+        assert [w.result(HANG_S).status_code for w in waiting] == [200, 200]
     assert tiny.post("/tokenize", {"prompt": LARGE}).status_code == 200
 
 
@@ -491,14 +492,14 @@ def test_whoever_leaves_before_its_turn_is_forgotten(tiny: Live, monkeypatch: py
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(post, tiny, "/tokenize", {"prompt": LARGE})
         try:
-            assert shut.reached.wait(GUARD_S)
+            assert shut.reached.wait(HANG_S)
             connection = tiny.connect({"prompt": LARGE}, path="/tokenize")
-            assert until(lambda: tiny.service.work._n_large == 2, GUARD_S)
+            assert until(lambda: tiny.service.work._n_large == 2)
             connection.close()
-            assert until(lambda: tiny.service.work._n_large == 1, GUARD_S), "while the first is still under way"
+            assert until(lambda: tiny.service.work._n_large == 1), "while the first is still under way"
         finally:
             shut.gate.set()
-        assert first.result(GUARD_S).status_code == 200
+        assert first.result(HANG_S).status_code == 200
 
 
 def test_freed_memory_goes_back_once_large_bodies_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,7 +512,7 @@ def test_freed_memory_goes_back_once_large_bodies_are_done(monkeypatch: pytest.M
         assert await one.check(schema.INLINE_BYTES, lambda: 1) == 1
         assert one._tidy is None, "small bodies leave nothing behind"
         assert await one.check(schema.INLINE_BYTES + 1, lambda: 2) == 2
-        assert await asyncio.to_thread(released.wait, GUARD_S)
+        assert await asyncio.to_thread(released.wait, HANG_S)
         one.close()
 
     asyncio.run(run())
@@ -521,7 +522,7 @@ def test_a_server_s_collections_leave_out_what_was_there_before_it() -> None:
     program = "import gc, sys; from quadriga import runtime; kept = [[] for _ in range(1000)]; "
     program += "runtime.prefer_short_pauses(); runtime.release_freed_memory(); "
     program += "print(gc.get_freeze_count() > 1000, sys.getswitchinterval() <= 0.001)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=GUARD_S)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_S)
     assert done.stdout.split() == ["True", "True"], done.stderr
 
 
@@ -539,7 +540,30 @@ def test_a_refused_request_is_forgotten_without_the_collector(tiny: Live, path: 
         else:
             assert tiny.post(path, body).status_code == 400
         errors = (ApiError, RequestError)
-        assert until(lambda: not [o for o in gc.get_objects() if issubclass(type(o), errors)], GUARD_S / 4)
+        assert until(lambda: not [o for o in gc.get_objects() if issubclass(type(o), errors)])
+    finally:
+        gc.enable()
+
+
+def test_a_body_that_is_too_large_is_forgotten_without_the_collector() -> None:
+    pieces = [{"type": "http.request", "body": b"x" * 60, "more_body": True}] * 2
+    headers = [(b"content-type", b"application/json")]
+
+    async def receive() -> AsgiMessage:
+        return pieces.pop()
+
+    async def refused() -> int:
+        try:
+            await read_body(Request({"type": "http", "headers": headers}, receive), Limits(max_body_bytes=100))
+        except ApiError as error:
+            return error.status
+        return 200
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert asyncio.run(refused()) == 413
+        assert not [o for o in gc.get_objects() if issubclass(type(o), ApiError)]
     finally:
         gc.enable()
 
@@ -561,7 +585,7 @@ def test_a_batch_that_is_refused_line_by_line_gives_others_their_turn() -> None:
         out.append(message.get("body", b""))
 
     async def receive() -> AsgiMessage:
-        await asyncio.sleep(3600)
+        await asyncio.Event().wait()
         raise AssertionError
 
     async def run() -> None:

@@ -161,19 +161,23 @@ async def read_body(request: Request, limits: Limits, kinds: Iterable[str] = ("a
     if kind not in kinds:
         raise ApiError(415, f"the content type must be {' or '.join(kinds)}, got {kind[:80]!r}")
     length = headers.get("content-length", "0")
-    too_large = ApiError(413, f"a body may have {limits.max_body_bytes} bytes", code="body_too_large")
     if not length.isdecimal() or int(length) > limits.max_body_bytes:
-        raise too_large
+        raise _too_large(limits)
     body = bytearray()
     try:
         async with asyncio.timeout(limits.body_timeout_s):
             async for piece in request.stream():
                 body += piece
                 if len(body) > limits.max_body_bytes:
-                    raise too_large
+                    raise _too_large(limits)
     except TimeoutError:
         raise ApiError(408, f"the body did not come within {limits.body_timeout_s:g} s") from None
     return bytes(body)
+
+
+def _too_large(limits: Limits) -> ApiError:
+    """Made where it is raised: one that was kept would hold this request's body, in a circle with its own place."""
+    return ApiError(413, f"a body may have {limits.max_body_bytes} bytes", code="body_too_large")
 
 
 def is_loopback(host: str) -> bool:
