@@ -8,6 +8,7 @@
     │   ├── TokenizerError        vocabulary files, token ids out of range
     │   ├── TemplateError         a chat template, or the messages given to it
     │   ├── RequestError          a prompt or sampling parameters
+    │   │   └── GrammarError      a grammar or schema: malformed, not supported, or more work than it may be
     │   ├── CatalogueError        an unknown model name, a failed download, a wrong hash
     │   └── EvaluationError       an unknown benchmark, its data, or a question this kind of model cannot answer
     ├── HardwareError             this machine lacks what was asked for (memory, device, instruction set)
@@ -51,6 +52,10 @@ class TemplateError(InputError):
 
 class RequestError(InputError):
     """A prompt or a sampling parameter that cannot be served."""
+
+
+class GrammarError(RequestError):
+    """A grammar or schema that cannot be used, or, while an answer follows it, one that takes more than it may."""
 
 
 class CatalogueError(InputError):

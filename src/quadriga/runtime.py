@@ -21,11 +21,14 @@ import contextlib
 import gc
 import os
 import platform
+import queue
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from quadriga.errors import ConfigError, HardwareError
 
@@ -124,6 +127,66 @@ def set_threads(threads: int | None) -> int:
         raise ConfigError(f"threads must be at least 1, got {threads}")
     torch.set_num_threads(count)
     return count
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LANE_STACK_BYTES = 64 << 20
+_lanes = threading.Lock()
+
+
+class Lane:
+    """Threads for work that others must not wait for: what is submitted is done in order, beside everything else.
+
+    Not ``concurrent.futures.ThreadPoolExecutor``: these threads have stacks of 64 MB, may give way to other threads,
+    and keep no process from ending. They are started with the first work.
+
+    Args:
+        name: of the threads.
+        n_threads: how many work at once.
+        nice: how much they give way to other threads where both want a processor, 0 to 19 (Linux only).
+    """
+
+    def __init__(self, name: str, *, n_threads: int = 1, nice: int = 0) -> None:
+        self._name, self._n_threads, self._nice = name, n_threads, nice
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._started = False
+
+    def submit(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """Do something there; its result comes as a future."""
+        future: Future[R] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work(*args, **kwargs))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        if not self._started:
+            self._start()
+        self._work.put(run)
+        return future
+
+    def _start(self) -> None:
+        with _lanes:
+            if self._started:
+                return
+            self._started = True
+            before = threading.stack_size(_LANE_STACK_BYTES)  # of the threads that are started next
+            try:
+                for _ in range(self._n_threads):
+                    threading.Thread(target=self._run, name=self._name, daemon=True).start()
+            finally:
+                threading.stack_size(before)
+
+    def _run(self) -> None:
+        if self._nice and hasattr(os, "setpriority") and platform.system() == "Linux":
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)  # Linux: of this thread only
+        while True:
+            self._work.get()()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quadriga.errors import BusyError, EngineError, InputError, QuadrigaError
+from quadriga.errors import BusyError, EngineError, GrammarError, InputError, QuadrigaError
 
 RETRY_AFTER_S = 1
 _MAX_MESSAGE = 2_000
@@ -85,6 +85,8 @@ def as_api_error(error: QuadrigaError) -> ApiError:
         return error
     if isinstance(error, BusyError):
         return ApiError(429, str(error), code="queue_full", retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, GrammarError):
+        return ApiError(400, str(error), code="invalid_grammar")
     if isinstance(error, InputError):
         code = "context_length_exceeded" if "context" in str(error) else None
         return ApiError(400, str(error), code=code)

@@ -1,24 +1,60 @@
 """Answers that must follow a grammar: JSON schemas, regular expressions, Lark grammars, compiled by llguidance.
 
-A compiled :class:`Grammar` says before every token which ones may come next. Compilation and every step run within
-llguidance's limits, so a hostile grammar is an error, not a hang.
+    source ──► tried in a child process ──► compiled, with the tokens it begins with ──► kept, by its text
+                                                                │ a copy for every answer
+                                                                ▼
+    allowed() ─► a token is chosen ─► accept() ─► the next mask is computed beside the next pass ─► allowed() ─► ...
+
+A compiled :class:`Grammar` says before every token which ones may come next. What a grammar may cost is bounded three
+times: compiling by processor time, memory and depth (``grammar_trial``), every step by llguidance's own counts
+(:data:`LIMITS`), and, as these do not weigh everything, by its processor time (:data:`STEP_CPU_S`). Over a bound there
+is a GrammarError for that answer alone. llguidance computes outside the interpreter's lock.
 """
 
 from __future__ import annotations
 
 import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import llguidance
 import torch
 from torch import Tensor
 
-from quadriga.errors import RequestError
+from quadriga.errors import GrammarError
+from quadriga.runtime import Lane
+from quadriga.text.grammar_child import compile_matcher
+from quadriga.text.grammar_trial import NICE, Trial, first_line
 from quadriga.text.tokenizer import Tokenizer
 
 Kind = Literal["json", "regex", "lark"]
 
 MAX_GRAMMAR_BYTES = 1 << 20
+
+LIMITS = {
+    "max_items_in_row": 2_000,
+    "step_max_items": 8_000,
+    "step_lexer_fuel": 100_000,
+    "initial_lexer_fuel": 1_000_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 50_000,
+}
+"""llguidance's limits. An object of 480 optional properties takes 2,000 items in a step and 2 ms; 200 optional parts in
+a row, each of one letter, over 10,000 and 17 ms. A lexer state takes up to 2 kB."""
+
+STEP_CPU_S = 0.1
+"""Processor time of a step, 50 times what the largest honest schema tried here takes."""
+
+SLOW_CPU_S = 0.005
+"""A grammar with a step above this is :attr:`Grammar.slow` from then on."""
+
+KEPT = 256
+KEPT_BYTES = 16 << 20
+"""Grammars that stay compiled, the last used ones, and their texts' bytes in all."""
 
 
 class Grammars:
@@ -28,62 +64,177 @@ class Grammars:
         tokenizer: the vocabulary.
         vocab_size: rows of the model's head, at least the vocabulary.
         end_ids: tokens that end an answer.
+        clock: seconds of processor time of the thread that asks.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: frozenset[int]) -> None:
-        self._vocab_size, self._end = vocab_size, sorted(end_ids)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        end_ids: frozenset[int],
+        *,
+        clock: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._vocab_size, self._end, self._clock = vocab_size, sorted(end_ids), clock
         raw = [tokenizer.token_bytes(i) if i < tokenizer.n_vocab else b"" for i in range(vocab_size)]
+        words = _Words(raw, tokenizer, self._end)
         self._tokens = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Words(raw, tokenizer, self._end)), n_vocab=vocab_size, eos_token=self._end
+            llguidance.TokenizerWrapper(words), n_vocab=vocab_size, eos_token=self._end
         )
+        self.trial = Trial(words.as_json(), LIMITS)
+        self._compiler, self._masks = Lane("grammar", nice=NICE), Lane("masks", n_threads=2)
+        self._kept: OrderedDict[tuple[bytes, str, str], _Compiled | GrammarError] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def compile(self, kind: Kind, source: str | dict[str, Any]) -> Grammar:
-        """A fresh matcher.
-
-        Args:
-            kind: what ``source`` is: a JSON schema (a dict, or {} for any JSON object), a regular expression, Lark.
+    @staticmethod
+    def text_of(source: str | dict[str, Any]) -> str:
+        """A source as text.
 
         Raises:
-            RequestError: the grammar is too large, malformed, or asks for what is not supported.
+            GrammarError: it is too large.
         """
         text = source if isinstance(source, str) else json.dumps(source)
         if len(text) > MAX_GRAMMAR_BYTES:
-            raise RequestError(f"a grammar may have {MAX_GRAMMAR_BYTES} bytes, got {len(text)}")
-        matcher_of = llguidance.LLMatcher
+            raise GrammarError(f"a grammar may have {MAX_GRAMMAR_BYTES} bytes, got {len(text)}")
+        return text
+
+    def known(self, kind: Kind, text: str, salt: bytes = b"") -> Grammar | None:
+        """A fresh matcher of a grammar that is compiled already, or None; takes microseconds.
+
+        Raises:
+            GrammarError: it was tried before, and cannot be used.
+        """
+        with self._lock:
+            found = self._kept.get((salt, kind, text))
+            if found is not None:
+                self._kept.move_to_end((salt, kind, text))
+        if isinstance(found, GrammarError):
+            raise GrammarError(str(found))
+        return None if found is None else self._fresh(found)
+
+    def compile(self, kind: Kind, source: str | dict[str, Any], salt: bytes = b"") -> Grammar:
+        """A fresh matcher; waits for it to be compiled.
+
+        Args:
+            kind: what ``source`` is: a JSON schema (a dict, or {} for any JSON object), a regular expression, Lark.
+            salt: compiled grammars are shared by equal salts only.
+
+        Raises:
+            GrammarError: the grammar is too large, malformed, or asks for what is not supported.
+        """
+        text = self.text_of(source)
+        return self.known(kind, text, salt) or self.submit(kind, text, salt).result()
+
+    def submit(self, kind: Kind, text: str, salt: bytes = b"") -> Future[Grammar]:
+        """:meth:`compile` in a thread that gives way to others, one grammar after another."""
+        return self._compiler.submit(self._compile, kind, text, salt)
+
+    def _compile(self, kind: Kind, text: str, salt: bytes) -> Grammar:
+        known = self.known(kind, text, salt)
+        if known is not None:
+            return known
         try:
-            if kind == "json":
-                grammar = matcher_of.grammar_from_json_schema(text)
-            else:
-                grammar = matcher_of.grammar_from_regex(text) if kind == "regex" else matcher_of.grammar_from_lark(text)
+            self.trial.check(kind, text)
+            compiled = self._compiled(kind, text)
+        except GrammarError as error:
+            self._keep((salt, kind, text), error)
+            raise
+        self._keep((salt, kind, text), compiled)
+        return self._fresh(compiled)
+
+    def _compiled(self, kind: Kind, text: str) -> _Compiled:
+        try:
+            matcher = compile_matcher(self._tokens, kind, text, LIMITS)
         except ValueError as error:
-            raise RequestError(f"the grammar cannot be read: {error}") from None
-        matcher = matcher_of(self._tokens, grammar, log_level=0)
+            raise GrammarError(f"the grammar cannot be read: {first_line(str(error))}") from None
         if matcher.is_error():
-            raise RequestError(f"the grammar cannot be used: {_first_line(matcher.get_error())}")
-        return Grammar(matcher, self._vocab_size, self._end)
+            raise GrammarError(f"the grammar cannot be used: {first_line(matcher.get_error())}")
+        compiled = _Compiled(matcher)
+        compiled.first = _mask(compiled, matcher, self._vocab_size, self._clock)
+        return compiled
+
+    def _fresh(self, compiled: _Compiled) -> Grammar:
+        return Grammar(compiled, self._vocab_size, self._masks, self._clock)
+
+    def _keep(self, key: tuple[bytes, str, str], value: _Compiled | GrammarError) -> None:
+        with self._lock:
+            self._kept[key] = value
+            while len(self._kept) > KEPT or sum(len(text) for _, _, text in self._kept) > KEPT_BYTES:
+                self._kept.popitem(last=False)
+
+
+class _Compiled:
+    """A grammar before its first token."""
+
+    def __init__(self, matcher: Any) -> None:
+        self.matcher = matcher
+        self.first: Tensor | None = None
+        self.slow = False
 
 
 class Grammar:
-    """One answer on its way through a grammar; an ``engine.request.Constraint``."""
+    """One answer on its way through a grammar; an ``engine.request.Constraint``. One thread at a time uses it."""
 
-    def __init__(self, matcher: Any, vocab_size: int, end: list[int]) -> None:
-        self._matcher, self._vocab_size, self._end = matcher, vocab_size, end
+    def __init__(self, compiled: _Compiled, vocab_size: int, lane: Lane, clock: Callable[[], float]) -> None:
+        self._compiled, self._matcher = compiled, compiled.matcher.deep_copy()
+        self._vocab_size, self._lane, self._clock = vocab_size, lane, clock
+        self._next: Tensor | Future[Tensor] | None = compiled.first
+
+    @property
+    def slow(self) -> bool:
+        """A step of this grammar has taken so long that others should not wait for one."""
+        return self._compiled.slow
+
+    @property
+    def ready(self) -> bool:
+        """:meth:`allowed` answers at once."""
+        return isinstance(self._next, Tensor) or (isinstance(self._next, Future) and self._next.done())
+
+    def copy(self) -> Grammar:
+        """Another answer at the grammar's beginning."""
+        return Grammar(self._compiled, self._vocab_size, self._lane, self._clock)
 
     def allowed(self) -> Tensor:
-        """(V,) bool: tokens that may come next.
+        """(V,) bool: tokens that may come next, at least one.
 
         Raises:
-            RequestError: the grammar ran out of its limits.
+            GrammarError: the grammar ran out of its limits, or no token of the vocabulary may follow.
         """
-        if self._matcher.is_error():
-            raise RequestError(f"the grammar failed: {_first_line(self._matcher.get_error())}")
-        mask = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)[: self._vocab_size]
-        return mask > 0
+        if isinstance(self._next, Future):
+            self._next = self._next.result()
+        if self._next is None:
+            self._next = self._mask()
+        return self._next
 
     def accept(self, token_id: int) -> bool:
         """Go on by a token; True if the answer is complete and nothing may follow."""
         self._matcher.consume_token(token_id)
-        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+        if self._matcher.is_stopped() and not self._matcher.is_error():
+            return True
+        # While the model computes; a slow one's mask waits until it is asked for, where nobody else waits.
+        self._next = None if self.slow else self._lane.submit(self._mask)
+        return False
+
+    def _mask(self) -> Tensor:
+        return _mask(self._compiled, self._matcher, self._vocab_size, self._clock)
+
+
+def _mask(compiled: _Compiled, matcher: Any, vocab_size: int, clock: Callable[[], float]) -> Tensor:
+    started = clock()
+    raw = matcher.compute_logit_bias()
+    took = clock() - started
+    compiled.slow = compiled.slow or took > SLOW_CPU_S
+    if matcher.is_error():
+        raise GrammarError(f"the grammar failed: {first_line(matcher.get_error())}")
+    if took > STEP_CPU_S:
+        raise GrammarError(
+            f"a step of the grammar took {took:.2g} s of processor time and may take {STEP_CPU_S:g} s: what may follow "
+            "here can be read in too many ways. Make the grammar less ambiguous."
+        )
+    mask = torch.frombuffer(bytearray(raw), dtype=torch.uint8)[:vocab_size] > 0
+    if not mask.any():
+        raise GrammarError("the grammar has come to a place where no token of this vocabulary may follow")
+    return mask
 
 
 class _Words:
@@ -94,11 +245,12 @@ class _Words:
         self.special_token_ids = [i for i, token in enumerate(raw) if not token]
         self.tokens = [token or b"\xff[%d]" % i for i, token in enumerate(raw)]
         self.eos_token_id, self.bos_token_id = end[0], tokenizer.bos_id
-        self._tokenizer = tokenizer
+        self._end, self._tokenizer = end, tokenizer
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
 
-
-def _first_line(message: str) -> str:
-    return message.strip().splitlines()[0][:300] if message.strip() else "no reason given"
+    def as_json(self) -> dict[str, Any]:
+        """For ``grammar_trial``."""
+        tokens = [token.decode("latin-1") for token in self.tokens]
+        return {"tokens": tokens, "special": self.special_token_ids, "end": self._end, "bos": self.bos_token_id}
