@@ -26,7 +26,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def serve(service: Any, limits: Any, listener: socket.socket, **given: Any) -> None:
         listener.close()
-        seen.update(given)
+        seen.update(given, limits=limits)
 
     monkeypatch.setattr(options, "load_model", lambda *args, **given: None)
     monkeypatch.setattr(service, "Service", Service)
@@ -55,4 +55,19 @@ def test_how_the_engines_failure_is_met(
 def test_a_limit_that_is_none_is_refused(handed: dict[str, Any], value: str) -> None:
     result = CliRunner().invoke(app, ["serve", "--port", "0", "--step-timeout", value])
     assert isinstance(result.exception, ConfigError) and "--step-timeout" in str(result.exception)
+    assert not handed
+
+
+def test_what_a_client_may_use_is_handed_on(handed: dict[str, Any]) -> None:
+    options = ["--requests-per-minute", "7", "--tokens-per-minute", "800", "--concurrent", "9"]
+    result = CliRunner().invoke(app, ["serve", "--port", "0", *options])
+    assert result.exit_code == 0, result.output
+    allowed = handed["limits"].allowance
+    assert (allowed.requests_per_minute, allowed.tokens_per_minute, allowed.concurrent) == (7, 800, 9)
+
+
+@pytest.mark.parametrize("option", ["--requests-per-minute", "--tokens-per-minute", "--concurrent", "--max-waiting"])
+def test_limits_below_nothing_are_refused(handed: dict[str, Any], option: str) -> None:
+    result = CliRunner().invoke(app, ["serve", "--port", "0", option, "-1"])
+    assert isinstance(result.exception, ConfigError) and "cannot be negative" in str(result.exception)
     assert not handed

@@ -11,7 +11,7 @@ import torch
 
 from quadriga.engine.engine import Engine
 from quadriga.engine.lookup import Lookup
-from quadriga.engine.request import Request, SamplingParams, TokenEvent
+from quadriga.engine.request import Embed, Embedding, Request, SamplingParams, TokenEvent
 from quadriga.engine.runner import Runner, TorchRunner
 from quadriga.errors import BusyError, RequestError
 from quadriga.model.compiled import CompiledModel, pack_parameters
@@ -277,14 +277,18 @@ def test_routing_of_a_guess_is_its_own() -> None:
 
 @pytest.mark.parametrize("name", RUNNERS)
 def test_a_vector_is_the_mean_of_all_hidden_states_of_length_one(name: str) -> None:
-    engine, ids = Engine(RUNNERS[name]()), [i * 7 % 97 for i in range(50)]
-    engine.runner.forward(batch([(ids, 0, [0, 1, 2, 3])]))
-    mean = engine.runner.hidden(50).mean(0)
+    runner, ids = RUNNERS[name](), [i * 7 % 97 for i in range(50)]
+    runner.forward(batch([(ids, 0, [0, 1, 2, 3])]))
+    mean = runner.hidden(50).mean(0)
     for chunk in (512, 16, 7):
-        *between, vector = engine.embed_passes(ids, chunk=chunk)
-        assert between == [None] * (-(-50 // chunk) - 1) and vector is not None
-        torch.testing.assert_close(vector, mean / mean.norm(), rtol=1e-4, atol=1e-5)
-    assert engine.scheduler.pool.n_free == 60
+        engine = Engine(runner, max_batch_tokens=chunk, max_sequences=2)
+        number = engine.submit(Embed(prompt=tuple(ids)))
+        *between, last = [engine.step() for _ in range(-(-50 // chunk))]
+        assert not any(between) and not engine.has_work
+        ((made, event),) = last
+        assert made == number and isinstance(event, Embedding)
+        torch.testing.assert_close(event.vector, mean / mean.norm(), rtol=1e-4, atol=1e-5)
+        assert engine.scheduler.pool.n_free == 60
 
 
 def test_scoring_gives_its_blocks_back_even_when_it_fails() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from quadriga.engine.blocks import BLOCK_TOKENS, BlockPool, chain_key
 from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
 from quadriga.errors import ConfigError, RequestError
+from tests.engine.test_turns import calls_of
 
 
 def fake_next(tokens: list[int]) -> int:
@@ -71,6 +73,11 @@ class Job:
     cancel_at: int | None
     guesses: bool
     all_logits: bool
+    client: bytes
+    group: int
+    embeds: bool
+    held: int
+    """Passes that each of its tokens is chosen beside, every third token."""
 
 
 JOBS = st.lists(
@@ -87,79 +94,176 @@ JOBS = st.lists(
         cancel_at=st.one_of(st.none(), st.none(), st.integers(0, 60)),
         guesses=st.booleans(),
         all_logits=st.sampled_from([False, False, False, True]),
+        client=st.sampled_from([b"a", b"a", b"b", b"c"]),
+        group=st.integers(0, 3),
+        embeds=st.sampled_from([False, False, True]),
+        held=st.sampled_from([0, 0, 1, 5]),
     ),
     min_size=1,
     max_size=12,
 )
 
 
-def check_turns(before: list[Running], scheduler: Scheduler, plan: Plan) -> None:
-    """Nobody is let in past one who waits, and who gave way came after all who stayed."""
-    for sequence in scheduler.running:
-        if sequence not in before:
-            assert all(sequence.order < other.order for other in scheduler.waiting), "overtaken"
-    for sequence in before:
-        if sequence in scheduler.waiting:
-            assert all(other.order < sequence.order for other in scheduler.running), "the wrong one gave way"
-    ready = [s.order for s in before if s in scheduler.running and len(s.tokens) - s.n_computed == 1]
-    planned = [c.sequence.order for c in plan.chunks if c.sequence.order in ready]
-    assert planned == sorted(ready)[: len(planned)], "who decodes goes first, in order"
+@dataclass
+class Whim:
+    """Lets something else beside fluent rows now and then, and other prompts always."""
+
+    rooms: list[tuple[int, int]]
+    asked: int = 0
+
+    def room(self, n_fluent: int) -> tuple[int, int]:
+        self.asked += 1
+        n_prompt, n_rows = self.rooms[self.asked % len(self.rooms)]
+        if not n_fluent or self.asked % 5 == 0:
+            return max(1, n_prompt), max(1, n_rows)
+        return n_prompt, n_rows
 
 
-@settings(max_examples=300, deadline=None)
+class Traffic:
+    """Jobs on a scheduler, a pass at a time; what must always hold is held after every one."""
+
+    def __init__(self, jobs: list[Job], scheduler: Scheduler) -> None:
+        self.jobs, self.scheduler, self.model, self.step = jobs, scheduler, FakeModel(), 0
+        self.sequences: dict[int, Running] = {}
+        self.alive: set[int] = set()
+        self.chosen: dict[int, tuple[int, list[int]]] = {}  # held sequence -> (when its tokens are there, they)
+        self.states: dict[int, list[int]] = {}  # embedding sequence -> the positions it has had, in order
+        self.n_computed = 0
+
+    def arrive_and_leave(self) -> None:
+        for number, job in enumerate(self.jobs):
+            if job.at == self.step:
+                sequence = self.sequences[number] = Running(
+                    number,
+                    list(job.prompt),
+                    len(job.prompt) + (0 if job.embeds else job.n_new),
+                    priority=job.priority,
+                    salt=job.salt,
+                    client=job.client,
+                    group=100 + job.group,
+                    embeds=job.embeds,
+                    all_logits=job.all_logits and not job.embeds,
+                )
+                self.scheduler.add(sequence)
+                self.alive.add(number)
+            if job.cancel_at == self.step and number in self.alive:
+                assert self.scheduler.cancel(number)
+                self.alive.discard(number)
+                self.chosen.pop(number, None)
+
+    def choose(self) -> None:
+        for number, (when, tokens) in list(self.chosen.items()):
+            if when <= self.step:
+                del self.chosen[number]
+                self.end(number, self.scheduler.resume, tokens)
+
+    def end(self, number: int, resume: Callable[..., None], tokens: list[int]) -> None:
+        sequence = self.sequences[number]
+        finished = len(sequence.tokens) + len(tokens) == sequence.max_tokens
+        resume(sequence, tokens, finished=finished)
+        if finished:
+            self.alive.discard(number)
+            assert sequence.tokens == answer(self.jobs[number].prompt, sequence.max_tokens)
+
+    def guess(self) -> None:
+        for running in self.scheduler.running:
+            job = self.jobs[running.request_id]
+            if job.guesses and not job.embeds and not job.held:  # right for a while, then wrong
+                future = answer(running.tokens, len(running.tokens) + 3)[len(running.tokens) :]
+                running.draft = [*future[:2], 9, 9] if self.step % 2 else [9]
+
+    def check_rows(self, before: list[Running], plan: Plan) -> None:
+        """Who decodes is in every pass, in order, before any prompt; unless others' work is paced."""
+        ready = [s for s in before if s.state == "running" and s.decodes and not s.held]
+        planned = [chunk.sequence for chunk in plan.chunks]
+        if self.scheduler.beside is None:
+            first = sorted(ready, key=lambda s: s.order)[: len(plan.chunks)]
+            assert [s for s in planned if s in ready] == first == planned[: len(first)]
+        oldest = min((s for s in before), key=lambda s: s.order, default=None)
+        assert (
+            oldest is None or oldest.state != "waiting" or any(s.order < oldest.order for s in self.scheduler.running)
+        )
+
+    def run(self) -> None:
+        """One pass."""
+        self.arrive_and_leave()
+        self.choose()
+        self.guess()
+        before = list(self.scheduler.running)
+        plan = self.scheduler.schedule()
+        self.check_rows(before, plan)
+        self.n_computed += plan.n_tokens - sum(chunk.n_draft for chunk in plan.chunks)
+        assert plan.n_tokens <= self.scheduler.max_batch_tokens
+        assert len(self.scheduler.running) <= self.scheduler.max_sequences
+        assert bool(plan.chunks) == self.scheduler.has_work or self.chosen, "only what is held makes a pass empty"
+        assert not any(chunk.sequence.request_id in self.chosen for chunk in plan.chunks), "held rows take no part"
+        self.scheduler.check()
+        made, finished = self.model.run(plan), set()
+        for chunk in plan.chunks:
+            number = chunk.sequence.request_id
+            if self.jobs[number].embeds:
+                assert not chunk.samples and not chunk.n_draft
+                had = self.states.setdefault(number, [])
+                if chunk.start == 0:
+                    had.clear()
+                had += range(chunk.start, chunk.start + len(chunk.tokens))
+                if len(had) == len(self.jobs[number].prompt):
+                    assert had == list(range(len(had))), "every position once, in order"
+                    finished.add(number)
+        held = [n for n in made if self.jobs[n].held and len(self.sequences[n].tokens) % 3 == 0]
+        for number in held:
+            self.chosen[number] = (self.step + self.jobs[number].held, made.pop(number))
+        for number, tokens in made.items():
+            assert len(self.sequences[number].tokens) + len(tokens) <= self.sequences[number].max_tokens
+            if len(self.sequences[number].tokens) + len(tokens) == self.sequences[number].max_tokens:
+                finished.add(number)
+        self.scheduler.commit(plan, made, finished)
+        for number in held:
+            self.scheduler.hold(self.sequences[number])
+        self.scheduler.check()
+        for number in finished:
+            self.alive.discard(number)
+            assert self.sequences[number].tokens == answer(self.jobs[number].prompt, self.sequences[number].max_tokens)
+        self.step += 1
+
+
+@settings(max_examples=400, deadline=None)
 @given(
-    jobs=JOBS, n_blocks=st.integers(7, 14), budget=st.integers(3, 40), n_running=st.integers(1, 3), cache=st.booleans()
+    jobs=JOBS,
+    n_blocks=st.integers(7, 14),
+    budget=st.integers(3, 40),
+    n_running=st.integers(1, 3),
+    cache=st.booleans(),
+    rooms=st.one_of(st.none(), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3)), min_size=1, max_size=4)),
 )
 def test_any_traffic_ends_with_the_answers_of_each_alone(
-    jobs: list[Job], n_blocks: int, budget: int, n_running: int, cache: bool
+    jobs: list[Job],
+    n_blocks: int,
+    budget: int,
+    n_running: int,
+    cache: bool,
+    rooms: list[tuple[int, int]] | None,
 ) -> None:
-    scheduler = Scheduler(n_blocks, max_batch_tokens=budget, max_sequences=n_running, prefix_cache=cache)
-    model, step = FakeModel(), 0
-    sequences: dict[int, Running] = {}
-    alive: set[int] = set()
-    work, computed = sum(len(job.prompt) + job.n_new for job in jobs), 0
-    while step <= 60 or scheduler.has_work:
-        assert step < 100 + 60 * work, "somebody starves"
-        for number, job in enumerate(jobs):
-            if job.at == step:
-                sequences[number] = Running(
-                    number, list(job.prompt), len(job.prompt) + job.n_new, priority=job.priority, salt=job.salt,
-                    all_logits=job.all_logits,
-                )  # fmt: skip
-                scheduler.add(sequences[number])
-                alive.add(number)
-            if job.cancel_at == step and number in alive:
-                assert scheduler.cancel(number)
-                alive.discard(number)
-        for running in scheduler.running:
-            if jobs[running.request_id].guesses:  # right for a while, then wrong
-                future = answer(running.tokens, len(running.tokens) + 3)[len(running.tokens) :]
-                running.draft = [*future[:2], 9, 9] if step % 2 else [9]
-        before = list(scheduler.running)
-        plan = scheduler.schedule()
-        check_turns(before, scheduler, plan)
-        computed += plan.n_tokens - sum(chunk.n_draft for chunk in plan.chunks)
-        assert plan.n_tokens <= budget
-        assert len(scheduler.running) <= n_running
-        assert bool(plan.chunks) == scheduler.has_work
-        scheduler.check()
-        made = model.run(plan)
-        finished = set()
-        for number, tokens in made.items():
-            assert len(sequences[number].tokens) + len(tokens) <= sequences[number].max_tokens
-            if len(sequences[number].tokens) + len(tokens) == sequences[number].max_tokens:
-                finished.add(number)
-        scheduler.commit(plan, made, finished)
-        scheduler.check()
-        for number in finished:
-            alive.discard(number)
-            assert sequences[number].tokens == answer(jobs[number].prompt, sequences[number].max_tokens)
-        step += 1
-    assert not alive
+    """Priorities, clients, many answers of a request, chunks, embeddings, held tokens and a full cache, all at once."""
+    scheduler = Scheduler(
+        n_blocks,
+        max_batch_tokens=budget,
+        max_sequences=n_running,
+        prefix_cache=cache,
+        beside=None if rooms is None else Whim(rooms),
+    )
+    traffic = Traffic(jobs, scheduler)
+    work = sum(len(job.prompt) + job.n_new * (1 + job.held) for job in jobs)
+    while traffic.step <= 60 or scheduler.has_work:
+        assert traffic.step < 100 + 60 * work, "somebody starves"
+        traffic.run()
+    assert not traffic.alive
     assert scheduler.pool.n_free == n_blocks, "every block came back"
+    assert not scheduler.waiting._roots, "nothing is remembered of who has gone"
     if not scheduler.n_preemptions and not any(job.cancel_at is not None or job.guesses for job in jobs):
-        found = sum(sequence.n_cached for sequence in sequences.values())
-        assert computed == work - found - len(jobs), "each token once; the last of an answer is never read"
+        found = sum(sequence.n_cached for sequence in traffic.sequences.values())
+        read = sum(len(job.prompt) + (0 if job.embeds else job.n_new - 1) for job in jobs)
+        assert traffic.n_computed == read - found, "each token once; the last of an answer is never read"
 
 
 def run(scheduler: Scheduler, sequence: Running, model: FakeModel) -> Running:
@@ -263,3 +367,216 @@ def test_the_least_recently_released_prefix_goes_first() -> None:
     assert pool.n_cached == 2
     assert pool.allocate() == second
     assert pool.lookup(b"2") is None and pool.lookup(b"1") == first
+
+
+# Turns, places and pace ----------------------------------------------------------------------------------------------
+
+
+def drive(scheduler: Scheduler, passes: int, finish: Callable[[Running], bool] = lambda s: False) -> list[Plan]:
+    """So many passes of a model that says 1; sequences end at their last token, or as ``finish`` says."""
+    plans = []
+    for _ in range(passes):
+        plan = scheduler.schedule()
+        made = {c.sequence.request_id: [1] for c in plan.chunks if c.samples}
+        done = {
+            c.sequence.request_id
+            for c in plan.chunks
+            if (c.samples and (len(c.sequence.tokens) + 1 >= c.sequence.max_tokens or finish(c.sequence)))
+            or (c.sequence.embeds and c.start + len(c.tokens) == len(c.sequence.tokens))
+        }
+        scheduler.commit(plan, made, done)
+        scheduler.check()
+        plans.append(plan)
+    return plans
+
+
+def ids_of(plan: Plan) -> set[int]:
+    return {chunk.sequence.request_id for chunk in plan.chunks}
+
+
+def test_twenty_thousand_prompts_cost_no_more_each_than_a_few() -> None:
+    def through(n: int) -> None:
+        scheduler = Scheduler(64, max_batch_tokens=64, max_sequences=64)
+        for i in range(n):
+            scheduler.add(Running(i, [1], 2))
+        while scheduler.has_work:
+            plan = scheduler.schedule()
+            made = {chunk.sequence.request_id: [1] for chunk in plan.chunks}
+            scheduler.commit(plan, made, made.keys())
+
+    assert calls_of(lambda: through(4000)) < 4.4 * calls_of(lambda: through(1000))
+
+
+@pytest.mark.parametrize("same_client", [True, False], ids=["one client's requests", "clients"])
+def test_who_asks_for_128_answers_keeps_nobody_waiting(same_client: bool) -> None:
+    scheduler = Scheduler(1000, max_batch_tokens=256, max_sequences=16)
+    for i in range(4 * 128):
+        client = b"" if same_client else b"client %d" % (i // 128)
+        scheduler.add(Running(i, [1] * 5, 300, client=client, group=i // 128))
+    drive(scheduler, 20)
+    before = scheduler.n_preemptions
+    late = Running(1000, [2] * 5, 300, client=b"" if same_client else b"fifth")
+    scheduler.add(late)
+    plans = drive(scheduler, 10)
+    assert all(1000 in ids_of(plan) for plan in plans), "it runs in the next pass, and in every one from then on"
+    assert scheduler.n_preemptions == before + 1, "one gave way"
+
+
+def test_places_are_shared_out_evenly_however_many_ask() -> None:
+    scheduler = Scheduler(1000, max_batch_tokens=256, max_sequences=12)
+    for i in range(100):
+        scheduler.add(Running(i, [1] * 5, 300, client=b"first", group=i))
+    drive(scheduler, 3)
+    for i in range(100, 200):
+        scheduler.add(Running(i, [1] * 5, 300, client=b"second", group=i))
+    for i in range(200, 202):
+        scheduler.add(Running(i, [1] * 5, 300, client=b"third", group=i))
+    drive(scheduler, 3)
+    running = [s.client for s in scheduler.running]
+    assert (running.count(b"first"), running.count(b"second"), running.count(b"third")) == (5, 5, 2)
+    drive(scheduler, 50)
+    assert sorted(s.client for s in scheduler.running) == sorted(running), "and stay so: nobody is put back for nothing"
+
+
+def test_a_client_that_is_alone_has_all_places_and_its_newest_give_way() -> None:
+    scheduler = Scheduler(1000, max_batch_tokens=256, max_sequences=4)
+    for i in range(4):
+        scheduler.add(Running(i, [1] * 5, 300, client=b"a"))
+    drive(scheduler, 3)
+    assert len(scheduler.running) == 4
+    scheduler.add(Running(9, [1] * 5, 300, client=b"b"))
+    drive(scheduler, 1)
+    assert {s.request_id for s in scheduler.running} == {0, 1, 2, 9}
+
+
+def test_with_one_place_clients_and_requests_take_turns() -> None:
+    scheduler = Scheduler(100, max_batch_tokens=64, max_sequences=1)
+    for i in range(6):
+        scheduler.add(Running(i, [1] * 4, 8, client=b"a", group=0))
+    for i in range(6, 9):
+        scheduler.add(Running(i, [1] * 4, 8, client=b"a", group=i))
+    for i in range(9, 15):
+        scheduler.add(Running(i, [1] * 4, 8, client=b"b", group=9))
+    order: list[int] = []
+    while scheduler.has_work:
+        order += [n for plan in drive(scheduler, 1) for n in ids_of(plan) if n not in order]
+    assert [n < 9 for n in order[:12]] == [True, False] * 6, "the clients by turns"
+    assert [n for n in order if n < 9][:6] == [0, 6, 7, 8, 1, 2], "and one client's requests"
+
+
+def test_a_full_cache_takes_from_who_has_most_and_the_oldest_never_gives_way() -> None:
+    scheduler = Scheduler(24, max_batch_tokens=256, max_sequences=16, prefix_cache=False)
+    oldest = Running(0, [1] * 5, 200, client=b"many")
+    scheduler.add(oldest)
+    for i in range(1, 16):
+        scheduler.add(Running(i, [1] * 5, 200, client=b"many", group=0))
+    drive(scheduler, 30)
+    assert scheduler.n_preemptions > 0
+    single = Running(100, [2] * 5, 200, client=b"single")
+    scheduler.add(single)
+    plans = drive(scheduler, 150)
+    assert single.n_preempted == 0 and all(100 in ids_of(plan) for plan in plans)
+    while oldest.state != "done":
+        drive(scheduler, 1)
+    assert oldest.n_preempted == 0
+
+
+def test_higher_priority_is_served_before_fairness() -> None:
+    scheduler = Scheduler(100, max_batch_tokens=64, max_sequences=1)
+    for i in range(3):
+        scheduler.add(Running(i, [1] * 4, 8, client=b"a", priority=1))
+    scheduler.add(Running(9, [1] * 4, 8, client=b"b"))
+    order: list[int] = []
+    while scheduler.has_work:
+        order += [n for plan in drive(scheduler, 1) for n in ids_of(plan) if n not in order]
+    assert order == [0, 1, 2, 9]
+
+
+@dataclass
+class Rooms:
+    """What a pass has room for beside fluent rows, as the test says; remembers who asked."""
+
+    room_for: tuple[int, int] = (0, 0)
+    asked: list[int] = field(default_factory=list)
+
+    def room(self, n_fluent: int) -> tuple[int, int]:
+        self.asked.append(n_fluent)
+        return self.room_for if n_fluent else (20, 0)
+
+
+def test_fluent_rows_are_in_every_pass_and_others_as_there_is_room() -> None:
+    rooms = Rooms()
+    scheduler = Scheduler(1000, max_batch_tokens=256, max_sequences=32, beside=rooms)
+    scheduler.add(Running(0, [1] * 4, 300, client=b"one"))
+    for i in range(1, 21):
+        scheduler.add(Running(i, [1] * 4, 300, client=b"many", group=1))
+    while any(not s.decodes for s in scheduler.running) or scheduler.waiting:
+        rooms.room_for = (100, 0)
+        drive(scheduler, 1)
+    scheduler.add(Running(50, [1] * 100, 100, client=b"embeds", embeds=True))
+    rooms.room_for = (0, 0)
+    alone = drive(scheduler, 5)
+    assert [ids_of(plan) for plan in alone] == [{0}] * 5 and [p.n_fluent for p in alone] == [1] * 5
+    rooms.room_for = (30, 8)
+    plans = drive(scheduler, 6)
+    assert all(0 in ids_of(plan) for plan in plans)
+    plans.sort(key=lambda plan: plan.n_decode)
+    assert [(p.n_decode, p.n_tokens - p.n_decode) for p in plans] == [(1, 30)] * 3 + [(9, 0)] * 3, "by turns"
+    others = [ids_of(plan) - {0} for plan in plans[3:]]
+    assert set.union(*others) == set(range(1, 21)), "and each of these has its turn"
+    assert set(rooms.asked) == {0, 1}
+
+
+def test_rows_of_equal_requests_are_all_fluent_and_ask_nobody() -> None:
+    rooms = Rooms()
+    scheduler = Scheduler(1000, max_batch_tokens=256, max_sequences=32, beside=rooms)
+    for i in range(10):
+        scheduler.add(Running(i, [1] * 4, 100, client=b"a" if i < 6 else b"b"))
+    rooms.room_for = (100, 0)
+    drive(scheduler, 3)
+    rooms.asked.clear()
+    assert [p.n_fluent for p in drive(scheduler, 5)] == [10] * 5 and not rooms.asked
+
+
+def test_a_low_priority_row_holds_no_high_one_up() -> None:
+    scheduler = Scheduler(1000, max_batch_tokens=256, max_sequences=32, beside=Rooms((0, 0)))
+    scheduler.add(Running(0, [1] * 4, 100, client=b"low", priority=-1))
+    drive(scheduler, 2)
+    for i in range(1, 9):
+        scheduler.add(Running(i, [1] * 4, 100, client=b"high", group=1))
+    rooms = scheduler.beside
+    assert isinstance(rooms, Rooms)
+    rooms.room_for = (100, 0)
+    drive(scheduler, 2)
+    rooms.room_for = (0, 0)
+    assert [ids_of(plan) for plan in drive(scheduler, 3)] == [set(range(1, 9))] * 3
+
+
+def test_a_small_prompt_passes_texts_that_others_have_piled_up() -> None:
+    rooms = Rooms()
+    scheduler = Scheduler(1000, max_batch_tokens=64, max_sequences=32, beside=rooms)
+    for i in range(16):
+        scheduler.add(Running(i, [1] * 200, 200, client=b"embeds", group=i, embeds=True))
+    drive(scheduler, 4)
+    scheduler.add(Running(99, [2] * 6, 20, client=b"talks"))
+    assert 99 in ids_of(drive(scheduler, 1)[0])
+
+
+def test_texts_share_the_budget_and_leave_nothing_in_the_prefix_cache() -> None:
+    scheduler = Scheduler(20, max_batch_tokens=50, max_sequences=4)
+    text = Running(0, [1] * 120, 120, embeds=True)
+    scheduler.add(text)
+    scheduler.add(Running(1, [1] * 40, 60))
+    sizes = [[(c.sequence.request_id, len(c.tokens), c.samples) for c in p.chunks] for p in drive(scheduler, 4)]
+    assert sizes == [
+        [(1, 40, True), (0, 10, False)],
+        [(1, 1, True), (0, 49, False)],
+        [(1, 1, True), (0, 49, False)],
+        [(1, 1, True), (0, 12, False)],
+    ]
+    assert text.state == "done" and text.n_cached == 0
+    scheduler.cancel(1)
+    scheduler.pool.forget_all()
+    scheduler.add(Running(2, [1] * 120, 120, embeds=True))
+    drive(scheduler, 4)
+    assert scheduler.pool.n_cached == 0

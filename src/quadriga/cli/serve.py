@@ -32,8 +32,15 @@ def serve_command(
     max_batch_tokens: Annotated[
         int, typer.Option(help="Tokens of one pass: fewer keep answers fluent beside long prompts.")
     ] = 512,
-    requests_per_minute: Annotated[int, typer.Option(help="For each key or address; 0 is no limit.")] = 0,
-    concurrent: Annotated[int, typer.Option(help="Requests at once for each key or address; 0 is no limit.")] = 0,
+    requests_per_minute: Annotated[
+        int, typer.Option(help="Answers and embedded texts for each key or address; 0 is no limit.")
+    ] = 0,
+    tokens_per_minute: Annotated[
+        int, typer.Option(help="Tokens read and made for each key or address; 0 is no limit.")
+    ] = 0,
+    concurrent: Annotated[
+        int, typer.Option(help="Answers and embedded texts at once for each key or address; 0 is no limit.")
+    ] = 0,
     max_body: Annotated[str, typer.Option(help="Largest request body, e.g. 8MB.")] = "8MB",
     drain: Annotated[
         int, typer.Option(help="Seconds that answers get after SIGTERM; a second signal ends at once.")
@@ -62,7 +69,7 @@ def serve_command(
     keys = tuple(api_key or ()) + tuple(k for k in (runtime.setting("API_KEYS") or "").split(",") if k)
     if any(len(key) < 8 for key in keys):
         raise ConfigError("an API key needs at least 8 characters")
-    if max_waiting < 0 or max_sequences < 1 or requests_per_minute < 0 or concurrent < 0 or drain < 0:
+    if max_sequences < 1 or min(max_waiting, requests_per_minute, tokens_per_minute, concurrent, drain) < 0:
         raise ConfigError("limits cannot be negative, and at least one request must run")
     if not 0 <= step_timeout < float("inf"):
         raise ConfigError(f"--step-timeout must be seconds, 0 for no limit; got {step_timeout:g}")
@@ -72,6 +79,7 @@ def serve_command(
         origins=tuple(allow_origin or ()),
         max_body_bytes=options.size(max_body),
         requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
         concurrent=concurrent,
     )
     listener = listen(host, port)

@@ -23,15 +23,20 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
+from functools import partial
 from typing import Any, TypeVar
 
 from quadriga.engine.engine import Engine
-from quadriga.engine.request import Request, TokenEvent
-from quadriga.errors import BusyError, EngineError, QuadrigaError, RequestError
+from quadriga.engine.request import Embed, Embedding, Request, TokenEvent
+from quadriga.errors import BusyError, EngineError, GrammarError, QuadrigaError, RequestError
 
 T = TypeVar("T")
+
+Made = TokenEvent | Embedding
+"""What an inbox holds."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +53,9 @@ _LAST_LINES_S = 1.0
 MAX_UNREAD = 4096
 """Events of a request that are kept for a task that does not read; then it is dropped."""
 
+TOGETHER = 16
+"""Requests that begin between two steps at most, of those that were asked for together."""
+
 
 class Inbox:
     """Where the events of one task's requests arrive: taken by that task, filled in the loop's thread.
@@ -58,11 +66,11 @@ class Inbox:
 
     def __init__(self, n_streams: int = 1) -> None:
         self._room = MAX_UNREAD * n_streams
-        self._items: list[tuple[Stream, TokenEvent]] = []
+        self._items: list[tuple[Stream, Made]] = []
         self._error: QuadrigaError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    async def take(self) -> list[tuple[Stream, TokenEvent]]:
+    async def take(self) -> list[tuple[Stream, Made]]:
         """Everything that has come, at least one event.
 
         Raises:
@@ -79,7 +87,7 @@ class Inbox:
         items, self._items = self._items, []
         return items
 
-    def put(self, stream: Stream, event: TokenEvent) -> None:
+    def put(self, stream: Stream, event: Made) -> None:
         """An event of one of the requests."""
         self._items.append((stream, event))
         self._wake()
@@ -102,14 +110,15 @@ class Inbox:
 class Stream:
     """The answer to one request. Iterate, or read its inbox, and close when done or no longer wanted."""
 
-    def __init__(self, owner: AsyncEngine, inbox: Inbox) -> None:
-        self._owner, self.inbox = owner, inbox
+    def __init__(self, owner: AsyncEngine, inbox: Inbox, client: bytes = b"") -> None:
+        self._owner, self.inbox, self.client = owner, inbox, client
         self.request_id: int | None = None
         self.closed = False
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         while True:
             for _, event in await self.inbox.take():
+                assert isinstance(event, TokenEvent), "an answer is made of tokens"
                 yield event
                 if event.finish_reason is not None:
                     return
@@ -120,14 +129,14 @@ class Stream:
             self.closed = True
             self._owner._close(self)
 
-    def _push(self, event: TokenEvent | QuadrigaError) -> None:
+    def _push(self, event: Made | QuadrigaError) -> None:
         if self.closed:
             return
-        if isinstance(event, TokenEvent) and not self.inbox.full:
+        if not isinstance(event, QuadrigaError) and not self.inbox.full:
             self.inbox.put(self, event)
             return
         self.close()
-        if isinstance(event, TokenEvent):
+        if not isinstance(event, QuadrigaError):
             event = EngineError("the answer was not read for too long and has been dropped")
         self.inbox.fail(event)
 
@@ -137,7 +146,8 @@ class AsyncEngine:
 
     Args:
         engine: what computes; nobody else may touch it from now on.
-        max_waiting: requests that may wait while the engine is full; more are refused.
+        max_waiting: requests that may wait while the engine is full; more are refused, but a client that has less than
+            its share of all places may have more, up to it.
         step_timeout_s: a step that takes longer counts as hung and ends the engine; 0 lets it take any time.
         clock: seconds that only go forward.
     """
@@ -151,8 +161,11 @@ class AsyncEngine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine, self.capacity = engine, engine.max_sequences + max_waiting
+        engine.share_time()
         self.n_open = 0
         """Requests that are running or waiting."""
+        self._n_open_of: dict[bytes, int] = {}  # by client
+        self._patient: deque[tuple[bytes, int, asyncio.Future[None]]] = deque()  # who waits to be let in
         self.error: BaseException | None = None
         """What ended the engine, if it did not end because it was told to. For the log; clients hear that it ended."""
         self.on_failure: Callable[[], None] = lambda: None
@@ -199,38 +212,77 @@ class AsyncEngine:
         self._thread.join(_LAST_LINES_S)
         return self._thread.is_alive()
 
-    async def submit(self, request: Request) -> Stream:
+    async def submit(self, request: Request | Embed) -> Stream:
         """Queue a request; see :meth:`submit_all`."""
         return (await self.submit_all([request]))[0]
 
-    async def submit_all(self, requests: Sequence[Request]) -> list[Stream]:
-        """Queue requests that begin together and share one inbox, all of them or none.
+    async def submit_all(self, requests: Sequence[Request | Embed], *, patient: bool = False) -> list[Stream]:
+        """Queue requests of one client that begin together and share one inbox and one turn, all of them or none.
+
+        Args:
+            patient: wait until there is room instead of being refused.
 
         Raises:
             BusyError: as many requests as may wait are waiting.
             RequestError: one of them can never run.
             EngineError: the engine has failed.
         """
-        if self.n_open + len(requests) > self.capacity:
-            raise BusyError(f"{self.n_open} requests are running or waiting; try again later")
+        client = requests[0].client
+        await self._enter(client, len(requests), patient)
         inbox = Inbox(len(requests))
-        streams = [Stream(self, inbox) for _ in requests]
-        self.n_open += len(requests)
+        streams = [Stream(self, inbox, client) for _ in requests]
         self._open.update(dict.fromkeys(streams))
+        pairs = list(zip(streams, requests, strict=True))
 
-        def begin(engine: Engine) -> None:
-            for stream, request in zip(streams, requests, strict=True):
+        def begin(engine: Engine, first: int) -> None:
+            for stream, request in pairs[first : first + TOGETHER]:
                 if not stream.closed:
-                    stream.request_id = engine.submit(request)
+                    together = {} if stream is streams[0] else {"group": streams[0].request_id}
+                    stream.request_id = engine.submit(request, **together)
                     self._streams[stream.request_id] = stream
 
         try:
-            await self.call(begin)
+            for first in range(0, len(requests), TOGETHER):
+                await self.call(partial(begin, first=first))
         except BaseException:
             for stream in streams:
                 stream.close()
             raise
         return streams
+
+    async def _enter(self, client: bytes, n: int, patient: bool) -> None:
+        """Take n places, or be refused; streams give theirs back as they are closed."""
+        total, mine = self.n_open + n, self._n_open_of.get(client, 0) + n
+        share = self.capacity // len({*self._n_open_of, client})
+        # Whoever fills the queue does not keep out those who have less than their part of it.
+        if total <= self.capacity or (mine <= max(1, share) and total <= 2 * self.capacity):
+            self._take(client, n)
+        elif patient and n <= self.capacity:
+            turn = asyncio.get_running_loop().create_future()
+            self._patient.append((client, n, turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._give_back(client, n)
+                raise
+        else:
+            raise BusyError(f"{self.n_open} requests are running or waiting; try again later")
+
+    def _take(self, client: bytes, n: int) -> None:
+        self.n_open += n
+        self._n_open_of[client] = self._n_open_of.get(client, 0) + n
+
+    def _give_back(self, client: bytes, n: int) -> None:
+        self.n_open -= n
+        self._n_open_of[client] -= n
+        if not self._n_open_of[client]:
+            del self._n_open_of[client]
+        while self._patient and (self._patient[0][2].done() or self.n_open + self._patient[0][1] <= self.capacity):
+            waiting, wanted, turn = self._patient.popleft()
+            if not turn.done():
+                self._take(waiting, wanted)
+                turn.set_result(None)
 
     async def call(self, work: Callable[[Engine], T]) -> T:
         """Run something on the engine's thread between two steps.
@@ -282,8 +334,8 @@ class AsyncEngine:
             self.check()
 
     def _close(self, stream: Stream) -> None:
-        self.n_open -= 1
         del self._open[stream]
+        self._give_back(stream.client, 1)
 
         def cancel(engine: Engine) -> None:
             if stream.request_id is not None:
@@ -348,18 +400,20 @@ class AsyncEngine:
         return not self._ended
 
     def _step(self) -> None:
-        out: list[tuple[Stream, TokenEvent | QuadrigaError]] = []
+        out: list[tuple[Stream, Made | QuadrigaError]] = []
         for request_id, event in self.engine.step():
             stream = self._streams.get(request_id)
             if stream is None:
                 continue
-            # This request is gone, the others go on. What the engine finds wrong is no fault of the client's.
-            out.append((stream, EngineError(str(event)) if isinstance(event, RequestError) else event))
-            if not isinstance(event, TokenEvent) or event.finish_reason is not None:
+            # This request is gone, the others go on. What the engine finds wrong is no fault of the client's, but for
+            # its grammar: a request that brings the same one again fails again.
+            ours = isinstance(event, RequestError) and not isinstance(event, GrammarError)
+            out.append((stream, EngineError(str(event)) if ours else event))
+            if isinstance(event, QuadrigaError) or event.finish_reason is not None:
                 del self._streams[request_id]
         self._send(out)
 
-    def _send(self, events: Sequence[tuple[Stream, TokenEvent | QuadrigaError]]) -> None:
+    def _send(self, events: Sequence[tuple[Stream, Made | QuadrigaError]]) -> None:
         assert self._loop is not None
 
         def deliver() -> None:

@@ -8,6 +8,9 @@ One thread calls :meth:`Engine.step` again and again; everything it returns is v
 log-probabilities depend on the request alone: sampling state belongs to it, and the CPU's kernels give the same bits
 whatever shares the batch, however the prompt was cut, and whether its prefix was cached.
 
+A token that a grammar takes long over is chosen beside the passes, from a copy of its logits, and the answer sits out
+the passes until it is there. Texts to embed go through the same passes as prompts do.
+
 A request's own work (guessing, sampling, its grammar, its text, its log-probabilities) fails for that request alone,
 whatever the exception; what all share (scheduling, the pass through the model) raises out of :meth:`Engine.step`.
 """
@@ -16,7 +19,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
@@ -26,7 +31,9 @@ from torch import Tensor
 
 from quadriga.engine.blocks import BLOCK_TOKENS
 from quadriga.engine.lookup import Lookup
-from quadriga.engine.request import FinishReason, PromptReport, Request, Routing, TokenEvent
+from quadriga.engine.pace import Pace
+from quadriga.engine.pooling import Pooling
+from quadriga.engine.request import Embed, Embedding, FinishReason, PromptReport, Request, Routing, TokenEvent
 from quadriga.engine.runner import Runner, TorchRunner
 from quadriga.engine.sampler import Sampler, Unused, require_finite, top_logprobs
 from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
@@ -34,13 +41,17 @@ from quadriga.errors import AnswerError, BusyError, QuadrigaError, RequestError
 from quadriga.model.adapter_bank import AdapterBank
 from quadriga.model.moe import RouterStats
 from quadriga.ops.program import Batch
+from quadriga.runtime import Lane
 from quadriga.text.stream import Detokenizer
 from quadriga.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-Event = TokenEvent | QuadrigaError
-"""What a step has for a request: a token, or why there will be no more."""
+Event = TokenEvent | Embedding | QuadrigaError
+"""What a step has for a request: a token, a text's vector, or why there will be no more."""
+
+HELD_WAIT_S = 0.01
+"""A step in which everything waits for a token to be chosen waits so long for one; then it lets commands in between."""
 
 
 @dataclass(eq=False)
@@ -55,6 +66,24 @@ class _Active:
     lookup: Lookup | None
     prompt_logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=dict)
     """Prompt position -> log-probability of the token there, and the most probable tokens."""
+
+
+@dataclass(eq=False)
+class _Embedded:
+    """A text in the engine."""
+
+    running: Running
+    pooling: Pooling
+
+
+@dataclass(eq=False)
+class _Held:
+    """An answer whose next token is being chosen beside the passes."""
+
+    active: _Active
+    choice: Future[TokenEvent]
+    finish: Callable[[TokenEvent], TokenEvent]
+    """Puts into the event what the pass knows of it."""
 
 
 @dataclass(frozen=True)
@@ -103,27 +132,41 @@ class Engine:
         self.scheduler = Scheduler(
             runner.n_blocks, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, prefix_cache=prefix_cache
         )
+        self.pace: Pace | None = None
         self._active: dict[int, _Active] = {}
+        self._embeds: dict[int, _Embedded] = {}
+        self._held: dict[int, _Held] = {}
+        self._choosers = Lane("choosers", n_threads=2)
         self._next_id = 0
         self._steps = self._prompt_tokens = self._cached = self._generated = 0
         self._guessed = self._guessed_right = 0
 
     # Requests --------------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> int:
+    def share_time(self) -> None:
+        """From now on, let nobody's work keep the answers of others waiting for longer than is fair; see ``pace``."""
+        self.pace = self.scheduler.beside = Pace(self.scheduler.max_batch_tokens)
+
+    def submit(self, request: Request | Embed, *, group: int | None = None) -> int:
         """Queue a request; its id.
+
+        Args:
+            group: the id of the first of those that were asked for together; they take one turn together.
 
         Raises:
             RequestError: an empty prompt, ids outside the model's table, a bias on an id that no token has, a prompt
                 that fills the context or the cache.
         """
-        prompt, params = list(request.prompt), request.params
+        prompt = list(request.prompt)
         if not prompt:
             raise RequestError("a prompt needs at least one token")
         if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
             raise RequestError(
                 f"token ids must be from 0 to {self.config.vocab_size - 1}, got {min(prompt)} to {max(prompt)}"
             )
+        if isinstance(request, Embed):
+            return self._submit_embed(request, prompt, group)
+        params = request.params
         if len(prompt) >= self.config.max_seq_len:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens and the model's context is {self.config.max_seq_len}: "
@@ -139,6 +182,8 @@ class Engine:
             salt=request.salt if not number else blake2b(request.salt, salt=number.to_bytes(8, "little")).digest(),
             adapter=number,
             all_logits=params.prompt_logprobs,
+            client=request.client,
+            group=-1 if group is None else group,
         )
         active = _Active(
             request=request,
@@ -151,6 +196,23 @@ class Engine:
         )
         self.scheduler.add(running)
         self._active[running.request_id] = active
+        self._next_id += 1
+        return running.request_id
+
+    def _submit_embed(self, request: Embed, prompt: list[int], group: int | None) -> int:
+        if len(prompt) > self.config.max_seq_len:
+            raise RequestError(f"{len(prompt)} tokens exceed the model's context of {self.config.max_seq_len}")
+        running = Running(
+            request_id=self._next_id,
+            tokens=prompt,
+            max_tokens=len(prompt),
+            priority=request.priority,
+            embeds=True,
+            client=request.client,
+            group=-1 if group is None else group,
+        )
+        self.scheduler.add(running)
+        self._embeds[running.request_id] = _Embedded(running, Pooling(self.config.d_model))
         self._next_id += 1
         return running.request_id
 
@@ -181,13 +243,14 @@ class Engine:
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request wherever it is; its blocks are free at once. False if it is not here (any more)."""
-        if self._active.pop(request_id, None) is None:
-            return False
+        self._active.pop(request_id, None)
+        self._embeds.pop(request_id, None)
+        self._held.pop(request_id, None)
         return self.scheduler.cancel(request_id)
 
     def is_active(self, request_id: int) -> bool:
         """True if a request is waiting or running."""
-        return request_id in self._active
+        return request_id in self._active or request_id in self._embeds
 
     @property
     def has_work(self) -> bool:
@@ -223,25 +286,95 @@ class Engine:
         Raises:
             BaseException: what all requests share has failed; the engine's state cannot be trusted any more.
         """
+        started = time.perf_counter() if self.pace is not None else 0.0
         events = self._guess()
+        if self._held:
+            events += self._chosen()
         plan = self.scheduler.schedule()
         if not plan.chunks:
+            if self._held and not events:
+                wait([held.choice for held in self._held.values()], HELD_WAIT_S, FIRST_COMPLETED)
+                events += self._chosen()
             return events
         batch, first_rows = build_batch(plan)
         if isinstance(self.runner, TorchRunner) and any(chunk.sequence.adapter for chunk in plan.chunks):
             self.runner.choose([chunk.sequence.adapter for chunk in plan.chunks for _ in chunk.tokens])
         logits = self.runner.forward(batch)
         made, new_tokens, finished = self._sample(plan, logits, first_rows, batch)
+        if self._embeds:
+            made += self._embedded(plan, finished)
         for request_id, event in made:
-            if not isinstance(event, TokenEvent):  # before the commit: nothing of it goes into the prefix cache
+            if isinstance(event, QuadrigaError):  # before the commit: nothing of it goes into the prefix cache
                 self.cancel(request_id)
         self.scheduler.commit(plan, new_tokens, finished)
+        for held in self._held.values():
+            self.scheduler.hold(held.active.running)
         self._steps += 1
         for request_id in finished:
-            active = self._active.pop(request_id)
-            self._prompt_tokens += active.running.n_prompt
-            self._cached += active.running.n_cached
+            self._forget(request_id)
+        if self.pace is not None:
+            n_prompt = plan.n_tokens - plan.n_decode
+            self.pace.record(plan.n_fluent, plan.n_decode, n_prompt, time.perf_counter() - started)
         return events + made
+
+    def _forget(self, request_id: int) -> None:
+        """A request has ended well."""
+        if self._embeds.pop(request_id, None) is None:
+            running = self._active.pop(request_id).running
+            self._prompt_tokens += running.n_prompt
+            self._cached += running.n_cached
+
+    def _embedded(self, plan: Plan, finished: set[int]) -> list[tuple[int, Event]]:
+        """Take the states of texts that are to be embedded; the vectors of those whose last position this is."""
+        done: list[tuple[int, Event]] = []
+        chunks = [chunk for chunk in plan.chunks if chunk.sequence.request_id in self._embeds]
+        if not chunks:
+            return done
+        states, at = self.runner.hidden(plan.n_tokens), 0
+        for chunk in plan.chunks:
+            at += len(chunk.tokens)
+            embedded = self._embeds.get(chunk.sequence.request_id)
+            if embedded is None:
+                continue
+            embedded.pooling.add(chunk.start, states[at - len(chunk.tokens) : at])
+            if chunk.start + len(chunk.tokens) == len(chunk.sequence.tokens):
+                vector = embedded.pooling.vector()
+                try:
+                    require_finite([float(vector.norm())])
+                except RequestError as error:
+                    done.append((chunk.sequence.request_id, error))
+                else:
+                    done.append((chunk.sequence.request_id, Embedding(vector=vector)))
+                    finished.add(chunk.sequence.request_id)
+        return done
+
+    # Tokens that are chosen beside the passes -------------------------------------------------------------------------
+
+    def _hold(self, active: _Active, made: _Pass, row: int) -> None:
+        """Choose a request's next token in another thread: its grammar takes so long that others would wait for it."""
+        running, logits = active.running, made.logits[row].clone()
+        finish = made.routing_into(row) if active.request.routing else _as_it_is
+        choice = self._choosers.submit(self._next, active, logits, made.best[row], made.log_sums[row], 0)
+        self._held[running.request_id] = _Held(active, choice, finish)
+
+    def _chosen(self) -> list[tuple[int, Event]]:
+        """The tokens that have been chosen since, and the errors of those that could not be."""
+        events: list[tuple[int, Event]] = []
+        for request_id, held in [(i, h) for i, h in self._held.items() if h.choice.done()]:
+            del self._held[request_id]
+            try:
+                event = held.finish(held.choice.result())
+            except BaseException as raised:
+                events.append((request_id, _own_failure(raised)))
+                self.cancel(request_id)
+                continue
+            events.append((request_id, event))
+            self._generated += 1
+            finished = event.finish_reason is not None
+            self.scheduler.resume(held.active.running, [event.token_id], finished=finished)
+            if finished:
+                self._forget(request_id)
+        return events
 
     def _guess(self) -> list[tuple[int, Event]]:
         """Draft what may follow, where asked for; the errors of those whose guessing failed."""
@@ -296,6 +429,10 @@ class Engine:
         if not chunk.samples:
             return
         guesses = chunk.tokens[len(chunk.tokens) - chunk.n_draft :]
+        constraint = active.request.constraint
+        if constraint is not None and not getattr(constraint, "ready", True):
+            self._hold(active, made, row)
+            return
         for i in range(len(guesses) + 1):
             at = row + i
             event = self._next(active, made.logits[at], made.best[at], made.log_sums[at], len(answered))
@@ -362,7 +499,7 @@ class Engine:
             BusyError: the sequence does not fit into the free blocks.
         """
         logits, stats = [], []
-        for rows, n in self._passes(token_ids, chunk, with_logits=True):
+        for rows, n in self._passes(token_ids, chunk):
             logits.append(rows.clone())
             stats.append(self.runner.router_stats(n))
         merged = [
@@ -371,29 +508,7 @@ class Engine:
         ]
         return torch.cat(logits), merged
 
-    def embed(self, token_ids: Sequence[int]) -> Tensor:
-        """A sequence as one vector (D,) float32: the mean of its last hidden states after the final norm, of length 1.
-
-        Raises:
-            BusyError: the sequence does not fit into the free blocks.
-            RequestError: the model's states are not finite.
-        """
-        for vector in self.embed_passes(token_ids):
-            if vector is not None:
-                return vector
-        raise AssertionError("the last pass gives the vector")
-
-    def embed_passes(self, token_ids: Sequence[int], *, chunk: int = 512) -> Generator[Tensor | None, None, None]:
-        """:meth:`embed` pass by pass: None after each but the last, so that steps of others can come between."""
-        total, left = torch.zeros(self.config.d_model), len(token_ids)
-        for _, n in self._passes(token_ids, chunk, with_logits=False):
-            total += self.runner.hidden(n).sum(0)
-            left -= n
-            norm = total.norm()
-            require_finite([float(norm)])
-            yield total / norm.clamp_min(1e-12) if left == 0 else None
-
-    def _passes(self, token_ids: Sequence[int], chunk: int, *, with_logits: bool) -> Iterator[tuple[Tensor, int]]:
+    def _passes(self, token_ids: Sequence[int], chunk: int) -> Iterator[tuple[Tensor, int]]:
         """Run one sequence beside everything else, in blocks of its own: (logits, tokens) of every pass."""
         n, pool = len(token_ids), self.scheduler.pool
         blocks: list[int] = []
@@ -411,7 +526,7 @@ class Engine:
                     (0, stop - start),
                     blocks,
                     (0, len(blocks)),
-                    range(stop - start if with_logits else 0),
+                    range(stop - start),
                 )
                 yield self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints))), stop - start
         finally:
@@ -431,11 +546,19 @@ class _Pass:
 
     def with_routing(self, event: TokenEvent, row: int) -> TokenEvent:
         """The event with the experts that predicted it; they are fetched when the first request asks."""
+        return self.routing_into(row)(event)
+
+    def routing_into(self, row: int) -> Callable[[TokenEvent], TokenEvent]:
+        """Puts the experts that predicted a row's token into its event, also after the pass."""
         if self._routing is None:
             self._routing = self._runner.router_stats(len(self._batch.tokens))
         token = int(self._batch.rows[row])
-        entropy = _entropy_of(self._routing, token)
-        return replace(event, routing=_routing_of(self._routing, token), router_entropy=entropy)
+        routing, entropy = _routing_of(self._routing, token), _entropy_of(self._routing, token)
+        return lambda event: replace(event, routing=routing, router_entropy=entropy)
+
+
+def _as_it_is(event: TokenEvent) -> TokenEvent:
+    return event
 
 
 def _own_failure(error: BaseException) -> QuadrigaError:

@@ -28,7 +28,15 @@ from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.checkpoint.packed import load_packed
 from quadriga.engine.blocks import BLOCK_TOKENS
 from quadriga.engine.engine import Engine, Event
-from quadriga.engine.request import Completion, PromptReport, Request, SamplingParams, TokenEvent
+from quadriga.engine.request import (
+    Completion,
+    Embed,
+    Embedding,
+    PromptReport,
+    Request,
+    SamplingParams,
+    TokenEvent,
+)
 from quadriga.engine.runner import Runner, TorchRunner
 from quadriga.errors import ConfigError, QuadrigaError, RequestError, TokenizerError
 from quadriga.model.compiled import CompiledModel
@@ -201,8 +209,21 @@ class LLM:
         return self.engine.score(self._check_ids(token_ids).tolist())[1]
 
     def embed(self, text: str | Sequence[int]) -> Tensor:
-        """A text as one vector (D,) float32 of length 1: the mean of the last hidden states."""
-        return self.engine.embed(self.prompt_ids(text, parse_special=False))
+        """A text as one vector (D,) float32 of length 1: the mean of the last hidden states after the final norm."""
+        request_id = self.engine.submit(Embed(prompt=tuple(self.prompt_ids(text, parse_special=False))))
+        inbox = self._inbox[request_id] = deque()
+        try:
+            while not inbox:
+                self._step()
+        finally:
+            self.engine.cancel(request_id)
+            del self._inbox[request_id]
+        event = inbox.popleft()
+        if isinstance(event, QuadrigaError):
+            raise event
+        assert isinstance(event, Embedding), "a text becomes a vector"
+        vector: Tensor = event.vector
+        return vector
 
     def loglikelihood(self, context: str | Sequence[int], continuation: str | Sequence[int]) -> tuple[float, bool]:
         """How probable a continuation is after a context.
@@ -284,8 +305,9 @@ class LLM:
                 while not inbox:
                     self._step()
                 event = inbox.popleft()
-                if not isinstance(event, TokenEvent):
+                if isinstance(event, QuadrigaError):
                     raise event
+                assert isinstance(event, TokenEvent), "an answer is made of tokens"
                 yield event
                 if event.finish_reason is not None:
                     return
@@ -293,9 +315,12 @@ class LLM:
             self.engine.cancel(request_id)
             del self._inbox[request_id]
 
-    def _step(self) -> None:
-        for request_id, event in self.engine.step():
+    def _step(self) -> Iterable[int]:
+        """Run a step; the requests that it had something for."""
+        events = self.engine.step()
+        for request_id, event in events:
             self._inbox[request_id].append(event)
+        return dict.fromkeys(request_id for request_id, _ in events)
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, adapter: str | None = None
@@ -356,16 +381,17 @@ class LLM:
                 self._inbox[request_id] = deque()
             finished = 0
             while finished < len(made):
-                self._step()
+                now_made = self._step()
                 now = time.perf_counter()
-                for request_id, (times, events) in made.items():
+                for request_id in now_made:
                     inbox = self._inbox[request_id]
-                    while inbox:
+                    while request_id in made and inbox:
                         event = inbox.popleft()
                         if isinstance(event, TokenEvent):
+                            times, tokens = made[request_id]
                             times.append(now)
-                            events.append(event)
-                        else:
+                            tokens.append(event)
+                        elif isinstance(event, QuadrigaError):
                             failed[request_id] = event
                         if not isinstance(event, TokenEvent) or event.finish_reason is not None:
                             finished += 1

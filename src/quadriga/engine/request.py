@@ -17,7 +17,11 @@ Routing = tuple[tuple[tuple[int, float], ...], ...]
 
 
 class Constraint(Protocol):
-    """A grammar that an answer must follow, fed token by token. Belongs to one request."""
+    """A grammar that an answer must follow, fed token by token. Belongs to one request, and one thread at a time.
+
+    One that also has ``ready: bool``, and is not, would keep others waiting in :meth:`allowed`: its answer's next token
+    is chosen beside their passes.
+    """
 
     def allowed(self) -> Any:
         """(V,) bool tensor: the tokens that may come next, end tokens included where the answer may end."""
@@ -162,6 +166,29 @@ class Request:
     """Requests share cached prefixes only with those of the same salt."""
     adapter: str | None = None
     """The adapter that answers, by the name it was added under; None: the model itself."""
+    client: bytes = b""
+    """Who asks; clients are served in turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    """A text that is to become a vector: the mean of its last hidden states after the final norm, of length 1."""
+
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    priority: int = 0
+    """Higher goes first."""
+    client: bytes = b""
+    """Who asks; clients are served in turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """What became of an :class:`Embed`."""
+
+    vector: Any
+    """(D,) float32 tensor."""
+    finish_reason: FinishReason = "stop"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,18 +5,30 @@
                         └─────preempt──────┘   blocks given back, tokens kept: it is computed again and goes on
 
 A pass has a budget of tokens. Sequences that decode come first, one token each (more with a draft), so a long prompt
-never stops the others; what is left goes to prompts, oldest first, cut to fit. Priority orders admission; within one
-priority it is first come, first served, and a sequence that must give up its blocks is always one that came later.
+never stops the others; what is left goes to prompts, and to texts that are to be embedded, cut to fit.
+
+**Whose turn it is.** Priority first; among equals clients take turns, and so do a client's requests (``engine.turns``).
+Places and blocks are shared out the same way: while somebody waits who has two fewer running than another, the newest
+of the one with the most gives way. A request for 128 answers, or a client with a thousand requests, so fills what
+nobody else wants. The oldest sequence of all never gives way, so everything ends.
+
+**What shares a pass.** With a :class:`Beside`, which knows what passes cost, only the *fluent* rows are in every pass:
+the rows of the clients that have the fewest (of the requests that have, where there is one client). The others, and
+prompts, come in as far as it allows.
+
 Numbers never depend on how a sequence was cut or who ran beside it: that is the kernels' promise (batch invariance), so
 this module may choose freely.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from quadriga.engine.blocks import BLOCK_TOKENS, BlockPool, chain_key
+from quadriga.engine.turns import Turns
 from quadriga.errors import ConfigError, RequestError
 
 MOST_LOGIT_ROWS = 256
@@ -40,6 +52,12 @@ class Running:
     """Number of the adapter its tokens run with; 0: none."""
     all_logits: bool = False
     """Every prompt position's logits are wanted, so nothing of it is taken from the prefix cache."""
+    embeds: bool = False
+    """Every position's last state is wanted and no token: computed like a prompt, it ends with its last token."""
+    client: bytes = b""
+    """Who asks."""
+    group: int = -1
+    """The request it is one answer of; its own ``request_id`` where nothing is given."""
     draft: list[int] = field(default_factory=list)
     """Guesses at the tokens that follow; checked in the next pass."""
     n_computed: int = 0
@@ -48,17 +66,40 @@ class Running:
     """Prompt positions that were found in the prefix cache."""
     n_preempted: int = 0
     arrival: int = 0
+    last_pass: int = 0
+    """The number of the last pass it had a part in."""
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     """Keys of the full blocks published so far."""
+    held: bool = False
+    """The logits of its next token are there, but the token is still being chosen: it takes no part in passes."""
+    state: Literal["new", "waiting", "running", "parked", "done"] = "new"
+    """parked: it had to give its place up while it was held, and waits for its token before it waits for a place."""
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
+        if self.group < 0:
+            self.group = self.request_id
 
     @property
     def order(self) -> tuple[int, int]:
-        """Smaller is served first."""
+        """Smaller is older; a higher priority counts as older."""
         return (-self.priority, self.arrival)
+
+    @property
+    def n_pending(self) -> int:
+        """Tokens that are known and not computed."""
+        return len(self.tokens) - self.n_computed
+
+    @property
+    def decodes(self) -> bool:
+        """One token is left to compute, and it gives the next one."""
+        return self.n_pending == 1 and not self.embeds
+
+    @property
+    def n_blocks_needed(self) -> int:
+        """Blocks of the tokens it has."""
+        return -(-len(self.tokens) // BLOCK_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -80,11 +121,23 @@ class Plan:
     """What one pass computes."""
 
     chunks: tuple[Chunk, ...]
+    n_fluent: int = 0
+    """Tokens of the fluent rows; see the module docstring."""
+    n_decode: int = 0
+    """Tokens of all rows that decode, these included."""
 
     @property
     def n_tokens(self) -> int:
         """Tokens of the pass."""
         return sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+class Beside(Protocol):
+    """What may share a pass with fluent rows; ``engine.pace.Pace`` is one."""
+
+    def room(self, n_fluent: int) -> tuple[int, int]:
+        """(tokens of prompts, other rows) beside so many fluent rows; beside none, with others' prompts."""
+        ...
 
 
 class Scheduler:
@@ -95,13 +148,20 @@ class Scheduler:
         max_batch_tokens: tokens of one pass.
         max_sequences: sequences running at once.
         prefix_cache: whether finished prefixes are kept to be found again.
+        beside: what may share a pass with fluent rows; None: everything that fits.
 
     Raises:
         ConfigError: max_sequences beyond max_batch_tokens (a pass could not give every sequence a token), or no block.
     """
 
     def __init__(
-        self, n_blocks: int, *, max_batch_tokens: int = 2048, max_sequences: int = 64, prefix_cache: bool = True
+        self,
+        n_blocks: int,
+        *,
+        max_batch_tokens: int = 2048,
+        max_sequences: int = 64,
+        prefix_cache: bool = True,
+        beside: Beside | None = None,
     ) -> None:
         if not 1 <= max_sequences <= max_batch_tokens:
             raise ConfigError(
@@ -112,11 +172,13 @@ class Scheduler:
             raise ConfigError(f"the cache needs at least one block of {BLOCK_TOKENS} tokens, got {n_blocks}")
         self.pool = BlockPool(n_blocks)
         self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
-        self.prefix_cache = prefix_cache
+        self.prefix_cache, self.beside = prefix_cache, beside
         self.running: list[Running] = []
-        self.waiting: list[Running] = []
+        self.waiting: Turns[Running] = Turns(turn=max_batch_tokens)
         self.n_preemptions = 0
-        self._arrivals = 0
+        self._arrivals = self._passes = 0
+        self._rows_next = False
+        self._alive: dict[int, Running] = {}
 
     def add(self, sequence: Running) -> None:
         """Queue a sequence.
@@ -132,44 +194,71 @@ class Scheduler:
             )
         sequence.arrival = self._arrivals
         self._arrivals += 1
-        self._wait(sequence)
+        self._alive[sequence.request_id] = sequence
+        sequence.state = "waiting"
+        self.waiting.add(sequence)
 
     def cancel(self, request_id: int) -> bool:
         """Drop a sequence wherever it is; its blocks are free at once. False if it is not here."""
-        for queue in (self.running, self.waiting):
-            for sequence in queue:
-                if sequence.request_id == request_id:
-                    queue.remove(sequence)
-                    self._release(sequence)
-                    return True
-        return False
+        sequence = self._alive.get(request_id)
+        if sequence is None:
+            return False
+        self._end(sequence)
+        return True
 
     @property
     def has_work(self) -> bool:
         """True if any sequence is not finished."""
-        return bool(self.running or self.waiting)
+        return bool(self._alive)
 
     def schedule(self) -> Plan:
-        """Choose the tokens of the next pass and take their blocks; empty only if there is no work."""
-        budget = self.max_batch_tokens
+        """Choose the tokens of the next pass and take their blocks; empty only if there is no work but held rows."""
         chunks: dict[Running, Chunk] = {}
-        ready = sorted(self.running, key=lambda s: (len(s.tokens) - s.n_computed > 1, s.order))
-        for sequence in ready:
-            if sequence in self.running and budget > 0:  # it may have been preempted for one before it
-                chunk = self._chunk(sequence, budget, chunks)
-                if chunk is not None:
-                    chunks[sequence] = chunk
-                    budget -= len(chunk.tokens)
-        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
-            sequence = self.waiting[0]
-            if not self._admit(sequence):
-                break  # the next in line is never overtaken
-            chunk = self._chunk(sequence, budget, chunks)
-            if chunk is None:
-                break
-            chunks[sequence] = chunk
-            budget -= len(chunk.tokens)
-        return Plan(tuple(chunks.values()))
+        rows, prompts = list[Running](), list[Running]()
+        for sequence in sorted(self.running, key=lambda s: s.order):
+            if not sequence.held:
+                (rows if sequence.decodes else prompts).append(sequence)
+        self._passes += 1
+        if self.beside is None:
+            self._fill(prompts, self._put_all(rows, self.max_batch_tokens, chunks), chunks)
+            return Plan(tuple(chunks.values()))
+        fluent = self._fluent(rows)
+        others = sorted((s for s in rows if s not in fluent), key=lambda s: s.last_pass)
+        most = self.max_batch_tokens
+        if len(self._alive) > 1 and (prompts or others or self.waiting):
+            most, n_rows = self.beside.room(sum(1 + len(s.draft) for s in fluent))
+            others = others[:n_rows]
+        budget = self._put_all([s for s in rows if s in fluent], self.max_batch_tokens, chunks)
+        # Prompts and other rows come into passes by turns, so that neither makes the other's pass longer.
+        left = budget if others and self._rows_next else self._fill(prompts, min(budget, most), chunks)
+        if left < min(budget, most):
+            self._rows_next = True
+        elif others:
+            self._put_all(others, budget, chunks)
+            self._rows_next = False
+        return self._plan(chunks, fluent)
+
+    def _plan(self, chunks: dict[Running, Chunk], fluent: set[Running]) -> Plan:
+        n_fluent = n_decode = 0
+        for sequence, chunk in chunks.items():
+            if sequence.decodes:
+                n_decode += len(chunk.tokens)
+                n_fluent += len(chunk.tokens) if sequence in fluent else 0
+        return Plan(tuple(chunks.values()), n_fluent, n_decode)
+
+    def hold(self, sequence: Running) -> None:
+        """Keep a sequence out of passes: its next token is chosen elsewhere. After the commit of the pass."""
+        if sequence.state == "running":
+            sequence.held = True
+
+    def resume(self, sequence: Running, new_tokens: Sequence[int], *, finished: bool) -> None:
+        """A held sequence has its token; it goes on, or ends."""
+        sequence.held = False
+        sequence.tokens += new_tokens
+        if finished:
+            self._end(sequence)
+        elif sequence.state == "parked":
+            self._wait(sequence)
 
     def commit(self, plan: Plan, new_tokens: Mapping[int, Sequence[int]], finished: Collection[int]) -> None:
         """Record what a pass made.
@@ -178,9 +267,10 @@ class Scheduler:
             new_tokens: request id -> tokens sampled for it: one, or one more than the drafts that were right.
             finished: request ids that are done; their blocks are released (full ones stay findable).
         """
+        self.waiting.serve({c.sequence: len(c.tokens) for c in plan.chunks if c.sequence.state == "running"})
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            if sequence not in self.running:
+            if sequence.state != "running":
                 continue  # cancelled while the pass ran
             made = list(new_tokens.get(sequence.request_id, ())) if chunk.samples else []
             sequence.n_computed = chunk.start + len(chunk.tokens) - chunk.n_draft + max(0, len(made) - 1)
@@ -191,8 +281,7 @@ class Scheduler:
             while len(sequence.blocks) > max(spare, 1):  # rejected drafts
                 self.pool.release(sequence.blocks.pop())
             if sequence.request_id in finished:
-                self.running.remove(sequence)
-                self._release(sequence)
+                self._end(sequence)
 
     def check(self) -> None:
         """Assert that no block is lost and every reference has a holder."""
@@ -201,14 +290,67 @@ class Scheduler:
             assert len(sequence.blocks) * BLOCK_TOKENS >= sequence.n_computed, "computed positions have blocks"
             for block in sequence.blocks:
                 held[block] = held.get(block, 0) + 1
-        assert all(not sequence.blocks and not sequence.n_computed for sequence in self.waiting)
+        waiting = list(self.waiting)
+        parked = [s for s in self._alive.values() if s.state == "parked"]
+        assert all(not sequence.blocks and not sequence.n_computed for sequence in (*waiting, *parked))
+        assert all(s.state == "waiting" for s in waiting) and all(s.state == "running" for s in self.running)
+        assert len(waiting) == len(self.waiting)
+        assert {*waiting, *parked, *self.running} == {*self._alive.values()}, "every sequence is in one place"
         self.pool.check(held)
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
+    def _fluent(self, rows: Sequence[Running]) -> set[Running]:
+        """The rows in every pass: of the highest priority, those of whoever has the fewest, or up to twice as many."""
+        top = [s for s in rows if s.priority == rows[0].priority]
+        for name in ("client", "group"):
+            counts = Counter(getattr(s, name) for s in top)
+            if len(counts) > 1:
+                few = 2 * min(counts.values())
+                return {s for s in top if counts[getattr(s, name)] <= few}
+        return set(top)
+
+    def _put_all(self, rows: Sequence[Running], budget: int, chunks: dict[Running, Chunk]) -> int:
+        """Put rows into the pass; what is left of the budget."""
+        for sequence in rows:
+            if sequence.state == "running" and budget > 0:  # it may have been preempted for one before it
+                budget -= self._put(sequence, budget, chunks)
+        return budget
+
+    def _put(self, sequence: Running, budget: int, chunks: dict[Running, Chunk]) -> int:
+        """Put a running sequence's next chunk into the pass; how many tokens it has, 0 if it had to give way."""
+        chunk = self._chunk(sequence, budget, chunks)
+        if chunk is None:
+            return 0
+        chunks[sequence] = chunk
+        sequence.last_pass = self._passes
+        return len(chunk.tokens)
+
+    def _fill(self, prompts: list[Running], budget: int, chunks: dict[Running, Chunk]) -> int:
+        """Give the budget to running and waiting prompts, in turn; what is left of it."""
+        turn = self.waiting.turn_of
+        queue = sorted(prompts, key=turn, reverse=True)
+        blocked = False
+        while budget > 0:
+            first = None if blocked or not self.waiting else self.waiting.first()
+            if first is not None and (not queue or turn(first) < turn(queue[-1])):
+                first = first if self._make_room(first, chunks) else self._instead(chunks)
+                blocked = first is None
+                if first is not None:
+                    self._admit(first)
+                    budget -= self._put(first, budget, chunks)
+                    blocked = first not in chunks  # there was no block for it
+            elif queue:
+                sequence = queue.pop()
+                if sequence.state == "running":
+                    budget -= self._put(sequence, budget, chunks)
+            else:
+                break
+        return budget
+
     def _chunk(self, sequence: Running, budget: int, chunks: dict[Running, Chunk]) -> Chunk | None:
         """The sequence's next chunk within the budget, or None if it lost its own blocks."""
-        pending = len(sequence.tokens) - sequence.n_computed
+        pending = sequence.n_pending
         draft = sequence.draft if pending == 1 else []
         room = sequence.max_tokens - len(sequence.tokens) - 1  # a draft may not reach beyond the last token
         n = min(pending + max(0, min(len(draft), room)), budget)
@@ -225,27 +367,65 @@ class Scheduler:
                 n = min(pending, have)  # do without the guesses before taking blocks from others
                 wanted = sequence.n_computed + n
                 continue
-            victim = max(self.running, key=lambda s: s.order)
+            victim = self._first_to_give_way(self.running)
             if victim is sequence and have >= 1:
-                n = have  # the last in line takes what it has and goes on later
+                n = have  # the first to give way takes what it has and goes on later
                 break
-            self._preempt(victim)
-            chunks.pop(victim, None)
+            self._preempt(victim, chunks)
             if victim is sequence:
                 return None
         start = sequence.n_computed
-        known = (sequence.tokens + draft)[start : start + n]
         n_draft = max(0, n - pending)
-        return Chunk(sequence, start, tuple(known), n_draft, n >= pending)
+        known = (*sequence.tokens[start : start + n], *draft[:n_draft])
+        return Chunk(sequence, start, known, n_draft, n >= pending and not sequence.embeds)
 
-    def _admit(self, sequence: Running) -> bool:
-        """Move the first of the waiting to the running, with the blocks of the prefix that is known already."""
-        needed = -(-len(self.waiting[0].tokens) // BLOCK_TOKENS)
-        if self.running and self.pool.n_free < needed:
-            return False  # admitted now, it would only be preempted by those before it
-        self.waiting.pop(0)
+    def _first_to_give_way(self, sequences: Iterable[Running]) -> Running:
+        """Of the lowest priority, the newest of the request with the most of the client with the most."""
+        clients = Counter(s.client for s in self.running)
+        groups = Counter((s.client, s.group) for s in self.running)
+        return max(sequences, key=lambda s: (-s.priority, clients[s.client], groups[s.client, s.group], s.arrival))
+
+    def _above(self, sequence: Running) -> list[Running]:
+        """Running sequences that would have more than the waiting one's client (or request) even after giving way."""
+        mine = [s for s in self.running if s.client == sequence.client]
+        clients = Counter(s.client for s in self.running)
+        groups = Counter(s.group for s in mine)
+        rivals = [s for s in self.running if s.priority <= sequence.priority]
+        above = [s for s in rivals if s.client != sequence.client and clients[s.client] >= len(mine) + 2]
+        if above:
+            return above
+        few = groups[sequence.group] + 2
+        return [
+            s for s in rivals if s.client == sequence.client and s.group != sequence.group and groups[s.group] >= few
+        ]
+
+    def _make_room(self, sequence: Running, chunks: dict[Running, Chunk]) -> bool:
+        """A place and blocks for the first of the waiting, from those who have more if there is no other way."""
+        needed = sequence.n_blocks_needed
+        while len(self.running) >= self.max_sequences or (self.running and self.pool.n_free < needed):
+            above = self._above(sequence)
+            if not above or self.pool.n_free + sum(len(s.blocks) for s in above) < needed:
+                return False  # admitted now, it would only be preempted by those before it
+            self._preempt(self._first_to_give_way(above), chunks)
+        return True
+
+    def _instead(self, chunks: dict[Running, Chunk]) -> Running | None:
+        """Who may go before the next in line, which finds no room: one whose room comes from those who have more."""
+        groups = Counter((s.client, s.group) for s in self.running)
+        if max(groups.values(), default=0) < 2 and self.waiting.n_clients < 2:
+            return None  # nobody has more than anybody else
+        sequence = self.waiting.neediest()
+        full = len(self.running) >= self.max_sequences or self.pool.n_free < sequence.n_blocks_needed
+        return sequence if full and self._make_room(sequence, chunks) else None
+
+    def _admit(self, sequence: Running) -> None:
+        """Move one of the waiting to the running, with the blocks of the prefix that is known already."""
+        self.waiting.take(sequence)
+        sequence.state = "running"
         self.running.append(sequence)
-        usable = 0 if sequence.all_logits or not self.prefix_cache else (len(sequence.tokens) - 1) // BLOCK_TOKENS
+        usable = (len(sequence.tokens) - 1) // BLOCK_TOKENS
+        if sequence.all_logits or sequence.embeds or not self.prefix_cache:
+            usable = 0
         parent = b""
         for index in range(usable):
             parent = chain_key(
@@ -259,10 +439,9 @@ class Scheduler:
         sequence.n_computed = len(sequence.blocks) * BLOCK_TOKENS
         if not sequence.n_preempted:
             sequence.n_cached = sequence.n_computed
-        return True
 
     def _publish(self, sequence: Running) -> None:
-        if not self.prefix_cache:
+        if not self.prefix_cache or sequence.embeds:
             return
         while (len(sequence.keys) + 1) * BLOCK_TOKENS <= sequence.n_computed:
             index = len(sequence.keys)
@@ -271,19 +450,35 @@ class Scheduler:
             sequence.keys.append(chain_key(parent, tokens, sequence.salt))
             self.pool.publish(sequence.blocks[index], sequence.keys[-1])
 
-    def _preempt(self, sequence: Running) -> None:
+    def _preempt(self, sequence: Running, chunks: dict[Running, Chunk]) -> None:
+        chunks.pop(sequence, None)
         self.running.remove(sequence)
         self._release(sequence)
         sequence.n_preempted += 1
         self.n_preemptions += 1
-        self._wait(sequence)
+        if sequence.held:
+            sequence.state = "parked"
+        else:
+            self._wait(sequence)
+
+    def _wait(self, sequence: Running) -> None:
+        """Back to the waiting."""
+        sequence.state = "waiting"
+        self.waiting.add(sequence)
+
+    def _end(self, sequence: Running) -> None:
+        """It is finished or dropped."""
+        if sequence.state == "running":
+            self.running.remove(sequence)
+        elif sequence.state == "waiting":
+            self.waiting.take(sequence)
+        self._release(sequence)
+        self.waiting.done(sequence)
+        sequence.state = "done"
+        del self._alive[sequence.request_id]
 
     def _release(self, sequence: Running) -> None:
         # The end of a prefix is of less use than its beginning: released first, it is taken first.
         for block in reversed(sequence.blocks):
             self.pool.release(block)
         sequence.blocks, sequence.keys, sequence.n_computed, sequence.draft = [], [], 0, []
-
-    def _wait(self, sequence: Running) -> None:
-        self.waiting.append(sequence)
-        self.waiting.sort(key=lambda s: s.order)

@@ -88,7 +88,7 @@ def build(service: Service, limits: Limits) -> Guard:
 
     async def batch(request: Request) -> Response:
         raw = await read_body(request, limits, ("application/jsonl", "application/x-ndjson"))
-        caller: Caller = request.state.caller
+        caller: Caller = replace(request.state.caller, patient=True)
 
         def handler(kind: type, answer: Answer) -> batches.Handler:
             async def handle(line: bytes) -> Response:

@@ -11,14 +11,15 @@ import hashlib
 import hmac
 import ipaddress
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quadriga.server.accounts import Account, Allowance, Visit
 from quadriga.server.errors import ApiError
 from quadriga.server.service import Caller
 from quadriga.server.sse import json_response
@@ -41,27 +42,39 @@ class Limits:
     max_body_bytes: int = 8 << 20
     body_timeout_s: float = 30.0
     requests_per_minute: int = 0
-    """For each key (for each address where there are no keys); 0 is no limit."""
+    """Sequences for each key (for each address where there are no keys); 0 is no limit. See ``accounts``."""
+    tokens_per_minute: int = 0
+    """Tokens read and made for each key or address; 0 is no limit."""
     concurrent: int = 0
-    """Requests at once for each key or address; 0 is no limit."""
+    """Sequences at once for each key or address; 0 is no limit."""
+
+    @property
+    def allowance(self) -> Allowance:
+        """What each client may use."""
+        return Allowance(
+            requests_per_minute=self.requests_per_minute,
+            tokens_per_minute=self.tokens_per_minute,
+            concurrent=self.concurrent,
+        )
 
 
-@dataclass
-class _Account:
-    """What one key or address has used."""
-
-    tokens: float
-    seen: float
-    open: int = 0
+_MANY_ACCOUNTS = 10_000
+"""Accounts above this are looked through for those that may be forgotten."""
 
 
-@dataclass
 class Guard:
-    """ASGI middleware; see the module docstring."""
+    """ASGI middleware; see the module docstring.
 
-    app: ASGIApp
-    limits: Limits
-    _accounts: dict[str, _Account] = field(default_factory=dict)
+    Args:
+        app: what answers.
+        limits: who may ask, and how much.
+        clock: seconds that only go forward.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, *, clock: Callable[[], float] | None = None) -> None:
+        self.app, self.limits = app, limits
+        self._clock = clock or (lambda: time.monotonic())
+        self._accounts: dict[str, Account] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it here."""
@@ -70,16 +83,19 @@ class Guard:
             return
         headers, path = Headers(scope=scope), scope["path"]
         cors = self._cors(headers)
-        account: _Account | None = None
+        account: Account | None = None
         try:
             self._check_host(headers)
             if scope["method"] == "OPTIONS" and headers.get("access-control-request-method"):
                 await Response(status_code=204, headers=cors)(scope, receive, send)
                 return
             key = self._check_key(headers, path)
-            scope.setdefault("state", {})["caller"] = Caller(salt=hashlib.sha256(key.encode()).digest() if key else b"")
+            who = key or (scope.get("client") or ("?",))[0]
             if scope["method"] == "POST":
-                account = self._take(key or (scope.get("client") or ("?",))[0])
+                account = self._take(who)
+            visit = None if account is None else Visit(account)
+            salt = hashlib.sha256(key.encode()).digest() if key else b""
+            scope.setdefault("state", {})["caller"] = Caller(salt=salt, client=who.encode(), visit=visit)
         except ApiError as error:
             response = json_response(error.body(path), error.status, {**error.headers, **cors})
             await response(scope, receive, send)
@@ -94,7 +110,7 @@ class Guard:
             await self.app(scope, receive, with_cors)
         finally:
             if account is not None:
-                account.open -= 1
+                account.give_back(1)
 
     def _check_host(self, headers: Headers) -> None:
         host = headers.get("host", "")
@@ -130,21 +146,19 @@ class Guard:
             raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
         return given
 
-    def _take(self, who: str) -> _Account:
-        now, rate = time.monotonic(), self.limits.requests_per_minute
-        if len(self._accounts) > 10_000:  # addresses come and go: forget those that have nothing open
-            self._accounts = {name: a for name, a in self._accounts.items() if a.open or now - a.seen < 60}
-        account = self._accounts.setdefault(who, _Account(tokens=float(rate), seen=now))
-        account.tokens = min(float(rate), account.tokens + (now - account.seen) * rate / 60)
-        account.seen = now
-        if rate and account.tokens < 1:
-            wait = (1 - account.tokens) * 60 / rate
-            raise ApiError(429, f"more than {rate} requests a minute", code="rate_limit_exceeded", retry_after_s=wait)
-        if self.limits.concurrent and account.open >= self.limits.concurrent:
-            message = f"more than {self.limits.concurrent} requests at once"
-            raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=1)
-        account.tokens -= 1
-        account.open += 1
+    def _take(self, who: str) -> Account:
+        """A client's account, with a sequence taken from it for an HTTP request.
+
+        Raises:
+            ApiError: 429.
+        """
+        if len(self._accounts) > _MANY_ACCOUNTS:  # addresses come and go
+            now = self._clock()
+            self._accounts = {name: a for name, a in self._accounts.items() if not a.idle(now)}
+        account = self._accounts.get(who)
+        if account is None:
+            account = self._accounts[who] = Account(self.limits.allowance, self._clock)
+        account.take(1)
         return account
 
 

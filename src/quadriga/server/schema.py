@@ -199,6 +199,7 @@ class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     model: str
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
+    priority: int = 0
     user: str | None = None
 
 

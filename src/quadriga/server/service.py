@@ -8,16 +8,19 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from quadriga.engine.async_engine import STEP_TIMEOUT_S, AsyncEngine, Stream
 from quadriga.engine.llm import LLM
-from quadriga.engine.request import PromptReport, Request, SamplingParams, TokenEvent
-from quadriga.errors import RequestError
+from quadriga.engine.request import Embed, Embedding, PromptReport, Request, SamplingParams, TokenEvent
+from quadriga.errors import QuadrigaError, RequestError
+from quadriga.server.accounts import Visit
 from quadriga.server.errors import ApiError
+from quadriga.server.grammars import GrammarDesk
 from quadriga.server.metrics import Metrics
+from quadriga.server.probe import Probe
 from quadriga.server.schema import (
     MAX_BIASES,
     MAX_CHOICES,
@@ -28,7 +31,7 @@ from quadriga.server.schema import (
     Sampling,
 )
 from quadriga.server.work import Work
-from quadriga.text.grammar import Grammar, Grammars
+from quadriga.text.grammar import Grammars
 
 
 @dataclass
@@ -36,9 +39,29 @@ class Caller:
     """Who asks: what the guard found out about the connection."""
 
     salt: bytes = b""
-    """Prefixes in the cache are shared within one key only."""
+    """Prefixes in the cache, and compiled grammars, are shared within one key only."""
+    client: bytes = b""
+    """The key, or the address where there are no keys: clients are served in turn."""
+    visit: Visit | None = None
+    """The HTTP request's part of the client's account."""
+    patient: bool = False
+    """Wait for places and allowances instead of being refused: a line of a batch."""
     n_bytes: int = 0
     """Of the request's body, or of its line in a batch: says where it is worked on (``server.work``)."""
+
+    async def enter(self, n_sequences: int) -> None:
+        """Begin so many answers or texts.
+
+        Raises:
+            ApiError: more than the client may have.
+        """
+        if self.visit is not None:
+            await self.visit.enter(n_sequences, patient=self.patient)
+
+    def leave(self, n_sequences: int, n_tokens: int) -> None:
+        """They have ended, and so many tokens were read and made for them."""
+        if self.visit is not None:
+            self.visit.leave(n_sequences, n_tokens)
 
 
 @dataclass
@@ -57,10 +80,24 @@ class Choice:
 
 
 class Answers:
-    """Some requests under way, as one stream of (choice, event)."""
+    """Some requests under way, as one stream of (choice, event).
 
-    def __init__(self, streams: Sequence[Stream], n_prompt_tokens: int, deadline_s: float | None) -> None:
+    Args:
+        streams: one for each answer.
+        n_prompt_tokens: of all prompts.
+        deadline_s: when they are given up.
+        ended: called once, when all of it is over.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        n_prompt_tokens: int,
+        deadline_s: float | None,
+        ended: Callable[[Answers], None] = lambda _: None,
+    ) -> None:
         self._streams, self._inbox, self.n_prompt_tokens = streams, streams[0].inbox, n_prompt_tokens
+        self._ended: Callable[[Answers], None] | None = ended
         self.choices = [Choice(i) for i in range(len(streams))]
         self.started = time.perf_counter()
         self.first: float | None = None
@@ -79,7 +116,10 @@ class Answers:
         left = len(choices)
         try:
             while left:
-                batch = [(choices[stream], event) for stream, event in await self._inbox.take()]
+                batch: list[tuple[Choice, TokenEvent]] = []
+                for stream, made in await self._inbox.take():
+                    assert isinstance(made, TokenEvent), "an answer is made of tokens"
+                    batch.append((choices[stream], made))
                 self.first = self.first or time.perf_counter()
                 for choice, event in batch:
                     choice.events.append(event)
@@ -101,6 +141,14 @@ class Answers:
             self._alarm.cancel()
         for stream in self._streams:
             stream.close()
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended(self)
+
+    @property
+    def n_made(self) -> int:
+        """Tokens made so far."""
+        return sum(len(choice.events) for choice in self.choices)
 
     def n_bytes(self, n_logprobs: int = 0) -> int:
         """About how many bytes the answers are as JSON, with so many log-probabilities (or their like) a token."""
@@ -109,7 +157,7 @@ class Answers:
 
     def usage(self) -> dict[str, Any]:
         """Token counts as OpenAI writes them."""
-        made = sum(len(choice.events) for choice in self.choices)
+        made = self.n_made
         reports = [choice.prompt for choice in self.choices if choice.prompt is not None]
         return {
             "prompt_tokens": self.n_prompt_tokens,
@@ -127,7 +175,7 @@ class Answers:
     def timings(self) -> dict[str, Any]:
         """How fast it went, in llama-server's words."""
         now, first = time.perf_counter(), self.first or time.perf_counter()
-        made = sum(len(choice.events) for choice in self.choices)
+        made = self.n_made
         decode = now - first
         return {
             "prompt_n": self.n_prompt_tokens,
@@ -154,7 +202,13 @@ class Service:
         self.work = Work()
         self.metrics = Metrics(self)
         self.draining = False
-        self._grammars: Grammars | None = None
+        self.probe = Probe(self.engine, prompt=(min(1, llm.config.vocab_size - 1),))
+        # Now, not with the first request: it holds the interpreter's lock for up to a second.
+        self._grammars: GrammarDesk | QuadrigaError
+        try:
+            self._grammars = GrammarDesk(_grammars_of(llm))
+        except QuadrigaError as error:
+            self._grammars = error
 
     def check_model(self, model: str | None) -> None:
         """Refuse a request for another model.
@@ -184,15 +238,6 @@ class Service:
     def names(self) -> list[str]:
         """What a request may call the model: its name, and NAME:ADAPTER for every adapter."""
         return [self.name, *(f"{self.name}:{adapter}" for adapter in self.llm.adapters)]
-
-    def grammar(self, kind: Any, source: Any) -> Grammar:
-        """A fresh grammar; the vocabulary is prepared on first use (a second or so)."""
-        if self._grammars is None:
-            tokenizer = self.llm.tokenizer
-            if tokenizer is None or not self.llm.end_ids:
-                raise RequestError("this model has no vocabulary with an end token, so no grammar can guide it")
-            self._grammars = Grammars(tokenizer, self.llm.config.vocab_size, frozenset(self.llm.end_ids))
-        return self._grammars.compile(kind, source)
 
     def params(self, body: Sampling, *, max_tokens: int | None, logprobs: int, echo: bool = False) -> SamplingParams:
         """A request's fields as sampling parameters.
@@ -271,38 +316,75 @@ class Service:
         Raises:
             ApiError, RequestError, BusyError: it cannot be served.
         """
-        if self.draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=5)
         n = 1 if body.n is None else body.n
         if not 1 <= n <= MAX_CHOICES or n * len(prompts) > MAX_CHOICES:
             raise ApiError(
                 400, f"n times the prompts must be from 1 to {MAX_CHOICES}, got {n * len(prompts)}", param="n"
             )
-        if not -1000 <= body.priority <= 1000:
-            raise ApiError(400, f"priority must be from -1000 to 1000, got {body.priority}", param="priority")
         if body.deadline_ms is not None and not 1 <= body.deadline_ms <= 86_400_000:
             raise ApiError(400, "deadline_ms must be from 1 to 86400000", param="deadline_ms")
-        if n * len(prompts) > self.engine.capacity:
-            limit = self.engine.capacity
-            raise ApiError(400, f"n times the prompts must be at most {limit} on this server", param="n")
-        requests = []
-        for prompt in map(tuple, prompts):  # one tuple for all its answers
-            for i in range(n):
-                grammar = None
-                if constraint is not None:
-                    grammar = await asyncio.to_thread(self.grammar, *constraint)
-                request = Request(
-                    prompt=prompt,
+        self._check(n * len(prompts), body.priority, "n times the prompts")
+        adapter = self.adapter_of(body.model)
+        await caller.enter(n * len(prompts))
+        try:
+            grammar = None
+            if constraint is not None:
+                if isinstance(self._grammars, QuadrigaError):
+                    raise self._grammars
+                grammar = await self._grammars.compile(*constraint, client=caller.client, salt=caller.salt)
+            requests = [
+                Request(
+                    prompt=tuple(prompt),
                     params=params if params.seed is None or i == 0 else _with_seed(params, params.seed + i),
                     priority=body.priority,
                     routing=body.routing,
-                    constraint=grammar,
+                    constraint=None if grammar is None else grammar.copy(),
                     salt=caller.salt,
-                    adapter=self.adapter_of(body.model),
+                    adapter=adapter,
+                    client=caller.client,
                 )
-                requests.append(request)
+                for prompt in prompts
+                for i in range(n)
+            ]
+            streams = await self.engine.submit_all(requests, patient=caller.patient)
+        except BaseException:
+            caller.leave(n * len(prompts), 0)
+            raise
+        n_read = sum(len(p) for p in prompts)
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1000
-        return Answers(await self.engine.submit_all(requests), sum(len(p) for p in prompts), deadline)
+        return Answers(streams, n_read, deadline, lambda a: caller.leave(len(streams), n_read + a.n_made))
+
+    async def embed(self, prompts: Sequence[Sequence[int]], caller: Caller, *, priority: int = 0) -> list[Any]:
+        """Texts as vectors (D,) float32, in their order.
+
+        Raises:
+            ApiError, RequestError, BusyError: it cannot be served.
+        """
+        self._check(len(prompts), priority, "the inputs")
+        await caller.enter(len(prompts))
+        streams: list[Stream] = []
+        try:
+            requests = [Embed(prompt=tuple(p), priority=priority, client=caller.client) for p in prompts]
+            streams = await self.engine.submit_all(requests, patient=caller.patient)
+            vectors: dict[Stream, Any] = {}
+            while len(vectors) < len(streams):
+                for stream, made in await streams[0].inbox.take():
+                    assert isinstance(made, Embedding), "a text becomes a vector"
+                    vectors[stream] = made.vector
+            return [vectors[stream] for stream in streams]
+        finally:
+            for stream in streams:
+                stream.close()
+            caller.leave(len(prompts), sum(len(p) for p in prompts) if streams else 0)
+
+    def _check(self, n_sequences: int, priority: int, what: str) -> None:
+        """Refuse what the server cannot do for anybody."""
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=5)
+        if not -1000 <= priority <= 1000:
+            raise ApiError(400, f"priority must be from -1000 to 1000, got {priority}", param="priority")
+        if n_sequences > self.engine.capacity:
+            raise ApiError(400, f"{what} must be at most {self.engine.capacity} on this server", param="n")
 
     def token_text(self, token_id: int) -> str:
         """A token as text; bytes that are no whole characters as OpenAI writes them; ids without a token by number."""
@@ -337,3 +419,9 @@ def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
     other = copy.copy(params)
     object.__setattr__(other, "seed", seed % 2**63)
     return other
+
+
+def _grammars_of(llm: LLM) -> Grammars:
+    if llm.tokenizer is None or not llm.end_ids:
+        raise RequestError("this model has no vocabulary with an end token, so no grammar can guide it")
+    return Grammars(llm.tokenizer, llm.config.vocab_size, frozenset(llm.end_ids))

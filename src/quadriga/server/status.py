@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from starlette.responses import Response
 
-from quadriga.engine.request import Request, SamplingParams
 from quadriga.model import cost
 from quadriga.model.config import MoESpec
 from quadriga.server.errors import ApiError
@@ -59,21 +57,10 @@ def health(service: Service) -> Response:
 
 
 async def ready(service: Service) -> Response:
-    """200 once a token has been generated just now."""
-    started = time.perf_counter()
+    """200 once a token has been generated just now; see ``probe``."""
     if service.draining:
         raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=5)
-    stream = await service.engine.submit(
-        Request(
-            prompt=(min(1, service.llm.config.vocab_size - 1),), params=SamplingParams(max_new_tokens=1), priority=1
-        )
-    )
-    try:
-        async for _ in stream:
-            pass
-    finally:
-        stream.close()
-    return json_response({"status": "ready", "ms": round(1000 * (time.perf_counter() - started), 3)})
+    return json_response({"status": "ready", "ms": round(1000 * await service.probe.seconds(), 3)})
 
 
 class Experts:

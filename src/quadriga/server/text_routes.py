@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import functools
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from starlette.responses import Response
-from torch import Tensor
 
 from quadriga.server import chat
 from quadriga.server.completions import prompts_of
@@ -109,27 +107,14 @@ async def embeddings(service: Service, body: EmbeddingRequest, caller: Caller) -
         raise ApiError(400, f"this model's vectors have {service.llm.config.d_model} dimensions", param="dimensions")
     prompts = await service.work.encode(caller.n_bytes, prompts_of, service, body.input, "input")
     data = []
-    for i, prompt in enumerate(prompts):
-        vector = (await _embed(service, prompt)).numpy()
+    for i, vector in enumerate(await service.embed(prompts, caller, priority=body.priority)):
         shown: Any = vector.tolist()
         if body.encoding_format == "base64":
-            shown = base64.b64encode(vector.astype(np.float32).tobytes()).decode()
+            shown = base64.b64encode(vector.numpy().astype(np.float32).tobytes()).decode()
         data.append({"object": "embedding", "index": i, "embedding": shown})
     n = sum(len(prompt) for prompt in prompts)
     usage = {"prompt_tokens": n, "total_tokens": n}
     return json_response({"object": "list", "data": data, "model": service.name, "usage": usage})
-
-
-async def _embed(service: Service, ids: list[int]) -> Tensor:
-    """One pass at a time, so that a long text does not stop the answers of others."""
-    call = service.engine.call
-    passes = await call(lambda engine: engine.embed_passes(ids))
-    try:
-        while (vector := await call(lambda _: next(passes))) is None:
-            pass
-        return vector
-    finally:
-        await asyncio.shield(call(lambda _: passes.close()))  # on the engine's thread: it gives blocks back
 
 
 async def rendered(

@@ -1,0 +1,166 @@
+"""What each client has used, counted in work: sequences, and tokens.
+
+A sequence is one answer (``n`` of them to each prompt), one text to embed, or a request of any other kind; a line of a
+batch is as many as it asks for. What an HTTP request is worth is known once its body has been read, so the door counts
+one, and :meth:`Visit.enter` the others.
+
+    sequences a minute    a bucket that holds a minute's worth, and fills at that rate
+    tokens a minute       the same, but read and made tokens are taken when they are known, so it may run into debt
+    sequences at once     counted up and down
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from quadriga.server.errors import ApiError
+
+_MINUTE = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowance:
+    """What a client may use; 0 is no limit."""
+
+    requests_per_minute: int = 0
+    """Sequences that begin."""
+    tokens_per_minute: int = 0
+    """Tokens read and made."""
+    concurrent: int = 0
+    """Sequences at once."""
+
+
+class _Bucket:
+    """Holds at most ``per_minute``, is filled with as many a minute."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.per_minute, self.level, self._at = per_minute, float(per_minute), now
+
+    def fill(self, now: float) -> None:
+        """Up to now."""
+        self.level = min(float(self.per_minute), self.level + (now - self._at) * self.per_minute / _MINUTE)
+        self._at = now
+
+    def wait_s(self, wanted: float) -> float:
+        """Seconds until it holds so much; 0 if it does, or if there is no limit."""
+        return max(0.0, wanted - self.level) * _MINUTE / self.per_minute if self.per_minute else 0.0
+
+
+class Account:
+    """One client's.
+
+    Args:
+        allowance: what it may use.
+        clock: seconds that only go forward.
+    """
+
+    def __init__(self, allowance: Allowance, clock: Callable[[], float]) -> None:
+        self._allowance, self._clock = allowance, clock
+        now = self.seen = clock()
+        self._sequences = _Bucket(allowance.requests_per_minute, now)
+        self._tokens = _Bucket(allowance.tokens_per_minute, now)
+        self.open = 0
+        self._freed: list[asyncio.Future[None]] = []
+
+    def check(self, n: int) -> None:
+        """Refuse what could never be allowed.
+
+        Raises:
+            ApiError: 400: trying again would not help.
+        """
+        for most, what in ((self._allowance.requests_per_minute, "a minute"), (self._allowance.concurrent, "at once")):
+            if most and n > most:
+                message = (
+                    f"this asks for {n} answers in one request, and a client may have {most} {what}; ask for fewer"
+                )
+                raise ApiError(400, message, code="request_too_large")
+
+    def take(self, n: int) -> None:
+        """Begin n sequences.
+
+        Raises:
+            ApiError: 429 with the time to come back.
+        """
+        allowed = self._allowance
+        now = self.seen = self._clock()
+        self._sequences.fill(now)
+        self._tokens.fill(now)
+        if wait := self._sequences.wait_s(n):
+            raise self._refusal(f"more than {allowed.requests_per_minute} requests a minute", wait)
+        if wait := self._tokens.wait_s(1):
+            raise self._refusal(f"more than {allowed.tokens_per_minute} tokens a minute", wait)
+        if allowed.concurrent and self.open + n > allowed.concurrent:
+            raise self._refusal(f"more than {allowed.concurrent} requests at once", 1)
+        self._sequences.level -= n
+        self.open += n
+
+    async def take_in_time(self, n: int) -> None:
+        """:meth:`take`, but wait for as long as it takes."""
+        while True:
+            try:
+                return self.take(n)
+            except ApiError as error:
+                if error.retry_after_s is None:
+                    raise
+                freed = asyncio.get_running_loop().create_future()
+                self._freed.append(freed)
+                # A place that is given back, or the bucket's filling, whichever comes first.
+                await asyncio.wait([freed], timeout=error.retry_after_s)
+
+    def give_back(self, n: int) -> None:
+        """n sequences have ended."""
+        self.open -= n
+        freed, self._freed = self._freed, []
+        for future in freed:
+            if not future.done():
+                future.set_result(None)
+
+    def spend(self, n_tokens: int) -> None:
+        """So many tokens were read or made."""
+        if self._allowance.tokens_per_minute:
+            self._tokens.fill(self._clock())
+            self._tokens.level -= n_tokens
+
+    def idle(self, now: float) -> bool:
+        """Nothing is open, and what was used is as good as forgotten."""
+        self._tokens.fill(now)
+        in_debt = self._tokens.per_minute and self._tokens.level < self._tokens.per_minute
+        return not self.open and now - self.seen >= _MINUTE and not in_debt
+
+    def _refusal(self, message: str, wait_s: float) -> ApiError:
+        return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)
+
+
+class Visit:
+    """An HTTP request's part of its client's account: one sequence, which has been taken, from the beginning."""
+
+    def __init__(self, account: Account) -> None:
+        self._account, self._spare = account, True
+
+    async def enter(self, n: int, *, patient: bool = False) -> None:
+        """Begin n sequences, of which the visit's own is one if none is under way.
+
+        Args:
+            patient: wait until they are allowed instead of being refused.
+
+        Raises:
+            ApiError: 429 with the time to come back, or 400 where no time would be late enough.
+        """
+        self._account.check(n)
+        spare, self._spare = self._spare, False
+        try:
+            if n > spare and patient:
+                await self._account.take_in_time(n - spare)
+            elif n > spare:
+                self._account.take(n - spare)
+        except BaseException:
+            self._spare = self._spare or spare
+            raise
+
+    def leave(self, n: int, n_tokens: int) -> None:
+        """n sequences have ended, and so many tokens were read and made for them."""
+        self._account.spend(n_tokens)
+        self._account.give_back(n - (not self._spare))
+        self._spare = True

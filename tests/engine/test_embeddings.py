@@ -1,0 +1,125 @@
+"""Texts as vectors: requests of the scheduler, and the same bits however they were cut and whoever shared their passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from quadriga.engine.blocks import BLOCK_TOKENS
+from quadriga.engine.engine import Engine
+from quadriga.engine.pooling import SUM_TOKENS, Pooling
+from quadriga.engine.request import Embed, Embedding, Request, SamplingParams, TokenEvent
+from quadriga.errors import RequestError
+from quadriga.model.compiled import CompiledModel, pack_parameters
+from quadriga.model.transformer import random_parameters
+from quadriga.ops.program import Batch
+from tests.engine.test_engine import CONFIG, compiled, request
+
+
+def text(n: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple((7 * i * i + 3 * i + seed) % 97 for i in range(n))
+
+
+def plainly(ids: tuple[int, ...]) -> Tensor:
+    """Passes of SUM_TOKENS tokens, one after the other, on a model of its own: what the vector is."""
+    runner = compiled()
+    total = torch.zeros(CONFIG.d_model)
+    blocks = list(range(-(-len(ids) // BLOCK_TOKENS)))
+    for start in range(0, len(ids), SUM_TOKENS):
+        tokens = ids[start : start + SUM_TOKENS]
+        n = len(tokens)
+        arrays = (tokens, range(start, start + n), (0, n), blocks, (0, len(blocks)), ())
+        runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in arrays)))
+        total += runner.hidden(n).sum(0)
+    return total / total.norm()
+
+
+def run(engine: Engine) -> dict[int, list[Any]]:
+    made: dict[int, list[Any]] = {}
+    while engine.has_work:
+        for number, event in engine.step():
+            made.setdefault(number, []).append(event)
+        engine.scheduler.check()
+    return made
+
+
+@pytest.mark.parametrize("budget", [512, 64, 17])
+def test_the_vector_is_the_same_however_the_text_is_cut(budget: int) -> None:
+    engine = Engine(compiled(), max_batch_tokens=budget, max_sequences=4)
+    numbers = {engine.submit(Embed(prompt=text(n, n))): text(n, n) for n in (1, 16, 33, 250, 400)}
+    made = run(engine)
+    for number, ids in numbers.items():
+        (event,) = made[number]
+        assert isinstance(event, Embedding) and torch.equal(event.vector, plainly(ids)), len(ids)
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_in_a_crowd_with_a_full_cache_texts_and_answers_are_what_they_are_alone() -> None:
+    engine = Engine(compiled(n_blocks=26, threads=1), max_batch_tokens=40, max_sequences=6)
+    engine.share_time()
+    answers = {engine.submit(one): one for one in (request(seed) for seed in range(12))}
+    texts = {engine.submit(Embed(prompt=text(100 + 30 * i, i), client=b"%d" % (i % 2))): i for i in range(8)}
+    made = run(engine)
+    assert engine.stats().n_preemptions > 0
+    for number, i in texts.items():
+        (event,) = made[number]
+        assert torch.equal(event.vector, plainly(text(100 + 30 * i, i)))
+    for number, one in answers.items():
+        reference = Engine(compiled(threads=1))
+        alone = reference.submit(one)
+        expected = run(reference)[alone]
+        assert [(e.token_id, e.logprob) for e in made[number]] == [(e.token_id, e.logprob) for e in expected]
+
+
+def test_answers_go_on_in_every_pass_beside_texts() -> None:
+    engine = Engine(compiled(n_blocks=400), max_batch_tokens=64, max_sequences=40)
+    engine.share_time()
+    params = SamplingParams(max_new_tokens=60, ignore_eos=True)
+    talker = engine.submit(Request(prompt=(1, 2, 3), params=params))
+    engine.step()
+    for i in range(16):
+        engine.submit(Embed(prompt=text(390, i)))
+    for _ in range(50):
+        assert talker in {number for number, event in engine.step() if isinstance(event, TokenEvent)}
+    assert engine.stats().n_running > 1
+
+
+def test_texts_are_refused_at_the_door_and_dropped_anywhere() -> None:
+    engine = Engine(compiled(n_blocks=25), max_batch_tokens=32, max_sequences=1)
+    for ids, message in (
+        ((), "at least one token"),
+        ((97,), "from 0 to 96"),
+        ((1,) * 401, "exceed the model's context"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            engine.submit(Embed(prompt=ids))
+    running, waiting = (engine.submit(Embed(prompt=text(200, i))) for i in range(2))
+    engine.step()
+    assert engine.is_active(running) and engine.cancel(running) and engine.cancel(waiting)
+    assert not engine.has_work and not engine.is_active(waiting) and engine.stats().kv_blocks_used == 0
+
+
+def test_states_that_are_not_finite_fail_for_their_text_only() -> None:
+    parameters = random_parameters(CONFIG, std=0.3)
+    parameters["embed.weight"][5] = float("nan")
+    engine = Engine(CompiledModel(CONFIG, pack_parameters(parameters, "bfloat16"), threads=1, n_blocks=60))
+    bad, good = engine.submit(Embed(prompt=(1, 5, 2))), engine.submit(Embed(prompt=(1, 2, 3)))
+    made = run(engine)
+    assert isinstance(made[bad][0], RequestError) and "not finite" in str(made[bad][0])
+    assert isinstance(made[good][0], Embedding)
+
+
+@pytest.mark.parametrize("n", [1, 511, 512, 513, 1024, 1500])
+def test_sums_are_cut_at_the_same_places_whatever_the_passes(n: int) -> None:
+    states = torch.randn(n, 24, generator=torch.Generator().manual_seed(n))
+    expected = sum((states[i : i + 512].sum(0) for i in range(0, n, 512)), torch.zeros(24))
+    for cut in (1, 7, 100, 512, 2000):
+        pooling = Pooling(24)
+        pooling.add(0, states[: n // 2])  # it had to give way, and begins again
+        for start in range(0, n, cut):
+            pooling.add(start, states[start : start + cut])
+        assert torch.equal(pooling.vector(), expected / expected.norm())

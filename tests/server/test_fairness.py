@@ -1,0 +1,425 @@
+"""One client's work beside another's: counted in passes and tokens, never in seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from quadriga.errors import BusyError, GrammarError, QuadrigaError
+from quadriga.server import grammars as desk_module
+from quadriga.server.accounts import Account, Allowance, Visit
+from quadriga.server.errors import ApiError
+from quadriga.server.grammars import GrammarDesk
+from quadriga.server.guard import Limits
+from quadriga.text import grammar as grammar_module
+from tests.server.conftest import Gate, Live, running, tiny_llm
+from tests.waiting import until
+
+KEYS = tuple(f"key-number-{i}" for i in range(6))
+TEXT = {"model": "tiny", "prompt": "hello there", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 40}
+
+
+def key(i: int) -> dict[str, str]:
+    return {"authorization": f"Bearer {KEYS[i]}"}
+
+
+def steps(live: Live) -> int:
+    return live.service.llm.engine.stats().n_steps
+
+
+def test_two_keys_share_no_prefix() -> None:
+    body = {**TEXT, "prompt": "the same long words " * 8, "max_tokens": 1}
+    with running(tiny_llm(), Limits(keys=KEYS)) as live:
+
+        def cached(i: int) -> int:
+            usage = live.post("/v1/completions", body, headers=key(i)).json()["usage"]
+            return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+        assert [cached(0), cached(0) >= 144, cached(1), cached(1) >= 144] == [0, True, 0, True]
+
+
+# Turns ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [True, False], ids=["five keys", "one address"])
+def test_four_requests_of_128_answers_do_not_keep_a_fifth_waiting(keys: bool) -> None:
+    llm, limits = tiny_llm(n_blocks=2000, max_sequences=16), Limits(keys=KEYS if keys else ())
+    with running(llm, limits, max_waiting=512) as live, ThreadPoolExecutor(5) as pool:
+
+        def ask(i: int, body: dict[str, Any]) -> Any:
+            return pool.submit(live.post, "/v1/completions", body, headers=key(i) if keys else {})
+
+        with Gate(live) as gate:
+            many = [ask(i, {**TEXT, "n": 128}) for i in range(4)]
+            assert until(lambda: live.service.engine.n_open == 4 * 128)
+            while llm.engine.stats().n_waiting < 4 * 128 - 16:  # they begin a few at a time, between passes
+                gate.open()
+            began = steps(live)
+            one = ask(4, {**TEXT, "max_tokens": 20})
+            assert until(lambda: live.service.engine.n_open == 4 * 128 + 1)
+            while not one.done():
+                gate.let()
+                assert steps(live) < began + 300, "20 tokens, each after its share of the others' time"
+            assert one.result().status_code == 200
+            assert not any(answer.done() for answer in many)
+            loop = live.service.engine._loop
+            assert loop is not None
+            loop.call_soon_threadsafe(live.service.engine.drop_all, ApiError(503, "enough"))
+        assert {answer.result().status_code for answer in many} == {503}
+        assert live.settled()
+
+
+def test_who_fills_the_queue_does_not_keep_out_others() -> None:
+    short = {**TEXT, "max_tokens": 1}
+    with running(tiny_llm(max_sequences=2), Limits(keys=KEYS), max_waiting=6) as live, ThreadPoolExecutor(12) as pool:
+        engine = live.service.engine
+        with Gate(live):
+            asked = [pool.submit(live.post, "/v1/completions", {**short, "n": 8}, headers=key(0))]
+            assert until(lambda: engine.n_open == 8)
+            refused = live.post("/v1/completions", short, headers=key(0))
+            assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
+            for n in range(9, 13):  # half of the places each
+                asked.append(pool.submit(live.post, "/v1/completions", short, headers=key(1)))
+                assert until(lambda n=n: engine.n_open == n)  # type: ignore[misc]
+            assert live.post("/v1/completions", short, headers=key(1)).status_code == 429
+            asked.append(pool.submit(live.post, "/v1/completions", short, headers=key(2)))
+            assert until(lambda: engine.n_open == 13)
+        assert {answer.result().status_code for answer in asked} == {200}
+        assert live.settled()
+    assert not engine._n_open_of
+
+
+def test_a_stream_speaks_in_every_pass_beside_texts_to_embed() -> None:
+    with running(tiny_llm(n_blocks=600, max_sequences=64, max_batch_tokens=64), max_waiting=64) as live:
+        texts = {"model": "tiny", "input": ["word " * 100] * 4}
+        stats = live.service.llm.engine.stats
+        with ThreadPoolExecutor(9) as pool:
+            with Gate(live) as gate:
+                talker = live.connect({**TEXT, "max_tokens": 900, "stream": True})
+                assert until(lambda: stats().n_running == 1)
+                gate.open(3)
+                others = [pool.submit(live.post, "/v1/embeddings", texts) for _ in range(8)]
+                assert until(lambda: live.service.engine.n_open == 33)
+                gate.open(1)
+                tokens, began = stats().n_generated_tokens, steps(live)
+                gate.open(60)
+                assert stats().n_generated_tokens - tokens >= steps(live) - began - 1
+            assert {answer.result().status_code for answer in others} == {200}
+        talker.close()
+        assert live.settled()
+
+
+def test_embeddings_are_counted_capped_and_of_any_size_of_pass() -> None:
+    with running(tiny_llm(n_blocks=200, max_sequences=2, max_batch_tokens=32), max_waiting=2) as live:
+        error = live.post("/v1/embeddings", {"model": "tiny", "input": ["x"] * 5}).json()["error"]
+        assert "at most 4 on this server" in error["message"]
+        assert live.post("/v1/embeddings", {"model": "tiny", "input": "x", "priority": 1001}).status_code == 400
+        with ThreadPoolExecutor(1) as pool:
+            with Gate(live):
+                first = pool.submit(live.post, "/v1/embeddings", {"model": "tiny", "input": ["x" * 100, "y"] * 2})
+                assert until(lambda: live.service.engine.n_open == 4)
+                assert live.post("/v1/embeddings", {"model": "tiny", "input": "z"}).status_code == 429
+            made = first.result().json()["data"]
+        alone = live.post("/v1/embeddings", {"model": "tiny", "input": "x" * 100, "priority": 3}).json()["data"][0]
+        assert made[0]["embedding"] == made[2]["embedding"] == alone["embedding"] != made[1]["embedding"]
+        assert [one["index"] for one in made] == [0, 1, 2, 3]
+
+
+# Readiness -----------------------------------------------------------------------------------------------------------
+
+
+def test_however_many_ask_whether_it_is_ready_one_token_is_made() -> None:
+    with running(tiny_llm()) as live, ThreadPoolExecutor(12) as pool:
+        now = [0.0]
+        live.service.probe._clock = lambda: now[0]
+        generated = live.service.llm.engine.stats
+        with Gate(live) as gate:
+            asked = [pool.submit(live.client.get, "/ready") for _ in range(12)]
+            assert until(lambda: live.service.engine.n_open == 1)
+            gate.let(12)
+            assert {answer.result().status_code for answer in asked} == {200}
+            assert generated().n_generated_tokens == 1
+            now[0] = 0.9
+            assert live.client.get("/ready").status_code == 200
+            assert generated().n_generated_tokens == 1, "it stands for a second"
+        now[0] = 2.0
+        assert live.client.get("/ready").status_code == 200
+        assert generated().n_generated_tokens == 2
+
+
+def test_whoever_leaves_does_not_end_the_probe_for_others() -> None:
+    with running(tiny_llm()) as live, ThreadPoolExecutor(1) as pool:
+        with Gate(live):
+            leaver = live.connect({}, "/v1/completions")
+            leaver.sendall(b"GET /ready HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+            assert until(lambda: live.service.engine.n_open == 1)
+            stays = pool.submit(live.client.get, "/ready")
+            leaver.close()
+        assert stays.result().status_code == 200 and live.settled()
+
+
+# Accounts ------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def refusal(call: Any, *arguments: Any) -> ApiError:
+    with pytest.raises(ApiError) as refused:
+        call(*arguments)
+    return refused.value
+
+
+def test_an_hour_away_saves_a_minute_of_requests_and_tokens() -> None:
+    clock = Clock()
+    account = Account(Allowance(requests_per_minute=6, tokens_per_minute=600), clock)
+    for away in (0, 3600):
+        clock.now += away
+        account.take(6)
+        assert refusal(account.take, 1).retry_after_s == pytest.approx(10)
+    clock.now += 3600
+    account.spend(900)
+    assert refusal(account.take, 1).retry_after_s == pytest.approx(30.1), "a debt of 300 tokens, and one to begin with"
+    clock.now += 31
+    account.take(1)
+
+
+def test_answers_are_counted_and_not_requests() -> None:
+    account = Account(Allowance(concurrent=4, requests_per_minute=5), Clock())
+
+    async def story() -> None:
+        account.take(1)
+        visit = Visit(account)
+        await visit.enter(4)
+        assert account.open == 4
+        assert refusal(account.take, 1).retry_after_s == 1
+        visit.leave(4, 0)
+        assert account.open == 1
+        with pytest.raises(ApiError, match="5 answers in one request, and a client may have 4 at once") as never:
+            await visit.enter(5)
+        assert never.value.status == 400 and never.value.retry_after_s is None, "no time would be late enough"
+        with pytest.raises(ApiError, match="more than 5 requests a minute"):
+            await visit.enter(3)
+        assert account.open == 1
+        await visit.enter(1)
+        visit.leave(1, 0)
+        account.give_back(1)
+
+    asyncio.run(story())
+    assert account.open == 0
+
+
+def test_what_is_patient_waits_for_places() -> None:
+    account = Account(Allowance(concurrent=3), Clock())
+
+    async def story() -> list[int]:
+        account.take(1)
+        visit, order = Visit(account), list[int]()
+
+        async def line(i: int) -> None:
+            await visit.enter(2, patient=True)
+            order.append(i)
+            assert account.open <= 3
+            await asyncio.sleep(0)
+            visit.leave(2, 0)
+
+        await asyncio.gather(*(line(i) for i in range(5)))
+        account.give_back(1)
+        return order
+
+    assert sorted(asyncio.run(story())) == [0, 1, 2, 3, 4] and account.open == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings", "/v1/batches"])
+def test_a_key_has_as_many_answers_at_once_as_it_may(path: str) -> None:
+    with running(tiny_llm(), Limits(keys=KEYS, concurrent=3)) as live, ThreadPoolExecutor(2) as pool:
+        engine, short = live.service.engine, {**TEXT, "max_tokens": 1}
+        if path == "/v1/batches":
+            lines = [{"custom_id": str(i), "url": "/v1/completions", "body": {**short, "n": 2}} for i in range(4)]
+            raw = "\n".join(map(json.dumps, lines)).encode()
+            with Gate(live):
+                headers = key(0) | {"content-type": "application/jsonl"}
+                batch = pool.submit(live.client.post, path, content=raw, headers=headers)
+                assert until(lambda: engine.n_open == 2)
+                assert live.post("/v1/completions", {**short, "n": 3}, headers=key(0)).status_code == 429
+            made = [json.loads(line)["response"]["status_code"] for line in batch.result().text.splitlines()]
+            assert made == [200] * 4, "a batch waits for its client's places"
+        else:
+            body = {**short, "n": 3} if path == "/v1/completions" else {"model": "tiny", "input": ["a", "b", "c"]}
+            with Gate(live):
+                first = pool.submit(live.post, path, body, headers=key(0))
+                assert until(lambda: engine.n_open == 3)
+                assert live.post("/v1/completions", short, headers=key(0)).status_code == 429
+                other = pool.submit(live.post, "/v1/completions", short, headers=key(1))
+                assert until(lambda: engine.n_open == 4)
+            assert first.result().status_code == other.result().status_code == 200
+        assert live.post("/v1/completions", {**short, "n": 3}, headers=key(0)).status_code == 200
+        assert live.post("/v1/completions", {**short, "n": 4}, headers=key(0)).status_code == 400
+
+
+def test_tokens_are_counted_when_they_are_known() -> None:
+    with running(tiny_llm(), Limits(keys=KEYS, tokens_per_minute=60)) as live:
+        body = {**TEXT, "max_tokens": 60}
+        assert live.post("/v1/completions", body, headers=key(0)).status_code == 200
+        refused = live.post("/v1/completions", body, headers=key(0))
+        assert refused.status_code == 429 and "tokens a minute" in refused.json()["error"]["message"]
+        assert live.post("/v1/completions", body, headers=key(1)).status_code == 200
+
+
+def test_lines_of_a_batch_wait_for_places_that_others_hold() -> None:
+    with running(tiny_llm(max_sequences=1), max_waiting=1) as live, ThreadPoolExecutor(3) as pool:
+        engine = live.service.engine
+        with Gate(live):
+            held = [pool.submit(live.post, "/v1/completions", {**TEXT, "max_tokens": 2}) for _ in range(2)]
+            assert until(lambda: engine.n_open == 2)
+            lines = [
+                {"custom_id": str(i), "url": "/v1/completions", "body": {**TEXT, "max_tokens": 1}} for i in range(5)
+            ]
+            raw = "\n".join(map(json.dumps, lines)).encode()
+            headers = {"content-type": "application/jsonl"}
+            batch = pool.submit(live.client.post, "/v1/batches", content=raw, headers=headers)
+            assert until(lambda: len(engine._patient) == 5)
+            assert live.post("/v1/completions", TEXT).status_code == 429
+        assert [answer.result().status_code for answer in held] == [200, 200]
+        assert [json.loads(line)["response"]["status_code"] for line in batch.result().text.splitlines()] == [200] * 5
+        assert live.settled() and not engine._patient
+
+
+# Grammars ------------------------------------------------------------------------------------------------------------
+
+
+def with_grammar(path: str, **more: Any) -> dict[str, Any]:
+    """A request of this route whose answer must follow a grammar."""
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    if path == "/v1/completions":
+        return {**TEXT, "response_format": form, **more}
+    if path == "/v1/chat/completions":
+        return {**CHAT, "response_format": form, **more}
+    if path == "/v1/messages":
+        return {**CHAT, "tools": [{"name": "t", "input_schema": schema}], "tool_choice": {"type": "any"}, **more}
+    more["max_output_tokens"] = more.pop("max_tokens", 40)
+    return {
+        "model": "tiny",
+        "input": "x",
+        "text": {"format": {"type": "json_schema", "schema": schema, "name": "x"}},
+        **more,
+    }
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_a_grammar_that_fails_on_the_way_is_the_requests_fault(
+    tiny: Live, monkeypatch: pytest.MonkeyPatch, path: str, stream: bool
+) -> None:
+    assert tiny.post(path, with_grammar(path, max_tokens=1)).status_code == 200, "it compiles"
+    monkeypatch.setattr(grammar_module, "STEP_CPU_S", -1.0)
+    answer = tiny.post(path, with_grammar(path, stream=stream))
+    assert answer.status_code == (200 if stream else 400) and "retry-after" not in answer.headers
+    assert "a step of the grammar took" in answer.text
+    if not stream:
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+    elif path == "/v1/responses":
+        assert "response.failed" in answer.text and "invalid_grammar" in answer.text
+    else:
+        assert '"type":"invalid_request_error"' in answer.text
+    assert tiny.settled()
+    monkeypatch.undo()
+    assert tiny.post(path, with_grammar(path, max_tokens=4)).status_code == 200, "the server goes on"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {
+            "type": "grammar",
+            "grammar": "start: a0\n" + "\n".join(f'a{i}: a{(i + 1) % 9000} | "x"' for i in range(9000)),
+        },
+        {"type": "grammar", "grammar": "start: ("},
+        {"type": "regex", "regex": "("},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}},
+    ],
+    ids=["too deep", "lark", "regex", "schema"],
+)
+def test_a_bad_grammar_is_a_400_with_the_reason(tiny: Live, form: dict[str, Any]) -> None:
+    for _ in range(2):
+        answer = tiny.post("/v1/chat/completions", {**CHAT, "response_format": form})
+        assert answer.status_code == 400 and "retry-after" not in answer.headers
+        assert answer.json()["error"]["code"] == "invalid_grammar" and "grammar" in answer.json()["error"]["message"]
+
+
+class Slowly:
+    """Compiles when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, asyncio.Future[Any]]] = []
+
+    @staticmethod
+    def text_of(source: Any) -> str:
+        return str(source)
+
+    def known(self, kind: str, text: str, salt: bytes) -> None:
+        return None
+
+    def submit(self, kind: str, text: str, salt: bytes) -> Any:
+        from concurrent.futures import Future
+
+        future: Future[Any] = Future()
+        self.asked.append((text, future))  # type: ignore[arg-type]
+        return future
+
+
+class Compiled:
+    def copy(self) -> Compiled:
+        return Compiled()
+
+
+def test_grammars_are_compiled_by_turns_and_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk_module, "MAX_WAITING_OF_CLIENT", 5)
+
+    async def story() -> None:
+        slowly = Slowly()
+        desk = GrammarDesk(slowly)  # type: ignore[arg-type]
+
+        def ask(client: bytes, text: str) -> asyncio.Task[Any]:
+            return asyncio.create_task(desk.compile("lark", text, client=client, salt=b""))
+
+        async def turn(n: int) -> None:
+            while len(slowly.asked) < n:
+                await asyncio.sleep(0)
+
+        heavy = [ask(b"heavy", f"h{i}") for i in range(5)]
+        await turn(1)
+        same, light, gone = ask(b"light", "h1"), ask(b"light", "l0"), ask(b"light", "l1")
+        while len(desk._jobs) < 7:
+            await asyncio.sleep(0)
+        with pytest.raises(BusyError, match="5 of them yours"):
+            await desk.compile("lark", "h9", client=b"heavy", salt=b"")
+        gone.cancel()
+        slowly.asked[0][1].set_result(Compiled())
+        await turn(2)
+        assert [text for text, _ in slowly.asked] == ["h0", "l0"], "by turns"
+        slowly.asked[1][1].set_exception(GrammarError("no"))
+        for n in range(3, 7):
+            await turn(n)
+            slowly.asked[n - 1][1].set_result(Compiled())
+        made = [await task for task in (*heavy, same)]
+        assert len({id(one) for one in made}) == 6, "each answer has its own"
+        with pytest.raises(QuadrigaError, match="no"):
+            await light
+        assert [text for text, _ in slowly.asked] == ["h0", "l0", "h1", "h2", "h3", "h4"], "who left costs nothing"
+        assert not desk._jobs and not desk._n_waiting_of
+
+    asyncio.run(story())
