@@ -405,6 +405,7 @@ def test_hosts_and_origins(locked: Live) -> None:
 
     assert status() == status(host="llm.example.org:80") == status(host="localhost") == 200
     assert status(host="evil.example") == status(host="127.0.0.1.evil.example") == status(host="") == 403
+    assert status(host="evil-llm.example.org") == status(host="notlocalhost") == 403, "not by its end either"
     assert status(origin="https://evil.example") == status(origin="null") == 403
     assert status(origin="https://page.example.org") == status(origin=locked.url) == 200
 
