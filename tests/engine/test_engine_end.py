@@ -17,6 +17,7 @@ from quadriga.engine import async_engine
 from quadriga.engine.async_engine import AsyncEngine
 from quadriga.engine.request import Request, SamplingParams, TokenEvent
 from quadriga.errors import EngineError
+from tests.waiting import HANG_S
 
 REQUEST = Request(prompt=(1,), params=SamplingParams(max_new_tokens=1000))
 SECRET = "illegal memory access at 0xdeadbeef"
@@ -93,7 +94,7 @@ class Running:
 async def ends(stream: Any) -> EngineError:
     """What a stream ends with."""
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANG_S):
             async for _ in stream:
                 pass
     except EngineError as error:
