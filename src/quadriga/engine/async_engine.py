@@ -151,8 +151,6 @@ class AsyncEngine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine, self.capacity = engine, engine.max_sequences + max_waiting
-        self.n_open = 0
-        """Requests that are running or waiting."""
         self.error: BaseException | None = None
         """What ended the engine, if it did not end because it was told to. For the log; clients hear that it ended."""
         self.on_failure: Callable[[], None] = lambda: None
@@ -189,6 +187,11 @@ class AsyncEngine:
             _log.error("a step is still under way after %g s more; the engine's thread is left behind", timeout_s)
 
     @property
+    def n_open(self) -> int:
+        """Requests that are running or waiting."""
+        return len(self._open)
+
+    @property
     def failed(self) -> bool:
         """True if the engine has ended without being told to; nothing will be computed any more."""
         return self.error is not None or (self._loop is not None and not self._ended and not self._thread.is_alive())
@@ -215,7 +218,6 @@ class AsyncEngine:
             raise BusyError(f"{self.n_open} requests are running or waiting; try again later")
         inbox = Inbox(len(requests))
         streams = [Stream(self, inbox) for _ in requests]
-        self.n_open += len(requests)
         self._open.update(dict.fromkeys(streams))
 
         def begin(engine: Engine) -> None:
@@ -282,7 +284,6 @@ class AsyncEngine:
             self.check()
 
     def _close(self, stream: Stream) -> None:
-        self.n_open -= 1
         del self._open[stream]
 
         def cancel(engine: Engine) -> None:
