@@ -30,7 +30,7 @@ test-busy:  ## the tests on a busy machine: beside two loops that never rest
 	  trap "kill $$one $$two" EXIT INT TERM; $(PYTHON) -m pytest -n 2
 
 mutate:  ## wrong changes that some test must notice, one at a time; ONLY=kernels chooses a room
-	$(PYTHON) -m tests.mutants.run $(ONLY)
+	$(PYTHON) -m tests.mutants $(ONLY)
 
 sanitize:  ## the kernels' tests under the address and undefined-behaviour sanitizers
 	cmake -S . -B build/sanitize -DQUADRIGA_SANITIZE=ON && cmake --build build/sanitize -j

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,66 @@ def test_a_cache_smaller_than_one_token_still_helps(tmp_path: Path) -> None:
         model.forward(batch([(IDS[:1], 0, [0])]))
     assert on_disk.store is not None
     assert on_disk.store.stats().hit_rate > 0.4
+
+
+class Cache:
+    """What the store of experts on disk says it does: every layer has a share of the slots and gives up its own.
+
+    The least recently used one of a layer that has its share; else of a layer that has more than its share; else the
+    most recently used one of all, which is needed last.
+    """
+
+    def __init__(self, n_slots: int, n_layers: int) -> None:
+        self.n_slots, self.share = n_slots, n_slots // n_layers
+        self.used: list[tuple[int, int]] = []  # (layer, expert), least recently used first
+        self.hits = self.misses = 0
+
+    def ask(self, layer: int, experts: list[int]) -> None:
+        wanted = [(layer, expert) for expert in experts]
+        here = [one for one in wanted if one in self.used]
+        for one in here:
+            self.used.remove(one)
+            self.used.append(one)
+        self.hits += len(here)
+        held = list(here)
+        for one in wanted:
+            if one in here:
+                continue
+            self.misses += 1
+            if len(self.used) == self.n_slots:
+                self.used.remove(self.victim(layer, [u for u in self.used if u not in held]))
+            self.used.append(one)
+            held.append(one)
+
+    def victim(self, layer: int, free: list[tuple[int, int]]) -> tuple[int, int]:
+        n_of = Counter(owner for owner, _ in self.used)
+        own = [one for one in free if one[0] == layer]
+        if n_of[layer] >= self.share and own:
+            return own[0]
+        rich = [one for one in free if n_of[one[0]] > self.share]
+        return rich[0] if rich else free[-1]
+
+
+@pytest.mark.parametrize("n_slots", [5, 8, 11])
+def test_the_cache_of_experts_gives_up_what_it_says(tmp_path: Path, n_slots: int) -> None:
+    """Counted hit by hit, over tokens that choose their experts as they like."""
+    write(tmp_path / "hf", "dbrx")
+    convert(tmp_path / "hf", tmp_path / "out", format="q8")
+    whole = load_packed(open_checkpoint(tmp_path / "out"))
+    experts = [p for v in whole.parameters.values() if isinstance(v, list) for p in v]
+    n_layers = TINY["dbrx"].n_layers
+    per_expert = sum(-(-p.data.nbytes // 4096) * 4096 for p in experts) // (n_layers * 5)
+    on_disk = load_packed(open_checkpoint(tmp_path / "out"), expert_memory=n_slots * per_expert)
+    model = CompiledModel(TINY["dbrx"], on_disk.parameters, threads=1, n_blocks=4, store=on_disk.store)
+    cache = Cache(n_slots, n_layers)
+    for token in [*range(0, 90, 7), *range(0, 90, 7), 3, 3, 3, *range(97)]:
+        model.forward(batch([([token], 0, [0])]))
+        for layer, stats in enumerate(model.router_stats(1)):
+            cache.ask(layer, sorted(stats.expert_ids[0].tolist()))
+        assert on_disk.store is not None
+        stats = on_disk.store.stats()
+        assert (stats.hits, stats.misses) == (cache.hits, cache.misses), token
+    assert cache.hits > 0
 
 
 def test_a_file_cut_short_while_experts_are_read_is_an_error(tmp_path: Path) -> None:

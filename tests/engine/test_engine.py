@@ -213,6 +213,24 @@ def test_all_text_comes_out_and_no_more(says: list[int], stop: tuple[str, ...], 
     assert "".join(event.text for event in events) == text and events[-1].finish_reason == reason
 
 
+def test_nothing_is_guessed_for_an_answer_that_follows_a_grammar() -> None:
+    class Script:
+        def __init__(self) -> None:
+            self.rest = [5, 6, 7] * 5
+
+        def allowed(self) -> torch.Tensor:
+            return torch.arange(97) == self.rest.pop(0)
+
+        def accept(self, token_id: int) -> bool:
+            return False
+
+    engine = Engine(compiled())
+    params = SamplingParams(max_new_tokens=15, ignore_eos=True, speculate=4)
+    number = engine.submit(Request(prompt=(5, 6, 7) * 4, params=params, constraint=Script()))
+    assert [e.token_id for e in drain(engine)[number]] == [5, 6, 7] * 5
+    assert engine.stats().n_guessed == 0 and engine.stats().n_steps == 15
+
+
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_an_answer_has_as_many_tokens_as_were_asked_for_or_as_fit(n: int) -> None:
     engine = Engine(compiled())

@@ -17,6 +17,7 @@ from quadriga.engine import async_engine
 from quadriga.engine.async_engine import AsyncEngine
 from quadriga.engine.request import Request, SamplingParams, TokenEvent
 from quadriga.errors import EngineError
+from tests.waiting import HANG_S
 
 REQUEST = Request(prompt=(1,), params=SamplingParams(max_new_tokens=1000))
 SECRET = "illegal memory access at 0xdeadbeef"
@@ -37,11 +38,14 @@ class Fake:
         self.in_step, self.go = threading.Event(), threading.Event()
         self.step_work: Callable[[], None] = lambda: None
 
+    def share_time(self) -> None:
+        """It has no use for the time between two steps."""
+
     @property
     def has_work(self) -> bool:
         return bool(self.active)
 
-    def submit(self, request: Request) -> int:
+    def submit(self, request: Request, *, group: int | None = None) -> int:
         self.n += 1
         self.active.append(self.n)
         return self.n
@@ -93,7 +97,7 @@ class Running:
 async def ends(stream: Any) -> EngineError:
     """What a stream ends with."""
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(HANG_S):
             async for _ in stream:
                 pass
     except EngineError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,17 +83,8 @@ def test_positions_that_were_given_up_are_forgotten() -> None:
 @pytest.mark.parametrize("changes", [{}, {"normalize_p": None}, {"aggregate": "vote"}, {"aggregate": "fuse"}])
 def test_both_runners_say_the_same_of_the_routers(changes: dict[str, Any]) -> None:
     """Ids, weights, probabilities and the logits they come from: one meaning each, whoever computed them."""
-    config = ModelConfig(
-        family="test",
-        vocab_size=97,
-        d_model=48,
-        n_layers=4,
-        max_seq_len=300,
-        norm=NormSpec(kind="rms"),
-        position=RopeSpec(theta=1e4),
-        attn=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8),
-        ffn=MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu", **changes),
-    )
+    ffn = MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu", **changes)
+    config = replace(build("moe").config, ffn=ffn)
     parameters = random_parameters(config, std=0.3)
     for name, values in parameters.items():
         if name.endswith("fuse.weight"):

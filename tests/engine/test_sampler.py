@@ -37,6 +37,11 @@ def test_same_seed_same_tokens_and_another_seed_differs() -> None:
     ]
     assert draws[0] == draws[1]
     assert draws[0] != draws[2]  # odds of a false alarm: 1000^-8
+    zero = [
+        [s.sample(flat).token_id for _ in range(8)]
+        for s in (sampler(vocab_size=1000, temperature=1.0, seed=0) for _ in range(2))
+    ]
+    assert zero[0] == zero[1], "0 is a seed"
 
 
 def test_draws_follow_the_distribution() -> None:

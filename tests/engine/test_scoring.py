@@ -78,6 +78,26 @@ def test_contexts_that_are_prefixes_of_others_and_repeats(llm: LLM) -> None:
     check(llm, pairs)
 
 
+def test_contexts_that_part_anywhere_within_a_block(llm: LLM) -> None:
+    base = ids(40, 5)
+    parted = [[*base[:i], (base[i] + 1) % 97, *base[i + 1 :]] for i in (0, 1, 7, 8, 15, 16, 17, 23, 24, 31, 32, 39)]
+    check(llm, [(context, [3, 4]) for context in [base, *parted]])
+
+
+def test_what_is_shared_is_computed_once() -> None:
+    """Counted in tokens: a context and its continuations' ends, not a context for each."""
+    llm = compiled()
+    seen: list[int] = []
+    forward = llm.runner.forward
+    llm.runner.forward = lambda batch: seen.append(len(batch.tokens)) or forward(batch)  # type: ignore[func-returns-value, method-assign]
+    base = ids(48, 6)
+    score(llm.engine, [(base, [1]), (base, [2]), (base, [3])])
+    assert sum(seen) == 48, "one context; a last token is never read"
+    seen.clear()
+    score(llm.engine, [(base, [1, 5, 6]), ([*base[:32], 9, 9], [2, 7])])
+    assert sum(seen) == 34 + 16 + 2 + 1, "what they share in whole blocks once, the ends of both"
+
+
 def test_a_greedy_continuation_is_marked(llm: LLM) -> None:
     context = ids(21, 3)
     best: list[int] = []

@@ -61,6 +61,27 @@ def test_scores_of_a_task(tmp_path: Path) -> None:
     assert seen[-1] == (150, 150, "toy")
 
 
+def test_each_item_is_graded_by_its_own_answers_and_each_group_by_its_own_items(tmp_path: Path) -> None:
+    """Item i of an even group is answered right, of an odd one wrong: not by the first item's answers."""
+
+    def rule(context: str, continuation: str) -> Said:
+        i = int(context[1:])
+        right = " yes" if i % 3 else " no"
+        return Said(-1.0 if (continuation == right) == (i % 2 == 0) else -2.0)
+
+    result = run(task(choices(30)), RuleModel(rule=rule), tmp_path)
+    assert result.main.value == 0.5
+    assert {name: figure.value for name, figure in result.groups.items()} == {"even": 1.0, "odd": 0.0}
+
+
+def test_batches_draw_with_seeds_that_do_not_meet(tmp_path: Path) -> None:
+    """A batch of n prompts may use n seeds from its own on: the next batch's begins behind them."""
+    items: list[Item] = [AnswerItem(prompt=f"q{i}", grader=lambda text: {"acc": 1.0}) for i in range(70)]
+    model = RuleModel()
+    run(task(items, "generate"), model, tmp_path, Options(seed=11))
+    assert model.seeds == [11, 11 + 32, 11 + 64]
+
+
 def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     whole = run(task(choices(150)), RuleModel(rule=yes), tmp_path / "whole")
     killed = RuleModel(rule=yes, dies_after=200)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ FAMILIES = {
     "grok1": replace(TINY["grok1"], attn=replace(TINY["grok1"].attn, soft_cap=2.0)),
     "dbrx-vote": replace(TINY["dbrx"], ffn=replace(TINY["dbrx"].ffn, aggregate="vote")),
     "dbrx-fuse": replace(TINY["dbrx"], ffn=replace(TINY["dbrx"].ffn, aggregate="fuse", normalize_p=2.0)),
+    "alibi-groups": replace(TINY["mpt"], attn=replace(TINY["mpt"].attn, n_kv_heads=2)),
     "relu-wide-heads": replace(TINY["llama2"], attn=replace(TINY["llama2"].attn, head_dim=40)),
 }
 
@@ -311,6 +313,15 @@ def test_what_was_in_a_block_before_is_nothing_to_the_next(kv_format: str, isa: 
     used, _ = make(config, "float32", kv_format=kv_format, isa=isa)
     used.forward(batch([(sequence(5, 160), 0, [7, 4, 2, *range(10, 18)])]))
     assert torch.equal(used.forward(batch([(tokens, 0, blocks)])), expected)
+
+
+def test_logits_are_of_the_rows_that_were_asked_for() -> None:
+    config = FAMILIES["dbrx"]
+    compiled, _ = make(config, "float32")
+    tokens = sequence(1, 30)
+    whole = compiled.forward(batch([(tokens, 0, [0, 1])])).clone()
+    rows = np.array([29, 3, 17], dtype=np.int32)
+    assert torch.equal(compiled.forward(replace(batch([(tokens, 0, [0, 1])]), rows=rows)), whole[[29, 3, 17]])
 
 
 @pytest.mark.parametrize("family", ["dbrx", "mpt", "grok1"])

@@ -5,10 +5,10 @@
     file = "src/quadriga/..."          the file that is changed
     old = "..."                        a fragment that occurs in it exactly once
     new = "..."                        what stands there instead
-    tests = ["tests/..."]              what must fail; folders, files or node ids, small and quick ones
+    tests = ["tests/..."]              what must fail; files or node ids, small and quick ones
 
 A room is a file of this folder, ``kernels.toml`` and so on. ``make mutate`` applies them one by one
-(``tests.mutants.run``); ``tests/mutants/test_kept.py`` sees in every run of the tests that the list still fits the code.
+(``python -m tests.mutants``); ``tests/mutants/test_kept.py`` sees in every run of the tests that the list still fits the code.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Apply every kept wrong change to a copy of the tree, one at a time, and see that the named tests fail.
 
-    python -m tests.mutants.run [ROOM ...]          what `make mutate` and `make mutate ONLY=kernels` run
+    python -m tests.mutants [ROOM ...]              what `make mutate` and `make mutate ONLY=kernels` run
 
     build/mutants/tree      the copy; only what differs is written again, so that a build stays warm
     build/mutants/library   the kernels of the copy, without optimisation: a change of one file is some seconds
@@ -167,7 +167,3 @@ def main() -> int:
         print(f"{verdict:>9}  {mutant.room}: {mutant.name}  ({why}; {time.perf_counter() - started:.0f} s)", flush=True)
     print(f"{len(mutants) - bad} of {len(mutants)} killed")
     return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -49,6 +49,33 @@ def test_bytes_go_where_they_help_most() -> None:
     assert choose(options, 40) == {"robust": "q8", "delicate": "q8"}
 
 
+def test_what_counts_is_what_a_byte_buys() -> None:
+    """A small matrix whose error falls by 3 for 10 bytes comes before a large one's 5 for 100."""
+    options = {
+        "large": [Candidate("q4", 100, 6.0), Candidate("q8", 200, 1.0)],
+        "small": [Candidate("q4", 10, 4.0), Candidate("q8", 20, 1.0)],
+    }
+    assert choose(options, 215) == {"large": "q4", "small": "q8"}
+
+
+def test_a_step_that_does_not_fit_is_passed_over_for_one_that_does() -> None:
+    options = {
+        "large": [Candidate("q4", 10, 100.0), Candidate("q8", 60, 0.0)],
+        "small": [Candidate("q4", 10, 2.0), Candidate("q8", 20, 0.0)],
+    }
+    assert choose(options, 35) == {"large": "q4", "small": "q8"}
+
+
+def test_an_option_below_the_line_between_two_others_is_never_taken() -> None:
+    """q5 buys little for its bytes and q8 much: the way from q4 to q8 is one step, not two."""
+    options = {
+        "w": [Candidate("q4", 10, 10.0), Candidate("q5", 20, 9.9), Candidate("q8", 30, 0.0)],
+        "v": [Candidate("q4", 10, 5.0), Candidate("q8", 30, 0.0)],
+    }
+    assert choose(options, 45) == {"w": "q8", "v": "q4"}
+    assert choose(options, 35)["w"] == "q4"
+
+
 def test_an_option_that_a_cheaper_one_beats_is_never_taken() -> None:
     options = {"w": [Candidate("q4", 10, 0.1), Candidate("worse", 15, 0.2), Candidate("q8", 20, 0.05)]}
     assert {choose(options, budget)["w"] for budget in range(10, 30)} == {"q4", "q8"}

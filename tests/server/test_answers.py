@@ -5,6 +5,7 @@ The clients of test_clients.py read the same forms; here each number must be the
 
 from __future__ import annotations
 
+import codecs
 import json
 from dataclasses import replace
 from typing import Any
@@ -176,7 +177,9 @@ def test_choices_of_several_prompts_are_in_order_and_their_sums_are_of_all(tiny:
             assert report is not None
             tokens = [*ids, *(event.token_id for event in events)]
             assert rows["tokens"] == [tiny.service.token_text(token) for token in tokens]
-            starts = [sum(map(len, rows["tokens"][:k])) for k in range(len(tokens))]
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            lengths = [len(decoder.decode(bytes([token]) if token < 256 else b"")) for token in tokens]
+            starts = [sum(lengths[:k]) for k in range(len(tokens))]
             assert rows["text_offset"] == starts
             assert rows["token_logprobs"] == [None, *report.logprobs, *(event.logprob for event in events)]
             tops = [None, *report.top_logprobs, *(event.top_logprobs for event in events)]

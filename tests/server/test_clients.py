@@ -188,7 +188,7 @@ def test_responses_whole_and_streamed(client: openai.OpenAI) -> None:
 def test_responses_call_tools(client: openai.OpenAI) -> None:
     tool = {"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}
     # Greedy: a draw may talk until the context is full, which is an answer cut off and minutes of work.
-    asked = {"model": MODEL, "tools": [tool], "temperature": 0}
+    asked = {"model": MODEL, "tools": [tool], "temperature": 0, "parallel_tool_calls": False}
     done = client.responses.create(**asked, input="Rain in Oslo?", tool_choice="required", max_output_tokens=400)
     calls = [item for item in done.output if item.type == "function_call"]
     assert calls and set(json.loads(calls[0].arguments)) == {"city", "days"}

@@ -18,8 +18,9 @@ import pytest
 
 from quadriga.server import run
 from quadriga.server.run import EXIT_FAILED
-from tests.server.conftest import Gate, Live, running, tiny_llm, until
+from tests.server.conftest import Gate, Live, running, tiny_llm
 from tests.server.test_life import TEXT, events_of
+from tests.waiting import HANG_S, until
 
 ROOT = Path(__file__).parents[2]
 GONE = "the engine has stopped"
@@ -242,7 +243,7 @@ def process(kind: str, then: str = "leave") -> Iterator[tuple[httpx2.Client, sub
         assert child.stdout is not None
         port = child.stdout.readline().strip()
         assert port, child.communicate()[1]
-        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANG_S) as client:
             yield client, child
     finally:
         child.kill()
@@ -255,7 +256,7 @@ def test_a_server_whose_engine_has_failed_ends_by_itself_and_not_with_success(ki
         assert client.post("/v1/completions", json={**TEXT, "max_tokens": 2}).status_code == 200
         failed = client.post("/v1/completions", json={**TEXT, "prompt": "!"})
         assert failed.status_code == 503 and GONE in failed.text
-        out, log = child.communicate(timeout=120)
+        out, log = child.communicate(timeout=HANG_S)
         assert child.returncode == EXIT_FAILED and "not reached" not in out
         assert "Traceback" in log and {"runtime": "a wheel came off", "exit": "SystemExit"}[kind] in log
 
@@ -268,7 +269,7 @@ def test_a_server_told_to_stay_answers_503_until_it_is_told_to_go() -> None:
             assert health.status_code == 503 and "wheel" not in health.text
         assert child.poll() is None
         child.send_signal(signal.SIGTERM)
-        assert child.wait(120) == EXIT_FAILED
+        assert child.wait(HANG_S) == EXIT_FAILED
 
 
 def test_a_signal_ends_the_process_although_a_kernel_hangs() -> None:
@@ -277,7 +278,7 @@ def test_a_signal_ends_the_process_although_a_kernel_hangs() -> None:
         assert child.stdout is not None and child.stdout.readline() == "in the step\n"
         assert client.get("/health").status_code == 200, "a long step is not a failure"
         child.send_signal(signal.SIGTERM)
-        assert "shutting down" in answer.result(120).text
-        _, log = child.communicate(timeout=120)
+        assert "shutting down" in answer.result(HANG_S).text
+        _, log = child.communicate(timeout=HANG_S)
         assert child.returncode == EXIT_FAILED
         assert "in forward" in log, "its last words say where every thread is"

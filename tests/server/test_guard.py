@@ -109,6 +109,12 @@ def test_rates_are_limited_by_key_over_http(clock: Clock) -> None:
         assert [ask(KEYS[0]).status_code for _ in range(2)] == [200, 429]
 
 
+def test_a_place_is_free_again_when_its_answer_is_out() -> None:
+    with running(tiny_llm(), Limits(concurrent=1)) as live:
+        for body in ({"prompt": "x"}, {"wrong": 1}, {"prompt": "x"}):
+            assert live.post("/tokenize", body).status_code in (200, 400)
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses"])
 def test_a_prefix_that_one_key_cached_is_not_there_for_another(path: str) -> None:
     said = "the same long words " * 10

@@ -190,14 +190,14 @@ def test_a_deadline_ends_an_answer_wherever_it_is() -> None:
     with running(tiny_llm(max_sequences=1)) as live, StoppedClock(live) as clock, Gate(live) as gate:
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(live.post, "/v1/completions", {**TEXT, "deadline_ms": 60_000})
-            assert until(lambda: live.service.engine.n_open == 1)
+            assert until(lambda: live.service.engine.n_open == 1 and clock.waits(60)), "its time has begun"
             clock.advance(61)
             late = answer.result()
             assert late.status_code == 504 and late.json()["error"]["code"] == "deadline_exceeded"
             gate.let(1)
             assert live.settled()
             answer = pool.submit(live.post, "/v1/completions", {**TEXT, "stream": True, "deadline_ms": 60_000})
-            assert until(lambda: live.service.engine.n_open == 1)
+            assert until(lambda: live.service.engine.n_open == 1 and clock.waits(60)), "its time has begun"
             gate.open(3)
             clock.advance(59)
             gate.open(2)

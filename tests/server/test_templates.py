@@ -16,8 +16,8 @@ from quadriga.text import chat
 from quadriga.text.tokenizer import Tokenizer
 from tests.checkpoint.models import TINY
 from tests.server.conftest import Bytes, Live, running
+from tests.waiting import HANG_S
 
-GUARD_S = 300
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TEXT = {"model": "tiny", "prompt": "hi", "max_tokens": 2}
 
@@ -64,7 +64,7 @@ def test_renderings_under_way_hold_up_no_other_request(tiny: Live, monkeypatch: 
 
     def wait(*_: object) -> list[str]:
         begun.release()
-        assert gate.wait(GUARD_S)
+        assert gate.wait(HANG_S)
         return ["hi"]
 
     monkeypatch.setattr(chat, "render_texts", wait)
@@ -74,11 +74,11 @@ def test_renderings_under_way_hold_up_no_other_request(tiny: Live, monkeypatch: 
             for _ in range(40)
         ]
         try:
-            assert begun.acquire(timeout=GUARD_S)
+            assert begun.acquire(timeout=HANG_S)
             for path, body in (("/v1/completions", TEXT), ("/tokenize", {"model": "tiny", "prompt": "hi"})) * 3:
                 assert tiny.post(path, body).status_code == 200
             assert tiny.client.get("/health").status_code == 200
             assert not any(one.done() for one in chats)
         finally:
             gate.set()
-        assert [one.result(GUARD_S).json() for one in chats] == [{"input_tokens": 2}] * 40
+        assert [one.result(HANG_S).json() for one in chats] == [{"input_tokens": 2}] * 40

@@ -56,6 +56,8 @@ class Kind:
     decode: Callable[[list[int]], str]
     has: Callable[[int], bool] = lambda token_id: True
     """False for ids whose text the library makes up."""
+    spells: Callable[[list[int]], bool] = lambda ids: True
+    """False for ids that the library writes in another way than their file."""
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], after: list[int]) -> str:
@@ -71,7 +73,9 @@ def check(kind: Kind, texts: list[str], seed: int = 2) -> None:
         assert ids == kind.typed(text), text
         assert ours.encode_mixed(text, [(0, len(text))]) == ids, text
         whole = kind.decode(ids)
-        if "\ufffd" not in whole or "\ufffd" in text:  # how many marks stand for broken bytes is each library's own
+        if kind.spells(ids) and (
+            "\ufffd" not in whole or "\ufffd" in text
+        ):  # how many marks stand for broken bytes is each library's own
             assert ours.decode(ids) == whole, (text, ids)
         whole = ours.decode(ids)
         assert streamed(ours, ids, []) == whole, (text, ids)
@@ -85,11 +89,11 @@ def check(kind: Kind, texts: list[str], seed: int = 2) -> None:
             assert meant == kind.meant(text), text
             assert ours.encode_mixed(text, []) == meant, text
             assert streamed(ours, meant, []) == ours.decode(meant), (text, meant)
-            if "\ufffd" not in kind.decode(meant):
+            if kind.spells(meant) and "\ufffd" not in kind.decode(meant):
                 assert ours.decode(meant) == kind.decode(meant), (text, meant)
     for _ in range(100):
         ids = [i for i in (chance.randrange(ours.n_vocab) for _ in range(chance.randint(1, 6))) if kind.has(i)]
-        if "\ufffd" not in kind.decode(ids):
+        if kind.spells(ids) and "\ufffd" not in kind.decode(ids):
             assert ours.decode(ids) == kind.decode(ids), ids
         assert streamed(ours, ids, []) == ours.decode(ids), ids
 
@@ -252,11 +256,15 @@ def _json_kind(spec: dict[str, Any], folder: Path) -> Kind:
     assert ours is not None
     plain, full = (tokenizers.Tokenizer.from_str(json.dumps(spec)) for _ in range(2))
     plain.encode_special_tokens = True
+    # tokenizers 0.23 writes an added token as the normalizer leaves it, 0.22 as the file declares it; so do we.
+    respelt = {token["id"] for token in spec["added_tokens"] if full.id_to_token(token["id"]) != token["content"]}
+    assert [ours.decode([i]) for i in respelt] == [t["content"] for t in spec["added_tokens"] if t["id"] in respelt]
     return Kind(
         ours,
         typed=lambda text: plain.encode(text, add_special_tokens=False).ids,
         meant=lambda text: full.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: full.decode(ids, skip_special_tokens=True),
+        spells=respelt.isdisjoint,
     )
 
 

@@ -199,7 +199,7 @@ def test_a_unigram_vocabulary_is_a_unigram_vocabulary() -> None:
     tokenizer = _load(table)
     assert tokenizer.encode("ab  a ") == [3, 7, 3, 4]
     assert (tokenizer.prefix_ids, tokenizer.suffix_ids) == ([], [1])
-    assert gguf_spec.sentencepiece(table).remove_extra_whitespaces
+    assert gguf_spec.sentencepiece(gguf_spec.tokens_of(table), table).remove_extra_whitespaces
 
 
 def test_every_rule_is_a_pattern_that_the_library_reads() -> None:

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from quadriga.text import chat, template_process
 from quadriga.text.template_process import Budget, children, render_texts
 from quadriga.text.tokenizer import load_gguf
 from tests.text import vocabularies
+from tests.waiting import until
 
 GUARD_S = 300
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -278,10 +278,7 @@ def runs(pid: int) -> bool:
 def test_it_ends_when_the_program_ends_however_that_happens(end: str) -> None:
     run = script(f"render('x'); print(*children.pids(), flush=True); {end}")
     pid = int(run.stdout)
-    deadline = time.monotonic() + GUARD_S
-    while runs(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert until(lambda: not runs(pid))
 
 
 def test_a_fork_of_the_program_has_processes_of_its_own() -> None:

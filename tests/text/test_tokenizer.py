@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from quadriga.errors import TokenizerError
 from quadriga.text import gguf_vocabulary
 from quadriga.text.tokenizer import (
     Tokenizer,
+    _Tiktoken,
     load_directory,
     load_gguf,
     load_sentencepiece,
@@ -61,6 +64,95 @@ def test_dbrx_has_its_three_tokens_and_two_ends(cl100k: Tokenizer) -> None:
     assert cl100k.eos_ids == (100257, 100279)
     assert (cl100k.pad_id, cl100k.n_vocab, cl100k.prefix_ids) == (100277, 100280, [])
     assert cl100k.encode("<|im_end|>", allow_special=True) == [100279]
+
+
+class Letters:
+    """A vocabulary of the 256 bytes and one more."""
+
+    n_vocab = 257
+
+    def encode(self, text: str, allow_special: bool) -> list[int]:
+        if allow_special and text.startswith("<s>"):
+            return [256, *text[3:].encode()]
+        return list(text.encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b"<s>"
+
+
+def test_a_prompt_begins_once() -> None:
+    tokenizer = Tokenizer(Letters(), special_ids={"<s>": 256}, bos_id=256, add_bos=True)
+    assert tokenizer.prefix_ids == [256]
+    assert tokenizer.encode_prompt("a") == [256, 97]
+    assert tokenizer.encode_prompt("<s>a", allow_special=True) == [256, 97], "it has begun already"
+    assert tokenizer.encode_prompt("<s>a") == [256, *b"<s>a"], "typed, it is text"
+    assert tokenizer.encode("a") == [97]
+    assert Tokenizer(Letters(), special_ids={"<s>": 256}, bos_id=256).encode_prompt("a") == [97]
+
+
+def test_typed_special_tokens_are_text_in_ranks_too() -> None:
+    vocabulary = _Tiktoken({bytes([b]): b for b in range(256)}, {"<|im_end|>": 256})
+    assert vocabulary.encode("a<|im_end|>", False) == list(b"a<|im_end|>")
+    assert vocabulary.encode("a<|im_end|>", True) == [97, 256]
+
+
+@pytest.mark.parametrize("kind", ["json", "gguf", "spm", "spm in gguf"])
+def test_special_tokens_have_names_and_no_text(kinds: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = kinds[kind]
+    assert tokenizer.special_ids
+    word = tokenizer.encode("fox")
+    for name, token_id in tokenizer.special_ids.items():
+        assert tokenizer.token_bytes(token_id) == b"" and tokenizer.token_text(token_id) == name
+        assert tokenizer.decode([token_id, *word, token_id]) == "fox"
+    for outside in (-1, tokenizer.n_vocab):
+        with pytest.raises(TokenizerError, match="token ids are 0 to"):
+            tokenizer.token_bytes(outside)
+
+
+def test_a_rank_file_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    lines = [b64encode(bytes([b])) + b" %d" % b for b in range(256)]
+    (tmp_path / "cl100k_base.tiktoken").write_bytes(b"\n".join(lines))
+    with pytest.raises(TokenizerError, match="sha256"):
+        load_directory(tmp_path)
+
+
+def test_files_too_deep_or_too_large_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"model": ' + "[" * 40 + "]" * 40 + "}")
+    with pytest.raises(TokenizerError, match="nests 41 levels deep"):
+        load_directory(tmp_path)
+    path.write_text('{"model": "[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[["}')
+    with pytest.raises(TokenizerError, match="an object with a 'model'"):
+        load_directory(tmp_path)
+    os.truncate(path, (64 << 20) + 1)
+    with pytest.raises(TokenizerError, match="are at most"):
+        load_directory(tmp_path)
+
+
+@pytest.mark.parametrize("last", ["default", "tool_use"])
+def test_of_named_templates_the_default_is_the_chat_one(tmp_path: Path, last: str) -> None:
+    named = [{"name": "default", "template": "the chat one"}, {"name": "tool_use", "template": "another"}]
+    folder = vocabularies.write_bpe(tmp_path, chat_template=named if last == "tool_use" else named[::-1])
+    tokenizer = load_directory(folder)
+    assert tokenizer is not None and tokenizer.chat_template == "the chat one"
+
+
+def test_every_end_that_a_gguf_file_names_is_one() -> None:
+    table = vocabularies.gguf_bpe()
+    roles = {"eos": 2, "eot": 40, "eom": 41}
+    tokenizer = load_gguf(table | {f"tokenizer.ggml.{role}_token_id": i for role, i in roles.items()})
+    assert tokenizer is not None and tokenizer.eos_ids == (2, 40, 41)
+
+
+def test_a_whole_word_is_one_token_where_the_rule_says_so() -> None:
+    """As tiktoken has it: a word of the vocabulary needs no merges that lead to it."""
+    table = vocabularies.gguf_bpe()
+    tokens, kinds = table["tokenizer.ggml.tokens"], table["tokenizer.ggml.token_type"]
+    table |= {"tokenizer.ggml.tokens": [*tokens, "\u0120zqxj"], "tokenizer.ggml.token_type": [*kinds, 1]}
+    for pre, whole in (("llama-bpe", True), ("dbrx", True), ("gpt-2", False), ("qwen2", False)):
+        tokenizer = load_gguf(table | {"tokenizer.ggml.pre": pre})
+        assert tokenizer is not None
+        assert (tokenizer.encode(" zqxj") == [len(tokens)]) == whole, pre
 
 
 def test_unused_ids_of_cl100k_are_named(cl100k: Tokenizer) -> None:

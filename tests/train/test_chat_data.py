@@ -166,6 +166,26 @@ def test_packing_loses_nothing_and_keeps_pairs_in_a_row(sizes: list[tuple[int, i
     assert sorted(seen) == sorted(want)
 
 
+def test_a_group_weighs_one_however_long_it_is() -> None:
+    """Of an epoch the weights add up to the groups, of a row to the groups in it; tokens without a target weigh none."""
+    groups = _groups([(9, 4), (3, 3), (12, 15), (2, 7), (5, 5)])
+    source = PackedSource(groups, ("a", "b"), n_rows=1, seq_len=32, weigh="groups", seed=2)
+    batches = [source.rows(step, 0, 1) for step in range(source.rows_per_epoch)]
+    assert sum(batch.target_weight() for batch in batches) == pytest.approx(5, rel=1e-6)
+    for batch in batches:
+        n_groups = batch.domains.tolist().count(0)
+        assert batch.target_weight() == pytest.approx(n_groups, rel=1e-6)
+
+
+def test_rows_are_filled_with_whatever_fits() -> None:
+    groups = _groups([(5, 6)] * 20)
+    assert PackedSource(groups, ("a", "b"), n_rows=1, seq_len=32).rows_per_epoch == 10, "two of eleven in each"
+    mixed = PackedSource(_groups([(10, 10), (3, 3), (3, 3)] * 6), ("a", "b"), n_rows=1, seq_len=32)
+    assert mixed.rows_per_epoch <= 7, (
+        "the small ones beside the large ones: six rows hold all, first fit may need one more"
+    )
+
+
 def test_every_epoch_has_an_order_of_its_own_and_rows_depend_on_the_step_alone() -> None:
     groups = _groups([(5, 6)] * 20)
     source = PackedSource(groups, ("a", "b"), n_rows=2, seq_len=32, seed=1)

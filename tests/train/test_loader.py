@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from quadriga.errors import ConfigError, CorpusError
 from quadriga.train.batch import IGNORE, Batch
+from quadriga.train.corpus.format import Corpus, Stream
 from quadriga.train.data_config import DataConfig, StageConfig, parse_count
-from quadriga.train.loader import CorpusSource, Prefetcher, open_source
+from quadriga.train.loader import CorpusSource, HeldOutSource, Prefetcher, open_source
 from tests.train.corpora import write_shards
 
 
@@ -145,6 +146,17 @@ def test_prefetching_changes_nothing(corpus: Path) -> None:
     ahead.close()
 
 
+def test_held_out_rows_are_the_held_out_text_from_its_beginning(tmp_path: Path) -> None:
+    corpus = write_shards(tmp_path / "c", {"aa": [_documents(1, 40, 30)]})
+    stream = Stream([Corpus(corpus)], "aa", "train")
+    source = HeldOutSource(stream, 12, None, "x")
+    n = source.n_rows(0)
+    assert n == stream.n_tokens // 12 > 20 and HeldOutSource(stream, 12, 5, "x").n_rows(0) == 5
+    whole = source.rows(0, 0, n)
+    assert whole.tokens.tolist() == stream.read(0, 12 * n)[0].tolist()
+    assert torch.equal(source.rows(0, 3, 7).tokens, whole.tokens[36:84])
+
+
 def test_the_mix_is_what_was_asked_for(corpus: Path) -> None:
     source = open_source(
         _config(corpus, StageConfig(tokens=12 * 500, seq_len=12, batch_tokens=120, mix={"aa": 3, "b": 1}))
@@ -191,8 +203,6 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
     source = open_source(_config(corpus, StageConfig(tokens=96, seq_len=12, batch_tokens=24)))
     with pytest.raises(CorpusError, match="outside the vocabulary"):
         source.streams[0].read(0, source.streams[0].n_tokens)
-    from quadriga.train.corpus.format import Corpus
-
     assert Corpus(corpus).verify() == ["train/aa/00000.tokens.npy"]
 
 

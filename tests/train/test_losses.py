@@ -33,6 +33,21 @@ def test_the_objective_is_its_plain_statement(form: str) -> None:
     assert float(loss) == pytest.approx(float(plain + n * (0.3 * balance + 0.01 * z)), rel=1e-5)
 
 
+@pytest.mark.parametrize(("given", "weight"), [(None, 0.05), (0.0, 0.0), (0.7, 0.7)])
+def test_the_balance_weighs_what_the_model_or_the_run_says(given: float | None, weight: float) -> None:
+    """Nothing said: the checkpoint's own weight; 0 is something said. Logits are scaled as the model scales them."""
+    config = replace(runs.TINY, logit_scale=0.37)
+    assert config.ffn.aux_loss_weight == 0.05
+    model, batch = runs.model(config), runs.source().rows(0, 0, 8)
+    section = RouterSection(balance_loss=given, balance_form="megablocks", z_loss=0.0)
+    loss, metrics = NextToken(config.ffn, section, World())(model, batch)
+    out = model(batch.tokens, PackedContext(batch.bounds.diff().tolist()), with_stats=True)
+    plain = F.cross_entropy(out.logits, batch.targets, reduction="sum")
+    balance = load_balancing_loss(out.router_stats, form="megablocks", mask=batch.real())
+    assert float(metrics["loss"]) == pytest.approx(float(plain), rel=1e-5)
+    assert float(loss) == pytest.approx(float(plain + batch.target_weight() * weight * balance), rel=1e-5)
+
+
 def test_padding_counts_nowhere() -> None:
     """A document without targets changes no loss, no balance, no count."""
     model, objective = runs.model(), NextToken(runs.TINY.ffn, RouterSection(z_loss=0.01), World())

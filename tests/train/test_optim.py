@@ -90,6 +90,29 @@ def test_muon_takes_each_expert_alone() -> None:
         torch.testing.assert_close(after[name], adamw[name])
 
 
+def test_muon_number_by_number() -> None:
+    """Nesterov's momentum, each expert by itself however small its gradient, and the scale of tall matrices."""
+    shapes = {"layers.0.moe.w_up": (3, 9, 4), "layers.0.moe.w_down": (3, 4, 9), "layers.0.attn.wo.weight": (5, 5)}
+    generator = torch.Generator().manual_seed(3)
+    parameters = {name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in shapes.items()}
+    truth = {name: (p.detach().clone(), torch.zeros(p.shape)) for name, p in parameters.items()}
+    section = OptimiserSection(name="muon", muon_learning_rate=0.1, weight_decay=0.3, momentum=0.9)
+    optimiser = Optimiser(parameters, section)
+    for share in (1.0, 0.5, 0.25):
+        for name, p in parameters.items():
+            g = torch.randn(p.shape, generator=generator)
+            g = g * torch.tensor([1.0, 1e-3, 30.0])[:, None, None] if p.ndim == 3 else g
+            p.grad = g.clone()
+            w, m = truth[name]
+            m = 0.9 * m + g
+            steps = [newton_schulz(one) for one in (g + 0.9 * m).reshape(-1, *p.shape[-2:])]
+            update = torch.stack(steps).view(p.shape) * max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5
+            truth[name] = (w * (1 - 0.1 * share * 0.3) - 0.1 * share * update, m)
+        optimiser.step(share)
+    for name, p in parameters.items():
+        torch.testing.assert_close(p.detach(), truth[name][0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(9, 4), (4, 9), (3, 6, 5)])
 def test_newton_schulz_makes_singular_values_about_one(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

@@ -278,6 +278,23 @@ def test_rolling_back_goes_on_without_the_bad_batch(tmp_path: Path) -> None:
     assert bits(run) == bits(skipping)
 
 
+def test_a_resumed_run_still_leaves_the_bad_batch_out(tmp_path: Path) -> None:
+    """A rollback is remembered with the state, and so are the tokens that were read."""
+    rollback = Settings(n_steps=9, guard=sections.GuardSection(action="rollback"))
+    first = trainer(tmp_path / "a", rollback, objective=Poisoned(5, float("nan")))
+    first.train(lambda: first.step == 6)
+    assert first.left_out == {5} and first.step == 7
+    record = Record()
+    again = trainer(tmp_path / "a", rollback, record=record, objective=Poisoned(5, float("nan")))
+    assert again.resume()
+    assert (again.step, again.tokens_seen, again.left_out) == (7, 7 * 8 * 16, {5})
+    assert again.train() and record.rollbacks == []
+    assert record.steps[-1].tokens_seen == 9 * 8 * 16
+    skipping = trainer(tmp_path / "b", Settings(n_steps=9), objective=Poisoned(5, float("nan")))
+    skipping.train()
+    assert bits(again) == bits(skipping)
+
+
 def test_stop_ends_the_run(tmp_path: Path) -> None:
     settings = Settings(guard=sections.GuardSection(action="stop"))
     with pytest.raises(TrainingError, match=r"step 5: loss nan.*spikes"):
@@ -327,3 +344,18 @@ def test_reports_add_up(tmp_path: Path) -> None:
     real = int(runs.source().rows(7, 0, 8).real().sum())  # a document of one token is nobody's target
     assert report.expert_counts.sum(1).tolist() == [2 * real] * 2
     assert 0.9 < report.extra["balance"] < 4
+
+
+def test_the_work_of_a_step_is_three_times_a_forward_pass(tmp_path: Path) -> None:
+    """Two operations a weight that a token meets, four a key it sees and dimension; backward is twice forward."""
+    record = Record()
+    trainer(tmp_path, Settings(n_steps=1), record=record).train()
+    config, moe = runs.TINY, runs.TINY.ffn
+    attention = config.d_model * (config.attn.qkv_dim + config.attn.q_dim)
+    experts = 3 * config.d_model * moe.d_ff * moe.top_k + config.d_model * moe.n_experts
+    norms = 2 * config.d_model
+    weights = config.n_layers * (attention + experts + norms) + config.d_model + config.vocab_size * config.d_model
+    batch = runs.source().rows(0, 0, 8)
+    seen = sum(n * (n + 1) // 2 for n in batch.bounds.diff().tolist())
+    expected = 3 * (2 * weights * 128 + 4 * config.n_layers * config.attn.q_dim * seen)
+    assert record.steps[0].flops == pytest.approx(expected, rel=1e-9)

@@ -33,7 +33,7 @@ from quadriga.checkpoint.engine_file import write_text
 from quadriga.checkpoint.json_files import read_json
 from quadriga.checkpoint.open import Checkpoint
 from quadriga.checkpoint.parameters import unpack
-from quadriga.checkpoint.peft_config import PeftConfig
+from quadriga.checkpoint.peft_config import PeftConfig, names_module
 from quadriga.checkpoint.tensor_files import SafetensorsSource
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.model import families
@@ -304,29 +304,29 @@ class _Match:
     tokens: dict[str, tuple[Piece, Tensor]] = field(default_factory=dict)
     whole: dict[str, tuple[list[Piece], Tensor]] = field(default_factory=dict)
 
+    def takes(self, key: str) -> bool:
+        """Whether a stored tensor is there and has had no place yet; it has one now."""
+        there = key in self.left
+        self.left.discard(key)
+        return there
+
 
 def _match_peft(tensors: Mapping[str, Tensor], config: ModelConfig, layout: str, how: PeftConfig) -> _Match:
     match = _Match(layout, set(tensors))
-    by_source: dict[str, list[Piece]] = {}
-    for piece in families.family_of(config).layouts[layout](config):
-        by_source.setdefault(piece.source, []).append(piece)
-    for source, pieces in by_source.items():
+    for source, pieces in _by_source(config, layout, adaptable=False).items():
         module = source.removesuffix(".weight")
         if target_of(pieces[0].target) is not None:
             _take_factors(match, tensors, source, pieces, how)
             for key in (f"{_PREFIX}{module}.lora_magnitude_vector{end}" for end in ("", ".weight")):
-                if key in match.left:
+                if match.takes(key):
                     match.lengths[source] = pieces[0], tensors[key]
-                    match.left.remove(key)
             key = f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"
-            if key in match.left:
+            if match.takes(key):
                 match.tokens[source] = pieces[0], tensors[key]
-                match.left.remove(key)
         # An adapted table is saved with its base's numbers.
         for key in (f"{_PREFIX}{source}", f"{_PREFIX}{module}.base_layer.weight"):
-            if key in match.left:
+            if match.takes(key):
                 match.whole[source] = pieces, tensors[key]
-                match.left.remove(key)
     return match
 
 
@@ -361,7 +361,7 @@ def _check_modules(match: _Match, how: PeftConfig, config: ModelConfig, folder: 
     for source, pieces in _by_source(config, match.layout).items():
         module = source.removesuffix(".weight")
         wanted = how.adapts(module) if len(pieces[0].source_shape) == 2 else how.adapts_parameter(source)
-        if wanted is True and source not in match.adapted and not _names_one(how.saved, module):
+        if wanted is True and source not in match.adapted and not names_module(how.saved, module):
             missing.append(module)
         if wanted is False and source in match.adapted:
             alien.append(module)
@@ -373,10 +373,10 @@ def _check_modules(match: _Match, how: PeftConfig, config: ModelConfig, folder: 
         )
     modules = [source.removesuffix(".weight") for source in match.whole]
     for name in how.saved:
-        if not any(_names_one((name,), module) for module in modules):
+        if not any(names_module((name,), module) for module in modules):
             raise CheckpointError(f"{folder}: modules_to_save names {name!r}, whose weight is not in {_PEFT_WEIGHTS}")
     for module, (pieces, _) in zip(modules, match.whole.values(), strict=True):
-        if target_of(pieces[0].target) not in ("embeddings", "head") and not _names_one(how.saved, module):
+        if target_of(pieces[0].target) not in ("embeddings", "head") and not names_module(how.saved, module):
             raise CheckpointError(
                 f"{folder}: it holds the whole weight of {module}, which modules_to_save does not name"
             )
@@ -385,11 +385,6 @@ def _check_modules(match: _Match, how: PeftConfig, config: ModelConfig, folder: 
             f"{folder}: use_dora is {how.dora}, and {len(match.lengths)} of {len(match.adapted)} adapted matrices have "
             "a magnitude vector"
         )
-
-
-def _names_one(names: tuple[str, ...], module: str) -> bool:
-    """Whether one of the names is a module's or the end of it, as peft takes them."""
-    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _extras(match: _Match, how: PeftConfig, config: ModelConfig, folder: Path) -> Extras | None:
@@ -422,7 +417,9 @@ def _token_rows(match: _Match, how: PeftConfig, folder: Path) -> list[tuple[str,
     """(table, ids, their rows) of single trained tokens."""
     found = []
     for source, (piece, values) in match.tokens.items():
-        ids = next((ids for name, ids in how.tokens.items() if _names_one((name,), source.removesuffix(".weight"))), ())
+        ids = next(
+            (ids for name, ids in how.tokens.items() if names_module((name,), source.removesuffix(".weight"))), ()
+        )
         n, columns = piece.source_shape
         if values.shape != (len(ids), columns) or max(ids, default=0) >= n:
             raise CheckpointError(
@@ -473,14 +470,15 @@ def _untie(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     return {key: t for key, t in tensors.items() if key not in heads}
 
 
-def _by_source(config: ModelConfig, layout: str | None) -> dict[str, list[Piece]]:
+def _by_source(config: ModelConfig, layout: str | None, *, adaptable: bool = True) -> dict[str, list[Piece]]:
+    """Stored tensor -> its pieces; with ``adaptable`` only those of parameters that may have factors."""
     family = families.family_of(config)
     name = layout or next(iter(family.layouts))
     if name not in family.layouts:
         raise ConfigError(f"layout must be one of {', '.join(family.layouts)}; got {name!r}")
     by_source: dict[str, list[Piece]] = {}
     for piece in family.layouts[name](config):
-        if target_of(piece.target) is not None:
+        if not adaptable or target_of(piece.target) is not None:
             by_source.setdefault(piece.source, []).append(piece)
     return by_source
 

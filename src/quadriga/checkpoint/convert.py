@@ -44,21 +44,13 @@ from quadriga.quant import codec
 from quadriga.quant.formats import FORMATS, PLAIN
 from quadriga.quant.packed import PACKED
 from quadriga.text import gguf_vocabulary
+from quadriga.text import tokenizer as tokenizers
 
 TARGETS = ("quadriga", "hf", "gguf")
 GGUF_FORMATS = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-    "cl100k_base.tiktoken",
-)
+TOKENIZER_FILES = (*tokenizers.FILES, "cl100k_base.tiktoken")
 """What is carried over beside the weights. Nothing else is: no code, no pickles."""
 
 _JOURNAL = "journal.jsonl"

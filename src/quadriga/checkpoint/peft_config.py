@@ -113,7 +113,7 @@ class PeftConfig:
 
     def adapts_parameter(self, name: str) -> bool:
         """Whether a fused stack has factors."""
-        return _ends(self.parameters, name)
+        return names_module(self.parameters, name)
 
 
 def read(raw: Mapping[str, object]) -> PeftConfig:
@@ -213,12 +213,13 @@ def _of(patterns: tuple[tuple[re.Pattern[str], float], ...], module: str, otherw
     return next((value for pattern, value in patterns if pattern.match(module)), otherwise)
 
 
-def _ends(names: tuple[str, ...], module: str) -> bool:
+def names_module(names: tuple[str, ...], module: str) -> bool:
+    """Whether one of the names is a module's or the end of it, as peft takes them."""
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _matches(names: tuple[str, ...] | re.Pattern[str], module: str) -> bool:
-    return _ends(names, module) if isinstance(names, tuple) else names.fullmatch(module) is not None
+    return names_module(names, module) if isinstance(names, tuple) else names.fullmatch(module) is not None
 
 
 def _names(keys: Keys, key: str) -> tuple[str, ...] | re.Pattern[str]:

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
@@ -162,9 +162,7 @@ class AsyncEngine:
     ) -> None:
         self.engine, self.capacity = engine, engine.max_sequences + max_waiting
         engine.share_time()
-        self.n_open = 0
-        """Requests that are running or waiting."""
-        self._n_open_of: dict[bytes, int] = {}  # by client
+        self._n_open_of: Counter[bytes] = Counter()  # by client
         self._patient: deque[tuple[bytes, int, asyncio.Future[None]]] = deque()  # who waits to be let in
         self.error: BaseException | None = None
         """What ended the engine, if it did not end because it was told to. For the log; clients hear that it ended."""
@@ -200,6 +198,11 @@ class AsyncEngine:
             await asyncio.wait_for(self._told.wait(), timeout_s)
         if not self._told.is_set():
             _log.error("a step is still under way after %g s more; the engine's thread is left behind", timeout_s)
+
+    @property
+    def n_open(self) -> int:
+        """Requests that are running or waiting."""
+        return self._n_open_of.total()
 
     @property
     def failed(self) -> bool:
@@ -252,7 +255,7 @@ class AsyncEngine:
 
     async def _enter(self, client: bytes, n: int, patient: bool) -> None:
         """Take n places, or be refused; streams give theirs back as they are closed."""
-        total, mine = self.n_open + n, self._n_open_of.get(client, 0) + n
+        total, mine = self.n_open + n, self._n_open_of[client] + n
         share = self.capacity // len({*self._n_open_of, client})
         # Whoever fills the queue does not keep out those who have less than their part of it.
         if total <= self.capacity or (mine <= max(1, share) and total <= 2 * self.capacity):
@@ -270,11 +273,9 @@ class AsyncEngine:
             raise BusyError(f"{self.n_open} requests are running or waiting; try again later")
 
     def _take(self, client: bytes, n: int) -> None:
-        self.n_open += n
-        self._n_open_of[client] = self._n_open_of.get(client, 0) + n
+        self._n_open_of[client] += n
 
     def _give_back(self, client: bytes, n: int) -> None:
-        self.n_open -= n
         self._n_open_of[client] -= n
         if not self._n_open_of[client]:
             del self._n_open_of[client]

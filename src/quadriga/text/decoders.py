@@ -13,7 +13,7 @@ A step that is not known is refused by its name: leaving it out would change the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -141,7 +141,7 @@ def decoding_of(spec: Mapping[str, Any] | None, name: str) -> Decoding:
     Raises:
         TokenizerError: a step that is not known, or an order of steps that is not.
     """
-    steps = _flat(spec)
+    steps = list(steps_of(spec, "decoders"))
     kinds = [str(step.get("type")) for step in steps]
     if not steps:
         return Joined()
@@ -163,12 +163,19 @@ def decoding_of(spec: Mapping[str, Any] | None, name: str) -> Decoding:
     return Pieces(texts, byte_fallback=fallback, strip=strip, n_strip=n_strip)
 
 
-def _flat(spec: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+def steps_of(spec: Mapping[str, Any] | None, parts: str) -> Iterator[Mapping[str, Any]]:
+    """The steps of a decoder, normaliser or pre-tokeniser, sequences opened.
+
+    Args:
+        parts: where a sequence of this kind has its steps: "decoders", "normalizers" or "pretokenizers".
+    """
     if spec is None:
-        return []
+        return
     if spec.get("type") == "Sequence":
-        return [step for part in spec.get("decoders") or [] for step in _flat(part)]
-    return [spec]
+        for part in spec.get(parts) or []:
+            yield from steps_of(part, parts)
+    else:
+        yield spec
 
 
 def _strips(steps: list[Mapping[str, Any]], name: str) -> tuple[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from quadriga.errors import TokenizerError
@@ -49,6 +50,7 @@ class Tokens:
         """Ids that end a turn by their role."""
         return list(dict.fromkeys(self.roles[role] for role in ("eos", "eot", "eom") if role in self.roles))
 
+    @cached_property
     def added(self) -> list[AddedToken]:
         """The tokens that are looked for before anything else."""
         of_role = set(self.roles.values())
@@ -84,13 +86,13 @@ def tokens_of(metadata: Mapping[str, Any]) -> Tokens:
     return Tokens(texts, kinds, roles)
 
 
-def bpe_spec(metadata: Mapping[str, Any], pre: str) -> dict[str, Any]:
+def bpe_spec(tokens: Tokens, metadata: Mapping[str, Any], pre: str) -> dict[str, Any]:
     """A GGUF 'gpt2' vocabulary in the form of a tokenizer.json; ``pre`` as :func:`pre_of` gives it.
 
     Raises:
         TokenizerError: lists that do not fit together.
     """
-    tokens, split = tokens_of(metadata), GGUF_PATTERNS[pre]
+    split = GGUF_PATTERNS[pre]
     merges = string_list(metadata, "tokenizer.ggml.merges")
     if any(merge.count(" ") != 1 for merge in merges):
         raise TokenizerError("tokenizer.ggml.merges must be pairs separated by one space")
@@ -105,7 +107,7 @@ def bpe_spec(metadata: Mapping[str, Any], pre: str) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return {
         "version": "1.0",
-        "added_tokens": [token.as_json() for token in tokens.added()],
+        "added_tokens": [token.as_json() for token in tokens.added],
         "normalizer": None if split.normalizer is None else {"type": split.normalizer},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, byte_level]},
         "post_processor": None,
@@ -121,7 +123,7 @@ def bpe_spec(metadata: Mapping[str, Any], pre: str) -> dict[str, Any]:
     }
 
 
-def sentencepiece(metadata: Mapping[str, Any]) -> Model:
+def sentencepiece(tokens: Tokens, metadata: Mapping[str, Any]) -> Model:
     """A GGUF 'llama' or 't5' vocabulary in the form of a SentencePiece model.
 
     LLaMA and Grok-1 normalise nothing, so that is what a file means that says nothing of it.
@@ -129,13 +131,13 @@ def sentencepiece(metadata: Mapping[str, Any]) -> Model:
     Raises:
         TokenizerError: lists that do not fit together.
     """
-    tokens, model = tokens_of(metadata), metadata["tokenizer.ggml.model"]
+    model = metadata["tokenizer.ggml.model"]
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens.texts):
         raise TokenizerError(
             f"tokenizer.ggml.scores must have {len(tokens.texts)} numbers; a {model!r} vocabulary needs them"
         )
-    control = {token.id for token in tokens.added() if token.control}
+    control = {token.id for token in tokens.added if token.control}
     kinds = [
         CONTROL if i in control and kind in (NORMAL, USER_DEFINED) else kind for i, kind in enumerate(tokens.kinds)
     ]
@@ -152,7 +154,7 @@ def sentencepiece(metadata: Mapping[str, Any]) -> Model:
     )
 
 
-def pre_of(metadata: Mapping[str, Any]) -> str:
+def pre_of(tokens: Tokens, metadata: Mapping[str, Any]) -> str:
     """How the file's vocabulary cuts text, a name in GGUF_PATTERNS.
 
     Files of early 2024 do not say it. Then the architecture does, or the tokens do, which no rule of their own may cut;
@@ -163,7 +165,6 @@ def pre_of(metadata: Mapping[str, Any]) -> str:
     """
     pre = metadata.get("tokenizer.ggml.pre")
     if pre is None:
-        tokens = tokens_of(metadata)
         words = [text for text, kind in zip(tokens.texts, tokens.kinds, strict=True) if kind == NORMAL]
         pre = _OF_ARCHITECTURE.get(str(metadata.get("general.architecture"))) or pattern_of_vocabulary(words)
         if pre is None:

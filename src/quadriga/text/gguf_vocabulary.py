@@ -18,7 +18,7 @@ from quadriga.errors import TokenizerError
 from quadriga.text import gguf_spec, sentencepiece_model
 from quadriga.text import tokenizer as loading
 from quadriga.text.added_tokens import AddedToken
-from quadriga.text.decoders import byte_of
+from quadriga.text.decoders import byte_of, steps_of
 from quadriga.text.pretokenize import CL100K_PATTERN, GGUF_PATTERNS
 from quadriga.text.sentencepiece_model import CONTROL, NORMAL, UNIGRAM, UNUSED, USER_DEFINED, Model, Piece
 from quadriga.text.tokenizer import Tokenizer
@@ -34,13 +34,13 @@ _SENTENCEPIECE_NAMES = {number: name for name, number in gguf_spec.SENTENCEPIECE
 def to_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     """The tokenizer files other programs expect, from a GGUF file's metadata; empty if it has no vocabulary."""
     if (kind := metadata.get("tokenizer.ggml.model")) == "gpt2":
-        metadata = {**metadata, "tokenizer.ggml.pre": gguf_spec.pre_of(metadata)}
+        metadata = {**metadata, "tokenizer.ggml.pre": gguf_spec.pre_of(gguf_spec.tokens_of(metadata), metadata)}
     tokenizer = loading.load_gguf(metadata)
     if tokenizer is None:
         return {}
     tokens = gguf_spec.tokens_of(metadata)
     classes = {"gpt2": "PreTrainedTokenizerFast", "llama": "LlamaTokenizer", "t5": "T5Tokenizer"}
-    added = {str(token.id): {k: v for k, v in token.as_json().items() if k != "id"} for token in tokens.added()}
+    added = {str(token.id): {k: v for k, v in token.as_json().items() if k != "id"} for token in tokens.added}
     config: dict[str, Any] = {
         "tokenizer_class": classes[str(kind)],
         "add_bos_token": bool(tokenizer.prefix_ids),
@@ -52,11 +52,11 @@ def to_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     }
     files: dict[str, bytes] = {}
     if kind == "gpt2":
-        spec = gguf_spec.bpe_spec(metadata, str(metadata["tokenizer.ggml.pre"]))
+        spec = gguf_spec.bpe_spec(tokens, metadata, str(metadata["tokenizer.ggml.pre"]))
         affixes = _affixes(tokenizer, tokens.texts)
         files["tokenizer.json"] = _json({**spec, "post_processor": affixes})
     else:
-        model = gguf_spec.sentencepiece(metadata)
+        model = gguf_spec.sentencepiece(tokens, metadata)
         files["tokenizer.model"] = model.to_bytes()
         config["legacy"] = True
     if len(tokenizer.eos_ids) > 1:  # tokenizer_config.json can name one only
@@ -167,24 +167,16 @@ def _from_tokenizer_json(path: Path, spec: dict[str, Any], tokenizer: Tokenizer)
     }
 
 
-def _steps(spec: Any, parts: str) -> list[dict[str, Any]]:
-    if not isinstance(spec, dict):
-        return []
-    if spec.get("type") == "Sequence":
-        return [step for part in spec.get(parts) or [] for step in _steps(part, parts)]
-    return [spec]
-
-
 def _marks_spaces(spec: Mapping[str, Any]) -> bool:
     """True if a tokenizer.json writes spaces as SentencePiece does."""
-    before = [*_steps(spec.get("normalizer"), "normalizers"), *_steps(spec.get("pre_tokenizer"), "pretokenizers")]
+    before = [*steps_of(spec.get("normalizer"), "normalizers"), *steps_of(spec.get("pre_tokenizer"), "pretokenizers")]
     return any(step.get("type") in ("Prepend", "Metaspace") or step.get("content") == "▁" for step in before)
 
 
 def _pre_name(pre_tokenizer: dict[str, Any] | None, normalizer: dict[str, Any] | None) -> str:
     """GGUF's name for a splitting rule, found by comparing the patterns themselves."""
     patterns: list[str] = []
-    for step in _steps(pre_tokenizer, "pretokenizers"):
+    for step in steps_of(pre_tokenizer, "pretokenizers"):
         match step.get("type"):
             case "Split":
                 patterns.append(str(step.get("pattern", {}).get("Regex")))
@@ -195,7 +187,7 @@ def _pre_name(pre_tokenizer: dict[str, Any] | None, normalizer: dict[str, Any] |
                     patterns.extend(GGUF_PATTERNS["gpt-2"].patterns)
             case other:
                 raise TokenizerError(f"GGUF has no name for the pre-tokeniser {other!r}: {step!s:.120}")
-    forms = [str(step.get("type")) for step in _steps(normalizer, "normalizers")]
+    forms = [str(step.get("type")) for step in steps_of(normalizer, "normalizers")]
     if patterns == [CL100K_PATTERN] and not forms:
         return "dbrx"
     same = [name for name, split in GGUF_PATTERNS.items() if list(split.patterns) == patterns and name != "default"]
@@ -225,7 +217,7 @@ def _from_pieces(path: Path, spec: Mapping[str, Any], tokenizer: Tokenizer) -> d
     prefix = any(
         step.get("type") == "Prepend" or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")
         for parts, key in (("normalizers", "normalizer"), ("pretokenizers", "pre_tokenizer"))
-        for step in _steps(spec.get(key), parts)
+        for step in steps_of(spec.get(key), parts)
     )
     if (path / "tokenizer.model").exists():
         model = _model_of(path)
@@ -236,7 +228,7 @@ def _from_pieces(path: Path, spec: Mapping[str, Any], tokenizer: Tokenizer) -> d
             raise TokenizerError("tokenizer.json and tokenizer.model disagree about a space before the first word")
     else:
         model = _model_of_merges(spec, prefix)
-    if any(step.get("prepend_scheme") == "first" for step in _steps(spec.get("pre_tokenizer"), "pretokenizers")):
+    if any(step.get("prepend_scheme") == "first" for step in steps_of(spec.get("pre_tokenizer"), "pretokenizers")):
         logger.warning(
             "readers of GGUF put a space after every special token; this tokenizer puts one before the first word only"
         )

@@ -59,6 +59,17 @@ CL100K_SPECIALS = {
 DBRX_SPECIALS = {**CL100K_SPECIALS, "<|pad|>": 100277, "<|im_start|>": 100278, "<|im_end|>": 100279}
 """DBRX adds three to GPT-4's; ids 100280..100351 only pad the embedding table."""
 
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What may belong to a vocabulary in a checkpoint's folder, besides *.tiktoken."""
+
 _MAX_FILE_BYTES = 64 << 20  # the largest published tokenizer.json is about 35 MB
 _MAX_JSON_DEPTH = 32
 _JOINED = 1 << 15
@@ -434,12 +445,12 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
     bos, ends = tokens.roles.get("bos"), tokens.ends
     vocabulary: TokenizersVocabulary | SentencePieceVocabulary
     if kind == "gpt2":
-        pre = gguf_spec.pre_of(metadata)
-        vocabulary = TokenizersVocabulary(gguf_spec.bpe_spec(metadata, pre), name)
+        pre = gguf_spec.pre_of(tokens, metadata)
+        vocabulary = TokenizersVocabulary(gguf_spec.bpe_spec(tokens, metadata, pre), name)
         add_bos = GGUF_PATTERNS[pre].add_bos and bos is not None
     else:
-        model = gguf_spec.sentencepiece(metadata)
-        vocabulary = SentencePieceVocabulary(model, name, added=tokens.added())
+        model = gguf_spec.sentencepiece(tokens, metadata)
+        vocabulary = SentencePieceVocabulary(model, name, added=tokens.added)
         bos = vocabulary.bos if bos is None else bos
         ends = ends or [i for i in (vocabulary.eos,) if i is not None]
         add_bos = kind == "llama" and bos is not None
@@ -447,7 +458,7 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
     return Tokenizer(
         vocabulary,
         special_ids=vocabulary.special_ids,
-        added=tokens.added(),
+        added=tokens.added,
         bos_id=bos,
         eos_ids=ends,
         pad_id=tokens.roles.get("padding"),

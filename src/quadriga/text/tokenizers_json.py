@@ -15,13 +15,13 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from quadriga.errors import TokenizerError
 from quadriga.text.added_tokens import AddedToken, Declared, added_token, check_gap, within_rows
-from quadriga.text.decoders import ByteLevel, byte_alphabet, decoding_of, say_what_cannot_be_written
+from quadriga.text.decoders import ByteLevel, byte_alphabet, decoding_of, say_what_cannot_be_written, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -248,20 +248,9 @@ def _touches(merge: str | Sequence[str], names: Mapping[str, str]) -> bool:
 # Beginnings ----------------------------------------------------------------------------------------------------------
 
 
-def _steps(spec: Mapping[str, Any] | None, parts: str) -> Iterator[Mapping[str, Any]]:
-    """The steps of a normaliser or pre-tokeniser, sequences opened."""
-    if spec is None:
-        return
-    if spec.get("type") == "Sequence":
-        for part in spec.get(parts) or []:
-            yield from _steps(part, parts)
-    else:
-        yield spec
-
-
 def _opens_once(pre_tokenizer: Mapping[str, Any] | None) -> bool:
     """True if a space is put before the first word of a text only, not after every added token as well."""
-    steps = _steps(pre_tokenizer, "pretokenizers")
+    steps = steps_of(pre_tokenizer, "pretokenizers")
     return any(step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first" for step in steps)
 
 
@@ -294,8 +283,8 @@ def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
 def _say_what_is_missing(spec: Mapping[str, Any], name: str) -> None:
     model = spec["model"]
     vocab = _ids_of(model)
-    steps = [str(step.get("type")) for step in _steps(spec.get("pre_tokenizer"), "pretokenizers")]
-    steps += [str(step.get("type")) for step in _steps(spec.get("normalizer"), "normalizers")]
+    steps = [str(step.get("type")) for step in steps_of(spec.get("pre_tokenizer"), "pretokenizers")]
+    steps += [str(step.get("type")) for step in steps_of(spec.get("normalizer"), "normalizers")]
     if "ByteLevel" in steps:
         missing = [byte for character, byte in byte_alphabet().items() if character not in vocab]
     else:

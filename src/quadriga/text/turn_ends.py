@@ -17,27 +17,20 @@ import re
 from dataclasses import dataclass
 
 from quadriga.errors import TemplateError
+from quadriga.text.added_tokens import END_OF_TURN
 from quadriga.text.chat import Program, template_of
 from quadriga.text.tokenizer import Tokenizer
 
 _NAMES = (
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|im_end|>",
-    "<|end|>",
+    *END_OF_TURN,
     "<|endofturn|>",
     "<|END_OF_TURN_TOKEN|>",
-    "<end_of_turn>",
     "<turn|>",
-    "<|endoftext|>",
     "<|end_of_text|>",
-    "<|return|>",
     "<|call|>",
     "<|calls|>",
     "<|flush|>",
     "<end_of_utterance>",
-    "<｜end▁of▁sentence｜>",
-    "<EOT>",
     "_<EOT>",
     "[EOT]",
     "[EOS]",

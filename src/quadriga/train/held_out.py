@@ -71,7 +71,7 @@ def continuation(
     n_tokens: int,
     *,
     n_words: int,
-    end_ids: Sequence[int],
+    end_ids: Collection[int],
     world: World,
     unused: Collection[int] = (),
 ) -> list[int]:
@@ -79,13 +79,13 @@ def continuation(
 
     ``n_words``: ids from here on are rows that only pad the table. ``unused``: ids below that no token has.
     """
-    ids, holes = list(prompt), torch.tensor(sorted(unused), dtype=torch.int64)
+    ids, holes = list(prompt), torch.tensor(sorted(unused), dtype=torch.int64, device=world.device)
     objective, step.objective = step.objective, _LastLogits()
     step.eval()
     try:
         for _ in range(n_tokens):
             logits, _ = step(_one_document(ids).to(world.device))
-            ids.append(int(logits[:n_words].index_fill(0, holes.to(logits.device), -math.inf).argmax()))
+            ids.append(int(logits[:n_words].index_fill(0, holes, -math.inf).argmax()))
             if ids[-1] in end_ids:
                 break
     finally:
@@ -106,7 +106,7 @@ def _one_document(ids: Sequence[int]) -> Batch:
 
 
 def samples(
-    step: Step, tokenizer: Tokenizer, prompts: Sequence[str], n_tokens: int, end_ids: Sequence[int], world: World
+    step: Step, tokenizer: Tokenizer, prompts: Sequence[str], n_tokens: int, end_ids: Collection[int], world: World
 ) -> dict[str, str]:
     """Prompt -> what the model continues it with."""
     found = {}

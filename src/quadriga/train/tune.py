@@ -8,7 +8,7 @@ Checkpoints of a run hold what is trained: with an adapter a few megabytes. A ru
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ def _tune(config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[]
         origin = checkpoint.path
     finally:
         checkpoint.close()
-    objective = _objective(config, model, tokenizer, problems, world)
+    end_ids = frozenset((*model.config.eos_ids, *turn_ends(tokenizer).ids))
+    objective = _objective(config, model, tokenizer, problems, world, end_ids)
     n_steps = config.schedule.steps or config.data.epochs * source.steps_per_epoch
     trainer = Trainer(_Settings(config, n_steps), model, source, objective, world=world, run=run)
     if run.steps():
@@ -122,7 +123,6 @@ def _tune(config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[]
     if config.log.tensorboard:
         watchers.append(TensorBoard(run.path, trainer.step))
     trainer.listeners = list(watchers)
-    end_ids = (*model.config.eos_ids, *turn_ends(tokenizer).ids)
 
     def evaluate(one: Trainer) -> None:
         losses = held_out_losses(one.module, held_out, world)
@@ -302,7 +302,12 @@ def _prompt(one: Problem) -> tuple[str, tuple[Example, ...]]:
 
 
 def _objective(
-    config: TuneConfig, model: Transformer, tokenizer: Tokenizer, problems: dict[tuple[int, ...], str], world: World
+    config: TuneConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    problems: dict[tuple[int, ...], str],
+    world: World,
+    end_ids: Collection[int],
 ) -> Objective:
     architecture: ModelConfig = model.config
     if config.objective in ("sft", "text"):
@@ -324,6 +329,6 @@ def _objective(
     return GRPO(
         reference, reward, n_samples=config.grpo.samples, max_new_tokens=config.grpo.max_new_tokens,
         temperature=config.grpo.temperature, kl_weight=config.grpo.kl_weight,
-        end_ids={*architecture.eos_ids, *turn_ends(tokenizer).ids},
+        end_ids=end_ids,
         unused=tokenizer.unused_rows(architecture.vocab_size),
     )  # fmt: skip

@@ -20,16 +20,6 @@ from quadriga.text.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
 SPECIALS = (END, "<|pad|>", "<|im_start|>", "<|im_end|>")
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""What may belong to a vocabulary, besides *.tiktoken."""
 
 
 def train_bpe(texts: Iterable[str], size: int, folder: Path) -> None:
@@ -82,7 +72,7 @@ def copy_vocabulary(path: Path, folder: Path) -> None:
         TokenizerError: there is none at ``path``.
     """
     if path.is_dir():
-        files = [path / name for name in FILES if (path / name).is_file()] + sorted(path.glob("*.tiktoken"))
+        files = [path / name for name in vocabulary_files(path)]
     else:
         files = [path] if path.is_file() else []
     if not any(file.suffix in (".json", ".tiktoken", ".model") for file in files):
@@ -95,7 +85,8 @@ def copy_vocabulary(path: Path, folder: Path) -> None:
 
 def vocabulary_files(folder: Path) -> list[str]:
     """Names of the vocabulary's files in a corpus."""
-    return [name for name in FILES if (folder / name).is_file()] + sorted(f.name for f in folder.glob("*.tiktoken"))
+    known = [name for name in text_tokenizer.FILES if (folder / name).is_file()]
+    return known + sorted(file.name for file in folder.glob("*.tiktoken"))
 
 
 def load(folder: Path) -> Tokenizer:
