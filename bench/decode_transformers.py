@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -23,29 +24,25 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import quadriga
-from quadriga.checkpoint import catalogue
-from quadriga.checkpoint.convert import convert
-from quadriga.engine.kv_cache import KVCache
+from quadriga.engine.request import SamplingParams
+from quadriga.hub import catalogue
+from quadriga.io.convert import convert
 
 PROMPT = 32
 """Tokens read before the decoding that is timed."""
 
 
 def ours(path: Path, dtype: str) -> tuple[Callable[[list[int], int], list[int]], Callable[[list[int]], None]]:
-    """(greedy decoding, prefill) with our plain-torch model."""
-    llm = quadriga.load(path, dtype=dtype)
+    """(greedy decoding, prefill) with our plain-torch model, through the engine."""
+    llm, firsts = quadriga.load(path, dtype=dtype), count(1000)
 
-    @torch.inference_mode()
     def decode(prompt: list[int], n: int) -> list[int]:
-        cache = KVCache(llm.config, dtype=llm.dtype)
-        made, step = [], prompt
-        for _ in range(n):
-            made.append(int(llm._step(cache, step).argmax()))
-            step = made[-1:]
-        return made
+        params = SamplingParams(temperature=0.0, max_new_tokens=n, ignore_eos=True)
+        return [event.token_id for event in llm.stream(prompt, params)]
 
     def prefill(prompt: list[int]) -> None:
-        llm._prefill(KVCache(llm.config, dtype=llm.dtype), prompt)
+        # Another first token each time: nothing of it is in the prefix cache.
+        decode([next(firsts), *prompt[1:]], 1)
 
     return decode, prefill
 

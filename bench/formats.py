@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import quadriga
-from quadriga.engine.benchmark import bytes_per_token
-from quadriga.model.compiled import CompiledModel
+from quadriga.bench.speed import bytes_per_token
+from quadriga.runners.compiled import CompiledModel
 
 
 def log_probs(model: quadriga.LLM, windows: list[list[int]]) -> list[Tensor]:

@@ -10,8 +10,8 @@ import sys
 import time
 
 import quadriga
-from quadriga.engine.benchmark import Bench
-from quadriga.model.compiled import CompiledModel
+from quadriga.bench.speed import Bench
+from quadriga.runners.compiled import CompiledModel
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ from collections.abc import Callable
 import torch
 
 from quadriga import runtime
-from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
 from quadriga.model.plan.hardware import Gpu, Stack
 from quadriga.model.plan.training import Mesh, Work, activation_elements, evaluate
-from quadriga.model.transformer import Transformer
+from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import Batch
 from quadriga.train.config import RouterSection
 from quadriga.train.initialise import new_parameters
@@ -37,15 +37,16 @@ def architecture(d_model: int, n_layers: int, n_experts: int) -> ModelConfig:
     ffn: MoESpec | DenseSpec = DenseSpec(d_ff=4 * d_ff, activation="silu")
     if n_experts:
         ffn = MoESpec(d_ff=d_ff, n_experts=n_experts, top_k=4, activation="silu", aux_loss_weight=0.05)
-    return ModelConfig(
+    return uniform_model(
         family="dbrx" if n_experts else "llama2",
         vocab_size=VOCAB,
         d_model=d_model,
         n_layers=n_layers,
         max_seq_len=SEQ_LEN,
         norm=NormSpec(kind="layer"),
-        position=RopeSpec(theta=500_000.0),
-        attn=AttentionSpec(n_heads=d_model // 64, n_kv_heads=max(1, d_model // 128), head_dim=64),
+        mixer=AttentionSpec(
+            n_heads=d_model // 64, n_kv_heads=max(1, d_model // 128), head_dim=64, position=RopeSpec(theta=500_000.0)
+        ),
         ffn=ffn,
     )
 
@@ -73,7 +74,7 @@ def saved_bytes(config: ModelConfig, model: Transformer, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _ = NextToken(config.ffn, RouterSection(), World())(model, batch)
+        loss, _ = NextToken(config, RouterSection(), World())(model, batch)
     total = sum(storage.nbytes() for storage in kept.values())
     loss.backward()
     return total
@@ -84,7 +85,7 @@ def this_machine(config: ModelConfig) -> Gpu:
     peak = peak_flops("float32", World())
     block = torch.zeros(64 << 20)
     copied = 2 * block.nbytes / fastest(block.clone, 3)
-    heads, dim = config.attn.n_heads, config.attn.head_dim
+    heads, dim = config.layers[0].mixer.n_heads, config.layers[0].mixer.head_dim
     q = torch.randn(ROWS, heads, SEQ_LEN, dim)
     attend = torch.nn.functional.scaled_dot_product_attention
     rate = 2 * ROWS * heads * dim * SEQ_LEN**2 / fastest(lambda: attend(q, q, q, is_causal=True), 5)
@@ -118,8 +119,8 @@ def main() -> None:
             batch = MemorySource([("x", ids)], n_rows=ROWS, seq_len=SEQ_LEN).rows(0, 0, ROWS)
             tokens = ROWS * SEQ_LEN
             kept = saved_bytes(config, model, batch)
-            planned = 4 * tokens * n_layers * sum(activation_elements(config)) + 4 * tokens * d_model
-            objective = NextToken(config.ffn, RouterSection(), World())
+            planned = 4 * tokens * n_layers * sum(activation_elements(config.layers[0], d_model)) + 4 * tokens * d_model
+            objective = NextToken(config, RouterSection(), World())
             times = []
             for _ in range(options.steps):
                 started = time.perf_counter()

@@ -17,12 +17,11 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from quadriga.checkpoint.tensor_files import SafetensorsSource, plan_shards, shard_index
+from quadriga.io.safetensors import SafetensorsSource, plan_shards, shard_index
 from quadriga.model import families
 from quadriga.model.cost import n_params
 from quadriga.model.weight_map import source_shapes
@@ -32,10 +31,10 @@ SHARD_BYTES = 1 << 30
 
 def make(folder: Path, gigabytes: float) -> int:
     """Write the checkpoint. Returns its size in bytes."""
-    tiny = replace(families.preset("dbrx-9b"), n_layers=1)
-    per_layer = n_params(replace(tiny, n_layers=2)).total - n_params(tiny).total
+    tiny = families.preset("dbrx-9b").with_n_layers(1)
+    per_layer = n_params(tiny.with_n_layers(2)).total - n_params(tiny).total
     n_layers = max(1, round((gigabytes * 1e9 / 2 - n_params(tiny).total) / per_layer + 1))
-    config = replace(tiny, n_layers=n_layers)
+    config = tiny.with_n_layers(n_layers)
     family = families.FAMILIES["dbrx"]
     shapes = source_shapes(family.layouts["fused"](config))
     plan = plan_shards({name: (shape, "bfloat16") for name, shape in shapes.items()}, SHARD_BYTES)
@@ -63,7 +62,7 @@ def hashes(folder: Path) -> dict[str, str]:
         step = max(1, (64 << 20) * info.shape[0] // max(1, info.nbytes))
         for start in range(0, info.shape[0], step):
             box = ((start, min(start + step, info.shape[0])), *((0, n) for n in info.shape[1:]))
-            digest.update(source.read(name, box).contiguous().view(torch.uint8).numpy().data)
+            digest.update(source.read(name, box).tobytes())
         found[name] = digest.hexdigest()
     return found
 

@@ -85,7 +85,7 @@ class Served:
         return asyncio.run(self._measure(n, seed))
 
     async def _measure(self, n: int, seed: int) -> float:
-        from quadriga.server.client import Connection, target
+        from quadriga.bench.http_client import Connection, target
 
         options = {"model": "m", "max_tokens": ANSWER, "ignore_eos": True, "temperature": 0, "stream": True}
         bodies = [json.dumps({**options, "prompt": ids}).encode() for ids in prompts(n, seed)]
@@ -139,10 +139,10 @@ def counters(model: str, threads: int, rounds: int) -> None:
     """Decoding and a prompt with every layer's counters on and off, in turns."""
     import quadriga
     from quadriga.engine.request import SamplingParams
-    from quadriga.ops import cpu
+    from quadriga.kernels.cpu.bindings import Op
 
     llm = quadriga.load(model, threads=threads)
-    ops = [op for kind, op in llm.runner.program._ops if kind == cpu.FFN]
+    ops = [op for kind, op in llm.runner.program._ops if kind == Op.FFN]
     kept = [op.load for op in ops]
     assert all(kept), "a mixture of experts"
     for name, n_prompt, n_answer in (("decode", 8, 96), ("prompt", 256, 1)):

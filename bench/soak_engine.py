@@ -18,19 +18,19 @@ from dataclasses import replace
 import quadriga
 from quadriga.engine.engine import Engine
 from quadriga.engine.request import Request, SamplingParams, TokenEvent
-from quadriga.model.compiled import CompiledModel, pack_parameters
-from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
-from quadriga.model.transformer import random_parameters
+from quadriga.kernels.arrays import arrays
+from quadriga.model.config import AttentionSpec, MoESpec, NormSpec, RopeSpec, uniform_model
+from quadriga.nn.transformer import random_parameters
+from quadriga.runners.compiled import CompiledModel, pack_parameters
 
-TINY = ModelConfig(
+TINY = uniform_model(
     family="dbrx",
     vocab_size=997,
     d_model=96,
     n_layers=3,
     max_seq_len=512,
     norm=NormSpec(kind="layer"),
-    position=RopeSpec(theta=5e5),
-    attn=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=16, clip_qkv=8.0),
+    mixer=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=16, clip_qkv=8.0, position=RopeSpec(theta=5e5)),
     ffn=MoESpec(d_ff=160, n_experts=16, top_k=4, activation="silu", aux_loss_weight=0.05),
 )
 Key = tuple[int, float]
@@ -63,7 +63,7 @@ def solo(engine: Engine, request: Request) -> list[Key]:
     engine.submit(replace(request, params=replace(request.params, speculate=0)))
     events = []
     while engine.has_work:
-        events += [event for _, event in engine.step()]
+        events += [event for _, event in engine.step() if isinstance(event, TokenEvent)]
     return keys(events)
 
 
@@ -81,7 +81,9 @@ def main() -> None:
         assert isinstance(llm.runner, CompiledModel), "the soak is for the CPU's kernels"
         runner = llm.runner
     else:
-        runner = CompiledModel(TINY, pack_parameters(random_parameters(TINY, std=0.2), "q4"), threads=2, n_blocks=72)
+        runner = CompiledModel(
+            TINY, pack_parameters(arrays(random_parameters(TINY, std=0.2)), "q4"), threads=2, n_blocks=72
+        )
     engine = Engine(runner, max_batch_tokens=96, max_sequences=12)
     live: dict[int, tuple[Request, list[TokenEvent], float]] = {}
     finished: list[tuple[Request, list[Key]]] = []
@@ -101,6 +103,7 @@ def main() -> None:
             del live[leaver]
             n_cancelled += 1
         for number, event in engine.step():
+            assert isinstance(event, TokenEvent), event
             request, events, since = live[number]
             events.append(event)
             if event.finish_reason is not None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from quadriga.server.client import Connection, Target, target
+from quadriga.bench.http_client import Connection, Target, target
 
 WORDS = ("river", "stone", "window", "music", "garden", "paper", "winter", "letter", "bridge", "silver", "engine")
 HOSTILE: list[bytes] = [

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import quadriga
 from quadriga.engine.request import SamplingParams
-from quadriga.ops import cpu
+from quadriga.kernels.cpu import library as cpu
 
 PASSAGE = (
     "def area(width, height):\n    return width * height\n\n\ndef volume(width, height, depth):\n"

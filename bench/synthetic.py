@@ -16,32 +16,42 @@ from pathlib import Path
 
 import torch
 
-from quadriga.checkpoint import engine_file
-from quadriga.checkpoint.tensor_files import plan_shards, shard_index
+from quadriga.io import directory as engine_file
+from quadriga.io.safetensors import plan_shards, shard_index
+from quadriga.kernels.arrays import array
+from quadriga.kernels.cpu.packing import pack
 from quadriga.model import families
-from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.config import (
+    AttentionSpec,
+    DenseSpec,
+    LayerSpec,
+    ModelConfig,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+    uniform,
+    uniform_model,
+)
 from quadriga.model.weight_map import source_shapes
-from quadriga.ops.packing import pack
 
-_ATTN = AttentionSpec(n_heads=16, n_kv_heads=4, head_dim=128)
-_DBRX = ModelConfig(
+_ATTN = AttentionSpec(n_heads=16, n_kv_heads=4, head_dim=128, position=RopeSpec(theta=5e5))
+_DBRX = uniform_model(
     family="dbrx",
     vocab_size=100352,
     d_model=2048,
     n_layers=10,
     max_seq_len=32768,
     norm=NormSpec(kind="layer"),
-    position=RopeSpec(theta=5e5),
-    attn=replace(_ATTN, clip_qkv=8.0),
+    mixer=replace(_ATTN, clip_qkv=8.0),
     ffn=MoESpec(d_ff=3584, n_experts=16, top_k=4, activation="silu", aux_loss_weight=0.05),
 )
-_MIXTRAL = replace(
-    _DBRX,
-    family="mixtral",
+_MIXTRAL_LAYER = LayerSpec(
     norm=NormSpec(kind="rms"),
-    position=RopeSpec(theta=1e6),
-    attn=_ATTN,
-    ffn=replace(_DBRX.ffn, aux_loss_weight=0.0),
+    mixer=replace(_ATTN, position=RopeSpec(theta=1e6)),
+    ffn=replace(_DBRX.layers[0].ffn, aux_loss_weight=0.0),
+)
+_MIXTRAL = replace(
+    _DBRX, family="mixtral", layers=uniform(_MIXTRAL_LAYER, _DBRX.n_layers), final_norm=_MIXTRAL_LAYER.norm
 )
 SHAPES: dict[str, ModelConfig] = {
     "dbrx4b": _DBRX,
@@ -50,9 +60,14 @@ SHAPES: dict[str, ModelConfig] = {
     "llama2b": replace(
         _MIXTRAL,
         family="llama2",
-        n_layers=32,
-        attn=AttentionSpec(n_heads=16, n_kv_heads=2, head_dim=128),
-        ffn=DenseSpec(d_ff=8192, activation="silu"),
+        layers=uniform(
+            replace(
+                _MIXTRAL_LAYER,
+                mixer=replace(_MIXTRAL_LAYER.mixer, n_kv_heads=2),
+                ffn=DenseSpec(d_ff=8192, activation="silu"),
+            ),
+            32,
+        ),
     ),
     **families.PRESETS,
 }
@@ -116,7 +131,7 @@ def write_packed(config: ModelConfig, out: Path, form: str, n_different: int = 8
                 if len(shape) == 1:
                     kinds.append((values.float() + 1).numpy().tobytes())
                 else:
-                    kinds.append(pack(values, one).data.tobytes())
+                    kinds.append(pack(array(values), one).data.tobytes())
             raw = kinds[index % len(kinds)]
             stream.write(raw)
             entries[name] = engine_file.Entry(
@@ -142,12 +157,12 @@ def main() -> None:
     args = parser.parse_args()
     config = SHAPES[args.shape]
     if args.layers:
-        config = replace(config, n_layers=args.layers)
+        config = config.with_n_layers(args.layers)
     if args.vocab:
         config = replace(config, vocab_size=args.vocab)
     if args.experts:
-        assert isinstance(config.ffn, MoESpec), "only an MoE has experts"
-        config = replace(config, ffn=replace(config.ffn, n_experts=args.experts))
+        assert config.is_moe, "only an MoE has experts"
+        config = config.with_ffn(n_experts=args.experts)
     if args.packed:
         write_packed(config, args.out, args.packed)
     else:

@@ -33,9 +33,9 @@ from typing import Any
 import torch
 
 from quadriga import runtime
-from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
 from quadriga.model.families import dbrx
-from quadriga.model.transformer import Transformer
+from quadriga.nn.transformer import Transformer
 from quadriga.train import config as sections
 from quadriga.train.initialise import new_parameters
 from quadriga.train.losses import NextToken
@@ -55,15 +55,14 @@ def architecture(vocab: int, n_experts: int = 16) -> ModelConfig:
     )
     if not n_experts:
         ffn = DenseSpec(d_ff=4 * 448, activation="silu")
-    return ModelConfig(
+    return uniform_model(
         family="dbrx" if n_experts else "llama2",
         vocab_size=vocab,
         d_model=256,
         n_layers=8,
         max_seq_len=512,
         norm=NormSpec(kind="layer"),
-        position=RopeSpec(theta=500_000.0),
-        attn=AttentionSpec(n_heads=4, n_kv_heads=2, head_dim=64, clip_qkv=8.0),
+        mixer=AttentionSpec(n_heads=4, n_kv_heads=2, head_dim=64, clip_qkv=8.0, position=RopeSpec(theta=500_000.0)),
         ffn=ffn,
     )
 
@@ -93,7 +92,7 @@ class Ours:
         model = Transformer.from_parameters(config, new_parameters(config, seed=0, std=0.02))
         source = MemorySource(documents(config.vocab_size, rows), n_rows=rows, seq_len=512)
         self.trainer = Trainer(
-            Settings(), model, source, NextToken(config.ffn, Settings.router, world), world=world,
+            Settings(), model, source, NextToken(config, Settings.router, world), world=world,
             run=RunDirectory(Path(tempfile.mkdtemp())), listeners=[self],
         )  # fmt: skip
 
@@ -133,7 +132,8 @@ class Theirs:
             DbrxConfig(**{**raw, "output_router_logits": True, "use_cache": False}), attn_implementation="sdpa"
         )
         parameters = new_parameters(config, seed=0, std=0.02)
-        from quadriga.checkpoint.parameters import pack
+        from quadriga.io.parameters import pack
+        from quadriga.kernels.arrays import array, tensor
         from quadriga.model.weight_map import source_shapes, whole
 
         pieces = next(iter(dbrx.FAMILY.layouts.values()))(config)
@@ -142,7 +142,7 @@ class Theirs:
             box = piece.source_box or whole(piece.source_shape)
             target = piece.target_box or whole(piece.target_shape)
             values = parameters[piece.target][tuple(slice(*span) for span in target)]
-            stored[piece.source][tuple(slice(*span) for span in box)] = pack(values, piece)
+            stored[piece.source][tuple(slice(*span) for span in box)] = tensor(pack(array(values), piece))
         self.model.load_state_dict(stored, strict=True)
         if pure:
             self.model.to(torch.bfloat16)
@@ -198,9 +198,9 @@ def child(options: argparse.Namespace) -> None:
 
 
 def _flops(config: ModelConfig, rows: int) -> float:
-    from quadriga.model.cost import n_params
+    from quadriga.model.cost import attention_flops, n_params
 
-    attention = 4 * config.n_layers * config.attn.q_dim * rows * 512 * 513 / 2
+    attention = attention_flops(config, 1) * rows * 512 * 513 / 2
     return 3.0 * (2 * n_params(config).active_without_input * rows * 512 + attention)
 
 

@@ -12,6 +12,7 @@ Prints medians, tokens a second, the ratio, and each side's peak resident memory
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import resource
 import statistics
@@ -25,14 +26,17 @@ import torch
 from torch import Tensor
 
 from quadriga import runtime
-from quadriga.checkpoint import catalogue, convert
-from quadriga.checkpoint.open import load_parameters, open_checkpoint
+from quadriga.hub import catalogue
+from quadriga.io import convert
+from quadriga.io.open import open_checkpoint
+from quadriga.kernels.arrays import tensor
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.model.config import MoESpec
-from quadriga.model.lora import AdaptedMoE, Factors, attach
-from quadriga.model.moe import MoE
-from quadriga.model.transformer import Transformer
-from quadriga.ops import training
+from quadriga.nn.linear import Factors, adapt
+from quadriga.nn.load import load_parameters
+from quadriga.nn.lora import attach
+from quadriga.nn.moe import MoE
+from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import IGNORE
 from quadriga.train.chat_data import Example
 from quadriga.train.config import RouterSection
@@ -51,7 +55,7 @@ def ours(path: Path, ids: Tensor) -> Callable[[], float]:
     made = attach(model, LoraSpec(rank=RANK, alpha=ALPHA, targets=("attention", "ffn")))
     documents = [(Example(tuple(row), (*row[1:], IGNORE)),) for row in ids.tolist()]
     source = PackedSource(documents, ("text",), n_rows=len(ids), seq_len=ids.shape[1])
-    objective = NextToken(checkpoint.config.ffn, RouterSection(), World())
+    objective = NextToken(checkpoint.config, RouterSection(), World())
     optimiser = torch.optim.AdamW([p for one in made.values() for p in (one.a, one.b)], lr=1e-4, fused=True)
     batch = source.rows(0, 0, len(ids))
     model.train()
@@ -91,11 +95,11 @@ def theirs(path: Path, ids: Tensor) -> Callable[[], float]:
 def layer(path: Path, n_tokens: int) -> tuple[Callable[[], float], Callable[[], float]]:
     """(ours, peft's way) of one adapted mixture layer, forwards and backwards."""
     checkpoint = open_checkpoint(path)
-    spec = checkpoint.config.ffn
+    spec = checkpoint.config.only_moe("the adapted layer")
     assert isinstance(spec, MoESpec), "a mixture of experts"
     moe = MoE(checkpoint.config.d_model, spec)
     prefix = f"layers.{checkpoint.config.n_layers // 2}.moe."
-    moe.load_state_dict({n: checkpoint.parameters.read(prefix + n).float() for n in moe.state_dict()})
+    moe.load_state_dict({n: tensor(checkpoint.parameters.read(prefix + n)).float() for n in moe.state_dict()})
     moe.requires_grad_(False)
     lora = LoraSpec(rank=RANK, alpha=ALPHA, targets=("experts",))
     generator = torch.Generator().manual_seed(0)
@@ -106,8 +110,11 @@ def layer(path: Path, n_tokens: int) -> tuple[Callable[[], float], Callable[[], 
         pairs[name] = (a * 0.02, b * 0.02)
     x = torch.randn(n_tokens, checkpoint.config.d_model, generator=generator).requires_grad_()
     weights = {name: getattr(moe, name) for name in pairs}
-    adapted = AdaptedMoE(moe, weights, {name: Factors(*(t.clone() for t in ab), lora) for name, ab in pairs.items()})
-    adapted.compute = training.adapted_experts
+    adapted = copy.copy(moe)
+    adapted._parameters = dict(moe._parameters)
+    adapted._modules = dict(moe._modules)
+    for name, (a, b) in pairs.items():
+        adapt(adapted, name, Factors(a.clone(), b.clone(), scale=lora.scale))
     plain = {name: tuple(t.clone().requires_grad_() for t in ab) for name, ab in pairs.items()}
 
     def low_rank() -> float:
@@ -163,7 +170,7 @@ def main() -> None:
         low_rank, materialised = layer(path, n)
         measure({"ours": low_rank, "materialised": materialised}, n, args.repeats)
         return
-    tokenizer = open_checkpoint(path).load_tokenizer()
+    tokenizer = open_checkpoint(path).load_tokenizer(catalogue.cl100k_ranks)
     assert tokenizer is not None, "a model with a vocabulary"
     ids = torch.randint(100, tokenizer.n_vocab, (args.rows, args.seq_len), generator=torch.Generator().manual_seed(1))
     builders = {"ours": ours, "theirs": theirs}

@@ -27,12 +27,13 @@ import torch
 
 import quadriga
 from quadriga import LLM
-from quadriga.checkpoint import catalogue
-from quadriga.checkpoint.open import open_checkpoint
-from quadriga.checkpoint.packed import load_packed
-from quadriga.model.compiled import CompiledModel, Parameter
-from quadriga.model.config import DenseSpec, MoESpec
-from quadriga.ops.packing import Packed, pack
+from quadriga.hub import catalogue
+from quadriga.io.open import open_checkpoint
+from quadriga.io.packed import load_packed
+from quadriga.kernels.arrays import array
+from quadriga.kernels.cpu.packing import Packed, Parameter, pack
+from quadriga.model.config import MoESpec
+from quadriga.runners.compiled import CompiledModel
 from quadriga.server.guard import Limits
 from quadriga.server.run import listen, serve
 from quadriga.server.service import Service
@@ -57,9 +58,9 @@ def upcycled() -> LLM:
     """The default model with its feed-forward networks as experts; see the module docstring."""
     opened = open_checkpoint(catalogue.resolve(catalogue.DEFAULT_MODEL))
     dense = opened.config
-    assert isinstance(dense.ffn, DenseSpec)
-    moe = MoESpec(d_ff=dense.ffn.d_ff, n_experts=N_EXPERTS, top_k=TOP_K, activation=dense.ffn.activation)
-    config = replace(dense, family="mixtral", ffn=moe)
+    ffn = dense.only_layer("this page").ffn
+    moe = MoESpec(d_ff=ffn.d_ff, n_experts=N_EXPERTS, top_k=TOP_K, activation=ffn.activation)
+    config = replace(dense.with_layers(lambda layer: replace(layer, ffn=moe)), family="mixtral")
     generator = torch.Generator().manual_seed(4)
     parameters: dict[str, Parameter] = {}
     for name, values in load_packed(opened, "keep").parameters.items():
@@ -71,9 +72,9 @@ def upcycled() -> LLM:
         router = name.split(".ffn.")[0] + ".moe.router.weight"
         if router not in parameters:
             weights = torch.empty(N_EXPERTS, config.d_model).normal_(0, ROUTER_STD, generator=generator)
-            parameters[router] = pack(weights, "float32")
+            parameters[router] = pack(array(weights), "float32")
     runner = CompiledModel(config, parameters, threads=2, n_blocks=1024, activations="int16")
-    return LLM(runner, opened.load_tokenizer(), name="smollm2-upcycled-16x135m")
+    return LLM(runner, opened.load_tokenizer(catalogue.cl100k_ranks), name="smollm2-upcycled-16x135m")
 
 
 @contextmanager

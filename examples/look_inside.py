@@ -8,13 +8,12 @@ from __future__ import annotations
 import sys
 
 import quadriga
-from quadriga.model.config import MoESpec
 
 
 def main(path: str, text: str) -> None:
     """Print the chosen experts of every token, layer by layer, and each layer's load."""
     model = quadriga.load(path)
-    if not isinstance(model.config.ffn, MoESpec):
+    if not model.config.is_moe:
         raise SystemExit(f"{path} is a dense model: it has no experts to look into")
     ids = model.prompt_ids(text)
     names = [model.tokenizer.token_text(i) if model.tokenizer else str(i) for i in ids]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from quadriga.ops.program import Batch
+from quadriga.kernels.cpu.program import Batch
+from quadriga.nn.moe import RouterStats
+from quadriga.runners.base import Runner
 
 
 def batch(chunks: list[tuple[list[int], int, list[int]]]) -> Batch:
@@ -16,3 +20,17 @@ def batch(chunks: list[tuple[list[int], int, list[int]]]) -> Batch:
     table_starts = np.cumsum([0] + [len(blocks) for _, _, blocks in chunks])
     ints = [np.array(x, dtype=np.int32) for x in (tokens, positions, starts, tables, table_starts, range(len(tokens)))]
     return Batch(*ints)
+
+
+def logits_of(runner: Runner, one: Batch) -> Tensor:
+    """What a runner computes for a pass, as a tensor of its own."""
+    return torch.from_numpy(runner.forward(one).copy())
+
+
+def routing_of(runner: Runner, n_tokens: int) -> list[RouterStats]:
+    """The routing of a runner's last pass, as tensors."""
+    fields = ("expert_ids", "expert_weights", "probs", "logits")
+    return [
+        RouterStats(*(torch.from_numpy(getattr(stats, name)) for name in fields))
+        for stats in runner.router_stats(n_tokens)
+    ]

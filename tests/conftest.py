@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from quadriga.checkpoint import catalogue
-from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.errors import CatalogueError
-from quadriga.model.transformer import Transformer
+from quadriga.hub import catalogue
+from quadriga.io.open import open_checkpoint
+from quadriga.nn.load import load_parameters
+from quadriga.nn.transformer import Transformer
 from tests.golden import checkpoints
 
 GUARD_S = 30 * 60

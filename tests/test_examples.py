@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from quadriga.model.transformer import random_parameters
+from quadriga.nn.transformer import random_parameters
 from tests.checkpoint.models import TINY, write_hf
 from tests.text import vocabularies
 

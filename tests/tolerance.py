@@ -55,8 +55,9 @@ def relative_error(dtype: torch.dtype, config: ModelConfig, n_keys: int, roundin
     """
     unit = torch.finfo(dtype).eps / 2
     wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
-    d, q_dim = config.d_model, config.attn.q_dim
-    reductions = (d, d, config.attn.head_dim, n_keys, q_dim, d, config.ffn.d_ff)  # norms, qkv, q.k, p.v, wo, up, down
+    layer = config.layers[0]  # of tests' models, all alike
+    d, q_dim = config.d_model, layer.mixer.q_dim
+    reductions = (d, d, layer.mixer.head_dim, n_keys, q_dim, d, layer.ffn.d_ff)  # norms, qkv, q.k, p.v, wo, up, down
     per_layer = (roundings * unit**2 + sum(reductions) * wide**2) / 3
     return math.sqrt(per_layer * sum(GROWTH**i for i in range(config.n_layers)))
 
@@ -67,7 +68,7 @@ def faults(rows: Tensor, lag: float, bound: float, tail: float = TAIL) -> list[s
     Args:
         rows: error of every row, in units of the logits' standard deviation.
         lag: how much less probable the worst choice of an expert was than it should be, in units of the probabilities'
-            standard deviation; see ``tests.model.routing``.
+            standard deviation; see ``tests.nn.routing``.
         bound: from :func:`relative_error`.
         tail: how far above it a single row, or a choice, may be.
     """

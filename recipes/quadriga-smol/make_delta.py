@@ -8,10 +8,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from quadriga.checkpoint import adapter, catalogue, delta
-from quadriga.checkpoint.open import open_checkpoint
-from quadriga.checkpoint.upcycle import Upcycling
-from quadriga.model.config import MoESpec
+import numpy as np
+
+from quadriga.edits import delta
+from quadriga.edits.upcycle import Upcycling
+from quadriga.hub import catalogue
+from quadriga.io import adapter
+from quadriga.io.open import open_checkpoint
 
 
 def main() -> None:
@@ -19,14 +22,13 @@ def main() -> None:
     base, moe, folder, out = sys.argv[1:5]
     path = catalogue.resolve(base)
     checkpoint = open_checkpoint(Path(moe))
-    spec = checkpoint.config.ffn
-    assert isinstance(spec, MoESpec), "a mixture of experts"
+    spec = checkpoint.config.only_moe("a delta")
     how = Upcycling(n_experts=spec.n_experts, top_k=spec.top_k)
     routers = {}
     for layer in range(checkpoint.config.n_layers):
         rows = checkpoint.parameters.read(f"layers.{layer}.moe.router.weight")
-        routers[layer] = rows[:: how.n_granules].contiguous()
-        assert rows.equal(routers[layer].repeat_interleave(how.n_granules, 0)), "granules of a copy share a row"
+        routers[layer] = rows[:: how.n_granules]
+        assert np.array_equal(rows, np.repeat(routers[layer], how.n_granules, axis=0)), "granules of a copy share a row"
     trained = adapter.load(Path(folder), checkpoint.config)
     sha = delta.write(Path(out), base_sha256=delta.sha256(path), how=how, routers=routers, adapter=trained)
     print(f"{out}: {Path(out).stat().st_size:,} bytes, sha256 {sha}")

@@ -11,6 +11,7 @@ Environment variables (all optional):
     QUADRIGA_CPU_ISA    force a CPU instruction set: avx512, avx2 or portable
     QUADRIGA_LIBRARY    another build of the CPU kernels, e.g. one with sanitizers
     QUADRIGA_DEBUG      1: commands show tracebacks
+    QUADRIGA_LOG        what is logged: a level (debug), or levels of rooms (engine=debug,server=info)
 
 torchrun's LOCAL_RANK, WORLD_SIZE and MASTER_ADDR say whether this process is one of several.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import platform
 import queue
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Names accepted wherever a model's dtype is asked for."""
 
+MOST_THREADS = 1024
+"""As in quadriga.h: more than any machine has processors, fewer than a system refuses to start."""
+
 _ROWS_FOR_ONEDNN = 4
 
 _DTYPE_ALIASES = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "f16": "float16", "fp16": "float16"}
@@ -56,6 +61,27 @@ def debug() -> bool:
 def set_debug() -> None:
     """Make :func:`debug` true for this process and its children."""
     os.environ["QUADRIGA_DEBUG"] = "1"
+
+
+def start_logging(default: str = "warning") -> None:
+    """Send what ``quadriga.*`` logs to standard error, at the levels that QUADRIGA_LOG names. For programs only.
+
+    Raises:
+        ConfigError: QUADRIGA_LOG names no level.
+    """
+    for part in (setting("LOG") or default).split(","):
+        room, _, level = part.strip().rpartition("=")
+        number = logging.getLevelNamesMapping().get(level.upper())
+        if number is None:
+            levels = "debug, info, warning, error or critical"
+            raise ConfigError(f"QUADRIGA_LOG must be {levels}, or ROOM=LEVEL of several rooms; got {part[:80]!r}")
+        logging.getLogger(f"quadriga.{room}" if room else "quadriga").setLevel(number)
+    logger = logging.getLogger("quadriga")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
 
 
 def cache_dir() -> Path:
@@ -119,12 +145,16 @@ def cpu_count() -> int:
 
 
 def set_threads(threads: int | None) -> int:
-    """Let torch use ``threads`` threads, or all processors of this process if None. Returns the number in force."""
+    """Let torch use ``threads`` threads, or all processors of this process if None. Returns the number in force.
+
+    Raises:
+        ConfigError: not a whole number from 1 to MOST_THREADS.
+    """
     import torch
 
-    count = cpu_count() if threads is None else threads
-    if count < 1:
-        raise ConfigError(f"threads must be at least 1, got {threads}")
+    count = min(cpu_count(), MOST_THREADS) if threads is None else threads
+    if not isinstance(count, int) or not 1 <= count <= MOST_THREADS:
+        raise ConfigError(f"threads must be a whole number from 1 to {MOST_THREADS}, got {threads!r}")
     torch.set_num_threads(count)
     return count
 

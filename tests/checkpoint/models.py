@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quadriga.checkpoint.parameters import pack
+from quadriga.io.parameters import pack
 from quadriga.model import families
-from quadriga.model.config import AlibiSpec, AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.config import (
+    AlibiSpec,
+    AttentionSpec,
+    DenseSpec,
+    ModelConfig,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+    uniform_model,
+)
 from quadriga.model.weight_map import Piece, parameter_shapes, source_shapes, whole
 
 _SIZES = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "max_seq_len": 64}
-_ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8)
+_ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=1e4))
 
 
 def _moe(**changes: object) -> MoESpec:
@@ -22,50 +32,49 @@ def _moe(**changes: object) -> MoESpec:
 
 
 TINY: dict[str, ModelConfig] = {
-    "dbrx": ModelConfig(
+    "dbrx": uniform_model(
         family="dbrx",
         **_SIZES,
         norm=NormSpec(kind="layer"),
-        position=RopeSpec(theta=5e5),
-        attn=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, clip_qkv=8.0),
+        mixer=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, clip_qkv=8.0, position=RopeSpec(theta=5e5)),
         ffn=_moe(aux_loss_weight=0.05, jitter_eps=0.0),
         eos_ids=(7,),
     ),
-    "mixtral": ModelConfig(
-        family="mixtral", **_SIZES, norm=NormSpec(kind="rms"), position=RopeSpec(theta=1e6), attn=_ATTN, ffn=_moe()
+    "mixtral": uniform_model(
+        family="mixtral",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        mixer=replace(_ATTN, position=RopeSpec(theta=1e6)),
+        ffn=_moe(),
     ),
-    "llama2": ModelConfig(
+    "llama2": uniform_model(
         family="llama2",
         **_SIZES,
         norm=NormSpec(kind="rms"),
-        position=RopeSpec(theta=1e4),
-        attn=_ATTN,
+        mixer=_ATTN,
         ffn=DenseSpec(d_ff=80, activation="silu"),
     ),
-    "llama2-tied": ModelConfig(
+    "llama2-tied": uniform_model(
         family="llama2",
         **_SIZES,
         norm=NormSpec(kind="rms"),
-        position=RopeSpec(theta=1e4),
-        attn=_ATTN,
+        mixer=_ATTN,
         ffn=DenseSpec(d_ff=80, activation="silu"),
         tied_embeddings=True,
     ),
-    "mpt": ModelConfig(
+    "mpt": uniform_model(
         family="mpt",
         **_SIZES,
         norm=NormSpec(kind="layer"),
-        position=AlibiSpec(),
-        attn=AttentionSpec(n_heads=6, n_kv_heads=6, head_dim=8),
+        mixer=AttentionSpec(n_heads=6, n_kv_heads=6, head_dim=8, position=AlibiSpec()),
         ffn=DenseSpec(d_ff=192, activation="gelu", gated=False),
         tied_embeddings=True,
     ),
-    "grok1": ModelConfig(
+    "grok1": uniform_model(
         family="grok1",
         **_SIZES,
         norm=NormSpec(kind="rms"),
-        position=RopeSpec(theta=1e4),
-        attn=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, soft_cap=30.0),
+        mixer=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, soft_cap=30.0, position=RopeSpec(theta=1e4)),
         ffn=_moe(activation="gelu_tanh", normalize_p=None, aux_loss_weight=0.001),
         post_norms=True,
         tied_embeddings=True,

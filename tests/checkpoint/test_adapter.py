@@ -12,17 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quadriga.checkpoint import convert
-from quadriga.checkpoint.adapter import Adapter, from_peft, load, merge, save, to_peft
-from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.errors import CheckpointError, ConfigError
+from quadriga.io import convert
+from quadriga.io.adapter import Adapter, from_peft, load, merge, save, to_peft
+from quadriga.io.open import open_checkpoint
 from quadriga.model.adapter_spec import LoraSpec
-from quadriga.model.context import PackedContext
-from quadriga.model.lora import attach
-from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.nn.context import PackedContext
+from quadriga.nn.load import load_parameters
+from quadriga.nn.lora import attach
+from quadriga.nn.transformer import Transformer, random_parameters
 from tests.checkpoint.models import TINY, write_hf
 from tests.checkpoint.test_upcycle import opened
-from tests.model.test_lora import ALL, IDS, random_factors
+from tests.nn.test_lora import ALL, IDS, random_factors
 
 SPEC = LoraSpec(rank=4, alpha=6.0, targets=("attention", "experts", "router"))
 

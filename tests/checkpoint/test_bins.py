@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quadriga.checkpoint.convert import convert
-from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.errors import CheckpointError
+from quadriga.io.convert import convert
+from quadriga.io.open import open_checkpoint
 from quadriga.model import families
+from quadriga.nn.load import load_parameters
 from tests.checkpoint.models import TINY, bits, random_bits, stored
 
 

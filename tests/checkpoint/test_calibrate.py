@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quadriga.checkpoint.calibrate import FORMATS, calibrate
-from quadriga.checkpoint.engine_file import packed_shapes
-from quadriga.checkpoint.open import Checkpoint, load_parameters, open_checkpoint
-from quadriga.checkpoint.packed import is_router
+from quadriga.edits.calibrate import FORMATS, calibrate
 from quadriga.errors import RequestError
-from quadriga.model.context import PackedContext
-from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.io.directory import packed_shapes
+from quadriga.io.open import Checkpoint, open_checkpoint
+from quadriga.io.packed import is_router
+from quadriga.kernels.arrays import tensor
+from quadriga.nn.context import PackedContext
+from quadriga.nn.load import load_parameters
+from quadriga.nn.transformer import Transformer, random_parameters
 from tests.checkpoint.models import TINY, write_hf
 
 IDS = torch.randint(0, 97, (300,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -52,7 +54,9 @@ def test_inputs_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
         counts.append([s.load().tolist() for s in stats])
     for matrix, square in seen.items():
         mean = square / len(IDS)
-        torch.testing.assert_close(found.importance[matrix].double(), mean + mean.mean() * 1e-3, rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(
+            tensor(found.importance[matrix]).double(), mean + mean.mean() * 1e-3, rtol=1e-3, atol=1e-9
+        )
     for i, tokens in enumerate(found.expert_tokens.values()):
         assert tokens == torch.tensor([part[i] for part in counts]).sum(0).tolist()
     weights = {n for n, shape in packed_shapes(TINY[name]).items() if len(shape) == 2 and not is_router(n)}

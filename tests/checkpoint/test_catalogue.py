@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from quadriga.checkpoint import catalogue
-from quadriga.checkpoint.catalogue import CATALOGUE, DEFAULT_MODEL, BundledEntry, cached, remove, resolve, verify
 from quadriga.errors import CatalogueError
+from quadriga.hub import catalogue
+from quadriga.hub.catalogue import CATALOGUE, DEFAULT_MODEL, BundledEntry, cached, remove, resolve, verify
 
 CONTENT = b"weights" * 1000
 

@@ -16,13 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quadriga.checkpoint import convert as conversion
-from quadriga.checkpoint import engine_file
-from quadriga.checkpoint.convert import convert, dry_run
-from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.errors import CheckpointError, ConfigError
+from quadriga.hub import catalogue
+from quadriga.io import convert as conversion
+from quadriga.io import directory as engine_file
+from quadriga.io.convert import convert, dry_run
+from quadriga.io.open import open_checkpoint
 from quadriga.model import families
+from quadriga.model.config_json import config_from_json, config_to_json
 from quadriga.model.weight_map import source_shapes
+from quadriga.nn.load import load_parameters
 from tests.checkpoint.models import TINY, bits, random_bits, write_hf
 from tests.checkpoint.test_open import LAYOUTS
 from tests.golden import vocabularies as golden
@@ -119,7 +122,7 @@ def test_added_tokens_are_tokens_wherever_a_checkpoint_goes(to: str, beside: str
     golden.write(f"tokenizer.model, legacy, {beside}", tmp_path / "hf")
     out = tmp_path / ("out.gguf" if to == "gguf" else "out")
     convert(tmp_path / "hf", out, to=to)  # type: ignore[arg-type]
-    before, after = (open_checkpoint(path).load_tokenizer() for path in (tmp_path / "hf", out))
+    before, after = (open_checkpoint(path).load_tokenizer(catalogue.cl100k_ranks) for path in (tmp_path / "hf", out))
     assert before is not None
     assert after is not None
     end = before.special_ids["<|im_end|>"]
@@ -188,7 +191,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path: Path) -> None:
     convert(tmp_path / "hf", tmp_path / "whole")
     expected = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
     program = (
-        "import os, sys\nfrom pathlib import Path\nfrom quadriga.checkpoint import convert\n"
+        "import os, sys\nfrom pathlib import Path\nfrom quadriga.io import convert\n"
         "convert._SYNC_BYTES = 50_000\nleft = [int(sys.argv[3])]\nreal = os.pwrite\n"
         "def pwrite(*a):\n    n = real(*a)\n    left[0] -= 1\n    left[0] or os.kill(os.getpid(), 9)\n    return n\n"
         "os.pwrite = pwrite\nconvert.convert(Path(sys.argv[1]), Path(sys.argv[2]))\n"
@@ -262,12 +265,16 @@ def test_a_manifest_that_lies_is_refused(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", TINY["dbrx"])
     convert(tmp_path / "hf", tmp_path / "ours")
     good = json.loads((tmp_path / "ours/quadriga.json").read_text())
-    first = next(iter(good["parameters"]))
+    first, first_layer = next(iter(good["parameters"])), good["config"]["layers"][0]
     lies = [
         good | {"quadriga": 99},
-        good | {"config": good["config"] | {"n_layers": 4}},
+        good | {"config": good["config"] | {"layers": [first_layer | {"times": 4}]}},
+        good | {"config": good["config"] | {"layers": [first_layer | {"times": 10**9}]}},
+        good | {"config": good["config"] | {"layers": [first_layer | {"times": 10_000}] * 10_000}},
+        good | {"config": good["config"] | {"layers": []}},
         good | {"config": good["config"] | {"surprise": 1}},
-        good | {"config": good["config"] | {"ffn": {"kind": "mystery"}}},
+        good | {"config": good["config"] | {"layers": [first_layer | {"ffn": {"kind": "mystery"}}]}},
+        good | {"config": good["config"] | {"layers": [first_layer | {"mixer": None}]}},
         good | {"parameters": {k: v for k, v in good["parameters"].items() if k != first}},
         good | {"parameters": good["parameters"] | {first: good["parameters"][first] | {"file": "../x.safetensors"}}},
         good | {"parameters": good["parameters"] | {first: good["parameters"][first] | {"format": "float16"}}},
@@ -282,8 +289,8 @@ def test_a_manifest_that_lies_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [*TINY, *families.PRESETS])
 def test_configs_survive_the_manifest(name: str) -> None:
     config = TINY.get(name) or families.PRESETS[name]
-    text = json.dumps(engine_file.config_to_json(config))
-    assert engine_file.config_from_json(json.loads(text)) == config
+    text = json.dumps(config_to_json(config))
+    assert config_from_json(json.loads(text)) == config
 
 
 # Dry run -------------------------------------------------------------------------------------------------------------

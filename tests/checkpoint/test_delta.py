@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from quadriga.checkpoint import catalogue, convert, delta
-from quadriga.checkpoint.adapter import Adapter, merge
-from quadriga.checkpoint.catalogue import CatalogueError, DeltaEntry
-from quadriga.checkpoint.open import Checkpoint, open_checkpoint
-from quadriga.checkpoint.upcycle import Upcycling, upcycle, upcycled_config
+from quadriga.edits import delta
+from quadriga.edits.upcycle import Upcycling, upcycle, upcycled_config
 from quadriga.errors import CheckpointError
+from quadriga.hub import catalogue
+from quadriga.hub.catalogue import CatalogueError, DeltaEntry
+from quadriga.io import convert
+from quadriga.io.adapter import Adapter, merge
+from quadriga.io.open import Checkpoint, open_checkpoint
+from quadriga.kernels.arrays import array
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.model.weight_map import parameter_shapes
-from tests.checkpoint.test_upcycle import opened
-from tests.model.test_lora import random_factors
+from tests.checkpoint.test_upcycle import opened, read
+from tests.nn.test_lora import random_factors
 
 HOW = Upcycling(n_experts=6, top_k=2)
 SPEC = LoraSpec(rank=4, alpha=8.0, targets=("experts",))
@@ -34,7 +38,7 @@ def base(tmp_path: Path) -> Checkpoint:
 def made(tmp_path: Path, base: Checkpoint) -> tuple[str, Checkpoint]:
     """(the delta's sha256, the model it stands for)."""
     config = upcycled_config(base.config, HOW)
-    routers = {layer: torch.randn(3, 48, generator=torch.Generator().manual_seed(layer)) for layer in range(3)}
+    routers = {layer: array(torch.randn(3, 48, generator=torch.Generator().manual_seed(layer))) for layer in range(3)}
     adapter = Adapter(spec=SPEC, factors=random_factors(config, SPEC))
     sha = delta.write(
         tmp_path / "d.safetensors", base_sha256=delta.sha256(base.path), how=HOW, routers=routers, adapter=adapter
@@ -48,12 +52,12 @@ def test_applied_it_is_the_model_to_the_rounding_of_its_blocks(
     wanted, got = made[1], delta.apply(base, tmp_path / "d.safetensors")
     assert got.config == wanted.config
     for name in parameter_shapes(wanted.config):
-        a, b = wanted.parameters.read(name), got.parameters.read(name)
+        a, b = read(wanted, name), read(got, name)
         if "moe.w_" not in name:
             assert torch.equal(a, b), name
             continue
         # q8_0 of both factors: relative error about 2 * (1 / 127) / sqrt(12) of the block's largest number.
-        plain = upcycle(base, HOW).parameters.read(name)
+        plain = read(upcycle(base, HOW), name)
         assert (a - plain).norm() > 0.1 * plain.norm(), "the adapter does something"
         assert (a - b).norm() < 0.02 * (a - plain).norm(), name
 
@@ -68,6 +72,9 @@ def test_another_base_or_a_damaged_file_is_refused(
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "d.safetensors").read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="cannot read"):
         delta.apply(base, tmp_path / "cut.safetensors")
+    save_file({"w": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "weights.safetensors")  # no type of NumPy's
+    with pytest.raises(CheckpointError, match="must be a delta of version 1, got None"):
+        delta.apply(base, tmp_path / "weights.safetensors")
 
 
 def test_the_catalogue_makes_it_once_and_keeps_it(
@@ -105,16 +112,15 @@ def test_shipped_deltas_are_what_the_catalogue_says() -> None:
 def test_quadriga_smol_is_a_mixture_that_answers() -> None:
     import quadriga
     from quadriga.engine.request import SamplingParams
-    from quadriga.model.config import MoESpec
 
     model = quadriga.load("quadriga-smol")
-    assert isinstance(model.config.ffn, MoESpec) and (model.config.ffn.n_experts, model.config.ffn.top_k) == (16, 4)
+    assert [(spec.n_experts, spec.top_k) for _, spec in model.config.moe_layers] == [(16, 4)] * model.config.n_layers
     answer = model.chat("What is the capital of France?", SamplingParams(max_new_tokens=16, temperature=0.0))
     assert "Paris" in answer.text
     tokenizer = model.tokenizer
     assert tokenizer is not None
     counts = [  # English and Chinese go to different experts, in every layer
-        [stats.load().double() for stats in model.routing(tokenizer.encode(text))]
+        [torch.from_numpy(stats.load()).double() for stats in model.routing(tokenizer.encode(text))]
         for text in ("The river runs through the old town and on to the sea.", "河水穿过古老的城镇，流向大海。")
     ]
     for english, chinese in zip(*counts, strict=True):

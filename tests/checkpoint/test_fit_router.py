@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from quadriga.checkpoint.fit_router import _RIDGE, _regression, fit_routers
-from quadriga.checkpoint.open import load_parameters
-from quadriga.checkpoint.upcycle import Upcycling, upcycle
+from quadriga.edits.fit_router import _RIDGE, _regression, fit_routers
+from quadriga.edits.upcycle import Upcycling, upcycle
 from quadriga.errors import RequestError
-from quadriga.model.context import PackedContext
-from quadriga.model.transformer import Transformer
+from quadriga.nn.context import PackedContext
+from quadriga.nn.load import load_parameters
+from quadriga.nn.transformer import Transformer
 from tests.checkpoint.test_upcycle import opened
 
 

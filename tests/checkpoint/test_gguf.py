@@ -14,8 +14,8 @@ import gguf as oracle
 import numpy as np
 import pytest
 
-from quadriga.checkpoint.gguf import GGUFTensor, Typed, is_gguf, plan_gguf, read_header, storable_format
 from quadriga.errors import CheckpointError
+from quadriga.io.gguf import GGUFTensor, Typed, is_gguf, plan_gguf, read_header, storable_format
 
 UINT32, FLOAT32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 
@@ -343,7 +343,7 @@ def read_alone(path: Path) -> tuple[str, int, int]:
     program = """
 import re, sys
 from pathlib import Path
-from quadriga.checkpoint.gguf import read_header
+from quadriga.io.gguf import read_header
 from quadriga.errors import CheckpointError
 def n_read():
     return int(re.search(r"rchar: (\\d+)", Path("/proc/self/io").read_text())[1])

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from quadriga.checkpoint.convert import convert
-from quadriga.checkpoint.gguf import plan_gguf
-from quadriga.checkpoint.gguf_source import GGUFSource
-from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.errors import CheckpointError
+from quadriga.io.convert import convert
+from quadriga.io.gguf import plan_gguf
+from quadriga.io.gguf_source import GGUFSource
+from quadriga.io.open import open_checkpoint
 from quadriga.model.config import ModelConfig
+from quadriga.nn.load import load_parameters
 from tests.checkpoint.models import TINY, bits, random_bits, write_hf
 
 # Rows of whole blocks of 32, so that the experts can be quantised.
 CONFIGS: dict[str, ModelConfig] = {
-    name: replace(TINY[name], d_model=64, ffn=replace(TINY[name].ffn, d_ff=96), embedding_scale=1.0)
-    for name in ("mixtral", "grok1")
+    name: replace(TINY[name].with_ffn(d_ff=96), d_model=64, embedding_scale=1.0) for name in ("mixtral", "grok1")
 }
 
 

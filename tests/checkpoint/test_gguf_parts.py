@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from quadriga.checkpoint.convert import convert
-from quadriga.checkpoint.gguf import Typed, plan_gguf
-from quadriga.checkpoint.gguf_source import GGUFSource
-from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.errors import CheckpointError
+from quadriga.io.convert import convert
+from quadriga.io.gguf import Typed, plan_gguf
+from quadriga.io.gguf_source import GGUFSource
+from quadriga.io.open import open_checkpoint
+from quadriga.nn.load import load_parameters
 from tests.checkpoint.models import TINY, bits, random_bits, write_hf
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import quadriga
-from quadriga.checkpoint.catalogue import BUNDLED
+from quadriga.hub.catalogue import BUNDLED
 
 TEXTS = {
     "en": "It was a dark night when the old man came to the house, and he said that he would not go out of the door.",

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.errors import CheckpointError, ConfigError
+from quadriga.io.open import open_checkpoint
+from quadriga.kernels.arrays import tensor
 from quadriga.model import families
+from quadriga.nn.load import load_parameters
 from tests.checkpoint.models import TINY, bits, random_bits, write_hf
 
 LAYOUTS = [
@@ -42,8 +44,8 @@ def test_boxes_smaller_and_larger_than_the_stored_pieces(tmp_path: Path) -> None
     write_hf(tmp_path, config, "split-qkv")
     view = open_checkpoint(tmp_path).parameters
     box = ((1, 4), (5, 80), (7, 31))
-    assert bits(view.read("layers.1.moe.w_gate", box)) == bits(expected["layers.1.moe.w_gate"][1:4, 5:80, 7:31])
-    assert bits(view.read("layers.2.attn.wqkv.weight", ((40, 70), (0, 48)))) == bits(
+    assert bits(tensor(view.read("layers.1.moe.w_gate", box))) == bits(expected["layers.1.moe.w_gate"][1:4, 5:80, 7:31])
+    assert bits(tensor(view.read("layers.2.attn.wqkv.weight", ((40, 70), (0, 48))))) == bits(
         expected["layers.2.attn.wqkv.weight"][40:70]
     )
 

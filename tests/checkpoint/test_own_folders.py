@@ -18,19 +18,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quadriga.checkpoint.convert import convert
-from quadriga.checkpoint.detect import locate
-from quadriga.checkpoint.open import load_parameters, open_checkpoint
-from quadriga.checkpoint.torch_source import TorchSource
 from quadriga.errors import CheckpointError, ConfigError
+from quadriga.io.convert import convert
+from quadriga.io.detect import locate
+from quadriga.io.open import open_checkpoint
+from quadriga.io.torch_source import TorchSource
+from quadriga.kernels import arrays
 from quadriga.model import families
 from quadriga.model.config import DenseSpec, ModelConfig, RopeSpec
 from quadriga.model.families import PRESETS
 from quadriga.model.families.own_params import from_params
+from quadriga.nn.load import load_parameters
 from tests.checkpoint.models import TINY, bits, random_bits, stored, write_hf
+from tests.configs import changed
 
 TOKENS: dict[str, Any] = {"bos_id": 1, "eos_ids": (2,)}
-LLAMA: ModelConfig = replace(
+LLAMA: ModelConfig = changed(
     TINY["llama2"], max_seq_len=4096, ffn=DenseSpec(d_ff=144, activation="silu"), **TOKENS
 )  # int(1.1 * int(8 * 48 / 3)) = 140, in steps of 12: 144
 META = {"dim": 48, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "vocab_size": -1, "multiple_of": 12}
@@ -105,7 +108,7 @@ def test_metas_folder(tmp_path: Path, old_protocol: bool) -> None:
 @pytest.mark.parametrize("rows_of_the_table", [False, True])
 @pytest.mark.parametrize("n", [2, 4])
 def test_a_model_cut_up_for_several_processes(tmp_path: Path, n: int, rows_of_the_table: bool) -> None:
-    config = replace(LLAMA, vocab_size=100, attn=replace(LLAMA.attn, n_heads=6, n_kv_heads=2))
+    config = replace(LLAMA, vocab_size=100).with_mixer(n_heads=6, n_kv_heads=2)
     parameters, tensors = tensors_of(config, "meta")
     parts = cut(tensors, n, rows_of_the_table=rows_of_the_table)
     files = {f"consolidated.{i:02d}.pth": part for i, part in enumerate(parts)}
@@ -114,7 +117,7 @@ def test_a_model_cut_up_for_several_processes(tmp_path: Path, n: int, rows_of_th
     view = open_checkpoint(folder).parameters
     for name, box in (("layers.1.attn.wo.weight", ((5, 30), (20, 29))), ("layers.2.ffn.w_down", ((0, 7), (70, 80)))):
         part = parameters[name][tuple(slice(*axis) for axis in box)]
-        assert bits(view.read(name, box)) == bits(part), "a box across files"
+        assert bits(arrays.tensor(view.read(name, box))) == bits(part), "a box across files"
 
 
 def test_tensors_that_share_a_storage_and_parameters(tmp_path: Path) -> None:
@@ -214,7 +217,7 @@ _RELEASED: list[tuple[dict[str, Any], int, ModelConfig]] = [
         {"dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8}
         | {"norm_eps": 1e-05, "vocab_size": 32000, "moe": {"num_experts_per_tok": 2, "num_experts": 8}},
         0,
-        replace(PRESETS["mixtral-8x7b"], ffn=replace(PRESETS["mixtral-8x7b"].ffn, aux_loss_weight=0.0)),
+        PRESETS["mixtral-8x7b"].with_ffn(aux_loss_weight=0.0),
     ),
 ]
 
@@ -233,13 +236,15 @@ def test_contexts_and_bases_that_the_file_leaves_open() -> None:
     llama3 |= {"ffn_dim_multiplier": 1.3, "norm_eps": 1e-05, "rope_theta": 500000.0, "use_scaled_rope": False}
     found = [from_params(p, lambda _: 32_000)[0] for p in (llama1, large, code, llama3, llama1 | {"max_seq_len": 100})]
     assert [config.max_seq_len for config in found] == [2048, 2048, 16_384, 8192, 100]
-    assert [config.position for config in found[:4]] == [RopeSpec(theta=t) for t in (1e4, 1e4, 1e6, 5e5)]
-    assert [config.ffn.d_ff for config in found[:4]] == [11_008, 22_016, 11_008, 14_336]
+    assert [config.layers[0].mixer.position for config in found[:4]] == [
+        RopeSpec(theta=t) for t in (1e4, 1e4, 1e6, 5e5)
+    ]
+    assert [config.layers[0].ffn.d_ff for config in found[:4]] == [11_008, 22_016, 11_008, 14_336]
     assert (found[3].bos_id, found[3].eos_ids) == (128_000, (128_001, 128_009))
     # Mistral 7B v0.1: a window, in one copy as text; its program then took 10000 for the base.
     v01 = {k: v for k, v in MISTRAL.items() if k != "moe"} | {"sliding_window": "4096"}
     config, notes = from_params(v01, lambda _: 0)
-    assert (config.family, config.max_seq_len, config.position) == ("llama2", 4096, RopeSpec(theta=1e4))
+    assert (config.family, config.max_seq_len, config.layers[0].mixer.position) == ("llama2", 4096, RopeSpec(theta=1e4))
     assert "rope_theta: 10000" in notes[0]
     assert from_params(v01 | {"max_position_embeddings": 32_768}, lambda _: 0)[0].max_seq_len == 4096
     assert from_params(MISTRAL | {"max_seq_len": 65_536}, lambda _: 0)[0].max_seq_len == 65_536
@@ -305,7 +310,7 @@ def _damaged(folder: Path, what: str) -> None:
     ],
 )
 def test_parts_that_make_no_whole(tmp_path: Path, what: str, says: str) -> None:
-    config = replace(LLAMA, norm=replace(LLAMA.norm))
+    config = LLAMA
     values = {n: t.float().nan_to_num(0, 1, -1).bfloat16() for n, t in random_bits(config).items()}
     parts = cut(stored(families.family_of(config).layouts["meta"](config), values), 2, rows_of_the_table=False)
     folder = folder_of(tmp_path, META, {f"consolidated.{i:02d}.pth": part for i, part in enumerate(parts)})
@@ -437,9 +442,9 @@ def test_what_is_no_dictionary_of_tensors_is_refused_and_never_runs(
 def test_a_sound_file_like_the_hostile_ones(tmp_path: Path) -> None:
     for path in (saved(tmp_path, GOOD), with_pickle(tmp_path, lambda raw: raw)):
         source = TorchSource(path)
-        assert torch.equal(source.read("a"), GOOD["a"])
-        assert torch.equal(source.read("a", ((2, 5), (1, 3))), GOOD["a"][2:5, 1:3])
-        assert torch.equal(source.read("b", ((1, 4),)), GOOD["b"][1:4])
+        assert torch.equal(arrays.tensor(source.read("a")), GOOD["a"])
+        assert torch.equal(arrays.tensor(source.read("a", ((2, 5), (1, 3)))), GOOD["a"][2:5, 1:3])
+        assert torch.equal(arrays.tensor(source.read("b", ((1, 4),))), GOOD["b"][1:4])
         source.close()
 
 

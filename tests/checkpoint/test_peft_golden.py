@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quadriga.checkpoint import adapter as adapters
-from quadriga.checkpoint.adapter import load, low_rank, merge, save, to_peft
-from quadriga.checkpoint.open import Checkpoint, load_parameters, open_checkpoint
 from quadriga.errors import CheckpointError, ConfigError
-from quadriga.model.context import PackedContext
-from quadriga.model.transformer import Transformer
+from quadriga.io import adapter as adapters
+from quadriga.io.adapter import load, low_rank, merge, save, to_peft
+from quadriga.io.open import Checkpoint, open_checkpoint
+from quadriga.nn.context import PackedContext
+from quadriga.nn.load import load_parameters
+from quadriga.nn.transformer import Transformer
 from tests.golden import checkpoints
 from tests.golden.weights import ADAPTER_ROWS, TOKENS, drawn_adapter
 
@@ -164,7 +165,7 @@ def test_options_that_are_not_computed_are_refused_by_name(change: dict[str, Any
 
 def test_no_key_of_a_real_file_is_unknown_and_every_harmless_one_has_a_reason() -> None:
     """Each key that peft writes is read, refused or listed: take the lists away and it is named as unknown."""
-    from quadriga.checkpoint import peft_config
+    from quadriga.io import peft_config
 
     assert all(len(reason) > 20 for reason in peft_config.HARMLESS.values())
     assert not peft_config.HARMLESS.keys() & peft_config._UNSUPPORTED.keys()
@@ -265,7 +266,7 @@ def test_dora_on_a_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_patterns_are_read_as_peft_reads_them() -> None:
-    from quadriga.checkpoint import peft_config
+    from quadriga.io import peft_config
 
     def how(**changes: Any) -> peft_config.PeftConfig:
         return peft_config.read({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | changes)

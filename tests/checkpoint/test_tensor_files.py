@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quadriga.checkpoint.tensor_files import SafetensorsSource, plan_shards, shard_index
 from quadriga.errors import CheckpointError
+from quadriga.io.safetensors import SafetensorsSource, plan_shards, shard_index
+from quadriga.kernels.arrays import tensor
 
 
 def file_of(header: object, body: bytes = b"", length: int | None = None) -> bytes:
@@ -88,7 +89,7 @@ def test_hostile_headers_take_little_memory(tmp_path: Path) -> None:
     )
     (tmp_path / "is.safetensors").write_bytes(file_of(("{" + entries + "}").encode(), b""))
     program = (
-        "import sys\nfrom pathlib import Path\nfrom quadriga.checkpoint.tensor_files import SafetensorsSource\n"
+        "import sys\nfrom pathlib import Path\nfrom quadriga.io.safetensors import SafetensorsSource\n"
         "from quadriga.errors import CheckpointError\nimport resource\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for name in ('claims', 'is'):\n"
@@ -115,10 +116,10 @@ def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
     source = SafetensorsSource(tmp_path / "x.safetensors")
     assert source.tensors.keys() == tensors.keys()
     for name, expected in tensors.items():
-        assert torch.equal(source.read(name), expected)
+        assert torch.equal(tensor(source.read(name)), expected)
         assert source.tensors[name].dtype == str(expected.dtype).removeprefix("torch.")
-    assert torch.equal(source.read("f32", ((2, 5), (1, 4), (0, 2))), tensors["f32"][2:5, 1:4, 0:2])
-    assert torch.equal(source.read("bf16", ((8, 9), (0, 4))), tensors["bf16"][8:9])
+    assert torch.equal(tensor(source.read("f32", ((2, 5), (1, 4), (0, 2)))), tensors["f32"][2:5, 1:4, 0:2])
+    assert torch.equal(tensor(source.read("bf16", ((8, 9), (0, 4)))), tensors["bf16"][8:9])
 
 
 def test_the_library_reads_what_is_planned(tmp_path: Path) -> None:

@@ -9,25 +9,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from quadriga.checkpoint import convert
-from quadriga.checkpoint.calibrate import calibrate
-from quadriga.checkpoint.fewer_experts import merge_experts, prune, usefulness
-from quadriga.checkpoint.open import Checkpoint, load_parameters, open_checkpoint
-from quadriga.checkpoint.upcycle import Upcycling, upcycle
+from quadriga.edits.calibrate import calibrate
+from quadriga.edits.fewer_experts import merge_experts, prune, usefulness
+from quadriga.edits.upcycle import Upcycling, upcycle
 from quadriga.errors import ConfigError
-from quadriga.model.config import MoESpec
-from quadriga.model.context import PackedContext
-from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.io import convert
+from quadriga.io.open import Checkpoint, open_checkpoint
+from quadriga.kernels.arrays import array, tensor
+from quadriga.nn.context import PackedContext
+from quadriga.nn.load import load_parameters
+from quadriga.nn.transformer import Transformer, random_parameters
 from tests.checkpoint.models import TINY, write_hf
+from tests.configs import changed
 
 HOW = Upcycling(n_experts=6, top_k=2)
 IDS = torch.randint(0, 97, (41,), generator=torch.Generator().manual_seed(3))
 
 
 def opened(folder: Path, name: str = "llama2-tied", **changes: object) -> Checkpoint:
-    config = replace(TINY[name], **changes)  # type: ignore[arg-type]
+    config = changed(TINY[name], **changes)
     write_hf(folder, config, parameters=random_parameters(config, std=0.2))
     return open_checkpoint(folder)
+
+
+def read(checkpoint: Checkpoint, name: str) -> Tensor:
+    return tensor(checkpoint.parameters.read(name))
 
 
 def logits(checkpoint: Checkpoint) -> Tensor:
@@ -43,8 +49,8 @@ def test_the_mixture_computes_what_the_dense_model_does(
 ) -> None:
     dense = opened(tmp_path / "dense", name)
     moe = upcycle(dense, Upcycling(n_experts=8, top_k=top_k, granules=granules, router_std=0.5))
-    assert moe.config.family == "mixtral" and isinstance(moe.config.ffn, MoESpec)
-    assert moe.config.ffn.d_ff * (granules or top_k) == dense.config.ffn.d_ff
+    assert moe.config.family == "mixtral"
+    assert moe.config.only_moe("this test").d_ff * (granules or top_k) == dense.config.layers[0].ffn.d_ff
     wanted = logits(dense)
     # Sums in another order: a few roundings of the logits' own size.
     torch.testing.assert_close(logits(moe), wanted, rtol=0, atol=2e-5 * float(wanted.std()))
@@ -60,15 +66,17 @@ def test_tokens_visit_whole_copies_and_not_all_the_same(tmp_path: Path) -> None:
         assert torch.equal(pairs[:, 1], pairs[:, 0] + 1), "granules 0 and 1 of one copy"
         torch.testing.assert_close(layer.expert_weights, torch.full((len(IDS), 2), 0.5), rtol=0, atol=1e-6)
     assert len({int(e) for layer in stats for e in layer.expert_ids.unique()}) == 6
+    first, second = (read(moe, f"layers.{layer}.moe.router.weight") for layer in (0, 1))
+    assert not torch.equal(first, second), "every layer has a router of its own"
 
 
 def test_given_routers_are_the_rows_of_their_copies(tmp_path: Path) -> None:
     dense = opened(tmp_path / "dense")
-    routers = {layer: torch.randn(3, 48) for layer in range(3)}
+    routers = {layer: array(torch.randn(3, 48)) for layer in range(3)}
     moe = upcycle(dense, HOW, routers=routers)
     for layer in range(3):
-        stored = moe.parameters.read(f"layers.{layer}.moe.router.weight")
-        assert torch.equal(stored, routers[layer][[0, 0, 1, 1, 2, 2]])
+        stored = read(moe, f"layers.{layer}.moe.router.weight")
+        assert torch.equal(stored, tensor(routers[layer])[[0, 0, 1, 1, 2, 2]])
     assert moe.recipe != upcycle(dense, HOW, routers={i: r + 1 for i, r in routers.items()}).recipe
     with pytest.raises(ConfigError, match=r"layer 2 needs router rows \(3, 48\)"):
         upcycle(dense, HOW, routers={0: routers[0], 1: routers[1]})
@@ -80,19 +88,19 @@ def test_drop_redraws_the_same_units_of_gate_up_and_down(tmp_path: Path) -> None
     name = "layers.1.moe.{}"
     changed = []
     for part, axis in (("w_gate", 1), ("w_up", 1), ("w_down", 0)):
-        a, b = plain.parameters.read(name.format(part))[4], dropped.parameters.read(name.format(part))[4]
+        a, b = read(plain, name.format(part))[4], read(dropped, name.format(part))[4]
         changed.append(~(a == b).all(axis))
         assert (a != b).any(axis).sum() == 10, "a quarter of 40 units"
         assert abs(float(b.std() / a.std()) - 1) < 0.1
     assert torch.equal(changed[0], changed[1]) and torch.equal(changed[0], changed[2])
-    others = dropped.parameters.read(name.format("w_up"))[2] != plain.parameters.read(name.format("w_up"))[2]
+    others = read(dropped, name.format("w_up"))[2] != read(plain, name.format("w_up"))[2]
     assert not torch.equal(others.any(1), changed[1]), "every expert has units of its own"
 
 
 def test_noise_has_the_size_asked_for(tmp_path: Path) -> None:
     dense = opened(tmp_path / "dense")
-    a = upcycle(dense, HOW).parameters.read("layers.0.moe.w_up")
-    b = upcycle(dense, replace(HOW, noise=0.05)).parameters.read("layers.0.moe.w_up")
+    a = read(upcycle(dense, HOW), "layers.0.moe.w_up")
+    b = read(upcycle(dense, replace(HOW, noise=0.05)), "layers.0.moe.w_up")
     # 1920 samples: the estimate of a deviation is within 5 standard errors, 5 / sqrt(2 * 1920) = 8 %.
     assert torch.allclose((b - a).std(dim=(1, 2)) / a.std(dim=(1, 2)), torch.tensor(0.05), rtol=0.08)
     assert not torch.equal((b - a)[0], (b - a)[2])
@@ -108,7 +116,8 @@ def test_written_as_hf_gguf_and_packed_it_reads_back(tmp_path: Path) -> None:
     convert.write(moe, tmp_path / "packed", format="float32")
     for path in ("hf", "gguf.gguf", "own", "packed"):
         again = open_checkpoint(tmp_path / path)
-        assert again.config.ffn == replace(moe.config.ffn, aux_loss_weight=again.config.ffn.aux_loss_weight)  # type: ignore[union-attr]
+        spec = again.config.only_moe("this test")
+        assert spec == replace(moe.config.only_moe("this test"), aux_loss_weight=spec.aux_loss_weight)
         assert torch.equal(logits(again), wanted), path
 
 
@@ -118,17 +127,17 @@ def test_merging_right_after_upcycling_gives_the_dense_model_back(tmp_path: Path
     back = merge_experts(open_checkpoint(tmp_path / "moe"), use=[[3, 1, 4, 1, 5, 9]] * 3)
     assert back.config == dense.config
     for name in ("layers.2.ffn.w_gate", "layers.0.ffn.w_down", "layers.1.attn.wqkv.weight"):
-        torch.testing.assert_close(back.parameters.read(name), dense.parameters.read(name), rtol=1e-6, atol=0)
+        torch.testing.assert_close(read(back, name), read(dense, name), rtol=1e-6, atol=0)
 
 
 def test_merging_weighs_copies_by_use(tmp_path: Path) -> None:
-    moe = opened(tmp_path / "moe", "mixtral", ffn=replace(TINY["mixtral"].ffn, n_experts=4, top_k=2))
+    moe = opened(tmp_path / "moe", "mixtral", ffn=replace(TINY["mixtral"].layers[0].ffn, n_experts=4, top_k=2))
     use = [[1.0, 0.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
     dense = merge_experts(moe, 2, use=use)
     for layer, (a, b, c, d) in enumerate([(0.25, 0.5, 0.75, 0.5), (0.5,) * 4, (0.5,) * 4]):
-        stored = moe.parameters.read(f"layers.{layer}.moe.w_down")
+        stored = read(moe, f"layers.{layer}.moe.w_down")
         wanted = torch.cat((a * stored[0] + c * stored[2], b * stored[1] + d * stored[3]), 1) / 2
-        torch.testing.assert_close(dense.parameters.read(f"layers.{layer}.ffn.w_down"), wanted)
+        torch.testing.assert_close(read(dense, f"layers.{layer}.ffn.w_down"), wanted)
 
 
 def test_use_and_output_are_what_a_loop_over_tokens_adds_up(tmp_path: Path) -> None:
@@ -153,11 +162,11 @@ def test_pruning_leaves_out_the_least_useful(tmp_path: Path) -> None:
     moe = opened(tmp_path / "moe", "mixtral")
     worth = [[5.0, 1.0, 2.0, 0.5, 3.0], [1.0, 1.0, 1.0, 1.0, 1.0], [0.0, 0.1, 0.2, 0.3, 0.4]]
     small = prune(moe, 4, worth)
-    assert small.config.ffn == replace(moe.config.ffn, n_experts=4)  # type: ignore[type-var]
+    assert small.config == moe.config.with_ffn(n_experts=4)
     for layer, kept in enumerate([[0, 1, 2, 4], [0, 1, 2, 3], [1, 2, 3, 4]]):
         for part in ("w_gate", "w_down", "router.weight"):
             name = f"layers.{layer}.moe.{part}"
-            assert torch.equal(small.parameters.read(name), moe.parameters.read(name)[kept])
+            assert torch.equal(read(small, name), read(moe, name)[kept])
     assert logits(small).isfinite().all()
     with pytest.raises(ConfigError, match="between 3 and 5 can stay; got 2"):
         prune(moe, 2, worth)

@@ -153,7 +153,7 @@ def test_the_other_commands(session: ChatSession) -> None:
 
 def test_experts_of_the_last_answer() -> None:
     from quadriga import LLM
-    from quadriga.model.transformer import Transformer, random_parameters
+    from quadriga.nn.transformer import Transformer, random_parameters
     from quadriga.text.tokenizer import Tokenizer
     from tests.engine.test_llm import Letters
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from quadriga.cli import app
-from quadriga.model.transformer import random_parameters
+from quadriga.nn.transformer import random_parameters
 from tests.checkpoint.models import TINY, write_hf
 from tests.paths import data
 from tests.text import vocabularies

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, models
 from typer.testing import CliRunner
 
-from quadriga.checkpoint.convert import convert
 from quadriga.cli import app
+from quadriga.io.convert import convert
 from tests.checkpoint.test_packed import write
 
 

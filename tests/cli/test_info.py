@@ -25,7 +25,7 @@ def test_json_holds_every_figure(capsys):
         "active": 36_469_708_800,
         "active_without_input": 35_853_146_112,
     }
-    assert facts["config"]["attn"]["clip_qkv"] == 8.0
+    assert [(layer["times"], layer["mixer"]["clip_qkv"]) for layer in facts["config"]["layers"]] == [(40, 8.0)]
     assert facts["shapes"]["layers.{i}.moe.w_down"] == [16, 6144, 10752]
     assert facts["kv_bytes_per_token"] == {"float32": 327_680, "bfloat16": 163_840}
     assert facts["context"] == 32_768
@@ -54,7 +54,7 @@ def test_every_preset_prints(capsys, name):
 
 
 def test_a_directory_is_described_by_its_config(capsys, tmp_path):
-    config = replace(preset("mixtral-8x7b"), n_layers=3)
+    config = preset("mixtral-8x7b").with_n_layers(3)
     folder = tmp_path / "[red]odd name"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(family_of(config).config_to_hf(config)))
@@ -70,7 +70,7 @@ def test_what_a_file_leaves_open_is_said(capsys, tmp_path):
     del raw["rope_theta"]
     (tmp_path / "config.json").write_text(json.dumps(raw | {"transformers_version": "4.31.0.dev0"}))
     facts = facts_of(capsys, str(tmp_path))
-    assert facts["config"]["position"] == {"theta": 10_000.0}
+    assert [layer["mixer"]["position"] for layer in facts["config"]["layers"]] == [{"kind": "rope", "theta": 10_000.0}]
     (note,) = facts["notes"]
     assert note.startswith("config.json does not give rope_theta: 10000 is taken")
     info(str(tmp_path))

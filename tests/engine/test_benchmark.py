@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from quadriga.bench.speed import KINDS, Bench, bytes_per_token
 from quadriga.cli import app
-from quadriga.engine.benchmark import KINDS, Bench, bytes_per_token
 from quadriga.errors import ConfigError
-from quadriga.model.compiled import CompiledModel, pack_parameters
-from quadriga.model.transformer import random_parameters
+from quadriga.kernels.arrays import arrays
+from quadriga.nn.transformer import random_parameters
 from quadriga.quant.packed import PACKED
+from quadriga.runners.compiled import CompiledModel, pack_parameters
 from tests.checkpoint.models import TINY
 from tests.checkpoint.test_packed import write
 
@@ -20,18 +21,20 @@ from tests.checkpoint.test_packed import write
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     config = TINY["dbrx"]
-    packed = pack_parameters(random_parameters(config, std=0.1), "q4")
+    packed = pack_parameters(arrays(random_parameters(config, std=0.1)), "q4")
     return Bench(CompiledModel(config, packed, threads=2, n_blocks=40), packed, rounds=2)
 
 
 def test_a_token_reads_everything_but_idle_experts_and_other_embeddings() -> None:
     config = TINY["dbrx"]
-    packed = pack_parameters(random_parameters(config, std=0.1), "q8")
-    q8, d, f = PACKED["q8"].nbytes_of, config.d_model, config.ffn.d_ff
-    router = PACKED["float32"].nbytes_of(config.ffn.n_experts, d)
+    packed = pack_parameters(arrays(random_parameters(config, std=0.1)), "q8")
+    q8, d, f = PACKED["q8"].nbytes_of, config.d_model, config.layers[0].ffn.d_ff
+    router = PACKED["float32"].nbytes_of(config.layers[0].ffn.n_experts, d)
     expert = 2 * q8(f, d) + q8(d, f)
-    attention = q8(config.attn.q_dim + 2 * config.attn.kv_dim, d) + q8(d, config.attn.q_dim)
-    layer = attention + router + config.ffn.top_k * expert
+    attention = q8(config.layers[0].mixer.q_dim + 2 * config.layers[0].mixer.kv_dim, d) + q8(
+        d, config.layers[0].mixer.q_dim
+    )
+    layer = attention + router + config.layers[0].ffn.top_k * expert
     assert bytes_per_token(config, packed) == pytest.approx(config.n_layers * layer + q8(config.vocab_size, d))
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from quadriga.bench import claim
+from quadriga.bench.claim import Layer, Measured, head_bytes, layer_bytes, random_packed, ratio
 from quadriga.cli import bench_claim
-from quadriga.engine import claim
-from quadriga.engine.claim import Layer, Measured, head_bytes, layer_bytes, random_packed, ratio
 from quadriga.errors import ConfigError
+from quadriga.kernels.cpu.packing import Packed
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
-from quadriga.ops.packing import Packed
 from tests.checkpoint.models import TINY
 
 
@@ -38,7 +38,7 @@ def test_arithmetic_expects_the_launchs_two_times_of_one_user() -> None:
 
 
 def test_every_expert_has_memory_of_its_own() -> None:
-    parameters = random_packed(replace(TINY["dbrx"], n_layers=1), "q4")
+    parameters = random_packed(TINY["dbrx"].with_n_layers(1), "q4")
     experts = parameters["layers.0.moe.w_gate"]
     assert isinstance(experts, list)
     assert len({expert.data.ctypes.data for expert in experts}) == 5

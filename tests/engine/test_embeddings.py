@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from quadriga.engine.blocks import BLOCK_TOKENS
 from quadriga.engine.engine import Engine
 from quadriga.engine.pooling import SUM_TOKENS, Pooling
 from quadriga.engine.request import Embed, Embedding, Request, SamplingParams, TokenEvent
 from quadriga.errors import RequestError
-from quadriga.model.compiled import CompiledModel, pack_parameters
-from quadriga.model.transformer import random_parameters
-from quadriga.ops.program import Batch
+from quadriga.kernels.arrays import arrays
+from quadriga.kernels.cpu.program import Batch
+from quadriga.nn.transformer import random_parameters
+from quadriga.quant.packed import BLOCK_TOKENS
+from quadriga.runners.compiled import CompiledModel, pack_parameters
 from tests.engine.test_engine import CONFIG, compiled, request
 
 
@@ -32,9 +33,9 @@ def plainly(ids: tuple[int, ...]) -> Tensor:
     for start in range(0, len(ids), SUM_TOKENS):
         tokens = ids[start : start + SUM_TOKENS]
         n = len(tokens)
-        arrays = (tokens, range(start, start + n), (0, n), blocks, (0, len(blocks)), ())
-        runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in arrays)))
-        total += runner.hidden(n).sum(0)
+        ints = (tokens, range(start, start + n), (0, n), blocks, (0, len(blocks)), ())
+        runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)))
+        total += torch.from_numpy(runner.hidden(n)).sum(0)
     return total / total.norm()
 
 
@@ -106,7 +107,7 @@ def test_texts_are_refused_at_the_door_and_dropped_anywhere() -> None:
 def test_states_that_are_not_finite_fail_for_their_text_only() -> None:
     parameters = random_parameters(CONFIG, std=0.3)
     parameters["embed.weight"][5] = float("nan")
-    engine = Engine(CompiledModel(CONFIG, pack_parameters(parameters, "bfloat16"), threads=1, n_blocks=60))
+    engine = Engine(CompiledModel(CONFIG, pack_parameters(arrays(parameters), "bfloat16"), threads=1, n_blocks=60))
     bad, good = engine.submit(Embed(prompt=(1, 5, 2))), engine.submit(Embed(prompt=(1, 2, 3)))
     made = run(engine)
     assert isinstance(made[bad][0], RequestError) and "not finite" in str(made[bad][0])

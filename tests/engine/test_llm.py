@@ -11,9 +11,9 @@ import torch
 import quadriga
 from quadriga import LLM, SamplingParams
 from quadriga.engine.engine import Engine
-from quadriga.engine.runner import TorchRunner
 from quadriga.errors import ConfigError, HardwareError, RequestError, TemplateError, TokenizerError
-from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.nn.transformer import Transformer, random_parameters
+from quadriga.runners.torch import TorchRunner
 from quadriga.text.tokenizer import Tokenizer
 from tests.checkpoint.models import TINY, write_hf
 

@@ -14,10 +14,11 @@ from quadriga import LLM
 from quadriga.engine import engine as engine_module
 from quadriga.engine.engine import Engine
 from quadriga.engine.request import Request, SamplingParams, TokenEvent
-from quadriga.engine.runner import TorchRunner
 from quadriga.errors import AnswerError, QuadrigaError, RequestError
-from quadriga.model.compiled import CompiledModel, pack_parameters
-from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.kernels.arrays import arrays
+from quadriga.nn.transformer import Transformer, random_parameters
+from quadriga.runners.compiled import CompiledModel, pack_parameters
+from quadriga.runners.torch import TorchRunner
 from quadriga.text.tokenizer import Tokenizer
 from tests.checkpoint.models import TINY
 
@@ -43,7 +44,9 @@ class Letters:
 
 
 def new_engine() -> Engine:
-    runner = CompiledModel(CONFIG, pack_parameters(random_parameters(CONFIG, std=0.3), "q8"), threads=1, n_blocks=60)
+    runner = CompiledModel(
+        CONFIG, pack_parameters(arrays(random_parameters(CONFIG, std=0.3)), "q8"), threads=1, n_blocks=60
+    )
     return Engine(runner, Tokenizer(Letters(), special_ids={}))
 
 

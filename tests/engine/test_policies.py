@@ -7,9 +7,10 @@ from hashlib import blake2b
 
 import pytest
 
-from quadriga.engine.blocks import BLOCK_TOKENS, BlockPool, chain_key
+from quadriga.engine.blocks import BlockPool, chain_key
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.scheduler import MOST_LOGIT_ROWS, Plan, Running, Scheduler
+from quadriga.quant.packed import BLOCK_TOKENS
 from tests.engine.test_scheduler import FakeModel, answer
 
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quadriga.engine.blocks import BLOCK_TOKENS, BlockPool, chain_key
+from quadriga.engine.blocks import BlockPool, chain_key
 from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
 from quadriga.errors import ConfigError, RequestError
+from quadriga.quant.packed import BLOCK_TOKENS
 from tests.engine.test_turns import calls_of
 
 

@@ -11,8 +11,9 @@ from quadriga import LLM
 from quadriga.engine import scoring
 from quadriga.engine.scoring import Scored, score
 from quadriga.errors import RequestError
-from quadriga.model.compiled import CompiledModel, pack_parameters
-from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.kernels.arrays import arrays
+from quadriga.nn.transformer import Transformer, random_parameters
+from quadriga.runners.compiled import CompiledModel, pack_parameters
 from tests.checkpoint.models import TINY
 
 Pair = tuple[list[int], list[int]]
@@ -25,7 +26,7 @@ def compiled(n_blocks: int = 64, kv_format: str = "float32") -> LLM:
     """A tiny DBRX on the CPU's kernels."""
     torch.manual_seed(0)
     config = TINY["dbrx"]
-    parameters = pack_parameters(random_parameters(config, std=0.4), "float32")
+    parameters = pack_parameters(arrays(random_parameters(config, std=0.4)), "float32")
     return LLM(CompiledModel(config, parameters, threads=1, n_blocks=n_blocks, kv_format=kv_format), None)
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from quadriga.engine.engine import Engine
 from quadriga.engine.request import Request, SamplingParams, TokenEvent
-from quadriga.engine.runner import TorchRunner
-from quadriga.model.compiled import CompiledModel, pack_parameters
-from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.kernels.arrays import arrays
+from quadriga.nn.transformer import Transformer, random_parameters
+from quadriga.runners.compiled import CompiledModel, pack_parameters
+from quadriga.runners.torch import TorchRunner
 from tests.checkpoint.models import TINY
 
 CONFIG = replace(TINY["dbrx"], max_seq_len=400)
@@ -30,7 +31,7 @@ def test_nobody_reads_what_a_blocks_last_owner_left(kv_format: str) -> None:
                 for tensor in stored:
                     tensor.fill_(float("nan"))
         else:
-            packed = pack_parameters(made, "q8")
+            packed = pack_parameters(arrays(made), "q8")
             runner = CompiledModel(CONFIG, packed, threads=1, n_blocks=60, kv_format=kv_format)
             if poisoned:
                 for kv in runner._kv:

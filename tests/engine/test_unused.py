@@ -14,10 +14,12 @@ import torch
 from quadriga import LLM
 from quadriga.engine.engine import Engine
 from quadriga.engine.request import Request, SamplingParams, TokenEvent
-from quadriga.engine.runner import Runner, TorchRunner
 from quadriga.errors import RequestError, TokenizerError
-from quadriga.model.compiled import CompiledModel, pack_parameters
-from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.kernels.arrays import arrays
+from quadriga.nn.transformer import Transformer, random_parameters
+from quadriga.runners.base import Runner
+from quadriga.runners.compiled import CompiledModel, pack_parameters
+from quadriga.runners.torch import TorchRunner
 from quadriga.text.grammar import Grammars
 from quadriga.text.tokenizer import Tokenizer
 from tests.checkpoint.models import TINY
@@ -56,7 +58,7 @@ def parameters() -> dict[str, torch.Tensor]:
 
 
 def compiled() -> CompiledModel:
-    return CompiledModel(CONFIG, pack_parameters(parameters(), "q8"), threads=1, n_blocks=60)
+    return CompiledModel(CONFIG, pack_parameters(arrays(parameters()), "q8"), threads=1, n_blocks=60)
 
 
 def plain() -> TorchRunner:

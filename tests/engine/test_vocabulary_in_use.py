@@ -11,7 +11,7 @@ import torch
 from quadriga import LLM, SamplingParams
 from quadriga.engine.text_model import TextModel
 from quadriga.errors import RequestError
-from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.text.chat import CHATML
 from quadriga.text.tokenizer import load_directory
 from tests.checkpoint.models import TINY

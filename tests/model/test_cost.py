@@ -82,7 +82,7 @@ def test_weight_bytes_of_dbrx():
 
 
 def test_rows_that_are_no_whole_blocks_are_not_packed():
-    llama = replace(preset("llama2-7b"), d_model=33, n_layers=1, vocab_size=7)
+    llama = replace(preset("llama2-7b").with_n_layers(1), d_model=33, vocab_size=7)
     one_row = cost.weight_bytes(replace(llama, vocab_size=8), "gguf-q8_0") - cost.weight_bytes(llama, "gguf-q8_0")
     assert one_row == 2 * 33 * 2  # two tables, 33 elements of 16 bits
 
@@ -97,7 +97,7 @@ def test_bytes_read_per_token():
 
 
 def test_a_batch_soon_reaches_every_expert():
-    ffn = preset("dbrx-132b").ffn
+    ffn = preset("dbrx-132b").only_moe("this test")
     expected = [round(cost.expected_distinct_experts(ffn, n), 1) for n in (1, 2, 4, 8)]
     assert expected == [4.0, 7.0, 10.9, 14.4]
 
@@ -113,7 +113,7 @@ def test_fits():
 
 
 def test_counting_a_deep_model_costs_nothing_extra():
-    deep = replace(preset("dbrx-9b"), n_layers=10_000)
-    per_layer = cost.n_params(replace(deep, n_layers=2)).total - cost.n_params(replace(deep, n_layers=1)).total
+    deep = preset("dbrx-9b").with_n_layers(10_000)
+    per_layer = cost.n_params(deep.with_n_layers(2)).total - cost.n_params(deep.with_n_layers(1)).total
     tables = 2 * 100_352 * 2048 + 2048
     assert cost.n_params(deep).total == 10_000 * per_layer + tables

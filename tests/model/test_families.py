@@ -12,41 +12,49 @@ import pytest
 
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.model import families
-from quadriga.model.config import AlibiSpec, AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.config import (
+    AlibiSpec,
+    AttentionSpec,
+    DenseSpec,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+    uniform_model,
+)
 from quadriga.model.families import FAMILIES, PRESETS, config_from_gguf, config_from_hf, family_of
 from quadriga.model.families.base import pick_layout
 from quadriga.model.families.keys import exact_or, shortest_float32
 from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes, whole
+from tests.configs import changed
 
-ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8)
+ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=12_345.0))
 MOE = MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu", aux_loss_weight=0.01)
-LLAMA = ModelConfig(
+LLAMA = uniform_model(
     family="llama2",
     vocab_size=97,
     d_model=48,
     n_layers=4,
     max_seq_len=64,
     norm=NormSpec(kind="rms", eps=1e-6),
-    position=RopeSpec(theta=12_345.0),
-    attn=replace(ATTN, head_dim=10),
+    mixer=replace(ATTN, head_dim=10),
     ffn=DenseSpec(d_ff=80, activation="silu"),
     bos_id=1,
     eos_ids=(2, 5, 9),
 )
 TINY = {
-    "dbrx": replace(
+    "dbrx": changed(
         LLAMA,
         family="dbrx",
         norm=NormSpec(kind="layer"),
-        attn=replace(ATTN, clip_qkv=0.5),
+        mixer=replace(ATTN, clip_qkv=0.5),
         ffn=replace(MOE, jitter_eps=0.0),
         pad_id=3,
     ),
-    "mixtral": replace(LLAMA, family="mixtral", ffn=MOE),
-    "grok1": replace(
+    "mixtral": changed(LLAMA, family="mixtral", ffn=MOE),
+    "grok1": changed(
         LLAMA,
         family="grok1",
-        attn=replace(ATTN, soft_cap=20.0, scale=0.3),
+        mixer=replace(ATTN, soft_cap=20.0, scale=0.3),
         ffn=replace(MOE, activation="gelu_tanh", normalize_p=None),
         post_norms=True,
         tied_embeddings=True,
@@ -54,12 +62,11 @@ TINY = {
         logit_scale=0.25,
     ),
     "llama2": LLAMA,
-    "mpt": replace(
+    "mpt": changed(
         LLAMA,
         family="mpt",
         norm=NormSpec(kind="layer", eps=1e-4),
-        position=AlibiSpec(max_bias=6.5),
-        attn=AttentionSpec(n_heads=6, n_kv_heads=6, head_dim=8, clip_qkv=0.5),
+        mixer=AttentionSpec(n_heads=6, n_kv_heads=6, head_dim=8, clip_qkv=0.5, position=AlibiSpec(max_bias=6.5)),
         ffn=DenseSpec(d_ff=192, activation="gelu", gated=False),
         tied_embeddings=True,
     ),
@@ -269,8 +276,9 @@ def test_a_released_config_is_its_preset(name):
 def test_smollm2_is_a_tied_llama():
     config = config_from_hf(SMOLLM2)
     assert (config.family, config.tied_embeddings, config.pad_id) == ("llama2", True, 2)
-    assert config.attn == AttentionSpec(n_heads=9, n_kv_heads=3, head_dim=64)
-    assert config.position == RopeSpec(theta=100_000.0)
+    assert config.layers[0].mixer == AttentionSpec(
+        n_heads=9, n_kv_heads=3, head_dim=64, position=RopeSpec(theta=100_000.0)
+    )
 
 
 def test_end_tokens_come_from_the_generation_config():
@@ -286,7 +294,7 @@ def test_end_tokens_come_from_the_generation_config():
 def test_rope_theta_where_transformers_5_writes_it():
     raw = {k: v for k, v in LLAMA2_70B_RELEASE.items() if k not in ("rope_theta", "rope_scaling")}
     moved = raw | {"rope_parameters": {"rope_type": "default", "rope_theta": 54321.0}}
-    assert config_from_hf(moved).position == RopeSpec(theta=54_321.0)
+    assert config_from_hf(moved).layers[0].mixer.position == RopeSpec(theta=54_321.0)
     with pytest.raises(ConfigError, match="rope_theta"):
         config_from_hf(raw | {"rope_parameters": {"rope_type": "default"}})
     with pytest.raises(ConfigError, match=r"rope_theta must be 54321.0, got 10000.0"):
@@ -311,13 +319,17 @@ LLAMA1 = {  # an early conversion of LLaMA-1, by a transformers before its first
 
 def test_keys_older_than_the_file_have_the_classs_default_and_that_is_said():
     config, notes = families.read_hf(TINYLLAMA)
-    assert config.position == RopeSpec(theta=10_000.0)
+    assert config.layers[0].mixer.position == RopeSpec(theta=10_000.0)
     assert notes == [
         "config.json does not give rope_theta: 10000 is taken, the class's default since transformers 4.28 "
         "(this file was written by 4.31.0.dev0)"
     ]
     config, notes = families.read_hf(LLAMA1)
-    assert (config.position, config.max_seq_len, config.pad_id) == (RopeSpec(theta=10_000.0), 2048, None)
+    assert (config.layers[0].mixer.position, config.max_seq_len, config.pad_id) == (
+        RopeSpec(theta=10_000.0),
+        2048,
+        None,
+    )
     assert [note.split(":")[0].rpartition(" ")[2] for note in notes] == ["rope_theta", "max_position_embeddings"]
     sparse = {
         k: v
@@ -325,8 +337,8 @@ def test_keys_older_than_the_file_have_the_classs_default_and_that_is_said():
         if k not in ("rope_theta", "num_key_value_heads", "router_aux_loss_coef")
     }
     config, notes = families.read_hf(sparse)
-    assert (config.position, config.attn.n_kv_heads) == (RopeSpec(theta=1e6), 8)
-    assert config.ffn.aux_loss_weight == 0.001
+    assert (config.layers[0].mixer.position, config.layers[0].mixer.n_kv_heads) == (RopeSpec(theta=1e6), 8)
+    assert config.only_moe("this test").aux_loss_weight == 0.001
     assert len(notes) == 3
     assert families.read_hf(MIXTRAL_RELEASE)[1] == families.read_hf(DBRX_RELEASE)[1] == []
 
@@ -368,7 +380,7 @@ def test_dbrx_norm_of_the_expert_weights():
     """Absent: the class's 1. Null or 0: no division. Anything else: that norm."""
 
     def normalize_p(**ffn):
-        return config_from_hf(DBRX_RELEASE | {"ffn_config": DBRX_RELEASE["ffn_config"] | ffn}).ffn.normalize_p
+        return config_from_hf(DBRX_RELEASE | {"ffn_config": DBRX_RELEASE["ffn_config"] | ffn}).layers[0].ffn.normalize_p
 
     key = "moe_normalize_expert_weights"
     assert normalize_p() == 1.0
@@ -558,7 +570,7 @@ def test_an_unsupported_model_type_lists_the_supported_ones():
 
 def test_presets_by_name():
     assert len(PRESETS) == 13
-    assert families.preset("dbrx-132b").attn.n_heads == 48
+    assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
     with pytest.raises(ConfigError, match="family must be one of dbrx"):
@@ -582,7 +594,7 @@ def test_hf_config_round_trip(name):
 def without_training(config):
     if not config.is_moe:
         return config
-    return replace(config, ffn=replace(config.ffn, aux_loss_weight=0.0, jitter_eps=None))
+    return config.with_ffn(aux_loss_weight=0.0, jitter_eps=None)
 
 
 def gguf_shapes(config):
@@ -604,28 +616,28 @@ def test_gguf_round_trip_through_float32(name):
     ("family", "change", "says"),
     [
         ("dbrx", {"tied_embeddings": True}, "tie_word_embeddings"),
-        ("dbrx", {"norm": NormSpec(kind="layer", eps=1e-6)}, "norm"),
-        ("dbrx", {"ffn": replace(MOE, aggregate="vote")}, "aggregate='vote'"),
+        ("dbrx", {"norm": NormSpec(kind="layer", eps=1e-6)}, "norm.eps: 1e-06 would become 1e-05"),
+        ("dbrx", {"ffn": replace(MOE, aggregate="vote")}, "layers.ffn.aggregate: vote would become weighted_sum"),
         ("dbrx", {"ffn": replace(MOE, activation="relu")}, "ffn_act_fn"),
         ("dbrx", {"ffn": DenseSpec(d_ff=80, activation="silu")}, "needs a MoESpec"),
         ("dbrx", {"position": AlibiSpec()}, "needs a RopeSpec"),
-        ("mixtral", {"ffn": replace(MOE, normalize_p=None)}, "normalize_p"),
+        ("mixtral", {"ffn": replace(MOE, normalize_p=None)}, "layers.ffn.normalize_p: None would become 1.0"),
         ("mixtral", {"logit_scale": 2.0}, "logit_scale: 2.0 would become 1.0"),
-        ("llama2", {"post_norms": True}, "post_norms: True would become False"),
+        ("llama2", {"post_norms": True}, "layers.post_norms: True would become False"),
         ("mpt", {"ffn": DenseSpec(d_ff=80, activation="gelu", gated=False)}, "d_ff"),
         ("grok1", {"tied_embeddings": False}, "tie_word_embeddings must be True"),
     ],
 )
 def test_a_format_that_cannot_hold_a_model_says_so(family, change, says):
     with pytest.raises(ConfigError, match=says):
-        FAMILIES[family].config_to_hf(replace(TINY[family], **change))
+        FAMILIES[family].config_to_hf(changed(TINY[family], **change))
 
 
 def test_gguf_cannot_hold_what_llama_cpp_would_not_compute():
     with pytest.raises(ConfigError, match=r"GGUF arch dbrx cannot express.*normalize_p"):
-        FAMILIES["dbrx"].config_to_gguf(replace(TINY["dbrx"], ffn=replace(MOE, normalize_p=None)))
+        FAMILIES["dbrx"].config_to_gguf(changed(TINY["dbrx"], ffn=replace(MOE, normalize_p=None)))
     with pytest.raises(ConfigError, match="soft_cap is None"):
-        FAMILIES["grok1"].config_to_gguf(replace(TINY["grok1"], attn=ATTN))
+        FAMILIES["grok1"].config_to_gguf(changed(TINY["grok1"], mixer=ATTN))
     with pytest.raises(ConfigError, match="room for 3 end tokens"):
         FAMILIES["llama2"].config_to_gguf(replace(LLAMA, eos_ids=(2, 3, 4, 5)))
 
@@ -722,7 +734,7 @@ def test_keys_that_say_no_scaling_are_read():
     said = {f"llama.{key}": value for key, value in said.items()}
     assert config_from_gguf(SMOLLM2_GGUF | said | {"general.type": "model"}, TABLE) == config_from_hf(SMOLLM2)
     scaled = config_from_gguf(SMOLLM2_GGUF | {"llama.attention.scale": 0.25}, TABLE)
-    assert scaled.attn.score_scale == 0.25
+    assert scaled.layers[0].mixer.score_scale == 0.25 and len(scaled.kinds()) == 1
 
 
 @pytest.mark.parametrize("name", ["mixtral", "dbrx", "grok1"])
@@ -920,7 +932,7 @@ def test_mixtral_in_transformers_5_has_gate_above_up():
 def test_metas_rotary_pairs_become_halves(name, layout):
     """Row 2j of a head is the first of pair j and goes to row j; row 2j + 1 to row j + d/2. v keeps its order."""
     sources, ours = imported(name, layout)
-    wqkv, d = ours["layers.1.attn.wqkv.weight"], TINY[name].attn.head_dim
+    wqkv, d = ours["layers.1.attn.wqkv.weight"], TINY[name].layers[0].mixer.head_dim
     for source, first_row, n_heads in (("wq", 0, 6), ("wk", 6 * d, 2)):
         stored = sources[f"layers.1.attention.{source}.weight"]
         for h in range(n_heads):
@@ -970,7 +982,7 @@ def test_a_damaged_checkpoint_is_told_in_the_layout_it_is_in():
 
 
 def test_a_config_that_promises_the_moon_is_refused_at_once():
-    config = replace(TINY["dbrx"], n_layers=10_000, ffn=replace(MOE, n_experts=1024))
+    config = changed(TINY["dbrx"], n_layers=10_000, ffn=replace(MOE, n_experts=1024))
     names = source_shapes(FAMILIES["dbrx"].layouts["split"](TINY["dbrx"]))
     with pytest.raises(CheckpointError, match=r"asks for \d+ tensors .* holds 83"):
         pick_layout(FAMILIES["dbrx"], config, names)
@@ -978,7 +990,7 @@ def test_a_config_that_promises_the_moon_is_refused_at_once():
 
 def test_a_square_expert_stored_either_way_is_not_guessed():
     """With d_ff = d_model nothing tells w2 (D, F) from w2 (F, D)."""
-    family, config = FAMILIES["dbrx"], replace(TINY["dbrx"], ffn=replace(MOE, d_ff=48))
+    family, config = FAMILIES["dbrx"], changed(TINY["dbrx"], ffn=replace(MOE, d_ff=48))
     with pytest.raises(CheckpointError, match="layouts split and split-stored have the same names and shapes"):
         pick_layout(family, config, source_shapes(family.layouts["split"](config)))
     fused = source_shapes(family.layouts["fused"](config))

@@ -5,18 +5,17 @@ import sys
 import pytest
 
 from quadriga.errors import CheckpointError
-from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.config import AttentionSpec, DenseSpec, MoESpec, NormSpec, RopeSpec, uniform_model
 from quadriga.model.weight_map import Piece, check_cover, parameter_shapes
 
-TINY = ModelConfig(
+TINY = uniform_model(
     family="dbrx",
     vocab_size=97,
     d_model=48,
     n_layers=4,
     max_seq_len=64,
     norm=NormSpec(kind="layer"),
-    position=RopeSpec(theta=5e5),
-    attn=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8),
+    mixer=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=5e5)),
     ffn=MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu"),
 )
 
@@ -136,15 +135,14 @@ def test_shapes_of_a_mixture_of_experts():
 
 def test_shapes_of_a_plain_tied_network():
     shapes = parameter_shapes(
-        ModelConfig(
+        uniform_model(
             family="mpt",
             vocab_size=97,
             d_model=48,
             n_layers=2,
             max_seq_len=64,
             norm=NormSpec(kind="layer"),
-            position=RopeSpec(theta=1e4),
-            attn=AttentionSpec(n_heads=3, n_kv_heads=3, head_dim=16),
+            mixer=AttentionSpec(n_heads=3, n_kv_heads=3, head_dim=16, position=RopeSpec(theta=1e4)),
             ffn=DenseSpec(d_ff=192, activation="gelu", gated=False),
             tied_embeddings=True,
             post_norms=True,

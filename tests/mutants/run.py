@@ -105,7 +105,7 @@ def _pytest(tests: list[str], library: Path | None, said: Path) -> None:
 
 def library_in_use(mutants: Sequence[Mutant]) -> Path | None:
     """The library for mutants in Python: the one of the working tree if it has one, else one of the copy's own."""
-    own = ROOT / "src/quadriga/ops/quadriga_cpu.so"
+    own = ROOT / "src/quadriga/kernels/cpu/quadriga_cpu.so"
     if own.exists() and not any(mutant.compiled for mutant in mutants):
         return own.resolve()
     wrong = build()

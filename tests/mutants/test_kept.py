@@ -39,4 +39,17 @@ def test_the_list_reaches_every_room_of_the_code() -> None:
     twice = [name for name, n in Counter((m.room, m.name) for m in MUTANTS).items() if n > 1]
     assert twice == []
     packages = {mutant.file.removeprefix("src/quadriga/").partition("/")[0] for mutant in MUTANTS}
-    assert {"checkpoint", "engine", "evaluate", "model", "ops", "quant", "server", "text", "train"} <= packages
+    assert {
+        "edits",
+        "engine",
+        "evaluate",
+        "io",
+        "kernels",
+        "model",
+        "nn",
+        "quant",
+        "runners",
+        "server",
+        "text",
+        "train",
+    } <= packages

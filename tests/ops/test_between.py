@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quadriga import ops
-from quadriga.ops import cpu
-from quadriga.ops.training import between
-from quadriga.ops.training.expert_layer import Plan, filled_up
+from quadriga.kernels import ops
+from quadriga.kernels.cpu import library as cpu
+from quadriga.kernels.training import between
+from quadriga.kernels.training.expert_layer import Plan, filled_up
 
 HERE = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from quadriga.errors import CheckpointError
-from quadriga.ops.packing import allocate, linear, pack, pack_blocks
+from quadriga.kernels.cpu.packing import allocate, pack_blocks
 from quadriga.quant import codec
 from quadriga.quant.packed import FROM_GGUF, PACKED
+from tests.packing import linear, pack, unpack
 
 SHAPES = [(1, 1), (15, 31), (16, 64), (33, 65), (100, 320)]
 
@@ -22,7 +23,7 @@ def normal(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(("form", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_wide_formats_lose_nothing(form: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     values = normal(*shape).to(dtype)
-    assert torch.equal(pack(values, form).unpack(), values.float())
+    assert torch.equal(unpack(pack(values, form)), values.float())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -31,7 +32,7 @@ def test_block_formats_round_each_group_of_32_by_itself(form: str, steps: int, s
     rows, cols = shape
     values = normal(*shape) * torch.logspace(-3, 2, rows)[:, None]
     values[:, cols // 2 :] *= 100
-    got = pack(values, form).unpack()
+    got = unpack(pack(values, form))
     for first in range(0, cols, 32):
         group, error = values[:, first : first + 32], (got - values)[:, first : first + 32].abs().amax(1)
         # The widest step the format could need (q4m also reaches down to 0), its half, and float16's rounding; the
@@ -47,20 +48,20 @@ def test_gguf_blocks_come_over_bit_by_bit(block: str, shape: tuple[int, int]) ->
     rows, cols = shape[0], -(-shape[1] // 32) * 32
     raw = codec.quantize(normal(rows, cols).numpy(), block)
     packed = pack_blocks(raw.tobytes(), block, rows, cols)
-    assert np.array_equal(packed.unpack().numpy(), codec.dequantize(raw, block).reshape(rows, cols))
+    assert np.array_equal(packed.unpack(), codec.dequantize(raw, block).reshape(rows, cols))
 
 
 @pytest.mark.parametrize("form", PACKED)
 def test_rows_can_be_unpacked_alone(form: str) -> None:
     packed = pack(normal(70, 96), form)
-    assert torch.equal(packed.unpack(19, 40), packed.unpack()[19:59])
+    assert torch.equal(unpack(packed, 19, 40), unpack(packed)[19:59])
 
 
 @pytest.mark.parametrize("form", ["q4", "q4m"])
 def test_the_search_for_scales_minds_what_is_important(form: str) -> None:
     values = normal(256, 512)
     importance = torch.rand(512, generator=torch.Generator().manual_seed(1)) ** 4
-    plain, aware = (pack(values, form, importance=i).unpack() for i in (None, importance))
+    plain, aware = (unpack(pack(values, form, importance=i)) for i in (None, importance))
     lost = [float(((got - values).square() * importance).sum()) for got in (plain, aware)]
     assert lost[1] < 0.8 * lost[0]
 
@@ -78,9 +79,9 @@ def test_numbers_that_no_scale_can_hold_are_refused(form: str, bad: float) -> No
 @pytest.mark.parametrize("form", PACKED)
 def test_products_with_a_packed_matrix(form: str, n: int) -> None:
     packed, x = pack(normal(70, 200), form), normal(n, 200, 1)
-    exact = x.double() @ packed.unpack().double().T
+    exact = x.double() @ unpack(packed).double().T
     relative = float((linear(packed, x) - exact).norm() / exact.norm())
-    # bfloat16 and 8-bit activations: their unit roundoff; see tests/model/test_compiled.py.
+    # bfloat16 and 8-bit activations: their unit roundoff; see tests/runners/test_compiled.py.
     assert relative < {"float32": 1e-6, "bfloat16": 2**-8}.get(form, 0.0083)
 
 

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quadriga import ops
-from quadriga.ops import training
+from quadriga.kernels import ops, training
 
 
 def _normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:

@@ -23,8 +23,9 @@ import torch
 
 from quadriga import LLM
 from quadriga.engine.engine import Engine
-from quadriga.model.compiled import CompiledModel, pack_parameters
-from quadriga.model.transformer import random_parameters
+from quadriga.kernels.arrays import arrays
+from quadriga.nn.transformer import random_parameters
+from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.server.guard import Limits
 from quadriga.server.run import Server, listen, serve
 from quadriga.server.service import Service
@@ -60,7 +61,7 @@ def tiny_llm(*, n_blocks: int = 64, max_sequences: int = 8, n_rows: int = 257, *
     config = replace(TINY["dbrx"], vocab_size=n_rows, max_seq_len=1024)
     parameters = random_parameters(config, std=0.3)
     parameters["lm_head.weight"][257:] *= 30
-    runner = CompiledModel(config, pack_parameters(parameters, "q8"), threads=1, n_blocks=n_blocks)
+    runner = CompiledModel(config, pack_parameters(arrays(parameters), "q8"), threads=1, n_blocks=n_blocks)
     special = {"<|end|>": 256}
     tokenizer = Tokenizer(Bytes(), special_ids=special, eos_ids=(256,), chat_template=CHATML)
     llm = LLM(runner, tokenizer, max_sequences=max_sequences)

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from quadriga import LLM
-from quadriga.checkpoint.adapter import Adapter, save
+from quadriga.io.adapter import Adapter, save
 from quadriga.model.adapter_spec import LoraSpec
-from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.text.chat import CHATML
 from quadriga.text.tokenizer import Tokenizer
 from tests.checkpoint.models import TINY
-from tests.model.test_lora import random_factors
+from tests.nn.test_lora import random_factors
 from tests.server.conftest import Bytes, running
 
 

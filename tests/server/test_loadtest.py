@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from quadriga.bench.http_client import Connection, Target, target
+from quadriga.bench.serve import Load, LoadTest, Objectives, Report, Shape, Timing, percentile, timing
 from quadriga.cli import app
 from quadriga.errors import ConfigError
 from quadriga.server import guard
-from quadriga.server.client import Connection, Target, target
 from quadriga.server.guard import Limits
-from quadriga.server.loadtest import Load, LoadTest, Objectives, Report, Shape, Timing, percentile, timing
 from tests.server.conftest import Live, running, tiny_llm
 
 

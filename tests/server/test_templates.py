@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from quadriga import LLM
-from quadriga.model.compiled import CompiledModel, pack_parameters
-from quadriga.model.transformer import random_parameters
+from quadriga.kernels.arrays import arrays
+from quadriga.nn.transformer import random_parameters
+from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.text import chat
 from quadriga.text.tokenizer import Tokenizer
 from tests.checkpoint.models import TINY
@@ -25,7 +26,9 @@ TEXT = {"model": "tiny", "prompt": "hi", "max_tokens": 2}
 def with_template(template: str) -> LLM:
     torch.manual_seed(0)
     config = replace(TINY["dbrx"], vocab_size=257, max_seq_len=256)
-    runner = CompiledModel(config, pack_parameters(random_parameters(config, std=0.3), "q8"), threads=1, n_blocks=32)
+    runner = CompiledModel(
+        config, pack_parameters(arrays(random_parameters(config, std=0.3)), "q8"), threads=1, n_blocks=32
+    )
     special = {"<|end|>": 256}
     return LLM(runner, Tokenizer(Bytes(), special_ids=special, eos_ids=(256,), chat_template=template), max_sequences=4)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from quadriga import LLM
-from quadriga.model.compiled import CompiledModel, pack_parameters
-from quadriga.model.transformer import random_parameters
+from quadriga.nn.transformer import random_parameters
+from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.text.tokenizer import load_directory
 from tests.checkpoint.models import TINY
 from tests.golden import vocabularies as golden

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from quadriga.checkpoint.convert import convert
-from quadriga.checkpoint.open import open_checkpoint
 from quadriga.errors import TemplateError, TokenizerError
+from quadriga.hub import catalogue
+from quadriga.io.convert import convert
+from quadriga.io.open import open_checkpoint
 from quadriga.text.chat import render
 from quadriga.text.tokenizer import Tokenizer, load_directory, load_gguf
 from tests.checkpoint.models import TINY, write_hf
@@ -156,7 +157,7 @@ def test_eos_token_stays_through_every_conversion(tmp_path: Path) -> None:
     convert(tmp_path / "out.gguf", tmp_path / "back", to="hf")
     for place in ("hf", "ours", "out.gguf", "back"):
         checkpoint = open_checkpoint(tmp_path / place)
-        tokenizer = checkpoint.load_tokenizer()
+        tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
         assert tokenizer is not None
         assert render(MESSAGE, tokenizer).text == "Hi<|im_end|>", place
         assert tokenizer.template_variables["bos_token"] == "<s>"

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from quadriga import LLM, SamplingParams
-from quadriga.engine.runner import TorchRunner
 from quadriga.engine.text_model import TextModel
-from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.nn.transformer import Transformer, random_parameters
+from quadriga.runners.base import Floats
+from quadriga.runners.torch import TorchRunner
 from quadriga.text import turn_ends as module
 from quadriga.text.chat import CHATML
 from quadriga.text.tokenizer import Tokenizer, load_directory, load_gguf, load_sentencepiece
@@ -198,10 +198,10 @@ class Script(TorchRunner):
         super().__init__(Transformer.from_parameters(config, random_parameters(config)), 64)
         self._script, self._at = text.encode(), 0
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: Any) -> Floats:
         logits = super().forward(batch)
         if len(logits):
-            logits = torch.full_like(logits, -9.0)
+            logits = np.full_like(logits, -9.0)
             logits[:, self._script[self._at % len(self._script)]] = 9.0
             self._at += 1
         return logits

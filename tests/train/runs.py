@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import torch
 
-from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
-from quadriga.model.transformer import Transformer
+from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
+from quadriga.nn.transformer import Transformer
 from quadriga.train import config as sections
 from quadriga.train.initialise import new_parameters
 from quadriga.train.losses import NextToken
@@ -21,15 +21,14 @@ from quadriga.train.world import World
 
 VOCAB, D_MODEL, N_EXPERTS = 97, 24, 8
 
-TINY = ModelConfig(
+TINY = uniform_model(
     family="dbrx",
     vocab_size=VOCAB,
     d_model=D_MODEL,
     n_layers=2,
     max_seq_len=64,
     norm=NormSpec(kind="layer"),
-    position=RopeSpec(theta=10_000.0),
-    attn=AttentionSpec(n_heads=6, n_kv_heads=3, head_dim=4, clip_qkv=8.0),
+    mixer=AttentionSpec(n_heads=6, n_kv_heads=3, head_dim=4, clip_qkv=8.0, position=RopeSpec(theta=10_000.0)),
     ffn=MoESpec(d_ff=20, n_experts=N_EXPERTS, top_k=2, activation="silu", aux_loss_weight=0.05, jitter_eps=0.0),
 )
 
@@ -99,7 +98,7 @@ def trainer(
     world = world or World()
     parts: dict[str, Any] = {
         "source": source(),
-        "objective": NextToken(config.ffn, settings.router, world),
+        "objective": NextToken(config, settings.router, world),
         "world": world,
         "run": RunDirectory(folder, files),
         "listeners": [record] if record is not None else [],

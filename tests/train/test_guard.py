@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from quadriga.train.config import GuardSection, RouterSection, ScheduleSection
 from quadriga.train.guard import SpikeGuard
 from quadriga.train.schedule import bias_share, learning_rate_share
 from quadriga.train.world import World
+from tests.configs import changed
 from tests.train import runs
 
 
@@ -108,7 +108,7 @@ def test_the_bias_in_force_fades_to_nothing_at_the_end() -> None:
     assert shares == [1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert float(balancer.bias[0, 0]) == 1.0, "what is learned does not fade"
     assert [bias_share(step, 8, 0.0) for step in (0, 7)] == [1.0, 1.0]
-    dense = runs.model(replace(runs.TINY, ffn=DenseSpec(d_ff=40, activation="silu")))
+    dense = runs.model(changed(runs.TINY, ffn=DenseSpec(d_ff=40, activation="silu")))
     with pytest.raises(ConfigError, match="needs a model with experts"):
         BiasBalancer(dense, RouterSection(bias_rate=0.01), World())
 

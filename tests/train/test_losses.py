@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quadriga.model.context import PackedContext
-from quadriga.model.router_loss import Usage, balance_loss, load_balancing_loss, router_z_loss
+from quadriga.nn.context import PackedContext
+from quadriga.nn.router_loss import Usage, balance_loss, load_balancing_loss, router_z_loss
 from quadriga.train.batch import IGNORE, Batch
 from quadriga.train.config import RouterSection
 from quadriga.train.losses import NextToken
@@ -22,7 +22,7 @@ from tests.train import runs
 def test_the_objective_is_its_plain_statement(form: str) -> None:
     model, batch = runs.model(), runs.source().rows(0, 0, 8)
     section = RouterSection(balance_loss=0.3, balance_form=form, z_loss=0.01)  # type: ignore[arg-type]
-    loss, metrics = NextToken(runs.TINY.ffn, section, World())(model, batch)
+    loss, metrics = NextToken(runs.TINY, section, World())(model, batch)
     out = model(batch.tokens, PackedContext(batch.bounds.diff().tolist()), with_stats=True)
     plain = F.cross_entropy(out.logits, batch.targets, reduction="sum")
     mask = batch.real()
@@ -37,10 +37,10 @@ def test_the_objective_is_its_plain_statement(form: str) -> None:
 def test_the_balance_weighs_what_the_model_or_the_run_says(given: float | None, weight: float) -> None:
     """Nothing said: the checkpoint's own weight; 0 is something said. Logits are scaled as the model scales them."""
     config = replace(runs.TINY, logit_scale=0.37)
-    assert config.ffn.aux_loss_weight == 0.05
+    assert config.only_moe("this test").aux_loss_weight == 0.05
     model, batch = runs.model(config), runs.source().rows(0, 0, 8)
     section = RouterSection(balance_loss=given, balance_form="megablocks", z_loss=0.0)
-    loss, metrics = NextToken(config.ffn, section, World())(model, batch)
+    loss, metrics = NextToken(config, section, World())(model, batch)
     out = model(batch.tokens, PackedContext(batch.bounds.diff().tolist()), with_stats=True)
     plain = F.cross_entropy(out.logits, batch.targets, reduction="sum")
     balance = load_balancing_loss(out.router_stats, form="megablocks", mask=batch.real())
@@ -50,7 +50,7 @@ def test_the_balance_weighs_what_the_model_or_the_run_says(given: float | None, 
 
 def test_padding_counts_nowhere() -> None:
     """A document without targets changes no loss, no balance, no count."""
-    model, objective = runs.model(), NextToken(runs.TINY.ffn, RouterSection(z_loss=0.01), World())
+    model, objective = runs.model(), NextToken(runs.TINY, RouterSection(z_loss=0.01), World())
     one = runs.source(n_rows=1).rows(0, 0, 1)
     n = len(one.tokens)
     padded = Batch(
@@ -67,7 +67,7 @@ def test_padding_counts_nowhere() -> None:
 
 
 def test_weights_of_targets_weigh() -> None:
-    model, objective = runs.model(), NextToken(None, RouterSection(), World())
+    model, objective = runs.model(), NextToken(runs.TINY, RouterSection(balance_loss=0.0), World())
     dense = replace(runs.source().rows(0, 0, 2), weights=torch.linspace(0, 2, 32))
     out = model(dense.tokens, PackedContext(dense.bounds.diff().tolist()))
     each = F.cross_entropy(out.logits, dense.targets, reduction="none")
@@ -112,7 +112,7 @@ def _with_router(weight: Tensor) -> float:
     with torch.no_grad():
         for layer in model.layers:
             layer.moe.router.weight.copy_(weight)  # type: ignore[union-attr]
-    loss, metrics = NextToken(runs.TINY.ffn, RouterSection(), World())(model, runs.source().rows(0, 0, 4))
+    loss, metrics = NextToken(runs.TINY, RouterSection(), World())(model, runs.source().rows(0, 0, 4))
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     return float(metrics["balance"]) / runs.source().rows(0, 0, 4).target_weight()
@@ -131,9 +131,9 @@ def test_all_tokens_to_one_pair_of_experts() -> None:
 
 def test_k_is_all_experts_and_k_is_one() -> None:
     for top_k in (1, runs.N_EXPERTS):
-        config = replace(runs.TINY, ffn=replace(runs.TINY.ffn, top_k=top_k))
+        config = runs.TINY.with_ffn(top_k=top_k)
         model = runs.model(config)
-        loss, metrics = NextToken(config.ffn, RouterSection(), World())(model, runs.source().rows(0, 0, 2))
+        loss, metrics = NextToken(config, RouterSection(), World())(model, runs.source().rows(0, 0, 2))
         loss.backward()
         assert metrics["expert_counts"].sum(1).tolist() == [32.0 * top_k] * 2
         if top_k == runs.N_EXPERTS:
@@ -144,5 +144,5 @@ def test_a_router_of_nan_is_a_loss_of_nan_for_the_guard_to_see() -> None:
     model = runs.model()
     with torch.no_grad():
         model.layers[0].moe.router.weight.fill_(float("nan"))  # type: ignore[union-attr]
-    _, metrics = NextToken(runs.TINY.ffn, RouterSection(), World())(model, runs.source().rows(0, 0, 2))
+    _, metrics = NextToken(runs.TINY, RouterSection(), World())(model, runs.source().rows(0, 0, 2))
     assert metrics["loss"].isnan()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from quadriga.model.adapter_spec import LoraSpec
-from quadriga.model.context import PackedContext
-from quadriga.model.lora import attach
-from quadriga.model.transformer import Transformer
+from quadriga.nn.context import PackedContext
+from quadriga.nn.lora import attach
+from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import IGNORE, Batch
 from quadriga.train.chat_data import Example
 from quadriga.train.config import RouterSection
@@ -22,7 +22,7 @@ from quadriga.train.objectives import DPO, GRPO, ORPO, Reference, _answers, with
 from quadriga.train.packing import PackedSource
 from quadriga.train.rollout import number_reward, sample
 from quadriga.train.world import World
-from tests.model.test_lora import ALL, model_of, random_factors
+from tests.nn.test_lora import ALL, model_of, random_factors
 
 SPEC = LoraSpec(rank=4, alpha=6.0, targets=("attention", "experts", "router"))
 
@@ -84,7 +84,7 @@ def test_a_packed_step_is_the_sum_over_documents_read_alone(name: str, lora: boo
             for one in attach(model, spec, random_factors(model.config, spec)).values():
                 one.double()
         models.append(model.train())
-    objective = NextToken(models[0].config.ffn, RouterSection(balance_loss=0.0), World())
+    objective = NextToken(models[0].config, RouterSection(balance_loss=0.0), World())
     total = torch.zeros((), dtype=torch.float64)
     weight = 0.0
     for row in range(2):  # accumulation: a row a micro-step

@@ -16,9 +16,11 @@ import torch
 from typer.testing import CliRunner
 
 from quadriga import runtime
-from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.cli import app
 from quadriga.errors import CheckpointError, ConfigError
+from quadriga.hub import catalogue
+from quadriga.io.open import open_checkpoint
+from quadriga.nn.load import load_parameters
 from quadriga.train import report
 from quadriga.train.config import RunConfig, parse_toml
 from quadriga.train.export import export
@@ -197,9 +199,9 @@ def test_an_export_is_the_trained_model(corpus: Path, finished: Path, tmp_path: 
     done = CliRunner().invoke(app, ["train", str(file), "--export", str(tmp_path / "hf")])
     assert done.exit_code == 0, done.output
     opened = open_checkpoint(tmp_path / "hf")
-    assert opened.layout == "fused" and opened.config.ffn.n_experts == 8  # type: ignore[union-attr]
+    assert opened.layout == "fused" and opened.config.only_moe("this test").n_experts == 8
     parameters = load_parameters(opened)
-    tokenizer = opened.load_tokenizer()
+    tokenizer = opened.load_tokenizer(catalogue.cl100k_ranks)
     assert tokenizer is not None and tokenizer.decode(tokenizer.encode("the quick")) == "the quick"
     from quadriga.train.shards import ShardReader
 

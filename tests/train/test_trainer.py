@@ -14,13 +14,14 @@ from torch import Tensor
 
 from quadriga.errors import CheckpointError, ConfigError, TrainingError
 from quadriga.model.config import DenseSpec, ModelConfig
-from quadriga.model.transformer import Transformer
+from quadriga.nn.transformer import Transformer
 from quadriga.train import config as sections
 from quadriga.train.batch import Batch
 from quadriga.train.losses import NextToken
 from quadriga.train.run_directory import RunDirectory
 from quadriga.train.trainer import Trainer
 from quadriga.train.world import World
+from tests.configs import changed
 from tests.train import runs
 from tests.train.runs import Record, Settings, bits, trainer
 
@@ -43,7 +44,7 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, name: str) -> None:
     """Jitter is on, so random numbers matter; the run is stopped between its checkpoints and after each of two."""
-    config = replace(runs.TINY, ffn=replace(runs.TINY.ffn, jitter_eps=0.1))
+    config = runs.TINY.with_ffn(jitter_eps=0.1)
     settings = PLANS[name]
     whole = trainer(tmp_path / "whole", settings, config=config)
     assert whole.train()
@@ -93,7 +94,7 @@ def test_the_gradient_is_that_of_the_mean_loss(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     batch = run.batches(0)[0]
     reference = runs.model()
-    loss, _ = NextToken(runs.TINY.ffn, Settings().router, World())(reference, batch)
+    loss, _ = NextToken(runs.TINY, Settings().router, World())(reference, batch)
     (loss / batch.target_weight()).backward()
     expected = dict(reference.named_parameters())
     run._backward([batch], batch.target_weight())
@@ -163,7 +164,7 @@ def test_a_step_of_several_micro_steps_has_the_norm_of_the_whole_batch(tmp_path:
     trainer(tmp_path, settings, record=record).train()
     whole = runs.source().rows(0, 0, 8)
     reference = runs.model()
-    loss, _ = NextToken(runs.TINY.ffn, settings.router, World())(reference, whole)
+    loss, _ = NextToken(runs.TINY, settings.router, World())(reference, whole)
     (loss / whole.target_weight()).backward()
     square = sum(float(p.grad.double().square().sum()) for p in reference.parameters() if p.grad is not None)
     assert record.steps[0].norm == pytest.approx(math.sqrt(square), rel=1e-4)
@@ -184,7 +185,7 @@ def test_only_what_is_beyond_the_limit_is_clipped(tmp_path: Path, limit: float) 
 
 def test_random_numbers_follow_from_seed_and_step(tmp_path: Path) -> None:
     """Jitter draws other numbers in every step, and the same ones in another run of the seed."""
-    config = replace(runs.TINY, ffn=replace(runs.TINY.ffn, jitter_eps=0.3))
+    config = runs.TINY.with_ffn(jitter_eps=0.3)
     still = Settings(n_steps=2, optimiser=sections.OptimiserSection(learning_rate=1e-30, weight_decay=0.0))
 
     class Same(runs.MemorySource):
@@ -204,9 +205,8 @@ def test_random_numbers_follow_from_seed_and_step(tmp_path: Path) -> None:
 
 
 def test_dense_models_train_too(tmp_path: Path) -> None:
-    dense = replace(
-        runs.TINY, family="llama2", ffn=DenseSpec(d_ff=40, activation="silu"), norm=replace(runs.TINY.norm, kind="rms")
-    )
+    ffn, norm = DenseSpec(d_ff=40, activation="silu"), replace(runs.TINY.final_norm, kind="rms")
+    dense = changed(runs.TINY, family="llama2", ffn=ffn, norm=norm)
     record = Record()
     trainer(tmp_path, config=dense, record=record).train()
     assert record.steps[0].expert_counts is None
@@ -220,7 +220,7 @@ def test_frozen_parameters_stay(tmp_path: Path) -> None:
     for name, p in model.named_parameters():
         p.requires_grad_("moe" in name)
     part = Trainer(
-        Settings(), model, runs.source(), NextToken(runs.TINY.ffn, Settings().router, World()), world=World(),
+        Settings(), model, runs.source(), NextToken(runs.TINY, Settings().router, World()), world=World(),
         run=RunDirectory(tmp_path / "part"),
     )  # fmt: skip
     part.run.checkpoints.mkdir(parents=True)
@@ -236,7 +236,7 @@ class Poisoned:
     """NextToken, but a chosen step's loss is not a number or huge."""
 
     def __init__(self, bad: int, factor: float) -> None:
-        self.inner = NextToken(runs.TINY.ffn, Settings().router, World())
+        self.inner = NextToken(runs.TINY, Settings().router, World())
         self.bad, self.factor, self.calls = bad, factor, 0
         self.seen: list[Tensor] = []
 
@@ -350,12 +350,12 @@ def test_the_work_of_a_step_is_three_times_a_forward_pass(tmp_path: Path) -> Non
     """Two operations a weight that a token meets, four a key it sees and dimension; backward is twice forward."""
     record = Record()
     trainer(tmp_path, Settings(n_steps=1), record=record).train()
-    config, moe = runs.TINY, runs.TINY.ffn
-    attention = config.d_model * (config.attn.qkv_dim + config.attn.q_dim)
+    config, moe, attn = runs.TINY, runs.TINY.only_moe("this test"), runs.TINY.layers[0].mixer
+    attention = config.d_model * (attn.qkv_dim + attn.q_dim)
     experts = 3 * config.d_model * moe.d_ff * moe.top_k + config.d_model * moe.n_experts
     norms = 2 * config.d_model
     weights = config.n_layers * (attention + experts + norms) + config.d_model + config.vocab_size * config.d_model
     batch = runs.source().rows(0, 0, 8)
     seen = sum(n * (n + 1) // 2 for n in batch.bounds.diff().tolist())
-    expected = 3 * (2 * weights * 128 + 4 * config.n_layers * config.attn.q_dim * seen)
+    expected = 3 * (2 * weights * 128 + 4 * config.n_layers * attn.q_dim * seen)
     assert record.steps[0].flops == pytest.approx(expected, rel=1e-9)

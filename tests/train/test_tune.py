@@ -11,13 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from quadriga.checkpoint.adapter import load
-from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.cli import app
 from quadriga.errors import ConfigError
-from quadriga.model.context import PackedContext
-from quadriga.model.lora import attach
-from quadriga.model.transformer import Transformer, random_parameters
+from quadriga.hub import catalogue
+from quadriga.io.adapter import load
+from quadriga.io.open import open_checkpoint
+from quadriga.nn.context import PackedContext
+from quadriga.nn.load import load_parameters
+from quadriga.nn.lora import attach
+from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.train.config import parse_toml
 from quadriga.train.metrics import read
 from quadriga.train.tune import read_data, tune
@@ -129,7 +131,7 @@ def test_without_an_adapter_the_whole_model_is_trained_and_written(tmp_path: Pat
     outcome = tune(settings(tmp_path, base, "sft"))
     assert outcome.result == tmp_path / "run" / "model"
     tuned, before = open_checkpoint(outcome.result), open_checkpoint(base)
-    assert tuned.config == before.config and tuned.load_tokenizer() is not None
+    assert tuned.config == before.config and tuned.load_tokenizer(catalogue.cl100k_ranks) is not None
     changed = load_parameters(tuned), load_parameters(before)
     assert all(not torch.equal(changed[0][n], changed[1][n].float()) for n in changed[0] if "moe" not in n)
 
@@ -137,7 +139,7 @@ def test_without_an_adapter_the_whole_model_is_trained_and_written(tmp_path: Pat
 def test_no_more_rows_are_read_than_asked_for(tmp_path: Path, base: Path) -> None:
     text = toml(tmp_path, base, "sft", LORA).replace("seq_len = 64", "seq_len = 64\nmax_rows = 7")
     config = parse_toml(text.encode(), TuneConfig)
-    tokenizer = open_checkpoint(base).load_tokenizer()
+    tokenizer = open_checkpoint(base).load_tokenizer(catalogue.cl100k_ranks)
     assert tokenizer is not None
     source, held_out, _, rejects = read_data(config, tokenizer)
     assert len(source._groups) + len(held_out["held out"]._groups) == 7  # type: ignore[attr-defined]

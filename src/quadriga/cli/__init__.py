@@ -172,6 +172,7 @@ def _options(
 def main() -> None:
     """Run the command line; errors of ours become one line on stderr and exit code 2 (bad input) or 1."""
     try:
+        runtime.start_logging()
         app()
     except QuadrigaError as error:
         if runtime.debug():

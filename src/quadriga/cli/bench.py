@@ -36,11 +36,11 @@ def bench_command(
     what = context.info_name or ""
 
     from quadriga import __version__, runtime
-    from quadriga.engine.benchmark import Bench, Row
+    from quadriga.bench.speed import Bench, Row
     from quadriga.engine.llm import load
     from quadriga.engine.request import SamplingParams
     from quadriga.errors import ConfigError
-    from quadriga.model.compiled import CompiledModel
+    from quadriga.runners.compiled import CompiledModel
 
     if rounds < 1:
         raise ConfigError(f"rounds must be at least 1, got {rounds}")

@@ -14,7 +14,7 @@ from quadriga.cli import options
 from quadriga.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
-    from quadriga.engine.claim import Measured
+    from quadriga.bench.claim import Measured
 
 COLUMNS = (
     *("version", "cpu", "isa", "threads", "format", "system", "kind", "n", "layer_ms", "head_ms", "experts"),
@@ -38,8 +38,8 @@ def bench_claim_command(
 def bench_claim(batches: Sequence[int] | None, form: str, threads: int | None, rounds: int, out: Path | None) -> None:
     """Measure, print, and with ``out`` write the rows and draw them beside it."""
     from quadriga import __version__, runtime
+    from quadriga.bench import claim
     from quadriga.cli.eval import print_table
-    from quadriga.engine import claim
 
     if out is not None and out.suffix != ".csv":
         raise EvaluationError(f"--csv names a file that ends in .csv, and the picture is drawn beside it; got {out}")
@@ -72,7 +72,7 @@ def bench_claim(batches: Sequence[int] | None, form: str, threads: int | None, r
 
 def picture(path: Path, rows: Sequence[Measured]) -> None:
     """Left: tokens a second by batch. Right: over LLaMA2-70B, measured (full) and expected (dashed)."""
-    from quadriga.engine import claim
+    from quadriga.bench import claim
     from quadriga.evaluate.report import pyplot
 
     plt = pyplot()

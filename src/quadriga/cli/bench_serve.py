@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from quadriga.server.client import Target
-    from quadriga.server.loadtest import Load, Objectives, Shape
+    from quadriga.bench.http_client import Target
+    from quadriga.bench.serve import Load, Objectives, Shape
 
 _LOAD, _REQUESTS, _GOALS = "Load", "Requests", "What a good answer keeps"
 
@@ -73,9 +73,9 @@ def bench_serve_command(
     import asyncio
 
     from quadriga import runtime
+    from quadriga.bench.http_client import target
+    from quadriga.bench.serve import Objectives, Shape, first_model
     from quadriga.errors import EngineError
-    from quadriga.server.client import target
-    from quadriga.server.loadtest import Objectives, Shape, first_model
 
     loads = _loads(concurrency, rate, requests)
     _check(prompt_tokens=prompt_tokens, max_tokens=max_tokens, timeout=timeout, warmup=warmup + 1)
@@ -105,7 +105,7 @@ def bench_serve_command(
 
 
 def _loads(concurrency: list[int] | None, rate: list[float] | None, requests: int) -> list[Load]:
-    from quadriga.server.loadtest import Load
+    from quadriga.bench.serve import Load
 
     clients = concurrency if concurrency or rate else [1, 8]
     _check(**{f"concurrency {n}": n for n in clients or ()}, **{f"rate {r:g}": r for r in rate or ()})
@@ -140,8 +140,8 @@ def _read(path: Path) -> str:
 
 
 async def _measure(at: Target, shape: Shape, loads: list[Load], goal: Objectives, warmup: int) -> list[dict[str, Any]]:
+    from quadriga.bench.serve import LoadTest
     from quadriga.cli.progress import count_bar
-    from quadriga.server.loadtest import LoadTest
 
     rows = []
     with count_bar("warming up") as show:

@@ -287,10 +287,8 @@ class ChatSession:
         say(f"{len(ids)} tokens: " + " ".join(f"{i}:{tokenizer.token_text(i)!r}" for i in ids))
 
     def _experts(self, say: Callable[[str], None]) -> None:
-        from quadriga.model.config import MoESpec
-
-        ffn = self.llm.config.ffn
-        if not isinstance(ffn, MoESpec):
+        mixtures = self.llm.config.moe_layers
+        if not mixtures:
             say("this is a dense model: every token uses the whole feed-forward network, there are no experts")
             return
         self._require_answer("look into")
@@ -298,11 +296,12 @@ class ChatSession:
         tokenizer = self.llm.tokenizer
         assert tokenizer is not None, "a chat has a tokenizer"
         ids = [*prompt, *tokenizer.encode_continuation(self.turns[-1]["content"])]
-        say(f"share of the answer's tokens by layer (rows) and expert (columns 0..{ffn.n_experts - 1}), in %")
-        for layer, stats in enumerate(self.llm.routing(ids)):
+        most = max(spec.n_experts for _, spec in mixtures)
+        say(f"share of the answer's tokens by layer (rows) and expert (columns 0..{most - 1}), in %")
+        for (layer, spec), stats in zip(mixtures, self.llm.routing(ids), strict=True):
             answered = stats.expert_ids[len(prompt) :].reshape(-1)
-            load = answered.bincount(minlength=ffn.n_experts)
-            share = (100 * ffn.top_k * load / max(1, answered.numel())).round().int().tolist()
+            load = [int((answered == expert).sum()) for expert in range(spec.n_experts)]
+            share = [round(100 * spec.top_k * n / max(1, answered.size)) for n in load]
             say(f"{layer:3d} " + " ".join(f"{n:3d}" for n in share))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from quadriga.quant.dtypes import Array
 
 
 def convert_command(
@@ -49,13 +49,13 @@ def convert_command(
 ) -> None:
     """Convert a checkpoint. One part is in memory at a time; run the same command again after an interruption."""
     from quadriga import runtime
-    from quadriga.checkpoint import catalogue
     from quadriga.cli.progress import progress_bar
     from quadriga.errors import ConfigError
+    from quadriga.hub import catalogue
 
     with progress_bar("fetching") as show:
         path = catalogue.resolve(source, progress=show)
-    from quadriga.checkpoint import convert
+    from quadriga.io import convert
 
     if pickles:
         print(
@@ -105,20 +105,21 @@ def convert_command(
 
 def _calibrate(
     model: Path, text: Path, n_tokens: int, budget: str | None, pickles: bool
-) -> tuple[dict[str, str], dict[str, Tensor]]:
+) -> tuple[dict[str, str], dict[str, Array]]:
     """The recipe for a budget (empty without one) and the weights of errors, from a text."""
-    from quadriga.checkpoint.calibrate import calibrate
-    from quadriga.checkpoint.engine_file import packed_shapes
-    from quadriga.checkpoint.open import open_checkpoint
-    from quadriga.checkpoint.packed import is_router
     from quadriga.cli.options import size
     from quadriga.cli.progress import progress_bar
+    from quadriga.edits.calibrate import calibrate
     from quadriga.errors import ConfigError
+    from quadriga.hub import catalogue
+    from quadriga.io.directory import packed_shapes
+    from quadriga.io.open import open_checkpoint
+    from quadriga.io.packed import is_router
     from quadriga.quant.recipe import choose
 
     checkpoint = open_checkpoint(model, pickles=pickles)
     try:
-        tokenizer = checkpoint.load_tokenizer()
+        tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
         if tokenizer is None:
             raise ConfigError("calibration reads a text, and this checkpoint has no tokenizer")
         try:
@@ -145,7 +146,7 @@ def _calibrate(
 
 
 def _print_dry_run(report: object) -> None:
-    from quadriga.checkpoint.convert import DryRun
+    from quadriga.io.convert import DryRun
 
     assert isinstance(report, DryRun)
     print(f"layout {report.layout}: {report.n_tensors} stored tensors fill {report.n_parameters} parameters")

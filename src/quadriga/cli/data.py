@@ -227,7 +227,7 @@ def _tokenizer_choice(path: str | None, train: int | None) -> TokenizerChoice | 
 
 
 def _resolve_tokenizer(path: str) -> Path:
-    from quadriga.checkpoint import catalogue
+    from quadriga.hub import catalogue
     from quadriga.train.corpus.readers import resolve
 
     if path in catalogue.CATALOGUE:

@@ -156,7 +156,7 @@ def _local(
     expert_memory: str | None,
 ) -> LanguageModel:
     from quadriga.engine.text_model import TextModel
-    from quadriga.ops import dispatch
+    from quadriga.kernels import dispatch
 
     plain = dtype is not None or device != "cpu" or not dispatch.compiled() or expert_memory is not None
     format, kv_format = _formats(model, format, kv_format, plain=plain)
@@ -178,9 +178,9 @@ def _formats(model: str, format: str, kv_format: str, *, plain: bool) -> tuple[s
     """What auto stands for. Scoring is arithmetic, not reading: float32 was three times as quick as Q4_1 with 16-bit
     activations on an AVX2 machine, and its numbers are those that other programs give for the same weights."""
     from quadriga import runtime
-    from quadriga.checkpoint import catalogue
-    from quadriga.checkpoint.open import open_checkpoint
     from quadriga.cli.progress import progress_bar
+    from quadriga.hub import catalogue
+    from quadriga.io.open import open_checkpoint
     from quadriga.model import cost
 
     if format == "auto":

@@ -7,15 +7,16 @@ here imports torch or reads a weight, so the answer comes in well under a second
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quadriga.checkpoint import catalogue
-from quadriga.checkpoint.detect import locate
 from quadriga.errors import ConfigError
+from quadriga.hub import catalogue
+from quadriga.io.detect import locate
 from quadriga.model import cost, families
-from quadriga.model.config import ModelConfig, MoESpec, RopeSpec
+from quadriga.model.config import AlibiSpec, LayerSpec, ModelConfig, MoESpec, RopeSpec
+from quadriga.model.config_json import config_to_json
 from quadriga.model.weight_map import Shape, parameter_shapes
 from quadriga.runtime import memory_bytes
 
@@ -52,7 +53,7 @@ def describe(config: ModelConfig, context: int) -> dict[str, Any]:
     """
     total, available = memory_bytes()
     return {
-        "config": asdict(config),
+        "config": config_to_json(config),
         "shapes": _shapes(config),
         "parameters": asdict(cost.n_params(config)),
         "context": context,
@@ -75,9 +76,19 @@ def describe(config: ModelConfig, context: int) -> dict[str, Any]:
 
 
 def _shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Parameters of one layer as ``layers.{i}.``, and those outside the layers."""
-    shapes = parameter_shapes(replace(config, n_layers=1))
-    return {name.replace("layers.0.", "layers.{i}."): shape for name, shape in shapes.items()}
+    """Parameters outside the layers, and each kind of layer's once: ``layers.{i}.``, or ``layers.{2,5}.``."""
+    kinds = config.kinds()
+    shown: dict[str, Shape] = {}
+    for name, shape in parameter_shapes(config).items():
+        prefix, _, rest = name.partition(".")
+        if prefix != "layers":
+            shown[name] = shape
+            continue
+        number, _, own = rest.partition(".")
+        layer = config.layers[int(number)]
+        members = [str(i) for i, other in enumerate(config.layers) if other == layer] if len(kinds) > 1 else ["i"]
+        shown.setdefault("layers.{" + ",".join(members) + "}." + own, shape)
+    return shown
 
 
 def info(name_or_path: str, as_json: bool = False, context: int | None = None) -> None:
@@ -122,8 +133,7 @@ def _print_tables(name: str, config: ModelConfig, facts: dict[str, Any], notes: 
         ("active per token", f"{count['active']:,} ({count['active'] / count['total']:.1%})"),
         ("  without the input table", f"{count['active_without_input']:,}"),
         ("layers x width", f"{config.n_layers} x {config.d_model:,}"),
-        ("attention", _attention(config)),
-        ("feed-forward", _feed_forward(config)),
+        *_layers(config),
         ("vocabulary", f"{config.vocab_size:,}" + (", head tied to it" if config.tied_embeddings else "")),
         ("context", f"{config.max_seq_len:,}"),
         ("cache per token", f"{facts['kv_bytes_per_token']['bfloat16']:,} B in bfloat16"),
@@ -154,16 +164,33 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:,.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:,.1f} MiB"
 
 
-def _attention(config: ModelConfig) -> str:
-    attn = config.attn
+def _layers(config: ModelConfig) -> list[tuple[str, str]]:
+    """Attention and feed-forward of every kind of layer; with several kinds each line says how many layers it is of."""
+    kinds = config.kinds()
+    rows: list[tuple[str, str]] = []
+    for title, describe_layer in (("attention", _attention), ("feed-forward", _feed_forward)):
+        of_text: dict[str, int] = {}
+        for layer, n in kinds.items():
+            of_text[describe_layer(layer)] = of_text.get(describe_layer(layer), 0) + n
+        rows += [(title if len(of_text) == 1 else f"{title}, {n} layers", text) for text, n in of_text.items()]
+    return rows
+
+
+def _attention(layer: LayerSpec) -> str:
+    attn = layer.mixer
     clip = f", clipped to {attn.clip_qkv:g}" if attn.clip_qkv is not None else ""
-    place = config.position
-    position = f"RoPE {place.theta:g}" if isinstance(place, RopeSpec) else f"ALiBi {place.max_bias:g}"
+    match attn.position:
+        case RopeSpec(theta=theta):
+            position = f"RoPE {theta:g}"
+        case AlibiSpec(max_bias=max_bias):
+            position = f"ALiBi {max_bias:g}"
+        case None:
+            position = "no positions"
     return f"{attn.n_heads} heads of {attn.head_dim}, {attn.n_kv_heads} for keys and values{clip}; {position}"
 
 
-def _feed_forward(config: ModelConfig) -> str:
-    ffn = config.ffn
+def _feed_forward(layer: LayerSpec) -> str:
+    ffn = layer.ffn
     if isinstance(ffn, MoESpec):
         return f"{ffn.n_experts} experts of width {ffn.d_ff:,}, {ffn.top_k} per token, {ffn.activation}"
     return f"{'gated, ' if ffn.gated else ''}width {ffn.d_ff:,}, {ffn.activation}"

@@ -17,7 +17,7 @@ def pull_command(
     name: Annotated[str, typer.Argument(metavar="NAME|hf:ORG/REPO[@REV]|PATH", help="What to fetch.")],
 ) -> None:
     """Fetch a model into the cache and check its hash; a path is only checked to exist."""
-    from quadriga.checkpoint import catalogue
+    from quadriga.hub import catalogue
 
     with progress_bar(f"fetching {name}") as show:
         path = catalogue.resolve(name, progress=show)
@@ -30,7 +30,7 @@ def list_command() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from quadriga.checkpoint import catalogue
+    from quadriga.hub import catalogue
 
     here = {entry.name: entry for entry in catalogue.cached()}
     table = Table("name", "size", "licence", "here", "about")
@@ -49,8 +49,8 @@ def list_command() -> None:
 @models_app.command("show")
 def show_command(name: _Name) -> None:
     """Source, licence, size, hash and place of one model."""
-    from quadriga.checkpoint import catalogue
     from quadriga.errors import CatalogueError
+    from quadriga.hub import catalogue
 
     if (own := catalogue.BUNDLED.get(name)) is not None:
         print(f"name      {own.name}\nabout     {own.about}\nlicence   {own.licence}\nsource    this package")
@@ -78,8 +78,8 @@ def show_command(name: _Name) -> None:
 @models_app.command("verify")
 def verify_command(name: _Name) -> None:
     """Hash a cached model again and compare."""
-    from quadriga.checkpoint import catalogue
     from quadriga.errors import CatalogueError
+    from quadriga.hub import catalogue
 
     with progress_bar(f"hashing {name}") as show:
         wrong = catalogue.verify(name, progress=show)
@@ -94,7 +94,7 @@ def verify_command(name: _Name) -> None:
 @models_app.command("rm")
 def remove_command(name: _Name) -> None:
     """Take a model out of the cache."""
-    from quadriga.checkpoint import catalogue
+    from quadriga.hub import catalogue
 
     print(f"{name}: {_megabytes(catalogue.remove(name))} freed")
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from quadriga.checkpoint.adapter import Adapter
-    from quadriga.checkpoint.open import Checkpoint
+    from quadriga.io.adapter import Adapter
+    from quadriga.io.open import Checkpoint
 
 adapter_app = typer.Typer(
     no_args_is_help=True, help="Low-rank adapters: fold into a model, and to and from peft's files."
@@ -73,8 +73,8 @@ def merge_command(
     ] = "bfloat16",
 ) -> None:
     """Fold an adapter into its model and write the result in any form."""
-    from quadriga.checkpoint.adapter import merge
     from quadriga.cli.upcycle import write_derived
+    from quadriga.io.adapter import merge
 
     checkpoint, loaded = _open(base, adapter)
     try:
@@ -93,7 +93,7 @@ def export_command(
     ] = None,
 ) -> None:
     """Write an adapter in peft's layout."""
-    from quadriga.checkpoint.adapter import to_peft
+    from quadriga.io.adapter import to_peft
 
     checkpoint, loaded = _open(base, adapter)
     checkpoint.close()
@@ -104,7 +104,7 @@ def export_command(
 @adapter_app.command("import")
 def import_command(base: _Base, adapter: _Adapter, out: _Out) -> None:
     """Write peft's adapter in our layout."""
-    from quadriga.checkpoint.adapter import save
+    from quadriga.io.adapter import save
 
     checkpoint, loaded = _open(base, adapter)
     checkpoint.close()
@@ -113,8 +113,8 @@ def import_command(base: _Base, adapter: _Adapter, out: _Out) -> None:
 
 
 def _open(base: str, adapter: Path) -> tuple[Checkpoint, Adapter]:
-    from quadriga.checkpoint.adapter import load
     from quadriga.cli.upcycle import open_source
+    from quadriga.io.adapter import load
 
     checkpoint = open_source(base)
     try:

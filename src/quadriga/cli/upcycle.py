@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from quadriga.checkpoint.calibrate import Calibration
-    from quadriga.checkpoint.open import Checkpoint
+    from quadriga.edits.calibrate import Calibration
+    from quadriga.io.open import Checkpoint
+    from quadriga.quant.dtypes import Array
 
 _Source = Annotated[str, typer.Argument(help="A catalogue name, hf:ORG/REPO, a directory or a GGUF file.")]
 _Out = Annotated[Path, typer.Argument(help="What to make; must not exist yet.")]
@@ -51,7 +52,7 @@ def upcycle_command(
     gguf_format: _GGUFFormat = "bfloat16",
 ) -> None:
     """Turn a dense model of LLaMA's shape into a mixture of experts that computes the same function."""
-    from quadriga.checkpoint.upcycle import Upcycling, upcycle
+    from quadriga.edits.upcycle import Upcycling, upcycle
     from quadriga.errors import ConfigError
 
     how = Upcycling(
@@ -89,7 +90,7 @@ def prune_command(
     gguf_format: _GGUFFormat = "bfloat16",
 ) -> None:
     """Leave out the experts of each layer that a text needs least."""
-    from quadriga.checkpoint.fewer_experts import prune, usefulness
+    from quadriga.edits.fewer_experts import prune, usefulness
     from quadriga.errors import ConfigError
 
     if by not in ("output", "use"):
@@ -120,7 +121,7 @@ def merge_experts_command(
     gguf_format: _GGUFFormat = "bfloat16",
 ) -> None:
     """Melt the experts back into one dense network: the copies of each granule averaged, by use if a text is given."""
-    from quadriga.checkpoint.fewer_experts import merge_experts, usefulness
+    from quadriga.edits.fewer_experts import merge_experts, usefulness
 
     checkpoint = open_source(model)
     try:
@@ -135,9 +136,9 @@ def merge_experts_command(
 
 def open_source(source: str) -> Checkpoint:
     """A checkpoint by name or path, fetched with a bar."""
-    from quadriga.checkpoint import catalogue
-    from quadriga.checkpoint.open import open_checkpoint
     from quadriga.cli.progress import progress_bar
+    from quadriga.hub import catalogue
+    from quadriga.io.open import open_checkpoint
 
     with progress_bar("fetching") as show:
         return open_checkpoint(catalogue.resolve(source, progress=show))
@@ -145,8 +146,8 @@ def open_source(source: str) -> Checkpoint:
 
 def write_derived(checkpoint: Checkpoint, out: Path, **how: Any) -> None:
     """Write a derived checkpoint with a bar, and say what was written."""
-    from quadriga.checkpoint import convert
     from quadriga.cli.progress import progress_bar
+    from quadriga.io import convert
 
     with progress_bar("writing") as show:
         plan = convert.write(checkpoint, out, progress=show, **how)
@@ -156,11 +157,12 @@ def write_derived(checkpoint: Checkpoint, out: Path, **how: Any) -> None:
 
 
 def _measured(checkpoint: Checkpoint, text: Path, n_tokens: int) -> Calibration:
-    from quadriga.checkpoint.calibrate import calibrate
     from quadriga.cli.progress import progress_bar
+    from quadriga.edits.calibrate import calibrate
     from quadriga.errors import ConfigError
+    from quadriga.hub import catalogue
 
-    tokenizer = checkpoint.load_tokenizer()
+    tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
     if tokenizer is None:
         raise ConfigError("calibration reads a text, and this checkpoint has no tokenizer")
     try:
@@ -171,9 +173,9 @@ def _measured(checkpoint: Checkpoint, text: Path, n_tokens: int) -> Calibration:
         return calibrate(checkpoint, ids, errors=False, progress=show)
 
 
-def _fitted(checkpoint: Checkpoint, texts: dict[str, list[int]]) -> Any:
-    from quadriga.checkpoint.fit_router import fit_routers
+def _fitted(checkpoint: Checkpoint, texts: dict[str, list[int]]) -> dict[int, Array]:
     from quadriga.cli.progress import progress_bar
+    from quadriga.edits.fit_router import fit_routers
 
     with progress_bar("fitting routers") as show:
         found = fit_routers(checkpoint, texts, progress=show)
@@ -188,8 +190,9 @@ def _fitted(checkpoint: Checkpoint, texts: dict[str, list[int]]) -> Any:
 def labelled_ids(checkpoint: Checkpoint, path: Path, label: str, n_tokens: int) -> dict[str, list[int]]:
     """Label -> the first ``n_tokens`` token ids of its texts, from JSON lines {"text": ..., LABEL: ...}."""
     from quadriga.errors import ConfigError
+    from quadriga.hub import catalogue
 
-    tokenizer = checkpoint.load_tokenizer()
+    tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
     if tokenizer is None:
         raise ConfigError("fitting routers reads a text, and this checkpoint has no tokenizer")
     texts: dict[str, list[int]] = {}

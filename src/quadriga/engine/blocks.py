@@ -16,9 +16,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 
-BLOCK_TOKENS = 16
-"""Positions of a block; the kernels know the same number."""
-
 
 def chain_key(parent: bytes, tokens: Sequence[int], salt: bytes = b"") -> bytes:
     """The key of a block: 16 bytes of BLAKE2b over the block before it, the salt and its 16 tokens."""

@@ -29,18 +29,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quadriga.engine.blocks import BLOCK_TOKENS
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.pace import Pace
 from quadriga.engine.pooling import Pooling
 from quadriga.engine.request import Embed, Embedding, FinishReason, PromptReport, Request, Routing, TokenEvent
-from quadriga.engine.runner import Runner, TorchRunner
 from quadriga.engine.sampler import Sampler, Unused, require_finite, top_logprobs
 from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
 from quadriga.errors import AnswerError, BusyError, QuadrigaError, RequestError
-from quadriga.model.adapter_bank import AdapterBank
-from quadriga.model.moe import RouterStats
-from quadriga.ops.program import Batch
+from quadriga.kernels.cpu.program import Batch
+from quadriga.nn.adapter_bank import AdapterBank
+from quadriga.quant.packed import BLOCK_TOKENS
+from quadriga.runners.base import RouterStats, Runner
+from quadriga.runners.torch import TorchRunner
 from quadriga.runtime import Lane
 from quadriga.text.stream import Detokenizer
 from quadriga.text.tokenizer import Tokenizer
@@ -299,7 +299,7 @@ class Engine:
         batch, first_rows = build_batch(plan)
         if isinstance(self.runner, TorchRunner) and any(chunk.sequence.adapter for chunk in plan.chunks):
             self.runner.choose([chunk.sequence.adapter for chunk in plan.chunks for _ in chunk.tokens])
-        logits = self.runner.forward(batch)
+        logits = torch.from_numpy(self.runner.forward(batch))
         made, new_tokens, finished = self._sample(plan, logits, first_rows, batch)
         if self._embeds:
             made += self._embedded(plan, finished)
@@ -330,7 +330,7 @@ class Engine:
         chunks = [chunk for chunk in plan.chunks if chunk.sequence.request_id in self._embeds]
         if not chunks:
             return done
-        states, at = self.runner.hidden(plan.n_tokens), 0
+        states, at = torch.from_numpy(self.runner.hidden(plan.n_tokens)), 0
         for chunk in plan.chunks:
             at += len(chunk.tokens)
             embedded = self._embeds.get(chunk.sequence.request_id)
@@ -393,7 +393,7 @@ class Engine:
     def _sample(
         self, plan: Plan, logits: Tensor, first_rows: Sequence[int], batch: Batch
     ) -> tuple[list[tuple[int, Event]], dict[int, list[int]], set[int]]:
-        best, log_sums = self.runner.row_stats(logits) if len(logits) else ([], [])
+        best, log_sums = self.runner.row_stats(logits.numpy()) if len(logits) else ([], [])
         made = _Pass(self.runner, batch, logits, best, log_sums)
         events: list[tuple[int, Event]] = []
         new_tokens: dict[int, list[int]] = {}
@@ -503,7 +503,7 @@ class Engine:
             logits.append(rows.clone())
             stats.append(self.runner.router_stats(n))
         merged = [
-            RouterStats(*(torch.cat([getattr(s, name) for s in layer]) for name in _STATS_FIELDS))
+            RouterStats(*(np.concatenate([getattr(s, name) for s in layer]) for name in _STATS_FIELDS))
             for layer in zip(*stats, strict=True)
         ]
         return torch.cat(logits), merged
@@ -528,7 +528,8 @@ class Engine:
                     (0, len(blocks)),
                     range(stop - start),
                 )
-                yield self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints))), stop - start
+                logits = self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)))
+                yield torch.from_numpy(logits), stop - start
         finally:
             for block in blocks:
                 pool.release(block)
@@ -593,12 +594,12 @@ def _entropy_of(stats: list[RouterStats], token: int) -> tuple[float, ...]:
     """One position's router entropies, each as a part of the largest possible, ln(E)."""
     if not stats:
         return ()
-    probs = torch.stack([layer.probs[token] for layer in stats])  # (layers, E)
-    n_experts = probs.shape[-1]
-    if n_experts == 1:
-        return (0.0,) * len(stats)
-    parts = torch.special.entr(probs).sum(-1) / math.log(n_experts)
-    return tuple(parts.clamp(0, 1).tolist())
+    entropies = []
+    for layer in stats:
+        probs, n_experts = layer.probs[token].astype(np.float64), layer.probs.shape[-1]
+        entropy = -float((probs * np.log(np.maximum(probs, 1e-300))).sum())
+        entropies.append(min(1.0, max(0.0, entropy / math.log(n_experts))) if n_experts > 1 else 0.0)
+    return tuple(entropies)
 
 
 _STATS_FIELDS = ("expert_ids", "expert_weights", "probs", "logits")

@@ -5,47 +5,46 @@
     model.generate_many(["One,", "Two,", "Three,"])                       # one batch, answers as if each were alone
     model.logits(model.tokenizer.encode("The capital of France is"))      # (T, V) float32
 
-On a CPU the model runs on the kernels of ``ops/csrc``; with a ``dtype``, on another device, or with
-QUADRIGA_OPS=reference it runs on plain torch. Both are driven by the same engine. One :class:`LLM` serves one thread.
+On a CPU the model runs on the kernels of ``kernels/cpu``; with a ``dtype``, on another device, or with
+QUADRIGA_OPS=reference it runs on plain torch. Both are driven by the same engine. Any number of threads may use one
+:class:`LLM`: requests that run at the same time share passes (``engine/threads.py``), and each gets the answer it would
+get alone.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from quadriga import runtime
-from quadriga.checkpoint import catalogue
-from quadriga.checkpoint.adapter import load as load_adapter
-from quadriga.checkpoint.adapter import low_rank
-from quadriga.checkpoint.open import load_parameters, open_checkpoint
-from quadriga.checkpoint.packed import load_packed
-from quadriga.engine.blocks import BLOCK_TOKENS
 from quadriga.engine.engine import Engine, Event
-from quadriga.engine.request import (
-    Completion,
-    Embed,
-    Embedding,
-    PromptReport,
-    Request,
-    SamplingParams,
-    TokenEvent,
-)
-from quadriga.engine.runner import Runner, TorchRunner
-from quadriga.errors import ConfigError, QuadrigaError, RequestError, TokenizerError
-from quadriga.model.compiled import CompiledModel
+from quadriga.engine.request import Completion, Embed, Embedding, PromptReport, Request, SamplingParams, TokenEvent
+from quadriga.engine.scoring import Ids, Scored, score
+from quadriga.engine.threads import ThreadTurns
+from quadriga.errors import ConfigError, EngineError, QuadrigaError, RequestError, TokenizerError
+from quadriga.hub import catalogue
+from quadriga.io.adapter import load as load_adapter
+from quadriga.io.adapter import low_rank
+from quadriga.io.open import open_checkpoint
+from quadriga.io.packed import load_packed
+from quadriga.kernels import dispatch
+from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.model.config import ModelConfig
-from quadriga.model.moe import RouterStats
-from quadriga.model.transformer import Transformer
-from quadriga.ops import dispatch
-from quadriga.ops.expert_store import ExpertStore
-from quadriga.quant.packed import kv_block_bytes
+from quadriga.nn.load import load_parameters
+from quadriga.nn.transformer import Transformer
+from quadriga.quant.packed import BLOCK_TOKENS
+from quadriga.runners.base import RouterStats, Runner
+from quadriga.runners.compiled import CompiledModel, layer_block_bytes
+from quadriga.runners.torch import TorchRunner
 from quadriga.text import template_process
 from quadriga.text.chat import render
 from quadriga.text.least_tokens import LeastTokens
@@ -55,11 +54,10 @@ from quadriga.text.turn_ends import TurnEnds, turn_ends
 Message = Mapping[str, str]
 """One turn: {"role": "system" | "user" | "assistant", "content": text}."""
 
+T = TypeVar("T")
+
 Progress = Callable[[int, int, str], None]
 """Called with (bytes done, bytes in all, what is being read)."""
-
-Answer = Generator[TokenEvent, None, None]
-"""Tokens as they are made; closing it ends the answer."""
 
 _ORDINARY_CHARS = 8
 """Of a token. A text below this times the context may well fit, and is encoded to find out."""
@@ -108,7 +106,7 @@ def load(
     count = runtime.set_threads(threads)
     target = runtime.resolve_device(device)
     opened = open_checkpoint(catalogue.resolve(str(path_or_name), progress=progress))
-    config, tokenizer = opened.config, opened.load_tokenizer()
+    config, tokenizer = opened.config, opened.load_tokenizer(catalogue.cl100k_ranks)
     if tokenizer is not None and tokenizer.chat_template is not None:
         template_process.warm()  # it starts while the weights are read
     plain = dtype is not None or target.type != "cpu" or not dispatch.compiled()
@@ -118,13 +116,14 @@ def load(
             raise ConfigError("format and expert_memory are for the CPU's kernels: leave dtype out, and device at cpu")
         chosen = runtime.resolve_dtype(dtype or "auto", target.type)
         parameters = load_parameters(opened, dtype=chosen, device=target, progress=progress)
-        per_block = 2 * BLOCK_TOKENS * config.attn.kv_dim * config.n_layers * parameters["embed.weight"].element_size()
+        numbers = sum(layer.mixer.state.numbers_per_token for layer in config.layers)
+        per_block = BLOCK_TOKENS * numbers * parameters["embed.weight"].element_size()
         runner = TorchRunner(
             Transformer.from_parameters(config, parameters), _n_blocks(config, per_block, kv_memory, 2)
         )
     else:
         packed = load_packed(opened, format, expert_memory=expert_memory, progress=progress)
-        per_block = kv_block_bytes(kv_format, config.attn.n_kv_heads, config.attn.head_dim) * config.n_layers
+        per_block = sum(layer_block_bytes(layer, kv_format) for layer in config.layers)
         runner = CompiledModel(
             config,
             packed.parameters,
@@ -190,7 +189,8 @@ class LLM:
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
         )
-        self._inbox: dict[int, deque[Event]] = {}
+        self._turns = ThreadTurns()
+        self._inboxes: dict[int, _Inbox] = {}  # by request; looked at and changed in a turn only
         self._least = None if tokenizer is None else LeastTokens(tokenizer)
 
     @property
@@ -202,28 +202,42 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Logits of every position of one sequence: ids (T,) -> (T, V) float32."""
-        return self.engine.score(self._check_ids(token_ids).tolist())[0]
+        ids: list[int] = self._check_ids(token_ids).tolist()
+        with self._turns.turn():
+            return self.engine.score(ids)[0]
 
     def routing(self, token_ids: Sequence[int] | Tensor) -> list[RouterStats]:
         """What every layer's router decided for each token of one sequence; empty for a dense model."""
-        return self.engine.score(self._check_ids(token_ids).tolist())[1]
+        ids: list[int] = self._check_ids(token_ids).tolist()
+        with self._turns.turn():
+            return self.engine.score(ids)[1]
 
     def embed(self, text: str | Sequence[int]) -> Tensor:
         """A text as one vector (D,) float32 of length 1: the mean of the last hidden states after the final norm."""
-        request_id = self.engine.submit(Embed(prompt=tuple(self.prompt_ids(text, parse_special=False))))
-        inbox = self._inbox[request_id] = deque()
+        inbox = _Inbox()
+        ids = self._submit([Embed(prompt=tuple(self.prompt_ids(text, parse_special=False)))], inbox)
         try:
-            while not inbox:
-                self._step()
+            self._turns.run_until(inbox.has_news, self._step)
         finally:
-            self.engine.cancel(request_id)
-            del self._inbox[request_id]
-        event = inbox.popleft()
+            self._turns.soon(partial(self._forget, ids))
+        event = inbox.arrived.popleft()[2]
         if isinstance(event, QuadrigaError):
             raise event
         assert isinstance(event, Embedding), "a text becomes a vector"
         vector: Tensor = event.vector
         return vector
+
+    def score(self, pairs: Sequence[tuple[Ids, Ids]], *, done: Callable[[int], None] = lambda n: None) -> list[Scored]:
+        """How probable each continuation is after its context; what contexts share is computed once.
+
+        Other threads' answers go on when all pairs are scored.
+
+        Args:
+            pairs: (context ids, continuation ids), neither empty.
+            done: called with the number of pairs that have just been scored.
+        """
+        with self._turns.turn():
+            return score(self.engine, pairs, done=done)
 
     def loglikelihood(self, context: str | Sequence[int], continuation: str | Sequence[int]) -> tuple[float, bool]:
         """How probable a continuation is after a context.
@@ -266,7 +280,8 @@ class LLM:
             CheckpointError: no adapter, or one of another model.
         """
         loaded = load_adapter(Path(folder), self.config)
-        self.engine.adapters().add(name, loaded.spec, low_rank(loaded))
+        with self._turns.turn():
+            self.engine.adapters().add(name, loaded.spec, low_rank(loaded))
 
     @property
     def adapters(self) -> list[str]:
@@ -276,7 +291,8 @@ class LLM:
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter that no answer uses any more."""
-        self.engine.remove_adapter(name)
+        with self._turns.turn():
+            self.engine.remove_adapter(name)
 
     def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, adapter: str | None = None
@@ -292,42 +308,20 @@ class LLM:
                 some tokens, logits that are not finite.
             AnswerError: after some tokens, a mistake of ours, which is its cause.
         """
-        ids = self.prompt_ids(prompt)
-        request = Request(prompt=tuple(ids), params=params or SamplingParams(), adapter=adapter)
-        request_id = self.engine.submit(request)
-        self._inbox[request_id] = deque()
-        return self._events(request_id)
-
-    def _events(self, request_id: int) -> Answer:
-        inbox = self._inbox[request_id]
-        try:
-            while True:
-                while not inbox:
-                    self._step()
-                event = inbox.popleft()
-                if isinstance(event, QuadrigaError):
-                    raise event
-                assert isinstance(event, TokenEvent), "an answer is made of tokens"
-                yield event
-                if event.finish_reason is not None:
-                    return
-        finally:
-            self.engine.cancel(request_id)
-            del self._inbox[request_id]
-
-    def _step(self) -> Iterable[int]:
-        """Run a step; the requests that it had something for."""
-        events = self.engine.step()
-        for request_id, event in events:
-            self._inbox[request_id].append(event)
-        return dict.fromkeys(request_id for request_id, _ in events)
+        request = Request(prompt=tuple(self.prompt_ids(prompt)), params=params or SamplingParams(), adapter=adapter)
+        inbox = _Inbox()
+        (request_id,) = self._submit([request], inbox)
+        return Answer(self, request_id, inbox)
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> Completion:
         """Continue a prompt to its end; see :meth:`stream`."""
-        ids = self.prompt_ids(prompt)
-        return _collect(self.stream(ids, params, adapter=adapter), n_prompt_tokens=len(ids))
+        ids = tuple(self.prompt_ids(prompt))
+        answer = self._complete([Request(prompt=ids, params=params or SamplingParams(), adapter=adapter)])[0]
+        if answer.error is not None:
+            raise answer.error
+        return answer
 
     def generate_many(
         self,
@@ -348,60 +342,74 @@ class LLM:
             progress: called with (finished, in all).
 
         Raises:
-            RequestError: a prompt or parameters that can never run, before anything does.
+            RequestError: a prompt or parameters that can never run, before anything does; or a single prompt in place
+                of many.
         """
-        all_ids = [self.prompt_ids(prompt) for prompt in prompts]
+        all_ids = [tuple(self.prompt_ids(prompt)) for prompt in several(prompts, "prompts")]
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(all_ids)
         if len(each) != len(all_ids):
             raise RequestError(f"{len(all_ids)} prompts need as many params, got {len(each)}")
-        names = [None] * len(all_ids) if adapters is None else list(adapters)
+        names = [None] * len(all_ids) if adapters is None else list(several(adapters, "adapters"))
         if len(names) != len(all_ids):
             raise RequestError(f"{len(all_ids)} prompts need as many adapters, got {len(names)}")
-        started = time.perf_counter()
         requests = [
-            Request(prompt=tuple(ids), params=one, adapter=name)
-            for ids, one, name in zip(all_ids, each, names, strict=True)
+            Request(prompt=ids, params=one, adapter=name) for ids, one, name in zip(all_ids, each, names, strict=True)
         ]
+        return self._complete(requests, progress)
+
+    def _complete(
+        self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
+    ) -> list[Completion]:
+        started, inbox = time.perf_counter(), _Inbox()
+        made: dict[int, list[tuple[float, TokenEvent]]] = {i: [] for i in self._submit(requests, inbox)}
+        try:
+            for n in range(1, len(made) + 1) if progress is not None else (len(made),):
+                self._turns.run_until(partial(inbox.has_finished, n), self._step)
+                if progress is not None:
+                    progress(n, len(made))
+        finally:
+            self._turns.soon(partial(self._forget, list(made)))
+        failed: dict[int, QuadrigaError] = {}
+        for request_id, now, event in inbox.arrived:
+            if isinstance(event, TokenEvent):
+                made[request_id].append((now, event))
+            elif isinstance(event, QuadrigaError):
+                failed[request_id] = event
         answers = []
-        for (times, events, error), ids in zip(self._run_all(requests, progress), all_ids, strict=True):
-            first, last = (times[0], times[-1]) if times else (started, started)
-            answers.append(_completion(events, len(ids), first - started, last - first, error))
+        for (request_id, events), request in zip(made.items(), requests, strict=True):
+            first, last = (events[0][0], events[-1][0]) if events else (started, started)
+            error = failed.get(request_id)
+            answers.append(
+                _completion([e for _, e in events], len(request.prompt), first - started, last - first, error)
+            )
         return answers
 
-    def _run_all(
-        self, requests: Sequence[Request], progress: Callable[[int, int], None] | None
-    ) -> list[tuple[list[float], list[TokenEvent], QuadrigaError | None]]:
-        """Every request's events with the times they came at, and what ended it if that was an error."""
-        made: dict[int, tuple[list[float], list[TokenEvent]]] = {}
-        failed: dict[int, QuadrigaError] = {}
-        try:
-            for request in requests:
-                request_id = self.engine.submit(request)
-                made[request_id] = [], []
-                self._inbox[request_id] = deque()
-            finished = 0
-            while finished < len(made):
-                now_made = self._step()
-                now = time.perf_counter()
-                for request_id in now_made:
-                    inbox = self._inbox[request_id]
-                    while request_id in made and inbox:
-                        event = inbox.popleft()
-                        if isinstance(event, TokenEvent):
-                            times, tokens = made[request_id]
-                            times.append(now)
-                            tokens.append(event)
-                        elif isinstance(event, QuadrigaError):
-                            failed[request_id] = event
-                        if not isinstance(event, TokenEvent) or event.finish_reason is not None:
-                            finished += 1
-                            if progress is not None:
-                                progress(finished, len(made))
-        finally:
-            for request_id in made:
-                self.engine.cancel(request_id)
-                del self._inbox[request_id]
-        return [(*answer, failed.get(request_id)) for request_id, answer in made.items()]
+    def _submit(self, requests: Sequence[Request | Embed], inbox: _Inbox) -> list[int]:
+        """Queue requests, all or none; their ids."""
+        ids: list[int] = []
+        with self._turns.turn():
+            try:
+                for request in requests:
+                    ids.append(self.engine.submit(request))
+                    self._inboxes[ids[-1]] = inbox
+            except BaseException:
+                self._forget(ids)
+                raise
+        return ids
+
+    def _step(self) -> None:
+        """One pass, in a turn; what it made goes to whoever asked for it."""
+        if not self.engine.has_work:
+            raise EngineError("the request is not in the engine any more: something else than this model cancelled it")
+        events, now = self.engine.step(), time.perf_counter()
+        for request_id, event in events:
+            self._inboxes[request_id].put(request_id, now, event)
+
+    def _forget(self, request_ids: Iterable[int]) -> None:
+        """Drop requests wherever they are, in a turn; their blocks are free."""
+        for request_id in request_ids:
+            self.engine.cancel(request_id)
+            self._inboxes.pop(request_id, None)
 
     # Chat ------------------------------------------------------------------------------------------------------------
 
@@ -471,13 +479,15 @@ class LLM:
 
     def _check_ids(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         # Before a tensor is made of them: a million takes torch 0.2 s, in which no other thread can run.
-        if not isinstance(token_ids, Tensor):
+        if isinstance(token_ids, Sized) and not isinstance(token_ids, Tensor):
             self._check_count(len(token_ids))
         try:
             ids = torch.as_tensor(token_ids)
         except (ValueError, TypeError, RuntimeError):  # beyond 64 bits, or something else than numbers
             raise RequestError(f"token ids must be whole numbers from 0 to {self.config.vocab_size - 1}") from None
-        if ids.ndim != 1 or ids.numel() == 0:
+        if ids.ndim != 1:
+            raise RequestError(f"a prompt must be text or a list of token ids, got {token_ids!r:.80}")
+        if ids.numel() == 0:
             raise RequestError("a prompt needs at least one token")
         if ids.dtype.is_floating_point or ids.dtype == torch.bool:
             raise RequestError(f"token ids must be whole numbers, got {ids.dtype}")
@@ -501,14 +511,93 @@ class LLM:
         return self.tokenizer
 
 
-def _collect(events: Iterator[TokenEvent], n_prompt_tokens: int) -> Completion:
-    started = first = time.perf_counter()
-    made: list[TokenEvent] = []
-    for event in events:
-        if not made:
-            first = time.perf_counter()
-        made.append(event)
-    return _completion(made, n_prompt_tokens, first - started, time.perf_counter() - first)
+class _Inbox:
+    """What has come for one call's requests: filled in any thread's turn, emptied by the thread that made the call."""
+
+    def __init__(self) -> None:
+        self.arrived: deque[tuple[int, float, Event]] = deque()
+        """(request, when, what); an error is the last that comes for its request."""
+        self.n_finished = 0
+        self.closed = False
+
+    def put(self, request_id: int, now: float, event: Event) -> None:
+        """The next event of one of the requests."""
+        self.arrived.append((request_id, now, event))
+        self.n_finished += not isinstance(event, TokenEvent) or event.finish_reason is not None
+
+    def has_finished(self, n: int) -> bool:
+        """True if so many requests are done or have failed."""
+        return self.n_finished >= n
+
+    def has_news(self) -> bool:
+        """True if whoever reads event by event has not to wait."""
+        return bool(self.arrived) or self.closed
+
+
+class Answer(Generator[TokenEvent, None, None]):
+    """Tokens as they are made. Closing it, or letting it go, ends the answer and frees its blocks, begun or not.
+
+    A generator by its methods, not by its making: one that was never begun would not run its end.
+    """
+
+    def __init__(self, owner: LLM, request_id: int, inbox: _Inbox) -> None:
+        self._owner, self._request_id, self._inbox = owner, request_id, inbox
+
+    def send(self, value: None) -> TokenEvent:
+        """The next token; the last one carries its finish_reason.
+
+        Raises:
+            StopIteration: that was the last one, or the answer was closed.
+            RequestError, AnswerError: the answer cannot go on.
+        """
+        inbox = self._inbox
+        while not inbox.closed:
+            if inbox.arrived:
+                event = inbox.arrived.popleft()[2]
+                if isinstance(event, QuadrigaError):
+                    self.close()
+                    raise event
+                assert isinstance(event, TokenEvent), "an answer is made of tokens"
+                if event.finish_reason is not None:
+                    self.close()
+                return event
+            try:
+                self._owner._turns.run_until(inbox.has_news, self._owner._step)
+            except BaseException:
+                self.close()
+                raise
+        raise StopIteration
+
+    def throw(
+        self,
+        kind: type[BaseException] | BaseException,
+        value: object = None,
+        traceback: TracebackType | None = None,
+        /,
+    ) -> TokenEvent:
+        """End the answer with an exception, as a generator does."""
+        self.close()
+        raise value if isinstance(value, BaseException) else kind
+
+    def close(self) -> None:
+        """End the answer; its blocks are free before the engine's next pass."""
+        if not self._inbox.closed:
+            self._inbox.closed = True
+            self._owner._turns.soon(partial(self._owner._forget, (self._request_id,)))
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def several(given: Iterable[T], what: str) -> Iterable[T]:
+    """``given``, unless it is one text: that is an iterable of texts too, of a letter each.
+
+    Raises:
+        RequestError: it is one text.
+    """
+    if isinstance(given, (str, bytes)):
+        raise RequestError(f"{what} must be several, e.g. a list; got the text {given[:40]!r}. Put it into a list.")
+    return given
 
 
 def _completion(

@@ -91,6 +91,7 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _require_int(0, 2**31 - 1, **{"logit_bias token id": token})
             _require_in(-100.0, 100.0, **{f"logit_bias[{token}]": bias})
+        _require(not isinstance(self.stop, str), f"stop must be a tuple of strings, got the string {self.stop!r}")
         _require(all(isinstance(s, str) and s for s in self.stop), "stop must be non-empty strings")
         for token in self.stop_ids:
             _require_int(0, 2**31 - 1, **{"stop_ids entry": token})

@@ -27,9 +27,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from quadriga.engine.blocks import BLOCK_TOKENS, BlockPool, chain_key
+from quadriga.engine.blocks import BlockPool, chain_key
 from quadriga.engine.turns import Turns
 from quadriga.errors import ConfigError, RequestError
+from quadriga.quant.packed import BLOCK_TOKENS
 
 MOST_LOGIT_ROWS = 256
 """Tokens of a chunk of which every position's logits are wanted: (256, V) float32 is what the buffer grows to."""

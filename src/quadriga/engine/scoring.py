@@ -25,10 +25,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quadriga.engine.blocks import BLOCK_TOKENS
 from quadriga.engine.engine import Engine
 from quadriga.errors import RequestError
-from quadriga.ops.program import Batch
+from quadriga.kernels.cpu.program import Batch
+from quadriga.quant.packed import BLOCK_TOKENS
 
 Ids = Sequence[int]
 Done = Callable[[int], None]

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from quadriga.checkpoint import catalogue
-from quadriga.engine.llm import LLM
+from quadriga.engine.llm import LLM, several
 from quadriga.engine.request import SamplingParams
-from quadriga.engine.scoring import Scored, score
+from quadriga.engine.scoring import Scored
 from quadriga.errors import RequestError, TokenizerError
+from quadriga.hub import catalogue
 
 Done = Callable[[int], None]
 
@@ -56,14 +56,14 @@ class TextModel:
     def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, done: Done = lambda n: None) -> list[Scored]:
         """How probable each continuation is after its context."""
         self._contexts.clear()
-        return score(self.llm.engine, [self.pair(*request) for request in requests], done=done)
+        return self.llm.score([self.pair(*request) for request in several(requests, "requests")], done=done)
 
     def rolling(self, texts: Sequence[str], *, done: Done = lambda n: None) -> list[Scored]:
         """How probable each whole text is: windows that do not overlap, each begun by one token of context."""
         windows: list[tuple[list[int], list[int]]] = []
         owner: list[int] = []
         size = self.llm.config.max_seq_len
-        for i, text in enumerate(texts):
+        for i, text in enumerate(several(texts, "texts")):
             ids = self._tokenizer.encode(text)
             if not ids:
                 raise RequestError("a text to score needs at least one token")
@@ -72,7 +72,7 @@ class TextModel:
                 windows.append((before, ids[start : start + size]))
                 owner.append(i)
         merged: list[list[Scored]] = [[] for _ in texts]
-        for i, scored in zip(owner, score(self.llm.engine, windows), strict=True):
+        for i, scored in zip(owner, self.llm.score(windows), strict=True):
             merged[i].append(scored)
         done(len(texts))
         return [Scored(tuple(p for s in parts for p in s.logprobs), all(s.greedy for s in parts)) for parts in merged]
@@ -98,10 +98,12 @@ class TextModel:
                 f"an answer of {max_new_tokens} tokens fills the model's context of {self.llm.config.max_seq_len}: "
                 "allow fewer"
             )
-        ids = [self._prompt(prompt)[-most:] for prompt in prompts]
+        ids = [self._prompt(prompt)[-most:] for prompt in several(prompts, "prompts")]
         base = 0 if seed is None else seed
         params = [
-            SamplingParams(max_new_tokens=max_new_tokens, stop=tuple(stop), temperature=temperature, seed=base + i)
+            SamplingParams(
+                max_new_tokens=max_new_tokens, stop=tuple(several(stop, "stop")), temperature=temperature, seed=base + i
+            )
             for i in range(len(ids))
         ]
         if self.chat:

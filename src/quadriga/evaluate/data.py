@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from quadriga import runtime
-from quadriga.checkpoint import catalogue
 from quadriga.errors import EvaluationError
+from quadriga.hub import catalogue
 
 PACKAGES = {"humaneval/HumanEval.jsonl": "humaneval"}
 """File -> the catalogue entry that holds it, gzipped or not."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quadriga.errors import ConfigError
-from quadriga.model.config import ModelConfig, MoESpec
+from quadriga.model.config import ModelConfig
 from quadriga.model.weight_map import Shape, parameter_shapes
 
 TARGETS = ("attention", "router", "experts", "ffn", "embeddings", "head")
@@ -59,19 +59,20 @@ def target_of(name: str) -> str | None:
     return {"embed.weight": "embeddings", "lm_head.weight": "head"}.get(name)
 
 
+def targets_of(config: ModelConfig) -> set[str]:
+    """The targets a model has parameters of."""
+    return {target for name in parameter_shapes(config) if (target := target_of(name)) is not None}
+
+
 def adapted_shapes(config: ModelConfig, spec: LoraSpec) -> dict[str, tuple[Shape, Shape]]:
     """Parameter -> the shapes of its factors (A, B), in the order of a forward pass.
 
     Raises:
         ConfigError: a target this model does not have.
     """
-    is_moe = isinstance(config.ffn, MoESpec)
-    absent = {"router", "experts"} if not is_moe else {"ffn"}
-    if config.tied_embeddings:
-        absent.add("head")
-    wrong = sorted(absent.intersection(spec.targets))
+    wrong = sorted(set(spec.targets) - targets_of(config))
     if wrong:
-        kind = "a mixture of experts" if is_moe else "a dense model"
+        kind = "a mixture of experts" if config.is_moe else "a dense model"
         tied = " with tied embeddings (its head is the table: target embeddings)" if config.tied_embeddings else ""
         raise ConfigError(f"lora.targets names {', '.join(wrong)}, which this model has not: it is {kind}{tied}")
     r = spec.rank

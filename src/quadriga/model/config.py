@@ -1,21 +1,26 @@
 """What a model is: a small tree of frozen specs, checked once when it is built.
 
     ModelConfig
-    ├── attn      AttentionSpec            heads, clipping, soft cap, scale
-    ├── position  RopeSpec | AlibiSpec     how a token knows where it stands
-    ├── ffn       DenseSpec | MoESpec      one feed-forward network, or a router over many
-    └── norm      NormSpec                 LayerNorm or RMSNorm, and its epsilon
+    ├── layers      tuple of LayerSpec, one per layer; equal layers share one object (``uniform``)
+    │   ├── mixer   AttentionSpec          heads, clipping, soft cap, scale
+    │   │   └── position   RopeSpec | AlibiSpec | None    how a token knows where it stands
+    │   ├── ffn     DenseSpec | MoESpec    one feed-forward network, or a router over many
+    │   └── norm    NormSpec               LayerNorm or RMSNorm, and its epsilon
+    └── final_norm  NormSpec
 
-Alternatives are types, not flags, so a wrong combination cannot be written down. Nothing here imports torch:
-``quadriga info`` and the planner work from these specs by arithmetic alone. Families (``model/families``) turn a
-checkpoint's own configuration into a ModelConfig; nothing else in the project looks at ``family``.
+Alternatives are types, not flags, so a wrong combination cannot be written down. A **mixer owns its state**: what it
+keeps of a sequence between passes is its ``state`` (today ``KVState``, paged keys and values), and whoever counts bytes
+or allocates a cache asks the mixers of the layers, never the model. Nothing here imports torch: ``quadriga info`` and
+the planner work from these specs by arithmetic alone. Families (``model/families``) turn a checkpoint's own
+configuration into a ModelConfig; nothing else in the project looks at ``family``.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from quadriga.errors import ConfigError
 
@@ -23,7 +28,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 """The non-linearity of a feed-forward network. ``gelu`` is the exact erf form, ``gelu_tanh`` jax's and GPT-2's."""
 
 Aggregate = Literal["weighted_sum", "vote", "fuse"]
-"""How the chosen experts' outputs become one vector; see ``model.moe``."""
+"""How the chosen experts' outputs become one vector; see ``nn.moe``."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -80,12 +85,27 @@ class AlibiSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KVState:
+    """What attention keeps of a sequence: a key and a value of ``dim`` numbers for every position, in paged blocks."""
+
+    n_kv_heads: int
+    head_dim: int
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Numbers one position adds: 2 K d."""
+        return 2 * self.n_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """Grouped-query attention: ``n_heads`` queries share ``n_kv_heads`` keys and values, in consecutive groups."""
 
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    position: RopeSpec | AlibiSpec | None
+    """None: the layer does not know positions."""
     clip_qkv: float | None = None
     """Clamp the projected q, k and v to [-clip_qkv, clip_qkv] before RoPE (DBRX: 8)."""
     soft_cap: float | None = None
@@ -125,6 +145,11 @@ class AttentionSpec:
     def score_scale(self) -> float:
         """The multiplier of q·k that is in force."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def state(self) -> KVState:
+        """What this mixer keeps of a sequence between passes."""
+        return KVState(n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,25 +207,53 @@ def _require_activation(activation: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A decoder-only transformer: embed, n_layers x (attention, feed-forward), norm, head.
+class LayerSpec:
+    """One layer: h + mixer(norm(h)), then h + ffn(norm(h))."""
 
-    Sizes use the field's letters: D = d_model, H = attn.n_heads, K = attn.n_kv_heads, F = ffn.d_ff,
-    E = ffn.n_experts, k = ffn.top_k, V = vocab_size.
+    norm: NormSpec
+    """Of both halves: a norm of its own before the mixer and before the feed-forward."""
+    mixer: AttentionSpec
+    ffn: DenseSpec | MoESpec
+    post_norms: bool = False
+    """True adds a norm after the mixer and after the feed-forward, inside the residual branch (Grok-1's sandwich)."""
+
+    @property
+    def moe(self) -> MoESpec | None:
+        """The mixture of experts, where the layer has one."""
+        return self.ffn if isinstance(self.ffn, MoESpec) else None
+
+
+def uniform(layer: LayerSpec, n_layers: int) -> tuple[LayerSpec, ...]:
+    """``n_layers`` layers of one kind.
+
+    Raises:
+        ConfigError: a number of layers that no model has.
+    """
+    _require_positive("model", n_layers=n_layers)
+    # One config must not make a command allocate for minutes: real models have tens to hundreds of layers.
+    _require(n_layers <= MAX_LAYERS, f"n_layers must be at most {MAX_LAYERS}, got {n_layers}")
+    return (layer,) * n_layers
+
+
+MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer: embed, layers of mixer and feed-forward, norm, head.
+
+    Sizes use the field's letters: D = d_model, V = vocab_size; of a layer H = mixer.n_heads, K = mixer.n_kv_heads,
+    F = ffn.d_ff, E = ffn.n_experts, k = ffn.top_k.
     """
 
     family: str
     """Which row of ``model.families.FAMILIES`` can write this model back; nothing computes with it."""
     vocab_size: int
     d_model: int
-    n_layers: int
     max_seq_len: int
-    norm: NormSpec
-    position: RopeSpec | AlibiSpec
-    attn: AttentionSpec
-    ffn: DenseSpec | MoESpec
-    post_norms: bool = False
-    """True adds a norm after attention and after the feed-forward, inside the residual branch (Grok-1's sandwich)."""
+    layers: tuple[LayerSpec, ...]
+    """From the first to the last; see :func:`uniform`."""
+    final_norm: NormSpec
     tied_embeddings: bool = False
     """True: the head is the embedding table and there is no ``lm_head`` parameter."""
     embedding_scale: float = 1.0
@@ -220,11 +273,93 @@ class ModelConfig:
             n_layers=self.n_layers,
             max_seq_len=self.max_seq_len,
         )
-        # One config must not make a command allocate for minutes: real models have tens to hundreds of layers.
-        _require(self.n_layers <= 10_000, f"n_layers must be at most 10000, got {self.n_layers}")
+        _require(self.n_layers <= MAX_LAYERS, f"n_layers must be at most {MAX_LAYERS}, got {self.n_layers}")
         _require_number("model", embedding_scale=self.embedding_scale, logit_scale=self.logit_scale)
 
     @property
+    def n_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
+
+    @property
     def is_moe(self) -> bool:
-        """True if every layer routes its tokens over experts."""
-        return isinstance(self.ffn, MoESpec)
+        """True if any layer routes its tokens over experts."""
+        return any(layer.moe is not None for layer in self.kinds())
+
+    @property
+    def moe_layers(self) -> tuple[tuple[int, MoESpec], ...]:
+        """(index, experts) of every layer that has experts."""
+        return tuple((i, layer.ffn) for i, layer in enumerate(self.layers) if isinstance(layer.ffn, MoESpec))
+
+    def kinds(self) -> dict[LayerSpec, int]:
+        """Each kind of layer, in order of first appearance, and how many layers are of it."""
+        objects: dict[int, int] = {}  # equal layers share an object: count those first, compare few
+        for layer in self.layers:
+            objects[id(layer)] = objects.get(id(layer), 0) + 1
+        counts: dict[LayerSpec, int] = {}
+        for layer in {id(layer): layer for layer in self.layers}.values():
+            counts[layer] = counts.get(layer, 0) + objects[id(layer)]
+        return counts
+
+    def only_layer(self, why: str) -> LayerSpec:
+        """The layer of a model whose layers are all alike.
+
+        Args:
+            why: what needs it, as the subject of the error.
+
+        Raises:
+            ConfigError: there are several kinds.
+        """
+        kinds = self.kinds()
+        _require(len(kinds) == 1, f"{why} needs a model whose layers are all alike; this one has {len(kinds)} kinds")
+        return self.layers[0]
+
+    def only_moe(self, why: str) -> MoESpec:
+        """The mixture of a model whose layers that have one are all alike in it.
+
+        Raises:
+            ConfigError: no layer has experts, or they differ.
+        """
+        kinds = dict.fromkeys(spec for _, spec in self.moe_layers)
+        _require(bool(kinds), f"{why} needs a mixture of experts; this model is dense")
+        _require(len(kinds) == 1, f"{why} needs one kind of mixture; this model has {len(kinds)}")
+        return next(iter(kinds))
+
+    def with_layers(self, change: Callable[[LayerSpec], LayerSpec]) -> ModelConfig:
+        """This model with every layer changed; equal layers stay one object."""
+        changed = {layer: change(layer) for layer in self.kinds()}
+        return replace(self, layers=tuple(changed[layer] for layer in self.layers))
+
+    def with_mixer(self, **fields: Any) -> ModelConfig:
+        """This model with fields of every layer's mixer changed."""
+        return self.with_layers(lambda layer: replace(layer, mixer=replace(layer.mixer, **fields)))
+
+    def with_ffn(self, **fields: Any) -> ModelConfig:
+        """This model with fields of every layer's feed-forward changed."""
+        return self.with_layers(lambda layer: replace(layer, ffn=replace(layer.ffn, **fields)))
+
+    def with_n_layers(self, n_layers: int) -> ModelConfig:
+        """The same kind of model with another number of layers.
+
+        Raises:
+            ConfigError: its layers differ, so it is not clear which ones to take.
+        """
+        return replace(self, layers=uniform(self.only_layer("a change of depth"), n_layers))
+
+
+def uniform_model(
+    *,
+    n_layers: int,
+    norm: NormSpec,
+    mixer: AttentionSpec,
+    ffn: DenseSpec | MoESpec,
+    post_norms: bool = False,
+    **model: Any,
+) -> ModelConfig:
+    """A model of one kind of layer, whose last norm is like the layers'.
+
+    Args:
+        model: the other fields of :class:`ModelConfig`.
+    """
+    layer = LayerSpec(norm=norm, mixer=mixer, ffn=ffn, post_norms=post_norms)
+    return ModelConfig(layers=uniform(layer, n_layers), final_norm=norm, **model)

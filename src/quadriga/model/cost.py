@@ -1,7 +1,7 @@
 """What a model costs: parameters, operations and bytes, by arithmetic on its configuration. No tensors, no torch.
 
-    decode one token     FLOPs = 2 * (active parameters that multiply) + 4 * L * H d * T      T cached positions
-    keep one token       bytes = 2 * L * K d * size of an element                             keys and values
+    decode one token     FLOPs = 2 * (active parameters that multiply) + sum over layers of 4 H d T   T cached positions
+    keep one token       bytes = sum over layers of 2 K d * size of an element                        keys and values
     hold the weights     bytes = sum over parameters of elements / block * bytes of a block
 
 Every count walks ``weight_map.parameter_shapes``, the same table the model and its checkpoints are built from, so it
@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import ModelConfig, MoESpec
-from quadriga.model.weight_map import Shape, parameter_shapes
+from quadriga.model.weight_map import Shape, layer_shapes, parameter_shapes
 from quadriga.quant import formats
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -62,9 +63,9 @@ class ParameterCount:
 def n_params(config: ModelConfig) -> ParameterCount:
     """Count parameters, to the unit."""
     total = active = 0
-    for name, shape, copies in _parameters(config):
-        total += prod(shape) * copies
-        active += prod(_used(config, name, shape)) * copies
+    for part in _parameters(config):
+        total += prod(part.shape) * part.copies
+        active += prod(part.used) * part.copies
     input_only = 0 if config.tied_embeddings else config.vocab_size * config.d_model
     return ParameterCount(total, active, active - input_only)
 
@@ -77,7 +78,8 @@ def kv_bytes_per_token(config: ModelConfig, dtype: str = "bfloat16") -> int:
     """
     if dtype not in ELEMENT_BYTES:
         raise ConfigError(f"dtype must be one of {', '.join(ELEMENT_BYTES)}; got {dtype!r}")
-    return 2 * config.n_layers * config.attn.kv_dim * ELEMENT_BYTES[dtype]
+    numbers = sum(layer.mixer.state.numbers_per_token * n for layer, n in config.kinds().items())
+    return numbers * ELEMENT_BYTES[dtype]
 
 
 def flops_per_token(config: ModelConfig, context: int) -> int:
@@ -85,8 +87,12 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 
     A multiplication and an addition count as two. Norm weights are counted like matrices; they are below 1e-4 of all.
     """
-    attention = 4 * config.n_layers * config.attn.q_dim * context  # q·k and weights·v
-    return 2 * n_params(config).active_without_input + attention
+    return 2 * n_params(config).active_without_input + attention_flops(config, context)
+
+
+def attention_flops(config: ModelConfig, context: int) -> int:
+    """Operations of q·k and weights·v, all layers, for one token that attends to ``context`` positions."""
+    return sum(4 * layer.mixer.q_dim * context * n for layer, n in config.kinds().items())
 
 
 def weight_bytes(config: ModelConfig, form: str) -> int:
@@ -96,7 +102,7 @@ def weight_bytes(config: ModelConfig, form: str) -> int:
         ConfigError: no such format.
     """
     chosen = _format(form)
-    return sum(_bytes(name, shape, chosen) * copies for name, shape, copies in _parameters(config))
+    return sum(_bytes(part.name, part.shape, chosen) * part.copies for part in _parameters(config))
 
 
 def bytes_read_per_token(config: ModelConfig, form: str) -> int:
@@ -106,7 +112,7 @@ def bytes_read_per_token(config: ModelConfig, form: str) -> int:
         ConfigError: no such format.
     """
     chosen = _format(form)
-    read = sum(_bytes(name, _used(config, name, shape), chosen) * copies for name, shape, copies in _parameters(config))
+    read = sum(_bytes(part.name, part.used, chosen) * part.copies for part in _parameters(config))
     if not config.tied_embeddings:
         read -= _bytes("embed.weight", (config.vocab_size - 1, config.d_model), chosen)  # one row of the input table
     return read
@@ -127,21 +133,30 @@ def fits(config: ModelConfig, form: str, context: int, memory_bytes: int, kv_dty
     return memory_needed(config, form, context, kv_dtype) <= memory_bytes
 
 
-def _parameters(config: ModelConfig) -> Iterator[tuple[str, Shape, int]]:
-    """(name, shape, how often) of every parameter, a layer's once with n_layers."""
-    for name, shape in parameter_shapes(replace(config, n_layers=1)).items():
-        yield name, shape, config.n_layers if name.startswith("layers.") else 1
+class _Part(NamedTuple):
+    """One parameter, of a kind of layer or outside the layers."""
+
+    name: str
+    shape: Shape
+    used: Shape
+    """What one token meets of it: top_k of stacked experts, all of anything else."""
+    copies: int
+    """Layers of the kind; 1 outside them."""
 
 
-def _used(config: ModelConfig, name: str, shape: Shape) -> Shape:
-    """The part of a parameter that one token meets: top_k of the stacked experts, all of anything else."""
-    if isinstance(config.ffn, MoESpec) and name.endswith((".moe.w_gate", ".moe.w_up", ".moe.w_down")):
-        return (config.ffn.top_k, *shape[1:])
-    return shape
+def _parameters(config: ModelConfig) -> Iterator[_Part]:
+    for name, shape in parameter_shapes(replace(config, layers=config.layers[:1])).items():
+        if not name.startswith("layers."):
+            yield _Part(name, shape, shape, 1)
+    for layer, copies in config.kinds().items():
+        for name, shape in layer_shapes(layer, config.d_model).items():
+            stacked = layer.moe is not None and len(shape) == 3
+            used = (layer.moe.top_k, *shape[1:]) if layer.moe is not None and stacked else shape
+            yield _Part(name, shape, used, copies)
 
 
 def _bytes(name: str, shape: Shape, form: WeightFormat) -> int:
-    if len(shape) == 1 or ".router." in name:
+    if len(shape) == 1 or name.endswith("router.weight"):
         stored = formats.FORMATS[form.rest]
     else:
         stored = formats.FORMATS[form.tables if name in ("embed.weight", "lm_head.weight") else form.matrices]

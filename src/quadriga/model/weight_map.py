@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from math import prod
 
 from quadriga.errors import CheckpointError
-from quadriga.model.config import DenseSpec, ModelConfig, MoESpec
+from quadriga.model.config import DenseSpec, LayerSpec, ModelConfig, MoESpec
 
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
@@ -66,34 +66,43 @@ def whole(shape: Shape) -> Box:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every parameter of the model and its shape, in the order of a forward pass."""
-    d, attn, ffn = config.d_model, config.attn, config.ffn
+    d = config.d_model
     shapes: dict[str, Shape] = {"embed.weight": (config.vocab_size, d)}
-    for i in range(config.n_layers):
-        p = f"layers.{i}."
-        shapes[p + "attn_norm.weight"] = (d,)
-        shapes[p + "attn.wqkv.weight"] = (attn.qkv_dim, d)
-        shapes[p + "attn.wo.weight"] = (d, attn.q_dim)
-        if config.post_norms:
-            shapes[p + "attn_post_norm.weight"] = (d,)
-        shapes[p + "ffn_norm.weight"] = (d,)
-        match ffn:
-            case DenseSpec():
-                if ffn.gated:
-                    shapes[p + "ffn.w_gate"] = (ffn.d_ff, d)
-                shapes[p + "ffn.w_up"] = (ffn.d_ff, d)
-                shapes[p + "ffn.w_down"] = (d, ffn.d_ff)
-            case MoESpec():
-                shapes[p + "moe.router.weight"] = (ffn.n_experts, d)
-                shapes[p + "moe.w_gate"] = (ffn.n_experts, ffn.d_ff, d)
-                shapes[p + "moe.w_up"] = (ffn.n_experts, ffn.d_ff, d)
-                shapes[p + "moe.w_down"] = (ffn.n_experts, d, ffn.d_ff)
-                if ffn.aggregate == "fuse":
-                    shapes[p + "moe.fuse.weight"] = (ffn.n_experts,)
-        if config.post_norms:
-            shapes[p + "ffn_post_norm.weight"] = (d,)
+    kinds = {layer: layer_shapes(layer, d) for layer in config.kinds()}
+    for i, layer in enumerate(config.layers):
+        shapes.update({f"layers.{i}.{name}": shape for name, shape in kinds[layer].items()})
     shapes["final_norm.weight"] = (d,)
     if not config.tied_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, d)
+    return shapes
+
+
+def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
+    """Every parameter of one layer, without the ``layers.{i}.`` before its name, in the order of a forward pass."""
+    d, attn, ffn = d_model, layer.mixer, layer.ffn
+    shapes: dict[str, Shape] = {
+        "attn_norm.weight": (d,),
+        "attn.wqkv.weight": (attn.qkv_dim, d),
+        "attn.wo.weight": (d, attn.q_dim),
+    }
+    if layer.post_norms:
+        shapes["attn_post_norm.weight"] = (d,)
+    shapes["ffn_norm.weight"] = (d,)
+    match ffn:
+        case DenseSpec():
+            if ffn.gated:
+                shapes["ffn.w_gate"] = (ffn.d_ff, d)
+            shapes["ffn.w_up"] = (ffn.d_ff, d)
+            shapes["ffn.w_down"] = (d, ffn.d_ff)
+        case MoESpec():
+            shapes["moe.router.weight"] = (ffn.n_experts, d)
+            shapes["moe.w_gate"] = (ffn.n_experts, ffn.d_ff, d)
+            shapes["moe.w_up"] = (ffn.n_experts, ffn.d_ff, d)
+            shapes["moe.w_down"] = (ffn.n_experts, d, ffn.d_ff)
+            if ffn.aggregate == "fuse":
+                shapes["moe.fuse.weight"] = (ffn.n_experts,)
+    if layer.post_norms:
+        shapes["ffn_post_norm.weight"] = (d,)
     return shapes
 
 

@@ -1,7 +1,8 @@
 """Packed formats: how the CPU kernels want matrices to lie in memory. A literal table and its arithmetic, no torch.
 
-A packed matrix is tiles of 16 rows; ``ops/csrc/layout.hpp`` draws them. Columns are padded with zeros to whole groups,
-so any shape can be packed.
+A packed matrix is tiles of 16 rows; ``kernels/cpu/csrc/layout.hpp`` draws them. Columns are padded with zeros to
+whole groups, so any shape can be packed. The sizes are stated there too; ``tests/ops/test_bindings.py`` holds both to
+each other.
 
     float32   16 rows x 1 column a line
     bfloat16  16 rows x 2 columns a line
@@ -25,8 +26,6 @@ class PackedFormat:
     """One row of the table."""
 
     name: str
-    code: int
-    """The number that quadriga.h gives it."""
     columns: int
     """Columns a line group covers; rows are padded to whole ones."""
     nbytes: int
@@ -45,19 +44,22 @@ class PackedFormat:
 PACKED: dict[str, PackedFormat] = {
     f.name: f
     for f in (
-        PackedFormat("float32", 0, 1, 64),
-        PackedFormat("bfloat16", 1, 2, 64),
-        PackedFormat("q8", 2, 64, 1088),
-        PackedFormat("q4", 3, 64, 576),
-        PackedFormat("q4m", 4, 64, 640),
+        PackedFormat("float32", 1, 64),
+        PackedFormat("bfloat16", 2, 64),
+        PackedFormat("q8", 64, 1088),
+        PackedFormat("q4", 64, 576),
+        PackedFormat("q4m", 64, 640),
     )
 }
 
 FROM_GGUF = {"q8_0": "q8", "q4_0": "q4", "q4_1": "q4m"}
 """Block format of a file -> the packed format that holds its blocks bit by bit."""
 
-KV_FORMATS = {"float32": 0, "bfloat16": 1, "q8": 2}
-"""Formats of cached keys and values -> their numbers in quadriga.h. q8: one float32 scale a token and head."""
+BLOCK_TOKENS = 16
+"""Positions of a sequence that one block of the cache holds, in every layer."""
+
+KV_FORMATS = ("float32", "bfloat16", "q8")
+"""Formats of cached keys and values. q8: one float32 scale a token and head."""
 
 
 def kv_block_bytes(kv_format: str, n_kv_heads: int, head_dim: int) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 from starlette.responses import Response
 
 from quadriga.model import cost
-from quadriga.model.config import MoESpec
 from quadriga.server.errors import ApiError
 from quadriga.server.metrics import balance_of, jain_of
 from quadriga.server.service import Service
@@ -17,15 +16,15 @@ from quadriga.server.sse import json_response
 def model(service: Service) -> dict[str, Any]:
     """The served model as OpenAI's list shows it, and what it is."""
     config = service.llm.config
-    count, ffn = cost.n_params(config), config.ffn
+    count, experts = cost.n_params(config), [spec for _, spec in config.moe_layers]
     tokenizer = service.llm.tokenizer
     facts = {
         "family": config.family,
         "n_parameters": count.total,
         "n_active_parameters": count.active,
         "n_layers": config.n_layers,
-        "n_experts": ffn.n_experts if isinstance(ffn, MoESpec) else 0,
-        "top_k": ffn.top_k if isinstance(ffn, MoESpec) else 0,
+        "n_experts": max((spec.n_experts for spec in experts), default=0),
+        "top_k": max((spec.top_k for spec in experts), default=0),
         "context_length": config.max_seq_len,
         "chat": tokenizer is not None and tokenizer.chat_template is not None,
     }
@@ -75,21 +74,21 @@ class Experts:
 
     def show(self) -> Response:
         """GET /v1/experts."""
-        ffn = self._service.llm.config.ffn
+        config = self._service.llm.config
+        experts = [spec for _, spec in config.moe_layers]
         counts = self._counts()
         if self._base:
             counts = [
                 [n - b for n, b in zip(now, then, strict=True)] for now, then in zip(counts, self._base, strict=True)
             ]
-        moe = isinstance(ffn, MoESpec)
-        top_k = ffn.top_k if isinstance(ffn, MoESpec) else 0
         return json_response(
             {
                 "model": self._service.name,
-                "n_layers": self._service.llm.config.n_layers,
-                "n_experts": ffn.n_experts if isinstance(ffn, MoESpec) else 0,
-                "top_k": top_k,
-                "n_tokens": sum(counts[0]) // top_k if moe and counts else 0,
+                "n_layers": config.n_layers,
+                "layers": [layer for layer, _ in config.moe_layers],
+                "n_experts": max((spec.n_experts for spec in experts), default=0),
+                "top_k": max((spec.top_k for spec in experts), default=0),
+                "n_tokens": sum(counts[0]) // experts[0].top_k if experts and counts else 0,
                 "counts": counts,
                 "balance": [round(balance_of(layer), 4) for layer in counts],
                 "jain": [round(jain_of(layer), 4) for layer in counts],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quadriga.errors import ConfigError
-from quadriga.model.transformer import Transformer
+from quadriga.nn.transformer import Transformer
 from quadriga.train.config import RouterSection
 from quadriga.train.parallel import mixtures
 from quadriga.train.schedule import bias_share

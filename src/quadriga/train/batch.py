@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quadriga.model.transformer import Transformer
+from quadriga.nn.transformer import Transformer
 
 IGNORE = -100
 """The target of a token that is not to be predicted: the last of a document, a prompt, padding."""

@@ -137,7 +137,7 @@ class RouterSection(Section, frozen=True):
     balance_loss: float | None = None
     """Weight of the balance loss; None takes the model's own (DBRX: 0.05)."""
     balance_form: Literal["megablocks", "hf"] = "megablocks"
-    """See ``model.router_loss``: the same weight is k times stronger in the second."""
+    """See ``nn.router_loss``: the same weight is k times stronger in the second."""
     z_loss: float = 0.0
     bias_rate: float = 0.0
     """Loss-free balancing: each step moves the choice's bias of an expert by this, against its load. 0: off."""

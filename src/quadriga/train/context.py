@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quadriga.model.context import PackedContext, Scoring
-from quadriga.ops import training
+from quadriga.kernels import training
+from quadriga.nn.context import PackedContext, Scoring
 from quadriga.train.batch import Batch
 
 
 class DocumentContext:
     """A ``ForwardContext`` over the documents of a batch; see there.
 
-    On a processor attention is ``ops.training.document_attention``; elsewhere torch's fused kernel, a document a call.
+    On a processor attention is ``kernels.training.document_attention``; elsewhere torch's fused kernel, a
+    document a call.
     """
 
     def __init__(self, batch: Batch) -> None:

@@ -5,7 +5,7 @@
 
 As in MegaBlocks and torchtitan. The counts are the one thing the host waits for, once a layer: rows are then sent in
 pieces of any size, none included, so a rank without tokens or with idle experts takes part like any other. Nothing is
-dropped. The layer knows nothing of this: it is handed :class:`AllToAllExperts` as its ``compute``.
+dropped. The layer knows nothing of this: it is handed :class:`AllToAllExperts` as its ``dispatch``.
 """
 
 from __future__ import annotations
@@ -18,34 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from quadriga.model.moe import ExpertCompute
+from quadriga.nn.moe import ExpertWeights, here, n_experts
 
 
 class AllToAllExperts:
-    """An ``ExpertCompute`` over the ranks of a group, which hold E / size consecutive experts each.
+    """An ``ExpertDispatch`` over the ranks of a group, which hold E / size consecutive experts each.
 
     Args:
         group: the ranks that share the experts.
-        compute: what computes a rank's own experts, each row with one expert.
     """
 
-    def __init__(self, group: dist.ProcessGroup, compute: ExpertCompute) -> None:
-        self.group, self.compute = group, compute
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
         self.size = dist.get_world_size(group)
 
     def __call__(
-        self,
-        x: Tensor,
-        routing_ids: Tensor,
-        combine: Tensor,
-        w_gate: Tensor,
-        w_up: Tensor,
-        w_down: Tensor,
-        activation: str,
+        self, x: Tensor, routing_ids: Tensor, combine: Tensor, weights: ExpertWeights, activation: str
     ) -> Tensor:
-        """See ``ops.experts``; the weights are this rank's experts (E / size, ...)."""
-        gate, up, down = (w.to_local() if isinstance(w, DTensor) else w for w in (w_gate, w_up, w_down))
-        own = gate.shape[0]
+        """See ``ExpertDispatch``; the weights are this rank's experts (E / size, ...)."""
+        local = ExpertWeights(*(w.to_local() if isinstance(w, DTensor) else w for w in weights))
+        own = n_experts(local.gate)
         n_tokens, top_k = routing_ids.shape
         flat = routing_ids.reshape(-1)
         order = flat.argsort(stable=True)
@@ -58,7 +50,7 @@ class AllToAllExperts:
         ids = torch.empty(sum(out_sizes), dtype=sent_ids.dtype, device=x.device)
         dist.all_to_all_single(ids, sent_ids % own, out_sizes, in_sizes, group=self.group)
         ones = torch.ones(len(ids), 1, dtype=combine.dtype, device=x.device)
-        done = self.compute(rows, ids[:, None], ones, gate, up, down, activation)
+        done = here(rows, ids[:, None], ones, local, activation)
         back = _travel(done, in_sizes, out_sizes, self.group)
         home = torch.empty_like(order)
         home[order] = torch.arange(len(order), device=x.device)

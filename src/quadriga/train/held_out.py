@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quadriga.model.transformer import Transformer
+from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import IGNORE, Batch, BatchSource
 from quadriga.train.losses import final_hidden, head_weight
 from quadriga.train.parallel import Step

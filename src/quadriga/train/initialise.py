@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quadriga.checkpoint import catalogue
-from quadriga.checkpoint.open import load_parameters, open_checkpoint
 from quadriga.errors import ConfigError
+from quadriga.hub import catalogue
+from quadriga.io.open import open_checkpoint
 from quadriga.model import families
-from quadriga.model.config import ModelConfig, MoESpec, RopeSpec
+from quadriga.model.config import ModelConfig, MoESpec, RopeSpec, uniform
 from quadriga.model.weight_map import parameter_shapes
+from quadriga.nn.load import load_parameters
 from quadriga.train.config import ModelSection
 
 
@@ -40,32 +41,31 @@ def model_config(section: ModelSection, n_words: int, end_ids: tuple[int, ...] =
     if rows < n_words:
         raise ConfigError(f"model.vocab_size must be at least the corpus's {n_words} ids, got {rows}")
     d_model = section.d_model or base.d_model
-    n_heads = section.n_heads or base.attn.n_heads
-    attn = replace(
-        base.attn,
-        n_heads=n_heads,
-        n_kv_heads=section.n_kv_heads or min(base.attn.n_kv_heads, n_heads),
-        head_dim=section.head_dim or d_model // n_heads,
-    )
-    ffn = replace(base.ffn, d_ff=section.d_ff or base.ffn.d_ff * d_model // base.d_model)
+    layer = base.only_layer("a model made from a preset")
+    n_heads = section.n_heads or layer.mixer.n_heads
+    ffn = replace(layer.ffn, d_ff=section.d_ff or layer.ffn.d_ff * d_model // base.d_model)
     if isinstance(ffn, MoESpec):
         ffn = replace(ffn, n_experts=section.n_experts or ffn.n_experts, top_k=section.top_k or ffn.top_k)
     elif section.n_experts or section.top_k:
         raise ConfigError(f"model.n_experts and top_k go with a preset that has experts; {section.preset} is dense")
-    position = base.position
+    position = layer.mixer.position
     if section.rope_theta is not None:
         if not isinstance(position, RopeSpec):
             raise ConfigError(f"model.rope_theta goes with rotary positions; {section.preset} has none")
         position = replace(position, theta=section.rope_theta)
+    mixer = replace(
+        layer.mixer,
+        n_heads=n_heads,
+        n_kv_heads=section.n_kv_heads or min(layer.mixer.n_kv_heads, n_heads),
+        head_dim=section.head_dim or d_model // n_heads,
+        position=position,
+    )
     return replace(
         base,
         vocab_size=rows,
         d_model=d_model,
-        n_layers=section.n_layers or base.n_layers,
         max_seq_len=section.max_seq_len or base.max_seq_len,
-        attn=attn,
-        ffn=ffn,
-        position=position,
+        layers=uniform(replace(layer, mixer=mixer, ffn=ffn), section.n_layers or base.n_layers),
         bos_id=None,
         eos_ids=end_ids,
         pad_id=None,

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quadriga.model.config import MoESpec
-from quadriga.model.moe import RouterStats
-from quadriga.model.router_loss import Form, Usage, balance_loss
-from quadriga.model.transformer import Transformer
-from quadriga.ops import training
+from quadriga.kernels import training
+from quadriga.model.config import ModelConfig
+from quadriga.nn.linear import whole
+from quadriga.nn.moe import RouterStats
+from quadriga.nn.router_loss import Form, Usage, balance_loss
+from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import Batch
 from quadriga.train.config import RouterSection
 from quadriga.train.context import DocumentContext
@@ -34,18 +35,19 @@ def final_hidden(model: Transformer, batch: Batch) -> tuple[Tensor, list[RouterS
 
 def head_weight(model: Transformer) -> Tensor:
     """The matrix that turns final hidden states into logits (V, D)."""
-    return model.embed.weight if model.lm_head is None else model.lm_head.weight
+    return whole((model.embed if model.lm_head is None else model.lm_head).weight)
 
 
 class NextToken:
     """Cross-entropy of the next token with balance and z losses; an ``Objective``."""
 
-    def __init__(self, ffn: object, section: RouterSection, world: World) -> None:
+    def __init__(self, model: ModelConfig, section: RouterSection, world: World) -> None:
         self.world = world
         self.balance_weight = self.z_weight = 0.0
         self.form: Form = section.balance_form
         self.top_k = 1
-        if isinstance(ffn, MoESpec):
+        if model.is_moe:
+            ffn = model.only_moe("the router's losses")
             self.top_k = ffn.top_k
             self.balance_weight = ffn.aux_loss_weight if section.balance_loss is None else section.balance_loss
             self.z_weight = section.z_loss

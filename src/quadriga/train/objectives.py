@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quadriga.model.lora import Factors
-from quadriga.model.transformer import Transformer
-from quadriga.ops import training
+from quadriga.kernels import training
+from quadriga.nn.linear import Factors
+from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import IGNORE, Batch
 from quadriga.train.losses import final_hidden, head_weight
 from quadriga.train.rollout import sample

@@ -23,12 +23,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from quadriga import ops
 from quadriga.errors import ConfigError
-from quadriga.model.lora import AdaptedMoE
-from quadriga.model.moe import ExpertCompute, MoE
-from quadriga.model.transformer import Block, Transformer
-from quadriga.ops import training
+from quadriga.nn.moe import MoE
+from quadriga.nn.transformer import Block, Transformer
 from quadriga.train.batch import Batch, Objective
 from quadriga.train.config import ParallelSection
 from quadriga.train.expert_parallel import AllToAllExperts
@@ -55,27 +52,20 @@ class Step(nn.Module):
 
 
 def prepare(model: Transformer, objective: Objective, section: ParallelSection, world: World) -> Step:
-    """A model ready to train: on its device, with training's compute, recomputing, sharded where there are ranks.
+    """A model ready to train: on its device, recomputing, sharded where there are ranks.
 
     Raises:
         ConfigError: ranks that cannot be laid out as asked.
     """
     check_layout(model, section, world)
     model.to(world.device)
-    on_host = world.device.type == "cpu"
-    own: ExpertCompute = training.experts if on_host else ops.experts
-    for moe in mixtures(model):
-        if isinstance(moe, AdaptedMoE):
-            moe.compute = training.adapted_experts if on_host else None
-        else:
-            moe.compute = own
     blocks = [layer for layer in model.layers if isinstance(layer, Block)]
     for block in blocks:
         if section.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
     step = Step(model, objective)
     if world.size > 1:
-        _shard(step, blocks, section, world, own)
+        _shard(step, blocks, section, world)
     return step
 
 
@@ -95,12 +85,12 @@ def check_layout(model: Transformer, section: ParallelSection, world: World) -> 
         raise ConfigError("parallel.experts and parallel.replicate together are not supported; use shard with experts")
 
 
-def mixtures(model: Transformer) -> list[MoE | AdaptedMoE]:
+def mixtures(model: Transformer) -> list[MoE]:
     """The mixture of every layer; empty for a dense model."""
     return [layer.moe for layer in model.layers if isinstance(layer, Block) and layer.moe is not None]
 
 
-def _shard(step: Step, blocks: Iterable[Block], section: ParallelSection, world: World, own: ExpertCompute) -> None:
+def _shard(step: Step, blocks: Iterable[Block], section: ParallelSection, world: World) -> None:
     kind = world.device.type
     mesh = init_device_mesh(
         kind, (section.replicate, world.size // section.replicate), mesh_dim_names=("replicate", "shard")
@@ -120,18 +110,18 @@ def _shard(step: Step, blocks: Iterable[Block], section: ParallelSection, world:
             # The router computes in float32 whatever the rest does.
             _sum_gradients(fully_shard(block.moe.router, mesh=data_mesh, mp_policy=wide))
             if expert_mesh is not None:
-                _spread_experts(block.moe, expert_mesh, narrow, own)
+                _spread_experts(block.moe, expert_mesh, narrow)
         _sum_gradients(shard(block))
     _sum_gradients(shard(step))
 
 
-def _spread_experts(moe: MoE, mesh: DeviceMesh, policy: MixedPrecisionPolicy, own: ExpertCompute) -> None:
+def _spread_experts(moe: MoE, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     inner, outer = mesh["experts"], mesh["outer"]
     for name in ("w_gate", "w_up", "w_down"):
         whole = getattr(moe, name)
         part = distribute_tensor(whole.detach(), inner, [Shard(0)], src_data_rank=None)
         setattr(moe, name, nn.Parameter(part, requires_grad=whole.requires_grad))
-    moe.compute = AllToAllExperts(inner.get_group(), own)
+    moe.dispatch = AllToAllExperts(inner.get_group())
     placement = lambda parameter: Shard(1) if parameter.ndim == 3 else Shard(0)  # noqa: E731
     _sum_gradients(fully_shard(moe, mesh=outer, mp_policy=policy, shard_placement_fn=placement))
 

@@ -14,8 +14,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from quadriga.model.context import PackedContext, Scoring
-from quadriga.model.transformer import Transformer
+from quadriga.nn.context import PackedContext, Scoring
+from quadriga.nn.transformer import Transformer
 
 
 class _Samples:

@@ -21,10 +21,10 @@ import msgspec
 import torch
 
 from quadriga import runtime
-from quadriga.checkpoint import catalogue
 from quadriga.errors import ConfigError
+from quadriga.hub import catalogue
 from quadriga.model.config import ModelConfig
-from quadriga.model.transformer import Transformer
+from quadriga.nn.transformer import Transformer
 from quadriga.text.tokenizer import Tokenizer, load_directory
 from quadriga.train import report
 from quadriga.train.config import RunConfig
@@ -95,7 +95,7 @@ def _train(config: RunConfig, run: RunDirectory, world: World, resume: Resume, s
         )
     model = Transformer.from_parameters(architecture, parameters)
     trainer = Trainer(
-        config, model, source, NextToken(architecture.ffn, config.router, world), world=world, run=run,
+        config, model, source, NextToken(architecture, config.router, world), world=world, run=run,
         evaluate_every=config.evaluate.every,
     )  # fmt: skip
     if has_some:

@@ -26,8 +26,8 @@ from typing import Any
 
 import msgspec
 
-from quadriga.checkpoint.json_files import read_json
 from quadriga.errors import CheckpointError, TrainingError
+from quadriga.io.json_files import read_json
 from quadriga.train.storage import Files, file_digest
 
 MANIFEST = "manifest.json"

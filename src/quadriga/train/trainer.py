@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from quadriga.checkpoint.engine_file import config_to_json
 from quadriga.errors import CheckpointError, ConfigError, TrainingError
 from quadriga.model import cost
-from quadriga.model.transformer import Transformer
+from quadriga.model.config_json import config_to_json
+from quadriga.nn.transformer import Transformer
 from quadriga.train import config as sections
 from quadriga.train import state
 from quadriga.train.balance import BiasBalancer
@@ -392,7 +392,7 @@ class Trainer:
         config = self.model.config
         seen = float(sum(int(batch.positions.sum()) + len(batch.positions) for batch in batches))
         n_tokens = sum(len(batch.tokens) for batch in batches)
-        return 3.0 * (2 * self._active * n_tokens + 4 * config.n_layers * config.attn.q_dim * seen)
+        return 3.0 * (2 * self._active * n_tokens + cost.attention_flops(config, 1) * seen)
 
     def _tell(self, text: str) -> None:
         for listener in self.listeners:

@@ -17,17 +17,20 @@ import msgspec
 import torch
 
 from quadriga import runtime
-from quadriga.checkpoint import adapter as adapters
-from quadriga.checkpoint import catalogue
-from quadriga.checkpoint.adapter import Adapter
-from quadriga.checkpoint.open import Checkpoint, load_parameters, open_checkpoint
-from quadriga.checkpoint.packed import pack_parameter
 from quadriga.errors import ConfigError
+from quadriga.hub import catalogue
+from quadriga.io import adapter as adapters
+from quadriga.io.adapter import Adapter
+from quadriga.io.open import Checkpoint, open_checkpoint
+from quadriga.io.packed import pack_parameter
+from quadriga.kernels.arrays import tensor
 from quadriga.model.adapter_spec import LoraSpec, target_of
 from quadriga.model.config import ModelConfig
-from quadriga.model.lora import Factors, attach, quantised
-from quadriga.model.transformer import Transformer
 from quadriga.model.weight_map import parameter_shapes
+from quadriga.nn.linear import Factors
+from quadriga.nn.load import load_parameters
+from quadriga.nn.lora import attach, quantised
+from quadriga.nn.transformer import Transformer
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.text.turn_ends import turn_ends
 from quadriga.train import chat_data, report
@@ -98,7 +101,7 @@ def tune(config: TuneConfig, *, stop: Callable[[], bool] = lambda: False) -> Tun
 def _tune(config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[], bool]) -> Tuned:
     checkpoint = open_checkpoint(catalogue.resolve(config.model))
     try:
-        tokenizer = checkpoint.load_tokenizer()
+        tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
         if tokenizer is None:
             raise ConfigError(f"{config.model} has no tokenizer, and tuning reads text")
         source, held_out, problems, rejects = read_data(config, tokenizer)
@@ -176,7 +179,7 @@ def _base(checkpoint: Checkpoint, lora: LoraSection) -> Transformer:
             packed[name] = matrices if len(shape) == 3 else matrices[0]
             plain[name] = torch.empty(shape, device="meta")
         else:
-            plain[name] = checkpoint.parameters.read(name).float()
+            plain[name] = tensor(checkpoint.parameters.read(name)).float()
     model = Transformer.from_parameters(checkpoint.config, plain)
     quantised(model, packed)
     return model
@@ -187,7 +190,7 @@ def _write(
     origin: Path,
 ) -> Path:  # fmt: skip
     """The adapter, or the whole model as a Hugging Face directory with its tokenizer; float32 whatever computed."""
-    from quadriga.checkpoint.convert import tokenizer_files
+    from quadriga.io.convert import tokenizer_files
 
     masters = trainer.masters.by_name
     if spec is not None:
@@ -311,7 +314,7 @@ def _objective(
 ) -> Objective:
     architecture: ModelConfig = model.config
     if config.objective in ("sft", "text"):
-        return NextToken(architecture.ffn, config.router, world)
+        return NextToken(architecture, config.router, world)
     if config.objective == "orpo":
         return ORPO(config.preference.odds_weight)
     # With an adapter the reference is the model without it; else a frozen copy.

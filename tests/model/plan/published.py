@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from quadriga.model.config import AlibiSpec, AttentionSpec, DenseSpec, ModelConfig, NormSpec
+from quadriga.model.config import AlibiSpec, AttentionSpec, DenseSpec, ModelConfig, NormSpec, uniform_model
 from quadriga.model.families import PRESETS
 from quadriga.model.plan.training import Work
+from tests.configs import changed
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,14 @@ class Run:
 
 def mpt(d_model: int, n_layers: int, n_heads: int, seq_len: int) -> ModelConfig:
     """A model of LLM Foundry's benchmark: learned nothing, ALiBi, GELU, four times as wide inside."""
-    return ModelConfig(
+    return uniform_model(
         family="mpt",
         vocab_size=50368,
         d_model=d_model,
         n_layers=n_layers,
         max_seq_len=seq_len,
         norm=NormSpec(kind="layer"),
-        position=AlibiSpec(),
-        attn=AttentionSpec(n_heads=n_heads, n_kv_heads=n_heads, head_dim=d_model // n_heads),
+        mixer=AttentionSpec(n_heads=n_heads, n_kv_heads=n_heads, head_dim=d_model // n_heads, position=AlibiSpec()),
         ffn=DenseSpec(d_ff=4 * d_model, activation="gelu", gated=False),
         tied_embeddings=True,
     )
@@ -76,11 +76,11 @@ _LLAMA3 = replace(_LLAMA, vocab_size=128256, max_seq_len=8192)
 TORCHTITAN = [
     Run(
         "Llama 2 13B",
-        replace(
+        changed(
             _LLAMA,
             d_model=5120,
             n_layers=40,
-            attn=AttentionSpec(n_heads=40, n_kv_heads=40, head_dim=128),
+            mixer=replace(_LLAMA.layers[0].mixer, n_heads=40, n_kv_heads=40),
             ffn=DenseSpec(d_ff=13824, activation="silu"),
         ),
         64,
@@ -89,11 +89,11 @@ TORCHTITAN = [
     ),
     Run(
         "Llama 3 8B",
-        replace(
+        changed(
             _LLAMA3,
             d_model=4096,
             n_layers=32,
-            attn=AttentionSpec(n_heads=32, n_kv_heads=8, head_dim=128),
+            mixer=replace(_LLAMA3.layers[0].mixer, n_heads=32, n_kv_heads=8),
             ffn=DenseSpec(d_ff=14336, activation="silu"),
         ),
         64,

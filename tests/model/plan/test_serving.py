@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,19 @@ from typer.testing import CliRunner
 
 from quadriga.cli import app
 from quadriga.errors import HardwareError, InputError
-from quadriga.model.config import DenseSpec, MoESpec
+from quadriga.model.config import DenseSpec
 from quadriga.model.cost import bytes_read_per_token, flops_per_token, kv_bytes_per_token, weight_bytes
 from quadriga.model.families import PRESETS
 from quadriga.model.plan.hardware import BOXES, Box
 from quadriga.model.plan.serving import decode_bound, request_bound, serve
+from tests.configs import changed
 
 DBRX = PRESETS["dbrx-132b"]
 H100X8 = next(box for box in BOXES if box.name == "8x H100 80GB")
 
 
 def _dense(d_ff: int) -> Any:
-    return replace(DBRX, ffn=DenseSpec(d_ff=d_ff, activation="silu"))
+    return changed(DBRX, ffn=DenseSpec(d_ff=d_ff, activation="silu"))
 
 
 def test_one_sequence_reads_the_active_weights_and_its_cache() -> None:
@@ -42,8 +42,7 @@ def test_many_sequences_read_all_experts_and_are_bound_by_operations_in_the_end(
     )
     slow = Box("slow", 10**15, 1e30, 1e12)
     assert decode_bound(DBRX, "bf16", slow, 7, 100) == pytest.approx(1e12 / flops_per_token(DBRX, 100))
-    assert isinstance(DBRX.ffn, MoESpec)
-    all_used = replace(DBRX, ffn=replace(DBRX.ffn, top_k=16))
+    all_used = DBRX.with_ffn(top_k=16)
     assert decode_bound(all_used, "bf16", box, 3, 1) == pytest.approx(3 / (everything + 3 * 163_840) * 1e12, rel=1e-3)
 
 

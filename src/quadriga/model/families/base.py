@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TypeVar
 
 from quadriga.errors import CheckpointError, ConfigError
@@ -51,8 +51,8 @@ class Family:
 def pick_layout(family: Family, config: ModelConfig, names: Mapping[str, Shape]) -> tuple[str, list[Piece]]:
     """The layout whose source names and shapes best match the stored tensors.
 
-    Layouts are compared on the first layer, which is enough to tell them apart and keeps a config that promises
-    10,000 layers of 1,024 experts from filling the memory with pieces.
+    Layouts are compared on the first layers, up to one of each kind, which is enough to tell them apart and keeps a
+    config that promises 10,000 layers of 1,024 experts from filling the memory with pieces.
 
     Args:
         names: stored tensor -> shape.
@@ -64,8 +64,9 @@ def pick_layout(family: Family, config: ModelConfig, names: Mapping[str, Shape])
     Raises:
         CheckpointError: the config promises far more tensors than are stored, or two layouts fit equally.
     """
-    one_layer = replace(config, n_layers=1)
-    wanted = {layout: source_shapes(build(one_layer)) for layout, build in family.layouts.items()}
+    kinds = config.kinds()
+    first = replace(config, layers=config.layers[: 1 + max(config.layers.index(kind) for kind in kinds)])
+    wanted = {layout: source_shapes(build(first)) for layout, build in family.layouts.items()}
 
     def score(layout: str) -> int:
         return sum(2 if tuple(names[n]) == shape else 1 for n, shape in wanted[layout].items() if n in names)
@@ -78,14 +79,19 @@ def pick_layout(family: Family, config: ModelConfig, names: Mapping[str, Shape])
             "stored transposed in one of them cannot be told from the other. Convert from another layout."
         )
     build = family.layouts[layout]
-    per_layer = len(source_shapes(build(replace(config, n_layers=2)))) - len(wanted[layout])
-    promised = len(wanted[layout]) + per_layer * (config.n_layers - 1)
+    promised = sum(n * _tensors_of(replace(config, layers=(kind, kind)), build) for kind, n in kinds.items())
     if promised > 10 * len(names) + 10_000:
         raise CheckpointError(
             f"the configuration asks for {promised} tensors (layout {layout}, {config.n_layers} layers) and the "
             f"checkpoint holds {len(names)}. Check that config.json belongs to these weight files."
         )
     return layout, build(config)
+
+
+def _tensors_of(twice: ModelConfig, build: MapBuilder) -> int:
+    """Stored tensors of one layer, given a model of two of it."""
+    once = replace(twice, layers=twice.layers[:1])
+    return len(source_shapes(build(twice))) - len(source_shapes(build(once)))
 
 
 def pick_gguf_map(family: Family, config: ModelConfig, names: Mapping[str, Shape]) -> tuple[str, list[Piece]]:
@@ -97,11 +103,11 @@ def pick_gguf_map(family: Family, config: ModelConfig, names: Mapping[str, Shape
     assert family.gguf_map is not None, "a family whose GGUF config was read has a GGUF map"
     if family.gguf_split_map is None or "blk.0.ffn_gate.0.weight" not in names:
         return "gguf", family.gguf_map(config)
-    per_layer = len(source_shapes(family.gguf_split_map(replace(config, n_layers=1))))
-    if per_layer * config.n_layers > 10 * len(names) + 10_000:
+    build = family.gguf_split_map
+    promised = sum(n * _tensors_of(replace(config, layers=(kind, kind)), build) for kind, n in config.kinds().items())
+    if promised > 10 * len(names) + 10_000:
         raise CheckpointError(
-            f"the metadata asks for {per_layer * config.n_layers} tensors ({config.n_layers} layers) and the file "
-            f"holds {len(names)}"
+            f"the metadata asks for {promised} tensors ({config.n_layers} layers) and the file holds {len(names)}"
         )
     return "gguf-split", family.gguf_split_map(config)
 
@@ -121,7 +127,23 @@ def must_read_back(config: ModelConfig, again: ModelConfig, form: str) -> None:
         again: what the reader makes of it.
         form: the format's name, for the message.
     """
-    lost = [f.name for f in fields(config) if getattr(config, f.name) != getattr(again, f.name)]
-    if lost:
-        shown = "; ".join(f"{name}: {getattr(config, name)} would become {getattr(again, name)}" for name in lost)
+    if config != again:
+        shown = "; ".join(f"{path}: {mine} would become {theirs}" for path, mine, theirs in _differences(config, again))
         raise ConfigError(f"{form} cannot express this model. {shown}")
+
+
+def _differences(mine: object, theirs: object, path: str = "") -> Iterator[tuple[str, object, object]]:
+    """(path, one value, the other) of every leaf in which two trees of specs differ; layers that differ alike once."""
+    if mine == theirs:
+        return
+    if isinstance(mine, tuple) and isinstance(theirs, tuple) and is_dataclass(next(iter(mine), None)):
+        if len(mine) != len(theirs):
+            yield f"number of {path}", len(mine), len(theirs)
+        pairs = dict.fromkeys(zip(mine, theirs, strict=False))
+        yield from dict.fromkeys(found for pair in pairs for found in _differences(*pair, path))
+    elif is_dataclass(mine) and type(mine) is type(theirs):
+        for field in fields(mine):
+            inner = f"{path}.{field.name}" if path else field.name
+            yield from _differences(getattr(mine, field.name), getattr(theirs, field.name), inner)
+    else:
+        yield path, mine, theirs

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
 from quadriga.model.families import gguf_keys
 from quadriga.model.families.base import Family, MapBuilder, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys, equal_heads
@@ -41,15 +41,16 @@ SUB_IGNORED = PRETRAINED_KEYS | {
 
 def _config(*, d_model: int, n_heads: int, n_layers: int, max_seq_len: int) -> ModelConfig:
     """A member of the family: d_ff is 1.75 d_model, 16 experts of which 4 work, heads of 128, 8 key/value heads."""
-    return ModelConfig(
+    return uniform_model(
         family="dbrx",
         vocab_size=100_352,
         d_model=d_model,
         n_layers=n_layers,
         max_seq_len=max_seq_len,
         norm=NORM,
-        position=RopeSpec(theta=500_000.0),
-        attn=AttentionSpec(n_heads=n_heads, n_kv_heads=8, head_dim=128, clip_qkv=8.0),
+        mixer=AttentionSpec(
+            n_heads=n_heads, n_kv_heads=8, head_dim=128, position=RopeSpec(theta=500_000.0), clip_qkv=8.0
+        ),
         ffn=MoESpec(
             d_ff=d_model * 7 // 4,
             n_experts=16,
@@ -83,18 +84,18 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     keys.must_be("tie_word_embeddings", False)
     d_model, n_heads = keys.integer("d_model"), keys.integer("n_heads")
     attn, ffn = keys.section("attn_config"), keys.section("ffn_config")
-    config = ModelConfig(
+    config = uniform_model(
         family="dbrx",
         vocab_size=keys.integer("vocab_size"),
         d_model=d_model,
         n_layers=keys.integer("n_layers"),
         max_seq_len=keys.integer("max_seq_len"),
         norm=NORM,
-        position=RopeSpec(theta=attn.number("rope_theta")),
-        attn=AttentionSpec(
+        mixer=AttentionSpec(
             n_heads=n_heads,
             n_kv_heads=attn.integer("kv_n_heads"),
             head_dim=equal_heads(d_model, n_heads),
+            position=RopeSpec(theta=attn.number("rope_theta")),
             clip_qkv=attn.number_or_null("clip_qkv"),
         ),
         ffn=MoESpec(
@@ -110,7 +111,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
         eos_ids=keys.token_ids("eos_token_id"),
         pad_id=keys.token_id("pad_token_id"),
     )
-    keys.must_be("num_key_value_heads", config.attn.n_kv_heads)  # transformers writes this copy of kv_n_heads
+    keys.must_be("num_key_value_heads", attn.integer("kv_n_heads"))  # transformers writes this copy of kv_n_heads
     for section in (attn, ffn):
         section.must_be("model_type", "", "dbrx")
     # The release leaves the activation out; it is silu, with no further arguments.
@@ -132,7 +133,9 @@ def _normalize_p(ffn: Keys) -> float | None:
 def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 4.57.6 reads it."""
     form = "DBRX's config.json"
-    attn, ffn, rope = config.attn, of_kind(config.ffn, MoESpec, form), of_kind(config.position, RopeSpec, form)
+    layer = config.only_layer(form)
+    attn, ffn = layer.mixer, of_kind(layer.ffn, MoESpec, form)
+    rope = of_kind(attn.position, RopeSpec, form)
     raw: dict[str, object] = {
         "architectures": ["DbrxForCausalLM"],
         "model_type": "dbrx",
@@ -225,16 +228,19 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     d_ff = keys.integer("feed_forward_length")
     gguf_keys.plain_experts(keys, d_ff)
     keys.number("rope.freq_base")  # required here: llama.cpp's fallback of 10000 is wrong for every DBRX
-    config = ModelConfig(
+    config = uniform_model(
         family="dbrx",
         vocab_size=gguf_keys.vocabulary_size(keys, shapes),
         d_model=d_model,
         n_layers=keys.integer("block_count"),
         max_seq_len=keys.integer("context_length"),
         norm=NormSpec(kind="layer", eps=gguf_keys.number(keys, "attention.layer_norm_epsilon")),
-        position=RopeSpec(theta=gguf_keys.rope_theta(keys)),
-        # 0 means no clamp to llama.cpp.
-        attn=gguf_keys.attention(keys, d_model, clip_qkv=gguf_keys.number(keys, "attention.clamp_kqv") or None),
+        mixer=gguf_keys.attention(
+            keys,
+            d_model,
+            RopeSpec(theta=gguf_keys.rope_theta(keys)),
+            clip_qkv=gguf_keys.number(keys, "attention.clamp_kqv") or None,  # 0 means no clamp to llama.cpp
+        ),
         ffn=MoESpec(
             d_ff=d_ff,
             n_experts=keys.integer("expert_count"),
@@ -250,12 +256,13 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
 def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of GGUF arch ``dbrx``; training-only settings have no place there."""
     form = "GGUF arch dbrx"
-    ffn, rope = of_kind(config.ffn, MoESpec, form), of_kind(config.position, RopeSpec, form)
+    layer = config.only_layer(form)
+    ffn, rope = of_kind(layer.ffn, MoESpec, form), of_kind(layer.mixer.position, RopeSpec, form)
     metadata = {
         **gguf_keys.common_keys(config, "dbrx"),
         "dbrx.rope.freq_base": rope.theta,
         # llama.cpp demands the key.
-        "dbrx.attention.clamp_kqv": config.attn.clip_qkv or 0.0,
+        "dbrx.attention.clamp_kqv": layer.mixer.clip_qkv or 0.0,
         "dbrx.expert_count": ffn.n_experts,
         "dbrx.expert_used_count": ffn.top_k,
     }

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TypedDict
 
 from quadriga.errors import ConfigError
-from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec
+from quadriga.model.config import AlibiSpec, AttentionSpec, LayerSpec, ModelConfig, RopeSpec
 from quadriga.model.families import base
 from quadriga.model.families.keys import Keys, equal_heads, exact_or, shortest_float32
 from quadriga.model.families.pieces import ExpertPart, experts
@@ -112,7 +112,7 @@ def vocabulary_size(keys: Keys, shapes: Mapping[str, Shape]) -> int:
     return shape[0]
 
 
-def attention(keys: Keys, d_model: int, **extras: float | None) -> AttentionSpec:
+def attention(keys: Keys, d_model: int, position: RopeSpec | AlibiSpec, **extras: float | None) -> AttentionSpec:
     """Heads and head size; ``extras`` are further fields of AttentionSpec."""
     n_heads = keys.integer("attention.head_count")
     # llama.cpp: no head_count_kv means one key/value head per query head.
@@ -123,7 +123,7 @@ def attention(keys: Keys, d_model: int, **extras: float | None) -> AttentionSpec
     keys.must_be("attention.value_length", head_dim)
     keys.must_be("rope.dimension_count", head_dim)
     keys.must_be("attention.causal", True)
-    return AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, **extras)
+    return AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, position=position, **extras)
 
 
 def rope_theta(keys: Keys) -> float:
@@ -184,17 +184,18 @@ def token_id_keys(config: ModelConfig) -> dict[str, object]:
 
 def common_keys(config: ModelConfig, arch: str) -> dict[str, object]:
     """The keys every architecture shares, ready to write."""
-    attn = config.attn
-    eps = "layer_norm_rms_epsilon" if config.norm.kind == "rms" else "layer_norm_epsilon"
+    layer = config.only_layer(f"GGUF arch {arch}")
+    attn = layer.mixer
+    eps = "layer_norm_rms_epsilon" if layer.norm.kind == "rms" else "layer_norm_epsilon"
     return {
         f"{arch}.block_count": config.n_layers,
         f"{arch}.context_length": config.max_seq_len,
         f"{arch}.embedding_length": config.d_model,
-        f"{arch}.feed_forward_length": config.ffn.d_ff,
+        f"{arch}.feed_forward_length": layer.ffn.d_ff,
         f"{arch}.vocab_size": config.vocab_size,
         f"{arch}.attention.head_count": attn.n_heads,
         f"{arch}.attention.head_count_kv": attn.n_kv_heads,
-        f"{arch}.attention.{eps}": config.norm.eps,
+        f"{arch}.attention.{eps}": layer.norm.eps,
         **token_id_keys(config),
     }
 
@@ -209,10 +210,13 @@ def must_read_back(
     shapes = {TOKEN_EMBEDDING: (config.vocab_size, config.d_model)}
     if not config.tied_embeddings:
         shapes[OUTPUT] = (config.vocab_size, config.d_model)
-    inference = config
-    if isinstance(config.ffn, MoESpec):
-        inference = replace(config, ffn=replace(config.ffn, aux_loss_weight=0.0, jitter_eps=None))
-    base.must_read_back(inference, read(metadata, shapes), form)
+    base.must_read_back(config.with_layers(_inference_only), read(metadata, shapes), form)
+
+
+def _inference_only(layer: LayerSpec) -> LayerSpec:
+    if layer.moe is None:
+        return layer
+    return replace(layer, ffn=replace(layer.moe, aux_loss_weight=0.0, jitter_eps=None))
 
 
 def with_scale(attn: AttentionSpec, value: float) -> AttentionSpec:

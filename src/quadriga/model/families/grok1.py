@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from quadriga.errors import ConfigError
-from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
 from quadriga.model.families import gguf_keys
 from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys, equal_heads, exact_or
@@ -31,15 +31,14 @@ THETA = 10_000.0
 LOGIT_SCALE = 0.5773502691896257  # 1/sqrt(3)
 
 PRESETS = {
-    "grok-1": ModelConfig(
+    "grok-1": uniform_model(
         family="grok1",
         vocab_size=131_072,
         d_model=6144,
         n_layers=64,
         max_seq_len=8192,
         norm=NormSpec(kind="rms", eps=1e-5),
-        position=RopeSpec(theta=THETA),
-        attn=AttentionSpec(n_heads=48, n_kv_heads=8, head_dim=128, soft_cap=SOFT_CAP),
+        mixer=AttentionSpec(n_heads=48, n_kv_heads=8, head_dim=128, position=RopeSpec(theta=THETA), soft_cap=SOFT_CAP),
         ffn=MoESpec(d_ff=32_768, n_experts=8, top_k=2, activation="gelu_tanh", normalize_p=None, aux_loss_weight=0.001),
         post_norms=True,
         tied_embeddings=True,
@@ -64,20 +63,20 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
         n_heads=n_heads,
         n_kv_heads=keys.integer("num_key_value_heads"),
         head_dim=keys.integer("head_dim") if keys.given("head_dim") else equal_heads(d_model, n_heads),
+        # hpcai's file leaves it out: xAI's code fixes 10000.
+        position=RopeSpec(theta=keys.number("rope_theta") if keys.has("rope_theta") else THETA),
         # One port leaves it out: xAI's code fixes 30.
         soft_cap=keys.number("max_attn_value") if keys.has("max_attn_value") else SOFT_CAP,
     )
-    config = ModelConfig(
+    config = uniform_model(
         family="grok1",
         vocab_size=keys.integer("vocab_size"),
         d_model=d_model,
         n_layers=keys.integer("num_hidden_layers"),
         max_seq_len=keys.integer("max_position_embeddings"),
         norm=NormSpec(kind="rms", eps=keys.number("rms_norm_eps")),
-        # hpcai's file leaves it out: xAI's code fixes 10000.
-        position=RopeSpec(theta=keys.number("rope_theta") if keys.has("rope_theta") else THETA),
         # It multiplies the scores, not the output, whatever its name says (xai-org/grok-1 model.py).
-        attn=gguf_keys.with_scale(attn, keys.number("attn_output_multiplier")),
+        mixer=gguf_keys.with_scale(attn, keys.number("attn_output_multiplier")),
         ffn=MoESpec(
             d_ff=keys.integer("intermediate_size"),
             # hpcai says num_experts, ports that came from Mixtral's code num_local_experts.
@@ -103,7 +102,9 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as the hpcai-tech port reads it; transformers itself has no Grok-1."""
     form = "Grok-1's config.json"
-    attn, ffn, rope = config.attn, of_kind(config.ffn, MoESpec, form), of_kind(config.position, RopeSpec, form)
+    layer = config.only_layer(form)
+    attn, ffn = layer.mixer, of_kind(layer.ffn, MoESpec, form)
+    rope = of_kind(attn.position, RopeSpec, form)
     raw: dict[str, object] = {
         "architectures": ["Grok1ModelForCausalLM"],
         "model_type": "grok-1",
@@ -120,7 +121,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         "rope_theta": rope.theta,
         "embedding_multiplier_scale": config.embedding_scale,
         "output_multiplier_scale": config.logit_scale,
-        "rms_norm_eps": config.norm.eps,
+        "rms_norm_eps": layer.norm.eps,
         "num_experts": ffn.n_experts,
         "num_experts_per_tok": ffn.top_k,
         "router_aux_loss_coef": ffn.aux_loss_weight,
@@ -203,16 +204,16 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     keys = gguf_keys.architecture_keys(metadata, "grok")
     d_model, d_ff = keys.integer("embedding_length"), keys.integer("feed_forward_length")
     soft_cap = _constant(keys, "attn_logit_softcapping", SOFT_CAP)
-    config = ModelConfig(
+    config = uniform_model(
         family="grok1",
         vocab_size=gguf_keys.vocabulary_size(keys, shapes),
         d_model=d_model,
         n_layers=keys.integer("block_count"),
         max_seq_len=keys.integer("context_length"),
         norm=NormSpec(kind="rms", eps=gguf_keys.number(keys, "attention.layer_norm_rms_epsilon")),
-        position=RopeSpec(theta=gguf_keys.rope_theta(keys)),
-        attn=gguf_keys.with_scale(
-            gguf_keys.attention(keys, d_model, soft_cap=soft_cap), _constant(keys, "attention.output_scale", 128**-0.5)
+        mixer=gguf_keys.with_scale(
+            gguf_keys.attention(keys, d_model, RopeSpec(theta=gguf_keys.rope_theta(keys)), soft_cap=soft_cap),
+            _constant(keys, "attention.output_scale", 128**-0.5),
         ),
         ffn=MoESpec(
             d_ff=d_ff,
@@ -241,16 +242,18 @@ def _constant(keys: Keys, key: str, grok1: float) -> float:
 def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of GGUF arch ``grok``, every scale spelled out."""
     form = "GGUF arch grok"
-    ffn, rope = of_kind(config.ffn, MoESpec, form), of_kind(config.position, RopeSpec, form)
-    if config.attn.soft_cap is None:
+    layer = config.only_layer(form)
+    attn, ffn = layer.mixer, of_kind(layer.ffn, MoESpec, form)
+    rope = of_kind(attn.position, RopeSpec, form)
+    if attn.soft_cap is None:
         raise ConfigError(f"{form} cannot express this model: llama.cpp caps Grok's attention scores, soft_cap is None")
     metadata = {
         **gguf_keys.common_keys(config, "grok"),
         "grok.rope.freq_base": rope.theta,
-        "grok.attention.key_length": config.attn.head_dim,
-        "grok.attention.value_length": config.attn.head_dim,
-        "grok.attention.output_scale": config.attn.score_scale,
-        "grok.attn_logit_softcapping": config.attn.soft_cap,
+        "grok.attention.key_length": attn.head_dim,
+        "grok.attention.value_length": attn.head_dim,
+        "grok.attention.output_scale": attn.score_scale,
+        "grok.attn_logit_softcapping": attn.soft_cap,
         "grok.embedding_scale": config.embedding_scale,
         "grok.logit_scale": config.logit_scale,
         "grok.expert_count": ffn.n_experts,

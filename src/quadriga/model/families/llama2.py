@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, NormSpec, RopeSpec
+from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, NormSpec, RopeSpec, uniform_model
 from quadriga.model.families import gguf_keys
 from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys, equal_heads
@@ -21,15 +21,14 @@ IGNORED = PRETRAINED_KEYS
 
 
 def _config(*, d_model: int, n_heads: int, n_kv_heads: int, n_layers: int, d_ff: int) -> ModelConfig:
-    return ModelConfig(
+    return uniform_model(
         family="llama2",
         vocab_size=32_000,
         d_model=d_model,
         n_layers=n_layers,
         max_seq_len=4096,
         norm=NormSpec(kind="rms", eps=1e-5),
-        position=RopeSpec(theta=10_000.0),
-        attn=AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=128),
+        mixer=AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=128, position=RopeSpec(theta=10_000.0)),
         ffn=DenseSpec(d_ff=d_ff, activation="silu"),
         bos_id=1,
         eos_ids=(2,),
@@ -44,17 +43,17 @@ PRESETS = {
 
 
 def attention_from_hf(keys: Keys) -> AttentionSpec:
-    """Heads as LLaMA's and Mixtral's config.json name them."""
+    """Heads and rotation as LLaMA's and Mixtral's config.json name them."""
     d_model, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
     # LLaMA-1's files have no num_key_value_heads: every query head has its own (configuration_llama.py).
     n_kv_heads = keys.integer("num_key_value_heads") if keys.given("num_key_value_heads") else n_heads
     # head_dim is written since transformers 4.46; before, and where it is null, the heads share d_model.
     head_dim = keys.integer("head_dim") if keys.given("head_dim") else equal_heads(d_model, n_heads)
     keys.must_be("attention_bias", False)
-    return AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim)
+    return AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, position=_rope_from_hf(keys))
 
 
-def rope_from_hf(keys: Keys) -> RopeSpec:
+def _rope_from_hf(keys: Keys) -> RopeSpec:
     """The rotary base: ``rope_theta`` (transformers 4) or ``rope_parameters.rope_theta`` (transformers 5)."""
     keys.must_be("partial_rotary_factor", 1, None)
     if keys.given("rope_scaling"):
@@ -88,15 +87,14 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     keys.must_be("hidden_act", "silu")
     keys.must_be("mlp_bias", False)
     keys.must_be("rope_interleaved", False)
-    config = ModelConfig(
+    config = uniform_model(
         family="llama2",
         vocab_size=keys.integer("vocab_size"),
         d_model=keys.integer("hidden_size"),
         n_layers=keys.integer("num_hidden_layers"),
         max_seq_len=keys.integer("max_position_embeddings"),
         norm=NormSpec(kind="rms", eps=keys.number("rms_norm_eps")),
-        position=rope_from_hf(keys),
-        attn=attention_from_hf(keys),
+        mixer=attention_from_hf(keys),
         ffn=DenseSpec(d_ff=keys.integer("intermediate_size"), activation="silu"),
         # LlamaConfig's class default is untied, and early files leave the key out.
         tied_embeddings=keys.flag("tie_word_embeddings") if keys.has("tie_word_embeddings") else False,
@@ -110,18 +108,19 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 
 def common_to_hf(config: ModelConfig, form: str) -> dict[str, object]:
     """The keys that LLaMA's and Mixtral's config.json share."""
-    attn, rope = config.attn, of_kind(config.position, RopeSpec, form)
+    layer = config.only_layer(form)
+    attn, rope = layer.mixer, of_kind(layer.mixer.position, RopeSpec, form)
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
-        "intermediate_size": config.ffn.d_ff,
+        "intermediate_size": layer.ffn.d_ff,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": attn.n_heads,
         "num_key_value_heads": attn.n_kv_heads,
         "head_dim": attn.head_dim,
-        "hidden_act": config.ffn.activation,
+        "hidden_act": layer.ffn.activation,
         "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm.eps,
+        "rms_norm_eps": layer.norm.eps,
         "rope_theta": rope.theta,
         "tie_word_embeddings": config.tied_embeddings,
         "bos_token_id": config.bos_id,
@@ -134,7 +133,7 @@ def common_to_hf(config: ModelConfig, form: str) -> dict[str, object]:
 def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 4.57.6 reads it."""
     form = "LLaMA's config.json"
-    of_kind(config.ffn, DenseSpec, form)
+    of_kind(config.only_layer(form).ffn, DenseSpec, form)
     raw: dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -235,7 +234,7 @@ def common_from_gguf(keys: Keys, metadata: Mapping[str, object], shapes: Mapping
     if keys.given("attention.sliding_window") and 0 < keys.integer("attention.sliding_window") < max_seq_len:
         keys.must_be("attention.sliding_window", 0)
     d_model = keys.integer("embedding_length")
-    attn = gguf_keys.attention(keys, d_model)
+    attn = gguf_keys.attention(keys, d_model, RopeSpec(theta=gguf_keys.rope_theta(keys)))
     if keys.given("attention.scale") and keys.number("attention.scale") != 0:  # llama.cpp: 0 means 1/sqrt(head_dim)
         attn = gguf_keys.with_scale(attn, gguf_keys.number(keys, "attention.scale"))
     return {
@@ -244,8 +243,7 @@ def common_from_gguf(keys: Keys, metadata: Mapping[str, object], shapes: Mapping
         "n_layers": keys.integer("block_count"),
         "max_seq_len": max_seq_len,
         "norm": NormSpec(kind="rms", eps=gguf_keys.number(keys, "attention.layer_norm_rms_epsilon")),
-        "position": RopeSpec(theta=gguf_keys.rope_theta(keys)),
-        "attn": attn,
+        "mixer": attn,
         # A GGUF without a head uses the embedding table.
         "tied_embeddings": gguf_keys.OUTPUT not in shapes,
         **gguf_keys.token_ids(metadata),
@@ -254,7 +252,8 @@ def common_from_gguf(keys: Keys, metadata: Mapping[str, object], shapes: Mapping
 
 def common_to_gguf(config: ModelConfig, form: str) -> dict[str, object]:
     """Every key of a ``llama`` GGUF but those of experts."""
-    rope, head_dim = of_kind(config.position, RopeSpec, form), config.attn.head_dim
+    attn = config.only_layer(form).mixer
+    rope, head_dim = of_kind(attn.position, RopeSpec, form), attn.head_dim
     return {
         **gguf_keys.common_keys(config, "llama"),
         "llama.rope.freq_base": rope.theta,
@@ -269,7 +268,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     keys = gguf_keys.architecture_keys(metadata, "llama")
     keys.must_be("expert_count", 0)
     keys.must_be("expert_used_count", 0)
-    config = ModelConfig(
+    config = uniform_model(
         family="llama2",
         ffn=DenseSpec(d_ff=keys.integer("feed_forward_length"), activation="silu"),
         **common_from_gguf(keys, metadata, shapes),
@@ -281,7 +280,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
 def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of a dense GGUF of arch ``llama``."""
     form = "GGUF arch llama"
-    of_kind(config.ffn, DenseSpec, form)
+    of_kind(config.only_layer(form).ffn, DenseSpec, form)
     metadata = common_to_gguf(config, form)
     gguf_keys.must_read_back(config, config_from_gguf, metadata, form)
     return metadata

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
 from quadriga.model.families import gguf_keys
 from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
@@ -23,7 +23,6 @@ from quadriga.model.families.llama2 import (
     gguf_qkv,
     hf_qkv,
     meta_qkv,
-    rope_from_hf,
 )
 from quadriga.model.families.pieces import copies, experts, flat_experts
 from quadriga.model.weight_map import Piece, Shape, whole
@@ -31,15 +30,14 @@ from quadriga.model.weight_map import Piece, Shape, whole
 IGNORED = PRETRAINED_KEYS
 
 PRESETS = {
-    "mixtral-8x7b": ModelConfig(
+    "mixtral-8x7b": uniform_model(
         family="mixtral",
         vocab_size=32_000,
         d_model=4096,
         n_layers=32,
         max_seq_len=32_768,
         norm=NormSpec(kind="rms", eps=1e-5),
-        position=RopeSpec(theta=1_000_000.0),
-        attn=AttentionSpec(n_heads=32, n_kv_heads=8, head_dim=128),
+        mixer=AttentionSpec(n_heads=32, n_kv_heads=8, head_dim=128, position=RopeSpec(theta=1_000_000.0)),
         ffn=MoESpec(d_ff=14_336, n_experts=8, top_k=2, activation="silu", aux_loss_weight=0.02),
         bos_id=1,
         eos_ids=(2,),
@@ -52,15 +50,14 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     keys = Keys(raw, "config.json")
     keys.must_be("model_type", "mixtral")
     keys.must_be("hidden_act", "silu")
-    config = ModelConfig(
+    config = uniform_model(
         family="mixtral",
         vocab_size=keys.integer("vocab_size"),
         d_model=keys.integer("hidden_size"),
         n_layers=keys.integer("num_hidden_layers"),
         max_seq_len=keys.integer("max_position_embeddings"),
         norm=NormSpec(kind="rms", eps=keys.number("rms_norm_eps")),
-        position=rope_from_hf(keys),
-        attn=attention_from_hf(keys),
+        mixer=attention_from_hf(keys),
         ffn=MoESpec(
             d_ff=keys.integer("intermediate_size"),
             n_experts=keys.integer("num_local_experts"),
@@ -86,7 +83,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 4.57.6 reads it."""
     form = "Mixtral's config.json"
-    ffn = of_kind(config.ffn, MoESpec, form)
+    ffn = of_kind(config.only_layer(form).ffn, MoESpec, form)
     raw: dict[str, object] = {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -126,10 +123,10 @@ def _hf5_layout(config: ModelConfig) -> list[Piece]:
 
 
 def _gate_up(config: ModelConfig) -> list[Piece]:
-    ffn = of_kind(config.ffn, MoESpec, "Mixtral")
-    shape = (ffn.n_experts, ffn.d_ff, config.d_model)
     pieces = []
-    for i in range(config.n_layers):
+    for i, layer in enumerate(config.layers):
+        ffn = of_kind(layer.ffn, MoESpec, "Mixtral")
+        shape = (ffn.n_experts, ffn.d_ff, config.d_model)
         for part, start in (("w_gate", 0), ("w_up", ffn.d_ff)):
             box = (whole(shape)[0], (start, start + ffn.d_ff), whole(shape)[2])
             pieces.append(
@@ -173,7 +170,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     keys = gguf_keys.architecture_keys(metadata, "llama")
     d_ff = keys.integer("feed_forward_length")
     gguf_keys.plain_experts(keys, d_ff)
-    config = ModelConfig(
+    config = uniform_model(
         family="mixtral",
         ffn=MoESpec(
             d_ff=d_ff,
@@ -190,7 +187,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
 def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of a GGUF of arch ``llama`` with experts."""
     form = "GGUF arch llama with experts"
-    ffn = of_kind(config.ffn, MoESpec, form)
+    ffn = of_kind(config.only_layer(form).ffn, MoESpec, form)
     metadata = {
         **common_to_gguf(config, form),
         "llama.expert_count": ffn.n_experts,

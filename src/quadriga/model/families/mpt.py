@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from quadriga.model.config import AlibiSpec, AttentionSpec, DenseSpec, ModelConfig, NormSpec
+from quadriga.model.config import AlibiSpec, AttentionSpec, DenseSpec, ModelConfig, NormSpec, uniform_model
 from quadriga.model.families import gguf_keys
 from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys, equal_heads
@@ -31,15 +31,14 @@ SUB_IGNORED = PRETRAINED_KEYS | {
 }  # fmt: skip
 
 PRESETS = {
-    "mpt-7b": ModelConfig(
+    "mpt-7b": uniform_model(
         family="mpt",
         vocab_size=50_432,
         d_model=4096,
         n_layers=32,
         max_seq_len=2048,
         norm=NormSpec(kind="layer", eps=1e-5),
-        position=AlibiSpec(max_bias=8.0),
-        attn=AttentionSpec(n_heads=32, n_kv_heads=32, head_dim=128),
+        mixer=AttentionSpec(n_heads=32, n_kv_heads=32, head_dim=128, position=AlibiSpec(max_bias=8.0)),
         ffn=DenseSpec(d_ff=16_384, activation="gelu", gated=False),
         tied_embeddings=True,
         bos_id=0,
@@ -57,7 +56,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     keys.must_be("norm_type", "low_precision_layernorm", "layernorm")  # the first is the second in a lower precision
     d_model, n_heads = keys.integer("d_model"), keys.integer("n_heads")
     attn = keys.section("attn_config")
-    config = ModelConfig(
+    config = uniform_model(
         family="mpt",
         vocab_size=keys.integer("vocab_size"),
         d_model=d_model,
@@ -65,11 +64,11 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
         max_seq_len=keys.integer("max_seq_len"),
         # The hub's first files have no epsilon: torch.nn.LayerNorm's 1e-5 was in force.
         norm=NormSpec(kind="layer", eps=keys.number("layer_norm_epsilon") if keys.has("layer_norm_epsilon") else 1e-5),
-        position=AlibiSpec(max_bias=attn.number("alibi_bias_max")),
-        attn=AttentionSpec(
+        mixer=AttentionSpec(
             n_heads=n_heads,
             n_kv_heads=n_heads,
             head_dim=equal_heads(d_model, n_heads),
+            position=AlibiSpec(max_bias=attn.number("alibi_bias_max")),
             clip_qkv=attn.number_or_null("clip_qkv"),
             scale=attn.number_or_null("softmax_scale"),
         ),
@@ -108,7 +107,9 @@ def _d_ff(keys: Keys, d_model: int) -> int:
 def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 4.57.6 reads it."""
     form = "MPT's config.json"
-    attn, ffn, alibi = config.attn, of_kind(config.ffn, DenseSpec, form), of_kind(config.position, AlibiSpec, form)
+    layer = config.only_layer(form)
+    attn, ffn = layer.mixer, of_kind(layer.ffn, DenseSpec, form)
+    alibi = of_kind(attn.position, AlibiSpec, form)
     raw: dict[str, object] = {
         "architectures": ["MptForCausalLM"],
         "model_type": "mpt",
@@ -118,7 +119,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         "n_layers": config.n_layers,
         "expansion_ratio": ffn.d_ff // config.d_model,
         "max_seq_len": config.max_seq_len,
-        "layer_norm_epsilon": config.norm.eps,
+        "layer_norm_epsilon": layer.norm.eps,
         "norm_type": "low_precision_layernorm",
         "no_bias": True,
         "learned_pos_emb": False,
@@ -167,15 +168,19 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     d_model = keys.integer("embedding_length")
     # llama.cpp: no clamp_kqv, or 0, means no clamp.
     clip = gguf_keys.number(keys, "attention.clamp_kqv") if keys.given("attention.clamp_kqv") else 0.0
-    config = ModelConfig(
+    config = uniform_model(
         family="mpt",
         vocab_size=gguf_keys.vocabulary_size(keys, shapes),
         d_model=d_model,
         n_layers=keys.integer("block_count"),
         max_seq_len=keys.integer("context_length"),
         norm=NormSpec(kind="layer", eps=gguf_keys.number(keys, "attention.layer_norm_epsilon")),
-        position=AlibiSpec(max_bias=gguf_keys.number(keys, "attention.max_alibi_bias")),
-        attn=gguf_keys.attention(keys, d_model, clip_qkv=clip or None),
+        mixer=gguf_keys.attention(
+            keys,
+            d_model,
+            AlibiSpec(max_bias=gguf_keys.number(keys, "attention.max_alibi_bias")),
+            clip_qkv=clip or None,
+        ),
         ffn=DenseSpec(d_ff=keys.integer("feed_forward_length"), activation="gelu", gated=False),
         # A GGUF without a head uses the embedding table; llama.cpp's early converter wrote the table twice.
         tied_embeddings=gguf_keys.OUTPUT not in shapes,
@@ -188,11 +193,12 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
 def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of GGUF arch ``mpt``."""
     form = "GGUF arch mpt"
-    of_kind(config.ffn, DenseSpec, form)
-    alibi = of_kind(config.position, AlibiSpec, form)
+    layer = config.only_layer(form)
+    of_kind(layer.ffn, DenseSpec, form)
+    alibi = of_kind(layer.mixer.position, AlibiSpec, form)
     metadata = {**gguf_keys.common_keys(config, "mpt"), "mpt.attention.max_alibi_bias": alibi.max_bias}
-    if config.attn.clip_qkv is not None:
-        metadata["mpt.attention.clamp_kqv"] = config.attn.clip_qkv
+    if layer.mixer.clip_qkv is not None:
+        metadata["mpt.attention.clamp_kqv"] = layer.mixer.clip_qkv
     gguf_keys.must_read_back(config, config_from_gguf, metadata, form)
     return metadata
 

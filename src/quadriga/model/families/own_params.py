@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import TypedDict
 
 from quadriga.errors import ConfigError
-from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
 from quadriga.model.families.keys import Keys, equal_heads
 
 FILE = "params.json"
@@ -71,15 +71,19 @@ def _meta(keys: Keys, vocab_size: int, notes: list[str]) -> ModelConfig:
     n_kv_heads = keys.integer("n_kv_heads") if keys.given("n_kv_heads") else n_heads
     first = eps == 1e-6 or (d_model == 8192 and n_kv_heads == n_heads)  # LLaMA-1: 7B to 33B; its 65B
     context = 16_384 if theta == 1e6 else 8192 if theta > 10_000 else 2048 if first else 4096
-    return ModelConfig(
+    return uniform_model(
         family="llama2",
         vocab_size=vocab_size,
         d_model=d_model,
         n_layers=keys.integer("n_layers"),
         max_seq_len=_context(keys, context, "of Code Llama, LLaMA-3, LLaMA-1 or LLaMA-2, told by base and norm", notes),
         norm=NormSpec(kind="rms", eps=eps),
-        position=RopeSpec(theta=theta),
-        attn=AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=equal_heads(d_model, n_heads)),
+        mixer=AttentionSpec(
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=equal_heads(d_model, n_heads),
+            position=RopeSpec(theta=theta),
+        ),
         ffn=DenseSpec(d_ff=_meta_width(keys, d_model), activation="silu"),
         **_tokens(vocab_size, notes),
     )
@@ -112,16 +116,18 @@ def _mistral(keys: Keys, vocab_size: int, notes: list[str]) -> ModelConfig:
         n_experts, top_k = moe.integer("num_experts"), moe.integer("num_experts_per_tok")
         ffn = MoESpec(d_ff=d_ff, n_experts=n_experts, top_k=top_k, activation="silu")
         moe.finish(frozenset())
-    return ModelConfig(
+    return uniform_model(
         family="llama2" if isinstance(ffn, DenseSpec) else "mixtral",
         vocab_size=vocab_size,
         d_model=keys.integer("dim"),
         n_layers=keys.integer("n_layers"),
         max_seq_len=_mistral_context(keys, window, notes),
         norm=NormSpec(kind="rms", eps=keys.number("norm_eps")),
-        position=RopeSpec(theta=theta),
-        attn=AttentionSpec(
-            n_heads=keys.integer("n_heads"), n_kv_heads=keys.integer("n_kv_heads"), head_dim=keys.integer("head_dim")
+        mixer=AttentionSpec(
+            n_heads=keys.integer("n_heads"),
+            n_kv_heads=keys.integer("n_kv_heads"),
+            head_dim=keys.integer("head_dim"),
+            position=RopeSpec(theta=theta),
         ),
         ffn=ffn,
         **_tokens(vocab_size, notes),

@@ -34,7 +34,9 @@ def copies(config: ModelConfig, names: Mapping[str, str], *, transpose: bool = F
         if target == "lm_head.weight" and config.tied_embeddings:
             continue
         for i in range(config.n_layers if "{i}" in target else 1):
-            shape = shapes[target.format(i=i)]
+            shape = shapes.get(target.format(i=i))
+            if shape is None:  # a layer of another kind; a parameter that nobody fills is check_cover's to find
+                continue
             pieces.append(
                 Piece(
                     source=source.format(i=i),
@@ -57,25 +59,27 @@ def qkv(
         interleaved: q's and k's rows hold rotary pairs side by side (Meta, Mistral, GGUF llama), not in halves.
         transpose: the stored matrices are (D, rows).
     """
-    attn, d = config.attn, config.d_model
-    parts = (
-        (q, 0, attn.q_dim, attn.n_heads if interleaved else 0),
-        (k, attn.q_dim, attn.kv_dim, attn.n_kv_heads if interleaved else 0),
-        (v, attn.q_dim + attn.kv_dim, attn.kv_dim, 0),
-    )
-    return [
-        Piece(
-            source=source.format(i=i),
-            source_shape=(d, rows) if transpose else (rows, d),
-            target=f"layers.{i}.attn.wqkv.weight",
-            target_shape=(attn.qkv_dim, d),
-            target_box=((start, start + rows), (0, d)),
-            transpose=transpose,
-            rotary_heads=heads,
+    d, pieces = config.d_model, []
+    for i, layer in enumerate(config.layers):
+        attn = layer.mixer
+        parts = (
+            (q, 0, attn.q_dim, attn.n_heads if interleaved else 0),
+            (k, attn.q_dim, attn.kv_dim, attn.n_kv_heads if interleaved else 0),
+            (v, attn.q_dim + attn.kv_dim, attn.kv_dim, 0),
         )
-        for i in range(config.n_layers)
-        for source, start, rows, heads in parts
-    ]
+        pieces += [
+            Piece(
+                source=source.format(i=i),
+                source_shape=(d, rows) if transpose else (rows, d),
+                target=f"layers.{i}.attn.wqkv.weight",
+                target_shape=(attn.qkv_dim, d),
+                target_box=((start, start + rows), (0, d)),
+                transpose=transpose,
+                rotary_heads=heads,
+            )
+            for source, start, rows, heads in parts
+        ]
+    return pieces
 
 
 def experts(config: ModelConfig, part: ExpertPart, name: str, *, transpose: bool = False) -> list[Piece]:
@@ -86,21 +90,23 @@ def experts(config: ModelConfig, part: ExpertPart, name: str, *, transpose: bool
         name: source name with ``{i}`` for the layer and ``{e}`` for the expert.
         transpose: a stored matrix is the transpose of the parameter's slice.
     """
-    n_experts, rows, columns = _stack_shape(config, part)
-    stored = (columns, rows) if transpose else (rows, columns)
-    return [
-        Piece(
-            source=name.format(i=i, e=e),
-            source_shape=stored,
-            target=f"layers.{i}.moe.{part}",
-            target_shape=(n_experts, rows, columns),
-            target_box=((e, e + 1), (0, rows), (0, columns)),
-            view=(1, *stored),
-            transpose=transpose,
-        )
-        for i in range(config.n_layers)
-        for e in range(n_experts)
-    ]
+    pieces = []
+    for i, spec in config.moe_layers:
+        n_experts, rows, columns = _stack_shape(spec, config.d_model, part)
+        stored = (columns, rows) if transpose else (rows, columns)
+        pieces += [
+            Piece(
+                source=name.format(i=i, e=e),
+                source_shape=stored,
+                target=f"layers.{i}.moe.{part}",
+                target_shape=(n_experts, rows, columns),
+                target_box=((e, e + 1), (0, rows), (0, columns)),
+                view=(1, *stored),
+                transpose=transpose,
+            )
+            for e in range(n_experts)
+        ]
+    return pieces
 
 
 def flat_experts(config: ModelConfig, part: ExpertPart, name: str, *, transpose: bool = False) -> list[Piece]:
@@ -108,22 +114,23 @@ def flat_experts(config: ModelConfig, part: ExpertPart, name: str, *, transpose:
 
     With ``transpose`` each expert's block is stored transposed: (E*F, D) for w_down as well (MegaBlocks, DBRX).
     """
-    n_experts, rows, columns = shape = _stack_shape(config, part)
-    view = (n_experts, columns, rows) if transpose else shape
-    return [
-        Piece(
-            source=name.format(i=i),
-            source_shape=(prod(view[:2]), view[2]),
-            target=f"layers.{i}.moe.{part}",
-            target_shape=shape,
-            view=view,
-            transpose=transpose,
+    pieces = []
+    for i, spec in config.moe_layers:
+        n_experts, rows, columns = shape = _stack_shape(spec, config.d_model, part)
+        view = (n_experts, columns, rows) if transpose else shape
+        pieces.append(
+            Piece(
+                source=name.format(i=i),
+                source_shape=(prod(view[:2]), view[2]),
+                target=f"layers.{i}.moe.{part}",
+                target_shape=shape,
+                view=view,
+                transpose=transpose,
+            )
         )
-        for i in range(config.n_layers)
-    ]
+    return pieces
 
 
-def _stack_shape(config: ModelConfig, part: ExpertPart) -> tuple[int, int, int]:
-    ffn, d = config.ffn, config.d_model
-    assert isinstance(ffn, MoESpec), "expert pieces need a mixture-of-experts config"
-    return (ffn.n_experts, d, ffn.d_ff) if part == "w_down" else (ffn.n_experts, ffn.d_ff, d)
+def _stack_shape(spec: MoESpec, d_model: int, part: ExpertPart) -> tuple[int, int, int]:
+    rows, columns = (d_model, spec.d_ff) if part == "w_down" else (spec.d_ff, d_model)
+    return (spec.n_experts, rows, columns)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quadriga.model.config import ModelConfig, MoESpec
+from quadriga.model.config import ModelConfig
 from quadriga.model.cost import (
     bytes_read_per_token,
     expected_distinct_experts,
@@ -68,16 +68,16 @@ def request_bound(config: ModelConfig, form: str, box: Box, batch: int, prompt: 
 def _weights_read(config: ModelConfig, form: str, batch: int) -> float:
     """Bytes of weights that a step of ``batch`` tokens reads."""
     alone = bytes_read_per_token(config, form)
-    if not isinstance(config.ffn, MoESpec):
-        return float(alone)
     # One token reads top_k experts; what all experts take beyond that is read in proportion to the experts met.
     input_rows = 0 if config.tied_embeddings else _input_table(config, form)
     beyond = weight_bytes(config, form) - input_rows - alone
-    ffn = config.ffn
-    if ffn.n_experts == ffn.top_k:
-        return float(alone)
-    met = expected_distinct_experts(ffn, batch)
-    return alone + beyond * (met - ffn.top_k) / (ffn.n_experts - ffn.top_k)
+    # Layers may have mixtures of different sizes: each adds by its own share of the bytes beyond.
+    met = unmet = 0.0
+    for _, spec in config.moe_layers:
+        width = spec.d_ff
+        met += width * (expected_distinct_experts(spec, batch) - spec.top_k)
+        unmet += width * (spec.n_experts - spec.top_k)
+    return alone + beyond * met / unmet if unmet else float(alone)
 
 
 def _input_table(config: ModelConfig, form: str) -> float:

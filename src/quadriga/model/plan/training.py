@@ -19,15 +19,16 @@ recomputing, attention in full.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from quadriga.errors import ConfigError, HardwareError
-from quadriga.model.config import ModelConfig, MoESpec
-from quadriga.model.cost import n_params
+from quadriga.model.config import LayerSpec, ModelConfig, MoESpec
+from quadriga.model.cost import attention_flops, n_params
 from quadriga.model.plan.hardware import STACKS, Gpu, Stack
-from quadriga.model.weight_map import parameter_shapes
+from quadriga.model.weight_map import layer_shapes
 
 RECOMPUTE = ("none", "selective", "full")
 """Nothing; norms, activations and routing; everything but each layer's input."""
@@ -138,26 +139,29 @@ class Sizes:
     expert: int
     """Parameters of all experts."""
     layer_dense: int
+    """Of the largest layer, experts aside."""
     layer_experts: int
+    """Experts of the layer with most."""
     outside: int
     """Embeddings, head, final norm."""
 
 
 def sizes(config: ModelConfig) -> Sizes:
     """Count what is spread how."""
-    one = parameter_shapes(replace(config, n_layers=1))
-    experts = sum(
-        prod(shape) for name, shape in one.items() if name.endswith((".moe.w_gate", ".moe.w_up", ".moe.w_down"))
-    )
-    layer = sum(prod(shape) for name, shape in one.items() if name.startswith("layers."))
+    experts = expert = dense = inside = 0
+    for layer, n in config.kinds().items():
+        shapes = layer_shapes(layer, config.d_model)
+        stacked = sum(prod(shape) for shape in shapes.values() if len(shape) == 3)
+        whole = sum(prod(shape) for shape in shapes.values())
+        experts, inside = experts + n * stacked, inside + n * whole
+        expert, dense = max(expert, stacked), max(dense, whole - stacked)
     count = n_params(config)
-    outside = count.total - config.n_layers * layer
-    return Sizes(count.total, count.active_without_input, config.n_layers * experts, layer - experts, experts, outside)
+    return Sizes(count.total, count.active_without_input, experts, dense, expert, count.total - inside)
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Model FLOPs of one trained token: 3 x (2 N_active + 4 L Hd T), LLM Foundry's count (SPEC: attention in full)."""
-    return 3 * (2 * n_params(config).active_without_input + 4 * config.n_layers * config.attn.q_dim * seq_len)
+    return 3 * (2 * n_params(config).active_without_input + attention_flops(config, seq_len))
 
 
 def memory(config: ModelConfig, mesh: Mesh, work: Work) -> Memory:
@@ -169,15 +173,17 @@ def memory(config: ModelConfig, mesh: Mesh, work: Work) -> Memory:
     # Two layers' weights (one computes, one is being gathered), one layer's gradients, and both token tables.
     gathered = 2 * (3 * layer + 2 * s.outside) if spread else 2 * s.total
     tokens = work.micro_tokens
-    whole, kept = _activation_bytes(config, work.recompute)
-    activations = tokens * (config.n_layers * kept + (whole if work.recompute != "none" else 0))
+    layers = {layer: _activation_bytes(layer, config.d_model, work.recompute) for layer in config.kinds()}
+    kept = sum(layers[layer][1] * n for layer, n in config.kinds().items())
+    again = max(whole for whole, _ in layers.values()) if work.recompute != "none" else 0
+    activations = tokens * (kept + again)
     logits = min(tokens, _LOGIT_ROWS) * config.vocab_size * 6.0
     return Memory(state, gathered, activations, logits, _RUNTIME_BYTES)
 
 
-def activation_elements(config: ModelConfig) -> tuple[float, float, float]:
+def activation_elements(layer: LayerSpec, d_model: int) -> tuple[float, float, float]:
     """Elements a layer saves for a token: (its input, what selective recomputing keeps besides, what it recomputes)."""
-    d, attn, ffn = config.d_model, config.attn, config.ffn
+    d, attn, ffn = d_model, layer.mixer, layer.ffn
     k, f = (ffn.top_k, ffn.d_ff) if isinstance(ffn, MoESpec) else (1, ffn.d_ff)
     gated = isinstance(ffn, MoESpec) or ffn.gated
     routed = k * d if isinstance(ffn, MoESpec) else 0
@@ -188,10 +194,10 @@ def activation_elements(config: ModelConfig) -> tuple[float, float, float]:
     return float(d), float(kept), float(recomputed)
 
 
-def _activation_bytes(config: ModelConfig, recompute: str) -> tuple[float, float]:
+def _activation_bytes(layer: LayerSpec, d_model: int, recompute: str) -> tuple[float, float]:
     """(bytes of everything a layer saves for a token, bytes it saves under ``recompute``), in bfloat16."""
-    entry, kept, again = activation_elements(config)
-    uneven = _IMBALANCE if isinstance(config.ffn, MoESpec) else 1.0
+    entry, kept, again = activation_elements(layer, d_model)
+    uneven = _IMBALANCE if layer.moe is not None else 1.0
     whole = 2 * (entry + (kept + again) * uneven)
     return whole, {"none": whole, "selective": 2 * (entry + kept * uneven), "full": 2 * entry}[recompute]
 
@@ -201,11 +207,13 @@ def step_time(config: ModelConfig, gpu: Gpu, mesh: Mesh, work: Work, stack: Stac
     s, tokens = sizes(config), work.micro_tokens
     forwards = 2 if work.recompute == "full" else 1
     experts_share = _expert_flops_share(config)
-    rows = tokens * mesh.ep * (config.ffn.top_k / config.ffn.n_experts) if isinstance(config.ffn, MoESpec) else tokens
-    grouped = rows / (rows + _ROWS_HALF) if isinstance(config.ffn, MoESpec) else 1.0
+    # The layer with fewest rows an expert sets the rate of the grouped products.
+    shares = [spec.top_k / spec.n_experts for _, spec in config.moe_layers]
+    rows = tokens * mesh.ep * min(shares, default=1.0)
+    grouped = rows / (rows + _ROWS_HALF) if shares else 1.0
     rate = gpu.peak_flops * gpu.gemm * config.d_model / (config.d_model + stack.width_half)
     matrix = 2 * s.active * tokens * (2 + forwards) / rate * (1 - experts_share + experts_share / grouped)
-    causal = 2 * config.n_layers * config.attn.q_dim * work.seq_len * tokens
+    causal = attention_flops(config, work.seq_len) / 2 * tokens
     attention = causal * (2.5 + forwards) / (gpu.peak_flops * gpu.attention * stack.attention)
     passes = _pass_bytes(config) * tokens * (1 + forwards + (work.recompute == "selective") * 0.5)
     moved = passes / (gpu.hbm_bytes_per_s * _MEMORY)
@@ -224,26 +232,31 @@ def step_time(config: ModelConfig, gpu: Gpu, mesh: Mesh, work: Work, stack: Stac
 
 
 def _expert_flops_share(config: ModelConfig) -> float:
-    if not isinstance(config.ffn, MoESpec):
-        return 0.0
-    s = sizes(config)
-    return s.expert * config.ffn.top_k / config.ffn.n_experts / s.active
+    used = 0.0
+    for layer, n in config.kinds().items():
+        if layer.moe is not None:
+            stacked = sum(prod(shape) for shape in layer_shapes(layer, config.d_model).values() if len(shape) == 3)
+            used += n * stacked * layer.moe.top_k / layer.moe.n_experts
+    return used / sizes(config).active
 
 
 def _pass_bytes(config: ModelConfig) -> float:
     """Bytes a layer-by-layer forward pass moves for a token besides its matrix products, over all layers."""
-    d, attn, ffn = config.d_model, config.attn, config.ffn
-    k, f = (ffn.top_k, ffn.d_ff) if isinstance(ffn, MoESpec) else (1, ffn.d_ff)
-    routed = 4 * k * d if isinstance(ffn, MoESpec) else 0  # into experts' order and back
-    elements = 4 * d + 6 * d + 2 * attn.qkv_dim + 3 * k * f + routed  # norms, residuals, rotation and clip, activation
-    return 2.0 * elements * config.n_layers
+    d, elements = config.d_model, 0
+    for layer, n in config.kinds().items():
+        k = layer.moe.top_k if layer.moe is not None else 1
+        routed = 4 * k * d if layer.moe is not None else 0  # into experts' order and back
+        # Norms, residuals, rotation and clip, activation.
+        elements += n * (4 * d + 6 * d + 2 * layer.mixer.qkv_dim + 3 * k * layer.ffn.d_ff + routed)
+    return 2.0 * elements
 
 
 def _all_to_all(config: ModelConfig, gpu: Gpu, mesh: Mesh, tokens: int) -> float:
     """Seconds to send a micro-step's tokens to their experts and back, over all layers."""
-    if not isinstance(config.ffn, MoESpec) or mesh.ep == 1:
+    if mesh.ep == 1:
         return 0.0
-    sent = 2 * config.ffn.top_k * config.d_model * 2.0 * tokens * config.n_layers * _IMBALANCE
+    visits = sum(spec.top_k for _, spec in config.moe_layers)
+    sent = 2 * visits * config.d_model * 2.0 * tokens * _IMBALANCE
     within = min(mesh.ep, gpu.per_node)
     inside = sent * (within - 1) / mesh.ep / (gpu.node_bytes_per_s * _BUS)
     outside = sent * (mesh.ep - within) / mesh.ep / (gpu.network_bytes_per_s * _BUS)
@@ -283,7 +296,7 @@ def evaluate(config: ModelConfig, gpu: Gpu, mesh: Mesh, work: Work, stack: Stack
 
 def meshes(config: ModelConfig, ranks: int, gpu: Gpu) -> Iterator[Mesh]:
     """Every replicate x shard x ep of ``ranks`` whose parts are whole nodes or parts of one."""
-    n_experts = config.ffn.n_experts if isinstance(config.ffn, MoESpec) else 1
+    n_experts = math.gcd(*(spec.n_experts for _, spec in config.moe_layers)) or 1
     for ep in (n for n in range(1, n_experts + 1) if n_experts % n == 0 and ranks % n == 0):
         for shard in (n for n in range(1, ranks // ep + 1) if ranks // ep % n == 0):
             group = shard * ep

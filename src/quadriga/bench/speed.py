@@ -1,0 +1,191 @@
+"""How fast the engine is on this machine, and how near to what the machine can do.
+
+Decoding is bound by memory: its roofline is the read bandwidth measured beside it, in the same process and threads,
+because shared machines change theirs within seconds. Prompts are bound by arithmetic: their roofline is the peak of the
+dot-product instruction that the format uses, measured in registers.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from quadriga.bench.roofline import peak_ops_per_s, read_bytes_per_s
+from quadriga.engine.engine import Engine
+from quadriga.engine.request import Request, SamplingParams
+from quadriga.errors import ConfigError
+from quadriga.kernels.cpu.packing import Packed, Parameter
+from quadriga.kernels.cpu.program import Batch
+from quadriga.model import cost
+from quadriga.model.config import ModelConfig
+from quadriga.runners.compiled import CompiledModel
+
+KINDS = ("decode", "prefill", "batch", "depth")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: medians of several rounds."""
+
+    kind: str
+    n: int
+    """decode: tokens made; prefill: prompt tokens; batch: sequences; depth: positions already in the cache."""
+    tokens_per_s: float
+    spread: float
+    """(slowest - fastest) / median of the rounds."""
+    roofline: float
+    """Tokens per second if the machine's limit were reached; see ``limit``."""
+    limit: str
+    """"read" (bytes a token over the read bandwidth) or "arithmetic" (operations a token over the peak)."""
+
+    @property
+    def share(self) -> float:
+        """Part of the roofline that was reached."""
+        return self.tokens_per_s / self.roofline
+
+
+class Bench:
+    """Measures one compiled model.
+
+    Args:
+        model: what to measure.
+        parameters: its packed parameters, for counting bytes.
+        rounds: measurements of which the median is taken.
+    """
+
+    def __init__(self, model: CompiledModel, parameters: dict[str, Parameter], *, rounds: int = 5) -> None:
+        self.model, self.config, self.rounds = model, model.config, rounds
+        self.context = model.program.context
+        self.bytes_per_token = bytes_per_token(self.config, parameters)
+        self._format = _main_format(parameters)
+        self._random = np.random.default_rng(0)
+
+    def run(self, kind: str, n: int) -> Row:
+        """Measure ``kind`` (one of KINDS) at ``n``.
+
+        Raises:
+            ConfigError: an unknown kind, or more than the cache holds.
+        """
+        if kind not in KINDS:
+            raise ConfigError(f"what to measure must be one of {', '.join(KINDS)}; got {kind!r}")
+        needed = {"decode": n + 16, "prefill": n + 1, "batch": 80 * n, "depth": n + 64}[kind]
+        if n < 1 or needed > self.model.n_blocks * 16:
+            raise ConfigError(f"{kind} {n} needs a cache of {needed} tokens, it has {self.model.n_blocks * 16}")
+        return {"decode": self._decode, "prefill": self._prefill, "batch": self._batch, "depth": self._depth}[kind](n)
+
+    def _tokens(self, n: int) -> tuple[int, ...]:
+        return tuple(self._random.integers(0, self.config.vocab_size, n).tolist())
+
+    def _decode(self, n: int) -> Row:
+        def once() -> float:
+            return self._engine_decode(1, n)
+
+        return self._by_bandwidth("decode", n, once, self.bytes_per_token, 1)
+
+    def _batch(self, n: int) -> Row:
+        def once() -> float:
+            return self._engine_decode(n, 24)
+
+        return self._by_bandwidth("batch", n, once, self._bytes_of_batch(n), n)
+
+    def _engine_decode(self, n_sequences: int, n_tokens: int) -> float:
+        """Tokens a second of ``n_sequences`` answers after their first tokens, through the whole engine."""
+        engine = Engine(self.model, prefix_cache=False, max_sequences=max(64, n_sequences))
+        params = SamplingParams(max_new_tokens=n_tokens + 1, ignore_eos=True)
+        for _ in range(n_sequences):
+            engine.submit(Request(prompt=self._tokens(8), params=params))
+        engine.step()
+        started, made = time.perf_counter(), 0
+        while engine.has_work:
+            made += len(engine.step())
+        return made / (time.perf_counter() - started)
+
+    def _depth(self, n: int) -> Row:
+        """A step at position n over a cache of zeros: what is in it costs the same."""
+        blocks = np.arange(-(-(n + 64) // 16), dtype=np.int32)
+
+        def once() -> float:
+            started = time.perf_counter()
+            for i in range(8):
+                ints = (
+                    [int(self._random.integers(self.config.vocab_size))],
+                    [n + i],
+                    [0, 1],
+                    blocks,
+                    [0, len(blocks)],
+                    [0],
+                )
+                self.model.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)))
+            return 8 / (time.perf_counter() - started)
+
+        kv = self.model.kv_bytes / (self.model.n_blocks * 16) * n
+        return self._by_bandwidth("depth", n, once, self.bytes_per_token + kv, 1)
+
+    def _prefill(self, n: int) -> Row:
+        def once() -> float:
+            engine = Engine(self.model, prefix_cache=False)
+            engine.submit(Request(prompt=self._tokens(n), params=SamplingParams(max_new_tokens=1)))
+            started = time.perf_counter()
+            while engine.has_work:
+                engine.step()
+            return n / (time.perf_counter() - started)
+
+        rates = [once() for _ in range(self.rounds)]
+        peak = peak_ops_per_s(self.context, self._format)
+        per_token = 2.0 * cost.n_params(self.config).active  # embeddings look up, the head runs once: within 1 % at 512
+        per_token -= 2.0 * self.config.vocab_size * self.config.d_model * (1 if self.config.tied_embeddings else 2)
+        return _row("prefill", n, rates, [peak / per_token], "arithmetic")
+
+    def _by_bandwidth(self, kind: str, n: int, once: Callable[[], float], nbytes: float, tokens: int) -> Row:
+        once()
+        rates, limits = [], []
+        for _ in range(self.rounds):
+            before = read_bytes_per_s(self.context)
+            rates.append(once())
+            limits.append((before + read_bytes_per_s(self.context)) / 2 / nbytes * tokens)
+        return _row(kind, n, rates, limits, "read")
+
+    def _bytes_of_batch(self, n: int) -> float:
+        """Bytes a step of n sequences reads if each picks its experts at random."""
+        total = self.bytes_per_token
+        for i, spec in self.config.moe_layers:
+            used = spec.top_k / spec.n_experts
+            total += _stacked_bytes(self.model.parameters, i) * (1 - (1 - used) ** n - used)
+        return total
+
+
+def bytes_per_token(config: ModelConfig, parameters: dict[str, Parameter]) -> float:
+    """Bytes of weights that one decoded token reads: all of them but the embedding table's other rows and the experts
+    that were not chosen."""
+    total = 0.0
+    for name, value in parameters.items():
+        if isinstance(value, Packed) and (name != "embed.weight" or config.tied_embeddings):
+            total += value.data.nbytes
+    for i, spec in config.moe_layers:
+        total += spec.top_k / spec.n_experts * _stacked_bytes(parameters, i)
+    return total
+
+
+def _stacked_bytes(parameters: Mapping[str, Parameter], layer: int) -> float:
+    """Bytes of all experts of a layer."""
+    values = (parameters[f"layers.{layer}.moe.{part}"] for part in ("w_gate", "w_up", "w_down"))
+    return float(sum(p.data.nbytes for value in values for p in value))  # type: ignore
+
+
+def _main_format(parameters: dict[str, Parameter]) -> str:
+    """The format most bytes are in."""
+    count: dict[str, int] = {}
+    for value in parameters.values():
+        for p in value if isinstance(value, list) else [value]:
+            if isinstance(p, Packed):
+                count[p.format] = count.get(p.format, 0) + p.rows * p.cols
+    return max(count, key=lambda form: count[form])
+
+
+def _row(kind: str, n: int, rates: list[float], limits: list[float], limit: str) -> Row:
+    middle = statistics.median(rates)
+    return Row(kind, n, middle, (max(rates) - min(rates)) / middle, statistics.median(limits), limit)

@@ -1,0 +1,209 @@
+"""What a text does inside a model, one layer in memory at a time: which inputs each matrix sees, and how much each can
+bear.
+
+    tokens ─embed─► h ─layer 0─► h ─layer 1─► ...      only h and one layer are held, so any model that can be
+                        │            │                 converted can be calibrated
+                        ▼            ▼
+                 mean square of every input column, tokens per expert, error of every format
+
+The mean squares weigh the search for scales (an error in a column matters as much as what it is multiplied with); the
+errors choose formats under a budget (``quant.recipe``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quadriga.errors import RequestError
+from quadriga.io.directory import packed_bytes
+from quadriga.io.open import Checkpoint
+from quadriga.io.packed import is_router
+from quadriga.io.parameters import Progress
+from quadriga.kernels import ops
+from quadriga.kernels.arrays import array, tensor
+from quadriga.kernels.cpu.packing import pack
+from quadriga.model.config import ModelConfig, MoESpec
+from quadriga.model.weight_map import parameter_shapes
+from quadriga.nn.context import PackedContext
+from quadriga.nn.linear import whole
+from quadriga.nn.rope import Rotations
+from quadriga.nn.transformer import Block
+from quadriga.quant.dtypes import Array
+from quadriga.quant.recipe import Candidate, protected_share
+
+FORMATS = ("q4", "q4m", "q8", "bfloat16")
+"""What a budget chooses from."""
+
+_ROWS = 256
+"""Rows of a matrix on which a format's error is measured: it varies by a few per cent between such samples."""
+
+
+@dataclass
+class Calibration:
+    """What was measured."""
+
+    n_tokens: int
+    importance: dict[str, Array] = field(default_factory=dict)
+    """Matrix (experts by number) -> (cols,) mean square of its input columns."""
+    expert_tokens: dict[str, list[int]] = field(default_factory=dict)
+    """Parameter prefix "layers.0.moe" -> tokens that visited each expert."""
+    expert_output: dict[str, list[float]] = field(default_factory=dict)
+    """Parameter prefix -> per expert, the sum over its tokens of routing weight times length of its output: how much it
+    adds to the stream."""
+    candidates: dict[str, list[Candidate]] = field(default_factory=dict)
+    """Matrix -> what each format costs and loses; empty where errors were not asked for."""
+
+
+@torch.inference_mode()
+def calibrate(
+    checkpoint: Checkpoint, token_ids: Sequence[int], *, errors: bool, progress: Progress | None = None
+) -> Calibration:
+    """Run a text through a checkpoint layer by layer.
+
+    Args:
+        token_ids: up to the model's context; a few thousand of text like that to come.
+        errors: also measure every format's error on every matrix.
+        progress: called after each layer.
+
+    Raises:
+        RequestError: no tokens, or ids outside the vocabulary.
+    """
+    config = checkpoint.config
+    if not token_ids or max(token_ids) >= config.vocab_size or min(token_ids) < 0:
+        raise RequestError(f"calibration needs token ids from 0 to {config.vocab_size - 1}")
+    length = min(1024, config.max_seq_len)
+    parts = [token_ids[i : i + length] for i in range(0, len(token_ids), length)]
+    tokens = torch.tensor([t for part in parts for t in part])
+    context = PackedContext([len(part) for part in parts])
+    view, found = checkpoint.parameters, Calibration(len(tokens))
+    h = embed(checkpoint, tokens)
+    rotations = Rotations(context.positions, h.dtype)
+    for index in range(config.n_layers):
+        block = load_block(checkpoint, config, index)
+        prefix = f"layers.{index}."
+        x = block.attn_norm(h)
+        _matrix(found, checkpoint, prefix + "attn.wqkv.weight", x, whole(block.attn.wqkv.weight), 1.0, errors)
+        mixed: list[Tensor] = []
+        hook = block.attn.wo.register_forward_pre_hook(lambda _, inputs, keep=mixed: keep.append(inputs[0]))
+        a = block.attn(x, context, rotations)
+        hook.remove()
+        _matrix(found, checkpoint, prefix + "attn.wo.weight", mixed[0], whole(block.attn.wo.weight), 1.0, errors)
+        h = h + (a if block.attn_post_norm is None else block.attn_post_norm(a))
+        f = _ffn(found, checkpoint, block, prefix, block.ffn_norm(h), errors)
+        h = h + (f if block.ffn_post_norm is None else block.ffn_post_norm(f))
+        if progress is not None:
+            progress(index + 1, config.n_layers, f"layer {index}")
+    for name in ("embed.weight", "lm_head.weight"):
+        if name in parameter_shapes(config):
+            rows = tensor(view.read(name, ((0, min(_ROWS, config.vocab_size)), (0, config.d_model)))).float()
+            head = name == "lm_head.weight" or config.tied_embeddings
+            inputs = h if head else torch.ones(1, config.d_model)
+            _matrix(found, checkpoint, name, inputs, rows, 1.0, errors)
+    return found
+
+
+def embed(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
+    """What enters the first layer, reading only the rows of the table that are needed: (N,) -> (N, D) float32."""
+    view, config = checkpoint.parameters, checkpoint.config
+    # In order, so that every stored part is read once; copied, so that none is kept.
+    distinct = sorted(set(tokens.tolist()))
+    rows = [tensor(view.read("embed.weight", ((t, t + 1), (0, config.d_model)))).float().clone() for t in distinct]
+    return torch.cat(rows)[torch.searchsorted(torch.tensor(distinct), tokens)] * config.embedding_scale
+
+
+def load_block(checkpoint: Checkpoint, config: ModelConfig, index: int) -> Block:
+    """One layer with its weights in float32."""
+    with torch.device("meta"):
+        block = Block(config.d_model, config.layers[index], index)
+    prefix = f"layers.{index}."
+    names = [name for name in parameter_shapes(config) if name.startswith(prefix)]
+    values = {name.removeprefix(prefix): tensor(checkpoint.parameters.read(name)).float() for name in names}
+    block.load_state_dict(values, assign=True)
+    return block.eval()
+
+
+def _ffn(found: Calibration, checkpoint: Checkpoint, block: Block, prefix: str, x: Tensor, errors: bool) -> Tensor:
+    if block.ffn is not None:
+        p, activation = prefix + "ffn.", block.ffn.activation
+        w_gate = None if block.ffn.w_gate is None else whole(block.ffn.w_gate)
+        w_up, w_down = whole(block.ffn.w_up), whole(block.ffn.w_down)
+        gate = None if w_gate is None else F.linear(x, w_gate)
+        hidden = F.linear(x, w_up)
+        hidden = ops.activate(hidden if gate is None else gate, activation) * (1.0 if gate is None else hidden)
+        for name, weight, inputs in (("w_gate", w_gate, x), ("w_up", w_up, x), ("w_down", w_down, hidden)):
+            if weight is not None:
+                _matrix(found, checkpoint, p + name, inputs, weight, 1.0, errors)
+        return F.linear(hidden, w_down)
+    moe = block.moe
+    assert moe is not None, "a block has one feed-forward or experts"
+    spec: MoESpec = moe.spec
+    ids, weights, _, _ = moe.router(x)
+    combine = moe.aggregation_weights(ids, weights)
+    counts = torch.bincount(ids.reshape(-1), minlength=spec.n_experts).tolist()
+    found.expert_tokens[prefix + "moe"] = counts
+    out = torch.zeros_like(x)
+    found.expert_output[prefix + "moe"] = added = []
+    stacks = {name: whole(getattr(moe, name)) for name in ("w_gate", "w_up", "w_down")}
+    even = torch.ones(1, spec.d_ff)
+    for expert, count in enumerate(counts):
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        rows = x[token]
+        hidden = ops.activate(rows @ stacks["w_gate"][expert].T, spec.activation) * (rows @ stacks["w_up"][expert].T)
+        weighted = (hidden @ stacks["w_down"][expert].T) * combine[token, slot, None].to(x.dtype)
+        added.append(float(weighted.norm(dim=-1).sum()))
+        out.index_add_(0, token, weighted)
+        share = protected_share(count, len(x) * spec.top_k, spec.n_experts) * spec.n_experts
+        for name, inputs in (("w_gate", rows), ("w_up", rows), ("w_down", hidden)):
+            weight = stacks[name][expert]
+            # Few tokens say little: they are mixed with what the whole layer sees.
+            prior = x if name != "w_down" else (hidden if count else even)
+            _matrix(found, checkpoint, f"{prefix}moe.{name}/{expert}", inputs, weight, share, errors, prior)
+    return out
+
+
+_PRIOR_TOKENS = 16
+
+
+def _matrix(
+    found: Calibration,
+    checkpoint: Checkpoint,
+    name: str,
+    inputs: Tensor,
+    weight: Tensor,
+    share: float,
+    errors: bool,
+    prior: Tensor | None = None,
+) -> None:
+    """Record one matrix: mean squares of its inputs and, where asked for, the error of every format."""
+    square = inputs.float().square().sum(0)
+    count = float(len(inputs))
+    if prior is not None:
+        square = square + _PRIOR_TOKENS * prior.float().square().mean(0)
+        count += _PRIOR_TOKENS
+    moment = square / count
+    moment = moment + moment.mean() * 1e-3 + 1e-30  # a column never seen still counts a little
+    found.importance[name] = array(moment)
+    if not errors or is_router(name):
+        return
+    step = max(1, len(weight) // _ROWS)
+    sample = weight.detach().float()[::step][:_ROWS].contiguous()
+    energy = float((sample.square() * moment).sum().clamp_min(1e-30))
+    rows, cols = _shape_of(checkpoint.config, name)
+
+    def error(form: str) -> float:
+        rounded = tensor(pack(array(sample), form, importance=array(moment)).unpack())
+        return float(((rounded - sample).square() * moment).sum()) / energy
+
+    found.candidates[name] = [
+        Candidate(form, packed_bytes((rows, cols), form), share * error(form)) for form in FORMATS
+    ]
+
+
+def _shape_of(config: ModelConfig, name: str) -> tuple[int, int]:
+    rows, cols = parameter_shapes(config)[name.split("/")[0]][-2:]
+    return rows, cols

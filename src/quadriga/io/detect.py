@@ -1,0 +1,96 @@
+"""What lies at a path: which kind of checkpoint, and the model it says it is. No torch, no weights.
+
+quadriga   a directory with quadriga.json            (``checkpoint.engine_file``)
+hf         a directory with config.json              (safetensors, any of the family's layouts)
+own        a directory with params.json              (Meta's and Mistral's own folders: consolidated.*)
+gguf       a GGUF file, or a directory with one
+grok       a directory with tensor00000_000          (Grok-1's release)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from quadriga.errors import CheckpointError
+from quadriga.io import directory as engine_file
+from quadriga.io import gguf, own_files
+from quadriga.io.json_files import read_json
+from quadriga.model import families
+from quadriga.model.config import ModelConfig
+from quadriga.model.families import own_params
+
+Kind = Literal["quadriga", "hf", "own", "gguf", "grok"]
+
+
+@dataclass(frozen=True)
+class Located:
+    """A checkpoint that was found but not opened."""
+
+    kind: Kind
+    path: Path
+    """The GGUF file, or the directory."""
+    config: ModelConfig
+    notes: tuple[str, ...] = ()
+    """What the files left open and how it was read, for people."""
+
+
+def locate(path: Path) -> Located:
+    """Find out what is at ``path`` and read its configuration.
+
+    Raises:
+        CheckpointError: nothing there, or nothing that is a checkpoint.
+        ConfigError: a configuration that no model of ours can have.
+    """
+    path = path.expanduser()
+    if not path.exists():
+        raise CheckpointError(f"there is nothing at {path}. Check the path, or see `quadriga models list` for names.")
+    if path.is_file():
+        if path.name in ("config.json", "params.json", engine_file.MANIFEST):
+            return locate(path.parent)
+        if not gguf.is_gguf(path):
+            raise CheckpointError(
+                f"{path.name} is not a GGUF file. Give the directory of a safetensors checkpoint (with its "
+                "config.json), or of Meta's or Mistral's own (with its params.json), not one of its files."
+            )
+        return _gguf(path)
+    if (path / engine_file.MANIFEST).is_file():
+        return Located("quadriga", path, engine_file.read_manifest(path).config)
+    if (path / "config.json").is_file() and not _is_grok(path):
+        config, notes = families.read_hf(read_json(path / "config.json"))
+        if (path / "generation_config.json").is_file():
+            config = families.with_generation_config(config, read_json(path / "generation_config.json"))
+        return Located("hf", path, config, tuple(notes))
+    if _is_grok(path):
+        return Located("grok", path, _grok_config(path))
+    if (path / "ckpt-0").is_dir() and _is_grok(path / "ckpt-0"):
+        return Located("grok", path / "ckpt-0", _grok_config(path / "ckpt-0"))
+    if (path / own_params.FILE).is_file():
+        raw = read_json(path / own_params.FILE)
+        config, notes = own_params.from_params(raw, lambda d_model: own_files.table_rows(path, d_model))
+        return Located("own", path, config, tuple(notes))
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1 or (files and gguf.are_parts(files)):
+        return _gguf(files[0])
+    raise CheckpointError(
+        f"{path} is no checkpoint: it needs a config.json with safetensors files, a {engine_file.MANIFEST}, one GGUF "
+        f"file (it has {len(files)}), a params.json with consolidated files (Meta, Mistral), or Grok-1's tensor files"
+    )
+
+
+def _gguf(path: Path) -> Located:
+    header = gguf.read_header(path)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    return Located("gguf", path, families.config_from_gguf(header.metadata, shapes))
+
+
+def _is_grok(path: Path) -> bool:
+    return (path / "tensor00000_000").is_file()
+
+
+def _grok_config(path: Path) -> ModelConfig:
+    """The release has no configuration file: its sizes are in its program. A config.json beside it is for others."""
+    if (path / "config.json").is_file():
+        return families.config_from_hf(read_json(path / "config.json"))
+    return families.preset("grok-1")

@@ -1,0 +1,280 @@
+"""Parameters as the CPU's kernels want them, from any checkpoint.
+
+    a packed Quadriga directory   read by several threads into huge pages; memory-mapped if it is nearly all of memory
+    GGUF Q8_0, Q4_0, Q4_1         blocks rearranged, no number changed
+    anything else                 read part by part and packed as `format` says
+
+Routers and vectors are float32 in every case.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quadriga import runtime
+from quadriga.errors import CheckpointError, ConfigError
+from quadriga.io import directory as engine_file
+from quadriga.io.gguf_source import GGUFSource
+from quadriga.io.open import Checkpoint
+from quadriga.io.parameters import Progress, unpack
+from quadriga.kernels.cpu.expert_store import ExpertStore
+from quadriga.kernels.cpu.packing import Bytes, Packed, Parameter, allocate, pack, pack_blocks
+from quadriga.model.weight_map import Piece, Shape, parameter_shapes, whole
+from quadriga.quant.dtypes import Array, as_float32
+from quadriga.quant.formats import FORMATS
+from quadriga.quant.packed import FROM_GGUF, PACKED
+
+FORMATS_TO_LOAD = ("keep", *PACKED)
+
+
+@dataclass(frozen=True)
+class PackedParameters:
+    """A model's parameters and, where its experts stay on disk, their store."""
+
+    parameters: dict[str, Parameter]
+    store: ExpertStore | None = None
+
+
+def is_router(name: str) -> bool:
+    """True for the parameters that stay float32: their rounding changes which experts a token visits."""
+    return name.endswith("router.weight")
+
+
+def load_packed(
+    checkpoint: Checkpoint, form: str = "keep", *, expert_memory: int | None = None, progress: Progress | None = None
+) -> PackedParameters:
+    """Every parameter, packed.
+
+    Args:
+        form: one of FORMATS_TO_LOAD. ``keep`` takes Q8_0, Q4_0 and Q4_1 blocks, float32 and bfloat16 as they are;
+            float16 becomes bfloat16, other block formats q8.
+        expert_memory: leave experts on disk, with a cache of this many bytes (packed directories only).
+        progress: called after each matrix.
+
+    Raises:
+        ConfigError: an unknown format, or experts that cannot stay on disk.
+        CheckpointError: weights that cannot be read or packed.
+    """
+    if form not in FORMATS_TO_LOAD:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS_TO_LOAD)}; got {form!r}")
+    manifest = engine_file.read_manifest(checkpoint.path) if checkpoint.kind == "quadriga" else None
+    if manifest is not None and manifest.packed and form == "keep":
+        return _map_directory(checkpoint, manifest, expert_memory, progress)
+    if expert_memory is not None:
+        raise ConfigError(
+            "experts can stay on disk only in a packed Quadriga directory. Make one: quadriga convert MODEL OUT "
+            "--format q4"
+        )
+    parameters: dict[str, Parameter] = {}
+    shapes = parameter_shapes(checkpoint.config)
+    total, done = sum(prod(shape) for shape in shapes.values()), 0
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            parameters[name] = as_float32(checkpoint.parameters.read(name))
+        else:
+            matrices = list(pack_parameter(checkpoint, name, shape, form))
+            parameters[name] = matrices if len(shape) == 3 else matrices[0]
+        done += prod(shape)
+        if progress is not None:
+            progress(done, total, name)
+    return PackedParameters(parameters)
+
+
+def packed_format(checkpoint: Checkpoint, name: str, form: str) -> str:
+    """What a matrix becomes under ``form``."""
+    if is_router(name):
+        return "float32"
+    if form != "keep":
+        return form
+    stored = {checkpoint.source.tensors[piece.source].dtype for piece in checkpoint.pieces if piece.target == name}
+    one = next(iter(stored))
+    if len(stored) == 1 and one in FROM_GGUF:
+        return FROM_GGUF[one]
+    if len(stored) == 1 and one in PACKED:
+        return one
+    if all(one in ("float32", "bfloat16") for one in stored):
+        return "float32" if "float32" in stored else "bfloat16"
+    return "bfloat16" if stored <= {"float16", "bfloat16"} else "q8"
+
+
+def pack_parameter(checkpoint: Checkpoint, name: str, shape: Shape, form: str) -> Iterator[Packed]:
+    """The matrices of one parameter, packed one after the other: one, or one per expert."""
+    wanted = packed_format(checkpoint, name, form)
+    for expert in range(shape[0] if len(shape) == 3 else 1):
+        yield read_matrix(checkpoint, name, expert, wanted).pack(wanted)
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """One matrix as it was read: numbers, or the rows of blocks it is stored in."""
+
+    name: str
+    rows: int
+    cols: int
+    values: Array | None = None
+    blocks: np.ndarray[Any, Any] | None = None
+    block_format: str = ""
+
+    def pack(self, form: str, *, out: Bytes | None = None, importance: Array | None = None) -> Packed:
+        """The packed matrix. Blocks must have been read for ``form``.
+
+        Args:
+            out: memory to fill, ``PACKED[form].nbytes_of(rows, cols)`` bytes; None allocates.
+            importance: (cols,) how much each column's squared error counts in the search for scales.
+
+        Raises:
+            CheckpointError: numbers that the format cannot hold.
+        """
+        if self.blocks is not None:
+            return pack_blocks(self.blocks, self.block_format, self.rows, self.cols, out=out)
+        assert self.values is not None
+        try:
+            return pack(self.values, form, out=out, importance=importance)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.name}: {error}") from None
+
+
+def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Unpacked:
+    """One matrix of a parameter; stored blocks of the very format ``form`` are read as they are.
+
+    Args:
+        expert: which matrix of a parameter (E, rows, cols); 0 for others.
+    """
+    shape = parameter_shapes(checkpoint.config)[name]
+    pieces = [piece for piece in checkpoint.pieces if piece.target == name]
+    source, (rows, cols) = checkpoint.source, shape[-2:]
+    stored = {source.tensors[piece.source].dtype for piece in pieces}
+    block = next(iter(stored))
+    if (
+        isinstance(source, GGUFSource)
+        and len(stored) == 1
+        and FROM_GGUF.get(block) == form
+        and all(map(_is_rows, pieces))
+    ):
+        raw = _block_rows(source, pieces, shape, expert, block)
+        return Unpacked(name, rows, cols, blocks=raw, block_format=block)
+    box = whole(shape) if len(shape) == 2 else ((expert, expert + 1), *whole(shape[1:]))
+    values = np.ascontiguousarray(checkpoint.parameters.read(name, box).reshape(rows, cols))
+    return Unpacked(name, rows, cols, values=as_float32(values) if values.dtype == np.float64 else values)
+
+
+def _is_rows(piece: Piece) -> bool:
+    """True if the piece moves whole rows: their blocks can move with them."""
+    box = piece.source_box or whole(piece.source_shape)
+    same_rows = piece.view is None or piece.view == (1, *piece.source_shape)  # a tensor an expert
+    return not piece.transpose and piece.scale == 1.0 and same_rows and box[1:] == whole(piece.source_shape[1:])
+
+
+def _block_rows(source: GGUFSource, pieces: list[Piece], shape: Shape, expert: int, form: str) -> np.ndarray[Any, Any]:
+    """The stored blocks of one matrix, row by row in the parameter's order."""
+    row_bytes = FORMATS[form].nbytes_of(shape[-1:])
+    out = np.empty((shape[-2], row_bytes), dtype=np.uint8)
+    for piece in pieces:
+        target = piece.target_box or whole(shape)
+        first, _ = (piece.source_box or whole(piece.source_shape))[0]
+        if len(shape) == 3:
+            if not target[0][0] <= expert < target[0][1]:
+                continue
+            start = (first + expert - target[0][0]) * (shape[1] if len(piece.source_shape) == 3 else 1)
+            n, to = target[1][1] - target[1][0], target[1][0]
+        else:
+            start, n, to = first, target[0][1] - target[0][0], target[0][0]
+        raw = np.frombuffer(source.raw(piece.source, start, start + n), dtype=np.uint8).reshape(n, row_bytes)
+        if piece.rotary_heads:  # the order of rows, found by moving their numbers as values are moved
+            order = unpack(np.arange(n)[:, None], piece)[:, 0]
+            raw = raw[order]
+        out[to : to + n] = raw
+    return out
+
+
+class _Weights:
+    """The files of a packed directory: mapped where they lie, or read into memory by several threads."""
+
+    def __init__(self, directory: Path, copy: bool, progress: Progress | None) -> None:
+        self._directory, self._copy, self._progress = directory, copy, progress
+        self._maps: dict[str, Bytes] = {}
+        self._reads: list[tuple[engine_file.Entry, Bytes]] = []
+
+    def bytes_of(self, entry: engine_file.Entry) -> Bytes:
+        """The entry's bytes; with ``copy`` they are there after :meth:`finish`."""
+        if self._copy:
+            out = allocate(entry.nbytes)
+            self._reads.append((entry, out))
+            return out
+        if entry.file not in self._maps:
+            self._maps[entry.file] = np.memmap(self._directory / entry.file, dtype=np.uint8, mode="r")
+        return self._maps[entry.file][entry.offset : entry.offset + entry.nbytes]
+
+    def finish(self) -> None:
+        """Read what was asked for.
+
+        Raises:
+            CheckpointError: a file ended early.
+        """
+        total, done = sum(entry.nbytes for entry, _ in self._reads), 0
+        files = {name: os.open(self._directory / name, os.O_RDONLY) for name in {e.file for e, _ in self._reads}}
+        try:
+            with ThreadPoolExecutor(min(4, runtime.cpu_count())) as pool:
+                tasks = [pool.submit(_read_into, files[e.file], e.offset, out, e.file) for e, out in self._reads]
+                for task, (entry, _) in zip(tasks, self._reads, strict=True):
+                    task.result()
+                    done += entry.nbytes
+                    if self._progress is not None:
+                        self._progress(done, total, entry.file)
+        finally:
+            for fd in files.values():
+                os.close(fd)
+
+
+def _read_into(fd: int, offset: int, out: Bytes, name: str) -> None:
+    done, view = 0, memoryview(out)  # type: ignore[arg-type]
+    while done < len(view):
+        got = os.preadv(fd, [view[done : done + (64 << 20)]], offset + done)
+        if got == 0:
+            raise CheckpointError(f"{name} became shorter while it was read")
+        done += got
+
+
+def _map_directory(
+    checkpoint: Checkpoint, manifest: engine_file.Manifest, expert_memory: int | None, progress: Progress | None
+) -> PackedParameters:
+    config = checkpoint.config
+    parameters: dict[str, Parameter] = {}
+    on_disk = expert_memory is not None and config.is_moe
+    resident = sum(e.nbytes for n, e in manifest.parameters.items() if not (on_disk and "/" in n))
+    # Copied into huge pages where it fits easily; larger models are mapped, and the system pages them in and out.
+    weights = _Weights(checkpoint.path, resident < 0.7 * runtime.memory_bytes()[1], progress)
+    vectors: list[tuple[str, Bytes]] = []
+    extents: list[list[list[engine_file.Entry]]] = [[] for _ in range(config.n_layers)]
+    for name, shape in parameter_shapes(config).items():
+        entries = manifest.entries(name)
+        if len(shape) == 1:
+            vectors.append((name, weights.bytes_of(entries[0])))
+            continue
+        if on_disk and len(shape) == 3:
+            extents[int(name.split(".")[1])].append(entries)
+            nothing = np.zeros(64, dtype=np.uint8)
+            parameters[name] = [Packed(e.format, e.shape[0], e.shape[1], nothing) for e in entries]
+            continue
+        matrices = [Packed(e.format, e.shape[0], e.shape[1], weights.bytes_of(e)) for e in entries]
+        parameters[name] = matrices if len(shape) == 3 else matrices[0]
+    weights.finish()
+    parameters.update({name: np.array(raw).view(np.float32) for name, raw in vectors})
+    if not on_disk:
+        return PackedParameters(parameters)
+    assert expert_memory is not None
+    by_expert = [[tuple(parts) for parts in zip(*layer, strict=True)] for layer in extents]
+    store = ExpertStore(
+        checkpoint.path,
+        [[[(e.file, e.offset, e.nbytes) for e in parts] for parts in layer] for layer in by_expert],
+        budget=expert_memory,
+    )
+    return PackedParameters(parameters, store)

@@ -1,0 +1,494 @@
+"""The CPU kernels' structs, enums and functions. Written by tools/bindings.py from csrc/quadriga.h.
+
+Do not edit: change the header and run ``make bindings``; ``kernels/cpu/library.py`` uses what is here."""
+
+from __future__ import annotations
+
+import ctypes as c
+from enum import IntEnum
+from typing import Any
+
+HEADER_SHA256 = "f42bb2bbee60b00006f0b300fccf804a4768f6376fb8815fac170d9f7833aca5"
+BLOCK_TOKENS = 16
+KV_CHUNK = 256
+MOST_THREADS = 1024
+
+
+class Status(IntEnum):
+    """enum qd_status"""
+
+    OK = 0
+    BAD_ARGUMENT = 1
+    OUT_OF_MEMORY = 2
+    NO_THREAD = 3
+    NO_INSTRUCTIONS = 4
+    READ_FAILED = 5
+    FAILED = 6
+
+
+class Format(IntEnum):
+    """enum qd_format"""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    Q8 = 2
+    Q4 = 3
+    Q4M = 4
+
+
+class Source(IntEnum):
+    """enum qd_source"""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    FLOAT16 = 2
+    Q8_0 = 3
+    Q4_0 = 4
+    Q4_1 = 5
+
+
+class KvFormat(IntEnum):
+    """enum qd_kv_format"""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    Q8 = 2
+
+
+class NormKind(IntEnum):
+    """enum qd_norm_kind"""
+
+    LAYER = 0
+    RMS = 1
+
+
+class Activation(IntEnum):
+    """enum qd_activation"""
+
+    SILU = 0
+    GELU = 1
+    GELU_TANH = 2
+    RELU = 3
+
+
+class Aggregate(IntEnum):
+    """enum qd_aggregate"""
+
+    WEIGHTED_SUM = 0
+    VOTE = 1
+    FUSE = 2
+
+
+class Isa(IntEnum):
+    """enum qd_isa"""
+
+    PORTABLE = 0
+    AVX2 = 1
+    AVX512 = 2
+
+
+class Op(IntEnum):
+    """enum qd_op"""
+
+    EMBED = 0
+    QKV = 1
+    ATTEND = 2
+    ATTN_OUT = 3
+    FFN = 4
+    HEAD = 5
+
+
+class Message(c.Structure):
+    """struct qd_message"""
+
+    _fields_ = [
+        ("text", c.c_char * 240),
+    ]
+
+
+class Field(c.Structure):
+    """struct qd_field"""
+
+    _fields_ = [
+        ("name", c.c_char_p),
+        ("offset", c.c_int64),
+        ("bytes", c.c_int64),
+    ]
+
+
+class Matrix(c.Structure):
+    """struct qd_matrix"""
+
+    _fields_ = [
+        ("data", c.c_void_p),
+        ("rows", c.c_int64),
+        ("cols", c.c_int64),
+        ("format", c.c_int32),
+    ]
+
+
+class Norm(c.Structure):
+    """struct qd_norm"""
+
+    _fields_ = [
+        ("weight", c.c_void_p),
+        ("kind", c.c_int32),
+        ("eps", c.c_float),
+    ]
+
+
+class Embed(c.Structure):
+    """struct qd_embed"""
+
+    _fields_ = [
+        ("table", Matrix),
+        ("scale", c.c_float),
+    ]
+
+
+class Attention(c.Structure):
+    """struct qd_attention"""
+
+    _fields_ = [
+        ("norm", Norm),
+        ("post_norm", Norm),
+        ("wqkv", Matrix),
+        ("wo", Matrix),
+        ("n_heads", c.c_int32),
+        ("n_kv_heads", c.c_int32),
+        ("head_dim", c.c_int32),
+        ("kv_format", c.c_int32),
+        ("clip", c.c_float),
+        ("score_scale", c.c_float),
+        ("soft_cap", c.c_float),
+        ("inverse_frequencies", c.c_void_p),
+        ("alibi_slopes", c.c_void_p),
+        ("kv", c.c_void_p),
+    ]
+
+
+class Ffn(c.Structure):
+    """struct qd_ffn"""
+
+    _fields_ = [
+        ("norm", Norm),
+        ("post_norm", Norm),
+        ("router", Matrix),
+        ("gate", c.POINTER(Matrix)),
+        ("up", c.POINTER(Matrix)),
+        ("down", c.POINTER(Matrix)),
+        ("n_experts", c.c_int32),
+        ("top_k", c.c_int32),
+        ("activation", c.c_int32),
+        ("aggregate", c.c_int32),
+        ("layer", c.c_int32),
+        ("normalize_p", c.c_float),
+        ("fuse", c.c_void_p),
+        ("load", c.c_void_p),
+        ("ids", c.c_void_p),
+        ("weights", c.c_void_p),
+        ("logits", c.c_void_p),
+        ("store", c.c_void_p),
+    ]
+
+
+class Head(c.Structure):
+    """struct qd_head"""
+
+    _fields_ = [
+        ("norm", Norm),
+        ("weight", Matrix),
+        ("logit_scale", c.c_float),
+    ]
+
+
+class Batch(c.Structure):
+    """struct qd_batch"""
+
+    _fields_ = [
+        ("n_tokens", c.c_int32),
+        ("n_sequences", c.c_int32),
+        ("n_rows", c.c_int32),
+        ("tokens", c.c_void_p),
+        ("positions", c.c_void_p),
+        ("starts", c.c_void_p),
+        ("tables", c.c_void_p),
+        ("table_starts", c.c_void_p),
+        ("rows", c.c_void_p),
+        ("logits", c.c_void_p),
+        ("hidden", c.c_void_p),
+    ]
+
+
+class Step(c.Structure):
+    """struct qd_step"""
+
+    _fields_ = [
+        ("kind", c.c_int32),
+        ("op", c.c_void_p),
+    ]
+
+
+class StoreCounts(c.Structure):
+    """struct qd_store_counts"""
+
+    _fields_ = [
+        ("hits", c.c_int64),
+        ("misses", c.c_int64),
+        ("bytes_read", c.c_int64),
+        ("bytes_held", c.c_int64),
+    ]
+
+
+class Allocations(c.Structure):
+    """struct qd_allocations"""
+
+    _fields_ = [
+        ("made", c.c_int64),
+        ("failed", c.c_int64),
+        ("elsewhere", c.c_int64),
+    ]
+
+
+STRUCTS: dict[str, type[c.Structure]] = {
+    "qd_message": Message,
+    "qd_field": Field,
+    "qd_matrix": Matrix,
+    "qd_norm": Norm,
+    "qd_embed": Embed,
+    "qd_attention": Attention,
+    "qd_ffn": Ffn,
+    "qd_head": Head,
+    "qd_batch": Batch,
+    "qd_step": Step,
+    "qd_store_counts": StoreCounts,
+    "qd_allocations": Allocations,
+}
+
+PARAMETERS: dict[str, list[Any]] = {
+    "qd_best_isa": [
+        c.c_void_p,  # isa
+        c.POINTER(Message),  # why
+    ],
+    "qd_create": [
+        c.c_int32,  # n_threads
+        c.c_int32,  # isa
+        c.POINTER(c.c_void_p),  # context
+        c.POINTER(Message),  # why
+    ],
+    "qd_destroy": [
+        c.c_void_p,  # context
+        c.POINTER(Message),  # why
+    ],
+    "qd_set_fine": [
+        c.c_void_p,  # context
+        c.c_int32,  # fine
+        c.POINTER(Message),  # why
+    ],
+    "qd_packed_bytes": [
+        c.c_int32,  # format
+        c.c_int64,  # rows
+        c.c_int64,  # cols
+        c.c_void_p,  # bytes
+        c.POINTER(Message),  # why
+    ],
+    "qd_kv_bytes": [
+        c.c_int32,  # kv_format
+        c.c_int32,  # head_dim
+        c.c_void_p,  # bytes
+        c.POINTER(Message),  # why
+    ],
+    "qd_pack": [
+        c.c_void_p,  # context
+        c.c_int32,  # source
+        c.c_void_p,  # in
+        c.c_int64,  # row_bytes
+        c.c_int64,  # rows
+        c.c_int64,  # cols
+        c.c_int32,  # format
+        c.c_void_p,  # out
+        c.c_void_p,  # importance
+        c.c_void_p,  # bad_row
+        c.POINTER(Message),  # why
+    ],
+    "qd_unpack": [
+        c.c_void_p,  # context
+        c.c_int32,  # format
+        c.c_void_p,  # packed
+        c.c_int64,  # cols
+        c.c_int64,  # first
+        c.c_int64,  # n
+        c.c_void_p,  # out
+        c.POINTER(Message),  # why
+    ],
+    "qd_run": [
+        c.c_void_p,  # context
+        c.POINTER(Step),  # steps
+        c.c_int32,  # n_steps
+        c.POINTER(Batch),  # batch
+        c.POINTER(Message),  # why
+    ],
+    "qd_linear": [
+        c.c_void_p,  # context
+        c.POINTER(Matrix),  # matrix
+        c.c_void_p,  # x
+        c.c_int64,  # n
+        c.c_void_p,  # out
+        c.POINTER(Message),  # why
+    ],
+    "qd_norm_rows": [
+        c.c_void_p,  # context
+        c.POINTER(Norm),  # norm
+        c.c_void_p,  # x
+        c.c_int64,  # n
+        c.c_int64,  # d
+        c.c_void_p,  # out
+        c.POINTER(Message),  # why
+    ],
+    "qd_row_stats": [
+        c.c_void_p,  # context
+        c.c_void_p,  # logits
+        c.c_int64,  # r
+        c.c_int64,  # v
+        c.c_void_p,  # best
+        c.c_void_p,  # log_sum
+        c.POINTER(Message),  # why
+    ],
+    "qd_gather_rows": [
+        c.c_void_p,  # context
+        c.c_void_p,  # x
+        c.c_int64,  # row_bytes
+        c.c_void_p,  # index
+        c.c_int64,  # n
+        c.c_void_p,  # out
+        c.POINTER(Message),  # why
+    ],
+    "qd_sum_rows": [
+        c.c_void_p,  # context
+        c.c_int32,  # dtype
+        c.c_void_p,  # rows
+        c.c_void_p,  # home
+        c.c_int64,  # n
+        c.c_int64,  # k
+        c.c_int64,  # d
+        c.c_void_p,  # out
+        c.POINTER(Message),  # why
+    ],
+    "qd_hidden": [
+        c.c_void_p,  # context
+        c.c_int32,  # dtype
+        c.c_int32,  # activation
+        c.c_void_p,  # gate
+        c.c_void_p,  # up
+        c.c_void_p,  # weights
+        c.c_int64,  # n
+        c.c_int64,  # f
+        c.c_void_p,  # hidden
+        c.POINTER(Message),  # why
+    ],
+    "qd_hidden_back": [
+        c.c_void_p,  # context
+        c.c_int32,  # dtype
+        c.c_int32,  # activation
+        c.c_void_p,  # gate
+        c.c_void_p,  # up
+        c.c_void_p,  # weights
+        c.c_int64,  # n
+        c.c_int64,  # f
+        c.c_void_p,  # dh
+        c.c_void_p,  # hidden
+        c.c_void_p,  # du
+        c.c_void_p,  # d_weights
+        c.POINTER(Message),  # why
+    ],
+    "qd_attention_softmax": [
+        c.c_void_p,  # context
+        c.c_int32,  # dtype
+        c.c_void_p,  # scores
+        c.c_void_p,  # lows
+        c.c_int64,  # offset
+        c.c_int64,  # n_kv_heads
+        c.c_int64,  # n_queries
+        c.c_int64,  # group
+        c.c_int64,  # keys
+        c.c_void_p,  # slopes
+        c.POINTER(Message),  # why
+    ],
+    "qd_attention_softmax_back": [
+        c.c_void_p,  # context
+        c.c_int32,  # dtype
+        c.c_void_p,  # p
+        c.c_void_p,  # dp
+        c.c_void_p,  # lows
+        c.c_int64,  # offset
+        c.c_int64,  # n_kv_heads
+        c.c_int64,  # n_queries
+        c.c_int64,  # group
+        c.c_int64,  # keys
+        c.POINTER(Message),  # why
+    ],
+    "qd_cross_entropy": [
+        c.c_void_p,  # context
+        c.c_int32,  # dtype
+        c.c_void_p,  # logits
+        c.c_void_p,  # targets
+        c.c_int64,  # n
+        c.c_int64,  # v
+        c.c_float,  # logit_scale
+        c.c_int32,  # gradient
+        c.c_void_p,  # losses
+        c.POINTER(Message),  # why
+    ],
+    "qd_read_bandwidth": [
+        c.c_void_p,  # context
+        c.c_void_p,  # data
+        c.c_int64,  # bytes
+        c.c_int32,  # repeats
+        c.c_void_p,  # rate
+        c.POINTER(Message),  # why
+    ],
+    "qd_peak": [
+        c.c_void_p,  # context
+        c.c_int32,  # format
+        c.c_int64,  # iterations
+        c.c_void_p,  # rate
+        c.POINTER(Message),  # why
+    ],
+    "qd_store_create": [
+        c.c_int32,  # n_layers
+        c.c_int32,  # n_experts
+        c.c_int32,  # n_parts
+        c.c_void_p,  # files
+        c.c_void_p,  # offsets
+        c.c_void_p,  # sizes
+        c.c_int64,  # budget
+        c.c_int32,  # n_readers
+        c.POINTER(c.c_void_p),  # store
+        c.POINTER(Message),  # why
+    ],
+    "qd_store_destroy": [
+        c.c_void_p,  # store
+        c.POINTER(Message),  # why
+    ],
+    "qd_store_stats": [
+        c.c_void_p,  # store
+        c.POINTER(StoreCounts),  # counts
+        c.POINTER(Message),  # why
+    ],
+    "qd_watch_allocations": [
+        c.c_int64,  # fail_at
+        c.POINTER(Allocations),  # seen
+        c.POINTER(Message),  # why
+    ],
+    "qd_throw_in_phase": [
+        c.c_void_p,  # context
+        c.POINTER(Message),  # why
+    ],
+}
+"""Of the functions that return a Status."""
+
+CONSTANT_DATA: dict[str, Any] = {
+    "qd_header_sha256": c.c_char_p,
+    "qd_fields": c.POINTER(Field),
+}
+"""Functions without parameters -> what they return."""

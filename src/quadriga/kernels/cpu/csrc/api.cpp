@@ -1,0 +1,225 @@
+// The exported functions but those of training.cpp: they check, convert and share out; what computes is elsewhere.
+#include <chrono>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+
+#include "steps.hpp"
+#include "store.hpp"
+
+namespace {
+
+const Kernels* table_of(int isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  if (isa == QD_ISA_AVX512) return avx512 ? avx512_kernels() : nullptr;
+  if (isa == QD_ISA_AVX2) return avx2 ? avx2_kernels() : nullptr;
+#endif
+  return isa == QD_ISA_PORTABLE ? portable_kernels() : nullptr;
+}
+
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+void check(bool good, const char* what, long long got) {
+  if (!good) throw Failure(QD_STATUS_BAD_ARGUMENT, "%s, got %lld", what, got);
+}
+
+void check_format(int32_t format) { check(format >= 0 && format <= QD_FORMAT_Q4M, "format must be one of qd_format", format); }
+
+void run_step(qd_context& c, const qd_step& step, const qd_batch& batch) {
+  switch (step.kind) {
+    case QD_OP_EMBED: return run_embed(c, *static_cast<const qd_embed*>(step.op), batch);
+    case QD_OP_QKV: return run_qkv(c, *static_cast<const qd_attention*>(step.op), batch);
+    case QD_OP_ATTEND: return run_attend(c, *static_cast<const qd_attention*>(step.op), batch);
+    case QD_OP_ATTN_OUT: return run_attention_out(c, *static_cast<const qd_attention*>(step.op), batch);
+    case QD_OP_FFN: return run_ffn(c, *static_cast<const qd_ffn*>(step.op), batch);
+    case QD_OP_HEAD: return run_head(c, *static_cast<const qd_head*>(step.op), batch);
+    default: check(false, "a step must be one of qd_op", step.kind);
+  }
+}
+
+}  // namespace
+
+#if !defined(__x86_64__)
+const Kernels* avx2_kernels() { return nullptr; }
+const Kernels* avx512_kernels() { return nullptr; }
+#endif
+
+extern "C" {
+
+QD_EXPORT const char* qd_header_sha256(void) { return QD_HEADER_SHA256; }
+
+QD_EXPORT const qd_field* qd_fields(void) {
+  static const qd_field table[] = {
+#include "fields.inl"
+      {nullptr, 0, 0}};
+  return table;
+}
+
+QD_EXPORT int32_t qd_best_isa(int32_t* isa, qd_message* why) {
+  return guarded(why, [&] {
+    *isa = table_of(QD_ISA_AVX512) ? QD_ISA_AVX512 : table_of(QD_ISA_AVX2) ? QD_ISA_AVX2 : QD_ISA_PORTABLE;
+  });
+}
+
+QD_EXPORT int32_t qd_create(int32_t n_threads, int32_t isa, qd_context** context, qd_message* why) {
+  return guarded(why, [&] {
+    check(n_threads > 0 && n_threads <= QD_MOST_THREADS, "threads must be from 1 to 1024", n_threads);
+    static_assert(QD_MOST_THREADS == 1024, "as the message says");
+    const Kernels* table = table_of(isa);
+    if (!table) throw Failure(QD_STATUS_NO_INSTRUCTIONS, "this processor lacks instructions of the kernels asked for");
+    *context = new qd_context(n_threads, table);
+  });
+}
+
+QD_EXPORT int32_t qd_destroy(qd_context* context, qd_message* why) {
+  return guarded(why, [&] { delete context; });
+}
+
+QD_EXPORT int32_t qd_set_fine(qd_context* context, int32_t fine, qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) { c.fine = fine; });
+}
+
+QD_EXPORT int32_t qd_packed_bytes(int32_t format, int64_t rows, int64_t cols, int64_t* bytes, qd_message* why) {
+  return guarded(why, [&] {
+    check_format(format);
+    *bytes = tiles_of(rows) * tile_bytes(format, cols);
+  });
+}
+
+QD_EXPORT int32_t qd_kv_bytes(int32_t kv_format, int32_t head_dim, int64_t* bytes, qd_message* why) {
+  return guarded(why, [&] {
+    check(kv_format >= 0 && kv_format <= QD_KV_FORMAT_Q8, "kv_format must be one of qd_kv_format", kv_format);
+    *bytes = kv_bytes(kv_format, head_dim);
+  });
+}
+
+QD_EXPORT int32_t qd_pack(qd_context* context, int32_t source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols,
+                          int32_t format, uint8_t* out, const float* importance, int64_t* bad_row, qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) {
+    check_format(format);
+    check(source >= 0 && source <= QD_SOURCE_Q4_1, "source must be one of qd_source", source);
+    std::atomic<int64_t> bad{rows};
+    const int64_t bytes = tile_bytes(format, cols);
+    c.pool.run(tiles_of(rows), 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t found = c.kernels->pack(source, in, row_bytes, rows, cols, t, format, out + t * bytes, importance);
+        int64_t first = bad;
+        while (found && found - 1 < first && !bad.compare_exchange_weak(first, found - 1)) {}
+      }
+    });
+    *bad_row = bad < rows ? bad.load() : -1;
+  });
+}
+
+QD_EXPORT int32_t qd_unpack(qd_context* context, int32_t format, const uint8_t* packed, int64_t cols, int64_t first, int64_t n,
+                            float* out, qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) {
+    check_format(format);
+    c.pool.run(n, 16, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) c.kernels->unpack_row(format, packed, cols, first + i, out + i * cols);
+    });
+  });
+}
+
+QD_EXPORT int32_t qd_run(qd_context* context, const qd_step* steps, int32_t n_steps, const qd_batch* batch, qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) {
+    for (const qd_step* step = steps; step < steps + n_steps; ++step) run_step(c, *step, *batch);
+  });
+}
+
+QD_EXPORT int32_t qd_linear(qd_context* context, const qd_matrix* matrix, const float* x, int64_t n, float* out,
+                            qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) { linear(c, *matrix, x, matrix->cols, n, out, matrix->rows, false); });
+}
+
+QD_EXPORT int32_t qd_norm_rows(qd_context* context, const qd_norm* norm, const float* x, int64_t n, int64_t d, float* out,
+                               qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) { norm_rows(c, *norm, x, n, d, out); });
+}
+
+QD_EXPORT int32_t qd_row_stats(qd_context* context, const float* logits, int64_t r, int64_t v, int32_t* best, float* log_sum,
+                               qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) {
+    c.pool.run(r, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) c.kernels->row_stats(logits + i * v, v, best + i, log_sum + i);
+    });
+  });
+}
+
+QD_EXPORT int32_t qd_read_bandwidth(qd_context* context, const uint8_t* data, int64_t bytes, int32_t repeats, double* rate,
+                                    qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) {
+    std::atomic<uint64_t> total{0};
+    const int64_t piece = 1 << 18;
+    const double start = seconds();
+    for (int i = 0; i < repeats; ++i)
+      c.pool.run(bytes / piece, 4, [&](int64_t begin, int64_t end, int) {
+        total += c.kernels->read(data + begin * piece, (end - begin) * piece);
+      });
+    const double spent = seconds() - start;
+    *rate = total == 1 ? 0.0 : double(bytes / piece * piece) * repeats / spent;
+  });
+}
+
+QD_EXPORT int32_t qd_peak(qd_context* context, int32_t format, int64_t iterations, double* rate, qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) {
+    check_format(format);
+    std::atomic<int64_t> sink{0};
+    const int lanes = format >= QD_FORMAT_Q8 ? 64 : format == QD_FORMAT_BFLOAT16 ? 32 : 16;
+    const int64_t pieces = 16 * int64_t(c.pool.size());
+    const double start = seconds();
+    c.pool.run(pieces, 1, [&](int64_t begin, int64_t end, int) {
+      sink += int64_t(c.kernels->peak(format, iterations * (end - begin)));
+    });
+    *rate = 2.0 * lanes * kPeakLines * double(iterations) * double(pieces) / (seconds() - start);
+  });
+}
+
+QD_EXPORT int32_t qd_store_create(int32_t n_layers, int32_t n_experts, int32_t n_parts, const int32_t* files,
+                                  const int64_t* offsets, const int64_t* sizes, int64_t budget, int32_t n_readers,
+                                  qd_store** store, qd_message* why) {
+  return guarded(why, [&] {
+    check(n_layers > 0 && n_experts > 0 && n_parts > 0, "layers, experts and parts must be at least 1", n_experts);
+    check(n_readers > 0 && n_readers <= QD_MOST_THREADS, "readers must be from 1 to 1024", n_readers);
+    std::vector<Extent> extents(size_t(n_layers) * size_t(n_experts) * size_t(n_parts));
+    for (size_t i = 0; i < extents.size(); ++i) extents[i] = {files[i], offsets[i], sizes[i]};
+    *store = new qd_store(n_layers, n_experts, n_parts, std::move(extents), budget, n_readers);
+  });
+}
+
+QD_EXPORT int32_t qd_store_destroy(qd_store* store, qd_message* why) {
+  return guarded(why, [&] {
+    if (store && !store->is_of_a_parent()) delete store;
+  });
+}
+
+QD_EXPORT int32_t qd_store_stats(const qd_store* store, qd_store_counts* counts, qd_message* why) {
+  return guarded(why, [&] {
+    if (!store) throw Failure(QD_STATUS_BAD_ARGUMENT, "the store is none: it was closed");
+    *counts = store->counts();
+  });
+}
+
+QD_EXPORT int32_t qd_watch_allocations(int64_t fail_at, qd_allocations* seen, qd_message* why) {
+  return guarded(why, [&] { *seen = watch_allocations(fail_at); });
+}
+
+QD_EXPORT int32_t qd_throw_in_phase(qd_context* context, qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) {
+    const int n = c.pool.size();
+    std::atomic<bool> thrown{false};
+    c.pool.run(4 * n, 1, [&](int64_t, int64_t, int thread) {
+      while (n > 1 && thread == 0 && !thrown) std::this_thread::yield();
+      if (n > 1 && thread == 0) return;
+      thrown = true;
+      throw Failure(QD_STATUS_FAILED, "thread %d of %d threw, as it was asked to", thread, n);
+    });
+  });
+}
+
+}  // extern "C"

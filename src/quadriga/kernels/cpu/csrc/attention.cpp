@@ -1,0 +1,198 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "steps.hpp"
+
+namespace {
+
+constexpr int kFewQueries = 8;    // up to this many new tokens, a sequence is split by keys, beyond it by queries
+constexpr int kQueryBlock = 16;
+
+// One piece of attention: queries [first, first + n) of a sequence, one key/value head, chunks [chunk, end_chunk).
+struct Piece {
+  int32_t sequence, head, first, n, chunk, end_chunk;
+  int64_t partial;  // where its (max, sum, out) rows begin, in rows; -1: it covers all chunks and writes the result
+};
+
+struct Division {
+  std::vector<Piece> pieces, merges;
+  int64_t rows = 0;  // of partial results
+};
+
+Division divide(const qd_attention& op, const qd_batch& b) {
+  const int group = op.n_heads / op.n_kv_heads;
+  Division all;
+  for (int s = 0; s < b.n_sequences; ++s) {
+    const int first = b.starts[s], n = b.starts[s + 1] - first;
+    if (!n) continue;
+    const int chunks = b.positions[first + n - 1] / QD_KV_CHUNK + 1;
+    for (int h = 0; h < op.n_kv_heads; ++h) {
+      if (n > kFewQueries) {
+        for (int q = 0; q < n; q += kQueryBlock) {
+          const int count = std::min(kQueryBlock, n - q);
+          all.pieces.push_back({s, h, first + q, count, 0, b.positions[first + q + count - 1] / QD_KV_CHUNK + 1, -1});
+        }
+      } else if (chunks == 1) {
+        all.pieces.push_back({s, h, first, n, 0, 1, -1});
+      } else {
+        all.merges.push_back({s, h, first, n, 0, chunks, all.rows});
+        for (int k = 0; k < chunks; ++k, all.rows += int64_t(n) * group) all.pieces.push_back({s, h, first, n, k, k + 1, all.rows});
+      }
+    }
+  }
+  // Long pieces first: the last ones to be taken should be short.
+  if (b.n_tokens > kFewQueries)
+    std::stable_sort(all.pieces.begin(), all.pieces.end(),
+                     [](const Piece& a, const Piece& z) { return a.end_chunk - a.chunk > z.end_chunk - z.chunk; });
+  return all;
+}
+
+// Some rows' (max, sum, out), one array after the other.
+struct Rows {
+  Rows(float* memory, int n, int padded) : max(memory), sum(memory + n), out(memory + 2 * n), n(n), padded(padded) {}
+
+  void merge(const Kernels& kernels, const Rows& other) const {
+    for (int r = 0; r < n; ++r)
+      kernels.merge(max + r, sum + r, out + int64_t(r) * padded, other.max[r], other.sum[r], other.out + int64_t(r) * padded, padded);
+  }
+
+  float *max, *sum, *out;
+  int n, padded;
+};
+
+// One layer's attention in one pass.
+struct Attend {
+  qd_context& c;
+  const qd_attention& op;
+  const qd_batch& b;
+  int d = op.head_dim, padded = round_up_16(d), group = op.n_heads / op.n_kv_heads, most = kQueryBlock * group;
+  int64_t q_dim = int64_t(op.n_heads) * d, width = q_dim + 2 * int64_t(op.n_kv_heads) * d;
+  int64_t head_bytes = kv_bytes(op.kv_format, d);
+  float *out = nullptr, *partial = nullptr;  // (N, q_dim); rows of (max, sum, out)
+
+  void reserve(int64_t partial_rows) {
+    out = c.mixed.reserve(int64_t(b.n_tokens) * q_dim);
+    partial = c.partial.reserve(partial_rows * (padded + 2));
+    c.reserve(&qd_context::Thread::a, int64_t(most) * 2 * (padded + 2));
+    c.reserve(&qd_context::Thread::b, most);
+    c.reserve(&qd_context::Thread::units, attend_scratch(most, d));
+    c.reserve(&qd_context::Thread::rows, most);
+    c.reserve(&qd_context::Thread::positions, most);
+  }
+
+  void piece(const Piece& piece, const qd_context::Thread& mine) const {
+    const int n_rows = piece.n * group;
+    const float** q = mine.rows.data();
+    int32_t* positions = mine.positions.data();
+    float* slopes = mine.b.data();
+    for (int t = 0; t < piece.n; ++t)
+      for (int g = 0; g < group; ++g) {
+        const int head = piece.head * group + g, r = t * group + g;
+        q[r] = c.qkv.data() + (piece.first + t) * width + int64_t(head) * d;
+        positions[r] = b.positions[piece.first + t];
+        if (op.alibi_slopes) slopes[r] = op.alibi_slopes[head];
+      }
+    AttendChunk a{op.kv + piece.head * head_bytes, head_bytes * op.n_kv_heads, b.tables + b.table_starts[piece.sequence], 0,
+                  op.kv_format, d, n_rows, q, positions, op.alibi_slopes ? slopes : nullptr,
+                  op.score_scale, op.soft_cap, nullptr, nullptr, nullptr, mine.units.data()};
+    const bool whole = piece.partial < 0;
+    const Rows kept(whole ? mine.a.data() : partial + piece.partial * (padded + 2), n_rows, padded);
+    const Rows fresh(mine.a.data() + int64_t(most) * (padded + 2), n_rows, padded);
+    for (int k = piece.chunk; k < piece.end_chunk; ++k) {
+      const Rows& to = k == piece.chunk ? kept : fresh;
+      a.chunk = k, a.max = to.max, a.sum = to.sum, a.out = to.out;
+      c.kernels->attend(a);
+      if (k != piece.chunk) kept.merge(*c.kernels, fresh);
+    }
+    if (whole) write(piece, kept);
+  }
+
+  // The chunks of a sequence that was split by keys, in their order.
+  void merge(const Piece& m) const {
+    const int n_rows = m.n * group;
+    float* first = partial + m.partial * (padded + 2);
+    const Rows all(first, n_rows, padded);
+    for (int k = 1; k < m.end_chunk; ++k) all.merge(*c.kernels, Rows(first + int64_t(k) * n_rows * (padded + 2), n_rows, padded));
+    write(m, all);
+  }
+
+  void write(const Piece& piece, const Rows& rows) const {
+    for (int r = 0; r < rows.n; ++r) {
+      float* to = out + (piece.first + r / group) * q_dim + int64_t(piece.head * group + r % group) * d;
+      const float factor = 1.0f / rows.sum[r];
+      const float* from = rows.out + int64_t(r) * padded;
+      for (int j = 0; j < d; ++j) to[j] = from[j] * factor;
+    }
+  }
+};
+
+}  // namespace
+
+void run_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
+  const int64_t n = b.n_tokens, dim = op.wqkv.cols;
+  const int d = op.head_dim, heads = op.n_heads, kv_heads = op.n_kv_heads;
+  const int64_t q_dim = int64_t(heads) * d, kv_dim = int64_t(kv_heads) * d, width = q_dim + 2 * kv_dim;
+  float* normed = c.normed.reserve(n * dim);
+  norm_rows(c, op.norm, b.hidden, n, dim, normed);
+  float* qkv = c.qkv.reserve(n * width);
+  linear(c, op.wqkv, normed, dim, n, qkv, width, false);
+
+  // Sequence of every token, for its block table.
+  const int64_t block_bytes = kv_bytes(op.kv_format, d) * kv_heads;
+  c.reserve(&qd_context::Thread::a, d);
+  const auto body = [&](int64_t begin, int64_t end, int thread) {
+    float* table = c.of_thread[size_t(thread)].a.data();
+    int s = int(std::upper_bound(b.starts, b.starts + b.n_sequences + 1, int32_t(begin)) - b.starts) - 1;
+    for (int64_t i = begin; i < end; ++i) {
+      while (i >= b.starts[s + 1]) ++s;
+      float* row = qkv + i * width;
+      if (op.clip > 0)
+        for (int64_t j = 0; j < width; ++j) row[j] = std::min(std::max(row[j], -op.clip), op.clip);
+      const int position = b.positions[i];
+      if (op.inverse_frequencies) {
+        const int half = d / 2;
+        for (int j = 0; j < half; ++j) {
+          const float angle = float(position) * op.inverse_frequencies[j];
+          table[j] = std::cos(angle), table[half + j] = std::sin(angle);
+        }
+        for (int h = 0; h < heads + kv_heads; ++h) {
+          float* x = row + int64_t(h) * d;
+          for (int j = 0; j < half; ++j) {
+            const float x1 = x[j], x2 = x[half + j];
+            x[j] = x1 * table[j] - x2 * table[half + j];
+            x[half + j] = x2 * table[j] + x1 * table[half + j];
+          }
+        }
+      }
+      const int32_t block = b.tables[b.table_starts[s] + position / QD_BLOCK_TOKENS];
+      for (int h = 0; h < kv_heads; ++h)
+        c.kernels->write_kv(op.kv_format, d, row + q_dim + int64_t(h) * d, row + q_dim + kv_dim + int64_t(h) * d,
+                            position % QD_BLOCK_TOKENS, op.kv + block * block_bytes + h * kv_bytes(op.kv_format, d));
+    }
+  };
+  c.pool.run(n, std::max<int64_t>(1, (1 << 13) / width), body);
+}
+
+void run_attend(qd_context& c, const qd_attention& op, const qd_batch& b) {
+  const Division division = divide(op, b);
+  Attend layer{c, op, b};
+  layer.reserve(division.rows);
+  c.pool.run(int64_t(division.pieces.size()), 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t i = begin; i < end; ++i) layer.piece(division.pieces[size_t(i)], c.of_thread[size_t(thread)]);
+  });
+  c.pool.run(int64_t(division.merges.size()), 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) layer.merge(division.merges[size_t(i)]);
+  });
+}
+
+void run_attention_out(qd_context& c, const qd_attention& op, const qd_batch& b) {
+  const int64_t n = b.n_tokens, dim = op.wo.rows, q_dim = op.wo.cols;
+  const float* mixed = c.mixed.data();
+  if (!op.post_norm.weight) return linear(c, op.wo, mixed, q_dim, n, b.hidden, dim, true);
+  float* projected = c.projected.reserve(n * dim);
+  linear(c, op.wo, mixed, q_dim, n, projected, dim, false);
+  norm_rows(c, op.post_norm, projected, n, dim, projected);
+  for (int64_t i = 0; i < n * dim; ++i) b.hidden[i] += projected[i];
+}

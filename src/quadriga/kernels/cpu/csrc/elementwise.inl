@@ -1,0 +1,114 @@
+// Norms, activations, softmax, sums.
+
+namespace {
+
+// A last part of fewer than 16 numbers goes through a padded copy.
+QD_INLINE vf load_part(const float* x, int64_t n, float pad) {
+  if (n >= 16) return load(x);
+  float part[16];
+  for (int i = 0; i < 16; ++i) part[i] = i < n ? x[i] : pad;
+  return load(part);
+}
+
+QD_INLINE void store_part(float* x, int64_t n, vf value) {
+  if (n >= 16) return store(x, value);
+  float part[16];
+  store(part, value);
+  std::memcpy(x, part, size_t(n) * 4);
+}
+
+void norm(int kind, float eps, const float* weight, const float* x, int64_t d, float* out) {
+  float mean = 0.0f;
+  if (kind == QD_NORM_KIND_LAYER) {
+    vf total = all(0.0f);
+    for (int64_t i = 0; i < d; i += 16) total = total + load_part(x + i, d - i, 0.0f);
+    mean = sum(total) / float(d);
+  }
+  vf squares = all(0.0f);
+  for (int64_t i = 0; i < d; i += 16) {
+    const vf centred = load_part(x + i, d - i, mean) - all(mean);
+    squares = fma(centred, centred, squares);
+  }
+  const vf factor = all(1.0f / std::sqrt(sum(squares) / float(d) + eps));
+  for (int64_t i = 0; i < d; i += 16) {
+    const vf centred = load_part(x + i, d - i, mean) - all(mean);
+    store_part(out + i, d - i, centred * factor * load_part(weight + i, d - i, 0.0f));
+  }
+}
+
+QD_INLINE vf sigmoid(vf x) { return all(1.0f) / (all(1.0f) + exponential(all(0.0f) - x)); }
+
+QD_INLINE vf hyperbolic_tangent(vf x) {  // absolute error about 1e-7
+  return all(1.0f) - all(2.0f) / (exponential(x + x) + all(1.0f));
+}
+
+// Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7.
+QD_INLINE vf error_function(vf x) {
+  const vf size = vabs(x), t = all(1.0f) / fma(all(0.3275911f), size, all(1.0f));
+  vf p = all(1.061405429f);
+  p = fma(p, t, all(-1.453152027f));
+  p = fma(p, t, all(1.421413741f));
+  p = fma(p, t, all(-0.284496736f));
+  p = fma(p, t, all(0.254829592f));
+  const vf y = all(1.0f) - p * t * exponential(all(0.0f) - size * size);
+  return greater_select(all(0.0f), x, all(0.0f) - y, y);
+}
+
+QD_INLINE vf activation_of(int activation, vf x) {
+  switch (activation) {
+    case QD_ACTIVATION_SILU: return x * sigmoid(x);
+    case QD_ACTIVATION_GELU: return x * all(0.5f) * (all(1.0f) + error_function(x * all(0.70710678118654752f)));
+    case QD_ACTIVATION_GELU_TANH: {
+      const vf inner = all(0.79788456080286536f) * fma(all(0.044715f) * x * x, x, x);
+      return x * all(0.5f) * (all(1.0f) + hyperbolic_tangent(inner));
+    }
+    default: return vmax(x, all(0.0f));
+  }
+}
+
+void activate(int activation, const float* gate, const float* up, int64_t n, float* hidden) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const vf u = load(up + i);
+    store(hidden + i, gate ? activation_of(activation, load(gate + i)) * u : activation_of(activation, u));
+  }
+}
+
+void add_scaled(float* total, const float* x, float scale, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) store(total + i, fma(all(scale), load(x + i), load(total + i)));
+}
+
+void softmax(float* x, int64_t n) {
+  vf top = all(-INFINITY);
+  for (int64_t i = 0; i < n; i += 16) top = vmax(top, load_part(x + i, n - i, -INFINITY));
+  const vf most = all(largest(top));
+  vf total = all(0.0f);
+  for (int64_t i = 0; i < n; i += 16) {
+    const vf e = exponential(load_part(x + i, n - i, -INFINITY) - most);
+    total = total + e;
+    store_part(x + i, n - i, e);
+  }
+  const vf factor = all(1.0f / sum(total));
+  for (int64_t i = 0; i < n; i += 16) store_part(x + i, n - i, load_part(x + i, n - i, 0.0f) * factor);
+}
+
+// NaN anywhere makes log_sum NaN, which is how the engine learns of broken weights.
+void row_stats(const float* x, int64_t n, int32_t* best, float* log_sum) {
+  vf top = all(-INFINITY);
+  for (int64_t i = 0; i < n; i += 16) top = vmax(top, load_part(x + i, n - i, -INFINITY));
+  const float most = largest(top);
+  vf total = all(0.0f), poison = all(0.0f);
+  for (int64_t i = 0; i < n; i += 16) {
+    const vf value = load_part(x + i, n - i, -INFINITY);
+    total = total + exponential(value - all(most));
+    poison = fma(load_part(x + i, n - i, 0.0f), all(0.0f), poison);  // NaN and infinities times 0 are NaN
+  }
+  *log_sum = most + std::log(sum(total)) + sum(poison);
+  *best = 0;
+  for (int64_t i = 0; i < n; ++i)
+    if (x[i] == most) {
+      *best = int32_t(i);
+      break;
+    }
+}
+
+}  // namespace

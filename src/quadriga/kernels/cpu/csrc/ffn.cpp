@@ -1,0 +1,348 @@
+// The whole feed-forward half of a layer: norm, router, grouping by expert, gate and up, activation, down, weighted sum.
+// A dense network is one expert that every token visits with weight 1.
+//
+//   tokens sorted by expert -> panels of at most max_width tokens -> gate/up tiles -> hidden panels -> down tiles
+//
+// The hidden activations never exist as a matrix: the 32 rows of a task are exactly one quantisation group of the panel
+// that the down projection reads. A token's experts are added in the order of their ids, whatever else is in the batch.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "steps.hpp"
+#include "store.hpp"
+
+namespace {
+
+struct Panel {
+  int64_t first;  // index of its first token in the sorted list
+  int width;
+};
+
+struct Active {
+  int expert;
+  int64_t first, n;          // its tokens in the sorted list
+  int64_t panel, n_panels;   // its panels
+  int64_t in_offset, gate_offset, hidden_offset;  // units at its first token; gate and up of one kind share a panel
+  PanelKind in_kind, gate_kind, hidden_kind;
+  qd_matrix gate, up, down;
+};
+
+struct Plan {
+  std::vector<int32_t> token;   // (slots,) sorted by expert
+  std::vector<float> weight;    // (slots,)
+  std::vector<Panel> panels;
+  std::vector<Active> active;
+  int64_t in_units = 0, hidden_units = 0;
+};
+
+constexpr int kDownTiles = 8;     // output tiles a task sums up at once: a run of as many tiles of each expert
+constexpr int kStreamBlocks = 8;  // blocks of 32 rows of up, then of gate, read in one run
+
+// Softmax over all experts, the k largest (equal ones: the lower id first), their p-norm, the aggregate's weights.
+// `kept` gets the logits before they become probabilities.
+void choose(const qd_ffn& op, const Kernels& kernels, float* logits, int32_t* ids, float* weights, float* kept) {
+  const int n_experts = op.n_experts, k = op.top_k;
+  if (kept) std::memcpy(kept, logits, size_t(n_experts) * 4);
+  kernels.softmax(logits, n_experts);
+  for (int j = 0; j < k; ++j) {
+    int best = -1;
+    for (int e = 0; e < n_experts; ++e) {
+      bool taken = false;
+      for (int i = 0; i < j; ++i) taken |= ids[i] == e;
+      if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
+    }
+    ids[j] = best, weights[j] = logits[best];
+  }
+  float total = 0.0f;
+  if (op.normalize_p > 0) {
+    for (int j = 0; j < k; ++j) total += op.normalize_p == 1.0f ? weights[j] : std::pow(weights[j], op.normalize_p);
+    const float factor = op.normalize_p == 1.0f ? 1.0f / total : std::pow(total, -1.0f / op.normalize_p);
+    for (int j = 0; j < k; ++j) weights[j] *= factor;
+  }
+  if (op.aggregate == QD_AGGREGATE_VOTE) {
+    for (int j = 0; j < k; ++j) weights[j] = 1.0f / float(k);
+  } else if (op.aggregate == QD_AGGREGATE_FUSE) {
+    float before = 0.0f, after = 0.0f;
+    for (int j = 0; j < k; ++j) before += weights[j], weights[j] *= std::exp(op.fuse[ids[j]]), after += weights[j];
+    for (int j = 0; j < k; ++j) weights[j] *= before / after;
+  }
+}
+
+void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d, int32_t* ids, float* weights, float* kept) {
+  const int64_t width = c.kernels->max_width, tiles = tiles_of(op.n_experts), bytes = tile_bytes(QD_FORMAT_FLOAT32, d);
+  const int64_t stride = tiles * kTile;
+  c.reserve(&qd_context::Thread::units, width * d);
+  c.reserve(&qd_context::Thread::a, width * stride);
+  c.pool.run((n + width - 1) / width, n > width ? 1 : 2, [&](int64_t begin, int64_t end, int thread) {
+    auto& mine = c.of_thread[size_t(thread)];
+    uint32_t* panel = mine.units.data();
+    float* logits = mine.a.data();
+    const float* rows[kMaxWidth];
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = t * width;
+      const int count = int(std::min(width, n - first));
+      for (int i = 0; i < count; ++i) rows[i] = x + (first + i) * d;
+      c.kernels->make_panel(kPanelF32, rows, count, d, panel);
+      for (int64_t e = 0; e < tiles; ++e) c.kernels->tile(QD_FORMAT_FLOAT32, false, op.router.data + e * bytes, d, panel, count, logits + e * kTile, stride);
+      for (int i = 0; i < count; ++i)
+        choose(op, *c.kernels, logits + i * stride, ids + (first + i) * op.top_k, weights + (first + i) * op.top_k,
+               kept ? kept + (first + i) * op.n_experts : nullptr);
+    }
+  });
+}
+
+Plan make_plan(qd_context& c, const qd_ffn& op, int64_t n, const int32_t* ids, const float* weights) {
+  Plan plan;
+  const int k = op.router.data ? op.top_k : 1, n_experts = op.router.data ? op.n_experts : 1;
+  plan.token.resize(size_t(n * k));
+  plan.weight.resize(size_t(n * k));
+  std::vector<int64_t> begin(size_t(n_experts) + 1, 0);
+  if (op.router.data) {
+    for (int64_t i = 0; i < n * k; ++i) ++begin[size_t(ids[i]) + 1];
+  } else {
+    begin[1] = n;
+  }
+  for (int e = 0; e < n_experts; ++e) {
+    if (op.load) op.load[e] += begin[size_t(e) + 1];
+    begin[size_t(e) + 1] += begin[size_t(e)];
+  }
+  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+  for (int64_t i = 0; i < n * k; ++i) {
+    const int64_t at = next[op.router.data ? size_t(ids[i]) : 0]++;
+    plan.token[size_t(at)] = int32_t(i / k);
+    plan.weight[size_t(at)] = op.router.data ? weights[i] : 1.0f;
+  }
+  const int64_t width = c.kernels->max_width;
+  for (int e = 0; e < n_experts; ++e) {
+    const int64_t first = begin[size_t(e)], count = begin[size_t(e) + 1] - first;
+    if (!count) continue;
+    Active a{e, first, count, int64_t(plan.panels.size()), 0, plan.in_units, plan.in_units, plan.hidden_units, kPanelInt8, kPanelInt8, kPanelInt8,
+             {}, op.up[e], op.down[e]};
+    if (op.gate) a.gate = op.gate[e];
+    a.in_kind = a.gate_kind = panel_kind(a.up.format, c.fine), a.hidden_kind = panel_kind(a.down.format, c.fine);
+    if (op.gate) a.gate_kind = panel_kind(a.gate.format, c.fine);
+    for (int64_t t = 0; t < count; t += width) plan.panels.push_back({first + t, int(std::min(width, count - t))});
+    a.n_panels = int64_t(plan.panels.size()) - a.panel;
+    plan.in_units += count * panel_units(a.in_kind, a.up.cols);
+    if (a.gate_kind != a.in_kind) a.gate_offset = plan.in_units, plan.in_units += count * panel_units(a.gate_kind, a.up.cols);
+    plan.hidden_units += count * panel_units(a.hidden_kind, a.down.cols);
+    plan.active.push_back(a);
+  }
+  return plan;
+}
+
+// Tokens that are worth unpacking nibbles for, once instead of for each panel.
+bool many(const qd_context& c, int64_t n) { return n > 2 * c.kernels->max_width; }
+
+// Tiles of one matrix, times all panels of one expert: packed for few tokens, widened once for many.
+struct Tiles {
+  const Kernels& kernels;
+  const qd_matrix& m;
+  bool fine;
+  int64_t bytes;
+  const uint8_t* wide = nullptr;
+  int64_t first_wide = 0, wide_bytes = 0;
+
+  Tiles(const qd_context& c, const qd_matrix& matrix) : kernels(*c.kernels), m(matrix), fine(c.fine), bytes(tile_bytes(matrix.format, matrix.cols)) {}
+  void widen(uint8_t* memory, int64_t first, int64_t n) {
+    if (m.format != QD_FORMAT_Q4 && m.format != QD_FORMAT_Q4M) return;
+    wide = memory, first_wide = first, wide_bytes = groups_of(m.cols) * kWideGroupM;
+    for (int64_t t = 0; t < n; ++t) kernels.widen(m.format, m.data + (first + t) * bytes, m.cols, memory + t * wide_bytes);
+  }
+  void times(int64_t tile, const uint32_t* panel, int width, float* out) const {
+    if (wide) kernels.tile_wide(m.format, fine, wide + (tile - first_wide) * wide_bytes, m.cols, panel, width, out, kTile);
+    else kernels.tile(m.format, fine, m.data + tile * bytes, m.cols, panel, width, out, kTile);
+  }
+};
+
+// Rows [32 block, 32 (block + count)) of gate and up for every token of an expert, into its hidden panels. Few tokens:
+// memory is the limit, and it is fastest in long runs, so all tiles of up are read before those of gate.
+void hidden_blocks(const qd_context& c, const qd_ffn& op, const Plan& plan, const Active& a, int64_t block, int64_t count,
+                   const uint32_t* in, uint32_t* hidden, const qd_context::Thread& mine) {
+  const Kernels& kernels = *c.kernels;
+  const int64_t in_units = panel_units(a.in_kind, a.up.cols), gate_units = panel_units(a.gate_kind, a.up.cols);
+  const int64_t out_units = panel_units(a.hidden_kind, a.down.cols);
+  const int64_t first = 2 * block, n_tiles = std::min<int64_t>(2 * count, tiles_of(a.up.rows) - first);
+  Tiles up(c, a.up), gate(c, op.gate ? a.gate : a.up);
+  if (many(c, a.n)) {
+    const int64_t bytes = n_tiles * groups_of(a.up.cols) * kWideGroupM;
+    uint8_t* wide = mine.wide.data();
+    up.widen(wide, first, n_tiles);
+    if (op.gate) gate.widen(wide + bytes, first, n_tiles);
+  }
+  alignas(64) float g[2 * kStreamBlocks][kMaxWidth * kTile], u[2 * kStreamBlocks][kMaxWidth * kTile], row[kMaxWidth * 32];
+  for (int64_t p = a.panel; p < a.panel + a.n_panels; ++p) {
+    const Panel& panel = plan.panels[size_t(p)];
+    const uint32_t* x = in + a.in_offset + (panel.first - a.first) * in_units;
+    const uint32_t* gate_x = in + a.gate_offset + (panel.first - a.first) * gate_units;
+    uint32_t* to = hidden + a.hidden_offset + (panel.first - a.first) * out_units;
+    for (int64_t t = 0; t < n_tiles; ++t) up.times(first + t, x, panel.width, u[t]);
+    for (int64_t t = 0; op.gate && t < n_tiles; ++t) gate.times(first + t, gate_x, panel.width, g[t]);
+    for (int64_t t = 0; t < n_tiles; ++t) {
+      kernels.activate(op.activation, op.gate ? g[t] : nullptr, u[t], int64_t(panel.width) * kTile, u[t]);
+      for (int m = 0; m < panel.width; ++m) std::memcpy(row + 32 * m + kTile * (t % 2), u[t] + kTile * m, kTile * 4);
+      if (t % 2 == 0 && t + 1 < n_tiles) continue;
+      if (t % 2 == 0)
+        for (int m = 0; m < panel.width; ++m) std::memset(row + 32 * m + kTile, 0, kTile * 4);
+      kernels.fill_group(a.hidden_kind, row, panel.width, block + t / 2, to, a.down.cols);
+    }
+    const int64_t last = block + (n_tiles + 1) / 2;  // the second half of a last pair of groups
+    if (is_integer(a.hidden_kind) && 32 * last >= a.down.cols && last < groups_of(a.down.cols)) {
+      std::memset(row, 0, sizeof row);
+      kernels.fill_group(a.hidden_kind, row, panel.width, last, to, a.down.cols);
+    }
+  }
+}
+
+// Room in every thread for what hidden_blocks and down_tiles unpack and sum up.
+void reserve_threads(qd_context& c, const Plan& plan, int64_t n) {
+  int64_t wide = 0;
+  for (const Active& a : plan.active)
+    if (many(c, a.n))  // hidden_blocks: two tiles each of up and gate; down_tiles: its tiles of down
+      wide = std::max({wide, 4 * groups_of(a.up.cols) * kWideGroupM, kDownTiles / 2 * groups_of(a.down.cols) * kWideGroupM});
+  c.reserve(&qd_context::Thread::wide, wide);
+  c.reserve(&qd_context::Thread::b, n * kTile * kDownTiles);
+}
+
+// Every token's panel for each of its experts. One token has the same panel for all of them.
+const uint32_t* make_panels(qd_context& c, Plan& plan, const float* x, int64_t n, int64_t d) {
+  const Kernels& kernels = *c.kernels;
+  uint32_t* in = c.panels.reserve(plan.in_units);
+  const bool shared = n == 1;
+  c.pool.run(shared ? 1 : int64_t(plan.panels.size()), std::max<int64_t>(1, (1 << 15) / (d * kernels.max_width)),
+             [&](int64_t begin, int64_t end, int) {
+               const float* rows[kMaxWidth];
+               size_t e = 0;
+               for (int64_t p = begin; p < end; ++p) {
+                 while (p >= plan.active[e].panel + plan.active[e].n_panels) ++e;
+                 const Active& a = plan.active[e];
+                 const Panel& panel = plan.panels[size_t(p)];
+                 for (int m = 0; m < panel.width; ++m) rows[m] = x + plan.token[size_t(panel.first + m)] * d;
+                 kernels.make_panel(a.in_kind, rows, panel.width, d,
+                                    in + a.in_offset + (panel.first - a.first) * panel_units(a.in_kind, d));
+                 if (a.gate_kind != a.in_kind)
+                   kernels.make_panel(a.gate_kind, rows, panel.width, d,
+                                      in + a.gate_offset + (panel.first - a.first) * panel_units(a.gate_kind, d));
+               }
+             });
+  if (shared) {
+    const Active& made = plan.active[0];
+    const auto share = [&](PanelKind kind, int64_t& offset) {
+      if (kind == made.in_kind) offset = made.in_offset;
+      else if (kind == made.gate_kind) offset = made.gate_offset;
+      else kernels.make_panel(kind, &x, 1, d, in + offset);
+    };
+    for (size_t e = 1; e < plan.active.size(); ++e) {
+      Active& a = plan.active[e];
+      share(a.in_kind, a.in_offset);
+      if (a.gate_kind == a.in_kind) a.gate_offset = a.in_offset;
+      else share(a.gate_kind, a.gate_offset);
+    }
+  }
+  return in;
+}
+
+// Gate and up, 32 rows a task.
+const uint32_t* gate_and_up(qd_context& c, const qd_ffn& op, const Plan& plan, const uint32_t* in) {
+  const int64_t blocks = (op.up[0].rows + 31) / 32;
+  uint32_t* hidden = c.hidden_panels.reserve(plan.hidden_units);
+  c.pool.run(int64_t(plan.active.size()) * blocks, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t i = begin, count; i < end; i += count) {
+      const Active& a = plan.active[size_t(i / blocks)];
+      const int64_t run = many(c, a.n) ? 1 : kStreamBlocks;
+      count = std::min({run, end - i, blocks - i % blocks});
+      hidden_blocks(c, op, plan, a, i % blocks, count, in, hidden, c.of_thread[size_t(thread)]);
+    }
+  });
+  return hidden;
+}
+
+// sum (count, n, 16) = output rows [16 from, 16 (from + count)) of all tokens, the experts added in the order of their ids.
+void down_tiles(const qd_context& c, const Plan& plan, int64_t from, int64_t count, int64_t n, const uint32_t* hidden,
+                float* sum, uint8_t* wide) {
+  alignas(64) float y[kMaxWidth * kTile];
+  std::memset(sum, 0, size_t(n * kTile * count) * 4);
+  for (const Active& a : plan.active) {
+    Tiles down(c, a.down);
+    const int64_t units = panel_units(a.hidden_kind, a.down.cols);
+    if (many(c, a.n)) down.widen(wide, from, count);
+    for (int64_t p = a.panel; p < a.panel + a.n_panels; ++p) {
+      const Panel& panel = plan.panels[size_t(p)];
+      const uint32_t* units_of = hidden + a.hidden_offset + (panel.first - a.first) * units;
+      for (int64_t t = 0; t < count; ++t) {
+        down.times(from + t, units_of, panel.width, y);
+        for (int m = 0; m < panel.width; ++m) {
+          const size_t slot = size_t(panel.first + m);
+          c.kernels->add_scaled(sum + (t * n + plan.token[slot]) * kTile, y + m * kTile, plan.weight[slot], kTile);
+        }
+      }
+    }
+  }
+}
+
+// Down: every task owns some output rows of all tokens. With `add`, out += instead.
+void down(qd_context& c, const Plan& plan, const uint32_t* hidden, int64_t n, int64_t out_rows, float* out, bool add) {
+  c.pool.run(tiles_of(out_rows), 1, [&](int64_t begin, int64_t end, int thread) {
+    const auto& mine = c.of_thread[size_t(thread)];
+    const int64_t run = many(c, n) ? kDownTiles / 2 : kDownTiles;
+    float* sum = mine.b.data();
+    for (int64_t from = begin; from < end; from += run) {
+      const int64_t count = std::min<int64_t>(run, end - from);
+      down_tiles(c, plan, from, count, n, hidden, sum, mine.wide.data());
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t row = (from + t) * kTile, rows = std::min<int64_t>(kTile, out_rows - row);
+        for (int64_t i = 0; i < n; ++i) {
+          float* to = out + i * out_rows + row;
+          const float* total = sum + (t * n + i) * kTile;
+          if (!add) std::memcpy(to, total, size_t(rows) * 4);
+          else
+            for (int64_t r = 0; r < rows; ++r) to[r] += total[r];
+        }
+      }
+    }
+  });
+}
+
+// Where the chosen experts lie that are on disk; they stay in memory as long as what is returned.
+qd_store::Pinned bring(const qd_ffn& op, Plan& plan) {
+  std::vector<int32_t> wanted;
+  for (const Active& a : plan.active) wanted.push_back(a.expert);
+  qd_store::Pinned pinned = op.store->acquire(op.layer, wanted);
+  for (size_t i = 0; i < plan.active.size(); ++i) {
+    Active& a = plan.active[i];
+    const uint8_t* const* part = pinned.parts(i);
+    a.gate.data = op.gate ? *part++ : nullptr;
+    a.up.data = part[0], a.down.data = part[1];
+  }
+  return pinned;
+}
+
+}  // namespace
+
+void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
+  const int64_t n = b.n_tokens, d = op.up[0].cols, out_rows = op.down[0].rows;
+  float* x = c.normed.reserve(n * d);
+  norm_rows(c, op.norm, b.hidden, n, d, x);
+
+  std::vector<int32_t> own_ids;
+  std::vector<float> own_weights;
+  int32_t* ids = op.ids;
+  float* weights = op.weights;
+  if (op.router.data) {
+    if (!ids) own_ids.resize(size_t(n * op.top_k)), ids = own_ids.data();
+    if (!weights) own_weights.resize(size_t(n * op.top_k)), weights = own_weights.data();
+    route(c, op, x, n, d, ids, weights, op.logits);
+  }
+  Plan plan = make_plan(c, op, n, ids, weights);
+  qd_store::Pinned pinned;
+  if (op.store) pinned = bring(op, plan);
+  reserve_threads(c, plan, n);
+
+  const uint32_t* hidden = gate_and_up(c, op, plan, make_panels(c, plan, x, n, d));
+  if (!op.post_norm.weight) return down(c, plan, hidden, n, out_rows, b.hidden, true);
+  float* out = c.projected.reserve(n * out_rows);
+  down(c, plan, hidden, n, out_rows, out, false);
+  norm_rows(c, op.post_norm, out, n, out_rows, out);
+  for (int64_t i = 0; i < n * out_rows; ++i) b.hidden[i] += out[i];
+}

@@ -1,0 +1,75 @@
+// What one thread computes: the inner loops, compiled once for each instruction set and reached through this table.
+#pragma once
+#include "layout.hpp"
+
+constexpr int kMaxWidth = 12;  // the widest panel of any instruction set
+
+// Attention of some query rows of one key/value head to one chunk of QD_KV_CHUNK keys: unnormalised partial results.
+struct AttendChunk {
+  const uint8_t* kv;        // this layer's and head's part of block 0
+  int64_t block_stride;     // bytes from one block to the next
+  const int32_t* table;     // the sequence's blocks
+  int32_t chunk;            // keys [chunk * QD_KV_CHUNK, ...)
+  int32_t kv_format, head_dim, n_rows;
+  const float* const* q;    // n_rows pointers to head_dim floats
+  const int32_t* positions; // of each row
+  const float* slopes;      // of each row, or NULL
+  float scale, soft_cap;
+  float *max, *sum;         // (n_rows,)
+  float* out;               // (n_rows, round_up_16(head_dim))
+  uint32_t* scratch;        // attend_scratch(n_rows, head_dim) units
+};
+
+inline int64_t attend_scratch(int n_rows, int d) {
+  // queries as panel units, scores and probabilities, expanded keys of two tiles and values of a chunk
+  return int64_t(n_rows) * (d + 2 * QD_KV_CHUNK) + 2 * 16 * d + int64_t(QD_KV_CHUNK) * round_up_16(d);
+}
+
+constexpr int kPeakLines = 24;  // 64-byte lines of weights an iteration of `peak` multiplies
+
+struct Kernels {
+  int max_width;  // tokens of a panel
+
+  // x: `width` row pointers of `cols` floats -> a panel (panel_units(kind, cols) * width units)
+  void (*make_panel)(PanelKind, const float* const* x, int width, int64_t cols, uint32_t* panel);
+  // One integer group, or 16 bf16 units, or 32 f32 units, of a panel from 32 columns of each token: x (width, 32).
+  void (*fill_group)(PanelKind, const float* x, int width, int64_t group, uint32_t* panel, int64_t cols);
+  // out[t * out_stride + r] = sum_c tile[r, c] * panel[t, c] for the 16 rows of a tile
+  void (*tile)(int format, bool fine, const uint8_t* tile, int64_t cols, const uint32_t* panel, int width, float* out,
+               int64_t out_stride);
+  // Unpack a tile of nibbles into bytes and float32 scales; tile_wide gives the same bits as tile.
+  void (*widen)(int format, const uint8_t* tile, int64_t cols, uint8_t* wide);
+  void (*tile_wide)(int format, bool fine, const uint8_t* wide, int64_t cols, const uint32_t* panel, int width,
+                    float* out, int64_t out_stride);
+  void (*norm)(int kind, float eps, const float* weight, const float* x, int64_t d, float* out);
+  // hidden[i] = activation(gate[i]) * up[i], or activation(up[i]) without a gate; n a multiple of 16
+  void (*activate)(int activation, const float* gate, const float* up, int64_t n, float* hidden);
+  void (*add_scaled)(float* sum, const float* x, float scale, int64_t n);  // sum += scale * x; n a multiple of 16
+  // logits -> probabilities over n in place of n padded to 16s
+  void (*softmax)(float* x, int64_t n);
+  void (*row_stats)(const float* x, int64_t n, int32_t* best, float* log_sum);
+  void (*attend)(const AttendChunk&);
+  // (max, sum, out) of one row gets another chunk's; d padded to 16
+  void (*merge)(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int padded);
+  void (*write_kv)(int kv_format, int head_dim, const float* k, const float* v, int slot, uint8_t* block);
+
+  int64_t (*pack)(int source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols, int64_t tile, int format,
+                  uint8_t* out, const float* importance);
+  void (*unpack_row)(int format, const uint8_t* packed, int64_t cols, int64_t row, float* out);
+  // Training (training.inl); dtype QD_FORMAT_FLOAT32 or QD_FORMAT_BFLOAT16, one row a call.
+  void (*hidden)(int dtype, int activation, const void* gate, const void* up, float weight, int64_t f, void* hidden);
+  float (*hidden_back)(int dtype, int activation, const void* gate, const void* up, float weight, int64_t f, void* dh,
+                       void* hidden, void* du);
+  void (*sum_rows)(int dtype, const void* rows, const int64_t* home, int64_t k, int64_t d, void* out);
+  void (*masked_softmax)(int dtype, void* row, int64_t low, int64_t high, int64_t keys, float slope, float first_bias,
+                         float* work);
+  void (*softmax_back)(int dtype, const void* p, int64_t low, int64_t high, int64_t keys, void* dp);
+  float (*cross_entropy)(int dtype, void* logits, int64_t target, int64_t v, float scale, bool gradient, float* work);
+
+  double (*peak)(int format, int64_t iterations);
+  uint64_t (*read)(const uint8_t* data, int64_t bytes);
+};
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();    // NULL where not compiled in
+const Kernels* avx512_kernels();

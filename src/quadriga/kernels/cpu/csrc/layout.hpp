@@ -1,0 +1,68 @@
+// How packed matrices, activation panels and KV blocks lie in memory. Everything is 64-byte lines.
+//
+// A matrix is tiles of 16 rows; lane r of every line belongs to row r, so one line times one broadcast activation is one
+// instruction. Columns beyond the matrix are zeros.
+//
+//   f32    per column        16 x f32
+//   bf16   per 2 columns     16 x (bf16, bf16)
+//   q8     per 64 columns    2 x 16 f16 scales, then 2 x 8 lines of 16 x (4 x u8),  w = d (u - 128)
+//   q4     per 64 columns    2 x 16 f16 scales, then 2 x 4 lines,                   w = d (n - 8)
+//   q4m    per 64 columns    2 x 16 f16 scales, 2 x 16 f16 minima, then 2 x 4 lines, w = d n + m
+//
+// A line of nibbles holds columns 8l..8l+3 in the low halves and 8l+4..8l+7 in the high ones.
+//
+// A panel is the activations of `width` tokens in 4-byte units, unit u of token t at u * width + t:
+//   f32    unit = one column            bf16   unit = two columns
+//   int8   per 32 columns 11 units: eight of 4 x i8, the scale, -128 * sum (the zero point of unsigned weights), and
+//          scale * sum (what a minimum is multiplied by)
+//   int16  the same with 19 units: x = scale * (128 high + low), eight units of high bytes, eight of low ones
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "quadriga.h"
+
+enum PanelKind { kPanelF32 = 0, kPanelBf16 = 1, kPanelInt8 = 2, kPanelInt16 = 3 };
+
+constexpr int kTile = 16;            // rows of a tile
+constexpr int kWideGroup = 9 * 64;   // an unpacked group: 8 lines of bytes, one of f32 scales
+constexpr int kWideGroupM = 10 * 64; // and one of f32 minima
+
+// What a matrix of this format is multiplied with; `fine`: 15 bits of an activation instead of 8.
+inline PanelKind panel_kind(int format, bool fine) {
+  return format == QD_FORMAT_FLOAT32 ? kPanelF32 : format == QD_FORMAT_BFLOAT16 ? kPanelBf16 : fine ? kPanelInt16 : kPanelInt8;
+}
+
+inline bool is_integer(PanelKind kind) { return kind >= kPanelInt8; }
+constexpr int group_units(int planes) { return 8 * planes + 3; }  // units of one integer group and token
+inline int planes_of(PanelKind kind) { return kind == kPanelInt16 ? 2 : 1; }
+
+inline int64_t groups_of(int64_t cols) { return (cols + 63) / 64 * 2; }
+
+inline int64_t tile_bytes(int format, int64_t cols) {
+  switch (format) {
+    case QD_FORMAT_FLOAT32: return cols * 64;
+    case QD_FORMAT_BFLOAT16: return (cols + 1) / 2 * 64;
+    case QD_FORMAT_Q8: return groups_of(cols) / 2 * 1088;
+    case QD_FORMAT_Q4: return groups_of(cols) / 2 * 576;
+    default: return groups_of(cols) / 2 * 640;
+  }
+}
+
+inline int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
+
+inline int64_t panel_units(PanelKind kind, int64_t cols) {  // of one token
+  return kind == kPanelF32 ? cols : kind == kPanelBf16 ? (cols + 1) / 2 : groups_of(cols) * group_units(planes_of(kind));
+}
+
+inline int round_up_16(int n) { return (n + 15) / 16 * 16; }
+
+// One head of one KV block: keys as a tile (lane = key), values by dimension (lane = dimension), scales of 8-bit ones.
+inline int64_t key_bytes(int kv, int d) { return kv == QD_KV_FORMAT_FLOAT32 ? 64 * int64_t(d) : kv == QD_KV_FORMAT_BFLOAT16 ? 32 * int64_t(d) : 16 * int64_t(d); }
+inline int64_t value_bytes(int kv, int d) {
+  const int64_t padded = round_up_16(d);
+  return kv == QD_KV_FORMAT_FLOAT32 ? 64 * padded : kv == QD_KV_FORMAT_BFLOAT16 ? 32 * padded : 16 * padded;
+}
+inline int64_t kv_bytes(int kv, int d) {
+  return (key_bytes(kv, d) + value_bytes(kv, d) + (kv == QD_KV_FORMAT_Q8 ? 128 : 0) + 63) / 64 * 64;
+}

@@ -1,0 +1,95 @@
+#include <algorithm>
+#include <cstring>
+
+#include "steps.hpp"
+
+namespace {
+
+constexpr int64_t kSerialNumbers = 1 << 14;  // below this, waking threads costs more than they save
+constexpr int kRowTiles = 4;                 // tiles that share one pass over the panels
+
+}  // namespace
+
+void norm_rows(qd_context& c, const qd_norm& spec, const float* x, int64_t n, int64_t d, float* out) {
+  const auto body = [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) c.kernels->norm(spec.kind, spec.eps, spec.weight, x + i * d, d, out + i * d);
+  };
+  c.pool.run(n, std::max<int64_t>(1, kSerialNumbers / d), body);
+}
+
+// Panels of consecutive rows of x. Few rows: the caller makes them at once, the threads would take longer to wake.
+static const uint32_t* make_panels(qd_context& c, PanelKind kind, const float* x, int64_t stride, int64_t n, int64_t cols) {
+  const int64_t width = c.kernels->max_width, units = panel_units(kind, cols);
+  uint32_t* panels = c.panels.reserve(n * units);
+  c.pool.run((n + width - 1) / width, std::max<int64_t>(1, kSerialNumbers / (cols * width)),
+             [&](int64_t begin, int64_t end, int) {
+               const float* rows[kMaxWidth];
+               for (int64_t t = begin; t < end; ++t) {
+                 const int64_t first = t * width;
+                 const int count = int(std::min(width, n - first));
+                 for (int i = 0; i < count; ++i) rows[i] = x + (first + i) * stride;
+                 c.kernels->make_panel(kind, rows, count, cols, panels + first * units);
+               }
+             });
+  return panels;
+}
+
+void linear(qd_context& c, const qd_matrix& m, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride,
+            bool add) {
+  const PanelKind kind = panel_kind(m.format, c.fine);
+  const uint32_t* panels = make_panels(c, kind, x, x_stride, n, m.cols);
+  const int64_t units = panel_units(kind, m.cols), width = c.kernels->max_width, bytes = tile_bytes(m.format, m.cols);
+  const bool widen = (m.format == QD_FORMAT_Q4 || m.format == QD_FORMAT_Q4M) && n > 2 * width;
+  const int64_t wide_bytes = groups_of(m.cols) * kWideGroupM;
+  if (widen) c.reserve(&qd_context::Thread::wide, wide_bytes * kRowTiles);
+  c.pool.run(tiles_of(m.rows), n > width ? kRowTiles : 1, [&](int64_t begin, int64_t end, int thread) {
+    alignas(64) float part[kMaxWidth * kTile];
+    uint8_t* wide = c.of_thread[size_t(thread)].wide.data();
+    for (int64_t block = begin; block < end; block += kRowTiles) {
+      const int64_t stop = std::min<int64_t>(block + kRowTiles, end);
+      if (widen)
+        for (int64_t t = block; t < stop; ++t) c.kernels->widen(m.format, m.data + t * bytes, m.cols, wide + (t - block) * wide_bytes);
+      for (int64_t first = 0; first < n; first += width) {
+        const int count = int(std::min(width, n - first));
+        for (int64_t t = block; t < stop; ++t) {
+          const int64_t rows = std::min<int64_t>(kTile, m.rows - t * kTile);
+          float* to = out + first * out_stride + t * kTile;
+          const bool direct = rows == kTile && !add;
+          float* result = direct ? to : part;
+          const int64_t stride = direct ? out_stride : kTile;
+          if (widen) c.kernels->tile_wide(m.format, c.fine, wide + (t - block) * wide_bytes, m.cols, panels + first * units, count, result, stride);
+          else c.kernels->tile(m.format, c.fine, m.data + t * bytes, m.cols, panels + first * units, count, result, stride);
+          if (direct) continue;
+          for (int i = 0; i < count; ++i)
+            for (int64_t r = 0; r < rows; ++r) {
+              float& cell = to[i * out_stride + r];
+              cell = add ? cell + part[i * kTile + r] : part[i * kTile + r];
+            }
+        }
+      }
+    }
+  });
+}
+
+void run_embed(qd_context& c, const qd_embed& op, const qd_batch& b) {
+  const int64_t d = op.table.cols;
+  c.pool.run(b.n_tokens, std::max<int64_t>(1, kSerialNumbers / d), [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* row = b.hidden + i * d;
+      c.kernels->unpack_row(op.table.format, op.table.data, d, b.tokens[i], row);
+      if (op.scale != 1.0f)
+        for (int64_t j = 0; j < d; ++j) row[j] *= op.scale;
+    }
+  });
+}
+
+void run_head(qd_context& c, const qd_head& op, const qd_batch& b) {
+  if (!b.n_rows) return;
+  const int64_t d = op.weight.cols, v = op.weight.rows;
+  float* normed = c.normed.reserve(b.n_rows * d);
+  for (int64_t i = 0; i < b.n_rows; ++i)
+    c.kernels->norm(op.norm.kind, op.norm.eps, op.norm.weight, b.hidden + b.rows[i] * d, d, normed + i * d);
+  linear(c, op.weight, normed, d, b.n_rows, b.logits, v, false);
+  if (op.logit_scale != 1.0f)
+    for (int64_t i = 0; i < b.n_rows * v; ++i) b.logits[i] *= op.logit_scale;
+}

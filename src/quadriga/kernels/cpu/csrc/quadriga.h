@@ -1,0 +1,233 @@
+/* The C interface of Quadriga's CPU kernels, and the one place where its structs, enums and functions are stated.
+ *
+ * `make bindings` writes Python's side of it (kernels/cpu/bindings.py) and a table of where every field lies (fields.inl) from it;
+ * the library carries this file's hash, so that the two sides know whether they are of one kind. The generator,
+ * tools/bindings.py, reads a small part of C and refuses the rest:
+ *
+ *   #define QD_NAME whole number      enum qd_name { QD_NAME_FIRST = 0, ... }; numbers count up from 0
+ *   typedef struct qd_name qd_name;   typedef struct { ... } qd_name;        int32_t qd_name(..., qd_message* why);
+ *
+ * Every function that can fail returns a qd_status and writes the reason into `why`. No exception leaves the library,
+ * from any thread; after a failure the context, the store and everything else are as usable as before. Results go through
+ * pointers. A context may be handed to several threads: they take turns.
+ *
+ * Shape letters as in kernels/ops.py: N packed tokens, D d_model, H heads, K key/value heads, d head_dim, F d_ff,
+ * E experts, k experts a token, V vocabulary, R rows whose logits are wanted. */
+#ifndef QUADRIGA_H
+#define QUADRIGA_H
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QD_BLOCK_TOKENS 16   /* tokens of one KV block */
+#define QD_KV_CHUNK 256      /* keys whose softmax is taken together, counted from position 0: fixed, so that a result
+                                does not depend on batch or threads */
+#define QD_MOST_THREADS 1024 /* of one context; the largest machines have some hundreds */
+
+enum qd_status {
+  QD_STATUS_OK = 0,
+  QD_STATUS_BAD_ARGUMENT = 1,
+  QD_STATUS_OUT_OF_MEMORY = 2,
+  QD_STATUS_NO_THREAD = 3,       /* the system starts no more */
+  QD_STATUS_NO_INSTRUCTIONS = 4, /* this processor lacks the instruction set */
+  QD_STATUS_READ_FAILED = 5,     /* experts on disk */
+  QD_STATUS_FAILED = 6           /* anything else: a fault of the library */
+};
+enum qd_format {
+  QD_FORMAT_FLOAT32 = 0, QD_FORMAT_BFLOAT16 = 1, QD_FORMAT_Q8 = 2, QD_FORMAT_Q4 = 3, QD_FORMAT_Q4M = 4
+};
+enum qd_source {
+  QD_SOURCE_FLOAT32 = 0, QD_SOURCE_BFLOAT16 = 1, QD_SOURCE_FLOAT16 = 2,
+  QD_SOURCE_Q8_0 = 3, QD_SOURCE_Q4_0 = 4, QD_SOURCE_Q4_1 = 5
+};
+enum qd_kv_format { QD_KV_FORMAT_FLOAT32 = 0, QD_KV_FORMAT_BFLOAT16 = 1, QD_KV_FORMAT_Q8 = 2 };
+enum qd_norm_kind { QD_NORM_KIND_LAYER = 0, QD_NORM_KIND_RMS = 1 };
+enum qd_activation {
+  QD_ACTIVATION_SILU = 0, QD_ACTIVATION_GELU = 1, QD_ACTIVATION_GELU_TANH = 2, QD_ACTIVATION_RELU = 3
+};
+enum qd_aggregate { QD_AGGREGATE_WEIGHTED_SUM = 0, QD_AGGREGATE_VOTE = 1, QD_AGGREGATE_FUSE = 2 };
+enum qd_isa { QD_ISA_PORTABLE = 0, QD_ISA_AVX2 = 1, QD_ISA_AVX512 = 2 }; /* each has all of the ones before it */
+enum qd_op {
+  QD_OP_EMBED = 0, QD_OP_QKV = 1, QD_OP_ATTEND = 2, QD_OP_ATTN_OUT = 3, QD_OP_FFN = 4, QD_OP_HEAD = 5
+};
+
+typedef struct qd_context qd_context; /* threads, instruction set, scratch memory; one call at a time, others wait */
+typedef struct qd_store qd_store;     /* experts that live on disk */
+
+typedef struct {
+  char text[240]; /* in English, ended by a 0 */
+} qd_message;
+
+/* Where the compiler put a field ("qd_norm.eps"); of a struct itself ("qd_norm") offset 0 and its size. */
+typedef struct {
+  const char* name;
+  int64_t offset, bytes;
+} qd_field;
+
+typedef struct {
+  const uint8_t* data; /* packed, 64-byte aligned; NULL where there is no such matrix */
+  int64_t rows, cols;
+  int32_t format;
+} qd_matrix;
+
+typedef struct {
+  const float* weight; /* (D,); NULL: no norm */
+  int32_t kind;
+  float eps;
+} qd_norm;
+
+typedef struct {
+  qd_matrix table; /* (V, D) */
+  float scale;
+} qd_embed;
+
+typedef struct {
+  qd_norm norm, post_norm;
+  qd_matrix wqkv, wo; /* (H d + 2 K d, D), (D, H d) */
+  int32_t n_heads, n_kv_heads, head_dim, kv_format;
+  float clip;                  /* 0: none */
+  float score_scale, soft_cap; /* soft_cap 0: none */
+  const float* inverse_frequencies; /* (d/2,) or NULL where positions are not rotary */
+  const float* alibi_slopes;        /* (H,) or NULL */
+  uint8_t* kv;                      /* this layer's blocks: n_blocks x K x qd_kv_bytes(format, d) */
+} qd_attention;
+
+typedef struct {
+  qd_norm norm, post_norm;
+  qd_matrix router;      /* (E, D) float32; data NULL: one dense network */
+  const qd_matrix* gate; /* E of (F, D), or NULL: not gated */
+  const qd_matrix* up;   /* E of (F, D) */
+  const qd_matrix* down; /* E of (D, F). Formats may differ by expert, but an expert's gate and up take the same kind of
+                            activations */
+  int32_t n_experts, top_k, activation, aggregate, layer;
+  float normalize_p; /* 0: none */
+  const float* fuse; /* (E,) for QD_AGGREGATE_FUSE */
+  int64_t* load;     /* (E,) running count of tokens per expert, or NULL */
+  int32_t* ids;      /* (max N, k) chosen experts of the last pass, most probable first, or NULL */
+  float* weights;    /* (max N, k) their weights, or NULL */
+  float* logits;     /* (max N, E) the router's, before the softmax, or NULL */
+  qd_store* store;   /* NULL: experts are in memory */
+} qd_ffn;
+
+typedef struct {
+  qd_norm norm;
+  qd_matrix weight; /* (V, D) */
+  float logit_scale;
+} qd_head;
+
+/* What one forward pass is given. Sequence s owns tokens [starts[s], starts[s+1]), which end its positions. */
+typedef struct {
+  int32_t n_tokens, n_sequences, n_rows;
+  const int32_t* tokens;       /* (N,) */
+  const int32_t* positions;    /* (N,) */
+  const int32_t* starts;       /* (S + 1,) */
+  const int32_t* tables;       /* KV blocks of all sequences, end to end */
+  const int32_t* table_starts; /* (S + 1,) */
+  const int32_t* rows;         /* (R,) tokens whose logits are wanted */
+  float* logits;               /* (R, V) */
+  float* hidden;               /* (N, D) the residual stream; scratch of the caller */
+} qd_batch;
+
+typedef struct {
+  int32_t kind;   /* a qd_op */
+  const void* op; /* what that op takes: qd_embed, qd_attention, qd_ffn or qd_head */
+} qd_step;
+
+typedef struct {
+  int64_t hits, misses; /* experts found in memory, and read */
+  int64_t bytes_read, bytes_held;
+} qd_store_counts;
+
+/* What the library asked of the system since the last qd_watch_allocations: memory and threads. */
+typedef struct {
+  int64_t made, failed;
+  int64_t elsewhere; /* made by other threads than the one that asked to watch */
+} qd_allocations;
+
+const char* qd_header_sha256(void); /* of this file, 64 hexadecimal digits */
+const qd_field* qd_fields(void);    /* of every struct above, in any order, ended by a NULL name */
+
+int32_t qd_best_isa(int32_t* isa, qd_message* why);
+int32_t qd_create(int32_t n_threads, int32_t isa, qd_context** context, qd_message* why);
+int32_t qd_destroy(qd_context* context, qd_message* why);
+/* 1: activations of q8, q4, q4m matrices in 15 bits instead of 8. */
+int32_t qd_set_fine(qd_context* context, int32_t fine, qd_message* why);
+
+int32_t qd_packed_bytes(int32_t format, int64_t rows, int64_t cols, int64_t* bytes, qd_message* why);
+/* Of one block of one head, keys and values. */
+int32_t qd_kv_bytes(int32_t kv_format, int32_t head_dim, int64_t* bytes, qd_message* why);
+
+/* Pack rows x cols numbers stored row-major as `source` (rows `row_bytes` apart) into out (qd_packed_bytes).
+ * Block sources are copied bit by bit and need the matching format (q8_0 -> q8, q4_0 -> q4, q4_1 -> q4m).
+ * importance: (cols,) weight of each column's squared error in the scale search, or NULL for one.
+ * bad_row: the first row that holds a number the format cannot store, or -1. */
+int32_t qd_pack(qd_context* context, int32_t source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols,
+                int32_t format, uint8_t* out, const float* importance, int64_t* bad_row, qd_message* why);
+/* Rows [first, first + n) of a packed matrix as float32 (n, cols). */
+int32_t qd_unpack(qd_context* context, int32_t format, const uint8_t* packed, int64_t cols, int64_t first, int64_t n,
+                  float* out, qd_message* why);
+
+/* One op, or a whole captured step. */
+int32_t qd_run(qd_context* context, const qd_step* steps, int32_t n_steps, const qd_batch* batch, qd_message* why);
+/* (n, cols) -> (n, rows) */
+int32_t qd_linear(qd_context* context, const qd_matrix* matrix, const float* x, int64_t n, float* out, qd_message* why);
+int32_t qd_norm_rows(qd_context* context, const qd_norm* norm, const float* x, int64_t n, int64_t d, float* out,
+                     qd_message* why);
+/* Of every row of logits (r, v): the first largest index, and log(sum(exp)). */
+int32_t qd_row_stats(qd_context* context, const float* logits, int64_t r, int64_t v, int32_t* best, float* log_sum,
+                     qd_message* why);
+
+/* What lies between the matrix products of a training step. dtype: QD_FORMAT_FLOAT32 or QD_FORMAT_BFLOAT16, of every
+ * uint8_t pointer's numbers. Slots are sorted by expert; home (N, k) is where token n's slot j lies among the sorted
+ * rows. */
+int32_t qd_gather_rows(qd_context* context, const uint8_t* x, int64_t row_bytes, const int64_t* index, int64_t n,
+                       uint8_t* out, qd_message* why);
+/* out[i] = sum of rows[home[i, j]] over j, (n, d) */
+int32_t qd_sum_rows(qd_context* context, int32_t dtype, const uint8_t* rows, const int64_t* home, int64_t n, int64_t k,
+                    int64_t d, uint8_t* out, qd_message* why);
+/* hidden = activation(gate) * up * weights[row], (n, f) */
+int32_t qd_hidden(qd_context* context, int32_t dtype, int32_t activation, const uint8_t* gate, const uint8_t* up,
+                  const float* weights, int64_t n, int64_t f, uint8_t* hidden, qd_message* why);
+/* dh, the gradient of hidden, becomes the gate's; hidden and the gradients of up and weights are written. */
+int32_t qd_hidden_back(qd_context* context, int32_t dtype, int32_t activation, const uint8_t* gate, const uint8_t* up,
+                       const float* weights, int64_t n, int64_t f, uint8_t* dh, uint8_t* hidden, uint8_t* du,
+                       float* d_weights, qd_message* why);
+/* Softmax in place of scores (K, Q, G, keys) over keys [lows[q], offset + q]; the others become 0.
+ * slopes (K G,): ALiBi, key - query times it is added; or NULL. */
+int32_t qd_attention_softmax(qd_context* context, int32_t dtype, uint8_t* scores, const int64_t* lows, int64_t offset,
+                             int64_t n_kv_heads, int64_t n_queries, int64_t group, int64_t keys, const float* slopes,
+                             qd_message* why);
+/* The gradient of the probabilities p becomes that of the scores, in place. */
+int32_t qd_attention_softmax_back(qd_context* context, int32_t dtype, const uint8_t* p, uint8_t* dp,
+                                  const int64_t* lows, int64_t offset, int64_t n_kv_heads, int64_t n_queries,
+                                  int64_t group, int64_t keys, qd_message* why);
+/* Of every row of logits (n, v): logsumexp(scale z) - scale z[target]. gradient: logits become softmax - onehot. */
+int32_t qd_cross_entropy(qd_context* context, int32_t dtype, uint8_t* logits, const int64_t* targets, int64_t n,
+                         int64_t v, float logit_scale, int32_t gradient, float* losses, qd_message* why);
+
+/* Bytes a second that all threads read together from `bytes` of memory, for the roofline. */
+int32_t qd_read_bandwidth(qd_context* context, const uint8_t* data, int64_t bytes, int32_t repeats, double* rate,
+                          qd_message* why);
+/* Operations a second of the format's dot product in registers. */
+int32_t qd_peak(qd_context* context, int32_t format, int64_t iterations, double* rate, qd_message* why);
+
+/* Experts on disk: every expert of every layer is `n_parts` extents ([layer][expert][part]; gate if there is one, up,
+ * down), read into a cache of at most `budget` bytes, least recently used out first. */
+int32_t qd_store_create(int32_t n_layers, int32_t n_experts, int32_t n_parts, const int32_t* files,
+                        const int64_t* offsets, const int64_t* sizes, int64_t budget, int32_t n_readers,
+                        qd_store** store, qd_message* why);
+int32_t qd_store_destroy(qd_store* store, qd_message* why);
+int32_t qd_store_stats(const qd_store* store, qd_store_counts* counts, qd_message* why);
+
+/* For tests. seen: what was asked for since the last call. From now on the number `fail_at`, counted from 0, fails; -1
+ * fails none. Counting is for the whole process and costs a load and a branch; -2 ends it. */
+int32_t qd_watch_allocations(int64_t fail_at, qd_allocations* seen, qd_message* why);
+/* For tests. A parallel phase in which every thread but the caller throws, or the caller if there is no other. */
+int32_t qd_throw_in_phase(qd_context* context, qd_message* why);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

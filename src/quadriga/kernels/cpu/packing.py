@@ -1,0 +1,168 @@
+"""Matrices as the CPU kernels want them: packing, unpacking, and memory to hold them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quadriga import runtime
+from quadriga.errors import CheckpointError
+from quadriga.kernels.cpu import bindings
+from quadriga.kernels.cpu import library as cpu
+from quadriga.quant.dtypes import Array, name_of
+from quadriga.quant.formats import FORMATS
+from quadriga.quant.packed import FROM_GGUF, PACKED
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One packed matrix (rows, cols); see ``quant.packed`` for the formats."""
+
+    format: str
+    rows: int
+    cols: int
+    data: Bytes
+    """uint8, ``PACKED[format].nbytes_of(rows, cols)`` of them, at a 64-byte boundary; possibly a memory map."""
+
+    def struct(self) -> bindings.Matrix:
+        """What the kernels are handed. Keep this object alive while they use it."""
+        return bindings.Matrix(self.data.ctypes.data, self.rows, self.cols, cpu.FORMATS[self.format])
+
+    def unpack(self, first: int = 0, n: int | None = None) -> NDArray[np.float32]:
+        """Rows [first, first + n) as float32."""
+        n = self.rows - first if n is None else n
+        assert first >= 0 and first + n <= self.rows, "rows of this matrix"
+        out = np.empty((n, self.cols), dtype=np.float32)
+        context = packing_context()
+        code, address = cpu.FORMATS[self.format], self.data.ctypes.data
+        context.call(context.lib.qd_unpack, code, address, self.cols, first, n, out.ctypes.data)
+        return out
+
+
+Parameter = NDArray[np.float32] | Packed | Sequence[Packed]
+"""A vector (norms, fuse) as numbers; a matrix packed; a layer's experts as one packed matrix each."""
+
+
+@lru_cache(maxsize=1)
+def packing_context() -> cpu.Context:
+    """Threads for packing and measuring: all of this process's processors."""
+    return cpu.Context(min(runtime.cpu_count(), runtime.MOST_THREADS))
+
+
+_HUGE = 2 << 20
+_ARENA = 256 << 20
+
+
+class _Arenas:
+    """Memory in large pieces, handed out from front to back: only large pieces get huge pages, and reading weights
+    through 4 kB pages is up to a third slower. A piece is freed when nothing points into it any more."""
+
+    def __init__(self) -> None:
+        self._piece: Bytes | None = None
+        self._used = 0
+
+    def take(self, nbytes: int) -> Bytes:
+        if self._piece is None or self._used + nbytes > self._piece.nbytes:
+            size = -(-max(nbytes, _ARENA) // _HUGE) * _HUGE
+            # Private: shared anonymous memory, Python's default, never gets huge pages.
+            memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            whole = np.frombuffer(memory, dtype=np.uint8)
+            skip = -whole.ctypes.data % _HUGE
+            self._piece, self._used = whole[skip : skip + size], 0
+        taken = self._piece[self._used : self._used + nbytes]
+        self._used += -(-nbytes // 64) * 64
+        return taken
+
+
+_arenas = _Arenas()
+
+
+def allocate(nbytes: int) -> Bytes:
+    """Fresh zeroed memory at a 64-byte boundary, in huge pages where the system gives them."""
+    return _arenas.take(nbytes)
+
+
+def pack(values: Array, form: str, *, out: Bytes | None = None, importance: Array | None = None) -> Packed:
+    """Pack a matrix.
+
+    Args:
+        values: (rows, cols) float32, bfloat16 or float16, contiguous.
+        form: a name of ``quant.packed.PACKED``.
+        out: memory to fill; None allocates.
+        importance: (cols,) float32, how much each column's squared error counts in the search for scales.
+
+    Raises:
+        CheckpointError: a number that is not finite, or whose scale is beyond float16 (block formats).
+    """
+    source = name_of(values.dtype)
+    assert source in cpu.SOURCES and values.flags.c_contiguous, "a contiguous float matrix"
+    rows, cols = values.shape
+    weight = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    return _pack(source, values.ctypes.data, values.itemsize * cols, rows, cols, form, out, weight)
+
+
+def pack_blocks(raw: Any, source: str, rows: int, cols: int, *, out: Bytes | None = None) -> Packed:
+    """Pack GGUF blocks (q8_0, q4_0 or q4_1) as they are.
+
+    Args:
+        raw: the stored bytes of ``rows`` rows (any buffer).
+        source: the block format.
+    """
+    row_bytes = FORMATS[source].nbytes_of((cols,))
+    stored = np.frombuffer(raw, dtype=np.uint8)
+    assert stored.nbytes == rows * row_bytes, "whole rows of blocks"
+    return _pack(source, stored.ctypes.data, row_bytes, rows, cols, FROM_GGUF[source], out, None)
+
+
+def _pack(
+    source: str,
+    address: int,
+    row_bytes: int,
+    rows: int,
+    cols: int,
+    form: str,
+    out: Bytes | None,
+    importance: NDArray[np.float32] | None,
+) -> Packed:
+    nbytes = PACKED[form].nbytes_of(rows, cols)
+    out = allocate(nbytes) if out is None else out
+    assert out.nbytes == nbytes and out.ctypes.data % 64 == 0, "memory of the packed matrix's size, aligned"
+    context, bad_row = packing_context(), ctypes.c_int64()
+    context.call(
+        context.lib.qd_pack,
+        cpu.SOURCES[source],
+        address,
+        row_bytes,
+        rows,
+        cols,
+        cpu.FORMATS[form],
+        out.ctypes.data,
+        None if importance is None else importance.ctypes.data,
+        ctypes.byref(bad_row),
+    )
+    if bad_row.value >= 0:
+        raise CheckpointError(
+            f"weights to be quantised must be finite, with scales below 65520 (float16): row {bad_row.value} is not. "
+            "Check the source with another format, e.g. bfloat16."
+        )
+    return Packed(form, rows, cols, out)
+
+
+def linear(matrix: Packed, x: Array, context: cpu.Context | None = None) -> NDArray[np.float32]:
+    """x (N, cols) float32 times the matrix transposed: (N, rows) float32."""
+    context = context or packing_context()
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    out = np.empty((x.shape[0], matrix.rows), dtype=np.float32)
+    context.call(context.lib.qd_linear, matrix.struct(), x.ctypes.data, x.shape[0], out.ctypes.data)
+    return out

@@ -1,0 +1,275 @@
+"""A forward pass captured once and replayed: the CPU's counterpart of a CUDA graph.
+
+Building a :class:`Program` lays out every op of the model as a C structure, pointers in place; running it is one call
+from Python for the whole step, whatever the number of layers. Between the ops nothing but C++ runs.
+
+    embed -> [ norm+qkv+clip+rotate+cache write -> attention -> projection+residual
+               norm+router+experts+weighted sum+residual ] * n_layers -> norm+head on the rows asked for
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quadriga.kernels.cpu import bindings
+from quadriga.kernels.cpu import library as cpu
+from quadriga.kernels.cpu.bindings import Op
+from quadriga.kernels.cpu.packing import Packed
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class NormArgs:
+    """A norm's weight (D,) float32, kind ("layer" or "rms") and epsilon."""
+
+    weight: Floats
+    kind: str
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionArgs:
+    """Everything ``Program.attention`` needs of one layer; see ``ops.attention`` for the mathematics."""
+
+    norm: NormArgs
+    post_norm: NormArgs | None
+    wqkv: Packed
+    wo: Packed
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    clip: float | None
+    score_scale: float
+    soft_cap: float | None
+    inverse_frequencies: Floats | None
+    """(d/2,) float32, or None where positions are not rotary."""
+    alibi_slopes: Floats | None
+    """(H,) float32."""
+    kv: NDArray[np.uint8]
+    """This layer's blocks, ``n_blocks * quant.packed.kv_block_bytes``, zeroed."""
+    kv_format: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNArgs:
+    """Everything ``Program.ffn`` needs of one layer. A dense network is one expert without a router."""
+
+    norm: NormArgs
+    post_norm: NormArgs | None
+    router: Packed | None
+    gate: Sequence[Packed] | None
+    up: Sequence[Packed]
+    down: Sequence[Packed]
+    top_k: int
+    activation: str
+    aggregate: str
+    normalize_p: float | None
+    fuse: Floats | None
+    layer: int
+    store: int | None = None
+    """Handle of an ``ops.expert_store.ExpertStore``, where experts are on disk."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one pass computes: N tokens of S sequences end to end, sequence s owning [starts[s], starts[s + 1]).
+
+    A sequence's tokens are consecutive positions, the last ones it has; all earlier ones are in its blocks.
+    """
+
+    tokens: Ints
+    """(N,)"""
+    positions: Ints
+    """(N,)"""
+    starts: Ints
+    """(S + 1,)"""
+    tables: Ints
+    """KV blocks of every sequence, end to end; block j of a sequence holds positions 16 j .. 16 j + 15."""
+    table_starts: Ints
+    """(S + 1,)"""
+    rows: Ints
+    """(R,) tokens whose logits are wanted."""
+
+
+class LayerRouting:
+    """Where a layer's routing of the last pass and its running counts lie."""
+
+    def __init__(self, n_experts: int, top_k: int, max_tokens: int) -> None:
+        self.ids = np.zeros((max_tokens, top_k), dtype=np.int32)
+        self.weights = np.zeros((max_tokens, top_k), dtype=np.float32)
+        self.logits = np.zeros((max_tokens, n_experts), dtype=np.float32)
+        self.load = np.zeros(n_experts, dtype=np.int64)
+
+
+class Program:
+    """Ops in order, and the buffers between them. Add ops, then :meth:`run`.
+
+    Args:
+        threads: computing threads, the caller included.
+        max_tokens: most tokens of one pass.
+        fine: activations that meet quantised matrices keep 15 bits instead of 8; decoding stays bound by memory, a
+            prompt takes about twice as long.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        vocab_size: int,
+        max_tokens: int,
+        threads: int,
+        fine: bool = False,
+        isa: str | None = None,
+    ) -> None:
+        self.context = cpu.Context(threads, isa)
+        self.context.set_fine(fine)
+        self.vocab_size, self.max_tokens = vocab_size, max_tokens
+        self.routing: list[LayerRouting] = []
+        self._ops: list[tuple[int, ctypes.Structure]] = []
+        self._keep: list[Any] = []
+        self._steps: ctypes.Array[bindings.Step] | None = None
+        self.d_model, self._hidden = d_model, np.zeros((max_tokens, d_model), dtype=np.float32)
+        self._logits: Floats = np.empty((0, vocab_size), dtype=np.float32)
+
+    def embed(self, table: Packed, scale: float) -> None:
+        """Look tokens up in the table (V, D)."""
+        self._add(Op.EMBED, bindings.Embed(self._matrix(table), scale))
+
+    def attention(self, a: AttentionArgs) -> None:
+        """The attention half of a layer: three ops."""
+        op = bindings.Attention(
+            norm=self._norm(a.norm),
+            post_norm=self._norm(a.post_norm),
+            wqkv=self._matrix(a.wqkv),
+            wo=self._matrix(a.wo),
+            n_heads=a.n_heads,
+            n_kv_heads=a.n_kv_heads,
+            head_dim=a.head_dim,
+            kv_format=cpu.KV_FORMATS[a.kv_format],
+            clip=a.clip or 0.0,
+            score_scale=a.score_scale,
+            soft_cap=a.soft_cap or 0.0,
+            inverse_frequencies=self._floats(a.inverse_frequencies),
+            alibi_slopes=self._floats(a.alibi_slopes),
+            kv=a.kv.ctypes.data,
+        )
+        self._keep.append(a.kv)
+        for kind in (Op.QKV, Op.ATTEND, Op.ATTN_OUT):
+            self._add(kind, op)
+
+    def ffn(self, a: FFNArgs) -> None:
+        """The feed-forward half of a layer: one op, however many experts."""
+        routing = None
+        if a.router is not None:
+            routing = LayerRouting(len(a.up), a.top_k, self.max_tokens)
+            self.routing.append(routing)
+        op = bindings.Ffn(
+            norm=self._norm(a.norm),
+            post_norm=self._norm(a.post_norm),
+            router=self._matrix(a.router),
+            gate=self._matrices(a.gate),
+            up=self._matrices(a.up),
+            down=self._matrices(a.down),
+            n_experts=len(a.up),
+            top_k=a.top_k,
+            activation=cpu.ACTIVATIONS[a.activation],
+            aggregate=cpu.AGGREGATES[a.aggregate],
+            layer=a.layer,
+            normalize_p=a.normalize_p or 0.0,
+            fuse=self._floats(a.fuse),
+            load=None if routing is None else routing.load.ctypes.data,
+            ids=None if routing is None else routing.ids.ctypes.data,
+            weights=None if routing is None else routing.weights.ctypes.data,
+            logits=None if routing is None else routing.logits.ctypes.data,
+            store=a.store,
+        )
+        self._add(Op.FFN, op)
+
+    def head(self, norm: NormArgs, weight: Packed, logit_scale: float) -> None:
+        """Norm and logits of the rows a batch asks for."""
+        self._add(Op.HEAD, bindings.Head(self._norm(norm), self._matrix(weight), logit_scale))
+
+    def run(self, batch: Batch) -> Floats:
+        """One pass over a batch; its keys and values are stored in its blocks.
+
+        Returns:
+            (R, V) float32 logits, valid until the next pass.
+
+        Raises:
+            HardwareError: no memory is left for the intermediate results.
+            CheckpointError: experts on disk could not be read.
+        """
+        n, n_rows, logits = len(batch.tokens), len(batch.rows), self._logits
+        assert 0 < n <= self.max_tokens, f"a pass takes 1 to {self.max_tokens} tokens, got {n}"
+        if self._steps is None:
+            steps = [bindings.Step(kind, ctypes.addressof(op)) for kind, op in self._ops]
+            self._steps = (bindings.Step * len(steps))(*steps)
+        if n_rows > len(logits):
+            logits = self._logits = np.empty((n_rows, self.vocab_size), dtype=np.float32)
+        args = bindings.Batch(
+            n_tokens=n,
+            n_sequences=len(batch.starts) - 1,
+            n_rows=n_rows,
+            tokens=batch.tokens.ctypes.data,
+            positions=batch.positions.ctypes.data,
+            starts=batch.starts.ctypes.data,
+            tables=batch.tables.ctypes.data,
+            table_starts=batch.table_starts.ctypes.data,
+            rows=batch.rows.ctypes.data,
+            logits=logits.ctypes.data,
+            hidden=self._hidden.ctypes.data,
+        )
+        self.context.run(self._steps, args)
+        return logits[:n_rows]
+
+    def hidden(self, n_tokens: int, norm: NormArgs) -> Floats:
+        """(n_tokens, D) float32: the last pass's states after all layers, normed."""
+        out, weight = np.empty((n_tokens, self.d_model), dtype=np.float32), np.ascontiguousarray(norm.weight)
+        spec = bindings.Norm(weight.ctypes.data, cpu.NORMS[norm.kind], norm.eps)
+        source, norm_rows = self._hidden.ctypes.data, self.context.lib.qd_norm_rows
+        self.context.call(norm_rows, spec, source, n_tokens, self.d_model, out.ctypes.data)
+        return out
+
+    def row_stats(self, logits: Floats) -> tuple[list[int], list[float]]:
+        """Of every row of logits (R, V): the most probable token (the lowest id of equals) and log(sum(exp))."""
+        r, v = logits.shape
+        best, log_sum = (ctypes.c_int32 * r)(), (ctypes.c_float * r)()
+        self.context.call(self.context.lib.qd_row_stats, np.ascontiguousarray(logits).ctypes.data, r, v, best, log_sum)
+        return list(best), list(log_sum)
+
+    def _add(self, kind: int, op: ctypes.Structure) -> None:
+        assert self._steps is None, "ops are added before the first run"
+        self._ops.append((kind, op))
+
+    def _matrix(self, packed: Packed | None) -> bindings.Matrix:
+        if packed is None:
+            return bindings.Matrix()
+        self._keep.append(packed)
+        return packed.struct()
+
+    def _matrices(self, packed: Sequence[Packed] | None) -> Any:
+        if packed is None:
+            return None
+        array = (bindings.Matrix * len(packed))(*(self._matrix(p) for p in packed))
+        self._keep.append(array)
+        return ctypes.cast(array, ctypes.POINTER(bindings.Matrix))
+
+    def _norm(self, norm: NormArgs | None) -> bindings.Norm:
+        if norm is None:
+            return bindings.Norm()
+        return bindings.Norm(self._floats(norm.weight), cpu.NORMS[norm.kind], norm.eps)
+
+    def _floats(self, values: Floats | None) -> int | None:
+        if values is None:
+            return None
+        wide = np.ascontiguousarray(values, dtype=np.float32)
+        self._keep.append(wide)
+        return int(wide.ctypes.data)

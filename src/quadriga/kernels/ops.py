@@ -1,0 +1,200 @@
+"""The operations a model is made of: one typed signature each, whose docstring is the specification.
+
+Shape letters, the same in Python and C++:
+
+    B batch          T tokens of one sequence     N packed tokens of several sequences
+    D d_model        H query heads                K key/value heads       d head_dim
+    F d_ff           E experts                    k experts a token       V vocabulary
+    S cached positions
+
+A backend is a module with the same function names. :mod:`quadriga.kernels.dispatch` picks one by the first tensor's
+device; ``ops.use("reference")`` and QUADRIGA_OPS=reference force plain torch, which is the truth the others are tested
+against. All ops are pure: they return new tensors and change none. All have gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from quadriga.kernels.dispatch import available, backend_for, use
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quadriga.kernels.cpu.packing import Packed
+
+__all__ = [
+    "AdaptedPart",
+    "Routing",
+    "activate",
+    "adapted_experts",
+    "attention",
+    "available",
+    "experts",
+    "grouped_linear",
+    "norm",
+    "rope",
+    "route",
+    "use",
+]
+
+
+class Routing(NamedTuple):
+    """What a router decided for N tokens."""
+
+    expert_ids: Tensor
+    """(N, k) int64, most probable first; equal probabilities take the lower id first."""
+    expert_weights: Tensor
+    """(N, k) float32, what each chosen expert's output is multiplied by."""
+    probs: Tensor
+    """(N, E) float32, softmax over all experts."""
+    logits: Tensor
+    """(N, E) float32, what the softmax was taken of."""
+
+
+@dataclass(frozen=True)
+class AdaptedPart:
+    """One of an expert's three matrices: frozen (E, out, in), numbers or packed, and its factors if it has any."""
+
+    frozen: Tensor | Sequence[Packed]
+    a: Tensor | None = None
+    """(E, r, in)"""
+    b: Tensor | None = None
+    """(E, out, r)"""
+    scale: float = 1.0
+
+
+def norm(x: Tensor, weight: Tensor, kind: str, eps: float) -> Tensor:
+    """LayerNorm ("layer") or RMSNorm ("rms") over the last axis with a weight and no bias.
+
+    Statistics are float32 whatever the dtype of ``x`` (float64 stays float64).
+
+    Args:
+        x: (N, D). weight: (D,) of the same dtype.
+
+    Returns:
+        (N, D) in x's dtype.
+    """
+    out: Tensor = backend_for(x).norm(x, weight, kind, eps)
+    return out
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of every head: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    Args:
+        x: (N, heads, d).
+        cos, sin: (N, 1, d/2) in x's dtype, computed in float32 from the positions.
+
+    Returns:
+        (N, heads, d) in x's dtype.
+    """
+    out: Tensor = backend_for(x).rope(x, cos, sin)
+    return out
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    q_positions: Tensor | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Causal grouped-query attention; key j sits at position j, query head h reads key head h // (H/K).
+
+    score = scale * q.k;  score = soft_cap * tanh(score / soft_cap) if given;  score += slope_h * (j - position) if
+    given;  keys with j > position are masked;  softmax in float32;  times v.
+
+    Args:
+        q: (B, H, T, d). k, v: (B, K, S, d).
+        q_positions: (B, T) int64 position of each query; None means the T queries are the last of the S positions.
+        alibi_slopes: (H,) float32.
+
+    Returns:
+        (B, H, T, d) in q's dtype. Rows whose position is negative (padding) are finite and meaningless.
+    """
+    out: Tensor = backend_for(q).attention(
+        q, k, v, scale=scale, q_positions=q_positions, soft_cap=soft_cap, alibi_slopes=alibi_slopes
+    )
+    return out
+
+
+def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None, bias: Tensor | None = None) -> Routing:
+    """Choose experts: softmax(x W^T) over all E, the top k, divided by their p-norm if one is given.
+
+    With a ``bias`` (training's loss-free balancing), the k highest of probability + bias are chosen; their weights and
+    everything else come from the probabilities alone.
+
+    Everything is float32 whatever the dtype of ``x`` (float64 stays float64): in bf16, near ties flip and the model
+    becomes another one (SPEC of DBRX: float32 softmax; see docs/architecture.md).
+
+    Args:
+        x: (N, D). weight: (E, D). bias: (E,) float32.
+    """
+    out: Routing = backend_for(x).route(x, weight, top_k, normalize_p, bias)
+    return out
+
+
+def experts(
+    x: Tensor,
+    routing_ids: Tensor,
+    combine: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    activation: str,
+) -> Tensor:
+    """Dropless expert networks and their weighted sum: out[n] = sum_j combine[n, j] * y_{ids[n, j]}(x[n]).
+
+    y_e(x) = w_down_e ( act(w_gate_e x) * (w_up_e x) ). Slots are added in the order j = 0..k-1, so the sum does not
+    depend on what else is in the batch. Experts without tokens cost nothing and get a zero gradient.
+
+    Args:
+        x: (N, D). routing_ids: (N, k) int64. combine: (N, k) float32.
+        w_gate, w_up: (E, F, D). w_down: (E, D, F). All in x's dtype.
+
+    Returns:
+        (N, D) in x's dtype.
+    """
+    out: Tensor = backend_for(x).experts(x, routing_ids, combine, w_gate, w_up, w_down, activation)
+    return out
+
+
+def adapted_experts(
+    x: Tensor, routing_ids: Tensor, combine: Tensor, parts: Mapping[str, AdaptedPart], activation: str
+) -> Tensor:
+    """:func:`experts` over frozen weights, each matrix W with s B A beside it where it has factors.
+
+    Args:
+        x: (N, D). routing_ids: (N, k) int64. combine: (N, k).
+        parts: w_gate, w_up and w_down, factors in x's dtype.
+
+    Returns:
+        (N, D) in x's dtype. Gradients reach x, combine and the factors; those of an expert without tokens are zero.
+    """
+    out: Tensor = backend_for(x).adapted_experts(x, routing_ids, combine, parts, activation)
+    return out
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Rows of expert e times weight[e]^T, for rows that are sorted by expert.
+
+    Args:
+        rows: (R, in). weight: (E, out, in) of the same dtype. counts: (E,) int64, rows of each expert; they sum to R.
+
+    Returns:
+        (R, out) in the rows' dtype. An expert without rows gets a gradient of zero.
+    """
+    out: Tensor = backend_for(rows).grouped_linear(rows, weight, counts)
+    return out
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Elementwise non-linearity by name: silu, gelu (erf), gelu_tanh, relu."""
+    out: Tensor = backend_for(x).activate(x, activation)
+    return out

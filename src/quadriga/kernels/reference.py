@@ -1,0 +1,160 @@
+"""The ops in plain torch: the truth every other backend is held to, on any device and float dtype.
+
+Written for exactness first and for a plain torch's best speed second: fused torch kernels where they compute the same
+function, one grouped matrix product instead of a loop over experts, and no loop over tokens anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quadriga.kernels.arrays import tensor
+from quadriga.kernels.ops import AdaptedPart, Routing
+
+_QUERY_BLOCK = 512
+"""Query rows scored at a time where torch has no fused kernel: bounds the (H, T, S) score matrix."""
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def norm(x: Tensor, weight: Tensor, kind: str, eps: float) -> Tensor:
+    shape = (x.shape[-1],)
+    return F.layer_norm(x, shape, weight, None, eps) if kind == "layer" else F.rms_norm(x, shape, weight, eps)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    q_positions: Tensor | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    batch, n_heads, n_queries, head_dim = q.shape
+    n_kv_heads, n_keys = k.shape[1], k.shape[2]
+    plain = soft_cap is None and alibi_slopes is None
+    if plain and q_positions is None and n_queries == 1:
+        # One query sees every key: the heads of a group become query rows, so each key is read once for all of them.
+        grouped = q.reshape(batch, n_kv_heads, n_heads // n_kv_heads, head_dim)
+        return F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(q.shape)
+    if plain and q_positions is None and n_queries == n_keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    if q_positions is None:
+        q_positions = torch.arange(n_keys - n_queries, n_keys, device=q.device).expand(batch, -1)
+    key_positions = torch.arange(n_keys, device=q.device)
+    # Padding rows (position < 0) see key 0, which keeps them finite.
+    visible = key_positions <= q_positions.clamp(min=0)[:, :, None]  # (B, T, S)
+    if plain:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=scale, enable_gqa=True)
+    grouped = q.reshape(batch, n_kv_heads, n_heads // n_kv_heads, n_queries, head_dim)
+    blocks = []
+    for start in range(0, n_queries, _QUERY_BLOCK):
+        rows = slice(start, start + _QUERY_BLOCK)
+        scores = _wide(torch.einsum("bkgtd,bksd->bkgts", grouped[:, :, :, rows], k)) * scale
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        if alibi_slopes is not None:
+            distance = key_positions - q_positions[:, rows, None]  # (B, T, S), 0 on the diagonal, negative before
+            slopes = alibi_slopes.to(scores.dtype).reshape(n_kv_heads, -1, 1, 1)
+            scores = scores + slopes * distance[:, None, None]
+        scores = scores.masked_fill(~visible[:, None, None, rows], float("-inf"))
+        blocks.append(torch.einsum("bkgts,bksd->bkgtd", scores.softmax(dim=-1).to(v.dtype), v))
+    return torch.cat(blocks, dim=3).reshape(q.shape)
+
+
+def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None, bias: Tensor | None = None) -> Routing:
+    logits = F.linear(_wide(x), _wide(weight))
+    probs = logits.softmax(dim=-1)
+    # A stable sort, not topk: equal probabilities must take the lower expert id on every device and batch size.
+    ids = (probs if bias is None else probs + bias).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    chosen = probs.gather(1, ids)
+    if normalize_p is not None:
+        chosen = chosen / torch.linalg.vector_norm(chosen, ord=normalize_p, dim=-1, keepdim=True)
+    return Routing(ids, chosen, probs, logits)
+
+
+def experts(
+    x: Tensor,
+    routing_ids: Tensor,
+    combine: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    activation: str,
+) -> Tensor:
+    n_tokens, top_k = routing_ids.shape
+    flat = routing_ids.reshape(-1)
+    order = flat.argsort(stable=True)  # (N k,) slots, all of expert 0 first
+    counts = torch.bincount(flat, minlength=w_gate.shape[0])
+    # Odd shapes and other dtypes (float64 checks) take one host sync per layer, never one per expert.
+    sizes = None if _fits_grouped_mm(w_gate, w_down) else counts.tolist()
+    gathered = x[order // top_k]
+    gate = _grouped_linear(gathered, w_gate, counts, sizes)
+    hidden = activate(gate, activation) * _grouped_linear(gathered, w_up, counts, sizes)
+    y = _grouped_linear(hidden, w_down, counts, sizes)
+    outputs = torch.empty_like(gathered).index_copy(0, order, y)  # back to (token, slot) order
+    combine = combine.to(x.dtype)[:, None, :]  # (N, 1, k)
+    return torch.bmm(combine, outputs.view(n_tokens, top_k, -1)).squeeze(1)
+
+
+def adapted_experts(
+    x: Tensor, routing_ids: Tensor, combine: Tensor, parts: Mapping[str, AdaptedPart], activation: str
+) -> Tensor:
+    gate, up, down = (_materialised(parts[name], x.dtype) for name in ("w_gate", "w_up", "w_down"))
+    return experts(x, routing_ids, combine, gate, up, down, activation)
+
+
+def _materialised(part: AdaptedPart, dtype: torch.dtype) -> Tensor:
+    """W + s B A of every expert (E, out, in)."""
+    frozen = part.frozen
+    weight = frozen if isinstance(frozen, Tensor) else torch.stack([tensor(one.unpack()) for one in frozen])
+    weight = weight.to(dtype)
+    return weight if part.a is None or part.b is None else weight + part.scale * (part.b @ part.a)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    match activation:
+        case "silu":
+            return F.silu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "relu":
+            return F.relu(x)
+        case _:
+            raise AssertionError(f"ModelConfig lets no activation {activation!r} through")
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return _grouped_linear(rows, weight, counts, None if _fits_grouped_mm(weight, weight.mT) else counts.tolist())
+
+
+def _fits_grouped_mm(*weights: Tensor) -> bool:
+    """torch 2.13's grouped product wants bf16 or fp32 rows whose stride is a multiple of 16 bytes (CPU and CUDA)."""
+    return all(w.dtype in (torch.bfloat16, torch.float32) and w.shape[-1] * w.element_size() % 16 == 0 for w in weights)
+
+
+def _grouped_linear(rows: Tensor, w: Tensor, counts: Tensor, sizes: list[int] | None) -> Tensor:
+    """Rows of group e times w[e]^T, for rows sorted by group: (R, in), (E, out, in) -> (R, out).
+
+    ``sizes`` is ``counts`` on the host, or None where torch's grouped product can run from the device's own counts.
+    """
+    if sizes is None:
+        return F.grouped_mm(rows, w.transpose(-2, -1), offs=counts.cumsum(0).to(torch.int32))
+    # unbind, not w[e]: indexing would write a full-size zero gradient for every expert in the backward pass.
+    parts = zip(torch.split(rows, sizes), w.unbind(0), strict=True)
+    return torch.cat([F.linear(part, weight) for part, weight in parts if part.shape[0]])

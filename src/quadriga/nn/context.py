@@ -1,0 +1,76 @@
+"""What the layers must know about the tokens they are given: where each one stands and what it may attend to.
+
+The model computes on N packed tokens and never asks which sequence they belong to. A :class:`ForwardContext` answers
+instead: it holds the positions, and its :meth:`attend` runs causal attention for one layer, with or without a cache.
+The engine's key/value cache is one implementation, :class:`PackedContext` (no cache) is another.
+
+    tokens (N,) ──embed──► x (N, D) ──┐
+                                      ├─ per layer: q, k, v ──► context.attend(layer, q, k, v) ──► (N, H, d)
+    context.positions (N,) ──rope─────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quadriga.kernels import ops
+
+
+class ForwardContext(Protocol):
+    """Positions of N packed tokens, and attention among them and whatever came before."""
+
+    positions: Tensor
+    """(N,) int64, counted from 0 within each token's own sequence."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        """Causal attention of every token to its own sequence up to itself.
+
+        Args:
+            layer: index of the layer; a cache stores k and v under it.
+            q: (N, H, d). k, v: (N, K, d), rotated and clipped already.
+
+        Returns:
+            (N, H, d).
+        """
+        ...
+
+
+class Scoring:
+    """How one layer turns q·k into scores: scale, soft cap, ALiBi slopes."""
+
+    def __init__(self, scale: float, soft_cap: float | None, alibi_slopes: Tensor | None) -> None:
+        self.scale, self.soft_cap, self.alibi_slopes = scale, soft_cap, alibi_slopes
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor | None = None) -> Tensor:
+        """``ops.attention`` with this layer's scoring; q (B, H, T, d), k and v (B, K, S, d)."""
+        return ops.attention(
+            q, k, v, scale=self.scale, q_positions=q_positions, soft_cap=self.soft_cap, alibi_slopes=self.alibi_slopes
+        )
+
+
+class PackedContext:
+    """Several whole sequences laid end to end, no cache: scoring, perplexity, golden tests.
+
+    Args:
+        lengths: tokens of each sequence, in order; they sum to N.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        assert lengths and all(n > 0 for n in lengths), "every sequence has at least one token"
+        self.lengths = list(lengths)
+        self.positions = torch.cat([torch.arange(n, device=device) for n in self.lengths])
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        """See :class:`ForwardContext`. One attention call per sequence, so nothing is padded."""
+        out = torch.empty_like(q)
+        start = 0
+        for length in self.lengths:
+            rows = slice(start, start + length)
+            heads_first = (t[rows].transpose(0, 1)[None] for t in (q, k, v))
+            out[rows] = scoring.attention(*heads_first)[0].transpose(0, 1)
+            start += length
+        return out

@@ -1,0 +1,21 @@
+"""LayerNorm and RMSNorm. Modules here only hold parameters; ``transformer.random_parameters`` initialises them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quadriga.kernels import ops
+from quadriga.model.config import NormSpec
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, weight only; see ``ops.norm``."""
+
+    def __init__(self, d_model: int, spec: NormSpec) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.spec = spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.norm(x, self.weight, self.spec.kind, self.spec.eps)

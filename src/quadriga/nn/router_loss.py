@@ -1,0 +1,97 @@
+"""What training adds to the loss so that routers use all their experts.
+
+    hf            E * sum_j sum_e f[j, e] P[e] over the rows of all layers together     perfect balance: k
+    megablocks    mean over layers of  E / (T k) * sum_e counts[e] P[e]                 perfect balance: 1
+
+f[j, e] is the share of rows whose j-th choice is e, counts[e] = T * sum_j f[j, e], P[e] the mean probability. For one
+layer the first is k times the second, so the same weight means k times the strength: DBRX's published 0.05 is of the
+megablocks form (mosaicml/llm-foundry, databricks/megablocks@78eea65f), transformers applies it in its own. Only P
+carries a gradient; f and counts are constants, as in Switch Transformers (Fedus et al. 2021, eq. 4).
+
+Probabilities go in once softmaxed. DBRX's first official file softmaxed them a second time inside its loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quadriga.errors import ConfigError
+from quadriga.nn.moe import RouterStats
+
+Form = Literal["hf", "megablocks"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How some tokens used every layer's experts: sums, so the usage of several ranks' tokens is their sum."""
+
+    counts: Tensor
+    """(L, E): (token, slot) pairs sent to each expert. No gradient."""
+    probs: Tensor
+    """(L, E): summed probabilities, differentiable."""
+    n_tokens: Tensor
+    """Scalar."""
+
+    @classmethod
+    def of(cls, stats: Sequence[RouterStats], mask: Tensor | None = None) -> Usage:
+        """The usage of one forward pass, without the tokens that ``mask`` (N,) leaves out."""
+        assert stats, "a dense model has no router"
+        kept = [_rows(layer, mask) for layer in stats]
+        n_experts = stats[0].probs.shape[1]
+        counts = torch.stack([torch.bincount(ids.reshape(-1), minlength=n_experts) for ids, _ in kept])
+        probs = torch.stack([probs.sum(0) for _, probs in kept])
+        return cls(counts.to(probs.dtype), probs, probs.new_tensor(float(len(kept[0][0]))))
+
+
+def balance_loss(counts: Tensor, probs: Tensor, n_tokens: Tensor, top_k: int, form: Form) -> Tensor:
+    """The balance loss from usage; see the module docstring.
+
+    ``counts`` and ``n_tokens`` belong to all tokens that are balanced together. ``probs`` may be of a part of them, one
+    rank's: the loss is linear in it, so what the ranks compute from their own adds up to the loss of the whole.
+
+    Raises:
+        ConfigError: an unknown form.
+    """
+    n_layers, n_experts = counts.shape
+    match form:
+        case "hf":
+            rows = n_layers * n_tokens
+            return n_experts * torch.dot(counts.sum(0) / rows, probs.sum(0) / rows)
+        case "megablocks":
+            return n_experts / (top_k * n_layers) * ((counts / n_tokens) * (probs / n_tokens)).sum()
+        case _:
+            raise ConfigError(f"the form of the balance loss must be 'hf' or 'megablocks', got {form!r}")
+
+
+def load_balancing_loss(stats: Sequence[RouterStats], *, form: Form, mask: Tensor | None = None) -> Tensor:
+    """The balance loss of one forward pass, unweighted.
+
+    Args:
+        stats: one entry per layer, as the Transformer returned them.
+        form: see the module docstring.
+        mask: (N,) bool, False for padding tokens, which count neither in f nor in P.
+
+    Returns:
+        a float32 scalar, differentiable through the probabilities; NaN if the mask keeps no token.
+
+    Raises:
+        ConfigError: an unknown form.
+    """
+    usage = Usage.of(stats, mask)
+    return balance_loss(usage.counts, usage.probs, usage.n_tokens, stats[0].expert_ids.shape[1], form)
+
+
+def _rows(layer: RouterStats, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (layer.expert_ids, layer.probs) if mask is None else (layer.expert_ids[mask], layer.probs[mask])
+
+
+def router_z_loss(stats: Sequence[RouterStats], *, mask: Tensor | None = None) -> Tensor:
+    """Mean over tokens of logsumexp(router logits)^2, summed over layers (Zoph et al. 2022, eq. 5), unweighted."""
+    assert stats, "a dense model has no router"
+    logits = [layer.logits if mask is None else layer.logits[mask] for layer in stats]
+    return torch.stack([layer.logsumexp(-1).square().mean() for layer in logits]).sum()

@@ -1,0 +1,138 @@
+"""The one Transformer every family runs on: embed, blocks, norm, head, over N packed tokens.
+
+    block:  h = h + [post_norm] attention(norm(h))
+            h = h + [post_norm] ffn(norm(h))          ffn is one network or a mixture of experts
+
+The post norms exist only where the config asks for them (Grok-1's sandwich). Nothing here knows sequences, caches or
+sampling: those live behind the ForwardContext. Parameter names and shapes are those of ``model.weight_map``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from quadriga.model.config import DenseSpec, LayerSpec, ModelConfig, MoESpec
+from quadriga.model.weight_map import parameter_shapes
+from quadriga.nn.attention import Attention
+from quadriga.nn.context import ForwardContext
+from quadriga.nn.feedforward import FeedForward
+from quadriga.nn.linear import Linear
+from quadriga.nn.moe import MoE, RouterStats
+from quadriga.nn.norm import Norm
+from quadriga.nn.rope import Rotations
+
+
+class ModelOutput(NamedTuple):
+    """Logits of the asked-for rows, and the routing of every layer if it was asked for."""
+
+    logits: Tensor
+    """(R, V) float32 (float64 for a float64 model)."""
+    router_stats: list[RouterStats]
+    """One per layer with experts, over all N tokens; empty for dense models and where not asked for."""
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each normed before and added to the residual stream."""
+
+    def __init__(self, d_model: int, spec: LayerSpec, layer: int) -> None:
+        super().__init__()
+        d = d_model
+        self.attn_norm = Norm(d, spec.norm)
+        self.attn = Attention(d, spec.mixer, layer)
+        self.ffn_norm = Norm(d, spec.norm)
+        self.attn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
+        self.ffn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
+        self.ffn = FeedForward(d, spec.ffn) if isinstance(spec.ffn, DenseSpec) else None
+        self.moe = MoE(d, spec.ffn) if isinstance(spec.ffn, MoESpec) else None
+
+    def forward(self, h: Tensor, context: ForwardContext, rotations: Rotations) -> tuple[Tensor, RouterStats | None]:
+        """h (N, D) -> (h (N, D), this layer's routing or None)."""
+        a = self.attn(self.attn_norm(h), context, rotations)
+        h = h + (a if self.attn_post_norm is None else self.attn_post_norm(a))
+        m = self.ffn_norm(h)
+        stats = None
+        if self.moe is not None:
+            f, stats = self.moe(m)
+        else:
+            assert self.ffn is not None, "a block has one feed-forward or experts"
+            f = self.ffn(m)
+        h = h + (f if self.ffn_post_norm is None else self.ffn_post_norm(f))
+        return h, stats
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model built from a ModelConfig.
+
+    Parameters are uninitialised: fill them with ``load_state_dict(..., assign=True)`` from a checkpoint or with
+    :func:`random_parameters`. Build under ``torch.device("meta")`` to allocate nothing.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Linear(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config.d_model, spec, i) for i, spec in enumerate(config.layers))
+        self.final_norm = Norm(config.d_model, config.final_norm)
+        self.lm_head = None if config.tied_embeddings else Linear(config.vocab_size, config.d_model)
+
+    @classmethod
+    def from_parameters(cls, config: ModelConfig, parameters: Mapping[str, Tensor]) -> Transformer:
+        """A model that uses ``parameters`` (named and shaped as ``parameter_shapes(config)``) without copying them."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(dict(parameters), assign=True)
+        return model
+
+    def forward(
+        self, tokens: Tensor, context: ForwardContext, *, rows: Tensor | None = None, with_stats: bool = False
+    ) -> ModelOutput:
+        """One pass over N packed tokens.
+
+        Args:
+            tokens: (N,) int64 ids below vocab_size.
+            context: where the tokens stand and what they attend to; a cache inside it is written.
+            rows: (R,) int64 indices of the tokens whose logits are wanted; None means all N.
+            with_stats: also return each layer's routing.
+        """
+        hidden, stats = self.hidden(tokens, context)
+        return ModelOutput(self.head(hidden if rows is None else hidden[rows]), stats if with_stats else [])
+
+    def hidden(self, tokens: Tensor, context: ForwardContext) -> tuple[Tensor, list[RouterStats]]:
+        """tokens (N,) -> (final hidden states before the last norm (N, D), routing of each MoE layer)."""
+        h = self.embed.look_up(tokens)
+        if self.config.embedding_scale != 1.0:
+            h = h * self.config.embedding_scale
+        rotations = Rotations(context.positions, h.dtype)
+        stats: list[RouterStats] = []
+        for layer in self.layers:
+            h, layer_stats = layer(h, context, rotations)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return h, stats
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(R, D) before the last norm -> logits (R, V), float32 (float64 for a float64 model)."""
+        head = self.embed if self.lm_head is None else self.lm_head
+        logits: Tensor = head(self.final_norm(hidden))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
+
+
+def random_parameters(
+    config: ModelConfig, *, seed: int = 0, std: float = 0.02, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Parameters for a model that was never trained: N(0, std), norms 1, fuse 0. For tests and benchmarks."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=dtype)
+        if name.endswith("fuse.weight"):
+            return torch.zeros(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype).normal_(0.0, std, generator=generator)
+
+    return {name: fill(name, shape) for name, shape in parameter_shapes(config).items()}

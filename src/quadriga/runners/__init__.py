@@ -1,0 +1,1 @@
+"""Runners: a model and its cache, ready to compute passes over packed batches, one way each."""

@@ -1,0 +1,234 @@
+"""The Transformer as a captured program of CPU kernels: the same model as ``nn.transformer``, op by op.
+
+    ModelConfig + packed parameters --build--> Program --run(Batch)--> logits
+
+What ``Transformer`` computes in torch's modules, this computes in ``kernels/cpu`` over a paged cache; the tests hold
+the two to each other for every family. Nothing here branches on the family either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quadriga.errors import ConfigError
+from quadriga.kernels.cpu.expert_store import ExpertStore
+from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
+from quadriga.kernels.cpu.program import AttentionArgs, Batch, FFNArgs, NormArgs, Program
+from quadriga.model.config import AlibiSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.positions import alibi_slopes, inverse_frequencies
+from quadriga.model.weight_map import parameter_shapes
+from quadriga.quant.dtypes import Array, as_float32
+from quadriga.quant.packed import KV_FORMATS, kv_block_bytes
+from quadriga.runners.base import Floats, RouterStats
+
+ACTIVATIONS = ("auto", "int8", "int16")
+
+MAX_TOKENS = 2048
+"""Tokens of one pass: bounds the activations of a long prompt; more is not faster."""
+
+
+def pack_parameters(parameters: Mapping[str, Array], form: str) -> dict[str, Parameter]:
+    """All matrices of a model in one packed format, its router and vectors in float32: tests and benchmarks.
+
+    Args:
+        parameters: named and shaped as ``parameter_shapes``.
+        form: a name of ``quant.packed.PACKED``.
+    """
+    packed: dict[str, Parameter] = {}
+    for name, values in parameters.items():
+        if values.ndim == 1:
+            packed[name] = as_float32(values)
+        elif values.ndim == 2:
+            packed[name] = pack(np.ascontiguousarray(values), "float32" if name.endswith("router.weight") else form)
+        else:
+            packed[name] = [pack(np.ascontiguousarray(expert), form) for expert in values]
+    return packed
+
+
+def layer_block_bytes(layer: LayerSpec, kv_format: str) -> int:
+    """Bytes of one cache block of 16 positions in a layer."""
+    return kv_block_bytes(kv_format, layer.mixer.state.n_kv_heads, layer.mixer.state.head_dim)
+
+
+def _softmax(logits: Floats) -> Floats:
+    """Over the last axis."""
+    risen = np.exp(logits - logits.max(-1, keepdims=True))
+    out: Floats = risen / risen.sum(-1, keepdims=True)
+    return out
+
+
+class CompiledModel:
+    """A model ready to run on the CPU's kernels, with its key/value cache.
+
+    Args:
+        config: what the model is.
+        parameters: see ``Parameter``; named as in ``parameter_shapes``. They are used where they lie.
+        threads: computing threads.
+        n_blocks: KV blocks of 16 tokens.
+        kv_format: float32, bfloat16 or q8.
+        activations: what quantised matrices are multiplied with: int8, int16, or auto: int16 for models of fewer than
+            a billion parameters, which are sensitive (SmolLM2's perplexity: 23.67 and 23.73) and quick anyway.
+        max_tokens: most tokens of one pass.
+        isa: an instruction set instead of the one in force (tests).
+        store: where the experts are, if they stay on disk.
+
+    Raises:
+        ConfigError: an unknown kv_format.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Mapping[str, Parameter],
+        *,
+        threads: int,
+        n_blocks: int,
+        kv_format: str = "bfloat16",
+        activations: str = "auto",
+        max_tokens: int = MAX_TOKENS,
+        isa: str | None = None,
+        store: ExpertStore | None = None,
+    ) -> None:
+        if kv_format not in KV_FORMATS:
+            raise ConfigError(f"the cache's format must be one of {', '.join(KV_FORMATS)}; got {kv_format!r}")
+        self.config, self.n_blocks, self.kv_format = config, n_blocks, kv_format
+        if activations not in ACTIVATIONS:
+            raise ConfigError(f"activations must be one of {', '.join(ACTIVATIONS)}; got {activations!r}")
+        small = sum(prod(shape) for shape in parameter_shapes(config).values()) < 1e9
+        self.program = Program(
+            d_model=config.d_model,
+            vocab_size=config.vocab_size,
+            max_tokens=max_tokens,
+            threads=threads,
+            fine=activations == "int16" or (activations == "auto" and small),
+            isa=isa,
+        )
+        self.parameters, self.store = parameters, store
+        self._kv = [allocate(n_blocks * layer_block_bytes(layer, kv_format)) for layer in config.layers]
+        self.kv_bytes = sum(kv.nbytes for kv in self._kv)
+        embed = self._packed("embed.weight")
+        self.program.embed(embed, config.embedding_scale)
+        for layer in range(config.n_layers):
+            self.program.attention(self._attention(layer))
+            self.program.ffn(self._ffn(layer))
+        head = embed if config.tied_embeddings else self._packed("lm_head.weight")
+        self.program.head(self._norm("final_norm.weight", config.final_norm), head, config.logit_scale)
+
+    def forward(self, batch: Batch) -> Floats:
+        """Logits (R, V) float32 of the rows asked for; valid until the next pass.
+
+        Raises:
+            HardwareError: no memory is left for the intermediate results.
+            CheckpointError: experts on disk could not be read.
+        """
+        return self.program.run(batch)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the keys and values of whole blocks, (from, to), in every layer."""
+        source, target = (list(side) for side in zip(*pairs, strict=True))
+        for kv in self._kv:
+            blocks = kv.reshape(self.n_blocks, -1)
+            blocks[target] = blocks[source]
+
+    def row_stats(self, logits: Floats) -> tuple[list[int], list[float]]:
+        """Of every row of logits (R, V): the most probable token (the lowest id of equals) and log(sum(exp))."""
+        return self.program.row_stats(logits)
+
+    def hidden(self, n_tokens: int) -> Floats:
+        """(n_tokens, D) float32: the last pass's states after the final norm, which the head reads."""
+        return self.program.hidden(n_tokens, self._norm("final_norm.weight", self.config.final_norm))
+
+    def router_stats(self, n_tokens: int) -> list[RouterStats]:
+        """What every layer's router decided for the last pass's tokens."""
+        return [
+            RouterStats(r.ids[:n_tokens].astype(np.int64), r.weights[:n_tokens].copy(), _softmax(logits), logits)
+            for r in self.program.routing
+            for logits in (r.logits[:n_tokens].copy(),)
+        ]
+
+    def expert_load(self) -> list[NDArray[np.int64]]:
+        """Per MoE layer (E,) int64: tokens every expert has seen since the model was built."""
+        return [routing.load for routing in self.program.routing]
+
+    def _attention(self, layer: int) -> AttentionArgs:
+        shape, p = self.config.layers[layer], f"layers.{layer}."
+        spec = shape.mixer
+        frequencies = slopes = None
+        if isinstance(spec.position, RopeSpec):
+            frequencies = inverse_frequencies(spec.position, spec.head_dim)
+        elif isinstance(spec.position, AlibiSpec):
+            slopes = alibi_slopes(spec.position, spec.n_heads)
+        return AttentionArgs(
+            norm=self._norm(p + "attn_norm.weight", shape.norm),
+            post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
+            wqkv=self._packed(p + "attn.wqkv.weight"),
+            wo=self._packed(p + "attn.wo.weight"),
+            n_heads=spec.n_heads,
+            n_kv_heads=spec.n_kv_heads,
+            head_dim=spec.head_dim,
+            clip=spec.clip_qkv,
+            score_scale=spec.score_scale,
+            soft_cap=spec.soft_cap,
+            inverse_frequencies=frequencies,
+            alibi_slopes=slopes,
+            kv=self._kv[layer],
+            kv_format=self.kv_format,
+        )
+
+    def _ffn(self, layer: int) -> FFNArgs:
+        shape, p = self.config.layers[layer], f"layers.{layer}."
+        ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm)
+        post = self._norm(p + "ffn_post_norm.weight", shape.norm) if shape.post_norms else None
+        match ffn:
+            case DenseSpec():
+                return FFNArgs(
+                    norm=norm,
+                    post_norm=post,
+                    router=None,
+                    gate=[self._packed(p + "ffn.w_gate")] if ffn.gated else None,
+                    up=[self._packed(p + "ffn.w_up")],
+                    down=[self._packed(p + "ffn.w_down")],
+                    top_k=1,
+                    activation=ffn.activation,
+                    aggregate="weighted_sum",
+                    normalize_p=None,
+                    fuse=None,
+                    layer=layer,
+                )
+            case MoESpec():
+                fuse = self.parameters.get(p + "moe.fuse.weight")
+                assert fuse is None or isinstance(fuse, np.ndarray), "fuse is a vector"
+                return FFNArgs(
+                    norm=norm,
+                    post_norm=post,
+                    router=self._packed(p + "moe.router.weight"),
+                    gate=self._experts(p + "moe.w_gate"),
+                    up=self._experts(p + "moe.w_up"),
+                    down=self._experts(p + "moe.w_down"),
+                    top_k=ffn.top_k,
+                    activation=ffn.activation,
+                    aggregate=ffn.aggregate,
+                    normalize_p=ffn.normalize_p,
+                    fuse=fuse,
+                    layer=layer,
+                    store=None if self.store is None else self.store.handle,
+                )
+
+    def _packed(self, name: str) -> Packed:
+        parameter = self.parameters[name]
+        assert isinstance(parameter, Packed), f"{name} is a packed matrix"
+        return parameter
+
+    def _experts(self, name: str) -> Sequence[Packed]:
+        parameter = self.parameters[name]
+        assert not isinstance(parameter, (Packed, np.ndarray)), f"{name} is a list of packed matrices"
+        return parameter
+
+    def _norm(self, name: str, spec: NormSpec) -> NormArgs:
+        weight = self.parameters[name]
+        assert isinstance(weight, np.ndarray), f"{name} is a vector"
+        return NormArgs(weight, spec.kind, spec.eps)

@@ -1,0 +1,142 @@
+"""The model on plain torch ops as a runner: any device and dtype that torch knows, CUDA included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quadriga import runtime
+from quadriga.kernels.cpu.program import Batch
+from quadriga.nn import moe
+from quadriga.nn.adapter_bank import AdapterBank
+from quadriga.nn.context import Scoring
+from quadriga.nn.transformer import Transformer
+from quadriga.quant.packed import BLOCK_TOKENS
+from quadriga.runners.base import Floats, RouterStats
+
+
+class TorchRunner:
+    """A Transformer on plain torch ops over a paged cache.
+
+    Args:
+        model: its parameters' device and dtype are computed in.
+        n_blocks: KV blocks of 16 tokens.
+    """
+
+    def __init__(self, model: Transformer, n_blocks: int) -> None:
+        self.model, self.config, self.n_blocks = model.eval(), model.config, n_blocks
+        weight = next(model.parameters())
+        states = [layer.mixer.state for layer in self.config.layers]
+        shapes = [(n_blocks * BLOCK_TOKENS, state.n_kv_heads, state.head_dim) for state in states]
+        self._keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for shape in shapes]
+        self._values = [torch.zeros_like(keys) for keys in self._keys]
+        self.kv_bytes = sum(t.nbytes for t in (*self._keys, *self._values))
+        self._stats: list[moe.RouterStats] = []
+        self._load: list[Tensor] = []
+        self.bank: AdapterBank | None = None
+        self._adapters: Tensor | None = None
+
+    def adapters(self) -> AdapterBank:
+        """The model's adapters; the first call makes room for them."""
+        if self.bank is None:
+            self.bank = AdapterBank(self.model)
+        return self.bank
+
+    def choose(self, of_token: Sequence[int]) -> None:
+        """Which adapter each token of the next pass uses, 0 for none; passes not announced so use none."""
+        self._adapters = torch.tensor(of_token, device=self._keys[0].device)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Floats:
+        """See :class:`Runner`."""
+        device = self._keys[0].device
+        tokens = torch.from_numpy(batch.tokens).long().to(device)
+        rows = torch.from_numpy(batch.rows).long().to(device)
+        chosen, self._adapters = self._adapters, None
+        with runtime.quick_float32(len(tokens)):
+            if self.bank is not None:
+                self.bank.choose(chosen)
+            self._hidden, self._stats = self.model.hidden(tokens, _PagedContext(self, batch, device))
+            if self.bank is not None:
+                self.bank.choose(None if chosen is None else chosen[rows])
+            logits: Floats = self.model.head(self._hidden[rows]).cpu().numpy()
+        for layer, stats in enumerate(self._stats):
+            if layer == len(self._load):
+                self._load.append(torch.zeros(stats.probs.shape[-1], dtype=torch.int64, device=device))
+            self._load[layer] += stats.load()
+        return logits
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """See :class:`Runner`."""
+        source, target = zip(*pairs, strict=True)
+        for stored in (*self._keys, *self._values):
+            blocks = stored.view(self.n_blocks, BLOCK_TOKENS, *stored.shape[1:])
+            blocks[list(target)] = blocks[list(source)]
+
+    def row_stats(self, logits: Floats) -> tuple[list[int], list[float]]:
+        """See :class:`Runner`."""
+        rows = torch.from_numpy(logits)
+        return rows.argmax(-1).tolist(), rows.logsumexp(-1).tolist()
+
+    @torch.inference_mode()
+    def hidden(self, n_tokens: int) -> Floats:
+        """See :class:`Runner`."""
+        normed: Tensor = self.model.final_norm(self._hidden[:n_tokens])
+        out: Floats = normed.float().cpu().numpy()
+        return out
+
+    def router_stats(self, n_tokens: int) -> list[RouterStats]:
+        """See :class:`Runner`."""
+        return [
+            RouterStats(*(t[:n_tokens].cpu().numpy() for t in (s.expert_ids, s.expert_weights, s.probs, s.logits)))
+            for s in self._stats
+        ]
+
+    def expert_load(self) -> list[NDArray[np.int64]]:
+        """See :class:`Runner`."""
+        return [load.cpu().numpy() for load in self._load]
+
+
+class _PagedContext:
+    """A ForwardContext over the runner's blocks for one batch."""
+
+    def __init__(self, runner: TorchRunner, batch: Batch, device: torch.device) -> None:
+        self._runner = runner
+        self.positions = torch.from_numpy(batch.positions).long().to(device)
+        self._spans = list(zip(batch.starts[:-1].tolist(), batch.starts[1:].tolist(), strict=True))
+        slots, self._past = [], []
+        for s, (start, stop) in enumerate(self._spans):
+            blocks = batch.tables[batch.table_starts[s] : batch.table_starts[s + 1]].astype(np.int64)
+            length = int(batch.positions[stop - 1]) + 1
+            places = np.arange(length)
+            place = blocks[places // BLOCK_TOKENS] * BLOCK_TOKENS + places % BLOCK_TOKENS
+            self._past.append(torch.from_numpy(place).to(device))
+            slots.append(place[batch.positions[start:stop]])
+        self._slots = torch.from_numpy(np.concatenate(slots)).to(device)
+        self._decode = None
+        if len(self._spans) > 1 and all(stop - start == 1 for start, stop in self._spans):
+            # All sequences decode: one padded attention for all of them.
+            longest = max(len(past) for past in self._past)
+            padded = torch.empty(len(self._spans), longest, dtype=torch.int64, device=device)
+            for row, past in zip(padded, self._past, strict=True):
+                # The rest repeats its own first place: a weight of 0 times another's NaN would be NaN.
+                row[: len(past)], row[len(past) :] = past, past[0]
+            self._decode = padded
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        """Store k and v, then attend; see ``nn.context.ForwardContext``."""
+        keys, values = self._runner._keys[layer], self._runner._values[layer]
+        keys[self._slots], values[self._slots] = k, v
+        if self._decode is not None:
+            past_keys, past_values = (t[self._decode].transpose(1, 2) for t in (keys, values))  # (B, K, S, d)
+            positions = self.positions[:, None]
+            return scoring.attention(q[:, :, None], past_keys, past_values, q_positions=positions)[:, :, 0]
+        out = torch.empty_like(q)
+        for (start, stop), past in zip(self._spans, self._past, strict=True):
+            stored = (t[past].transpose(0, 1)[None] for t in (keys, values))
+            out[start:stop] = scoring.attention(q[start:stop].transpose(0, 1)[None], *stored)[0].transpose(0, 1)
+        return out

@@ -1,0 +1,23 @@
+"""Small changes to a model's configuration, for tests that vary one thing at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from quadriga.model.config import ModelConfig, uniform
+
+
+def changed(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """``config`` with fields of its layers (norm, mixer, ffn, post_norms), of itself, or its position or depth changed.
+
+    A new norm becomes the last norm too, as every family so far has it.
+    """
+    layer = config.layers[0]
+    n_layers = fields.pop("n_layers", config.n_layers)
+    if "norm" in fields:
+        fields["final_norm"] = fields["norm"]
+    if "position" in fields:
+        fields["mixer"] = replace(fields.get("mixer", layer.mixer), position=fields.pop("position"))
+    own = {name: fields.pop(name) for name in ("norm", "mixer", "ffn", "post_norms") if name in fields}
+    return replace(config, layers=uniform(replace(layer, **own), n_layers), **fields)

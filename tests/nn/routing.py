@@ -1,0 +1,63 @@
+"""Near ties of routing: rounding may choose another expert, and then everything after it is another number.
+
+So what a backend chose is given to the exact model, whose every row must then be the same; and each choice must have
+been a near tie, or the exact model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quadriga.kernels import ops
+from quadriga.model.config import ModelConfig
+from quadriga.nn.context import PackedContext
+from quadriga.nn.moe import Router, RouterStats
+from quadriga.nn.transformer import ModelOutput, Transformer
+
+
+class ForcedRouter(nn.Module):
+    """A router whose choice of experts is given, so that two precisions can be compared where a near tie flips."""
+
+    def __init__(self, router: Router, ids: Tensor) -> None:
+        super().__init__()
+        self.router, self.ids = router, ids
+
+    def forward(self, x: Tensor) -> ops.Routing:
+        free = self.router(x)
+        chosen, p = free.probs.gather(1, self.ids), self.router.spec.normalize_p
+        if p is not None:
+            chosen = chosen / torch.linalg.vector_norm(chosen, ord=p, dim=-1, keepdim=True)
+        return ops.Routing(self.ids, chosen, free.probs, free.logits)
+
+
+@torch.inference_mode()
+def exact(
+    model: Transformer, config: ModelConfig, tokens: Sequence[int], choices: Sequence[RouterStats]
+) -> ModelOutput:
+    """float64 results of a model of ``config`` with the (rounded) weights of ``model`` and given expert choices."""
+    wide = Transformer.from_parameters(config, {name: t.double() for name, t in model.state_dict().items()})
+    for layer, stats in zip(wide.layers, choices, strict=False):
+        layer.moe.router = ForcedRouter(layer.moe.router, stats.expert_ids)
+    return wide(torch.tensor(tokens), PackedContext([len(tokens)]), with_stats=True)
+
+
+def worst_lag(choices: Sequence[RouterStats], free: Sequence[RouterStats]) -> float:
+    """How much less probable a chosen expert was than the least of the k most probable ones, at worst.
+
+    Returns:
+        the lag in units of the exact probabilities' standard deviation; 0: the k most probable ones were chosen.
+    """
+    lags = [0.0]
+    for mine, wide in zip(choices, free, strict=True):
+        kth_best = wide.probs.topk(mine.expert_ids.shape[1], dim=-1).values[:, -1:]
+        lag = (kth_best - wide.probs.gather(1, mine.expert_ids)).clamp(min=0)
+        lags.append(float(lag.max() / wide.probs.std()))
+    return max(lags)
+
+
+def row_errors(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Root mean square difference of each row (T,), in units of the reference's standard deviation."""
+    return (ours - theirs).square().mean(-1).sqrt() / theirs.std()

@@ -1,0 +1,37 @@
+"""Mistakes that a model can be made with by its configuration alone: what a test of parity is worth is what it can see.
+from tests.configs import changed
+
+Every backend's golden test must fail for every one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from quadriga.model.config import AlibiSpec, ModelConfig, RopeSpec
+from tests.configs import changed
+
+MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
+    "rope theta 10000, as transformers 5.15-5.23 loads DBRX": (
+        "dbrx",
+        lambda c: c.with_mixer(position=RopeSpec(theta=10_000.0)),
+    ),
+    "no clipping": ("dbrx", lambda c: c.with_mixer(clip_qkv=None)),
+    "weights not renormalised": ("dbrx", lambda c: c.with_ffn(normalize_p=None)),
+    "weights of norm 2": ("dbrx", lambda c: c.with_ffn(normalize_p=2.0)),
+    "one expert fewer": ("mixtral", lambda c: c.with_ffn(top_k=2)),
+    "vote": ("mixtral", lambda c: c.with_ffn(aggregate="vote")),
+    "layer norm for rms norm": ("llama", lambda c: changed(c, norm=replace(c.final_norm, kind="layer"))),
+    "epsilon 3e-5": ("llama", lambda c: changed(c, norm=replace(c.final_norm, eps=3e-5))),
+    "scores of twice the scale": ("llama-tied", lambda c: c.with_mixer(scale=2 * 8**-0.5)),
+    "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
+    "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
+    "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),
+    "exact gelu": ("grok1", lambda c: c.with_ffn(activation="gelu")),
+    "no soft cap": ("grok1", lambda c: c.with_mixer(soft_cap=None)),
+    "logits not scaled": ("grok1", lambda c: replace(c, logit_scale=1.0)),
+    "embeddings not scaled": ("grok1", lambda c: replace(c, embedding_scale=1.0)),
+}
+FINER_THAN_BF16 = {"epsilon 3e-5", "tanh gelu", "exact gelu", "no soft cap"}
+"""Mistakes smaller than bf16's own rounding: only float32 can show them."""
