@@ -18,6 +18,7 @@ from quadriga.model.config import (
     ModelConfig,
     MoESpec,
     NormSpec,
+    QKNormSpec,
     RopeSpec,
     uniform_model,
 )
@@ -61,6 +62,28 @@ TINY: dict[str, ModelConfig] = {
         mixer=_ATTN,
         ffn=DenseSpec(d_ff=80, activation="silu"),
         tied_embeddings=True,
+    ),
+    "qwen3": uniform_model(
+        family="qwen3",
+        **_SIZES,
+        norm=NormSpec(kind="rms", eps=1e-6),
+        mixer=replace(_ATTN, head_dim=10, qk_norm=QKNormSpec(over="head", eps=1e-6)),
+        ffn=DenseSpec(d_ff=80, activation="silu"),
+        tied_embeddings=True,
+    ),
+    "qwen3moe": uniform_model(
+        family="qwen3moe",
+        **_SIZES,
+        norm=NormSpec(kind="rms", eps=1e-6),
+        mixer=replace(_ATTN, head_dim=10, qk_norm=QKNormSpec(over="head", eps=1e-6)),
+        ffn=_moe(),
+    ),
+    "olmoe": uniform_model(
+        family="olmoe",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        mixer=replace(_ATTN, qk_norm=QKNormSpec(over="vector", eps=1e-5)),
+        ffn=_moe(normalize_p=None),
     ),
     "mpt": uniform_model(
         family="mpt",

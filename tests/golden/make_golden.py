@@ -44,7 +44,7 @@ def build(config: dict[str, object]) -> torch.nn.Module:
 def run(name: str, config: dict[str, object]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Logits of the prefill, of the cached decoding and of the padded batch; router outputs of the MoE models."""
     model = build(config)
-    moe = name in ("dbrx", "mixtral")
+    moe = name in ("dbrx", "mixtral", "qwen3moe", "olmoe")
     ids = torch.tensor([TOKENS])
     out = model(ids, use_cache=False, **({"output_router_logits": True} if moe else {}))
     tensors = {f"{name}.prefill": out.logits[0]}
@@ -69,7 +69,7 @@ def run(name: str, config: dict[str, object]) -> tuple[dict[str, torch.Tensor], 
     padded = model(batch, **options, **({"output_router_logits": True} if moe else {}))
     tensors[f"{name}.ragged"] = torch.cat([padded.logits[row, : len(s)] for row, s in enumerate(sequences)])
     if moe:
-        # DBRX hands back probabilities, Mixtral logits; stored as probabilities, layer by layer.
+        # DBRX hands back probabilities, the others logits; stored as probabilities, layer by layer.
         raw = torch.stack([layer.float() for layer in out.router_logits])
         tensors[f"{name}.router_probs"] = raw if name == "dbrx" else raw.softmax(-1)
         facts["aux_loss"] = float(out.aux_loss)

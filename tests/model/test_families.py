@@ -18,9 +18,11 @@ from quadriga.model.config import (
     DenseSpec,
     MoESpec,
     NormSpec,
+    QKNormSpec,
     RopeSpec,
     uniform_model,
 )
+from quadriga.model.cost import n_params
 from quadriga.model.families import FAMILIES, PRESETS, config_from_gguf, config_from_hf, family_of
 from quadriga.model.families.base import pick_layout
 from quadriga.model.families.keys import exact_or, shortest_float32
@@ -62,6 +64,21 @@ TINY = {
         logit_scale=0.25,
     ),
     "llama2": LLAMA,
+    "qwen3": changed(
+        LLAMA, family="qwen3", mixer=replace(ATTN, qk_norm=QKNormSpec(over="head", eps=LLAMA.final_norm.eps))
+    ),
+    "qwen3moe": changed(
+        LLAMA,
+        family="qwen3moe",
+        mixer=replace(ATTN, qk_norm=QKNormSpec(over="head", eps=LLAMA.final_norm.eps)),
+        ffn=MOE,
+    ),
+    "olmoe": changed(
+        LLAMA,
+        family="olmoe",
+        mixer=replace(ATTN, head_dim=8, qk_norm=QKNormSpec(over="vector", eps=LLAMA.final_norm.eps)),
+        ffn=replace(MOE, normalize_p=None),
+    ),
     "mpt": changed(
         LLAMA,
         family="mpt",
@@ -254,12 +271,94 @@ MPT_RELEASE = {
     "verbose": 0,
     "vocab_size": 50432,
 }
+QWEN3_30B_A3B_RELEASE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+_SPARSE_KEYS = ("decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob", "num_experts")
+QWEN3_8B_RELEASE = {
+    key: value
+    for key, value in QWEN3_30B_A3B_RELEASE.items()
+    if key not in (*_SPARSE_KEYS, "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
+} | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+}
+OLMOE_RELEASE = {
+    "architectures": ["OlmoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "clip_qkv": None,
+    "eos_token_id": 50279,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 4096,
+    "model_type": "olmoe",
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+    "output_router_logits": False,
+    "pad_token_id": 1,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.0.dev0",
+    "use_cache": True,
+    "vocab_size": 50304,
+}
 RELEASES = {
     "dbrx-132b": DBRX_RELEASE,
     "mixtral-8x7b": MIXTRAL_RELEASE,
     "grok-1": GROK_HPCAI,
     "llama2-70b": LLAMA2_70B_RELEASE,
     "mpt-7b": MPT_RELEASE,
+    "qwen3-8b": QWEN3_8B_RELEASE,
+    "qwen3-30b-a3b": QWEN3_30B_A3B_RELEASE,
+    "olmoe-1b-7b": OLMOE_RELEASE,
 }
 
 
@@ -432,6 +531,13 @@ def test_dbrx_reads_a_resaved_config_with_a_full_dump_in_its_parts():
         (MIXTRAL_RELEASE, {"compression_config": {"bits": 4}}, "packed by a quantiser"),
         (LLAMA2_70B_RELEASE, {"use_dual_attention": None}, "'use_dual_attention', which Quadriga does not know"),
         (MIXTRAL_RELEASE, {"sliding_window": 4096}, "sliding_window must be null, got 4096"),
+        (QWEN3_30B_A3B_RELEASE, {"use_sliding_window": True}, "use_sliding_window must be False"),
+        (QWEN3_30B_A3B_RELEASE, {"layer_types": ["sliding_attention"] * 48}, "layer_types must be"),
+        (QWEN3_30B_A3B_RELEASE, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type must be 'default'"),
+        (QWEN3_30B_A3B_RELEASE, {"attention_bias": True}, "attention_bias must be False"),
+        (QWEN3_30B_A3B_RELEASE, {"decoder_sparse_step": 0}, "decoder_sparse_step must be 1 or more"),
+        (QWEN3_30B_A3B_RELEASE, {"mlp_only_layers": [1.5]}, "mlp_only_layers must be a list of whole numbers"),
+        (OLMOE_RELEASE, {"attention_bias": True}, "attention_bias must be False"),
         (GROK_HPCAI, {"tie_word_embeddings": False}, "tie_word_embeddings must be True"),
         (GROK_HPCAI, {"hidden_act": "silu"}, "hidden_act must be 'gelu'"),
         (MPT_RELEASE, {"no_bias": False}, "no_bias must be True"),
@@ -464,7 +570,7 @@ def test_the_same_inside_the_parts(release, part, change, says):
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_an_unknown_key_is_named_with_its_neighbour(name):
-    near = {"llama2-70b": "rms_norm_epsilon", "mixtral-8x7b": "rms_norm_epsilon", "grok-1": "rms_norm_epsilon"}
+    near = dict.fromkeys(RELEASES.keys() - {"dbrx-132b", "mpt-7b"}, "rms_norm_epsilon")
     key = near.get(name, "max_seq_length")
     right = "rms_norm_eps" if name in near else "max_seq_len"
     with pytest.raises(ConfigError, match=f"config.json has the key '{key}'.*Did you mean '{right}'"):
@@ -482,6 +588,11 @@ MAY_BE_ABSENT = {
         "hidden_act", "max_position_embeddings", "num_key_value_heads", "rope_scaling", "rope_theta",
         "tie_word_embeddings",
     },
+    "qwen3-8b": {"attention_bias", "hidden_act", "max_window_layers", "rope_scaling", "sliding_window", "use_sliding_window"},
+    "qwen3-30b-a3b": {
+        "attention_bias", "hidden_act", "max_window_layers", "rope_scaling", "sliding_window", "use_sliding_window",
+    },
+    "olmoe-1b-7b": {"attention_bias", "clip_qkv", "hidden_act", "num_key_value_heads", "rope_scaling"},
     "mpt-7b": {
         "attn_type", "attn_uses_sequence_id", "embedding_fraction", "learned_pos_emb", "logit_scale", "no_bias",
         "norm_type", "prefix_lm", "qk_ln", "verbose",
@@ -564,17 +675,46 @@ def test_something_that_is_no_config(raw):
 
 
 def test_an_unsupported_model_type_lists_the_supported_ones():
-    with pytest.raises(ConfigError, match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt; got 'qwen2'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe; got 'qwen2'",
+    ):
         config_from_hf({"model_type": "qwen2"})
 
 
 def test_presets_by_name():
-    assert len(PRESETS) == 13
+    assert len(PRESETS) == 17
     assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
     with pytest.raises(ConfigError, match="family must be one of dbrx"):
         family_of(replace(LLAMA, family="gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        # The numbers of safetensors' index on the hub; what works on a token is the model card's 3.3, 22 and 1.3 billion.
+        ("qwen3-8b", 8_190_735_360, 8_190_735_360),
+        ("qwen3-30b-a3b", 30_532_122_624, 3_353_032_704),
+        ("qwen3-235b-a22b", 235_093_634_560, 22_190_763_520),
+        ("olmoe-1b-7b", 6_919_161_856, 1_282_017_280),
+    ],
+)
+def test_the_new_mixtures_have_their_published_sizes(name, total, active):
+    count = n_params(PRESETS[name])
+    assert (count.total, count.active) == (total, active)
+
+
+def test_single_layers_of_a_qwen3_mixture_may_be_dense():
+    raw = QWEN3_30B_A3B_RELEASE | {"decoder_sparse_step": 2, "mlp_only_layers": [3, 47], "num_hidden_layers": 48}
+    config = config_from_hf(raw)
+    sparse = [i for i, layer in enumerate(config.layers) if layer.moe is not None]
+    assert sparse == [i for i in range(1, 48, 2) if i not in (3, 47)], "every second layer, the second first"
+    assert config.layers[0].ffn == DenseSpec(d_ff=6144, activation="silu")
+    assert config_from_hf(family_of(config).config_to_hf(config)) == config
+    with pytest.raises(ConfigError, match="GGUF arch qwen3moe needs a model whose layers are all alike"):
+        family_of(config).config_to_gguf(config)
 
 
 def test_families_never_import_torch():
@@ -711,7 +851,11 @@ def test_the_same_model_from_hf_and_gguf():
         ({"general.type": "adapter"}, {}, "must hold a model, got general.type 'adapter'"),
         ({"llama.block_count": 10**9}, {}, "n_layers must be at most 10000"),
         ({"llama.attention.head_count": 0}, {}, "multiple of its heads"),
-        ({"general.architecture": "qwen2"}, {}, "must be one of dbrx, grok, llama, mpt; got 'qwen2'"),
+        (
+            {"general.architecture": "qwen2"},
+            {},
+            "must be one of dbrx, grok, llama, mpt, olmoe, qwen3, qwen3moe; got 'qwen2'",
+        ),
     ],
 )
 def test_gguf_refusals(change, tensors, says):

@@ -39,7 +39,8 @@ def exact(
 ) -> ModelOutput:
     """float64 results of a model of ``config`` with the (rounded) weights of ``model`` and given expert choices."""
     wide = Transformer.from_parameters(config, {name: t.double() for name, t in model.state_dict().items()})
-    for layer, stats in zip(wide.layers, choices, strict=False):
+    mixtures = [layer for layer in wide.layers if layer.moe is not None]
+    for layer, stats in zip(mixtures, choices, strict=False):
         layer.moe.router = ForcedRouter(layer.moe.router, stats.expert_ids)
     return wide(torch.tensor(tokens), PackedContext([len(tokens)]), with_stats=True)
 

@@ -27,6 +27,9 @@ ALL = {
     "mixtral": ("attention", "router", "experts", "embeddings", "head"),
     "llama2": ("attention", "ffn", "embeddings", "head"),
     "llama2-tied": ("attention", "ffn", "embeddings"),
+    "qwen3": ("attention", "ffn", "embeddings"),
+    "qwen3moe": ("attention", "router", "experts", "embeddings", "head"),
+    "olmoe": ("attention", "router", "experts", "embeddings", "head"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }

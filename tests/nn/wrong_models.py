@@ -1,5 +1,4 @@
 """Mistakes that a model can be made with by its configuration alone: what a test of parity is worth is what it can see.
-from tests.configs import changed
 
 Every backend's golden test must fail for every one of them.
 """
@@ -9,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from quadriga.model.config import AlibiSpec, ModelConfig, RopeSpec
+from quadriga.model.config import AlibiSpec, ModelConfig, QKNormSpec, RopeSpec
 from tests.configs import changed
 
 MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
@@ -25,6 +24,9 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "layer norm for rms norm": ("llama", lambda c: changed(c, norm=replace(c.final_norm, kind="layer"))),
     "epsilon 3e-5": ("llama", lambda c: changed(c, norm=replace(c.final_norm, eps=3e-5))),
     "scores of twice the scale": ("llama-tied", lambda c: c.with_mixer(scale=2 * 8**-0.5)),
+    "q and k normed with another epsilon": ("qwen3", lambda c: c.with_mixer(qk_norm=QKNormSpec(over="head", eps=0.01))),
+    "chosen weights renormalised": ("olmoe", lambda c: c.with_ffn(normalize_p=1.0)),
+    "no clipping after the norms": ("olmoe", lambda c: c.with_mixer(clip_qkv=None)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
     "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),
@@ -33,5 +35,5 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "logits not scaled": ("grok1", lambda c: replace(c, logit_scale=1.0)),
     "embeddings not scaled": ("grok1", lambda c: replace(c, embedding_scale=1.0)),
 }
-FINER_THAN_BF16 = {"epsilon 3e-5", "tanh gelu", "exact gelu", "no soft cap"}
+FINER_THAN_BF16 = {"epsilon 3e-5", "q and k normed with another epsilon", "tanh gelu", "exact gelu", "no soft cap"}
 """Mistakes smaller than bf16's own rounding: only float32 can show them."""

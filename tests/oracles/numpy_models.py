@@ -1,4 +1,4 @@
-"""DBRX, Mixtral, LLaMA, MPT and Grok-1 in plain NumPy, float64: the published mathematics, read from top to bottom.
+"""DBRX, Mixtral, LLaMA, Qwen3, OLMoE, MPT and Grok-1 in plain NumPy, float64: the published mathematics, read from top to bottom.
 
 Written from the models' papers and reference code (SPEC 1.2, 3.1-3.4: databricks/dbrx@a3200393, xai-org/grok-1@7050ed20,
 mosaicml/llm-foundry@8c8dd48f), not from this package, and sharing nothing with it. One sequence, one token and one head
@@ -120,11 +120,28 @@ def dbrx(w: Weights, c: Config, tokens: Sequence[int]) -> tuple[Array, Array]:
 
 
 def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
-    """The attention branch of LLaMA and Mixtral, norm included: (T, D) -> (T, D)."""
+    """The attention branch of LLaMA and its kin, norm included: (T, D) -> (T, D)."""
     a = np.array([rms_norm(x, w[layer + "input_layernorm.weight"], c["rms_norm_eps"]) for x in h])
     q, k, v = (a @ w[f"{layer}self_attn.{name}_proj.weight"].T for name in "qkv")
     n_heads, n_kv = c["num_attention_heads"], c["num_key_value_heads"]
-    mixed = attend(heads(q, n_heads), heads(k, n_kv), heads(v, n_kv), theta=c["rope_theta"])
+    if c["model_type"] == "olmoe":  # norms of the whole vectors, then the clamp
+        q, k = (
+            np.array([rms_norm(row, w[f"{layer}self_attn.{name}_norm.weight"], c["rms_norm_eps"]) for row in x])
+            for name, x in (("q", q), ("k", k))
+        )
+        q, k, v = (np.clip(x, -c["clip_qkv"], c["clip_qkv"]) for x in (q, k, v))
+    q, k, v = heads(q, n_heads), heads(k, n_kv), heads(v, n_kv)
+    if c["model_type"].startswith("qwen3"):  # a norm of every head
+        q, k = (
+            np.array(
+                [
+                    [rms_norm(head, w[f"{layer}self_attn.{name}_norm.weight"], c["rms_norm_eps"]) for head in row]
+                    for row in x
+                ]
+            )
+            for name, x in (("q", q), ("k", k))
+        )
+    mixed = attend(q, k, v, theta=c["rope_theta"])
     return mixed @ w[layer + "self_attn.o_proj.weight"].T
 
 
@@ -141,6 +158,28 @@ def llama(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
             h[t] += w[layer + "mlp.down_proj.weight"] @ hidden
     head = table if c["tie_word_embeddings"] else w["lm_head.weight"]
     return np.array([head @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def fine_grained(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Qwen3-MoE and OLMoE: logits (T, V)."""
+    eps = c["rms_norm_eps"]
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            if i in c.get("mlp_only_layers", ()):
+                shares = {"": 1.0}
+            else:
+                p = softmax(w[layer + "mlp.gate.weight"] @ m)
+                chosen = np.argsort(-p, kind="stable")[: c["num_experts_per_tok"]]
+                whole = p[chosen].sum() if c["norm_topk_prob"] else 1.0
+                shares = {f"experts.{e}.": p[e] / whole for e in chosen}
+            for expert, share in shares.items():
+                gate, up, down = (w[f"{layer}mlp.{expert}{name}_proj.weight"] for name in ("gate", "up", "down"))
+                h[t] += share * (down @ (silu(gate @ m) * (up @ m)))
+    return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
 
 
 def mixtral(w: Weights, c: Config, tokens: Sequence[int]) -> tuple[Array, Array]:
@@ -211,6 +250,9 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "dbrx": lambda w, c, tokens: dbrx(w, c, tokens)[0],
     "mixtral": lambda w, c, tokens: mixtral(w, c, tokens)[0],
     "llama": llama,
+    "qwen3": llama,
+    "qwen3_moe": fine_grained,
+    "olmoe": fine_grained,
     "mpt": mpt,
 }
 """Logits by ``model_type``."""

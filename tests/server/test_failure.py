@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 
 from quadriga.server import run
@@ -66,7 +67,7 @@ def test_not_a_number_ends_its_requests_only() -> None:
 
         def forward(batch: Any) -> Any:
             logits = real(batch)
-            return logits.fill_(float("nan")) if broken.is_set() else logits
+            return np.full_like(logits, np.nan) if broken.is_set() else logits
 
         runner.forward = forward  # type: ignore[method-assign]
         with Gate(live) as gate, ThreadPoolExecutor(1) as pool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from quadriga import LLM
+from quadriga.kernels.arrays import arrays
 from quadriga.nn.transformer import random_parameters
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.text.tokenizer import load_directory
@@ -27,7 +28,9 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     assert tokenizer is not None
     torch.manual_seed(0)
     config = replace(TINY["dbrx"], vocab_size=tokenizer.n_vocab, eos_ids=(), max_seq_len=256)
-    runner = CompiledModel(config, pack_parameters(random_parameters(config, std=0.3), "q8"), threads=1, n_blocks=64)
+    runner = CompiledModel(
+        config, pack_parameters(arrays(random_parameters(config, std=0.3)), "q8"), threads=1, n_blocks=64
+    )
     with running(LLM(runner, tokenizer)) as server:
         yield server
 

@@ -3,7 +3,8 @@
     ModelConfig
     ├── layers      tuple of LayerSpec, one per layer; equal layers share one object (``uniform``)
     │   ├── mixer   AttentionSpec          heads, clipping, soft cap, scale
-    │   │   └── position   RopeSpec | AlibiSpec | None    how a token knows where it stands
+    │   │   ├── position   RopeSpec | AlibiSpec | None    how a token knows where it stands
+    │   │   └── qk_norm    QKNormSpec | None              norms of q and k
     │   ├── ffn     DenseSpec | MoESpec    one feed-forward network, or a router over many
     │   └── norm    NormSpec               LayerNorm or RMSNorm, and its epsilon
     └── final_norm  NormSpec
@@ -85,6 +86,20 @@ class AlibiSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QKNormSpec:
+    """RMSNorm of q and of k after their projection, before clipping and rotation; each has a weight of its own."""
+
+    over: Literal["head", "vector"]
+    """head: every head by itself, one weight (d,) for all of them (Qwen3); vector: all of q, (H d,), and all of k,
+    (K d,), before they are cut into heads (OLMoE)."""
+    eps: float
+
+    def __post_init__(self) -> None:
+        _require(self.over in ("head", "vector"), f"qk_norm.over must be 'head' or 'vector', got {self.over!r}")
+        _require_number("qk_norm", eps=self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
 class KVState:
     """What attention keeps of a sequence: a key and a value of ``dim`` numbers for every position, in paged blocks."""
 
@@ -112,6 +127,7 @@ class AttentionSpec:
     """Scores become soft_cap * tanh(scores / soft_cap) before the mask (Grok-1: 30)."""
     scale: float | None = None
     """Multiplier of q·k; None means 1/sqrt(head_dim)."""
+    qk_norm: QKNormSpec | None = None
 
     def __post_init__(self) -> None:
         _require_positive("attn", n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)

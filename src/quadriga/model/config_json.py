@@ -22,6 +22,7 @@ from quadriga.model.config import (
     ModelConfig,
     MoESpec,
     NormSpec,
+    QKNormSpec,
     RopeSpec,
     uniform,
 )
@@ -88,6 +89,9 @@ def _layer_from_json(own: dict[str, Any]) -> LayerSpec:
     mixer = own.get("mixer")
     if isinstance(mixer, dict) and mixer.get("position") is not None:
         own["mixer"] = {**mixer, "position": _tagged(_POSITIONS, mixer["position"], "position")}
+    mixer = own.get("mixer")
+    if isinstance(mixer, dict) and mixer.get("qk_norm") is not None:
+        own["mixer"] = {**mixer, "qk_norm": _spec(QKNormSpec, mixer["qk_norm"])}
     own["mixer"] = _tagged(_MIXERS, own.get("mixer"), "mixer")
     own["ffn"] = _tagged(_FFNS, own.get("ffn"), "ffn")
     own["norm"] = _spec(NormSpec, own.get("norm"))

@@ -85,6 +85,10 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
         "attn.wqkv.weight": (attn.qkv_dim, d),
         "attn.wo.weight": (d, attn.q_dim),
     }
+    if attn.qk_norm is not None:
+        by_head = attn.qk_norm.over == "head"
+        shapes["attn.q_norm.weight"] = (attn.head_dim if by_head else attn.q_dim,)
+        shapes["attn.k_norm.weight"] = (attn.head_dim if by_head else attn.kv_dim,)
     if layer.post_norms:
         shapes["attn_post_norm.weight"] = (d,)
     shapes["ffn_norm.weight"] = (d,)

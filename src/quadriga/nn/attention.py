@@ -1,4 +1,4 @@
-"""Grouped-query attention: one packed projection, clipping, rotation, and the context's attend."""
+"""Grouped-query attention: one packed projection, norms of q and k, clipping, rotation, and the context's attend."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.kernels import ops
-from quadriga.model.config import AlibiSpec, AttentionSpec, RopeSpec
+from quadriga.model.config import AlibiSpec, AttentionSpec, NormSpec, RopeSpec
 from quadriga.model.positions import alibi_slopes
 from quadriga.nn.context import ForwardContext, Scoring
 from quadriga.nn.linear import Linear
+from quadriga.nn.norm import Norm
 from quadriga.nn.rope import Rotations
 
 
 class Attention(nn.Module):
-    """wqkv -> clip -> rotate q and k -> attend -> wo. Clipping comes before the rotation (DBRX)."""
+    """wqkv -> norm q and k -> clip -> rotate q and k -> attend -> wo.
+
+    Clipping comes before the rotation (DBRX) and after the norms (OLMoE).
+    """
 
     def __init__(self, d_model: int, spec: AttentionSpec, layer: int) -> None:
         super().__init__()
@@ -22,22 +26,39 @@ class Attention(nn.Module):
         self.layer = layer
         self.wqkv = Linear(spec.qkv_dim, d_model)
         self.wo = Linear(d_model, spec.q_dim)
+        self.q_norm = self.k_norm = None
+        if spec.qk_norm is not None:
+            by_head, norm = spec.qk_norm.over == "head", NormSpec(kind="rms", eps=spec.qk_norm.eps)
+            self.q_norm = Norm(spec.head_dim if by_head else spec.q_dim, norm)
+            self.k_norm = Norm(spec.head_dim if by_head else spec.kv_dim, norm)
         self._scoring: Scoring | None = None
 
     def forward(self, x: Tensor, context: ForwardContext, rotations: Rotations) -> Tensor:
         """x (N, D) -> (N, D)."""
         spec = self.spec
-        qkv = self.wqkv(x)
+        qkv = self._normed(self.wqkv(x))
         if spec.clip_qkv is not None:
             qkv = qkv.clamp(-spec.clip_qkv, spec.clip_qkv)
         heads = qkv.view(x.shape[0], -1, spec.head_dim)  # (N, H + 2K, d)
-        qk, v = heads.split((spec.n_heads + spec.n_kv_heads, spec.n_kv_heads), dim=1)
+        qk, v = heads[:, : spec.n_heads + spec.n_kv_heads], heads[:, spec.n_heads + spec.n_kv_heads :]
         if isinstance(spec.position, RopeSpec):
             qk = ops.rope(qk, *rotations.tables(spec.position, spec.head_dim))
-        q, k = qk.split((spec.n_heads, spec.n_kv_heads), dim=1)
+        q, k = qk[:, : spec.n_heads], qk[:, spec.n_heads :]
         attended = context.attend(self.layer, q, k, v, self._scoring_on(x.device))
         mixed: Tensor = self.wo(attended.reshape(x.shape[0], -1))
         return mixed
+
+    def _normed(self, qkv: Tensor) -> Tensor:
+        """(N, H d + 2 K d) with q and k normed."""
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        spec = self.spec
+        q, k, v = torch.split(qkv, [spec.q_dim, spec.kv_dim, spec.kv_dim], dim=-1)
+        q, k = (
+            norm(part.reshape(len(part), -1, len(norm.weight))).reshape(part.shape)
+            for norm, part in ((self.q_norm, q), (self.k_norm, k))
+        )
+        return torch.cat((q, k, v), dim=-1)
 
     def _scoring_on(self, device: torch.device) -> Scoring:
         """How q·k becomes scores; made at the first pass, for a model is built where nothing is computed."""

@@ -157,11 +157,14 @@ class CompiledModel:
     def _attention(self, layer: int) -> AttentionArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
         spec = shape.mixer
-        frequencies = slopes = None
+        frequencies = slopes = q_norm = k_norm = None
         if isinstance(spec.position, RopeSpec):
             frequencies = inverse_frequencies(spec.position, spec.head_dim)
         elif isinstance(spec.position, AlibiSpec):
             slopes = alibi_slopes(spec.position, spec.n_heads)
+        if spec.qk_norm is not None:
+            rms = NormSpec(kind="rms", eps=spec.qk_norm.eps)
+            q_norm, k_norm = (self._norm(f"{p}attn.{part}_norm.weight", rms) for part in "qk")
         return AttentionArgs(
             norm=self._norm(p + "attn_norm.weight", shape.norm),
             post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
@@ -170,6 +173,8 @@ class CompiledModel:
             n_heads=spec.n_heads,
             n_kv_heads=spec.n_kv_heads,
             head_dim=spec.head_dim,
+            q_norm=q_norm,
+            k_norm=k_norm,
             clip=spec.clip_qkv,
             score_scale=spec.score_scale,
             soft_cap=spec.soft_cap,

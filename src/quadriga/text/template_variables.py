@@ -35,6 +35,9 @@ _CLASS_OF_MODEL = {
     "mixtral": "LlamaTokenizer",
     "dbrx": "GPT2Tokenizer",
     "mpt": "GPTNeoXTokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "qwen3_moe": "Qwen2Tokenizer",
+    "olmoe": "GPTNeoXTokenizer",
 }
 """transformers' class for a model_type of config.json, where tokenizer_config.json names none."""
 

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "f42bb2bbee60b00006f0b300fccf804a4768f6376fb8815fac170d9f7833aca5"
+HEADER_SHA256 = "e8f09ace9158e9fdb594157187e25218703cf7f824dfd210c7f0c3bd27d73f1c"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -158,6 +158,10 @@ class Attention(c.Structure):
         ("n_kv_heads", c.c_int32),
         ("head_dim", c.c_int32),
         ("kv_format", c.c_int32),
+        ("q_norm", Norm),
+        ("k_norm", Norm),
+        ("q_norm_width", c.c_int32),
+        ("k_norm_width", c.c_int32),
         ("clip", c.c_float),
         ("score_scale", c.c_float),
         ("soft_cap", c.c_float),

@@ -3,7 +3,7 @@
 Building a :class:`Program` lays out every op of the model as a C structure, pointers in place; running it is one call
 from Python for the whole step, whatever the number of layers. Between the ops nothing but C++ runs.
 
-    embed -> [ norm+qkv+clip+rotate+cache write -> attention -> projection+residual
+    embed -> [ norm+qkv+norms+clip+rotate+cache write -> attention -> projection+residual
                norm+router+experts+weighted sum+residual ] * n_layers -> norm+head on the rows asked for
 """
 
@@ -46,6 +46,9 @@ class AttentionArgs:
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    q_norm: NormArgs | None
+    """Of every head (d,), or of all of q together (H d,): its weight says which."""
+    k_norm: NormArgs | None
     clip: float | None
     score_scale: float
     soft_cap: float | None
@@ -154,6 +157,10 @@ class Program:
             n_kv_heads=a.n_kv_heads,
             head_dim=a.head_dim,
             kv_format=cpu.KV_FORMATS[a.kv_format],
+            q_norm=self._norm(a.q_norm),
+            k_norm=self._norm(a.k_norm),
+            q_norm_width=0 if a.q_norm is None else a.q_norm.weight.size,
+            k_norm_width=0 if a.k_norm is None else a.k_norm.weight.size,
             clip=a.clip or 0.0,
             score_scale=a.score_scale,
             soft_cap=a.soft_cap or 0.0,

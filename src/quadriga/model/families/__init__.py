@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import ModelConfig
-from quadriga.model.families import class_defaults, dbrx, grok1, llama2, mixtral, mpt
+from quadriga.model.families import class_defaults, dbrx, grok1, llama2, mixtral, mpt, olmoe, qwen3
 from quadriga.model.families.base import Family
 from quadriga.model.families.keys import Keys
 from quadriga.model.weight_map import Shape
@@ -23,6 +23,9 @@ FAMILIES: dict[str, Family] = {
     "grok1": grok1.FAMILY,
     "llama2": llama2.FAMILY,
     "mpt": mpt.FAMILY,
+    "qwen3": qwen3.DENSE,
+    "qwen3moe": qwen3.MIXTURE,
+    "olmoe": olmoe.FAMILY,
 }
 
 PRESETS: dict[str, ModelConfig] = {

@@ -37,6 +37,10 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, ClassDefault]] = {
         "num_key_value_heads": ClassDefault(8, "4.36"),
         "router_aux_loss_coef": ClassDefault(0.001, "4.36"),
     },
+    "olmoe": {
+        # The first release's file leaves it out.
+        "rms_norm_eps": ClassDefault(1e-5, "4.45"),
+    },
 }
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from quadriga.errors import ConfigError
-from quadriga.model.config import AlibiSpec, AttentionSpec, LayerSpec, ModelConfig, RopeSpec
+from quadriga.model.config import AlibiSpec, AttentionSpec, LayerSpec, ModelConfig, MoESpec, RopeSpec
 from quadriga.model.families import base
 from quadriga.model.families.keys import Keys, equal_heads, exact_or, shortest_float32
 from quadriga.model.families.pieces import ExpertPart, experts
@@ -75,14 +75,15 @@ def _of_all_layers(key: str, value: object, n_layers: object) -> object:
     return value[0]
 
 
-def plain_experts(keys: Keys, d_ff: int) -> None:
-    """Refuse every kind of mixture but this: each layer routes by a softmax, its chosen weights summing to one.
+def plain_experts(keys: Keys, d_ff: int, *, normalised: bool = True) -> None:
+    """Refuse every kind of mixture but this: each layer routes by a softmax.
 
     Args:
         d_ff: width of an expert.
+        normalised: the chosen weights are divided by their sum.
     """
     keys.must_be("expert_gating_func", 1, 0)  # 1 is the softmax (gguf.ExpertGatingFuncType), 0 llama.cpp's default
-    keys.must_be("expert_weights_norm", True)
+    keys.must_be("expert_weights_norm", normalised)
     keys.must_be("expert_weights_scale", 1, 0)
     keys.must_be("expert_feed_forward_length", d_ff)
     for key in ("expert_shared_count", "expert_shared_feed_forward_length", "leading_dense_block_count"):
@@ -112,7 +113,7 @@ def vocabulary_size(keys: Keys, shapes: Mapping[str, Shape]) -> int:
     return shape[0]
 
 
-def attention(keys: Keys, d_model: int, position: RopeSpec | AlibiSpec, **extras: float | None) -> AttentionSpec:
+def attention(keys: Keys, d_model: int, position: RopeSpec | AlibiSpec, **extras: Any) -> AttentionSpec:
     """Heads and head size; ``extras`` are further fields of AttentionSpec."""
     n_heads = keys.integer("attention.head_count")
     # llama.cpp: no head_count_kv means one key/value head per query head.
@@ -197,6 +198,16 @@ def common_keys(config: ModelConfig, arch: str) -> dict[str, object]:
         f"{arch}.attention.head_count_kv": attn.n_kv_heads,
         f"{arch}.attention.{eps}": layer.norm.eps,
         **token_id_keys(config),
+    }
+
+
+def expert_keys(config: ModelConfig, arch: str) -> dict[str, object]:
+    """The keys of a mixture whose layers are all alike."""
+    moe = base.of_kind(config.only_layer(f"GGUF arch {arch}").ffn, MoESpec, f"GGUF arch {arch}")
+    return {
+        f"{arch}.expert_count": moe.n_experts,
+        f"{arch}.expert_used_count": moe.top_k,
+        f"{arch}.expert_feed_forward_length": moe.d_ff,
     }
 
 

@@ -180,6 +180,15 @@ class Keys:
             raise self._wrong(key, "a token id or a list of token ids")
         return tuple(value)
 
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers; null is none of them."""
+        value = self._get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
+            raise self._wrong(key, "a list of whole numbers")
+        return tuple(value)
+
     def section(self, key: str) -> Keys:
         """A dict inside this one; it has a ``finish`` of its own."""
         return Keys(self._get(key), f"{self._where}: {key}")

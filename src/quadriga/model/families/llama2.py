@@ -107,8 +107,8 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def common_to_hf(config: ModelConfig, form: str) -> dict[str, object]:
-    """The keys that LLaMA's and Mixtral's config.json share."""
-    layer = config.only_layer(form)
+    """The keys that config.json files of LLaMA's shape share; of layers that differ, the first one's."""
+    layer = config.layers[0]
     attn, rope = layer.mixer, of_kind(layer.mixer.position, RopeSpec, form)
     return {
         "vocab_size": config.vocab_size,
@@ -157,7 +157,7 @@ HF_COMMON = {
 }
 """Tensors that LLaMA and Mixtral name alike."""
 
-_HF_FFN = {
+HF_FFN = {
     _LAYER + "mlp.gate_proj.weight": "layers.{i}.ffn.w_gate",
     _LAYER + "mlp.up_proj.weight": "layers.{i}.ffn.w_up",
     _LAYER + "mlp.down_proj.weight": "layers.{i}.ffn.w_down",
@@ -189,7 +189,7 @@ GGUF_COMMON = {
 }
 """Tensors that dense and expert models of GGUF arch ``llama`` share."""
 
-_GGUF_FFN = {
+GGUF_FFN = {
     "blk.{i}.ffn_gate.weight": "layers.{i}.ffn.w_gate",
     "blk.{i}.ffn_up.weight": "layers.{i}.ffn.w_up",
     "blk.{i}.ffn_down.weight": "layers.{i}.ffn.w_down",
@@ -215,7 +215,7 @@ def gguf_qkv(config: ModelConfig) -> list[Piece]:
 
 
 def _hf_layout(config: ModelConfig) -> list[Piece]:
-    return copies(config, HF_COMMON) + hf_qkv(config) + copies(config, _HF_FFN)
+    return copies(config, HF_COMMON) + hf_qkv(config) + copies(config, HF_FFN)
 
 
 def _meta_layout(config: ModelConfig) -> list[Piece]:
@@ -223,7 +223,7 @@ def _meta_layout(config: ModelConfig) -> list[Piece]:
 
 
 def _gguf_map(config: ModelConfig) -> list[Piece]:
-    return copies(config, GGUF_COMMON) + gguf_qkv(config) + copies(config, _GGUF_FFN)
+    return copies(config, GGUF_COMMON) + gguf_qkv(config) + copies(config, GGUF_FFN)
 
 
 def common_from_gguf(keys: Keys, metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -250,16 +250,16 @@ def common_from_gguf(keys: Keys, metadata: Mapping[str, object], shapes: Mapping
     }
 
 
-def common_to_gguf(config: ModelConfig, form: str) -> dict[str, object]:
-    """Every key of a ``llama`` GGUF but those of experts."""
+def common_to_gguf(config: ModelConfig, form: str, arch: str = "llama") -> dict[str, object]:
+    """Every key of a GGUF of LLaMA's shape but those of experts."""
     attn = config.only_layer(form).mixer
     rope, head_dim = of_kind(attn.position, RopeSpec, form), attn.head_dim
     return {
-        **gguf_keys.common_keys(config, "llama"),
-        "llama.rope.freq_base": rope.theta,
-        "llama.rope.dimension_count": head_dim,
-        "llama.attention.key_length": head_dim,
-        "llama.attention.value_length": head_dim,
+        **gguf_keys.common_keys(config, arch),
+        f"{arch}.rope.freq_base": rope.theta,
+        f"{arch}.rope.dimension_count": head_dim,
+        f"{arch}.attention.key_length": head_dim,
+        f"{arch}.attention.value_length": head_dim,
     }
 
 

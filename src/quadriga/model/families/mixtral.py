@@ -24,8 +24,8 @@ from quadriga.model.families.llama2 import (
     hf_qkv,
     meta_qkv,
 )
-from quadriga.model.families.pieces import copies, experts, flat_experts
-from quadriga.model.weight_map import Piece, Shape, whole
+from quadriga.model.families.pieces import copies, experts, flat_experts, gate_up
+from quadriga.model.weight_map import Piece, Shape
 
 IGNORED = PRETRAINED_KEYS
 
@@ -119,26 +119,7 @@ def _hf5_layout(config: ModelConfig) -> list[Piece]:
         _LAYER + "mlp.gate.weight": "layers.{i}.moe.router.weight",
         _LAYER + "mlp.experts.down_proj": "layers.{i}.moe.w_down",
     }
-    return copies(config, HF_COMMON | names) + hf_qkv(config) + _gate_up(config)
-
-
-def _gate_up(config: ModelConfig) -> list[Piece]:
-    pieces = []
-    for i, layer in enumerate(config.layers):
-        ffn = of_kind(layer.ffn, MoESpec, "Mixtral")
-        shape = (ffn.n_experts, ffn.d_ff, config.d_model)
-        for part, start in (("w_gate", 0), ("w_up", ffn.d_ff)):
-            box = (whole(shape)[0], (start, start + ffn.d_ff), whole(shape)[2])
-            pieces.append(
-                Piece(
-                    source=f"model.layers.{i}.mlp.experts.gate_up_proj",
-                    source_shape=(ffn.n_experts, 2 * ffn.d_ff, config.d_model),
-                    source_box=box,
-                    target=f"layers.{i}.moe.{part}",
-                    target_shape=shape,
-                )
-            )
-    return pieces
+    return copies(config, HF_COMMON | names) + hf_qkv(config) + gate_up(config, _LAYER + "mlp.experts.gate_up_proj")
 
 
 def _mistral_layout(config: ModelConfig) -> list[Piece]:

@@ -15,7 +15,7 @@ from math import prod
 from typing import Literal
 
 from quadriga.model.config import ModelConfig, MoESpec
-from quadriga.model.weight_map import Piece, parameter_shapes
+from quadriga.model.weight_map import Piece, parameter_shapes, whole
 
 ExpertPart = Literal["w_gate", "w_up", "w_down"]
 
@@ -106,6 +106,28 @@ def experts(config: ModelConfig, part: ExpertPart, name: str, *, transpose: bool
             )
             for e in range(n_experts)
         ]
+    return pieces
+
+
+def gate_up(config: ModelConfig, name: str) -> list[Piece]:
+    """Pieces for w_gate and w_up in one tensor of all experts, each one's gate above its up: (E, 2 F, D).
+
+    Args:
+        name: source name with ``{i}`` for the layer.
+    """
+    pieces = []
+    for i, spec in config.moe_layers:
+        shape = (spec.n_experts, spec.d_ff, config.d_model)
+        for part, start in (("w_gate", 0), ("w_up", spec.d_ff)):
+            pieces.append(
+                Piece(
+                    source=name.format(i=i),
+                    source_shape=(spec.n_experts, 2 * spec.d_ff, config.d_model),
+                    source_box=(whole(shape)[0], (start, start + spec.d_ff), whole(shape)[2]),
+                    target=f"layers.{i}.moe.{part}",
+                    target_shape=shape,
+                )
+            )
     return pieces
 
 

@@ -148,6 +148,13 @@ void run_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
     for (int64_t i = begin; i < end; ++i) {
       while (i >= b.starts[s + 1]) ++s;
       float* row = qkv + i * width;
+      if (op.q_norm.weight) {
+        const auto normed = [&](const qd_norm& norm, float* x, int64_t dim, int64_t together) {
+          for (int64_t j = 0; j < dim; j += together) c.kernels->norm(norm.kind, norm.eps, norm.weight, x + j, together, x + j);
+        };
+        normed(op.q_norm, row, q_dim, op.q_norm_width);
+        normed(op.k_norm, row + q_dim, kv_dim, op.k_norm_width);
+      }
       if (op.clip > 0)
         for (int64_t j = 0; j < width; ++j) row[j] = std::min(std::max(row[j], -op.clip), op.clip);
       const int position = b.positions[i];

@@ -87,6 +87,8 @@ typedef struct {
   qd_norm norm, post_norm;
   qd_matrix wqkv, wo; /* (H d + 2 K d, D), (D, H d) */
   int32_t n_heads, n_kv_heads, head_dim, kv_format;
+  qd_norm q_norm, k_norm;             /* of q and k before clipping and rotation; NULL weight: none */
+  int32_t q_norm_width, k_norm_width; /* numbers that are normed together: d for each head, or H d and K d for all */
   float clip;                  /* 0: none */
   float score_scale, soft_cap; /* soft_cap 0: none */
   const float* inverse_frequencies; /* (d/2,) or NULL where positions are not rotary */
