@@ -42,14 +42,14 @@ def logits(checkpoint: Checkpoint) -> Tensor:
         return model(IDS, PackedContext([17, 24])).logits
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama2-tied"])
+@pytest.mark.parametrize("name", ["llama2", "llama2-tied", "qwen3"])
 @pytest.mark.parametrize(("top_k", "granules"), [(2, None), (4, 2), (2, 1), (1, 1)])
 def test_the_mixture_computes_what_the_dense_model_does(
     tmp_path: Path, name: str, top_k: int, granules: int | None
 ) -> None:
     dense = opened(tmp_path / "dense", name)
     moe = upcycle(dense, Upcycling(n_experts=8, top_k=top_k, granules=granules, router_std=0.5))
-    assert moe.config.family == "mixtral"
+    assert moe.config.family == ("qwen3moe" if name == "qwen3" else "mixtral")
     assert moe.config.only_moe("this test").d_ff * (granules or top_k) == dense.config.layers[0].ffn.d_ff
     wanted = logits(dense)
     # Sums in another order: a few roundings of the logits' own size.
@@ -106,8 +106,9 @@ def test_noise_has_the_size_asked_for(tmp_path: Path) -> None:
     assert not torch.equal((b - a)[0], (b - a)[2])
 
 
-def test_written_as_hf_gguf_and_packed_it_reads_back(tmp_path: Path) -> None:
-    dense = opened(tmp_path / "dense", eos_ids=(7,), bos_id=1)
+@pytest.mark.parametrize("name", ["llama2", "qwen3"])
+def test_written_as_hf_gguf_and_packed_it_reads_back(tmp_path: Path, name: str) -> None:
+    dense = opened(tmp_path / "dense", name, eos_ids=(7,), bos_id=1)
     moe = upcycle(dense, HOW)
     wanted = logits(moe)
     convert.write(moe, tmp_path / "hf", to="hf")
@@ -121,8 +122,9 @@ def test_written_as_hf_gguf_and_packed_it_reads_back(tmp_path: Path) -> None:
         assert torch.equal(logits(again), wanted), path
 
 
-def test_merging_right_after_upcycling_gives_the_dense_model_back(tmp_path: Path) -> None:
-    dense = opened(tmp_path / "dense")
+@pytest.mark.parametrize("name", ["llama2", "qwen3"])
+def test_merging_right_after_upcycling_gives_the_dense_model_back(tmp_path: Path, name: str) -> None:
+    dense = opened(tmp_path / "dense", name)
     convert.write(upcycle(dense, HOW), tmp_path / "moe")
     back = merge_experts(open_checkpoint(tmp_path / "moe"), use=[[3, 1, 4, 1, 5, 9]] * 3)
     assert back.config == dense.config
@@ -179,5 +181,7 @@ def test_sizes_that_do_not_divide_and_foreign_families_are_refused(tmp_path: Pat
         upcycle(opened(tmp_path / "a"), Upcycling(n_experts=6, top_k=3))
     with pytest.raises(ConfigError, match="family mpt"):
         upcycle(opened(tmp_path / "b", "mpt"), HOW)
+    with pytest.raises(ConfigError, match="of the family olmoe, whose dense form"):
+        merge_experts(opened(tmp_path / "d", "olmoe"), 1)
     with pytest.raises(ConfigError, match="has no experts"):
         merge_experts(opened(tmp_path / "c"))

@@ -27,7 +27,8 @@ from quadriga.edits.calibrate import Calibration
 from quadriga.errors import ConfigError
 from quadriga.io.derive import Unchanged, derive
 from quadriga.io.open import Checkpoint
-from quadriga.model.config import DenseSpec, ModelConfig, MoESpec, RopeSpec
+from quadriga.model import families
+from quadriga.model.config import DenseSpec, ModelConfig, MoESpec
 from quadriga.model.weight_map import parameter_shapes, whole
 from quadriga.quant.dtypes import Array, as_float32
 
@@ -106,12 +107,10 @@ def merge_experts(
     g = granules or spec.top_k
     if g < 1 or spec.n_experts % g:
         raise ConfigError(f"granules must divide n_experts={spec.n_experts}, got {g}")
-    layer = config.layers[0]
-    described = layer.norm.kind == "rms" and isinstance(layer.mixer.position, RopeSpec) and not layer.post_norms
-    if not described or spec.activation != "silu" or layer.mixer.clip_qkv is not None:
+    if families.family_of(config).counterpart is None:
         raise ConfigError(
-            "merging takes mixtures of Mixtral's shape, which become LLaMA's; this one is of the family "
-            f"{config.family}, whose dense form no family here describes"
+            "merging takes mixtures of Mixtral's or Qwen3-MoE's shape, which become LLaMA's or Qwen3's; this one is of "
+            f"the family {config.family}, whose dense form no family here describes"
         )
     return derive(moe, _Merge(moe, g, use))
 
@@ -120,10 +119,12 @@ class _Merge(Unchanged):
     def __init__(self, base: Checkpoint, granules: int, use: Sequence[Sequence[float]] | None) -> None:
         spec = _experts_of(base.config)
         dense = DenseSpec(d_ff=spec.d_ff * granules, activation=spec.activation)
+        family = families.family_of(base.config).counterpart
+        assert family is not None, "refused where there is none"
         weighting = "equally" if use is None else f"by use {[[round(n) for n in layer] for layer in use]}"
         super().__init__(
             base,
-            replace(base.config.with_layers(lambda layer: replace(layer, ffn=dense)), family="llama2"),
+            replace(base.config.with_layers(lambda layer: replace(layer, ffn=dense)), family=family),
             f"merged into {granules} granules {weighting}",
         )
         self.granules, self.use = granules, use

@@ -28,7 +28,8 @@ import numpy as np
 from quadriga.errors import ConfigError
 from quadriga.io.derive import Unchanged, derive
 from quadriga.io.open import Checkpoint
-from quadriga.model.config import DenseSpec, ModelConfig, MoESpec, RopeSpec
+from quadriga.model import families
+from quadriga.model.config import DenseSpec, ModelConfig, MoESpec
 from quadriga.model.weight_map import parameter_shapes
 from quadriga.quant.dtypes import DTYPES, Array, as_float32
 
@@ -83,12 +84,11 @@ def upcycled_config(dense: ModelConfig, how: Upcycling) -> ModelConfig:
         ConfigError: a model whose mixture no family here describes.
     """
     layer = dense.only_layer("upcycling")
-    ffn, described = layer.ffn, layer.norm.kind == "rms" and isinstance(layer.mixer.position, RopeSpec)
-    if not isinstance(ffn, DenseSpec) or not ffn.gated or not described:
+    ffn, mixture = layer.ffn, families.family_of(dense).counterpart
+    if not isinstance(ffn, DenseSpec) or not ffn.gated or mixture is None:
         raise ConfigError(
-            "upcycling takes dense models of LLaMA's shape (RMSNorm, rotary positions, gated network), which become "
-            f"Mixtral's shape; this one is of the family {dense.family} with {ffn}. MPT's network has no gate, and "
-            "experts here are gated."
+            "upcycling takes dense models of LLaMA's or Qwen3's shape, which become Mixtral's or Qwen3-MoE's; this one "
+            f"is of the family {dense.family} with {ffn}. MPT's network has no gate, and experts here are gated."
         )
     if ffn.d_ff % how.n_granules:
         raise ConfigError(f"granules must divide d_ff: got d_ff={ffn.d_ff}, granules={how.n_granules}")
@@ -99,7 +99,7 @@ def upcycled_config(dense: ModelConfig, how: Upcycling) -> ModelConfig:
         activation=ffn.activation,
         aux_loss_weight=how.aux_loss_weight,
     )
-    return replace(dense.with_layers(lambda layer: replace(layer, ffn=moe)), family="mixtral")
+    return replace(dense.with_layers(lambda layer: replace(layer, ffn=moe)), family=mixture)
 
 
 def upcycle(

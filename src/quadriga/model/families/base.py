@@ -39,6 +39,8 @@ class Family:
     gguf_split_map: MapBuilder | None = None
     """The same with a tensor an expert, as llama.cpp wrote until it merged them (ggml-org/llama.cpp#6387, April 2024);
     read only."""
+    counterpart: str | None = None
+    """The family of the same block with the other kind of network: of dense models that of their mixtures, and back."""
     ignored_tensors: tuple[str, ...] = field(default=())
     """fnmatch patterns of stored tensors that carry no information (e.g. ``*.rotary_emb.inv_freq``)."""
     tied_copies: Mapping[str, str] = field(default_factory=dict)

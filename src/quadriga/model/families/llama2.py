@@ -297,6 +297,7 @@ FAMILY = Family(
     config_from_gguf=config_from_gguf,
     config_to_gguf=config_to_gguf,
     gguf_map=_gguf_map,
+    counterpart="mixtral",
     ignored_tensors=(
         "model.layers.*.self_attn.rotary_emb.inv_freq",  # old transformers stored the buffer; it follows from theta
         "rope.freqs",  # the same buffer in Meta's files

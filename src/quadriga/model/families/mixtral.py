@@ -201,6 +201,7 @@ FAMILY = Family(
     config_to_gguf=config_to_gguf,
     gguf_map=_gguf_map,
     gguf_split_map=_gguf_split_map,
+    counterpart="llama2",
     ignored_tensors=("model.layers.*.self_attn.rotary_emb.inv_freq",),
     tied_copies={"lm_head.weight": "model.embed_tokens.weight", "output.weight": "tok_embeddings.weight"},
 )

@@ -294,6 +294,7 @@ DENSE = Family(
     config_from_gguf=dense_from_gguf,
     config_to_gguf=dense_to_gguf,
     gguf_map=gguf_map,
+    counterpart="qwen3moe",
     tied_copies=_TIED,
 )
 MIXTURE = Family(
@@ -307,5 +308,6 @@ MIXTURE = Family(
     config_from_gguf=moe_from_gguf,
     config_to_gguf=moe_to_gguf,
     gguf_map=gguf_map,
+    counterpart="qwen3",
     tied_copies=_TIED,
 )
