@@ -9,7 +9,7 @@ from quadriga.model.config import ModelConfig, uniform
 
 
 def changed(config: ModelConfig, **fields: Any) -> ModelConfig:
-    """``config`` with fields of its layers (norm, mixer, ffn, post_norms), of itself, or its position or depth changed.
+    """``config`` with fields of its layers (norm, mixer, ffn, post_norms, residual_scale), of itself, or its position or depth changed.
 
     A new norm becomes the last norm too, as every family so far has it.
     """
@@ -19,5 +19,7 @@ def changed(config: ModelConfig, **fields: Any) -> ModelConfig:
         fields["final_norm"] = fields["norm"]
     if "position" in fields:
         fields["mixer"] = replace(fields.get("mixer", layer.mixer), position=fields.pop("position"))
-    own = {name: fields.pop(name) for name in ("norm", "mixer", "ffn", "post_norms") if name in fields}
+    own = {
+        name: fields.pop(name) for name in ("norm", "mixer", "ffn", "post_norms", "residual_scale") if name in fields
+    }
     return replace(config, layers=uniform(replace(layer, **own), n_layers), **fields)

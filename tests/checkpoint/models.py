@@ -85,6 +85,17 @@ TINY: dict[str, ModelConfig] = {
         mixer=replace(_ATTN, qk_norm=QKNormSpec(over="vector", eps=1e-5)),
         ffn=_moe(normalize_p=None),
     ),
+    "granitemoe": uniform_model(
+        family="granitemoe",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        mixer=replace(_ATTN, scale=0.3),
+        ffn=_moe(),
+        residual_scale=0.6,
+        embedding_scale=3.0,
+        logit_scale=0.5,
+        tied_embeddings=True,
+    ),
     "mpt": uniform_model(
         family="mpt",
         **_SIZES,

@@ -79,6 +79,24 @@ TINY = {
         mixer=replace(ATTN, head_dim=8, qk_norm=QKNormSpec(over="vector", eps=LLAMA.final_norm.eps)),
         ffn=replace(MOE, normalize_p=None),
     ),
+    "granite": changed(
+        LLAMA,
+        family="granite",
+        mixer=replace(ATTN, head_dim=8, scale=0.3),
+        residual_scale=0.22,
+        embedding_scale=7.5,
+        logit_scale=0.25,
+    ),
+    "granitemoe": changed(
+        LLAMA,
+        family="granitemoe",
+        mixer=replace(ATTN, head_dim=8, scale=0.3),
+        ffn=MOE,
+        residual_scale=0.22,
+        embedding_scale=7.5,
+        logit_scale=1 / 6,
+        tied_embeddings=True,
+    ),
     "mpt": changed(
         LLAMA,
         family="mpt",
@@ -350,6 +368,39 @@ OLMOE_RELEASE = {
     "use_cache": True,
     "vocab_size": 50304,
 }
+GRANITE_1B_A400M_RELEASE = {
+    "architectures": ["GraniteMoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attention_multiplier": 0.015625,
+    "bos_token_id": 0,
+    "embedding_multiplier": 12.0,
+    "eos_token_id": 0,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 512,
+    "logits_scaling": 6.0,
+    "max_position_embeddings": 4096,
+    "model_type": "granitemoe",
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 0,
+    "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000,
+    "router_aux_loss_coef": 0.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.0.dev0",
+    "use_cache": True,
+    "vocab_size": 49155,
+}
 RELEASES = {
     "dbrx-132b": DBRX_RELEASE,
     "mixtral-8x7b": MIXTRAL_RELEASE,
@@ -359,6 +410,7 @@ RELEASES = {
     "qwen3-8b": QWEN3_8B_RELEASE,
     "qwen3-30b-a3b": QWEN3_30B_A3B_RELEASE,
     "olmoe-1b-7b": OLMOE_RELEASE,
+    "granite-3.0-1b-a400m": GRANITE_1B_A400M_RELEASE,
 }
 
 
@@ -538,6 +590,13 @@ def test_dbrx_reads_a_resaved_config_with_a_full_dump_in_its_parts():
         (QWEN3_30B_A3B_RELEASE, {"decoder_sparse_step": 0}, "decoder_sparse_step must be 1 or more"),
         (QWEN3_30B_A3B_RELEASE, {"mlp_only_layers": [1.5]}, "mlp_only_layers must be a list of whole numbers"),
         (OLMOE_RELEASE, {"attention_bias": True}, "attention_bias must be False"),
+        (GRANITE_1B_A400M_RELEASE, {"logits_scaling": 0.0}, "logit_scale must be a finite number above 0"),
+        (GRANITE_1B_A400M_RELEASE, {"residual_multiplier": -1.0}, "residual_scale must be a finite number above 0"),
+        (
+            GRANITE_1B_A400M_RELEASE,
+            {"shared_intermediate_size": 512},
+            "'shared_intermediate_size', which Quadriga does",
+        ),
         (GROK_HPCAI, {"tie_word_embeddings": False}, "tie_word_embeddings must be True"),
         (GROK_HPCAI, {"hidden_act": "silu"}, "hidden_act must be 'gelu'"),
         (MPT_RELEASE, {"no_bias": False}, "no_bias must be True"),
@@ -592,6 +651,7 @@ MAY_BE_ABSENT = {
     "qwen3-30b-a3b": {
         "attention_bias", "hidden_act", "max_window_layers", "rope_scaling", "sliding_window", "use_sliding_window",
     },
+    "granite-3.0-1b-a400m": {"attention_bias", "hidden_act", "num_key_value_heads", "rope_scaling"},
     "olmoe-1b-7b": {"attention_bias", "clip_qkv", "hidden_act", "num_key_value_heads", "rope_scaling"},
     "mpt-7b": {
         "attn_type", "attn_uses_sequence_id", "embedding_fraction", "learned_pos_emb", "logit_scale", "no_bias",
@@ -677,13 +737,13 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe; got 'qwen2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe; got 'qwen2'",
     ):
         config_from_hf({"model_type": "qwen2"})
 
 
 def test_presets_by_name():
-    assert len(PRESETS) == 17
+    assert len(PRESETS) == 19
     assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
@@ -694,11 +754,12 @@ def test_presets_by_name():
 @pytest.mark.parametrize(
     ("name", "total", "active"),
     [
-        # The numbers of safetensors' index on the hub; what works on a token is the model card's 3.3, 22 and 1.3 billion.
+        # Totals of safetensors' index on the hub; what works on a token is the model cards' 3.3, 22, 1.3 and 0.4 billion.
         ("qwen3-8b", 8_190_735_360, 8_190_735_360),
         ("qwen3-30b-a3b", 30_532_122_624, 3_353_032_704),
         ("qwen3-235b-a22b", 235_093_634_560, 22_190_763_520),
         ("olmoe-1b-7b", 6_919_161_856, 1_282_017_280),
+        ("granite-3.0-1b-a400m", 1_334_628_352, 428_658_688),
     ],
 )
 def test_the_new_mixtures_have_their_published_sizes(name, total, active):
@@ -854,7 +915,7 @@ def test_the_same_model_from_hf_and_gguf():
         (
             {"general.architecture": "qwen2"},
             {},
-            "must be one of dbrx, grok, llama, mpt, olmoe, qwen3, qwen3moe; got 'qwen2'",
+            "must be one of dbrx, granite, granitemoe, grok, llama, mpt, olmoe, qwen3, qwen3moe; got 'qwen2'",
         ),
     ],
 )
@@ -1086,12 +1147,12 @@ def test_metas_rotary_pairs_become_halves(name, layout):
     np.testing.assert_array_equal(wqkv[8 * d :], sources["layers.1.attention.wv.weight"])
 
 
-def test_only_the_llama_arch_of_gguf_is_interleaved():
+def test_only_the_llama_and_granite_archs_of_gguf_are_interleaved():
     """llama.cpp rotates arch llama in pairs (rope type norm), dbrx and grok in halves (NeoX); mpt does not rotate."""
     for name, config in TINY.items():
         rotated = {p.source for p in family_of(config).gguf_map(config) if p.rotary_heads}
         expected = {f"blk.{i}.attn_{p}.weight" for i in range(4) for p in "qk"}
-        assert rotated == (expected if name in ("llama2", "mixtral") else set())
+        assert rotated == (expected if name in ("llama2", "mixtral", "granite", "granitemoe") else set())
 
 
 def test_grok_linear_v_is_up_and_linear_1_is_down():

@@ -30,6 +30,7 @@ ALL = {
     "qwen3": ("attention", "ffn", "embeddings"),
     "qwen3moe": ("attention", "router", "experts", "embeddings", "head"),
     "olmoe": ("attention", "router", "experts", "embeddings", "head"),
+    "granitemoe": ("attention", "router", "experts", "embeddings"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }

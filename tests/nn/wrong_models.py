@@ -27,6 +27,8 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "q and k normed with another epsilon": ("qwen3", lambda c: c.with_mixer(qk_norm=QKNormSpec(over="head", eps=0.01))),
     "chosen weights renormalised": ("olmoe", lambda c: c.with_ffn(normalize_p=1.0)),
     "no clipping after the norms": ("olmoe", lambda c: c.with_mixer(clip_qkv=None)),
+    "branches added whole": ("granitemoe", lambda c: changed(c, residual_scale=1.0)),
+    "scores of the usual scale": ("granite", lambda c: c.with_mixer(scale=None)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
     "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),

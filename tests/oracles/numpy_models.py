@@ -1,4 +1,4 @@
-"""DBRX, Mixtral, LLaMA, Qwen3, OLMoE, MPT and Grok-1 in plain NumPy, float64: the published mathematics, read from top to bottom.
+"""DBRX, Mixtral, LLaMA, Qwen3, OLMoE, Granite, MPT and Grok-1 in plain NumPy, float64: the published mathematics, read from top to bottom.
 
 Written from the models' papers and reference code (SPEC 1.2, 3.1-3.4: databricks/dbrx@a3200393, xai-org/grok-1@7050ed20,
 mosaicml/llm-foundry@8c8dd48f), not from this package, and sharing nothing with it. One sequence, one token and one head
@@ -141,6 +141,8 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
             )
             for name, x in (("q", q), ("k", k))
         )
+    if "attention_multiplier" in c:  # in place of 1/sqrt(d), which attend divides by
+        q = q * c["attention_multiplier"] * math.sqrt(q.shape[-1])
     mixed = attend(q, k, v, theta=c["rope_theta"])
     return mixed @ w[layer + "self_attn.o_proj.weight"].T
 
@@ -180,6 +182,30 @@ def fine_grained(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
                 gate, up, down = (w[f"{layer}mlp.{expert}{name}_proj.weight"] for name in ("gate", "up", "down"))
                 h[t] += share * (down @ (silu(gate @ m) * (up @ m)))
     return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def granite(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Granite, dense and with experts: logits (T, V)."""
+    eps, r = c["rms_norm_eps"], c["residual_multiplier"]
+    h = w["model.embed_tokens.weight"][tokens] * c["embedding_multiplier"]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + r * llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            if c["model_type"] == "granite":
+                gate, up, down = (w[f"{layer}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+                h[t] += r * (down @ (silu(gate @ m) * (up @ m)))
+                continue
+            experts = layer + "block_sparse_moe."
+            logits = w[experts + "router.layer.weight"] @ m
+            chosen = np.argsort(-logits, kind="stable")[: c["num_experts_per_tok"]]
+            made = np.zeros_like(m)
+            for e, share in zip(chosen, softmax(logits[chosen]), strict=True):
+                gate, up = np.split(w[experts + "input_linear.weight"][e], 2)
+                made += share * (w[experts + "output_linear.weight"][e] @ (silu(gate @ m) * (up @ m)))
+            h[t] += r * made
+    return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h]) / c["logits_scaling"]
 
 
 def mixtral(w: Weights, c: Config, tokens: Sequence[int]) -> tuple[Array, Array]:
@@ -253,6 +279,8 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "qwen3": llama,
     "qwen3_moe": fine_grained,
     "olmoe": fine_grained,
+    "granite": granite,
+    "granitemoe": granite,
     "mpt": mpt,
 }
 """Logits by ``model_type``."""

@@ -93,9 +93,9 @@ def calibrate(
         a = block.attn(x, context, rotations)
         hook.remove()
         _matrix(found, checkpoint, prefix + "attn.wo.weight", mixed[0], whole(block.attn.wo.weight), 1.0, errors)
-        h = h + (a if block.attn_post_norm is None else block.attn_post_norm(a))
+        h = block.added(h, a, block.attn_post_norm)
         f = _ffn(found, checkpoint, block, prefix, block.ffn_norm(h), errors)
-        h = h + (f if block.ffn_post_norm is None else block.ffn_post_norm(f))
+        h = block.added(h, f, block.ffn_post_norm)
         if progress is not None:
             progress(index + 1, config.n_layers, f"layer {index}")
     for name in ("embed.weight", "lm_head.weight"):

@@ -224,7 +224,7 @@ def _require_activation(activation: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One layer: h + mixer(norm(h)), then h + ffn(norm(h))."""
+    """One layer: h + r mixer(norm(h)), then h + r ffn(norm(h)), r the residual scale."""
 
     norm: NormSpec
     """Of both halves: a norm of its own before the mixer and before the feed-forward."""
@@ -232,6 +232,11 @@ class LayerSpec:
     ffn: DenseSpec | MoESpec
     post_norms: bool = False
     """True adds a norm after the mixer and after the feed-forward, inside the residual branch (Grok-1's sandwich)."""
+    residual_scale: float = 1.0
+    """What both branches are multiplied by before they are added (Granite: 0.22)."""
+
+    def __post_init__(self) -> None:
+        _require_number("layer", residual_scale=self.residual_scale)
 
     @property
     def moe(self) -> MoESpec | None:
@@ -370,6 +375,7 @@ def uniform_model(
     mixer: AttentionSpec,
     ffn: DenseSpec | MoESpec,
     post_norms: bool = False,
+    residual_scale: float = 1.0,
     **model: Any,
 ) -> ModelConfig:
     """A model of one kind of layer, whose last norm is like the layers'.
@@ -377,5 +383,5 @@ def uniform_model(
     Args:
         model: the other fields of :class:`ModelConfig`.
     """
-    layer = LayerSpec(norm=norm, mixer=mixer, ffn=ffn, post_norms=post_norms)
+    layer = LayerSpec(norm=norm, mixer=mixer, ffn=ffn, post_norms=post_norms, residual_scale=residual_scale)
     return ModelConfig(layers=uniform(layer, n_layers), final_norm=norm, **model)

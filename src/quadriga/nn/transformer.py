@@ -1,7 +1,7 @@
 """The one Transformer every family runs on: embed, blocks, norm, head, over N packed tokens.
 
-    block:  h = h + [post_norm] attention(norm(h))
-            h = h + [post_norm] ffn(norm(h))          ffn is one network or a mixture of experts
+    block:  h = h + scale * [post_norm] attention(norm(h))
+            h = h + scale * [post_norm] ffn(norm(h))          ffn is one network or a mixture of experts
 
 The post norms exist only where the config asks for them (Grok-1's sandwich). Nothing here knows sequences, caches or
 sampling: those live behind the ForwardContext. Parameter names and shapes are those of ``model.weight_map``.
@@ -41,6 +41,7 @@ class Block(nn.Module):
     def __init__(self, d_model: int, spec: LayerSpec, layer: int) -> None:
         super().__init__()
         d = d_model
+        self.residual_scale = spec.residual_scale
         self.attn_norm = Norm(d, spec.norm)
         self.attn = Attention(d, spec.mixer, layer)
         self.ffn_norm = Norm(d, spec.norm)
@@ -52,7 +53,7 @@ class Block(nn.Module):
     def forward(self, h: Tensor, context: ForwardContext, rotations: Rotations) -> tuple[Tensor, RouterStats | None]:
         """h (N, D) -> (h (N, D), this layer's routing or None)."""
         a = self.attn(self.attn_norm(h), context, rotations)
-        h = h + (a if self.attn_post_norm is None else self.attn_post_norm(a))
+        h = self.added(h, a, self.attn_post_norm)
         m = self.ffn_norm(h)
         stats = None
         if self.moe is not None:
@@ -60,8 +61,13 @@ class Block(nn.Module):
         else:
             assert self.ffn is not None, "a block has one feed-forward or experts"
             f = self.ffn(m)
-        h = h + (f if self.ffn_post_norm is None else self.ffn_post_norm(f))
-        return h, stats
+        return self.added(h, f, self.ffn_post_norm), stats
+
+    def added(self, h: Tensor, branch: Tensor, post_norm: Norm | None) -> Tensor:
+        """The residual stream with what a branch made."""
+        if post_norm is not None:
+            branch = post_norm(branch)
+        return h + (branch if self.residual_scale == 1 else branch * self.residual_scale)
 
 
 class Transformer(nn.Module):

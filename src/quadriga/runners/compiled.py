@@ -176,6 +176,7 @@ class CompiledModel:
             q_norm=q_norm,
             k_norm=k_norm,
             clip=spec.clip_qkv,
+            residual_scale=shape.residual_scale,
             score_scale=spec.score_scale,
             soft_cap=spec.soft_cap,
             inverse_frequencies=frequencies,
@@ -201,6 +202,7 @@ class CompiledModel:
                     activation=ffn.activation,
                     aggregate="weighted_sum",
                     normalize_p=None,
+                    residual_scale=shape.residual_scale,
                     fuse=None,
                     layer=layer,
                 )
@@ -218,6 +220,7 @@ class CompiledModel:
                     activation=ffn.activation,
                     aggregate=ffn.aggregate,
                     normalize_p=ffn.normalize_p,
+                    residual_scale=shape.residual_scale,
                     fuse=fuse,
                     layer=layer,
                     store=None if self.store is None else self.store.handle,

@@ -49,6 +49,7 @@ GGUF_PATTERNS: dict[str, Split] = {
     "olmo": Split((_GPT2,), normalizer="NFC"),  # allenai/gpt-neox-olmo-dolma-v1_5
     "smollm": Split((_SINGLE_DIGITS, _GPT2)),
     "starcoder": Split((_SINGLE_DIGITS, _GPT2)),
+    "refact": Split((_SINGLE_DIGITS, _GPT2)),  # Granite 3
     "llama-bpe": Split((_CL100K_GREEDY,), whole_words=True, add_bos=True),
     "dbrx": Split((_CL100K_GREEDY,), whole_words=True),
     "qwen2": Split((_QWEN2,), normalizer="NFC"),  # Qwen/Qwen2-7B's tokenizer.json

@@ -38,6 +38,8 @@ _CLASS_OF_MODEL = {
     "qwen3": "Qwen2Tokenizer",
     "qwen3_moe": "Qwen2Tokenizer",
     "olmoe": "GPTNeoXTokenizer",
+    "granite": "GPT2Tokenizer",
+    "granitemoe": "GPT2Tokenizer",
 }
 """transformers' class for a model_type of config.json, where tokenizer_config.json names none."""
 

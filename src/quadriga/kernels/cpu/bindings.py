@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "e8f09ace9158e9fdb594157187e25218703cf7f824dfd210c7f0c3bd27d73f1c"
+HEADER_SHA256 = "38da4c9cd57b5fe29348a2dc364067e9fab5429ad2bf107127cee37e160e4113"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -163,6 +163,7 @@ class Attention(c.Structure):
         ("q_norm_width", c.c_int32),
         ("k_norm_width", c.c_int32),
         ("clip", c.c_float),
+        ("residual_scale", c.c_float),
         ("score_scale", c.c_float),
         ("soft_cap", c.c_float),
         ("inverse_frequencies", c.c_void_p),
@@ -187,6 +188,7 @@ class Ffn(c.Structure):
         ("aggregate", c.c_int32),
         ("layer", c.c_int32),
         ("normalize_p", c.c_float),
+        ("residual_scale", c.c_float),
         ("fuse", c.c_void_p),
         ("load", c.c_void_p),
         ("ids", c.c_void_p),

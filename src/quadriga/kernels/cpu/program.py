@@ -50,6 +50,7 @@ class AttentionArgs:
     """Of every head (d,), or of all of q together (H d,): its weight says which."""
     k_norm: NormArgs | None
     clip: float | None
+    residual_scale: float
     score_scale: float
     soft_cap: float | None
     inverse_frequencies: Floats | None
@@ -75,6 +76,7 @@ class FFNArgs:
     activation: str
     aggregate: str
     normalize_p: float | None
+    residual_scale: float
     fuse: Floats | None
     layer: int
     store: int | None = None
@@ -162,6 +164,7 @@ class Program:
             q_norm_width=0 if a.q_norm is None else a.q_norm.weight.size,
             k_norm_width=0 if a.k_norm is None else a.k_norm.weight.size,
             clip=a.clip or 0.0,
+            residual_scale=a.residual_scale,
             score_scale=a.score_scale,
             soft_cap=a.soft_cap or 0.0,
             inverse_frequencies=self._floats(a.inverse_frequencies),
@@ -191,6 +194,7 @@ class Program:
             aggregate=cpu.AGGREGATES[a.aggregate],
             layer=a.layer,
             normalize_p=a.normalize_p or 0.0,
+            residual_scale=a.residual_scale,
             fuse=self._floats(a.fuse),
             load=None if routing is None else routing.load.ctypes.data,
             ids=None if routing is None else routing.ids.ctypes.data,

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import ModelConfig
-from quadriga.model.families import class_defaults, dbrx, grok1, llama2, mixtral, mpt, olmoe, qwen3
+from quadriga.model.families import class_defaults, dbrx, granite, grok1, llama2, mixtral, mpt, olmoe, qwen3
 from quadriga.model.families.base import Family
 from quadriga.model.families.keys import Keys
 from quadriga.model.weight_map import Shape
@@ -26,6 +26,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": qwen3.DENSE,
     "qwen3moe": qwen3.MIXTURE,
     "olmoe": olmoe.FAMILY,
+    "granite": granite.DENSE,
+    "granitemoe": granite.MIXTURE,
 }
 
 PRESETS: dict[str, ModelConfig] = {

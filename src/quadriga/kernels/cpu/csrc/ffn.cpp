@@ -340,9 +340,9 @@ void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
   reserve_threads(c, plan, n);
 
   const uint32_t* hidden = gate_and_up(c, op, plan, make_panels(c, plan, x, n, d));
-  if (!op.post_norm.weight) return down(c, plan, hidden, n, out_rows, b.hidden, true);
+  if (!op.post_norm.weight && op.residual_scale == 1) return down(c, plan, hidden, n, out_rows, b.hidden, true);
   float* out = c.projected.reserve(n * out_rows);
   down(c, plan, hidden, n, out_rows, out, false);
-  norm_rows(c, op.post_norm, out, n, out_rows, out);
-  for (int64_t i = 0; i < n * out_rows; ++i) b.hidden[i] += out[i];
+  if (op.post_norm.weight) norm_rows(c, op.post_norm, out, n, out_rows, out);
+  for (int64_t i = 0; i < n * out_rows; ++i) b.hidden[i] += op.residual_scale * out[i];
 }

@@ -90,6 +90,7 @@ typedef struct {
   qd_norm q_norm, k_norm;             /* of q and k before clipping and rotation; NULL weight: none */
   int32_t q_norm_width, k_norm_width; /* numbers that are normed together: d for each head, or H d and K d for all */
   float clip;                  /* 0: none */
+  float residual_scale;        /* of what is added to the residual stream */
   float score_scale, soft_cap; /* soft_cap 0: none */
   const float* inverse_frequencies; /* (d/2,) or NULL where positions are not rotary */
   const float* alibi_slopes;        /* (H,) or NULL */
@@ -105,6 +106,7 @@ typedef struct {
                             activations */
   int32_t n_experts, top_k, activation, aggregate, layer;
   float normalize_p; /* 0: none */
+  float residual_scale;
   const float* fuse; /* (E,) for QD_AGGREGATE_FUSE */
   int64_t* load;     /* (E,) running count of tokens per expert, or NULL */
   int32_t* ids;      /* (max N, k) chosen experts of the last pass, most probable first, or NULL */

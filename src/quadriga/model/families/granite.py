@@ -1,0 +1,294 @@
+"""Granite 3 (IBM, October 2024), dense and as mixtures: LLaMA's block with four constants.
+
+    embeddings * embedding_multiplier      scores * attention_multiplier, in place of 1/sqrt(d)
+    both branches * residual_multiplier    logits / logits_scaling
+
+The mixtures (1B-A400M, 3B-A800M) have 32 or 40 experts, 8 chosen, whose weights are a softmax over the chosen logits:
+the softmax over all divided by the sum of the chosen. Sources: transformers 4.57.6 and 5.x (configuration_granite,
+modeling_granitemoe), llama.cpp b11434 (archs granite and granitemoe, rotary pairs side by side as in arch llama).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
+from quadriga.model.families import gguf_keys
+from quadriga.model.families.base import Family, must_read_back, of_kind
+from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
+from quadriga.model.families.llama2 import (
+    GGUF_COMMON,
+    GGUF_FFN,
+    HF_COMMON,
+    HF_FFN,
+    attention_from_hf,
+    common_from_gguf,
+    common_to_gguf,
+    common_to_hf,
+    gguf_qkv,
+    hf_qkv,
+)
+from quadriga.model.families.pieces import copies, gate_up
+from quadriga.model.weight_map import Piece, Shape
+
+
+def _moe_preset(
+    *, d_model: int, n_layers: int, n_heads: int, n_experts: int, attention: float, logits: float
+) -> ModelConfig:
+    return uniform_model(
+        family="granitemoe",
+        vocab_size=49_155,
+        d_model=d_model,
+        n_layers=n_layers,
+        max_seq_len=4096,
+        norm=NormSpec(kind="rms", eps=1e-6),
+        mixer=AttentionSpec(
+            n_heads=n_heads, n_kv_heads=8, head_dim=64, scale=attention, position=RopeSpec(theta=10_000.0)
+        ),
+        ffn=MoESpec(d_ff=512, n_experts=n_experts, top_k=8, activation="silu"),
+        residual_scale=0.22,
+        embedding_scale=12.0,
+        logit_scale=1 / logits,
+        tied_embeddings=True,
+        bos_id=0,
+        eos_ids=(0,),
+        pad_id=0,
+    )
+
+
+MOE_PRESETS = {
+    "granite-3.0-1b-a400m": _moe_preset(
+        d_model=1024, n_layers=24, n_heads=16, n_experts=32, attention=0.015625, logits=6.0
+    ),
+    "granite-3.0-3b-a800m": _moe_preset(
+        d_model=1536, n_layers=32, n_heads=24, n_experts=40, attention=0.015625, logits=6.0
+    ),
+}
+
+
+def dense_from_hf(raw: Mapping[str, object]) -> ModelConfig:
+    """Read a dense Granite's config.json, as transformers 4 or 5 writes it."""
+    keys = Keys(raw, "config.json")
+    keys.must_be("model_type", "granite")
+    keys.must_be("mlp_bias", False)
+    return _from_hf("granite", keys, DenseSpec(d_ff=keys.integer("intermediate_size"), activation="silu"))
+
+
+def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
+    """Read a Granite mixture's config.json, as transformers 4 or 5 writes it."""
+    keys = Keys(raw, "config.json")
+    keys.must_be("model_type", "granitemoe")
+    moe = MoESpec(
+        d_ff=keys.integer("intermediate_size"),
+        n_experts=keys.integer("num_local_experts"),
+        top_k=keys.integer("num_experts_per_tok"),
+        activation="silu",
+        aux_loss_weight=keys.number("router_aux_loss_coef"),
+    )
+    return _from_hf("granitemoe", keys, moe)
+
+
+def _from_hf(family: str, keys: Keys, ffn: DenseSpec | MoESpec) -> ModelConfig:
+    keys.must_be("hidden_act", "silu")
+    attention = attention_from_hf(keys)
+    config = uniform_model(
+        family=family,
+        vocab_size=keys.integer("vocab_size"),
+        d_model=keys.integer("hidden_size"),
+        n_layers=keys.integer("num_hidden_layers"),
+        max_seq_len=keys.integer("max_position_embeddings"),
+        norm=NormSpec(kind="rms", eps=keys.number("rms_norm_eps")),
+        mixer=gguf_keys.with_scale(attention, keys.number("attention_multiplier")),
+        ffn=ffn,
+        residual_scale=keys.number("residual_multiplier"),
+        embedding_scale=keys.number("embedding_multiplier"),
+        logit_scale=_inverse(keys, "logits_scaling"),
+        tied_embeddings=keys.flag("tie_word_embeddings"),
+        bos_id=keys.token_id("bos_token_id"),
+        eos_ids=keys.token_ids("eos_token_id"),
+        pad_id=keys.token_id("pad_token_id"),
+    )
+    keys.finish(PRETRAINED_KEYS)
+    return config
+
+
+def _inverse(keys: Keys, key: str) -> float:
+    """1 / a number; 0, which no model divides by, becomes what the specs refuse."""
+    value = keys.number(key)
+    return 1 / value if value else 0.0
+
+
+def _to_hf(config: ModelConfig, form: str) -> dict[str, object]:
+    layer = config.only_layer(form)
+    raw = {
+        **common_to_hf(config, form),
+        "attention_bias": False,
+        "rope_scaling": None,
+        "attention_multiplier": layer.mixer.score_scale,
+        "residual_multiplier": layer.residual_scale,
+        "embedding_multiplier": config.embedding_scale,
+        "logits_scaling": _divisor(config),
+    }
+    del raw["head_dim"]  # both classes take it from the other sizes
+    return raw
+
+
+def _divisor(config: ModelConfig) -> float:
+    """What logits are divided by, as it was written in decimal."""
+    exact = 1 / config.logit_scale
+    rounded = round(exact, 9)
+    return rounded if rounded and 1 / rounded == config.logit_scale else exact
+
+
+def dense_to_hf(config: ModelConfig) -> dict[str, object]:
+    """Write config.json as transformers 4.57.6 reads it."""
+    form = "Granite's config.json"
+    of_kind(config.only_layer(form).ffn, DenseSpec, form)
+    raw = {**_to_hf(config, form), "architectures": ["GraniteForCausalLM"], "model_type": "granite", "mlp_bias": False}
+    must_read_back(config, dense_from_hf(raw), form)
+    return raw
+
+
+def moe_to_hf(config: ModelConfig) -> dict[str, object]:
+    """Write config.json as transformers 4.57.6 reads it."""
+    form = "Granite-MoE's config.json"
+    moe = of_kind(config.only_layer(form).ffn, MoESpec, form)
+    raw: dict[str, object] = {
+        **_to_hf(config, form),
+        "architectures": ["GraniteMoeForCausalLM"],
+        "model_type": "granitemoe",
+        "num_local_experts": moe.n_experts,
+        "num_experts_per_tok": moe.top_k,
+        "router_aux_loss_coef": moe.aux_loss_weight,
+    }
+    must_read_back(config, moe_from_hf(raw), form)
+    return raw
+
+
+_MOE = "model.layers.{i}.block_sparse_moe."
+_HF_MOE = {
+    _MOE + "router.layer.weight": "layers.{i}.moe.router.weight",
+    _MOE + "output_linear.weight": "layers.{i}.moe.w_down",
+}
+_GGUF_ROUTER = {"blk.{i}.ffn_gate_inp.weight": "layers.{i}.moe.router.weight"}
+
+
+def _hf_dense(config: ModelConfig) -> list[Piece]:
+    return copies(config, HF_COMMON | HF_FFN) + hf_qkv(config)
+
+
+def _hf_moe(config: ModelConfig) -> list[Piece]:
+    return copies(config, HF_COMMON | _HF_MOE) + hf_qkv(config) + gate_up(config, _MOE + "input_linear.weight")
+
+
+def _gguf_map(config: ModelConfig) -> list[Piece]:
+    names = GGUF_COMMON | GGUF_FFN | _GGUF_ROUTER | gguf_keys.MERGED_EXPERTS
+    return copies(config, names) + gguf_qkv(config)
+
+
+def dense_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
+    """Read a GGUF of arch ``granite``."""
+    keys = gguf_keys.architecture_keys(metadata, "granite")
+    ffn = DenseSpec(d_ff=keys.integer("feed_forward_length"), activation="silu")
+    return _from_gguf("granite", keys, ffn, metadata, shapes)
+
+
+def moe_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
+    """Read a GGUF of arch ``granitemoe``; one with shared experts is another family's."""
+    keys = gguf_keys.architecture_keys(metadata, "granitemoe")
+    d_ff = keys.integer("feed_forward_length")
+    gguf_keys.plain_experts(keys, d_ff)
+    ffn = MoESpec(
+        d_ff=d_ff,
+        n_experts=keys.integer("expert_count"),
+        top_k=keys.integer("expert_used_count"),
+        activation="silu",
+    )
+    return _from_gguf("granitemoe", keys, ffn, metadata, shapes)
+
+
+def _from_gguf(
+    family: str,
+    keys: Keys,
+    ffn: DenseSpec | MoESpec,
+    metadata: Mapping[str, object],
+    shapes: Mapping[str, Shape],
+) -> ModelConfig:
+    # llama.cpp: a key that is missing or 0 multiplies by nothing.
+    scales = {name: _scale(keys, name) for name in ("residual_scale", "embedding_scale", "logit_scale")}
+    common: dict[str, Any] = common_from_gguf(keys, metadata, shapes)
+    config = uniform_model(
+        family=family,
+        ffn=ffn,
+        residual_scale=scales["residual_scale"],
+        embedding_scale=scales["embedding_scale"],
+        logit_scale=1 / scales["logit_scale"],
+        **common,
+    )
+    keys.finish(gguf_keys.IGNORED)
+    return config
+
+
+def _scale(keys: Keys, name: str) -> float:
+    return (gguf_keys.number(keys, name) if keys.given(name) else 1.0) or 1.0
+
+
+def _to_gguf(config: ModelConfig, form: str, arch: str) -> dict[str, object]:
+    layer = config.only_layer(form)
+    return {
+        **common_to_gguf(config, form, arch),
+        f"{arch}.attention.scale": layer.mixer.score_scale,
+        f"{arch}.residual_scale": layer.residual_scale,
+        f"{arch}.embedding_scale": config.embedding_scale,
+        f"{arch}.logit_scale": _divisor(config),
+    }
+
+
+def dense_to_gguf(config: ModelConfig) -> dict[str, object]:
+    """Write the keys of a GGUF of arch ``granite``."""
+    form = "GGUF arch granite"
+    of_kind(config.only_layer(form).ffn, DenseSpec, form)
+    metadata = _to_gguf(config, form, "granite")
+    gguf_keys.must_read_back(config, dense_from_gguf, metadata, form)
+    return metadata
+
+
+def moe_to_gguf(config: ModelConfig) -> dict[str, object]:
+    """Write the keys of a GGUF of arch ``granitemoe``."""
+    form = "GGUF arch granitemoe"
+    metadata = {**_to_gguf(config, form, "granitemoe"), **gguf_keys.expert_keys(config, "granitemoe")}
+    gguf_keys.must_read_back(config, moe_from_gguf, metadata, form)
+    return metadata
+
+
+_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+
+DENSE = Family(
+    name="granite",
+    presets={},
+    model_types=("granite",),
+    config_from_hf=dense_from_hf,
+    config_to_hf=dense_to_hf,
+    layouts={"hf": _hf_dense},
+    gguf_archs=("granite",),
+    config_from_gguf=dense_from_gguf,
+    config_to_gguf=dense_to_gguf,
+    gguf_map=_gguf_map,
+    counterpart="granitemoe",
+    tied_copies=_TIED,
+)
+MIXTURE = Family(
+    name="granitemoe",
+    presets=MOE_PRESETS,
+    model_types=("granitemoe",),
+    config_from_hf=moe_from_hf,
+    config_to_hf=moe_to_hf,
+    layouts={"hf": _hf_moe},
+    gguf_archs=("granitemoe",),
+    config_from_gguf=moe_from_gguf,
+    config_to_gguf=moe_to_gguf,
+    gguf_map=_gguf_map,
+    counterpart="granite",
+    tied_copies=_TIED,
+)
