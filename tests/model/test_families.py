@@ -590,6 +590,7 @@ def test_dbrx_reads_a_resaved_config_with_a_full_dump_in_its_parts():
         (QWEN3_30B_A3B_RELEASE, {"decoder_sparse_step": 0}, "decoder_sparse_step must be 1 or more"),
         (QWEN3_30B_A3B_RELEASE, {"mlp_only_layers": [1.5]}, "mlp_only_layers must be a list of whole numbers"),
         (OLMOE_RELEASE, {"attention_bias": True}, "attention_bias must be False"),
+        (GRANITE_1B_A400M_RELEASE, {"position_embedding_type": "nope"}, "position_embedding_type must be 'rope'"),
         (GRANITE_1B_A400M_RELEASE, {"logits_scaling": 0.0}, "logit_scale must be a finite number above 0"),
         (GRANITE_1B_A400M_RELEASE, {"residual_multiplier": -1.0}, "residual_scale must be a finite number above 0"),
         (
@@ -765,6 +766,13 @@ def test_presets_by_name():
 def test_the_new_mixtures_have_their_published_sizes(name, total, active):
     count = n_params(PRESETS[name])
     assert (count.total, count.active) == (total, active)
+
+
+def test_what_transformers_4_57_writes_of_its_own_accord_is_read():
+    resaved = GRANITE_1B_A400M_RELEASE | {"position_embedding_type": "rope", "dtype": "bfloat16"}
+    assert config_from_hf(resaved) == PRESETS["granite-3.0-1b-a400m"]
+    resaved = QWEN3_8B_RELEASE | {"layer_types": ["full_attention"] * 36}
+    assert config_from_hf(resaved) == PRESETS["qwen3-8b"]
 
 
 def test_single_layers_of_a_qwen3_mixture_may_be_dense():

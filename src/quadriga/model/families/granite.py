@@ -79,6 +79,7 @@ def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     """Read a Granite mixture's config.json, as transformers 4 or 5 writes it."""
     keys = Keys(raw, "config.json")
     keys.must_be("model_type", "granitemoe")
+    keys.must_be("position_embedding_type", "rope")  # transformers 4.57 writes it; Granite 4 has layers without
     moe = MoESpec(
         d_ff=keys.integer("intermediate_size"),
         n_experts=keys.integer("num_local_experts"),
