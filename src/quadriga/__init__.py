@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quadriga.errors import EndpointError as EndpointError
     from quadriga.errors import EngineError as EngineError
     from quadriga.errors import EvaluationError as EvaluationError
+    from quadriga.errors import GrammarError as GrammarError
     from quadriga.errors import HardwareError as HardwareError
     from quadriga.errors import InputError as InputError
     from quadriga.errors import QuadrigaError as QuadrigaError
@@ -51,6 +52,7 @@ __all__ = [
     "EndpointError",
     "EngineError",
     "EvaluationError",
+    "GrammarError",
     "HardwareError",
     "InputError",
     "ModelConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -209,7 +209,15 @@ def test_what_is_left_wakes_who_waits_for_it() -> None:
     all_at_once(holder, late)
 
 
-def test_a_thread_interrupted_in_line_leaves_the_line() -> None:
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """KeyboardInterrupt at SIGINT: tests in the background of a shell inherit that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_thread_interrupted_in_line_leaves_the_line(ctrl_c: None) -> None:
     """Ctrl-C comes to the main thread, asleep here; the turn then goes to the next, and comes back to it later."""
     turns, begun, end = ThreadTurns(), threading.Event(), threading.Event()
     order, main = [], threading.get_ident()
