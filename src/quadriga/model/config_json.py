@@ -87,12 +87,13 @@ def config_from_json(body: object) -> ModelConfig:
 
 def _layer_from_json(own: dict[str, Any]) -> LayerSpec:
     mixer = own.get("mixer")
-    if isinstance(mixer, dict) and mixer.get("position") is not None:
-        own["mixer"] = {**mixer, "position": _tagged(_POSITIONS, mixer["position"], "position")}
-    mixer = own.get("mixer")
-    if isinstance(mixer, dict) and mixer.get("qk_norm") is not None:
-        own["mixer"] = {**mixer, "qk_norm": _spec(QKNormSpec, mixer["qk_norm"])}
-    own["mixer"] = _tagged(_MIXERS, own.get("mixer"), "mixer")
+    if isinstance(mixer, dict):
+        own["mixer"] = mixer = dict(mixer)
+        if mixer.get("position") is not None:
+            mixer["position"] = _tagged(_POSITIONS, mixer["position"], "position")
+        if mixer.get("qk_norm") is not None:
+            mixer["qk_norm"] = _spec(QKNormSpec, mixer["qk_norm"])
+    own["mixer"] = _tagged(_MIXERS, mixer, "mixer")
     own["ffn"] = _tagged(_FFNS, own.get("ffn"), "ffn")
     own["norm"] = _spec(NormSpec, own.get("norm"))
     layer: LayerSpec = _build(LayerSpec, own)

@@ -6,26 +6,28 @@ Names that vLLM has are vLLM's, so that its dashboards fit; the experts' are our
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-if TYPE_CHECKING:
-    from quadriga.server.service import Service
+from quadriga.engine.llm import LLM
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """All metrics of one server."""
+    """All metrics of one server.
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    Args:
+        llm: what is served.
+        name: what clients call it.
+    """
+
+    def __init__(self, llm: LLM, name: str) -> None:
+        self._name = name
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(service))
+        self.registry.register(_EngineCollector(llm, name))
         labels = ["model_name"]
-        name = service.name
 
         def histogram(metric: str, text: str) -> Histogram:
             return Histogram(metric, text, labels, buckets=_SECONDS, registry=self.registry).labels(name)
@@ -40,7 +42,7 @@ class Metrics:
 
     def done(self, reason: str, first_s: float | None, whole_s: float, n_tokens: int) -> None:
         """Record a finished answer."""
-        self.finished.labels(self._service.name, reason).inc()
+        self.finished.labels(self._name, reason).inc()
         self.whole.observe(whole_s)
         if first_s is not None:
             self.first_token.observe(first_s)
@@ -55,12 +57,12 @@ class Metrics:
 class _EngineCollector:
     """Reads the engine's own counters, so that counting costs a step nothing."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, llm: LLM, name: str) -> None:
+        self._llm, self._name = llm, name
 
     def collect(self) -> Iterator[Metric]:
         """All of them, now."""
-        llm, name = self._service.llm, self._service.name
+        llm, name = self._llm, self._name
         stats = llm.engine.stats()
         gauges = {
             "vllm:num_requests_running": ("Requests being computed.", stats.n_running),

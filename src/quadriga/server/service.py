@@ -200,7 +200,7 @@ class Service:
         self.llm, self.name, self.created = llm, name, int(time.time())
         self.engine = AsyncEngine(llm.engine, max_waiting=max_waiting, step_timeout_s=step_timeout_s)
         self.work = Work()
-        self.metrics = Metrics(self)
+        self.metrics = Metrics(llm, name)
         self.draining = False
         self.probe = Probe(self.engine, prompt=(min(1, llm.config.vocab_size - 1),))
         # Now, not with the first request: it holds the interpreter's lock for up to a second.

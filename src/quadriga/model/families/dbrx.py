@@ -225,8 +225,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     """Read GGUF arch ``dbrx``: clamp and theta must be there; the expert weights are always renormalised."""
     keys = gguf_keys.architecture_keys(metadata, "dbrx")
     d_model = keys.integer("embedding_length")
-    d_ff = keys.integer("feed_forward_length")
-    gguf_keys.plain_experts(keys, d_ff)
+    ffn = gguf_keys.plain_experts(keys, keys.integer("feed_forward_length"))
     keys.number("rope.freq_base")  # required here: llama.cpp's fallback of 10000 is wrong for every DBRX
     config = uniform_model(
         family="dbrx",
@@ -241,12 +240,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
             RopeSpec(theta=gguf_keys.rope_theta(keys)),
             clip_qkv=gguf_keys.number(keys, "attention.clamp_kqv") or None,  # 0 means no clamp to llama.cpp
         ),
-        ffn=MoESpec(
-            d_ff=d_ff,
-            n_experts=keys.integer("expert_count"),
-            top_k=keys.integer("expert_used_count"),
-            activation="silu",
-        ),
+        ffn=ffn,
         **gguf_keys.token_ids(metadata),
     )
     keys.finish(gguf_keys.IGNORED)
@@ -276,10 +270,8 @@ GGUF_NAMES = {
     "blk.{i}.attn_qkv.weight": "layers.{i}.attn.wqkv.weight",
     "blk.{i}.attn_output.weight": "layers.{i}.attn.wo.weight",
     "blk.{i}.attn_output_norm.weight": "layers.{i}.ffn_norm.weight",
-    "blk.{i}.ffn_gate_inp.weight": "layers.{i}.moe.router.weight",
-    "blk.{i}.ffn_gate_exps.weight": "layers.{i}.moe.w_gate",
-    "blk.{i}.ffn_up_exps.weight": "layers.{i}.moe.w_up",
-    "blk.{i}.ffn_down_exps.weight": "layers.{i}.moe.w_down",
+    **gguf_keys.ROUTER,
+    **gguf_keys.MERGED_EXPERTS,
     "output_norm.weight": "final_norm.weight",
     gguf_keys.OUTPUT: "lm_head.weight",
 }

@@ -12,15 +12,17 @@ from dataclasses import replace
 from typing import Any, TypedDict
 
 from quadriga.errors import ConfigError
-from quadriga.model.config import AlibiSpec, AttentionSpec, LayerSpec, ModelConfig, MoESpec, RopeSpec
+from quadriga.model.config import Activation, AlibiSpec, AttentionSpec, LayerSpec, ModelConfig, MoESpec, RopeSpec
 from quadriga.model.families import base
 from quadriga.model.families.keys import Keys, equal_heads, exact_or, shortest_float32
-from quadriga.model.families.pieces import ExpertPart, experts
+from quadriga.model.families.pieces import ExpertPart, experts, qkv
 from quadriga.model.weight_map import Piece, Shape
 
 TOKEN_EMBEDDING = "token_embd.weight"
 OUTPUT = "output.weight"
 
+ROUTER = {"blk.{i}.ffn_gate_inp.weight": "layers.{i}.moe.router.weight"}
+"""A layer's router, in every architecture."""
 MERGED_EXPERTS = {
     "blk.{i}.ffn_gate_exps.weight": "layers.{i}.moe.w_gate",
     "blk.{i}.ffn_up_exps.weight": "layers.{i}.moe.w_up",
@@ -75,12 +77,26 @@ def _of_all_layers(key: str, value: object, n_layers: object) -> object:
     return value[0]
 
 
-def plain_experts(keys: Keys, d_ff: int, *, normalised: bool = True) -> None:
-    """Refuse every kind of mixture but this: each layer routes by a softmax.
+def projections(config: ModelConfig, *, interleaved: bool) -> list[Piece]:
+    """Pieces of attn_q, attn_k and attn_v.
+
+    Args:
+        interleaved: llama.cpp turns rotary pairs side by side in this architecture (rope type norm), so its converter
+            puts them there; elsewhere (NeoX) the halves lie as they are.
+    """
+    q, k, v = (f"blk.{{i}}.attn_{part}.weight" for part in "qkv")
+    return qkv(config, q, k, v, interleaved=interleaved)
+
+
+def plain_experts(
+    keys: Keys, d_ff: int, *, normalised: bool = True, activation: Activation = "silu", normalize_p: float | None = 1.0
+) -> MoESpec:
+    """The mixture of every layer, after refusing every kind but one: each layer routes by a softmax.
 
     Args:
         d_ff: width of an expert.
-        normalised: the chosen weights are divided by their sum.
+        normalised: what the file may say of dividing the chosen weights by their sum.
+        normalize_p: whether the architecture divides them.
     """
     keys.must_be("expert_gating_func", 1, 0)  # 1 is the softmax (gguf.ExpertGatingFuncType), 0 llama.cpp's default
     keys.must_be("expert_weights_norm", normalised)
@@ -90,6 +106,13 @@ def plain_experts(keys: Keys, d_ff: int, *, normalised: bool = True) -> None:
         keys.must_be(key, 0)
     for key in ("expert_group_count", "expert_group_used_count", "interleave_moe_layer_step", "moe_every_n_layers"):
         keys.must_be(key, 0, 1)
+    return MoESpec(
+        d_ff=d_ff,
+        n_experts=keys.integer("expert_count"),
+        top_k=keys.integer("expert_used_count"),
+        activation=activation,
+        normalize_p=normalize_p,
+    )
 
 
 def number(keys: Keys, key: str) -> float:

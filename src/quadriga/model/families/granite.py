@@ -22,8 +22,9 @@ from quadriga.model.families.llama2 import (
     GGUF_FFN,
     HF_COMMON,
     HF_FFN,
-    attention_from_hf,
+    HF_TIED,
     common_from_gguf,
+    common_from_hf,
     common_to_gguf,
     common_to_hf,
     gguf_qkv,
@@ -92,23 +93,16 @@ def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 
 def _from_hf(family: str, keys: Keys, ffn: DenseSpec | MoESpec) -> ModelConfig:
     keys.must_be("hidden_act", "silu")
-    attention = attention_from_hf(keys)
+    common = common_from_hf(keys)
+    attention = gguf_keys.with_scale(common["mixer"], keys.number("attention_multiplier"))
     config = uniform_model(
         family=family,
-        vocab_size=keys.integer("vocab_size"),
-        d_model=keys.integer("hidden_size"),
-        n_layers=keys.integer("num_hidden_layers"),
-        max_seq_len=keys.integer("max_position_embeddings"),
-        norm=NormSpec(kind="rms", eps=keys.number("rms_norm_eps")),
-        mixer=gguf_keys.with_scale(attention, keys.number("attention_multiplier")),
         ffn=ffn,
         residual_scale=keys.number("residual_multiplier"),
         embedding_scale=keys.number("embedding_multiplier"),
         logit_scale=_inverse(keys, "logits_scaling"),
         tied_embeddings=keys.flag("tie_word_embeddings"),
-        bos_id=keys.token_id("bos_token_id"),
-        eos_ids=keys.token_ids("eos_token_id"),
-        pad_id=keys.token_id("pad_token_id"),
+        **{**common, "mixer": attention},
     )
     keys.finish(PRETRAINED_KEYS)
     return config
@@ -172,7 +166,6 @@ _HF_MOE = {
     _MOE + "router.layer.weight": "layers.{i}.moe.router.weight",
     _MOE + "output_linear.weight": "layers.{i}.moe.w_down",
 }
-_GGUF_ROUTER = {"blk.{i}.ffn_gate_inp.weight": "layers.{i}.moe.router.weight"}
 
 
 def _hf_dense(config: ModelConfig) -> list[Piece]:
@@ -184,7 +177,7 @@ def _hf_moe(config: ModelConfig) -> list[Piece]:
 
 
 def _gguf_map(config: ModelConfig) -> list[Piece]:
-    names = GGUF_COMMON | GGUF_FFN | _GGUF_ROUTER | gguf_keys.MERGED_EXPERTS
+    names = GGUF_COMMON | GGUF_FFN | gguf_keys.ROUTER | gguf_keys.MERGED_EXPERTS
     return copies(config, names) + gguf_qkv(config)
 
 
@@ -198,14 +191,7 @@ def dense_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape])
 def moe_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
     """Read a GGUF of arch ``granitemoe``; one with shared experts is another family's."""
     keys = gguf_keys.architecture_keys(metadata, "granitemoe")
-    d_ff = keys.integer("feed_forward_length")
-    gguf_keys.plain_experts(keys, d_ff)
-    ffn = MoESpec(
-        d_ff=d_ff,
-        n_experts=keys.integer("expert_count"),
-        top_k=keys.integer("expert_used_count"),
-        activation="silu",
-    )
+    ffn = gguf_keys.plain_experts(keys, keys.integer("feed_forward_length"))
     return _from_gguf("granitemoe", keys, ffn, metadata, shapes)
 
 
@@ -263,8 +249,6 @@ def moe_to_gguf(config: ModelConfig) -> dict[str, object]:
     return metadata
 
 
-_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-
 DENSE = Family(
     name="granite",
     presets={},
@@ -277,7 +261,7 @@ DENSE = Family(
     config_to_gguf=dense_to_gguf,
     gguf_map=_gguf_map,
     counterpart="granitemoe",
-    tied_copies=_TIED,
+    tied_copies=HF_TIED,
 )
 MIXTURE = Family(
     name="granitemoe",
@@ -291,5 +275,5 @@ MIXTURE = Family(
     config_to_gguf=moe_to_gguf,
     gguf_map=_gguf_map,
     counterpart="granite",
-    tied_copies=_TIED,
+    tied_copies=HF_TIED,
 )

@@ -21,6 +21,7 @@ from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, NormSpec,
 from quadriga.model.families import gguf_keys
 from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys, equal_heads, exact_or
+from quadriga.model.families.llama2 import HF_TIED
 from quadriga.model.families.pieces import copies, experts, qkv
 from quadriga.model.weight_map import Piece, Shape
 
@@ -202,7 +203,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
         shapes, {"blk.0.ffn_up.weight": "Grok-2's dense branch", "rope_freqs.weight": "scaled rotary frequencies"}
     )
     keys = gguf_keys.architecture_keys(metadata, "grok")
-    d_model, d_ff = keys.integer("embedding_length"), keys.integer("feed_forward_length")
+    d_model = keys.integer("embedding_length")
     soft_cap = _constant(keys, "attn_logit_softcapping", SOFT_CAP)
     config = uniform_model(
         family="grok1",
@@ -215,12 +216,8 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
             gguf_keys.attention(keys, d_model, RopeSpec(theta=gguf_keys.rope_theta(keys)), soft_cap=soft_cap),
             _constant(keys, "attention.output_scale", 128**-0.5),
         ),
-        ffn=MoESpec(
-            d_ff=d_ff,
-            n_experts=keys.integer("expert_count"),
-            top_k=keys.integer("expert_used_count"),
-            activation="gelu_tanh",
-            normalize_p=None,
+        ffn=gguf_keys.plain_experts(
+            keys, keys.integer("feed_forward_length"), activation="gelu_tanh", normalize_p=None
         ),
         post_norms=True,
         tied_embeddings=gguf_keys.OUTPUT not in shapes,
@@ -228,7 +225,6 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
         logit_scale=exact_or(_constant(keys, "logit_scale", LOGIT_SCALE), LOGIT_SCALE),
         **gguf_keys.token_ids(metadata),
     )
-    gguf_keys.plain_experts(keys, d_ff)
     keys.must_be("final_logit_softcapping", 0)
     keys.must_be("attention.temperature_length", 0)
     keys.finish(gguf_keys.IGNORED | {"router_logit_softcapping"})
@@ -269,7 +265,7 @@ _GGUF_NAMES = {
     "blk.{i}.attn_output.weight": "layers.{i}.attn.wo.weight",
     "blk.{i}.attn_output_norm.weight": "layers.{i}.attn_post_norm.weight",
     "blk.{i}.ffn_norm.weight": "layers.{i}.ffn_norm.weight",
-    "blk.{i}.ffn_gate_inp.weight": "layers.{i}.moe.router.weight",
+    **gguf_keys.ROUTER,
     "blk.{i}.layer_output_norm.weight": "layers.{i}.ffn_post_norm.weight",
     "output_norm.weight": "final_norm.weight",
     gguf_keys.OUTPUT: "lm_head.weight",
@@ -278,16 +274,13 @@ _GGUF_NAMES = {
 
 def _gguf_map(config: ModelConfig) -> list[Piece]:
     # No rotary permutation: llama.cpp runs Grok with NeoX (half) rotation.
-    return copies(config, _GGUF_NAMES | gguf_keys.MERGED_EXPERTS) + _gguf_qkv(config)
+    return copies(config, _GGUF_NAMES | gguf_keys.MERGED_EXPERTS) + gguf_keys.projections(config, interleaved=False)
 
 
 def _gguf_split_map(config: ModelConfig) -> list[Piece]:
-    return copies(config, _GGUF_NAMES) + _gguf_qkv(config) + gguf_keys.split_experts(config)
-
-
-def _gguf_qkv(config: ModelConfig) -> list[Piece]:
-    q, k, v = (f"blk.{{i}}.attn_{p}.weight" for p in "qkv")
-    return qkv(config, q, k, v)
+    return (
+        copies(config, _GGUF_NAMES) + gguf_keys.projections(config, interleaved=False) + gguf_keys.split_experts(config)
+    )
 
 
 FAMILY = Family(
@@ -306,5 +299,5 @@ FAMILY = Family(
     config_to_gguf=config_to_gguf,
     gguf_map=_gguf_map,
     gguf_split_map=_gguf_split_map,
-    tied_copies={"lm_head.weight": "model.embed_tokens.weight"},
+    tied_copies=HF_TIED,
 )

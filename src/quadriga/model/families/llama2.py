@@ -80,6 +80,21 @@ def _plain_rotation(keys: Keys) -> None:
     keys.must_be("partial_rotary_factor", 1, None)
 
 
+def common_from_hf(keys: Keys) -> dict[str, Any]:
+    """Every field of a config.json of LLaMA's shape but family, feed-forward and tied embeddings."""
+    return {
+        "vocab_size": keys.integer("vocab_size"),
+        "d_model": keys.integer("hidden_size"),
+        "n_layers": keys.integer("num_hidden_layers"),
+        "max_seq_len": keys.integer("max_position_embeddings"),
+        "norm": NormSpec(kind="rms", eps=keys.number("rms_norm_eps")),
+        "mixer": attention_from_hf(keys),
+        "bos_id": keys.token_id("bos_token_id"),
+        "eos_ids": keys.token_ids("eos_token_id"),
+        "pad_id": keys.token_id("pad_token_id"),
+    }
+
+
 def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     """Read a LLaMA config.json, as transformers 4 or 5 writes it."""
     keys = Keys(raw, "config.json")
@@ -89,18 +104,10 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     keys.must_be("rope_interleaved", False)
     config = uniform_model(
         family="llama2",
-        vocab_size=keys.integer("vocab_size"),
-        d_model=keys.integer("hidden_size"),
-        n_layers=keys.integer("num_hidden_layers"),
-        max_seq_len=keys.integer("max_position_embeddings"),
-        norm=NormSpec(kind="rms", eps=keys.number("rms_norm_eps")),
-        mixer=attention_from_hf(keys),
         ffn=DenseSpec(d_ff=keys.integer("intermediate_size"), activation="silu"),
         # LlamaConfig's class default is untied, and early files leave the key out.
         tied_embeddings=keys.flag("tie_word_embeddings") if keys.has("tie_word_embeddings") else False,
-        bos_id=keys.token_id("bos_token_id"),
-        eos_ids=keys.token_ids("eos_token_id"),
-        pad_id=keys.token_id("pad_token_id"),
+        **common_from_hf(keys),
     )
     keys.finish(IGNORED)
     return config
@@ -157,6 +164,10 @@ HF_COMMON = {
 }
 """Tensors that LLaMA and Mixtral name alike."""
 
+HF_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+"""Of tied models: the head that some writers store all the same, and the table it repeats."""
+META_TIED = {"output.weight": "tok_embeddings.weight"}
+
 HF_FFN = {
     _LAYER + "mlp.gate_proj.weight": "layers.{i}.ffn.w_gate",
     _LAYER + "mlp.up_proj.weight": "layers.{i}.ffn.w_up",
@@ -210,8 +221,7 @@ def meta_qkv(config: ModelConfig) -> list[Piece]:
 
 def gguf_qkv(config: ModelConfig) -> list[Piece]:
     """attn_q, attn_k and attn_v of arch ``llama``: the converter puts rotary pairs side by side for llama.cpp."""
-    q, k, v = (f"blk.{{i}}.attn_{p}.weight" for p in "qkv")
-    return qkv(config, q, k, v, interleaved=True)
+    return gguf_keys.projections(config, interleaved=True)
 
 
 def _hf_layout(config: ModelConfig) -> list[Piece]:
@@ -302,5 +312,5 @@ FAMILY = Family(
         "model.layers.*.self_attn.rotary_emb.inv_freq",  # old transformers stored the buffer; it follows from theta
         "rope.freqs",  # the same buffer in Meta's files
     ),
-    tied_copies={"lm_head.weight": "model.embed_tokens.weight", "output.weight": "tok_embeddings.weight"},
+    tied_copies={**HF_TIED, **META_TIED},
 )

@@ -15,9 +15,11 @@ from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
 from quadriga.model.families.llama2 import (
     GGUF_COMMON,
     HF_COMMON,
+    HF_TIED,
     META_COMMON,
-    attention_from_hf,
+    META_TIED,
     common_from_gguf,
+    common_from_hf,
     common_to_gguf,
     common_to_hf,
     gguf_qkv,
@@ -52,12 +54,6 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     keys.must_be("hidden_act", "silu")
     config = uniform_model(
         family="mixtral",
-        vocab_size=keys.integer("vocab_size"),
-        d_model=keys.integer("hidden_size"),
-        n_layers=keys.integer("num_hidden_layers"),
-        max_seq_len=keys.integer("max_position_embeddings"),
-        norm=NormSpec(kind="rms", eps=keys.number("rms_norm_eps")),
-        mixer=attention_from_hf(keys),
         ffn=MoESpec(
             d_ff=keys.integer("intermediate_size"),
             n_experts=keys.integer("num_local_experts"),
@@ -69,9 +65,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
         ),
         # MixtralConfig's class default is untied, and early files leave the key out.
         tied_embeddings=keys.flag("tie_word_embeddings") if keys.has("tie_word_embeddings") else False,
-        bos_id=keys.token_id("bos_token_id"),
-        eos_ids=keys.token_ids("eos_token_id"),
-        pad_id=keys.token_id("pad_token_id"),
+        **common_from_hf(keys),
     )
     # A window at least as long as the context hides nothing.
     if keys.given("sliding_window") and keys.integer("sliding_window") < config.max_seq_len:
@@ -149,16 +143,9 @@ def _stacked_layout(config: ModelConfig) -> list[Piece]:
 def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
     """Read a GGUF of arch ``llama`` with experts."""
     keys = gguf_keys.architecture_keys(metadata, "llama")
-    d_ff = keys.integer("feed_forward_length")
-    gguf_keys.plain_experts(keys, d_ff)
     config = uniform_model(
         family="mixtral",
-        ffn=MoESpec(
-            d_ff=d_ff,
-            n_experts=keys.integer("expert_count"),
-            top_k=keys.integer("expert_used_count"),
-            activation="silu",
-        ),
+        ffn=gguf_keys.plain_experts(keys, keys.integer("feed_forward_length")),
         **common_from_gguf(keys, metadata, shapes),
     )
     keys.finish(gguf_keys.IGNORED)
@@ -178,15 +165,12 @@ def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     return metadata
 
 
-_GGUF_ROUTER = {"blk.{i}.ffn_gate_inp.weight": "layers.{i}.moe.router.weight"}
-
-
 def _gguf_map(config: ModelConfig) -> list[Piece]:
-    return copies(config, GGUF_COMMON | _GGUF_ROUTER | gguf_keys.MERGED_EXPERTS) + gguf_qkv(config)
+    return copies(config, GGUF_COMMON | gguf_keys.ROUTER | gguf_keys.MERGED_EXPERTS) + gguf_qkv(config)
 
 
 def _gguf_split_map(config: ModelConfig) -> list[Piece]:
-    return copies(config, GGUF_COMMON | _GGUF_ROUTER) + gguf_qkv(config) + gguf_keys.split_experts(config)
+    return copies(config, GGUF_COMMON | gguf_keys.ROUTER) + gguf_qkv(config) + gguf_keys.split_experts(config)
 
 
 FAMILY = Family(
@@ -203,5 +187,5 @@ FAMILY = Family(
     gguf_split_map=_gguf_split_map,
     counterpart="llama2",
     ignored_tensors=("model.layers.*.self_attn.rotary_emb.inv_freq",),
-    tied_copies={"lm_head.weight": "model.embed_tokens.weight", "output.weight": "tok_embeddings.weight"},
+    tied_copies={**HF_TIED, **META_TIED},
 )

@@ -13,7 +13,7 @@ from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, NormSpec,
 from quadriga.model.families import gguf_keys
 from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
-from quadriga.model.families.llama2 import attention_from_hf, common_from_gguf, common_to_gguf, common_to_hf
+from quadriga.model.families.llama2 import HF_TIED, common_from_gguf, common_from_hf, common_to_gguf, common_to_hf
 from quadriga.model.families.qwen3 import gguf_map, hf5_layout, hf_layout
 from quadriga.model.weight_map import Shape
 
@@ -44,20 +44,14 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     keys = Keys(raw, "config.json")
     keys.must_be("model_type", "olmoe")
     keys.must_be("hidden_act", "silu")
-    norm = NormSpec(kind="rms", eps=keys.number("rms_norm_eps"))
+    common = common_from_hf(keys)
     attention = replace(
-        attention_from_hf(keys),
+        common["mixer"],
         clip_qkv=keys.number_or_null("clip_qkv") if keys.has("clip_qkv") else None,
-        qk_norm=QKNormSpec(over="vector", eps=norm.eps),
+        qk_norm=QKNormSpec(over="vector", eps=common["norm"].eps),
     )
     config = uniform_model(
         family="olmoe",
-        vocab_size=keys.integer("vocab_size"),
-        d_model=keys.integer("hidden_size"),
-        n_layers=keys.integer("num_hidden_layers"),
-        max_seq_len=keys.integer("max_position_embeddings"),
-        norm=norm,
-        mixer=attention,
         ffn=MoESpec(
             d_ff=keys.integer("intermediate_size"),
             n_experts=keys.integer("num_experts"),
@@ -67,9 +61,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
             aux_loss_weight=keys.number("router_aux_loss_coef"),
         ),
         tied_embeddings=keys.flag("tie_word_embeddings"),
-        bos_id=keys.token_id("bos_token_id"),
-        eos_ids=keys.token_ids("eos_token_id"),
-        pad_id=keys.token_id("pad_token_id"),
+        **{**common, "mixer": attention},
     )
     keys.finish(PRETRAINED_KEYS)
     return config
@@ -100,20 +92,12 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
 def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
     """Read a GGUF of arch ``olmoe``; llama.cpp never divides its chosen weights."""
     keys = gguf_keys.architecture_keys(metadata, "olmoe")
-    d_ff = keys.integer("feed_forward_length")
-    gguf_keys.plain_experts(keys, d_ff, normalised=False)
     common = common_from_gguf(keys, metadata, shapes)
     qk_norm = QKNormSpec(over="vector", eps=common["norm"].eps)
     # llama.cpp's arch olmoe does not clip.
     config = uniform_model(
         family="olmoe",
-        ffn=MoESpec(
-            d_ff=d_ff,
-            n_experts=keys.integer("expert_count"),
-            top_k=keys.integer("expert_used_count"),
-            activation="silu",
-            normalize_p=None,
-        ),
+        ffn=gguf_keys.plain_experts(keys, keys.integer("feed_forward_length"), normalised=False, normalize_p=None),
         **{**common, "mixer": replace(common["mixer"], qk_norm=qk_norm)},
     )
     keys.finish(gguf_keys.IGNORED)
@@ -139,5 +123,5 @@ FAMILY = Family(
     config_from_gguf=config_from_gguf,
     config_to_gguf=config_to_gguf,
     gguf_map=gguf_map,
-    tied_copies={"lm_head.weight": "model.embed_tokens.weight"},
+    tied_copies=HF_TIED,
 )

@@ -33,13 +33,14 @@ from quadriga.model.families.llama2 import (
     GGUF_FFN,
     HF_COMMON,
     HF_FFN,
-    attention_from_hf,
+    HF_TIED,
     common_from_gguf,
+    common_from_hf,
     common_to_gguf,
     common_to_hf,
     hf_qkv,
 )
-from quadriga.model.families.pieces import copies, experts, gate_up, qkv
+from quadriga.model.families.pieces import copies, experts, gate_up
 from quadriga.model.weight_map import Piece, Shape
 
 IGNORED = PRETRAINED_KEYS | {"max_window_layers", "sliding_window"}
@@ -127,20 +128,17 @@ def _from_hf(family: str, keys: Keys, ffns: list[DenseSpec] | list[DenseSpec | M
         keys.must_be("layer_types", ["full_attention"] * len(ffns))
     # Their defaults are no other key's value, as LLaMA's are (128 and 32, or 4): every published file writes them.
     keys.integer("head_dim"), keys.integer("num_key_value_heads")
-    norm = NormSpec(kind="rms", eps=keys.number("rms_norm_eps"))
-    attention = replace(attention_from_hf(keys), qk_norm=QKNormSpec(over="head", eps=norm.eps))
+    common = common_from_hf(keys)
+    norm: NormSpec = common.pop("norm")
+    attention = replace(common.pop("mixer"), qk_norm=QKNormSpec(over="head", eps=norm.eps))
+    del common["n_layers"]  # as many as there are networks
     kinds = {ffn: LayerSpec(norm=norm, mixer=attention, ffn=ffn) for ffn in dict.fromkeys(ffns)}
     config = ModelConfig(
         family=family,
-        vocab_size=keys.integer("vocab_size"),
-        d_model=keys.integer("hidden_size"),
-        max_seq_len=keys.integer("max_position_embeddings"),
         layers=tuple(kinds[ffn] for ffn in ffns),
         final_norm=norm,
         tied_embeddings=keys.flag("tie_word_embeddings"),
-        bos_id=keys.token_id("bos_token_id"),
-        eos_ids=keys.token_ids("eos_token_id"),
-        pad_id=keys.token_id("pad_token_id"),
+        **common,
     )
     keys.finish(IGNORED)
     return config
@@ -190,7 +188,6 @@ _LAYER = "model.layers.{i}."
 _HF_NORMS = {f"{_LAYER}self_attn.{part}_norm.weight": f"layers.{{i}}.attn.{part}_norm.weight" for part in ("q", "k")}
 _GGUF_NORMS = {f"blk.{{i}}.attn_{part}_norm.weight": f"layers.{{i}}.attn.{part}_norm.weight" for part in ("q", "k")}
 HF_ROUTER = {_LAYER + "mlp.gate.weight": "layers.{i}.moe.router.weight"}
-GGUF_ROUTER = {"blk.{i}.ffn_gate_inp.weight": "layers.{i}.moe.router.weight"}
 
 
 def hf_attention(config: ModelConfig) -> list[Piece]:
@@ -200,8 +197,7 @@ def hf_attention(config: ModelConfig) -> list[Piece]:
 
 def gguf_attention(config: ModelConfig) -> list[Piece]:
     """Everything but feed-forwards, as llama.cpp names it; rotary halves are left as they are in these archs."""
-    q, k, v = (f"blk.{{i}}.attn_{p}.weight" for p in "qkv")
-    return copies(config, GGUF_COMMON | _GGUF_NORMS) + qkv(config, q, k, v)
+    return copies(config, GGUF_COMMON | _GGUF_NORMS) + gguf_keys.projections(config, interleaved=False)
 
 
 def hf_layout(config: ModelConfig) -> list[Piece]:
@@ -225,7 +221,7 @@ def hf5_layout(config: ModelConfig) -> list[Piece]:
 
 def gguf_map(config: ModelConfig) -> list[Piece]:
     """llama.cpp's names of both archs."""
-    return gguf_attention(config) + copies(config, GGUF_FFN | GGUF_ROUTER | gguf_keys.MERGED_EXPERTS)
+    return gguf_attention(config) + copies(config, GGUF_FFN | gguf_keys.ROUTER | gguf_keys.MERGED_EXPERTS)
 
 
 def dense_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
@@ -242,9 +238,7 @@ def moe_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -
     # llama.cpp: no expert_feed_forward_length means feed_forward_length / expert_used_count.
     named = keys.given("expert_feed_forward_length") and keys.integer("expert_feed_forward_length")
     d_ff = named or width // max(1, top_k)
-    gguf_keys.plain_experts(keys, d_ff)
-    ffn = MoESpec(d_ff=d_ff, n_experts=keys.integer("expert_count"), top_k=top_k, activation="silu")
-    return _from_gguf("qwen3moe", keys, ffn, metadata, shapes)
+    return _from_gguf("qwen3moe", keys, gguf_keys.plain_experts(keys, d_ff), metadata, shapes)
 
 
 def _from_gguf(
@@ -281,8 +275,6 @@ def moe_to_gguf(config: ModelConfig) -> dict[str, object]:
     return metadata
 
 
-_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-
 DENSE = Family(
     name="qwen3",
     presets=DENSE_PRESETS,
@@ -295,7 +287,7 @@ DENSE = Family(
     config_to_gguf=dense_to_gguf,
     gguf_map=gguf_map,
     counterpart="qwen3moe",
-    tied_copies=_TIED,
+    tied_copies=HF_TIED,
 )
 MIXTURE = Family(
     name="qwen3moe",
@@ -309,5 +301,5 @@ MIXTURE = Family(
     config_to_gguf=moe_to_gguf,
     gguf_map=gguf_map,
     counterpart="qwen3",
-    tied_copies=_TIED,
+    tied_copies=HF_TIED,
 )
