@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from quadriga.text import gguf_vocabulary
 from quadriga.text.pretokenize import GGUF_PATTERNS
 from quadriga.text.stream import Detokenizer
-from quadriga.text.tokenizer import Tokenizer, _Tiktoken, load_directory, load_gguf, load_sentencepiece
+from quadriga.text.tokenizer import TiktokenVocabulary, Tokenizer, load_directory, load_gguf, load_sentencepiece
 from tests.text import vocabularies
 
 CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -408,7 +408,7 @@ def test_ranks_are_the_tiktoken_library() -> None:
         for cut in range(2, len(word) + 1):
             ranks.setdefault(word[:cut], len(ranks))
     special = {text: len(ranks) + i for i, text in enumerate(CONTROL)}
-    vocabulary = _Tiktoken(ranks, special)
+    vocabulary = TiktokenVocabulary(ranks, special)
     library = tiktoken.Encoding(
         "small", pat_str=vocabulary._encoding._pat_str, mergeable_ranks=ranks, special_tokens=special
     )

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from quadriga.errors import TokenizerError
 from quadriga.text import gguf_vocabulary
 from quadriga.text.tokenizer import (
+    TiktokenVocabulary,
     Tokenizer,
-    _Tiktoken,
     load_directory,
     load_gguf,
     load_sentencepiece,
@@ -91,7 +91,7 @@ def test_a_prompt_begins_once() -> None:
 
 
 def test_typed_special_tokens_are_text_in_ranks_too() -> None:
-    vocabulary = _Tiktoken({bytes([b]): b for b in range(256)}, {"<|im_end|>": 256})
+    vocabulary = TiktokenVocabulary({bytes([b]): b for b in range(256)}, {"<|im_end|>": 256})
     assert vocabulary.encode("a<|im_end|>", False) == list(b"a<|im_end|>")
     assert vocabulary.encode("a<|im_end|>", True) == [97, 256]
 

@@ -1,0 +1,28 @@
+"""Text to ids and back: one :class:`Tokenizer` over tiktoken ranks, tokenizer.json, SentencePiece and GGUF.
+
+load         which of them a checkpoint's folder holds     files   reads them, bounded in size and depth
+tiktoken | huggingface | sentencepiece | gguf              roles   which tokens begin and end a text
+base         Tokenizer itself
+"""
+
+from quadriga.text.tokenizer.base import Tokenizer, Vocabulary
+from quadriga.text.tokenizer.files import FILES, read_bytes, read_json
+from quadriga.text.tokenizer.gguf import load_gguf
+from quadriga.text.tokenizer.huggingface import load_tokenizer_json
+from quadriga.text.tokenizer.load import load_directory
+from quadriga.text.tokenizer.sentencepiece import load_sentencepiece
+from quadriga.text.tokenizer.tiktoken import TiktokenVocabulary, load_tiktoken
+
+__all__ = [
+    "FILES",
+    "TiktokenVocabulary",
+    "Tokenizer",
+    "Vocabulary",
+    "load_directory",
+    "load_gguf",
+    "load_sentencepiece",
+    "load_tiktoken",
+    "load_tokenizer_json",
+    "read_bytes",
+    "read_json",
+]

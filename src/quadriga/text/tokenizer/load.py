@@ -1,0 +1,61 @@
+"""Which vocabulary a checkpoint's folder holds, and the Tokenizer it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from quadriga.text import template_variables
+from quadriga.text.added_tokens import declared
+from quadriga.text.tokenizer.base import Tokenizer
+from quadriga.text.tokenizer.files import Folder, chat_template, generation_eos, read_json, read_json_if_there
+from quadriga.text.tokenizer.huggingface import from_tokenizer_json
+from quadriga.text.tokenizer.sentencepiece import from_sentencepiece
+from quadriga.text.tokenizer.tiktoken import load_tiktoken
+
+
+def load_directory(
+    path: Path, cl100k_ranks: Callable[[], Path] | None = None, *, n_rows: int | None = None
+) -> Tokenizer | None:
+    """The tokenizer that lies beside a checkpoint's weights, or None if there is none.
+
+    Looks for tokenizer.json, then a *.tiktoken rank file, then tokenizer.model; then, where tokenizer_config.json says
+    the vocabulary is tiktoken's (DBRX's first release ships no file), asks ``cl100k_ranks`` for the rank file.
+
+    Args:
+        path: the checkpoint's folder.
+        cl100k_ranks: gives GPT-4's rank file.
+        n_rows: tokens the model has. Added tokens beyond can never be used and are left out, with a logged line.
+
+    Raises:
+        TokenizerError: a file is malformed, too large, or names tokens that do not exist.
+    """
+    config = read_json_if_there(path / "tokenizer_config.json")
+    others = [read_json_if_there(path / name) for name in ("special_tokens_map.json", "config.json")]
+    tokenizer = _load_vocabulary(path, config, others[0], cl100k_ranks, n_rows)
+    if tokenizer is not None:
+        variables, complete = template_variables.from_files(config, *others)
+        tokenizer.template_variables = variables if complete else {**tokenizer.tokens_by_id(), **variables}
+    return tokenizer
+
+
+def _load_vocabulary(
+    path: Path,
+    config: Mapping[str, Any],
+    special_tokens_map: Mapping[str, Any],
+    cl100k_ranks: Callable[[], Path] | None,
+    n_rows: int | None,
+) -> Tokenizer | None:
+    template = chat_template(path, config)
+    beside = declared(config, read_json_if_there(path / "added_tokens.json"), special_tokens_map)
+    folder = Folder(config, beside, template, generation_eos(path), n_rows)
+    if (path / "tokenizer.json").exists():
+        return from_tokenizer_json(read_json(path / "tokenizer.json"), "tokenizer.json", folder)
+    for ranks in sorted(path.glob("*.tiktoken")):
+        return load_tiktoken(ranks, chat_template=template)
+    if (path / "tokenizer.model").exists():
+        return from_sentencepiece(path / "tokenizer.model", folder)
+    if "tiktoken" in str(config.get("tokenizer_class", "")).lower() and cl100k_ranks is not None:
+        return load_tiktoken(cl100k_ranks(), chat_template=template)
+    return None
