@@ -21,6 +21,7 @@ from quadriga.hub import catalogue
 from quadriga.io import convert as conversion
 from quadriga.io import directory as engine_file
 from quadriga.io.convert import convert, dry_run
+from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.open import open_checkpoint
 from quadriga.model import families
 from quadriga.model.config_json import config_from_json, config_to_json
@@ -83,6 +84,37 @@ def test_gguf_blocks_are_within_their_rounding(tmp_path: Path, form: str, bound:
         worst = float((loaded[name] - expected).abs().max())
         assert worst <= bound * float(expected.abs().max())
     assert torch.equal(loaded["final_norm.weight"], values["final_norm.weight"])
+
+
+@pytest.mark.parametrize(("form", "number"), [("float16", 1), ("q4_0", 2), ("q8_0", 7), ("bfloat16", 32)])
+def test_a_gguf_file_says_what_it_is_and_keeps_its_router_wide(tmp_path: Path, form: str, number: int) -> None:
+    """The numbers are llama.cpp's LLAMA_FTYPE; its routers are float32 in every file."""
+    config = replace(TINY["mixtral"].with_ffn(d_ff=96), d_model=64)
+    values = {n: torch.randn(t.shape) for n, t in random_bits(config).items()}
+    write_hf(tmp_path / "hf", config, parameters=values)
+    convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf", gguf_format=form)
+    source = GGUFSource(tmp_path / "x.gguf")
+    assert source.metadata["general.file_type"] == number
+    stored = {name: tensor.format for name, tensor in source.header.tensors.items()}
+    assert {stored[f"blk.{i}.ffn_gate_inp.weight"] for i in range(config.n_layers)} == {"float32"}
+    assert {stored[f"blk.{i}.ffn_down_exps.weight"] for i in range(config.n_layers)} == {form}
+    router = load_parameters(open_checkpoint(tmp_path / "x.gguf"))["layers.2.moe.router.weight"]
+    assert torch.equal(router, values["layers.2.moe.router.weight"])
+
+
+def test_shards_have_an_index_and_end_tokens_go_along(tmp_path: Path) -> None:
+    config = replace(TINY["dbrx"], eos_ids=(7, 11), bos_id=3, pad_id=5)
+    stored = write_hf(tmp_path / "hf", config)
+    (tmp_path / "hf/generation_config.json").write_text(json.dumps({"eos_token_id": [7, 11], "bos_token_id": 3}))
+    convert(tmp_path / "hf", tmp_path / "ours")
+    (tmp_path / "ours/generation_config.json").unlink()  # what it says is in the configuration
+    convert(tmp_path / "ours", tmp_path / "back", to="hf", max_shard_bytes=40_000)
+    index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())["weight_map"]
+    where = {name: file.name for file in (tmp_path / "back").glob("*.safetensors") for name in load_file(file)}
+    assert index == where
+    assert set(where) == set(stored)
+    said = json.loads((tmp_path / "back/generation_config.json").read_text())
+    assert (said["eos_token_id"], said["bos_token_id"], said["pad_token_id"]) == ([7, 11], 3, 5)
 
 
 def test_a_dtype_can_be_chosen(tmp_path: Path) -> None:

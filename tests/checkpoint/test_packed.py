@@ -20,10 +20,12 @@ from quadriga.io.convert import convert
 from quadriga.io.open import open_checkpoint
 from quadriga.io.packed import PackedParameters, load_packed
 from quadriga.kernels.cpu.packing import Packed
+from quadriga.model.config import AttentionSpec, DenseSpec, NormSpec, RopeSpec, uniform_model
 from quadriga.nn.load import load_parameters
 from quadriga.runners.compiled import CompiledModel
 from tests.batches import batch, logits_of
 from tests.checkpoint.models import TINY, random_bits, write_hf
+from tests.packing import pack, unpack
 
 IDS = [3, 96, 41, 7, 7, 58, 12, 90, 33]
 
@@ -104,6 +106,60 @@ def test_a_recipe_gives_each_matrix_its_format(tmp_path: Path) -> None:
     assert {n: entries[n].format for n in recipe} == recipe
     with pytest.raises(ConfigError, match=r"attn\.wo"):
         convert(tmp_path / "hf", tmp_path / "no", format={n: f for n, f in recipe.items() if "attn.wo" not in n})
+
+
+def test_each_matrix_has_its_own_importance(tmp_path: Path) -> None:
+    write(tmp_path / "hf", "mixtral")
+    important = "layers.1.moe.w_down/3"
+    weights = np.linspace(0.01, 9.0, 80, dtype=np.float32)
+    convert(tmp_path / "hf", tmp_path / "plain", format="q4")
+    convert(tmp_path / "hf", tmp_path / "out", format="q4", importance={important: weights})
+    plain, out = (engine_file.read_manifest(tmp_path / name).parameters for name in ("plain", "out"))
+    assert [name for name in plain if plain[name].sha256 != out[name].sha256] == [important]
+    values = load_parameters(open_checkpoint(tmp_path / "hf"))["layers.1.moe.w_down"][3]
+    packed = pack(values, "q4", importance=torch.from_numpy(weights))
+    stored = load_packed(open_checkpoint(tmp_path / "out")).parameters["layers.1.moe.w_down"][3]  # type: ignore[index]
+    assert packed.data.tobytes() == stored.data.tobytes()
+
+
+# Rows of whole blocks of 32; grouped heads, so that rows of q and of k are reordered differently.
+BLOCKS = uniform_model(
+    family="llama2",
+    vocab_size=97,
+    d_model=64,
+    n_layers=2,
+    max_seq_len=48,
+    norm=NormSpec(kind="rms"),
+    mixer=AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=16, position=RopeSpec(theta=1e4)),
+    ffn=DenseSpec(d_ff=160, activation="silu"),
+)
+
+
+@pytest.mark.parametrize(("stored", "form"), [("q8_0", "q8"), ("q4_0", "q4")])
+def test_blocks_of_a_gguf_file_are_kept_to_the_bit(tmp_path: Path, stored: str, form: str) -> None:
+    """Interleaved rotary rows too: their blocks move as their numbers would."""
+    values = {n: torch.randn(t.shape) for n, t in random_bits(BLOCKS).items()}
+    write_hf(tmp_path / "hf", BLOCKS, parameters=values)
+    convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf", gguf_format=stored)
+    checkpoint = open_checkpoint(tmp_path / "x.gguf")
+    numbers, packed = load_parameters(checkpoint), load_packed(checkpoint).parameters
+    for name in ("layers.1.attn.wqkv.weight", "layers.0.attn.wo.weight", "layers.1.ffn.w_up"):
+        one = packed[name]
+        assert isinstance(one, Packed)
+        assert one.format == form
+        assert torch.equal(unpack(one), numbers[name].float())
+
+
+def test_blocks_of_another_format_are_packed_anew(tmp_path: Path) -> None:
+    values = {n: torch.randn(t.shape) for n, t in random_bits(BLOCKS).items()}
+    write_hf(tmp_path / "hf", BLOCKS, parameters=values)
+    convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf", gguf_format="q8_0")
+    checkpoint = open_checkpoint(tmp_path / "x.gguf")
+    numbers, packed = load_parameters(checkpoint), load_packed(checkpoint, "q4").parameters
+    for name in ("layers.1.attn.wqkv.weight", "layers.1.ffn.w_up"):
+        one = packed[name]
+        assert isinstance(one, Packed)
+        assert one.data.tobytes() == pack(numbers[name].float(), "q4").data.tobytes()
 
 
 def test_an_interrupted_packing_is_resumed_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,14 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             SafetensorsSource(path)
 
 
+def test_a_header_that_is_there_but_too_long_is_not_parsed(tmp_path: Path) -> None:
+    """26 MB of spaces, all in the file: what says no is the limit, not the file's end."""
+    header = json.dumps({"a": entry([2], [0, 8])}).encode()
+    (tmp_path / "x.safetensors").write_bytes(file_of(header + b" " * (26 << 20), bytes(8)))
+    with pytest.raises(CheckpointError, match="more than 26214400"):
+        SafetensorsSource(tmp_path / "x.safetensors")
+
+
 def test_hostile_headers_take_little_memory(tmp_path: Path) -> None:
     """A header that claims much, and one that is much: under 200 MB, in a process of its own with that limit."""
     (tmp_path / "claims.safetensors").write_bytes(HOSTILE["header of 101 MB"])

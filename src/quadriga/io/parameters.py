@@ -65,12 +65,11 @@ def unpack(stored: Array, piece: Piece) -> Array:
     if piece.rotary_heads:  # rows (head, pair, side) -> (head, side, pair)
         pairs = values.reshape(piece.rotary_heads, -1, 2, values.shape[-1])
         values = pairs.swapaxes(1, 2).reshape(values.shape)
-    return values if piece.scale == 1.0 else values * values.dtype.type(piece.scale)
+    return values
 
 
 def pack(values: Array, piece: Piece) -> Array:
     """The source box of a piece from its target box: the inverse of :func:`unpack`, a permutation of the same bits."""
-    assert piece.scale == 1.0, "a scaled map is read only"
     if piece.rotary_heads:  # rows (head, side, pair) -> (head, pair, side)
         halves = values.reshape(piece.rotary_heads, 2, -1, values.shape[-1])
         values = halves.swapaxes(1, 2).reshape(values.shape)

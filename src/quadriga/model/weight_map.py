@@ -55,8 +55,6 @@ class Piece:
     """Swap the last two axes."""
     rotary_heads: int = 0
     """Heads whose rows are stored as interleaved rotary pairs (Meta, GGUF llama) and must become halves; 0: none."""
-    scale: float = 1.0
-    """The parameter is this times the stored value; used by no byte-identical map, only where a source demands it."""
 
 
 def whole(shape: Shape) -> Box:
