@@ -196,6 +196,23 @@ def test_an_hour_away_saves_a_minute_of_requests_and_tokens() -> None:
     account.take(1)
 
 
+def test_an_account_is_forgotten_only_when_it_owes_nothing() -> None:
+    """Forgotten with a debt of 1200 tokens, the client would begin anew with a full minute's worth."""
+    clock = Clock()
+    account = Account(Allowance(tokens_per_minute=600), clock)
+    account.take(1)
+    account.spend(1800)
+    account.give_back(1)
+    for seconds, forgotten in ((61, False), (118, False), (2, True)):
+        clock.now += seconds
+        assert account.idle(clock.now) is forgotten
+    without_limits = Account(Allowance(), clock)
+    without_limits.take(1)
+    without_limits.give_back(1)
+    assert not without_limits.idle(clock.now)
+    assert without_limits.idle(clock.now + 60)
+
+
 def test_answers_are_counted_and_not_requests() -> None:
     account = Account(Allowance(concurrent=4, requests_per_minute=5), Clock())
 
