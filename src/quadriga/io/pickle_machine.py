@@ -17,6 +17,12 @@ from quadriga.errors import CheckpointError
 
 _MAX_STRING_BYTES = 1 << 16
 
+# Opcodes that write a value out, and the struct format of the number, or of the length, that follows them.
+_INTEGERS = {b"K": "B", b"M": "H", b"J": "i"}
+_TEXTS = {b"\x8c": "B", b"X": "I", b"\x8d": "Q"}
+_BYTES = {b"C": "B", b"B": "I", b"\x8e": "Q", b"\x96": "Q"}
+_LITERALS = frozenset((b"N", b"\x88", b"\x89", b")", b"}", b"\x8a", *_INTEGERS, *_TEXTS, *_BYTES))
+
 
 @dataclass
 class Bytes:
@@ -129,6 +135,9 @@ class PickleMachine:
 
     def step(self, code: bytes) -> None:
         """Carry out one opcode."""
+        if code in _LITERALS:
+            self.stack.append(self.literal(code))
+            return
         push = self.stack.append
         match code:
             case b"\x80":  # protocol
@@ -141,33 +150,13 @@ class PickleMachine:
             case b"\x93":
                 attribute, module = self.pop(), self.pop()
                 push(self.named(module, attribute))
-            case b"N":
-                push(None)
-            case b"\x88" | b"\x89":
-                push(code == b"\x88")
-            case b"K":
-                push(self.number("B"))
-            case b"M":
-                push(self.number("H"))
-            case b"J":
-                push(self.number("i"))
-            case b"\x8a":  # a long integer, of at most eight bytes here
-                push(int.from_bytes(self.take(min(self.number("B"), 8)), "little", signed=True))
-            case b"\x8c" | b"X" | b"\x8d":
-                push(self.take(self.number({b"\x8c": "B", b"X": "I", b"\x8d": "Q"}[code])).decode("utf-8", "replace"))
-            case b"C" | b"B" | b"\x8e" | b"\x96":
-                push(self.skip(self.number({b"C": "B", b"B": "I", b"\x8e": "Q", b"\x96": "Q"}[code])))
             case b"(":
                 self.marks.append(len(self.stack))
-            case b")":
-                push(())
             case b"t":
                 push(tuple(self.pop_mark()))
             case b"\x85" | b"\x86" | b"\x87":
                 items = [self.pop() for _ in range(code[0] - 0x84)]
                 push(tuple(reversed(items)))
-            case b"}":
-                push({})
             case b"Q":
                 push(self.persistent(self.pop()))
             case b"s":
@@ -175,12 +164,9 @@ class PickleMachine:
                 self.assign([key, value])
             case b"u":
                 self.assign(self.pop_mark())
-            case b"q":
-                self.memo[self.number("B")] = self.stack[-1] if self.stack else None
-            case b"r":
-                self.memo[self.number("I")] = self.stack[-1] if self.stack else None
-            case b"\x94":
-                self.memo[len(self.memo)] = self.stack[-1] if self.stack else None
+            case b"q" | b"r" | b"\x94":
+                key = len(self.memo) if code == b"\x94" else self.number("B" if code == b"q" else "I")
+                self.memo[key] = self.stack[-1] if self.stack else None
             case b"h" | b"j":
                 push(self.memo.get(self.number("B" if code == b"h" else "I")))
             case b"R":
@@ -194,6 +180,25 @@ class PickleMachine:
                 push(self.build(target, state))
             case _:
                 raise self.fail(f"the opcode {code!r} has no place in an array")
+
+    def literal(self, code: bytes) -> Any:
+        """The value an opcode of ``_LITERALS`` writes out."""
+        match code:
+            case b"N":
+                return None
+            case b"\x88" | b"\x89":
+                return code == b"\x88"
+            case b")":
+                return ()
+            case b"}":
+                return {}
+            case b"\x8a":  # a long integer, of at most eight bytes here
+                return int.from_bytes(self.take(min(self.number("B"), 8)), "little", signed=True)
+        if code in _INTEGERS:
+            return self.number(_INTEGERS[code])
+        if code in _TEXTS:
+            return self.take(self.number(_TEXTS[code])).decode("utf-8", "replace")
+        return self.skip(self.number(_BYTES[code]))
 
     def named(self, module: object, attribute: object) -> Name:
         """The marker of a global."""
