@@ -134,6 +134,7 @@ def test_no_more_are_let_in_than_may_run_and_wait() -> None:
         for stream in (*held, again):
             stream.close()
         assert engine.n_open == 0
+        assert not engine._open, "nothing is kept of streams that were closed"
         await engine.call(lambda e: None)
         assert await engine.call(lambda e: (e.has_work, e.stats().kv_blocks_used)) == (False, 0)
 

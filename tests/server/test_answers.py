@@ -135,6 +135,7 @@ def test_ids_are_an_answers_own(tiny: Live) -> None:
         ({"stop_token_ids": [200, 10, 99]}, {"stop_ids": (200, 10, 99)}),
         ({"stop": ["a", "e", "\\u0001"]}, {"stop": ("a", "e", "\\u0001")}),
         ({"ignore_eos": False, "logit_bias": {"256": 9}}, {"ignore_eos": False, "logit_bias": {256: 9.0}}),
+        ({"ignore_eos": True, "logit_bias": {"256": 9}}, {"ignore_eos": True, "logit_bias": {256: 9.0}}),
         ({"seed": 0}, {"seed": 0}),
         ({"max_tokens": 1}, {"max_new_tokens": 1}),
     ],
