@@ -82,7 +82,7 @@ def test_markdown_json_and_picture(tmp_path: Path) -> None:
     assert (tmp_path / "table.svg").stat().st_size > 5000
 
 
-def test_perplexities_are_no_shares(tmp_path: Path) -> None:
+def test_perplexities_are_not_read_as_accuracies(tmp_path: Path) -> None:
     assert compare.read(results(tmp_path, wikitext=task("word_perplexity", 30.0, 1.0))).cells == {}
 
 
@@ -92,5 +92,5 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="cannot read"):
         compare.read(tmp_path / "none")
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(EvaluationError, match="is no results"):
+    with pytest.raises(EvaluationError, match=r"must be a results\.json"):
         compare.read(tmp_path)

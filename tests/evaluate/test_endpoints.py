@@ -15,7 +15,7 @@ from quadriga.evaluate.endpoints import Anthropic, OpenAIChat, OpenAIText, conne
 from tests.server.conftest import running, tiny_llm
 
 
-def test_our_server_gives_what_the_model_in_this_process_gives() -> None:
+def test_our_server_and_the_model_in_this_process_agree() -> None:
     pairs = [("The answer is", " no"), ("The answer is ", "yes, it is"), ("b\n", "c")]
     here = TextModel(tiny_llm())
     with running(tiny_llm()) as live:
@@ -60,7 +60,7 @@ def ask(
     return endpoint.generate(["hello"], max_new_tokens=9, **options), seen, waits
 
 
-def test_chat_requests_say_what_was_asked() -> None:
+def test_chat_requests_carry_prompt_and_options() -> None:
     texts, seen, _ = ask(chat_answer("a b STOP c"), stop=("STOP", "1", "2", "3", "4"), temperature=0.5, seed=7)
     assert texts == ["a b "]
     assert seen[0].headers["authorization"] == "Bearer secret-key"
@@ -75,7 +75,7 @@ def test_chat_requests_say_what_was_asked() -> None:
     }
 
 
-def test_anthropic_requests_leave_blank_stops_to_this_side() -> None:
+def test_blank_stops_are_not_sent_to_anthropic_but_applied_here() -> None:
     answer = httpx2.Response(200, json={"content": [{"type": "text", "text": "x\n\ny"}, {"type": "other"}]})
     texts, seen, _ = ask(answer, api="anthropic", stop=("\n\n", "Q:"))
     assert texts == ["x"]
@@ -84,7 +84,7 @@ def test_anthropic_requests_leave_blank_stops_to_this_side() -> None:
     assert json.loads(seen[0].content)["stop_sequences"] == ["Q:"]
 
 
-def test_busy_and_broken_answers_are_asked_again_after_a_wait() -> None:
+def test_busy_and_failed_requests_are_retried_after_a_wait() -> None:
     texts, seen, waits = ask(
         httpx2.Response(429, headers={"retry-after": "3"}),
         httpx2.Response(500),
@@ -97,12 +97,12 @@ def test_busy_and_broken_answers_are_asked_again_after_a_wait() -> None:
     assert 3.0 <= waits[2] <= 5.0
 
 
-def test_an_interface_that_stays_broken_is_given_up() -> None:
+def test_retries_end_with_an_error() -> None:
     with pytest.raises(EndpointError, match=r"failed 6 times.*status 503: gone"):
         ask(httpx2.Response(503, text="gone"))
 
 
-def test_a_refusal_is_final_and_says_why() -> None:
+def test_a_refusal_is_not_retried_and_says_why() -> None:
     seen: list[httpx2.Request] = []
     endpoint = connect(
         "https://api.test/v1",
@@ -124,12 +124,12 @@ def test_a_refusal_is_final_and_says_why() -> None:
         httpx2.Response(200, json={"choices": [{"message": None}]}),
     ],
 )
-def test_answers_of_an_unknown_form_are_errors(answer: httpx2.Response) -> None:
-    with pytest.raises(EndpointError, match=r"not JSON|instead of an object|unknown form"):
+def test_answers_of_an_unknown_format_are_errors(answer: httpx2.Response) -> None:
+    with pytest.raises(EndpointError, match=r"not JSON|instead of an object|unknown format"):
         ask(answer)
 
 
-def test_chat_interfaces_refuse_likelihoods_by_name() -> None:
+def test_chat_apis_refuse_likelihoods() -> None:
     for endpoint in (
         connect("https://api.test/v1", model="gpt", chat=True),
         connect("https://api.anthropic.test/v1", model="claude"),
@@ -139,20 +139,20 @@ def test_chat_interfaces_refuse_likelihoods_by_name() -> None:
             endpoint.loglikelihoods([("a", "b")])
         with pytest.raises(EvaluationError, match="in this process"):
             endpoint.rolling(["a"])
-        with pytest.raises(EvaluationError, match="vocabulary"):
+        with pytest.raises(EvaluationError, match="counts tokens"):
             endpoint.count_tokens("a")
 
 
-def test_a_text_interface_without_echo_is_refused_by_name() -> None:
+def test_a_completions_api_without_echo_is_refused() -> None:
     answer = httpx2.Response(200, json={"choices": [{"text": "x", "logprobs": None}]})
     endpoint = connect(
         "https://api.test/v1", model="m", transport=httpx2.MockTransport(answering(answer, seen=[])), parallel=1
     )
-    with pytest.raises(EvaluationError, match="did not give log-probabilities"):
+    with pytest.raises(EvaluationError, match="did not return the log-probabilities"):
         endpoint.loglikelihoods([("a", "b")])
 
 
-def test_the_greedy_mark_is_the_interfaces_own_best_token() -> None:
+def test_greedy_compares_with_the_apis_most_probable_token() -> None:
     shown = {
         "text_offset": [0, 3, 5],
         "token_logprobs": [None, -0.5, -1.0],

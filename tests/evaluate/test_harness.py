@@ -74,7 +74,7 @@ def test_each_item_is_graded_by_its_own_answers_and_each_group_by_its_own_items(
     assert {name: figure.value for name, figure in result.groups.items()} == {"even": 1.0, "odd": 0.0}
 
 
-def test_batches_draw_with_seeds_that_do_not_meet(tmp_path: Path) -> None:
+def test_batches_sample_with_different_seeds(tmp_path: Path) -> None:
     """A batch of n prompts may use n seeds from its own on: the next batch's begins behind them."""
     items: list[Item] = [AnswerItem(prompt=f"q{i}", grader=lambda text: {"acc": 1.0}) for i in range(70)]
     model = RuleModel()
@@ -82,7 +82,7 @@ def test_batches_draw_with_seeds_that_do_not_meet(tmp_path: Path) -> None:
     assert model.seeds == [11, 11 + 32, 11 + 64]
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_ends_with_the_same_results(tmp_path: Path) -> None:
     whole = run(task(choices(150)), RuleModel(rule=yes), tmp_path / "whole")
     killed = RuleModel(rule=yes, dies_after=200)
     with pytest.raises(KeyboardInterrupt):
@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 10, 40])
-def test_a_line_torn_by_a_crash_is_asked_again(tmp_path: Path, cut: int) -> None:
+def test_an_item_cut_off_by_a_crash_is_run_again(tmp_path: Path, cut: int) -> None:
     run(task(choices(5)), RuleModel(rule=yes), tmp_path)
     file = tmp_path / "items/toy.jsonl"
     whole = file.read_bytes()
@@ -106,7 +106,7 @@ def test_a_line_torn_by_a_crash_is_asked_again(tmp_path: Path, cut: int) -> None
     assert file.read_bytes() == whole
 
 
-def test_a_larger_limit_goes_on_from_a_smaller_one(tmp_path: Path) -> None:
+def test_a_larger_limit_resumes_from_a_smaller_one(tmp_path: Path) -> None:
     first = run(task(choices(20)), RuleModel(rule=yes), tmp_path, Options(limit=6))
     assert (first.n_items, first.n_whole) == (6, 20)
     model = RuleModel(rule=yes)
@@ -121,28 +121,28 @@ def test_a_larger_limit_goes_on_from_a_smaller_one(tmp_path: Path) -> None:
         ({"build": lambda data, shots: choices(6)}, "prompts"),
     ],
 )
-def test_answers_to_another_question_are_never_mixed(tmp_path: Path, change: dict[str, object], word: str) -> None:
+def test_results_for_other_settings_are_never_mixed(tmp_path: Path, change: dict[str, object], word: str) -> None:
     run(task(choices(5)), RuleModel(rule=yes), tmp_path)
-    with pytest.raises(EvaluationError, match=f"different: {word}"):
+    with pytest.raises(EvaluationError, match=f"changed: {word}"):
         run(task(choices(5), **change), RuleModel(rule=yes), tmp_path)
 
 
-def test_another_model_or_other_shots_are_another_question(tmp_path: Path) -> None:
+def test_another_model_or_number_of_shots_is_refused(tmp_path: Path) -> None:
     run(task(choices(5)), RuleModel(rule=yes), tmp_path)
-    with pytest.raises(EvaluationError, match="different: model"):
+    with pytest.raises(EvaluationError, match="changed: model"):
         run(task(choices(5)), RuleModel(rule=yes, identity={"model": "rule", "weights": "1"}), tmp_path)
-    with pytest.raises(EvaluationError, match="different: shots"):
+    with pytest.raises(EvaluationError, match="changed: shots"):
         run(task(choices(5)), RuleModel(rule=yes), tmp_path, Options(shots=0))
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "items").mkdir()
     (tmp_path / "items/toy.jsonl").write_text('{"other": 1}\n')
-    with pytest.raises(EvaluationError, match="no file of results"):
+    with pytest.raises(EvaluationError, match="is not a results file"):
         run(task(choices(5)), RuleModel(), tmp_path)
 
 
-def test_written_answers_are_graded_and_kept(tmp_path: Path) -> None:
+def test_generated_answers_are_graded_and_kept(tmp_path: Path) -> None:
     items: list[Item] = [
         AnswerItem(prompt=f"p{i}", grader=lambda text, i=i: {"acc": float(text == f"p{i}!" and i != 1)})
         for i in range(3)
@@ -164,7 +164,7 @@ def test_programs_of_several_samples(tmp_path: Path) -> None:
     items: list[Item] = [CodeItem(prompt=p, program=lambda answer: answer) for p in ("long prompt", "no")]
     model = RuleModel(write=lambda prompt: prompt)
     code = task(items, kind="code", main="pass@1")
-    with pytest.raises(EvaluationError, match="no sandbox"):
+    with pytest.raises(EvaluationError, match="it needs a runner"):
         run(code, model, tmp_path)
     result = run(code, model, tmp_path, Options(samples=4, ks=(1, 3), seed=10), runner=Longer())
     assert {name: figure.value for name, figure in result.figures.items()} == {"pass@1": 0.5, "pass@3": 0.5}
@@ -179,9 +179,13 @@ def test_texts_give_perplexities(tmp_path: Path) -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(EvaluationError, match="--limit"):
         Options(limit=0)
-    with pytest.raises(EvaluationError, match=r"from 1 to the number of samples, 2; got 3"):
+    with pytest.raises(EvaluationError, match=r"from 1 to --samples \(2\); got 3"):
         Options(samples=2, ks=(3,))
-    assert (Options().heat, Options(samples=2).heat, Options(samples=2, temperature=0.2).heat) == (0.0, 0.8, 0.2)
+    assert (
+        Options().code_temperature,
+        Options(samples=2).code_temperature,
+        Options(samples=2, temperature=0.2).code_temperature,
+    ) == (0.0, 0.8, 0.2)
 
 
 def test_the_hash_changes_with_every_letter_of_every_prompt() -> None:
@@ -190,7 +194,7 @@ def test_the_hash_changes_with_every_letter_of_every_prompt() -> None:
     assert prompt_hash(one) == prompt_hash([ChoiceItem(pairs=(("ab", "c"),), gold=1)])
 
 
-def test_results_carry_what_they_mean(tmp_path: Path) -> None:
+def test_results_record_what_they_depend_on(tmp_path: Path) -> None:
     model = RuleModel(rule=yes)
     result = run(task(choices(9)), model, tmp_path, Options(limit=8))
     report.write(tmp_path, model, [result], "1.2.3")
@@ -206,7 +210,7 @@ def test_results_carry_what_they_mean(tmp_path: Path) -> None:
     assert "made up" in text
 
 
-def test_the_picture_shows_bars_and_from_three_tasks_a_radar(tmp_path: Path) -> None:
+def test_the_plot_has_bars_and_from_three_tasks_a_radar(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     model = RuleModel(rule=yes)
     results = [run(task(choices(9), name=f"toy{i}", title=f"Toy {i}"), model, tmp_path) for i in range(3)]
@@ -216,5 +220,5 @@ def test_the_picture_shows_bars_and_from_three_tasks_a_radar(tmp_path: Path) -> 
     assert len(three) > len(one) > 2000
     assert "Toy 2" in three or "Toy_2" in three or "<svg" in three
     text = run(task([TextItem(text="ab cd")], kind="rolling", main="word_perplexity", name="t"), model, tmp_path)
-    with pytest.raises(EvaluationError, match="shares in percent"):
+    with pytest.raises(EvaluationError, match="at least one task with an accuracy"):
         report.picture(tmp_path / "none.svg", "rule", [text])

@@ -19,12 +19,12 @@ def test_each_way_of_comparing_can_choose_differently() -> None:
         assert scores == {name: float(right == gold) for name, right in golds.items()}
 
 
-def test_the_first_of_equals_is_chosen() -> None:
+def test_of_equal_choices_the_first_is_chosen() -> None:
     item = ChoiceItem(pairs=(("q", "a"), ("q", "b")), gold=0)
     assert item.grade([Said(-1.0), Said(-1.0)])["acc"] == 1.0
 
 
-def test_truth_is_a_share_of_probability_even_where_exponents_vanish() -> None:
+def test_mc2_is_right_where_probabilities_underflow() -> None:
     item = TruthItem(context="q", continuations=("a", "b", "c"), truths=(True, False, True))
     assert item.pairs == (("q", "a"), ("q", "b"), ("q", "c"))
     assert item.grade([Said(-1000.0), Said(-1000.0), Said(-1000.0)])["mc2"] == pytest.approx(2 / 3)

@@ -56,7 +56,7 @@ def test_requests_and_options_are_passed_on() -> None:
     ("ours", "theirs", "shots"),
     [("winogrande", "quadriga_winogrande", 5), ("arc_challenge", "quadriga_arc_challenge", 2)],
 )
-def test_a_task_of_the_harness_ends_in_our_figures(manager: TaskManager, ours: str, theirs: str, shots: int) -> None:
+def test_a_task_of_the_harness_gives_our_figures(manager: TaskManager, ours: str, theirs: str, shots: int) -> None:
     model = TextModel(tiny_llm(n_blocks=80))
     result = lm_eval.simple_evaluate(
         HarnessLM(model), tasks=[theirs], num_fewshot=shots, limit=10, task_manager=manager, bootstrap_iters=0
@@ -73,7 +73,7 @@ def test_a_task_of_the_harness_ends_in_our_figures(manager: TaskManager, ours: s
     assert result["results"][theirs]["acc,none"] == pytest.approx(sum(graded) / 10)
 
 
-def test_our_prompts_equal_the_harnesss_letter_by_letter(manager: TaskManager) -> None:
+def test_our_prompts_equal_the_harnesss(manager: TaskManager) -> None:
     bench = Data(data("bench"))
     for ours, theirs, shots in (
         ("winogrande", "quadriga_winogrande", 5),

@@ -52,7 +52,7 @@ def test_a_program_that_ends_passes_and_one_that_fails_says_why(box: Sandbox) ->
     ],
     ids=["exit", "_exit", "SystemExit", "kills itself", "forges the word"],
 )
-def test_leaving_before_the_asserts_is_no_success(box: Sandbox, program: str) -> None:
+def test_exiting_before_the_asserts_is_a_failure(box: Sandbox, program: str) -> None:
     assert not box.run(program).passed
 
 
@@ -123,11 +123,11 @@ def test_a_hundred_gigabytes_are_refused(box: Sandbox) -> None:
     assert "MemoryError" in box.run("x = [0] * (100 * 2**30 // 8)").error
 
 
-def test_endless_arithmetic_meets_the_limit(brief: Sandbox) -> None:
+def test_endless_arithmetic_reaches_the_time_limit(brief: Sandbox) -> None:
     assert brief.run("while True: pass").error == "timed out"
 
 
-def test_the_limit_of_processor_time_ends_a_program_too(box: Sandbox) -> None:
+def test_the_cpu_time_limit_ends_a_program(box: Sandbox) -> None:
     hurried = Sandbox(box.kind, replace(box.limits, cpu_s=1))
     assert hurried.run("while True: pass").error.startswith("ended before its tests did")
 

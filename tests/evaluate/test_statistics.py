@@ -26,14 +26,14 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     assert figure.stderr == pytest.approx(mean(values).stderr)
 
 
-def test_groups_count_alike_whatever_their_size() -> None:
+def test_groups_have_equal_weight_whatever_their_size() -> None:
     figure = mean_of_groups({"a": [1.0, 1.0, 1.0, 0.0], "b": [0.0, 1.0]})
     assert figure.value == (0.75 + 0.5) / 2
     errors = [mean([1.0, 1.0, 1.0, 0.0]).stderr or 0, mean([0.0, 1.0]).stderr or 0]
     assert figure.stderr == pytest.approx(sqrt(errors[0] ** 2 + errors[1] ** 2) / 2)
 
 
-def test_pass_at_k_is_the_share_of_draws_that_hold_a_passing_program() -> None:
+def test_pass_at_k_is_the_share_of_draws_with_a_passing_program() -> None:
     for n, c in ((5, 0), (5, 2), (6, 6), (7, 1)):
         for k in range(1, n + 1):
             programs = [True] * c + [False] * (n - c)

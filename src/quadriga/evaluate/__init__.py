@@ -1,1 +1,1 @@
-"""Benchmarks: tasks, the harness that runs them over any model, tables that compare. Never imports the engine."""
+"""Benchmarks: tasks, the harness that runs them on any model, and comparison tables. Never imports the engine."""

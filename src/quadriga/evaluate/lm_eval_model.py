@@ -1,11 +1,11 @@
-"""Any of our models inside EleutherAI's harness: its ``LM`` class, and its tasks over local files. Extra: ``eval``.
+"""Our models in EleutherAI's harness: an ``LM`` class, and its tasks over local files. Needs the extra ``eval``.
 
     lm = HarnessLM(TextModel(quadriga.load("smollm2-135m-instruct")))
     write_tasks(folder)
     lm_eval.simple_evaluate(lm, tasks=["quadriga_hellaswag"],
                             task_manager=TaskManager(include_path=str(folder), include_defaults=False))
 
-The task files include the harness's own and replace only where the data comes from, so no hub is asked.
+The task files include the harness's own and replace only the data source, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from lm_eval.api.model import LM
 from quadriga.errors import EvaluationError
 from quadriga.evaluate.data import Data
 from quadriga.evaluate.model import LanguageModel
-from quadriga.evaluate.tasks.choice import arc_form
+from quadriga.evaluate.tasks.choice import arc_question
 
 _DEFAULT_NEW_TOKENS = 256
 
 
 class HarnessLM(LM):  # type: ignore[misc]  # lm_eval has no types
-    """The harness's view of a :class:`~quadriga.evaluate.model.LanguageModel`.
+    """Makes a :class:`~quadriga.evaluate.model.LanguageModel` usable as the harness's ``LM``.
 
-    A chat template is the model's own business: make the model with ``chat=True`` and leave the harness's
-    ``apply_chat_template`` off.
+    The model applies its own chat template: create it with ``chat=True`` and do not set the harness's
+    ``apply_chat_template``.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -47,10 +47,10 @@ class HarnessLM(LM):  # type: ignore[misc]  # lm_eval has no types
         return [answer.logprob for answer in self.model.rolling([request.args[0] for request in requests])]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue each prompt under its own options; requests of equal options go together.
+        """Continue each prompt with its own options; requests with equal options are sent together.
 
         Raises:
-            EvaluationError: an option that would change the answer and is not known here.
+            EvaluationError: a generation option that is not supported here.
         """
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -64,8 +64,8 @@ class HarnessLM(LM):  # type: ignore[misc]  # lm_eval has no types
         return answers
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Refused; see the class."""
-        raise EvaluationError("make the model with chat=True instead of the harness's apply_chat_template")
+        """Not supported: raises EvaluationError (see the class docstring)."""
+        raise EvaluationError("the harness's apply_chat_template is not supported: create the model with chat=True")
 
 
 def _generation(options: dict[str, Any]) -> dict[str, Any]:
@@ -83,11 +83,11 @@ _STOCK = Path(lm_eval.tasks.__file__).parent
 
 
 def write_tasks(folder: Path, data: Data | None = None) -> list[str]:
-    """Task files over the local data, for ``TaskManager(include_path=folder)``.
+    """Write task files over the local data, for ``TaskManager(include_path=folder)``.
 
     Args:
-        folder: made if it is not there; the files name the data by absolute path.
-        data: where it is.
+        folder: created if missing; the files refer to the data by absolute path.
+        data: where the data is; default: ``Data()``.
 
     Returns:
         The tasks' names: quadriga_hellaswag, _winogrande, _arc_challenge, _gsm8k and _mmlu_SUBJECT.
@@ -103,7 +103,7 @@ def write_tasks(folder: Path, data: Data | None = None) -> list[str]:
     for name in checked:
         data.bytes(f"{name}.jsonl")
     none = dict.fromkeys(("training_split", "validation_split"))
-    itself = {**none, "test_split": "validation", "fewshot_split": "validation"}  # shots from the questions themselves
+    itself = {**none, "test_split": "validation", "fewshot_split": "validation"}  # shots from the questions
     splits = {split: _arc_file(folder, data, split) for split in ("test", "validation")}
     pool = {"training_split": None, "fewshot_split": "validation"}
     gsm8k = {split: paths[f"gsm8k/{split}"] for split in ("train", "test")}
@@ -124,7 +124,7 @@ def write_tasks(folder: Path, data: Data | None = None) -> list[str]:
 
 
 def _write(folder: Path, name: str, stock: str, files: dict[str, Path], more: dict[str, Any]) -> str:
-    """One task file; JSON is YAML."""
+    """Write one task file as JSON, which is valid YAML."""
     task = f"quadriga_{name}"
     body = {
         "include": str(_STOCK / stock),
@@ -140,14 +140,14 @@ def _write(folder: Path, name: str, stock: str, files: dict[str, Path], more: di
 
 
 def _arc_file(folder: Path, data: Data, split: str) -> Path:
-    """ARC in the form of the hub's set."""
+    """Write one split of ARC in the format of the Hugging Face data set."""
     rows = []
     for row in data.rows(f"arc/challenge_{split}.jsonl"):
-        form = arc_form(row)
-        labels = list("ABCDE"[: len(form.choices)])
-        question = form.question.removeprefix("Question: ").removesuffix("\nAnswer:")
-        choices = {"text": list(form.choices), "label": labels}
-        rows.append({"question": question, "choices": choices, "answerKey": labels[form.gold]})
+        one = arc_question(row)
+        labels = list("ABCDE"[: len(one.choices)])
+        text = one.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+        choices = {"text": list(one.choices), "label": labels}
+        rows.append({"question": text, "choices": choices, "answerKey": labels[one.gold]})
     return _jsonl(folder / f"arc_challenge_{split}.jsonl", rows)
 
 

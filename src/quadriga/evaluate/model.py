@@ -1,7 +1,7 @@
-"""What evaluation needs of a model: texts in, log-probabilities and texts out.
+"""The interface that evaluation needs from a model: texts in, log-probabilities and texts out.
 
-``engine.text_model.TextModel`` is one (a model in this process); ``evaluate.endpoints`` has the others (models behind
-an HTTP interface). A task never knows which it talks to.
+``engine.text_model.TextModel`` implements it for a model in this process, ``evaluate.endpoints`` for models behind an
+HTTP API. Tasks do not know which one they use.
 """
 
 from __future__ import annotations
@@ -10,63 +10,63 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 Done = Callable[[int], None]
-"""Called with the number of requests that have just been answered."""
+"""Progress callback: called with the number of requests just answered."""
 
 
 def quietly(n: int) -> None:
-    """A :data:`Done` that shows nothing."""
+    """A :data:`Done` that does nothing."""
 
 
 class Likelihood(Protocol):
-    """How probable a text was."""
+    """How probable a text is under the model."""
 
     @property
     def logprob(self) -> float:
-        """Natural-log probability of all its tokens together."""
+        """Natural logarithm of the probability of the whole text."""
         ...
 
     @property
     def greedy(self) -> bool:
-        """Each token was the most probable one."""
+        """True if each token was the most probable one at its position."""
         ...
 
     @property
     def n_tokens(self) -> int:
-        """Tokens it has."""
+        """Number of tokens of the text."""
         ...
 
 
 class LanguageModel(Protocol):
-    """Answers in the order of the requests."""
+    """A model that scores and continues texts. All methods return results in the order of the requests."""
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """The model's name as shown in tables."""
         ...
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """What results are kept with: the hash of its weights or the address, formats, options."""
+        """Everything that determines results (hash of the weights or address, formats, options); kept with them."""
         ...
 
     @property
     def context(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Context length: the most tokens that prompt and answer may have together."""
         ...
 
     def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, done: Done = quietly) -> Sequence[Likelihood]:
-        """How probable each continuation is after its context.
+        """Score (context, continuation) pairs: how probable each continuation is after its context.
 
         Raises:
-            EvaluationError: the model cannot say (an endpoint without log-probabilities).
+            EvaluationError: not supported by this model (an API without log-probabilities).
         """
         ...
 
     def rolling(self, texts: Sequence[str], *, done: Done = quietly) -> Sequence[Likelihood]:
-        """How probable each whole text is, from its first token on, in windows as long as the context.
+        """Score whole texts from their first token on, in windows of ``context`` tokens that do not overlap.
 
         Raises:
-            EvaluationError: the model cannot say.
+            EvaluationError: not supported by this model.
         """
         ...
 
@@ -80,13 +80,13 @@ class LanguageModel(Protocol):
         seed: int | None = None,
         done: Done = quietly,
     ) -> list[str]:
-        """Continue each prompt; a stop string is not part of the answer. Prompt i samples with ``seed + i``."""
+        """Continue each prompt. The answer ends before the first stop string. Prompt i samples with ``seed + i``."""
         ...
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text, for tasks that ask for a length.
+        """Number of tokens of a text, for tasks that build prompts of a given length.
 
         Raises:
-            EvaluationError: the model cannot say.
+            EvaluationError: not supported by this model.
         """
         ...

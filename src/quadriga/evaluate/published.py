@@ -1,7 +1,7 @@
-"""What was published about DBRX and its rivals, as data: every number with its source and protocol.
+"""Published benchmark results of DBRX and its competitors, as data: every number with its source and protocol.
 
-Source: the launch post of 27 March 2024, tables 1 to 4 (two stored copies agree), and what it quotes. These numbers are
-never mixed with numbers measured here: another harness, another prompt, another number.
+Source: the launch post of 27 March 2024, tables 1 to 4 (two stored copies agree), and what it quotes. They are never
+mixed with numbers measured here: another harness or another prompt gives another number.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ class Benchmark:
     """One row of a published table.
 
     Attributes:
-        tasks: our tasks that measure the same thing by a like protocol; none where we have none.
-        notes: column -> what sets its number apart.
+        protocol: shots and metric, and whose measurement it is.
+            values: column -> value in percent unless the protocol says otherwise.
+            tasks: our tasks that measure the same by a similar protocol; the first one that was run is shown.
+            notes: column -> how its number differs from the protocol.
     """
 
     name: str
@@ -30,7 +32,7 @@ class Benchmark:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One published table; values in percent unless the benchmark says otherwise."""
+    """One published table; ``columns`` are the models."""
 
     key: str
     title: str

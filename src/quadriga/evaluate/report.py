@@ -1,7 +1,7 @@
-"""A run's results as one JSON file, a table, and a picture.
+"""The results of a run as a JSON file, a table and a plot.
 
-The JSON carries what a figure means: the model and the hash of its weights, each task's version, protocol, shots, the
-hash of its prompts and of its data, and the version and commit of this program.
+The JSON records everything a figure depends on: the model and the hash of its weights; each task's version, protocol,
+shots, and the hashes of its prompts and data; the version and commit of this program.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LOWER_IS_BETTER = "perplexity"
 
 
 def as_json(model: LanguageModel, results: Sequence[TaskResult], version: str) -> dict[str, Any]:
-    """Everything, as plain values."""
+    """The content of results.json, as plain JSON values."""
     gauntlet = _gauntlet(results)
     return {
         "program": {"version": version, "commit": commit()},
@@ -81,7 +81,7 @@ def _gauntlet_json(score: GauntletScore) -> dict[str, Any]:
 
 
 def table(results: Sequence[TaskResult]) -> list[tuple[str, ...]]:
-    """Rows (task, shots, items, figure, value ± error); the main figure of a task first."""
+    """Rows (task, shots, items, figure, value ± standard error); each task's main figure comes first."""
     rows: list[tuple[str, ...]] = [("task", "shots", "items", "figure", "value")]
     for result in results:
         names = [result.task.main, *(n for n in result.figures if n != result.task.main)]
@@ -103,7 +103,7 @@ def table(results: Sequence[TaskResult]) -> list[tuple[str, ...]]:
 
 
 def shown(name: str, figure: Figure) -> str:
-    """A figure for people: shares in percent, the rest as they are."""
+    """Format a figure for display: accuracies in percent, perplexities and bits per byte as they are."""
     percent = _LOWER_IS_BETTER not in name and name != "bits_per_byte"
     scale, unit = (100.0, " %") if percent else (1.0, "")
     error = "" if figure.stderr is None else f" ± {scale * figure.stderr:.2f}"
@@ -111,7 +111,7 @@ def shown(name: str, figure: Figure) -> str:
 
 
 def as_markdown(model: LanguageModel, results: Sequence[TaskResult], version: str) -> str:
-    """The table and what it was made with."""
+    """The table in Markdown, with the model's identity and the protocols."""
     rows = table(results)
     lines = [f"# {model.name}", ""]
     lines += ["| " + " | ".join(row) + " |" for row in rows[:1]] + ["|" + "---|" * len(rows[0])]
@@ -125,21 +125,21 @@ def as_markdown(model: LanguageModel, results: Sequence[TaskResult], version: st
 
 
 def write(out: Path, model: LanguageModel, results: Sequence[TaskResult], version: str) -> None:
-    """results.json and results.md in ``out``, made by this ``version`` of the program."""
+    """Write results.json and results.md into ``out``; ``version`` is this program's."""
     (out / "results.json").write_text(json.dumps(as_json(model, results, version), indent=1, ensure_ascii=False) + "\n")
     (out / "results.md").write_text(as_markdown(model, results, version))
 
 
 def picture(path: Path, name: str, results: Sequence[TaskResult]) -> None:
-    """Bars of every share with its error; a radar of the same tasks beside them when there are at least three.
+    """Plot the accuracies as bars with standard errors, and as a radar chart if there are at least three tasks.
 
     Raises:
-        EvaluationError: matplotlib is not installed.
+        EvaluationError: matplotlib is not installed, or no task has an accuracy.
     """
     plt = pyplot()
     shares = [r for r in results if _LOWER_IS_BETTER not in r.task.main]
     if not shares:
-        raise EvaluationError("a picture shows shares in percent, and none of these tasks gives one")
+        raise EvaluationError("a plot needs at least one task with an accuracy; all of these are scored by perplexity")
     radar = len(shares) >= 3
     width = 11 if radar else 6.5
     figure = plt.figure(figsize=(width, max(2.2, 0.42 * len(shares) + 1.2)), constrained_layout=True)
@@ -175,15 +175,15 @@ def _radar(axis: Any, labels: Sequence[str], columns: dict[str, Sequence[float]]
 
 
 def pyplot() -> Any:
-    """matplotlib, drawing to files only.
+    """Import matplotlib.pyplot with the backend that draws to files only.
 
     Raises:
-        EvaluationError: it is not installed.
+        EvaluationError: matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError:
-        raise EvaluationError("pictures are drawn by matplotlib: pip install 'quadriga[eval]'") from None
+        raise EvaluationError("plots need matplotlib: pip install 'quadriga[eval]'") from None
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "quadriga"
     import matplotlib.pyplot as plt
@@ -192,7 +192,7 @@ def pyplot() -> Any:
 
 
 def commit() -> str:
-    """The commit of the checkout that runs, or "release" for an installed package."""
+    """The git commit of the running checkout, or "release" for an installed package."""
     git = ["git", "-C", str(Path(__file__).parent)]
     tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=False)
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)

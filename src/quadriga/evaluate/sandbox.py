@@ -1,21 +1,21 @@
-"""Run programs that a model wrote, and learn only whether each came to its end.
+"""Run programs that a model wrote, in isolation, and report only whether each ran to its end.
 
     this process ── bwrap (own users, processes, network, files) ── fresh interpreter -I -S ── driver ── program
          ▲                                                                                        │
          └──────────────── a random word on a pipe, written after the last line of the program ───┘
 
-A program passes if the word comes back: leaving early with code 0, killing its parent or printing anything does not
-help. It has no network, no file of this machine but the interpreter's, an empty environment, and limits on memory,
-processor time, file size, processes, open files and core dumps; at the deadline the whole group dies.
+A program passes if the word comes back, so exiting early with code 0, killing its parent or printing something does
+not count. It has no network, no files of this machine except the interpreter's, an empty environment, and limits on
+memory, CPU time, file size, processes, open files and core dumps; at the deadline its whole process group is killed.
 
-What stands between the program and this machine, best first:
+The kinds of isolation, best first:
 
     bubblewrap   Linux name spaces for everything, a file system of its own
-    unshare      the same name spaces by util-linux; all mounts turned read-only by the driver, /tmp its own
-    none         limits and an empty environment only: refused unless asked for
+    unshare      the same name spaces through util-linux; the driver makes all mounts read-only and mounts its own /tmp
+    none         limits and an empty environment only; refused unless asked for
 
-It is no defence against a hole in the kernel, and a program that looks for the word in its own interpreter's memory
-finds it: a model that cheats its tests so is caught by reading what it wrote (the results keep it).
+It does not protect against kernel vulnerabilities. A program that searches its own interpreter's memory can find the
+word; such cheating can be seen in the generated programs, which the results keep.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ _LIBRARIES = ("/lib", "/lib64", "/lib32", "/bin", "/sbin")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program."""
+    """How one program ended."""
 
     passed: bool
     error: str
-    """Why not: the exception's last line, "timed out", or how the interpreter ended."""
+    """Why it failed: the exception's last line, "timed out", or the interpreter's exit code; empty if it passed."""
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Of one program."""
+    """Resource limits for one program."""
 
     wall_s: float = 10.0
     cpu_s: int = 10
@@ -69,16 +69,16 @@ class Limits:
     file_bytes: int = 16 << 20
     """Largest file; also the size of its /tmp."""
     processes: int = 16
-    """Threads count too."""
+    """Processes and threads together."""
     open_files: int = 64
 
 
 class Sandbox:
-    """Runs programs one by one or several at once.
+    """Runs programs in isolation.
 
     Args:
-        kind: what they are shut into.
-        limits: of each.
+        kind: the kind of isolation (see the module docstring).
+        limits: for each program.
     """
 
     def __init__(self, kind: Kind, limits: Limits | None = None) -> None:
@@ -86,10 +86,10 @@ class Sandbox:
 
     @classmethod
     def find(cls, *, unsafe: bool = False, limits: Limits | None = None) -> Sandbox:
-        """The best kind that works on this machine.
+        """Create a sandbox of the best kind that works on this machine.
 
         Raises:
-            HardwareError: none does, and ``unsafe`` is not set.
+            HardwareError: none works, and ``unsafe`` is not set.
         """
         for kind in ("bubblewrap", "unshare"):
             if works(kind):
@@ -98,12 +98,12 @@ class Sandbox:
             return cls("none", limits)
         raise HardwareError(
             "programs that a model wrote need a sandbox, and neither bwrap nor unshare works here. Install bubblewrap "
-            "(e.g. apt install bubblewrap), or run them with your own rights by --unsafe-exec, in a container that has "
-            "nothing to lose."
+            "(e.g. apt install bubblewrap), or use --unsafe-exec to run them with your own rights, in a container "
+            "where they can do no harm."
         )
 
     def passes(self, programs: Sequence[str]) -> list[bool]:
-        """True for each program that ran to its end; as many at once as there are processors."""
+        """Run programs, as many at once as there are CPUs; True for each that ran to its end."""
         with ThreadPoolExecutor(runtime.cpu_count()) as pool:
             return [outcome.passed for outcome in pool.map(self.run, programs)]
 
@@ -144,7 +144,7 @@ class Sandbox:
             "word": word,
             "fd": fd,
             "read_only": self.kind == "unshare",
-            # A user of its own, so that its processes are counted apart and it may signal nobody else's.
+            # A separate user, so that its processes are counted separately and it cannot signal anyone else's.
             "uid": 60_000 + secrets.randbelow(5_000) if os.getuid() == 0 and self.kind != "none" else None,
             "limits": {
                 "AS": limits.memory_bytes,
@@ -158,7 +158,7 @@ class Sandbox:
         return json.dumps(job).encode()
 
     def _talk(self, process: subprocess.Popen[bytes], read_end: int, job: bytes, started: float) -> bytes | None:
-        """Hand the job over and wait for the verdict; None at the deadline."""
+        """Send the job to the driver and wait for its verdict; None if the deadline passed."""
         assert process.stdin is not None, "a pipe was asked for"
         deadline = started + self.limits.wall_s
         said = b""
@@ -196,7 +196,7 @@ def _verdict(said: bytes | None, word: str, code: int | None) -> tuple[bool, str
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End everything that was started, grandchildren too: the first process of a process name space takes all along."""
+    """Kill everything that was started, grandchildren too: if a process name space's first process dies, all do."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     if process.stdin is not None and not process.stdin.closed:
@@ -206,7 +206,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def interpreter() -> tuple[Path, Path]:
-    """The interpreter without this process's environment, and the folder it lives from."""
+    """The interpreter outside this virtual environment, and its installation prefix."""
     base = Path(getattr(sys, "_base_executable", sys.executable) or sys.executable).resolve()
     return base, Path(sys.base_prefix).resolve()
 
@@ -219,7 +219,7 @@ def _command(kind: Kind, folder: Path, tmp_bytes: int) -> list[str]:
         return run
     if kind == "unshare":
         rest = ["--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
-        # Root stays root until the driver has shut the files; others become root of a user name space to do that.
+        # Root stays root until the driver has made the mounts read-only; others become root of a user name space.
         users = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
         return [_program("unshare"), *users, *rest, *run]
     command = [_program("bwrap"), "--die-with-parent", "--new-session", "--clearenv"]
@@ -233,7 +233,7 @@ def _command(kind: Kind, folder: Path, tmp_bytes: int) -> list[str]:
         elif path.exists():
             command += ["--ro-bind", library, library]
     if not prefix.is_relative_to("/usr"):
-        for parent in reversed(prefix.parents[:-1]):  # made by bwrap itself they would be closed to the program's user
+        for parent in reversed(prefix.parents[:-1]):  # created by bwrap itself, the program's user could not enter them
             command += ["--perms", "0755", "--dir", str(parent)]
         command += ["--ro-bind", str(prefix), str(prefix)]
     command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(tmp_bytes), "--tmpfs", "/tmp"]
@@ -249,7 +249,7 @@ def _program(name: str) -> str:
 
 @lru_cache(maxsize=4)
 def works(kind: Kind) -> bool:
-    """True if a program that passes passes in this kind of sandbox: kernels and containers may forbid name spaces."""
+    """True if this kind of sandbox works, tried with a small program: kernels and containers may forbid name spaces."""
     if kind != "none" and shutil.which({"bubblewrap": "bwrap", "unshare": "unshare"}[kind]) is None:
         return False
     return Sandbox(kind, Limits(wall_s=20.0)).run("assert 6 * 7 == 42").passed

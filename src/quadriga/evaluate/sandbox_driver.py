@@ -1,11 +1,11 @@
-"""The first thing that runs inside the sandbox: limits, then the program, then the word. Standard library only.
+"""Runs inside the sandbox: sets limits, runs the program, writes the word. Standard library only.
 
-Read as text and given to a fresh interpreter with -c; never imported by the rest of the package.
+Passed as text to a fresh interpreter with -c; never imported by the rest of the package.
 """
 
 
 def main() -> None:
-    """Read the job from standard input, obey it, and say on the job's pipe how it went."""
+    """Read the job from standard input, run it, and write the verdict to the job's pipe."""
     import json
     import os
     import resource
@@ -28,7 +28,7 @@ def main() -> None:
     del job
     try:
         exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
-    except BaseException as error:  # SystemExit too: leaving before the end is no success
+    except BaseException as error:  # SystemExit too: exiting before the end is a failure
         text = f"{type(error).__name__}: {error}"[:500].encode(errors="replace")
         write(fd, b"failed " + word + b"\n" + text)
         leave(1)
@@ -39,8 +39,8 @@ def main() -> None:
 def _close_files(prefix: str) -> None:
     """Make every mount of this name space read-only and put an empty /tmp over the old one (the unshare kind).
 
-    Where the interpreter lives in a folder that only root may enter, an empty folder is put over that one, and the
-    interpreter's own alone is put back: the program runs as another user.
+    If the interpreter is inside a folder that only root may enter, that folder is covered by an empty one and only the
+    interpreter's prefix is mounted back, because the program runs as another user.
     """
     import ctypes
     import os
@@ -51,7 +51,7 @@ def _close_files(prefix: str) -> None:
 
     def mount(source: "bytes | None", target: bytes, kind: "bytes | None", flags: int, data: "bytes | None") -> None:
         if libc.mount(source, target, kind, ctypes.c_ulong(flags), data):
-            raise OSError(ctypes.get_errno(), f"cannot shut {target.decode(errors='replace')}")
+            raise OSError(ctypes.get_errno(), f"cannot mount {target.decode(errors='replace')}")
 
     mount(None, b"/", None, private, None)
     mount(b"tmpfs", b"/tmp", b"tmpfs", nosuid | nodev, b"size=16m,mode=1777")
@@ -74,7 +74,7 @@ def _close_files(prefix: str) -> None:
         try:
             mount(None, target, None, remount | bind | read_only | flags, None)
         except OSError as error:
-            if error.errno not in (2, 13):  # under another mount, so out of reach
+            if error.errno not in (2, 13):  # hidden under another mount, so it cannot be reached
                 raise
 
 

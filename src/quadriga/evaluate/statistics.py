@@ -1,7 +1,7 @@
-"""Scores of items become figures with standard errors.
+"""Turn the scores of items into figures with standard errors.
 
-A mean of n items has the standard error s / sqrt(n), s the sample deviation. Other figures (perplexities, means of
-subjects, pass@k) are given a delete-one jackknife: se^2 = (n - 1) / n * sum (f_(-i) - mean f_(-i))^2.
+The standard error of a mean of n items is s / sqrt(n), with s the sample standard deviation. Perplexities use a
+delete-one jackknife: se^2 = (n - 1) / n * sum (f_(-i) - mean f_(-i))^2.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from quadriga.evaluate.items import Scores
 
 @dataclass(frozen=True)
 class Figure:
-    """A value and its standard error; None where one item gives none."""
+    """A value and its standard error, which is None if there are too few items to estimate it."""
 
     value: float
     stderr: float | None
 
 
 def mean(values: Sequence[float]) -> Figure:
-    """The mean of at least one value."""
+    """The mean of at least one value, with its standard error."""
     n = len(values)
     middle = fsum(values) / n
     if n == 1:
@@ -42,7 +42,7 @@ def ratio(tops: Sequence[float], bottoms: Sequence[float], shape: Callable[[floa
 
 
 def mean_of_groups(groups: Mapping[str, Sequence[float]]) -> Figure:
-    """The plain mean of the groups' means; their errors are independent."""
+    """The unweighted mean of the groups' means; their errors are treated as independent."""
     figures = [mean(values) for values in groups.values()]
     value = fsum(f.value for f in figures) / len(figures)
     if any(f.stderr is None for f in figures):
@@ -51,9 +51,9 @@ def mean_of_groups(groups: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that one of k programs, drawn from n of which c pass, passes: 1 - C(n-c, k) / C(n, k).
+    """Probability that at least one of k programs passes, drawn from n of which c pass: 1 - C(n-c, k) / C(n, k).
 
-    As a product, which stays exact where the binomials overflow (Chen et al. 2021, section 2.1).
+    Computed as a product, which stays accurate where the binomials overflow (Chen et al. 2021, section 2.1).
     """
     assert 0 <= c <= n and 1 <= k <= n, "c of n pass, and k of them are drawn"
     if n - c < k:
@@ -65,10 +65,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def figures(items: Sequence[Scores], ks: Sequence[int] = ()) -> dict[str, Figure]:
-    """All figures that the items' scores can give.
+    """All figures that can be computed from the items' scores.
 
-    acc-like scores become means; logprob beside words or tokens becomes perplexities; logprob alone a perplexity per
-    continuation (LAMBADA's); passed and n become pass@k for every k that n allows.
+    Accuracies become means; logprob with words and tokens becomes perplexities; logprob alone a perplexity per
+    continuation (LAMBADA's); passed and n become pass@k for every k <= n.
     """
     names = items[0].keys()
     columns = {name: [item[name] for item in items] for name in names}

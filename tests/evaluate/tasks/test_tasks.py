@@ -12,16 +12,16 @@ from quadriga.evaluate.data import Data, hashes
 from quadriga.evaluate.items import AnswerItem, ChoiceItem, ClozeItem, CodeItem, Item, TextItem, TruthItem
 from quadriga.evaluate.tasks import GROUPS, TASKS, select
 from quadriga.evaluate.tasks.base import Shots
-from quadriga.evaluate.tasks.choice import arc_form
+from quadriga.evaluate.tasks.choice import arc_question
 from quadriga.evaluate.tasks.gauntlet import (
     CATEGORIES,
     MISSING,
     Layout,
-    form_of,
     gauntlet_score,
     items_of,
     normalised,
     own_task,
+    row_format,
 )
 from quadriga.evaluate.tasks.generated import (
     code_of,
@@ -130,11 +130,11 @@ def test_winogrande_by_hand(bench: Data) -> None:
     assert "Sarah was a much better surgeon" not in shown.pairs[0][0][: -len(first.pairs[0][0])]
 
 
-def test_arc_rows_of_both_forms_are_one() -> None:
+def test_both_formats_of_arc_rows_give_the_same_question() -> None:
     fields = {"question": "Why?", "choices": {"text": ["a b", "c"], "label": ["1", "2"]}, "answerKey": "2"}
     text = {"query": "Question: Why?\n A. a b\n B. c\nAnswer:", "choices": ["A", "B"], "gold": 1}
-    assert arc_form(fields) == arc_form(text)
-    assert arc_form(text).solved == "Question: Why?\nAnswer: c"
+    assert arc_question(fields) == arc_question(text)
+    assert arc_question(text).solved == "Question: Why?\nAnswer: c"
 
 
 def test_boolq_copa_lambada_truthfulqa_by_hand(bench: Data) -> None:
@@ -155,7 +155,7 @@ def test_boolq_copa_lambada_truthfulqa_by_hand(bench: Data) -> None:
     assert (sum(two.truths), len(two.truths)) == (5, 12)
 
 
-def test_shots_are_drawn_one_generator_for_all_questions_and_never_the_question() -> None:
+def test_shots_come_from_one_generator_and_never_include_the_question() -> None:
     pool = [f"r{i}" for i in range(8)]
     first = Shots(3)
     draws = [first.draw(pool, without=one) for one in pool]
@@ -187,7 +187,7 @@ def test_gsm8k_grading(answer: str, strict: int, flexible: int) -> None:
     assert gsm8k_scores("#### 1,800", "#### 1800")["strict"] == 1.0
 
 
-def test_programs_are_put_together() -> None:
+def test_prompt_answer_and_tests_are_joined_to_a_program() -> None:
     row = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(c):\n    assert c(2) == 4\n"}
     assert humaneval_program(row, "    return x * 2\n").startswith("def f(x):\n    return x * 2\n\ndef check")
     whole = humaneval_program(row, "Sure:\n```python\ndef f(x):\n    return 2 * x\n```\nDone.")
@@ -211,7 +211,7 @@ def test_wikitext_has_its_articles(bench: Data) -> None:
     assert made[0].text.startswith("= Robert <unk> =")
 
 
-def test_the_needle_lies_where_it_should(bench: Data) -> None:
+def test_the_needle_is_at_the_given_depth(bench: Data) -> None:
     prompt = needle_prompt("a\nb\nc\nd", "Oslo", 1234567, 0.5)
     assert prompt.startswith("a\nb\n The secret number of Oslo is 1234567. \nc\nd\n\nQuestion:")
     made = items("needle", bench)
@@ -226,16 +226,16 @@ def test_the_needle_lies_where_it_should(bench: Data) -> None:
     assert first.grade(" 7654321")["acc"] == 0.0
 
 
-def test_forms_of_own_rows() -> None:
-    assert form_of({"query": "q", "choices": ["a"], "gold": 0}) == "choice"
-    assert form_of({"context_options": ["a", "b"], "continuation": "c", "gold": 0}) == "schema"
-    assert form_of({"context": "a", "continuation": "c"}) == "cloze"
-    assert form_of({"context": "a", "answer": "c"}) == "question"
+def test_row_formats_of_own_files() -> None:
+    assert row_format({"query": "q", "choices": ["a"], "gold": 0}) == "choice"
+    assert row_format({"context_options": ["a", "b"], "continuation": "c", "gold": 0}) == "schema"
+    assert row_format({"context": "a", "continuation": "c"}) == "cloze"
+    assert row_format({"context": "a", "answer": "c"}) == "question"
     with pytest.raises(EvaluationError, match="choice: choices, gold, query"):
-        form_of({"question": "q"})
+        row_format({"question": "q"})
 
 
-def test_prompts_of_the_gauntlets_forms() -> None:
+def test_prompts_of_the_gauntlets_row_formats() -> None:
     layout = Layout(question="Q: ", answer="\nA: ")
     rows = [{"query": f"q{i}", "choices": ["x", "y"], "gold": i % 2} for i in range(2)]
     (first, _) = items_of(rows, 1, layout)
@@ -251,17 +251,17 @@ def test_prompts_of_the_gauntlets_forms() -> None:
     thinking = items_of([{"context": "q", "answer": "7", "chain_of_thought": "3+4"}], 0, layout)[0]
     assert isinstance(thinking, AnswerItem)
     assert [thinking.grade(a)["acc"] for a in ("3+4. The answer is 7.", "8. The answer is 9", "7")] == [1.0, 0.0, 1.0]
-    with pytest.raises(EvaluationError, match="row 1 is no choice row"):
+    with pytest.raises(EvaluationError, match="row 1 must be a choice row"):
         items_of([{"query": "q", "choices": ["x"], "gold": 5}], 0, Layout())
     with pytest.raises(EvaluationError, match="at least one question"):
         items_of([], 0, Layout())
 
 
-def test_trivia_is_compared_without_articles_and_marks() -> None:
+def test_trivia_is_compared_without_articles_and_punctuation() -> None:
     assert normalised("The  Beatles' (band)") == "beatles band"
 
 
-def test_a_file_of_ones_own_in_chinese(tmp_path: Path) -> None:
+def test_an_own_file_in_chinese(tmp_path: Path) -> None:
     path = tmp_path / "zh.jsonl"
     rows = [
         {"query": "首都是", "choices": ["北京", "上海市"], "gold": 0},
@@ -302,7 +302,7 @@ def test_a_category_with_a_missing_task_has_no_score() -> None:
     assert score.categories == {}
     assert score.missing["commonsense_reasoning"] == ("siqa",)
     assert set(score.partial) == {"commonsense_reasoning"}
-    with pytest.raises(EvaluationError, match="no task of the Gauntlet"):
+    with pytest.raises(EvaluationError, match="not a task of the Gauntlet"):
         gauntlet_score({"chess": 1.0})
 
 
@@ -323,7 +323,7 @@ def test_humaneval_is_fetched_where_it_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
-def test_the_published_solutions_pass_and_nothing_does_not(name: str, bench: Data) -> None:
+def test_the_published_solutions_pass_and_empty_answers_fail(name: str, bench: Data) -> None:
     from quadriga.evaluate.sandbox import Sandbox
 
     box = Sandbox.find()

@@ -1,4 +1,4 @@
-"""Every benchmark by name. ``gauntlet`` stands for all tasks of the Gauntlet, a path for a JSONL file of one's own."""
+"""All benchmarks by name. ``gauntlet`` selects all tasks of the Gauntlet; a path selects a user's own JSONL file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gauntlet": tuple(task.name for task in gauntlet.TASKS),
     "leaderboard": ("arc_challenge", "hellaswag_10", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k"),
 }
-"""leaderboard: the six of the Open LLM Leaderboard v1, DBRX's launch table."""
+"""Group -> task names. leaderboard: the six tasks of the Open LLM Leaderboard v1, as in DBRX's launch table."""
 
 
 def select(names: Sequence[str]) -> list[Task]:
-    """Tasks by name, group or path, each once, in the order given.
+    """Return the tasks for names, groups and paths; each task once, in the order given.
 
     Raises:
         EvaluationError: an unknown name.
@@ -39,6 +39,6 @@ def select(names: Sequence[str]) -> list[Task]:
             near = difflib.get_close_matches(name, [*TASKS, *GROUPS], n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise EvaluationError(
-                f"there is no task {name!r}.{hint} There are {', '.join(known)}, and paths of .jsonl files."
+                f"there is no task {name!r}.{hint} Choose from {', '.join(known)}, or give the path of a .jsonl file."
             )
     return list(chosen.values())

@@ -1,8 +1,8 @@
-"""What a benchmark is: a name, a published protocol, and a function from data to items.
+"""A benchmark: a name, a published protocol, and a function from data to items.
 
-Examples shown before a question ("shots") come from a pool. Where the published protocol draws them at random, the
-draw is EleutherAI's: one ``random.Random(1234)`` for the task, advanced by every question in order; if the pool is the
-test set itself, one more is drawn and the question itself is left out. So prompts equal theirs, letter by letter.
+Examples shown before a question ("shots") come from a pool. Where the published protocol draws them at random, they
+are drawn as EleutherAI's harness does: one ``random.Random(1234)`` per task, advanced by each question in order; if the
+pool is the test set, one more is drawn and the question itself is left out. So the prompts are identical to theirs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quadriga.evaluate.model import LanguageModel
 T = TypeVar("T")
 
 Kind = Literal["likelihood", "rolling", "generate", "code"]
-"""What a task asks of a model: log-probabilities of continuations, of whole texts, answers, or programs."""
+"""What a task requests from a model: log-probabilities of continuations, of whole texts, answers, or programs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +28,13 @@ class Task:
     """A benchmark.
 
     Attributes:
-        version: rises when prompts or grading change; results of different versions do not compare.
-        protocol: whose protocol it is, and where this one departs from it.
-        shots: examples before each question, by default.
-        build: (data, shots) -> items. Tasks whose length matters take it from ``context``.
-        main: the figure that tables show.
-        chance: what guessing scores, for the Gauntlet.
-        fixed_shots: the protocol's prompts are whole; other shots are refused.
+        version: incremented when prompts or grading change; results of different versions are not comparable.
+            protocol: whose protocol it is, and how this task differs from it.
+            shots: default number of examples before each question.
+            build: (data, shots) -> items.
+            main: the name of the figure shown in tables.
+            chance: the score of guessing, for the Gauntlet.
+            fixed_shots: the protocol fixes the prompts; another number of shots is refused.
     """
 
     name: str
@@ -50,19 +50,19 @@ class Task:
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     by_group: bool = False
-    """The mean of the groups' means is a figure too."""
+    """Also report the mean of the groups' means."""
     build_for: Callable[[Data, LanguageModel], list[Item]] | None = None
-    """Where the questions depend on the model's context: instead of ``build``."""
+    """Used instead of ``build`` where the questions depend on the model's context length."""
 
     def items(self, data: Data, model: LanguageModel | None = None, shots: int | None = None) -> list[Item]:
-        """The questions, in the data's order.
+        """Build the questions, in the order of the data.
 
         Raises:
-            EvaluationError: missing data, or shots that this protocol does not have.
+            EvaluationError: missing data, or a number of shots that the protocol does not allow.
         """
         k = self.shots if shots is None else shots
         if k < 0:
-            raise EvaluationError(f"shots must be 0 or more, got {k}")
+            raise EvaluationError(f"--shots must be 0 or more, got {k}")
         if self.fixed_shots and k != self.shots:
             raise EvaluationError(f"{self.name} has a fixed prompt ({self.shots} shots): leave --shots out for it")
         if self.build_for is not None:
@@ -72,13 +72,13 @@ class Task:
 
 
 class Shots:
-    """Examples drawn from a pool; see the module docstring."""
+    """Draws the examples for one question after another; see the module docstring."""
 
     def __init__(self, n: int, *, seed: int = 1234) -> None:
         self._n, self._random = n, random.Random(seed)
 
     def draw(self, pool: Sequence[T], without: T | None = None) -> list[T]:
-        """The next question's examples.
+        """Draw ``n`` examples for the next question, leaving out ``without`` (the question itself).
 
         Raises:
             EvaluationError: the pool is too small.
@@ -87,7 +87,7 @@ class Shots:
             return []
         if len(pool) < self._n + (without is not None):
             raise EvaluationError(
-                f"{self._n} shots were asked for, but there are only {len(pool)} examples to draw from"
+                f"{self._n} shots need as many examples, but there are only {len(pool)} to draw from: lower --shots"
             )
         if without is None:
             return self._random.sample(pool, self._n)

@@ -1,7 +1,7 @@
-"""Multiple-choice and cloze benchmarks, after the prompts of EleutherAI's harness 0.4.13.
+"""Multiple-choice and cloze benchmarks, with the prompts of EleutherAI's harness 0.4.13.
 
-Each task is a document form: how a row becomes a question, its choices and its right one. The shots are the same form
-with the right choice filled in, separated by blank lines.
+Each task turns a row into a question: a prompt, the choices and the right one. The shots are questions with the right
+choice filled in, separated by blank lines.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ _OWN_POOL = "Shots are drawn from the same questions, never the question itself:
 
 
 @dataclass(frozen=True)
-class Form:
-    """A row as a question: what stands before, the choices, the right one."""
+class Question:
+    """A row as a question: the prompt, the choices, and the index of the right one (``gold``)."""
 
-    question: str
+    prompt: str
     choices: tuple[str, ...]
     gold: int
     group: str = ""
 
     @property
     def solved(self) -> str:
-        """As an example."""
-        return f"{self.question} {self.choices[self.gold]}"
+        """The question with the right choice filled in, as shown in an example."""
+        return f"{self.prompt} {self.choices[self.gold]}"
 
 
-def _items(forms: Sequence[Form], shots: int, pool: Sequence[Form] | None = None) -> list[Item]:
-    """Questions with drawn examples; without a pool of their own they are drawn from the questions."""
+def _items(questions: Sequence[Question], shots: int, pool: Sequence[Question] | None = None) -> list[Item]:
+    """Items with their examples filled in; without a pool, examples are drawn from the questions."""
     draw, items = Shots(shots), list[Item]()
-    for form in forms:
-        examples = draw.draw(forms, form) if pool is None else draw.draw(pool)
-        context = "".join(example.solved + "\n\n" for example in examples) + form.question
-        pairs = tuple((context, f" {choice}") for choice in form.choices)
-        items.append(ChoiceItem(pairs=pairs, gold=form.gold, texts=form.choices, group=form.group))
+    for question in questions:
+        examples = draw.draw(questions, question) if pool is None else draw.draw(pool)
+        context = "".join(example.solved + "\n\n" for example in examples) + question.prompt
+        pairs = tuple((context, f" {choice}") for choice in question.choices)
+        items.append(ChoiceItem(pairs=pairs, gold=question.gold, texts=question.choices, group=question.group))
     return items
 
 
@@ -52,12 +52,12 @@ def _hellaswag_text(text: str) -> str:
 
 
 def _hellaswag(data: Data, shots: int) -> list[Item]:
-    forms = []
+    questions = []
     for row in data.rows("hellaswag/validation.jsonl"):
         question = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
         endings = tuple(_hellaswag_text(ending) for ending in row["endings"])
-        forms.append(Form(_hellaswag_text(question), endings, int(row["label"])))
-    return _items(forms, shots)
+        questions.append(Question(_hellaswag_text(question), endings, int(row["label"])))
+    return _items(questions, shots)
 
 
 # MMLU ----------------------------------------------------------------------------------------------------------------
@@ -65,51 +65,51 @@ def _hellaswag(data: Data, shots: int) -> list[Item]:
 _LETTERS = ("A", "B", "C", "D")
 
 
-def mmlu_form(row: Row) -> Form:
-    """A row of MMLU: the question with lettered choices; the letter is what is scored."""
+def mmlu_question(row: Row) -> Question:
+    """A row of MMLU as a question with lettered choices; the letters are scored, not the texts."""
     choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(_LETTERS, row["choices"], strict=True))
-    return Form(f"{row['question'].strip()}\n{choices}\nAnswer:", _LETTERS, int(row["answer"]), row["subject"])
+    return Question(f"{row['question'].strip()}\n{choices}\nAnswer:", _LETTERS, int(row["answer"]), row["subject"])
 
 
 def _mmlu(data: Data, shots: int) -> list[Item]:
-    examples: dict[str, list[Form]] = {}
+    examples: dict[str, list[Question]] = {}
     for row in data.rows("mmlu/dev.jsonl"):
-        examples.setdefault(row["subject"], []).append(mmlu_form(row))
+        examples.setdefault(row["subject"], []).append(mmlu_question(row))
     items = list[Item]()
-    for form in map(mmlu_form, data.rows("mmlu/test.jsonl")):
-        about = form.group.replace("_", " ")
+    for question in map(mmlu_question, data.rows("mmlu/test.jsonl")):
+        about = question.group.replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {about}.\n\n"
-        context = head + "".join(f"{one.solved}\n\n" for one in examples[form.group][:shots]) + form.question
+        context = head + "".join(f"{one.solved}\n\n" for one in examples[question.group][:shots]) + question.prompt
         pairs = tuple((context, f" {letter}") for letter in _LETTERS)
-        items.append(ChoiceItem(pairs=pairs, gold=form.gold, texts=_LETTERS, group=form.group))
+        items.append(ChoiceItem(pairs=pairs, gold=question.gold, texts=_LETTERS, group=question.group))
     return items
 
 
 # ARC -----------------------------------------------------------------------------------------------------------------
 
 
-def arc_form(row: Row) -> Form:
-    """A row of ARC in either of the forms it is published in: fields, or one text with lettered choices."""
+def arc_question(row: Row) -> Question:
+    """A row of ARC as a question, from either published format: separate fields, or one text with lettered choices."""
     if "question" in row:
         choices = row["choices"]
         gold = choices["label"].index(row["answerKey"])
-        return Form(f"Question: {row['question']}\nAnswer:", tuple(choices["text"]), gold)
+        return Question(f"Question: {row['question']}\nAnswer:", tuple(choices["text"]), gold)
     body = row["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
     parts = re.split(r"\n [A-E1-5]\. ", body)
-    assert len(parts) == len(row["choices"]) + 1, "the hash is checked, so is the form"
-    return Form(f"Question: {parts[0]}\nAnswer:", tuple(parts[1:]), row["gold"])
+    assert len(parts) == len(row["choices"]) + 1, "the file's hash was checked, so its format is known"
+    return Question(f"Question: {parts[0]}\nAnswer:", tuple(parts[1:]), row["gold"])
 
 
 def _arc(level: str) -> Callable[[Data, int], list[Item]]:
     def build(data: Data, shots: int) -> list[Item]:
-        forms = [arc_form(row) for row in data.rows(f"arc/{level}_test.jsonl")]
-        pool = [arc_form(row) for row in data.rows(f"arc/{level}_validation.jsonl")] if shots else []
-        return _items(forms, shots, pool)
+        questions = [arc_question(row) for row in data.rows(f"arc/{level}_test.jsonl")]
+        pool = [arc_question(row) for row in data.rows(f"arc/{level}_validation.jsonl")] if shots else []
+        return _items(questions, shots, pool)
 
     return build
 
 
-# WinoGrande: the same ending after two different beginnings ----------------------------------------------------------
+# WinoGrande: the same ending is scored after two different beginnings ------------------------------------------------
 
 
 def _winogrande(data: Data, shots: int) -> list[Item]:
@@ -127,29 +127,31 @@ def _winogrande_pairs(row: Row) -> tuple[list[tuple[str, str]], int]:
     return [(start + row[name], f" {end.strip()}") for name in ("option1", "option2")], int(row["answer"]) - 1
 
 
-# Smaller ones --------------------------------------------------------------------------------------------------------
+# PIQA, BoolQ, COPA, LAMBADA ------------------------------------------------------------------------------------------
 
 
 def _piqa(data: Data, shots: int) -> list[Item]:
     rows = data.rows("piqa/validation.jsonl")
-    return _items([Form(f"Question: {r['goal']}\nAnswer:", (r["sol1"], r["sol2"]), r["label"]) for r in rows], shots)
+    return _items(
+        [Question(f"Question: {r['goal']}\nAnswer:", (r["sol1"], r["sol2"]), r["label"]) for r in rows], shots
+    )
 
 
 def _boolq(data: Data, shots: int) -> list[Item]:
     rows = data.rows("boolq/validation.jsonl")
-    forms = [
-        Form(f"{r['passage']}\nQuestion: {r['question']}?\nAnswer:", ("no", "yes"), int(r["answer"])) for r in rows
+    questions = [
+        Question(f"{r['passage']}\nQuestion: {r['question']}?\nAnswer:", ("no", "yes"), int(r["answer"])) for r in rows
     ]
-    return _items(forms, shots)
+    return _items(questions, shots)
 
 
 def _copa(data: Data, shots: int) -> list[Item]:
-    forms = []
+    questions = []
     for row in data.rows("copa/validation.jsonl"):
         word = {"cause": "because", "effect": "therefore"}[row["question"]]
         choices = tuple(c[0].lower() + c[1:] for c in (row["choice1"], row["choice2"]))
-        forms.append(Form(f"{row['premise'].strip()[:-1]} {word}", choices, row["label"]))
-    return _items(forms, shots)
+        questions.append(Question(f"{row['premise'].strip()[:-1]} {word}", choices, row["label"]))
+    return _items(questions, shots)
 
 
 def _lambada(data: Data, shots: int) -> list[Item]:
@@ -177,7 +179,7 @@ _TRUTHFULQA_EXAMPLES = (
     ),
     ("Where were the 1992 Olympics held?", "The 1992 Olympics were held in Barcelona, Spain."),
 )
-"""The benchmark's own preset (Lin et al. 2021, "QA prompt"): part of the question, not shots."""
+"""The benchmark's preset examples (Lin et al. 2021, "QA prompt"): part of every prompt, not counted as shots."""
 
 
 def _truthfulqa_context(question: str) -> str:

@@ -1,12 +1,12 @@
-"""The Mosaic Eval Gauntlet v0.3: its task forms, its tasks, and the score of five categories.
+"""The Mosaic Eval Gauntlet v0.3: its row formats, its tasks, and the scores of its five categories.
 
     score of a task     = (accuracy - chance) / (1 - chance)
     score of a category = mean of its tasks            core average = mean of the five categories
 
-A category with a task that was not run has no score, and the missing task is named: a mean over other tasks would be
-another figure under the same name.
+A category with a task that was not run has no score, and the missing task is named: a mean over fewer tasks would be a
+different figure under the same name.
 
-The four forms of rows are also what anybody's own JSONL may have (:func:`form_of`): multiple choice
+There are four row formats (:func:`row_format`), also for users' own JSONL files: multiple choice
 {query, choices, gold}, schema {context_options, continuation, gold}, language modelling {context, continuation},
 questions {context, answer, aliases}.
 """
@@ -27,21 +27,21 @@ from quadriga.evaluate.tasks.base import Shots, Task
 _COT = "The answer is "
 
 
-def form_of(row: Row) -> str:
-    """Which of the four forms a row has.
+def row_format(row: Row) -> str:
+    """Which of the four formats a row has: choice, schema, cloze or question.
 
     Raises:
         EvaluationError: none of them.
     """
     keys = row.keys()
-    for form, needed in _FORMS.items():
+    for form, needed in _FORMATS.items():
         if needed <= keys:
             return form
-    wanted = "; ".join(f"{form}: {', '.join(sorted(needed))}" for form, needed in _FORMS.items())
-    raise EvaluationError(f"a row must have the keys of one of these forms ({wanted}); it has {', '.join(keys)}")
+    wanted = "; ".join(f"{form}: {', '.join(sorted(needed))}" for form, needed in _FORMATS.items())
+    raise EvaluationError(f"a row must have the keys of one of these formats ({wanted}); got {', '.join(keys)}")
 
 
-_FORMS = {
+_FORMATS = {
     "schema": {"context_options", "continuation", "gold"},
     "choice": {"query", "choices", "gold"},
     "question": {"context", "answer"},
@@ -51,7 +51,7 @@ _FORMS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """What stands between the parts of a prompt."""
+    """The delimiters between the parts of a prompt."""
 
     question: str = ""
     """Before every question, shots included."""
@@ -62,26 +62,26 @@ class Layout:
 
 
 def items_of(rows: Sequence[Row], shots: int, layout: Layout, group: str = "") -> list[Item]:
-    """Rows of one form as questions; shots are drawn from the same rows, never the question itself.
+    """Turn rows of one format into items; shots are drawn from the same rows, never the question itself.
 
     Raises:
-        EvaluationError: a row of another form, or a broken one.
+        EvaluationError: no rows, or a row that is malformed or has another format.
     """
     if not rows:
-        raise EvaluationError("there is no row in it: a task needs at least one question")
-    form, draw, items = form_of(rows[0]), Shots(shots), list[Item]()
+        raise EvaluationError("a task needs at least one question, got a file without rows")
+    form, draw, items = row_format(rows[0]), Shots(shots), list[Item]()
     for number, row in enumerate(rows, 1):
         try:
             examples = draw.draw(rows, row)
             before = "".join(_solved(one, form, layout) + layout.example for one in examples)
             items.append(_ITEM[form](before, row, layout, group or str(row.get("category", ""))))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            raise EvaluationError(f"row {number} is no {form} row: {type(error).__name__}: {error}") from None
+            raise EvaluationError(f"row {number} must be a {form} row: {type(error).__name__}: {error}") from None
     return items
 
 
 def _solved(row: Row, form: str, layout: Layout) -> str:
-    """A row as an example, right answer filled in."""
+    """A row with the right answer filled in, as shown in an example."""
     match form:
         case "schema":
             return f"{layout.question}{row['context_options'][row['gold']]}{layout.answer}{row['continuation'].strip()}"
@@ -132,7 +132,7 @@ _ITEM: dict[str, Callable[[str, Row, Layout, str], Item]] = {
 
 
 def _starts_with(accepted: Sequence[str], *, thinks: bool) -> Callable[[str], Scores]:
-    """Right if the answer, after "The answer is " where it reasons first, begins with an accepted one."""
+    """A grader: right if the answer starts with an accepted one; with ``thinks``, the part after "The answer is "."""
 
     def grade(answer: str) -> Scores:
         if thinks:
@@ -147,20 +147,20 @@ def _starts_with(accepted: Sequence[str], *, thinks: bool) -> Callable[[str], Sc
 
 
 def normalised(text: str) -> str:
-    """TriviaQA's comparison: lower case, no punctuation, no articles, single spaces."""
+    """Normalise an answer as TriviaQA does: lower case, no punctuation, no articles, single spaces."""
     text = "".join(" " if c in string.punctuation + "‘’´`_" else c for c in text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def own_task(path: Path) -> Task:
-    """A task from anybody's JSONL file; Chinese or any other language, any of the four forms."""
+    """A task from a user's JSONL file, in any language and any of the four row formats."""
     rows = read_rows(path)
-    form = form_of(rows[0]) if rows else "choice"
+    form = row_format(rows[0]) if rows else "choice"
     return Task(
         name=path.name,
         version=1,
         title=path.stem,
-        protocol=f"{path.name}, form {form}, as it is; shots from the same file.",
+        protocol=f"{path.name}, row format {form}, as it is; shots from the same file.",
         kind="generate" if form == "question" else "likelihood",
         shots=0,
         build=lambda data, shots: items_of(rows, shots, Layout()),
@@ -179,13 +179,13 @@ _PLAIN = Layout()
 
 @dataclass(frozen=True)
 class Part:
-    """One task of a category."""
+    """One task of a category: name, shots, score of guessing, data file and layout."""
 
     name: str
     shots: int
     chance: float
     file: str | None
-    """In the data's folder mosaic_gauntlet; None where the data has none."""
+    """Path under mosaic_gauntlet/ without .jsonl; None if the data does not contain it."""
     layout: Layout = _PLAIN
 
 
@@ -238,7 +238,7 @@ _GROUPED = ("jeopardy", "mmlu")
 
 
 def _rows(data: Data, file: str) -> dict[str, list[Row]]:
-    """A part's rows by sub-category. MMLU and HellaSwag come from their own files, in the Gauntlet's form."""
+    """A part's rows by sub-category. MMLU and HellaSwag are read from their own files into the Gauntlet's format."""
     if file == "mmlu":
         found: dict[str, list[Row]] = {}
         for row in data.rows("mmlu/test.jsonl"):
@@ -278,7 +278,7 @@ def _build(part: Part) -> Callable[[Data, int], list[Item]]:
 
 def _gauntlet_task(category: str, part: Part) -> Task:
     generated = part.name in _GENERATED
-    form = "acc" if generated else "acc_tokens"
+    metric = "acc" if generated else "acc_tokens"
     cloze = part.chance == 0.0
     return Task(
         name=f"gauntlet_{part.name}",
@@ -289,7 +289,7 @@ def _gauntlet_task(category: str, part: Part) -> Task:
         kind="generate" if generated else "likelihood",
         shots=part.shots,
         build=_build(part),
-        main="acc" if cloze else form,
+        main="acc" if cloze else metric,
         chance=part.chance,
         fixed_shots=True,
         max_new_tokens=256 if part.name in ("gsm8k", "svamp") else 32,
@@ -303,33 +303,36 @@ TASKS = tuple(
 )
 
 MISSING = tuple(part.name for parts in CATEGORIES.values() for part in parts if part.file is None)
-"""Tasks of the Gauntlet whose data is not at hand."""
+"""Names of Gauntlet tasks whose data is not available here."""
 
 
 @dataclass(frozen=True)
 class GauntletScore:
-    """Scores of tasks, and of the categories whose tasks all ran."""
+    """Scores by task, and by category where all tasks of the category ran."""
 
     tasks: dict[str, float]
     categories: dict[str, float]
     missing: dict[str, tuple[str, ...]]
     """Category -> its tasks without a result."""
     partial: dict[str, float]
-    """Means over the tasks present, of the categories with missing ones: not comparable with published figures."""
+    """For categories with missing tasks, the mean over the others: not comparable with published figures."""
     core_average: float | None
-    """Only if no task is missing."""
+    """Mean of the five categories; None if any task is missing."""
 
 
 def gauntlet_score(accuracies: Mapping[str, float]) -> GauntletScore:
-    """The Gauntlet's scores from accuracies by task name without "gauntlet_".
+    """Compute the Gauntlet's scores.
+
+    Args:
+        accuracies: task name without "gauntlet_" -> accuracy.
 
     Raises:
-        EvaluationError: an accuracy that belongs to no task of it.
+        EvaluationError: a name that is not a task of the Gauntlet.
     """
     known = {part.name: part for parts in CATEGORIES.values() for part in parts}
     for name in accuracies:
         if name not in known:
-            raise EvaluationError(f"{name!r} is no task of the Gauntlet; it has {', '.join(known)}")
+            raise EvaluationError(f"{name!r} is not a task of the Gauntlet; its tasks are {', '.join(known)}")
     tasks = {name: (a - known[name].chance) / (1 - known[name].chance) for name, a in accuracies.items()}
     categories: dict[str, float] = {}
     partial: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Benchmarks whose answers are generated: GSM8K, HumanEval, MBPP, needle in a haystack; and whole texts: WikiText."""
+"""Benchmarks with generated answers (GSM8K, HumanEval, MBPP, needle in a haystack) and with whole texts (WikiText)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 
 
 def gsm8k_scores(gold: str, answer: str) -> Scores:
-    """Strict: the number after "####". Flexible: the last number of the answer, wherever it stands."""
+    """Grade an answer. strict: the number after "####"; flexible: the last number anywhere in the answer."""
     strict, numbers = _STRICT.search(answer), _FLEXIBLE.findall(answer)
     last = next((part for part in numbers[-1] if part), "") if numbers else ""
     return {
@@ -28,7 +28,7 @@ def gsm8k_scores(gold: str, answer: str) -> Scores:
 
 
 def _number(text: str) -> str:
-    """A number as it is compared: without commas, dollar signs, what leads up to "####", and a final dot."""
+    """Normalise a number for comparison: no commas, dollar signs or final dot, and nothing up to "####"."""
     for pattern in (r",", r"\$", r"(?s).*#### ", r"\.$"):
         text = re.sub(pattern, "", text)
     return text.lower()
@@ -51,17 +51,17 @@ def _gsm8k_grader(gold: str) -> Callable[[str], Scores]:
 # HumanEval and MBPP --------------------------------------------------------------------------------------------------
 
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Chen et al. 2021, section 2.1: what ends a function body."""
+"""Stop strings that end a function body (Chen et al. 2021, section 2.1)."""
 
 
 def code_of(answer: str) -> str:
-    """The first fenced block of an answer, or the answer."""
+    """The first fenced code block of an answer, or the whole answer if it has none."""
     match = re.search(r"```(?:[a-zA-Z0-9_+-]*)\n(.*?)(?:```|\Z)", answer, re.DOTALL)
     return match[1] if match else answer
 
 
 def humaneval_program(row: Row, answer: str) -> str:
-    """The prompt, the answer as its continuation, the tests. An answer that defines the function again replaces it."""
+    """Join prompt, answer and tests. An answer that defines the function itself replaces the prompt's definition."""
     code = code_of(answer)
     if re.search(rf"^def {re.escape(row['entry_point'])}\b", code, re.MULTILINE):
         code = f"    pass\n\n{code}"
@@ -80,7 +80,7 @@ def _humaneval_assembler(row: Row) -> Callable[[str], str]:
 
 
 def mbpp_prompt(row: Row, solution: str | None = None) -> str:
-    """Austin et al. 2021, section 4.1: the task, its three tests, and where the program begins."""
+    """Prompt of Austin et al. 2021, section 4.1: the task and its three tests, then the start of the program."""
     tests = "\n".join(row["test_list"])
     end = "" if solution is None else f"{solution}\n[DONE]\n\n"
     return (
@@ -90,7 +90,7 @@ def mbpp_prompt(row: Row, solution: str | None = None) -> str:
 
 
 def mbpp_program(row: Row, answer: str) -> str:
-    """The answer, the set-up of the tests (it may use what the answer defines), the tests."""
+    """Join the answer, the tests' setup code (which may use what the answer defines) and the tests."""
     return "\n".join([code_of(answer), row["test_setup_code"], *row["test_list"], ""])
 
 
@@ -111,7 +111,7 @@ def _mbpp_assembler(row: Row) -> Callable[[str], str]:
 
 
 def wikitext_articles(text: str) -> list[str]:
-    """The articles of a WikiText file: each begins with a heading between single equals signs."""
+    """Split a WikiText file into articles: each starts with a heading between single equals signs."""
     starts = [m.start() for m in re.finditer(r"^ = [^=\n]+ = $", text, re.MULTILINE)]
     return [text[start:stop].strip() for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
 
@@ -129,7 +129,7 @@ _ANSWER_TOKENS = 16
 
 
 def needle_prompt(hay: str, city: str, number: int, depth: float) -> str:
-    """Hay with one sentence put in after the ``depth`` part of its lines, and the question."""
+    """``hay`` with one sentence inserted after the fraction ``depth`` (0 to 1) of its lines, then the question."""
     lines = hay.split("\n")
     place = round(depth * len(lines))
     needle = f" The secret number of {city} is {number}. "
@@ -138,7 +138,7 @@ def needle_prompt(hay: str, city: str, number: int, depth: float) -> str:
 
 
 def _needle(data: Data, model: LanguageModel) -> list[Item]:
-    """Two numbers at every depth of every length that fits into the model's context."""
+    """Two items per depth and length, for all lengths that fit into the model's context."""
     text, chosen, items = data.text("wikitext2/test.txt"), random.Random(1234), list[Item]()
     for length in (n for n in NEEDLE_LENGTHS if n <= model.context):
         hay = _cut(text, length - _ANSWER_TOKENS - 64, model.count_tokens)
@@ -151,7 +151,7 @@ def _needle(data: Data, model: LanguageModel) -> list[Item]:
 
 
 def _cut(text: str, n_tokens: int, count: Callable[[str], int]) -> str:
-    """The text's beginning, repeated if it is too short, of at most ``n_tokens`` tokens and nearly as many."""
+    """The start of the text (repeated if too short), within 64 characters of the most that ``n_tokens`` hold."""
     low, high = 0, n_tokens * 12
     while len(text) < high:
         text += text
