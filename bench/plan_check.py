@@ -20,7 +20,7 @@ from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec
 from quadriga.model.plan.hardware import Gpu, Stack
 from quadriga.model.plan.training import Mesh, Work, activation_elements, evaluate
 from quadriga.nn.transformer import Transformer
-from quadriga.train.batch import Batch
+from quadriga.train.batch import TrainingBatch
 from quadriga.train.config import RouterSection
 from quadriga.train.initialise import new_parameters
 from quadriga.train.losses import NextToken
@@ -61,7 +61,7 @@ def fastest(run: Callable[[], object], repeat: int) -> float:
     return min(times)
 
 
-def saved_bytes(config: ModelConfig, model: Transformer, batch: Batch) -> int:
+def saved_bytes(config: ModelConfig, model: Transformer, batch: TrainingBatch) -> int:
     """Bytes of distinct storages that a forward pass keeps, besides parameters and the batch."""
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     known |= {tensor.untyped_storage().data_ptr() for tensor in (batch.tokens, batch.targets, batch.positions)}

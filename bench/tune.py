@@ -41,7 +41,7 @@ from quadriga.train.batch import IGNORE
 from quadriga.train.chat_data import Example
 from quadriga.train.config import RouterSection
 from quadriga.train.losses import NextToken
-from quadriga.train.packing import PackedSource
+from quadriga.train.packing import ExampleSource
 from quadriga.train.world import World
 
 RANK, ALPHA = 8, 16.0
@@ -54,7 +54,7 @@ def ours(path: Path, ids: Tensor) -> Callable[[], float]:
     model = Transformer.from_parameters(checkpoint.config, load_parameters(checkpoint, dtype=torch.float32))
     made = attach(model, LoraSpec(rank=RANK, alpha=ALPHA, targets=("attention", "ffn")))
     documents = [(Example(tuple(row), (*row[1:], IGNORE)),) for row in ids.tolist()]
-    source = PackedSource(documents, ("text",), n_rows=len(ids), seq_len=ids.shape[1])
+    source = ExampleSource(documents, ("text",), n_rows=len(ids), seq_len=ids.shape[1])
     objective = NextToken(checkpoint.config, RouterSection(), World())
     optimiser = torch.optim.AdamW([p for one in made.values() for p in (one.a, one.b)], lr=1e-4, fused=True)
     batch = source.rows(0, 0, len(ids))

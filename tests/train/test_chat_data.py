@@ -24,7 +24,7 @@ from quadriga.train.chat_data import (
     read,
     text_examples,
 )
-from quadriga.train.packing import PackedSource
+from quadriga.train.packing import ExampleSource
 from tests.text.vocabularies import write_bpe
 
 ASKED = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -54,7 +54,7 @@ def test_every_layout_is_the_same_conversation(row: dict[str, Any]) -> None:
     assert conversation(row) == ASKED
 
 
-def test_context_stands_below_the_instruction() -> None:
+def test_context_is_appended_to_the_instruction() -> None:
     row = {"instruction": "Sum up.", "context": "A long text.", "response": "Short."}
     assert conversation(row)[0]["content"] == "Sum up.\n\nA long text."
 
@@ -63,13 +63,13 @@ def test_context_stands_below_the_instruction() -> None:
     ("row", "reason"),
     [
         ({"text": "x"}, "unknown columns: text"),
-        ({"messages": []}, "messages is no list of turns"),
+        ({"messages": []}, "messages is not a list of turns"),
         ({"messages": [{"role": "user"}]}, "a turn needs role and content"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "unknown speaker"),
-        ({"prompt": 3, "response": "x"}, "prompt is no text"),
+        ({"prompt": 3, "response": "x"}, "prompt is not text"),
     ],
 )
-def test_rows_of_no_layout_say_why(row: dict[str, Any], reason: str) -> None:
+def test_rows_of_unknown_layout_say_why(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRowError, match=reason):
         conversation(row)
 
@@ -103,7 +103,7 @@ def test_preferences_learn_from_the_last_answer_only(tokenizer: Tokenizer) -> No
         preference({"prompt": "a", "chosen": "b", "rejected": "b"}, tokenizer, 400)
 
 
-def test_problems_end_where_the_assistant_answers(tokenizer: Tokenizer) -> None:
+def test_problem_prompts_end_where_the_answer_starts(tokenizer: Tokenizer) -> None:
     one = problem({"question": "2 + 2?", "answer": "It is\n#### 4"}, tokenizer, 100)
     assert one.answer.endswith("#### 4")
     assert tokenizer.encode("assistant")[0] in one.ids[-8:] and one.ids[-1] == tokenizer.encode("\n")[-1]
@@ -117,15 +117,15 @@ def test_text_is_cut_and_every_token_but_the_first_is_a_target(tokenizer: Tokeni
     assert all(len(part.ids) <= 16 for part in parts)
 
 
-def test_bad_rows_are_counted_and_too_many_end_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_bad_rows_are_counted_and_too_many_are_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
     good = json.dumps({"messages": ASKED})
     lines = [good, "{not json", "[1]", json.dumps({"a": 1}), json.dumps({"messages": ASKED[:1]}), "", good]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     rejects = Rejects(limit=4)
     found = read([tmp_path / "rows.jsonl"], lambda row: example(conversation(row), tokenizer, 400), rejects)
     assert len(found) == 2 and rejects.n == 4
-    assert rejects.first[0] == "rows.jsonl:2: no JSON" and "unknown columns" in rejects.reasons
-    with pytest.raises(CorpusError, match=r"4 rows cannot be used, data.max_bad_rows allows 3"):
+    assert rejects.first[0] == "rows.jsonl:2: not JSON" and "unknown columns" in rejects.reasons
+    with pytest.raises(CorpusError, match=r"4 rows cannot be used, but data.max_bad_rows is 3"):
         read([tmp_path / "rows.jsonl"], lambda row: example(conversation(row), tokenizer, 400), Rejects(limit=3))
     with pytest.raises(CorpusError, match=r"no row of rows.jsonl can be used"):
         read([tmp_path / "rows.jsonl"], lambda row: example(conversation(row), tokenizer, 2), Rejects(limit=9))
@@ -147,7 +147,7 @@ def _groups(sizes: list[tuple[int, int]]) -> list[tuple[Example, ...]]:
 @given(st.lists(st.tuples(st.integers(2, 15), st.integers(2, 15)), min_size=1, max_size=40), st.integers(0, 3))
 def test_packing_loses_nothing_and_keeps_pairs_in_a_row(sizes: list[tuple[int, int]], seed: int) -> None:
     groups = _groups(sizes)
-    source = PackedSource(groups, ("chosen", "rejected"), n_rows=1, seq_len=32, weigh="groups", seed=seed)
+    source = ExampleSource(groups, ("chosen", "rejected"), n_rows=1, seq_len=32, weigh="groups", seed=seed)
     seen: list[int] = []
     for step in range(source.rows_per_epoch):
         batch = source.rows(step, 0, 1)
@@ -166,10 +166,10 @@ def test_packing_loses_nothing_and_keeps_pairs_in_a_row(sizes: list[tuple[int, i
     assert sorted(seen) == sorted(want)
 
 
-def test_a_group_weighs_one_however_long_it_is() -> None:
+def test_a_group_has_weight_one_whatever_its_length() -> None:
     """Of an epoch the weights add up to the groups, of a row to the groups in it; tokens without a target weigh none."""
     groups = _groups([(9, 4), (3, 3), (12, 15), (2, 7), (5, 5)])
-    source = PackedSource(groups, ("a", "b"), n_rows=1, seq_len=32, weigh="groups", seed=2)
+    source = ExampleSource(groups, ("a", "b"), n_rows=1, seq_len=32, weigh="groups", seed=2)
     batches = [source.rows(step, 0, 1) for step in range(source.rows_per_epoch)]
     assert sum(batch.target_weight() for batch in batches) == pytest.approx(5, rel=1e-6)
     for batch in batches:
@@ -179,8 +179,8 @@ def test_a_group_weighs_one_however_long_it_is() -> None:
 
 def test_rows_are_filled_with_whatever_fits() -> None:
     groups = _groups([(5, 6)] * 20)
-    assert PackedSource(groups, ("a", "b"), n_rows=1, seq_len=32).rows_per_epoch == 10, "two of eleven in each"
-    mixed = PackedSource(_groups([(10, 10), (3, 3), (3, 3)] * 6), ("a", "b"), n_rows=1, seq_len=32)
+    assert ExampleSource(groups, ("a", "b"), n_rows=1, seq_len=32).rows_per_epoch == 10, "two of eleven in each"
+    mixed = ExampleSource(_groups([(10, 10), (3, 3), (3, 3)] * 6), ("a", "b"), n_rows=1, seq_len=32)
     assert mixed.rows_per_epoch <= 7, (
         "the small ones beside the large ones: six rows hold all, first fit may need one more"
     )
@@ -188,12 +188,12 @@ def test_rows_are_filled_with_whatever_fits() -> None:
 
 def test_every_epoch_has_an_order_of_its_own_and_rows_depend_on_the_step_alone() -> None:
     groups = _groups([(5, 6)] * 20)
-    source = PackedSource(groups, ("a", "b"), n_rows=2, seq_len=32, seed=1)
-    again = PackedSource(groups, ("a", "b"), n_rows=2, seq_len=32, seed=1)
+    source = ExampleSource(groups, ("a", "b"), n_rows=2, seq_len=32, seed=1)
+    again = ExampleSource(groups, ("a", "b"), n_rows=2, seq_len=32, seed=1)
     later = source.steps_per_epoch * 2 + 1
     assert source.rows(later, 0, 2).tokens.equal(again.rows(later, 0, 2).tokens)
     assert not source.rows(0, 0, 2).tokens.equal(source.rows(source.steps_per_epoch, 0, 2).tokens)
     assert source.fingerprint == again.fingerprint
-    assert source.fingerprint != PackedSource(groups[1:], ("a", "b"), n_rows=2, seq_len=32, seed=1).fingerprint
-    with pytest.raises(CorpusError, match="must hold the longest group: 11 tokens, got 8"):
-        PackedSource(groups, ("a", "b"), n_rows=2, seq_len=8)
+    assert source.fingerprint != ExampleSource(groups[1:], ("a", "b"), n_rows=2, seq_len=32, seed=1).fingerprint
+    with pytest.raises(CorpusError, match="must be at least the longest group's 11 tokens, got 8"):
+        ExampleSource(groups, ("a", "b"), n_rows=2, seq_len=8)

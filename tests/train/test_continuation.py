@@ -28,7 +28,7 @@ class Likes:
         return self.logits, {}
 
 
-def test_neither_holes_nor_padding_are_said() -> None:
+def test_samples_contain_neither_unused_ids_nor_padding() -> None:
     tokenizer, world = Tokenizer(Gaps(), special_ids={}), World.join("cpu", 10)
     for best, said in ((5, "x"), (8, "x"), (4, "x")):
         step: Any = Likes(best)

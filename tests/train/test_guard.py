@@ -37,11 +37,11 @@ def test_a_spike_is_six_deviations_above_the_mean() -> None:
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)])
-def test_what_is_not_finite_is_bad_from_the_first_step_on(loss: float, norm: float) -> None:
+def test_values_that_are_not_finite_are_bad_from_the_first_step(loss: float, norm: float) -> None:
     assert SpikeGuard(GuardSection()).judge(0, loss, norm) is not None
 
 
-def test_few_steps_tell_nothing_and_bad_ones_teach_nothing() -> None:
+def test_few_steps_judge_nothing_and_bad_steps_are_not_remembered() -> None:
     early = taught(15, sigmas=6.0)
     assert early.judge(15, 99.0, 1.0) is None
     guard = taught(16, sigmas=6.0)
@@ -50,7 +50,7 @@ def test_few_steps_tell_nothing_and_bad_ones_teach_nothing() -> None:
     assert guard.judge(17, 99.0, 1.0) is not None
 
 
-def test_steps_that_lie_close_together_are_given_a_width() -> None:
+def test_the_deviation_has_a_lower_bound() -> None:
     """1 % of the loss, 0.1 in log(norm): what is noise late in a run is not six of its own tiny deviations."""
     guard = SpikeGuard(GuardSection(sigmas=6.0))
     for step in range(32):
@@ -85,7 +85,7 @@ def test_a_loaded_guard_judges_as_the_saved_one() -> None:
 # Balancing -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_bias_moves_against_the_load_and_sums_to_nothing() -> None:
+def test_the_bias_moves_against_the_load_and_sums_to_zero() -> None:
     balancer = BiasBalancer(runs.model(), RouterSection(bias_rate=0.01), World())
     counts = torch.tensor([[8.0, 0, 4, 4, 4, 4, 4, 4], [9.0, 3, 4, 4, 4, 4, 4, 0]])
     balancer.update(counts)
@@ -96,7 +96,7 @@ def test_the_bias_moves_against_the_load_and_sums_to_nothing() -> None:
     torch.testing.assert_close(balancer.bias[0], 2 * first)
 
 
-def test_the_bias_in_force_fades_to_nothing_at_the_end() -> None:
+def test_the_applied_bias_fades_to_zero_at_the_end() -> None:
     model = runs.model()
     balancer = BiasBalancer(model, RouterSection(bias_rate=0.01, bias_fade=0.5), World())
     balancer.bias += 1.0

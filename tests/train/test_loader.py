@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quadriga.errors import ConfigError, CorpusError
-from quadriga.train.batch import IGNORE, Batch
+from quadriga.train.batch import IGNORE, TrainingBatch
 from quadriga.train.corpus.format import Corpus, Stream
 from quadriga.train.data_config import DataConfig, StageConfig, parse_count
 from quadriga.train.loader import CorpusSource, HeldOutSource, Prefetcher, open_source
@@ -40,7 +40,7 @@ def _config(corpus: Path, *stages: StageConfig, **more: object) -> DataConfig:
     return DataConfig(corpora=[str(corpus)], stages=chosen, unit_tokens=48, **more)  # type: ignore[arg-type]
 
 
-def _pieces(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
+def _pieces(batch: TrainingBatch) -> list[tuple[list[int], list[int], list[int]]]:
     """(tokens, targets, positions) of each document of a batch."""
     bounds = batch.bounds.tolist()
     return [
@@ -49,7 +49,7 @@ def _pieces(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
     ]
 
 
-def test_every_row_is_made_of_true_pieces_of_documents(corpus: Path) -> None:
+def test_every_row_consists_of_pieces_of_documents(corpus: Path) -> None:
     source = open_source(_config(corpus))
     texts = {
         d: [list(doc) + [0] for shard in parts for doc in shard]
@@ -124,7 +124,7 @@ def test_a_run_resumes_by_its_step_alone(corpus: Path) -> None:
     assert not torch.equal(other.rows(0, 0, 7).tokens, seen[0])
 
 
-def test_begun_stages_are_frozen_and_later_ones_are_not(corpus: Path) -> None:
+def test_begun_stages_must_not_change_and_later_ones_may(corpus: Path) -> None:
     first = StageConfig(tokens=600, seq_len=12, batch_tokens=84, mix={"aa": 0.7, "b": 0.3})
     second, third = (StageConfig(tokens=500, seq_len=24, batch_tokens=n) for n in (120, 240))
     source = open_source(_config(corpus, first, second))
@@ -133,7 +133,7 @@ def test_begun_stages_are_frozen_and_later_ones_are_not(corpus: Path) -> None:
     open_source(_config(corpus, first, third)).check_history(source.history(steps))  # the second had not begun
     open_source(_config(corpus, first, second, third)).check_history(source.history(steps + 1))
     for stages in ((first, third), (first,), (second, first)):
-        with pytest.raises(ConfigError, match="has begun in this run and is frozen"):
+        with pytest.raises(ConfigError, match="has begun in this run and must not change"):
             open_source(_config(corpus, *stages)).check_history(source.history(steps + 1))
 
 
@@ -157,7 +157,7 @@ def test_held_out_rows_are_the_held_out_text_from_its_beginning(tmp_path: Path) 
     assert torch.equal(source.rows(0, 3, 7).tokens, whole.tokens[36:84])
 
 
-def test_the_mix_is_what_was_asked_for(corpus: Path) -> None:
+def test_rows_follow_the_mix(corpus: Path) -> None:
     source = open_source(
         _config(corpus, StageConfig(tokens=12 * 500, seq_len=12, batch_tokens=120, mix={"aa": 3, "b": 1}))
     )
@@ -229,7 +229,7 @@ def test_vocabularies_must_agree(corpus: Path, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"seq_len": 0}, "seq_len must be at least 1"),
-        ({"batch_tokens": 25}, "multiple of seq_len=12, got 25; take 24"),
+        ({"batch_tokens": 25}, "multiple of seq_len=12, got 25: use 24"),
         ({"mix": {"aa": -1.0}}, "must be finite and not negative"),
         ({"mix": {"aa": 0.0}}, "at least one domain"),
     ],
@@ -245,10 +245,10 @@ def test_impossible_runs_are_refused(corpus: Path) -> None:
         DataConfig(corpora=[], stages=[stage])
     with pytest.raises(ConfigError, match="multiple of every stage's seq_len"):
         DataConfig(corpora=["x"], stages=[stage], unit_tokens=50)
-    with pytest.raises(ConfigError, match=r"reads domain 'aa' \d.*max_epochs is 0.5"):
+    with pytest.raises(ConfigError, match=r"reads domain 'aa' \d.*max_epochs.*is 0.5"):
         open_source(_config(corpus, max_epochs=0.5))
     source = open_source(_config(corpus, stage))
-    with pytest.raises(ConfigError, match="there is no step 4"):
+    with pytest.raises(ConfigError, match="got step 4"):
         source.n_rows(4)
     with pytest.raises(ConfigError, match="rows must be within"):
         source.rows(0, 1, 3)
@@ -264,5 +264,5 @@ def test_counts_of_tokens() -> None:
         3 * 10**9,
     ]
     for bad in ("", "many", "-3", 0, "0", "1KiB", True):
-        with pytest.raises(ConfigError, match="looks like"):
+        with pytest.raises(ConfigError, match="must look like"):
             parse_count(bad)

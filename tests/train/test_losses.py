@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quadriga.nn.context import PackedContext
 from quadriga.nn.router_loss import Usage, balance_loss, load_balancing_loss, router_z_loss
-from quadriga.train.batch import IGNORE, Batch
+from quadriga.train.batch import IGNORE, TrainingBatch
 from quadriga.train.config import RouterSection
 from quadriga.train.losses import NextToken
 from quadriga.train.world import World
@@ -19,7 +19,7 @@ from tests.train import runs
 
 
 @pytest.mark.parametrize("form", ["megablocks", "hf"])
-def test_the_objective_is_its_plain_statement(form: str) -> None:
+def test_the_objective_equals_a_naive_computation(form: str) -> None:
     model, batch = runs.model(), runs.source().rows(0, 0, 8)
     section = RouterSection(balance_loss=0.3, balance_form=form, z_loss=0.01)  # type: ignore[arg-type]
     loss, metrics = NextToken(runs.TINY, section, World())(model, batch)
@@ -34,7 +34,7 @@ def test_the_objective_is_its_plain_statement(form: str) -> None:
 
 
 @pytest.mark.parametrize(("given", "weight"), [(None, 0.05), (0.0, 0.0), (0.7, 0.7)])
-def test_the_balance_weighs_what_the_model_or_the_run_says(given: float | None, weight: float) -> None:
+def test_the_balance_weight_comes_from_the_run_or_the_model(given: float | None, weight: float) -> None:
     """Nothing said: the checkpoint's own weight; 0 is something said. Logits are scaled as the model scales them."""
     config = replace(runs.TINY, logit_scale=0.37)
     assert config.only_moe("this test").aux_loss_weight == 0.05
@@ -48,12 +48,12 @@ def test_the_balance_weighs_what_the_model_or_the_run_says(given: float | None, 
     assert float(loss) == pytest.approx(float(plain + batch.target_weight() * weight * balance), rel=1e-5)
 
 
-def test_padding_counts_nowhere() -> None:
+def test_padding_affects_nothing() -> None:
     """A document without targets changes no loss, no balance, no count."""
     model, objective = runs.model(), NextToken(runs.TINY, RouterSection(z_loss=0.01), World())
     one = runs.source(n_rows=1).rows(0, 0, 1)
     n = len(one.tokens)
-    padded = Batch(
+    padded = TrainingBatch(
         tokens=torch.cat([one.tokens, torch.zeros(n, dtype=torch.int64)]),
         targets=torch.cat([one.targets, torch.full((n,), IGNORE)]),
         positions=torch.cat([one.positions, torch.arange(n)]),
@@ -66,7 +66,7 @@ def test_padding_counts_nowhere() -> None:
     assert torch.equal(alone[1]["expert_counts"], with_padding[1]["expert_counts"])
 
 
-def test_weights_of_targets_weigh() -> None:
+def test_target_weights_scale_the_loss() -> None:
     model, objective = runs.model(), NextToken(runs.TINY, RouterSection(balance_loss=0.0), World())
     dense = replace(runs.source().rows(0, 0, 2), weights=torch.linspace(0, 2, 32))
     out = model(dense.tokens, PackedContext(dense.bounds.diff().tolist()))

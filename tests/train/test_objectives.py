@@ -14,12 +14,12 @@ from quadriga.model.adapter_spec import LoraSpec
 from quadriga.nn.context import PackedContext
 from quadriga.nn.lora import attach
 from quadriga.nn.transformer import Transformer
-from quadriga.train.batch import IGNORE, Batch
+from quadriga.train.batch import IGNORE, TrainingBatch
 from quadriga.train.chat_data import Example
 from quadriga.train.config import RouterSection
 from quadriga.train.losses import NextToken
 from quadriga.train.objectives import DPO, GRPO, ORPO, Reference, _answers, without_adapter
-from quadriga.train.packing import PackedSource
+from quadriga.train.packing import ExampleSource
 from quadriga.train.rollout import number_reward, sample
 from quadriga.train.world import World
 from tests.nn.test_lora import ALL, model_of, random_factors
@@ -27,7 +27,7 @@ from tests.nn.test_lora import ALL, model_of, random_factors
 SPEC = LoraSpec(rank=4, alpha=6.0, targets=("attention", "experts", "router"))
 
 
-def pair_batch() -> tuple[Batch, list[tuple[list[int], int]]]:
+def pair_batch() -> tuple[TrainingBatch, list[tuple[list[int], int]]]:
     """Two pairs and padding; and each document's ids with where its answer begins."""
     generator = torch.Generator().manual_seed(4)
     documents = []
@@ -41,7 +41,7 @@ def pair_batch() -> tuple[Batch, list[tuple[list[int], int]]]:
             group.append(Example(tuple(ids), targets))
             documents.append((ids, prompt))
         groups.append(tuple(group))
-    source = PackedSource(groups, ("chosen", "rejected"), n_rows=1, seq_len=48, weigh="groups")
+    source = ExampleSource(groups, ("chosen", "rejected"), n_rows=1, seq_len=48, weigh="groups")
     batch = source.rows(0, 0, 1)
     if batch.tokens[0] != documents[0][0][0]:
         documents = documents[2:] + documents[:2]
@@ -75,7 +75,7 @@ def test_a_packed_step_is_the_sum_over_documents_read_alone(name: str, lora: boo
         ids = torch.randint(3, 97, (prompt + answer,), generator=generator).tolist()
         documents.append((ids, prompt))
     groups = [(Example(tuple(i), (*[IGNORE] * (n - 1), *i[n:], IGNORE)),) for i, n in documents]
-    source = PackedSource(groups, ("conversation",), n_rows=2, seq_len=32)
+    source = ExampleSource(groups, ("conversation",), n_rows=2, seq_len=32)
     models = []
     for _ in range(2):
         model = model_of(name)
@@ -177,7 +177,7 @@ def test_grpo_raises_the_reward(tmp_path: Path) -> None:
         n_samples=8, max_new_tokens=6, temperature=1.0, kl_weight=0.0, end_ids=(),
     )  # fmt: skip
     ids = (5, 9, 11)
-    source = PackedSource([(Example(ids, (IGNORE, IGNORE, 11)),)], ("prompt",), n_rows=1, seq_len=8, weigh="groups")
+    source = ExampleSource([(Example(ids, (IGNORE, IGNORE, 11)),)], ("prompt",), n_rows=1, seq_len=8, weigh="groups")
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     rewards = []
     for step in range(25):
@@ -218,7 +218,7 @@ def test_samples_end_with_an_end_token() -> None:
     assert any(len(answer) < 12 for answer in drawn)
 
 
-def test_samples_never_have_an_id_that_no_token_has() -> None:
+def test_samples_never_contain_unused_ids() -> None:
     model = model_of("mixtral", torch.float32)
     unused = set(range(10, 90))  # chance alone would draw one in every second token
     drawn = sample(model, [3, 4, 50], 16, max_new_tokens=12, temperature=1.0, end_ids={80}, unused=unused)
@@ -226,7 +226,7 @@ def test_samples_never_have_an_id_that_no_token_has() -> None:
     assert said and not said & (unused - {80}), "an end token is one, whatever the vocabulary lists"
 
 
-def test_without_its_adapter_the_model_is_the_base_and_then_itself_again() -> None:
+def test_without_adapter_gives_the_base_model_and_restores_the_adapter() -> None:
     model, base = adapted(), model_of("mixtral")
     ids = torch.arange(9)
     before = model(ids, PackedContext([9])).logits

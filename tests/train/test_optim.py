@@ -36,7 +36,7 @@ def _steps(section: OptimiserSection, n: int) -> tuple[dict[str, Tensor], dict[s
     return parameters, gradients, shares
 
 
-def test_what_decays_and_what_muon_takes() -> None:
+def test_which_parameters_decay_and_which_muon_updates() -> None:
     names = _parameters()
     assert [name for name in names if decays(name)] == ["embed.weight", "layers.0.attn.wo.weight", "layers.0.moe.w_up"]
     assert [n for n, p in names.items() if is_hidden_matrix(n, p)] == ["layers.0.attn.wo.weight", "layers.0.moe.w_up"]

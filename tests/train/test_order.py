@@ -97,9 +97,7 @@ def _places(curriculum: Curriculum) -> list[tuple[int, int, int]]:
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_no_token_comes_again_before_an_epoch_is_over(
-    sizes: tuple[int, int], stages: list[StageShape], seed: int
-) -> None:
+def test_no_token_is_read_twice_in_an_epoch(sizes: tuple[int, int], stages: list[StageShape], seed: int) -> None:
     domains = [DomainShape("a", sizes[0]), DomainShape("b", sizes[1])]
     curriculum = Curriculum(domains, stages, UNIT, seed)
     read: list[list[int]] = [[], []]
@@ -160,14 +158,14 @@ def test_the_order_is_the_published_one() -> None:
     assert [place[:2] for place in _places(curriculum)] == PINNED_PLACES
 
 
-def test_each_stage_deals_its_domains_in_an_order_of_its_own() -> None:
+def test_each_stage_orders_its_domains_differently() -> None:
     stage = StageShape(seq_len=8, n_rows=10, n_steps=6, weights={"a": 1, "b": 1, "c": 1})
     domains = [DomainShape(name, 5000) for name in "abc"]
     dealt = [place[0] for place in _places(Curriculum(domains, [stage] * 3, UNIT, 1))]
     assert len({tuple(dealt[60 * i : 60 * (i + 1)]) for i in range(3)}) == 3
 
 
-def test_an_epoch_has_its_own_order_and_its_own_beginning() -> None:
+def test_epochs_differ_in_order_and_starting_point() -> None:
     """Not the first one's again, moved or not: neighbours of one epoch are not neighbours of the next."""
     domains, n = [DomainShape("a", 2400)], 100
     rows = [row[1] for row in _places(Curriculum(domains, [StageShape(24, n, 3, {})], UNIT, 1))]

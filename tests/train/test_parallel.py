@@ -113,13 +113,13 @@ def test_a_lost_rank_is_named(way: str) -> None:
     assert "Ranks that do not answer: [1]" in said, said
 
 
-def test_layouts_that_cannot_be_are_refused() -> None:
+def test_impossible_layouts_are_refused() -> None:
     model = runs.model()
     four = World(0, 4, torch.device("cpu"))
     for options, message in (
         ({"replicate": 3}, "replicate must divide the number of ranks: got 3 and 4"),
         ({"experts": 3}, "experts must divide the number of ranks: got 3 and 4"),
-        ({"experts": 2, "replicate": 2}, "together are not supported"),
+        ({"experts": 2, "replicate": 2}, "cannot both be above 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             check_layout(model, sections.ParallelSection(**options), four)

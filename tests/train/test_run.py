@@ -111,7 +111,7 @@ def _weights(run: Path) -> bytes:
     return (folder / "rank-00000.safetensors").read_bytes()
 
 
-def test_a_run_leaves_everything_behind(finished: Path) -> None:
+def test_a_run_writes_all_its_files(finished: Path) -> None:
     lines = read(finished / FILE)
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(8))
@@ -164,15 +164,15 @@ def test_sigterm_saves_and_exits_with_0(corpus: Path, finished: Path, tmp_path: 
 
 
 def test_resume_must_and_never(corpus: Path, finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has checkpoints already"):
+    with pytest.raises(ConfigError, match="already has checkpoints"):
         train(_config(finished, corpus), resume="never")
     with pytest.raises(ConfigError, match="no checkpoint to resume from"):
         train(_config(tmp_path / "new", corpus), resume="must")
 
 
-def test_a_begun_stage_is_frozen(corpus: Path, finished: Path) -> None:
+def test_a_begun_stage_must_not_change(corpus: Path, finished: Path) -> None:
     config = RUN.format(run=finished, corpus=corpus).replace("tokens = 1536", "tokens = 1280")
-    with pytest.raises(ConfigError, match="frozen"):
+    with pytest.raises(ConfigError, match="must not change"):
         train(parse_toml(config.encode(), RunConfig))
 
 
@@ -209,7 +209,7 @@ def test_an_export_is_the_trained_model(corpus: Path, finished: Path, tmp_path: 
     for name, value in parameters.items():
         assert torch.equal(value, trained.whole(f"parameter/{name}")), name
     opened.close()
-    with pytest.raises(CheckpointError, match="exists"):
+    with pytest.raises(CheckpointError, match="must not exist"):
         export(finished, tmp_path / "hf", tokenizer_files={})
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 5; it has \[3, 6, 8\]"):
         export(finished, tmp_path / "other", step=5, tokenizer_files={})
@@ -220,7 +220,7 @@ def test_an_export_is_the_trained_model(corpus: Path, finished: Path, tmp_path: 
 # What is shown -------------------------------------------------------------------------------------------------------
 
 
-def test_metrics_of_steps_to_come_again_are_removed(tmp_path: Path) -> None:
+def test_metrics_of_steps_that_run_again_are_removed(tmp_path: Path) -> None:
     lines = [{"step": n, "loss": 1.0} for n in range(6)]
     lines.insert(4, {"step": 4, "held_out": {}, "samples": {}})
     (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "lo')
@@ -239,7 +239,7 @@ def test_a_line_of_metrics_says_what_the_step_cost(tmp_path: Path) -> None:
 
 
 def test_a_report_of_an_empty_run_and_of_nan() -> None:
-    assert "No step has been made" in report.render([], "x")
+    assert "No step has been completed" in report.render([], "x")
     page = report.render([{"step": 0, "loss": float("nan"), "seconds": 1.0, "tokens": 5}], "<b>")
     assert "&lt;b&gt;" in page and "<h1><b>" not in page
 
@@ -268,7 +268,7 @@ def test_ticks_and_thinning() -> None:
     assert report.thin([(float(i), 2.0 * i) for i in range(10)], 5) == [(0.5 + 2 * i, 1.0 + 4 * i) for i in range(5)]
 
 
-def test_bars() -> None:
+def test_sparklines_and_load_bars() -> None:
     assert sparkline([0.0, 7.0]) == "▁█"
     assert sparkline([1.0, 1.0]) == "▁▁"
     assert len(sparkline([float(i) for i in range(1000)])) == 40
@@ -276,7 +276,7 @@ def test_bars() -> None:
     assert duration(3723) == "1:02:03" and duration(65) == "1:05"
 
 
-def test_the_page_on_training_tells_the_truth() -> None:
+def test_the_training_page_is_true() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
     assert len(blocks) == 1
     exec(compile(blocks[0], "docs/training.md", "exec"), {})

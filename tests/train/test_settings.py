@@ -65,7 +65,7 @@ def test_mistakes_are_named(text: str, message: str) -> None:
 
 
 def test_model_is_a_preset_or_a_checkpoint() -> None:
-    with pytest.raises(ConfigError, match="one of preset"):
+    with pytest.raises(ConfigError, match="exactly one of preset"):
         parse_toml(BASE.replace('preset = "dbrx-132b"', "").encode(), RunConfig)
     with pytest.raises(ConfigError, match="leave out d_model"):
         parse_toml(BASE.replace('preset = "dbrx-132b"', 'start = "x"\nd_model = 8').encode(), RunConfig)
@@ -81,7 +81,7 @@ def test_configuration_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_nano_its_dense_twin_and_the_one_of_twice_the_work() -> None:
+def test_nano_and_its_dense_counterparts() -> None:
     sizes = []
     for name in ("nano.toml", "nano-dense.toml", "nano-dense-2x.toml"):
         config = read_toml(next(path for path in RECIPES if path.name == name), RunConfig)
@@ -107,7 +107,7 @@ def test_schedules() -> None:
     assert learning_rate_share(50, 100, ScheduleSection(kind="constant", warmup_steps=0)) == 1.0
 
 
-def test_the_bias_fades_to_nothing() -> None:
+def test_the_bias_fades_to_zero() -> None:
     shares = [bias_share(s, 100, 0.2) for s in range(100)]
     assert shares[:80] == [1.0] * 80
     assert shares[89] == pytest.approx(0.5)
@@ -120,7 +120,7 @@ def _good(guard: SpikeGuard, n: int) -> None:
         assert guard.judge(step, 3.0 + 0.05 * (step % 3), 1.0 + 0.1 * (step % 2)) is None
 
 
-def test_the_guard_tells_spikes_from_noise() -> None:
+def test_the_guard_distinguishes_spikes_from_noise() -> None:
     guard = SpikeGuard(GuardSection(sigmas=6, window=32))
     _good(guard, 40)
     assert guard.judge(40, 3.15, 1.3) is None
@@ -134,7 +134,7 @@ def test_what_is_not_finite_is_bad_from_the_first_step(loss: float, norm: float)
     assert SpikeGuard(GuardSection()).judge(0, loss, norm) is not None
 
 
-def test_bad_steps_leave_no_trace_and_their_number_is_limited() -> None:
+def test_bad_steps_do_not_enter_the_window_and_their_number_is_limited() -> None:
     guard = SpikeGuard(GuardSection(limit=3, window=32))
     _good(guard, 40)
     before = guard.state()["losses"]

@@ -76,7 +76,7 @@ def _whole_or_nothing(folder: Path) -> int:
     return 0 if found is None else found[1].step
 
 
-def test_a_crash_at_any_operation_loses_nothing_that_was_complete(
+def test_a_crash_at_any_operation_keeps_complete_checkpoints(
     tmp_path: Path, expected: dict[str, bytes], operations: int
 ) -> None:
     """For every i: the process stops at the i-th operation, another goes on, and the end is the same, bit for bit."""
@@ -97,7 +97,7 @@ def test_a_crash_at_any_operation_loses_nothing_that_was_complete(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
-def test_a_failed_operation_keeps_the_last_good_one_and_training_goes_on(
+def test_after_a_failed_operation_training_continues_from_the_last_good_checkpoint(
     tmp_path: Path, expected: dict[str, bytes], operations: int, code: int
 ) -> None:
     """Every third operation in turn: the run goes on, says so, and ends where it would have."""
@@ -108,7 +108,7 @@ def test_a_failed_operation_keeps_the_last_good_one_and_training_goes_on(
         try:
             run.train()
         except TrainingError as error:
-            assert "last state could not be saved" in str(error)  # only if the very last save failed
+            assert "final state could not be saved" in str(error)  # only if the very last save failed
             assert run.step == 3
         else:
             assert _whole_or_nothing(folder) == 3
@@ -124,7 +124,7 @@ def test_on_error_stop_ends_the_run(tmp_path: Path) -> None:
         run.train()
 
 
-def test_a_full_disk_is_a_real_one(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     """A 1 MB file system, where this may be mounted: the error comes from the kernel."""
     place = tmp_path / "small"
     place.mkdir()
@@ -149,7 +149,7 @@ def saved(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said(saved: RunDirectory) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(saved: RunDirectory) -> None:
     file = saved.at(3) / "rank-00000.safetensors"
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(saved: RunDirectory) -> No
     run = trainer(saved.path, SYNCHRONOUS, record=record)
     assert run.resume()
     assert run.step == 2
-    assert any("was changed: its hash" in event for event in record.events)
+    assert any("was changed: its sha256" in event for event in record.events)
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.999])
@@ -172,10 +172,10 @@ def test_a_file_cut_short_is_refused(saved: RunDirectory, share: float) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda table: table.pop("files"), "no manifest of a training state"),
+        (lambda table: table.pop("files"), "is not the manifest of a training checkpoint"),
         (lambda table: table.update(version=2), "version 2"),
         (lambda table: table.update(files={"../x": [1, "0"]}), "missing or cut short"),
-        (lambda table: table.update(extra=1), "no manifest of a training state"),
+        (lambda table: table.update(extra=1), "is not the manifest of a training checkpoint"),
     ],
 )
 def test_strange_manifests_are_refused(saved: RunDirectory, change: object, message: str) -> None:
@@ -190,17 +190,17 @@ def test_strange_manifests_are_refused(saved: RunDirectory, change: object, mess
 def test_all_damaged_is_an_error_not_a_fresh_start(saved: RunDirectory) -> None:
     for step in saved.steps():
         (saved.at(step) / "rank-00000.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no checkpoint of this run is whole"):
+    with pytest.raises(CheckpointError, match="no checkpoint of this run is intact"):
         trainer(saved.path, SYNCHRONOUS).resume()
 
 
-def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     section = sections.CheckpointSection(every=1, keep=2, keep_every=3)
     trainer(tmp_path, Settings(n_steps=8, checkpoint=section)).train()
     assert RunDirectory(tmp_path).steps() == [3, 6, 7, 8]
 
 
-def test_one_run_one_process(tmp_path: Path) -> None:
+def test_a_run_is_locked_by_one_process(tmp_path: Path) -> None:
     with RunDirectory(tmp_path).locked():
         script = (
             "import sys, pathlib; from quadriga.train.run_directory import RunDirectory\n"
@@ -233,7 +233,7 @@ def _write(path: Path, parts: dict[str, torch.Tensor]) -> Path:
     return path
 
 
-def test_shards_put_any_boxes_together(tmp_path: Path) -> None:
+def test_tensors_are_assembled_from_any_boxes(tmp_path: Path) -> None:
     whole = torch.arange(5 * 7.0).view(5, 7)
     a = _write(tmp_path / "a.safetensors", {"x@0:3,0:7": whole[:3].contiguous(), "step@": torch.tensor(3.0)})
     b = _write(tmp_path / "b.safetensors", {"x@3:5,0:4": whole[3:, :4].contiguous()})
@@ -248,8 +248,8 @@ def test_shards_put_any_boxes_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x", "x@a:b", "x@3:3", "x@-1:2", "x@1", "x@1:2:3"])
-def test_names_that_are_no_parts(name: str) -> None:
-    with pytest.raises(CheckpointError, match="no part of a training state"):
+def test_malformed_part_names_are_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match="not a part of a training checkpoint"):
         parse_name(name)
 
 

@@ -16,7 +16,7 @@ from quadriga.errors import CheckpointError, ConfigError, TrainingError
 from quadriga.model.config import DenseSpec, ModelConfig
 from quadriga.nn.transformer import Transformer
 from quadriga.train import config as sections
-from quadriga.train.batch import Batch
+from quadriga.train.batch import TrainingBatch
 from quadriga.train.losses import NextToken
 from quadriga.train.run_directory import RunDirectory
 from quadriga.train.trainer import Trainer
@@ -129,7 +129,7 @@ def test_ema_is_the_running_mean(tmp_path: Path, decay: float) -> None:
         torch.testing.assert_close(run.averages[name], mean, rtol=1e-6, atol=1e-8)
 
 
-def test_a_step_that_is_left_out_moves_no_average(tmp_path: Path) -> None:
+def test_a_skipped_step_does_not_move_the_ema(tmp_path: Path) -> None:
     settings = Settings(ema=sections.EmaSection(decay=0.9), router=sections.RouterSection(bias_rate=0.01), n_steps=6)
     run = trainer(tmp_path, settings, objective=Poisoned(3, math.nan))
     for _ in range(3):
@@ -139,7 +139,7 @@ def test_a_step_that_is_left_out_moves_no_average(tmp_path: Path) -> None:
     assert run.step == 4 and bits(run) == before, "averages and the routers' bias too"
 
 
-def test_the_rate_of_a_step_is_its_schedules(tmp_path: Path) -> None:
+def test_the_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
     """Lion moves every weight that decays not by exactly the rate: warm-up from the first step on, then the fall."""
     schedule = sections.ScheduleSection(kind="wsd", warmup_steps=3, decay_share=0.25, final_share=0.1)
     optimiser = sections.OptimiserSection(name="lion", learning_rate=0.01, weight_decay=0.0)
@@ -172,7 +172,7 @@ def test_a_step_of_several_micro_steps_has_the_norm_of_the_whole_batch(tmp_path:
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.01, 1e6])
-def test_only_what_is_beyond_the_limit_is_clipped(tmp_path: Path, limit: float) -> None:
+def test_only_gradients_beyond_the_limit_are_clipped(tmp_path: Path, limit: float) -> None:
     settings = Settings(optimiser=sections.OptimiserSection(clip_norm=limit, learning_rate=1e-3), n_steps=1)
     record = Record()
     run = trainer(tmp_path, settings, record=record)
@@ -189,7 +189,7 @@ def test_random_numbers_follow_from_seed_and_step(tmp_path: Path) -> None:
     still = Settings(n_steps=2, optimiser=sections.OptimiserSection(learning_rate=1e-30, weight_decay=0.0))
 
     class Same(runs.MemorySource):
-        def rows(self, step: int, first: int, last: int) -> Batch:
+        def rows(self, step: int, first: int, last: int) -> TrainingBatch:
             return super().rows(0, first, last)
 
     documents = [("a", [(7 * i * i + 3 * k) % 97 for i in range(30)]) for k in range(20)]
@@ -240,7 +240,7 @@ class Poisoned:
         self.bad, self.factor, self.calls = bad, factor, 0
         self.seen: list[Tensor] = []
 
-    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = self.inner(model, batch)
         bad = torch.equal(batch.tokens, runs.source().rows(self.bad, 0, 8).tokens)
         self.calls += 1
@@ -249,7 +249,7 @@ class Poisoned:
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e6])
-def test_a_bad_step_is_left_out_and_its_batch_saved(tmp_path: Path, factor: float) -> None:
+def test_a_bad_step_is_skipped_and_its_batch_saved(tmp_path: Path, factor: float) -> None:
     record = Record()
     settings = Settings(n_steps=24, checkpoint=sections.CheckpointSection(every=100))
     run = trainer(tmp_path, settings, record=record, objective=Poisoned(20, factor))
@@ -266,7 +266,7 @@ def test_a_bad_step_is_left_out_and_its_batch_saved(tmp_path: Path, factor: floa
     assert math.isfinite(record.losses[-1])
 
 
-def test_rolling_back_goes_on_without_the_bad_batch(tmp_path: Path) -> None:
+def test_a_rollback_continues_without_the_bad_batch(tmp_path: Path) -> None:
     """After the rollback the run is what it would have been had that one step been left out from the start."""
     record = Record()
     rollback = Settings(n_steps=9, guard=sections.GuardSection(action="rollback"))
@@ -278,7 +278,7 @@ def test_rolling_back_goes_on_without_the_bad_batch(tmp_path: Path) -> None:
     assert bits(run) == bits(skipping)
 
 
-def test_a_resumed_run_still_leaves_the_bad_batch_out(tmp_path: Path) -> None:
+def test_a_resumed_run_still_skips_the_bad_batch(tmp_path: Path) -> None:
     """A rollback is remembered with the state, and so are the tokens that were read."""
     rollback = Settings(n_steps=9, guard=sections.GuardSection(action="rollback"))
     first = trainer(tmp_path / "a", rollback, objective=Poisoned(5, float("nan")))
@@ -303,7 +303,7 @@ def test_stop_ends_the_run(tmp_path: Path) -> None:
 
 def test_too_many_bad_steps_end_the_run(tmp_path: Path) -> None:
     class Always(Poisoned):
-        def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
             loss, metrics = self.inner(model, batch)
             return loss * math.nan, {**metrics, "loss": metrics["loss"] * math.nan}
 
@@ -318,7 +318,7 @@ def test_other_data_other_seeds_other_models_are_refused(tmp_path: Path) -> None
     trainer(tmp_path).train()
     with pytest.raises(ConfigError, match="data have changed"):
         trainer(tmp_path, source=runs.source(seed=2)).resume()
-    with pytest.raises(ConfigError, match="seed is 5"):
+    with pytest.raises(ConfigError, match="seed must be the run's 5"):
         trainer(tmp_path, Settings(seed=6)).resume()
     other: ModelConfig = replace(runs.TINY, max_seq_len=65)
     with pytest.raises(CheckpointError, match="another model"):
@@ -327,7 +327,7 @@ def test_other_data_other_seeds_other_models_are_refused(tmp_path: Path) -> None
         trainer(tmp_path, Settings(ema=sections.EmaSection(decay=0.9))).resume()
 
 
-def test_rows_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_divided_among_ranks_are_refused(tmp_path: Path) -> None:
     settings = Settings(parallel=sections.ParallelSection(micro_rows=3, device="cpu"))
     with pytest.raises(ConfigError, match="micro_rows must divide"):
         trainer(tmp_path, settings).run_step()

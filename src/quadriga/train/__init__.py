@@ -1,6 +1,6 @@
-"""Training: batches, objectives, optimisers, the loop, its state on disk, and many ranks.
+"""Training: batches, objectives, optimisers, the loop, checkpoints, and distributed training.
 
-    source.rows(step, ...) ─► Batch ─► Objective(model, batch) ─► backward ─► clip ─► optimiser ─► state.save
+    source.rows(step, ...) ─► TrainingBatch ─► Objective(model, batch) ─► backward ─► clip ─► optimiser ─► state.save
 
-Nothing here serves requests, and ``engine`` never imports it: the two meet in checkpoints.
+Independent of ``engine``: neither imports the other, and they exchange models through checkpoints.
 """

@@ -1,10 +1,10 @@
-"""Loss-free balancing: a bias on each expert's probability, for the choice alone, moved against its load.
+"""Loss-free balancing: a bias per expert, used only to choose experts, is moved against the expert's load.
 
-    bias_e += rate * sign(mean load - load_e)        after every step, over the whole batch of all ranks
+    bias_e += rate * sign(mean load - load_e)        after every step, over the global batch
 
-(Wang et al. 2024; DeepSeek-V3 2.1.2.) The bias changes which experts are chosen, never what their outputs weigh, and it
-has no gradient. No checkpoint format of a DBRX has a place for it, so it fades to 0 towards the end of the run: the
-router takes over what the bias did, and the model that is exported is the model that was trained.
+(Wang et al. 2024; DeepSeek-V3 2.1.2.) The bias changes which experts are chosen, not the weights of their outputs, and
+has no gradient. DBRX's checkpoint formats cannot store it, so it fades to 0 towards the end of the run: the router
+learns to do without it, and the exported model is the model that was trained.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class BiasBalancer:
         self.bias = torch.zeros(len(self._routers), self._routers[0].spec.n_experts, device=world.device)
 
     def apply(self, step: int, n_steps: int) -> None:
-        """Give the routers the bias in force at a step."""
+        """Set the routers' biases for a step, faded according to the schedule."""
         share = bias_share(step, n_steps, self.section.bias_fade)
         for router, bias in zip(self._routers, self.bias, strict=True):
             router.bias = bias * share if share else None
 
     @torch.no_grad()
     def update(self, counts: Tensor) -> None:
-        """Learn from a step's loads (L, E), the whole batch's; centred, since only differences matter."""
+        """Move the biases by a step's token counts (L, E), summed over the global batch; the mean bias stays 0."""
         load = counts.to(self.bias.device)
         self.bias += self.section.bias_rate * (load.mean(1, keepdim=True) - load).sign().float()
         self.bias -= self.bias.mean(1, keepdim=True)

@@ -1,10 +1,10 @@
-"""The seams of training: what a batch is, where batches come from, what is minimised.
+"""The interfaces of training: a batch, a source of batches, and an objective.
 
-    BatchSource.rows(step, first, last) ──► Batch ──► Objective(model, batch) ──► (summed loss, metrics)
+    BatchSource.rows(step, first, last) ──► TrainingBatch ──► Objective(model, batch) ──► (summed loss, metrics)
 
-A source is a pure function of the step and the rows asked for. So a run's position in its data is one integer, the
-step; a resumed run reads exactly what an uninterrupted one would; and any number of ranks may share a global batch,
-each asking for its own rows. Nothing here reads files: ``loader`` does, ``memory_source`` holds texts in memory.
+A source is a pure function of the step and the rows requested. So a run's position in its data is one integer, the
+step; a resumed run reads exactly the data of an uninterrupted one; and any number of ranks can share a global batch by
+requesting different rows. Implementations: ``loader`` (files), ``memory_source`` (lists), ``packing`` (examples).
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor
 from quadriga.nn.transformer import Transformer
 
 IGNORE = -100
-"""The target of a token that is not to be predicted: the last of a document, a prompt, padding."""
+"""Target value that takes no loss: after the last token of a document, in prompts, in padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class TrainingBatch:
     """Rows of packed documents: N = rows * seq_len tokens.
 
-    Every token lies in a document and no document crosses a row. A document none of whose targets is to be predicted
-    is padding: it counts in no loss, and routers' statistics leave it out.
+    Every token belongs to a document, and no document crosses a row. A document whose targets are all IGNORE is
+    padding: it takes no loss and is left out of the routers' statistics.
     """
 
     tokens: Tensor
     """(N,) int64."""
     targets: Tensor
-    """(N,) int64, the token that follows, or IGNORE where no loss is taken."""
+    """(N,) int64: the next token, or IGNORE where no loss is taken."""
     positions: Tensor
     """(N,) int64, restarting at 0 with each document."""
     bounds: Tensor
@@ -41,11 +41,11 @@ class Batch:
     domains: Tensor
     """(documents,) int16 index into the source's domain names."""
     weights: Tensor | None = None
-    """(N,) float32 weight of each target in the loss; None: 1."""
+    """(N,) float32: weight of each target in the loss; None: all 1."""
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on another device. Bounds stay where they are: attention plans on the host."""
-        return Batch(
+    def to(self, device: torch.device) -> TrainingBatch:
+        """Copy to another device, except ``bounds``, which attention reads on the host."""
+        return TrainingBatch(
             tokens=self.tokens.to(device),
             targets=self.targets.to(device),
             positions=self.positions.to(device),
@@ -55,7 +55,7 @@ class Batch:
         )
 
     def target_weight(self) -> float:
-        """What a mean loss divides by: the sum of the weights of all targets."""
+        """Sum of the weights of all targets: the divisor of the mean loss."""
         wanted = self.targets != IGNORE
         return float(wanted.sum() if self.weights is None else self.weights[wanted].double().sum())
 
@@ -69,40 +69,40 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """Training data as a function of the optimiser step."""
+    """Training data as a pure function of the optimiser step."""
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names of the domains, which ``Batch.domains`` counts from 0."""
+        """Names of the domains; ``TrainingBatch.domains`` has indices into them."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Of the data and of everything that decides their order; a resumed run must find the same."""
+        """Hash of the data and of everything that determines their order; must be unchanged when a run resumes."""
         ...
 
     def n_rows(self, step: int) -> int:
-        """Rows of the whole batch of an optimiser step, over all ranks."""
+        """Rows of the global batch (all ranks) at an optimiser step."""
         ...
 
     def seq_len(self, step: int) -> int:
-        """Tokens of each of its rows."""
+        """Tokens per row of that batch."""
         ...
 
-    def rows(self, step: int, first: int, last: int) -> Batch:
-        """Rows [first, last) of it: a pure function of its arguments."""
+    def rows(self, step: int, first: int, last: int) -> TrainingBatch:
+        """Rows [first, last) of the global batch at ``step``; the same arguments always give the same rows."""
         ...
 
 
 class Objective(Protocol):
-    """What is minimised: the next token (``losses``), or what tuning replaces it with."""
+    """The training objective: next-token prediction (``losses``) or a tuning objective (``objectives``)."""
 
-    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Run the model on a batch.
+    def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Run the model on a batch and compute the loss.
 
         Returns:
-            the loss *summed* over the batch with a gradient: the trainer divides by ``target_weight`` of the whole
-            batch of all ranks; and detached tensors, most of them scalars, to sum over micro-steps and ranks for the
-            log. ``loss`` (summed, without what only regularises) must be among them; ``expert_counts`` (L, E) may be.
+            (loss, metrics). The loss has a gradient and is *summed* over the batch: the trainer divides by the
+            ``target_weight`` of the global batch. Metrics are detached tensors, which the trainer sums over micro-steps
+            and ranks: ``loss`` (summed, without regularisation terms) is required, ``expert_counts`` (L, E) optional.
         """
         ...

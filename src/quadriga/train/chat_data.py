@@ -1,4 +1,4 @@
-"""Conversations and preferences from JSON lines, in every layout in use, as token ids with the answers marked.
+"""Read conversations and preferences from JSON lines, in all common layouts, as token ids with the answers marked.
 
     messages        [{"role", "content"}]                          OpenAI
     conversations   [{"from": "human" | "gpt" | ..., "value"}]     ShareGPT
@@ -7,10 +7,12 @@
     prompt, response | completion                                  LLM Foundry
     question, answer                                               GSM8K
 
-A preference has a conversation as above up to the last answer, and ``chosen`` and ``rejected``: text, a turn, or turns.
-A row that cannot be used is counted with its reason, never repaired; more of them than allowed end the run. The loss
-falls on answers only: where they lie is what rendering the conversation with and without them says
-(``text.chat.render``), so any template works.
+A preference row has a conversation as above up to the last answer, and ``chosen`` and ``rejected``: text, a turn, or
+turns.
+
+Rows that cannot be used are counted by reason, never repaired; too many of them end the run. The loss is taken on
+answers only. Their positions are found by rendering the conversation with and without them (``text.chat.render``), so
+any template works.
 """
 
 from __future__ import annotations
@@ -34,21 +36,21 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Example:
-    """One document to learn from."""
+    """One training document: token ids and targets."""
 
     ids: tuple[int, ...]
     targets: tuple[int, ...]
-    """What follows each token, or IGNORE outside answers."""
+    """The next token of each position, or IGNORE outside answers."""
 
     @property
     def n_targets(self) -> int:
-        """Tokens the loss is taken of."""
+        """Number of tokens that take a loss."""
         return sum(target != IGNORE for target in self.targets)
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to one conversation."""
+    """A chosen and a rejected answer to the same conversation."""
 
     chosen: Example
     rejected: Example
@@ -56,33 +58,36 @@ class Preference:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question whose answer can be checked."""
+    """A question whose answer can be checked automatically."""
 
     ids: tuple[int, ...]
-    """The conversation up to where the assistant answers."""
+    """Token ids of the conversation up to the start of the assistant's answer."""
     answer: str
 
 
 @dataclass
 class Rejects:
-    """Rows that were left out, and why."""
+    """Counts the rows that were left out, by reason."""
 
     limit: int
-    """More than this many end the reading."""
+    """More rejected rows than this raise CorpusError."""
     reasons: dict[str, int] = field(default_factory=dict)
     first: list[str] = field(default_factory=list)
-    """FILE:LINE and reason of the first few."""
+    """FILE:LINE and reason of the first few, for the error message."""
 
     @property
     def n(self) -> int:
-        """How many."""
+        """Number of rows left out."""
         return sum(self.reasons.values())
 
     def add(self, place: str, reason: str) -> None:
-        """Count one.
+        """Count a rejected row.
+
+        Args:
+            place: FILE:LINE.
 
         Raises:
-            CorpusError: there are more than the limit.
+            CorpusError: there are now more than ``limit``.
         """
         kind = reason.split(":")[0]
         self.reasons[kind] = self.reasons.get(kind, 0) + 1
@@ -90,7 +95,7 @@ class Rejects:
             self.first.append(f"{place}: {reason}")
         if self.n > self.limit:
             raise CorpusError(
-                f"{self.n} rows cannot be used, data.max_bad_rows allows {self.limit}. " + "; ".join(self.first)
+                f"{self.n} rows cannot be used, but data.max_bad_rows is {self.limit}: " + "; ".join(self.first)
             )
 
     def __str__(self) -> str:
@@ -98,10 +103,10 @@ class Rejects:
 
 
 def rows(paths: Sequence[Path], rejects: Rejects) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(FILE:LINE, object) of every line that is a JSON object.
+    """Yield (FILE:LINE, object) for every line that is a JSON object; others go to ``rejects``.
 
     Raises:
-        CorpusError: a file that cannot be read, or too many bad rows.
+        CorpusError: a file cannot be read, or there are too many bad rows.
     """
     for path in paths:
         try:
@@ -113,25 +118,25 @@ def rows(paths: Sequence[Path], rejects: Rejects) -> Iterator[tuple[str, dict[st
                     try:
                         row = json.loads(line)
                     except (ValueError, RecursionError):
-                        rejects.add(place, "no JSON")
+                        rejects.add(place, "not JSON")
                         continue
                     if isinstance(row, dict):
                         yield place, row
                     else:
-                        rejects.add(place, f"no JSON object: a {type(row).__name__}")
+                        rejects.add(place, f"not a JSON object but a {type(row).__name__}")
         except OSError as error:
             raise CorpusError(f"cannot read {path}: {error.strerror}") from None
 
 
 class BadRowError(CorpusError):
-    """One row that cannot be used; counted by whoever reads them."""
+    """A row that cannot be used; caught and counted by :func:`read`."""
 
 
 def conversation(row: Mapping[str, Any]) -> Turns:
-    """A row of any known layout as turns.
+    """Convert a row of any known layout to turns ({"role", "content"}).
 
     Raises:
-        BadRowError: no known layout, or fields that are not text.
+        BadRowError: unknown layout, or fields that are not text.
     """
     if "messages" in row:
         return [_turn(turn, "role", "content") for turn in _list(row["messages"], "messages")]
@@ -156,13 +161,13 @@ def conversation(row: Mapping[str, Any]) -> Turns:
 
 def _list(value: object, name: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise BadRowError(f"{name} is no list of turns")
+        raise BadRowError(f"{name} is not a list of turns")
     return value
 
 
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
-        raise BadRowError(f"{name} is no text")
+        raise BadRowError(f"{name} is not text")
     return value
 
 
@@ -178,10 +183,10 @@ def _turn(turn: object, role: str, content: str) -> dict[str, str]:
 
 
 def example(turns: Turns, tokenizer: Tokenizer, seq_len: int, template: str | None = None) -> Example:
-    """A conversation as ids, its answers marked.
+    """Encode a conversation, with targets on the assistant's answers.
 
     Raises:
-        BadRowError: no answer, an empty one, or a conversation longer than ``seq_len``.
+        BadRowError: no answer, an empty answer, or more than ``seq_len`` tokens.
     """
     if not turns or turns[-1]["role"] != "assistant":
         raise BadRowError("the last turn is not the assistant's")
@@ -198,10 +203,10 @@ def example(turns: Turns, tokenizer: Tokenizer, seq_len: int, template: str | No
 
 
 def preference(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, template: str | None = None) -> Preference:
-    """A row with a chosen and a rejected answer.
+    """Encode a row with a chosen and a rejected answer.
 
     Raises:
-        BadRowError: columns of no known layout, equal answers, or conversations that are too long.
+        BadRowError: unknown layout, equal answers, or more than ``seq_len`` tokens.
     """
     if "chosen" not in row or "rejected" not in row:
         raise BadRowError(f"no chosen and rejected: {', '.join(sorted(map(str, row)))[:80]}")
@@ -220,7 +225,7 @@ def preference(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, templ
 
 
 def _answer(value: object) -> Turns:
-    """The turns of a chosen or rejected answer; whole conversations bring their own question."""
+    """The turns of a chosen or rejected answer; a list of turns may include the question."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     if isinstance(value, dict):
@@ -231,7 +236,7 @@ def _answer(value: object) -> Turns:
 
 
 def _last_answer(one: Example) -> Example:
-    """Only the last answer counts: the earlier ones are the same on both sides."""
+    """Remove the targets of all answers but the last: the earlier ones are the same in both conversations."""
     last = len(one.targets) - 1
     while one.targets[last] == IGNORE:
         last -= 1
@@ -244,10 +249,10 @@ def _last_answer(one: Example) -> Example:
 
 
 def problem(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, template: str | None = None) -> Problem:
-    """A question with an answer to check (GSM8K: the text after ####).
+    """Encode a question whose answer can be checked (GSM8K: the text after ####).
 
     Raises:
-        BadRowError: no question and answer, or one longer than ``seq_len``.
+        BadRowError: question or answer missing, or more than ``seq_len`` tokens.
     """
     turns = conversation(row)
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
@@ -259,10 +264,10 @@ def problem(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, template
 
 
 def text_examples(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -> list[Example]:
-    """Plain text for continued pre-training, cut into documents of at most ``seq_len``; every token counts.
+    """Encode plain text for continued pre-training, cut into documents of at most ``seq_len`` tokens.
 
     Raises:
-        BadRowError: no text.
+        BadRowError: the row has no text.
     """
     ids = tokenizer.encode(_text(row.get("text"), "text"))
     parts = [ids[start : start + seq_len + 1] for start in range(0, len(ids), seq_len)]
@@ -272,10 +277,13 @@ def text_examples(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) ->
 def read(
     paths: Sequence[Path], make: Callable[[dict[str, Any]], Any], rejects: Rejects, *, limit: int | None = None
 ) -> list[Any]:
-    """Every usable row of the files through ``make``; no more than ``limit``.
+    """Read the files and apply ``make`` to each row, skipping and counting those that raise BadRowError.
+
+    Args:
+        limit: stop after so many usable rows.
 
     Raises:
-        CorpusError: unreadable files, too many bad rows, or none that can be used.
+        CorpusError: unreadable files, too many bad rows, or no usable row.
     """
     found = []
     for place, row in rows(paths, rejects):

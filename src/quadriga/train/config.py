@@ -1,16 +1,16 @@
-"""A training run as frozen structs, read from one TOML file. No torch, no files but that one.
+"""The configuration of a training run: frozen structs read from one TOML file. Imports no torch.
 
-    run = "runs/nano"          where everything of the run goes
+    run = "runs/nano"          the run's folder
     seed = 17
-    [model]                    a preset with changes, or a checkpoint to go on from
-    [data]                     what is read (train/data_config.py)
+    [model]                    a preset with changes, or a checkpoint to start from
+    [data]                     corpora and curriculum (train/data_config.py)
     [schedule] [optimiser]     learning rates and updates
-    [router]                   what keeps the experts busy
+    [router]                   load balancing
     [parallel]                 ranks, precision, memory
     [guard]                    what happens when the loss jumps
     [checkpoint] [log] [evaluate] [ema]
 
-A key that does not exist is refused with its nearest neighbour. Defaults are those of docs/training.md.
+An unknown key is an error that suggests the nearest known one. docs/training.md lists the defaults.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def _not_negative(section: str, **values: float) -> None:
 
 
 class ModelSection(Section, frozen=True):
-    """``preset`` with the sizes below put in place of its own, or ``start``, never both."""
+    """The model: either ``preset``, with the sizes below replacing its own, or ``start``."""
 
     preset: str | None = None
-    """A name that ``quadriga info`` knows: the family and every number that is not given here."""
+    """A model name known to ``quadriga info``: determines the family and all sizes not given here."""
     start: str | None = None
-    """A checkpoint of any kind to go on from, with its own configuration."""
+    """A checkpoint of any format to start from, with its own configuration."""
     vocab_size: int | None = None
-    """None: the corpus's vocabulary, rounded up to a multiple of 64."""
+    """None: the size of the corpus's vocabulary, rounded up to a multiple of 64."""
     d_model: int | None = None
     n_layers: int | None = None
     n_heads: int | None = None
@@ -70,15 +70,15 @@ class ModelSection(Section, frozen=True):
     max_seq_len: int | None = None
     rope_theta: float | None = None
     init_std: float = 0.02
-    """Of a new model's matrices; projections back into the residual stream get init_std / sqrt(2 n_layers)."""
+    """Standard deviation of a new model's matrices; wo and w_down get init_std / sqrt(2 n_layers)."""
 
     def __post_init__(self) -> None:
         _require(
             (self.preset is None) != (self.start is None),
-            "model needs one of preset (a new model) and start (a checkpoint to go on from)",
+            "model must have exactly one of preset (a new model) and start (a checkpoint to start from)",
         )
         given = [name for name in SIZES if getattr(self, name) is not None]
-        _require(self.start is None or not given, f"model.start brings its own sizes; leave out {', '.join(given)}")
+        _require(self.start is None or not given, f"model.start has its own sizes: leave out {', '.join(given)}")
         _positive("model", init_std=self.init_std)
 
 
@@ -86,20 +86,20 @@ SIZES = (
     "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_experts", "top_k",
     "max_seq_len", "rope_theta",
 )  # fmt: skip
-"""The keys of [model] that take the place of the preset's."""
+"""The keys of [model] that replace the preset's sizes."""
 
 
 class ScheduleSection(Section, frozen=True):
-    """The learning rate's course; see ``schedule``."""
+    """The learning-rate schedule; see ``train.schedule``."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     steps: int | None = None
-    """None: all of the curriculum."""
+    """Optimiser steps of the run; None: the whole curriculum."""
     warmup_steps: int = 100
     decay_share: float = 0.2
-    """wsd: the last part of the run, over which the rate falls."""
+    """wsd: the fraction of the run at its end over which the rate falls."""
     final_share: float = 0.1
-    """What is left of the rate at the end."""
+    """The final rate as a fraction of the peak rate."""
 
     def __post_init__(self) -> None:
         _require(self.steps is None or self.steps > 0, f"schedule.steps must be at least 1, got {self.steps}")
@@ -108,20 +108,20 @@ class ScheduleSection(Section, frozen=True):
 
 
 class OptimiserSection(Section, frozen=True):
-    """``adamw`` and ``lion`` update everything; ``muon`` the layers' matrices, AdamW beside it the rest."""
+    """``adamw`` and ``lion`` update all parameters; ``muon`` updates the layers' matrices, and AdamW the rest."""
 
     name: Literal["adamw", "lion", "muon"] = "adamw"
     learning_rate: float = 1e-3
-    """Of AdamW or Lion; with muon, of the AdamW beside it."""
+    """Peak rate of AdamW or Lion; with muon, of the AdamW for the other parameters."""
     muon_learning_rate: float = 0.02
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.95
-    """Muon's."""
+    """Momentum of Muon."""
     weight_decay: float = 0.1
-    """On matrices; norms and the router have none."""
+    """Applied to matrices; norms and the router have no weight decay."""
     clip_norm: float = 1.0
-    """The gradient's norm over all parameters and ranks is cut to this; 0 leaves it."""
+    """Clip the global gradient norm (all parameters, all ranks) to this; 0: no clipping."""
 
     def __post_init__(self) -> None:
         _positive("optimiser", learning_rate=self.learning_rate, muon_learning_rate=self.muon_learning_rate)
@@ -132,17 +132,17 @@ class OptimiserSection(Section, frozen=True):
 
 
 class RouterSection(Section, frozen=True):
-    """What keeps experts evenly used."""
+    """Load balancing of the experts."""
 
     balance_loss: float | None = None
-    """Weight of the balance loss; None takes the model's own (DBRX: 0.05)."""
+    """Weight of the balance loss; None: the model's own (DBRX: 0.05)."""
     balance_form: Literal["megablocks", "hf"] = "megablocks"
-    """See ``nn.router_loss``: the same weight is k times stronger in the second."""
+    """Definition of the balance loss (``nn.router_loss``); with "hf" the same weight is top_k times stronger."""
     z_loss: float = 0.0
     bias_rate: float = 0.0
-    """Loss-free balancing: each step moves the choice's bias of an expert by this, against its load. 0: off."""
+    """Loss-free balancing: the change of an expert's bias per step, against its load. 0: off."""
     bias_fade: float = 0.2
-    """Over this last part of the run the bias goes to 0: no checkpoint format has a place for it."""
+    """Fraction of the run at its end over which the bias fades to 0, because no checkpoint format can store it."""
 
     def __post_init__(self) -> None:
         _not_negative("router", balance_loss=self.balance_loss or 0.0, z_loss=self.z_loss, bias_rate=self.bias_rate)
@@ -150,21 +150,21 @@ class RouterSection(Section, frozen=True):
 
 
 class ParallelSection(Section, frozen=True):
-    """How one step is computed; the result does not depend on it, to rounding."""
+    """How a step is computed and distributed. Results do not depend on it, except for rounding and ``dtype``."""
 
     micro_rows: int | None = None
-    """Rows that run at the same time, over *all* ranks; None: the whole batch. The balance loss is taken over them."""
+    """Rows per micro-step over *all* ranks; None: the global batch. The balance loss is computed per micro-step."""
     replicate: int = 1
-    """HSDP: so many copies of the sharded model."""
+    """HSDP: number of replicas of the sharded model."""
     experts: int = 1
-    """Expert parallelism: so many neighbouring ranks hold a part of the experts each."""
+    """Expert parallelism: number of neighbouring ranks that the experts are divided among."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; masters and optimiser are float32 always."""
+    """Dtype of the computation; master weights and optimiser state are always float32."""
     device: str = "auto"
     recompute: bool = False
-    """Activation checkpointing: keep each layer's input only, compute the rest again in the backward pass."""
+    """Activation checkpointing: keep only each layer's input and recompute the rest in the backward pass."""
     timeout_s: float = 600.0
-    """How long a rank waits for the others before the run ends with their numbers."""
+    """How long a rank waits for the others before the run ends with an error that names them."""
 
     def __post_init__(self) -> None:
         _positive("parallel", replicate=self.replicate, experts=self.experts, timeout_s=self.timeout_s)
@@ -173,15 +173,15 @@ class ParallelSection(Section, frozen=True):
 
 
 class GuardSection(Section, frozen=True):
-    """What happens to a step whose loss or gradient is not finite or far above the recent ones."""
+    """What to do with a step whose loss or gradient is not finite or far above the recent ones."""
 
     action: Literal["skip", "rollback", "stop"] = "skip"
-    """skip: leave this batch out. rollback: back to the last checkpoint, then leave it out. stop: end the run."""
+    """skip: skip this batch. rollback: return to the last checkpoint and skip the batch. stop: end the run."""
     sigmas: float = 8.0
-    """How far above the mean of the window; 0 watches for NaN and infinity only."""
+    """Threshold above the window's mean, in standard deviations; 0: only NaN and infinity are bad."""
     window: int = 128
     limit: int = 10
-    """So many bad steps within one window end the run whatever the action."""
+    """This many bad steps within one window end the run, whatever the action."""
 
     def __post_init__(self) -> None:
         _not_negative("guard", sigmas=self.sigmas)
@@ -190,16 +190,16 @@ class GuardSection(Section, frozen=True):
 
 
 class CheckpointSection(Section, frozen=True):
-    """When the run is saved, and how much is kept."""
+    """When checkpoints are saved, and how many are kept."""
 
     every: int = 200
     keep: int = 3
     keep_every: int = 0
-    """Steps divisible by this are kept for good; 0: none."""
+    """Checkpoints of steps divisible by this are never removed; 0: none."""
     asynchronous: bool = True
-    """Copy the state, write it while training goes on."""
+    """Copy the state, then write it while training continues."""
     on_error: Literal["continue", "stop"] = "continue"
-    """A save that fails (full disk) is said, the last good one kept, and training goes on or stops."""
+    """What to do after a failed save (full disk); it is reported, and the last good checkpoint is kept."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, f"checkpoint.every must be at least 1, got {self.every}")
@@ -208,7 +208,7 @@ class CheckpointSection(Section, frozen=True):
 
 
 class LogSection(Section, frozen=True):
-    """What is written while it runs."""
+    """What is logged during the run."""
 
     every: int = 10
     """Steps between lines on the screen; metrics.jsonl has every step."""
@@ -223,14 +223,14 @@ class LogSection(Section, frozen=True):
 
 
 class EvaluateSection(Section, frozen=True):
-    """Held-out loss by domain, and samples."""
+    """Held-out loss by domain, and sample texts."""
 
     every: int = 200
-    """0: never."""
+    """Steps between evaluations; 0: never."""
     rows: int = 8
-    """Of each domain."""
+    """Held-out rows per domain."""
     prompts: list[str] = []
-    """Continued at each evaluation, to be read."""
+    """Prompts that are continued at each evaluation."""
     sample_tokens: int = 48
 
     def __post_init__(self) -> None:
@@ -239,7 +239,7 @@ class EvaluateSection(Section, frozen=True):
 
 
 class EmaSection(Section, frozen=True):
-    """A running mean of the weights, saved beside them; ``quadriga train --export`` takes it where it is on."""
+    """Exponential moving average of the weights, saved with them; ``quadriga train --export`` uses it if it is on."""
 
     decay: float = 0.0
     """0: off; 0.999 averages about the last thousand steps."""
@@ -249,7 +249,7 @@ class EmaSection(Section, frozen=True):
 
 
 class RunConfig(Section, frozen=True):
-    """Everything a pre-training run is made of."""
+    """The configuration of a pre-training run."""
 
     run: str
     model: ModelSection
@@ -272,10 +272,10 @@ class RunConfig(Section, frozen=True):
 
 
 def read_toml(path: Path, kind: type[T]) -> T:
-    """A TOML file as a struct.
+    """Read a TOML file into a struct of type ``kind``.
 
     Raises:
-        ConfigError: no such file, not TOML, an unknown key (with its nearest neighbour), a missing or wrong value.
+        ConfigError: no such file, not TOML, an unknown key, or a missing or wrong value.
     """
     try:
         raw = path.read_bytes()
@@ -285,10 +285,10 @@ def read_toml(path: Path, kind: type[T]) -> T:
 
 
 def parse_toml(raw: bytes, kind: type[T], name: str = "configuration") -> T:
-    """As :func:`read_toml`, from bytes."""
+    """Parse the bytes of a TOML file; see :func:`read_toml`. ``name`` is used in error messages."""
     try:
         return msgspec.toml.decode(raw, type=kind)
-    except ConfigError as error:  # raised by a section itself
+    except ConfigError as error:  # raised by a section's own checks
         raise ConfigError(f"{name}: {error}") from None
     except msgspec.ValidationError as error:
         raise ConfigError(f"{name}: {_explain(str(error), kind)}") from None
@@ -297,7 +297,7 @@ def parse_toml(raw: bytes, kind: type[T], name: str = "configuration") -> T:
 
 
 def _explain(message: str, kind: type[msgspec.Struct]) -> str:
-    """msgspec's message with the place as TOML names it, and the nearest key where one is unknown."""
+    """Rewrite msgspec's message: locations as in TOML, and the nearest known key for an unknown one."""
     place = re.search(r" - at `\$\.?([^`]*)`$", message)
     path = place[1] if place else ""
     message = message[: place.start()] if place else message

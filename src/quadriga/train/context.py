@@ -1,4 +1,4 @@
-"""What the model's layers must know of a training batch: positions, and attention within packed documents."""
+"""The ``ForwardContext`` of a training batch: positions, and attention within packed documents."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from torch import Tensor
 
 from quadriga.kernels import training
 from quadriga.nn.context import PackedContext, Scoring
-from quadriga.train.batch import Batch
+from quadriga.train.batch import TrainingBatch
 
 
 class DocumentContext:
-    """A ``ForwardContext`` over the documents of a batch; see there.
+    """A ``ForwardContext`` in which each token attends only to its own document.
 
-    On a processor attention is ``kernels.training.document_attention``; elsewhere torch's fused kernel, a
-    document a call.
+    Attention runs in ``kernels.training.document_attention`` on a CPU, and elsewhere in torch's fused kernel, one call
+    per document.
     """
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: TrainingBatch) -> None:
         self.positions = batch.positions
         self.bounds: list[int] = batch.bounds.tolist()
         self._elsewhere = None
@@ -24,7 +24,7 @@ class DocumentContext:
             self._elsewhere = PackedContext(batch.bounds.diff().tolist(), batch.tokens.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-        """See ``ForwardContext``."""
+        """Attention within documents; shapes as in ``ForwardContext``."""
         if self._elsewhere is not None:
             return self._elsewhere.attend(layer, q, k, v, scoring)
         return training.document_attention(

@@ -1,9 +1,9 @@
-"""What a run reads, as frozen structs: the ``[data]`` section of a run's TOML file. No tensors, no files, no torch.
+"""The ``[data]`` section of a run's TOML file, as frozen structs. Imports no torch and opens no files.
 
     [data]
-    corpora = ["corpora/mix"]                # directories that `quadriga data prepare` wrote
+    corpora = ["corpora/mix"]                # directories written by `quadriga data prepare`
 
-    [[data.stages]]                          # a curriculum: one stage after the other
+    [[data.stages]]                          # a curriculum: one stage after another
     tokens = "24M"
     seq_len = 512
     batch_tokens = 65536
@@ -15,7 +15,7 @@
     batch_tokens = 65536
     mix = {code = 0.5, math = 0.5}
 
-A stage that has begun is frozen: a resumed run refuses any change to it. To train longer, add a stage.
+Once a stage has begun it must not change: a resumed run refuses any change to it. To train longer, add a stage.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _COUNT = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmbgt]?)\s*", re.IGNORECAS
 
 
 def parse_count(text: int | str, what: str = "a count of tokens") -> int:
-    """A positive whole number from ``12_000`` or ``"12T"``: K, M, B (or G) and T are powers of a thousand.
+    """Parse a positive whole number such as ``12_000`` or ``"12T"``; K, M, B (or G) and T are powers of 1000.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: anything else; ``what`` names the value in the message.
     """
     if isinstance(text, int) and not isinstance(text, bool):
         count = text
@@ -44,29 +44,29 @@ def parse_count(text: int | str, what: str = "a count of tokens") -> int:
         match = _COUNT.fullmatch(str(text).replace("_", ""))
         count = round(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
     if count < 1:
-        raise ConfigError(f"{what} looks like 30_000_000 or 12T, got {text!r}")
+        raise ConfigError(f"{what} must look like 30_000_000 or 12T, got {text!r}")
     return count
 
 
 class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One stage of the curriculum: how long, in rows of which length, from which mix."""
+    """One stage of the curriculum: its length, row length, batch size and mix of domains."""
 
     tokens: int | str
-    """Length of the stage; rounded up to whole batches."""
+    """Length of the stage in tokens, rounded up to whole batches; a number or text such as "24M"."""
     seq_len: int
-    """Tokens of a row; must divide ``DataConfig.unit_tokens``."""
+    """Tokens per row; must divide ``DataConfig.unit_tokens``."""
     batch_tokens: int | str
-    """Tokens of a global batch (an optimiser step), over all ranks; a whole number of rows."""
+    """Tokens per global batch (one optimiser step, all ranks); a multiple of ``seq_len``."""
     mix: dict[str, float] = {}
-    """Domain -> weight, normalised; {} takes every domain by its number of tokens."""
+    """Domain -> weight, normalised to sum 1; {}: weights in proportion to the domains' tokens."""
 
     def __post_init__(self) -> None:
         if self.seq_len < 1:
             raise ConfigError(f"data.stages.seq_len must be at least 1, got {self.seq_len}")
         if self.n_batch_tokens % self.seq_len:
             raise ConfigError(
-                f"data.stages.batch_tokens must be a multiple of seq_len={self.seq_len}, got {self.n_batch_tokens}; "
-                f"take {max(1, round(self.n_batch_tokens / self.seq_len)) * self.seq_len}"
+                f"data.stages.batch_tokens must be a multiple of seq_len={self.seq_len}, got {self.n_batch_tokens}: "
+                f"use {max(1, round(self.n_batch_tokens / self.seq_len)) * self.seq_len}"
             )
         bad = {name: weight for name, weight in self.mix.items() if not (math.isfinite(weight) and weight >= 0)}
         if bad:
@@ -76,17 +76,17 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def n_tokens(self) -> int:
-        """``tokens`` as a number."""
+        """``tokens`` parsed to a number."""
         return parse_count(self.tokens, "data.stages.tokens")
 
     @property
     def n_batch_tokens(self) -> int:
-        """``batch_tokens`` as a number."""
+        """``batch_tokens`` parsed to a number."""
         return parse_count(self.batch_tokens, "data.stages.batch_tokens")
 
     @property
     def n_rows(self) -> int:
-        """Rows of a global batch."""
+        """Rows per global batch."""
         return self.n_batch_tokens // self.seq_len
 
     @property
@@ -96,16 +96,16 @@ class StageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which corpora, in which order."""
+    """The corpora and the curriculum over them."""
 
     corpora: list[str]
-    """Directories written by ``quadriga data prepare`` with one tokenizer; domains of one name are joined."""
+    """Directories written by ``quadriga data prepare`` with the same tokenizer; domains of equal name are joined."""
     stages: list[StageConfig]
     seed: int = 17
     unit_tokens: int = 32768
-    """Documents are shuffled in stretches of this length. Frozen for a run: later stages may have rows up to it."""
+    """Data are shuffled in units of this many tokens. Fixed for a run; bounds the seq_len of later stages."""
     max_epochs: float | None = None
-    """Refuse a curriculum that reads a domain more often than this; None allows any."""
+    """Refuse a curriculum that reads a domain more often than this; None: no limit."""
 
     def __post_init__(self) -> None:
         if not self.corpora:
@@ -138,10 +138,10 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             if step < first + stage.n_steps:
                 return index, first
             first += stage.n_steps
-        raise ConfigError(f"the curriculum has {first} steps; there is no step {step}. Add a stage to train longer.")
+        raise ConfigError(f"the curriculum has {first} steps, got step {step}. Add a stage to train longer.")
 
     def as_table(self) -> dict[str, Any]:
-        """Plain values, for manifests."""
+        """All values as a plain dictionary, for manifests."""
         table = msgspec.to_builtins(self)
         assert isinstance(table, dict)
         return table

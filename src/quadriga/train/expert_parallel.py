@@ -1,11 +1,11 @@
-"""Expert parallelism: each rank of a group holds a part of the experts, and tokens travel to them.
+"""Expert parallelism: each rank of a group holds some of the experts, and tokens are sent to them.
 
     sort slots by expert ─► counts to every rank ─► rows to the ranks of their experts (all-to-all)
         ─► the rank's own experts compute ─► rows back ─► weighted sum of each token's k rows
 
-As in MegaBlocks and torchtitan. The counts are the one thing the host waits for, once a layer: rows are then sent in
-pieces of any size, none included, so a rank without tokens or with idle experts takes part like any other. Nothing is
-dropped. The layer knows nothing of this: it is handed :class:`AllToAllExperts` as its ``dispatch``.
+As in MegaBlocks and torchtitan. The host waits only for the counts, once per layer. Pieces may have any size including
+0, so ranks without tokens or with idle experts need no special case, and no token is dropped. The layer does not know
+about ranks: it is given :class:`AllToAllExperts` as its ``dispatch``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from quadriga.nn.moe import ExpertWeights, here, n_experts
 
 
 class AllToAllExperts:
-    """An ``ExpertDispatch`` over the ranks of a group, which hold E / size consecutive experts each.
+    """An ``ExpertDispatch`` over a group of ranks, each of which holds E / size consecutive experts.
 
     Args:
-        group: the ranks that share the experts.
+        group: the ranks that the experts are divided among.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -35,7 +35,7 @@ class AllToAllExperts:
     def __call__(
         self, x: Tensor, routing_ids: Tensor, combine: Tensor, weights: ExpertWeights, activation: str
     ) -> Tensor:
-        """See ``ExpertDispatch``; the weights are this rank's experts (E / size, ...)."""
+        """Compute the experts' weighted sum as in ``ExpertDispatch``; ``weights`` are this rank's (E / size, ...)."""
         local = ExpertWeights(*(w.to_local() if isinstance(w, DTensor) else w for w in weights))
         own = n_experts(local.gate)
         n_tokens, top_k = routing_ids.shape
@@ -64,7 +64,7 @@ def _travel(rows: Tensor, out_sizes: list[int], in_sizes: list[int], group: dist
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to other ranks; the gradient goes the same way back."""
+    """Send rows to other ranks; the backward pass sends the gradients back."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, out_sizes: list[int], in_sizes: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -1,8 +1,8 @@
-"""A training checkpoint as a model that others read: safetensors in the family's usual Hugging Face layout.
+"""Export a training checkpoint as safetensors in the family's usual Hugging Face layout.
 
-    runs/nano/checkpoints/step-N ─► weights (or their running mean) ─► the family's weight map backwards ─► directory
+    runs/nano/checkpoints/step-N ─► weights (or their EMA) ─► the family's weight map in reverse ─► directory
 
-The result is an ordinary checkpoint: `quadriga chat`, `quadriga convert` and transformers open it.
+The result is an ordinary checkpoint that `quadriga chat`, `quadriga convert` and transformers can open.
 """
 
 from __future__ import annotations
@@ -31,30 +31,33 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def export(
     run: Path, out: Path, *, step: int | None = None, dtype: str = "float32", tokenizer_files: Mapping[str, bytes]
 ) -> int:
-    """Write a run's checkpoint as a Hugging Face directory; its running mean where the run keeps one.
+    """Write a run's checkpoint as a Hugging Face directory; the EMA of the weights if the run keeps one.
 
     Args:
-        step: which checkpoint; None: the newest whole one.
-        tokenizer_files: name -> bytes, put beside the weights.
+        run: the run's folder.
+        out: the directory to create; must not exist.
+        step: which checkpoint; None: the newest complete one.
+        dtype: of the written weights.
+        tokenizer_files: name -> bytes, written beside the weights.
 
     Returns:
         the checkpoint's step.
 
     Raises:
-        CheckpointError: no such checkpoint, damaged files, ``out`` exists.
-        ConfigError: a bad dtype, a router whose bias has not faded, a model its family's format cannot express.
+        CheckpointError: no such checkpoint, damaged files, or ``out`` exists.
+        ConfigError: unknown dtype, a router bias that has not faded, or a model the family's format cannot express.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if out.exists():
-        raise CheckpointError(f"{out} exists; give a new name, or remove it first")
+        raise CheckpointError(f"{out} must not exist: give another name, or remove it first")
     folder, state, files = _checkpoint(RunDirectory(run), step)
     config = config_from_json(state["model"])
     reader = ShardReader([folder / name for name in files])
     if "router_bias" in reader.names() and reader.whole("router_bias").abs().max() > 0 and not _faded(run, folder):
         raise ConfigError(
-            f"{folder} chooses experts with a bias (router.bias_rate) that no checkpoint format can hold. Export the "
-            "run's last checkpoint: the bias is 0 there."
+            f"{folder} chooses experts with a bias (router.bias_rate), which no checkpoint format can store. Export "
+            "the run's last checkpoint, where the bias is 0."
         )
     kind = "ema" if any(name.startswith("ema/") for name in reader.names()) else "parameter"
     parameters = {name: reader.whole(f"{kind}/{name}").to(DTYPES[dtype]) for name in parameter_shapes(config)}
@@ -77,7 +80,7 @@ def _checkpoint(run: RunDirectory, step: int | None) -> tuple[Path, dict[str, ob
 
 
 def _faded(run: Path, folder: Path) -> bool:
-    """True for the checkpoint after the last step of a run whose bias fades."""
+    """True if the checkpoint is after the last step of a run whose bias fades to 0."""
     try:
         config = json.loads((run / "config.json").read_bytes())
         n_steps = config["schedule"]["steps"] or sum(_steps(stage) for stage in config["data"]["stages"])
@@ -95,7 +98,7 @@ def _steps(stage: dict[str, object]) -> int:
 def write_hf(
     parameters: Mapping[str, Tensor], config: ModelConfig, out: Path, extra: Mapping[str, bytes] | None = None
 ) -> None:
-    """A model as a Hugging Face directory in its family's usual layout; appears whole or not at all."""
+    """Write a model as a Hugging Face directory in its family's usual layout: complete or not at all."""
     family = families.family_of(config)
     build = next(iter(family.layouts.values()))
     pieces = build(config)

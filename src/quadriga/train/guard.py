@@ -1,10 +1,10 @@
-"""Watching for steps that would do harm: a loss or gradient that is not finite, or far above the recent ones.
+"""Detect bad steps: a loss or gradient norm that is not finite, or far above the recent ones.
 
     bad  <=>  not finite(loss), not finite(norm), or  x > mean + sigmas * deviation  for x = loss or log(norm)
 
-over the last ``window`` good steps (OLMo-core skips at 6 sigma of 128). The deviation never counts as less than 1 % of
-the mean loss or 0.1 in log(norm): late in a run they lie so close together that noise would be six of theirs. Plain
-arithmetic on numbers that all ranks share, so all ranks decide alike.
+over the last ``window`` good steps (OLMo-core skips at 6 sigma of 128). The deviation is taken to be at least 1 % of
+the mean loss, or 0.1 in log(norm): late in a run values are so close together that ordinary noise would exceed the
+threshold. It uses only numbers that are equal on all ranks, so all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from quadriga.errors import TrainingError
 from quadriga.train.config import GuardSection
 
 _FEW = 16
-"""Good steps before anything but NaN and infinity can be told from noise."""
+"""With fewer good steps than this, only NaN and infinity are bad."""
 
 
 class SpikeGuard:
-    """Remembers recent steps and judges the next one."""
+    """Keeps the losses and norms of recent good steps and judges the next step by them."""
 
     def __init__(self, section: GuardSection) -> None:
         self.section = section
@@ -31,7 +31,7 @@ class SpikeGuard:
         self._bad: list[int] = []
 
     def judge(self, step: int, loss: float, norm: float) -> str | None:
-        """Why the step is bad, or None; a good step is remembered.
+        """Return why the step is bad, or None; the values of a good step enter the window.
 
         Raises:
             TrainingError: ``limit`` bad steps within one window.
@@ -61,11 +61,11 @@ class SpikeGuard:
         return None
 
     def state(self) -> dict[str, list[float]]:
-        """For the checkpoint."""
+        """The guard's state as plain values, for the checkpoint."""
         return {"losses": list(self._losses), "norms": list(self._norms), "bad": [float(step) for step in self._bad]}
 
     def load(self, state: dict[str, list[float]]) -> None:
-        """What :meth:`state` returned."""
+        """Restore a state that :meth:`state` returned."""
         self._losses.clear()
         self._norms.clear()
         self._losses.extend(state["losses"])

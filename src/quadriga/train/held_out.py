@@ -1,4 +1,4 @@
-"""What a run says about itself on the way: loss on held-out text by domain, and continuations to be read."""
+"""Evaluation during a run: the loss on held-out text by domain, and sample continuations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quadriga.nn.transformer import Transformer
-from quadriga.train.batch import IGNORE, Batch, BatchSource
+from quadriga.train.batch import IGNORE, BatchSource, TrainingBatch
 from quadriga.train.losses import final_hidden, head_weight
 from quadriga.train.parallel import Step
 from quadriga.train.world import World
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Of one domain."""
+    """The held-out loss of one domain."""
 
     loss: float
-    """Nats a token."""
+    """Nats per token."""
     bits_per_byte: float | None
-    """The loss in bits a byte of text, which does not depend on the vocabulary; None where bytes are not known."""
+    """The loss in bits per byte of text, comparable between vocabularies; None if the number of bytes is not known."""
 
 
 @torch.no_grad()
 def held_out_losses(step: Step, sources: Mapping[str, BatchSource], world: World) -> dict[str, HeldOutLoss]:
-    """Each domain's mean loss by the objective of ``step``; rows are shared among the ranks. Every rank calls this."""
+    """Mean loss of each domain under the objective of ``step``. All ranks must call this; they share the rows."""
     step.eval()
     found = {}
     for domain, source in sources.items():
         n_rows = source.n_rows(0)
         share = -(-n_rows // world.size)
         first = world.rank * share
-        counts = first < n_rows  # ranks without rows of their own run along: sharded models need every rank
+        counts = first < n_rows  # ranks without rows compute too: a sharded model needs every rank
         batch = source.rows(0, first if counts else 0, min(first + share, n_rows) if counts else 1).to(world.device)
         _, metrics = step(batch)
         own = torch.stack([metrics["loss"].double().cpu(), torch.tensor(batch.target_weight(), dtype=torch.float64)])
@@ -56,9 +56,9 @@ def _bits_per_byte(loss: float, source: BatchSource) -> float | None:
 
 
 class _LastLogits:
-    """An objective's place-holder that hands back the logits after the last token."""
+    """Used in place of an objective: returns the logits after the last token."""
 
-    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         hidden, _ = final_hidden(model, batch)
         logits = hidden[-1:].float() @ head_weight(model).float().t()
         return logits[0] * model.config.logit_scale, {}
@@ -75,9 +75,11 @@ def continuation(
     world: World,
     unused: Collection[int] = (),
 ) -> list[int]:
-    """The most probable continuation of a prompt, token by token, without a cache; every rank calls this.
+    """Greedy continuation of a prompt, without a KV cache; all ranks must call this.
 
-    ``n_words``: ids from here on are rows that only pad the table. ``unused``: ids below that no token has.
+    Args:
+        n_words: size of the vocabulary; larger ids only pad the embedding table.
+        unused: ids below ``n_words`` that have no token.
     """
     ids, holes = list(prompt), torch.tensor(sorted(unused), dtype=torch.int64, device=world.device)
     objective, step.objective = step.objective, _LastLogits()
@@ -94,9 +96,9 @@ def continuation(
     return ids[len(prompt) :]
 
 
-def _one_document(ids: Sequence[int]) -> Batch:
+def _one_document(ids: Sequence[int]) -> TrainingBatch:
     n = len(ids)
-    return Batch(
+    return TrainingBatch(
         tokens=torch.tensor(list(ids)),
         targets=torch.full((n,), IGNORE),
         positions=torch.arange(n),
@@ -108,7 +110,7 @@ def _one_document(ids: Sequence[int]) -> Batch:
 def samples(
     step: Step, tokenizer: Tokenizer, prompts: Sequence[str], n_tokens: int, end_ids: Collection[int], world: World
 ) -> dict[str, str]:
-    """Prompt -> what the model continues it with."""
+    """Prompt -> the text of its greedy continuation."""
     found = {}
     for prompt in prompts:
         words = tokenizer.encode(prompt)

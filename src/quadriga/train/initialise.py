@@ -1,9 +1,9 @@
-"""A run's model before its first step: its configuration and its weights.
+"""The initial configuration and weights of a run's model.
 
-New matrices are N(0, init_std); projections back into the residual stream (wo, w_down) are divided by
-sqrt(2 n_layers), so that the stream's variance does not grow with depth (GPT-2; LLM Foundry does so for DBRX's family);
-norms are 1 (DBRX's first official file drew them from N(0, 0.02) too: do not). Each parameter has a generator of its
-own, seeded by its name: weights do not depend on the order or the ranks they are made in.
+New matrices are drawn from N(0, init_std^2); the projections back into the residual stream (wo, w_down) are divided by
+sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2; LLM Foundry does so for DBRX's family). Norms
+are 1 (DBRX's first official file drew them from N(0, 0.02), a mistake). Each parameter has its own random generator,
+seeded with its name, so weights depend neither on the order of creation nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from quadriga.train.config import ModelSection
 
 
 def model_config(section: ModelSection, n_words: int, end_ids: tuple[int, ...] = ()) -> ModelConfig:
-    """The configuration of a new model: a preset with the section's sizes in place of its own.
+    """The configuration of a new model: a preset with the section's sizes replacing its own.
 
     Args:
-        n_words: ids the corpus's vocabulary has; the table gets at least as many rows.
-        end_ids: the ids that end a text in it.
+        n_words: size of the corpus's vocabulary; the embedding table gets at least as many rows.
+        end_ids: the ids that end a text.
 
     Raises:
-        ConfigError: an unknown preset, sizes that cannot be, or a table too small for the vocabulary.
+        ConfigError: unknown preset, impossible sizes, or an embedding table smaller than the vocabulary.
     """
-    assert section.preset is not None, "a section has a preset or a start"
+    assert section.preset is not None, "ModelSection checks that preset or start is given"
     base = families.preset(section.preset)
     rows = section.vocab_size or -(-n_words // 64) * 64
     if rows < n_words:
@@ -47,11 +47,11 @@ def model_config(section: ModelSection, n_words: int, end_ids: tuple[int, ...] =
     if isinstance(ffn, MoESpec):
         ffn = replace(ffn, n_experts=section.n_experts or ffn.n_experts, top_k=section.top_k or ffn.top_k)
     elif section.n_experts or section.top_k:
-        raise ConfigError(f"model.n_experts and top_k go with a preset that has experts; {section.preset} is dense")
+        raise ConfigError(f"model.n_experts and model.top_k need a preset with experts; {section.preset} is dense")
     position = layer.mixer.position
     if section.rope_theta is not None:
         if not isinstance(position, RopeSpec):
-            raise ConfigError(f"model.rope_theta goes with rotary positions; {section.preset} has none")
+            raise ConfigError(f"model.rope_theta needs a preset with rotary positions; {section.preset} has none")
         position = replace(position, theta=section.rope_theta)
     mixer = replace(
         layer.mixer,
@@ -73,7 +73,7 @@ def model_config(section: ModelSection, n_words: int, end_ids: tuple[int, ...] =
 
 
 def new_parameters(config: ModelConfig, *, seed: int, std: float) -> dict[str, Tensor]:
-    """Float32 weights for a model that will be trained; see the module docstring."""
+    """Draw the float32 weights of a new model, as the module docstring says; name -> tensor."""
 
     def fill(name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("norm.weight"):
@@ -89,7 +89,7 @@ def new_parameters(config: ModelConfig, *, seed: int, std: float) -> dict[str, T
 
 
 def start_from(source: str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The configuration and float32 weights of a checkpoint of any kind: a path or a catalogue name."""
+    """The configuration and float32 weights of a checkpoint of any format; ``source`` is a path or a catalogue name."""
     path = Path(source)
     checkpoint = open_checkpoint(path if path.exists() else catalogue.resolve(source))
     try:

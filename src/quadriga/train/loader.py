@@ -2,13 +2,13 @@
 
     step -> stage -> mix -> domain -> unit -> tokens          (the arithmetic is train/order.py's)
 
-So a run's position in its data is one integer, the step. Resuming needs no state, any number of ranks read parts of the
-same global batch, and a row can be read again years later. It is not a data loader with workers: a row is two binary
-searches and a copy from mapped files; ``Prefetcher`` reads the next step in a thread for slow disks.
+So a run's position in its data is one integer, the step. Resuming needs no state, any number of ranks can read parts of
+the same global batch, and any row can be read again later. There are no loader workers: reading a row takes two binary
+searches and a copy from memory-mapped files; for slow disks, ``Prefetcher`` reads the next steps in a thread.
 
-Packing: the documents of a domain stand one after the other, each closed by its end token, and are cut into rows. Every
-piece of a document in a row is a document of the Batch: its positions start at 0, it attends to nothing else, and the
-token after its end is nobody's target. Every row is full; nothing is padded or dropped.
+Packing: the documents of a domain are concatenated, each followed by its end token, and cut into rows. Every piece of a
+document in a row is one document of the batch: its positions start at 0, it attends only to itself, and the token after
+its end is not a target. Every row is full; nothing is padded or dropped.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import numpy.typing as npt
 import torch
 
 from quadriga.errors import ConfigError, CorpusError
-from quadriga.train.batch import IGNORE, Batch, BatchSource
+from quadriga.train.batch import IGNORE, BatchSource, TrainingBatch
 from quadriga.train.corpus.format import Corpus, Stream
 from quadriga.train.data_config import DataConfig
 from quadriga.train.order import Curriculum, DomainShape, StageShape
 
 
 class CorpusSource:
-    """A :class:`BatchSource` over prepared corpora, by the curriculum of a DataConfig.
+    """A :class:`BatchSource` over prepared corpora, in the order of a DataConfig's curriculum.
 
     Attributes:
-        domains: names, in the order of ``Batch.domains``.
-        fingerprint: of the corpora and of what decides the order besides the stages.
-        n_steps: of the whole curriculum; asking for a later step raises.
+        domains: names, in the order of ``TrainingBatch.domains``.
+        fingerprint: hash of the corpora and of everything but the stages that determines the order.
+        n_steps: steps of the whole curriculum; later steps raise ConfigError.
     """
 
     def __init__(self, config: DataConfig, corpora: Sequence[Corpus]) -> None:
@@ -60,19 +60,19 @@ class CorpusSource:
         for d, name in enumerate(self.domains):
             if self.curriculum.epochs(d) > self.config.max_epochs:
                 raise ConfigError(
-                    f"the curriculum reads domain {name!r} {self.curriculum.epochs(d):.1f} times, data.max_epochs is "
-                    f"{self.config.max_epochs:g}. Lower its weights, shorten the stages, or prepare more text."
+                    f"the curriculum reads domain {name!r} {self.curriculum.epochs(d):.1f} times, but data.max_epochs "
+                    f"is {self.config.max_epochs:g}. Lower its weights, shorten the stages, or prepare more text."
                 )
 
     def n_rows(self, step: int) -> int:
-        """Rows of the global batch at ``step``."""
+        """Rows of the global batch (all ranks) at ``step``."""
         return self.config.stages[self.config.stage_at(step)[0]].n_rows
 
     def seq_len(self, step: int) -> int:
-        """Tokens of a row at ``step``."""
+        """Tokens per row at ``step``."""
         return self.config.stages[self.config.stage_at(step)[0]].seq_len
 
-    def rows(self, step: int, first: int, last: int) -> Batch:
+    def rows(self, step: int, first: int, last: int) -> TrainingBatch:
         """Rows [first, last) of the global batch at ``step``: a pure function of its arguments."""
         number, first_step = self.config.stage_at(step)
         stage = self.config.stages[number]
@@ -80,34 +80,34 @@ class CorpusSource:
             raise ConfigError(f"rows must be within 0 .. {stage.n_rows} at step {step}, got {first} .. {last}")
         start = (step - first_step) * stage.n_rows
         places = [self.curriculum.place(number, start + row) for row in range(first, last)]
-        return pack([(self.streams[d], d, token) for d, token in places], stage.seq_len)
+        return build_batch([(self.streams[d], d, token) for d, token in places], stage.seq_len)
 
     def history(self, step: int) -> list[str]:
-        """One fingerprint for each stage that has begun before ``step``; a checkpoint keeps it."""
+        """The fingerprints of the stages that began before ``step``; saved in checkpoints."""
         begun = self.config.stage_at(max(0, step - 1))[0] + 1 if step else 0
         return [_stage_fingerprint(stage) for stage in self.config.stages[:begun]]
 
     def check_history(self, saved: Sequence[str]) -> None:
-        """Hold the curriculum to the stages that a checkpoint has seen.
+        """Check that the stages a checkpoint has already begun are unchanged.
 
         Raises:
-            ConfigError: a stage that had begun is gone or was changed.
+            ConfigError: such a stage was removed or changed.
         """
         now = [_stage_fingerprint(stage) for stage in self.config.stages]
         for number, fingerprint in enumerate(saved):
             if number >= len(now) or now[number] != fingerprint:
                 raise ConfigError(
-                    f"data.stages[{number}] has begun in this run and is frozen; it was changed or removed. Put it "
-                    "back as it was, and add further stages after it."
+                    f"data.stages[{number}] has begun in this run and must not change, but it was changed or removed. "
+                    "Restore it, and add further stages after it."
                 )
 
 
 class HeldOutSource:
-    """A :class:`BatchSource` of one domain's held-out documents: step 0 has all its rows, in order.
+    """A :class:`BatchSource` of one domain's held-out documents: step 0 has all the rows, in order.
 
     Attributes:
-        n_text_bytes: bytes of text behind the stream's tokens; bits per byte = loss_nats / ln 2 * tokens / bytes.
-        n_tokens: tokens of the whole held-out stream, of which the rows hold the first n_rows * seq_len.
+        n_text_bytes: bytes of the held-out text; bits per byte = loss_nats / ln 2 * tokens / bytes.
+        n_tokens: tokens of the whole held-out text, of which the rows contain the first n_rows * seq_len.
     """
 
     def __init__(self, stream: Stream, seq_len: int, max_rows: int | None, fingerprint: str) -> None:
@@ -119,22 +119,22 @@ class HeldOutSource:
         self._n_rows = whole if max_rows is None else min(whole, max_rows)
 
     def n_rows(self, step: int) -> int:
-        """Rows of ``seq_len`` that the domain has, the same at every step."""
+        """Number of rows, the same at every step."""
         return self._n_rows
 
     def seq_len(self, step: int) -> int:
-        """Tokens of a row."""
+        """Tokens per row, the same at every step."""
         return self._seq_len
 
-    def rows(self, step: int, first: int, last: int) -> Batch:
-        """Rows [first, last) of the held-out stream."""
+    def rows(self, step: int, first: int, last: int) -> TrainingBatch:
+        """Rows [first, last) of the held-out text."""
         if not 0 <= first < last <= self._n_rows:
             raise ConfigError(f"rows must be within 0 .. {self._n_rows} of the held-out text, got {first} .. {last}")
-        return pack([(self._stream, 0, row * self._seq_len) for row in range(first, last)], self._seq_len)
+        return build_batch([(self._stream, 0, row * self._seq_len) for row in range(first, last)], self._seq_len)
 
 
 def open_source(config: DataConfig) -> CorpusSource:
-    """The training data of a run.
+    """Open the training data of a run.
 
     Raises:
         CorpusError: a corpus is missing, damaged, empty, or tokenised with another vocabulary than the first.
@@ -148,12 +148,12 @@ def open_source(config: DataConfig) -> CorpusSource:
 def open_held_out(
     config: DataConfig, *, seq_len: int | None = None, max_rows: int | None = None
 ) -> Mapping[str, HeldOutSource]:
-    """The held-out text of a run's corpora, by domain; domains with less than a row of it are left out.
+    """Open the held-out text of a run's corpora, by domain; domains with less than one row of it are left out.
 
     Args:
         config: the run's data.
-        seq_len: tokens of a row; None takes the longest stage's.
-        max_rows: at most so many rows of each domain.
+        seq_len: tokens per row; None: that of the stage with the longest rows.
+        max_rows: at most this many rows per domain.
     """
     corpora = open_corpora(config.corpora)
     length = seq_len or max(stage.seq_len for stage in config.stages)
@@ -168,7 +168,7 @@ def open_held_out(
 
 
 def open_corpora(paths: Sequence[str]) -> list[Corpus]:
-    """Corpora that share one vocabulary.
+    """Open corpora and check that they share one vocabulary.
 
     Raises:
         CorpusError: see :func:`open_source`.
@@ -178,33 +178,33 @@ def open_corpora(paths: Sequence[str]) -> list[Corpus]:
         ours, first = corpus.manifest.tokenizer, corpora[0].manifest.tokenizer
         if [file.sha256 for file in ours.files] != [file.sha256 for file in first.files] or ours.end_id != first.end_id:
             raise CorpusError(
-                f"corpora of a run must share one vocabulary: {corpus.path} was tokenised with another one than "
+                f"corpora of a run must share one vocabulary, but {corpus.path} was tokenised with another one than "
                 f"{corpora[0].path}. Prepare it again with `--tokenizer {corpora[0].path}`."
             )
     if not any(_trained(corpus) for corpus in corpora):
-        raise CorpusError(f"{', '.join(map(str, paths))} holds no documents to train on; see `quadriga data inspect`")
+        raise CorpusError(f"{', '.join(map(str, paths))} has no documents to train on; see `quadriga data inspect`")
     return corpora
 
 
-def pack(rows: Sequence[tuple[Stream, int, int]], seq_len: int) -> Batch:
-    """Rows as one Batch: (stream, domain number, first token) each."""
+def build_batch(rows: Sequence[tuple[Stream, int, int]], seq_len: int) -> TrainingBatch:
+    """Build a batch from rows given as (stream, index of the domain, first token)."""
     n = len(rows) * seq_len
     tokens, targets = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
     starts: list[npt.NDArray[np.int64]] = []
     domains: list[npt.NDArray[np.int16]] = []
     for r, (stream, domain, first) in enumerate(rows):
         row = slice(r * seq_len, (r + 1) * seq_len)
-        ids, ends = stream.read(first, seq_len + 1)  # one more: the last token's target
+        ids, ends = stream.read(first, seq_len + 1)  # one more token: the target of the last one
         tokens[row], targets[row] = ids[:-1], ids[1:]
         closed = ends[ends <= seq_len] + r * seq_len
-        targets[closed - 1] = IGNORE  # what follows an end is another document
+        targets[closed - 1] = IGNORE  # the next token belongs to another document
         begins = np.concatenate(([r * seq_len], closed[closed < row.stop]))
         starts.append(begins)
         domains.append(np.full(len(begins), domain, dtype=np.int16))
     begins = np.concatenate(starts)
     bounds = np.append(begins, n)
     positions = np.arange(n) - np.repeat(begins, np.diff(bounds))
-    return Batch(
+    return TrainingBatch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         positions=torch.from_numpy(positions),
@@ -214,27 +214,27 @@ def pack(rows: Sequence[tuple[Stream, int, int]], seq_len: int) -> Batch:
 
 
 class Prefetcher:
-    """A source read ahead: the same rows of the next ``depth`` steps are read in a thread while a step computes.
+    """Wraps a source and reads the same rows of the next ``depth`` steps in a thread, for slow disks.
 
-    Reading is pure, so this changes nothing but the time; for disks that answer slowly.
+    Reading is a pure function, so only the timing changes.
     """
 
     def __init__(self, source: BatchSource, depth: int = 2) -> None:
         self.domains, self.fingerprint = source.domains, source.fingerprint
         self._source, self._depth = source, depth
         self._pool = ThreadPoolExecutor(1, "prefetch")
-        self._ahead: dict[tuple[int, int, int], Future[Batch]] = {}
+        self._ahead: dict[tuple[int, int, int], Future[TrainingBatch]] = {}
 
     def n_rows(self, step: int) -> int:
-        """As the source's."""
+        """Rows of the wrapped source's batch at ``step``."""
         return self._source.n_rows(step)
 
     def seq_len(self, step: int) -> int:
-        """As the source's."""
+        """Tokens per row of the wrapped source at ``step``."""
         return self._source.seq_len(step)
 
-    def rows(self, step: int, first: int, last: int) -> Batch:
-        """As the source's; asks for the same rows of the next steps."""
+    def rows(self, step: int, first: int, last: int) -> TrainingBatch:
+        """Rows of the wrapped source; starts reading the same rows of the next steps."""
         waiting = self._ahead.pop((step, first, last), None)
         batch = waiting.result() if waiting is not None else self._source.rows(step, first, last)
         for later in range(step + 1, step + 1 + self._depth):
@@ -252,7 +252,7 @@ class Prefetcher:
             return False
 
     def close(self) -> None:
-        """Drop what was read ahead and end the thread."""
+        """Discard the rows read ahead and end the thread."""
         self._pool.shutdown(cancel_futures=True)
 
 

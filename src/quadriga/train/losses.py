@@ -1,11 +1,11 @@
-"""The objective of pre-training: the next token, and what keeps the routers in order.
+"""The pre-training objective: next-token cross-entropy and the routers' auxiliary losses.
 
     total = sum_n w_n CE_n  +  W (balance_weight * balance + z_weight * z)      W: weight of the micro-step's targets
 
-The trainer divides by the weight of the whole batch, so the balance loss enters as its mean over micro-steps. Balance
-and z are taken over all tokens that run at the same time on all ranks: counts are summed over the ranks once per
-micro-step, in one message for all layers, and each rank adds the part of its own tokens. So their value and gradient
-are the same for any number of ranks, and idle experts or ranks change nothing.
+The trainer divides by the weight of the global batch, so the balance loss enters as its mean over micro-steps. Balance
+and z losses are computed over all tokens of a micro-step on all ranks: counts are summed over the ranks once per
+micro-step, in one message for all layers, and each rank adds the share of its own tokens. So value and gradient are the
+same for any number of ranks, also with idle experts or ranks.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from quadriga.nn.linear import whole
 from quadriga.nn.moe import RouterStats
 from quadriga.nn.router_loss import Form, Usage, balance_loss
 from quadriga.nn.transformer import Transformer
-from quadriga.train.batch import Batch
+from quadriga.train.batch import TrainingBatch
 from quadriga.train.config import RouterSection
 from quadriga.train.context import DocumentContext
 from quadriga.train.world import World
 
 
-def final_hidden(model: Transformer, batch: Batch) -> tuple[Tensor, list[RouterStats]]:
-    """(hidden states after the last norm (N, D), routing of each layer): what every objective starts from."""
+def final_hidden(model: Transformer, batch: TrainingBatch) -> tuple[Tensor, list[RouterStats]]:
+    """Run the model up to the last norm: (hidden states (N, D), router statistics of each MoE layer)."""
     hidden, stats = model.hidden(batch.tokens, DocumentContext(batch))
     return model.final_norm(hidden), stats
 
@@ -39,7 +39,7 @@ def head_weight(model: Transformer) -> Tensor:
 
 
 class NextToken:
-    """Cross-entropy of the next token with balance and z losses; an ``Objective``."""
+    """Next-token cross-entropy with balance and z losses; an ``Objective``."""
 
     def __init__(self, model: ModelConfig, section: RouterSection, world: World) -> None:
         self.world = world
@@ -52,8 +52,8 @@ class NextToken:
             self.balance_weight = ffn.aux_loss_weight if section.balance_loss is None else section.balance_loss
             self.z_weight = section.z_loss
 
-    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """See ``Objective``."""
+    def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a batch, as ``Objective`` specifies."""
         hidden, stats = final_hidden(model, batch)
         weight, scale = head_weight(model), model.config.logit_scale
         loss, _ = training.linear_cross_entropy(hidden, weight, batch.targets, batch.weights, logit_scale=scale)
@@ -64,8 +64,8 @@ class NextToken:
             metrics |= router_metrics
         return loss, metrics
 
-    def router_losses(self, stats: Sequence[RouterStats], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(what is added to the summed loss, metrics to sum)."""
+    def router_losses(self, stats: Sequence[RouterStats], batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Balance and z losses: (the term to add to the summed loss, metrics to sum)."""
         mask = batch.real()
         usage = Usage.of(stats, mask)
         own = torch.cat(

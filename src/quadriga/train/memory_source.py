@@ -1,7 +1,7 @@
-"""Documents in memory as a ``BatchSource``: for tests, examples, and data that fit.
+"""Documents in memory as a ``BatchSource``: for tests, examples and small data.
 
-Documents are laid end to end in a random order that depends on (seed, epoch) alone and cut into rows; a document that
-does not end with its row goes on in the next one as a document of its own.
+Documents are concatenated in a random order, which depends only on (seed, epoch), and cut into rows; a document that is
+cut continues in the next row as a separate document.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from functools import lru_cache
 import torch
 
 from quadriga.errors import ConfigError
-from quadriga.train.batch import IGNORE, Batch
+from quadriga.train.batch import IGNORE, TrainingBatch
 
 
 class MemorySource:
     """A :class:`~quadriga.train.batch.BatchSource` over lists of token ids.
 
     Args:
-        documents: (domain, ids) of each.
-        n_rows, seq_len: of every step's batch.
+        documents: (domain, token ids) of each.
+            n_rows: rows per batch.
+            seq_len: tokens per row.
+            seed: of the order.
     """
 
     def __init__(
@@ -31,7 +33,7 @@ class MemorySource:
         self._texts = [(self.domains.index(domain), torch.tensor(list(ids))) for domain, ids in documents if len(ids)]
         self._length = sum(len(ids) for _, ids in self._texts)
         if self._length < 2:
-            raise ConfigError(f"documents must hold at least two tokens, got {self._length}")
+            raise ConfigError(f"documents must have at least two tokens in total, got {self._length}")
         self._n_rows, self._seq_len, self._seed = n_rows, seq_len, seed
         digest = hashlib.sha256(f"{n_rows} {seq_len} {seed}".encode())
         for domain, ids in self._texts:
@@ -40,22 +42,22 @@ class MemorySource:
         self._epoch = lru_cache(maxsize=2)(self._lay_out)
 
     def n_rows(self, step: int) -> int:
-        """See ``BatchSource``."""
+        """Rows per batch, the same at every step."""
         return self._n_rows
 
     def seq_len(self, step: int) -> int:
-        """See ``BatchSource``."""
+        """Tokens per row, the same at every step."""
         return self._seq_len
 
-    def rows(self, step: int, first: int, last: int) -> Batch:
-        """See ``BatchSource``."""
+    def rows(self, step: int, first: int, last: int) -> TrainingBatch:
+        """Rows [first, last) of the batch at ``step``."""
         parts = [self._row(step * self._n_rows + row) for row in range(first, last)]
         tokens, targets, begins, domains = zip(*parts, strict=True)
         starts = [n + row * self._seq_len for row, begin in enumerate(begins) for n in begin]
         bounds = torch.tensor([*starts, len(parts) * self._seq_len])
         lengths = bounds.diff()
         positions = torch.arange(int(bounds[-1])) - torch.repeat_interleave(bounds[:-1], lengths)
-        return Batch(
+        return TrainingBatch(
             tokens=torch.cat(tokens),
             targets=torch.cat(targets),
             positions=positions,
@@ -64,7 +66,7 @@ class MemorySource:
         )
 
     def _row(self, row: int) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:
-        """(tokens, targets, where documents begin, their domains) of the run's row number ``row``."""
+        """(tokens, targets, first positions of documents, their domains) of row ``row``, counted over the whole run."""
         tokens, owner = [], []
         at, wanted = row * self._seq_len, self._seq_len + 1
         while wanted:
@@ -88,7 +90,7 @@ class MemorySource:
         return torch.randperm(len(self._texts), generator=generator)
 
     def _lay_out(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """An epoch's tokens, and which place in its order each belongs to."""
+        """(tokens of an epoch, for each token the place of its document in the epoch's order)."""
         texts = [self._texts[i][1] for i in self._order(epoch).tolist()]
         places = torch.repeat_interleave(torch.arange(len(texts)), torch.tensor([len(ids) for ids in texts]))
         return torch.cat(texts), places

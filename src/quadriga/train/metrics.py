@@ -1,10 +1,10 @@
-"""A run's numbers on disk: one JSON object a line in metrics.jsonl, TensorBoard's files if asked for.
+"""A run's metrics on disk: metrics.jsonl with one JSON object per line, and optionally TensorBoard files.
 
-    {"step": 12, "loss": 7.31, "norm": 1.2, ...}       each step; "experts": [[...], ...] now and then
+    {"step": 12, "loss": 7.31, "norm": 1.2, ...}          each step; "experts": [[...], ...] every routing_every steps
     {"step": 200, "held_out": {"en": {...}}, "samples": {...}}
     {"step": 321, "event": "..."}
 
-A resumed run removes the lines of steps it will run again, so every step is there once.
+A resumed run removes the lines of steps that it will run again, so each step occurs once.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ class MetricsFile:
     """Writes metrics.jsonl; a ``Listener``.
 
     Args:
-        folder: the run's. step: where the run stands; later lines are removed.
-        peak_flops: the machine's, over all ranks, for the MFU; None leaves it out.
-        learning_rate: the peak. routing_every: steps between lines with expert counts.
+        folder: the run's folder.
+            step: the run's next step; lines of this and later steps are removed.
+            peak_flops: peak FLOP/s of all ranks together, for the MFU; None: no MFU.
+            learning_rate: the peak rate.
+            routing_every: steps between lines with expert counts.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class MetricsFile:
         temporary.replace(self.path)
 
     def on_step(self, report: StepReport) -> None:
-        """A line a step."""
+        """Append a line with the step's metrics."""
         line: dict[str, Any] = {
             "step": report.step,
             "loss": round(report.loss, 6),
@@ -67,7 +69,7 @@ class MetricsFile:
         self._write(line)
 
     def on_evaluation(self, step: int, losses: dict[str, HeldOutLoss], samples: dict[str, str]) -> None:
-        """A line an evaluation."""
+        """Append a line with held-out losses and samples."""
         held_out = {
             domain: {
                 "loss": round(found.loss, 5),
@@ -78,11 +80,11 @@ class MetricsFile:
         self._write({"step": step, "held_out": held_out, "samples": samples})
 
     def on_event(self, step: int, text: str) -> None:
-        """A line for whatever else happened."""
+        """Append a line with an event's text."""
         self._write({"step": step, "event": text})
 
     def on_rollback(self, step: int) -> None:
-        """The steps from here on will come again."""
+        """Remove the lines of ``step`` and later steps, which will run again."""
         self._file.close()
         events = [line for line in read(self.path) if "event" in line and _number(line) >= step]
         self._keep_before(step)
@@ -100,7 +102,7 @@ class MetricsFile:
 
 
 def _number(line: dict[str, Any]) -> int:
-    """The step a line belongs to; an evaluation after step n stands with step n - 1, which it followed."""
+    """The step a line belongs to; an evaluation at step n belongs to step n - 1, after which it ran."""
     return int(line["step"]) - ("held_out" in line)
 
 
@@ -112,7 +114,7 @@ def busiest(report: StepReport) -> float:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics file; one cut short by a kill is left out."""
+    """Read all lines of a metrics file; a last line cut short by a kill is left out."""
     found = []
     try:
         text = path.read_text()
@@ -145,25 +147,25 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
     def on_step(self, report: StepReport) -> None:
-        """Scalars of a step."""
+        """Write the step's metrics as scalars."""
         scalars = {"loss": report.loss, "norm": report.norm, "tokens_per_s": report.tokens / report.seconds}
         for name, value in {**scalars, **report.extra}.items():
             self._writer.add_scalar(f"train/{name}", value, report.step)
 
     def on_evaluation(self, step: int, losses: dict[str, HeldOutLoss], samples: dict[str, str]) -> None:
-        """Losses by domain, and the samples."""
+        """Write held-out losses as scalars and samples as text."""
         for domain, found in losses.items():
             self._writer.add_scalar(f"held_out/{domain}", found.loss, step)
         for prompt, text in samples.items():
             self._writer.add_text(prompt[:60], text, step)
 
     def on_event(self, step: int, text: str) -> None:
-        """As text."""
+        """Write an event as text."""
         self._writer.add_text("event", text, step)
 
     def on_rollback(self, step: int) -> None:
-        """TensorBoard shows both histories."""
+        """Nothing to do: TensorBoard shows both histories."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the writer."""
         self._writer.close()

@@ -1,12 +1,12 @@
-"""What tuning minimises besides the next token: preferences, and rewards that can be checked.
+"""Tuning objectives: preference optimisation (DPO, ORPO) and reinforcement learning with checkable rewards (GRPO).
 
     logp(a)  sum of the log-probabilities of an answer's tokens            r  the reference: the model before tuning
     DPO      -log sigmoid(beta [(logp(c) - logp_r(c)) - (logp(j) - logp_r(j))])          c chosen, j rejected
     ORPO     -mean logp(c) - lambda log sigmoid(log odds(c) - log odds(j)),   odds = p / (1 - p), p = exp(mean logp)
     GRPO     -A ratio + beta KL,  A = (reward - mean of its group) / (deviation of its group)
 
-Each returns a sum over pairs (or answers), which the trainer divides by their number: ``PackedSource`` gives the
-targets of a group a weight of one together. Sources: Rafailov et al. 2023 (arXiv 2305.18290), Hong et al. 2024
+Each returns a sum over pairs (or prompts), which the trainer divides by their number: ``ExampleSource`` gives the
+targets of a group a total weight of 1. Sources: Rafailov et al. 2023 (arXiv 2305.18290), Hong et al. 2024
 (arXiv 2403.07691), Shao et al. 2024 (arXiv 2402.03300).
 """
 
@@ -23,36 +23,36 @@ from torch import Tensor
 from quadriga.kernels import training
 from quadriga.nn.linear import Factors
 from quadriga.nn.transformer import Transformer
-from quadriga.train.batch import IGNORE, Batch
+from quadriga.train.batch import IGNORE, TrainingBatch
 from quadriga.train.losses import final_hidden, head_weight
 from quadriga.train.rollout import sample
 
 CHOSEN, REJECTED = 0, 1
-"""Domains of a pair's documents, in this order in every row."""
+"""Domain indices of a pair's two documents; in a row, chosen comes before rejected."""
 
 
-def token_logprobs(model: Transformer, batch: Batch) -> Tensor:
-    """Log-probability of every target (N,), 0 where there is none; logits exist for a few hundred tokens at a time."""
+def token_logprobs(model: Transformer, batch: TrainingBatch) -> Tensor:
+    """Log-probability of every target (N,), 0 at IGNORE. Logits are computed for a few hundred tokens at a time."""
     hidden, _ = final_hidden(model, batch)
     return -training.token_losses(hidden, head_weight(model), batch.targets, logit_scale=model.config.logit_scale)
 
 
-def per_document(values: Tensor, batch: Batch) -> Tensor:
-    """Sums over each document: (N,) -> (documents,)."""
+def per_document(values: Tensor, batch: TrainingBatch) -> Tensor:
+    """Sum values over each document: (N,) -> (documents,)."""
     lengths = batch.bounds.diff().long().to(values.device)
     document = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
     return torch.zeros(len(lengths), dtype=values.dtype, device=values.device).index_add(0, document, values)
 
 
-def pairs(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The chosen and the rejected documents' values, pair by pair."""
+def pairs(values: Tensor, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+    """Split per-document values into (chosen, rejected), (pairs,) each."""
     domains = batch.domains.to(values.device)
     return values[domains == CHOSEN], values[domains == REJECTED]
 
 
 @contextlib.contextmanager
 def without_adapter(model: Transformer) -> Iterator[None]:
-    """The model as it was before its adapter: every scale is 0 inside the block."""
+    """Switch the adapter off inside the block, by setting its scales to 0."""
     factors = [module for module in model.modules() if isinstance(module, Factors)]
     scales = [one.scale for one in factors]
     for one in factors:
@@ -65,14 +65,14 @@ def without_adapter(model: Transformer) -> Iterator[None]:
 
 
 class Reference:
-    """Log-probabilities under the model before tuning: without its adapter, or by a frozen copy of it."""
+    """Log-probabilities under the model before tuning: the model without its adapter, or a frozen copy."""
 
     def __init__(self, frozen: Transformer | None) -> None:
         self.frozen = frozen
 
     @torch.no_grad()
-    def __call__(self, model: Transformer, batch: Batch) -> Tensor:
-        """(N,) as :func:`token_logprobs`."""
+    def __call__(self, model: Transformer, batch: TrainingBatch) -> Tensor:
+        """The reference's :func:`token_logprobs` (N,), without gradient."""
         if self.frozen is not None:
             return token_logprobs(self.frozen, batch)
         training_now = model.training
@@ -85,13 +85,13 @@ class Reference:
 
 
 class DPO:
-    """Direct preference optimisation; an ``Objective``."""
+    """Direct preference optimisation (formula in the module docstring); an ``Objective``."""
 
     def __init__(self, reference: Reference, beta: float) -> None:
         self.reference, self.beta = reference, beta
 
-    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """See ``Objective``: the sum over pairs."""
+    def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss summed over pairs, and metrics."""
         chosen, rejected = pairs(per_document(token_logprobs(model, batch), batch), batch)
         chosen_r, rejected_r = pairs(per_document(self.reference(model, batch), batch), batch)
         margin = (chosen - chosen_r) - (rejected - rejected_r)
@@ -104,13 +104,13 @@ class DPO:
 
 
 class ORPO:
-    """Odds-ratio preference optimisation; needs no reference. An ``Objective``."""
+    """Odds-ratio preference optimisation; needs no reference model. An ``Objective``."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
 
-    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """See ``Objective``: the sum over pairs."""
+    def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss summed over pairs, and metrics."""
         counts = per_document((batch.targets != IGNORE).float(), batch).clamp(min=1)
         chosen, rejected = pairs(per_document(token_logprobs(model, batch), batch) / counts, batch)
         ratio = _log_odds(chosen) - _log_odds(rejected)
@@ -123,7 +123,7 @@ class ORPO:
 
 
 def _log_odds(logp: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(logp) < 1, without forming 1 - p where p is near 1."""
+    """log(p / (1 - p)) for p = exp(logp) < 1, accurate for p near 1."""
     below = logp.clamp(max=-1e-6)
     return below - torch.log(-torch.expm1(below))
 
@@ -131,12 +131,14 @@ def _log_odds(logp: Tensor) -> Tensor:
 class GRPO:
     """Group relative policy optimisation; an ``Objective`` over prompts whose answers can be checked.
 
-    Every pass samples ``n_samples`` answers to each prompt of the batch from the model as it is, so the probability
-    ratio is 1 in value and the policy gradient is exact; there is nothing to clip.
+    Each call samples ``n_samples`` answers per prompt from the current model, so the probability ratio is always 1 and
+    needs no clipping.
 
     Args:
-        reward: (prompt ids, answer ids) -> number.
-        unused: rows of the head that no token stands for: no answer has them.
+        reward: (prompt ids, answer ids) -> reward.
+        n_samples: answers per prompt (the group).
+        kl_weight: beta, the weight of the KL term.
+        unused: ids without a token (padding of the head); they are never sampled.
     """
 
     def __init__(
@@ -155,11 +157,11 @@ class GRPO:
         self.n_samples, self.max_new_tokens, self.temperature = n_samples, max_new_tokens, temperature
         self.end_ids, self.unused = end_ids, unused
 
-    def __call__(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """See ``Objective``: the sum over prompts of the mean over their samples."""
+    def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss summed over prompts, each the mean over its samples; and metrics."""
         documents, advantages, rewards = [], [], []
         bounds = batch.bounds.tolist()
-        model.eval()  # the policy that is sampled is the one without dropout
+        model.eval()  # sample without dropout
         for first, last in itertools.pairwise(bounds):
             if bool((batch.targets[first:last] == IGNORE).all()):
                 continue  # padding
@@ -177,20 +179,20 @@ class GRPO:
         loss = self.loss(model, rolled, torch.cat(advantages).to(batch.tokens.device))
         return loss, {"loss": loss.detach(), "reward": torch.stack([group.mean() for group in rewards]).sum()}
 
-    def loss(self, model: Transformer, rolled: Batch, advantages: Tensor) -> Tensor:
-        """Of answers whose advantages (documents,) are known: mean over tokens, then over a group's samples."""
+    def loss(self, model: Transformer, rolled: TrainingBatch, advantages: Tensor) -> Tensor:
+        """The loss for sampled answers with given advantages (documents,): mean over tokens, then over a group."""
         logp = token_logprobs(model, rolled)
         ratio = torch.exp(logp - logp.detach())
         counts = per_document((rolled.targets != IGNORE).float(), rolled).clamp(min=1)
         each = -per_document(ratio * (rolled.targets != IGNORE), rolled) / counts * advantages
         if self.kl_weight:
-            behind = self.reference(model, rolled) - logp  # Schulman's k3 estimate: never negative
+            behind = self.reference(model, rolled) - logp  # Schulman's k3 estimator, which is never negative
             each = each + self.kl_weight * per_document(torch.exp(behind) - behind - 1, rolled) / counts
         return each.sum() / self.n_samples
 
 
-def _answers(documents: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> Batch:
-    """Prompts with their answers, end to end, targets on the answers."""
+def _answers(documents: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> TrainingBatch:
+    """A batch of prompts with their answers, concatenated, with targets on the answers only."""
     ids: list[int] = []
     targets: list[int] = []
     bounds = [0]
@@ -200,7 +202,7 @@ def _answers(documents: Sequence[tuple[Sequence[int], Sequence[int]]], device: t
         targets += [IGNORE] * (len(prompt) - 1) + [*answer, IGNORE]
         bounds.append(len(ids))
     limits = torch.tensor(bounds)
-    return Batch(
+    return TrainingBatch(
         tokens=torch.tensor(ids, device=device),
         targets=torch.tensor(targets, device=device),
         positions=(torch.arange(len(ids)) - torch.repeat_interleave(limits[:-1], limits.diff())).to(device),

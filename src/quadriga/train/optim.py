@@ -1,13 +1,13 @@
-"""The optimisers: AdamW (torch's fused one), Lion, and Muon for matrices and stacks of experts.
+"""Optimisers: AdamW (torch's fused version), Lion, and Muon for matrices and stacks of experts.
 
     AdamW   m, v = moments of g;            w -= lr (m / (sqrt(v) + eps) + decay w)
     Lion    w -= lr (sign(b1 m + (1 - b1) g) + decay w);   m = b2 m + (1 - b2) g          (Chen et al. 2023)
     Muon    m = b m + g;  u = newton_schulz(g + b m);  w -= lr (sqrt(max(1, rows / columns)) u + decay w)
                                                                                           (Jordan et al. 2024)
 
-Muon treats every expert of a stack as a matrix of its own, all of a layer in one batched product; torch.optim.Muon
-refuses stacks. A matrix that is sharded over ranks is gathered for its update, a stack of whole experts is not.
-Norms, the router and the two token tables are left to AdamW beside Muon. Norms and the router have no weight decay.
+Muon treats each expert of a stack as a separate matrix, all of a layer in one batched product; torch.optim.Muon
+accepts no stacks. A matrix that is sharded over ranks is gathered for its update; a stack of whole experts is not.
+With Muon, norms, the router, embeddings and head are updated by AdamW. Norms and the router have no weight decay.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def decays(name: str) -> bool:
-    """True for the parameters that weight decay pulls on: matrices, tables and experts."""
+    """True for parameters with weight decay: matrices, embeddings, head and experts."""
     return not name.endswith("norm.weight") and ".router." not in name and ".fuse." not in name
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """True for what Muon updates: the matrices inside the layers, except the router."""
+    """True for parameters that Muon updates: the matrices inside the layers, except the router."""
     return name.startswith("layers.") and parameter.ndim >= 2 and ".router." not in name
 
 
 class Lion(torch.optim.Optimizer):
-    """Sign of an interpolated momentum; half of AdamW's state."""
+    """Lion: updates by the sign of an interpolated momentum; needs half the state of AdamW."""
 
     def __init__(self, params: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update from the gradients at hand."""
+        """Update all parameters that have a gradient."""
         assert closure is None, "the trainer computes gradients itself"
         for group in self.param_groups:
             b1, b2 = group["betas"]
@@ -58,14 +58,14 @@ class Lion(torch.optim.Optimizer):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal; for matrices (R, C) and stacks (E, R, C)."""
+    """Muon: updates by the orthogonalised momentum; for matrices (R, C) and stacks of them (E, R, C)."""
 
     def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update from the gradients at hand."""
+        """Update all parameters that have a gradient."""
         assert closure is None, "the trainer computes gradients itself"
         for group in self.param_groups:
             for p in group["params"]:
@@ -88,7 +88,7 @@ def _momentum(state: dict[str, Any], parameter: Tensor) -> Tensor:
 
 
 def orthogonal(update: Tensor) -> Tensor:
-    """:func:`newton_schulz` of every matrix; where ranks hold parts of matrices they are put together first."""
+    """Apply :func:`newton_schulz` to every matrix; matrices that are sharded over ranks are gathered first."""
     if not isinstance(update, DTensor):
         return newton_schulz(update)
     mesh, placements = update.device_mesh, update.placements
@@ -100,7 +100,7 @@ def orthogonal(update: Tensor) -> Tensor:
 
 
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest (semi-)orthogonal matrix to each of (..., R, C), roughly: singular values become about 1."""
+    """Approximate the nearest (semi-)orthogonal matrix to each of (..., R, C): singular values become about 1."""
     a, b, c = _NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
     x: Tensor = matrices.transpose(-2, -1) if tall else matrices
@@ -112,16 +112,17 @@ def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
+    """This rank's part of a sharded tensor; the tensor itself if it is not sharded."""
     part: Tensor = x.to_local() if isinstance(x, DTensor) else x
     return part
 
 
 class Optimiser:
-    """One or two torch optimisers over named parameters, driven by a share of their peak rates.
+    """One or two torch optimisers over named parameters, with a common schedule of their learning rates.
 
     Args:
-        parameters: name -> master parameter, float32, the ones to train.
+        parameters: name -> float32 master parameter, for the parameters to train.
+        section: which optimiser, and its settings.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], section: OptimiserSection) -> None:
@@ -148,14 +149,14 @@ class Optimiser:
         self._zero_state()
 
     def step(self, share: float) -> None:
-        """Update every parameter that has a gradient, at ``share`` of the peak rates."""
+        """Update every parameter that has a gradient; ``share`` is the learning rate as a fraction of its peak."""
         for part, peak in zip(self.parts, self._peaks, strict=True):
             for group in part.param_groups:
                 group["lr"] = peak * share
             part.step()
 
     def state(self) -> dict[str, Tensor]:
-        """``name/key`` -> tensor, for the checkpoint; the tensors themselves."""
+        """``name/key`` -> state tensor, for the checkpoint; not copies."""
         return {
             f"{self.names[p]}/{key}": value
             for part in self.parts
@@ -164,7 +165,7 @@ class Optimiser:
         }
 
     def _zero_state(self) -> None:
-        """The state as it is before the first step, all zero, so that any checkpoint can be loaded into it."""
+        """Create the state tensors, all zero as before the first step, so that a checkpoint can be loaded into them."""
         for part in self.parts:
             adamw = isinstance(part, torch.optim.AdamW)
             for p in (p for group in part.param_groups for p in group["params"]):

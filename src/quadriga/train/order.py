@@ -1,12 +1,12 @@
-"""In which order a curriculum reads its domains: arithmetic on step and row numbers, without any state.
+"""The order in which a curriculum reads its domains: stateless arithmetic on step and row numbers.
 
     row g of a stage  ->  its domain, and how many rows of that domain came before     (Mix)
     row j of a domain ->  a unit of the domain's stream, and a row inside that unit    (StageOrder)
-    unit v            ->  epoch v // n, and a pseudo-random place in it                 (shuffle)
+    unit v            ->  epoch v // n, and a pseudo-random place in it             (shuffle)
 
-A unit is ``unit_tokens`` consecutive tokens. A stage owns a whole number of units in the shuffled order; it takes a row
-of each of them, then another row of each, so neighbours in a document stand far apart in time and no token comes twice
-in an epoch. What is left over at a stage's end is less than one unit per domain. Nothing depends on ranks.
+A unit is ``unit_tokens`` consecutive tokens. A stage takes a whole number of units in the shuffled order. It reads one
+row of each unit, then another row of each, so that neighbouring rows are read far apart in time and no token is read
+twice in an epoch. Less than one unit per domain is left over at the end of a stage. Nothing depends on ranks.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from quadriga.errors import ConfigError
 
 _MASK = (1 << 64) - 1
 MIX_PERIOD = 4096
-"""Weights of a mix are rounded to this many parts."""
+"""Weights of a mix are rounded to multiples of 1 / MIX_PERIOD; the pattern of rows repeats with this period."""
 
 
 def hash64(*values: int) -> int:
-    """A well-mixed 64-bit number of whole numbers (the finaliser of SplitMix64 over each in turn)."""
+    """A 64-bit hash of whole numbers (SplitMix64's finaliser applied to each in turn)."""
     h = 0x9E3779B97F4A7C15
     for value in values:
         h = (h ^ (value & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
@@ -35,10 +35,10 @@ def hash64(*values: int) -> int:
 
 
 def shuffle(index: int, n: int, key: int) -> int:
-    """Where ``index`` goes under a pseudo-random permutation of 0 .. n-1, in constant time and memory.
+    """Map ``index`` by a pseudo-random permutation of 0 .. n-1 determined by ``key``, in constant time and memory.
 
-    A four-round Feistel network on the next even number of bits; results outside the range are sent through again
-    (cycle walking), at most four times as often as not.
+    A four-round Feistel network on the next even number of bits; results outside the range are mapped again (cycle
+    walking), less than four times on average.
     """
     assert 0 <= index < n, "index within the permutation"
     half = max(1, ((n - 1).bit_length() + 1) // 2)
@@ -53,10 +53,10 @@ def shuffle(index: int, n: int, key: int) -> int:
 
 
 class Mix:
-    """Rows of a stage dealt to domains in fixed proportion: over any stretch of rows the counts are right to about one.
+    """Assigns a stage's rows to domains in fixed proportion; counts over any range of rows are off by about 1.
 
-    The pattern of MIX_PERIOD rows is built once and repeats, so the number of a domain's rows before any row is one
-    division and one look-up.
+    A pattern of MIX_PERIOD rows is built once and repeats, so the number of a domain's rows before any row takes one
+    division and one table look-up.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
@@ -73,7 +73,7 @@ class Mix:
         self.quotas = quotas
 
     def domain(self, row: int) -> int:
-        """Which domain row ``row`` of the stage belongs to."""
+        """Index of the domain of row ``row`` of the stage."""
         return int(self._domain[row % MIX_PERIOD])
 
     def before(self, row: int, domain: int) -> int:
@@ -83,14 +83,14 @@ class Mix:
 
 
 def _apportion(weights: Sequence[float], parts: int) -> list[int]:
-    """Whole parts in proportion to the weights (largest remainders); a weight above 0 gets at least one."""
+    """Divide ``parts`` in proportion to the weights (largest remainders); each weight above 0 gets at least one."""
     total = sum(weights)
     exact = [parts * weight / total for weight in weights]
     quotas = [max(1, int(x)) if weight > 0 else 0 for x, weight in zip(exact, weights, strict=True)]
     by_need = sorted(range(len(weights)), key=lambda d: (quotas[d] - exact[d], d))
     for d in by_need[: max(0, parts - sum(quotas))]:
         quotas[d] += 1
-    while sum(quotas) > parts:  # many tiny weights were lifted to one
+    while sum(quotas) > parts:  # many tiny weights were rounded up to one part
         can_give = (d for d in range(len(quotas)) if quotas[d] > 1)
         quotas[max(can_give, key=lambda d: (quotas[d] - exact[d], quotas[d]))] -= 1
     return quotas
@@ -98,7 +98,7 @@ def _apportion(weights: Sequence[float], parts: int) -> list[int]:
 
 @dataclass(frozen=True)
 class DomainShape:
-    """What the order must know of a domain."""
+    """A domain's name and number of tokens."""
 
     name: str
     n_tokens: int
@@ -106,7 +106,7 @@ class DomainShape:
 
 @dataclass(frozen=True)
 class StageShape:
-    """What the order must know of a stage."""
+    """The sizes and mix of a stage, as the order needs them."""
 
     seq_len: int
     n_rows: int
@@ -115,10 +115,10 @@ class StageShape:
 
 
 class Curriculum:
-    """The order of all stages over all domains.
+    """The reading order of all stages over all domains.
 
     Raises:
-        ConfigError: a mix names no such domain, or a domain is smaller than a unit.
+        ConfigError: a mix names an unknown domain, or a domain has fewer tokens than a unit.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Curriculum:
         unknown = sorted(set(weights) - set(names))
         if unknown:
             raise ConfigError(
-                f"data.stages[{number}].mix names {', '.join(unknown)}, the corpora have {', '.join(names)}"
+                f"data.stages[{number}].mix names {', '.join(unknown)}, but the corpora have {', '.join(names)}"
             )
         if not weights:
             return [float(domain.n_tokens) for domain in self.domains]
@@ -159,7 +159,7 @@ class Curriculum:
         return self.mixes[stage].before(self.stages[stage].n_rows * self.stages[stage].n_steps, domain)
 
     def epochs(self, domain: int) -> float:
-        """How often the whole curriculum reads the domain."""
+        """How often the whole curriculum reads the domain; may be fractional."""
         per_epoch = self.domains[domain].n_tokens // self.unit_tokens
         return self.units_read[domain] / per_epoch if per_epoch else 0.0
 
@@ -173,17 +173,17 @@ class Curriculum:
         per_epoch = n_tokens // self.unit_tokens
         epoch, index = divmod(unit, per_epoch)
         place = shuffle(index, per_epoch, hash64(self.seed, domain, epoch))
-        # Each epoch begins elsewhere in the stream, so rows are cut at other places and other tokens are left over.
+        # Each epoch starts at another place in the stream, so that rows are cut at other places.
         offset = hash64(self.seed, domain, epoch, 1) % n_tokens
         return domain, (offset + place * self.unit_tokens + inner * self.stages[stage].seq_len) % n_tokens
 
     def _unit(self, stage: int, domain: int, nth: int) -> tuple[int, int]:
-        """(unit, row within it) of a stage's ``nth`` row of a domain: one epoch's share of units after the other."""
+        """(unit, row within it) of a stage's ``nth`` row of a domain; an epoch's units come before the next epoch's."""
         per_unit = self.unit_tokens // self.stages[stage].seq_len
         per_epoch = self.domains[domain].n_tokens // self.unit_tokens
         first = self._first_units[stage][domain]
         rest = self.stage_rows(stage, domain)
-        head = min(per_epoch - first % per_epoch, -(-rest // per_unit))  # units until the running epoch ends
+        head = min(per_epoch - first % per_epoch, -(-rest // per_unit))  # units until the current epoch ends
         if nth >= head * per_unit:
             whole, nth_left = divmod(nth - head * per_unit, per_epoch * per_unit)
             first, rest, nth = first + head + whole * per_epoch, rest - (head + whole * per_epoch) * per_unit, nth_left

@@ -1,10 +1,10 @@
-"""Documents of any length packed into rows of one length, as a ``BatchSource``.
+"""Pack whole documents of different lengths into rows of equal length, as a ``BatchSource``.
 
-    row  [ document | document | ... | padding ]        documents whole, in the order of a shuffle, first fit
+    row  [ document | document | ... | padding ]        whole documents in shuffled order, first fit
 
-A group (the two answers of a preference) stays in one row. An epoch is a permutation of the groups that depends on
-(seed, epoch) alone, packed greedily; the rows of a step follow from the step. Rows left over at an epoch's end are
-dropped with it: every step has as many rows as the others.
+A group (the two answers of a preference) stays in one row. Each epoch packs a permutation of the groups, which depends
+only on (seed, epoch); a step's rows follow from the step. Rows left over at the end of an epoch are dropped, so that
+every step has the same number of rows.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from functools import lru_cache
 import torch
 
 from quadriga.errors import CorpusError
-from quadriga.train.batch import IGNORE, Batch
+from quadriga.train.batch import IGNORE, TrainingBatch
 from quadriga.train.chat_data import Example
 
 PADDING = "padding"
 
 
-class PackedSource:
+class ExampleSource:
     """A :class:`~quadriga.train.batch.BatchSource` over examples in memory.
 
     Args:
-        groups: documents that stay together; the place in its group is the document's domain.
-        domains: names of these places; "padding" is added.
-        n_rows, seq_len: of every step's batch.
-        weigh: "tokens": every target counts 1. "groups": a group's targets count 1 together.
+        groups: documents that stay together in a row; a document's index in its group is its domain.
+        domains: names of these indices; "padding" is appended.
+        n_rows: rows per batch.
+        seq_len: tokens per row.
+        weigh: "tokens": every target has weight 1. "groups": the targets of a group have total weight 1.
         pad: token id of the padding.
+        seed: of the shuffle.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class PackedSource:
         self._n_rows, self._seq_len = n_rows, seq_len
         longest = max(sum(len(one.ids) for one in group) for group in self._groups)
         if longest > seq_len:
-            raise CorpusError(f"data.seq_len must hold the longest group: {longest} tokens, got {seq_len}")
+            raise CorpusError(f"data.seq_len must be at least the longest group's {longest} tokens, got {seq_len}")
         digest = hashlib.sha256(f"{n_rows} {seq_len} {weigh} {seed}".encode())
         for group in self._groups:
             digest.update(repr(group).encode())
@@ -59,27 +61,27 @@ class PackedSource:
         self.rows_per_epoch = len(self._epoch(0))
 
     def n_rows(self, step: int) -> int:
-        """See ``BatchSource``."""
+        """Rows per batch, the same at every step."""
         return self._n_rows
 
     def seq_len(self, step: int) -> int:
-        """See ``BatchSource``."""
+        """Tokens per row, the same at every step."""
         return self._seq_len
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps that one pass over the data takes (at least 1)."""
+        """Optimiser steps per epoch (at least 1)."""
         return max(1, self.rows_per_epoch // self._n_rows)
 
-    def rows(self, step: int, first: int, last: int) -> Batch:
-        """See ``BatchSource``."""
+    def rows(self, step: int, first: int, last: int) -> TrainingBatch:
+        """Rows [first, last) of the batch at ``step``."""
         epoch, place = divmod(step, self.steps_per_epoch)
         packed = self._epoch(epoch)
         chosen = [packed[(place * self._n_rows + row) % len(packed)] for row in range(first, last)]
         return self._batch(chosen)
 
     def _pack(self, epoch: int) -> list[list[int]]:
-        """An epoch's rows as numbers of groups: first fit over the few rows that are still open."""
+        """An epoch's rows as lists of group indices: first fit into the few rows that are still open."""
         order = list(range(len(self._groups)))
         random.Random(f"{self._seed} {epoch}").shuffle(order)
         rows: list[list[int]] = []
@@ -98,7 +100,7 @@ class PackedSource:
             still_open[at] = (row, room - need)
         return rows
 
-    def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+    def _batch(self, rows: Sequence[Sequence[int]]) -> TrainingBatch:
         ids: list[int] = []
         targets: list[int] = []
         weights: list[float] = []
@@ -123,7 +125,7 @@ class PackedSource:
                 domains.append(len(self.domains) - 1)
         limits = torch.tensor(bounds)
         positions = torch.arange(len(ids)) - torch.repeat_interleave(limits[:-1], limits.diff())
-        return Batch(
+        return TrainingBatch(
             tokens=torch.tensor(ids),
             targets=torch.tensor(targets),
             positions=positions,

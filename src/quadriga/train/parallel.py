@@ -1,13 +1,13 @@
-"""How a model is spread over ranks: FSDP2 or HSDP over a DeviceMesh, experts over neighbouring ranks.
+"""Distribute a model over ranks: FSDP2 or HSDP over a DeviceMesh, experts over neighbouring ranks.
 
     ranks            replicate x shard                         every parameter but the experts: FSDP2 on this mesh
                      (replicate x shard / experts) x experts   the experts: whole ones on each rank of the inner axis
                                                                (all-to-all), their columns sharded over the outer one
 
-Expert parallelism borrows the ranks of data parallelism (torchtitan, Megatron-LM), so every rank has rows of its own.
-Gradients are sums over ranks, never means: the trainer divides by the whole batch's weight before the backward pass.
-One process has no mesh; bfloat16 then computes on copies of the masters (:class:`Masters`), with several ranks FSDP2
-makes the copies.
+Expert parallelism uses the ranks of data parallelism (torchtitan, Megatron-LM), so every rank has its own rows.
+Gradients are summed over ranks, not averaged: the trainer divides by the global batch's weight before the backward
+pass. A single process has no mesh: with bfloat16 it computes on copies of the master weights (:class:`Masters`); with
+several ranks FSDP2 makes the copies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from quadriga.errors import ConfigError
 from quadriga.nn.moe import MoE
 from quadriga.nn.transformer import Block, Transformer
-from quadriga.train.batch import Batch, Objective
+from quadriga.train.batch import Objective, TrainingBatch
 from quadriga.train.config import ParallelSection
 from quadriga.train.expert_parallel import AllToAllExperts
 from quadriga.train.world import World
@@ -38,24 +38,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Step(nn.Module):
-    """Model and objective as one module: FSDP2 gathers parameters around a module's forward, so the loss is in it."""
+    """Model and objective as one module, because FSDP2 gathers parameters only during a module's forward."""
 
     def __init__(self, model: Transformer, objective: Objective) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective of a batch."""
+    def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(summed loss, metrics) of a batch; see ``Objective``."""
         loss, metrics = self.objective(self.model, batch)
         return loss, dict(metrics)
 
 
 def prepare(model: Transformer, objective: Objective, section: ParallelSection, world: World) -> Step:
-    """A model ready to train: on its device, recomputing, sharded where there are ranks.
+    """Prepare a model for training: move it to its device, set up recomputation, shard it if there are several ranks.
 
     Raises:
-        ConfigError: ranks that cannot be laid out as asked.
+        ConfigError: the number of ranks does not fit the parallel section.
     """
     check_layout(model, section, world)
     model.to(world.device)
@@ -70,7 +70,7 @@ def prepare(model: Transformer, objective: Objective, section: ParallelSection, 
 
 
 def check_layout(model: Transformer, section: ParallelSection, world: World) -> None:
-    """Refuse meshes that do not exist."""
+    """Check that ranks and experts can be divided as the parallel section says; raises ConfigError."""
     size, replicate, experts = world.size, section.replicate, section.experts
     if size % replicate:
         raise ConfigError(f"parallel.replicate must divide the number of ranks: got {replicate} and {size} ranks")
@@ -82,11 +82,11 @@ def check_layout(model: Transformer, section: ParallelSection, world: World) -> 
     if experts > 1 and not mixtures(model):
         raise ConfigError(f"parallel.experts={experts} needs a model with experts; this one is dense")
     if experts > 1 and replicate > 1:
-        raise ConfigError("parallel.experts and parallel.replicate together are not supported; use shard with experts")
+        raise ConfigError("parallel.experts and parallel.replicate cannot both be above 1: leave out replicate")
 
 
 def mixtures(model: Transformer) -> list[MoE]:
-    """The mixture of every layer; empty for a dense model."""
+    """The MoE of every layer; empty for a dense model."""
     return [layer.moe for layer in model.layers if isinstance(layer, Block) and layer.moe is not None]
 
 
@@ -107,15 +107,15 @@ def _shard(step: Step, blocks: Iterable[Block], section: ParallelSection, world:
     shard: Callable[..., FSDPModule] = partial(fully_shard, mesh=data_mesh, mp_policy=narrow)
     for block in blocks:
         if block.moe is not None:
-            # The router computes in float32 whatever the rest does.
+            # The router always computes in float32.
             _sum_gradients(fully_shard(block.moe.router, mesh=data_mesh, mp_policy=wide))
             if expert_mesh is not None:
-                _spread_experts(block.moe, expert_mesh, narrow)
+                _shard_experts(block.moe, expert_mesh, narrow)
         _sum_gradients(shard(block))
     _sum_gradients(shard(step))
 
 
-def _spread_experts(moe: MoE, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+def _shard_experts(moe: MoE, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     inner, outer = mesh["experts"], mesh["outer"]
     for name in ("w_gate", "w_up", "w_down"):
         whole = getattr(moe, name)
@@ -132,7 +132,7 @@ def _sum_gradients(module: FSDPModule) -> None:
 
 
 def replicas(parameter: Tensor, world: World) -> int:
-    """How many ranks hold the same part of a parameter."""
+    """Number of ranks that hold the same part of a parameter."""
     if not isinstance(parameter, DTensor):
         return world.size
     parts = 1
@@ -143,11 +143,11 @@ def replicas(parameter: Tensor, world: World) -> int:
 
 
 class Masters:
-    """The parameters that an optimiser updates, float32, by name; computed with as they are or as bfloat16 copies.
+    """The float32 master weights that the optimiser updates, by name.
 
-    In one process with ``dtype`` bfloat16 the model's parameters become copies, whose gradients are added to the
-    masters' as soon as they exist, so several micro-steps add up in float32 and no second set of gradients is kept.
-    The router stays float32.
+    In one process with ``dtype`` bfloat16 the model's parameters become bfloat16 copies of them. A copy's gradient is
+    added to its master's as soon as it exists, so micro-steps accumulate in float32 and no second set of gradients is
+    kept. The router stays float32.
     """
 
     def __init__(self, model: Transformer, dtype: str, world: World) -> None:
@@ -168,13 +168,13 @@ class Masters:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make the copies what the masters are now."""
+        """Copy the master weights into the model's bfloat16 parameters."""
         for master, copy in self._copies:
             copy.copy_(master)
 
 
 def _add_to_master(master: Tensor, copy: Tensor) -> None:
-    assert copy.grad is not None, "the hook runs when a gradient was added"
+    assert copy.grad is not None, "the hook runs after a gradient was accumulated"
     if master.grad is None:
         master.grad = copy.grad.float()
     else:

@@ -1,7 +1,7 @@
-"""A run as one HTML file with nothing to fetch: curves, the load of every expert over time, samples, events.
+"""A run's report as one self-contained HTML file: curves, the load of every expert over time, samples, events.
 
-Drawn from metrics.jsonl alone, as inline SVG; can be made again at any time, for a run of any length: curves are
-averaged into at most 400 points, the heatmap into 120 columns.
+It is made from metrics.jsonl alone, with inline SVG, and can be made again at any time. For long runs, curves are
+averaged to at most 400 points and heatmaps to 120 columns.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def write(folder: Path) -> Path:
 
 
 def render(lines: Sequence[dict[str, Any]], title: str) -> str:
-    """The page."""
+    """The HTML page for the lines of metrics.jsonl."""
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "held_out" in line]
     parts = [f"<h1>{html.escape(title)}</h1>", _summary(steps, evaluations)]
@@ -55,9 +55,9 @@ def render(lines: Sequence[dict[str, Any]], title: str) -> str:
         ("learning_rate", "Learning rate", "peak rate x schedule"),
         ("norm", "Gradient norm", "before clipping"),
         ("tokens_per_s", "Speed", "tokens per second"),
-        ("mfu", "Use of the machine", "share of the measured matrix-product peak"),
-        ("balance", "Router balance loss", "1 (megablocks) or k (hf) is even"),
-        ("busiest_expert", "Busiest expert", "load of the busiest expert of any layer; 1 is even"),
+        ("mfu", "MFU", "fraction of the measured matrix-product peak"),
+        ("balance", "Router balance loss", "1 (megablocks) or top_k (hf) is perfect balance"),
+        ("busiest_expert", "Busiest expert", "load of the busiest expert of any layer, relative to the mean"),
     ):
         parts += _plot_section(name, [_series(steps, key, key)], unit)
     parts += _heatmaps([line for line in steps if "experts" in line])
@@ -73,7 +73,7 @@ def render(lines: Sequence[dict[str, Any]], title: str) -> str:
 
 def _summary(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> str:
     if not steps:
-        return '<p class="soft">No step has been made yet.</p>'
+        return '<p class="soft">No step has been completed yet.</p>'
     last = steps[-1]
     seconds = sum(line["seconds"] for line in steps)
     text = (
@@ -108,7 +108,7 @@ def _held_out(evaluations: Sequence[dict[str, Any]]) -> list[Series]:
 
 
 def thin(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
-    """At most ``most`` points, each the mean of its neighbours."""
+    """Average neighbouring points so that at most ``most`` are left."""
     size = max(1, -(-len(points) // most))
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
@@ -122,7 +122,7 @@ def _plot_section(name: str, series: Sequence[Series], unit: str) -> list[str]:
 
 
 def plot(series: Sequence[Series]) -> str:
-    """Lines over a common pair of axes, as SVG."""
+    """A line plot of all series with common axes, as SVG."""
     xs = [x for _, points in series for x, _ in points]
     ys = [y for _, points in series for _, y in points]
     x_of, y_of = _axis(xs, _LEFT, _WIDTH - _RIGHT), _axis(ys, _HEIGHT - _BOTTOM, 10)
@@ -152,7 +152,7 @@ def _axis(values: Sequence[float], start: float, stop: float) -> Callable[[float
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round values within [low, high]."""
+    """Round tick values within [low, high], at most ``most`` or so."""
     if high <= low:
         return [low]
     raw = (high - low) / most
@@ -163,14 +163,14 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def _heatmaps(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """The load of every expert over time, all layers below one another."""
+    """A heatmap per layer of the load of every expert over time."""
     if not lines:
         return []
     n_layers = len(lines[0]["experts"])
     size = max(1, -(-len(lines) // _COLUMNS))
     columns = [lines[i : i + size] for i in range(0, len(lines), size)]
     parts = [
-        '<h2>Expert load <span class="soft">a row an expert, time to the right; pale: idle, strong: twice an even share'
+        '<h2>Expert load <span class="soft">a row per expert, time to the right; pale: idle, strong: twice the mean'
         "</span></h2>"
     ]
     for layer in range(n_layers):
@@ -184,7 +184,7 @@ def _heatmaps(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def heatmap(loads: Sequence[Sequence[float]]) -> str:
-    """Columns of loads (1 is even) as SVG."""
+    """Columns of expert loads (1: the mean load) as an SVG heatmap."""
     n_experts = len(loads[0])
     width, cell = (_WIDTH - _LEFT - _RIGHT) / len(loads), max(2.0, min(9.0, 144 / n_experts))
     cells = []

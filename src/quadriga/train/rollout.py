@@ -1,8 +1,8 @@
-"""Sampling inside training, and rewards that can be checked: what GRPO learns from.
+"""Sampling during training, and checkable rewards, for GRPO.
 
-One prompt at a time, its samples together: the prompt runs once, its keys and values are shared by all samples, which
-then grow a token a step. This is no serving engine (``quadriga.engine`` is, and training never imports it): it exists
-so that the policy that is sampled is the very module that is trained, adapters and all.
+Prompts are processed one at a time: the prompt runs once, its keys and values are shared by all samples, and each pass
+adds one token to every sample. This is not the serving engine (``quadriga.engine``, which training never imports): here
+the sampled policy is the module being trained itself, with its adapters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quadriga.nn.transformer import Transformer
 
 
 class _Samples:
-    """A ``ForwardContext``: G samples of one prompt, each one token further at every pass."""
+    """A ``ForwardContext`` for G samples of one prompt, which each get one token per pass."""
 
     def __init__(self, prompt: PackedContext, n_samples: int) -> None:
         self.positions = prompt.positions
@@ -29,14 +29,14 @@ class _Samples:
         self._decoding = False
 
     def advance(self, position: int) -> None:
-        """From now on every pass is one token of each sample, at this position."""
+        """Set the position of the next pass, which runs one token of each sample."""
         self._decoding = True
         self.positions = torch.full((self._n,), position, device=self.positions.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-        """See ``ForwardContext``."""
+        """Attention of one token per sample over the shared prompt and the sample's own tokens."""
         if not self._decoding:
-            # (G, K, T, d): one prompt, seen by all samples
+            # (G, K, T, d): the prompt, shared by all samples
             self._keys[layer] = k.transpose(0, 1)[None].expand(self._n, -1, -1, -1)
             self._values[layer] = v.transpose(0, 1)[None].expand(self._n, -1, -1, -1)
             return self._prompt.attend(layer, q, k, v, scoring)
@@ -57,11 +57,14 @@ def sample(
     unused: Collection[int] = (),
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """Continuations of one prompt drawn from the model's own distribution; each ends after an end token or the limit.
+    """Sample continuations of one prompt; each ends after an end token or ``max_new_tokens``.
 
     Args:
         temperature: above 0.
-        unused: rows of the head that no token stands for; they are never drawn.
+        unused: ids without a token (padding of the head); they are never sampled.
+
+    Returns:
+        the token ids of each sample, without the prompt.
     """
     device = next(model.parameters()).device
     before = PackedContext([len(prompt)], device)
@@ -90,7 +93,7 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def number_reward(text: str, answer: str) -> float:
-    """1 if the last number of a text is the answer's (GSM8K: what follows ####), else 0."""
+    """1 if the last number in a text equals the last number of the answer (GSM8K: the text after ####), else 0."""
     wanted, got = (_last_number(one) for one in (answer.rpartition("####")[2], text))
     return float(wanted is not None and got is not None and abs(wanted - got) < 1e-6)
 

@@ -1,9 +1,9 @@
-"""A pre-training run from its configuration: build everything, go on where it stopped, train, report, export.
+"""A pre-training run from its configuration: build everything, resume, train, report.
 
     RunConfig ─► corpora, vocabulary ─► model ─► Trainer ─► resume? ─► train ─► report.html
 
-Several processes may run this at once under torchrun; the first holds the folder's lock and writes everything but its
-peers' parts of a checkpoint.
+Under torchrun several processes run this at once; rank 0 holds the folder's lock and writes everything except the other
+ranks' parts of a checkpoint.
 """
 
 from __future__ import annotations
@@ -46,20 +46,21 @@ class Outcome:
     """How a call of :func:`train` ended."""
 
     done: bool
-    """False: it was stopped and can be resumed."""
+    """False: the run was stopped and can be resumed."""
     step: int
     folder: Path
 
 
 def train(config: RunConfig, *, resume: Resume = "auto", stop: Callable[[], bool] | None = None) -> Outcome:
-    """Run a configuration to its end, or until SIGTERM, SIGINT or ``stop``.
+    """Train until the end of the run, or until SIGTERM, SIGINT or ``stop``.
 
     Args:
-        resume: "auto" goes on from the newest checkpoint if there is one; "never" refuses a folder that has some;
-            "must" refuses one that has none.
+        resume: "auto" continues from the newest checkpoint if there is one; "never" refuses a folder with checkpoints;
+            "must" refuses one without.
+        stop: asked after each step; True saves and stops.
 
     Raises:
-        ConfigError, CorpusError, CheckpointError: a configuration, data or checkpoints that cannot be used.
+        ConfigError, CorpusError, CheckpointError: the configuration, data or checkpoints cannot be used.
         TrainingError: the run diverged, lost ranks, or could not save.
     """
     runtime.keep_freed_memory()
@@ -78,20 +79,22 @@ def _train(config: RunConfig, run: RunDirectory, world: World, resume: Resume, s
     world.wait()
     has_some = bool(run.steps())
     if resume == "never" and has_some:
-        raise ConfigError(f"{run.path} has checkpoints already; resume it with --resume auto, or choose another run")
+        raise ConfigError(
+            f"{run.path} already has checkpoints: resume with --resume auto, or choose another run folder"
+        )
     if resume == "must" and not has_some:
-        raise ConfigError(f"{run.path} has no checkpoint to resume from")
+        raise ConfigError(f"{run.path} has no checkpoint to resume from: start it with --resume auto")
     source = open_source(config.data)
     if config.n_steps > source.n_steps:
         raise ConfigError(
-            f"schedule.steps={config.n_steps} is more than the curriculum's {source.n_steps}; add a stage to [data]"
+            f"schedule.steps must be at most the curriculum's {source.n_steps}, got {config.n_steps}: add a stage"
         )
     tokenizer = corpus_tokenizer(config)
     architecture, parameters = _model(config)
     longest = max(stage.seq_len for stage in config.data.stages)
     if longest > architecture.max_seq_len:
         raise ConfigError(
-            f"model.max_seq_len must be at least the longest stage's {longest}: {architecture.max_seq_len}"
+            f"model.max_seq_len must be at least the longest stage's {longest}, got {architecture.max_seq_len}"
         )
     model = Transformer.from_parameters(architecture, parameters)
     trainer = Trainer(
@@ -121,7 +124,7 @@ def _train(config: RunConfig, run: RunDirectory, world: World, resume: Resume, s
 
 
 class _Evaluation:
-    """Held-out losses and samples of a trainer, told to whoever watches."""
+    """Computes a trainer's held-out losses and samples and passes them to the listeners."""
 
     def __init__(
         self,
@@ -161,11 +164,11 @@ def _listeners(
 
 
 def corpus_tokenizer(config: RunConfig) -> Tokenizer:
-    """The vocabulary the run's corpora were tokenised with."""
+    """The tokenizer that the run's corpora were prepared with."""
     corpus = open_corpora(config.data.corpora)[0]
     tokenizer = load_directory(corpus.path, cl100k_ranks=lambda: catalogue.resolve("cl100k_base"))
     if tokenizer is None:
-        raise ConfigError(f"{corpus.path} has no vocabulary; prepare it again with `quadriga data prepare`")
+        raise ConfigError(f"{corpus.path} has no tokenizer: prepare it again with `quadriga data prepare`")
     return tokenizer
 
 
@@ -178,11 +181,11 @@ def _model(config: RunConfig) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
 
 
 def peak_flops(dtype: str, world: World) -> float:
-    """Floating-point operations a second of all ranks' devices, by large matrix products in ``dtype``; 0.3 s."""
+    """Peak FLOP/s of all ranks' devices together, measured with large matrix products in ``dtype`` for 0.3 s."""
     n = 1536 if world.device.type == "cpu" else 8192
     a = torch.randn(n, n, device=world.device).to(getattr(torch, dtype))
     best, spent = float("inf"), 0.0
-    while spent < 0.3:  # the first product also compiles; where bfloat16 is emulated, it is the only one
+    while spent < 0.3:  # the first product includes compilation; where bfloat16 is emulated, it is the only one
         started = time.perf_counter()
         (a @ a)[0, 0].item()
         seconds = time.perf_counter() - started
@@ -204,7 +207,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
     try:
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: signals are somebody else's
+    except ValueError:  # not the main thread, which alone may handle signals
         before = {}
     try:
         yield lambda: asked

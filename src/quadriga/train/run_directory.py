@@ -1,17 +1,17 @@
-"""A run's folder: one process tree at a time, checkpoints that are whole or not there.
+"""A run's folder: locked by one run at a time, with checkpoints that are either complete or absent.
 
     runs/nano/
-      lock                    held (flock) by the rank that leads the run
-      config.toml             what the run was started with
-      metrics.jsonl           a line a step
+      lock                  held (flock) by rank 0
+      config.toml             the configuration that the run was started with
+      metrics.jsonl           one line per step
       report.html
       spikes/step-00000321.safetensors
       checkpoints/step-00000400/
-        rank-00000.safetensors ...    each rank's part of everything
+        rank-00000.safetensors ...    each rank's part of the state
         manifest.json                 sizes, hashes, step, data position: written last
 
-A checkpoint is built as step-N.part, gets its manifest as its last file and then its name. So a folder named step-N
-with a manifest is complete; everything else is left over from a process that was killed, and the next start removes it.
+A checkpoint is built as step-N.part; its manifest is written last, then the folder is renamed. So a folder named step-N
+with a manifest is complete; anything else is left over from a killed process and is removed at the next start.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a checkpoint consists of, and the state that is no tensor."""
+    """The files of a checkpoint, and all state that is not a tensor."""
 
     version: int = 1
     step: int
-    """The next step: so many were done."""
+    """The number of completed steps, which is the next step's number."""
     files: dict[str, tuple[int, str]]
     """Name -> (bytes, sha256)."""
     state: dict[str, Any]
@@ -49,8 +49,8 @@ class RunDirectory:
     """The folder of one run.
 
     Args:
-        path: made if it is not there.
-        files: how it writes; a test's may fail.
+        path: created if missing.
+        files: the disk operations; tests replace them to simulate failures.
     """
 
     def __init__(self, path: Path, files: Files | None = None) -> None:
@@ -59,15 +59,15 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """Where they are."""
+        """The folder that contains the checkpoints."""
         return self.path / "checkpoints"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process.
+        """Hold the run's lock inside the block.
 
         Raises:
-            TrainingError: another process has it, or the folder cannot be written.
+            TrainingError: another process holds it, or the folder cannot be written.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ class RunDirectory:
             except BlockingIOError:
                 holder = os.pread(fd, 64, 0).decode(errors="replace").strip() or "unknown"
                 raise TrainingError(
-                    f"{self.path} is in use by process {holder}; one run, one process. Stop it, or choose another run."
+                    f"{self.path} is in use by process {holder}. Stop that process, or choose another run folder."
                 ) from None
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
@@ -89,7 +89,7 @@ class RunDirectory:
             os.close(fd)
 
     def clean(self) -> None:
-        """Remove what a killed process left half done."""
+        """Remove incomplete files and checkpoints left by a killed process."""
         if self.checkpoints.exists():
             for entry in self.checkpoints.iterdir():
                 if not _NAME.fullmatch(entry.name) or not (entry / MANIFEST).exists():
@@ -107,15 +107,15 @@ class RunDirectory:
         return sorted(found)
 
     def at(self, step: int) -> Path:
-        """The folder of a checkpoint."""
+        """The folder of the checkpoint after ``step`` steps."""
         return self.checkpoints / f"step-{step:08d}"
 
     def part(self, step: int) -> Path:
-        """The folder it is built in."""
+        """The folder in which that checkpoint is built."""
         return self.checkpoints / f"step-{step:08d}.part"
 
     def finish(self, manifest: Manifest) -> None:
-        """Make the checkpoint in :meth:`part` a complete one: its manifest, then its name."""
+        """Complete the checkpoint in :meth:`part`: write its manifest, then rename the folder."""
         work, place = self.part(manifest.step), self.at(manifest.step)
         self.files.write(work / MANIFEST, [msgspec.json.format(msgspec.json.encode(manifest), indent=1)])
         if place.exists():  # saved before a rollback, or by a run that was killed after its rename
@@ -129,23 +129,25 @@ class RunDirectory:
             self.remove(self.at(step))
 
     def remove(self, checkpoint: Path) -> None:
-        """Remove a checkpoint so that no moment shows a broken one: its manifest goes first."""
+        """Remove a checkpoint, its manifest first, so that it never looks complete while it is being removed."""
         self.files.remove(checkpoint / MANIFEST)
         self.files.sync_folder(checkpoint)
         self.files.remove_folder(checkpoint)
 
 
 def read_manifest(checkpoint: Path, *, verify: bool = True) -> Manifest:
-    """The manifest of a complete checkpoint; ``verify`` reads every file and holds it to its hash.
+    """Read the manifest of a complete checkpoint; with ``verify`` also check the hash of every file.
 
     Raises:
-        CheckpointError: missing, malformed, or a file is missing, cut short or changed.
+        CheckpointError: the manifest is missing or malformed, or a file is missing, cut short or changed.
     """
     raw = read_json(checkpoint / MANIFEST)
     try:
         manifest = msgspec.convert(raw, Manifest)
     except msgspec.ValidationError as error:
-        raise CheckpointError(f"{checkpoint / MANIFEST} is no manifest of a training state: {error}") from None
+        raise CheckpointError(
+            f"{checkpoint / MANIFEST} is not the manifest of a training checkpoint: {error}"
+        ) from None
     if manifest.version != 1:
         raise CheckpointError(f"{checkpoint / MANIFEST} is version {manifest.version}; this Quadriga reads version 1")
     for name, (size, digest) in manifest.files.items():
@@ -153,12 +155,12 @@ def read_manifest(checkpoint: Path, *, verify: bool = True) -> Manifest:
         if name != Path(name).name or not file.is_file() or file.stat().st_size != size:
             raise CheckpointError(f"{file} is missing or cut short; {MANIFEST} says {size} bytes")
         if verify and file_digest(file)[1] != digest:
-            raise CheckpointError(f"{file} was changed: its hash is not the one in {MANIFEST}")
+            raise CheckpointError(f"{file} was changed: its sha256 differs from {MANIFEST}")
     return manifest
 
 
 def newest(run: RunDirectory) -> tuple[Path, Manifest, list[str]] | None:
-    """The newest checkpoint whose files are what its manifest says, and what was wrong with newer ones; None: none."""
+    """(folder, manifest, errors of newer ones) of the newest intact checkpoint; None if there is no checkpoint."""
     complaints: list[str] = []
     for step in reversed(run.steps()):
         try:
@@ -166,5 +168,5 @@ def newest(run: RunDirectory) -> tuple[Path, Manifest, list[str]] | None:
         except CheckpointError as error:
             complaints.append(str(error))
     if complaints:
-        raise CheckpointError("no checkpoint of this run is whole: " + "; ".join(complaints))
+        raise CheckpointError("no checkpoint of this run is intact: " + "; ".join(complaints))
     return None

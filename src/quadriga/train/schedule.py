@@ -1,11 +1,11 @@
-"""The learning rate as a function of the step: a share of its peak. No torch.
+"""Learning-rate schedules: the rate as a fraction of its peak, as a function of the step. Imports no torch.
 
     cosine     warm-up, then half a cosine down to final_share
-    wsd        warm-up, stable, then a straight fall over the last decay_share of the run (so a run can be made longer
-               by going on from before the fall)
+    wsd        warm-up, constant, then linear decay over the last decay_share of the run (to make a run longer, continue
+               from a checkpoint before the decay)
     constant   warm-up, then 1
 
-The share depends on the step alone, so a resumed run goes on with the rate it would have had.
+The rate depends only on the step, so a resumed run continues with the rate of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from quadriga.train.config import ScheduleSection
 
 
 def learning_rate_share(step: int, n_steps: int, section: ScheduleSection) -> float:
-    """What the peak rate is multiplied by at ``step`` (0-based) of ``n_steps``."""
+    """The learning rate as a fraction of its peak, at ``step`` (counted from 0) of ``n_steps``."""
     if step < section.warmup_steps:
         return (step + 1) / section.warmup_steps
     match section.kind:
@@ -32,6 +32,6 @@ def learning_rate_share(step: int, n_steps: int, section: ScheduleSection) -> fl
 
 
 def bias_share(step: int, n_steps: int, fade: float) -> float:
-    """What the router's bias is multiplied by: 1, then a straight fall to 0 at the end over the last ``fade``."""
+    """The factor of the router's bias: 1, then linear decay to 0 over the last fraction ``fade`` of the run."""
     length = fade * n_steps
     return 1.0 if length == 0 else min(1.0, max(0, n_steps - 1 - step) / length)

@@ -1,10 +1,10 @@
-"""Tensors that lie in parts on several ranks, as safetensors files, one a rank.
+"""Store tensors that are sharded over ranks as safetensors files, one per rank.
 
-    parameter/layers.3.moe.w_gate@4:8,0:80,0:48        name @ box of the whole tensor that this part is
+    parameter/layers.3.moe.w_gate@4:8,0:80,0:48        name @ box of the whole tensor
 
-A part's name says which box of the whole tensor it is, so a run of any other number of ranks finds what it needs by
-reading names: it takes the overlap of each stored box with its own. torch's distributed checkpoints do the same, but
-keep the table of boxes as a pickle; nothing of ours is ever unpickled.
+A part's name gives its box (index ranges) in the whole tensor, so a run with another number of ranks finds what it
+needs from the names: it copies the overlap of each stored box with its own. torch's distributed checkpoints do the
+same, but store the table of boxes as a pickle; we never unpickle anything.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", to
 
 
 def own_box(x: Tensor) -> Box:
-    """Which box of the whole tensor this rank holds."""
+    """The box of the whole tensor that this rank holds."""
     if not isinstance(x, DTensor):
         return tuple((0, n) for n in x.shape)
     shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
@@ -36,7 +36,7 @@ def own_box(x: Tensor) -> Box:
 
 
 def writes(x: Tensor, rank: int) -> bool:
-    """True on one rank for every part: of equal copies the first rank's is written."""
+    """True if this rank writes its part of ``x``: of several copies only the lowest rank's is written."""
     if not isinstance(x, DTensor):
         return rank == 0
     coordinate = x.device_mesh.get_coordinate()
@@ -45,7 +45,7 @@ def writes(x: Tensor, rank: int) -> bool:
 
 
 def local_parts(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """This rank's share of what is to be saved, copied to the host, under names with boxes."""
+    """The parts that this rank saves, copied to the host; name with box -> tensor."""
     parts = {}
     for name, x in tensors.items():
         box = own_box(x)
@@ -56,15 +56,15 @@ def local_parts(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 
 def name_of(name: str, box: Box) -> str:
-    """``name@0:4,8:16``; ``name@`` for a scalar."""
+    """The name of a part: ``name@0:4,8:16``, or ``name@`` for a scalar."""
     return f"{name}@" + ",".join(f"{a}:{b}" for a, b in box)
 
 
 def parse_name(text: str) -> tuple[str, Box]:
-    """The inverse of :func:`name_of`.
+    """Parse a part's name into (tensor name, box); the inverse of :func:`name_of`.
 
     Raises:
-        CheckpointError: it is no such name.
+        CheckpointError: malformed name.
     """
     name, at, spans = text.rpartition("@")
     try:
@@ -72,12 +72,12 @@ def parse_name(text: str) -> tuple[str, Box]:
     except ValueError:
         box = ((1, 0),)
     if not at or any(not 0 <= a < b for a, b in box):
-        raise CheckpointError(f"{text[:100]!r} is no part of a training state; the files were changed or mixed")
+        raise CheckpointError(f"{text[:100]!r} is not a part of a training checkpoint: files were changed or mixed up")
     return name, box
 
 
 def encode(parts: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, tensor by tensor; nothing is copied."""
+    """Yield the bytes of a safetensors file, tensor by tensor, without copying."""
     header: dict[str, object] = {}
     at = 0
     for name, x in parts.items():
@@ -92,10 +92,10 @@ def encode(parts: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 class ShardReader:
-    """All parts of a saved state, whatever ranks wrote them.
+    """Reads tensors from the parts of a saved state, for any number of ranks.
 
     Raises (when opened):
-        CheckpointError: a file is no safetensors file, or a part's name or shape is wrong.
+        CheckpointError: a file is not a safetensors file, or a part's name or shape is wrong.
     """
 
     def __init__(self, files: list[Path]) -> None:
@@ -107,35 +107,35 @@ class ShardReader:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file}: {error}") from None
             self._files.append(handle)
-            for stored in handle.keys():  # noqa: SIM118  (it is no mapping)
+            for stored in handle.keys():  # noqa: SIM118  (it is not a mapping)
                 name, box = parse_name(stored)
                 shape = tuple(b - a for a, b in box)
                 if tuple(handle.get_slice(stored).get_shape()) != shape:
-                    raise CheckpointError(f"{file.name}: {stored[:100]!r} has another shape than its name says")
+                    raise CheckpointError(f"{file.name}: the shape of {stored[:100]!r} differs from its name")
                 self._parts.setdefault(name, []).append((box, stored, len(self._files) - 1))
 
     def names(self) -> set[str]:
-        """Of the whole tensors."""
+        """Names of all tensors, without boxes."""
         return set(self._parts)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a whole tensor: where its boxes end."""
+        """Shape of a whole tensor, from the ends of its boxes."""
         boxes = [box for box, _, _ in self._parts[name]]
         return tuple(max(b for _, b in spans) for spans in zip(*boxes, strict=True))
 
     @torch.no_grad()
     def fill(self, name: str, target: Tensor) -> None:
-        """Copy what this rank holds of a tensor from the parts that overlap it.
+        """Fill ``target``, this rank's part of a tensor, from the stored parts that overlap it.
 
         Raises:
-            CheckpointError: the tensor is missing, has another shape, or its parts leave holes.
+            CheckpointError: the tensor is missing or has another shape, or its parts do not cover it.
         """
         if name not in self._parts:
-            raise CheckpointError(f"the checkpoint has no {name!r}; it was saved by a run with other settings")
+            raise CheckpointError(f"the checkpoint has no tensor {name!r}: it was saved by a run with other settings")
         if self.shape(name) != tuple(target.shape):
             raise CheckpointError(
-                f"{name!r} is {list(self.shape(name))} in the checkpoint and {list(target.shape)} in this run; the "
-                "model sections differ"
+                f"{name!r} is {list(self.shape(name))} in the checkpoint and {list(target.shape)} in this run: the "
+                "[model] sections differ"
             )
         box = own_box(target)
         values = target.to_local() if isinstance(target, DTensor) else target
@@ -152,10 +152,10 @@ class ShardReader:
             values[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, box, strict=True))] = piece
             copied += prod(b - a for a, b in common)
         if copied != prod(b - a for a, b in box):
-            raise CheckpointError(f"{name!r} is incomplete in the checkpoint: {copied} of {target.numel()} numbers")
+            raise CheckpointError(f"{name!r} is incomplete in the checkpoint: {copied} of {target.numel()} elements")
 
     def whole(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """Read a whole tensor."""
         first = self._parts[name][0]
         out = torch.empty(self.shape(name), dtype=self._files[first[2]].get_tensor(first[1]).dtype)
         self.fill(name, out)

@@ -1,11 +1,11 @@
-"""Saving and loading everything a run is: weights, optimiser, averages, biases, position. Bit for bit.
+"""Save and load the complete state of a run (weights, optimiser, EMA, biases, position), bit for bit.
 
     copy to the host ─► [thread] each rank writes its file ─► hashes to rank 0 ─► manifest ─► rename ─► prune
 
-Tensors go into safetensors files, everything else into the manifest's JSON. There is no random state to save: each
-step seeds its generator from (seed, step, rank), as data are a function of the step. A state saved by 4 ranks is read
-by 2 or 1 or any mesh (``shards``). torch's own distributed checkpoints (DCP) would do the resharding too, but store
-their table as a pickle, and what a resumed run reads must never be able to run code (torch CVE-2025-32434).
+Tensors are stored in safetensors files, everything else in the manifest's JSON. There is no random state to save: each
+step seeds its generator from (seed, step, rank), and data are a function of the step. A state saved by 4 ranks can be
+read by 2, by 1 or by any mesh (``shards``). torch's distributed checkpoints (DCP) can reshard too, but store their
+table as a pickle, and reading a checkpoint must never run code (torch CVE-2025-32434).
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from quadriga.train.world import World
 
 
 class Saver:
-    """Writes checkpoints, one at a time, in a second thread if asked to.
+    """Writes checkpoints, one at a time, in a second thread if ``section.asynchronous`` is set.
 
     Args:
-        run: where. world: who takes part: every rank calls :meth:`save` and :meth:`finish` at the same steps.
+        run: the folder.
+        world: the ranks; all of them must call :meth:`save` and :meth:`finish` at the same steps.
+        section: when to write, and how many checkpoints to keep.
     """
 
     def __init__(self, run: RunDirectory, world: World, section: CheckpointSection) -> None:
@@ -38,18 +40,18 @@ class Saver:
         self._error: Exception | None = None
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Save the state as the checkpoint of ``step``; returns once it is copied (or written, where synchronous)."""
+        """Save the state as the checkpoint of ``step``; returns when it is copied, or written if synchronous."""
         self.finish()
         parts = local_parts(tensors, self.world.rank)
         if self.section.asynchronous:
-            # Not a daemon: the interpreter waits for it at exit, a save is never cut off by a normal end.
+            # Not a daemon thread: the interpreter waits for it at exit, so a normal exit never cuts off a save.
             self._thread = threading.Thread(target=self._write, args=(step, parts, state), name="checkpoint")
             self._thread.start()
         else:
             self._write(step, parts, state)
 
     def finish(self) -> str | None:
-        """Wait for the save under way. Returns what went wrong on any rank, or None."""
+        """Wait for the current save. Returns the error of any rank, or None."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -88,7 +90,7 @@ class Saver:
         self._agree(failure)
 
     def _agree(self, failure: Exception | None, size: int = 0, digest: str = "0" * 64) -> list[tuple[int, str]]:
-        """Every rank's (size, digest), or the same failure on all of them."""
+        """Exchange every rank's (size, digest); if any rank failed, raise on all of them."""
         report = torch.zeros(41, dtype=torch.uint8)
         report[0] = failure is not None
         report[1:9] = torch.tensor(list(size.to_bytes(8, "little")), dtype=torch.uint8)
@@ -98,29 +100,29 @@ class Saver:
             raise failure
         failed = [rank for rank, part in enumerate(reports) if part[0]]
         if failed:
-            raise TrainingError(f"ranks {failed} could not write their part of the checkpoint; see their output")
+            raise TrainingError(f"ranks {failed} could not write their parts of the checkpoint: see their output")
         found = [bytes(part.tolist()) for part in reports]
         return [(int.from_bytes(part[1:9], "little"), part[9:].hex()) for part in found]
 
 
 def rank_file(rank: int) -> str:
-    """The name of a rank's part."""
+    """File name of a rank's part of a checkpoint."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def load(checkpoint: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors, whole or sharded in any way, from a checkpoint; its manifest was verified.
+    """Fill tensors, whole or sharded in any way, from a checkpoint whose manifest was verified.
 
     Raises:
-        CheckpointError: it holds other tensors than these.
+        CheckpointError: the checkpoint does not have exactly these tensors.
     """
     reader = ShardReader([checkpoint / name for name in manifest.files])
     missing, extra = sorted(set(tensors) - reader.names()), sorted(reader.names() - set(tensors))
     if missing or extra:
         raise CheckpointError(
             f"the checkpoint {checkpoint} does not fit this run: {len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(extra)} are not wanted {extra[:3]}. Resume with the model, optimiser, ema and router sections it "
-            "was made with."
+            f"{len(extra)} are unexpected {extra[:3]}. Resume with the model, optimiser, ema and router sections it "
+            "was saved with."
         )
     for name, tensor in tensors.items():
         reader.fill(name, tensor)

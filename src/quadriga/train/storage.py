@@ -1,9 +1,9 @@
-"""Every change a run makes to the disk, as few operations that a test can make fail one by one.
+"""The disk operations of a run, kept few so that tests can make each of them fail.
 
     write NAME.tmp ─► fsync ─► rename to NAME ─► fsync of the folder
 
-A file under its own name is therefore complete, whatever moment the machine stopped at. :class:`Files` is handed to
-whoever writes; tests hand out one that raises, or kills the process, at the i-th operation.
+So a file with its final name is complete, even after a crash at any moment. All writers use :class:`Files`; tests pass
+one that raises an error or kills the process at the i-th operation.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 
 
 class Files:
-    """The operations; each calls :meth:`about_to` first."""
+    """The disk operations; each calls :meth:`about_to` first."""
 
     def about_to(self, operation: str, path: Path) -> None:
-        """Called before each operation; does nothing here."""
+        """Called before each operation; does nothing here, tests override it."""
 
     def write(self, path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-        """A file with these bytes, whole or not there at all. Returns (bytes, sha256)."""
+        """Write a file atomically: afterwards it is complete or absent. Returns (number of bytes, sha256)."""
         temporary = path.with_name(path.name + ".tmp")
         digest, size = sha256(), 0
         self.about_to("create", path)
@@ -46,13 +46,13 @@ class Files:
         return size, digest.hexdigest()
 
     def rename(self, old: Path, new: Path) -> None:
-        """Give a file or folder its name, for good."""
+        """Rename a file or folder, durably."""
         self.about_to("rename", new)
         old.replace(new)
         self.sync_folder(new.parent)
 
     def sync_folder(self, folder: Path) -> None:
-        """Make the names in a folder last."""
+        """Sync a folder, so that its directory entries survive a crash."""
         self.about_to("fsync folder", folder)
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -61,23 +61,23 @@ class Files:
             os.close(fd)
 
     def make_folder(self, folder: Path) -> None:
-        """A folder, if it is not there."""
+        """Create a folder if it does not exist."""
         self.about_to("mkdir", folder)
         folder.mkdir(parents=True, exist_ok=True)
 
     def remove(self, path: Path) -> None:
-        """A file, if it is there."""
+        """Remove a file if it exists."""
         self.about_to("remove", path)
         path.unlink(missing_ok=True)
 
     def remove_folder(self, folder: Path) -> None:
-        """A folder and all in it, if it is there."""
+        """Remove a folder with its contents if it exists."""
         self.about_to("remove folder", folder)
         shutil.rmtree(folder, ignore_errors=not folder.exists())
 
 
 def _joined(parts: Iterable[bytes | memoryview], enough: int = 1 << 20) -> Iterator[bytes | memoryview]:
-    """The same bytes with small parts put together: a state has hundreds of norms of a kilobyte."""
+    """Join small parts into larger writes: a state has hundreds of norms of one kilobyte."""
     small = bytearray()
     for part in parts:
         if memoryview(part).nbytes < enough:
@@ -92,7 +92,7 @@ def _joined(parts: Iterable[bytes | memoryview], enough: int = 1 << 20) -> Itera
 
 
 def file_digest(path: Path) -> tuple[int, str]:
-    """(bytes, sha256) of a file."""
+    """(number of bytes, sha256) of a file."""
     digest, size = sha256(), 0
     with path.open("rb") as file:
         while block := file.read(16 << 20):

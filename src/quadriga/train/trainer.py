@@ -1,13 +1,13 @@
-"""The loop: rows in, weights changed, everything reported, saved and watched.
+"""The training loop: reads batches, updates weights, reports, saves checkpoints, guards against bad steps.
 
     step s:  seed(seed, s, rank) ─► for each micro-step: rows of this rank ─► objective ─► backward (sums, all ranks)
              ─► one message: gradient norm, losses, expert counts ─► guard ─► clip ─► optimiser ─► EMA, biases
              ─► listeners ─► evaluate? save?
 
-A step is a function of (state, s) alone: data, learning rate and random numbers come from s, so a run that is stopped
-anywhere and resumed ends with the same bits. The global batch is cut into micro-steps by the configuration, never by
-the number of ranks, so any number of ranks computes the same sums, to rounding. What is minimised comes from outside
-(``Objective``), as does what is shown (:class:`Listener`): pre-training, tuning and tests share this loop.
+A step is a function of (state, s) alone: data, learning rate and random numbers follow from s, so a run that is stopped
+and resumed ends bit for bit like an uninterrupted one. The configuration, not the number of ranks, cuts the global
+batch into micro-steps, so any number of ranks computes the same sums up to rounding. The objective (``Objective``) and
+the output (:class:`Listener`) are passed in: pre-training, tuning and tests share this loop.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from quadriga.nn.transformer import Transformer
 from quadriga.train import config as sections
 from quadriga.train import state
 from quadriga.train.balance import BiasBalancer
-from quadriga.train.batch import Batch, BatchSource, Objective
+from quadriga.train.batch import BatchSource, Objective, TrainingBatch
 from quadriga.train.guard import SpikeGuard
 from quadriga.train.optim import Optimiser, local
 from quadriga.train.parallel import Masters, prepare, replicas
@@ -38,7 +38,7 @@ from quadriga.train.world import World
 
 
 class Settings(Protocol):
-    """The sections a loop needs; ``RunConfig`` has them, so may other commands' configurations."""
+    """The configuration sections that the loop needs; ``RunConfig`` and ``tune``'s settings have them."""
 
     @property
     def seed(self) -> int: ...
@@ -62,31 +62,31 @@ class Settings(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one step did."""
+    """The results of one step, over the global batch."""
 
     step: int
     loss: float
-    """Mean over targets, without balance and other additions."""
+    """Mean over targets, without balance loss and other regularisation."""
     norm: float
-    """Of the gradient, before clipping."""
+    """Gradient norm before clipping."""
     rate: float
-    """Share of the peak learning rate."""
+    """Learning rate as a fraction of its peak."""
     tokens: int
-    """Of all ranks in this step."""
+    """Tokens of this step on all ranks."""
     tokens_seen: int
     flops: float
-    """Of all ranks: three forward passes' worth."""
+    """FLOPs of this step on all ranks: three times those of the forward pass."""
     seconds: float
     verdict: str | None
-    """Why the step was left out; None: it was taken."""
+    """Why the update was skipped; None: it was applied."""
     extra: dict[str, float] = field(default_factory=dict)
-    """The objective's other scalars, as means over targets."""
+    """The objective's other scalar metrics, as means over targets."""
     expert_counts: Tensor | None = None
-    """(L, E) over the whole batch; None for dense models."""
+    """(L, E) tokens per expert over the global batch; None for dense models."""
 
 
 class Listener(Protocol):
-    """Who is told what happens; on the first rank."""
+    """Receives the run's events, on rank 0 only."""
 
     def on_step(self, report: StepReport) -> None: ...
     def on_event(self, step: int, text: str) -> None: ...
@@ -95,21 +95,24 @@ class Listener(Protocol):
 
 @runtime_checkable
 class Staged(Protocol):
-    """A source whose past stages are frozen (``loader.CorpusSource``)."""
+    """A source with stages that must not change once begun (``loader.CorpusSource``)."""
 
     def history(self, step: int) -> list[str]: ...
     def check_history(self, saved: Sequence[str]) -> None: ...
 
 
 class Trainer:
-    """A model in training.
+    """Trains a model.
 
     Args:
-        settings: how. model: float32 parameters; those that require a gradient are trained.
-        source: the data. objective: what is minimised. world: the ranks.
-        run: where checkpoints and saved batches go.
-        listeners: told about every step on the first rank.
-        evaluate: called as evaluate(trainer) after ``evaluate_every`` steps and at the end.
+        settings: the configuration sections.
+        model: float32 parameters; those that require a gradient are trained.
+        source: the data.
+        objective: the loss to minimise.
+        world: the ranks.
+        run: folder for checkpoints and the batches of bad steps.
+        listeners: receive the run's events on rank 0.
+        evaluate: called as evaluate(trainer) every ``evaluate_every`` steps and at the end.
     """
 
     def __init__(
@@ -131,7 +134,7 @@ class Trainer:
         self.module = prepare(model, objective, settings.parallel, world)
         self.masters = Masters(model, settings.parallel.dtype, world)
         if not self.masters.by_name:
-            raise ConfigError("nothing to train: no parameter requires a gradient")
+            raise ConfigError("at least one parameter must require a gradient to train, got none")
         self.optimiser = Optimiser(self.masters.by_name, settings.optimiser)
         self.averages = {name: p.detach().clone() for name, p in self.masters.by_name.items() if settings.ema.decay}
         self.balancer = BiasBalancer(model, settings.router, world) if settings.router.bias_rate else None
@@ -147,7 +150,7 @@ class Trainer:
     # State -----------------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is saved as tensors, the tensors themselves."""
+        """The state that is saved as tensors, by name; not copies."""
         found: dict[str, Tensor] = {}
         found |= {f"parameter/{name}": p for name, p in self.masters.by_name.items()}
         found |= {f"optimiser/{name}": value for name, value in self.optimiser.state().items()}
@@ -157,7 +160,7 @@ class Trainer:
         return found
 
     def position(self) -> dict[str, Any]:
-        """Everything else that is saved."""
+        """The rest of the state that is saved, as plain values."""
         return {
             "tokens_seen": self.tokens_seen,
             "left_out": sorted(self.left_out),
@@ -169,11 +172,11 @@ class Trainer:
         }
 
     def resume(self) -> bool:
-        """Go on from the newest whole checkpoint of the run; False if it has none.
+        """Continue from the newest intact checkpoint of the run; False if the run has no checkpoint.
 
         Raises:
-            CheckpointError: checkpoints that are all damaged, or of another run's settings.
-            ConfigError: other data, or a stage that had begun was changed.
+            CheckpointError: all checkpoints are damaged, or were saved with other settings.
+            ConfigError: the data changed, or a stage that had begun was changed.
         """
         self.saver.finish()
         found = newest(self.run)
@@ -184,14 +187,14 @@ class Trainer:
         if saved["data"] != self.source.fingerprint:
             raise ConfigError(
                 f"the data have changed since {folder} was saved: fingerprint {saved['data'][:12]} then, "
-                f"{self.source.fingerprint[:12]} now. Put the corpora back, or start a new run."
+                f"{self.source.fingerprint[:12]} now. Restore the corpora, or start a new run."
             )
         if isinstance(self.source, Staged):
             self.source.check_history(saved["stages"])
         if saved["seed"] != self.settings.seed:
-            raise ConfigError(f"the run's seed is {saved['seed']}, the configuration says {self.settings.seed}")
+            raise ConfigError(f"seed must be the run's {saved['seed']}, got {self.settings.seed}")
         if saved["model"] != _plain(config_to_json(self.model.config)):
-            raise CheckpointError(f"{folder} holds another model than the configuration's")
+            raise CheckpointError(f"{folder} has another model than the configuration: the [model] sections differ")
         with torch.no_grad():
             state.load(folder, manifest, self.tensors())
         self.masters.refresh()
@@ -200,18 +203,18 @@ class Trainer:
         self.guard.load(saved["guard"])
         self._saved = self.step
         for complaint in complaints:
-            self._tell(f"warning: a newer checkpoint was passed over: {complaint}")
+            self._tell(f"warning: a newer checkpoint was skipped: {complaint}")
         return True
 
     def save(self) -> None:
-        """Save this moment as a checkpoint, unless it is one already."""
+        """Save a checkpoint of the current state, unless there is one already."""
         if self._saved != self.step:
             self._check_save()
             self.saver.save(self.step, self.tensors(), self.position())
             self._saved = self.step
 
     def _check_save(self) -> None:
-        """Hear about the last save; what a failure means is the configuration's to say."""
+        """Check whether the last save failed, and then warn or raise, as checkpoint.on_error says."""
         wrong = self.saver.finish()
         if wrong is None:
             return
@@ -223,13 +226,13 @@ class Trainer:
     # The loop --------------------------------------------------------------------------------------------------------
 
     def train(self, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Run to the end of the settings' steps, or until ``stop`` says so on any rank; then save.
+        """Train to the last step, or until ``stop`` returns True on any rank; then save.
 
         Returns:
             True if the run is complete.
 
         Raises:
-            TrainingError: the guard ended the run, ranks were lost, or the last state could not be saved.
+            TrainingError: the guard ended the run, ranks were lost, or the final state could not be saved.
         """
         if self.settings.guard.action == "rollback" and self.step == 0:
             self.save()
@@ -251,11 +254,11 @@ class Trainer:
         self.save()
         wrong = self.saver.finish()
         if wrong is not None:
-            raise TrainingError(f"the last state could not be saved: {wrong}")
+            raise TrainingError(f"the final state could not be saved: {wrong}")
         return done
 
     def run_step(self, stop: bool = False) -> bool:
-        """One optimiser step. Returns True if any rank wants to stop."""
+        """Run one optimiser step. Returns True if any rank wants to stop."""
         started = time.perf_counter()
         step = self.step
         torch.manual_seed((self.settings.seed * 1_000_003 + step) * 65_537 + self.world.rank)
@@ -298,25 +301,25 @@ class Trainer:
             listener.on_step(report)
         return stopping
 
-    def batches(self, step: int) -> list[Batch]:
-        """This rank's rows of a step, a batch a micro-step.
+    def batches(self, step: int) -> list[TrainingBatch]:
+        """This rank's rows of a step, one batch per micro-step.
 
         Raises:
-            ConfigError: the rows cannot be shared out evenly.
+            ConfigError: the rows cannot be divided evenly among micro-steps and ranks.
         """
         rows, size = self.source.n_rows(step), self.world.size
         micro = min(self.settings.parallel.micro_rows or rows, rows)
         if rows % micro or micro % size:
             raise ConfigError(
-                f"a batch of {rows} rows in micro-steps of {micro} cannot be shared by {size} ranks: "
-                "parallel.micro_rows must divide the rows of a batch and be a multiple of the number of ranks"
+                "parallel.micro_rows must divide the rows of a batch and be a multiple of the number of ranks: got "
+                f"micro_rows={micro}, {rows} rows, {size} ranks"
             )
         share = micro // size
         first = [start + self.world.rank * share for start in range(0, rows, micro)]
         return [self.source.rows(step, a, a + share).to(self.world.device) for a in first]
 
-    def _backward(self, batches: Sequence[Batch], weight: float) -> dict[str, Tensor]:
-        """Gradients of the mean loss into the masters; the objective's metrics, summed over micro-steps."""
+    def _backward(self, batches: Sequence[TrainingBatch], weight: float) -> dict[str, Tensor]:
+        """Accumulate the gradient of the mean loss in the master weights; returns metrics summed over micro-steps."""
         self.module.train()
         sums: dict[str, Tensor] = {}
         for batch in batches:
@@ -327,7 +330,7 @@ class Trainer:
         return sums
 
     def _gradient_square(self) -> Tensor:
-        """The squared norm of this rank's share of the gradient, so that shares add up to the whole's."""
+        """This rank's share of the squared gradient norm; the shares of all ranks add up to the whole."""
         square = torch.zeros((), dtype=torch.float64)
         gradients = [(p.grad, replicas(p, self.world)) for p in self.masters.by_name.values() if p.grad is not None]
         norms = torch._foreach_norm([local(g) for g, _ in gradients])
@@ -352,8 +355,8 @@ class Trainer:
         for p in self.masters.by_name.values():
             p.grad = None
 
-    def _bad_step(self, step: int, verdict: str, batches: Sequence[Batch]) -> bool:
-        """Deal with a bad step; True if the run was rolled back and this step is void."""
+    def _bad_step(self, step: int, verdict: str, batches: Sequence[TrainingBatch]) -> bool:
+        """Skip a bad step, roll back or stop, as guard.action says; True if the run was rolled back."""
         self._save_batches(step, batches)
         action = self.settings.guard.action
         self._tell(f"{verdict}; {action}, its batch is saved in spikes/")
@@ -369,13 +372,13 @@ class Trainer:
         self._clear_gradients()
         self._check_save()
         if not self.resume():
-            raise TrainingError(f"step {step}: {verdict}, and there is no checkpoint to go back to")
+            raise TrainingError(f"step {step}: {verdict}, and there is no checkpoint to roll back to")
         self.left_out.add(step)
         for listener in self.listeners:
             listener.on_rollback(self.step)
         return True
 
-    def _save_batches(self, step: int, batches: Sequence[Batch]) -> None:
+    def _save_batches(self, step: int, batches: Sequence[TrainingBatch]) -> None:
         tensors: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             kept = {"tokens": batch.tokens, "targets": batch.targets, "bounds": batch.bounds, "domains": batch.domains}
@@ -387,8 +390,8 @@ class Trainer:
         except OSError as error:
             self._tell(f"warning: the batch of step {step} could not be saved: {error}")
 
-    def _flops(self, batches: Sequence[Batch]) -> float:
-        """Forward and backward of this rank's rows: 3 x (2 x active parameters + attention over what is seen)."""
+    def _flops(self, batches: Sequence[TrainingBatch]) -> float:
+        """FLOPs of this rank's rows, forward and backward: 3 x (2 x active parameters + attention) per token."""
         config = self.model.config
         seen = float(sum(int(batch.positions.sum()) + len(batch.positions) for batch in batches))
         n_tokens = sum(len(batch.tokens) for batch in batches)
@@ -400,7 +403,7 @@ class Trainer:
 
 
 def _sum_all(world: World, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over ranks of several tensors in one message, on the host, float64."""
+    """Sum several tensors over ranks in one message; results are float64 on the host."""
     flat = torch.cat(
         [value.detach().to(device=world.device, dtype=torch.float64).flatten() for value in values.values()]
     )
@@ -410,7 +413,7 @@ def _sum_all(world: World, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON gives it back: tuples are lists."""
+    """The value as it would be after a round trip through JSON: tuples become lists."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value

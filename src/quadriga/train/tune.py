@@ -1,8 +1,8 @@
-"""A tuning run from its configuration: pre-training's loop with other data, another objective, perhaps an adapter.
+"""A tuning run from its configuration: the training loop with tuning data and objective, and optionally an adapter.
 
-    TuneConfig ─► checkpoint (packed for QLoRA) ─► adapter ─► examples ─► Trainer ─► adapter/ or model/ in the run
+    TuneConfig ─► checkpoint (quantised for QLoRA) ─► adapter ─► examples ─► Trainer ─► adapter/ or model/ in the run
 
-Checkpoints of a run hold what is trained: with an adapter a few megabytes. A run goes on where it stopped.
+Checkpoints contain only trained parameters: with an adapter, a few megabytes. A stopped run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from quadriga.train.held_out import held_out_losses, samples
 from quadriga.train.losses import NextToken
 from quadriga.train.metrics import MetricsFile, TensorBoard
 from quadriga.train.objectives import DPO, GRPO, ORPO, Reference
-from quadriga.train.packing import PackedSource
+from quadriga.train.packing import ExampleSource
 from quadriga.train.rollout import number_reward
 from quadriga.train.run import peak_flops
 from quadriga.train.run_directory import RunDirectory
@@ -55,7 +55,7 @@ _PACKABLE = ("attention", "experts", "ffn")
 
 @dataclass(frozen=True)
 class _Settings:
-    """The trainer's sections of a tuning run, its steps known."""
+    """The sections that the trainer needs, with the number of steps filled in."""
 
     config: TuneConfig
     n_steps: int
@@ -66,29 +66,29 @@ class _Settings:
 
 @dataclass(frozen=True)
 class Tuned:
-    """How a run ended."""
+    """How a tuning run ended."""
 
     done: bool
     step: int
     n_steps: int
     result: Path | None
-    """The adapter's folder, or the model's; None if the run was stopped before its end."""
+    """Folder of the adapter or the model; None if the run was stopped before its end."""
     rejected: str
-    """Rows that were left out, by reason; empty if none."""
+    """Message about rows that were left out, by reason; empty if none."""
 
 
 def tune(config: TuneConfig, *, stop: Callable[[], bool] = lambda: False) -> Tuned:
-    """Run a configuration to its end, or until ``stop``; the same call goes on where it stopped.
+    """Tune until the end of the run or until ``stop`` returns True; the same call resumes a stopped run.
 
     Raises:
-        ConfigError, CorpusError, CheckpointError: a configuration, data or a model that cannot be used.
+        ConfigError, CorpusError, CheckpointError: the configuration, data or model cannot be used.
         TrainingError: the run diverged or could not save.
     """
     runtime.keep_freed_memory()
     world = World.join(config.parallel.device, config.parallel.timeout_s)
     if world.size > 1:
         world.leave()
-        raise ConfigError("quadriga tune runs in one process; start it without torchrun")
+        raise ConfigError("quadriga tune runs in one process: start it without torchrun")
     run = RunDirectory(Path(config.run).expanduser())
     try:
         with run.locked(), runtime.quick_float32(config.data.seq_len):
@@ -103,7 +103,7 @@ def _tune(config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[]
     try:
         tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
         if tokenizer is None:
-            raise ConfigError(f"{config.model} has no tokenizer, and tuning reads text")
+            raise ConfigError(f"tuning needs a model with a tokenizer; {config.model} has none")
         source, held_out, problems, rejects = read_data(config, tokenizer)
         model, factors, spec = build_model(config, checkpoint)
         origin = checkpoint.path
@@ -153,7 +153,7 @@ def _tune(config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[]
 
 
 def build_model(config: TuneConfig, checkpoint: Checkpoint) -> tuple[Transformer, dict[str, Factors], LoraSpec | None]:
-    """The model to train: all of it, or an adapter over a frozen (perhaps packed) base."""
+    """Build the model to train: all parameters, or an adapter over a frozen base, which may be quantised."""
     if config.lora is None:
         parameters = load_parameters(checkpoint, dtype=torch.float32)
         return Transformer.from_parameters(checkpoint.config, parameters), {}, None
@@ -189,7 +189,7 @@ def _write(
     run: RunDirectory, config: TuneConfig, trainer: Trainer, factors: dict[str, Factors], spec: LoraSpec | None,
     origin: Path,
 ) -> Path:  # fmt: skip
-    """The adapter, or the whole model as a Hugging Face directory with its tokenizer; float32 whatever computed."""
+    """Write the adapter, or the model with its tokenizer as a Hugging Face directory; always float32."""
     from quadriga.io.convert import tokenizer_files
 
     masters = trainer.masters.by_name
@@ -213,7 +213,7 @@ def _write(
 
 
 def _fresh(folder: Path) -> Path:
-    """A folder of an earlier end of this run gives way to this one's."""
+    """Return the folder after removing what an earlier end of this run wrote there."""
     import shutil
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -225,8 +225,8 @@ def _fresh(folder: Path) -> Path:
 
 def read_data(
     config: TuneConfig, tokenizer: Tokenizer
-) -> tuple[PackedSource, dict[str, BatchSource], dict[tuple[int, ...], str], Rejects]:
-    """(training rows, held-out rows by name, prompt -> answer for grpo, what was left out)."""
+) -> tuple[ExampleSource, dict[str, BatchSource], dict[tuple[int, ...], str], Rejects]:
+    """Read the data: (training rows, held-out rows by name, prompt -> answer for grpo, rejected rows)."""
     data = config.data
     rejects = Rejects(limit=data.max_bad_rows)
     names, make, weigh = _maker(config, tokenizer)
@@ -244,8 +244,8 @@ def read_data(
         train = [g for i, g in enumerate(everything) if i % every != every - 1]
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
 
-    def packed(some: Sequence[tuple[Example, ...]], rows: int) -> PackedSource:
-        return PackedSource(
+    def packed(some: Sequence[tuple[Example, ...]], rows: int) -> ExampleSource:
+        return ExampleSource(
             some, names, n_rows=rows, seq_len=data.seq_len * len(names), weigh=weigh, pad=pad, seed=config.seed
         )
 
@@ -264,7 +264,7 @@ def read_data(
 def _maker(
     config: TuneConfig, tokenizer: Tokenizer
 ) -> tuple[tuple[str, ...], Callable[[dict[str, Any]], list[tuple[str, tuple[Example, ...]]]], str]:
-    """(names of a group's places, row -> labelled groups, how targets are weighed) of an objective."""
+    """For the objective: (domain names of a group's documents, row -> labelled groups, ``ExampleSource.weigh``)."""
     data = config.data
 
     def label(row: dict[str, Any]) -> str:
@@ -299,7 +299,7 @@ def _maker(
 
 
 def _prompt(one: Problem) -> tuple[str, tuple[Example, ...]]:
-    """A prompt as a document with one target, in whose place the samples will stand."""
+    """A prompt as a document with one target, so that it is not taken for padding; GRPO samples the answers."""
     targets = (*[IGNORE] * (len(one.ids) - 1), one.ids[-1])
     return one.answer, (Example(one.ids, targets),)
 
@@ -317,10 +317,10 @@ def _objective(
         return NextToken(architecture, config.router, world)
     if config.objective == "orpo":
         return ORPO(config.preference.odds_weight)
-    # With an adapter the reference is the model without it; else a frozen copy.
+    # The reference is the model without its adapter, or a frozen copy if there is no adapter.
     frozen = copy.deepcopy(model).requires_grad_(False).eval() if config.lora is None else None
     if config.lora is not None and config.lora.start is not None:
-        raise ConfigError("dpo and grpo hold a new adapter to the model without it; merge lora.start first")
+        raise ConfigError("dpo and grpo compare with the model without adapter: merge lora.start into the model first")
     reference = Reference(frozen)
     if config.objective == "dpo":
         return DPO(reference, config.preference.beta)

@@ -1,13 +1,13 @@
-"""A tuning run as frozen structs, read from one TOML file. No torch.
+"""The configuration of a tuning run: frozen structs read from one TOML file. Imports no torch.
 
-    run = "runs/dolly"                    where everything of the run goes
+    run = "runs/dolly"                    the run's folder
     model = "smollm2-135m-instruct"       a catalogue name, a path, hf:ORG/REPO
     objective = "sft"                     sft | text | dpo | orpo | grpo
     [lora]                                a low-rank adapter; without it every parameter is trained
     [data] [preference] [grpo]
     [schedule] [optimiser] [router] [parallel] [guard] [checkpoint] [log] [evaluate] [ema]    as in pre-training
 
-A key that does not exist is refused with its nearest neighbour.
+An unknown key is an error that suggests the nearest known one.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ Objectives = Literal["sft", "text", "dpo", "orpo", "grpo"]
 
 
 class LoraSection(Section, frozen=True):
-    """The adapter; see ``model.adapter_spec``."""
+    """The LoRA adapter; see ``model.adapter_spec``."""
 
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ("attention",)
-    """attention, router, experts, ffn, embeddings, head."""
+    """Which matrices get an adapter: attention, router, experts, ffn, embeddings, head."""
     dropout: float = 0.0
     start: str | None = None
-    """An adapter to go on from; its own rank, alpha and targets then hold."""
+    """An adapter to start from; its rank, alpha and targets then replace those given here."""
     base_format: Literal["float32", "q8", "q4"] = "float32"
-    """QLoRA: what the frozen matrices under attention, experts and dense networks are held as."""
+    """QLoRA: storage format of the frozen matrices in attention, experts and dense networks."""
 
     def spec(self) -> LoraSpec:
-        """The adapter's spec."""
+        """The section as a ``LoraSpec``."""
         return LoraSpec(rank=self.rank, alpha=self.alpha, targets=self.targets, dropout=self.dropout)
 
     def __post_init__(self) -> None:
@@ -58,19 +58,19 @@ class TuneData(Section, frozen=True):
 
     files: tuple[str, ...]
     held_out: tuple[str, ...] = ()
-    """Files for the held-out loss; empty: every ``held_out_every``-th row of ``files``."""
+    """Files for the held-out loss; empty: hold out every ``held_out_every``-th row of ``files``."""
     held_out_every: int = 50
     max_rows: int | None = None
-    """Read no more usable rows than this."""
+    """Stop reading after this many usable rows; None: read all."""
     max_bad_rows: int = 100
     seq_len: int = 512
     rows: int = 4
-    """Packed rows of seq_len tokens in every step's batch."""
+    """Rows of seq_len tokens per batch; several examples are packed into a row."""
     epochs: int = 1
     template: str | None = None
-    """A chat template by name, where the model brings none: chatml, instruct."""
+    """Name of a chat template (chatml, instruct), for models without one."""
     label: str | None = None
-    """objective "text": a column to report the held-out loss by."""
+    """objective "text": the column by whose values the held-out loss is reported."""
 
     def __post_init__(self) -> None:
         if not self.files:
@@ -81,16 +81,16 @@ class TuneData(Section, frozen=True):
 
 
 class PreferenceSection(Section, frozen=True):
-    """Of dpo and orpo."""
+    """Settings of dpo and orpo."""
 
     beta: float = 0.1
-    """dpo: how strongly the model is held to where it began."""
+    """dpo: how strongly the model is kept close to the reference."""
     odds_weight: float = 0.1
     """orpo: weight of the odds-ratio term beside the chosen answer's loss."""
 
 
 class GrpoSection(Section, frozen=True):
-    """Of grpo. The reward is 1 where the answer's last number is the row's."""
+    """Settings of grpo. The reward is 1 if the answer's last number equals that of the row's answer, else 0."""
 
     samples: int = 4
     max_new_tokens: int = 96
@@ -100,13 +100,13 @@ class GrpoSection(Section, frozen=True):
     def __post_init__(self) -> None:
         if self.samples < 2 or self.max_new_tokens < 1 or not 1e-5 <= self.temperature < float("inf"):
             raise ConfigError(
-                "grpo needs samples of 2 or more, max_new_tokens of 1 or more, a temperature of 1e-5 or more: below it "
-                f"all samples are the same; got {self.samples}, {self.max_new_tokens}, {self.temperature:g}"
+                "grpo needs samples >= 2, max_new_tokens >= 1 and temperature >= 1e-5, below which "
+                f"all samples are equal; got {self.samples}, {self.max_new_tokens}, {self.temperature:g}"
             )
 
 
 class TuneConfig(Section, frozen=True):
-    """Everything a tuning run is made of."""
+    """The configuration of a tuning run."""
 
     run: str
     model: str

@@ -1,7 +1,7 @@
-"""What a run shows while it runs: a live panel on a terminal, a line now and then elsewhere. On stderr.
+"""The progress display of a run, on stderr: a live panel on a terminal, single lines elsewhere.
 
 loss 2.713  ▇▅▄▃▂▂▁▁   step 1200 / 4000   41.2k tokens/s   MFU 47 %   12:40 left
-experts  ██▇▇▆██▅▇▇██▆▇██   the load of each expert, over all layers, 1 being even
+experts  ██▇▇▆██▅▇▇██▆▇██   the load of each expert over all layers, relative to the mean
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
-    """The values as one line of bars, averaged into at most ``width`` of them."""
+    """Show values as one line of bars, averaged to at most ``width`` bars."""
     if not values:
         return ""
     size = max(1, -(-len(values) // width))
@@ -35,22 +35,25 @@ def sparkline(values: list[float], width: int = 40) -> str:
 
 
 def load_bars(loads: list[float]) -> str:
-    """Loads as bars, where an even share is half height and two shares are full."""
+    """Show expert loads as bars: the mean load has half height, twice the mean full height."""
     return "".join(_BARS[min(len(_BARS) - 1, round(load / 2 * (len(_BARS) - 1)))] for load in loads)
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """Format seconds as 1:02:03 or 2:03."""
     hours, rest = divmod(int(seconds), 3600)
     minutes, secs = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
 
 
 class Screen:
-    """A ``Listener`` that shows the run.
+    """A ``Listener`` that shows the run's progress.
 
     Args:
-        n_steps: of the run. every: steps between lines where there is no terminal. peak_flops: for the MFU.
+        title: of the panel.
+        n_steps: steps of the run.
+        every: steps between lines if stderr is not a terminal.
+        peak_flops: peak FLOP/s of all ranks together, for the MFU; None: no MFU.
     """
 
     def __init__(self, title: str, n_steps: int, *, every: int, peak_flops: float | None) -> None:
@@ -66,7 +69,7 @@ class Screen:
             self._live.start()
 
     def on_step(self, report: StepReport) -> None:
-        """Show a step."""
+        """Show a step's metrics."""
         if report.verdict is None:
             self._losses.append(report.loss)
         self._speeds.append((report.tokens, report.seconds, report.flops))
@@ -111,7 +114,7 @@ class Screen:
         return Panel(Group(table, bar), title=self.title, title_align="left")
 
     def on_evaluation(self, step: int, losses: dict[str, HeldOutLoss], samples: dict[str, str]) -> None:
-        """Show an evaluation."""
+        """Show held-out losses and samples."""
         self._held_out = " · ".join(f"{domain} {found.loss:.3f}" for domain, found in losses.items())
         texts = [f"{prompt}{text}" for prompt, text in samples.items()]
         self._sample = (texts[0].replace("\n", " ")[:100]) if texts else ""
@@ -121,14 +124,14 @@ class Screen:
                 self._console.print(f"  sample: {text!r}", highlight=False, markup=False, soft_wrap=True)
 
     def on_event(self, step: int, text: str) -> None:
-        """Print it above the panel."""
+        """Print an event above the panel."""
         self._console.print(f"step {step}: {text}", style="yellow", markup=False, soft_wrap=True)
 
     def on_rollback(self, step: int) -> None:
-        """Say where the run goes on."""
+        """Print the step that the run was rolled back to."""
         self._console.print(f"rolled back to step {step}", style="yellow")
 
     def close(self) -> None:
-        """Leave the last panel standing."""
+        """Stop updating; the last panel stays on screen."""
         if self._live is not None:
             self._live.stop()

@@ -1,7 +1,7 @@
-"""The ranks of a run: one process, or several started by torchrun; gloo on processors, NCCL on GPUs.
+"""The ranks of a run: one process, or several started by torchrun; gloo on CPUs, NCCL on GPUs.
 
-One process needs no process group: every method then returns what it was given. A second, small gloo group
-carries the messages of checkpoints, which are written beside the training.
+A single process needs no process group: collectives then return their input. A second, small gloo group carries the
+messages about checkpoints, which are written while training continues.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others."""
+    """This process's rank, the number of ranks, its device, and the collectives among them."""
 
     rank: int = 0
     size: int = 1
@@ -31,10 +31,10 @@ class World:
 
     @classmethod
     def join(cls, device: str = "auto", timeout_s: float = 600.0) -> World:
-        """Meet the other ranks that torchrun started; alone where it did not.
+        """Create the process group if torchrun started this process; otherwise a world of one rank.
 
         Raises:
-            HardwareError: the device is not there.
+            HardwareError: the device is not available.
         """
         place = runtime.launched_rank()
         if place is None:
@@ -50,11 +50,11 @@ class World:
 
     @property
     def first(self) -> bool:
-        """True on the rank that prints and writes logs."""
+        """True on rank 0, which prints and writes logs."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks of a detached tensor, on all of them."""
+        """All-reduce: the sum of a detached tensor over all ranks, on all of them."""
         if self.size == 1:
             return values
         total = values.clone()
@@ -65,7 +65,7 @@ class World:
         return total
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """Every rank's host tensor (same shape and dtype), by way of the watching group; safe in a second thread."""
+        """All-gather host tensors of equal shape and dtype over the second group; safe in a second thread."""
         if self.size == 1:
             return [values]
         parts = [torch.empty_like(values) for _ in range(self.size)]
@@ -76,27 +76,28 @@ class World:
         return parts
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Barrier: block until all ranks have called this."""
         self.gather(torch.zeros(1))
 
     @staticmethod
     def is_lost(error: RuntimeError) -> bool:
-        """True for what gloo and NCCL raise when a rank does not answer."""
+        """True for the errors that gloo and NCCL raise when a rank does not answer."""
         text = str(error).lower()
         return any(word in text for word in ("timed out", "timeout", "connection", "gloo", "nccl"))
 
     def lost(self, error: RuntimeError) -> TrainingError:
-        """What a failed collective means: which ranks no longer answer.
+        """Turn a failed collective's error into one that names the ranks that do not answer.
 
-        Every living rank that arrives here says so in the store that the ranks met in; who has not after some seconds
-        is dead or hung. A dead rank's peers only see a closed connection, a hung one's a timeout.
+        Every rank that gets here reports to the rendezvous store; ranks that have not after some seconds are dead or
+        hung.
+        The collective's own error does not name them: it is a closed connection or a timeout.
         """
         silent = self._silent_ranks(10.0)
         who = f" Ranks that do not answer: {silent}." if silent else ""
         first = (str(error).splitlines() or ["unknown"])[0]
         return TrainingError(
             f"rank {self.rank} of {self.size} lost the others.{who} ({first[:200]}) Look at their output; torchrun "
-            "--max-restarts with --resume auto goes on from the last checkpoint."
+            "--max-restarts with --resume auto continues from the last checkpoint."
         )
 
     def _silent_ranks(self, patience_s: float) -> list[int]:
@@ -109,10 +110,10 @@ class World:
                 silent = [rank for rank in silent if not store.check([f"quadriga/alive/{rank}"])]
                 time.sleep(0.1)
             return silent
-        except RuntimeError:  # the rank that kept the store is gone
+        except RuntimeError:  # the rank that hosts the store is gone
             return [0]
 
     def leave(self) -> None:
-        """End the process group."""
+        """Destroy the process group, if there is one."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()

@@ -36,7 +36,7 @@ def test_a_signature_ignores_order_case_and_punctuation_but_not_words() -> None:
     assert len(signature(words("two words"), 5, 112, 1)) == len(signature(words(""), 5, 112, 1)) == 112
 
 
-def test_bands_meet_as_the_curve_says() -> None:
+def test_bands_match_with_the_predicted_probability() -> None:
     bands, rows, n = 14, 8, 400
     draw = np.random.default_rng(0)
     for similarity in (0.5, 0.7, 0.85):

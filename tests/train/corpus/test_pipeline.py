@@ -90,7 +90,7 @@ def _texts(corpus: Path, split: str) -> list[str]:
     return found
 
 
-def test_what_should_stay_stays_and_nothing_else(corpus: Path) -> None:
+def test_exactly_the_right_documents_are_kept(corpus: Path) -> None:
     train, held_out = _texts(corpus, "train"), _texts(corpus, "held_out")
     rows = [row["text"] for row in _rows()]
     both = train + held_out
@@ -150,7 +150,7 @@ class _Killed(BaseException):
     pass
 
 
-def test_killed_at_any_write_it_goes_on_to_the_same_bytes(
+def test_a_run_killed_at_any_write_resumes_to_the_same_bytes(
     corpus: Path, plan: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill before and after each rename of one long run of interruptions: every write is interrupted twice."""
@@ -199,7 +199,7 @@ def test_an_interrupted_run_refuses_another_recipe(plan: Recipe, tmp_path: Path)
     with pytest.raises(ConfigError, match="was begun with another recipe"):
         _prepare(other, tmp_path / "out")
     assert _prepare(other, tmp_path / "out", restart=True).recipe["held_out"] == 0.2
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="must not exist already"):
         _prepare(plan, tmp_path / "out")
 
 
@@ -209,11 +209,11 @@ def test_changed_inputs_are_refused_when_a_corpus_is_made_again(
     manifest = Corpus(corpus).manifest
     expected = [*manifest.inputs, *manifest.references]
     expected[1] = msgspec.structs.replace(expected[1], sha256="0" * 64)
-    with pytest.raises(CorpusError, match=r"inputs must be what the manifest says.*rows\.jsonl"):
+    with pytest.raises(CorpusError, match=r"inputs must have the hashes in the manifest.*rows\.jsonl"):
         _prepare(plan, tmp_path / "out", expected_inputs=expected)
 
 
-def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+def test_a_corpus_without_documents_is_an_error(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "a.jsonl", [{"text": "short", "domain": "x"}] * 3)
     given = tmp_path / "vocabulary"
     vocabulary.train_bpe([prose(i) for i in range(30)], 300, given)
@@ -234,7 +234,7 @@ def test_a_corpus_feeds_the_loader(corpus: Path) -> None:
     assert len(batch.tokens) == 64 and 0.2 < held_out["news"].n_tokens / held_out["news"].n_text_bytes < 1
 
 
-def test_an_unknown_key_names_its_neighbour(tmp_path: Path) -> None:
+def test_an_unknown_key_suggests_the_nearest_one(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text('[[sources]]\npaths = ["a"]\n[tokenizer]\ntrain = 300\n[duplicates]\nbandz = 3\n')
     with pytest.raises(ConfigError, match=r"r\.toml: .*`bandz`.*Did you mean 'bands'"):
         load_recipe(tmp_path / "r.toml")
@@ -340,14 +340,14 @@ def test_the_commands_prepare_inspect_and_mix(corpus: Path, plan: Recipe, inputs
     assert made.exit_code == 0 and "320 tokens" in made.output
 
 
-def test_the_commands_refuse_what_cannot_be(corpus: Path, inputs: Path, tmp_path: Path) -> None:
+def test_the_commands_refuse_impossible_options(corpus: Path, inputs: Path, tmp_path: Path) -> None:
     for words, message in (
         (("prepare", str(inputs / "rows.jsonl"), "--out", str(tmp_path / "x")), "text needs a vocabulary"),
         (("prepare", "r.toml", "--out", "x", "--domain", "d"), "for plain text inputs"),
         (("inspect", str(tmp_path)), "must be a corpus"),
         (("inspect", str(corpus), "--document", "0"), "--domain must be one of code, news"),
-        (("inspect", str(corpus), "--document", "10000", "--domain", "news"), "there is no number 10000"),
-        (("mix", str(corpus), "--tokens", "lots"), "looks like"),
+        (("inspect", str(corpus), "--document", "10000", "--domain", "news"), "got 10000"),
+        (("mix", str(corpus), "--tokens", "lots"), "must look like"),
         (("prepare", "a", "--out", "x", "--tokenizer", "t", "--train-tokenizer", "300"), "not both"),
     ):
         result = _run(*words)

@@ -35,7 +35,7 @@ def test_a_line_file_cut_anywhere_has_every_row_once(tmp_path: Path, chunk_bytes
     assert _read([str(file)], chunk_bytes, domain_field="kind") == EXPECTED
 
 
-def test_all_forms_read_the_same(tmp_path: Path) -> None:
+def test_all_file_formats_give_the_same_rows(tmp_path: Path) -> None:
     plain = write_rows(tmp_path / "a.jsonl", ROWS)
     raw = plain.read_bytes()
     (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(raw[:900]) + zstandard.compress(raw[900:]))  # two frames
@@ -74,7 +74,7 @@ def test_held_out_sources_come_first(tmp_path: Path) -> None:
         ('{"body": "x", "kind": "a"}', "string field 'text'; got body, kind"),
         ('{"text": 3, "kind": "a"}', "string field 'text'"),
         ('{"text": "x"}', "string field 'kind'; got None"),
-        ('{"text": "x", "kind": "../up"}', "a domain is 1 to 64 letters"),
+        ('{"text": "x", "kind": "../up"}', "a domain must have 1 to 64 letters"),
     ],
 )
 def test_bad_rows_are_named_or_counted(tmp_path: Path, line: str, message: str) -> None:
@@ -102,7 +102,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(CorpusError, match=name):
             _read([str(tmp_path / name)], domain="d")
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "f.parquet")
-    with pytest.raises(CorpusError, match="must have the columns text; it has body"):
+    with pytest.raises(CorpusError, match="must have the columns text; got body"):
         _read([str(tmp_path / "f.parquet")])
 
 
@@ -111,5 +111,5 @@ def test_impossible_sources_are_refused() -> None:
         Source(paths=[])
     with pytest.raises(ConfigError, match="not both"):
         Source(paths=["a"], domain="a", domain_field="b")
-    with pytest.raises(ConfigError, match="a domain is"):
+    with pytest.raises(ConfigError, match="a domain must have"):
         Source(paths=["a"], domain="../a")

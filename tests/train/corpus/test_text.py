@@ -41,7 +41,7 @@ def _slow_words(text: str) -> list[str]:
 
 @given(st.text(alphabet="aB1é .,-'你好カฉ²\n🙂\ud800", max_size=40))
 @settings(max_examples=150, deadline=None)
-def test_words_are_those_of_a_plain_loop(text: str) -> None:
+def test_words_equal_a_naive_loops(text: str) -> None:
     found = words(text)
     assert [text[a:b] for a, b in zip(found.starts, found.ends, strict=True)] == _slow_words(text)
     assert found.n_letters == sum(map(len, _slow_words(text)))
@@ -126,7 +126,7 @@ def test_each_rule_for_code_drops_what_it_is_for(rule: str | None, text: str) ->
     assert broken_rule(text, words(text), Domain(kind="code")) == rule
 
 
-def test_limits_are_the_recipes() -> None:
+def test_limits_come_from_the_recipe() -> None:
     assert broken_rule("Too short.", words("Too short."), Domain(kind="any")) is None
     loose = Domain(prose=ProseRules(min_words=2))
     assert broken_rule("Too short.", words("Too short."), loose) is None
@@ -141,7 +141,7 @@ def test_repeated_phrases_count_covered_words() -> None:
     assert repeated_phrases(words("short")) == 0.0
 
 
-def test_languages_are_told_apart() -> None:
+def test_languages_are_identified() -> None:
     assert language("The teacher opened the window and looked at the river in the morning light.")[0] == "en"
     assert language("老师打开窗户，看着晨光中的河流，心里想着昨天的事情。")[0] == "zh"
     assert language("Der Lehrer öffnete das Fenster und blickte im Morgenlicht auf den Fluss.")[0] == "de"
@@ -150,7 +150,7 @@ def test_languages_are_told_apart() -> None:
     assert language("Title: a page. " * 20 + "老师打开窗户看着晨光中的河流心里想着昨天的事情。" * 200)[0] == "zh"
 
 
-def test_what_benchmarks_hold_is_cut_out(tmp_path: Path) -> None:
+def test_benchmark_text_is_cut_out(tmp_path: Path) -> None:
     question = "If a train leaves the station at noon and travels west at sixty miles an hour when does it arrive"
     bench = tmp_path / "bench.jsonl"
     bench.write_text(json.dumps({"id": 1, "row": {"question": question, "choices": ["short", "also short"]}}) + "\n")

@@ -1,9 +1,9 @@
-"""Unicode clean-up: the same text written one way, and nothing that is not text. Meaning is never changed.
+"""Unicode clean-up: normalise the encoding of text and remove what is not text, without changing its meaning.
 
-Done: NFC, one kind of line end, no control or private-use characters, no byte-order marks or soft hyphens, lone
-surrogates and noncharacters as U+FFFD (which a quality rule counts), no spaces at line ends, at most two empty lines
-together. Not done: NFKC (it turns x² into x2), case, quotes, repair of wrongly decoded text (a guess; such documents
-are dropped). Zero-width joiners stay: Indic scripts, Persian and emoji need them.
+Done: NFC; uniform line ends; control and private-use characters, byte-order marks and soft hyphens removed; lone
+surrogates and noncharacters replaced by U+FFFD (which a quality rule counts); no trailing spaces; at most two empty
+lines in a row. Not done: NFKC (it turns x² into x2), changes of case or quotes, repair of wrongly decoded text (it
+would be a guess; such documents are dropped). Zero-width joiners are kept: Indic scripts, Persian and emoji need them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _EMPTY_LINES = re.compile(r"\n{4,}")
 
 
 def clean(text: str) -> str:
-    """``text`` in its clean form; cleaning twice changes nothing."""
+    """Clean a text. Cleaning it again changes nothing."""
     text = _LINE_ENDS.sub("\n", text)
     text = _BROKEN.sub("\ufffd", text)
     text = _REMOVED.sub("", text)

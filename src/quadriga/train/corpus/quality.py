@@ -1,4 +1,4 @@
-"""Quality rules: measures of a document against the limits of a recipe. The first limit broken says why it goes."""
+"""Quality filters: compare a document's measures with the recipe's limits and report the first broken limit."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def broken_rule(text: str, words: Words, rules: Domain) -> str | None:
     """The name of the first limit that ``text`` breaks, or None.
 
     Args:
-        text: cleaned.
-        words: of the same text.
-        rules: of its domain.
+        text: a cleaned text.
+        words: its words.
+        rules: the rules of its domain.
     """
     if rules.kind == "prose":
         return _prose(text, words, rules.prose)
@@ -33,7 +33,7 @@ def _prose(text: str, words: Words, limit: ProseRules) -> str | None:
         return "min_words"
     low, high = limit.mean_word_length
     lengths = words.ends - words.starts
-    spaced = lengths[lengths > 1]  # single characters are words of unspaced scripts, or too short to tell
+    spaced = lengths[lengths > 1]  # single characters are words of scripts without spaces, or too short to judge
     if len(spaced) > n // 2 and not low <= float(lengths.mean()) <= high:
         return "mean_word_length"
     if _letters(text, words) < limit.min_letters:
@@ -74,7 +74,7 @@ def _code(text: str, words: Words, limit: CodeRules) -> str | None:
 
 
 def repeated_lines(lines: list[str]) -> float:
-    """Share of the characters of (non-empty) lines that stand in a line which came before."""
+    """Fraction of the characters that are in lines which repeat an earlier line; empty lines do not count."""
     seen: set[str] = set()
     total = repeated = 0
     for line in lines:
@@ -86,7 +86,7 @@ def repeated_lines(lines: list[str]) -> float:
 
 
 def repeated_phrases(words: Words) -> float:
-    """Share of the words inside a run of 10 words that came before in the text."""
+    """Fraction of the words that are in a sequence of 10 words which repeats an earlier one."""
     grams = words.ngrams(_PHRASE)
     if len(grams) == 0:
         return 0.0

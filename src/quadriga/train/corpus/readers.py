@@ -1,7 +1,7 @@
-"""Text in: JSONL, also compressed with zstd or gzip, Parquet, plain files. Cut into chunks by nothing but the recipe.
+"""Read text from JSONL (also compressed with zstd or gzip), Parquet and plain files, in chunks set by the recipe.
 
-A chunk is what one task works on and what becomes one shard: whole small files, byte ranges of a large JSONL file, row
-groups of a Parquet file. A compressed file cannot be cut, so it stays whole. Rows are read one at a time.
+A chunk is the work of one task and becomes one shard: whole small files, byte ranges of a large JSONL file, or row
+groups of a Parquet file. Compressed files cannot be cut and stay whole. Rows are read one at a time.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from quadriga.train.corpus.recipe import Recipe, Source, check_domain
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt", ".md")
 MAX_LINE_BYTES = 64 << 20
-"""A row longer than this is refused: a compressed file could otherwise fill the memory."""
+"""Longer rows are refused, because a compressed file could otherwise fill the memory."""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """A stretch of a file: bytes of JSONL, row groups of Parquet, or the whole (stop = -1)."""
+    """A part of a file: a range of bytes (JSONL) or row groups (Parquet), or the whole file (stop = -1)."""
 
     path: str
     start: int = 0
@@ -34,7 +34,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
-    """What one task reads."""
+    """The file parts that one task reads."""
 
     number: int
     source: int
@@ -43,7 +43,7 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """A document as it was found; ``number`` counts the rows of its chunk."""
+    """A document as it was read; ``number`` is its row in the chunk, counted from 0."""
 
     number: int
     text: str
@@ -51,15 +51,15 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def resolve(path: str) -> Path:
-    """A recipe's path on this machine: ``data:`` is the data folder."""
+    """Resolve a recipe's path on this machine; the prefix ``data:`` stands for the data folder."""
     return data_dir() / path.removeprefix("data:") if path.startswith("data:") else Path(path).expanduser()
 
 
 def expand(paths: list[str], suffixes: tuple[str, ...]) -> list[str]:
-    """Files behind paths, folders (recursively) and globs, each as a recipe would write it; sorted within each path.
+    """Expand files, folders (recursively) and globs to files, written as in a recipe; sorted within each path.
 
     Raises:
-        CorpusError: a path leads to no file of a known kind.
+        CorpusError: a path leads to no file with one of the suffixes.
     """
     found: dict[str, None] = {}
     for given in paths:
@@ -81,7 +81,7 @@ def expand(paths: list[str], suffixes: tuple[str, ...]) -> list[str]:
 
 
 def plan_chunks(recipe: Recipe, chunk_bytes: int) -> list[Chunk]:
-    """All chunks, in the order that decides which of several duplicates stays: held-out sources first.
+    """Plan all chunks. Of several duplicates the first in this order is kept, so held-out sources come first.
 
     Raises:
         CorpusError: a source leads to no file.
@@ -131,10 +131,10 @@ def _row_groups(path: str, chunk_bytes: int) -> Iterator[tuple[Part, int]]:
 
 
 def read_chunk(chunk: Chunk, source: Source, dropped: dict[str, int]) -> Iterator[Row]:
-    """The rows of a chunk, in order. Rows that a source lets be dropped are counted in ``dropped``.
+    """Read the rows of a chunk, in order. Bad rows of a source with bad_rows = "drop" are counted in ``dropped``.
 
     Raises:
-        CorpusError: a file cannot be read, or a row is bad and the source says refuse.
+        CorpusError: a file cannot be read, or a row is bad and the source does not allow dropping it.
     """
     number = 0
     for part in chunk.parts:
@@ -174,7 +174,7 @@ def _domain(fields: dict[str, Any], path: str, source: Source) -> str:
 
 
 def _read_part(part: Part, source: Source) -> Iterator[tuple[str, Any]]:
-    """(where, row or the error that it is) for each row."""
+    """Yield (location, row or an error) for each row."""
     try:
         if part.path.endswith(".parquet"):
             yield from _parquet_rows(part, source)
@@ -198,7 +198,7 @@ def _json_lines(part: Part) -> Iterator[tuple[str, Any]]:
     with _open_lines(part.path) as file:
         if part.start:
             file.seek(part.start - 1)
-            file.readline()  # a line belongs to the part in which it begins
+            file.readline()  # a line belongs to the part in which it starts
         while part.stop < 0 or file.tell() < part.stop:
             where = f"byte {file.tell()}"
             line = file.readline(MAX_LINE_BYTES + 1)
@@ -230,7 +230,7 @@ def _open_lines(path: str) -> BinaryIO:
 
 
 class _ZstdLines(io.BufferedReader):
-    """Decompressed lines; damage in the stream is an error of ours."""
+    """Decompressed lines; damage in the stream raises CorpusError."""
 
     def __init__(self, raw: Any, path: str) -> None:
         super().__init__(raw, 1 << 20)
@@ -268,7 +268,7 @@ def _parquet_rows(part: Part, source: Source) -> Iterator[tuple[str, Any]]:
     missing = [name for name in columns if name not in file.schema_arrow.names]
     if missing:
         raise CorpusError(
-            f"{part.path} must have the columns {', '.join(columns)}; it has {', '.join(file.schema_arrow.names)}"
+            f"{part.path} must have the columns {', '.join(columns)}; got {', '.join(file.schema_arrow.names)}"
         )
     row = 0
     groups = list(range(part.start, part.stop))

@@ -1,11 +1,11 @@
-"""What a corpus is made of and how: frozen structs, from TOML or from a finished corpus's manifest.
+"""The corpus recipe: frozen structs, read from TOML or from the manifest of a finished corpus.
 
-    chunk = "8MB"                                   # of input text; a shard each
+    chunk = "8MB"                                   # of input text per shard
     [[sources]]
     paths = ["data:corpus/mix.jsonl"]               # files, folders, globs; data: is the data folder
     domain_field = "domain"
     [domains.code]
-    kind = "code"                                   # which quality rules; prose is the default
+    kind = "code"                                   # selects the quality rules; prose is the default
     [domains.en]
     languages = ["en"]
     [decontaminate]
@@ -13,7 +13,7 @@
     [tokenizer]
     train = 8192                                    # or path = "cl100k_base" | a file | a folder
 
-Every value ends up in the manifest, defaults included: the manifest is a recipe.
+All values, including defaults, are written to the manifest, so a manifest is also a recipe.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ T = TypeVar("T")
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Files of one form."""
+    """Input files with a common row format."""
 
     paths: list[str]
     text: str = "text"
-    """The field of a row that holds the text (JSONL, Parquet). A .txt or .md file is one document."""
+    """The field with the text (JSONL, Parquet). A .txt or .md file is one document."""
     domain: str | None = None
-    """Name of the domain of all rows; None takes ``domain_field``, or the file's name where that is None too."""
+    """Domain of all rows; None: the value of ``domain_field``, or the file's name if that is None too."""
     domain_field: str | None = None
     split: Literal["train", "held_out"] = "train"
     bad_rows: Literal["refuse", "drop"] = "refuse"
@@ -53,29 +53,29 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class ProseRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits of running text; a document outside any of them is dropped and counted under that name.
+    """Limits for running text; a document outside any limit is dropped and counted under the limit's name.
 
-    The measures are those of Rae et al. 2021 (Gopher), A1.1, with one word per character where a script writes none.
+    The measures are those of Rae et al. 2021 (Gopher), A1.1; in scripts without spaces each character is a word.
     """
 
     min_words: int = 50
     mean_word_length: tuple[float, float] = (2.5, 12.0)
     min_letters: float = 0.5
-    """Share of the visible characters that are letters, digits or marks."""
+    """Fraction of the visible characters that are letters, digits or marks."""
     max_symbols: float = 0.1
-    """'#', '…' and '...' for each word."""
+    """Number of '#', '…' and '...' per word."""
     max_bullet_lines: float = 0.9
     max_ellipsis_lines: float = 0.3
     max_repeated_lines: float = 0.3
-    """Share of characters in lines that came before."""
+    """Fraction of characters in repeated lines."""
     max_repeated_phrases: float = 0.3
-    """Share of words inside a run of 10 words that came before."""
+    """Fraction of words in repeated sequences of 10 words."""
     max_replacement: float = 0.001
-    """Share of U+FFFD: text that was decoded wrongly."""
+    """Fraction of U+FFFD characters, a sign of wrongly decoded text."""
 
 
 class CodeRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Limits of source code (the measures of Chen et al. 2021, section 3.1)."""
+    """Limits for source code (measures of Chen et al. 2021, section 3.1)."""
 
     min_words: int = 20
     max_line_length: int = 1000
@@ -86,20 +86,21 @@ class CodeRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Domain(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a document of a domain must be."""
+    """The quality rules of a domain."""
 
     kind: Literal["prose", "code", "any"] = "prose"
     languages: list[str] = []
-    """ISO 639-1 codes to keep; [] keeps all."""
+    """ISO 639-1 codes of the languages to keep; []: keep all."""
     min_language_score: float = 0.4
     prose: ProseRules = ProseRules()
     code: CodeRules = CodeRules()
 
 
 class Duplicates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Exact and near duplicates; of each group the first document stays, held-out documents before all others.
+    """Removal of exact and near duplicates; the first document of each group is kept, held-out ones before others.
 
-    Two documents whose word 5-grams overlap by s (Jaccard) meet with probability 1 - (1 - s^rows)^bands.
+    Two documents whose word 5-grams have Jaccard similarity s become a candidate pair with probability
+    1 - (1 - s^rows)^bands.
     """
 
     exact: bool = True
@@ -108,10 +109,10 @@ class Duplicates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     bands: int = 14
     rows: int = 8
     min_similarity: float = 0.7
-    """Pairs that met are joined if their signatures agree in at least this share."""
+    """A candidate pair counts as duplicates if at least this fraction of the signature values agree."""
     seed: int = 1
     partitions: int = 1
-    """Tasks per band; raise it until a band's keys (8 bytes a document) fit into a worker."""
+    """Tasks per band; increase it until a task's share of the keys (8 bytes per document) fits into memory."""
 
     def __post_init__(self) -> None:
         for name in ("ngram", "bands", "rows", "partitions"):
@@ -120,84 +121,84 @@ class Duplicates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Decontaminate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Take out what benchmarks contain (Brown et al. 2020, appendix C)."""
+    """Removal of benchmark questions (Brown et al. 2020, appendix C)."""
 
     paths: list[str] = []
-    """Benchmark files or folders (.jsonl, .json, .txt): every string in them is held against the text."""
+    """Benchmark files or folders (.jsonl, .json, .txt); the text is searched for every string in them."""
     ngram: int = 13
     margin_chars: int = 200
-    """Cut this much around a match; what is left on both sides goes on as separate documents."""
+    """Characters removed on each side of a match; the remaining pieces become separate documents."""
     max_pieces: int = 10
-    """A document that falls into more pieces is dropped whole."""
+    """A document that would fall into more pieces is dropped."""
     min_chars: int = 200
     """Shorter pieces are dropped."""
 
 
 class TokenizerChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A vocabulary that exists (path) or is trained on the kept documents (train)."""
+    """The tokenizer: an existing one (path), or one trained on the kept documents (train)."""
 
     path: str | None = None
     """A file, a folder, another corpus, or a catalogue name such as cl100k_base."""
     train: int | None = None
-    """Size of a byte-level BPE."""
+    """Vocabulary size of a byte-level BPE to train."""
     train_bytes: int = 100_000_000
-    """Text to train it on; documents are taken evenly over the corpus."""
+    """Bytes of text to train it on; documents are sampled evenly over the corpus."""
     end_token: str | None = None
-    """Ends every document; None takes <|endoftext|>, or the vocabulary's own end of text."""
+    """Token that ends every document; None: <|endoftext|>, or the tokenizer's own end-of-text token."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.train is None):
-            raise ConfigError("tokenizer needs exactly one of path and train")
+            raise ConfigError("tokenizer must have exactly one of path and train")
         if self.train is not None and not 300 <= self.train <= 2**20:
             raise ConfigError(f"tokenizer.train must be from 300 to {2**20} tokens, got {self.train}")
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A corpus, from files to shards."""
+    """Everything that determines a corpus."""
 
     sources: list[Source]
     tokenizer: TokenizerChoice
     domains: dict[str, Domain] = {}
-    """Rules by domain; a domain that is not here gets ``defaults``."""
+    """Rules by domain; other domains use ``defaults``."""
     defaults: Domain = Domain()
     duplicates: Duplicates = Duplicates()
     decontaminate: Decontaminate = Decontaminate()
     held_out: float = 0.0
-    """Share of documents, by hash, that goes to the held-out split (besides sources whose split that is)."""
+    """Fraction of documents, chosen by hash, that goes to the held-out split (besides sources with that split)."""
     chunk: str = "8MB"
-    """Input text of a chunk. Takes part in the result: chunks are shards."""
+    """Input text per chunk. It affects the result, because each chunk becomes a shard."""
     max_chars: int = 5_000_000
-    """Longer documents are dropped and counted: no known tokenizer or filter is made for them."""
+    """Longer documents are dropped and counted."""
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ConfigError("a recipe needs at least one [[sources]]")
+            raise ConfigError("a recipe must have at least one [[sources]]")
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out must be from 0 to below 1, got {self.held_out}")
         for name in self.domains:
             check_domain(name)
 
     def rules(self, domain: str) -> Domain:
-        """The rules of a domain."""
+        """The rules of a domain, or ``defaults``."""
         return self.domains.get(domain, self.defaults)
 
 
 def check_domain(name: str) -> str:
-    """``name`` if it can be a domain: it becomes a folder.
+    """Check a domain's name, which becomes a folder name, and return it.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: not a valid name.
     """
     if not name or len(name) > 64 or not all(c.isascii() and (c.isalnum() or c in "-_") for c in name):
-        raise ConfigError(f"a domain is 1 to 64 letters, digits, '-' and '_'; got {name[:80]!r}")
+        raise ConfigError(f"a domain must have 1 to 64 letters, digits, '-' and '_'; got {name[:80]!r}")
     return name
 
 
 def load_recipe(path: Path) -> Recipe:
-    """A recipe from TOML, or the one inside a corpus's manifest.json.
+    """Load a recipe from TOML, or from a corpus's manifest.json.
 
     Raises:
-        ConfigError: it cannot be read or is no recipe.
+        ConfigError: the file cannot be read or is not a recipe.
     """
     try:
         raw = path.read_bytes()
@@ -211,7 +212,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def from_table(table: Any, kind: type[T], where: str) -> T:
-    """Plain values as a struct; an unknown key names its nearest neighbour.
+    """Convert plain values to a struct of type ``kind``; ``where`` is used in error messages.
 
     Raises:
         ConfigError: a key is unknown, missing, or has the wrong type.

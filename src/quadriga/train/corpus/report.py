@@ -1,4 +1,4 @@
-"""What a corpus is, and what a mix would read of it, as JSON-ready values. No tensors."""
+"""Describe corpora, and what a mix would read of them, as plain values that JSON can hold."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from quadriga.train.data_config import DataConfig, StageConfig
 from quadriga.train.order import Curriculum, DomainShape, StageShape
 
 _MANY_EPOCHS = 4
-"""Up to about four passes, repeated text was worth almost as much as new text (Muennighoff et al. 2023)."""
+"""Up to about four epochs, repeated text was worth almost as much as new text (Muennighoff et al. 2023)."""
 
 
 _NOTHING = {"documents": 0, "tokens": 0, "text_bytes": 0, "shards": 0}
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
-    """Content by split and domain, what each step dropped, the vocabulary, the fingerprint."""
+    """Describe a corpus: content by split and domain, what each step dropped, the tokenizer, the fingerprint."""
     content: dict[tuple[str, str], dict[str, Any]] = {}
     for shard in manifest.shards:
         empty = {
@@ -50,7 +50,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
 
 
 def show_document(corpus: Corpus, split: str, domain: str | None, number: int) -> str:
-    """A document as text, under a line that says where it came from.
+    """A document as text, after a line with its origin.
 
     Raises:
         ConfigError: no such split or domain, or the domain has fewer documents.
@@ -72,11 +72,13 @@ def show_document(corpus: Corpus, split: str, domain: str | None, number: int) -
             head = f"# {entry.name}, document {left}: row {origin['row']} of chunk {entry.chunk}, {len(ids)} tokens"
             return f"{head}\n{text}"
         left -= entry.n_documents
-    raise ConfigError(f"{split} / {domain} has {number - left} documents; there is no number {number}")
+    raise ConfigError(
+        f"the document must be below {number - left}, the number of documents of {split} / {domain}; got {number}"
+    )
 
 
 def mix_of_run(path: Path) -> dict[str, Any]:
-    """The ``[data]`` of a run's TOML file, worked out.
+    """What the ``[data]`` section of a run's TOML file reads: tokens and epochs by domain and stage.
 
     Raises:
         ConfigError: the file has no such section, or the curriculum does not fit the corpora.
@@ -92,7 +94,7 @@ def mix_of_run(path: Path) -> dict[str, Any]:
 
 
 def mix_of_corpora(paths: list[Path], tokens: int, temperature: float) -> dict[str, Any]:
-    """A mix over whole corpora with weights n^temperature, and the TOML for it."""
+    """A mix over whole corpora with weights n_tokens^temperature, and the TOML for it."""
     if not 0 <= temperature <= 2:
         raise ConfigError(f"temperature must be from 0 to 2, got {temperature}")
     corpora = [Corpus(path) for path in paths]
@@ -110,7 +112,7 @@ def mix_of_corpora(paths: list[Path], tokens: int, temperature: float) -> dict[s
 def _streams(corpora: list[Corpus]) -> list[Stream]:
     domains = sorted({s.domain for corpus in corpora for s in corpus.manifest.shards if s.split == "train"})
     if not domains:
-        raise CorpusError("the corpora hold no documents to train on")
+        raise CorpusError("the corpora have no documents to train on")
     return [Stream(corpora, domain, "train") for domain in domains]
 
 
@@ -137,7 +139,7 @@ def _mix(config: DataConfig, corpora: list[Corpus]) -> dict[str, Any]:
         stream.domain: {"tokens": stream.n_tokens, "epochs": curriculum.epochs(d)} for d, stream in enumerate(streams)
     }
     notes = [
-        f"{name} is read {entry['epochs']:.1f} times: beyond {_MANY_EPOCHS} passes, repeated text is worth clearly less"
+        f"{name} is read {entry['epochs']:.1f} times: beyond {_MANY_EPOCHS} epochs, repeated text is worth clearly less"
         for name, entry in domains.items()
         if entry["epochs"] > _MANY_EPOCHS
     ]

@@ -1,16 +1,15 @@
-"""The steps of preparation as tasks: functions of files and a recipe that write files, whoever runs them.
+"""The tasks of corpus preparation: functions that read files and write files, independent of the executor.
 
     hash_input     an input file               -> its sha256
-    references     benchmark files             -> references.npy            n-grams to be cut out
+    references      benchmark files          -> references.npy      n-grams to search for
     clean_chunk    a chunk of the input        -> texts, hashes, keys and signatures of what passes the filters
-    find_pairs     one band (or exact hashes)  -> pairs of documents that are the same
-    mark           all pairs                   -> marks.npy                 which documents go
+    find_pairs      one band (or exact hashes)  -> pairs of duplicate documents
+    mark           all pairs                   -> marks.npy           which documents are dropped
     vocabulary     texts that stay             -> tokenizer.json
     tokenise_chunk texts that stay             -> shards
 
-Every task writes its files whole and under their final names only when they are complete, and writes the same bytes
-whenever it is run again. So any executor that runs a function somewhere within reach of the folder will do, in any
-order within a step, and a task that was killed is simply run again.
+Every task writes its files atomically, and writes the same bytes when it is run again. So any executor that can reach
+the folder can run the tasks of a step in any order, and a killed task is simply run again.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ from quadriga.train.corpus.recipe import Recipe
 from quadriga.train.corpus.words import U64, mix, words
 
 KEEP, EXACT, NEAR = 0, 1, 2
-"""Marks of a document."""
+"""Marks of a document: kept, exact duplicate, near duplicate."""
 STEPS = ("read", "clean", "language", "quality", "decontaminate", "duplicates")
 
 Counts = dict[str, Any]
 
 
 class Document(msgspec.Struct, frozen=True, array_like=True):
-    """A text on its way: which row of its chunk it came from, and its domain."""
+    """A text that passed the filters, with its row in the chunk and its domain."""
 
     row: int
     domain: str
@@ -55,7 +54,7 @@ class Document(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Tally:
-    """What each step took in and dropped, by domain: counted here, added up over chunks, kept in the manifest."""
+    """Counts what each step takes in and drops, by domain; summed over chunks and stored in the manifest."""
 
     def __init__(self) -> None:
         self.counts: Counts = {step: {} for step in STEPS}
@@ -67,7 +66,7 @@ class Tally:
         entry["bytes"] += n_bytes
 
     def dropped(self, step: str, domain: str, why: str) -> None:
-        """Count a document that a step took out, or changed."""
+        """Count a document that a step dropped or changed."""
         entry = self._entry(step, domain)
         entry["dropped"][why] = entry["dropped"].get(why, 0) + 1
 
@@ -77,7 +76,7 @@ class Tally:
 
 
 def add_counts(total: Counts, part: Counts) -> Counts:
-    """Two nested tables of numbers, added."""
+    """Add two nested tables of numbers."""
     for key, value in part.items():
         if isinstance(value, dict):
             add_counts(total.setdefault(key, {}), value)
@@ -96,7 +95,7 @@ def hash_input(path: str) -> dict[str, Any]:
 
 
 def references(work: str, files: list[str], ngram: int) -> dict[str, Any]:
-    """Collect what is to be cut out of the text."""
+    """Collect the n-grams of the benchmark files in references.npy."""
     grams = reference_ngrams(files, ngram)
     write_array(Path(work) / "references.npy", grams)
     return {"ngrams": len(grams)}
@@ -133,7 +132,7 @@ def clean_chunk(work: str, recipe: Recipe, chunk: Chunk) -> dict[str, Any]:
 
 
 def _write_keys(base: Path, keys: U64, partitions: int) -> None:
-    """Keys of a chunk, whole texts' first and then the bands', each sorted by partition: a task reads its own part."""
+    """Write a chunk's keys (of whole texts, then of bands), sorted by partition so that a task reads only its own."""
     partition = keys % np.uint64(partitions)
     order = np.argsort(partition, axis=1, kind="stable")
     edges = np.arange(partitions + 1)
@@ -144,7 +143,7 @@ def _write_keys(base: Path, keys: U64, partitions: int) -> None:
 
 
 def _pass_filters(row: Row, recipe: Recipe, known: References, tally: Tally) -> list[str]:
-    """The texts that come out of a row: none, itself, or its clean pieces."""
+    """Apply all filters to a row: returns no text, the text, or its pieces after decontamination."""
     domain, rules = row.domain, recipe.rules(row.domain)
     if len(row.text) > recipe.max_chars:
         tally.dropped("read", domain, "max_chars")
@@ -180,7 +179,7 @@ def _pass_filters(row: Row, recipe: Recipe, known: References, tally: Tally) -> 
 
 
 def find_pairs(work: str, recipe: Recipe, sizes: list[int], band: int, partition: int) -> dict[str, Any]:
-    """Pairs of documents with an equal key in a band and similar signatures; band -1 compares whole texts by hash."""
+    """Find pairs of documents with an equal key in a band and similar signatures; band -1 compares texts by hash."""
     folder, offsets = Path(work), _offsets(sizes)
     found_keys, found_documents = [], []
     for chunk in range(len(sizes)):
@@ -202,7 +201,7 @@ def find_pairs(work: str, recipe: Recipe, sizes: list[int], band: int, partition
 
 
 def mark(work: str, recipe: Recipe, sizes: list[int]) -> dict[str, Any]:
-    """Decide which document of each group of duplicates stays: the first."""
+    """Mark all documents; of each group of duplicates the first is kept."""
     folder, n = Path(work), sum(sizes)
     none = np.empty((0, 2), dtype=np.int64)
     load = [np.load(file) for file in sorted(folder.glob("pairs.-1.*.npy"))]
@@ -216,8 +215,8 @@ def mark(work: str, recipe: Recipe, sizes: list[int]) -> dict[str, Any]:
 
 
 def train_vocabulary(work: str, recipe: Recipe, sizes: list[int], n_bytes: int, folder: str) -> dict[str, Any]:
-    """Train a vocabulary on an even sample of the documents that stay and are trained on."""
-    assert recipe.tokenizer.train is not None, "the recipe trains a vocabulary"
+    """Train a tokenizer on an even sample of the kept documents of the training split."""
+    assert recipe.tokenizer.train is not None, "the recipe trains a tokenizer"
     share = min(1.0, recipe.tokenizer.train_bytes / max(1, n_bytes))
     used = {"documents": 0, "bytes": 0}
 
@@ -234,7 +233,7 @@ def train_vocabulary(work: str, recipe: Recipe, sizes: list[int], n_bytes: int, 
 
 
 def tokenise_chunk(work: str, root: str, recipe: Recipe, chunk: Chunk, sizes: list[int]) -> dict[str, Any]:
-    """Turn what stays of a chunk into shards, one for each split and domain."""
+    """Encode the kept documents of a chunk into shards, one per split and domain."""
     tokenizer = _tokenizer(root)
     end = vocabulary.end_id(tokenizer, recipe.tokenizer.end_token)
     tally = Tally()
@@ -286,7 +285,7 @@ class _OpenShard(msgspec.Struct):
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
-    """The smallest type that holds the vocabulary, little-endian."""
+    """The smallest little-endian dtype that can hold the tokenizer's ids."""
     return "<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4"
 
 
@@ -294,7 +293,7 @@ def token_dtype(tokenizer: Tokenizer) -> str:
 
 
 def write_file(path: Path, raw: bytes) -> None:
-    """Write a file so that it is either not there or complete, also after a power cut."""
+    """Write a file atomically: it is complete or absent, also after a power cut."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with part.open("wb") as file:
         file.write(raw)
@@ -325,13 +324,13 @@ def _write_documents(path: Path, documents: list[Document]) -> None:
 
 
 def read_documents(work: str | Path, chunk: int) -> list[Document]:
-    """The documents of a chunk that passed the filters."""
+    """Read the documents of a chunk that passed the filters."""
     raw = (Path(work) / f"{chunk:05}.documents.zst").read_bytes()
     return msgspec.msgpack.decode(_zstd().ZstdDecompressor().decompress(raw), type=list[Document])
 
 
 def _marked(work: str, chunk: int, sizes: list[int]) -> Iterator[tuple[Document, int, int, int]]:
-    """(document, its number in the corpus, its mark, 64 bits of its hash) of a chunk."""
+    """Yield (document, its number in the corpus, its mark, 64 bits of its hash) for a chunk."""
     offset = sum(sizes[:chunk])
     marks = np.load(Path(work) / "marks.npy", mmap_mode="r")
     hashes = np.load(Path(work) / f"{chunk:05}.hashes.npy")
@@ -349,7 +348,7 @@ def _offsets(sizes: list[int]) -> npt.NDArray[np.int64]:
 
 
 def _gather(folder: Path, what: str, offsets: npt.NDArray[np.int64], documents: npt.NDArray[np.int64]) -> Any:
-    """Rows of the chunks' arrays ``what`` for documents numbered over the whole corpus."""
+    """Gather rows of the chunks' arrays ``what`` by the documents' numbers in the corpus."""
     chunk_of = np.searchsorted(offsets, documents, side="right") - 1
     rows: Any = None
     for chunk in np.unique(chunk_of):
@@ -362,7 +361,7 @@ def _gather(folder: Path, what: str, offsets: npt.NDArray[np.int64], documents: 
 
 
 def _fraction(number: int, salt: int) -> float:
-    """A number in [0, 1) that a document's hash decides."""
+    """A number in [0, 1) determined by a document's hash."""
     return float(mix(np.array([number ^ salt], dtype=np.uint64))[0]) / 2**64
 
 

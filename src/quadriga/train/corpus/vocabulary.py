@@ -1,8 +1,8 @@
-"""Vocabularies for a corpus: one that exists, or a byte-level BPE trained on it.
+"""The tokenizer of a corpus: an existing one, or a byte-level BPE trained on the corpus.
 
-Trained with the tokenizers library; the split pattern is GPT-4's, so numbers go in threes and a space belongs to the
-word after it. All 256 bytes are in, so any text can be written. The special tokens are DBRX's, and the folder has
-ChatML for a template: what is trained on the corpus can be tuned to chat without growing the vocabulary.
+It is trained with the tokenizers library and GPT-4's split pattern: digits are grouped in threes, and a space belongs
+to the following word. All 256 bytes are in the vocabulary, so any text can be encoded. The special tokens are DBRX's
+and the chat template is ChatML, so a model trained on the corpus can be tuned to chat without growing the vocabulary.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SPECIALS = (END, "<|pad|>", "<|im_start|>", "<|im_end|>")
 
 
 def train_bpe(texts: Iterable[str], size: int, folder: Path) -> None:
-    """Train a byte-level BPE of exactly ``size`` tokens and write tokenizer.json and its configuration into ``folder``.
+    """Train a byte-level BPE of exactly ``size`` tokens; write tokenizer.json and its configuration into ``folder``.
 
     Raises:
-        CorpusError: the texts are too few for so many tokens.
+        CorpusError: there is too little text for so many tokens.
     """
     import tokenizers
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -49,8 +49,8 @@ def train_bpe(texts: Iterable[str], size: int, folder: Path) -> None:
     bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() != size:
         raise CorpusError(
-            f"the text has words for {bpe.get_vocab_size()} tokens only, {size} were asked for. Give more text, or "
-            "take a smaller vocabulary."
+            f"tokenizer.train must be at most {bpe.get_vocab_size()} for so little text, got {size}. Give more text, "
+            "or take a smaller vocabulary."
         )
     folder.mkdir(parents=True, exist_ok=True)
     bpe.save(str(folder / "tokenizer.json"))
@@ -66,17 +66,17 @@ def train_bpe(texts: Iterable[str], size: int, folder: Path) -> None:
 
 
 def copy_vocabulary(path: Path, folder: Path) -> None:
-    """Copy the files of the vocabulary at ``path`` (a file or a folder) into ``folder``.
+    """Copy the files of the tokenizer at ``path`` (a file or a folder) into ``folder``.
 
     Raises:
-        TokenizerError: there is none at ``path``.
+        TokenizerError: there is no tokenizer at ``path``.
     """
     if path.is_dir():
         files = [path / name for name in vocabulary_files(path)]
     else:
         files = [path] if path.is_file() else []
     if not any(file.suffix in (".json", ".tiktoken", ".model") for file in files):
-        raise TokenizerError(f"{path} must be, or hold, tokenizer.json, *.tiktoken or tokenizer.model; it does not")
+        raise TokenizerError(f"{path} must be or contain tokenizer.json, *.tiktoken or tokenizer.model")
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         name = file.name if path.is_dir() or file.suffix == ".tiktoken" else f"tokenizer{file.suffix}"
@@ -84,13 +84,13 @@ def copy_vocabulary(path: Path, folder: Path) -> None:
 
 
 def vocabulary_files(folder: Path) -> list[str]:
-    """Names of the vocabulary's files in a corpus."""
+    """Names of the tokenizer's files in a corpus."""
     known = [name for name in text_tokenizer.FILES if (folder / name).is_file()]
     return known + sorted(file.name for file in folder.glob("*.tiktoken"))
 
 
 def load(folder: Path) -> Tokenizer:
-    """The vocabulary in a corpus's folder.
+    """Load the tokenizer of a corpus from its folder.
 
     Raises:
         TokenizerError: there is none, or it is malformed.
@@ -102,10 +102,10 @@ def load(folder: Path) -> Tokenizer:
 
 
 def end_id(tokenizer: Tokenizer, end_token: str | None) -> int:
-    """The id that ends every document.
+    """The id of the token that ends every document.
 
     Raises:
-        ConfigError: the vocabulary has no such token.
+        ConfigError: the tokenizer has no such special token.
     """
     name = end_token or END
     if name in tokenizer.special_ids:
@@ -113,6 +113,6 @@ def end_id(tokenizer: Tokenizer, end_token: str | None) -> int:
     if end_token is None and tokenizer.eos_ids:
         return tokenizer.eos_ids[0]
     raise ConfigError(
-        f"documents must be ended by a special token; the vocabulary has no {name!r}, but "
+        f"documents must end with a special token; the vocabulary has no {name!r}, but "
         f"{', '.join(sorted(tokenizer.special_ids)[:8]) or 'none at all'}. Choose with tokenizer.end_token."
     )

@@ -1,11 +1,11 @@
-"""A text as 64-bit hashes of its words, whole texts at a time in numpy: what every filter here looks at.
+"""A text as 64-bit hashes of its words, computed in NumPy for a whole text at a time; the basis of all filters.
 
-    words      runs of letters, digits and marks, lower case; one character each where a script writes no spaces
+    words      sequences of letters, digits and marks, in lower case; single characters in scripts without spaces
     hash       of a word: sum of h(c_i) P^i over its characters, modulo 2^64, then mixed
     n-gram     sum of hash(w_i) C_i, then mixed
 
-The sums are prefix sums, so there is no Python loop over words. Modulo 2^64 with P odd everything is exact and
-invertible. The same text gives the same hashes on every machine: they may be stored and compared between runs.
+The sums are computed as prefix sums, without a Python loop over words; modulo 2^64 with odd P they are exact and
+invertible. Hashes are the same on every machine, so they can be stored and compared between runs.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 U64 = npt.NDArray[np.uint64]
 
-_KNOWN = 0x33480  # letters lie below; above are tags, variation selectors and private use
+_KNOWN = 0x33480  # letters are below; above are tags, variation selectors and private-use characters
 _P = 0x9E3779B97F4A7C15
 _WORD, _SINGLE = 1, 2
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI ")
-"""Beginnings of the names of characters that are words of their own."""
+"""Prefixes of the Unicode names of characters that count as words by themselves."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Words:
     ends: npt.NDArray[np.int64]
     hashes: U64
     n_letters: int
-    """Characters inside words."""
+    """Number of characters in words."""
 
     def __len__(self) -> int:
         return len(self.hashes)
 
     def ngrams(self, n: int) -> U64:
-        """Hash of each run of ``n`` words; empty if the text has fewer."""
+        """Hash of each sequence of ``n`` words; empty if the text has fewer."""
         count = len(self.hashes) - n + 1
         if count <= 0:
             return np.empty(0, dtype=np.uint64)
@@ -51,7 +51,7 @@ class Words:
 
 
 def words(text: str) -> Words:
-    """The words of ``text``; lone surrogates are separators."""
+    """Split ``text`` into words; lone surrogates are separators."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     kinds, folded = _tables()
     known = np.minimum(points, _KNOWN - 1)
@@ -74,7 +74,7 @@ def words(text: str) -> Words:
 
 
 def mix(values: U64) -> U64:
-    """The finaliser of SplitMix64: a bijection in which every bit depends on every bit."""
+    """SplitMix64's finaliser: a bijection in which every output bit depends on every input bit."""
     values = values ^ (values >> np.uint64(30))
     values = values * np.uint64(0xBF58476D1CE4E5B9)
     values = values ^ (values >> np.uint64(27))
@@ -103,7 +103,7 @@ _CACHE: dict[int, tuple[U64, U64]] = {}
 
 
 def _powers(n: int) -> tuple[U64, U64]:
-    """P^i and P^-i modulo 2^64 for i below n, a power of two; kept for the next text."""
+    """P^i and P^-i modulo 2^64 for i < n, a power of two; cached for the next text."""
     if n not in _CACHE:
         _CACHE.clear()
         bases = np.array([_P, pow(_P, -1, 1 << 64)], dtype=np.uint64)
