@@ -115,7 +115,7 @@ def _calibrate(
     from quadriga.io.directory import packed_shapes
     from quadriga.io.open import open_checkpoint
     from quadriga.io.packed import is_router
-    from quadriga.quant.recipe import choose
+    from quadriga.quant.format_choice import choose
 
     checkpoint = open_checkpoint(model, pickles=pickles)
     try:

@@ -1,13 +1,12 @@
-"""What a text does inside a model, one layer in memory at a time: which inputs each matrix sees, and how much each can
-bear.
+"""Run a text through a model, one layer in memory at a time, and measure each matrix's inputs and quantisation errors.
 
-    tokens ─embed─► h ─layer 0─► h ─layer 1─► ...      only h and one layer are held, so any model that can be
-                        │            │                 converted can be calibrated
+    tokens ─embed─► h ─layer 0─► h ─layer 1─► ...      only h and one layer are in memory, so any model
+              │             │                         that can be converted can be calibrated
                         ▼            ▼
                  mean square of every input column, tokens per expert, error of every format
 
-The mean squares weigh the search for scales (an error in a column matters as much as what it is multiplied with); the
-errors choose formats under a budget (``quant.recipe``).
+The mean squares weight the search for scales (an error in a column matters as much as the input it is multiplied
+with); the errors are used to choose formats under a budget (``quant.format_choice``).
 """
 
 from __future__ import annotations
@@ -34,29 +33,29 @@ from quadriga.nn.linear import whole
 from quadriga.nn.rope import Rotations
 from quadriga.nn.transformer import Block
 from quadriga.quant.dtypes import Array
-from quadriga.quant.recipe import Candidate, protected_share
+from quadriga.quant.format_choice import Candidate, protected_share
 
 FORMATS = ("q4", "q4m", "q8", "bfloat16")
-"""What a budget chooses from."""
+"""The packed formats that a budget chooses from."""
 
 _ROWS = 256
-"""Rows of a matrix on which a format's error is measured: it varies by a few per cent between such samples."""
+"""Rows of a matrix sampled to measure a format's error, which varies by a few per cent between samples."""
 
 
 @dataclass
 class Calibration:
-    """What was measured."""
+    """The measurements on a calibration text."""
 
     n_tokens: int
     importance: dict[str, Array] = field(default_factory=dict)
-    """Matrix (experts by number) -> (cols,) mean square of its input columns."""
+    """Matrix name (experts by number) -> (cols,) mean square of its input columns."""
     expert_tokens: dict[str, list[int]] = field(default_factory=dict)
-    """Parameter prefix "layers.0.moe" -> tokens that visited each expert."""
+    """Parameter prefix such as "layers.0.moe" -> number of tokens that visited each expert."""
     expert_output: dict[str, list[float]] = field(default_factory=dict)
-    """Parameter prefix -> per expert, the sum over its tokens of routing weight times length of its output: how much it
-    adds to the stream."""
+    """Parameter prefix -> per expert, routing weight * L2 norm of its output, summed over its tokens: its contribution
+    to the residual stream."""
     candidates: dict[str, list[Candidate]] = field(default_factory=dict)
-    """Matrix -> what each format costs and loses; empty where errors were not asked for."""
+    """Matrix name -> size and error in each format; empty if errors were not measured."""
 
 
 @torch.inference_mode()
@@ -66,7 +65,7 @@ def calibrate(
     """Run a text through a checkpoint layer by layer.
 
     Args:
-        token_ids: up to the model's context; a few thousand of text like that to come.
+        token_ids: a few thousand tokens of typical text, at most the model's context.
         errors: also measure every format's error on every matrix.
         progress: called after each layer.
 
@@ -75,7 +74,7 @@ def calibrate(
     """
     config = checkpoint.config
     if not token_ids or max(token_ids) >= config.vocab_size or min(token_ids) < 0:
-        raise RequestError(f"calibration needs token ids from 0 to {config.vocab_size - 1}")
+        raise RequestError(f"calibration needs at least one token, with ids from 0 to {config.vocab_size - 1}")
     length = min(1024, config.max_seq_len)
     parts = [token_ids[i : i + length] for i in range(0, len(token_ids), length)]
     tokens = torch.tensor([t for part in parts for t in part])
@@ -108,16 +107,16 @@ def calibrate(
 
 
 def embed(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
-    """What enters the first layer, reading only the rows of the table that are needed: (N,) -> (N, D) float32."""
+    """Embed tokens, (N,) -> (N, D) float32, reading only the rows of the table that are needed."""
     view, config = checkpoint.parameters, checkpoint.config
-    # In order, so that every stored part is read once; copied, so that none is kept.
+    # In order, so that every stored part is read once; copied, so that none stays in memory.
     distinct = sorted(set(tokens.tolist()))
     rows = [tensor(view.read("embed.weight", ((t, t + 1), (0, config.d_model)))).float().clone() for t in distinct]
     return torch.cat(rows)[torch.searchsorted(torch.tensor(distinct), tokens)] * config.embedding_scale
 
 
 def load_block(checkpoint: Checkpoint, config: ModelConfig, index: int) -> Block:
-    """One layer with its weights in float32."""
+    """Load one layer, with float32 weights."""
     with torch.device("meta"):
         block = Block(config.d_model, config.layers[index], index)
     prefix = f"layers.{index}."
@@ -160,7 +159,7 @@ def _ffn(found: Calibration, checkpoint: Checkpoint, block: Block, prefix: str, 
         share = protected_share(count, len(x) * spec.top_k, spec.n_experts) * spec.n_experts
         for name, inputs in (("w_gate", rows), ("w_up", rows), ("w_down", hidden)):
             weight = stacks[name][expert]
-            # Few tokens say little: they are mixed with what the whole layer sees.
+            # Few tokens are not representative, so they are mixed with the whole layer's.
             prior = x if name != "w_down" else (hidden if count else even)
             _matrix(found, checkpoint, f"{prefix}moe.{name}/{expert}", inputs, weight, share, errors, prior)
     return out
@@ -179,14 +178,14 @@ def _matrix(
     errors: bool,
     prior: Tensor | None = None,
 ) -> None:
-    """Record one matrix: mean squares of its inputs and, where asked for, the error of every format."""
+    """Record a matrix's mean squares of inputs and, with ``errors``, the error of every format."""
     square = inputs.float().square().sum(0)
     count = float(len(inputs))
     if prior is not None:
         square = square + _PRIOR_TOKENS * prior.float().square().mean(0)
         count += _PRIOR_TOKENS
     moment = square / count
-    moment = moment + moment.mean() * 1e-3 + 1e-30  # a column never seen still counts a little
+    moment = moment + moment.mean() * 1e-3 + 1e-30  # columns without input still get a small weight
     found.importance[name] = array(moment)
     if not errors or is_router(name):
         return

@@ -119,7 +119,7 @@ def convert(
         gguf_format: for "gguf": float32, float16, bfloat16, q8_0 or q4_0.
         format: for "quadriga": pack the matrices for the CPU's kernels: keep, bfloat16, q8, q4, q4m or float32 for all
             (routers stay float32, embeddings and head at least q8), or a recipe: matrix -> format
-            (``quant.recipe``).
+            (``quant.format_choice``).
         embeddings: with ``format``, another one for the embedding table and the head.
         importance: matrix -> (cols,), how much each column's error counts in the search for scales.
         max_shard_bytes: largest safetensors file, unless one tensor alone is larger.

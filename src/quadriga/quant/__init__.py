@@ -1,1 +1,1 @@
-"""Block formats of weights: what each looks like in memory, and the plain code that packs and unpacks it."""
+"""Quantised weight formats: their layouts, reference code to quantise and dequantise, and the choice under a budget."""

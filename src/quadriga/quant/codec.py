@@ -1,9 +1,9 @@
-"""Packing and unpacking of block formats, written to be read: the specification the kernels are tested against.
+"""Quantise and dequantise block formats: the readable reference that the kernels are tested against.
 
-Everything works on a NumPy array of whole blocks, (n_blocks, bytes a block) uint8 <-> (n_blocks, elements a block)
-float32. Scales are float16 on disk and multiply in float32, in the order ggml multiplies them, so that unpacking is
-bit-exact to ggml's. Scales may be Inf or NaN in a broken file; they come out as the arithmetic has it (Inf * 0 = NaN),
-never as a finite number. Packing refuses what a block cannot hold. Plain floats are not blocks: torch casts them.
+Everything works on NumPy arrays of whole blocks, (n_blocks, bytes per block) uint8 <-> (n_blocks, elements per block)
+float32. Scales are float16 on disk and multiply in float32, in the same order as in ggml, so that dequantising is
+bit-exact to ggml. Inf or NaN scales of a broken file give Inf or NaN (Inf * 0 = NaN), never a finite number. Quantising
+refuses values that a block cannot represent. Plain float formats are not blocks; they are cast.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Floats = NDArray[np.float32]
 
 
 def dequantize(raw: Bytes, name: str) -> Floats:
-    """Unpack whole blocks.
+    """Dequantise whole blocks.
 
     Args:
-        raw: uint8, flat or any shape; a whole number of blocks.
+        raw: uint8 of any shape; a whole number of blocks.
         name: a block format of ``quant.formats``.
 
     Returns:
-        float32 (n_blocks * elements a block,).
+        float32 (n_blocks * elements per block,).
     """
     spec = FORMATS[name]
     blocks = raw.reshape(-1, spec.nbytes)
@@ -37,10 +37,10 @@ def dequantize(raw: Bytes, name: str) -> Floats:
 
 
 def quantize(values: Floats, name: str) -> Bytes:
-    """Pack float32 values, row-major, whole blocks, rounding as ggml's reference quantiser does.
+    """Quantise float32 values, row-major in whole blocks, with the rounding of ggml's reference quantiser.
 
     Returns:
-        uint8 (n_blocks * bytes a block,).
+        uint8 (n_blocks * bytes per block,).
 
     Raises:
         CheckpointError: a value is NaN or infinite, or so large that its block's scale or minimum is beyond float16.
@@ -59,12 +59,12 @@ def _half(blocks: Bytes, at: int) -> Floats:
 
 
 def _nibbles(packed: Bytes) -> NDArray[np.uint8]:
-    """(n, b) -> (n, 2b): all low nibbles, then all high ones."""
+    """Unpack nibbles, (n, b) -> (n, 2b): all low ones, then all high ones."""
     return np.concatenate((packed & np.uint8(15), packed >> np.uint8(4)), axis=1)
 
 
 def _fifth_bits(blocks: Bytes, at: int) -> NDArray[np.uint8]:
-    """32 single bits, little-endian, as 0 or 16."""
+    """The fifth bits of 32 numbers (little-endian), as 0 or 16."""
     return np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little") << np.uint8(4)
 
 
@@ -96,7 +96,7 @@ def _unpack_q5_1(blocks: Bytes) -> Floats:
 
 
 def _crumbs(packed: Bytes) -> NDArray[np.uint8]:
-    """(n, 64) bytes of four 2-bit numbers -> (n, 256): each 32 bytes give four runs of 32, lowest bits first."""
+    """Unpack 2-bit numbers, (n, 64) -> (n, 256): each 32 bytes give four runs of 32, lowest bits first."""
     halves = packed.reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], dtype=np.uint8).reshape(1, 1, 4, 1)
     return (halves & np.uint8(3)).reshape(-1, 256)
 
@@ -116,7 +116,7 @@ def _unpack_q3_k(blocks: Bytes) -> Floats:
     high = np.unpackbits(blocks[:, :32, None], axis=2, bitorder="little")  # bit j of byte i: element 32 j + i
     third = high.transpose(0, 2, 1).reshape(-1, 256)
     low = _crumbs(blocks[:, 32:96]).astype(np.int8)
-    q = low - np.where(third == 1, 0, 4).astype(np.int8)  # a clear high bit means minus four
+    q = low - np.where(third == 1, 0, 4).astype(np.int8)  # if the high bit is 0, subtract 4
     packed = blocks[:, 96:108]
     low_scale = np.concatenate((packed[:, :8] & 15, packed[:, :8] >> 4), axis=1)  # (n, 16)
     top_two = (packed[:, None, 8:] >> np.array([0, 2, 4, 6], dtype=np.uint8).reshape(1, 4, 1)) & 3
@@ -125,7 +125,7 @@ def _unpack_q3_k(blocks: Bytes) -> Floats:
 
 
 def _scales_and_minima(packed: Bytes) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """12 bytes -> eight 6-bit scales and eight 6-bit minima (n, 8) each."""
+    """Unpack 12 bytes to eight 6-bit scales and eight 6-bit minima, (n, 8) each."""
     a, b, c = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate((a & 63, c & 15 | (a >> 6) << 4), axis=1)
     minima = np.concatenate((b & 63, c >> 4 | (b >> 6) << 4), axis=1)
@@ -140,7 +140,7 @@ def _affine_k(blocks: Bytes, q: NDArray[np.uint8]) -> Floats:
 
 
 def _nibble_runs(packed: Bytes) -> NDArray[np.uint8]:
-    """(n, 128) -> (n, 256): each 32 bytes give a run of 32 low nibbles, then one of 32 high nibbles."""
+    """Unpack nibbles, (n, 128) -> (n, 256): each 32 bytes give 32 low nibbles, then 32 high nibbles."""
     runs = packed.reshape(-1, 4, 1, 32) >> np.array([0, 4], dtype=np.uint8).reshape(1, 1, 2, 1)
     return (runs & np.uint8(15)).reshape(-1, 256)
 
@@ -180,7 +180,7 @@ _UNPACK: dict[str, Callable[[Bytes], Floats]] = {
 
 
 def _inverse(scale: Floats) -> Floats:
-    """1 / scale; 0 where scale is 0, or so small that the inverse overflows: such a block is stored as zeros."""
+    """1 / scale, or 0 where scale is 0 or its inverse overflows; such a block is stored as zeros."""
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(1) / scale
     return np.where(np.isinf(inverse), np.float32(0), inverse)
@@ -198,7 +198,7 @@ def _as_half(scale: Floats) -> Bytes:
 
 
 def _round_half_away(values: Floats) -> Floats:
-    """C's roundf. Adding one half and cutting off would send 0.49999997 to 1; NumPy's rint sends halves to even."""
+    """Round like C's roundf. Truncating x + 0.5 would round 0.49999997 to 1, and NumPy's rint rounds halves to even."""
     whole = np.trunc(values)
     return whole + np.trunc(2 * (values - whole))
 
@@ -233,4 +233,4 @@ def _pack_q4_1(blocks: Floats) -> Bytes:
 
 
 _PACK: dict[str, Callable[[Floats], Bytes]] = {"q8_0": _pack_q8_0, "q4_0": _pack_q4_0, "q4_1": _pack_q4_1}
-"""Formats Quadriga writes."""
+"""Quantisers by format, for the formats that Quadriga writes."""

@@ -1,6 +1,6 @@
-"""Element types by name, in NumPy: those that NumPy has, and bfloat16, which ml_dtypes adds.
+"""Plain dtypes by name, in NumPy: NumPy's own, and bfloat16 from ml_dtypes.
 
-The names are torch's ("bfloat16"), which are also those of manifests and configurations. No torch here.
+The names are torch's ("bfloat16"), as used in manifests and configurations. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def name_of(dtype: np.dtype[Any]) -> str:
 
 
 def wider(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:
-    """The narrowest of DTYPES that holds the numbers of both; bfloat16 and float16 meet in float32."""
+    """The narrowest of DTYPES that can represent both; float32 for bfloat16 and float16."""
     if a == b:
         return a
     return max((a, b), key=lambda dtype: dtype.itemsize) if a.itemsize != b.itemsize else DTYPES["float32"]
 
 
 def as_float32(values: Array) -> NDArray[np.float32]:
-    """The numbers in float32; no copy where they are."""
+    """Convert to float32; no copy if the values are float32 already."""
     return values.astype(np.float32, copy=False)
 
 
 def raw_bytes(values: Array) -> NDArray[np.uint8]:
-    """The bytes of an array, in order: a view where it is contiguous."""
+    """The bytes of an array in row-major order; a view if it is contiguous."""
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)

@@ -1,7 +1,7 @@
-"""The element and block formats of stored weights: a literal table, no code.
+"""A table of the formats of stored weights: plain dtypes and block formats.
 
-A block format packs ``block`` consecutive elements of a row into ``nbytes`` bytes: a scale or two and small integers.
-Field order and meaning are those of ggml (ggml-common.h in ggml-org/ggml); ``quant.codec`` is their plain decoding.
+A block format stores ``block`` consecutive elements of a row in ``nbytes`` bytes: one or two scales and small integers.
+Field order and meaning are ggml's (ggml-common.h in ggml-org/ggml); ``quant.codec`` has the reference code.
 
     q8_0  d:f16, q:i8[32]                      w = d q
     q4_0  d:f16, q:u4[32]                      w = d (q - 8)          nibbles: low half = elements 0..15
@@ -19,23 +19,23 @@ from math import prod
 
 @dataclass(frozen=True)
 class Format:
-    """How elements are stored."""
+    """How the elements of a stored tensor are encoded."""
 
     name: str
     ggml_type: int
-    """The number GGUF files use."""
+    """The type number in GGUF files."""
     block: int
-    """Elements a block; rows are whole blocks."""
+    """Elements per block; rows consist of whole blocks."""
     nbytes: int
-    """Bytes a block."""
+    """Bytes per block."""
 
     @property
     def bits(self) -> float:
-        """Bits an element, scales included."""
+        """Bits per element, including scales."""
         return 8.0 * self.nbytes / self.block
 
     def nbytes_of(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of ``shape``, whose rows are whole blocks."""
+        """Bytes of a tensor of this shape, whose rows must be whole blocks."""
         return prod(shape) // self.block * self.nbytes
 
 
@@ -61,4 +61,4 @@ FORMATS: dict[str, Format] = {
 BY_GGML_TYPE: dict[int, Format] = {f.ggml_type: f for f in FORMATS.values()}
 
 PLAIN = ("float32", "float16", "bfloat16")
-"""Formats that are torch dtypes of the same name."""
+"""Formats without blocks; the names are those of torch's dtypes."""

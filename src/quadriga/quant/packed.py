@@ -1,16 +1,15 @@
-"""Packed formats: how the CPU kernels want matrices to lie in memory. A literal table and its arithmetic, no torch.
+"""Packed formats: the memory layouts of matrices for the CPU kernels, as a table. Imports no torch.
 
-A packed matrix is tiles of 16 rows; ``kernels/cpu/csrc/layout.hpp`` draws them. Columns are padded with zeros to
-whole groups, so any shape can be packed. The sizes are stated there too; ``tests/ops/test_bindings.py`` holds both to
-each other.
+A packed matrix consists of tiles of 16 rows, drawn in ``kernels/cpu/csrc/layout.hpp``. Columns are padded with zeros to
+whole groups, so any shape can be packed. The sizes are stated there too; ``tests/ops/test_bindings.py`` compares them.
 
-    float32   16 rows x 1 column a line
-    bfloat16  16 rows x 2 columns a line
-    q8        groups of 32 columns, one float16 scale each: w = d q,        q in -128..127    8.5 bits a weight
+    float32   16 rows x 1 column per line
+    bfloat16  16 rows x 2 columns per line
+    q8        groups of 32 columns, one float16 scale each: w = d q,        q in -128..127    8.5 bits per weight
     q4        the same:                                     w = d (q - 8),  q in 0..15        4.5 bits
     q4m       with a minimum:                               w = d q + m,    q in 0..15        5 bits
 
-GGUF's Q8_0, Q4_0 and Q4_1 blocks become q8, q4 and q4m without a number changing.
+GGUF's Q8_0, Q4_0 and Q4_1 blocks are converted to q8, q4 and q4m without loss.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TILE = 16
-"""Rows of a tile."""
+"""Rows per tile."""
 
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """One row of the table."""
+    """The layout of one packed format."""
 
     name: str
     columns: int
-    """Columns a line group covers; rows are padded to whole ones."""
+    """Columns per group; rows are padded to whole groups."""
     nbytes: int
     """Bytes of one tile over ``columns`` columns."""
 
     @property
     def bits(self) -> float:
-        """Bits a weight, scales included, padding not."""
+        """Bits per weight, including scales, without padding."""
         return 8.0 * self.nbytes / (TILE * self.columns)
 
     def nbytes_of(self, rows: int, cols: int) -> int:
-        """Bytes of a packed matrix."""
+        """Bytes of a packed matrix, including padding."""
         return -(-rows // TILE) * (-(-cols // self.columns)) * self.nbytes
 
 
@@ -53,17 +52,17 @@ PACKED: dict[str, PackedFormat] = {
 }
 
 FROM_GGUF = {"q8_0": "q8", "q4_0": "q4", "q4_1": "q4m"}
-"""Block format of a file -> the packed format that holds its blocks bit by bit."""
+"""Block format of a file -> the packed format that stores its blocks without loss."""
 
 BLOCK_TOKENS = 16
-"""Positions of a sequence that one block of the cache holds, in every layer."""
+"""Positions per block of the KV cache, the same in every layer."""
 
 KV_FORMATS = ("float32", "bfloat16", "q8")
-"""Formats of cached keys and values. q8: one float32 scale a token and head."""
+"""Formats of cached keys and values. The cache's q8 has one float32 scale per token and head."""
 
 
 def kv_block_bytes(kv_format: str, n_kv_heads: int, head_dim: int) -> int:
-    """Bytes of one layer's keys and values for a block of 16 tokens."""
+    """Bytes of one layer's keys and values for a block of BLOCK_TOKENS positions."""
     padded = -(-head_dim // 16) * 16
     width = {"float32": 4, "bfloat16": 2, "q8": 1}[kv_format]
     one = 16 * width * (head_dim + padded) + (128 if kv_format == "q8" else 0)

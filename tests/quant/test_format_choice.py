@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quadriga.errors import ConfigError
-from quadriga.quant.recipe import Candidate, choose, protected_share
+from quadriga.quant.format_choice import Candidate, choose, protected_share
 
 candidates = st.dictionaries(
     st.sampled_from("abcd"),
@@ -26,7 +26,7 @@ def total(options: dict[str, list[Candidate]], chosen: dict[str, str]) -> tuple[
 
 
 @given(candidates, st.integers(0, 60))
-def test_within_the_budget_and_near_the_best(options: dict[str, list[Candidate]], spare: int) -> None:
+def test_choices_keep_the_budget_and_are_nearly_optimal(options: dict[str, list[Candidate]], spare: int) -> None:
     smallest = sum(min(c.nbytes for c in option) for option in options.values())
     budget = smallest + spare
     nbytes, error = total(options, choose(options, budget))
@@ -40,7 +40,7 @@ def test_within_the_budget_and_near_the_best(options: dict[str, list[Candidate]]
     assert error <= best + widest + 1e-9
 
 
-def test_bytes_go_where_they_help_most() -> None:
+def test_bytes_are_spent_where_they_help_most() -> None:
     options = {
         "robust": [Candidate("q4", 10, 0.10), Candidate("q8", 20, 0.01)],
         "delicate": [Candidate("q4", 10, 5.00), Candidate("q8", 20, 0.20)],
@@ -49,7 +49,7 @@ def test_bytes_go_where_they_help_most() -> None:
     assert choose(options, 40) == {"robust": "q8", "delicate": "q8"}
 
 
-def test_what_counts_is_what_a_byte_buys() -> None:
+def test_the_gain_per_byte_decides() -> None:
     """A small matrix whose error falls by 3 for 10 bytes comes before a large one's 5 for 100."""
     options = {
         "large": [Candidate("q4", 100, 6.0), Candidate("q8", 200, 1.0)],
@@ -58,7 +58,7 @@ def test_what_counts_is_what_a_byte_buys() -> None:
     assert choose(options, 215) == {"large": "q4", "small": "q8"}
 
 
-def test_a_step_that_does_not_fit_is_passed_over_for_one_that_does() -> None:
+def test_a_step_that_does_not_fit_is_skipped_for_one_that_does() -> None:
     options = {
         "large": [Candidate("q4", 10, 100.0), Candidate("q8", 60, 0.0)],
         "small": [Candidate("q4", 10, 2.0), Candidate("q8", 20, 0.0)],
@@ -82,10 +82,10 @@ def test_an_option_that_a_cheaper_one_beats_is_never_taken() -> None:
 
 
 def test_a_budget_below_the_smallest_formats_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="smallest formats take"):
+    with pytest.raises(ConfigError, match="the budget must be at least"):
         choose({"w": [Candidate("q4", 10, 0.1)]}, 9)
 
 
-def test_an_expert_that_saw_little_is_protected() -> None:
+def test_an_expert_with_few_tokens_is_protected() -> None:
     assert protected_share(0, 1000, 16) == 1 / 32
     assert protected_share(500, 1000, 16) == 0.5

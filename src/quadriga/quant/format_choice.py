@@ -1,11 +1,11 @@
-"""Which weight gets which format under a budget of bytes: arithmetic on measured sensitivities, no tensors.
+"""Choose a format for every matrix under a budget of bytes, from errors measured on calibration text.
 
-Every matrix has, for every format, an error: the share of its output's energy that rounding its weights turns into
-noise, on calibration text, times the share of tokens that reach it. The recipe starts with the cheapest format
-everywhere and spends the budget where a byte buys most. Per matrix only formats on the lower convex hull of
-(bytes, error) are considered, which makes the greedy choice optimal up to the last step (Everett 1963).
+Every matrix has an error for every format: noise energy / signal energy of its output due to rounding the weights,
+times the fraction of tokens that reach it. The choice starts with the smallest format everywhere and spends the budget
+where a byte reduces the error most. Per matrix only formats on the lower convex hull of (bytes, error) are considered,
+so the greedy choice is optimal up to the last step (Everett 1963).
 
-An expert that few calibration tokens chose is known badly: its share counts as at least half of an even one.
+For an expert that few calibration tokens chose, the measured fraction is unreliable: at least half the mean is assumed.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from quadriga.errors import ConfigError
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to store one matrix."""
+    """One format for one matrix, with its size and error."""
 
     format: str
     nbytes: int
     error: float
-    """Noise energy / signal energy of its output, times the share of tokens that reach it."""
+    """Noise energy / signal energy of the output, times the fraction of tokens that reach the matrix."""
 
 
 def protected_share(tokens: int, total: int, n_experts: int) -> float:
-    """The share of tokens an expert is weighted with: what was measured, at least half of an even share."""
+    """The fraction of tokens used as an expert's weight: as measured, but at least half of an equal share."""
     return max(tokens / total if total else 0.0, 0.5 / n_experts)
 
 
 def choose(candidates: Mapping[str, list[Candidate]], budget: int) -> dict[str, str]:
-    """A format for every matrix, total bytes within the budget.
+    """Choose a format for every matrix so that the total size is within the budget (in bytes).
 
     Raises:
         ConfigError: even the smallest formats do not fit.
@@ -43,7 +43,8 @@ def choose(candidates: Mapping[str, list[Candidate]], budget: int) -> dict[str, 
     spent = sum(hull[0].nbytes for hull in hulls.values())
     if spent > budget:
         raise ConfigError(
-            f"the budget is {budget / 1e9:.2f} GB, the smallest formats take {spent / 1e9:.2f} GB. Give at least that."
+            f"the budget must be at least {spent / 1e9:.2f} GB, the size in the smallest formats; got "
+            f"{budget / 1e9:.2f} GB"
         )
     heap = [(-_gain(hull, 0), name) for name, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(heap)
@@ -65,7 +66,7 @@ def _gain(hull: list[Candidate], at: int) -> float:
 
 
 def _hull(options: list[Candidate]) -> list[Candidate]:
-    """The options from cheapest to best, without those that another or a mix of two beats."""
+    """The options on the lower convex hull of (bytes, error), smallest first."""
     kept: list[Candidate] = []
     for option in sorted(options, key=lambda c: (c.nbytes, c.error)):
         if kept and option.error >= kept[-1].error:
