@@ -33,7 +33,7 @@ from quadriga.kernels.cpu import packing
 from quadriga.kernels.cpu.bindings import MOST_THREADS, Allocations
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import Parameter
-from quadriga.kernels.training import between
+from quadriga.kernels.training import fused
 from quadriga.nn.transformer import random_parameters
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from tests.batches import batch, logits_of
@@ -105,11 +105,11 @@ def matrix() -> packing.Packed:
 
 
 def training(context: cpu.Context, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    monkeypatch.setattr(between, "_context", lambda: context)
+    monkeypatch.setattr(fused, "_context", lambda: context)
     scores, logits = values(2, 9, 3, 40, seed=1), values(20, 1000, seed=2)
     lows = torch.arange(9)
-    p = between.softmax_between(scores, lows, 31, torch.rand(6, generator=torch.Generator().manual_seed(3)))
-    losses = between.cross_entropy(logits, torch.arange(20), 0.7, gradient=True)
+    p = fused.windowed_softmax(scores, lows, 31, torch.rand(6, generator=torch.Generator().manual_seed(3)))
+    losses = fused.cross_entropy(logits, torch.arange(20), 0.7, gradient=True)
     return torch.cat((p.flatten(), losses, logits.flatten()))
 
 

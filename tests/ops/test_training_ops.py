@@ -70,7 +70,7 @@ ROUTINGS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
-def test_experts_are_the_naive_loop(name: str, activation: str, dtype: torch.dtype) -> None:
+def test_experts_equal_the_naive_loop(name: str, activation: str, dtype: torch.dtype) -> None:
     ids = ROUTINGS[name]
     n, k = ids.shape
     inputs = [
@@ -98,7 +98,7 @@ def test_experts_without_tokens_get_a_gradient_of_zero() -> None:
         assert torch.count_nonzero(w.grad[[0, 1, 2, 4]]) == 0
 
 
-def test_frozen_experts_still_pass_the_gradient_on() -> None:
+def test_frozen_experts_pass_the_gradient_to_their_input() -> None:
     x = _normal(N, D, seed=1).requires_grad_()
     weights = [_normal(E, *s, seed=7) for s in ((FF, D), (FF, D), (D, FF))]
     ids, combine = ROUTINGS["spread"], _normal(N, K, seed=2)
@@ -149,7 +149,7 @@ def _naive_attention(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
 @pytest.mark.parametrize("alibi", [False, True])
-def test_document_attention_is_the_naive_statement(soft_cap: float | None, alibi: bool, dtype: torch.dtype) -> None:
+def test_document_attention_equals_the_naive_loop(soft_cap: float | None, alibi: bool, dtype: torch.dtype) -> None:
     n, h, kv, d = BOUNDS[-1], 6, 2, 8
     slopes = torch.linspace(0.1, 0.7, h) if alibi else None
     inputs = [_normal(n, heads, d, seed=i).to(dtype) for i, heads in ((1, h), (2, kv), (3, kv))]
@@ -180,7 +180,7 @@ def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("logit_scale", [1.0, 0.6])
-def test_linear_cross_entropy_is_torchs(
+def test_linear_cross_entropy_equals_torchs(
     tiny_chunks: None, weighted: bool, logit_scale: float, dtype: torch.dtype
 ) -> None:
     n, d, v = 101, 12, 37
@@ -203,7 +203,7 @@ def test_linear_cross_entropy_is_torchs(
     _same_gradients(ours, naive, inputs, 1e-10 if dtype == torch.float64 else 2e-5)
 
 
-def test_token_losses_are_torchs(tiny_chunks: None) -> None:
+def test_token_losses_equal_torchs(tiny_chunks: None) -> None:
     n, d, v = 101, 12, 37
     targets = torch.randint(v, (n,), generator=torch.Generator().manual_seed(0))
     targets[3:40] = -100

@@ -1,15 +1,14 @@
-"""What training needs beside the ops of inference: four functions with hand-written gradients.
+"""The operations that training needs in addition to those of inference, with hand-written gradients.
 
-    experts                 the mixture's feed-forward, dropless, one expert at a time inside the processor's cache
-    adapted_experts         the same over frozen weights, each expert with low-rank factors of its own
-    document_attention      causal attention within packed documents, block by block, nothing of it kept for backward
-    linear_cross_entropy    head and loss together; logits exist for a few hundred tokens at a time
+    experts               the MoE feed-forward, dropless, one expert at a time so that rows stay in cache
+    adapted_experts       the same over frozen weights, with LoRA factors for each expert
+    document_attention    causal attention within packed documents, by blocks of queries; backward recomputes it
+    linear_cross_entropy  head and loss together; logits are computed for a few hundred tokens at a time
 
-What lies between their matrix products is C++ (``between``). Each computes what the plain statement in
-``kernels.reference`` (or torch's own function) computes, to rounding, in any float dtype; tests hold values and
-gradients to naive loops in float64. They are written for processors, where ``ops.experts`` and ``ops.adapted_experts``
-are the first two; on a GPU a grouped product that asks the host for nothing and torch's fused attention take
-their places.
+Between their matrix products they call C++ (``fused``). Each equals the plain torch code in ``kernels.reference`` (or
+torch's own function) up to rounding, in any float dtype; tests compare values and gradients with naive loops in
+float64. They are written for CPUs, where ``ops.experts`` and ``ops.adapted_experts`` are the first two. On a GPU, a
+grouped product without host synchronisation and torch's fused attention are used instead.
 """
 
 from quadriga.kernels.training.adapted_experts import adapted_experts

@@ -1,13 +1,13 @@
-"""Causal attention within packed documents, in blocks of queries.
+"""Causal attention within packed documents, by blocks of queries.
 
     for every block of 128 queries, over the keys from its first document's start to the block's end:
-        S = scale q k^T                                 (G * 128, keys), G queries heads a key head
+        S = scale q k^T               (G * 128, keys), G query heads per key head
         P = softmax(cap(S) + alibi), each query over its own document up to itself;   out = P v
 
-So the work is that of the causal triangle of each document, and of what lies within one block. Nothing but q, k and v
-is kept for the backward pass, which computes P again: the softmax costs less here than reading the stored matrix would.
-A block's scores fit a processor's second-level cache up to some thousand keys. torch's fused CPU kernel reaches half
-this speed at 512 tokens, knows no documents and no soft cap.
+So the work is the causal triangle of each document, plus the rest of the blocks at its edges. Only q, k and v are saved
+for the backward pass, which recomputes P: the softmax costs less than reading a stored matrix. A block's scores fit
+into a CPU's L2 cache up to some thousand keys. torch's fused CPU kernel has half the speed at 512 tokens, and supports
+neither documents nor a soft cap.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quadriga.kernels.training import between
+from quadriga.kernels.training import fused
 
 _QUERIES = 128
 _KEYS = 64
@@ -36,11 +36,12 @@ def document_attention(
     soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """Causal grouped-query attention of each document with itself; see ``ops.attention`` for the formula.
+    """Causal grouped-query attention within each document; see ``ops.attention`` for the formula.
 
     Args:
-        q: (N, H, d). k, v: (N, K, d).
-        bounds: document i is tokens [bounds[i], bounds[i + 1]); they cover all N.
+        q: (N, H, d).
+        k, v: (N, K, d).
+        bounds: document i is tokens [bounds[i], bounds[i + 1]); must cover all N tokens.
         alibi_slopes: (H,) float32.
 
     Returns:
@@ -52,7 +53,7 @@ def document_attention(
 
 
 class _Scores:
-    """One layer's q, k, v laid out by key head, and the probabilities of any block of them."""
+    """One layer's q and k laid out by key head; computes the probabilities of any block."""
 
     def __init__(
         self,
@@ -66,19 +67,19 @@ class _Scores:
         n, n_heads, d = q.shape
         self.n_kv_heads = k.shape[1]
         self.group = n_heads // self.n_kv_heads
-        # (K, N, G, d): the rows of a key head's queries lie together, so a block is one matrix.
+        # (K, N, G, d): the queries of a key head are adjacent, so a block is one matrix.
         self.q = q.reshape(n, self.n_kv_heads, self.group, d).transpose(0, 1) * scale
         self.k = k.transpose(0, 1).contiguous()  # (K, N, d)
         self.soft_cap = soft_cap
         self.slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
         lengths = torch.tensor([last - first for first, last in itertools.pairwise(bounds)])
-        self.starts = torch.tensor(bounds[:-1]).repeat_interleave(lengths)  # (N,) where each token's document begins
+        self.starts = torch.tensor(bounds[:-1]).repeat_interleave(lengths)  # (N,) start of each token's document
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor, int]]:
-        """(queries, keys, the first key of each query's own document, the key that query 0 is) of every block.
+        """Yield (queries, keys, first key of each query's document, index of the key at query 0) for every block.
 
-        Blocks lie on a grid, whatever the documents; a block's keys begin on the grid too, at or before the document
-        that its first query is in. So few shapes occur, and oneDNN compiles its products for each but once.
+        Blocks and the first keys of blocks are aligned to a grid, independent of the documents; the keys start at or
+        before the document of the block's first query. So few shapes occur, for each of which oneDNN compiles once.
         """
         n = len(self.starts)
         for start in range(0, n, _QUERIES):
@@ -88,21 +89,21 @@ class _Scores:
             yield slice(start, stop), slice(first, stop), lows.to(self.q.device), start - first
 
     def rows(self, x: Tensor, queries: slice) -> Tensor:
-        """A block of a (K, N, G, d) tensor as (K, queries * G, d)."""
+        """A block of queries of a (K, N, G, d) tensor, as (K, queries * G, d)."""
         return x[:, queries].reshape(self.n_kv_heads, -1, x.shape[-1])
 
     def probabilities(self, queries: slice, keys: slice, lows: Tensor, offset: int) -> tuple[Tensor, Tensor | None]:
-        """Softmax of a block, and tanh of the capped scores: (K, Q G, keys)."""
+        """(softmax (K, Q G, keys) of a block, tanh of its scores for the cap's gradient or None)."""
         scores = torch.bmm(self.rows(self.q, queries), self.k[:, keys].transpose(1, 2))
         tanh = None
         if self.soft_cap is not None:
             tanh = torch.tanh(scores / self.soft_cap)
             scores = tanh * self.soft_cap
-        between.softmax_between(self.by_query(scores), lows, offset, self.slopes)
+        fused.windowed_softmax(self.by_query(scores), lows, offset, self.slopes)
         return scores, tanh
 
     def by_query(self, block: Tensor) -> Tensor:
-        """(K, Q G, keys) -> (K, Q, G, keys)."""
+        """View (K, Q G, keys) as (K, Q, G, keys)."""
         return block.view(self.n_kv_heads, -1, self.group, block.shape[-1])
 
 
@@ -142,7 +143,7 @@ class _DocumentAttention(torch.autograd.Function):
             d_rows = scores.rows(by_head, queries)
             ds = torch.bmm(d_rows, values[:, keys].transpose(1, 2))
             dv[:, keys].baddbmm_(p.transpose(1, 2), d_rows)
-            between.softmax_between_backward(scores.by_query(p), scores.by_query(ds), lows, offset)
+            fused.windowed_softmax_backward(scores.by_query(p), scores.by_query(ds), lows, offset)
             if tanh is not None:
                 ds.mul_(1 - tanh.square_())
             mixed = torch.bmm(ds, scores.k[:, keys])

@@ -1,13 +1,13 @@
-"""The head and the cross-entropy in one: logits exist for a few hundred tokens at a time.
+"""Head and cross-entropy together, so that logits are computed for only a few hundred tokens at a time.
 
     loss[n] = logsumexp(z) - z[target],   z = logit_scale * W h[n]        d loss / d z = softmax(z) - onehot(target)
 
-At 4096 tokens and 100k words the logits and their gradient would take 3 GB. Two forms:
+For 4096 tokens and a vocabulary of 100k the logits and their gradient would take 3 GB. Two functions:
 
-    linear_cross_entropy   the weighted sum over tokens. The gradient is computed with the loss, while a chunk's logits
-                           are at hand: three products in all, none repeated.
-    token_losses           the loss of each token, for objectives that are no weighted sum (preference tuning).
-                           The backward pass computes the logits again: four products.
+    linear_cross_entropy   the weighted sum over tokens. The gradient is computed together with the loss, while a
+                           chunk's logits are in cache: three products in total.
+    token_losses           the loss of each token, for objectives that are not a weighted sum (preference tuning).
+                           The backward pass recomputes the logits: four products.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quadriga.kernels.training import between
+from quadriga.kernels.training import fused
 
 IGNORE = -100
 _ROWS, _LOGITS_BYTES = 1024, 128 << 20
-"""Most tokens of a chunk, and most bytes of its logits: each chunk reads and writes the weight's whole gradient."""
+"""Most tokens and bytes of logits per chunk; not smaller, as each chunk reads and writes the whole weight gradient."""
 
 
 def linear_cross_entropy(
@@ -32,12 +32,14 @@ def linear_cross_entropy(
     """Sum of weights[n] * loss[n] over the tokens whose target is not IGNORE.
 
     Args:
-        hidden: (N, D) after the last norm. weight: (V, D) of the same dtype. targets: (N,) int64.
-        weights: (N,) float32; None: 1.
+        hidden: (N, D), after the last norm.
+        weight: (V, D), the head, of the same dtype.
+        targets: (N,) int64.
+        weights: (N,) float32; None: all 1.
 
     Returns:
-        the sum, float32 (float64 for float64), with a gradient for ``hidden`` and ``weight``; and each token's
-        unweighted loss (N,), detached, 0 where ignored.
+        (sum, losses): the sum in float32 (float64 for float64), with a gradient for ``hidden`` and ``weight``; and each
+            token's unweighted loss (N,), detached, 0 at IGNORE.
     """
     out: tuple[Tensor, Tensor] = _Sum.apply(hidden, weight, targets, weights, logit_scale)  # type: ignore[no-untyped-call]
     return out
@@ -50,18 +52,21 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, logit_scale
 
 
 def _chunks(targets: Tensor, weight: Tensor) -> Iterator[Tensor]:
-    """Indices of the tokens that have a target, some at a time."""
+    """Yield the indices of tokens with a target, in chunks."""
     kept = (targets != IGNORE).nonzero()[:, 0]
     yield from torch.split(kept, max(32, min(_ROWS, _LOGITS_BYTES // weight[:, 0].nbytes)))
 
 
 def _logits(h: Tensor, weight: Tensor, work: Tensor | None) -> Tensor:
-    """A chunk's logits (C, V), in ``work`` if there is one."""
+    """A chunk's logits (C, V), written to ``work`` if it is given."""
     return torch.mm(h, weight.t(), out=None if work is None else work[: len(h)])
 
 
 def _backward(d_logits: Tensor, h: Tensor, weight: Tensor, scale: Tensor | float, d_weight: Tensor | None) -> Tensor:
-    """The gradient of h (C, D), and d_weight += its own, from the scaled logits'. ``scale``: (C, 1) or a number."""
+    """Return the gradient of h (C, D) and accumulate that of the weight, given that of the scaled logits.
+
+    ``scale`` multiplies both; (C, 1) or a number.
+    """
     if d_weight is not None:
         d_weight.addmm_(d_logits.t(), (h * scale).to(h.dtype))
     return (d_logits @ weight) * scale
@@ -72,7 +77,7 @@ class _Sum(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, logit_scale: float
     ) -> tuple[Tensor, Tensor]:
-        wide = between.wide(hidden.dtype)
+        wide = fused.wide(hidden.dtype)
         losses = torch.zeros(len(targets), dtype=wide, device=hidden.device)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         need_h, need_w = ctx.needs_input_grad[:2]
@@ -82,7 +87,7 @@ class _Sum(torch.autograd.Function):
         for kept in _chunks(targets, weight):
             h, target = hidden[kept], targets[kept]
             work = logits = _logits(h, weight, work)
-            chunk = between.cross_entropy(logits, target, logit_scale, gradient=d_hidden is not None)
+            chunk = fused.cross_entropy(logits, target, logit_scale, gradient=d_hidden is not None)
             losses[kept] = chunk
             scale: Tensor | float = logit_scale
             if weights is not None:
@@ -112,11 +117,11 @@ class _Sum(torch.autograd.Function):
 class _Each(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logit_scale: float) -> Tensor:
-        wide = between.wide(hidden.dtype)
+        wide = fused.wide(hidden.dtype)
         losses = torch.zeros(len(targets), dtype=wide, device=hidden.device)
         for kept in _chunks(targets, weight):
             logits = _logits(hidden[kept], weight, None)
-            losses[kept] = between.cross_entropy(logits, targets[kept], logit_scale, gradient=False)
+            losses[kept] = fused.cross_entropy(logits, targets[kept], logit_scale, gradient=False)
         ctx.save_for_backward(hidden, weight, targets)
         ctx.logit_scale = logit_scale
         return losses
@@ -130,7 +135,7 @@ class _Each(torch.autograd.Function):
         for kept in _chunks(targets, weight):
             h, target = hidden[kept], targets[kept]
             logits = _logits(h, weight, None)
-            between.cross_entropy(logits, target, ctx.logit_scale, gradient=True)
+            fused.cross_entropy(logits, target, ctx.logit_scale, gradient=True)
             scale = (d_losses[kept] * ctx.logit_scale)[:, None]
             d_hidden[kept] = _backward(logits, h, weight, scale, d_weight).to(hidden.dtype)
         return d_hidden, d_weight, None, None

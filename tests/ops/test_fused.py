@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quadriga.kernels import ops
 from quadriga.kernels.cpu import library as cpu
-from quadriga.kernels.training import between
-from quadriga.kernels.training.expert_layer import Plan, filled_up
+from quadriga.kernels.training import fused
+from quadriga.kernels.training.expert_layer import ExpertSort, padded_rows
 
 HERE = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -28,7 +28,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The compiled kernels of one instruction set, on one thread and on several."""
     isa, threads = request.param
     context = cpu.Context(threads, isa)
-    monkeypatch.setattr(between, "_context", lambda: context)
+    monkeypatch.setattr(fused, "_context", lambda: context)
 
 
 def _normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -51,8 +51,8 @@ def _agree(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> None
 def test_rows_are_gathered_and_summed(width: int, dtype: torch.dtype) -> None:
     x = _normal(50, width, seed=1, dtype=dtype)
     index = torch.randint(50, (90,), generator=torch.Generator().manual_seed(2))
-    assert torch.equal(between.gather_rows(x, index, x.new_empty(90, width)), x[index])
-    _agree(lambda rows: (between.sum_rows(rows, index.view(30, 3)),), x)
+    assert torch.equal(fused.gather_rows(x, index, x.new_empty(90, width)), x[index])
+    _agree(lambda rows: (fused.sum_rows(rows, index.view(30, 3)),), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,11 +64,11 @@ def test_hidden_rows_and_their_gradients(activation: str, width: int, dtype: tor
     weights = _normal(33, 1, seed=4)
 
     def forward(gate: Tensor, up: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        return (between.hidden_rows(gate, up, weights, activation, torch.empty_like(gate)),)
+        return (fused.hidden_rows(gate, up, weights, activation, torch.empty_like(gate)),)
 
     def backward(gate: Tensor, up: Tensor, weights: Tensor, dh: Tensor) -> tuple[Tensor, ...]:
         hidden, du, d_weights = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(weights)
-        dg = between.hidden_rows_backward(gate, up, weights, activation, dh, hidden, du, d_weights)
+        dg = fused.hidden_rows_backward(gate, up, weights, activation, dh, hidden, du, d_weights)
         return dg, hidden, du, d_weights
 
     _agree(forward, gate, up, weights)
@@ -86,12 +86,12 @@ def test_softmax_of_each_query_over_its_own_document(
     slopes = torch.tensor([0.5, 0.25, 0.1, 0.0, 0.7, 1.0]) if alibi else None
     shape = (2, n_queries, 3, keys)
     _agree(
-        lambda scores: (between.softmax_between(scores, lows, offset, slopes),),
+        lambda scores: (fused.windowed_softmax(scores, lows, offset, slopes),),
         _normal(*shape, seed=1, dtype=dtype, scale=4.0),
     )
-    p = between.softmax_between(_normal(*shape, seed=1, dtype=dtype), lows, offset, slopes)
+    p = fused.windowed_softmax(_normal(*shape, seed=1, dtype=dtype), lows, offset, slopes)
     _agree(
-        lambda p, dp: (between.softmax_between_backward(p, dp, lows, offset),), p, _normal(*shape, seed=2, dtype=dtype)
+        lambda p, dp: (fused.windowed_softmax_backward(p, dp, lows, offset),), p, _normal(*shape, seed=2, dtype=dtype)
     )
 
 
@@ -102,58 +102,58 @@ def test_cross_entropy_and_its_gradient(width: int, dtype: torch.dtype) -> None:
     logits = _normal(20, width, seed=1, dtype=dtype, scale=8.0)
     targets = torch.randint(width, (20,), generator=torch.Generator().manual_seed(2))
     for scale in (1.0, 0.6):
-        _agree(lambda z, s=scale: (between.cross_entropy(z, targets, s, gradient=True), z), logits)
+        _agree(lambda z, s=scale: (fused.cross_entropy(z, targets, s, gradient=True), z), logits)
         kept = logits.clone()
-        between.cross_entropy(kept, targets, scale, gradient=False)
+        fused.cross_entropy(kept, targets, scale, gradient=False)
         assert torch.equal(kept, logits)
 
 
 @pytest.mark.parametrize("target", [-1, 5])
-def test_a_target_that_is_no_word_is_an_error(target: int) -> None:
-    with pytest.raises(IndexError, match="of 5 words"):
-        between.cross_entropy(torch.zeros(2, 5), torch.tensor([0, target]), 1.0, gradient=True)
+def test_a_target_outside_the_vocabulary_is_an_error(target: int) -> None:
+    with pytest.raises(IndexError, match="must be from 0 to 4"):
+        fused.cross_entropy(torch.zeros(2, 5), torch.tensor([0, target]), 1.0, gradient=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.usefixtures("kernels")
-def test_a_number_that_is_none_is_seen_in_the_result(bad: float, dtype: torch.dtype) -> None:
+def test_nan_and_infinity_reach_the_result(bad: float, dtype: torch.dtype) -> None:
     """The guard leaves a step out by its loss and its gradient, so neither may swallow a NaN."""
     logits = _normal(3, 40, seed=1, dtype=dtype)
     logits[1, 33] = bad
-    losses = between.cross_entropy(logits, torch.tensor([0, 1, 2]), 1.0, gradient=True)
+    losses = fused.cross_entropy(logits, torch.tensor([0, 1, 2]), 1.0, gradient=True)
     assert losses.isnan().tolist() == [False, True, False] and bool(logits[1].isnan().all())
     scores = _normal(1, 4, 1, 4, seed=2, dtype=dtype)
     scores[0, 2, 0, 1] = bad
-    p = between.softmax_between(scores, torch.zeros(4, dtype=torch.int64), 0, None)[0, :, 0]
+    p = fused.windowed_softmax(scores, torch.zeros(4, dtype=torch.int64), 0, None)[0, :, 0]
     assert p.isnan().any(1).tolist() == [False, False, True, False]
     gate, up, weights = _normal(2, 20, seed=1, dtype=dtype), _normal(2, 20, seed=2, dtype=dtype), torch.ones(2, 1)
     gate[1, 17] = bad
     up[1, 17] = bad
-    hidden = between.hidden_rows(gate, up, weights, "silu", torch.empty_like(gate))
+    hidden = fused.hidden_rows(gate, up, weights, "silu", torch.empty_like(gate))
     assert hidden.isfinite().all(1).tolist() == [True, False]
 
 
 @given(st.integers(1, 100_000))
-def test_rows_are_filled_up_by_little_and_to_few_counts(rows: int) -> None:
-    assert rows <= filled_up(rows) < rows + max(8, rows / 16 + 1)
+def test_padding_is_small_and_row_counts_are_few(rows: int) -> None:
+    assert rows <= padded_rows(rows) < rows + max(8, rows / 16 + 1)
     octave = range(1 << rows.bit_length() - 1, 1 << rows.bit_length())
-    assert len({filled_up(n) for n in octave}) <= 17
+    assert len({padded_rows(n) for n in octave}) <= 17
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 3), st.integers(0, 1000))
 def test_every_slot_has_a_row_of_its_own_expert(n: int, n_experts: int, top_k: int, seed: int) -> None:
     ids = torch.randint(n_experts, (n, top_k), generator=torch.Generator().manual_seed(seed))
-    plan = Plan(ids, n_experts)
-    rows = plan.home.flatten()
+    slots = ExpertSort(ids, n_experts)
+    rows = slots.home.flatten()
     assert len(set(rows.tolist())) == n * top_k
-    assert torch.equal(plan.tokens[plan.home], torch.arange(n)[:, None].expand(n, top_k))
-    owner = torch.full((len(plan.tokens),), -1)
-    for expert, first, last in plan.ranges():
+    assert torch.equal(slots.tokens[slots.home], torch.arange(n)[:, None].expand(n, top_k))
+    owner = torch.full((len(slots.tokens),), -1)
+    for expert, first, last in slots.ranges():
         owner[first:last] = expert
-    assert torch.equal(owner[plan.home], ids)
-    assert sorted({e for e, _, _ in plan.ranges()} | set(plan.idle())) == list(range(n_experts))
+    assert torch.equal(owner[slots.home], ids)
+    assert sorted({e for e, _, _ in slots.ranges()} | set(slots.idle())) == list(range(n_experts))
     combine = torch.rand(n, top_k, generator=torch.Generator().manual_seed(seed))
-    weights = plan.sort(combine, torch.float32)
-    assert torch.equal(plan.unsort(weights, torch.float32), combine)
+    weights = slots.sort(combine, torch.float32)
+    assert torch.equal(slots.unsort(weights, torch.float32), combine)
     assert float(weights.sum()) == pytest.approx(float(combine.sum()), rel=1e-5)  # rows that fill up weigh nothing

@@ -1,8 +1,7 @@
-"""What lies between the matrix products of a training step, each in one pass over memory.
+"""The operations between the matrix products of a training step, each fused to one pass over memory.
 
-On a processor, float32 and bfloat16 tensors go to ``kernels/cpu/csrc/training.cpp``; anything else, and everything
-while a backend is forced (QUADRIGA_OPS=reference), is the plain torch statement that stands beside it. Arithmetic is
-float32.
+float32 and bfloat16 tensors on a CPU go to ``kernels/cpu/csrc/training.cpp``. Other tensors, and all tensors while a
+backend is forced (QUADRIGA_OPS=reference), use the plain torch code in each function. Arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ _of_thread = threading.local()
 
 
 def compiled(x: Tensor) -> bool:
-    """True if the C++ kernels take tensors like this one."""
+    """True if the C++ kernels are used for tensors like this one."""
     return x.device.type == "cpu" and x.dtype in _DTYPES and dispatch.compiled()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums and probabilities are kept in: float32, or float64 for float64."""
+    """The dtype of sums and probabilities: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _context() -> cpu.Context:
-    """This thread's kernels, with as many threads as torch computes with."""
+    """This thread's kernel context, with as many threads as torch uses."""
     threads = min(torch.get_num_threads(), runtime.MOST_THREADS)
     context: cpu.Context | None = getattr(_of_thread, "context", None)
     if context is None or context.threads != threads:
@@ -41,7 +40,7 @@ def _context() -> cpu.Context:
 
 
 def gather_rows(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    """out (n, D) = x[index]; all contiguous, index int64."""
+    """out (n, D) = x[index]; all tensors contiguous, index int64. Returns ``out``."""
     if not compiled(x):
         return torch.index_select(x, 0, index, out=out)
     context = _context()
@@ -51,7 +50,7 @@ def gather_rows(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
 
 
 def sum_rows(rows: Tensor, home: Tensor) -> Tensor:
-    """(N, D): the sum of rows[home[n, j]] over j; rows (R, D), home (N, k) int64."""
+    """Sum of rows[home[n, j]] over j: (N, D); rows (R, D), home (N, k) int64."""
     if not compiled(rows):
         return rows[home].sum(1)
     (n, k), d = home.shape, rows.shape[1]
@@ -63,7 +62,7 @@ def sum_rows(rows: Tensor, home: Tensor) -> Tensor:
 
 
 def hidden_rows(gate: Tensor, up: Tensor, weights: Tensor, activation: str, out: Tensor) -> Tensor:
-    """out (n, F) = activation(gate) * up * weights (n, 1); weights :func:`wide`."""
+    """out (n, F) = activation(gate) * up * weights; weights (n, 1) in the dtype :func:`wide`. Returns ``out``."""
     if not compiled(gate):
         return torch.mul(activate(gate, activation).mul_(up), weights, out=out)
     context = _context()
@@ -84,10 +83,10 @@ def hidden_rows_backward(
     du: Tensor,
     d_weights: Tensor,
 ) -> Tensor:
-    """From the gradient ``dh`` (n, F) of what :func:`hidden_rows` gave, the gradients of what went into it.
+    """Backward of :func:`hidden_rows`, from the gradient ``dh`` (n, F) of its result.
 
-    ``dh`` is overwritten with the gate's gradient and returned; the hidden rows, computed again, are written to
-    ``hidden``, the gradients of up and weights to ``du`` and ``d_weights`` (n, 1).
+    Overwrites ``dh`` with the gradient of gate and returns it; writes the recomputed result to ``hidden``, and the
+    gradients of up and weights to ``du`` (n, F) and ``d_weights`` (n, 1).
     """
     if not compiled(gate):
         act = activate(gate, activation)
@@ -106,7 +105,7 @@ def hidden_rows_backward(
 
 
 def activation_gradient(d_out: Tensor, x: Tensor, activation: str) -> Tensor:
-    """The gradient of ``activate(x, activation)`` by x, times d_out."""
+    """d_out times the derivative of ``activate(x, activation)`` with respect to x."""
     aten = torch.ops.aten
     match activation:
         case "silu":
@@ -118,16 +117,17 @@ def activation_gradient(d_out: Tensor, x: Tensor, activation: str) -> Tensor:
         case "relu":
             gradient = aten.threshold_backward(d_out, x, 0)
         case _:
-            raise AssertionError(f"ModelConfig lets no activation {activation!r} through")
+            raise AssertionError(f"ModelConfig refuses the activation {activation!r}")
     return gradient
 
 
-def softmax_between(scores: Tensor, lows: Tensor, offset: int, slopes: Tensor | None) -> Tensor:
-    """Softmax, in place, of scores (K, Q, G, keys) over the keys [lows[q], offset + q] of each query; others become 0.
+def windowed_softmax(scores: Tensor, lows: Tensor, offset: int, slopes: Tensor | None) -> Tensor:
+    """Softmax of scores (K, Q, G, keys) over each query's keys [lows[q], offset + q], in place; others become 0.
 
     Args:
-        lows: (Q,) int64. offset: the key that query 0 stands at.
-        slopes: (K G,) float32 of ALiBi, times (key - query) added to the scores; None: none.
+        lows: (Q,) int64, the first key of each query's document.
+        offset: index of the key at the position of query 0.
+        slopes: (K G,) float32, ALiBi's; slope * (key - query) is added to the scores. None: no ALiBi.
     """
     n_kv_heads, n_queries, group, keys = scores.shape
     if compiled(scores):
@@ -146,8 +146,8 @@ def softmax_between(scores: Tensor, lows: Tensor, offset: int, slopes: Tensor | 
     return scores.copy_(torch.softmax(biased, -1))
 
 
-def softmax_between_backward(p: Tensor, dp: Tensor, lows: Tensor, offset: int) -> Tensor:
-    """The gradient ``dp`` of what :func:`softmax_between` gave becomes, in place, that of the scores; returns it."""
+def windowed_softmax_backward(p: Tensor, dp: Tensor, lows: Tensor, offset: int) -> Tensor:
+    """Backward of :func:`windowed_softmax`: overwrites the gradient ``dp`` of ``p`` with that of the scores."""
     n_kv_heads, n_queries, group, keys = p.shape
     if not compiled(p):
         kept = wide(p.dtype)
@@ -161,17 +161,20 @@ def softmax_between_backward(p: Tensor, dp: Tensor, lows: Tensor, offset: int) -
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, logit_scale: float, *, gradient: bool) -> Tensor:
-    """(n,) :func:`wide`: logsumexp(logit_scale * logits) - logit_scale * logits[target], of each row of logits (n, V).
+    """Cross-entropy of each row of logits (n, V): logsumexp(logit_scale * z) - logit_scale * z[target].
 
-    With ``gradient`` the logits become softmax - onehot: the gradient by the scaled logits.
+    With ``gradient`` the logits are overwritten with softmax - onehot, the gradient with respect to the scaled logits.
+
+    Returns:
+        (n,) in the dtype :func:`wide`.
 
     Raises:
-        IndexError: a target that is no column.
+        IndexError: a target outside 0 .. V - 1.
     """
     if compiled(logits):
         lowest, highest = torch.aminmax(targets) if len(targets) else (0, 0)
         if lowest < 0 or highest >= logits.shape[1]:
-            raise IndexError(f"targets reach from {int(lowest)} to {int(highest)}, of {logits.shape[1]} words")
+            raise IndexError(f"targets must be from 0 to {logits.shape[1] - 1}, got {int(lowest)} to {int(highest)}")
         context, losses = _context(), torch.empty(len(targets))
         context.call(
             context.lib.qd_cross_entropy, _DTYPES[logits.dtype], logits.data_ptr(), targets.data_ptr(), *logits.shape,
