@@ -12,7 +12,7 @@ from quadriga.cli.options import Json, as_json
 if TYPE_CHECKING:
     from quadriga.model.config import ModelConfig
     from quadriga.model.plan.hardware import Gpu
-    from quadriga.model.plan.training import Plan
+    from quadriga.model.plan.training import TrainingPlan
 
 _LEAST_BATCH = 16_000_000
 _LEAST_STEPS = 10_000
@@ -47,7 +47,7 @@ def plan_command(
     if svg is not None and gpus is None:
         raise ConfigError("--svg draws a training plan: give the cluster with --gpus, e.g. --gpus 64xH100")
     table: dict[str, Any] = {"model": model, "serving": _serving(config, context), "context": context}
-    plans: list[Plan] = []
+    plans: list[TrainingPlan] = []
     if gpus is not None:
         table["training"], plans, gpu = _training(
             config, gpus, tokens, seq_len, batch_tokens, stack, price, availability, top
@@ -76,7 +76,7 @@ def _training(
     price: float | None,
     availability: float,
     top: int,
-) -> tuple[dict[str, Any], list[Plan], Gpu]:
+) -> tuple[dict[str, Any], list[TrainingPlan], Gpu]:
     from quadriga.errors import ConfigError
     from quadriga.model.plan.hardware import STACKS, parse_cluster
     from quadriga.model.plan.training import search, train_flops_per_token

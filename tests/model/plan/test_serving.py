@@ -61,7 +61,7 @@ def test_dbrx_against_dense_models_as_the_launch_said() -> None:
     assert 1.8 < over70[0] < 2.0 and over70[1] < over70[0]  # "up to 2x"
 
 
-def test_with_prompts_the_advantage_stays() -> None:
+def test_the_advantage_remains_with_prompts() -> None:
     """2,000 tokens in, 256 out (the launch's load): published 2.0 to 2.6 times a dense 132B from 1 to 200 users."""
     dense132 = _dense(10752 * 16)
     for users, low, high in ((1, 3.3, 3.7), (16, 1.2, 1.5), (64, 1.5, 2.2), (200, 2.0, 3.0)):
@@ -112,7 +112,7 @@ def test_small_runs_get_small_batches() -> None:
     ("words", "message"),
     [
         (("dbrx-132b", "--gpus", "8xH100"), "cannot train this model"),
-        (("dbrx-132b", "--gpus", "lots"), "looks like 3072xH100"),
+        (("dbrx-132b", "--gpus", "lots"), "must look like 3072xH100"),
         (("dbrx-132b", "--svg", "x.svg"), "give the cluster"),
         (("dbrx-132b", "--context", "99999"), "context must be from 1 to this model's 32768"),
         (("dbrx-132b", "--gpus", "64xH100", "--seq-len", "65536"), "seq_len must be from 1"),

@@ -1,1 +1,1 @@
-"""What a model needs of a cluster or a box, by arithmetic: memory, time, cost, mesh, serving. No torch."""
+"""Estimate what training or serving a model takes: memory, time, cost, mesh. Arithmetic only, imports no torch."""

@@ -1,7 +1,7 @@
-"""Accelerators and boxes as data: what their makers publish, and how much of it programs were seen to reach.
+"""Accelerators and serving machines as data: published figures, and what fraction of them programs reach.
 
-``gemm`` and ``attention`` are shares of the peak that very wide matrix products and fused attention reach alone; a
-``Stack`` says how well a program uses them. docs/plan.md holds these numbers to published runs, with the errors.
+``gemm`` and ``attention`` are the fractions of the peak that very wide matrix products and fused attention reach; a
+``Stack`` says how well a program uses them. docs/plan.md compares the results with published runs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ class Gpu:
     name: str
     memory_bytes: int
     peak_flops: float
-    """Dense bfloat16, as published: what MFU is a share of."""
+    """Published dense bfloat16 FLOP/s, the basis of MFU."""
     hbm_bytes_per_s: float
     node_bytes_per_s: float
-    """To the other accelerators of its node (NVLink), one direction."""
+    """Bandwidth to the other accelerators of its node (NVLink), one direction."""
     network_bytes_per_s: float
-    """To other nodes (InfiniBand), one direction, its share of the node's."""
+    """Its share of the node's bandwidth to other nodes (InfiniBand), one direction."""
     per_node: int
     gemm: float
     attention: float
     price_per_hour: float
-    """US dollars; an assumption, `--price` replaces it."""
+    """US dollars; an assumption, which `--price` overrides."""
 
 
 GPUS = {
@@ -78,7 +78,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Box:
-    """A machine that serves: one memory, or several read at once."""
+    """A machine for serving; several accelerators count as one memory with their total bandwidth."""
 
     name: str
     memory_bytes: int
@@ -103,7 +103,7 @@ BOXES = (
     Box("server, 12x DDR5-4800, 384GB", 384 * 10**9, 460e9, 10e12),
     Box("desktop, 2x DDR5-5600, 96GB", 96 * 10**9, 89e9, 1.5e12),
 )
-"""Memory, bandwidth and 16-bit peak as the makers publish them."""
+"""Memory, bandwidth and 16-bit peak as published by the makers."""
 
 
 @dataclass(frozen=True)
@@ -112,31 +112,31 @@ class Stack:
 
     name: str
     hidden: float
-    """Share of the weights' traffic that costs nothing while there is compute to hide it behind."""
+    """Fraction of the weight traffic that can overlap with computation."""
     attention: float
-    """Its attention's speed over ``Gpu.attention``."""
+    """Speed of its attention relative to ``Gpu.attention``."""
     width_half: float = 900.0
-    """Width of a model at which its products reach half of a very wide one's rate."""
+    """d_model at which matrix products reach half the rate of a very wide model's."""
 
 
 STACKS = {
     stack.name: stack
     for stack in (
-        Stack("tuned", hidden=0.8, attention=1.0),  # prefetching, FlashAttention-2 or -3: what DBRX's makers reached
+        Stack("tuned", hidden=0.8, attention=1.0),  # prefetching, FlashAttention-2 or -3: as fast as DBRX's training
         Stack("foundry", hidden=0.0, attention=0.5),  # LLM Foundry's published table of 2023
     )
 }
 
 
 def parse_cluster(text: str) -> tuple[int, Gpu]:
-    """("3072xH100") -> (3072, H100).
+    """Parse COUNTxNAME, such as 3072xH100, into (count, accelerator).
 
     Raises:
-        ConfigError: not COUNTxNAME, or no such accelerator.
+        ConfigError: another format, an unknown accelerator, or incomplete nodes.
     """
     match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*([A-Za-z0-9]+)\s*", text)
     if match is None or int(match[1]) < 1:
-        raise ConfigError(f"a cluster looks like 3072xH100, got {text!r}")
+        raise ConfigError(f"a cluster must look like 3072xH100, got {text!r}")
     name = match[2].upper()
     if name not in GPUS:
         near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.0)
@@ -145,5 +145,5 @@ def parse_cluster(text: str) -> tuple[int, Gpu]:
         )
     gpu, count = GPUS[name], int(match[1])
     if count > gpu.per_node and count % gpu.per_node:
-        raise ConfigError(f"a cluster must be whole nodes of {gpu.per_node}: got {count}")
+        raise ConfigError(f"a cluster must have whole nodes of {gpu.per_node} accelerators: got {count}")
     return count, gpu

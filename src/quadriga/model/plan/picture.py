@@ -1,29 +1,29 @@
-"""A plan as a picture: what fills a rank's memory, what a step's time goes to. SVG by hand: two bars, a legend."""
+"""Draw a training plan as SVG: one bar for a rank's memory, one for the time of a step, and a legend."""
 
 from __future__ import annotations
 
 from html import escape
 
 from quadriga.model.plan.hardware import Gpu
-from quadriga.model.plan.training import Plan
+from quadriga.model.plan.training import TrainingPlan
 
 _COLOURS = ("#3b6ea8", "#d98032", "#4f9a5d", "#b8483f", "#8266a8", "#7c5b4a")
 _WIDTH, _LEFT, _BAR = 760, 20, 34
 
 
-def plan_svg(title: str, plan: Plan, gpu: Gpu) -> str:
-    """The picture of a plan.
+def plan_svg(title: str, plan: TrainingPlan, gpu: Gpu) -> str:
+    """The SVG picture of a plan.
 
     Args:
-        title: first line.
-        plan: what to draw.
-        gpu: whose memory the first bar is measured against.
+        title: the first line.
+        plan: the plan to draw.
+        gpu: the accelerator whose memory is the full length of the first bar.
     """
     memory, time = plan.memory, plan.time
     fragments = memory.total - memory.state - memory.gathered - memory.activations - memory.logits - memory.runtime
     memory_parts = [
         ("weights, moments, gradients", memory.state / 1e9),
-        ("layers at work", memory.gathered / 1e9),
+        ("gathered layers", memory.gathered / 1e9),
         ("activations", memory.activations / 1e9),
         ("logits", memory.logits / 1e9),
         ("runtime and fragments", (memory.runtime + fragments) / 1e9),

@@ -1,20 +1,20 @@
-"""What training takes: memory of a rank, time of a step, the quickest mesh of those that fit.
+"""Estimate training: memory per rank, time per step, and the fastest mesh that fits.
 
     step = matrix products + attention + passes over memory + all-to-all + exposed traffic of weights + optimiser
 
     matrix products   2 N_active tokens (3, or 4 with everything recomputed) / (peak x gemm x D / (D + 900))
                       and less for few rows an expert
     attention         the causal half of 4 L Hd T tokens x 3.5 (4.5) / (peak x attention)
-    memory passes     bytes that norms, residuals, activations, rotation and routing move / HBM
+    memory passes      bytes moved by norms, residuals, activations, rotation and routing / HBM
     all-to-all        tokens to their experts and back, per pass (2; 3 if all is recomputed) / NVLink, or InfiniBand
                       beyond a node
     weights' traffic  gather twice, scatter once per micro-step over the shard; reduce once over replicas
     optimiser         28 bytes a parameter of the shard / HBM
 
 Memory: float32 master weights, two moments and gradients, sharded over shard x ep (16 B a parameter); bfloat16 copies
-of two layers; saved activations; one chunk of logits; what CUDA and NCCL take. A mesh is replicate x shard x ep; dense
-weights are sharded over shard x ep, experts over ep and then shard (docs/plan.md). MFU counts as LLM Foundry does: no
-recomputing, attention in full.
+of two layers; saved activations; one chunk of logits; CUDA and NCCL. A mesh is replicate x shard x ep; dense weights
+are sharded over shard x ep, experts over ep and then shard (docs/plan.md). MFU is counted as in LLM Foundry: without
+recomputation, with full attention.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from quadriga.model.plan.hardware import STACKS, Gpu, Stack
 from quadriga.model.weight_map import layer_shapes
 
 RECOMPUTE = ("none", "selective", "full")
-"""Nothing; norms, activations and routing; everything but each layer's input."""
+"""What is recomputed: nothing; norms, activations and routing; everything except each layer's input."""
 
 _RUNTIME_BYTES = 4 * 10**9  # CUDA context, NCCL buffers
 _FRAGMENTS = 1.05
 _IMBALANCE = 1.15
-"""The busiest rank's tokens over the mean, with a balance loss."""
+"""Tokens of the busiest rank relative to the mean, with a balance loss."""
 _BUS = 0.80
-"""Share of a link's published rate that collectives reach."""
+"""Fraction of a link's published rate that collectives reach."""
 _MEMORY = 0.85
 _LOGIT_ROWS = 4096
 _ROWS_HALF = 64
-"""Rows of an expert at which grouped products reach half of large ones' rate (half a tile of 128)."""
+"""Rows per expert at which grouped products reach half the rate of large ones (half a tile of 128)."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """How ranks share a model: ``replicate`` copies, each spread over ``shard`` x ``ep`` ranks."""
+    """How ranks share a model: ``replicate`` copies, each sharded over ``shard`` x ``ep`` ranks."""
 
     replicate: int
     shard: int
@@ -55,42 +55,42 @@ class Mesh:
 
     @property
     def ranks(self) -> int:
-        """All ranks."""
+        """Total number of ranks."""
         return self.replicate * self.shard * self.ep
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every step does."""
+    """The settings of a step: row length, micro-steps, recomputation."""
 
     seq_len: int
     micro_rows: int
-    """Sequences of a rank's micro-step."""
+    """Sequences per rank and micro-step."""
     accumulate: int
-    """Micro-steps of an optimiser step."""
+    """Micro-steps per optimiser step."""
     recompute: str
 
     @property
     def micro_tokens(self) -> int:
-        """Tokens of a rank's micro-step."""
+        """Tokens per rank and micro-step."""
         return self.seq_len * self.micro_rows
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank."""
+    """Memory of one rank, in bytes."""
 
     state: float
-    """Master weights, moments, gradients."""
+    """Master weights, moments and gradients."""
     gathered: float
-    """Layers at work, in bfloat16, with their gradients."""
+    """The currently gathered layers in bfloat16, with their gradients."""
     activations: float
     logits: float
     runtime: float
 
     @property
     def total(self) -> float:
-        """All of it, with what fragmentation costs."""
+        """Total, including fragmentation."""
         return (self.state + self.gathered + self.activations + self.logits) * _FRAGMENTS + self.runtime
 
 
@@ -103,18 +103,18 @@ class StepTime:
     passes: float
     all_to_all: float
     exposed: float
-    """Traffic of weights and gradients that nothing hides."""
+    """Traffic of weights and gradients that does not overlap with computation."""
     optimiser: float
 
     @property
     def total(self) -> float:
-        """The step."""
+        """Seconds of the whole step."""
         return self.matrix + self.attention + self.passes + self.all_to_all + self.exposed + self.optimiser
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A mesh at work."""
+class TrainingPlan:
+    """The estimate for one mesh: memory, time, MFU."""
 
     mesh: Mesh
     work: Work
@@ -122,32 +122,32 @@ class Plan:
     time: StepTime
     mfu: float
     tokens_per_s: float
-    """Of the whole cluster."""
+    """Tokens per second of the whole cluster."""
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of an optimiser step."""
+        """Tokens per optimiser step."""
         return self.mesh.ranks * self.work.micro_tokens * self.work.accumulate
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of a model that training's arithmetic uses."""
+    """Parameter counts of a model, grouped by how they are sharded."""
 
     total: int
     active: int
     expert: int
     """Parameters of all experts."""
     layer_dense: int
-    """Of the largest layer, experts aside."""
+    """Parameters of the largest layer, without experts."""
     layer_experts: int
-    """Experts of the layer with most."""
+    """Parameters of the experts of the layer with most of them."""
     outside: int
-    """Embeddings, head, final norm."""
+    """Parameters of embeddings, head and final norm."""
 
 
 def sizes(config: ModelConfig) -> Sizes:
-    """Count what is spread how."""
+    """Count a model's parameters by how they are sharded."""
     experts = expert = dense = inside = 0
     for layer, n in config.kinds().items():
         shapes = layer_shapes(layer, config.d_model)
@@ -160,17 +160,17 @@ def sizes(config: ModelConfig) -> Sizes:
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Model FLOPs of one trained token: 3 x (2 N_active + 4 L Hd T), LLM Foundry's count (SPEC: attention in full)."""
+    """Model FLOPs per trained token, as LLM Foundry counts: 3 x (2 N_active + 4 L Hd T), with full attention."""
     return 3 * (2 * n_params(config).active_without_input + attention_flops(config, seq_len))
 
 
 def memory(config: ModelConfig, mesh: Mesh, work: Work) -> Memory:
-    """Bytes of one rank."""
+    """Estimate the memory of one rank."""
     s = sizes(config)
     state = 16 * s.total / (mesh.shard * mesh.ep)
     layer = s.layer_dense + s.layer_experts / mesh.ep
     spread = mesh.shard * mesh.ep > 1
-    # Two layers' weights (one computes, one is being gathered), one layer's gradients, and both token tables.
+    # Weights of two layers (one computes, one is being gathered), gradients of one, embeddings and head.
     gathered = 2 * (3 * layer + 2 * s.outside) if spread else 2 * s.total
     tokens = work.micro_tokens
     layers = {layer: _activation_bytes(layer, config.d_model, work.recompute) for layer in config.kinds()}
@@ -182,20 +182,20 @@ def memory(config: ModelConfig, mesh: Mesh, work: Work) -> Memory:
 
 
 def activation_elements(layer: LayerSpec, d_model: int) -> tuple[float, float, float]:
-    """Elements a layer saves for a token: (its input, what selective recomputing keeps besides, what it recomputes)."""
+    """Elements saved per token: (a layer's input, the rest that "selective" also keeps, what it recomputes)."""
     d, attn, ffn = d_model, layer.mixer, layer.ffn
     k, f = (ffn.top_k, ffn.d_ff) if isinstance(ffn, MoESpec) else (1, ffn.d_ff)
     gated = isinstance(ffn, MoESpec) or ffn.gated
     routed = k * d if isinstance(ffn, MoESpec) else 0
     rotated = attn.q_dim + attn.kv_dim
     kept = attn.qkv_dim + rotated + attn.q_dim + d + (2 if gated else 1) * k * f
-    # Norms' outputs; rows for the experts, their results, and those once more in tokens' order; activation and product.
+    # Outputs of norms; rows for the experts, their results, the same in token order; activation and product.
     recomputed = 2 * d + 3 * routed + (2 if gated else 1) * k * f
     return float(d), float(kept), float(recomputed)
 
 
 def _activation_bytes(layer: LayerSpec, d_model: int, recompute: str) -> tuple[float, float]:
-    """(bytes of everything a layer saves for a token, bytes it saves under ``recompute``), in bfloat16."""
+    """Bytes per token in bfloat16: (everything a layer could save, what it saves under ``recompute``)."""
     entry, kept, again = activation_elements(layer, d_model)
     uneven = _IMBALANCE if layer.moe is not None else 1.0
     whole = 2 * (entry + (kept + again) * uneven)
@@ -203,11 +203,11 @@ def _activation_bytes(layer: LayerSpec, d_model: int, recompute: str) -> tuple[f
 
 
 def step_time(config: ModelConfig, gpu: Gpu, mesh: Mesh, work: Work, stack: Stack) -> StepTime:
-    """Seconds of an optimiser step, by the formulas above."""
+    """Estimate the time of an optimiser step with the formulas in the module docstring."""
     s, tokens = sizes(config), work.micro_tokens
     forwards = 2 if work.recompute == "full" else 1
     experts_share = _expert_flops_share(config)
-    # The layer with fewest rows an expert sets the rate of the grouped products.
+    # The layer with the fewest rows per expert determines the rate of the grouped products.
     shares = [spec.top_k / spec.n_experts for _, spec in config.moe_layers]
     rows = tokens * mesh.ep * min(shares, default=1.0)
     grouped = rows / (rows + _ROWS_HALF) if shares else 1.0
@@ -241,11 +241,11 @@ def _expert_flops_share(config: ModelConfig) -> float:
 
 
 def _pass_bytes(config: ModelConfig) -> float:
-    """Bytes a layer-by-layer forward pass moves for a token besides its matrix products, over all layers."""
+    """Bytes moved per token in the forward pass outside matrix products, over all layers."""
     d, elements = config.d_model, 0
     for layer, n in config.kinds().items():
         k = layer.moe.top_k if layer.moe is not None else 1
-        routed = 4 * k * d if layer.moe is not None else 0  # into experts' order and back
+        routed = 4 * k * d if layer.moe is not None else 0  # into expert order and back
         # Norms, residuals, rotation and clip, activation.
         elements += n * (4 * d + 6 * d + 2 * layer.mixer.qkv_dim + 3 * k * layer.ffn.d_ff + routed)
     return 2.0 * elements
@@ -264,10 +264,10 @@ def _all_to_all(config: ModelConfig, gpu: Gpu, mesh: Mesh, tokens: int) -> float
 
 
 def _weight_traffic(s: Sizes, gpu: Gpu, mesh: Mesh, accumulate: int) -> float:
-    """Seconds that gathers, scatters and reductions of a step take on the busiest link.
+    """Seconds of a step's all-gathers, reduce-scatters and all-reduces on the busiest link.
 
-    A ring over whole nodes crosses each node's edge once on all its network cards together, so its rate is that of a
-    node's cards; within a node it is NVLink's. Each rank gathers its part of the experts only.
+    A ring over whole nodes uses all network cards of a node together; within a node the rate is NVLink's. Each rank
+    gathers only its part of the experts.
     """
     n = mesh.shard * mesh.ep
     seconds = 0.0
@@ -276,7 +276,7 @@ def _weight_traffic(s: Sizes, gpu: Gpu, mesh: Mesh, accumulate: int) -> float:
         dense = (s.total - s.expert) * (n - 1) / n
         experts = s.expert / mesh.ep * (mesh.shard - 1) / mesh.shard
         if n > gpu.per_node and mesh.ep > 1:
-            experts *= min(mesh.ep, gpu.per_node)  # the node's ranks pull different experts through their own cards
+            experts *= min(mesh.ep, gpu.per_node)  # ranks of a node gather different experts, each through its own card
         seconds += accumulate * 3 * 2 * (dense + experts) / (link * _BUS)
     if mesh.replicate > 1:
         copies = 2 * 4 * s.total / n * (mesh.replicate - 1) / mesh.replicate
@@ -285,17 +285,17 @@ def _weight_traffic(s: Sizes, gpu: Gpu, mesh: Mesh, accumulate: int) -> float:
     return seconds
 
 
-def evaluate(config: ModelConfig, gpu: Gpu, mesh: Mesh, work: Work, stack: Stack = STACKS["tuned"]) -> Plan:
-    """A mesh at work: memory, time, MFU."""
+def evaluate(config: ModelConfig, gpu: Gpu, mesh: Mesh, work: Work, stack: Stack = STACKS["tuned"]) -> TrainingPlan:
+    """Estimate memory, time and MFU of one mesh."""
     time = step_time(config, gpu, mesh, work, stack)
     tokens = mesh.ranks * work.micro_tokens * work.accumulate
     rate = tokens / time.total
     mfu = rate * train_flops_per_token(config, work.seq_len) / (mesh.ranks * gpu.peak_flops)
-    return Plan(mesh, work, memory(config, mesh, work), time, mfu, rate)
+    return TrainingPlan(mesh, work, memory(config, mesh, work), time, mfu, rate)
 
 
 def meshes(config: ModelConfig, ranks: int, gpu: Gpu) -> Iterator[Mesh]:
-    """Every replicate x shard x ep of ``ranks`` whose parts are whole nodes or parts of one."""
+    """Yield every mesh of ``ranks`` whose groups are whole nodes or fit into one node."""
     n_experts = math.gcd(*(spec.n_experts for _, spec in config.moe_layers)) or 1
     for ep in (n for n in range(1, n_experts + 1) if n_experts % n == 0 and ranks % n == 0):
         for shard in (n for n in range(1, ranks // ep + 1) if ranks // ep % n == 0):
@@ -306,26 +306,26 @@ def meshes(config: ModelConfig, ranks: int, gpu: Gpu) -> Iterator[Mesh]:
 
 def search(
     config: ModelConfig, ranks: int, gpu: Gpu, seq_len: int, batch_tokens: int, stack: Stack = STACKS["tuned"]
-) -> list[Plan]:
-    """All plans that fit, the quickest first.
+) -> list[TrainingPlan]:
+    """All plans that fit into memory, the fastest first.
 
     Args:
         config: the model.
-        ranks: accelerators.
-        gpu: which.
-        seq_len: tokens of a row.
-        batch_tokens: tokens of an optimiser step, at most; rounded down to whole rows of every rank.
+        ranks: number of accelerators.
+        gpu: their type.
+        seq_len: tokens per row.
+        batch_tokens: most tokens per optimiser step; rounded down to whole rows on every rank.
         stack: how well the program uses the hardware.
 
     Raises:
         ConfigError: the batch is too small for the cluster.
-        HardwareError: nothing fits.
+        HardwareError: no mesh fits.
     """
     rows = batch_tokens // seq_len // ranks
     if rows < 1:
         raise ConfigError(
-            f"a batch must have a row of {seq_len} tokens for each of {ranks} ranks, {ranks * seq_len:,} tokens; got "
-            f"{batch_tokens:,}. Take fewer ranks, shorter rows or a larger batch."
+            f"a batch must have at least one row of {seq_len} tokens for each of {ranks} ranks, {ranks * seq_len:,} "
+            f"tokens; got {batch_tokens:,}. Use fewer ranks, shorter rows or a larger batch."
         )
     plans, least = [], float("inf")
     for mesh in meshes(config, ranks, gpu):
@@ -338,7 +338,7 @@ def search(
                     plans.append(evaluate(config, gpu, mesh, work, stack))
     if not plans:
         raise HardwareError(
-            f"{ranks} x {gpu.name} cannot train this model: the leanest mesh needs {least / 1e9:.0f} GB of each "
-            f"accelerator's {gpu.memory_bytes / 1e9:.0f} GB. Take more of them, or shorter rows."
+            f"{ranks} x {gpu.name} cannot train this model: the smallest mesh needs {least / 1e9:.0f} GB per "
+            f"accelerator, which has {gpu.memory_bytes / 1e9:.0f} GB. Use more accelerators or shorter rows."
         )
     return sorted(plans, key=lambda plan: (plan.time.total, plan.memory.total))
