@@ -122,7 +122,7 @@ def test_two_callers_fetch_once(index: Callable[..., list[list[str]]]) -> None:
     ("name", "says"),
     [
         ("smollm2-135m-instrct", "Did you mean 'smollm2-135m-instruct'"),
-        ("https://example.org/model.gguf", "not fetched from addresses"),
+        ("https://example.org/model.gguf", "not downloaded from addresses"),
         ("hf:no-slash", "hf:ORG/REPO"),
         ("hf:../../etc", "hf:ORG/REPO"),
         ("hf:a/b@../../x y", "hf:ORG/REPO"),
@@ -173,7 +173,7 @@ def test_the_hub_gives_weights_and_text_only(tmp_path: Path, monkeypatch: pytest
 def test_a_repository_without_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUADRIGA_CACHE", str(tmp_path))
     hub(monkeypatch, {"config.json": b"{}"})
-    with pytest.raises(CatalogueError, match="no safetensors or GGUF weights"):
+    with pytest.raises(CatalogueError, match="must have safetensors or GGUF weights"):
         resolve("hf:org/model")
     assert cached() == []
 
@@ -191,7 +191,9 @@ def test_a_model_of_this_package_needs_no_network(tmp_path: Path, monkeypatch: p
         resolve("tinny")
     file.write_bytes(b"weighty")
     for use in (resolve, verify):
-        with pytest.raises(CatalogueError, match=r"tiny.gguf is missing or not what tiny is; install Quadriga again"):
+        with pytest.raises(
+            CatalogueError, match=r"tiny.gguf is missing, or is not the file of tiny: reinstall Quadriga"
+        ):
             use("tiny")
 
 

@@ -67,7 +67,7 @@ def test_another_base_or_a_damaged_file_is_refused(
 ) -> None:
     other = opened(tmp_path / "other", vocab_size=101)
     convert.write(other, tmp_path / "other.gguf", to="gguf", gguf_format="float32")
-    with pytest.raises(CheckpointError, match=r"is not the file that d.safetensors was made for"):
+    with pytest.raises(CheckpointError, match=r"must be the file that d.safetensors was made for"):
         delta.apply(open_checkpoint(tmp_path / "other.gguf"), tmp_path / "d.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "d.safetensors").read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="cannot read"):
@@ -95,7 +95,7 @@ def test_the_catalogue_makes_it_once_and_keeps_it(
     assert record["delta"] == made[0]
     broken = DeltaEntry(**{**vars(entry), "sha256": "0" * 64})
     monkeypatch.setitem(catalogue.DELTAS, "tiny-moe", broken)
-    with pytest.raises(CatalogueError, match="install Quadriga again"):
+    with pytest.raises(CatalogueError, match="reinstall Quadriga"):
         catalogue.resolve("tiny-moe")
 
 

@@ -170,7 +170,7 @@ def test_pruning_leaves_out_the_least_useful(tmp_path: Path) -> None:
             name = f"layers.{layer}.moe.{part}"
             assert torch.equal(read(small, name), read(moe, name)[kept])
     assert logits(small).isfinite().all()
-    with pytest.raises(ConfigError, match="between 3 and 5 can stay; got 2"):
+    with pytest.raises(ConfigError, match="between top_k=3 and the model's 5; got 2"):
         prune(moe, 2, worth)
 
 
@@ -181,7 +181,7 @@ def test_sizes_that_do_not_divide_and_foreign_families_are_refused(tmp_path: Pat
         upcycle(opened(tmp_path / "a"), Upcycling(n_experts=6, top_k=3))
     with pytest.raises(ConfigError, match="family mpt"):
         upcycle(opened(tmp_path / "b", "mpt"), HOW)
-    with pytest.raises(ConfigError, match="of the family olmoe, whose dense form"):
+    with pytest.raises(ConfigError, match="of the family olmoe, whose dense counterpart"):
         merge_experts(opened(tmp_path / "d", "olmoe"), 1)
     with pytest.raises(ConfigError, match="has no experts"):
         merge_experts(opened(tmp_path / "c"))

@@ -1,1 +1,1 @@
-"""Checkpoints made from others: upcycled, pruned, merged, from a delta; and what must be measured for that."""
+"""Checkpoints derived from others by upcycling, pruning, merging or a delta, and the measurements these need."""

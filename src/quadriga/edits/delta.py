@@ -1,10 +1,10 @@
-"""A small file that turns a public dense model into a mixture of ours: upcycling, fitted routers, and an adapter.
+"""Deltas: small files that turn a public dense model into one of our mixtures (upcycling, fitted routers, adapter).
 
     base ──upcycle(how, routers)──► same function, 16 experts ──merge(adapter)──► the model
 
     delta.safetensors   router/LAYER (copies, D) float32;  factor/NAME.a|b as q8_0 blocks;  metadata: everything else
 
-The factors take 8.5 bits a number. The base is named with the sha256 it must have, so the result is one exact model.
+The factors take 8.5 bits per number. The delta contains the sha256 of its base, so the result is one exact model.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ def write(path: Path, *, base_sha256: str, how: Upcycling, routers: Mapping[int,
     """Write a delta.
 
     Args:
-        base_sha256: of the base's file.
-        routers: layer -> (copies, D), one row a copy.
+        base_sha256: sha256 of the base's file.
+        how: the upcycling.
+        routers: layer -> (copies, D), one row per copy.
+        adapter: the adapter to merge after upcycling.
 
     Returns:
-        the sha256 of the file written.
+        the sha256 of the written file.
 
     Raises:
         CheckpointError: factors that do not fill whole blocks, or are not finite.
@@ -58,7 +60,7 @@ def write(path: Path, *, base_sha256: str, how: Upcycling, routers: Mapping[int,
         for part, values in zip("ab", factors, strict=True):
             key = f"factor/{name}.{part}"
             if values.numel() % FORMATS[_FORM].block:
-                raise CheckpointError(f"{key} has {values.numel()} numbers, no whole number of {_FORM} blocks")
+                raise CheckpointError(f"{key} must have whole {_FORM} blocks, got {values.numel()} numbers")
             shapes[key] = list(values.shape)
             tensors[key] = codec.quantize(array(values.float()).reshape(-1), _FORM)
     metadata = {
@@ -73,10 +75,10 @@ def write(path: Path, *, base_sha256: str, how: Upcycling, routers: Mapping[int,
 
 
 def apply(base: Checkpoint, path: Path) -> Checkpoint:
-    """The model a delta makes of its base, as a derived checkpoint; keep the base open while it is read.
+    """Apply a delta to its base; returns a derived checkpoint. Keep the base open while the result is read.
 
     Raises:
-        CheckpointError: no delta of ours, or of another base.
+        CheckpointError: not a delta, or a delta for another base.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -89,7 +91,7 @@ def apply(base: Checkpoint, path: Path) -> Checkpoint:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     if sha256(base.path) != metadata.get("base_sha256"):
-        raise CheckpointError(f"{base.path} is not the file that {path.name} was made for: its sha256 differs")
+        raise CheckpointError(f"{base.path} must be the file that {path.name} was made for, but its sha256 differs")
     try:
         how = msgspec.json.decode(metadata["upcycling"], type=Upcycling)
         spec = msgspec.json.decode(metadata["lora"], type=LoraSpec)
@@ -111,6 +113,6 @@ def _factor(tensors: dict[str, Array], key: str, shape: tuple[int, ...], path: P
 
 
 def sha256(path: Path) -> str:
-    """Of a file."""
+    """sha256 of a file, as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,18 +1,19 @@
-"""Fewer experts: leave out the least useful (`quadriga prune`), or melt them back into one network
+"""Reduce the number of experts: drop the least useful ones (`quadriga prune`), or merge them into a dense network
 (`quadriga merge-experts`).
 
-A text decides what is useful. Over its tokens, ``edits.calibrate`` adds up for every expert
+Usefulness is measured on a text. ``edits.calibrate`` sums over its tokens, for every expert
 
     use       how many tokens visited it
-    output    sum over them of  routing weight * |y_e(x)|_2      what it adds to the stream
+    output    sum over them of  routing weight * |y_e(x)|_2      its contribution to the residual stream
 
-the second being use times the mean that REAP prunes by (Lasby et al. 2025, arXiv 2510.13999).
+The second is use times the mean by which REAP prunes (Lasby et al. 2025, arXiv 2510.13999).
 
-    prune    the best n of every layer stay, in their order; their router rows stay; nothing else changes
+    prune    the best n experts of every layer are kept, in their order, with their router rows; nothing else changes
     merge    granule j of the dense network = mean over the copies of granule j, weighted by use;  w_down / g
 
-Merging takes experts in upcycling's order (copy * g + granule) and undoes it: right after an upcycling it gives the
-dense model back. Of a mixture that was never dense (g = 1) it makes the average expert, a start for training.
+Merging expects experts in upcycling's order (copy * g + granule) and is its inverse: directly after upcycling it
+returns the dense model. For a mixture that was never dense (g = 1) it gives the average expert, as a start for
+training.
 """
 
 from __future__ import annotations
@@ -36,36 +37,35 @@ By = Literal["output", "use"]
 
 
 def _experts_of(config: ModelConfig) -> MoESpec:
-    """The mixture of every layer."""
+    """The MoE spec, which must be the same in every layer; raises ConfigError for dense models."""
     moe = config.only_layer("pruning or merging experts").moe
     if moe is None:
-        raise ConfigError("this model has no experts: it is dense")
+        raise ConfigError("pruning and merging need a model with experts; this model has no experts")
     return moe
 
 
 def usefulness(measured: Calibration, by: By = "output") -> list[list[float]]:
-    """What every expert of every layer is worth on the calibration's text."""
+    """For each layer, the usefulness of each expert on the calibration text."""
     if by not in ("output", "use"):
-        raise ConfigError(f"experts are judged by 'output' or 'use', got {by!r}")
+        raise ConfigError(f"experts must be ranked by 'output' or 'use', got {by!r}")
     if by == "use":
         return [[float(n) for n in counts] for counts in measured.expert_tokens.values()]
     return [list(added) for added in measured.expert_output.values()]
 
 
 def prune(moe: Checkpoint, n_experts: int, worth: Sequence[Sequence[float]]) -> Checkpoint:
-    """A derived checkpoint with the ``n_experts`` most useful experts of every layer.
+    """Keep the ``n_experts`` most useful experts of every layer; returns a derived checkpoint.
 
     Args:
-        worth: per layer, one number an expert (:func:`usefulness`).
+        worth: for each layer, one number per expert (:func:`usefulness`).
 
     Raises:
-        ConfigError: fewer experts than top_k, more than there are, or a model without experts.
+        ConfigError: fewer experts than top_k, more than the model has, or a model without experts.
     """
     spec = _experts_of(moe.config)
     if not spec.top_k <= n_experts <= spec.n_experts:
         raise ConfigError(
-            f"a token visits top_k={spec.top_k} of {spec.n_experts} experts, so between {spec.top_k} and "
-            f"{spec.n_experts} can stay; got {n_experts}"
+            f"n_experts must be between top_k={spec.top_k} and the model's {spec.n_experts}; got {n_experts}"
         )
     if [len(layer) for layer in worth] != [spec.n_experts] * moe.config.n_layers:
         raise ConfigError(f"worth must give {spec.n_experts} numbers for each of {moe.config.n_layers} layers")
@@ -88,20 +88,20 @@ class _Prune(Unchanged):
         kept = self.kept[int(name.split(".")[1])]
         if expert is not None:
             return super().rows(name, kept[expert], first, last)
-        return self.base.parameters.read(name)[np.array(kept[first:last], dtype=np.int64)]  # router rows, fuse numbers
+        return self.base.parameters.read(name)[np.array(kept[first:last], dtype=np.int64)]  # router rows
 
 
 def merge_experts(
     moe: Checkpoint, granules: int | None = None, *, use: Sequence[Sequence[float]] | None = None
 ) -> Checkpoint:
-    """A derived dense checkpoint: the copies of every granule averaged.
+    """Average the copies of every granule; returns a derived dense checkpoint.
 
     Args:
-        granules: parts the dense network was cut into; None: top_k, as upcycling does. 1: every expert is a copy.
-        use: per layer, how much each expert counts (tokens that visited it); None: all the same.
+        granules: number of parts the dense network was cut into; None: top_k, as in upcycling; 1: experts are copies.
+        use: for each layer, the weight of each expert (tokens that visited it); None: equal weights.
 
     Raises:
-        ConfigError: granules that do not divide the experts, or a model that no dense family here describes.
+        ConfigError: granules do not divide the experts, or no supported dense family can describe the result.
     """
     spec, config = _experts_of(moe.config), moe.config
     g = granules or spec.top_k
@@ -109,8 +109,8 @@ def merge_experts(
         raise ConfigError(f"granules must divide n_experts={spec.n_experts}, got {g}")
     if families.family_of(config).counterpart is None:
         raise ConfigError(
-            "merging takes mixtures of Mixtral's or Qwen3-MoE's shape, which become LLaMA's or Qwen3's; this one is of "
-            f"the family {config.family}, whose dense form no family here describes"
+            "merging supports mixtures like Mixtral or Qwen3-MoE, which become like LLaMA or Qwen3; this one is of the "
+            f"family {config.family}, whose dense counterpart is not supported"
         )
     return derive(moe, _Merge(moe, g, use))
 
@@ -120,7 +120,7 @@ class _Merge(Unchanged):
         spec = _experts_of(base.config)
         dense = DenseSpec(d_ff=spec.d_ff * granules, activation=spec.activation)
         family = families.family_of(base.config).counterpart
-        assert family is not None, "refused where there is none"
+        assert family is not None, "checked in merge_experts"
         weighting = "equally" if use is None else f"by use {[[round(n) for n in layer] for layer in use]}"
         super().__init__(
             base,
@@ -143,16 +143,16 @@ class _Merge(Unchanged):
         return np.concatenate(parts)[first:last].astype(dtype)
 
     def _granule(self, source: str, layer: int, granule: int) -> Array:
-        """The mean of one granule's copies."""
+        """The weighted mean of one granule's copies."""
         spec, view = _experts_of(self.base.config), self.base.parameters
         experts = range(granule, spec.n_experts, self.granules)
         weights = [1.0] * len(experts) if self.use is None else [float(self.use[layer][e]) for e in experts]
         total, shape = sum(weights), parameter_shapes(self.base.config)[source]
-        if total == 0:  # nobody visited any of them
+        if total == 0:  # no token visited any of them
             weights, total = [1.0] * len(experts), float(len(experts))
         mean: Array | None = None
         for e, weight in zip(experts, weights, strict=True):
             part = as_float32(view.read(source, ((e, e + 1), *whole(shape[1:])))[0]) * np.float32(weight)
             mean = part if mean is None else mean + part
-        assert mean is not None, "a granule has copies"
+        assert mean is not None, "a granule has at least one copy"
         return mean / np.float32(total)

@@ -1,13 +1,13 @@
-"""Router rows that part tokens by domain, fitted to labelled text before any training (`upcycle --router-text`).
+"""Fit router rows that separate tokens by domain, on labelled text before training (`upcycle --router-text`).
 
-Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv 2403.07816) trains one expert a domain and learns the router last.
+Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv 2403.07816) trains one expert per domain and the router last.
 Here the router comes first: the text runs through the dense model once, and at every layer a softmax regression
 
     min over W   mean over tokens of  weight_n * -log softmax(W x_n)[label_n]  +  RIDGE / 2 |W|^2
 
-finds one row a label from the very vectors x_n the router will see. Upcycled with these rows the mixture still computes
-the dense model's function, and each copy of the network gets, from the first step, the tokens of one domain to become
-good at.
+finds one row per label from the vectors x_n that the router will see. Upcycled with these rows, the mixture still
+computes the dense model's function, and from the first training step each copy of the network gets the tokens of one
+domain.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _ITERATIONS = 60
 
 @dataclass(frozen=True)
 class FittedRouters:
-    """One row a label for every layer, and how well they part tokens they were not fitted to."""
+    """Router rows for every layer, one per label, and their accuracy on held-out tokens."""
 
     labels: tuple[str, ...]
     rows: dict[int, Array]
     """Layer -> (labels, D) float32, in the order of ``labels``."""
     accuracy: dict[int, float]
-    """Layer -> share of held-out tokens whose label has the largest logit."""
+    """Layer -> fraction of held-out tokens whose label has the largest logit."""
 
 
 def fit_routers(
     dense: Checkpoint, texts: Mapping[str, Sequence[int]], *, window: int = 256, progress: Progress | None = None
 ) -> FittedRouters:
-    """Fit one router row a label at every layer.
+    """Fit one router row per label at every layer.
 
     Args:
         dense: an open dense checkpoint.
-        texts: label -> token ids; a few thousand each. Every label counts the same however long its text is.
-        window: tokens read together; every fifth window is held out.
+        texts: label -> a few thousand token ids. Labels have equal weight, whatever the length of their text.
+        window: context length in tokens; every fifth window is held out.
 
     Raises:
         RequestError: fewer than two labels, or a text of fewer than five windows.
@@ -60,7 +60,7 @@ def fit_routers(
     short = [label for label in labels if len(texts[label]) < 5 * window]
     if len(labels) < 2 or short:
         raise RequestError(
-            f"fitting routers needs two labels or more and {5 * window} tokens of each; got {list(labels)}"
+            f"fitting routers needs at least two labels and {5 * window} tokens of each; got {list(labels)}"
             + (f", too little of {short}" if short else "")
         )
     windows = [
@@ -84,7 +84,7 @@ def fit_routers(
 
 
 def _router_inputs(dense: Checkpoint, tokens: Tensor, lengths: list[int]) -> list[Tensor]:
-    """Per layer, what its feed-forward sees (N, D); one layer's weights are in memory at a time."""
+    """For each layer, the inputs of its feed-forward (N, D); only one layer's weights are in memory at a time."""
     config, context, found = dense.config, PackedContext(lengths), []
     with torch.inference_mode():
         h = embed(dense, tokens)
@@ -93,15 +93,15 @@ def _router_inputs(dense: Checkpoint, tokens: Tensor, lengths: list[int]) -> lis
             block = load_block(dense, config, index)
             block.ffn_norm.register_forward_hook(lambda _, __, output: found.append(output))
             h, _ = block(h, context, rotations)
-    return [x.clone() for x in found]  # ordinary tensors: the fit differentiates
+    return [x.clone() for x in found]  # clones are ordinary tensors, not inference tensors: the fit needs gradients
 
 
 def _regression(x: Tensor, labels: Tensor, n_labels: int) -> Tensor:
-    """The rows W (labels, D) of the regression in the module docstring."""
+    """Solve the regression in the module docstring for W (labels, D)."""
     counts = torch.bincount(labels, minlength=n_labels).float()
     weight = (1.0 / counts)[labels]
     weight = weight / weight.sum()
-    # Columns of like size make the problem round; the rows are scaled back afterwards.
+    # Scaling columns to equal size improves the conditioning; the rows are scaled back afterwards.
     size = x.square().mean(0).sqrt().clamp_min(1e-6)
     scaled = x / size
     w = torch.zeros(n_labels, x.shape[1], requires_grad=True)

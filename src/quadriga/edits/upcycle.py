@@ -1,4 +1,4 @@
-"""A dense model becomes a fine-grained mixture of experts of the same function (`quadriga upcycle`).
+"""Turn a dense model into a fine-grained mixture of experts that computes the same function (`quadriga upcycle`).
 
 The feed-forward network is cut along d_ff into g granules; the experts are n_experts / g copies of them:
 
@@ -6,14 +6,14 @@ The feed-forward network is cut along d_ff into g granules; the experts are n_ex
     expert  e = copy * g + j:  w_gate[j], w_up[j], g * w_down[:, j]
     router  row e = the row of its copy: all granules of a copy have the same logit
 
-So the top k experts of any token are the granules of its best k / g copies, whose normalised weights sum to one over
-each set of g equal ones: sum_e weight_e g y_j = y. The MoE's logits are the dense model's, to float32 rounding, for any
-router rows. Which copy a token visits is the router's to say from the first step on: rows drawn at random part tokens
-by direction, rows fitted to labelled text (``edits.fit_router``) part them by domain.
+So a token's top k experts are all granules of its best k / g copies. The k normalised weights are equal within a copy,
+so that sum_e weight_e g y_j = y: the MoE's logits equal the dense model's, up to float32 rounding, for any router rows.
+The router rows decide which copy a token visits from the first step on: random rows separate tokens by direction, rows
+fitted to labelled text (``edits.fit_router``) by domain.
 
 Sources: sparse upcycling (Komatsuzaki et al. 2023: g = 1); granules and the "virtual group" router (He et al. 2024,
 arXiv 2410.07524); ``drop`` is Drop-Upcycling (Nakamura et al. 2025, arXiv 2502.19261); ``noise`` as in Qwen1.5-MoE.
-Both options change the function: training has to win it back, and the experts then differ from the start.
+Both options change the function, which training must recover; in return the experts differ from the start.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ _PARTS = {"w_gate": "rows", "w_up": "rows", "w_down": "columns"}
 
 @dataclass(frozen=True, kw_only=True)
 class Upcycling:
-    """How a dense model is turned into experts."""
+    """The settings of upcycling."""
 
     n_experts: int = 16
     top_k: int = 4
     granules: int | None = None
-    """Parts that d_ff is cut into; None: as many as top_k, so that a token costs what it cost before."""
+    """Number of parts that d_ff is cut into; None: top_k, so that a token costs as much as before."""
     router_std: float = 0.02
-    """Of the random router rows, one a copy."""
+    """Standard deviation of the random router rows, one per copy."""
     noise: float = 0.0
-    """Normal noise on every expert weight, in units of the matrix's own standard deviation."""
+    """Normal noise added to every expert weight, in units of the matrix's standard deviation."""
     drop: float = 0.0
-    """Share of each expert's hidden units drawn anew, with the mean and deviation of those they replace."""
+    """Fraction of each expert's hidden units to reinitialise, with the mean and deviation of those they replace."""
     aux_loss_weight: float = 0.01
-    """Strength of the load-balancing loss that the result's configuration asks for."""
+    """Weight of the load-balancing loss in the result's configuration."""
     seed: int = 0
 
     @property
     def n_granules(self) -> int:
-        """Granules in force."""
+        """Number of granules; top_k if ``granules`` is None."""
         return self.granules or self.top_k
 
     @property
     def n_copies(self) -> int:
-        """Copies of every granule."""
+        """Number of copies of every granule."""
         return self.n_experts // self.n_granules
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class Upcycling:
         if g < 1 or self.n_experts % g or self.top_k % g:
             raise ConfigError(
                 f"granules must divide n_experts and top_k, so that a token visits whole copies: got granules={g}, "
-                f"n_experts={self.n_experts}, top_k={self.top_k}. Leave granules out to take top_k."
+                f"n_experts={self.n_experts}, top_k={self.top_k}. Leave granules out to use top_k."
             )
         for name in ("noise", "drop", "router_std"):
             value = getattr(self, name)
@@ -78,17 +78,17 @@ class Upcycling:
 
 
 def upcycled_config(dense: ModelConfig, how: Upcycling) -> ModelConfig:
-    """The configuration of the mixture that ``dense`` becomes.
+    """The configuration of the mixture that a dense model becomes.
 
     Raises:
-        ConfigError: a model whose mixture no family here describes.
+        ConfigError: no supported family can describe the mixture.
     """
     layer = dense.only_layer("upcycling")
     ffn, mixture = layer.ffn, families.family_of(dense).counterpart
     if not isinstance(ffn, DenseSpec) or not ffn.gated or mixture is None:
         raise ConfigError(
-            "upcycling takes dense models of LLaMA's or Qwen3's shape, which become Mixtral's or Qwen3-MoE's; this one "
-            f"is of the family {dense.family} with {ffn}. MPT's network has no gate, and experts here are gated."
+            "upcycling supports dense models like LLaMA or Qwen3, which become like Mixtral or Qwen3-MoE; this one is "
+            f"of the family {dense.family} with {ffn}. MPT's network has no gate, and experts must be gated."
         )
     if ffn.d_ff % how.n_granules:
         raise ConfigError(f"granules must divide d_ff: got d_ff={ffn.d_ff}, granules={how.n_granules}")
@@ -105,14 +105,15 @@ def upcycled_config(dense: ModelConfig, how: Upcycling) -> ModelConfig:
 def upcycle(
     dense: Checkpoint, how: Upcycling | None = None, *, routers: Mapping[int, Array] | None = None
 ) -> Checkpoint:
-    """The mixture as a derived checkpoint; ``convert.write`` stores it.
+    """Upcycle a dense model; returns a derived checkpoint, which ``convert.write`` stores.
 
     Args:
         dense: an open checkpoint; keep it open while the result is read.
-        routers: layer -> (copies, D), one row a copy, instead of random ones.
+        how: the settings; None: the defaults.
+        routers: layer -> (copies, D), one row per copy, instead of random rows.
 
     Raises:
-        ConfigError: sizes that do not divide, or a model that no family here describes as a mixture.
+        ConfigError: sizes that do not divide, or no supported family can describe the mixture.
     """
     return derive(dense, _Upcycle(dense, how or Upcycling(), routers))
 
@@ -120,15 +121,15 @@ def upcycle(
 class _Upcycle(Unchanged):
     def __init__(self, dense: Checkpoint, how: Upcycling, routers: Mapping[int, Array] | None) -> None:
         config = upcycled_config(dense.config, how)
-        recipe = f"upcycled with {how}"
+        description = f"upcycled with {how}"
         if routers is not None:
             wanted = (how.n_copies, config.d_model)
             for layer in range(config.n_layers):
                 got = tuple(routers[layer].shape) if layer in routers else None
                 if got != wanted:
-                    raise ConfigError(f"layer {layer} needs router rows {wanted}, one a copy; got {got}")
-            recipe += f" and routers {_digest(routers)}"
-        super().__init__(dense, config, recipe)
+                    raise ConfigError(f"layer {layer} needs router rows {wanted}, one per copy; got {got}")
+            description += f" and routers {_digest(routers)}"
+        super().__init__(dense, config, description)
         self.how, self.routers = how, routers
 
     def dtype(self, name: str) -> np.dtype[Any]:
@@ -171,7 +172,7 @@ class _Upcycle(Unchanged):
         return matrix
 
     def _redrawn(self, matrix: Array, name: str, expert: int) -> Array:
-        """The same units of gate, up and down are drawn anew, each from its matrix's own distribution."""
+        """Reinitialise some hidden units, the same ones in gate, up and down, from each matrix's own distribution."""
         layer, width = name.split(".")[1], self.config.layers[0].ffn.d_ff
         chosen = _generator(self.how.seed, f"drop {layer} {expert}").permutation(width)
         chosen = chosen[: int(self.how.drop * width)]
@@ -184,7 +185,7 @@ class _Upcycle(Unchanged):
 
 
 def _generator(seed: int, what: str) -> np.random.Generator:
-    """Numbers that depend on the seed and on what they are for, not on the order in which parts are computed."""
+    """A generator that depends only on the seed and the purpose, not on the order in which parts are computed."""
     digest = hashlib.sha256(f"{seed} {what}".encode()).digest()
     return np.random.Generator(np.random.Philox(int.from_bytes(digest[:8], "little")))
 

