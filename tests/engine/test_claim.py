@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quadriga.bench import claim
-from quadriga.bench.claim import Layer, Measured, head_bytes, layer_bytes, random_packed, ratio
+from quadriga.bench.claim import ClaimResult, Layer, head_bytes, layer_bytes, random_packed, ratio
 from quadriga.cli import bench_claim
 from quadriga.errors import ConfigError
 from quadriga.kernels.cpu.packing import Packed
@@ -92,7 +92,7 @@ def test_the_whole_model_is_its_layers_and_its_head(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_ratio_needs_its_base() -> None:
-    row = Measured("DBRX", "decode", 1, 1.0, 1.0, 1.0, 0.0, 4.0, 1.0, "avx2")
+    row = ClaimResult("DBRX", "decode", 1, 1.0, 1.0, 1.0, 0.0, 4.0, 1.0, "avx2")
     assert ratio([row], row) is None
 
 

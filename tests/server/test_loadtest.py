@@ -44,7 +44,7 @@ def test_times_of_an_answer() -> None:
     [
         ([chunk("a")], "ended early"),
         ([chunk(None, "stop")], "no text"),
-        ([b"{"], "no JSON"),
+        ([b"{"], "not the API's JSON"),
         ([chunk("a"), b'{"error": {"message": "no"}}'], "error event"),
     ],
 )
@@ -93,7 +93,7 @@ def test_urls(url: str, host: str, port: int, prefix: str) -> None:
     "url", ["127.0.0.1:8000", "ftp://x", "http://", "http://x:y", "http://a:b@c", "http://x?y=1", ""]
 )
 def test_what_is_no_url(url: str) -> None:
-    with pytest.raises(ConfigError, match="looks like"):
+    with pytest.raises(ConfigError, match="must look like"):
         target(url)
 
 
@@ -221,8 +221,8 @@ def test_a_key_is_sent_and_failures_are_told(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["not a url"], "looks like"),
-        (["http://127.0.0.1:9"], "nothing answers"),
+        (["not a url"], "must look like"),
+        (["http://127.0.0.1:9"], "no server answers"),
         (["http://127.0.0.1:9", "-c", "0"], "concurrency"),
         (["http://127.0.0.1:9", "--shared-prefix", "2"], "from 0 to 1"),
         (["http://127.0.0.1:9", "-m", "x", "--text", "/nowhere"], "--text"),

@@ -1,1 +1,1 @@
-"""Measurements: a model's speed beside this machine's limits, the speed claim, the load that a server bears."""
+"""Benchmarks: a model's speed compared with this machine's limits, the speed claim, and load tests of servers."""

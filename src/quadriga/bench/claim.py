@@ -1,18 +1,18 @@
-"""The launch's claim, "up to 2x faster than LLaMA2-70B", measured on one machine without 260 GB of weights.
+"""The launch's claim, "up to 2x faster than LLaMA2-70B", tested on one machine without 260 GB of weights.
 
     step(system, B) = n_layers * layer(B) + head(B)            layer, head: measured on real-width random weights
 
-A DBRX layer is 3.26 billion parameters, 1.8 GB at 4.5 bits: one fits where forty do not, and all forty are alike. So
-one layer of each system is made, a pass over it is timed with and without the head, and the model's time is put
-together by its number of layers. What this leaves out is what the sum leaves out: memory that does not fit, and caches
-that one layer could keep (all layers here are larger than any).
+A DBRX layer has 3.26 billion parameters, 1.8 GB at 4.5 bits: one layer fits into memory where all forty do not, and all
+are alike. So one layer of each system is built, a pass is timed with and without the head, and the model's time is the
+sum over its layers. This ignores what a sum cannot show: models that do not fit into memory, and layers small enough to
+stay in a cache (all layers here are larger than any cache).
 
-Beside every figure stands what arithmetic expects of a perfect machine with this one's measured bandwidth and peak:
+Every figure is compared with the expectation for a perfect machine with this one's measured bandwidth and peak:
 
     bytes(B)  = n_layers * (shared weights + distinct(B) * one expert) + head      distinct(B) = E (1 - (1 - k/E)^B)
     time(B)   = max(bytes / bandwidth, B * 2 * active / peak)
 
-Random weights route evenly; a trained router is less even, which favours a batch.
+Random weights route evenly; a trained router is less even, so a batch visits fewer experts and runs faster.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ SYSTEMS = {
     "Mixtral 8x7B": "mixtral-8x7b",
     "Grok-1": "grok-1",
 }
-"""What the claim compares: name -> preset."""
+"""The systems that the claim compares: name -> preset."""
 
 BASE = "LLaMA2-70B"
-"""What ratios are to."""
+"""The system that speeds are compared with."""
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PROMPT = 128
 DEPTH = 256
-"""Positions already in the cache when a token is decoded."""
+"""Cached positions when a token is decoded."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One system at one size of batch, or one prompt."""
+class ClaimResult:
+    """The result for one system at one batch size or prompt length."""
 
     system: str
     kind: str
@@ -63,24 +63,24 @@ class Measured:
     layer_s: float
     head_s: float
     tokens_per_s: float
-    """Of the whole model, put together."""
+    """Tokens per second of the whole model, from the times of layer and head."""
     spread: float
     """(slowest - fastest) / median of the rounds."""
     experts: float
-    """Distinct experts that the layer visited; 1 in a dense one."""
+    """Distinct experts that the layer visited; 1 for a dense layer."""
     expected_tokens_per_s: float
     isa: str
     """Instruction set of the kernels."""
 
 
 class Layer:
-    """One real-width layer of a system, and its head.
+    """One full-width layer of a system, and its head.
 
     Args:
-        name: of SYSTEMS.
-        form: of ``quant.packed.PACKED``.
+        name: a key of SYSTEMS.
+        form: the packed format, a key of ``quant.packed.PACKED``.
         threads: computing threads.
-        most: sequences of the largest batch.
+        most: largest batch, in sequences.
     """
 
     def __init__(self, name: str, form: str, *, threads: int, most: int) -> None:
@@ -95,22 +95,22 @@ class Layer:
         self._random = np.random.default_rng(0)
 
     def decode(self, batch: int) -> tuple[float, float]:
-        """Seconds of (the layer, the head) for one token of each of ``batch`` sequences."""
+        """Seconds for (the layer, the head) to decode one token of each of ``batch`` sequences."""
         layer = self._once([DEPTH] * batch, [1] * batch, [])
         return layer, max(0.0, self._once([DEPTH] * batch, [1] * batch, list(range(batch))) - layer)
 
     def prefill(self, n: int) -> tuple[float, float]:
-        """Seconds of (the layer, the head) for a prompt of ``n`` tokens; its head is that of one decoded token."""
+        """Seconds for (the layer, the head) on a prompt of ``n`` tokens; the head runs for one token only."""
         head = self.decode(1)[1]
         return max(0.0, self._once([0], [n], [n - 1]) - head), head
 
     def distinct_experts(self, n_tokens: int) -> float:
-        """Experts that the last pass visited."""
+        """Distinct experts that the last pass visited."""
         stats = self.model.router_stats(n_tokens)
         return float(len(set(stats[0].expert_ids.flatten().tolist()))) if stats else 1.0
 
     def _once(self, starts: Sequence[int], lengths: Sequence[int], rows: list[int]) -> float:
-        """Seconds of one pass over random tokens, with the logits of ``rows``."""
+        """Seconds for one pass over random tokens that computes the logits of ``rows``."""
         tokens = self._random.integers(0, self.config.vocab_size, sum(lengths)).tolist()
         positions = [p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]
         each = self._blocks_each
@@ -122,7 +122,7 @@ class Layer:
         return time.perf_counter() - started
 
     def expected(self, kind: str, n: int, bandwidth: float, peak: float) -> float:
-        """Tokens a second of the whole model on a perfect machine; see the module docstring."""
+        """Expected tokens per second of the whole model on a perfect machine; see the module docstring."""
         layers, head = layer_bytes(self.whole, self.form, n), head_bytes(self.whole, self.form)
         active = cost.n_params(self.whole).active_without_input
         head_params = self.whole.vocab_size * self.whole.d_model
@@ -131,7 +131,7 @@ class Layer:
 
 
 def random_packed(config: ModelConfig, form: str) -> dict[str, Parameter]:
-    """Packed random weights: of every shape one matrix is made, every expert has its own copy of it in memory."""
+    """Random packed weights: one matrix per shape is generated, and every expert gets its own copy in memory."""
     generator = np.random.default_rng(0)
     made: dict[tuple[tuple[int, ...], str], Packed] = {}
 
@@ -149,7 +149,7 @@ def random_packed(config: ModelConfig, form: str) -> dict[str, Parameter]:
     parameters: dict[str, Parameter] = {}
     for name, shape in parameter_shapes(config).items():
         if name == "lm_head.weight":
-            parameters[name] = parameters["embed.weight"]  # a row of one and all of the other are read
+            parameters[name] = parameters["embed.weight"]  # one is read by row, the other as a whole
         elif len(shape) == 1:
             parameters[name] = np.ones(shape, dtype=np.float32)
         elif len(shape) == 2:
@@ -160,7 +160,7 @@ def random_packed(config: ModelConfig, form: str) -> dict[str, Parameter]:
 
 
 def layer_bytes(config: ModelConfig, form: str, n_tokens: int) -> float:
-    """Bytes of weights that one layer reads for ``n_tokens`` independent tokens."""
+    """Bytes of weights read by one layer for ``n_tokens`` independent tokens."""
     total, layer = 0.0, config.only_layer("the speed claim")
     for name, shape in layer_shapes(layer, config.d_model).items():
         if len(shape) == 3:
@@ -173,7 +173,7 @@ def layer_bytes(config: ModelConfig, form: str, n_tokens: int) -> float:
 
 
 def head_bytes(config: ModelConfig, form: str) -> float:
-    """Bytes of the head."""
+    """Bytes of the packed head."""
     return float(PACKED[form].nbytes_of(config.vocab_size, config.d_model))
 
 
@@ -185,11 +185,15 @@ def run(
     rounds: int = 3,
     systems: Sequence[str] = tuple(SYSTEMS),
     tell: Callable[[str], None] = lambda text: None,
-) -> list[Measured]:
-    """Measure every system at every batch, in turn, so that a slow minute of the machine hits all of them alike.
+) -> list[ClaimResult]:
+    """Measure every system at every batch size, alternating, so that a slow phase of the machine affects all alike.
+
+    Args:
+        form: the packed format of the weights.
+        tell: called with a line of progress.
 
     Raises:
-        ConfigError: an unknown format or system, or a batch or round below 1.
+        ConfigError: unknown format or system, or a batch or number of rounds out of range.
     """
     if form not in PACKED:
         raise ConfigError(f"the claim's format must be one of {', '.join(PACKED)}; got {form!r}")
@@ -199,7 +203,7 @@ def run(
     for name in systems:
         if name not in SYSTEMS:
             raise ConfigError(f"systems must be among {', '.join(SYSTEMS)}; got {name!r}")
-        tell(f"making a layer of {name}")
+        tell(f"building a layer of {name}")
         layers.append(Layer(name, form, threads=threads, most=max(batches)))
     sizes = [("decode", b) for b in batches] + [("prefill", PROMPT)]
     times: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
@@ -213,7 +217,7 @@ def run(
             peaks.append(peak_ops_per_s(context, form))
             for layer in layers:
                 seconds = layer.decode(n) if kind == "decode" else layer.prefill(n)
-                if turn:  # the first one warms
+                if turn:  # the first round only warms up
                     times.setdefault((layer.name, kind, n), []).append(seconds)
                     visited[layer.name, kind, n] = layer.distinct_experts(n)
     bandwidth, peak = statistics.median(bandwidths), statistics.median(peaks)
@@ -227,10 +231,10 @@ def run(
 
 def _measured(
     layer: Layer, kind: str, n: int, times: list[tuple[float, float]], visited: float, bandwidth: float, peak: float
-) -> Measured:
+) -> ClaimResult:
     wholes = [layer.whole.n_layers * one + head for one, head in times]
     middle = statistics.median(wholes)
-    return Measured(
+    return ClaimResult(
         system=layer.name,
         kind=kind,
         n=n,
@@ -244,8 +248,8 @@ def _measured(
     )
 
 
-def ratio(rows: Sequence[Measured], row: Measured) -> tuple[float, float] | None:
-    """(measured, expected) speed of a row over BASE's at the same size; None if that was not measured."""
+def ratio(rows: Sequence[ClaimResult], row: ClaimResult) -> tuple[float, float] | None:
+    """(measured, expected) speed of a row relative to BASE at the same size; None if BASE was not measured."""
     for one in rows:
         if (one.system, one.kind, one.n) == (BASE, row.kind, row.n):
             return row.tokens_per_s / one.tokens_per_s, row.expected_tokens_per_s / one.expected_tokens_per_s

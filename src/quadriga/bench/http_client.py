@@ -1,7 +1,7 @@
-"""A small HTTP/1.1 client for measuring servers: every event of a stream with the time at which it came.
+"""A small HTTP/1.1 client for measuring servers: it records every event of a stream with its time of arrival.
 
-Not a general client: no redirects, no proxies, no compression. It exists because what a load generator spends on an
-event is taken from the server beside it: this one spends some 20 us, a full client several times that.
+It is not a general client: no redirects, proxies or compression. It exists because a load generator takes CPU time from
+a server on the same machine: this client needs about 20 us per event, a full client several times that.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ CONNECT_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class Target:
-    """Where a server's interface is."""
+    """The address of a server's API, and the API key."""
 
     host: str
     port: int
     prefix: str
-    """What stands before /chat/completions, e.g. "/v1"."""
+    """The path before /chat/completions, e.g. "/v1"."""
     tls: bool
     key: str | None
 
     @property
     def authority(self) -> str:
-        """The Host header."""
+        """Host and port for the Host header; a default port is left out."""
         name = f"[{self.host}]" if ":" in self.host else self.host
         return name if self.port == (443 if self.tls else 80) else f"{name}:{self.port}"
 
 
 def target(url: str, key: str | None = None) -> Target:
-    """A URL such as ``http://127.0.0.1:8000`` or ``https://llm.example.org/v1``; /v1 is added where it lacks.
+    """Parse a URL such as ``http://127.0.0.1:8000`` or ``https://llm.example.org/v1``; /v1 is added if missing.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: not such a URL, or an impossible key.
     """
     try:
         parts = urlsplit(url)
@@ -49,9 +49,9 @@ def target(url: str, key: str | None = None) -> Target:
     except ValueError:
         parts, port = urlsplit(""), None
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
-        raise ConfigError(f"a URL looks like http://127.0.0.1:8000 or https://llm.example.org/v1; got {url!r}")
+        raise ConfigError(f"the URL must look like http://127.0.0.1:8000 or https://llm.example.org/v1; got {url!r}")
     if key is not None and not (key.isascii() and key.isprintable()):
-        raise ConfigError("an API key is printable ASCII")
+        raise ConfigError("the API key must be printable ASCII")
     prefix = parts.path.rstrip("/")
     if not prefix.endswith("/v1"):
         prefix += "/v1"
@@ -61,11 +61,11 @@ def target(url: str, key: str | None = None) -> Target:
 
 @dataclass
 class Exchange:
-    """One answer as it came."""
+    """One response, with arrival times."""
 
     status: int = 0
     body: bytearray = field(default_factory=bytearray)
-    """All of it, unless it is a stream of events."""
+    """The whole body; empty if it is a stream of events."""
     events: list[tuple[float, bytes]] = field(default_factory=list)
     """(time.perf_counter() at arrival, data) of server-sent events."""
     started: float = 0.0
@@ -73,7 +73,7 @@ class Exchange:
 
 
 class Connection(asyncio.Protocol):
-    """One connection, one request at a time. Kept open between requests as long as the server does."""
+    """A connection for one request at a time, kept open between requests as long as the server allows."""
 
     def __init__(self, at: Target) -> None:
         self._at = at
@@ -82,13 +82,13 @@ class Connection(asyncio.Protocol):
         self._reset()
 
     async def request(self, method: str, path: str, body: bytes = b"") -> Exchange:
-        """One request and its whole answer.
+        """Send a request and wait for the complete response.
 
         Args:
-            path: below the target's prefix, e.g. "/chat/completions".
+            path: relative to the target's prefix, e.g. "/chat/completions".
 
         Raises:
-            OSError: no connection, or it was lost before the answer was complete.
+            OSError: no connection, or it was lost before the response was complete.
         """
         if self._transport is None or self._transport.is_closing():
             loop = asyncio.get_running_loop()
@@ -116,7 +116,7 @@ class Connection(asyncio.Protocol):
         return self._exchange
 
     def close(self) -> None:
-        """Give the connection up."""
+        """Close the connection."""
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
@@ -136,40 +136,40 @@ class Connection(asyncio.Protocol):
             else:
                 self._done.set_exception(error)
 
-    # asyncio's side --------------------------------------------------------------------------------------------------
+    # Called by asyncio -----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Connected."""
+        """Keep the transport of a new connection."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Bytes."""
+        """Pass received bytes to the HTTP parser."""
         self._now = time.perf_counter()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._end(ConnectionError(f"what came is no HTTP: {error}"))
+            self._end(ConnectionError(f"the response is not valid HTTP: {error}"))
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The server is gone."""
+        """Fail the current request, because the connection was closed."""
         self._transport = None
-        self._end(ConnectionResetError("the connection was lost before the answer was complete"))
+        self._end(ConnectionResetError("the connection was lost before the response was complete"))
 
-    # httptools' side -------------------------------------------------------------------------------------------------
+    # Called by httptools' parser -------------------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header."""
+        """Note whether the response is a stream of events."""
         if name.lower() == b"content-type":
             self._is_stream = value.startswith(b"text/event-stream")
 
     def on_headers_complete(self) -> None:
-        """All headers."""
+        """Store the status code."""
         self._exchange.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body: whole events are taken off."""
+        """Store a piece of the body, or split off and time the complete events in it."""
         if not self._is_stream:
             self._exchange.body += body
             return
@@ -180,5 +180,5 @@ class Connection(asyncio.Protocol):
                     self._exchange.events.append((self._now, line[5:].strip()))
 
     def on_message_complete(self) -> None:
-        """The end of the answer."""
+        """Complete the current request."""
         self._end(None)

@@ -1,4 +1,4 @@
-"""What this machine can do at most: reading memory, and dot products in registers. Measured, never looked up."""
+"""This machine's limits, always measured: memory read bandwidth, and dot products in registers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quadriga.kernels.cpu import library as cpu
 from quadriga.kernels.cpu.packing import Bytes, allocate
 
 _BYTES = 1 << 29
-"""Larger than any cache."""
+"""Bytes to read; larger than any cache."""
 
 
 @lru_cache(maxsize=1)
@@ -20,7 +20,7 @@ def _memory() -> Bytes:
 
 
 def read_bytes_per_s(context: cpu.Context) -> float:
-    """Bytes a second that the context's threads read together, streaming half a gigabyte once."""
+    """Read bandwidth of all the context's threads together in bytes per second, streaming half a gigabyte once."""
     memory = _memory()
     rate = ctypes.c_double()
     context.call(context.lib.qd_read_bandwidth, memory.ctypes.data, memory.nbytes, 1, ctypes.byref(rate))
@@ -28,7 +28,7 @@ def read_bytes_per_s(context: cpu.Context) -> float:
 
 
 def peak_ops_per_s(context: cpu.Context, form: str) -> float:
-    """Operations (a multiplication and an addition are two) a second of the format's dot product, all threads."""
+    """Peak of the format's dot product on all threads, in operations per second (a multiply-add counts as two)."""
     rate = ctypes.c_double()
     context.call(context.lib.qd_peak, cpu.FORMATS[form], 200_000, ctypes.byref(rate))
     return rate.value

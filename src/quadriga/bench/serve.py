@@ -1,11 +1,11 @@
-"""How a server does under load: seeded prompts, sent by a fixed number of clients or at a given rate, and timed.
+"""Load tests of servers: seeded prompts, sent by a fixed number of clients or at a given rate, and timed.
 
-    first token (TTFT)   from sending the request to the first event with text
-    between tokens (ITL) gaps between events with text of one answer, all answers together
-    per token (TPOT)     (last event - first event) / (tokens - 1), one number an answer
-    goodput              answers a second that kept every objective asked for
+    first token (TTFT)      from sending the request to the first event with text
+    between tokens (ITL)    gaps between events with text of one answer, over all answers
+    per token (TPOT)        (last event - first event) / (tokens - 1), one number per answer
+    goodput                 answers per second that meet every objective
 
-Works with any server that has OpenAI's interface. Times are the client's, so they include both ends of the connection.
+Works with any server that has OpenAI's API. Times are measured by the client, so they include the connection.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from quadriga.errors import ConfigError, EngineError
 
 PERCENTILES = (50, 90, 95, 99)
 _PROBES = (64, 256)
-"""Characters of the first two prompts."""
+"""Characters of the two prompts that measure the server's characters per token."""
 
 _WORDS = re.findall(
     r"\w+",
@@ -44,40 +44,40 @@ _WORDS = re.findall(
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """One level of load: ``concurrency`` clients that each send again when answered, or ``rate`` requests a second."""
+    """One level of load: ``concurrency`` clients, each with one request at a time, or ``rate`` requests per second."""
 
     n_requests: int
     concurrency: int | None = None
     rate: float | None = None
-    """Requests a second, with exponential gaps (a Poisson process)."""
+    """Requests per second, with exponential gaps (a Poisson process)."""
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The level as shown in tables."""
         return f"{self.concurrency} clients" if self.concurrency is not None else f"{self.rate:g} requests/s"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the requests are like."""
+    """The size and content of the requests."""
 
     model: str
     prompt_tokens: int = 128
     max_tokens: int = 64
     chat: bool = True
     ignore_eos: bool = False
-    """Ask for answers of exactly ``max_tokens``; not all servers know the field."""
+    """Request answers of exactly ``max_tokens``; not all servers support the field."""
     shared_prefix: float = 0.0
-    """Part of every prompt that is the same in all of them."""
+    """Fraction of every prompt that is the same in all of them."""
     text: str | None = None
-    """Prompts are cut from this; None makes them of common words."""
+    """Prompts are cut from this text; None: they consist of random common words."""
     seed: int = 0
     timeout_s: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objectives:
-    """What a good answer keeps; None asks for nothing."""
+    """Limits that an answer must meet to count for goodput; None: no limit."""
 
     first_token_ms: float | None = None
     per_token_ms: float | None = None
@@ -86,27 +86,27 @@ class Objectives:
 
 @dataclass
 class Timing:
-    """One request."""
+    """The timing of one request."""
 
     sent_s: float
-    """Since the level began."""
+    """When the request was sent, since the start of the level."""
     error: str | None = None
-    """Its kind, if it failed."""
+    """The kind of error, if the request failed."""
     first_s: float = 0.0
     whole_s: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     tokens: int = 0
     counted: bool = True
-    """The server said how many tokens; else events with text are counted."""
+    """True if the server reported the number of tokens; else events with text are counted."""
 
     @property
     def per_token_s(self) -> float:
-        """Mean time a token after the first."""
+        """Mean time per token after the first (TPOT)."""
         return sum(self.gaps_s) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
     def keeps(self, goal: Objectives) -> bool:
-        """True if it is a good answer."""
+        """True if the request succeeded and meets all objectives."""
         pairs = (
             (self.first_s, goal.first_token_ms),
             (self.per_token_s, goal.per_token_ms),
@@ -141,11 +141,12 @@ _decode = msgspec.json.Decoder(_Event).decode
 
 
 def timing(events: Sequence[tuple[float, bytes]], sent: float, ended: float) -> Timing:
-    """What a stream's events say: when text came, how many tokens, whether it is complete.
+    """Compute a request's timing from the events of its stream.
 
     Args:
-        events: (time, data); see ``client.Exchange``.
-        sent, ended: when the request went out and the answer was complete.
+        events: (time, data); see ``http_client.Exchange``.
+        sent: when the request was sent.
+        ended: when the answer was complete.
     """
     out, times, finished = Timing(0.0, whole_s=ended - sent), [], False
     for at, data in events:
@@ -154,7 +155,7 @@ def timing(events: Sequence[tuple[float, bytes]], sent: float, ended: float) -> 
         try:
             event = _decode(data)
         except msgspec.DecodeError:
-            out.error = "an event is no JSON of the interface"
+            out.error = "an event is not the API's JSON"
             return out
         if event.error is not None:
             out.error = "an error event"
@@ -188,15 +189,18 @@ class LoadTest:
         self._n_sent = 0
         self._idle: list[Connection] = []
         if shape.text is not None and len(shape.text) < 64:
-            raise ConfigError("the text to cut prompts from has fewer than 64 characters")
+            raise ConfigError("the text to cut prompts from must have at least 64 characters")
 
     async def prepare(self, warmup: int = 2) -> int:
-        """Find how many characters make a prompt of the wanted length, and warm the server up; the length got, or 0.
+        """Find the number of characters for prompts of the requested length, and warm the server up.
 
-        Two short prompts give the characters of a token and the tokens that a chat template adds.
+        Two short prompts give the characters per token and the number of tokens that the chat template adds.
+
+        Returns:
+            the resulting prompt length in tokens, or 0 if the server does not report tokens.
 
         Raises:
-            EngineError: the server does not answer as it should.
+            EngineError: the server does not answer correctly.
         """
         short, longer = [(await self._probe(1, n)).prompt_tokens for n in _PROBES]
         if 0 < short < longer:
@@ -214,10 +218,10 @@ class LoadTest:
         return one
 
     async def run(self, load: Load, progress: Callable[[int, int], None] | None = None) -> Report:
-        """One level of load.
+        """Run one level of load.
 
         Args:
-            progress: called with (answers so far, in all).
+            progress: called with (answers so far, answers in total).
         """
         started = time.perf_counter()
         timings: list[Timing] = []
@@ -252,13 +256,13 @@ class LoadTest:
         return Report(load, timings, time.perf_counter() - started)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close all connections."""
         for connection in self._idle:
             connection.close()
         self._idle.clear()
 
     def body(self, seed: str, max_tokens: int, n_chars: int | None = None) -> bytes:
-        """The request that a seed stands for."""
+        """The JSON body of a request; the same seed gives the same prompt."""
         shape = self._shape
         prompt = self._prompt(random.Random(f"{shape.seed} {seed}"), n_chars or self._n_chars)
         fields: dict[str, Any] = {"model": shape.model, "max_tokens": max_tokens, "temperature": 0, "stream": True}
@@ -313,9 +317,9 @@ async def first_model(at: Target) -> str:
             raise EngineError(f"{at.authority} answers {exchange.status}: {_message(bytes(exchange.body))}")
         return str(json.loads(exchange.body)["data"][0]["id"])
     except OSError as error:
-        raise EngineError(f"nothing answers at {at.authority}: {error or type(error).__name__}") from None
+        raise EngineError(f"no server answers at {at.authority}: {error or type(error).__name__}") from None
     except (ValueError, LookupError, TypeError):
-        raise EngineError(f"{at.authority} lists no models at {at.prefix}/models; name one with --model") from None
+        raise EngineError(f"{at.authority} lists no models at {at.prefix}/models: name one with --model") from None
     finally:
         connection.close()
 
@@ -332,14 +336,14 @@ def _message(body: bytes) -> str:
 
 @dataclass
 class Report:
-    """What one level of load gave."""
+    """The results of one level of load."""
 
     load: Load
     timings: list[Timing]
     seconds: float
 
     def numbers(self, goal: Objectives) -> dict[str, Any]:
-        """Everything for a table or a file; times in milliseconds."""
+        """All figures as plain values for a table or a file; times in milliseconds."""
         good = [t for t in self.timings if t.error is None]
         tokens = sum(t.tokens for t in good)
         kept = sum(t.keeps(goal) for t in good)
@@ -371,7 +375,7 @@ def _spread(seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def percentile(ordered: Sequence[float], p: float) -> float:
-    """The p-th percentile of sorted numbers, between neighbours in proportion (numpy's default)."""
+    """The p-th percentile of sorted numbers, interpolated linearly (NumPy's default)."""
     place = (len(ordered) - 1) * p / 100
     low = int(place)
     high = min(low + 1, len(ordered) - 1)

@@ -1,8 +1,8 @@
-"""How fast the engine is on this machine, and how near to what the machine can do.
+"""The engine's speed on this machine, and how close it is to the machine's limits.
 
-Decoding is bound by memory: its roofline is the read bandwidth measured beside it, in the same process and threads,
-because shared machines change theirs within seconds. Prompts are bound by arithmetic: their roofline is the peak of the
-dot-product instruction that the format uses, measured in registers.
+Decoding is bound by memory: its roofline is the read bandwidth, measured in the same process with the same threads
+right beside each run, because on shared machines it changes within seconds. Prompts are bound by arithmetic: their
+roofline is the peak of the dot-product instruction that the format uses, measured in registers.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Row:
 
     kind: str
     n: int
-    """decode: tokens made; prefill: prompt tokens; batch: sequences; depth: positions already in the cache."""
+    """decode: generated tokens; prefill: prompt tokens; batch: sequences; depth: cached positions."""
     tokens_per_s: float
     spread: float
     """(slowest - fastest) / median of the rounds."""
     roofline: float
-    """Tokens per second if the machine's limit were reached; see ``limit``."""
+    """Tokens per second at the machine's limit; see ``limit``."""
     limit: str
-    """"read" (bytes a token over the read bandwidth) or "arithmetic" (operations a token over the peak)."""
+    """Which limit: "read" (bytes per token / read bandwidth) or "arithmetic" (operations per token / peak)."""
 
     @property
     def share(self) -> float:
-        """Part of the roofline that was reached."""
+        """Fraction of the roofline that was reached."""
         return self.tokens_per_s / self.roofline
 
 
@@ -52,9 +52,9 @@ class Bench:
     """Measures one compiled model.
 
     Args:
-        model: what to measure.
-        parameters: its packed parameters, for counting bytes.
-        rounds: measurements of which the median is taken.
+        model: the model.
+        parameters: its packed parameters, to count bytes.
+        rounds: number of measurements, of which the median is reported.
     """
 
     def __init__(self, model: CompiledModel, parameters: dict[str, Parameter], *, rounds: int = 5) -> None:
@@ -68,10 +68,10 @@ class Bench:
         """Measure ``kind`` (one of KINDS) at ``n``.
 
         Raises:
-            ConfigError: an unknown kind, or more than the cache holds.
+            ConfigError: unknown kind, or more tokens than fit into the cache.
         """
         if kind not in KINDS:
-            raise ConfigError(f"what to measure must be one of {', '.join(KINDS)}; got {kind!r}")
+            raise ConfigError(f"the measurement must be one of {', '.join(KINDS)}; got {kind!r}")
         needed = {"decode": n + 16, "prefill": n + 1, "batch": 80 * n, "depth": n + 64}[kind]
         if n < 1 or needed > self.model.n_blocks * 16:
             raise ConfigError(f"{kind} {n} needs a cache of {needed} tokens, it has {self.model.n_blocks * 16}")
@@ -93,7 +93,7 @@ class Bench:
         return self._by_bandwidth("batch", n, once, self._bytes_of_batch(n), n)
 
     def _engine_decode(self, n_sequences: int, n_tokens: int) -> float:
-        """Tokens a second of ``n_sequences`` answers after their first tokens, through the whole engine."""
+        """Tokens per second of ``n_sequences`` answers after their first tokens, through the whole engine."""
         engine = Engine(self.model, prefix_cache=False, max_sequences=max(64, n_sequences))
         params = SamplingParams(max_new_tokens=n_tokens + 1, ignore_eos=True)
         for _ in range(n_sequences):
@@ -105,7 +105,7 @@ class Bench:
         return made / (time.perf_counter() - started)
 
     def _depth(self, n: int) -> Row:
-        """A step at position n over a cache of zeros: what is in it costs the same."""
+        """Time a step at position n over a cache of zeros; the cached values do not affect the time."""
         blocks = np.arange(-(-(n + 64) // 16), dtype=np.int32)
 
         def once() -> float:
@@ -136,7 +136,7 @@ class Bench:
 
         rates = [once() for _ in range(self.rounds)]
         peak = peak_ops_per_s(self.context, self._format)
-        per_token = 2.0 * cost.n_params(self.config).active  # embeddings look up, the head runs once: within 1 % at 512
+        per_token = 2.0 * cost.n_params(self.config).active  # counts embeddings and head per token: 1 % too many
         per_token -= 2.0 * self.config.vocab_size * self.config.d_model * (1 if self.config.tied_embeddings else 2)
         return _row("prefill", n, rates, [peak / per_token], "arithmetic")
 
@@ -150,7 +150,7 @@ class Bench:
         return _row(kind, n, rates, limits, "read")
 
     def _bytes_of_batch(self, n: int) -> float:
-        """Bytes a step of n sequences reads if each picks its experts at random."""
+        """Bytes read by a step of n sequences if each chooses its experts at random."""
         total = self.bytes_per_token
         for i, spec in self.config.moe_layers:
             used = spec.top_k / spec.n_experts
@@ -159,8 +159,7 @@ class Bench:
 
 
 def bytes_per_token(config: ModelConfig, parameters: dict[str, Parameter]) -> float:
-    """Bytes of weights that one decoded token reads: all of them but the embedding table's other rows and the experts
-    that were not chosen."""
+    """Bytes of weights read to decode one token: all except unused embedding rows and experts."""
     total = 0.0
     for name, value in parameters.items():
         if isinstance(value, Packed) and (name != "embed.weight" or config.tied_embeddings):
@@ -177,7 +176,7 @@ def _stacked_bytes(parameters: Mapping[str, Parameter], layer: int) -> float:
 
 
 def _main_format(parameters: dict[str, Parameter]) -> str:
-    """The format most bytes are in."""
+    """The packed format that most bytes have."""
     count: dict[str, int] = {}
     for value in parameters.values():
         for p in value if isinstance(value, list) else [value]:

@@ -14,7 +14,7 @@ from quadriga.cli import options
 from quadriga.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
-    from quadriga.bench.claim import Measured
+    from quadriga.bench.claim import ClaimResult
 
 COLUMNS = (
     *("version", "cpu", "isa", "threads", "format", "system", "kind", "n", "layer_ms", "head_ms", "experts"),
@@ -70,7 +70,7 @@ def bench_claim(batches: Sequence[int] | None, form: str, threads: int | None, r
         print(f"rows in {out}, drawn in {out.with_suffix('.svg')}", file=sys.stderr)
 
 
-def picture(path: Path, rows: Sequence[Measured]) -> None:
+def picture(path: Path, rows: Sequence[ClaimResult]) -> None:
     """Left: tokens a second by batch. Right: over LLaMA2-70B, measured (full) and expected (dashed)."""
     from quadriga.bench import claim
     from quadriga.evaluate.report import pyplot
