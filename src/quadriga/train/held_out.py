@@ -13,7 +13,7 @@ from torch import Tensor
 from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import IGNORE, BatchSource, TrainingBatch
 from quadriga.train.losses import final_hidden, head_weight
-from quadriga.train.parallel import Step
+from quadriga.train.parallel import ModelWithLoss
 from quadriga.train.world import World
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ class HeldOutLoss:
 
 
 @torch.no_grad()
-def held_out_losses(step: Step, sources: Mapping[str, BatchSource], world: World) -> dict[str, HeldOutLoss]:
-    """Mean loss of each domain under the objective of ``step``. All ranks must call this; they share the rows."""
-    step.eval()
+def held_out_losses(module: ModelWithLoss, sources: Mapping[str, BatchSource], world: World) -> dict[str, HeldOutLoss]:
+    """Mean loss of each domain under the objective of ``module``. All ranks must call this; they share the rows."""
+    module.eval()
     found = {}
     for domain, source in sources.items():
         n_rows = source.n_rows(0)
@@ -41,12 +41,12 @@ def held_out_losses(step: Step, sources: Mapping[str, BatchSource], world: World
         first = world.rank * share
         counts = first < n_rows  # ranks without rows compute too: a sharded model needs every rank
         batch = source.rows(0, first if counts else 0, min(first + share, n_rows) if counts else 1).to(world.device)
-        _, metrics = step(batch)
+        _, metrics = module(batch)
         own = torch.stack([metrics["loss"].double().cpu(), torch.tensor(batch.target_weight(), dtype=torch.float64)])
         total, weight = world.sum((own * counts).to(world.device)).tolist()
         loss = total / max(weight, 1.0)
         found[domain] = HeldOutLoss(loss, _bits_per_byte(loss, source))
-    step.train()
+    module.train()
     return found
 
 
@@ -66,11 +66,11 @@ class _LastLogits:
 
 @torch.no_grad()
 def continuation(
-    step: Step,
+    module: ModelWithLoss,
     prompt: Sequence[int],
     n_tokens: int,
     *,
-    n_words: int,
+    n_vocab: int,
     end_ids: Collection[int],
     world: World,
     unused: Collection[int] = (),
@@ -78,21 +78,21 @@ def continuation(
     """Greedy continuation of a prompt, without a KV cache; all ranks must call this.
 
     Args:
-        n_words: size of the vocabulary; larger ids only pad the embedding table.
-        unused: ids below ``n_words`` that have no token.
+        n_vocab: size of the vocabulary; larger ids only pad the embedding table.
+        unused: ids below ``n_vocab`` that have no token.
     """
     ids, holes = list(prompt), torch.tensor(sorted(unused), dtype=torch.int64, device=world.device)
-    objective, step.objective = step.objective, _LastLogits()
-    step.eval()
+    objective, module.objective = module.objective, _LastLogits()
+    module.eval()
     try:
         for _ in range(n_tokens):
-            logits, _ = step(_one_document(ids).to(world.device))
-            ids.append(int(logits[:n_words].index_fill(0, holes, -math.inf).argmax()))
+            logits, _ = module(_one_document(ids).to(world.device))
+            ids.append(int(logits[:n_vocab].index_fill(0, holes, -math.inf).argmax()))
             if ids[-1] in end_ids:
                 break
     finally:
-        step.objective = objective
-        step.train()
+        module.objective = objective
+        module.train()
     return ids[len(prompt) :]
 
 
@@ -108,14 +108,25 @@ def _one_document(ids: Sequence[int]) -> TrainingBatch:
 
 
 def samples(
-    step: Step, tokenizer: Tokenizer, prompts: Sequence[str], n_tokens: int, end_ids: Collection[int], world: World
+    module: ModelWithLoss,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    n_tokens: int,
+    end_ids: Collection[int],
+    world: World,
 ) -> dict[str, str]:
     """Prompt -> the text of its greedy continuation."""
     found = {}
     for prompt in prompts:
         words = tokenizer.encode(prompt)
         ids = continuation(
-            step, words, n_tokens, n_words=tokenizer.n_vocab, end_ids=end_ids, world=world, unused=tokenizer.unused_ids
+            module,
+            words,
+            n_tokens,
+            n_vocab=tokenizer.n_vocab,
+            end_ids=end_ids,
+            world=world,
+            unused=tokenizer.unused_ids,
         )
         found[prompt] = tokenizer.decode(ids, after=words)
     return found

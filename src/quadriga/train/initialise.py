@@ -25,11 +25,11 @@ from quadriga.nn.load import load_parameters
 from quadriga.train.config import ModelSection
 
 
-def model_config(section: ModelSection, n_words: int, end_ids: tuple[int, ...] = ()) -> ModelConfig:
+def model_config(section: ModelSection, n_vocab: int, end_ids: tuple[int, ...] = ()) -> ModelConfig:
     """The configuration of a new model: a preset with the section's sizes replacing its own.
 
     Args:
-        n_words: size of the corpus's vocabulary; the embedding table gets at least as many rows.
+        n_vocab: size of the corpus's vocabulary; the embedding table gets at least as many rows.
         end_ids: the ids that end a text.
 
     Raises:
@@ -37,9 +37,9 @@ def model_config(section: ModelSection, n_words: int, end_ids: tuple[int, ...] =
     """
     assert section.preset is not None, "ModelSection checks that preset or start is given"
     base = families.preset(section.preset)
-    rows = section.vocab_size or -(-n_words // 64) * 64
-    if rows < n_words:
-        raise ConfigError(f"model.vocab_size must be at least the corpus's {n_words} ids, got {rows}")
+    rows = section.vocab_size or -(-n_vocab // 64) * 64
+    if rows < n_vocab:
+        raise ConfigError(f"model.vocab_size must be at least the corpus's {n_vocab} ids, got {rows}")
     d_model = section.d_model or base.d_model
     layer = base.only_layer("a model made from a preset")
     n_heads = section.n_heads or layer.mixer.n_heads

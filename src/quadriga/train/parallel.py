@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Step(nn.Module):
+class ModelWithLoss(nn.Module):
     """Model and objective as one module, because FSDP2 gathers parameters only during a module's forward."""
 
     def __init__(self, model: Transformer, objective: Objective) -> None:
@@ -51,7 +51,7 @@ class Step(nn.Module):
         return loss, dict(metrics)
 
 
-def prepare(model: Transformer, objective: Objective, section: ParallelSection, world: World) -> Step:
+def prepare(model: Transformer, objective: Objective, section: ParallelSection, world: World) -> ModelWithLoss:
     """Prepare a model for training: move it to its device, set up recomputation, shard it if there are several ranks.
 
     Raises:
@@ -63,10 +63,10 @@ def prepare(model: Transformer, objective: Objective, section: ParallelSection, 
     for block in blocks:
         if section.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-    step = Step(model, objective)
+    module = ModelWithLoss(model, objective)
     if world.size > 1:
-        _shard(step, blocks, section, world)
-    return step
+        _shard(module, blocks, section, world)
+    return module
 
 
 def check_layout(model: Transformer, section: ParallelSection, world: World) -> None:
@@ -90,7 +90,7 @@ def mixtures(model: Transformer) -> list[MoE]:
     return [layer.moe for layer in model.layers if isinstance(layer, Block) and layer.moe is not None]
 
 
-def _shard(step: Step, blocks: Iterable[Block], section: ParallelSection, world: World) -> None:
+def _shard(module: ModelWithLoss, blocks: Iterable[Block], section: ParallelSection, world: World) -> None:
     kind = world.device.type
     mesh = init_device_mesh(
         kind, (section.replicate, world.size // section.replicate), mesh_dim_names=("replicate", "shard")
@@ -112,7 +112,7 @@ def _shard(step: Step, blocks: Iterable[Block], section: ParallelSection, world:
             if expert_mesh is not None:
                 _shard_experts(block.moe, expert_mesh, narrow)
         _sum_gradients(shard(block))
-    _sum_gradients(shard(step))
+    _sum_gradients(shard(module))
 
 
 def _shard_experts(moe: MoE, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
