@@ -27,7 +27,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredModel:
     """The contents of one results.json: the model's name and a cell per task."""
 
     name: str
@@ -40,14 +40,14 @@ class Comparison:
     """A published table and the results to show beside it."""
 
     table: Table
-    measured: tuple[Measured, ...]
+    measured: tuple[MeasuredModel, ...]
 
-    def cell(self, benchmark: Benchmark, one: Measured) -> Cell | None:
+    def cell(self, benchmark: Benchmark, one: MeasuredModel) -> Cell | None:
         """The measured value for a benchmark, from the first of ``benchmark.tasks`` that was run; None if none was."""
         return next((one.cells[task] for task in benchmark.tasks if task in one.cells), None)
 
 
-def read(path: Path) -> Measured:
+def read(path: Path) -> MeasuredModel:
     """Read a results.json written by ``quadriga eval``; ``path`` is the file or its folder. Perplexities are left out.
 
     Raises:
@@ -67,7 +67,7 @@ def read(path: Path) -> Measured:
         core = body.get("gauntlet", {}).get("core_average")
         if core is not None:
             cells["gauntlet"] = Cell(100 * core, None, "core average of five categories")
-        return Measured(str(body["model"]["name"]), cells)
+        return MeasuredModel(str(body["model"]["name"]), cells)
     except OSError as error:
         raise EvaluationError(
             f"cannot read {file}: {error.strerror}. Run `quadriga eval --out {path}` first."

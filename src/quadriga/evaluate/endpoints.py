@@ -45,7 +45,7 @@ class ReportedLikelihood:
     n_tokens: int
 
 
-class Caller:
+class ApiClient:
     """An HTTP client that POSTs JSON and retries.
 
     Args:
@@ -144,15 +144,15 @@ class Endpoint:
     """A ``LanguageModel`` behind an API: what all of them share. Scoring is refused unless a subclass implements it.
 
     Args:
-        caller: the HTTP client.
+        client: the HTTP client.
         model: the model's name in the API.
         context: the model's context length in tokens, for tasks that depend on it; no API reports it.
     """
 
     api = ""
 
-    def __init__(self, caller: Caller, model: str, *, context: int = 32768) -> None:
-        self.caller, self.model, self.context = caller, model, context
+    def __init__(self, client: ApiClient, model: str, *, context: int = 32768) -> None:
+        self.client, self.model, self.context = client, model, context
 
     @property
     def name(self) -> str:
@@ -162,7 +162,7 @@ class Endpoint:
     @property
     def identity(self) -> dict[str, str]:
         """The API's address and the model's name; an API reveals no more about its weights."""
-        return {"model": self.model, "address": self.caller.base, "api": self.api}
+        return {"model": self.model, "address": self.client.base, "api": self.api}
 
     def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, done: Done = quietly) -> list[ReportedLikelihood]:
         """Not available: raises EvaluationError."""
@@ -196,7 +196,7 @@ class Endpoint:
             own_seed = None if seed is None or temperature == 0 else seed + i
             return cut(self._ask(prompts[i], max_new_tokens, stop, temperature, own_seed), stop)
 
-        return self.caller.map(ask, len(prompts), done)
+        return self.client.map(ask, len(prompts), done)
 
     def _ask(self, prompt: str, n: int, stop: Sequence[str], temperature: float, seed: int | None) -> str:
         raise NotImplementedError
@@ -210,8 +210,8 @@ class OpenAIChat(Endpoint):
     def _ask(self, prompt: str, n: int, stop: Sequence[str], temperature: float, seed: int | None) -> str:
         body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
         body |= _openai_options(n, stop, temperature, seed)
-        answer = self.caller.post("chat/completions", body)
-        return _field(self.caller, answer, lambda a: a["choices"][0]["message"]["content"] or "")
+        answer = self.client.post("chat/completions", body)
+        return _field(self.client, answer, lambda a: a["choices"][0]["message"]["content"] or "")
 
 
 class OpenAIText(Endpoint):
@@ -221,7 +221,7 @@ class OpenAIText(Endpoint):
 
     def _ask(self, prompt: str, n: int, stop: Sequence[str], temperature: float, seed: int | None) -> str:
         body = {"model": self.model, "prompt": prompt} | _openai_options(n, stop, temperature, seed)
-        text: str = _field(self.caller, self.caller.post("completions", body), lambda a: a["choices"][0]["text"])
+        text: str = _field(self.client, self.client.post("completions", body), lambda a: a["choices"][0]["text"])
         return text
 
     def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, done: Done = quietly) -> list[ReportedLikelihood]:
@@ -230,22 +230,22 @@ class OpenAIText(Endpoint):
         Raises:
             EvaluationError: the API does not echo log-probabilities.
         """
-        return self.caller.map(lambda i: self._score(*requests[i]), len(requests), done)
+        return self.client.map(lambda i: self._score(*requests[i]), len(requests), done)
 
     def _score(self, context: str, continuation: str) -> ReportedLikelihood:
         n_spaces = len(context) - len(context.rstrip())
         border = len(context) - n_spaces
         body = {"model": self.model, "prompt": context + continuation, "max_tokens": 1, "echo": True, "logprobs": 1}
         try:
-            answer = self.caller.post("completions", body | {"temperature": 0})
+            answer = self.client.post("completions", body | {"temperature": 0})
         except EndpointError as error:
             if "refused" in str(error):
                 raise EvaluationError(f"log-likelihoods need completions with echo and logprobs; {error}") from None
             raise
-        shown = _field(self.caller, answer, lambda a: a["choices"][0].get("logprobs"))
+        shown = _field(self.client, answer, lambda a: a["choices"][0].get("logprobs"))
         if not shown or not shown.get("text_offset") or len(shown["token_logprobs"]) < 2:
             raise EvaluationError(
-                f"{self.caller.base} did not return the log-probabilities of an echoed prompt (echo, logprobs)"
+                f"{self.client.base} did not return the log-probabilities of an echoed prompt (echo, logprobs)"
             )
         logprob, greedy, n_tokens = 0.0, True, 0
         end = len(context) + len(continuation)
@@ -256,7 +256,7 @@ class OpenAIText(Endpoint):
             best = max([own, *(shown["top_logprobs"][i] or {}).values()])
             logprob, greedy, n_tokens = logprob + own, greedy and own >= best, n_tokens + 1
         if not n_tokens:
-            raise EvaluationError(f"{self.caller.base} returned no token of {continuation!r} after its context")
+            raise EvaluationError(f"{self.client.base} returned no token of {continuation!r} after its context")
         return ReportedLikelihood(logprob, greedy, n_tokens)
 
 
@@ -271,9 +271,9 @@ class Anthropic(Endpoint):
         stops = [s for s in stop if s.strip()]  # the API refuses blank ones; cut() applies all
         if stops:
             body["stop_sequences"] = stops
-        answer = self.caller.post("messages", body)
+        answer = self.client.post("messages", body)
         return _field(
-            self.caller, answer, lambda a: "".join(part["text"] for part in a["content"] if part["type"] == "text")
+            self.client, answer, lambda a: "".join(part["text"] for part in a["content"] if part["type"] == "text")
         )
 
 
@@ -286,11 +286,11 @@ def _openai_options(n: int, stop: Sequence[str], temperature: float, seed: int |
     return options
 
 
-def _field(caller: Caller, answer: dict[str, Any], take: Callable[[dict[str, Any]], T]) -> T:
+def _field(client: ApiClient, answer: dict[str, Any], take: Callable[[dict[str, Any]], T]) -> T:
     try:
         return take(answer)
     except (KeyError, IndexError, TypeError):
-        raise EndpointError(f"{caller.base} answered in an unknown format: {str(answer)[:300]}") from None
+        raise EndpointError(f"{client.base} answered in an unknown format: {str(answer)[:300]}") from None
 
 
 def connect(
@@ -330,7 +330,7 @@ def connect(
         headers = {"anthropic-version": _ANTHROPIC_VERSION} | ({"x-api-key": key} if key else {})
     else:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-    caller = Caller(address, headers, parallel=parallel, transport=transport, sleep=sleep)
+    client = ApiClient(address, headers, parallel=parallel, transport=transport, sleep=sleep)
     if api == "anthropic":
-        return Anthropic(caller, model)
-    return (OpenAIChat if chat else OpenAIText)(caller, model)
+        return Anthropic(client, model)
+    return (OpenAIChat if chat else OpenAIText)(client, model)

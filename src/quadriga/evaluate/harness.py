@@ -31,7 +31,7 @@ BATCH = {"likelihood": 64, "rolling": 4, "generate": 32, "code": 16}
 """Items per batch by kind of task: enough to share prompts and fill passes, few enough to lose little in a crash."""
 
 
-class Runner(Protocol):
+class ProgramRunner(Protocol):
     """Runs programs; ``evaluate.sandbox.Sandbox`` is one."""
 
     def passes(self, programs: Sequence[str]) -> list[bool]:
@@ -103,7 +103,7 @@ class _TaskRun:
     journal: Journal
     options: Options
     model: LanguageModel
-    runner: Runner | None
+    runner: ProgramRunner | None
     tell: Callable[[int], None] = field(default=lambda n: None)
 
     def run(self) -> int:
@@ -170,7 +170,7 @@ def run_task(
     out: Path,
     options: Options,
     *,
-    runner: Runner | None = None,
+    runner: ProgramRunner | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> TaskResult:
     """Run one task, or the rest of it if ``out`` contains a journal of an earlier run.
