@@ -1,4 +1,4 @@
-"""Calibration: what it measures layer by layer is what the whole model sees, and using it loses less."""
+"""Calibration: its layer-by-layer measurements equal the whole model's, and using them reduces the error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The catalogue: fetched once, verified, never half there, offline afterwards. pip is replaced by a local fake."""
+"""The catalogue: downloads once, verifies, never leaves partial files, works offline. pip is replaced by a local fake."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def test_no_network_says_what_to_do(index: Callable[..., list[list[str]]]) -> No
 def test_a_damaged_file_is_fetched_again_or_found(index: Callable[..., list[list[str]]]) -> None:
     calls = index()
     path = resolve(DEFAULT_MODEL)
-    path.write_bytes(CONTENT[:-5])  # the size shows it at once
+    path.write_bytes(CONTENT[:-5])  # the size differs
     assert resolve(DEFAULT_MODEL).read_bytes() == CONTENT
     assert len(calls) == 2
-    path.write_bytes(b"W" + CONTENT[1:])  # only hashing shows it
+    path.write_bytes(b"W" + CONTENT[1:])  # only the hash differs
     assert verify(DEFAULT_MODEL) == [path.name]
 
 

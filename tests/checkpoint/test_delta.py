@@ -1,4 +1,4 @@
-"""A delta makes one exact model of its base: written, read, applied, and by name through the catalogue."""
+"""A delta turns its base into one exact model: written, read, applied, and by name through the catalogue."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def base(tmp_path: Path) -> Checkpoint:
 
 @pytest.fixture
 def made(tmp_path: Path, base: Checkpoint) -> tuple[str, Checkpoint]:
-    """(the delta's sha256, the model it stands for)."""
+    """(the delta's sha256, the model it produces)."""
     config = upcycled_config(base.config, HOW)
     routers = {layer: array(torch.randn(3, 48, generator=torch.Generator().manual_seed(layer))) for layer in range(3)}
     adapter = Adapter(spec=SPEC, factors=random_factors(config, SPEC))
@@ -72,7 +72,9 @@ def test_another_base_or_a_damaged_file_is_refused(
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "d.safetensors").read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="cannot read"):
         delta.apply(base, tmp_path / "cut.safetensors")
-    save_file({"w": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "weights.safetensors")  # no type of NumPy's
+    save_file(
+        {"w": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "weights.safetensors"
+    )  # a dtype that NumPy does not have
     with pytest.raises(CheckpointError, match="must be a delta of version 1, got None"):
         delta.apply(base, tmp_path / "weights.safetensors")
 

@@ -1,4 +1,4 @@
-"""quadriga-nano, the model that the package carries: it must open anywhere and predict text, not noise."""
+"""quadriga-nano, the model included in the package: it must open and predict text better than noise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def nano() -> quadriga.LLM:
 
 @pytest.mark.parametrize("domain", TEXTS)
 def test_it_predicts_each_domain_it_was_trained_on(nano: quadriga.LLM, domain: str) -> None:
-    """An untrained model's loss is ln 8192 = 9.01 a token; letters shuffled are no text, and it must say so."""
+    """An untrained model's loss is ln 8192 = 9.01 per token; shuffled letters must have a higher loss than text."""
     assert nano.tokenizer is not None
     ids = nano.tokenizer.encode(TEXTS[domain])
 

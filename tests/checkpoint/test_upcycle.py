@@ -1,4 +1,4 @@
-"""Upcycling keeps the function; its options change it as their papers say; pruning and merging are held to naive sums."""
+"""Upcycling keeps the function; its options change it as in their papers; pruning and merging equal naive sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark row says: counted bytes, measured limits, and refusals."""
+"""Benchmark rows: counted bytes, measured limits, and errors."""
 
 from __future__ import annotations
 

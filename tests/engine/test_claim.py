@@ -1,4 +1,4 @@
-"""The speed claim: arithmetic by hand at full size, and the measuring on tiny layers."""
+"""The speed claim: its arithmetic by hand at full size, and its measurement on tiny layers."""
 
 from __future__ import annotations
 

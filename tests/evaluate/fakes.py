@@ -1,4 +1,4 @@
-"""A model that knows what it is asked: answers by rule, so every score can be worked out by hand."""
+"""A fake model that answers by rule, so that every score can be computed by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quadriga.evaluate.model import Done, quietly
 
 @dataclass(frozen=True)
 class Said:
-    """A likelihood."""
+    """A ``Likelihood`` with given values."""
 
     logprob: float
     greedy: bool = False
@@ -19,7 +19,7 @@ class Said:
 
 @dataclass
 class RuleModel:
-    """Scores pairs by ``rule`` and writes by ``write``; counts what it was asked."""
+    """Scores pairs with ``rule`` and generates with ``write``; counts the requests."""
 
     rule: Callable[[str, str], Said] = lambda context, continuation: Said(-float(len(continuation)))
     write: Callable[[str], str] = lambda prompt: ""
@@ -30,7 +30,7 @@ class RuleModel:
     n_prompts: int = 0
     seeds: list[int | None] = field(default_factory=list)
     dies_after: int | None = None
-    """Raise KeyboardInterrupt once so many pairs have been asked."""
+    """Raise KeyboardInterrupt after this many pairs."""
 
     def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, done: Done = quietly) -> list[Said]:
         self.n_pairs += len(requests)

@@ -1,4 +1,4 @@
-"""The published tables, and measured columns beside them."""
+"""The published tables, and columns of measured results beside them."""
 
 from __future__ import annotations
 

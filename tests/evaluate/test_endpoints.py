@@ -1,4 +1,4 @@
-"""Models behind an address: a real server of ours, and answers made up to be awkward."""
+"""Models behind an API: our own server, and constructed difficult responses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_our_server_and_the_model_in_this_process_agree() -> None:
 
 
 def answering(*answers: httpx2.Response, seen: list[httpx2.Request]) -> Callable[[httpx2.Request], httpx2.Response]:
-    """A server that gives these answers in turn, the last one for ever."""
+    """A server that gives these responses one after another, then repeats the last."""
 
     def handle(request: httpx2.Request) -> httpx2.Response:
         seen.append(request)

@@ -1,4 +1,4 @@
-"""Running tasks: batches, resumption, refusals, figures, what results carry."""
+"""Running tasks: batches, resuming, errors, figures, and the content of results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.evaluate.fakes import RuleModel, Said
 
 
 def choices(n: int) -> list[Item]:
-    """Item i is right if i is no multiple of 3; two groups."""
+    """Item i is right if i is not a multiple of 3; two groups."""
     return [
         ChoiceItem(
             pairs=((f"q{i}", " yes"), (f"q{i}", " no")), gold=int(i % 3 == 0), group="even" if i % 2 == 0 else "odd"
@@ -62,7 +62,7 @@ def test_scores_of_a_task(tmp_path: Path) -> None:
 
 
 def test_each_item_is_graded_by_its_own_answers_and_each_group_by_its_own_items(tmp_path: Path) -> None:
-    """Item i of an even group is answered right, of an odd one wrong: not by the first item's answers."""
+    """Items of the even group are answered right, of the odd one wrong, so grading by other items' answers shows."""
 
     def rule(context: str, continuation: str) -> Said:
         i = int(context[1:])
@@ -75,7 +75,7 @@ def test_each_item_is_graded_by_its_own_answers_and_each_group_by_its_own_items(
 
 
 def test_batches_sample_with_different_seeds(tmp_path: Path) -> None:
-    """A batch of n prompts may use n seeds from its own on: the next batch's begins behind them."""
+    """A batch of n prompts uses n consecutive seeds; the next batch starts after them."""
     items: list[Item] = [AnswerItem(prompt=f"q{i}", grader=lambda text: {"acc": 1.0}) for i in range(70)]
     model = RuleModel()
     run(task(items, "generate"), model, tmp_path, Options(seed=11))
@@ -154,7 +154,7 @@ def test_generated_answers_are_graded_and_kept(tmp_path: Path) -> None:
 
 
 class Longer:
-    """A runner: programs of more than 5 characters pass."""
+    """A program runner under which programs of more than 5 characters pass."""
 
     def passes(self, programs: list[str]) -> list[bool]:
         return [len(program) > 5 for program in programs]

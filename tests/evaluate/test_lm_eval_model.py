@@ -31,7 +31,7 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
 
 
 class Call:
-    """What the harness hands over."""
+    """A request as the harness passes it."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args

@@ -1,4 +1,4 @@
-"""The page about evaluation: its code runs."""
+"""The code on the evaluation page runs."""
 
 from __future__ import annotations
 

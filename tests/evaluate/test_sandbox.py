@@ -1,4 +1,4 @@
-"""Hostile programs, each in every kind of sandbox that this machine has."""
+"""Hostile programs, each in every kind of sandbox that works on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS: list[Kind] = ["bubblewrap", "unshare"]
 
 @pytest.fixture(params=KINDS)
 def box(request: pytest.FixtureRequest) -> Sandbox:
-    """A sandbox with small limits and no deadline, or a skip where this machine cannot have it."""
+    """A sandbox with small limits and no deadline; skips if the kind does not work on this machine."""
     if not works(request.param):
         pytest.skip(f"{request.param} does not work on this machine")
     return Sandbox(request.param, Limits(wall_s=HANG_S, cpu_s=2, memory_bytes=256 << 20, processes=12))
@@ -29,7 +29,7 @@ def box(request: pytest.FixtureRequest) -> Sandbox:
 
 @pytest.fixture
 def brief(box: Sandbox) -> Sandbox:
-    """The same with a deadline, for programs that never end by themselves."""
+    """The same with a deadline, for programs that never end."""
     return Sandbox(box.kind, replace(box.limits, wall_s=1.2, cpu_s=3600))
 
 
@@ -91,14 +91,14 @@ def test_a_daemon_dies_with_its_sandbox(box: Sandbox) -> None:
         f"        os.execv(sys.executable, [sys.executable, '-I', '-S', '-c', 'import signal; signal.pause()', '{mark}'])\n"
         "    os._exit(0)\n"
         "os.close(write)\n"
-        "assert os.read(read, 1) == b''\n"  # the pipe closes when the daemon's own program begins
+        "assert os.read(read, 1) == b''\n"  # the pipe closes when the daemon's program starts
     )
     assert box.run(daemon).passed
     assert until(lambda: survivors(mark) == [])
 
 
 def survivors(mark: str) -> list[str]:
-    """Processes of this machine with the mark in their command line."""
+    """Processes on this machine with ``mark`` in their command line."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:

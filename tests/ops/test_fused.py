@@ -1,4 +1,4 @@
-"""What lies between a training step's products: the C++ kernels against the plain torch statements beside them."""
+"""The operations between a training step's products: the C++ kernels compared with the plain torch code."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from quadriga.kernels.training.expert_layer import ExpertSort, padded_rows
 HERE = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1]
 DTYPES = [torch.float32, torch.bfloat16]
 EPS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
-"""Of the largest number: a few roundings of float32 arithmetic, and one of the result to bfloat16."""
+"""Tolerance relative to the largest number: a few roundings in float32, and one of the result to bfloat16."""
 WIDTHS = [1, 15, 16, 45, 64]
-"""Below, at and past a vector of 16 numbers."""
+"""Widths below, at and above a vector of 16 numbers."""
 
 
 @pytest.fixture(params=[(isa, threads) for isa in HERE for threads in (1, 3)], ids=str)
@@ -36,7 +36,7 @@ def _normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: f
 
 
 def _agree(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> None:
-    """``function``, which may overwrite its inputs, gives the same compiled and in plain float64."""
+    """Check that ``function``, which may overwrite its inputs, gives the same compiled and in plain float64."""
     ours = function(*(x.clone() for x in inputs))
     with ops.use("reference"):
         truth = function(*(x.double() if x.is_floating_point() else x for x in inputs))
@@ -118,7 +118,7 @@ def test_a_target_outside_the_vocabulary_is_an_error(target: int) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.usefixtures("kernels")
 def test_nan_and_infinity_reach_the_result(bad: float, dtype: torch.dtype) -> None:
-    """The guard leaves a step out by its loss and its gradient, so neither may swallow a NaN."""
+    """The guard skips a step by its loss and gradient, so NaN must reach both."""
     logits = _normal(3, 40, seed=1, dtype=dtype)
     logits[1, 33] = bad
     losses = fused.cross_entropy(logits, torch.tensor([0, 1, 2]), 1.0, gradient=True)
@@ -156,4 +156,4 @@ def test_every_slot_has_a_row_of_its_own_expert(n: int, n_experts: int, top_k: i
     combine = torch.rand(n, top_k, generator=torch.Generator().manual_seed(seed))
     weights = slots.sort(combine, torch.float32)
     assert torch.equal(slots.unsort(weights, torch.float32), combine)
-    assert float(weights.sum()) == pytest.approx(float(combine.sum()), rel=1e-5)  # rows that fill up weigh nothing
+    assert float(weights.sum()) == pytest.approx(float(combine.sum()), rel=1e-5)  # padding rows have weight 0

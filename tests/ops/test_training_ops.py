@@ -1,4 +1,4 @@
-"""The hand-written gradients of training against naive loops and torch's autograd, in float64 and float32."""
+"""The hand-written gradients of training, compared with naive loops and torch's autograd in float64 and float32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
 def _same_gradients(
     ours: Callable[..., Tensor], naive: Callable[..., Tensor], inputs: list[Tensor], rtol: float = 1e-10
 ) -> None:
-    """Both functions give the same value and the same gradients for a random cotangent."""
+    """Check that both functions give the same value, and the same gradients for a random cotangent."""
     results = []
     for function in (ours, naive):
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -123,7 +123,7 @@ def test_experts_agree_with_the_reference_in_working_precision(dtype: torch.dtyp
 # Attention -----------------------------------------------------------------------------------------------------------
 
 BOUNDS = [0, 1, 131, 150, 410, 417]
-"""A document of one token, one just past a block of 128, short ones, one of two blocks and a bit."""
+"""A document of one token, one just longer than a block of 128, short ones, and one longer than two blocks."""
 
 
 def _naive_attention(

@@ -24,7 +24,7 @@ def test_sizes_are_ggml_s(name: str) -> None:
 
 @pytest.mark.parametrize("name", BLOCKED)
 def test_unpacking_random_bytes_is_bit_exact(name: str) -> None:
-    """Random bytes are every possible block, Inf and NaN scales included."""
+    """Random bytes cover every possible block, including Inf and NaN scales."""
     raw = np.random.default_rng(5).integers(0, 256, (3001, FORMATS[name].nbytes), dtype=np.uint8)
     ours = codec.dequantize(raw, name)
     with np.errstate(all="ignore"):
@@ -39,7 +39,7 @@ def test_unpacking_random_bytes_is_bit_exact(name: str) -> None:
 def test_packing_is_bit_exact(name: str, spread: float) -> None:
     values = np.random.default_rng(6).standard_normal((2048, 32), dtype=np.float32) * np.float32(spread)
     values[0] = 0
-    values[1] = 1.5  # every element the same
+    values[1] = 1.5  # all elements equal
     values[2, ::2] = -values[2, 1::2]  # two values furthest from zero, of opposite sign
     values[3] = np.float32(spread) * np.linspace(-127, 127, 32, dtype=np.float32).round() / 127
     values[4] = values[4] * np.float32(1e-6)  # the scale is a subnormal float16, or 0
@@ -61,7 +61,7 @@ def test_packing_error_is_half_a_step(name: str, steps: int) -> None:
 
 
 def test_halves_round_away_from_zero() -> None:
-    """As C's roundf: the step is 1 here, and 0.49999997 + 0.5 is 1 in float32."""
+    """Rounds like C's roundf: the step is 1 here, and 0.49999997 + 0.5 is 1 in float32."""
     values = np.zeros((1, 32), dtype=np.float32)
     values[0, :8] = (127, 0.5, -0.5, 1.5, -2.5, 2.5, 0.49999997, -0.49999997)
     packed = codec.quantize(values, "q8_0")
@@ -71,7 +71,7 @@ def test_halves_round_away_from_zero() -> None:
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_1"])
 def test_a_block_too_small_for_its_scale_becomes_zeros(name: str) -> None:
-    values = np.full((3, 32), 1e-45, dtype=np.float32)  # the scale's inverse is beyond float32
+    values = np.full((3, 32), 1e-45, dtype=np.float32)  # the inverse of the scale overflows float32
     values[:, ::3] = 0
     assert not codec.dequantize(codec.quantize(values, name), name).any()
 

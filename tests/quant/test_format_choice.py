@@ -1,4 +1,4 @@
-"""Which matrix gets which format: within the budget, and as good as any other choice."""
+"""The choice of formats keeps the budget and is as good as any other choice."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_choices_keep_the_budget_and_are_nearly_optimal(options: dict[str, list[
         dict(zip(options, forms, strict=True)) for forms in product(*([c.format for c in o] for o in options.values()))
     ]
     best = min(e for n, e in (total(options, chosen) for chosen in every) if n <= budget)
-    # Greedy on the hull loses at most the last step it could not pay for: one matrix's whole range.
+    # A greedy choice on the hull loses at most the last step that did not fit: one matrix's whole range.
     widest = max(max(c.error for c in o) - min(c.error for c in o) for o in options.values())
     assert error <= best + widest + 1e-9
 
@@ -67,7 +67,7 @@ def test_a_step_that_does_not_fit_is_skipped_for_one_that_does() -> None:
 
 
 def test_an_option_below_the_line_between_two_others_is_never_taken() -> None:
-    """q5 buys little for its bytes and q8 much: the way from q4 to q8 is one step, not two."""
+    """q5 gains little for its bytes and q8 much, so the choice goes from q4 to q8 in one step."""
     options = {
         "w": [Candidate("q4", 10, 10.0), Candidate("q5", 20, 9.9), Candidate("q8", 30, 0.0)],
         "v": [Candidate("q4", 10, 5.0), Candidate("q8", 30, 0.0)],

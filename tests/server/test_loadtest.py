@@ -1,4 +1,4 @@
-"""The load generator: its arithmetic on made-up answers, and against real and broken servers."""
+"""The load generator: its arithmetic on constructed answers, and runs against real and broken servers."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_the_same_seed_makes_the_same_requests_and_others_differ() -> None:
 
 @asynccontextmanager
 async def answering(raw: bytes, *, then_close: bool = True) -> AsyncIterator[Target]:
-    """A server that says the same to everybody."""
+    """A server that gives every request the same response."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")

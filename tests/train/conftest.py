@@ -1,4 +1,4 @@
-"""Runs are compared bit for bit, which holds for one number of threads; other tests of the same process set theirs."""
+"""Fix the number of threads: runs are compared bit for bit, and other tests in the process change the number."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def one_thread_for_the_module() -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread(one_thread_for_the_module: None) -> None:
-    """Again before each test: tests of other modules may have come between."""
+    """Set it again before each test, because tests of other modules may have run in between."""
     runtime.set_threads(1)

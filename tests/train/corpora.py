@@ -1,4 +1,4 @@
-"""Small corpora for tests: texts by formula, recipes that keep them, and shards without any preparation."""
+"""Small corpora for tests: generated texts, recipes that keep them, and shards without preparation."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ WORDS = [
 
 
 def prose(seed: int, n_words: int = 90) -> str:
-    """Sentences of random words: passes every rule for prose, and resembles no other seed's."""
+    """Sentences of random words, which pass every rule for prose and differ from those of other seeds."""
     draw = random.Random(seed)
     words = [draw.choice(WORDS) + draw.choice(["", "s", "ed", "ing", "less", "ful"]) for _ in range(n_words)]
     return ". ".join(" ".join(words[i : i + 9]).capitalize() for i in range(0, n_words, 9)) + "."
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """JSONL."""
+    """Write rows as JSONL."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
 
@@ -73,7 +73,7 @@ def recipe(path: Path, **changes: Any) -> Recipe:
 
 
 def write_shards(root: Path, documents: dict[str, list[list[list[int]]]], n_vocab: int = 97) -> Path:
-    """A corpus of given ids: domain -> shards -> documents. Id 0 ends each document and is added here."""
+    """Write a corpus of given ids (domain -> shards -> documents); the end id 0 is added to each document."""
     tokenizer_files = [FileEntry(path="tokenizer.json", n_bytes=2, sha256=write_tokenizer(root))]
     tokenizer = TokenizerEntry(files=tokenizer_files, n_vocab=n_vocab, end_id=0, dtype="<u2")
     shards = []
@@ -116,7 +116,7 @@ def write_shards(root: Path, documents: dict[str, list[list[list[int]]]], n_voca
 
 
 def write_tokenizer(root: Path) -> str:
-    """A placeholder for a vocabulary that nothing reads."""
+    """A placeholder for a tokenizer that is never read."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "tokenizer.json").write_bytes(b"{}")
     return corpus_format.file_sha256(root / "tokenizer.json")

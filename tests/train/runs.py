@@ -48,7 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def source(n_rows: int = 8, seq_len: int = 16, seed: int = 1) -> MemorySource:
-    """Documents of 1 to 40 tokens that count upwards by a stride of their own: something to learn."""
+    """Documents of 1 to 40 tokens, each counting upwards by its own stride: a pattern that can be learned."""
     generator = torch.Generator().manual_seed(seed)
     documents = []
     for i in range(60):
@@ -58,7 +58,7 @@ def source(n_rows: int = 8, seq_len: int = 16, seed: int = 1) -> MemorySource:
 
 
 class Record:
-    """A Listener that keeps what it hears."""
+    """A Listener that records its calls."""
 
     def __init__(self) -> None:
         self.steps: list[StepReport] = []

@@ -167,7 +167,7 @@ def test_packing_loses_nothing_and_keeps_pairs_in_a_row(sizes: list[tuple[int, i
 
 
 def test_a_group_has_weight_one_whatever_its_length() -> None:
-    """Of an epoch the weights add up to the groups, of a row to the groups in it; tokens without a target weigh none."""
+    """Weights sum to the number of groups, in an epoch and in each row; tokens without a target have weight 0."""
     groups = _groups([(9, 4), (3, 3), (12, 15), (2, 7), (5, 5)])
     source = ExampleSource(groups, ("a", "b"), n_rows=1, seq_len=32, weigh="groups", seed=2)
     batches = [source.rows(step, 0, 1) for step in range(source.rows_per_epoch)]

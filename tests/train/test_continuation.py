@@ -1,4 +1,4 @@
-"""Continuations that a run shows of itself name tokens only."""
+"""The sample continuations of a run contain only ids that have a token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.text.test_unused_ids import Gaps
 
 
 class Likes:
-    """A step whose model likes one id best, then the others in falling order."""
+    """A module whose model prefers one id, then the others in descending order."""
 
     def __init__(self, best: int) -> None:
         self.objective: Any = None

@@ -1,4 +1,4 @@
-"""The spike guard and the balancer, step by step on made-up numbers."""
+"""The spike guard and the balancer, step by step on constructed numbers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_few_steps_judge_nothing_and_bad_steps_are_not_remembered() -> None:
 
 
 def test_the_deviation_has_a_lower_bound() -> None:
-    """1 % of the loss, 0.1 in log(norm): what is noise late in a run is not six of its own tiny deviations."""
+    """1 % of the loss, 0.1 in log(norm): ordinary noise late in a run, when deviations are tiny, is not a spike."""
     guard = SpikeGuard(GuardSection(sigmas=6.0))
     for step in range(32):
         assert guard.judge(step, 2.0, 1.0) is None

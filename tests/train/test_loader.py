@@ -1,4 +1,4 @@
-"""The loader: rows against the documents they come from, ranks against one process, resuming, damage."""
+"""The loader: rows compared with their documents, ranks with one process; resuming; damaged files."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_ranks_share_the_batch_that_one_process_reads(
     rows = source.n_rows(step)
     edges = [0, *sorted(cut for cut in cuts if cut < rows), rows]
     parts = list(pairwise(edges))
-    order.shuffle(parts)  # ranks come in any order, each from a process of its own
+    order.shuffle(parts)  # ranks read in any order, each in its own process
     read = {part: open_source(_config(corpus)).rows(step, *part) for part in parts}
     whole = source.rows(step, 0, rows)
     for name in ("tokens", "targets", "positions", "domains"):

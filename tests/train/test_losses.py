@@ -1,4 +1,4 @@
-"""The pre-training objective: plain statements of its parts, padding, and sums that split over ranks."""
+"""The pre-training objective: naive computations of its parts, padding, and sums over ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_objective_equals_a_naive_computation(form: str) -> None:
 
 @pytest.mark.parametrize(("given", "weight"), [(None, 0.05), (0.0, 0.0), (0.7, 0.7)])
 def test_the_balance_weight_comes_from_the_run_or_the_model(given: float | None, weight: float) -> None:
-    """Nothing said: the checkpoint's own weight; 0 is something said. Logits are scaled as the model scales them."""
+    """None: the checkpoint's own weight; 0 is a given weight. Logits are scaled as in the model."""
     config = replace(runs.TINY, logit_scale=0.37)
     assert config.only_moe("this test").aux_loss_weight == 0.05
     model, batch = runs.model(config), runs.source().rows(0, 0, 8)
@@ -79,7 +79,7 @@ def test_target_weights_scale_the_loss() -> None:
 
 @pytest.mark.parametrize("form", ["megablocks", "hf"])
 def test_ranks_parts_of_the_balance_loss_add_up(form: str) -> None:
-    """Counts of all, probabilities of a part: values and gradients of the parts sum to the whole's."""
+    """With the counts of all tokens and the probabilities of a part, values and gradients of the parts sum to the whole's."""
     model, batch = runs.model(), runs.source().rows(0, 0, 8)
     stats = model(batch.tokens, PackedContext(batch.bounds.diff().tolist()), with_stats=True).router_stats
     leaves = [layer.probs.detach().requires_grad_() for layer in stats]
@@ -119,7 +119,7 @@ def _with_router(weight: Tensor) -> float:
 
 
 def test_tied_routers_take_the_lowest_experts() -> None:
-    """All logits equal: every token goes to experts 0 and 1, four times an even share; P is even, so balance is 1."""
+    """All logits equal: every token goes to experts 0 and 1, four times the mean load; P is uniform, so balance is 1."""
     assert _with_router(torch.zeros(runs.N_EXPERTS, runs.D_MODEL)) == pytest.approx(1.0)
 
 

@@ -1,4 +1,4 @@
-"""Documents in memory: each once an epoch, whole, in an order of the epoch's own, and no target crosses its end."""
+"""Documents in memory: each occurs once per epoch, complete, in a new order, and no target crosses its end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quadriga.train.batch import IGNORE
 from quadriga.train.memory_source import MemorySource
 
 LENGTHS = [5, 1, 13, 8, 3, 22, 2, 9]
-"""63 tokens: no multiple of a row, so epochs begin and documents are cut anywhere."""
+"""63 tokens, not a multiple of a row, so that epochs start and documents are cut anywhere."""
 DOCUMENTS = [("ab"[i % 2], list(range(100 * i, 100 * i + n))) for i, n in enumerate(LENGTHS)]
 
 

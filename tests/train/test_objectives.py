@@ -1,4 +1,4 @@
-"""DPO, ORPO and GRPO against statements over whole logits; sampling against the model's own probabilities."""
+"""DPO, ORPO and GRPO compared with naive computations on whole logits; samples with the model's probabilities."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPEC = LoraSpec(rank=4, alpha=6.0, targets=("attention", "experts", "router"))
 
 
 def pair_batch() -> tuple[TrainingBatch, list[tuple[list[int], int]]]:
-    """Two pairs and padding; and each document's ids with where its answer begins."""
+    """(a batch of two pairs and padding, each document's ids with the start of its answer)."""
     generator = torch.Generator().manual_seed(4)
     documents = []
     groups = []
@@ -49,7 +49,7 @@ def pair_batch() -> tuple[TrainingBatch, list[tuple[list[int], int]]]:
 
 
 def naive_logp(model: Transformer, ids: list[int], prompt: int) -> Tensor:
-    """Sum of log-probabilities of an answer, the document alone."""
+    """Sum of the log-probabilities of an answer, with the document run alone."""
     logits = model(torch.tensor(ids), PackedContext([len(ids)])).logits
     return logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[prompt - 1 :, 0]
 
@@ -87,7 +87,7 @@ def test_a_packed_step_is_the_sum_over_documents_read_alone(name: str, lora: boo
     objective = NextToken(models[0].config, RouterSection(balance_loss=0.0), World())
     total = torch.zeros((), dtype=torch.float64)
     weight = 0.0
-    for row in range(2):  # accumulation: a row a micro-step
+    for row in range(2):  # accumulation: one row per micro-step
         batch = source.rows(0, row, row + 1)
         loss, _ = objective(models[0], batch)
         loss.backward()

@@ -1,4 +1,4 @@
-"""Optimisers against their papers' statements, written out number by number."""
+"""Optimisers compared with the formulas of their papers, computed number by number."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _parameters() -> dict[str, Tensor]:
 
 
 def _steps(section: OptimiserSection, n: int) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], list[float]]:
-    """Parameters after n steps, the gradients they got, the shares of the rate."""
+    """(parameters after n steps, their gradients, the learning rates as fractions of the peak)."""
     parameters, shares = _parameters(), [1.0, 0.5, 0.25][:n]
     optimiser = Optimiser(parameters, section)
     generator = torch.Generator().manual_seed(1)
@@ -66,7 +66,7 @@ def test_lion() -> None:
 
 
 def test_muon_takes_each_expert_alone() -> None:
-    """Every expert of a stack moves as torch's own Muon moves a matrix; tables and norms move by AdamW."""
+    """Every expert of a stack is updated like a matrix by torch's Muon; embeddings, head and norms by AdamW."""
     after, gradients, shares = _steps(OptimiserSection(name="muon", muon_learning_rate=0.1, weight_decay=0.3), 3)
     stacks = [("layers.0.attn.wo.weight", None), *(("layers.0.moe.w_up", e) for e in range(3))]
     for name, expert in stacks:
@@ -91,7 +91,7 @@ def test_muon_takes_each_expert_alone() -> None:
 
 
 def test_muon_number_by_number() -> None:
-    """Nesterov's momentum, each expert by itself however small its gradient, and the scale of tall matrices."""
+    """Nesterov momentum, separate experts however small their gradients, and the scale of tall matrices."""
     shapes = {"layers.0.moe.w_up": (3, 9, 4), "layers.0.moe.w_down": (3, 4, 9), "layers.0.attn.wo.weight": (5, 5)}
     generator = torch.Generator().manual_seed(3)
     parameters = {name: torch.randn(shape, generator=generator).requires_grad_() for name, shape in shapes.items()}

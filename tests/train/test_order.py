@@ -1,4 +1,4 @@
-"""The order of a curriculum, against what it promises and against plain counting."""
+"""The order of a curriculum: its guarantees, and comparison with plain counting."""
 
 from __future__ import annotations
 
@@ -105,11 +105,11 @@ def test_no_token_is_read_twice_in_an_epoch(sizes: tuple[int, int], stages: list
         read[domain].extend((first + i) % sizes[domain] for i in range(length))
     for d, size in enumerate(sizes):
         epochs = -(-curriculum.units_read[d] // (size // UNIT))
-        # A token is read at most once in each epoch that was begun, whatever stages the epoch is spread over.
+        # A token is read at most once in each epoch that was begun, whichever stages the epoch spans.
         assert max((read[d].count(token) for token in set(read[d])), default=0) <= epochs
         units = sum(-(-curriculum.stage_rows(s, d) // (UNIT // stage.seq_len)) for s, stage in enumerate(stages))
         assert curriculum.units_read[d] == units
-        assert len(read[d]) > (units - len(stages) * (1 + epochs)) * UNIT  # less than a unit left over a segment
+        assert len(read[d]) > (units - len(stages) * (1 + epochs)) * UNIT  # less than one unit left over per segment
 
 
 @given(stages=st.lists(stage_shapes, min_size=2, max_size=3), seed=st.integers(0, 9))
@@ -132,7 +132,7 @@ def test_epochs_and_seeds_read_in_different_orders() -> None:
 
 
 def test_the_order_is_the_published_one() -> None:
-    """SplitMix64's own numbers, and a permutation pinned: an old run must read on where it stopped, in any release."""
+    """SplitMix64's published numbers, and a fixed permutation: an old run must resume in the same order in any release."""
     mask = 2**64 - 1
     state, seeds = 0, []
     for _ in range(3):  # the finaliser over a counter, as its authors publish it for seed 0
@@ -166,7 +166,7 @@ def test_each_stage_orders_its_domains_differently() -> None:
 
 
 def test_epochs_differ_in_order_and_starting_point() -> None:
-    """Not the first one's again, moved or not: neighbours of one epoch are not neighbours of the next."""
+    """Not even a shifted order: neighbours in one epoch are not neighbours in the next."""
     domains, n = [DomainShape("a", 2400)], 100
     rows = [row[1] for row in _places(Curriculum(domains, [StageShape(24, n, 3, {})], UNIT, 1))]
     epochs = [rows[:n], rows[n : 2 * n], rows[2 * n :]]
@@ -194,4 +194,6 @@ def test_impossible_curricula_are_refused() -> None:
     stage = StageShape(seq_len=8, n_rows=4, n_steps=3, weights={"a": 1.0})
     with pytest.raises(ConfigError, match="less than one unit"):
         Curriculum([DomainShape("a", UNIT - 1)], [stage], UNIT, 0)
-    Curriculum([DomainShape("a", 100), DomainShape("b", 3)], [stage], UNIT, 0)  # b is not read: its size is no matter
+    Curriculum(
+        [DomainShape("a", 100), DomainShape("b", 3)], [stage], UNIT, 0
+    )  # b is not read, so its size does not matter

@@ -1,4 +1,4 @@
-"""Any number of ranks in any layout computes the same run; checkpoints do not care how many ranks made them."""
+"""Any number of ranks in any layout computes the same run; a checkpoint can be resumed on any number of ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _torchrun(n_ranks: int, folder: Path) -> dict[str, list[float]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """One process, never stopped, by layout-independent settings."""
+    """The losses of one process that is never stopped."""
     record = runs.Record()
     runs.trainer(tmp_path_factory.mktemp("alone"), worker.settings("one"), record=record).train()
     return record.losses

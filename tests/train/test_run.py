@@ -1,4 +1,4 @@
-"""`quadriga train` as a user runs it: a file, a corpus, interruptions, a report, an export that others read."""
+"""`quadriga train` as users run it: configuration, corpus, interruptions, report, and an export for other programs."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ sample_tokens = 4
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two hundred little texts of two domains, prepared with a vocabulary of 300."""
+    """Two hundred short texts of two domains, prepared with a vocabulary of 300."""
     folder = tmp_path_factory.mktemp("corpus")
     lines = [json.dumps({"text": prose(i), "domain": ("a", "b")[i % 2]}) for i in range(200)]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
@@ -127,7 +127,7 @@ def test_a_run_writes_all_its_files(finished: Path) -> None:
     assert RunDirectory(finished).steps() == [3, 6, 8]
     page = (finished / "report.html").read_text()
     assert page.count("<svg") >= 8
-    assert "http" not in page.replace("http-equiv", "")  # nothing to fetch
+    assert "http" not in page.replace("http-equiv", "")  # self-contained
     assert "layer 1" in page and "Samples" in page
 
 
@@ -193,7 +193,7 @@ def test_check_says_what_would_run(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_an_export_is_the_trained_model(corpus: Path, finished: Path, tmp_path: Path) -> None:
-    """Opened as any Hugging Face checkpoint, with its tokenizer; byte by byte the trained weights."""
+    """It opens like any Hugging Face checkpoint, with its tokenizer, and its weights are the trained ones byte for byte."""
     file = tmp_path / "run.toml"
     file.write_text(RUN.format(run=finished, corpus=corpus))
     done = CliRunner().invoke(app, ["train", str(file), "--export", str(tmp_path / "hf")])

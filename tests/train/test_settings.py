@@ -1,4 +1,4 @@
-"""Configuration, schedules, guard: plain arithmetic and refusals."""
+"""Configuration, schedules, guard: arithmetic and errors."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_the_guard_distinguishes_spikes_from_noise() -> None:
     assert guard.judge(40, 3.15, 1.3) is None
     assert "loss 4.000 after a mean of 3.0" in str(guard.judge(41, 4.0, 1.0))
     assert "gradient norm 9" in str(guard.judge(42, 3.0, 9.0))
-    assert guard.judge(43, 1.0, 0.01) is None  # far below is good news
+    assert guard.judge(43, 1.0, 0.01) is None  # a value far below the mean is good
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (3.0, math.inf), (math.inf, 1.0), (3.0, math.nan)])

@@ -1,4 +1,4 @@
-"""State on disk: a fault at any operation leaves the last good checkpoint; nothing broken is ever read as whole."""
+"""State on disk: a fault at any operation leaves the last good checkpoint; damaged state is never loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Failing(Files):
 
 
 class Crash(BaseException):
-    """The machine stopped."""
+    """Raised by ``Files`` to simulate a crash."""
 
 
 SYNCHRONOUS = Settings(
@@ -50,7 +50,7 @@ SYNCHRONOUS = Settings(
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The state after three steps that nothing disturbed."""
+    """The state after three undisturbed steps."""
     run = trainer(tmp_path_factory.mktemp("calm"), SYNCHRONOUS)
     run.train()
     return bits(run)
@@ -58,7 +58,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def operations(tmp_path_factory: pytest.TempPathFactory) -> int:
-    """How many operations three saves make."""
+    """Number of disk operations of three saves."""
     files = Failing(None)
     trainer(tmp_path_factory.mktemp("counted"), SYNCHRONOUS, files=files).train()
     kinds = {line.split()[0] for line in files.log}
@@ -68,7 +68,7 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> int:
 
 
 def _whole_or_nothing(folder: Path) -> int:
-    """Every checkpoint that calls itself complete is; returns the newest step (0: none)."""
+    """Check that every checkpoint with a final name is complete; returns the newest step (0: none)."""
     run = RunDirectory(folder)
     for step in run.steps():
         read_manifest(run.at(step))
@@ -79,7 +79,7 @@ def _whole_or_nothing(folder: Path) -> int:
 def test_a_crash_at_any_operation_keeps_complete_checkpoints(
     tmp_path: Path, expected: dict[str, bytes], operations: int
 ) -> None:
-    """For every i: the process stops at the i-th operation, another goes on, and the end is the same, bit for bit."""
+    """For every i: the process stops at the i-th operation, another one resumes, and the result is the same bit for bit."""
     for i in range(1, operations + 1):
         folder = tmp_path / str(i)
         run = trainer(folder, SYNCHRONOUS, files=Failing(i, crash=True))
@@ -100,7 +100,7 @@ def test_a_crash_at_any_operation_keeps_complete_checkpoints(
 def test_after_a_failed_operation_training_continues_from_the_last_good_checkpoint(
     tmp_path: Path, expected: dict[str, bytes], operations: int, code: int
 ) -> None:
-    """Every third operation in turn: the run goes on, says so, and ends where it would have."""
+    """For every third operation: the run continues with a warning and ends with the same state."""
     for i in range(1 + code % 3, operations + 1, 3):  # the three codes share the operations
         folder, record = tmp_path / str(i), Record()
         files = Failing(i, code)
@@ -125,7 +125,7 @@ def test_on_error_stop_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_reported(tmp_path: Path) -> None:
-    """A 1 MB file system, where this may be mounted: the error comes from the kernel."""
+    """On a mounted 1 MB file system, if mounting is allowed: the error comes from the kernel."""
     place = tmp_path / "small"
     place.mkdir()
     if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]).returncode:

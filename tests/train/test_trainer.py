@@ -1,4 +1,4 @@
-"""The loop: it learns, it is a function of the step, it resumes bit for bit, it deals with bad steps."""
+"""The training loop: it learns, depends only on the step, resumes bit for bit, and handles bad steps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PLANS = {
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, name: str) -> None:
-    """Jitter is on, so random numbers matter; the run is stopped between its checkpoints and after each of two."""
+    """With jitter, so that random numbers matter; the run is stopped between checkpoints and after each of two."""
     config = runs.TINY.with_ffn(jitter_eps=0.1)
     settings = PLANS[name]
     whole = trainer(tmp_path / "whole", settings, config=config)
@@ -75,7 +75,7 @@ def test_it_learns(tmp_path: Path, name: str) -> None:
 
 
 def test_micro_steps_and_recomputing_change_nothing_but_rounding(tmp_path: Path) -> None:
-    """The balance loss is taken over a micro-step, so it is off here."""
+    """The balance loss is computed per micro-step, so it is off here."""
     losses = []
     for i, parallel in enumerate([{}, {"micro_rows": 2}, {"recompute": True}]):
         record = Record()
@@ -90,7 +90,7 @@ def test_micro_steps_and_recomputing_change_nothing_but_rounding(tmp_path: Path)
 
 
 def test_the_gradient_is_that_of_the_mean_loss(tmp_path: Path) -> None:
-    """One plain step of Lion moves every weight by the rate, against the sign of the reference gradient."""
+    """One step of Lion moves every weight by the learning rate, against the sign of the reference gradient."""
     run = trainer(tmp_path)
     batch = run.batches(0)[0]
     reference = runs.model()
@@ -105,7 +105,7 @@ def test_the_gradient_is_that_of_the_mean_loss(tmp_path: Path) -> None:
 
 
 def test_clipping_bounds_the_step(tmp_path: Path) -> None:
-    """SGD-like check on AdamW's first moment: it holds (1 - b1) times the clipped gradient."""
+    """AdamW's first moment after one step is (1 - b1) times the clipped gradient."""
     settings = Settings(optimiser=sections.OptimiserSection(clip_norm=0.01, learning_rate=1e-3), n_steps=1)
     record = Record()
     run = trainer(tmp_path, settings, record=record)
@@ -118,7 +118,7 @@ def test_clipping_bounds_the_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decay", [0.9, 0.3])
 def test_ema_is_the_running_mean(tmp_path: Path, decay: float) -> None:
-    """mean <- decay * mean + (1 - decay) * weight, after every step; 0.5 would not tell the two shares apart."""
+    """mean <- decay * mean + (1 - decay) * weight after every step; with 0.5 a swap of the factors would not show."""
     run = trainer(tmp_path, Settings(ema=sections.EmaSection(decay=decay), n_steps=3))
     means = {name: p.detach().clone() for name, p in run.masters.by_name.items()}
     for _ in range(3):
@@ -140,7 +140,7 @@ def test_a_skipped_step_does_not_move_the_ema(tmp_path: Path) -> None:
 
 
 def test_the_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
-    """Lion moves every weight that decays not by exactly the rate: warm-up from the first step on, then the fall."""
+    """Lion moves weights without weight decay by exactly the rate: warm-up from the first step on, then the decay."""
     schedule = sections.ScheduleSection(kind="wsd", warmup_steps=3, decay_share=0.25, final_share=0.1)
     optimiser = sections.OptimiserSection(name="lion", learning_rate=0.01, weight_decay=0.0)
     record = Record()
@@ -157,7 +157,7 @@ def test_the_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("micro_rows", [None, 2])
 def test_a_step_of_several_micro_steps_has_the_norm_of_the_whole_batch(tmp_path: Path, micro_rows: int | None) -> None:
-    """And it is divided by the targets of all of them, not by those of each."""
+    """The gradient is divided by the number of targets of all micro-steps, not of each."""
     parallel = sections.ParallelSection(device="cpu", micro_rows=micro_rows)
     record = Record()
     settings = Settings(n_steps=1, parallel=parallel, router=sections.RouterSection(balance_loss=0.0))
@@ -233,7 +233,7 @@ def test_frozen_parameters_stay(tmp_path: Path) -> None:
 
 
 class Poisoned:
-    """NextToken, but a chosen step's loss is not a number or huge."""
+    """NextToken, with a NaN or huge loss at a chosen step."""
 
     def __init__(self, bad: int, factor: float) -> None:
         self.inner = NextToken(runs.TINY, Settings().router, World())
@@ -267,7 +267,7 @@ def test_a_bad_step_is_skipped_and_its_batch_saved(tmp_path: Path, factor: float
 
 
 def test_a_rollback_continues_without_the_bad_batch(tmp_path: Path) -> None:
-    """After the rollback the run is what it would have been had that one step been left out from the start."""
+    """After the rollback the run equals one that skipped this step from the start."""
     record = Record()
     rollback = Settings(n_steps=9, guard=sections.GuardSection(action="rollback"))
     run = trainer(tmp_path / "a", rollback, record=record, objective=Poisoned(5, float("nan")))
@@ -279,7 +279,7 @@ def test_a_rollback_continues_without_the_bad_batch(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_still_skips_the_bad_batch(tmp_path: Path) -> None:
-    """A rollback is remembered with the state, and so are the tokens that were read."""
+    """The rollback is part of the saved state, and so is the number of tokens read."""
     rollback = Settings(n_steps=9, guard=sections.GuardSection(action="rollback"))
     first = trainer(tmp_path / "a", rollback, objective=Poisoned(5, float("nan")))
     first.train(lambda: first.step == 6)
@@ -341,13 +341,13 @@ def test_reports_add_up(tmp_path: Path) -> None:
     assert report.tokens_seen == 8 * 8 * 16
     assert report.expert_counts is not None
     assert report.expert_counts.shape == (2, runs.N_EXPERTS)
-    real = int(runs.source().rows(7, 0, 8).real().sum())  # a document of one token is nobody's target
+    real = int(runs.source().rows(7, 0, 8).real().sum())  # a document of one token has no target
     assert report.expert_counts.sum(1).tolist() == [2 * real] * 2
     assert 0.9 < report.extra["balance"] < 4
 
 
 def test_the_work_of_a_step_is_three_times_a_forward_pass(tmp_path: Path) -> None:
-    """Two operations a weight that a token meets, four a key it sees and dimension; backward is twice forward."""
+    """Two operations per active weight, four per visible key and dimension; backward is twice forward."""
     record = Record()
     trainer(tmp_path, Settings(n_steps=1), record=record).train()
     config, moe, attn = runs.TINY, runs.TINY.only_moe("this test"), runs.TINY.layers[0].mixer

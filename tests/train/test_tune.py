@@ -1,4 +1,4 @@
-"""A tuning run from its TOML file to its result, on a tiny mixture: every objective learns, adapters come back whole."""
+"""A tuning run from TOML file to result, on a tiny mixture: every objective learns, adapters are written and read."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
 
 
 def settings(layout: str, n_steps: int = N_STEPS, *, alone: bool = False) -> runs.Settings:
-    """What all ranks of any number run; micro-steps of 4 rows, all kinds of balancing on. ``alone``: for one rank."""
+    """The settings for any number of ranks: micro-steps of 4 rows, all kinds of balancing. ``alone``: for one rank."""
     options = {} if alone else next((table[layout] for table in LAYOUTS.values() if layout in table), {})
     return runs.Settings(
         n_steps=n_steps,
@@ -67,7 +67,7 @@ def main() -> None:
     found = {}
     for layout in LAYOUTS[world.size]:
         found[layout] = losses(folder / f"{world.size}-{layout}", layout, world)
-    # Save on four, resume on any: a checkpoint that another number of ranks made, if there is one.
+    # Resume from a checkpoint of another number of ranks, if there is one.
     for other in saved_by_others:
         record = runs.Record()
         run = runs.trainer(other, settings("fsdp"), record=record, world=world)

@@ -76,7 +76,7 @@ def test_every_question_of_every_file_becomes_an_item(name: str, bench: Data) ->
 @pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("gauntlet_")])
 def test_every_task_of_the_gauntlet_can_be_built(name: str, bench: Data) -> None:
     if name == "gauntlet_mmlu" or name == "gauntlet_hellaswag":
-        return  # the same code, much data
+        return  # the same code with much data
     made = items(name, bench)
     assert len(made) >= 100
     assert isinstance(made[0], ChoiceItem | ClozeItem | AnswerItem)

@@ -1,4 +1,4 @@
-"""Published training runs: what the planner's time is held against. MFU in percent, as their sources count it."""
+"""Published training runs, with which the planner's times are compared. MFU in percent, as counted by the source."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_dbrx_against_dense_models_as_the_launch_said() -> None:
     over70 = [
         decode_bound(DBRX, "bf16", H100X8, b, 2000) / decode_bound(dense70, "bf16", H100X8, b, 2000) for b in (1, 16)
     ]
-    assert 3.4 < over132[0] < 3.8  # published 2.6: the bound leaves out collectives and launches
+    assert 3.4 < over132[0] < 3.8  # published 2.6: the bound ignores collectives and kernel launches
     assert over132[0] > over132[1] > over132[2] and over132[2] < 1.2
     assert 1.8 < over70[0] < 2.0 and over70[1] < over70[0]  # "up to 2x"
 

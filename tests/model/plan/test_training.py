@@ -1,4 +1,4 @@
-"""The planner's training side: counts by hand, published runs, and what must always hold."""
+"""The planner's training side: counts by hand, published runs, and invariants."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_layer_saves_what_its_backward_pass_needs() -> None:
 
 @pytest.mark.parametrize("n_experts", [0, 5])
 def test_saved_activations_are_what_autograd_keeps(n_experts: int) -> None:
-    """The trainer's own forward pass, every storage counted once; the formula leaves out what is small (router, norms)."""
+    """The trainer's forward pass, every storage counted once; the formula omits small tensors (router, norms)."""
     ffn: DenseSpec | MoESpec = DenseSpec(d_ff=80, activation="silu")
     if n_experts:
         ffn = MoESpec(d_ff=80, n_experts=n_experts, top_k=3, activation="silu")
@@ -82,7 +82,7 @@ def test_saved_activations_are_what_autograd_keeps(n_experts: int) -> None:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    # In the plain torch of a GPU, which is what is planned for: the host's own experts keep much less.
+    # In plain torch as on a GPU, which the planner is for: the CPU's experts save much less.
     with use("reference"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden, _ = model.hidden(batch.tokens, DocumentContext(batch))
     found = sum(storage.nbytes() for storage in kept.values()) / 4
@@ -113,7 +113,7 @@ def test_published_runs_are_reproduced(runs: list[Run], gpu: str, stack: str, me
     assert max(map(abs, errors)) < worst
     assert all(
         memory(run.config, Mesh(1, run.ranks, 1), run.work).total < 1.2 * GPUS[gpu].memory_bytes for run in runs
-    )  # they ran, so they fitted; the formula counts what our trainer keeps, and fused programs keep less
+    )  # they ran, so they fit; the formula counts what our trainer saves, and fused programs save less
 
 
 def test_published_mixtures_are_reproduced() -> None:
@@ -195,7 +195,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_logarithms_of_scale() -> None:
-    """A thousandth of the cluster takes about a thousand times as long: nothing hides in constants."""
+    """A thousandth of the cluster takes about a thousand times as long: no constant dominates."""
     small = search(PRESETS["dbrx-9b"], 64, H100, 4096, 64 * 4096)[0]
     large = search(PRESETS["dbrx-9b"], 1024, H100, 4096, 1024 * 4096)[0]
     assert math.isclose(large.tokens_per_s / small.tokens_per_s, 16, rel_tol=0.1)

@@ -1,4 +1,4 @@
-"""MinHash against exact sets, clusters against a plain union-find."""
+"""MinHash compared with exact sets, clusters with a plain union-find."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_equal_signature_values_estimate_the_jaccard_index(jaccard: float) -> No
     a, b = numbers[:n], np.concatenate((numbers[:shared], numbers[n : 2 * n - shared]))
     exact = len(np.intersect1d(a, b)) / len(np.union1d(a, b))
     estimate = (signature_of(a, size, 1) == signature_of(b, size, 1)).mean()
-    # Five standard deviations of a binomial, plus what 32-bit values collide by.
+    # Five standard deviations of a binomial, plus collisions of 32-bit values.
     assert abs(estimate - exact) <= 5 * np.sqrt(exact * (1 - exact) / size) + 1e-6
 
 

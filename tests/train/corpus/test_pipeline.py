@@ -1,4 +1,4 @@
-"""Preparation end to end: what stays, the same bytes by any road, kills at every write, Ray, the commands."""
+"""Preparation end to end: which documents are kept, equal bytes in every case, kills at every write, Ray, commands."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ def test_exactly_the_right_documents_are_kept(corpus: Path) -> None:
     both = train + held_out
     assert len(both) == len(set(both))
     assert rows[3] in both and rows[5] in both and rows[11] not in both and "short" not in both
-    assert rows[21] in held_out and rows[21] not in train  # the held-out copy wins over the one to train on
+    assert rows[21] in held_out and rows[21] not in train  # of two copies the held-out one is kept
     assert prose(19) in both
     assert not any(BENCH in text for text in both)
-    assert any(text in prose(100, 150) and len(text) > 300 for text in both)  # what stood before the question stays
+    assert any(text in prose(100, 150) and len(text) > 300 for text in both)  # the text before the question is kept
     expected = {*rows} - {rows[11], rows[13], rows[17], rows[19]} | {prose(19)}
     assert set(both) - {t for t in both if t in prose(100, 150) or t in prose(101, 150)} == expected
     assert 2 <= len(held_out) <= 12  # 10 % of 40 by hash, and the source
@@ -130,7 +130,7 @@ def test_any_number_of_workers_writes_the_same_bytes(corpus: Path, plan: Recipe,
 
 
 class _Backwards:
-    """Runs the tasks of a step in the opposite order, and gives up after ``limit`` of all."""
+    """Runs the tasks of a step in reverse order, and stops after ``limit`` tasks in total."""
 
     def __init__(self, limit: int) -> None:
         self.left = limit
@@ -153,7 +153,7 @@ class _Killed(BaseException):
 def test_a_run_killed_at_any_write_resumes_to_the_same_bytes(
     corpus: Path, plan: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill before and after each rename of one long run of interruptions: every write is interrupted twice."""
+    """One run, killed before and after each rename and resumed each time: every write is interrupted twice."""
     real, kills = Path.replace, 0
     armed = {"before": True}
 
@@ -267,7 +267,7 @@ def test_a_ray_cluster_of_two_nodes_writes_the_same_bytes(corpus: Path, plan: Re
             assert executor.nodes() == 2
             _prepare(plan, tmp_path / "out", executor)
             bad = write_rows(tmp_path / "bad.jsonl", [{"nothing": 1}])
-            with pytest.raises(CorpusError, match="string field 'text'"):  # an error crosses the cluster as itself
+            with pytest.raises(CorpusError, match="string field 'text'"):  # an error keeps its type across the cluster
                 _prepare(recipe(bad), tmp_path / "bad", executor)
         finally:
             executor.close()
@@ -319,7 +319,7 @@ def test_the_commands_prepare_inspect_and_mix(corpus: Path, plan: Recipe, inputs
     out = tmp_path / "again"
     made = _run("prepare", str(corpus / "manifest.json"), "--out", str(out), "--workers", "1")
     assert made.exit_code == 0, made.output
-    assert _files(out) == _files(corpus)  # a manifest is a recipe
+    assert _files(out) == _files(corpus)  # a manifest is also a recipe
     shown = _run("inspect", str(corpus), "--verify")
     assert "files are as the manifest says" in shown.output and "train / news" in shown.output
     facts = json.loads(_run("inspect", str(corpus), "--json").output)

@@ -1,4 +1,4 @@
-"""Readers: every row once, however the input is cut and packed; bad input is named."""
+"""Readers: every row once, however the input is cut and compressed; errors name bad input."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from tests.train.corpora import prose
 
 
 def _slow_words(text: str) -> list[str]:
-    """Words by a Python loop, from the definition."""
+    """Words by a Python loop, following the definition."""
     found: list[str] = []
     for character in text:
         if unicodedata.category(character)[0] not in "LNM" or ord(character) >= 0x33480:
@@ -146,7 +146,7 @@ def test_languages_are_identified() -> None:
     assert language("老师打开窗户，看着晨光中的河流，心里想着昨天的事情。")[0] == "zh"
     assert language("Der Lehrer öffnete das Fenster und blickte im Morgenlicht auf den Fluss.")[0] == "de"
     assert language(" \n ") == ("und", 0.0)
-    # The head decides nothing by itself.
+    # The beginning alone does not decide.
     assert language("Title: a page. " * 20 + "老师打开窗户看着晨光中的河流心里想着昨天的事情。" * 200)[0] == "zh"
 
 
