@@ -64,7 +64,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_every_system_is_measured_at_every_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = claim.run(form="q8", threads=1, batches=(1, 3), rounds=2)
+    rows = claim.run(packed_format="q8", threads=1, batches=(1, 3), rounds=2)
     assert [(row.kind, row.n) for row in rows[::4]] == [("decode", 1), ("decode", 3), ("prefill", 40)]
     assert [row.system for row in rows[:4]] == list(claim.SYSTEMS)
     for row in rows:
@@ -86,7 +86,7 @@ def test_every_system_is_measured_at_every_size(tmp_path: Path, capsys: pytest.C
 def test_the_whole_model_is_its_layers_and_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Layer, "decode", lambda self, batch: (0.5 * batch, 0.25))
     monkeypatch.setattr(Layer, "prefill", lambda self, n: (2.0, 0.0))
-    rows = claim.run(form="q4", threads=1, batches=(2,), rounds=1)
+    rows = claim.run(packed_format="q4", threads=1, batches=(2,), rounds=1)
     assert rows[0].tokens_per_s == pytest.approx(2 / (3 * 1.0 + 0.25))
     assert rows[4].tokens_per_s == pytest.approx(40 / 6.0)
 
@@ -98,7 +98,7 @@ def test_a_ratio_needs_its_base() -> None:
 
 def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="format must be one of"):
-        claim.run(form="q3", threads=1)
+        claim.run(packed_format="q3", threads=1)
     with pytest.raises(ConfigError, match="batches from 1 to 512"):
         claim.run(threads=1, batches=(0,))
     with pytest.raises(ConfigError, match="systems must be among"):

@@ -78,17 +78,17 @@ class Layer:
 
     Args:
         name: a key of SYSTEMS.
-        form: the packed format, a key of ``quant.packed.PACKED``.
+        packed_format: of the weights; a key of ``quant.packed.PACKED``.
         threads: computing threads.
         most: largest batch, in sequences.
     """
 
-    def __init__(self, name: str, form: str, *, threads: int, most: int) -> None:
-        self.name, self.form = name, form
+    def __init__(self, name: str, packed_format: str, *, threads: int, most: int) -> None:
+        self.name, self.packed_format = name, packed_format
         self.whole = families.preset(SYSTEMS[name])
         self.config = self.whole.with_n_layers(1)
         self._blocks_each = -(-(max(DEPTH + 1, PROMPT)) // 16)
-        parameters = random_packed(self.config, form)
+        parameters = random_packed(self.config, packed_format)
         self.model = CompiledModel(
             self.config, parameters, threads=threads, n_blocks=self._blocks_each * most, activations="int8"
         )
@@ -123,14 +123,14 @@ class Layer:
 
     def expected(self, kind: str, n: int, bandwidth: float, peak: float) -> float:
         """Expected tokens per second of the whole model on a perfect machine; see the module docstring."""
-        layers, head = layer_bytes(self.whole, self.form, n), head_bytes(self.whole, self.form)
+        layers, head = layer_bytes(self.whole, self.packed_format, n), head_bytes(self.whole, self.packed_format)
         active = cost.n_params(self.whole).active_without_input
         head_params = self.whole.vocab_size * self.whole.d_model
         operations = 2.0 * (n * active if kind == "decode" else n * (active - head_params) + head_params)
         return n / max((self.whole.n_layers * layers + head) / bandwidth, operations / peak)
 
 
-def random_packed(config: ModelConfig, form: str) -> dict[str, Parameter]:
+def random_packed(config: ModelConfig, packed_format: str) -> dict[str, Parameter]:
     """Random packed weights: one matrix per shape is generated, and every expert gets its own copy in memory."""
     generator = np.random.default_rng(0)
     made: dict[tuple[tuple[int, ...], str], Packed] = {}
@@ -153,33 +153,33 @@ def random_packed(config: ModelConfig, form: str) -> dict[str, Parameter]:
         elif len(shape) == 1:
             parameters[name] = np.ones(shape, dtype=np.float32)
         elif len(shape) == 2:
-            parameters[name] = matrix(shape, "float32" if name.endswith("router.weight") else form)
+            parameters[name] = matrix(shape, "float32" if name.endswith("router.weight") else packed_format)
         else:
-            parameters[name] = [matrix(shape[1:], form) for _ in range(shape[0])]
+            parameters[name] = [matrix(shape[1:], packed_format) for _ in range(shape[0])]
     return parameters
 
 
-def layer_bytes(config: ModelConfig, form: str, n_tokens: int) -> float:
+def layer_bytes(config: ModelConfig, packed_format: str, n_tokens: int) -> float:
     """Bytes of weights read by one layer for ``n_tokens`` independent tokens."""
     total, layer = 0.0, config.only_layer("the speed claim")
     for name, shape in layer_shapes(layer, config.d_model).items():
         if len(shape) == 3:
             assert layer.moe is not None, "stacked matrices are experts"
             visited = cost.expected_distinct_experts(layer.moe, n_tokens)
-            total += visited * PACKED[form].nbytes_of(*shape[1:])
+            total += visited * PACKED[packed_format].nbytes_of(*shape[1:])
         elif len(shape) == 2:
-            total += PACKED["float32" if name.endswith("router.weight") else form].nbytes_of(*shape)
+            total += PACKED["float32" if name.endswith("router.weight") else packed_format].nbytes_of(*shape)
     return total
 
 
-def head_bytes(config: ModelConfig, form: str) -> float:
+def head_bytes(config: ModelConfig, packed_format: str) -> float:
     """Bytes of the packed head."""
-    return float(PACKED[form].nbytes_of(config.vocab_size, config.d_model))
+    return float(PACKED[packed_format].nbytes_of(config.vocab_size, config.d_model))
 
 
 def run(
     *,
-    form: str = "q4",
+    packed_format: str = "q4",
     threads: int,
     batches: Sequence[int] = BATCHES,
     rounds: int = 3,
@@ -189,14 +189,14 @@ def run(
     """Measure every system at every batch size, alternating, so that a slow phase of the machine affects all alike.
 
     Args:
-        form: the packed format of the weights.
+        packed_format: of the weights; a key of ``quant.packed.PACKED``.
         tell: called with a line of progress.
 
     Raises:
         ConfigError: unknown format or system, or a batch or number of rounds out of range.
     """
-    if form not in PACKED:
-        raise ConfigError(f"the claim's format must be one of {', '.join(PACKED)}; got {form!r}")
+    if packed_format not in PACKED:
+        raise ConfigError(f"the claim's format must be one of {', '.join(PACKED)}; got {packed_format!r}")
     if rounds < 1 or not batches or min(batches) < 1 or max(batches) > 512:
         raise ConfigError(f"rounds must be at least 1 and batches from 1 to 512; got {rounds} and {list(batches)}")
     layers = []
@@ -204,7 +204,7 @@ def run(
         if name not in SYSTEMS:
             raise ConfigError(f"systems must be among {', '.join(SYSTEMS)}; got {name!r}")
         tell(f"building a layer of {name}")
-        layers.append(Layer(name, form, threads=threads, most=max(batches)))
+        layers.append(Layer(name, packed_format, threads=threads, most=max(batches)))
     sizes = [("decode", b) for b in batches] + [("prefill", PROMPT)]
     times: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
     visited: dict[tuple[str, str, int], float] = {}
@@ -214,7 +214,7 @@ def run(
         tell(f"{kind} {n}")
         for turn in range(rounds + 1):
             bandwidths.append(read_bytes_per_s(context))
-            peaks.append(peak_ops_per_s(context, form))
+            peaks.append(peak_ops_per_s(context, packed_format))
             for layer in layers:
                 seconds = layer.decode(n) if kind == "decode" else layer.prefill(n)
                 if turn:  # the first round only warms up

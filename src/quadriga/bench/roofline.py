@@ -27,8 +27,8 @@ def read_bytes_per_s(context: cpu.Context) -> float:
     return rate.value
 
 
-def peak_ops_per_s(context: cpu.Context, form: str) -> float:
+def peak_ops_per_s(context: cpu.Context, packed_format: str) -> float:
     """Peak of the format's dot product on all threads, in operations per second (a multiply-add counts as two)."""
     rate = ctypes.c_double()
-    context.call(context.lib.qd_peak, cpu.FORMATS[form], 200_000, ctypes.byref(rate))
+    context.call(context.lib.qd_peak, cpu.FORMATS[packed_format], 200_000, ctypes.byref(rate))
     return rate.value

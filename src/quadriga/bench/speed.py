@@ -182,7 +182,7 @@ def _main_format(parameters: dict[str, Parameter]) -> str:
         for p in value if isinstance(value, list) else [value]:
             if isinstance(p, Packed):
                 count[p.format] = count.get(p.format, 0) + p.rows * p.cols
-    return max(count, key=lambda form: count[form])
+    return max(count, key=lambda name: count[name])
 
 
 def _row(kind: str, n: int, rates: list[float], limits: list[float], limit: str) -> Row:

@@ -46,7 +46,7 @@ def bench_claim(batches: Sequence[int] | None, form: str, threads: int | None, r
     count = runtime.set_threads(threads)
     chosen = "q4" if form == "keep" else form
     rows = claim.run(
-        form=chosen,
+        packed_format=chosen,
         threads=count,
         batches=tuple(batches or claim.BATCHES),
         rounds=rounds,

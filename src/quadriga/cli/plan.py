@@ -150,12 +150,12 @@ def _serving(config: ModelConfig, context: int) -> list[dict[str, Any]]:
 
     rows = []
     for box in BOXES:
-        for form in SERVED_FORMATS:
-            found = serve(config, form, box, context)
+        for weight_format in SERVED_FORMATS:
+            found = serve(config, weight_format, box, context)
             rows.append(
                 {
                     "box": box.name,
-                    "format": form,
+                    "format": weight_format,
                     "fits": found.fits,
                     "weight_bytes": found.weight_bytes,
                     "cache_tokens": found.cache_tokens,

@@ -1,7 +1,7 @@
 """Run a text through a model, one layer in memory at a time, and measure each matrix's inputs and quantisation errors.
 
     tokens ─embed─► h ─layer 0─► h ─layer 1─► ...      only h and one layer are in memory, so any model
-              │             │                         that can be converted can be calibrated
+                        │            │                 that can be converted can be calibrated
                         ▼            ▼
                  mean square of every input column, tokens per expert, error of every format
 
@@ -194,13 +194,11 @@ def _matrix(
     energy = float((sample.square() * moment).sum().clamp_min(1e-30))
     rows, cols = _shape_of(checkpoint.config, name)
 
-    def error(form: str) -> float:
-        rounded = tensor(pack(array(sample), form, importance=array(moment)).unpack())
+    def error(to: str) -> float:
+        rounded = tensor(pack(array(sample), to, importance=array(moment)).unpack())
         return float(((rounded - sample).square() * moment).sum()) / energy
 
-    found.candidates[name] = [
-        Candidate(form, packed_bytes((rows, cols), form), share * error(form)) for form in FORMATS
-    ]
+    found.candidates[name] = [Candidate(to, packed_bytes((rows, cols), to), share * error(to)) for to in FORMATS]
 
 
 def _shape_of(config: ModelConfig, name: str) -> tuple[int, int]:

@@ -6,10 +6,10 @@ The feed-forward network is cut along d_ff into g granules; the experts are n_ex
     expert  e = copy * g + j:  w_gate[j], w_up[j], g * w_down[:, j]
     router  row e = the row of its copy: all granules of a copy have the same logit
 
-So a token's top k experts are all granules of its best k / g copies. The k normalised weights are equal within a copy,
-so that sum_e weight_e g y_j = y: the MoE's logits equal the dense model's, up to float32 rounding, for any router rows.
-The router rows decide which copy a token visits from the first step on: random rows separate tokens by direction, rows
-fitted to labelled text (``edits.fit_router``) by domain.
+So a token's top k experts are all granules of its best k / g copies. The k normalised weights sum to 1 and are equal
+within a copy, so sum_e weight_e g y_j = y: the MoE's logits equal the dense model's, up to float32 rounding, for any
+router rows. The router rows decide which copy a token visits from the first step on: random rows separate tokens by
+direction, rows fitted to labelled text (``edits.fit_router``) by domain.
 
 Sources: sparse upcycling (Komatsuzaki et al. 2023: g = 1); granules and the "virtual group" router (He et al. 2024,
 arXiv 2410.07524); ``drop`` is Drop-Upcycling (Nakamura et al. 2025, arXiv 2502.19261); ``noise`` as in Qwen1.5-MoE.

@@ -4,7 +4,7 @@
     TruthItem     several continuations, each right or wrong                    mc2
     ClozeItem     one continuation that must be the most probable one           acc, logprob
     TextItem      a whole text                                                  logprob, words, bytes, tokens
-    AnswerItem    a prompt whose generated answer is compared             what its grader returns
+    AnswerItem    a prompt whose generated answer is compared                   what its grader returns
     CodeItem      a prompt whose generated program is run                       passed of n samples
 
 Continuations of different lengths can be compared in four ways, and published tables differ in which one they use, so

@@ -34,10 +34,10 @@ def row_format(row: Row) -> str:
         EvaluationError: none of them.
     """
     keys = row.keys()
-    for form, needed in _FORMATS.items():
+    for format_name, needed in _FORMATS.items():
         if needed <= keys:
-            return form
-    wanted = "; ".join(f"{form}: {', '.join(sorted(needed))}" for form, needed in _FORMATS.items())
+            return format_name
+    wanted = "; ".join(f"{format_name}: {', '.join(sorted(needed))}" for format_name, needed in _FORMATS.items())
     raise EvaluationError(f"a row must have the keys of one of these formats ({wanted}); got {', '.join(keys)}")
 
 
@@ -69,20 +69,22 @@ def items_of(rows: Sequence[Row], shots: int, layout: Layout, group: str = "") -
     """
     if not rows:
         raise EvaluationError("a task needs at least one question, got a file without rows")
-    form, draw, items = row_format(rows[0]), Shots(shots), list[Item]()
+    format_name, draw, items = row_format(rows[0]), Shots(shots), list[Item]()
     for number, row in enumerate(rows, 1):
         try:
             examples = draw.draw(rows, row)
-            before = "".join(_solved(one, form, layout) + layout.example for one in examples)
-            items.append(_ITEM[form](before, row, layout, group or str(row.get("category", ""))))
+            before = "".join(_solved(one, format_name, layout) + layout.example for one in examples)
+            items.append(_ITEM[format_name](before, row, layout, group or str(row.get("category", ""))))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            raise EvaluationError(f"row {number} must be a {form} row: {type(error).__name__}: {error}") from None
+            raise EvaluationError(
+                f"row {number} must be a {format_name} row: {type(error).__name__}: {error}"
+            ) from None
     return items
 
 
-def _solved(row: Row, form: str, layout: Layout) -> str:
+def _solved(row: Row, format_name: str, layout: Layout) -> str:
     """A row with the right answer filled in, as shown in an example."""
-    match form:
+    match format_name:
         case "schema":
             return f"{layout.question}{row['context_options'][row['gold']]}{layout.answer}{row['continuation'].strip()}"
         case "choice":
@@ -92,7 +94,7 @@ def _solved(row: Row, form: str, layout: Layout) -> str:
         case _:
             thought = row.get("chain_of_thought", "")
             end = f"{thought.strip()} {_COT}{row['answer']}" if thought else row["answer"]
-    question = row["query" if form == "choice" else "context"].rstrip(" ")
+    question = row["query" if format_name == "choice" else "context"].rstrip(" ")
     return f"{layout.question}{question}{layout.answer}{end}"
 
 
@@ -155,16 +157,16 @@ def normalised(text: str) -> str:
 def own_task(path: Path) -> Task:
     """A task from a user's JSONL file, in any language and any of the four row formats."""
     rows = read_rows(path)
-    form = row_format(rows[0]) if rows else "choice"
+    format_name = row_format(rows[0]) if rows else "choice"
     return Task(
         name=path.name,
         version=1,
         title=path.stem,
-        protocol=f"{path.name}, row format {form}, as it is; shots from the same file.",
-        kind="generate" if form == "question" else "likelihood",
+        protocol=f"{path.name}, row format {format_name}, as it is; shots from the same file.",
+        kind="generate" if format_name == "question" else "likelihood",
         shots=0,
         build=lambda data, shots: items_of(rows, shots, Layout()),
-        main="acc_norm" if form == "choice" else "acc",
+        main="acc_norm" if format_name == "choice" else "acc",
         max_new_tokens=128,
         stop=("\n\n", "Question:"),
     )

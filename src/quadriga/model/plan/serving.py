@@ -31,7 +31,7 @@ class Serving:
     """The estimate for a model in one weight format on one machine."""
 
     box: Box
-    form: str
+    weight_format: str
     weight_bytes: int
     cache_tokens: int
     """Cached positions that fit beside the weights; negative if the weights do not fit."""
@@ -48,29 +48,29 @@ class Serving:
         return self.batch > 0
 
 
-def decode_bound(config: ModelConfig, form: str, box: Box, batch: int, context: int) -> float:
+def decode_bound(config: ModelConfig, weight_format: str, box: Box, batch: int, context: int) -> float:
     """Upper bound on tokens per second of ``batch`` sequences at position ``context``, all together."""
-    read = _weights_read(config, form, batch) + batch * context * kv_bytes_per_token(config)
+    read = _weights_read(config, weight_format, batch) + batch * context * kv_bytes_per_token(config)
     operations = batch * flops_per_token(config, context)
     return batch / max(read / box.bytes_per_s, operations / box.peak_flops)
 
 
-def request_bound(config: ModelConfig, form: str, box: Box, batch: int, prompt: int, output: int) -> float:
+def request_bound(config: ModelConfig, weight_format: str, box: Box, batch: int, prompt: int, output: int) -> float:
     """Upper bound on output tokens per second of ``batch`` users together, each with this prompt and output length.
 
     Prompts are bound by computation, which for a mixture depends only on active parameters; decoding by memory reads.
     """
     prefill = prompt * flops_per_token(config, prompt // 2) / box.peak_flops
-    decode = output / decode_bound(config, form, box, batch, prompt + output // 2)  # one user's share
+    decode = output / decode_bound(config, weight_format, box, batch, prompt + output // 2)  # one user's share
     return output / (prefill + decode)
 
 
-def _weights_read(config: ModelConfig, form: str, batch: int) -> float:
+def _weights_read(config: ModelConfig, weight_format: str, batch: int) -> float:
     """Bytes of weights read by a step of ``batch`` tokens."""
-    alone = bytes_read_per_token(config, form)
+    alone = bytes_read_per_token(config, weight_format)
     # One token reads top_k experts; the bytes of the others are read in proportion to the experts visited.
-    input_rows = 0 if config.tied_embeddings else _input_table(config, form)
-    beyond = weight_bytes(config, form) - input_rows - alone
+    input_rows = 0 if config.tied_embeddings else _input_table(config, weight_format)
+    beyond = weight_bytes(config, weight_format) - input_rows - alone
     # Layers may have mixtures of different sizes: each counts by its share of those bytes.
     met = unmet = 0.0
     for _, spec in config.moe_layers:
@@ -80,24 +80,24 @@ def _weights_read(config: ModelConfig, form: str, batch: int) -> float:
     return alone + beyond * met / unmet if unmet else float(alone)
 
 
-def _input_table(config: ModelConfig, form: str) -> float:
+def _input_table(config: ModelConfig, weight_format: str) -> float:
     """Bytes of the embedding table, of which a token reads only one row."""
-    width = {"f32": 4.0}.get(form, 2.0)
+    width = {"f32": 4.0}.get(weight_format, 2.0)
     return config.vocab_size * config.d_model * width
 
 
-def serve(config: ModelConfig, form: str, box: Box, context: int, max_batch: int = 64) -> Serving:
-    """Estimate serving a model in weight format ``form`` on ``box``: whether it fits, and how fast it can be."""
-    weights = weight_bytes(config, form)
+def serve(config: ModelConfig, weight_format: str, box: Box, context: int, max_batch: int = 64) -> Serving:
+    """Estimate serving a model on ``box``: whether it fits, and how fast it can be."""
+    weights = weight_bytes(config, weight_format)
     room = box.memory_bytes * _USABLE - weights
     tokens = int(room // kv_bytes_per_token(config))
     batch = max(0, min(max_batch, tokens // context))
     return Serving(
         box=box,
-        form=form,
+        weight_format=weight_format,
         weight_bytes=weights,
         cache_tokens=tokens,
-        tokens_per_s_alone=decode_bound(config, form, box, 1, context) if batch else 0.0,
+        tokens_per_s_alone=decode_bound(config, weight_format, box, 1, context) if batch else 0.0,
         batch=batch,
-        tokens_per_s_batch=decode_bound(config, form, box, batch, context) if batch else 0.0,
+        tokens_per_s_batch=decode_bound(config, weight_format, box, batch, context) if batch else 0.0,
     )

@@ -3,13 +3,13 @@
     step = matrix products + attention + passes over memory + all-to-all + exposed traffic of weights + optimiser
 
     matrix products   2 N_active tokens (3, or 4 with everything recomputed) / (peak x gemm x D / (D + 900))
-                      and less for few rows an expert
+                      and less for few rows per expert
     attention         the causal half of 4 L Hd T tokens x 3.5 (4.5) / (peak x attention)
-    memory passes      bytes moved by norms, residuals, activations, rotation and routing / HBM
+    memory passes     bytes moved by norms, residuals, activations, rotation and routing / HBM
     all-to-all        tokens to their experts and back, per pass (2; 3 if all is recomputed) / NVLink, or InfiniBand
                       beyond a node
     weights' traffic  gather twice, scatter once per micro-step over the shard; reduce once over replicas
-    optimiser         28 bytes a parameter of the shard / HBM
+    optimiser         28 bytes per parameter of the shard / HBM
 
 Memory: float32 master weights, two moments and gradients, sharded over shard x ep (16 B a parameter); bfloat16 copies
 of two layers; saved activations; one chunk of logits; CUDA and NCCL. A mesh is replicate x shard x ep; dense weights
