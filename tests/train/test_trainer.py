@@ -283,11 +283,11 @@ def test_a_resumed_run_still_skips_the_bad_batch(tmp_path: Path) -> None:
     rollback = Settings(n_steps=9, guard=sections.GuardSection(action="rollback"))
     first = trainer(tmp_path / "a", rollback, objective=Poisoned(5, float("nan")))
     first.train(lambda: first.step == 6)
-    assert first.left_out == {5} and first.step == 7
+    assert first.skipped_steps == {5} and first.step == 7
     record = Record()
     again = trainer(tmp_path / "a", rollback, record=record, objective=Poisoned(5, float("nan")))
     assert again.resume()
-    assert (again.step, again.tokens_seen, again.left_out) == (7, 7 * 8 * 16, {5})
+    assert (again.step, again.tokens_seen, again.skipped_steps) == (7, 7 * 8 * 16, {5})
     assert again.train() and record.rollbacks == []
     assert record.steps[-1].tokens_seen == 9 * 8 * 16
     skipping = trainer(tmp_path / "b", Settings(n_steps=9), objective=Poisoned(5, float("nan")))

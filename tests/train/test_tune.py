@@ -88,7 +88,7 @@ LORA = '[lora]\nrank = 4\nalpha = 8.0\ntargets = ["attention", "experts", "route
 @pytest.mark.parametrize("objective", ["sft", "text", "dpo", "orpo"])
 def test_the_held_out_loss_falls(tmp_path: Path, base: Path, objective: str) -> None:
     outcome = tune(settings(tmp_path, base, objective, LORA))
-    assert outcome.done and outcome.rejected == "1 rows left out: not JSON"
+    assert outcome.done and outcome.rejected == "1 rows skipped: not JSON"
     evaluations = [line["held_out"] for line in read(tmp_path / "run" / "metrics.jsonl") if "held_out" in line]
     assert len(evaluations) == 2 and set(evaluations[0]) == ({"a", "b"} if objective == "text" else {"held out"})
     for domain, before in evaluations[0].items():

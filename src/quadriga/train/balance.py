@@ -15,7 +15,7 @@ from torch import Tensor
 from quadriga.errors import ConfigError
 from quadriga.nn.transformer import Transformer
 from quadriga.train.config import RouterSection
-from quadriga.train.parallel import mixtures
+from quadriga.train.parallel import moe_layers
 from quadriga.train.schedule import bias_share
 from quadriga.train.world import World
 
@@ -25,7 +25,7 @@ class BiasBalancer:
 
     def __init__(self, model: Transformer, section: RouterSection, world: World) -> None:
         self.section = section
-        self._routers = [moe.router for moe in mixtures(model)]
+        self._routers = [moe.router for moe in moe_layers(model)]
         if not self._routers:
             raise ConfigError("router.bias_rate needs a model with experts; this one is dense")
         self.bias = torch.zeros(len(self._routers), self._routers[0].spec.n_experts, device=world.device)

@@ -67,7 +67,7 @@ class Problem:
 
 @dataclass
 class Rejects:
-    """Counts the rows that were left out, by reason."""
+    """Counts the rows that were skipped, by reason."""
 
     limit: int
     """More rejected rows than this raise CorpusError."""
@@ -77,7 +77,7 @@ class Rejects:
 
     @property
     def n(self) -> int:
-        """Number of rows left out."""
+        """Number of skipped rows."""
         return sum(self.reasons.values())
 
     def add(self, place: str, reason: str) -> None:
@@ -99,7 +99,7 @@ class Rejects:
             )
 
     def __str__(self) -> str:
-        return ", ".join(f"{n} rows left out: {reason}" for reason, n in self.reasons.items())
+        return ", ".join(f"{n} rows skipped: {reason}" for reason, n in self.reasons.items())
 
 
 def rows(paths: Sequence[Path], rejects: Rejects) -> Iterator[tuple[str, dict[str, Any]]]:

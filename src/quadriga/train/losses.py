@@ -44,7 +44,7 @@ class NextToken:
     def __init__(self, model: ModelConfig, section: RouterSection, world: World) -> None:
         self.world = world
         self.balance_weight = self.z_weight = 0.0
-        self.form: Form = section.balance_form
+        self.balance_form: Form = section.balance_form
         self.top_k = 1
         if model.is_moe:
             ffn = model.only_moe("the router's losses")
@@ -74,7 +74,7 @@ class NextToken:
         together = self.world.sum(own)
         counts = together[:-2].view_as(usage.counts)
         n_tokens, weight = together[-2].clamp(min=1), together[-1]
-        balance = balance_loss(counts, usage.probs, n_tokens, self.top_k, self.form)
+        balance = balance_loss(counts, usage.probs, n_tokens, self.top_k, self.balance_form)
         z = torch.stack([layer.logits[mask].logsumexp(-1).square().sum() for layer in stats]).sum() / n_tokens
         extra = weight * (self.balance_weight * balance + self.z_weight * z)
         metrics = {

@@ -2,7 +2,7 @@
 
     row g of a stage  ->  its domain, and how many rows of that domain came before     (Mix)
     row j of a domain ->  a unit of the domain's stream, and a row inside that unit    (StageOrder)
-    unit v            ->  epoch v // n, and a pseudo-random place in it             (shuffle)
+    unit v            ->  epoch v // n, and a pseudo-random place in it                (shuffle)
 
 A unit is ``unit_tokens`` consecutive tokens. A stage takes a whole number of units in the shuffled order. It reads one
 row of each unit, then another row of each, so that neighbouring rows are read far apart in time and no token is read

@@ -6,8 +6,8 @@
 
 Expert parallelism uses the ranks of data parallelism (torchtitan, Megatron-LM), so every rank has its own rows.
 Gradients are summed over ranks, not averaged: the trainer divides by the global batch's weight before the backward
-pass. A single process has no mesh: with bfloat16 it computes on copies of the master weights (:class:`Masters`); with
-several ranks FSDP2 makes the copies.
+pass. A single process has no mesh: with bfloat16 it computes on copies of the master weights (:class:`MasterWeights`);
+with several ranks FSDP2 makes the copies.
 """
 
 from __future__ import annotations
@@ -76,16 +76,16 @@ def check_layout(model: Transformer, section: ParallelSection, world: World) -> 
         raise ConfigError(f"parallel.replicate must divide the number of ranks: got {replicate} and {size} ranks")
     if size % experts:
         raise ConfigError(f"parallel.experts must divide the number of ranks: got {experts} and {size} ranks")
-    for moe in mixtures(model)[:1]:
+    for moe in moe_layers(model)[:1]:
         if moe.spec.n_experts % experts:
             raise ConfigError(f"parallel.experts must divide the model's {moe.spec.n_experts} experts: got {experts}")
-    if experts > 1 and not mixtures(model):
+    if experts > 1 and not moe_layers(model):
         raise ConfigError(f"parallel.experts={experts} needs a model with experts; this one is dense")
     if experts > 1 and replicate > 1:
         raise ConfigError("parallel.experts and parallel.replicate cannot both be above 1: leave out replicate")
 
 
-def mixtures(model: Transformer) -> list[MoE]:
+def moe_layers(model: Transformer) -> list[MoE]:
     """The MoE of every layer; empty for a dense model."""
     return [layer.moe for layer in model.layers if isinstance(layer, Block) and layer.moe is not None]
 
@@ -142,7 +142,7 @@ def replicas(parameter: Tensor, world: World) -> int:
     return world.size // parts
 
 
-class Masters:
+class MasterWeights:
     """The float32 master weights that the optimiser updates, by name.
 
     In one process with ``dtype`` bfloat16 the model's parameters become bfloat16 copies of them. A copy's gradient is

@@ -1,8 +1,8 @@
 """A run's folder: locked by one run at a time, with checkpoints that are either complete or absent.
 
     runs/nano/
-      lock                  held (flock) by rank 0
-      config.toml             the configuration that the run was started with
+      lock                    held (flock) by rank 0
+      config.json             the configuration that the run was started with
       metrics.jsonl           one line per step
       report.html
       spikes/step-00000321.safetensors

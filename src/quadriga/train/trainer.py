@@ -31,7 +31,7 @@ from quadriga.train.balance import BiasBalancer
 from quadriga.train.batch import BatchSource, Objective, TrainingBatch
 from quadriga.train.guard import SpikeGuard
 from quadriga.train.optim import Optimiser, local
-from quadriga.train.parallel import Masters, prepare, replicas
+from quadriga.train.parallel import MasterWeights, prepare, replicas
 from quadriga.train.run_directory import RunDirectory, newest
 from quadriga.train.schedule import learning_rate_share
 from quadriga.train.world import World
@@ -132,7 +132,7 @@ class Trainer:
         self.listeners = list(listeners) if world.first else []
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.module = prepare(model, objective, settings.parallel, world)
-        self.masters = Masters(model, settings.parallel.dtype, world)
+        self.masters = MasterWeights(model, settings.parallel.dtype, world)
         if not self.masters.by_name:
             raise ConfigError("at least one parameter must require a gradient to train, got none")
         self.optimiser = Optimiser(self.masters.by_name, settings.optimiser)
@@ -142,7 +142,7 @@ class Trainer:
         self.saver = state.Saver(run, world, settings.checkpoint)
         self.step = 0
         self.tokens_seen = 0
-        self.left_out: set[int] = set()
+        self.skipped_steps: set[int] = set()
         self._rollbacks = 0
         self._saved = -1
         self._active = cost.n_params(model.config).active_without_input
@@ -163,7 +163,7 @@ class Trainer:
         """The rest of the state that is saved, as plain values."""
         return {
             "tokens_seen": self.tokens_seen,
-            "left_out": sorted(self.left_out),
+            "left_out": sorted(self.skipped_steps),
             "guard": self.guard.state(),
             "data": self.source.fingerprint,
             "stages": self.source.history(self.step) if isinstance(self.source, Staged) else [],
@@ -199,7 +199,7 @@ class Trainer:
             state.load(folder, manifest, self.tensors())
         self.masters.refresh()
         self.step, self.tokens_seen = manifest.step, saved["tokens_seen"]
-        self.left_out |= set(saved["left_out"])
+        self.skipped_steps |= set(saved["left_out"])
         self.guard.load(saved["guard"])
         self._saved = self.step
         for complaint in complaints:
@@ -272,8 +272,8 @@ class Trainer:
         loss, norm = float(totals.pop("loss")) / max(weight, 1.0), float(totals.pop("_square")) ** 0.5
         stopping = bool(totals.pop("_stop"))
         counts = totals.pop("expert_counts", None)
-        verdict = "left out after a rollback" if step in self.left_out else self.guard.judge(step, loss, norm)
-        if verdict is not None and step not in self.left_out and self._bad_step(step, verdict, batches):
+        verdict = "skipped after a rollback" if step in self.skipped_steps else self.guard.judge(step, loss, norm)
+        if verdict is not None and step not in self.skipped_steps and self._bad_step(step, verdict, batches):
             return stopping
         rate = learning_rate_share(step, self.settings.n_steps, self.settings.schedule)
         if verdict is None:
@@ -373,7 +373,7 @@ class Trainer:
         self._check_save()
         if not self.resume():
             raise TrainingError(f"step {step}: {verdict}, and there is no checkpoint to roll back to")
-        self.left_out.add(step)
+        self.skipped_steps.add(step)
         for listener in self.listeners:
             listener.on_rollback(self.step)
         return True

@@ -74,7 +74,7 @@ class Tuned:
     result: Path | None
     """Folder of the adapter or the model; None if the run was stopped before its end."""
     rejected: str
-    """Message about rows that were left out, by reason; empty if none."""
+    """Message about rows that were skipped, by reason; empty if none."""
 
 
 def tune(config: TuneConfig, *, stop: Callable[[], bool] = lambda: False) -> Tuned:

@@ -92,10 +92,10 @@ class Screen:
         return [*found, f"{duration(left)} left"]
 
     def _line(self, report: StepReport) -> str:
-        left_out = f" (left out: {report.verdict})" if report.verdict else ""
+        skipped = f" (skipped: {report.verdict})" if report.verdict else ""
         parts = [
             f"step {report.step + 1}/{self.n_steps}",
-            f"loss {report.loss:.4f}{left_out}",
+            f"loss {report.loss:.4f}{skipped}",
             f"norm {report.norm:.3g}",
         ]
         return " · ".join([*parts, *self._numbers(report)])

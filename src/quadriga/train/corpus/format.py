@@ -2,7 +2,7 @@
 
     OUT/
       manifest.json                 written last: recipe, tokenizer, steps with their counts, files with their sha256
-      tokenizer.json | *.tiktoken         the tokenizer of the ids, with its configuration
+      tokenizer.json | *.tiktoken   the tokenizer of the ids, with its configuration
       train/en/00003.tokens.npy     ids, uint16 or uint32; every document ends with the end token
       train/en/00003.ends.npy       int64: where each document ends in it
       train/en/00003.origin.npy     (row of the input, bytes of text) of each document

@@ -1,9 +1,9 @@
 """The tasks of corpus preparation: functions that read files and write files, independent of the executor.
 
     hash_input     an input file               -> its sha256
-    references      benchmark files          -> references.npy      n-grams to search for
+    references     benchmark files             -> references.npy      n-grams to search for
     clean_chunk    a chunk of the input        -> texts, hashes, keys and signatures of what passes the filters
-    find_pairs      one band (or exact hashes)  -> pairs of duplicate documents
+    find_pairs     one band (or exact hashes)  -> pairs of duplicate documents
     mark           all pairs                   -> marks.npy           which documents are dropped
     vocabulary     texts that stay             -> tokenizer.json
     tokenise_chunk texts that stay             -> shards
