@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ours")
     parser.add_argument("--format", default="keep")
-    parser.add_argument("--activations", default="auto")
+    parser.add_argument("--activations")
     parser.add_argument("--llama", type=Path)
     parser.add_argument("--llama-bin", type=Path, default=Path(os.environ.get("LLAMA_BIN", ".")))
     parser.add_argument("--ik", type=Path)
@@ -82,7 +82,8 @@ def main() -> None:
     args = parser.parse_args()
     pin = ["taskset", "-c", args.cpus]
     threads = ["--threads", str(args.threads)]
-    options = ["--format", args.format, "--activations", args.activations]
+    options = ["--format", args.format]
+    options += [] if args.activations is None else ["--activations", args.activations]
     ours = Driver([*pin, sys.executable, str(HERE / "own_driver.py"), args.ours, *threads, *options])
     deepest = max([int(m.split(":")[1]) for m in args.measure if m.startswith("depth")], default=2048)
     most = max([int(m.split(":")[1]) for m in args.measure if m.startswith("batch")], default=1)

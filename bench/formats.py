@@ -48,7 +48,7 @@ def main() -> None:
         path, form, activations = (variant + "::").split(":")[:3]
         model, nbytes = reference, 0.0
         if variant != args.reference:
-            model = quadriga.load(path, format=form or "keep", activations=activations or "auto")
+            model = quadriga.load(path, format=form or "keep", activations=activations or None)
             assert isinstance(model.runner, CompiledModel)
             nbytes = bytes_per_token(model.config, dict(model.runner.parameters))
         kl = loss = same = 0.0

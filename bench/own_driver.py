@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--format", default="keep")
-    parser.add_argument("--activations", default="auto")
+    parser.add_argument("--activations")
     args = parser.parse_args()
     started = time.perf_counter()
     llm = quadriga.load(args.model, threads=args.threads, format=args.format, activations=args.activations)

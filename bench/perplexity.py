@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6144)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--dtype", help="plain torch in this dtype; default: the CPU's kernels")
-    parser.add_argument("--format", default="keep", help="what the kernels pack matrices as")
-    parser.add_argument("--kv-format", default="bfloat16")
+    parser.add_argument("--format", help="what the kernels pack matrices as")
+    parser.add_argument("--kv-format")
     args = parser.parse_args()
     model = quadriga.load(args.model, dtype=args.dtype, format=args.format, kv_format=args.kv_format)
     assert model.tokenizer is not None, "perplexity of a text needs a tokenizer"

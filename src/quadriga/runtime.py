@@ -24,6 +24,7 @@ import logging
 import os
 import platform
 import queue
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -46,6 +47,9 @@ MOST_THREADS = 1024
 _ROWS_FOR_ONEDNN = 4
 
 _DTYPE_ALIASES = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "f16": "float16", "fp16": "float16"}
+
+DTYPE_NAMES = (*DTYPES, *_DTYPE_ALIASES)
+"""With the short forms."""
 
 
 def setting(name: str) -> str | None:
@@ -259,6 +263,17 @@ def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
     return dtype
 
 
+def check_device(name: str, spelled: str = "device") -> None:
+    """Refuse a name that is no device Quadriga computes on; whether it is there, :func:`resolve_device` finds out.
+
+    Raises:
+        ConfigError: naming it as ``spelled``.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name):
+        apple = " Apple's GPUs are not supported; on a Mac the CPU computes." if name.startswith("mps") else ""
+        raise ConfigError(f"{spelled} must be like cpu, cuda or cuda:1, or auto; got {name!r}.{apple}")
+
+
 def resolve_device(name: str) -> torch.device:
     """A torch device that exists on this machine; "auto" takes the first CUDA device, else the CPU.
 
@@ -268,12 +283,10 @@ def resolve_device(name: str) -> torch.device:
     """
     import torch
 
+    check_device(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device must be like 'cpu', 'cuda' or 'cuda:1', got {name!r}") from error
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise HardwareError(
             f"device {name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices. Use device='cpu'."

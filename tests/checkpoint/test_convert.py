@@ -252,7 +252,7 @@ def test_an_unfinished_conversion_of_something_else_is_not_touched(tmp_path: Pat
     write_hf(tmp_path / "b", TINY["dbrx"], parameters=random_bits(TINY["dbrx"], seed=5))
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part/journal.jsonl").write_text('{"fingerprint": "of something else"}\n')
-    with pytest.raises(CheckpointError, match="--no-resume"):
+    with pytest.raises(CheckpointError, match="--restart"):
         convert(tmp_path / "a", tmp_path / "out")
     convert(tmp_path / "b", tmp_path / "out", resume=False)
     assert engine_file.verify(tmp_path / "out") == []

@@ -100,7 +100,7 @@ def test_another_source_of_the_same_names_and_shapes_is_not_continued(
     write_hf(tmp_path / "hf", TINY["llama2"], parameters=random_bits(TINY["llama2"], seed=5))
     times = (tmp_path / "hf/model.safetensors").stat()
     os.utime(tmp_path / "hf/model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns + 1_000_000))
-    with pytest.raises(CheckpointError, match="--no-resume"):
+    with pytest.raises(CheckpointError, match="--restart"):
         convert(tmp_path / "hf", tmp_path / "out")
 
 
@@ -108,7 +108,7 @@ def test_other_options_are_not_continued(tmp_path: Path, monkeypatch: pytest.Mon
     """float16 and bfloat16 need the same room: only the plan's headers tell them apart."""
     write_hf(tmp_path / "hf", TINY["llama2"], parameters={n: t * 0 + 1 for n, t in random_bits(TINY["llama2"]).items()})
     interrupted(tmp_path, monkeypatch, dtype="float16")
-    with pytest.raises(CheckpointError, match="--no-resume"):
+    with pytest.raises(CheckpointError, match="--restart"):
         convert(tmp_path / "hf", tmp_path / "out", dtype="bfloat16")
     convert(tmp_path / "hf", tmp_path / "out", dtype="bfloat16", resume=False)
     assert directory.verify(tmp_path / "out") == []

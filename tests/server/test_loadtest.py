@@ -186,9 +186,9 @@ def test_the_command_measures_writes_and_draws(tiny: Live, tmp_path: Path) -> No
         "--max-tokens",
         "10",
         "--ignore-eos",
-        "--json",
+        "--report",
         str(out),
-        "--plot",
+        "--picture",
         str(plot),
     ]
     result = CliRunner().invoke(app, [*arguments, "--slo-first-token", "60000"], env={"COLUMNS": "160"})
@@ -225,13 +225,13 @@ def test_a_key_is_sent_and_failures_are_told(monkeypatch: pytest.MonkeyPatch) ->
         (["http://127.0.0.1:9"], "no server answers"),
         (["http://127.0.0.1:9", "-c", "0"], "concurrency"),
         (["http://127.0.0.1:9", "--shared-prefix", "2"], "from 0 to 1"),
-        (["http://127.0.0.1:9", "-m", "x", "--text", "/nowhere"], "--text"),
-        (["http://127.0.0.1:9", "--plot", "x.png"], "SVG"),
+        (["http://127.0.0.1:9", "--api-model", "x", "--text", "/nowhere"], "--text"),
+        (["http://127.0.0.1:9", "--picture", "x.png"], "ends in .svg"),
     ],
 )
 def test_what_the_command_refuses(arguments: list[str], says: str) -> None:
     result = CliRunner().invoke(app, ["bench", "serve", *arguments])
-    assert result.exit_code and says in str(result.exception)
+    assert result.exit_code and says in f"{result.exception} {result.output}"
 
 
 def test_the_command_never_imports_torch() -> None:

@@ -15,6 +15,7 @@ import typer
 from quadriga import __version__, runtime
 from quadriga.cli.bench import bench_app
 from quadriga.cli.chat import chat_command
+from quadriga.cli.command import Commands
 from quadriga.cli.compare import compare_command
 from quadriga.cli.convert import convert_command
 from quadriga.cli.data import data_app
@@ -29,7 +30,7 @@ from quadriga.cli.tune import adapter_app, tune_command
 from quadriga.cli.upcycle import merge_experts_command, prune_command, upcycle_command
 from quadriga.errors import InputError, QuadrigaError
 
-app = typer.Typer(
+app = Commands(
     name="quadriga",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -100,7 +101,7 @@ app.command(
     epilog=_example(
         "quadriga upcycle smollm2-135m-instruct smol-moe                    16 experts, 4 at work, the same function",
         "quadriga upcycle smollm2-135m-instruct smol-moe --router-text mix.jsonl --router-label lang",
-        "quadriga upcycle ./llama ./moe --experts 8 --top-k 2 --granules 1 --drop 0.5 --to hf",
+        "quadriga upcycle ./llama ./moe --experts 8 --experts-per-token 2 --granules 1 --drop 0.5 --to hf",
     ),
 )(upcycle_command)
 app.command("prune", epilog=_example("quadriga prune smol-moe smaller --experts 12 --calibrate sample.txt"))(
@@ -143,7 +144,7 @@ app.command(
     "plan",
     epilog=_example(
         "quadriga plan dbrx-132b --gpus 3072xH100 --tokens 12T",
-        "quadriga plan mixtral-8x7b --gpus 64xH100 --tokens 300B --svg plan.svg",
+        "quadriga plan mixtral-8x7b --gpus 64xH100 --tokens 300B --picture plan.svg",
         "quadriga plan dbrx-132b --context 32768            serving only",
     ),
 )(plan_command)

@@ -5,64 +5,51 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from quadriga.cli import options
 from quadriga.cli.bench_claim import bench_claim_command
 from quadriga.cli.bench_serve import bench_serve_command
+from quadriga.cli.command import Commands
+
+if TYPE_CHECKING:
+    from quadriga.engine.load_options import LoadOptions
 
 _DEFAULT_N = {"decode": (64,), "prefill": (512, 2048), "batch": (1, 4, 8, 16, 32), "depth": (4096, 16384)}
 
 
 def bench_command(
     context: typer.Context,
-    n: Annotated[
-        list[int] | None,
-        typer.Option("--n", help="Tokens made, prompt tokens, sequences or positions in the cache; may be repeated."),
-    ] = None,
-    model: options.Model = "smollm2-135m-instruct",
-    format: options.Format = "keep",
-    activations: options.Activations = "auto",
-    kv_format: options.KVFormat = "bfloat16",
+    model: options.ModelArgument = "smollm2-135m-instruct",
+    n: options.Counts = None,
+    format: options.Format = None,
+    activations: options.Activations = None,
+    kv_format: options.KVFormat = None,
     threads: options.Threads = None,
-    rounds: Annotated[int, typer.Option(help="Measurements; the median counts.")] = 5,
-    out: Annotated[Path | None, typer.Option("--csv", help="Add the rows to this file.")] = None,
+    rounds: options.Rounds = 5,
+    out: options.Csv = None,
 ) -> None:
     """Measure speed. Every row says how much of the machine's own limit was reached, measured beside it."""
-    import time
-
     what = context.info_name or ""
 
     from quadriga import __version__, runtime
     from quadriga.bench.speed import Bench, Row
-    from quadriga.engine.llm import load
-    from quadriga.engine.request import SamplingParams
-    from quadriga.errors import ConfigError
     from quadriga.runners.compiled import CompiledModel
 
-    if rounds < 1:
-        raise ConfigError(f"rounds must be at least 1, got {rounds}")
-    started = time.perf_counter()
-    llm = load(model, format=format, activations=activations, kv_format=kv_format, threads=threads)
-    loaded = time.perf_counter() - started
-    assert isinstance(llm.runner, CompiledModel), "bench runs the CPU's kernels"
+    llm = options.load_model(model, _on_kernels(format, activations, kv_format, threads))
+    assert isinstance(llm.runner, CompiledModel), "checked before it was loaded"
     rows: list[Row] = []
-    if what == "load":
-        llm.generate([1], SamplingParams(max_new_tokens=1))
-        first = time.perf_counter() - started
-        print(f"load {loaded:.2f} s, first token after {first:.2f} s, resident {resident_bytes() / 1e9:.2f} GB")
-    else:
-        bench = Bench(llm.runner, dict(llm.runner.parameters), rounds=rounds)
-        for one in n or _DEFAULT_N[what]:
-            row = bench.run(what, one)
-            rows.append(row)
-            print(
-                f"{what} {one}: {row.tokens_per_s:.1f} tokens/s (spread {row.spread:.0%}), {row.share:.0%} of the "
-                f"{row.limit} limit of {row.roofline:.1f}",
-                flush=True,
-            )
+    bench = Bench(llm.runner, dict(llm.runner.parameters), rounds=rounds)
+    for one in n or _DEFAULT_N[what]:
+        row = bench.run(what, one)
+        rows.append(row)
+        print(
+            f"{what} {one}: {row.tokens_per_s:.1f} tokens/s (spread {row.spread:.0%}), {row.share:.0%} of the "
+            f"{row.limit} limit of {row.roofline:.1f}",
+            flush=True,
+        )
     if out is not None:
         fresh = not out.exists()
         with out.open("a", newline="") as file:
@@ -72,17 +59,48 @@ def bench_command(
             for row in rows:
                 machine = (runtime.cpu_name(), llm.runner.program.context.isa, llm.runner.program.context.threads)
                 speed = (f"{row.tokens_per_s:.2f}", f"{row.spread:.3f}", f"{row.roofline:.2f}", row.limit)
-                what_ran = (llm.name, format, kv_format, row.kind, row.n)
+                what_ran = (llm.name, format or "keep", kv_format or "bfloat16", row.kind, row.n)
                 writer.writerow((__version__, *machine, *what_ran, *speed, f"{row.share:.3f}"))
         print(f"rows added to {out}", file=sys.stderr)
 
 
+def bench_load_command(
+    model: options.ModelArgument = "smollm2-135m-instruct",
+    format: options.Format = None,
+    activations: options.Activations = None,
+    kv_format: options.KVFormat = None,
+    threads: options.Threads = None,
+) -> None:
+    """Measure the seconds until a model is ready, and the memory that it takes."""
+    import time
+
+    from quadriga.engine.request import SamplingParams
+
+    how = _on_kernels(format, activations, kv_format, threads)
+    started = time.perf_counter()
+    llm = options.load_model(model, how)
+    loaded = time.perf_counter() - started
+    llm.generate([1], SamplingParams(max_new_tokens=1))
+    first = time.perf_counter() - started
+    print(f"load {loaded:.2f} s, first token after {first:.2f} s, resident {resident_bytes() / 1e9:.2f} GB")
+
+
+def _on_kernels(format: str | None, activations: str | None, kv_format: str | None, threads: int | None) -> LoadOptions:
+    """How the model is loaded: on the CPU's kernels, whose speed this is about."""
+    from quadriga.errors import ConfigError
+    from quadriga.kernels import dispatch
+
+    if not dispatch.compiled():
+        raise ConfigError("bench measures the CPU's kernels, and QUADRIGA_OPS=reference turns them off. Unset it.")
+    return options.load_options(format=format, activations=activations, kv_format=kv_format, threads=threads)
+
+
 _EXAMPLES = {
     "decode": "quadriga bench decode --format q4 --threads 2",
-    "prefill": "quadriga bench prefill --model dbrx-q4 --n 512 --n 2048",
-    "batch": "quadriga bench batch --model dbrx-q4 --csv speed.csv",
+    "prefill": "quadriga bench prefill dbrx-q4 --n 512 --n 2048",
+    "batch": "quadriga bench batch dbrx-q4 --csv speed.csv",
     "depth": "quadriga bench depth --n 4096 --kv-format q8",
-    "load": "quadriga bench load --model dbrx-q4",
+    "load": "quadriga bench load dbrx-q4",
 }
 _HELP = {
     "decode": "Tokens a second of one answer.",
@@ -92,9 +110,11 @@ _HELP = {
     "load": "Seconds until a model is ready.",
 }
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed: of a model on this machine, or of a server.")
+bench_app = Commands(no_args_is_help=True, help="Measure speed: of a model on this machine, or of a server.")
 for _name, _text in _HELP.items():
-    bench_app.command(_name, help=_text, epilog=f"Example:\n\n  {_EXAMPLES[_name]}")(bench_command)
+    bench_app.command(_name, help=_text, epilog=f"Example:\n\n  {_EXAMPLES[_name]}")(
+        bench_load_command if _name == "load" else bench_command
+    )
 bench_app.command("claim", epilog="Example:\n\n  quadriga bench claim --csv claim.csv --n 1 --n 8 --n 32")(
     bench_claim_command
 )
@@ -102,7 +122,7 @@ bench_app.command(
     "serve",
     epilog="Examples:\n\n  quadriga bench serve http://127.0.0.1:8000 -c 1 -c 8 -c 32 --ignore-eos\n\n"
     "  quadriga bench serve http://127.0.0.1:8000 --rate 2 --rate 4 --slo-first-token 500 --slo-per-token 60\n\n"
-    "  quadriga bench serve https://llm.example.org/v1 --api-key $KEY --json load.json --plot load.svg",
+    "  quadriga bench serve https://llm.example.org/v1 --api-key $KEY --report load.json --picture load.svg",
 )(bench_serve_command)
 
 _COLUMNS = (

@@ -6,9 +6,7 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from quadriga.cli import options
 from quadriga.errors import ConfigError, EvaluationError
@@ -23,16 +21,21 @@ COLUMNS = (
 
 
 def bench_claim_command(
-    n: Annotated[list[int] | None, typer.Option("--n", help="Sequences decoded at once; may be repeated.")] = None,
-    format: options.Format = "keep",
+    n: options.Counts = None,
+    format: options.Format = None,
     threads: options.Threads = None,
-    rounds: Annotated[int, typer.Option(help="Measurements; the median counts.")] = 5,
-    out: Annotated[Path | None, typer.Option("--csv", help="Write the rows here and a picture beside it.")] = None,
+    rounds: options.Rounds = 5,
+    out: options.Csv = None,
 ) -> None:
-    """DBRX beside LLaMA2-70B, Mixtral and Grok-1 at equal bits: a real-width layer of each, scaled to the whole."""
-    if rounds < 1:
-        raise ConfigError(f"rounds must be at least 1, got {rounds}")
-    bench_claim(n, format, threads, rounds, out)
+    """DBRX beside LLaMA2-70B, Mixtral and Grok-1 at equal bits: a real-width layer of each, scaled to the whole.
+
+    Weights are packed as q4 without --format, and a picture is drawn beside --csv.
+    """
+    from quadriga.quant.packed import PACKED
+
+    if format is not None and format not in PACKED:
+        raise ConfigError(f"--format must be one of {', '.join(PACKED)}: the weights are random; got {format!r}")
+    bench_claim(n, format or "q4", threads, rounds, out)
 
 
 def bench_claim(batches: Sequence[int] | None, form: str, threads: int | None, rounds: int, out: Path | None) -> None:
@@ -44,9 +47,8 @@ def bench_claim(batches: Sequence[int] | None, form: str, threads: int | None, r
     if out is not None and out.suffix != ".csv":
         raise EvaluationError(f"--csv names a file that ends in .csv, and the picture is drawn beside it; got {out}")
     count = runtime.set_threads(threads)
-    chosen = "q4" if form == "keep" else form
     rows = claim.run(
-        packed_format=chosen,
+        packed_format=form,
         threads=count,
         batches=tuple(batches or claim.BATCHES),
         rounds=rounds,
@@ -59,7 +61,7 @@ def bench_claim(batches: Sequence[int] | None, form: str, threads: int | None, r
         ratios = ("-", "-") if over is None else (f"{over[0]:.2f}", f"{over[1]:.2f}")
         speed = (f"{row.tokens_per_s:.3g}", f"{row.expected_tokens_per_s:.3g}")
         table.append((f"{row.kind} {row.n}", row.system, *speed, *ratios))
-        machine = (__version__, runtime.cpu_name(), row.isa, count, chosen)
+        machine = (__version__, runtime.cpu_name(), row.isa, count, form)
         times = (f"{1e3 * row.layer_s:.3f}", f"{1e3 * row.head_s:.3f}", f"{row.experts:.0f}")
         lines.append((*machine, row.system, row.kind, row.n, *times, speed[0], f"{row.spread:.3f}", speed[1], *ratios))
     print_table(table)

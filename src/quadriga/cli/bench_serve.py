@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quadriga.cli import options
+
 if TYPE_CHECKING:
     from quadriga.bench.http_client import Target
     from quadriga.bench.serve import Load, Objectives, Shape
@@ -19,16 +21,9 @@ _LOAD, _REQUESTS, _GOALS = "Load", "Requests", "What a good answer keeps"
 
 def bench_serve_command(
     url: Annotated[str, typer.Argument(help="http://127.0.0.1:8000, https://llm.example.org/v1, ...")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Default: the first that the server lists.")
-    ] = None,
-    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token. Also QUADRIGA_API_KEY.")] = None,
-    concurrency: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--concurrency", "-c", help="Clients at once; may be repeated. Default 1, 8.", rich_help_panel=_LOAD
-        ),
-    ] = None,
+    api_model: options.APIModel = None,
+    api_key: options.APIKey = None,
+    concurrency: options.Concurrencies = None,
     rate: Annotated[
         list[float] | None,
         typer.Option(help="Requests a second at random times (Poisson); may be repeated.", rich_help_panel=_LOAD),
@@ -39,7 +34,7 @@ def bench_serve_command(
     warmup: Annotated[int, typer.Option(help="Requests before the first level.", rich_help_panel=_LOAD)] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds an answer may take.", rich_help_panel=_LOAD)] = 600.0,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompts.", rich_help_panel=_REQUESTS)] = 128,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer.", rich_help_panel=_REQUESTS)] = 64,
+    max_tokens: options.MaxTokens = 64,
     ignore_eos: Annotated[
         bool,
         typer.Option(
@@ -56,7 +51,7 @@ def bench_serve_command(
         bool,
         typer.Option("--completions", help="/completions instead of /chat/completions.", rich_help_panel=_REQUESTS),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Same seed, same prompts and times.", rich_help_panel=_REQUESTS)] = 0,
+    seed: options.Seed = 0,
     slo_first_token: Annotated[
         float | None, typer.Option(help="Milliseconds to the first token.", rich_help_panel=_GOALS)
     ] = None,
@@ -66,10 +61,14 @@ def bench_serve_command(
     slo_whole: Annotated[
         float | None, typer.Option(help="Milliseconds to the end of an answer.", rich_help_panel=_GOALS)
     ] = None,
-    out: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the levels into this SVG file (needs matplotlib).")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write every number to this JSON file.")] = None,
+    picture: options.Picture = None,
 ) -> None:
-    """Put load on a server: first-token and inter-token latency, throughput, goodput, errors."""
+    """Put load on a server: first-token and inter-token latency, throughput, goodput, errors.
+
+    --concurrency and --rate may be given several times, one level of load each; without either, 1 and 8 clients. The
+    model is the server's first without --api-model. QUADRIGA_API_KEY has the key too.
+    """
     import asyncio
 
     from quadriga import runtime
@@ -79,27 +78,27 @@ def bench_serve_command(
 
     loads = _loads(concurrency, rate, requests)
     _check(prompt_tokens=prompt_tokens, max_tokens=max_tokens, timeout=timeout, warmup=warmup + 1)
-    if plot is not None:
-        _need_matplotlib(plot)
+    if picture is not None:
+        _need_matplotlib(picture)
     at = target(url, api_key or runtime.setting("API_KEY"))
     share, source = _share(shared_prefix), None if text is None else _read(text)
     shape = Shape(
-        model=model or asyncio.run(first_model(at)),
+        model=api_model or asyncio.run(first_model(at)),
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
         chat=not completions,
         ignore_eos=ignore_eos,
         shared_prefix=share,
         text=source,
-        seed=seed,
+        seed=seed or 0,
         timeout_s=timeout,
     )
     goal = Objectives(first_token_ms=slo_first_token, per_token_ms=slo_per_token, whole_ms=slo_whole)
     rows = asyncio.run(_measure(at, shape, loads, goal, warmup))
-    if out is not None:
-        out.write_text(_as_json(url, shape, goal, rows))
-    if plot is not None:
-        _draw(rows, shape.model, plot)
+    if report is not None:
+        report.write_text(_as_json(url, shape, goal, rows))
+    if picture is not None:
+        _draw(rows, shape.model, picture)
     if all(row["errors"] and not row["output_tokens"] for row in rows):
         raise EngineError("no request was answered; the table says why")
 
@@ -207,10 +206,9 @@ def _need_matplotlib(path: Path) -> None:
 
     from quadriga.errors import ConfigError
 
-    if path.suffix != ".svg":
-        raise ConfigError(f"--plot writes SVG: name a file that ends in .svg, not {path.name!r}")
+    options.require_picture(path, (".svg",))
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'quadriga[bench]', or leave --plot out")
+        raise ConfigError("--picture needs matplotlib: pip install 'quadriga[bench]', or leave --picture out")
 
 
 def _draw(rows: list[dict[str, Any]], model: str, path: Path) -> None:

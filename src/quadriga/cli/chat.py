@@ -47,12 +47,12 @@ _COMMANDS = tuple(line.split()[0] for line in HELP.splitlines() if line.startswi
 def chat_command(
     prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation begins.")] = None,
     model: options.Model = "smollm2-135m-instruct",
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: options.System = None,
     max_tokens: options.MaxTokens = 512,
     temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     presence_penalty: options.PresencePenalty = 0.0,
     frequency_penalty: options.FrequencyPenalty = 0.0,
@@ -61,8 +61,10 @@ def chat_command(
     seed: options.Seed = None,
     json: options.Json = False,
     speculate: options.Speculate = 0,
-    format: options.Format = "keep",
-    kv_format: options.KVFormat = "bfloat16",
+    format: options.Format = None,
+    activations: options.Activations = None,
+    kv_format: options.KVFormat = None,
+    kv_memory: options.KVMemory = None,
     expert_memory: options.ExpertMemory = None,
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
@@ -71,12 +73,22 @@ def chat_command(
     """Talk to a model. The default model (98 MB) is fetched on first use and works offline after that."""
     from quadriga.engine.request import SamplingParams
 
+    how = options.load_options(
+        format=format,
+        activations=activations,
+        kv_format=kv_format,
+        kv_memory=kv_memory,
+        expert_memory=expert_memory,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )
     params = SamplingParams(
         max_new_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
+        temperature=temperature or 0.0,
+        top_k=top_k or 0,
+        top_p=1.0 if top_p is None else top_p,
+        min_p=min_p or 0.0,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
@@ -91,9 +103,7 @@ def chat_command(
             raise RequestError("standard input was empty; give a question as an argument, or pipe one in")
     if json and prompt is None:
         raise RequestError("--json answers one question: give it as an argument or on standard input")
-    llm = options.load_model(
-        model, dtype, device, threads, format=format, kv_format=kv_format, expert_memory=expert_memory
-    )
+    llm = options.load_model(model, how)
     session = ChatSession(llm, params, system=system)
     if prompt is None:
         _converse(session)

@@ -17,13 +17,14 @@ def compare_command(
     ] = None,
     table: Annotated[str, typer.Option(help="open, closed, long or rag.")] = "open",
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw it into this .svg or .png.")] = None,
+    picture: options.Picture = None,
     json: options.Json = False,
 ) -> None:
     """Show a published table of DBRX's launch, with columns of your own beside it."""
     from quadriga.cli.eval import print_table
     from quadriga.evaluate import compare
 
+    options.require_picture(picture)
     comparison = compare.compare(table, results or [])
     if json:
         print(options.as_json(compare.as_json(comparison)))

@@ -9,53 +9,63 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quadriga.cli import options
+
 if TYPE_CHECKING:
     from quadriga.quant.dtypes import Array
 
 
 def convert_command(
-    source: Annotated[str, typer.Argument(help="A catalogue name, hf:ORG/REPO, a directory or a GGUF file.")],
-    out: Annotated[Path | None, typer.Argument(help="What to make; must not exist yet.")] = None,
-    to: Annotated[str, typer.Option(help="quadriga, hf (safetensors) or gguf.")] = "quadriga",
-    layout: Annotated[str | None, typer.Option(help="With --to hf: one of the family's layouts.")] = None,
-    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
-    format: Annotated[
-        str | None,
-        typer.Option(
-            help="Pack for the CPU's kernels: keep, bfloat16, q8, q4, q4m (4 bits with a minimum) or float32."
-        ),
-    ] = None,
-    gguf_format: Annotated[
-        str, typer.Option(help="With --to gguf: float32, float16, bfloat16, q8_0 or q4_0.")
-    ] = "bfloat16",
+    model: options.ModelArgument,
+    out: options.OutOrNone = None,
+    to: options.To = "quadriga",
+    layout: options.Layout = None,
+    dtype: options.Dtype = None,
+    format: options.Format = None,
+    gguf_format: options.GGUFFormat = None,
     embeddings: Annotated[
         str | None,
-        typer.Option(help="With --format: another format for embeddings and head. Default: q8 beside 4 bits."),
+        typer.Option(
+            help="With --format: another format for embeddings and head. Default: q8 beside 4 bits.",
+            rich_help_panel="Result",
+        ),
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Pack with the best mix of formats that fits, e.g. 20GB; needs --calibrate."),
+        typer.Option(
+            help="Pack with the best mix of formats that fits, e.g. 20GB; needs --calibrate.", rich_help_panel="Result"
+        ),
     ] = None,
-    calibrate: Annotated[
-        Path | None, typer.Option(help="A text like those to come: weighs errors by what the weights meet in it.")
-    ] = None,
-    calibrate_tokens: Annotated[int, typer.Option(help="How much of it is read.")] = 2048,
+    calibrate: options.Calibrate = None,
+    calibrate_tokens: options.CalibrateTokens = 2048,
     pickles: Annotated[
         bool,
         typer.Option("--pickles", help="Read pytorch_model*.bin where there are no safetensors; runs nothing."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; weights may be missing.")] = False,
-    no_resume: Annotated[bool, typer.Option("--no-resume", help="Start over instead of going on.")] = False,
+    restart: options.Restart = False,
 ) -> None:
-    """Convert a checkpoint. One part is in memory at a time; run the same command again after an interruption."""
+    """Convert a checkpoint. One part is in memory at a time; run the same command again after an interruption.
+
+    Numbers stay as they are stored without --dtype, --format and --gguf-format. Errors of 4 and 8 bits are weighed by
+    what the weights meet in the text of --calibrate.
+    """
     from quadriga import runtime
     from quadriga.cli.progress import progress_bar
     from quadriga.errors import ConfigError
     from quadriga.hub import catalogue
+    from quadriga.io import convert, convert_options
+    from quadriga.option_rules import as_flag
 
+    how = {"to": to, "layout": layout, "dtype": dtype, "gguf_format": gguf_format, "format": format}
+    # A budget chooses the formats of the matrices; of embeddings and head too.
+    recipe_to_come = {} if budget is None else {"format": {"budget": budget}}
+    convert_options.check(how | {"embeddings": embeddings} | recipe_to_come, as_flag)
+    limit = None if budget is None else options.size(budget, "--budget")
+    if out is None and not dry_run:
+        raise ConfigError("give the path of the result, or --dry-run")
     with progress_bar("fetching") as show:
-        path = catalogue.resolve(source, progress=show)
-    from quadriga.io import convert
+        path = catalogue.resolve(model, progress=show)
 
     if pickles:
         print(
@@ -64,20 +74,15 @@ def convert_command(
             file=sys.stderr,
         )
     if dry_run:
-        _print_dry_run(convert.dry_run(path))
+        _print_dry_run(convert.dry_run(path, pickles=pickles))
         return
-    if out is None:
-        raise ConfigError("give the path of the result, or --dry-run")
+    assert out is not None, "checked above"
     started = time.perf_counter()
     runtime.keep_freed_memory()  # matrices come and go
     wanted: str | dict[str, str] | None = format
     importance = None
-    if budget is not None and (calibrate is None or format is not None):
-        raise ConfigError("--budget chooses the formats itself and needs --calibrate FILE, a text like those to come")
     if calibrate is not None:
-        if budget is None and format is None:
-            raise ConfigError("--calibrate goes with --format or --budget")
-        recipe, importance = _calibrate(path, calibrate, calibrate_tokens, budget, pickles)
+        recipe, importance = _calibrate(path, calibrate, calibrate_tokens, limit, pickles)
         wanted = recipe or format
     with progress_bar("converting") as show:
         plan = convert.convert(
@@ -90,7 +95,7 @@ def convert_command(
             format=wanted,
             embeddings=embeddings,
             importance=importance,
-            resume=not no_resume,
+            resume=not restart,
             pickles=pickles,
             progress=show,
         )
@@ -104,10 +109,9 @@ def convert_command(
 
 
 def _calibrate(
-    model: Path, text: Path, n_tokens: int, budget: str | None, pickles: bool
+    model: Path, text: Path, n_tokens: int, budget: int | None, pickles: bool
 ) -> tuple[dict[str, str], dict[str, Array]]:
     """The recipe for a budget (empty without one) and the weights of errors, from a text."""
-    from quadriga.cli.options import size
     from quadriga.cli.progress import progress_bar
     from quadriga.edits.calibrate import calibrate
     from quadriga.errors import ConfigError
@@ -135,7 +139,7 @@ def _calibrate(
             for name, shape in packed_shapes(checkpoint.config).items()
             if len(shape) == 1 or is_router(name)
         }
-        recipe = choose(found.candidates, size(budget) - sum(fixed.values()))
+        recipe = choose(found.candidates, budget - sum(fixed.values()))
         count: dict[str, int] = {}
         for form in recipe.values():
             count[form] = count.get(form, 0) + 1

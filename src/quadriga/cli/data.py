@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quadriga.cli.options import Json, as_json, size
+from quadriga.cli.command import Commands
+from quadriga.cli.options import OUT, Domain, Json, Restart, TextField, Tokens, as_json, size
 
 if TYPE_CHECKING:
     from quadriga.train.corpus.executors import Executor
     from quadriga.train.corpus.format import InputEntry, Manifest
     from quadriga.train.corpus.recipe import Recipe, TokenizerChoice
 
-data_app = typer.Typer(no_args_is_help=True, help="Prepare, look at and mix training text.")
+data_app = Commands(no_args_is_help=True, help="Prepare, look at and mix training text.")
 
 
 def _example(*lines: str) -> str:
@@ -36,26 +37,29 @@ def prepare_command(
         list[str],
         typer.Argument(help="A recipe (.toml), a corpus's manifest.json, or text: JSONL(.zst, .gz), Parquet, .txt."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the corpus; must not exist yet.")],
+    out: Annotated[Path, OUT],
     tokenizer: Annotated[
         str | None, typer.Option(help="A file, a folder, another corpus, or cl100k_base. Overrides the recipe.")
     ] = None,
     train_tokenizer: Annotated[
         int | None, typer.Option(help="Train a byte-level BPE of this size instead. Overrides the recipe.")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Field of the text, for inputs that are no recipe.")] = "text",
-    domain: Annotated[str | None, typer.Option(help="Domain of all rows; default: the file's name.")] = None,
+    text_field: TextField = "text",
+    domain: Domain = None,
     domain_field: Annotated[str | None, typer.Option(help="Field that names each row's domain.")] = None,
     held_out: Annotated[
-        float | None, typer.Option(help="Share of documents never trained on. Overrides the recipe.")
+        float | None, typer.Option(min=0, max=1, help="Share of documents never trained on. Overrides the recipe.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: all processors.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=4096, help="Processes; default: all processors.")] = None,
     ray: Annotated[
         str | None, typer.Option(help="Run on this Ray cluster (auto, HOST:PORT, local) instead of processes.")
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an interrupted run left.")] = False,
+    restart: Restart = False,
 ) -> None:
-    """Turn text into token shards: clean, filter, de-duplicate, tokenise. Goes on where it was stopped."""
+    """Turn text into token shards: clean, filter, de-duplicate, tokenise. Goes on where it was stopped.
+
+    Rows of plain text inputs are of the domain --domain, or of one named like their file.
+    """
     import time
 
     from quadriga.cli.progress import progress_bar
@@ -94,10 +98,10 @@ def prepare_command(
 def inspect_command(
     path: Annotated[Path, typer.Argument(metavar="CORPUS", help="A folder that `quadriga data prepare` wrote.")],
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its sha256.")] = False,
-    domain: Annotated[str | None, typer.Option(help="Domain of --document.")] = None,
-    document: Annotated[int | None, typer.Option(help="Print this document of --domain, counted from 0.")] = None,
+    domain: Domain = None,
+    document: Annotated[int | None, typer.Option(min=0, help="Print this document of a domain, from 0 on.")] = None,
     split: Annotated[str, typer.Option(help="Split of --document: train or held_out.")] = "train",
-    json_: Json = False,
+    json: Json = False,
 ) -> None:
     """What is in a corpus, what each step dropped and why, and whether it is intact."""
     from quadriga.errors import CorpusError
@@ -108,7 +112,7 @@ def inspect_command(
     if document is not None:
         print(show_document(corpus, split, domain, document))
         return
-    if json_:
+    if json:
         print(as_json(describe(corpus.manifest)))
     else:
         _print_corpus(str(path), corpus.manifest)
@@ -123,16 +127,17 @@ def inspect_command(
     "mix",
     epilog=_example(
         "quadriga data mix run.toml                      the [data] of a run: tokens and epochs by domain and stage",
-        "quadriga data mix corpora/mix --tokens 100M --temperature 0.5     a mix to paste into a run",
+        "quadriga data mix corpora/mix --tokens 100M --power 0.5     a mix to paste into a run",
     ),
 )
 def mix_command(
     paths: Annotated[list[Path], typer.Argument(metavar="RUN.toml|CORPUS...", help="A run's file, or corpora.")],
-    tokens: Annotated[str, typer.Option(help="Tokens to train on, for corpora.")] = "1B",
-    temperature: Annotated[
-        float, typer.Option(help="Weight of a domain = its tokens to this power: 1 as found, 0 all equal.")
+    tokens: Tokens = "1B",
+    power: Annotated[
+        float,
+        typer.Option(min=0, max=2, help="Weight of a domain = its tokens to this power: 1 as found, 0 all equal."),
     ] = 1.0,
-    json_: Json = False,
+    json: Json = False,
 ) -> None:
     """How often a curriculum reads each domain, before anything is trained."""
     from quadriga.train.corpus.report import mix_of_corpora, mix_of_run
@@ -141,8 +146,8 @@ def mix_command(
     if len(paths) == 1 and paths[0].suffix == ".toml":
         table = mix_of_run(paths[0])
     else:
-        table = mix_of_corpora(paths, parse_count(tokens), temperature)
-    if json_:
+        table = mix_of_corpora(paths, parse_count(tokens), power)
+    if json:
         print(as_json(table))
     else:
         _print_mix(table)
@@ -157,9 +162,9 @@ def mix_command(
 )
 def tokenizer_command(
     inputs: Annotated[list[str], typer.Argument(help="JSONL(.zst, .gz), Parquet, .txt, .md, folders, globs.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tokenizer.json and its configuration.")],
-    vocab_size: Annotated[int, typer.Option(help="Tokens in all, special ones included.")] = 8192,
-    text_field: Annotated[str, typer.Option(help="Field of the text.")] = "text",
+    out: Annotated[Path, OUT],
+    vocab_size: Annotated[int, typer.Option(min=1, help="Tokens in all, special ones included.")] = 8192,
+    text_field: TextField = "text",
 ) -> None:
     """Train a byte-level BPE on text as it is. `prepare --train-tokenizer` trains one on the filtered text instead."""
     from quadriga.errors import ConfigError
@@ -197,8 +202,6 @@ def _recipe(
     choice = _tokenizer_choice(tokenizer, train_tokenizer)
     expected = None
     if len(inputs) == 1 and inputs[0].endswith((".toml", "manifest.json")):
-        if domain or domain_field:
-            raise ConfigError("--domain and --domain-field are for plain text inputs; a recipe names its own")
         recipe = load_recipe(Path(inputs[0]))
         if inputs[0].endswith(".json"):
             manifest = read_manifest(Path(inputs[0]).parent)

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quadriga.cli import options
+from quadriga.option_rules import Rule
 
 if TYPE_CHECKING:
     from quadriga.evaluate.harness import TaskResult
     from quadriga.evaluate.model import LanguageModel
 
 _TASKS = "Tasks"
-_MACHINE = "Model and machine"
 _REMOTE = "A model behind an address"
+
+_ONLY_CODE = "it is about coding tasks, and there is none among {tasks}. Leave it out"
+_CODING = (
+    *(Rule(name, lambda o: o["code"], _ONLY_CODE) for name in ("samples", "k", "temperature", "seed", "unsafe_exec")),
+    Rule(
+        "seed",
+        lambda o: o["code_temperature"] > 0,
+        "at {temperature} 0 nothing is drawn. Give {temperature} above 0, or leave it out",
+    ),
+)
 
 
 def eval_command(
+    model: options.ModelArgument = "smollm2-135m-instruct",
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -29,30 +41,23 @@ def eval_command(
             rich_help_panel=_TASKS,
         ),
     ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Catalogue name, hf:ORG/REPO, a path, or the http(s) address of an interface.",
-            rich_help_panel=_MACHINE,
-        ),
-    ] = "smollm2-135m-instruct",
     limit: Annotated[
-        int | None, typer.Option(help="The first items of each task only.", rich_help_panel=_TASKS)
+        int | None, typer.Option(min=1, help="The first items of each task only.", rich_help_panel=_TASKS)
     ] = None,
     shots: Annotated[
-        int | None, typer.Option(help="Examples before each question, instead of the task's.", rich_help_panel=_TASKS)
+        int | None,
+        typer.Option(
+            min=0, max=1000, help="Examples before each question, instead of the task's.", rich_help_panel=_TASKS
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Programs for each coding question.", rich_help_panel=_TASKS)] = 1,
+    samples: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Programs for each coding question.", rich_help_panel=_TASKS)
+    ] = 1,
     k: Annotated[
         list[int] | None, typer.Option("--k", help="k of pass@k; may be repeated.", rich_help_panel=_TASKS)
     ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(help="Of coding tasks; default 0, or 0.8 for several samples.", rich_help_panel=_TASKS),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of sampled programs.", rich_help_panel=_TASKS)] = 0,
+    temperature: options.Temperature = None,
+    seed: options.Seed = None,
     chat: Annotated[
         bool,
         typer.Option("--chat", help="Ask as a user's message, in the model's chat template.", rich_help_panel=_TASKS),
@@ -69,50 +74,54 @@ def eval_command(
             rich_help_panel=_TASKS,
         ),
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of results; the same one goes on. Default: eval/MODEL.")
-    ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget these tasks' earlier results in --out.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw bars and a radar into this .svg or .png.")] = None,
+    out: options.OutFolder = None,
+    restart: options.Restart = False,
+    picture: options.Picture = None,
     json: options.Json = False,
     api: Annotated[
         str, typer.Option(help="openai or anthropic; auto looks at the address.", rich_help_panel=_REMOTE)
     ] = "auto",
-    api_model: Annotated[
-        str | None, typer.Option(help="What the interface calls the model.", rich_help_panel=_REMOTE)
-    ] = None,
-    api_key: Annotated[str | None, typer.Option(help="Also QUADRIGA_API_KEY.", rich_help_panel=_REMOTE)] = None,
-    parallel: Annotated[int, typer.Option(help="Requests at once.", rich_help_panel=_REMOTE)] = 8,
-    format: Annotated[
-        str,
-        typer.Option(
-            help="As elsewhere; auto: float32 where that takes at most a third of the free memory, else keep.",
-            rich_help_panel=_MACHINE,
-        ),
-    ] = "auto",
-    activations: options.Activations = "auto",
-    kv_format: Annotated[
-        str,
-        typer.Option("--kv-format", help="As elsewhere; auto goes with --format.", rich_help_panel=_MACHINE),
-    ] = "auto",
+    api_model: options.APIModel = None,
+    api_key: options.APIKey = None,
+    concurrency: options.Concurrency = 8,
+    format: options.Format = None,
+    activations: options.Activations = None,
+    kv_format: options.KVFormat = None,
+    kv_memory: options.KVMemory = None,
     expert_memory: options.ExpertMemory = None,
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
 ) -> None:
-    """Run benchmarks. Kill it and give the same command: it goes on where it stopped."""
+    """Run benchmarks. Kill it and give the same command: it goes on where it stopped.
+
+    MODEL may be the http(s) address of an interface; QUADRIGA_API_KEY has its key too. Results are in eval/MODEL, or in
+    --out. Weights are packed as float32 where that takes at most a third of the free memory, and the cache with them.
+    Coding tasks are answered at temperature 0, or 0.8 for several samples.
+    """
     from quadriga import __version__
+    from quadriga.errors import EvaluationError
     from quadriga.evaluate import report
     from quadriga.evaluate.data import Data
     from quadriga.evaluate.harness import Options, run_task
     from quadriga.evaluate.sandbox import Sandbox
     from quadriga.evaluate.tasks import select
+    from quadriga.option_rules import as_flag, refuse_unused
 
+    options.require_picture(picture)
     if tasks is None:
         list_tasks()
         return
     chosen = select([name.strip() for name in tasks.split(",") if name.strip()])
-    how = Options(limit=limit, shots=shots, samples=samples, ks=tuple(k or (1,)), temperature=temperature, seed=seed)
+    if not chosen:
+        raise EvaluationError("--tasks must name at least one task; without it they are listed")
+    how = Options(
+        limit=limit, shots=shots, samples=samples, ks=tuple(k or (1,)), temperature=temperature, seed=seed or 0
+    )
+    coding = {"k": k, "temperature": temperature, "seed": seed, "unsafe_exec": unsafe_exec}
+    coding |= {"samples": None if samples == 1 else samples}
+    facts = {"code": any(task.kind == "code" for task in chosen), "code_temperature": how.code_temperature}
+    refuse_unused(_CODING, coding | facts, as_flag)
     sandbox = Sandbox.find(unsafe=unsafe_exec) if any(task.kind == "code" for task in chosen) else None
     if picture is not None:
         report.pyplot()  # missing, it is missed now and not after hours
@@ -121,9 +130,20 @@ def eval_command(
     if model.startswith(("http://", "https://")):
         from quadriga.evaluate.endpoints import connect
 
-        language_model = connect(model, api=api, model=api_model, key=api_key, chat=chat, parallel=parallel)
+        language_model = connect(model, api=api, model=api_model, key=api_key, chat=chat, parallel=concurrency)
     else:
-        language_model = _local(model, chat, dtype, device, threads, format, activations, kv_format, expert_memory)
+        language_model = _local(
+            model,
+            chat,
+            format=format,
+            activations=activations,
+            kv_format=kv_format,
+            kv_memory=kv_memory,
+            expert_memory=expert_memory,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+        )
     folder = out or Path("eval") / language_model.name
     if restart:
         for task in chosen:
@@ -144,53 +164,41 @@ def eval_command(
         report.picture(picture, language_model.name, results)
 
 
-def _local(
-    model: str,
-    chat: bool,
-    dtype: str | None,
-    device: str,
-    threads: int | None,
-    format: str,
-    activations: str,
-    kv_format: str,
-    expert_memory: str | None,
-) -> LanguageModel:
-    from quadriga.engine.text_model import TextModel
-    from quadriga.kernels import dispatch
+def _local(model: str, chat: bool, **given: Any) -> LanguageModel:
+    """A model in this process, loaded as given and, where nothing is given, as scoring is quickest.
 
-    plain = dtype is not None or device != "cpu" or not dispatch.compiled() or expert_memory is not None
-    format, kv_format = _formats(model, format, kv_format, plain=plain)
-    llm = options.load_model(
-        model,
-        dtype,
-        device,
-        threads,
-        format=format,
-        activations=activations,
-        kv_format=kv_format,
-        expert_memory=expert_memory,
-    )
-    loaded = {"format": format, "activations": activations, "kv_format": kv_format, "dtype": dtype or "kernels"}
+    Scoring is arithmetic, not reading: float32 was three times as quick as Q4_1 with 16-bit activations on an AVX2
+    machine, and its numbers are those that other programs give for the same weights.
+    """
+    from quadriga.engine.text_model import TextModel
+
+    how = options.load_options(**given)
+    kernels = how.why_torch() is None
+    chosen = {"format", "expert_memory", "activations"} & {name for name, value in given.items() if value is not None}
+    if kernels and not chosen and _fits_three_times(model):
+        how = replace(how, format="float32")
+    if kernels and how.kv_format is None and how.format == "float32":
+        how = replace(how, kv_format="float32")
+    llm = options.load_model(model, how)
+    loaded = {"dtype": how.dtype or "auto"}
+    if kernels:
+        loaded = {"format": how.format or "keep", "activations": how.activations or "auto", "dtype": "kernels"}
+        loaded["kv_format"] = how.kv_format or "bfloat16"
     return TextModel(llm, chat=chat, options=loaded)
 
 
-def _formats(model: str, format: str, kv_format: str, *, plain: bool) -> tuple[str, str]:
-    """What auto stands for. Scoring is arithmetic, not reading: float32 was three times as quick as Q4_1 with 16-bit
-    activations on an AVX2 machine, and its numbers are those that other programs give for the same weights."""
+def _fits_three_times(model: str) -> bool:
+    """True if the weights in float32 take at most a third of the free memory."""
     from quadriga import runtime
     from quadriga.cli.progress import progress_bar
     from quadriga.hub import catalogue
     from quadriga.io.open import open_checkpoint
     from quadriga.model import cost
 
-    if format == "auto":
-        with progress_bar(f"loading {Path(model).name}") as show:
-            config = open_checkpoint(catalogue.resolve(model, progress=show)).config
-        small = 3 * cost.weight_bytes(config, "f32") <= runtime.memory_bytes()[1]
-        format = "float32" if small and not plain else "keep"
-    if kv_format == "auto":
-        kv_format = "float32" if format == "float32" else "bfloat16"
-    return format, kv_format
+    with progress_bar(f"loading {Path(model).name}") as show:
+        checkpoint = open_checkpoint(catalogue.resolve(model, progress=show))
+    checkpoint.close()
+    return 3 * cost.weight_bytes(checkpoint.config, "f32") <= runtime.memory_bytes()[1]
 
 
 def list_tasks() -> None:

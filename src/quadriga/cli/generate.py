@@ -15,21 +15,23 @@ def generate_command(
     model: options.Model = "smollm2-135m-instruct",
     max_tokens: options.MaxTokens = 128,
     temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     presence_penalty: options.PresencePenalty = 0.0,
     frequency_penalty: options.FrequencyPenalty = 0.0,
     logit_bias: options.LogitBias = None,
     stop: options.Stop = None,
     seed: options.Seed = None,
-    logprobs: Annotated[int, typer.Option(help="With --json: this many alternatives per token.")] = 0,
+    logprobs: Annotated[int, typer.Option(min=0, max=20, help="With --json: this many alternatives per token.")] = 0,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     json: options.Json = False,
     speculate: options.Speculate = 0,
-    format: options.Format = "keep",
-    kv_format: options.KVFormat = "bfloat16",
+    format: options.Format = None,
+    activations: options.Activations = None,
+    kv_format: options.KVFormat = None,
+    kv_memory: options.KVMemory = None,
     expert_memory: options.ExpertMemory = None,
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
@@ -43,12 +45,22 @@ def generate_command(
         if sys.stdin.isatty():
             raise RequestError("give a text to continue, as an argument or on standard input")
         prompt = sys.stdin.read()
+    how = options.load_options(
+        format=format,
+        activations=activations,
+        kv_format=kv_format,
+        kv_memory=kv_memory,
+        expert_memory=expert_memory,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )
     params = SamplingParams(
         max_new_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
+        temperature=temperature or 0.0,
+        top_k=top_k or 0,
+        top_p=1.0 if top_p is None else top_p,
+        min_p=min_p or 0.0,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
@@ -58,9 +70,7 @@ def generate_command(
         speculate=speculate,
         logprobs=logprobs,
     )
-    llm = options.load_model(
-        model, dtype, device, threads, format=format, kv_format=kv_format, expert_memory=expert_memory
-    )
+    llm = options.load_model(model, how)
     if json:
         events = list(llm.stream(prompt, params))
         rows = [

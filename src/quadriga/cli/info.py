@@ -1,18 +1,20 @@
-"""``quadriga info NAME|PATH``: the command line of ``cli.info_report``."""
+"""``quadriga info MODEL``: the command line of ``cli.info_report``."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from quadriga.cli import options
 
 
 def info_command(
-    name_or_path: Annotated[str, typer.Argument(metavar="NAME|PATH", help="A preset, a model directory or a GGUF.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    context: Annotated[int | None, typer.Option(help="Positions to plan the cache for; default: the model's.")] = None,
+    model: options.ModelArgument,
+    json: options.Json = False,
+    context: options.Context = None,
 ) -> None:
-    """What a model is and what it costs: shapes, parameters, memory, and whether it fits here."""
+    """What a model is and what it costs: shapes, parameters, memory, and whether it fits here.
+
+    MODEL may be the name of a shape, such as dbrx-132b. The cache is planned for all positions that the model has, or
+    for --context.
+    """
     from quadriga.cli.info_report import info
 
-    info(name_or_path, as_json, context)
+    info(model, json, context)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
+from quadriga.cli import options
+from quadriga.cli.command import Commands
 from quadriga.cli.progress import progress_bar
 
-models_app = typer.Typer(no_args_is_help=True, help="Models in the catalogue and in the cache: list, show, verify, rm.")
-
-_Name = Annotated[str, typer.Argument(help="A catalogue name or hf:ORG/REPO.")]
+models_app = Commands(no_args_is_help=True, help="Models in the catalogue and in the cache: list, show, verify, rm.")
 
 
 def pull_command(
-    name: Annotated[str, typer.Argument(metavar="NAME|hf:ORG/REPO[@REV]|PATH", help="What to fetch.")],
+    model: options.ModelArgument,
 ) -> None:
-    """Fetch a model into the cache and check its hash; a path is only checked to exist."""
+    """Fetch a model into the cache and check its hash; a path is only checked to exist.
+
+    hf:ORG/REPO@REVISION names a version.
+    """
     from quadriga.hub import catalogue
 
-    with progress_bar(f"fetching {name}") as show:
-        path = catalogue.resolve(name, progress=show)
+    with progress_bar(f"fetching {model}") as show:
+        path = catalogue.resolve(model, progress=show)
     print(path)
 
 
@@ -47,20 +46,20 @@ def list_command() -> None:
 
 
 @models_app.command("show")
-def show_command(name: _Name) -> None:
+def show_command(model: options.ModelArgument) -> None:
     """Source, licence, size, hash and place of one model."""
     from quadriga.errors import CatalogueError
     from quadriga.hub import catalogue
 
-    if (own := catalogue.BUNDLED.get(name)) is not None:
+    if (own := catalogue.BUNDLED.get(model)) is not None:
         print(f"name      {own.name}\nabout     {own.about}\nlicence   {own.licence}\nsource    this package")
-        print(f"size      {own.nbytes} bytes\nsha256    {own.sha256}\nhere      {catalogue.resolve(name)}")
+        print(f"size      {own.nbytes} bytes\nsha256    {own.sha256}\nhere      {catalogue.resolve(model)}")
         return
     here = {found.name: found for found in catalogue.cached()}
-    entry = catalogue.CATALOGUE.get(name)
-    made = catalogue.DELTAS.get(name)
-    if entry is None and made is None and name not in here:
-        raise CatalogueError(f"{name!r} is neither in the catalogue nor in the cache; see `quadriga models list`")
+    entry = catalogue.CATALOGUE.get(model)
+    made = catalogue.DELTAS.get(model)
+    if entry is None and made is None and model not in here:
+        raise CatalogueError(f"{model!r} is neither in the catalogue nor in the cache; see `quadriga models list`")
     if made is not None:
         print(f"name      {made.name}\nabout     {made.about}\nlicence   {made.licence}")
         print(f"source    {made.base} and {made.file} of this package, packed as {made.format}")
@@ -70,33 +69,33 @@ def show_command(name: _Name) -> None:
         print(f"source    package index, {entry.package}\nfile      {entry.filename}")
         print(f"size      {entry.nbytes} bytes\nsha256    {entry.sha256}")
     else:
-        found = here[name]
-        print(f"name      {name}\nlicence   {found.licence}\nsource    {found.source}\nsize      {found.nbytes} bytes")
-    print(f"here      {here[name].path if name in here else 'no'}")
+        found = here[model]
+        print(f"name      {model}\nlicence   {found.licence}\nsource    {found.source}\nsize      {found.nbytes} bytes")
+    print(f"here      {here[model].path if model in here else 'no'}")
 
 
 @models_app.command("verify")
-def verify_command(name: _Name) -> None:
+def verify_command(model: options.ModelArgument) -> None:
     """Hash a cached model again and compare."""
     from quadriga.errors import CatalogueError
     from quadriga.hub import catalogue
 
-    with progress_bar(f"hashing {name}") as show:
-        wrong = catalogue.verify(name, progress=show)
+    with progress_bar(f"hashing {model}") as show:
+        wrong = catalogue.verify(model, progress=show)
     if wrong:
         raise CatalogueError(
-            f"{name}: {', '.join(wrong[:4])} changed since it was fetched. "
-            f"Run `quadriga models rm {name}`, then pull it again."
+            f"{model}: {', '.join(wrong[:4])} changed since it was fetched. "
+            f"Run `quadriga models rm {model}`, then pull it again."
         )
-    print(f"{name}: all files are what was fetched")
+    print(f"{model}: all files are what was fetched")
 
 
 @models_app.command("rm")
-def remove_command(name: _Name) -> None:
+def remove_command(model: options.ModelArgument) -> None:
     """Take a model out of the cache."""
     from quadriga.hub import catalogue
 
-    print(f"{name}: {_megabytes(catalogue.remove(name))} freed")
+    print(f"{model}: {_megabytes(catalogue.remove(model))} freed")
 
 
 def _megabytes(nbytes: int) -> str:

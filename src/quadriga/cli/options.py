@@ -1,4 +1,7 @@
-"""Options that several commands share, and what they become."""
+"""Options that several commands share, stated once: the same name means the same in every command.
+
+What differs between commands is the default; where it is not a plain value, the command's own text says what it is.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +13,55 @@ import typer
 
 if TYPE_CHECKING:
     from quadriga.engine.llm import LLM
+    from quadriga.engine.load_options import LoadOptions
 
 _SAMPLING = "Sampling"
 _MACHINE = "Model and machine"
+_RESULT = "Result"
+_REMOTE = "A model behind an address"
 
-Model = Annotated[
-    str,
-    typer.Option("--model", "-m", help="Catalogue name, hf:ORG/REPO, or a path.", rich_help_panel=_MACHINE),
+_MODEL_HELP = "A catalogue name, hf:ORG/REPO, a directory or a GGUF file"
+
+# A model and how it runs ---------------------------------------------------------------------------------------------
+
+Model = Annotated[str, typer.Option("--model", "-m", help=f"{_MODEL_HELP}.", rich_help_panel=_MACHINE)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP}; also as --model.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help="Pack weights for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8, q4 or q4m.",
+        rich_help_panel=_MACHINE,
+    ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="Compute in plain torch with float32, bfloat16, float16 or auto; default: the CPU's own kernels.",
-        rich_help_panel=_MACHINE,
-    ),
-]
-Format = Annotated[
-    str,
-    typer.Option(
-        help="What the kernels hold weights as: keep (as stored), bfloat16, q8, q4, q4m or float32.",
+        help="Weights as plain numbers instead: float32, bfloat16, float16; a model then runs on torch.",
         rich_help_panel=_MACHINE,
     ),
 ]
 Activations = Annotated[
-    str, typer.Option(help="What quantised weights are multiplied with: int8, int16, auto.", rich_help_panel=_MACHINE)
+    str | None,
+    typer.Option(
+        help="What quantised weights are multiplied with: int8, int16 or auto, which is the default.",
+        rich_help_panel=_MACHINE,
+    ),
 ]
 KVFormat = Annotated[
-    str, typer.Option("--kv-format", help="The cache: bfloat16, q8 or float32.", rich_help_panel=_MACHINE)
+    str | None,
+    typer.Option(
+        "--kv-format",
+        help="The kernels' cache of keys and values: bfloat16, q8 or float32.",
+        rich_help_panel=_MACHINE,
+    ),
+]
+KVMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-memory",
+        help="Memory for keys and values, e.g. 4GB; default: 4 contexts, at most a quarter of what is free.",
+        rich_help_panel=_MACHINE,
+    ),
 ]
 ExpertMemory = Annotated[
     str | None,
@@ -45,25 +70,26 @@ ExpertMemory = Annotated[
         rich_help_panel=_MACHINE,
     ),
 ]
-Speculate = Annotated[
-    int,
-    typer.Option(
-        help="Guess this many tokens a step from what was said before; the answer stays the same.",
-        rich_help_panel=_SAMPLING,
-    ),
-]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.", rich_help_panel=_MACHINE)]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all.", rich_help_panel=_MACHINE)]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, max=1024, help="CPU threads of each process; default: all.", rich_help_panel=_MACHINE),
+]
+
+# Answers -------------------------------------------------------------------------------------------------------------
+
+System = Annotated[str | None, typer.Option(help="System prompt.")]
 MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", "--max-new-tokens", help="Longest answer.", rich_help_panel=_SAMPLING)
+    int, typer.Option("--max-tokens", "--max-new-tokens", help="Longest answer, in tokens.", rich_help_panel=_SAMPLING)
 ]
 Temperature = Annotated[
-    float, typer.Option(help="0 takes the most probable token; 1 samples.", rich_help_panel=_SAMPLING)
+    float | None, typer.Option(help="0 takes the most probable token; 1 samples.", rich_help_panel=_SAMPLING)
 ]
-TopK = Annotated[int, typer.Option(help="Sample among the k best; 0: all.", rich_help_panel=_SAMPLING)]
-TopP = Annotated[float, typer.Option(help="Sample within this much probability.", rich_help_panel=_SAMPLING)]
+TopK = Annotated[int | None, typer.Option(help="Sample among the k best; 0: all.", rich_help_panel=_SAMPLING)]
+TopP = Annotated[float | None, typer.Option(help="Sample within this much probability.", rich_help_panel=_SAMPLING)]
 MinP = Annotated[
-    float, typer.Option(help="Drop tokens below this share of the best's probability.", rich_help_panel=_SAMPLING)
+    float | None,
+    typer.Option(help="Drop tokens below this share of the best's probability.", rich_help_panel=_SAMPLING),
 ]
 RepetitionPenalty = Annotated[
     float, typer.Option(help="Above 1 disfavours tokens seen in prompt or answer.", rich_help_panel=_SAMPLING)
@@ -79,8 +105,91 @@ Stop = Annotated[
         help="End the answer before this text; may be repeated. \\n is a new line.", rich_help_panel=_SAMPLING
     ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same answer.", rich_help_panel=_SAMPLING)]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        min=0, max=2**63 - 1, help="Of what is drawn at random: same seed, same result.", rich_help_panel=_SAMPLING
+    ),
+]
+Speculate = Annotated[
+    int,
+    typer.Option(
+        help="Guess this many tokens a step from what was said before; the answer stays the same.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+
+# A model that is written ---------------------------------------------------------------------------------------------
+
+_OUT = typer.Argument(help="What to make; must not exist yet.")
+Out = Annotated[Path, _OUT]
+OutOrNone = Annotated[Path | None, _OUT]
+AdapterFolder = Annotated[Path, typer.Argument(help="The adapter's folder, ours or peft's.")]
+To = Annotated[str, typer.Option(help="quadriga, hf (safetensors) or gguf.", rich_help_panel=_RESULT)]
+Layout = Annotated[
+    str | None, typer.Option(help="With hf: one of the family's Hugging Face layouts.", rich_help_panel=_RESULT)
+]
+GGUFFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--gguf-format",
+        help="With --to gguf: float32, float16, bfloat16 (the default), q8_0 or q4_0.",
+        rich_help_panel=_RESULT,
+    ),
+]
+CALIBRATE = typer.Option(help="A text like those to come: what the model does on it weighs what is kept.")
+"""Required in some commands."""
+Calibrate = Annotated[Path | None, CALIBRATE]
+CalibrateTokens = Annotated[
+    int, typer.Option("--calibrate-tokens", min=1, max=10**8, help="How many tokens of that text are read.")
+]
+Experts = Annotated[int, typer.Option(min=1, max=2**20, help="Experts of each layer in the result.")]
+Granules = Annotated[
+    int | None,
+    typer.Option(min=1, max=2**20, help="Parts the dense network is cut into; default: the experts a token visits."),
+]
+
+# Results and runs ----------------------------------------------------------------------------------------------------
+
+OUT = typer.Option("--out", "-o", help="Folder of what is written.")
+"""Required in some commands."""
+OutFolder = Annotated[Path | None, OUT]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="Write the rows to this file.")]
+Picture = Annotated[
+    Path | None, typer.Option(help="Draw the result into this file; its ending says how: .svg (or .png).")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Forget what an earlier run left, and begin again.")]
+Run = Annotated[str | None, typer.Option(help="Another folder than the file's.")]
+Rounds = Annotated[int, typer.Option(min=1, max=10**6, help="Measurements; the median counts.")]
+Counts = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--n",
+        min=1,
+        max=2**31 - 1,
+        help="Tokens made, prompt tokens, sequences at once or positions in the cache; may be repeated.",
+    ),
+]
+Context = Annotated[int | None, typer.Option(min=1, max=2**31 - 1, help="Positions of a sequence to plan for.")]
+Tokens = Annotated[str, typer.Option(help="Tokens to train on, e.g. 12T.")]
+TextField = Annotated[str, typer.Option(help="Field of the text, for inputs that are no recipe.")]
+Domain = Annotated[str | None, typer.Option(help="Name of a domain of text.")]
+
+# Interfaces ----------------------------------------------------------------------------------------------------------
+
+APIModel = Annotated[
+    str | None,
+    typer.Option(
+        "--api-model", help="What the interface calls the model; default: its first.", rich_help_panel=_REMOTE
+    ),
+]
+_API_KEY = typer.Option("--api-key", help="Key of the interface, sent as a bearer token.", rich_help_panel=_REMOTE)
+APIKey = Annotated[str | None, _API_KEY]
+APIKeys = Annotated[list[str] | None, _API_KEY]
+_CONCURRENCY = typer.Option("--concurrency", "-c", min=1, max=10_000, help="Requests at once.", rich_help_panel=_REMOTE)
+Concurrency = Annotated[int, _CONCURRENCY]
+Concurrencies = Annotated[list[int] | None, _CONCURRENCY]
 
 
 def stops(values: list[str] | None) -> tuple[str, ...]:
@@ -102,7 +211,7 @@ def biases(values: list[str] | None) -> dict[int, float]:
     return table
 
 
-def size(text: str) -> int:
+def size(text: str, option: str = "a size") -> int:
     """Bytes from "20GB", "512 MiB", "1e9"."""
     from quadriga.errors import ConfigError
 
@@ -114,42 +223,68 @@ def size(text: str) -> int:
             raise ValueError
         return int(float(match[1]) * units[match[2]])
     except (ValueError, OverflowError):
-        raise ConfigError(f"a size looks like 20GB or 512MiB, got {text!r}") from None
+        raise ConfigError(f"{option} must be a size like 20GB or 512MiB, got {text!r}") from None
 
 
-def load_model(
-    model: str,
-    dtype: str | None,
-    device: str,
-    threads: int | None,
+def require_picture(path: Path | None, endings: tuple[str, ...] = (".svg", ".png")) -> None:
+    """Refuse a picture's file whose ending names no kind that can be drawn.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    from quadriga.errors import ConfigError
+
+    if path is not None and path.suffix not in endings:
+        raise ConfigError(f"--picture must be a file that ends in {' or '.join(endings)}, got {path.name!r}")
+
+
+def load_options(
     *,
-    format: str = "keep",
-    activations: str = "auto",
-    kv_format: str = "bfloat16",
+    format: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    activations: str | None = None,
+    kv_format: str | None = None,
     kv_memory: str | None = None,
     expert_memory: str | None = None,
     max_sequences: int = 64,
     max_batch_tokens: int = 2048,
-) -> LLM:
+) -> LoadOptions:
+    """How a model is loaded, as a command line says it, checked before anything is fetched or read.
+
+    Raises:
+        ConfigError: an option that cannot be, or that would have no effect.
+        HardwareError: a device that is not there.
+    """
+    from quadriga.engine.load_options import LoadOptions
+    from quadriga.option_rules import as_flag
+
+    options = LoadOptions(
+        format=format,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        activations=activations,
+        kv_format=kv_format,
+        kv_memory=None if kv_memory is None else size(kv_memory, "--kv-memory"),
+        expert_memory=None if expert_memory is None else size(expert_memory, "--expert-memory"),
+        max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
+    )
+    options.check(as_flag)
+    return options
+
+
+def load_model(model: str, options: LoadOptions) -> LLM:
     """Load a model with a progress bar."""
+    from dataclasses import asdict
+
     from quadriga.cli.progress import progress_bar
     from quadriga.engine.llm import load
 
     with progress_bar(f"loading {Path(model).name}") as show:
-        return load(
-            model,
-            dtype=dtype,
-            device=device,
-            threads=threads,
-            format=format,
-            activations=activations,
-            kv_format=kv_format,
-            kv_memory=None if kv_memory is None else size(kv_memory),
-            expert_memory=None if expert_memory is None else size(expert_memory),
-            max_sequences=max_sequences,
-            max_batch_tokens=max_batch_tokens,
-            progress=show,
-        )
+        return load(model, **asdict(options), progress=show)
 
 
 def summary(n_tokens: int, tokens_per_s: float, first_token_s: float, finish_reason: str) -> str:

@@ -2,68 +2,72 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quadriga.cli.options import Json, as_json
+from quadriga.cli import options
 
 if TYPE_CHECKING:
     from quadriga.model.config import ModelConfig
     from quadriga.model.plan.hardware import Gpu
     from quadriga.model.plan.training import TrainingPlan
 
+_CONTEXT = 4096
 _LEAST_BATCH = 16_000_000
 _LEAST_STEPS = 10_000
 
 
 def plan_command(
-    model: Annotated[str, typer.Argument(metavar="NAME|PATH", help="A preset (dbrx-132b), or a checkpoint.")],
+    model: options.ModelArgument,
     gpus: Annotated[
         str | None, typer.Option(help="Train on this cluster, e.g. 3072xH100; leave out for serving only.")
     ] = None,
-    tokens: Annotated[str, typer.Option(help="Tokens to train on, e.g. 12T.")] = "1T",
-    seq_len: Annotated[int, typer.Option(help="Tokens of a training row.")] = 4096,
+    tokens: options.Tokens = "1T",
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a training row.")] = 4096,
     batch_tokens: Annotated[
         str | None,
         typer.Option(help="Tokens of a step; default: the least whole batch from 16M, or a 10,000th of all."),
     ] = None,
     stack: Annotated[str, typer.Option(help="How well the program uses the hardware: tuned or foundry.")] = "tuned",
-    price: Annotated[float | None, typer.Option(help="US dollars of an accelerator's hour.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, max=1e6, help="US dollars of an accelerator's hour.")] = None,
     availability: Annotated[float, typer.Option(help="Share of the time that is not lost to faults.")] = 0.95,
-    context: Annotated[int, typer.Option(help="Positions a served sequence has.")] = 4096,
-    top: Annotated[int, typer.Option(help="How many meshes to show.")] = 5,
-    svg: Annotated[Path | None, typer.Option(help="Draw the best plan into this file.")] = None,
-    json_: Json = False,
+    context: options.Context = None,
+    top: Annotated[int, typer.Option(min=1, max=10_000, help="How many meshes to show.")] = 5,
+    picture: options.Picture = None,
+    json: options.Json = False,
 ) -> None:
-    """Memory, time, cost and the best mesh for training; formats, boxes and speed limits for serving. By arithmetic."""
+    """Memory, time, cost and the best mesh for training; formats, boxes and speed limits for serving. By arithmetic.
+
+    MODEL may be the name of a shape, such as dbrx-132b. Serving is planned for 4096 positions of a sequence, or as many
+    as the model has.
+    """
     from quadriga.cli.info_report import load_config
     from quadriga.errors import ConfigError
 
+    options.require_picture(picture, (".svg",))
     config = load_config(model)
-    if not 1 <= context <= config.max_seq_len:
-        raise ConfigError(f"context must be from 1 to this model's {config.max_seq_len}, got {context}")
-    if svg is not None and gpus is None:
-        raise ConfigError("--svg draws a training plan: give the cluster with --gpus, e.g. --gpus 64xH100")
+    context = min(_CONTEXT, config.max_seq_len) if context is None else context
+    if context > config.max_seq_len:
+        raise ConfigError(f"--context must be from 1 to this model's {config.max_seq_len}, got {context}")
     table: dict[str, Any] = {"model": model, "serving": _serving(config, context), "context": context}
     plans: list[TrainingPlan] = []
     if gpus is not None:
         table["training"], plans, gpu = _training(
             config, gpus, tokens, seq_len, batch_tokens, stack, price, availability, top
         )
-        if svg is not None:
+        if picture is not None:
             from quadriga.model.plan.picture import plan_svg
 
-            svg.write_text(plan_svg(f"{model} on {gpus}, {tokens} tokens", plans[0], gpu))
-    if json_:
-        print(as_json(table))
+            picture.write_text(plan_svg(f"{model} on {gpus}, {tokens} tokens", plans[0], gpu))
+    if json:
+        print(options.as_json(table))
         return
     if gpus is not None:
         _print_training(model, table["training"])
     _print_serving(model, table)
-    if svg is not None:
-        print(f"drawn: {svg}")
+    if picture is not None:
+        print(f"drawn: {picture}")
 
 
 def _training(

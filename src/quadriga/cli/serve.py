@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quadriga.cli import options
 
+if TYPE_CHECKING:
+    from quadriga.engine.load_options import LoadOptions
+
 
 def serve_command(
-    model: Annotated[str, typer.Argument(help="A catalogue name, hf:ORG/REPO, a directory or a GGUF file.")] = (
-        "smollm2-135m-instruct"
-    ),
+    model: options.ModelArgument = "smollm2-135m-instruct",
     host: Annotated[str, typer.Option(help="Address to listen on; loopback is this machine only.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option("--served-name", help="What clients call the model.")] = None,
-    api_key: Annotated[
-        list[str] | None, typer.Option(help="A key that clients must send; may be repeated. Also QUADRIGA_API_KEYS.")
-    ] = None,
+    api_key: options.APIKeys = None,
     allow_host: Annotated[list[str] | None, typer.Option(help="A host name clients may use; * is any.")] = None,
     allow_origin: Annotated[list[str] | None, typer.Option(help="A site whose pages may ask; * is any.")] = None,
     adapter: Annotated[
@@ -28,9 +28,9 @@ def serve_command(
         typer.Option(help="NAME=FOLDER of an adapter, served as MODEL:NAME; may be repeated. Needs --dtype."),
     ] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
-    max_sequences: Annotated[int, typer.Option(help="Requests that are computed at once.")] = 64,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Requests that are computed at once.")] = 64,
     max_batch_tokens: Annotated[
-        int, typer.Option(help="Tokens of one pass: fewer keep answers fluent beside long prompts.")
+        int, typer.Option(min=1, help="Tokens of one pass: fewer keep answers fluent beside long prompts.")
     ] = 512,
     requests_per_minute: Annotated[
         int, typer.Option(help="Answers and embedded texts for each key or address; 0 is no limit.")
@@ -51,21 +51,38 @@ def serve_command(
     stay_on_failure: Annotated[
         bool, typer.Option("--stay-on-failure", help="When the engine fails, go on answering 503; do not exit.")
     ] = False,
-    format: options.Format = "keep",
-    kv_format: options.KVFormat = "bfloat16",
-    kv_memory: Annotated[str | None, typer.Option(help="Memory for keys and values, e.g. 4GB.")] = None,
+    format: options.Format = None,
+    activations: options.Activations = None,
+    kv_format: options.KVFormat = None,
+    kv_memory: options.KVMemory = None,
     expert_memory: options.ExpertMemory = None,
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
 ) -> None:
-    """Serve a model: OpenAI's and Anthropic's interfaces, and a chat page at /."""
+    """Serve a model: OpenAI's and Anthropic's interfaces, and a chat page at /.
+
+    QUADRIGA_API_KEYS has keys too, with commas between.
+    """
     from quadriga import runtime
     from quadriga.errors import ConfigError
     from quadriga.server.guard import Limits, is_loopback
     from quadriga.server.run import listen, serve
     from quadriga.server.service import Service
 
+    how = options.load_options(
+        format=format,
+        activations=activations,
+        kv_format=kv_format,
+        kv_memory=kv_memory,
+        expert_memory=expert_memory,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
+    )
+    adapters = _adapters(adapter or (), how)
     keys = tuple(api_key or ()) + tuple(k for k in (runtime.setting("API_KEYS") or "").split(",") if k)
     if any(len(key) < 8 for key in keys):
         raise ConfigError("an API key needs at least 8 characters")
@@ -77,28 +94,14 @@ def serve_command(
         keys=keys,
         hosts=(*(allow_host or ()), *(() if host in ("0.0.0.0", "::") else (host,))),
         origins=tuple(allow_origin or ()),
-        max_body_bytes=options.size(max_body),
+        max_body_bytes=options.size(max_body, "--max-body"),
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         concurrent=concurrent,
     )
     listener = listen(host, port)
-    llm = options.load_model(
-        model,
-        dtype,
-        device,
-        threads,
-        format=format,
-        kv_format=kv_format,
-        kv_memory=kv_memory,
-        expert_memory=expert_memory,
-        max_sequences=max_sequences,
-        max_batch_tokens=max_batch_tokens,
-    )
-    for one in adapter or ():
-        key, _, folder = one.partition("=")
-        if not key or not folder or ":" in key:
-            raise ConfigError(f"--adapter takes NAME=FOLDER with no colon in the name, got {one!r}")
+    llm = options.load_model(model, how)
+    for key, folder in adapters.items():
         llm.add_adapter(key, folder)
     service = Service(llm, name=name or Path(model).name, max_waiting=max_waiting, step_timeout_s=step_timeout)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
@@ -115,3 +118,23 @@ def serve_command(
 
     runtime.prefer_short_pauses()
     serve(service, limits, listener, drain_s=drain, stay_on_failure=stay_on_failure, started=started)
+
+
+def _adapters(given: Sequence[str], how: LoadOptions) -> dict[str, str]:
+    """Name -> folder of the adapters to serve."""
+    from quadriga.errors import ConfigError
+
+    if given and how.why_torch() is None:
+        raise ConfigError(
+            f"--adapter {given[0]} would have no effect: adapters chosen per request run on torch. Give --dtype "
+            "float32, or fold it into the model: quadriga adapter merge MODEL FOLDER OUT"
+        )
+    table: dict[str, str] = {}
+    for one in given:
+        name, _, folder = one.partition("=")
+        if not name or not folder or ":" in name:
+            raise ConfigError(f"--adapter takes NAME=FOLDER with no colon in the name, got {one!r}")
+        if name in table:
+            raise ConfigError(f"--adapter takes each name once, got {name!r} for {table[name]} and for {folder}")
+        table[name] = folder
+    return table

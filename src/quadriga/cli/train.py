@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from quadriga.cli import options
+
 
 class Resume(enum.StrEnum):
     """What becomes of a run that has begun."""
@@ -23,34 +25,35 @@ def train_command(
     resume: Annotated[
         Resume, typer.Option(help="auto: go on if the run has a checkpoint. never: it must be new. must: it has one.")
     ] = Resume.AUTO,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of each rank; default: all.")] = None,
-    run: Annotated[str | None, typer.Option(help="Another folder than the file's.")] = None,
+    threads: options.Threads = None,
+    run: options.Run = None,
     check: Annotated[bool, typer.Option("--check", help="Read the file, say what would run, and stop.")] = False,
     export: Annotated[
         Path | None, typer.Option(help="Write the run's newest checkpoint as a Hugging Face directory instead.")
     ] = None,
-    step: Annotated[int | None, typer.Option(help="With --export: the checkpoint of this step.")] = None,
-    dtype: Annotated[str, typer.Option(help="With --export: float32 or bfloat16.")] = "float32",
+    step: Annotated[int | None, typer.Option(min=0, help="With --export: the checkpoint of this step.")] = None,
+    dtype: options.Dtype = None,
 ) -> None:
     """Pre-train a model. SIGTERM or Ctrl-C saves and stops; the same command goes on.
 
-    Under torchrun every process runs this command: FSDP2 over all of them, expert parallelism as the file says.
+    Under torchrun every process runs this command: FSDP2 over all of them, expert parallelism as the file says. With
+    --export nothing is trained: a checkpoint is written in float32, or as --dtype says.
     """
     from quadriga.errors import ConfigError
     from quadriga.train.config import RunConfig, read_toml
 
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"--dtype must be float32, which is the default, or bfloat16; got {dtype!r}")
     settings = read_toml(config, RunConfig)
     if run is not None:
         import msgspec
 
         settings = msgspec.structs.replace(settings, run=run)
-    if (step is not None or dtype != "float32") and export is None:
-        raise ConfigError("--step and --dtype go with --export")
     if check:
         _print_plan(settings)
         return
     if export is not None:
-        _export(settings, export, step, dtype)
+        _export(settings, export, step, dtype or "float32")
         return
     from quadriga import runtime
     from quadriga.train.run import train

@@ -8,24 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quadriga.cli import options
+from quadriga.cli.command import Commands
+
 if TYPE_CHECKING:
     from quadriga.io.adapter import Adapter
     from quadriga.io.open import Checkpoint
 
-adapter_app = typer.Typer(
-    no_args_is_help=True, help="Low-rank adapters: fold into a model, and to and from peft's files."
-)
-
-_Base = Annotated[str, typer.Argument(help="The model it was trained on: a catalogue name, hf:ORG/REPO or a path.")]
-_Adapter = Annotated[Path, typer.Argument(help="The adapter's folder, ours or peft's.")]
-_Out = Annotated[Path, typer.Argument(help="What to make; must not exist yet.")]
+adapter_app = Commands(no_args_is_help=True, help="Low-rank adapters: fold into a model, and to and from peft's files.")
 
 
 def tune_command(
     config: Annotated[Path, typer.Argument(help="The run's TOML file; recipes/tune/ has some.")],
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all.")] = None,
-    run: Annotated[str | None, typer.Option(help="Another folder than the file's.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Other optimiser steps than the file's, e.g. to try it.")] = None,
+    threads: options.Threads = None,
+    run: options.Run = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Other optimiser steps than the file's, e.g. to try it.")
+    ] = None,
 ) -> None:
     """Fine-tune a model: whole or by an adapter, on answers, text, preferences or rewards. The same command resumes."""
     import signal
@@ -60,53 +59,49 @@ def tune_command(
 
 @adapter_app.command("merge")
 def merge_command(
-    base: _Base,
-    adapter: _Adapter,
-    out: _Out,
-    to: Annotated[str, typer.Option(help="quadriga, hf (safetensors) or gguf.")] = "quadriga",
-    dtype: Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.")] = "keep",
-    format: Annotated[
-        str | None, typer.Option(help="Pack for the CPU's kernels: bfloat16, q8, q4, q4m or float32.")
-    ] = None,
-    gguf_format: Annotated[
-        str, typer.Option(help="With --to gguf: float32, float16, bfloat16, q8_0 or q4_0.")
-    ] = "bfloat16",
+    model: options.ModelArgument,
+    adapter: options.AdapterFolder,
+    out: options.Out,
+    to: options.To = "quadriga",
+    dtype: options.Dtype = None,
+    format: options.Format = None,
+    gguf_format: options.GGUFFormat = None,
 ) -> None:
-    """Fold an adapter into its model and write the result in any form."""
-    from quadriga.cli.upcycle import write_derived
+    """Fold an adapter into the model it was trained on and write the result in any form."""
+    from quadriga.cli.upcycle import result_options, write_derived
     from quadriga.io.adapter import merge
 
-    checkpoint, loaded = _open(base, adapter)
+    how = result_options(to=to, dtype=dtype, format=format, gguf_format=gguf_format)
+
+    checkpoint, loaded = _open(model, adapter)
     try:
-        write_derived(merge(checkpoint, loaded), out, to=to, dtype=dtype, format=format, gguf_format=gguf_format)
+        write_derived(merge(checkpoint, loaded), out, **how)
     finally:
         checkpoint.close()
 
 
 @adapter_app.command("export")
 def export_command(
-    base: _Base,
-    adapter: _Adapter,
-    out: _Out,
-    layout: Annotated[
-        str | None, typer.Option(help="Which of the family's Hugging Face layouts; hf5: fused expert stacks.")
-    ] = None,
+    model: options.ModelArgument,
+    adapter: options.AdapterFolder,
+    out: options.Out,
+    layout: options.Layout = None,
 ) -> None:
-    """Write an adapter in peft's layout."""
+    """Write an adapter in peft's form, for one of its model's layouts: hf5 has fused expert stacks."""
     from quadriga.io.adapter import to_peft
 
-    checkpoint, loaded = _open(base, adapter)
+    checkpoint, loaded = _open(model, adapter)
     checkpoint.close()
     to_peft(loaded, checkpoint.config, out, layout=layout)
     print(out)
 
 
 @adapter_app.command("import")
-def import_command(base: _Base, adapter: _Adapter, out: _Out) -> None:
+def import_command(model: options.ModelArgument, adapter: options.AdapterFolder, out: options.Out) -> None:
     """Write peft's adapter in our layout."""
     from quadriga.io.adapter import save
 
-    checkpoint, loaded = _open(base, adapter)
+    checkpoint, loaded = _open(model, adapter)
     checkpoint.close()
     save(loaded, out)
     print(out)

@@ -9,56 +9,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quadriga.cli import options
+
 if TYPE_CHECKING:
     from quadriga.edits.calibrate import Calibration
     from quadriga.io.open import Checkpoint
     from quadriga.quant.dtypes import Array
 
-_Source = Annotated[str, typer.Argument(help="A catalogue name, hf:ORG/REPO, a directory or a GGUF file.")]
-_Out = Annotated[Path, typer.Argument(help="What to make; must not exist yet.")]
-_To = Annotated[str, typer.Option(help="quadriga, hf (safetensors) or gguf.", rich_help_panel="Result")]
-_Dtype = Annotated[str, typer.Option(help="keep, float32, bfloat16 or float16.", rich_help_panel="Result")]
-_Format = Annotated[
-    str | None,
-    typer.Option(help="Pack for the CPU's kernels: bfloat16, q8, q4, q4m or float32.", rich_help_panel="Result"),
-]
-_GGUFFormat = Annotated[
-    str, typer.Option(help="With --to gguf: float32, float16, bfloat16, q8_0 or q4_0.", rich_help_panel="Result")
-]
-_Calibrate = Annotated[Path | None, typer.Option(help="A text like those to come: it says which experts are useful.")]
-_Tokens = Annotated[int, typer.Option("--calibrate-tokens", help="How much of the text is read.")]
-
 
 def upcycle_command(
-    dense: _Source,
-    out: _Out,
-    experts: Annotated[int, typer.Option(help="Experts of each layer.")] = 16,
-    top_k: Annotated[int, typer.Option(help="Experts a token visits.")] = 4,
-    granules: Annotated[
-        int | None, typer.Option(help="Parts the network is cut into; default: top-k, so a token costs what it did.")
-    ] = None,
-    drop: Annotated[float, typer.Option(help="Share of hidden units drawn anew (Drop-Upcycling).")] = 0.0,
-    noise: Annotated[float, typer.Option(help="Noise on expert weights, in standard deviations.")] = 0.0,
-    router_std: Annotated[float, typer.Option(help="Deviation of random router rows.")] = 0.02,
+    model: options.ModelArgument,
+    out: options.Out,
+    experts: options.Experts = 16,
+    experts_per_token: Annotated[int, typer.Option(min=1, max=2**20, help="Experts a token visits.")] = 4,
+    granules: options.Granules = None,
+    drop: Annotated[float, typer.Option(min=0, max=1, help="Share of hidden units drawn anew (Drop-Upcycling).")] = 0.0,
+    noise: Annotated[float, typer.Option(min=0, max=1, help="Noise on expert weights, in standard deviations.")] = 0.0,
+    router_std: Annotated[float, typer.Option(min=0, max=1, help="Deviation of random router rows.")] = 0.02,
     router_text: Annotated[
         Path | None, typer.Option(help="JSON lines with text and a label: fit the router to part the labels.")
     ] = None,
     router_label: Annotated[str, typer.Option(help="The label's name in --router-text.")] = "lang",
-    router_tokens: Annotated[int, typer.Option(help="Tokens of each label that are read.")] = 4096,
-    seed: Annotated[int, typer.Option(help="Of router, noise and drop.")] = 0,
-    to: _To = "quadriga",
-    dtype: _Dtype = "keep",
-    format: _Format = None,
-    gguf_format: _GGUFFormat = "bfloat16",
+    router_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each label that are read.")] = 4096,
+    seed: options.Seed = 0,
+    to: options.To = "quadriga",
+    dtype: options.Dtype = None,
+    format: options.Format = None,
+    gguf_format: options.GGUFFormat = None,
 ) -> None:
     """Turn a dense model of LLaMA's shape into a mixture of experts that computes the same function."""
     from quadriga.edits.upcycle import Upcycling, upcycle
     from quadriga.errors import ConfigError
 
     how = Upcycling(
-        n_experts=experts, top_k=top_k, granules=granules, drop=drop, noise=noise, router_std=router_std, seed=seed
+        n_experts=experts,
+        top_k=experts_per_token,
+        granules=granules,
+        drop=drop,
+        noise=noise,
+        router_std=router_std,
+        seed=seed or 0,
     )
-    checkpoint = open_source(dense)
+    result = result_options(to=to, dtype=dtype, format=format, gguf_format=gguf_format)
+    checkpoint = open_source(model)
     try:
         routers = None
         if router_text is not None:
@@ -70,7 +63,7 @@ def upcycle_command(
                 )
             routers = _fitted(checkpoint, texts)
         moe = upcycle(checkpoint, how, routers=routers)
-        write_derived(moe, out, to=to, dtype=dtype, format=format, gguf_format=gguf_format)
+        write_derived(moe, out, **result)
     finally:
         checkpoint.close()
     same = "the same function" if not drop and not noise else "another function: train it"
@@ -78,16 +71,16 @@ def upcycle_command(
 
 
 def prune_command(
-    model: _Source,
-    out: _Out,
-    experts: Annotated[int, typer.Option(help="Experts that stay in each layer.")],
-    calibrate: Annotated[Path, typer.Option(help="A text like those to come: it says which experts are useful.")],
+    model: options.ModelArgument,
+    out: options.Out,
+    experts: options.Experts,
+    calibrate: Annotated[Path, options.CALIBRATE],
     by: Annotated[str, typer.Option(help="output (routing weight times length of output, summed) or use.")] = "output",
-    calibrate_tokens: _Tokens = 4096,
-    to: _To = "quadriga",
-    dtype: _Dtype = "keep",
-    format: _Format = None,
-    gguf_format: _GGUFFormat = "bfloat16",
+    calibrate_tokens: options.CalibrateTokens = 4096,
+    to: options.To = "quadriga",
+    dtype: options.Dtype = None,
+    format: options.Format = None,
+    gguf_format: options.GGUFFormat = None,
 ) -> None:
     """Leave out the experts of each layer that a text needs least."""
     from quadriga.edits.fewer_experts import prune, usefulness
@@ -95,11 +88,12 @@ def prune_command(
 
     if by not in ("output", "use"):
         raise ConfigError(f"--by must be output or use, got {by!r}")
+    result = result_options(to=to, dtype=dtype, format=format, gguf_format=gguf_format)
     checkpoint = open_source(model)
     try:
         worth = usefulness(_measured(checkpoint, calibrate, calibrate_tokens), by)  # type: ignore[arg-type]
         small = prune(checkpoint, experts, worth)
-        write_derived(small, out, to=to, dtype=dtype, format=format, gguf_format=gguf_format)
+        write_derived(small, out, **result)
     finally:
         checkpoint.close()
     lost = [1 - sum(sorted(layer)[-experts:]) / max(sum(layer), 1e-30) for layer in worth]
@@ -108,28 +102,30 @@ def prune_command(
 
 
 def merge_experts_command(
-    model: _Source,
-    out: _Out,
-    granules: Annotated[
-        int | None, typer.Option(help="Parts the dense network was cut into; default: top-k. 1: average all experts.")
-    ] = None,
-    calibrate: _Calibrate = None,
-    calibrate_tokens: _Tokens = 4096,
-    to: _To = "quadriga",
-    dtype: _Dtype = "keep",
-    format: _Format = None,
-    gguf_format: _GGUFFormat = "bfloat16",
+    model: options.ModelArgument,
+    out: options.Out,
+    granules: options.Granules = None,
+    calibrate: options.Calibrate = None,
+    calibrate_tokens: options.CalibrateTokens = 4096,
+    to: options.To = "quadriga",
+    dtype: options.Dtype = None,
+    format: options.Format = None,
+    gguf_format: options.GGUFFormat = None,
 ) -> None:
-    """Melt the experts back into one dense network: the copies of each granule averaged, by use if a text is given."""
+    """Melt the experts back into one dense network: the copies of each granule averaged, by use if a text is given.
+
+    With one granule all experts are averaged.
+    """
     from quadriga.edits.fewer_experts import merge_experts, usefulness
 
+    result = result_options(to=to, dtype=dtype, format=format, gguf_format=gguf_format)
     checkpoint = open_source(model)
     try:
         use = None
         if calibrate is not None:
             use = usefulness(_measured(checkpoint, calibrate, calibrate_tokens), "use")
         dense = merge_experts(checkpoint, granules, use=use)
-        write_derived(dense, out, to=to, dtype=dtype, format=format, gguf_format=gguf_format)
+        write_derived(dense, out, **result)
     finally:
         checkpoint.close()
 
@@ -142,6 +138,19 @@ def open_source(source: str) -> Checkpoint:
 
     with progress_bar("fetching") as show:
         return open_checkpoint(catalogue.resolve(source, progress=show))
+
+
+def result_options(**how: str | None) -> dict[str, Any]:
+    """What a written model is to be, as a command line says it, checked before anything is fetched or read.
+
+    Raises:
+        ConfigError: an option that cannot be, or that would have no effect.
+    """
+    from quadriga.io import convert_options
+    from quadriga.option_rules import as_flag
+
+    convert_options.check(how, as_flag)
+    return how
 
 
 def write_derived(checkpoint: Checkpoint, out: Path, **how: Any) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from quadriga import runtime
 from quadriga.engine.engine import Engine, Event
+from quadriga.engine.load_options import LoadOptions
 from quadriga.engine.request import Completion, Embed, Embedding, PromptReport, Request, SamplingParams, TokenEvent
 from quadriga.engine.scoring import Ids, Scored, score
 from quadriga.engine.threads import ThreadTurns
@@ -35,15 +36,14 @@ from quadriga.hub import catalogue
 from quadriga.io.adapter import load as load_adapter
 from quadriga.io.adapter import low_rank
 from quadriga.io.open import open_checkpoint
-from quadriga.io.packed import load_packed
-from quadriga.kernels import dispatch
+from quadriga.io.packed import is_quantised, load_packed
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.model.config import ModelConfig
 from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.base import RouterStats, Runner
-from quadriga.runners.compiled import CompiledModel, layer_block_bytes
+from quadriga.runners.compiled import MAX_TOKENS, CompiledModel, layer_block_bytes
 from quadriga.runners.torch import TorchRunner
 from quadriga.text import template_process
 from quadriga.text.chat import render
@@ -66,12 +66,12 @@ _ORDINARY_CHARS = 8
 def load(
     path_or_name: str | Path,
     *,
-    format: str = "keep",
+    format: str | None = None,
     dtype: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
-    activations: str = "auto",
-    kv_format: str = "bfloat16",
+    activations: str | None = None,
+    kv_format: str | None = None,
     kv_memory: int | None = None,
     expert_memory: int | None = None,
     max_sequences: int = 64,
@@ -80,17 +80,21 @@ def load(
 ) -> LLM:
     """Load a model.
 
+    What has no effect beside the other options is refused: ``engine/load_options.py`` has the table.
+
     Args:
         path_or_name: a catalogue name (`quadriga models list`), a Hugging Face or Quadriga directory, a GGUF file, or
             the folder of Grok-1's release.
-        format: what its matrices are packed as on the CPU: keep (as they are stored), float32, bfloat16, q8, q4, q4m.
+        format: what its matrices are packed as for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8,
+            q4, q4m; None is keep.
         dtype: compute in plain torch with this dtype instead (float32, bfloat16, float16, float64 or auto); None runs
             the CPU's kernels where the device is a CPU, and is "auto" elsewhere.
-        device: a torch device, or auto.
+        device: cpu, cuda, a CUDA device such as cuda:1, or auto.
         threads: CPU threads; None takes all of this process's processors.
-        activations: what quantised matrices are multiplied with: int8, int16 (twice the work of a prompt, the result of
-            float32), or auto: int16 for models of fewer than a billion parameters.
-        kv_format: the cache of keys and values: float32, bfloat16 or q8.
+        activations: what the kernels multiply quantised matrices with: int8, int16 (twice the work of a prompt, the
+            result of float32), or auto: int16 for models of fewer than a billion parameters; None is auto.
+        kv_format: the kernels' cache of keys and values: float32, bfloat16 or q8; None is bfloat16. Torch's cache is of
+            the weights' type.
         kv_memory: bytes for it; None takes what 4 full contexts need, at most a quarter of the free memory.
         expert_memory: leave the experts of a packed Quadriga directory on disk and keep at most this many bytes of the
             recently used ones in memory; None loads everything.
@@ -100,20 +104,31 @@ def load(
 
     Raises:
         CatalogueError: no model of that name or no file at that path, or the download failed.
+        ConfigError: an option that cannot be, or that would have no effect.
         CheckpointError, ConfigError: the files are malformed, incomplete or of an unsupported kind.
         HardwareError: the device does not exist here.
     """
+    options = LoadOptions(
+        format=format,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        activations=activations,
+        kv_format=kv_format,
+        kv_memory=kv_memory,
+        expert_memory=expert_memory,
+        max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
+    )
+    options.check()
     count = runtime.set_threads(threads)
     target = runtime.resolve_device(device)
     opened = open_checkpoint(catalogue.resolve(str(path_or_name), progress=progress))
     config, tokenizer = opened.config, opened.load_tokenizer(catalogue.cl100k_ranks)
     if tokenizer is not None and tokenizer.chat_template is not None:
         template_process.warm()  # it starts while the weights are read
-    plain = dtype is not None or target.type != "cpu" or not dispatch.compiled()
     runner: Runner
-    if plain:
-        if format != "keep" or expert_memory is not None:
-            raise ConfigError("format and expert_memory are for the CPU's kernels: leave dtype out, and device at cpu")
+    if options.why_torch() is not None:
         chosen = runtime.resolve_dtype(dtype or "auto", target.type)
         parameters = load_parameters(opened, dtype=chosen, device=target, progress=progress)
         numbers = sum(layer.mixer.state.numbers_per_token for layer in config.layers)
@@ -122,15 +137,22 @@ def load(
             Transformer.from_parameters(config, parameters), _n_blocks(config, per_block, kv_memory, 2)
         )
     else:
-        packed = load_packed(opened, format, expert_memory=expert_memory, progress=progress)
-        per_block = sum(layer_block_bytes(layer, kv_format) for layer in config.layers)
+        if activations is not None and not is_quantised(opened, format or "keep"):
+            raise ConfigError(
+                f"activations (--activations) {activations} would have no effect: it is what quantised weights are "
+                f"multiplied with, and those of {path_or_name} are not. Leave it out, or give format q8, q4 or q4m"
+            )
+        packed = load_packed(opened, format or "keep", expert_memory=expert_memory, progress=progress)
+        cache = kv_format or "bfloat16"
+        per_block = sum(layer_block_bytes(layer, cache) for layer in config.layers)
         runner = CompiledModel(
             config,
             packed.parameters,
             threads=count,
             n_blocks=_n_blocks(config, per_block, kv_memory, 4),
-            kv_format=kv_format,
-            activations=activations,
+            kv_format=cache,
+            activations=activations or "auto",
+            max_tokens=max(MAX_TOKENS, max_batch_tokens),
             store=packed.store,
         )
     return LLM(

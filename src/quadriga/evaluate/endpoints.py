@@ -72,7 +72,7 @@ class ApiClient:
         except ImportError:
             raise EvaluationError("evaluating a model over HTTP needs httpx2: pip install 'quadriga[eval]'") from None
         if parallel < 1:
-            raise EvaluationError(f"--parallel must be at least 1, got {parallel}")
+            raise EvaluationError(f"--concurrency must be at least 1, got {parallel}")
         self.base, self.parallel, self._sleep, self._errors = base, parallel, sleep, httpx2
         self._client = httpx2.Client(
             base_url=base.rstrip("/") + "/", headers=dict(headers), timeout=timeout_s, transport=transport

@@ -24,15 +24,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from quadriga.errors import CheckpointError, ConfigError
+from quadriga.io import convert_options, gguf
 from quadriga.io import directory as engine_file
-from quadriga.io import gguf
 from quadriga.io.detect import locate
 from quadriga.io.file_plan import FilePlan
 from quadriga.io.gguf import Typed
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.json_files import read_json
 from quadriga.io.open import Checkpoint, identity_map, open_checkpoint, without_extras
-from quadriga.io.packed import FORMATS_TO_LOAD, Unpacked, packed_format, read_matrix
+from quadriga.io.packed import Unpacked, packed_format, read_matrix
 from quadriga.io.parameters import SLICE_BYTES, Progress, pack, slices
 from quadriga.io.safetensors import INDEX, plan_shards, shard_index
 from quadriga.kernels.cpu.packing import allocate
@@ -47,10 +47,6 @@ from quadriga.quant.formats import FORMATS, PLAIN
 from quadriga.quant.packed import PACKED
 from quadriga.text import gguf_vocabulary
 from quadriga.text import tokenizer as tokenizers
-
-TARGETS = ("quadriga", "hf", "gguf")
-GGUF_FORMATS = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
-DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 TOKENIZER_FILES = (*tokenizers.FILES, "cl100k_base.tiktoken")
 """What is carried over beside the weights. Nothing else is: no code, no pickles."""
@@ -97,32 +93,34 @@ def convert(
     *,
     to: str = "quadriga",
     layout: str | None = None,
-    dtype: str = "keep",
-    gguf_format: str = "bfloat16",
+    dtype: str | None = None,
+    gguf_format: str | None = None,
     format: str | Mapping[str, str] | None = None,
     embeddings: str | None = None,
     importance: Mapping[str, Array] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     resume: bool = True,
     pickles: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Convert a checkpoint.
 
+    What has no effect beside the other options is refused: ``io/convert_options.py`` has the table.
+
     Args:
         source: anything ``open_checkpoint`` opens.
         out: the directory to make (for ``gguf``: the file). Must not exist, or be an empty directory.
         to: "quadriga", "hf" (Hugging Face safetensors) or "gguf".
         layout: for "hf", one of the family's layouts; None is the family's usual one.
-        dtype: "keep" stores each tensor as it came (block formats become float32), else float32, bfloat16, float16.
-            Ignored by nothing: with "gguf" it must be "keep", the format says it all.
-        gguf_format: for "gguf": float32, float16, bfloat16, q8_0 or q4_0.
+        dtype: of plain numbers, for "hf" and for "quadriga" without a format: float32, bfloat16, float16, or "keep",
+            which None is too: each tensor as it came (block formats become float32).
+        gguf_format: for "gguf": float32, float16, bfloat16, q8_0 or q4_0; None is bfloat16.
         format: for "quadriga": pack the matrices for the CPU's kernels: keep, bfloat16, q8, q4, q4m or float32 for all
             (routers stay float32, embeddings and head at least q8), or a recipe: matrix -> format
             (``quant.format_choice``).
         embeddings: with ``format``, another one for the embedding table and the head.
         importance: matrix -> (cols,), how much each column's error counts in the search for scales.
-        max_shard_bytes: largest safetensors file, unless one tensor alone is larger.
+        max_shard_bytes: largest safetensors file, unless one tensor alone is larger; None is MAX_SHARD_BYTES.
         resume: go on with an unfinished conversion of the same source with the same options; False starts over.
         pickles: see ``open_checkpoint``.
         progress: called after each part with (bytes written, bytes in all, tensor).
@@ -132,7 +130,7 @@ def convert(
 
     Raises:
         CheckpointError: a bad source, a result that exists, an unfinished conversion of something else, a full disk.
-        ConfigError: an option that does not exist, or a model the target format cannot express.
+        ConfigError: an option that does not exist or would have no effect, or a model the target format cannot express.
     """
     checkpoint = open_checkpoint(source, pickles=pickles)
     try:
@@ -160,25 +158,25 @@ def write(
     *,
     to: str = "quadriga",
     layout: str | None = None,
-    dtype: str = "keep",
-    gguf_format: str = "bfloat16",
+    dtype: str | None = None,
+    gguf_format: str | None = None,
     format: str | Mapping[str, str] | None = None,
     embeddings: str | None = None,
     importance: Mapping[str, Array] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     resume: bool = True,
     progress: Progress | None = None,
 ) -> Plan:
     """:func:`convert` of a checkpoint that is open already, e.g. a derived one; it stays open."""
-    _check_options(to, layout, dtype, gguf_format, format)
-    if embeddings is not None and (embeddings not in FORMATS_TO_LOAD or not isinstance(format, str)):
-        raise ConfigError(
-            f"embeddings goes with format and must be one of {', '.join(FORMATS_TO_LOAD)}; got {embeddings!r}"
-        )
+    given = {"to": to, "layout": layout, "dtype": dtype, "gguf_format": gguf_format, "format": format}
+    convert_options.check(
+        given | {"embeddings": embeddings, "importance": importance or None, "max_shard_bytes": max_shard_bytes}
+    )
     if out.exists() and not (out.is_dir() and to != "gguf" and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists; give a new name, or remove it first")
     if format is None:
-        plan = _plan(checkpoint, out, to, layout, dtype, gguf_format, max_shard_bytes)
+        shard_bytes = max_shard_bytes or MAX_SHARD_BYTES
+        plan = _plan(checkpoint, out, to, layout, dtype or "keep", gguf_format or "bfloat16", shard_bytes)
     else:
         plan = _plan_packed(checkpoint, format, embeddings)
     work = out.with_name(out.name + ".part")
@@ -197,26 +195,6 @@ def write(
     except OSError as error:
         raise CheckpointError(f"cannot put the finished {out} in place: {error.strerror}") from None
     return plan
-
-
-def _check_options(
-    to: str, layout: str | None, dtype: str, gguf_format: str, format: str | Mapping[str, str] | None
-) -> None:
-    if format is not None and (to != "quadriga" or dtype != "keep"):
-        raise ConfigError("format packs for Quadriga's own kernels: leave 'to' at quadriga and dtype at 'keep'")
-    if isinstance(format, str) and format not in FORMATS_TO_LOAD:
-        raise ConfigError(f"format must be one of {', '.join(FORMATS_TO_LOAD)}; got {format!r}")
-    for name, value, known in (
-        ("to", to, TARGETS),
-        ("dtype", dtype, DTYPES),
-        ("gguf_format", gguf_format, GGUF_FORMATS),
-    ):
-        if value not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}")
-    if to == "gguf" and dtype != "keep":
-        raise ConfigError("a GGUF file's number format is chosen with gguf_format; leave dtype at 'keep'")
-    if layout is not None and to != "hf":
-        raise ConfigError(f"a layout can be chosen for 'hf' only, not for {to!r}")
 
 
 # Planning ------------------------------------------------------------------------------------------------------------
@@ -433,7 +411,7 @@ class _Writer:
         if lines[0].get("fingerprint") != self.fingerprint:
             raise CheckpointError(
                 f"{self.work} holds an unfinished conversion of another source or with other options. "
-                "Remove it, or start over with --no-resume."
+                "Remove it, or start over with --restart."
             )
         return {line["tensor"]: line["sha256"] for line in lines[1:]}
 
@@ -697,7 +675,7 @@ class DryRun:
     """Parameter -> the stored tensors that fill it."""
 
 
-def dry_run(path: Path) -> DryRun:
+def dry_run(path: Path, *, pickles: bool = False) -> DryRun:
     """Map a checkpoint by name and shape without its weights: config.json and an index are enough.
 
     Where the shards are missing, shapes are those the configuration demands; where they are there, the stored ones.
@@ -713,7 +691,7 @@ def dry_run(path: Path) -> DryRun:
             raise CheckpointError(f"{INDEX} must have a 'weight_map' from tensor names to file names")
     files = set(table.values())
     if all((path / file).is_file() for file in files):
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, pickles=pickles)
         checkpoint.close()
         return _report(checkpoint.layout, checkpoint.pieces, len(files) or 1, len(files) or 1)
     config = locate(path).config

@@ -34,6 +34,9 @@ from quadriga.quant.packed import FROM_GGUF, PACKED
 
 FORMATS_TO_LOAD = ("keep", *PACKED)
 
+QUANTISED = ("q8", "q4", "q4m")
+"""Packed formats whose weights are integers with a scale."""
+
 
 @dataclass(frozen=True)
 class PackedParameters:
@@ -65,13 +68,17 @@ def load_packed(
     """
     if form not in FORMATS_TO_LOAD:
         raise ConfigError(f"format must be one of {', '.join(FORMATS_TO_LOAD)}; got {form!r}")
-    manifest = engine_file.read_manifest(checkpoint.path) if checkpoint.kind == "quadriga" else None
-    if manifest is not None and manifest.packed and form == "keep":
+    if expert_memory is not None and not checkpoint.config.is_moe:
+        raise ConfigError(
+            "expert_memory (--expert-memory) would have no effect: this model is dense, without experts. Leave it out."
+        )
+    manifest = _packed_manifest(checkpoint)
+    if manifest is not None and form == "keep":
         return _map_directory(checkpoint, manifest, expert_memory, progress)
     if expert_memory is not None:
         raise ConfigError(
-            "experts can stay on disk only in a packed Quadriga directory. Make one: quadriga convert MODEL OUT "
-            "--format q4"
+            "expert_memory (--expert-memory) needs a packed Quadriga directory: only there can experts stay on disk. "
+            "Make one: quadriga convert MODEL OUT --format q4"
         )
     parameters: dict[str, Parameter] = {}
     shapes = parameter_shapes(checkpoint.config)
@@ -86,6 +93,20 @@ def load_packed(
         if progress is not None:
             progress(done, total, name)
     return PackedParameters(parameters)
+
+
+def _packed_manifest(checkpoint: Checkpoint) -> engine_file.Manifest | None:
+    manifest = engine_file.read_manifest(checkpoint.path) if checkpoint.kind == "quadriga" else None
+    return manifest if manifest is not None and manifest.packed else None
+
+
+def is_quantised(checkpoint: Checkpoint, form: str) -> bool:
+    """True if :func:`load_packed` with this format gives any quantised matrix."""
+    manifest = _packed_manifest(checkpoint)
+    if manifest is not None and form == "keep":
+        return any(entry.format in QUANTISED for entry in manifest.parameters.values())
+    matrices = [name for name, shape in parameter_shapes(checkpoint.config).items() if len(shape) > 1]
+    return any(packed_format(checkpoint, name, form) in QUANTISED for name in matrices)
 
 
 def packed_format(checkpoint: Checkpoint, name: str, form: str) -> str:

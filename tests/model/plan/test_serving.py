@@ -89,7 +89,7 @@ def _run(*words: str) -> Any:
 
 def test_the_launch_in_one_command(tmp_path: Path) -> None:
     picture = tmp_path / "plan.svg"
-    shown = _run("dbrx-132b", "--gpus", "3072xH100", "--tokens", "12T", "--svg", str(picture))
+    shown = _run("dbrx-132b", "--gpus", "3072xH100", "--tokens", "12T", "--picture", str(picture))
     assert shown.exit_code == 0, shown.output
     assert "2.58e+24 FLOP" in shown.output and "26.0 days at 40 % MFU" in shown.output
     texts = " ".join(ET.fromstring(picture.read_text()).itertext())
@@ -113,7 +113,7 @@ def test_small_runs_get_small_batches() -> None:
     [
         (("dbrx-132b", "--gpus", "8xH100"), "cannot train this model"),
         (("dbrx-132b", "--gpus", "lots"), "must look like 3072xH100"),
-        (("dbrx-132b", "--svg", "x.svg"), "give the cluster"),
+        (("dbrx-132b", "--picture", "x.svg"), "give the cluster"),
         (("dbrx-132b", "--context", "99999"), "context must be from 1 to this model's 32768"),
         (("dbrx-132b", "--gpus", "64xH100", "--seq-len", "65536"), "seq_len must be from 1"),
         (("dbrx-132b", "--gpus", "512xH100", "--stack", "best"), "stack must be one of tuned, foundry"),

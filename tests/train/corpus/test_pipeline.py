@@ -326,7 +326,7 @@ def test_the_commands_prepare_inspect_and_mix(corpus: Path, plan: Recipe, inputs
     assert facts["fingerprint"] == Corpus(corpus).manifest.fingerprint
     text = _run("inspect", str(corpus), "--domain", "code", "--document", "1").output
     assert text.startswith("# train/code/") and "def area" in text
-    mix = json.loads(_run("mix", str(corpus), "--tokens", "100k", "--temperature", "0", "--json").output)
+    mix = json.loads(_run("mix", str(corpus), "--tokens", "100k", "--power", "0", "--json").output)
     shares = [n / mix["stages"][0]["tokens"] for n in mix["stages"][0]["by_domain"].values()]
     assert shares == pytest.approx([0.5, 0.5], abs=0.02)  # 49 rows
     run = tmp_path / "run.toml"

@@ -1,0 +1,116 @@
+"""What a conversion may be asked for: which options go with which result.
+
+to          with format       what it has a use for
+quadriga    none              dtype max_shard_bytes
+quadriga    one               format embeddings importance
+hf                            layout dtype max_shard_bytes
+gguf                          gguf_format
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quadriga.errors import ConfigError
+from quadriga.io.packed import FORMATS_TO_LOAD, QUANTISED
+from quadriga.option_rules import (
+    Allowed,
+    OneOf,
+    Rule,
+    Spelling,
+    Whole,
+    as_argument,
+    is_given,
+    refuse_unused,
+    require_values,
+)
+
+TARGETS = ("quadriga", "hf", "gguf")
+GGUF_FORMATS = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+
+
+def _packs(options: Mapping[str, Any]) -> bool:
+    return is_given(options["format"])
+
+
+def _recipe_or_quantised(options: Mapping[str, Any]) -> bool:
+    form = options["format"]
+    return is_given(form) and (not isinstance(form, str) or form in QUANTISED)
+
+
+RULES = (
+    Rule(
+        "layout",
+        lambda o: o["to"] == "hf",
+        "it is one of a family's Hugging Face layouts. Give {to} hf, or leave {layout} out",
+    ),
+    Rule(
+        "gguf_format",
+        lambda o: o["to"] == "gguf",
+        "it is how a GGUF file stores numbers. Give {to} gguf, or leave {gguf_format} out",
+    ),
+    Rule(
+        "format",
+        lambda o: o["to"] == "quadriga",
+        "it packs weights for Quadriga's own kernels, in its own directory. Leave {format} out, or {to} at quadriga",
+    ),
+    Rule(
+        "dtype",
+        lambda o: o["to"] != "gguf",
+        "how a GGUF file stores numbers is {gguf_format}. Leave {dtype} out",
+    ),
+    Rule("dtype", lambda o: not _packs(o), "{format} says what the weights are packed as. Leave one of the two out"),
+    Rule(
+        "embeddings",
+        lambda o: isinstance(o["format"], str),
+        "it is another format for some of the packed matrices. Give {format} too, or leave {embeddings} out",
+    ),
+    Rule(
+        "importance",
+        _recipe_or_quantised,
+        "it weighs the errors of quantised weights. Give {format} q8, q4 or q4m, or leave {importance} out",
+    ),
+    Rule(
+        "max_shard_bytes",
+        lambda o: o["to"] != "gguf" and not _packs(o),
+        "only safetensors are split so. Leave {max_shard_bytes} out",
+    ),
+)
+"""Which options have an effect where."""
+
+VALUES: dict[str, Allowed] = {
+    "to": OneOf(TARGETS),
+    "dtype": OneOf(DTYPES),
+    "gguf_format": OneOf(GGUF_FORMATS),
+    "embeddings": OneOf(FORMATS_TO_LOAD),
+    "max_shard_bytes": Whole(1, 1 << 60),
+}
+"""What each option may be; ``format`` may be a recipe too."""
+
+OPTIONS: dict[str, Any] = dict.fromkeys(
+    ("layout", "dtype", "gguf_format", "format", "embeddings", "importance", "max_shard_bytes")
+) | {"to": "quadriga"}
+"""Every option, not given."""
+
+
+def check(given: Mapping[str, Any], spell: Spelling = as_argument) -> None:
+    """Refuse what cannot be and what would be ignored, before a file is opened.
+
+    Args:
+        given: some of OPTIONS.
+        spell: how options are named in the error.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    options = OPTIONS | dict(given)
+    assert len(options) == len(OPTIONS), "given are options of a conversion"
+    require_values(VALUES, options, spell)
+    form = options["format"]
+    if isinstance(form, str) and form not in FORMATS_TO_LOAD:
+        raise ConfigError(f"{spell('format')} must be one of {', '.join(FORMATS_TO_LOAD)}; got {form!r}")
+    if options["layout"] == "":
+        raise ConfigError(f"{spell('layout')} must be the name of a layout, got an empty one")
+    refuse_unused(RULES, options, spell)
