@@ -82,7 +82,7 @@ def calibrate(
     context = PackedContext([len(part) for part in parts])
     view, found = checkpoint.parameters, Calibration(len(tokens))
     h = embed(checkpoint, tokens)
-    rotations = Rotations(context.positions, h.dtype)
+    rotations = Rotations(context.positions, h.dtype, config.max_seq_len)
     for index in range(config.n_layers):
         block = load_block(checkpoint, config, index)
         prefix = f"layers.{index}."

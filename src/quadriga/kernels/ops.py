@@ -66,18 +66,18 @@ class AdaptedPart:
     scale: float = 1.0
 
 
-def norm(x: Tensor, weight: Tensor, kind: str, eps: float) -> Tensor:
-    """LayerNorm ("layer") or RMSNorm ("rms") over the last axis with a weight and no bias.
+def norm(x: Tensor, weight: Tensor, kind: str, eps: float, bias: Tensor | None = None) -> Tensor:
+    """LayerNorm ("layer") or RMSNorm ("rms") over the last axis with a weight, and a bias added at the end if given.
 
     Statistics are float32 whatever the dtype of ``x`` (float64 stays float64).
 
     Args:
-        x: (N, D). weight: (D,) of the same dtype.
+        x: (N, D). weight, bias: (D,) of the same dtype.
 
     Returns:
         (N, D) in x's dtype.
     """
-    out: Tensor = backend_for(x).norm(x, weight, kind, eps)
+    out: Tensor = backend_for(x).norm(x, weight, kind, eps, bias)
     return out
 
 
@@ -104,22 +104,33 @@ def attention(
     q_positions: Tensor | None = None,
     soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal grouped-query attention; key j sits at position j, query head h reads key head h // (H/K).
 
     score = scale * q.k;  score = soft_cap * tanh(score / soft_cap) if given;  score += slope_h * (j - position) if
-    given;  keys with j > position are masked;  softmax in float32;  times v.
+    given;  keys with j > position, and with j <= position - window if given, are masked;  softmax in float32, in whose
+    sum exp(sink_h) takes part if given;  times v.
 
     Args:
         q: (B, H, T, d). k, v: (B, K, S, d).
         q_positions: (B, T) int64 position of each query; None means the T queries are the last of the S positions.
-        alibi_slopes: (H,) float32.
+        alibi_slopes: (H,) float32. sinks: (H,).
 
     Returns:
         (B, H, T, d) in q's dtype. Rows whose position is negative (padding) are finite and meaningless.
     """
     out: Tensor = backend_for(q).attention(
-        q, k, v, scale=scale, q_positions=q_positions, soft_cap=soft_cap, alibi_slopes=alibi_slopes
+        q,
+        k,
+        v,
+        scale=scale,
+        q_positions=q_positions,
+        soft_cap=soft_cap,
+        alibi_slopes=alibi_slopes,
+        window=window,
+        sinks=sinks,
     )
     return out
 

@@ -23,9 +23,12 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def norm(x: Tensor, weight: Tensor, kind: str, eps: float) -> Tensor:
+def norm(x: Tensor, weight: Tensor, kind: str, eps: float, bias: Tensor | None = None) -> Tensor:
     shape = (x.shape[-1],)
-    return F.layer_norm(x, shape, weight, None, eps) if kind == "layer" else F.rms_norm(x, shape, weight, eps)
+    if kind == "layer":
+        return F.layer_norm(x, shape, weight, bias, eps)
+    normed = F.rms_norm(x, shape, weight, eps)
+    return normed if bias is None else normed + bias
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -42,21 +45,30 @@ def attention(
     q_positions: Tensor | None = None,
     soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     batch, n_heads, n_queries, head_dim = q.shape
+    if window is not None and q_positions is None:  # nobody sees the keys before the first query's window
+        k, v = (t[:, :, max(0, t.shape[2] - n_queries - window + 1) :] for t in (k, v))
     n_kv_heads, n_keys = k.shape[1], k.shape[2]
-    plain = soft_cap is None and alibi_slopes is None
+    if window is not None and q_positions is None and n_keys <= window:
+        window = None
+    plain = soft_cap is None and alibi_slopes is None and sinks is None
     if plain and q_positions is None and n_queries == 1:
         # One query sees every key: the heads of a group become query rows, so each key is read once for all of them.
         grouped = q.reshape(batch, n_kv_heads, n_heads // n_kv_heads, head_dim)
         return F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(q.shape)
-    if plain and q_positions is None and n_queries == n_keys:
+    if plain and q_positions is None and n_queries == n_keys and window is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     if q_positions is None:
         q_positions = torch.arange(n_keys - n_queries, n_keys, device=q.device).expand(batch, -1)
     key_positions = torch.arange(n_keys, device=q.device)
     # Padding rows (position < 0) see key 0, which keeps them finite.
-    visible = key_positions <= q_positions.clamp(min=0)[:, :, None]  # (B, T, S)
+    seen_from = q_positions.clamp(min=0)[:, :, None]
+    visible = key_positions <= seen_from  # (B, T, S)
+    if window is not None:
+        visible = visible & (key_positions > seen_from - window)
     if plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=scale, enable_gqa=True)
     grouped = q.reshape(batch, n_kv_heads, n_heads // n_kv_heads, n_queries, head_dim)
@@ -71,7 +83,11 @@ def attention(
             slopes = alibi_slopes.to(scores.dtype).reshape(n_kv_heads, -1, 1, 1)
             scores = scores + slopes * distance[:, None, None]
         scores = scores.masked_fill(~visible[:, None, None, rows], float("-inf"))
-        blocks.append(torch.einsum("bkgts,bksd->bkgtd", scores.softmax(dim=-1).to(v.dtype), v))
+        if sinks is not None:  # one more key, which has no value
+            sink = sinks.to(scores.dtype).reshape(n_kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        weights = scores.softmax(dim=-1)[..., :n_keys].to(v.dtype)
+        blocks.append(torch.einsum("bkgts,bksd->bkgtd", weights, v))
     return torch.cat(blocks, dim=3).reshape(q.shape)
 
 

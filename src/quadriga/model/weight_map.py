@@ -14,11 +14,13 @@ Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, 
 
     embed.weight (V, D)                      layers.{i}.attn.wqkv.weight ((H + 2K) d, D), rows: all q, all k, all v
     layers.{i}.attn_norm.weight (D,)         layers.{i}.attn.wo.weight   (D, H d)
+    layers.{i}.attn.wqkv.bias ((H + 2K) d,), attn.wo.bias (D,), attn.sinks (H,)    (where the mixer has them)
     layers.{i}.ffn_norm.weight (D,)          layers.{i}.attn_post_norm.weight, ffn_post_norm.weight  (post_norms only)
     layers.{i}.ffn.w_gate|w_up (F, D), w_down (D, F)                               (dense; w_gate only if gated)
     layers.{i}.moe.router.weight (E, D), moe.w_gate|w_up (E, F, D), moe.w_down (E, D, F)             (experts)
     layers.{i}.moe.fuse.weight (E,)          (aggregate "fuse" only)
-    final_norm.weight (D,)                   lm_head.weight (V, D) (unless tied)
+    final_norm.weight (D,)                   lm_head.weight (V, D) (unless tied), lm_head.bias (V,) (head_bias only)
+    beside every norm's weight its bias (D,) where the NormSpec has one
 
 Nothing here imports torch.
 """
@@ -30,7 +32,7 @@ from dataclasses import dataclass
 from math import prod
 
 from quadriga.errors import CheckpointError
-from quadriga.model.config import DenseSpec, LayerSpec, ModelConfig, MoESpec
+from quadriga.model.config import DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec
 
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
@@ -71,27 +73,37 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     kinds = {layer: layer_shapes(layer, d) for layer in config.kinds()}
     for i, layer in enumerate(config.layers):
         shapes.update({f"layers.{i}.{name}": shape for name, shape in kinds[layer].items()})
-    shapes["final_norm.weight"] = (d,)
+    shapes |= _norm_shapes("final_norm", config.final_norm, d)
     if not config.tied_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, d)
+    if config.head_bias:
+        shapes["lm_head.bias"] = (config.vocab_size,)
     return shapes
+
+
+def _norm_shapes(name: str, norm: NormSpec, d_model: int) -> dict[str, Shape]:
+    return {f"{name}.{part}": (d_model,) for part in (("weight", "bias") if norm.bias else ("weight",))}
 
 
 def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
     """Every parameter of one layer, without the ``layers.{i}.`` before its name, in the order of a forward pass."""
     d, attn, ffn = d_model, layer.mixer, layer.ffn
-    shapes: dict[str, Shape] = {
-        "attn_norm.weight": (d,),
-        "attn.wqkv.weight": (attn.qkv_dim, d),
-        "attn.wo.weight": (d, attn.q_dim),
-    }
+    shapes: dict[str, Shape] = _norm_shapes("attn_norm", layer.norm, d)
+    shapes["attn.wqkv.weight"] = (attn.qkv_dim, d)
+    if attn.qkv_bias:
+        shapes["attn.wqkv.bias"] = (attn.qkv_dim,)
+    shapes["attn.wo.weight"] = (d, attn.q_dim)
+    if attn.out_bias:
+        shapes["attn.wo.bias"] = (d,)
+    if attn.sinks:
+        shapes["attn.sinks"] = (attn.n_heads,)
     if attn.qk_norm is not None:
         by_head = attn.qk_norm.over == "head"
         shapes["attn.q_norm.weight"] = (attn.head_dim if by_head else attn.q_dim,)
         shapes["attn.k_norm.weight"] = (attn.head_dim if by_head else attn.kv_dim,)
     if layer.post_norms:
-        shapes["attn_post_norm.weight"] = (d,)
-    shapes["ffn_norm.weight"] = (d,)
+        shapes |= _norm_shapes("attn_post_norm", layer.norm, d)
+    shapes |= _norm_shapes("ffn_norm", layer.norm, d)
     match ffn:
         case DenseSpec():
             if ffn.gated:
@@ -106,7 +118,7 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
             if ffn.aggregate == "fuse":
                 shapes["moe.fuse.weight"] = (ffn.n_experts,)
     if layer.post_norms:
-        shapes["ffn_post_norm.weight"] = (d,)
+        shapes |= _norm_shapes("ffn_post_norm", layer.norm, d)
     return shapes
 
 

@@ -19,7 +19,7 @@ from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
 from quadriga.kernels.cpu.program import AttentionArgs, Batch, FFNArgs, NormArgs, Program
 from quadriga.model.config import AlibiSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
-from quadriga.model.positions import alibi_slopes, inverse_frequencies
+from quadriga.model.positions import alibi_slopes, rotation
 from quadriga.model.weight_map import parameter_shapes
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.packed import KV_FORMATS, kv_block_bytes
@@ -116,7 +116,8 @@ class CompiledModel:
             self.program.attention(self._attention(layer))
             self.program.ffn(self._ffn(layer))
         head = embed if config.tied_embeddings else self._packed("lm_head.weight")
-        self.program.head(self._norm("final_norm.weight", config.final_norm), head, config.logit_scale)
+        bias = self._vector("lm_head.bias") if config.head_bias else None
+        self.program.head(self._norm("final_norm.weight", config.final_norm), head, config.logit_scale, bias)
 
     def forward(self, batch: Batch) -> Floats:
         """Logits (R, V) float32 of the rows asked for; valid until the next pass.
@@ -157,9 +158,9 @@ class CompiledModel:
     def _attention(self, layer: int) -> AttentionArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
         spec = shape.mixer
-        frequencies = slopes = q_norm = k_norm = None
+        turning = slopes = q_norm = k_norm = None
         if isinstance(spec.position, RopeSpec):
-            frequencies = inverse_frequencies(spec.position, spec.head_dim)
+            turning = rotation(spec.position, spec.head_dim, self.config.max_seq_len)
         elif isinstance(spec.position, AlibiSpec):
             slopes = alibi_slopes(spec.position, spec.n_heads)
         if spec.qk_norm is not None:
@@ -179,10 +180,16 @@ class CompiledModel:
             residual_scale=shape.residual_scale,
             score_scale=spec.score_scale,
             soft_cap=spec.soft_cap,
-            inverse_frequencies=frequencies,
+            inverse_frequencies=None if turning is None else turning.frequencies,
+            rotary_scale=1.0 if turning is None else turning.scale,
             alibi_slopes=slopes,
             kv=self._kv[layer],
             kv_format=self.kv_format,
+            qkv_bias=self._vector(p + "attn.wqkv.bias") if spec.qkv_bias else None,
+            out_bias=self._vector(p + "attn.wo.bias") if spec.out_bias else None,
+            sinks=self._vector(p + "attn.sinks") if spec.sinks else None,
+            window=spec.window,
+            norm_after_rotation=spec.qk_norm is not None and spec.qk_norm.after_rotation,
         )
 
     def _ffn(self, layer: int) -> FFNArgs:
@@ -237,6 +244,10 @@ class CompiledModel:
         return parameter
 
     def _norm(self, name: str, spec: NormSpec) -> NormArgs:
-        weight = self.parameters[name]
-        assert isinstance(weight, np.ndarray), f"{name} is a vector"
-        return NormArgs(weight, spec.kind, spec.eps)
+        bias = self._vector(name.removesuffix("weight") + "bias") if spec.bias else None
+        return NormArgs(self._vector(name), spec.kind, spec.eps, bias)
+
+    def _vector(self, name: str) -> Floats:
+        vector = self.parameters[name]
+        assert isinstance(vector, np.ndarray), f"{name} is a vector"
+        return vector

@@ -27,7 +27,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 def decays(name: str) -> bool:
     """True for the parameters that weight decay pulls on: matrices, tables and experts."""
-    return not name.endswith("norm.weight") and ".router." not in name and ".fuse." not in name
+    return not name.endswith(("norm.weight", ".bias", ".sinks")) and ".router." not in name and ".fuse." not in name
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:

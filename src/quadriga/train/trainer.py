@@ -390,9 +390,13 @@ class Trainer:
     def _flops(self, batches: Sequence[Batch]) -> float:
         """Forward and backward of this rank's rows: 3 x (2 x active parameters + attention over what is seen)."""
         config = self.model.config
-        seen = float(sum(int(batch.positions.sum()) + len(batch.positions) for batch in batches))
         n_tokens = sum(len(batch.tokens) for batch in batches)
-        return 3.0 * (2 * self._active * n_tokens + cost.attention_flops(config, 1) * seen)
+        attention = 0.0
+        for layer, n in config.kinds().items():
+            window = layer.mixer.window
+            lengths = ((batch.positions + 1).clamp(max=window) for batch in batches)
+            attention += n * 4 * layer.mixer.q_dim * float(sum(int(seen.sum()) for seen in lengths))
+        return 3.0 * (2 * self._active * n_tokens + attention)
 
     def _tell(self, text: str) -> None:
         for listener in self.listeners:

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "38da4c9cd57b5fe29348a2dc364067e9fab5429ad2bf107127cee37e160e4113"
+HEADER_SHA256 = "754483e5e806f5d69e876deac7460a9296bd14a3531334a55dceebc3490cf277"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -134,6 +134,7 @@ class Norm(c.Structure):
         ("weight", c.c_void_p),
         ("kind", c.c_int32),
         ("eps", c.c_float),
+        ("bias", c.c_void_p),
     ]
 
 
@@ -169,6 +170,13 @@ class Attention(c.Structure):
         ("inverse_frequencies", c.c_void_p),
         ("alibi_slopes", c.c_void_p),
         ("kv", c.c_void_p),
+        ("qkv_bias", c.c_void_p),
+        ("out_bias", c.c_void_p),
+        ("sinks", c.c_void_p),
+        ("window", c.c_int32),
+        ("rotary_dim", c.c_int32),
+        ("rotary_scale", c.c_float),
+        ("norm_after_rotation", c.c_int32),
     ]
 
 
@@ -205,6 +213,7 @@ class Head(c.Structure):
         ("norm", Norm),
         ("weight", Matrix),
         ("logit_scale", c.c_float),
+        ("bias", c.c_void_p),
     ]
 
 

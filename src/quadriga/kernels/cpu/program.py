@@ -28,11 +28,12 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class NormArgs:
-    """A norm's weight (D,) float32, kind ("layer" or "rms") and epsilon."""
+    """A norm's weight (D,) float32, kind ("layer" or "rms") and epsilon, and its bias (D,) float32 if it has one."""
 
     weight: Floats
     kind: str
     eps: float
+    bias: Floats | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,19 @@ class AttentionArgs:
     score_scale: float
     soft_cap: float | None
     inverse_frequencies: Floats | None
-    """(d/2,) float32, or None where positions are not rotary."""
+    """(pairs,) float32, of the first numbers of every head; None where positions are not rotary."""
     alibi_slopes: Floats | None
     """(H,) float32."""
     kv: NDArray[np.uint8]
     """This layer's blocks, ``n_blocks * quant.packed.kv_block_bytes``, zeroed."""
     kv_format: str
+    qkv_bias: Floats | None = None
+    out_bias: Floats | None = None
+    sinks: Floats | None = None
+    """(H,) float32."""
+    window: int | None = None
+    rotary_scale: float = 1.0
+    norm_after_rotation: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +178,13 @@ class Program:
             inverse_frequencies=self._floats(a.inverse_frequencies),
             alibi_slopes=self._floats(a.alibi_slopes),
             kv=a.kv.ctypes.data,
+            qkv_bias=self._floats(a.qkv_bias),
+            out_bias=self._floats(a.out_bias),
+            sinks=self._floats(a.sinks),
+            window=a.window or 0,
+            rotary_dim=0 if a.inverse_frequencies is None else 2 * a.inverse_frequencies.size,
+            rotary_scale=a.rotary_scale,
+            norm_after_rotation=a.norm_after_rotation,
         )
         self._keep.append(a.kv)
         for kind in (Op.QKV, Op.ATTEND, Op.ATTN_OUT):
@@ -204,9 +219,9 @@ class Program:
         )
         self._add(Op.FFN, op)
 
-    def head(self, norm: NormArgs, weight: Packed, logit_scale: float) -> None:
+    def head(self, norm: NormArgs, weight: Packed, logit_scale: float, bias: Floats | None = None) -> None:
         """Norm and logits of the rows a batch asks for."""
-        self._add(Op.HEAD, bindings.Head(self._norm(norm), self._matrix(weight), logit_scale))
+        self._add(Op.HEAD, bindings.Head(self._norm(norm), self._matrix(weight), logit_scale, self._floats(bias)))
 
     def run(self, batch: Batch) -> Floats:
         """One pass over a batch; its keys and values are stored in its blocks.
@@ -244,7 +259,9 @@ class Program:
     def hidden(self, n_tokens: int, norm: NormArgs) -> Floats:
         """(n_tokens, D) float32: the last pass's states after all layers, normed."""
         out, weight = np.empty((n_tokens, self.d_model), dtype=np.float32), np.ascontiguousarray(norm.weight)
-        spec = bindings.Norm(weight.ctypes.data, cpu.NORMS[norm.kind], norm.eps)
+        bias = None if norm.bias is None else np.ascontiguousarray(norm.bias)
+        place = None if bias is None else bias.ctypes.data
+        spec = bindings.Norm(weight.ctypes.data, cpu.NORMS[norm.kind], norm.eps, place)
         source, norm_rows = self._hidden.ctypes.data, self.context.lib.qd_norm_rows
         self.context.call(norm_rows, spec, source, n_tokens, self.d_model, out.ctypes.data)
         return out
@@ -276,7 +293,7 @@ class Program:
     def _norm(self, norm: NormArgs | None) -> bindings.Norm:
         if norm is None:
             return bindings.Norm()
-        return bindings.Norm(self._floats(norm.weight), cpu.NORMS[norm.kind], norm.eps)
+        return bindings.Norm(self._floats(norm.weight), cpu.NORMS[norm.kind], norm.eps, self._floats(norm.bias))
 
     def _floats(self, values: Floats | None) -> int | None:
         if values is None:

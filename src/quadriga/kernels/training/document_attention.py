@@ -2,7 +2,7 @@
 
     for every block of 128 queries, over the keys from its first document's start to the block's end:
         S = scale q k^T                                 (G * 128, keys), G queries heads a key head
-        P = softmax(cap(S) + alibi), each query over its own document up to itself;   out = P v
+        P = softmax(cap(S) + alibi), each query over its own document, or a window of it, up to itself;   out = P v
 
 So the work is that of the causal triangle of each document, and of what lies within one block. Nothing but q, k and v
 is kept for the backward pass, which computes P again: the softmax costs less here than reading the stored matrix would.
@@ -35,8 +35,11 @@ def document_attention(
     scale: float,
     soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Causal grouped-query attention of each document with itself; see ``ops.attention`` for the formula.
+
+    Sinks are not done here: the softmax between the products knows no logit without a key.
 
     Args:
         q: (N, H, d). k, v: (N, K, d).
@@ -47,7 +50,7 @@ def document_attention(
         (N, H, d).
     """
     assert bounds[0] == 0 and bounds[-1] == q.shape[0], "documents cover every token"
-    out: Tensor = _DocumentAttention.apply(q, k, v, bounds, scale, soft_cap, alibi_slopes)  # type: ignore[no-untyped-call]
+    out: Tensor = _DocumentAttention.apply(q, k, v, bounds, scale, soft_cap, alibi_slopes, window)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -62,6 +65,7 @@ class _Scores:
         scale: float,
         soft_cap: float | None,
         alibi_slopes: Tensor | None,
+        window: int | None,
     ) -> None:
         n, n_heads, d = q.shape
         self.n_kv_heads = k.shape[1]
@@ -72,13 +76,16 @@ class _Scores:
         self.soft_cap = soft_cap
         self.slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
         lengths = torch.tensor([last - first for first, last in itertools.pairwise(bounds)])
-        self.starts = torch.tensor(bounds[:-1]).repeat_interleave(lengths)  # (N,) where each token's document begins
+        # (N,) the first key of each token: where its document begins, or its window
+        self.starts = torch.tensor(bounds[:-1]).repeat_interleave(lengths)
+        if window is not None:
+            self.starts = torch.maximum(self.starts, torch.arange(n) - window + 1)
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor, int]]:
         """(queries, keys, the first key of each query's own document, the key that query 0 is) of every block.
 
-        Blocks lie on a grid, whatever the documents; a block's keys begin on the grid too, at or before the document
-        that its first query is in. So few shapes occur, and oneDNN compiles its products for each but once.
+        Blocks lie on a grid, whatever the documents; a block's keys begin on the grid too, at or before the first key
+        that its first query sees. So few shapes occur, and oneDNN compiles its products for each but once.
         """
         n = len(self.starts)
         for start in range(0, n, _QUERIES):
@@ -117,8 +124,9 @@ class _DocumentAttention(torch.autograd.Function):
         scale: float,
         soft_cap: float | None,
         alibi_slopes: Tensor | None,
+        window: int | None,
     ) -> Tensor:
-        scores = _Scores(q, k, bounds, scale, soft_cap, alibi_slopes)
+        scores = _Scores(q, k, bounds, scale, soft_cap, alibi_slopes, window)
         values = v.transpose(0, 1).contiguous()  # (K, N, d)
         out = torch.empty_like(scores.q)
         for queries, keys, lows, offset in scores.blocks():
@@ -126,14 +134,14 @@ class _DocumentAttention(torch.autograd.Function):
             mixed = torch.bmm(p, values[:, keys])
             out[:, queries] = mixed.view(scores.n_kv_heads, -1, scores.group, mixed.shape[-1])
         ctx.save_for_backward(q, k, v, alibi_slopes)
-        ctx.bounds, ctx.scale, ctx.soft_cap = bounds, scale, soft_cap
+        ctx.bounds, ctx.scale, ctx.soft_cap, ctx.window = bounds, scale, soft_cap, window
         return out.transpose(0, 1).reshape(q.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, alibi_slopes = ctx.saved_tensors
-        scores = _Scores(q, k, ctx.bounds, ctx.scale, ctx.soft_cap, alibi_slopes)
+        scores = _Scores(q, k, ctx.bounds, ctx.scale, ctx.soft_cap, alibi_slopes, ctx.window)
         values = v.transpose(0, 1).contiguous()
         by_head = d_out.reshape(len(q), scores.n_kv_heads, scores.group, -1).transpose(0, 1).contiguous()
         dq, dk, dv = torch.empty_like(scores.q), torch.zeros_like(scores.k), torch.zeros_like(values)
@@ -149,4 +157,4 @@ class _DocumentAttention(torch.autograd.Function):
             dq[:, queries] = mixed.view(scores.n_kv_heads, -1, scores.group, mixed.shape[-1])
             dk[:, keys].baddbmm_(ds.transpose(1, 2), scores.rows(scores.q, queries))
         dq = dq.transpose(0, 1).reshape(q.shape) * ctx.scale
-        return dq, dk.transpose(0, 1), dv.transpose(0, 1), None, None, None, None
+        return dq, dk.transpose(0, 1), dv.transpose(0, 1), None, None, None, None, None

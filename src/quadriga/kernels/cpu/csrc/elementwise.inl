@@ -17,9 +17,9 @@ QD_INLINE void store_part(float* x, int64_t n, vf value) {
   std::memcpy(x, part, size_t(n) * 4);
 }
 
-void norm(int kind, float eps, const float* weight, const float* x, int64_t d, float* out) {
+void norm(const qd_norm& spec, const float* x, int64_t d, float* out) {
   float mean = 0.0f;
-  if (kind == QD_NORM_KIND_LAYER) {
+  if (spec.kind == QD_NORM_KIND_LAYER) {
     vf total = all(0.0f);
     for (int64_t i = 0; i < d; i += 16) total = total + load_part(x + i, d - i, 0.0f);
     mean = sum(total) / float(d);
@@ -29,10 +29,12 @@ void norm(int kind, float eps, const float* weight, const float* x, int64_t d, f
     const vf centred = load_part(x + i, d - i, mean) - all(mean);
     squares = fma(centred, centred, squares);
   }
-  const vf factor = all(1.0f / std::sqrt(sum(squares) / float(d) + eps));
+  const vf factor = all(1.0f / std::sqrt(sum(squares) / float(d) + spec.eps));
   for (int64_t i = 0; i < d; i += 16) {
     const vf centred = load_part(x + i, d - i, mean) - all(mean);
-    store_part(out + i, d - i, centred * factor * load_part(weight + i, d - i, 0.0f));
+    vf normed = centred * factor * load_part(spec.weight + i, d - i, 0.0f);
+    if (spec.bias) normed = normed + load_part(spec.bias + i, d - i, 0.0f);
+    store_part(out + i, d - i, normed);
   }
 }
 

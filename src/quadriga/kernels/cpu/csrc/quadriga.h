@@ -76,6 +76,7 @@ typedef struct {
   const float* weight; /* (D,); NULL: no norm */
   int32_t kind;
   float eps;
+  const float* bias; /* (D,) or NULL: added at the end */
 } qd_norm;
 
 typedef struct {
@@ -92,9 +93,17 @@ typedef struct {
   float clip;                  /* 0: none */
   float residual_scale;        /* of what is added to the residual stream */
   float score_scale, soft_cap; /* soft_cap 0: none */
-  const float* inverse_frequencies; /* (d/2,) or NULL where positions are not rotary */
+  const float* inverse_frequencies; /* (rotary_dim/2,) or NULL where positions are not rotary */
   const float* alibi_slopes;        /* (H,) or NULL */
   uint8_t* kv;                      /* this layer's blocks: n_blocks x K x qd_kv_bytes(format, d) */
+
+  const float* qkv_bias;    /* (H d + 2 K d,) or NULL: added to the projection, before all else */
+  const float* out_bias;    /* (D,) or NULL */
+  const float* sinks;       /* (H,) or NULL: logits that take part in the softmax and have no value */
+  int32_t window;           /* keys a query sees, its own included; 0: all. Blocks it does not see are not read */
+  int32_t rotary_dim;       /* numbers of a head that turn, the first ones */
+  float rotary_scale;       /* of cos and sin */
+  int32_t norm_after_rotation;
 } qd_attention;
 
 typedef struct {
@@ -119,6 +128,7 @@ typedef struct {
   qd_norm norm;
   qd_matrix weight; /* (V, D) */
   float logit_scale;
+  const float* bias; /* (V,) or NULL: added before the scale */
 } qd_head;
 
 /* What one forward pass is given. Sequence s owns tokens [starts[s], starts[s+1]), which end its positions. */
