@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quadriga.kernels.arrays import tensor
-from quadriga.kernels.ops import AdaptedPart, Routing
+from quadriga.kernels.ops import AdaptedPart, Choice, Routing
 
 _QUERY_BLOCK = 512
 """Query rows scored at a time where torch has no fused kernel: bounds the (H, T, S) score matrix."""
@@ -91,15 +91,45 @@ def attention(
     return torch.cat(blocks, dim=3).reshape(q.shape)
 
 
-def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None, bias: Tensor | None = None) -> Routing:
+def route(
+    x: Tensor, weight: Tensor, how: Choice, bias: Tensor | None = None, correction: Tensor | None = None
+) -> Routing:
     logits = F.linear(_wide(x), _wide(weight))
-    probs = logits.softmax(dim=-1)
-    # A stable sort, not topk: equal probabilities must take the lower expert id on every device and batch size.
-    ids = (probs if bias is None else probs + bias).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    chosen = probs.gather(1, ids)
-    if normalize_p is not None:
-        chosen = chosen / torch.linalg.vector_norm(chosen, ord=normalize_p, dim=-1, keepdim=True)
-    return Routing(ids, chosen, probs, logits)
+    if bias is not None:
+        logits = logits + bias
+    scores = score(logits, how)
+    # A stable sort, not topk: equal scores must take the lower expert id on every device and batch size.
+    ids = standing(scores, how, correction).sort(dim=-1, descending=True, stable=True).indices[:, : how.top_k]
+    chosen = scores.gather(1, ids)
+    probs = scores if how.score == "softmax" else scores / scores.sum(-1, keepdim=True)
+    return Routing(ids, weigh(chosen, how), probs, logits)
+
+
+def score(logits: Tensor, how: Choice) -> Tensor:
+    """Scores (N, E) of all experts."""
+    return logits.softmax(dim=-1) if how.score == "softmax" else logits.sigmoid()
+
+
+def standing(scores: Tensor, how: Choice, correction: Tensor | None) -> Tensor:
+    """(N, E) what experts are chosen by: corrected scores, -infinity in closed groups."""
+    by = scores if correction is None else scores + correction
+    if how.n_groups == 1:
+        return by
+    groups = by.view(*by.shape[:-1], how.n_groups, -1)
+    worth = groups.topk(2, dim=-1).values.sum(-1)
+    best = worth.sort(dim=-1, descending=True, stable=True).indices[:, : how.top_k_groups]
+    is_open = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, best, True)
+    return groups.masked_fill(~is_open[..., None], float("-inf")).flatten(-2)
+
+
+def weigh(chosen: Tensor, how: Choice) -> Tensor:
+    """Weights (N, k) from the scores of the chosen."""
+    if how.normalize_p is not None:
+        norm = torch.linalg.vector_norm(chosen, ord=how.normalize_p, dim=-1, keepdim=True)
+        if how.normalize_eps or how.normalize_min:
+            norm = (norm + how.normalize_eps).clamp(min=how.normalize_min)
+        chosen = chosen / norm
+    return chosen if how.scale == 1 else chosen * how.scale
 
 
 def experts(
@@ -119,7 +149,7 @@ def experts(
     sizes = None if _fits_grouped_mm(w_gate, w_down) else counts.tolist()
     gathered = x[order // top_k]
     gate = _grouped_linear(gathered, w_gate, counts, sizes)
-    hidden = activate(gate, activation) * _grouped_linear(gathered, w_up, counts, sizes)
+    hidden = gated(gate, _grouped_linear(gathered, w_up, counts, sizes), activation)
     y = _grouped_linear(hidden, w_down, counts, sizes)
     outputs = torch.empty_like(gathered).index_copy(0, order, y)  # back to (token, slot) order
     combine = combine.to(x.dtype)[:, None, :]  # (N, 1, k)
@@ -153,6 +183,17 @@ def activate(x: Tensor, activation: str) -> Tensor:
             return F.relu(x)
         case _:
             raise AssertionError(f"ModelConfig lets no activation {activation!r} through")
+
+
+CLAMP, CLAMPED_SLOPE = 7.0, 1.702
+"""Of clamped_glu."""
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    if activation != "clamped_glu":
+        return activate(gate, activation) * up
+    g, u = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP)
+    return (u + 1) * (g * torch.sigmoid(CLAMPED_SLOPE * g))
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

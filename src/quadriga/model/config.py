@@ -7,6 +7,7 @@
     │   │   │   └── scaling    LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | FactorScaling | None
     │   │   └── qk_norm    QKNormSpec | None              norms of q and k
     │   ├── ffn     DenseSpec | MoESpec    one feed-forward network, or a router over many
+    │   │   └── shared     DenseSpec | None    of a mixture: the network that every token visits besides
     │   └── norm    NormSpec               LayerNorm or RMSNorm, and its epsilon
     └── final_norm  NormSpec
 
@@ -26,8 +27,9 @@ from typing import Any, Literal
 
 from quadriga.errors import ConfigError
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-"""The non-linearity of a feed-forward network. ``gelu`` is the exact erf form, ``gelu_tanh`` jax's and GPT-2's."""
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_glu"]
+"""The non-linearity of a feed-forward network. ``gelu`` is the exact erf form, ``gelu_tanh`` jax's and GPT-2's.
+``clamped_glu`` is a gated unit as a whole, gpt-oss's: (u + 1) g sigmoid(1.702 g), g = min(gate, 7), u = up in +-7."""
 
 Aggregate = Literal["weighted_sum", "vote", "fuse"]
 """How the chosen experts' outputs become one vector; see ``nn.moe``."""
@@ -333,11 +335,25 @@ class DenseSpec:
     def __post_init__(self) -> None:
         _require_positive("ffn", d_ff=self.d_ff)
         _require_activation(self.activation)
+        _require(self.gated or self.activation != "clamped_glu", "the activation clamped_glu needs a gated network")
+
+
+Score = Literal["softmax", "sigmoid"]
+"""How logits become scores: each against all others, or each by itself (DeepSeek-V3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoESpec:
-    """A router over ``n_experts`` gated networks of which each token visits ``top_k``; dropless."""
+    """A router over ``n_experts`` gated networks of which each token visits ``top_k``; dropless.
+
+    score   = softmax(logits) or sigmoid(logits)               logits = W x, plus a bias with ``router_bias``
+    choice  = the top_k of score (+ correction), within the best ``top_k_groups`` of ``n_groups`` groups
+    weight  = score of the chosen, divided by their norm, times ``routed_scale``
+    out     = sum of weight * expert(x)  (+ shared(x), with ``shared_gate`` times sigmoid(w x))
+
+    A softmax over the chosen logits alone (Mixtral, gpt-oss) is ``softmax`` with ``normalize_p`` 1: the sum over all
+    experts cancels.
+    """
 
     d_ff: int
     n_experts: int
@@ -350,9 +366,31 @@ class MoESpec:
     """Strength of the load-balancing loss in the checkpoint's own convention; used by training only."""
     jitter_eps: float | None = None
     """Training only: the router's input (and nothing else) is multiplied by U(1-eps, 1+eps)."""
+    score: Score = "softmax"
+    normalize_eps: float = 0.0
+    """Added to the norm before dividing by it (DeepSeek: 1e-20, LFM2: 1e-6)."""
+    normalize_min: float = 0.0
+    """The least that is divided by (ERNIE: 1e-12)."""
+    routed_scale: float = 1.0
+    """What the chosen weights are multiplied by at last."""
+    correction: bool = False
+    """True: a bias on the scores for the choice alone, stored with the model and trained by no gradient."""
+    n_groups: int = 1
+    """The experts in this many groups of neighbours, of which only the best ``top_k_groups`` are chosen from; a group
+    is as good as the sum of its two best scores (DeepSeek-V3)."""
+    top_k_groups: int = 1
+    router_bias: bool = False
+    """True: a bias on the router's logits."""
+    expert_bias: bool = False
+    """True: biases on gate, up and down of every routed expert."""
+    shared: DenseSpec | None = None
+    """A gated network beside the routed ones; several shared experts are one of their widths together."""
+    shared_gate: bool = False
+    """True: the shared network's output is multiplied by the sigmoid of a linear form of x (Qwen2-MoE)."""
 
     def __post_init__(self) -> None:
-        _require_positive("ffn", d_ff=self.d_ff, n_experts=self.n_experts, top_k=self.top_k)
+        sizes = {"d_ff": self.d_ff, "n_experts": self.n_experts, "top_k": self.top_k}
+        _require_positive("ffn", **sizes, n_groups=self.n_groups, top_k_groups=self.top_k_groups)
         _require(
             self.top_k <= self.n_experts,
             f"top_k must not exceed n_experts: got top_k={self.top_k}, n_experts={self.n_experts}",
@@ -369,10 +407,29 @@ class MoESpec:
         _require_number("ffn", above=-1e-30, aux_loss_weight=self.aux_loss_weight)
         if self.jitter_eps is not None:
             _require_number("ffn", above=-1e-30, jitter_eps=self.jitter_eps)
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        _require(self.score in ("softmax", "sigmoid"), f"ffn.score must be 'softmax' or 'sigmoid', got {self.score!r}")
+        _require_number("ffn", above=-1e-30, normalize_eps=self.normalize_eps, normalize_min=self.normalize_min)
+        _require_number("ffn", routed_scale=self.routed_scale)
+        size = self.n_experts // self.n_groups
+        _require(
+            self.n_groups == 1 or (self.n_experts % self.n_groups == 0 and size >= 2),
+            f"n_groups must part the experts into equal groups of two or more: got n_experts={self.n_experts}, "
+            f"n_groups={self.n_groups}",
+        )
+        _require(
+            self.top_k_groups <= self.n_groups and self.top_k <= self.top_k_groups * size,
+            f"the chosen groups must exist and hold top_k experts: got n_groups={self.n_groups} of {size} experts, "
+            f"top_k_groups={self.top_k_groups}, top_k={self.top_k}",
+        )
+        _require(self.shared is None or self.shared.gated, "the shared network of a mixture must be gated")
+        _require(self.shared is not None or not self.shared_gate, "shared_gate needs a shared network")
 
 
 def _require_activation(activation: str) -> None:
-    known = ("silu", "gelu", "gelu_tanh", "relu")
+    known = ("silu", "gelu", "gelu_tanh", "relu", "clamped_glu")
     _require(activation in known, f"activation must be one of {', '.join(known)}; got {activation!r}")
 
 

@@ -113,7 +113,10 @@ def _layer_from_json(own: dict[str, Any]) -> LayerSpec:
         if mixer.get("qk_norm") is not None:
             mixer["qk_norm"] = _spec(QKNormSpec, mixer["qk_norm"])
     own["mixer"] = _tagged(_MIXERS, mixer, "mixer")
-    own["ffn"] = _tagged(_FFNS, own.get("ffn"), "ffn")
+    ffn = own.get("ffn")
+    if isinstance(ffn, dict) and ffn.get("shared") is not None:
+        ffn = {**ffn, "shared": _spec(DenseSpec, ffn["shared"])}
+    own["ffn"] = _tagged(_FFNS, ffn, "ffn")
     own["norm"] = _spec(NormSpec, own.get("norm"))
     layer: LayerSpec = _build(LayerSpec, own)
     return layer

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import ModelConfig, MoESpec
-from quadriga.model.weight_map import Shape, layer_shapes, parameter_shapes
+from quadriga.model.weight_map import Shape, layer_shapes, parameter_shapes, stays_float32
 from quadriga.quant import formats
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -33,7 +33,7 @@ class WeightFormat:
     tables: str
     """The embedding table and the head."""
     rest: str
-    """Norms and router."""
+    """Norms, routers and biases."""
 
 
 FORMATS = {
@@ -166,13 +166,13 @@ def _parameters(config: ModelConfig) -> Iterator[_Part]:
             yield _Part(name, shape, shape, 1)
     for layer, copies in config.kinds().items():
         for name, shape in layer_shapes(layer, config.d_model).items():
-            stacked = layer.moe is not None and len(shape) == 3
+            stacked = len(shape) == 3 or ".b_" in name  # a matrix or a bias an expert
             used = (layer.moe.top_k, *shape[1:]) if layer.moe is not None and stacked else shape
             yield _Part(name, shape, used, copies)
 
 
 def _bytes(name: str, shape: Shape, form: WeightFormat) -> int:
-    if len(shape) == 1 or name.endswith("router.weight"):
+    if len(shape) == 1 or stays_float32(name):
         stored = formats.FORMATS[form.rest]
     else:
         stored = formats.FORMATS[form.tables if name in ("embed.weight", "lm_head.weight") else form.matrices]

@@ -19,6 +19,8 @@ Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, 
     layers.{i}.ffn.w_gate|w_up (F, D), w_down (D, F)                               (dense; w_gate only if gated)
     layers.{i}.moe.router.weight (E, D), moe.w_gate|w_up (E, F, D), moe.w_down (E, D, F)             (experts)
     layers.{i}.moe.fuse.weight (E,)          (aggregate "fuse" only)
+    layers.{i}.moe.router.bias (E,), moe.router.correction (E,), moe.b_gate|b_up (E, F), moe.b_down (E, D)   (biases)
+    layers.{i}.moe.shared.w_gate|w_up (S, D), moe.shared.w_down (D, S), moe.shared_gate (D,)    (S: the shared width)
     final_norm.weight (D,)                   lm_head.weight (V, D) (unless tied), lm_head.bias (V,) (head_bias only)
     beside every norm's weight its bias (D,) where the NormSpec has one
 
@@ -111,15 +113,36 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
             shapes["ffn.w_up"] = (ffn.d_ff, d)
             shapes["ffn.w_down"] = (d, ffn.d_ff)
         case MoESpec():
-            shapes["moe.router.weight"] = (ffn.n_experts, d)
-            shapes["moe.w_gate"] = (ffn.n_experts, ffn.d_ff, d)
-            shapes["moe.w_up"] = (ffn.n_experts, ffn.d_ff, d)
-            shapes["moe.w_down"] = (ffn.n_experts, d, ffn.d_ff)
-            if ffn.aggregate == "fuse":
-                shapes["moe.fuse.weight"] = (ffn.n_experts,)
+            shapes.update(_mixture_shapes(ffn, d))
     if layer.post_norms:
         shapes |= _norm_shapes("ffn_post_norm", layer.norm, d)
     return shapes
+
+
+def _mixture_shapes(ffn: MoESpec, d: int) -> dict[str, Shape]:
+    n = ffn.n_experts
+    shapes: dict[str, Shape] = {"moe.router.weight": (n, d)}
+    if ffn.router_bias:
+        shapes["moe.router.bias"] = (n,)
+    if ffn.correction:
+        shapes["moe.router.correction"] = (n,)
+    shapes |= {"moe.w_gate": (n, ffn.d_ff, d), "moe.w_up": (n, ffn.d_ff, d), "moe.w_down": (n, d, ffn.d_ff)}
+    if ffn.expert_bias:
+        shapes |= {"moe.b_gate": (n, ffn.d_ff), "moe.b_up": (n, ffn.d_ff), "moe.b_down": (n, d)}
+    if ffn.aggregate == "fuse":
+        shapes["moe.fuse.weight"] = (n,)
+    if ffn.shared is not None:
+        width = ffn.shared.d_ff
+        shapes |= {"moe.shared.w_gate": (width, d), "moe.shared.w_up": (width, d), "moe.shared.w_down": (d, width)}
+        if ffn.shared_gate:
+            shapes["moe.shared_gate"] = (d,)
+    return shapes
+
+
+def stays_float32(name: str) -> bool:
+    """True for matrices that are never packed into fewer bits: a router, whose rounding changes which experts a token
+    visits, and the biases of experts, one row an expert, which are added and not multiplied with."""
+    return name.endswith(("router.weight", "moe.b_gate", "moe.b_up", "moe.b_down"))
 
 
 def source_shapes(pieces: Iterable[Piece]) -> dict[str, Shape]:

@@ -150,6 +150,7 @@ class Trainer:
         """Everything that is saved as tensors, the tensors themselves."""
         found: dict[str, Tensor] = {}
         found |= {f"parameter/{name}": p for name, p in self.masters.by_name.items()}
+        found |= {f"parameter/{name}": buffer for name, buffer in self.model.named_buffers()}  # corrections of routers
         found |= {f"optimiser/{name}": value for name, value in self.optimiser.state().items()}
         found |= {f"ema/{name}": value for name, value in self.averages.items()}
         if self.balancer is not None:

@@ -38,7 +38,7 @@ class LoraSection(Section, frozen=True):
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ("attention",)
-    """attention, router, experts, ffn, embeddings, head."""
+    """attention, router, experts, shared, ffn, embeddings, head."""
     dropout: float = 0.0
     start: str | None = None
     """An adapter to go on from; its own rank, alpha and targets then hold."""

@@ -71,6 +71,34 @@ class AttentionArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChoiceArgs:
+    """How a router's logits become a choice and weights; see ``ops.Choice``."""
+
+    score: str = "softmax"
+    n_groups: int = 1
+    top_k_groups: int = 1
+    normalize_eps: float = 0.0
+    normalize_min: float = 0.0
+    scale: float = 1.0
+    bias: Floats | None = None
+    """(E,) added to the logits."""
+    correction: Floats | None = None
+    """(E,) added to the scores for the choice alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedArgs:
+    """The gated network of a mixture that every token visits."""
+
+    gate: Packed
+    up: Packed
+    down: Packed
+    activation: str
+    weight: Packed | None
+    """(1, D) float32: the sigmoid of its product with x weighs the output; None: 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FFNArgs:
     """Everything ``Program.ffn`` needs of one layer. A dense network is one expert without a router."""
 
@@ -89,6 +117,10 @@ class FFNArgs:
     layer: int
     store: int | None = None
     """Handle of an ``ops.expert_store.ExpertStore``, where experts are on disk."""
+    choice: ChoiceArgs = ChoiceArgs()
+    biases: tuple[Floats, Floats, Floats] | None = None
+    """Of gate and up (E, F) and down (E, D) of the experts."""
+    shared: SharedArgs | None = None
 
 
 @dataclass(frozen=True)
@@ -216,8 +248,35 @@ class Program:
             weights=None if routing is None else routing.weights.ctypes.data,
             logits=None if routing is None else routing.logits.ctypes.data,
             store=a.store,
+            **self._mixture(a),
         )
         self._add(Op.FFN, op)
+
+    def _mixture(self, a: FFNArgs) -> dict[str, Any]:
+        """The fields of a mixture beyond a softmax over experts without biases."""
+        choice, shared = a.choice, a.shared
+        fields: dict[str, Any] = {
+            "score": cpu.SCORES[choice.score],
+            "n_groups": choice.n_groups,
+            "top_k_groups": choice.top_k_groups,
+            "normalize_eps": choice.normalize_eps,
+            "normalize_min": choice.normalize_min,
+            "routed_scale": choice.scale,
+            "router_bias": self._floats(choice.bias),
+            "correction": self._floats(choice.correction),
+        }
+        if a.biases is not None:
+            gate, up, down = (np.pad(bias, ((0, 0), (0, -bias.shape[1] % 16))) for bias in a.biases)
+            fields |= {"gate_bias": self._floats(gate), "up_bias": self._floats(up), "down_bias": self._floats(down)}
+        if shared is not None:
+            fields |= {
+                "shared_gate": self._matrix(shared.gate),
+                "shared_up": self._matrix(shared.up),
+                "shared_down": self._matrix(shared.down),
+                "shared_weight": self._matrix(shared.weight),
+                "shared_activation": cpu.ACTIVATIONS[shared.activation],
+            }
+        return fields
 
     def head(self, norm: NormArgs, weight: Packed, logit_scale: float, bias: Floats | None = None) -> None:
         """Norm and logits of the rows a batch asks for."""

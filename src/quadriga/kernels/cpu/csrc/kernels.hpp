@@ -46,8 +46,11 @@ struct Kernels {
   // hidden[i] = activation(gate[i]) * up[i], or activation(up[i]) without a gate; n a multiple of 16
   void (*activate)(int activation, const float* gate, const float* up, int64_t n, float* hidden);
   void (*add_scaled)(float* sum, const float* x, float scale, int64_t n);  // sum += scale * x; n a multiple of 16
-  // logits -> probabilities over n in place of n padded to 16s
-  void (*softmax)(float* x, int64_t n);
+  // logits -> softmax or sigmoid (a qd_score), in place
+  void (*scores)(int kind, float* x, int64_t n);
+  // ids of the k largest of n <= QD_MOST_EXPERTS numbers, the largest first, of equal ones the lower; x, padded to 16s,
+  // is overwritten
+  void (*top_k)(float* x, int64_t n, int k, int32_t* ids);
   void (*row_stats)(const float* x, int64_t n, int32_t* best, float* log_sum);
   void (*attend)(const AttendChunk&);
   // (max, sum, out) of one row gets another chunk's; d padded to 16
