@@ -33,6 +33,49 @@ _PLAIN = LayerSpec(
     ffn=DenseSpec(d_ff=96, activation="gelu", gated=False),
 )
 
+_SIGMOID = LayerSpec(
+    norm=_NORM,
+    mixer=_ROPE,
+    ffn=MoESpec(
+        d_ff=88,
+        n_experts=6,
+        top_k=2,
+        activation="silu",
+        score="sigmoid",
+        correction=True,
+        n_groups=3,
+        top_k_groups=2,
+        normalize_eps=1e-3,
+        routed_scale=1.7,
+        shared=DenseSpec(d_ff=104, activation="gelu"),
+    ),
+)
+_BIASED = LayerSpec(
+    norm=_NORM,
+    mixer=_ROPE,
+    ffn=MoESpec(
+        d_ff=72,
+        n_experts=7,
+        top_k=3,
+        activation="clamped_glu",
+        router_bias=True,
+        expert_bias=True,
+        normalize_min=0.9,
+        shared=DenseSpec(d_ff=40, activation="silu"),
+        shared_gate=True,
+    ),
+)
+
+PIECES = ModelConfig(
+    family="test",
+    vocab_size=97,
+    d_model=48,
+    max_seq_len=160,
+    layers=(_DENSE, _SIGMOID, _BIASED),
+    final_norm=_NORM,
+)
+"""What a mixture can be made of beyond a softmax over experts: scores, corrections, groups, biases, shared networks."""
+
 MIXED = ModelConfig(
     family="test",
     vocab_size=97,

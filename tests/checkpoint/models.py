@@ -96,6 +96,17 @@ TINY: dict[str, ModelConfig] = {
         logit_scale=0.5,
         tied_embeddings=True,
     ),
+    "granitemoeshared": uniform_model(
+        family="granitemoeshared",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        mixer=replace(_ATTN, scale=0.3),
+        ffn=_moe(shared=DenseSpec(d_ff=56, activation="silu")),
+        residual_scale=0.6,
+        embedding_scale=3.0,
+        logit_scale=0.5,
+        tied_embeddings=True,
+    ),
     "mpt": uniform_model(
         family="mpt",
         **_SIZES,

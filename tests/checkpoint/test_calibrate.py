@@ -12,8 +12,8 @@ from quadriga.edits.calibrate import FORMATS, calibrate
 from quadriga.errors import RequestError
 from quadriga.io.directory import packed_shapes
 from quadriga.io.open import Checkpoint, open_checkpoint
-from quadriga.io.packed import is_router
 from quadriga.kernels.arrays import tensor
+from quadriga.model.weight_map import stays_float32
 from quadriga.nn.context import PackedContext
 from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer, random_parameters
@@ -59,13 +59,13 @@ def test_inputs_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
         )
     for i, tokens in enumerate(found.expert_tokens.values()):
         assert tokens == torch.tensor([part[i] for part in counts]).sum(0).tolist()
-    weights = {n for n, shape in packed_shapes(TINY[name]).items() if len(shape) == 2 and not is_router(n)}
+    weights = {n for n, shape in packed_shapes(TINY[name]).items() if len(shape) == 2 and not stays_float32(n)}
     assert weights <= set(found.importance)
 
 
 def test_wider_formats_lose_less_and_every_matrix_is_measured(tmp_path: Path) -> None:
     found = calibrate(checkpoint(tmp_path, "dbrx"), IDS, errors=True)
-    weights = {n for n, shape in packed_shapes(TINY["dbrx"]).items() if len(shape) == 2 and not is_router(n)}
+    weights = {n for n, shape in packed_shapes(TINY["dbrx"]).items() if len(shape) == 2 and not stays_float32(n)}
     assert set(found.candidates) == weights
     for name, options in found.candidates.items():
         error = {c.format: c.error for c in options}

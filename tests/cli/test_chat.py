@@ -207,7 +207,7 @@ def quadriga(*arguments: str, stdin: str | None = None, **options: Any) -> subpr
         (["chat"], 2, "error: standard input was empty"),
         (["generate", "x", "--logit-bias", "abc"], 2, "error: --logit-bias takes TOKEN_ID=BIAS"),
         (["convert", "/no/such/file", "out"], 2, "error: there is no file"),
-        (["pull", "https://example.org/x"], 2, "error: models are not fetched from addresses"),
+        (["pull", "https://example.org/x"], 2, "error: models are not downloaded from addresses"),
         (["models", "show", "nonsense"], 2, "error: 'nonsense' is neither"),
         (["chta"], 2, "No such command 'chta'"),
     ],

@@ -44,7 +44,7 @@ def build(config: dict[str, object]) -> torch.nn.Module:
 def run(name: str, config: dict[str, object]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Logits of the prefill, of the cached decoding and of the padded batch; router outputs of the MoE models."""
     model = build(config)
-    moe = name in ("dbrx", "mixtral", "qwen3moe", "olmoe", "granitemoe")
+    moe = name in ("dbrx", "mixtral", "qwen3moe", "olmoe", "granitemoe", "granitemoeshared")
     ids = torch.tensor([TOKENS])
     out = model(ids, use_cache=False, **({"output_router_logits": True} if moe else {}))
     tensors = {f"{name}.prefill": out.logits[0]}

@@ -97,6 +97,16 @@ TINY = {
         logit_scale=1 / 6,
         tied_embeddings=True,
     ),
+    "granitemoeshared": changed(
+        LLAMA,
+        family="granitemoeshared",
+        mixer=replace(ATTN, head_dim=8, scale=0.3),
+        ffn=replace(MOE, shared=DenseSpec(d_ff=56, activation="silu")),
+        residual_scale=0.22,
+        embedding_scale=7.5,
+        logit_scale=1 / 6,
+        tied_embeddings=True,
+    ),
     "mpt": changed(
         LLAMA,
         family="mpt",
@@ -738,7 +748,7 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe; got 'qwen2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared; got 'qwen2'",
     ):
         config_from_hf({"model_type": "qwen2"})
 
@@ -1010,7 +1020,7 @@ def test_an_old_grok_gguf_has_grok1s_constants():
 def test_gguf_names_are_ggufs_own(name):
     constants = pytest.importorskip("gguf.constants")
     config = TINY[name]
-    arch = {"grok1": "grok", "llama2": "llama", "mixtral": "llama"}.get(name, name)
+    arch = {"grok1": "grok", "llama2": "llama", "mixtral": "llama", "granitemoeshared": "granitemoe"}.get(name, name)
     known = next(a for a, text in constants.MODEL_ARCH_NAMES.items() if text == arch)
     names = {constants.TENSOR_NAMES[t].format(bid=2) + ".weight" for t in constants.MODEL_TENSORS[known]}
     ours = {n for n in gguf_shapes(config) if not n.startswith("blk.") or n.startswith("blk.2.")}
@@ -1160,7 +1170,9 @@ def test_only_the_llama_and_granite_archs_of_gguf_are_interleaved():
     for name, config in TINY.items():
         rotated = {p.source for p in family_of(config).gguf_map(config) if p.rotary_heads}
         expected = {f"blk.{i}.attn_{p}.weight" for i in range(4) for p in "qk"}
-        assert rotated == (expected if name in ("llama2", "mixtral", "granite", "granitemoe") else set())
+        assert rotated == (
+            expected if name in ("llama2", "mixtral", "granite", "granitemoe", "granitemoeshared") else set()
+        )
 
 
 def test_grok_linear_v_is_up_and_linear_1_is_down():

@@ -31,6 +31,7 @@ ALL = {
     "qwen3moe": ("attention", "router", "experts", "embeddings", "head"),
     "olmoe": ("attention", "router", "experts", "embeddings", "head"),
     "granitemoe": ("attention", "router", "experts", "embeddings"),
+    "granitemoeshared": ("attention", "router", "experts", "shared", "embeddings"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }

@@ -104,7 +104,7 @@ def test_routing_is_float32_whatever_the_dtype() -> None:
     x = torch.zeros(1, D, dtype=torch.bfloat16)
     x[0, 0], x[0, 1] = 64.0, 64.0
     assert torch.equal((x @ weight.T)[0, 2], (x @ weight.T)[0, 3])
-    routing = ops.route(x, weight, 1, 1.0)
+    routing = ops.route(x, weight, ops.Choice(top_k=1))
     assert routing.expert_ids.item() == 3
     assert routing.probs.dtype == torch.float32
     assert routing.probs[0, 3] - routing.probs[0, 2] == pytest.approx(0.0624, abs=1e-3)
@@ -137,7 +137,7 @@ def test_jitter_disturbs_the_routers_input_in_training_and_nothing_else() -> Non
 def test_a_bias_moves_the_choice_and_not_the_weights() -> None:
     moe = build()
     free = moe(tokens())[1]
-    moe.router.bias = torch.tensor([0.0, 0.0, 0.0, 0.0, 9.0])
+    moe.router.balancing = torch.tensor([0.0, 0.0, 0.0, 0.0, 9.0])
     _, stats = moe(tokens())
     assert bool((stats.expert_ids == 4).any(1).all()), "it is chosen for every token"
     assert torch.equal(stats.probs, free.probs) and torch.equal(stats.logits, free.logits)

@@ -73,7 +73,7 @@ def test_prefill_and_decode_equal_the_numpy_statement(golden_model: LoadModel, n
     assert error(decode(model), oracle(name)[PREFILL:]) <= bar
 
 
-@pytest.mark.parametrize("name", ["dbrx", "mixtral", "qwen3moe", "olmoe", "granitemoe"])
+@pytest.mark.parametrize("name", ["dbrx", "mixtral", "qwen3moe", "olmoe", "granitemoe", "granitemoeshared"])
 @torch.inference_mode()
 def test_router_probabilities_equal_transformers(golden_model: LoadModel, name: str) -> None:
     stats = prefill(golden_model(name)).router_stats

@@ -28,6 +28,10 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "chosen weights renormalised": ("olmoe", lambda c: c.with_ffn(normalize_p=1.0)),
     "no clipping after the norms": ("olmoe", lambda c: c.with_mixer(clip_qkv=None)),
     "branches added whole": ("granitemoe", lambda c: changed(c, residual_scale=1.0)),
+    "the shared network's activation": (
+        "granitemoeshared",
+        lambda c: c.with_ffn(shared=replace(c.only_moe("this").shared, activation="gelu")),  # type: ignore[type-var]
+    ),
     "scores of the usual scale": ("granite", lambda c: c.with_mixer(scale=None)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),

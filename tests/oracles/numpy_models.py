@@ -204,6 +204,9 @@ def granite(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
             for e, share in zip(chosen, softmax(logits[chosen]), strict=True):
                 gate, up = np.split(w[experts + "input_linear.weight"][e], 2)
                 made += share * (w[experts + "output_linear.weight"][e] @ (silu(gate @ m) * (up @ m)))
+            if c["model_type"] == "granitemoeshared":
+                gate, up = np.split(w[layer + "shared_mlp.input_linear.weight"], 2)
+                made += w[layer + "shared_mlp.output_linear.weight"] @ (silu(gate @ m) * (up @ m))
             h[t] += r * made
     return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h]) / c["logits_scaling"]
 
@@ -281,6 +284,7 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "olmoe": fine_grained,
     "granite": granite,
     "granitemoe": granite,
+    "granitemoeshared": granite,
     "mpt": mpt,
 }
 """Logits by ``model_type``."""

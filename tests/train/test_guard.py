@@ -103,7 +103,7 @@ def test_the_applied_bias_fades_to_zero_at_the_end() -> None:
     shares = []
     for step in range(8):
         balancer.apply(step, 8)
-        bias = model.layers[1].moe.router.bias
+        bias = model.layers[1].moe.router.balancing
         shares.append(0.0 if bias is None else float(bias[0]))
     assert shares == [1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert float(balancer.bias[0, 0]) == 1.0, "what is learned does not fade"

@@ -30,7 +30,7 @@ from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
 from quadriga.kernels.cpu.program import Batch
 from quadriga.model import cost, families
 from quadriga.model.config import ModelConfig
-from quadriga.model.weight_map import layer_shapes, parameter_shapes
+from quadriga.model.weight_map import layer_shapes, parameter_shapes, stays_float32
 from quadriga.quant.packed import PACKED
 from quadriga.runners.compiled import CompiledModel
 
@@ -153,7 +153,7 @@ def random_packed(config: ModelConfig, packed_format: str) -> dict[str, Paramete
         elif len(shape) == 1:
             parameters[name] = np.ones(shape, dtype=np.float32)
         elif len(shape) == 2:
-            parameters[name] = matrix(shape, "float32" if name.endswith("router.weight") else packed_format)
+            parameters[name] = matrix(shape, "float32" if stays_float32(name) else packed_format)
         else:
             parameters[name] = [matrix(shape[1:], packed_format) for _ in range(shape[0])]
     return parameters
@@ -168,7 +168,7 @@ def layer_bytes(config: ModelConfig, packed_format: str, n_tokens: int) -> float
             visited = cost.expected_distinct_experts(layer.moe, n_tokens)
             total += visited * PACKED[packed_format].nbytes_of(*shape[1:])
         elif len(shape) == 2:
-            total += PACKED["float32" if name.endswith("router.weight") else packed_format].nbytes_of(*shape)
+            total += PACKED["float32" if stays_float32(name) else packed_format].nbytes_of(*shape)
     return total
 
 

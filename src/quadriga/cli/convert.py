@@ -118,7 +118,7 @@ def _calibrate(
     from quadriga.hub import catalogue
     from quadriga.io.directory import packed_shapes
     from quadriga.io.open import open_checkpoint
-    from quadriga.io.packed import is_router
+    from quadriga.model.weight_map import stays_float32
     from quadriga.quant.format_choice import choose
 
     checkpoint = open_checkpoint(model, pickles=pickles)
@@ -137,14 +137,14 @@ def _calibrate(
         fixed = {
             name: 4 * shape[0] if len(shape) == 1 else 64 * shape[1] * -(-shape[0] // 16)
             for name, shape in packed_shapes(checkpoint.config).items()
-            if len(shape) == 1 or is_router(name)
+            if len(shape) == 1 or stays_float32(name)
         }
         recipe = choose(found.candidates, budget - sum(fixed.values()))
         count: dict[str, int] = {}
         for form in recipe.values():
             count[form] = count.get(form, 0) + 1
         print(", ".join(f"{n} matrices {form}" for form, n in sorted(count.items())), file=sys.stderr)
-        return {**recipe, **{n: "float32" for n in fixed if is_router(n)}}, found.importance
+        return {**recipe, **{n: "float32" for n in fixed if stays_float32(n)}}, found.importance
     finally:
         checkpoint.close()
 

@@ -192,5 +192,10 @@ def _attention(layer: LayerSpec) -> str:
 def _feed_forward(layer: LayerSpec) -> str:
     ffn = layer.ffn
     if isinstance(ffn, MoESpec):
-        return f"{ffn.n_experts} experts of width {ffn.d_ff:,}, {ffn.top_k} per token, {ffn.activation}"
+        router = "" if ffn.score == "softmax" else f", chosen by {ffn.score}"
+        groups = "" if ffn.n_groups == 1 else f" in {ffn.top_k_groups} of {ffn.n_groups} groups"
+        corrected = " with a correction" if ffn.correction else ""
+        shared = "" if ffn.shared is None else f"; beside them a shared network of width {ffn.shared.d_ff:,}"
+        experts = f"{ffn.n_experts} experts of width {ffn.d_ff:,}, {ffn.top_k} per token, {ffn.activation}"
+        return experts + router + corrected + groups + (", with biases" if ffn.expert_bias else "") + shared
     return f"{'gated, ' if ffn.gated else ''}width {ffn.d_ff:,}, {ffn.activation}"

@@ -21,14 +21,14 @@ from torch import Tensor
 from quadriga.errors import RequestError
 from quadriga.io.directory import packed_bytes
 from quadriga.io.open import Checkpoint
-from quadriga.io.packed import is_router
 from quadriga.io.parameters import Progress
 from quadriga.kernels import ops
 from quadriga.kernels.arrays import array, tensor
 from quadriga.kernels.cpu.packing import pack
 from quadriga.model.config import ModelConfig, MoESpec
-from quadriga.model.weight_map import parameter_shapes
+from quadriga.model.weight_map import parameter_shapes, stays_float32
 from quadriga.nn.context import PackedContext
+from quadriga.nn.feedforward import FeedForward
 from quadriga.nn.linear import whole
 from quadriga.nn.rope import Rotations
 from quadriga.nn.transformer import Block
@@ -81,7 +81,7 @@ def calibrate(
     context = PackedContext([len(part) for part in parts])
     view, found = checkpoint.parameters, Calibration(len(tokens))
     h = embed(checkpoint, tokens)
-    rotations = Rotations(context.positions, h.dtype)
+    rotations = Rotations(context.positions, h.dtype, config.max_seq_len)
     for index in range(config.n_layers):
         block = load_block(checkpoint, config, index)
         prefix = f"layers.{index}."
@@ -128,16 +128,7 @@ def load_block(checkpoint: Checkpoint, config: ModelConfig, index: int) -> Block
 
 def _ffn(found: Calibration, checkpoint: Checkpoint, block: Block, prefix: str, x: Tensor, errors: bool) -> Tensor:
     if block.ffn is not None:
-        p, activation = prefix + "ffn.", block.ffn.activation
-        w_gate = None if block.ffn.w_gate is None else whole(block.ffn.w_gate)
-        w_up, w_down = whole(block.ffn.w_up), whole(block.ffn.w_down)
-        gate = None if w_gate is None else F.linear(x, w_gate)
-        hidden = F.linear(x, w_up)
-        hidden = ops.activate(hidden if gate is None else gate, activation) * (1.0 if gate is None else hidden)
-        for name, weight, inputs in (("w_gate", w_gate, x), ("w_up", w_up, x), ("w_down", w_down, hidden)):
-            if weight is not None:
-                _matrix(found, checkpoint, p + name, inputs, weight, 1.0, errors)
-        return F.linear(hidden, w_down)
+        return _dense(found, checkpoint, block.ffn, prefix + "ffn.", x, errors)
     moe = block.moe
     assert moe is not None, "a block has one feed-forward or experts"
     spec: MoESpec = moe.spec
@@ -146,14 +137,21 @@ def _ffn(found: Calibration, checkpoint: Checkpoint, block: Block, prefix: str, 
     counts = torch.bincount(ids.reshape(-1), minlength=spec.n_experts).tolist()
     found.expert_tokens[prefix + "moe"] = counts
     out = torch.zeros_like(x)
+    if moe.shared is not None:
+        out = moe.share(x) * _dense(found, checkpoint, moe.shared, prefix + "moe.shared.", x, errors)
     found.expert_output[prefix + "moe"] = added = []
     stacks = {name: whole(getattr(moe, name)) for name in ("w_gate", "w_up", "w_down")}
     even = torch.ones(1, spec.d_ff)
     for expert, count in enumerate(counts):
         token, slot = (ids == expert).nonzero(as_tuple=True)
         rows = x[token]
-        hidden = ops.activate(rows @ stacks["w_gate"][expert].T, spec.activation) * (rows @ stacks["w_up"][expert].T)
-        weighted = (hidden @ stacks["w_down"][expert].T) * combine[token, slot, None].to(x.dtype)
+        gate, up = (
+            rows @ stacks[f"w_{part}"][expert].T + (0 if bias is None else bias[expert])
+            for part, bias in (("gate", moe.b_gate), ("up", moe.b_up))
+        )
+        hidden = ops.gated(gate, up, spec.activation)
+        y = hidden @ stacks["w_down"][expert].T + (0 if moe.b_down is None else moe.b_down[expert])
+        weighted = y * combine[token, slot, None].to(x.dtype)
         added.append(float(weighted.norm(dim=-1).sum()))
         out.index_add_(0, token, weighted)
         share = protected_share(count, len(x) * spec.top_k, spec.n_experts) * spec.n_experts
@@ -163,6 +161,17 @@ def _ffn(found: Calibration, checkpoint: Checkpoint, block: Block, prefix: str, 
             prior = x if name != "w_down" else (hidden if count else even)
             _matrix(found, checkpoint, f"{prefix}moe.{name}/{expert}", inputs, weight, share, errors, prior)
     return out
+
+
+def _dense(
+    found: Calibration, checkpoint: Checkpoint, ffn: FeedForward, prefix: str, x: Tensor, errors: bool
+) -> Tensor:
+    """A network that every token visits."""
+    hidden = ffn.hidden(x)
+    for name, weight, inputs in (("w_gate", ffn.w_gate, x), ("w_up", ffn.w_up, x), ("w_down", ffn.w_down, hidden)):
+        if weight is not None:
+            _matrix(found, checkpoint, prefix + name, inputs, whole(weight), 1.0, errors)
+    return F.linear(hidden, whole(ffn.w_down))
 
 
 _PRIOR_TOKENS = 16
@@ -187,7 +196,7 @@ def _matrix(
     moment = square / count
     moment = moment + moment.mean() * 1e-3 + 1e-30  # columns without input still get a small weight
     found.importance[name] = array(moment)
-    if not errors or is_router(name):
+    if not errors or stays_float32(name):
         return
     step = max(1, len(weight) // _ROWS)
     sample = weight.detach().float()[::step][:_ROWS].contiguous()

@@ -41,6 +41,11 @@ def _experts_of(config: ModelConfig) -> MoESpec:
     moe = config.only_layer("pruning or merging experts").moe
     if moe is None:
         raise ConfigError("pruning and merging need a model with experts; this model has no experts")
+    if moe.n_groups > 1:
+        raise ConfigError(
+            "pruning and merging need experts that are chosen freely; this model chooses them from "
+            f"{moe.n_groups} groups of equal size, which fewer experts would not be"
+        )
     return moe
 
 
@@ -83,12 +88,12 @@ class _Prune(Unchanged):
         self.kept = kept
 
     def rows(self, name: str, expert: int | None, first: int, last: int) -> Array:
-        if ".moe." not in name:
+        if ".moe." not in name or ".moe.shared" in name:
             return super().rows(name, expert, first, last)
         kept = self.kept[int(name.split(".")[1])]
         if expert is not None:
             return super().rows(name, kept[expert], first, last)
-        return self.base.parameters.read(name)[np.array(kept[first:last], dtype=np.int64)]  # router rows
+        return self.base.parameters.read(name)[np.array(kept[first:last], dtype=np.int64)]  # router rows, biases, fuse
 
 
 def merge_experts(
@@ -105,6 +110,12 @@ def merge_experts(
     """
     spec, config = _experts_of(moe.config), moe.config
     g = granules or spec.top_k
+    more = [name for name in ("shared", "expert_bias", "router_bias", "correction") if getattr(spec, name)]
+    if more or spec.score != "softmax" or spec.routed_scale != 1:
+        raise ConfigError(
+            f"merging takes mixtures of plain experts under a softmax; this one has {', '.join(more) or spec.score}, "
+            "which a dense network has no place for"
+        )
     if g < 1 or spec.n_experts % g:
         raise ConfigError(f"granules must divide n_experts={spec.n_experts}, got {g}")
     if families.family_of(config).counterpart is None:

@@ -88,7 +88,7 @@ def _router_inputs(dense: Checkpoint, tokens: Tensor, lengths: list[int]) -> lis
     config, context, found = dense.config, PackedContext(lengths), []
     with torch.inference_mode():
         h = embed(dense, tokens)
-        rotations = Rotations(context.positions, h.dtype)
+        rotations = Rotations(context.positions, h.dtype, config.max_seq_len)
         for index in range(config.n_layers):
             block = load_block(dense, config, index)
             block.ffn_norm.register_forward_hook(lambda _, __, output: found.append(output))

@@ -39,7 +39,7 @@ from quadriga.kernels.cpu.packing import allocate
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
 from quadriga.model.families.base import pick_layout
-from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shapes, source_shapes, whole
+from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shapes, source_shapes, stays_float32, whole
 from quadriga.quant import codec
 from quadriga.quant.dtypes import DTYPES as NUMPY
 from quadriga.quant.dtypes import Array, as_float32, name_of, raw_bytes
@@ -280,9 +280,10 @@ def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> Plan:
         raise ConfigError(f"GGUF has no architecture for the family {family.name}")
     pieces = family.gguf_map(config)
     tensors, narrow = {}, []
+    wide = {piece.source for piece in pieces if stays_float32(piece.target)}
     for name, shape in source_shapes(pieces).items():
         # The router stays wide: its rounding changes which experts a token visits, not just by how much.
-        wanted = "float32" if name.endswith("ffn_gate_inp.weight") else gguf.storable_format(shape, form)
+        wanted = "float32" if name in wide else gguf.storable_format(shape, form)
         tensors[name] = (shape, wanted)
         if wanted == "float16" and form != "float16":
             narrow.append(name)
@@ -340,7 +341,7 @@ def _gguf_type(value: object) -> str:
 
 
 def _stored(checkpoint: Checkpoint, piece: Piece, dtype: str) -> str:
-    if dtype != "keep":
+    if dtype != "keep" and not piece.target.endswith("router.correction"):  # whose rounding would change choices
         return dtype
     return name_of(checkpoint.parameters.dtype(piece.target))
 

@@ -4,7 +4,7 @@
     GGUF Q8_0, Q4_0, Q4_1         blocks rearranged, no number changed
     anything else                 read part by part and packed as `format` says
 
-Routers and vectors are float32 in every case.
+Routers, biases and vectors are float32 in every case.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress, unpack
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import Bytes, Packed, Parameter, allocate, pack, pack_blocks
-from quadriga.model.weight_map import Piece, Shape, parameter_shapes, whole
+from quadriga.model.weight_map import Piece, Shape, parameter_shapes, stays_float32, whole
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import FROM_GGUF, PACKED
@@ -44,11 +44,6 @@ class PackedParameters:
 
     parameters: dict[str, Parameter]
     store: ExpertStore | None = None
-
-
-def is_router(name: str) -> bool:
-    """True for the parameters that stay float32: their rounding changes which experts a token visits."""
-    return name.endswith("router.weight")
 
 
 def load_packed(
@@ -111,7 +106,7 @@ def is_quantised(checkpoint: Checkpoint, form: str) -> bool:
 
 def packed_format(checkpoint: Checkpoint, name: str, form: str) -> str:
     """What a matrix becomes under ``form``."""
-    if is_router(name):
+    if stays_float32(name):
         return "float32"
     if form != "keep":
         return form

@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptedPart",
+    "Choice",
     "Routing",
     "activate",
     "adapted_experts",
     "attention",
     "available",
     "experts",
+    "gated",
     "grouped_linear",
     "norm",
     "rope",
@@ -45,13 +47,30 @@ class Routing(NamedTuple):
     """What a router decided for N tokens."""
 
     expert_ids: Tensor
-    """(N, k) int64, most probable first; equal probabilities take the lower id first."""
+    """(N, k) int64, in the order they were chosen in; of equal ones the lower id first."""
     expert_weights: Tensor
     """(N, k) float32, what each chosen expert's output is multiplied by."""
     probs: Tensor
-    """(N, E) float32, softmax over all experts."""
+    """(N, E) float32, a distribution over the experts: their softmax, or sigmoid scores divided by their sum."""
     logits: Tensor
-    """(N, E) float32, what the softmax was taken of."""
+    """(N, E) float32, what the scores were taken of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How logits become scores, scores a choice, and the scores of the chosen their weights."""
+
+    top_k: int
+    score: str = "softmax"
+    """softmax over all experts, or each one's sigmoid."""
+    normalize_p: float | None = 1.0
+    """weight = score / max(p-norm of the chosen scores + normalize_eps, normalize_min) * scale; None: score * scale."""
+    normalize_eps: float = 0.0
+    normalize_min: float = 0.0
+    scale: float = 1.0
+    n_groups: int = 1
+    """Groups of neighbours, each worth its two best scores together; only the top_k_groups best are chosen from."""
+    top_k_groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,18 +85,18 @@ class AdaptedPart:
     scale: float = 1.0
 
 
-def norm(x: Tensor, weight: Tensor, kind: str, eps: float) -> Tensor:
-    """LayerNorm ("layer") or RMSNorm ("rms") over the last axis with a weight and no bias.
+def norm(x: Tensor, weight: Tensor, kind: str, eps: float, bias: Tensor | None = None) -> Tensor:
+    """LayerNorm ("layer") or RMSNorm ("rms") over the last axis with a weight, and a bias added at the end if given.
 
     Statistics are float32 whatever the dtype of ``x`` (float64 stays float64).
 
     Args:
-        x: (N, D). weight: (D,) of the same dtype.
+        x: (N, D). weight, bias: (D,) of the same dtype.
 
     Returns:
         (N, D) in x's dtype.
     """
-    out: Tensor = backend_for(x).norm(x, weight, kind, eps)
+    out: Tensor = backend_for(x).norm(x, weight, kind, eps, bias)
     return out
 
 
@@ -104,39 +123,53 @@ def attention(
     q_positions: Tensor | None = None,
     soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal grouped-query attention; key j sits at position j, query head h reads key head h // (H/K).
 
     score = scale * q.k;  score = soft_cap * tanh(score / soft_cap) if given;  score += slope_h * (j - position) if
-    given;  keys with j > position are masked;  softmax in float32;  times v.
+    given;  keys with j > position, and with j <= position - window if given, are masked;  softmax in float32, in whose
+    sum exp(sink_h) takes part if given;  times v.
 
     Args:
         q: (B, H, T, d). k, v: (B, K, S, d).
         q_positions: (B, T) int64 position of each query; None means the T queries are the last of the S positions.
-        alibi_slopes: (H,) float32.
+        alibi_slopes: (H,) float32. sinks: (H,).
 
     Returns:
         (B, H, T, d) in q's dtype. Rows whose position is negative (padding) are finite and meaningless.
     """
     out: Tensor = backend_for(q).attention(
-        q, k, v, scale=scale, q_positions=q_positions, soft_cap=soft_cap, alibi_slopes=alibi_slopes
+        q,
+        k,
+        v,
+        scale=scale,
+        q_positions=q_positions,
+        soft_cap=soft_cap,
+        alibi_slopes=alibi_slopes,
+        window=window,
+        sinks=sinks,
     )
     return out
 
 
-def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None, bias: Tensor | None = None) -> Routing:
-    """Choose experts: softmax(x W^T) over all E, the top k, divided by their p-norm if one is given.
+def route(
+    x: Tensor, weight: Tensor, how: Choice, *, bias: Tensor | None = None, correction: Tensor | None = None
+) -> Routing:
+    """Choose experts by the scores of x W^T (+ bias): see :class:`Choice`.
 
-    With a ``bias`` (training's loss-free balancing), the k highest of probability + bias are chosen; their weights and
-    everything else come from the probabilities alone.
+    With a ``correction`` (a model's own, or training's loss-free balancing), the k highest of score + correction are
+    chosen; their weights and everything else come from the scores alone. DeepSeek-V3 (2.1.2) closes the other groups
+    with -infinity, and so is it here; transformers puts 0 in their place, which is the same while scores are positive.
 
     Everything is float32 whatever the dtype of ``x`` (float64 stays float64): in bf16, near ties flip and the model
     becomes another one (SPEC of DBRX: float32 softmax; see docs/architecture.md).
 
     Args:
-        x: (N, D). weight: (E, D). bias: (E,) float32.
+        x: (N, D). weight: (E, D). bias, correction: (E,).
     """
-    out: Routing = backend_for(x).route(x, weight, top_k, normalize_p, bias)
+    out: Routing = backend_for(x).route(x, weight, how, bias, correction)
     return out
 
 
@@ -197,4 +230,13 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def activate(x: Tensor, activation: str) -> Tensor:
     """Elementwise non-linearity by name: silu, gelu (erf), gelu_tanh, relu."""
     out: Tensor = backend_for(x).activate(x, activation)
+    return out
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """What gate and up of a gated network make: activation(gate) * up, or the ``clamped_glu`` of both.
+
+    clamped_glu: (u + 1) g sigmoid(1.702 g) with g = min(gate, 7) and u = up within [-7, 7] (gpt-oss).
+    """
+    out: Tensor = backend_for(gate).gated(gate, up, activation)
     return out

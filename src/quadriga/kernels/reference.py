@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quadriga.kernels.arrays import tensor
-from quadriga.kernels.ops import AdaptedPart, Routing
+from quadriga.kernels.ops import AdaptedPart, Choice, Routing
 
 _QUERY_BLOCK = 512
 """Query rows scored at a time where torch has no fused kernel: bounds the (H, T, S) score matrix."""
@@ -23,9 +23,12 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def norm(x: Tensor, weight: Tensor, kind: str, eps: float) -> Tensor:
+def norm(x: Tensor, weight: Tensor, kind: str, eps: float, bias: Tensor | None = None) -> Tensor:
     shape = (x.shape[-1],)
-    return F.layer_norm(x, shape, weight, None, eps) if kind == "layer" else F.rms_norm(x, shape, weight, eps)
+    if kind == "layer":
+        return F.layer_norm(x, shape, weight, bias, eps)
+    normed = F.rms_norm(x, shape, weight, eps)
+    return normed if bias is None else normed + bias
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -42,21 +45,30 @@ def attention(
     q_positions: Tensor | None = None,
     soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     batch, n_heads, n_queries, head_dim = q.shape
+    if window is not None and q_positions is None:  # nobody sees the keys before the first query's window
+        k, v = (t[:, :, max(0, t.shape[2] - n_queries - window + 1) :] for t in (k, v))
     n_kv_heads, n_keys = k.shape[1], k.shape[2]
-    plain = soft_cap is None and alibi_slopes is None
+    if window is not None and q_positions is None and n_keys <= window:
+        window = None
+    plain = soft_cap is None and alibi_slopes is None and sinks is None
     if plain and q_positions is None and n_queries == 1:
         # One query sees every key: the heads of a group become query rows, so each key is read once for all of them.
         grouped = q.reshape(batch, n_kv_heads, n_heads // n_kv_heads, head_dim)
         return F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(q.shape)
-    if plain and q_positions is None and n_queries == n_keys:
+    if plain and q_positions is None and n_queries == n_keys and window is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     if q_positions is None:
         q_positions = torch.arange(n_keys - n_queries, n_keys, device=q.device).expand(batch, -1)
     key_positions = torch.arange(n_keys, device=q.device)
     # Padding rows (position < 0) see key 0, which keeps them finite.
-    visible = key_positions <= q_positions.clamp(min=0)[:, :, None]  # (B, T, S)
+    seen_from = q_positions.clamp(min=0)[:, :, None]
+    visible = key_positions <= seen_from  # (B, T, S)
+    if window is not None:
+        visible = visible & (key_positions > seen_from - window)
     if plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=scale, enable_gqa=True)
     grouped = q.reshape(batch, n_kv_heads, n_heads // n_kv_heads, n_queries, head_dim)
@@ -71,19 +83,53 @@ def attention(
             slopes = alibi_slopes.to(scores.dtype).reshape(n_kv_heads, -1, 1, 1)
             scores = scores + slopes * distance[:, None, None]
         scores = scores.masked_fill(~visible[:, None, None, rows], float("-inf"))
-        blocks.append(torch.einsum("bkgts,bksd->bkgtd", scores.softmax(dim=-1).to(v.dtype), v))
+        if sinks is not None:  # one more key, which has no value
+            sink = sinks.to(scores.dtype).reshape(n_kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        weights = scores.softmax(dim=-1)[..., :n_keys].to(v.dtype)
+        blocks.append(torch.einsum("bkgts,bksd->bkgtd", weights, v))
     return torch.cat(blocks, dim=3).reshape(q.shape)
 
 
-def route(x: Tensor, weight: Tensor, top_k: int, normalize_p: float | None, bias: Tensor | None = None) -> Routing:
+def route(
+    x: Tensor, weight: Tensor, how: Choice, bias: Tensor | None = None, correction: Tensor | None = None
+) -> Routing:
     logits = F.linear(_wide(x), _wide(weight))
-    probs = logits.softmax(dim=-1)
-    # A stable sort, not topk: equal probabilities must take the lower expert id on every device and batch size.
-    ids = (probs if bias is None else probs + bias).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    chosen = probs.gather(1, ids)
-    if normalize_p is not None:
-        chosen = chosen / torch.linalg.vector_norm(chosen, ord=normalize_p, dim=-1, keepdim=True)
-    return Routing(ids, chosen, probs, logits)
+    if bias is not None:
+        logits = logits + bias
+    scores = score(logits, how)
+    # A stable sort, not topk: equal scores must take the lower expert id on every device and batch size.
+    ids = standing(scores, how, correction).sort(dim=-1, descending=True, stable=True).indices[:, : how.top_k]
+    chosen = scores.gather(1, ids)
+    probs = scores if how.score == "softmax" else scores / scores.sum(-1, keepdim=True)
+    return Routing(ids, weigh(chosen, how), probs, logits)
+
+
+def score(logits: Tensor, how: Choice) -> Tensor:
+    """Scores (N, E) of all experts."""
+    return logits.softmax(dim=-1) if how.score == "softmax" else logits.sigmoid()
+
+
+def standing(scores: Tensor, how: Choice, correction: Tensor | None) -> Tensor:
+    """(N, E) what experts are chosen by: corrected scores, -infinity in closed groups."""
+    by = scores if correction is None else scores + correction
+    if how.n_groups == 1:
+        return by
+    groups = by.view(*by.shape[:-1], how.n_groups, -1)
+    worth = groups.topk(2, dim=-1).values.sum(-1)
+    best = worth.sort(dim=-1, descending=True, stable=True).indices[:, : how.top_k_groups]
+    is_open = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, best, True)
+    return groups.masked_fill(~is_open[..., None], float("-inf")).flatten(-2)
+
+
+def weigh(chosen: Tensor, how: Choice) -> Tensor:
+    """Weights (N, k) from the scores of the chosen."""
+    if how.normalize_p is not None:
+        norm = torch.linalg.vector_norm(chosen, ord=how.normalize_p, dim=-1, keepdim=True)
+        if how.normalize_eps or how.normalize_min:
+            norm = (norm + how.normalize_eps).clamp(min=how.normalize_min)
+        chosen = chosen / norm
+    return chosen if how.scale == 1 else chosen * how.scale
 
 
 def experts(
@@ -103,7 +149,7 @@ def experts(
     sizes = None if _fits_grouped_mm(w_gate, w_down) else counts.tolist()
     gathered = x[order // top_k]
     gate = _grouped_linear(gathered, w_gate, counts, sizes)
-    hidden = activate(gate, activation) * _grouped_linear(gathered, w_up, counts, sizes)
+    hidden = gated(gate, _grouped_linear(gathered, w_up, counts, sizes), activation)
     y = _grouped_linear(hidden, w_down, counts, sizes)
     outputs = torch.empty_like(gathered).index_copy(0, order, y)  # back to (token, slot) order
     combine = combine.to(x.dtype)[:, None, :]  # (N, 1, k)
@@ -137,6 +183,17 @@ def activate(x: Tensor, activation: str) -> Tensor:
             return F.relu(x)
         case _:
             raise AssertionError(f"ModelConfig lets no activation {activation!r} through")
+
+
+CLAMP, CLAMPED_SLOPE = 7.0, 1.702
+"""Of clamped_glu."""
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    if activation != "clamped_glu":
+        return activate(gate, activation) * up
+    g, u = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP)
+    return (u + 1) * (g * torch.sigmoid(CLAMPED_SLOPE * g))
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 W x  becomes  W x + alpha / rank * B (A x)          A (rank, in), B (out, rank); experts have a pair each
 
 attention    wqkv, wo              router       the gate
-experts      w_gate, w_up, w_down of every expert
-ffn          the same of a dense model
+experts      w_gate, w_up, w_down of every routed expert
+shared       the same of the network beside them that every token visits
+ffn          the same of a dense layer
 embeddings   the table, and the head where they are tied
 head         lm_head
 """
@@ -17,7 +18,7 @@ from quadriga.errors import ConfigError
 from quadriga.model.config import ModelConfig
 from quadriga.model.weight_map import Shape, parameter_shapes
 
-TARGETS = ("attention", "router", "experts", "ffn", "embeddings", "head")
+TARGETS = ("attention", "router", "experts", "shared", "ffn", "embeddings", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +49,14 @@ class LoraSpec:
 
 
 def target_of(name: str) -> str | None:
-    """The target a parameter belongs to; None for norms and fuse numbers, which no adapter changes."""
+    """The target a parameter belongs to; None for norms, biases and fuse numbers, which no adapter changes."""
     last = name.rsplit(".", 1)[-1]
     if ".attn.w" in name:
         return "attention"
     if name.endswith("router.weight"):
         return "router"
     if last in ("w_gate", "w_up", "w_down"):
-        return "experts" if ".moe." in name else "ffn"
+        return "shared" if ".moe.shared." in name else "experts" if ".moe." in name else "ffn"
     return {"embed.weight": "embeddings", "lm_head.weight": "head"}.get(name)
 
 

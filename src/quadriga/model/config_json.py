@@ -18,17 +18,29 @@ from quadriga.model.config import (
     AlibiSpec,
     AttentionSpec,
     DenseSpec,
+    FactorScaling,
     LayerSpec,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
     ModelConfig,
     MoESpec,
     NormSpec,
     QKNormSpec,
     RopeSpec,
+    YarnScaling,
     uniform,
 )
 
 T = TypeVar("T")
 _POSITIONS: dict[str, type] = {"rope": RopeSpec, "alibi": AlibiSpec}
+_SCALINGS: dict[str, type] = {
+    "linear": LinearScaling,
+    "llama3": Llama3Scaling,
+    "yarn": YarnScaling,
+    "longrope": LongRopeScaling,
+    "factors": FactorScaling,
+}
 _MIXERS: dict[str, type] = {"attention": AttentionSpec}
 _FFNS: dict[str, type] = {"dense": DenseSpec, "moe": MoESpec}
 
@@ -48,8 +60,12 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
 
 def _layer_to_json(layer: LayerSpec) -> dict[str, Any]:
     mixer = {"kind": _kind(_MIXERS, layer.mixer), **asdict(layer.mixer)}
-    if layer.mixer.position is not None:
-        mixer["position"] = {"kind": _kind(_POSITIONS, layer.mixer.position), **mixer["position"]}
+    position = layer.mixer.position
+    if position is not None:
+        mixer["position"] = {"kind": _kind(_POSITIONS, position), **mixer["position"]}
+    if isinstance(position, RopeSpec) and position.scaling is not None:
+        scaling = {"kind": _kind(_SCALINGS, position.scaling), **mixer["position"]["scaling"]}
+        mixer["position"]["scaling"] = {k: list(v) if isinstance(v, tuple) else v for k, v in scaling.items()}
     return {**asdict(layer), "mixer": mixer, "ffn": {"kind": _kind(_FFNS, layer.ffn), **asdict(layer.ffn)}}
 
 
@@ -89,12 +105,18 @@ def _layer_from_json(own: dict[str, Any]) -> LayerSpec:
     mixer = own.get("mixer")
     if isinstance(mixer, dict):
         own["mixer"] = mixer = dict(mixer)
-        if mixer.get("position") is not None:
-            mixer["position"] = _tagged(_POSITIONS, mixer["position"], "position")
+        position = mixer.get("position")
+        if isinstance(position, dict) and position.get("scaling") is not None:
+            position = {**position, "scaling": _tagged(_SCALINGS, position["scaling"], "scaling")}
+        if position is not None:
+            mixer["position"] = _tagged(_POSITIONS, position, "position")
         if mixer.get("qk_norm") is not None:
             mixer["qk_norm"] = _spec(QKNormSpec, mixer["qk_norm"])
     own["mixer"] = _tagged(_MIXERS, mixer, "mixer")
-    own["ffn"] = _tagged(_FFNS, own.get("ffn"), "ffn")
+    ffn = own.get("ffn")
+    if isinstance(ffn, dict) and ffn.get("shared") is not None:
+        ffn = {**ffn, "shared": _spec(DenseSpec, ffn["shared"])}
+    own["ffn"] = _tagged(_FFNS, ffn, "ffn")
     own["norm"] = _spec(NormSpec, own.get("norm"))
     layer: LayerSpec = _build(LayerSpec, own)
     return layer

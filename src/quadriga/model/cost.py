@@ -2,6 +2,7 @@
 
     decode one token     FLOPs = 2 * (active parameters that multiply) + sum over layers of 4 H d T   T cached positions
     keep one token       bytes = sum over layers of 2 K d * size of an element                        keys and values
+                         (with a window W a layer sees min(T, W) positions; tokens are let go where all layers have one)
     hold the weights     bytes = sum over parameters of elements / block * bytes of a block
 
 Every count walks ``weight_map.parameter_shapes``, the same table the model and its checkpoints are built from, so it
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import ModelConfig, MoESpec
-from quadriga.model.weight_map import Shape, layer_shapes, parameter_shapes
+from quadriga.model.weight_map import Shape, layer_shapes, parameter_shapes, stays_float32
 from quadriga.quant import formats
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -32,7 +33,7 @@ class WeightFormat:
     tables: str
     """The embedding table and the head."""
     rest: str
-    """Norms and router."""
+    """Norms, routers and biases."""
 
 
 FORMATS = {
@@ -91,8 +92,23 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 
 
 def attention_flops(config: ModelConfig, context: int) -> int:
-    """Operations of q·k and weights·v, all layers, for one token that attends to ``context`` positions."""
-    return sum(4 * layer.mixer.q_dim * context * n for layer, n in config.kinds().items())
+    """Operations of q·k and weights·v, all layers, for one token with ``context`` positions up to itself."""
+    seen = {layer: min(context, layer.mixer.window or context) for layer in config.kinds()}
+    return sum(4 * layer.mixer.q_dim * seen[layer] * n for layer, n in config.kinds().items())
+
+
+def kv_bytes_read(config: ModelConfig, context: int, dtype: str = "bfloat16") -> int:
+    """Bytes of keys and values that one token reads which has ``context`` positions up to itself."""
+    size = ELEMENT_BYTES[dtype]
+    states = {layer.mixer.state: 0 for layer in config.kinds()}
+    for layer, n in config.kinds().items():
+        states[layer.mixer.state] += n
+    return sum(s.numbers_per_token * min(context, s.window or context) * n * size for s, n in states.items())
+
+
+def kept_positions(config: ModelConfig, context: int) -> int:
+    """Positions of a sequence of ``context`` tokens whose keys and values are still kept: the widest window of them."""
+    return min(context, config.window or context)
 
 
 def weight_bytes(config: ModelConfig, form: str) -> int:
@@ -124,8 +140,8 @@ def expected_distinct_experts(ffn: MoESpec, n_tokens: int) -> float:
 
 
 def memory_needed(config: ModelConfig, form: str, context: int, kv_dtype: str = "bfloat16") -> int:
-    """Bytes of the weights in ``form`` and of a cache of ``context`` positions."""
-    return weight_bytes(config, form) + context * kv_bytes_per_token(config, kv_dtype)
+    """Bytes of the weights in ``form`` and of a cache for a sequence of ``context`` tokens."""
+    return weight_bytes(config, form) + kept_positions(config, context) * kv_bytes_per_token(config, kv_dtype)
 
 
 def fits(config: ModelConfig, form: str, context: int, memory_bytes: int, kv_dtype: str = "bfloat16") -> bool:
@@ -150,13 +166,13 @@ def _parameters(config: ModelConfig) -> Iterator[_Part]:
             yield _Part(name, shape, shape, 1)
     for layer, copies in config.kinds().items():
         for name, shape in layer_shapes(layer, config.d_model).items():
-            stacked = layer.moe is not None and len(shape) == 3
+            stacked = len(shape) == 3 or ".b_" in name  # a matrix or a bias an expert
             used = (layer.moe.top_k, *shape[1:]) if layer.moe is not None and stacked else shape
             yield _Part(name, shape, used, copies)
 
 
 def _bytes(name: str, shape: Shape, form: WeightFormat) -> int:
-    if len(shape) == 1 or name.endswith("router.weight"):
+    if len(shape) == 1 or stays_float32(name):
         stored = formats.FORMATS[form.rest]
     else:
         stored = formats.FORMATS[form.tables if name in ("embed.weight", "lm_head.weight") else form.matrices]

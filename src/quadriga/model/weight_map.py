@@ -14,11 +14,15 @@ Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, 
 
     embed.weight (V, D)                      layers.{i}.attn.wqkv.weight ((H + 2K) d, D), rows: all q, all k, all v
     layers.{i}.attn_norm.weight (D,)         layers.{i}.attn.wo.weight   (D, H d)
+    layers.{i}.attn.wqkv.bias ((H + 2K) d,), attn.wo.bias (D,), attn.sinks (H,)    (where the mixer has them)
     layers.{i}.ffn_norm.weight (D,)          layers.{i}.attn_post_norm.weight, ffn_post_norm.weight  (post_norms only)
     layers.{i}.ffn.w_gate|w_up (F, D), w_down (D, F)                               (dense; w_gate only if gated)
     layers.{i}.moe.router.weight (E, D), moe.w_gate|w_up (E, F, D), moe.w_down (E, D, F)             (experts)
     layers.{i}.moe.fuse.weight (E,)          (aggregate "fuse" only)
-    final_norm.weight (D,)                   lm_head.weight (V, D) (unless tied)
+    layers.{i}.moe.router.bias (E,), moe.router.correction (E,), moe.b_gate|b_up (E, F), moe.b_down (E, D)   (biases)
+    layers.{i}.moe.shared.w_gate|w_up (S, D), moe.shared.w_down (D, S), moe.shared_gate (D,)    (S: the shared width)
+    final_norm.weight (D,)                   lm_head.weight (V, D) (unless tied), lm_head.bias (V,) (head_bias only)
+    beside every norm's weight its bias (D,) where the NormSpec has one
 
 Nothing here imports torch.
 """
@@ -30,7 +34,7 @@ from dataclasses import dataclass
 from math import prod
 
 from quadriga.errors import CheckpointError
-from quadriga.model.config import DenseSpec, LayerSpec, ModelConfig, MoESpec
+from quadriga.model.config import DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec
 
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
@@ -69,27 +73,37 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     kinds = {layer: layer_shapes(layer, d) for layer in config.kinds()}
     for i, layer in enumerate(config.layers):
         shapes.update({f"layers.{i}.{name}": shape for name, shape in kinds[layer].items()})
-    shapes["final_norm.weight"] = (d,)
+    shapes |= _norm_shapes("final_norm", config.final_norm, d)
     if not config.tied_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, d)
+    if config.head_bias:
+        shapes["lm_head.bias"] = (config.vocab_size,)
     return shapes
+
+
+def _norm_shapes(name: str, norm: NormSpec, d_model: int) -> dict[str, Shape]:
+    return {f"{name}.{part}": (d_model,) for part in (("weight", "bias") if norm.bias else ("weight",))}
 
 
 def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
     """Every parameter of one layer, without the ``layers.{i}.`` before its name, in the order of a forward pass."""
     d, attn, ffn = d_model, layer.mixer, layer.ffn
-    shapes: dict[str, Shape] = {
-        "attn_norm.weight": (d,),
-        "attn.wqkv.weight": (attn.qkv_dim, d),
-        "attn.wo.weight": (d, attn.q_dim),
-    }
+    shapes: dict[str, Shape] = _norm_shapes("attn_norm", layer.norm, d)
+    shapes["attn.wqkv.weight"] = (attn.qkv_dim, d)
+    if attn.qkv_bias:
+        shapes["attn.wqkv.bias"] = (attn.qkv_dim,)
+    shapes["attn.wo.weight"] = (d, attn.q_dim)
+    if attn.out_bias:
+        shapes["attn.wo.bias"] = (d,)
+    if attn.sinks:
+        shapes["attn.sinks"] = (attn.n_heads,)
     if attn.qk_norm is not None:
         by_head = attn.qk_norm.over == "head"
         shapes["attn.q_norm.weight"] = (attn.head_dim if by_head else attn.q_dim,)
         shapes["attn.k_norm.weight"] = (attn.head_dim if by_head else attn.kv_dim,)
     if layer.post_norms:
-        shapes["attn_post_norm.weight"] = (d,)
-    shapes["ffn_norm.weight"] = (d,)
+        shapes |= _norm_shapes("attn_post_norm", layer.norm, d)
+    shapes |= _norm_shapes("ffn_norm", layer.norm, d)
     match ffn:
         case DenseSpec():
             if ffn.gated:
@@ -97,15 +111,36 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
             shapes["ffn.w_up"] = (ffn.d_ff, d)
             shapes["ffn.w_down"] = (d, ffn.d_ff)
         case MoESpec():
-            shapes["moe.router.weight"] = (ffn.n_experts, d)
-            shapes["moe.w_gate"] = (ffn.n_experts, ffn.d_ff, d)
-            shapes["moe.w_up"] = (ffn.n_experts, ffn.d_ff, d)
-            shapes["moe.w_down"] = (ffn.n_experts, d, ffn.d_ff)
-            if ffn.aggregate == "fuse":
-                shapes["moe.fuse.weight"] = (ffn.n_experts,)
+            shapes.update(_mixture_shapes(ffn, d))
     if layer.post_norms:
-        shapes["ffn_post_norm.weight"] = (d,)
+        shapes |= _norm_shapes("ffn_post_norm", layer.norm, d)
     return shapes
+
+
+def _mixture_shapes(ffn: MoESpec, d: int) -> dict[str, Shape]:
+    n = ffn.n_experts
+    shapes: dict[str, Shape] = {"moe.router.weight": (n, d)}
+    if ffn.router_bias:
+        shapes["moe.router.bias"] = (n,)
+    if ffn.correction:
+        shapes["moe.router.correction"] = (n,)
+    shapes |= {"moe.w_gate": (n, ffn.d_ff, d), "moe.w_up": (n, ffn.d_ff, d), "moe.w_down": (n, d, ffn.d_ff)}
+    if ffn.expert_bias:
+        shapes |= {"moe.b_gate": (n, ffn.d_ff), "moe.b_up": (n, ffn.d_ff), "moe.b_down": (n, d)}
+    if ffn.aggregate == "fuse":
+        shapes["moe.fuse.weight"] = (n,)
+    if ffn.shared is not None:
+        width = ffn.shared.d_ff
+        shapes |= {"moe.shared.w_gate": (width, d), "moe.shared.w_up": (width, d), "moe.shared.w_down": (d, width)}
+        if ffn.shared_gate:
+            shapes["moe.shared_gate"] = (d,)
+    return shapes
+
+
+def stays_float32(name: str) -> bool:
+    """True for matrices that are never packed into fewer bits: a router, whose rounding changes which experts a token
+    visits, and the biases of experts, one row an expert, which are added and not multiplied with."""
+    return name.endswith(("router.weight", "moe.b_gate", "moe.b_up", "moe.b_down"))
 
 
 def source_shapes(pieces: Iterable[Piece]) -> dict[str, Shape]:

@@ -15,38 +15,50 @@ from quadriga.nn.rope import Rotations
 
 
 class Attention(nn.Module):
-    """wqkv -> norm q and k -> clip -> rotate q and k -> attend -> wo.
+    """wqkv -> norm q and k -> clip -> rotate q and k -> attend -> wo; biases belong to the projections.
 
-    Clipping comes before the rotation (DBRX) and after the norms (OLMoE).
+    Clipping comes before the rotation (DBRX) and after the norms (OLMoE), which Hunyuan takes after the rotation.
     """
 
     def __init__(self, d_model: int, spec: AttentionSpec, layer: int) -> None:
         super().__init__()
         self.spec = spec
         self.layer = layer
-        self.wqkv = Linear(spec.qkv_dim, d_model)
-        self.wo = Linear(d_model, spec.q_dim)
+        self.wqkv = Linear(spec.qkv_dim, d_model, bias=spec.qkv_bias)
+        self.wo = Linear(d_model, spec.q_dim, bias=spec.out_bias)
+        self.sinks = nn.Parameter(torch.empty(spec.n_heads)) if spec.sinks else None
         self.q_norm = self.k_norm = None
         if spec.qk_norm is not None:
             by_head, norm = spec.qk_norm.over == "head", NormSpec(kind="rms", eps=spec.qk_norm.eps)
             self.q_norm = Norm(spec.head_dim if by_head else spec.q_dim, norm)
             self.k_norm = Norm(spec.head_dim if by_head else spec.kv_dim, norm)
-        self._scoring: Scoring | None = None
+        self._slopes: Tensor | None = None
 
     def forward(self, x: Tensor, context: ForwardContext, rotations: Rotations) -> Tensor:
         """x (N, D) -> (N, D)."""
         spec = self.spec
-        qkv = self._normed(self.wqkv(x))
+        late = spec.qk_norm is not None and spec.qk_norm.after_rotation
+        qkv = self.wqkv(x) if late else self._normed(self.wqkv(x))
         if spec.clip_qkv is not None:
             qkv = qkv.clamp(-spec.clip_qkv, spec.clip_qkv)
         heads = qkv.view(x.shape[0], -1, spec.head_dim)  # (N, H + 2K, d)
         qk, v = heads[:, : spec.n_heads + spec.n_kv_heads], heads[:, spec.n_heads + spec.n_kv_heads :]
         if isinstance(spec.position, RopeSpec):
-            qk = ops.rope(qk, *rotations.tables(spec.position, spec.head_dim))
+            qk = self._rotated(qk, spec.position, rotations)
+        if late:
+            qk = self._normed(torch.cat((qk, v), dim=1).flatten(1)).view_as(heads)[:, : qk.shape[1]]
         q, k = qk[:, : spec.n_heads], qk[:, spec.n_heads :]
         attended = context.attend(self.layer, q, k, v, self._scoring_on(x.device))
         mixed: Tensor = self.wo(attended.reshape(x.shape[0], -1))
         return mixed
+
+    def _rotated(self, qk: Tensor, rope: RopeSpec, rotations: Rotations) -> Tensor:
+        """(N, heads, d) with the first ``rope.rotated`` numbers of every head turned."""
+        cos, sin = rotations.tables(rope, self.spec.head_dim)
+        n = rope.rotated(self.spec.head_dim)
+        if n == self.spec.head_dim:
+            return ops.rope(qk, cos, sin)
+        return torch.cat((ops.rope(qk[..., :n], cos, sin), qk[..., n:]), dim=-1)
 
     def _normed(self, qkv: Tensor) -> Tensor:
         """(N, H d + 2 K d) with q and k normed."""
@@ -61,10 +73,8 @@ class Attention(nn.Module):
         return torch.cat((q, k, v), dim=-1)
 
     def _scoring_on(self, device: torch.device) -> Scoring:
-        """How q·k becomes scores; made at the first pass, for a model is built where nothing is computed."""
-        if self._scoring is None:
-            slopes = None
-            if isinstance(self.spec.position, AlibiSpec):
-                slopes = torch.from_numpy(alibi_slopes(self.spec.position, self.spec.n_heads)).to(device)
-            self._scoring = Scoring(self.spec.score_scale, self.spec.soft_cap, slopes)
-        return self._scoring
+        """How q·k becomes weights; slopes are made at the first pass: a model is built where nothing is computed."""
+        if self._slopes is None and isinstance(self.spec.position, AlibiSpec):
+            self._slopes = torch.from_numpy(alibi_slopes(self.spec.position, self.spec.n_heads)).to(device)
+        spec = self.spec
+        return Scoring(spec.score_scale, spec.soft_cap, self._slopes, spec.window, self.sinks)

@@ -40,15 +40,31 @@ class ForwardContext(Protocol):
 
 
 class Scoring:
-    """How one layer turns q·k into scores: scale, soft cap, ALiBi slopes."""
+    """How one layer turns q·k into weights: scale, soft cap, ALiBi slopes, window and sinks; see ``ops.attention``."""
 
-    def __init__(self, scale: float, soft_cap: float | None, alibi_slopes: Tensor | None) -> None:
+    def __init__(
+        self,
+        scale: float,
+        soft_cap: float | None = None,
+        alibi_slopes: Tensor | None = None,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
         self.scale, self.soft_cap, self.alibi_slopes = scale, soft_cap, alibi_slopes
+        self.window, self.sinks = window, sinks
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor | None = None) -> Tensor:
         """``ops.attention`` with this layer's scoring; q (B, H, T, d), k and v (B, K, S, d)."""
         return ops.attention(
-            q, k, v, scale=self.scale, q_positions=q_positions, soft_cap=self.soft_cap, alibi_slopes=self.alibi_slopes
+            q,
+            k,
+            v,
+            scale=self.scale,
+            q_positions=q_positions,
+            soft_cap=self.soft_cap,
+            alibi_slopes=self.alibi_slopes,
+            window=self.window,
+            sinks=self.sinks,
         )
 
 

@@ -26,9 +26,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, D) -> (N, D)."""
-        hidden = linear(x, self.w_up)
+        return linear(self.hidden(x), self.w_down)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """(N, D) -> (N, F): what w_down is multiplied with."""
+        up = linear(x, self.w_up)
         if self.w_gate is not None:
-            hidden = ops.activate(linear(x, self.w_gate), self.activation) * hidden
-        else:
-            hidden = ops.activate(hidden, self.activation)
-        return linear(hidden, self.w_down)
+            return ops.gated(linear(x, self.w_gate), up, self.activation)
+        return ops.activate(up, self.activation)

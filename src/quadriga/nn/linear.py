@@ -206,7 +206,7 @@ def variants(weight: Weight) -> list[tuple[Tensor | None, Tensor]]:
 
 
 class Linear(nn.Module):
-    """One weight (rows, columns), of any kind: a linear map without bias, or a table of embeddings.
+    """One weight (rows, columns), of any kind, and a bias (rows,) if asked for: a linear map, or a table of embeddings.
 
     It only holds: ``transformer.random_parameters`` initialises. torch's own Linear and Embedding do so when they are
     built, which on the meta device imports torch's compiler: 1.7 s of every load.
@@ -214,13 +214,15 @@ class Linear(nn.Module):
 
     weight: Weight
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns))
+        self.bias = nn.Parameter(torch.empty(rows)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x W^T: (N, columns) -> (N, rows)."""
-        return linear(x, self.weight)
+        """x W^T + b: (N, columns) -> (N, rows)."""
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
     def look_up(self, ids: Tensor) -> Tensor:
         """Rows of the table: ids (N,) -> (N, columns)."""

@@ -35,7 +35,10 @@ def load_parameters(
     done = 0
     loaded: dict[str, Tensor] = {}
     for name, cuts in parts.items():
-        out = torch.empty(cuts[0].target_shape, dtype=dtype or torch_dtype(view.dtype(name)), device=device)
+        stored = torch_dtype(view.dtype(name))
+        # A correction's rounding would change choices, and it meets no product that would want it narrow.
+        kept = stored if dtype is None or name.endswith("router.correction") else dtype
+        out = torch.empty(cuts[0].target_shape, dtype=kept, device=device)
         for cut in cuts:
             assert cut.target_box is not None, "slices carry their boxes"
             out[tuple(slice(*r) for r in cut.target_box)] = tensor(view.read(name, cut.target_box)).to(device)

@@ -13,6 +13,9 @@ How the chosen outputs combine is the spec's ``aggregate``:
     fuse           combine_j = w_j exp(f_j) / sum_i w_i exp(f_i) * sum_i w_i, f a learned number per expert;
                    f = 0 is the weighted sum
 
+Beside the routed experts there may be a network that every token visits (``shared``), whose output is added, times the
+sigmoid of a linear form of x where the spec has a ``shared_gate``. It is no expert: no routing, count or loss sees it.
+
 Dropless: no capacity, no padding, no token is ever left out. What the router decided is returned as
 :class:`RouterStats`, never kept in a global list, so losses and views see exactly this call.
 """
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 
 from quadriga.kernels import ops
 from quadriga.model.config import MoESpec
+from quadriga.nn.feedforward import FeedForward
 from quadriga.nn.linear import Adapted, Factors, Quantised, Weight, grouped_linear, variants
 
 
@@ -35,13 +39,13 @@ class RouterStats:
     """One layer's routing of N tokens."""
 
     expert_ids: Tensor
-    """(N, k) int64, most probable first."""
+    """(N, k) int64, in the order they were chosen in."""
     expert_weights: Tensor
     """(N, k) float32, what each chosen expert's output was multiplied by."""
     probs: Tensor
-    """(N, E) float32, the router's softmax over all experts."""
+    """(N, E) float32, the router's distribution over all experts; see ``ops.Routing``."""
     logits: Tensor
-    """(N, E) float32, what the softmax was taken of."""
+    """(N, E) float32, what the scores were taken of."""
 
     def load(self) -> Tensor:
         """(E,) int64: how many (token, slot) pairs each expert got."""
@@ -68,31 +72,46 @@ class ExpertWeights(NamedTuple):
     gate: Weight
     up: Weight
     down: Weight
+    b_gate: Tensor | None = None
+    """(E, F), as b_up; b_down (E, D). All three or none."""
+    b_up: Tensor | None = None
+    b_down: Tensor | None = None
+
+    @property
+    def matrices(self) -> tuple[Weight, Weight, Weight]:
+        """What rows are multiplied with."""
+        return self.gate, self.up, self.down
 
 
 def here(x: Tensor, routing_ids: Tensor, combine: Tensor, weights: ExpertWeights, activation: str) -> Tensor:
     """The experts on the device of x, whatever kind their weights are: an ``ExpertDispatch``.
 
     Plain weights go to ``ops.experts``. On the host frozen weights with one pair of factors an expert go to
-    ``ops.adapted_experts``. What is left (a bank of adapters, dropout on a factor's input, packed weights that no
-    adapter is on) is grouped products over rows sorted by expert.
+    ``ops.adapted_experts``. What is left (experts with biases, a bank of adapters, dropout on a factor's input, packed
+    weights that no adapter is on) is grouped products over rows sorted by expert.
     """
-    if all(isinstance(weight, Tensor) for weight in weights):
-        gate, up, down = weights
-        return ops.experts(x, routing_ids, combine, gate, up, down, activation)  # type: ignore[arg-type]
-    if x.device.type == "cpu" and (parts := _parts(weights, x.dtype)) is not None:
-        return ops.adapted_experts(x, routing_ids, combine, parts, activation)
+    if weights.b_up is None:
+        if all(isinstance(weight, Tensor) for weight in weights.matrices):
+            return ops.experts(x, routing_ids, combine, *weights.matrices, activation)  # type: ignore[arg-type]
+        if x.device.type == "cpu" and (parts := _parts(weights, x.dtype)) is not None:
+            return ops.adapted_experts(x, routing_ids, combine, parts, activation)
     top_k = routing_ids.shape[1]
     flat = routing_ids.reshape(-1)
     order = flat.argsort(stable=True)  # (N k,) slots, all of expert 0 first
     counts = torch.bincount(flat, minlength=n_experts(weights.gate))
     tokens = order // top_k
-    rows = x[tokens]
-    hidden = ops.activate(grouped_linear(rows, weights.gate, counts, tokens), activation)
-    hidden = hidden * grouped_linear(rows, weights.up, counts, tokens)
-    y = grouped_linear(hidden, weights.down, counts, tokens)
+    rows, sorted_ids = x[tokens], flat[order]
+    gate = _biased(grouped_linear(rows, weights.gate, counts, tokens), weights.b_gate, sorted_ids)
+    up = _biased(grouped_linear(rows, weights.up, counts, tokens), weights.b_up, sorted_ids)
+    hidden = ops.gated(gate, up, activation)
+    y = _biased(grouped_linear(hidden, weights.down, counts, tokens), weights.b_down, sorted_ids)
     slots = torch.empty_like(y).index_copy(0, order, y).view(len(x), top_k, -1)
     return torch.bmm(combine.to(x.dtype)[:, None], slots).squeeze(1)
+
+
+def _biased(rows: Tensor, bias: Tensor | None, expert_ids: Tensor) -> Tensor:
+    """Rows plus the biases of their experts."""
+    return rows if bias is None else rows + bias.to(rows.dtype)[expert_ids]
 
 
 def n_experts(weight: Weight) -> int:
@@ -108,7 +127,7 @@ def n_experts(weight: Weight) -> int:
 def _parts(weights: ExpertWeights, dtype: torch.dtype) -> dict[str, ops.AdaptedPart] | None:
     """What ``ops.adapted_experts`` takes; None where an adapter is no mere pair of factors, or drops inputs now."""
     made: dict[str, ops.AdaptedPart] = {}
-    for name, weight in zip(("w_gate", "w_up", "w_down"), weights, strict=True):
+    for name, weight in zip(("w_gate", "w_up", "w_down"), weights.matrices, strict=True):
         delta = weight.delta if isinstance(weight, Adapted) else None
         frozen = weight.frozen if isinstance(weight, Adapted) else weight
         stack = frozen.stack() if isinstance(frozen, Quantised) else frozen
@@ -122,11 +141,13 @@ def _parts(weights: ExpertWeights, dtype: torch.dtype) -> dict[str, ops.AdaptedP
 
 
 class Router(nn.Module):
-    """The gate: float32 softmax over all experts, top k, renormalised by the spec's p-norm."""
+    """The gate: float32 scores of all experts, a choice of k, their weights; see ``MoESpec``."""
 
-    bias: Tensor | None = None
-    """(E,) float32 added to the probabilities for the choice alone: training's loss-free balancing. No parameter, and
-    in no checkpoint format."""
+    balancing: Tensor | None = None
+    """(E,) float32 added to the scores for the choice alone: training's loss-free balancing. No parameter, and in no
+    checkpoint format."""
+    correction: Tensor | None
+    """(E,) float32 added alike, the model's own: a buffer, stored with it and trained by no gradient."""
 
     weight: Weight
 
@@ -134,6 +155,9 @@ class Router(nn.Module):
         super().__init__()
         self.spec = spec
         self.weight = nn.Parameter(torch.empty(spec.n_experts, d_model))
+        self.bias = nn.Parameter(torch.empty(spec.n_experts)) if spec.router_bias else None
+        self.register_buffer("correction", torch.empty(spec.n_experts) if spec.correction else None)
+        self.how = choice_of(spec)
 
     def forward(self, x: Tensor) -> ops.Routing:
         """(N, D) -> Routing. In training, ``jitter_eps`` disturbs this input only, never what the experts see."""
@@ -152,7 +176,24 @@ class Router(nn.Module):
         return routing
 
     def _route(self, x: Tensor, weight: Tensor) -> ops.Routing:
-        return ops.route(x, weight, self.spec.top_k, self.spec.normalize_p, self.bias)
+        correction = self.correction
+        if self.balancing is not None:
+            correction = self.balancing if correction is None else correction + self.balancing
+        return ops.route(x, weight, self.how, bias=self.bias, correction=correction)
+
+
+def choice_of(spec: MoESpec) -> ops.Choice:
+    """What ``ops.route`` is told of a mixture."""
+    return ops.Choice(
+        top_k=spec.top_k,
+        score=spec.score,
+        normalize_p=spec.normalize_p,
+        normalize_eps=spec.normalize_eps,
+        normalize_min=spec.normalize_min,
+        scale=spec.routed_scale,
+        n_groups=spec.n_groups,
+        top_k_groups=spec.top_k_groups,
+    )
 
 
 class Fuse(nn.Module):
@@ -184,16 +225,28 @@ class MoE(nn.Module):
         self.w_gate = nn.Parameter(torch.empty(spec.n_experts, spec.d_ff, d_model))
         self.w_up = nn.Parameter(torch.empty(spec.n_experts, spec.d_ff, d_model))
         self.w_down = nn.Parameter(torch.empty(spec.n_experts, d_model, spec.d_ff))
+        n, f = spec.n_experts, spec.d_ff
+        self.b_gate = nn.Parameter(torch.empty(n, f)) if spec.expert_bias else None
+        self.b_up = nn.Parameter(torch.empty(n, f)) if spec.expert_bias else None
+        self.b_down = nn.Parameter(torch.empty(n, d_model)) if spec.expert_bias else None
         self.fuse = Fuse(spec.n_experts) if spec.aggregate == "fuse" else None
+        self.shared = None if spec.shared is None else FeedForward(d_model, spec.shared)
+        self.shared_gate = nn.Parameter(torch.empty(d_model)) if spec.shared_gate else None
         self.dispatch = here
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         """(N, D) -> ((N, D), this layer's routing)."""
         ids, weights, probs, logits = self.router(x)
         combine = self.aggregation_weights(ids, weights)
-        weights = ExpertWeights(self.w_gate, self.w_up, self.w_down)
+        weights = ExpertWeights(self.w_gate, self.w_up, self.w_down, self.b_gate, self.b_up, self.b_down)
         out = self.dispatch(x, ids, combine, weights, self.spec.activation)
+        if self.shared is not None:
+            out = out + self.share(x) * self.shared(x)
         return out, RouterStats(ids, combine, probs, logits)
+
+    def share(self, x: Tensor) -> Tensor | float:
+        """What the shared network's output is multiplied by: (N, 1), or 1."""
+        return 1.0 if self.shared_gate is None else torch.sigmoid(x @ self.shared_gate.to(x.dtype))[:, None]
 
     def aggregation_weights(self, ids: Tensor, weights: Tensor) -> Tensor:
         """The (N, k) multipliers of the chosen experts' outputs under the spec's aggregate."""

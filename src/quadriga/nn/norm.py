@@ -10,12 +10,13 @@ from quadriga.model.config import NormSpec
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last axis, weight only; see ``ops.norm``."""
+    """LayerNorm or RMSNorm over the last axis, with a bias where the spec has one; see ``ops.norm``."""
 
     def __init__(self, d_model: int, spec: NormSpec) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_model))
+        self.bias = nn.Parameter(torch.empty(d_model)) if spec.bias else None
         self.spec = spec
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.norm(x, self.weight, self.spec.kind, self.spec.eps)
+        return ops.norm(x, self.weight, self.spec.kind, self.spec.eps, self.bias)

@@ -6,29 +6,35 @@ import torch
 from torch import Tensor
 
 from quadriga.model.config import RopeSpec
-from quadriga.model.positions import inverse_frequencies
+from quadriga.model.positions import Rotation, rotation
 
 
-def rotary_tables(positions: Tensor, spec: RopeSpec, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2j/d), j < d/2, computed in float32 and then cast to ``dtype``.
+def rotary_tables(positions: Tensor, turning: Rotation, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, times the rotation's scale, computed in float32 and then cast to ``dtype``.
 
     Returns:
-        two tensors (N, 1, head_dim / 2), ready to broadcast over heads.
+        two tensors (N, 1, pairs), ready to broadcast over heads.
     """
-    frequencies = torch.from_numpy(inverse_frequencies(spec, head_dim)).to(positions.device)
-    angles = positions[:, None].float() * frequencies  # (N, d/2)
-    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+    frequencies = torch.from_numpy(turning.frequencies).to(positions.device)
+    angles = positions[:, None].float() * frequencies  # (N, pairs)
+    cos, sin = (table if turning.scale == 1 else table * turning.scale for table in (angles.cos(), angles.sin()))
+    return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
 
 
 class Rotations:
-    """cos and sin at the positions of one pass, computed once for each kind of rotation that its layers have."""
+    """cos and sin at the positions of one pass, computed once for each kind of rotation that its layers have.
 
-    def __init__(self, positions: Tensor, dtype: torch.dtype) -> None:
-        self._positions, self._dtype = positions, dtype
+    Args:
+        max_seq_len: the model's; see ``model.positions.rotation``.
+    """
+
+    def __init__(self, positions: Tensor, dtype: torch.dtype, max_seq_len: int) -> None:
+        self._positions, self._dtype, self._max_seq_len = positions, dtype, max_seq_len
         self._made: dict[tuple[RopeSpec, int], tuple[Tensor, Tensor]] = {}
 
     def tables(self, spec: RopeSpec, head_dim: int) -> tuple[Tensor, Tensor]:
         """See :func:`rotary_tables`."""
         if (spec, head_dim) not in self._made:
-            self._made[spec, head_dim] = rotary_tables(self._positions, spec, head_dim, self._dtype)
+            turning = rotation(spec, head_dim, self._max_seq_len)
+            self._made[spec, head_dim] = rotary_tables(self._positions, turning, self._dtype)
         return self._made[spec, head_dim]

@@ -8,6 +8,10 @@ layer the first is k times the second, so the same weight means k times the stre
 megablocks form (mosaicml/llm-foundry, databricks/megablocks@78eea65f), transformers applies it in its own. Only P
 carries a gradient; f and counts are constants, as in Switch Transformers (Fedus et al. 2021, eq. 4).
 
+A router of sigmoids has the same losses: P is the mean of its scores divided by their sum, which makes the second form
+DeepSeek-V3's complementary loss (eq. 17-20) over a batch in place of a sequence. A network that every token visits is
+in neither.
+
 Probabilities go in once softmaxed. DBRX's first official file softmaxed them a second time inside its loss.
 """
 

@@ -83,7 +83,9 @@ class Transformer(nn.Module):
         self.embed = Linear(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config.d_model, spec, i) for i, spec in enumerate(config.layers))
         self.final_norm = Norm(config.d_model, config.final_norm)
-        self.lm_head = None if config.tied_embeddings else Linear(config.vocab_size, config.d_model)
+        self.lm_head = None
+        if not config.tied_embeddings:
+            self.lm_head = Linear(config.vocab_size, config.d_model, bias=config.head_bias)
 
     @classmethod
     def from_parameters(cls, config: ModelConfig, parameters: Mapping[str, Tensor]) -> Transformer:
@@ -112,7 +114,7 @@ class Transformer(nn.Module):
         h = self.embed.look_up(tokens)
         if self.config.embedding_scale != 1.0:
             h = h * self.config.embedding_scale
-        rotations = Rotations(context.positions, h.dtype)
+        rotations = Rotations(context.positions, h.dtype, self.config.max_seq_len)
         stats: list[RouterStats] = []
         for layer in self.layers:
             h, layer_stats = layer(h, context, rotations)
@@ -131,7 +133,7 @@ class Transformer(nn.Module):
 def random_parameters(
     config: ModelConfig, *, seed: int = 0, std: float = 0.02, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """Parameters for a model that was never trained: N(0, std), norms 1, fuse 0. For tests and benchmarks."""
+    """Parameters for a model that was never trained: N(0, std), norms' weights 1, fuse 0. For tests and benchmarks."""
     generator = torch.Generator().manual_seed(seed)
 
     def fill(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -27,13 +27,13 @@ class RouterStats:
     """One layer's routing of N tokens."""
 
     expert_ids: NDArray[np.int64]
-    """(N, k), most probable first."""
+    """(N, k), in the order they were chosen in."""
     expert_weights: Floats
     """(N, k), what each chosen expert's output was multiplied by."""
     probs: Floats
-    """(N, E), the router's softmax over all experts."""
+    """(N, E), the router's distribution over all experts: their softmax, or sigmoid scores divided by their sum."""
     logits: Floats
-    """(N, E), what the softmax was taken of."""
+    """(N, E), what the scores were taken of."""
 
     def load(self) -> NDArray[np.int64]:
         """(E,): how many (token, slot) pairs each expert got."""

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from quadriga.errors import ConfigError
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
-from quadriga.kernels.cpu.program import AttentionArgs, Batch, FFNArgs, NormArgs, Program
+from quadriga.kernels.cpu.program import AttentionArgs, Batch, ChoiceArgs, FFNArgs, NormArgs, Program, SharedArgs
 from quadriga.model.config import AlibiSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
-from quadriga.model.positions import alibi_slopes, inverse_frequencies
-from quadriga.model.weight_map import parameter_shapes
+from quadriga.model.positions import alibi_slopes, rotation
+from quadriga.model.weight_map import parameter_shapes, stays_float32
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.packed import KV_FORMATS, kv_block_bytes
 from quadriga.runners.base import Floats, RouterStats
@@ -32,7 +32,7 @@ MAX_TOKENS = 2048
 
 
 def pack_parameters(parameters: Mapping[str, Array], form: str) -> dict[str, Parameter]:
-    """All matrices of a model in one packed format, its router and vectors in float32: tests and benchmarks.
+    """All matrices of a model in one packed format, routers, biases and vectors in float32: tests and benchmarks.
 
     Args:
         parameters: named and shaped as ``parameter_shapes``.
@@ -43,7 +43,7 @@ def pack_parameters(parameters: Mapping[str, Array], form: str) -> dict[str, Par
         if values.ndim == 1:
             packed[name] = as_float32(values)
         elif values.ndim == 2:
-            packed[name] = pack(np.ascontiguousarray(values), "float32" if name.endswith("router.weight") else form)
+            packed[name] = pack(np.ascontiguousarray(values), "float32" if stays_float32(name) else form)
         else:
             packed[name] = [pack(np.ascontiguousarray(expert), form) for expert in values]
     return packed
@@ -54,8 +54,11 @@ def layer_block_bytes(layer: LayerSpec, kv_format: str) -> int:
     return kv_block_bytes(kv_format, layer.mixer.state.n_kv_heads, layer.mixer.state.head_dim)
 
 
-def _softmax(logits: Floats) -> Floats:
-    """Over the last axis."""
+def _distribution(logits: Floats, score: str) -> Floats:
+    """Over the last axis: the softmax, or sigmoid scores divided by their sum."""
+    if score == "sigmoid":
+        scores = 1 / (1 + np.exp(-np.maximum(logits, -80)))
+        return np.asarray(scores / scores.sum(-1, keepdims=True), dtype=np.float32)
     risen = np.exp(logits - logits.max(-1, keepdims=True))
     out: Floats = risen / risen.sum(-1, keepdims=True)
     return out
@@ -116,7 +119,8 @@ class CompiledModel:
             self.program.attention(self._attention(layer))
             self.program.ffn(self._ffn(layer))
         head = embed if config.tied_embeddings else self._packed("lm_head.weight")
-        self.program.head(self._norm("final_norm.weight", config.final_norm), head, config.logit_scale)
+        bias = self._vector("lm_head.bias") if config.head_bias else None
+        self.program.head(self._norm("final_norm.weight", config.final_norm), head, config.logit_scale, bias)
 
     def forward(self, batch: Batch) -> Floats:
         """Logits (R, V) float32 of the rows asked for; valid until the next pass.
@@ -145,8 +149,13 @@ class CompiledModel:
     def router_stats(self, n_tokens: int) -> list[RouterStats]:
         """What every layer's router decided for the last pass's tokens."""
         return [
-            RouterStats(r.ids[:n_tokens].astype(np.int64), r.weights[:n_tokens].copy(), _softmax(logits), logits)
-            for r in self.program.routing
+            RouterStats(
+                r.ids[:n_tokens].astype(np.int64),
+                r.weights[:n_tokens].copy(),
+                _distribution(logits, spec.score),
+                logits,
+            )
+            for r, (_, spec) in zip(self.program.routing, self.config.moe_layers, strict=True)
             for logits in (r.logits[:n_tokens].copy(),)
         ]
 
@@ -157,9 +166,9 @@ class CompiledModel:
     def _attention(self, layer: int) -> AttentionArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
         spec = shape.mixer
-        frequencies = slopes = q_norm = k_norm = None
+        turning = slopes = q_norm = k_norm = None
         if isinstance(spec.position, RopeSpec):
-            frequencies = inverse_frequencies(spec.position, spec.head_dim)
+            turning = rotation(spec.position, spec.head_dim, self.config.max_seq_len)
         elif isinstance(spec.position, AlibiSpec):
             slopes = alibi_slopes(spec.position, spec.n_heads)
         if spec.qk_norm is not None:
@@ -179,10 +188,16 @@ class CompiledModel:
             residual_scale=shape.residual_scale,
             score_scale=spec.score_scale,
             soft_cap=spec.soft_cap,
-            inverse_frequencies=frequencies,
+            inverse_frequencies=None if turning is None else turning.frequencies,
+            rotary_scale=1.0 if turning is None else turning.scale,
             alibi_slopes=slopes,
             kv=self._kv[layer],
             kv_format=self.kv_format,
+            qkv_bias=self._vector(p + "attn.wqkv.bias") if spec.qkv_bias else None,
+            out_bias=self._vector(p + "attn.wo.bias") if spec.out_bias else None,
+            sinks=self._vector(p + "attn.sinks") if spec.sinks else None,
+            window=spec.window,
+            norm_after_rotation=spec.qk_norm is not None and spec.qk_norm.after_rotation,
         )
 
     def _ffn(self, layer: int) -> FFNArgs:
@@ -207,8 +222,6 @@ class CompiledModel:
                     layer=layer,
                 )
             case MoESpec():
-                fuse = self.parameters.get(p + "moe.fuse.weight")
-                assert fuse is None or isinstance(fuse, np.ndarray), "fuse is a vector"
                 return FFNArgs(
                     norm=norm,
                     post_norm=post,
@@ -221,10 +234,44 @@ class CompiledModel:
                     aggregate=ffn.aggregate,
                     normalize_p=ffn.normalize_p,
                     residual_scale=shape.residual_scale,
-                    fuse=fuse,
+                    fuse=self._vector_or_none(p + "moe.fuse.weight"),
                     layer=layer,
                     store=None if self.store is None else self.store.handle,
+                    choice=ChoiceArgs(
+                        score=ffn.score,
+                        n_groups=ffn.n_groups,
+                        top_k_groups=ffn.top_k_groups,
+                        normalize_eps=ffn.normalize_eps,
+                        normalize_min=ffn.normalize_min,
+                        scale=ffn.routed_scale,
+                        bias=self._vector_or_none(p + "moe.router.bias"),
+                        correction=self._vector_or_none(p + "moe.router.correction"),
+                    ),
+                    biases=self._biases(p) if ffn.expert_bias else None,
+                    shared=self._shared(p + "moe.", ffn),
                 )
+
+    def _biases(self, p: str) -> tuple[Floats, Floats, Floats]:
+        gate, up, down = (self._packed(f"{p}moe.b_{part}").unpack() for part in ("gate", "up", "down"))
+        return gate, up, down
+
+    def _shared(self, p: str, ffn: MoESpec) -> SharedArgs | None:
+        if ffn.shared is None:
+            return None
+        weight = self._vector_or_none(p + "shared_gate")
+        return SharedArgs(
+            gate=self._packed(p + "shared.w_gate"),
+            up=self._packed(p + "shared.w_up"),
+            down=self._packed(p + "shared.w_down"),
+            activation=ffn.shared.activation,
+            weight=None if weight is None else pack(np.ascontiguousarray(weight[None]), "float32"),
+        )
+
+    def _vector_or_none(self, name: str) -> Floats | None:
+        """A vector that not every mixture has."""
+        value = self.parameters.get(name)
+        assert value is None or isinstance(value, np.ndarray), f"{name} is a vector"
+        return value
 
     def _packed(self, name: str) -> Packed:
         parameter = self.parameters[name]
@@ -237,6 +284,10 @@ class CompiledModel:
         return parameter
 
     def _norm(self, name: str, spec: NormSpec) -> NormArgs:
-        weight = self.parameters[name]
-        assert isinstance(weight, np.ndarray), f"{name} is a vector"
-        return NormArgs(weight, spec.kind, spec.eps)
+        bias = self._vector(name.removesuffix("weight") + "bias") if spec.bias else None
+        return NormArgs(self._vector(name), spec.kind, spec.eps, bias)
+
+    def _vector(self, name: str) -> Floats:
+        vector = self.parameters[name]
+        assert isinstance(vector, np.ndarray), f"{name} is a vector"
+        return vector

@@ -117,26 +117,33 @@ class _PagedContext:
             self._past.append(torch.from_numpy(place).to(device))
             slots.append(place[batch.positions[start:stop]])
         self._slots = torch.from_numpy(np.concatenate(slots)).to(device)
-        self._decode = None
-        if len(self._spans) > 1 and all(stop - start == 1 for start, stop in self._spans):
-            # All sequences decode: one padded attention for all of them.
-            longest = max(len(past) for past in self._past)
-            padded = torch.empty(len(self._spans), longest, dtype=torch.int64, device=device)
-            for row, past in zip(padded, self._past, strict=True):
-                # The rest repeats its own first place: a weight of 0 times another's NaN would be NaN.
-                row[: len(past)], row[len(past) :] = past, past[0]
-            self._decode = padded
+        # All sequences decode: one padded attention for all of them.
+        self._decode = len(self._spans) > 1 and all(stop - start == 1 for start, stop in self._spans)
+        self._padded: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Store k and v, then attend; see ``nn.context.ForwardContext``."""
         keys, values = self._runner._keys[layer], self._runner._values[layer]
         keys[self._slots], values[self._slots] = k, v
-        if self._decode is not None:
-            past_keys, past_values = (t[self._decode].transpose(1, 2) for t in (keys, values))  # (B, K, S, d)
-            positions = self.positions[:, None]
+        if self._decode:
+            past, positions = self._together(scoring.window)
+            past_keys, past_values = (t[past].transpose(1, 2) for t in (keys, values))  # (B, K, S, d)
             return scoring.attention(q[:, :, None], past_keys, past_values, q_positions=positions)[:, :, 0]
         out = torch.empty_like(q)
         for (start, stop), past in zip(self._spans, self._past, strict=True):
-            stored = (t[past].transpose(0, 1)[None] for t in (keys, values))
+            seen = past if scoring.window is None else past[-(stop - start + scoring.window - 1) :]
+            stored = (t[seen].transpose(0, 1)[None] for t in (keys, values))
             out[start:stop] = scoring.attention(q[start:stop].transpose(0, 1)[None], *stored)[0].transpose(0, 1)
         return out
+
+    def _together(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """(places (B, S) of what each sequence's query sees, padded at the end; (B, 1) where its query is in them)."""
+        if window not in self._padded:
+            seen = [past if window is None else past[-window:] for past in self._past]
+            padded = torch.empty(len(seen), max(map(len, seen)), dtype=torch.int64, device=self.positions.device)
+            for row, past in zip(padded, seen, strict=True):
+                # The rest repeats its own first place: a weight of 0 times another's NaN would be NaN.
+                row[: len(past)], row[len(past) :] = past, past[0]
+            places = torch.tensor([[len(past) - 1] for past in seen], device=self.positions.device)
+            self._padded[window] = padded, places
+        return self._padded[window]

@@ -40,6 +40,7 @@ _CLASS_OF_MODEL = {
     "olmoe": "GPTNeoXTokenizer",
     "granite": "GPT2Tokenizer",
     "granitemoe": "GPT2Tokenizer",
+    "granitemoeshared": "GPT2Tokenizer",
 }
 """transformers' class for a model_type of config.json, where tokenizer_config.json names none."""
 

@@ -34,7 +34,7 @@ class BiasBalancer:
         """Set the routers' biases for a step, faded according to the schedule."""
         share = bias_share(step, n_steps, self.section.bias_fade)
         for router, bias in zip(self._routers, self.bias, strict=True):
-            router.bias = bias * share if share else None
+            router.balancing = bias * share if share else None
 
     @torch.no_grad()
     def update(self, counts: Tensor) -> None:

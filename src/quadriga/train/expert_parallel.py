@@ -36,7 +36,9 @@ class AllToAllExperts:
         self, x: Tensor, routing_ids: Tensor, combine: Tensor, weights: ExpertWeights, activation: str
     ) -> Tensor:
         """Compute the experts' weighted sum as in ``ExpertDispatch``; ``weights`` are this rank's (E / size, ...)."""
-        local = ExpertWeights(*(w.to_local() if isinstance(w, DTensor) else w for w in weights))
+        assert weights.b_up is None, "the layout of ranks refuses experts with biases"
+        gate, up, down = (w.to_local() if isinstance(w, DTensor) else w for w in weights.matrices)
+        local = ExpertWeights(gate, up, down)
         own = n_experts(local.gate)
         n_tokens, top_k = routing_ids.shape
         flat = routing_ids.reshape(-1)

@@ -60,7 +60,13 @@ def export(
             "the run's last checkpoint, where the bias is 0."
         )
     kind = "ema" if any(name.startswith("ema/") for name in reader.names()) else "parameter"
-    parameters = {name: reader.whole(f"{kind}/{name}").to(DTYPES[dtype]) for name in parameter_shapes(config)}
+    names = {name: f"{kind}/{name}" for name in parameter_shapes(config)}
+    # A router's correction is trained by no gradient, so it has no average; and it keeps its float32.
+    fixed = {name for name in names if name.endswith("router.correction")}
+    parameters = {
+        name: reader.whole(f"parameter/{name}") if name in fixed else reader.whole(stored).to(DTYPES[dtype])
+        for name, stored in names.items()
+    }
     write_hf(parameters, config, out, tokenizer_files)
     return int(folder.name.removeprefix("step-"))
 

@@ -78,7 +78,7 @@ def new_parameters(config: ModelConfig, *, seed: int, std: float) -> dict[str, T
     def fill(name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("norm.weight"):
             return torch.ones(shape)
-        if name.endswith("fuse.weight"):
+        if name.endswith(("fuse.weight", "router.correction", ".bias", ".sinks")) or ".b_" in name:
             return torch.zeros(shape)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

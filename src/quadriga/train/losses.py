@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quadriga.errors import ConfigError
 from quadriga.kernels import training
 from quadriga.model.config import ModelConfig
 from quadriga.nn.linear import whole
@@ -34,8 +35,15 @@ def final_hidden(model: Transformer, batch: TrainingBatch) -> tuple[Tensor, list
 
 
 def head_weight(model: Transformer) -> Tensor:
-    """The matrix that turns final hidden states into logits (V, D)."""
-    return whole((model.embed if model.lm_head is None else model.lm_head).weight)
+    """The matrix that turns final hidden states into logits (V, D).
+
+    Raises:
+        ConfigError: the head has a bias.
+    """
+    head = model.embed if model.lm_head is None else model.lm_head
+    if head.bias is not None:
+        raise ConfigError("training needs a head without a bias: the fused loss multiplies by the matrix alone")
+    return whole(head.weight)
 
 
 class NextToken:

@@ -27,12 +27,13 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 def decays(name: str) -> bool:
     """True for parameters with weight decay: matrices, embeddings, head and experts."""
-    return not name.endswith("norm.weight") and ".router." not in name and ".fuse." not in name
+    small = name.endswith(("norm.weight", ".bias", ".sinks", ".shared_gate")) or ".b_" in name
+    return not small and ".router." not in name and ".fuse." not in name
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """True for parameters that Muon updates: the matrices inside the layers, except the router."""
-    return name.startswith("layers.") and parameter.ndim >= 2 and ".router." not in name
+    return name.startswith("layers.") and parameter.ndim >= 2 and ".router." not in name and ".b_" not in name
 
 
 class Lion(torch.optim.Optimizer):

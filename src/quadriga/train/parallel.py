@@ -81,6 +81,8 @@ def check_layout(model: Transformer, section: ParallelSection, world: World) -> 
             raise ConfigError(f"parallel.experts must divide the model's {moe.spec.n_experts} experts: got {experts}")
     if experts > 1 and not moe_layers(model):
         raise ConfigError(f"parallel.experts={experts} needs a model with experts; this one is dense")
+    if experts > 1 and any(moe.spec.expert_bias for moe in moe_layers(model)):
+        raise ConfigError("parallel.experts spreads experts without biases only; this model's have some. Leave it at 1")
     if experts > 1 and replicate > 1:
         raise ConfigError("parallel.experts and parallel.replicate cannot both be above 1: leave out replicate")
 

@@ -153,6 +153,7 @@ class Trainer:
         """The state that is saved as tensors, by name; not copies."""
         found: dict[str, Tensor] = {}
         found |= {f"parameter/{name}": p for name, p in self.masters.by_name.items()}
+        found |= {f"parameter/{name}": buffer for name, buffer in self.model.named_buffers()}  # corrections of routers
         found |= {f"optimiser/{name}": value for name, value in self.optimiser.state().items()}
         found |= {f"ema/{name}": value for name, value in self.averages.items()}
         if self.balancer is not None:
@@ -393,9 +394,13 @@ class Trainer:
     def _flops(self, batches: Sequence[TrainingBatch]) -> float:
         """FLOPs of this rank's rows, forward and backward: 3 x (2 x active parameters + attention) per token."""
         config = self.model.config
-        seen = float(sum(int(batch.positions.sum()) + len(batch.positions) for batch in batches))
         n_tokens = sum(len(batch.tokens) for batch in batches)
-        return 3.0 * (2 * self._active * n_tokens + cost.attention_flops(config, 1) * seen)
+        attention = 0.0
+        for layer, n in config.kinds().items():
+            window = layer.mixer.window
+            lengths = ((batch.positions + 1).clamp(max=window) for batch in batches)
+            attention += n * 4 * layer.mixer.q_dim * float(sum(int(seen.sum()) for seen in lengths))
+        return 3.0 * (2 * self._active * n_tokens + attention)
 
     def _tell(self, text: str) -> None:
         for listener in self.listeners:

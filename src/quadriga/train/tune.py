@@ -50,7 +50,7 @@ from quadriga.train.tune_config import LoraSection, TuneConfig
 from quadriga.train.view import Screen
 from quadriga.train.world import World
 
-_PACKABLE = ("attention", "experts", "ffn")
+_PACKABLE = ("attention", "experts", "shared", "ffn")
 
 
 @dataclass(frozen=True)

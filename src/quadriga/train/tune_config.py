@@ -38,7 +38,7 @@ class LoraSection(Section, frozen=True):
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ("attention",)
-    """Which matrices get an adapter: attention, router, experts, ffn, embeddings, head."""
+    """Which matrices get an adapter: attention, router, experts, shared, ffn, embeddings, head."""
     dropout: float = 0.0
     start: str | None = None
     """An adapter to start from; its rank, alpha and targets then replace those given here."""

@@ -8,10 +8,11 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "38da4c9cd57b5fe29348a2dc364067e9fab5429ad2bf107127cee37e160e4113"
+HEADER_SHA256 = "7641719d46f5bac7a2add49dc071e78a004fa5346991ccbea97085555d7858c6"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
+MOST_EXPERTS = 1024
 
 
 class Status(IntEnum):
@@ -69,6 +70,14 @@ class Activation(IntEnum):
     GELU = 1
     GELU_TANH = 2
     RELU = 3
+    CLAMPED_GLU = 4
+
+
+class Score(IntEnum):
+    """enum qd_score"""
+
+    SOFTMAX = 0
+    SIGMOID = 1
 
 
 class Aggregate(IntEnum):
@@ -134,6 +143,7 @@ class Norm(c.Structure):
         ("weight", c.c_void_p),
         ("kind", c.c_int32),
         ("eps", c.c_float),
+        ("bias", c.c_void_p),
     ]
 
 
@@ -169,6 +179,13 @@ class Attention(c.Structure):
         ("inverse_frequencies", c.c_void_p),
         ("alibi_slopes", c.c_void_p),
         ("kv", c.c_void_p),
+        ("qkv_bias", c.c_void_p),
+        ("out_bias", c.c_void_p),
+        ("sinks", c.c_void_p),
+        ("window", c.c_int32),
+        ("rotary_dim", c.c_int32),
+        ("rotary_scale", c.c_float),
+        ("norm_after_rotation", c.c_int32),
     ]
 
 
@@ -195,6 +212,22 @@ class Ffn(c.Structure):
         ("weights", c.c_void_p),
         ("logits", c.c_void_p),
         ("store", c.c_void_p),
+        ("score", c.c_int32),
+        ("n_groups", c.c_int32),
+        ("top_k_groups", c.c_int32),
+        ("normalize_eps", c.c_float),
+        ("normalize_min", c.c_float),
+        ("routed_scale", c.c_float),
+        ("router_bias", c.c_void_p),
+        ("correction", c.c_void_p),
+        ("gate_bias", c.c_void_p),
+        ("up_bias", c.c_void_p),
+        ("down_bias", c.c_void_p),
+        ("shared_gate", Matrix),
+        ("shared_up", Matrix),
+        ("shared_down", Matrix),
+        ("shared_weight", Matrix),
+        ("shared_activation", c.c_int32),
     ]
 
 
@@ -205,6 +238,7 @@ class Head(c.Structure):
         ("norm", Norm),
         ("weight", Matrix),
         ("logit_scale", c.c_float),
+        ("bias", c.c_void_p),
     ]
 
 

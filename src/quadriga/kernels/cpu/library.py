@@ -41,6 +41,7 @@ SOURCES = _codes(bindings.Source)
 ACTIVATIONS = _codes(bindings.Activation)
 NORMS = _codes(bindings.NormKind)
 AGGREGATES = _codes(bindings.Aggregate)
+SCORES = _codes(bindings.Score)
 
 _ERRORS: dict[int, tuple[type[QuadrigaError], str]] = {
     Status.BAD_ARGUMENT: (ConfigError, "the CPU kernels cannot do this: {}"),

@@ -28,11 +28,12 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class NormArgs:
-    """A norm's weight (D,) float32, kind ("layer" or "rms") and epsilon."""
+    """A norm's weight (D,) float32, kind ("layer" or "rms") and epsilon, and its bias (D,) float32 if it has one."""
 
     weight: Floats
     kind: str
     eps: float
+    bias: Floats | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,47 @@ class AttentionArgs:
     score_scale: float
     soft_cap: float | None
     inverse_frequencies: Floats | None
-    """(d/2,) float32, or None where positions are not rotary."""
+    """(pairs,) float32, of the first numbers of every head; None where positions are not rotary."""
     alibi_slopes: Floats | None
     """(H,) float32."""
     kv: NDArray[np.uint8]
     """This layer's blocks, ``n_blocks * quant.packed.kv_block_bytes``, zeroed."""
     kv_format: str
+    qkv_bias: Floats | None = None
+    out_bias: Floats | None = None
+    sinks: Floats | None = None
+    """(H,) float32."""
+    window: int | None = None
+    rotary_scale: float = 1.0
+    norm_after_rotation: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceArgs:
+    """How a router's logits become a choice and weights; see ``ops.Choice``."""
+
+    score: str = "softmax"
+    n_groups: int = 1
+    top_k_groups: int = 1
+    normalize_eps: float = 0.0
+    normalize_min: float = 0.0
+    scale: float = 1.0
+    bias: Floats | None = None
+    """(E,) added to the logits."""
+    correction: Floats | None = None
+    """(E,) added to the scores for the choice alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedArgs:
+    """The gated network of a mixture that every token visits."""
+
+    gate: Packed
+    up: Packed
+    down: Packed
+    activation: str
+    weight: Packed | None
+    """(1, D) float32: the sigmoid of its product with x weighs the output; None: 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +117,10 @@ class FFNArgs:
     layer: int
     store: int | None = None
     """Handle of an ``ops.expert_store.ExpertStore``, where experts are on disk."""
+    choice: ChoiceArgs = ChoiceArgs()
+    biases: tuple[Floats, Floats, Floats] | None = None
+    """Of gate and up (E, F) and down (E, D) of the experts."""
+    shared: SharedArgs | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +210,13 @@ class Program:
             inverse_frequencies=self._floats(a.inverse_frequencies),
             alibi_slopes=self._floats(a.alibi_slopes),
             kv=a.kv.ctypes.data,
+            qkv_bias=self._floats(a.qkv_bias),
+            out_bias=self._floats(a.out_bias),
+            sinks=self._floats(a.sinks),
+            window=a.window or 0,
+            rotary_dim=0 if a.inverse_frequencies is None else 2 * a.inverse_frequencies.size,
+            rotary_scale=a.rotary_scale,
+            norm_after_rotation=a.norm_after_rotation,
         )
         self._keep.append(a.kv)
         for kind in (Op.QKV, Op.ATTEND, Op.ATTN_OUT):
@@ -201,12 +248,39 @@ class Program:
             weights=None if routing is None else routing.weights.ctypes.data,
             logits=None if routing is None else routing.logits.ctypes.data,
             store=a.store,
+            **self._mixture(a),
         )
         self._add(Op.FFN, op)
 
-    def head(self, norm: NormArgs, weight: Packed, logit_scale: float) -> None:
+    def _mixture(self, a: FFNArgs) -> dict[str, Any]:
+        """The fields of a mixture beyond a softmax over experts without biases."""
+        choice, shared = a.choice, a.shared
+        fields: dict[str, Any] = {
+            "score": cpu.SCORES[choice.score],
+            "n_groups": choice.n_groups,
+            "top_k_groups": choice.top_k_groups,
+            "normalize_eps": choice.normalize_eps,
+            "normalize_min": choice.normalize_min,
+            "routed_scale": choice.scale,
+            "router_bias": self._floats(choice.bias),
+            "correction": self._floats(choice.correction),
+        }
+        if a.biases is not None:
+            gate, up, down = (np.pad(bias, ((0, 0), (0, -bias.shape[1] % 16))) for bias in a.biases)
+            fields |= {"gate_bias": self._floats(gate), "up_bias": self._floats(up), "down_bias": self._floats(down)}
+        if shared is not None:
+            fields |= {
+                "shared_gate": self._matrix(shared.gate),
+                "shared_up": self._matrix(shared.up),
+                "shared_down": self._matrix(shared.down),
+                "shared_weight": self._matrix(shared.weight),
+                "shared_activation": cpu.ACTIVATIONS[shared.activation],
+            }
+        return fields
+
+    def head(self, norm: NormArgs, weight: Packed, logit_scale: float, bias: Floats | None = None) -> None:
         """Norm and logits of the rows a batch asks for."""
-        self._add(Op.HEAD, bindings.Head(self._norm(norm), self._matrix(weight), logit_scale))
+        self._add(Op.HEAD, bindings.Head(self._norm(norm), self._matrix(weight), logit_scale, self._floats(bias)))
 
     def run(self, batch: Batch) -> Floats:
         """One pass over a batch; its keys and values are stored in its blocks.
@@ -244,7 +318,9 @@ class Program:
     def hidden(self, n_tokens: int, norm: NormArgs) -> Floats:
         """(n_tokens, D) float32: the last pass's states after all layers, normed."""
         out, weight = np.empty((n_tokens, self.d_model), dtype=np.float32), np.ascontiguousarray(norm.weight)
-        spec = bindings.Norm(weight.ctypes.data, cpu.NORMS[norm.kind], norm.eps)
+        bias = None if norm.bias is None else np.ascontiguousarray(norm.bias)
+        place = None if bias is None else bias.ctypes.data
+        spec = bindings.Norm(weight.ctypes.data, cpu.NORMS[norm.kind], norm.eps, place)
         source, norm_rows = self._hidden.ctypes.data, self.context.lib.qd_norm_rows
         self.context.call(norm_rows, spec, source, n_tokens, self.d_model, out.ctypes.data)
         return out
@@ -276,7 +352,7 @@ class Program:
     def _norm(self, norm: NormArgs | None) -> bindings.Norm:
         if norm is None:
             return bindings.Norm()
-        return bindings.Norm(self._floats(norm.weight), cpu.NORMS[norm.kind], norm.eps)
+        return bindings.Norm(self._floats(norm.weight), cpu.NORMS[norm.kind], norm.eps, self._floats(norm.bias))
 
     def _floats(self, values: Floats | None) -> int | None:
         if values is None:

@@ -2,7 +2,7 @@
 
     for every block of 128 queries, over the keys from its first document's start to the block's end:
         S = scale q k^T               (G * 128, keys), G query heads per key head
-        P = softmax(cap(S) + alibi), each query over its own document up to itself;   out = P v
+        P = softmax(cap(S) + alibi), each query over its own document, or a window of it, up to itself;   out = P v
 
 So the work is the causal triangle of each document, plus the rest of the blocks at its edges. Only q, k and v are saved
 for the backward pass, which recomputes P: the softmax costs less than reading a stored matrix. A block's scores fit
@@ -35,8 +35,11 @@ def document_attention(
     scale: float,
     soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Causal grouped-query attention within each document; see ``ops.attention`` for the formula.
+
+    Sinks are not done here: the softmax between the products knows no logit without a key.
 
     Args:
         q: (N, H, d).
@@ -48,7 +51,7 @@ def document_attention(
         (N, H, d).
     """
     assert bounds[0] == 0 and bounds[-1] == q.shape[0], "documents cover every token"
-    out: Tensor = _DocumentAttention.apply(q, k, v, bounds, scale, soft_cap, alibi_slopes)  # type: ignore[no-untyped-call]
+    out: Tensor = _DocumentAttention.apply(q, k, v, bounds, scale, soft_cap, alibi_slopes, window)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -63,6 +66,7 @@ class _Scores:
         scale: float,
         soft_cap: float | None,
         alibi_slopes: Tensor | None,
+        window: int | None,
     ) -> None:
         n, n_heads, d = q.shape
         self.n_kv_heads = k.shape[1]
@@ -73,13 +77,17 @@ class _Scores:
         self.soft_cap = soft_cap
         self.slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
         lengths = torch.tensor([last - first for first, last in itertools.pairwise(bounds)])
-        self.starts = torch.tensor(bounds[:-1]).repeat_interleave(lengths)  # (N,) start of each token's document
+        # (N,) the first key of each token: the start of its document, or of its window
+        self.starts = torch.tensor(bounds[:-1]).repeat_interleave(lengths)
+        if window is not None:
+            self.starts = torch.maximum(self.starts, torch.arange(n) - window + 1)
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor, int]]:
         """Yield (queries, keys, first key of each query's document, index of the key at query 0) for every block.
 
         Blocks and the first keys of blocks are aligned to a grid, independent of the documents; the keys start at or
-        before the document of the block's first query. So few shapes occur, for each of which oneDNN compiles once.
+        before the first key that the block's first query sees. So few shapes occur, for each of which oneDNN compiles
+        once.
         """
         n = len(self.starts)
         for start in range(0, n, _QUERIES):
@@ -118,8 +126,9 @@ class _DocumentAttention(torch.autograd.Function):
         scale: float,
         soft_cap: float | None,
         alibi_slopes: Tensor | None,
+        window: int | None,
     ) -> Tensor:
-        scores = _Scores(q, k, bounds, scale, soft_cap, alibi_slopes)
+        scores = _Scores(q, k, bounds, scale, soft_cap, alibi_slopes, window)
         values = v.transpose(0, 1).contiguous()  # (K, N, d)
         out = torch.empty_like(scores.q)
         for queries, keys, lows, offset in scores.blocks():
@@ -127,14 +136,14 @@ class _DocumentAttention(torch.autograd.Function):
             mixed = torch.bmm(p, values[:, keys])
             out[:, queries] = mixed.view(scores.n_kv_heads, -1, scores.group, mixed.shape[-1])
         ctx.save_for_backward(q, k, v, alibi_slopes)
-        ctx.bounds, ctx.scale, ctx.soft_cap = bounds, scale, soft_cap
+        ctx.bounds, ctx.scale, ctx.soft_cap, ctx.window = bounds, scale, soft_cap, window
         return out.transpose(0, 1).reshape(q.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, alibi_slopes = ctx.saved_tensors
-        scores = _Scores(q, k, ctx.bounds, ctx.scale, ctx.soft_cap, alibi_slopes)
+        scores = _Scores(q, k, ctx.bounds, ctx.scale, ctx.soft_cap, alibi_slopes, ctx.window)
         values = v.transpose(0, 1).contiguous()
         by_head = d_out.reshape(len(q), scores.n_kv_heads, scores.group, -1).transpose(0, 1).contiguous()
         dq, dk, dv = torch.empty_like(scores.q), torch.zeros_like(scores.k), torch.zeros_like(values)
@@ -150,4 +159,4 @@ class _DocumentAttention(torch.autograd.Function):
             dq[:, queries] = mixed.view(scores.n_kv_heads, -1, scores.group, mixed.shape[-1])
             dk[:, keys].baddbmm_(ds.transpose(1, 2), scores.rows(scores.q, queries))
         dq = dq.transpose(0, 1).reshape(q.shape) * ctx.scale
-        return dq, dk.transpose(0, 1), dv.transpose(0, 1), None, None, None, None
+        return dq, dk.transpose(0, 1), dv.transpose(0, 1), None, None, None, None, None

@@ -14,7 +14,7 @@ from torch import Tensor
 from quadriga import runtime
 from quadriga.kernels import dispatch
 from quadriga.kernels.cpu import library as cpu
-from quadriga.kernels.reference import activate
+from quadriga.kernels.reference import CLAMP, CLAMPED_SLOPE, activate, gated
 
 _DTYPES = {torch.float32: cpu.FORMATS["float32"], torch.bfloat16: cpu.FORMATS["bfloat16"]}
 _of_thread = threading.local()
@@ -64,7 +64,7 @@ def sum_rows(rows: Tensor, home: Tensor) -> Tensor:
 def hidden_rows(gate: Tensor, up: Tensor, weights: Tensor, activation: str, out: Tensor) -> Tensor:
     """out (n, F) = activation(gate) * up * weights; weights (n, 1) in the dtype :func:`wide`. Returns ``out``."""
     if not compiled(gate):
-        return torch.mul(activate(gate, activation).mul_(up), weights, out=out)
+        return torch.mul(gated(gate, up, activation), weights, out=out)
     context = _context()
     context.call(
         context.lib.qd_hidden, _DTYPES[gate.dtype], cpu.ACTIVATIONS[activation], gate.data_ptr(), up.data_ptr(),
@@ -89,12 +89,15 @@ def hidden_rows_backward(
     gradients of up and weights to ``du`` (n, F) and ``d_weights`` (n, 1).
     """
     if not compiled(gate):
-        act = activate(gate, activation)
-        torch.mul(act, up, out=hidden)
+        hidden.copy_(gated(gate, up, activation))
         d_weights.copy_((dh.to(d_weights.dtype) * hidden).sum(1, keepdim=True))
         hidden.mul_(weights)
         dh.mul_(weights)
-        torch.mul(act, dh, out=du)
+        if activation == "clamped_glu":
+            by_gate, by_up = clamped_slopes(gate, up)
+            torch.mul(by_up, dh, out=du)
+            return dh.mul_(by_gate)
+        torch.mul(activate(gate, activation), dh, out=du)
         return dh.copy_(activation_gradient(dh * up, gate, activation))
     context = _context()
     context.call(
@@ -102,6 +105,14 @@ def hidden_rows_backward(
         weights.data_ptr(), *gate.shape, dh.data_ptr(), hidden.data_ptr(), du.data_ptr(), d_weights.data_ptr(),
     )  # fmt: skip
     return dh
+
+
+def clamped_slopes(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The slopes of ``clamped_glu`` by gate and by up: none beyond the limits."""
+    g, u = gate.clamp(max=CLAMP), up.clamp(-CLAMP, CLAMP)
+    s = torch.sigmoid(CLAMPED_SLOPE * g)
+    by_gate = (u + 1) * s * (1 + CLAMPED_SLOPE * g * (1 - s))
+    return by_gate * (gate <= CLAMP), g * s * (up.abs() <= CLAMP)
 
 
 def activation_gradient(d_out: Tensor, x: Tensor, activation: str) -> Tensor:

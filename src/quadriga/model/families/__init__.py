@@ -28,6 +28,7 @@ FAMILIES: dict[str, Family] = {
     "olmoe": olmoe.FAMILY,
     "granite": granite.DENSE,
     "granitemoe": granite.MIXTURE,
+    "granitemoeshared": granite.SHARED,
 }
 
 PRESETS: dict[str, ModelConfig] = {
@@ -103,6 +104,8 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     if arch == "llama":
         # One architecture, two families: llama.cpp calls a LLaMA with experts llama as well.
         family = mixtral.FAMILY if metadata.get("llama.expert_count") else llama2.FAMILY
+    elif arch == "granitemoe" and metadata.get("granitemoe.expert_shared_feed_forward_length"):
+        family = granite.SHARED  # one architecture, two families again
     elif arch in _GGUF_ARCHS:
         family = next(family for family in FAMILIES.values() if arch in family.gguf_archs)
     else:

@@ -12,7 +12,16 @@ from dataclasses import replace
 from typing import Any, TypedDict
 
 from quadriga.errors import ConfigError
-from quadriga.model.config import Activation, AlibiSpec, AttentionSpec, LayerSpec, ModelConfig, MoESpec, RopeSpec
+from quadriga.model.config import (
+    Activation,
+    AlibiSpec,
+    AttentionSpec,
+    DenseSpec,
+    LayerSpec,
+    ModelConfig,
+    MoESpec,
+    RopeSpec,
+)
 from quadriga.model.families import base
 from quadriga.model.families.keys import Keys, equal_heads, exact_or, shortest_float32
 from quadriga.model.families.pieces import ExpertPart, experts, qkv
@@ -29,6 +38,14 @@ MERGED_EXPERTS = {
     "blk.{i}.ffn_down_exps.weight": "layers.{i}.moe.w_down",
 }
 """Names of a layer's experts in one tensor each; in torch's axis order they have our shapes."""
+
+
+SHARED_EXPERT = {
+    "blk.{i}.ffn_gate_shexp.weight": "layers.{i}.moe.shared.w_gate",
+    "blk.{i}.ffn_up_shexp.weight": "layers.{i}.moe.shared.w_up",
+    "blk.{i}.ffn_down_shexp.weight": "layers.{i}.moe.shared.w_down",
+}
+"""Names of the network beside the routed experts, in every architecture that has one."""
 
 
 def split_experts(config: ModelConfig) -> list[Piece]:
@@ -89,7 +106,13 @@ def projections(config: ModelConfig, *, interleaved: bool) -> list[Piece]:
 
 
 def plain_experts(
-    keys: Keys, d_ff: int, *, normalised: bool = True, activation: Activation = "silu", normalize_p: float | None = 1.0
+    keys: Keys,
+    d_ff: int,
+    *,
+    normalised: bool = True,
+    activation: Activation = "silu",
+    normalize_p: float | None = 1.0,
+    shared: DenseSpec | None = None,
 ) -> MoESpec:
     """The mixture of every layer, after refusing every kind but one: each layer routes by a softmax.
 
@@ -97,13 +120,15 @@ def plain_experts(
         d_ff: width of an expert.
         normalised: what the file may say of dividing the chosen weights by their sum.
         normalize_p: whether the architecture divides them.
+        shared: the network beside them, where the architecture has one.
     """
     keys.must_be("expert_gating_func", 1, 0)  # 1 is the softmax (gguf.ExpertGatingFuncType), 0 llama.cpp's default
     keys.must_be("expert_weights_norm", normalised)
     keys.must_be("expert_weights_scale", 1, 0)
     keys.must_be("expert_feed_forward_length", d_ff)
-    for key in ("expert_shared_count", "expert_shared_feed_forward_length", "leading_dense_block_count"):
+    for key in ("expert_shared_count", "leading_dense_block_count"):
         keys.must_be(key, 0)
+    keys.must_be("expert_shared_feed_forward_length", 0 if shared is None else shared.d_ff)
     for key in ("expert_group_count", "expert_group_used_count", "interleave_moe_layer_step", "moe_every_n_layers"):
         keys.must_be(key, 0, 1)
     return MoESpec(
@@ -112,6 +137,7 @@ def plain_experts(
         top_k=keys.integer("expert_used_count"),
         activation=activation,
         normalize_p=normalize_p,
+        shared=shared,
     )
 
 

@@ -6,6 +6,8 @@
 The mixtures (1B-A400M, 3B-A800M) have 32 or 40 experts, 8 chosen, whose weights are a softmax over the chosen logits:
 the softmax over all divided by the sum of the chosen. Sources: transformers 4.57.6 and 5.x (configuration_granite,
 modeling_granitemoe), llama.cpp b11434 (archs granite and granitemoe, rotary pairs side by side as in arch llama).
+Some have a dense network beside the experts, of a width of its own (granitemoeshared; arch granitemoe with a shared
+width).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from quadriga.model.families.llama2 import (
     gguf_qkv,
     hf_qkv,
 )
-from quadriga.model.families.pieces import copies, gate_up
+from quadriga.model.families.pieces import copies, gate_up, shared_gate_up
 from quadriga.model.weight_map import Piece, Shape
 
 
@@ -89,6 +91,22 @@ def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
         aux_loss_weight=keys.number("router_aux_loss_coef"),
     )
     return _from_hf("granitemoe", keys, moe)
+
+
+def shared_from_hf(raw: Mapping[str, object]) -> ModelConfig:
+    """Read the config.json of a Granite mixture with a shared network, as transformers 4 or 5 writes it."""
+    keys = Keys(raw, "config.json")
+    keys.must_be("model_type", "granitemoeshared")
+    keys.must_be("position_embedding_type", "rope")
+    moe = MoESpec(
+        d_ff=keys.integer("intermediate_size"),
+        n_experts=keys.integer("num_local_experts"),
+        top_k=keys.integer("num_experts_per_tok"),
+        activation="silu",
+        aux_loss_weight=keys.number("router_aux_loss_coef"),
+        shared=DenseSpec(d_ff=keys.integer("shared_intermediate_size"), activation="silu"),
+    )
+    return _from_hf("granitemoeshared", keys, moe)
 
 
 def _from_hf(family: str, keys: Keys, ffn: DenseSpec | MoESpec) -> ModelConfig:
@@ -161,7 +179,25 @@ def moe_to_hf(config: ModelConfig) -> dict[str, object]:
     return raw
 
 
+def shared_to_hf(config: ModelConfig) -> dict[str, object]:
+    """Write config.json as transformers 4.57.6 reads it."""
+    form = "Granite-MoE-shared's config.json"
+    moe = of_kind(config.only_layer(form).ffn, MoESpec, form)
+    raw: dict[str, object] = {
+        **_to_hf(config, form),
+        "architectures": ["GraniteMoeSharedForCausalLM"],
+        "model_type": "granitemoeshared",
+        "num_local_experts": moe.n_experts,
+        "num_experts_per_tok": moe.top_k,
+        "router_aux_loss_coef": moe.aux_loss_weight,
+        "shared_intermediate_size": of_kind(moe.shared, DenseSpec, form).d_ff,
+    }
+    must_read_back(config, shared_from_hf(raw), form)
+    return raw
+
+
 _MOE = "model.layers.{i}.block_sparse_moe."
+_SHARED = "model.layers.{i}.shared_mlp."
 _HF_MOE = {
     _MOE + "router.layer.weight": "layers.{i}.moe.router.weight",
     _MOE + "output_linear.weight": "layers.{i}.moe.w_down",
@@ -174,6 +210,15 @@ def _hf_dense(config: ModelConfig) -> list[Piece]:
 
 def _hf_moe(config: ModelConfig) -> list[Piece]:
     return copies(config, HF_COMMON | _HF_MOE) + hf_qkv(config) + gate_up(config, _MOE + "input_linear.weight")
+
+
+def _hf_shared(config: ModelConfig) -> list[Piece]:
+    down = {_SHARED + "output_linear.weight": "layers.{i}.moe.shared.w_down"}
+    return _hf_moe(config) + copies(config, down) + shared_gate_up(config, _SHARED + "input_linear.weight")
+
+
+def _gguf_shared(config: ModelConfig) -> list[Piece]:
+    return _gguf_map(config) + copies(config, gguf_keys.SHARED_EXPERT)
 
 
 def _gguf_map(config: ModelConfig) -> list[Piece]:
@@ -193,6 +238,14 @@ def moe_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -
     keys = gguf_keys.architecture_keys(metadata, "granitemoe")
     ffn = gguf_keys.plain_experts(keys, keys.integer("feed_forward_length"))
     return _from_gguf("granitemoe", keys, ffn, metadata, shapes)
+
+
+def shared_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
+    """Read a GGUF of arch ``granitemoe`` with a shared network."""
+    keys = gguf_keys.architecture_keys(metadata, "granitemoe")
+    shared = DenseSpec(d_ff=keys.integer("expert_shared_feed_forward_length"), activation="silu")
+    ffn = gguf_keys.plain_experts(keys, keys.integer("feed_forward_length"), shared=shared)
+    return _from_gguf("granitemoeshared", keys, ffn, metadata, shapes)
 
 
 def _from_gguf(
@@ -249,6 +302,19 @@ def moe_to_gguf(config: ModelConfig) -> dict[str, object]:
     return metadata
 
 
+def shared_to_gguf(config: ModelConfig) -> dict[str, object]:
+    """Write the keys of a GGUF of arch ``granitemoe`` with a shared network."""
+    form = "GGUF arch granitemoe"
+    moe = of_kind(config.only_layer(form).ffn, MoESpec, form)
+    metadata = {
+        **_to_gguf(config, form, "granitemoe"),
+        **gguf_keys.expert_keys(config, "granitemoe"),
+        "granitemoe.expert_shared_feed_forward_length": of_kind(moe.shared, DenseSpec, form).d_ff,
+    }
+    gguf_keys.must_read_back(config, shared_from_gguf, metadata, form)
+    return metadata
+
+
 DENSE = Family(
     name="granite",
     presets={},
@@ -275,5 +341,18 @@ MIXTURE = Family(
     config_to_gguf=moe_to_gguf,
     gguf_map=_gguf_map,
     counterpart="granite",
+    tied_copies=HF_TIED,
+)
+SHARED = Family(
+    name="granitemoeshared",
+    presets={},
+    model_types=("granitemoeshared",),
+    config_from_hf=shared_from_hf,
+    config_to_hf=shared_to_hf,
+    layouts={"hf": _hf_shared},
+    gguf_archs=("granitemoe",),
+    config_from_gguf=shared_from_gguf,
+    config_to_gguf=shared_to_gguf,
+    gguf_map=_gguf_shared,
     tied_copies=HF_TIED,
 )

@@ -131,6 +131,30 @@ def gate_up(config: ModelConfig, name: str) -> list[Piece]:
     return pieces
 
 
+def shared_gate_up(config: ModelConfig, name: str) -> list[Piece]:
+    """Pieces for gate above up of the shared network in one tensor (2 S, D).
+
+    Args:
+        name: source name with ``{i}`` for the layer.
+    """
+    pieces = []
+    for i, spec in config.moe_layers:
+        if spec.shared is None:
+            continue
+        width, d = spec.shared.d_ff, config.d_model
+        pieces += [
+            Piece(
+                source=name.format(i=i),
+                source_shape=(2 * width, d),
+                source_box=((start, start + width), (0, d)),
+                target=f"layers.{i}.moe.shared.{part}",
+                target_shape=(width, d),
+            )
+            for part, start in (("w_gate", 0), ("w_up", width))
+        ]
+    return pieces
+
+
 def flat_experts(config: ModelConfig, part: ExpertPart, name: str, *, transpose: bool = False) -> list[Piece]:
     """Pieces for experts stored one below the other in a matrix: (E*F, D) for w_gate and w_up.
 

@@ -16,7 +16,9 @@ from quadriga.model.cost import (
     bytes_read_per_token,
     expected_distinct_experts,
     flops_per_token,
+    kept_positions,
     kv_bytes_per_token,
+    kv_bytes_read,
     weight_bytes,
 )
 from quadriga.model.plan.hardware import Box
@@ -50,7 +52,7 @@ class Serving:
 
 def decode_bound(config: ModelConfig, weight_format: str, box: Box, batch: int, context: int) -> float:
     """Upper bound on tokens per second of ``batch`` sequences at position ``context``, all together."""
-    read = _weights_read(config, weight_format, batch) + batch * context * kv_bytes_per_token(config)
+    read = _weights_read(config, weight_format, batch) + batch * kv_bytes_read(config, context)
     operations = batch * flops_per_token(config, context)
     return batch / max(read / box.bytes_per_s, operations / box.peak_flops)
 
@@ -91,7 +93,7 @@ def serve(config: ModelConfig, weight_format: str, box: Box, context: int, max_b
     weights = weight_bytes(config, weight_format)
     room = box.memory_bytes * _USABLE - weights
     tokens = int(room // kv_bytes_per_token(config))
-    batch = max(0, min(max_batch, tokens // context))
+    batch = max(0, min(max_batch, tokens // kept_positions(config, context)))
     return Serving(
         box=box,
         weight_format=weight_format,

@@ -185,12 +185,13 @@ def activation_elements(layer: LayerSpec, d_model: int) -> tuple[float, float, f
     """Elements saved per token: (a layer's input, the rest that "selective" also keeps, what it recomputes)."""
     d, attn, ffn = d_model, layer.mixer, layer.ffn
     k, f = (ffn.top_k, ffn.d_ff) if isinstance(ffn, MoESpec) else (1, ffn.d_ff)
+    shared = ffn.shared.d_ff if isinstance(ffn, MoESpec) and ffn.shared is not None else 0  # gated, every token's
     gated = isinstance(ffn, MoESpec) or ffn.gated
     routed = k * d if isinstance(ffn, MoESpec) else 0
     rotated = attn.q_dim + attn.kv_dim
-    kept = attn.qkv_dim + rotated + attn.q_dim + d + (2 if gated else 1) * k * f
+    kept = attn.qkv_dim + rotated + attn.q_dim + d + (2 if gated else 1) * k * f + 2 * shared
     # Outputs of norms; rows for the experts, their results, the same in token order; activation and product.
-    recomputed = 2 * d + 3 * routed + (2 if gated else 1) * k * f
+    recomputed = 2 * d + 3 * routed + (2 if gated else 1) * k * f + 2 * shared
     return float(d), float(kept), float(recomputed)
 
 
@@ -247,7 +248,9 @@ def _pass_bytes(config: ModelConfig) -> float:
         k = layer.moe.top_k if layer.moe is not None else 1
         routed = 4 * k * d if layer.moe is not None else 0  # into expert order and back
         # Norms, residuals, rotation and clip, activation.
-        elements += n * (4 * d + 6 * d + 2 * layer.mixer.qkv_dim + 3 * k * layer.ffn.d_ff + routed)
+        shared = layer.moe.shared.d_ff if layer.moe is not None and layer.moe.shared is not None else 0
+        widths = k * layer.ffn.d_ff + shared
+        elements += n * (4 * d + 6 * d + 2 * layer.mixer.qkv_dim + 3 * widths + routed)
     return 2.0 * elements
 
 

@@ -21,24 +21,30 @@ struct Division {
   int64_t rows = 0;  // of partial results
 };
 
+// The chunk of the first key that a query at `position` sees.
+int first_chunk(const qd_attention& op, int position) {
+  return op.window && position >= op.window ? (position - op.window + 1) / QD_KV_CHUNK : 0;
+}
+
 Division divide(const qd_attention& op, const qd_batch& b) {
   const int group = op.n_heads / op.n_kv_heads;
   Division all;
   for (int s = 0; s < b.n_sequences; ++s) {
     const int first = b.starts[s], n = b.starts[s + 1] - first;
     if (!n) continue;
-    const int chunks = b.positions[first + n - 1] / QD_KV_CHUNK + 1;
+    const int begin = first_chunk(op, b.positions[first]), chunks = b.positions[first + n - 1] / QD_KV_CHUNK + 1;
     for (int h = 0; h < op.n_kv_heads; ++h) {
       if (n > kFewQueries) {
         for (int q = 0; q < n; q += kQueryBlock) {
           const int count = std::min(kQueryBlock, n - q);
-          all.pieces.push_back({s, h, first + q, count, 0, b.positions[first + q + count - 1] / QD_KV_CHUNK + 1, -1});
+          all.pieces.push_back({s, h, first + q, count, first_chunk(op, b.positions[first + q]),
+                                b.positions[first + q + count - 1] / QD_KV_CHUNK + 1, -1});
         }
-      } else if (chunks == 1) {
-        all.pieces.push_back({s, h, first, n, 0, 1, -1});
+      } else if (chunks == begin + 1) {
+        all.pieces.push_back({s, h, first, n, begin, chunks, -1});
       } else {
-        all.merges.push_back({s, h, first, n, 0, chunks, all.rows});
-        for (int k = 0; k < chunks; ++k, all.rows += int64_t(n) * group) all.pieces.push_back({s, h, first, n, k, k + 1, all.rows});
+        all.merges.push_back({s, h, first, n, begin, chunks, all.rows});
+        for (int k = begin; k < chunks; ++k, all.rows += int64_t(n) * group) all.pieces.push_back({s, h, first, n, k, k + 1, all.rows});
       }
     }
   }
@@ -61,6 +67,13 @@ struct Rows {
   float *max, *sum, *out;
   int n, padded;
 };
+
+// What a row's weighted sum is divided by, as a factor: its weights' sum, and the sink's weight where there is one.
+float share(float max, float sum, const float* sink) {
+  if (!sink) return 1.0f / sum;
+  const float most = std::max(max, *sink), own = std::exp(max - most);
+  return own / (sum * own + std::exp(*sink - most));
+}
 
 // One layer's attention in one pass.
 struct Attend {
@@ -96,7 +109,7 @@ struct Attend {
       }
     AttendChunk a{op.kv + piece.head * head_bytes, head_bytes * op.n_kv_heads, b.tables + b.table_starts[piece.sequence], 0,
                   op.kv_format, d, n_rows, q, positions, op.alibi_slopes ? slopes : nullptr,
-                  op.score_scale, op.soft_cap, nullptr, nullptr, nullptr, mine.units.data()};
+                  op.score_scale, op.soft_cap, op.window, nullptr, nullptr, nullptr, mine.units.data()};
     const bool whole = piece.partial < 0;
     const Rows kept(whole ? mine.a.data() : partial + piece.partial * (padded + 2), n_rows, padded);
     const Rows fresh(mine.a.data() + int64_t(most) * (padded + 2), n_rows, padded);
@@ -114,17 +127,61 @@ struct Attend {
     const int n_rows = m.n * group;
     float* first = partial + m.partial * (padded + 2);
     const Rows all(first, n_rows, padded);
-    for (int k = 1; k < m.end_chunk; ++k) all.merge(*c.kernels, Rows(first + int64_t(k) * n_rows * (padded + 2), n_rows, padded));
+    for (int k = 1; k < m.end_chunk - m.chunk; ++k) all.merge(*c.kernels, Rows(first + int64_t(k) * n_rows * (padded + 2), n_rows, padded));
     write(m, all);
   }
 
   void write(const Piece& piece, const Rows& rows) const {
     for (int r = 0; r < rows.n; ++r) {
       float* to = out + (piece.first + r / group) * q_dim + int64_t(piece.head * group + r % group) * d;
-      const float factor = 1.0f / rows.sum[r];
+      const float factor = share(rows.max[r], rows.sum[r], op.sinks ? op.sinks + piece.head * group + r % group : nullptr);
       const float* from = rows.out + int64_t(r) * padded;
       for (int j = 0; j < d; ++j) to[j] = from[j] * factor;
     }
+  }
+};
+
+// q and k of every token are normed, rotated and stored; the table of cos and sin is a thread's own.
+struct Prepare {
+  const Kernels& kernels;
+  const qd_attention& op;
+  int d = op.head_dim, heads = op.n_heads + op.n_kv_heads;
+  int64_t q_dim = int64_t(op.n_heads) * d, kv_dim = int64_t(op.n_kv_heads) * d, width = q_dim + 2 * kv_dim;
+
+  void norm(float* row) const {
+    if (!op.q_norm.weight) return;
+    const auto normed = [&](const qd_norm& norm, float* x, int64_t dim, int64_t together) {
+      for (int64_t j = 0; j < dim; j += together) kernels.norm(norm, x + j, together, x + j);
+    };
+    normed(op.q_norm, row, q_dim, op.q_norm_width);
+    normed(op.k_norm, row + q_dim, kv_dim, op.k_norm_width);
+  }
+
+  void rotate(float* row, int position, float* table) const {
+    if (!op.inverse_frequencies) return;
+    const int half = op.rotary_dim / 2;
+    for (int j = 0; j < half; ++j) {
+      const float angle = float(position) * op.inverse_frequencies[j];
+      table[j] = std::cos(angle) * op.rotary_scale, table[half + j] = std::sin(angle) * op.rotary_scale;
+    }
+    for (int h = 0; h < heads; ++h) {
+      float* x = row + int64_t(h) * d;
+      for (int j = 0; j < half; ++j) {
+        const float x1 = x[j], x2 = x[half + j];
+        x[j] = x1 * table[j] - x2 * table[half + j];
+        x[half + j] = x2 * table[j] + x1 * table[half + j];
+      }
+    }
+  }
+
+  void operator()(float* row, int position, float* table) const {
+    if (op.qkv_bias)
+      for (int64_t j = 0; j < width; ++j) row[j] += op.qkv_bias[j];
+    if (!op.norm_after_rotation) norm(row);
+    if (op.clip > 0)
+      for (int64_t j = 0; j < width; ++j) row[j] = std::min(std::max(row[j], -op.clip), op.clip);
+    rotate(row, position, table);
+    if (op.norm_after_rotation) norm(row);
   }
 };
 
@@ -132,8 +189,9 @@ struct Attend {
 
 void run_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
   const int64_t n = b.n_tokens, dim = op.wqkv.cols;
-  const int d = op.head_dim, heads = op.n_heads, kv_heads = op.n_kv_heads;
-  const int64_t q_dim = int64_t(heads) * d, kv_dim = int64_t(kv_heads) * d, width = q_dim + 2 * kv_dim;
+  const int d = op.head_dim, kv_heads = op.n_kv_heads;
+  const Prepare prepare{*c.kernels, op};
+  const int64_t q_dim = prepare.q_dim, kv_dim = prepare.kv_dim, width = prepare.width;
   float* normed = c.normed.reserve(n * dim);
   norm_rows(c, op.norm, b.hidden, n, dim, normed);
   float* qkv = c.qkv.reserve(n * width);
@@ -148,31 +206,8 @@ void run_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
     for (int64_t i = begin; i < end; ++i) {
       while (i >= b.starts[s + 1]) ++s;
       float* row = qkv + i * width;
-      if (op.q_norm.weight) {
-        const auto normed = [&](const qd_norm& norm, float* x, int64_t dim, int64_t together) {
-          for (int64_t j = 0; j < dim; j += together) c.kernels->norm(norm.kind, norm.eps, norm.weight, x + j, together, x + j);
-        };
-        normed(op.q_norm, row, q_dim, op.q_norm_width);
-        normed(op.k_norm, row + q_dim, kv_dim, op.k_norm_width);
-      }
-      if (op.clip > 0)
-        for (int64_t j = 0; j < width; ++j) row[j] = std::min(std::max(row[j], -op.clip), op.clip);
       const int position = b.positions[i];
-      if (op.inverse_frequencies) {
-        const int half = d / 2;
-        for (int j = 0; j < half; ++j) {
-          const float angle = float(position) * op.inverse_frequencies[j];
-          table[j] = std::cos(angle), table[half + j] = std::sin(angle);
-        }
-        for (int h = 0; h < heads + kv_heads; ++h) {
-          float* x = row + int64_t(h) * d;
-          for (int j = 0; j < half; ++j) {
-            const float x1 = x[j], x2 = x[half + j];
-            x[j] = x1 * table[j] - x2 * table[half + j];
-            x[half + j] = x2 * table[j] + x1 * table[half + j];
-          }
-        }
-      }
+      prepare(row, position, table);
       const int32_t block = b.tables[b.table_starts[s] + position / QD_BLOCK_TOKENS];
       for (int h = 0; h < kv_heads; ++h)
         c.kernels->write_kv(op.kv_format, d, row + q_dim + int64_t(h) * d, row + q_dim + kv_dim + int64_t(h) * d,
@@ -197,9 +232,12 @@ void run_attend(qd_context& c, const qd_attention& op, const qd_batch& b) {
 void run_attention_out(qd_context& c, const qd_attention& op, const qd_batch& b) {
   const int64_t n = b.n_tokens, dim = op.wo.rows, q_dim = op.wo.cols;
   const float* mixed = c.mixed.data();
-  if (!op.post_norm.weight && op.residual_scale == 1) return linear(c, op.wo, mixed, q_dim, n, b.hidden, dim, true);
+  if (!op.post_norm.weight && !op.out_bias && op.residual_scale == 1)
+    return linear(c, op.wo, mixed, q_dim, n, b.hidden, dim, true);
   float* projected = c.projected.reserve(n * dim);
   linear(c, op.wo, mixed, q_dim, n, projected, dim, false);
+  if (op.out_bias)
+    for (int64_t i = 0; i < n * dim; ++i) projected[i] += op.out_bias[i % dim];
   if (op.post_norm.weight) norm_rows(c, op.post_norm, projected, n, dim, projected);
   for (int64_t i = 0; i < n * dim; ++i) b.hidden[i] += op.residual_scale * projected[i];
 }

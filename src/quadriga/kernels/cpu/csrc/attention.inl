@@ -83,22 +83,28 @@ QD_INLINE void expand_int8(const int8_t* from, int64_t n, uint16_t* to) {
 
 // The chunk's tiles that any row sees.
 struct ChunkTiles {
+  int first;  // position of the first one's first key
   int n;
   int seen;  // keys of them that any row sees: the last tile may be full in part
   const uint8_t *keys[QD_KV_CHUNK / 16], *values[QD_KV_CHUNK / 16];
   const float* scales[QD_KV_CHUNK / 16];  // of int8 keys, then of values
 };
 
+// The first key that a query at `position` sees.
+QD_INLINE int window_start(int window, int position) { return window && position >= window ? position - window + 1 : 0; }
+
 QD_INLINE void find_tiles(const AttendChunk& a, ChunkTiles& tiles) {
-  const int first = a.chunk * QD_KV_CHUNK;
-  int last = 0;  // keys of the chunk that any row sees
+  int first = (a.chunk + 1) * QD_KV_CHUNK, last = 0;  // keys [first, last) of the chunk are seen by a row
   for (int r = 0; r < a.n_rows; ++r) {
-    const int seen = a.positions[r] + 1 - first;
-    last = seen > last ? seen : last;
+    const int low = window_start(a.window, a.positions[r]);
+    first = low < first ? low : first;
+    last = a.positions[r] >= last ? a.positions[r] + 1 : last;
   }
-  last = last > QD_KV_CHUNK ? QD_KV_CHUNK : last;
-  tiles.n = (last + 15) / 16;
-  tiles.seen = last;
+  first = first < a.chunk * QD_KV_CHUNK ? a.chunk * QD_KV_CHUNK : first / 16 * 16;
+  last = last > (a.chunk + 1) * QD_KV_CHUNK ? (a.chunk + 1) * QD_KV_CHUNK : last;
+  tiles.first = first;
+  tiles.seen = last - first;
+  tiles.n = (tiles.seen + 15) / 16;
   for (int t = 0; t < tiles.n; ++t) {
     tiles.keys[t] = a.kv + a.table[first / QD_BLOCK_TOKENS + t] * a.block_stride;
     tiles.values[t] = tiles.keys[t] + key_bytes(a.kv_format, a.head_dim);
@@ -151,9 +157,9 @@ QD_INLINE void score_tiles(const AttendChunk& a, const ChunkTiles& tiles, const 
 // One row's scores, with everything that is done to them, as weights relative to its largest, in the units of the values.
 template <bool bf16>
 QD_INLINE void weigh_row(const AttendChunk& a, const ChunkTiles& tiles, int r, float* row, uint32_t* out) {
-  const int first = a.chunk * QD_KV_CHUNK;
+  const int first = tiles.first, low = window_start(a.window, a.positions[r]);
   const bool quantised = a.kv_format == QD_KV_FORMAT_Q8;
-  if (a.positions[r] < first) {
+  if (a.positions[r] < first || low >= first + tiles.seen) {
     a.max[r] = -INFINITY, a.sum[r] = 0.0f;
     std::memset(out, 0, size_t(tiles.n) * 64);
     return;
@@ -169,6 +175,7 @@ QD_INLINE void weigh_row(const AttendChunk& a, const ChunkTiles& tiles, int r, f
     const vf key = lane + all(float(first + 16 * t));
     if (a.slopes) s = fma(all(a.slopes[r]), key - all(float(a.positions[r])), s);
     s = greater_select(key, all(float(a.positions[r])), all(-INFINITY), s);
+    if (low > first) s = greater_select(all(float(low)), key, all(-INFINITY), s);
     store(row + 16 * t, s);
     top = vmax(top, s);
   }

@@ -1,4 +1,5 @@
-// Norms, activations, softmax, sums.
+// Norms, activations, softmax, choices, sums.
+#include <algorithm>
 
 namespace {
 
@@ -17,9 +18,9 @@ QD_INLINE void store_part(float* x, int64_t n, vf value) {
   std::memcpy(x, part, size_t(n) * 4);
 }
 
-void norm(int kind, float eps, const float* weight, const float* x, int64_t d, float* out) {
+void norm(const qd_norm& spec, const float* x, int64_t d, float* out) {
   float mean = 0.0f;
-  if (kind == QD_NORM_KIND_LAYER) {
+  if (spec.kind == QD_NORM_KIND_LAYER) {
     vf total = all(0.0f);
     for (int64_t i = 0; i < d; i += 16) total = total + load_part(x + i, d - i, 0.0f);
     mean = sum(total) / float(d);
@@ -29,10 +30,12 @@ void norm(int kind, float eps, const float* weight, const float* x, int64_t d, f
     const vf centred = load_part(x + i, d - i, mean) - all(mean);
     squares = fma(centred, centred, squares);
   }
-  const vf factor = all(1.0f / std::sqrt(sum(squares) / float(d) + eps));
+  const vf factor = all(1.0f / std::sqrt(sum(squares) / float(d) + spec.eps));
   for (int64_t i = 0; i < d; i += 16) {
     const vf centred = load_part(x + i, d - i, mean) - all(mean);
-    store_part(out + i, d - i, centred * factor * load_part(weight + i, d - i, 0.0f));
+    vf normed = centred * factor * load_part(spec.weight + i, d - i, 0.0f);
+    if (spec.bias) normed = normed + load_part(spec.bias + i, d - i, 0.0f);
+    store_part(out + i, d - i, normed);
   }
 }
 
@@ -66,10 +69,19 @@ QD_INLINE vf activation_of(int activation, vf x) {
   }
 }
 
+constexpr float kClamp = 7.0f, kClampedSlope = 1.702f;  // of QD_ACTIVATION_CLAMPED_GLU
+
+// What gate and up make together. The constant comes first in vmin and vmax: they return the second of a pair with NaN.
+QD_INLINE vf gated_unit(int activation, vf gate, vf up) {
+  if (activation != QD_ACTIVATION_CLAMPED_GLU) return activation_of(activation, gate) * up;
+  const vf g = vmin(all(kClamp), gate), u = vmin(all(kClamp), vmax(all(-kClamp), up));
+  return (u + all(1.0f)) * (g * sigmoid(all(kClampedSlope) * g));
+}
+
 void activate(int activation, const float* gate, const float* up, int64_t n, float* hidden) {
   for (int64_t i = 0; i < n; i += 16) {
     const vf u = load(up + i);
-    store(hidden + i, gate ? activation_of(activation, load(gate + i)) * u : activation_of(activation, u));
+    store(hidden + i, gate ? gated_unit(activation, load(gate + i), u) : activation_of(activation, u));
   }
 }
 
@@ -89,6 +101,39 @@ void softmax(float* x, int64_t n) {
   }
   const vf factor = all(1.0f / sum(total));
   for (int64_t i = 0; i < n; i += 16) store_part(x + i, n - i, load_part(x + i, n - i, 0.0f) * factor);
+}
+
+void scores(int kind, float* x, int64_t n) {
+  if (kind == QD_SCORE_SOFTMAX) return softmax(x, n);
+  for (int64_t i = 0; i < n; i += 16) store_part(x + i, n - i, sigmoid(load_part(x + i, n - i, 0.0f)));
+}
+
+// The largest of every 16 are kept beside them, so that a round looks at n / 16 + 16 numbers. NaN counts as -infinity;
+// where nothing above it is left the lowest free numbers are taken, so that ids are distinct whatever x holds.
+void top_k(float* x, int64_t n, int k, int32_t* ids) {
+  const int64_t blocks = (n + 15) / 16;
+  const vf none = all(-INFINITY);
+  float best[QD_MOST_EXPERTS / 16];
+  for (int64_t b = 0; b < blocks; ++b) {
+    const vf value = load_part(x + 16 * b, n - 16 * b, -INFINITY), number = greater_select(value, none, value, none);
+    store(x + 16 * b, number);
+    best[b] = largest(number);
+  }
+  for (int j = 0; j < k; ++j) {
+    int64_t block = 0;
+    for (int64_t b = 1; b < blocks; ++b)
+      if (best[b] > best[block]) block = b;
+    if (best[block] == -INFINITY) {
+      for (int32_t id = 0; j < k; ++id)
+        if (std::find(ids, ids + j, id) == ids + j) ids[j++] = id;
+      return;
+    }
+    int64_t at = 16 * block;
+    while (x[at] != best[block]) ++at;
+    ids[j] = int32_t(at);
+    x[at] = -INFINITY;
+    best[block] = largest(load(x + 16 * block));
+  }
 }
 
 // NaN anywhere makes log_sum NaN, which is how the engine learns of broken weights.

@@ -1,5 +1,5 @@
 // The whole feed-forward half of a layer: norm, router, grouping by expert, gate and up, activation, down, weighted sum.
-// A dense network is one expert that every token visits with weight 1.
+// A dense network is one expert that every token visits with weight 1, and so is what a mixture shares: it comes last.
 //
 //   tokens sorted by expert -> panels of at most max_width tokens -> gate/up tiles -> hidden panels -> down tiles
 //
@@ -26,6 +26,9 @@ struct Active {
   int64_t in_offset, gate_offset, hidden_offset;  // units at its first token; gate and up of one kind share a panel
   PanelKind in_kind, gate_kind, hidden_kind;
   qd_matrix gate, up, down;
+  int activation;
+  bool gated;
+  const float *gate_bias, *up_bias, *down_bias;  // NULL: none
 };
 
 struct Plan {
@@ -39,27 +42,46 @@ struct Plan {
 constexpr int kDownTiles = 8;     // output tiles a task sums up at once: a run of as many tiles of each expert
 constexpr int kStreamBlocks = 8;  // blocks of 32 rows of up, then of gate, read in one run
 
-// Softmax over all experts, the k largest (equal ones: the lower id first), their p-norm, the aggregate's weights.
-// `kept` gets the logits before they become probabilities.
-void choose(const qd_ffn& op, const Kernels& kernels, float* logits, int32_t* ids, float* weights, float* kept) {
-  const int n_experts = op.n_experts, k = op.top_k;
-  if (kept) std::memcpy(kept, logits, size_t(n_experts) * 4);
-  kernels.softmax(logits, n_experts);
-  for (int j = 0; j < k; ++j) {
-    int best = -1;
-    for (int e = 0; e < n_experts; ++e) {
-      bool taken = false;
-      for (int i = 0; i < j; ++i) taken |= ids[i] == e;
-      if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
+// Of every group of neighbours the two best scores are added up; outside the best groups nothing can be chosen.
+void limit_to_groups(const qd_ffn& op, const Kernels& kernels, float* choice) {
+  const int size = op.n_experts / op.n_groups;
+  alignas(64) float worth[QD_MOST_EXPERTS];
+  int32_t best[QD_MOST_EXPERTS];
+  bool open[QD_MOST_EXPERTS] = {};
+  for (int g = 0; g < op.n_groups; ++g) {
+    float first = -INFINITY, second = -INFINITY;
+    for (int e = g * size; e < (g + 1) * size; ++e) {
+      second = std::max(second, std::min(first, choice[e]));
+      first = std::max(first, choice[e]);
     }
-    ids[j] = best, weights[j] = logits[best];
+    worth[g] = first + second;
   }
+  kernels.top_k(worth, op.n_groups, op.top_k_groups, best);
+  for (int j = 0; j < op.top_k_groups; ++j) open[best[j]] = true;
+  for (int e = 0; e < op.n_experts; ++e)
+    if (!open[e / size]) choice[e] = -INFINITY;
+}
+
+// Scores of all experts, the k to be visited (equal ones: the lower id first), their weights under norm and aggregate.
+// `kept` gets the logits; `choice` is scratch.
+void choose(const qd_ffn& op, const Kernels& kernels, float* logits, float* choice, int32_t* ids, float* weights, float* kept) {
+  const int n_experts = op.n_experts, k = op.top_k;
+  for (int e = 0; op.router_bias && e < n_experts; ++e) logits[e] += op.router_bias[e];
+  if (kept) std::memcpy(kept, logits, size_t(n_experts) * 4);
+  kernels.scores(op.score, logits, n_experts);
+  for (int e = 0; e < n_experts; ++e) choice[e] = op.correction ? logits[e] + op.correction[e] : logits[e];
+  if (op.n_groups > 1) limit_to_groups(op, kernels, choice);
+  kernels.top_k(choice, n_experts, k, ids);
+  for (int j = 0; j < k; ++j) weights[j] = logits[ids[j]];
   float total = 0.0f;
   if (op.normalize_p > 0) {
     for (int j = 0; j < k; ++j) total += op.normalize_p == 1.0f ? weights[j] : std::pow(weights[j], op.normalize_p);
-    const float factor = op.normalize_p == 1.0f ? 1.0f / total : std::pow(total, -1.0f / op.normalize_p);
+    const float norm = op.normalize_p == 1.0f ? total : std::pow(total, 1.0f / op.normalize_p);
+    const float factor = 1.0f / std::max(norm + op.normalize_eps, op.normalize_min);
     for (int j = 0; j < k; ++j) weights[j] *= factor;
   }
+  if (op.routed_scale != 1)
+    for (int j = 0; j < k; ++j) weights[j] *= op.routed_scale;
   if (op.aggregate == QD_AGGREGATE_VOTE) {
     for (int j = 0; j < k; ++j) weights[j] = 1.0f / float(k);
   } else if (op.aggregate == QD_AGGREGATE_FUSE) {
@@ -69,15 +91,17 @@ void choose(const qd_ffn& op, const Kernels& kernels, float* logits, int32_t* id
   }
 }
 
-void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d, int32_t* ids, float* weights, float* kept) {
+// What every token's router decides. `shared`, where it is not NULL, gets (n,) what the shared network's output weighs.
+void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d, int32_t* ids, float* weights, float* kept,
+           float* shared) {
   const int64_t width = c.kernels->max_width, tiles = tiles_of(op.n_experts), bytes = tile_bytes(QD_FORMAT_FLOAT32, d);
   const int64_t stride = tiles * kTile;
   c.reserve(&qd_context::Thread::units, width * d);
-  c.reserve(&qd_context::Thread::a, width * stride);
+  c.reserve(&qd_context::Thread::a, width * stride + std::max(stride, width * kTile));
   c.pool.run((n + width - 1) / width, n > width ? 1 : 2, [&](int64_t begin, int64_t end, int thread) {
     auto& mine = c.of_thread[size_t(thread)];
     uint32_t* panel = mine.units.data();
-    float* logits = mine.a.data();
+    float *logits = mine.a.data(), *scratch = logits + width * stride;
     const float* rows[kMaxWidth];
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = t * width;
@@ -86,17 +110,42 @@ void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d
       c.kernels->make_panel(kPanelF32, rows, count, d, panel);
       for (int64_t e = 0; e < tiles; ++e) c.kernels->tile(QD_FORMAT_FLOAT32, false, op.router.data + e * bytes, d, panel, count, logits + e * kTile, stride);
       for (int i = 0; i < count; ++i)
-        choose(op, *c.kernels, logits + i * stride, ids + (first + i) * op.top_k, weights + (first + i) * op.top_k,
+        choose(op, *c.kernels, logits + i * stride, scratch, ids + (first + i) * op.top_k, weights + (first + i) * op.top_k,
                kept ? kept + (first + i) * op.n_experts : nullptr);
+      if (shared && !op.shared_weight.data) std::fill(shared + first, shared + first + count, 1.0f);
+      if (!shared || !op.shared_weight.data) continue;
+      c.kernels->tile(QD_FORMAT_FLOAT32, false, op.shared_weight.data, d, panel, count, scratch, kTile);
+      for (int i = 0; i < count; ++i) {
+        shared[first + i] = scratch[i * kTile];
+        c.kernels->scores(QD_SCORE_SIGMOID, shared + first + i, 1);
+      }
     }
   });
 }
 
-Plan make_plan(qd_context& c, const qd_ffn& op, int64_t n, const int32_t* ids, const float* weights) {
+// Another expert at work: its panels, and where its activations will lie.
+void add(const qd_context& c, Plan& plan, Active a) {
+  const int64_t width = c.kernels->max_width;
+  a.panel = int64_t(plan.panels.size());
+  a.in_offset = a.gate_offset = plan.in_units, a.hidden_offset = plan.hidden_units;
+  a.in_kind = a.gate_kind = panel_kind(a.up.format, c.fine), a.hidden_kind = panel_kind(a.down.format, c.fine);
+  if (a.gated) a.gate_kind = panel_kind(a.gate.format, c.fine);
+  for (int64_t t = 0; t < a.n; t += width) plan.panels.push_back({a.first + t, int(std::min(width, a.n - t))});
+  a.n_panels = int64_t(plan.panels.size()) - a.panel;
+  plan.in_units += a.n * panel_units(a.in_kind, a.up.cols);
+  if (a.gate_kind != a.in_kind) a.gate_offset = plan.in_units, plan.in_units += a.n * panel_units(a.gate_kind, a.up.cols);
+  plan.hidden_units += a.n * panel_units(a.hidden_kind, a.down.cols);
+  plan.active.push_back(a);
+}
+
+int64_t padded(int64_t rows) { return tiles_of(rows) * kTile; }
+
+// shared: (n,) what the shared network's output weighs for each token, or NULL where there is none.
+Plan make_plan(qd_context& c, const qd_ffn& op, int64_t n, const int32_t* ids, const float* weights, const float* shared) {
   Plan plan;
   const int k = op.router.data ? op.top_k : 1, n_experts = op.router.data ? op.n_experts : 1;
-  plan.token.resize(size_t(n * k));
-  plan.weight.resize(size_t(n * k));
+  plan.token.resize(size_t(n * (k + (shared ? 1 : 0))));
+  plan.weight.resize(plan.token.size());
   std::vector<int64_t> begin(size_t(n_experts) + 1, 0);
   if (op.router.data) {
     for (int64_t i = 0; i < n * k; ++i) ++begin[size_t(ids[i]) + 1];
@@ -113,21 +162,24 @@ Plan make_plan(qd_context& c, const qd_ffn& op, int64_t n, const int32_t* ids, c
     plan.token[size_t(at)] = int32_t(i / k);
     plan.weight[size_t(at)] = op.router.data ? weights[i] : 1.0f;
   }
-  const int64_t width = c.kernels->max_width;
+  const int64_t f = padded(op.up[0].rows), d = padded(op.down[0].rows);
   for (int e = 0; e < n_experts; ++e) {
     const int64_t first = begin[size_t(e)], count = begin[size_t(e) + 1] - first;
     if (!count) continue;
-    Active a{e, first, count, int64_t(plan.panels.size()), 0, plan.in_units, plan.in_units, plan.hidden_units, kPanelInt8, kPanelInt8, kPanelInt8,
-             {}, op.up[e], op.down[e]};
-    if (op.gate) a.gate = op.gate[e];
-    a.in_kind = a.gate_kind = panel_kind(a.up.format, c.fine), a.hidden_kind = panel_kind(a.down.format, c.fine);
-    if (op.gate) a.gate_kind = panel_kind(a.gate.format, c.fine);
-    for (int64_t t = 0; t < count; t += width) plan.panels.push_back({first + t, int(std::min(width, count - t))});
-    a.n_panels = int64_t(plan.panels.size()) - a.panel;
-    plan.in_units += count * panel_units(a.in_kind, a.up.cols);
-    if (a.gate_kind != a.in_kind) a.gate_offset = plan.in_units, plan.in_units += count * panel_units(a.gate_kind, a.up.cols);
-    plan.hidden_units += count * panel_units(a.hidden_kind, a.down.cols);
-    plan.active.push_back(a);
+    Active a{};
+    a.expert = e, a.first = first, a.n = count, a.activation = op.activation;
+    a.up = op.up[e], a.down = op.down[e];
+    a.gated = op.gate != nullptr;
+    if (a.gated) a.gate = op.gate[e];
+    if (op.up_bias) a.gate_bias = op.gate_bias + e * f, a.up_bias = op.up_bias + e * f, a.down_bias = op.down_bias + e * d;
+    add(c, plan, a);
+  }
+  if (shared) {
+    for (int64_t i = 0; i < n; ++i) plan.token[size_t(n * k + i)] = int32_t(i), plan.weight[size_t(n * k + i)] = shared[i];
+    Active a{};
+    a.expert = n_experts, a.first = n * k, a.n = n, a.activation = op.shared_activation, a.gated = true;
+    a.gate = op.shared_gate, a.up = op.shared_up, a.down = op.shared_down;
+    add(c, plan, a);
   }
   return plan;
 }
@@ -156,20 +208,25 @@ struct Tiles {
   }
 };
 
+// x (width, 16) += the bias of its 16 rows.
+void add_bias(const Kernels& kernels, float* x, int width, const float* bias) {
+  for (int m = 0; m < width; ++m) kernels.add_scaled(x + m * kTile, bias, 1.0f, kTile);
+}
+
 // Rows [32 block, 32 (block + count)) of gate and up for every token of an expert, into its hidden panels. Few tokens:
 // memory is the limit, and it is fastest in long runs, so all tiles of up are read before those of gate.
-void hidden_blocks(const qd_context& c, const qd_ffn& op, const Plan& plan, const Active& a, int64_t block, int64_t count,
+void hidden_blocks(const qd_context& c, const Plan& plan, const Active& a, int64_t block, int64_t count,
                    const uint32_t* in, uint32_t* hidden, const qd_context::Thread& mine) {
   const Kernels& kernels = *c.kernels;
   const int64_t in_units = panel_units(a.in_kind, a.up.cols), gate_units = panel_units(a.gate_kind, a.up.cols);
   const int64_t out_units = panel_units(a.hidden_kind, a.down.cols);
   const int64_t first = 2 * block, n_tiles = std::min<int64_t>(2 * count, tiles_of(a.up.rows) - first);
-  Tiles up(c, a.up), gate(c, op.gate ? a.gate : a.up);
+  Tiles up(c, a.up), gate(c, a.gated ? a.gate : a.up);
   if (many(c, a.n)) {
     const int64_t bytes = n_tiles * groups_of(a.up.cols) * kWideGroupM;
     uint8_t* wide = mine.wide.data();
     up.widen(wide, first, n_tiles);
-    if (op.gate) gate.widen(wide + bytes, first, n_tiles);
+    if (a.gated) gate.widen(wide + bytes, first, n_tiles);
   }
   alignas(64) float g[2 * kStreamBlocks][kMaxWidth * kTile], u[2 * kStreamBlocks][kMaxWidth * kTile], row[kMaxWidth * 32];
   for (int64_t p = a.panel; p < a.panel + a.n_panels; ++p) {
@@ -178,9 +235,13 @@ void hidden_blocks(const qd_context& c, const qd_ffn& op, const Plan& plan, cons
     const uint32_t* gate_x = in + a.gate_offset + (panel.first - a.first) * gate_units;
     uint32_t* to = hidden + a.hidden_offset + (panel.first - a.first) * out_units;
     for (int64_t t = 0; t < n_tiles; ++t) up.times(first + t, x, panel.width, u[t]);
-    for (int64_t t = 0; op.gate && t < n_tiles; ++t) gate.times(first + t, gate_x, panel.width, g[t]);
+    for (int64_t t = 0; a.gated && t < n_tiles; ++t) gate.times(first + t, gate_x, panel.width, g[t]);
     for (int64_t t = 0; t < n_tiles; ++t) {
-      kernels.activate(op.activation, op.gate ? g[t] : nullptr, u[t], int64_t(panel.width) * kTile, u[t]);
+      if (a.up_bias) {
+        add_bias(kernels, u[t], panel.width, a.up_bias + (first + t) * kTile);
+        add_bias(kernels, g[t], panel.width, a.gate_bias + (first + t) * kTile);
+      }
+      kernels.activate(a.activation, a.gated ? g[t] : nullptr, u[t], int64_t(panel.width) * kTile, u[t]);
       for (int m = 0; m < panel.width; ++m) std::memcpy(row + 32 * m + kTile * (t % 2), u[t] + kTile * m, kTile * 4);
       if (t % 2 == 0 && t + 1 < n_tiles) continue;
       if (t % 2 == 0)
@@ -243,16 +304,18 @@ const uint32_t* make_panels(qd_context& c, Plan& plan, const float* x, int64_t n
   return in;
 }
 
-// Gate and up, 32 rows a task.
+// Gate and up, 32 rows a task. The shared network, of another width, comes after the routed experts.
 const uint32_t* gate_and_up(qd_context& c, const qd_ffn& op, const Plan& plan, const uint32_t* in) {
-  const int64_t blocks = (op.up[0].rows + 31) / 32;
+  const int64_t blocks = (op.up[0].rows + 31) / 32, n_active = int64_t(plan.active.size());
+  const int64_t routed = n_active - (op.shared_up.data ? 1 : 0), more = op.shared_up.data ? (op.shared_up.rows + 31) / 32 : 0;
   uint32_t* hidden = c.hidden_panels.reserve(plan.hidden_units);
-  c.pool.run(int64_t(plan.active.size()) * blocks, 1, [&](int64_t begin, int64_t end, int thread) {
+  c.pool.run(routed * blocks + more, 1, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin, count; i < end; i += count) {
-      const Active& a = plan.active[size_t(i / blocks)];
+      const int64_t expert = std::min(i / blocks, routed), block = i - expert * blocks;
+      const Active& a = plan.active[size_t(expert)];
       const int64_t run = many(c, a.n) ? 1 : kStreamBlocks;
-      count = std::min({run, end - i, blocks - i % blocks});
-      hidden_blocks(c, op, plan, a, i % blocks, count, in, hidden, c.of_thread[size_t(thread)]);
+      count = std::min({run, end - i, (expert < routed ? blocks : more) - block});
+      hidden_blocks(c, plan, a, block, count, in, hidden, c.of_thread[size_t(thread)]);
     }
   });
   return hidden;
@@ -272,6 +335,7 @@ void down_tiles(const qd_context& c, const Plan& plan, int64_t from, int64_t cou
       const uint32_t* units_of = hidden + a.hidden_offset + (panel.first - a.first) * units;
       for (int64_t t = 0; t < count; ++t) {
         down.times(from + t, units_of, panel.width, y);
+        if (a.down_bias) add_bias(*c.kernels, y, panel.width, a.down_bias + (from + t) * kTile);
         for (int m = 0; m < panel.width; ++m) {
           const size_t slot = size_t(panel.first + m);
           c.kernels->add_scaled(sum + (t * n + plan.token[slot]) * kTile, y + m * kTile, plan.weight[slot], kTile);
@@ -307,9 +371,10 @@ void down(qd_context& c, const Plan& plan, const uint32_t* hidden, int64_t n, in
 // Where the chosen experts lie that are on disk; they stay in memory as long as what is returned.
 qd_store::Pinned bring(const qd_ffn& op, Plan& plan) {
   std::vector<int32_t> wanted;
-  for (const Active& a : plan.active) wanted.push_back(a.expert);
+  for (const Active& a : plan.active)
+    if (a.expert < op.n_experts) wanted.push_back(a.expert);  // the shared network is in memory
   qd_store::Pinned pinned = op.store->acquire(op.layer, wanted);
-  for (size_t i = 0; i < plan.active.size(); ++i) {
+  for (size_t i = 0; i < wanted.size(); ++i) {
     Active& a = plan.active[i];
     const uint8_t* const* part = pinned.parts(i);
     a.gate.data = op.gate ? *part++ : nullptr;
@@ -326,15 +391,16 @@ void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
   norm_rows(c, op.norm, b.hidden, n, d, x);
 
   std::vector<int32_t> own_ids;
-  std::vector<float> own_weights;
+  std::vector<float> own_weights, shared;
   int32_t* ids = op.ids;
   float* weights = op.weights;
   if (op.router.data) {
     if (!ids) own_ids.resize(size_t(n * op.top_k)), ids = own_ids.data();
     if (!weights) own_weights.resize(size_t(n * op.top_k)), weights = own_weights.data();
-    route(c, op, x, n, d, ids, weights, op.logits);
+    if (op.shared_up.data) shared.resize(size_t(n));
+    route(c, op, x, n, d, ids, weights, op.logits, shared.empty() ? nullptr : shared.data());
   }
-  Plan plan = make_plan(c, op, n, ids, weights);
+  Plan plan = make_plan(c, op, n, ids, weights, shared.empty() ? nullptr : shared.data());
   qd_store::Pinned pinned;
   if (op.store) pinned = bring(op, plan);
   reserve_threads(c, plan, n);

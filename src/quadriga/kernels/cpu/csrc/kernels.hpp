@@ -15,6 +15,7 @@ struct AttendChunk {
   const int32_t* positions; // of each row
   const float* slopes;      // of each row, or NULL
   float scale, soft_cap;
+  int32_t window;           // keys a row sees, its own included; 0: all
   float *max, *sum;         // (n_rows,)
   float* out;               // (n_rows, round_up_16(head_dim))
   uint32_t* scratch;        // attend_scratch(n_rows, head_dim) units
@@ -41,12 +42,15 @@ struct Kernels {
   void (*widen)(int format, const uint8_t* tile, int64_t cols, uint8_t* wide);
   void (*tile_wide)(int format, bool fine, const uint8_t* wide, int64_t cols, const uint32_t* panel, int width,
                     float* out, int64_t out_stride);
-  void (*norm)(int kind, float eps, const float* weight, const float* x, int64_t d, float* out);
+  void (*norm)(const qd_norm&, const float* x, int64_t d, float* out);
   // hidden[i] = activation(gate[i]) * up[i], or activation(up[i]) without a gate; n a multiple of 16
   void (*activate)(int activation, const float* gate, const float* up, int64_t n, float* hidden);
   void (*add_scaled)(float* sum, const float* x, float scale, int64_t n);  // sum += scale * x; n a multiple of 16
-  // logits -> probabilities over n in place of n padded to 16s
-  void (*softmax)(float* x, int64_t n);
+  // logits -> softmax or sigmoid (a qd_score), in place
+  void (*scores)(int kind, float* x, int64_t n);
+  // ids of the k largest of n <= QD_MOST_EXPERTS numbers, the largest first, of equal ones the lower; x, padded to 16s,
+  // is overwritten
+  void (*top_k)(float* x, int64_t n, int k, int32_t* ids);
   void (*row_stats)(const float* x, int64_t n, int32_t* best, float* log_sum);
   void (*attend)(const AttendChunk&);
   // (max, sum, out) of one row gets another chunk's; d padded to 16

@@ -12,7 +12,7 @@ constexpr int kRowTiles = 4;                 // tiles that share one pass over t
 
 void norm_rows(qd_context& c, const qd_norm& spec, const float* x, int64_t n, int64_t d, float* out) {
   const auto body = [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) c.kernels->norm(spec.kind, spec.eps, spec.weight, x + i * d, d, out + i * d);
+    for (int64_t i = begin; i < end; ++i) c.kernels->norm(spec, x + i * d, d, out + i * d);
   };
   c.pool.run(n, std::max<int64_t>(1, kSerialNumbers / d), body);
 }
@@ -88,8 +88,10 @@ void run_head(qd_context& c, const qd_head& op, const qd_batch& b) {
   const int64_t d = op.weight.cols, v = op.weight.rows;
   float* normed = c.normed.reserve(b.n_rows * d);
   for (int64_t i = 0; i < b.n_rows; ++i)
-    c.kernels->norm(op.norm.kind, op.norm.eps, op.norm.weight, b.hidden + b.rows[i] * d, d, normed + i * d);
+    c.kernels->norm(op.norm, b.hidden + b.rows[i] * d, d, normed + i * d);
   linear(c, op.weight, normed, d, b.n_rows, b.logits, v, false);
+  if (op.bias)
+    for (int64_t i = 0; i < b.n_rows * v; ++i) b.logits[i] += op.bias[i % v];
   if (op.logit_scale != 1.0f)
     for (int64_t i = 0; i < b.n_rows * v; ++i) b.logits[i] *= op.logit_scale;
 }

@@ -25,6 +25,7 @@ extern "C" {
 #define QD_KV_CHUNK 256      /* keys whose softmax is taken together, counted from position 0: fixed, so that a result
                                 does not depend on batch or threads */
 #define QD_MOST_THREADS 1024 /* of one context; the largest machines have some hundreds */
+#define QD_MOST_EXPERTS 1024 /* of one layer; published models have up to 512 */
 
 enum qd_status {
   QD_STATUS_OK = 0,
@@ -45,8 +46,10 @@ enum qd_source {
 enum qd_kv_format { QD_KV_FORMAT_FLOAT32 = 0, QD_KV_FORMAT_BFLOAT16 = 1, QD_KV_FORMAT_Q8 = 2 };
 enum qd_norm_kind { QD_NORM_KIND_LAYER = 0, QD_NORM_KIND_RMS = 1 };
 enum qd_activation {
-  QD_ACTIVATION_SILU = 0, QD_ACTIVATION_GELU = 1, QD_ACTIVATION_GELU_TANH = 2, QD_ACTIVATION_RELU = 3
+  QD_ACTIVATION_SILU = 0, QD_ACTIVATION_GELU = 1, QD_ACTIVATION_GELU_TANH = 2, QD_ACTIVATION_RELU = 3,
+  QD_ACTIVATION_CLAMPED_GLU = 4 /* of gate and up together: (u + 1) g sigmoid(1.702 g), g <= 7, u in [-7, 7] */
 };
+enum qd_score { QD_SCORE_SOFTMAX = 0, QD_SCORE_SIGMOID = 1 };
 enum qd_aggregate { QD_AGGREGATE_WEIGHTED_SUM = 0, QD_AGGREGATE_VOTE = 1, QD_AGGREGATE_FUSE = 2 };
 enum qd_isa { QD_ISA_PORTABLE = 0, QD_ISA_AVX2 = 1, QD_ISA_AVX512 = 2 }; /* each has all of the ones before it */
 enum qd_op {
@@ -76,6 +79,7 @@ typedef struct {
   const float* weight; /* (D,); NULL: no norm */
   int32_t kind;
   float eps;
+  const float* bias; /* (D,) or NULL: added at the end */
 } qd_norm;
 
 typedef struct {
@@ -92,9 +96,17 @@ typedef struct {
   float clip;                  /* 0: none */
   float residual_scale;        /* of what is added to the residual stream */
   float score_scale, soft_cap; /* soft_cap 0: none */
-  const float* inverse_frequencies; /* (d/2,) or NULL where positions are not rotary */
+  const float* inverse_frequencies; /* (rotary_dim/2,) or NULL where positions are not rotary */
   const float* alibi_slopes;        /* (H,) or NULL */
   uint8_t* kv;                      /* this layer's blocks: n_blocks x K x qd_kv_bytes(format, d) */
+
+  const float* qkv_bias;    /* (H d + 2 K d,) or NULL: added to the projection, before all else */
+  const float* out_bias;    /* (D,) or NULL */
+  const float* sinks;       /* (H,) or NULL: logits that take part in the softmax and have no value */
+  int32_t window;           /* keys a query sees, its own included; 0: all. Blocks it does not see are not read */
+  int32_t rotary_dim;       /* numbers of a head that turn, the first ones */
+  float rotary_scale;       /* of cos and sin */
+  int32_t norm_after_rotation;
 } qd_attention;
 
 typedef struct {
@@ -109,16 +121,30 @@ typedef struct {
   float residual_scale;
   const float* fuse; /* (E,) for QD_AGGREGATE_FUSE */
   int64_t* load;     /* (E,) running count of tokens per expert, or NULL */
-  int32_t* ids;      /* (max N, k) chosen experts of the last pass, most probable first, or NULL */
+  int32_t* ids;      /* (max N, k) chosen experts of the last pass, in the order they were chosen in, or NULL */
   float* weights;    /* (max N, k) their weights, or NULL */
-  float* logits;     /* (max N, E) the router's, before the softmax, or NULL */
+  float* logits;     /* (max N, E) the router's, before softmax or sigmoid, or NULL */
   qd_store* store;   /* NULL: experts are in memory */
+  /* How logits become scores, scores a choice, and scores weights: score / max(norm + eps, min) * scale. */
+  int32_t score;                  /* a qd_score */
+  int32_t n_groups, top_k_groups; /* groups of neighbours, and the best of them that are chosen from; 1: all experts */
+  float normalize_eps, normalize_min, routed_scale;
+  const float* router_bias; /* (E,) added to the logits, or NULL */
+  const float* correction;  /* (E,) added to the scores for the choice alone, or NULL */
+  const float* gate_bias;   /* (E, F), rows padded to 16s with zeros, or NULL; all three biases or none */
+  const float* up_bias;
+  const float* down_bias; /* (E, D), padded alike */
+  /* The network that every token visits besides, gated, of any width S. */
+  qd_matrix shared_gate, shared_up, shared_down; /* (S, D), (S, D), (D, S); data NULL: none */
+  qd_matrix shared_weight; /* (1, D) float32: the sigmoid of its product weighs the network's output; data NULL: 1 */
+  int32_t shared_activation;
 } qd_ffn;
 
 typedef struct {
   qd_norm norm;
   qd_matrix weight; /* (V, D) */
   float logit_scale;
+  const float* bias; /* (V,) or NULL: added before the scale */
 } qd_head;
 
 /* What one forward pass is given. Sequence s owns tokens [starts[s], starts[s+1]), which end its positions. */

@@ -45,11 +45,23 @@ QD_INLINE vf activation_slope(int activation, vf x) {
   }
 }
 
+// Slopes of QD_ACTIVATION_CLAMPED_GLU; beyond the limits nothing moves, at them it does, as in torch.
+QD_INLINE vf clamped_gate_slope(vf gate, vf up) {
+  const vf one = all(1.0f), g = vmin(all(kClamp), gate), s = sigmoid(all(kClampedSlope) * g);
+  const vf u = vmin(all(kClamp), vmax(all(-kClamp), up));
+  return greater_select(gate, all(kClamp), all(0.0f), (u + one) * (s * fma(all(kClampedSlope) * g, one - s, one)));
+}
+
+QD_INLINE vf clamped_up_slope(vf gate, vf up) {
+  const vf g = vmin(all(kClamp), gate);
+  return greater_select(vabs(up), all(kClamp), all(0.0f), g * sigmoid(all(kClampedSlope) * g));
+}
+
 template <class T>
 void hidden_row(int activation, const T* gate, const T* up, float weight, int64_t f, T* hidden) {
   const vf w = all(weight);
   for (int64_t i = 0; i < f; i += 16) {
-    const vf h = activation_of(activation, get_part(gate + i, f - i)) * get_part(up + i, f - i);
+    const vf h = gated_unit(activation, get_part(gate + i, f - i), get_part(up + i, f - i));
     put_part(hidden + i, f - i, h * w);
   }
 }
@@ -62,7 +74,16 @@ float hidden_back_row(int activation, const T* gate, const T* up, float weight, 
   for (int64_t i = 0; i < f; i += 16) {
     const int64_t n = f - i;
     const vf g = get_part(gate + i, n), u = get_part(up + i, n), d = get_part(dh + i, n);
-    const vf act = activation_of(activation, g), plain = act * u, weighted = d * w;
+    const vf weighted = d * w;
+    if (activation == QD_ACTIVATION_CLAMPED_GLU) {
+      const vf plain = gated_unit(activation, g, u);
+      d_weight = fma(d, plain, d_weight);
+      put_part(hidden + i, n, plain * w);
+      put_part(du + i, n, clamped_up_slope(g, u) * weighted);
+      put_part(dh + i, n, clamped_gate_slope(g, u) * weighted);
+      continue;
+    }
+    const vf act = activation_of(activation, g), plain = act * u;
     d_weight = fma(d, plain, d_weight);
     put_part(hidden + i, n, plain * w);
     put_part(du + i, n, act * weighted);
