@@ -35,7 +35,7 @@ def config_json(name: str) -> dict[str, Any]:
         attn = {"attn_type": "multihead_attention", "softmax_scale": None}
         return {**raw, "attn_config": {**raw["attn_config"], **attn}}
     if raw["model_type"] == "llama":
-        return {**raw, "attention_bias": False}
+        return {"attention_bias": False, **raw}
     return raw
 
 

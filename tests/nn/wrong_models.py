@@ -11,6 +11,14 @@ from dataclasses import replace
 from quadriga.model.config import AlibiSpec, ModelConfig, QKNormSpec, RopeSpec
 from tests.configs import changed
 
+
+def rope_with(config: ModelConfig, **fields: object) -> RopeSpec:
+    """The first layer's rotary positions with fields of their scaling changed."""
+    rope = config.layers[0].mixer.position
+    assert isinstance(rope, RopeSpec) and rope.scaling is not None
+    return replace(rope, scaling=replace(rope.scaling, **fields))
+
+
 MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "rope theta 10000, as transformers 5.15-5.23 loads DBRX": (
         "dbrx",
@@ -24,6 +32,21 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "layer norm for rms norm": ("llama", lambda c: changed(c, norm=replace(c.final_norm, kind="layer"))),
     "epsilon 3e-5": ("llama", lambda c: changed(c, norm=replace(c.final_norm, eps=3e-5))),
     "scores of twice the scale": ("llama-tied", lambda c: c.with_mixer(scale=2 * 8**-0.5)),
+    "frequencies not scaled": ("llama3", lambda c: c.with_mixer(position=RopeSpec(theta=500.0))),
+    "bands of another context": (
+        "llama3",
+        lambda c: c.with_mixer(position=rope_with(c, original_max_seq_len=20)),
+    ),
+    "yarn without its attention factor": (
+        "llama-yarn",
+        lambda c: c.with_mixer(position=rope_with(c, attention_factor=1.0)),
+    ),
+    "yarn by another factor": ("llama-yarn", lambda c: c.with_mixer(position=rope_with(c, factor=3.0))),
+    "linear scaling by another factor": ("llama-linear", lambda c: c.with_mixer(position=rope_with(c, factor=2.0))),
+    "no window": ("mistral", lambda c: c.with_mixer(window=None)),
+    "a window one key wider": ("mistral", lambda c: c.with_mixer(window=8)),
+    "a window in every layer": ("qwen2", lambda c: c.with_mixer(window=7)),
+    "every layer rotates": ("smollm3", lambda c: c.with_mixer(position=RopeSpec(theta=5000.0))),
     "q and k normed with another epsilon": ("qwen3", lambda c: c.with_mixer(qk_norm=QKNormSpec(over="head", eps=0.01))),
     "chosen weights renormalised": ("olmoe", lambda c: c.with_ffn(normalize_p=1.0)),
     "no clipping after the norms": ("olmoe", lambda c: c.with_mixer(clip_qkv=None)),

@@ -1,4 +1,4 @@
-"""DBRX, Mixtral, LLaMA, Qwen3, OLMoE, Granite, MPT and Grok-1 in plain NumPy, float64: the published mathematics, read from top to bottom.
+"""DBRX and the models beside it in plain NumPy, float64: the published mathematics, read from top to bottom.
 
 Written from the models' papers and reference code (SPEC 1.2, 3.1-3.4: databricks/dbrx@a3200393, xai-org/grok-1@7050ed20,
 mosaicml/llm-foundry@8c8dd48f), not from this package, and sharing nothing with it. One sequence, one token and one head
@@ -45,28 +45,68 @@ def gelu_tanh(x: Array) -> Array:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def rotate(x: Array, position: int, theta: float) -> Array:
-    """RoPE of one head, half rotation: the pair (j, j + d/2) turns by position * theta^(-2j/d)."""
+def rotate(x: Array, position: int, theta: float, scaling: Config | None = None) -> Array:
+    """RoPE of one head, half rotation: the pair (j, j + d/2) turns by position * theta^(-2j/d), or a scaled angle."""
     half = len(x) // 2
-    angle = position * theta ** (-2 * np.arange(half) / len(x))
-    a, b = x[:half], x[half:]
-    return np.concatenate((a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)))
+    turn, length = scaled(theta ** (-2 * np.arange(half) / len(x)), theta, scaling)
+    angle = position * turn
+    a, b, cos, sin = x[:half], x[half:], length * np.cos(angle), length * np.sin(angle)
+    return np.concatenate((a * cos - b * sin, b * cos + a * sin))
+
+
+def scaled(turn: Array, theta: float, scaling: Config | None) -> tuple[Array, float]:
+    """(angles a position, what the rotated pair is stretched by) under rope_scaling.
+
+    linear: all slower. llama3: slow pairs slower, quick ones as they are, a ramp between, by turns within the original
+    context (Meta's release of LLaMA-3.1). yarn: the same with a ramp over the pairs' numbers (arXiv 2309.00071, 3.2-3.4).
+    """
+    if scaling is None:
+        return turn, 1.0
+    factor = scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return turn / factor, 1.0
+    context = scaling["original_max_position_embeddings"]
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        rounds = context * turn / (2 * math.pi)
+        smooth = np.clip((rounds - low) / (high - low), 0, 1)
+        return turn * (smooth + (1 - smooth) / factor), 1.0
+    pairs = len(turn)
+
+    def pair_that_turns(rounds: float) -> float:
+        return 2 * pairs * math.log(context / (rounds * 2 * math.pi)) / (2 * math.log(theta))
+
+    first = max(math.floor(pair_that_turns(scaling.get("beta_fast", 32))), 0)
+    last = min(math.ceil(pair_that_turns(scaling.get("beta_slow", 1))), 2 * pairs - 1)
+    ramp = np.clip((np.arange(pairs) - first) / max(last - first, 0.001), 0, 1)
+    return turn * (1 - ramp) + turn / factor * ramp, 0.1 * math.log(factor) + 1
 
 
 def attend(
-    q: Array, k: Array, v: Array, *, theta: float | None = None, cap: float | None = None, slopes: Sequence[float] = ()
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    theta: float | None = None,
+    scaling: Config | None = None,
+    window: int | None = None,
+    cap: float | None = None,
+    slopes: Sequence[float] = (),
 ) -> Array:
-    """Causal attention of one sequence: q (T, H, d), k and v (T, K, d) -> (T, H d), heads side by side."""
+    """Causal attention of one sequence: q (T, H, d), k and v (T, K, d) -> (T, H d), heads side by side.
+
+    With a window a query sees itself and the window - 1 keys before it.
+    """
     n_tokens, n_heads, head_dim = q.shape
     group = n_heads // k.shape[1]
     out = np.zeros((n_tokens, n_heads, head_dim))
     for t in range(n_tokens):
         for h in range(n_heads):
-            scores = np.zeros(t + 1)
-            for s in range(t + 1):
+            scores = np.full(t + 1, -np.inf)
+            for s in range(0 if window is None else max(0, t - window + 1), t + 1):
                 query, key = q[t, h], k[s, h // group]
                 if theta is not None:
-                    query, key = rotate(query, t, theta), rotate(key, s, theta)
+                    query, key = rotate(query, t, theta, scaling), rotate(key, s, theta, scaling)
                 scores[s] = query @ key / math.sqrt(head_dim)
                 if cap is not None:
                     scores[s] = cap * math.tanh(scores[s] / cap)
@@ -122,7 +162,10 @@ def dbrx(w: Weights, c: Config, tokens: Sequence[int]) -> tuple[Array, Array]:
 def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
     """The attention branch of LLaMA and its kin, norm included: (T, D) -> (T, D)."""
     a = np.array([rms_norm(x, w[layer + "input_layernorm.weight"], c["rms_norm_eps"]) for x in h])
-    q, k, v = (a @ w[f"{layer}self_attn.{name}_proj.weight"].T for name in "qkv")
+    q, k, v = (
+        a @ w[f"{layer}self_attn.{name}_proj.weight"].T + w.get(f"{layer}self_attn.{name}_proj.bias", 0)
+        for name in "qkv"
+    )
     n_heads, n_kv = c["num_attention_heads"], c["num_key_value_heads"]
     if c["model_type"] == "olmoe":  # norms of the whole vectors, then the clamp
         q, k = (
@@ -143,8 +186,12 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
         )
     if "attention_multiplier" in c:  # in place of 1/sqrt(d), which attend divides by
         q = q * c["attention_multiplier"] * math.sqrt(q.shape[-1])
-    mixed = attend(q, k, v, theta=c["rope_theta"])
-    return mixed @ w[layer + "self_attn.o_proj.weight"].T
+    number = int(layer.split(".")[2])
+    turns = c["rope_theta"] if c.get("no_rope_layers", {number: 1})[number] else None
+    slides = c.get("layer_types", ["sliding_attention"] * (number + 1))[number] == "sliding_attention"
+    window = c.get("sliding_window") if slides and c.get("use_sliding_window", True) else None
+    mixed = attend(q, k, v, theta=turns, scaling=c.get("rope_scaling"), window=window)
+    return mixed @ w[layer + "self_attn.o_proj.weight"].T + w.get(layer + "self_attn.o_proj.bias", 0)
 
 
 def llama(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
@@ -279,6 +326,9 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "dbrx": lambda w, c, tokens: dbrx(w, c, tokens)[0],
     "mixtral": lambda w, c, tokens: mixtral(w, c, tokens)[0],
     "llama": llama,
+    "mistral": llama,
+    "qwen2": llama,
+    "smollm3": llama,
     "qwen3": llama,
     "qwen3_moe": fine_grained,
     "olmoe": fine_grained,

@@ -39,6 +39,7 @@ from quadriga.kernels.cpu.packing import allocate
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
 from quadriga.model.families.base import pick_layout
+from quadriga.model.families.rope_keys import gguf_tensors
 from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shapes, source_shapes, stays_float32, whole
 from quadriga.quant import codec
 from quadriga.quant.dtypes import DTYPES as NUMPY
@@ -81,6 +82,8 @@ class Plan:
     files: FilePlan
     packed: dict[str, str] = field(default_factory=dict)
     """For a packed directory: parameter (experts by number) -> packed format. Empty for all others."""
+    constants: dict[str, Array] = field(default_factory=dict)
+    """Result tensors that no parameter fills: what the configuration says, where the format says it in tensors."""
     extra: dict[str, bytes] = field(default_factory=dict)
     """Small files: configuration, index, tokenizer."""
     notes: list[str] = field(default_factory=list)
@@ -288,9 +291,12 @@ def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> Plan:
         if wanted == "float16" and form != "float16":
             narrow.append(name)
     metadata, notes = _gguf_metadata(checkpoint, family.config_to_gguf, form)
+    constants = {name: np.array(values, dtype=np.float32) for name, values in gguf_tensors(config).items()}
+    tensors |= {name: (values.shape, "float32") for name, values in constants.items()}
     if narrow:
         notes.append(f"{len(narrow)} tensors whose rows are no whole {form} blocks are stored as float16: {narrow[:3]}")
-    return Plan("gguf", form, pieces, tensors, gguf.plan_gguf(file, metadata, tensors), notes=notes)
+    files = gguf.plan_gguf(file, metadata, tensors)
+    return Plan("gguf", form, pieces, tensors, files, constants=constants, notes=notes)
 
 
 _FILE_TYPE = {"float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "bfloat16": 32}
@@ -455,6 +461,9 @@ class _Writer:
         for name, pieces in by_tensor.items():
             if name not in self.hashes:
                 yield name, _named(name, _encoded(checkpoint, self.plan, name, pieces))
+        for name, values in self.plan.constants.items():
+            if name not in self.hashes:
+                yield name, iter([(encode(values, "float32"), 0)])
 
     def _in_order(self, task: Callable[..., tuple[str, int]], *args: object) -> tuple[str, int]:
         """Run in the background, but nothing after a failure: a tensor with a lost part must not count as finished."""

@@ -63,7 +63,7 @@ def unpack(stored: Array, piece: Piece) -> Array:
     if piece.transpose:
         values = values.swapaxes(-2, -1)
     if piece.rotary_heads:  # rows (head, pair, side) -> (head, side, pair)
-        pairs = values.reshape(piece.rotary_heads, -1, 2, values.shape[-1])
+        pairs = values.reshape(piece.rotary_heads, values.shape[0] // piece.rotary_heads // 2, 2, *values.shape[1:])
         values = pairs.swapaxes(1, 2).reshape(values.shape)
     return values
 
@@ -71,7 +71,7 @@ def unpack(stored: Array, piece: Piece) -> Array:
 def pack(values: Array, piece: Piece) -> Array:
     """The source box of a piece from its target box: the inverse of :func:`unpack`, a permutation of the same bits."""
     if piece.rotary_heads:  # rows (head, side, pair) -> (head, pair, side)
-        halves = values.reshape(piece.rotary_heads, 2, -1, values.shape[-1])
+        halves = values.reshape(piece.rotary_heads, 2, values.shape[0] // piece.rotary_heads // 2, *values.shape[1:])
         values = halves.swapaxes(1, 2).reshape(values.shape)
     if piece.transpose:
         values = values.swapaxes(-2, -1)

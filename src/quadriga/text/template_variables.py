@@ -35,6 +35,8 @@ _CLASS_OF_MODEL = {
     "mixtral": "LlamaTokenizer",
     "dbrx": "GPT2Tokenizer",
     "mpt": "GPTNeoXTokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "smollm3": "PreTrainedTokenizer",
     "qwen3": "Qwen2Tokenizer",
     "qwen3_moe": "Qwen2Tokenizer",
     "olmoe": "GPTNeoXTokenizer",

@@ -12,7 +12,20 @@ from dataclasses import replace
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import ModelConfig
-from quadriga.model.families import class_defaults, dbrx, granite, grok1, llama2, mixtral, mpt, olmoe, qwen3
+from quadriga.model.families import (
+    class_defaults,
+    dbrx,
+    granite,
+    grok1,
+    llama2,
+    mistral,
+    mixtral,
+    mpt,
+    olmoe,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from quadriga.model.families.base import Family
 from quadriga.model.families.keys import Keys
 from quadriga.model.weight_map import Shape
@@ -29,6 +42,9 @@ FAMILIES: dict[str, Family] = {
     "granite": granite.DENSE,
     "granitemoe": granite.MIXTURE,
     "granitemoeshared": granite.SHARED,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "smollm3": smollm3.FAMILY,
 }
 
 PRESETS: dict[str, ModelConfig] = {
@@ -111,7 +127,10 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     else:
         raise ConfigError(f"general.architecture must be one of {', '.join(_GGUF_ARCHS)}; got {arch[:80]!r}")
     assert family.config_from_gguf is not None, "a family with GGUF architectures reads GGUF"
-    return family.config_from_gguf(metadata, shapes)
+    config = family.config_from_gguf(metadata, shapes)
+    # Arch llama does not say whose model it is; of the two, only Mistral's config.json can express a window.
+    windowed = config.family == "llama2" and config.layers[0].mixer.window is not None
+    return replace(config, family="mistral") if windowed else config
 
 
 def with_generation_config(config: ModelConfig, raw: Mapping[str, object]) -> ModelConfig:

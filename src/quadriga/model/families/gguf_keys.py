@@ -22,7 +22,7 @@ from quadriga.model.config import (
     MoESpec,
     RopeSpec,
 )
-from quadriga.model.families import base
+from quadriga.model.families import base, rope_keys
 from quadriga.model.families.keys import Keys, equal_heads, exact_or, shortest_float32
 from quadriga.model.families.pieces import ExpertPart, experts, qkv
 from quadriga.model.weight_map import Piece, Shape
@@ -266,14 +266,29 @@ def must_read_back(
     metadata: Mapping[str, object],
     form: str,
 ) -> None:
-    """Raise unless ``metadata`` reads back as ``config``, training-only settings aside, which GGUF has no keys for."""
-    shapes = {TOKEN_EMBEDDING: (config.vocab_size, config.d_model)}
+    """Raise unless ``metadata`` reads back as ``config``.
+
+    Settings of training aside, for which GGUF has no keys; bands of frequencies may come back as a factor each.
+    """
+    shapes: dict[str, Shape] = {TOKEN_EMBEDDING: (config.vocab_size, config.d_model)}
     if not config.tied_embeddings:
         shapes[OUTPUT] = (config.vocab_size, config.d_model)
-    base.must_read_back(config.with_layers(_inference_only), read(metadata, shapes), form)
+    attn = config.layers[0].mixer
+    for name, given in (("q", attn.qkv_bias), ("output", attn.out_bias)):
+        if given:
+            shapes[f"blk.0.attn_{name}.bias"] = (0,)
+    arch = next(iter(metadata)).partition(".")[0]
+    full = {"general.architecture": arch, **metadata}
+    for tensor, values in rope_keys.gguf_tensors(config).items():
+        shapes[tensor], full[rope_keys.VALUES + tensor] = (len(values),), values
+    base.must_read_back(config.with_layers(_as_stored), read(full, shapes), form)
 
 
-def _inference_only(layer: LayerSpec) -> LayerSpec:
+def _as_stored(layer: LayerSpec) -> LayerSpec:
+    """A layer without what GGUF keeps in another form or not at all."""
+    rope = layer.mixer.position
+    if isinstance(rope, RopeSpec):
+        layer = replace(layer, mixer=replace(layer.mixer, position=rope_keys.as_read(rope, layer.mixer.head_dim)))
     if layer.moe is None:
         return layer
     return replace(layer, ffn=replace(layer.moe, aux_loss_weight=0.0, jitter_eps=None))

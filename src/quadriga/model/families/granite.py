@@ -33,6 +33,7 @@ from quadriga.model.families.llama2 import (
     hf_qkv,
 )
 from quadriga.model.families.pieces import copies, gate_up, shared_gate_up
+from quadriga.model.families.rope_keys import FREQS
 from quadriga.model.weight_map import Piece, Shape
 
 
@@ -136,8 +137,6 @@ def _to_hf(config: ModelConfig, form: str) -> dict[str, object]:
     layer = config.only_layer(form)
     raw = {
         **common_to_hf(config, form),
-        "attention_bias": False,
-        "rope_scaling": None,
         "attention_multiplier": layer.mixer.score_scale,
         "residual_multiplier": layer.residual_scale,
         "embedding_multiplier": config.embedding_scale,
@@ -327,6 +326,7 @@ DENSE = Family(
     config_to_gguf=dense_to_gguf,
     gguf_map=_gguf_map,
     counterpart="granitemoe",
+    ignored_tensors=(FREQS,),
     tied_copies=HF_TIED,
 )
 MIXTURE = Family(
@@ -341,6 +341,7 @@ MIXTURE = Family(
     config_to_gguf=moe_to_gguf,
     gguf_map=_gguf_map,
     counterpart="granite",
+    ignored_tensors=(FREQS,),
     tied_copies=HF_TIED,
 )
 SHARED = Family(
@@ -354,5 +355,6 @@ SHARED = Family(
     config_from_gguf=shared_from_gguf,
     config_to_gguf=shared_to_gguf,
     gguf_map=_gguf_shared,
+    ignored_tensors=(FREQS,),
     tied_copies=HF_TIED,
 )

@@ -189,6 +189,15 @@ class Keys:
             raise self._wrong(key, "a list of whole numbers")
         return tuple(value)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers."""
+        value = self._get(key)
+        if not isinstance(value, list) or not all(
+            isinstance(n, (int, float)) and not isinstance(n, bool) and -1e300 < n < 1e300 for n in value
+        ):
+            raise self._wrong(key, "a list of finite numbers")
+        return tuple(float(n) for n in value)
+
     def section(self, key: str) -> Keys:
         """A dict inside this one; it has a ``finish`` of its own."""
         return Keys(self._get(key), f"{self._where}: {key}")

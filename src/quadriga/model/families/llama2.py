@@ -1,13 +1,14 @@
 """LLaMA-2 (Meta, July 2023) and the many dense models of its shape: RMSNorm, rotary positions, SwiGLU.
 
-SmolLM2, Mistral without a window and LLaMA-3 without frequency scaling are this family too; anything that bends the
-shape (attention biases, scaled rotary frequencies) is refused by name. Sources: transformers 4.57.6 and 5.x
+SmolLM2 and LLaMA-3 are this family too, with or without scaled rotary frequencies (``rope_keys``), and so are models
+with a bias on their attention's projections; Mistral's are ``mistral``. Sources: transformers 4.57.6 and 5.x
 (configuration_llama), meta-llama/llama (tensor names), gguf 0.19.0 and llama.cpp b11434.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, NormSpec, RopeSpec, uniform_model
@@ -15,6 +16,7 @@ from quadriga.model.families import gguf_keys
 from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys, equal_heads
 from quadriga.model.families.pieces import copies, qkv
+from quadriga.model.families.rope_keys import FREQS, rope_from_gguf, rope_from_hf, rope_to_gguf, rope_to_hf
 from quadriga.model.weight_map import Piece, Shape
 
 IGNORED = PRETRAINED_KEYS
@@ -42,53 +44,44 @@ PRESETS = {
 }
 
 
-def attention_from_hf(keys: Keys) -> AttentionSpec:
-    """Heads and rotation as LLaMA's and Mixtral's config.json name them."""
+def attention_from_hf(keys: Keys, *, biases: bool = False) -> AttentionSpec:
+    """Heads and rotation as LLaMA's and Mixtral's config.json name them.
+
+    Args:
+        biases: whether the family's program heeds ``attention_bias``; where not, it must be false.
+    """
     d_model, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
     # LLaMA-1's files have no num_key_value_heads: every query head has its own (configuration_llama.py).
     n_kv_heads = keys.integer("num_key_value_heads") if keys.given("num_key_value_heads") else n_heads
     # head_dim is written since transformers 4.46; before, and where it is null, the heads share d_model.
     head_dim = keys.integer("head_dim") if keys.given("head_dim") else equal_heads(d_model, n_heads)
-    keys.must_be("attention_bias", False)
-    return AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, position=_rope_from_hf(keys))
+    biased = False
+    if biases:
+        biased = keys.given("attention_bias") and keys.flag("attention_bias")  # on q, k, v and o
+    keys.must_be("attention_bias", biased)
+    return AttentionSpec(
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        position=rope_from_hf(keys, head_dim, keys.integer("max_position_embeddings")),
+        qkv_bias=biased,
+        out_bias=biased,
+    )
 
 
-def _rope_from_hf(keys: Keys) -> RopeSpec:
-    """The rotary base: ``rope_theta`` (transformers 4) or ``rope_parameters.rope_theta`` (transformers 5)."""
-    keys.must_be("partial_rotary_factor", 1, None)
-    if keys.given("rope_scaling"):
-        # transformers 4 writes {"rope_type": "default"} for "no scaling"; older files say "type".
-        scaling = keys.section("rope_scaling")
-        _plain_rotation(scaling)
-        scaling.finish(frozenset({"rope_theta"}))  # a copy of the top-level key
-    if not keys.given("rope_parameters"):
-        return RopeSpec(theta=keys.number("rope_theta"))
-    parameters = keys.section("rope_parameters")
-    _plain_rotation(parameters)
-    theta = parameters.number("rope_theta")
-    parameters.finish(frozenset())
-    keys.must_be("rope_theta", theta)
-    return RopeSpec(theta=theta)
+def common_from_hf(keys: Keys, *, biases: bool = False) -> dict[str, Any]:
+    """Every field of a config.json of LLaMA's shape but family, feed-forward and tied embeddings.
 
-
-def _plain_rotation(keys: Keys) -> None:
-    # Linear scaling by 1 divides every position by 1.
-    plain = ("default", "linear") if keys.given("factor") and keys.number("factor") == 1 else ("default",)
-    keys.must_be("rope_type", *plain)
-    keys.must_be("type", *plain)
-    keys.must_be("factor", 1, None)
-    keys.must_be("partial_rotary_factor", 1, None)
-
-
-def common_from_hf(keys: Keys) -> dict[str, Any]:
-    """Every field of a config.json of LLaMA's shape but family, feed-forward and tied embeddings."""
+    Args:
+        biases: see :func:`attention_from_hf`.
+    """
     return {
         "vocab_size": keys.integer("vocab_size"),
         "d_model": keys.integer("hidden_size"),
         "n_layers": keys.integer("num_hidden_layers"),
         "max_seq_len": keys.integer("max_position_embeddings"),
         "norm": NormSpec(kind="rms", eps=keys.number("rms_norm_eps")),
-        "mixer": attention_from_hf(keys),
+        "mixer": attention_from_hf(keys, biases=biases),
         "bos_id": keys.token_id("bos_token_id"),
         "eos_ids": keys.token_ids("eos_token_id"),
         "pad_id": keys.token_id("pad_token_id"),
@@ -107,7 +100,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
         ffn=DenseSpec(d_ff=keys.integer("intermediate_size"), activation="silu"),
         # LlamaConfig's class default is untied, and early files leave the key out.
         tied_embeddings=keys.flag("tie_word_embeddings") if keys.has("tie_word_embeddings") else False,
-        **common_from_hf(keys),
+        **common_from_hf(keys, biases=True),
     )
     keys.finish(IGNORED)
     return config
@@ -128,7 +121,8 @@ def common_to_hf(config: ModelConfig, form: str) -> dict[str, object]:
         "hidden_act": layer.ffn.activation,
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": layer.norm.eps,
-        "rope_theta": rope.theta,
+        **rope_to_hf(rope, attn.head_dim, form),
+        "attention_bias": attn.qkv_bias,
         "tie_word_embeddings": config.tied_embeddings,
         "bos_token_id": config.bos_id,
         "eos_token_id": list(config.eos_ids) or None,
@@ -145,9 +139,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **common_to_hf(config, form),
-        "attention_bias": False,
         "mlp_bias": False,
-        "rope_scaling": None,
     }
     must_read_back(config, config_from_hf(raw), form)
     return raw
@@ -158,6 +150,7 @@ HF_COMMON = {
     "model.embed_tokens.weight": "embed.weight",
     _LAYER + "input_layernorm.weight": "layers.{i}.attn_norm.weight",
     _LAYER + "self_attn.o_proj.weight": "layers.{i}.attn.wo.weight",
+    _LAYER + "self_attn.o_proj.bias": "layers.{i}.attn.wo.bias",
     _LAYER + "post_attention_layernorm.weight": "layers.{i}.ffn_norm.weight",
     "model.norm.weight": "final_norm.weight",
     "lm_head.weight": "lm_head.weight",
@@ -194,11 +187,15 @@ GGUF_COMMON = {
     gguf_keys.TOKEN_EMBEDDING: "embed.weight",
     "blk.{i}.attn_norm.weight": "layers.{i}.attn_norm.weight",
     "blk.{i}.attn_output.weight": "layers.{i}.attn.wo.weight",
+    "blk.{i}.attn_output.bias": "layers.{i}.attn.wo.bias",
     "blk.{i}.ffn_norm.weight": "layers.{i}.ffn_norm.weight",
     "output_norm.weight": "final_norm.weight",
     gguf_keys.OUTPUT: "lm_head.weight",
 }
 """Tensors that dense and expert models of GGUF arch ``llama`` share."""
+
+GGUF_BIASED = frozenset({"llama", "qwen2", "smollm3"})
+"""Architectures of this shape in which llama.cpp adds biases to q, k, v and o where the file has them."""
 
 GGUF_FFN = {
     "blk.{i}.ffn_gate.weight": "layers.{i}.ffn.w_gate",
@@ -224,27 +221,32 @@ def gguf_qkv(config: ModelConfig) -> list[Piece]:
     return gguf_keys.projections(config, interleaved=True)
 
 
-def _hf_layout(config: ModelConfig) -> list[Piece]:
+def hf_layout(config: ModelConfig) -> list[Piece]:
+    """Every tensor of a dense model as transformers names it."""
     return copies(config, HF_COMMON) + hf_qkv(config) + copies(config, HF_FFN)
 
 
-def _meta_layout(config: ModelConfig) -> list[Piece]:
+def meta_layout(config: ModelConfig) -> list[Piece]:
+    """Every tensor of a dense model as Meta and Mistral name it."""
     return copies(config, META_COMMON) + meta_qkv(config) + copies(config, _META_FFN)
 
 
-def _gguf_map(config: ModelConfig) -> list[Piece]:
+def gguf_map(config: ModelConfig) -> list[Piece]:
+    """Every tensor of a dense model of arch ``llama``."""
     return copies(config, GGUF_COMMON) + gguf_qkv(config) + copies(config, GGUF_FFN)
 
 
 def common_from_gguf(keys: Keys, metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """Every field of a ``llama`` GGUF but family and feed-forward."""
-    gguf_keys.refuse_tensors(shapes, {"rope_freqs.weight": "LLaMA-3.1's scaling of rotary frequencies"})
-    # llama.cpp: a window of 0 is no window; one as long as the context hides nothing.
-    max_seq_len = keys.integer("context_length")
-    if keys.given("attention.sliding_window") and 0 < keys.integer("attention.sliding_window") < max_seq_len:
-        keys.must_be("attention.sliding_window", 0)
+    max_seq_len, arch = keys.integer("context_length"), str(metadata.get("general.architecture"))
     d_model = keys.integer("embedding_length")
-    attn = gguf_keys.attention(keys, d_model, RopeSpec(theta=gguf_keys.rope_theta(keys)))
+    attn = gguf_keys.attention(keys, d_model, rope_from_gguf(keys, arch, metadata, shapes, max_seq_len))
+    # llama.cpp: a window of 0 is no window; one as long as the context hides nothing.
+    if keys.given("attention.sliding_window") and 0 < keys.integer("attention.sliding_window") < max_seq_len:
+        attn = replace(attn, window=keys.integer("attention.sliding_window"))
+    if arch in GGUF_BIASED:
+        q, out = (f"blk.0.attn_{name}.bias" in shapes for name in ("q", "output"))
+        attn = replace(attn, qkv_bias=q, out_bias=out)
     if keys.given("attention.scale") and keys.number("attention.scale") != 0:  # llama.cpp: 0 means 1/sqrt(head_dim)
         attn = gguf_keys.with_scale(attn, gguf_keys.number(keys, "attention.scale"))
     return {
@@ -264,13 +266,15 @@ def common_to_gguf(config: ModelConfig, form: str, arch: str = "llama") -> dict[
     """Every key of a GGUF of LLaMA's shape but those of experts."""
     attn = config.only_layer(form).mixer
     rope, head_dim = of_kind(attn.position, RopeSpec, form), attn.head_dim
-    return {
+    written = {
         **gguf_keys.common_keys(config, arch),
-        f"{arch}.rope.freq_base": rope.theta,
-        f"{arch}.rope.dimension_count": head_dim,
+        **rope_to_gguf(rope, head_dim, arch),
         f"{arch}.attention.key_length": head_dim,
         f"{arch}.attention.value_length": head_dim,
     }
+    if attn.window is not None:
+        written[f"{arch}.attention.sliding_window"] = attn.window
+    return written
 
 
 def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
@@ -302,15 +306,16 @@ FAMILY = Family(
     model_types=("llama",),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    layouts={"hf": _hf_layout, "meta": _meta_layout},
+    layouts={"hf": hf_layout, "meta": meta_layout},
     gguf_archs=("llama",),
     config_from_gguf=config_from_gguf,
     config_to_gguf=config_to_gguf,
-    gguf_map=_gguf_map,
+    gguf_map=gguf_map,
     counterpart="mixtral",
     ignored_tensors=(
         "model.layers.*.self_attn.rotary_emb.inv_freq",  # old transformers stored the buffer; it follows from theta
         "rope.freqs",  # the same buffer in Meta's files
+        FREQS,  # read with the metadata
     ),
     tied_copies={**HF_TIED, **META_TIED},
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
-from quadriga.model.families import gguf_keys
+from quadriga.model.families import gguf_keys, windows
 from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
 from quadriga.model.families.llama2 import (
@@ -27,6 +27,7 @@ from quadriga.model.families.llama2 import (
     meta_qkv,
 )
 from quadriga.model.families.pieces import copies, experts, flat_experts, gate_up
+from quadriga.model.families.rope_keys import FREQS
 from quadriga.model.weight_map import Piece, Shape
 
 IGNORED = PRETRAINED_KEYS
@@ -67,9 +68,8 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
         tied_embeddings=keys.flag("tie_word_embeddings") if keys.has("tie_word_embeddings") else False,
         **common_from_hf(keys),
     )
-    # A window at least as long as the context hides nothing.
-    if keys.given("sliding_window") and keys.integer("sliding_window") < config.max_seq_len:
-        keys.must_be("sliding_window", None)
+    # The first release's file has a window of 4096, taken back a week later.
+    config = config.with_mixer(window=windows.for_all(keys, config.max_seq_len))
     keys.finish(IGNORED)
     return config
 
@@ -86,7 +86,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         "num_experts_per_tok": ffn.top_k,
         "router_aux_loss_coef": ffn.aux_loss_weight,
         "router_jitter_noise": ffn.jitter_eps or 0.0,
-        "sliding_window": None,
+        "sliding_window": config.layers[0].mixer.window,
     }
     must_read_back(config, config_from_hf(raw), form)
     return raw
@@ -186,6 +186,6 @@ FAMILY = Family(
     gguf_map=_gguf_map,
     gguf_split_map=_gguf_split_map,
     counterpart="llama2",
-    ignored_tensors=("model.layers.*.self_attn.rotary_emb.inv_freq",),
+    ignored_tensors=("model.layers.*.self_attn.rotary_emb.inv_freq", FREQS),
     tied_copies={**HF_TIED, **META_TIED},
 )

@@ -76,8 +76,6 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         **common_to_hf(config, form),
         "architectures": ["OlmoeForCausalLM"],
         "model_type": "olmoe",
-        "attention_bias": False,
-        "rope_scaling": None,
         "clip_qkv": layer.mixer.clip_qkv,
         "num_experts": ffn.n_experts,
         "num_experts_per_tok": ffn.top_k,

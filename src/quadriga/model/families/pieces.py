@@ -52,33 +52,44 @@ def copies(config: ModelConfig, names: Mapping[str, str], *, transpose: bool = F
 def qkv(
     config: ModelConfig, q: str, k: str, v: str, *, interleaved: bool = False, transpose: bool = False
 ) -> list[Piece]:
-    """Pieces for separate query, key and value projections, which fill wqkv's rows in this order.
+    """Pieces for separate query, key and value projections, which fill wqkv's rows in this order; biases with them.
 
     Args:
-        q, k, v: source names with ``{i}`` for the layer.
+        q, k, v: source names with ``{i}`` for the layer; a bias is named like its weight.
         interleaved: q's and k's rows hold rotary pairs side by side (Meta, Mistral, GGUF llama), not in halves.
         transpose: the stored matrices are (D, rows).
     """
     d, pieces = config.d_model, []
     for i, layer in enumerate(config.layers):
-        attn = layer.mixer
+        attn, target = layer.mixer, f"layers.{i}.attn.wqkv."
         parts = (
             (q, 0, attn.q_dim, attn.n_heads if interleaved else 0),
             (k, attn.q_dim, attn.kv_dim, attn.n_kv_heads if interleaved else 0),
             (v, attn.q_dim + attn.kv_dim, attn.kv_dim, 0),
         )
-        pieces += [
-            Piece(
-                source=source.format(i=i),
-                source_shape=(d, rows) if transpose else (rows, d),
-                target=f"layers.{i}.attn.wqkv.weight",
-                target_shape=(attn.qkv_dim, d),
-                target_box=((start, start + rows), (0, d)),
-                transpose=transpose,
-                rotary_heads=heads,
+        for source, start, rows, heads in parts:
+            pieces.append(
+                Piece(
+                    source=source.format(i=i),
+                    source_shape=(d, rows) if transpose else (rows, d),
+                    target=target + "weight",
+                    target_shape=(attn.qkv_dim, d),
+                    target_box=((start, start + rows), (0, d)),
+                    transpose=transpose,
+                    rotary_heads=heads,
+                )
             )
-            for source, start, rows, heads in parts
-        ]
+            if attn.qkv_bias:
+                pieces.append(
+                    Piece(
+                        source=source.format(i=i).removesuffix("weight") + "bias",
+                        source_shape=(rows,),
+                        target=target + "bias",
+                        target_shape=(attn.qkv_dim,),
+                        target_box=((start, start + rows),),
+                        rotary_heads=heads,
+                    )
+                )
     return pieces
 
 

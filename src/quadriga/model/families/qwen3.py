@@ -178,10 +178,8 @@ def moe_to_hf(config: ModelConfig) -> dict[str, object]:
 
 
 _FULL: dict[str, object] = {
-    "attention_bias": False,
     "use_sliding_window": False,
     "sliding_window": None,
-    "rope_scaling": None,
 }
 
 _LAYER = "model.layers.{i}."
