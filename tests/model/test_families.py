@@ -1009,6 +1009,7 @@ def test_layers_of_qwen2_and_smollm3_differ():
     smol = PRESETS["smollm3-3b"]
     assert [layer.mixer.position is None for layer in smol.layers] == [False, False, False, True] * 9
     raw = family_of(smol).config_to_hf(smol)
+    assert config_from_hf({key: raw[key] for key in raw if key != "tie_word_embeddings"}) == smol
     with pytest.raises(ConfigError, match="no_rope_layers must be 36 numbers"):
         config_from_hf(raw | {"no_rope_layers": [1] * 35})
     odd = config_from_hf(raw | {"no_rope_layers": [0, 1] * 18})

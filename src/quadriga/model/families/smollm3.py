@@ -93,7 +93,9 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
             f"config.json: no_rope_layers must be {n_layers} numbers, each 0 or 1; got {str(rotates)[:80]}"
         )
     widths = windows.by_layer(keys, n_layers, common["max_seq_len"], None)
-    config = _model(common, ffn, [bool(turns) for turns in rotates], widths, keys.flag("tie_word_embeddings"))
+    # SmolLM3Config's class default is tied, and transformers leaves out what is.
+    tied = keys.flag("tie_word_embeddings") if keys.has("tie_word_embeddings") else True
+    config = _model(common, ffn, [bool(turns) for turns in rotates], widths, tied)
     keys.finish(IGNORED)
     return config
 
