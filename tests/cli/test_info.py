@@ -70,7 +70,9 @@ def test_what_a_file_leaves_open_is_said(capsys, tmp_path):
     del raw["rope_theta"]
     (tmp_path / "config.json").write_text(json.dumps(raw | {"transformers_version": "4.31.0.dev0"}))
     facts = facts_of(capsys, str(tmp_path))
-    assert [layer["mixer"]["position"] for layer in facts["config"]["layers"]] == [{"kind": "rope", "theta": 10_000.0}]
+    assert [layer["mixer"]["position"] for layer in facts["config"]["layers"]] == [
+        {"kind": "rope", "theta": 10_000.0, "dim": None, "scaling": None}
+    ]
     (note,) = facts["notes"]
     assert note.startswith("config.json does not give rope_theta: 10000 is taken")
     info(str(tmp_path))

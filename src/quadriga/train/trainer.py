@@ -397,9 +397,10 @@ class Trainer:
         n_tokens = sum(len(batch.tokens) for batch in batches)
         attention = 0.0
         for layer, n in config.kinds().items():
-            window = layer.mixer.window
-            lengths = ((batch.positions + 1).clamp(max=window) for batch in batches)
-            attention += n * 4 * layer.mixer.q_dim * float(sum(int(seen.sum()) for seen in lengths))
+            seen = (batch.positions + 1 for batch in batches)
+            if (window := layer.mixer.window) is not None:
+                seen = (lengths.clamp(max=window) for lengths in seen)
+            attention += n * 4 * layer.mixer.q_dim * float(sum(int(lengths.sum()) for lengths in seen))
         return 3.0 * (2 * self._active * n_tokens + attention)
 
     def _tell(self, text: str) -> None:
