@@ -71,8 +71,6 @@ def chat_command(
     threads: options.Threads = None,
 ) -> None:
     """Talk to a model. The default model (98 MB) is fetched on first use and works offline after that."""
-    from quadriga.engine.request import SamplingParams
-
     how = options.load_options(
         format=format,
         activations=activations,
@@ -83,17 +81,17 @@ def chat_command(
         device=device,
         threads=threads,
     )
-    params = SamplingParams(
-        max_new_tokens=max_tokens,
-        temperature=temperature or 0.0,
-        top_k=top_k or 0,
-        top_p=1.0 if top_p is None else top_p,
-        min_p=min_p or 0.0,
+    params = options.sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        logit_bias=options.biases(logit_bias),
-        stop=options.stops(stop),
+        logit_bias=logit_bias,
+        stop=stop,
         seed=seed,
         speculate=speculate,
     )

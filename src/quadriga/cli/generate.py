@@ -38,7 +38,6 @@ def generate_command(
     threads: options.Threads = None,
 ) -> None:
     """Continue a text exactly as given, without a chat template."""
-    from quadriga.engine.request import SamplingParams
     from quadriga.errors import RequestError
 
     if prompt is None:
@@ -55,17 +54,17 @@ def generate_command(
         device=device,
         threads=threads,
     )
-    params = SamplingParams(
-        max_new_tokens=max_tokens,
-        temperature=temperature or 0.0,
-        top_k=top_k or 0,
-        top_p=1.0 if top_p is None else top_p,
-        min_p=min_p or 0.0,
+    params = options.sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        logit_bias=options.biases(logit_bias),
-        stop=options.stops(stop),
+        logit_bias=logit_bias,
+        stop=stop,
         seed=seed,
         speculate=speculate,
         logprobs=logprobs,

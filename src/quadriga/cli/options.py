@@ -14,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from quadriga.engine.llm import LLM
     from quadriga.engine.load_options import LoadOptions
+    from quadriga.engine.request import SamplingParams
 
 _SAMPLING = "Sampling"
 _MACHINE = "Model and machine"
@@ -238,20 +239,12 @@ def require_picture(path: Path | None, endings: tuple[str, ...] = (".svg", ".png
         raise ConfigError(f"--picture must be a file that ends in {' or '.join(endings)}, got {path.name!r}")
 
 
-def load_options(
-    *,
-    format: str | None = None,
-    dtype: str | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    activations: str | None = None,
-    kv_format: str | None = None,
-    kv_memory: str | None = None,
-    expert_memory: str | None = None,
-    max_sequences: int = 64,
-    max_batch_tokens: int = 2048,
-) -> LoadOptions:
+def load_options(*, kv_memory: str | None = None, expert_memory: str | None = None, **others: Any) -> LoadOptions:
     """How a model is loaded, as a command line says it, checked before anything is fetched or read.
+
+    Args:
+        kv_memory, expert_memory: sizes such as 4GB.
+        others: the other fields of ``LoadOptions``.
 
     Raises:
         ConfigError: an option that cannot be, or that would have no effect.
@@ -261,19 +254,45 @@ def load_options(
     from quadriga.option_rules import as_flag
 
     options = LoadOptions(
-        format=format,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        activations=activations,
-        kv_format=kv_format,
         kv_memory=None if kv_memory is None else size(kv_memory, "--kv-memory"),
         expert_memory=None if expert_memory is None else size(expert_memory, "--expert-memory"),
-        max_sequences=max_sequences,
-        max_batch_tokens=max_batch_tokens,
+        **others,
     )
     options.check(as_flag)
     return options
+
+
+def sampling(
+    *,
+    max_tokens: int,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    logit_bias: list[str] | None,
+    stop: list[str] | None,
+    **others: Any,
+) -> SamplingParams:
+    """How an answer is drawn, as a command line says it, where None is an option that was not given.
+
+    Args:
+        others: the fields of ``SamplingParams`` that are written as they are.
+
+    Raises:
+        RequestError: a value that cannot be.
+    """
+    from quadriga.engine.request import SamplingParams
+
+    return SamplingParams(
+        max_new_tokens=max_tokens,
+        temperature=temperature or 0.0,
+        top_k=top_k or 0,
+        top_p=1.0 if top_p is None else top_p,
+        min_p=min_p or 0.0,
+        logit_bias=biases(logit_bias),
+        stop=stops(stop),
+        **others,
+    )
 
 
 def load_model(model: str, options: LoadOptions) -> LLM:

@@ -9,7 +9,6 @@ grok       a directory with tensor00000_000          (Grok-1's release)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +21,6 @@ from quadriga.io.json_files import read_json
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
 from quadriga.model.families import own_params, rope_keys
-from quadriga.model.weight_map import Shape
 from quadriga.quant.dtypes import as_float32
 
 Kind = Literal["quadriga", "hf", "own", "gguf", "grok"]
@@ -84,25 +82,24 @@ def locate(path: Path) -> Located:
 
 
 def _gguf(path: Path) -> Located:
-    header = gguf.read_header(path)
-    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    metadata = {**header.metadata, **_small_tensors(path, shapes)}
-    return Located("gguf", path, families.config_from_gguf(metadata, shapes))
-
-
-def _small_tensors(path: Path, shapes: Mapping[str, Shape]) -> dict[str, list[float]]:
-    """Values of the tensors that say what the model is and not what it learned."""
-    found = [name for name in rope_keys.VALUES_OF if name in shapes]
-    if not found:
-        return {}
     source = GGUFSource(path)
     try:
-        for name in found:
-            if len(shapes[name]) != 1 or shapes[name][0] > 4096:
-                raise CheckpointError(f"{name} must be a vector of one factor a rotary pair, got shape {shapes[name]}")
-        return {rope_keys.VALUES + name: as_float32(source.read(name)).tolist() for name in found}
+        metadata = {**source.metadata, **_small_tensors(source)}
     finally:
         source.close()
+    return Located("gguf", path, families.config_from_gguf(metadata, source.shapes))
+
+
+def _small_tensors(source: GGUFSource) -> dict[str, list[float]]:
+    """Values of the tensors that say what the model is and not what it learned."""
+    values = {}
+    for name in rope_keys.VALUES_OF:
+        if name in source.tensors:
+            shape = source.tensors[name].shape
+            if len(shape) != 1 or shape[0] > 4096:
+                raise CheckpointError(f"{name} must be a vector of one factor a rotary pair, got shape {shape}")
+            values[rope_keys.VALUES + name] = as_float32(source.read(name)).tolist()
+    return values
 
 
 def _is_grok(path: Path) -> bool:

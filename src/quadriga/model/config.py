@@ -21,7 +21,7 @@ checkpoint's own configuration into a ModelConfig; nothing else in the project l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -467,7 +467,18 @@ def uniform(layer: LayerSpec, n_layers: int) -> tuple[LayerSpec, ...]:
     return (layer,) * n_layers
 
 
+def in_order(layers: Iterable[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """Layers that may differ, from the first to the last; equal ones become one object."""
+    seen: dict[LayerSpec, LayerSpec] = {}
+    return tuple(seen.setdefault(layer, layer) for layer in layers)
+
+
 MAX_LAYERS = 10_000
+
+
+def countable(n_layers: int) -> int:
+    """``n_layers``, bounded so that a list may be made of it; ``ModelConfig`` refuses what is out of bounds."""
+    return max(0, min(n_layers, MAX_LAYERS + 1))
 
 
 @dataclass(frozen=True, kw_only=True)

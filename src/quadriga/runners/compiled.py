@@ -269,9 +269,7 @@ class CompiledModel:
 
     def _vector_or_none(self, name: str) -> Floats | None:
         """A vector that not every mixture has."""
-        value = self.parameters.get(name)
-        assert value is None or isinstance(value, np.ndarray), f"{name} is a vector"
-        return value
+        return self._vector(name) if name in self.parameters else None
 
     def _packed(self, name: str) -> Packed:
         parameter = self.parameters[name]

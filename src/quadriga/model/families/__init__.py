@@ -118,8 +118,13 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
             f"this GGUF file must hold a model, got general.type {str(kind)[:80]!r}. Give the model it goes with."
         )
     if arch == "llama":
-        # One architecture, two families: llama.cpp calls a LLaMA with experts llama as well.
-        family = mixtral.FAMILY if metadata.get("llama.expert_count") else llama2.FAMILY
+        # One architecture, three families: it does not say whose model it is. Experts are Mixtral's, and of the two
+        # dense ones only Mistral's config.json can express a window.
+        family = llama2.FAMILY
+        if metadata.get("llama.expert_count"):
+            family = mixtral.FAMILY
+        elif metadata.get("llama.attention.sliding_window"):
+            family = mistral.FAMILY
     elif arch == "granitemoe" and metadata.get("granitemoe.expert_shared_feed_forward_length"):
         family = granite.SHARED  # one architecture, two families again
     elif arch in _GGUF_ARCHS:
@@ -127,10 +132,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     else:
         raise ConfigError(f"general.architecture must be one of {', '.join(_GGUF_ARCHS)}; got {arch[:80]!r}")
     assert family.config_from_gguf is not None, "a family with GGUF architectures reads GGUF"
-    config = family.config_from_gguf(metadata, shapes)
-    # Arch llama does not say whose model it is; of the two, only Mistral's config.json can express a window.
-    windowed = config.family == "llama2" and config.layers[0].mixer.window is not None
-    return replace(config, family="mistral") if windowed else config
+    return family.config_from_gguf(metadata, shapes)
 
 
 def with_generation_config(config: ModelConfig, raw: Mapping[str, object]) -> ModelConfig:

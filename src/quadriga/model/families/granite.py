@@ -81,8 +81,18 @@ def dense_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 
 def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     """Read a Granite mixture's config.json, as transformers 4 or 5 writes it."""
+    return _mixture_from_hf("granitemoe", Keys(raw, "config.json"), None)
+
+
+def shared_from_hf(raw: Mapping[str, object]) -> ModelConfig:
+    """Read the config.json of a Granite mixture with a shared network, as transformers 4 or 5 writes it."""
     keys = Keys(raw, "config.json")
-    keys.must_be("model_type", "granitemoe")
+    shared = DenseSpec(d_ff=keys.integer("shared_intermediate_size"), activation="silu")
+    return _mixture_from_hf("granitemoeshared", keys, shared)
+
+
+def _mixture_from_hf(family: str, keys: Keys, shared: DenseSpec | None) -> ModelConfig:
+    keys.must_be("model_type", family)
     keys.must_be("position_embedding_type", "rope")  # transformers 4.57 writes it; Granite 4 has layers without
     moe = MoESpec(
         d_ff=keys.integer("intermediate_size"),
@@ -90,24 +100,9 @@ def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
         top_k=keys.integer("num_experts_per_tok"),
         activation="silu",
         aux_loss_weight=keys.number("router_aux_loss_coef"),
+        shared=shared,
     )
-    return _from_hf("granitemoe", keys, moe)
-
-
-def shared_from_hf(raw: Mapping[str, object]) -> ModelConfig:
-    """Read the config.json of a Granite mixture with a shared network, as transformers 4 or 5 writes it."""
-    keys = Keys(raw, "config.json")
-    keys.must_be("model_type", "granitemoeshared")
-    keys.must_be("position_embedding_type", "rope")
-    moe = MoESpec(
-        d_ff=keys.integer("intermediate_size"),
-        n_experts=keys.integer("num_local_experts"),
-        top_k=keys.integer("num_experts_per_tok"),
-        activation="silu",
-        aux_loss_weight=keys.number("router_aux_loss_coef"),
-        shared=DenseSpec(d_ff=keys.integer("shared_intermediate_size"), activation="silu"),
-    )
-    return _from_hf("granitemoeshared", keys, moe)
+    return _from_hf(family, keys, moe)
 
 
 def _from_hf(family: str, keys: Keys, ffn: DenseSpec | MoESpec) -> ModelConfig:
@@ -165,14 +160,10 @@ def dense_to_hf(config: ModelConfig) -> dict[str, object]:
 def moe_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 4.57.6 reads it."""
     form = "Granite-MoE's config.json"
-    moe = of_kind(config.only_layer(form).ffn, MoESpec, form)
-    raw: dict[str, object] = {
-        **_to_hf(config, form),
+    raw = {
+        **_mixture_to_hf(config, form),
         "architectures": ["GraniteMoeForCausalLM"],
         "model_type": "granitemoe",
-        "num_local_experts": moe.n_experts,
-        "num_experts_per_tok": moe.top_k,
-        "router_aux_loss_coef": moe.aux_loss_weight,
     }
     must_read_back(config, moe_from_hf(raw), form)
     return raw
@@ -182,17 +173,24 @@ def shared_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 4.57.6 reads it."""
     form = "Granite-MoE-shared's config.json"
     moe = of_kind(config.only_layer(form).ffn, MoESpec, form)
-    raw: dict[str, object] = {
-        **_to_hf(config, form),
+    raw = {
+        **_mixture_to_hf(config, form),
         "architectures": ["GraniteMoeSharedForCausalLM"],
         "model_type": "granitemoeshared",
-        "num_local_experts": moe.n_experts,
-        "num_experts_per_tok": moe.top_k,
-        "router_aux_loss_coef": moe.aux_loss_weight,
         "shared_intermediate_size": of_kind(moe.shared, DenseSpec, form).d_ff,
     }
     must_read_back(config, shared_from_hf(raw), form)
     return raw
+
+
+def _mixture_to_hf(config: ModelConfig, form: str) -> dict[str, object]:
+    moe = of_kind(config.only_layer(form).ffn, MoESpec, form)
+    return {
+        **_to_hf(config, form),
+        "num_local_experts": moe.n_experts,
+        "num_experts_per_tok": moe.top_k,
+        "router_aux_loss_coef": moe.aux_loss_weight,
+    }
 
 
 _MOE = "model.layers.{i}.block_sparse_moe."

@@ -2,9 +2,9 @@
 
 7B v0.1 sees 4096 tokens back in every layer; v0.2, v0.3, Nemo and Small see everything. Nemo's heads are narrower than
 the model over their number (128 against 160). Mistral's own folders (params.json) and GGUF files do not say that a
-model is Mistral's and not LLaMA's: they are read as ``llama2``, which computes the same. Sources: transformers 4.57.6
-and 5.24.0 (configuration_mistral), llama.cpp (arch llama, whose program heeds no window: files of v0.1 agree up to
-4096 tokens).
+model is Mistral's and not LLaMA's: without a window they are read as ``llama2``, which computes the same. Sources:
+transformers 4.57.6 and 5.24.0 (configuration_mistral), llama.cpp (arch llama, whose program heeds no window: files of
+v0.1 agree up to 4096 tokens).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, NormSpe
 from quadriga.model.families import llama2, windows
 from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
+from quadriga.model.weight_map import Shape
 
 
 def _preset(
@@ -81,6 +82,11 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
     return raw
 
 
+def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
+    """Read a GGUF of arch ``llama`` as Mistral's."""
+    return replace(llama2.config_from_gguf(metadata, shapes), family="mistral")
+
+
 def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of a GGUF of arch ``llama``."""
     return llama2.config_to_gguf(replace(config, family="llama2"))
@@ -94,7 +100,7 @@ FAMILY = Family(
     config_to_hf=config_to_hf,
     layouts={"hf": llama2.hf_layout, "meta": llama2.meta_layout},
     gguf_archs=("llama",),
-    config_from_gguf=llama2.config_from_gguf,
+    config_from_gguf=config_from_gguf,
     config_to_gguf=config_to_gguf,
     gguf_map=llama2.gguf_map,
     counterpart="mixtral",

@@ -13,13 +13,14 @@ from typing import Any
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import (
-    MAX_LAYERS,
     AttentionSpec,
     DenseSpec,
     LayerSpec,
     ModelConfig,
     NormSpec,
     RopeSpec,
+    countable,
+    in_order,
     uniform_model,
 )
 from quadriga.model.families import gguf_keys, windows
@@ -82,7 +83,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     keys.must_be("hidden_act", "silu")
     ffn = DenseSpec(d_ff=keys.integer("intermediate_size"), activation="silu")
     common = common_from_hf(keys)
-    n_layers: int = min(common.pop("n_layers"), MAX_LAYERS + 1)  # bounded before a list is made of it
+    n_layers = countable(common.pop("n_layers"))
     first = keys.integer("max_window_layers") if keys.given("max_window_layers") else None
     slides = None if first is None else lambda i: i >= first
     widths = windows.by_layer(keys, n_layers, common["max_seq_len"], slides)
@@ -93,10 +94,9 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 
 def _with_windows(common: dict[str, Any], ffn: DenseSpec, widths: list[int | None], tied: bool) -> ModelConfig:
     norm, attention = common.pop("norm"), replace(common.pop("mixer"), qkv_bias=True)
-    kinds = {w: LayerSpec(norm=norm, mixer=replace(attention, window=w), ffn=ffn) for w in dict.fromkeys(widths)}
     return ModelConfig(
         family="qwen2",
-        layers=tuple(kinds[width] for width in widths),
+        layers=in_order(LayerSpec(norm=norm, mixer=replace(attention, window=width), ffn=ffn) for width in widths),
         final_norm=norm,
         tied_embeddings=tied,
         **common,

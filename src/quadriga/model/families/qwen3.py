@@ -14,7 +14,6 @@ from dataclasses import replace
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import (
-    MAX_LAYERS,
     AttentionSpec,
     DenseSpec,
     LayerSpec,
@@ -23,6 +22,8 @@ from quadriga.model.config import (
     NormSpec,
     QKNormSpec,
     RopeSpec,
+    countable,
+    in_order,
     uniform_model,
 )
 from quadriga.model.families import gguf_keys
@@ -92,7 +93,7 @@ def dense_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     keys.must_be("model_type", "qwen3")
     n_layers = keys.integer("num_hidden_layers")
     dense = DenseSpec(d_ff=keys.integer("intermediate_size"), activation="silu")
-    return _from_hf("qwen3", keys, [dense] * _few(n_layers))
+    return _from_hf("qwen3", keys, [dense] * countable(n_layers))
 
 
 def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
@@ -112,13 +113,8 @@ def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     step, only = keys.integer("decoder_sparse_step"), keys.integers("mlp_only_layers")
     if step < 1:
         raise ConfigError(f"config.json: decoder_sparse_step must be 1 or more, got {step}")
-    ffns = [dense if i in only or (i + 1) % step else moe for i in range(_few(n_layers))]
+    ffns = [dense if i in only or (i + 1) % step else moe for i in range(countable(n_layers))]
     return _from_hf("qwen3moe", keys, ffns)
-
-
-def _few(n_layers: int) -> int:
-    """Bounded before a list is made of it; ``ModelConfig`` refuses the rest."""
-    return max(0, min(n_layers, MAX_LAYERS + 1))
 
 
 def _from_hf(family: str, keys: Keys, ffns: list[DenseSpec] | list[DenseSpec | MoESpec]) -> ModelConfig:
@@ -132,10 +128,9 @@ def _from_hf(family: str, keys: Keys, ffns: list[DenseSpec] | list[DenseSpec | M
     norm: NormSpec = common.pop("norm")
     attention = replace(common.pop("mixer"), qk_norm=QKNormSpec(over="head", eps=norm.eps))
     del common["n_layers"]  # as many as there are networks
-    kinds = {ffn: LayerSpec(norm=norm, mixer=attention, ffn=ffn) for ffn in dict.fromkeys(ffns)}
     config = ModelConfig(
         family=family,
-        layers=tuple(kinds[ffn] for ffn in ffns),
+        layers=in_order(LayerSpec(norm=norm, mixer=attention, ffn=ffn) for ffn in ffns),
         final_norm=norm,
         tied_embeddings=keys.flag("tie_word_embeddings"),
         **common,

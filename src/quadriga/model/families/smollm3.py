@@ -13,13 +13,14 @@ from typing import Any
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import (
-    MAX_LAYERS,
     AttentionSpec,
     DenseSpec,
     LayerSpec,
     ModelConfig,
     NormSpec,
     RopeSpec,
+    countable,
+    in_order,
     uniform,
 )
 from quadriga.model.families import gguf_keys, windows
@@ -42,13 +43,11 @@ IGNORED = PRETRAINED_KEYS | {"no_rope_layer_interval", "max_window_layers"}
 
 
 def _layers(layer: LayerSpec, rotates: list[bool], widths: list[int | None]) -> tuple[LayerSpec, ...]:
-    kinds = {
-        (turns, width): replace(
-            layer, mixer=replace(layer.mixer, position=layer.mixer.position if turns else None, window=width)
-        )
-        for turns, width in dict.fromkeys(zip(rotates, widths, strict=True))
-    }
-    return tuple(kinds[kind] for kind in zip(rotates, widths, strict=True))
+    rope = layer.mixer.position
+    return in_order(
+        replace(layer, mixer=replace(layer.mixer, position=rope if turns else None, window=width))
+        for turns, width in zip(rotates, widths, strict=True)
+    )
 
 
 def every_fourth_plain(n_layers: int) -> list[bool]:
@@ -86,7 +85,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     keys.must_be("mlp_bias", False)
     ffn = DenseSpec(d_ff=keys.integer("intermediate_size"), activation="silu")
     common = common_from_hf(keys, biases=True)
-    n_layers: int = min(common.pop("n_layers"), MAX_LAYERS + 1)  # bounded before a list is made of it
+    n_layers = countable(common.pop("n_layers"))
     rotates = keys.integers("no_rope_layers")
     if len(rotates) != n_layers or not set(rotates) <= {0, 1}:
         raise ConfigError(
@@ -138,7 +137,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     keys = gguf_keys.architecture_keys(metadata, "smollm3")
     ffn = DenseSpec(d_ff=keys.integer("feed_forward_length"), activation="silu")
     common = common_from_gguf(keys, metadata, shapes)
-    n_layers: int = min(common.pop("n_layers"), MAX_LAYERS + 1)
+    n_layers = countable(common.pop("n_layers"))
     tied: bool = common.pop("tied_embeddings")
     width = common["mixer"].window
     config = _model(common, ffn, every_fourth_plain(n_layers), [width] * n_layers, tied)
