@@ -59,6 +59,20 @@ def test_cache_bytes():
         cost.kv_bytes_per_token(preset("dbrx-132b"), "int3")
 
 
+def test_with_a_window_less_is_read_and_as_much_is_kept():
+    """The engine gives no block back before a sequence ends, so none is promised back either."""
+    windowed = preset("mistral-7b-v0.1")
+    whole = windowed.with_mixer(window=None)
+    per_token = 2 * 8 * 128 * 32 * 2
+    assert cost.kv_bytes_per_token(windowed) == per_token
+    assert cost.memory_needed(windowed, "q4", 32_768) == cost.weight_bytes(windowed, "q4") + 32_768 * per_token
+    assert [cost.kv_bytes_read(windowed, n) for n in (100, 4096, 32_768)] == [
+        100 * per_token, 4096 * per_token, 4096 * per_token,
+    ]  # fmt: skip
+    assert cost.kv_bytes_read(whole, 32_768) == 32_768 * per_token
+    assert cost.attention_flops(windowed, 32_768) == cost.attention_flops(whole, 4096)
+
+
 def test_operations_per_token():
     dbrx = preset("dbrx-132b")
     assert cost.flops_per_token(dbrx, 0) == 2 * 35_853_146_112

@@ -12,7 +12,7 @@
     └── final_norm  NormSpec
 
 Alternatives are types, not flags, so a wrong combination cannot be written down. A **mixer owns its state**: what it
-keeps of a sequence between passes is its ``state`` (today ``KVState``, paged keys and values, all or a window), and
+keeps of a sequence between passes is its ``state`` (today ``KVState``, paged keys and values), and
 whoever counts bytes or allocates a cache asks the mixers of the layers, never the model. Nothing here imports torch:
 ``quadriga info`` and the planner work from these specs by arithmetic alone. Families (``model/families``) turn a
 checkpoint's own configuration into a ModelConfig; nothing else in the project looks at ``family``.
@@ -233,8 +233,6 @@ class KVState:
 
     n_kv_heads: int
     head_dim: int
-    window: int | None = None
-    """How many positions, the next one included, the next one sees; None: all. Older ones need not be kept."""
 
     @property
     def numbers_per_token(self) -> int:
@@ -321,7 +319,7 @@ class AttentionSpec:
     @property
     def state(self) -> KVState:
         """What this mixer keeps of a sequence between passes."""
-        return KVState(n_kv_heads=self.n_kv_heads, head_dim=self.head_dim, window=self.window)
+        return KVState(n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -531,12 +529,6 @@ class ModelConfig:
     def is_moe(self) -> bool:
         """True if any layer routes its tokens over experts."""
         return any(layer.moe is not None for layer in self.kinds())
-
-    @property
-    def window(self) -> int | None:
-        """Positions of a sequence that must be kept, the next one included: the widest window; None: all."""
-        windows = [layer.mixer.state.window for layer in self.kinds()]
-        return None if None in windows else max(w for w in windows if w is not None)
 
     @property
     def moe_layers(self) -> tuple[tuple[int, MoESpec], ...]:

@@ -2,7 +2,7 @@
 
     decode one token     FLOPs = 2 * (active parameters that multiply) + sum over layers of 4 H d T   T cached positions
     keep one token       bytes = sum over layers of 2 K d * size of an element                        keys and values
-                         (with a window W a layer sees min(T, W) positions; tokens are let go where all layers have one)
+                         (with a window W a layer sees and reads min(T, W) positions; all T are kept)
     hold the weights     bytes = sum over parameters of elements / block * bytes of a block
 
 Every count walks ``weight_map.parameter_shapes``, the same table the model and its checkpoints are built from, so it
@@ -99,16 +99,9 @@ def attention_flops(config: ModelConfig, context: int) -> int:
 
 def kv_bytes_read(config: ModelConfig, context: int, dtype: str = "bfloat16") -> int:
     """Bytes of keys and values that one token reads which has ``context`` positions up to itself."""
-    size = ELEMENT_BYTES[dtype]
-    states = {layer.mixer.state: 0 for layer in config.kinds()}
-    for layer, n in config.kinds().items():
-        states[layer.mixer.state] += n
-    return sum(s.numbers_per_token * min(context, s.window or context) * n * size for s, n in states.items())
-
-
-def kept_positions(config: ModelConfig, context: int) -> int:
-    """Positions of a sequence of ``context`` tokens whose keys and values are still kept: the widest window of them."""
-    return min(context, config.window or context)
+    seen = {layer: min(context, layer.mixer.window or context) for layer in config.kinds()}
+    numbers = sum(layer.mixer.state.numbers_per_token * seen[layer] * n for layer, n in config.kinds().items())
+    return numbers * ELEMENT_BYTES[dtype]
 
 
 def weight_bytes(config: ModelConfig, form: str) -> int:
@@ -141,7 +134,7 @@ def expected_distinct_experts(ffn: MoESpec, n_tokens: int) -> float:
 
 def memory_needed(config: ModelConfig, form: str, context: int, kv_dtype: str = "bfloat16") -> int:
     """Bytes of the weights in ``form`` and of a cache for a sequence of ``context`` tokens."""
-    return weight_bytes(config, form) + kept_positions(config, context) * kv_bytes_per_token(config, kv_dtype)
+    return weight_bytes(config, form) + context * kv_bytes_per_token(config, kv_dtype)
 
 
 def fits(config: ModelConfig, form: str, context: int, memory_bytes: int, kv_dtype: str = "bfloat16") -> bool:

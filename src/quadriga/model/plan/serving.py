@@ -16,7 +16,6 @@ from quadriga.model.cost import (
     bytes_read_per_token,
     expected_distinct_experts,
     flops_per_token,
-    kept_positions,
     kv_bytes_per_token,
     kv_bytes_read,
     weight_bytes,
@@ -93,7 +92,7 @@ def serve(config: ModelConfig, weight_format: str, box: Box, context: int, max_b
     weights = weight_bytes(config, weight_format)
     room = box.memory_bytes * _USABLE - weights
     tokens = int(room // kv_bytes_per_token(config))
-    batch = max(0, min(max_batch, tokens // kept_positions(config, context)))
+    batch = max(0, min(max_batch, tokens // context))
     return Serving(
         box=box,
         weight_format=weight_format,
