@@ -147,11 +147,13 @@ class Gate:
 
     def __init__(self, live: Live) -> None:
         self._passes, self._live = threading.Semaphore(0), live
+        self._n_begun = self._n_let = 0
         self._runner = live.service.llm.engine.runner
         self._forward = self._runner.forward
 
     def __enter__(self) -> Gate:
         def forward(batch: Any) -> Any:
+            self._n_begun += 1
             assert self._passes.acquire(timeout=HANG_S), "a pass is let through"
             return self._forward(batch)
 
@@ -164,7 +166,12 @@ class Gate:
 
     def let(self, n: int = 1) -> None:
         """Let n passes through, if there are that many."""
+        self._n_let += n
         self._passes.release(n)
+
+    def hold(self) -> None:
+        """Wait until a pass has begun that is not let through; the engine's thread stays in it."""
+        assert until(lambda: self._n_begun > self._n_let)
 
     def open(self, n: int = 1) -> None:
         """Let n passes through, and wait until they are over."""

@@ -32,7 +32,7 @@ def stuck(live: Live, gate: Gate) -> None:
     engine = live.service.engine
     assert until(lambda: engine.n_open == 1)
     gate.open(2)
-    assert until(lambda: engine._busy_since is not None)
+    gate.hold()
     engine._clock = lambda: 1e12
     assert engine._loop is not None
     engine._loop.call_soon_threadsafe(engine.check)
