@@ -102,6 +102,10 @@ def test_forced_calls_come_as_one_array() -> None:
     assert named(reader.push(text[30:], last=True)) == [("weather", {"a": 1}), ("stop", {})]  # type: ignore[arg-type]
     cut = read(use("required"), "[{")
     assert cut.content is None and not cut.calls, "one that was cut is neither a call nor words"
+    for n in range(text.index("}}") + 2, len(text) - 2):
+        assert named(read(use("required"), text[:n]).calls) == [("weather", {"a": 1})], (
+            "what was complete before is one"
+        )
 
 
 def test_without_tools_everything_is_words() -> None:

@@ -65,7 +65,7 @@ class Reader:
         if not last and self._undecided(tools, text):
             return []
         held = "".join(self._parts)
-        if tools.forced:  # one JSON array, which is a call at its end only; one that was cut is nothing
+        if tools.forced:  # one JSON array, read at its end; a call that was cut is nothing
             calls = [call for call in _array(held) if call[0] in tools.schemas][: tools.most]
             return self._made(calls)
         if not tools.form.opens:
@@ -172,14 +172,21 @@ def _certain(text: str, mark: str) -> str:
 
 
 def _array(text: str) -> list[Call]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return []
-    if not isinstance(value, list):
-        return []
-    good = [isinstance(one, dict) and isinstance(one.get("arguments"), dict) for one in value]
-    return [(str(one.get("name")), one["arguments"]) for one in value] if all(good) else []
+    """The calls of a JSON array, those that are complete where the array is not."""
+    text = text.strip()
+    calls: list[Call] = []
+    decoder, at = json.JSONDecoder(), 1
+    while text.startswith("[") and at < len(text):
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            break
+        if not (isinstance(value, dict) and isinstance(value.get("arguments"), dict)):
+            break
+        calls.append((str(value.get("name")), value["arguments"]))
+        while at < len(text) and text[at] in " \t\r\n,":
+            at += 1
+    return calls
 
 
 def _shown(call: Call) -> dict[str, Any]:
