@@ -18,7 +18,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from quadriga.errors import QuadrigaError
-from quadriga.server import batches, chat, completions, docs_page, fields, messages, responses, status, text_routes
+from quadriga.server import (
+    batches,
+    chat,
+    completions,
+    docs_page,
+    fields,
+    messages,
+    ollama,
+    responses,
+    status,
+    text_routes,
+)
 from quadriga.server.errors import ApiError, as_api_error, as_bug
 from quadriga.server.guard import Guard, Limits, read_body
 from quadriga.server.openapi import document
@@ -83,7 +94,9 @@ def build(service: Service, limits: Limits) -> Guard:
         return endpoint
 
     async def parsed(request: Request, kind: type) -> Any:
-        raw = await read_body(request, limits)
+        # curl without a header, as Ollama's documentation shows it; pages of other origins never get as far as this.
+        forms = ("application/json", *(ollama.KINDS if request.url.path.startswith("/api/") else ()))
+        raw = await read_body(request, limits, forms)
         request.state.caller.n_bytes = len(raw)
         body: Any
         if len(raw) <= INLINE_BYTES:
@@ -160,7 +173,23 @@ def build(service: Service, limits: Limits) -> Guard:
         "/openapi.json": plain(lambda: json_response(document(service.names, strict=limits.strict))),
         "/docs": docs,
     }
-    routes = []
+    theirs = {
+        "/api/chat": simple(ollama.OllamaChat, ollama.ask),
+        "/api/generate": simple(ollama.OllamaGenerate, ollama.ask),
+        "/api/embed": simple(ollama.OllamaEmbed, ollama.embed),
+        "/api/embeddings": simple(ollama.OllamaEmbeddings, ollama.embeddings),
+        "/api/show": simple(ollama.OllamaModel, ollama.show),
+        "/api/pull": simple(ollama.OllamaModel, ollama.pull),
+        **{f"/api/{verb}": ollama.refuse(done) for verb, done in ollama.MANAGES.items()},
+    }
+    asked = {
+        "/api/tags": plain(lambda: ollama.tags(service)),
+        "/api/ps": plain(lambda: ollama.running(service)),
+        "/api/version": plain(ollama.version),
+    }
+    routes = [Route(path, _counted(service, path, e), methods=["POST"]) for path, e in theirs.items()]
+    routes.append(Route("/api/delete", _counted(service, "/api/delete", ollama.refuse("deleted")), methods=["DELETE"]))
+    routes += [Route(path, _counted(service, path, e), methods=["GET"]) for path, e in asked.items()]
     for prefix in ("", "/v1"):
         routes += [Route(prefix + path, _counted(service, path, e), methods=["POST"]) for path, e in posts.items()]
         routes += [Route(prefix + path, _counted(service, path, e), methods=["GET"]) for path, e in gets.items()]

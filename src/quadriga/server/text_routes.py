@@ -113,19 +113,28 @@ def _as_chat(body: TokenizeRequest | TemplateRequest, messages: list[Message]) -
 
 async def embeddings(service: Service, body: EmbeddingRequest, caller: Caller) -> Response:
     """Texts as vectors of length 1: the mean of the last hidden states."""
+    data = []
+    found, n = await vectors(service, body, caller)
+    for i, vector in enumerate(found):
+        shown: Any = vector.tolist()
+        if body.encoding_format == "base64":
+            shown = base64.b64encode(np.asarray(vector, np.float32).tobytes()).decode()
+        data.append({"object": "embedding", "index": i, "embedding": shown})
+    usage = {"prompt_tokens": n, "total_tokens": n}
+    return json_response({"object": "list", "data": data, "model": service.shown_name(body.model), "usage": usage})
+
+
+async def vectors(service: Service, body: EmbeddingRequest, caller: Caller) -> tuple[list[Any], int]:
+    """Texts as vectors (D,) float32, and how many tokens they have.
+
+    Raises:
+        ApiError, RequestError, BusyError: it cannot be served.
+    """
     service.check_model(body.model)
     if body.dimensions not in (None, service.llm.config.d_model):
         raise ApiError(400, f"this model's vectors have {service.llm.config.d_model} dimensions", param="dimensions")
     prompts = await service.work.encode(caller.n_bytes, prompts_of, service, body.input, "input")
-    data = []
-    for i, vector in enumerate(await service.embed(prompts, caller, priority=body.priority)):
-        shown: Any = vector.tolist()
-        if body.encoding_format == "base64":
-            shown = base64.b64encode(vector.numpy().astype(np.float32).tobytes()).decode()
-        data.append({"object": "embedding", "index": i, "embedding": shown})
-    n = sum(len(prompt) for prompt in prompts)
-    usage = {"prompt_tokens": n, "total_tokens": n}
-    return json_response({"object": "list", "data": data, "model": service.shown_name(body.model), "usage": usage})
+    return await service.embed(prompts, caller, priority=body.priority), sum(map(len, prompts))
 
 
 async def rendered(service: Service, request: ChatRequest, caller: Caller) -> RenderedPrompt:
