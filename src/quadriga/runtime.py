@@ -154,14 +154,15 @@ def n_threads(threads: int | None) -> int:
     return count
 
 
-def without_torch(what: str) -> HardwareError:
+def without_torch(what: str, extra: str = "torch") -> HardwareError:
     """The error of what needs torch where it is not installed.
 
     Args:
         what: what needs it, as the beginning of a sentence.
+        extra: of this project's, the one that has all that is needed.
     """
     return HardwareError(
-        f"{what} needs torch, which is not installed: {install_hint('torch')}. README.md has the line for the small "
+        f"{what} needs torch, which is not installed: {install_hint(extra)}. README.md has the line for the small "
         "build that a CPU needs."
     )
 
@@ -251,9 +252,9 @@ def launched_rank() -> int | None:
 def prefer_short_pauses() -> None:
     """Keep this process responsive in all its threads: for servers, when what stays is loaded. Process-wide.
 
-    Everything alive now is left out of garbage collections from now on: looking through hundreds of thousands of objects
-    (torch alone has a quarter of a million) stops every thread for 0.1 s or more. And a thread that computes in Python
-    hands over after 1 ms, not 5: one that answers a request waits for its turn several times.
+    Everything alive now is left out of garbage collections from now on: looking through torch's quarter of a million
+    objects stops every thread for 0.1 s or more. And a thread that computes in Python hands over after 1 ms, not 5: one
+    that answers a request waits for its turn several times.
     """
     gc.collect()
     gc.freeze()

@@ -11,7 +11,7 @@ the largest as may be enough are selected, and only these are sorted (:func:`kep
 stable sort: weights and sums are the same numbers, and equal weights keep the lower token id first.
 
 A draw depends on the seed and the position in the answer alone: Philox (Salmon et al. 2011) keyed by the seed, counted
-by the position. Releases before 0.2 drew from torch's generator, so a seed gives other draws than it gave there.
+by the position. Versions before drew from torch's generator, so a seed gave other draws there.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from starlette.responses import Response
 
 from quadriga.server import chat
@@ -110,7 +109,7 @@ async def embeddings(service: Service, body: EmbeddingRequest, caller: Caller) -
     for i, vector in enumerate(await service.embed(prompts, caller, priority=body.priority)):
         shown: Any = vector.tolist()
         if body.encoding_format == "base64":
-            shown = base64.b64encode(vector.numpy().astype(np.float32).tobytes()).decode()
+            shown = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         data.append({"object": "embedding", "index": i, "embedding": shown})
     n = sum(len(prompt) for prompt in prompts)
     usage = {"prompt_tokens": n, "total_tokens": n}
