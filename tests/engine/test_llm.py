@@ -131,13 +131,29 @@ def test_the_context_is_a_limit_that_ends_the_answer(tiny: LLM) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "says"),
-    [([], "at least one token"), ([97], "from 0 to 96, got 97"), ([-1], "got -1"), ([1.5], "whole numbers")],
+    [
+        ([], "at least one token"),
+        ([97], "from 0 to 96, got 97"),
+        ([-1], "got -1"),
+        ([1.5], "whole numbers"),
+        ([True], "whole numbers"),
+        ([2**70], "whole numbers"),
+        ([[1, 2], [3, 4]], "text or a list"),
+        ([[1], [3, 4]], "text or a list"),
+        (np.array(3), "text or a list"),
+    ],
 )
 def test_prompts_that_cannot_be(tiny: LLM, prompt: list[int], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         tiny.generate(prompt)
     with pytest.raises(RequestError):
         tiny.logits([1] * 65)
+
+
+def test_ids_may_be_an_array_or_a_tensor(tiny: LLM) -> None:
+    wanted = tiny.logits([3, 1, 4])
+    assert np.array_equal(tiny.logits(np.array([3, 1, 4], dtype=np.uint16)), wanted)
+    assert np.array_equal(tiny.logits(torch.tensor([3, 1, 4])), wanted)  # type: ignore[arg-type]
 
 
 def test_without_a_tokenizer_only_ids_work(tiny: LLM) -> None:

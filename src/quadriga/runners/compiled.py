@@ -180,7 +180,7 @@ class CompiledModel:
 
     def expert_load(self) -> list[NDArray[np.int64]]:
         """Per MoE layer (E,) int64: tokens every expert has seen since the model was built."""
-        return [routing.load for routing in self.program.routing]
+        return [routing.load.copy() for routing in self.program.routing]
 
     def _attention(self, layer: int) -> AttentionArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
