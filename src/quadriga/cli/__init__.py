@@ -195,6 +195,13 @@ def main() -> None:
     try:
         runtime.start_logging()
         app()
+    except ModuleNotFoundError as error:
+        if error.name != "torch" or runtime.debug():
+            raise
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        extra = "train" if command in ("train", "tune") else "torch"
+        print(f"error: {runtime.without_torch(f'quadriga {command} as asked for', extra)}", file=sys.stderr)
+        sys.exit(1)
     except QuadrigaError as error:
         if runtime.debug():
             raise
