@@ -23,7 +23,7 @@ from quadriga.model.config import (
     RopeSpec,
     uniform_model,
 )
-from quadriga.model.weight_map import Piece, parameter_shapes, source_shapes, whole
+from quadriga.model.weight_map import Piece, parameter_shapes, source_index, source_shapes, whole
 
 _SIZES = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "max_seq_len": 64}
 _ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=1e4))
@@ -183,9 +183,9 @@ def stored(pieces: list[Piece], parameters: dict[str, Tensor]) -> dict[str, Tens
     dtype = next(iter(parameters.values())).dtype
     out = {name: torch.empty(shape, dtype=dtype) for name, shape in source_shapes(pieces).items()}
     for piece in pieces:
-        source, target = piece.source_box or whole(piece.source_shape), piece.target_box or whole(piece.target_shape)
+        target = piece.target_box or whole(piece.target_shape)
         part = parameters[piece.target][tuple(slice(*r) for r in target)]
-        out[piece.source][tuple(slice(*r) for r in source)] = pack(part, piece)
+        out[piece.source][source_index(piece)] = pack(part, piece)
     return out
 
 

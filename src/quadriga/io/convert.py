@@ -9,6 +9,7 @@ at any instant goes on where it stopped and ends with the same bytes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -40,10 +41,19 @@ from quadriga.model import families
 from quadriga.model.config import ModelConfig
 from quadriga.model.families.base import pick_layout
 from quadriga.model.families.rope_keys import gguf_tensors
-from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shapes, source_shapes, stays_float32, whole
+from quadriga.model.weight_map import (
+    Piece,
+    Shape,
+    check_cover,
+    parameter_shapes,
+    source_index,
+    source_shapes,
+    stays_float32,
+    whole,
+)
 from quadriga.quant import codec
 from quadriga.quant.dtypes import DTYPES as NUMPY
-from quadriga.quant.dtypes import Array, as_float32, name_of, raw_bytes
+from quadriga.quant.dtypes import Array, as_float32, name_of, raw_bytes, wider
 from quadriga.quant.formats import FORMATS, PLAIN
 from quadriga.quant.packed import PACKED
 from quadriga.text import gguf_vocabulary
@@ -589,6 +599,9 @@ def _packed_parts(
 def _encoded(checkpoint: Checkpoint, plan: Plan, name: str, pieces: list[Piece]) -> Iterator[tuple[memoryview, int]]:
     """The bytes of one result tensor in parts, each with its place inside the tensor."""
     shape, form = plan.tensors[name]
+    if any(piece.stride is not None for piece in pieces):
+        yield from _taking_turns(checkpoint, shape, form, pieces)
+        return
     for piece in pieces:
         for cut in slices(piece, SLICE_BYTES // 4):
             values = pack(checkpoint.parameters.read(cut.target, cut.target_box), cut)
@@ -599,6 +612,22 @@ def _encoded(checkpoint: Checkpoint, plan: Plan, name: str, pieces: list[Piece])
             assert all(r == (0, n) for r, n in zip(box[2:], shape[2:], strict=True)), "parts are runs of rows"
             for start, run in enumerate(values, box[0][0]) if split else ((box[0][0], values),):
                 yield encode(run, form), FORMATS[form].nbytes_of((_first_element(((start, 0), *box[1:]), shape),))
+
+
+def _taking_turns(
+    checkpoint: Checkpoint, shape: Shape, form: str, pieces: list[Piece]
+) -> Iterator[tuple[memoryview, int]]:
+    """The parts of a tensor whose pieces lie between each other: cut alike, and put together before they are written."""
+    for cuts in zip(*(slices(piece, SLICE_BYTES // 4) for piece in pieces), strict=True):
+        spans = {(cut.source_box or whole(shape))[0] for cut in cuts}
+        assert len(spans) == 1, "pieces that take turns are cut at the same rows"
+        start, stop = next(iter(spans))
+        parts = [pack(checkpoint.parameters.read(cut.target, cut.target_box), cut) for cut in cuts]
+        together = np.empty((stop - start, *shape[1:]), dtype=functools.reduce(wider, (part.dtype for part in parts)))
+        for cut, part in zip(cuts, parts, strict=True):
+            _, *inner = source_index(cut)
+            together[(slice(None), *inner)] = part
+        yield encode(together, form), FORMATS[form].nbytes_of((start, *shape[1:]))
 
 
 def _named(name: str, parts: Iterator[tuple[memoryview, int]]) -> Iterator[tuple[memoryview, int]]:

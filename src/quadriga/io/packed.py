@@ -186,7 +186,7 @@ def _is_rows(piece: Piece) -> bool:
     """True if the piece moves whole rows: their blocks can move with them."""
     box = piece.source_box or whole(piece.source_shape)
     same_rows = piece.view is None or piece.view == (1, *piece.source_shape)  # a tensor an expert
-    return not piece.transpose and same_rows and box[1:] == whole(piece.source_shape[1:])
+    return not piece.transpose and piece.stride is None and same_rows and box[1:] == whole(piece.source_shape[1:])
 
 
 def _block_rows(source: GGUFSource, pieces: list[Piece], shape: Shape, expert: int, form: str) -> np.ndarray[Any, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from quadriga.io.source import TensorSource
-from quadriga.model.weight_map import Box, Piece, Shape, whole
+from quadriga.model.weight_map import Box, Piece, Shape, taken_shape, whole
 from quadriga.quant.dtypes import DTYPES, Array, wider
 
 SLICE_BYTES = 64 << 20
@@ -32,7 +32,7 @@ def slices(piece: Piece, max_elements: int) -> Iterator[Piece]:
     """
     box = piece.source_box or whole(piece.source_shape)
     target = piece.target_box or whole(piece.target_shape)
-    shape = piece.view or _extent(box)
+    shape = piece.view or taken_shape(piece)
     matrix = piece.transpose and len(shape) == 2
     step = max(1, max_elements // max(1, prod(shape[1:])))
     if piece.rotary_heads:
@@ -59,6 +59,9 @@ def slices(piece: Piece, max_elements: int) -> Iterator[Piece]:
 
 def unpack(stored: Array, piece: Piece) -> Array:
     """The target box of a piece from its source box."""
+    if piece.stride is not None:
+        axis = (slice(None),) * piece.stride.axis
+        stored = stored[(*axis, slice(piece.stride.start, None, piece.stride.step))]
     values = stored if piece.view is None else stored.reshape(piece.view)
     if piece.transpose:
         values = values.swapaxes(-2, -1)
@@ -69,14 +72,16 @@ def unpack(stored: Array, piece: Piece) -> Array:
 
 
 def pack(values: Array, piece: Piece) -> Array:
-    """The source box of a piece from its target box: the inverse of :func:`unpack`, a permutation of the same bits."""
+    """What a piece takes of its source, from its target box: the inverse of :func:`unpack`, the same bits in order.
+
+    Its place in the source is ``weight_map.source_index``.
+    """
     if piece.rotary_heads:  # rows (head, side, pair) -> (head, pair, side)
         halves = values.reshape(piece.rotary_heads, 2, values.shape[0] // piece.rotary_heads // 2, *values.shape[1:])
         values = halves.swapaxes(1, 2).reshape(values.shape)
     if piece.transpose:
         values = values.swapaxes(-2, -1)
-    box = piece.source_box or whole(piece.source_shape)
-    return values.reshape(_extent(box))
+    return values.reshape(taken_shape(piece))
 
 
 class ParameterView:
