@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import log
 from pathlib import Path
 
 import torch
@@ -15,12 +16,14 @@ from quadriga.model.config import (
     AlibiSpec,
     AttentionSpec,
     DenseSpec,
+    LayerSpec,
     Llama3Scaling,
     ModelConfig,
     MoESpec,
     NormSpec,
     QKNormSpec,
     RopeSpec,
+    YarnScaling,
     uniform_model,
 )
 from quadriga.model.weight_map import Piece, parameter_shapes, source_index, source_shapes, whole
@@ -135,6 +138,34 @@ TINY: dict[str, ModelConfig] = {
         embedding_scale=3.0,
         logit_scale=0.5,
         tied_embeddings=True,
+    ),
+    "gpt_oss": ModelConfig(
+        family="gpt_oss",
+        vocab_size=97,
+        d_model=48,
+        max_seq_len=64,
+        layers=tuple(
+            LayerSpec(
+                norm=NormSpec(kind="rms"),
+                mixer=replace(
+                    _ATTN,
+                    head_dim=10,
+                    position=RopeSpec(
+                        theta=1e3,
+                        scaling=YarnScaling(
+                            factor=4.0, original_max_seq_len=16, attention_factor=0.1 * log(4) + 1, truncate=False
+                        ),
+                    ),
+                    qkv_bias=True,
+                    out_bias=True,
+                    sinks=True,
+                    window=window,
+                ),
+                ffn=_moe(activation="clamped_glu", router_bias=True, expert_bias=True),
+            )
+            for window in (7, None, 7)
+        ),
+        final_norm=NormSpec(kind="rms"),
     ),
     "mpt": uniform_model(
         family="mpt",

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from quadriga.errors import CheckpointError
 from quadriga.quant import codec, mxfp4
 
 
@@ -57,3 +58,6 @@ def test_q8_0_holds_them_exactly_within_float16s_powers():
     assert np.abs(finer - part).max() <= 2**-25, "below, to the nearest multiple of 2^-24"
     assert (finer != part).any()
     assert not codec.dequantize(mxfp4.as_q8_0(np.zeros((3, 32), dtype=np.float32)), "q8_0").any()
+    for wrong in (np.nan, np.inf, 6 * 2.0**20):
+        with pytest.raises(CheckpointError, match="does not fit q8"):
+            mxfp4.as_q8_0(np.full((1, 32), wrong, dtype=np.float32))

@@ -227,6 +227,8 @@ def _plan(
         name = layout or next(iter(family.layouts))
         if name not in family.layouts:
             raise ConfigError(f"layout must be one of {', '.join(family.layouts)}; got {name!r}")
+        if name in family.read_only:
+            raise ConfigError(f"the layout {name} is read and not written: {family.read_only[name]}")
         pieces = family.layouts[name](config)
         extra["config.json"] = _json(family.config_to_hf(config) | {"torch_dtype": _common_dtype(checkpoint, dtype)})
         if config.eos_ids and "generation_config.json" not in extra:

@@ -21,6 +21,9 @@ from quadriga.quant.dtypes import DTYPES, Array, wider
 SLICE_BYTES = 64 << 20
 """Most bytes of a parameter moved at once, except that a matrix to be transposed moves whole."""
 
+_HELD_BY = {"mxfp4": "bfloat16"}
+"""Block formats whose every number is one of a narrower dtype than float32."""
+
 Progress = Callable[[int, int, str], None]
 """Called with (bytes done, bytes in all, what is being moved)."""
 
@@ -102,10 +105,11 @@ class ParameterView:
         self._kept: tuple[Piece, Array] | None = None
 
     def dtype(self, parameter: str) -> np.dtype[Any]:
-        """The narrowest dtype that holds the parameter's stored numbers; float32 for block formats."""
+        """The narrowest dtype that holds the parameter's stored numbers; float32 for most block formats."""
         result: np.dtype[Any] | None = None
         for name in {piece.source for piece in self._by_target[parameter]}:
-            stored = DTYPES.get(self.source.tensors[name].dtype, DTYPES["float32"])
+            form = self.source.tensors[name].dtype
+            stored = DTYPES.get(_HELD_BY.get(form, form), DTYPES["float32"])
             result = stored if result is None else wider(result, stored)
         assert result is not None, "check_cover has seen a piece for every parameter"
         return result

@@ -16,6 +16,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from quadriga.errors import CheckpointError
+
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
@@ -76,9 +78,18 @@ def as_q8_0(values: Floats) -> Bytes:
 
     Returns:
         (n, 34) uint8.
+
+    Raises:
+        CheckpointError: a number is NaN, or beyond 127 * 2^15.
     """
     rows = values.reshape(-1, BLOCK)
-    _, exponents = np.frexp(np.abs(rows).max(axis=1))  # largest = m 2^exponent, 1/2 <= m < 1, and m 16 <= 12
+    largest = np.abs(rows).max(axis=1, initial=0)
+    if not (largest <= 127 * 2.0**15).all():
+        raise CheckpointError(
+            f"a weight of {float(largest.max()):g} does not fit q8, whose largest number here is 4161536. "
+            "Choose bfloat16 or float32."
+        )
+    _, exponents = np.frexp(largest)  # largest = m 2^exponent, 1/2 <= m < 1, and 16 m is 12 at most
     steps = np.clip(exponents - 4, -24, 15)
     blocks = np.empty((len(rows), 34), dtype=np.uint8)
     blocks[:, :2] = np.ldexp(np.float16(1), steps)[:, None].view(np.uint8)

@@ -284,6 +284,7 @@ FAMILY = Family(
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
     layouts={"hf": hf_layout, "mxfp4": mxfp4_layout},
+    read_only={"mxfp4": "its numbers are four bits under a scale; the layout hf holds the same ones as bfloat16"},
     gguf_archs=(_GGUF_ARCH,),
     config_from_gguf=config_from_gguf,
     config_to_gguf=config_to_gguf,
