@@ -32,6 +32,7 @@ from quadriga.io.file_plan import FilePlan
 from quadriga.io.gguf import Typed
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.json_files import read_json
+from quadriga.io.mxfp4_source import of_numbers
 from quadriga.io.open import Checkpoint, identity_map, open_checkpoint, without_extras
 from quadriga.io.packed import Unpacked, packed_format, read_matrix
 from quadriga.io.parameters import SLICE_BYTES, Progress, pack, slices
@@ -737,9 +738,10 @@ def dry_run(path: Path, *, pickles: bool = False) -> DryRun:
         return _report(checkpoint.layout, checkpoint.pieces, len(files) or 1, len(files) or 1)
     config = locate(path).config
     family = families.family_of(config)
-    layout, pieces = pick_layout(family, config, dict.fromkeys(table, ()))
+    names = of_numbers(table)
+    layout, pieces = pick_layout(family, config, dict.fromkeys(names, ()))
     demanded = source_shapes(pieces)
-    named = {name: demanded.get(name, ()) for name in table}
+    named = {name: demanded.get(name, ()) for name in names}
     check_cover(pieces, parameter_shapes(config), without_extras(family, config, named, pieces))
     return _report(layout, pieces, len(files), sum((path / file).is_file() for file in files))
 

@@ -7,7 +7,7 @@ The numbers keep the name of their codes: under NAME itself transformers stores 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from quadriga.errors import CheckpointError
 from quadriga.io.safetensors import SafetensorsSource
@@ -32,6 +32,12 @@ def with_mxfp4(source: SafetensorsSource) -> TensorSource:
     if all(info.dtype != "uint8" for info in source.tensors.values()):
         return source
     return Mxfp4Source(source)
+
+
+def of_numbers(names: Iterable[str]) -> list[str]:
+    """The tensors there will be of those that an index names: without the scales of blocks."""
+    known = set(names)
+    return [name for name in known if not name.endswith(_SCALES) or name.removesuffix(_SCALES) + _BLOCKS not in known]
 
 
 class Mxfp4Source:
