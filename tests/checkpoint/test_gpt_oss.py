@@ -70,7 +70,8 @@ def expected() -> dict[str, Tensor]:
     with torch.no_grad():
         cache = model(torch.tensor([TOKENS[:PREFILL]]), use_cache=True).past_key_values
         steps = [
-            model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0] for token in TOKENS[PREFILL:]
+            model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0]
+            for token in TOKENS[PREFILL:]
         ]
         longest = max(map(len, RAGGED))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in RAGGED])
@@ -317,4 +318,3 @@ def test_a_release_without_its_shards_is_mapped_by_names(saved: Path, tmp_path: 
         shard.unlink()
     report = dry_run(tmp_path)
     assert (report.layout, report.n_files, report.files_present) == ("mxfp4", 3, 0)
-

@@ -1258,6 +1258,8 @@ def import_weights(pieces, sources):
     for p in pieces:
         box = p.source_box or whole(p.source_shape)
         value = sources[p.source][tuple(slice(a, b) for a, b in box)]
+        if p.stride:
+            value = value.take(range(p.stride.start, value.shape[p.stride.axis], p.stride.step), p.stride.axis)
         if p.view:
             value = value.reshape(p.view)
         if p.transpose:
@@ -1316,6 +1318,35 @@ def test_mixtral_in_transformers_5_has_gate_above_up():
     both = sources["model.layers.3.mlp.experts.gate_up_proj"]
     np.testing.assert_array_equal(ours["layers.3.moe.w_gate"], both[:, :80])
     np.testing.assert_array_equal(ours["layers.3.moe.w_up"], both[:, 80:])
+
+
+def test_gpt_oss_has_gate_and_up_by_turns():
+    experts = "model.layers.3.mlp.experts."
+    sources, ours = imported("gpt_oss", "hf")
+    np.testing.assert_array_equal(ours["layers.3.moe.w_gate"][2, 7], sources[experts + "gate_up_proj"][2, :, 14])
+    np.testing.assert_array_equal(ours["layers.3.moe.w_up"][2, 7], sources[experts + "gate_up_proj"][2, :, 15])
+    np.testing.assert_array_equal(ours["layers.3.moe.w_down"][2], sources[experts + "down_proj"][2].T)
+    np.testing.assert_array_equal(ours["layers.3.moe.b_up"], sources[experts + "gate_up_proj_bias"][:, 1::2])
+    sources, ours = imported("gpt_oss", "mxfp4")
+    np.testing.assert_array_equal(ours["layers.3.moe.w_up"][2, 7], sources[experts + "gate_up_proj_blocks"][2, 15])
+    np.testing.assert_array_equal(ours["layers.3.moe.w_down"][2], sources[experts + "down_proj_blocks"][2])
+
+
+def test_llama_cpp_fixes_gpt_oss_windows_and_the_ramps_ends():
+    config, family = TINY["gpt_oss"], FAMILIES["gpt_oss"]
+    with pytest.raises(ConfigError, match=r"GGUF arch gpt-oss cannot express.*window: 7 would become None"):
+        family.config_to_gguf(replace(config, layers=(config.layers[0],) * 4))
+    rounded = replace(config.layers[0].mixer.position, scaling=replace(UNROUNDED, truncate=True))
+    with pytest.raises(ConfigError, match="truncate: True would become False"):
+        family.config_to_gguf(config.with_mixer(position=rounded))
+    metadata = {"general.architecture": "gpt-oss", **family.config_to_gguf(config)}
+    said = metadata | {"gpt-oss.expert_gating_func": 3}
+    assert config_from_gguf(said, gguf_shapes(config)) == config_from_gguf(metadata, gguf_shapes(config))
+    with pytest.raises(ConfigError, match="expert_gating_func must be"):
+        config_from_gguf(metadata | {"gpt-oss.expert_gating_func": 2}, gguf_shapes(config))
+    without = {name: shape for name, shape in gguf_shapes(config).items() if name != "blk.0.attn_output.bias"}
+    with pytest.raises(ConfigError, match=r"must have blk.0.attn_q.bias and blk.0.attn_output.bias"):
+        config_from_gguf(metadata, without)
 
 
 @pytest.mark.parametrize(("name", "layout"), [("llama2", "meta"), ("mixtral", "mistral")])

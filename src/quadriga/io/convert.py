@@ -620,7 +620,7 @@ def _encoded(checkpoint: Checkpoint, plan: Plan, name: str, pieces: list[Piece])
 def _taking_turns(
     checkpoint: Checkpoint, shape: Shape, form: str, pieces: list[Piece]
 ) -> Iterator[tuple[memoryview, int]]:
-    """The parts of a tensor whose pieces lie between each other: cut alike, and put together before they are written."""
+    """The parts of a tensor whose pieces lie between each other: cut alike, and put together before writing."""
     for cuts in zip(*(slices(piece, SLICE_BYTES // 4) for piece in pieces), strict=True):
         spans = {(cut.source_box or whole(shape))[0] for cut in cuts}
         assert len(spans) == 1, "pieces that take turns are cut at the same rows"

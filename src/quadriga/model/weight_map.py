@@ -43,7 +43,7 @@ Box = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Stride:
-    """Of one axis of a source box the indices ``start``, ``start + step``, ...: the axis holds ``step`` parts in turn."""
+    """Of one axis of a source box the indices ``start``, ``start + step``, ...: it holds ``step`` parts by turns."""
 
     axis: int
     step: int
@@ -235,11 +235,12 @@ def _apart(box: Box, stride: Stride | None) -> Box:
     return (*box[: stride.axis], *turns, *box[stride.axis + 1 :])
 
 
-def _apart_shape(shape: Shape, strides: set[tuple[int, int]]) -> Shape:
-    if not strides:
-        return shape
+def _apart_shape(shape: Shape, strides: set[tuple[int, int] | None]) -> Shape:
     assert len(strides) == 1, "the pieces of a source take turns along one axis, all of them or none"
-    axis, step = next(iter(strides))
+    (turns,) = strides
+    if turns is None:
+        return shape
+    axis, step = turns
     return (*shape[:axis], shape[axis] // step, step, *shape[axis + 1 :])
 
 
@@ -257,7 +258,7 @@ def check_cover(pieces: Iterable[Piece], parameters: Mapping[str, Shape], source
     pieces = list(pieces)
     filled: dict[str, list[Box]] = {}
     used: dict[str, list[Box]] = {}
-    strides: dict[str, set[tuple[int, int]]] = {}
+    strides: dict[str, set[tuple[int, int] | None]] = {}
     mismatched = []
     for piece in pieces:
         _assert_fits(piece)
@@ -267,12 +268,12 @@ def check_cover(pieces: Iterable[Piece], parameters: Mapping[str, Shape], source
         filled.setdefault(piece.target, []).append(piece.target_box or whole(piece.target_shape))
         box = piece.source_box or whole(piece.source_shape)
         used.setdefault(piece.source, []).append(_apart(box, piece.stride))
-        if piece.stride is not None:
-            strides.setdefault(piece.source, set()).add((piece.stride.axis, piece.stride.step))
+        turns = None if piece.stride is None else (piece.stride.axis, piece.stride.step)
+        strides.setdefault(piece.source, set()).add(turns)
     missing = sorted(set(used) - set(sources))
     unused = sorted(set(sources) - set(used))
     shapes = {name: shape for name, shape in source_shapes(pieces).items() if name in sources}
-    expected = {name: _apart_shape(shape, strides.get(name, set())) for name, shape in shapes.items()}
+    expected = {name: _apart_shape(shape, strides[name]) for name, shape in shapes.items()}
     partly = _uncovered(used, expected)
     unfilled = _uncovered(filled, parameters)
     alien = sorted(set(filled) - set(parameters))

@@ -1,7 +1,7 @@
 """gpt-oss (OpenAI, August 2025): 32 or 128 experts, 4 chosen, with biases everywhere and 4-bit weights as published.
 
-    attention    q, k, v and o with biases; a learned logit a head in the softmax (sinks); windows of 128 in every second
-                 layer, the first one too; YaRN whose ramp is not rounded to whole pairs
+    attention    q, k, v and o with biases; a learned logit a head in the softmax (sinks); windows of 128 in every
+                 second layer, the first one too; YaRN whose ramp is not rounded to whole pairs
     experts      biases on router, gate, up and down; (up + 1) gate sigmoid(1.702 gate), both clamped at 7
     tensors      gate and up by turns in one tensor of all experts: columns of (E, D, 2 F), or rows of (E, 2 F, D) where
                  they are stored as MXFP4 (``quant.mxfp4``); GGUF has them apart
@@ -128,7 +128,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def _check_no_default(keys: Keys) -> None:
-    """Refuse a file without keys that mean something else elsewhere when they are missing: here the class has a value."""
+    """Refuse a file without keys for which transformers' class has a value of its own, unlike other families'."""
     for key in ("head_dim", "num_key_value_heads"):
         keys.integer(key)
     if not keys.has("layer_types"):
