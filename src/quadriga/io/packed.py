@@ -24,11 +24,12 @@ from quadriga import runtime
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io import directory as engine_file
 from quadriga.io.gguf_source import GGUFSource
+from quadriga.io.mxfp4_source import Mxfp4Source
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress, unpack
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import Bytes, Packed, Parameter, allocate, pack, pack_blocks
-from quadriga.model.weight_map import Piece, Shape, parameter_shapes, stays_float32, whole
+from quadriga.model.weight_map import Piece, Shape, parameter_shapes, source_index, stays_float32, whole
 from quadriga.quant import mxfp4
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.formats import FORMATS
@@ -179,12 +180,29 @@ def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Un
     ):
         raw = _block_rows(source, pieces, shape, expert, block)
         return Unpacked(name, rows, cols, blocks=raw, block_format=block)
+    if isinstance(source, Mxfp4Source) and stored == {"mxfp4"} and form == "q8" and all(map(_is_stack, pieces)):
+        exact = _q8_of_codes(source, pieces[0], expert)
+        return Unpacked(name, rows, cols, blocks=exact.reshape(rows, -1), block_format="q8_0")
     box = whole(shape) if len(shape) == 2 else ((expert, expert + 1), *whole(shape[1:]))
     values = np.ascontiguousarray(checkpoint.parameters.read(name, box).reshape(rows, cols))
     if stored == {"mxfp4"} and form == "q8" and cols % mxfp4.BLOCK == 0:
-        exact = mxfp4.as_q8_0(as_float32(values).reshape(-1, mxfp4.BLOCK)).reshape(rows, -1)
-        return Unpacked(name, rows, cols, blocks=exact, block_format="q8_0")
+        exact = mxfp4.as_q8_0(as_float32(values).reshape(-1, mxfp4.BLOCK))
+        return Unpacked(name, rows, cols, blocks=exact.reshape(rows, -1), block_format="q8_0")
     return Unpacked(name, rows, cols, values=as_float32(values) if values.dtype == np.float64 else values)
+
+
+def _is_stack(piece: Piece) -> bool:
+    """True if the piece fills a parameter of experts from a tensor of experts, row by row or every n-th row."""
+    whole_tensors = piece.source_box is None and piece.target_box is None and piece.view is None
+    return whole_tensors and not piece.transpose and len(piece.source_shape) == 3
+
+
+def _q8_of_codes(source: Mxfp4Source, piece: Piece, expert: int) -> np.ndarray[Any, Any]:
+    """The blocks of q8_0 that hold an expert's numbers: (n, 34) uint8."""
+    blocks = (0, piece.source_shape[-1] // mxfp4.BLOCK)
+    codes, scales = source.codes(piece.source, ((expert, expert + 1), (0, piece.source_shape[1]), blocks))
+    _, rows, _ = source_index(piece)
+    return mxfp4.pairs_as_q8_0(codes[0, rows].reshape(-1, mxfp4.BLOCK // 2), scales[0, rows].reshape(-1))
 
 
 def _is_rows(piece: Piece) -> bool:
