@@ -243,7 +243,7 @@ def _plan(
     return Plan(to, name, pieces, tensors, files, extra=extra)
 
 
-_WIDE_ENDS = {"q4": "q8", "q4m": "q8"}
+_WIDE_ENDS = {"q4": "q8", "q4m": "q8", "mx4": "q8"}
 """What embeddings and head are where the rest has 4 bits: every token goes through them, and they are few."""
 
 

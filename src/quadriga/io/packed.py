@@ -2,7 +2,7 @@
 
     a packed Quadriga directory   read by several threads into huge pages; memory-mapped if it is nearly all of memory
     GGUF Q8_0, Q4_0, Q4_1         blocks rearranged, no number changed
-    MXFP4                         as q8, whose integers hold its numbers exactly (``quant.mxfp4.as_q8_0``)
+    MXFP4                         as mx4, its codes beside float16 scales, no number changed
     anything else                 read part by part and packed as `format` says
 
 Routers, biases and vectors are float32 in every case.
@@ -28,7 +28,7 @@ from quadriga.io.mxfp4_source import Mxfp4Source
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress, unpack
 from quadriga.kernels.cpu.expert_store import ExpertStore
-from quadriga.kernels.cpu.packing import Bytes, Packed, Parameter, allocate, pack, pack_blocks
+from quadriga.kernels.cpu.packing import Bytes, Packed, Parameter, allocate, pack, pack_blocks, pack_mx4
 from quadriga.model.weight_map import Piece, Shape, parameter_shapes, source_index, stays_float32, whole
 from quadriga.quant import mxfp4
 from quadriga.quant.dtypes import Array, as_float32
@@ -37,7 +37,7 @@ from quadriga.quant.packed import FROM_GGUF, PACKED
 
 FORMATS_TO_LOAD = ("keep", *PACKED)
 
-QUANTISED = ("q8", "q4", "q4m")
+QUANTISED = ("q8", "q4", "q4m", "mx4")
 """Packed formats whose weights are integers with a scale."""
 
 
@@ -56,7 +56,7 @@ def load_packed(
 
     Args:
         form: one of FORMATS_TO_LOAD. ``keep`` takes Q8_0, Q4_0 and Q4_1 blocks, float32 and bfloat16 as they are;
-            float16 becomes bfloat16, other block formats q8 (MXFP4 without loss).
+            float16 becomes bfloat16, MXFP4 mx4, other block formats q8.
         expert_memory: leave experts on disk, with a cache of this many bytes (packed directories only).
         progress: called after each matrix.
 
@@ -117,6 +117,8 @@ def packed_format(checkpoint: Checkpoint, name: str, form: str) -> str:
     one = next(iter(stored))
     if len(stored) == 1 and one in FROM_GGUF:
         return FROM_GGUF[one]
+    if stored == {"mxfp4"}:
+        return "mx4"
     if len(stored) == 1 and one in PACKED:
         return one
     if all(one in ("float32", "bfloat16") for one in stored):
@@ -152,6 +154,8 @@ class Unpacked:
         Raises:
             CheckpointError: numbers that the format cannot hold.
         """
+        if self.blocks is not None and self.block_format == "mx4":
+            return pack_mx4(self.blocks, self.rows, self.cols, out=out)
         if self.blocks is not None:
             return pack_blocks(self.blocks, self.block_format, self.rows, self.cols, out=out)
         assert self.values is not None
@@ -180,9 +184,8 @@ def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Un
     ):
         raw = _block_rows(source, pieces, shape, expert, block)
         return Unpacked(name, rows, cols, blocks=raw, block_format=block)
-    if isinstance(source, Mxfp4Source) and stored == {"mxfp4"} and form == "q8" and all(map(_is_stack, pieces)):
-        exact = _q8_of_codes(source, pieces[0], expert)
-        return Unpacked(name, rows, cols, blocks=exact.reshape(rows, -1), block_format="q8_0")
+    if isinstance(source, Mxfp4Source) and stored == {"mxfp4"} and all(map(_is_stack, pieces)):
+        return _of_codes(source, pieces[0], expert, form)
     box = whole(shape) if len(shape) == 2 else ((expert, expert + 1), *whole(shape[1:]))
     values = np.ascontiguousarray(checkpoint.parameters.read(name, box).reshape(rows, cols))
     if stored == {"mxfp4"} and form == "q8" and cols % mxfp4.BLOCK == 0:
@@ -197,12 +200,19 @@ def _is_stack(piece: Piece) -> bool:
     return whole_tensors and not piece.transpose and len(piece.source_shape) == 3
 
 
-def _q8_of_codes(source: Mxfp4Source, piece: Piece, expert: int) -> np.ndarray[Any, Any]:
-    """The blocks of q8_0 that hold an expert's numbers: (n, 34) uint8."""
-    blocks = (0, piece.source_shape[-1] // mxfp4.BLOCK)
-    codes, scales = source.codes(piece.source, ((expert, expert + 1), (0, piece.source_shape[1]), blocks))
-    _, rows, _ = source_index(piece)
-    return mxfp4.pairs_as_q8_0(codes[0, rows].reshape(-1, mxfp4.BLOCK // 2), scales[0, rows].reshape(-1))
+def _of_codes(source: Mxfp4Source, piece: Piece, expert: int, form: str) -> Unpacked:
+    """An expert's matrix from its own rows of codes alone; for q8 as the blocks that hold the same numbers."""
+    _, rows, cols = piece.target_shape
+    box = ((expert, expert + 1), (0, piece.source_shape[1]), (0, cols // mxfp4.BLOCK))
+    codes, scales = (values[0, source_index(piece)[1]] for values in source.codes(piece.source, box))
+    codes, scales = codes.reshape(-1, codes.shape[-1]), scales.reshape(-1)
+    exact = mxfp4.as_mx4(codes, scales) if form == "mx4" else None
+    if exact is not None:
+        return Unpacked(piece.target, rows, cols, blocks=exact, block_format="mx4")
+    if form == "q8":
+        blocks = mxfp4.pairs_as_q8_0(codes, scales).reshape(rows, -1)
+        return Unpacked(piece.target, rows, cols, blocks=blocks, block_format="q8_0")
+    return Unpacked(piece.target, rows, cols, values=mxfp4.from_pairs(codes, scales).reshape(rows, cols))
 
 
 def _is_rows(piece: Piece) -> bool:

@@ -71,6 +71,29 @@ def dequantize_blocks(blocks: Bytes) -> Floats:
     return from_halves(blocks[:, 1:], blocks[:, 0]) + np.float32(0)
 
 
+def as_mx4(codes: Bytes, scales: Bytes) -> Bytes | None:
+    """What the packed format mx4 keeps of codes in pairs: half of every scale as float16, and the codes.
+
+    Args:
+        codes: (n, 16) uint8.
+        scales: (n,) uint8.
+
+    Returns:
+        (n, 18) uint8; None where float16 does not have half of some scale.
+    """
+    if ((scales < _LEAST) | (scales > _GREATEST)).any():
+        return None
+    blocks = np.empty((len(codes), 18), dtype=np.uint8)
+    blocks[:, :2] = _steps()[scales][:, None].view(np.uint8)
+    blocks[:, 2:] = codes
+    return blocks
+
+
+def _steps() -> NDArray[np.float16]:
+    """Half of every scale, within float16's powers of two."""
+    return np.ldexp(np.float16(1), np.clip(np.arange(256) - 128, -24, 15)).astype(np.float16)
+
+
 def pairs_as_q8_0(codes: Bytes, scales: Bytes) -> Bytes:
     """The blocks of :func:`as_q8_0` from codes in pairs, without the numbers between.
 
@@ -85,8 +108,7 @@ def pairs_as_q8_0(codes: Bytes, scales: Bytes) -> Bytes:
         CheckpointError: see :func:`as_q8_0`.
     """
     blocks = np.empty((len(codes), 34), dtype=np.uint8)
-    steps = np.ldexp(np.float16(1), np.clip(np.arange(256) - 128, -24, 15)).astype(np.float16)
-    blocks[:, :2] = steps[scales][:, None].view(np.uint8)
+    blocks[:, :2] = _steps()[scales][:, None].view(np.uint8)
     blocks[:, 2:] = _WHOLE_PAIRS.view(np.uint16)[:, 0][codes].view(np.uint8)
     others = np.flatnonzero((scales < _LEAST) | (scales > _GREATEST))
     if others.size:
