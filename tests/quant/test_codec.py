@@ -8,6 +8,7 @@ import pytest
 
 from quadriga.errors import CheckpointError
 from quadriga.quant import codec
+from quadriga.quant.codebooks import FOUR_BIT_VALUES, codebook, even_signs
 from quadriga.quant.formats import FORMATS, PLAIN
 
 BLOCKED = [name for name in FORMATS if name not in PLAIN]
@@ -22,16 +23,46 @@ def test_sizes_are_ggml_s(name: str) -> None:
     assert gguf.GGML_QUANT_SIZES[ggml_type(name)] == (FORMATS[name].block, FORMATS[name].nbytes)
 
 
-@pytest.mark.parametrize("name", BLOCKED)
+def same_bits(a: np.ndarray, b: np.ndarray) -> None:
+    """NaN equals NaN; everything else to the sign of zero."""
+    np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+    np.testing.assert_array_equal(
+        np.where(np.isnan(a), 0, a).view(np.uint32), np.where(np.isnan(b), 0, b).view(np.uint32)
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKED if name != "q8_k"])
 def test_unpacking_random_bytes_is_bit_exact(name: str) -> None:
     """Random bytes cover every possible block, including Inf and NaN scales."""
     raw = np.random.default_rng(5).integers(0, 256, (3001, FORMATS[name].nbytes), dtype=np.uint8)
     ours = codec.dequantize(raw, name)
     with np.errstate(all="ignore"):
         theirs = gguf.quants.dequantize(raw, ggml_type(name)).reshape(-1)
-    np.testing.assert_array_equal(ours, theirs)  # NaN equals NaN here
-    assert np.isnan(ours).any()
+    same_bits(ours, theirs)
+    if "fp4" not in name:  # whose scales have no NaN in ggml
+        assert np.isnan(ours).any()
     assert np.isfinite(ours).mean() > 0.9
+
+
+def test_unpacking_q8_k() -> None:
+    """gguf-py has no code for it: a float32 scale, 256 numbers, and sums that nothing but a dot product wants."""
+    d = np.array([0.1, -3e38, np.nan], dtype=np.float32)
+    q = np.random.default_rng(9).integers(-128, 128, (3, 256)).astype(np.int8)
+    raw = np.concatenate((d[:, None].view(np.uint8), q.view(np.uint8), np.full((3, 32), 77, np.uint8)), axis=1)
+    with np.errstate(over="ignore"):
+        same_bits(codec.dequantize(raw, "q8_k"), (d[:, None] * q.astype(np.float32)).reshape(-1))
+
+
+@pytest.mark.parametrize("kind", ["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
+def test_codebooks_are_ggml_s(kind: str) -> None:
+    theirs = getattr(gguf.quants, kind)
+    theirs.init_grid()
+    np.testing.assert_array_equal(codebook(kind.lower()), theirs.grid.reshape(theirs.grid_shape))
+
+
+def test_signs_are_ggml_s() -> None:
+    assert bytes(even_signs()) == gguf.quants.IQ2_XXS.ksigns
+    assert tuple(FOUR_BIT_VALUES) == gguf.quants.IQ4_NL.kvalues
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_1"])

@@ -22,7 +22,7 @@ import numpy as np
 from quadriga.errors import CheckpointError
 from quadriga.io.file_plan import FilePlan
 from quadriga.model.weight_map import Shape
-from quadriga.quant.formats import BY_GGML_TYPE, FORMATS
+from quadriga.quant.formats import BY_GGML_TYPE, FORMATS, UNREAD
 
 _PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _MAX_PARTS = 1000
@@ -345,8 +345,8 @@ class _Reader:
         shape = tuple(reversed([self.unpack("Q") for _ in range(axes)]))
         kind, offset = self.unpack("I"), self.unpack("Q")
         if kind not in BY_GGML_TYPE:
-            known = ", ".join(FORMATS)
-            raise self.fail(f"tensor {name[:80]!r} has the unsupported format number {kind}; supported: {known}")
+            known, what = ", ".join(FORMATS), f": {UNREAD[kind]}" if kind in UNREAD else ""
+            raise self.fail(f"tensor {name[:80]!r} has the unsupported format number {kind}{what}; supported: {known}")
         spec = BY_GGML_TYPE[kind]
         if not all(0 < n < 2**40 for n in shape) or shape[-1] % spec.block:
             raise self.fail(f"tensor {name[:80]!r} of shape {list(shape)} cannot be stored as {spec.name}")
