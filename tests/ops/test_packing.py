@@ -8,7 +8,9 @@ import torch
 
 from quadriga.errors import CheckpointError
 from quadriga.kernels.cpu.packing import allocate, pack_blocks
+from quadriga.kernels.cpu.packing import pack as pack_numbers
 from quadriga.quant import codec
+from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import FROM_GGUF, PACKED
 from tests.packing import linear, pack, unpack
 
@@ -47,8 +49,33 @@ def test_block_formats_round_each_group_of_32_by_itself(form: str, steps: int, s
 def test_gguf_blocks_come_over_bit_by_bit(block: str, shape: tuple[int, int]) -> None:
     rows, cols = shape[0], -(-shape[1] // 32) * 32
     raw = codec.quantize(normal(rows, cols).numpy(), block)
-    packed = pack_blocks(raw.tobytes(), block, rows, cols)
+    packed = pack_blocks(raw.tobytes(), block, rows, cols, FROM_GGUF[block])
     assert np.array_equal(packed.unpack(), codec.dequantize(raw, block).reshape(rows, cols))
+
+
+@pytest.mark.parametrize("form", PACKED)
+@pytest.mark.parametrize("block", ["q5_0", "q4_k", "q2_k", "iq3_s", "mxfp4"])
+def test_other_blocks_are_packed_as_the_numbers_they_are(block: str, form: str) -> None:
+    """The numbers pass through a tile's worth of memory and come out as if they had been read first. 37 rows: 16s and 5."""
+    rows, cols = 37, 512
+    spec, rng = FORMATS[block], np.random.default_rng(3)
+    raw = rng.integers(0, 60, (rows, cols // spec.block, spec.nbytes), dtype=np.uint8)  # all scales are finite
+    numbers = codec.dequantize(raw, block).reshape(rows, cols)
+    importance = rng.random(cols, dtype=np.float32)
+    packed = pack_blocks(raw.tobytes(), block, rows, cols, form, importance=importance)
+    expected = pack_numbers(numbers, form, importance=importance)
+    assert np.array_equal(packed.data, expected.data)
+
+
+@pytest.mark.parametrize("row", [0, 16, 36])
+def test_a_block_without_finite_numbers_is_named_by_its_row(row: int) -> None:
+    raw = np.zeros((37, 2, 144), dtype=np.uint8)
+    raw[row, 0, :2] = 0, 0x7E  # NaN
+    with pytest.raises(CheckpointError, match=f"row {row} is not"):
+        pack_blocks(raw.tobytes(), "q4_k", 37, 512, "q8")
+    raw[12:, :, :2] = 0, 0x7E
+    with pytest.raises(CheckpointError, match=f"row {min(row, 12)} is not"):
+        pack_blocks(raw.tobytes(), "q4_k", 37, 512, "q8")
 
 
 @pytest.mark.parametrize("form", PACKED)

@@ -26,7 +26,7 @@ from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress, unpack
 from quadriga.kernels.cpu.expert_store import ExpertStore
-from quadriga.kernels.cpu.packing import Bytes, Packed, Parameter, allocate, pack, pack_blocks
+from quadriga.kernels.cpu.packing import STORED, Bytes, Packed, Parameter, allocate, pack, pack_blocks
 from quadriga.model.weight_map import Piece, Shape, parameter_shapes, stays_float32, whole
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.formats import FORMATS
@@ -125,7 +125,7 @@ def pack_parameter(checkpoint: Checkpoint, name: str, shape: Shape, form: str) -
     """The matrices of one parameter, packed one after the other: one, or one per expert."""
     wanted = packed_format(checkpoint, name, form)
     for expert in range(shape[0] if len(shape) == 3 else 1):
-        yield read_matrix(checkpoint, name, expert, wanted).pack(wanted)
+        yield read_matrix(checkpoint, name, expert).pack(wanted)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Unpacked:
     block_format: str = ""
 
     def pack(self, form: str, *, out: Bytes | None = None, importance: Array | None = None) -> Packed:
-        """The packed matrix. Blocks must have been read for ``form``.
+        """The packed matrix.
 
         Args:
             out: memory to fill, ``PACKED[form].nbytes_of(rows, cols)`` bytes; None allocates.
@@ -149,17 +149,18 @@ class Unpacked:
         Raises:
             CheckpointError: numbers that the format cannot hold.
         """
-        if self.blocks is not None:
-            return pack_blocks(self.blocks, self.block_format, self.rows, self.cols, out=out)
-        assert self.values is not None
         try:
+            if self.blocks is not None:
+                rows, cols = self.rows, self.cols
+                return pack_blocks(self.blocks, self.block_format, rows, cols, form, out=out, importance=importance)
+            assert self.values is not None
             return pack(self.values, form, out=out, importance=importance)
         except CheckpointError as error:
             raise CheckpointError(f"{self.name}: {error}") from None
 
 
-def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Unpacked:
-    """One matrix of a parameter; stored blocks of the very format ``form`` are read as they are.
+def read_matrix(checkpoint: Checkpoint, name: str, expert: int) -> Unpacked:
+    """One matrix of a parameter; blocks of a GGUF file as they are stored, where they are whole rows of it.
 
     Args:
         expert: which matrix of a parameter (E, rows, cols); 0 for others.
@@ -169,12 +170,7 @@ def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Un
     source, (rows, cols) = checkpoint.source, shape[-2:]
     stored = {source.tensors[piece.source].dtype for piece in pieces}
     block = next(iter(stored))
-    if (
-        isinstance(source, GGUFSource)
-        and len(stored) == 1
-        and FROM_GGUF.get(block) == form
-        and all(map(_is_rows, pieces))
-    ):
+    if isinstance(source, GGUFSource) and len(stored) == 1 and block in STORED and all(map(_is_rows, pieces)):
         raw = _block_rows(source, pieces, shape, expert, block)
         return Unpacked(name, rows, cols, blocks=raw, block_format=block)
     box = whole(shape) if len(shape) == 2 else ((expert, expert + 1), *whole(shape[1:]))

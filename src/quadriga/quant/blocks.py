@@ -1,7 +1,7 @@
 """Dequantising the block formats of ``quant.formats`` that need no codebook: the readable statement of their layouts.
 
-All functions take whole blocks, (n_blocks, bytes per block) uint8. A block's scale multiplies first by a sub-block's and then
-by the number, in float32, as in ggml; codebooks' formats are in ``quant.codebook_blocks``.
+All functions take whole blocks, (n_blocks, bytes per block) uint8. A block's scale multiplies first by a sub-block's
+and then by the number, in float32, as in ggml; codebooks' formats are in ``quant.codebook_blocks``.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _unpack_q8_k(blocks: Bytes) -> Floats:
 
 
 def _trits(packed: Bytes, count: int) -> NDArray[np.int8]:
-    """``count`` digits a byte, (n, b) -> (n, count * b), first digits first: the byte is ceil(256 * 0.t0t1t2t3t4 base 3)."""
+    """Digits of base 3, (n, b) -> (n, count * b), the first of every byte first: a byte is ceil(256 * 0.t0t1t2t3t4)."""
     powers = np.array([3**i for i in range(count)], dtype=np.uint8).reshape(1, count, 1)
     rest = packed[:, None, :] * powers  # modulo 256: the digits in front are gone
     return ((rest.astype(np.uint16) * 3) >> 8).astype(np.int8).reshape(len(packed), -1) - np.int8(1)
@@ -173,14 +173,14 @@ def _unpack_iq4_xs(blocks: Bytes) -> Floats:
 
 
 def _unpack_mxfp4(blocks: Bytes) -> Floats:
-    """OCP Microscaling Formats 1.0: a power of two (E8M0) and E2M1 numbers. 255, NaN there, is 2^128 here, as in ggml."""
+    """OCP Microscaling Formats 1.0: a power of two (E8M0), E2M1 numbers. 255, NaN there, is 2^128, as in ggml."""
     e = blocks[:, :1].astype(np.uint32)
     half_of_power = np.where(e < 2, np.uint32(0x200000) << e, (e - np.uint32(1)) << np.uint32(23)).view(np.float32)
     return half_of_power * _TWICE_E2M1[nibbles(blocks[:, 1:])]
 
 
 def _unpack_nvfp4(blocks: Bytes) -> Floats:
-    """Four runs of 16 with a scale of E4M3 each, whose sign is not looked at; 0x7f, NaN there, is 0 here, as in ggml."""
+    """Four runs of 16, each with an E4M3 scale without a sign; 0x7f, NaN there, is 0, as in ggml."""
     code = blocks[:, :4]
     exponent, mantissa = (code >> 3 & 15).astype(np.int32), (code & 7).astype(np.float32)
     steps = np.where(exponent == 0, mantissa, mantissa + 8)

@@ -35,7 +35,8 @@ def _low_first(packed: Bytes) -> NDArray[np.uint8]:
 
 def _vectors(name: str, index: NDArray[Any]) -> Floats:
     """The codebook's vectors one after the other, (n, 256)."""
-    return codebook(name)[index].reshape(len(index), -1).astype(np.float32)
+    vectors: Floats = codebook(name)[index].reshape(len(index), -1).astype(np.float32)
+    return vectors
 
 
 def _signs(bits: NDArray[np.uint8]) -> Floats:
@@ -46,7 +47,8 @@ def _signs(bits: NDArray[np.uint8]) -> Floats:
 def _seven_bit_signs(words: NDArray[np.uint32]) -> NDArray[np.uint8]:
     """Four times seven bits of signs in each word, (n, 8) -> (n, 32)."""
     sevens = words[:, :, None] >> np.array([0, 7, 14, 21], dtype=np.uint32) & 127
-    return even_signs()[sevens.reshape(len(words), -1)]
+    signs: NDArray[np.uint8] = even_signs()[sevens.reshape(len(words), -1)]
+    return signs
 
 
 def _half_steps(d: Floats, s: NDArray[Any], factor: float) -> Floats:

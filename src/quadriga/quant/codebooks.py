@@ -4,8 +4,8 @@ A codebook is a subset of all vectors of n numbers from a few values, in ascendi
 
     code = sum over i of base^i * digit_i        the last element counts most; value_i = values[digit_i]
 
-so that one bit for each of the base^n codes states it. The bits are written in base64, the first one lowest. Which vectors
-were chosen is ggml's (ggml-common.h in ggml-org/ggml: iq2xxs_grid, iq2xs_grid, iq2s_grid, iq3xxs_grid, iq3s_grid, iq1s_grid).
+so that one bit for each of the base^n codes states it. The bits are written in base64, the first one lowest. Which
+vectors were chosen is ggml's (ggml-common.h in ggml-org/ggml: iq2xxs_grid and its five kin).
 
     name     vectors  of  values
     iq2_xxs      256   8  8 25 43
@@ -112,7 +112,7 @@ def codebook(name: str) -> NDArray[np.int8]:
     members = np.unpackbits(np.frombuffer(base64.b64decode(bits), dtype=np.uint8), bitorder="little")
     codes = np.flatnonzero(members)[:, None]
     digits = codes // len(values) ** np.arange(n) % len(values)
-    table = np.array(values, dtype=np.int8)[digits]
+    table: NDArray[np.int8] = np.array(values, dtype=np.int8)[digits]
     table.flags.writeable = False
     return table
 
@@ -122,4 +122,5 @@ def even_signs() -> NDArray[np.uint8]:
     """Eight signs from seven bits, (128,): the eighth bit makes the number of minus signs even."""
     seven = np.arange(128, dtype=np.uint8)
     odd = np.unpackbits(seven[:, None], axis=1).sum(axis=1) & 1
-    return (seven | odd << 7).astype(np.uint8)
+    signs: NDArray[np.uint8] = (seven | odd << 7).astype(np.uint8)
+    return signs

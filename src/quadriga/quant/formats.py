@@ -83,10 +83,7 @@ UNREAD = {
     25: "I16",
     26: "I32",
     27: "I64",
-    **{
-        kind: "a form that llama.cpp repacked for a processor (Q4_0_4_4 and its kin)"
-        for kind in (31, 32, 33, 36, 37, 38)
-    },
+    **dict.fromkeys((31, 32, 33, 36, 37, 38), "a form that llama.cpp repacked for a processor (Q4_0_4_4 and its kin)"),
     41: "Q1_0",
 }
 """Types of GGUF files that have a meaning and are no weights here, for messages."""
