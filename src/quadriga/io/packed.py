@@ -2,6 +2,7 @@
 
     a packed Quadriga directory   read by several threads into huge pages; memory-mapped if it is nearly all of memory
     GGUF Q8_0, Q4_0, Q4_1         blocks rearranged, no number changed
+    MXFP4                         as q8, whose integers hold its numbers exactly (``quant.mxfp4.as_q8_0``)
     anything else                 read part by part and packed as `format` says
 
 Routers, biases and vectors are float32 in every case.
@@ -28,6 +29,7 @@ from quadriga.io.parameters import Progress, unpack
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import STORED, Bytes, Packed, Parameter, allocate, pack, pack_blocks
 from quadriga.model.weight_map import Piece, Shape, parameter_shapes, stays_float32, whole
+from quadriga.quant import mxfp4
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import FROM_GGUF, PACKED
@@ -53,7 +55,7 @@ def load_packed(
 
     Args:
         form: one of FORMATS_TO_LOAD. ``keep`` takes Q8_0, Q4_0 and Q4_1 blocks, float32 and bfloat16 as they are;
-            float16 becomes bfloat16, other block formats q8.
+            float16 becomes bfloat16, other block formats q8 (MXFP4 without loss).
         expert_memory: leave experts on disk, with a cache of this many bytes (packed directories only).
         progress: called after each matrix.
 
@@ -175,6 +177,9 @@ def read_matrix(checkpoint: Checkpoint, name: str, expert: int) -> Unpacked:
         return Unpacked(name, rows, cols, blocks=raw, block_format=block)
     box = whole(shape) if len(shape) == 2 else ((expert, expert + 1), *whole(shape[1:]))
     values = np.ascontiguousarray(checkpoint.parameters.read(name, box).reshape(rows, cols))
+    if stored == {"mxfp4"} and form == "q8" and cols % mxfp4.BLOCK == 0:
+        exact = mxfp4.as_q8_0(as_float32(values).reshape(-1, mxfp4.BLOCK)).reshape(rows, -1)
+        return Unpacked(name, rows, cols, blocks=exact, block_format="q8_0")
     return Unpacked(name, rows, cols, values=as_float32(values) if values.dtype == np.float64 else values)
 
 
@@ -182,7 +187,7 @@ def _is_rows(piece: Piece) -> bool:
     """True if the piece moves whole rows: their blocks can move with them."""
     box = piece.source_box or whole(piece.source_shape)
     same_rows = piece.view is None or piece.view == (1, *piece.source_shape)  # a tensor an expert
-    return not piece.transpose and same_rows and box[1:] == whole(piece.source_shape[1:])
+    return not piece.transpose and piece.stride is None and same_rows and box[1:] == whole(piece.source_shape[1:])
 
 
 def _block_rows(source: GGUFSource, pieces: list[Piece], shape: Shape, expert: int, form: str) -> np.ndarray[Any, Any]:
