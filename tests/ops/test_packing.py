@@ -54,7 +54,7 @@ def test_gguf_blocks_come_over_bit_by_bit(block: str, shape: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("form", PACKED)
-@pytest.mark.parametrize("block", ["q5_0", "q4_k", "q2_k", "iq3_s", "mxfp4"])
+@pytest.mark.parametrize("block", ["q5_1", "q4_k", "q2_k", "iq3_s", "nvfp4"])
 def test_other_blocks_are_packed_as_the_numbers_they_are(block: str, form: str) -> None:
     """The numbers pass through a tile's worth of memory and come out as if they had been read first. 37 rows: 16s and 5."""
     rows, cols = 37, 512
@@ -65,6 +65,24 @@ def test_other_blocks_are_packed_as_the_numbers_they_are(block: str, form: str) 
     packed = pack_blocks(raw.tobytes(), block, rows, cols, form, importance=importance)
     expected = pack_numbers(numbers, form, importance=importance)
     assert np.array_equal(packed.data, expected.data)
+
+
+@pytest.mark.parametrize("block", ["q4_0", "q5_0", "iq4_nl", "tq1_0", "tq2_0", "mxfp4"])
+def test_q8_holds_what_are_integers_under_a_scale(block: str) -> None:
+    """MXFP4's scales must be float16's: a block beyond them has its tile rounded."""
+    rows, cols = 37, 512
+    spec, rng = FORMATS[block], np.random.default_rng(4)
+    raw = rng.integers(0, 256, (rows, cols // spec.block, spec.nbytes), dtype=np.uint8)
+    at = slice(0, 1) if block == "mxfp4" else slice(-2, None) if block.startswith("tq") else slice(0, 2)
+    raw[:, :, at] = rng.integers(110, 130, raw[:, :, at].shape) if block == "mxfp4" else (0x34, 0x12)
+    numbers = codec.dequantize(raw, block).reshape(rows, cols)
+    assert np.array_equal(pack_blocks(raw.tobytes(), block, rows, cols, "q8").unpack(), numbers)
+    if block == "mxfp4":
+        raw[20, 3, 0] = 70
+        numbers = codec.dequantize(raw, block).reshape(rows, cols)
+        got = pack_blocks(raw.tobytes(), block, rows, cols, "q8").unpack()
+        assert np.array_equal(np.delete(got, range(16, 32), axis=0), np.delete(numbers, range(16, 32), axis=0))
+        assert np.allclose(got, numbers, rtol=0, atol=np.abs(numbers).max() / 250)
 
 
 @pytest.mark.parametrize("row", [0, 16, 36])

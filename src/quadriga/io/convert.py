@@ -580,10 +580,10 @@ def _packed_parts(
     buffers = [allocate(max(_nbytes(plan, part) for part in plan.tensors)) for _ in range(_PARTS_WAITING + 2)]
 
     def read(part: str, name: str, expert: int) -> Unpacked | Array:
-        shape, _ = plan.tensors[part]
+        shape, form = plan.tensors[part]
         if len(shape) == 1:
             return np.ascontiguousarray(as_float32(checkpoint.parameters.read(name)))
-        return read_matrix(checkpoint, name, expert)
+        return read_matrix(checkpoint, name, expert, form)
 
     with ThreadPoolExecutor(1) as reader:
         ahead = deque(reader.submit(read, *one) for one in missing[:_READ_AHEAD])

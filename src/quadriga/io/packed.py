@@ -2,7 +2,7 @@
 
     a packed Quadriga directory   read by several threads into huge pages; memory-mapped if it is nearly all of memory
     GGUF Q8_0, Q4_0, Q4_1         blocks rearranged, no number changed
-    MXFP4                         as q8, whose integers hold its numbers exactly (``quant.mxfp4.as_q8_0``)
+    MXFP4, and GGUF's Q5_0, IQ4_NL, TQ1_0, TQ2_0   as q8, whose integers hold their numbers exactly
     anything else                 read part by part and packed as `format` says
 
 Routers, biases and vectors are float32 in every case.
@@ -55,7 +55,7 @@ def load_packed(
 
     Args:
         form: one of FORMATS_TO_LOAD. ``keep`` takes Q8_0, Q4_0 and Q4_1 blocks, float32 and bfloat16 as they are;
-            float16 becomes bfloat16, other block formats q8 (MXFP4 without loss).
+            float16 becomes bfloat16, other block formats q8.
         expert_memory: leave experts on disk, with a cache of this many bytes (packed directories only).
         progress: called after each matrix.
 
@@ -127,7 +127,7 @@ def pack_parameter(checkpoint: Checkpoint, name: str, shape: Shape, form: str) -
     """The matrices of one parameter, packed one after the other: one, or one per expert."""
     wanted = packed_format(checkpoint, name, form)
     for expert in range(shape[0] if len(shape) == 3 else 1):
-        yield read_matrix(checkpoint, name, expert).pack(wanted)
+        yield read_matrix(checkpoint, name, expert, wanted).pack(wanted)
 
 
 @dataclass(frozen=True)
@@ -161,11 +161,12 @@ class Unpacked:
             raise CheckpointError(f"{self.name}: {error}") from None
 
 
-def read_matrix(checkpoint: Checkpoint, name: str, expert: int) -> Unpacked:
+def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Unpacked:
     """One matrix of a parameter; blocks of a GGUF file as they are stored, where they are whole rows of it.
 
     Args:
         expert: which matrix of a parameter (E, rows, cols); 0 for others.
+        form: what it will be packed as.
     """
     shape = parameter_shapes(checkpoint.config)[name]
     pieces = [piece for piece in checkpoint.pieces if piece.target == name]

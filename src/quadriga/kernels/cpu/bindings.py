@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "04ac682ff39b986a02870b9f3ed9e25a8781f82b735ce754c98041ffff1886e5"
+HEADER_SHA256 = "291a6ee0565d5b9c95b49c99b053dadd4c5acbb86ac91adb9ccc8867cfb15f26"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024

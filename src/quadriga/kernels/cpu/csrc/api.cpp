@@ -139,9 +139,18 @@ QD_EXPORT int32_t qd_pack_stored(qd_context* context, int32_t stored, const uint
     check(cols == blocks * block_shape(stored).count, "columns must be whole blocks", cols);
     const int8_t* book = reinterpret_cast<const int8_t*>(codebook);
     c.reserve(&qd_context::Thread::a, kTile * cols);
+    c.reserve(&qd_context::Thread::wide, kTile * cols / 32 * 34);
     *bad_row = pack_tiles(c, rows, [&](int64_t tile, int thread) {
-      const int64_t first = kTile * tile, n_rows = rows - first < kTile ? rows - first : kTile;
-      float* numbers = c.of_thread[size_t(thread)].a.data();  // of one tile: they never leave the cache
+      const int64_t first = kTile * tile, n_rows = rows - first < kTile ? rows - first : kTile, q8_row = cols / 32 * 34;
+      uint8_t* q8 = c.of_thread[size_t(thread)].wide.data();  // one tile's numbers never leave the cache
+      int64_t exact = 0;
+      while (format == QD_FORMAT_Q8 && exact < n_rows &&
+             c.kernels->to_q8_0(stored, in + (first + exact) * row_bytes, blocks, q8 + exact * q8_row)) ++exact;
+      if (exact == n_rows) {
+        c.kernels->pack(QD_SOURCE_Q8_0, q8, q8_row, n_rows, cols, 0, format, out + tile * bytes, nullptr);
+        return int64_t(0);
+      }
+      float* numbers = c.of_thread[size_t(thread)].a.data();
       for (int64_t r = 0; r < n_rows; ++r) c.kernels->dequantize(stored, in + (first + r) * row_bytes, blocks, book, numbers + r * cols);
       const int64_t found = c.kernels->pack(QD_SOURCE_FLOAT32, numbers, 4 * cols, n_rows, cols, 0, format, out + tile * bytes, importance);
       return found ? first + found : 0;

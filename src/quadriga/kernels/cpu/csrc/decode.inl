@@ -373,4 +373,31 @@ void dequantize(int stored, const uint8_t* in, int64_t n, const int8_t* book, fl
   }
 }
 
+// The same numbers as blocks of q8_0, where its float16 scale holds theirs.
+template <int stored, auto read> bool blocks_to_q8_0(const uint8_t* in, int64_t n, uint8_t* out) {
+  Numbers numbers;
+  for (int64_t i = 0; i < n; ++i, in += block_shape(stored).bytes) {
+    read(in, nullptr, numbers);
+    for (int j = 0; j < block_shape(stored).count / 32; ++j, out += 34) {
+      const uint16_t half = float_to_half(numbers.scale[j]);
+      if (half_to_float(half) != numbers.scale[j] || (half & 0x7c00) == 0x7c00) return false;
+      std::memcpy(out, &half, 2);
+      std::memcpy(out + 2, numbers.q + 32 * j, 32);
+    }
+  }
+  return true;
+}
+
+bool to_q8_0(int stored, const uint8_t* in, int64_t n, uint8_t* out) {
+  switch (stored) {
+    case QD_STORED_Q4_0: return blocks_to_q8_0<QD_STORED_Q4_0, read_q4_0>(in, n, out);
+    case QD_STORED_Q5_0: return blocks_to_q8_0<QD_STORED_Q5_0, read_q5_0>(in, n, out);
+    case QD_STORED_IQ4_NL: return blocks_to_q8_0<QD_STORED_IQ4_NL, read_iq4_nl>(in, n, out);
+    case QD_STORED_TQ1_0: return blocks_to_q8_0<QD_STORED_TQ1_0, read_tq1_0>(in, n, out);
+    case QD_STORED_TQ2_0: return blocks_to_q8_0<QD_STORED_TQ2_0, read_tq2_0>(in, n, out);
+    case QD_STORED_MXFP4: return blocks_to_q8_0<QD_STORED_MXFP4, read_mxfp4>(in, n, out);
+    default: return false;
+  }
+}
+
 }  // namespace

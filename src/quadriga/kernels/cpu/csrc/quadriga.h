@@ -205,7 +205,8 @@ int32_t qd_kv_bytes(int32_t kv_format, int32_t head_dim, int64_t* bytes, qd_mess
  * bad_row: the first row that holds a number the format cannot store, or -1. */
 int32_t qd_pack(qd_context* context, int32_t source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols,
                 int32_t format, uint8_t* out, const float* importance, int64_t* bad_row, qd_message* why);
-/* qd_pack of the numbers that blocks of any qd_stored stand for; see qd_dequantize. */
+/* qd_pack of the numbers that blocks of any qd_stored stand for; see qd_dequantize. Where q8 holds them exactly (q4_0, q5_0,
+ * iq4_nl, tq1_0, tq2_0, mxfp4 under scales that float16 has), it does. */
 int32_t qd_pack_stored(qd_context* context, int32_t stored, const uint8_t* in, int64_t row_bytes, int64_t rows, int64_t cols,
                        const uint8_t* codebook, int32_t format, uint8_t* out, const float* importance, int64_t* bad_row,
                        qd_message* why);
