@@ -36,6 +36,7 @@ from quadriga.io.mxfp4_source import of_numbers
 from quadriga.io.open import Checkpoint, identity_map, open_checkpoint, without_extras
 from quadriga.io.packed import Unpacked, packed_format, read_matrix
 from quadriga.io.parameters import SLICE_BYTES, Progress, pack, slices
+from quadriga.io.quantised import source as quantised
 from quadriga.io.safetensors import INDEX, plan_shards, shard_index
 from quadriga.kernels.cpu.packing import allocate
 from quadriga.model import families
@@ -736,9 +737,10 @@ def dry_run(path: Path, *, pickles: bool = False) -> DryRun:
         checkpoint = open_checkpoint(path, pickles=pickles)
         checkpoint.close()
         return _report(checkpoint.layout, checkpoint.pieces, len(files) or 1, len(files) or 1)
-    config = locate(path).config
+    found = locate(path)
+    config = found.config
     family = families.family_of(config)
-    names = of_numbers(table)
+    names = of_numbers(table) if found.method is None else quantised.of_numbers(table, found.method)
     layout, pieces = pick_layout(family, config, dict.fromkeys(names, ()))
     demanded = source_shapes(pieces)
     named = {name: demanded.get(name, ()) for name in names}
