@@ -471,7 +471,9 @@ class LLM:
         """Token ids that end an answer: the checkpoint's, the tokenizer's, and the template's ends of turns."""
         return {*self.config.eos_ids, *self._ends.ids}
 
-    def prompt_ids(self, prompt: str | Sequence[int], *, parse_special: bool = True) -> list[int]:
+    def prompt_ids(
+        self, prompt: str | Sequence[int], *, parse_special: bool = True, add_special: bool = True
+    ) -> list[int]:
         """A prompt as checked token ids.
 
         Args:
@@ -479,10 +481,13 @@ class LLM:
             parse_special: names of special tokens in a text are those tokens: a prompt is what the model reads, and
                 programs render templates themselves. False where the text is somebody's words; in a conversation
                 (:meth:`chat_ids`) words always stay words.
+            add_special: put the bos token before a text; False leaves it as it is.
         """
         if isinstance(prompt, str):
             self.check_length(prompt)
-            prompt = self._need_tokenizer().encode_prompt(prompt, allow_special=parse_special)
+            tokenizer = self._need_tokenizer()
+            encode = tokenizer.encode_prompt if add_special else tokenizer.encode
+            prompt = encode(prompt, allow_special=parse_special)
         ids: list[int] = self._check_ids(prompt).tolist()
         return ids
 

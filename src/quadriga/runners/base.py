@@ -68,6 +68,10 @@ class Runner(Protocol):
         """The last pass's routing of its first ``n_tokens`` tokens, per MoE layer."""
         ...
 
+    def weights(self) -> tuple[str, int]:
+        """(the format that most of the weights in memory are in, their bytes)."""
+        ...
+
     def expert_load(self) -> list[NDArray[np.int64]]:
         """Per MoE layer (E,): tokens every expert has seen since the start."""
         ...

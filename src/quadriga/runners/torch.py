@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -95,6 +96,13 @@ class TorchRunner:
             RouterStats(*(t[:n_tokens].cpu().numpy() for t in (s.expert_ids, s.expert_weights, s.probs, s.logits)))
             for s in self._stats
         ]
+
+    def weights(self) -> tuple[str, int]:
+        """See :class:`Runner`."""
+        n_bytes: Counter[str] = Counter()
+        for parameter in self.model.parameters():
+            n_bytes[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
+        return n_bytes.most_common(1)[0][0], n_bytes.total()
 
     def expert_load(self) -> list[NDArray[np.int64]]:
         """See :class:`Runner`."""
