@@ -396,10 +396,18 @@ def _not_supported(version: int) -> str:
 
 
 def storable_format(shape: Shape, wanted: str) -> str:
-    """What llama.cpp expects a tensor to be stored as: vectors float32, rows that are no whole blocks float16."""
+    """What llama.cpp expects a tensor to be stored as: vectors float32, rows of no whole blocks q8_0 or float16."""
     if len(shape) == 1:
         return "float32"
-    return wanted if shape[-1] % FORMATS[wanted].block == 0 else "float16"
+    for form in (wanted, "q8_0") if FORMATS[wanted].block > 32 else (wanted,):
+        if shape[-1] % FORMATS[form].block == 0:
+            return form
+    return "float16"
+
+
+TABLES = {**dict.fromkeys(("q2_k", "q3_k", "q4_k", "q5_k", "iq4_nl", "iq4_xs"), "q6_k"), "mxfp4": "q8_0"}
+"""What embedding table and head are stored as beside matrices of a searched format, as in llama.cpp's mixtures: their
+errors reach every token."""
 
 
 def plan_gguf(file: str, metadata: Mapping[str, Typed], tensors: Mapping[str, tuple[Shape, str]]) -> FilePlan:

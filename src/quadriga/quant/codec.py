@@ -9,14 +9,16 @@ refuses values that a block cannot represent. Plain float formats are not blocks
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.errors import CheckpointError
-from quadriga.quant import blocks, codebook_blocks
+from quadriga import runtime
+from quadriga.quant import blocks, codebook_blocks, pack_blocks
 from quadriga.quant.blocks import Bytes, Floats
 from quadriga.quant.formats import FORMATS
+from quadriga.quant.stored_half import as_half, inverse
 
 _UNPACK = blocks.UNPACK | codebook_blocks.UNPACK
 
@@ -36,8 +38,15 @@ def dequantize(raw: Bytes, name: str) -> Floats:
         return _UNPACK[name](raw.reshape(-1, spec.nbytes)).reshape(-1)
 
 
-def quantize(values: Floats, name: str) -> Bytes:
-    """Quantise float32 values, row-major in whole blocks, with the rounding of ggml's reference quantiser.
+def quantize(values: Floats, name: str, importance: Floats | None = None) -> Bytes:
+    """Quantise float32 values, row-major in whole blocks.
+
+    q8_0, q4_0 and q4_1 have the rounding of ggml's reference quantiser; the others are searched for (``quant.search``).
+
+    Args:
+        values: whole rows, (..., columns).
+        name: one of WRITTEN.
+        importance: (columns,) how much each column's squared error counts in a search; None: all alike.
 
     Returns:
         uint8 (n_blocks * bytes per block,).
@@ -46,28 +55,49 @@ def quantize(values: Floats, name: str) -> Bytes:
         CheckpointError: a value is NaN or infinite, or so large that its block's scale or minimum is beyond float16.
     """
     spec = FORMATS[name]
-    return _PACK[name](np.ascontiguousarray(values, dtype=np.float32).reshape(-1, spec.block)).reshape(-1)
+    x = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, spec.block)
+    if name in _PACK:
+        return _PACK[name](x).reshape(-1)
+    weight = np.ones((1, 1), dtype=np.float32)
+    if importance is not None:
+        weight = _positive(importance).reshape(-1, spec.block)
+    return _searched(x, name, weight, values.shape[-1] // spec.block).reshape(-1)
+
+
+_SEARCHED = 1 << 17
+"""Numbers searched at once: a search takes some ten times their memory, and should find it in the cache."""
+
+
+def _searched(x: Floats, name: str, weight: Floats, blocks_a_row: int) -> Bytes:
+    """Blocks (n, elements) packed by the search, on all processors: a run of whole rows each."""
+    out = np.empty((len(x), FORMATS[name].nbytes), dtype=np.uint8)
+    step = max(1, _SEARCHED // (x.shape[1] * blocks_a_row)) * blocks_a_row
+
+    def pack(first: int) -> None:
+        part = x[first : first + step]
+        pack_blocks.require_finite(part)
+        of_part = weight if len(weight) == 1 else np.tile(weight, (len(part) // len(weight), 1))
+        of_part = np.broadcast_to(of_part, (len(part), of_part.shape[1]))
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is no scale, and refused
+            out[first : first + step] = pack_blocks.PACK[name](part, of_part)
+
+    with ThreadPoolExecutor(runtime.cpu_count()) as pool:
+        for done in pool.map(pack, range(0, len(x), step)):
+            assert done is None
+    return out
+
+
+def _positive(importance: Floats) -> Floats:
+    """Importance of columns as weights with a mean of 1; columns that were never seen count a little."""
+    weight = np.maximum(np.asarray(importance, dtype=np.float32), 0)
+    mean = weight.mean()
+    if not np.isfinite(mean) or mean <= 0:
+        return np.ones_like(weight)
+    positive: Floats = weight / mean + np.float32(1e-3)
+    return positive
 
 
 # Packing -------------------------------------------------------------------------------------------------------------
-
-
-def _inverse(scale: Floats) -> Floats:
-    """1 / scale, or 0 where scale is 0 or its inverse overflows; such a block is stored as zeros."""
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.float32(1) / scale
-    return np.where(np.isinf(inverse), np.float32(0), inverse)
-
-
-def _as_half(scale: Floats) -> Bytes:
-    with np.errstate(over="ignore", invalid="ignore"):
-        half = scale.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise CheckpointError(
-            "weights to be quantised must be finite, with scales and minima of blocks below 65520 (float16): got "
-            f"{scale[~np.isfinite(half)][0]}. Check the source with another format, e.g. bfloat16."
-        )
-    return half.view(np.uint8)
 
 
 def _round_half_away(values: Floats) -> Floats:
@@ -78,8 +108,8 @@ def _round_half_away(values: Floats) -> Floats:
 
 def _pack_q8_0(blocks: Floats) -> Bytes:
     d = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    scale = _as_half(d)
-    q = _round_half_away(blocks * _inverse(d)).astype(np.int8)
+    scale = as_half(d)
+    q = _round_half_away(blocks * inverse(d)).astype(np.int8)
     return np.concatenate((scale, q.view(np.uint8)), axis=1)
 
 
@@ -91,8 +121,8 @@ def _pack_q4_0(blocks: Floats) -> Bytes:
     largest = np.abs(blocks).argmax(axis=1)[:, None]
     # The value furthest from zero becomes exactly -8, which keeps its sign and uses the whole range.
     d = np.take_along_axis(blocks, largest, axis=1) / np.float32(-8)
-    scale = _as_half(d)
-    q = (blocks * _inverse(d) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
+    scale = as_half(d)
+    q = (blocks * inverse(d) + np.float32(8.5)).astype(np.uint8).clip(0, 15)
     return np.concatenate((scale, _pack_nibbles(q)), axis=1)
 
 
@@ -100,10 +130,13 @@ def _pack_q4_1(blocks: Floats) -> Bytes:
     low, high = blocks.min(axis=1, keepdims=True), blocks.max(axis=1, keepdims=True)
     with np.errstate(over="ignore", invalid="ignore"):
         d = (high - low) / np.float32(15)
-    scale, minimum = _as_half(d), _as_half(low)
-    q = ((blocks - low) * _inverse(d) + np.float32(0.5)).astype(np.uint8).clip(0, 15)
+    scale, minimum = as_half(d), as_half(low)
+    q = ((blocks - low) * inverse(d) + np.float32(0.5)).astype(np.uint8).clip(0, 15)
     return np.concatenate((scale, minimum, _pack_nibbles(q)), axis=1)
 
 
 _PACK: dict[str, Callable[[Floats], Bytes]] = {"q8_0": _pack_q8_0, "q4_0": _pack_q4_0, "q4_1": _pack_q4_1}
-"""Quantisers by format, for the formats that Quadriga writes."""
+"""Quantisers of the formats that need no search."""
+
+WRITTEN = (*_PACK, *pack_blocks.PACK)
+"""Block formats that Quadriga writes."""
