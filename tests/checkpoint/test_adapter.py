@@ -86,6 +86,7 @@ def test_merged_it_computes_what_the_attached_one_does(tmp_path: Path) -> None:
         ("mixtral", "hf", None),
         ("mixtral", "hf5", ("attention", "experts")),
         ("dbrx", "split", None),
+        ("gpt_oss", None, ("attention", "experts", "embeddings", "head")),
         ("mpt", None, None),
     ],
 )
@@ -102,11 +103,16 @@ def hf_model(folder: Path, name: str) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama2-tied", "mixtral"])
-def test_peft_computes_the_same_from_the_files_we_write(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("llama2", None), ("llama2-tied", None), ("mixtral", None), ("gpt_oss", ("attention", "experts"))],
+)
+def test_peft_computes_the_same_from_the_files_we_write(
+    tmp_path: Path, name: str, targets: tuple[str, ...] | None
+) -> None:
     peft = pytest.importorskip("peft")
     model = hf_model(tmp_path / "base", name)
-    adapter = adapter_for(name)
+    adapter = adapter_for(name, targets)
     to_peft(adapter, TINY[name], tmp_path / "peft")
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(model, tmp_path / "peft").eval()(IDS[None]).logits[0]

@@ -54,7 +54,7 @@ def logits(name: str, packed: PackedParameters) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("form", ["keep", "q4", "q4m", "q8", "float32"])
+@pytest.mark.parametrize("form", ["keep", "q4", "q4m", "q8", "mx4", "float32"])
 @pytest.mark.parametrize("name", TINY)
 def test_a_packed_directory_holds_what_packing_at_load_makes(tmp_path: Path, name: str, form: str) -> None:
     write(tmp_path / "hf", name)

@@ -37,6 +37,7 @@ ALL = {
     "olmoe": ("attention", "router", "experts", "embeddings", "head"),
     "granitemoe": ("attention", "router", "experts", "embeddings"),
     "granitemoeshared": ("attention", "router", "experts", "shared", "embeddings"),
+    "gpt_oss": ("attention", "router", "experts", "embeddings", "head"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }

@@ -56,6 +56,17 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
         lambda c: c.with_ffn(shared=replace(c.only_moe("this").shared, activation="gelu")),  # type: ignore[type-var]
     ),
     "scores of the usual scale": ("granite", lambda c: c.with_mixer(scale=None)),
+    "no window in gpt-oss": ("gpt-oss", lambda c: c.with_mixer(window=None)),
+    "a window in every layer of gpt-oss": ("gpt-oss", lambda c: c.with_mixer(window=7)),
+    "windows in the other layers": ("gpt-oss", lambda c: replace(c, layers=c.layers[1:] + c.layers[:1])),
+    "yarn's ramp rounded": ("gpt-oss", lambda c: c.with_mixer(position=rope_with(c, truncate=True))),
+    "yarn without its attention factor in gpt-oss": (
+        "gpt-oss",
+        lambda c: c.with_mixer(position=rope_with(c, attention_factor=1.0)),
+    ),
+    "yarn's usual turns": ("gpt-oss", lambda c: c.with_mixer(position=rope_with(c, beta_fast=32.0, beta_slow=1.0))),
+    "a plain gated unit": ("gpt-oss", lambda c: c.with_ffn(activation="silu")),
+    "a softmax over all experts": ("gpt-oss", lambda c: c.with_ffn(normalize_p=None)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
     "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),

@@ -42,7 +42,9 @@ UNIT = {"bfloat16": 2**-8, "int8": 0.0083, "int16": 0.0083 / 128}
 """Unit roundoff of activations. Groups of 32 in 8 bits: the step is max / 127, the largest of 32 normal numbers about 2.1
 deviations, so the error's root mean square is 2.1 / 127 / sqrt(12) = 0.0048 = u / sqrt(3). int16 has 128 times the steps."""
 
-FORMATS = [("bfloat16", "bfloat16")] + [(form, bits) for form in ("q8", "q4", "q4m") for bits in ("int8", "int16")]
+FORMATS = [("bfloat16", "bfloat16")] + [
+    (form, bits) for form in ("q8", "q4", "q4m", "mx4") for bits in ("int8", "int16")
+]
 
 
 def make(config: ModelConfig, form: str, **options: object) -> tuple[CompiledModel, Transformer]:
@@ -212,7 +214,7 @@ def test_of_equal_experts_the_lower_numbers_are_chosen(equal: tuple[int, ...], i
 
 
 MIXTURES = {
-    "every expert another": ["float32", "bfloat16", "q8", "q4", "q4m"],
+    "every expert another": ["float32", "bfloat16", "q8", "mx4", "q4m"],
     "floats beside integers": ["q8", "bfloat16", "q8", "float32", "q4"],
     "integers": ["q4", "q8", "q4m", "q4", "q8"],
 }

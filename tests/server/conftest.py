@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,10 +115,15 @@ class Live:
 
 @contextlib.contextmanager
 def running(
-    llm: LLM, limits: Limits | None = None, *, max_waiting: int = 16, stay_on_failure: bool = False
+    llm: LLM,
+    limits: Limits | None = None,
+    *,
+    max_waiting: int = 16,
+    stay_on_failure: bool = False,
+    aliases: Sequence[str] = (),
 ) -> Iterator[Live]:
     """A server in a thread of this process."""
-    service = Service(llm, name="tiny", max_waiting=max_waiting)
+    service = Service(llm, name="tiny", aliases=aliases, max_waiting=max_waiting)
     listener, up = listen("127.0.0.1", 0), threading.Event()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     servers: list[Server] = []

@@ -79,6 +79,11 @@ FOUND = {
         ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"],
         {"<|return|>", "<|call|>"},  # <|end|> ends a thought there
     ),
+    "channels whose every message has one end": (
+        simple("<|start|>assistant<|channel|>final<|message|>", "<|end|>"),
+        ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"],
+        {"<|return|>", "<|call|>"},
+    ),
     "capitals": (STRUCTURES["capitals and bars"], ["<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"], {"<|END_OF_TURN_TOKEN|>"}),
     "fullwidth bars": (STRUCTURES["thinking with fullwidth bars"], ["<｜User｜>", "<｜end▁of▁sentence｜>"], {"<｜end▁of▁sentence｜>"}),
     "marked for training": (STRUCTURES["generation marks"], ["<|im_start|>", "<|im_end|>"], {"<|im_end|>"}),

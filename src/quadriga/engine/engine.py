@@ -185,7 +185,9 @@ class Engine:
             request=request,
             running=running,
             sampler=Sampler(params, prompt, self.config.vocab_size, self.unused),
-            text=Detokenizer(self.tokenizer, stop=params.stop, after=prompt) if self.tokenizer is not None else None,
+            text=None
+            if self.tokenizer is None
+            else Detokenizer(self.tokenizer, stop=params.stop, after=prompt, shown=request.shown),
             ends=frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.end_ids),
             # A guess is checked against the model's choice, not against a grammar's.
             lookup=Lookup() if params.speculate and request.constraint is None else None,

@@ -84,7 +84,7 @@ def load(
         path_or_name: a catalogue name (`quadriga models list`), a Hugging Face or Quadriga directory, a GGUF file, or
             the folder of Grok-1's release.
         format: what its matrices are packed as for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8,
-            q4, q4m; None is keep.
+            q4, q4m, mx4; None is keep.
         dtype: compute in plain torch with this dtype instead (float32, bfloat16, float16, float64 or auto); None runs
             the CPU's kernels where the device is a CPU, and is "auto" elsewhere.
         device: cpu, cuda, a CUDA device such as cuda:1, or auto.
@@ -132,7 +132,7 @@ def load(
         if activations is not None and not is_quantised(opened, format or "keep"):
             raise ConfigError(
                 f"activations (--activations) {activations} would have no effect: it is what quantised weights are "
-                f"multiplied with, and those of {path_or_name} are not. Leave it out, or give format q8, q4 or q4m"
+                f"multiplied with, and those of {path_or_name} are not. Leave it out, or give format q8, q4, q4m or mx4"
             )
         runner = make.make(
             opened,
@@ -447,7 +447,9 @@ class LLM:
         """Token ids that end an answer: the checkpoint's, the tokenizer's, and the template's ends of turns."""
         return {*self.config.eos_ids, *self._ends.ids}
 
-    def prompt_ids(self, prompt: str | Sequence[int], *, parse_special: bool = True) -> list[int]:
+    def prompt_ids(
+        self, prompt: str | Sequence[int], *, parse_special: bool = True, add_special: bool = True
+    ) -> list[int]:
         """A prompt as checked token ids.
 
         Args:
@@ -455,10 +457,13 @@ class LLM:
             parse_special: names of special tokens in a text are those tokens: a prompt is what the model reads, and
                 programs render templates themselves. False where the text is somebody's words; in a conversation
                 (:meth:`chat_ids`) words always stay words.
+            add_special: put the bos token before a text; False leaves it as it is.
         """
         if isinstance(prompt, str):
             self.check_length(prompt)
-            prompt = self._need_tokenizer().encode_prompt(prompt, allow_special=parse_special)
+            tokenizer = self._need_tokenizer()
+            encode = tokenizer.encode_prompt if add_special else tokenizer.encode
+            prompt = encode(prompt, allow_special=parse_special)
         return self._check_ids(prompt)
 
     def check_length(self, text: str) -> None:

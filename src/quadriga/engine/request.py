@@ -172,6 +172,8 @@ class Request:
     """The adapter that answers, by the name it was added under; None: the model itself."""
     client: bytes = b""
     """Who asks; clients are served in turn."""
+    shown: frozenset[int] = frozenset()
+    """Control tokens that are part of the answer's text, by their names."""
 
 
 @dataclass(frozen=True, kw_only=True)

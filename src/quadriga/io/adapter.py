@@ -345,13 +345,22 @@ def _take_factors(
     match.left -= set(keys)
     match.adapted.add(source)
     b = b * how.scale_of(module)
+    if _is_stack_in_out(pieces[0]):
+        a, b = np.swapaxes(b, -1, -2), np.swapaxes(a, -1, -2)
     start = 0
     for piece in pieces:
         box = piece.target_box or whole(piece.target_shape)
         height = box[-2][1] - box[-2][0]
         rows = b if len(pieces) == 1 else b[..., start : start + height, :]
+        if piece.stride is not None:
+            rows = b[..., piece.stride.start :: piece.stride.step, :]
         start += height
         match.parts.setdefault(piece.target, []).append((piece, a, rows))
+
+
+def _is_stack_in_out(piece: Piece) -> bool:
+    """Experts in one tensor, each the transpose of the parameter's slice: the factors trade places (gpt-oss)."""
+    return piece.transpose and len(piece.source_shape) == 3
 
 
 def _check_modules(match: _Match, how: PeftConfig, config: ModelConfig, folder: Path) -> None:
@@ -489,7 +498,8 @@ def _stored_factors(adapter: Adapter, source: str, pieces: list[Piece]) -> tuple
         a, b = adapter.factors[piece.target]
         box = piece.target_box or whole(piece.target_shape)
         flat = len(piece.source_shape) == 2 and len(box) == 3
-        if piece.rotary_heads or (flat and box[0][1] - box[0][0] > 1) or (piece.transpose and not flat):
+        unknown = piece.transpose and not flat and not _is_stack_in_out(piece)
+        if piece.rotary_heads or (flat and box[0][1] - box[0][0] > 1) or unknown:
             raise ConfigError(f"peft has no form for factors of {source}; choose another layout of the family")
         if flat:
             a, b = a[box[0][0]], b[box[0][0]]
@@ -498,13 +508,21 @@ def _stored_factors(adapter: Adapter, source: str, pieces: list[Piece]) -> tuple
             parts.append((a, b))
         else:
             parts.append((a, b[..., slice(*box[-2]), :] if len(pieces) == 1 else b))
-    if len(parts) == 1:
-        return parts[0]
-    # Gate above up in one stack: a block for each.
+    a, b = parts[0] if len(parts) == 1 else _side_by_side(parts, in_turn=pieces[0].stride is not None)
+    return (np.swapaxes(b, -1, -2), np.swapaxes(a, -1, -2)) if _is_stack_in_out(pieces[0]) else (a, b)
+
+
+def _side_by_side(parts: list[tuple[Floats, Floats]], *, in_turn: bool) -> tuple[Floats, Floats]:
+    """The factors of gate and up in one stack, one above the other or row by row in turn: a block for each."""
     zeros = [np.zeros_like(b) for _, b in parts]
     rows = [np.concatenate([b if i == j else zeros[i][..., : parts[j][1].shape[-1]] for j in range(len(parts))], -1)
             for i, (_, b) in enumerate(parts)]  # fmt: skip
-    return np.concatenate([a for a, _ in parts], -2), np.concatenate(rows, -2)
+    if in_turn:
+        stacked = np.stack(rows, -2)
+        together = stacked.reshape(*stacked.shape[:-3], -1, stacked.shape[-1])
+    else:
+        together = np.concatenate(rows, -2)
+    return np.concatenate([a for a, _ in parts], -2), together
 
 
 def _fused_to_peft(a: Floats, b: Floats) -> tuple[Floats, Floats]:

@@ -131,6 +131,10 @@ class Runner(Protocol):
         """Of logits (R, V): the most probable token of every row (lowest id of equals), and log(sum(exp))."""
         ...
 
+    def weights(self) -> tuple[str, int]:
+        """(the format that most of the weights in memory are in, their bytes)."""
+        ...
+
     def expert_load(self) -> list[NDArray[np.int64]]:
         """Per MoE layer (E,): tokens every expert has seen since the start."""
         ...

@@ -8,6 +8,7 @@ the two to each other for every family. Nothing here branches on the family eith
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
 
@@ -177,6 +178,16 @@ class CompiledModel:
             for r, (_, spec) in zip(self.program.routing, self.config.moe_layers, strict=True)
             for logits in (r.logits[:n_tokens].copy(),)
         ]
+
+    def weights(self) -> tuple[str, int]:
+        """See :class:`Runner`. Experts on disk are not in memory."""
+        n_bytes: Counter[str] = Counter()
+        for parameter in self.parameters.values():
+            for part in [parameter] if isinstance(parameter, (Packed, np.ndarray)) else parameter:
+                n_bytes[part.format if isinstance(part, Packed) else "float32"] += (
+                    part.data.nbytes if isinstance(part, Packed) else part.nbytes
+                )
+        return n_bytes.most_common(1)[0][0], n_bytes.total()
 
     def expert_load(self) -> list[NDArray[np.int64]]:
         """Per MoE layer (E,) int64: tokens every expert has seen since the model was built."""

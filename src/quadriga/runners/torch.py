@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -120,6 +121,13 @@ class TorchRunner:
         """See :class:`Runner`."""
         rows = torch.from_numpy(logits)
         return rows.argmax(-1).tolist(), rows.logsumexp(-1).tolist()
+
+    def weights(self) -> tuple[str, int]:
+        """See :class:`Runner`."""
+        n_bytes: Counter[str] = Counter()
+        for parameter in self.model.parameters():
+            n_bytes[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
+        return n_bytes.most_common(1)[0][0], n_bytes.total()
 
     def expert_load(self) -> list[NDArray[np.int64]]:
         """See :class:`Runner`."""

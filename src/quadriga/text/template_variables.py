@@ -43,6 +43,7 @@ _CLASS_OF_MODEL = {
     "granite": "GPT2Tokenizer",
     "granitemoe": "GPT2Tokenizer",
     "granitemoeshared": "GPT2Tokenizer",
+    "gpt_oss": "PreTrainedTokenizer",
 }
 """transformers' class for a model_type of config.json, where tokenizer_config.json names none."""
 

@@ -15,6 +15,7 @@ from quadriga.model.config import ModelConfig
 from quadriga.model.families import (
     class_defaults,
     dbrx,
+    gpt_oss,
     granite,
     grok1,
     llama2,
@@ -45,6 +46,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "smollm3": smollm3.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
 }
 
 PRESETS: dict[str, ModelConfig] = {
