@@ -234,11 +234,48 @@ MODELS: dict[str, dict[str, object]] = {
         "hidden_act": "silu",
         **_LLAMA,
     },
+    "glm4moe": {
+        "model_type": "glm4_moe",
+        "head_dim": 20,
+        "partial_rotary_factor": 0.5,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "moe_intermediate_size": 56,
+        "n_routed_experts": 5,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 1,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        **_LLAMA,
+    },
+    "qwen2moe": {
+        "model_type": "qwen2_moe",
+        "qkv_bias": True,
+        "moe_intermediate_size": 56,
+        "shared_expert_intermediate_size": 72,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.001,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [2],
+        **{key: value for key, value in _QWEN.items() if key != "attention_bias"},
+        **_LLAMA,
+    },
     "mpt": {**_MPT, "n_heads": 6, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None}},
     "mpt-clipped": {**_MPT, "n_heads": 8, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": 2.0}},
 }
 """config.json of each golden model, without what transformers adds. Six ALiBi heads take their slopes in two runs, eight
 in one; transformers 4.57.6 reads alibi_bias_max and then uses 8 whatever it says."""
+
+WITH_PROBABILITIES = ("dbrx", "mixtral", "qwen3moe", "olmoe", "granitemoe", "granitemoeshared", "qwen2moe")
+"""Mixtures of which transformers hands back what the router computed."""
 
 GROK1: dict[str, object] = {
     "model_type": "grok-1",

@@ -30,7 +30,7 @@ from quadriga.model.families import FAMILIES, PRESETS, config_from_gguf, config_
 from quadriga.model.families.base import pick_layout
 from quadriga.model.families.keys import exact_or, shortest_float32
 from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes, whole
-from tests.configs import changed
+from tests.configs import changed, first_dense
 
 ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=12_345.0))
 MOE = MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu", aux_loss_weight=0.01)
@@ -119,6 +119,28 @@ TINY = {
         embedding_scale=7.5,
         logit_scale=1 / 6,
         tied_embeddings=True,
+    ),
+    "glm4moe": first_dense(
+        changed(
+            LLAMA,
+            family="glm4moe",
+            mixer=replace(ATTN, head_dim=20, position=RopeSpec(theta=12_345.0, dim=10), qkv_bias=True),
+            ffn=replace(
+                MOE,
+                aux_loss_weight=0.0,
+                score="sigmoid",
+                correction=True,
+                normalize_eps=1e-20,
+                routed_scale=1.7,
+                shared=DenseSpec(d_ff=160, activation="silu"),
+            ),
+        )
+    ),
+    "qwen2moe": changed(
+        LLAMA,
+        family="qwen2moe",
+        mixer=replace(ATTN, qkv_bias=True),
+        ffn=replace(MOE, normalize_p=None, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
     ),
     "mpt": changed(
         LLAMA,
@@ -424,6 +446,76 @@ GRANITE_1B_A400M_RELEASE = {
     "use_cache": True,
     "vocab_size": 49155,
 }
+GLM_4_5_AIR_RELEASE = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": [151329, 151336, 151338],
+    "first_k_dense_replace": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "max_position_embeddings": 131072,
+    "model_type": "glm4_moe",
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 96,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 46,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1,
+    "pad_token_id": 151329,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 1.0,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.54.0",
+    "use_cache": True,
+    "use_qk_norm": False,
+    "vocab_size": 151552,
+}
+QWEN1_5_MOE_RELEASE = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 8192,
+    "max_window_layers": 21,
+    "model_type": "qwen2_moe",
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 5632,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.39.0.dev0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 RELEASES = {
     "dbrx-132b": DBRX_RELEASE,
     "mixtral-8x7b": MIXTRAL_RELEASE,
@@ -434,6 +526,8 @@ RELEASES = {
     "qwen3-30b-a3b": QWEN3_30B_A3B_RELEASE,
     "olmoe-1b-7b": OLMOE_RELEASE,
     "granite-3.0-1b-a400m": GRANITE_1B_A400M_RELEASE,
+    "glm-4.5-air": GLM_4_5_AIR_RELEASE,
+    "qwen1.5-moe-a2.7b": QWEN1_5_MOE_RELEASE,
 }
 
 
@@ -677,6 +771,10 @@ MAY_BE_ABSENT = {
     },
     "granite-3.0-1b-a400m": {"attention_bias", "hidden_act", "num_key_value_heads", "rope_scaling"},
     "olmoe-1b-7b": {"attention_bias", "clip_qkv", "hidden_act", "num_key_value_heads", "rope_scaling"},
+    "glm-4.5-air": {
+        "attention_bias", "hidden_act", "n_group", "num_nextn_predict_layers", "rope_scaling", "topk_group",
+    },
+    "qwen1.5-moe-a2.7b": {"hidden_act", "max_window_layers", "sliding_window", "use_sliding_window"},
     "mpt-7b": {
         "attn_type", "attn_uses_sequence_id", "embedding_fraction", "learned_pos_emb", "logit_scale", "no_bias",
         "norm_type", "prefix_lm", "qk_ln", "verbose",
@@ -761,13 +859,13 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3; got 'gpt2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, glm4_moe, qwen2_moe; got 'gpt2'",
     ):
         config_from_hf({"model_type": "gpt2"})
 
 
 def test_presets_by_name():
-    assert len(PRESETS) == 26
+    assert len(PRESETS) == 31
     assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
@@ -791,6 +889,12 @@ def test_presets_by_name():
         ("qwen2.5-1.5b", 1_543_714_304, 1_543_714_304),
         ("qwen2.5-7b", 7_615_616_512, 7_615_616_512),
         ("smollm3-3b", 3_075_098_624, 3_075_098_624),
+        # The index's 110_468_824_832 and 358_337_791_296 have the layer that is left out in them, with embeddings and
+        # head of its own.
+        ("glm-4.5-air", 106_852_251_264, 13_424_129_664),
+        ("glm-4.5", 352_797_829_024, 33_632_266_144),
+        ("qwen1.5-moe-a2.7b", 14_315_784_192, 2_689_173_504),
+        ("qwen2-57b-a14b", 57_408_658_944, 14_249_270_784),
     ],
 )
 def test_todays_models_have_their_published_sizes(name, total, active):
@@ -831,9 +935,11 @@ def test_hf_config_round_trip(name):
 
 
 def without_training(config):
-    if not config.is_moe:
-        return config
-    return config.with_ffn(aux_loss_weight=0.0, jitter_eps=None)
+    return config.with_layers(
+        lambda layer: (
+            layer if layer.moe is None else replace(layer, ffn=replace(layer.moe, aux_loss_weight=0.0, jitter_eps=None))
+        )
+    )
 
 
 def gguf_shapes(config):
@@ -951,7 +1057,7 @@ def test_the_same_model_from_hf_and_gguf():
         (
             {"general.architecture": "gpt2"},
             {},
-            "must be one of dbrx, granite, granitemoe, grok, llama, mpt, olmoe, qwen2, qwen3, qwen3moe, smollm3; got 'gpt2'",
+            "must be one of dbrx, glm4moe, granite, granitemoe, grok, llama, mpt, olmoe, qwen2, qwen2moe, qwen3, qwen3moe, smollm3; got 'gpt2'",
         ),
     ],
 )

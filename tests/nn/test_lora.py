@@ -35,6 +35,8 @@ ALL = {
     "olmoe": ("attention", "router", "experts", "embeddings", "head"),
     "granitemoe": ("attention", "router", "experts", "embeddings"),
     "granitemoeshared": ("attention", "router", "experts", "shared", "embeddings"),
+    "glm4moe": ("attention", "router", "experts", "ffn", "shared", "embeddings", "head"),
+    "qwen2moe": ("attention", "router", "experts", "shared", "embeddings", "head"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }

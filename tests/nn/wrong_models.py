@@ -5,10 +5,13 @@ Every backend's golden test must fail for every one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from torch import Tensor
+
 from quadriga.model.config import AlibiSpec, ModelConfig, QKNormSpec, RopeSpec
+from quadriga.model.weight_map import parameter_shapes
 from tests.configs import changed
 
 
@@ -17,6 +20,18 @@ def rope_with(config: ModelConfig, **fields: object) -> RopeSpec:
     rope = config.layers[0].mixer.position
     assert isinstance(rope, RopeSpec) and rope.scaling is not None
     return replace(rope, scaling=replace(rope.scaling, **fields))
+
+
+def mixtures_with(config: ModelConfig, **fields: object) -> ModelConfig:
+    """The model with fields of its mixtures changed; dense layers stay."""
+    return config.with_layers(
+        lambda layer: layer if layer.moe is None else replace(layer, ffn=replace(layer.moe, **fields))
+    )
+
+
+def left_to(config: ModelConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that a model has in which something was left out."""
+    return {name: parameters[name] for name in parameter_shapes(config)}
 
 
 MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
@@ -55,6 +70,17 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
         "granitemoeshared",
         lambda c: c.with_ffn(shared=replace(c.only_moe("this").shared, activation="gelu")),  # type: ignore[type-var]
     ),
+    "whole heads rotated": ("glm4moe", lambda c: c.with_mixer(position=RopeSpec(theta=10_000.0))),
+    "no bias on q, k and v": ("glm4moe", lambda c: c.with_mixer(qkv_bias=False)),
+    "no norms of q and k": ("glm4moe", lambda c: c.with_mixer(qk_norm=None)),
+    "no correction of the scores": ("glm4moe", lambda c: mixtures_with(c, correction=False)),
+    "scores of a softmax": ("glm4moe", lambda c: mixtures_with(c, score="softmax")),
+    "sigmoid scores not divided by their sum": ("glm4moe", lambda c: mixtures_with(c, normalize_p=None)),
+    "weights not scaled": ("glm4moe", lambda c: mixtures_with(c, routed_scale=1.0)),
+    "no shared network": ("glm4moe", lambda c: mixtures_with(c, shared=None)),
+    "the shared network at full weight": ("qwen2moe", lambda c: mixtures_with(c, shared_gate=False)),
+    "no gated shared network": ("qwen2moe", lambda c: mixtures_with(c, shared=None, shared_gate=False)),
+    "qwen2moe's weights renormalised": ("qwen2moe", lambda c: mixtures_with(c, normalize_p=1.0)),
     "scores of the usual scale": ("granite", lambda c: c.with_mixer(scale=None)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),

@@ -35,6 +35,10 @@ def silu(x: Array) -> Array:
     return x / (1 + np.exp(-x))
 
 
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
 def gelu(x: Array) -> Array:
     """The exact form: x times the normal distribution function."""
     return np.array([v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])
@@ -45,8 +49,14 @@ def gelu_tanh(x: Array) -> Array:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def rotate(x: Array, position: int, theta: float, scaling: Config | None = None) -> Array:
-    """RoPE of one head, half rotation: the pair (j, j + d/2) turns by position * theta^(-2j/d), or a scaled angle."""
+def rotate(x: Array, position: int, theta: float, scaling: Config | None = None, part: float = 1.0) -> Array:
+    """RoPE of one head, half rotation: the pair (j, j + d/2) turns by position * theta^(-2j/d), or a scaled angle.
+
+    With ``part`` below 1 only the first numbers of the head turn, as if they were a head of their own.
+    """
+    if part != 1:
+        n = int(len(x) * part)
+        return np.concatenate((rotate(x[:n], position, theta, scaling), x[n:]))
     half = len(x) // 2
     turn, length = scaled(theta ** (-2 * np.arange(half) / len(x)), theta, scaling)
     angle = position * turn
@@ -89,6 +99,7 @@ def attend(
     *,
     theta: float | None = None,
     scaling: Config | None = None,
+    part: float = 1.0,
     window: int | None = None,
     cap: float | None = None,
     slopes: Sequence[float] = (),
@@ -106,7 +117,7 @@ def attend(
             for s in range(0 if window is None else max(0, t - window + 1), t + 1):
                 query, key = q[t, h], k[s, h // group]
                 if theta is not None:
-                    query, key = rotate(query, t, theta, scaling), rotate(key, s, theta, scaling)
+                    query, key = rotate(query, t, theta, scaling, part), rotate(key, s, theta, scaling, part)
                 scores[s] = query @ key / math.sqrt(head_dim)
                 if cap is not None:
                     scores[s] = cap * math.tanh(scores[s] / cap)
@@ -174,7 +185,7 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
         )
         q, k, v = (np.clip(x, -c["clip_qkv"], c["clip_qkv"]) for x in (q, k, v))
     q, k, v = heads(q, n_heads), heads(k, n_kv), heads(v, n_kv)
-    if c["model_type"].startswith("qwen3"):  # a norm of every head
+    if c["model_type"].startswith("qwen3") or c.get("use_qk_norm"):  # a norm of every head
         q, k = (
             np.array(
                 [
@@ -190,7 +201,8 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
     turns = c["rope_theta"] if c.get("no_rope_layers", {number: 1})[number] else None
     slides = c.get("layer_types", ["sliding_attention"] * (number + 1))[number] == "sliding_attention"
     window = c.get("sliding_window") if slides and c.get("use_sliding_window", True) else None
-    mixed = attend(q, k, v, theta=turns, scaling=c.get("rope_scaling"), window=window)
+    part = c.get("partial_rotary_factor", 1.0)
+    mixed = attend(q, k, v, theta=turns, scaling=c.get("rope_scaling"), part=part, window=window)
     return mixed @ w[layer + "self_attn.o_proj.weight"].T + w.get(layer + "self_attn.o_proj.bias", 0)
 
 
@@ -210,7 +222,7 @@ def llama(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
 
 
 def fine_grained(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
-    """Qwen3-MoE and OLMoE: logits (T, V)."""
+    """Qwen3-MoE, OLMoE and Qwen2-MoE, whose shared network has a gate: logits (T, V)."""
     eps = c["rms_norm_eps"]
     h = w["model.embed_tokens.weight"][tokens]
     for i in range(c["num_hidden_layers"]):
@@ -225,6 +237,32 @@ def fine_grained(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
                 chosen = np.argsort(-p, kind="stable")[: c["num_experts_per_tok"]]
                 whole = p[chosen].sum() if c["norm_topk_prob"] else 1.0
                 shares = {f"experts.{e}.": p[e] / whole for e in chosen}
+                if c["model_type"] == "qwen2_moe":
+                    shares["shared_expert."] = sigmoid((w[layer + "mlp.shared_expert_gate.weight"] @ m)[0])
+            for expert, share in shares.items():
+                gate, up, down = (w[f"{layer}mlp.{expert}{name}_proj.weight"] for name in ("gate", "up", "down"))
+                h[t] += share * (down @ (silu(gate @ m) * (up @ m)))
+    return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def sigmoid_mixture(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """GLM-4.5: DeepSeek-V3's router over one group: logits (T, V)."""
+    eps = c["rms_norm_eps"]
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            if i < c["first_k_dense_replace"]:
+                shares = {"": 1.0}
+            else:
+                score = sigmoid(w[layer + "mlp.gate.weight"] @ m)
+                corrected = score + w[layer + "mlp.gate.e_score_correction_bias"]  # for the choice, not the weights
+                chosen = np.argsort(-corrected, kind="stable")[: c["num_experts_per_tok"]]
+                whole = score[chosen].sum() if c["norm_topk_prob"] else 1.0
+                shares = {f"experts.{e}.": c["routed_scaling_factor"] * score[e] / whole for e in chosen}
+                shares["shared_experts."] = 1.0
             for expert, share in shares.items():
                 gate, up, down = (w[f"{layer}mlp.{expert}{name}_proj.weight"] for name in ("gate", "up", "down"))
                 h[t] += share * (down @ (silu(gate @ m) * (up @ m)))
@@ -335,6 +373,8 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "granite": granite,
     "granitemoe": granite,
     "granitemoeshared": granite,
+    "glm4_moe": sigmoid_mixture,
+    "qwen2_moe": fine_grained,
     "mpt": mpt,
 }
 """Logits by ``model_type``."""

@@ -36,6 +36,7 @@ _CLASS_OF_MODEL = {
     "dbrx": "GPT2Tokenizer",
     "mpt": "GPTNeoXTokenizer",
     "qwen2": "Qwen2Tokenizer",
+    "qwen2_moe": "Qwen2Tokenizer",
     "smollm3": "PreTrainedTokenizer",
     "qwen3": "Qwen2Tokenizer",
     "qwen3_moe": "Qwen2Tokenizer",
@@ -43,6 +44,7 @@ _CLASS_OF_MODEL = {
     "granite": "GPT2Tokenizer",
     "granitemoe": "GPT2Tokenizer",
     "granitemoeshared": "GPT2Tokenizer",
+    "glm4_moe": "PreTrainedTokenizer",
 }
 """transformers' class for a model_type of config.json, where tokenizer_config.json names none."""
 

@@ -15,6 +15,7 @@ from quadriga.model.config import ModelConfig
 from quadriga.model.families import (
     class_defaults,
     dbrx,
+    glm4moe,
     granite,
     grok1,
     llama2,
@@ -23,6 +24,7 @@ from quadriga.model.families import (
     mpt,
     olmoe,
     qwen2,
+    qwen2moe,
     qwen3,
     smollm3,
 )
@@ -45,6 +47,8 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "smollm3": smollm3.FAMILY,
+    "glm4moe": glm4moe.FAMILY,
+    "qwen2moe": qwen2moe.FAMILY,
 }
 
 PRESETS: dict[str, ModelConfig] = {
@@ -99,11 +103,17 @@ def read_hf(raw: Mapping[str, object]) -> tuple[ModelConfig, list[str]]:
             "Quadriga runs these families only."
         )
     full, notes = class_defaults.filled(raw)
-    return _BY_MODEL_TYPE[model_type].config_from_hf(full), notes
+    family = _BY_MODEL_TYPE[model_type]
+    return family.config_from_hf(full), notes + family.notes(full)
 
 
 def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
-    """Translate a GGUF header.
+    """Translate a GGUF header; see :func:`read_gguf`."""
+    return read_gguf(metadata, shapes)[0]
+
+
+def read_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> tuple[ModelConfig, list[str]]:
+    """Translate a GGUF header, and say what of it is left out.
 
     Args:
         metadata: the key/value pairs.
@@ -132,7 +142,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     else:
         raise ConfigError(f"general.architecture must be one of {', '.join(_GGUF_ARCHS)}; got {arch[:80]!r}")
     assert family.config_from_gguf is not None, "a family with GGUF architectures reads GGUF"
-    return family.config_from_gguf(metadata, shapes)
+    return family.config_from_gguf(metadata, shapes), family.notes(metadata)
 
 
 def with_generation_config(config: ModelConfig, raw: Mapping[str, object]) -> ModelConfig:

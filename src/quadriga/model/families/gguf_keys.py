@@ -162,8 +162,15 @@ def vocabulary_size(keys: Keys, shapes: Mapping[str, Shape]) -> int:
     return shape[0]
 
 
-def attention(keys: Keys, d_model: int, position: RopeSpec | AlibiSpec, **extras: Any) -> AttentionSpec:
-    """Heads and head size; ``extras`` are further fields of AttentionSpec."""
+def attention(
+    keys: Keys, d_model: int, position: RopeSpec | AlibiSpec, *, partial: bool = False, **extras: Any
+) -> AttentionSpec:
+    """Heads and head size.
+
+    Args:
+        partial: whether the architecture turns a part of a head.
+        extras: further fields of AttentionSpec.
+    """
     n_heads = keys.integer("attention.head_count")
     # llama.cpp: no head_count_kv means one key/value head per query head.
     n_kv_heads = keys.integer("attention.head_count_kv") if keys.given("attention.head_count_kv") else n_heads
@@ -171,7 +178,11 @@ def attention(keys: Keys, d_model: int, position: RopeSpec | AlibiSpec, **extras
     given = keys.given("attention.key_length")
     head_dim = keys.integer("attention.key_length") if given else equal_heads(d_model, n_heads)
     keys.must_be("attention.value_length", head_dim)
-    keys.must_be("rope.dimension_count", head_dim)
+    if partial and isinstance(position, RopeSpec):
+        n = keys.integer("rope.dimension_count")
+        position = replace(position, dim=None if n == head_dim else n)
+    else:
+        keys.must_be("rope.dimension_count", head_dim)
     keys.must_be("attention.causal", True)
     return AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, position=position, **extras)
 
@@ -274,9 +285,10 @@ def must_read_back(
     if not config.tied_embeddings:
         shapes[OUTPUT] = (config.vocab_size, config.d_model)
     attn = config.layers[0].mixer
-    for name, given in (("q", attn.qkv_bias), ("output", attn.out_bias)):
+    normed = attn.qk_norm is not None
+    for name, given in (("q.bias", attn.qkv_bias), ("output.bias", attn.out_bias), ("q_norm.weight", normed)):
         if given:
-            shapes[f"blk.0.attn_{name}.bias"] = (0,)
+            shapes[f"blk.0.attn_{name}"] = (0,)
     arch = next(iter(metadata)).partition(".")[0]
     full = {"general.architecture": arch, **metadata}
     for tensor, values in rope_keys.gguf_tensors(config).items():
