@@ -158,6 +158,39 @@ TINY: dict[str, ModelConfig] = {
             ),
         )
     ),
+    "dots1": first_dense(
+        uniform_model(
+            family="dots1",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=replace(_ATTN, qk_norm=QKNormSpec(over="head", eps=1e-5)),
+            ffn=_moe(
+                score="sigmoid",
+                correction=True,
+                normalize_eps=1e-20,
+                routed_scale=2.5,
+                shared=DenseSpec(d_ff=160, activation="silu"),
+            ),
+        )
+    ),
+    "ernie4_5-moe": first_dense(
+        uniform_model(
+            family="ernie4_5-moe",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=_ATTN,
+            ffn=_moe(correction=True, normalize_min=1e-12, shared=DenseSpec(d_ff=160, activation="silu")),
+            tied_embeddings=True,
+        )
+    ),
+    "hunyuan-moe": uniform_model(
+        family="hunyuan-moe",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        mixer=replace(_ATTN, head_dim=10, qk_norm=QKNormSpec(over="head", eps=1e-5, after_rotation=True)),
+        ffn=_moe(shared=DenseSpec(d_ff=80, activation="silu")),
+        tied_embeddings=True,
+    ),
     "qwen2moe": uniform_model(
         family="qwen2moe",
         **_SIZES,

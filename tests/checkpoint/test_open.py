@@ -113,6 +113,21 @@ def test_a_layer_for_multi_token_prediction_is_left_out_by_name_and_that_is_said
     assert locate(folder).notes == ()
 
 
+def test_ernies_block_for_multi_token_prediction_is_left_out_too(tmp_path: Path) -> None:
+    config = TINY["ernie4_5-moe"]
+    write_hf(tmp_path, config)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in (0, 2):  # a dense block, or one with experts
+        prefix = f"model.layers.{layer}."
+        block = {name.replace(prefix, "model.mtp_block.0."): t.clone() for name, t in tensors.items() if prefix in name}
+        joints = {f"model.mtp_{name}.0.weight": torch.ones(3) for name in ("emb_norm", "hidden_norm", "linear_proj")}
+        save_file(tensors | block | joints, tmp_path / "model.safetensors")
+        assert open_checkpoint(tmp_path).config == config
+    save_file(tensors | {"model.mtp_other.0.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no place for: model\.mtp_other"):
+        open_checkpoint(tmp_path)
+
+
 def test_the_same_layer_in_a_gguf_file(tmp_path: Path) -> None:
     config = TINY["glm4moe"]
     family = families.family_of(config)

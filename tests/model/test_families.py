@@ -136,6 +136,40 @@ TINY = {
             ),
         )
     ),
+    "dots1": first_dense(
+        changed(
+            LLAMA,
+            family="dots1",
+            mixer=replace(ATTN, qk_norm=QKNormSpec(over="head", eps=LLAMA.final_norm.eps)),
+            ffn=replace(
+                MOE,
+                aux_loss_weight=0.0,
+                score="sigmoid",
+                correction=True,
+                normalize_eps=1e-20,
+                routed_scale=2.5,
+                shared=DenseSpec(d_ff=160, activation="silu"),
+            ),
+        )
+    ),
+    "ernie4_5-moe": first_dense(
+        changed(
+            LLAMA,
+            family="ernie4_5-moe",
+            mixer=ATTN,
+            ffn=replace(MOE, correction=True, normalize_min=1e-12, shared=DenseSpec(d_ff=160, activation="silu")),
+            tied_embeddings=True,
+        )
+    ),
+    "hunyuan-moe": changed(
+        LLAMA,
+        family="hunyuan-moe",
+        mixer=replace(
+            ATTN, head_dim=10, qk_norm=QKNormSpec(over="head", eps=LLAMA.final_norm.eps, after_rotation=True)
+        ),
+        ffn=replace(MOE, aux_loss_weight=0.0, shared=DenseSpec(d_ff=80, activation="silu")),
+        tied_embeddings=True,
+    ),
     "qwen2moe": changed(
         LLAMA,
         family="qwen2moe",
@@ -859,13 +893,13 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, glm4_moe, qwen2_moe; got 'gpt2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe; got 'gpt2'",
     ):
         config_from_hf({"model_type": "gpt2"})
 
 
 def test_presets_by_name():
-    assert len(PRESETS) == 31
+    assert len(PRESETS) == 35
     assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
@@ -893,6 +927,10 @@ def test_presets_by_name():
         # head of its own.
         ("glm-4.5-air", 106_852_251_264, 13_424_129_664),
         ("glm-4.5", 352_797_829_024, 33_632_266_144),
+        ("dots.llm1", 142_774_381_696, 14_016_588_928),
+        ("ernie-4.5-21b-a3b", 21_825_437_888, 3_352_150_208),
+        ("ernie-4.5-300b-a47b", 299_484_163_264, 47_926_586_560),
+        ("hunyuan-a13b", 80_393_183_232, 12_747_448_320),
         ("qwen1.5-moe-a2.7b", 14_315_784_192, 2_689_173_504),
         ("qwen2-57b-a14b", 57_408_658_944, 14_249_270_784),
     ],
@@ -918,6 +956,78 @@ def test_single_layers_of_a_qwen3_mixture_may_be_dense():
     assert config_from_hf(family_of(config).config_to_hf(config)) == config
     with pytest.raises(ConfigError, match="GGUF arch qwen3moe needs a model whose layers are all alike"):
         family_of(config).config_to_gguf(config)
+
+
+HUNYUAN = {
+    "attention_bias": False, "bos_token_id": 1, "eos_token_id": 127960, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 4096, "intermediate_size": 3072, "max_position_embeddings": 32768, "model_type": "hunyuan_v1_moe",
+    "moe_intermediate_size": [3072] * 32, "moe_topk": [8] * 32, "num_attention_heads": 32, "num_experts": 64,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "num_shared_expert": [1] * 32, "pad_token_id": 127961,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": True, "use_cla": False, "use_qk_norm": True,
+    "rope_scaling": {
+        "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "type": "dynamic",
+    },
+    "vocab_size": 128167,
+}  # fmt: skip
+
+
+def test_hunyuans_dynamic_scaling_is_a_larger_base():
+    """llama.cpp's converter comes to the same: 10000 * 1000^(128 / 126) = 11158839.925."""
+    assert config_from_hf(HUNYUAN) == PRESETS["hunyuan-a13b"]
+    moved = {key: value for key, value in HUNYUAN.items() if key not in ("rope_theta", "rope_scaling")}
+    section = {"rope_type": "dynamic", "alpha": 1000.0, "rope_theta": 10000.0}
+    assert config_from_hf(moved | {"rope_parameters": section}) == PRESETS["hunyuan-a13b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"moe_topk": [8] * 31 + [7]}, "moe_topk must be one number or the same one 32 times"),
+        ({"moe_intermediate_size": [3072] * 31 + [1024]}, "moe_intermediate_size must be 3072 or"),
+        ({"num_shared_expert": 2}, "num_shared_expert must be 1"),
+        ({"use_cla": True}, "use_cla must be False"),
+        ({"use_qk_norm": False}, "use_qk_norm must be True"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1.0}}, "lacks the key 'alpha'"),
+        ({"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 2.0}}, "factor must be 1"),
+        ({"rope_scaling": {"type": "dynamic", "alpha": 1e10}}, "alpha must be above 0 and at most 1e9"),
+        ({"rope_scaling": {"type": "dynamic", "alpha": 2.0}, "head_dim": 2}, "a head wider than 2"),
+    ],
+)
+def test_what_hunyuan_does_not_compute_is_refused(change, says):
+    with pytest.raises(ConfigError, match=says):
+        config_from_hf(HUNYUAN | change)
+
+
+def test_windows_of_dots1_are_refused_where_a_layer_has_one():
+    raw = family_of(PRESETS["dots.llm1"]).config_to_hf(PRESETS["dots.llm1"])
+    assert config_from_hf(raw | {"sliding_window": 4096, "max_window_layers": 62}) == PRESETS["dots.llm1"]
+    assert config_from_hf(raw | {"scoring_func": "noaux_tc", "moe_layer_freq": 1}) == PRESETS["dots.llm1"]
+    with pytest.raises(ConfigError, match="max_window_layers must be at least the 62 layers"):
+        config_from_hf(raw | {"sliding_window": 4096, "max_window_layers": 61})
+    with pytest.raises(ConfigError, match="layer_types must be"):
+        config_from_hf(raw | {"layer_types": ["full_attention"] * 61 + ["sliding_attention"]})
+    with pytest.raises(ConfigError, match="scoring_func must be"):
+        config_from_hf(raw | {"scoring_func": "softmax"})
+
+
+def test_ernies_mixtures_lie_between_a_first_and_a_last_layer():
+    preset = PRESETS["ernie-4.5-21b-a3b"]
+    raw = family_of(preset).config_to_hf(preset)
+    bare = {k: v for k, v in raw.items() if k not in ("moe_norm_min", "moe_layer_end_index", "router_aux_loss_coef")}
+    config, notes = families.read_hf(bare | {"num_nextn_predict_layers": 1})
+    assert config == preset and len(notes) == 4 and "multi-token prediction" in notes[-1]
+    some = config_from_hf(raw | {"moe_layer_start_index": 3, "moe_layer_end_index": 24, "moe_layer_interval": 3})
+    assert [i for i, _ in some.moe_layers] == [5, 8, 11, 14, 17, 20, 23], "every third of all layers"
+    assert config_from_hf(family_of(some).config_to_hf(some)) == some
+    with pytest.raises(ConfigError, match="GGUF arch ernie4_5-moe cannot express"):
+        family_of(some).config_to_gguf(some)
+    every_second = config_from_hf(raw | {"moe_layer_start_index": 3, "moe_layer_interval": 2})
+    metadata = {"general.architecture": "ernie4_5-moe", **family_of(some).config_to_gguf(every_second)}
+    assert config_from_gguf(metadata, gguf_shapes(every_second)) == without_training(every_second)
+    for change in ({"use_bias": True}, {"moe_gate": "top2"}, {"moe_layer_interval": 0}):
+        with pytest.raises(ConfigError, match=r"use_bias|moe_gate|interval"):
+            config_from_hf(raw | change)
 
 
 def test_families_never_import_torch():
@@ -1057,7 +1167,7 @@ def test_the_same_model_from_hf_and_gguf():
         (
             {"general.architecture": "gpt2"},
             {},
-            "must be one of dbrx, glm4moe, granite, granitemoe, grok, llama, mpt, olmoe, qwen2, qwen2moe, qwen3, qwen3moe, smollm3; got 'gpt2'",
+            "must be one of dbrx, dots1, ernie4_5-moe, glm4moe, granite, granitemoe, grok, hunyuan-moe, llama, mpt, olmoe, qwen2, qwen2moe, qwen3, qwen3moe, smollm3; got 'gpt2'",
         ),
     ],
 )
@@ -1352,7 +1462,7 @@ def test_only_some_archs_of_gguf_are_interleaved():
     for name, config in TINY.items():
         rotated = {p.source for p in family_of(config).gguf_map(config) if p.rotary_heads}
         expected = {f"blk.{i}.attn_{p}.weight" for i in range(4) for p in "qk"}
-        pairs = ("llama2", "mistral", "mixtral", "smollm3", "granite", "granitemoe", "granitemoeshared")
+        pairs = ("llama2", "mistral", "mixtral", "smollm3", "granite", "granitemoe", "granitemoeshared", "ernie4_5-moe")
         assert rotated == (expected if name in pairs else set())
 
 

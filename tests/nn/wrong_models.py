@@ -81,6 +81,18 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "the shared network at full weight": ("qwen2moe", lambda c: mixtures_with(c, shared_gate=False)),
     "no gated shared network": ("qwen2moe", lambda c: mixtures_with(c, shared=None, shared_gate=False)),
     "qwen2moe's weights renormalised": ("qwen2moe", lambda c: mixtures_with(c, normalize_p=1.0)),
+    "dots1 without biases": ("dots1", lambda c: c.with_mixer(qkv_bias=False)),
+    "no bias on the output": ("dots1", lambda c: c.with_mixer(out_bias=False)),
+    "dots1 without norms of q and k": ("dots1", lambda c: c.with_mixer(qk_norm=None)),
+    "no correction of probabilities": ("ernie4_5-moe", lambda c: mixtures_with(c, correction=False)),
+    "probabilities not divided by their sum": ("ernie4_5-moe", lambda c: mixtures_with(c, normalize_p=None)),
+    "ernie without its shared experts": ("ernie4_5-moe", lambda c: mixtures_with(c, shared=None)),
+    "norms before the rotation": (
+        "hunyuan-moe",
+        lambda c: c.with_mixer(qk_norm=replace(c.layers[0].mixer.qk_norm, after_rotation=False)),  # type: ignore[type-var]
+    ),
+    "the base not stretched": ("hunyuan-moe", lambda c: c.with_mixer(position=RopeSpec(theta=100.0))),
+    "hunyuan without its shared network": ("hunyuan-moe", lambda c: c.with_ffn(shared=None)),
     "scores of the usual scale": ("granite", lambda c: c.with_mixer(scale=None)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),

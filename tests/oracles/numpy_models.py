@@ -49,10 +49,18 @@ def gelu_tanh(x: Array) -> Array:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def rotate(x: Array, position: int, theta: float, scaling: Config | None = None, part: float = 1.0) -> Array:
+def rotate(
+    x: Array,
+    position: int,
+    theta: float,
+    scaling: Config | None = None,
+    part: float = 1.0,
+    side_by_side: bool = False,
+) -> Array:
     """RoPE of one head, half rotation: the pair (j, j + d/2) turns by position * theta^(-2j/d), or a scaled angle.
 
-    With ``part`` below 1 only the first numbers of the head turn, as if they were a head of their own.
+    With ``part`` below 1 only the first numbers of the head turn, as if they were a head of their own. ``side_by_side``:
+    the pairs are (2j, 2j + 1).
     """
     if part != 1:
         n = int(len(x) * part)
@@ -60,7 +68,12 @@ def rotate(x: Array, position: int, theta: float, scaling: Config | None = None,
     half = len(x) // 2
     turn, length = scaled(theta ** (-2 * np.arange(half) / len(x)), theta, scaling)
     angle = position * turn
-    a, b, cos, sin = x[:half], x[half:], length * np.cos(angle), length * np.sin(angle)
+    cos, sin = length * np.cos(angle), length * np.sin(angle)
+    if side_by_side:
+        a, b, out = x[0::2], x[1::2], np.zeros_like(x)
+        out[0::2], out[1::2] = a * cos - b * sin, b * cos + a * sin
+        return out
+    a, b = x[:half], x[half:]
     return np.concatenate((a * cos - b * sin, b * cos + a * sin))
 
 
@@ -100,13 +113,15 @@ def attend(
     theta: float | None = None,
     scaling: Config | None = None,
     part: float = 1.0,
+    side_by_side: bool = False,
+    normed: Callable[[Array, str], Array] | None = None,
     window: int | None = None,
     cap: float | None = None,
     slopes: Sequence[float] = (),
 ) -> Array:
     """Causal attention of one sequence: q (T, H, d), k and v (T, K, d) -> (T, H d), heads side by side.
 
-    With a window a query sees itself and the window - 1 keys before it.
+    With a window a query sees itself and the window - 1 keys before it. ``normed`` is a norm of the rotated heads.
     """
     n_tokens, n_heads, head_dim = q.shape
     group = n_heads // k.shape[1]
@@ -117,7 +132,10 @@ def attend(
             for s in range(0 if window is None else max(0, t - window + 1), t + 1):
                 query, key = q[t, h], k[s, h // group]
                 if theta is not None:
-                    query, key = rotate(query, t, theta, scaling, part), rotate(key, s, theta, scaling, part)
+                    query = rotate(query, t, theta, scaling, part, side_by_side)
+                    key = rotate(key, s, theta, scaling, part, side_by_side)
+                if normed is not None:
+                    query, key = normed(query, "query"), normed(key, "key")
                 scores[s] = query @ key / math.sqrt(head_dim)
                 if cap is not None:
                     scores[s] = cap * math.tanh(scores[s] / cap)
@@ -185,7 +203,7 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
         )
         q, k, v = (np.clip(x, -c["clip_qkv"], c["clip_qkv"]) for x in (q, k, v))
     q, k, v = heads(q, n_heads), heads(k, n_kv), heads(v, n_kv)
-    if c["model_type"].startswith("qwen3") or c.get("use_qk_norm"):  # a norm of every head
+    if c["model_type"].startswith(("qwen3", "dots1")) or c.get("use_qk_norm"):  # a norm of every head
         q, k = (
             np.array(
                 [
@@ -201,8 +219,15 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
     turns = c["rope_theta"] if c.get("no_rope_layers", {number: 1})[number] else None
     slides = c.get("layer_types", ["sliding_attention"] * (number + 1))[number] == "sliding_attention"
     window = c.get("sliding_window") if slides and c.get("use_sliding_window", True) else None
-    part = c.get("partial_rotary_factor", 1.0)
-    mixed = attend(q, k, v, theta=turns, scaling=c.get("rope_scaling"), part=part, window=window)
+    options: dict[str, Any] = {"part": c.get("partial_rotary_factor", 1.0), "scaling": c.get("rope_scaling")}
+    if c["model_type"] == "ernie4_5_moe":
+        options["side_by_side"] = True
+    if c["model_type"] == "hunyuan_v1_moe":  # a larger base, and the norms behind the rotation
+        turns, options["scaling"] = turns * c["rope_scaling"]["alpha"] ** (q.shape[-1] / (q.shape[-1] - 2)), None
+        options["normed"] = lambda head, name: rms_norm(
+            head, w[f"{layer}self_attn.{name}_layernorm.weight"], c["rms_norm_eps"]
+        )
+    mixed = attend(q, k, v, theta=turns, window=window, **options)
     return mixed @ w[layer + "self_attn.o_proj.weight"].T + w.get(layer + "self_attn.o_proj.bias", 0)
 
 
@@ -219,6 +244,15 @@ def llama(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
             h[t] += w[layer + "mlp.down_proj.weight"] @ hidden
     head = table if c["tie_word_embeddings"] else w["lm_head.weight"]
     return np.array([head @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def of_networks(w: Weights, where: str, shares: Mapping[str, Any], m: Array) -> Array:
+    """The sum of gated networks' outputs, each times its share; ``where`` and a network's name are before its weights."""
+    out = np.zeros_like(m)
+    for network, share in shares.items():
+        gate, up, down = (w[f"{where}{network}{name}_proj.weight"] for name in ("gate", "up", "down"))
+        out += share * (down @ (silu(gate @ m) * (up @ m)))
+    return out
 
 
 def fine_grained(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
@@ -239,14 +273,12 @@ def fine_grained(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
                 shares = {f"experts.{e}.": p[e] / whole for e in chosen}
                 if c["model_type"] == "qwen2_moe":
                     shares["shared_expert."] = sigmoid((w[layer + "mlp.shared_expert_gate.weight"] @ m)[0])
-            for expert, share in shares.items():
-                gate, up, down = (w[f"{layer}mlp.{expert}{name}_proj.weight"] for name in ("gate", "up", "down"))
-                h[t] += share * (down @ (silu(gate @ m) * (up @ m)))
+            h[t] += of_networks(w, layer + "mlp.", shares, m)
     return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
 
 
 def sigmoid_mixture(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
-    """GLM-4.5: DeepSeek-V3's router over one group: logits (T, V)."""
+    """GLM-4.5 and dots1: DeepSeek-V3's router over one group: logits (T, V)."""
     eps = c["rms_norm_eps"]
     h = w["model.embed_tokens.weight"][tokens]
     for i in range(c["num_hidden_layers"]):
@@ -263,10 +295,45 @@ def sigmoid_mixture(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
                 whole = score[chosen].sum() if c["norm_topk_prob"] else 1.0
                 shares = {f"experts.{e}.": c["routed_scaling_factor"] * score[e] / whole for e in chosen}
                 shares["shared_experts."] = 1.0
-            for expert, share in shares.items():
-                gate, up, down = (w[f"{layer}mlp.{expert}{name}_proj.weight"] for name in ("gate", "up", "down"))
-                h[t] += share * (down @ (silu(gate @ m) * (up @ m)))
+            h[t] += of_networks(w, layer + "mlp.", shares, m)
     return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def ernie(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """ERNIE 4.5 with experts: logits (T, V)."""
+    eps, table = c["rms_norm_eps"], w["model.embed_tokens.weight"]
+    h = table[tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            if not c["moe_layer_start_index"] <= i <= c["moe_layer_end_index"]:
+                shares = {"": 1.0}
+            else:
+                p = softmax(w[layer + "mlp.gate.weight"] @ m)
+                corrected = p + w[layer + "mlp.moe_statics.e_score_correction_bias"][0]
+                chosen = np.argsort(-corrected, kind="stable")[: c["moe_k"]]
+                whole = max(p[chosen].sum(), c["moe_norm_min"])
+                shares = {f"experts.{e}.": p[e] / whole for e in chosen} | {"shared_experts.": 1.0}
+            h[t] += of_networks(w, layer + "mlp.", shares, m)
+    return np.array([table @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def hunyuan(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Hunyuan-A13B: logits (T, V)."""
+    eps, table = c["rms_norm_eps"], w["model.embed_tokens.weight"]
+    h = table[tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            p = softmax(w[layer + "mlp.gate.wg.weight"] @ m)
+            chosen = np.argsort(-p, kind="stable")[: c["moe_topk"]]
+            shares = {f"experts.{e}.": p[e] / p[chosen].sum() for e in chosen} | {"shared_mlp.": 1.0}
+            h[t] += of_networks(w, layer + "mlp.", shares, m)
+    return np.array([table @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
 
 
 def granite(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
@@ -374,6 +441,9 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "granitemoe": granite,
     "granitemoeshared": granite,
     "glm4_moe": sigmoid_mixture,
+    "dots1": sigmoid_mixture,
+    "ernie4_5_moe": ernie,
+    "hunyuan_v1_moe": hunyuan,
     "qwen2_moe": fine_grained,
     "mpt": mpt,
 }

@@ -45,6 +45,7 @@ _CLASS_OF_MODEL = {
     "granitemoe": "GPT2Tokenizer",
     "granitemoeshared": "GPT2Tokenizer",
     "glm4_moe": "PreTrainedTokenizer",
+    "ernie4_5_moe": "LlamaTokenizer",
 }
 """transformers' class for a model_type of config.json, where tokenizer_config.json names none."""
 

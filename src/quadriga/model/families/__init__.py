@@ -15,9 +15,12 @@ from quadriga.model.config import ModelConfig
 from quadriga.model.families import (
     class_defaults,
     dbrx,
+    dots1,
+    ernie45moe,
     glm4moe,
     granite,
     grok1,
+    hunyuan,
     llama2,
     mistral,
     mixtral,
@@ -49,6 +52,9 @@ FAMILIES: dict[str, Family] = {
     "smollm3": smollm3.FAMILY,
     "glm4moe": glm4moe.FAMILY,
     "qwen2moe": qwen2moe.FAMILY,
+    "dots1": dots1.FAMILY,
+    "ernie4_5-moe": ernie45moe.FAMILY,
+    "hunyuan-moe": hunyuan.FAMILY,
 }
 
 PRESETS: dict[str, ModelConfig] = {

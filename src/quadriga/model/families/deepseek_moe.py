@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from quadriga.model.config import DenseSpec, ModelConfig, MoESpec, countable, uniform
+from quadriga.model.families import gguf_keys
 from quadriga.model.families.base import of_kind
 from quadriga.model.families.keys import Keys, shortest_float32
 
@@ -132,3 +133,5 @@ def to_gguf(config: ModelConfig, arch: str) -> dict[str, object]:
 
 
 GGUF_CORRECTION = {"blk.{i}.exp_probs_b.bias": "layers.{i}.moe.router.correction"}
+GGUF_MIXTURE = gguf_keys.ROUTER | gguf_keys.MERGED_EXPERTS | gguf_keys.SHARED_EXPERT | GGUF_CORRECTION
+"""The tensors of a mixture with a shared network, as llama.cpp names them."""

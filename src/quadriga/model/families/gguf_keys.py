@@ -113,6 +113,7 @@ def plain_experts(
     activation: Activation = "silu",
     normalize_p: float | None = 1.0,
     shared: DenseSpec | None = None,
+    n_shared: int = 0,
 ) -> MoESpec:
     """The mixture of every layer, after refusing every kind but one: each layer routes by a softmax.
 
@@ -121,13 +122,14 @@ def plain_experts(
         normalised: what the file may say of dividing the chosen weights by their sum.
         normalize_p: whether the architecture divides them.
         shared: the network beside them, where the architecture has one.
+        n_shared: how many networks the file may say it is; 0 where converters do not say.
     """
     keys.must_be("expert_gating_func", 1, 0)  # 1 is the softmax (gguf.ExpertGatingFuncType), 0 llama.cpp's default
     keys.must_be("expert_weights_norm", normalised)
     keys.must_be("expert_weights_scale", 1, 0)
     keys.must_be("expert_feed_forward_length", d_ff)
-    for key in ("expert_shared_count", "leading_dense_block_count"):
-        keys.must_be(key, 0)
+    keys.must_be("expert_shared_count", n_shared)
+    keys.must_be("leading_dense_block_count", 0)
     keys.must_be("expert_shared_feed_forward_length", 0 if shared is None else shared.d_ff)
     for key in ("expert_group_count", "expert_group_used_count", "interleave_moe_layer_step", "moe_every_n_layers"):
         keys.must_be(key, 0, 1)
@@ -289,6 +291,8 @@ def must_read_back(
     for name, given in (("q.bias", attn.qkv_bias), ("output.bias", attn.out_bias), ("q_norm.weight", normed)):
         if given:
             shapes[f"blk.0.attn_{name}"] = (0,)
+    for i, _ in [place for place in config.moe_layers if place[1].correction][:1]:
+        shapes[f"blk.{i}.exp_probs_b.bias"] = (0,)
     arch = next(iter(metadata)).partition(".")[0]
     full = {"general.architecture": arch, **metadata}
     for tensor, values in rope_keys.gguf_tensors(config).items():

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quadriga.errors import ConfigError
 from quadriga.model.config import (
     AttentionSpec,
     DenseSpec,
@@ -167,10 +166,7 @@ _GGUF_NAMES = {
     "blk.{i}.post_attention_norm.weight": _FFN_NORM,
     **GGUF_FFN,
     **GGUF_QK_NORMS,
-    **gguf_keys.ROUTER,
-    **gguf_keys.MERGED_EXPERTS,
-    **gguf_keys.SHARED_EXPERT,
-    **deepseek_moe.GGUF_CORRECTION,
+    **deepseek_moe.GGUF_MIXTURE,
 }
 
 
@@ -195,8 +191,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
 def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of a GGUF of arch ``glm4moe``, without the layer that is left out."""
     form = "GGUF arch glm4moe"
-    if not config.moe_layers:
-        raise ConfigError(f"{form} cannot express this model: it needs a mixture of experts in some layer")
+    config.only_moe(form)
     metadata = {
         **common_to_gguf(deepseek_moe.like_its_mixtures(config), form, "glm4moe"),
         **deepseek_moe.to_gguf(config, "glm4moe"),
