@@ -191,6 +191,18 @@ TINY: dict[str, ModelConfig] = {
         ffn=_moe(shared=DenseSpec(d_ff=80, activation="silu")),
         tied_embeddings=True,
     ),
+    "minimax-m2": uniform_model(
+        family="minimax-m2",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        mixer=replace(
+            _ATTN,
+            head_dim=20,
+            position=RopeSpec(theta=1e4, dim=10),
+            qk_norm=QKNormSpec(over="vector", eps=1e-5),
+        ),
+        ffn=_moe(score="sigmoid", correction=True),
+    ),
     "qwen2moe": uniform_model(
         family="qwen2moe",
         **_SIZES,

@@ -350,6 +350,27 @@ GROK1: dict[str, object] = {
 }
 """Grok-1 has no golden file: transformers does not know it. Its truth is ``tests.oracles.numpy_models.grok1``."""
 
+MINIMAX_M2: dict[str, object] = {
+    "model_type": "minimax_m2",
+    "head_dim": 20,
+    "rotary_dim": 10,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 3,
+    "scoring_func": "sigmoid",
+    "use_routing_bias": True,
+    "use_qk_norm": True,
+    "qk_norm_type": "per_layer",
+    "router_aux_loss_coef": 0.001,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    **_LLAMA,
+}
+"""Nor has MiniMax-M2, which transformers knows from version 5 on: ``tests.oracles.numpy_models.ORACLES`` states it."""
+
+BESIDE_TRANSFORMERS = {"grok1": GROK1, "minimax-m2": MINIMAX_M2}
+"""Golden models without a golden file."""
+
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The weights of one tensor, float32: norms around 1, everything else N(0, 0.3) from a seed made of the name.

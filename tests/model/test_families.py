@@ -170,6 +170,17 @@ TINY = {
         ffn=replace(MOE, aux_loss_weight=0.0, shared=DenseSpec(d_ff=80, activation="silu")),
         tied_embeddings=True,
     ),
+    "minimax-m2": changed(
+        LLAMA,
+        family="minimax-m2",
+        mixer=replace(
+            ATTN,
+            head_dim=20,
+            position=RopeSpec(theta=12_345.0, dim=10),
+            qk_norm=QKNormSpec(over="vector", eps=LLAMA.final_norm.eps),
+        ),
+        ffn=replace(MOE, score="sigmoid", correction=True),
+    ),
     "qwen2moe": changed(
         LLAMA,
         family="qwen2moe",
@@ -550,6 +561,41 @@ QWEN1_5_MOE_RELEASE = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+MINIMAX_M2_RELEASE = {  # of a bfloat16 copy: the release itself is quantised
+    "architectures": ["MiniMaxM2ForCausalLM"],
+    "attn_type_list": [1] * 62,
+    "auto_map": {
+        "AutoConfig": "configuration_minimax_m2.MiniMaxM2Config",
+        "AutoModelForCausalLM": "modeling_minimax_m2.MiniMaxM2ForCausalLM",
+    },
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 196608,
+    "model_type": "minimax_m2",
+    "mtp_transformer_layers": 1,
+    "num_attention_heads": 48,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 8,
+    "num_local_experts": 256,
+    "num_mtp_modules": 3,
+    "qk_norm_type": "per_layer",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 5000000,
+    "rotary_dim": 64,
+    "scoring_func": "sigmoid",
+    "shared_intermediate_size": 0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.1",
+    "use_cache": True,
+    "use_mtp": True,
+    "use_qk_norm": True,
+    "use_routing_bias": True,
+    "vocab_size": 200064,
+}
 RELEASES = {
     "dbrx-132b": DBRX_RELEASE,
     "mixtral-8x7b": MIXTRAL_RELEASE,
@@ -562,16 +608,17 @@ RELEASES = {
     "granite-3.0-1b-a400m": GRANITE_1B_A400M_RELEASE,
     "glm-4.5-air": GLM_4_5_AIR_RELEASE,
     "qwen1.5-moe-a2.7b": QWEN1_5_MOE_RELEASE,
+    "minimax-m2": MINIMAX_M2_RELEASE,
 }
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_a_released_config_is_its_preset(name):
     released, known = config_from_hf(RELEASES[name]), PRESETS[name]
-    # The released DBRX and MPT files name no special tokens; those come from generation_config.json.
+    # The released DBRX, MPT and MiniMax files name no special tokens; those come from generation_config.json.
     ids = {"bos_id": released.bos_id, "eos_ids": released.eos_ids, "pad_id": released.pad_id}
     assert released == replace(known, **ids)
-    if name not in ("dbrx-132b", "mpt-7b"):
+    if name not in ("dbrx-132b", "mpt-7b", "minimax-m2"):
         assert released == known
 
 
@@ -809,6 +856,10 @@ MAY_BE_ABSENT = {
         "attention_bias", "hidden_act", "n_group", "num_nextn_predict_layers", "rope_scaling", "topk_group",
     },
     "qwen1.5-moe-a2.7b": {"hidden_act", "max_window_layers", "sliding_window", "use_sliding_window"},
+    "minimax-m2": {
+        "attn_type_list", "hidden_act", "mtp_transformer_layers", "num_mtp_modules", "qk_norm_type", "scoring_func",
+        "shared_intermediate_size", "use_mtp", "use_qk_norm", "use_routing_bias",
+    },
     "mpt-7b": {
         "attn_type", "attn_uses_sequence_id", "embedding_fraction", "learned_pos_emb", "logit_scale", "no_bias",
         "norm_type", "prefix_lm", "qk_ln", "verbose",
@@ -893,13 +944,13 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe; got 'gpt2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2; got 'gpt2'",
     ):
         config_from_hf({"model_type": "gpt2"})
 
 
 def test_presets_by_name():
-    assert len(PRESETS) == 35
+    assert len(PRESETS) == 36
     assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
@@ -931,6 +982,7 @@ def test_presets_by_name():
         ("ernie-4.5-21b-a3b", 21_825_437_888, 3_352_150_208),
         ("ernie-4.5-300b-a47b", 299_484_163_264, 47_926_586_560),
         ("hunyuan-a13b", 80_393_183_232, 12_747_448_320),
+        ("minimax-m2", 228_689_764_864, 11_030_553_088),
         ("qwen1.5-moe-a2.7b", 14_315_784_192, 2_689_173_504),
         ("qwen2-57b-a14b", 57_408_658_944, 14_249_270_784),
     ],
@@ -1167,7 +1219,7 @@ def test_the_same_model_from_hf_and_gguf():
         (
             {"general.architecture": "gpt2"},
             {},
-            "must be one of dbrx, dots1, ernie4_5-moe, glm4moe, granite, granitemoe, grok, hunyuan-moe, llama, mpt, olmoe, qwen2, qwen2moe, qwen3, qwen3moe, smollm3; got 'gpt2'",
+            "must be one of dbrx, dots1, ernie4_5-moe, glm4moe, granite, granitemoe, grok, hunyuan-moe, llama, minimax-m2, mpt, olmoe, qwen2, qwen2moe, qwen3, qwen3moe, smollm3; got 'gpt2'",
         ),
     ],
 )

@@ -39,6 +39,7 @@ ALL = {
     "dots1": ("attention", "router", "experts", "ffn", "shared", "embeddings", "head"),
     "ernie4_5-moe": ("attention", "router", "experts", "ffn", "shared", "embeddings"),
     "hunyuan-moe": ("attention", "router", "experts", "shared", "embeddings"),
+    "minimax-m2": ("attention", "router", "experts", "embeddings", "head"),
     "qwen2moe": ("attention", "router", "experts", "shared", "embeddings", "head"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),

@@ -87,6 +87,10 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "no correction of probabilities": ("ernie4_5-moe", lambda c: mixtures_with(c, correction=False)),
     "probabilities not divided by their sum": ("ernie4_5-moe", lambda c: mixtures_with(c, normalize_p=None)),
     "ernie without its shared experts": ("ernie4_5-moe", lambda c: mixtures_with(c, shared=None)),
+    "minimax's heads rotated whole": ("minimax-m2", lambda c: c.with_mixer(position=RopeSpec(theta=10_000.0))),
+    "minimax without norms of q and k": ("minimax-m2", lambda c: c.with_mixer(qk_norm=None)),
+    "minimax without its correction": ("minimax-m2", lambda c: c.with_ffn(correction=False)),
+    "minimax's scores as they are": ("minimax-m2", lambda c: c.with_ffn(normalize_p=None)),
     "norms before the rotation": (
         "hunyuan-moe",
         lambda c: c.with_mixer(qk_norm=replace(c.layers[0].mixer.qk_norm, after_rotation=False)),  # type: ignore[type-var]

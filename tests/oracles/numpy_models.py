@@ -196,14 +196,17 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
         for name in "qkv"
     )
     n_heads, n_kv = c["num_attention_heads"], c["num_key_value_heads"]
-    if c["model_type"] == "olmoe":  # norms of the whole vectors, then the clamp
+    if c["model_type"] in ("olmoe", "minimax_m2"):  # norms of the whole vectors
         q, k = (
             np.array([rms_norm(row, w[f"{layer}self_attn.{name}_norm.weight"], c["rms_norm_eps"]) for row in x])
             for name, x in (("q", q), ("k", k))
         )
+    if "clip_qkv" in c:  # behind the norms
         q, k, v = (np.clip(x, -c["clip_qkv"], c["clip_qkv"]) for x in (q, k, v))
     q, k, v = heads(q, n_heads), heads(k, n_kv), heads(v, n_kv)
-    if c["model_type"].startswith(("qwen3", "dots1")) or c.get("use_qk_norm"):  # a norm of every head
+    if c["model_type"].startswith(("qwen3", "dots1")) or (
+        c["model_type"] == "glm4_moe" and c["use_qk_norm"]
+    ):  # a norm of every head
         q, k = (
             np.array(
                 [
@@ -219,7 +222,8 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
     turns = c["rope_theta"] if c.get("no_rope_layers", {number: 1})[number] else None
     slides = c.get("layer_types", ["sliding_attention"] * (number + 1))[number] == "sliding_attention"
     window = c.get("sliding_window") if slides and c.get("use_sliding_window", True) else None
-    options: dict[str, Any] = {"part": c.get("partial_rotary_factor", 1.0), "scaling": c.get("rope_scaling")}
+    part = c.get("rotary_dim", q.shape[-1]) / q.shape[-1] * c.get("partial_rotary_factor", 1.0)
+    options: dict[str, Any] = {"part": part, "scaling": c.get("rope_scaling")}
     if c["model_type"] == "ernie4_5_moe":
         options["side_by_side"] = True
     if c["model_type"] == "hunyuan_v1_moe":  # a larger base, and the norms behind the rotation
@@ -318,6 +322,25 @@ def ernie(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
                 shares = {f"experts.{e}.": p[e] / whole for e in chosen} | {"shared_experts.": 1.0}
             h[t] += of_networks(w, layer + "mlp.", shares, m)
     return np.array([table @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def minimax(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """MiniMax-M2: logits (T, V)."""
+    eps = c["rms_norm_eps"]
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            experts = layer + "block_sparse_moe."
+            score = sigmoid(w[experts + "gate.weight"] @ m)
+            corrected = score + w[experts + "e_score_correction_bias"]
+            chosen = np.argsort(-corrected, kind="stable")[: c["num_experts_per_tok"]]
+            for e in chosen:
+                w1, w2, w3 = (w[f"{experts}experts.{e}.w{n}.weight"] for n in (1, 2, 3))
+                h[t] += score[e] / score[chosen].sum() * (w2 @ (silu(w1 @ m) * (w3 @ m)))
+    return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
 
 
 def hunyuan(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
@@ -444,6 +467,7 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "dots1": sigmoid_mixture,
     "ernie4_5_moe": ernie,
     "hunyuan_v1_moe": hunyuan,
+    "minimax_m2": minimax,
     "qwen2_moe": fine_grained,
     "mpt": mpt,
 }

@@ -22,6 +22,7 @@ from quadriga.model.families import (
     grok1,
     hunyuan,
     llama2,
+    minimax,
     mistral,
     mixtral,
     mpt,
@@ -55,6 +56,7 @@ FAMILIES: dict[str, Family] = {
     "dots1": dots1.FAMILY,
     "ernie4_5-moe": ernie45moe.FAMILY,
     "hunyuan-moe": hunyuan.FAMILY,
+    "minimax-m2": minimax.FAMILY,
 }
 
 PRESETS: dict[str, ModelConfig] = {

@@ -44,6 +44,9 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, ClassDefault]] = {
         "moe_layer_interval": ClassDefault(1, "4.54"),
         "router_aux_loss_coef": ClassDefault(0.001, "4.54"),
     },
+    "minimax_m2": {
+        "router_aux_loss_coef": ClassDefault(0.001, "5.24"),
+    },
     "olmoe": {
         # The first release's file leaves it out.
         "rms_norm_eps": ClassDefault(1e-5, "4.45"),

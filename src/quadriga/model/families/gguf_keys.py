@@ -114,8 +114,9 @@ def plain_experts(
     normalize_p: float | None = 1.0,
     shared: DenseSpec | None = None,
     n_shared: int = 0,
+    gating: int = 1,
 ) -> MoESpec:
-    """The mixture of every layer, after refusing every kind but one: each layer routes by a softmax.
+    """The mixture of every layer, after refusing every kind but one: each layer routes alike, by a softmax.
 
     Args:
         d_ff: width of an expert.
@@ -123,8 +124,10 @@ def plain_experts(
         normalize_p: whether the architecture divides them.
         shared: the network beside them, where the architecture has one.
         n_shared: how many networks the file may say it is; 0 where converters do not say.
+        gating: what the file may say of the scores; what is returned is a softmax's mixture all the same.
     """
-    keys.must_be("expert_gating_func", 1, 0)  # 1 is the softmax (gguf.ExpertGatingFuncType), 0 llama.cpp's default
+    # 1 is the softmax (gguf.ExpertGatingFuncType), which llama.cpp takes in these architectures where a file says 0.
+    keys.must_be("expert_gating_func", *((1, 0) if gating == 1 else (gating,)))
     keys.must_be("expert_weights_norm", normalised)
     keys.must_be("expert_weights_scale", 1, 0)
     keys.must_be("expert_feed_forward_length", d_ff)

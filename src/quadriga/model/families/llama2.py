@@ -224,7 +224,7 @@ GGUF_BIASED = frozenset({"llama", "qwen2", "smollm3"})
 """Architectures of this shape in which llama.cpp adds biases to q, k, v and o where the file has them."""
 GGUF_QKV_BIASED = frozenset({"glm4moe", "qwen2moe"})
 """Those in which it adds them to q, k and v alone."""
-GGUF_PARTIAL = frozenset({"glm4moe"})
+GGUF_PARTIAL = frozenset({"glm4moe", "minimax-m2"})
 """Those in which ``rope.dimension_count`` may be a part of a head."""
 
 GGUF_FFN = {
