@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import log
 from pathlib import Path
 
 import torch
@@ -15,15 +16,17 @@ from quadriga.model.config import (
     AlibiSpec,
     AttentionSpec,
     DenseSpec,
+    LayerSpec,
     Llama3Scaling,
     ModelConfig,
     MoESpec,
     NormSpec,
     QKNormSpec,
     RopeSpec,
+    YarnScaling,
     uniform_model,
 )
-from quadriga.model.weight_map import Piece, parameter_shapes, source_shapes, whole
+from quadriga.model.weight_map import Piece, parameter_shapes, source_index, source_shapes, whole
 from tests.configs import first_dense
 
 _SIZES = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "max_seq_len": 64}
@@ -136,6 +139,34 @@ TINY: dict[str, ModelConfig] = {
         embedding_scale=3.0,
         logit_scale=0.5,
         tied_embeddings=True,
+    ),
+    "gpt_oss": ModelConfig(
+        family="gpt_oss",
+        vocab_size=97,
+        d_model=48,
+        max_seq_len=64,
+        layers=tuple(
+            LayerSpec(
+                norm=NormSpec(kind="rms"),
+                mixer=replace(
+                    _ATTN,
+                    head_dim=10,
+                    position=RopeSpec(
+                        theta=1e3,
+                        scaling=YarnScaling(
+                            factor=4.0, original_max_seq_len=16, attention_factor=0.1 * log(4) + 1, truncate=False
+                        ),
+                    ),
+                    qkv_bias=True,
+                    out_bias=True,
+                    sinks=True,
+                    window=window,
+                ),
+                ffn=_moe(activation="clamped_glu", router_bias=True, expert_bias=True),
+            )
+            for window in (7, None, 7)
+        ),
+        final_norm=NormSpec(kind="rms"),
     ),
     "glm4moe": first_dense(
         uniform_model(
@@ -257,9 +288,9 @@ def stored(pieces: list[Piece], parameters: dict[str, Tensor]) -> dict[str, Tens
     dtypes = {piece.source: parameters[piece.target].dtype for piece in pieces}
     out = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in source_shapes(pieces).items()}
     for piece in pieces:
-        source, target = piece.source_box or whole(piece.source_shape), piece.target_box or whole(piece.target_shape)
+        target = piece.target_box or whole(piece.target_shape)
         part = parameters[piece.target][tuple(slice(*r) for r in target)]
-        out[piece.source][tuple(slice(*r) for r in source)] = pack(part, piece)
+        out[piece.source][source_index(piece)] = pack(part, piece)
     return out
 
 

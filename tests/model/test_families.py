@@ -46,6 +46,9 @@ LLAMA = uniform_model(
     bos_id=1,
     eos_ids=(2, 5, 9),
 )
+UNROUNDED = YarnScaling(
+    factor=4.0, original_max_seq_len=16, attention_factor=0.1 * math.log(4) + 1, beta_fast=8.0, truncate=False
+)
 TINY = {
     "dbrx": changed(
         LLAMA,
@@ -119,6 +122,26 @@ TINY = {
         embedding_scale=7.5,
         logit_scale=1 / 6,
         tied_embeddings=True,
+    ),
+    "gpt_oss": replace(
+        LLAMA,
+        family="gpt_oss",
+        layers=tuple(
+            replace(
+                layer,
+                mixer=replace(
+                    ATTN,
+                    head_dim=10,
+                    position=replace(ATTN.position, scaling=UNROUNDED),
+                    qkv_bias=True,
+                    out_bias=True,
+                    sinks=True,
+                    window=7 if i % 2 == 0 else None,
+                ),
+                ffn=replace(MOE, activation="clamped_glu", router_bias=True, expert_bias=True),
+            )
+            for i, layer in enumerate(LLAMA.layers)
+        ),
     ),
     "glm4moe": first_dense(
         changed(
@@ -491,6 +514,55 @@ GRANITE_1B_A400M_RELEASE = {
     "use_cache": True,
     "vocab_size": 49155,
 }
+GPT_OSS_20B_RELEASE = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "pad_token_id": 199999,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "transformers_version": "4.55.0.dev0",
+    "use_cache": True,
+    "vocab_size": 201088,
+}
 GLM_4_5_AIR_RELEASE = {
     "architectures": ["Glm4MoeForCausalLM"],
     "attention_bias": True,
@@ -597,6 +669,7 @@ MINIMAX_M2_RELEASE = {  # of a bfloat16 copy: the release itself is quantised
     "vocab_size": 200064,
 }
 RELEASES = {
+    "gpt-oss-20b": GPT_OSS_20B_RELEASE,
     "dbrx-132b": DBRX_RELEASE,
     "mixtral-8x7b": MIXTRAL_RELEASE,
     "grok-1": GROK_HPCAI,
@@ -798,6 +871,17 @@ def test_dbrx_reads_a_resaved_config_with_a_full_dump_in_its_parts():
         ),
         (GROK_HPCAI, {"tie_word_embeddings": False}, "tie_word_embeddings must be True"),
         (GROK_HPCAI, {"hidden_act": "silu"}, "hidden_act must be 'gelu'"),
+        (GPT_OSS_20B_RELEASE, {"attention_bias": False}, "attention_bias must be True"),
+        (GPT_OSS_20B_RELEASE, {"swiglu_limit": 5.0}, "swiglu_limit must be 7.0"),
+        (GPT_OSS_20B_RELEASE, {"experts_per_token": 2}, "experts_per_token must be 4"),
+        (GPT_OSS_20B_RELEASE, {"initial_context_length": 8192}, "initial_context_length must be 4096"),
+        (GPT_OSS_20B_RELEASE, {"layer_types": ["full_attention"] * 23}, "layer_types must be 24 times"),
+        (
+            GPT_OSS_20B_RELEASE,
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quant_method must be 'mxfp4', got 'gptq'",
+        ),
+        (GPT_OSS_20B_RELEASE, {"quantization_config": {"quant_method": "mxfp4", "bits": 4}}, "has the key 'bits'"),
         (MPT_RELEASE, {"no_bias": False}, "no_bias must be True"),
         (MPT_RELEASE, {"logit_scale": "inv_sqrt_d_model"}, "logit_scale must be null"),
         (MPT_RELEASE, {"norm_type": "rmsnorm"}, "norm_type must be"),
@@ -851,6 +935,10 @@ MAY_BE_ABSENT = {
         "attention_bias", "hidden_act", "max_window_layers", "rope_scaling", "sliding_window", "use_sliding_window",
     },
     "granite-3.0-1b-a400m": {"attention_bias", "hidden_act", "num_key_value_heads", "rope_scaling"},
+    "gpt-oss-20b": {
+        "attention_bias", "experts_per_token", "hidden_act", "initial_context_length", "quantization_config",
+        "swiglu_limit",
+    },
     "olmoe-1b-7b": {"attention_bias", "clip_qkv", "hidden_act", "num_key_value_heads", "rope_scaling"},
     "glm-4.5-air": {
         "attention_bias", "hidden_act", "n_group", "num_nextn_predict_layers", "rope_scaling", "topk_group",
@@ -944,13 +1032,13 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2; got 'gpt2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2; got 'gpt2'",
     ):
         config_from_hf({"model_type": "gpt2"})
 
 
 def test_presets_by_name():
-    assert len(PRESETS) == 36
+    assert len(PRESETS) == 38
     assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
@@ -961,7 +1049,8 @@ def test_presets_by_name():
 @pytest.mark.parametrize(
     ("name", "total", "active"),
     [
-        # Totals of safetensors' index on the hub; what works on a token is the model cards' 3.3, 22, 1.3 and 0.4 billion.
+        # Totals of safetensors' index on the hub; what works on a token is the model cards' 3.3, 22, 1.3 and 0.4 billion
+        # (gpt-oss's cards leave the table of embeddings out, 0.58: 3.6 and 5.1).
         ("qwen3-8b", 8_190_735_360, 8_190_735_360),
         ("qwen3-30b-a3b", 30_532_122_624, 3_353_032_704),
         ("qwen3-235b-a22b", 235_093_634_560, 22_190_763_520),
@@ -974,6 +1063,8 @@ def test_presets_by_name():
         ("qwen2.5-1.5b", 1_543_714_304, 1_543_714_304),
         ("qwen2.5-7b", 7_615_616_512, 7_615_616_512),
         ("smollm3-3b", 3_075_098_624, 3_075_098_624),
+        ("gpt-oss-20b", 20_914_757_184, 4_187_440_704),
+        ("gpt-oss-120b", 116_829_156_672, 5_711_982_912),
         # The index's 110_468_824_832 and 358_337_791_296 have the layer that is left out in them, with embeddings and
         # head of its own.
         ("glm-4.5-air", 106_852_251_264, 13_424_129_664),
@@ -1219,7 +1310,7 @@ def test_the_same_model_from_hf_and_gguf():
         (
             {"general.architecture": "gpt2"},
             {},
-            "must be one of dbrx, dots1, ernie4_5-moe, glm4moe, granite, granitemoe, grok, hunyuan-moe, llama, minimax-m2, mpt, olmoe, qwen2, qwen2moe, qwen3, qwen3moe, smollm3; got 'gpt2'",
+            "must be one of dbrx, dots1, ernie4_5-moe, glm4moe, gpt-oss, granite, granitemoe, grok, hunyuan-moe, llama, minimax-m2, mpt, olmoe, qwen2, qwen2moe, qwen3, qwen3moe, smollm3; got 'gpt2'",
         ),
     ],
 )
@@ -1435,6 +1526,8 @@ def import_weights(pieces, sources):
     for p in pieces:
         box = p.source_box or whole(p.source_shape)
         value = sources[p.source][tuple(slice(a, b) for a, b in box)]
+        if p.stride:
+            value = value.take(range(p.stride.start, value.shape[p.stride.axis], p.stride.step), p.stride.axis)
         if p.view:
             value = value.reshape(p.view)
         if p.transpose:
@@ -1493,6 +1586,35 @@ def test_mixtral_in_transformers_5_has_gate_above_up():
     both = sources["model.layers.3.mlp.experts.gate_up_proj"]
     np.testing.assert_array_equal(ours["layers.3.moe.w_gate"], both[:, :80])
     np.testing.assert_array_equal(ours["layers.3.moe.w_up"], both[:, 80:])
+
+
+def test_gpt_oss_has_gate_and_up_by_turns():
+    experts = "model.layers.3.mlp.experts."
+    sources, ours = imported("gpt_oss", "hf")
+    np.testing.assert_array_equal(ours["layers.3.moe.w_gate"][2, 7], sources[experts + "gate_up_proj"][2, :, 14])
+    np.testing.assert_array_equal(ours["layers.3.moe.w_up"][2, 7], sources[experts + "gate_up_proj"][2, :, 15])
+    np.testing.assert_array_equal(ours["layers.3.moe.w_down"][2], sources[experts + "down_proj"][2].T)
+    np.testing.assert_array_equal(ours["layers.3.moe.b_up"], sources[experts + "gate_up_proj_bias"][:, 1::2])
+    sources, ours = imported("gpt_oss", "mxfp4")
+    np.testing.assert_array_equal(ours["layers.3.moe.w_up"][2, 7], sources[experts + "gate_up_proj_blocks"][2, 15])
+    np.testing.assert_array_equal(ours["layers.3.moe.w_down"][2], sources[experts + "down_proj_blocks"][2])
+
+
+def test_llama_cpp_fixes_gpt_oss_windows_and_the_ramps_ends():
+    config, family = TINY["gpt_oss"], FAMILIES["gpt_oss"]
+    with pytest.raises(ConfigError, match=r"GGUF arch gpt-oss cannot express.*window: 7 would become None"):
+        family.config_to_gguf(replace(config, layers=(config.layers[0],) * 4))
+    rounded = replace(config.layers[0].mixer.position, scaling=replace(UNROUNDED, truncate=True))
+    with pytest.raises(ConfigError, match="truncate: True would become False"):
+        family.config_to_gguf(config.with_mixer(position=rounded))
+    metadata = {"general.architecture": "gpt-oss", **family.config_to_gguf(config)}
+    said = metadata | {"gpt-oss.expert_gating_func": 3}
+    assert config_from_gguf(said, gguf_shapes(config)) == config_from_gguf(metadata, gguf_shapes(config))
+    with pytest.raises(ConfigError, match="expert_gating_func must be"):
+        config_from_gguf(metadata | {"gpt-oss.expert_gating_func": 2}, gguf_shapes(config))
+    without = {name: shape for name, shape in gguf_shapes(config).items() if name != "blk.0.attn_output.bias"}
+    with pytest.raises(ConfigError, match=r"must have blk.0.attn_q.bias and blk.0.attn_output.bias"):
+        config_from_gguf(metadata, without)
 
 
 @pytest.mark.parametrize(("name", "layout"), [("llama2", "meta"), ("mixtral", "mistral")])

@@ -6,7 +6,7 @@ import pytest
 
 from quadriga.errors import CheckpointError
 from quadriga.model.config import AttentionSpec, DenseSpec, MoESpec, NormSpec, RopeSpec, uniform_model
-from quadriga.model.weight_map import Piece, check_cover, parameter_shapes
+from quadriga.model.weight_map import Piece, Stride, check_cover, parameter_shapes
 
 TINY = uniform_model(
     family="dbrx",
@@ -53,6 +53,42 @@ def test_an_irregular_tiling_is_a_cover():
 def test_gaps_and_overlaps_are_found(boxes):
     with pytest.raises(CheckpointError, match=r"1 parameters not filled exactly once: w"):
         check_cover(*tiles(*boxes))
+
+
+def by_turns(*starts, step=3, target=(5, 4), axis=1):
+    """Pieces that take columns of one source by turns, each for a parameter of its own."""
+    shape = (target[0], target[1] * step) if axis == 1 else (target[0] * step, target[1])
+    pieces = [
+        Piece(
+            source="s",
+            source_shape=shape,
+            target=f"w{i}",
+            target_shape=target,
+            stride=Stride(axis=axis, step=step, start=start),
+        )
+        for i, start in enumerate(starts)
+    ]
+    return pieces, {p.target: target for p in pieces}, {"s": shape}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_pieces_that_take_turns_are_a_cover(axis):
+    check_cover(*by_turns(2, 0, 1, axis=axis))
+
+
+@pytest.mark.parametrize("starts", [(0, 1), (0, 1, 1)])
+def test_a_turn_left_out_or_taken_twice_is_found(starts):
+    with pytest.raises(CheckpointError, match="1 tensors not used exactly once: s"):
+        check_cover(*by_turns(*starts))
+
+
+def test_turns_of_different_length_in_one_source_are_our_own_mistake():
+    pieces, parameters, sources = by_turns(0, 1, 2)
+    whole_too = Piece(source="s", source_shape=(5, 12), source_box=((0, 5), (0, 4)), target="v", target_shape=(5, 4))
+    other = by_turns(0, step=4, target=(5, 3))[0][0]
+    for one in (whole_too, other):
+        with pytest.raises(AssertionError, match="take turns along one axis"):
+            check_cover([*pieces, one], {**parameters, one.target: one.target_shape}, sources)
 
 
 def test_a_source_must_be_used_up():

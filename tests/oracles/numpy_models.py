@@ -99,8 +99,10 @@ def scaled(turn: Array, theta: float, scaling: Config | None) -> tuple[Array, fl
     def pair_that_turns(rounds: float) -> float:
         return 2 * pairs * math.log(context / (rounds * 2 * math.pi)) / (2 * math.log(theta))
 
-    first = max(math.floor(pair_that_turns(scaling.get("beta_fast", 32))), 0)
-    last = min(math.ceil(pair_that_turns(scaling.get("beta_slow", 1))), 2 * pairs - 1)
+    first, last = pair_that_turns(scaling.get("beta_fast", 32)), pair_that_turns(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
     ramp = np.clip((np.arange(pairs) - first) / max(last - first, 0.001), 0, 1)
     return turn * (1 - ramp) + turn / factor * ramp, 0.1 * math.log(factor) + 1
 
@@ -118,10 +120,12 @@ def attend(
     window: int | None = None,
     cap: float | None = None,
     slopes: Sequence[float] = (),
+    sinks: Array | None = None,
 ) -> Array:
     """Causal attention of one sequence: q (T, H, d), k and v (T, K, d) -> (T, H d), heads side by side.
 
-    With a window a query sees itself and the window - 1 keys before it. ``normed`` is a norm of the rotated heads.
+    With a window a query sees itself and the window - 1 keys before it. A head's sink is one more score, of no value.
+    ``normed`` is a norm of the rotated heads.
     """
     n_tokens, n_heads, head_dim = q.shape
     group = n_heads // k.shape[1]
@@ -141,7 +145,8 @@ def attend(
                     scores[s] = cap * math.tanh(scores[s] / cap)
                 if slopes:
                     scores[s] += slopes[h] * (s - t)
-            out[t, h] = softmax(scores) @ v[: t + 1, h // group]
+            shares = softmax(scores) if sinks is None else softmax(np.append(scores, sinks[h]))[:-1]
+            out[t, h] = shares @ v[: t + 1, h // group]
     return out.reshape(n_tokens, n_heads * head_dim)
 
 
@@ -231,6 +236,7 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
         options["normed"] = lambda head, name: rms_norm(
             head, w[f"{layer}self_attn.{name}_layernorm.weight"], c["rms_norm_eps"]
         )
+    options["sinks"] = w.get(layer + "self_attn.sinks")
     mixed = attend(q, k, v, theta=turns, window=window, **options)
     return mixed @ w[layer + "self_attn.o_proj.weight"].T + w.get(layer + "self_attn.o_proj.bias", 0)
 
@@ -386,6 +392,26 @@ def granite(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
     return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h]) / c["logits_scaling"]
 
 
+def gpt_oss(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Logits (T, V). Columns 0, 2, ... of gate_up_proj are gate, the others up."""
+    eps = c["rms_norm_eps"]
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        experts = layer + "mlp.experts."
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            logits = w[layer + "mlp.router.weight"] @ m + w[layer + "mlp.router.bias"]
+            chosen = np.argsort(-logits, kind="stable")[: c["num_experts_per_tok"]]
+            for e, share in zip(chosen, softmax(logits[chosen]), strict=True):
+                both = m @ w[experts + "gate_up_proj"][e] + w[experts + "gate_up_proj_bias"][e]
+                gate, up = np.minimum(both[0::2], 7.0), np.clip(both[1::2], -7.0, 7.0)
+                hidden = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+                h[t] += share * (hidden @ w[experts + "down_proj"][e] + w[experts + "down_proj_bias"][e])
+    return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
 def mixtral(w: Weights, c: Config, tokens: Sequence[int]) -> tuple[Array, Array]:
     """Logits (T, V) and router probabilities (L, T, E)."""
     eps = c["rms_norm_eps"]
@@ -463,6 +489,7 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "granite": granite,
     "granitemoe": granite,
     "granitemoeshared": granite,
+    "gpt_oss": gpt_oss,
     "glm4_moe": sigmoid_mixture,
     "dots1": sigmoid_mixture,
     "ernie4_5_moe": ernie,

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,10 +115,15 @@ class Live:
 
 @contextlib.contextmanager
 def running(
-    llm: LLM, limits: Limits | None = None, *, max_waiting: int = 16, stay_on_failure: bool = False
+    llm: LLM,
+    limits: Limits | None = None,
+    *,
+    max_waiting: int = 16,
+    stay_on_failure: bool = False,
+    aliases: Sequence[str] = (),
 ) -> Iterator[Live]:
     """A server in a thread of this process."""
-    service = Service(llm, name="tiny", max_waiting=max_waiting)
+    service = Service(llm, name="tiny", aliases=aliases, max_waiting=max_waiting)
     listener, up = listen("127.0.0.1", 0), threading.Event()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     servers: list[Server] = []
@@ -152,10 +157,10 @@ class Gate:
         self._forward = self._runner.forward
 
     def __enter__(self) -> Gate:
-        def forward(batch: Any) -> Any:
+        def forward(batch: Any, **wanted: Any) -> Any:
             self._n_begun += 1
             assert self._passes.acquire(timeout=HANG_S), "a pass is let through"
-            return self._forward(batch)
+            return self._forward(batch, **wanted)
 
         self._runner.forward = forward  # type: ignore[method-assign]
         return self

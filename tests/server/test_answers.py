@@ -14,6 +14,7 @@ import pytest
 
 from quadriga.engine.request import Request, SamplingParams, TokenEvent
 from quadriga.server.metrics import balance_of, jain_of
+from quadriga.server.service import _seed_of as seed_of
 from quadriga.text.chat import render
 from tests.server.conftest import Live, running, tiny_llm
 
@@ -22,13 +23,17 @@ SAMPLING = {"temperature": 0.9, "top_p": 0.95, "seed": 5, "max_tokens": 12, "ign
 
 
 def own(ids: list[int], n: int = 1, **params: Any) -> list[list[TokenEvent]]:
-    """The events of an engine of its own: n answers with seeds that count up."""
+    """The events of an engine of its own: n answers, the first one with the seed that was given."""
     llm = tiny_llm()
     settings = SamplingParams(
         **{"temperature": 0.9, "top_p": 0.95, "seed": 5, "max_new_tokens": 12, "ignore_eos": True} | params
     )
     wanted = [
-        llm.engine.submit(Request(prompt=tuple(ids), params=replace(settings, seed=(settings.seed or 0) + i)))
+        llm.engine.submit(
+            Request(
+                prompt=tuple(ids), params=replace(settings, seed=seed_of(settings.seed or 0, i) if i else settings.seed)
+            )
+        )
         for i in range(n)
     ]
     events: dict[int, list[TokenEvent]] = {number: [] for number in wanted}

@@ -22,12 +22,13 @@ from starlette.types import Message as AsgiMessage
 
 from quadriga.engine.request import SamplingParams
 from quadriga.errors import RequestError
-from quadriga.server import app, batches, chat, completions, messages, schema, service, text_routes, tools, work
+from quadriga.server import batches, chat, completions, fields, messages, schema, service, text_routes, work
 from quadriga.server.errors import ApiError
 from quadriga.server.guard import Limits, read_body
 from quadriga.server.schema import ChatRequest, CompletionRequest, Function, Tool, parse, parse_json
-from quadriga.server.tools import CLOSE, OPEN, Reader, ToolUse
+from quadriga.server.tools import CLOSE, OPEN, Reader, Reading, ToolUse
 from quadriga.text import chat as template
+from quadriga.text.tool_calls import forms
 from tests.server.conftest import Live, running, tiny_llm
 from tests.waiting import HANG_S, until
 
@@ -404,8 +405,13 @@ class Shut:
 
 LARGE = "x " * schema.INLINE_BYTES
 PLACES: dict[str, tuple[Any, str, str, Any]] = {
-    "parsing": (app, "parse", "/v1/completions", TEXT | {"prompt": LARGE}),
-    "parsing a conversation": (app, "parse", "/v1/chat/completions", CHAT | {"messages": [CHAT["messages"][0]] * 3000}),
+    "parsing": (fields, "parse_json", "/v1/completions", TEXT | {"prompt": LARGE}),
+    "parsing a conversation": (
+        fields,
+        "parse_json",
+        "/v1/chat/completions",
+        CHAT | {"messages": [CHAT["messages"][0]] * 3000},
+    ),
     "counting its parts": (schema, "check_parts", "/tokenize", {"prompt": LARGE}),
     "sampling": (service.Service, "params", "/v1/completions", TEXT | {"stop": ["y"], "user": LARGE}),
     "prompts": (completions, "prompts_of", "/v1/completions", TEXT | {"prompt": LARGE}),
@@ -613,7 +619,7 @@ TOOLS = [Tool(type="function", function=Function(name="f"))]
 
 
 def reader() -> Reader:
-    return Reader(ToolUse(ChatRequest(model="m", messages=[], tools=TOOLS)))
+    return Reader(ToolUse(ChatRequest(model="m", messages=[], tools=TOOLS)).reads)
 
 
 @pytest.mark.parametrize(
@@ -631,7 +637,7 @@ def test_text_that_is_held_back_is_looked_through_once(
 ) -> None:
     looked, original = [], Reader._read
     monkeypatch.setattr(
-        Reader, "_read", lambda self, held, last: looked.append(len(held)) or original(self, held, last)
+        Reader, "_read", lambda self, tools, held, last: looked.append(len(held)) or original(self, tools, held, last)
     )
     one, n, said = reader(), 5000, list[Any]()
     for i, text in enumerate([begin, *[piece] * n, end]):
@@ -643,11 +649,11 @@ def test_text_that_is_held_back_is_looked_through_once(
 
 def test_places_that_only_look_like_calls_are_read_up_to_their_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     n, given = 3000, list[Any]()
-    original = tools._object
-    monkeypatch.setattr(tools, "_object", lambda raw: given.append(raw) or original(raw))
+    original = forms._json
+    monkeypatch.setattr(forms, "_json", lambda raw: given.append(raw) or original(raw))
     text = OPEN * n + '{"name": "f", "arguments": {}}' + CLOSE
-    content, calls = ToolUse(ChatRequest(model="m", messages=[], tools=TOOLS)).read(text)
-    assert content == OPEN * (n - 1) and len(calls) == 1
+    answer = Reading(ToolUse(ChatRequest(model="m", messages=[], tools=TOOLS)).reads).read(text)
+    assert answer.content == OPEN * (n - 1) and len(answer.calls) == 1
     assert len(given) == n and all(isinstance(raw, memoryview) for raw in given), "no copy of all that follows"
 
 
@@ -686,10 +692,12 @@ def test_a_vocabulary_is_asked_once_for_each_token(tiny: Live, monkeypatch: pyte
 
 def test_what_a_client_sent_is_not_sent_back_whole(tiny: Live) -> None:
     name = "x" * 50_000
-    for body in (TEXT | {"model": name}, TEXT | {name: 1}, TEXT | {"response_format": {"type": name}}):
+    for body in (TEXT | {"model": name}, TEXT | {"response_format": {"type": name}}):
         response = tiny.post("/v1/completions", body)
         assert response.status_code in (400, 404) and len(response.content) < 10_000
         assert response.json()["error"]["message"]
+    ignored = tiny.post("/v1/completions", TEXT | {name: 1}).headers["x-quadriga-ignored"]
+    assert ignored.startswith("xxx") and len(ignored) <= 100
     parts = [{"role": "user", "content": [{"type": name, "text": "a"}]}]
     assert len(tiny.post("/v1/responses", {"model": "tiny", "input": parts}).content) < 10_000
 

@@ -7,8 +7,20 @@ import random
 
 import pytest
 
-from quadriga.server.schema import ChatRequest, Function, Message, Tool
-from quadriga.server.tools import CLOSE, OPEN, Reader, ToolUse
+from quadriga.server.errors import ApiError
+from quadriga.server.schema import (
+    ChatRequest,
+    Function,
+    FunctionCall,
+    Message,
+    NamedFunction,
+    NamedTool,
+    Tool,
+    ToolCall,
+)
+from quadriga.server.tools import CLOSE, OPEN, Answer, Reading, ToolUse
+from quadriga.text.template_abilities import Abilities
+from quadriga.text.tool_calls.reader import Reader
 
 TOOLS = [Tool(type="function", function=Function(name=name)) for name in ("weather", "stop")]
 
@@ -23,6 +35,10 @@ def use(choice: object = None, *, tools: list[Tool] | None = TOOLS, parallel: bo
             parallel_tool_calls=parallel,
         )
     )
+
+
+def read(used: ToolUse, text: str) -> Answer:
+    return Reading(used.reads).read(text)
 
 
 def call(name: str, **arguments: object) -> str:
@@ -50,10 +66,10 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("text", "content", "calls"), ANSWERS, ids=lambda value: repr(value)[:40])
 def test_an_answer_reads_the_same_whole_and_in_any_pieces(text: str, content: str | None, calls: list) -> None:
-    said, made = use().read(text)
-    assert (said, named(made)) == (content, calls)
+    answer = read(use(), text)
+    assert (answer.content, named(answer.calls)) == (content, calls)
     for seed in range(20):
-        rng, reader, at, words, found = random.Random(seed), Reader(use()), 0, "", []
+        rng, reader, at, words, found = random.Random(seed), Reader(use().reads), 0, "", []
         while at < len(text) or not at:
             n = rng.choice([1, 1, 2, 3, 7, 20])
             last = at + n >= len(text)
@@ -68,25 +84,88 @@ def test_an_answer_reads_the_same_whole_and_in_any_pieces(text: str, content: st
 
 
 def test_words_do_not_wait_for_the_end() -> None:
-    reader = Reader(use())
+    reader = Reader(use().reads)
     assert reader.push("It is ", last=False) == ["It is"]
     assert reader.push("sunny<too", last=False) == [" sunny"]
     assert reader.push("thing", last=False) == ["<toothing"]
 
 
 def test_one_call_where_one_is_allowed() -> None:
-    said, made = use(parallel=False).read(call("weather", a=1) + call("stop"))
-    assert named(made) == [("weather", {"a": 1})] and said == call("stop")
+    answer = read(use(parallel=False), call("weather", a=1) + call("stop"))
+    assert named(answer.calls) == [("weather", {"a": 1})] and answer.content == call("stop")
 
 
 def test_forced_calls_come_as_one_array() -> None:
-    reader = Reader(use("required"))
+    reader = Reader(use("required").reads)
     text = json.dumps([{"name": "weather", "arguments": {"a": 1}}, {"name": "stop", "arguments": {}}])
     assert reader.push(text[:30], last=False) == []
     assert named(reader.push(text[30:], last=True)) == [("weather", {"a": 1}), ("stop", {})]  # type: ignore[arg-type]
-    assert use("required").read("[{")[0] == "[{", "an answer that was cut is words"
+    cut = read(use("required"), "[{")
+    assert cut.content is None and not cut.calls, "one that was cut is neither a call nor words"
+    for n in range(text.index("}}") + 2, len(text) - 2):
+        assert named(read(use("required"), text[:n]).calls) == [("weather", {"a": 1})], (
+            "what was complete before is one"
+        )
 
 
 def test_without_tools_everything_is_words() -> None:
-    assert use(tools=None).read(call("weather")) == (call("weather"), [])
-    assert use("none").read(call("weather")) == (call("weather"), [])
+    for used in (use(tools=None), use("none")):
+        answer = read(used, call("weather"))
+        assert (answer.content, answer.calls) == (call("weather"), [])
+
+
+def test_the_named_tool_is_the_only_one() -> None:
+    used = use(NamedTool(type="function", function=NamedFunction(name="stop")))
+    assert [tool.function.name for tool in used.tools] == ["stop"] and used.forced and not used.parallel
+    text = json.dumps([{"name": "weather", "arguments": {}}])
+    assert not read(used, text).calls
+
+
+def test_two_tools_of_one_name_are_refused_by_name() -> None:
+    with pytest.raises(ApiError, match="two tools have the name 'stop'"):
+        use(tools=[*TOOLS, TOOLS[1]])
+
+
+def test_what_the_system_said_stays_beside_the_tools() -> None:
+    turns = use().turns([Message(role="system", content="Be brief."), Message(role="user", content="x")])
+    assert [turn["role"] for turn in turns] == ["system", "user"]
+    assert turns[0]["content"].startswith("Be brief.\n\n") and '"weather"' in turns[0]["content"]
+
+
+TALK = [
+    Message(role="system", content="Be brief."),
+    Message(role="user", content="Rain?"),
+    Message(
+        role="assistant",
+        reasoning_content="I look.",
+        tool_calls=[ToolCall(id="call_1", function=FunctionCall(name="weather", arguments='{"city": "Oslo"}'))],
+    ),
+    Message(role="tool", tool_call_id="call_1", content="rain"),
+    Message(role="user", content="And now?"),
+]
+
+
+def test_a_template_without_system_and_tool_turns_gets_turns_it_can_write() -> None:
+    turns = use_of(Abilities(system=False, alternate=True)).turns(TALK)
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+    assert turns[0]["content"].startswith("Be brief.\n\nThese functions") and turns[0]["content"].endswith("\n\nRain?")
+    assert turns[1]["content"] == call("weather", city="Oslo")
+    assert turns[2]["content"] == "<tool_response>\nrain\n</tool_response>\nAnd now?"
+    free = use_of(Abilities()).turns(TALK)
+    assert [turn["role"] for turn in free] == ["system", "user", "assistant", "user", "user"]
+
+
+def test_a_template_with_tools_gets_them_as_they_are() -> None:
+    used = use_of(Abilities(tools=True, nine=True, thinks=("<think>", "</think>"), source="<arg_key>"))
+    turns = used.turns(TALK)
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "tool", "user"]
+    made = turns[2]["tool_calls"][0]
+    assert made["function"] == {"name": "weather", "arguments": {"city": "Oslo"}}
+    assert turns[2]["reasoning_content"] == "I look." and turns[2]["content"] == ""
+    assert made["id"] == turns[3]["tool_call_id"] and len(made["id"]) == 9 and turns[3]["name"] == "weather"
+    assert turns[0]["content"] == "Be brief." and used.shown is not None and len(used.shown) == 2
+    assert used.reads is not None and used.reads.form.name == "glm"
+
+
+def use_of(able: Abilities) -> ToolUse:
+    return ToolUse(ChatRequest(messages=TALK, tools=TOOLS), able)

@@ -157,7 +157,7 @@ def test_bombs_end_in_one_error(small: Tokenizer, name: str) -> None:
         ([], "at least one message"),
         ([{"role": "root", "content": "x"}], r"messages\[0\].role must be one of"),
         ([USER, {"role": "user", "content": None}], r"messages\[1\].content must be text"),
-        ([{"role": "user", "content": "x", "name": "y"}], "fields no template here reads: name"),
+        ([{"role": "user", "content": "x", "audio": "y"}], "fields no template here reads: audio"),
     ],
 )
 def test_messages_that_cannot_be_rendered(small: Tokenizer, messages: list[dict[str, str]], says: str) -> None:

@@ -213,3 +213,10 @@ def test_every_rule_is_a_pattern_that_the_library_reads() -> None:
     for split in GGUF_PATTERNS.values():
         for pattern in split.patterns:
             pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
+
+
+def test_gpt_4os_rule_cuts_words_at_capitals_and_keeps_their_endings() -> None:
+    """openai/tiktoken's o200k_base, by hand."""
+    cut = pre_tokenizers.Split(tokenizers.Regex(GGUF_PATTERNS["gpt-4o"].patterns[0]), behavior="isolated")
+    parts = [text for text, _ in cut.pre_tokenize_str("HelloWorld, DON'T 12345 x//\n\n  yЖж été")]
+    assert parts == ["Hello", "World", ",", " DON'T", " ", "123", "45", " x", "//\n\n", " ", " y", "Жж", " été"]

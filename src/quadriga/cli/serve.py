@@ -19,7 +19,10 @@ def serve_command(
     model: options.ModelArgument = "smollm2-135m-instruct",
     host: Annotated[str, typer.Option(help="Address to listen on; loopback is this machine only.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option("--served-name", help="What clients call the model.")] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option("--served-name", "--served-model-name", help="What clients call the model; may be repeated."),
+    ] = None,
     api_key: options.APIKeys = None,
     allow_host: Annotated[list[str] | None, typer.Option(help="A host name clients may use; * is any.")] = None,
     allow_origin: Annotated[list[str] | None, typer.Option(help="A site whose pages may ask; * is any.")] = None,
@@ -27,6 +30,16 @@ def serve_command(
         list[str] | None,
         typer.Option(help="NAME=FOLDER of an adapter, served as MODEL:NAME; may be repeated. Needs --dtype."),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse fields that have no meaning here, instead of naming them.")
+    ] = False,
+    tool_form: Annotated[
+        str, typer.Option(help="How the model writes calls of tools: auto (by its template), hermes, llama3, ...")
+    ] = "auto",
+    reasoning: Annotated[
+        bool,
+        typer.Option("--reasoning/--no-reasoning", help="Tell thoughts from answers, where the template marks them."),
+    ] = True,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
     max_sequences: Annotated[int, typer.Option(min=1, help="Requests that are computed at once.")] = 64,
     max_batch_tokens: Annotated[
@@ -69,6 +82,7 @@ def serve_command(
     from quadriga.server.guard import Limits, is_loopback
     from quadriga.server.run import listen, serve
     from quadriga.server.service import Service
+    from quadriga.text.tool_calls.forms import FORMS
 
     how = options.load_options(
         format=format,
@@ -98,12 +112,24 @@ def serve_command(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         concurrent=concurrent,
+        strict=strict,
     )
+    if tool_form not in ("auto", *FORMS):
+        raise ConfigError(f"--tool-form must be auto or one of {', '.join(FORMS)}; got {tool_form!r}")
     listener = listen(host, port)
     llm = options.load_model(model, how)
     for key, folder in adapters.items():
         llm.add_adapter(key, folder)
-    service = Service(llm, name=name or Path(model).name, max_waiting=max_waiting, step_timeout_s=step_timeout)
+    first, *aliases = name or [Path(model).name]
+    service = Service(
+        llm,
+        name=first,
+        aliases=aliases,
+        max_waiting=max_waiting,
+        step_timeout_s=step_timeout,
+        tool_form=tool_form,
+        reasoning=reasoning,
+    )
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
     def started() -> None:

@@ -21,6 +21,7 @@ from quadriga.kernels import dispatch
 from quadriga.option_rules import Allowed, OneOf, Rule, Spelling, Whole, as_argument, refuse_unused, require_values
 from quadriga.quant.packed import KV_FORMATS
 from quadriga.runners.compiled import ACTIVATIONS
+from quadriga.runners.make import device_type
 
 MOST_SEQUENCES = 1 << 16
 MOST_BATCH_TOKENS = 1 << 16
@@ -91,7 +92,7 @@ class LoadOptions:
         """
         if self.dtype is not None:
             return f"{spell('dtype')} {self.dtype} computes in plain torch. Leave one of the two out"
-        if self.device != "cpu" and runtime.resolve_device(self.device).type != "cpu":
+        if self.device != "cpu" and device_type(self.device) != "cpu":
             return f"{spell('device')} {self.device} computes in plain torch. Leave one of the two out"
         if not dispatch.compiled():
             return "QUADRIGA_OPS=reference computes in plain torch. Leave it out, or unset QUADRIGA_OPS"

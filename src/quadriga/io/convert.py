@@ -9,6 +9,7 @@ at any instant goes on where it stopped and ends with the same bytes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from quadriga.io.file_plan import FilePlan
 from quadriga.io.gguf import Typed
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.json_files import read_json
+from quadriga.io.mxfp4_source import of_numbers
 from quadriga.io.open import Checkpoint, identity_map, open_checkpoint, without_extras
 from quadriga.io.packed import Unpacked, packed_format, read_matrix
 from quadriga.io.parameters import SLICE_BYTES, Progress, pack, slices
@@ -40,10 +42,19 @@ from quadriga.model import families
 from quadriga.model.config import ModelConfig
 from quadriga.model.families.base import pick_layout
 from quadriga.model.families.rope_keys import gguf_tensors
-from quadriga.model.weight_map import Piece, Shape, check_cover, parameter_shapes, source_shapes, stays_float32, whole
+from quadriga.model.weight_map import (
+    Piece,
+    Shape,
+    check_cover,
+    parameter_shapes,
+    source_index,
+    source_shapes,
+    stays_float32,
+    whole,
+)
 from quadriga.quant import codec
 from quadriga.quant.dtypes import DTYPES as NUMPY
-from quadriga.quant.dtypes import Array, as_float32, name_of, raw_bytes
+from quadriga.quant.dtypes import Array, as_float32, name_of, raw_bytes, wider
 from quadriga.quant.formats import FORMATS, PLAIN
 from quadriga.quant.packed import PACKED
 from quadriga.text import gguf_vocabulary
@@ -217,6 +228,8 @@ def _plan(
         name = layout or next(iter(family.layouts))
         if name not in family.layouts:
             raise ConfigError(f"layout must be one of {', '.join(family.layouts)}; got {name!r}")
+        if name in family.read_only:
+            raise ConfigError(f"the layout {name} is read and not written: {family.read_only[name]}")
         pieces = family.layouts[name](config)
         extra["config.json"] = _json(family.config_to_hf(config) | {"torch_dtype": _common_dtype(checkpoint, dtype)})
         if config.eos_ids and "generation_config.json" not in extra:
@@ -230,7 +243,7 @@ def _plan(
     return Plan(to, name, pieces, tensors, files, extra=extra)
 
 
-_WIDE_ENDS = {"q4": "q8", "q4m": "q8"}
+_WIDE_ENDS = {"q4": "q8", "q4m": "q8", "mx4": "q8"}
 """What embeddings and head are where the rest has 4 bits: every token goes through them, and they are few."""
 
 
@@ -589,6 +602,9 @@ def _packed_parts(
 def _encoded(checkpoint: Checkpoint, plan: Plan, name: str, pieces: list[Piece]) -> Iterator[tuple[memoryview, int]]:
     """The bytes of one result tensor in parts, each with its place inside the tensor."""
     shape, form = plan.tensors[name]
+    if any(piece.stride is not None for piece in pieces):
+        yield from _taking_turns(checkpoint, shape, form, pieces)
+        return
     for piece in pieces:
         for cut in slices(piece, SLICE_BYTES // 4):
             values = pack(checkpoint.parameters.read(cut.target, cut.target_box), cut)
@@ -599,6 +615,22 @@ def _encoded(checkpoint: Checkpoint, plan: Plan, name: str, pieces: list[Piece])
             assert all(r == (0, n) for r, n in zip(box[2:], shape[2:], strict=True)), "parts are runs of rows"
             for start, run in enumerate(values, box[0][0]) if split else ((box[0][0], values),):
                 yield encode(run, form), FORMATS[form].nbytes_of((_first_element(((start, 0), *box[1:]), shape),))
+
+
+def _taking_turns(
+    checkpoint: Checkpoint, shape: Shape, form: str, pieces: list[Piece]
+) -> Iterator[tuple[memoryview, int]]:
+    """The parts of a tensor whose pieces lie between each other: cut alike, and put together before writing."""
+    for cuts in zip(*(slices(piece, SLICE_BYTES // 4) for piece in pieces), strict=True):
+        spans = {(cut.source_box or whole(shape))[0] for cut in cuts}
+        assert len(spans) == 1, "pieces that take turns are cut at the same rows"
+        start, stop = next(iter(spans))
+        parts = [pack(checkpoint.parameters.read(cut.target, cut.target_box), cut) for cut in cuts]
+        together = np.empty((stop - start, *shape[1:]), dtype=functools.reduce(wider, (part.dtype for part in parts)))
+        for cut, part in zip(cuts, parts, strict=True):
+            _, *inner = source_index(cut)
+            together[(slice(None), *inner)] = part
+        yield encode(together, form), FORMATS[form].nbytes_of((start, *shape[1:]))
 
 
 def _named(name: str, parts: Iterator[tuple[memoryview, int]]) -> Iterator[tuple[memoryview, int]]:
@@ -706,9 +738,10 @@ def dry_run(path: Path, *, pickles: bool = False) -> DryRun:
         return _report(checkpoint.layout, checkpoint.pieces, len(files) or 1, len(files) or 1)
     config = locate(path).config
     family = families.family_of(config)
-    layout, pieces = pick_layout(family, config, dict.fromkeys(table, ()))
+    names = of_numbers(table)
+    layout, pieces = pick_layout(family, config, dict.fromkeys(names, ()))
     demanded = source_shapes(pieces)
-    named = {name: demanded.get(name, ()) for name in table}
+    named = {name: demanded.get(name, ()) for name in names}
     check_cover(pieces, parameter_shapes(config), without_extras(family, config, named, pieces))
     return _report(layout, pieces, len(files), sum((path / file).is_file() for file in files))
 

@@ -24,6 +24,7 @@ from quadriga.io.detect import Kind, locate
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.grok import GrokSource
 from quadriga.io.joined import JoinedSource
+from quadriga.io.mxfp4_source import with_mxfp4
 from quadriga.io.packed_source import PackedSource
 from quadriga.io.parameters import SLICE_BYTES, ParameterView
 from quadriga.io.safetensors import SafetensorsSource
@@ -122,7 +123,7 @@ def open_checkpoint(path: Path, *, pickles: bool = False) -> Checkpoint:
             return _checked("quadriga", found.path, config, "quadriga", native, identity_map(config), None)
         case "hf":
             plain = pickles and not any(found.path.glob("*.safetensors"))
-            source = open_bins(found.path) if plain else SafetensorsSource(found.path)
+            source = open_bins(found.path) if plain else with_mxfp4(SafetensorsSource(found.path, with_bytes=True))
             family = families.family_of(config)
             shapes = {name: info.shape for name, info in source.tensors.items()}
             layout, pieces = pick_layout(family, config, shapes)

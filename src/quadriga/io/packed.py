@@ -2,6 +2,7 @@
 
     a packed Quadriga directory   read by several threads into huge pages; memory-mapped if it is nearly all of memory
     GGUF Q8_0, Q4_0, Q4_1         blocks rearranged, no number changed
+    MXFP4                         as mx4, its codes beside float16 scales, no number changed
     anything else                 read part by part and packed as `format` says
 
 Routers, biases and vectors are float32 in every case.
@@ -23,18 +24,20 @@ from quadriga import runtime
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io import directory as engine_file
 from quadriga.io.gguf_source import GGUFSource
+from quadriga.io.mxfp4_source import Mxfp4Source
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress, unpack
 from quadriga.kernels.cpu.expert_store import ExpertStore
-from quadriga.kernels.cpu.packing import Bytes, Packed, Parameter, allocate, pack, pack_blocks
-from quadriga.model.weight_map import Piece, Shape, parameter_shapes, stays_float32, whole
+from quadriga.kernels.cpu.packing import Bytes, Packed, Parameter, allocate, pack, pack_blocks, pack_mx4
+from quadriga.model.weight_map import Piece, Shape, parameter_shapes, source_index, stays_float32, whole
+from quadriga.quant import mxfp4
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import FROM_GGUF, PACKED
 
 FORMATS_TO_LOAD = ("keep", *PACKED)
 
-QUANTISED = ("q8", "q4", "q4m")
+QUANTISED = ("q8", "q4", "q4m", "mx4")
 """Packed formats whose weights are integers with a scale."""
 
 
@@ -53,7 +56,7 @@ def load_packed(
 
     Args:
         form: one of FORMATS_TO_LOAD. ``keep`` takes Q8_0, Q4_0 and Q4_1 blocks, float32 and bfloat16 as they are;
-            float16 becomes bfloat16, other block formats q8.
+            float16 becomes bfloat16, MXFP4 mx4, other block formats q8.
         expert_memory: leave experts on disk, with a cache of this many bytes (packed directories only).
         progress: called after each matrix.
 
@@ -114,6 +117,8 @@ def packed_format(checkpoint: Checkpoint, name: str, form: str) -> str:
     one = next(iter(stored))
     if len(stored) == 1 and one in FROM_GGUF:
         return FROM_GGUF[one]
+    if stored == {"mxfp4"}:
+        return "mx4"
     if len(stored) == 1 and one in PACKED:
         return one
     if all(one in ("float32", "bfloat16") for one in stored):
@@ -149,6 +154,8 @@ class Unpacked:
         Raises:
             CheckpointError: numbers that the format cannot hold.
         """
+        if self.blocks is not None and self.block_format == "mx4":
+            return pack_mx4(self.blocks, self.rows, self.cols, out=out)
         if self.blocks is not None:
             return pack_blocks(self.blocks, self.block_format, self.rows, self.cols, out=out)
         assert self.values is not None
@@ -177,16 +184,42 @@ def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Un
     ):
         raw = _block_rows(source, pieces, shape, expert, block)
         return Unpacked(name, rows, cols, blocks=raw, block_format=block)
+    if isinstance(source, Mxfp4Source) and stored == {"mxfp4"} and all(map(_is_stack, pieces)):
+        return _of_codes(source, pieces[0], expert, form)
     box = whole(shape) if len(shape) == 2 else ((expert, expert + 1), *whole(shape[1:]))
     values = np.ascontiguousarray(checkpoint.parameters.read(name, box).reshape(rows, cols))
+    if stored == {"mxfp4"} and form == "q8" and cols % mxfp4.BLOCK == 0:
+        exact = mxfp4.as_q8_0(as_float32(values).reshape(-1, mxfp4.BLOCK))
+        return Unpacked(name, rows, cols, blocks=exact.reshape(rows, -1), block_format="q8_0")
     return Unpacked(name, rows, cols, values=as_float32(values) if values.dtype == np.float64 else values)
+
+
+def _is_stack(piece: Piece) -> bool:
+    """True if the piece fills a parameter of experts from a tensor of experts, row by row or every n-th row."""
+    whole_tensors = piece.source_box is None and piece.target_box is None and piece.view is None
+    return whole_tensors and not piece.transpose and len(piece.source_shape) == 3
+
+
+def _of_codes(source: Mxfp4Source, piece: Piece, expert: int, form: str) -> Unpacked:
+    """An expert's matrix from its own rows of codes alone; for q8 as the blocks that hold the same numbers."""
+    _, rows, cols = piece.target_shape
+    box = ((expert, expert + 1), (0, piece.source_shape[1]), (0, cols // mxfp4.BLOCK))
+    codes, scales = (values[0, source_index(piece)[1]] for values in source.codes(piece.source, box))
+    codes, scales = codes.reshape(-1, codes.shape[-1]), scales.reshape(-1)
+    exact = mxfp4.as_mx4(codes, scales) if form == "mx4" else None
+    if exact is not None:
+        return Unpacked(piece.target, rows, cols, blocks=exact, block_format="mx4")
+    if form == "q8":
+        blocks = mxfp4.pairs_as_q8_0(codes, scales).reshape(rows, -1)
+        return Unpacked(piece.target, rows, cols, blocks=blocks, block_format="q8_0")
+    return Unpacked(piece.target, rows, cols, values=mxfp4.from_pairs(codes, scales).reshape(rows, cols))
 
 
 def _is_rows(piece: Piece) -> bool:
     """True if the piece moves whole rows: their blocks can move with them."""
     box = piece.source_box or whole(piece.source_shape)
     same_rows = piece.view is None or piece.view == (1, *piece.source_shape)  # a tensor an expert
-    return not piece.transpose and same_rows and box[1:] == whole(piece.source_shape[1:])
+    return not piece.transpose and piece.stride is None and same_rows and box[1:] == whole(piece.source_shape[1:])
 
 
 def _block_rows(source: GGUFSource, pieces: list[Piece], shape: Shape, expert: int, form: str) -> np.ndarray[Any, Any]:

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 
 from quadriga.io.source import TensorSource
-from quadriga.model.weight_map import Box, Piece, Shape, whole
+from quadriga.model.weight_map import Box, Piece, Shape, taken_shape, whole
 from quadriga.quant.dtypes import DTYPES, Array, wider
 
 SLICE_BYTES = 64 << 20
 """Most bytes of a parameter moved at once, except that a matrix to be transposed moves whole."""
+
+_HELD_BY = {"mxfp4": "bfloat16"}
+"""Block formats whose every number is one of a narrower dtype than float32."""
 
 Progress = Callable[[int, int, str], None]
 """Called with (bytes done, bytes in all, what is being moved)."""
@@ -32,7 +35,7 @@ def slices(piece: Piece, max_elements: int) -> Iterator[Piece]:
     """
     box = piece.source_box or whole(piece.source_shape)
     target = piece.target_box or whole(piece.target_shape)
-    shape = piece.view or _extent(box)
+    shape = piece.view or taken_shape(piece)
     matrix = piece.transpose and len(shape) == 2
     step = max(1, max_elements // max(1, prod(shape[1:])))
     if piece.rotary_heads:
@@ -59,6 +62,9 @@ def slices(piece: Piece, max_elements: int) -> Iterator[Piece]:
 
 def unpack(stored: Array, piece: Piece) -> Array:
     """The target box of a piece from its source box."""
+    if piece.stride is not None:
+        axis = (slice(None),) * piece.stride.axis
+        stored = stored[(*axis, slice(piece.stride.start, None, piece.stride.step))]
     values = stored if piece.view is None else stored.reshape(piece.view)
     if piece.transpose:
         values = values.swapaxes(-2, -1)
@@ -69,14 +75,16 @@ def unpack(stored: Array, piece: Piece) -> Array:
 
 
 def pack(values: Array, piece: Piece) -> Array:
-    """The source box of a piece from its target box: the inverse of :func:`unpack`, a permutation of the same bits."""
+    """What a piece takes of its source, from its target box: the inverse of :func:`unpack`, the same bits in order.
+
+    Its place in the source is ``weight_map.source_index``.
+    """
     if piece.rotary_heads:  # rows (head, side, pair) -> (head, pair, side)
         halves = values.reshape(piece.rotary_heads, 2, values.shape[0] // piece.rotary_heads // 2, *values.shape[1:])
         values = halves.swapaxes(1, 2).reshape(values.shape)
     if piece.transpose:
         values = values.swapaxes(-2, -1)
-    box = piece.source_box or whole(piece.source_shape)
-    return values.reshape(_extent(box))
+    return values.reshape(taken_shape(piece))
 
 
 class ParameterView:
@@ -97,10 +105,11 @@ class ParameterView:
         self._kept: tuple[Piece, Array] | None = None
 
     def dtype(self, parameter: str) -> np.dtype[Any]:
-        """The narrowest dtype that holds the parameter's stored numbers; float32 for block formats."""
+        """The narrowest dtype that holds the parameter's stored numbers; float32 for most block formats."""
         result: np.dtype[Any] | None = None
         for name in {piece.source for piece in self._by_target[parameter]}:
-            stored = DTYPES.get(self.source.tensors[name].dtype, DTYPES["float32"])
+            form = self.source.tensors[name].dtype
+            stored = DTYPES.get(_HELD_BY.get(form, form), DTYPES["float32"])
             result = stored if result is None else wider(result, stored)
         assert result is not None, "check_cover has seen a piece for every parameter"
         return result

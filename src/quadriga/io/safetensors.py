@@ -31,6 +31,8 @@ _MAX_HEADER_BYTES = 25 << 20
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CODES = {name: code for code, name in _DTYPES.items()}
+_BYTES = {"U8": "uint8"}
+_NUMPY: dict[str, np.dtype[Any]] = {**DTYPES, "uint8": np.dtype(np.uint8)}
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -49,12 +51,16 @@ class _Place:
 class SafetensorsSource:
     """A safetensors file, or a directory of shards with or without an index; see ``TensorSource``.
 
+    Args:
+        with_bytes: accept tensors of bytes too, which are no numbers yet: somebody else makes weights of them.
+
     Raises (when opened):
         CheckpointError: a missing, foreign or malformed file; see the module docstring.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, with_bytes: bool = False) -> None:
         self.path = path
+        self._codes = _DTYPES | (_BYTES if with_bytes else {})
         self._fds: list[int] = []
         self._names: list[str] = []
         self._places: dict[str, _Place] = {}
@@ -73,7 +79,7 @@ class SafetensorsSource:
             raise CheckpointError(f"cannot read {file}: {error.strerror}") from None
         self._fds.append(fd)
         self._names.append(file.name)
-        header = _read_header(fd, file.name)
+        header = _read_header(fd, file.name, self._codes)
         if expected is not None and expected != header.keys():
             missing, extra = sorted(expected - header.keys()), sorted(header.keys() - expected)
             raise CheckpointError(
@@ -89,7 +95,7 @@ class SafetensorsSource:
     def read(self, name: str, box: Box | None = None) -> Array:
         """See ``TensorSource.read``: the rows of the box are read, in the stored dtype."""
         place = self._places[name]
-        dtype = DTYPES[place.info.dtype]
+        dtype = _NUMPY[place.info.dtype]
         shape = place.info.shape
         if not shape or prod(shape) == 0:
             return (
@@ -102,7 +108,7 @@ class SafetensorsSource:
         return values[(slice(None), *(slice(*r) for r in box[1:]))]
 
     def _rows(self, place: _Place, name: str, start: int, stop: int, dtype: np.dtype[Any]) -> Array:
-        width = DTYPES[place.info.dtype].itemsize
+        width = dtype.itemsize
         # np.empty, not bytearray: that one fills with zeros first, a second pass over every byte.
         values = np.empty(stop - start, dtype=dtype)
         buffer = raw_bytes(values).data
@@ -180,7 +186,7 @@ def _stays_near(target: Path, root: Path) -> bool:
     )
 
 
-def _read_header(fd: int, name: str) -> dict[str, tuple[int, TensorInfo]]:
+def _read_header(fd: int, name: str, codes: Mapping[str, str]) -> dict[str, tuple[int, TensorInfo]]:
     """Tensor name -> (offset in the file, info), or the error that says what is wrong with the file."""
 
     def fail(message: str) -> CheckpointError:
@@ -205,13 +211,13 @@ def _read_header(fd: int, name: str) -> dict[str, tuple[int, TensorInfo]]:
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             raise fail(f"{what} must have dtype, shape and data_offsets")
         code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(code, str) or code not in _DTYPES:
+        if not isinstance(code, str) or code not in codes:
             raise fail(f"{what} has dtype {code!r}; weights are {', '.join(_DTYPES)}")
         if not _are_sizes(shape) or len(shape) > 8 or not _are_sizes(span) or len(span) != 2:
             raise fail(f"{what} must have a shape and two offsets of whole numbers")
-        dtype = _DTYPES[code]
+        dtype = codes[code]
         start, stop = span
-        nbytes = prod(shape) * DTYPES[dtype].itemsize
+        nbytes = prod(shape) * _NUMPY[dtype].itemsize
         if stop - start != nbytes:
             raise fail(f"{what} of shape {shape} as {code} takes {nbytes} bytes, not {stop - start}")
         if stop > size - 8 - length:

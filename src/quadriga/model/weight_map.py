@@ -7,8 +7,8 @@ the round trip. The pieces of a map must cover every element of every source ten
 
     parameter[target_box] = unpack(source[source_box])
 
-    unpack:  view as `view` if given  ->  swap the last two axes if `transpose`  ->  un-interleave rotary rows
-             if `rotary_heads` > 0
+    unpack:  take every n-th index of an axis if `stride`  ->  view as `view` if given  ->  swap the last two axes
+             if `transpose`  ->  un-interleave rotary rows if `rotary_heads` > 0
 
 Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, V vocab):
 
@@ -42,6 +42,15 @@ Box = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stride:
+    """Of one axis of a source box the indices ``start``, ``start + step``, ...: it holds ``step`` parts by turns."""
+
+    axis: int
+    step: int
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Piece:
     """One box of a source tensor and the box of a parameter it fills."""
 
@@ -53,6 +62,8 @@ class Piece:
     """None: the whole source tensor."""
     target_box: Box | None = None
     """None: the whole parameter."""
+    stride: Stride | None = None
+    """What of the source box is this piece's; None: all of it. gpt-oss stores gate and up in turn."""
     view: Shape | None = None
     """Reshape the source box to this (row-major) before anything else; e.g. (E*F, D) -> (E, F, D)."""
     transpose: bool = False
@@ -64,6 +75,23 @@ class Piece:
 def whole(shape: Shape) -> Box:
     """The box that covers a tensor of ``shape``."""
     return tuple((0, n) for n in shape)
+
+
+def source_index(piece: Piece) -> tuple[slice, ...]:
+    """The index of the source tensor that gives what the piece takes of it."""
+    spans = [slice(*span) for span in piece.source_box or whole(piece.source_shape)]
+    if piece.stride is not None:
+        span = spans[piece.stride.axis]
+        spans[piece.stride.axis] = slice(span.start + piece.stride.start, span.stop, piece.stride.step)
+    return tuple(spans)
+
+
+def taken_shape(piece: Piece) -> Shape:
+    """The shape of what the piece takes of its source, before ``view``."""
+    extent = [stop - start for start, stop in piece.source_box or whole(piece.source_shape)]
+    if piece.stride is not None:
+        extent[piece.stride.axis] //= piece.stride.step
+    return tuple(extent)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -189,12 +217,31 @@ def _uncovered(boxes: Mapping[str, list[Box]], shapes: Mapping[str, Shape]) -> l
 
 def _assert_fits(piece: Piece) -> None:
     """What leaves the source box must have the shape of the target box."""
-    source = piece.source_box or whole(piece.source_shape)
+    taken = taken_shape(piece)
     target = piece.target_box or whole(piece.target_shape)
-    shape = piece.view or tuple(b - a for a, b in source)
+    shape = piece.view or taken
     moved = (*shape[:-2], shape[-1], shape[-2]) if piece.transpose else shape
-    fits = moved == tuple(b - a for a, b in target) and prod(shape) == _volume(source)
-    assert fits, f"{piece.source} -> {piece.target}: {source} viewed as {moved} does not fit {target}"
+    fits = moved == tuple(b - a for a, b in target) and prod(shape) == prod(taken)
+    assert fits, f"{piece.source} -> {piece.target}: {taken} viewed as {moved} does not fit {target}"
+
+
+def _apart(box: Box, stride: Stride | None) -> Box:
+    """A source box with its strided axis as two, turn and place in the turn: there what a stride takes is a box."""
+    if stride is None:
+        return box
+    (start, stop), step = box[stride.axis], stride.step
+    assert start % step == stop % step == 0 <= stride.start < step, f"{box} is not whole turns of {stride}"
+    turns = ((start // step, stop // step), (stride.start, stride.start + 1))
+    return (*box[: stride.axis], *turns, *box[stride.axis + 1 :])
+
+
+def _apart_shape(shape: Shape, strides: set[tuple[int, int] | None]) -> Shape:
+    assert len(strides) == 1, "the pieces of a source take turns along one axis, all of them or none"
+    (turns,) = strides
+    if turns is None:
+        return shape
+    axis, step = turns
+    return (*shape[:axis], shape[axis] // step, step, *shape[axis + 1 :])
 
 
 def check_cover(pieces: Iterable[Piece], parameters: Mapping[str, Shape], sources: Mapping[str, Shape]) -> None:
@@ -211,6 +258,7 @@ def check_cover(pieces: Iterable[Piece], parameters: Mapping[str, Shape], source
     pieces = list(pieces)
     filled: dict[str, list[Box]] = {}
     used: dict[str, list[Box]] = {}
+    strides: dict[str, set[tuple[int, int] | None]] = {}
     mismatched = []
     for piece in pieces:
         _assert_fits(piece)
@@ -218,10 +266,14 @@ def check_cover(pieces: Iterable[Piece], parameters: Mapping[str, Shape], source
         if found is not None and tuple(found) != piece.source_shape:
             mismatched.append(f"{piece.source}: must be {list(piece.source_shape)}, the file has {list(found)}")
         filled.setdefault(piece.target, []).append(piece.target_box or whole(piece.target_shape))
-        used.setdefault(piece.source, []).append(piece.source_box or whole(piece.source_shape))
+        box = piece.source_box or whole(piece.source_shape)
+        used.setdefault(piece.source, []).append(_apart(box, piece.stride))
+        turns = None if piece.stride is None else (piece.stride.axis, piece.stride.step)
+        strides.setdefault(piece.source, set()).add(turns)
     missing = sorted(set(used) - set(sources))
     unused = sorted(set(sources) - set(used))
-    expected = {name: shape for name, shape in source_shapes(pieces).items() if name in sources}
+    shapes = {name: shape for name, shape in source_shapes(pieces).items() if name in sources}
+    expected = {name: _apart_shape(shape, strides[name]) for name, shape in shapes.items()}
     partly = _uncovered(used, expected)
     unfilled = _uncovered(filled, parameters)
     alien = sorted(set(filled) - set(parameters))

@@ -7,6 +7,7 @@ import mimetypes
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from quadriga.errors import QuadrigaError
-from quadriga.server import batches, chat, completions, docs_page, messages, responses, status, text_routes
+from quadriga.server import (
+    batches,
+    chat,
+    completions,
+    docs_page,
+    fields,
+    messages,
+    ollama,
+    responses,
+    status,
+    text_routes,
+)
 from quadriga.server.errors import ApiError, as_api_error, as_bug
 from quadriga.server.guard import Guard, Limits, read_body
 from quadriga.server.openapi import document
@@ -29,10 +41,11 @@ from quadriga.server.schema import (
     EmbeddingRequest,
     TemplateRequest,
     TokenizeRequest,
-    parse,
 )
 from quadriga.server.service import Caller, Service
 from quadriga.server.sse import Gone, json_response, unless_gone
+
+noted = fields.Once()
 
 LAST_STEP_S = 2.0
 """When the server ends: time for a step that nobody waits for any more."""
@@ -61,6 +74,7 @@ def build(service: Service, limits: Limits) -> Guard:
         limits: who may ask, and how much.
     """
     experts = status.Experts(service)
+    read = partial(fields.read, strict=limits.strict)
 
     def generates(kind: type, whole: Answer, stream: Answer) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -80,11 +94,17 @@ def build(service: Service, limits: Limits) -> Guard:
         return endpoint
 
     async def parsed(request: Request, kind: type) -> Any:
-        raw = await read_body(request, limits)
+        # curl without a header, as Ollama's documentation shows it; pages of other origins never get as far as this.
+        forms = ("application/json", *(ollama.KINDS if request.url.path.startswith("/api/") else ()))
+        raw = await read_body(request, limits, forms)
         request.state.caller.n_bytes = len(raw)
+        body: Any
         if len(raw) <= INLINE_BYTES:
-            return parse(raw, kind)
-        return await unless_gone(request, service.work.check(len(raw), parse, raw, kind))
+            body, ignored = read(raw, kind)
+        else:
+            body, ignored = await unless_gone(request, service.work.check(len(raw), read, raw, kind))
+        request.state.ignored = ignored
+        return body
 
     async def batch(request: Request) -> Response:
         raw = await read_body(request, limits, ("application/jsonl", "application/x-ndjson"))
@@ -92,7 +112,8 @@ def build(service: Service, limits: Limits) -> Guard:
 
         def handler(kind: type, answer: Answer) -> batches.Handler:
             async def handle(line: bytes) -> Response:
-                body: Any = await service.work.check(len(line), batches.body_of, line, kind)
+                body, ignored = await service.work.check(len(line), batches.body_of, line, kind, limits.strict)
+                noted.say("/v1/batches", ignored)
                 if getattr(body, "stream", None):
                     raise ApiError(400, "a batch has no streams", param="stream")
                 return await answer(service, body, replace(caller, n_bytes=len(line)))
@@ -122,7 +143,9 @@ def build(service: Service, limits: Limits) -> Guard:
         return status.one_model(service, request.path_params["name"])
 
     async def docs(request: Request) -> Response:
-        text = docs_page.page(document(service.name), service.name, str(request.base_url).rstrip("/"))
+        text = docs_page.page(
+            document(service.names, strict=limits.strict), service.name, str(request.base_url).rstrip("/")
+        )
         headers = {**_PAGE_HEADERS, "content-security-policy": docs_page.CSP}
         return Response(text, headers=headers, media_type="text/html")
 
@@ -147,10 +170,26 @@ def build(service: Service, limits: Limits) -> Guard:
         "/ready": ready,
         "/experts": plain(experts.show),
         "/metrics": plain(lambda: Response(service.metrics.text(), media_type="text/plain; version=0.0.4")),
-        "/openapi.json": plain(lambda: json_response(document(service.name))),
+        "/openapi.json": plain(lambda: json_response(document(service.names, strict=limits.strict))),
         "/docs": docs,
     }
-    routes = []
+    theirs = {
+        "/api/chat": simple(ollama.OllamaChat, ollama.ask),
+        "/api/generate": simple(ollama.OllamaGenerate, ollama.ask),
+        "/api/embed": simple(ollama.OllamaEmbed, ollama.embed),
+        "/api/embeddings": simple(ollama.OllamaEmbeddings, ollama.embeddings),
+        "/api/show": simple(ollama.OllamaModel, ollama.show),
+        "/api/pull": simple(ollama.OllamaModel, ollama.pull),
+        **{f"/api/{verb}": ollama.refuse(done) for verb, done in ollama.MANAGES.items()},
+    }
+    asked = {
+        "/api/tags": plain(lambda: ollama.tags(service)),
+        "/api/ps": plain(lambda: ollama.running(service)),
+        "/api/version": plain(ollama.version),
+    }
+    routes = [Route(path, _counted(service, path, e), methods=["POST"]) for path, e in theirs.items()]
+    routes.append(Route("/api/delete", _counted(service, "/api/delete", ollama.refuse("deleted")), methods=["DELETE"]))
+    routes += [Route(path, _counted(service, path, e), methods=["GET"]) for path, e in asked.items()]
     for prefix in ("", "/v1"):
         routes += [Route(prefix + path, _counted(service, path, e), methods=["POST"]) for path, e in posts.items()]
         routes += [Route(prefix + path, _counted(service, path, e), methods=["GET"]) for path, e in gets.items()]
@@ -179,6 +218,9 @@ def _counted(
             response = Response(status_code=499)
         except QuadrigaError as error:
             response = _refusal(error, request.url.path)
+        if ignored := getattr(request.state, "ignored", []):
+            response.headers[fields.HEADER] = fields.header(ignored)
+            noted.say(path, ignored)
         service.metrics.answers.labels(path, str(response.status_code)).inc()
         return response
 

@@ -18,7 +18,8 @@ from starlette.responses import Response
 
 from quadriga.errors import QuadrigaError
 from quadriga.server.errors import ApiError, as_api_error
-from quadriga.server.schema import convert, parse
+from quadriga.server.fields import checked
+from quadriga.server.schema import parse
 from quadriga.server.sse import EventSender, EventStream, part
 
 MAX_LINES = 50_000
@@ -94,13 +95,13 @@ def run(raw: bytes, handlers: dict[str, Handler]) -> Response:
     return JsonLines(produce)
 
 
-def body_of(line: bytes, kind: type[T]) -> T:
-    """The body of a line that was checked, as one of the types of ``schema``.
+def body_of(line: bytes, kind: type[T], strict: bool) -> tuple[T, list[str]]:
+    """The body of a line that was checked, as one of the types of ``schema``, and what was left out; see ``fields``.
 
     Raises:
         ApiError: 400 that names the field and what is wrong with it.
     """
-    return convert(parse(line, Line).body, kind)
+    return checked(parse(line, Line).body, kind, strict=strict)
 
 
 async def _answer(handler: Handler, line: bytes) -> tuple[int, Any]:

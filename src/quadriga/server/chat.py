@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import Response
@@ -14,14 +13,20 @@ from quadriga.server.errors import ApiError
 from quadriga.server.schema import INLINE_BYTES, ChatRequest
 from quadriga.server.service import Answers, Caller, Choice, Service
 from quadriga.server.sse import EventSender, EventStream, json_response, part
-from quadriga.server.tools import Reader, ToolUse
+from quadriga.server.tools import AnswerReader, Reading, ToolUse
 from quadriga.text.chat import RenderedPrompt, render, render_soon
+from quadriga.text.reasoning import Thought, inside
+from quadriga.text.template_abilities import Abilities
+from quadriga.text.tool_calls.forms import Form
 
 MAX_MESSAGES = 10_000
 
 
-async def start(service: Service, body: ChatRequest, caller: Caller) -> tuple[Answers, ToolUse]:
+async def start(service: Service, body: ChatRequest, caller: Caller) -> tuple[Answers, Reading]:
     """Check a chat request and put it into the engine.
+
+    Returns:
+        (the answers, how they are read).
 
     Raises:
         ApiError, RequestError, BusyError: it cannot be served.
@@ -34,24 +39,63 @@ async def start(service: Service, body: ChatRequest, caller: Caller) -> tuple[An
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is for streams", param="stream_options")
-    if body.metadata:
-        raise ApiError(400, "metadata is not supported: answers are not stored", param="metadata")
     constraint = service.constraint(body.response_format)
-    tools, turns = await service.work.check(caller.n_bytes, _turns, body)
+    able = await service.abilities()
+    tools, turns = await service.work.check(caller.n_bytes, _turns, body, able, service.tool_form)
     if tools.forced:
         if constraint is not None:
             raise ApiError(400, "a forced tool call leaves no room for a response_format", param="response_format")
         constraint = ("json", tools.schema())
-    ids = (await rendered(service, turns, caller, check=service.llm.check_length)).ids
+    prompt = await rendered(
+        service, turns, caller, tools=tools.shown, check=service.llm.check_length, **how_rendered(body)
+    )
+    thinks = able.thinks if service.reasoning else None
+    reading = Reading(tools.reads, thinks, opened=inside(prompt.text, thinks))
+    ids = prompt.ids
+    if reading.opened and constraint is not None:  # what a grammar leads is the answer: it has no room for thoughts
+        assert thinks is not None
+        ids = [*ids, *service.llm._need_tokenizer().encode(f"{thinks[1]}\n\n", allow_special=True)]
+        reading = Reading(tools.reads, thinks)
     given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if given is not None and given < 1:
-        raise ApiError(400, f"max_tokens must be at least 1, got {given}", param="max_tokens")
-    limit = service.llm.config.max_seq_len if given is None else given
+    if given is not None and given < 1 and given != -1:
+        raise ApiError(400, f"max_tokens must be at least 1, or -1 for no limit; got {given}", param="max_tokens")
+    limit = service.llm.config.max_seq_len if given in (None, -1) else given
     params = await service.work.check(
         caller.n_bytes, lambda: service.params(body, max_tokens=limit, logprobs=body.top_logprobs or 0)
     )
     params = service.llm.chat_params(params)
-    return await service.run([ids], params, body, caller, constraint=constraint), tools
+    answers = await service.run([ids], params, body, caller, constraint=constraint, shown=reading.marks)
+    return answers, reading
+
+
+def how_rendered(body: ChatRequest) -> dict[str, Any]:
+    """A request's wishes about the template, as :func:`text.chat.render` takes them.
+
+    An assistant's message at the end is continued, unless it is asked to be answered.
+
+    Raises:
+        ApiError: they contradict each other.
+    """
+    last = body.messages[-1]
+    open_end = last.role == "assistant" and not last.tool_calls and bool(last.content)
+    wanted = body.continue_final_message
+    if wanted and body.add_generation_prompt:
+        reason = "continue_final_message and add_generation_prompt ask for different things; give one"
+        raise ApiError(400, reason, param="continue_final_message")
+    if wanted and not open_end:
+        reason = "continue_final_message needs a last message of the assistant, with content and without calls"
+        raise ApiError(400, reason, param="continue_final_message")
+    goes_on = open_end and wanted is not False and not body.add_generation_prompt
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+        if body.reasoning_effort == "none":
+            variables.setdefault("enable_thinking", False)
+    return {
+        "add_generation_prompt": body.add_generation_prompt is not False and not goes_on,
+        "continue_final": goes_on,
+        "variables": variables or None,
+    }
 
 
 def check_count(service: Service, n_messages: int) -> None:
@@ -65,31 +109,21 @@ def check_count(service: Service, n_messages: int) -> None:
         raise ApiError(400, f"messages must be 1 to {most}, got {n_messages}", param="messages")
 
 
-def _turns(body: ChatRequest) -> tuple[ToolUse, list[dict[str, str]]]:
-    tools = ToolUse(body)
-    return tools, tools.messages(body.messages)
+def _turns(body: ChatRequest, able: Abilities, form: Form | None) -> tuple[ToolUse, list[dict[str, Any]]]:
+    tools = ToolUse(body, able, form)
+    return tools, tools.turns(body.messages)
 
 
-async def rendered(
-    service: Service,
-    turns: list[dict[str, str]],
-    caller: Caller,
-    *,
-    add_generation_prompt: bool = True,
-    check: Callable[[str], None] | None = None,
-) -> RenderedPrompt:
+async def rendered(service: Service, turns: list[dict[str, Any]], caller: Caller, **options: Any) -> RenderedPrompt:
     """A conversation as the model reads it: on the threads for templates, a large one on those for large bodies.
 
     Args:
-        check: see ``text.chat.render``.
+        options: see ``text.chat.render``.
     """
     tokenizer = service.llm._need_tokenizer()
     if caller.n_bytes <= INLINE_BYTES:
-        return await render_soon(turns, tokenizer, add_generation_prompt=add_generation_prompt, check=check)
-    return await service.work.encode(
-        caller.n_bytes,
-        lambda: render(turns, tokenizer, add_generation_prompt=add_generation_prompt, check=check),
-    )
+        return await render_soon(turns, tokenizer, **options)
+    return await service.work.encode(caller.n_bytes, lambda: render(turns, tokenizer, **options))
 
 
 def finish_reason(choice: Choice, called: bool) -> str:
@@ -99,40 +133,44 @@ def finish_reason(choice: Choice, called: bool) -> str:
 
 async def complete(service: Service, body: ChatRequest, caller: Caller) -> Response:
     """The whole answer as one JSON object."""
-    answers, tools = await start(service, body, caller)
+    answers, reading = await start(service, body, caller)
     await answers.collect()
     record(service, answers)
     size = answers.n_bytes((1 + (body.top_logprobs or 0) if body.logprobs else 0) + 8 * body.routing)
-    return await service.work.write(size, _whole, service, body, answers, tools)
+    return await service.work.write(size, _whole, service, body, answers, reading)
 
 
-def _whole(service: Service, body: ChatRequest, answers: Answers, tools: ToolUse) -> Response:
+def _whole(service: Service, body: ChatRequest, answers: Answers, reading: Reading) -> Response:
     choices = []
     for choice in answers.choices:
-        content, calls = tools.read(choice.text)
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
-        if calls:
-            message["tool_calls"] = calls
+        answer = reading.read(choice.text)
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None, "annotations": []}
+        if answer.thought is not None:
+            message["reasoning_content"] = answer.thought
+        if answer.calls:
+            message["tool_calls"] = answer.calls
         shown: dict[str, Any] = {
             "index": choice.index,
             "message": message,
             "logprobs": _logprobs(service, choice.events) if body.logprobs else None,
-            "finish_reason": finish_reason(choice, bool(calls)),
+            "finish_reason": finish_reason(choice, bool(answer.calls)),
         }
         if body.routing:
             shown["routing"] = [r for event in choice.events for r in service.routing(event)]
         choices.append(part(shown))
-    head = {"id": _new_id(), "object": "chat.completion", "created": int(time.time()), "model": service.name}
+    head = {"id": _new_id(), "object": "chat.completion", "created": int(time.time())}
+    head["model"] = service.shown_name(body.model)
     return json_response({**head, "choices": choices, "usage": answers.usage(), "timings": answers.timings()})
 
 
 async def stream(service: Service, body: ChatRequest, caller: Caller) -> Response:
     """The answer as it comes."""
-    answers, tools = await start(service, body, caller)
-    head = {"id": _new_id(), "object": "chat.completion.chunk", "created": int(time.time()), "model": service.name}
+    answers, reading = await start(service, body, caller)
+    head = {"id": _new_id(), "object": "chat.completion.chunk", "created": int(time.time())}
+    head["model"] = service.shown_name(body.model)
     usage = body.stream_options is not None and body.stream_options.include_usage
     with_usage: dict[str, Any] = {"usage": None} if usage else {}
-    readers = [Reader(tools) for _ in answers.choices]
+    readers = [AnswerReader(reading) for _ in answers.choices]
     calls = [0 for _ in answers.choices]
     open_choices = set(range(len(answers.choices)))
 
@@ -155,6 +193,8 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
                 if isinstance(piece, str):
                     sender.event(chunk(choice, {"content": piece}, **extra))
                     extra = {}
+                elif isinstance(piece, Thought):
+                    sender.event(chunk(choice, {"reasoning_content": piece.text}))
                 else:
                     calls[choice.index] += 1
                     sender.event(chunk(choice, {"tool_calls": [{"index": calls[choice.index] - 1, **piece}]}))

@@ -23,10 +23,13 @@ DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
 
 
-def prompts_of(service: Service, given: Any, param: str, *, parse_special: bool = False) -> list[list[int]]:
+def prompts_of(
+    service: Service, given: Any, param: str, *, parse_special: bool = False, add_special: bool = True
+) -> list[list[int]]:
     """A prompt field as checked token ids: one text, texts, one list of ids, or lists of ids.
 
-    With ``parse_special`` names of special tokens in texts are those tokens.
+    With ``parse_special`` names of special tokens in texts are those tokens; without ``add_special`` none is put before
+    a text.
 
     Raises:
         ApiError: nothing, or too many; ids outside the vocabulary are the engine's to refuse.
@@ -38,7 +41,7 @@ def prompts_of(service: Service, given: Any, param: str, *, parse_special: bool 
     many = given if isinstance(given, list) and kinds != {int} else [given]
     if not 1 <= len(many) <= MAX_CHOICES:
         raise ApiError(400, f"{param} takes 1 to {MAX_CHOICES} prompts, got {len(many)}", param=param)
-    return [service.llm.prompt_ids(prompt, parse_special=parse_special) for prompt in many]
+    return [service.llm.prompt_ids(prompt, parse_special=parse_special, add_special=add_special) for prompt in many]
 
 
 async def start(service: Service, body: CompletionRequest, caller: Caller) -> tuple[Answers, list[list[int]]]:
@@ -51,15 +54,17 @@ async def start(service: Service, body: CompletionRequest, caller: Caller) -> tu
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is for streams", param="stream_options")
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if max_tokens == -1:
+        max_tokens = service.llm.config.max_seq_len
     if max_tokens < 0 or (max_tokens == 0 and not body.echo):
-        raise ApiError(400, "max_tokens must be at least 1, or 0 with echo", param="max_tokens")
+        raise ApiError(400, "max_tokens must be at least 1, 0 with echo, or -1 for no limit", param="max_tokens")
     # One token is always made; with max_tokens=0 it is not shown.
     params = await service.work.check(
         caller.n_bytes, lambda: service.params(body, max_tokens=max(1, max_tokens), logprobs=body.logprobs or 0)
     )
     if body.echo and body.logprobs is not None:
         params = replace(params, prompt_logprobs=True)
-    read = functools.partial(prompts_of, parse_special=body.parse_special)
+    read = functools.partial(prompts_of, parse_special=body.parse_special, add_special=body.add_special_tokens)
     prompts = await service.work.encode(caller.n_bytes, read, service, body.prompt, "prompt")
     return await service.run(
         prompts, params, body, caller, constraint=service.constraint(body.response_format)
@@ -94,14 +99,16 @@ def _whole(
         if body.routing:
             shown["routing"] = [r for event in choice.events for r in service.routing(event)]
         choices.append(part(shown))
-    head = {"id": _new_id(), "object": "text_completion", "created": int(time.time()), "model": service.name}
+    head = {"id": _new_id(), "object": "text_completion", "created": int(time.time())}
+    head["model"] = service.shown_name(body.model)
     return json_response({**head, "choices": choices, "usage": answers.usage(), "timings": answers.timings()})
 
 
 async def stream(service: Service, body: CompletionRequest, caller: Caller) -> Response:
     """The answers as they come."""
     answers, prompts = await start(service, body, caller)
-    head = {"id": _new_id(), "object": "text_completion", "created": int(time.time()), "model": service.name}
+    head = {"id": _new_id(), "object": "text_completion", "created": int(time.time())}
+    head["model"] = service.shown_name(body.model)
     usage = body.stream_options is not None and body.stream_options.include_usage
     with_usage: dict[str, Any] = {"usage": None} if usage else {}
     n = body.n or 1

@@ -72,6 +72,8 @@ class ApiError(QuadrigaError):
 
     def body(self, path: str) -> dict[str, Any]:
         """The body for whoever asks at this path."""
+        if path.startswith("/api/"):
+            return {"error": str(self)}  # Ollama's
         return self.anthropic() if "/messages" in path else self.openai()
 
 

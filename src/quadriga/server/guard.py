@@ -47,6 +47,8 @@ class Limits:
     """Tokens read and made for each key or address; 0 is no limit."""
     concurrent: int = 0
     """Sequences at once for each key or address; 0 is no limit."""
+    strict: bool = False
+    """Refuse fields that have no meaning here, instead of naming them in a header; see ``fields``."""
 
     @property
     def allowance(self) -> Allowance:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from msgspec import Struct
 from starlette.responses import Response
@@ -16,29 +16,51 @@ from quadriga.server.schema import (
     ChatRequest,
     Function,
     FunctionCall,
+    JsonSchema,
     Message,
     NamedFunction,
     NamedTool,
+    ResponseFormat,
     Tool,
     ToolCall,
 )
 from quadriga.server.service import Answers, Caller, Service
 from quadriga.server.sse import EventSender, EventStream, json_response
-from quadriga.server.tools import Reader, ToolUse
+from quadriga.server.tools import AnswerReader, Reading
+from quadriga.text.reasoning import Thought
 
 
 class TextBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
-    """Text. ``cache_control`` is a hint; every prefix is cached here."""
+    """Text."""
 
     text: str
-    cache_control: dict[str, str] | None = None
-    citations: None = None
 
 
-class Direct(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Who called a tool: the model itself, which is all there is here."""
+class ThinkingBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="thinking"):
+    """What the assistant thought."""
 
-    type: Literal["direct"]
+    thinking: str
+
+
+class HiddenBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="redacted_thinking"):
+    """Thoughts that only another server can read: they are left out."""
+
+    data: str = ""
+
+
+class Document(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Where a document is: in the request, as text."""
+
+    type: Literal["text"]
+    data: str
+
+
+class DocumentBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="document"):
+    """A text with a title."""
+
+    source: Document
+    title: str | None = None
+    context: str | None = None
 
 
 class ToolUseBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="tool_use"):
@@ -47,8 +69,6 @@ class ToolUseBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="
     id: str
     name: str
     input: dict[str, Any]
-    cache_control: dict[str, str] | None = None
-    caller: Direct | None = None
 
 
 class ToolResultBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="tool_result"):
@@ -57,14 +77,13 @@ class ToolResultBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_fiel
     tool_use_id: str
     content: str | list[TextBlock] | None = None
     is_error: bool | None = None
-    cache_control: dict[str, str] | None = None
 
 
 class Turn(Struct, kw_only=True, forbid_unknown_fields=True):
     """One turn."""
 
-    role: Literal["user", "assistant"]
-    content: str | list[TextBlock | ToolUseBlock | ToolResultBlock]
+    role: Literal["user", "assistant", "system"]
+    content: str | list[TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | HiddenBlock | DocumentBlock]
 
 
 class InputTool(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -74,7 +93,6 @@ class InputTool(Struct, kw_only=True, forbid_unknown_fields=True):
     input_schema: dict[str, Any]
     description: str | None = None
     type: Literal["custom"] | None = None
-    cache_control: dict[str, str] | None = None
 
 
 class ToolChoice(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -85,14 +103,38 @@ class ToolChoice(Struct, kw_only=True, forbid_unknown_fields=True):
     disable_parallel_tool_use: bool = False
 
 
+class Thinking(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Whether the model may think; how long is its own affair."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
+class OutputFormat(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the answer must look like."""
+
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the answer must look like, and with how much effort it is made."""
+
+    format: OutputFormat | None = None
+    effort: str | None = None
+
+
 class CountRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/messages/count_tokens."""
 
-    model: str
+    TOOL_KINDS: ClassVar[frozenset[str | None]] = frozenset({None, "custom"})
+
+    model: str | None = None
     messages: list[Turn]
     system: str | list[TextBlock] | None = None
     tools: list[InputTool] | None = None
     tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
 
 
 class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
@@ -104,8 +146,6 @@ class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
-    metadata: dict[str, str | None] | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
 
 
 def as_chat(body: CountRequest) -> ChatRequest:
@@ -138,6 +178,14 @@ def as_chat(body: CountRequest) -> ChatRequest:
         tool_choice=named,
         parallel_tool_calls=None if choice is None else not choice.disable_parallel_tool_use,
     )
+    if body.thinking is not None:
+        request.chat_template_kwargs = {"enable_thinking": body.thinking.type != "disabled"}
+    if body.output_config is not None:
+        request.reasoning_effort = body.output_config.effort
+        if (form := body.output_config.format) is not None:
+            request.response_format = ResponseFormat(
+                type="json_schema", json_schema=JsonSchema(name="answer", schema=form.schema)
+            )
     if isinstance(body, MessagesRequest):
         if body.max_tokens < 1:
             raise ApiError(400, "max_tokens must be at least 1", param="max_tokens")
@@ -153,11 +201,18 @@ def _text(content: str | list[TextBlock]) -> str:
 def _turn(index: int, turn: Turn) -> list[Message]:
     if isinstance(turn.content, str):
         return [Message(role=turn.role, content=turn.content)]
-    texts, calls, results = [], [], []
+    texts, calls, results, thoughts = [], [], [], []
     for i, block in enumerate(turn.content):
         place = f"messages[{index}].content[{i}]"
         if isinstance(block, TextBlock):
             texts.append(block.text)
+        elif isinstance(block, DocumentBlock):
+            head = "".join(f"{line}\n" for line in (block.title, block.context) if line)
+            texts.append(f"{head}{block.source.data}\n\n")
+        elif isinstance(block, ThinkingBlock):
+            thoughts.append(block.thinking)
+        elif isinstance(block, HiddenBlock):
+            continue
         elif isinstance(block, ToolUseBlock):
             if turn.role != "assistant":
                 raise ApiError(400, "tool_use belongs to the assistant", param=place)
@@ -171,7 +226,10 @@ def _turn(index: int, turn: Turn) -> list[Message]:
             results.append(Message(role="tool", tool_call_id=block.tool_use_id, content=content))
     text = "".join(texts)
     if turn.role == "assistant":
-        return [Message(role="assistant", content=text, tool_calls=calls or None)]
+        thought = "\n\n".join(thoughts) or None
+        return [Message(role="assistant", content=text, tool_calls=calls or None, reasoning_content=thought)]
+    if turn.role == "system":
+        return [Message(role="system", content=text)]
     return [*results, Message(role="user", content=text)] if text or not results else results
 
 
@@ -199,7 +257,7 @@ def _stop(service: Service, body: MessagesRequest, answers: Answers, called: boo
     return "end_turn", None
 
 
-def _usage(answers: Answers) -> dict[str, Any]:
+def _usage(answers: Answers, n_thinking: int = 0) -> dict[str, Any]:
     usage = answers.usage()
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     return {
@@ -207,19 +265,19 @@ def _usage(answers: Answers) -> dict[str, Any]:
         "output_tokens": usage["completion_tokens"],
         "cache_read_input_tokens": cached,
         "cache_creation_input_tokens": 0,
-        "output_tokens_details": {"thinking_tokens": 0},
+        "output_tokens_details": {"thinking_tokens": n_thinking},
         "server_tool_use": None,
     }
 
 
-def _message(service: Service, content: list[dict[str, Any]], end: dict[str, Any], answers: Answers) -> dict[str, Any]:
+def _message(model: str, content: list[dict[str, Any]], end: dict[str, Any], answers: Answers) -> dict[str, Any]:
     """A message with every field that Anthropic's schema wants, most of which mean nothing here."""
     nothing = {"cache_creation": None, "inference_geo": None, "service_tier": "standard"}
     return {
         "id": f"msg_{secrets.token_hex(12)}",
         "type": "message",
         "role": "assistant",
-        "model": service.name,
+        "model": model,
         "content": content,
         **end,
         "usage": {**_usage(answers), **nothing},
@@ -236,38 +294,40 @@ def _tool_block(call: dict[str, Any]) -> dict[str, Any]:
     return {"type": "tool_use", "id": identifier, "name": name, "input": given, "caller": {"type": "direct"}}
 
 
-_NO_TEXT: dict[str, Any] = {"type": "text", "text": "", "citations": None}
+_NO_TEXT: dict[str, Any] = {"type": "text", "text": ""}
+_NO_THOUGHT: dict[str, Any] = {"type": "thinking", "thinking": "", "signature": ""}
 
 
 async def complete(service: Service, body: MessagesRequest, caller: Caller) -> Response:
     """The whole message."""
     request = await service.work.check(caller.n_bytes, as_chat, body)
-    answers, tools = await chat.start(service, request, caller)
+    answers, reading = await chat.start(service, request, caller)
     await answers.collect()
     chat.record(service, answers)
-    return await service.work.write(answers.n_bytes(), _whole, service, body, answers, tools)
+    return await service.work.write(answers.n_bytes(), _whole, service, body, answers, reading)
 
 
-def _whole(service: Service, body: MessagesRequest, answers: Answers, tools: ToolUse) -> Response:
-    content, calls = tools.read(answers.choices[0].text)
-    blocks = [{**_NO_TEXT, "text": content or ""}] if content or not calls else []
-    blocks += [_tool_block(call) for call in calls]
-    end = _end(*_stop(service, body, answers, bool(calls)))
-    return json_response(_message(service, blocks, end, answers))
+def _whole(service: Service, body: MessagesRequest, answers: Answers, reading: Reading) -> Response:
+    answer = reading.read(answers.choices[0].text)
+    blocks = [{**_NO_THOUGHT, "thinking": answer.thought}] if answer.thought else []
+    blocks += [{**_NO_TEXT, "text": answer.content or ""}] if answer.content or not answer.calls else []
+    blocks += [_tool_block(call) for call in answer.calls]
+    end = _end(*_stop(service, body, answers, bool(answer.calls)))
+    return json_response(_message(service.shown_name(body.model), blocks, end, answers))
 
 
 async def stream(service: Service, body: MessagesRequest, caller: Caller) -> Response:
     """The message as events."""
     request = await service.work.check(caller.n_bytes, as_chat, body)
-    answers, tools = await chat.start(service, request, caller)
+    answers, reading = await chat.start(service, request, caller)
 
     async def produce(sender: EventSender) -> None:
         def send(kind: str, **fields: Any) -> None:
             sender.event({"type": kind, **fields}, name=kind)
 
-        blocks, reader = _Blocks(send), Reader(tools)
+        blocks, reader = _Blocks(send), AnswerReader(reading)
         try:
-            send("message_start", message=_message(service, [], _end(None, None), answers))
+            send("message_start", message=_message(service.shown_name(body.model), [], _end(None, None), answers))
             send("ping")
             await sender.flush()
             async for batch in answers.batches():
@@ -275,6 +335,8 @@ async def stream(service: Service, body: MessagesRequest, caller: Caller) -> Res
                     for piece in reader.push(event.text, last=event.finish_reason is not None):
                         if isinstance(piece, str):
                             blocks.text(piece)
+                        elif isinstance(piece, Thought):
+                            blocks.thought(piece.text)
                         else:
                             blocks.call(_tool_block(piece))
                 await sender.flush()
@@ -282,7 +344,7 @@ async def stream(service: Service, body: MessagesRequest, caller: Caller) -> Res
             blocks.finish()
             called = reader.n_calls > 0
             end = _end(*await service.work.write(answers.n_bytes(), _stop, service, body, answers, called))
-            send("message_delta", delta=end, usage=_usage(answers))
+            send("message_delta", delta=end, usage=_usage(answers, reader.n_thinking))
             send("message_stop")
         finally:
             answers.close()
@@ -291,18 +353,27 @@ async def stream(service: Service, body: MessagesRequest, caller: Caller) -> Res
 
 
 class _Blocks:
-    """The events of a message's content blocks: words into a text block, each call a block of its own."""
+    """The events of a message's content blocks: words and thoughts into blocks of theirs, each call one of its own."""
 
     def __init__(self, send: Callable[..., None]) -> None:
-        self._send, self._index, self._open = send, 0, False
+        self._send, self._index, self._open = send, 0, ""
 
     def text(self, piece: str) -> None:
         """Words, into the open block or a new one."""
-        if not self._open:
-            self._open = True
-            self._send("content_block_start", index=self._index, content_block=_NO_TEXT)
+        self._into("text", _NO_TEXT)
         if piece:
             self._send("content_block_delta", index=self._index, delta={"type": "text_delta", "text": piece})
+
+    def thought(self, piece: str) -> None:
+        """What was thought, into the open block or a new one."""
+        self._into("thinking", _NO_THOUGHT)
+        self._send("content_block_delta", index=self._index, delta={"type": "thinking_delta", "thinking": piece})
+
+    def _into(self, kind: str, empty: dict[str, Any]) -> None:
+        if self._open != kind:
+            self._close()
+            self._open = kind
+            self._send("content_block_start", index=self._index, content_block=empty)
 
     def call(self, block: dict[str, Any]) -> None:
         """A call of a tool."""
@@ -310,7 +381,7 @@ class _Blocks:
         delta = {"type": "input_json_delta", "partial_json": json.dumps(block["input"], ensure_ascii=False)}
         self._send("content_block_start", index=self._index, content_block={**block, "input": {}})
         self._send("content_block_delta", index=self._index, delta=delta)
-        self._open = True
+        self._open = "tool_use"
         self._close()
 
     def finish(self) -> None:
@@ -320,6 +391,8 @@ class _Blocks:
         self._close()
 
     def _close(self) -> None:
+        if self._open == "thinking":  # clients that were made for Anthropic's models wait for one
+            self._send("content_block_delta", index=self._index, delta={"type": "signature_delta", "signature": ""})
         if self._open:
             self._send("content_block_stop", index=self._index)
-            self._index, self._open = self._index + 1, False
+            self._index, self._open = self._index + 1, ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -58,18 +59,21 @@ _ERROR = {
 }
 
 
-def document(model: str) -> dict[str, Any]:
+def document(names: Sequence[str], *, strict: bool = False) -> dict[str, Any]:
     """OpenAPI 3.1.
 
     Args:
-        model: the one that is served; no other name is taken.
+        names: of the model; no other name is taken.
+        strict: fields that are not here are refused.
     """
     kinds = [kind for kind, _, _ in POSTS.values()]
     schemas, components = msgspec.json.schema_components([*kinds, Line], ref_template="#/components/schemas/{name}")
     for schema in components.values():
         if "model" in schema.get("properties", {}):
             optional = "model" not in schema.get("required", ())
-            schema["properties"]["model"] = {"enum": [model, None] if optional else [model]}
+            schema["properties"]["model"] = {"enum": [*names, None] if optional else [*names]}
+        if not strict:
+            schema.pop("additionalProperties", None)
     paths: dict[str, Any] = {}
     for (path, (_, text, keys)), schema in zip(POSTS.items(), schemas, strict=False):
         body = {"required": True, "content": {"application/json": {"schema": schema}}}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from msgspec import Struct
 from starlette.responses import Response
@@ -27,27 +28,47 @@ from quadriga.server.schema import (
 )
 from quadriga.server.service import Answers, Caller, Service
 from quadriga.server.sse import EventSender, EventStream, json_response
-from quadriga.server.tools import Reader
+from quadriga.server.tools import AnswerReader
+from quadriga.text.reasoning import Thought
 
 
 class Item(Struct, kw_only=True, forbid_unknown_fields=True):
-    """One item of the input: a message, a function call the model made, or its result."""
+    """One item of the input: a message, what was thought, a call the model made, or its result."""
 
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    type: Literal[
+        "message",
+        "function_call",
+        "function_call_output",
+        "custom_tool_call",
+        "custom_tool_call_output",
+        "reasoning",
+    ] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | list[dict[str, Any]] | None = None
     id: str | None = None
     status: str | None = None
     call_id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: str | None = None
-    output: str | None = None
-    phase: Literal["commentary", "final_answer"] | None = None
-    """What an earlier answer was labelled as; it is part of the conversation either way."""
+    input: str | None = None
+    output: str | list[dict[str, Any]] | None = None
+    summary: list[dict[str, Any]] | None = None
 
 
 class FlatTool(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A function tool as this interface writes it."""
+    """A tool as this interface writes it: a function, one that takes any text (custom), or a group (namespace)."""
+
+    type: Literal["function", "custom", "namespace"]
+    name: str
+    parameters: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+    tools: list[InnerTool] | None = None
+
+
+class InnerTool(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A function of a namespace."""
 
     type: Literal["function"]
     name: str
@@ -59,8 +80,14 @@ class FlatTool(Struct, kw_only=True, forbid_unknown_fields=True):
 class FlatChoice(Struct, kw_only=True, forbid_unknown_fields=True):
     """A tool choice by name."""
 
-    type: Literal["function"]
+    type: Literal["function", "custom"]
     name: str
+
+
+class Reasoning(Struct, kw_only=True, forbid_unknown_fields=True):
+    """With how much effort the model thinks."""
+
+    effort: str | None = None
 
 
 class Format(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -77,13 +104,14 @@ class TextOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     """Options of the text."""
 
     format: Format | None = None
-    verbosity: None = None
 
 
 class ResponsesRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/responses."""
 
-    model: str
+    TOOL_KINDS: ClassVar[frozenset[str | None]] = frozenset({"function", "custom", "namespace"})
+
+    model: str | None = None
     input: str | list[Item]
     instructions: str | None = None
     max_output_tokens: int | None = None
@@ -94,13 +122,9 @@ class ResponsesRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     tools: list[FlatTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
     parallel_tool_calls: bool | None = None
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
-    background: Literal[False] | None = None
-    truncation: Literal["disabled"] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    previous_response_id: None = None
-    include: list[str] | None = None
+    metadata: dict[str, Any] | None = None
+    truncation: Literal["disabled", "auto"] | None = None
+    reasoning: Reasoning | None = None
     user: str | None = None
     safety_identifier: str | None = None
 
@@ -111,13 +135,11 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     Raises:
         ApiError: an item that cannot be a message.
     """
-    if body.include:
-        raise ApiError(400, "include is not supported", param="include")
     if body.max_output_tokens is not None and body.max_output_tokens < 1:
         raise ApiError(400, "max_output_tokens must be at least 1", param="max_output_tokens")
     messages = [Message(role="system", content=body.instructions)] if body.instructions else []
     items = [Item(role="user", content=body.input)] if isinstance(body.input, str) else body.input
-    messages += [_message(i, item) for i, item in enumerate(items)]
+    messages += _messages(items)
     form = None if body.text is None or body.text.format is None else _format(body.text.format)
     choice = body.tool_choice
     return ChatRequest(
@@ -127,16 +149,35 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
         temperature=body.temperature,
         top_p=body.top_p,
         response_format=form,
-        tools=[Tool(type="function", function=_function(t)) for t in body.tools] if body.tools else None,
+        tools=[Tool(type="function", function=one) for tool in body.tools for one in _functions(tool)]
+        if body.tools
+        else None,
         tool_choice=NamedTool(type="function", function=NamedFunction(name=choice.name))
         if isinstance(choice, FlatChoice)
         else choice,
         parallel_tool_calls=body.parallel_tool_calls,
+        reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
     )
 
 
-def _function(tool: FlatTool) -> Function:
-    return Function(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict)
+_ANY_TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+"""The arguments of a tool that takes any text."""
+
+
+def _functions(tool: FlatTool) -> list[Function]:
+    if tool.type == "custom":
+        return [Function(name=tool.name, description=tool.description, parameters=_ANY_TEXT)]
+    if tool.type == "function":
+        return [Function(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict)]
+    return [
+        Function(name=_joined(tool.name, one.name), description=one.description, parameters=one.parameters)
+        for one in tool.tools or []
+    ]
+
+
+def _joined(namespace: str | None, name: str) -> str:
+    """The name under which the model knows a function of a namespace."""
+    return f"{namespace}.{name}" if namespace else name
 
 
 def _format(form: Format) -> ResponseFormat:
@@ -145,31 +186,58 @@ def _format(form: Format) -> ResponseFormat:
     return ResponseFormat(type="json_schema", json_schema=JsonSchema(name=form.name or "answer", schema=form.schema))
 
 
+def _messages(items: list[Item]) -> list[Message]:
+    """Items as turns: calls that stand beside each other, and what was thought before them, are one turn's."""
+    out: list[Message] = []
+    thought = ""
+    for i, item in enumerate(items):
+        if item.type == "reasoning":
+            parts = [*(item.summary or []), *(item.content if isinstance(item.content, list) else [])]
+            thought += "\n\n".join(str(part["text"]) for part in parts if isinstance(part.get("text"), str))
+            continue
+        message = _message(i, item)
+        if message.role == "assistant":
+            message.reasoning_content, thought = thought or None, ""
+        if message.tool_calls and out and out[-1].role == "assistant":
+            out[-1].tool_calls = [*(out[-1].tool_calls or []), *message.tool_calls]
+        else:
+            out.append(message)
+    return out
+
+
 def _message(index: int, item: Item) -> Message:
     place = f"input[{index}]"
-    if item.type == "function_call":
-        if not item.call_id or not item.name or item.arguments is None:
-            raise ApiError(400, "a function_call has call_id, name and arguments", param=place)
-        call = ToolCall(id=item.call_id, function=FunctionCall(name=item.name, arguments=item.arguments))
+    if item.type in ("function_call", "custom_tool_call"):
+        custom = item.type == "custom_tool_call"
+        given = item.input if custom else item.arguments
+        if not item.call_id or not item.name or given is None:
+            what = "input" if custom else "arguments"
+            raise ApiError(400, f"a {item.type} has call_id, name and {what}", param=place)
+        arguments: str | dict[str, Any] = {"input": given} if custom else given
+        name = _joined(item.namespace, item.name)
+        call = ToolCall(id=item.call_id, function=FunctionCall(name=name, arguments=arguments))
         return Message(role="assistant", tool_calls=[call])
-    if item.type == "function_call_output":
+    if item.type in ("function_call_output", "custom_tool_call_output"):
         if not item.call_id or item.output is None:
-            raise ApiError(400, "a function_call_output has call_id and output", param=place)
-        return Message(role="tool", tool_call_id=item.call_id, content=item.output)
+            raise ApiError(400, f"a {item.type} has call_id and output", param=place)
+        content = item.output if isinstance(item.output, str) else _parts(item.output, f"{place}.output")
+        return Message(role="tool", tool_call_id=item.call_id, content=content)
     if item.role is None or item.content is None:
         raise ApiError(400, "a message has role and content", param=place)
-    if isinstance(item.content, str):
-        return Message(role=item.role, content=item.content)
+    content = item.content if isinstance(item.content, str) else _parts(item.content, f"{place}.content")
+    return Message(role=item.role, content=content)
+
+
+def _parts(given: list[dict[str, Any]], place: str) -> list[TextPart]:
     parts = []
-    for i, part in enumerate(item.content):
+    for i, part in enumerate(given):
         kind, text = part.get("type"), part.get("text")
         if kind not in ("input_text", "output_text", "text") or not isinstance(text, str):
             shown = repr(kind[:80]) if isinstance(kind, str) else type(kind).__name__
-            raise ApiError(
-                400, f"content of type {shown} is not supported: this model reads text", param=f"{place}.content[{i}]"
-            )
+            reason = f"content of type {shown} is not supported: this model reads text"
+            raise ApiError(400, reason, param=f"{place}[{i}]")
         parts.append(TextPart(type="text", text=text))
-    return Message(role=item.role, content=parts)
+    return parts
 
 
 def _shell(service: Service, body: ResponsesRequest, identifier: str, created: int) -> dict[str, Any]:
@@ -188,12 +256,12 @@ def _shell(service: Service, body: ResponsesRequest, identifier: str, created: i
         "max_output_tokens": body.max_output_tokens,
         "max_tool_calls": None,
         "metadata": body.metadata or {},
-        "model": service.name,
+        "model": service.shown_name(body.model),
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
         "prompt_cache_key": None,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": None if body.reasoning is None else body.reasoning.effort, "summary": None},
         "safety_identifier": body.safety_identifier,
         "service_tier": "default",
         "store": False,
@@ -244,27 +312,37 @@ def _text_item(identifier: str, text: str, status: str) -> dict[str, Any]:
     return {"id": identifier, "type": "message", "status": status, "role": "assistant", "content": content}
 
 
-def _call_item(call: dict[str, Any], status: str = "completed") -> dict[str, Any]:
-    return {
-        "id": f"fc_{secrets.token_hex(12)}",
-        "type": "function_call",
-        "status": status,
-        "call_id": call["id"],
-        "name": call["function"]["name"],
-        "arguments": call["function"]["arguments"],
-    }
+def _thought_item(identifier: str, text: str, status: str) -> dict[str, Any]:
+    content = [{"type": "reasoning_text", "text": text}] if text else []
+    return {"id": identifier, "type": "reasoning", "status": status, "summary": [], "content": content}
+
+
+def _call_item(call: dict[str, Any], tools: list[FlatTool], status: str = "completed") -> dict[str, Any]:
+    """A call as an item of the kind that its tool was given as."""
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    head = {"status": status, "call_id": call["id"], "name": name}
+    if any(tool.type == "custom" and tool.name == name for tool in tools):
+        given = json.loads(arguments).get("input", "")
+        return {"id": f"ctc_{secrets.token_hex(12)}", "type": "custom_tool_call", **head, "input": str(given)}
+    for tool in tools:
+        inner = name.removeprefix(f"{tool.name}.")
+        if tool.type == "namespace" and inner != name:
+            head |= {"name": inner, "namespace": tool.name}
+    return {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", **head, "arguments": arguments}
 
 
 async def complete(service: Service, body: ResponsesRequest, caller: Caller) -> Response:
     """The whole response."""
     request = await service.work.check(caller.n_bytes, as_chat, body)
-    answers, tools = await chat.start(service, request, caller)
+    answers, reading = await chat.start(service, request, caller)
     await answers.collect()
     chat.record(service, answers)
-    content, calls = tools.read(answers.choices[0].text)
+    answer = reading.read(answers.choices[0].text)
     status = "incomplete" if answers.choices[0].finish_reason == "length" else "completed"
-    output = [_text_item(f"msg_{secrets.token_hex(12)}", content or "", status)] if content or not calls else []
-    output += [_call_item(call) for call in calls]
+    output = [_thought_item(f"rs_{secrets.token_hex(12)}", answer.thought, status)] if answer.thought else []
+    if answer.content or not answer.calls:
+        output.append(_text_item(f"msg_{secrets.token_hex(12)}", answer.content or "", status))
+    output += [_call_item(call, body.tools or []) for call in answer.calls]
     shell = _shell(service, body, f"resp_{secrets.token_hex(12)}", int(time.time()))
     return json_response(_finish(shell, answers, output))
 
@@ -272,21 +350,23 @@ async def complete(service: Service, body: ResponsesRequest, caller: Caller) -> 
 async def stream(service: Service, body: ResponsesRequest, caller: Caller) -> Response:
     """The response as events."""
     request = await service.work.check(caller.n_bytes, as_chat, body)
-    answers, tools = await chat.start(service, request, caller)
+    answers, reading = await chat.start(service, request, caller)
     shell = _shell(service, body, f"resp_{secrets.token_hex(12)}", int(time.time()))
 
     async def produce(sender: EventSender) -> None:
-        out = _Output(sender)
+        out = _Output(sender, body.tools or [])
         try:
             out.send("response.created", response=shell)
             out.send("response.in_progress", response=shell)
             await sender.flush()
-            reader = Reader(tools)
+            reader = AnswerReader(reading)
             async for batch in answers.batches():
                 for _, event in batch:
                     for piece in reader.push(event.text, last=event.finish_reason is not None):
                         if isinstance(piece, str):
                             out.text(piece)
+                        elif isinstance(piece, Thought):
+                            out.thought(piece.text)
                         else:
                             out.call(piece)
                 await sender.flush()
@@ -308,12 +388,13 @@ def _failure(error: QuadrigaError) -> dict[str, Any]:
 
 
 class _Output:
-    """The events of a response's items: words into a message, each call an item of its own."""
+    """The events of a response's items: words into a message, thoughts into one of theirs, each call one of its own."""
 
-    def __init__(self, sender: EventSender) -> None:
-        self._sender, self._number = sender, -1
+    def __init__(self, sender: EventSender, tools: list[FlatTool]) -> None:
+        self._sender, self._number, self._tools = sender, -1, tools
         self._items: list[dict[str, Any]] = []
         self._message: str | None = None  # the id of the message that is open
+        self._thought: str | None = None  # the id of the thought that is open
         self._said: list[str] = []
 
     def send(self, kind: str, **fields: Any) -> None:
@@ -324,6 +405,7 @@ class _Output:
     def text(self, piece: str) -> None:
         """Words, into the open message or a new one."""
         if self._message is None:
+            self._close("completed")
             self._message, self._said = f"msg_{secrets.token_hex(12)}", []
             begun = _text_item(self._message, "", "in_progress")
             self.send("response.output_item.added", output_index=len(self._items), item=begun)
@@ -332,32 +414,51 @@ class _Output:
         if piece:
             self.send("response.output_text.delta", **self._place(), delta=piece, logprobs=[])
 
+    def thought(self, piece: str) -> None:
+        """What was thought, into the open item or a new one."""
+        if self._thought is None:
+            self._close("completed")
+            self._thought, self._said = f"rs_{secrets.token_hex(12)}", []
+            begun = _thought_item(self._thought, "", "in_progress")
+            self.send("response.output_item.added", output_index=len(self._items), item=begun)
+        self._said.append(piece)
+        self.send("response.reasoning_text.delta", **self._place(), delta=piece)
+
     def call(self, call: dict[str, Any]) -> None:
         """A call of a tool."""
         self._close("completed")
-        item, index = _call_item(call), len(self._items)
+        item, index = _call_item(call, self._tools), len(self._items)
         at = {"item_id": item["id"], "output_index": index}
-        begun = {**item, "arguments": "", "status": "in_progress"}
+        custom = item["type"] == "custom_tool_call"
+        kind, field = ("custom_tool_call_input", "input") if custom else ("function_call_arguments", "arguments")
+        begun = {**item, field: "", "status": "in_progress"}
+        done = {field: item[field]} if custom else {"name": item["name"], field: item[field]}
         self.send("response.output_item.added", output_index=index, item=begun)
-        self.send("response.function_call_arguments.delta", **at, delta=item["arguments"])
-        self.send("response.function_call_arguments.done", **at, name=item["name"], arguments=item["arguments"])
+        self.send(f"response.{kind}.delta", **at, delta=item[field])
+        self.send(f"response.{kind}.done", **at, **done)
         self.send("response.output_item.done", output_index=index, item=item)
         self._items.append(item)
 
     def finish(self, status: str) -> list[dict[str, Any]]:
         """All items, the last one ended; an answer without any is an empty message."""
-        if not self._items and self._message is None:
+        if self._message is None and not any(item["type"] != "reasoning" for item in self._items):
             self.text("")
         self._close(status)
         return self._items
 
     def _place(self) -> dict[str, Any]:
-        return {"item_id": self._message, "output_index": len(self._items), "content_index": 0}
+        return {"item_id": self._message or self._thought, "output_index": len(self._items), "content_index": 0}
 
     def _close(self, status: str) -> None:
+        said = "".join(self._said)
+        if self._thought is not None:
+            item = _thought_item(self._thought, said, status)
+            self.send("response.reasoning_text.done", **self._place(), text=said)
+            self.send("response.output_item.done", output_index=len(self._items), item=item)
+            self._items.append(item)
+            self._thought = None
         if self._message is None:
             return
-        said = "".join(self._said)
         item = _text_item(self._message, said, status)
         self.send("response.output_text.done", **self._place(), text=said, logprobs=[])
         self.send("response.content_part.done", **self._place(), part={**_TEXT_PART, "text": said})

@@ -1,13 +1,13 @@
-"""What a request may say: msgspec types. A field that is not here is refused by name, never ignored.
+"""What a request may say: msgspec types. A field that is not here is left out and named, or refused; see ``fields``.
 
-Fields that clients send by habit are here with the one value that asks for nothing special (``store=False``).
+Fields that clients send by habit are here with the values that ask for nothing special (``best_of=1``).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -51,17 +51,17 @@ class TextPart(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class FunctionCall(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A tool call's function and its arguments, a JSON text."""
+    """A tool call's function and its arguments: an object as a JSON text, or as it is; "" is an empty one."""
 
     name: str
-    arguments: str
+    arguments: str | dict[str, Any]
 
 
 class ToolCall(Struct, kw_only=True, forbid_unknown_fields=True):
     """A call the assistant made."""
 
-    id: str
     function: FunctionCall
+    id: str | None = None
     type: Literal["function"] = "function"
     index: int | None = None
 
@@ -78,6 +78,10 @@ class Message(Struct, kw_only=True, forbid_unknown_fields=True):
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
+    reasoning_content: str | None = None
+    """What an assistant thought before it answered; the chat template decides whether it is shown again."""
+    reasoning: str | None = None
+    """The same, as some servers call it."""
 
 
 class Function(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -137,7 +141,7 @@ class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
 class Sampling(Struct, kw_only=True, forbid_unknown_fields=True):
     """Fields that chat and plain completions share."""
 
-    model: str
+    model: str | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -157,13 +161,15 @@ class Sampling(Struct, kw_only=True, forbid_unknown_fields=True):
     response_format: ResponseFormat | None = None
     priority: int = 0
     deadline_ms: int | None = None
-    speculate: int = 0
+    speculate: int | None = None
     routing: bool = False
     user: str | None = None
 
 
 class ChatRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/chat/completions."""
+
+    TOOL_KINDS: ClassVar[frozenset[str | None]] = frozenset({"function"})
 
     messages: list[Message]
     max_completion_tokens: int | None = None
@@ -172,13 +178,11 @@ class ChatRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
-    metadata: dict[str, str] | None = None
-    reasoning_effort: None = None
-    verbosity: None = None
-    safety_identifier: str | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class CompletionRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
@@ -190,13 +194,14 @@ class CompletionRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
     suffix: None = None
     best_of: Literal[1] | None = None
     parse_special: bool = True
+    add_special_tokens: bool = True
 
 
 class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/embeddings."""
 
     input: Prompts
-    model: str
+    model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     priority: int = 0
@@ -211,7 +216,10 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     messages: list[Message] | None = None
     add_special_tokens: bool = True
     parse_special: bool = True
-    add_generation_prompt: bool = True
+    tools: list[Tool] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
 
 
@@ -227,7 +235,10 @@ class TemplateRequest(Struct, kw_only=True, forbid_unknown_fields=True):
 
     messages: list[Message]
     model: str | None = None
-    add_generation_prompt: bool = True
+    tools: list[Tool] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def parse(raw: bytes, kind: type[T]) -> T:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quadriga.engine.async_engine import STEP_TIMEOUT_S, AsyncEngine, Stream
 from quadriga.engine.llm import LLM
 from quadriga.engine.request import Embed, Embedding, PromptReport, Request, SamplingParams, TokenEvent
-from quadriga.errors import QuadrigaError, RequestError
+from quadriga.errors import QuadrigaError, RequestError, TemplateError
 from quadriga.server.accounts import Visit
 from quadriga.server.errors import ApiError
 from quadriga.server.grammars import GrammarDesk
@@ -32,6 +36,8 @@ from quadriga.server.schema import (
 )
 from quadriga.server.work import Work
 from quadriga.text.grammar import Grammars
+from quadriga.text.template_abilities import Abilities, abilities
+from quadriga.text.tool_calls.forms import FORMS
 
 
 @dataclass
@@ -194,10 +200,26 @@ class Service:
         name: what clients call the model.
         max_waiting: requests that may wait.
         step_timeout_s: a step of the engine that takes longer counts as hung; 0 lets it take any time.
+        aliases: further names of the model.
+        tool_form: how the model writes calls of tools, a name of ``text.tool_calls.forms``; "auto": by its template.
+        reasoning: tell thoughts from answers, where the template marks them.
     """
 
-    def __init__(self, llm: LLM, *, name: str, max_waiting: int = 256, step_timeout_s: float = STEP_TIMEOUT_S) -> None:
-        self.llm, self.name, self.created = llm, name, int(time.time())
+    def __init__(
+        self,
+        llm: LLM,
+        *,
+        name: str,
+        aliases: Sequence[str] = (),
+        max_waiting: int = 256,
+        step_timeout_s: float = STEP_TIMEOUT_S,
+        tool_form: str = "auto",
+        reasoning: bool = True,
+    ) -> None:
+        self.llm, self.name, self.aliases, self.created = llm, name, tuple(aliases), int(time.time())
+        self.tool_form = None if tool_form == "auto" else FORMS[tool_form]
+        self.reasoning = reasoning
+        self._abilities: Abilities | None = None
         self.engine = AsyncEngine(llm.engine, max_waiting=max_waiting, step_timeout_s=step_timeout_s)
         self.work = Work()
         self.metrics = Metrics(llm, name)
@@ -224,10 +246,10 @@ class Service:
         Raises:
             ApiError: 404.
         """
-        if model is None or model == self.name:
+        if not model or model == self.name or model in self.aliases:
             return None
-        base, _, adapter = model.partition(":")
-        if base == self.name and adapter in self.llm.adapters:
+        base, _, adapter = model.rpartition(":")
+        if (base == self.name or base in self.aliases) and adapter in self.llm.adapters:
             return adapter
         served = ", ".join(repr(name) for name in self.names)
         raise ApiError(
@@ -236,8 +258,26 @@ class Service:
 
     @property
     def names(self) -> list[str]:
-        """What a request may call the model: its name, and NAME:ADAPTER for every adapter."""
-        return [self.name, *(f"{self.name}:{adapter}" for adapter in self.llm.adapters)]
+        """What a request may call the model: its names, and NAME:ADAPTER for every adapter."""
+        return [self.name, *self.aliases, *(f"{self.name}:{adapter}" for adapter in self.llm.adapters)]
+
+    def shown_name(self, model: str | None) -> str:
+        """What an answer calls the model: as the request did."""
+        return model or self.name
+
+    async def abilities(self) -> Abilities:
+        """What the model's chat template can write; found out once."""
+        if self._abilities is None:
+            tokenizer = self.llm.tokenizer
+            try:
+                self._abilities = Abilities() if tokenizer is None else await asyncio.to_thread(abilities, tokenizer)
+            except TemplateError:  # whoever chats is told
+                self._abilities = Abilities()
+        return self._abilities
+
+    def _ids_of(self, names: Sequence[str]) -> frozenset[int]:
+        special = self.llm.tokenizer.special_ids if self.llm.tokenizer is not None else {}
+        return frozenset(special[name] for name in names if name in special)
 
     def params(self, body: Sampling, *, max_tokens: int | None, logprobs: int, echo: bool = False) -> SamplingParams:
         """A request's fields as sampling parameters.
@@ -268,7 +308,7 @@ class Service:
         given = {
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "top_p": body.top_p,
-            "top_k": body.top_k,
+            "top_k": 0 if body.top_k == -1 else body.top_k,  # -1: all, as vLLM writes it
             "min_p": body.min_p,
             "presence_penalty": body.presence_penalty,
             "frequency_penalty": body.frequency_penalty,
@@ -281,10 +321,10 @@ class Service:
             stop=tuple(stops),
             stop_ids=tuple(stop_ids),
             ignore_eos=body.ignore_eos,
-            seed=body.seed,
+            seed=None if body.seed == -1 else body.seed,  # -1: any
             logprobs=logprobs,
             prompt_logprobs=echo and logprobs > 0,
-            speculate=body.speculate,
+            speculate=body.speculate or 0,
         )
 
     def constraint(self, form: ResponseFormat | None) -> tuple[str, Any] | None:
@@ -310,8 +350,12 @@ class Service:
         caller: Caller,
         *,
         constraint: tuple[str, Any] | None = None,
+        shown: Sequence[str] = (),
     ) -> Answers:
         """Start n answers to every prompt; choice i of prompt p is number p * n + i.
+
+        Args:
+            shown: names of control tokens that are part of the answer's text.
 
         Raises:
             ApiError, RequestError, BusyError: it cannot be served.
@@ -325,6 +369,7 @@ class Service:
             raise ApiError(400, "deadline_ms must be from 1 to 86400000", param="deadline_ms")
         self._check(n * len(prompts), body.priority, "n times the prompts")
         adapter = self.adapter_of(body.model)
+        visible = self._ids_of(shown)
         await caller.enter(n * len(prompts))
         try:
             grammar = None
@@ -335,12 +380,13 @@ class Service:
             requests = [
                 Request(
                     prompt=tuple(prompt),
-                    params=params if params.seed is None or i == 0 else _with_seed(params, params.seed + i),
+                    params=params if params.seed is None or i == 0 else _with_seed(params, _seed_of(params.seed, i)),
                     priority=body.priority,
                     routing=body.routing,
                     constraint=None if grammar is None else grammar.copy(),
                     salt=caller.salt,
                     adapter=adapter,
+                    shown=visible,
                     client=caller.client,
                 )
                 for prompt in prompts
@@ -354,7 +400,9 @@ class Service:
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1000
         return Answers(streams, n_read, deadline, lambda a: caller.leave(len(streams), n_read + a.n_made))
 
-    async def embed(self, prompts: Sequence[Sequence[int]], caller: Caller, *, priority: int = 0) -> list[Any]:
+    async def embed(
+        self, prompts: Sequence[Sequence[int]], caller: Caller, *, priority: int = 0
+    ) -> list[NDArray[np.float32]]:
         """Texts as vectors (D,) float32, in their order.
 
         Raises:
@@ -366,7 +414,7 @@ class Service:
         try:
             requests = [Embed(prompt=tuple(p), priority=priority, client=caller.client) for p in prompts]
             streams = await self.engine.submit_all(requests, patient=caller.patient)
-            vectors: dict[Stream, Any] = {}
+            vectors: dict[Stream, NDArray[np.float32]] = {}
             while len(vectors) < len(streams):
                 for stream, made in await streams[0].inbox.take():
                     assert isinstance(made, Embedding), "a text becomes a vector"
@@ -414,10 +462,15 @@ class Service:
         return [{"id": event.token_id, "text": text, "layers": layers, "entropy": entropy}]
 
 
+def _seed_of(seed: int, choice: int) -> int:
+    """The seed of a further choice: no neighbour's first one, as seed + choice would be."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {choice}".encode()).digest()[:8], "little") >> 1
+
+
 def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
     """The same with another seed. What has been checked is not checked again for each of 128 answers."""
     other = copy.copy(params)
-    object.__setattr__(other, "seed", seed % 2**63)
+    object.__setattr__(other, "seed", seed)
     return other
 
 

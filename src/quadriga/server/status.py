@@ -33,19 +33,25 @@ def model(service: Service) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "quadriga",
+        "max_model_len": config.max_seq_len,
         "quadriga": facts,
     }
 
 
+def named(service: Service, name: str) -> dict[str, Any]:
+    """The model under one of its names; an adapter names what it stands on as ``parent``, as vLLM has it."""
+    adapter = service.adapter_of(name)
+    return {**model(service), "id": name, "root": service.name, "parent": service.name if adapter else None}
+
+
 def models(service: Service) -> Response:
-    """GET /v1/models."""
-    return json_response({"object": "list", "data": [model(service)]})
+    """GET /v1/models: all names of the model, its adapters among them."""
+    return json_response({"object": "list", "data": [named(service, name) for name in service.names]})
 
 
 def one_model(service: Service, name: str) -> Response:
     """GET /v1/models/{name}."""
-    service.check_model(name)
-    return json_response(model(service))
+    return json_response(named(service, name))
 
 
 def health(service: Service) -> Response:

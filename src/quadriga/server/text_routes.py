@@ -7,7 +7,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from starlette.responses import Response
 
 from quadriga.server import chat
@@ -17,6 +16,7 @@ from quadriga.server.schema import (
     ChatRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    Message,
     TemplateRequest,
     TokenizeRequest,
 )
@@ -24,6 +24,7 @@ from quadriga.server.service import Caller, Service
 from quadriga.server.sse import json_response, part
 from quadriga.server.tools import ToolUse
 from quadriga.text.chat import RenderedPrompt
+from quadriga.text.template_abilities import Abilities
 
 MAX_TEXT_BYTES = 1 << 20
 """UTF-8 bytes of a text where no context bounds it: some seconds of encoding at most, and as many tokens."""
@@ -41,8 +42,7 @@ async def tokenize(service: Service, body: TokenizeRequest, caller: Caller) -> R
         encode = functools.partial(encode, allow_special=body.parse_special)
         ids = await service.work.encode(caller.n_bytes, encode, body.prompt)
     else:
-        request = ChatRequest(model=service.name, messages=body.messages or [])
-        ids = (await rendered(service, request, caller, body.add_generation_prompt)).ids
+        ids = (await rendered(service, _as_chat(body, body.messages or []), caller)).ids
     return await service.work.check(caller.n_bytes, _tokens, service, ids, body.return_token_strs)
 
 
@@ -96,44 +96,62 @@ def tokenizer_info(service: Service) -> Response:
 async def apply_template(service: Service, body: TemplateRequest, caller: Caller) -> Response:
     """A conversation as the text that the model reads."""
     service.check_model(body.model)
-    request = ChatRequest(model=service.name, messages=body.messages)
-    return json_response({"prompt": (await rendered(service, request, caller, body.add_generation_prompt)).text})
+    return json_response({"prompt": (await rendered(service, _as_chat(body, body.messages), caller)).text})
+
+
+def _as_chat(body: TokenizeRequest | TemplateRequest, messages: list[Message]) -> ChatRequest:
+    """The conversation of a request about text; how its last message is taken is said as in a chat request."""
+    return ChatRequest(
+        messages=messages,
+        tools=body.tools,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
 
 
 async def embeddings(service: Service, body: EmbeddingRequest, caller: Caller) -> Response:
     """Texts as vectors of length 1: the mean of the last hidden states."""
+    data = []
+    found, n = await vectors(service, body, caller)
+    for i, vector in enumerate(found):
+        shown: Any = vector.tolist()
+        if body.encoding_format == "base64":
+            shown = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        data.append({"object": "embedding", "index": i, "embedding": shown})
+    usage = {"prompt_tokens": n, "total_tokens": n}
+    return json_response({"object": "list", "data": data, "model": service.shown_name(body.model), "usage": usage})
+
+
+async def vectors(service: Service, body: EmbeddingRequest, caller: Caller) -> tuple[list[Any], int]:
+    """Texts as vectors (D,) float32, and how many tokens they have.
+
+    Raises:
+        ApiError, RequestError, BusyError: it cannot be served.
+    """
     service.check_model(body.model)
     if body.dimensions not in (None, service.llm.config.d_model):
         raise ApiError(400, f"this model's vectors have {service.llm.config.d_model} dimensions", param="dimensions")
     prompts = await service.work.encode(caller.n_bytes, prompts_of, service, body.input, "input")
-    data = []
-    for i, vector in enumerate(await service.embed(prompts, caller, priority=body.priority)):
-        shown: Any = vector.tolist()
-        if body.encoding_format == "base64":
-            shown = base64.b64encode(vector.numpy().astype(np.float32).tobytes()).decode()
-        data.append({"object": "embedding", "index": i, "embedding": shown})
-    n = sum(len(prompt) for prompt in prompts)
-    usage = {"prompt_tokens": n, "total_tokens": n}
-    return json_response({"object": "list", "data": data, "model": service.name, "usage": usage})
+    return await service.embed(prompts, caller, priority=body.priority), sum(map(len, prompts))
 
 
-async def rendered(
-    service: Service, request: ChatRequest, caller: Caller, add_generation_prompt: bool = True
-) -> RenderedPrompt:
+async def rendered(service: Service, request: ChatRequest, caller: Caller) -> RenderedPrompt:
     """A conversation that need not fit the context, by the template.
 
     Raises:
         ApiError: 400, its texts are longer than MAX_TEXT_BYTES, or it cannot be a conversation.
     """
-    turns = await service.work.check(caller.n_bytes, _turns, service, request)
-    return await chat.rendered(service, turns, caller, add_generation_prompt=add_generation_prompt)
+    tools, turns = await service.work.check(caller.n_bytes, _turns, service, request, await service.abilities())
+    return await chat.rendered(service, turns, caller, tools=tools.shown, **chat.how_rendered(request))
 
 
-def _turns(service: Service, request: ChatRequest) -> list[dict[str, str]]:
+def _turns(service: Service, request: ChatRequest, able: Abilities) -> tuple[ToolUse, list[dict[str, Any]]]:
     chat.check_count(service, len(request.messages))
-    turns = ToolUse(request).messages(request.messages)
+    tools = ToolUse(request, able, service.tool_form)
+    turns = tools.turns(request.messages)
     check_text([turn["content"] for turn in turns], "messages")
-    return turns
+    return tools, turns
 
 
 def check_text(texts: Sequence[str], param: str) -> None:

@@ -1,38 +1,46 @@
-"""Tool calls: how a model is told of tools, how its answer is read, and the grammar that makes a call certain.
+"""Tool calls and thoughts: how a model is told of its tools, how its answer is read, and what makes a call certain.
 
-Models without a template for tools get a paragraph in the system prompt that asks for
-``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``. With ``tool_choice`` "required" or a name, a grammar
-allows nothing but a JSON array of calls whose arguments fit the tools' schemas.
+Where the checkpoint's chat template writes tools by itself, it does, and answers are read in its form
+(``text.tool_calls``). Other models get a paragraph in the system prompt that asks for
+``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, and what their template has no turn for goes into turns
+that it has. With ``tool_choice`` "required" or a name, a grammar allows nothing but a JSON array of calls whose
+arguments fit the tools' schemas.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
-
-import msgspec
 
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import MAX_TOOLS, ChatRequest, Message, NamedTool, Tool
+from quadriga.text.reasoning import Thought, Thoughts
+from quadriga.text.template_abilities import Abilities
+from quadriga.text.tool_calls.forms import HERMES, Form, form_of
+from quadriga.text.tool_calls.reader import MAX_CALLS, Reader, Tools
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_OPEN, _CLOSE = OPEN.encode(), CLOSE.encode()
-_MAX_CALLS = 16
+OPEN, CLOSE = HERMES.opens, HERMES.closes
+MAX_NAME = 128
+
+Piece = str | Thought | dict[str, Any]
+"""Words of an answer, what was thought before them, or a call as OpenAI writes it."""
 
 
 def system_text(tools: Sequence[Tool], *, forced: bool, parallel: bool) -> str:
     """What the model is told about its tools."""
     lines = [json.dumps({k: v for k, v in _shown(tool).items() if v is not None}, ensure_ascii=False) for tool in tools]
-    listed = "\n".join(lines)
+    return f"These functions can be called, given as JSON:\n{chr(10).join(lines)}\n{_how(forced, parallel)}"
+
+
+def _how(forced: bool, parallel: bool) -> str:
     if forced:
         count = "one or more calls" if parallel else "one call"
-        form = f'Answer only with a JSON array of {count}: [{{"name": NAME, "arguments": {{...}}}}]'
-    else:
-        form = f'To call one, answer only with {OPEN}{{"name": NAME, "arguments": {{...}}}}{CLOSE}'
-        form += ", one such block for each call. If no function helps, answer in plain words."
-    return f"These functions can be called, given as JSON:\n{listed}\n{form}"
+        return f'Answer only with a JSON array of {count}: [{{"name": NAME, "arguments": {{...}}}}]'
+    form = f'To call one, answer only with {OPEN}{{"name": NAME, "arguments": {{...}}}}{CLOSE}'
+    return form + ", one such block for each call. If no function helps, answer in plain words."
 
 
 def _shown(tool: Tool) -> dict[str, Any]:
@@ -43,23 +51,28 @@ def _shown(tool: Tool) -> dict[str, Any]:
 class ToolUse:
     """What one request allows: which tools, and whether a call is certain.
 
+    Args:
+        body: the request.
+        able: what the model's template can write.
+        form: how calls are written; None: as the template has them.
+
     Raises:
         ApiError: a tool choice without tools, a name that is no tool's, too many tools.
     """
 
-    def __init__(self, body: ChatRequest) -> None:
+    def __init__(self, body: ChatRequest, able: Abilities | None = None, form: Form | None = None) -> None:
         tools = body.tools or []
         choice = body.tool_choice
         if len(tools) > MAX_TOOLS:
             raise ApiError(400, f"tools takes at most {MAX_TOOLS}, got {len(tools)}", param="tools")
         names = [tool.function.name for tool in tools]
         if len(set(names)) < len(names):
-            raise ApiError(400, "two tools have the same name", param="tools")
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ApiError(400, f"two tools have the name {twice[:80]!r}", param="tools")
         for name in names:
-            if not (0 < len(name) <= 64 and name.replace("_", "a").replace("-", "a").isalnum() and name.isascii()):
-                raise ApiError(
-                    400, f"a tool's name is 1 to 64 letters, digits, _ or -; got {name[:80]!r}", param="tools"
-                )
+            if not (0 < len(name) <= MAX_NAME and name.translate(_PLAIN).isalnum() and name.isascii()):
+                message = f"a tool's name is 1 to {MAX_NAME} letters, digits, _, - or .; got {name[:80]!r}"
+                raise ApiError(400, message, param="tools")
         if isinstance(choice, NamedTool):
             if choice.function.name not in names:
                 raise ApiError(400, f"tool_choice names {choice.function.name!r}, no tool does", param="tool_choice")
@@ -69,9 +82,19 @@ class ToolUse:
         self.tools = [] if choice == "none" else tools
         self.forced = bool(self.tools) and choice not in (None, "auto", "none")
         self.parallel = body.parallel_tool_calls is not False and not isinstance(choice, NamedTool)
+        self._able = able or Abilities(tool_turns=True)
+        self._form = form or (form_of(self._able.source) if self._able.tools else HERMES)
+
+    @property
+    def reads(self) -> Tools | None:
+        """What an answer is read with; None where there are no tools."""
+        if not self.tools:
+            return None
+        schemas = {tool.function.name: tool.function.parameters or {} for tool in self.tools}
+        return Tools(self._form, schemas, self.forced, MAX_CALLS if self.parallel else 1)
 
     def schema(self) -> dict[str, Any]:
-        """The JSON schema of a certain answer: an array of calls."""
+        """The JSON schema of a certain answer: an array of calls, without white space that nothing needs."""
         calls = [
             {
                 "type": "object",
@@ -85,162 +108,176 @@ class ToolUse:
             for t in self.tools
         ]
         items = calls[0] if len(calls) == 1 else {"anyOf": calls}
-        return {"type": "array", "items": items, "minItems": 1, "maxItems": _MAX_CALLS if self.parallel else 1}
+        most = MAX_CALLS if self.parallel else 1
+        compact = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+        return {"type": "array", "items": items, "minItems": 1, "maxItems": most, **compact}
 
-    def messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:
-        """A conversation as the chat template takes it: every turn a role and a text."""
-        turns = [_turn(i, message) for i, message in enumerate(messages)]
-        if self.tools:
+    @property
+    def shown(self) -> list[dict[str, Any]] | None:
+        """The tools for a template that writes them; None where there are none, or it does not."""
+        if not (self.tools and self._able.tools):
+            return None
+        return [
+            {"type": "function", "function": {k: v for k, v in _shown(tool).items() if v is not None}}
+            for tool in self.tools
+        ]
+
+    def turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """A conversation as the chat template takes it; see ``text.chat.render``.
+
+        Raises:
+            ApiError: a message without content, calls that are none.
+        """
+        names: dict[str, str] = {}
+        turns = [self._turn(i, message, names) for i, message in enumerate(messages)]
+        told = ""
+        if self.tools and not self._able.tools:
             told = system_text(self.tools, forced=self.forced, parallel=self.parallel)
-            if turns and turns[0]["role"] == "system":
-                turns[0] = {"role": "system", "content": f"{turns[0]['content']}\n\n{told}".strip()}
+        elif self.forced:
+            told = _how(True, self.parallel)
+        if told and turns and turns[0]["role"] == "system":
+            turns[0] = {"role": "system", "content": f"{turns[0]['content']}\n\n{told}".strip()}
+        elif told:
+            turns.insert(0, {"role": "system", "content": told})
+        return self._writable(turns)
+
+    def _writable(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The turns with what the template cannot write put into turns of the user."""
+        able = self._able
+        if not able.system and turns and turns[0]["role"] == "system" and len(turns) > 1 and turns[1]["role"] == "user":
+            first, second, *rest = turns
+            turns = [{**second, "content": f"{first['content']}\n\n{second['content']}"}, *rest]
+        if able.tools or able.tool_turns:
+            return turns
+        out: list[dict[str, Any]] = []
+        after_result = False
+        for turn in turns:
+            is_result = turn["role"] == "tool"
+            content = f"<tool_response>\n{turn['content']}\n</tool_response>" if is_result else turn["content"]
+            role = "user" if is_result else turn["role"]
+            # Results that stand beside each other, or beside the user's words, are one turn where turns must alternate.
+            joins = able.alternate and out and role == out[-1]["role"] == "user" and (is_result or after_result)
+            if joins:
+                out[-1] = {"role": "user", "content": f"{out[-1]['content']}\n{content}"}
             else:
-                turns.insert(0, {"role": "system", "content": told})
-        return turns
-
-    def read(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
-        """(content, tool calls) of a whole answer. What is no well-formed call of a known tool stays content."""
-        pieces = Reader(self).push(text, last=True)
-        content = "".join(piece for piece in pieces if isinstance(piece, str))
-        return content if content or not self.tools else None, [p for p in pieces if not isinstance(p, str)]
-
-
-class Reader:
-    """One answer as it comes: words as soon as they are certain to be words, calls as soon as they are complete.
-
-    White space beside a call is dropped; so white space, and what may become ``<tool_call>``, waits for what follows.
-    """
-
-    def __init__(self, use: ToolUse) -> None:
-        self._use = use
-        self._parts: list[str] = []
-        """What is held back, in the pieces in which it came: looked through once something may be decided."""
-        self._blank, self._waits, self._end = True, False, ""
-        """Of what is held: it is only white space; it begins a call; its last characters."""
-        self._after_call = False
-        self._known = {tool.function.name for tool in use.tools}
-        self._most = _MAX_CALLS if use.parallel else 1
-        self.n_calls = 0
-
-    def push(self, text: str, *, last: bool) -> list[str | dict[str, Any]]:
-        """The words (str) and calls (dict) that this text makes certain, in order; all that is left with the last."""
-        if not self._use.tools:
-            return [text] if text else []
-        self._parts.append(text)
-        if not last and self._undecided(text):
-            return []
-        held = "".join(self._parts)
-        if self._use.forced:  # one JSON array, which is a call at its end only
-            calls = _array(held)
-            self.n_calls += len(calls)
-            return [_call(call) for call in calls] or ([held] if held else [])
-        out, rest = self._read(held, last)
-        self._parts, self._blank, self._end = [rest], not rest or rest.isspace(), rest[1 - len(CLOSE) :]
+                out.append({"role": role, "content": content})
+            after_result = is_result or (bool(joins) and after_result)
         return out
 
-    def _undecided(self, text: str) -> bool:
-        """True if more text tells no more: it is held back without a look at what was held before."""
-        if self._use.forced:
-            return True
-        if self._waits:
-            near = self._end + text
-            self._end = near[1 - len(CLOSE) :]
-            return CLOSE not in near
-        return self._blank and (not text or text.isspace())
+    def _turn(self, index: int, message: Message, names: dict[str, str]) -> dict[str, Any]:
+        content = message.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content or ())
+        role = "system" if message.role == "developer" else message.role
+        place = f"messages[{index}]"
+        turn: dict[str, Any] = {"role": role, "content": text}
+        if message.tool_calls:
+            if role != "assistant":
+                raise ApiError(400, "only the assistant makes tool calls", param=f"{place}.tool_calls")
+            calls = []
+            for call in message.tool_calls:
+                arguments = _arguments(call.function.arguments)
+                if arguments is None:
+                    reason = "a tool call's arguments are an object, or the JSON text of one"
+                    raise ApiError(400, reason, param=f"{place}.tool_calls")
+                names[call.id or ""] = call.function.name
+                calls.append({"name": call.function.name, "arguments": arguments})
+            if self._able.tools:
+                ids = [self._id(call.id or f"call_{index}_{i}") for i, call in enumerate(message.tool_calls)]
+                turn["tool_calls"] = [
+                    {"id": call_id, "type": "function", "function": call}
+                    for call_id, call in zip(ids, calls, strict=True)
+                ]
+            else:
+                turn["content"] += "".join(f"{OPEN}{json.dumps(call, ensure_ascii=False)}{CLOSE}" for call in calls)
+        elif content is None and role != "assistant":
+            raise ApiError(400, "a message needs content", param=f"{place}.content")
+        thought = message.reasoning_content or message.reasoning
+        if thought and role == "assistant" and self._able.thinks is not None:
+            turn["reasoning_content"] = thought
+        if role == "tool" and self._able.tools:
+            call_id = message.tool_call_id or ""
+            turn["tool_call_id"] = self._id(call_id)
+            if name := message.name or names.get(call_id):
+                turn["name"] = name
+        return turn
 
-    def _read(self, held: str, last: bool) -> tuple[list[str | dict[str, Any]], str]:
-        """(what is certain, what must wait) of what was held back. Linear: no place is looked at twice for one mark."""
-        out: list[str | dict[str, Any]] = []
-        raw, begin, search = held.encode(errors="replace"), 0, 0
-        close = raw.find(_CLOSE)
-        while (at := raw.find(_OPEN, search)) >= 0:
-            if 0 <= close < at:
-                close = raw.find(_CLOSE, at)
-            if close < 0 and not last:
-                break
-            search = at + len(_OPEN)
-            call = None if close < 0 else _object(memoryview(raw)[search:close])
-            if call is None or call["name"] not in self._known or self.n_calls >= self._most:
-                continue  # it only looked like one
-            out += self._words(raw[begin:at].decode().rstrip())
-            out.append(_call(call))
-            self.n_calls += 1
-            begin = search = close + len(_CLOSE)
-            self._after_call = True
-        self._waits = at >= 0
-        text = raw[begin : at if at >= 0 else None].decode()
-        if self._after_call:
-            text = text.lstrip()
-        if last:
-            return out + self._words(text.rstrip() if self.n_calls else text), ""
-        words = (text if at >= 0 else _certain(text)).rstrip()
-        return out + self._words(words), text[len(words) :] + (raw[at:].decode() if at >= 0 else "")
-
-    def _words(self, text: str) -> list[str | dict[str, Any]]:
-        if self._after_call:
-            text = text.lstrip()
-        self._after_call = self._after_call and not text
-        return [text] if text else []
-
-
-def _certain(text: str) -> str:
-    """Text without an end that may be the beginning of a call."""
-    for n in range(min(len(OPEN) - 1, len(text)), 0, -1):
-        if text.endswith(OPEN[:n]):
-            return text[:-n]
-    return text
+    def _id(self, call_id: str) -> str:
+        """An id as the template wants it."""
+        if not self._able.nine or (len(call_id) == 9 and call_id.isalnum()):
+            return call_id
+        return hashlib.sha256(call_id.encode(errors="replace")).hexdigest()[:9]
 
 
-def _turn(index: int, message: Message) -> dict[str, str]:
-    content = message.content
-    text = content if isinstance(content, str) else "".join(part.text for part in content or ())
-    role = "system" if message.role == "developer" else message.role
-    if message.tool_calls:
-        if role != "assistant":
-            raise ApiError(400, "only the assistant makes tool calls", param=f"messages[{index}].tool_calls")
-        calls = []
-        for call in message.tool_calls:
-            arguments = _json(call.function.arguments)
-            if not isinstance(arguments, dict):
-                place = f"messages[{index}].tool_calls"
-                raise ApiError(400, "a tool call's arguments are the JSON text of an object", param=place)
-            calls.append(json.dumps({"name": call.function.name, "arguments": arguments}, ensure_ascii=False))
-        text += "".join(f"{OPEN}{call}{CLOSE}" for call in calls)
-    elif content is None and role != "assistant":
-        raise ApiError(400, "a message needs content", param=f"messages[{index}].content")
-    return {"role": role, "content": text}
+_PLAIN = str.maketrans("_-.", "aaa")
 
 
-def _json(text: str) -> Any:
+def _arguments(given: str | dict[str, Any]) -> dict[str, Any] | None:
+    if isinstance(given, dict):
+        return given
     try:
-        return json.loads(text)
+        value = json.loads(given) if given.strip() else {}
     except (ValueError, RecursionError):
         return None
+    return value if isinstance(value, dict) else None
 
 
-def _object(raw: bytes | memoryview) -> dict[str, Any] | None:
-    """A call, if that is what this is. msgspec stops where the JSON does; json would count the lines up to there."""
-    try:
-        value = msgspec.json.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    return value if _is_call(value) else None
+@dataclass(frozen=True)
+class Reading:
+    """How the answers to a request are read: thoughts first, then words and calls."""
+
+    tools: Tools | None = None
+    thinks: tuple[str, str] | None = None
+    """The marks around thoughts; None: there are none."""
+    opened: bool = False
+    """The prompt ends inside of a thought."""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What must be seen in an answer's text although it may be a control token."""
+        tools = self.tools.marks if self.tools is not None and not self.tools.forced else ()
+        return (*tools, *(self.thinks or ()))
+
+    def read(self, text: str) -> Answer:
+        """A whole answer."""
+        pieces = AnswerReader(self).push(text, last=True)
+        content = "".join(piece for piece in pieces if isinstance(piece, str))
+        thought = "".join(piece.text for piece in pieces if isinstance(piece, Thought))
+        calls = [piece for piece in pieces if isinstance(piece, dict)]
+        return Answer(content if content or (self.tools is None and not thought) else None, calls, thought or None)
 
 
-def _is_call(value: Any) -> bool:
-    named = isinstance(value, dict) and isinstance(value.get("name"), str)
-    return named and isinstance(value.get("arguments"), dict)
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer in its parts. What is no well-formed call of a known tool stays content."""
+
+    content: str | None
+    calls: list[dict[str, Any]]
+    thought: str | None
 
 
-def _array(text: str) -> list[dict[str, Any]]:
-    value = _json(text)
-    return value if isinstance(value, list) and all(map(_is_call, value)) else []
+class AnswerReader:
+    """One answer as it comes."""
 
+    def __init__(self, reading: Reading) -> None:
+        self._thoughts = Thoughts(reading.thinks, opened=reading.opened)
+        self._calls = Reader(reading.tools)
+        self.n_thinking = 0
+        """Tokens, or pieces of text that came together, that were thought."""
 
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    arguments = json.dumps(call["arguments"], ensure_ascii=False)
-    return {
-        "id": f"call_{secrets.token_hex(12)}",
-        "type": "function",
-        "function": {"name": call["name"], "arguments": arguments},
-    }
+    @property
+    def n_calls(self) -> int:
+        """Calls so far."""
+        return self._calls.n_calls
+
+    def push(self, text: str, *, last: bool) -> list[Piece]:
+        """The pieces that this text makes certain, in order; all that is left with the last."""
+        out: list[Piece] = []
+        for piece in self._thoughts.push(text, last=last):
+            if isinstance(piece, Thought):
+                out.append(piece)
+            else:
+                out += self._calls.push(piece, last=False)
+        self.n_thinking += self._thoughts.thinking
+        if last:
+            out += self._calls.push("", last=True)
+        return out

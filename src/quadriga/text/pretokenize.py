@@ -22,6 +22,12 @@ _CONTRACTIONS_ANY_CASE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+
 _CL100K_GREEDY = _CONTRACTIONS_ANY_CASE + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # Llama 3
 _QWEN2 = _CONTRACTIONS_ANY_CASE + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SINGLE_DIGITS = r"\p{N}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = (  # openai/tiktoken: a cut inside a word where a capital follows a small letter
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 # llama.cpp's rule for files that do not name theirs (src/llama-vocab.cpp); no published vocabulary was trained with it.
@@ -56,6 +62,7 @@ GGUF_PATTERNS: dict[str, Split] = {
     "chatglm-bpe": Split((_CL100K_GREEDY,)),
     "hunyuan": Split((_QWEN2,)),
     "qwen2": Split((_QWEN2,), normalizer="NFC"),  # Qwen/Qwen2-7B's tokenizer.json
+    "gpt-4o": Split((_O200K,), whole_words=True),  # gpt-oss: o200k_harmony
 }
 """Values of GGUF's ``tokenizer.ggml.pre`` that are known."""
 

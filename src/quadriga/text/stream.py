@@ -24,11 +24,19 @@ class Detokenizer:
         tokenizer: the vocabulary.
         stop: texts that end the answer.
         after: the ids that the answer continues.
+        shown: tokens without text of their own that add their names.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, after: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        after: Iterable[int] = (),
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         assert all(stop), "stop strings are not empty"
-        self._tokenizer = tokenizer
+        self._tokenizer, self._shown = tokenizer, shown
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = tuple(stop)
         self._held = ""
@@ -47,6 +55,8 @@ class Detokenizer:
             raw, self._opening = tokenizer.first_bytes(token_id, self._opening)
         else:
             raw = tokenizer.token_bytes(token_id)
+        if not raw and token_id in self._shown:
+            raw = tokenizer.token_text(token_id).encode()
         return self._release(self._decoder.decode(raw))
 
     def finish(self) -> str:

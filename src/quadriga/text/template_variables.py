@@ -44,6 +44,7 @@ _CLASS_OF_MODEL = {
     "granite": "GPT2Tokenizer",
     "granitemoe": "GPT2Tokenizer",
     "granitemoeshared": "GPT2Tokenizer",
+    "gpt_oss": "PreTrainedTokenizer",
     "glm4_moe": "PreTrainedTokenizer",
     "ernie4_5_moe": "LlamaTokenizer",
 }

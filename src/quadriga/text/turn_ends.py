@@ -67,6 +67,8 @@ def turn_ends(tokenizer: Tokenizer) -> TurnEnds:
         return TurnEnds(frozenset(ids))
     encoded = tokenizer.encode(mark, allow_special=True)
     texts = [tokenizer.token_text(i) for i in encoded]
+    if mark in _meant_otherwise(tokenizer):
+        return TurnEnds(frozenset(ids))
     if texts and texts[-1] == mark and not "".join(texts[:-1]).strip():  # SentencePiece may put a space before it
         return TurnEnds(frozenset({*ids, encoded[-1]}))
     return TurnEnds(frozenset(ids), (mark,))
@@ -75,10 +77,14 @@ def turn_ends(tokenizer: Tokenizer) -> TurnEnds:
 def _by_name(tokenizer: Tokenizer) -> list[int]:
     # A control token by its looks alone has a text of its own: an answer may hold it.
     special = {name: i for name, i in tokenizer.special_ids.items() if not tokenizer.token_bytes(i)}
-    meant_otherwise = {
-        name for name, companies in _NOT_BESIDE.items() if any(company <= special.keys() for company in companies)
-    }
+    meant_otherwise = _meant_otherwise(tokenizer)
     return [special[name] for name in _NAMES if name in special and name not in meant_otherwise]
+
+
+def _meant_otherwise(tokenizer: Tokenizer) -> set[str]:
+    """Names that end no answer in this vocabulary, though a template may write them behind one."""
+    names = tokenizer.special_ids.keys()
+    return {name for name, companies in _NOT_BESIDE.items() if any(company <= names for company in companies)}
 
 
 def _template_mark(tokenizer: Tokenizer) -> str | None:

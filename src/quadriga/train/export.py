@@ -21,7 +21,7 @@ from quadriga.kernels.arrays import array, tensor
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
 from quadriga.model.config_json import config_from_json
-from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes, whole
+from quadriga.model.weight_map import check_cover, parameter_shapes, source_index, source_shapes, whole
 from quadriga.train.run_directory import RunDirectory, newest, read_manifest
 from quadriga.train.shards import ShardReader
 
@@ -113,9 +113,8 @@ def write_hf(
     tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in source_shapes(pieces).items()}
     for piece in pieces:
         target = piece.target_box or whole(piece.target_shape)
-        source = piece.source_box or whole(piece.source_shape)
         values = parameters[piece.target][tuple(slice(*span) for span in target)]
-        tensors[piece.source][tuple(slice(*span) for span in source)] = tensor(pack(array(values), piece))
+        tensors[piece.source][source_index(piece)] = tensor(pack(array(values), piece))
     work = out.with_name(out.name + ".part")
     work.mkdir(parents=True, exist_ok=True)
     raw = {**family.config_to_hf(config), "torch_dtype": str(dtype).removeprefix("torch.")}

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "7641719d46f5bac7a2add49dc071e78a004fa5346991ccbea97085555d7858c6"
+HEADER_SHA256 = "7d2b0ab33d1a6bd1b0b5c924356198110532346db35252a8df3f5c98db5dedbf"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -35,6 +35,7 @@ class Format(IntEnum):
     Q8 = 2
     Q4 = 3
     Q4M = 4
+    MX4 = 5
 
 
 class Source(IntEnum):
@@ -46,6 +47,7 @@ class Source(IntEnum):
     Q8_0 = 3
     Q4_0 = 4
     Q4_1 = 5
+    MX4 = 6
 
 
 class KvFormat(IntEnum):

@@ -125,6 +125,16 @@ def pack_blocks(raw: Any, source: str, rows: int, cols: int, *, out: Bytes | Non
     return _pack(source, stored.ctypes.data, row_bytes, rows, cols, FROM_GGUF[source], out, None)
 
 
+def pack_mx4(blocks: Bytes, rows: int, cols: int, *, out: Bytes | None = None) -> Packed:
+    """Pack MXFP4's codes as they are.
+
+    Args:
+        blocks: of ``quant.mxfp4.as_mx4``, (rows * cols / 32, 18) uint8.
+    """
+    assert blocks.shape == (rows * cols // 32, 18) and blocks.flags.c_contiguous, "whole rows of blocks"
+    return _pack("mx4", blocks.ctypes.data, cols // 32 * 18, rows, cols, "mx4", out, None)
+
+
 def _pack(
     source: str,
     address: int,

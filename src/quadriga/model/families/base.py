@@ -29,6 +29,8 @@ class Family:
     """Writes config.json; raises ConfigError for a model that the format cannot express."""
     layouts: Mapping[str, MapBuilder]
     """Hugging Face layouts by name; the first is the one exports use (e.g. dbrx: fused, split, split-stored...)."""
+    read_only: Mapping[str, str] = field(default_factory=dict)
+    """Layouts that no conversion writes, each with the reason."""
     gguf_archs: tuple[str, ...] = ()
     """Values of ``general.architecture`` that mean this family (``llama`` with experts is mixtral)."""
     config_from_gguf: Callable[[Mapping[str, object], Mapping[str, Shape]], ModelConfig] | None = None

@@ -220,7 +220,7 @@ GGUF_COMMON = {
 }
 """Tensors that dense and expert models of GGUF arch ``llama`` share."""
 
-GGUF_BIASED = frozenset({"llama", "qwen2", "smollm3"})
+GGUF_BIASED = frozenset({"llama", "qwen2", "smollm3", "gpt-oss"})
 """Architectures of this shape in which llama.cpp adds biases to q, k, v and o where the file has them."""
 GGUF_QKV_BIASED = frozenset({"glm4moe", "qwen2moe"})
 """Those in which it adds them to q, k and v alone."""

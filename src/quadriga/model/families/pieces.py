@@ -4,19 +4,20 @@
     qkv           three projections are the rows of wqkv:       [q; k; v]
     experts       one matrix per expert is a slice of a stack:  w[e]
     flat_experts  all experts below each other in one matrix:   (E*F, D)
+    in_turn       rows of gate and up by turns in one tensor:   [g0; u0; g1; u1; ...]
 
 Nothing here knows a family; nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Literal
 
 from quadriga.model.config import ModelConfig, MoESpec
-from quadriga.model.weight_map import Piece, parameter_shapes, whole
+from quadriga.model.weight_map import Piece, Stride, parameter_shapes, whole
 
 ExpertPart = Literal["w_gate", "w_up", "w_down"]
 
@@ -150,6 +151,33 @@ def gate_up(config: ModelConfig, name: str) -> list[Piece]:
                     source_box=(whole(shape)[0], (start, start + spec.d_ff), whole(shape)[2]),
                     target=f"layers.{i}.moe.{part}",
                     target_shape=shape,
+                )
+            )
+    return pieces
+
+
+def in_turn(config: ModelConfig, parts: Sequence[str], name: str, *, transpose: bool = False) -> list[Piece]:
+    """Pieces for parameters of the experts whose rows one tensor holds by turns: the first row of each, the second, ...
+
+    Args:
+        parts: parameters of one shape, (E, F, D) or (E, F), such as w_gate and w_up.
+        name: source name with ``{i}`` for the layer.
+        transpose: the stored matrices are (D, rows), so that columns take turns.
+    """
+    shapes, pieces = parameter_shapes(config), []
+    for i, _ in config.moe_layers:
+        for start, part in enumerate(parts):
+            target = f"layers.{i}.moe.{part}"
+            n_experts, rows, *columns = shape = shapes[target]
+            rows *= len(parts)
+            pieces.append(
+                Piece(
+                    source=name.format(i=i),
+                    source_shape=(n_experts, *columns, rows) if transpose else (n_experts, rows, *columns),
+                    target=target,
+                    target_shape=shape,
+                    stride=Stride(axis=2 if transpose else 1, step=len(parts), start=start),
+                    transpose=transpose,
                 )
             )
     return pieces

@@ -32,20 +32,30 @@ def by_layer(keys: Keys, n_layers: int, max_seq_len: int, slides: Callable[[int]
         ConfigError: ``layer_types`` that are none, or as many as there are no layers.
     """
     uses = keys.flag("use_sliding_window") if keys.given("use_sliding_window") else False
-    named, window = keys.value("layer_types"), for_all(keys, max_seq_len)
-    if named is not None:
-        if not isinstance(named, list) or len(named) != n_layers or not set(map(str, named)) <= {FULL, SLIDING}:
-            raise ConfigError(
-                f"config.json: layer_types must be {n_layers} times {FULL} or {SLIDING}, got {str(named)[:80]}"
-            )
-        sliding = [kind == SLIDING for kind in named]
+    named, window = keys.given("layer_types"), for_all(keys, max_seq_len)
+    if named:
+        sliding = sliding_layers(keys, n_layers)
     elif uses and slides is None:
         raise ConfigError("config.json: use_sliding_window needs layer_types, which say which layers have a window")
     else:
         sliding = [slides is not None and slides(i) for i in range(n_layers)]
-    if named is not None and any(sliding) and not uses:
+    if named and any(sliding) and not uses:
         raise ConfigError(f"config.json: layer_types name {SLIDING}, and use_sliding_window says there is none")
     return [window if uses and slid else None for slid in sliding]
+
+
+def sliding_layers(keys: Keys, n_layers: int) -> list[bool]:
+    """Which layers have a window, as ``layer_types`` says.
+
+    Raises:
+        ConfigError: types that are none, or as many as there are no layers.
+    """
+    named = keys.value("layer_types")
+    if not isinstance(named, list) or len(named) != n_layers or not set(map(str, named)) <= {FULL, SLIDING}:
+        raise ConfigError(
+            f"config.json: layer_types must be {n_layers} times {FULL} or {SLIDING}, got {str(named)[:80]}"
+        )
+    return [kind == SLIDING for kind in named]
 
 
 def to_hf(layers: Sequence[LayerSpec]) -> dict[str, object]:

@@ -1,0 +1,454 @@
+"""Ollama's interface: POST /api/chat, generate, embed, embeddings, show, pull; GET /api/tags, ps, version.
+
+A request becomes a chat request or a completion request; answers come as JSON lines, by default streamed. What manages
+models (delete, copy, create, push) is refused: a server serves what it was started with.
+Facts: github.com/ollama/ollama, docs/api.md, as of version 0.13.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, ClassVar, Literal, TypeVar
+
+from msgspec import Struct
+from starlette.responses import Response
+
+from quadriga.model import cost
+from quadriga.server import chat, completions, text_routes
+from quadriga.server.errors import ApiError
+from quadriga.server.schema import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    FunctionCall,
+    JsonSchema,
+    Message,
+    Prompts,
+    ResponseFormat,
+    Sampling,
+    Tool,
+    ToolCall,
+)
+from quadriga.server.service import Answers, Caller, Service
+from quadriga.server.sse import EventSender, EventStream, json_response, part
+from quadriga.server.tools import AnswerReader, Reading
+from quadriga.text.reasoning import Thought
+
+VERSION = "0.13.0"
+"""The version of Ollama whose interface this is; clients ask for a least one."""
+
+
+KINDS = ("application/x-www-form-urlencoded", "")
+"""Content types that are read as JSON too."""
+
+MANAGES = {"create": "created", "copy": "copied", "push": "pushed"}
+
+
+class Options(Struct, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are chosen. The defaults are Ollama's."""
+
+    num_predict: int | None = None
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.9
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    repeat_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+
+class OllamaFunction(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A call's function; its arguments are an object."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class OllamaCall(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A call the assistant made."""
+
+    function: OllamaFunction
+    id: str | None = None
+
+
+class OllamaMessage(Struct, kw_only=True, forbid_unknown_fields=True):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
+    thinking: str | None = None
+    tool_calls: list[OllamaCall] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+    images: list[str] | None = None
+
+
+class Asked(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Fields that chat and generate share."""
+
+    model: str
+    stream: bool = True
+    format: str | dict[str, Any] | None = None
+    options: Options | None = None
+    think: bool | str | None = None
+
+
+class OllamaChat(Asked, kw_only=True, forbid_unknown_fields=True):
+    """POST /api/chat."""
+
+    TOOL_KINDS: ClassVar[frozenset[str | None]] = frozenset({"function"})
+
+    messages: list[OllamaMessage] = []
+    tools: list[Tool] | None = None
+
+
+class OllamaGenerate(Asked, kw_only=True, forbid_unknown_fields=True):
+    """POST /api/generate."""
+
+    prompt: str = ""
+    system: str | None = None
+    raw: bool = False
+    images: list[str] | None = None
+    suffix: str | None = None
+    template: str | None = None
+
+
+class OllamaEmbed(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /api/embed."""
+
+    model: str
+    input: Prompts
+    dimensions: int | None = None
+
+
+class OllamaEmbeddings(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /api/embeddings, the older one."""
+
+    model: str
+    prompt: str
+
+
+class OllamaModel(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /api/show and /api/pull."""
+
+    model: str | None = None
+    name: str | None = None
+    stream: bool = True
+
+
+class Lines(EventStream):
+    """A stream of JSON lines."""
+
+    media_type = "application/x-ndjson"
+    pings = False
+
+    def _fail(self, sender: EventSender, shown: ApiError) -> None:
+        line(sender, {"error": str(shown)})
+
+
+def line(sender: EventSender, body: dict[str, Any]) -> None:
+    """One line."""
+    sender.raw(bytes(part(body)) + b"\n")
+
+
+def known(service: Service, name: str | None) -> str:
+    """A model's name as the service knows it: Ollama's clients may write NAME:latest.
+
+    Raises:
+        ApiError: 404.
+    """
+    plain = (name or "").removesuffix(":latest")
+    if not plain:
+        raise ApiError(400, "a request needs the name of a model", param="model")
+    service.check_model(plain)
+    return plain
+
+
+def as_chat(service: Service, body: OllamaChat | OllamaGenerate) -> ChatRequest:
+    """The same question as a chat request.
+
+    Raises:
+        ApiError: pictures, or another template.
+    """
+    if isinstance(body, OllamaGenerate):
+        if body.suffix or body.template:
+            what = "suffix" if body.suffix else "template"
+            raise ApiError(400, f"{what} is not supported: give raw and a prompt that is complete", param=what)
+        turns = [OllamaMessage(role="user", content=body.prompt, images=body.images)]
+        if body.system:
+            turns.insert(0, OllamaMessage(role="system", content=body.system))
+        tools = None
+    else:
+        turns, tools = body.messages, body.tools
+    if any(turn.images for turn in turns):
+        raise ApiError(400, "images are not supported: this model reads text", param="images")
+    request = ChatRequest(model=known(service, body.model), messages=[_turn(t, i) for i, t in enumerate(turns)])
+    request.tools, request.response_format = tools, form_of(body.format)
+    if isinstance(body.think, str):
+        request.reasoning_effort = body.think
+    elif body.think is not None:
+        request.chat_template_kwargs = {"enable_thinking": body.think}
+    return _sampled(request, body.options)
+
+
+def _turn(turn: OllamaMessage, index: int) -> Message:
+    calls = [
+        ToolCall(
+            id=c.id or f"call_{index}_{i}", function=FunctionCall(name=c.function.name, arguments=c.function.arguments)
+        )
+        for i, c in enumerate(turn.tool_calls or [])
+    ]
+    return Message(
+        role=turn.role,
+        content=turn.content,
+        name=turn.tool_name,
+        tool_calls=calls or None,
+        tool_call_id=turn.tool_call_id or (f"call_{index - 1}_0" if turn.role == "tool" else None),
+        reasoning_content=turn.thinking,
+    )
+
+
+def form_of(given: str | dict[str, Any] | None) -> ResponseFormat | None:
+    """Ollama's format ("json" or a JSON schema) as a response format.
+
+    Raises:
+        ApiError: something else.
+    """
+    if not given:
+        return None
+    if isinstance(given, dict):
+        return ResponseFormat(type="json_schema", json_schema=JsonSchema(name="answer", schema=given))
+    if given != "json":
+        raise ApiError(400, f"format must be 'json' or a JSON schema, got {given[:80]!r}", param="format")
+    return ResponseFormat(type="json_object")
+
+
+S = TypeVar("S", bound=Sampling)
+
+
+def _sampled(request: S, given: Options | None) -> S:
+    """The request with the options as its fields have them."""
+    options = given or Options()
+    limit = options.num_predict
+    request.max_tokens = -1 if limit is None or limit < 0 else limit
+    request.temperature, request.top_p, request.min_p = options.temperature, options.top_p, options.min_p
+    request.top_k = max(-1, options.top_k)
+    request.seed, request.stop = options.seed, options.stop
+    request.repetition_penalty = options.repeat_penalty
+    request.presence_penalty, request.frequency_penalty = options.presence_penalty, options.frequency_penalty
+    return request
+
+
+async def ask(service: Service, body: OllamaChat | OllamaGenerate, caller: Caller) -> Response:
+    """POST /api/chat and /api/generate."""
+    is_chat = isinstance(body, OllamaChat)
+    if not (body.messages if isinstance(body, OllamaChat) else body.prompt):  # only to have the model loaded
+        known(service, body.model)
+        empty: dict[str, Any] = {"message": {"role": "assistant", "content": ""}} if is_chat else {"response": ""}
+        return json_response({**_head(body), **empty, "done": True, "done_reason": "load"})
+    if isinstance(body, OllamaGenerate) and body.raw:
+        raw = CompletionRequest(model=known(service, body.model), prompt=body.prompt, add_special_tokens=False)
+        raw.response_format = form_of(body.format)
+        answers, _ = await completions.start(service, _sampled(raw, body.options), caller)
+        reading = Reading()
+    else:
+        request = await service.work.check(caller.n_bytes, as_chat, service, body)
+        answers, reading = await chat.start(service, request, caller)
+    said = _chat_part if is_chat else _generate_part
+    if body.stream:
+        return Lines(partial(_stream, service, body, answers, reading, said))
+    await answers.collect()
+    chat.record(service, answers)
+    answer = reading.read(answers.choices[0].text)
+    whole = said(answer.content or "", answer.thought or "", answer.calls)
+    return json_response({**_head(body), **whole, **_end(answers, bool(answer.calls))})
+
+
+async def _stream(
+    service: Service,
+    body: OllamaChat | OllamaGenerate,
+    answers: Answers,
+    reading: Reading,
+    said: Callable[..., dict[str, Any]],
+    sender: EventSender,
+) -> None:
+    reader = AnswerReader(reading)
+    try:
+        async for batch in answers.batches():
+            for _, event in batch:
+                for piece in reader.push(event.text, last=event.finish_reason is not None):
+                    if isinstance(piece, str):
+                        shown = said(piece, "", [])
+                    elif isinstance(piece, Thought):
+                        shown = said("", piece.text, [])
+                    else:
+                        shown = said("", "", [piece])
+                    line(sender, {**_head(body), **shown, "done": False})
+            await sender.flush()
+        chat.record(service, answers)
+        line(sender, {**_head(body), **said("", "", []), **_end(answers, reader.n_calls > 0)})
+    finally:
+        answers.close()
+
+
+def _head(body: Asked) -> dict[str, Any]:
+    return {"model": body.model, "created_at": _now()}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _chat_part(words: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": words}
+    if thought:
+        message["thinking"] = thought
+    if calls:
+        functions = [call["function"] for call in calls]
+        message["tool_calls"] = [
+            {"id": call["id"], "function": {"index": i, "name": f["name"], "arguments": json.loads(f["arguments"])}}
+            for i, (call, f) in enumerate(zip(calls, functions, strict=True))
+        ]
+    return {"message": message}
+
+
+def _generate_part(words: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    assert not calls, "generate has no tools"
+    return {"response": words, **({"thinking": thought} if thought else {})}
+
+
+def _end(answers: Answers, called: bool) -> dict[str, Any]:
+    timings, choice = answers.timings(), answers.choices[0]
+    reading, making = (round(1e6 * timings[key]) for key in ("prompt_ms", "predicted_ms"))
+    return {
+        "done": True,
+        "done_reason": "length" if choice.finish_reason == "length" and not called else "stop",
+        "total_duration": reading + making,
+        "load_duration": 0,
+        "prompt_eval_count": timings["prompt_n"],
+        "prompt_eval_duration": reading,
+        "eval_count": timings["predicted_n"],
+        "eval_duration": making,
+    }
+
+
+async def embed(service: Service, body: OllamaEmbed, caller: Caller) -> Response:
+    """POST /api/embed."""
+    vectors, n, seconds = await _vectors(service, body.model, body.input, body.dimensions, caller)
+    spent = {"total_duration": round(1e9 * seconds), "load_duration": 0, "prompt_eval_count": n}
+    return json_response({"model": body.model, "embeddings": vectors, **spent})
+
+
+async def embeddings(service: Service, body: OllamaEmbeddings, caller: Caller) -> Response:
+    """POST /api/embeddings."""
+    vectors, _, _ = await _vectors(service, body.model, body.prompt, None, caller)
+    return json_response({"embedding": vectors[0]})
+
+
+async def _vectors(
+    service: Service, model: str, given: Prompts, dimensions: int | None, caller: Caller
+) -> tuple[list[Any], int, float]:
+    began = time.perf_counter()
+    request = EmbeddingRequest(model=known(service, model), input=given, dimensions=dimensions)
+    vectors, n = await text_routes.vectors(service, request, caller)
+    return [vector.tolist() for vector in vectors], n, time.perf_counter() - began
+
+
+def details(service: Service) -> dict[str, Any]:
+    """What Ollama's lists say of a model."""
+    config = service.llm.config
+    n = cost.n_params(config).total
+    size = f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"
+    return {
+        "parent_model": "",
+        "format": "quadriga",
+        "family": config.family,
+        "families": [config.family],
+        "parameter_size": size,
+        "quantization_level": service.llm.runner.weights()[0],
+    }
+
+
+def entry(service: Service, name: str) -> dict[str, Any]:
+    """One model of a list. The digest is that of its configuration; the size, of its weights in memory."""
+    digest = hashlib.sha256(repr(service.llm.config).encode()).hexdigest()
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": datetime.fromtimestamp(service.created, UTC).isoformat().replace("+00:00", "Z"),
+        "size": service.llm.runner.weights()[1],
+        "digest": digest,
+        "details": details(service),
+    }
+
+
+def tags(service: Service) -> Response:
+    """GET /api/tags."""
+    return json_response({"models": [entry(service, name) for name in service.names]})
+
+
+def running(service: Service) -> Response:
+    """GET /api/ps."""
+    more = {"expires_at": "0001-01-01T00:00:00Z", "size_vram": 0, "context_length": service.llm.config.max_seq_len}
+    return json_response({"models": [{**entry(service, name), **more} for name in service.names]})
+
+
+async def show(service: Service, body: OllamaModel, _: Caller) -> Response:
+    """POST /api/show."""
+    known(service, body.model or body.name)
+    config, able = service.llm.config, await service.abilities()
+    family = config.family
+    tokenizer = service.llm.tokenizer
+    facts = {
+        "general.architecture": family,
+        "general.parameter_count": cost.n_params(config).total,
+        f"{family}.context_length": config.max_seq_len,
+        f"{family}.embedding_length": config.d_model,
+        f"{family}.block_count": config.n_layers,
+        f"{family}.vocab_size": config.vocab_size,
+    }
+    can = ["completion", "tools", "embedding", *(["thinking"] if able.thinks is not None else [])]
+    return json_response(
+        {
+            "modelfile": "",
+            "parameters": "",
+            "template": (tokenizer.chat_template if tokenizer is not None else None) or "",
+            "details": details(service),
+            "model_info": facts,
+            "capabilities": can,
+            "modified_at": entry(service, service.name)["modified_at"],
+        }
+    )
+
+
+async def pull(service: Service, body: OllamaModel, _: Caller) -> Response:
+    """POST /api/pull: what is served is there already."""
+    known(service, body.model or body.name)
+    if not body.stream:
+        return json_response({"status": "success"})
+
+    async def produce(sender: EventSender) -> None:
+        line(sender, {"status": "success"})
+
+    return Lines(produce)
+
+
+def version() -> Response:
+    """GET /api/version."""
+    return json_response({"version": VERSION})
+
+
+def refuse(what: str) -> Callable[..., Awaitable[Response]]:
+    """What cannot be done to a server's models over HTTP."""
+
+    async def endpoint(*_: Any) -> Response:
+        raise ApiError(400, f"models cannot be {what} here: the server serves what it was started with")
+
+    return endpoint
