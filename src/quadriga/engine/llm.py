@@ -84,7 +84,7 @@ def load(
         path_or_name: a catalogue name (`quadriga models list`), a Hugging Face or Quadriga directory, a GGUF file, or
             the folder of Grok-1's release.
         format: what its matrices are packed as for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8,
-            q4, q4m; None is keep.
+            q4, q4m, mx4; None is keep.
         dtype: compute in plain torch with this dtype instead (float32, bfloat16, float16, float64 or auto); None runs
             the CPU's kernels where the device is a CPU, and is "auto" elsewhere.
         device: cpu, cuda, a CUDA device such as cuda:1, or auto.
@@ -132,7 +132,7 @@ def load(
         if activations is not None and not is_quantised(opened, format or "keep"):
             raise ConfigError(
                 f"activations (--activations) {activations} would have no effect: it is what quantised weights are "
-                f"multiplied with, and those of {path_or_name} are not. Leave it out, or give format q8, q4 or q4m"
+                f"multiplied with, and those of {path_or_name} are not. Leave it out, or give format q8, q4, q4m or mx4"
             )
         runner = make.make(
             opened,

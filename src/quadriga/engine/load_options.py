@@ -42,7 +42,7 @@ RULES = (
     Rule(
         "activations",
         lambda options: options["format"] not in ("float32", "bfloat16"),
-        "it is what quantised weights are multiplied with. Leave it out, or give {format} q8, q4 or q4m",
+        "it is what quantised weights are multiplied with. Leave it out, or give {format} q8, q4, q4m or mx4",
     ),
     Rule(
         "expert_memory",
