@@ -114,9 +114,10 @@ def test_llama_3_begins_every_text_with_bos_unless_the_file_says_otherwise() -> 
     assert _load(_bpe(pre="glm4")).prefix_ids == _load(_bpe(pre="chatglm-bpe")).prefix_ids == []
 
 
-def test_glms_rule_keeps_three_digits_together_and_hunyuans_one() -> None:
-    patterns = {name: GGUF_PATTERNS[name].patterns for name in ("llama-bpe", "glm4", "chatglm-bpe", "qwen2", "hunyuan")}
+def test_rules_that_several_families_share() -> None:
+    patterns = {name: GGUF_PATTERNS[name].patterns for name in GGUF_PATTERNS}
     assert patterns["glm4"] == patterns["chatglm-bpe"] == patterns["llama-bpe"]
+    assert patterns["minimax-m2"] == patterns["gpt-4o"]
     assert patterns["hunyuan"] == patterns["qwen2"] and GGUF_PATTERNS["hunyuan"].normalizer is None
 
 

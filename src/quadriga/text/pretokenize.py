@@ -63,6 +63,7 @@ GGUF_PATTERNS: dict[str, Split] = {
     "hunyuan": Split((_QWEN2,)),
     "qwen2": Split((_QWEN2,), normalizer="NFC"),  # Qwen/Qwen2-7B's tokenizer.json
     "gpt-4o": Split((_O200K,), whole_words=True),  # gpt-oss: o200k_harmony
+    "minimax-m2": Split((_O200K,)),
 }
 """Values of GGUF's ``tokenizer.ggml.pre`` that are known."""
 
