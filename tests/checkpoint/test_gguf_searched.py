@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from quadriga.io import convert as conversion
 from quadriga.io.convert import convert
 from quadriga.io.convert_options import GGUF_FORMATS
 from quadriga.io.directory import packed_shapes
@@ -84,5 +85,9 @@ def test_importance_reaches_the_matrix_it_is_of(tmp_path: Path, config: ModelCon
     assert errors[1] < 0.9 * errors[0]
 
 
-def test_every_format_that_is_written_is_read_and_named() -> None:
-    assert set(GGUF_FORMATS) <= set(FORMATS)
+def test_every_format_that_is_written_has_llama_cpp_s_number() -> None:
+    assert set(GGUF_FORMATS) == set(conversion._FILE_TYPE) <= set(FORMATS)
+    theirs = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "mxfp4": "MOSTLY_MXFP4_MOE"}
+    small = {name: f"MOSTLY_{name.upper()}_S" for name in ("q3_k", "q4_k", "q5_k")}
+    for name, number in conversion._FILE_TYPE.items():
+        assert oracle.LlamaFileType(number).name == {**theirs, **small}.get(name, f"MOSTLY_{name.upper()}")

@@ -264,6 +264,20 @@ def test_they_convert_to_plain_numbers(tmp_path: Path) -> None:
         assert source.read(name).tobytes() == bits(values.bfloat16())
 
 
+@pytest.mark.parametrize("zero", [True, False])
+def test_biases_that_autogptq_makes_up_are_left_out(tmp_path: Path, zero: bool) -> None:
+    def with_bias(rng: np.random.Generator, rows: int, cols: int) -> Made:
+        parts, weight = gptq(rng, rows, cols)
+        return parts | {"bias": np.full(rows, 0 if zero else 1e-7, np.float16)}, weight
+
+    plain = write(tmp_path, GPTQ, with_bias)
+    if not zero:
+        with pytest.raises(CheckpointError, match=r"down_proj\.bias"):
+            open_checkpoint(tmp_path)
+        return
+    assert open_checkpoint(tmp_path).source.tensors.keys() == plain.keys()
+
+
 def test_an_index_without_its_shards_is_enough_for_a_dry_run(tmp_path: Path) -> None:
     plain = write(tmp_path / "m", GPTQ, gptq)
     from safetensors import safe_open

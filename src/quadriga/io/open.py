@@ -128,6 +128,8 @@ def open_checkpoint(path: Path, *, pickles: bool = False) -> Checkpoint:
             family = families.family_of(config)
             shapes = {name: info.shape for name, info in source.tensors.items()}
             layout, pieces = pick_layout(family, config, shapes)
+            if isinstance(source, QuantisedSource):
+                source.without_empty_biases({piece.source for piece in pieces})
             return _checked("hf", found.path, config, layout, source, pieces, family)
         case "own":
             return _open_own(found.path, config)

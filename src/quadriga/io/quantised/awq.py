@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.io.quantised.method import FLOATS, Parts, group_size, unpack_words
+from quadriga.io.quantised.method import FLOATS, Parts, group_size, scaled
 from quadriga.model.families.keys import Keys
 from quadriga.model.weight_map import Shape
 from quadriga.quant.dtypes import Array
 
-_PLACE = np.argsort((0, 2, 4, 6, 1, 3, 5, 7))
+_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Of every row of eight, the nibble that holds it."""
 
 
@@ -49,14 +49,15 @@ class Awq:
         groups = parts.info("scales").shape[0]
         word = (first // 8, -(-last // 8))
 
-        def rows(part: str, height: int) -> NDArray[np.int16]:
-            nibbles = unpack_words(np.ascontiguousarray(parts.read(part, ((0, height), word))), 4)
-            in_order = nibbles.reshape(height, -1, 8)[:, :, _PLACE].reshape(height, -1)
-            return in_order[:, first - 8 * word[0] :][:, : last - first].T.astype(np.int16)
+        def rows(part: str, height: int) -> NDArray[np.uint8]:
+            words = np.ascontiguousarray(parts.read(part, ((0, height), word)).T).view(np.uint32)
+            out = np.empty((8 * len(words), height), dtype=np.uint8)
+            for row, nibble in enumerate(_NIBBLES):
+                out[row::8] = words >> np.uint32(4 * nibble) & np.uint32(15)
+            return out[first - 8 * word[0] :][: last - first]
 
         scales = parts.read("scales", ((0, groups), (first, last))).T
-        difference = rows("qweight", cols) - rows("qzeros", groups).repeat(cols // groups, axis=1)
-        return difference.astype(scales.dtype) * scales.repeat(cols // groups, axis=1)
+        return scaled(rows("qweight", cols), rows("qzeros", groups), scales, np.arange(cols) // (cols // groups), 4)
 
 
 def read_config(keys: Keys) -> Awq:

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from quadriga.errors import ConfigError
 from quadriga.io.quantised.fp8 import FLOAT8
-from quadriga.io.quantised.method import FLOATS, Parts, unpack_words
+from quadriga.io.quantised.method import FLOATS, Parts, scaled, unpack_words
 from quadriga.model.families.keys import Keys
 from quadriga.model.weight_map import Shape
-from quadriga.quant.dtypes import Array
+from quadriga.quant.dtypes import Array, as_float32
 
 _PACKED = "pack-quantized"
 _FORMATS = (_PACKED, "int-quantized", "float-quantized", "naive-quantized")
@@ -81,33 +81,29 @@ class Compressed:
 
     def read(self, parts: Parts, first: int, last: int) -> Array:
         """See ``method.Method``: in the dtype of the scales."""
-        q = self._numbers(parts, first, last)
-        rows, cols = self._shape_again(parts)
-        groups = self._groups(rows, cols)
-        of_row = np.arange(first, last) // (self.height or rows or 1)
-        scales = parts.read("weight_scale").reshape(groups)
-        of_column = self._group_of_columns(parts, cols, groups[1])
-        values = q.astype(scales.dtype)
-        if not self.symmetric:
-            values = values - self._zeros(parts, groups)[of_row][:, of_column].astype(scales.dtype)
-        return values * scales[of_row][:, of_column]
-
-    def _shape_again(self, parts: Parts) -> tuple[int, int]:
         rows, cols = parts.read("weight_shape") if self.packed else parts.info("weight").shape
-        return int(rows), int(cols)
-
-    def _numbers(self, parts: Parts, first: int, last: int) -> Array:
-        if not self.packed:
-            return parts.read("weight", ((first, last), (0, parts.info("weight").shape[1])))
-        words = parts.read("weight_packed", ((first, last), (0, parts.info("weight_packed").shape[1])))
-        fields = unpack_words(np.ascontiguousarray(words), self.bits)[:, : self._shape_again(parts)[1]]
-        return fields.astype(np.int16) - np.int16(2 ** (self.bits - 1))
+        groups = self._groups(int(rows), int(cols))
+        of_row = np.arange(first, last) // (self.height or int(rows) or 1)
+        of_column = self._group_of_columns(parts, int(cols), groups[1])
+        scales = parts.read("weight_scale").reshape(groups)[of_row]
+        zeros = (
+            np.zeros((last - first, groups[1]), dtype=np.int16)
+            if self.symmetric
+            else self._zeros(parts, groups)[of_row]
+        )
+        if self.packed:
+            words = parts.read("weight_packed", ((first, last), (0, parts.info("weight_packed").shape[1])))
+            fields = unpack_words(words, self.bits)[:, : int(cols)]
+            return scaled(fields, zeros + np.int16(2 ** (self.bits - 1)), scales, of_column, self.bits)
+        stored = as_float32(parts.read("weight", ((first, last), (0, int(cols)))))
+        difference = stored if self.symmetric else stored - zeros[:, of_column]
+        return (difference * as_float32(scales)[:, of_column]).astype(scales.dtype)
 
     def _zeros(self, parts: Parts, groups: tuple[int, int]) -> NDArray[np.int16]:
         stored = parts.read("weight_zero_point")
         if not self.packed:
             return stored.astype(np.int16)
-        fields = unpack_words(np.ascontiguousarray(stored.T), self.bits)[:, : groups[0]].T
+        fields = unpack_words(stored.T, self.bits)[:, : groups[0]].T
         return fields.astype(np.int16) - np.int16(2 ** (self.bits - 1))
 
     def _group_of_columns(self, parts: Parts, cols: int, groups: int) -> NDArray[np.int32]:

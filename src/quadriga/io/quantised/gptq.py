@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.io.quantised.method import FLOATS, Parts, group_size, unpack_words
+from quadriga.io.quantised.method import FLOATS, Parts, group_size, scaled, unpack_words
 from quadriga.model.families.keys import Keys
 from quadriga.model.weight_map import Shape
 from quadriga.quant.dtypes import Array
@@ -67,16 +67,14 @@ class Gptq:
         """See ``method.Method``: in the dtype of the scales."""
         words, _ = parts.info("qweight").shape
         groups, n = parts.info("scales").shape[0], 32 // self.bits
-        q = unpack_words(np.ascontiguousarray(parts.read("qweight", ((0, words), (first, last))).T), self.bits)
+        q = unpack_words(parts.read("qweight", ((0, words), (first, last))).T, self.bits)
         word = (first // n, -(-last // n))
-        z = unpack_words(np.ascontiguousarray(parts.read("qzeros", ((0, groups), word))), self.bits)
+        z = unpack_words(parts.read("qzeros", ((0, groups), word)), self.bits)
         z = z[:, first - word[0] * n :][:, : last - first].T
         if self.zeros_less_one:
             z = z + np.uint8(1) & np.uint8(2**self.bits - 1)
         scales = parts.read("scales", ((0, groups), (first, last))).T
-        group = self._group_of_columns(parts, q.shape[1], groups)
-        values: Array = scales[:, group] * (q.astype(np.int16) - z[:, group]).astype(scales.dtype)
-        return values
+        return scaled(q, z, scales, self._group_of_columns(parts, q.shape[1], groups), self.bits)
 
     def _group_of_columns(self, parts: Parts, cols: int, groups: int) -> NDArray[np.int32]:
         if "g_idx" not in parts:

@@ -16,7 +16,7 @@ from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io.source import TensorInfo, TensorSource
 from quadriga.model.families.keys import Keys
 from quadriga.model.weight_map import Box, Shape
-from quadriga.quant.dtypes import Array
+from quadriga.quant.dtypes import Array, as_float32
 
 
 class Parts:
@@ -107,9 +107,36 @@ FLOATS = ("float16", "bfloat16", "float32")
 
 def unpack_words(words: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
     """Whole numbers of 2, 4 or 8 bits from int32 words, lowest bits first: (..., n) -> (..., n * 32 / bits)."""
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    numbers = words.view(np.uint32)[..., None] >> shifts & np.uint32(2**bits - 1)
-    return numbers.astype(np.uint8).reshape(*words.shape[:-1], -1)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    packed = np.ascontiguousarray(words).view(np.uint8)  # little-endian
+    return (packed[..., None] >> shifts & np.uint8(2**bits - 1)).reshape(*words.shape[:-1], -1)
+
+
+_ROWS_AT_ONCE = 64
+"""So that what lies between a row's fields and its numbers stays in the cache."""
+
+
+def scaled(q: NDArray[np.uint8], z: NDArray[Any], scales: Array, group: NDArray[Any], bits: int) -> Array:
+    """(q - z) * scale, rounded once to the dtype of the scales: the difference is exact in it.
+
+    Args:
+        q: (rows, cols) below 2^bits.
+        z, scales: (rows, groups).
+        group: (cols,) the group of every column.
+    """
+    out = np.empty(q.shape, dtype=scales.dtype)
+    values, place = np.arange(2**bits, dtype=np.int16), group.astype(np.intp) << bits
+    for first in range(0, len(q), _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        zeros, wide = z[part].astype(np.int16), as_float32(scales[part])
+        if bits > 4:
+            out[part] = (q[part] - zeros[:, group]) * wide[:, group]
+            continue
+        # All that a group's numbers can be, once; then every number is looked up.
+        table = ((values - zeros[..., None]) * wide[..., None]).astype(scales.dtype).reshape(len(wide), -1)
+        for row, of_row in enumerate(table, first):
+            np.take(of_row, place + q[row], out=out[row], mode="clip")  # none is outside; "raise" would copy
+    return out
 
 
 def group_size(keys: Keys, name: str) -> int:

@@ -7,7 +7,7 @@ Which tensors belong together, the method says (``method``); everything else is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 from quadriga.errors import CheckpointError
 from quadriga.io.quantised.method import Method, Parts
@@ -47,7 +47,7 @@ class QuantisedSource:
         self._source, self._method = source, method
         self._parts: dict[str, Parts] = {}
         try:
-            self.tensors: Mapping[str, TensorInfo] = self._table()
+            self.tensors: dict[str, TensorInfo] = self._table()
         except BaseException:
             source.close()
             raise
@@ -70,6 +70,21 @@ class QuantisedSource:
             parts = self._parts[weight] = Parts(weight, self._source, names)
             tensors[weight] = TensorInfo(self._method.shape(parts), self._method.label, parts.bytes())
         return tensors
+
+    def without_empty_biases(self, used: Collection[str]) -> None:
+        """Leave out zero biases of packed weights that the model has no place for: AutoGPTQ before 0.5 stores one for
+        every matrix.
+
+        Args:
+            used: the tensors that the model takes.
+
+        Raises:
+            CheckpointError: bytes that cannot be read.
+        """
+        for weight in self._parts:
+            bias = weight.removesuffix("weight") + "bias"
+            if bias in self.tensors and bias not in used and not self._source.read(bias).any():
+                del self.tensors[bias]
 
     def read(self, name: str, box: Box | None = None) -> Array:
         """See ``TensorSource.read``: packed weights in the dtype that the method's library computes them in."""
