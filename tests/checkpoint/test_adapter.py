@@ -88,6 +88,7 @@ def test_merged_it_computes_what_the_attached_one_does(tmp_path: Path) -> None:
         ("dbrx", "split", None),
         ("gpt_oss", None, ("attention", "experts", "embeddings", "head")),
         ("mpt", None, None),
+        *[(name, None, None) for name in ("glm4moe", "qwen2moe", "dots1", "ernie4_5-moe", "hunyuan-moe", "minimax-m2")],
     ],
 )
 def test_to_peft_and_back(tmp_path: Path, name: str, layout: str | None, targets: tuple[str, ...] | None) -> None:
@@ -105,7 +106,14 @@ def hf_model(folder: Path, name: str) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [("llama2", None), ("llama2-tied", None), ("mixtral", None), ("gpt_oss", ("attention", "experts"))],
+    [
+        ("llama2", None),
+        ("llama2-tied", None),
+        ("mixtral", None),
+        ("gpt_oss", ("attention", "experts")),
+        *[(name, None) for name in ("qwen2moe", "ernie4_5-moe", "hunyuan-moe")],
+        *[(name, ("attention", "experts", "ffn", "shared", "embeddings", "head")) for name in ("glm4moe", "dots1")],
+    ],
 )
 def test_peft_computes_the_same_from_the_files_we_write(
     tmp_path: Path, name: str, targets: tuple[str, ...] | None

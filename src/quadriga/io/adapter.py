@@ -32,7 +32,7 @@ from quadriga.io.derive import Unchanged, derive
 from quadriga.io.directory import write_text
 from quadriga.io.json_files import read_json
 from quadriga.io.open import Checkpoint
-from quadriga.io.parameters import unpack
+from quadriga.io.parameters import from_pairs, to_pairs, unpack
 from quadriga.io.peft_config import PeftConfig, names_module
 from quadriga.io.safetensors import SafetensorsSource
 from quadriga.model import families
@@ -354,6 +354,8 @@ def _take_factors(
         rows = b if len(pieces) == 1 else b[..., start : start + height, :]
         if piece.stride is not None:
             rows = b[..., piece.stride.start :: piece.stride.step, :]
+        if piece.rotary_heads:  # ERNIE
+            rows = from_pairs(rows, piece.rotary_heads)
         start += height
         match.parts.setdefault(piece.target, []).append((piece, a, rows))
 
@@ -499,7 +501,7 @@ def _stored_factors(adapter: Adapter, source: str, pieces: list[Piece]) -> tuple
         box = piece.target_box or whole(piece.target_shape)
         flat = len(piece.source_shape) == 2 and len(box) == 3
         unknown = piece.transpose and not flat and not _is_stack_in_out(piece)
-        if piece.rotary_heads or (flat and box[0][1] - box[0][0] > 1) or unknown:
+        if (flat and box[0][1] - box[0][0] > 1) or unknown:
             raise ConfigError(f"peft has no form for factors of {source}; choose another layout of the family")
         if flat:
             a, b = a[box[0][0]], b[box[0][0]]
@@ -507,7 +509,8 @@ def _stored_factors(adapter: Adapter, source: str, pieces: list[Piece]) -> tuple
                 a, b = b.T, a.T
             parts.append((a, b))
         else:
-            parts.append((a, b[..., slice(*box[-2]), :] if len(pieces) == 1 else b))
+            rows = b[..., slice(*box[-2]), :] if len(pieces) == 1 else b
+            parts.append((a, to_pairs(rows, piece.rotary_heads) if piece.rotary_heads else rows))
     a, b = parts[0] if len(parts) == 1 else _side_by_side(parts, in_turn=pieces[0].stride is not None)
     return (np.swapaxes(b, -1, -2), np.swapaxes(a, -1, -2)) if _is_stack_in_out(pieces[0]) else (a, b)
 

@@ -68,10 +68,19 @@ def unpack(stored: Array, piece: Piece) -> Array:
     values = stored if piece.view is None else stored.reshape(piece.view)
     if piece.transpose:
         values = values.swapaxes(-2, -1)
-    if piece.rotary_heads:  # rows (head, pair, side) -> (head, side, pair)
-        pairs = values.reshape(piece.rotary_heads, values.shape[0] // piece.rotary_heads // 2, 2, *values.shape[1:])
-        values = pairs.swapaxes(1, 2).reshape(values.shape)
-    return values
+    return from_pairs(values, piece.rotary_heads) if piece.rotary_heads else values
+
+
+def from_pairs(values: Array, n_heads: int) -> Array:
+    """Rows of every head in halves, from rotary pairs side by side: (head, pair, side) -> (head, side, pair)."""
+    pairs = values.reshape(n_heads, values.shape[0] // n_heads // 2, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def to_pairs(values: Array, n_heads: int) -> Array:
+    """The inverse of :func:`from_pairs`."""
+    halves = values.reshape(n_heads, 2, values.shape[0] // n_heads // 2, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
 
 
 def pack(values: Array, piece: Piece) -> Array:
@@ -79,9 +88,8 @@ def pack(values: Array, piece: Piece) -> Array:
 
     Its place in the source is ``weight_map.source_index``.
     """
-    if piece.rotary_heads:  # rows (head, side, pair) -> (head, pair, side)
-        halves = values.reshape(piece.rotary_heads, 2, values.shape[0] // piece.rotary_heads // 2, *values.shape[1:])
-        values = halves.swapaxes(1, 2).reshape(values.shape)
+    if piece.rotary_heads:
+        values = to_pairs(values, piece.rotary_heads)
     if piece.transpose:
         values = values.swapaxes(-2, -1)
     return values.reshape(taken_shape(piece))
