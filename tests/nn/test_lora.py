@@ -38,6 +38,12 @@ ALL = {
     "granitemoe": ("attention", "router", "experts", "embeddings"),
     "granitemoeshared": ("attention", "router", "experts", "shared", "embeddings"),
     "gpt_oss": ("attention", "router", "experts", "embeddings", "head"),
+    "glm4moe": ("attention", "router", "experts", "ffn", "shared", "embeddings", "head"),
+    "dots1": ("attention", "router", "experts", "ffn", "shared", "embeddings", "head"),
+    "ernie4_5-moe": ("attention", "router", "experts", "ffn", "shared", "embeddings"),
+    "hunyuan-moe": ("attention", "router", "experts", "shared", "embeddings"),
+    "minimax-m2": ("attention", "router", "experts", "embeddings", "head"),
+    "qwen2moe": ("attention", "router", "experts", "shared", "embeddings", "head"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }

@@ -20,7 +20,7 @@ from quadriga.runners.compiled import CompiledModel, pack_parameters
 from tests.batches import batch, logits_of, passed
 from tests.golden.checkpoints import NAMES, oracle, results
 from tests.golden.weights import MODELS, PREFILL, TOKENS, ragged
-from tests.nn.wrong_models import MUTATIONS
+from tests.nn.wrong_models import MUTATIONS, left_to
 
 LoadModel = Callable[..., Transformer]
 
@@ -32,8 +32,9 @@ BLOCKS = [5, 0, 7]
 
 
 def build(model: Transformer, config: ModelConfig | None = None, isa: str | None = None) -> CompiledModel:
-    parameters = pack_parameters(arrays(model.state_dict()), "float32")
-    return CompiledModel(config or model.config, parameters, threads=2, n_blocks=12, kv_format="float32", isa=isa)
+    config = config or model.config
+    parameters = pack_parameters(arrays(left_to(config, model.state_dict())), "float32")
+    return CompiledModel(config, parameters, threads=2, n_blocks=12, kv_format="float32", isa=isa)
 
 
 def prefill(model: CompiledModel) -> Tensor:

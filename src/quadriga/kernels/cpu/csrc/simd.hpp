@@ -315,7 +315,7 @@ QD_INLINE vi load_int(const int32_t* p) { vi r; std::memcpy(&r, p, 64); return r
 QD_INLINE void store_int(int32_t* p, vi a) { std::memcpy(p, &a, 64); }
 QD_INLINE vb load_bytes(const void* p) { vb r; std::memcpy(&r, p, 64); return r; }
 QD_INLINE void store_bytes(void* p, vb a) { std::memcpy(p, &a, 64); }
-QD_INLINE vf all(float x) { return {Floats{} + x}; }
+QD_INLINE vf all(float x) { return {x - Floats{}}; }  // not 0 + x, which makes -0 into 0
 QD_INLINE vi all_int(int32_t x) { return {Ints{} + x}; }
 QD_EACH(vf, operator+, a.v + b.v)
 QD_EACH(vf, operator-, a.v - b.v)
