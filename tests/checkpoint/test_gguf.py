@@ -205,6 +205,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "an axis of 2^64 - 1": (file_bytes([], [row("x", (2**64 - 1,))], DATA), "cannot be stored as float32"),
     "rows of half a block": (file_bytes([], [row("x", (48, 2), 2)], DATA), "cannot be stored as q4_0"),
     "unknown format": (file_bytes([], [row("x", (32,), 999)], DATA), "unsupported format number 999; supported: float"),
+    "integers": (file_bytes([], [row("x", (32,), 26)], DATA), "unsupported format number 26: I32; supported: float"),
     "offset past the end": (file_bytes([], [row("x", (32,), 0, 2**62)], DATA), "ends past the end of the file"),
     "offset that wraps": (file_bytes([], [row("x", (32,), 0, 2**64 - 64)], DATA), "ends past the end of the file"),
     "crooked offset": (file_bytes([], [row("x", (32,), 0, 4)], bytes(160)), "starts at 4, not a multiple of 32"),

@@ -15,6 +15,7 @@ from quadriga.errors import CheckpointError
 from quadriga.io import gguf_source
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.source import TensorInfo
+from quadriga.quant import codec
 from quadriga.quant.dtypes import DTYPES
 from quadriga.quant.formats import FORMATS, PLAIN
 
@@ -37,7 +38,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer = oracle.GGUFWriter(path, "llama")
     for name, spec in FORMATS.items():
         kind = oracle.GGMLQuantizationType(spec.ggml_type)
-        if name in PLAIN:
+        if name == "float64":
+            raw = rng.standard_normal(SHAPE)
+        elif name in PLAIN:
             raw = oracle.quants.quantize(rng.standard_normal(SHAPE, dtype=np.float32), kind)
         else:
             raw = rng.integers(0, 256, (*SHAPE[:-1], SHAPE[-1] // spec.block * spec.nbytes), dtype=np.uint8)
@@ -60,8 +63,13 @@ def source(path: Path) -> Iterator[GGUFSource]:
 
 def unpacked(path: Path, name: str) -> np.ndarray:
     tensor = next(t for t in oracle.GGUFReader(path).tensors if t.name == name)
+    if name == "float64":
+        return tensor.data.reshape(SHAPE).astype(np.float32)
     with np.errstate(all="ignore"):
-        values: np.ndarray = oracle.quants.dequantize(tensor.data, tensor.tensor_type)
+        if name == "q8_k":  # gguf-py cannot; see tests/quant/test_codec.py
+            values: np.ndarray = codec.dequantize(np.array(tensor.data), name)
+        else:
+            values = oracle.quants.dequantize(tensor.data, tensor.tensor_type)
     return values.reshape(tuple(reversed(tensor.shape.tolist())))
 
 

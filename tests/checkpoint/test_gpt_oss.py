@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import quadriga
+from quadriga import SamplingParams
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io.convert import convert, dry_run
 from quadriga.io.open import open_checkpoint
@@ -289,6 +291,16 @@ def test_the_release_is_packed_without_loss(saved: Path, tmp_path: Path, form: s
         for expert, one in enumerate(experts):
             assert np.array_equal(one.unpack(), plain[name][expert].float().numpy()), name
         assert np.array_equal(written.parameters.read(name), plain[name].float().numpy())
+
+
+def test_the_release_answers(saved: Path, tmp_path: Path) -> None:
+    """Opened by its path alone: its experts stay in 4 bits, and the logits are those of its numbers in float32."""
+    published(tmp_path, saved)
+    model = quadriga.load(tmp_path, kv_format="float32")
+    right = logits(compiled(tmp_path), "prefill")
+    assert error(torch.from_numpy(np.asarray(model.logits(TOKENS))), right) < 0.02
+    done = model.generate(TOKENS[:5], SamplingParams(max_new_tokens=4, ignore_eos=True))
+    assert len(done.token_ids) == 4
 
 
 def test_the_release_on_the_kernels_is_the_same_numbers_in_float32(saved: Path, tmp_path: Path) -> None:

@@ -136,10 +136,11 @@ def test_eval_scores_as_plain_torch_does(bare: dict[str, str], plain: LLM, tmp_p
     [
         (("train", "recipes/nano.toml"), "train"),
         (("tune", "recipes/tune/dolly.toml"), "train"),
+        (("convert", "quadriga-nano", "never-written", "--format", "q4", "--calibrate", "README.md"), "torch"),
         (("generate", "x", *NANO, "--dtype", "float32"), "torch"),
         (("chat", "x", *NANO, "--device", "cuda"), "torch"),
     ],
-    ids=["train", "tune", "a dtype", "a GPU"],
+    ids=["train", "tune", "calibrating", "a dtype", "a GPU"],
 )
 def test_what_needs_torch_says_in_one_line_what_to_install(
     bare: dict[str, str], words: tuple[str, ...], extra: str

@@ -297,6 +297,15 @@ def test_routing_of_a_guess_is_its_own() -> None:
     assert seen[0] == seen[1] and len({routing for _, routing, _ in seen[0]}) > 5
 
 
+@pytest.mark.parametrize("asking", [0, 1, 2])
+def test_whoever_asks_is_told_the_routing_wherever_in_the_pass_it_is(asking: int) -> None:
+    engine, params = Engine(compiled()), SamplingParams(max_new_tokens=3, ignore_eos=True)
+    numbers = [engine.submit(Request(prompt=(3, 1, i), params=params, routing=i == asking)) for i in range(3)]
+    made = drain(engine)
+    for i, number in enumerate(numbers):
+        assert all((event.routing is not None) == (i == asking) for event in made[number])
+
+
 @pytest.mark.parametrize("name", RUNNERS)
 def test_a_vector_is_the_mean_of_all_hidden_states_of_length_one(name: str) -> None:
     runner, ids = RUNNERS[name](), [i * 7 % 97 for i in range(50)]

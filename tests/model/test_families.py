@@ -724,6 +724,12 @@ def test_rope_theta_where_transformers_5_writes_it():
         config_from_hf(moved | {"rope_theta": 10000.0})
 
 
+def test_gpt_oss_as_transformers_5_writes_it():
+    raw = {k: v for k, v in GPT_OSS_20B_RELEASE.items() if k not in ("rope_theta", "rope_scaling")}
+    both = {**GPT_OSS_20B_RELEASE["rope_scaling"], "rope_theta": 150_000.0}
+    assert config_from_hf(raw | {"rope_parameters": both}) == PRESETS["gpt-oss-20b"]
+
+
 TINYLLAMA = {  # TinyLlama-1.1B-Chat-v0.3 as published: no rope_theta
     "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
     "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5632, "max_position_embeddings": 2048,

@@ -8,7 +8,9 @@ import torch
 
 from quadriga.errors import CheckpointError
 from quadriga.kernels.cpu.packing import allocate, pack_blocks
+from quadriga.kernels.cpu.packing import pack as pack_numbers
 from quadriga.quant import codec, mxfp4
+from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import FROM_GGUF, PACKED
 from tests.packing import linear, pack, unpack
 
@@ -47,7 +49,7 @@ def test_block_formats_round_each_group_of_32_by_itself(form: str, steps: int, s
 def test_gguf_blocks_come_over_bit_by_bit(block: str, shape: tuple[int, int]) -> None:
     rows, cols = shape[0], -(-shape[1] // 32) * 32
     raw = codec.quantize(normal(rows, cols).numpy(), block)
-    packed = pack_blocks(raw.tobytes(), block, rows, cols)
+    packed = pack_blocks(raw.tobytes(), block, rows, cols, FROM_GGUF[block])
     assert np.array_equal(packed.unpack(), codec.dequantize(raw, block).reshape(rows, cols))
 
 
@@ -76,6 +78,49 @@ def test_mx4_takes_the_nearest_code_under_the_formats_own_scale() -> None:
                 code = min(range(8), key=lambda n: (abs(mxfp4.E2M1[n] - abs(x)), n % 2))
                 group[i] = float(mxfp4.E2M1[code]) * scale * (-1 if x < 0 else 1)
     assert torch.equal(unpack(pack(values, "mx4")), expected)
+
+
+@pytest.mark.parametrize("form", PACKED)
+@pytest.mark.parametrize("block", ["q5_1", "q4_k", "q2_k", "iq3_s", "nvfp4"])
+def test_other_blocks_are_packed_as_the_numbers_they_are(block: str, form: str) -> None:
+    """The numbers pass through a tile's worth of memory and come out as if they had been read first. 37 rows: 16s and 5."""
+    rows, cols = 37, 512
+    spec, rng = FORMATS[block], np.random.default_rng(3)
+    raw = rng.integers(0, 60, (rows, cols // spec.block, spec.nbytes), dtype=np.uint8)  # all scales are finite
+    numbers = codec.dequantize(raw, block).reshape(rows, cols)
+    importance = rng.random(cols, dtype=np.float32)
+    packed = pack_blocks(raw.tobytes(), block, rows, cols, form, importance=importance)
+    expected = pack_numbers(numbers, form, importance=importance)
+    assert np.array_equal(packed.data, expected.data)
+
+
+@pytest.mark.parametrize("block", ["q4_0", "q5_0", "iq4_nl", "tq1_0", "tq2_0", "mxfp4"])
+def test_q8_holds_what_are_integers_under_a_scale(block: str) -> None:
+    """MXFP4's scales must be float16's: a block beyond them has its tile rounded."""
+    rows, cols = 37, 512
+    spec, rng = FORMATS[block], np.random.default_rng(4)
+    raw = rng.integers(0, 256, (rows, cols // spec.block, spec.nbytes), dtype=np.uint8)
+    at = slice(0, 1) if block == "mxfp4" else slice(-2, None) if block.startswith("tq") else slice(0, 2)
+    raw[:, :, at] = rng.integers(110, 130, raw[:, :, at].shape) if block == "mxfp4" else (0x34, 0x12)
+    numbers = codec.dequantize(raw, block).reshape(rows, cols)
+    assert np.array_equal(pack_blocks(raw.tobytes(), block, rows, cols, "q8").unpack(), numbers)
+    if block == "mxfp4":
+        raw[20, 3, 0] = 70
+        numbers = codec.dequantize(raw, block).reshape(rows, cols)
+        got = pack_blocks(raw.tobytes(), block, rows, cols, "q8").unpack()
+        assert np.array_equal(np.delete(got, range(16, 32), axis=0), np.delete(numbers, range(16, 32), axis=0))
+        assert np.allclose(got, numbers, rtol=0, atol=np.abs(numbers).max() / 250)
+
+
+@pytest.mark.parametrize("row", [0, 16, 36])
+def test_a_block_without_finite_numbers_is_named_by_its_row(row: int) -> None:
+    raw = np.zeros((37, 2, 144), dtype=np.uint8)
+    raw[row, 0, :2] = 0, 0x7E  # NaN
+    with pytest.raises(CheckpointError, match=f"row {row} is not"):
+        pack_blocks(raw.tobytes(), "q4_k", 37, 512, "q8")
+    raw[12:, :, :2] = 0, 0x7E
+    with pytest.raises(CheckpointError, match=f"row {min(row, 12)} is not"):
+        pack_blocks(raw.tobytes(), "q4_k", 37, 512, "q8")
 
 
 @pytest.mark.parametrize("form", PACKED)

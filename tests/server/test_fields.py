@@ -213,6 +213,14 @@ def test_a_bos_token_is_left_out_on_request(tiny: Live, monkeypatch: pytest.Monk
     assert counts[0] == counts[1] + 1
 
 
+def test_choices_share_nothing_with_those_of_the_next_seed(tiny: Live) -> None:
+    def texts(seed: int) -> list[str]:
+        body = TEXT | {"n": 4, "seed": seed, "temperature": 1.0, "max_tokens": 8}
+        return [choice["text"] for choice in tiny.post("/v1/completions", body).json()["choices"]]
+
+    assert texts(7) == texts(7) and len({*texts(7), *texts(8)}) == 8
+
+
 # Prefill -------------------------------------------------------------------------------------------------------------
 
 HALF = [*CHAT["messages"], {"role": "assistant", "content": "Of course: "}]

@@ -134,7 +134,8 @@ GGUFFormat = Annotated[
     str | None,
     typer.Option(
         "--gguf-format",
-        help="With --to gguf: float32, float16, bfloat16 (the default), q8_0 or q4_0.",
+        help="With --to gguf: float32, float16, bfloat16 (the default), q8_0, q4_0, q2_k to q6_k, iq4_nl, iq4_xs or "
+        "mxfp4.",
         rich_help_panel=_RESULT,
     ),
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from quadriga.io.convert_options import weighs_errors
 from quadriga.option_rules import Rule
 
 Options = Mapping[str, Any]
@@ -83,8 +84,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(
             "calibrate",
-            lambda o: o["budget"] is not None or o["format"] in ("q8", "q4", "q4m"),
-            "it weighs the errors of quantised weights. Give {format} q8, q4 or q4m, or {budget}, or leave it out",
+            lambda o: o["budget"] is not None or weighs_errors(o),
+            "it weighs the errors of quantised weights. Give {format} q8, q4 or q4m, {to} gguf and a {gguf_format} "
+            "with sub-blocks (q4_k), or {budget}, or leave it out",
         ),
         Rule(
             "calibrate_tokens",

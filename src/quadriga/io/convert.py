@@ -36,6 +36,7 @@ from quadriga.io.mxfp4_source import of_numbers
 from quadriga.io.open import Checkpoint, identity_map, open_checkpoint, without_extras
 from quadriga.io.packed import Unpacked, packed_format, read_matrix
 from quadriga.io.parameters import SLICE_BYTES, Progress, pack, slices
+from quadriga.io.quantised import source as quantised
 from quadriga.io.safetensors import INDEX, plan_shards, shard_index
 from quadriga.kernels.cpu.packing import allocate
 from quadriga.model import families
@@ -128,7 +129,7 @@ def convert(
         layout: for "hf", one of the family's layouts; None is the family's usual one.
         dtype: of plain numbers, for "hf" and for "quadriga" without a format: float32, bfloat16, float16, or "keep",
             which None is too: each tensor as it came (block formats become float32).
-        gguf_format: for "gguf": float32, float16, bfloat16, q8_0 or q4_0; None is bfloat16.
+        gguf_format: for "gguf": one of ``convert_options.GGUF_FORMATS``; None is bfloat16.
         format: for "quadriga": pack the matrices for the CPU's kernels: keep, bfloat16, q8, q4, q4m, mx4 or float32 for
             all (routers stay float32, embeddings and head at least q8), or a recipe: matrix -> format
             (``quant.format_choice``).
@@ -297,23 +298,31 @@ def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> Plan:
     pieces = family.gguf_map(config)
     tensors, narrow = {}, []
     wide = {piece.source for piece in pieces if stays_float32(piece.target)}
+    tables = {piece.source for piece in pieces if piece.target in ("embed.weight", "lm_head.weight")}
     for name, shape in source_shapes(pieces).items():
         # The router stays wide: its rounding changes which experts a token visits, not just by how much.
-        wanted = "float32" if name in wide else gguf.storable_format(shape, form)
-        tensors[name] = (shape, wanted)
-        if wanted == "float16" and form != "float16":
+        wanted = gguf.TABLES.get(form, form) if name in tables else form
+        stored = "float32" if name in wide else gguf.storable_format(shape, wanted)
+        tensors[name] = (shape, stored)
+        if stored not in (wanted, "float32"):
             narrow.append(name)
     metadata, notes = _gguf_metadata(checkpoint, family.config_to_gguf, form)
     constants = {name: np.array(values, dtype=np.float32) for name, values in gguf_tensors(config).items()}
     tensors |= {name: (values.shape, "float32") for name, values in constants.items()}
     if narrow:
-        notes.append(f"{len(narrow)} tensors whose rows are no whole {form} blocks are stored as float16: {narrow[:3]}")
+        instead = " or ".join(sorted({tensors[name][1] for name in narrow}))
+        notes.append(
+            f"{len(narrow)} tensors whose rows are no whole {form} blocks are stored as {instead}: {narrow[:3]}"
+        )
     files = gguf.plan_gguf(file, metadata, tensors)
     return Plan("gguf", form, pieces, tensors, files, constants=constants, notes=notes)
 
 
-_FILE_TYPE = {"float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "bfloat16": 32}
-"""GGUF's general.file_type, for people and file browsers."""
+_FILE_TYPE = {
+    "float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18,
+    "iq4_nl": 25, "iq4_xs": 30, "bfloat16": 32, "mxfp4": 38,
+}  # fmt: skip
+"""GGUF's general.file_type, for people and file browsers; the K formats' are those called S."""
 
 
 def _gguf_metadata(
@@ -473,7 +482,7 @@ class _Writer:
             by_tensor.setdefault(piece.source, []).append(piece)
         for name, pieces in by_tensor.items():
             if name not in self.hashes:
-                yield name, _named(name, _encoded(checkpoint, self.plan, name, pieces))
+                yield name, _named(name, _encoded(checkpoint, self.plan, name, pieces, importance))
         for name, values in self.plan.constants.items():
             if name not in self.hashes:
                 yield name, iter([(encode(values, "float32"), 0)])
@@ -599,7 +608,9 @@ def _packed_parts(
             yield part, iter([(packed.data.data, 0)])
 
 
-def _encoded(checkpoint: Checkpoint, plan: Plan, name: str, pieces: list[Piece]) -> Iterator[tuple[memoryview, int]]:
+def _encoded(
+    checkpoint: Checkpoint, plan: Plan, name: str, pieces: list[Piece], importance: Mapping[str, Array]
+) -> Iterator[tuple[memoryview, int]]:
     """The bytes of one result tensor in parts, each with its place inside the tensor."""
     shape, form = plan.tensors[name]
     if any(piece.stride is not None for piece in pieces):
@@ -613,8 +624,21 @@ def _encoded(checkpoint: Checkpoint, plan: Plan, name: str, pieces: list[Piece])
             # in one tensor), each index of axis 0 is a run of its own.
             split = len(shape) > 1 and box[1] != (0, shape[1])
             assert all(r == (0, n) for r, n in zip(box[2:], shape[2:], strict=True)), "parts are runs of rows"
-            for start, run in enumerate(values, box[0][0]) if split else ((box[0][0], values),):
-                yield encode(run, form), FORMATS[form].nbytes_of((_first_element(((start, 0), *box[1:]), shape),))
+            by_expert = len(cut.target_shape) == 3 and len(shape) == 3 and any("/" in part for part in importance)
+            for start, run in enumerate(values, box[0][0]) if split or by_expert else ((box[0][0], values),):
+                encoded = encode(run, form, _importance_of(cut, importance, start - box[0][0]))
+                yield encoded, FORMATS[form].nbytes_of((_first_element(((start, 0), *box[1:]), shape),))
+
+
+def _importance_of(cut: Piece, importance: Mapping[str, Array], index: int) -> Array | None:
+    """The importance of the columns of a run that starts at the cut's first axis' ``index``; None: nothing is known."""
+    columns = (cut.target_box or whole(cut.target_shape))[-1]
+    if cut.transpose or columns != (0, cut.target_shape[-1]):
+        return None
+    if len(cut.target_shape) < 3:
+        return importance.get(cut.target)
+    first = (cut.target_box or whole(cut.target_shape))[0][0]
+    return importance.get(f"{cut.target}/{first + index}")
 
 
 def _taking_turns(
@@ -648,8 +672,12 @@ def _first_element(box: tuple[tuple[int, int], ...], shape: Shape) -> int:
     return index
 
 
-def encode(values: Array, form: str) -> memoryview:
+def encode(values: Array, form: str, importance: Array | None = None) -> memoryview:
     """An array's numbers in a stored format, as bytes.
+
+    Args:
+        values: whole rows, (..., columns).
+        importance: (columns,), for formats that are searched; see ``quant.codec.quantize``.
 
     Raises:
         CheckpointError: a finite number is beyond float16's largest, 65504: it would become infinite in silence.
@@ -663,7 +691,7 @@ def encode(values: Array, form: str) -> memoryview:
                 "is 65504. Choose bfloat16 or float32."
             )
         return raw_bytes(plain).data
-    return codec.quantize(np.ascontiguousarray(as_float32(values)), form).data
+    return codec.quantize(np.ascontiguousarray(as_float32(values)), form, importance).data
 
 
 def _write_all(fd: int, raw: bytes | memoryview, offset: int) -> None:
@@ -736,9 +764,10 @@ def dry_run(path: Path, *, pickles: bool = False) -> DryRun:
         checkpoint = open_checkpoint(path, pickles=pickles)
         checkpoint.close()
         return _report(checkpoint.layout, checkpoint.pieces, len(files) or 1, len(files) or 1)
-    config = locate(path).config
+    found = locate(path)
+    config = found.config
     family = families.family_of(config)
-    names = of_numbers(table)
+    names = of_numbers(table) if found.method is None else quantised.of_numbers(table, found.method)
     layout, pieces = pick_layout(family, config, dict.fromkeys(names, ()))
     demanded = source_shapes(pieces)
     named = {name: demanded.get(name, ()) for name in names}

@@ -4,7 +4,7 @@ to          with format       what it has a use for
 quadriga    none              dtype max_shard_bytes
 quadriga    one               format embeddings importance
 hf                            layout dtype max_shard_bytes
-gguf                          gguf_format
+gguf                          gguf_format importance
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from quadriga.option_rules import (
     refuse_unused,
     require_values,
 )
+from quadriga.quant import pack_blocks
 
 TARGETS = ("quadriga", "hf", "gguf")
-GGUF_FORMATS = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
+GGUF_FORMATS = ("float32", "float16", "bfloat16", "q8_0", "q4_0", *pack_blocks.PACK)
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
@@ -35,7 +36,10 @@ def _packs(options: Mapping[str, Any]) -> bool:
     return is_given(options["format"])
 
 
-def _recipe_or_quantised(options: Mapping[str, Any]) -> bool:
+def weighs_errors(options: Mapping[str, Any]) -> bool:
+    """True if numbers are rounded by a search, whose errors columns can weigh."""
+    if options["to"] == "gguf":
+        return options["gguf_format"] in pack_blocks.PACK
     form = options["format"]
     return is_given(form) and (not isinstance(form, str) or form in QUANTISED)
 
@@ -69,8 +73,9 @@ RULES = (
     ),
     Rule(
         "importance",
-        _recipe_or_quantised,
-        "it weighs the errors of quantised weights. Give {format} q8, q4 or q4m, or leave {importance} out",
+        weighs_errors,
+        "it weighs the errors of quantised weights. Give {format} q8, q4 or q4m, or {to} gguf and a {gguf_format} with "
+        "sub-blocks (q4_k), or leave {importance} out",
     ),
     Rule(
         "max_shard_bytes",

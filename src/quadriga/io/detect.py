@@ -18,6 +18,8 @@ from quadriga.io import directory as engine_file
 from quadriga.io import gguf, own_files
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.json_files import read_json
+from quadriga.io.quantised import config as quantised
+from quadriga.io.quantised.method import Method
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
 from quadriga.model.families import own_params, rope_keys
@@ -36,6 +38,8 @@ class Located:
     config: ModelConfig
     notes: tuple[str, ...] = ()
     """What the files left open and how it was read, for people."""
+    method: Method | None = None
+    """Of a Hugging Face directory: how a quantiser packed its weights."""
 
 
 def locate(path: Path) -> Located:
@@ -60,10 +64,13 @@ def locate(path: Path) -> Located:
     if (path / engine_file.MANIFEST).is_file():
         return Located("quadriga", path, engine_file.read_manifest(path).config)
     if (path / "config.json").is_file() and not _is_grok(path):
-        config, notes = families.read_hf(read_json(path / "config.json"))
+        raw, method = quantised.split(read_json(path / "config.json"))
+        config, notes = families.read_hf(raw)
+        if method is not None:
+            notes = [*notes, f"the weights are packed ({method.label}) and read as the numbers they stand for"]
         if (path / "generation_config.json").is_file():
             config = families.with_generation_config(config, read_json(path / "generation_config.json"))
-        return Located("hf", path, config, tuple(notes))
+        return Located("hf", path, config, tuple(notes), method)
     if _is_grok(path):
         return Located("grok", path, _grok_config(path))
     if (path / "ckpt-0").is_dir() and _is_grok(path / "ckpt-0"):

@@ -22,7 +22,7 @@ import numpy as np
 from quadriga.errors import CheckpointError
 from quadriga.io.file_plan import FilePlan
 from quadriga.model.weight_map import Shape
-from quadriga.quant.formats import BY_GGML_TYPE, FORMATS
+from quadriga.quant.formats import BY_GGML_TYPE, FORMATS, UNREAD
 
 _PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _MAX_PARTS = 1000
@@ -345,8 +345,8 @@ class _Reader:
         shape = tuple(reversed([self.unpack("Q") for _ in range(axes)]))
         kind, offset = self.unpack("I"), self.unpack("Q")
         if kind not in BY_GGML_TYPE:
-            known = ", ".join(FORMATS)
-            raise self.fail(f"tensor {name[:80]!r} has the unsupported format number {kind}; supported: {known}")
+            known, what = ", ".join(FORMATS), f": {UNREAD[kind]}" if kind in UNREAD else ""
+            raise self.fail(f"tensor {name[:80]!r} has the unsupported format number {kind}{what}; supported: {known}")
         spec = BY_GGML_TYPE[kind]
         if not all(0 < n < 2**40 for n in shape) or shape[-1] % spec.block:
             raise self.fail(f"tensor {name[:80]!r} of shape {list(shape)} cannot be stored as {spec.name}")
@@ -396,10 +396,18 @@ def _not_supported(version: int) -> str:
 
 
 def storable_format(shape: Shape, wanted: str) -> str:
-    """What llama.cpp expects a tensor to be stored as: vectors float32, rows that are no whole blocks float16."""
+    """What llama.cpp expects a tensor to be stored as: vectors float32, rows of no whole blocks q8_0 or float16."""
     if len(shape) == 1:
         return "float32"
-    return wanted if shape[-1] % FORMATS[wanted].block == 0 else "float16"
+    for form in (wanted, "q8_0") if FORMATS[wanted].block > 32 else (wanted,):
+        if shape[-1] % FORMATS[form].block == 0:
+            return form
+    return "float16"
+
+
+TABLES = {**dict.fromkeys(("q2_k", "q3_k", "q4_k", "q5_k", "iq4_nl", "iq4_xs"), "q6_k"), "mxfp4": "q8_0"}
+"""What embedding table and head are stored as beside matrices of a searched format, as in llama.cpp's mixtures: their
+errors reach every token."""
 
 
 def plan_gguf(file: str, metadata: Mapping[str, Typed], tensors: Mapping[str, tuple[Shape, str]]) -> FilePlan:

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quadriga.errors import CheckpointError
 from quadriga.io.gguf import GGUFHeader, open_parts
 from quadriga.io.source import TensorInfo
+from quadriga.kernels.cpu.decoding import dequantize_into
 from quadriga.model.weight_map import Box, Shape, whole
-from quadriga.quant import codec
 from quadriga.quant.dtypes import DTYPES, Array, raw_bytes
 from quadriga.quant.formats import FORMATS, PLAIN
 
-_CHUNK_ELEMENTS = 1 << 20
-"""Elements unpacked at once: unpacking takes several times the result's memory, so the result is filled in chunks."""
+_CHUNK_ELEMENTS = 1 << 22
+"""Elements dequantised at once: their stored bytes are held beside the result, and are still in the cache."""
 
 
 class GGUFSource:
@@ -62,24 +63,27 @@ class GGUFSource:
                 last = min(first + step, stop)
                 part = rows[done : done + last - first]
                 done += last - first
-                if tensor.format in PLAIN and part.shape[-1] == tensor.shape[-1]:
+                whole_rows = part.shape[-1] == tensor.shape[-1]
+                if tensor.format in PLAIN and whole_rows:
                     self._read_into(raw_bytes(part).data, name, first)
                     continue
-                raw = np.frombuffer(self.raw(name, first, last), dtype=np.uint8)
+                raw = self.raw(name, first, last)
                 if tensor.format in PLAIN:
-                    values = raw.view(dtype)
-                else:
-                    values = codec.dequantize(raw, tensor.format)
-                part[:] = values.reshape(last - first, -1)[:, columns]
+                    part[:] = raw.view(dtype).reshape(last - first, -1)[:, columns]
+                    continue
+                values = part if whole_rows else np.empty((last - first, tensor.shape[-1]), dtype=np.float32)
+                dequantize_into(values, raw, tensor.format)
+                if not whole_rows:
+                    part[:] = values[:, columns]
         return out
 
-    def raw(self, name: str, row_start: int, row_stop: int) -> bytearray:
+    def raw(self, name: str, row_start: int, row_stop: int) -> NDArray[np.uint8]:
         """The stored bytes of rows [row_start, row_stop), all axes but the last flattened."""
         tensor = self.header.tensors[name]
         row_bytes = FORMATS[tensor.format].nbytes_of(tensor.shape[-1:])
         assert 0 <= row_start <= row_stop <= tensor.nbytes // row_bytes, f"{name}: rows outside the tensor"
-        buffer = bytearray((row_stop - row_start) * row_bytes)
-        self._read_into(memoryview(buffer), name, row_start)
+        buffer = np.empty((row_stop - row_start) * row_bytes, dtype=np.uint8)
+        self._read_into(buffer.data, name, row_start)
         return buffer
 
     def _read_into(self, out: memoryview, name: str, row_start: int) -> None:

@@ -20,13 +20,14 @@ import numpy as np
 from quadriga.errors import CheckpointError
 from quadriga.io import directory as engine_file
 from quadriga.io import own_files
-from quadriga.io.detect import Kind, locate
+from quadriga.io.detect import Kind, Located, locate
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.grok import GrokSource
 from quadriga.io.joined import JoinedSource
 from quadriga.io.mxfp4_source import with_mxfp4
 from quadriga.io.packed_source import PackedSource
 from quadriga.io.parameters import SLICE_BYTES, ParameterView
+from quadriga.io.quantised.source import QuantisedSource
 from quadriga.io.safetensors import SafetensorsSource
 from quadriga.io.source import TensorSource
 from quadriga.io.torch_source import TorchSource, open_bins
@@ -123,13 +124,25 @@ def open_checkpoint(path: Path, *, pickles: bool = False) -> Checkpoint:
             return _checked("quadriga", found.path, config, "quadriga", native, identity_map(config), None)
         case "hf":
             plain = pickles and not any(found.path.glob("*.safetensors"))
-            source = open_bins(found.path) if plain else with_mxfp4(SafetensorsSource(found.path, with_bytes=True))
+            source = _hf_source(found, pickles=plain)
             family = families.family_of(config)
             shapes = {name: info.shape for name, info in source.tensors.items()}
             layout, pieces = pick_layout(family, config, shapes)
+            if isinstance(source, QuantisedSource):
+                source.without_empty_biases({piece.source for piece in pieces})
             return _checked("hf", found.path, config, layout, source, pieces, family)
         case "own":
             return _open_own(found.path, config)
+
+
+def _hf_source(found: Located, *, pickles: bool) -> TensorSource:
+    if found.method is not None:
+        if pickles:
+            raise CheckpointError(
+                f"weights packed by {found.method.label} are read from safetensors, not from .bin files"
+            )
+        return QuantisedSource(SafetensorsSource(found.path, with_packed=True), found.method)
+    return open_bins(found.path) if pickles else with_mxfp4(SafetensorsSource(found.path, with_bytes=True))
 
 
 def _open_own(path: Path, config: ModelConfig) -> Checkpoint:

@@ -3,6 +3,7 @@
     a packed Quadriga directory   read by several threads into huge pages; memory-mapped if it is nearly all of memory
     GGUF Q8_0, Q4_0, Q4_1         blocks rearranged, no number changed
     MXFP4                         as mx4, its codes beside float16 scales, no number changed
+    GGUF's Q5_0, IQ4_NL, TQ1_0, TQ2_0   as q8, whose integers hold their numbers exactly
     anything else                 read part by part and packed as `format` says
 
 Routers, biases and vectors are float32 in every case.
@@ -28,7 +29,7 @@ from quadriga.io.mxfp4_source import Mxfp4Source
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress, unpack
 from quadriga.kernels.cpu.expert_store import ExpertStore
-from quadriga.kernels.cpu.packing import Bytes, Packed, Parameter, allocate, pack, pack_blocks, pack_mx4
+from quadriga.kernels.cpu.packing import STORED, Bytes, Packed, Parameter, allocate, pack, pack_blocks, pack_mx4
 from quadriga.model.weight_map import Piece, Shape, parameter_shapes, source_index, stays_float32, whole
 from quadriga.quant import mxfp4
 from quadriga.quant.dtypes import Array, as_float32
@@ -145,7 +146,7 @@ class Unpacked:
     block_format: str = ""
 
     def pack(self, form: str, *, out: Bytes | None = None, importance: Array | None = None) -> Packed:
-        """The packed matrix. Blocks must have been read for ``form``.
+        """The packed matrix.
 
         Args:
             out: memory to fill, ``PACKED[form].nbytes_of(rows, cols)`` bytes; None allocates.
@@ -154,34 +155,31 @@ class Unpacked:
         Raises:
             CheckpointError: numbers that the format cannot hold.
         """
-        if self.blocks is not None and self.block_format == "mx4":
-            return pack_mx4(self.blocks, self.rows, self.cols, out=out)
-        if self.blocks is not None:
-            return pack_blocks(self.blocks, self.block_format, self.rows, self.cols, out=out)
-        assert self.values is not None
         try:
+            rows, cols = self.rows, self.cols
+            if self.blocks is not None and self.block_format == "mx4":
+                return pack_mx4(self.blocks, rows, cols, out=out)
+            if self.blocks is not None:
+                return pack_blocks(self.blocks, self.block_format, rows, cols, form, out=out, importance=importance)
+            assert self.values is not None
             return pack(self.values, form, out=out, importance=importance)
         except CheckpointError as error:
             raise CheckpointError(f"{self.name}: {error}") from None
 
 
 def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Unpacked:
-    """One matrix of a parameter; stored blocks of the very format ``form`` are read as they are.
+    """One matrix of a parameter; blocks of a GGUF file as they are stored, where they are whole rows of it.
 
     Args:
         expert: which matrix of a parameter (E, rows, cols); 0 for others.
+        form: what it will be packed as.
     """
     shape = parameter_shapes(checkpoint.config)[name]
     pieces = [piece for piece in checkpoint.pieces if piece.target == name]
     source, (rows, cols) = checkpoint.source, shape[-2:]
     stored = {source.tensors[piece.source].dtype for piece in pieces}
     block = next(iter(stored))
-    if (
-        isinstance(source, GGUFSource)
-        and len(stored) == 1
-        and FROM_GGUF.get(block) == form
-        and all(map(_is_rows, pieces))
-    ):
+    if isinstance(source, GGUFSource) and len(stored) == 1 and block in STORED and all(map(_is_rows, pieces)):
         raw = _block_rows(source, pieces, shape, expert, block)
         return Unpacked(name, rows, cols, blocks=raw, block_format=block)
     if isinstance(source, Mxfp4Source) and stored == {"mxfp4"} and all(map(_is_stack, pieces)):

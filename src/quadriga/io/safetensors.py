@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from quadriga.errors import CheckpointError
@@ -32,7 +33,12 @@ _MAX_HEADER_BYTES = 25 << 20
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CODES = {name: code for code, name in _DTYPES.items()}
 _BYTES = {"U8": "uint8"}
-_NUMPY: dict[str, np.dtype[Any]] = {**DTYPES, "uint8": np.dtype(np.uint8)}
+_PACKED = {"I8": "int8", "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn"}
+_NUMPY: dict[str, np.dtype[Any]] = {
+    **DTYPES,
+    **{name: np.dtype(name) for name in ("uint8", "int8", "int32", "int64")},
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+}
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,14 +59,15 @@ class SafetensorsSource:
 
     Args:
         with_bytes: accept tensors of bytes too, which are no numbers yet: somebody else makes weights of them.
+        with_packed: accept those, integers and float8 (``io.quantised``).
 
     Raises (when opened):
         CheckpointError: a missing, foreign or malformed file; see the module docstring.
     """
 
-    def __init__(self, path: Path, *, with_bytes: bool = False) -> None:
+    def __init__(self, path: Path, *, with_bytes: bool = False, with_packed: bool = False) -> None:
         self.path = path
-        self._codes = _DTYPES | (_BYTES if with_bytes else {})
+        self._codes = _DTYPES | (_BYTES if with_bytes or with_packed else {}) | (_PACKED if with_packed else {})
         self._fds: list[int] = []
         self._names: list[str] = []
         self._places: dict[str, _Place] = {}

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "7d2b0ab33d1a6bd1b0b5c924356198110532346db35252a8df3f5c98db5dedbf"
+HEADER_SHA256 = "710cbd36990a78745030f8ba3beec0155f04ab93e1acb1fe6eed30d873359f7a"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -48,6 +48,35 @@ class Source(IntEnum):
     Q4_0 = 4
     Q4_1 = 5
     MX4 = 6
+
+
+class Stored(IntEnum):
+    """enum qd_stored"""
+
+    Q4_0 = 0
+    Q4_1 = 1
+    Q5_0 = 2
+    Q5_1 = 3
+    Q8_0 = 4
+    Q2_K = 5
+    Q3_K = 6
+    Q4_K = 7
+    Q5_K = 8
+    Q6_K = 9
+    Q8_K = 10
+    IQ4_NL = 11
+    IQ4_XS = 12
+    TQ1_0 = 13
+    TQ2_0 = 14
+    MXFP4 = 15
+    NVFP4 = 16
+    IQ1_S = 17
+    IQ1_M = 18
+    IQ2_XXS = 19
+    IQ2_XS = 20
+    IQ2_S = 21
+    IQ3_XXS = 22
+    IQ3_S = 23
 
 
 class KvFormat(IntEnum):
@@ -353,6 +382,20 @@ PARAMETERS: dict[str, list[Any]] = {
         c.c_void_p,  # bad_row
         c.POINTER(Message),  # why
     ],
+    "qd_pack_stored": [
+        c.c_void_p,  # context
+        c.c_int32,  # stored
+        c.c_void_p,  # in
+        c.c_int64,  # row_bytes
+        c.c_int64,  # rows
+        c.c_int64,  # cols
+        c.c_void_p,  # codebook
+        c.c_int32,  # format
+        c.c_void_p,  # out
+        c.c_void_p,  # importance
+        c.c_void_p,  # bad_row
+        c.POINTER(Message),  # why
+    ],
     "qd_unpack": [
         c.c_void_p,  # context
         c.c_int32,  # format
@@ -360,6 +403,15 @@ PARAMETERS: dict[str, list[Any]] = {
         c.c_int64,  # cols
         c.c_int64,  # first
         c.c_int64,  # n
+        c.c_void_p,  # out
+        c.POINTER(Message),  # why
+    ],
+    "qd_dequantize": [
+        c.c_void_p,  # context
+        c.c_int32,  # stored
+        c.c_void_p,  # blocks
+        c.c_int64,  # n
+        c.c_void_p,  # codebook
         c.c_void_p,  # out
         c.POINTER(Message),  # why
     ],

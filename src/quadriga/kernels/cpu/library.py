@@ -27,21 +27,21 @@ Function = Callable[..., int]
 """One of the library's functions that return a status."""
 
 
-def _codes(enum: type[IntEnum]) -> dict[str, int]:
+def codes(enum: type[IntEnum]) -> dict[str, int]:
     """What Python calls a thing -> its number in quadriga.h: the header's own word in lower case."""
     return {member.name.lower(): int(member) for member in enum}
 
 
-ISAS = tuple(_codes(bindings.Isa))
+ISAS = tuple(codes(bindings.Isa))
 """Index = number in quadriga.h; each has all instructions of the ones before it."""
 
-FORMATS = _codes(bindings.Format)
-KV_FORMATS = _codes(bindings.KvFormat)
-SOURCES = _codes(bindings.Source)
-ACTIVATIONS = _codes(bindings.Activation)
-NORMS = _codes(bindings.NormKind)
-AGGREGATES = _codes(bindings.Aggregate)
-SCORES = _codes(bindings.Score)
+FORMATS = codes(bindings.Format)
+KV_FORMATS = codes(bindings.KvFormat)
+SOURCES = codes(bindings.Source)
+ACTIVATIONS = codes(bindings.Activation)
+NORMS = codes(bindings.NormKind)
+AGGREGATES = codes(bindings.Aggregate)
+SCORES = codes(bindings.Score)
 
 _ERRORS: dict[int, tuple[type[QuadrigaError], str]] = {
     Status.BAD_ARGUMENT: (ConfigError, "the CPU kernels cannot do this: {}"),

@@ -16,6 +16,7 @@ from quadriga import runtime
 from quadriga.errors import CheckpointError
 from quadriga.kernels.cpu import bindings
 from quadriga.kernels.cpu import library as cpu
+from quadriga.quant.codebooks import codebook
 from quadriga.quant.dtypes import Array, name_of
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import FROM_GGUF, PACKED
@@ -112,17 +113,40 @@ def pack(values: Array, form: str, *, out: Bytes | None = None, importance: Arra
     return _pack(source, values.ctypes.data, values.itemsize * cols, rows, cols, form, out, weight)
 
 
-def pack_blocks(raw: Any, source: str, rows: int, cols: int, *, out: Bytes | None = None) -> Packed:
-    """Pack GGUF blocks (q8_0, q4_0 or q4_1) as they are.
+STORED = cpu.codes(bindings.Stored)
+"""Block format of ``quant.formats`` -> its number in quadriga.h."""
+
+
+def codebook_of(source: str) -> int | None:
+    """The address of a block format's codebook, for the library; None: it has none."""
+    return codebook(source).ctypes.data if STORED[source] >= STORED["iq1_s"] else None
+
+
+def pack_blocks(
+    raw: Any,
+    source: str,
+    rows: int,
+    cols: int,
+    form: str,
+    *,
+    out: Bytes | None = None,
+    importance: Array | None = None,
+) -> Packed:
+    """Pack rows of blocks: bit by bit where ``form`` holds them (``FROM_GGUF``), else the numbers they stand for.
 
     Args:
         raw: the stored bytes of ``rows`` rows (any buffer).
         source: the block format.
+        form, out, importance: as for :func:`pack`.
+
+    Raises:
+        CheckpointError: as :func:`pack`.
     """
     row_bytes = FORMATS[source].nbytes_of((cols,))
     stored = np.frombuffer(raw, dtype=np.uint8)
     assert stored.nbytes == rows * row_bytes, "whole rows of blocks"
-    return _pack(source, stored.ctypes.data, row_bytes, rows, cols, FROM_GGUF[source], out, None)
+    weight = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    return _pack(source, stored.ctypes.data, row_bytes, rows, cols, form, out, weight)
 
 
 def pack_mx4(blocks: Bytes, rows: int, cols: int, *, out: Bytes | None = None) -> Packed:
@@ -149,13 +173,16 @@ def _pack(
     out = allocate(nbytes) if out is None else out
     assert out.nbytes == nbytes and out.ctypes.data % 64 == 0, "memory of the packed matrix's size, aligned"
     context, bad_row = packing_context(), ctypes.c_int64()
+    as_they_are = source in cpu.SOURCES and FROM_GGUF.get(source, form) == form
+    function = context.lib.qd_pack if as_they_are else context.lib.qd_pack_stored
     context.call(
-        context.lib.qd_pack,
-        cpu.SOURCES[source],
+        function,
+        cpu.SOURCES[source] if as_they_are else STORED[source],
         address,
         row_bytes,
         rows,
         cols,
+        *(() if as_they_are else (codebook_of(source),)),
         cpu.FORMATS[form],
         out.ctypes.data,
         None if importance is None else importance.ctypes.data,

@@ -202,6 +202,10 @@ class Keys:
         """A dict inside this one; it has a ``finish`` of its own."""
         return Keys(self._get(key), f"{self._where}: {key}")
 
+    def names(self) -> list[str]:
+        """All keys. Counts as reading none of them."""
+        return list(self._raw)
+
     def must_be(self, key: str, *allowed: object) -> None:
         """Raise unless the key is absent or has one of the ``allowed`` values: other values change the mathematics."""
         self._read.add(key)

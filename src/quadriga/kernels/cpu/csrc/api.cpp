@@ -30,6 +30,25 @@ void check(bool good, const char* what, long long got) {
 
 void check_format(int32_t format) { check(format >= 0 && format <= QD_FORMAT_MX4, "format must be one of qd_format", format); }
 
+void check_stored(int32_t stored, const uint8_t* codebook) {
+  check(stored >= 0 && stored <= QD_STORED_IQ3_S, "stored must be one of qd_stored", stored);
+  check(codebook || stored < QD_STORED_IQ1_S, "this format needs its codebook", stored);
+}
+
+// body(tile, thread) for every tile of a matrix; it answers 1 + a row that cannot be packed, or 0. The first such row, or -1.
+template <class Body>
+int64_t pack_tiles(qd_context& c, int64_t rows, Body&& body) {
+  std::atomic<int64_t> bad{rows};
+  c.pool.run(tiles_of(rows), 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t found = body(tile, thread);
+      int64_t first = bad;
+      while (found && found - 1 < first && !bad.compare_exchange_weak(first, found - 1)) {}
+    }
+  });
+  return bad < rows ? bad.load() : -1;
+}
+
 void run_step(qd_context& c, const qd_step& step, const qd_batch& batch) {
   switch (step.kind) {
     case QD_OP_EMBED: return run_embed(c, *static_cast<const qd_embed*>(step.op), batch);
@@ -103,16 +122,39 @@ QD_EXPORT int32_t qd_pack(qd_context* context, int32_t source, const void* in, i
   return in_turn(context, why, [&](qd_context& c) {
     check_format(format);
     check(source >= 0 && source <= QD_SOURCE_MX4, "source must be one of qd_source", source);
-    std::atomic<int64_t> bad{rows};
     const int64_t bytes = tile_bytes(format, cols);
-    c.pool.run(tiles_of(rows), 1, [&](int64_t begin, int64_t end, int) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t found = c.kernels->pack(source, in, row_bytes, rows, cols, t, format, out + t * bytes, importance);
-        int64_t first = bad;
-        while (found && found - 1 < first && !bad.compare_exchange_weak(first, found - 1)) {}
-      }
+    *bad_row = pack_tiles(c, rows, [&](int64_t tile, int) {
+      return c.kernels->pack(source, in, row_bytes, rows, cols, tile, format, out + tile * bytes, importance);
     });
-    *bad_row = bad < rows ? bad.load() : -1;
+  });
+}
+
+QD_EXPORT int32_t qd_pack_stored(qd_context* context, int32_t stored, const uint8_t* in, int64_t row_bytes, int64_t rows,
+                                 int64_t cols, const uint8_t* codebook, int32_t format, uint8_t* out, const float* importance,
+                                 int64_t* bad_row, qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) {
+    check_format(format);
+    check_stored(stored, codebook);
+    const int64_t blocks = cols / block_shape(stored).count, bytes = tile_bytes(format, cols);
+    check(cols == blocks * block_shape(stored).count, "columns must be whole blocks", cols);
+    const int8_t* book = reinterpret_cast<const int8_t*>(codebook);
+    c.reserve(&qd_context::Thread::a, kTile * cols);
+    c.reserve(&qd_context::Thread::wide, kTile * cols / 32 * 34);
+    *bad_row = pack_tiles(c, rows, [&](int64_t tile, int thread) {
+      const int64_t first = kTile * tile, n_rows = rows - first < kTile ? rows - first : kTile, q8_row = cols / 32 * 34;
+      uint8_t* q8 = c.of_thread[size_t(thread)].wide.data();  // one tile's numbers never leave the cache
+      int64_t exact = 0;
+      while (format == QD_FORMAT_Q8 && exact < n_rows &&
+             c.kernels->to_q8_0(stored, in + (first + exact) * row_bytes, blocks, q8 + exact * q8_row)) ++exact;
+      if (exact == n_rows) {
+        c.kernels->pack(QD_SOURCE_Q8_0, q8, q8_row, n_rows, cols, 0, format, out + tile * bytes, nullptr);
+        return int64_t(0);
+      }
+      float* numbers = c.of_thread[size_t(thread)].a.data();
+      for (int64_t r = 0; r < n_rows; ++r) c.kernels->dequantize(stored, in + (first + r) * row_bytes, blocks, book, numbers + r * cols);
+      const int64_t found = c.kernels->pack(QD_SOURCE_FLOAT32, numbers, 4 * cols, n_rows, cols, 0, format, out + tile * bytes, importance);
+      return found ? first + found : 0;
+    });
   });
 }
 
@@ -122,6 +164,20 @@ QD_EXPORT int32_t qd_unpack(qd_context* context, int32_t format, const uint8_t* 
     check_format(format);
     c.pool.run(n, 16, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) c.kernels->unpack_row(format, packed, cols, first + i, out + i * cols);
+    });
+  });
+}
+
+QD_EXPORT int32_t qd_dequantize(qd_context* context, int32_t stored, const uint8_t* blocks, int64_t n,
+                                const uint8_t* codebook, float* out, qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) {
+    check_stored(stored, codebook);
+    const BlockShape shape = block_shape(stored);
+    const int64_t piece = 8192 / shape.count;  // blocks a thread takes at once
+    c.pool.run((n + piece - 1) / piece, 1, [&](int64_t begin, int64_t end, int) {
+      const int64_t first = begin * piece, last = end * piece < n ? end * piece : n;
+      c.kernels->dequantize(stored, blocks + first * shape.bytes, last - first, reinterpret_cast<const int8_t*>(codebook),
+                            out + first * shape.count);
     });
   });
 }

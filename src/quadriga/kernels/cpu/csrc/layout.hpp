@@ -55,6 +55,16 @@ inline int64_t tile_bytes(int format, int64_t cols) {
   }
 }
 
+// Blocks of GGUF files: how many numbers, in how many bytes.
+struct BlockShape {
+  int count, bytes;
+};
+inline constexpr BlockShape kBlockShapes[] = {  // by qd_stored
+    {32, 18},  {32, 20},   {32, 22},  {32, 24}, {32, 34}, {256, 84}, {256, 110}, {256, 144}, {256, 176}, {256, 210}, {256, 292}, {32, 18},
+    {256, 136}, {256, 54}, {256, 66}, {32, 17}, {64, 36}, {256, 50}, {256, 56},  {256, 66},  {256, 74},  {256, 82},  {256, 98},  {256, 110}};
+static_assert(sizeof(kBlockShapes) / sizeof(BlockShape) == QD_STORED_IQ3_S + 1, "a shape for each of qd_stored");
+constexpr BlockShape block_shape(int stored) { return kBlockShapes[stored]; }
+
 inline int64_t tiles_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
 
 inline int64_t panel_units(PanelKind kind, int64_t cols) {  // of one token

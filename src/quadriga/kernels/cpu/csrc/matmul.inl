@@ -59,15 +59,18 @@ QD_INLINE void nibble_line(vn* part, vb w, const uint32_t* units) {
 template <class F, bool wide, int M, class Start>
 QD_INLINE void multiply_lines(vi* acc, const uint8_t* lines, const uint32_t* units, Start start) {
   if (F::codes) {
+    vn part[M];
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) acc[m] = start(m);
+    for (int m = 0; m < M; ++m) part[m] = begin_nibbles(start(m));
 #pragma GCC unroll kUnroll
     for (int l = 0; l < 4; ++l) {
       const vb both = load_bytes(lines + 64 * l);
       const vq low = low_codes(both), high = high_codes(both);
 #pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) acc[m] = dot_bytes(dot_bytes(acc[m], low, units[2 * l * M + m]), high, units[(2 * l + 1) * M + m]);
+      for (int m = 0; m < M; ++m) part[m] = dot_codes(dot_codes(part[m], low, units[2 * l * M + m]), high, units[(2 * l + 1) * M + m]);
     }
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) acc[m] = end_nibbles(part[m], start(m));
     return;
   }
   if (!F::nibbles) {

@@ -45,6 +45,16 @@ enum qd_source {
   QD_SOURCE_Q8_0 = 3, QD_SOURCE_Q4_0 = 4, QD_SOURCE_Q4_1 = 5,
   QD_SOURCE_MX4 = 6 /* 18 bytes: half of an MXFP4 block's scale as float16, codes 2 j and 2 j + 1 in byte j */
 };
+/* Block formats of GGUF files, under their names in quant/formats.py. */
+enum qd_stored {
+  QD_STORED_Q4_0 = 0, QD_STORED_Q4_1 = 1, QD_STORED_Q5_0 = 2, QD_STORED_Q5_1 = 3, QD_STORED_Q8_0 = 4,
+  QD_STORED_Q2_K = 5, QD_STORED_Q3_K = 6, QD_STORED_Q4_K = 7, QD_STORED_Q5_K = 8, QD_STORED_Q6_K = 9,
+  QD_STORED_Q8_K = 10, QD_STORED_IQ4_NL = 11, QD_STORED_IQ4_XS = 12, QD_STORED_TQ1_0 = 13, QD_STORED_TQ2_0 = 14,
+  QD_STORED_MXFP4 = 15, QD_STORED_NVFP4 = 16,
+  /* from here on numbers are indices of a codebook */
+  QD_STORED_IQ1_S = 17, QD_STORED_IQ1_M = 18, QD_STORED_IQ2_XXS = 19, QD_STORED_IQ2_XS = 20, QD_STORED_IQ2_S = 21,
+  QD_STORED_IQ3_XXS = 22, QD_STORED_IQ3_S = 23
+};
 enum qd_kv_format { QD_KV_FORMAT_FLOAT32 = 0, QD_KV_FORMAT_BFLOAT16 = 1, QD_KV_FORMAT_Q8 = 2 };
 enum qd_norm_kind { QD_NORM_KIND_LAYER = 0, QD_NORM_KIND_RMS = 1 };
 enum qd_activation {
@@ -197,9 +207,19 @@ int32_t qd_kv_bytes(int32_t kv_format, int32_t head_dim, int64_t* bytes, qd_mess
  * bad_row: the first row that holds a number the format cannot store, or -1. */
 int32_t qd_pack(qd_context* context, int32_t source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols,
                 int32_t format, uint8_t* out, const float* importance, int64_t* bad_row, qd_message* why);
+/* qd_pack of the numbers that blocks of any qd_stored stand for; see qd_dequantize. Where q8 holds them exactly (q4_0, q5_0,
+ * iq4_nl, tq1_0, tq2_0, mxfp4 under scales that float16 has), it does. */
+int32_t qd_pack_stored(qd_context* context, int32_t stored, const uint8_t* in, int64_t row_bytes, int64_t rows, int64_t cols,
+                       const uint8_t* codebook, int32_t format, uint8_t* out, const float* importance, int64_t* bad_row,
+                       qd_message* why);
 /* Rows [first, first + n) of a packed matrix as float32 (n, cols). */
 int32_t qd_unpack(qd_context* context, int32_t format, const uint8_t* packed, int64_t cols, int64_t first, int64_t n,
                   float* out, qd_message* why);
+
+/* n blocks that lie one after the other, as float32. codebook: the format's table of int8 (quant/codebooks.py) where its
+ * numbers are indices of one, else NULL. */
+int32_t qd_dequantize(qd_context* context, int32_t stored, const uint8_t* blocks, int64_t n, const uint8_t* codebook,
+                      float* out, qd_message* why);
 
 /* One op, or a whole captured step. */
 int32_t qd_run(qd_context* context, const qd_step* steps, int32_t n_steps, const qd_batch* batch, qd_message* why);

@@ -284,6 +284,14 @@ QD_INLINE vq code_bytes(vb n) {
   const vb w = {_mm256_shuffle_epi8(numbers, n.a), _mm256_shuffle_epi8(numbers, n.b)};
   return {{_mm256_abs_epi8(w.a), _mm256_abs_epi8(w.b)}, w};
 }
+// A group's eight lines of them fit in 16 bits as well: 12 * 127 * 2 * 8 = 24384.
+QD_INLINE __m256i dot_code_half(__m256i acc, __m256i magnitude, __m256i sign, __m256i a) {
+  return stay(_mm256_add_epi16(acc, _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(a, sign))));
+}
+QD_INLINE vn dot_codes(vn acc, vq w, uint32_t a) {
+  const __m256i x = _mm256_set1_epi32(int(a));
+  return {dot_code_half(acc.a, w.magnitude.a, w.sign.a, x), dot_code_half(acc.b, w.magnitude.b, w.sign.b, x)};
+}
 QD_INLINE vq low_codes(vb x) { return code_bytes(low_nibbles(x)); }
 QD_INLINE vq high_codes(vb x) { return code_bytes(high_nibbles(x)); }
 QD_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
@@ -307,7 +315,7 @@ QD_INLINE vi load_int(const int32_t* p) { vi r; std::memcpy(&r, p, 64); return r
 QD_INLINE void store_int(int32_t* p, vi a) { std::memcpy(p, &a, 64); }
 QD_INLINE vb load_bytes(const void* p) { vb r; std::memcpy(&r, p, 64); return r; }
 QD_INLINE void store_bytes(void* p, vb a) { std::memcpy(p, &a, 64); }
-QD_INLINE vf all(float x) { return {Floats{} + x}; }
+QD_INLINE vf all(float x) { return {x - Floats{}}; }  // not 0 + x, which makes -0 into 0
 QD_INLINE vi all_int(int32_t x) { return {Ints{} + x}; }
 QD_EACH(vf, operator+, a.v + b.v)
 QD_EACH(vf, operator-, a.v - b.v)
@@ -388,6 +396,7 @@ QD_INLINE vq bytes_line(const void* p) { return load_bytes(p); }
 QD_INLINE vi dot_bytes(vi acc, vq w, uint32_t a) { return dot4(acc, w, a); }
 QD_INLINE vn begin_nibbles(vi start) { return start; }
 QD_INLINE vn dot_nibbles(vn acc, vb w, uint32_t a) { return dot4(acc, w, a); }
+QD_INLINE vn dot_codes(vn acc, vq w, uint32_t a) { return dot4(acc, w, a); }
 QD_INLINE vi end_nibbles(vn acc, vi) { return acc; }
 #endif
 

@@ -1,0 +1,98 @@
+"""A checkpoint whose weights a quantiser packed, as a TensorSource of numbers.
+
+    NAME.qweight, NAME.qzeros, NAME.scales, NAME.g_idx   ──►   NAME.weight (rows, cols)
+
+Which tensors belong together, the method says (``method``); everything else is passed on as it is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from quadriga.errors import CheckpointError
+from quadriga.io.quantised.method import Method, Parts
+from quadriga.io.source import TensorInfo, TensorSource
+from quadriga.model.weight_map import Box, whole
+from quadriga.quant.dtypes import DTYPES, Array
+
+
+def grouped(names: Iterable[str], method: Method) -> dict[str, dict[str, str]]:
+    """Weight -> part -> stored tensor, of the weights that are packed."""
+    by_length = sorted(method.suffixes, key=len, reverse=True)
+    weights: dict[str, dict[str, str]] = {}
+    for name in names:
+        for suffix in by_length:
+            if name.endswith("." + suffix):
+                weights.setdefault(name.removesuffix(suffix) + "weight", {})[suffix] = name
+                break
+    return {weight: parts for weight, parts in weights.items() if parts.keys() != {"weight"}}
+
+
+def of_numbers(names: Iterable[str], method: Method) -> list[str]:
+    """The tensors there will be of those that an index names."""
+    names = list(names)
+    weights = grouped(names, method)
+    taken = {name for parts in weights.values() for name in parts.values()}
+    return [*weights, *(name for name in names if name not in taken)]
+
+
+class QuantisedSource:
+    """See the module docstring; it closes the source it is given.
+
+    Raises (when opened):
+        CheckpointError: parts that are missing or do not fit each other, or no packed weight at all.
+    """
+
+    def __init__(self, source: TensorSource, method: Method) -> None:
+        self._source, self._method = source, method
+        self._parts: dict[str, Parts] = {}
+        try:
+            self.tensors: dict[str, TensorInfo] = self._table()
+        except BaseException:
+            source.close()
+            raise
+
+    def _table(self) -> dict[str, TensorInfo]:
+        weights = grouped(self._source.tensors, self._method)
+        if not weights:
+            raise CheckpointError(
+                f"config.json says that the weights are packed ({self._method.label}), but no tensor is called so: "
+                f"NAME.{', NAME.'.join(self._method.suffixes)}. Take quantization_config out if they are plain numbers."
+            )
+        taken = {name for parts in weights.values() for name in parts.values()}
+        tensors = {name: info for name, info in self._source.tensors.items() if name not in taken}
+        for name, info in tensors.items():
+            if info.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{name[:80]!r} is of {info.dtype} and no part of a weight of {self._method.label}"
+                )
+        for weight, names in weights.items():
+            parts = self._parts[weight] = Parts(weight, self._source, names)
+            tensors[weight] = TensorInfo(self._method.shape(parts), self._method.label, parts.bytes())
+        return tensors
+
+    def without_empty_biases(self, used: Collection[str]) -> None:
+        """Leave out zero biases of packed weights that the model has no place for: AutoGPTQ before 0.5 stores one for
+        every matrix.
+
+        Args:
+            used: the tensors that the model takes.
+
+        Raises:
+            CheckpointError: bytes that cannot be read.
+        """
+        for weight in self._parts:
+            bias = weight.removesuffix("weight") + "bias"
+            if bias in self.tensors and bias not in used and not self._source.read(bias).any():
+                del self.tensors[bias]
+
+    def read(self, name: str, box: Box | None = None) -> Array:
+        """See ``TensorSource.read``: packed weights in the dtype that the method's library computes them in."""
+        if name not in self._parts:
+            return self._source.read(name, box)
+        rows, columns = box or whole(self.tensors[name].shape)
+        return self._method.read(self._parts[name], *rows)[:, slice(*columns)]
+
+    def close(self) -> None:
+        """Release the files."""
+        self._source.close()

@@ -1,0 +1,387 @@
+"""Checkpoints packed by GPTQ, AWQ, FP8, compressed-tensors and bitsandbytes, each packed here number by number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from quadriga.errors import CheckpointError, ConfigError
+from quadriga.io.convert import convert, dry_run
+from quadriga.io.open import open_checkpoint
+from quadriga.io.packed import packed_format
+from quadriga.model import families
+from quadriga.model.config import DenseSpec
+from quadriga.nn.load import load_parameters
+from tests.checkpoint.models import TINY, bits
+
+CONFIG = replace(
+    TINY["llama2"].with_ffn(d_ff=96).with_mixer(n_heads=4, n_kv_heads=2, head_dim=16), d_model=64
+)  # every side is whole bytes and groups of 32
+assert isinstance(CONFIG.layers[0].ffn, DenseSpec)
+
+Array = np.ndarray[Any, Any]
+Made = tuple[dict[str, Array], Array]
+"""Parts by suffix, and the matrix they stand for."""
+
+
+def put(words: Array, index: Any, fields: Array, shift: int) -> None:
+    words[index] |= fields.astype(np.uint32) << np.uint32(shift)
+
+
+def gptq(
+    rng: np.random.Generator, rows: int, cols: int, *, width: int = 4, ordered: bool = True, v2: bool = False
+) -> Made:
+    n, groups = 32 // width, cols // 32
+    q, z = rng.integers(0, 2**width, (rows, cols)), rng.integers(0, 2**width, (groups, rows))
+    scales = rng.random((groups, rows)).astype(np.float16)
+    group = np.arange(cols) // 32
+    if not ordered:
+        group = rng.permutation(group)
+    qweight, qzeros = np.zeros((cols // n, rows), np.uint32), np.zeros((groups, rows // n), np.uint32)
+    for c in range(cols):
+        put(qweight, c // n, q[:, c], width * (c % n))
+    for r in range(rows):
+        put(qzeros, (slice(None), r // n), z[:, r] if v2 else (z[:, r] - 1) % 2**width, width * (r % n))
+    weight = np.empty((rows, cols), np.float16)
+    for c in range(cols):
+        weight[:, c] = scales[group[c]] * (q[:, c] - z[group[c]]).astype(np.float16)
+    parts = {"qweight": qweight.view(np.int32), "qzeros": qzeros.view(np.int32), "scales": scales}
+    if not ordered:
+        parts["g_idx"] = group.astype(np.int32)
+    return parts, weight
+
+
+def awq(rng: np.random.Generator, rows: int, cols: int) -> Made:
+    groups = cols // 32
+    q, z = rng.integers(0, 16, (rows, cols)), rng.integers(0, 16, (rows, groups))
+    scales = rng.random((groups, rows)).astype(np.float16)
+    qweight, qzeros = np.zeros((cols, rows // 8), np.uint32), np.zeros((groups, rows // 8), np.uint32)
+    for word in range(rows // 8):
+        for nibble, row in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+            put(qweight, (slice(None), word), q[8 * word + row], 4 * nibble)
+            put(qzeros, (slice(None), word), z[8 * word + row], 4 * nibble)
+    weight = np.stack([(q[:, c] - z[:, c // 32]).astype(np.float16) * scales[c // 32] for c in range(cols)], axis=1)
+    return {"qweight": qweight.view(np.int32), "qzeros": qzeros.view(np.int32), "scales": scales}, weight
+
+
+def float8(rng: np.random.Generator, rows: int, cols: int) -> Array:
+    raw = rng.integers(0, 256, (rows, cols), dtype=np.uint8)
+    raw[(raw & 127) == 127] = 0  # NaN
+    return raw.view(ml_dtypes.float8_e4m3fn)
+
+
+def fp8(rng: np.random.Generator, rows: int, cols: int, *, block: tuple[int, int] | None = (24, 40)) -> Made:
+    stored = float8(rng, rows, cols)
+    if block is None:
+        scale = rng.random(1).astype(np.float32)
+        return {"weight": stored, "weight_scale": scale, "input_scale": scale}, stored.astype(np.float32) * scale
+    scales = rng.random((-(-rows // block[0]), -(-cols // block[1]))).astype(np.float32)
+    weight = stored.astype(np.float32)
+    for r in range(rows):
+        for c in range(cols):
+            weight[r, c] *= scales[r // block[0], c // block[1]]
+    return {"weight": stored, "weight_scale_inv": scales}, weight
+
+
+def packed_int(
+    rng: np.random.Generator, rows: int, cols: int, *, width: int = 4, size: int = 32, symmetric: bool = True,
+    ordered: bool = True,
+) -> Made:  # fmt: skip
+    n, groups, half = 32 // width, cols // size, 2 ** (width - 1)
+    q = rng.integers(-half, half, (rows, cols))
+    z = np.zeros((rows, groups), int) if symmetric else rng.integers(-half, half, (rows, groups))
+    scales = rng.random((rows, groups)).astype(ml_dtypes.bfloat16)
+    group = np.arange(cols) // size
+    if not ordered:
+        group = rng.permutation(group)
+    words, zeros = np.zeros((rows, cols // n), np.uint32), np.zeros((-(-rows // n), groups), np.uint32)
+    for c in range(cols):
+        put(words, (slice(None), c // n), q[:, c] + half, width * (c % n))
+    for r in range(rows):
+        put(zeros, r // n, z[r] + half, width * (r % n))
+    parts = {"weight_packed": words.view(np.int32), "weight_scale": scales, "weight_shape": np.array([rows, cols])}
+    if not symmetric:
+        parts["weight_zero_point"] = zeros.view(np.int32)
+    if not ordered:
+        parts["weight_g_idx"] = group.astype(np.int32)
+    columns = [(q[:, c] - z[:, group[c]]).astype(ml_dtypes.bfloat16) * scales[:, group[c]] for c in range(cols)]
+    return parts, np.stack(columns, axis=1)
+
+
+def per_row(rng: np.random.Generator, rows: int, cols: int, *, is_float: bool) -> Made:
+    scales = rng.random((rows, 1)).astype(ml_dtypes.bfloat16)
+    stored = float8(rng, rows, cols) if is_float else rng.integers(-128, 128, (rows, cols)).astype(np.int8)
+    return {"weight": stored, "weight_scale": scales}, stored.astype(ml_dtypes.bfloat16) * scales
+
+
+def nf4(rng: np.random.Generator, rows: int, cols: int, *, nested: bool) -> Made:
+    n = rows * cols
+    q, values = rng.integers(0, 16, n), np.sort(rng.uniform(-1, 1, 16)).astype(np.float32)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [rows, cols]}
+    parts = {"weight": (q[0::2] * 16 + q[1::2]).astype(np.uint8)[:, None], "weight.quant_map": values}
+    absmax = rng.random(n // 64).astype(np.float32)
+    if nested:
+        state |= {"nested_blocksize": 16, "nested_dtype": "float32", "nested_offset": 0.3}
+        codes, outer = rng.integers(0, 256, n // 64).astype(np.uint8), rng.random(-(-n // 64 // 16)).astype(np.float32)
+        inner = np.sort(rng.uniform(-1, 1, 256)).astype(np.float32)
+        absmax = np.array([inner[code] * outer[i // 16] for i, code in enumerate(codes)]) + np.float32(0.3)
+        parts |= {"weight.absmax": codes, "weight.nested_absmax": outer, "weight.nested_quant_map": inner}
+    else:
+        parts["weight.absmax"] = absmax
+    parts["weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    weight = np.array([values[code] * absmax[i // 64] for i, code in enumerate(q)], np.float32)
+    return parts, weight.reshape(rows, cols).astype(ml_dtypes.bfloat16)
+
+
+def compressed(form: str, **weights: object) -> dict[str, object]:
+    scheme = {
+        "type": "int",
+        "num_bits": 8,
+        "symmetric": True,
+        "dynamic": False,
+        "strategy": "channel",
+        "group_size": None,
+    }
+    scheme |= {"block_structure": None, "actorder": None, "observer": "minmax", "observer_kwargs": {}} | weights
+    group = {"targets": ["Linear"], "weights": scheme, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": ["lm_head"],
+        "kv_cache_scheme": None, "quantization_status": "compressed", "global_compression_ratio": 1.2,
+    }  # fmt: skip
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False, "damp_percent": 0.1}
+AWQ = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": 32,
+    "zero_point": True,
+    "version": "gemm",
+    "modules_to_not_convert": None,
+}
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [24, 40]}
+BNB = {
+    "quant_method": "bitsandbytes", "load_in_4bit": True, "_load_in_4bit": True, "load_in_8bit": False,
+    "_load_in_8bit": False, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_quant_storage": "uint8", "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_threshold": 6.0,
+}  # fmt: skip
+CT4 = compressed("pack-quantized", num_bits=4, strategy="group", group_size=32)
+
+METHODS: dict[str, tuple[dict[str, Any], Callable[..., Made], dict[str, Any]]] = {
+    "gptq": (GPTQ, gptq, {}),
+    "gptq, act order": (GPTQ | {"desc_act": True, "sym": True}, gptq, {"ordered": False}),
+    "gptq, v2": (GPTQ | {"checkpoint_format": "gptq_v2"}, gptq, {"v2": True}),
+    "gptq, 8 bits": (GPTQ | {"bits": 8}, gptq, {"width": 8}),
+    "gptq, 2 bits": (GPTQ | {"bits": 2}, gptq, {"width": 2}),
+    "awq": (AWQ, awq, {}),
+    "fp8": (FP8, fp8, {}),
+    "fp8, one scale": (FP8 | {"weight_block_size": None, "activation_scheme": "static"}, fp8, {"block": None}),
+    "packed int4": (CT4, packed_int, {}),
+    "packed int4 with zeros": (
+        compressed("pack-quantized", num_bits=4, strategy="group", group_size=32, symmetric=False), packed_int,
+        {"symmetric": False},
+    ),
+    "packed int4, act order": (
+        compressed("pack-quantized", num_bits=4, strategy="group", group_size=32, actorder="group"), packed_int,
+        {"ordered": False},
+    ),
+    "packed int8": (
+        compressed("pack-quantized", strategy="group", group_size=16), packed_int, {"width": 8, "size": 16}
+    ),
+    "int8": (compressed("int-quantized"), per_row, {"is_float": False}),
+    "float8": (compressed("float-quantized", type="float"), per_row, {"is_float": True}),
+    "nf4": (BNB, nf4, {"nested": False}),
+    "nf4, nested": (BNB, nf4, {"nested": True}),
+}  # fmt: skip
+
+
+def tensor(values: Array) -> torch.Tensor:
+    if values.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(values.view(np.uint16).copy()).view(torch.bfloat16)
+    if values.dtype == ml_dtypes.float8_e4m3fn:
+        return torch.from_numpy(values.view(np.uint8).copy()).view(torch.float8_e4m3fn)
+    return torch.from_numpy(values.copy())
+
+
+def write(folder: Path, how: dict[str, Any], make: Callable[..., Made], **options: Any) -> dict[str, torch.Tensor]:
+    """A LLaMA whose projections are packed. Returns the tensors of the same model in plain numbers."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    family, rng = families.family_of(CONFIG), np.random.default_rng(5)
+    raw = family.config_to_hf(CONFIG) | {"quantization_config": how}
+    (folder / "config.json").write_text(json.dumps(raw))
+    stored, plain = {}, {}
+    for piece in family.layouts["hf"](CONFIG):
+        name, shape = piece.source, piece.source_shape
+        if name in plain:
+            continue
+        if name.endswith("proj.weight"):
+            parts, weight = make(rng, *shape, **options)
+            stored |= {name.removesuffix("weight") + suffix: tensor(part) for suffix, part in parts.items()}
+            plain[name] = tensor(weight)
+        else:
+            stored[name] = plain[name] = torch.randn(shape).to(torch.float16)
+    save_file(stored, folder / "model.safetensors")
+    return plain
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_numbers_are_the_method_s(tmp_path: Path, name: str) -> None:
+    how, make, options = METHODS[name]
+    plain = write(tmp_path / "m", how, make, **options)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert checkpoint.source.tensors.keys() == plain.keys()
+    for weight, values in plain.items():
+        got = checkpoint.source.read(weight)
+        assert got.tobytes() == bits(values), weight
+        if values.ndim == 2:
+            rows, cols = values.shape
+            for (a, b), (c, d) in (((1, rows), (0, cols)), ((5, 13), (3, cols - 1)), ((rows - 3, rows), (31, 33))):
+                part = checkpoint.source.read(weight, ((a, b), (c, d)))
+                assert part.tobytes() == bits(values[a:b, c:d])
+    q = plain["model.layers.1.self_attn.q_proj.weight"]
+    assert torch.equal(load_parameters(checkpoint)["layers.1.attn.wqkv.weight"][:64], q.float())
+    assert packed_format(checkpoint, "layers.0.ffn.w_up", "keep") == "q8"
+    report = dry_run(tmp_path / "m")
+    assert report.n_tensors == len(plain)
+
+
+def test_they_convert_to_plain_numbers(tmp_path: Path) -> None:
+    plain = write(tmp_path / "m", FP8, fp8)
+    convert(tmp_path / "m", tmp_path / "out", to="hf", dtype="bfloat16")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    source = open_checkpoint(tmp_path / "out").source
+    for name, values in plain.items():
+        assert source.read(name).tobytes() == bits(values.bfloat16())
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_biases_that_autogptq_makes_up_are_left_out(tmp_path: Path, zero: bool) -> None:
+    def with_bias(rng: np.random.Generator, rows: int, cols: int) -> Made:
+        parts, weight = gptq(rng, rows, cols)
+        return parts | {"bias": np.full(rows, 0 if zero else 1e-7, np.float16)}, weight
+
+    plain = write(tmp_path, GPTQ, with_bias)
+    if not zero:
+        with pytest.raises(CheckpointError, match=r"down_proj\.bias"):
+            open_checkpoint(tmp_path)
+        return
+    assert open_checkpoint(tmp_path).source.tensors.keys() == plain.keys()
+
+
+def test_an_index_without_its_shards_is_enough_for_a_dry_run(tmp_path: Path) -> None:
+    plain = write(tmp_path / "m", GPTQ, gptq)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "m" / "model.safetensors", "np") as file:
+        table = dict.fromkeys(file.keys(), "model-00001-of-00001.safetensors")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    assert dry_run(tmp_path / "m").n_tensors == len(plain)
+
+
+def with_weights(**changes: object) -> dict[str, Any]:
+    return compressed("pack-quantized", **({"num_bits": 4, "strategy": "group", "group_size": 32} | changes))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"quant_method": "aqlm"}, "quant_method must be one of fp8, gptq, .*; got 'aqlm'"),
+        ({"bits": 4}, "lacks the key 'quant_method'"),
+        (GPTQ | {"bits": 3}, "bits must be 2 or 4 or 8, got 3"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format must be 'gptq' or 'gptq_v2'"),
+        (GPTQ | {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic must be"),
+        (GPTQ | {"group_size": 0}, "group_size must be -1 or a whole number from 1, got 0"),
+        (GPTQ | {"new_key": 1}, "has the key 'new_key'"),
+        (AWQ | {"version": "gemv"}, "version must be 'gemm'"),
+        (AWQ | {"zero_point": False}, "zero_point must be True, got False"),
+        (FP8 | {"fmt": "e5m2"}, "fmt must be 'e4m3'"),
+        (FP8 | {"weight_block_size": [128]}, "weight_block_size must be two whole numbers"),
+        (BNB | {"load_in_8bit": True}, "load_in_8bit must be False"),
+        (BNB | {"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage must be 'uint8'"),
+        (compressed("nvfp4-pack-quantized"), "format must be one of pack-quantized"),
+        (with_weights(num_bits=3), "num_bits must be 4 or 8, got 3"),
+        (with_weights(strategy="tensor_group"), "strategy must be tensor, channel"),
+        (with_weights(strategy="group", group_size=None), "strategy must be tensor, channel"),
+        (with_weights(type="float", num_bits=8), "float must be symmetric, and not pack-quantized"),
+        (with_weights(dynamic=True), "dynamic must be False"),
+        (CT4 | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme must be null"),
+        (CT4 | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "format must be 'dense'"),
+        (CT4 | {"config_groups": {}}, "must pack all weights alike, got 0"),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_is_refused_by_name(tmp_path: Path, how: dict[str, Any], message: str) -> None:
+    write(tmp_path, how, gptq)
+    with pytest.raises(ConfigError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def spoilt(make: Callable[..., Made], part: str, change: Callable[[Array], Array | None]) -> Callable[..., Made]:
+    """``make`` with one part changed; None leaves it out."""
+
+    def made(rng: np.random.Generator, rows: int, cols: int, **options: Any) -> Made:
+        parts, weight = make(rng, rows, cols, **options)
+        changed = change(parts.pop(part))
+        return parts | ({} if changed is None else {part: changed}), weight
+
+    return made
+
+
+def state(**changes: object) -> Callable[[Array], Array]:
+    return lambda raw: np.frombuffer(json.dumps(json.loads(raw.tobytes()) | changes).encode(), np.uint8)
+
+
+QUANT_STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+@pytest.mark.parametrize(
+    ("how", "make", "message"),
+    [
+        (GPTQ, spoilt(gptq, "qzeros", lambda x: None), r"down_proj\.weight: its part 'qzeros' is missing"),
+        (GPTQ, spoilt(gptq, "qzeros", lambda x: x[:, :-1]), r"'qzeros' must have the shape \[3, 8\], got \[3, 7\]"),
+        (GPTQ, spoilt(gptq, "qweight", lambda x: x.astype(np.float32)), "'qweight' must be int32, got float32"),
+        (GPTQ | {"group_size": 64}, gptq, "96 columns in groups of 64 need 2 rows of 'scales', got 3"),
+        (AWQ, spoilt(awq, "scales", lambda x: x[:, :-8]), r"'scales' must have the shape \[3, 64\]"),
+        (AWQ | {"group_size": 64}, awq, "its 96 columns must be whole groups of 64"),
+        (FP8, spoilt(fp8, "weight_scale_inv", lambda x: x[:-1]), r"must have the shape \[3, 3\], got \[2, 3\]"),
+        (FP8, spoilt(fp8, "weight", lambda x: x.astype(np.float32)), "'weight' must be float8_e4m3fn, got float32"),
+        (CT4, spoilt(packed_int, "weight_shape", lambda x: x * 0), "'weight_shape' must say how many"),
+        (
+            CT4,
+            spoilt(packed_int, "weight_packed", lambda x: x[:, 1:]),
+            r"'weight_packed' must have the shape \[64, 12\]",
+        ),
+        (CT4, lambda r, m, n: ({"weight": float8(r, m, n)}, np.zeros((m, n))), "but no tensor is called so"),
+        (BNB, spoilt(lambda *a: nf4(*a, nested=False), "weight.absmax", lambda x: x[1:]), "'weight.absmax' must have"),
+        (BNB, spoilt(lambda *a: nf4(*a, nested=False), QUANT_STATE, state(shape=[4])), "must be a matrix in blocks"),
+        (BNB, spoilt(lambda *a: nf4(*a, nested=False), QUANT_STATE, state(blocksize=0)), "must be a matrix in blocks"),
+        (BNB, spoilt(lambda *a: nf4(*a, nested=False), QUANT_STATE, state(dtype="int8")), "dtype .* must be one of"),
+        (BNB, spoilt(lambda *a: nf4(*a, nested=False), QUANT_STATE, lambda x: x[:9]), "quantisation state"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(
+    tmp_path: Path, how: dict[str, Any], make: Callable[..., Made], message: str
+) -> None:
+    write(tmp_path, how, make)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("how", "make", "part"), [(GPTQ, gptq, "g_idx"), (CT4, packed_int, "weight_g_idx")])
+def test_groups_that_do_not_exist_are_an_error(
+    tmp_path: Path, how: dict[str, Any], make: Callable[..., Made], part: str
+) -> None:
+    write(tmp_path, how, spoilt(lambda *a: make(*a, ordered=False), part, lambda x: x + 1))
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=f"its part '{part}' must"):
+        checkpoint.source.read("model.layers.0.mlp.up_proj.weight")
