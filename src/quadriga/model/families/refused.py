@@ -1,4 +1,4 @@
-"""Families that are known and not computed, and what each would need, so that a refusal says more than a list of others.
+"""Families that are known and not computed, and what each would need: a refusal says more than a list of others.
 
 Names are values of ``model_type`` in config.json (transformers 5.24.0) and of ``general.architecture`` in GGUF.
 """
