@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from quadriga.model.config import (
     uniform_model,
 )
 from quadriga.model.cost import n_params
-from quadriga.model.families import FAMILIES, PRESETS, config_from_gguf, config_from_hf, family_of, rope_keys
+from quadriga.model.families import FAMILIES, PRESETS, config_from_gguf, config_from_hf, family_of, refused, rope_keys
 from quadriga.model.families.base import pick_layout
 from quadriga.model.families.keys import exact_or, shortest_float32
 from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes, whole
@@ -1041,6 +1042,17 @@ def test_an_unsupported_model_type_lists_the_supported_ones():
         match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2; got 'gpt2'",
     ):
         config_from_hf({"model_type": "gpt2"})
+
+
+def test_known_families_that_are_not_computed_say_what_they_would_need():
+    with pytest.raises(ConfigError, match="deepseek_v3 is known and not computed: its attention keeps one latent"):
+        config_from_hf({"model_type": "deepseek_v3"})
+    with pytest.raises(ConfigError, match="qwen35moe is known and not computed: most of its layers are gated delta"):
+        config_from_gguf({"general.architecture": "qwen35moe"}, {})
+    types = {name for family in FAMILIES.values() for name in (*family.model_types, *family.gguf_archs)}
+    assert not types & refused.REASONS.keys()
+    table = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    assert [name for name in refused.REASONS if f"`{name}`" not in table] == []
 
 
 def test_presets_by_name():

@@ -31,6 +31,7 @@ from quadriga.model.families import (
     qwen2,
     qwen2moe,
     qwen3,
+    refused,
     smollm3,
 )
 from quadriga.model.families.base import Family
@@ -110,7 +111,7 @@ def read_hf(raw: Mapping[str, object]) -> tuple[ModelConfig, list[str]]:
     if model_type not in _BY_MODEL_TYPE:
         raise ConfigError(
             f"config.json: model_type must be one of {', '.join(_BY_MODEL_TYPE)}; got {model_type[:80]!r}. "
-            "Quadriga runs these families only."
+            f"Quadriga runs these families only.{refused.reason(model_type)}"
         )
     full, notes = class_defaults.filled(raw)
     family = _BY_MODEL_TYPE[model_type]
@@ -150,7 +151,9 @@ def read_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> tu
     elif arch in _GGUF_ARCHS:
         family = next(family for family in FAMILIES.values() if arch in family.gguf_archs)
     else:
-        raise ConfigError(f"general.architecture must be one of {', '.join(_GGUF_ARCHS)}; got {arch[:80]!r}")
+        raise ConfigError(
+            f"general.architecture must be one of {', '.join(_GGUF_ARCHS)}; got {arch[:80]!r}.{refused.reason(arch)}"
+        )
     assert family.config_from_gguf is not None, "a family with GGUF architectures reads GGUF"
     return family.config_from_gguf(metadata, shapes), family.notes(metadata)
 
