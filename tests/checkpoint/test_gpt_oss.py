@@ -293,6 +293,24 @@ def test_the_release_is_packed_without_loss(saved: Path, tmp_path: Path, form: s
         assert np.array_equal(written.parameters.read(name), plain[name].float().numpy())
 
 
+def test_the_release_stays_in_4_bits_through_gguf(saved: Path, tmp_path: Path) -> None:
+    """GGUF's own MXFP4 holds the experts' numbers, and is packed as the release itself is."""
+    (tmp_path / "release").mkdir()
+    published(tmp_path / "release", saved)
+    convert(tmp_path / "release", tmp_path / "one.gguf", to="gguf", gguf_format="mxfp4")
+    released, through = open_checkpoint(tmp_path / "release"), open_checkpoint(tmp_path / "one.gguf")
+    for name in ("layers.1.moe.w_gate", "layers.3.moe.w_down"):
+        numbers = released.parameters.read(name).astype(np.float32)
+        assert np.array_equal(through.parameters.read(name), numbers)
+        for form in ("mx4", "q8"):
+            assert np.array_equal(read_matrix(through, name, 4, form).pack(form).unpack(), numbers[4]), form
+    kept = load_packed(through).parameters["layers.0.moe.w_up"]
+    assert isinstance(kept, list) and {one.format for one in kept} == {"mx4"}
+    # As in llama.cpp's MXFP4_MOE, attention is not cut to 4 bits; rows of no whole blocks are float16.
+    stored = {name: info.dtype for name, info in through.source.tensors.items() if "attn" in name and "weight" in name}
+    assert stored["blk.0.attn_k.weight"] == "q8_0" and "mxfp4" not in stored.values()
+
+
 def test_the_release_answers(saved: Path, tmp_path: Path) -> None:
     """Opened by its path alone: its experts stay in 4 bits, and the logits are those of its numbers in float32."""
     published(tmp_path, saved)

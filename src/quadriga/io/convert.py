@@ -299,6 +299,8 @@ def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> Plan:
     tensors, narrow = {}, []
     wide = {piece.source for piece in pieces if stays_float32(piece.target)}
     tables = {piece.source for piece in pieces if piece.target in ("embed.weight", "lm_head.weight")}
+    if form == "mxfp4" and config.is_moe:  # llama.cpp's MXFP4_MOE: what is no expert is stored as the tables are
+        tables |= {piece.source for piece in pieces if len(piece.target_shape) < 3}
     for name, shape in source_shapes(pieces).items():
         # The router stays wide: its rounding changes which experts a token visits, not just by how much.
         wanted = gguf.TABLES.get(form, form) if name in tables else form
