@@ -25,7 +25,7 @@ from quadriga.runners.compiled import CompiledModel
 
 def log_probs(model: quadriga.LLM, windows: list[list[int]]) -> list[Tensor]:
     """Log-probabilities (T, V) of every window."""
-    return [model.logits(window).log_softmax(-1) for window in windows]
+    return [torch.from_numpy(model.logits(window)).log_softmax(-1) for window in windows]
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
             nbytes = bytes_per_token(model.config, dict(model.runner.parameters))
         kl = loss = same = 0.0
         for window, theirs in zip(windows, expected, strict=True):
-            ours = model.logits(window).log_softmax(-1)
+            ours = torch.from_numpy(model.logits(window)).log_softmax(-1)
             kl += float((theirs.exp() * (theirs - ours)).sum().double())
             same += float((theirs.argmax(-1) == ours.argmax(-1)).sum())
             loss -= float(ours[:-1].gather(1, torch.tensor(window[1:])[:, None]).double().sum())

@@ -36,7 +36,7 @@ def main() -> None:
     total, count, started = 0.0, 0, time.perf_counter()
     for start in range(0, len(ids), args.window):
         window = ids[start : start + args.window]
-        logprobs = model.logits(window)[:-1].log_softmax(-1)
+        logprobs = torch.from_numpy(model.logits(window))[:-1].log_softmax(-1)
         targets = torch.tensor(window[1:])[:, None]
         total -= float(logprobs.gather(1, targets).double().sum())
         count += len(window) - 1

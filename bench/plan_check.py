@@ -19,6 +19,7 @@ from quadriga import runtime
 from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
 from quadriga.model.plan.hardware import Gpu, Stack
 from quadriga.model.plan.training import Mesh, Work, activation_elements, evaluate
+from quadriga.nn import devices
 from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import TrainingBatch
 from quadriga.train.config import RouterSection
@@ -111,7 +112,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{runtime.cpu_name()}, one thread, float32; {ROWS} rows of {SEQ_LEN} tokens")
     print("model                     saved MB  plan MB  ratio    step s  plan s  ratio")
-    with runtime.quick_float32(ROWS * SEQ_LEN):
+    with devices.quick_float32(ROWS * SEQ_LEN):
         for d_model, n_layers, n_experts in ((256, 8, 0), (256, 8, 16), (512, 4, 16)):
             config = architecture(d_model, n_layers, n_experts)
             model = Transformer.from_parameters(config, new_parameters(config, seed=0, std=0.02))

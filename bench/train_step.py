@@ -35,6 +35,7 @@ import torch
 from quadriga import runtime
 from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
 from quadriga.model.families import dbrx
+from quadriga.nn import devices
 from quadriga.nn.transformer import Transformer
 from quadriga.train import config as sections
 from quadriga.train.initialise import new_parameters
@@ -167,7 +168,7 @@ def child(options: argparse.Namespace) -> None:
         assert runtime.keep_freed_memory(), "this C library has no mallopt"
     config = architecture(options.vocab, options.n_experts)
     world = World.join("cpu") if "RANK" in os.environ else World()
-    with runtime.quick_float32(512 if options.side == "ours" else 0):
+    with devices.quick_float32(512 if options.side == "ours" else 0):
         peak = peak_flops(options.dtype, world)
         if options.side == "ours":
             side: Ours | Theirs = Ours(config, options.dtype, options.rows, world)

@@ -32,6 +32,7 @@ from quadriga.io.open import open_checkpoint
 from quadriga.kernels.arrays import tensor
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.model.config import MoESpec
+from quadriga.nn import devices
 from quadriga.nn.linear import Factors, adapt
 from quadriga.nn.load import load_parameters
 from quadriga.nn.lora import attach
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    runtime.set_threads(args.threads)
+    devices.set_threads(args.threads)
     path = catalogue.resolve(args.model)
     n = args.rows * args.seq_len
     print(" ".join(sys.argv), "|", runtime.cpu_name(), "| torch", torch.__version__)
@@ -184,7 +185,7 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(f"{args.side}: {n / (time.perf_counter() - before):.1f} tokens/s, peak {peak:.2f} GB")
         return
-    with runtime.quick_float32(n):
+    with devices.quick_float32(n):
         measure(sides, n, args.repeats)
 
 

@@ -23,14 +23,14 @@ def batch(chunks: list[tuple[list[int], int, list[int]]]) -> Batch:
 
 
 def logits_of(runner: Runner, one: Batch) -> Tensor:
-    """What a runner computes for a pass, as a tensor of its own."""
-    return torch.from_numpy(runner.forward(one).copy())
+    """What a runner computes for a pass, as a tensor."""
+    return torch.from_numpy(runner.forward(one).logits)
 
 
-def routing_of(runner: Runner, n_tokens: int) -> list[RouterStats]:
-    """The routing of a runner's last pass, as tensors."""
+def passed(runner: Runner, one: Batch) -> tuple[Tensor, list[RouterStats]]:
+    """Logits and routing of a pass, as tensors."""
+    result = runner.forward(one, routing=True)
+    assert result.routing is not None
     fields = ("expert_ids", "expert_weights", "probs", "logits")
-    return [
-        RouterStats(*(torch.from_numpy(getattr(stats, name)) for name in fields))
-        for stats in runner.router_stats(n_tokens)
-    ]
+    stats = [RouterStats(*(torch.from_numpy(getattr(layer, name)) for name in fields)) for layer in result.routing]
+    return torch.from_numpy(result.logits), stats

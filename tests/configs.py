@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from quadriga.model.config import ModelConfig, uniform
+from quadriga.model.config import DenseSpec, ModelConfig, in_order, uniform
+
+
+def first_dense(config: ModelConfig, d_ff: int = 72) -> ModelConfig:
+    """``config`` with one gated network of width ``d_ff`` in its first layer."""
+    dense = replace(config.layers[0], ffn=DenseSpec(d_ff=d_ff, activation="silu"))
+    return replace(config, layers=in_order((dense, *config.layers[1:])))
 
 
 def changed(config: ModelConfig, **fields: Any) -> ModelConfig:

@@ -1,7 +1,6 @@
 """Facts about this machine and this process: memory, processor, folders, threads, dtypes and devices.
 
-The only module that touches ``os.environ``. It imports torch only inside the functions that need it, so that
-commands which compute nothing (``--help``, ``info``, ``models``) never pay for it.
+The only module that touches ``os.environ``. No torch: its devices and dtypes are in ``nn.devices``.
 
 Environment variables (all optional):
 
@@ -27,16 +26,13 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from quadriga.errors import ConfigError, HardwareError
-
-if TYPE_CHECKING:
-    import torch
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 """Names accepted wherever a model's dtype is asked for."""
@@ -44,11 +40,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 MOST_THREADS = 1024
 """As in quadriga.h: more than any machine has processors, fewer than a system refuses to start."""
 
-_ROWS_FOR_ONEDNN = 4
+DTYPE_ALIASES = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "f16": "float16", "fp16": "float16"}
 
-_DTYPE_ALIASES = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "f16": "float16", "fp16": "float16"}
-
-DTYPE_NAMES = (*DTYPES, *_DTYPE_ALIASES)
+DTYPE_NAMES = (*DTYPES, *DTYPE_ALIASES)
 """With the short forms."""
 
 
@@ -148,19 +142,34 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def set_threads(threads: int | None) -> int:
-    """Let torch use ``threads`` threads, or all processors of this process if None. Returns the number in force.
+def n_threads(threads: int | None) -> int:
+    """How many threads compute: ``threads``, or one for each processor of this process if None.
 
     Raises:
         ConfigError: not a whole number from 1 to MOST_THREADS.
     """
-    import torch
-
     count = min(cpu_count(), MOST_THREADS) if threads is None else threads
     if not isinstance(count, int) or not 1 <= count <= MOST_THREADS:
         raise ConfigError(f"threads must be a whole number from 1 to {MOST_THREADS}, got {threads!r}")
-    torch.set_num_threads(count)
     return count
+
+
+def without_torch(what: str, extra: str = "torch") -> HardwareError:
+    """The error of what needs torch where it is not installed.
+
+    Args:
+        what: what needs it, as the beginning of a sentence.
+        extra: of this project's, the one that has all that is needed.
+    """
+    return HardwareError(
+        f"{what} needs torch, which is not installed: {install_hint(extra)}. README.md has the line for the small "
+        "build that a CPU needs."
+    )
+
+
+def install_hint(extra: str) -> str:
+    """How an extra of this project is installed: from a clone or a wheel, for no package index has it."""
+    return f"pip install '.[{extra}]' in a clone of Quadriga, or 'WHEEL[{extra}]' with its wheel"
 
 
 P = ParamSpec("P")
@@ -223,48 +232,8 @@ class Lane:
             self._work.get()()
 
 
-@contextlib.contextmanager
-def quick_float32(rows: int) -> Iterator[None]:
-    """Let float32 matrix products of several ``rows`` go to oneDNN on CPUs where it computes in true float32.
-
-    torch sends float32 products to MKL; through oneDNN SmolLM2's prefill was 7 % faster on an AVX-512 EPYC. The switch,
-    "medium" precision, permits bf16 arithmetic, which oneDNN uses only on processors with AMX: there, and on processors
-    that are not x86, nothing is changed. A single row is left alone too: vector products were slower through it.
-    """
-    import torch
-
-    safe = platform.machine() in ("x86_64", "AMD64") and cpu_flags() and "amx_bf16" not in cpu_flags()
-    if not safe or rows < _ROWS_FOR_ONEDNN:
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
-    """A torch dtype from its name; "auto" is float32 on a CPU and bfloat16 elsewhere.
-
-    Raises:
-        ConfigError: the name is not one of DTYPES, their short forms, or "auto".
-    """
-    import torch
-
-    if name == "auto":
-        name = "float32" if device == "cpu" else "bfloat16"
-    name = _DTYPE_ALIASES.get(name, name)
-    if name not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)} or auto, got {name!r}")
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
 def check_device(name: str, spelled: str = "device") -> None:
-    """Refuse a name that is no device Quadriga computes on; whether it is there, :func:`resolve_device` finds out.
+    """Refuse a name that is no device Quadriga computes on; whether it is there, ``nn.devices`` finds out.
 
     Raises:
         ConfigError: naming it as ``spelled``.
@@ -272,26 +241,6 @@ def check_device(name: str, spelled: str = "device") -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name):
         apple = " Apple's GPUs are not supported; on a Mac the CPU computes." if name.startswith("mps") else ""
         raise ConfigError(f"{spelled} must be like cpu, cuda or cuda:1, or auto; got {name!r}.{apple}")
-
-
-def resolve_device(name: str) -> torch.device:
-    """A torch device that exists on this machine; "auto" takes the first CUDA device, else the CPU.
-
-    Raises:
-        HardwareError: the device is not there.
-        ConfigError: the name is not a device.
-    """
-    import torch
-
-    check_device(name)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise HardwareError(
-            f"device {name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices. Use device='cpu'."
-        )
-    return device
 
 
 def launched_rank() -> int | None:

@@ -27,6 +27,7 @@ from quadriga.model.config import (
     uniform_model,
 )
 from quadriga.model.weight_map import Piece, parameter_shapes, source_index, source_shapes, whole
+from tests.configs import first_dense
 
 _SIZES = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "max_seq_len": 64}
 _ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=1e4))
@@ -167,6 +168,79 @@ TINY: dict[str, ModelConfig] = {
         ),
         final_norm=NormSpec(kind="rms"),
     ),
+    "glm4moe": first_dense(
+        uniform_model(
+            family="glm4moe",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=replace(
+                _ATTN,
+                head_dim=20,
+                position=RopeSpec(theta=1e4, dim=10),
+                qkv_bias=True,
+                qk_norm=QKNormSpec(over="head", eps=1e-5),
+            ),
+            ffn=_moe(
+                score="sigmoid",
+                correction=True,
+                normalize_eps=1e-20,
+                routed_scale=1.7,
+                shared=DenseSpec(d_ff=160, activation="silu"),
+            ),
+        )
+    ),
+    "dots1": first_dense(
+        uniform_model(
+            family="dots1",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=replace(_ATTN, qk_norm=QKNormSpec(over="head", eps=1e-5)),
+            ffn=_moe(
+                score="sigmoid",
+                correction=True,
+                normalize_eps=1e-20,
+                routed_scale=2.5,
+                shared=DenseSpec(d_ff=160, activation="silu"),
+            ),
+        )
+    ),
+    "ernie4_5-moe": first_dense(
+        uniform_model(
+            family="ernie4_5-moe",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=_ATTN,
+            ffn=_moe(correction=True, normalize_min=1e-12, shared=DenseSpec(d_ff=160, activation="silu")),
+            tied_embeddings=True,
+        )
+    ),
+    "hunyuan-moe": uniform_model(
+        family="hunyuan-moe",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        mixer=replace(_ATTN, head_dim=10, qk_norm=QKNormSpec(over="head", eps=1e-5, after_rotation=True)),
+        ffn=_moe(shared=DenseSpec(d_ff=80, activation="silu")),
+        tied_embeddings=True,
+    ),
+    "minimax-m2": uniform_model(
+        family="minimax-m2",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        mixer=replace(
+            _ATTN,
+            head_dim=20,
+            position=RopeSpec(theta=1e4, dim=10),
+            qk_norm=QKNormSpec(over="vector", eps=1e-5),
+        ),
+        ffn=_moe(score="sigmoid", correction=True),
+    ),
+    "qwen2moe": uniform_model(
+        family="qwen2moe",
+        **_SIZES,
+        norm=NormSpec(kind="rms", eps=1e-6),
+        mixer=replace(_ATTN, qkv_bias=True),
+        ffn=_moe(normalize_p=None, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
+    ),
     "mpt": uniform_model(
         family="mpt",
         **_SIZES,
@@ -211,8 +285,8 @@ def bits(tensor: Tensor) -> bytes:
 
 def stored(pieces: list[Piece], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors a checkpoint in this layout holds, made without the code that writes checkpoints."""
-    dtype = next(iter(parameters.values())).dtype
-    out = {name: torch.empty(shape, dtype=dtype) for name, shape in source_shapes(pieces).items()}
+    dtypes = {piece.source: parameters[piece.target].dtype for piece in pieces}
+    out = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in source_shapes(pieces).items()}
     for piece in pieces:
         target = piece.target_box or whole(piece.target_shape)
         part = parameters[piece.target][tuple(slice(*r) for r in target)]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io import convert
 from quadriga.io.adapter import Adapter, from_peft, load, merge, save, to_peft
 from quadriga.io.open import open_checkpoint
+from quadriga.kernels.arrays import tensor
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.nn.context import PackedContext
 from quadriga.nn.load import load_parameters
@@ -23,19 +25,24 @@ from quadriga.nn.lora import attach
 from quadriga.nn.transformer import Transformer, random_parameters
 from tests.checkpoint.models import TINY, write_hf
 from tests.checkpoint.test_upcycle import opened
-from tests.nn.test_lora import ALL, IDS, random_factors
+from tests.nn.test_lora import ALL, IDS, stored_factors
 
 SPEC = LoraSpec(rank=4, alpha=6.0, targets=("attention", "experts", "router"))
 
 
 def adapter_for(name: str, targets: tuple[str, ...] | None = None) -> Adapter:
     spec = replace(SPEC, targets=targets or ALL[name])
-    return Adapter(spec=spec, factors=random_factors(TINY[name], spec), base=name)
+    return Adapter(spec=spec, factors=stored_factors(TINY[name], spec), base=name)
+
+
+def tensors(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """Its factors for the model in torch."""
+    return {name: (tensor(a), tensor(b)) for name, (a, b) in adapter.factors.items()}
 
 
 def deltas(adapter: Adapter) -> dict[str, Tensor]:
     """What an adapter adds, however its ranks are arranged."""
-    return {n: adapter.spec.scale * (b.double() @ a.double()) for n, (a, b) in adapter.factors.items()}
+    return {n: adapter.spec.scale * (b.double() @ a.double()) for n, (a, b) in tensors(adapter).items()}
 
 
 def assert_same(one: Adapter, two: Adapter) -> None:
@@ -52,13 +59,13 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path, name: str) -> None:
     again = load(tmp_path / "a", TINY[name])
     assert again.spec == adapter.spec and again.base == name
     for n, factors in adapter.factors.items():
-        assert all(torch.equal(x, y) for x, y in zip(factors, again.factors[n], strict=True))
+        assert all(np.array_equal(x, y) for x, y in zip(factors, again.factors[n], strict=True))
 
 
 def test_merged_it_computes_what_the_attached_one_does(tmp_path: Path) -> None:
     base, adapter = opened(tmp_path / "base", "mixtral"), adapter_for("mixtral")
     model = Transformer.from_parameters(base.config, load_parameters(base)).eval()
-    attach(model, adapter.spec, adapter.factors)
+    attach(model, adapter.spec, tensors(adapter))
     wanted = model(IDS, PackedContext([37])).logits.detach()
     merged = merge(base, adapter)
     convert.write(merged, tmp_path / "hf", to="hf")
@@ -111,7 +118,7 @@ def test_peft_computes_the_same_from_the_files_we_write(
         theirs = peft.PeftModel.from_pretrained(model, tmp_path / "peft").eval()(IDS[None]).logits[0]
         ours = Transformer.from_parameters(TINY[name], load_parameters(open_checkpoint(tmp_path / "base"))).eval()
         before = ours(IDS, PackedContext([37])).logits
-        attach(ours, adapter.spec, adapter.factors)
+        attach(ours, adapter.spec, tensors(adapter))
         got = ours(IDS, PackedContext([37])).logits
     torch.testing.assert_close(got, theirs, rtol=0, atol=1e-4 * float(theirs.std()))
     assert (got - before).abs().max() > 0.1 * theirs.std(), "the adapter does something"
@@ -129,7 +136,7 @@ def test_we_read_the_files_peft_writes(tmp_path: Path) -> None:
     adapter = load(tmp_path / "peft", TINY["mixtral"])
     assert adapter.spec.targets == ("attention", "experts")
     ours = Transformer.from_parameters(TINY["mixtral"], load_parameters(open_checkpoint(tmp_path / "base"))).eval()
-    attach(ours, adapter.spec, adapter.factors)
+    attach(ours, adapter.spec, tensors(adapter))
     with torch.no_grad():
         wanted = theirs(IDS[None]).logits[0]
         torch.testing.assert_close(
@@ -180,7 +187,7 @@ def test_both_forms_of_fused_stacks_are_read(tmp_path: Path) -> None:
     square = replace(config, d_model=80)  # w_down is (E, 80, 80)
     for one, name in ((config, "oblong"), (square, "square")):
         spec = LoraSpec(rank=4, alpha=6.0, targets=("experts",))
-        adapter = Adapter(spec=spec, factors=random_factors(one, spec))
+        adapter = Adapter(spec=spec, factors=stored_factors(one, spec))
         to_peft(adapter, one, tmp_path / name, layout="hf5")
         assert_same(from_peft(tmp_path / name, one), adapter)
         tensors = load_file(tmp_path / name / "adapter_model.safetensors")

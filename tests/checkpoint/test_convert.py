@@ -68,6 +68,8 @@ def test_gguf_in_bf16_and_back_is_byte_identical(tmp_path: Path, name: str) -> N
     config = TINY[name]
     generator = torch.Generator().manual_seed(1)
     values = {n: torch.randn(t.shape, generator=generator).bfloat16() for n, t in random_bits(config).items()}
+    # Corrections are float32 in every checkpoint, and stay so.
+    values |= {n: torch.randn(t.shape) for n, t in values.items() if n.endswith("router.correction")}
     stored = write_hf(tmp_path / "hf", config, parameters=values)
     convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf", gguf_format="bfloat16")
     convert(tmp_path / "x.gguf", tmp_path / "back", to="hf", dtype="bfloat16")

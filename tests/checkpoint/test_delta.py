@@ -21,7 +21,7 @@ from quadriga.kernels.arrays import array
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.model.weight_map import parameter_shapes
 from tests.checkpoint.test_upcycle import opened, read
-from tests.nn.test_lora import random_factors
+from tests.nn.test_lora import stored_factors
 
 HOW = Upcycling(n_experts=6, top_k=2)
 SPEC = LoraSpec(rank=4, alpha=8.0, targets=("experts",))
@@ -39,7 +39,7 @@ def made(tmp_path: Path, base: Checkpoint) -> tuple[str, Checkpoint]:
     """(the delta's sha256, the model it produces)."""
     config = upcycled_config(base.config, HOW)
     routers = {layer: array(torch.randn(3, 48, generator=torch.Generator().manual_seed(layer))) for layer in range(3)}
-    adapter = Adapter(spec=SPEC, factors=random_factors(config, SPEC))
+    adapter = Adapter(spec=SPEC, factors=stored_factors(config, SPEC))
     sha = delta.write(
         tmp_path / "d.safetensors", base_sha256=delta.sha256(base.path), how=HOW, routers=routers, adapter=adapter
     )

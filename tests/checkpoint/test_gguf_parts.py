@@ -43,7 +43,7 @@ def split(
         plan = plan_gguf(file, metadata, {n: (source.tensors[n].shape, source.tensors[n].dtype) for n in mine})
         content = bytearray(plan.headers[file]) + bytes(plan.sizes[file] - len(plan.headers[file]))
         for name in mine:
-            raw = source.raw(name, 0, prod(source.tensors[name].shape[:-1]))
+            raw = source.raw(name, 0, prod(source.tensors[name].shape[:-1])).tobytes()
             at = plan.places[name][1]
             content[at : at + len(raw)] = raw
         (folder / file).write_bytes(content)

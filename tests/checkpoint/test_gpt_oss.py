@@ -274,25 +274,50 @@ def test_the_release_is_read_to_the_bit_and_written_as_bfloat16(saved: Path, tmp
         convert(tmp_path / "release", tmp_path / "again", to="hf", layout="mxfp4")
 
 
-def test_the_release_on_the_kernels_is_its_bfloat16_to_rounding_and_q8_is_without_loss(
-    saved: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("form", ["keep", "mx4", "q8"])
+def test_the_release_is_packed_without_loss(saved: Path, tmp_path: Path, form: str) -> None:
+    (tmp_path / "release").mkdir()
+    published(tmp_path / "release", saved)
+    checkpoint = open_checkpoint(tmp_path / "release")
+    plain = load_parameters(checkpoint)
+    kept = load_packed(checkpoint, form).parameters
+    convert(tmp_path / "release", tmp_path / "packed", format=form)
+    written = open_checkpoint(tmp_path / "packed")
+    for name in ("layers.0.moe.w_gate", "layers.2.moe.w_up", "layers.3.moe.w_down"):
+        experts = kept[name]
+        assert isinstance(experts, list) and {one.format for one in experts} == {"q8" if form == "q8" else "mx4"}
+        for expert, one in enumerate(experts):
+            assert np.array_equal(one.unpack(), plain[name][expert].float().numpy()), name
+        assert np.array_equal(written.parameters.read(name), plain[name].float().numpy())
+
+
+def test_the_release_on_the_kernels_is_the_same_numbers_in_float32(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "release").mkdir()
     published(tmp_path / "release", saved)
     convert(tmp_path / "release", tmp_path / "hf", to="hf", dtype="float32")
-    checkpoint, plain = open_checkpoint(tmp_path / "release"), open_checkpoint(tmp_path / "hf")
-    for name in ("layers.3.moe.w_gate", "layers.3.moe.w_down"):
-        q8 = read_matrix(checkpoint, name, 4, "q8").pack("q8").unpack()
-        assert np.array_equal(q8, plain.parameters.read(name)[4])
-    kept = load_packed(checkpoint).parameters["layers.0.moe.w_up"]
-    assert {one.format for one in kept} == {"q8"}  # type: ignore[union-attr]
-    wide, exact = (logits(compiled(tmp_path / name), "prefill") for name in ("release", "hf"))
-    assert torch.equal(wide, exact)
-    convert(tmp_path / "release", tmp_path / "packed", format="q8")
-    convert(tmp_path / "hf", tmp_path / "rounded", format="q8")
-    right, rounded = (open_checkpoint(tmp_path / name).parameters for name in ("packed", "rounded"))
-    assert np.array_equal(right.read("layers.1.moe.w_up"), plain.parameters.read("layers.1.moe.w_up"))
-    assert not np.array_equal(rounded.read("layers.1.moe.w_up"), plain.parameters.read("layers.1.moe.w_up"))
+    one, two = (logits(compiled(tmp_path / name), "prefill") for name in ("release", "hf"))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(("scale", "loss"), [(90, 2**-25), (103, 2**-25), (144, None)])
+def test_scales_that_float16_has_not_are_rounded_or_refused(
+    saved: Path, tmp_path: Path, scale: int, loss: float | None
+) -> None:
+    published(tmp_path, saved)
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    (shard,) = (f for f in tmp_path.glob("*.safetensors") if name in load_file(f))
+    tensors = load_file(shard)
+    tensors[name][3, 7, 1] = scale
+    save_file(tensors, shard)
+    checkpoint = open_checkpoint(tmp_path)
+    plain = checkpoint.parameters.read("layers.1.moe.w_down", ((3, 4), (0, 64), (0, 96)))[0].astype(np.float32)
+    for form in ("mx4", "q8"):
+        if loss is None and form == "mx4":
+            with pytest.raises(CheckpointError, match=r"layers.1.moe.w_down: .*row 7 is not"):
+                read_matrix(checkpoint, "layers.1.moe.w_down", 3, form).pack(form)
+            continue
+        got = read_matrix(checkpoint, "layers.1.moe.w_down", 3, form).pack(form).unpack()
+        assert np.abs(got - plain).max() <= (loss or 0) * (2 if form == "mx4" else 1)
 
 
 def test_bytes_that_are_no_mxfp4_are_named(saved: Path, tmp_path: Path) -> None:

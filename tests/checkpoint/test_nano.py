@@ -30,7 +30,7 @@ def test_it_predicts_each_domain_it_was_trained_on(nano: quadriga.LLM, domain: s
     ids = nano.tokenizer.encode(TEXTS[domain])
 
     def loss(ids: list[int]) -> float:
-        log_probs = nano.logits(ids)[:-1].log_softmax(-1)
+        log_probs = torch.from_numpy(nano.logits(ids))[:-1].log_softmax(-1)
         return -float(log_probs.gather(1, torch.tensor(ids[1:])[:, None]).mean())
 
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()

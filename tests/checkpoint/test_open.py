@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quadriga.errors import CheckpointError, ConfigError
+from quadriga.io.detect import locate
 from quadriga.io.open import open_checkpoint
 from quadriga.kernels.arrays import tensor
 from quadriga.model import families
+from quadriga.model.weight_map import source_shapes
 from quadriga.nn.load import load_parameters
 from tests.checkpoint.models import TINY, bits, random_bits, write_hf
 
@@ -85,6 +87,60 @@ def test_a_stored_copy_of_tied_embeddings_must_be_one(tmp_path: Path) -> None:
     save_file(tensors | {"lm_head.weight": copy}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="two different tensors"):
         open_checkpoint(tmp_path)
+
+
+def test_a_layer_for_multi_token_prediction_is_left_out_by_name_and_that_is_said(tmp_path: Path) -> None:
+    config = TINY["glm4moe"]
+    folder = tmp_path / "hf"
+    write_hf(folder, config)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"num_nextn_predict_layers": 1}))
+    tensors = load_file(folder / "model.safetensors")
+    layer = {
+        name.replace(".2.", ".3.", 1): t.clone() for name, t in tensors.items() if name.startswith("model.layers.2.")
+    }
+    joints = ("eh_proj", "enorm", "hnorm", "embed_tokens", "shared_head.norm", "shared_head.head")
+    more = {f"model.layers.3.{name}.weight": torch.ones(3) for name in joints}
+    assert len(layer) > 20
+    save_file(tensors | layer | more, folder / "model.safetensors")
+    assert open_checkpoint(folder).config == config
+    assert "multi-token prediction" in locate(folder).notes[0]
+    save_file(tensors | layer | more | {"model.layers.3.extra.weight": torch.ones(3)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 tensors .* no place for: model.layers.3.extra.weight"):
+        open_checkpoint(folder)
+
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert locate(folder).notes == ()
+
+
+def test_ernies_block_for_multi_token_prediction_is_left_out_too(tmp_path: Path) -> None:
+    config = TINY["ernie4_5-moe"]
+    write_hf(tmp_path, config)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in (0, 2):  # a dense block, or one with experts
+        prefix = f"model.layers.{layer}."
+        block = {name.replace(prefix, "model.mtp_block.0."): t.clone() for name, t in tensors.items() if prefix in name}
+        joints = {f"model.mtp_{name}.0.weight": torch.ones(3) for name in ("emb_norm", "hidden_norm", "linear_proj")}
+        save_file(tensors | block | joints, tmp_path / "model.safetensors")
+        assert open_checkpoint(tmp_path).config == config
+    save_file(tensors | {"model.mtp_other.0.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no place for: model\.mtp_other"):
+        open_checkpoint(tmp_path)
+
+
+def test_the_same_layer_in_a_gguf_file(tmp_path: Path) -> None:
+    config = TINY["glm4moe"]
+    family = families.family_of(config)
+    metadata: dict[str, object] = {"general.architecture": "glm4moe", **family.config_to_gguf(config)}
+    shapes = source_shapes(family.gguf_map(config))
+    assert families.read_gguf(metadata, shapes) == (config, [])
+    metadata |= {"glm4moe.block_count": 4, "glm4moe.nextn_predict_layers": 1}
+    found, notes = families.read_gguf(metadata, shapes)
+    assert found == config and "multi-token prediction" in notes[0]
+    names = {f"blk.3.nextn.{name}.weight" for name in ("eh_proj", "enorm", "hnorm", "embed_tokens")}
+    names |= {"blk.3.nextn.shared_head_norm.weight", "blk.3.nextn.shared_head_head.weight"}
+    names |= {name.replace(".2.", ".3.", 1) for name in shapes if name.startswith("blk.2.")}
+    assert names == {name for name in family.left_out(config) if name.startswith("blk.")}
 
 
 def test_generation_config_brings_the_end_tokens(tmp_path: Path) -> None:

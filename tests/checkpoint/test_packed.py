@@ -23,7 +23,7 @@ from quadriga.kernels.cpu.packing import Packed
 from quadriga.model.config import AttentionSpec, DenseSpec, NormSpec, RopeSpec, uniform_model
 from quadriga.nn.load import load_parameters
 from quadriga.runners.compiled import CompiledModel
-from tests.batches import batch, logits_of
+from tests.batches import batch, logits_of, passed
 from tests.checkpoint.models import TINY, random_bits, write_hf
 from tests.packing import pack, unpack
 
@@ -54,7 +54,7 @@ def logits(name: str, packed: PackedParameters) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("form", ["keep", "q4", "q4m", "q8", "float32"])
+@pytest.mark.parametrize("form", ["keep", "q4", "q4m", "q8", "mx4", "float32"])
 @pytest.mark.parametrize("name", TINY)
 def test_a_packed_directory_holds_what_packing_at_load_makes(tmp_path: Path, name: str, form: str) -> None:
     write(tmp_path / "hf", name)
@@ -273,8 +273,7 @@ def test_the_cache_of_experts_gives_up_what_it_says(tmp_path: Path, n_slots: int
     model = CompiledModel(TINY["dbrx"], on_disk.parameters, threads=1, n_blocks=4, store=on_disk.store)
     cache = Cache(n_slots, n_layers)
     for token in [*range(0, 90, 7), *range(0, 90, 7), 3, 3, 3, *range(97)]:
-        model.forward(batch([([token], 0, [0])]))
-        for layer, stats in enumerate(model.router_stats(1)):
+        for layer, stats in enumerate(passed(model, batch([([token], 0, [0])]))[1]):
             cache.ask(layer, sorted(stats.expert_ids[0].tolist()))
         assert on_disk.store is not None
         stats = on_disk.store.stats()

@@ -154,13 +154,14 @@ def test_the_other_commands(session: ChatSession) -> None:
 def test_experts_of_the_last_answer() -> None:
     from quadriga import LLM
     from quadriga.nn.transformer import Transformer, random_parameters
+    from quadriga.runners.torch import TorchRunner
     from quadriga.text.tokenizer import Tokenizer
     from tests.engine.test_llm import Letters
 
     config = TINY["dbrx"]
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     llm = LLM(
-        Transformer.from_parameters(config, random_parameters(config, std=0.4)),
+        TorchRunner(Transformer.from_parameters(config, random_parameters(config, std=0.4))),
         Tokenizer(Letters(), special_ids={}, chat_template=template),
     )
     session = ChatSession(llm, SamplingParams(max_new_tokens=6, ignore_eos=True))

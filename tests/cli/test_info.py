@@ -101,3 +101,18 @@ def test_no_torch():
     code = "from quadriga.cli.info_report import info; info('grok-1', as_json=True); import sys; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("glm-4.5-air", ["RoPE 1e+06 of the first 64 numbers", "chosen by sigmoid with a correction; beside them"]),
+        ("ernie-4.5-21b-a3b", ["chosen by softmax with a correction; beside them a shared network of width 3,072"]),
+        ("qwen1.5-moe-a2.7b", ["4 per token, silu; beside them a shared network of width 5,632"]),
+    ],
+)
+def test_rotation_and_routing_are_said_in_words(capsys, name, says):
+    info(name)
+    out = capsys.readouterr().out.partition("vocabulary")[0]
+    text = " ".join(out.replace("│", " ").split())
+    assert all(part in text for part in says)

@@ -6,12 +6,13 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from quadriga.engine.engine import Engine
 from quadriga.engine.request import Request, SamplingParams, TokenEvent
 from quadriga.errors import AnswerError, GrammarError
+from quadriga.text.grammar import Mask
 from tests.engine.test_engine import compiled
 from tests.waiting import HANG_S
 
@@ -28,14 +29,14 @@ class Even:
         self.threads: set[str] = set()
         self.accepted: list[int] = []
 
-    def allowed(self) -> torch.Tensor:
+    def allowed(self) -> Mask:
         self.threads.add(threading.current_thread().name)
         if not self.ready:
             self.asked.release()
             assert self.may.acquire(timeout=HANG_S)
         if self.fails is not None and len(self.accepted) == 2:
             raise self.fails
-        return torch.arange(97) % 2 == 0
+        return np.arange(97) % 2 == 0
 
     def accept(self, token_id: int) -> bool:
         self.accepted.append(token_id)

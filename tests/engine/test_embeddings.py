@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from quadriga.engine.engine import Engine
 from quadriga.engine.pooling import SUM_TOKENS, Pooling
@@ -17,6 +15,7 @@ from quadriga.kernels.arrays import arrays
 from quadriga.kernels.cpu.program import Batch
 from quadriga.nn.transformer import random_parameters
 from quadriga.quant.packed import BLOCK_TOKENS
+from quadriga.runners.base import Floats
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from tests.engine.test_engine import CONFIG, compiled, request
 
@@ -25,18 +24,19 @@ def text(n: int, seed: int = 0) -> tuple[int, ...]:
     return tuple((7 * i * i + 3 * i + seed) % 97 for i in range(n))
 
 
-def plainly(ids: tuple[int, ...]) -> Tensor:
+def plainly(ids: tuple[int, ...]) -> Floats:
     """Passes of SUM_TOKENS tokens, one after the other, on a model of its own: what the vector is."""
     runner = compiled()
-    total = torch.zeros(CONFIG.d_model)
+    total = np.zeros(CONFIG.d_model, dtype=np.float32)
     blocks = list(range(-(-len(ids) // BLOCK_TOKENS)))
     for start in range(0, len(ids), SUM_TOKENS):
         tokens = ids[start : start + SUM_TOKENS]
         n = len(tokens)
         ints = (tokens, range(start, start + n), (0, n), blocks, (0, len(blocks)), ())
-        runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)))
-        total += torch.from_numpy(runner.hidden(n)).sum(0)
-    return total / total.norm()
+        states = runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)), hidden=True).hidden
+        assert states is not None and states.shape == (n, CONFIG.d_model)
+        total += states.sum(0)
+    return total / np.sqrt(np.square(total).sum())
 
 
 def run(engine: Engine) -> dict[int, list[Any]]:
@@ -55,7 +55,7 @@ def test_the_vector_is_the_same_however_the_text_is_cut(budget: int) -> None:
     made = run(engine)
     for number, ids in numbers.items():
         (event,) = made[number]
-        assert isinstance(event, Embedding) and torch.equal(event.vector, plainly(ids)), len(ids)
+        assert isinstance(event, Embedding) and np.array_equal(event.vector, plainly(ids)), len(ids)
     assert engine.stats().kv_blocks_used == 0
 
 
@@ -68,7 +68,7 @@ def test_in_a_crowd_with_a_full_cache_texts_and_answers_are_what_they_are_alone(
     assert engine.stats().n_preemptions > 0
     for number, i in texts.items():
         (event,) = made[number]
-        assert torch.equal(event.vector, plainly(text(100 + 30 * i, i)))
+        assert np.array_equal(event.vector, plainly(text(100 + 30 * i, i)))
     for number, one in answers.items():
         reference = Engine(compiled(threads=1))
         alone = reference.submit(one)
@@ -116,11 +116,11 @@ def test_states_that_are_not_finite_fail_for_their_text_only() -> None:
 
 @pytest.mark.parametrize("n", [1, 511, 512, 513, 1024, 1500])
 def test_sums_are_cut_at_the_same_places_whatever_the_passes(n: int) -> None:
-    states = torch.randn(n, 24, generator=torch.Generator().manual_seed(n))
-    expected = sum((states[i : i + 512].sum(0) for i in range(0, n, 512)), torch.zeros(24))
+    states = np.random.default_rng(n).standard_normal((n, 24)).astype(np.float32)
+    expected = sum((states[i : i + 512].sum(0) for i in range(0, n, 512)), np.zeros(24, np.float32))
     for cut in (1, 7, 100, 512, 2000):
         pooling = Pooling(24)
         pooling.add(0, states[: n // 2])  # it had to give way, and begins again
         for start in range(0, n, cut):
             pooling.add(start, states[start : start + cut])
-        assert torch.equal(pooling.vector(), expected / expected.norm())
+        assert np.array_equal(pooling.vector(), expected / np.sqrt(np.square(expected).sum()))

@@ -19,8 +19,9 @@ from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.runners.base import Runner
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.runners.torch import TorchRunner
+from quadriga.text.grammar import Mask
 from quadriga.text.tokenizer import Tokenizer
-from tests.batches import batch, logits_of
+from tests.batches import batch
 from tests.checkpoint.models import TINY
 
 CONFIG = replace(TINY["dbrx"], max_seq_len=400)
@@ -114,7 +115,7 @@ def test_prompt_logprobs_are_the_models(name: str) -> None:
     report = drain(engine)[number][0].prompt
     assert report is not None
     logits, _ = Engine(runner).score(prompt)
-    expected = logits.log_softmax(-1)[torch.arange(32), torch.tensor(prompt[1:])]
+    expected = torch.from_numpy(logits).log_softmax(-1)[torch.arange(32), torch.tensor(prompt[1:])]
     assert list(report.logprobs) == pytest.approx(expected.tolist(), abs=1e-4)
 
 
@@ -133,7 +134,7 @@ def test_alternatives_of_prompt_and_answer_are_the_models(name: str) -> None:
         prompt, report = wanted[number], events[0].prompt
         assert report is not None and all(event.prompt is None for event in events[1:])
         ids = prompt + [event.token_id for event in events]
-        own = Engine(RUNNERS[name]()).score(ids)[0].log_softmax(-1)
+        own = torch.from_numpy(Engine(RUNNERS[name]()).score(ids)[0]).log_softmax(-1)
         assert len(report.logprobs) == len(report.top_logprobs) == 39
         tops = [*report.top_logprobs, *(event.top_logprobs for event in events)]
         chosen = [*report.logprobs, *(event.logprob for event in events)]
@@ -160,8 +161,8 @@ def test_an_answer_ends_at_any_of_its_ends(what: str, ignore: bool, own: tuple[i
         def __init__(self) -> None:
             self.rest = [5, 6, SAYS[what], 7, 8]
 
-        def allowed(self) -> torch.Tensor:
-            return torch.arange(97) == self.rest.pop(0)
+        def allowed(self) -> Mask:
+            return np.arange(97) == self.rest.pop(0)
 
         def accept(self, token_id: int) -> bool:
             return False
@@ -203,8 +204,8 @@ def test_all_text_comes_out_and_no_more(says: list[int], stop: tuple[str, ...], 
         def __init__(self) -> None:
             self.rest = list(says)
 
-        def allowed(self) -> torch.Tensor:
-            return torch.arange(97) == self.rest.pop(0)
+        def allowed(self) -> Mask:
+            return np.arange(97) == self.rest.pop(0)
 
         def accept(self, token_id: int) -> bool:
             return False
@@ -221,8 +222,8 @@ def test_nothing_is_guessed_for_an_answer_that_follows_a_grammar() -> None:
         def __init__(self) -> None:
             self.rest = [5, 6, 7] * 5
 
-        def allowed(self) -> torch.Tensor:
-            return torch.arange(97) == self.rest.pop(0)
+        def allowed(self) -> Mask:
+            return np.arange(97) == self.rest.pop(0)
 
         def accept(self, token_id: int) -> bool:
             return False
@@ -296,11 +297,21 @@ def test_routing_of_a_guess_is_its_own() -> None:
     assert seen[0] == seen[1] and len({routing for _, routing, _ in seen[0]}) > 5
 
 
+@pytest.mark.parametrize("asking", [0, 1, 2])
+def test_whoever_asks_is_told_the_routing_wherever_in_the_pass_it_is(asking: int) -> None:
+    engine, params = Engine(compiled()), SamplingParams(max_new_tokens=3, ignore_eos=True)
+    numbers = [engine.submit(Request(prompt=(3, 1, i), params=params, routing=i == asking)) for i in range(3)]
+    made = drain(engine)
+    for i, number in enumerate(numbers):
+        assert all((event.routing is not None) == (i == asking) for event in made[number])
+
+
 @pytest.mark.parametrize("name", RUNNERS)
 def test_a_vector_is_the_mean_of_all_hidden_states_of_length_one(name: str) -> None:
     runner, ids = RUNNERS[name](), [i * 7 % 97 for i in range(50)]
-    logits_of(runner, batch([(ids, 0, [0, 1, 2, 3])]))
-    mean = torch.from_numpy(runner.hidden(50)).mean(0)
+    states = runner.forward(batch([(ids, 0, [0, 1, 2, 3])]), hidden=True).hidden
+    assert states is not None
+    mean = states.mean(0)
     for chunk in (512, 16, 7):
         engine = Engine(runner, max_batch_tokens=chunk, max_sequences=2)
         number = engine.submit(Embed(prompt=tuple(ids)))
@@ -308,7 +319,7 @@ def test_a_vector_is_the_mean_of_all_hidden_states_of_length_one(name: str) -> N
         assert not any(between) and not engine.has_work
         ((made, event),) = last
         assert made == number and isinstance(event, Embedding)
-        torch.testing.assert_close(event.vector, mean / mean.norm(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(event.vector, mean / np.linalg.norm(mean), rtol=1e-4, atol=1e-5)
         assert engine.scheduler.pool.n_free == 60
 
 
@@ -319,7 +330,7 @@ def test_scoring_gives_its_blocks_back_even_when_it_fails() -> None:
     assert engine.scheduler.pool.n_free == 4
     logits, stats = engine.score(list(range(64)), chunk=20)
     whole, _ = Engine(compiled(n_blocks=4)).score(list(range(64)))
-    assert torch.equal(logits, whole) and stats[0].expert_ids.shape == (64, 3)
+    assert np.array_equal(logits, whole) and stats[0].expert_ids.shape == (64, 3)
     assert engine.scheduler.pool.n_free == 4
 
 
@@ -371,11 +382,11 @@ class Grudge:
     def __init__(self, n: int, *, fails: bool) -> None:
         self.n, self.fails = n, fails
 
-    def allowed(self) -> torch.Tensor:
+    def allowed(self) -> Mask:
         self.n -= 1
         if self.n == 0 and self.fails:
             raise RequestError("the grammar failed")
-        return torch.full((97,), self.n != 0)
+        return np.full(97, self.n != 0)
 
     def accept(self, token_id: int) -> bool:
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,7 +35,7 @@ class Letters:
 def tiny() -> LLM:
     config = TINY["dbrx"]
     model = Transformer.from_parameters(config, random_parameters(config, std=0.4)).eval()
-    return LLM(model, Tokenizer(Letters(), special_ids={}, bos_id=5, eos_ids=(7,), add_bos=True))
+    return LLM(TorchRunner(model), Tokenizer(Letters(), special_ids={}, bos_id=5, eos_ids=(7,), add_bos=True))
 
 
 def greedy(model: LLM, ids: Sequence[int], n: int) -> list[int]:
@@ -49,7 +50,7 @@ def test_cached_decoding_equals_reading_everything_again(tiny: LLM) -> None:
     done = tiny.generate([3, 1, 4], SamplingParams(max_new_tokens=12, ignore_eos=True))
     assert done.token_ids == greedy(tiny, [3, 1, 4], 12)
     assert (done.finish_reason, done.n_prompt_tokens, len(done.logprobs)) == ("length", 3, 12)
-    first = tiny.logits([3, 1, 4])[-1].log_softmax(-1)
+    first = torch.from_numpy(tiny.logits([3, 1, 4]))[-1].log_softmax(-1)
     assert done.logprobs[0] == pytest.approx(float(first.max()), abs=1e-5)
 
 
@@ -130,13 +131,29 @@ def test_the_context_is_a_limit_that_ends_the_answer(tiny: LLM) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "says"),
-    [([], "at least one token"), ([97], "from 0 to 96, got 97"), ([-1], "got -1"), ([1.5], "whole numbers")],
+    [
+        ([], "at least one token"),
+        ([97], "from 0 to 96, got 97"),
+        ([-1], "got -1"),
+        ([1.5], "whole numbers"),
+        ([True], "whole numbers"),
+        ([2**70], "whole numbers"),
+        ([[1, 2], [3, 4]], "text or a list"),
+        ([[1], [3, 4]], "text or a list"),
+        (np.array(3), "text or a list"),
+    ],
 )
 def test_prompts_that_cannot_be(tiny: LLM, prompt: list[int], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         tiny.generate(prompt)
     with pytest.raises(RequestError):
         tiny.logits([1] * 65)
+
+
+def test_ids_may_be_an_array_or_a_tensor(tiny: LLM) -> None:
+    wanted = tiny.logits([3, 1, 4])
+    assert np.array_equal(tiny.logits(np.array([3, 1, 4], dtype=np.uint16)), wanted)
+    assert np.array_equal(tiny.logits(torch.tensor([3, 1, 4])), wanted)  # type: ignore[arg-type]
 
 
 def test_without_a_tokenizer_only_ids_work(tiny: LLM) -> None:
@@ -172,11 +189,11 @@ def test_load_from_a_directory(tmp_path: Path) -> None:
     model = quadriga.load(tmp_path, progress=lambda done, total, what: seen.append(done))
     assert model.tokenizer is None
     assert model.logits([1, 2, 3]).shape == (3, 97)
-    assert model.logits([1, 2, 3]).dtype == torch.float32
+    assert model.logits([1, 2, 3]).dtype == np.float32
     assert seen == sorted(seen)
     half = quadriga.load(tmp_path, dtype="bf16")
     assert isinstance(half.runner, TorchRunner) and half.runner.model.embed.weight.dtype == torch.bfloat16
-    assert half.logits([1, 2, 3]).dtype == torch.float32
+    assert half.logits([1, 2, 3]).dtype == np.float32
     with pytest.raises(ConfigError, match="dtype must be one of"):
         quadriga.load(tmp_path, dtype="int3")
     with pytest.raises(ConfigError, match="device must be like"):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from quadriga import LLM
 from quadriga.engine import engine as engine_module
@@ -19,6 +19,7 @@ from quadriga.kernels.arrays import arrays
 from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.runners.torch import TorchRunner
+from quadriga.text.grammar import Mask
 from quadriga.text.tokenizer import Tokenizer
 from tests.checkpoint.models import TINY
 
@@ -78,9 +79,9 @@ class Grammar:
         if self.calls == 4:
             raise self.error
 
-    def allowed(self) -> torch.Tensor:
+    def allowed(self) -> Mask:
         self._count("allowed")
-        return torch.ones(97, dtype=torch.bool)
+        return np.ones(97, dtype=np.bool_)
 
     def accept(self, token_id: int) -> bool:
         self._count("accept")
@@ -150,10 +151,10 @@ def test_an_exception_of_its_own_work_ends_a_request_only(
 def test_a_request_that_wants_the_routing_fails_alone_when_it_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = new_engine()
 
-    def broken(n_tokens: int) -> Any:
+    def broken(stats: Any, token: int) -> Any:
         raise RuntimeError("no routing")
 
-    monkeypatch.setattr(engine.runner, "router_stats", broken)
+    monkeypatch.setattr(engine_module, "_routing_of", broken)
     good, ended = both(engine, replace(BAD, routing=True))
     assert len(good) == 12 and len(ended) == 1 and isinstance(ended[0], AnswerError)
 
@@ -184,11 +185,11 @@ class Poison:
     def __init__(self, engine: Engine, token: int) -> None:
         real = engine.runner.forward
 
-        def forward(batch: Any) -> Any:
-            logits = real(batch)
+        def forward(batch: Any, **wanted: Any) -> Any:
+            result = real(batch, **wanted)
             if token in batch.tokens:
-                logits[0, 11] = float("nan")
-            return logits
+                result.logits[0, 11] = float("nan")
+            return result
 
         engine.runner.forward = forward  # type: ignore[method-assign]
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quadriga.engine.request import SamplingParams
-from quadriga.engine.sampler import Sampler, Unused, truncate
+from quadriga.engine.sampler import Floats, Sampler, Unused, kept, pick, uniform
 from quadriga.errors import RequestError
 
-LOGITS = torch.tensor([1.0, 3.0, -2.0, 2.5, 0.0])
+LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 0.0], dtype=np.float32)
+
+
+def log_softmax(row: Floats) -> Floats:
+    return row - np.log(np.exp(row.astype(np.float64)).sum())
 
 
 def sampler(prompt: list[int] | None = None, vocab_size: int = 5, **params: object) -> Sampler:
@@ -30,7 +34,7 @@ def test_greedy_takes_the_best_and_reports_its_own_probability() -> None:
 
 
 def test_same_seed_same_tokens_and_another_seed_differs() -> None:
-    flat = torch.zeros(1000)
+    flat = np.zeros(1000, dtype=np.float32)
     draws = [
         [s.sample(flat).token_id for _ in range(8)]
         for s in (sampler(vocab_size=1000, temperature=1.0, seed=seed) for seed in (7, 7, 8))
@@ -46,17 +50,17 @@ def test_same_seed_same_tokens_and_another_seed_differs() -> None:
 
 def test_draws_follow_the_distribution() -> None:
     s = sampler(temperature=2.0, seed=1)
-    counts = torch.bincount(torch.tensor([s.sample(LOGITS).token_id for _ in range(4000)]), minlength=5)
-    expected = (LOGITS / 2.0).softmax(0) * 4000
+    counts = np.bincount([s.sample(LOGITS).token_id for _ in range(4000)], minlength=5)
+    expected = np.exp(log_softmax(LOGITS / 2)) * 4000
     chi2 = float(((counts - expected) ** 2 / expected).sum())
     assert chi2 < 23.5  # 4 degrees of freedom: false alarm 1 in 10^4, and the seed is fixed
 
 
-LETTERS = torch.tensor([2.0, 1.4, 1.0, 0.2, -0.3, -1.0, -2.0, 0.6])
+LETTERS = np.array([2.0, 1.4, 1.0, 0.2, -0.3, -1.0, -2.0, 0.6], dtype=np.float32)
 """Temperature decides who is kept: top_p of 0.7 keeps 3 of these at 1 and 5 at 2.5."""
 
 
-def naive(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
+def naive(logits: Floats, temperature: float, top_k: int, top_p: float, min_p: float) -> Floats:
     """The distribution that the parameters document: temperature first, then who is kept."""
     p = [math.exp(x / temperature) for x in logits.tolist()]
     p = [x / sum(p) for x in p]
@@ -68,7 +72,7 @@ def naive(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, mi
             reached.append(i)
         mass += p[i]
     kept = [i for i in reached if p[i] >= min_p * p[order[0]]]
-    return torch.tensor([p[i] / sum(p[j] for j in kept) if i in kept else 0.0 for i in range(len(p))])
+    return np.array([p[i] / sum(p[j] for j in kept) if i in kept else 0.0 for i in range(len(p))])
 
 
 @pytest.mark.parametrize(
@@ -87,24 +91,24 @@ def test_draws_with_temperature_and_truncation_together(
 ) -> None:
     s = sampler(vocab_size=8, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=1)
     expected = naive(LETTERS, temperature, top_k, top_p, min_p)
-    drawn = torch.bincount(torch.tensor([s.sample(LETTERS).token_id for _ in range(4000)]), minlength=8)
+    drawn = np.bincount([s.sample(LETTERS).token_id for _ in range(4000)], minlength=8)
     assert not drawn[expected == 0].any(), "only who is kept is drawn"
-    kept = expected > 0
-    assert 2 <= int(kept.sum()) < 8
-    chi2 = float(((drawn - 4000 * expected)[kept] ** 2 / (4000 * expected)[kept]).sum())
+    here = expected > 0
+    assert 2 <= int(here.sum()) < 8
+    chi2 = float(((drawn - 4000 * expected)[here] ** 2 / (4000 * expected)[here]).sum())
     assert chi2 < 29.9  # up to 7 degrees of freedom: false alarm 1 in 10^4, and the seed is fixed
 
 
 def test_what_is_reported_is_the_models_own_opinion_whatever_the_sampler_does() -> None:
     """Bias, penalties, temperature, truncation and a grammar move the choice; the numbers stay those of the logits."""
-    allowed = torch.tensor([True, False, True, True, True])
+    allowed = np.array([True, False, True, True, True])
     s = sampler(
         prompt=[3], logit_bias={1: 50.0, 2: 9.0}, repetition_penalty=1.7, presence_penalty=1.0, temperature=0.3, top_k=2,
         logprobs=5, seed=1,
     )  # fmt: skip
-    own = LOGITS.log_softmax(0)
-    order = own.argsort(descending=True).tolist()
-    for log_sum in (None, float(LOGITS.logsumexp(0))):
+    own = log_softmax(LOGITS)
+    order = (-own).argsort().tolist()
+    for log_sum in (None, float(LOGITS[0] - own[0])):
         chosen = s.sample(LOGITS, best=1, log_sum=log_sum, allowed=allowed)
         assert chosen.token_id == 2, "the bias decides among the allowed"
         assert chosen.logprob == pytest.approx(float(own[2]), abs=1e-6)
@@ -116,11 +120,11 @@ def test_a_known_best_token_counts_for_untouched_logits_only() -> None:
     assert sampler().sample(LOGITS, best=1).token_id == 1
     assert sampler(logit_bias={4: 9.0}).sample(LOGITS, best=1).token_id == 4
     assert sampler(prompt=[1], repetition_penalty=3.0).sample(LOGITS, best=1).token_id == 3
-    assert sampler().sample(LOGITS, best=1, allowed=torch.tensor([True, False, True, False, True])).token_id == 0
+    assert sampler().sample(LOGITS, best=1, allowed=np.array([True, False, True, False, True])).token_id == 0
 
 
 def test_greedy_takes_the_first_of_equal_logits() -> None:
-    logits = torch.zeros(40)
+    logits = np.zeros(40, dtype=np.float32)
     logits[[17, 5, 39]] = 2.0
     assert sampler(vocab_size=40).sample(logits).token_id == 5
     assert sampler(vocab_size=40, logit_bias={5: -1.0}).sample(logits).token_id == 17
@@ -135,15 +139,22 @@ def test_penalties_and_bias_add_up_on_the_penalised_logits() -> None:
         logit_bias={1: -0.5, 2: 1.0},
     )
     s._answer.update([1, 1, 3])
-    s._seen |= {1, 3}
+    assert s._seen is not None
+    s._seen[[1, 3]] = True
     assert s._adjust(LOGITS).tolist() == pytest.approx([0.5, 1.5 - 0.5 - 0.5 - 0.5, -4.0 + 1.0, 1.25 - 0.5 - 0.25, 0.0])
 
 
+def ids_kept(weights: Floats, top_k: int, top_p: float, min_p: float) -> list[int]:
+    ids = kept(weights, top_k, top_p, min_p)
+    return list(range(len(weights))) if ids is None else ids.tolist()
+
+
 def test_equal_probabilities_keep_the_lower_ids() -> None:
-    flat = torch.full((64,), 1 / 64)
-    assert truncate(flat, 3, 1.0, 0.0).nonzero().flatten().tolist() == [0, 1, 2]
-    assert truncate(flat, 0, 4 / 64, 0.0).nonzero().flatten().tolist() == [0, 1, 2, 3]
-    assert truncate(flat, 0, 1.0, 1.0).count_nonzero() == 64, "as probable as the best is enough"
+    flat = np.full(64, 1 / 64)
+    assert ids_kept(flat, 3, 1.0, 0.0) == [0, 1, 2]
+    assert ids_kept(flat, 0, 4 / 64, 0.0) == [0, 1, 2, 3]
+    assert ids_kept(flat, 0, 1.0, 1.0) == list(range(64)), "as probable as the best is enough"
+    assert ids_kept(np.array([1.0, 3.0, 1.0, 3.0, 1.0]), 4, 1.0, 0.0) == [1, 3, 0, 2]
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_prompt_and_answer() -> None:
@@ -169,12 +180,12 @@ def test_logit_bias_moves_the_choice_but_not_the_reported_probability() -> None:
 
 
 def test_truncation_by_hand() -> None:
-    probs = torch.tensor([0.1, 0.4, 0.3, 0.2])
-    assert truncate(probs, 2, 1.0, 0.0).nonzero().flatten().tolist() == [1, 2]
-    assert truncate(probs, 0, 0.7, 0.0).nonzero().flatten().tolist() == [1, 2]
-    assert truncate(probs, 0, 0.71, 0.0).nonzero().flatten().tolist() == [1, 2, 3]
-    assert truncate(probs, 0, 1.0, 0.5).nonzero().flatten().tolist() == [1, 2, 3]
-    assert truncate(probs, 0, 1e-9, 0.0).nonzero().flatten().tolist() == [1]
+    probs = np.array([0.1, 0.4, 0.3, 0.2])
+    assert ids_kept(probs, 2, 1.0, 0.0) == [1, 2]
+    assert ids_kept(probs, 0, 0.7, 0.0) == [1, 2]
+    assert ids_kept(probs, 0, 0.71, 0.0) == [1, 2, 3]
+    assert ids_kept(probs, 0, 1.0, 0.5) == [1, 2, 3]
+    assert ids_kept(probs, 0, 1e-9, 0.0) == [1]
 
 
 @given(
@@ -184,8 +195,7 @@ def test_truncation_by_hand() -> None:
     st.floats(0.0, 1.0),
 )
 def test_truncation_against_a_loop(weights: list[float], top_k: int, top_p: float, min_p: float) -> None:
-    probs = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    kept = truncate(probs, top_k, top_p, min_p)
+    probs = np.array(weights) / sum(weights)
     order = sorted(range(len(weights)), key=lambda i: (-float(probs[i]), i))
     if top_k:
         order = order[:top_k]
@@ -198,13 +208,68 @@ def test_truncation_against_a_loop(weights: list[float], top_k: int, top_p: floa
             survivors.append(i)
         mass += float(probs[i])
     survivors = [i for i in survivors if float(probs[i]) >= min_p * float(probs[order[0]])]
-    assert sorted(kept.nonzero().flatten().tolist()) == sorted(survivors)
+    assert sorted(ids_kept(probs, top_k, top_p, min_p)) == sorted(survivors)
+
+
+def sorted_whole(weights: Floats, top_k: int, top_p: float, min_p: float) -> list[int]:
+    """What :func:`kept` is to find, by a stable sort of everything."""
+    order = np.argsort(-weights, kind="stable")
+    order = order[:top_k] if top_k else order
+    ordered = weights[order].astype(np.float64)
+    total = ordered.cumsum()[-1] if top_k else weights.sum(dtype=np.float64)
+    before = np.concatenate([[0.0], ordered.cumsum()[:-1]])
+    stays = (before < top_p * total) | (top_p == 1.0)
+    stays[0] = True
+    found: list[int] = order[stays & (weights[order] >= min_p * weights[order[0]])].tolist()
+    return found
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0, 4.0, 12.0])
+def test_selecting_a_part_of_a_large_vocabulary_finds_what_sorting_it_finds(scale: float) -> None:
+    """Flat and steep, with many equal weights: every stage of the selection is used by one of these."""
+    draw = np.random.default_rng(int(scale * 10))
+    logits = np.round(draw.standard_normal(30_000) * scale, 1).astype(np.float32)
+    weights = np.exp(logits - logits.max())
+    for top_k in (0, 1, 50, 29_999, 40_000):
+        for top_p in (1e-6, 0.3, 0.95, 0.999999, 1 - 1e-12, 1.0):
+            for min_p in (0.0, 0.05, 1.0) if top_k or top_p < 1.0 else (0.05, 1.0):
+                assert ids_kept(weights, top_k, top_p, min_p) == sorted_whole(weights, top_k, top_p, min_p)
+
+
+@pytest.mark.parametrize("n", [1, 5, 255, 256, 257, 1000])
+def test_a_place_in_the_summed_weights_is_a_token(n: int) -> None:
+    weights = np.random.default_rng(n).random(n).astype(np.float32)
+    weights[n // 3 : n // 2] = 0.0
+    ends = weights.cumsum(dtype=np.float64)
+    for at in np.arange(0.0005, 1.0, 0.001).tolist():
+        assert pick(weights, at) == int((ends <= at * ends[-1]).sum())
+    last = int(np.flatnonzero(weights)[-1])
+    assert pick(weights, 1 - 2**-53) == last and weights[pick(weights, 0.0)] > 0
+
+
+def test_draws_from_a_large_vocabulary_follow_the_distribution() -> None:
+    """By thirds of a hundred sums each: the two stages of a draw and the place between them."""
+    logits = np.random.default_rng(3).standard_normal(9000).astype(np.float32)
+    s = sampler(vocab_size=9000, temperature=1.0, seed=5)
+    counts = np.bincount([s.sample(logits).token_id // 300 for _ in range(6000)], minlength=30)
+    expected = np.exp(log_softmax(logits)).reshape(30, 300).sum(1) * 6000
+    assert float(((counts - expected) ** 2 / expected).sum()) < 66.2  # 29 degrees of freedom: 1 in 10^4
+
+
+def test_a_draw_depends_on_seed_and_position_only() -> None:
+    flat, row = np.zeros(1000, dtype=np.float32), np.linspace(0, 1, 1000, dtype=np.float32)
+    one, other = sampler(vocab_size=1000, temperature=1.0, seed=3), sampler(vocab_size=1000, temperature=1.0, seed=3)
+    one.sample(flat)
+    other.sample(row)
+    assert one.sample(flat) == other.sample(flat), "what was drawn before does not matter, how often does"
+    numbers = [uniform(seed, position) for seed in (0, 1, 2**63 - 1) for position in range(50)]
+    assert len(set(numbers)) == 150 and all(0 <= x < 1 for x in numbers) and 0.4 < sum(numbers) / 150 < 0.6
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_broken_logits_are_an_error_not_a_token(bad: float) -> None:
     with pytest.raises(RequestError, match="not finite"):
-        sampler().sample(torch.tensor([0.0, bad, 1.0, 0.0, 0.0]))
+        sampler().sample(np.array([0.0, bad, 1.0, 0.0, 0.0], dtype=np.float32))
 
 
 @pytest.mark.parametrize(
@@ -263,7 +328,7 @@ def extremes(low: float, high: float) -> st.SearchStrategy[float]:
     return st.sampled_from(odd) | st.floats(low, high)
 
 
-LARGEST = float(torch.finfo(torch.float32).max)
+LARGEST = float(np.finfo(np.float32).max)
 logit = st.sampled_from([0.0, LARGEST, -LARGEST, 1e37, -1e37, 1e-45, -1e-45, 1.0]) | st.floats(
     -LARGEST, LARGEST, width=32
 )
@@ -302,8 +367,8 @@ def test_whatever_the_parameters_a_token_that_may_be_chosen_comes_with_a_finite_
 ) -> None:
     unused = Unused([N - 2, N - 1])
     s = Sampler(SamplingParams(**params), prompt, N, unused)  # type: ignore[arg-type]
-    row = torch.tensor(logits)
-    mask = None if allowed is None else torch.tensor([i in allowed for i in range(N)])
+    row = np.array(logits, dtype=np.float32)
+    mask = None if allowed is None else np.array([i in allowed for i in range(N)])
     for best in (None, int(row.argmax())):
         for _ in range(3):
             chosen = s.sample(row, best, None, mask)

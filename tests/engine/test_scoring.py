@@ -13,7 +13,9 @@ from quadriga.engine.scoring import Scored, score
 from quadriga.errors import RequestError
 from quadriga.kernels.arrays import arrays
 from quadriga.nn.transformer import Transformer, random_parameters
+from quadriga.runners.base import PassResult
 from quadriga.runners.compiled import CompiledModel, pack_parameters
+from quadriga.runners.torch import TorchRunner
 from tests.checkpoint.models import TINY
 
 Pair = tuple[list[int], list[int]]
@@ -36,12 +38,12 @@ def llm(request: pytest.FixtureRequest) -> LLM:
         return compiled()
     torch.manual_seed(0)
     config = TINY["dbrx"]
-    return LLM(Transformer.from_parameters(config, random_parameters(config, std=0.4)).eval(), None)
+    return LLM(TorchRunner(Transformer.from_parameters(config, random_parameters(config, std=0.4))), None)
 
 
 def alone(llm: LLM, context: list[int], continuation: list[int]) -> Scored:
     """One pair from all logits of its own sequence."""
-    logits = llm.logits([*context, *continuation])[len(context) - 1 : -1]
+    logits = torch.from_numpy(llm.logits([*context, *continuation])[len(context) - 1 : -1])
     own = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])[:, 0]
     return Scored(tuple(own.tolist()), bool((logits.argmax(-1) == torch.tensor(continuation)).all()))
 
@@ -90,7 +92,7 @@ def test_what_is_shared_is_computed_once() -> None:
     llm = compiled()
     seen: list[int] = []
     forward = llm.runner.forward
-    llm.runner.forward = lambda batch: seen.append(len(batch.tokens)) or forward(batch)  # type: ignore[func-returns-value, method-assign]
+    llm.runner.forward = lambda batch, **wanted: seen.append(len(batch.tokens)) or forward(batch, **wanted)  # type: ignore[func-returns-value, method-assign]
     base = ids(48, 6)
     score(llm.engine, [(base, [1]), (base, [2]), (base, [3])])
     assert sum(seen) == 48, "one context; a last token is never read"
@@ -136,7 +138,7 @@ def test_shared_prefixes_are_computed_once(llm: LLM, monkeypatch: pytest.MonkeyP
     seen: list[int] = []
     forward = llm.runner.forward
 
-    def counting(batch: object) -> torch.Tensor:
+    def counting(batch: object) -> PassResult:
         seen.append(len(batch.tokens))  # type: ignore[attr-defined]
         return forward(batch)  # type: ignore[arg-type]
 

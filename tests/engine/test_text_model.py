@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from quadriga import SamplingParams
 from quadriga.engine.text_model import TextModel, weights_hash
@@ -46,8 +47,8 @@ def test_whole_texts_are_scored_in_windows_begun_by_one_token(model: TextModel) 
     done: list[int] = []
     (found,) = model.rolling([text], done=done.append)
     ids = list(text.encode())
-    first = model.llm.engine.score([256, *ids[:1023]])[0].log_softmax(-1)
-    second = model.llm.engine.score([ids[1023], *ids[1024:-1]])[0].log_softmax(-1)
+    first = torch.from_numpy(model.llm.engine.score([256, *ids[:1023]])[0]).log_softmax(-1)
+    second = torch.from_numpy(model.llm.engine.score([ids[1023], *ids[1024:-1]])[0]).log_softmax(-1)
     own = [float(first[i, ids[i]]) for i in range(1024)] + [float(second[i, ids[1024 + i]]) for i in range(576)]
     assert found.logprobs == pytest.approx(own, abs=2e-4)
     assert (found.n_tokens, done) == (1600, [1])

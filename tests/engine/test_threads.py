@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from quadriga import LLM, SamplingParams
 from quadriga.engine.llm import Answer
@@ -17,6 +17,7 @@ from quadriga.errors import EngineError, HardwareError, RequestError
 from quadriga.kernels.arrays import arrays
 from quadriga.kernels.cpu.program import Batch
 from quadriga.nn.transformer import Transformer, random_parameters
+from quadriga.runners.base import PassResult
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.runners.torch import TorchRunner
 from quadriga.text.tokenizer import Tokenizer
@@ -52,13 +53,13 @@ class Gate:
     def __getattr__(self, name: str) -> object:
         return getattr(self._runner, name)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, **wanted: Any) -> PassResult:
         self.inside.set()
         assert self.open.wait(MOST_SECONDS)
         if self.failures:
             self.failures -= 1
             raise HardwareError("out of memory, as it was asked to be")
-        return self._runner.forward(batch)
+        return self._runner.forward(batch, **wanted)
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_everything_at_once(run: int, shared: LLM) -> None:
     assert at_rest(shared)
 
 
-def _numbers(answer: object) -> Tensor:
+def _numbers(answer: object) -> torch.Tensor:
     """Every number of an answer, in order."""
     found: list[float] = []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.runners.base import Runner
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.runners.torch import TorchRunner
-from quadriga.text.grammar import Grammars
+from quadriga.text.grammar import Grammars, Mask
 from quadriga.text.tokenizer import Tokenizer
 from tests.checkpoint.models import TINY
 
@@ -86,8 +87,8 @@ def make(name: str, **options: object) -> Engine:
 class Anything:
     """A grammar that forbids nothing."""
 
-    def allowed(self) -> torch.Tensor:
-        return torch.ones(97, dtype=torch.bool)
+    def allowed(self) -> Mask:
+        return np.ones(97, dtype=np.bool_)
 
     def accept(self, token_id: int) -> bool:
         return False
@@ -99,8 +100,8 @@ class Only(Anything):
     def __init__(self, wanted: int) -> None:
         self.wanted = wanted
 
-    def allowed(self) -> torch.Tensor:
-        return torch.arange(97) == self.wanted
+    def allowed(self) -> Mask:
+        return np.arange(97) == self.wanted
 
 
 @pytest.mark.parametrize("name", RUNNERS)
@@ -147,7 +148,7 @@ def test_they_are_never_chosen_nor_listed(name: str, params: dict[str, object], 
 def test_log_probabilities_stay_the_models(name: str) -> None:
     engine = make(name)
     first = events_of(engine, Request(prompt=(1, 2, 3), params=replace(FREE, logprobs=2, max_new_tokens=1)))[0]
-    expected = engine.score([1, 2, 3])[0][-1].log_softmax(-1)
+    expected = torch.from_numpy(engine.score([1, 2, 3])[0])[-1].log_softmax(-1)
     expected[sorted(UNUSED)] = -torch.inf
     values, ids = expected.topk(2)
     assert [token for token, _ in first.top_logprobs] == ids.tolist()
@@ -180,7 +181,7 @@ def test_a_prompt_may_contain_them(name: str) -> None:
     assert len(events) == 24 and not UNUSED & {event.token_id for event in events}
     report = events[0].prompt
     assert report is not None and len(report.logprobs) == 7
-    expected = make(name).score(prompt)[0].log_softmax(-1)[torch.arange(7), torch.tensor(prompt[1:])]
+    expected = torch.from_numpy(make(name).score(prompt)[0]).log_softmax(-1)[torch.arange(7), torch.tensor(prompt[1:])]
     assert list(report.logprobs) == pytest.approx(expected.tolist(), abs=1e-3), "finite: the model's own"
 
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from quadriga.model import families
 from quadriga.model.weight_map import source_shapes
-from tests.golden.weights import GROK1, MODELS, TOKENS, draw
+from tests.golden.weights import BESIDE_TRANSFORMERS, MODELS, TOKENS, draw
 from tests.oracles import numpy_models
 
 _HERE = Path(__file__).parent
 FACTS: dict[str, Any] = json.loads((_HERE / "golden.json").read_text())
-NAMES = [*MODELS, "grok1"]
+NAMES = [*MODELS, *BESIDE_TRANSFORMERS]
 
 
 @cache
@@ -30,7 +30,7 @@ def results() -> dict[str, Tensor]:
 
 def config_json(name: str) -> dict[str, Any]:
     """A model's config.json with nothing left to transformers' defaults."""
-    raw: dict[str, Any] = dict(GROK1 if name == "grok1" else MODELS[name])
+    raw: dict[str, Any] = dict((MODELS | BESIDE_TRANSFORMERS)[name])
     if raw["model_type"] == "mpt":
         attn = {"attn_type": "multihead_attention", "softmax_scale": None}
         return {**raw, "attn_config": {**raw["attn_config"], **attn}}

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-from tests.golden.weights import MODELS, PREFILL, TOKENS, draw, ragged
+from tests.golden.weights import MODELS, PREFILL, TOKENS, WITH_PROBABILITIES, draw, ragged
 
 HERE = Path(__file__).parent
 
@@ -44,7 +44,7 @@ def build(config: dict[str, object]) -> torch.nn.Module:
 def run(name: str, config: dict[str, object]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Logits of the prefill, of the cached decoding and of the padded batch; router outputs of the MoE models."""
     model = build(config)
-    moe = name in ("dbrx", "mixtral", "qwen3moe", "olmoe", "granitemoe", "granitemoeshared")
+    moe = name in WITH_PROBABILITIES
     ids = torch.tensor([TOKENS])
     out = model(ids, use_cache=False, **({"output_router_logits": True} if moe else {}))
     tensors = {f"{name}.prefill": out.logits[0]}

@@ -255,11 +255,95 @@ MODELS: dict[str, dict[str, object]] = {
         "hidden_act": "silu",
         **_LLAMA,
     },
+    "glm4moe": {
+        "model_type": "glm4_moe",
+        "head_dim": 20,
+        "partial_rotary_factor": 0.5,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "moe_intermediate_size": 56,
+        "n_routed_experts": 5,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.7,
+        "first_k_dense_replace": 1,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        **_LLAMA,
+    },
+    "qwen2moe": {
+        "model_type": "qwen2_moe",
+        "qkv_bias": True,
+        "moe_intermediate_size": 56,
+        "shared_expert_intermediate_size": 72,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.001,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [2],
+        **{key: value for key, value in _QWEN.items() if key != "attention_bias"},
+        **_LLAMA,
+    },
+    "dots1": {
+        "model_type": "dots1",
+        "attention_bias": True,
+        "moe_intermediate_size": 56,
+        "n_routed_experts": 5,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        **_LLAMA,
+    },
+    "ernie4_5-moe": {  # the last layer is dense too
+        "model_type": "ernie4_5_moe",
+        "use_bias": False,
+        "moe_intermediate_size": 56,
+        "moe_num_experts": 5,
+        "moe_k": 3,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2,
+        "moe_layer_interval": 1,
+        "moe_norm_min": 1e-12,
+        "router_aux_loss_coef": 0.001,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        **_LLAMA,
+    },
+    "hunyuan-moe": {
+        "model_type": "hunyuan_v1_moe",
+        "head_dim": 10,
+        "num_experts": 5,
+        "moe_topk": 3,
+        "rope_theta": 100.0,
+        "rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0},
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        **_LLAMA,
+    },
     "mpt": {**_MPT, "n_heads": 6, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None}},
     "mpt-clipped": {**_MPT, "n_heads": 8, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": 2.0}},
 }
 """config.json of each golden model, without what transformers adds. Six ALiBi heads take their slopes in two runs, eight
 in one; transformers 4.57.6 reads alibi_bias_max and then uses 8 whatever it says."""
+
+WITH_PROBABILITIES = ("dbrx", "mixtral", "qwen3moe", "olmoe", "granitemoe", "granitemoeshared", "qwen2moe")
+"""Mixtures of which transformers hands back what the router computed."""
 
 GROK1: dict[str, object] = {
     "model_type": "grok-1",
@@ -286,6 +370,27 @@ GROK1: dict[str, object] = {
     "pad_token_id": 0,
 }
 """Grok-1 has no golden file: transformers does not know it. Its truth is ``tests.oracles.numpy_models.grok1``."""
+
+MINIMAX_M2: dict[str, object] = {
+    "model_type": "minimax_m2",
+    "head_dim": 20,
+    "rotary_dim": 10,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 3,
+    "scoring_func": "sigmoid",
+    "use_routing_bias": True,
+    "use_qk_norm": True,
+    "qk_norm_type": "per_layer",
+    "router_aux_loss_coef": 0.001,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    **_LLAMA,
+}
+"""Nor has MiniMax-M2, which transformers knows from version 5 on: ``tests.oracles.numpy_models.ORACLES`` states it."""
+
+BESIDE_TRANSFORMERS = {"grok1": GROK1, "minimax-m2": MINIMAX_M2}
+"""Golden models without a golden file."""
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:

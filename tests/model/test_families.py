@@ -30,7 +30,7 @@ from quadriga.model.families import FAMILIES, PRESETS, config_from_gguf, config_
 from quadriga.model.families.base import pick_layout
 from quadriga.model.families.keys import exact_or, shortest_float32
 from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes, whole
-from tests.configs import changed
+from tests.configs import changed, first_dense
 
 ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=12_345.0))
 MOE = MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu", aux_loss_weight=0.01)
@@ -142,6 +142,73 @@ TINY = {
             )
             for i, layer in enumerate(LLAMA.layers)
         ),
+    ),
+    "glm4moe": first_dense(
+        changed(
+            LLAMA,
+            family="glm4moe",
+            mixer=replace(ATTN, head_dim=20, position=RopeSpec(theta=12_345.0, dim=10), qkv_bias=True),
+            ffn=replace(
+                MOE,
+                aux_loss_weight=0.0,
+                score="sigmoid",
+                correction=True,
+                normalize_eps=1e-20,
+                routed_scale=1.7,
+                shared=DenseSpec(d_ff=160, activation="silu"),
+            ),
+        )
+    ),
+    "dots1": first_dense(
+        changed(
+            LLAMA,
+            family="dots1",
+            mixer=replace(ATTN, qk_norm=QKNormSpec(over="head", eps=LLAMA.final_norm.eps)),
+            ffn=replace(
+                MOE,
+                aux_loss_weight=0.0,
+                score="sigmoid",
+                correction=True,
+                normalize_eps=1e-20,
+                routed_scale=2.5,
+                shared=DenseSpec(d_ff=160, activation="silu"),
+            ),
+        )
+    ),
+    "ernie4_5-moe": first_dense(
+        changed(
+            LLAMA,
+            family="ernie4_5-moe",
+            mixer=ATTN,
+            ffn=replace(MOE, correction=True, normalize_min=1e-12, shared=DenseSpec(d_ff=160, activation="silu")),
+            tied_embeddings=True,
+        )
+    ),
+    "hunyuan-moe": changed(
+        LLAMA,
+        family="hunyuan-moe",
+        mixer=replace(
+            ATTN, head_dim=10, qk_norm=QKNormSpec(over="head", eps=LLAMA.final_norm.eps, after_rotation=True)
+        ),
+        ffn=replace(MOE, aux_loss_weight=0.0, shared=DenseSpec(d_ff=80, activation="silu")),
+        tied_embeddings=True,
+    ),
+    "minimax-m2": changed(
+        LLAMA,
+        family="minimax-m2",
+        mixer=replace(
+            ATTN,
+            head_dim=20,
+            position=RopeSpec(theta=12_345.0, dim=10),
+            qk_norm=QKNormSpec(over="vector", eps=LLAMA.final_norm.eps),
+        ),
+        ffn=replace(MOE, score="sigmoid", correction=True),
+    ),
+    "qwen2moe": changed(
+        LLAMA,
+        family="qwen2moe",
+        mixer=replace(ATTN, qkv_bias=True),
+        ffn=replace(MOE, normalize_p=None, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
     ),
     "mpt": changed(
         LLAMA,
@@ -496,6 +563,111 @@ GPT_OSS_20B_RELEASE = {
     "use_cache": True,
     "vocab_size": 201088,
 }
+GLM_4_5_AIR_RELEASE = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": [151329, 151336, 151338],
+    "first_k_dense_replace": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "max_position_embeddings": 131072,
+    "model_type": "glm4_moe",
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 96,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 46,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1,
+    "pad_token_id": 151329,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 1.0,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.54.0",
+    "use_cache": True,
+    "use_qk_norm": False,
+    "vocab_size": 151552,
+}
+QWEN1_5_MOE_RELEASE = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 8192,
+    "max_window_layers": 21,
+    "model_type": "qwen2_moe",
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 5632,
+    "sliding_window": 32768,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.39.0.dev0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+MINIMAX_M2_RELEASE = {  # of a bfloat16 copy: the release itself is quantised
+    "architectures": ["MiniMaxM2ForCausalLM"],
+    "attn_type_list": [1] * 62,
+    "auto_map": {
+        "AutoConfig": "configuration_minimax_m2.MiniMaxM2Config",
+        "AutoModelForCausalLM": "modeling_minimax_m2.MiniMaxM2ForCausalLM",
+    },
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 196608,
+    "model_type": "minimax_m2",
+    "mtp_transformer_layers": 1,
+    "num_attention_heads": 48,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 8,
+    "num_local_experts": 256,
+    "num_mtp_modules": 3,
+    "qk_norm_type": "per_layer",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 5000000,
+    "rotary_dim": 64,
+    "scoring_func": "sigmoid",
+    "shared_intermediate_size": 0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.1",
+    "use_cache": True,
+    "use_mtp": True,
+    "use_qk_norm": True,
+    "use_routing_bias": True,
+    "vocab_size": 200064,
+}
 RELEASES = {
     "gpt-oss-20b": GPT_OSS_20B_RELEASE,
     "dbrx-132b": DBRX_RELEASE,
@@ -507,16 +679,19 @@ RELEASES = {
     "qwen3-30b-a3b": QWEN3_30B_A3B_RELEASE,
     "olmoe-1b-7b": OLMOE_RELEASE,
     "granite-3.0-1b-a400m": GRANITE_1B_A400M_RELEASE,
+    "glm-4.5-air": GLM_4_5_AIR_RELEASE,
+    "qwen1.5-moe-a2.7b": QWEN1_5_MOE_RELEASE,
+    "minimax-m2": MINIMAX_M2_RELEASE,
 }
 
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_a_released_config_is_its_preset(name):
     released, known = config_from_hf(RELEASES[name]), PRESETS[name]
-    # The released DBRX and MPT files name no special tokens; those come from generation_config.json.
+    # The released DBRX, MPT and MiniMax files name no special tokens; those come from generation_config.json.
     ids = {"bos_id": released.bos_id, "eos_ids": released.eos_ids, "pad_id": released.pad_id}
     assert released == replace(known, **ids)
-    if name not in ("dbrx-132b", "mpt-7b"):
+    if name not in ("dbrx-132b", "mpt-7b", "minimax-m2"):
         assert released == known
 
 
@@ -765,6 +940,14 @@ MAY_BE_ABSENT = {
         "swiglu_limit",
     },
     "olmoe-1b-7b": {"attention_bias", "clip_qkv", "hidden_act", "num_key_value_heads", "rope_scaling"},
+    "glm-4.5-air": {
+        "attention_bias", "hidden_act", "n_group", "num_nextn_predict_layers", "rope_scaling", "topk_group",
+    },
+    "qwen1.5-moe-a2.7b": {"hidden_act", "max_window_layers", "sliding_window", "use_sliding_window"},
+    "minimax-m2": {
+        "attn_type_list", "hidden_act", "mtp_transformer_layers", "num_mtp_modules", "qk_norm_type", "scoring_func",
+        "shared_intermediate_size", "use_mtp", "use_qk_norm", "use_routing_bias",
+    },
     "mpt-7b": {
         "attn_type", "attn_uses_sequence_id", "embedding_fraction", "learned_pos_emb", "logit_scale", "no_bias",
         "norm_type", "prefix_lm", "qk_ln", "verbose",
@@ -849,13 +1032,13 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, gpt_oss; got 'gpt2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2; got 'gpt2'",
     ):
         config_from_hf({"model_type": "gpt2"})
 
 
 def test_presets_by_name():
-    assert len(PRESETS) == 28
+    assert len(PRESETS) == 38
     assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
@@ -882,6 +1065,17 @@ def test_presets_by_name():
         ("smollm3-3b", 3_075_098_624, 3_075_098_624),
         ("gpt-oss-20b", 20_914_757_184, 4_187_440_704),
         ("gpt-oss-120b", 116_829_156_672, 5_711_982_912),
+        # The index's 110_468_824_832 and 358_337_791_296 have the layer that is left out in them, with embeddings and
+        # head of its own.
+        ("glm-4.5-air", 106_852_251_264, 13_424_129_664),
+        ("glm-4.5", 352_797_829_024, 33_632_266_144),
+        ("dots.llm1", 142_774_381_696, 14_016_588_928),
+        ("ernie-4.5-21b-a3b", 21_825_437_888, 3_352_150_208),
+        ("ernie-4.5-300b-a47b", 299_484_163_264, 47_926_586_560),
+        ("hunyuan-a13b", 80_393_183_232, 12_747_448_320),
+        ("minimax-m2", 228_689_764_864, 11_030_553_088),
+        ("qwen1.5-moe-a2.7b", 14_315_784_192, 2_689_173_504),
+        ("qwen2-57b-a14b", 57_408_658_944, 14_249_270_784),
     ],
 )
 def test_todays_models_have_their_published_sizes(name, total, active):
@@ -907,6 +1101,78 @@ def test_single_layers_of_a_qwen3_mixture_may_be_dense():
         family_of(config).config_to_gguf(config)
 
 
+HUNYUAN = {
+    "attention_bias": False, "bos_token_id": 1, "eos_token_id": 127960, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 4096, "intermediate_size": 3072, "max_position_embeddings": 32768, "model_type": "hunyuan_v1_moe",
+    "moe_intermediate_size": [3072] * 32, "moe_topk": [8] * 32, "num_attention_heads": 32, "num_experts": 64,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "num_shared_expert": [1] * 32, "pad_token_id": 127961,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": True, "use_cla": False, "use_qk_norm": True,
+    "rope_scaling": {
+        "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "type": "dynamic",
+    },
+    "vocab_size": 128167,
+}  # fmt: skip
+
+
+def test_hunyuans_dynamic_scaling_is_a_larger_base():
+    """llama.cpp's converter comes to the same: 10000 * 1000^(128 / 126) = 11158839.925."""
+    assert config_from_hf(HUNYUAN) == PRESETS["hunyuan-a13b"]
+    moved = {key: value for key, value in HUNYUAN.items() if key not in ("rope_theta", "rope_scaling")}
+    section = {"rope_type": "dynamic", "alpha": 1000.0, "rope_theta": 10000.0}
+    assert config_from_hf(moved | {"rope_parameters": section}) == PRESETS["hunyuan-a13b"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"moe_topk": [8] * 31 + [7]}, "moe_topk must be one number or the same one 32 times"),
+        ({"moe_intermediate_size": [3072] * 31 + [1024]}, "moe_intermediate_size must be 3072 or"),
+        ({"num_shared_expert": 2}, "num_shared_expert must be 1"),
+        ({"use_cla": True}, "use_cla must be False"),
+        ({"use_qk_norm": False}, "use_qk_norm must be True"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1.0}}, "lacks the key 'alpha'"),
+        ({"rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 2.0}}, "factor must be 1"),
+        ({"rope_scaling": {"type": "dynamic", "alpha": 1e10}}, "alpha must be above 0 and at most 1e9"),
+        ({"rope_scaling": {"type": "dynamic", "alpha": 2.0}, "head_dim": 2}, "a head wider than 2"),
+    ],
+)
+def test_what_hunyuan_does_not_compute_is_refused(change, says):
+    with pytest.raises(ConfigError, match=says):
+        config_from_hf(HUNYUAN | change)
+
+
+def test_windows_of_dots1_are_refused_where_a_layer_has_one():
+    raw = family_of(PRESETS["dots.llm1"]).config_to_hf(PRESETS["dots.llm1"])
+    assert config_from_hf(raw | {"sliding_window": 4096, "max_window_layers": 62}) == PRESETS["dots.llm1"]
+    assert config_from_hf(raw | {"scoring_func": "noaux_tc", "moe_layer_freq": 1}) == PRESETS["dots.llm1"]
+    with pytest.raises(ConfigError, match="max_window_layers must be at least the 62 layers"):
+        config_from_hf(raw | {"sliding_window": 4096, "max_window_layers": 61})
+    with pytest.raises(ConfigError, match="layer_types must be"):
+        config_from_hf(raw | {"layer_types": ["full_attention"] * 61 + ["sliding_attention"]})
+    with pytest.raises(ConfigError, match="scoring_func must be"):
+        config_from_hf(raw | {"scoring_func": "softmax"})
+
+
+def test_ernies_mixtures_lie_between_a_first_and_a_last_layer():
+    preset = PRESETS["ernie-4.5-21b-a3b"]
+    raw = family_of(preset).config_to_hf(preset)
+    bare = {k: v for k, v in raw.items() if k not in ("moe_norm_min", "moe_layer_end_index", "router_aux_loss_coef")}
+    config, notes = families.read_hf(bare | {"num_nextn_predict_layers": 1})
+    assert config == preset and len(notes) == 4 and "multi-token prediction" in notes[-1]
+    some = config_from_hf(raw | {"moe_layer_start_index": 3, "moe_layer_end_index": 24, "moe_layer_interval": 3})
+    assert [i for i, _ in some.moe_layers] == [5, 8, 11, 14, 17, 20, 23], "every third of all layers"
+    assert config_from_hf(family_of(some).config_to_hf(some)) == some
+    with pytest.raises(ConfigError, match="GGUF arch ernie4_5-moe cannot express"):
+        family_of(some).config_to_gguf(some)
+    every_second = config_from_hf(raw | {"moe_layer_start_index": 3, "moe_layer_interval": 2})
+    metadata = {"general.architecture": "ernie4_5-moe", **family_of(some).config_to_gguf(every_second)}
+    assert config_from_gguf(metadata, gguf_shapes(every_second)) == without_training(every_second)
+    for change in ({"use_bias": True}, {"moe_gate": "top2"}, {"moe_layer_interval": 0}):
+        with pytest.raises(ConfigError, match=r"use_bias|moe_gate|interval"):
+            config_from_hf(raw | change)
+
+
 def test_families_never_import_torch():
     code = "import quadriga.model.families, quadriga.model.cost, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -922,9 +1188,11 @@ def test_hf_config_round_trip(name):
 
 
 def without_training(config):
-    if not config.is_moe:
-        return config
-    return config.with_ffn(aux_loss_weight=0.0, jitter_eps=None)
+    return config.with_layers(
+        lambda layer: (
+            layer if layer.moe is None else replace(layer, ffn=replace(layer.moe, aux_loss_weight=0.0, jitter_eps=None))
+        )
+    )
 
 
 def gguf_shapes(config):
@@ -1042,7 +1310,7 @@ def test_the_same_model_from_hf_and_gguf():
         (
             {"general.architecture": "gpt2"},
             {},
-            "must be one of dbrx, gpt-oss, granite, granitemoe, grok, llama, mpt, olmoe, qwen2, qwen3, qwen3moe, smollm3; got 'gpt2'",
+            "must be one of dbrx, dots1, ernie4_5-moe, glm4moe, gpt-oss, granite, granitemoe, grok, hunyuan-moe, llama, minimax-m2, mpt, olmoe, qwen2, qwen2moe, qwen3, qwen3moe, smollm3; got 'gpt2'",
         ),
     ],
 )
@@ -1368,7 +1636,7 @@ def test_only_some_archs_of_gguf_are_interleaved():
     for name, config in TINY.items():
         rotated = {p.source for p in family_of(config).gguf_map(config) if p.rotary_heads}
         expected = {f"blk.{i}.attn_{p}.weight" for i in range(4) for p in "qk"}
-        pairs = ("llama2", "mistral", "mixtral", "smollm3", "granite", "granitemoe", "granitemoeshared")
+        pairs = ("llama2", "mistral", "mixtral", "smollm3", "granite", "granitemoe", "granitemoeshared", "ernie4_5-moe")
         assert rotated == (expected if name in pairs else set())
 
 

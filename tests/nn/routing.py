@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from quadriga.kernels import ops
+from quadriga.kernels import ops, reference
 from quadriga.model.config import ModelConfig
 from quadriga.nn.context import PackedContext
 from quadriga.nn.moe import Router, RouterStats
@@ -19,18 +19,20 @@ from quadriga.nn.transformer import ModelOutput, Transformer
 
 
 class ForcedRouter(nn.Module):
-    """A router whose choice of experts is given, so that two precisions can be compared where a near tie flips."""
+    """A router whose choice of experts is given, so that two precisions can be compared where a near tie flips.
+
+    Its ``probs`` are what it would have chosen by: corrected scores, where the router has a correction.
+    """
 
     def __init__(self, router: Router, ids: Tensor) -> None:
         super().__init__()
         self.router, self.ids = router, ids
 
     def forward(self, x: Tensor) -> ops.Routing:
-        free = self.router(x)
-        chosen, p = free.probs.gather(1, self.ids), self.router.spec.normalize_p
-        if p is not None:
-            chosen = chosen / torch.linalg.vector_norm(chosen, ord=p, dim=-1, keepdim=True)
-        return ops.Routing(self.ids, chosen, free.probs, free.logits)
+        free, how = self.router(x), self.router.how
+        scores = reference.score(free.logits, how)
+        chosen = reference.weigh(scores.gather(1, self.ids), how)
+        return ops.Routing(self.ids, chosen, reference.standing(scores, how, self.router.correction), free.logits)
 
 
 @torch.inference_mode()
@@ -47,6 +49,9 @@ def exact(
 
 def worst_lag(choices: Sequence[RouterStats], free: Sequence[RouterStats]) -> float:
     """How much less probable a chosen expert was than the least of the k most probable ones, at worst.
+
+    Args:
+        free: of :func:`exact`, whose probabilities are what it would have chosen by.
 
     Returns:
         the lag in units of the exact probabilities' standard deviation; 0: the k most probable ones were chosen.

@@ -15,8 +15,9 @@ from quadriga.model.adapter_spec import LoraSpec
 from quadriga.nn.adapter_bank import AdapterBank
 from quadriga.nn.context import PackedContext
 from quadriga.nn.lora import attach
+from quadriga.runners.torch import TorchRunner
 from tests.checkpoint.models import TINY
-from tests.nn.test_lora import ALL, IDS, model_of, random_factors
+from tests.nn.test_lora import ALL, IDS, model_of, random_factors, stored_factors
 
 
 def spec_of(name: str, rank: int = 4) -> LoraSpec:
@@ -30,7 +31,7 @@ def test_every_token_runs_with_its_own_adapter(name: str) -> None:
     bank = AdapterBank(model)
     kinds = {"one": (spec_of(name), 1), "two": (spec_of(name, 2), 2)}
     for key, (spec, seed) in kinds.items():
-        bank.add(key, spec, random_factors(TINY[name], spec, seed))
+        bank.add(key, spec, stored_factors(TINY[name], spec, seed))
     lengths = [12, 9, 7, 9]
     uses = ["one", None, "two", "one"]
     numbers = [0 if use is None else bank.number(use) for use in uses]
@@ -61,10 +62,10 @@ def answers(llm: LLM, uses: list[str | None]) -> list[list[int]]:
 def test_the_engine_serves_several_at_once_and_forgets_them(tmp_path: Path) -> None:
     for i, key in enumerate(("one", "two")):
         save(
-            Adapter(spec=spec_of("mixtral"), factors=random_factors(TINY["mixtral"], spec_of("mixtral"), i + 1)),
+            Adapter(spec=spec_of("mixtral"), factors=stored_factors(TINY["mixtral"], spec_of("mixtral"), i + 1)),
             tmp_path / key,
         )
-    llm = LLM(model_of("mixtral", torch.float32), None)
+    llm = LLM(TorchRunner(model_of("mixtral", torch.float32)), None)
     before = answers(llm, [None, None, None])
     llm.add_adapter("one", tmp_path / "one")
     llm.add_adapter("two", tmp_path / "two")
@@ -89,8 +90,8 @@ def test_the_engine_serves_several_at_once_and_forgets_them(tmp_path: Path) -> N
 
 def test_cached_prefixes_are_not_shared_between_adapters(tmp_path: Path) -> None:
     spec = spec_of("mixtral")
-    save(Adapter(spec=spec, factors=random_factors(TINY["mixtral"], spec, 1)), tmp_path / "one")
-    llm = LLM(model_of("mixtral", torch.float32), None)
+    save(Adapter(spec=spec, factors=stored_factors(TINY["mixtral"], spec, 1)), tmp_path / "one")
+    llm = LLM(TorchRunner(model_of("mixtral", torch.float32)), None)
     llm.add_adapter("one", tmp_path / "one")
     prompt, params = [7] * 33, SamplingParams(max_new_tokens=3, temperature=0.0)
     plain = llm.generate(prompt, params)

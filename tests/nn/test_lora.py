@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quadriga.errors import ConfigError
@@ -36,6 +38,12 @@ ALL = {
     "granitemoe": ("attention", "router", "experts", "embeddings"),
     "granitemoeshared": ("attention", "router", "experts", "shared", "embeddings"),
     "gpt_oss": ("attention", "router", "experts", "embeddings", "head"),
+    "glm4moe": ("attention", "router", "experts", "ffn", "shared", "embeddings", "head"),
+    "dots1": ("attention", "router", "experts", "ffn", "shared", "embeddings", "head"),
+    "ernie4_5-moe": ("attention", "router", "experts", "ffn", "shared", "embeddings"),
+    "hunyuan-moe": ("attention", "router", "experts", "shared", "embeddings"),
+    "minimax-m2": ("attention", "router", "experts", "embeddings", "head"),
+    "qwen2moe": ("attention", "router", "experts", "shared", "embeddings", "head"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }
@@ -61,6 +69,13 @@ def random_factors(config: ModelConfig, spec: LoraSpec, seed: int = 0) -> dict[s
         name: (torch.randn(a, generator=generator) * 0.3, torch.randn(b, generator=generator) * 0.3)
         for name, (a, b) in adapted_shapes(config, spec).items()
     }
+
+
+def stored_factors(
+    config: ModelConfig, spec: LoraSpec, seed: int = 0
+) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """:func:`random_factors` as files have them."""
+    return {name: (a.numpy(), b.numpy()) for name, (a, b) in random_factors(config, spec, seed).items()}
 
 
 def loss_of(model: Transformer) -> Tensor:

@@ -5,10 +5,13 @@ Every backend's golden test must fail for every one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from torch import Tensor
+
 from quadriga.model.config import AlibiSpec, ModelConfig, QKNormSpec, RopeSpec
+from quadriga.model.weight_map import parameter_shapes
 from tests.configs import changed
 
 
@@ -17,6 +20,18 @@ def rope_with(config: ModelConfig, **fields: object) -> RopeSpec:
     rope = config.layers[0].mixer.position
     assert isinstance(rope, RopeSpec) and rope.scaling is not None
     return replace(rope, scaling=replace(rope.scaling, **fields))
+
+
+def mixtures_with(config: ModelConfig, **fields: object) -> ModelConfig:
+    """The model with fields of its mixtures changed; dense layers stay."""
+    return config.with_layers(
+        lambda layer: layer if layer.moe is None else replace(layer, ffn=replace(layer.moe, **fields))
+    )
+
+
+def left_to(config: ModelConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that a model has in which something was left out."""
+    return {name: parameters[name] for name in parameter_shapes(config)}
 
 
 MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
@@ -55,6 +70,33 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
         "granitemoeshared",
         lambda c: c.with_ffn(shared=replace(c.only_moe("this").shared, activation="gelu")),  # type: ignore[type-var]
     ),
+    "whole heads rotated": ("glm4moe", lambda c: c.with_mixer(position=RopeSpec(theta=10_000.0))),
+    "no bias on q, k and v": ("glm4moe", lambda c: c.with_mixer(qkv_bias=False)),
+    "no norms of q and k": ("glm4moe", lambda c: c.with_mixer(qk_norm=None)),
+    "no correction of the scores": ("glm4moe", lambda c: mixtures_with(c, correction=False)),
+    "scores of a softmax": ("glm4moe", lambda c: mixtures_with(c, score="softmax")),
+    "sigmoid scores not divided by their sum": ("glm4moe", lambda c: mixtures_with(c, normalize_p=None)),
+    "weights not scaled": ("glm4moe", lambda c: mixtures_with(c, routed_scale=1.0)),
+    "no shared network": ("glm4moe", lambda c: mixtures_with(c, shared=None)),
+    "the shared network at full weight": ("qwen2moe", lambda c: mixtures_with(c, shared_gate=False)),
+    "no gated shared network": ("qwen2moe", lambda c: mixtures_with(c, shared=None, shared_gate=False)),
+    "qwen2moe's weights renormalised": ("qwen2moe", lambda c: mixtures_with(c, normalize_p=1.0)),
+    "dots1 without biases": ("dots1", lambda c: c.with_mixer(qkv_bias=False)),
+    "no bias on the output": ("dots1", lambda c: c.with_mixer(out_bias=False)),
+    "dots1 without norms of q and k": ("dots1", lambda c: c.with_mixer(qk_norm=None)),
+    "no correction of probabilities": ("ernie4_5-moe", lambda c: mixtures_with(c, correction=False)),
+    "probabilities not divided by their sum": ("ernie4_5-moe", lambda c: mixtures_with(c, normalize_p=None)),
+    "ernie without its shared experts": ("ernie4_5-moe", lambda c: mixtures_with(c, shared=None)),
+    "minimax's heads rotated whole": ("minimax-m2", lambda c: c.with_mixer(position=RopeSpec(theta=10_000.0))),
+    "minimax without norms of q and k": ("minimax-m2", lambda c: c.with_mixer(qk_norm=None)),
+    "minimax without its correction": ("minimax-m2", lambda c: c.with_ffn(correction=False)),
+    "minimax's scores as they are": ("minimax-m2", lambda c: c.with_ffn(normalize_p=None)),
+    "norms before the rotation": (
+        "hunyuan-moe",
+        lambda c: c.with_mixer(qk_norm=replace(c.layers[0].mixer.qk_norm, after_rotation=False)),  # type: ignore[type-var]
+    ),
+    "the base not stretched": ("hunyuan-moe", lambda c: c.with_mixer(position=RopeSpec(theta=100.0))),
+    "hunyuan without its shared network": ("hunyuan-moe", lambda c: c.with_ffn(shared=None)),
     "scores of the usual scale": ("granite", lambda c: c.with_mixer(scale=None)),
     "no window in gpt-oss": ("gpt-oss", lambda c: c.with_mixer(window=None)),
     "a window in every layer of gpt-oss": ("gpt-oss", lambda c: c.with_mixer(window=7)),

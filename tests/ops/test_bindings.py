@@ -210,7 +210,7 @@ def test_cache_sizes_are_the_librarys(form: str, head_dim: int) -> None:
 
 @pytest.mark.parametrize(
     ("function", "arguments"),
-    [("qd_packed_bytes", (5, 1, 1)), ("qd_packed_bytes", (-1, 1, 1)), ("qd_kv_bytes", (3, 8))],
+    [("qd_packed_bytes", (6, 1, 1)), ("qd_packed_bytes", (-1, 1, 1)), ("qd_kv_bytes", (3, 8))],
 )
 def test_a_number_that_names_no_format_is_refused(function: str, arguments: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="must be one of qd_"):

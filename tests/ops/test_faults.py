@@ -237,7 +237,7 @@ def test_a_number_of_threads_that_cannot_be(threads: object) -> None:
         cpu.Context(threads)  # type: ignore[arg-type]
     if threads is not None:  # all processors
         with pytest.raises(ConfigError, match=r"threads must be a whole number from 1 to 1024, got"):
-            runtime.set_threads(threads)  # type: ignore[arg-type]
+            runtime.n_threads(threads)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("threads", [0, -1, MOST_THREADS + 1, 10**6])

@@ -9,7 +9,7 @@ import torch
 from quadriga.errors import CheckpointError
 from quadriga.kernels.cpu.packing import allocate, pack_blocks
 from quadriga.kernels.cpu.packing import pack as pack_numbers
-from quadriga.quant import codec
+from quadriga.quant import codec, mxfp4
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import FROM_GGUF, PACKED
 from tests.packing import linear, pack, unpack
@@ -29,7 +29,7 @@ def test_wide_formats_lose_nothing(form: str, dtype: torch.dtype, shape: tuple[i
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("form", "steps"), [("q8", 127), ("q4", 8), ("q4m", 15)])
+@pytest.mark.parametrize(("form", "steps"), [("q8", 127), ("q4", 8), ("q4m", 15), ("mx4", 6)])
 def test_block_formats_round_each_group_of_32_by_itself(form: str, steps: int, shape: tuple[int, int]) -> None:
     rows, cols = shape
     values = normal(*shape) * torch.logspace(-3, 2, rows)[:, None]
@@ -51,6 +51,33 @@ def test_gguf_blocks_come_over_bit_by_bit(block: str, shape: tuple[int, int]) ->
     raw = codec.quantize(normal(rows, cols).numpy(), block)
     packed = pack_blocks(raw.tobytes(), block, rows, cols, FROM_GGUF[block])
     assert np.array_equal(packed.unpack(), codec.dequantize(raw, block).reshape(rows, cols))
+
+
+def test_mxfp4_becomes_mx4_without_loss() -> None:
+    """Every byte of codes under every scale whose half float16 has; below, whole multiples of 2^-24."""
+    codes = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 16), (40, 16, 16))
+    scales = np.repeat(np.arange(104, 144, dtype=np.uint8)[:, None], 16, axis=1)
+    values = mxfp4.from_pairs(codes, scales).reshape(40, -1)
+    assert np.array_equal(unpack(pack(torch.from_numpy(values), "mx4")).numpy(), values)
+    finer = mxfp4.from_pairs(codes, scales - 20).reshape(40, -1)[:20]
+    got = unpack(pack(torch.from_numpy(finer), "mx4")).numpy()
+    assert not np.array_equal(got, finer) and np.abs(got - finer).max() <= 2**-24
+    with pytest.raises(CheckpointError, match="row 0"):
+        pack(torch.full((1, 32), 8.0 * 2**16), "mx4")
+
+
+def test_mx4_takes_the_nearest_code_under_the_formats_own_scale() -> None:
+    """OCP Microscaling Formats v1.0, 6.3, number by number: ties go to the even mantissa, what is too large to 6."""
+    values = torch.cat((normal(20, 64), torch.arange(-30, 34)[None] / 4), 0)
+    expected = values.clone()
+    for row in expected:
+        for first in range(0, 64, 32):
+            group = row[first : first + 32]
+            scale = 2.0 ** (np.floor(np.log2(float(group.abs().max()))) - 2)
+            for i, x in enumerate((group / scale).tolist()):
+                code = min(range(8), key=lambda n: (abs(mxfp4.E2M1[n] - abs(x)), n % 2))
+                group[i] = float(mxfp4.E2M1[code]) * scale * (-1 if x < 0 else 1)
+    assert torch.equal(unpack(pack(values, "mx4")), expected)
 
 
 @pytest.mark.parametrize("form", PACKED)
@@ -111,7 +138,7 @@ def test_the_search_for_scales_minds_what_is_important(form: str) -> None:
     assert lost[1] < 0.8 * lost[0]
 
 
-@pytest.mark.parametrize("form", ["q8", "q4", "q4m"])
+@pytest.mark.parametrize("form", ["q8", "q4", "q4m", "mx4"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
 def test_numbers_that_no_scale_can_hold_are_refused(form: str, bad: float) -> None:
     values = normal(40, 64)

@@ -35,6 +35,10 @@ def silu(x: Array) -> Array:
     return x / (1 + np.exp(-x))
 
 
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
 def gelu(x: Array) -> Array:
     """The exact form: x times the normal distribution function."""
     return np.array([v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])
@@ -45,12 +49,31 @@ def gelu_tanh(x: Array) -> Array:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def rotate(x: Array, position: int, theta: float, scaling: Config | None = None) -> Array:
-    """RoPE of one head, half rotation: the pair (j, j + d/2) turns by position * theta^(-2j/d), or a scaled angle."""
+def rotate(
+    x: Array,
+    position: int,
+    theta: float,
+    scaling: Config | None = None,
+    part: float = 1.0,
+    side_by_side: bool = False,
+) -> Array:
+    """RoPE of one head, half rotation: the pair (j, j + d/2) turns by position * theta^(-2j/d), or a scaled angle.
+
+    With ``part`` below 1 only the first numbers of the head turn, as if they were a head of their own. ``side_by_side``:
+    the pairs are (2j, 2j + 1).
+    """
+    if part != 1:
+        n = int(len(x) * part)
+        return np.concatenate((rotate(x[:n], position, theta, scaling), x[n:]))
     half = len(x) // 2
     turn, length = scaled(theta ** (-2 * np.arange(half) / len(x)), theta, scaling)
     angle = position * turn
-    a, b, cos, sin = x[:half], x[half:], length * np.cos(angle), length * np.sin(angle)
+    cos, sin = length * np.cos(angle), length * np.sin(angle)
+    if side_by_side:
+        a, b, out = x[0::2], x[1::2], np.zeros_like(x)
+        out[0::2], out[1::2] = a * cos - b * sin, b * cos + a * sin
+        return out
+    a, b = x[:half], x[half:]
     return np.concatenate((a * cos - b * sin, b * cos + a * sin))
 
 
@@ -91,6 +114,9 @@ def attend(
     *,
     theta: float | None = None,
     scaling: Config | None = None,
+    part: float = 1.0,
+    side_by_side: bool = False,
+    normed: Callable[[Array, str], Array] | None = None,
     window: int | None = None,
     cap: float | None = None,
     slopes: Sequence[float] = (),
@@ -99,6 +125,7 @@ def attend(
     """Causal attention of one sequence: q (T, H, d), k and v (T, K, d) -> (T, H d), heads side by side.
 
     With a window a query sees itself and the window - 1 keys before it. A head's sink is one more score, of no value.
+    ``normed`` is a norm of the rotated heads.
     """
     n_tokens, n_heads, head_dim = q.shape
     group = n_heads // k.shape[1]
@@ -109,7 +136,10 @@ def attend(
             for s in range(0 if window is None else max(0, t - window + 1), t + 1):
                 query, key = q[t, h], k[s, h // group]
                 if theta is not None:
-                    query, key = rotate(query, t, theta, scaling), rotate(key, s, theta, scaling)
+                    query = rotate(query, t, theta, scaling, part, side_by_side)
+                    key = rotate(key, s, theta, scaling, part, side_by_side)
+                if normed is not None:
+                    query, key = normed(query, "query"), normed(key, "key")
                 scores[s] = query @ key / math.sqrt(head_dim)
                 if cap is not None:
                     scores[s] = cap * math.tanh(scores[s] / cap)
@@ -171,14 +201,17 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
         for name in "qkv"
     )
     n_heads, n_kv = c["num_attention_heads"], c["num_key_value_heads"]
-    if c["model_type"] == "olmoe":  # norms of the whole vectors, then the clamp
+    if c["model_type"] in ("olmoe", "minimax_m2"):  # norms of the whole vectors
         q, k = (
             np.array([rms_norm(row, w[f"{layer}self_attn.{name}_norm.weight"], c["rms_norm_eps"]) for row in x])
             for name, x in (("q", q), ("k", k))
         )
+    if "clip_qkv" in c:  # behind the norms
         q, k, v = (np.clip(x, -c["clip_qkv"], c["clip_qkv"]) for x in (q, k, v))
     q, k, v = heads(q, n_heads), heads(k, n_kv), heads(v, n_kv)
-    if c["model_type"].startswith("qwen3"):  # a norm of every head
+    if c["model_type"].startswith(("qwen3", "dots1")) or (
+        c["model_type"] == "glm4_moe" and c["use_qk_norm"]
+    ):  # a norm of every head
         q, k = (
             np.array(
                 [
@@ -194,8 +227,17 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
     turns = c["rope_theta"] if c.get("no_rope_layers", {number: 1})[number] else None
     slides = c.get("layer_types", ["sliding_attention"] * (number + 1))[number] == "sliding_attention"
     window = c.get("sliding_window") if slides and c.get("use_sliding_window", True) else None
-    sinks = w.get(layer + "self_attn.sinks")
-    mixed = attend(q, k, v, theta=turns, scaling=c.get("rope_scaling"), window=window, sinks=sinks)
+    part = c.get("rotary_dim", q.shape[-1]) / q.shape[-1] * c.get("partial_rotary_factor", 1.0)
+    options: dict[str, Any] = {"part": part, "scaling": c.get("rope_scaling")}
+    if c["model_type"] == "ernie4_5_moe":
+        options["side_by_side"] = True
+    if c["model_type"] == "hunyuan_v1_moe":  # a larger base, and the norms behind the rotation
+        turns, options["scaling"] = turns * c["rope_scaling"]["alpha"] ** (q.shape[-1] / (q.shape[-1] - 2)), None
+        options["normed"] = lambda head, name: rms_norm(
+            head, w[f"{layer}self_attn.{name}_layernorm.weight"], c["rms_norm_eps"]
+        )
+    options["sinks"] = w.get(layer + "self_attn.sinks")
+    mixed = attend(q, k, v, theta=turns, window=window, **options)
     return mixed @ w[layer + "self_attn.o_proj.weight"].T + w.get(layer + "self_attn.o_proj.bias", 0)
 
 
@@ -214,8 +256,17 @@ def llama(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
     return np.array([head @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
 
 
+def of_networks(w: Weights, where: str, shares: Mapping[str, Any], m: Array) -> Array:
+    """The sum of gated networks' outputs, each times its share; ``where`` and a network's name are before its weights."""
+    out = np.zeros_like(m)
+    for network, share in shares.items():
+        gate, up, down = (w[f"{where}{network}{name}_proj.weight"] for name in ("gate", "up", "down"))
+        out += share * (down @ (silu(gate @ m) * (up @ m)))
+    return out
+
+
 def fine_grained(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
-    """Qwen3-MoE and OLMoE: logits (T, V)."""
+    """Qwen3-MoE, OLMoE and Qwen2-MoE, whose shared network has a gate: logits (T, V)."""
     eps = c["rms_norm_eps"]
     h = w["model.embed_tokens.weight"][tokens]
     for i in range(c["num_hidden_layers"]):
@@ -230,10 +281,88 @@ def fine_grained(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
                 chosen = np.argsort(-p, kind="stable")[: c["num_experts_per_tok"]]
                 whole = p[chosen].sum() if c["norm_topk_prob"] else 1.0
                 shares = {f"experts.{e}.": p[e] / whole for e in chosen}
-            for expert, share in shares.items():
-                gate, up, down = (w[f"{layer}mlp.{expert}{name}_proj.weight"] for name in ("gate", "up", "down"))
-                h[t] += share * (down @ (silu(gate @ m) * (up @ m)))
+                if c["model_type"] == "qwen2_moe":
+                    shares["shared_expert."] = sigmoid((w[layer + "mlp.shared_expert_gate.weight"] @ m)[0])
+            h[t] += of_networks(w, layer + "mlp.", shares, m)
     return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def sigmoid_mixture(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """GLM-4.5 and dots1: DeepSeek-V3's router over one group: logits (T, V)."""
+    eps = c["rms_norm_eps"]
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            if i < c["first_k_dense_replace"]:
+                shares = {"": 1.0}
+            else:
+                score = sigmoid(w[layer + "mlp.gate.weight"] @ m)
+                corrected = score + w[layer + "mlp.gate.e_score_correction_bias"]  # for the choice, not the weights
+                chosen = np.argsort(-corrected, kind="stable")[: c["num_experts_per_tok"]]
+                whole = score[chosen].sum() if c["norm_topk_prob"] else 1.0
+                shares = {f"experts.{e}.": c["routed_scaling_factor"] * score[e] / whole for e in chosen}
+                shares["shared_experts."] = 1.0
+            h[t] += of_networks(w, layer + "mlp.", shares, m)
+    return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def ernie(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """ERNIE 4.5 with experts: logits (T, V)."""
+    eps, table = c["rms_norm_eps"], w["model.embed_tokens.weight"]
+    h = table[tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            if not c["moe_layer_start_index"] <= i <= c["moe_layer_end_index"]:
+                shares = {"": 1.0}
+            else:
+                p = softmax(w[layer + "mlp.gate.weight"] @ m)
+                corrected = p + w[layer + "mlp.moe_statics.e_score_correction_bias"][0]
+                chosen = np.argsort(-corrected, kind="stable")[: c["moe_k"]]
+                whole = max(p[chosen].sum(), c["moe_norm_min"])
+                shares = {f"experts.{e}.": p[e] / whole for e in chosen} | {"shared_experts.": 1.0}
+            h[t] += of_networks(w, layer + "mlp.", shares, m)
+    return np.array([table @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def minimax(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """MiniMax-M2: logits (T, V)."""
+    eps = c["rms_norm_eps"]
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            experts = layer + "block_sparse_moe."
+            score = sigmoid(w[experts + "gate.weight"] @ m)
+            corrected = score + w[experts + "e_score_correction_bias"]
+            chosen = np.argsort(-corrected, kind="stable")[: c["num_experts_per_tok"]]
+            for e in chosen:
+                w1, w2, w3 = (w[f"{experts}experts.{e}.w{n}.weight"] for n in (1, 2, 3))
+                h[t] += score[e] / score[chosen].sum() * (w2 @ (silu(w1 @ m) * (w3 @ m)))
+    return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def hunyuan(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Hunyuan-A13B: logits (T, V)."""
+    eps, table = c["rms_norm_eps"], w["model.embed_tokens.weight"]
+    h = table[tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            p = softmax(w[layer + "mlp.gate.wg.weight"] @ m)
+            chosen = np.argsort(-p, kind="stable")[: c["moe_topk"]]
+            shares = {f"experts.{e}.": p[e] / p[chosen].sum() for e in chosen} | {"shared_mlp.": 1.0}
+            h[t] += of_networks(w, layer + "mlp.", shares, m)
+    return np.array([table @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
 
 
 def granite(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
@@ -361,6 +490,12 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "granitemoe": granite,
     "granitemoeshared": granite,
     "gpt_oss": gpt_oss,
+    "glm4_moe": sigmoid_mixture,
+    "dots1": sigmoid_mixture,
+    "ernie4_5_moe": ernie,
+    "hunyuan_v1_moe": hunyuan,
+    "minimax_m2": minimax,
+    "qwen2_moe": fine_grained,
     "mpt": mpt,
 }
 """Logits by ``model_type``."""

@@ -54,6 +54,10 @@ def test_q8_0_holds_them_exactly_within_float16s_powers():
         return codec.dequantize(mxfp4.as_q8_0(part), "q8_0").reshape(part.shape), part
 
     np.testing.assert_array_equal(*again(104, 147))
+    codes, scales = codes[:147].reshape(-1, 16), scales[:147].reshape(-1)
+    directly = codec.dequantize(mxfp4.pairs_as_q8_0(codes, scales), "q8_0").reshape(147, -1)
+    np.testing.assert_array_equal(directly, again(0, 147)[0].reshape(147, -1))
+    assert not codec.dequantize(mxfp4.pairs_as_q8_0(codes[:1] * 0 + 8, scales[:1]), "q8_0").any()
     finer, part = again(60, 104)
     assert np.abs(finer - part).max() <= 2**-25, "below, to the nearest multiple of 2^-24"
     assert (finer != part).any()

@@ -18,7 +18,7 @@ from quadriga.nn.moe import RouterStats
 from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.runners.torch import TorchRunner
-from tests.batches import batch, logits_of, routing_of
+from tests.batches import batch, logits_of, passed
 from tests.checkpoint.models import TINY
 from tests.nn.routing import exact, row_errors, worst_lag
 from tests.tolerance import KERNEL_ROUNDINGS, faults, relative_error
@@ -42,7 +42,9 @@ UNIT = {"bfloat16": 2**-8, "int8": 0.0083, "int16": 0.0083 / 128}
 """Unit roundoff of activations. Groups of 32 in 8 bits: the step is max / 127, the largest of 32 normal numbers about 2.1
 deviations, so the error's root mean square is 2.1 / 127 / sqrt(12) = 0.0048 = u / sqrt(3). int16 has 128 times the steps."""
 
-FORMATS = [("bfloat16", "bfloat16")] + [(form, bits) for form in ("q8", "q4", "q4m") for bits in ("int8", "int16")]
+FORMATS = [("bfloat16", "bfloat16")] + [
+    (form, bits) for form in ("q8", "q4", "q4m", "mx4") for bits in ("int8", "int16")
+]
 
 
 def make(config: ModelConfig, form: str, **options: object) -> tuple[CompiledModel, Transformer]:
@@ -70,10 +72,13 @@ def sequence(seed: int, n: int) -> list[int]:
     return torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def check(compiled: CompiledModel, tokens: list[int], blocks: list[int], plain: Transformer, unit: float) -> None:
+def check(
+    compiled: CompiledModel, tokens: list[int], blocks: list[int], plain: Transformer, unit: float
+) -> list[RouterStats]:
     """Every row of logits is within the bound that rounding at ``unit`` explains, given the experts that were chosen."""
-    got = logits_of(compiled, batch([(tokens, 0, blocks)]))
-    judge(got, routing_of(compiled, len(tokens)), plain, tokens, unit)
+    got, routing = passed(compiled, batch([(tokens, 0, blocks)]))
+    judge(got, routing, plain, tokens, unit)
+    return routing
 
 
 def judge(got: Tensor, choices: list[RouterStats], plain: Transformer, tokens: list[int], unit: float) -> None:
@@ -89,8 +94,7 @@ def test_equals_the_plain_model_in_float32(family: str, isa: str) -> None:
     config = FAMILIES[family]
     compiled, plain = make(config, "float32", isa=isa)
     tokens = sequence(5, 37)
-    check(compiled, tokens, [3, 9, 0], plain, 2**-21)  # exp and erf to 1.5e-7, sums in float32
-    got_routing = routing_of(compiled, len(tokens))
+    got_routing = check(compiled, tokens, [3, 9, 0], plain, 2**-21)  # exp and erf to 1.5e-7, sums in float32
     with torch.inference_mode():
         _, routing = plain.hidden(torch.tensor(tokens), PackedContext([len(tokens)]))
     for mine, theirs in zip(got_routing, routing, strict=True):
@@ -168,8 +172,8 @@ def test_a_wrong_model_is_seen() -> None:
 def test_expert_load_counts_every_choice() -> None:
     compiled, _ = make(FAMILIES["mixtral"], "q8")
     for seed in (1, 2):
-        logits_of(compiled, batch([(sequence(seed, 20), 0, [0, 1])]))
-    for load, routing in zip(compiled.expert_load(), routing_of(compiled, 20), strict=True):
+        _, last = passed(compiled, batch([(sequence(seed, 20), 0, [0, 1])]))
+    for load, routing in zip(compiled.expert_load(), last, strict=True):
         assert int(load.sum()) == 2 * 20 * 3
         assert bool((load >= torch.bincount(routing.expert_ids.reshape(-1), minlength=5).numpy()).all())
 
@@ -203,15 +207,14 @@ def test_of_equal_experts_the_lower_numbers_are_chosen(equal: tuple[int, ...], i
         router[list(equal)] = router[equal[0]].clone()
     compiled = CompiledModel(config, pack_parameters(arrays(parameters), "float32"), threads=2, n_blocks=4, isa=isa)
     tokens = sequence(6, 41)
-    logits_of(compiled, batch([(tokens, 0, [0, 1, 2])]))
-    for stats in routing_of(compiled, len(tokens)):
+    for stats in passed(compiled, batch([(tokens, 0, [0, 1, 2])]))[1]:
         for ids, probs in zip(stats.expert_ids.tolist(), stats.probs.tolist(), strict=True):
             assert len({probs[e] for e in equal}) == 1
             assert ids == sorted(range(5), key=lambda e: (-probs[e], e))[:3]
 
 
 MIXTURES = {
-    "every expert another": ["float32", "bfloat16", "q8", "q4", "q4m"],
+    "every expert another": ["float32", "bfloat16", "q8", "mx4", "q4m"],
     "floats beside integers": ["q8", "bfloat16", "q8", "float32", "q4"],
     "integers": ["q4", "q8", "q4m", "q4", "q8"],
 }

@@ -17,10 +17,10 @@ from quadriga.kernels.cpu import library as cpu
 from quadriga.model.config import ModelConfig
 from quadriga.nn.transformer import Transformer
 from quadriga.runners.compiled import CompiledModel, pack_parameters
-from tests.batches import batch, logits_of, routing_of
+from tests.batches import batch, logits_of, passed
 from tests.golden.checkpoints import NAMES, oracle, results
 from tests.golden.weights import MODELS, PREFILL, TOKENS, ragged
-from tests.nn.wrong_models import MUTATIONS
+from tests.nn.wrong_models import MUTATIONS, left_to
 
 LoadModel = Callable[..., Transformer]
 
@@ -32,8 +32,9 @@ BLOCKS = [5, 0, 7]
 
 
 def build(model: Transformer, config: ModelConfig | None = None, isa: str | None = None) -> CompiledModel:
-    parameters = pack_parameters(arrays(model.state_dict()), "float32")
-    return CompiledModel(config or model.config, parameters, threads=2, n_blocks=12, kv_format="float32", isa=isa)
+    config = config or model.config
+    parameters = pack_parameters(arrays(left_to(config, model.state_dict())), "float32")
+    return CompiledModel(config, parameters, threads=2, n_blocks=12, kv_format="float32", isa=isa)
 
 
 def prefill(model: CompiledModel) -> Tensor:
@@ -73,9 +74,8 @@ def test_prefill_and_decode_equal_the_numpy_statement(golden_model: LoadModel, n
 @pytest.mark.parametrize("name", ["dbrx", "mixtral"])
 def test_routing_equals_transformers(golden_model: LoadModel, name: str, isa: str) -> None:
     model = build(golden_model(name), isa=isa)
-    prefill(model)
     theirs = results()[f"{name}.router_probs"]
-    stats = routing_of(model, len(TOKENS))
+    _, stats = passed(model, batch([(TOKENS, 0, BLOCKS)]))
     assert torch.stack([layer.probs for layer in stats]).sub(theirs).abs().max() < 1e-5
     assert torch.equal(torch.stack([layer.expert_ids for layer in stats]), theirs.topk(3).indices)
     for layer, probs in zip(stats, theirs, strict=True):

@@ -19,7 +19,7 @@ from quadriga.nn.context import PackedContext
 from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.runners.torch import TorchRunner
-from tests.batches import batch, logits_of, routing_of
+from tests.batches import batch, passed
 from tests.mixed import MIXED
 
 PARAMETERS = random_parameters(MIXED, std=0.2)
@@ -52,10 +52,9 @@ def test_the_kernels_compute_what_torch_computes() -> None:
     compiled = CompiledModel(
         MIXED, pack_parameters(arrays(PARAMETERS), "float32"), threads=1, n_blocks=8, kv_format="float32"
     )
-    logits = logits_of(compiled, batch([(IDS.tolist(), 0, list(range(5)))]))
+    logits, routed = passed(compiled, batch([(IDS.tolist(), 0, list(range(5)))]))
     scale = float(expected.abs().max())
     assert float((logits - expected).abs().max()) < 2e-5 * scale
-    routed = routing_of(compiled, len(IDS))
     assert len(routed) == len(stats) == 3
     for mine, theirs in zip(routed, stats, strict=True):
         assert np.array_equal(np.asarray(mine.expert_ids), theirs.expert_ids.numpy())

@@ -21,7 +21,7 @@ from quadriga.nn.lora import attach
 from quadriga.nn.moe import MoE
 from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.runners.compiled import CompiledModel, pack_parameters
-from tests.batches import batch, logits_of, routing_of
+from tests.batches import batch, logits_of, passed
 from tests.mixed import PIECES
 
 HERE = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1]
@@ -130,9 +130,9 @@ def test_the_kernels_compute_what_torch_computes(isa: str) -> None:
     expected, stats = model(IDS, PackedContext([len(IDS)]), with_stats=True)
     packed = pack_parameters(arrays(values), "float32")
     compiled = CompiledModel(PIECES, packed, threads=2, n_blocks=8, kv_format="float32", isa=isa)
-    logits = logits_of(compiled, batch([(IDS.tolist(), 0, list(range(5)))]))
+    logits, routing = passed(compiled, batch([(IDS.tolist(), 0, list(range(5)))]))
     assert float((logits - expected).abs().max()) < 2e-5 * float(expected.max() - expected.min())
-    for mine, theirs, load in zip(routing_of(compiled, len(IDS)), stats, compiled.expert_load(), strict=True):
+    for mine, theirs, load in zip(routing, stats, compiled.expert_load(), strict=True):
         assert np.array_equal(np.asarray(mine.expert_ids), theirs.expert_ids.numpy())
         torch.testing.assert_close(mine.expert_weights.double(), theirs.expert_weights, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mine.probs.double(), theirs.probs, rtol=1e-3, atol=1e-5)
@@ -166,8 +166,8 @@ def test_many_experts_are_chosen_in_order_and_of_equal_ones_the_lower(n_experts:
     router[1::3] = router[0].clone()  # a third of them alike
     packed = pack_parameters(arrays(values), "float32")
     compiled = CompiledModel(config, packed, threads=1, n_blocks=8, kv_format="float32", isa=isa)
-    logits_of(compiled, batch([(IDS.tolist(), 0, list(range(5)))]))
-    for ids, logits in zip(*(getattr(routing_of(compiled, 71)[0], part).tolist() for part in ("expert_ids", "logits"))):  # noqa: B905
+    _, (routing,) = passed(compiled, batch([(IDS.tolist(), 0, list(range(5)))]))
+    for ids, logits in zip(*(getattr(routing, part).tolist() for part in ("expert_ids", "logits"))):  # noqa: B905
         assert ids == sorted(range(n_experts), key=lambda e, z=logits: (-z[e], e))[:top_k]
 
 

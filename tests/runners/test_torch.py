@@ -22,7 +22,7 @@ from quadriga.nn.context import PackedContext
 from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.runners.torch import TorchRunner
-from tests.batches import batch, logits_of, routing_of
+from tests.batches import batch, logits_of, passed
 
 KINDS = ["dense", "moe", "alibi", "soft_cap"]
 
@@ -107,9 +107,7 @@ def test_both_runners_say_the_same_of_the_routers(changes: dict[str, Any]) -> No
         config, pack_parameters(arrays(parameters), "float32"), threads=2, n_blocks=4, kv_format="float32"
     )
     one_batch = batch([(random_ids(5, 33), 0, [3, 0, 2])])
-    logits_of(torch_runner, one_batch)
-    logits_of(kernels, one_batch)
-    theirs, mine = routing_of(torch_runner, 33), routing_of(kernels, 33)
+    (_, theirs), (_, mine) = passed(torch_runner, one_batch), passed(kernels, one_batch)
     assert len(theirs) == len(mine) == 4
     for a, b in zip(mine, theirs, strict=True):
         assert torch.equal(a.expert_ids, b.expert_ids)
@@ -124,8 +122,7 @@ def test_expert_load_counts_every_choice_of_every_pass() -> None:
     runner, ids = build("moe"), random_ids(4, 40)
     counts = [np.zeros(5, dtype=np.int64) for _ in range(4)]
     for start, stop in ((0, 25), (25, 26), (26, 40)):
-        runner.forward(batch([(ids[start:stop], start, [0, 1, 2])]))
-        for layer, stats in enumerate(runner.router_stats(stop - start)):
-            counts[layer] += np.bincount(stats.expert_ids.reshape(-1), minlength=5)
+        for layer, stats in enumerate(passed(runner, batch([(ids[start:stop], start, [0, 1, 2])]))[1]):
+            counts[layer] += np.bincount(stats.expert_ids.numpy().reshape(-1), minlength=5)
     assert [load.tolist() for load in runner.expert_load()] == [count.tolist() for count in counts]
     assert all(count.sum() == 40 * 3 for count in counts)

@@ -157,10 +157,10 @@ class Gate:
         self._forward = self._runner.forward
 
     def __enter__(self) -> Gate:
-        def forward(batch: Any) -> Any:
+        def forward(batch: Any, **wanted: Any) -> Any:
             self._n_begun += 1
             assert self._passes.acquire(timeout=HANG_S), "a pass is let through"
-            return self._forward(batch)
+            return self._forward(batch, **wanted)
 
         self._runner.forward = forward  # type: ignore[method-assign]
         return self

@@ -12,10 +12,11 @@ from quadriga import LLM
 from quadriga.io.adapter import Adapter, save
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.nn.transformer import Transformer, random_parameters
+from quadriga.runners.torch import TorchRunner
 from quadriga.text.chat import CHATML
 from quadriga.text.tokenizer import Tokenizer
 from tests.checkpoint.models import TINY
-from tests.nn.test_lora import random_factors
+from tests.nn.test_lora import stored_factors
 from tests.server.conftest import Bytes, running
 
 
@@ -23,10 +24,10 @@ def test_requests_choose_adapters_by_the_models_name(tmp_path: Path) -> None:
     config = replace(TINY["dbrx"], vocab_size=257, max_seq_len=256)
     model = Transformer.from_parameters(config, random_parameters(config, std=0.3))
     tokenizer = Tokenizer(Bytes(), special_ids={"<|end|>": 256}, eos_ids=(256,), chat_template=CHATML)
-    llm = LLM(model, tokenizer, max_sequences=8)
+    llm = LLM(TorchRunner(model), tokenizer, max_sequences=8)
     spec = LoraSpec(rank=4, alpha=6.0, targets=("attention", "experts", "router"))
     for seed, name in enumerate(("one", "two"), 1):
-        save(Adapter(spec=spec, factors=random_factors(config, spec, seed)), tmp_path / name)
+        save(Adapter(spec=spec, factors=stored_factors(config, spec, seed)), tmp_path / name)
         llm.add_adapter(name, tmp_path / name)
     torch.manual_seed(0)
     with running(llm) as live:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import httpx2
 import numpy as np
 import pytest
 
+from quadriga.runners.base import PassResult
 from quadriga.server import run
 from quadriga.server.run import EXIT_FAILED
 from tests.server.conftest import Gate, Live, running, tiny_llm
@@ -65,9 +67,9 @@ def test_not_a_number_ends_its_requests_only() -> None:
         runner = live.service.llm.engine.runner
         real, broken = runner.forward, threading.Event()
 
-        def forward(batch: Any) -> Any:
-            logits = real(batch)
-            return np.full_like(logits, np.nan) if broken.is_set() else logits
+        def forward(batch: Any, **wanted: Any) -> PassResult:
+            result = real(batch, **wanted)
+            return replace(result, logits=np.full_like(result.logits, np.nan)) if broken.is_set() else result
 
         runner.forward = forward  # type: ignore[method-assign]
         with Gate(live) as gate, ThreadPoolExecutor(1) as pool:
@@ -89,8 +91,13 @@ def test_not_a_number_ends_its_requests_only() -> None:
 def test_states_that_are_not_finite_are_no_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(tiny_llm()) as live:
         runner = live.service.llm.engine.runner
-        real = runner.hidden
-        monkeypatch.setattr(runner, "hidden", lambda n: real(n) * float("nan"))
+        real = runner.forward
+
+        def forward(batch: Any, **wanted: Any) -> PassResult:
+            result = real(batch, **wanted)
+            return result if result.hidden is None else replace(result, hidden=result.hidden * np.float32("nan"))
+
+        monkeypatch.setattr(runner, "forward", forward)
         refused = live.post("/v1/embeddings", {"model": "tiny", "input": "x"})
         assert refused.status_code >= 400 and "not finite" in refused.text
         assert live.settled()
@@ -211,13 +218,13 @@ llm = tiny_llm()
 real = llm.engine.runner.forward
 
 
-def forward(batch):
+def forward(batch, **wanted):
     if 33 in batch.tokens:  # an exclamation mark
         if kind == "hang":
             print("in the step", flush=True)
             threading.Event().wait()
         raise {"runtime": RuntimeError("a wheel came off"), "exit": SystemExit(3)}[kind]
-    return real(batch)
+    return real(batch, **wanted)
 
 
 llm.engine.runner.forward = forward

@@ -18,7 +18,8 @@ from quadriga.server.schema import (
     Tool,
     ToolCall,
 )
-from quadriga.server.tools import CLOSE, OPEN, Answer, Reading, ToolUse
+from quadriga.server.tools import CLOSE, OPEN, Answer, Piece, Reading, ToolUse, reader
+from quadriga.text.reasoning import Thought
 from quadriga.text.template_abilities import Abilities
 from quadriga.text.tool_calls.reader import Reader
 
@@ -112,6 +113,31 @@ def test_without_tools_everything_is_words() -> None:
     for used in (use(tools=None), use("none")):
         answer = read(used, call("weather"))
         assert (answer.content, answer.calls) == (call("weather"), [])
+
+
+def test_channels_of_gpt_oss_are_thoughts_words_and_calls() -> None:
+    text = (
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.weather "
+        '<|constrain|>json<|message|>{"city": "Oslo"}<|call|><|start|>assistant to=functions.other<|channel|>commentary'
+        "<|message|>{}<|call|><|start|>assistant<|channel|>final<|message|>Wet.<|return|>"
+    )
+    reading = Reading(use().reads, channels=True)
+    answer = reading.read(text)
+    assert (answer.thought, answer.content) == ("Hm.", "{}Wet.") and named(answer.calls) == [
+        ("weather", {"city": "Oslo"})
+    ]
+    for seed in range(10):
+        rng, one, at, found = random.Random(seed), reader(reading), 0, list[Piece]()
+        while at < len(text):
+            n = rng.choice([1, 2, 3, 9])
+            found += one.push(text[at : at + n], last=at + n >= len(text))
+            at += n
+        assert "".join(piece for piece in found if isinstance(piece, str)) == "{}Wet." and one.n_calls == 1
+        assert "".join(piece.text for piece in found if isinstance(piece, Thought)) == "Hm." and one.n_thinking
+    assert (
+        "<|channel|>" in reading.marks
+        and Reading(None, channels=True).read("<|channel|>final<|message|>a").content == "a"
+    )
 
 
 def test_the_named_tool_is_the_only_one() -> None:

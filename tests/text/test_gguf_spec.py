@@ -111,6 +111,14 @@ def test_llama_3_begins_every_text_with_bos_unless_the_file_says_otherwise() -> 
     assert _load(_bpe(pre="llama-bpe", add_bos_token=False)).prefix_ids == []
     assert _load(_bpe(pre="gpt-2")).prefix_ids == []
     assert _load(_bpe(pre="gpt-2", add_bos_token=True)).prefix_ids == [1]
+    assert _load(_bpe(pre="glm4")).prefix_ids == _load(_bpe(pre="chatglm-bpe")).prefix_ids == []
+
+
+def test_rules_that_several_families_share() -> None:
+    patterns = {name: GGUF_PATTERNS[name].patterns for name in GGUF_PATTERNS}
+    assert patterns["glm4"] == patterns["chatglm-bpe"] == patterns["llama-bpe"]
+    assert patterns["minimax-m2"] == patterns["gpt-4o"]
+    assert patterns["hunyuan"] == patterns["qwen2"] and GGUF_PATTERNS["hunyuan"].normalizer is None
 
 
 def test_what_stands_around_a_text(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from quadriga.text.harmony import Content, Event, HarmonyParser, Reasoning, ToolCall, joined, parse
+from quadriga.text.harmony import (
+    MARKS,
+    Content,
+    Event,
+    HarmonyParser,
+    Reasoning,
+    TokenParser,
+    ToolCall,
+    joined,
+    parse,
+    speaks_harmony,
+)
+from tests.text.template_language import STRUCTURES
+from tests.text.test_turn_ends import tokenizer_of
 
 THINK = "<|channel|>analysis<|message|>A sum: 2 < 3, so <b> it is.<|end|>"
 ANSWERS: dict[str, tuple[str, list[Event]]] = {
@@ -81,3 +96,19 @@ def test_text_comes_as_soon_as_it_can_be_no_mark() -> None:
     assert parser.push("<|end|>") == parser.push("<|start|>assistant to=functions.f<|channel|>commentary") == []
     assert parser.push("<|message|>{") == [ToolCall(1, "f", ""), ToolCall(1, "f", "{")]
     assert parser.finish() == []
+
+
+@pytest.mark.parametrize("name", ["thought and answer", "a call behind the channel", "a start for an end"])
+def test_tokens_are_parsed_as_their_text(tmp_path: Path, name: str) -> None:
+    text, expected = ANSWERS[name]
+    tokenizer = tokenizer_of(tmp_path, STRUCTURES["channels"], list(MARKS))
+    assert speaks_harmony(tokenizer)
+    ids = tokenizer.encode(text, allow_special=True)
+    assert tokenizer.special_ids["<|message|>"] in ids
+    parser = TokenParser(tokenizer)
+    events = [event for i in ids for event in parser.push(i)]
+    assert joined([*events, *parser.finish()]) == expected
+
+
+def test_a_vocabulary_without_calls_speaks_something_else(tmp_path: Path) -> None:
+    assert not speaks_harmony(tokenizer_of(tmp_path, None, ["<|start|>", "<|message|>", "<|end|>"]))

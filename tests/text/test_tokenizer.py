@@ -149,7 +149,7 @@ def test_a_whole_word_is_one_token_where_the_rule_says_so() -> None:
     table = vocabularies.gguf_bpe()
     tokens, kinds = table["tokenizer.ggml.tokens"], table["tokenizer.ggml.token_type"]
     table |= {"tokenizer.ggml.tokens": [*tokens, "\u0120zqxj"], "tokenizer.ggml.token_type": [*kinds, 1]}
-    for pre, whole in (("llama-bpe", True), ("dbrx", True), ("gpt-2", False), ("qwen2", False)):
+    for pre, whole in (("llama-bpe", True), ("dbrx", True), ("gpt-2", False), ("glm4", False), ("qwen2", False)):
         tokenizer = load_gguf(table | {"tokenizer.ggml.pre": pre})
         assert tokenizer is not None
         assert (tokenizer.encode(" zqxj") == [len(tokens)]) == whole, pre

@@ -118,7 +118,7 @@ WORDS = [
     ("llama3", '{"city": "Oslo"} is JSON'),
     ("pythonic", "[1, 2] are numbers"),
     ("pythonic", "[run(code=1+1)]"),
-    *((name, "Just words, a < b [1] {2}.") for name in FORMS),
+    *((name, "Just words, a < b [1] {2}.") for name in FORMS if name != "harmony"),
 ]
 
 
@@ -172,6 +172,7 @@ def test_a_form_is_tried_so_often_and_no_more(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_form_is_known_by_its_template() -> None:
     for sign, name in {
+        "<|channel|>analysis": "harmony",
         "{{ '<tool_call>' }}": "hermes",
         "<tool_call>\n<function=example>\n<parameter=x>": "qwen3_coder",
         "<tool_call>{name}\n<arg_key>": "glm",

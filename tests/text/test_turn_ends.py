@@ -14,7 +14,7 @@ import pytest
 from quadriga import LLM, SamplingParams
 from quadriga.engine.text_model import TextModel
 from quadriga.nn.transformer import Transformer, random_parameters
-from quadriga.runners.base import Floats
+from quadriga.runners.base import PassResult
 from quadriga.runners.torch import TorchRunner
 from quadriga.text import turn_ends as module
 from quadriga.text.chat import CHATML
@@ -203,13 +203,14 @@ class Script(TorchRunner):
         super().__init__(Transformer.from_parameters(config, random_parameters(config)), 64)
         self._script, self._at = text.encode(), 0
 
-    def forward(self, batch: Any) -> Floats:
-        logits = super().forward(batch)
-        if len(logits):
-            logits = np.full_like(logits, -9.0)
+    def forward(self, batch: Any, **wanted: Any) -> PassResult:
+        result = super().forward(batch, **wanted)
+        if len(result.logits):
+            logits = np.full_like(result.logits, -9.0)
             logits[:, self._script[self._at % len(self._script)]] = 9.0
             self._at += 1
-        return logits
+            result = replace(result, logits=logits)
+        return result
 
 
 def script(text: str) -> LLM:
@@ -222,7 +223,7 @@ PARAMS = SamplingParams(max_new_tokens=40)
 def test_a_chat_stops_at_the_template_s_token(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(tmp_path, simple("A: ", "<|fertig|>"), ["<|fertig|>"])
     config = replace(TINY["llama2"], vocab_size=448, eos_ids=())
-    llm = LLM(Transformer.from_parameters(config, random_parameters(config)).eval(), tokenizer)
+    llm = LLM(TorchRunner(Transformer.from_parameters(config, random_parameters(config))), tokenizer)
     end = tokenizer.special_ids["<|fertig|>"]
     assert llm.end_ids == {end, tokenizer.special_ids[EOS]}
     done = llm.chat("Hi", SamplingParams(max_new_tokens=8, logit_bias={end: 100.0}))

@@ -22,7 +22,15 @@ from quadriga.cli.data import data_app
 from quadriga.cli.eval import eval_command
 from quadriga.cli.generate import generate_command
 from quadriga.cli.info import info_command
-from quadriga.cli.models import models_app, pull_command
+from quadriga.cli.models import (
+    list_command,
+    models_app,
+    ps_command,
+    pull_command,
+    remove_command,
+    run_command,
+    show_command,
+)
 from quadriga.cli.plan import plan_command
 from quadriga.cli.serve import serve_command
 from quadriga.cli.train import train_command
@@ -52,6 +60,7 @@ app.command(
         "quadriga chat                                   a conversation; /help lists its commands",
         "cat notes.txt | quadriga chat --system 'Summarise in one sentence.'",
         "quadriga chat --model ./my-model --temperature 0.7 --seed 1",
+        "quadriga chat --url http://127.0.0.1:8000          with a server that runs already",
     ),
 )(chat_command)
 app.command(
@@ -136,6 +145,17 @@ app.command(
         "quadriga info dbrx-132b", "quadriga info model.gguf --json", "quadriga info grok-1 --context 4096"
     ),
 )(info_command)
+for _name, _command in (("ls", list_command), ("show", show_command), ("rm", remove_command)):
+    app.command(_name, rich_help_panel="Short for `quadriga models`")(_command)
+app.command(
+    "run",
+    epilog=_example('quadriga run quadriga-nano "The capital of France is"', "quadriga run hf:ORG/REPO"),
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(run_command)
+app.command(
+    "ps",
+    epilog=_example("quadriga ps", "quadriga ps --url http://10.0.0.5:8000 --api-key $KEY"),
+)(ps_command)
 app.command(
     "pull",
     epilog=_example("quadriga pull smollm2-135m-instruct", "quadriga pull hf:ORG/REPO@REVISION"),
@@ -175,6 +195,13 @@ def main() -> None:
     try:
         runtime.start_logging()
         app()
+    except ModuleNotFoundError as error:
+        if error.name != "torch" or runtime.debug():
+            raise
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        extra = "train" if command in ("train", "tune") else "torch"
+        print(f"error: {runtime.without_torch(f'quadriga {command} as asked for', extra)}", file=sys.stderr)
+        sys.exit(1)
     except QuadrigaError as error:
         if runtime.debug():
             raise

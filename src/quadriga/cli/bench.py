@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -16,6 +16,7 @@ from quadriga.cli.command import Commands
 
 if TYPE_CHECKING:
     from quadriga.engine.load_options import LoadOptions
+    from quadriga.runners.compiled import CompiledModel
 
 _DEFAULT_N = {"decode": (64,), "prefill": (512, 2048), "batch": (1, 4, 8, 16, 32), "depth": (4096, 16384)}
 
@@ -36,12 +37,12 @@ def bench_command(
 
     from quadriga import __version__, runtime
     from quadriga.bench.speed import Bench, Row
-    from quadriga.runners.compiled import CompiledModel
 
     llm = options.load_model(model, _on_kernels(format, activations, kv_format, threads))
-    assert isinstance(llm.runner, CompiledModel), "checked before it was loaded"
+    runner = cast("CompiledModel", llm.runner)  # the options were checked before it was loaded
     rows: list[Row] = []
-    bench = Bench(llm.runner, dict(llm.runner.parameters), rounds=rounds)
+    kernels = runner.program.context
+    bench = Bench(runner, dict(runner.parameters), rounds=rounds)
     for one in n or _DEFAULT_N[what]:
         row = bench.run(what, one)
         rows.append(row)
@@ -57,7 +58,7 @@ def bench_command(
             if fresh:
                 writer.writerow(_COLUMNS)
             for row in rows:
-                machine = (runtime.cpu_name(), llm.runner.program.context.isa, llm.runner.program.context.threads)
+                machine = (runtime.cpu_name(), kernels.isa, kernels.threads)
                 speed = (f"{row.tokens_per_s:.2f}", f"{row.spread:.3f}", f"{row.roofline:.2f}", row.limit)
                 what_ran = (llm.name, format or "keep", kv_format or "bfloat16", row.kind, row.n)
                 writer.writerow((__version__, *machine, *what_ran, *speed, f"{row.share:.3f}"))

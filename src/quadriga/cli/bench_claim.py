@@ -46,7 +46,7 @@ def bench_claim(batches: Sequence[int] | None, form: str, threads: int | None, r
 
     if out is not None and out.suffix != ".csv":
         raise EvaluationError(f"--csv names a file that ends in .csv, and the picture is drawn beside it; got {out}")
-    count = runtime.set_threads(threads)
+    count = runtime.n_threads(threads)
     rows = claim.run(
         packed_format=form,
         threads=count,

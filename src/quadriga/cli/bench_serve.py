@@ -204,11 +204,12 @@ def _as_json(url: str, shape: Shape, goal: Objectives, rows: list[dict[str, Any]
 def _need_matplotlib(path: Path) -> None:
     import importlib.util
 
+    from quadriga import runtime
     from quadriga.errors import ConfigError
 
     options.require_picture(path, (".svg",))
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--picture needs matplotlib: pip install 'quadriga[bench]', or leave --picture out")
+        raise ConfigError(f"--picture needs matplotlib: {runtime.install_hint('bench')}, or leave --picture out")
 
 
 def _draw(rows: list[dict[str, Any]], model: str, path: Path) -> None:

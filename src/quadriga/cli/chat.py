@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quadriga.cli import options
+from quadriga.cli.remote import RemoteModel
 from quadriga.errors import InputError, RequestError
 
 if TYPE_CHECKING:
+    from quadriga.cli.remote import Piece
     from quadriga.engine.llm import LLM
     from quadriga.engine.request import SamplingParams, TokenEvent
 
-    Answer = Generator[TokenEvent, None, None]
+    Answer = Generator[TokenEvent | Piece, None, None]
 
 HELP = """\
 /help                 this list
@@ -61,6 +63,12 @@ def chat_command(
     seed: options.Seed = None,
     json: options.Json = False,
     speculate: options.Speculate = 0,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Talk to a server with OpenAI's interface instead, e.g. http://127.0.0.1:8000."),
+    ] = None,
+    api_key: options.APIKey = None,
+    api_model: options.APIModel = None,
     format: options.Format = None,
     activations: options.Activations = None,
     kv_format: options.KVFormat = None,
@@ -101,12 +109,19 @@ def chat_command(
             raise RequestError("standard input was empty; give a question as an argument, or pipe one in")
     if json and prompt is None:
         raise RequestError("--json answers one question: give it as an argument or on standard input")
-    llm = options.load_model(model, how)
+    llm: LLM | RemoteModel
+    if url is not None:
+        llm = RemoteModel(url, api_key, api_model)
+    else:
+        llm = options.load_model(model, how)
     session = ChatSession(llm, params, system=system)
     if prompt is None:
         _converse(session)
+    elif json and url is not None:
+        pieces = list(session.ask(prompt))
+        print(options.as_json({"text": "".join(p.text for p in pieces), "finish_reason": pieces[-1].finish_reason}))
     elif json:
-        done = llm.chat([*session.opening(), {"role": "user", "content": prompt}], params)
+        done = session.local.chat([*session.opening(), {"role": "user", "content": prompt}], params)
         fields = {"text": done.text, "finish_reason": done.finish_reason, "n_prompt_tokens": done.n_prompt_tokens}
         speed = {"tokens_per_s": done.tokens_per_s, "time_to_first_token_s": done.time_to_first_token_s}
         print(options.as_json({**fields, "token_ids": done.token_ids, **speed}))
@@ -114,7 +129,7 @@ def chat_command(
         print_stream(session.ask(prompt), llm)
 
 
-def print_stream(events: Answer, llm: LLM) -> None:
+def print_stream(events: Answer, llm: LLM | RemoteModel) -> None:
     """Print an answer as it comes, then one dim line about it (on stderr, so that pipes get the answer only)."""
     started = first = time.perf_counter()
     n_tokens, reason = 0, "cancelled"
@@ -142,7 +157,7 @@ def print_stream(events: Answer, llm: LLM) -> None:
 class ChatSession:
     """A conversation with a model: its turns, its settings, and the slash commands over them."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, *, system: str | None = None) -> None:
+    def __init__(self, llm: LLM | RemoteModel, params: SamplingParams, *, system: str | None = None) -> None:
         self.llm = llm
         self.params = params
         self.system = system
@@ -150,6 +165,17 @@ class ChatSession:
         self.answers = 0
         self.answer_tokens = 0
         self.answer_s = 0.0
+
+    @property
+    def local(self) -> LLM:
+        """The model, where it is in this process.
+
+        Raises:
+            RequestError: it is behind an address.
+        """
+        if isinstance(self.llm, RemoteModel):
+            raise RequestError("that needs the model in this process: leave --url out")
+        return self.llm
 
     def opening(self) -> list[dict[str, str]]:
         """The system message, if there is one."""
@@ -168,7 +194,7 @@ class ChatSession:
             raise
         return self._record(events)
 
-    def _record(self, events: Iterable[TokenEvent]) -> Answer:
+    def _record(self, events: Iterable[TokenEvent | Piece]) -> Answer:
         text, started = "", time.perf_counter()
         try:
             for event in events:
@@ -215,9 +241,10 @@ class ChatSession:
                 self._load(rest, say)
             case "/stats":
                 rate = self.answer_tokens / self.answer_s if self.answer_s else 0.0
-                used = len(self.llm.chat_ids([*self.opening(), *self.turns])) if self.turns else 0
                 say(f"{self.answers} answers, {self.answer_tokens} tokens, {rate:.1f} tok/s")
-                say(f"context: {used} of {self.llm.config.max_seq_len} tokens")
+                if not isinstance(self.llm, RemoteModel):
+                    used = len(self.llm.chat_ids([*self.opening(), *self.turns])) if self.turns else 0
+                    say(f"context: {used} of {self.llm.config.max_seq_len} tokens")
             case "/tokens":
                 self._tokens(rest, say)
             case "/experts":
@@ -288,25 +315,25 @@ class ChatSession:
         say(f"loaded {len(self.turns)} turns")
 
     def _tokens(self, text: str, say: Callable[[str], None]) -> None:
-        tokenizer = self.llm.tokenizer
+        tokenizer = self.local.tokenizer
         if not text or tokenizer is None:
             raise RequestError("give a text: /tokens TEXT")
         ids = tokenizer.encode(text)
         say(f"{len(ids)} tokens: " + " ".join(f"{i}:{tokenizer.token_text(i)!r}" for i in ids))
 
     def _experts(self, say: Callable[[str], None]) -> None:
-        mixtures = self.llm.config.moe_layers
+        mixtures = self.local.config.moe_layers
         if not mixtures:
             say("this is a dense model: every token uses the whole feed-forward network, there are no experts")
             return
         self._require_answer("look into")
-        prompt = self.llm.chat_ids([*self.opening(), *self.turns[:-1]])
-        tokenizer = self.llm.tokenizer
+        prompt = self.local.chat_ids([*self.opening(), *self.turns[:-1]])
+        tokenizer = self.local.tokenizer
         assert tokenizer is not None, "a chat has a tokenizer"
         ids = [*prompt, *tokenizer.encode_continuation(self.turns[-1]["content"])]
         most = max(spec.n_experts for _, spec in mixtures)
         say(f"share of the answer's tokens by layer (rows) and expert (columns 0..{most - 1}), in %")
-        for (layer, spec), stats in zip(mixtures, self.llm.routing(ids), strict=True):
+        for (layer, spec), stats in zip(mixtures, self.local.routing(ids), strict=True):
             answered = stats.expert_ids[len(prompt) :].reshape(-1)
             load = [int((answered == expert).sum()) for expert in range(spec.n_experts)]
             share = [round(100 * spec.top_k * n / max(1, answered.size)) for n in load]

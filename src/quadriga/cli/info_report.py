@@ -180,8 +180,8 @@ def _attention(layer: LayerSpec) -> str:
     attn = layer.mixer
     clip = f", clipped to {attn.clip_qkv:g}" if attn.clip_qkv is not None else ""
     match attn.position:
-        case RopeSpec(theta=theta):
-            position = f"RoPE {theta:g}"
+        case RopeSpec(theta=theta, dim=dim):
+            position = f"RoPE {theta:g}" + ("" if dim is None else f" of the first {dim} numbers")
         case AlibiSpec(max_bias=max_bias):
             position = f"ALiBi {max_bias:g}"
         case None:
@@ -192,7 +192,8 @@ def _attention(layer: LayerSpec) -> str:
 def _feed_forward(layer: LayerSpec) -> str:
     ffn = layer.ffn
     if isinstance(ffn, MoESpec):
-        router = "" if ffn.score == "softmax" else f", chosen by {ffn.score}"
+        plain = ffn.score == "softmax" and not ffn.correction
+        router = "" if plain else f", chosen by {ffn.score}"
         groups = "" if ffn.n_groups == 1 else f" in {ffn.top_k_groups} of {ffn.n_groups} groups"
         corrected = " with a correction" if ffn.correction else ""
         shared = "" if ffn.shared is None else f"; beside them a shared network of width {ffn.shared.d_ff:,}"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from quadriga.cli import options
 from quadriga.cli.command import Commands
 from quadriga.cli.progress import progress_bar
@@ -21,6 +25,33 @@ def pull_command(
     with progress_bar(f"fetching {model}") as show:
         path = catalogue.resolve(model, progress=show)
     print(path)
+
+
+def run_command(ctx: typer.Context, model: options.ModelArgument) -> None:
+    """Talk to a model: `quadriga chat --model MODEL`, with a question and chat's other options behind it."""
+    assert ctx.parent is not None, "it is a command of quadriga"
+    chat = ctx.parent.command.commands["chat"]  # type: ignore[attr-defined]
+    with chat.make_context("chat", ["--model", model, *ctx.args], parent=ctx.parent) as context:
+        chat.invoke(context)
+
+
+def ps_command(
+    url: Annotated[str, typer.Option(help="A server with OpenAI's interface.")] = "http://127.0.0.1:8000",
+    api_key: options.APIKey = None,
+) -> None:
+    """What a running server serves."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from quadriga.cli.remote import running_models
+
+    table = Table("name", "parameters", "context", title=url)
+    for model in running_models(url, api_key):
+        facts = model.get("quadriga") or {}
+        n = facts.get("n_parameters")
+        size = f"{n / 1e9:.2f}B" if n else ""
+        table.add_row(str(model.get("id")), size, str(model.get("max_model_len") or ""))
+    Console().print(table)
 
 
 @models_app.command("list")

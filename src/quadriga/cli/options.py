@@ -30,7 +30,7 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HE
 Format = Annotated[
     str | None,
     typer.Option(
-        help="Pack weights for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8, q4 or q4m.",
+        help="Pack weights for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8, q4, q4m or mx4.",
         rich_help_panel=_MACHINE,
     ),
 ]

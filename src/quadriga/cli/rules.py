@@ -39,13 +39,28 @@ _SAMPLED = _all(
     "at {temperature} 0 the most probable token is taken each time. Give {temperature} above 0, or leave it out",
 )
 
+_HERE = ("format", "activations", "kv_format", "kv_memory", "expert_memory", "dtype", "device", "threads")
+"""How a model runs in this process."""
+
 _WRITES = (
     *("out", "to", "layout", "dtype", "format", "gguf_format", "embeddings", "budget"),
     *("calibrate", "calibrate_tokens", "restart"),
 )
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "chat": _SAMPLED,
+    "chat": (
+        *_SAMPLED,
+        *_all(
+            ("model", *_HERE),
+            lambda o: o["url"] is None,
+            "the model is behind {url} and computes there. Leave one of the two out",
+        ),
+        *_all(
+            ("api_key", "api_model"),
+            lambda o: o["url"] is not None,
+            "the model runs in this process. Give {url}, or leave it out",
+        ),
+    ),
     "generate": (
         *_SAMPLED,
         Rule("logprobs", lambda o: o["json"], "alternatives are shown in JSON only. Give {json}, or leave it out"),
@@ -119,7 +134,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "without {tasks} the tasks are listed and none is run. Give {tasks} NAMES, or leave it out",
         ),
         *_all(
-            ("format", "activations", "kv_format", "kv_memory", "expert_memory", "dtype", "device", "threads"),
+            _HERE,
             lambda o: not _remote(o),
             "the model is behind an address and computes elsewhere. Leave it out",
         ),

@@ -56,9 +56,10 @@ def train_command(
         _export(settings, export, step, dtype or "float32")
         return
     from quadriga import runtime
+    from quadriga.nn import devices
     from quadriga.train.run import train
 
-    runtime.set_threads(threads)
+    devices.set_threads(threads)
     outcome = train(settings, resume=resume.value)
     if runtime.launched_rank() in (None, 0):
         what = "done" if outcome.done else "stopped and saved; the same command goes on"

@@ -31,7 +31,7 @@ def tune_command(
 
     import msgspec
 
-    from quadriga import runtime
+    from quadriga.nn import devices
     from quadriga.train.config import read_toml
     from quadriga.train.tune_config import TuneConfig
 
@@ -42,7 +42,7 @@ def tune_command(
         settings = msgspec.structs.replace(settings, schedule=msgspec.structs.replace(settings.schedule, steps=steps))
     from quadriga.train.tune import tune
 
-    runtime.set_threads(threads)
+    devices.set_threads(threads)
     asked: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     try:

@@ -19,13 +19,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from torch import Tensor
 
 from quadriga.edits.upcycle import Upcycling, upcycle
 from quadriga.errors import CheckpointError
 from quadriga.io.adapter import Adapter, low_rank, merge
 from quadriga.io.open import Checkpoint
-from quadriga.kernels.arrays import array, tensor
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.quant import codec
 from quadriga.quant.dtypes import Array, as_float32
@@ -59,10 +57,10 @@ def write(path: Path, *, base_sha256: str, how: Upcycling, routers: Mapping[int,
     for name, factors in low_rank(adapter).items():
         for part, values in zip("ab", factors, strict=True):
             key = f"factor/{name}.{part}"
-            if values.numel() % FORMATS[_FORM].block:
-                raise CheckpointError(f"{key} must have whole {_FORM} blocks, got {values.numel()} numbers")
+            if values.size % FORMATS[_FORM].block:
+                raise CheckpointError(f"{key} must have whole {_FORM} blocks, got {values.size} numbers")
             shapes[key] = list(values.shape)
-            tensors[key] = codec.quantize(array(values.float()).reshape(-1), _FORM)
+            tensors[key] = codec.quantize(as_float32(values).reshape(-1), _FORM)
     metadata = {
         "quadriga_delta": _VERSION,
         "base_sha256": base_sha256,
@@ -105,11 +103,11 @@ def apply(base: Checkpoint, path: Path) -> Checkpoint:
     return merge(upcycle(base, how, routers=routers), Adapter(spec=spec, factors=factors))
 
 
-def _factor(tensors: dict[str, Array], key: str, shape: tuple[int, ...], path: Path) -> Tensor:
+def _factor(tensors: dict[str, Array], key: str, shape: tuple[int, ...], path: Path) -> Array:
     raw = tensors.get(key)
     if raw is None or raw.size != FORMATS[_FORM].nbytes_of((prod(shape),)):
         raise CheckpointError(f"{path} is malformed: {key} is missing or cut short")
-    return tensor(codec.dequantize(raw, _FORM).reshape(shape))
+    return codec.dequantize(raw, _FORM).reshape(shape)
 
 
 def sha256(path: Path) -> str:

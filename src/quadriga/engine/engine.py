@@ -26,8 +26,6 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.pace import Pace
@@ -37,10 +35,8 @@ from quadriga.engine.sampler import Sampler, Unused, require_finite, top_logprob
 from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
 from quadriga.errors import AnswerError, BusyError, QuadrigaError, RequestError
 from quadriga.kernels.cpu.program import Batch
-from quadriga.nn.adapter_bank import AdapterBank
 from quadriga.quant.packed import BLOCK_TOKENS
-from quadriga.runners.base import RouterStats, Runner
-from quadriga.runners.torch import TorchRunner
+from quadriga.runners.base import Adapters, Floats, PassResult, RouterStats, Runner
 from quadriga.runtime import Lane
 from quadriga.text.stream import Detokenizer
 from quadriga.text.tokenizer import Tokenizer
@@ -218,17 +214,12 @@ class Engine:
         self._next_id += 1
         return running.request_id
 
-    def adapters(self) -> AdapterBank:
+    def adapters(self) -> Adapters:
         """The model's adapters: add and remove them here, between steps.
 
         Raises:
             RequestError: the model runs on the CPU's kernels, which know no adapters.
         """
-        if not isinstance(self.runner, TorchRunner):
-            raise RequestError(
-                "adapters chosen per request run on plain torch: load the model with a dtype, e.g. float32. For the "
-                "CPU's kernels fold the adapter in: quadriga adapter merge MODEL ADAPTER OUT --format q8"
-            )
         return self.runner.adapters()
 
     def remove_adapter(self, name: str) -> None:
@@ -299,12 +290,10 @@ class Engine:
                 events += self._chosen()
             return events
         batch, first_rows = build_batch(plan)
-        if isinstance(self.runner, TorchRunner) and any(chunk.sequence.adapter for chunk in plan.chunks):
-            self.runner.choose([chunk.sequence.adapter for chunk in plan.chunks for _ in chunk.tokens])
-        logits = torch.from_numpy(self.runner.forward(batch))
-        made, new_tokens, finished = self._sample(plan, logits, first_rows, batch)
-        if self._embeds:
-            made += self._embedded(plan, finished)
+        result = self._forward(plan, batch)
+        made, new_tokens, finished = self._sample(plan, result, first_rows, batch)
+        if result.hidden is not None:
+            made += self._embedded(plan, result.hidden, finished)
         for request_id, event in made:
             if isinstance(event, QuadrigaError):  # before the commit: nothing of it goes into the prefix cache
                 self.cancel(request_id)
@@ -319,6 +308,20 @@ class Engine:
             self.pace.record(plan.n_fluent, plan.n_decode, n_prompt, time.perf_counter() - started)
         return events + made
 
+    def _forward(self, plan: Plan, batch: Batch) -> PassResult:
+        """The pass, with what its requests want to know of it."""
+        adapters = None
+        if any(chunk.sequence.adapter for chunk in plan.chunks):
+            adapters = [chunk.sequence.adapter for chunk in plan.chunks for _ in chunk.tokens]
+        ids = [chunk.sequence.request_id for chunk in plan.chunks]
+        routing = any(
+            chunk.samples and i in self._active and self._active[i].request.routing
+            for i, chunk in zip(ids, plan.chunks, strict=True)
+        )
+        return self.runner.forward(
+            batch, adapters=adapters, hidden=any(i in self._embeds for i in ids), routing=routing
+        )
+
     def _forget(self, request_id: int) -> None:
         """A request has ended well."""
         if self._embeds.pop(request_id, None) is None:
@@ -326,13 +329,10 @@ class Engine:
             self._prompt_tokens += running.n_prompt
             self._cached += running.n_cached
 
-    def _embedded(self, plan: Plan, finished: set[int]) -> list[tuple[int, Event]]:
+    def _embedded(self, plan: Plan, states: Floats, finished: set[int]) -> list[tuple[int, Event]]:
         """Take the states of texts that are to be embedded; the vectors of those whose last position this is."""
         done: list[tuple[int, Event]] = []
-        chunks = [chunk for chunk in plan.chunks if chunk.sequence.request_id in self._embeds]
-        if not chunks:
-            return done
-        states, at = torch.from_numpy(self.runner.hidden(plan.n_tokens)), 0
+        at = 0
         for chunk in plan.chunks:
             at += len(chunk.tokens)
             embedded = self._embeds.get(chunk.sequence.request_id)
@@ -342,7 +342,7 @@ class Engine:
             if chunk.start + len(chunk.tokens) == len(chunk.sequence.tokens):
                 vector = embedded.pooling.vector()
                 try:
-                    require_finite([float(vector.norm())])
+                    require_finite([float(vector.sum())])
                 except RequestError as error:
                     done.append((chunk.sequence.request_id, error))
                 else:
@@ -354,7 +354,7 @@ class Engine:
 
     def _hold(self, active: _Active, made: _Pass, row: int) -> None:
         """Choose a request's next token in another thread: its grammar takes so long that others would wait for it."""
-        running, logits = active.running, made.logits[row].clone()
+        running, logits = active.running, made.logits[row].copy()
         finish = made.routing_into(row) if active.request.routing else _as_it_is
         choice = self._choosers.submit(self._next, active, logits, made.best[row], made.log_sums[row], 0)
         self._held[running.request_id] = _Held(active, choice, finish)
@@ -393,10 +393,10 @@ class Engine:
         return failed
 
     def _sample(
-        self, plan: Plan, logits: Tensor, first_rows: Sequence[int], batch: Batch
+        self, plan: Plan, result: PassResult, first_rows: Sequence[int], batch: Batch
     ) -> tuple[list[tuple[int, Event]], dict[int, list[int]], set[int]]:
-        best, log_sums = self.runner.row_stats(logits.numpy()) if len(logits) else ([], [])
-        made = _Pass(self.runner, batch, logits, best, log_sums)
+        best, log_sums = self.runner.row_stats(result.logits) if len(result.logits) else ([], [])
+        made = _Pass(batch, result, best, log_sums)
         events: list[tuple[int, Event]] = []
         new_tokens: dict[int, list[int]] = {}
         finished: set[int] = set()
@@ -444,7 +444,7 @@ class Engine:
             if event.finish_reason is not None or (i < len(guesses) and guesses[i] != event.token_id):
                 return
 
-    def _next(self, active: _Active, logits: Tensor, best: int, log_sum: float, n_before: int) -> TokenEvent:
+    def _next(self, active: _Active, logits: Floats, best: int, log_sum: float, n_before: int) -> TokenEvent:
         """Sample one token of a request and say what it means for its text and its end."""
         running, constraint = active.running, active.request.constraint
         allowed = None if constraint is None else constraint.allowed()
@@ -484,15 +484,15 @@ class Engine:
             return
         rows, log_sums = made.logits[row : row + n], made.log_sums[row : row + n]
         require_finite(log_sums)
-        following = torch.tensor(tokens[chunk.start + 1 : chunk.start + 1 + n])[:, None]
-        own = (rows.gather(1, following)[:, 0].double() - torch.tensor(log_sums, dtype=torch.float64)).tolist()
+        following = tokens[chunk.start + 1 : chunk.start + 1 + n]
+        own = (rows[np.arange(n), following].astype(np.float64) - log_sums).tolist()
         top = top_logprobs(rows, log_sums, n_top, self.unused) if n_top else [()] * n
         for i in range(n):
             active.prompt_logprobs[chunk.start + i + 1] = (own[i], top[i])
 
     # Whole sequences -------------------------------------------------------------------------------------------------
 
-    def score(self, token_ids: Sequence[int], *, chunk: int = 512) -> tuple[Tensor, list[RouterStats]]:
+    def score(self, token_ids: Sequence[int], *, chunk: int = 512) -> tuple[Floats, list[RouterStats]]:
         """Logits (T, V) float32 of every position of one sequence, and its routing per MoE layer.
 
         Runs beside whatever the engine is doing, in blocks of its own.
@@ -501,17 +501,18 @@ class Engine:
             BusyError: the sequence does not fit into the free blocks.
         """
         logits, stats = [], []
-        for rows, n in self._passes(token_ids, chunk):
-            logits.append(rows.clone())
-            stats.append(self.runner.router_stats(n))
+        for result in self._passes(token_ids, chunk):
+            assert result.routing is not None, "it was asked for"
+            logits.append(result.logits)
+            stats.append(result.routing)
         merged = [
             RouterStats(*(np.concatenate([getattr(s, name) for s in layer]) for name in _STATS_FIELDS))
             for layer in zip(*stats, strict=True)
         ]
-        return torch.cat(logits), merged
+        return np.concatenate(logits), merged
 
-    def _passes(self, token_ids: Sequence[int], chunk: int) -> Iterator[tuple[Tensor, int]]:
-        """Run one sequence beside everything else, in blocks of its own: (logits, tokens) of every pass."""
+    def _passes(self, token_ids: Sequence[int], chunk: int) -> Iterator[PassResult]:
+        """Run one sequence beside everything else, in blocks of its own: logits and routing of every pass."""
         n, pool = len(token_ids), self.scheduler.pool
         blocks: list[int] = []
         try:
@@ -530,8 +531,7 @@ class Engine:
                     (0, len(blocks)),
                     range(stop - start),
                 )
-                logits = self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)))
-                yield torch.from_numpy(logits), stop - start
+                yield self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)), routing=True)
         finally:
             for block in blocks:
                 pool.release(block)
@@ -540,21 +540,17 @@ class Engine:
 class _Pass:
     """What a pass has computed: logits (R, V), of every row the best token and log(sum(exp)), and the routing."""
 
-    def __init__(
-        self, runner: Runner, batch: Batch, logits: Tensor, best: Sequence[int], log_sums: Sequence[float]
-    ) -> None:
-        self._runner, self._batch = runner, batch
-        self.logits, self.best, self.log_sums = logits, best, log_sums
-        self._routing: list[RouterStats] | None = None
+    def __init__(self, batch: Batch, result: PassResult, best: Sequence[int], log_sums: Sequence[float]) -> None:
+        self._batch, self._routing = batch, result.routing
+        self.logits, self.best, self.log_sums = result.logits, best, log_sums
 
     def with_routing(self, event: TokenEvent, row: int) -> TokenEvent:
-        """The event with the experts that predicted it; they are fetched when the first request asks."""
+        """The event with the experts that predicted it."""
         return self.routing_into(row)(event)
 
     def routing_into(self, row: int) -> Callable[[TokenEvent], TokenEvent]:
         """Puts the experts that predicted a row's token into its event, also after the pass."""
-        if self._routing is None:
-            self._routing = self._runner.router_stats(len(self._batch.tokens))
+        assert self._routing is not None, "asked for where a request wants it"
         token = int(self._batch.rows[row])
         routing, entropy = _routing_of(self._routing, token), _entropy_of(self._routing, token)
         return lambda event: replace(event, routing=routing, router_entropy=entropy)

@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from quadriga import runtime
 from quadriga.engine.engine import Engine, Event
 from quadriga.engine.load_options import LoadOptions
 from quadriga.engine.request import Completion, Embed, Embedding, PromptReport, Request, SamplingParams, TokenEvent
@@ -36,15 +35,11 @@ from quadriga.hub import catalogue
 from quadriga.io.adapter import load as load_adapter
 from quadriga.io.adapter import low_rank
 from quadriga.io.open import open_checkpoint
-from quadriga.io.packed import is_quantised, load_packed
+from quadriga.io.packed import is_quantised
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.model.config import ModelConfig
-from quadriga.nn.load import load_parameters
-from quadriga.nn.transformer import Transformer
-from quadriga.quant.packed import BLOCK_TOKENS
-from quadriga.runners.base import RouterStats, Runner
-from quadriga.runners.compiled import MAX_TOKENS, CompiledModel, layer_block_bytes
-from quadriga.runners.torch import TorchRunner
+from quadriga.runners import make
+from quadriga.runners.base import Floats, RouterStats, Runner
 from quadriga.text import template_process
 from quadriga.text.chat import render
 from quadriga.text.least_tokens import LeastTokens
@@ -53,6 +48,9 @@ from quadriga.text.turn_ends import TurnEnds, turn_ends
 
 Message = Mapping[str, str]
 """One turn: {"role": "system" | "user" | "assistant", "content": text}."""
+
+TokenIds = Sequence[int] | NDArray[np.integer[Any]]
+"""Of one sequence. What NumPy reads as whole numbers will do, a tensor on the CPU too."""
 
 T = TypeVar("T")
 
@@ -86,7 +84,7 @@ def load(
         path_or_name: a catalogue name (`quadriga models list`), a Hugging Face or Quadriga directory, a GGUF file, or
             the folder of Grok-1's release.
         format: what its matrices are packed as for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8,
-            q4, q4m; None is keep.
+            q4, q4m, mx4; None is keep.
         dtype: compute in plain torch with this dtype instead (float32, bfloat16, float16, float64 or auto); None runs
             the CPU's kernels where the device is a CPU, and is "auto" elsewhere.
         device: cpu, cuda, a CUDA device such as cuda:1, or auto.
@@ -121,39 +119,31 @@ def load(
         max_batch_tokens=max_batch_tokens,
     )
     options.check()
-    count = runtime.set_threads(threads)
-    target = runtime.resolve_device(device)
+    on_torch = options.why_torch() is not None
     opened = open_checkpoint(catalogue.resolve(str(path_or_name), progress=progress))
-    config, tokenizer = opened.config, opened.load_tokenizer(catalogue.cl100k_ranks)
+    tokenizer = opened.load_tokenizer(catalogue.cl100k_ranks)
     if tokenizer is not None and tokenizer.chat_template is not None:
         template_process.warm()  # it starts while the weights are read
-    runner: Runner
-    if options.why_torch() is not None:
-        chosen = runtime.resolve_dtype(dtype or "auto", target.type)
-        parameters = load_parameters(opened, dtype=chosen, device=target, progress=progress)
-        numbers = sum(layer.mixer.state.numbers_per_token for layer in config.layers)
-        per_block = BLOCK_TOKENS * numbers * parameters["embed.weight"].element_size()
-        runner = TorchRunner(
-            Transformer.from_parameters(config, parameters), _n_blocks(config, per_block, kv_memory, 2)
+    if on_torch:
+        runner = make.make_torch(
+            opened, dtype=dtype or "auto", device=device, threads=threads, kv_memory=kv_memory, progress=progress
         )
     else:
         if activations is not None and not is_quantised(opened, format or "keep"):
             raise ConfigError(
                 f"activations (--activations) {activations} would have no effect: it is what quantised weights are "
-                f"multiplied with, and those of {path_or_name} are not. Leave it out, or give format q8, q4 or q4m"
+                f"multiplied with, and those of {path_or_name} are not. Leave it out, or give format q8, q4, q4m or mx4"
             )
-        packed = load_packed(opened, format or "keep", expert_memory=expert_memory, progress=progress)
-        cache = kv_format or "bfloat16"
-        per_block = sum(layer_block_bytes(layer, cache) for layer in config.layers)
-        runner = CompiledModel(
-            config,
-            packed.parameters,
-            threads=count,
-            n_blocks=_n_blocks(config, per_block, kv_memory, 4),
-            kv_format=cache,
+        runner = make.make(
+            opened,
+            format=format or "keep",
+            threads=threads,
             activations=activations or "auto",
-            max_tokens=max(MAX_TOKENS, max_batch_tokens),
-            store=packed.store,
+            kv_format=kv_format or "bfloat16",
+            kv_memory=kv_memory,
+            expert_memory=expert_memory,
+            max_batch_tokens=max_batch_tokens,
+            progress=progress,
         )
     return LLM(
         runner,
@@ -162,15 +152,6 @@ def load(
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
     )
-
-
-def _n_blocks(config: ModelConfig, per_block: int, memory: int | None, contexts: int) -> int:
-    one = -(-config.max_seq_len // BLOCK_TOKENS)
-    if memory is not None:
-        if memory < per_block:
-            raise ConfigError(f"kv_memory must hold at least one block of 16 tokens, {per_block} bytes; got {memory}")
-        return min(memory // per_block, 2**20)
-    return max(1, min(contexts * one, runtime.memory_bytes()[1] // 4 // per_block))
 
 
 class LLM:
@@ -185,17 +166,15 @@ class LLM:
 
     def __init__(
         self,
-        model: Runner | Transformer,
+        runner: Runner,
         tokenizer: Tokenizer | None,
         *,
         name: str = "model",
         max_sequences: int = 64,
         max_batch_tokens: int = 2048,
     ) -> None:
-        if isinstance(model, Transformer):
-            model = TorchRunner(model, -(-model.config.max_seq_len // BLOCK_TOKENS) * 2)
-        self.runner: Runner = model
-        self.config: ModelConfig = model.config
+        self.runner = runner
+        self.config: ModelConfig = runner.config
         self.tokenizer = tokenizer
         self.name = name
         if tokenizer is not None and tokenizer.n_vocab > self.config.vocab_size:
@@ -205,7 +184,7 @@ class LLM:
             )
         self._ends = TurnEnds(frozenset()) if tokenizer is None else turn_ends(tokenizer)
         self.engine = Engine(
-            model,
+            runner,
             tokenizer,
             end_ids=frozenset(self.end_ids),
             max_batch_tokens=max_batch_tokens,
@@ -218,23 +197,23 @@ class LLM:
     @property
     def expert_store(self) -> ExpertStore | None:
         """Where the experts are, if they stay on disk; its ``stats`` say how often the disk was needed."""
-        return self.runner.store if isinstance(self.runner, CompiledModel) else None
+        return self.runner.store
 
     # Whole sequences -------------------------------------------------------------------------------------------------
 
-    def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
+    def logits(self, token_ids: TokenIds) -> Floats:
         """Logits of every position of one sequence: ids (T,) -> (T, V) float32."""
-        ids: list[int] = self._check_ids(token_ids).tolist()
+        ids = self._check_ids(token_ids)
         with self._turns.turn():
             return self.engine.score(ids)[0]
 
-    def routing(self, token_ids: Sequence[int] | Tensor) -> list[RouterStats]:
+    def routing(self, token_ids: TokenIds) -> list[RouterStats]:
         """What every layer's router decided for each token of one sequence; empty for a dense model."""
-        ids: list[int] = self._check_ids(token_ids).tolist()
+        ids = self._check_ids(token_ids)
         with self._turns.turn():
             return self.engine.score(ids)[1]
 
-    def embed(self, text: str | Sequence[int]) -> Tensor:
+    def embed(self, text: str | Sequence[int]) -> Floats:
         """A text as one vector (D,) float32 of length 1: the mean of the last hidden states after the final norm."""
         inbox = _Inbox()
         ids = self._submit([Embed(prompt=tuple(self.prompt_ids(text, parse_special=False)))], inbox)
@@ -246,8 +225,7 @@ class LLM:
         if isinstance(event, QuadrigaError):
             raise event
         assert isinstance(event, Embedding), "a text becomes a vector"
-        vector: Tensor = event.vector
-        return vector
+        return event.vector
 
     def score(self, pairs: Sequence[tuple[Ids, Ids]], *, done: Callable[[int], None] = lambda n: None) -> list[Scored]:
         """How probable each continuation is after its context; what contexts share is computed once.
@@ -274,14 +252,13 @@ class LLM:
             RequestError: the continuation has no token of its own.
         """
         before, after = self._pair(context, continuation)
-        logits = self.logits([*before, *after])[len(before) - 1 : -1]
-        own = logits.log_softmax(-1).gather(1, torch.tensor(after)[:, None])
-        return float(own.sum()), bool((logits.argmax(-1) == torch.tensor(after)).all())
+        scored = self.score([(before, after)])[0]
+        return scored.logprob, scored.greedy
 
     def _pair(self, context: str | Sequence[int], continuation: str | Sequence[int]) -> tuple[list[int], list[int]]:
         if isinstance(continuation, str) and isinstance(context, str):
             tokenizer, bare = self._need_tokenizer(), context.rstrip() or context
-            before = self._check_ids([*tokenizer.prefix_ids, *tokenizer.encode(bare)]).tolist()
+            before = self._check_ids([*tokenizer.prefix_ids, *tokenizer.encode(bare)])
             after = [*tokenizer.prefix_ids, *tokenizer.encode(context + continuation)][len(before) :]
         elif isinstance(continuation, str):
             before = self.prompt_ids(context)
@@ -308,8 +285,7 @@ class LLM:
     @property
     def adapters(self) -> list[str]:
         """Names of the adapters that were added."""
-        bank = self.runner.bank if isinstance(self.runner, TorchRunner) else None
-        return [] if bank is None else list(bank.names)
+        return self.runner.adapter_names
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter that no answer uses any more."""
@@ -488,8 +464,7 @@ class LLM:
             tokenizer = self._need_tokenizer()
             encode = tokenizer.encode_prompt if add_special else tokenizer.encode
             prompt = encode(prompt, allow_special=parse_special)
-        ids: list[int] = self._check_ids(prompt).tolist()
-        return ids
+        return self._check_ids(prompt)
 
     def check_length(self, text: str) -> None:
         """Refuse a text that cannot fit the context, without encoding it: megabytes would take seconds.
@@ -504,26 +479,29 @@ class LLM:
         if least > limit:
             raise RequestError(f"{len(text)} characters, {least} tokens or more, exceed the model's context of {limit}")
 
-    def _check_ids(self, token_ids: Sequence[int] | Tensor) -> Tensor:
-        # Before a tensor is made of them: a million takes torch 0.2 s, in which no other thread can run.
-        if isinstance(token_ids, Sized) and not isinstance(token_ids, Tensor):
+    def _check_ids(self, token_ids: TokenIds) -> list[int]:
+        # Before an array is made of them: of millions it takes a while, in which no other thread can run.
+        if isinstance(token_ids, (list, tuple, range)):
             self._check_count(len(token_ids))
         try:
-            ids = torch.as_tensor(token_ids)
-        except (ValueError, TypeError, RuntimeError):  # beyond 64 bits, or something else than numbers
-            raise RequestError(f"token ids must be whole numbers from 0 to {self.config.vocab_size - 1}") from None
+            ids = np.asarray(token_ids)
+        except (ValueError, TypeError, OverflowError):  # rows of several lengths
+            raise RequestError(f"a prompt must be text or a list of token ids, got {token_ids!r:.80}") from None
         if ids.ndim != 1:
             raise RequestError(f"a prompt must be text or a list of token ids, got {token_ids!r:.80}")
-        if ids.numel() == 0:
+        if ids.size == 0:
             raise RequestError("a prompt needs at least one token")
-        if ids.dtype.is_floating_point or ids.dtype == torch.bool:
-            raise RequestError(f"token ids must be whole numbers, got {ids.dtype}")
+        if ids.dtype.kind not in "iu":  # beyond 64 bits, or something else than whole numbers
+            raise RequestError(
+                f"token ids must be whole numbers from 0 to {self.config.vocab_size - 1}, got {token_ids!r:.80}"
+            )
         if int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size:
             raise RequestError(
                 f"token ids must be from 0 to {self.config.vocab_size - 1}, got {int(ids.min())} to {int(ids.max())}"
             )
         self._check_count(len(ids))
-        return ids.long()
+        checked: list[int] = ids.tolist()
+        return checked
 
     def _check_count(self, n_tokens: int) -> None:
         if n_tokens > self.config.max_seq_len:

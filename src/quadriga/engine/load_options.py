@@ -21,6 +21,7 @@ from quadriga.kernels import dispatch
 from quadriga.option_rules import Allowed, OneOf, Rule, Spelling, Whole, as_argument, refuse_unused, require_values
 from quadriga.quant.packed import KV_FORMATS
 from quadriga.runners.compiled import ACTIVATIONS
+from quadriga.runners.make import device_type
 
 MOST_SEQUENCES = 1 << 16
 MOST_BATCH_TOKENS = 1 << 16
@@ -41,7 +42,7 @@ RULES = (
     Rule(
         "activations",
         lambda options: options["format"] not in ("float32", "bfloat16"),
-        "it is what quantised weights are multiplied with. Leave it out, or give {format} q8, q4 or q4m",
+        "it is what quantised weights are multiplied with. Leave it out, or give {format} q8, q4, q4m or mx4",
     ),
     Rule(
         "expert_memory",
@@ -91,7 +92,7 @@ class LoadOptions:
         """
         if self.dtype is not None:
             return f"{spell('dtype')} {self.dtype} computes in plain torch. Leave one of the two out"
-        if self.device != "cpu" and runtime.resolve_device(self.device).type != "cpu":
+        if self.device != "cpu" and device_type(self.device) != "cpu":
             return f"{spell('device')} {self.device} computes in plain torch. Leave one of the two out"
         if not dispatch.compiled():
             return "QUADRIGA_OPS=reference computes in plain torch. Leave it out, or unset QUADRIGA_OPS"

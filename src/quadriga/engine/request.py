@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from quadriga.errors import QuadrigaError, RequestError
 
@@ -23,8 +26,8 @@ class Constraint(Protocol):
     is chosen beside their passes.
     """
 
-    def allowed(self) -> Any:
-        """(V,) bool tensor: the tokens that may come next, end tokens included where the answer may end."""
+    def allowed(self) -> NDArray[np.bool_]:
+        """(V,): the tokens that may come next, end tokens included where the answer may end."""
         ...
 
     def accept(self, token_id: int) -> bool:
@@ -189,8 +192,8 @@ class Embed:
 class Embedding:
     """What became of an :class:`Embed`."""
 
-    vector: Any
-    """(D,) float32 tensor."""
+    vector: NDArray[np.float32]
+    """(D,)."""
     finish_reason: FinishReason = "stop"
 
 

@@ -5,6 +5,13 @@
 Log-probabilities are reported from the untouched logits: they are the model's own opinion, not the sampler's. Rows of
 the head that no token stands for (:class:`Unused`) are never chosen and never listed, whatever the model says of them.
 Whatever the parameters, the arithmetic stays finite: finite logits always give a token that may be chosen.
+
+The vocabulary is never sorted. What top-p keeps are the largest weights whose sum reaches its part of all: as many of
+the largest as may be enough are selected, and only these are sorted (:func:`kept`). The result is that of a full,
+stable sort: weights and sums are the same numbers, and equal weights keep the lower token id first.
+
+A draw depends on the seed and the position in the answer alone: Philox (Salmon et al. 2011) keyed by the seed, counted
+by the position. Versions before drew from torch's generator, so a seed gave other draws there.
 """
 
 from __future__ import annotations
@@ -15,11 +22,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from quadriga.engine.request import SamplingParams
 from quadriga.errors import RequestError
+
+Floats = NDArray[np.floating]
+Ids = NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5
 """A lower temperature is greedy, as vLLM has it: a draw would differ only among logits that are nearer than that."""
@@ -43,12 +53,12 @@ class Unused:
 
     Attributes:
         ids: as a set.
-        index: as an int64 tensor, in order.
+        index: in order.
     """
 
     def __init__(self, ids: Iterable[int]) -> None:
         self.ids = frozenset(ids)
-        self.index = torch.tensor(sorted(self.ids), dtype=torch.int64)
+        self.index = np.array(sorted(self.ids), dtype=np.int64)
 
     def __bool__(self) -> bool:
         return bool(self.ids)
@@ -58,7 +68,7 @@ NONE_UNUSED = Unused(())
 
 
 class Sampler:
-    """Chooses the tokens of one answer: owns its random generator and remembers what was said so far.
+    """Chooses the tokens of one answer: has its seed and remembers what was said so far.
 
     Args:
         prompt_ids: what the repetition penalty counts as seen.
@@ -83,12 +93,21 @@ class Sampler:
             )
         self.params = params
         self._unused = unused
-        self._generator = torch.Generator().manual_seed(secrets.randbits(63) if params.seed is None else params.seed)
+        self._seed = secrets.randbits(63) if params.seed is None else params.seed
         self._answer: Counter[int] = Counter()
-        self._seen = set(prompt_ids)
+        self._n_drawn = 0
+        self._seen: NDArray[np.bool_] | None = None
+        """(V,) said or read so far; where it matters."""
+        if params.repetition_penalty != 1.0:
+            self._seen = np.zeros(vocab_size, dtype=np.bool_)
+            self._seen[prompt_ids] = True
 
     def sample(
-        self, logits: Tensor, best: int | None = None, log_sum: float | None = None, allowed: Tensor | None = None
+        self,
+        logits: Floats,
+        best: int | None = None,
+        log_sum: float | None = None,
+        allowed: NDArray[np.bool_] | None = None,
     ) -> Sample:
         """Choose a token from logits (V,) float32 and count it as said.
 
@@ -100,59 +119,65 @@ class Sampler:
             RequestError: the logits are not finite, so the weights or the computation are broken; nothing is allowed.
         """
         params = self.params
-        logits = logits.cpu()
-        log_normaliser = float(logits.logsumexp(0)) if log_sum is None else log_sum
+        log_normaliser = float(log_sum_exp(logits)) if log_sum is None else log_sum
         require_finite([log_normaliser])
-        adjusted, greedy = self._adjust(logits), params.temperature < GREEDY_BELOW
-        if greedy and adjusted is logits and allowed is None and best is not None and best not in self._unused.ids:
-            token = best
-        else:
-            candidates = self._candidates(adjusted, allowed)
-            token = int(candidates.argmax()) if greedy else self._draw(candidates)
-            require_finite([float(candidates[token])])
+        with np.errstate(over="ignore", under="ignore"):
+            adjusted, greedy = self._adjust(logits), params.temperature < GREEDY_BELOW
+            if greedy and adjusted is logits and allowed is None and best is not None and best not in self._unused.ids:
+                token = best
+            else:
+                candidates = self._candidates(adjusted, allowed)
+                token = int(candidates.argmax()) if greedy else self._draw(candidates)
+                require_finite([float(candidates[token])])
         self._answer[token] += 1
-        self._seen.add(token)
+        self._n_drawn += 1
+        if self._seen is not None:
+            self._seen[token] = True
         top: tuple[tuple[int, float], ...] = ()
         if params.logprobs:
             top = top_logprobs(logits[None], [log_normaliser], params.logprobs, self._unused)[0]
         # In double precision: two finite float32 may be further apart than float32 reaches.
         return Sample(token, float(logits[token]) - log_normaliser, top)
 
-    def _candidates(self, adjusted: Tensor, allowed: Tensor | None) -> Tensor:
+    def _candidates(self, adjusted: Floats, allowed: NDArray[np.bool_] | None) -> Floats:
         """The logits with -inf wherever nothing may be chosen."""
         if allowed is None:
-            return adjusted.index_fill(0, self._unused.index, -math.inf) if self._unused else adjusted
+            return _without(adjusted, self._unused)
         if self._unused:
-            allowed = allowed.index_fill(0, self._unused.index, False)
+            allowed = allowed.copy()
+            allowed[self._unused.index] = False
         if not allowed.any():
             raise RequestError("the grammar has come to a place where no token of this vocabulary may follow")
-        return adjusted.masked_fill(~allowed, -math.inf)
+        return np.where(allowed, adjusted, adjusted.dtype.type(-np.inf))
 
-    def _draw(self, candidates: Tensor) -> int:
+    def _draw(self, candidates: Floats) -> int:
         params = self.params
-        probs = (candidates / params.temperature).softmax(0)
-        if not math.isfinite(float(probs[0])):  # a quotient beyond float32 makes all of them NaN
-            probs = ((candidates - candidates.max()) / params.temperature).softmax(0)
-        kept = truncate(probs, params.top_k, params.top_p, params.min_p)
-        return int(torch.multinomial(kept, 1, generator=self._generator))
+        best = candidates.max()
+        require_finite([float(best)])
+        weights = candidates - best  # before the quotient, which may be beyond float32
+        weights /= params.temperature
+        np.exp(weights, out=weights)
+        ids = kept(weights, params.top_k, params.top_p, params.min_p)
+        at = uniform(self._seed, self._n_drawn)
+        return pick(weights, at) if ids is None else int(ids[pick(weights[ids], at)])
 
-    def _adjust(self, logits: Tensor) -> Tensor:
+    def _adjust(self, logits: Floats) -> Floats:
         params = self.params
         adjusted = logits
-        if params.repetition_penalty != 1.0 and self._seen:
-            ids = torch.tensor(sorted(self._seen))
+        if self._seen is not None:
+            ids = np.flatnonzero(self._seen)
             seen = logits[ids]
-            penalised = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
-            adjusted = adjusted.index_copy(0, ids, _bounded(penalised))
+            penalised = np.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
+            adjusted = _changed(adjusted, ids, penalised)
         if (params.presence_penalty or params.frequency_penalty) and self._answer:
-            ids = torch.tensor(list(self._answer))
-            counts = torch.tensor(list(self._answer.values()), dtype=logits.dtype)
+            ids = np.array(list(self._answer))
+            counts = np.array(list(self._answer.values()), dtype=logits.dtype)
             penalty = params.presence_penalty + params.frequency_penalty * counts
-            adjusted = adjusted.index_copy(0, ids, _bounded(adjusted[ids] - penalty))
+            adjusted = _changed(adjusted, ids, adjusted[ids] - penalty)
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias))
-            bias = torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype)
-            adjusted = adjusted.index_copy(0, ids, _bounded(adjusted[ids] + bias))
+            ids = np.array(list(params.logit_bias))
+            bias = np.array(list(params.logit_bias.values()), dtype=logits.dtype)
+            adjusted = _changed(adjusted, ids, adjusted[ids] + bias)
         return adjusted
 
 
@@ -166,40 +191,134 @@ def require_finite(log_sums: Sequence[float]) -> None:
         raise RequestError(_NOT_FINITE)
 
 
+def log_sum_exp(logits: Floats) -> Floats:
+    """log(sum(exp)) over the last axis; not finite where a logit is NaN or +inf."""
+    with np.errstate(all="ignore"):
+        best = logits.max(-1, keepdims=True)
+        return np.asarray(np.log(np.exp(logits - best).sum(-1)) + best[..., 0])
+
+
 def top_logprobs(
-    logits: Tensor, log_sums: Sequence[float], n: int, unused: Unused = NONE_UNUSED
+    logits: Floats, log_sums: Sequence[float], n: int, unused: Unused = NONE_UNUSED
 ) -> list[tuple[tuple[int, float], ...]]:
     """Of every row of logits (R, V): its n most probable tokens, best first, with their log-probabilities.
 
     Args:
         log_sums: of every row, log(sum(exp)).
-        n: at least 1; a vocabulary of fewer tokens gives all it has.
+        n: at least 1; a vocabulary of fewer tokens gives all it has. Of equal logits the lower id comes first.
     """
-    ranked = logits.index_fill(1, unused.index, -math.inf) if unused else logits
-    values, ids = ranked.topk(min(n, logits.shape[1] - len(unused.ids)))
-    logprobs = values.double() - torch.tensor(log_sums, dtype=torch.float64)[:, None]
-    return [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), logprobs.tolist(), strict=True)]
+    rows = []
+    for row, log_sum in zip(logits, log_sums, strict=True):
+        ids = top_ids(_without(row, unused), min(n, len(row) - len(unused.ids)))
+        rows.append(tuple((i, float(row[i]) - log_sum) for i in ids.tolist()))
+    return rows
 
 
-def _bounded(logits: Tensor) -> Tensor:
-    """Within what the dtype can hold: a penalty or bias on a huge logit gives a huge one, not an infinite one."""
-    largest = torch.finfo(logits.dtype).max
-    return logits.clamp(-largest, largest)
+def uniform(seed: int, position: int) -> float:
+    """The number in [0, 1), of 53 bits, that a seed has for a position."""
+    raw = np.random.Philox(key=seed, counter=position).random_raw()
+    return float(raw >> 11) * 2.0**-53
 
 
-def truncate(probs: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Zero the tokens that top-k, then top-p, then min-p exclude; (V,) -> (V,), unnormalised. The best one stays.
+_BLOCK = 256
 
-    Equal probabilities keep the lower token id first.
+
+def pick(weights: Floats, at: float) -> int:
+    """The index in whose part of the summed weights (N,) the place ``at``, in [0, 1), lies; one of weight 0 never.
+
+    Sums are float64, and of blocks first: a running sum over a whole vocabulary takes as long as all the rest.
+    """
+    n_whole = len(weights) // _BLOCK * _BLOCK
+    blocks = weights[:n_whole].reshape(-1, _BLOCK).sum(1, dtype=np.float64)
+    ends = np.append(blocks, weights[n_whole:].sum(dtype=np.float64)).cumsum()
+    place = at * ends[-1]
+    block = _first_beyond(ends, place)
+    inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
+    return block * _BLOCK + _first_beyond(inside, place - (ends[block - 1] if block else 0.0))
+
+
+def _first_beyond(ends: Floats, place: float) -> int:
+    """The first index whose running sum exceeds ``place``; where rounding leaves none, the first of the whole sum."""
+    index = int(np.searchsorted(ends, place, side="right"))
+    return index if index < len(ends) else int(np.searchsorted(ends, ends[-1]))
+
+
+def kept(weights: Floats, top_k: int, top_p: float, min_p: float) -> Ids | None:
+    """The tokens that top-k, then top-p, then min-p leave; the best one stays.
+
+    Args:
+        weights: (V,), not negative: probabilities, or in proportion to them.
+
+    Returns:
+        Their ids, the largest weight first and the lower id first of equal ones; None where all stay.
     """
     if top_k == 0 and top_p == 1.0 and min_p == 0.0:
-        return probs
-    ordered, ids = probs.sort(descending=True, stable=True)
+        return None
     if top_k:
-        ordered[top_k:] = 0
+        ids = top_ids(weights, min(top_k, len(weights)))
+    elif top_p < 1.0:
+        ids = _reaching(weights, top_p)
+    else:
+        ids = _ranked(weights, np.flatnonzero(weights >= min_p * weights.max()))
+    ordered = weights[ids]
     if top_p < 1.0:
-        before = ordered.cumsum(0) - ordered  # mass of the better tokens
-        ordered[1:][before[1:] >= top_p * ordered.sum()] = 0
+        sums = ordered.cumsum(dtype=np.float64)
+        total = sums[-1] if top_k else weights.sum(dtype=np.float64)
+        # A token stays where the better ones' sum is short of it; sums[:-1] is what lies before each but the first.
+        ids = ids[: 1 + int(np.count_nonzero(sums[:-1] < top_p * total))]
+        ordered = ordered[: len(ids)]
     if min_p > 0.0:
-        ordered[ordered < min_p * ordered[0]] = 0
-    return torch.zeros_like(probs).index_copy(0, ids, ordered)
+        ids = ids[: max(1, int(np.count_nonzero(ordered >= min_p * ordered[0])))]
+    return ids
+
+
+def top_ids(values: Floats, n: int) -> Ids:
+    """Ids of the n largest of values (V,), the largest first and the lower id first of equal ones."""
+    least = np.partition(values, len(values) - n)[len(values) - n]
+    return _ranked(values, np.flatnonzero(values >= least))[:n]
+
+
+_FIRST_SELECTED, _MORE = 128, 8
+
+
+def _reaching(weights: Floats, top_p: float) -> Ids:
+    """Ids, as :func:`kept` orders them, of more than enough of the largest weights to reach ``top_p`` of their sum."""
+    total = float(weights.sum(dtype=np.float64))
+    # All weights below this have less than (1 - top_p) of the sum together, so the others have more than top_p of it.
+    # The margins, here and below, are far beyond what sums in float64 lose.
+    least = max(0.0, 0.999 * (1.0 - top_p) - 1e-9) * total / len(weights)
+    ids = np.flatnonzero(weights >= least)
+    values = weights[ids]
+    n = _FIRST_SELECTED
+    while n < len(values):
+        selected = np.partition(values, len(values) - n)[len(values) - n :]
+        if selected.sum(dtype=np.float64) > top_p * 1.001 * total:
+            ids = ids[values >= selected[0]]
+            break
+        n *= _MORE
+    return _ranked(weights, ids)
+
+
+def _ranked(values: Floats, ids: Ids) -> Ids:
+    """Ids in rising order, as :func:`kept` orders them."""
+    return ids[np.argsort(-values[ids], kind="stable")]
+
+
+def _without(logits: Floats, unused: Unused) -> Floats:
+    """A row with -inf at the rows that no token stands for."""
+    if not unused:
+        return logits
+    out = logits.copy()
+    out[unused.index] = -np.inf
+    return out
+
+
+def _changed(logits: Floats, ids: Ids, values: Floats) -> Floats:
+    """A row with other logits at some ids, within what its dtype can hold.
+
+    A penalty or bias on a huge logit gives a huge one, not an infinite one.
+    """
+    bound = np.finfo(logits.dtype).max
+    out = logits.copy()
+    out[ids] = values.clip(-bound, bound)
+    return out

@@ -216,7 +216,7 @@ class _Scorer:
         if self._copies:
             self._runner.copy_blocks(self._copies)
         if self._pieces:
-            logits = self._runner.forward(self._batch())
+            logits = self._runner.forward(self._batch()).logits
             best, log_sums = self._runner.row_stats(logits) if self._rows else ([], [])
             finished = 0
             for row, asks in enumerate(self._asked):

@@ -70,7 +70,9 @@ class ApiClient:
         try:
             import httpx2
         except ImportError:
-            raise EvaluationError("evaluating a model over HTTP needs httpx2: pip install 'quadriga[eval]'") from None
+            raise EvaluationError(
+                f"evaluating a model over HTTP needs httpx2: {runtime.install_hint('eval')}"
+            ) from None
         if parallel < 1:
             raise EvaluationError(f"--concurrency must be at least 1, got {parallel}")
         self.base, self.parallel, self._sleep, self._errors = base, parallel, sleep, httpx2

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quadriga import runtime
 from quadriga.errors import EvaluationError
 from quadriga.evaluate.harness import TaskResult
 from quadriga.evaluate.model import LanguageModel
@@ -183,7 +184,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise EvaluationError("plots need matplotlib: pip install 'quadriga[eval]'") from None
+        raise EvaluationError(f"plots need matplotlib: {runtime.install_hint('eval')}") from None
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "quadriga"
     import matplotlib.pyplot as plt

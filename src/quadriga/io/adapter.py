@@ -23,12 +23,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import msgspec
-import torch
-from torch import Tensor
+import numpy as np
 
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io import peft_config
-from quadriga.io.adapter_extras import Extras
+from quadriga.io.adapter_extras import Extras, Floats
 from quadriga.io.derive import Unchanged, derive
 from quadriga.io.directory import write_text
 from quadriga.io.json_files import read_json
@@ -36,14 +35,13 @@ from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import unpack
 from quadriga.io.peft_config import PeftConfig, names_module
 from quadriga.io.safetensors import SafetensorsSource
-from quadriga.kernels.arrays import array, tensor
 from quadriga.model import families
 from quadriga.model.adapter_spec import TARGETS, LoraSpec, adapted_shapes, target_of
 from quadriga.model.config import ModelConfig
 from quadriga.model.weight_map import Box, Piece, parameter_shapes, whole
-from quadriga.quant.dtypes import Array
+from quadriga.quant.dtypes import Array, as_float32
 
-Factors = dict[str, tuple[Tensor, Tensor]]
+Factors = dict[str, tuple[Floats, Floats]]
 """Parameter -> (A, B), float32: ([E,] r, in) and ([E,] out, r)."""
 
 MANIFEST = "quadriga_adapter.json"
@@ -165,23 +163,23 @@ class _Merge(Unchanged):
         for name, factors in adapter.factors.items():
             digest.update(name.encode())
             for t in factors:
-                digest.update(t.contiguous().numpy().tobytes())
+                digest.update(t.tobytes())
         self.extras = adapter.extras or Extras()
         for where, t in self.extras.parts():
             digest.update(where.encode())
-            digest.update(t.contiguous().numpy().tobytes())
+            digest.update(t.tobytes())
         super().__init__(base, base.config, f"with adapter {digest.hexdigest()[:16]}")
         self.adapter = adapter
 
     def rows(self, name: str, expert: int | None, first: int, last: int) -> Array:
-        frozen = self.extras.in_place(name, expert, first, tensor(super().rows(name, expert, first, last)))
+        frozen = self.extras.in_place(name, expert, first, super().rows(name, expert, first, last))
         if name not in self.adapter.factors:
-            return array(frozen)
+            return frozen
         a, b = self.adapter.factors[name]
         if expert is not None:
             a, b = a[expert], b[expert]
-        rows = torch.addmm(frozen.float(), b[first:last], a, alpha=self.adapter.spec.scale)
-        return array(self.extras.stretched(name, expert, first, rows).to(frozen.dtype))
+        rows = as_float32(frozen) + np.float32(self.adapter.spec.scale) * (b[first:last] @ a)
+        return self.extras.stretched(name, expert, first, rows).astype(frozen.dtype)
 
 
 # peft's form ---------------------------------------------------------------------------------------------------------
@@ -198,11 +196,11 @@ def to_peft(adapter: Adapter, config: ModelConfig, folder: Path, *, layout: str 
         CheckpointError: the folder exists with something in it, or cannot be written.
     """
     by_source = _by_source(config, layout)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Floats] = {}
     modules: set[str] = set()
     parameters: list[str] = []
     nesting: dict[str, list[str]] = {}
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    pairs: dict[str, tuple[Floats, Floats]] = {}
     for source, pieces in by_source.items():
         if not any(piece.target in low_rank(adapter) for piece in pieces):
             continue
@@ -211,8 +209,7 @@ def to_peft(adapter: Adapter, config: ModelConfig, folder: Path, *, layout: str 
             nesting.setdefault(source.rpartition(".")[0], []).append(source)
     rank = max(a.shape[-2] for a, _ in pairs.values())
     for source, (a, b) in pairs.items():
-        a = torch.nn.functional.pad(a, (0, 0, 0, rank - a.shape[-2]))
-        b = torch.nn.functional.pad(b, (0, rank - b.shape[-1]))
+        a, b = _widened(a, -2, rank), _widened(b, -1, rank)
         if a.ndim == 3:
             owner = source.rpartition(".")[0]
             nesting[owner].sort(key=lambda name: name.endswith("down_proj"))  # the first parameter is the innermost
@@ -222,8 +219,8 @@ def to_peft(adapter: Adapter, config: ModelConfig, folder: Path, *, layout: str 
         elif by_source[source][0].target == "embed.weight":
             name = source.removesuffix(".weight")
             modules.add(name.rpartition(".")[2])
-            tensors[f"{_PREFIX}{name}.lora_embedding_A"] = b.T.contiguous()
-            tensors[f"{_PREFIX}{name}.lora_embedding_B"] = a.T.contiguous()
+            tensors[f"{_PREFIX}{name}.lora_embedding_A"] = b.T
+            tensors[f"{_PREFIX}{name}.lora_embedding_B"] = a.T
             if not config.tied_embeddings:
                 continue
             # peft adapts the two uses of a tied table apart: the same factors go to both.
@@ -234,7 +231,7 @@ def to_peft(adapter: Adapter, config: ModelConfig, folder: Path, *, layout: str 
             name = source.removesuffix(".weight")
             modules.add(name.rpartition(".")[2])
             key = f"{_PREFIX}{name}.lora_"
-        tensors[f"{key}A.weight"], tensors[f"{key}B.weight"] = a.contiguous(), b.contiguous()
+        tensors[f"{key}A.weight"], tensors[f"{key}B.weight"] = a, b
     _write_tensors(tensors, folder, _PEFT_WEIGHTS)
     body = {
         "peft_type": "LORA",
@@ -286,7 +283,7 @@ def from_peft(folder: Path, config: ModelConfig) -> Adapter:
     # A target may have been adapted in part (q and v only): what is left out gets factors of zero.
     for name, (a_shape, b_shape) in adapted_shapes(config, spec).items():
         if name not in factors:
-            factors[name] = (torch.zeros(a_shape), torch.zeros(b_shape))
+            factors[name] = (np.zeros(a_shape, np.float32), np.zeros(b_shape, np.float32))
     _check(factors, spec, config, folder)
     extras = _extras(best, how, config, folder)
     return Adapter(spec=spec, factors=_ordered(factors, config), base=how.base, extras=extras)
@@ -298,13 +295,13 @@ class _Match:
 
     layout: str
     left: set[str]
-    parts: dict[str, list[tuple[Piece, Tensor, Tensor]]] = field(default_factory=dict)
+    parts: dict[str, list[tuple[Piece, Floats, Floats]]] = field(default_factory=dict)
     """Parameter -> the factors of the stored matrices in it, scaled already."""
     adapted: set[str] = field(default_factory=set)
     """Stored tensors with factors."""
-    lengths: dict[str, tuple[Piece, Tensor]] = field(default_factory=dict)
-    tokens: dict[str, tuple[Piece, Tensor]] = field(default_factory=dict)
-    whole: dict[str, tuple[list[Piece], Tensor]] = field(default_factory=dict)
+    lengths: dict[str, tuple[Piece, Floats]] = field(default_factory=dict)
+    tokens: dict[str, tuple[Piece, Floats]] = field(default_factory=dict)
+    whole: dict[str, tuple[list[Piece], Floats]] = field(default_factory=dict)
 
     def takes(self, key: str) -> bool:
         """Whether a stored tensor is there and has had no place yet; it has one now."""
@@ -313,7 +310,7 @@ class _Match:
         return there
 
 
-def _match_peft(tensors: Mapping[str, Tensor], config: ModelConfig, layout: str, how: PeftConfig) -> _Match:
+def _match_peft(tensors: Mapping[str, Floats], config: ModelConfig, layout: str, how: PeftConfig) -> _Match:
     match = _Match(layout, set(tensors))
     for source, pieces in _by_source(config, layout, adaptable=False).items():
         module = source.removesuffix(".weight")
@@ -333,7 +330,7 @@ def _match_peft(tensors: Mapping[str, Tensor], config: ModelConfig, layout: str,
 
 
 def _take_factors(
-    match: _Match, tensors: Mapping[str, Tensor], source: str, pieces: list[Piece], how: PeftConfig
+    match: _Match, tensors: Mapping[str, Floats], source: str, pieces: list[Piece], how: PeftConfig
 ) -> None:
     pair = _peft_pair(tensors, source, pieces[0], how.along_inputs)
     if pair is None:
@@ -349,7 +346,7 @@ def _take_factors(
     match.adapted.add(source)
     b = b * how.scale_of(module)
     if _is_stack_in_out(pieces[0]):
-        a, b = b.mT, a.mT
+        a, b = np.swapaxes(b, -1, -2), np.swapaxes(a, -1, -2)
     start = 0
     for piece in pieces:
         box = piece.target_box or whole(piece.target_shape)
@@ -400,7 +397,7 @@ def _check_modules(match: _Match, how: PeftConfig, config: ModelConfig, folder: 
 
 def _extras(match: _Match, how: PeftConfig, config: ModelConfig, folder: Path) -> Extras | None:
     """What the file holds beyond factors; None if there is nothing."""
-    replaced: dict[str, list[tuple[Box, Tensor]]] = {}
+    replaced: dict[str, list[tuple[Box, Floats]]] = {}
     for source, (pieces, values) in match.whole.items():
         if values.shape != pieces[0].source_shape:
             raise CheckpointError(
@@ -409,7 +406,7 @@ def _extras(match: _Match, how: PeftConfig, config: ModelConfig, folder: Path) -
             )
         for piece in pieces:
             box = piece.source_box or whole(piece.source_shape)
-            part = tensor(unpack(array(values[tuple(slice(*axis) for axis in box)]), piece))
+            part = unpack(values[tuple(slice(*axis) for axis in box)], piece)
             replaced.setdefault(piece.target, []).append((piece.target_box or whole(piece.target_shape), part))
     for name, ids, values in _token_rows(match, how, folder):
         columns = (0, values.shape[1])
@@ -424,7 +421,7 @@ def _extras(match: _Match, how: PeftConfig, config: ModelConfig, folder: Path) -
     return Extras(lengths=lengths, replaced=replaced) if lengths or replaced else None
 
 
-def _token_rows(match: _Match, how: PeftConfig, folder: Path) -> list[tuple[str, tuple[int, ...], Tensor]]:
+def _token_rows(match: _Match, how: PeftConfig, folder: Path) -> list[tuple[str, tuple[int, ...], Floats]]:
     """(table, ids, their rows) of single trained tokens."""
     found = []
     for source, (piece, values) in match.tokens.items():
@@ -443,9 +440,9 @@ def _token_rows(match: _Match, how: PeftConfig, folder: Path) -> list[tuple[str,
     return found
 
 
-def _row_lengths(match: _Match, config: ModelConfig) -> dict[str, Tensor]:
+def _row_lengths(match: _Match, config: ModelConfig) -> dict[str, Floats]:
     shapes = parameter_shapes(config)
-    lengths: dict[str, Tensor] = {}
+    lengths: dict[str, Floats] = {}
     for source, (piece, values) in match.lengths.items():
         box = piece.target_box or whole(piece.target_shape)
         # peft's lengths run along rows of what is stored; for tables and fused stacks they mean something else.
@@ -454,12 +451,12 @@ def _row_lengths(match: _Match, config: ModelConfig) -> dict[str, Tensor]:
             raise ConfigError(f"use_dora is read for plain linear layers only, not for {source}")
         if values.shape != piece.source_shape[:1]:
             raise CheckpointError(f"the magnitude vector of {source} must have {piece.source_shape[0]} numbers")
-        rows = lengths.setdefault(piece.target, torch.full(shapes[piece.target][:-1], torch.nan))
+        rows = lengths.setdefault(piece.target, np.full(shapes[piece.target][:-1], np.nan, np.float32))
         rows[tuple(slice(*axis) for axis in box[:-1])] = values
     return lengths
 
 
-def _untie(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _untie(tensors: dict[str, Floats], folder: Path) -> dict[str, Floats]:
     """Without the head's factors, once they are seen to be the table's: here a tied table is one matrix."""
     table = next((key.removesuffix("A") for key in tensors if key.endswith("lora_embedding_A")), None)
     heads = [f"{_PREFIX}{_HEAD}.lora_{part}.weight" for part in "AB"]
@@ -468,7 +465,7 @@ def _untie(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     same = table is not None and all(key in tensors for key in heads)
     if same and table is not None:
         a, b = (tensors[key] for key in heads)
-        same = torch.equal(b.T, tensors[table + "A"]) and torch.equal(a.T, tensors[table + "B"])
+        same = np.array_equal(b.T, tensors[table + "A"]) and np.array_equal(a.T, tensors[table + "B"])
     if not same or table is None:
         raise ConfigError(
             f"{folder} adapts the table and the head of a model with tied embeddings as two matrices. Here they "
@@ -476,7 +473,7 @@ def _untie(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         )
     frozen = f"{_PREFIX}{_HEAD}.base_layer.weight"
     stored = tensors.get(table.replace("lora_embedding_", "base_layer.weight"))
-    if frozen in tensors and stored is not None and torch.equal(tensors[frozen], stored):
+    if frozen in tensors and stored is not None and np.array_equal(tensors[frozen], stored):
         heads.append(frozen)
     return {key: t for key, t in tensors.items() if key not in heads}
 
@@ -494,7 +491,7 @@ def _by_source(config: ModelConfig, layout: str | None, *, adaptable: bool = Tru
     return by_source
 
 
-def _stored_factors(adapter: Adapter, source: str, pieces: list[Piece]) -> tuple[Tensor, Tensor]:
+def _stored_factors(adapter: Adapter, source: str, pieces: list[Piece]) -> tuple[Floats, Floats]:
     """A and B of one stored matrix (or stack) from those of the parameters it fills."""
     parts = []
     for piece in pieces:
@@ -512,26 +509,30 @@ def _stored_factors(adapter: Adapter, source: str, pieces: list[Piece]) -> tuple
         else:
             parts.append((a, b[..., slice(*box[-2]), :] if len(pieces) == 1 else b))
     a, b = parts[0] if len(parts) == 1 else _side_by_side(parts, in_turn=pieces[0].stride is not None)
-    return (b.mT, a.mT) if _is_stack_in_out(pieces[0]) else (a, b)
+    return (np.swapaxes(b, -1, -2), np.swapaxes(a, -1, -2)) if _is_stack_in_out(pieces[0]) else (a, b)
 
 
-def _side_by_side(parts: list[tuple[Tensor, Tensor]], *, in_turn: bool) -> tuple[Tensor, Tensor]:
+def _side_by_side(parts: list[tuple[Floats, Floats]], *, in_turn: bool) -> tuple[Floats, Floats]:
     """The factors of gate and up in one stack, one above the other or row by row in turn: a block for each."""
-    zeros = [torch.zeros_like(b) for _, b in parts]
-    rows = [torch.cat([b if i == j else zeros[i][..., : parts[j][1].shape[-1]] for j in range(len(parts))], -1)
+    zeros = [np.zeros_like(b) for _, b in parts]
+    rows = [np.concatenate([b if i == j else zeros[i][..., : parts[j][1].shape[-1]] for j in range(len(parts))], -1)
             for i, (_, b) in enumerate(parts)]  # fmt: skip
-    together = torch.stack(rows, -2).flatten(-3, -2) if in_turn else torch.cat(rows, -2)
-    return torch.cat([a for a, _ in parts], -2), together
+    if in_turn:
+        stacked = np.stack(rows, -2)
+        together = stacked.reshape(*stacked.shape[:-3], -1, stacked.shape[-1])
+    else:
+        together = np.concatenate(rows, -2)
+    return np.concatenate([a for a, _ in parts], -2), together
 
 
-def _fused_to_peft(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _fused_to_peft(a: Floats, b: Floats) -> tuple[Floats, Floats]:
     """(E, r, in), (E, out, r) -> peft's lora_A (E r, in) and lora_B (out, r E), as it is since 0.19."""
-    return a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
+    return a.reshape(-1, a.shape[-1]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
 
 
 def _fused_from_peft(
-    first: Tensor, second: Tensor, shape: tuple[int, ...], along_inputs: bool
-) -> tuple[Tensor, Tensor] | None:
+    first: Floats, second: Floats, shape: tuple[int, ...], along_inputs: bool
+) -> tuple[Floats, Floats] | None:
     """lora_A and lora_B of a stack (E, out, in) as (E, r, in), (E, out, r); None if they are not of it.
 
     Args:
@@ -545,43 +546,43 @@ def _fused_from_peft(
     if given not in (new, old):
         return None
     one = first.reshape(e, -1, first.shape[1])  # (E, r, axis of A)
-    other = second.reshape(second.shape[0], -1, e).permute(2, 0, 1)  # (E, axis of B, r)
+    other = second.reshape(second.shape[0], -1, e).transpose(2, 0, 1)  # (E, axis of B, r)
     if given == new and (along_inputs or new != old):
-        return one.contiguous(), other.contiguous()
-    return other.transpose(1, 2).contiguous(), one.transpose(1, 2).contiguous()
+        return one, other
+    return other.swapaxes(1, 2), one.swapaxes(1, 2)
 
 
 def _peft_pair(
-    tensors: Mapping[str, Tensor], source: str, piece: Piece, along_inputs: bool
-) -> tuple[tuple[str, str], Tensor, Tensor] | None:
+    tensors: Mapping[str, Floats], source: str, piece: Piece, along_inputs: bool
+) -> tuple[tuple[str, str], Floats, Floats] | None:
     shape = piece.source_shape
     if len(shape) == 3:
         owner = source.rpartition(".")[0]
         for inner in ("", "base_layer.", "base_layer.base_layer."):
             keys = (f"{_PREFIX}{owner}.{inner}lora_A.weight", f"{_PREFIX}{owner}.{inner}lora_B.weight")
             if all(key in tensors for key in keys):
-                found = _fused_from_peft(tensors[keys[0]].float(), tensors[keys[1]].float(), shape, along_inputs)
+                found = _fused_from_peft(tensors[keys[0]], tensors[keys[1]], shape, along_inputs)
                 if found is not None:
                     return keys, *found
         return None
     name = source.removesuffix(".weight")
     keys = (f"{_PREFIX}{name}.lora_embedding_A", f"{_PREFIX}{name}.lora_embedding_B")
     if all(key in tensors for key in keys):
-        return keys, tensors[keys[1]].float().T.contiguous(), tensors[keys[0]].float().T.contiguous()
+        return keys, tensors[keys[1]].T, tensors[keys[0]].T
     keys = (f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight")
     if not all(key in tensors for key in keys):
         return None
-    a, b = (tensors[key].float() for key in keys)
+    a, b = (tensors[key] for key in keys)
     fits = a.ndim == b.ndim == 2 and a.shape[1] == shape[1] and b.shape[0] == shape[0] and a.shape[0] == b.shape[1]
     return (keys, a, b) if fits else None
 
 
-def _assembled(shape: tuple[int, ...], parts: list[tuple[Piece, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _assembled(shape: tuple[int, ...], parts: list[tuple[Piece, Floats, Floats]]) -> tuple[Floats, Floats]:
     """One parameter's factors from those of the stored matrices in it: ranks side by side."""
     piece, a, b = parts[0]
     if len(shape) == 3 and a.ndim == 2:  # a matrix an expert
         rank = max(one.shape[0] for _, one, _ in parts)
-        out = torch.zeros(shape[0], rank, shape[2]), torch.zeros(shape[0], shape[1], rank)
+        out = np.zeros((shape[0], rank, shape[2]), np.float32), np.zeros((shape[0], shape[1], rank), np.float32)
         for piece, a, b in parts:
             expert = (piece.target_box or whole(shape))[0][0]
             if piece.transpose:
@@ -589,9 +590,10 @@ def _assembled(shape: tuple[int, ...], parts: list[tuple[Piece, Tensor, Tensor]]
             out[0][expert, : a.shape[0]], out[1][expert, :, : b.shape[1]] = a, b
         return out
     if len(parts) == 1 and piece.target_box is None:
-        return a.contiguous(), b.contiguous()
+        return a, b
     rank = sum(one.shape[-2] for _, one, _ in parts)
-    all_a, all_b = a.new_zeros(*shape[:-2], rank, shape[-1]), b.new_zeros(*shape[:-1], rank)
+    all_a = np.zeros((*shape[:-2], rank, shape[-1]), np.float32)
+    all_b = np.zeros((*shape[:-1], rank), np.float32)
     at = 0
     for piece, a, b in parts:
         first, last = (piece.target_box or whole(shape))[-2]
@@ -601,28 +603,35 @@ def _assembled(shape: tuple[int, ...], parts: list[tuple[Piece, Tensor, Tensor]]
     return all_a, all_b
 
 
+def _widened(values: Floats, axis: int, rank: int) -> Floats:
+    """With zeros behind an axis up to a rank."""
+    missing = [(0, 0)] * values.ndim
+    missing[axis] = (0, rank - values.shape[axis])
+    return np.pad(values, missing)
+
+
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, file: str) -> str:
-    from safetensors.torch import save_file
+def _write_tensors(tensors: Mapping[str, Floats], folder: Path, file: str) -> str:
+    from safetensors.numpy import save_file
 
     if folder.exists() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} exists and is not empty; give a new name, or remove it first")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / (file + ".part")
-        save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, part)
+        save_file({name: np.ascontiguousarray(t, dtype=np.float32) for name, t in tensors.items()}, part)
         part.replace(folder / file)
     except OSError as error:
         raise CheckpointError(f"cannot write {folder / file}: {error.strerror}") from None
     return _sha256(folder / file)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Floats]:
     source = SafetensorsSource(path)
     try:
-        return {name: tensor(source.read(name)).float() for name in source.tensors}
+        return {name: as_float32(source.read(name)) for name in source.tensors}
     finally:
         source.close()
 

@@ -130,8 +130,8 @@ def convert(
         dtype: of plain numbers, for "hf" and for "quadriga" without a format: float32, bfloat16, float16, or "keep",
             which None is too: each tensor as it came (block formats become float32).
         gguf_format: for "gguf": one of ``convert_options.GGUF_FORMATS``; None is bfloat16.
-        format: for "quadriga": pack the matrices for the CPU's kernels: keep, bfloat16, q8, q4, q4m or float32 for all
-            (routers stay float32, embeddings and head at least q8), or a recipe: matrix -> format
+        format: for "quadriga": pack the matrices for the CPU's kernels: keep, bfloat16, q8, q4, q4m, mx4 or float32 for
+            all (routers stay float32, embeddings and head at least q8), or a recipe: matrix -> format
             (``quant.format_choice``).
         embeddings: with ``format``, another one for the embedding table and the head.
         importance: matrix -> (cols,), how much each column's error counts in the search for scales.
@@ -244,7 +244,7 @@ def _plan(
     return Plan(to, name, pieces, tensors, files, extra=extra)
 
 
-_WIDE_ENDS = {"q4": "q8", "q4m": "q8"}
+_WIDE_ENDS = {"q4": "q8", "q4m": "q8", "mx4": "q8"}
 """What embeddings and head are where the rest has 4 bits: every token goes through them, and they are few."""
 
 

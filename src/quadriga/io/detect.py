@@ -94,7 +94,8 @@ def _gguf(path: Path) -> Located:
         metadata = {**source.metadata, **_small_tensors(source)}
     finally:
         source.close()
-    return Located("gguf", path, families.config_from_gguf(metadata, source.shapes))
+    config, notes = families.read_gguf(metadata, source.shapes)
+    return Located("gguf", path, config, tuple(notes))
 
 
 def _small_tensors(source: GGUFSource) -> dict[str, list[float]]:

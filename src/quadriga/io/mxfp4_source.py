@@ -83,10 +83,17 @@ class Mxfp4Source:
         box = box or whole(self.tensors[name].shape)
         start, stop = box[-1]
         groups = (start // mxfp4.BLOCK, -(-stop // mxfp4.BLOCK))
-        codes = self._source.read(name, (*box[:-1], groups, (0, _CODE_BYTES)))
-        values = mxfp4.from_pairs(codes, self._source.read(self._scales[name], (*box[:-1], groups)))
+        values = mxfp4.from_pairs(*self.codes(name, (*box[:-1], groups)))
         first = groups[0] * mxfp4.BLOCK
         return values.reshape(*values.shape[:-2], -1)[..., start - first : stop - first]
+
+    def codes(self, name: str, box: Box) -> tuple[Array, Array]:
+        """Codes in pairs (..., 16) and scales (...) of a tensor in MXFP4, as they are stored.
+
+        Args:
+            box: its last axis counts blocks.
+        """
+        return self._source.read(name, (*box, (0, _CODE_BYTES))), self._source.read(self._scales[name], box)
 
     def close(self) -> None:
         """Release the files."""

@@ -225,11 +225,12 @@ def without_extras(
     Raises:
         CheckpointError: a stored copy of a tied tensor differs from it (only checked where ``source`` is given).
     """
-    used = {piece.source for piece in pieces}
+    used, left_out = {piece.source for piece in pieces}, family.left_out(config)
     kept = {
         name: shape
         for name, shape in shapes.items()
-        if name in used or not any(fnmatch.fnmatchcase(name, pattern) for pattern in family.ignored_tensors)
+        if name in used
+        or not (name in left_out or any(fnmatch.fnmatchcase(name, pattern) for pattern in family.ignored_tensors))
     }
     if config.tied_embeddings:
         for copy, original in family.tied_copies.items():

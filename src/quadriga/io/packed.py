@@ -2,7 +2,8 @@
 
     a packed Quadriga directory   read by several threads into huge pages; memory-mapped if it is nearly all of memory
     GGUF Q8_0, Q4_0, Q4_1; GPTQ   blocks rearranged, no number changed (GPTQ of 4 bits, symmetric, in order)
-    MXFP4, and GGUF's Q5_0, IQ4_NL, TQ1_0, TQ2_0   as q8, whose integers hold their numbers exactly
+    MXFP4                         as mx4, its codes beside float16 scales, no number changed
+    GGUF's Q5_0, IQ4_NL, TQ1_0, TQ2_0   as q8, whose integers hold their numbers exactly
     anything else                 read part by part and packed as `format` says
 
 Routers, biases and vectors are float32 in every case.
@@ -24,12 +25,13 @@ from quadriga import runtime
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io import directory as engine_file
 from quadriga.io.gguf_source import GGUFSource
+from quadriga.io.mxfp4_source import Mxfp4Source
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress, unpack
 from quadriga.io.quantised.source import QuantisedSource
 from quadriga.kernels.cpu.expert_store import ExpertStore
-from quadriga.kernels.cpu.packing import STORED, Bytes, Packed, Parameter, allocate, pack, pack_blocks
-from quadriga.model.weight_map import Piece, Shape, parameter_shapes, stays_float32, whole
+from quadriga.kernels.cpu.packing import STORED, Bytes, Packed, Parameter, allocate, pack, pack_blocks, pack_mx4
+from quadriga.model.weight_map import Piece, Shape, parameter_shapes, source_index, stays_float32, whole
 from quadriga.quant import mxfp4
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.formats import FORMATS
@@ -37,7 +39,7 @@ from quadriga.quant.packed import FROM_GGUF, PACKED
 
 FORMATS_TO_LOAD = ("keep", *PACKED)
 
-QUANTISED = ("q8", "q4", "q4m")
+QUANTISED = ("q8", "q4", "q4m", "mx4")
 """Packed formats whose weights are integers with a scale."""
 
 
@@ -56,7 +58,7 @@ def load_packed(
 
     Args:
         form: one of FORMATS_TO_LOAD. ``keep`` takes Q8_0, Q4_0 and Q4_1 blocks, float32 and bfloat16 as they are;
-            float16 becomes bfloat16, other block formats q8.
+            float16 becomes bfloat16, MXFP4 mx4, other block formats q8.
         expert_memory: leave experts on disk, with a cache of this many bytes (packed directories only).
         progress: called after each matrix.
 
@@ -117,6 +119,8 @@ def packed_format(checkpoint: Checkpoint, name: str, form: str) -> str:
     one = next(iter(stored))
     if len(stored) == 1 and one in FROM_GGUF:
         return FROM_GGUF[one]
+    if stored == {"mxfp4"}:
+        return "mx4"
     if len(stored) == 1 and one in PACKED:
         return one
     if all(one in ("float32", "bfloat16") for one in stored):
@@ -153,8 +157,10 @@ class Unpacked:
             CheckpointError: numbers that the format cannot hold.
         """
         try:
+            rows, cols = self.rows, self.cols
+            if self.blocks is not None and self.block_format == "mx4":
+                return pack_mx4(self.blocks, rows, cols, out=out)
             if self.blocks is not None:
-                rows, cols = self.rows, self.cols
                 return pack_blocks(self.blocks, self.block_format, rows, cols, form, out=out, importance=importance)
             assert self.values is not None
             return pack(self.values, form, out=out, importance=importance)
@@ -182,12 +188,35 @@ def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Un
     ):
         raw = _block_rows(source, pieces, shape, expert, block)
         return Unpacked(name, rows, cols, blocks=raw, block_format=block)
+    if isinstance(source, Mxfp4Source) and stored == {"mxfp4"} and all(map(_is_stack, pieces)):
+        return _of_codes(source, pieces[0], expert, form)
     box = whole(shape) if len(shape) == 2 else ((expert, expert + 1), *whole(shape[1:]))
     values = np.ascontiguousarray(checkpoint.parameters.read(name, box).reshape(rows, cols))
     if stored == {"mxfp4"} and form == "q8" and cols % mxfp4.BLOCK == 0:
-        exact = mxfp4.as_q8_0(as_float32(values).reshape(-1, mxfp4.BLOCK)).reshape(rows, -1)
-        return Unpacked(name, rows, cols, blocks=exact, block_format="q8_0")
+        exact = mxfp4.as_q8_0(as_float32(values).reshape(-1, mxfp4.BLOCK))
+        return Unpacked(name, rows, cols, blocks=exact.reshape(rows, -1), block_format="q8_0")
     return Unpacked(name, rows, cols, values=as_float32(values) if values.dtype == np.float64 else values)
+
+
+def _is_stack(piece: Piece) -> bool:
+    """True if the piece fills a parameter of experts from a tensor of experts, row by row or every n-th row."""
+    whole_tensors = piece.source_box is None and piece.target_box is None and piece.view is None
+    return whole_tensors and not piece.transpose and len(piece.source_shape) == 3
+
+
+def _of_codes(source: Mxfp4Source, piece: Piece, expert: int, form: str) -> Unpacked:
+    """An expert's matrix from its own rows of codes alone; for q8 as the blocks that hold the same numbers."""
+    _, rows, cols = piece.target_shape
+    box = ((expert, expert + 1), (0, piece.source_shape[1]), (0, cols // mxfp4.BLOCK))
+    codes, scales = (values[0, source_index(piece)[1]] for values in source.codes(piece.source, box))
+    codes, scales = codes.reshape(-1, codes.shape[-1]), scales.reshape(-1)
+    exact = mxfp4.as_mx4(codes, scales) if form == "mx4" else None
+    if exact is not None:
+        return Unpacked(piece.target, rows, cols, blocks=exact, block_format="mx4")
+    if form == "q8":
+        blocks = mxfp4.pairs_as_q8_0(codes, scales).reshape(rows, -1)
+        return Unpacked(piece.target, rows, cols, blocks=blocks, block_format="q8_0")
+    return Unpacked(piece.target, rows, cols, values=mxfp4.from_pairs(codes, scales).reshape(rows, cols))
 
 
 def _is_rows(piece: Piece) -> bool:

@@ -11,14 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quadriga.errors import RequestError
+from quadriga.kernels.arrays import tensor
 from quadriga.model.adapter_spec import TARGETS, LoraSpec, adapted_shapes, targets_of
 from quadriga.nn.linear import Factors, adapt
 from quadriga.nn.lora import attach
 from quadriga.nn.transformer import Transformer
+
+Floats = NDArray[np.float32]
 
 
 class _Choice:
@@ -97,8 +102,8 @@ class AdapterBank:
             owner, _, part = name.rpartition(".")
             adapt(model.get_submodule(owner), part, several)
 
-    def add(self, name: str, spec: LoraSpec, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Make an adapter available under a name, from the next pass on.
+    def add(self, name: str, spec: LoraSpec, factors: Mapping[str, tuple[Floats, Floats]]) -> None:
+        """Make an adapter available under a name, from the next pass on; the factors are not copied.
 
         Raises:
             RequestError: the name is taken.
@@ -108,7 +113,7 @@ class AdapterBank:
         device = next(self.model.parameters()).device
         number, self._next = self._next, self._next + 1
         for parameter, (a, b) in factors.items():
-            one = Factors(a.float().to(device), b.float().to(device), scale=spec.scale)
+            one = Factors(tensor(a).to(device), tensor(b).to(device), scale=spec.scale)
             self._several[parameter].factors[number] = one.requires_grad_(False).eval()
         self.names[name] = number
 

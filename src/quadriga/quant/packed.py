@@ -8,7 +8,9 @@ whole groups, so any shape can be packed. The sizes are stated there too; ``test
     q8        groups of 32 columns, one float16 scale each: w = d q,        q in -128..127    8.5 bits per weight
     q4        the same:                                     w = d (q - 8),  q in 0..15        4.5 bits
     q4m       with a minimum:                               w = d q + m,    q in 0..15        5 bits
+    mx4       as q4, of MXFP4's numbers:                    w = d k,        k in 0 1 2 3 4 6 8 12, +-   4.5 bits
 
+MXFP4 becomes mx4 without loss, as long as half its scales are float16's: d is a power of two, 2^-24 to 2^15.
 GGUF's Q8_0, Q4_0 and Q4_1 blocks are converted to q8, q4 and q4m without loss.
 """
 
@@ -48,6 +50,7 @@ PACKED: dict[str, PackedFormat] = {
         PackedFormat("q8", 64, 1088),
         PackedFormat("q4", 64, 576),
         PackedFormat("q4m", 64, 640),
+        PackedFormat("mx4", 64, 576),
     )
 }
 

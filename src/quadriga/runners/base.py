@@ -1,7 +1,9 @@
 """What the engine needs of a model: a runner computes one pass over a batch of packed tokens whose keys and values live
 in numbered blocks. No torch: values that cross this seam are NumPy arrays.
 
-    Batch ──► Runner.forward ──► logits (R, V)
+    Batch ──► Runner.forward ──► PassResult: logits (R, V), and where asked for hidden (N, D) and routing per MoE layer
+
+A result is a value: no later pass changes it, and a runner remembers nothing of a pass but keys, values and counts.
 
 ``runners.compiled.CompiledModel`` is one (the CPU's kernels), ``runners.torch.TorchRunner`` the other: any device and
 dtype that torch knows, CUDA included, and the reference that the first is compared with.
@@ -9,14 +11,16 @@ dtype that torch knows, CUDA included, and the reference that the first is compa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.program import Batch
+from quadriga.model.adapter_spec import LoraSpec
 from quadriga.model.config import ModelConfig
 
 Floats = NDArray[np.float32]
@@ -40,6 +44,51 @@ class RouterStats:
         return np.bincount(self.expert_ids.reshape(-1), minlength=self.probs.shape[-1])
 
 
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass computed of its N tokens."""
+
+    logits: Floats
+    """(R, V), of the rows that the batch asked for."""
+    hidden: Floats | None = None
+    """(N, D), the states after the final norm, which the head reads; None where they were not asked for."""
+    routing: list[RouterStats] | None = None
+    """Per MoE layer; None where it was not asked for."""
+
+
+class Adapters(Protocol):
+    """The adapters of a model by name, to be chosen per request. They come and go between passes."""
+
+    @property
+    def names(self) -> Mapping[str, int]:
+        """Adapter name -> its number, from 1 on; none is used twice."""
+        ...
+
+    def add(self, name: str, spec: LoraSpec, factors: Mapping[str, tuple[Floats, Floats]]) -> None:
+        """Make an adapter available: parameter -> (A, B), ([E,] r, in) and ([E,] out, r).
+
+        Raises:
+            RequestError: the name is taken.
+        """
+        ...
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            RequestError: there is none of this name.
+        """
+        ...
+
+    def number(self, name: str) -> int:
+        """The number of an adapter.
+
+        Raises:
+            RequestError: there is none of this name.
+        """
+        ...
+
+
 class Runner(Protocol):
     """One model and its key/value blocks."""
 
@@ -47,9 +96,31 @@ class Runner(Protocol):
     n_blocks: int
     kv_bytes: int
     """Bytes of all blocks."""
+    store: ExpertStore | None
+    """Where the experts are, if they stay on disk."""
 
-    def forward(self, batch: Batch) -> Floats:
-        """(R, V) logits of the rows asked for, valid until the next pass; stores keys and values."""
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters that were added."""
+        ...
+
+    def adapters(self) -> Adapters:
+        """Where adapters are added and removed.
+
+        Raises:
+            RequestError: this runner computes without adapters.
+        """
+        ...
+
+    def forward(
+        self, batch: Batch, *, adapters: Sequence[int] | None = None, hidden: bool = False, routing: bool = False
+    ) -> PassResult:
+        """Compute a pass and store its keys and values.
+
+        Args:
+            adapters: of each of the N tokens, the number of its adapter, 0 for none; None: no token has one.
+            hidden, routing: return them too.
+        """
         ...
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -58,14 +129,6 @@ class Runner(Protocol):
 
     def row_stats(self, logits: Floats) -> tuple[list[int], list[float]]:
         """Of logits (R, V): the most probable token of every row (lowest id of equals), and log(sum(exp))."""
-        ...
-
-    def hidden(self, n_tokens: int) -> Floats:
-        """(n_tokens, D): the last pass's states after the final norm, which the head reads."""
-        ...
-
-    def router_stats(self, n_tokens: int) -> list[RouterStats]:
-        """The last pass's routing of its first ``n_tokens`` tokens, per MoE layer."""
         ...
 
     def weights(self) -> tuple[str, int]:

@@ -1,6 +1,6 @@
 """The Transformer as a captured program of CPU kernels: the same model as ``nn.transformer``, op by op.
 
-    ModelConfig + packed parameters --build--> Program --run(Batch)--> logits
+    ModelConfig + packed parameters --build--> Program --run(Batch)--> PassResult
 
 What ``Transformer`` computes in torch's modules, this computes in ``kernels/cpu`` over a paged cache; the tests hold
 the two to each other for every family. Nothing here branches on the family either.
@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.errors import ConfigError
+from quadriga.errors import ConfigError, RequestError
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
 from quadriga.kernels.cpu.program import AttentionArgs, Batch, ChoiceArgs, FFNArgs, NormArgs, Program, SharedArgs
@@ -24,7 +24,7 @@ from quadriga.model.positions import alibi_slopes, rotation
 from quadriga.model.weight_map import parameter_shapes, stays_float32
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.packed import KV_FORMATS, kv_block_bytes
-from quadriga.runners.base import Floats, RouterStats
+from quadriga.runners.base import Adapters, Floats, PassResult, RouterStats
 
 ACTIVATIONS = ("auto", "int8", "int16")
 
@@ -123,14 +123,37 @@ class CompiledModel:
         bias = self._vector("lm_head.bias") if config.head_bias else None
         self.program.head(self._norm("final_norm.weight", config.final_norm), head, config.logit_scale, bias)
 
-    def forward(self, batch: Batch) -> Floats:
-        """Logits (R, V) float32 of the rows asked for; valid until the next pass.
+    @property
+    def adapter_names(self) -> list[str]:
+        """There are none."""
+        return []
+
+    def adapters(self) -> Adapters:
+        """See :class:`Runner`.
+
+        Raises:
+            RequestError: always; the CPU's kernels know no adapters.
+        """
+        raise RequestError(
+            "adapters chosen per request run on plain torch: load the model with a dtype, e.g. float32. For the "
+            "CPU's kernels fold the adapter in: quadriga adapter merge MODEL ADAPTER OUT --format q8"
+        )
+
+    def forward(
+        self, batch: Batch, *, adapters: Sequence[int] | None = None, hidden: bool = False, routing: bool = False
+    ) -> PassResult:
+        """See :class:`Runner`.
 
         Raises:
             HardwareError: no memory is left for the intermediate results.
             CheckpointError: experts on disk could not be read.
         """
-        return self.program.run(batch)
+        assert adapters is None, "there are none: adapters() refuses"
+        logits, n = self.program.run(batch), len(batch.tokens)
+        norm = self._norm("final_norm.weight", self.config.final_norm)
+        return PassResult(
+            logits, self.program.hidden(n, norm) if hidden else None, self._router_stats(n) if routing else None
+        )
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the keys and values of whole blocks, (from, to), in every layer."""
@@ -143,11 +166,7 @@ class CompiledModel:
         """Of every row of logits (R, V): the most probable token (the lowest id of equals) and log(sum(exp))."""
         return self.program.row_stats(logits)
 
-    def hidden(self, n_tokens: int) -> Floats:
-        """(n_tokens, D) float32: the last pass's states after the final norm, which the head reads."""
-        return self.program.hidden(n_tokens, self._norm("final_norm.weight", self.config.final_norm))
-
-    def router_stats(self, n_tokens: int) -> list[RouterStats]:
+    def _router_stats(self, n_tokens: int) -> list[RouterStats]:
         """What every layer's router decided for the last pass's tokens."""
         return [
             RouterStats(
@@ -172,7 +191,7 @@ class CompiledModel:
 
     def expert_load(self) -> list[NDArray[np.int64]]:
         """Per MoE layer (E,) int64: tokens every expert has seen since the model was built."""
-        return [routing.load for routing in self.program.routing]
+        return [routing.load.copy() for routing in self.program.routing]
 
     def _attention(self, layer: int) -> AttentionArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."

@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quadriga import runtime
+from quadriga.io.open import Checkpoint
+from quadriga.io.parameters import Progress
+from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.program import Batch
 from quadriga.nn import moe
 from quadriga.nn.adapter_bank import AdapterBank
 from quadriga.nn.context import Scoring
+from quadriga.nn.devices import quick_float32, resolve_device, resolve_dtype, set_threads
+from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer
 from quadriga.quant.packed import BLOCK_TOKENS
-from quadriga.runners.base import Floats, RouterStats
+from quadriga.runners.base import Floats, PassResult, RouterStats
+
+
+def load(
+    opened: Checkpoint,
+    n_blocks: Callable[[int], int],
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> TorchRunner:
+    """A checkpoint in torch.
+
+    Args:
+        n_blocks: blocks of the cache, from the bytes of one.
+        dtype, device: as in ``runtime.DTYPE_NAMES`` and ``runtime.check_device``, or auto.
+
+    Raises:
+        HardwareError: no such device here.
+        CheckpointError, ConfigError: the files are malformed or of an unsupported kind.
+    """
+    set_threads(threads)
+    target = resolve_device(device)
+    chosen = resolve_dtype(dtype, target.type)
+    parameters = load_parameters(opened, dtype=chosen, device=target, progress=progress)
+    numbers = sum(layer.mixer.state.numbers_per_token for layer in opened.config.layers)
+    per_block = BLOCK_TOKENS * numbers * parameters["embed.weight"].element_size()
+    return TorchRunner(Transformer.from_parameters(opened.config, parameters), n_blocks(per_block))
 
 
 class TorchRunner:
@@ -25,10 +57,11 @@ class TorchRunner:
 
     Args:
         model: its parameters' device and dtype are computed in.
-        n_blocks: KV blocks of 16 tokens.
+        n_blocks: KV blocks of 16 tokens; None: those of two full contexts.
     """
 
-    def __init__(self, model: Transformer, n_blocks: int) -> None:
+    def __init__(self, model: Transformer, n_blocks: int | None = None) -> None:
+        n_blocks = n_blocks or 2 * -(-model.config.max_seq_len // BLOCK_TOKENS)
         self.model, self.config, self.n_blocks = model.eval(), model.config, n_blocks
         weight = next(model.parameters())
         states = [layer.mixer.state for layer in self.config.layers]
@@ -36,40 +69,46 @@ class TorchRunner:
         self._keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for shape in shapes]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
         self.kv_bytes = sum(t.nbytes for t in (*self._keys, *self._values))
-        self._stats: list[moe.RouterStats] = []
+        self.store: ExpertStore | None = None
         self._load: list[Tensor] = []
-        self.bank: AdapterBank | None = None
-        self._adapters: Tensor | None = None
+        self._bank: AdapterBank | None = None
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """See :class:`Runner`."""
+        return [] if self._bank is None else list(self._bank.names)
 
     def adapters(self) -> AdapterBank:
-        """The model's adapters; the first call makes room for them."""
-        if self.bank is None:
-            self.bank = AdapterBank(self.model)
-        return self.bank
-
-    def choose(self, of_token: Sequence[int]) -> None:
-        """Which adapter each token of the next pass uses, 0 for none; passes not announced so use none."""
-        self._adapters = torch.tensor(of_token, device=self._keys[0].device)
+        """See :class:`Runner`; the first call makes room for them."""
+        if self._bank is None:
+            self._bank = AdapterBank(self.model)
+        return self._bank
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Floats:
+    def forward(
+        self, batch: Batch, *, adapters: Sequence[int] | None = None, hidden: bool = False, routing: bool = False
+    ) -> PassResult:
         """See :class:`Runner`."""
         device = self._keys[0].device
         tokens = torch.from_numpy(batch.tokens).long().to(device)
         rows = torch.from_numpy(batch.rows).long().to(device)
-        chosen, self._adapters = self._adapters, None
-        with runtime.quick_float32(len(tokens)):
-            if self.bank is not None:
-                self.bank.choose(chosen)
-            self._hidden, self._stats = self.model.hidden(tokens, _PagedContext(self, batch, device))
-            if self.bank is not None:
-                self.bank.choose(None if chosen is None else chosen[rows])
-            logits: Floats = self.model.head(self._hidden[rows]).cpu().numpy()
-        for layer, stats in enumerate(self._stats):
+        chosen = None if adapters is None else torch.tensor(adapters, device=device)
+        with quick_float32(len(tokens)):
+            if self._bank is not None:
+                self._bank.choose(chosen)
+            states, of_layers = self.model.hidden(tokens, _PagedContext(self, batch, device))
+            if self._bank is not None:
+                self._bank.choose(None if chosen is None else chosen[rows])
+            logits: Floats = self.model.head(states[rows]).cpu().numpy()
+        for layer, stats in enumerate(of_layers):
             if layer == len(self._load):
                 self._load.append(torch.zeros(stats.probs.shape[-1], dtype=torch.int64, device=device))
             self._load[layer] += stats.load()
-        return logits
+        return PassResult(
+            logits,
+            self.model.final_norm(states).float().cpu().numpy() if hidden else None,
+            [_as_arrays(stats) for stats in of_layers] if routing else None,
+        )
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :class:`Runner`."""
@@ -83,20 +122,6 @@ class TorchRunner:
         rows = torch.from_numpy(logits)
         return rows.argmax(-1).tolist(), rows.logsumexp(-1).tolist()
 
-    @torch.inference_mode()
-    def hidden(self, n_tokens: int) -> Floats:
-        """See :class:`Runner`."""
-        normed: Tensor = self.model.final_norm(self._hidden[:n_tokens])
-        out: Floats = normed.float().cpu().numpy()
-        return out
-
-    def router_stats(self, n_tokens: int) -> list[RouterStats]:
-        """See :class:`Runner`."""
-        return [
-            RouterStats(*(t[:n_tokens].cpu().numpy() for t in (s.expert_ids, s.expert_weights, s.probs, s.logits)))
-            for s in self._stats
-        ]
-
     def weights(self) -> tuple[str, int]:
         """See :class:`Runner`."""
         n_bytes: Counter[str] = Counter()
@@ -107,6 +132,10 @@ class TorchRunner:
     def expert_load(self) -> list[NDArray[np.int64]]:
         """See :class:`Runner`."""
         return [load.cpu().numpy() for load in self._load]
+
+
+def _as_arrays(stats: moe.RouterStats) -> RouterStats:
+    return RouterStats(*(t.cpu().numpy() for t in (stats.expert_ids, stats.expert_weights, stats.probs, stats.logits)))
 
 
 class _PagedContext:

@@ -13,13 +13,16 @@ from quadriga.server.errors import ApiError
 from quadriga.server.schema import INLINE_BYTES, ChatRequest
 from quadriga.server.service import Answers, Caller, Choice, Service
 from quadriga.server.sse import EventSender, EventStream, json_response, part
-from quadriga.server.tools import AnswerReader, Reading, ToolUse
+from quadriga.server.tools import Reading, ToolUse
+from quadriga.server.tools import reader as reader_of
 from quadriga.text.chat import RenderedPrompt, render, render_soon
 from quadriga.text.reasoning import Thought, inside
 from quadriga.text.template_abilities import Abilities
-from quadriga.text.tool_calls.forms import Form
+from quadriga.text.tool_calls.forms import HARMONY, Form, form_of
 
 MAX_MESSAGES = 10_000
+FINAL = "<|channel|>final<|message|>"
+"""What begins an answer of gpt-oss that is no thought."""
 
 
 async def start(service: Service, body: ChatRequest, caller: Caller) -> tuple[Answers, Reading]:
@@ -49,13 +52,10 @@ async def start(service: Service, body: ChatRequest, caller: Caller) -> tuple[An
     prompt = await rendered(
         service, turns, caller, tools=tools.shown, check=service.llm.check_length, **how_rendered(body)
     )
-    thinks = able.thinks if service.reasoning else None
-    reading = Reading(tools.reads, thinks, opened=inside(prompt.text, thinks))
+    reading, opening = how_read(service, tools, able, prompt.text, constrained=constraint is not None)
     ids = prompt.ids
-    if reading.opened and constraint is not None:  # what a grammar leads is the answer: it has no room for thoughts
-        assert thinks is not None
-        ids = [*ids, *service.llm._need_tokenizer().encode(f"{thinks[1]}\n\n", allow_special=True)]
-        reading = Reading(tools.reads, thinks)
+    if opening:
+        ids = [*ids, *service.llm._need_tokenizer().encode(opening, allow_special=True)]
     given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if given is not None and given < 1 and given != -1:
         raise ApiError(400, f"max_tokens must be at least 1, or -1 for no limit; got {given}", param="max_tokens")
@@ -66,6 +66,23 @@ async def start(service: Service, body: ChatRequest, caller: Caller) -> tuple[An
     params = service.llm.chat_params(params)
     answers = await service.run([ids], params, body, caller, constraint=constraint, shown=reading.marks)
     return answers, reading
+
+
+def how_read(
+    service: Service, tools: ToolUse, able: Abilities, prompt: str, *, constrained: bool
+) -> tuple[Reading, str]:
+    """How an answer is read, and what is put behind the prompt.
+
+    What a grammar leads is the answer itself: it has no room for thoughts, so an open one is closed before.
+    """
+    form = service.tool_form or form_of(able.source)
+    if form is HARMONY:
+        return (Reading(tools.reads), FINAL) if constrained else (Reading(tools.reads, channels=True), "")
+    thinks = able.thinks if service.reasoning else None
+    opened = inside(prompt, thinks)
+    if opened and constrained and thinks is not None:
+        return Reading(tools.reads, thinks), f"{thinks[1]}\n\n"
+    return Reading(tools.reads, thinks, opened=opened), ""
 
 
 def how_rendered(body: ChatRequest) -> dict[str, Any]:
@@ -170,7 +187,7 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
     head["model"] = service.shown_name(body.model)
     usage = body.stream_options is not None and body.stream_options.include_usage
     with_usage: dict[str, Any] = {"usage": None} if usage else {}
-    readers = [AnswerReader(reading) for _ in answers.choices]
+    readers = [reader_of(reading) for _ in answers.choices]
     calls = [0 for _ in answers.choices]
     open_choices = set(range(len(answers.choices)))
 

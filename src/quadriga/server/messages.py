@@ -26,7 +26,8 @@ from quadriga.server.schema import (
 )
 from quadriga.server.service import Answers, Caller, Service
 from quadriga.server.sse import EventSender, EventStream, json_response
-from quadriga.server.tools import AnswerReader, Reading
+from quadriga.server.tools import Reading
+from quadriga.server.tools import reader as reader_of
 from quadriga.text.reasoning import Thought
 
 
@@ -325,7 +326,7 @@ async def stream(service: Service, body: MessagesRequest, caller: Caller) -> Res
         def send(kind: str, **fields: Any) -> None:
             sender.event({"type": kind, **fields}, name=kind)
 
-        blocks, reader = _Blocks(send), AnswerReader(reading)
+        blocks, reader = _Blocks(send), reader_of(reading)
         try:
             send("message_start", message=_message(service.shown_name(body.model), [], _end(None, None), answers))
             send("ping")

@@ -36,7 +36,8 @@ from quadriga.server.schema import (
 )
 from quadriga.server.service import Answers, Caller, Service
 from quadriga.server.sse import EventSender, EventStream, json_response, part
-from quadriga.server.tools import AnswerReader, Reading
+from quadriga.server.tools import Reading
+from quadriga.server.tools import reader as reader_of
 from quadriga.text.reasoning import Thought
 
 VERSION = "0.13.0"
@@ -279,7 +280,7 @@ async def _stream(
     said: Callable[..., dict[str, Any]],
     sender: EventSender,
 ) -> None:
-    reader = AnswerReader(reading)
+    reader = reader_of(reading)
     try:
         async for batch in answers.batches():
             for _, event in batch:

@@ -28,7 +28,7 @@ from quadriga.server.schema import (
 )
 from quadriga.server.service import Answers, Caller, Service
 from quadriga.server.sse import EventSender, EventStream, json_response
-from quadriga.server.tools import AnswerReader
+from quadriga.server.tools import reader as reader_of
 from quadriga.text.reasoning import Thought
 
 
@@ -359,7 +359,7 @@ async def stream(service: Service, body: ResponsesRequest, caller: Caller) -> Re
             out.send("response.created", response=shell)
             out.send("response.in_progress", response=shell)
             await sender.flush()
-            reader = AnswerReader(reading)
+            reader = reader_of(reading)
             async for batch in answers.batches():
                 for _, event in batch:
                     for piece in reader.push(event.text, last=event.finish_reason is not None):

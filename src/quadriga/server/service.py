@@ -13,6 +13,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quadriga.engine.async_engine import STEP_TIMEOUT_S, AsyncEngine, Stream
 from quadriga.engine.llm import LLM
 from quadriga.engine.request import Embed, Embedding, PromptReport, Request, SamplingParams, TokenEvent
@@ -397,7 +400,9 @@ class Service:
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1000
         return Answers(streams, n_read, deadline, lambda a: caller.leave(len(streams), n_read + a.n_made))
 
-    async def embed(self, prompts: Sequence[Sequence[int]], caller: Caller, *, priority: int = 0) -> list[Any]:
+    async def embed(
+        self, prompts: Sequence[Sequence[int]], caller: Caller, *, priority: int = 0
+    ) -> list[NDArray[np.float32]]:
         """Texts as vectors (D,) float32, in their order.
 
         Raises:
@@ -409,7 +414,7 @@ class Service:
         try:
             requests = [Embed(prompt=tuple(p), priority=priority, client=caller.client) for p in prompts]
             streams = await self.engine.submit_all(requests, patient=caller.patient)
-            vectors: dict[Stream, Any] = {}
+            vectors: dict[Stream, NDArray[np.float32]] = {}
             while len(vectors) < len(streams):
                 for stream, made in await streams[0].inbox.take():
                     assert isinstance(made, Embedding), "a text becomes a vector"

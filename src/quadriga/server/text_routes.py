@@ -7,7 +7,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from starlette.responses import Response
 
 from quadriga.server import chat
@@ -118,7 +117,7 @@ async def embeddings(service: Service, body: EmbeddingRequest, caller: Caller) -
     for i, vector in enumerate(found):
         shown: Any = vector.tolist()
         if body.encoding_format == "base64":
-            shown = base64.b64encode(np.asarray(vector, np.float32).tobytes()).decode()
+            shown = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         data.append({"object": "embedding", "index": i, "embedding": shown})
     usage = {"prompt_tokens": n, "total_tokens": n}
     return json_response({"object": "list", "data": data, "model": service.shown_name(body.model), "usage": usage})

@@ -17,10 +17,11 @@ from typing import Any
 
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import MAX_TOOLS, ChatRequest, Message, NamedTool, Tool
+from quadriga.text import harmony
 from quadriga.text.reasoning import Thought, Thoughts
 from quadriga.text.template_abilities import Abilities
 from quadriga.text.tool_calls.forms import HERMES, Form, form_of
-from quadriga.text.tool_calls.reader import MAX_CALLS, Reader, Tools
+from quadriga.text.tool_calls.reader import MAX_CALLS, Reader, Tools, as_call
 
 OPEN, CLOSE = HERMES.opens, HERMES.closes
 MAX_NAME = 128
@@ -230,16 +231,20 @@ class Reading:
     """The marks around thoughts; None: there are none."""
     opened: bool = False
     """The prompt ends inside of a thought."""
+    channels: bool = False
+    """Answers are gpt-oss's messages in channels (``text.harmony``)."""
 
     @property
     def marks(self) -> tuple[str, ...]:
         """What must be seen in an answer's text although it may be a control token."""
+        if self.channels:
+            return harmony.MARKS
         tools = self.tools.marks if self.tools is not None and not self.tools.forced else ()
         return (*tools, *(self.thinks or ()))
 
     def read(self, text: str) -> Answer:
         """A whole answer."""
-        pieces = AnswerReader(self).push(text, last=True)
+        pieces = reader(self).push(text, last=True)
         content = "".join(piece for piece in pieces if isinstance(piece, str))
         thought = "".join(piece.text for piece in pieces if isinstance(piece, Thought))
         calls = [piece for piece in pieces if isinstance(piece, dict)]
@@ -253,6 +258,49 @@ class Answer:
     content: str | None
     calls: list[dict[str, Any]]
     thought: str | None
+
+
+def reader(reading: Reading) -> AnswerReader | ChannelReader:
+    """What reads one answer."""
+    return ChannelReader(reading) if reading.channels else AnswerReader(reading)
+
+
+class ChannelReader:
+    """An answer of messages in channels as it comes; calls come when they are complete."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._parser, self._tools = harmony.HarmonyParser(), reading.tools
+        self._open: harmony.ToolCall | None = None
+        self._arguments: list[str] = []
+        self.n_thinking = self.n_calls = 0
+
+    def push(self, text: str, *, last: bool) -> list[Piece]:
+        """See :class:`AnswerReader`."""
+        events = self._parser.push(text) + (self._parser.finish() if last else [])
+        out: list[Piece] = []
+        for event in events:
+            if self._open is not None and event.message != self._open.message:
+                out += self._call()
+            if isinstance(event, harmony.ToolCall):
+                self._open = event
+                self._arguments.append(event.text)
+            elif event.text:
+                thought = isinstance(event, harmony.Reasoning)
+                self.n_thinking += thought
+                out.append(Thought(event.text) if thought else event.text)
+        return out + self._call() if last else out
+
+    def _call(self) -> list[Piece]:
+        """The call that is complete now; words, where it is of no tool that was offered or has no arguments to read."""
+        if self._open is None:
+            return []
+        name, raw = self._open.name, "".join(self._arguments)
+        self._open, self._arguments = None, []
+        call = as_call(name, raw) if self._tools is not None and name in self._tools.schemas else None
+        if call is None or self._tools is None or self.n_calls >= self._tools.most:
+            return [raw] if raw else []
+        self.n_calls += 1
+        return [call]
 
 
 class AnswerReader:

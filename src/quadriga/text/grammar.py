@@ -22,14 +22,17 @@ from concurrent.futures import Future
 from typing import Any, Literal
 
 import llguidance
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from quadriga.errors import GrammarError
 from quadriga.runtime import Lane
 from quadriga.text.grammar_child import compile_matcher
 from quadriga.text.grammar_trial import NICE, Trial, first_line
 from quadriga.text.tokenizer import Tokenizer
+
+Mask = NDArray[np.bool_]
+"""(V,): which tokens may come next."""
 
 Kind = Literal["json", "regex", "lark"]
 
@@ -168,7 +171,7 @@ class _Compiled:
 
     def __init__(self, matcher: Any) -> None:
         self.matcher = matcher
-        self.first: Tensor | None = None
+        self.first: Mask | None = None
         self.slow = False
 
 
@@ -178,7 +181,7 @@ class Grammar:
     def __init__(self, compiled: _Compiled, vocab_size: int, lane: Lane, clock: Callable[[], float]) -> None:
         self._compiled, self._matcher = compiled, compiled.matcher.deep_copy()
         self._vocab_size, self._lane, self._clock = vocab_size, lane, clock
-        self._next: Tensor | Future[Tensor] | None = compiled.first
+        self._next: Mask | Future[Mask] | None = compiled.first
 
     @property
     def slow(self) -> bool:
@@ -188,13 +191,13 @@ class Grammar:
     @property
     def ready(self) -> bool:
         """:meth:`allowed` answers at once."""
-        return isinstance(self._next, Tensor) or (isinstance(self._next, Future) and self._next.done())
+        return isinstance(self._next, np.ndarray) or (isinstance(self._next, Future) and self._next.done())
 
     def copy(self) -> Grammar:
         """Another answer at the grammar's beginning."""
         return Grammar(self._compiled, self._vocab_size, self._lane, self._clock)
 
-    def allowed(self) -> Tensor:
+    def allowed(self) -> Mask:
         """(V,) bool: tokens that may come next, at least one.
 
         Raises:
@@ -215,11 +218,11 @@ class Grammar:
         self._next = None if self.slow else self._lane.submit(self._mask)
         return False
 
-    def _mask(self) -> Tensor:
+    def _mask(self) -> Mask:
         return _mask(self._compiled, self._matcher, self._vocab_size, self._clock)
 
 
-def _mask(compiled: _Compiled, matcher: Any, vocab_size: int, clock: Callable[[], float]) -> Tensor:
+def _mask(compiled: _Compiled, matcher: Any, vocab_size: int, clock: Callable[[], float]) -> Mask:
     started = clock()
     raw = matcher.compute_logit_bias()
     took = clock() - started
@@ -231,7 +234,7 @@ def _mask(compiled: _Compiled, matcher: Any, vocab_size: int, clock: Callable[[]
             f"a step of the grammar took {took:.2g} s of processor time and may take {STEP_CPU_S:g} s: what may follow "
             "here can be read in too many ways. Make the grammar less ambiguous."
         )
-    mask = torch.frombuffer(bytearray(raw), dtype=torch.uint8)[:vocab_size] > 0
+    mask: Mask = np.frombuffer(raw, dtype=np.uint8)[:vocab_size] > 0
     if not mask.any():
         raise GrammarError("the grammar has come to a place where no token of this vocabulary may follow")
     return mask

@@ -8,7 +8,7 @@ The first message has no <|start|>assistant: the prompt ends with it. A message 
 whatever its channel, and the recipient may stand before the channel as well; commentary to nobody is for the user.
 Text outside this format is an answer. Source: the harmony format's description (openai/harmony, docs/format.md).
 
-The parser sees text in which these marks are written out; a detokeniser that drops control tokens hides what it needs.
+:class:`HarmonyParser` sees text in which these marks are written out, :class:`TokenParser` the tokens of an answer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from quadriga.text.stream import Detokenizer
+from quadriga.text.tokenizer import Tokenizer
 
 START, END, MESSAGE, CHANNEL, CONSTRAIN, RETURN, CALL = (
     f"<|{name}|>" for name in ("start", "end", "message", "channel", "constrain", "return", "call")
@@ -125,6 +128,33 @@ class HarmonyParser:
         self._kind, self._header = kind, None
         first: list[Event] = [kind] if isinstance(kind, ToolCall) else []
         return first + ([_with(kind, text)] if text else [])
+
+
+class TokenParser:
+    """A :class:`HarmonyParser` of tokens: control tokens of the marks' names are marks, all others are text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._parser = tokenizer, HarmonyParser()
+        self._marks = {tokenizer.special_ids[mark]: mark for mark in MARKS if mark in tokenizer.special_ids}
+        self._text = Detokenizer(tokenizer)
+
+    def push(self, token_id: int) -> list[Event]:
+        """Events that became certain with this token; of a character, with its last one."""
+        mark = self._marks.get(token_id)
+        if mark is None:
+            return self._parser.push(self._text.push(token_id)[0])
+        text = self._text.finish()
+        self._text = Detokenizer(self._tokenizer, after=(token_id,))
+        return self._parser.push(text + mark)
+
+    def finish(self) -> list[Event]:
+        """What was held back; see :meth:`HarmonyParser.finish`."""
+        return [*self._parser.push(self._text.finish()), *self._parser.finish()]
+
+
+def speaks_harmony(tokenizer: Tokenizer) -> bool:
+    """Whether a vocabulary has the control tokens that the format is made of."""
+    return {START, MESSAGE, CHANNEL, END, RETURN, CALL} <= tokenizer.special_ids.keys()
 
 
 def parse(text: str) -> list[Event]:

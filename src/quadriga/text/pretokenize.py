@@ -58,8 +58,12 @@ GGUF_PATTERNS: dict[str, Split] = {
     "refact": Split((_SINGLE_DIGITS, _GPT2)),  # Granite 3
     "llama-bpe": Split((_CL100K_GREEDY,), whole_words=True, add_bos=True),
     "dbrx": Split((_CL100K_GREEDY,), whole_words=True),
+    "glm4": Split((_CL100K_GREEDY,)),  # GLM-4.5
+    "chatglm-bpe": Split((_CL100K_GREEDY,)),
+    "hunyuan": Split((_QWEN2,)),
     "qwen2": Split((_QWEN2,), normalizer="NFC"),  # Qwen/Qwen2-7B's tokenizer.json
     "gpt-4o": Split((_O200K,), whole_words=True),  # gpt-oss: o200k_harmony
+    "minimax-m2": Split((_O200K,)),
 }
 """Values of GGUF's ``tokenizer.ggml.pre`` that are known."""
 

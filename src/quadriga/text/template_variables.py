@@ -36,6 +36,7 @@ _CLASS_OF_MODEL = {
     "dbrx": "GPT2Tokenizer",
     "mpt": "GPTNeoXTokenizer",
     "qwen2": "Qwen2Tokenizer",
+    "qwen2_moe": "Qwen2Tokenizer",
     "smollm3": "PreTrainedTokenizer",
     "qwen3": "Qwen2Tokenizer",
     "qwen3_moe": "Qwen2Tokenizer",
@@ -44,6 +45,8 @@ _CLASS_OF_MODEL = {
     "granitemoe": "GPT2Tokenizer",
     "granitemoeshared": "GPT2Tokenizer",
     "gpt_oss": "PreTrainedTokenizer",
+    "glm4_moe": "PreTrainedTokenizer",
+    "ernie4_5_moe": "LlamaTokenizer",
 }
 """transformers' class for a model_type of config.json, where tokenizer_config.json names none."""
 

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from quadriga import runtime
 from quadriga.errors import ConfigError
 from quadriga.train.held_out import HeldOutLoss
 from quadriga.train.trainer import StepReport
@@ -142,7 +143,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError(
-                "log.tensorboard needs the tensorboard package: pip install 'quadriga[train]', or turn it off"
+                f"log.tensorboard needs the tensorboard package: {runtime.install_hint('train')}, or turn it off"
             ) from None
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 

@@ -24,6 +24,7 @@ from quadriga import runtime
 from quadriga.errors import ConfigError
 from quadriga.hub import catalogue
 from quadriga.model.config import ModelConfig
+from quadriga.nn import devices
 from quadriga.nn.transformer import Transformer
 from quadriga.text.tokenizer import Tokenizer, load_directory
 from quadriga.train import report
@@ -67,7 +68,7 @@ def train(config: RunConfig, *, resume: Resume = "auto", stop: Callable[[], bool
     world = World.join(config.parallel.device, config.parallel.timeout_s)
     run = RunDirectory(Path(config.run).expanduser())
     try:
-        with run.locked() if world.first else contextlib.nullcontext(), _signals() as asked, runtime.quick_float32(512):
+        with run.locked() if world.first else contextlib.nullcontext(), _signals() as asked, devices.quick_float32(512):
             return _train(config, run, world, resume, lambda: asked() or (stop is not None and stop()))
     finally:
         world.leave()

@@ -23,10 +23,11 @@ from quadriga.io import adapter as adapters
 from quadriga.io.adapter import Adapter
 from quadriga.io.open import Checkpoint, open_checkpoint
 from quadriga.io.packed import pack_parameter
-from quadriga.kernels.arrays import tensor
+from quadriga.kernels.arrays import array, tensor
 from quadriga.model.adapter_spec import LoraSpec, target_of
 from quadriga.model.config import ModelConfig
 from quadriga.model.weight_map import parameter_shapes
+from quadriga.nn import devices
 from quadriga.nn.linear import Factors
 from quadriga.nn.load import load_parameters
 from quadriga.nn.lora import attach, quantised
@@ -91,7 +92,7 @@ def tune(config: TuneConfig, *, stop: Callable[[], bool] = lambda: False) -> Tun
         raise ConfigError("quadriga tune runs in one process: start it without torchrun")
     run = RunDirectory(Path(config.run).expanduser())
     try:
-        with run.locked(), runtime.quick_float32(config.data.seq_len):
+        with run.locked(), devices.quick_float32(config.data.seq_len):
             run.clean()
             return _tune(config, run, world, stop)
     finally:
@@ -163,7 +164,10 @@ def build_model(config: TuneConfig, checkpoint: Checkpoint) -> tuple[Transformer
         start = adapters.load(Path(lora.start).expanduser(), checkpoint.config)
         spec = replace(start.spec, dropout=lora.dropout)
     model = _base(checkpoint, lora)
-    factors = attach(model, spec, None if start is None else adapters.low_rank(start), seed=config.seed)
+    begun = None
+    if start is not None:
+        begun = {name: (tensor(a), tensor(b)) for name, (a, b) in adapters.low_rank(start).items()}
+    factors = attach(model, spec, begun, seed=config.seed)
     return model, factors, spec
 
 
@@ -197,7 +201,7 @@ def _write(
         out = _fresh(run.path / "adapter")
         name_of = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
         pairs = {
-            name: (masters[name_of[id(one.a)]].detach().cpu(), masters[name_of[id(one.b)]].detach().cpu())
+            name: (array(masters[name_of[id(one.a)]]), array(masters[name_of[id(one.b)]]))
             for name, one in factors.items()
         }
         adapters.save(Adapter(spec=spec, factors=pairs, base=config.model), out)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quadriga import runtime
 from quadriga.errors import TrainingError
+from quadriga.nn import devices
 
 _CPU = torch.device("cpu")
 
@@ -38,8 +39,8 @@ class World:
         """
         place = runtime.launched_rank()
         if place is None:
-            return cls(device=runtime.resolve_device(device))
-        local = runtime.resolve_device(device)
+            return cls(device=devices.resolve_device(device))
+        local = devices.resolve_device(device)
         if local.type == "cuda":
             local = torch.device("cuda", place)
             torch.cuda.set_device(local)

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "291a6ee0565d5b9c95b49c99b053dadd4c5acbb86ac91adb9ccc8867cfb15f26"
+HEADER_SHA256 = "710cbd36990a78745030f8ba3beec0155f04ab93e1acb1fe6eed30d873359f7a"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -35,6 +35,7 @@ class Format(IntEnum):
     Q8 = 2
     Q4 = 3
     Q4M = 4
+    MX4 = 5
 
 
 class Source(IntEnum):
@@ -46,6 +47,7 @@ class Source(IntEnum):
     Q8_0 = 3
     Q4_0 = 4
     Q4_1 = 5
+    MX4 = 6
 
 
 class Stored(IntEnum):

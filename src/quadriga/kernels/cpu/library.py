@@ -204,7 +204,7 @@ class Context:
         call(function, self.handle, *arguments)
 
     def set_fine(self, fine: bool) -> None:
-        """Activations that meet q8, q4 and q4m matrices: 15 bits instead of 8."""
+        """Activations that meet q8, q4, q4m and mx4 matrices: 15 bits instead of 8."""
         self.call(self.lib.qd_set_fine, fine)
 
     def run(self, steps: c.Array[Step], batch: Batch) -> None:

@@ -149,6 +149,16 @@ def pack_blocks(
     return _pack(source, stored.ctypes.data, row_bytes, rows, cols, form, out, weight)
 
 
+def pack_mx4(blocks: Bytes, rows: int, cols: int, *, out: Bytes | None = None) -> Packed:
+    """Pack MXFP4's codes as they are.
+
+    Args:
+        blocks: of ``quant.mxfp4.as_mx4``, (rows * cols / 32, 18) uint8.
+    """
+    assert blocks.shape == (rows * cols // 32, 18) and blocks.flags.c_contiguous, "whole rows of blocks"
+    return _pack("mx4", blocks.ctypes.data, cols // 32 * 18, rows, cols, "mx4", out, None)
+
+
 def _pack(
     source: str,
     address: int,

@@ -182,7 +182,6 @@ class Program:
         self._keep: list[Any] = []
         self._steps: ctypes.Array[bindings.Step] | None = None
         self.d_model, self._hidden = d_model, np.zeros((max_tokens, d_model), dtype=np.float32)
-        self._logits: Floats = np.empty((0, vocab_size), dtype=np.float32)
 
     def embed(self, table: Packed, scale: float) -> None:
         """Look tokens up in the table (V, D)."""
@@ -286,19 +285,18 @@ class Program:
         """One pass over a batch; its keys and values are stored in its blocks.
 
         Returns:
-            (R, V) float32 logits, valid until the next pass.
+            (R, V) float32 logits.
 
         Raises:
             HardwareError: no memory is left for the intermediate results.
             CheckpointError: experts on disk could not be read.
         """
-        n, n_rows, logits = len(batch.tokens), len(batch.rows), self._logits
+        n, n_rows = len(batch.tokens), len(batch.rows)
         assert 0 < n <= self.max_tokens, f"a pass takes 1 to {self.max_tokens} tokens, got {n}"
         if self._steps is None:
             steps = [bindings.Step(kind, ctypes.addressof(op)) for kind, op in self._ops]
             self._steps = (bindings.Step * len(steps))(*steps)
-        if n_rows > len(logits):
-            logits = self._logits = np.empty((n_rows, self.vocab_size), dtype=np.float32)
+        logits: Floats = np.empty((n_rows, self.vocab_size), dtype=np.float32)
         args = bindings.Batch(
             n_tokens=n,
             n_sequences=len(batch.starts) - 1,
@@ -313,7 +311,7 @@ class Program:
             hidden=self._hidden.ctypes.data,
         )
         self.context.run(self._steps, args)
-        return logits[:n_rows]
+        return logits
 
     def hidden(self, n_tokens: int, norm: NormArgs) -> Floats:
         """(n_tokens, D) float32: the last pass's states after all layers, normed."""

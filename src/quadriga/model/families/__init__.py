@@ -15,15 +15,21 @@ from quadriga.model.config import ModelConfig
 from quadriga.model.families import (
     class_defaults,
     dbrx,
+    dots1,
+    ernie45moe,
+    glm4moe,
     gpt_oss,
     granite,
     grok1,
+    hunyuan,
     llama2,
+    minimax,
     mistral,
     mixtral,
     mpt,
     olmoe,
     qwen2,
+    qwen2moe,
     qwen3,
     smollm3,
 )
@@ -47,6 +53,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2": qwen2.FAMILY,
     "smollm3": smollm3.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
+    "glm4moe": glm4moe.FAMILY,
+    "qwen2moe": qwen2moe.FAMILY,
+    "dots1": dots1.FAMILY,
+    "ernie4_5-moe": ernie45moe.FAMILY,
+    "hunyuan-moe": hunyuan.FAMILY,
+    "minimax-m2": minimax.FAMILY,
 }
 
 PRESETS: dict[str, ModelConfig] = {
@@ -101,11 +113,17 @@ def read_hf(raw: Mapping[str, object]) -> tuple[ModelConfig, list[str]]:
             "Quadriga runs these families only."
         )
     full, notes = class_defaults.filled(raw)
-    return _BY_MODEL_TYPE[model_type].config_from_hf(full), notes
+    family = _BY_MODEL_TYPE[model_type]
+    return family.config_from_hf(full), notes + family.notes(full)
 
 
 def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
-    """Translate a GGUF header.
+    """Translate a GGUF header; see :func:`read_gguf`."""
+    return read_gguf(metadata, shapes)[0]
+
+
+def read_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> tuple[ModelConfig, list[str]]:
+    """Translate a GGUF header, and say what of it is left out.
 
     Args:
         metadata: the key/value pairs.
@@ -134,7 +152,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     else:
         raise ConfigError(f"general.architecture must be one of {', '.join(_GGUF_ARCHS)}; got {arch[:80]!r}")
     assert family.config_from_gguf is not None, "a family with GGUF architectures reads GGUF"
-    return family.config_from_gguf(metadata, shapes)
+    return family.config_from_gguf(metadata, shapes), family.notes(metadata)
 
 
 def with_generation_config(config: ModelConfig, raw: Mapping[str, object]) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TypeVar
 
@@ -45,6 +45,10 @@ class Family:
     """The family of the same block with the other kind of network: of dense models that of their mixtures, and back."""
     ignored_tensors: tuple[str, ...] = field(default=())
     """fnmatch patterns of stored tensors that carry no information (e.g. ``*.rotary_emb.inv_freq``)."""
+    left_out: Callable[[ModelConfig], Collection[str]] = lambda _: ()
+    """Stored tensors of a part that is not run, by name (a layer for multi-token prediction); ``notes`` says so."""
+    notes: Callable[[Mapping[str, object]], list[str]] = lambda _: []
+    """What a config.json or GGUF metadata has beyond the model and is left out, in sentences for people."""
     tied_copies: Mapping[str, str] = field(default_factory=dict)
     """Of a model with tied embeddings: a tensor some writers store all the same -> the tensor it must equal.
 

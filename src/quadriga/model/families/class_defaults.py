@@ -1,9 +1,9 @@
 """What transformers took for a key that a config.json of its time does not have: a dated table, not a guess.
 
 LLaMA-1, LLaMA-2 and TinyLlama were published before ``rope_theta`` was a key: their base of 10000 stood in the program.
-The rows below are the class defaults of ``LlamaConfig`` and ``MixtralConfig``, read in the wheels of transformers
-4.28.1, 4.31.0, 4.33.1, 4.36.2, 4.37.2, 4.38.2, 4.39.3, 4.45.2, 4.57.6 and 5.2.0; only values that are the same in all
-of them since the release named are here. What is filled in is said by ``quadriga info``.
+The rows below are the class defaults of ``LlamaConfig``, ``MixtralConfig`` and others, read in the wheels of
+transformers 4.28.1, 4.31.0, 4.33.1, 4.36.2, 4.37.2, 4.38.2, 4.39.3, 4.45.2, 4.54.0, 4.57.6, 5.2.0 and 5.24.0; only
+values that are the same in all of them since the release named are here. ``quadriga info`` says what is filled in.
 
 No row: a key that is missing stays missing, and the family's reader refuses the file. DBRX's rotary base has none: the
 class's 10000 is wrong for every DBRX there is.
@@ -36,6 +36,16 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, ClassDefault]] = {
         "rope_theta": ClassDefault(1_000_000.0, "4.36", instead="rope_parameters"),
         "num_key_value_heads": ClassDefault(8, "4.36"),
         "router_aux_loss_coef": ClassDefault(0.001, "4.36"),
+    },
+    "ernie4_5_moe": {
+        # The release's own file leaves out what has no say in an answer, or the only value there is.
+        "moe_norm_min": ClassDefault(1e-12, "4.54"),
+        "moe_layer_end_index": ClassDefault(-1, "4.54"),
+        "moe_layer_interval": ClassDefault(1, "4.54"),
+        "router_aux_loss_coef": ClassDefault(0.001, "4.54"),
+    },
+    "minimax_m2": {
+        "router_aux_loss_coef": ClassDefault(0.001, "5.24"),
     },
     "olmoe": {
         # The first release's file leaves it out.

@@ -113,21 +113,26 @@ def plain_experts(
     activation: Activation = "silu",
     normalize_p: float | None = 1.0,
     shared: DenseSpec | None = None,
+    n_shared: int = 0,
+    gating: int = 1,
 ) -> MoESpec:
-    """The mixture of every layer, after refusing every kind but one: each layer routes by a softmax.
+    """The mixture of every layer, after refusing every kind but one: each layer routes alike, by a softmax.
 
     Args:
         d_ff: width of an expert.
         normalised: what the file may say of dividing the chosen weights by their sum.
         normalize_p: whether the architecture divides them.
         shared: the network beside them, where the architecture has one.
+        n_shared: how many networks the file may say it is; 0 where converters do not say.
+        gating: what the file may say of the scores; what is returned is a softmax's mixture all the same.
     """
-    keys.must_be("expert_gating_func", 1, 0)  # 1 is the softmax (gguf.ExpertGatingFuncType), 0 llama.cpp's default
+    # 1 is the softmax (gguf.ExpertGatingFuncType), which llama.cpp takes in these architectures where a file says 0.
+    keys.must_be("expert_gating_func", *((1, 0) if gating == 1 else (gating,)))
     keys.must_be("expert_weights_norm", normalised)
     keys.must_be("expert_weights_scale", 1, 0)
     keys.must_be("expert_feed_forward_length", d_ff)
-    for key in ("expert_shared_count", "leading_dense_block_count"):
-        keys.must_be(key, 0)
+    keys.must_be("expert_shared_count", n_shared)
+    keys.must_be("leading_dense_block_count", 0)
     keys.must_be("expert_shared_feed_forward_length", 0 if shared is None else shared.d_ff)
     for key in ("expert_group_count", "expert_group_used_count", "interleave_moe_layer_step", "moe_every_n_layers"):
         keys.must_be(key, 0, 1)
@@ -162,8 +167,15 @@ def vocabulary_size(keys: Keys, shapes: Mapping[str, Shape]) -> int:
     return shape[0]
 
 
-def attention(keys: Keys, d_model: int, position: RopeSpec | AlibiSpec, **extras: Any) -> AttentionSpec:
-    """Heads and head size; ``extras`` are further fields of AttentionSpec."""
+def attention(
+    keys: Keys, d_model: int, position: RopeSpec | AlibiSpec, *, partial: bool = False, **extras: Any
+) -> AttentionSpec:
+    """Heads and head size.
+
+    Args:
+        partial: whether the architecture turns a part of a head.
+        extras: further fields of AttentionSpec.
+    """
     n_heads = keys.integer("attention.head_count")
     # llama.cpp: no head_count_kv means one key/value head per query head.
     n_kv_heads = keys.integer("attention.head_count_kv") if keys.given("attention.head_count_kv") else n_heads
@@ -171,7 +183,11 @@ def attention(keys: Keys, d_model: int, position: RopeSpec | AlibiSpec, **extras
     given = keys.given("attention.key_length")
     head_dim = keys.integer("attention.key_length") if given else equal_heads(d_model, n_heads)
     keys.must_be("attention.value_length", head_dim)
-    keys.must_be("rope.dimension_count", head_dim)
+    if partial and isinstance(position, RopeSpec):
+        n = keys.integer("rope.dimension_count")
+        position = replace(position, dim=None if n == head_dim else n)
+    else:
+        keys.must_be("rope.dimension_count", head_dim)
     keys.must_be("attention.causal", True)
     return AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, position=position, **extras)
 
@@ -274,9 +290,12 @@ def must_read_back(
     if not config.tied_embeddings:
         shapes[OUTPUT] = (config.vocab_size, config.d_model)
     attn = config.layers[0].mixer
-    for name, given in (("q", attn.qkv_bias), ("output", attn.out_bias)):
+    normed = attn.qk_norm is not None
+    for name, given in (("q.bias", attn.qkv_bias), ("output.bias", attn.out_bias), ("q_norm.weight", normed)):
         if given:
-            shapes[f"blk.0.attn_{name}.bias"] = (0,)
+            shapes[f"blk.0.attn_{name}"] = (0,)
+    for i, _ in [place for place in config.moe_layers if place[1].correction][:1]:
+        shapes[f"blk.{i}.exp_probs_b.bias"] = (0,)
     arch = next(iter(metadata)).partition(".")[0]
     full = {"general.architecture": arch, **metadata}
     for tensor, values in rope_keys.gguf_tensors(config).items():

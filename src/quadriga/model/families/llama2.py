@@ -7,11 +7,21 @@ with a bias on their attention's projections; Mistral's are ``mistral``. Sources
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, NormSpec, RopeSpec, uniform_model
+from quadriga.model.config import (
+    AttentionSpec,
+    DenseSpec,
+    LayerSpec,
+    ModelConfig,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+    in_order,
+    uniform_model,
+)
 from quadriga.model.families import gguf_keys
 from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys, equal_heads
@@ -44,11 +54,12 @@ PRESETS = {
 }
 
 
-def attention_from_hf(keys: Keys, *, biases: bool = False) -> AttentionSpec:
+def attention_from_hf(keys: Keys, *, biases: bool = False, partial: bool = False) -> AttentionSpec:
     """Heads and rotation as LLaMA's and Mixtral's config.json name them.
 
     Args:
         biases: whether the family's program heeds ``attention_bias``; where not, it must be false.
+        partial: whether the family's program turns a part of a head; see ``rope_from_hf``.
     """
     d_model, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
     # LLaMA-1's files have no num_key_value_heads: every query head has its own (configuration_llama.py).
@@ -63,17 +74,17 @@ def attention_from_hf(keys: Keys, *, biases: bool = False) -> AttentionSpec:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        position=rope_from_hf(keys, head_dim, keys.integer("max_position_embeddings")),
+        position=rope_from_hf(keys, head_dim, keys.integer("max_position_embeddings"), partial=partial),
         qkv_bias=biased,
         out_bias=biased,
     )
 
 
-def common_from_hf(keys: Keys, *, biases: bool = False) -> dict[str, Any]:
+def common_from_hf(keys: Keys, *, biases: bool = False, partial: bool = False) -> dict[str, Any]:
     """Every field of a config.json of LLaMA's shape but family, feed-forward and tied embeddings.
 
     Args:
-        biases: see :func:`attention_from_hf`.
+        biases, partial: see :func:`attention_from_hf`.
     """
     return {
         "vocab_size": keys.integer("vocab_size"),
@@ -81,11 +92,26 @@ def common_from_hf(keys: Keys, *, biases: bool = False) -> dict[str, Any]:
         "n_layers": keys.integer("num_hidden_layers"),
         "max_seq_len": keys.integer("max_position_embeddings"),
         "norm": NormSpec(kind="rms", eps=keys.number("rms_norm_eps")),
-        "mixer": attention_from_hf(keys, biases=biases),
+        "mixer": attention_from_hf(keys, biases=biases, partial=partial),
         "bos_id": keys.token_id("bos_token_id"),
         "eos_ids": keys.token_ids("eos_token_id"),
         "pad_id": keys.token_id("pad_token_id"),
     }
+
+
+def with_networks(
+    family: str, common: Mapping[str, Any], ffns: Iterable[DenseSpec | MoESpec], **attention: Any
+) -> ModelConfig:
+    """LLaMA's block with a feed-forward for each layer.
+
+    Args:
+        common: of :func:`common_from_hf` or :func:`common_from_gguf`, with ``tied_embeddings``.
+        attention: fields of the attention that differ from LLaMA's.
+    """
+    rest = {key: value for key, value in common.items() if key not in ("norm", "mixer", "n_layers")}
+    norm, mixer = common["norm"], replace(common["mixer"], **attention)
+    layers = in_order(LayerSpec(norm=norm, mixer=mixer, ffn=ffn) for ffn in ffns)
+    return ModelConfig(family=family, layers=layers, final_norm=norm, **rest)
 
 
 def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
@@ -196,6 +222,10 @@ GGUF_COMMON = {
 
 GGUF_BIASED = frozenset({"llama", "qwen2", "smollm3", "gpt-oss"})
 """Architectures of this shape in which llama.cpp adds biases to q, k, v and o where the file has them."""
+GGUF_QKV_BIASED = frozenset({"glm4moe", "qwen2moe"})
+"""Those in which it adds them to q, k and v alone."""
+GGUF_PARTIAL = frozenset({"glm4moe", "minimax-m2"})
+"""Those in which ``rope.dimension_count`` may be a part of a head."""
 
 GGUF_FFN = {
     "blk.{i}.ffn_gate.weight": "layers.{i}.ffn.w_gate",
@@ -240,13 +270,14 @@ def common_from_gguf(keys: Keys, metadata: Mapping[str, object], shapes: Mapping
     """Every field of a ``llama`` GGUF but family and feed-forward."""
     max_seq_len, arch = keys.integer("context_length"), str(metadata.get("general.architecture"))
     d_model = keys.integer("embedding_length")
-    attn = gguf_keys.attention(keys, d_model, rope_from_gguf(keys, arch, metadata, shapes, max_seq_len))
+    rope = rope_from_gguf(keys, arch, metadata, shapes, max_seq_len)
+    attn = gguf_keys.attention(keys, d_model, rope, partial=arch in GGUF_PARTIAL)
     # llama.cpp: a window of 0 is no window; one as long as the context hides nothing.
     if keys.given("attention.sliding_window") and 0 < keys.integer("attention.sliding_window") < max_seq_len:
         attn = replace(attn, window=keys.integer("attention.sliding_window"))
-    if arch in GGUF_BIASED:
+    if arch in GGUF_BIASED | GGUF_QKV_BIASED:
         q, out = (f"blk.0.attn_{name}.bias" in shapes for name in ("q", "output"))
-        attn = replace(attn, qkv_bias=q, out_bias=out)
+        attn = replace(attn, qkv_bias=q, out_bias=out and arch in GGUF_BIASED)
     if keys.given("attention.scale") and keys.number("attention.scale") != 0:  # llama.cpp: 0 means 1/sqrt(head_dim)
         attn = gguf_keys.with_scale(attn, gguf_keys.number(keys, "attention.scale"))
     return {

@@ -95,7 +95,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
 _LAYER = "model.layers.{i}."
 
 
-def _hf_layout(config: ModelConfig) -> list[Piece]:
+def hf_layout(config: ModelConfig) -> list[Piece]:
     """transformers 4, and every published checkpoint: a matrix per expert."""
     moe = _LAYER + "block_sparse_moe."
     return [
@@ -179,7 +179,7 @@ FAMILY = Family(
     model_types=("mixtral",),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
-    layouts={"hf": _hf_layout, "hf5": _hf5_layout, "mistral": _mistral_layout, "mistral-stacked": _stacked_layout},
+    layouts={"hf": hf_layout, "hf5": _hf5_layout, "mistral": _mistral_layout, "mistral-stacked": _stacked_layout},
     gguf_archs=("llama",),
     config_from_gguf=config_from_gguf,
     config_to_gguf=config_to_gguf,

@@ -12,6 +12,7 @@ Nothing here knows a family; nothing here imports torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Literal
 
@@ -119,6 +120,18 @@ def experts(config: ModelConfig, part: ExpertPart, name: str, *, transpose: bool
             for e in range(n_experts)
         ]
     return pieces
+
+
+def single_rows(config: ModelConfig, names: Mapping[str, str]) -> list[Piece]:
+    """Pieces for vectors of every layer that are stored as a matrix of one row: (1, D) for (D,).
+
+    Args:
+        names: source name -> parameter name, both with ``{i}`` for the layer.
+    """
+    return [
+        replace(piece, source_shape=(1, *piece.target_shape), view=piece.target_shape)
+        for piece in copies(config, names)
+    ]
 
 
 def gate_up(config: ModelConfig, name: str) -> list[Piece]:

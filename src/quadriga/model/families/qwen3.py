@@ -16,14 +16,12 @@ from quadriga.errors import ConfigError
 from quadriga.model.config import (
     AttentionSpec,
     DenseSpec,
-    LayerSpec,
     ModelConfig,
     MoESpec,
     NormSpec,
     QKNormSpec,
     RopeSpec,
     countable,
-    in_order,
     uniform_model,
 )
 from quadriga.model.families import gguf_keys
@@ -40,6 +38,7 @@ from quadriga.model.families.llama2 import (
     common_to_gguf,
     common_to_hf,
     hf_qkv,
+    with_networks,
 )
 from quadriga.model.families.pieces import copies, experts, gate_up
 from quadriga.model.weight_map import Piece, Shape
@@ -110,11 +109,21 @@ def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
         aux_loss_weight=keys.number("router_aux_loss_coef"),
     )
     dense = DenseSpec(d_ff=keys.integer("intermediate_size"), activation="silu")
-    step, only = keys.integer("decoder_sparse_step"), keys.integers("mlp_only_layers")
+    keys.integers("mlp_only_layers")  # Qwen3's files all have it
+    ffns = [moe if sparse else dense for sparse in sparse_layers(keys, countable(n_layers))]
+    return _from_hf("qwen3moe", keys, ffns)
+
+
+def sparse_layers(keys: Keys, n_layers: int) -> list[bool]:
+    """Which layers are mixtures: every ``decoder_sparse_step``-th that is not among ``mlp_only_layers``.
+
+    Qwen2-MoE's files are older than the second key, and then no layer is among them.
+    """
+    step = keys.integer("decoder_sparse_step")
+    only = keys.integers("mlp_only_layers") if keys.has("mlp_only_layers") else ()
     if step < 1:
         raise ConfigError(f"config.json: decoder_sparse_step must be 1 or more, got {step}")
-    ffns = [dense if i in only or (i + 1) % step else moe for i in range(countable(n_layers))]
-    return _from_hf("qwen3moe", keys, ffns)
+    return [i not in only and (i + 1) % step == 0 for i in range(n_layers)]
 
 
 def _from_hf(family: str, keys: Keys, ffns: list[DenseSpec] | list[DenseSpec | MoESpec]) -> ModelConfig:
@@ -124,17 +133,8 @@ def _from_hf(family: str, keys: Keys, ffns: list[DenseSpec] | list[DenseSpec | M
         keys.must_be("layer_types", ["full_attention"] * len(ffns))
     # Their defaults are no other key's value, as LLaMA's are (128 and 32, or 4): every published file writes them.
     keys.integer("head_dim"), keys.integer("num_key_value_heads")
-    common = common_from_hf(keys)
-    norm: NormSpec = common.pop("norm")
-    attention = replace(common.pop("mixer"), qk_norm=QKNormSpec(over="head", eps=norm.eps))
-    del common["n_layers"]  # as many as there are networks
-    config = ModelConfig(
-        family=family,
-        layers=in_order(LayerSpec(norm=norm, mixer=attention, ffn=ffn) for ffn in ffns),
-        final_norm=norm,
-        tied_embeddings=keys.flag("tie_word_embeddings"),
-        **common,
-    )
+    common = {**common_from_hf(keys), "tied_embeddings": keys.flag("tie_word_embeddings")}
+    config = with_networks(family, common, ffns, qk_norm=QKNormSpec(over="head", eps=common["norm"].eps))
     keys.finish(IGNORED)
     return config
 
@@ -178,38 +178,45 @@ _FULL: dict[str, object] = {
 }
 
 _LAYER = "model.layers.{i}."
-_HF_NORMS = {f"{_LAYER}self_attn.{part}_norm.weight": f"layers.{{i}}.attn.{part}_norm.weight" for part in ("q", "k")}
-_GGUF_NORMS = {f"blk.{{i}}.attn_{part}_norm.weight": f"layers.{{i}}.attn.{part}_norm.weight" for part in ("q", "k")}
+HF_QK_NORMS = {f"{_LAYER}self_attn.{part}_norm.weight": f"layers.{{i}}.attn.{part}_norm.weight" for part in ("q", "k")}
+GGUF_QK_NORMS = {f"blk.{{i}}.attn_{part}_norm.weight": f"layers.{{i}}.attn.{part}_norm.weight" for part in ("q", "k")}
 HF_ROUTER = {_LAYER + "mlp.gate.weight": "layers.{i}.moe.router.weight"}
 
 
 def hf_attention(config: ModelConfig) -> list[Piece]:
     """Everything but feed-forwards, as transformers names it."""
-    return copies(config, HF_COMMON | _HF_NORMS) + hf_qkv(config)
+    return copies(config, HF_COMMON | HF_QK_NORMS) + hf_qkv(config)
 
 
 def gguf_attention(config: ModelConfig) -> list[Piece]:
     """Everything but feed-forwards, as llama.cpp names it; rotary halves are left as they are in these archs."""
-    return copies(config, GGUF_COMMON | _GGUF_NORMS) + gguf_keys.projections(config, interleaved=False)
+    return copies(config, GGUF_COMMON | GGUF_QK_NORMS) + gguf_keys.projections(config, interleaved=False)
 
 
 def hf_layout(config: ModelConfig) -> list[Piece]:
     """transformers 4, and every published checkpoint: a matrix per expert."""
+    return hf_attention(config) + copies(config, HF_FFN | HF_ROUTER) + hf_experts(config)
+
+
+def hf5_layout(config: ModelConfig) -> list[Piece]:
+    """transformers 5 in memory: all experts in one tensor, gate above up."""
+    return hf_attention(config) + copies(config, HF_FFN | HF_ROUTER) + hf5_experts(config)
+
+
+def hf_experts(config: ModelConfig) -> list[Piece]:
+    """A matrix per expert, as transformers 4 names them in most mixtures."""
     name = _LAYER + "mlp.experts.{e}."
     return [
-        *hf_attention(config),
-        *copies(config, HF_FFN | HF_ROUTER),
         *experts(config, "w_gate", name + "gate_proj.weight"),
         *experts(config, "w_up", name + "up_proj.weight"),
         *experts(config, "w_down", name + "down_proj.weight"),
     ]
 
 
-def hf5_layout(config: ModelConfig) -> list[Piece]:
-    """transformers 5 in memory: all experts in one tensor, gate above up."""
+def hf5_experts(config: ModelConfig) -> list[Piece]:
+    """All experts of a layer in two tensors, as transformers 5 names them."""
     down = {_LAYER + "mlp.experts.down_proj": "layers.{i}.moe.w_down"}
-    stacked = gate_up(config, _LAYER + "mlp.experts.gate_up_proj")
-    return hf_attention(config) + copies(config, HF_FFN | HF_ROUTER | down) + stacked
+    return copies(config, down) + gate_up(config, _LAYER + "mlp.experts.gate_up_proj")
 
 
 def gguf_map(config: ModelConfig) -> list[Piece]:

@@ -47,7 +47,8 @@ def rope_from_hf(keys: Keys, head_dim: int, max_seq_len: int, *, partial: bool =
     """Base, part of the head that turns, and scaling.
 
     Args:
-        partial: whether the family's program turns a part of a head; where not, ``partial_rotary_factor`` must be 1.
+        partial: whether the family's program turns a part of a head, which the file must then state; where not,
+            ``partial_rotary_factor`` must be 1.
     """
     given = keys.given("rope_parameters")
     section = keys.section("rope_parameters") if given else None
@@ -55,12 +56,14 @@ def rope_from_hf(keys: Keys, head_dim: int, max_seq_len: int, *, partial: bool =
     theta = keys.number("rope_theta") if section is None else section.number("rope_theta")
     if section is not None:
         keys.must_be("rope_theta", theta)
-    dim = None
-    for where in (keys, section, scaled):
-        if where is not None and not partial:
-            where.must_be("partial_rotary_factor", 1, None)
-        elif where is not None and where.given("partial_rotary_factor"):
-            dim = int(head_dim * where.number("partial_rotary_factor"))
+    parts = [where for where in (keys, section, scaled) if where is not None]
+    stated = [where for where in parts if partial and where.given("partial_rotary_factor")]
+    # Where it is missing, the classes have defaults of their own: nothing is guessed, the key is asked for.
+    part = (stated or [keys])[0].number("partial_rotary_factor") if partial else 1.0
+    for where in parts:
+        where.must_be("partial_rotary_factor", part, None)
+    # A size out of bounds is for the specs to refuse, not for a product to overflow.
+    dim = head_dim if part == 1 or not 0 < head_dim < 2**31 else int(head_dim * part)
     scaling = None
     if scaled is not None:
         scaling = _scaling_from_hf(scaled, keys, max_seq_len)

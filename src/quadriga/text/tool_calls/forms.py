@@ -9,6 +9,7 @@
     granite      <|tool_call|>[{"name": N, "arguments": {...}}]                                             Granite 3
     lfm2         <|tool_call_start|>[N(K=V)]<|tool_call_end|>
     llama3       {"name": N, "parameters": {...}}, the whole answer                                     Llama 3.1 to 3.3
+    harmony      messages in channels, a call is one to functions.N                                             gpt-oss
     pythonic     [N(K=V)], the whole answer                                                             Llama 3.2 and 4
 
 The forms are those of the models' own chat templates, as published with them.
@@ -233,6 +234,8 @@ def _literal(node: ast.expr) -> Any:
 
 
 HERMES = Form("hermes", _hermes, "<tool_call>", "</tool_call>")
+HARMONY = Form("harmony", lambda _block, _schemas: [])
+"""Read by ``text.harmony``: its channels hold thoughts and words too."""
 LLAMA3 = Form("llama3", _text(_llama3), first=("{", "<|python_tag|>"))
 PYTHONIC = Form("pythonic", _text(_pythonic), first=("[",))
 
@@ -253,10 +256,12 @@ FORMS = {
         _marked("lfm2", _pythonic, "<|tool_call_start|>", "<|tool_call_end|>", r"\s*\[?\s*\w"),
         LLAMA3,
         PYTHONIC,
+        HARMONY,
     )
 }
 
 _SIGNS = (
+    ("<|channel|>", "harmony"),
     ("<function=", "qwen3_coder"),
     ("<arg_key>", "glm"),
     ("<｜tool▁calls▁begin｜>", "deepseek"),

@@ -189,6 +189,15 @@ def _array(text: str) -> list[Call]:
     return calls
 
 
+def as_call(name: str, raw: str) -> dict[str, Any] | None:
+    """A call whose arguments came as a JSON text, as OpenAI writes it; None where they are no object."""
+    try:
+        arguments = json.loads(raw) if raw.strip() else {}
+    except (ValueError, RecursionError):
+        return None
+    return _shown((name, arguments)) if isinstance(arguments, dict) else None
+
+
 def _shown(call: Call) -> dict[str, Any]:
     """A call as OpenAI writes it."""
     arguments = json.dumps(call[1], ensure_ascii=False)

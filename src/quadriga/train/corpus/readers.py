@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 
 import msgspec
 
+from quadriga import runtime
 from quadriga.errors import ConfigError, CorpusError
 from quadriga.runtime import data_dir
 from quadriga.train.corpus.recipe import Recipe, Source, check_domain
@@ -255,7 +256,7 @@ def _parquet(path: str) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ConfigError("reading Parquet needs pyarrow: pip install 'quadriga[train]'") from None
+        raise ConfigError(f"reading Parquet needs pyarrow: {runtime.install_hint('train')}") from None
     try:
         return pq.ParquetFile(resolve(path))
     except (pa.ArrowException, OSError) as error:

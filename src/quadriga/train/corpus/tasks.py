@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from quadriga import runtime
 from quadriga.errors import ConfigError
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.train.corpus import minhash, vocabulary
@@ -315,7 +316,7 @@ def _zstd() -> Any:
     try:
         import zstandard
     except ImportError:
-        raise ConfigError("preparing a corpus needs zstandard: pip install 'quadriga[train]'") from None
+        raise ConfigError(f"preparing a corpus needs zstandard: {runtime.install_hint('train')}") from None
     return zstandard
 
 

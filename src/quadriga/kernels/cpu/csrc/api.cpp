@@ -28,7 +28,7 @@ void check(bool good, const char* what, long long got) {
   if (!good) throw Failure(QD_STATUS_BAD_ARGUMENT, "%s, got %lld", what, got);
 }
 
-void check_format(int32_t format) { check(format >= 0 && format <= QD_FORMAT_Q4M, "format must be one of qd_format", format); }
+void check_format(int32_t format) { check(format >= 0 && format <= QD_FORMAT_MX4, "format must be one of qd_format", format); }
 
 void check_stored(int32_t stored, const uint8_t* codebook) {
   check(stored >= 0 && stored <= QD_STORED_IQ3_S, "stored must be one of qd_stored", stored);
@@ -121,7 +121,7 @@ QD_EXPORT int32_t qd_pack(qd_context* context, int32_t source, const void* in, i
                           int32_t format, uint8_t* out, const float* importance, int64_t* bad_row, qd_message* why) {
   return in_turn(context, why, [&](qd_context& c) {
     check_format(format);
-    check(source >= 0 && source <= QD_SOURCE_Q4_1, "source must be one of qd_source", source);
+    check(source >= 0 && source <= QD_SOURCE_MX4, "source must be one of qd_source", source);
     const int64_t bytes = tile_bytes(format, cols);
     *bad_row = pack_tiles(c, rows, [&](int64_t tile, int) {
       return c.kernels->pack(source, in, row_bytes, rows, cols, tile, format, out + tile * bytes, importance);

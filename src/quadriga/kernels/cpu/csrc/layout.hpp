@@ -8,6 +8,7 @@
 //   q8     per 64 columns    2 x 16 f16 scales, then 2 x 8 lines of 16 x (4 x u8),  w = d (u - 128)
 //   q4     per 64 columns    2 x 16 f16 scales, then 2 x 4 lines,                   w = d (n - 8)
 //   q4m    per 64 columns    2 x 16 f16 scales, 2 x 16 f16 minima, then 2 x 4 lines, w = d n + m
+//   mx4    as q4, with codes of E2M1 for numbers,                                   w = d kE2M1[n]
 //
 // A line of nibbles holds columns 8l..8l+3 in the low halves and 8l+4..8l+7 in the high ones.
 //
@@ -23,6 +24,10 @@
 #include "quadriga.h"
 
 enum PanelKind { kPanelF32 = 0, kPanelBf16 = 1, kPanelInt8 = 2, kPanelInt16 = 3 };
+
+// Twice the number of each 4-bit code, sign, two bits of exponent, one of mantissa.
+#define QD_E2M1 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12
+constexpr int8_t kE2M1[16] = {QD_E2M1};
 
 constexpr int kTile = 16;            // rows of a tile
 constexpr int kWideGroup = 9 * 64;   // an unpacked group: 8 lines of bytes, one of f32 scales
@@ -44,7 +49,8 @@ inline int64_t tile_bytes(int format, int64_t cols) {
     case QD_FORMAT_FLOAT32: return cols * 64;
     case QD_FORMAT_BFLOAT16: return (cols + 1) / 2 * 64;
     case QD_FORMAT_Q8: return groups_of(cols) / 2 * 1088;
-    case QD_FORMAT_Q4: return groups_of(cols) / 2 * 576;
+    case QD_FORMAT_Q4:
+    case QD_FORMAT_MX4: return groups_of(cols) / 2 * 576;
     default: return groups_of(cols) / 2 * 640;
   }
 }

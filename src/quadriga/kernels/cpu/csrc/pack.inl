@@ -129,6 +129,31 @@ void quantise_q8(const vf* x, uint16_t* half, uint8_t* lines) {
   for (int l = 0; l < 8; ++l) store_int(reinterpret_cast<int32_t*>(lines + 64 * l), join4(q + 4 * l));
 }
 
+// The power of two that brings the largest number to 4..8 (OCP Microscaling Formats v1.0, 6.3), of which half is the step:
+// numbers of MXFP4 come over as they are. A largest number beyond all of float16's powers is refused by first_bad.
+void quantise_mx4(const vf* x, uint16_t* half, uint8_t* lines) {
+  vf magnitude = all(0.0f);
+  for (int c = 0; c < 32; ++c) magnitude = vmax(magnitude, vabs(x[c]));
+  alignas(64) float steps[16];
+  store(steps, magnitude);
+  for (float& step : steps) {
+    int exponent = 0;
+    std::frexp(step, &exponent);
+    step = exponent - 4 > 15 ? INFINITY : std::ldexp(1.0f, exponent - 4 < -24 ? -24 : exponent - 4);
+  }
+  const vf inverse = inverse_of(stored_half(half, load(steps)));
+  vi q[32];
+  for (int c = 0; c < 32; ++c) {
+    const vf v = vabs(x[c]) * inverse;
+    const vf coarse = greater_select(all(8.0f), v, all(2.0f) * nearest(v * all(0.5f)), all(4.0f) * nearest(v * all(0.25f)));
+    const vf k = vmin(greater_select(all(4.0f), v, nearest(v), coarse), all(12.0f));
+    const vf upper = greater_select(k, all(7.0f), greater_select(k, all(9.0f), all(7.0f), all(6.0f)), all(5.0f));
+    const vf n = greater_select(k, all(4.5f), upper, k);
+    q[c] = to_int(greater_select(all(0.0f), x[c], n + all(8.0f), n));
+  }
+  store_nibbles(q, lines);
+}
+
 int first_bad(const vf* x, const uint16_t* scale, const uint16_t* min, int n_rows) {
   vf poison = all(0.0f);
   for (int c = 0; c < 32; ++c) poison = fma(x[c], all(0.0f), poison);
@@ -151,7 +176,8 @@ void copy_block(int source, const uint8_t* block, int r, uint16_t* half, uint16_
   if (source == QD_SOURCE_Q4_1) std::memcpy(half_min + r, block + 2, 2);
   const uint8_t* packed = block + (source == QD_SOURCE_Q4_1 ? 4 : 2);
   uint8_t n[32];
-  for (int i = 0; i < 16; ++i) n[i] = packed[i] & 15, n[16 + i] = packed[i] >> 4;
+  const int stride = source == QD_SOURCE_MX4 ? 2 : 1, high = source == QD_SOURCE_MX4 ? 1 : 16;
+  for (int i = 0; i < 16; ++i) n[stride * i] = packed[i] & 15, n[stride * i + high] = packed[i] >> 4;
   for (int l = 0; l < 4; ++l)
     for (int b = 0; b < 4; ++b) lines[64 * l + 4 * r + b] = uint8_t(n[8 * l + b] | n[8 * l + 4 + b] << 4);
 }
@@ -180,7 +206,7 @@ int64_t pack_tile(int source, const void* in, int64_t row_bytes, int64_t rows, i
     return 0;
   }
   std::memset(out, 0, size_t(tile_bytes(format, cols)));
-  const int64_t pair_bytes = format == QD_FORMAT_Q8 ? Q8::pair_bytes : format == QD_FORMAT_Q4 ? Q4::pair_bytes : Q4M::pair_bytes;
+  const int64_t pair_bytes = tile_bytes(format, 64);
   const int64_t first_line = format == QD_FORMAT_Q4M ? Q4M::first_line : 64, group_bytes = format == QD_FORMAT_Q8 ? 512 : 256;
   for (int64_t g = 0; 32 * g < cols; ++g) {
     uint8_t* pair = out + g / 2 * pair_bytes;
@@ -188,7 +214,7 @@ int64_t pack_tile(int source, const void* in, int64_t row_bytes, int64_t rows, i
     uint16_t* half = reinterpret_cast<uint16_t*>(pair) + 16 * (g & 1);
     uint16_t* half_min = format == QD_FORMAT_Q4M ? half + 32 : nullptr;
     if (source >= QD_SOURCE_Q8_0) {
-      const int64_t block = source == QD_SOURCE_Q8_0 ? 34 : source == QD_SOURCE_Q4_0 ? 18 : 20;
+      const int64_t block = source == QD_SOURCE_Q8_0 ? 34 : source == QD_SOURCE_Q4_1 ? 20 : 18;
       for (int r = 0; r < n_rows; ++r) copy_block(source, from + r * row_bytes + g * block, r, half, half_min, lines);
       continue;
     }
@@ -200,6 +226,7 @@ int64_t pack_tile(int source, const void* in, int64_t row_bytes, int64_t rows, i
     switch (format) {
       case QD_FORMAT_Q8: quantise_q8(x, half, lines); break;
       case QD_FORMAT_Q4: quantise_q4(x, importance ? weight : nullptr, half, lines); break;
+      case QD_FORMAT_MX4: quantise_mx4(x, half, lines); break;
       default: quantise_q4m(x, importance ? weight : nullptr, half, half_min, lines);
     }
     if (const int bad = first_bad(x, half, half_min, n_rows)) return 16 * tile + bad;
@@ -222,7 +249,7 @@ void unpack_row(int format, const uint8_t* packed, int64_t cols, int64_t row, fl
     }
     return;
   }
-  const int64_t pair_bytes = format == QD_FORMAT_Q8 ? Q8::pair_bytes : format == QD_FORMAT_Q4 ? Q4::pair_bytes : Q4M::pair_bytes;
+  const int64_t pair_bytes = tile_bytes(format, 64);
   const int64_t first_line = format == QD_FORMAT_Q4M ? Q4M::first_line : 64, group_bytes = format == QD_FORMAT_Q8 ? 512 : 256;
   for (int64_t g = 0; 32 * g < cols; ++g) {
     const uint8_t* pair = tile + g / 2 * pair_bytes;
@@ -238,7 +265,9 @@ void unpack_row(int format, const uint8_t* packed, int64_t cols, int64_t row, fl
       }
       const uint8_t byte = lines[(c / 8) * 64 + 4 * r + c % 4];
       const int n = c % 8 < 4 ? byte & 15 : byte >> 4;
-      out[32 * g + c] = format == QD_FORMAT_Q4 ? float(n - 8) * scale : float(n) * scale + min;
+      out[32 * g + c] = format == QD_FORMAT_MX4  ? float(kE2M1[n]) * scale
+                        : format == QD_FORMAT_Q4 ? float(n - 8) * scale
+                                                 : float(n) * scale + min;
     }
   }
 }
@@ -266,14 +295,14 @@ double peak_of(int format, int64_t iterations) {
 #pragma GCC unroll 12
       for (int m = 0; m < chains; ++m) {
         const uint32_t a = units[j * chains + m];
-        if (format == QD_FORMAT_Q8) ints[m] = dot_bytes(ints[m], q, a);
+        if (format == QD_FORMAT_Q8 || format == QD_FORMAT_MX4) ints[m] = dot_bytes(ints[m], q, a);
         else if (format == QD_FORMAT_BFLOAT16) floats[m] = dot2(floats[m], w, a);
         else if (format == QD_FORMAT_FLOAT32) floats[m] = dot1(floats[m], w, a);
         else part[m] = dot_nibbles(part[m], w, a);
       }
 #pragma GCC unroll 12
     for (int m = 0; m < chains; ++m)
-      if (format >= QD_FORMAT_Q4) ints[m] = end_nibbles(part[m], ints[m]);
+      if (format == QD_FORMAT_Q4 || format == QD_FORMAT_Q4M) ints[m] = end_nibbles(part[m], ints[m]);
   }
   vf total = all(0.0f);
   for (int m = 0; m < chains; ++m) total = total + floats[m] + to_float(ints[m]);

@@ -37,11 +37,13 @@ enum qd_status {
   QD_STATUS_FAILED = 6           /* anything else: a fault of the library */
 };
 enum qd_format {
-  QD_FORMAT_FLOAT32 = 0, QD_FORMAT_BFLOAT16 = 1, QD_FORMAT_Q8 = 2, QD_FORMAT_Q4 = 3, QD_FORMAT_Q4M = 4
+  QD_FORMAT_FLOAT32 = 0, QD_FORMAT_BFLOAT16 = 1, QD_FORMAT_Q8 = 2, QD_FORMAT_Q4 = 3, QD_FORMAT_Q4M = 4,
+  QD_FORMAT_MX4 = 5
 };
 enum qd_source {
   QD_SOURCE_FLOAT32 = 0, QD_SOURCE_BFLOAT16 = 1, QD_SOURCE_FLOAT16 = 2,
-  QD_SOURCE_Q8_0 = 3, QD_SOURCE_Q4_0 = 4, QD_SOURCE_Q4_1 = 5
+  QD_SOURCE_Q8_0 = 3, QD_SOURCE_Q4_0 = 4, QD_SOURCE_Q4_1 = 5,
+  QD_SOURCE_MX4 = 6 /* 18 bytes: half of an MXFP4 block's scale as float16, codes 2 j and 2 j + 1 in byte j */
 };
 /* Block formats of GGUF files, under their names in quant/formats.py. */
 enum qd_stored {
@@ -192,7 +194,7 @@ const qd_field* qd_fields(void);    /* of every struct above, in any order, ende
 int32_t qd_best_isa(int32_t* isa, qd_message* why);
 int32_t qd_create(int32_t n_threads, int32_t isa, qd_context** context, qd_message* why);
 int32_t qd_destroy(qd_context* context, qd_message* why);
-/* 1: activations of q8, q4, q4m matrices in 15 bits instead of 8. */
+/* 1: activations of q8, q4, q4m, mx4 matrices in 15 bits instead of 8. */
 int32_t qd_set_fine(qd_context* context, int32_t fine, qd_message* why);
 
 int32_t qd_packed_bytes(int32_t format, int64_t rows, int64_t cols, int64_t* bytes, qd_message* why);
@@ -200,7 +202,7 @@ int32_t qd_packed_bytes(int32_t format, int64_t rows, int64_t cols, int64_t* byt
 int32_t qd_kv_bytes(int32_t kv_format, int32_t head_dim, int64_t* bytes, qd_message* why);
 
 /* Pack rows x cols numbers stored row-major as `source` (rows `row_bytes` apart) into out (qd_packed_bytes).
- * Block sources are copied bit by bit and need the matching format (q8_0 -> q8, q4_0 -> q4, q4_1 -> q4m).
+ * Block sources are copied bit by bit and need the matching format (q8_0 -> q8, q4_0 -> q4, q4_1 -> q4m, mx4 -> mx4).
  * importance: (cols,) weight of each column's squared error in the scale search, or NULL for one.
  * bad_row: the first row that holds a number the format cannot store, or -1. */
 int32_t qd_pack(qd_context* context, int32_t source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols,

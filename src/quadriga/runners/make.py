@@ -1,0 +1,116 @@
+"""The runner of an opened checkpoint: the CPU's kernels, or plain torch. The engine's only door to torch.
+
+make(...)       ──► CompiledModel                  NumPy and C++; torch is never imported
+make_torch(...) ──► runners.torch, imported here   where it is not installed, one error says how to install it
+"""
+
+from __future__ import annotations
+
+from quadriga import runtime
+from quadriga.errors import ConfigError
+from quadriga.io.open import Checkpoint
+from quadriga.io.packed import load_packed
+from quadriga.io.parameters import Progress
+from quadriga.model.config import ModelConfig
+from quadriga.quant.packed import BLOCK_TOKENS
+from quadriga.runners.base import Runner
+from quadriga.runners.compiled import MAX_TOKENS, CompiledModel, layer_block_bytes
+
+_KERNELS_CONTEXTS, _TORCH_CONTEXTS = 4, 2
+"""Full contexts that a cache of keys and values has room for where nobody says how large it is to be."""
+
+
+def make(
+    opened: Checkpoint,
+    *,
+    format: str = "keep",
+    threads: int | None = None,
+    activations: str = "auto",
+    kv_format: str = "bfloat16",
+    kv_memory: int | None = None,
+    expert_memory: int | None = None,
+    max_batch_tokens: int = MAX_TOKENS,
+    progress: Progress | None = None,
+) -> Runner:
+    """A checkpoint on the CPU's kernels; what each argument is for, ``engine.llm.load`` says.
+
+    Raises:
+        CheckpointError, ConfigError: the files are malformed or of an unsupported kind; no room for a block.
+        HardwareError: not enough memory.
+    """
+    packed = load_packed(opened, format, expert_memory=expert_memory, progress=progress)
+    per_block = sum(layer_block_bytes(layer, kv_format) for layer in opened.config.layers)
+    return CompiledModel(
+        opened.config,
+        packed.parameters,
+        threads=runtime.n_threads(threads),
+        n_blocks=n_blocks(opened.config, per_block, kv_memory, _KERNELS_CONTEXTS),
+        kv_format=kv_format,
+        activations=activations,
+        max_tokens=max(MAX_TOKENS, max_batch_tokens),
+        store=packed.store,
+    )
+
+
+def make_torch(
+    opened: Checkpoint,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+    kv_memory: int | None = None,
+    progress: Progress | None = None,
+) -> Runner:
+    """A checkpoint in plain torch, on any device.
+
+    Raises:
+        HardwareError: torch is not installed, or the device does not exist here.
+        CheckpointError, ConfigError: as :func:`make`.
+    """
+    try:
+        from quadriga.runners.torch import load
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise runtime.without_torch("computing with a dtype, on a GPU or with QUADRIGA_OPS=reference") from None
+    return load(
+        opened,
+        lambda per_block: n_blocks(opened.config, per_block, kv_memory, _TORCH_CONTEXTS),
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def device_type(name: str) -> str:
+    """cpu or cuda: what a device's name stands for on this machine. torch is asked unless the name is "cpu".
+
+    "auto" is the CPU where there is no torch.
+
+    Raises:
+        HardwareError: the device does not exist here, or torch, which it needs, is not installed.
+        ConfigError: the name is not a device.
+    """
+    runtime.check_device(name)
+    if name == "cpu":
+        return name
+    try:
+        from quadriga.nn import devices
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        if name == "auto":
+            return "cpu"
+        raise runtime.without_torch(f"the device {name}") from None
+    return devices.resolve_device(name).type
+
+
+def n_blocks(config: ModelConfig, per_block: int, memory: int | None, contexts: int) -> int:
+    """Blocks of a cache of ``memory`` bytes; None: of so many full contexts, at most a quarter of the free memory."""
+    one = -(-config.max_seq_len // BLOCK_TOKENS)
+    if memory is not None:
+        if memory < per_block:
+            raise ConfigError(f"kv_memory must hold at least one block of 16 tokens, {per_block} bytes; got {memory}")
+        return min(memory // per_block, 2**20)
+    return max(1, min(contexts * one, runtime.memory_bytes()[1] // 4 // per_block))
