@@ -16,7 +16,8 @@ import torch
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io.convert import convert, dry_run
 from quadriga.io.open import open_checkpoint
-from quadriga.io.packed import packed_format
+from quadriga.io.packed import load_packed, packed_format
+from quadriga.kernels.cpu.packing import Packed
 from quadriga.model import families
 from quadriga.model.config import DenseSpec
 from quadriga.nn.load import load_parameters
@@ -262,6 +263,52 @@ def test_they_convert_to_plain_numbers(tmp_path: Path) -> None:
     source = open_checkpoint(tmp_path / "out").source
     for name, values in plain.items():
         assert source.read(name).tobytes() == bits(values.bfloat16())
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_symmetric_gptq_is_q4_bit_by_bit(tmp_path: Path, v2: bool) -> None:
+    """The packed numbers are scale * (q - 8) itself; GPTQ's own kernels round the product to float16."""
+    how = GPTQ | {"sym": True, "checkpoint_format": "gptq_v2" if v2 else "gptq"}
+    plain = write(tmp_path / "m", how, middle_zeros(v2), v2=v2)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert checkpoint.source.read("model.layers.0.mlp.up_proj.weight").tobytes() == bits(
+        plain["model.layers.0.mlp.up_proj.weight"]
+    )
+    packed = load_packed(checkpoint).parameters
+    for parameter, names in {
+        "layers.2.ffn.w_down": ["mlp.down_proj"],
+        "layers.2.attn.wqkv.weight": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    }.items():
+        matrix = packed[parameter]
+        assert isinstance(matrix, Packed) and matrix.format == "q4"
+        expected = torch.cat([plain[f"model.layers.2.{name}.weight"] for name in names]).numpy()
+        np.testing.assert_array_equal(matrix.unpack().astype(np.float16), expected)
+
+
+@pytest.mark.parametrize("spoil", ["zeros", "order", "scales"])
+def test_gptq_that_only_says_it_is_symmetric_is_not_q4(tmp_path: Path, spoil: str) -> None:
+    def made(rng: np.random.Generator, rows: int, cols: int) -> Made:
+        parts, weight = (gptq if spoil == "zeros" else middle_zeros(False))(rng, rows, cols, ordered=spoil != "order")
+        if spoil == "scales":
+            parts["scales"] = parts["scales"].astype(np.float32)
+        return parts, weight
+
+    write(tmp_path, GPTQ | {"sym": True}, made)
+    checkpoint = open_checkpoint(tmp_path)
+    assert packed_format(checkpoint, "layers.0.ffn.w_up", "keep") == "q8"
+
+
+def middle_zeros(v2: bool) -> Callable[..., Made]:
+    """GPTQ whose zeros are all 8."""
+
+    def made(rng: np.random.Generator, rows: int, cols: int, **options: Any) -> Made:
+        parts, _ = gptq(rng, rows, cols, **options)
+        parts["qzeros"] = np.full_like(parts["qzeros"], -2004318072 if v2 else 0x77777777)  # 0x88888888
+        q = np.stack([parts["qweight"].view(np.uint32)[c // 8] >> np.uint32(4 * (c % 8)) & 15 for c in range(cols)], 1)
+        group = parts.get("g_idx", np.arange(cols) // 32)
+        return parts, parts["scales"].T[:, group] * (q.astype(np.int16) - 8).astype(np.float16)
+
+    return made
 
 
 @pytest.mark.parametrize("zero", [True, False])

@@ -129,12 +129,13 @@ def test_the_largest_scale_is_float16_s_largest(name: str, steps: int) -> None:
 
 # Formats that are searched -------------------------------------------------------------------------------------------
 
-# Mean squared error of normal rows: what ggml's own quantisers of 2023 (ctransformers 0.2.27) leave on such rows; for the
-# formats they lack, what the search left when it was written, and 1 % more.
+# Mean squared error of normal rows: what the search left when it was written, and 1 % more; what ggml's own quantisers leave
+# on such rows (those in ctransformers 0.2.27, which has no more of them).
 NORMAL_ERROR = {
-    "q2_k": 0.0862, "q3_k": 0.0226, "q4_k": 0.00507, "q5_k": 0.00130, "q6_k": 0.000313,
+    "q2_k": 0.0684, "q3_k": 0.0208, "q4_k": 0.00493, "q5_k": 0.00119, "q6_k": 0.000275,
     "iq4_nl": 0.00541, "iq4_xs": 0.00549, "mxfp4": 0.01251,
 }  # fmt: skip
+GGML_ERROR = {"q2_k": 0.0861, "q3_k": 0.0226, "q4_k": 0.00506, "q5_k": 0.00129, "q6_k": 0.000312}
 
 
 def unpacked(raw: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -150,7 +151,7 @@ def test_every_searched_format_has_a_bound() -> None:
 def test_the_search_leaves_less_error_than_ggml_s(name: str) -> None:
     values = np.random.default_rng(1).standard_normal((96, 2048), dtype=np.float32)
     back = unpacked(codec.quantize(values, name), name, values.shape)
-    assert ((back - values) ** 2).mean() < NORMAL_ERROR[name]
+    assert ((back - values) ** 2).mean() < NORMAL_ERROR[name] < GGML_ERROR.get(name, 1)
 
 
 @pytest.mark.parametrize("name", NORMAL_ERROR)

@@ -1,7 +1,7 @@
 """Parameters as the CPU's kernels want them, from any checkpoint.
 
     a packed Quadriga directory   read by several threads into huge pages; memory-mapped if it is nearly all of memory
-    GGUF Q8_0, Q4_0, Q4_1         blocks rearranged, no number changed
+    GGUF Q8_0, Q4_0, Q4_1; GPTQ   blocks rearranged, no number changed (GPTQ of 4 bits, symmetric, in order)
     MXFP4                         as mx4, its codes beside float16 scales, no number changed
     GGUF's Q5_0, IQ4_NL, TQ1_0, TQ2_0   as q8, whose integers hold their numbers exactly
     anything else                 read part by part and packed as `format` says
@@ -28,6 +28,7 @@ from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.mxfp4_source import Mxfp4Source
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress, unpack
+from quadriga.io.quantised.source import QuantisedSource
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import STORED, Bytes, Packed, Parameter, allocate, pack, pack_blocks, pack_mx4
 from quadriga.model.weight_map import Piece, Shape, parameter_shapes, source_index, stays_float32, whole
@@ -168,7 +169,7 @@ class Unpacked:
 
 
 def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Unpacked:
-    """One matrix of a parameter; blocks of a GGUF file as they are stored, where they are whole rows of it.
+    """One matrix of a parameter; blocks as they are stored, where they are whole rows of it.
 
     Args:
         expert: which matrix of a parameter (E, rows, cols); 0 for others.
@@ -179,7 +180,12 @@ def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Un
     source, (rows, cols) = checkpoint.source, shape[-2:]
     stored = {source.tensors[piece.source].dtype for piece in pieces}
     block = next(iter(stored))
-    if isinstance(source, GGUFSource) and len(stored) == 1 and block in STORED and all(map(_is_rows, pieces)):
+    if (
+        isinstance(source, (GGUFSource, QuantisedSource))
+        and len(stored) == 1
+        and block in STORED
+        and all(map(_is_rows, pieces))
+    ):
         raw = _block_rows(source, pieces, shape, expert, block)
         return Unpacked(name, rows, cols, blocks=raw, block_format=block)
     if isinstance(source, Mxfp4Source) and stored == {"mxfp4"} and all(map(_is_stack, pieces)):
@@ -220,7 +226,9 @@ def _is_rows(piece: Piece) -> bool:
     return not piece.transpose and piece.stride is None and same_rows and box[1:] == whole(piece.source_shape[1:])
 
 
-def _block_rows(source: GGUFSource, pieces: list[Piece], shape: Shape, expert: int, form: str) -> np.ndarray[Any, Any]:
+def _block_rows(
+    source: GGUFSource | QuantisedSource, pieces: list[Piece], shape: Shape, expert: int, form: str
+) -> np.ndarray[Any, Any]:
     """The stored blocks of one matrix, row by row in the parameter's order."""
     row_bytes = FORMATS[form].nbytes_of(shape[-1:])
     out = np.empty((shape[-2], row_bytes), dtype=np.uint8)

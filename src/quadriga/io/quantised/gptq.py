@@ -23,8 +23,8 @@ from quadriga.quant.dtypes import Array
 
 _HARMLESS = frozenset(
     {
-        # How the numbers were found; sym and desc_act show in zeros and g_idx.
-        "sym", "desc_act", "true_sequential", "static_groups", "damp_percent", "damp_auto_increment", "mse",
+        # How the numbers were found; desc_act shows in g_idx.
+        "desc_act", "true_sequential", "static_groups", "damp_percent", "damp_auto_increment", "mse",
         "act_group_aware", "dataset", "tokenizer", "model_seqlen", "batch_size", "pad_token_id", "max_input_length",
         "cache_block_outputs",
         # What to convert and with what to compute; the tensors' names say what was converted.
@@ -43,6 +43,8 @@ class Gptq:
     group_size: int
     """Columns of a group; -1: all."""
     zeros_less_one: bool
+    symmetric: bool = False
+    """The configuration says that every z is the middle of the range."""
 
     label = "gptq"
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
@@ -62,6 +64,30 @@ class Gptq:
         if "g_idx" in parts:
             parts.expect("g_idx", ("int32",), (cols,))
         return rows, cols
+
+    def block_format(self, parts: Parts) -> str | None:
+        """See ``method.KeepsBlocks``: 4 bits around 8 in groups of whole 32s are q4_0, but for act order."""
+        _, cols = self.shape(parts)
+        size = cols if self.group_size == -1 else self.group_size
+        if not self.symmetric or self.bits != 4 or size % 32 or cols % 32 or parts.info("scales").dtype != "float16":
+            return None
+        middle = 0x77 if self.zeros_less_one else 0x88
+        if not (np.ascontiguousarray(parts.read("qzeros")).view(np.uint8) == middle).all():
+            return None
+        in_order = "g_idx" not in parts or np.array_equal(parts.read("g_idx"), np.arange(cols) // size)
+        return "q4_0" if in_order else None
+
+    def raw(self, parts: Parts, first: int, last: int) -> NDArray[np.uint8]:
+        """See ``method.KeepsBlocks``."""
+        words, _ = parts.info("qweight").shape
+        groups = parts.info("scales").shape[0]
+        q = unpack_words(parts.read("qweight", ((0, words), (first, last))).T, 4).reshape(last - first, -1, 2, 16)
+        size = q.shape[1] * 32 if self.group_size == -1 else self.group_size
+        scales = np.ascontiguousarray(parts.read("scales", ((0, groups), (first, last))).T)
+        blocks = np.empty((last - first, q.shape[1], 18), dtype=np.uint8)
+        blocks[:, :, :2] = scales.repeat(size // 32, axis=1)[:, : q.shape[1], None].view(np.uint8)
+        blocks[:, :, 2:] = q[:, :, 0] | q[:, :, 1] << np.uint8(4)
+        return blocks.reshape(last - first, -1)
 
     def read(self, parts: Parts, first: int, last: int) -> Array:
         """See ``method.Method``: in the dtype of the scales."""
@@ -103,5 +129,6 @@ def read_config(keys: Keys) -> Gptq:
     keys.must_be("adapter", {}, None)
     form = keys.value("checkpoint_format") or keys.value("format") or "gptq"
     bits, size = keys.integer("bits"), group_size(keys, "group_size")
+    symmetric = keys.given("sym") and keys.flag("sym")
     keys.finish(_HARMLESS)
-    return Gptq(bits, size, form == "gptq")
+    return Gptq(bits, size, form == "gptq", symmetric)

@@ -7,7 +7,7 @@ and turns the parts into rows of numbers, which are those of the method's own li
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +98,19 @@ class Method(Protocol):
         Raises:
             CheckpointError: bytes that cannot be read, or mean nothing.
         """
+        ...
+
+
+@runtime_checkable
+class KeepsBlocks(Method, Protocol):
+    """A method some of whose weights are blocks of one of our own formats, in another order."""
+
+    def block_format(self, parts: Parts) -> str | None:
+        """The block format of ``quant.formats`` that holds the weight without a number changing, or None."""
+        ...
+
+    def raw(self, parts: Parts, first: int, last: int) -> NDArray[np.uint8]:
+        """The blocks of rows [first, last), (last - first, bytes of a row)."""
         ...
 
 

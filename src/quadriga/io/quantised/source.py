@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quadriga.errors import CheckpointError
-from quadriga.io.quantised.method import Method, Parts
+from quadriga.io.quantised.method import KeepsBlocks, Method, Parts
 from quadriga.io.source import TensorInfo, TensorSource
 from quadriga.model.weight_map import Box, whole
 from quadriga.quant.dtypes import DTYPES, Array
@@ -68,7 +71,9 @@ class QuantisedSource:
                 )
         for weight, names in weights.items():
             parts = self._parts[weight] = Parts(weight, self._source, names)
-            tensors[weight] = TensorInfo(self._method.shape(parts), self._method.label, parts.bytes())
+            shape = self._method.shape(parts)
+            blocks = self._method.block_format(parts) if isinstance(self._method, KeepsBlocks) else None
+            tensors[weight] = TensorInfo(shape, blocks or self._method.label, parts.bytes())
         return tensors
 
     def without_empty_biases(self, used: Collection[str]) -> None:
@@ -92,6 +97,11 @@ class QuantisedSource:
             return self._source.read(name, box)
         rows, columns = box or whole(self.tensors[name].shape)
         return self._method.read(self._parts[name], *rows)[:, slice(*columns)]
+
+    def raw(self, name: str, first: int, last: int) -> NDArray[np.uint8]:
+        """The blocks of rows [first, last) of a weight whose dtype is a block format's, row after row."""
+        assert isinstance(self._method, KeepsBlocks) and name in self._parts, "a weight of blocks"
+        return self._method.raw(self._parts[name], first, last).reshape(-1)
 
     def close(self) -> None:
         """Release the files."""
