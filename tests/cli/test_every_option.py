@@ -24,6 +24,7 @@ from quadriga.engine.load_options import LoadOptions
 from quadriga.errors import ConfigError, InputError
 from quadriga.hub import catalogue
 from quadriga.io import convert as convert_module
+from quadriga.io.suggested import Suggested
 from quadriga.kernels import dispatch
 from quadriga.server import run as server_run
 
@@ -201,7 +202,7 @@ def test_wrong_values_are_refused_by_name_before_a_model_is_looked_for(command: 
 
 SAMPLING = {
     "--max-tokens": ("7", "max_new_tokens", 7),
-    "--temperature": ("0.7", "temperature", 0.7),
+    "--temperature": ("0.6", "temperature", 0.6),
     "--top-k": ("5", "top_k", 5),
     "--top-p": ("0.5", "top_p", 0.5),
     "--min-p": ("0.1", "min_p", 0.1),
@@ -235,7 +236,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
 
     class Fake:
-        name, tokenizer, expert_store = "fake", None, None
+        name, tokenizer, expert_store, suggested = "fake", None, None, Suggested()
 
         def stream(self, prompt: Any, params: Any) -> None:
             seen.append(params)
@@ -271,6 +272,14 @@ def test_parameters_outside_their_range_are_refused_first(command: str, name: st
         assert isinstance(result.exception, (InputError, SystemExit)), (value, result.exception)
         said = f"{result.exception} {result.output}".replace("_", "-")
         assert name.removeprefix("--").replace("max-tokens", "max-") in said, (value, said)
+
+
+def test_a_chat_draws_as_the_models_makers_suggest(asked: list[Any]) -> None:
+    for words in ([], ["--top-p", "0.5"], ["--temperature", "0"], ["--temperature", "0.9"]):
+        with pytest.raises(Reached):
+            CliRunner().invoke(app, ["chat", "hello", *words], catch_exceptions=False)
+    drawn = [(params.temperature, params.top_p) for params in asked]
+    assert drawn == [(0.7, 0.95), (0.7, 0.5), (0.0, 1.0), (0.9, 1.0)]
 
 
 # What goes with what -------------------------------------------------------------------------------------------------

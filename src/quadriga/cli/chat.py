@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quadriga.cli import options
-from quadriga.cli.remote import RemoteModel
+from quadriga.cli.remote import Piece, RemoteModel
 from quadriga.errors import InputError, RequestError
 
 if TYPE_CHECKING:
-    from quadriga.cli.remote import Piece
     from quadriga.engine.llm import LLM
     from quadriga.engine.request import SamplingParams, TokenEvent
 
@@ -43,6 +42,8 @@ HELP = """\
 /exit                 leave (also Ctrl-D)
 Three quotes (\"\"\") begin and end a message of several lines. Ctrl-C stops an answer."""
 
+LOOPS = "stopped, it goes in circles (--no-loop-guard lets it)"
+
 _COMMANDS = tuple(line.split()[0] for line in HELP.splitlines() if line.startswith("/"))
 
 
@@ -51,11 +52,11 @@ def chat_command(
     model: options.Model = "smollm2-135m-instruct",
     system: options.System = None,
     max_tokens: options.MaxTokens = 512,
-    temperature: options.Temperature = 0.0,
+    temperature: options.Temperature = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
     min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
+    repetition_penalty: options.RepetitionPenalty = None,
     presence_penalty: options.PresencePenalty = 0.0,
     frequency_penalty: options.FrequencyPenalty = 0.0,
     logit_bias: options.LogitBias = None,
@@ -63,6 +64,9 @@ def chat_command(
     seed: options.Seed = None,
     json: options.Json = False,
     speculate: options.Speculate = 0,
+    loop_guard: Annotated[
+        bool, typer.Option("--loop-guard/--no-loop-guard", help="End an answer that goes in circles.")
+    ] = True,
     url: Annotated[
         str | None,
         typer.Option(help="Talk to a server with OpenAI's interface instead, e.g. http://127.0.0.1:8000."),
@@ -78,7 +82,11 @@ def chat_command(
     device: options.Device = "cpu",
     threads: options.Threads = None,
 ) -> None:
-    """Talk to a model. The default model (98 MB) is fetched on first use and works offline after that."""
+    """Talk to a model. The default model (98 MB) is fetched on first use and works offline after that.
+
+    Tokens are drawn as the model's makers suggest, else at temperature 0.7 within 0.95 of the probability;
+    --temperature 0 is greedy.
+    """
     how = options.load_options(
         format=format,
         activations=activations,
@@ -114,7 +122,14 @@ def chat_command(
         llm = RemoteModel(url, api_key, api_model)
     else:
         llm = options.load_model(model, how)
-    session = ChatSession(llm, params, system=system)
+    typed = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    given = [name for name, value in {**typed, "repetition_penalty": repetition_penalty}.items() if value is not None]
+    if temperature is None:
+        from quadriga.io.suggested import Suggested
+
+        suggested = Suggested() if isinstance(llm, RemoteModel) else llm.suggested
+        params = options.as_suggested(params, suggested, given)
+    session = ChatSession(llm, params, system=system, loop_guard=loop_guard)
     if prompt is None:
         _converse(session)
     elif json and url is not None:
@@ -157,8 +172,10 @@ def print_stream(events: Answer, llm: LLM | RemoteModel) -> None:
 class ChatSession:
     """A conversation with a model: its turns, its settings, and the slash commands over them."""
 
-    def __init__(self, llm: LLM | RemoteModel, params: SamplingParams, *, system: str | None = None) -> None:
-        self.llm = llm
+    def __init__(
+        self, llm: LLM | RemoteModel, params: SamplingParams, *, system: str | None = None, loop_guard: bool = True
+    ) -> None:
+        self.llm, self.loop_guard = llm, loop_guard
         self.params = params
         self.system = system
         self.turns: list[dict[str, str]] = []
@@ -195,12 +212,19 @@ class ChatSession:
         return self._record(events)
 
     def _record(self, events: Iterable[TokenEvent | Piece]) -> Answer:
-        text, started = "", time.perf_counter()
+        from quadriga.engine.loop_guard import LoopGuard
+
+        text, started, guard = "", time.perf_counter(), LoopGuard()
         try:
             for event in events:
                 text += event.text
                 self.answer_tokens += 1
                 yield event
+                # Of a model elsewhere, pieces of text stand for tokens.
+                token = hash(event.text) if isinstance(event, Piece) else event.token_id
+                if self.loop_guard and event.finish_reason is None and guard.push(token):
+                    yield Piece("", LOOPS)
+                    break
         finally:  # also when Ctrl-C closes this generator: what was said was said
             self.turns.append({"role": "assistant", "content": text})
             self.answers += 1

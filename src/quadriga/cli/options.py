@@ -6,6 +6,7 @@ What differs between commands is the default; where it is not a plain value, the
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from quadriga.engine.llm import LLM
     from quadriga.engine.load_options import LoadOptions
     from quadriga.engine.request import SamplingParams
+    from quadriga.io.suggested import Suggested
 
 _SAMPLING = "Sampling"
 _MACHINE = "Model and machine"
@@ -93,7 +95,7 @@ MinP = Annotated[
     typer.Option(help="Drop tokens below this share of the best's probability.", rich_help_panel=_SAMPLING),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1 disfavours tokens seen in prompt or answer.", rich_help_panel=_SAMPLING)
+    float | None, typer.Option(help="Above 1 disfavours tokens seen in prompt or answer.", rich_help_panel=_SAMPLING)
 ]
 PresencePenalty = Annotated[float, typer.Option(help="Disfavours tokens in the answer.", rich_help_panel=_SAMPLING)]
 FrequencyPenalty = Annotated[
@@ -270,6 +272,7 @@ def sampling(
     top_k: int | None,
     top_p: float | None,
     min_p: float | None,
+    repetition_penalty: float | None,
     logit_bias: list[str] | None,
     stop: list[str] | None,
     **others: Any,
@@ -290,10 +293,22 @@ def sampling(
         top_k=top_k or 0,
         top_p=1.0 if top_p is None else top_p,
         min_p=min_p or 0.0,
+        repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty,
         logit_bias=biases(logit_bias),
         stop=stops(stop),
         **others,
     )
+
+
+def as_suggested(params: SamplingParams, suggested: Suggested, given: Iterable[str]) -> SamplingParams:
+    """Sampling with what the model's makers suggest for all that was not given.
+
+    Args:
+        given: names of the options that were typed.
+    """
+    from dataclasses import asdict, replace
+
+    return replace(params, **{name: value for name, value in asdict(suggested).items() if name not in set(given)})
 
 
 def load_model(model: str, options: LoadOptions) -> LLM:

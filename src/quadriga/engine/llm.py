@@ -36,6 +36,7 @@ from quadriga.io.adapter import load as load_adapter
 from quadriga.io.adapter import low_rank
 from quadriga.io.open import open_checkpoint
 from quadriga.io.packed import is_quantised
+from quadriga.io.suggested import Suggested, suggested
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.model.config import ModelConfig
 from quadriga.runners import make
@@ -151,6 +152,7 @@ def load(
         name=str(path_or_name),
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
+        suggested=suggested(opened.path),
     )
 
 
@@ -172,7 +174,10 @@ class LLM:
         name: str = "model",
         max_sequences: int = 64,
         max_batch_tokens: int = 2048,
+        suggested: Suggested | None = None,
     ) -> None:
+        self.suggested = suggested or Suggested()
+        """How the checkpoint's makers would have tokens chosen in a conversation."""
         self.runner = runner
         self.config: ModelConfig = runner.config
         self.tokenizer = tokenizer
