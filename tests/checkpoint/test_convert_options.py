@@ -32,6 +32,7 @@ RESULTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "packed": {"format": "q4"},
     "packed plain": {"format": "bfloat16"},
+    "packed without a search": {"format": "mx4"},
     "recipe": {"format": RECIPE},
     "hf": {"to": "hf"},
     "gguf": {"to": "gguf"},
@@ -41,7 +42,7 @@ OPTIONS: dict[str, tuple[Any, set[str]]] = {
     "layout": ("hf5", {"hf"}),
     "dtype": ("float32", {"plain", "hf"}),
     "gguf_format": ("q8_0", {"gguf"}),
-    "embeddings": ("float32", {"packed", "packed plain"}),
+    "embeddings": ("float32", {"packed", "packed plain", "packed without a search"}),
     "importance": (IMPORTANCE, {"packed", "recipe"}),
     "max_shard_bytes": (40_000, {"plain", "hf"}),
 }

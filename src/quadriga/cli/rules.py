@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from quadriga.io.convert_options import weighs_errors
 from quadriga.option_rules import Rule
 
 Options = Mapping[str, Any]
@@ -22,6 +21,12 @@ def _all(options: Iterable[str], when: Callable[[Options], bool], why: str) -> t
 
 def _remote(options: Options) -> bool:
     return str(options["model"]).startswith(("http://", "https://"))
+
+
+def _weighs_errors(options: Options) -> bool:
+    from quadriga.io.convert_options import weighs_errors  # NumPy, which --help does without
+
+    return weighs_errors(options)
 
 
 def _recipe(options: Options) -> bool:
@@ -84,7 +89,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(
             "calibrate",
-            lambda o: o["budget"] is not None or weighs_errors(o),
+            lambda o: o["budget"] is not None or _weighs_errors(o),
             "it weighs the errors of quantised weights. Give {format} q8, q4 or q4m, {to} gguf and a {gguf_format} "
             "with sub-blocks (q4_k), or {budget}, or leave it out",
         ),

@@ -41,7 +41,8 @@ def weighs_errors(options: Mapping[str, Any]) -> bool:
     if options["to"] == "gguf":
         return options["gguf_format"] in pack_blocks.PACK
     form = options["format"]
-    return is_given(form) and (not isinstance(form, str) or form in QUANTISED)
+    # mx4's scale is the largest number's: nothing is searched.
+    return is_given(form) and (not isinstance(form, str) or (form in QUANTISED and form != "mx4"))
 
 
 RULES = (
