@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -375,9 +376,52 @@ def test_whatever_the_parameters_a_token_that_may_be_chosen_comes_with_a_finite_
             assert chosen.token_id in (set(range(N - 2)) if allowed is None else allowed)
             assert math.isfinite(chosen.logprob)
             assert all(token < N - 2 and math.isfinite(p) for token, p in chosen.top_logprobs)
-            assert len(chosen.top_logprobs) == min(int(str(params.get("logprobs", 0))), N - 2)
+            n = min(int(str(params.get("logprobs", 0))), N - 2)
+            listed = {token for token, _ in chosen.top_logprobs[:n]}
+            assert len(chosen.top_logprobs) == n + (n > 0 and chosen.token_id not in listed)
 
 
 def test_token_ids_outside_the_vocabulary_are_named() -> None:
     with pytest.raises(RequestError, match=r"below the vocabulary's 5, got \[5\]"):
         sampler(logit_bias={5: 1.0})
+
+
+def test_what_the_caller_changes_later_changes_nothing() -> None:
+    bias, stop, ids = {1: 5.0}, ["a"], [3]
+    params = SamplingParams(logit_bias=bias, stop=stop, stop_ids=ids)  # type: ignore[arg-type]
+    bias[2], stop[0], ids[0] = 9.0, "b", 4
+    assert dict(params.logit_bias) == {1: 5.0} and params.stop == ("a",) and params.stop_ids == (3,)
+    with pytest.raises(TypeError):
+        params.logit_bias[1] = 0.0  # type: ignore[index]
+    none = SamplingParams(logit_bias=None, stop=None, stop_ids=None)  # type: ignore[arg-type]
+    assert (dict(none.logit_bias), none.stop, none.stop_ids) == ({}, (), ())
+    assert replace(params, seed=1).stop == ("a",)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"ignore_eos": "no"}, {"prompt_logprobs": 1}, {"stop": 5}, {"stop_ids": 5}, {"logit_bias": [1]}]
+)
+def test_fields_of_another_type_are_refused_by_name(wrong: dict[str, object]) -> None:
+    with pytest.raises(RequestError, match=next(iter(wrong))):
+        SamplingParams(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_end_tokens_are_not_chosen_too_early(temperature: float) -> None:
+    params = SamplingParams(min_new_tokens=3, temperature=temperature, seed=2)
+    logits = np.array([0.0, 30.0, 1.0, 29.0, 2.0], dtype=np.float32)
+    one = Sampler(params, [], 5, Unused([0]), ends=(1, 3, 77))
+    chosen = [one.sample(logits, 1, 30.5).token_id for _ in range(4)]
+    assert set(chosen[:3]) <= {2, 4} and chosen[3] in (1, 3)
+    ends_only = np.array([False, True, False, False, False])
+    assert Sampler(params, [], 5, ends=(1,)).sample(logits, allowed=ends_only).token_id == 1, (
+        "a complete answer may end"
+    )
+    with pytest.raises(RequestError, match="min_new_tokens"):
+        SamplingParams(min_new_tokens=5, max_new_tokens=4)
+
+
+def test_the_chosen_token_is_among_the_alternatives() -> None:
+    logits = np.array([5.0, 4.0, 3.0, 0.0], dtype=np.float32)
+    one = Sampler(SamplingParams(logprobs=2, logit_bias={3: 50.0}), [], 4).sample(logits)
+    assert [token for token, _ in one.top_logprobs] == [0, 1, 3] and one.top_logprobs[2][1] == one.logprob

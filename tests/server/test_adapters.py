@@ -47,4 +47,13 @@ def test_requests_choose_adapters_by_the_models_name(tmp_path: Path) -> None:
             "/v1/chat/completions", {"model": "tiny:three", "messages": [{"role": "user", "content": "x"}]}
         )
         assert missing.status_code == 404 and "'tiny:two'" in missing.json()["error"]["message"]
+        vectors = [live.post("/v1/embeddings", {"model": name, "input": "hi"}).json() for name in names]
+        assert [vector["model"] for vector in vectors] == names
+        assert len({str(vector["data"][0]["embedding"]) for vector in vectors}) == 3, "each adapter has its own"
+        listed = live.client.get("/v1/models").json()["data"]
+        assert [(one["id"], one["parent"]) for one in listed] == [
+            ("tiny", None),
+            ("tiny:one", "tiny"),
+            ("tiny:two", "tiny"),
+        ]
         assert live.settled()

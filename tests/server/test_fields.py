@@ -204,6 +204,19 @@ def test_a_call_without_arguments_and_one_with_an_object(tiny: Live) -> None:
     assert '{"name": "f", "arguments": {}}' in shown and '{"name": "f", "arguments": {"a": 1}}' in shown
 
 
+def test_nothing_ends_an_answer_before_its_least_length(tiny: Live) -> None:
+    ends = {"stop_token_ids": list(range(255)), "temperature": 1.0, "seed": 1}
+    answer = tiny.post("/v1/completions", TEXT | ends | {"max_tokens": 6, "min_tokens": 4}).json()
+    assert answer["usage"]["completion_tokens"] == 5, "two tokens are left, then any of the others ends it"
+
+
+def test_control_tokens_are_written_on_request(tiny: Live) -> None:
+    biased = TEXT | {"logit_bias": {"256": 100}, "ignore_eos": True, "max_tokens": 2, "temperature": 0}
+    assert tiny.post("/v1/completions", biased).json()["choices"][0]["text"] == ""
+    shown = tiny.post("/v1/completions", biased | {"skip_special_tokens": False}).json()["choices"][0]["text"]
+    assert shown == "<|end|>" * 2
+
+
 def test_a_bos_token_is_left_out_on_request(tiny: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny.service.llm.tokenizer, "prefix_ids", (256,))
     counts = [

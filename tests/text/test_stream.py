@@ -99,3 +99,13 @@ def test_work_per_token_does_not_grow_with_the_answer() -> None:
     for i in range(20_000):
         detokenizer.push(97 + i % 26)
         assert len(detokenizer._held) < len("never to be seen")
+
+
+def test_a_stop_string_that_may_not_stop_yet_is_text() -> None:
+    detokenizer = Detokenizer(BYTES, stop=["ab"])
+    said = ""
+    for i, letter in enumerate(b"xabyab"):
+        text, hit = detokenizer.push(letter, may_stop=i > 3)
+        said += text
+        assert hit == (i == 5)
+    assert said == "xaby"

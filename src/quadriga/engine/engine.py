@@ -181,14 +181,15 @@ class Engine:
             client=request.client,
             group=-1 if group is None else group,
         )
+        ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.end_ids)
         active = _Active(
             request=request,
             running=running,
-            sampler=Sampler(params, prompt, self.config.vocab_size, self.unused),
+            sampler=Sampler(params, prompt, self.config.vocab_size, self.unused, ends),
             text=None
             if self.tokenizer is None
             else Detokenizer(self.tokenizer, stop=params.stop, after=prompt, shown=request.shown),
-            ends=frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.end_ids),
+            ends=ends,
             # A guess is checked against the model's choice, not against a grammar's.
             lookup=Lookup() if params.speculate and request.constraint is None else None,
         )
@@ -200,6 +201,7 @@ class Engine:
     def _submit_embed(self, request: Embed, prompt: list[int], group: int | None) -> int:
         if len(prompt) > self.config.max_seq_len:
             raise RequestError(f"{len(prompt)} tokens exceed the model's context of {self.config.max_seq_len}")
+        number = 0 if request.adapter is None else self.adapters().number(request.adapter)
         running = Running(
             request_id=self._next_id,
             tokens=prompt,
@@ -207,6 +209,7 @@ class Engine:
             priority=request.priority,
             embeds=True,
             client=request.client,
+            adapter=number,
             group=-1 if group is None else group,
         )
         self.scheduler.add(running)
@@ -229,7 +232,9 @@ class Engine:
             RequestError: there is none of this name, or it is answering.
         """
         number = self.adapters().number(name)
-        busy = sum(active.running.adapter == number for active in self._active.values())
+        running = [active.running for active in self._active.values()]
+        running += [embedded.running for embedded in self._embeds.values()]
+        busy = sum(one.adapter == number for one in running)
         if busy:
             raise RequestError(f"{busy} requests use the adapter {name!r}; let them end first")
         self.adapters().remove(name)
@@ -451,8 +456,12 @@ class Engine:
         chosen = active.sampler.sample(logits, best, log_sum, allowed)
         ended = chosen.token_id in active.ends
         complete = constraint is not None and not ended and constraint.accept(chosen.token_id)
-        piece, hit_stop = ("", False) if active.text is None or ended else active.text.push(chosen.token_id)
-        full = len(running.tokens) + n_before + 1 >= running.max_tokens
+        n_made = len(running.tokens) + n_before + 1
+        may_stop = n_made - running.n_prompt >= active.request.params.min_new_tokens
+        piece, hit_stop = "", False
+        if active.text is not None and not ended:
+            piece, hit_stop = active.text.push(chosen.token_id, may_stop=may_stop)
+        full = n_made >= running.max_tokens
         last = ended or hit_stop or full or complete
         if last and not hit_stop and active.text is not None:
             piece += active.text.finish()

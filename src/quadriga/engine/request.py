@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -48,6 +50,8 @@ class SamplingParams:
     """
 
     max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    """End tokens are not chosen, and stop strings do not end the answer, before it has so many tokens."""
     temperature: float = 0.0
     """0 is greedy, and so is anything below 1e-5; 1 samples the model's own distribution."""
     top_k: int = 0
@@ -62,10 +66,10 @@ class SamplingParams:
     """Subtracted once from the logit of each token already in the answer."""
     frequency_penalty: float = 0.0
     """Subtracted from a logit once per occurrence of its token in the answer."""
-    logit_bias: dict[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     """token id -> added to its logit, in [-100, 100]; ids that no token has are refused."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer; they are not part of it."""
+    """Strings that end the answer; they are not part of it. One string is one, not its letters; None is none."""
     stop_ids: tuple[int, ...] = ()
     """Token ids that end the answer, besides the model's own end tokens."""
     ignore_eos: bool = False
@@ -73,7 +77,8 @@ class SamplingParams:
     seed: int | None = None
     """Same seed, same model, same prompt: same answer. None draws a fresh seed."""
     logprobs: int = 0
-    """Number of most probable alternatives to report per token; the chosen token's own is always reported."""
+    """Number of most probable alternatives to report per token, and the chosen token beside them where it is none of
+    them; its own log-probability is always reported."""
     prompt_logprobs: bool = False
     """Also report the log-probability of every prompt token but the first."""
     speculate: int = 0
@@ -81,6 +86,8 @@ class SamplingParams:
     answer is the same, bit for bit; only the time changes."""
 
     def __post_init__(self) -> None:
+        self._settle()
+        _require_int(0, self.max_new_tokens, min_new_tokens=self.min_new_tokens)
         _require_int(1, 2**31 - 1, max_new_tokens=self.max_new_tokens)
         _require_int(0, 2**31 - 1, top_k=self.top_k)
         _require_int(0, 20, logprobs=self.logprobs)
@@ -94,12 +101,29 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _require_int(0, 2**31 - 1, **{"logit_bias token id": token})
             _require_in(-100.0, 100.0, **{f"logit_bias[{token}]": bias})
-        _require(not isinstance(self.stop, str), f"stop must be a tuple of strings, got the string {self.stop!r}")
         _require(all(isinstance(s, str) and s for s in self.stop), "stop must be non-empty strings")
         for token in self.stop_ids:
             _require_int(0, 2**31 - 1, **{"stop_ids entry": token})
         if self.seed is not None:
             _require_int(0, 2**63 - 1, seed=self.seed)
+
+    def _settle(self) -> None:
+        """Collections of the caller's become our own: what is in force cannot be changed from outside."""
+        stop: object = self.stop
+        stop = (stop,) if isinstance(stop, str) else () if stop is None else stop
+        _require(isinstance(stop, (tuple, list)), f"stop must be strings, got {_shown(self.stop)}")
+        ids = () if self.stop_ids is None else self.stop_ids
+        kinds = (tuple, list, set, frozenset)
+        _require(isinstance(ids, kinds), f"stop_ids must be token ids, got {_shown(self.stop_ids)}")
+        bias = {} if self.logit_bias is None else self.logit_bias
+        _require(isinstance(bias, Mapping), f"logit_bias must be token id -> bias, got {_shown(self.logit_bias)}")
+        for name in ("ignore_eos", "prompt_logprobs"):
+            given = getattr(self, name)
+            _require(isinstance(given, bool), f"{name} must be True or False, got {_shown(given)}")
+        assert isinstance(stop, (tuple, list))
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_ids", tuple(ids))
+        object.__setattr__(self, "logit_bias", MappingProxyType(dict(bias)))
 
 
 def _require_int(low: int, high: int, **values: object) -> None:
@@ -186,6 +210,8 @@ class Embed:
     """Higher goes first."""
     client: bytes = b""
     """Who asks; clients are served in turn."""
+    adapter: str | None = None
+    """The adapter whose states these are; None: the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,13 +74,19 @@ class Sampler:
         prompt_ids: what the repetition penalty counts as seen.
         vocab_size: rows of the head.
         unused: those among them that are never chosen.
+        ends: tokens that are not chosen before the answer has ``min_new_tokens``.
 
     Raises:
         RequestError: a bias or stop id outside the vocabulary, or a bias on an id that no token has.
     """
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: list[int], vocab_size: int, unused: Unused = NONE_UNUSED
+        self,
+        params: SamplingParams,
+        prompt_ids: list[int],
+        vocab_size: int,
+        unused: Unused = NONE_UNUSED,
+        ends: Iterable[int] = (),
     ) -> None:
         outside = [token for token in (*params.logit_bias, *params.stop_ids) if token >= vocab_size]
         if outside:
@@ -93,6 +99,9 @@ class Sampler:
             )
         self.params = params
         self._unused = unused
+        early = {i for i in ends if i < vocab_size} if params.min_new_tokens else set()
+        self._too_early = Unused({*unused.ids, *early}) if early else unused
+        """What is never chosen before the answer is long enough."""
         self._seed = secrets.randbits(63) if params.seed is None else params.seed
         self._answer: Counter[int] = Counter()
         self._n_drawn = 0
@@ -123,10 +132,11 @@ class Sampler:
         require_finite([log_normaliser])
         with np.errstate(over="ignore", under="ignore"):
             adjusted, greedy = self._adjust(logits), params.temperature < GREEDY_BELOW
-            if greedy and adjusted is logits and allowed is None and best is not None and best not in self._unused.ids:
+            never = self._too_early if self._n_drawn < params.min_new_tokens else self._unused
+            if greedy and adjusted is logits and allowed is None and best is not None and best not in never.ids:
                 token = best
             else:
-                candidates = self._candidates(adjusted, allowed)
+                candidates = self._candidates(adjusted, allowed, never)
                 token = int(candidates.argmax()) if greedy else self._draw(candidates)
                 require_finite([float(candidates[token])])
         self._answer[token] += 1
@@ -137,15 +147,23 @@ class Sampler:
         if params.logprobs:
             top = top_logprobs(logits[None], [log_normaliser], params.logprobs, self._unused)[0]
         # In double precision: two finite float32 may be further apart than float32 reaches.
-        return Sample(token, float(logits[token]) - log_normaliser, top)
+        logprob = float(logits[token]) - log_normaliser
+        if top and all(other != token for other, _ in top):
+            top = (*top, (token, logprob))
+        return Sample(token, logprob, top)
 
-    def _candidates(self, adjusted: Floats, allowed: NDArray[np.bool_] | None) -> Floats:
+    def _candidates(self, adjusted: Floats, allowed: NDArray[np.bool_] | None, never: Unused) -> Floats:
         """The logits with -inf wherever nothing may be chosen."""
         if allowed is None:
-            return _without(adjusted, self._unused)
-        if self._unused:
-            allowed = allowed.copy()
-            allowed[self._unused.index] = False
+            return _without(adjusted, never)
+        if never:
+            within = allowed.copy()
+            within[never.index] = False
+            # A grammar that is at its end has only end tokens left: the answer is complete, however short.
+            if not within.any() and never is not self._unused:
+                within = allowed.copy()
+                within[self._unused.index] = False
+            allowed = within
         if not allowed.any():
             raise RequestError("the grammar has come to a place where no token of this vocabulary may follow")
         return np.where(allowed, adjusted, adjusted.dtype.type(-np.inf))

@@ -155,6 +155,8 @@ class Sampling(Struct, kw_only=True, forbid_unknown_fields=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     max_tokens: int | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool = True
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -275,6 +275,10 @@ class Service:
                 self._abilities = Abilities()
         return self._abilities
 
+    @property
+    def _control_tokens(self) -> list[str]:
+        return [] if self.llm.tokenizer is None else list(self.llm.tokenizer.special_ids)
+
     def _ids_of(self, names: Sequence[str]) -> frozenset[int]:
         special = self.llm.tokenizer.special_ids if self.llm.tokenizer is not None else {}
         return frozenset(special[name] for name in names if name in special)
@@ -314,6 +318,7 @@ class Service:
             "frequency_penalty": body.frequency_penalty,
             "repetition_penalty": body.repetition_penalty,
             "max_new_tokens": max_tokens,
+            "min_new_tokens": body.min_tokens,
         }
         return SamplingParams(
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
@@ -369,7 +374,7 @@ class Service:
             raise ApiError(400, "deadline_ms must be from 1 to 86400000", param="deadline_ms")
         self._check(n * len(prompts), body.priority, "n times the prompts")
         adapter = self.adapter_of(body.model)
-        visible = self._ids_of(shown)
+        visible = self._ids_of(self._control_tokens if body.skip_special_tokens is False else shown)
         await caller.enter(n * len(prompts))
         try:
             grammar = None
@@ -401,9 +406,12 @@ class Service:
         return Answers(streams, n_read, deadline, lambda a: caller.leave(len(streams), n_read + a.n_made))
 
     async def embed(
-        self, prompts: Sequence[Sequence[int]], caller: Caller, *, priority: int = 0
+        self, prompts: Sequence[Sequence[int]], caller: Caller, *, priority: int = 0, model: str | None = None
     ) -> list[NDArray[np.float32]]:
         """Texts as vectors (D,) float32, in their order.
+
+        Args:
+            model: what the request calls the model, or one of its adapters.
 
         Raises:
             ApiError, RequestError, BusyError: it cannot be served.
@@ -412,7 +420,10 @@ class Service:
         await caller.enter(len(prompts))
         streams: list[Stream] = []
         try:
-            requests = [Embed(prompt=tuple(p), priority=priority, client=caller.client) for p in prompts]
+            adapter = self.adapter_of(model)
+            requests = [
+                Embed(prompt=tuple(p), priority=priority, client=caller.client, adapter=adapter) for p in prompts
+            ]
             streams = await self.engine.submit_all(requests, patient=caller.patient)
             vectors: dict[Stream, NDArray[np.float32]] = {}
             while len(vectors) < len(streams):

@@ -133,7 +133,7 @@ async def vectors(service: Service, body: EmbeddingRequest, caller: Caller) -> t
     if body.dimensions not in (None, service.llm.config.d_model):
         raise ApiError(400, f"this model's vectors have {service.llm.config.d_model} dimensions", param="dimensions")
     prompts = await service.work.encode(caller.n_bytes, prompts_of, service, body.input, "input")
-    return await service.embed(prompts, caller, priority=body.priority), sum(map(len, prompts))
+    return await service.embed(prompts, caller, priority=body.priority, model=body.model), sum(map(len, prompts))
 
 
 async def rendered(service: Service, request: ChatRequest, caller: Caller) -> RenderedPrompt:

@@ -36,14 +36,18 @@ class Detokenizer:
         shown: frozenset[int] = frozenset(),
     ) -> None:
         assert all(stop), "stop strings are not empty"
-        self._tokenizer, self._shown = tokenizer, shown
+        self._tokenizer = tokenizer
+        self._names = {i: name.encode() for name, i in tokenizer.special_ids.items() if i in shown} if shown else {}
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = tuple(stop)
         self._held = ""
         self._opening = tokenizer.opening(after)
 
-    def push(self, token_id: int) -> tuple[str, bool]:
+    def push(self, token_id: int, *, may_stop: bool = True) -> tuple[str, bool]:
         """Add a token. An id that no token has, a row that only pads the model's table, adds nothing.
+
+        Args:
+            may_stop: False: a stop string that is complete now is text.
 
         Returns:
             (text that became certain, True if a stop string has been completed and the answer ends before it).
@@ -55,9 +59,13 @@ class Detokenizer:
             raw, self._opening = tokenizer.first_bytes(token_id, self._opening)
         else:
             raw = tokenizer.token_bytes(token_id)
-        if not raw and token_id in self._shown:
-            raw = tokenizer.token_text(token_id).encode()
-        return self._release(self._decoder.decode(raw))
+        if not raw:
+            raw = self._names.get(token_id, b"")
+        text = self._decoder.decode(raw)
+        if not may_stop:
+            text, self._held = self._held + text, ""
+            return text, False
+        return self._release(text)
 
     def finish(self) -> str:
         """What was held back: the tail that became no stop string, and U+FFFD for an unfinished character."""
