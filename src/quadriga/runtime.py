@@ -61,19 +61,31 @@ def set_debug() -> None:
     os.environ["QUADRIGA_DEBUG"] = "1"
 
 
+def set_log_level(levels: str, where: str) -> None:
+    """From now on log at a level (``info``), or at levels of rooms (``engine=debug,server=info``).
+
+    Args:
+        where: what said so, for the error.
+
+    Raises:
+        ConfigError: there is no such level.
+    """
+    for part in levels.split(","):
+        room, _, level = part.strip().rpartition("=")
+        number = logging.getLevelNamesMapping().get(level.upper())
+        if number is None:
+            names = "debug, info, warning, error or critical"
+            raise ConfigError(f"{where} must be {names}, or ROOM=LEVEL of several rooms; got {part[:80]!r}")
+        logging.getLogger(f"quadriga.{room}" if room else "quadriga").setLevel(number)
+
+
 def start_logging(default: str = "warning") -> None:
     """Send what ``quadriga.*`` logs to standard error, at the levels that QUADRIGA_LOG names. For programs only.
 
     Raises:
         ConfigError: QUADRIGA_LOG names no level.
     """
-    for part in (setting("LOG") or default).split(","):
-        room, _, level = part.strip().rpartition("=")
-        number = logging.getLevelNamesMapping().get(level.upper())
-        if number is None:
-            levels = "debug, info, warning, error or critical"
-            raise ConfigError(f"QUADRIGA_LOG must be {levels}, or ROOM=LEVEL of several rooms; got {part[:80]!r}")
-        logging.getLogger(f"quadriga.{room}" if room else "quadriga").setLevel(number)
+    set_log_level(setting("LOG") or default, "QUADRIGA_LOG")
     logger = logging.getLogger("quadriga")
     if not logger.handlers:
         handler = logging.StreamHandler()

@@ -40,6 +40,11 @@ def serve_command(
         bool,
         typer.Option("--reasoning/--no-reasoning", help="Tell thoughts from answers, where the template marks them."),
     ] = True,
+    log_level: Annotated[
+        str | None,
+        typer.Option(help="debug, info (a line for every request), warning or error; default: warning."),
+    ] = None,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Lines of the access log are JSON.")] = False,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
     max_sequences: Annotated[int, typer.Option(min=1, help="Requests that are computed at once.")] = 64,
     max_batch_tokens: Annotated[
@@ -113,7 +118,10 @@ def serve_command(
         tokens_per_minute=tokens_per_minute,
         concurrent=concurrent,
         strict=strict,
+        log_json=log_json,
     )
+    if log_level is not None:
+        runtime.set_log_level(log_level, "--log-level")
     if tool_form not in ("auto", *FORMS):
         raise ConfigError(f"--tool-form must be auto or one of {', '.join(FORMS)}; got {tool_form!r}")
     listener = listen(host, port)

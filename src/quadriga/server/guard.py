@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quadriga.server import access
 from quadriga.server.accounts import Account, Allowance, Visit
 from quadriga.server.errors import ApiError
 from quadriga.server.service import Caller
@@ -49,6 +50,8 @@ class Limits:
     """Sequences at once for each key or address; 0 is no limit."""
     strict: bool = False
     """Refuse fields that have no meaning here, instead of naming them in a header; see ``fields``."""
+    log_json: bool = False
+    """Lines of the access log are JSON."""
 
     @property
     def allowance(self) -> Allowance:
@@ -83,9 +86,31 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers, path = Headers(scope=scope), scope["path"]
+        headers = Headers(scope=scope)
+        began, status, usage = time.monotonic(), 500, access.Usage()
+        request_id, client = access.request_id(headers.get(access.HEADER)), ["?"]
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (access.HEADER.encode(), request_id.encode())]
+            await send(message)
+
+        try:
+            await self._let_through(scope, receive, noted, headers, usage, client)
+        finally:
+            seconds, path = time.monotonic() - began, access.shown(scope["path"])
+            entry = access.Entry(request_id, client[0], scope["method"], path, status, seconds, usage)
+            access.write(entry, as_json=self.limits.log_json)
+
+    async def _let_through(
+        self, scope: Scope, receive: Receive, send: Send, headers: Headers, usage: access.Usage, client: list[str]
+    ) -> None:
+        path = scope["path"]
         cors = self._cors(headers)
         account: Account | None = None
+        client[0] = str((scope.get("client") or ("?",))[0])
         try:
             self._check_host(headers)
             if scope["method"] == "OPTIONS" and headers.get("access-control-request-method"):
@@ -97,7 +122,10 @@ class Guard:
                 account = self._take(who)
             visit = None if account is None else Visit(account)
             salt = hashlib.sha256(key.encode()).digest() if key else b""
-            scope.setdefault("state", {})["caller"] = Caller(salt=salt, client=who.encode(), visit=visit)
+            if key:
+                client[0] = f"key:{salt.hex()[:8]}"
+            caller = Caller(salt=salt, client=who.encode(), visit=visit, usage=usage)
+            scope.setdefault("state", {})["caller"] = caller
         except ApiError as error:
             response = json_response(error.body(path), error.status, {**error.headers, **cors})
             await response(scope, receive, send)

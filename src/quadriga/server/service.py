@@ -20,6 +20,7 @@ from quadriga.engine.async_engine import STEP_TIMEOUT_S, AsyncEngine, Stream
 from quadriga.engine.llm import LLM
 from quadriga.engine.request import Embed, Embedding, PromptReport, Request, SamplingParams, TokenEvent
 from quadriga.errors import QuadrigaError, RequestError, TemplateError
+from quadriga.server.access import Usage
 from quadriga.server.accounts import Visit
 from quadriga.server.errors import ApiError
 from quadriga.server.grammars import GrammarDesk
@@ -54,6 +55,8 @@ class Caller:
     """Wait for places and allowances instead of being refused: a line of a batch."""
     n_bytes: int = 0
     """Of the request's body, or of its line in a batch: says where it is worked on (``server.work``)."""
+    usage: Usage = field(default_factory=Usage)
+    """What the access log is told; shared by the lines of a batch."""
 
     async def enter(self, n_sequences: int) -> None:
         """Begin so many answers or texts.
@@ -64,10 +67,12 @@ class Caller:
         if self.visit is not None:
             await self.visit.enter(n_sequences, patient=self.patient)
 
-    def leave(self, n_sequences: int, n_tokens: int) -> None:
+    def leave(self, n_sequences: int, n_read: int, n_made: int = 0) -> None:
         """They have ended, and so many tokens were read and made for them."""
+        self.usage.n_prompt += n_read
+        self.usage.n_answer += n_made
         if self.visit is not None:
-            self.visit.leave(n_sequences, n_tokens)
+            self.visit.leave(n_sequences, n_read + n_made)
 
 
 @dataclass
@@ -374,6 +379,7 @@ class Service:
             raise ApiError(400, "deadline_ms must be from 1 to 86400000", param="deadline_ms")
         self._check(n * len(prompts), body.priority, "n times the prompts")
         adapter = self.adapter_of(body.model)
+        caller.usage.model = self.shown_name(body.model)
         visible = self._ids_of(self._control_tokens if body.skip_special_tokens is False else shown)
         await caller.enter(n * len(prompts))
         try:
@@ -403,7 +409,7 @@ class Service:
             raise
         n_read = sum(len(p) for p in prompts)
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1000
-        return Answers(streams, n_read, deadline, lambda a: caller.leave(len(streams), n_read + a.n_made))
+        return Answers(streams, n_read, deadline, lambda a: caller.leave(len(streams), n_read, a.n_made))
 
     async def embed(
         self, prompts: Sequence[Sequence[int]], caller: Caller, *, priority: int = 0, model: str | None = None
@@ -421,6 +427,7 @@ class Service:
         streams: list[Stream] = []
         try:
             adapter = self.adapter_of(model)
+            caller.usage.model = self.shown_name(model)
             requests = [
                 Embed(prompt=tuple(p), priority=priority, client=caller.client, adapter=adapter) for p in prompts
             ]
