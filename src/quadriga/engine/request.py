@@ -87,8 +87,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._settle()
-        _require_int(0, self.max_new_tokens, min_new_tokens=self.min_new_tokens)
         _require_int(1, 2**31 - 1, max_new_tokens=self.max_new_tokens)
+        _require_int(0, self.max_new_tokens, min_new_tokens=self.min_new_tokens)
         _require_int(0, 2**31 - 1, top_k=self.top_k)
         _require_int(0, 20, logprobs=self.logprobs)
         _require_int(0, 64, speculate=self.speculate)
