@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -17,7 +18,9 @@ from safetensors.torch import save_file
 
 from quadriga.errors import CheckpointError
 from quadriga.io.safetensors import SafetensorsSource, plan_shards, shard_index
+from quadriga.io.torch_source import TorchSource
 from quadriga.kernels.arrays import tensor
+from tests.checkpoint.models import TINY, write_hf
 
 
 def file_of(header: object, body: bytes = b"", length: int | None = None) -> bytes:
@@ -209,3 +212,17 @@ def test_pickles_are_refused_with_the_way_out(tmp_path: Path, name: str) -> None
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(CheckpointError, match="convert them to safetensors where they were made"):
             SafetensorsSource(path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_source_that_is_forgotten_leaves_no_file_open(tmp_path: Path, kind: str) -> None:
+    write_hf(tmp_path / "hf", TINY["qwen3"], n_shards=3)
+    if kind == "bin":
+        torch.save({"a": torch.zeros(3)}, tmp_path / "a.bin")
+    before = set(Path("/proc/self/fd").iterdir())
+    for _ in range(3):
+        source = SafetensorsSource(tmp_path / "hf") if kind == "safetensors" else TorchSource(tmp_path / "a.bin")
+        assert len(source.tensors) > 0
+        del source
+    gc.collect()
+    assert len(set(Path("/proc/self/fd").iterdir())) <= len(before)

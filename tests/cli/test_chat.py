@@ -270,11 +270,12 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 @pytest.mark.weights
 def test_questions_by_argument_pipe_and_json(smollm2: Path) -> None:
     question = "What is the capital of France?"
-    asked = quadriga("chat", question, "--model", str(smollm2))
+    greedy = ("--temperature", "0")
+    asked = quadriga("chat", question, "--model", str(smollm2), *greedy)
     assert asked.returncode == 0, asked.stderr
     assert "Paris" in asked.stdout
     assert " tok/s · first token " in asked.stderr
-    piped = quadriga("chat", "--model", str(smollm2), "--json", stdin=question)
+    piped = quadriga("chat", "--model", str(smollm2), "--json", *greedy, stdin=question)
     assert json.loads(piped.stdout)["text"] == asked.stdout.strip()
     made = json.loads(
         quadriga("generate", "The capital of France is", "--model", str(smollm2), "--max-tokens", "2", "--json").stdout

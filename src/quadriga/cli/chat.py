@@ -84,8 +84,8 @@ def chat_command(
 ) -> None:
     """Talk to a model. The default model (98 MB) is fetched on first use and works offline after that.
 
-    Tokens are drawn as the model's makers suggest, else at temperature 0.7 within 0.95 of the probability;
-    --temperature 0 is greedy.
+    Tokens are drawn as the model's makers suggest (the default model is best greedy), else at temperature 0.7 within
+    0.95 of the probability; --temperature 0 is greedy.
     """
     how = options.load_options(
         format=format,

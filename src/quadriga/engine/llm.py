@@ -152,7 +152,7 @@ def load(
         name=str(path_or_name),
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
-        suggested=suggested(opened.path),
+        suggested=catalogue.sampling_of(str(path_or_name)) or suggested(opened.path),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -69,6 +70,7 @@ class SafetensorsSource:
         self.path = path
         self._codes = _DTYPES | (_BYTES if with_bytes or with_packed else {}) | (_PACKED if with_packed else {})
         self._fds: list[int] = []
+        weakref.finalize(self, _close, self._fds)  # who forgets to close it leaves no file open for ever
         self._names: list[str] = []
         self._places: dict[str, _Place] = {}
         try:
@@ -132,8 +134,12 @@ class SafetensorsSource:
 
     def close(self) -> None:
         """Release the files."""
-        while self._fds:
-            os.close(self._fds.pop())
+        _close(self._fds)
+
+
+def _close(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
 
 
 def _shards(path: Path) -> list[tuple[Path, set[str] | None]]:

@@ -31,9 +31,10 @@ class TorchSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY)
+            self._file = path.open("rb", buffering=0)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+        self._fd = self._file.fileno()
         try:
             self._places: dict[str, TorchTensor] = read_tensors(self._fd, path.name)
         except BaseException:
@@ -65,9 +66,7 @@ class TorchSource:
 
     def close(self) -> None:
         """Release the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
 
 BIN = "pytorch_model"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib.util
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -121,8 +121,10 @@ class Trial:
         assert child.stdin is not None and child.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             send(message, child.stdin.fileno())
-        if not select.select([child.stdout], [], [], _GUARD_S)[0]:
-            raise TimeoutError
+        with selectors.DefaultSelector() as answers:  # select itself takes no descriptor above 1,023
+            answers.register(child.stdout, selectors.EVENT_READ)
+            if not answers.select(_GUARD_S):
+                raise TimeoutError
         answer: dict[str, Any] | None = receive(child.stdout.fileno())
         return answer
 
