@@ -295,7 +295,7 @@ def test_a_conversation_on_a_terminal(smollm2: Path, tmp_path: Path) -> None:
     terminal, side = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "QUADRIGA_CACHE": str(tmp_path)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "quadriga", "chat", "--model", str(smollm2)],
+        [sys.executable, "-m", "quadriga", "chat", "--model", str(smollm2), "--temperature", "0"],
         stdin=side,
         stdout=side,
         stderr=side,
