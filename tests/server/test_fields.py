@@ -144,6 +144,15 @@ def test_the_header_names_what_was_left_out_and_batches_leave_it_out_too(tiny: L
     assert json.loads(lines.text)["response"]["status_code"] == 200
 
 
+@pytest.mark.parametrize("kind", [{}, [], 5, True, None])
+def test_a_tool_of_no_kind_at_all_is_refused(tiny: Live, kind: Any) -> None:
+    for path, tool in (("/v1/chat/completions", {"function": {"name": "f"}}), ("/v1/responses", {"name": "f"})):
+        body = {"messages": CHAT["messages"], "input": "x", "tools": [{"type": kind, **tool}], "max_output_tokens": 1}
+        assert tiny.post(path, body).status_code == 400
+    body = {"messages": CHAT["messages"], "max_tokens": 1, "tools": [{"type": kind, "name": "f", "input_schema": {}}]}
+    assert tiny.post("/v1/messages", body).status_code == (200 if kind is None else 400)
+
+
 def test_strict_refuses_them_by_name() -> None:
     with running(tiny_llm(), Limits(strict=True)) as live:
         refused = live.post("/v1/chat/completions", CHAT | {"store": True})

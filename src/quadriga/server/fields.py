@@ -160,7 +160,7 @@ def _asks_nothing(value: Any) -> bool:
 def _is_of(tool: Any, kinds: frozenset[str | None], place: str, found: Found) -> bool:
     """False for a tool that only its own maker's server can run."""
     kind = tool.get("type") if isinstance(tool, dict) else None
-    if not isinstance(tool, dict) or kind in kinds or not isinstance(kind, str):
+    if not isinstance(kind, str) or kind in kinds:
         return True
     found.append(f"{place} ({kind[:60]})")
     return False
@@ -192,7 +192,7 @@ def _through_struct(info: inspect.StructType) -> _Walk:
         if not isinstance(value, dict):
             return
         for name in [name for name in value if name not in parts]:
-            if value.pop(name) is not None:
+            if not _asks_nothing(value.pop(name)):
                 found.append(_inside(place, name))
         for name in [name for name, item in value.items() if item is None and name not in nullable]:
             del value[name]  # as if it were not there

@@ -295,7 +295,7 @@ def _tool_block(call: dict[str, Any]) -> dict[str, Any]:
     return {"type": "tool_use", "id": identifier, "name": name, "input": given, "caller": {"type": "direct"}}
 
 
-_NO_TEXT: dict[str, Any] = {"type": "text", "text": ""}
+_NO_TEXT: dict[str, Any] = {"type": "text", "text": "", "citations": []}
 _NO_THOUGHT: dict[str, Any] = {"type": "thinking", "thinking": "", "signature": ""}
 
 

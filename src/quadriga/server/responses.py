@@ -243,6 +243,7 @@ def _parts(given: list[dict[str, Any]], place: str) -> list[TextPart]:
 def _shell(service: Service, body: ResponsesRequest, identifier: str, created: int) -> dict[str, Any]:
     """Everything of a response but what was made."""
     form = body.text.format if body.text is not None and body.text.format is not None else Format(type="text")
+    named = {"safety_identifier": body.safety_identifier, "user": body.user}
     return {
         "id": identifier,
         "object": "response",
@@ -260,9 +261,7 @@ def _shell(service: Service, body: ResponsesRequest, identifier: str, created: i
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
-        "prompt_cache_key": None,
         "reasoning": {"effort": None if body.reasoning is None else body.reasoning.effort, "summary": None},
-        "safety_identifier": body.safety_identifier,
         "service_tier": "default",
         "store": False,
         "temperature": 1.0 if body.temperature is None else body.temperature,
@@ -275,7 +274,7 @@ def _shell(service: Service, body: ResponsesRequest, identifier: str, created: i
         "frequency_penalty": 0.0,
         "truncation": "disabled",
         "usage": None,
-        "user": body.user,
+        **{name: value for name, value in named.items() if value is not None},
     }
 
 

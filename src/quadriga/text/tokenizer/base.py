@@ -83,6 +83,7 @@ class Tokenizer:
         self._unused_ids = unused_ids
         self.n_vocab = vocabulary.n_vocab
         self.special_ids = dict(special_ids)
+        self._names = {token_id: text for text, token_id in self.special_ids.items()}
         self.bos_id, self.pad_id = bos_id, pad_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         if add_bos and bos_id is None:
@@ -236,7 +237,8 @@ class Tokenizer:
         """One token as a person may look at it: special tokens by name, partial characters as U+FFFD."""
         if not 0 <= token_id < self.n_vocab:
             raise TokenizerError(f"token ids are 0 to {self.n_vocab - 1}, got {token_id}")
-        return self._vocabulary.token_bytes(token_id).decode("utf-8", errors="replace")
+        name = self._names.get(token_id)
+        return self._vocabulary.token_bytes(token_id).decode("utf-8", errors="replace") if name is None else name
 
     def decode(self, ids: Sequence[int], *, after: Iterable[int] = ()) -> str:
         """The text of ``ids`` without special tokens; bytes that form no character become U+FFFD.
