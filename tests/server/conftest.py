@@ -44,7 +44,11 @@ class Bytes:
     n_vocab = 257
 
     def encode(self, text: str, allow_special: bool) -> list[int]:
-        return list(text.encode())
+        first, *rest = text.split("<|end|>") if allow_special else [text]
+        ids = list(first.encode())
+        for part in rest:
+            ids += [256, *part.encode()]
+        return ids
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b""

@@ -153,7 +153,7 @@ def test_lm_eval_over_http_gives_the_log_likelihoods_of_the_process_itself(tmp_p
         )
         assert live.settled()
     llm = tiny_llm()
-    end = min(llm.end_ids)
+    end = llm.tokenizer.eos_ids[0]
     for (context, continuation), (total, greedy) in zip(pairs, got, strict=True):
         before = llm.tokenizer.encode(context) or [end]  # lm_eval begins after the end token where there is no context
         expected, best = llm.loglikelihood(before, llm.tokenizer.encode(continuation))

@@ -127,6 +127,7 @@ class ResponsesRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     reasoning: Reasoning | None = None
     user: str | None = None
     safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
 
 def as_chat(body: ResponsesRequest) -> ChatRequest:
@@ -243,7 +244,6 @@ def _parts(given: list[dict[str, Any]], place: str) -> list[TextPart]:
 def _shell(service: Service, body: ResponsesRequest, identifier: str, created: int) -> dict[str, Any]:
     """Everything of a response but what was made."""
     form = body.text.format if body.text is not None and body.text.format is not None else Format(type="text")
-    named = {"safety_identifier": body.safety_identifier, "user": body.user}
     return {
         "id": identifier,
         "object": "response",
@@ -274,7 +274,10 @@ def _shell(service: Service, body: ResponsesRequest, identifier: str, created: i
         "frequency_penalty": 0.0,
         "truncation": "disabled",
         "usage": None,
-        **{name: value for name, value in named.items() if value is not None},
+        # Texts where nothing was given: some clients want the fields, and none of them may be null.
+        "prompt_cache_key": body.prompt_cache_key or "",
+        "safety_identifier": body.safety_identifier or "",
+        **({"user": body.user} if body.user is not None else {}),
     }
 
 
