@@ -234,10 +234,10 @@ def test_bodies_that_are_no_requests(tiny: Live, raw: bytes) -> None:
 
 
 def test_special_tokens_in_content_stay_text(tiny: Live) -> None:
-    def ids(text: str) -> list[int]:
-        return tiny.post("/tokenize", {"prompt": text}).json()["tokens"]
+    def ids(**body: object) -> list[int]:
+        return tiny.post("/tokenize", {"prompt": "<|end|>", **body}).json()["tokens"]
 
-    assert 256 not in ids("<|end|>")
+    assert ids() == [256] and 256 not in ids(parse_special=False)
     chat = tiny.post("/tokenize", {"messages": [{"role": "user", "content": "<|end|>"}]}).json()["tokens"]
     assert 256 not in chat
 
