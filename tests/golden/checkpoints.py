@@ -25,7 +25,8 @@ NAMES = [*MODELS, *BESIDE_TRANSFORMERS]
 @cache
 def results() -> dict[str, Tensor]:
     """What transformers computed: "{model}.prefill", ".decode" (single steps), ".ragged", ".router_probs"."""
-    return load_file(_HERE / "golden.safetensors")
+    files = sorted((_HERE / "results").glob("*.safetensors"))
+    return {name: values for file in files for name, values in load_file(file).items()}
 
 
 def config_json(name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     python -m venv env && env/bin/pip install torch==2.13.0 transformers==4.57.6
     env/bin/python tests/golden/make_golden.py
 
-Writes golden.safetensors (logits, router probabilities) and golden.json (losses, versions) beside this file.
+Writes results/MODEL.safetensors (logits, router probabilities) and golden.json (losses, versions) beside this file.
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ def clipped_share(name: str) -> float:
 
 
 def main() -> None:
-    """Make both files."""
-    tensors: dict[str, torch.Tensor] = {}
+    """Make all files."""
     facts: dict[str, object] = {
         "made_with": f"transformers {transformers.__version__}, torch {torch.__version__}",
         "command": "python tests/golden/make_golden.py",
@@ -101,9 +100,8 @@ def main() -> None:
         "clipped_share": {name: clipped_share(name) for name in ("dbrx", "mpt-clipped")},
     }
     for name, config in MODELS.items():
-        more, facts[name] = run(name, config)
-        tensors |= more
-    save_file(tensors, HERE / "golden.safetensors")
+        tensors, facts[name] = run(name, config)
+        save_file(tensors, HERE / "results" / f"{name}.safetensors")
     (HERE / "golden.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts, indent=1))
 

@@ -70,6 +70,6 @@ def test_ids_that_may_be_written_down_and_others() -> None:
 
 
 def test_a_line_for_people() -> None:
-    one = Entry("req_1", "127.0.0.1", "POST", "/v1/x", 200, 0.8124, Usage("tiny", 24, 96))
+    one = Entry("req_1", "POST", "/v1/x", 200, 0.8124, Usage("127.0.0.1", "tiny", 24, 96))
     assert one.text() == "id=req_1 client=127.0.0.1 POST /v1/x 200 812 ms model=tiny prompt=24 answer=96"
-    assert Entry("req_1", "?", "GET", "/health", 200, 0.001, Usage()).text() == "id=req_1 client=? GET /health 200 1 ms"
+    assert Entry("req_1", "GET", "/health", 200, 0.001, Usage()).text() == "id=req_1 client=? GET /health 200 1 ms"

@@ -23,6 +23,8 @@ log = logging.getLogger("quadriga.access")
 class Usage:
     """What a request was about, noted as it becomes known."""
 
+    client: str = "?"
+    """An address, or which key."""
     model: str | None = None
     n_prompt: int = 0
     """Tokens read, of all prompts and texts."""
@@ -35,7 +37,6 @@ class Entry:
     """One request."""
 
     request_id: str
-    client: str
     method: str
     path: str
     status: int
@@ -47,7 +48,7 @@ class Entry:
         used = self.usage
         return {
             "id": self.request_id,
-            "client": self.client,
+            "client": used.client,
             "method": self.method,
             "path": self.path,
             "status": self.status,
@@ -62,7 +63,7 @@ class Entry:
         used = self.usage
         about = f" model={used.model} prompt={used.n_prompt} answer={used.n_answer}" if used.model is not None else ""
         what = f"{self.method} {self.path} {self.status} {1000 * self.seconds:.0f} ms"
-        return f"id={self.request_id} client={self.client} {what}{about}"
+        return f"id={self.request_id} client={used.client} {what}{about}"
 
 
 def write(entry: Entry, *, as_json: bool) -> None:

@@ -108,10 +108,9 @@ def prune(body: Any, kind: type) -> list[str]:
     found: Found = []
     if not isinstance(body, dict):
         return found
-    own = {field.encode_name for field in msgspec.structs.fields(kind)}
-    for name, reason in REFUSED.items():
-        if name in body and name not in own and not _asks_nothing(body[name]):
-            raise ApiError(400, f"{name} is not supported: {reason}", param=name)
+    for name in _refused_of(kind) & body.keys():
+        if not _asks_nothing(body[name]):
+            raise ApiError(400, f"{name} is not supported: {REFUSED[name]}", param=name)
     kinds = getattr(kind, "TOOL_KINDS", None)
     if kinds is not None and isinstance(body.get("tools"), list):
         body["tools"] = [tool for i, tool in enumerate(body["tools"]) if _is_of(tool, kinds, f"tools[{i}]", found)]
@@ -164,6 +163,12 @@ def _is_of(tool: Any, kinds: frozenset[str | None], place: str, found: Found) ->
         return True
     found.append(f"{place} ({kind[:60]})")
     return False
+
+
+@functools.cache
+def _refused_of(kind: type) -> frozenset[str]:
+    """The names of :data:`REFUSED` that the type has no field for."""
+    return frozenset(REFUSED) - {field.encode_name for field in msgspec.structs.fields(kind)}
 
 
 @functools.cache

@@ -88,7 +88,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         began, status, usage = time.monotonic(), 500, access.Usage()
-        request_id, client = access.request_id(headers.get(access.HEADER)), ["?"]
+        request_id = access.request_id(headers.get(access.HEADER))
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -98,19 +98,19 @@ class Guard:
             await send(message)
 
         try:
-            await self._let_through(scope, receive, noted, headers, usage, client)
+            await self._let_through(scope, receive, noted, headers, usage)
         finally:
             seconds, path = time.monotonic() - began, access.shown(scope["path"])
-            entry = access.Entry(request_id, client[0], scope["method"], path, status, seconds, usage)
+            entry = access.Entry(request_id, scope["method"], path, status, seconds, usage)
             access.write(entry, as_json=self.limits.log_json)
 
     async def _let_through(
-        self, scope: Scope, receive: Receive, send: Send, headers: Headers, usage: access.Usage, client: list[str]
+        self, scope: Scope, receive: Receive, send: Send, headers: Headers, usage: access.Usage
     ) -> None:
         path = scope["path"]
         cors = self._cors(headers)
         account: Account | None = None
-        client[0] = str((scope.get("client") or ("?",))[0])
+        usage.client = str((scope.get("client") or ("?",))[0])
         try:
             self._check_host(headers)
             if scope["method"] == "OPTIONS" and headers.get("access-control-request-method"):
@@ -123,7 +123,7 @@ class Guard:
             visit = None if account is None else Visit(account)
             salt = hashlib.sha256(key.encode()).digest() if key else b""
             if key:
-                client[0] = f"key:{salt.hex()[:8]}"
+                usage.client = f"key:{salt.hex()[:8]}"
             caller = Caller(salt=salt, client=who.encode(), visit=visit, usage=usage)
             scope.setdefault("state", {})["caller"] = caller
         except ApiError as error:

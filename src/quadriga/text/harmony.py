@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quadriga.text.stream import Detokenizer
+from quadriga.text.stream import Detokenizer, overlap
 from quadriga.text.tokenizer import Tokenizer
 
 START, END, MESSAGE, CHANNEL, CONSTRAIN, RETURN, CALL = (
@@ -88,7 +88,7 @@ class HarmonyParser:
             events += self._text(self._held[:at])
             self._held = self._held[at + len(mark) :]
             events += self._mark(mark)
-        keep = max(_overlap(self._held, mark) for mark in MARKS)
+        keep = max(overlap(self._held, mark) for mark in MARKS)
         events += self._text(self._held[: len(self._held) - keep])
         self._held = self._held[len(self._held) - keep :]
         return events
@@ -205,9 +205,3 @@ def _may_be_header(text: str, implied: bool) -> bool:
 def _first_mark(text: str) -> tuple[int, str] | None:
     found = [(at, mark) for mark in MARKS if (at := text.find(mark)) >= 0]
     return min(found, default=None)
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of ``text`` that is a proper beginning of ``mark``."""
-    longest = min(len(text), len(mark) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(mark[:n])), 0)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quadriga.text.stream import overlap
+
 
 @dataclass(frozen=True)
 class Thought:
@@ -74,7 +76,7 @@ class Thoughts:
             # White space at the end, and what may be the beginning of the mark, wait.
             end = len(self._held)
             if not last:
-                end -= next((n for n in range(min(len(mark) - 1, end), 0, -1) if self._held.endswith(mark[:n])), 0)
+                end -= overlap(self._held, mark)
             end = len(self._held[:end].rstrip())
             said, self._held = self._held[:end], "" if last else self._held[end:]
             fresh = self._fresh

@@ -12,12 +12,15 @@ corrected score in an open group is negative. Published models of these families
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from quadriga.model.config import DenseSpec, ModelConfig, MoESpec, countable, uniform
 from quadriga.model.families import gguf_keys
 from quadriga.model.families.base import of_kind
 from quadriga.model.families.keys import Keys, shortest_float32
+from quadriga.model.families.llama2 import common_to_gguf
+from quadriga.model.weight_map import Shape
 
 EPS = 1e-20
 """What is added to the sum of the chosen scores before dividing by it (transformers; llama.cpp has 0)."""
@@ -114,12 +117,19 @@ def ffns_from_gguf(keys: Keys, n_layers: int) -> list[DenseSpec | MoESpec]:
     return [dense if i < first else moe for i in range(countable(n_layers))]
 
 
-def to_gguf(config: ModelConfig, arch: str) -> dict[str, object]:
-    """The keys that :func:`ffns_from_gguf` reads."""
+def config_to_gguf(
+    config: ModelConfig, arch: str, read: Callable[[Mapping[str, object], Mapping[str, Shape]], ModelConfig]
+) -> dict[str, object]:
+    """Write the keys of a GGUF of LLaMA's block with such mixtures.
+
+    Args:
+        read: the family's ``config_from_gguf``, which must find the same model in them.
+    """
     form = f"GGUF arch {arch}"
     moe = config.only_moe(form)
     shared, dense = of_kind(moe.shared, DenseSpec, form), first_dense(config)
-    return {
+    metadata = {
+        **common_to_gguf(like_its_mixtures(config), form, arch),
         f"{arch}.feed_forward_length": config.layers[0].ffn.d_ff if dense else moe.d_ff * moe.top_k,
         f"{arch}.leading_dense_block_count": dense,
         f"{arch}.expert_count": moe.n_experts,
@@ -130,6 +140,8 @@ def to_gguf(config: ModelConfig, arch: str) -> dict[str, object]:
         f"{arch}.expert_weights_norm": moe.normalize_p is not None,
         f"{arch}.expert_weights_scale": moe.routed_scale,
     }
+    gguf_keys.must_read_back(config, read, metadata, form)
+    return metadata
 
 
 GGUF_CORRECTION = {"blk.{i}.exp_probs_b.bias": "layers.{i}.moe.router.correction"}

@@ -29,7 +29,6 @@ from quadriga.model.families.llama2 import (
     HF_TIED,
     common_from_gguf,
     common_from_hf,
-    common_to_gguf,
     common_to_hf,
     with_networks,
 )
@@ -146,14 +145,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
 
 def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of a GGUF of arch ``dots1``."""
-    form = "GGUF arch dots1"
-    config.only_moe(form)
-    metadata = {
-        **common_to_gguf(deepseek_moe.like_its_mixtures(config), form, "dots1"),
-        **deepseek_moe.to_gguf(config, "dots1"),
-    }
-    gguf_keys.must_read_back(config, config_from_gguf, metadata, form)
-    return metadata
+    return deepseek_moe.config_to_gguf(config, "dots1", config_from_gguf)
 
 
 FAMILY = Family(

@@ -34,7 +34,6 @@ from quadriga.model.families.llama2 import (
     HF_TIED,
     common_from_gguf,
     common_from_hf,
-    common_to_gguf,
     common_to_hf,
     hf_qkv,
     with_networks,
@@ -190,14 +189,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
 
 def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of a GGUF of arch ``glm4moe``, without the layer that is left out."""
-    form = "GGUF arch glm4moe"
-    config.only_moe(form)
-    metadata = {
-        **common_to_gguf(deepseek_moe.like_its_mixtures(config), form, "glm4moe"),
-        **deepseek_moe.to_gguf(config, "glm4moe"),
-    }
-    gguf_keys.must_read_back(config, config_from_gguf, metadata, form)
-    return metadata
+    return deepseek_moe.config_to_gguf(config, "glm4moe", config_from_gguf)
 
 
 _PREDICTION = (

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from quadriga.text.stream import overlap
 from quadriga.text.tool_calls.forms import HERMES, Call, Form, Schemas
 
 MAX_CALLS = 16
@@ -126,7 +127,7 @@ class Reader:
             text = text.lstrip()
         if last:
             return out + self._words(text.rstrip() if self.n_calls else text), ""
-        words = (text if at >= 0 else _certain(text, form.opens)).rstrip()
+        words = text[: None if at >= 0 else len(text) - overlap(text, form.opens)].rstrip()
         return out + self._words(words), text[len(words) :] + (raw[at:].decode() if at >= 0 else "")
 
     def _parsed(self, form: Form, raw: bytes, begin: int, end: int) -> list[Call]:
@@ -161,14 +162,6 @@ def _may_begin(text: str, mark: str) -> bool:
 def _tail(text: str, mark: str) -> str:
     """The end of a text in which the beginning of a mark may be."""
     return text[1 - len(mark) :] if len(mark) > 1 else ""
-
-
-def _certain(text: str, mark: str) -> str:
-    """Text without an end that may be the beginning of a mark."""
-    for n in range(min(len(mark) - 1, len(text)), 0, -1):
-        if text.endswith(mark[:n]):
-            return text[:-n]
-    return text
 
 
 def _array(text: str) -> list[Call]:
