@@ -30,6 +30,7 @@ from quadriga.io import directory as engine_file
 from quadriga.io.detect import locate
 from quadriga.io.file_plan import FilePlan
 from quadriga.io.gguf import Typed
+from quadriga.io.gguf_mixtures import MIXTURES, format_in
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.json_files import read_json
 from quadriga.io.mxfp4_source import of_numbers
@@ -57,7 +58,7 @@ from quadriga.quant import codec
 from quadriga.quant.dtypes import DTYPES as NUMPY
 from quadriga.quant.dtypes import Array, as_float32, name_of, raw_bytes, wider
 from quadriga.quant.formats import FORMATS, PLAIN
-from quadriga.quant.packed import PACKED
+from quadriga.quant.packed import PACKED, QUANTISED
 from quadriga.text import gguf_vocabulary
 from quadriga.text import tokenizer as tokenizers
 
@@ -130,7 +131,7 @@ def convert(
         dtype: of plain numbers, for "hf" and for "quadriga" without a format: float32, bfloat16, float16, or "keep",
             which None is too: each tensor as it came (block formats become float32).
         gguf_format: for "gguf": one of ``convert_options.GGUF_FORMATS``; None is bfloat16.
-        format: for "quadriga": pack the matrices for the CPU's kernels: keep, bfloat16, q8, q4, q4m, mx4 or float32 for
+        format: for "quadriga": pack the matrices for the CPU's kernels: one of ``FORMATS_TO_LOAD`` for
             all (routers stay float32, embeddings and head at least q8), or a recipe: matrix -> format
             (``quant.format_choice``).
         embeddings: with ``format``, another one for the embedding table and the head.
@@ -244,8 +245,8 @@ def _plan(
     return Plan(to, name, pieces, tensors, files, extra=extra)
 
 
-_WIDE_ENDS = {"q4": "q8", "q4m": "q8", "mx4": "q8"}
-"""What embeddings and head are where the rest has 4 bits: every token goes through them, and they are few."""
+_WIDE_ENDS = dict.fromkeys(QUANTISED, "q8")
+"""What embeddings and head are where the rest has fewer bits: every token goes through them, and they are few."""
 
 
 def _plan_packed(checkpoint: Checkpoint, form: str | Mapping[str, str], embeddings: str | None) -> Plan:
@@ -304,6 +305,8 @@ def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> Plan:
     for name, shape in source_shapes(pieces).items():
         # The router stays wide: its rounding changes which experts a token visits, not just by how much.
         wanted = gguf.TABLES.get(form, form) if name in tables else form
+        if form in MIXTURES:
+            wanted = format_in(form, name, config)
         stored = "float32" if name in wide else gguf.storable_format(shape, wanted)
         tensors[name] = (shape, stored)
         if stored not in (wanted, "float32"):
@@ -322,6 +325,7 @@ def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> Plan:
 
 _FILE_TYPE = {
     "float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18,
+    "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17,
     "iq4_nl": 25, "iq4_xs": 30, "bfloat16": 32, "mxfp4": 38,
 }  # fmt: skip
 """GGUF's general.file_type, for people and file browsers; the K formats' are those called S."""
@@ -615,6 +619,9 @@ def _encoded(
 ) -> Iterator[tuple[memoryview, int]]:
     """The bytes of one result tensor in parts, each with its place inside the tensor."""
     shape, form = plan.tensors[name]
+    if not importance and _is_there_already(checkpoint, name, form, pieces):
+        yield from _as_stored(checkpoint, name, shape, form)
+        return
     if any(piece.stride is not None for piece in pieces):
         yield from _taking_turns(checkpoint, shape, form, pieces)
         return
@@ -630,6 +637,24 @@ def _encoded(
             for start, run in enumerate(values, box[0][0]) if split or by_expert else ((box[0][0], values),):
                 encoded = encode(run, form, _importance_of(cut, importance, start - box[0][0]))
                 yield encoded, FORMATS[form].nbytes_of((_first_element(((start, 0), *box[1:]), shape),))
+
+
+def _is_there_already(checkpoint: Checkpoint, name: str, form: str, pieces: list[Piece]) -> bool:
+    """True if the source is a GGUF file with this very tensor in this very format."""
+    source = checkpoint.source
+    if not isinstance(source, GGUFSource) or name not in source.tensors or source.tensors[name].dtype != form:
+        return False
+    theirs = [piece for piece in checkpoint.pieces if piece.source == name]
+    return sorted(map(repr, theirs)) == sorted(map(repr, pieces))
+
+
+def _as_stored(checkpoint: Checkpoint, name: str, shape: Shape, form: str) -> Iterator[tuple[memoryview, int]]:
+    """A tensor's own bytes: to round its numbers once more would only lose some."""
+    assert isinstance(checkpoint.source, GGUFSource), "bytes of a GGUF file"
+    row_bytes, rows = FORMATS[form].nbytes_of(shape[-1:]), prod(shape[:-1])
+    step = max(1, SLICE_BYTES // row_bytes)
+    for start in range(0, rows, step):
+        yield checkpoint.source.raw(name, start, min(start + step, rows)).data, start * row_bytes
 
 
 def _importance_of(cut: Piece, importance: Mapping[str, Array], index: int) -> Array | None:

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "710cbd36990a78745030f8ba3beec0155f04ab93e1acb1fe6eed30d873359f7a"
+HEADER_SHA256 = "c191fb652dbd6b18becf0fa865f5ea128f172e0e7bebdc88d733e31d5bb516ea"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -36,6 +36,13 @@ class Format(IntEnum):
     Q4 = 3
     Q4M = 4
     MX4 = 5
+    IQ4NL = 6
+    Q2K = 7
+    Q3K = 8
+    Q4K = 9
+    Q5K = 10
+    Q6K = 11
+    IQ4XS = 12
 
 
 class Source(IntEnum):
@@ -48,6 +55,7 @@ class Source(IntEnum):
     Q4_0 = 4
     Q4_1 = 5
     MX4 = 6
+    IQ4_NL = 7
 
 
 class Stored(IntEnum):
@@ -193,7 +201,8 @@ class Attention(c.Structure):
     _fields_ = [
         ("norm", Norm),
         ("post_norm", Norm),
-        ("wqkv", Matrix),
+        ("wqkv", c.POINTER(Matrix)),
+        ("n_wqkv", c.c_int32),
         ("wo", Matrix),
         ("n_heads", c.c_int32),
         ("n_kv_heads", c.c_int32),

@@ -10,32 +10,36 @@ constexpr int kUnroll = 1;  // plain C++ would be four times as long to compile 
 #endif
 constexpr int kAhead = 4608;  // bytes of prefetch: measured 38 % faster than 1152 B on streamed weights (see docs)
 
-// Where a group's lines, scales and minima are.
+// Where the lines, scales and minima of 32 columns, the i-th group of a block, are; scales undo what `dot` makes of numbers.
+enum NumberKind { kBytes, kNibbles, kCodes, kUnevenCodes };
 struct Q8 {
-  static constexpr bool nibbles = false, codes = false, minimum = false;
-  static constexpr int64_t pair_bytes = 1088, first_line = 64, group_bytes = 512;
-  static constexpr float factor = 1.0f;
-  static int32_t zero_point(uint32_t unit) { return kSignedBytes ? 0 : int32_t(unit); }
-};
-struct Nibbles {  // 2^kNibbleShift times the number
-  static constexpr bool nibbles = true, codes = false;
-  static constexpr float factor = 1.0f / (1 << kNibbleShift);
-  static int32_t zero_point(uint32_t unit) { return int32_t(unit) >> (4 - kNibbleShift); }  // exact
-};
-struct Q4 : Nibbles {
+  static constexpr NumberKind numbers = kBytes;
   static constexpr bool minimum = false;
-  static constexpr int64_t pair_bytes = 576, first_line = 64, group_bytes = 256;
+  static constexpr int64_t groups = 2, block_bytes = 1088, first_line = 64, group_bytes = 512;
+  static int32_t zero_point(uint32_t unit) { return kSignedBytes ? 0 : int32_t(unit); }
+  static vf scale(const uint8_t* block, int64_t i) { return load_half(reinterpret_cast<const uint16_t*>(block) + 16 * i); }
+  static vf least(const uint8_t*, int64_t) { return all(0.0f); }
 };
-struct Q4M : Nibbles {
+constexpr float kNibbleFactor = 1.0f / (1 << kNibbleShift);
+struct Q4 : Q8 {
+  static constexpr NumberKind numbers = kNibbles;
+  static constexpr int64_t block_bytes = 576, group_bytes = 256;
+  static int32_t zero_point(uint32_t unit) { return int32_t(unit) >> (4 - kNibbleShift); }  // exact
+  static vf scale(const uint8_t* block, int64_t i) { return Q8::scale(block, i) * all(kNibbleFactor); }
+};
+struct Q4M : Q4 {
   static constexpr bool minimum = true;
-  static constexpr int64_t pair_bytes = 640, first_line = 128, group_bytes = 256;
+  static constexpr int64_t block_bytes = 640, first_line = 128;
+  static vf least(const uint8_t* block, int64_t i) { return Q8::scale(block, i + 2); }
 };
-
-struct MX4 {  // twice the number, and where the product wants unsigned bytes 16 more
-  static constexpr bool nibbles = false, codes = true, minimum = false;
-  static constexpr int64_t pair_bytes = 576, first_line = 64, group_bytes = 256;
-  static constexpr float factor = 1.0f;
+struct MX4 : Q4 {  // twice the number, and where the product wants unsigned bytes 16 more
+  static constexpr NumberKind numbers = kCodes;
   static int32_t zero_point(uint32_t unit) { return kSignedBytes ? 0 : int32_t(unit) >> 3; }  // exact
+  static vf scale(const uint8_t* block, int64_t i) { return Q8::scale(block, i); }
+};
+struct IQ4NL : MX4 {
+  static constexpr NumberKind numbers = kUnevenCodes;
+  static int32_t zero_point(uint32_t unit) { return Q8::zero_point(unit); }
 };
 
 template <int M, int P, bool minimum>
@@ -58,14 +62,26 @@ QD_INLINE void nibble_line(vn* part, vb w, const uint32_t* units) {
 // start(m) + a group's eight lines times one plane of token m's activations; `wide`: nibbles are bytes already.
 template <class F, bool wide, int M, class Start>
 QD_INLINE void multiply_lines(vi* acc, const uint8_t* lines, const uint32_t* units, Start start) {
-  if (F::codes) {
+  if (F::numbers == kUnevenCodes && !wide) {
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) acc[m] = start(m);
+#pragma GCC unroll kUnroll
+    for (int l = 0; l < 4; ++l) {
+      const vb both = load_bytes(lines + 64 * l);
+      const vq low = low_codes<Uneven>(both), high = high_codes<Uneven>(both);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) acc[m] = dot_bytes(dot_bytes(acc[m], low, units[2 * l * M + m]), high, units[(2 * l + 1) * M + m]);
+    }
+    return;
+  }
+  if (F::numbers == kCodes) {
     vn part[M];
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) part[m] = begin_nibbles(start(m));
 #pragma GCC unroll kUnroll
     for (int l = 0; l < 4; ++l) {
       const vb both = load_bytes(lines + 64 * l);
-      const vq low = low_codes(both), high = high_codes(both);
+      const vq low = low_codes<E2M1>(both), high = high_codes<E2M1>(both);
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) part[m] = dot_codes(dot_codes(part[m], low, units[2 * l * M + m]), high, units[(2 * l + 1) * M + m]);
     }
@@ -73,7 +89,7 @@ QD_INLINE void multiply_lines(vi* acc, const uint8_t* lines, const uint32_t* uni
     for (int m = 0; m < M; ++m) acc[m] = end_nibbles(part[m], start(m));
     return;
   }
-  if (!F::nibbles) {
+  if (F::numbers != kNibbles) {
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) acc[m] = start(m);
 #pragma GCC unroll kUnroll
@@ -115,6 +131,12 @@ QD_INLINE void multiply_group(vi* acc, const uint8_t* lines, const uint32_t* rec
   multiply_lines<F, wide, M>(acc, lines, rec + 8 * M, [&high](int m) { return high[m]; });
 }
 
+template <class F>
+QD_INLINE void prefetch_group(const uint8_t* block, int64_t i) {
+  constexpr int64_t share = F::block_bytes / F::groups;
+  for (int64_t j = 0; j < share; j += 64) prefetch(block + i * share + kAhead + j);
+}
+
 template <class F, int P, int M>
 void tile_int(const uint8_t* tile, int64_t cols, const uint32_t* panel, float* out, int64_t stride) {
   vf f[M];
@@ -122,16 +144,12 @@ void tile_int(const uint8_t* tile, int64_t cols, const uint32_t* panel, float* o
   for (int m = 0; m < M; ++m) f[m] = all(0.0f);
   const int64_t groups = groups_of(cols);
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* pair = tile + g / 2 * F::pair_bytes;
-    const uint8_t* lines = pair + F::first_line + (g & 1) * F::group_bytes;
-    const uint32_t* rec = panel + g * group_units(P) * M;
-    for (int i = 0; i < F::group_bytes + (F::first_line / 2); i += 64) prefetch(lines + kAhead + i);
+    const uint8_t* block = tile + g / F::groups * F::block_bytes;
+    const int64_t i = g % F::groups;
+    prefetch_group<F>(block, i);
     vi acc[M];
-    multiply_group<F, false, P, M>(acc, lines, rec);
-    vf scale = load_half(reinterpret_cast<const uint16_t*>(pair) + 16 * (g & 1));
-    if (F::nibbles) scale = scale * all(F::factor);
-    const vf min = F::minimum ? load_half(reinterpret_cast<const uint16_t*>(pair) + 32 + 16 * (g & 1)) : all(0.0f);
-    finish_group<M, P, F::minimum>(f, acc, scale, min, rec);
+    multiply_group<F, false, P, M>(acc, block + F::first_line + i * F::group_bytes, panel + g * group_units(P) * M);
+    finish_group<M, P, F::minimum>(f, acc, F::scale(block, i), F::least(block, i), panel + g * group_units(P) * M);
   }
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) store(out + m * stride, f[m]);
@@ -144,7 +162,7 @@ void tile_widened(const uint8_t* wide, int64_t cols, const uint32_t* panel, floa
   for (int m = 0; m < M; ++m) f[m] = all(0.0f);
   const int64_t groups = groups_of(cols);
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* lines = wide + g * (F::minimum ? kWideGroupM : kWideGroup);
+    const uint8_t* lines = wide + g * 64 * (F::minimum ? 10 : 9);
     const uint32_t* rec = panel + g * group_units(P) * M;
     vi acc[M];
     multiply_group<F, true, P, M>(acc, lines, rec);
@@ -170,78 +188,6 @@ void tile_float(const uint8_t* tile, int64_t cols, const uint32_t* panel, float*
   }
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) store(out + m * stride, f[m]);
-}
-
-using TileFunction = void (*)(const uint8_t*, int64_t, const uint32_t*, float*, int64_t);
-
-#if QD_AVX512
-constexpr int kWidth = 12;
-#define QD_PEAK_CHAINS 12
-#else
-constexpr int kWidth = 6;
-#define QD_PEAK_CHAINS 3
-#endif
-
-#define QD_WIDTHS_4(f) f(1), f(2), f(3), f(4)
-#if QD_AVX512
-#define QD_WIDTHS(f) QD_WIDTHS_4(f), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12)
-#else
-#define QD_WIDTHS(f) QD_WIDTHS_4(f), f(5), f(6)
-#endif
-
-#define QD_F32_TILE(m) tile_float<false, m>
-#define QD_BF16_TILE(m) tile_float<true, m>
-#define QD_Q8_TILE(m) tile_int<Q8, 1, m>
-#define QD_Q4_TILE(m) tile_int<Q4, 1, m>
-#define QD_Q4M_TILE(m) tile_int<Q4M, 1, m>
-#define QD_MX4_TILE(m) tile_int<MX4, 1, m>
-#define QD_Q8_FINE(m) tile_int<Q8, 2, m>
-#define QD_Q4_FINE(m) tile_int<Q4, 2, m>
-#define QD_Q4M_FINE(m) tile_int<Q4M, 2, m>
-#define QD_MX4_FINE(m) tile_int<MX4, 2, m>
-#define QD_WIDE_TILE(m) tile_widened<Q4, 1, m>
-#define QD_WIDEM_TILE(m) tile_widened<Q4M, 1, m>
-#define QD_WIDE_FINE(m) tile_widened<Q4, 2, m>
-#define QD_WIDEM_FINE(m) tile_widened<Q4M, 2, m>
-
-const TileFunction kTiles[10][kWidth] = {{QD_WIDTHS(QD_F32_TILE)}, {QD_WIDTHS(QD_BF16_TILE)}, {QD_WIDTHS(QD_Q8_TILE)},
-                                         {QD_WIDTHS(QD_Q4_TILE)},  {QD_WIDTHS(QD_Q4M_TILE)},  {QD_WIDTHS(QD_MX4_TILE)},
-                                         {QD_WIDTHS(QD_Q8_FINE)},  {QD_WIDTHS(QD_Q4_FINE)},   {QD_WIDTHS(QD_Q4M_FINE)},
-                                         {QD_WIDTHS(QD_MX4_FINE)}};
-const TileFunction kWideTiles[4][kWidth] = {{QD_WIDTHS(QD_WIDE_TILE)}, {QD_WIDTHS(QD_WIDEM_TILE)},
-                                            {QD_WIDTHS(QD_WIDE_FINE)}, {QD_WIDTHS(QD_WIDEM_FINE)}};
-
-void tile_any(int format, bool fine, const uint8_t* tile, int64_t cols, const uint32_t* panel, int width, float* out,
-              int64_t stride) {
-  const int row = fine && format >= QD_FORMAT_Q8 ? format + 4 : format;
-  kTiles[row][width - 1](tile, cols, panel, out, stride);
-}
-
-void tile_wide_any(int format, bool fine, const uint8_t* wide, int64_t cols, const uint32_t* panel, int width, float* out,
-                   int64_t stride) {
-  kWideTiles[(format == QD_FORMAT_Q4M) + 2 * fine][width - 1](wide, cols, panel, out, stride);
-}
-
-template <class F>
-void widen_as(const uint8_t* tile, int64_t cols, uint8_t* wide) {
-  const int64_t groups = groups_of(cols);
-  for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* pair = tile + g / 2 * F::pair_bytes;
-    const uint8_t* lines = pair + F::first_line + (g & 1) * F::group_bytes;
-    uint8_t* to = wide + g * (F::minimum ? kWideGroupM : kWideGroup);
-    for (int l = 0; l < 4; ++l) {
-      const vb both = load_bytes(lines + 64 * l);
-      store_bytes(to + 128 * l, low_nibbles(both));
-      store_bytes(to + 128 * l + 64, high_nibbles(both));
-    }
-    const uint16_t* halves = reinterpret_cast<const uint16_t*>(pair) + 16 * (g & 1);
-    store(reinterpret_cast<float*>(to + 512), load_half(halves) * all(F::factor));
-    if (F::minimum) store(reinterpret_cast<float*>(to + 576), load_half(halves + 32));
-  }
-}
-
-void widen_any(int format, const uint8_t* tile, int64_t cols, uint8_t* wide) {
-  format == QD_FORMAT_Q4M ? widen_as<Q4M>(tile, cols, wide) : widen_as<Q4>(tile, cols, wide);
 }
 
 // Activations ---------------------------------------------------------------------------------------------------------
@@ -276,11 +222,12 @@ QD_INLINE void quantise_group(vf a, vf b, uint32_t* rec, int64_t stride) {
     bytes_of(to_int(qa - ha * all(128.0f)), to_int(qb - hb * all(128.0f)), units + 8);
   }
   for (int i = 0; i < 8 * P; ++i) rec[i * stride] = units[i];
-  const float total = sum(qa + qb);  // whole numbers below 2^24: exact
+  const float first = sum(qa), total = first + sum(qb);  // whole numbers below 2^24: exact
   std::memcpy(rec + 8 * P * stride, &scale, 4);
   rec[(8 * P + 1) * stride] = uint32_t(-128 * int32_t(total));
   const float product = scale * total;
   std::memcpy(rec + (8 * P + 2) * stride, &product, 4);
+  rec[(8 * P + 3) * stride] = uint32_t(-128 * int32_t(first));
 }
 
 QD_INLINE void integer_group(PanelKind kind, const float* row, int64_t group, int width, int m, uint32_t* panel) {
