@@ -36,9 +36,9 @@ DENSE = replace(TINY["llama2"].with_ffn(d_ff=512), d_model=256)
 MOE = replace(TINY["mixtral"].with_ffn(d_ff=256), d_model=256)
 
 
-def write(folder: Path, config: ModelConfig) -> Path:
+def write(folder: Path, config: ModelConfig, std: float = 1.0) -> Path:
     generator = torch.Generator().manual_seed(3)
-    values = {n: torch.randn(t.shape, generator=generator) for n, t in random_bits(config).items()}
+    values = {n: std * torch.randn(t.shape, generator=generator) for n, t in random_bits(config).items()}
     write_hf(folder, config, parameters=values)
     return folder
 
@@ -107,9 +107,10 @@ def test_every_format_that_is_written_has_llama_cpp_s_number() -> None:
 def test_blocks_are_computed_with_as_they_are_and_written_as_they_were(tmp_path: Path, form: str) -> None:
     """Loaded, in a packed directory, and in another GGUF file: the same numbers, and there the same bytes."""
     config, block = MOE.with_mixer(head_dim=128, n_heads=2, n_kv_heads=1), OF_BLOCKS[form]
-    convert(write(tmp_path / "hf", config), tmp_path / "m.gguf", to="gguf", gguf_format=block)
-    convert(tmp_path / "m.gguf", tmp_path / "again.gguf", to="gguf", gguf_format=block)
-    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+    convert(write(tmp_path / "m", config), tmp_path / "m.gguf", to="gguf", gguf_format=block)
+    (tmp_path / "again").mkdir()
+    convert(tmp_path / "m.gguf", tmp_path / "again" / "m.gguf", to="gguf", gguf_format=block)
+    assert (tmp_path / "again" / "m.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
     convert(tmp_path / "m.gguf", tmp_path / "packed", format="keep")
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
     for opened in (checkpoint, open_checkpoint(tmp_path / "packed")):
@@ -125,7 +126,7 @@ def test_blocks_are_computed_with_as_they_are_and_written_as_they_were(tmp_path:
 def test_q_k_and_v_of_different_formats_keep_theirs(tmp_path: Path) -> None:
     """As in llama.cpp's mixtures; a packed directory has one format for all three, and holds their numbers less exactly."""
     config = DENSE.with_mixer(head_dim=128, n_heads=2, n_kv_heads=1)
-    convert(write(tmp_path / "hf", config), tmp_path / "m.gguf", to="gguf", gguf_format="q4_k_m")
+    convert(write(tmp_path / "hf", config, 0.1), tmp_path / "m.gguf", to="gguf", gguf_format="q4_k_m")
     checkpoint, name = open_checkpoint(tmp_path / "m.gguf"), "layers.2.attn.wqkv.weight"
     numbers, parameters = checkpoint.parameters.read(name), load_packed(checkpoint).parameters
     pieces = parameters[name]

@@ -81,15 +81,15 @@ def test_products_are_those_of_the_numbers_and_of_one_row_as_of_many(block: str,
     """Exact but for the sum of 24 groups (of two runs each) in float32; 30 rows are many: their tiles are widened."""
     matrix, numbers = packed(block, 37, 768, seed=5)
     x = np.random.default_rng(6).standard_normal((30, 768)).astype(np.float32)
-    with cpu.Context(2, isa) as context:
-        for fine, most in ((False, 127), (True, 127 * 128)):
-            context.set_fine(fine)
-            got = packing.linear(matrix, x, context)
-            given = rounded(x, most)
-            exact, size = given @ numbers.T.astype(np.float64), np.abs(given) @ np.abs(numbers.T).astype(np.float64)
-            assert (np.abs(got - exact) <= 2 * 24 * 2**-24 * 6 * size).all()
-            for n in (1, 2, 5, 7, 13):
-                assert np.array_equal(packing.linear(matrix, x[:n], context), got[:n])
+    context = cpu.Context(2, isa)
+    for fine, most in ((False, 127), (True, 127 * 128)):
+        context.set_fine(fine)
+        got = packing.linear(matrix, x, context)
+        given = rounded(x, most)
+        exact, size = given @ numbers.T.astype(np.float64), np.abs(given) @ np.abs(numbers.T).astype(np.float64)
+        assert (np.abs(got - exact) <= 2 * 24 * 2**-24 * 6 * size).all()
+        for n in (1, 2, 5, 7, 13):
+            assert np.array_equal(packing.linear(matrix, x[:n], context), got[:n])
 
 
 @pytest.mark.parametrize("form", OF_BLOCKS)
