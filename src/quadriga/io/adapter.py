@@ -32,7 +32,7 @@ from quadriga.io.derive import Unchanged, derive
 from quadriga.io.directory import write_text
 from quadriga.io.json_files import read_json
 from quadriga.io.open import Checkpoint
-from quadriga.io.parameters import from_pairs, to_pairs, unpack
+from quadriga.io.parameters import from_pairs, from_stored, to_pairs
 from quadriga.io.peft_config import PeftConfig, names_module
 from quadriga.io.safetensors import SafetensorsSource
 from quadriga.model import families
@@ -408,7 +408,7 @@ def _extras(match: _Match, how: PeftConfig, config: ModelConfig, folder: Path) -
             )
         for piece in pieces:
             box = piece.source_box or whole(piece.source_shape)
-            part = unpack(values[tuple(slice(*axis) for axis in box)], piece)
+            part = from_stored(values[tuple(slice(*axis) for axis in box)], piece)
             replaced.setdefault(piece.target, []).append((piece.target_box or whole(piece.target_shape), part))
     for name, ids, values in _token_rows(match, how, folder):
         columns = (0, values.shape[1])

@@ -194,7 +194,7 @@ def _write(
     origin: Path,
 ) -> Path:  # fmt: skip
     """Write the adapter, or the model with its tokenizer as a Hugging Face directory; always float32."""
-    from quadriga.io.convert import tokenizer_files
+    from quadriga.io.conversion_plan import tokenizer_files
 
     masters = trainer.masters.by_name
     if spec is not None:
