@@ -155,6 +155,12 @@ def test_the_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
     assert [report.rate for report in record.steps] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, *fall])
 
 
+def test_a_warm_up_longer_than_the_run_is_an_event(tmp_path: Path) -> None:
+    record = Record()
+    trainer(tmp_path, Settings(n_steps=2, schedule=sections.ScheduleSection(warmup_steps=5)), record=record).train()
+    assert any("warning: schedule.warmup_steps is 5 in a run of 2 steps" in event for event in record.events)
+
+
 @pytest.mark.parametrize("micro_rows", [None, 2])
 def test_a_step_of_several_micro_steps_has_the_norm_of_the_whole_batch(tmp_path: Path, micro_rows: int | None) -> None:
     """The gradient is divided by the number of targets of all micro-steps, not of each."""

@@ -83,9 +83,12 @@ def _print_plan(settings: object) -> None:
     from quadriga.model.cost import n_params
     from quadriga.train.config import RunConfig
     from quadriga.train.initialise import model_config
+    from quadriga.train.schedule import unreached
 
     assert isinstance(settings, RunConfig)
     print(f"run {settings.run}: {settings.n_steps:,} steps, {settings.data.n_tokens:,} tokens")
+    if (warning := unreached(settings.n_steps, settings.schedule)) is not None:
+        print(f"  warning: {warning}")
     for number, stage in enumerate(settings.data.stages):
         mix = ", ".join(f"{name} {weight:g}" for name, weight in stage.mix.items()) or "all by size"
         print(f"  stage {number}: {stage.n_steps:,} steps of {stage.n_rows} rows of {stage.seq_len} ({mix})")

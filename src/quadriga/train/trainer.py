@@ -33,7 +33,7 @@ from quadriga.train.guard import SpikeGuard
 from quadriga.train.optim import Optimiser, local
 from quadriga.train.parallel import MasterWeights, prepare, replicas
 from quadriga.train.run_directory import RunDirectory, newest
-from quadriga.train.schedule import learning_rate_share
+from quadriga.train.schedule import learning_rate_share, unreached
 from quadriga.train.world import World
 
 
@@ -235,6 +235,8 @@ class Trainer:
         Raises:
             TrainingError: the guard ended the run, ranks were lost, or the final state could not be saved.
         """
+        if self.step == 0 and (warning := unreached(self.settings.n_steps, self.settings.schedule)) is not None:
+            self._tell(f"warning: {warning}")
         if self.settings.guard.action == "rollback" and self.step == 0:
             self.save()
         stopping = False
