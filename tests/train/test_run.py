@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
+import typer
 from typer.testing import CliRunner
 
 from quadriga import runtime
@@ -104,6 +106,20 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _config(run: Path, corpus: Path, extra: str = "") -> RunConfig:
     return parse_toml((RUN.format(run=run, corpus=corpus) + extra).encode(), RunConfig)
+
+
+def test_torchruns_own_options_swallow_none_of_ours() -> None:
+    """torchrun looks through the whole command line, and takes what begins as one of its options for that one."""
+    theirs = torch.distributed.run.get_args_parser()
+    for command in ("train", "tune"):
+        found = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+        ours = [
+            max((o for o in p.opts if o.startswith("--")), key=len) for p in found.params if p.opts[0].startswith("-")
+        ]
+        assert "--run-folder" in ours and "--allow-change" in ours
+        for option in ours:
+            taken = theirs.parse_args(["--nproc-per-node", "2", "-m", "quadriga", command, "x.toml", option])
+            assert taken.training_script_args == [command, "x.toml", option]
 
 
 def _weights(run: Path) -> bytes:

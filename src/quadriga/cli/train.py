@@ -33,6 +33,7 @@ def train_command(
     ] = None,
     step: Annotated[int | None, typer.Option(min=0, help="With --export: the checkpoint of this step.")] = None,
     dtype: options.Dtype = None,
+    allow_change: options.AllowChange = False,
 ) -> None:
     """Pre-train a model. SIGTERM or Ctrl-C saves and stops; the same command goes on.
 
@@ -60,7 +61,7 @@ def train_command(
     from quadriga.train.run import train
 
     devices.set_threads(threads)
-    outcome = train(settings, resume=resume.value)
+    outcome = train(settings, resume=resume.value, allow_change=allow_change)
     if runtime.launched_rank() in (None, 0):
         what = "done" if outcome.done else "stopped and saved; the same command goes on"
         print(f"{outcome.folder}: step {outcome.step} of {settings.n_steps}, {what}", file=sys.stderr)

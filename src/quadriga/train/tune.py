@@ -78,8 +78,11 @@ class Tuned:
     """Message about rows that were skipped, by reason; empty if none."""
 
 
-def tune(config: TuneConfig, *, stop: Callable[[], bool] = lambda: False) -> Tuned:
+def tune(config: TuneConfig, *, stop: Callable[[], bool] = lambda: False, allow_change: bool = False) -> Tuned:
     """Tune until the end of the run or until ``stop`` returns True; the same call resumes a stopped run.
+
+    Args:
+        allow_change: resume also with settings that would have changed the run so far (``train.changes``).
 
     Raises:
         ConfigError, CorpusError, CheckpointError: the configuration, data or model cannot be used.
@@ -94,12 +97,14 @@ def tune(config: TuneConfig, *, stop: Callable[[], bool] = lambda: False) -> Tun
     try:
         with run.locked(), devices.quick_float32(config.data.seq_len):
             run.clean()
-            return _tune(config, run, world, stop)
+            return _tune(config, run, world, stop, allow_change=allow_change)
     finally:
         world.leave()
 
 
-def _tune(config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[], bool]) -> Tuned:
+def _tune(
+    config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[], bool], *, allow_change: bool
+) -> Tuned:
     checkpoint = open_checkpoint(catalogue.resolve(config.model))
     try:
         tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
@@ -115,7 +120,7 @@ def _tune(config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[]
     n_steps = config.schedule.steps or config.data.epochs * source.steps_per_epoch
     trainer = Trainer(_Settings(config, n_steps), model, source, objective, world=world, run=run)
     if run.steps():
-        trainer.resume()
+        trainer.resume(allow_change=allow_change)
     peak = peak_flops(config.parallel.dtype, world)
     watchers: list[MetricsFile | Screen | TensorBoard] = [
         MetricsFile(
@@ -126,7 +131,7 @@ def _tune(config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[]
     ]  # fmt: skip
     if config.log.tensorboard:
         watchers.append(TensorBoard(run.path, trainer.step))
-    trainer.listeners = list(watchers)
+    trainer.listen(watchers)
 
     def evaluate(one: Trainer) -> None:
         losses = held_out_losses(one.module, held_out, world)
