@@ -33,8 +33,9 @@ from quadriga.train.held_out import HeldOutLoss, held_out_losses, samples
 from quadriga.train.initialise import model_config, new_parameters, start_from
 from quadriga.train.loader import HeldOutSource, open_corpora, open_held_out, open_source
 from quadriga.train.losses import NextToken
-from quadriga.train.metrics import MetricsFile, TensorBoard
+from quadriga.train.metrics import MetricsFile
 from quadriga.train.run_directory import RunDirectory
+from quadriga.train.trackers import Watcher, trackers
 from quadriga.train.trainer import Trainer
 from quadriga.train.view import Screen
 from quadriga.train.world import World
@@ -144,7 +145,7 @@ class _Evaluation:
         sources: Mapping[str, HeldOutSource],
         tokenizer: Tokenizer,
         architecture: ModelConfig,
-        watchers: list[MetricsFile | Screen | TensorBoard],
+        watchers: list[Watcher],
     ) -> None:
         self.section, self.sources, self.tokenizer, self.watchers = config.evaluate, sources, tokenizer, watchers
         self.end_ids = architecture.eos_ids
@@ -163,16 +164,13 @@ class _Evaluation:
             watcher.on_evaluation(trainer.step, losses, found)
 
 
-def _listeners(
-    config: RunConfig, run: RunDirectory, step: int, peak: float
-) -> list[MetricsFile | Screen | TensorBoard]:
+def _listeners(config: RunConfig, run: RunDirectory, step: int, peak: float) -> list[Watcher]:
     metrics = MetricsFile(
         run.path, step, peak_flops=peak, learning_rate=config.optimiser.learning_rate,
         routing_every=config.log.routing_every,
     )  # fmt: skip
     screen = Screen(run.path.name, config.n_steps, every=config.log.every, peak_flops=peak)
-    found: list[MetricsFile | Screen | TensorBoard] = [metrics, screen]
-    return [*found, TensorBoard(run.path, step)] if config.log.tensorboard else found
+    return [metrics, screen, *trackers(config.log, run.path, step, msgspec.to_builtins(config))]
 
 
 def corpus_tokenizer(config: RunConfig) -> Tokenizer:

@@ -39,12 +39,13 @@ from quadriga.train.batch import Objective
 from quadriga.train.export import write_hf
 from quadriga.train.held_out import held_out_losses, samples
 from quadriga.train.losses import NextToken
-from quadriga.train.metrics import MetricsFile, TensorBoard
+from quadriga.train.metrics import MetricsFile
 from quadriga.train.objectives import DPO, GRPO, ORPO, Reference
 from quadriga.train.parallel import DTYPES
 from quadriga.train.rollout import number_reward
 from quadriga.train.run import peak_flops
 from quadriga.train.run_directory import RunDirectory
+from quadriga.train.trackers import Watcher, trackers
 from quadriga.train.trainer import Trainer
 from quadriga.train.tune_config import LoraSection, TuneConfig
 from quadriga.train.tune_data import read_data
@@ -122,15 +123,14 @@ def _tune(
     if run.steps():
         trainer.resume(allow_change=allow_change)
     peak = peak_flops(config.parallel.dtype, world)
-    watchers: list[MetricsFile | Screen | TensorBoard] = [
+    watchers: list[Watcher] = [
         MetricsFile(
             run.path, trainer.step, peak_flops=peak, learning_rate=config.optimiser.learning_rate,
             routing_every=config.log.routing_every,
         ),
         Screen(run.path.name, n_steps, every=config.log.every, peak_flops=peak),
+        *trackers(config.log, run.path, trainer.step, msgspec.to_builtins(config)),
     ]  # fmt: skip
-    if config.log.tensorboard:
-        watchers.append(TensorBoard(run.path, trainer.step))
     trainer.listen(watchers)
 
     def evaluate(one: Trainer) -> None:
