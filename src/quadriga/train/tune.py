@@ -18,7 +18,7 @@ import torch
 
 from quadriga import runtime
 from quadriga.errors import ConfigError
-from quadriga.hub import catalogue
+from quadriga.hub import catalogue, data_sets
 from quadriga.io import adapter as adapters
 from quadriga.io.adapter import Adapter
 from quadriga.io.open import Checkpoint, open_checkpoint
@@ -37,6 +37,7 @@ from quadriga.text.turn_ends import turn_ends
 from quadriga.train import chat_data, report
 from quadriga.train.batch import IGNORE, BatchSource, Objective
 from quadriga.train.chat_data import Example, Preference, Problem, Rejects
+from quadriga.train.corpus.readers import resolve
 from quadriga.train.export import write_hf
 from quadriga.train.held_out import held_out_losses, samples
 from quadriga.train.losses import NextToken
@@ -234,12 +235,13 @@ def read_data(
     data = config.data
     rejects = Rejects(limit=data.max_bad_rows)
     names, make, weigh = _maker(config, tokenizer)
-    found = chat_data.read([Path(f).expanduser() for f in data.files], make, rejects, limit=data.max_rows)
+    data_sets.log_samples(f.removeprefix("data:") for f in (*data.files, *data.held_out) if f.startswith("data:"))
+    found = chat_data.read([resolve(f) for f in data.files], make, rejects, limit=data.max_rows)
     groups = [group for one in found for group in one]
     labels = [label for label, _ in groups]
     everything = [group for _, group in groups]
     if data.held_out:
-        kept = chat_data.read([Path(f).expanduser() for f in data.held_out], make, rejects)
+        kept = chat_data.read([resolve(f) for f in data.held_out], make, rejects)
         test = [group for one in kept for group in one]
         train = everything
     else:
