@@ -360,11 +360,13 @@ class Service:
         caller: Caller,
         *,
         constraint: tuple[str, Any] | None = None,
+        closes: bool = False,
         shown: Sequence[str] = (),
     ) -> Answers:
         """Start n answers to every prompt; choice i of prompt p is number p * n + i.
 
         Args:
+            closes: the constraint is JSON that is to be complete before the budget of tokens ends.
             shown: names of control tokens that are part of the answer's text.
 
         Raises:
@@ -394,7 +396,7 @@ class Service:
                     params=params if params.seed is None or i == 0 else _with_seed(params, _seed_of(params.seed, i)),
                     priority=body.priority,
                     routing=body.routing,
-                    constraint=None if grammar is None else grammar.copy(),
+                    constraint=None if grammar is None else grammar.copy(closes=closes),
                     salt=caller.salt,
                     adapter=adapter,
                     shown=visible,
