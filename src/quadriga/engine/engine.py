@@ -453,7 +453,9 @@ class Engine:
         """Sample one token of a request and say what it means for its text and its end."""
         running, constraint = active.running, active.request.constraint
         allowed = None if constraint is None else constraint.allowed()
-        chosen = active.sampler.sample(logits, best, log_sum, allowed)
+        choose = getattr(constraint, "choose", None)
+        left = running.max_tokens - len(running.tokens) - n_before
+        chosen = active.sampler.sample(logits, best, log_sum, allowed, choose and (lambda token: choose(token, left)))
         ended = chosen.token_id in active.ends
         complete = constraint is not None and not ended and constraint.accept(chosen.token_id)
         n_made = len(running.tokens) + n_before + 1

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -117,12 +117,14 @@ class Sampler:
         best: int | None = None,
         log_sum: float | None = None,
         allowed: NDArray[np.bool_] | None = None,
+        instead: Callable[[int], int] | None = None,
     ) -> Sample:
         """Choose a token from logits (V,) float32 and count it as said.
 
         Args:
             best, log_sum: index of the first largest logit and log(sum(exp)), where they are known already.
             allowed: (V,) bool, the tokens that may be chosen; None allows all.
+            instead: the token to take in place of the one that was chosen.
 
         Raises:
             RequestError: the logits are not finite, so the weights or the computation are broken; nothing is allowed.
@@ -139,6 +141,8 @@ class Sampler:
                 candidates = self._candidates(adjusted, allowed, never)
                 token = int(candidates.argmax()) if greedy else self._draw(candidates)
                 require_finite([float(candidates[token])])
+        if instead is not None:
+            token = instead(token)
         self._answer[token] += 1
         self._n_drawn += 1
         if self._seen is not None:
