@@ -19,6 +19,7 @@ from quadriga.errors import ConfigError, RequestError
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
 from quadriga.kernels.cpu.program import AttentionArgs, Batch, ChoiceArgs, FFNArgs, NormArgs, Program, SharedArgs
+from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.model.config import AlibiSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
 from quadriga.model.positions import alibi_slopes, rotation
 from quadriga.model.weight_map import parameter_shapes, stays_float32
@@ -112,6 +113,7 @@ class CompiledModel:
             isa=isa,
         )
         self.parameters, self.store = parameters, store
+        self.row_sampler = RowSampler(self.program.context)
         self._kv = [allocate(n_blocks * layer_block_bytes(layer, kv_format)) for layer in config.layers]
         self.kv_bytes = sum(kv.nbytes for kv in self._kv)
         embed = self._packed("embed.weight")
