@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "710cbd36990a78745030f8ba3beec0155f04ab93e1acb1fe6eed30d873359f7a"
+HEADER_SHA256 = "0dede283f2d084e5f2bf49ef8c7e30053c84fc39f3b4a1fe05d2d1c38162d689"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -217,6 +217,7 @@ class Attention(c.Structure):
         ("rotary_dim", c.c_int32),
         ("rotary_scale", c.c_float),
         ("norm_after_rotation", c.c_int32),
+        ("cache_group", c.c_int32),
     ]
 
 
@@ -288,6 +289,7 @@ class Batch(c.Structure):
         ("rows", c.c_void_p),
         ("logits", c.c_void_p),
         ("hidden", c.c_void_p),
+        ("table_size", c.c_int64),
     ]
 
 
