@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "d35e313f4154e28a97bdde967aab3c569a5248339759989d48be8663656994af"
+HEADER_SHA256 = "fe82cea239498aa6b9cc399990458838efb9ed3b6444f51775bfc0ec59dea290"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -217,6 +217,7 @@ class Attention(c.Structure):
         ("rotary_dim", c.c_int32),
         ("rotary_scale", c.c_float),
         ("norm_after_rotation", c.c_int32),
+        ("cache_group", c.c_int32),
     ]
 
 
@@ -288,6 +289,7 @@ class Batch(c.Structure):
         ("rows", c.c_void_p),
         ("logits", c.c_void_p),
         ("hidden", c.c_void_p),
+        ("table_size", c.c_int64),
     ]
 
 

@@ -119,6 +119,7 @@ typedef struct {
   int32_t rotary_dim;       /* numbers of a head that turn, the first ones */
   float rotary_scale;       /* of cos and sin */
   int32_t norm_after_rotation;
+  int32_t cache_group; /* which of a pass's tables names the layer's blocks */
 } qd_attention;
 
 typedef struct {
@@ -165,11 +166,12 @@ typedef struct {
   const int32_t* tokens;       /* (N,) */
   const int32_t* positions;    /* (N,) */
   const int32_t* starts;       /* (S + 1,) */
-  const int32_t* tables;       /* KV blocks of all sequences, end to end */
+  const int32_t* tables;       /* (groups, table_size) KV blocks of all sequences, end to end; -1: nobody sees it */
   const int32_t* table_starts; /* (S + 1,) */
   const int32_t* rows;         /* (R,) tokens whose logits are wanted */
   float* logits;               /* (R, V) */
   float* hidden;               /* (N, D) the residual stream; scratch of the caller */
+  int64_t table_size;          /* blocks in one group's tables */
 } qd_batch;
 
 typedef struct {
