@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quadriga.bench.speed import bytes_per_token
-from quadriga.io import convert as conversion
+from quadriga.io.conversion_plan import FILE_TYPE
 from quadriga.io.convert import convert
 from quadriga.io.convert_options import GGUF_FORMATS
 from quadriga.io.directory import packed_shapes
@@ -96,10 +96,10 @@ def test_importance_reaches_the_matrix_it_is_of(tmp_path: Path, config: ModelCon
 
 
 def test_every_format_that_is_written_has_llama_cpp_s_number() -> None:
-    assert set(GGUF_FORMATS) == set(conversion._FILE_TYPE) <= {*FORMATS, *MIXTURES}
+    assert set(GGUF_FORMATS) == set(FILE_TYPE) <= {*FORMATS, *MIXTURES}
     theirs = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "mxfp4": "MOSTLY_MXFP4_MOE"}
     small = {name: f"MOSTLY_{name.upper()}_S" for name in ("q3_k", "q4_k", "q5_k")}
-    for name, number in conversion._FILE_TYPE.items():
+    for name, number in FILE_TYPE.items():
         assert oracle.LlamaFileType(number).name == {**theirs, **small}.get(name, f"MOSTLY_{name.upper()}")
 
 

@@ -275,6 +275,11 @@ void unpack_row(int format, const uint8_t* packed, int64_t cols, int64_t row, fl
 }
 
 // Lines of products in registers: kPeakLines an iteration, in as many independent chains as the registers hold.
+#if QD_AVX512
+#define QD_PEAK_CHAINS 12
+#else
+#define QD_PEAK_CHAINS 3
+#endif
 double peak_of(int format, int64_t iterations) {
   constexpr int chains = QD_PEAK_CHAINS, deep = kPeakLines / chains;
   vi ints[chains];

@@ -123,20 +123,6 @@ QD_INLINE vf dot2(vf acc, vb w, uint32_t a) {
 constexpr int kNibbleShift = 4;
 QD_INLINE vb high_nibbles(vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(char(0xf0)))}; }
 QD_INLINE vb low_nibbles(vb a) { return {_mm512_and_si512(_mm512_slli_epi16(a.v, 4), _mm512_set1_epi8(char(0xf0)))}; }
-// Codes of four bits as bytes: C::zero + their numbers.
-template <class C> QD_INLINE vb code_bytes(__m512i n) {
-  const __m128i numbers = _mm_add_epi8(_mm_loadu_si128((const __m128i*)C::numbers), _mm_set1_epi8(char(C::zero)));
-  return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(numbers), _mm512_and_si512(n, _mm512_set1_epi8(15)))};
-}
-template <class C> QD_INLINE vb low_codes(vb a) { return code_bytes<C>(a.v); }
-template <class C> QD_INLINE vb high_codes(vb a) { return code_bytes<C>(_mm512_srli_epi16(a.v, 4)); }
-// Bits of bytes moved, those of the neighbours too: mask what comes of it.
-template <int n> QD_INLINE vb move_bits(vb a) { return {n >= 0 ? _mm512_slli_epi16(a.v, n & 15) : _mm512_srli_epi16(a.v, -n & 15)}; }
-QD_INLINE vb only(vb a, uint8_t bits) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(char(bits)))}; }
-QD_INLINE vb with_bits(vb a, vb b, uint8_t bits) {  // a | (b & bits)
-  return {_mm512_ternarylogic_epi32(a.v, b.v, _mm512_set1_epi8(char(bits)), 0xf8)};
-}
-QD_INLINE vi load_uint8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 QD_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 QD_INLINE vf load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
@@ -285,50 +271,6 @@ QD_INLINE vb low_nibbles(vb x) {
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
 QD_INLINE vb high_nibbles(vb x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
-template <int n> QD_INLINE vb move_bits(vb x) {
-  return n >= 0 ? vb{_mm256_slli_epi16(x.a, n & 15), _mm256_slli_epi16(x.b, n & 15)}
-                : vb{_mm256_srli_epi16(x.a, -n & 15), _mm256_srli_epi16(x.b, -n & 15)};
-}
-QD_INLINE vb only(vb x, uint8_t bits) {
-  const __m256i mask = _mm256_set1_epi8(char(bits));
-  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
-}
-QD_INLINE vb with_bits(vb x, vb y, uint8_t bits) {
-  const vb chosen = only(y, bits);
-  return {_mm256_or_si256(x.a, chosen.a), _mm256_or_si256(x.b, chosen.b)};
-}
-QD_INLINE vi load_uint8(const uint8_t* p) {
-  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
-}
-// Two units of weights up to 63: their sums fit in 16 bits (63 * 127 * 4 = 32004) and are widened together.
-QD_INLINE __m256i dot_two_half(__m256i acc, __m256i w0, __m256i w1, __m256i a0, __m256i a1) {
-  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w0, a0), _mm256_maddubs_epi16(w1, a1));
-  return stay(_mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
-}
-QD_INLINE vi dot_two(vi acc, const vb* w, uint32_t a0, uint32_t a1) {
-  const __m256i x0 = _mm256_set1_epi32(int(a0)), x1 = _mm256_set1_epi32(int(a1));
-  return {dot_two_half(acc.a, w[0].a, w[1].a, x0, x1), dot_two_half(acc.b, w[0].b, w[1].b, x0, x1)};
-}
-// Codes of four bits as their numbers.
-template <class C> QD_INLINE vq code_bytes(vb n) {
-  const __m256i numbers = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)C::numbers));
-  const vb w = {_mm256_shuffle_epi8(numbers, n.a), _mm256_shuffle_epi8(numbers, n.b)};
-  return {{_mm256_abs_epi8(w.a), _mm256_abs_epi8(w.b)}, w};
-}
-// A group's eight lines of E2M1's fit in 16 bits as well: 12 * 127 * 2 * 8 = 24384.
-QD_INLINE __m256i dot_code_half(__m256i acc, __m256i magnitude, __m256i sign, __m256i a) {
-  return stay(_mm256_add_epi16(acc, _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(a, sign))));
-}
-QD_INLINE vn dot_codes(vn acc, vq w, uint32_t a) {
-  const __m256i x = _mm256_set1_epi32(int(a));
-  return {dot_code_half(acc.a, w.magnitude.a, w.sign.a, x), dot_code_half(acc.b, w.magnitude.b, w.sign.b, x)};
-}
-template <class C> QD_INLINE vq low_codes(vb x) { return code_bytes<C>(low_nibbles(x)); }
-template <class C> QD_INLINE vq high_codes(vb x) { return code_bytes<C>(high_nibbles(x)); }
-QD_INLINE vb bytes_of_codes(vq w) {  // for bytes_line
-  const __m256i flip = _mm256_set1_epi8(char(0x80));
-  return {_mm256_xor_si256(w.sign.a, flip), _mm256_xor_si256(w.sign.b, flip)};
-}
 QD_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 #else  // portable: the compiler's own vectors of 64 bytes, which it cuts to what the processor has
@@ -410,19 +352,6 @@ QD_INLINE vf dot2(vf acc, vb w, uint32_t a) {
 constexpr int kNibbleShift = 4;
 QD_INLINE vb high_nibbles(vb a) { return {a.v & 0xf0f0f0f0u}; }
 QD_INLINE vb low_nibbles(vb a) { return {a.v << 4 & 0xf0f0f0f0u}; }
-template <class C> QD_INLINE vb code_bytes(Units n) {
-  uint8_t bytes[64];
-  std::memcpy(bytes, &n, 64);
-  for (uint8_t& byte : bytes) byte = uint8_t(C::zero + C::numbers[byte & 15]);
-  std::memcpy(&n, bytes, 64);
-  return {n};
-}
-template <class C> QD_INLINE vb low_codes(vb a) { return code_bytes<C>(a.v); }
-template <class C> QD_INLINE vb high_codes(vb a) { return code_bytes<C>(a.v >> 4); }
-template <int n> QD_INLINE vb move_bits(vb a) { return {n >= 0 ? a.v << (n & 31) : a.v >> (-n & 31)}; }
-QD_INLINE vb only(vb a, uint8_t bits) { return {a.v & bits * 0x01010101u}; }
-QD_INLINE vb with_bits(vb a, vb b, uint8_t bits) { return {a.v | only(b, bits).v}; }
-QD_INLINE vi load_uint8(const uint8_t* p) { vi r; QD_LANES r.v[i] = p[i]; return r; }
 QD_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #endif
@@ -431,14 +360,11 @@ QD_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 constexpr bool kSignedBytes = false;
 using vq = vb;
 using vn = vi;
-QD_INLINE vb bytes_of_codes(vq w) { return w; }
 QD_INLINE vq bytes_line(const void* p) { return load_bytes(p); }
 QD_INLINE vi dot_bytes(vi acc, vq w, uint32_t a) { return dot4(acc, w, a); }
 QD_INLINE vn begin_nibbles(vi start) { return start; }
 QD_INLINE vn dot_nibbles(vn acc, vb w, uint32_t a) { return dot4(acc, w, a); }
-QD_INLINE vn dot_codes(vn acc, vq w, uint32_t a) { return dot4(acc, w, a); }
 QD_INLINE vi end_nibbles(vn acc, vi) { return acc; }
-QD_INLINE vi dot_two(vi acc, const vb* w, uint32_t a0, uint32_t a1) { return dot4(dot4(acc, w[0], a0), w[1], a1); }
 #endif
 
 #if !QD_AVX512
@@ -468,23 +394,36 @@ QD_INLINE vf dot1(vf acc, vb w, uint32_t a) {
   return fma(as_float(bytes_as_int(w)), all(x), acc);
 }
 
+// One rounding on every instruction set; `fma` has two where the processor has no such instruction.
+QD_INLINE vf fused(vf a, vf b, vf c) {
+#if QD_AVX512 || QD_AVX2
+  return fma(a, b, c);
+#else
+  vf r;
+  QD_LANES r.v[i] = std::fma(a.v[i], b.v[i], c.v[i]);
+  return r;
+#endif
+}
+
 // e^x to about 2 units in the last place, 0 below -87. Range reduction by ln 2 in two parts, then a degree-6 Taylor
 // polynomial in Horner form on [-0.347, 0.347] (remainder 1.2e-7 relative).
-QD_INLINE vf exponential(vf x) {
+template <vf (*mul_add)(vf, vf, vf)>
+QD_INLINE vf exponential_by(vf x) {
   const vf clamped = vmin(vmax(x, all(-87.0f)), all(88.0f));
   const vf n = nearest(clamped * all(1.44269504088896341f));
-  vf r = fma(n, all(-0.693359375f), clamped);
-  r = fma(n, all(2.12194440e-4f), r);
+  vf r = mul_add(n, all(-0.693359375f), clamped);
+  r = mul_add(n, all(2.12194440e-4f), r);
   vf p = all(1.0f / 720);
-  p = fma(p, r, all(1.0f / 120));
-  p = fma(p, r, all(1.0f / 24));
-  p = fma(p, r, all(1.0f / 6));
-  p = fma(p, r, all(0.5f));
-  p = fma(p, r, all(1.0f));
-  p = fma(p, r, all(1.0f));
+  p = mul_add(p, r, all(1.0f / 120));
+  p = mul_add(p, r, all(1.0f / 24));
+  p = mul_add(p, r, all(1.0f / 6));
+  p = mul_add(p, r, all(0.5f));
+  p = mul_add(p, r, all(1.0f));
+  p = mul_add(p, r, all(1.0f));
   const vf power = as_float(shift_left<23>(to_int(n) + all_int(127)));
   const vf e = p * power;
   return greater_select(all(-87.0f), x, all(0.0f), e);
 }
+QD_INLINE vf exponential(vf x) { return exponential_by<fma>(x); }
 
 }  // namespace

@@ -4,14 +4,6 @@ namespace {
 
 using TileFunction = void (*)(const uint8_t*, int64_t, const uint32_t*, float*, int64_t);
 
-#if QD_AVX512
-constexpr int kWidth = 12;
-#define QD_PEAK_CHAINS 12
-#else
-constexpr int kWidth = 6;
-#define QD_PEAK_CHAINS 3
-#endif
-
 #define QD_WIDTHS_4(f) f(1), f(2), f(3), f(4)
 #if QD_AVX512
 #define QD_WIDTHS(f) QD_WIDTHS_4(f), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12)
