@@ -1,9 +1,10 @@
-"""Products of one large matrix in every packed format of blocks, in alternation: one row (decoding) and many (a prompt).
+"""Products of one large matrix in the packed formats of GGUF's blocks, in turn: one row (decoding) and many (a prompt).
 
 python bench/products.py [--rows 4096 --cols 4096 --n 1 512 --threads 2 --rounds 30 --isa avx2 --activations int8]
 
-Every round takes each format once. What counts is each one's quickest round, and how it compares with the first format's: on a
-busy machine most rounds are interrupted. Bytes are those of the packed matrix: where memory is the limit, times follow them.
+Every round takes each format once. What counts is each one's quickest round, and how it compares with the first
+format's: on a busy machine most rounds are interrupted. Bytes are those of the packed matrix: where memory is the limit,
+times follow them.
 """
 
 from __future__ import annotations
@@ -55,9 +56,8 @@ def main() -> None:
                 start = time.perf_counter()
                 packing.linear(one, x, context)
                 spent[block].append(time.perf_counter() - start)
-        print(
-            f"{n} rows of {args.activations}, {args.rows} x {args.cols}, {args.threads} threads, {args.isa or cpu.isa()}"
-        )
+        isa = args.isa or cpu.isa()
+        print(f"{n} rows of {args.activations}, {args.rows} x {args.cols}, {args.threads} threads, {isa}")
         for block, times in spent.items():
             form, least = PACKED[FROM_GGUF[block]], min(times)
             rate, over = form.nbytes_of(args.rows, args.cols) / least / 1e9, least / min(spent[args.blocks[0]])

@@ -142,7 +142,7 @@ QD_EXPORT int32_t qd_pack_stored(qd_context* context, int32_t stored, const uint
       *bad_row = pack_tiles(c, rows, [&](int64_t tile, int) {
         const int64_t first = kTile * tile, n_rows = rows - first < kTile ? rows - first : kTile;
         const int64_t found = c.kernels->pack_blocks(stored, in + first * row_bytes, row_bytes, int(n_rows), cols, out + tile * bytes);
-        return found ? first + found : 0;
+        return found + (found ? first : 0);
       });
       return;
     }
