@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "0dede283f2d084e5f2bf49ef8c7e30053c84fc39f3b4a1fe05d2d1c38162d689"
+HEADER_SHA256 = "08925b7b027e56a9ee954d85c2466a7e2a78501478e021181aafc8ad9987037c"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -109,6 +109,7 @@ class Score(IntEnum):
 
     SOFTMAX = 0
     SIGMOID = 1
+    SPARSE_MIXER = 2
 
 
 class Aggregate(IntEnum):
@@ -260,6 +261,7 @@ class Ffn(c.Structure):
         ("shared_down", Matrix),
         ("shared_weight", Matrix),
         ("shared_activation", c.c_int32),
+        ("near", c.c_float),
     ]
 
 
