@@ -116,7 +116,7 @@ def mix_sparsely(logits: Tensor, ids: Tensor, how: Choice, judged: Tensor) -> Te
         judged: (N, E) the logits by which it is judged what is near; no gradient comes from them.
     """
     weights, left = [], logits
-    for chosen in ids.split(1, dim=-1):
+    for chosen in ids.T[:, :, None]:  # (N, 1)
         with torch.no_grad():
             best = judged.gather(1, chosen)
             far = (best - judged) > how.near * torch.maximum(judged.abs(), best)
