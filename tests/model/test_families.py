@@ -1130,6 +1130,8 @@ def test_known_families_that_are_not_computed_say_what_they_would_need():
         config_from_hf({"model_type": "deepseek_v3"})
     with pytest.raises(ConfigError, match="qwen35moe is known and not computed: most of its layers are gated delta"):
         config_from_gguf({"general.architecture": "qwen35moe"}, {})
+    with pytest.raises(ConfigError, match=r"phimoe is not read from GGUF: llama.cpp's program divides"):
+        config_from_gguf({"general.architecture": "phimoe"}, {})
     types = {name for family in FAMILIES.values() for name in (*family.model_types, *family.gguf_archs)}
     assert not types & refused.REASONS.keys()
     table = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()

@@ -19,6 +19,7 @@ from quadriga.errors import ConfigError, RequestError
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
 from quadriga.kernels.cpu.program import AttentionArgs, Batch, ChoiceArgs, FFNArgs, NormArgs, Program, SharedArgs
+from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.model.cache_layout import CacheLayout, one_group
 from quadriga.model.config import AlibiSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
 from quadriga.model.positions import alibi_slopes, rotation
@@ -115,6 +116,7 @@ class CompiledModel:
             isa=isa,
         )
         self.parameters, self.store = parameters, store
+        self.row_sampler = RowSampler(self.program.context)
         self.cache = cache or one_group(config.n_layers)
         shares = [layer_block_bytes(config.layers[layer], kv_format) for layer in self.cache.slot_layers]
         self._kv = [allocate(n_blocks * n_bytes) for n_bytes in shares]

@@ -14,6 +14,7 @@ from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.model.cache_layout import CacheLayout, cache_layout, one_group
 from quadriga.nn import moe
 from quadriga.nn.adapter_bank import AdapterBank
@@ -74,6 +75,7 @@ class TorchRunner:
         self._values = [torch.zeros_like(keys) for keys in self._keys]
         self.kv_bytes = sum(t.nbytes for t in (*self._keys, *self._values))
         self.store: ExpertStore | None = None
+        self.row_sampler: RowSampler | None = None
         self._load: list[Tensor] = []
         self._bank: AdapterBank | None = None
 

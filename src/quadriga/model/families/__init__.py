@@ -158,7 +158,8 @@ def read_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> tu
         family = next(family for family in FAMILIES.values() if arch in family.gguf_archs)
     else:
         raise ConfigError(
-            f"general.architecture must be one of {', '.join(_GGUF_ARCHS)}; got {arch[:80]!r}.{refused.reason(arch)}"
+            f"general.architecture must be one of {', '.join(_GGUF_ARCHS)}; got {arch[:80]!r}."
+            f"{refused.gguf_reason(arch)}"
         )
     assert family.config_from_gguf is not None, "a family with GGUF architectures reads GGUF"
     return family.config_from_gguf(metadata, shapes), family.notes(metadata)

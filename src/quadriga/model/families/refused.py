@@ -43,7 +43,18 @@ REASONS: Mapping[str, str] = {
 }
 """model_type or architecture -> what in it is not computed."""
 
+GGUF_ALONE: Mapping[str, str] = {
+    "phimoe": "llama.cpp's program divides the two experts' weights by their sum, as the model's own router does not; "
+    "its Hugging Face directory is read",
+}
+"""Architectures of GGUF whose models are computed, from other files."""
+
 
 def reason(name: str) -> str:
     """A sentence about a family that is known and not computed; empty for any other name."""
     return f" {name} is known and not computed: {REASONS[name]}." if name in REASONS else ""
+
+
+def gguf_reason(arch: str) -> str:
+    """The same of a GGUF architecture."""
+    return f" {arch} is not read from GGUF: {GGUF_ALONE[arch]}." if arch in GGUF_ALONE else reason(arch)
