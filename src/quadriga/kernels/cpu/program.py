@@ -66,6 +66,8 @@ class AttentionArgs:
     sinks: Floats | None = None
     """(H,) float32."""
     window: int | None = None
+    cache_group: int = 0
+    """Whose block table the layer's keys and values are found by."""
     rotary_scale: float = 1.0
     norm_after_rotation: bool = False
 
@@ -137,7 +139,8 @@ class Batch:
     starts: Ints
     """(S + 1,)"""
     tables: Ints
-    """KV blocks of every sequence, end to end; block j of a sequence holds positions 16 j .. 16 j + 15."""
+    """KV blocks of every sequence, end to end (T,), or (G, T) of a cache whose layers are in G groups; block j of a
+    sequence holds positions 16 j .. 16 j + 15. Blocks that no query of the pass sees are not read: -1 stands there."""
     table_starts: Ints
     """(S + 1,)"""
     rows: Ints
@@ -180,6 +183,7 @@ class Program:
         self.routing: list[LayerRouting] = []
         self._ops: list[tuple[int, ctypes.Structure]] = []
         self._keep: list[Any] = []
+        self._n_groups = 1
         self._steps: ctypes.Array[bindings.Step] | None = None
         self.d_model, self._hidden = d_model, np.zeros((max_tokens, d_model), dtype=np.float32)
 
@@ -216,7 +220,9 @@ class Program:
             rotary_dim=0 if a.inverse_frequencies is None else 2 * a.inverse_frequencies.size,
             rotary_scale=a.rotary_scale,
             norm_after_rotation=a.norm_after_rotation,
+            cache_group=a.cache_group,
         )
+        self._n_groups = max(self._n_groups, a.cache_group + 1)
         self._keep.append(a.kv)
         for kind in (Op.QKV, Op.ATTEND, Op.ATTN_OUT):
             self._add(kind, op)
@@ -293,6 +299,8 @@ class Program:
         """
         n, n_rows = len(batch.tokens), len(batch.rows)
         assert 0 < n <= self.max_tokens, f"a pass takes 1 to {self.max_tokens} tokens, got {n}"
+        tables = np.ascontiguousarray(np.atleast_2d(batch.tables))
+        assert len(tables) == self._n_groups, f"the cache has {self._n_groups} groups, got tables of {len(tables)}"
         if self._steps is None:
             steps = [bindings.Step(kind, ctypes.addressof(op)) for kind, op in self._ops]
             self._steps = (bindings.Step * len(steps))(*steps)
@@ -304,7 +312,8 @@ class Program:
             tokens=batch.tokens.ctypes.data,
             positions=batch.positions.ctypes.data,
             starts=batch.starts.ctypes.data,
-            tables=batch.tables.ctypes.data,
+            tables=tables.ctypes.data,
+            table_size=tables.shape[1],
             table_starts=batch.table_starts.ctypes.data,
             rows=batch.rows.ctypes.data,
             logits=logits.ctypes.data,
