@@ -212,7 +212,7 @@ class CompiledModel:
             rms = NormSpec(kind="rms", eps=spec.qk_norm.eps)
             q_norm, k_norm = (self._norm(f"{p}attn.{part}_norm.weight", rms) for part in "qk")
         return AttentionArgs(
-            norm=self._norm(p + "attn_norm.weight", shape.norm),
+            norm=self._norm(p + "attn_norm.weight", shape.norm) if shape.pre_norms else None,
             post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
             wqkv=self._pieces(p + "attn.wqkv.weight"),
             wo=self._packed(p + "attn.wo.weight"),
@@ -240,7 +240,7 @@ class CompiledModel:
 
     def _ffn(self, layer: int) -> FFNArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
-        ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm)
+        ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm) if shape.pre_norms else None
         post = self._norm(p + "ffn_post_norm.weight", shape.norm) if shape.post_norms else None
         match ffn:
             case DenseSpec():
@@ -282,6 +282,7 @@ class CompiledModel:
                         normalize_eps=ffn.normalize_eps,
                         normalize_min=ffn.normalize_min,
                         scale=ffn.routed_scale,
+                        near=2 * (ffn.mixer_eps or 0.0),
                         bias=self._vector_or_none(p + "moe.router.bias"),
                         correction=self._vector_or_none(p + "moe.router.correction"),
                     ),

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "15132c2d976aa3586964e1df3ad2182a85daacaed8d57448d7182b0d00ad0f62"
+HEADER_SHA256 = "bd8a69e74d23a4357fc681526295448870965f041490e50b5262bde50d7fe436"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -117,6 +117,7 @@ class Score(IntEnum):
 
     SOFTMAX = 0
     SIGMOID = 1
+    SPARSE_MIXER = 2
 
 
 class Aggregate(IntEnum):
@@ -269,6 +270,7 @@ class Ffn(c.Structure):
         ("shared_down", Matrix),
         ("shared_weight", Matrix),
         ("shared_activation", c.c_int32),
+        ("near", c.c_float),
     ]
 
 

@@ -197,8 +197,7 @@ void run_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
   const int d = op.head_dim, kv_heads = op.n_kv_heads;
   const Prepare prepare{*c.kernels, op};
   const int64_t q_dim = prepare.q_dim, kv_dim = prepare.kv_dim, width = prepare.width;
-  float* normed = c.normed.reserve(n * dim);
-  norm_rows(c, op.norm, b.hidden, n, dim, normed);
+  const float* normed = normed_or_as_is(c, op.norm, b.hidden, n, dim);
   float* qkv = c.qkv.reserve(n * width);
   int64_t first = 0;
   for (const qd_matrix* part = op.wqkv; part < op.wqkv + op.n_wqkv; first += part++->rows)

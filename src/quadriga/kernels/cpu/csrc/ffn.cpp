@@ -62,12 +62,29 @@ void limit_to_groups(const qd_ffn& op, const Kernels& kernels, float* choice) {
     if (!open[e / size]) choice[e] = -INFINITY;
 }
 
+// SparseMixer (Liu et al. 2023, as Phi-3.5-MoE runs it): the two best logits, each weighed by a softmax over itself and
+// those near it, the second without the first.
+void mix_sparsely(const qd_ffn& op, const Kernels& kernels, const float* logits, float* scratch, int32_t* ids, float* weights) {
+  std::memcpy(scratch, logits, size_t(op.n_experts) * 4);
+  kernels.top_k(scratch, op.n_experts, op.top_k, ids);
+  for (int j = 0; j < op.top_k; ++j) {
+    const float best = logits[ids[j]];
+    float total = 0.0f;
+    for (int e = 0; e < op.n_experts; ++e) {
+      const bool before = std::find(ids, ids + j, e) != ids + j;
+      if (!before && !(best - logits[e] > op.near * std::max(std::fabs(logits[e]), best))) total += std::exp(logits[e] - best);
+    }
+    weights[j] = 1.0f / total;
+  }
+}
+
 // Scores of all experts, the k to be visited (equal ones: the lower id first), their weights under norm and aggregate.
 // `kept` gets the logits; `choice` is scratch.
 void choose(const qd_ffn& op, const Kernels& kernels, float* logits, float* choice, int32_t* ids, float* weights, float* kept) {
   const int n_experts = op.n_experts, k = op.top_k;
   for (int e = 0; op.router_bias && e < n_experts; ++e) logits[e] += op.router_bias[e];
   if (kept) std::memcpy(kept, logits, size_t(n_experts) * 4);
+  if (op.score == QD_SCORE_SPARSE_MIXER) return mix_sparsely(op, kernels, logits, choice, ids, weights);
   kernels.scores(op.score, logits, n_experts);
   for (int e = 0; e < n_experts; ++e) choice[e] = op.correction ? logits[e] + op.correction[e] : logits[e];
   if (op.n_groups > 1) limit_to_groups(op, kernels, choice);
@@ -387,8 +404,7 @@ qd_store::Pinned bring(const qd_ffn& op, Plan& plan) {
 
 void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
   const int64_t n = b.n_tokens, d = op.up[0].cols, out_rows = op.down[0].rows;
-  float* x = c.normed.reserve(n * d);
-  norm_rows(c, op.norm, b.hidden, n, d, x);
+  const float* x = normed_or_as_is(c, op.norm, b.hidden, n, d);
 
   std::vector<int32_t> own_ids;
   std::vector<float> own_weights, shared;

@@ -83,6 +83,7 @@
 {"qd_ffn.shared_down", offsetof(qd_ffn, shared_down), sizeof(qd_ffn::shared_down)},
 {"qd_ffn.shared_weight", offsetof(qd_ffn, shared_weight), sizeof(qd_ffn::shared_weight)},
 {"qd_ffn.shared_activation", offsetof(qd_ffn, shared_activation), sizeof(qd_ffn::shared_activation)},
+{"qd_ffn.near", offsetof(qd_ffn, near), sizeof(qd_ffn::near)},
 {"qd_head", 0, sizeof(qd_head)},
 {"qd_head.norm", offsetof(qd_head, norm), sizeof(qd_head::norm)},
 {"qd_head.weight", offsetof(qd_head, weight), sizeof(qd_head::weight)},

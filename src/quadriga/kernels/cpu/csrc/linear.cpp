@@ -17,6 +17,13 @@ void norm_rows(qd_context& c, const qd_norm& spec, const float* x, int64_t n, in
   c.pool.run(n, std::max<int64_t>(1, kSerialNumbers / d), body);
 }
 
+const float* normed_or_as_is(qd_context& c, const qd_norm& spec, const float* x, int64_t n, int64_t d) {
+  if (!spec.weight) return x;
+  float* normed = c.normed.reserve(n * d);
+  norm_rows(c, spec, x, n, d, normed);
+  return normed;
+}
+
 // Panels of consecutive rows of x. Few rows: the caller makes them at once, the threads would take longer to wake.
 static const uint32_t* make_panels(qd_context& c, PanelKind kind, const float* x, int64_t stride, int64_t n, int64_t cols) {
   const int64_t width = c.kernels->max_width, units = panel_units(kind, cols);

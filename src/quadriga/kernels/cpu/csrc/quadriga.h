@@ -64,7 +64,7 @@ enum qd_activation {
   QD_ACTIVATION_SILU = 0, QD_ACTIVATION_GELU = 1, QD_ACTIVATION_GELU_TANH = 2, QD_ACTIVATION_RELU = 3,
   QD_ACTIVATION_CLAMPED_GLU = 4 /* of gate and up together: (u + 1) g sigmoid(1.702 g), g <= 7, u in [-7, 7] */
 };
-enum qd_score { QD_SCORE_SOFTMAX = 0, QD_SCORE_SIGMOID = 1 };
+enum qd_score { QD_SCORE_SOFTMAX = 0, QD_SCORE_SIGMOID = 1, QD_SCORE_SPARSE_MIXER = 2 };
 enum qd_aggregate { QD_AGGREGATE_WEIGHTED_SUM = 0, QD_AGGREGATE_VOTE = 1, QD_AGGREGATE_FUSE = 2 };
 enum qd_isa { QD_ISA_PORTABLE = 0, QD_ISA_AVX2 = 1, QD_ISA_AVX512 = 2 }; /* each has all of the ones before it */
 enum qd_op {
@@ -103,8 +103,8 @@ typedef struct {
 } qd_embed;
 
 typedef struct {
-  qd_norm norm, post_norm;
-  const qd_matrix* wqkv; /* (H d + 2 K d, D), in n_wqkv pieces of rows, whose formats may differ */
+  qd_norm norm, post_norm;  /* NULL weight: none */
+  const qd_matrix* wqkv;    /* (H d + 2 K d, D), in n_wqkv pieces of rows, whose formats may differ */
   int32_t n_wqkv;
   qd_matrix wo; /* (D, H d) */
   int32_t n_heads, n_kv_heads, head_dim, kv_format;
@@ -128,7 +128,7 @@ typedef struct {
 } qd_attention;
 
 typedef struct {
-  qd_norm norm, post_norm;
+  qd_norm norm, post_norm; /* NULL weight: none */
   qd_matrix router;      /* (E, D) float32; data NULL: one dense network */
   const qd_matrix* gate; /* E of (F, D), or NULL: not gated */
   const qd_matrix* up;   /* E of (F, D) */
@@ -156,6 +156,8 @@ typedef struct {
   qd_matrix shared_gate, shared_up, shared_down; /* (S, D), (S, D), (D, S); data NULL: none */
   qd_matrix shared_weight; /* (1, D) float32: the sigmoid of its product weighs the network's output; data NULL: 1 */
   int32_t shared_activation;
+  float near; /* QD_SCORE_SPARSE_MIXER: each of two experts weighs its softmax over those whose logit s, of all but the
+                 ones before, has (its own - s) <= near max(|s|, its own) */
 } qd_ffn;
 
 typedef struct {
