@@ -214,7 +214,7 @@ class CompiledModel:
         return AttentionArgs(
             norm=self._norm(p + "attn_norm.weight", shape.norm) if shape.pre_norms else None,
             post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
-            wqkv=self._packed(p + "attn.wqkv.weight"),
+            wqkv=self._pieces(p + "attn.wqkv.weight"),
             wo=self._packed(p + "attn.wo.weight"),
             n_heads=spec.n_heads,
             n_kv_heads=spec.n_kv_heads,
@@ -314,6 +314,11 @@ class CompiledModel:
         parameter = self.parameters[name]
         assert isinstance(parameter, Packed), f"{name} is a packed matrix"
         return parameter
+
+    def _pieces(self, name: str) -> Sequence[Packed]:
+        """A matrix that may be in several pieces of rows."""
+        parameter = self.parameters[name]
+        return [parameter] if isinstance(parameter, Packed) else self._experts(name)
 
     def _experts(self, name: str) -> Sequence[Packed]:
         parameter = self.parameters[name]

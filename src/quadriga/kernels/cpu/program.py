@@ -42,7 +42,8 @@ class AttentionArgs:
 
     norm: NormArgs | None
     post_norm: NormArgs | None
-    wqkv: Packed
+    wqkv: Sequence[Packed]
+    """Pieces of its rows: one, or several where a file stores q, k and v in different formats."""
     wo: Packed
     n_heads: int
     n_kv_heads: int
@@ -198,7 +199,8 @@ class Program:
         op = bindings.Attention(
             norm=self._norm(a.norm),
             post_norm=self._norm(a.post_norm),
-            wqkv=self._matrix(a.wqkv),
+            wqkv=self._matrices(a.wqkv),
+            n_wqkv=len(a.wqkv),
             wo=self._matrix(a.wo),
             n_heads=a.n_heads,
             n_kv_heads=a.n_kv_heads,

@@ -215,8 +215,8 @@ struct Tiles {
 
   Tiles(const qd_context& c, const qd_matrix& matrix) : kernels(*c.kernels), m(matrix), fine(c.fine), bytes(tile_bytes(matrix.format, matrix.cols)) {}
   void widen(uint8_t* memory, int64_t first, int64_t n) {
-    if (m.format != QD_FORMAT_Q4 && m.format != QD_FORMAT_Q4M) return;
-    wide = memory, first_wide = first, wide_bytes = groups_of(m.cols) * kWideGroupM;
+    if (!wide_group_bytes(m.format)) return;
+    wide = memory, first_wide = first, wide_bytes = groups_of(m.cols) * wide_group_bytes(m.format);
     for (int64_t t = 0; t < n; ++t) kernels.widen(m.format, m.data + (first + t) * bytes, m.cols, memory + t * wide_bytes);
   }
   void times(int64_t tile, const uint32_t* panel, int width, float* out) const {
@@ -240,7 +240,7 @@ void hidden_blocks(const qd_context& c, const Plan& plan, const Active& a, int64
   const int64_t first = 2 * block, n_tiles = std::min<int64_t>(2 * count, tiles_of(a.up.rows) - first);
   Tiles up(c, a.up), gate(c, a.gated ? a.gate : a.up);
   if (many(c, a.n)) {
-    const int64_t bytes = n_tiles * groups_of(a.up.cols) * kWideGroupM;
+    const int64_t bytes = n_tiles * groups_of(a.up.cols) * wide_group_bytes(a.up.format);
     uint8_t* wide = mine.wide.data();
     up.widen(wide, first, n_tiles);
     if (a.gated) gate.widen(wide + bytes, first, n_tiles);
@@ -278,7 +278,7 @@ void reserve_threads(qd_context& c, const Plan& plan, int64_t n) {
   int64_t wide = 0;
   for (const Active& a : plan.active)
     if (many(c, a.n))  // hidden_blocks: two tiles each of up and gate; down_tiles: its tiles of down
-      wide = std::max({wide, 4 * groups_of(a.up.cols) * kWideGroupM, kDownTiles / 2 * groups_of(a.down.cols) * kWideGroupM});
+      wide = std::max({wide, 4 * groups_of(a.up.cols) * kMostWideGroup, kDownTiles / 2 * groups_of(a.down.cols) * kMostWideGroup});
   c.reserve(&qd_context::Thread::wide, wide);
   c.reserve(&qd_context::Thread::b, n * kTile * kDownTiles);
 }

@@ -22,6 +22,7 @@
 {"qd_attention.norm", offsetof(qd_attention, norm), sizeof(qd_attention::norm)},
 {"qd_attention.post_norm", offsetof(qd_attention, post_norm), sizeof(qd_attention::post_norm)},
 {"qd_attention.wqkv", offsetof(qd_attention, wqkv), sizeof(qd_attention::wqkv)},
+{"qd_attention.n_wqkv", offsetof(qd_attention, n_wqkv), sizeof(qd_attention::n_wqkv)},
 {"qd_attention.wo", offsetof(qd_attention, wo), sizeof(qd_attention::wo)},
 {"qd_attention.n_heads", offsetof(qd_attention, n_heads), sizeof(qd_attention::n_heads)},
 {"qd_attention.n_kv_heads", offsetof(qd_attention, n_kv_heads), sizeof(qd_attention::n_kv_heads)},

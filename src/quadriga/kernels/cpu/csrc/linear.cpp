@@ -46,8 +46,8 @@ void linear(qd_context& c, const qd_matrix& m, const float* x, int64_t x_stride,
   const PanelKind kind = panel_kind(m.format, c.fine);
   const uint32_t* panels = make_panels(c, kind, x, x_stride, n, m.cols);
   const int64_t units = panel_units(kind, m.cols), width = c.kernels->max_width, bytes = tile_bytes(m.format, m.cols);
-  const bool widen = (m.format == QD_FORMAT_Q4 || m.format == QD_FORMAT_Q4M) && n > 2 * width;
-  const int64_t wide_bytes = groups_of(m.cols) * kWideGroupM;
+  const bool widen = wide_group_bytes(m.format) && n > 2 * width;
+  const int64_t wide_bytes = groups_of(m.cols) * wide_group_bytes(m.format);
   if (widen) c.reserve(&qd_context::Thread::wide, wide_bytes * kRowTiles);
   c.pool.run(tiles_of(m.rows), n > width ? kRowTiles : 1, [&](int64_t begin, int64_t end, int thread) {
     alignas(64) float part[kMaxWidth * kTile];
