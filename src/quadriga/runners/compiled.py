@@ -116,7 +116,7 @@ class CompiledModel:
             isa=isa,
         )
         self.parameters, self.store = parameters, store
-        self.row_sampler = RowSampler(self.program.context)
+        self.row_sampler: RowSampler | None = RowSampler(self.program.context)
         self.cache = cache or one_group(config.n_layers)
         shares = [layer_block_bytes(config.layers[layer], kv_format) for layer in self.cache.slot_layers]
         self._kv = [allocate(n_blocks * n_bytes) for n_bytes in shares]
