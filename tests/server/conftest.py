@@ -27,6 +27,7 @@ from quadriga.kernels.arrays import arrays
 from quadriga.nn.transformer import random_parameters
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.server.files import FileStore
+from quadriga.server.fleet import Fleet
 from quadriga.server.guard import Limits
 from quadriga.server.run import Server, listen, serve
 from quadriga.server.service import Service
@@ -127,6 +128,7 @@ def running(
     stay_on_failure: bool = False,
     aliases: Sequence[str] = (),
     store: FileStore | None = None,
+    beside: Sequence[Service] = (),
 ) -> Iterator[Live]:
     """A server in a thread of this process."""
     service = Service(llm, name="tiny", aliases=aliases, max_waiting=max_waiting)
@@ -142,7 +144,9 @@ def running(
 
     Server.__init__ = remember  # type: ignore[method-assign]
     options = {"drain_s": DRAIN_S, "stay_on_failure": stay_on_failure, "started": up.set, "store": store}
-    thread = threading.Thread(target=serve, args=(service, limits or Limits(), listener), kwargs=options, daemon=True)
+    thread = threading.Thread(
+        target=serve, args=(Fleet([service, *beside]), limits or Limits(), listener), kwargs=options, daemon=True
+    )
     thread.start()
     assert up.wait(HANG_S), "the server starts"
     Server.__init__ = original  # type: ignore[method-assign]

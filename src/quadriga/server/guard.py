@@ -27,6 +27,8 @@ from quadriga.server.sse import json_response
 
 OPEN_PATHS = ("/health", "/v1/health")
 _PAGE = ("/", "/favicon.ico")
+ADMIN_PATHS = tuple(f"{prefix}/{verb}_lora_adapter" for prefix in ("", "/v1") for verb in ("load", "unload"))
+"""What changes the server; the key of whoever may is asked for in place of another."""
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -50,6 +52,8 @@ class Limits:
     """Sequences at once for each key or address; 0 is no limit."""
     strict: bool = False
     """Refuse fields that have no meaning here, instead of naming them in a header; see ``fields``."""
+    admin_key: str = ""
+    """The key that may change what is served; nobody may where it is empty."""
     log_json: bool = False
     """Lines of the access log are JSON."""
 
@@ -185,14 +189,19 @@ class Guard:
 
     def _check_key(self, headers: Headers, path: str) -> str:
         """The caller's key, or "" where none is needed."""
-        if not self.limits.keys or path in OPEN_PATHS or path in _PAGE or path.startswith("/page/"):
+        is_admin = path in ADMIN_PATHS
+        if is_admin and not self.limits.admin_key:
+            raise ApiError(403, "what is served can be changed where the server was started with --admin-key")
+        if not (self.limits.keys or is_admin) or path in OPEN_PATHS or path in _PAGE or path.startswith("/page/"):
             return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         # Every key is compared, each in constant time: how long it takes tells nothing.
-        matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self.limits.keys]
+        keys = (self.limits.admin_key,) if is_admin else self.limits.keys
+        matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
         if not any(matches):
-            raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+            which = "the admin key" if is_admin else "an API key"
+            raise ApiError(401, f"{which} is needed: Authorization: Bearer KEY", code="invalid_api_key")
         return given
 
     def _take(self, who: str) -> Account:

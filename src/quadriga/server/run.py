@@ -27,6 +27,7 @@ import uvicorn
 from quadriga.errors import ConfigError, EngineError
 from quadriga.server.app import LAST_STEP_S, build
 from quadriga.server.files import FileStore
+from quadriga.server.fleet import Fleet
 from quadriga.server.guard import Limits
 from quadriga.server.protocol import GuardedProtocol
 from quadriga.server.service import Service
@@ -55,11 +56,12 @@ class Server(uvicorn.Server):
         stay_on_failure: go on answering 503 when the engine has failed, until a signal comes.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float, stay_on_failure: bool = False) -> None:
+    def __init__(self, config: uvicorn.Config, service: Fleet, drain_s: float, stay_on_failure: bool = False) -> None:
         super().__init__(config)
         self._service, self._drain_s, self._stay = service, drain_s, stay_on_failure
         self._alarm: threading.Timer | None = None
-        service.engine.on_failure = self._engine_failed
+        for one in service:
+            one.engine.on_failure = self._engine_failed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM or SIGINT."""
@@ -94,7 +96,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for the answers under way, no longer than the deadline."""
         error = EngineError("the server is shutting down and this answer took too long")
-        alarm = asyncio.get_running_loop().call_later(self._drain_s, self._service.engine.drop_all, error)
+        alarm = asyncio.get_running_loop().call_later(self._drain_s, self._service.drop_all, error)
         await super().shutdown(sockets)
         alarm.cancel()
 
@@ -133,7 +135,7 @@ def _last_words() -> None:
 
 
 def serve(
-    service: Service,
+    service: Service | Fleet,
     limits: Limits,
     server: socket.socket,
     *,
@@ -145,6 +147,7 @@ def serve(
     """Answer requests until a signal comes, or the engine fails.
 
     Args:
+        service: the model, or the models.
         server: from :func:`listen`.
         drain_s: seconds that answers under way get after the first signal.
         stay_on_failure: do not end when the engine fails; answer 503 until a signal comes.
@@ -154,8 +157,9 @@ def serve(
     Raises:
         SystemExit: with EXIT_FAILED, after the drain, if the engine failed; in the main thread only.
     """
+    fleet = service if isinstance(service, Fleet) else Fleet([service])
     config = uvicorn.Config(
-        build(service, limits, store),
+        build(fleet, limits, store),
         http=GuardedProtocol,
         ws="none",
         lifespan="on",
@@ -166,7 +170,7 @@ def serve(
         timeout_graceful_shutdown=drain_s + _LAST_WORDS_S,
     )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    loop = Server(config, service, drain_s, stay_on_failure)
+    loop = Server(config, fleet, drain_s, stay_on_failure)
     if started is not None:
         original = loop.startup
 
@@ -179,7 +183,7 @@ def serve(
     loop.disarm()
     if threading.current_thread() is not threading.main_thread():
         return  # a guest: the process is somebody else's
-    if service.engine.stuck:
+    if fleet.stuck:
         give_up()  # the interpreter would free what the engine's thread still computes with, or wait for it
-    if service.engine.failed:
+    if fleet.failed:
         raise SystemExit(EXIT_FAILED)

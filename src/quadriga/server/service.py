@@ -233,6 +233,8 @@ class Service:
         self.engine = AsyncEngine(llm.engine, max_waiting=max_waiting, step_timeout_s=step_timeout_s)
         self.work = Work()
         self.metrics = Metrics(llm, name)
+        self.neighbours: Callable[[], list[str]] = lambda: self.names
+        """All names that the server serves."""
         self.draining = False
         self.probe = Probe(self.engine, prompt=(min(1, llm.config.vocab_size - 1),))
         # Now, not with the first request: it holds the interpreter's lock for up to a second.
@@ -241,6 +243,10 @@ class Service:
             self._grammars = GrammarDesk(_grammars_of(llm))
         except QuadrigaError as error:
             self._grammars = error
+
+    def serves(self, model: str | None) -> bool:
+        """True if a request may call this model so, or one of its adapters."""
+        return model in self.names
 
     def check_model(self, model: str | None) -> None:
         """Refuse a request for another model.
@@ -261,7 +267,7 @@ class Service:
         base, _, adapter = model.rpartition(":")
         if (base == self.name or base in self.aliases) and adapter in self.llm.adapters:
             return adapter
-        served = ", ".join(repr(name) for name in self.names)
+        served = ", ".join(repr(name) for name in self.neighbours())
         raise ApiError(
             404, f"the model {model[:100]!r} is not served here; {served} is", param="model", code="model_not_found"
         )
