@@ -67,6 +67,10 @@ def serve_command(
         Path | None, typer.Option(help="Folder for uploaded files and batches; without it there are none.")
     ] = None,
     files_size: Annotated[str, typer.Option(help="Bytes that all files may have together, e.g. 1GB.")] = "1GB",
+    prefix_cache: Annotated[
+        Path | None, typer.Option(help="Folder for known prefixes of prompts: found again after a restart.")
+    ] = None,
+    prefix_cache_size: Annotated[str, typer.Option(help="Bytes that it may have, e.g. 10GB.")] = "10GB",
     drain: Annotated[
         int, typer.Option(help="Seconds that answers get after SIGTERM; a second signal ends at once.")
     ] = 30,
@@ -142,6 +146,9 @@ def serve_command(
     services = []
     for path, names in models:
         llm = options.load_model(path, how)
+        if prefix_cache is not None:
+            most = options.size(prefix_cache_size, "--prefix-cache-size") // len(models)
+            llm.engine.keep_prefixes(prefix_cache / names[0].replace("/", "_"), most)
         for key, folder in adapters.items():
             llm.add_adapter(key, folder)
         services.append(

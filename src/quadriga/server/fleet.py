@@ -83,3 +83,5 @@ class Fleet:
         await asyncio.gather(*(service.engine.stop(timeout_s) for service in self.services))
         for service in self.services:
             service.work.close()
+            if service.llm.engine.disk is not None:
+                await asyncio.to_thread(service.llm.engine.disk.close)
