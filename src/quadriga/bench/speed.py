@@ -168,8 +168,9 @@ def bytes_per_token(config: ModelConfig, parameters: dict[str, Parameter]) -> fl
     """Bytes of weights read to decode one token: all except unused embedding rows and experts."""
     total = 0.0
     for name, value in parameters.items():
-        if isinstance(value, Packed) and (name != "embed.weight" or config.tied_embeddings):
-            total += value.data.nbytes
+        whole = [value] if isinstance(value, Packed) else value if name.endswith("attn.wqkv.weight") else []
+        if name != "embed.weight" or config.tied_embeddings:
+            total += sum(one.data.nbytes for one in whole if isinstance(one, Packed))
     for i, spec in config.moe_layers:
         total += spec.top_k / spec.n_experts * _stacked_bytes(parameters, i)
     return total

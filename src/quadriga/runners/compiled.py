@@ -262,9 +262,9 @@ class CompiledModel:
             rms = NormSpec(kind="rms", eps=spec.qk_norm.eps)
             q_norm, k_norm = (self._norm(f"{p}attn.{part}_norm.weight", rms) for part in "qk")
         return AttentionArgs(
-            norm=self._norm(p + "attn_norm.weight", shape.norm),
+            norm=self._norm(p + "attn_norm.weight", shape.norm) if shape.pre_norms else None,
             post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
-            wqkv=self._packed(p + "attn.wqkv.weight"),
+            wqkv=self._pieces(p + "attn.wqkv.weight"),
             wo=self._packed(p + "attn.wo.weight"),
             n_heads=spec.n_heads,
             n_kv_heads=spec.n_kv_heads,
@@ -290,7 +290,7 @@ class CompiledModel:
 
     def _ffn(self, layer: int) -> FFNArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
-        ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm)
+        ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm) if shape.pre_norms else None
         post = self._norm(p + "ffn_post_norm.weight", shape.norm) if shape.post_norms else None
         match ffn:
             case DenseSpec():
@@ -332,6 +332,7 @@ class CompiledModel:
                         normalize_eps=ffn.normalize_eps,
                         normalize_min=ffn.normalize_min,
                         scale=ffn.routed_scale,
+                        near=2 * (ffn.mixer_eps or 0.0),
                         bias=self._vector_or_none(p + "moe.router.bias"),
                         correction=self._vector_or_none(p + "moe.router.correction"),
                     ),
@@ -363,6 +364,11 @@ class CompiledModel:
         parameter = self.parameters[name]
         assert isinstance(parameter, Packed), f"{name} is a packed matrix"
         return parameter
+
+    def _pieces(self, name: str) -> Sequence[Packed]:
+        """A matrix that may be in several pieces of rows."""
+        parameter = self.parameters[name]
+        return [parameter] if isinstance(parameter, Packed) else self._experts(name)
 
     def _experts(self, name: str) -> Sequence[Packed]:
         parameter = self.parameters[name]

@@ -40,9 +40,10 @@ class NormArgs:
 class AttentionArgs:
     """Everything ``Program.attention`` needs of one layer; see ``ops.attention`` for the mathematics."""
 
-    norm: NormArgs
+    norm: NormArgs | None
     post_norm: NormArgs | None
-    wqkv: Packed
+    wqkv: Sequence[Packed]
+    """Pieces of its rows: one, or several where a file stores q, k and v in different formats."""
     wo: Packed
     n_heads: int
     n_kv_heads: int
@@ -82,6 +83,8 @@ class ChoiceArgs:
     normalize_eps: float = 0.0
     normalize_min: float = 0.0
     scale: float = 1.0
+    near: float = 0.0
+    """Of a sparse mixer, ``2 * MoESpec.mixer_eps``."""
     bias: Floats | None = None
     """(E,) added to the logits."""
     correction: Floats | None = None
@@ -104,7 +107,7 @@ class SharedArgs:
 class FFNArgs:
     """Everything ``Program.ffn`` needs of one layer. A dense network is one expert without a router."""
 
-    norm: NormArgs
+    norm: NormArgs | None
     post_norm: NormArgs | None
     router: Packed | None
     gate: Sequence[Packed] | None
@@ -196,7 +199,8 @@ class Program:
         op = bindings.Attention(
             norm=self._norm(a.norm),
             post_norm=self._norm(a.post_norm),
-            wqkv=self._matrix(a.wqkv),
+            wqkv=self._matrices(a.wqkv),
+            n_wqkv=len(a.wqkv),
             wo=self._matrix(a.wo),
             n_heads=a.n_heads,
             n_kv_heads=a.n_kv_heads,
@@ -267,6 +271,7 @@ class Program:
             "normalize_eps": choice.normalize_eps,
             "normalize_min": choice.normalize_min,
             "routed_scale": choice.scale,
+            "near": choice.near,
             "router_bias": self._floats(choice.bias),
             "correction": self._floats(choice.correction),
         }

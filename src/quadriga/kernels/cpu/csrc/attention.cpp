@@ -193,14 +193,15 @@ struct Prepare {
 }  // namespace
 
 void run_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
-  const int64_t n = b.n_tokens, dim = op.wqkv.cols;
+  const int64_t n = b.n_tokens, dim = op.wqkv[0].cols;
   const int d = op.head_dim, kv_heads = op.n_kv_heads;
   const Prepare prepare{*c.kernels, op};
   const int64_t q_dim = prepare.q_dim, kv_dim = prepare.kv_dim, width = prepare.width;
-  float* normed = c.normed.reserve(n * dim);
-  norm_rows(c, op.norm, b.hidden, n, dim, normed);
+  const float* normed = normed_or_as_is(c, op.norm, b.hidden, n, dim);
   float* qkv = c.qkv.reserve(n * width);
-  linear(c, op.wqkv, normed, dim, n, qkv, width, false);
+  int64_t first = 0;
+  for (const qd_matrix* part = op.wqkv; part < op.wqkv + op.n_wqkv; first += part++->rows)
+    linear(c, *part, normed, dim, n, qkv + first, width, false);
 
   // Sequence of every token, for its block table.
   const int64_t block_bytes = kv_bytes(op.kv_format, d) * kv_heads;
