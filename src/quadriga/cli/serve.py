@@ -19,6 +19,15 @@ def serve_command(
     model: options.ModelArguments = None,
     host: Annotated[str, typer.Option(help="Address to listen on; loopback is this machine only.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    unix_socket: Annotated[
+        Path | None, typer.Option(help="Listen at this socket file, for users of its group; not at an address.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate (PEM) to speak TLS with; needs --tls-key.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, without a password.")] = None,
+    open_probes: Annotated[
+        bool,
+        typer.Option("--open-probes", help="/health, /ready and /metrics answer under any Host name."),
+    ] = False,
     name: Annotated[
         list[str] | None,
         typer.Option("--served-name", "--served-model-name", help="What clients call the model; may be repeated."),
@@ -98,7 +107,7 @@ def serve_command(
     from quadriga.server.files import FileStore
     from quadriga.server.fleet import Fleet
     from quadriga.server.guard import Limits, is_loopback
-    from quadriga.server.run import listen, serve
+    from quadriga.server.run import Certificate, listen, listen_at, serve
     from quadriga.server.service import Service
     from quadriga.text.tool_calls.forms import FORMS
 
@@ -136,13 +145,17 @@ def serve_command(
         strict=strict,
         log_json=log_json,
         admin_key=admin_key or "",
+        open_probes=open_probes,
     )
     if log_level is not None:
         runtime.set_log_level(log_level, "--log-level")
     if tool_form not in ("auto", *FORMS):
         raise ConfigError(f"--tool-form must be auto or one of {', '.join(FORMS)}; got {tool_form!r}")
     store = None if files is None else FileStore(files, options.size(files_size, "--files-size"))
-    listener = listen(host, port)
+    if (tls_cert is None) != (tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key are given together")
+    certificate = None if tls_cert is None or tls_key is None else Certificate(tls_cert, tls_key)
+    listener = listen(host, port) if unix_socket is None else listen_at(unix_socket)
     services = []
     for path, names in models:
         llm = options.load_model(path, how)
@@ -163,23 +176,44 @@ def serve_command(
             )
         )
     fleet = Fleet(services)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    scheme = "http" if certificate is None else "https"
+    if unix_socket is not None:
+        address = f"{scheme}://localhost"
+    else:
+        address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
     def started() -> None:
         key = ' -H "Authorization: Bearer $KEY"' if keys else ""
         body = f'{{"model": "{fleet.first.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         names = ", ".join(service.name for service in fleet)
-        print(f"{names} at {address}  (chat page: {address}/, interface: {address}/docs)")
+        at = address if unix_socket is None else f"the socket {unix_socket}"
+        curl = "curl" if unix_socket is None else f"curl --unix-socket {unix_socket}"
+        print(f"{names} at {at}  (chat page: {address}/, interface: {address}/docs)")
         for service in fleet:
             whose = f"{service.name}: " if len(services) > 1 else ""
             n_tokens = 16 * service.llm.engine.stats().kv_blocks
             print(f"{whose}cache for {n_tokens:,} tokens, {max_sequences} requests at once, {max_waiting} may wait")
-        print(f"  curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
-        if not is_loopback(host) and not keys:
+        print(
+            f"  {curl} {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True
+        )
+        if unix_socket is None and not is_loopback(host) and not keys:
             print("warning: reachable from other machines without an API key; see --api-key", file=sys.stderr)
 
     runtime.prefer_short_pauses()
-    serve(fleet, limits, listener, drain_s=drain, stay_on_failure=stay_on_failure, started=started, store=store)
+    try:
+        serve(
+            fleet,
+            limits,
+            listener,
+            drain_s=drain,
+            stay_on_failure=stay_on_failure,
+            started=started,
+            store=store,
+            certificate=certificate,
+        )
+    finally:
+        if unix_socket is not None:
+            unix_socket.unlink(missing_ok=True)
 
 
 DEFAULT = "smollm2-135m-instruct"

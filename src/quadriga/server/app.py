@@ -305,6 +305,7 @@ def build(service: Service | Fleet, limits: Limits, store: FileStore | None = No
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error, Exception: _bug})
     desk.guard = Guard(app, limits)
+    desk.guard.on_refusal = fleet.first.metrics.refuse
     return desk.guard
 
 
@@ -320,6 +321,7 @@ def _counted(
             response = Response(status_code=499)
         except QuadrigaError as error:
             response = _refusal(error, request.url.path)
+            service.metrics.refuse(error)
         if ignored := getattr(request.state, "ignored", []):
             response.headers[fields.HEADER] = fields.header(ignored)
             noted.say(path, ignored)

@@ -12,6 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from quadriga.engine.engine import EngineStats
 from quadriga.engine.llm import LLM
+from quadriga.errors import QuadrigaError
+from quadriga.server.errors import as_api_error
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -59,14 +61,53 @@ class Metrics:
         self.finished = Counter(
             "vllm:request_success", "Finished answers.", ["model_name", "finished_reason"], registry=self.registry
         )
+        self.tokens_of = Counter(
+            "quadriga_client_tokens",
+            "Tokens read and made for each API key, by the first digits of its SHA-256.",
+            ["model_name", "client", "kind"],
+            registry=self.registry,
+        )
+        self.aborted = Counter(
+            "quadriga_aborted_tokens",
+            "Tokens of answers that did not come to their end.",
+            ["model_name"],
+            registry=self.registry,
+        )
+        self.embedded = Counter("quadriga_embedded_texts", "Texts embedded.", ["model_name"], registry=self.registry)
+        self.refused = Counter(
+            "quadriga_refused", "Requests that were refused, by code or status.", ["reason"], registry=self.registry
+        )
         self.answers = Counter("quadriga_http_responses", "HTTP answers.", ["route", "status"], registry=self.registry)
 
     def join(self, other: Metrics) -> None:
         """Become part of another model's metrics: one page has both, each under its name."""
         other._engines.models.append((self._llm, self._name))
         self.registry, self._engines = other.registry, other._engines
-        for name in ("first_token", "between_tokens", "whole", "finished", "answers"):
+        shared = ("first_token", "between_tokens", "whole", "finished", "answers")
+        for name in (*shared, "tokens_of", "aborted", "embedded", "refused"):
             setattr(self, name, getattr(other, name))
+
+    def ended(self, client: str, n_read: int, n_made: int, n_aborted: int = 0) -> None:
+        """Count what an answer, or a text to embed, has cost.
+
+        Args:
+            client: the name of its key; empty where there are no keys.
+            n_aborted: tokens among those made of answers that did not come to their end.
+        """
+        if client:
+            self.tokens_of.labels(self._name, client, "read").inc(n_read)
+            self.tokens_of.labels(self._name, client, "made").inc(n_made)
+        if n_aborted:
+            self.aborted.labels(self._name).inc(n_aborted)
+
+    def refuse(self, error: QuadrigaError) -> None:
+        """A request was refused with this error."""
+        shown = as_api_error(error)
+        self.refused.labels(shown.code or str(shown.status)).inc()
+
+    def texts(self, n: int) -> None:
+        """So many texts have become vectors."""
+        self.embedded.labels(self._name).inc(n)
 
     def done(self, reason: str, first_s: float | None, whole_s: float, n_tokens: int) -> None:
         """Record a finished answer."""

@@ -17,9 +17,12 @@ import faulthandler
 import logging
 import os
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -119,6 +122,56 @@ def listen(host: str, port: int) -> socket.socket:
     return server
 
 
+def listen_at(path: Path) -> socket.socket:
+    """A listening socket that is a file; one that nobody listens at any more is taken away first.
+
+    Raises:
+        ConfigError: the file cannot be had.
+    """
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket() and not _answers(path):
+            path.unlink()
+        server.bind(str(path))
+        path.chmod(0o660)
+    except OSError as error:
+        server.close()
+        raise ConfigError(f"cannot listen at {path}: {error.strerror or error}") from None
+    server.listen(1024)
+    return server
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a server shows of itself: its certificate (and those between it and a known one), and the key to it.
+
+    Raises:
+        ConfigError: they cannot be read, or do not belong together.
+    """
+
+    chain: Path
+    key: Path
+
+    def __post_init__(self) -> None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.chain, self.key, password=_no_password)
+        except (OSError, ssl.SSLError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
+            raise ConfigError(
+                f"--tls-cert {self.chain} and --tls-key {self.key} must be a PEM certificate and its key without a "
+                f"password: {reason}"
+            ) from None
+
+
+def _no_password() -> str:
+    raise ValueError("the key has a password")
+
+
 def give_up() -> None:
     """End this process without waiting for its threads, and say in the log where each of them is."""
     words = threading.Thread(target=_last_words, daemon=True)
@@ -143,6 +196,7 @@ def serve(
     stay_on_failure: bool = False,
     started: Callable[[], None] | None = None,
     store: FileStore | None = None,
+    certificate: Certificate | None = None,
 ) -> None:
     """Answer requests until a signal comes, or the engine fails.
 
@@ -153,6 +207,7 @@ def serve(
         stay_on_failure: do not end when the engine fails; answer 503 until a signal comes.
         started: called when requests are answered.
         store: where files and batches are kept; None: they are not.
+        certificate: speak TLS, and nothing else.
 
     Raises:
         SystemExit: with EXIT_FAILED, after the drain, if the engine failed; in the main thread only.
@@ -168,6 +223,8 @@ def serve(
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=drain_s + _LAST_WORDS_S,
+        ssl_certfile=None if certificate is None else str(certificate.chain),
+        ssl_keyfile=None if certificate is None else str(certificate.key),
     )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     loop = Server(config, fleet, drain_s, stay_on_failure)
