@@ -44,7 +44,11 @@ def settings() -> Iterator[SamplingParams]:
         {"repetition_penalty": 0.8, "frequency_penalty": -0.2, "logit_bias": {0: 2.5, 5: -1.0}, "logprobs": 20},
     ]
     grid = itertools.product(
-        (0.0, 1e-5, 0.7, 3.0), (0, 1, 40, 600, 2**31 - 1), (1e-46, 0.3, 0.95, 1 - 1e-12, 1.0), (0.0, 0.05, 1.0), penalties
+        (0.0, 1e-5, 0.7, 3.0),
+        (0, 1, 40, 600, 2**31 - 1),
+        (1e-46, 0.3, 0.95, 1 - 1e-12, 1.0),
+        (0.0, 0.05, 1.0),
+        penalties,
     )
     for seed, (temperature, top_k, top_p, min_p, more) in enumerate(grid):
         yield SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, **more)

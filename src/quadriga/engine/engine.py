@@ -489,7 +489,9 @@ class Engine:
                     asked.append(turn)
                     places.append(at)
                 else:
-                    self._answered(turn, sampler.sample(made.logits[at], made.best[at], made.log_sums[at], allowed), made)
+                    self._answered(
+                        turn, sampler.sample(made.logits[at], made.best[at], made.log_sums[at], allowed), made
+                    )
             except BaseException as raised:
                 turn.fail(raised)
         if kernels is None or not asked:

@@ -13,8 +13,8 @@ from torch import Tensor
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress
 from quadriga.kernels.cpu.expert_store import ExpertStore
-from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.nn import moe
 from quadriga.nn.adapter_bank import AdapterBank
 from quadriga.nn.context import Scoring
