@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -159,8 +159,19 @@ class Sampler:
             self._settings.said(self._said.ids, self._said.counts, self._said.n)
         return self._settings
 
-    def take(self, chosen: Sampled, *, constrained: bool = False) -> Sample:
-        """Count a token as said that the kernels chose; ``constrained``: they were told what is allowed.
+    def take(
+        self,
+        chosen: Sampled,
+        logits: Floats,
+        *,
+        constrained: bool = False,
+        instead: Callable[[int], int] | None = None,
+    ) -> Sample:
+        """Count a token as said that the kernels chose from logits (V,).
+
+        Args:
+            constrained: they were told what is allowed.
+            instead: as for :meth:`sample`.
 
         Raises:
             RequestError: as :meth:`sample`.
@@ -171,7 +182,8 @@ class Sampler:
                 raise RequestError(_NOTHING_ALLOWED)
             require_finite([-math.inf])
         top = tuple((token, logit - chosen.log_sum) for token, logit in chosen.top)
-        return self._count(chosen.token_id, chosen.logit - chosen.log_sum, top)
+        token = chosen.token_id if instead is None else instead(chosen.token_id)
+        return self._count(token, float(logits[token]) - chosen.log_sum, top)
 
     def sample(
         self,
@@ -179,12 +191,14 @@ class Sampler:
         best: int | None = None,
         log_sum: float | None = None,
         allowed: NDArray[np.bool_] | None = None,
+        instead: Callable[[int], int] | None = None,
     ) -> Sample:
         """Choose a token from logits (V,) float32 and count it as said.
 
         Args:
             best, log_sum: index of the first largest logit and log(sum(exp)), where they are known already.
             allowed: (V,) bool, the tokens that may be chosen; None allows all.
+            instead: the token to take in place of the one that was chosen.
 
         Raises:
             RequestError: the logits are not finite, so the weights or the computation are broken; nothing is allowed.
@@ -201,6 +215,8 @@ class Sampler:
                 candidates = self._candidates(adjusted, allowed, never)
                 token = int(candidates.argmax()) if greedy else self._draw(candidates)
                 require_finite([float(candidates[token])])
+        if instead is not None:
+            token = instead(token)
         top: tuple[tuple[int, float], ...] = ()
         if params.logprobs:
             top = top_logprobs(logits[None], [log_normaliser], params.logprobs, self._unused)[0]

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "d35e313f4154e28a97bdde967aab3c569a5248339759989d48be8663656994af"
+HEADER_SHA256 = "bd8a69e74d23a4357fc681526295448870965f041490e50b5262bde50d7fe436"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -36,6 +36,13 @@ class Format(IntEnum):
     Q4 = 3
     Q4M = 4
     MX4 = 5
+    IQ4NL = 6
+    Q2K = 7
+    Q3K = 8
+    Q4K = 9
+    Q5K = 10
+    Q6K = 11
+    IQ4XS = 12
 
 
 class Source(IntEnum):
@@ -48,6 +55,7 @@ class Source(IntEnum):
     Q4_0 = 4
     Q4_1 = 5
     MX4 = 6
+    IQ4_NL = 7
 
 
 class Stored(IntEnum):
@@ -109,6 +117,7 @@ class Score(IntEnum):
 
     SOFTMAX = 0
     SIGMOID = 1
+    SPARSE_MIXER = 2
 
 
 class Aggregate(IntEnum):
@@ -193,7 +202,8 @@ class Attention(c.Structure):
     _fields_ = [
         ("norm", Norm),
         ("post_norm", Norm),
-        ("wqkv", Matrix),
+        ("wqkv", c.POINTER(Matrix)),
+        ("n_wqkv", c.c_int32),
         ("wo", Matrix),
         ("n_heads", c.c_int32),
         ("n_kv_heads", c.c_int32),
@@ -217,6 +227,7 @@ class Attention(c.Structure):
         ("rotary_dim", c.c_int32),
         ("rotary_scale", c.c_float),
         ("norm_after_rotation", c.c_int32),
+        ("cache_group", c.c_int32),
     ]
 
 
@@ -259,6 +270,7 @@ class Ffn(c.Structure):
         ("shared_down", Matrix),
         ("shared_weight", Matrix),
         ("shared_activation", c.c_int32),
+        ("near", c.c_float),
     ]
 
 
@@ -288,6 +300,7 @@ class Batch(c.Structure):
         ("rows", c.c_void_p),
         ("logits", c.c_void_p),
         ("hidden", c.c_void_p),
+        ("table_size", c.c_int64),
     ]
 
 
