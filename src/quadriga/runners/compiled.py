@@ -165,10 +165,8 @@ class CompiledModel:
         """
         assert adapters is None, "there are none: adapters() refuses"
         logits, n = self.program.run(batch), len(batch.tokens)
-        norm = self._norm("final_norm.weight", self.config.final_norm)
-        return PassResult(
-            logits, self.program.hidden(n, norm) if hidden else None, self._router_stats(n) if routing else None
-        )
+        states = self.program.hidden(n, self._norm("final_norm.weight", self.config.final_norm)) if hidden else None
+        return PassResult(logits, states, self._router_stats(n) if routing else None)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :class:`Runner`."""
