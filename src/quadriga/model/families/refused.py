@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 _MIXER = "its router (SparseMixer) weighs each of two experts by a softmax of its own, over the scores near the best"
 _BEHIND = "its layers have norms behind attention and feed-forward only, none before them"
-_LATENT = "its attention keeps one latent vector a token in place of keys and values (multi-head latent attention)"
 _DELTA = "most of its layers are gated delta rules with a recurrent state"
 _CONVOLUTION = "most of its layers are short convolutions with a state of their own"
 _STATE_SPACE = "most of its layers are state-space models (Mamba)"
@@ -21,11 +20,6 @@ REASONS: Mapping[str, str] = {
     "flex_olmo": _BEHIND,
     "olmo2": _BEHIND,
     "olmo3": _BEHIND,
-    "deepseek2": _LATENT,
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
-    "glm4_moe_lite": _LATENT,
-    "kimi_k2": _LATENT,
     "glm_moe_dsa": _SPARSE,
     "deepseek_v32": _SPARSE,
     "qwen3_next": _DELTA,
