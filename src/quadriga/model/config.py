@@ -384,9 +384,9 @@ class LatentAttentionSpec(AttentionSpec):
         _require_positive("attn", n_heads=self.n_heads, **sizes)
         if self.q_rank is not None:
             _require_positive("attn", q_rank=self.q_rank)
-        # The kernels multiply by whole tiles of 16 rows a head; every published model has multiples of 64.
-        for name in ("kv_rank", "v_dim"):
-            _require(sizes[name] % 16 == 0, f"attn.{name} must be a multiple of 16, got {sizes[name]}")
+        # The CPU's kernels take whole tiles of every head; every published model has multiples of 64.
+        for name, unit in (("kv_rank", 32), ("v_dim", 16)):
+            _require(sizes[name] % unit == 0, f"attn.{name} must be a multiple of {unit}, got {sizes[name]}")
         _require(self.rope_dim % 2 == 0, f"attn.rope_dim must be even, got {self.rope_dim}")
         width = self.kv_rank + self.rope_dim
         _require(self.head_dim in (0, width), f"head_dim must be kv_rank + rope_dim = {width}, got {self.head_dim}")

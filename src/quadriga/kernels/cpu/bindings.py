@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "710cbd36990a78745030f8ba3beec0155f04ab93e1acb1fe6eed30d873359f7a"
+HEADER_SHA256 = "df2f60e3ef0ecfb77a7b8092dffe206a9d40df83abc5871e655d2a7a72bcd7bf"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -217,6 +217,16 @@ class Attention(c.Structure):
         ("rotary_dim", c.c_int32),
         ("rotary_scale", c.c_float),
         ("norm_after_rotation", c.c_int32),
+        ("kv_rank", c.c_int32),
+        ("rope_dim", c.c_int32),
+        ("nope_dim", c.c_int32),
+        ("v_dim", c.c_int32),
+        ("q_a_norm", Norm),
+        ("kv_a_norm", Norm),
+        ("wq_a", Matrix),
+        ("wkv_a", Matrix),
+        ("wk_b", Matrix),
+        ("wv_b", Matrix),
     ]
 
 
@@ -246,6 +256,7 @@ class Ffn(c.Structure):
         ("score", c.c_int32),
         ("n_groups", c.c_int32),
         ("top_k_groups", c.c_int32),
+        ("group_by_best", c.c_int32),
         ("normalize_eps", c.c_float),
         ("normalize_min", c.c_float),
         ("routed_scale", c.c_float),
@@ -366,6 +377,13 @@ PARAMETERS: dict[str, list[Any]] = {
     "qd_kv_bytes": [
         c.c_int32,  # kv_format
         c.c_int32,  # head_dim
+        c.c_void_p,  # bytes
+        c.POINTER(Message),  # why
+    ],
+    "qd_latent_bytes": [
+        c.c_int32,  # kv_format
+        c.c_int32,  # rank
+        c.c_int32,  # rope_dim
         c.c_void_p,  # bytes
         c.POINTER(Message),  # why
     ],

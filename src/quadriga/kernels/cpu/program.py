@@ -37,12 +37,33 @@ class NormArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentArgs:
+    """What latent attention has besides: see ``LatentAttentionSpec``; R = kv_rank."""
+
+    kv_rank: int
+    rope_dim: int
+    nope_dim: int
+    v_dim: int
+    wq_a: Packed | None
+    """(Q, D); None: ``AttentionArgs.wqkv`` takes the normed state itself."""
+    q_a_norm: NormArgs | None
+    wkv_a: Packed
+    """(R + rope_dim, D)"""
+    kv_a_norm: NormArgs
+    wk_b: Packed
+    """(H R, nope_dim)"""
+    wv_b: Packed
+    """(H v_dim, R)"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionArgs:
     """Everything ``Program.attention`` needs of one layer; see ``ops.attention`` for the mathematics."""
 
     norm: NormArgs
     post_norm: NormArgs | None
     wqkv: Packed
+    """Of latent attention the queries' projection, (H (nope_dim + rope_dim), D or Q)."""
     wo: Packed
     n_heads: int
     n_kv_heads: int
@@ -59,7 +80,7 @@ class AttentionArgs:
     alibi_slopes: Floats | None
     """(H,) float32."""
     kv: NDArray[np.uint8]
-    """This layer's blocks, ``n_blocks * quant.packed.kv_block_bytes``, zeroed."""
+    """This layer's blocks, ``n_blocks`` times ``quant.packed``'s ``kv_block_bytes`` or ``latent_block_bytes``, zeroed."""
     kv_format: str
     qkv_bias: Floats | None = None
     out_bias: Floats | None = None
@@ -68,6 +89,7 @@ class AttentionArgs:
     window: int | None = None
     rotary_scale: float = 1.0
     norm_after_rotation: bool = False
+    latent: LatentArgs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +99,7 @@ class ChoiceArgs:
     score: str = "softmax"
     n_groups: int = 1
     top_k_groups: int = 1
+    group_worth: str = "two_best"
     normalize_eps: float = 0.0
     normalize_min: float = 0.0
     scale: float = 1.0
@@ -216,10 +239,24 @@ class Program:
             rotary_dim=0 if a.inverse_frequencies is None else 2 * a.inverse_frequencies.size,
             rotary_scale=a.rotary_scale,
             norm_after_rotation=a.norm_after_rotation,
+            **self._latent(a.latent),
         )
         self._keep.append(a.kv)
         for kind in (Op.QKV, Op.ATTEND, Op.ATTN_OUT):
             self._add(kind, op)
+
+    def _latent(self, a: LatentArgs | None) -> dict[str, Any]:
+        """The fields of latent attention; none where there is none."""
+        if a is None:
+            return {}
+        sizes = {"kv_rank": a.kv_rank, "rope_dim": a.rope_dim, "nope_dim": a.nope_dim, "v_dim": a.v_dim}
+        matrices = {"wq_a": a.wq_a, "wkv_a": a.wkv_a, "wk_b": a.wk_b, "wv_b": a.wv_b}
+        return {
+            **sizes,
+            **{name: self._matrix(matrix) for name, matrix in matrices.items()},
+            "q_a_norm": self._norm(a.q_a_norm),
+            "kv_a_norm": self._norm(a.kv_a_norm),
+        }
 
     def ffn(self, a: FFNArgs) -> None:
         """The feed-forward half of a layer: one op, however many experts."""
@@ -258,6 +295,7 @@ class Program:
             "score": cpu.SCORES[choice.score],
             "n_groups": choice.n_groups,
             "top_k_groups": choice.top_k_groups,
+            "group_by_best": choice.group_worth == "best",
             "normalize_eps": choice.normalize_eps,
             "normalize_min": choice.normalize_min,
             "routed_scale": choice.scale,

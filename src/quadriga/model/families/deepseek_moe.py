@@ -34,6 +34,7 @@ def ffns_from_hf(keys: Keys, n_layers: int, **mixture: Any) -> list[DenseSpec | 
         mixture: fields of the mixtures that differ from DeepSeek-V3's.
     """
     width = keys.integer("moe_intermediate_size")
+    grouped = keys.given("n_group") or keys.given("topk_group")
     moe = MoESpec(
         d_ff=width,
         n_experts=keys.integer("n_routed_experts"),
@@ -41,8 +42,8 @@ def ffns_from_hf(keys: Keys, n_layers: int, **mixture: Any) -> list[DenseSpec | 
         activation="silu",
         score="sigmoid",
         correction=True,
-        n_groups=keys.integer("n_group") if keys.given("n_group") else 1,
-        top_k_groups=keys.integer("topk_group") if keys.given("topk_group") else 1,
+        n_groups=keys.integer("n_group") if grouped else 1,
+        top_k_groups=keys.integer("topk_group") if grouped else 1,
         normalize_p=1.0 if keys.flag("norm_topk_prob") else None,
         normalize_eps=EPS,
         routed_scale=keys.number("routed_scaling_factor"),

@@ -130,7 +130,7 @@ def _rope_from_gguf(
         )
     if rope.scaling.attention_factor != usual_attention_factor(rope.scaling.factor):
         raise ConfigError("GGUF rope.scaling.attn_factor must be 1 or absent in arch deepseek2")
-    m = shortest_float32(float(np.float32(10 * multiplier)))
+    m = shortest_float32(float(np.float32(10 * shortest_float32(multiplier))))
     return replace(rope, scaling=replace(rope.scaling, attention_factor=1.0)), m
 
 
