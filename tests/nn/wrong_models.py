@@ -109,6 +109,27 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "yarn's usual turns": ("gpt-oss", lambda c: c.with_mixer(position=rope_with(c, beta_fast=32.0, beta_slow=1.0))),
     "a plain gated unit": ("gpt-oss", lambda c: c.with_ffn(activation="silu")),
     "a softmax over all experts": ("gpt-oss", lambda c: c.with_ffn(normalize_p=None)),
+    "groups of DeepSeek-V2 by their two best": ("deepseek-v2", lambda c: mixtures_with(c, group_worth="two_best")),
+    "DeepSeek-V2 without groups": ("deepseek-v2", lambda c: mixtures_with(c, n_groups=1, top_k_groups=1)),
+    "DeepSeek-V2's weights divided by their sum": ("deepseek-v2", lambda c: mixtures_with(c, normalize_p=1.0)),
+    "DeepSeek-V2's weights without their factor": ("deepseek-v2", lambda c: mixtures_with(c, routed_scale=1.0)),
+    "yarn of DeepSeek-V2 without its attention factor": (
+        "deepseek-v2",
+        lambda c: c.with_mixer(position=rope_with(c, attention_factor=1.0)),
+    ),
+    "the softmax scale without yarn's square": ("deepseek-v2-lite", lambda c: c.with_mixer(yarn_mscale=0.0)),
+    "DeepSeek-V2-Lite without its shared networks": ("deepseek-v2-lite", lambda c: mixtures_with(c, shared=None)),
+    "DeepSeek-V3's softmax scale without yarn's square": ("deepseek-v3", lambda c: c.with_mixer(yarn_mscale=0.0)),
+    "DeepSeek-V3's rotation without its own length": (
+        "deepseek-v3",
+        lambda c: c.with_mixer(position=rope_with(c, attention_factor=1.0)),
+    ),
+    "latents normed with another epsilon": ("deepseek-v3", lambda c: c.with_mixer(norm_eps=0.01)),
+    "groups of DeepSeek-V3 by their best": ("deepseek-v3", lambda c: mixtures_with(c, group_worth="best")),
+    "DeepSeek-V3 without groups": ("deepseek-v3", lambda c: mixtures_with(c, n_groups=1, top_k_groups=1)),
+    "DeepSeek-V3 without its correction": ("deepseek-v3", lambda c: mixtures_with(c, correction=False)),
+    "latents that turn by another base": ("glm4_moe_lite", lambda c: c.with_mixer(position=RopeSpec(theta=10_000.0))),
+    "GLM-4.7-Flash without its shared networks": ("glm4_moe_lite", lambda c: mixtures_with(c, shared=None)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
     "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),
@@ -117,5 +138,13 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "logits not scaled": ("grok1", lambda c: replace(c, logit_scale=1.0)),
     "embeddings not scaled": ("grok1", lambda c: replace(c, embedding_scale=1.0)),
 }
-FINER_THAN_BF16 = {"epsilon 3e-5", "q and k normed with another epsilon", "tanh gelu", "exact gelu", "no soft cap"}
+FINER_THAN_BF16 = {
+    "groups of DeepSeek-V2 by their two best",
+    "epsilon 3e-5",
+    "q and k normed with another epsilon",
+    "latents normed with another epsilon",
+    "tanh gelu",
+    "exact gelu",
+    "no soft cap",
+}
 """Mistakes smaller than bf16's own rounding: only float32 can show them."""
