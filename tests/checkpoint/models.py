@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quadriga.io.parameters import pack
+from quadriga.io.parameters import to_stored
 from quadriga.model import families
 from quadriga.model.config import (
     AlibiSpec,
@@ -44,7 +44,13 @@ LATENT = LatentAttentionSpec(
     yarn_mscale=0.8,
     position=RopeSpec(theta=1e2, scaling=YarnScaling(factor=4.0, original_max_seq_len=16, attention_factor=1.0)),
 )
-_DEEPSEEK = {"n_experts": 9, "top_k": 4, "n_groups": 3, "top_k_groups": 2, "shared": DenseSpec(d_ff=160, activation="silu")}
+_DEEPSEEK = {
+    "n_experts": 9,
+    "top_k": 4,
+    "n_groups": 3,
+    "top_k_groups": 2,
+    "shared": DenseSpec(d_ff=160, activation="silu"),
+}
 
 
 def _moe(**changes: object) -> MoESpec:
@@ -322,7 +328,7 @@ def stored(pieces: list[Piece], parameters: dict[str, Tensor]) -> dict[str, Tens
     for piece in pieces:
         target = piece.target_box or whole(piece.target_shape)
         part = parameters[piece.target][tuple(slice(*r) for r in target)]
-        out[piece.source][source_index(piece)] = pack(part, piece)
+        out[piece.source][source_index(piece)] = to_stored(part, piece)
     return out
 
 

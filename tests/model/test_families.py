@@ -1409,7 +1409,7 @@ def test_glm_4_7_flash_as_transformers_5_writes_it():
     assert raw["mlp_layer_types"] == ["dense", "sparse", "sparse", "sparse"]
     published = {key: value for key, value in raw.items() if key != "mlp_layer_types"}
     assert config_from_hf(published) == config_from_hf(raw) == config
-    with pytest.raises(ConfigError, match="mlp_layer_types must be .'dense', 'sparse', 'sparse', 'sparse'"):
+    with pytest.raises(ConfigError, match=r"mlp_layer_types must be .'dense', 'sparse', 'sparse', 'sparse'"):
         config_from_hf(raw | {"mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]})
 
 
@@ -1442,7 +1442,7 @@ def test_a_gguf_has_one_number_for_yarn_of_latents():
     unequal = config.with_mixer(
         position=replace(LATENT.position, scaling=replace(LATENT.position.scaling, attention_factor=1.2))
     )
-    with pytest.raises(ConfigError, match="a model must have mscale = mscale_all_dim, got an attention factor of 1.2"):
+    with pytest.raises(ConfigError, match=r"mscale = mscale_all_dim, got an attention factor of 1\.2"):
         family_of(config).config_to_gguf(unequal)
     assert config_from_hf(family_of(config).config_to_hf(unequal)) == unequal
 

@@ -164,7 +164,19 @@ Picture = Annotated[
     Path | None, typer.Option(help="Draw the result into this file; its ending says how: .svg (or .png).")
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what an earlier run left, and begin again.")]
-Run = Annotated[str | None, typer.Option(help="Another folder than the file's.")]
+Run = Annotated[
+    str | None,
+    typer.Option(
+        "--run-folder", "--run", help="Another folder than the file's; torchrun takes --run for one of its own options."
+    ),
+]
+AllowChange = Annotated[
+    bool,
+    typer.Option(
+        "--allow-change",
+        help="Resume with settings that would have changed the run so far; without it they are listed and refused.",
+    ),
+]
 Rounds = Annotated[int, typer.Option(min=1, max=10**6, help="Measurements; the median counts.")]
 Counts = Annotated[
     list[int] | None,

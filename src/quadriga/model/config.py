@@ -14,9 +14,9 @@
 
 Alternatives are types, not flags, so a wrong combination cannot be written down. A **mixer owns its state**: what it
 keeps of a sequence between passes is its ``state`` (``KVState``, paged keys and values; ``LatentState``, one paged
-latent in place of both), and whoever counts bytes or allocates a cache asks the mixers of the layers, never the model. Nothing here imports torch:
-``quadriga info`` and the planner work from these specs by arithmetic alone. Families (``model/families``) turn a
-checkpoint's own configuration into a ModelConfig; nothing else in the project looks at ``family``.
+latent in place of both), and whoever counts bytes or allocates a cache asks the mixers of the layers, never the model.
+Nothing here imports torch: ``quadriga info`` and the planner work from these specs by arithmetic alone. Families
+(``model/families``) turn a checkpoint's own configuration into a ModelConfig; nothing else looks at ``family``.
 """
 
 from __future__ import annotations

@@ -5,18 +5,19 @@ A :class:`Piece` ties a box of one *source* tensor (named as in the checkpoint) 
 the round trip. The pieces of a map must cover every element of every source tensor and of every parameter exactly once;
 :func:`check_cover` holds them to it before a byte is read.
 
-    parameter[target_box] = unpack(source[source_box])
+    parameter[target_box] = from_stored(source[source_box])
 
-    unpack:  take every n-th index of an axis if `stride`  ->  view as `view` if given  ->  swap the last two axes
-             if `transpose`  ->  un-interleave rotary rows if `rotary_heads` > 0
+    from_stored:  take every n-th index of an axis if `stride`  ->  view as `view` if given  ->  swap the last two
+             axes if `transpose`  ->  un-interleave rotary rows if `rotary_heads` > 0
 
 Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, V vocab):
 
     embed.weight (V, D)                      layers.{i}.attn.wqkv.weight ((H + 2K) d, D), rows: all q, all k, all v
     layers.{i}.attn_norm.weight (D,)         layers.{i}.attn.wo.weight   (D, H d)
-    layers.{i}.attn.wq.weight (H (n + p), D), or attn.wq_a.weight (Q, D), attn.q_a_norm.weight (Q,) and attn.wq_b.weight
-        (H (n + p), Q); attn.wkv_a.weight (R + p, D), attn.kv_a_norm.weight (R,), attn.wk_b.weight (H R, n),
-        attn.wv_b.weight (H v, R), attn.wo.weight (D, H v)          (latent attention: n nope_dim, p rope_dim, R kv_rank)
+    layers.{i}.attn.wq.weight (H (n + p), D), or attn.wq_a.weight (Q, D), attn.q_a_norm.weight (Q,) and
+        attn.wq_b.weight (H (n + p), Q); attn.wkv_a.weight (R + p, D), attn.kv_a_norm.weight (R,),
+        attn.wk_b.weight (H R, n), attn.wv_b.weight (H v, R), attn.wo.weight (D, H v)
+        (latent attention: n nope_dim, p rope_dim, Q q_rank, R kv_rank, v v_dim)
     layers.{i}.attn.wqkv.bias ((H + 2K) d,), attn.wo.bias (D,), attn.sinks (H,)    (where the mixer has them)
     layers.{i}.ffn_norm.weight (D,)          layers.{i}.attn_post_norm.weight, ffn_post_norm.weight  (post_norms only)
     layers.{i}.ffn.w_gate|w_up (F, D), w_down (D, F)                               (dense; w_gate only if gated)

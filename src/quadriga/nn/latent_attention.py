@@ -1,10 +1,10 @@
-"""Multi-head latent attention in its absorbed form: one cached latent a token is the key and the value of every head.
+"""Multi-head latent attention in its absorbed form: one cached latent a token is key and value of every head.
 
     x ──wq, or wq_a ─ norm ─ wq_b──► heads (nope, rope) ──wk_b──► query (R + rope) ┐
-    x ──wkv_a──► norm(latent) (R), rotated key (rope) ───────────────────────────► attend ──wv_b──► wo
+    x ──wkv_a──► norm(latent) (R), rotated key (rope) ──────────────────────────► attend ──wv_b──► wo
 
-The sum over W_Kb that would make a head's keys of the latents is done to its query instead, the sum over W_Vb that would
-make values to its result: see ``LatentAttentionSpec``. Training, prompts and single tokens share this one form.
+The sum over W_Kb that would make a head's keys of the latents is done to its query instead, the sum over W_Vb that
+would make values to its result: see ``LatentAttentionSpec``. Training, prompts and single tokens share this one form.
 """
 
 from __future__ import annotations
@@ -18,6 +18,15 @@ from quadriga.nn.context import ForwardContext, Scoring
 from quadriga.nn.linear import Linear, whole
 from quadriga.nn.norm import Norm
 from quadriga.nn.rope import Rotations
+
+
+class HeadLinear(Linear):
+    """A matrix a head, all below each other: every head's numbers times its own rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, H, columns) -> (N, H, rows / H)."""
+        weight = whole(self.weight).to(x.dtype)
+        return torch.einsum("nhi,hoi->nho", x, weight.view(x.shape[1], -1, weight.shape[-1]))
 
 
 class LatentAttention(nn.Module):
@@ -35,8 +44,8 @@ class LatentAttention(nn.Module):
             self.wq_b = Linear(rows, spec.q_rank)
         self.wkv_a = Linear(spec.head_dim, d_model)
         self.kv_a_norm = Norm(spec.kv_rank, norm)
-        self.wk_b = Linear(spec.n_heads * spec.kv_rank, spec.nope_dim)
-        self.wv_b = Linear(spec.n_heads * spec.v_dim, spec.kv_rank)
+        self.wk_b = HeadLinear(spec.n_heads * spec.kv_rank, spec.nope_dim)
+        self.wv_b = HeadLinear(spec.n_heads * spec.v_dim, spec.kv_rank)
         self.wo = Linear(d_model, spec.n_heads * spec.v_dim)
 
     def forward(self, x: Tensor, context: ForwardContext, rotations: Rotations) -> Tensor:
@@ -44,13 +53,13 @@ class LatentAttention(nn.Module):
         spec = self.spec
         assert isinstance(spec.position, RopeSpec), "the spec requires it"
         cos, sin = rotations.tables(spec.position, spec.rope_dim)
-        plain, turning = self._queries(x).split([spec.nope_dim, spec.rope_dim], dim=-1)
-        latent, key = self.wkv_a(x).split([spec.kv_rank, spec.rope_dim], dim=-1)
+        plain, turning = torch.split(self._queries(x), [spec.nope_dim, spec.rope_dim], dim=-1)
+        latent, key = torch.split(self.wkv_a(x), [spec.kv_rank, spec.rope_dim], dim=-1)
         latent = self.kv_a_norm(latent)[:, None]  # (N, 1, R)
-        query = torch.cat((by_head(plain, self.wk_b, spec.n_heads), ops.rope(turning, cos, sin)), dim=-1)
+        query = torch.cat((self.wk_b(plain), ops.rope(turning, cos, sin)), dim=-1)
         keys = torch.cat((latent, ops.rope(key[:, None], cos, sin)), dim=-1)
         attended = context.attend(self.layer, query, keys, latent, Scoring(spec.score_scale))
-        mixed: Tensor = self.wo(by_head(attended, self.wv_b, spec.n_heads).flatten(1))
+        mixed: Tensor = self.wo(self.wv_b(attended).flatten(1))
         return mixed
 
     def _queries(self, x: Tensor) -> Tensor:
@@ -62,9 +71,3 @@ class LatentAttention(nn.Module):
             rows = self.wq_b(self.q_a_norm(self.wq_a(x)))
         heads: Tensor = rows.view(len(x), self.spec.n_heads, -1)
         return heads
-
-
-def by_head(x: Tensor, matrix: Linear, n_heads: int) -> Tensor:
-    """Every head's numbers times its own rows of the matrix: x (N, H, in), matrix (H out, in) -> (N, H, out)."""
-    weight = whole(matrix.weight).to(x.dtype)
-    return torch.einsum("nhi,hoi->nho", x, weight.view(n_heads, -1, weight.shape[-1]))

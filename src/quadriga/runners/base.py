@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.model.config import ModelConfig
 
@@ -98,6 +99,8 @@ class Runner(Protocol):
     """Bytes of all blocks."""
     store: ExpertStore | None
     """Where the experts are, if they stay on disk."""
+    row_sampler: RowSampler | None
+    """What chooses tokens from logits; None: the engine does, in NumPy."""
 
     @property
     def adapter_names(self) -> list[str]:

@@ -28,6 +28,7 @@ from quadriga.kernels.cpu.program import (
     Program,
     SharedArgs,
 )
+from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.model.config import (
     AlibiSpec,
     AttentionSpec,
@@ -142,6 +143,7 @@ class CompiledModel:
             isa=isa,
         )
         self.parameters, self.store = parameters, store
+        self.row_sampler = RowSampler(self.program.context)
         self._kv = [allocate(n_blocks * layer_block_bytes(layer, kv_format)) for layer in config.layers]
         self.kv_bytes = sum(kv.nbytes for kv in self._kv)
         embed = self._packed("embed.weight")

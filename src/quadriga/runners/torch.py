@@ -14,6 +14,7 @@ from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.model.config import LatentState
 from quadriga.nn import moe
 from quadriga.nn.adapter_bank import AdapterBank
@@ -76,6 +77,7 @@ class TorchRunner:
         self._stored = [*self._keys, *(values for values in self._values if values._base is None)]
         self.kv_bytes = sum(t.nbytes for t in self._stored)
         self.store: ExpertStore | None = None
+        self.row_sampler: RowSampler | None = None
         self._load: list[Tensor] = []
         self._bank: AdapterBank | None = None
 

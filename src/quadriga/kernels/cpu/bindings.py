@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "df2f60e3ef0ecfb77a7b8092dffe206a9d40df83abc5871e655d2a7a72bcd7bf"
+HEADER_SHA256 = "6b7daf8ce575419a08cc12fc0966dfd82a98a8f1d574d6a4a30fcb6158fc2849"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -311,6 +311,51 @@ class Step(c.Structure):
     ]
 
 
+class Sampling(c.Structure):
+    """struct qd_sampling"""
+
+    _fields_ = [
+        ("logits", c.c_void_p),
+        ("allowed", c.c_void_p),
+        ("unused", c.c_void_p),
+        ("early", c.c_void_p),
+        ("said", c.c_void_p),
+        ("counts", c.c_void_p),
+        ("moved", c.c_void_p),
+        ("moves", c.c_void_p),
+        ("n_unused", c.c_int32),
+        ("n_early", c.c_int32),
+        ("n_said", c.c_int32),
+        ("n_moved", c.c_int32),
+        ("temperature", c.c_double),
+        ("repetition_penalty", c.c_double),
+        ("presence_penalty", c.c_double),
+        ("frequency_penalty", c.c_double),
+        ("top_p", c.c_double),
+        ("min_p", c.c_double),
+        ("typical_p", c.c_double),
+        ("xtc_probability", c.c_double),
+        ("xtc_threshold", c.c_double),
+        ("top_k", c.c_int32),
+        ("n_top", c.c_int32),
+        ("seed", c.c_int64),
+        ("position", c.c_int64),
+        ("top_ids", c.c_void_p),
+        ("top_logits", c.c_void_p),
+    ]
+
+
+class Sampled(c.Structure):
+    """struct qd_sampled"""
+
+    _fields_ = [
+        ("token", c.c_int32),
+        ("n_top", c.c_int32),
+        ("log_sum", c.c_float),
+        ("logit", c.c_float),
+    ]
+
+
 class StoreCounts(c.Structure):
     """struct qd_store_counts"""
 
@@ -343,6 +388,8 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "qd_head": Head,
     "qd_batch": Batch,
     "qd_step": Step,
+    "qd_sampling": Sampling,
+    "qd_sampled": Sampled,
     "qd_store_counts": StoreCounts,
     "qd_allocations": Allocations,
 }
@@ -464,6 +511,14 @@ PARAMETERS: dict[str, list[Any]] = {
         c.c_int64,  # v
         c.c_void_p,  # best
         c.c_void_p,  # log_sum
+        c.POINTER(Message),  # why
+    ],
+    "qd_sample": [
+        c.c_void_p,  # context
+        c.POINTER(Sampling),  # rows
+        c.c_int64,  # n
+        c.c_int64,  # v
+        c.POINTER(Sampled),  # out
         c.POINTER(Message),  # why
     ],
     "qd_gather_rows": [

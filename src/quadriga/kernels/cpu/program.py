@@ -80,7 +80,7 @@ class AttentionArgs:
     alibi_slopes: Floats | None
     """(H,) float32."""
     kv: NDArray[np.uint8]
-    """This layer's blocks, ``n_blocks`` times ``quant.packed``'s ``kv_block_bytes`` or ``latent_block_bytes``, zeroed."""
+    """This layer's blocks, zeroed: ``n_blocks`` times ``quant.packed``'s kv_block_bytes or latent_block_bytes."""
     kv_format: str
     qkv_bias: Floats | None = None
     out_bias: Floats | None = None

@@ -1,14 +1,14 @@
 """DeepSeek-V2, V3 and R1, Kimi-K2 and GLM-4.7-Flash: latent attention, and mixtures with shared networks.
 
-    deepseek_v2     softmax over all experts, weights as they are times a factor; V2 chooses in the best groups, each as
-                    good as its best expert; V2-Lite has no groups and no latent for queries
-    deepseek_v3     sigmoid scores with a correction, groups as good as their two best (R1: the same; kimi_k2: one group)
+    deepseek_v2     softmax over all experts, weights as they are times a factor; V2 chooses in the best groups, each
+                    as good as its best expert; V2-Lite has no groups and no latent for queries
+    deepseek_v3     sigmoid scores with a correction, groups as good as their two best (R1 too; kimi_k2: one group)
     glm4_moe_lite   V3's block in one group
 
-V3, R1 and GLM-4.7-Flash end with a layer for multi-token prediction, which no answer depends on: it is left out by name,
-and ``info`` says so. GGUF has one architecture, deepseek2, for all of them; scores tell V2's from the others, and GLM's
-vocabulary GLM's, as in llama.cpp. There groups are as good as their two best experts, V2's too: such a file is read as
-DeepSeek made the model, by the best one.
+V3, R1 and GLM-4.7-Flash end with a layer for multi-token prediction, which no answer depends on: it is left out by
+name, and ``info`` says so. GGUF has one architecture, deepseek2, for all of them; scores tell V2's from the others, and
+GLM's vocabulary GLM's, as in llama.cpp. There groups are as good as their two best experts, V2's too: such a file is
+read as DeepSeek made the model, by the best one.
 Sources: transformers 4.57.6 and 5.24.0 (modeling_deepseek_v2, modeling_deepseek_v3, modeling_glm4_moe_lite), llama.cpp
 (src/models/deepseek2.cpp), the published config.json files.
 """
@@ -48,6 +48,7 @@ _V2: dict[str, Any] = {
     "group_worth": "best",
 }
 """What DeepSeek-V2's mixtures have other than V3's."""
+_V3_CHOICE: dict[str, Any] = {"score": "sigmoid", "correction": True, "normalize_eps": deepseek_moe.EPS}
 IGNORED = PRETRAINED_KEYS | {"aux_loss_alpha", "seq_aux", "ep_size"}
 """Settings of the training's balance loss, and how many processes a program spread the experts over."""
 GLM_VOCABULARY = 154_880
@@ -57,11 +58,11 @@ def _yarn(factor: float) -> YarnScaling:
     return YarnScaling(factor=factor, original_max_seq_len=4096, attention_factor=1.0)
 
 
-def _attention(*, n_heads: int, q_rank: int | None, rope: RopeSpec, mscale: float = 0.0, **dims: int) -> Any:
-    sizes = {"nope_dim": 128, "rope_dim": 64, "v_dim": 128} | dims
-    return LatentAttentionSpec(
-        n_heads=n_heads, kv_rank=512, q_rank=q_rank, position=rope, yarn_mscale=mscale, **sizes
-    )
+def _attention(
+    *, n_heads: int, q_rank: int | None, rope: RopeSpec, mscale: float = 0.0, **dims: int
+) -> LatentAttentionSpec:
+    sizes: dict[str, Any] = {"nope_dim": 128, "rope_dim": 64, "v_dim": 128} | dims
+    return LatentAttentionSpec(n_heads=n_heads, kv_rank=512, q_rank=q_rank, position=rope, yarn_mscale=mscale, **sizes)
 
 
 def _moe(*, d_ff: int, n_experts: int, top_k: int, n_shared: int, **fields: Any) -> MoESpec:
@@ -71,17 +72,23 @@ def _moe(*, d_ff: int, n_experts: int, top_k: int, n_shared: int, **fields: Any)
         top_k=top_k,
         activation="silu",
         shared=DenseSpec(d_ff=n_shared * d_ff, activation="silu"),
-        **({"score": "sigmoid", "correction": True, "normalize_eps": deepseek_moe.EPS} | fields),
+        **_V3_CHOICE | fields,
     )
 
 
 def _preset(
-    family: str, *, mixer: LatentAttentionSpec, moe: MoESpec, n_layers: int, n_dense: int, d_ff: int, eps: float, **model: Any
+    family: str,
+    *,
+    mixer: LatentAttentionSpec,
+    moe: MoESpec,
+    n_layers: int,
+    n_dense: int,
+    d_ff: int,
+    eps: float,
+    **model: Any,
 ) -> ModelConfig:
     norm, dense = NormSpec(kind="rms", eps=eps), DenseSpec(d_ff=d_ff, activation="silu")
-    layers = in_order(
-        LayerSpec(norm=norm, mixer=mixer, ffn=dense if i < n_dense else moe) for i in range(n_layers)
-    )
+    layers = in_order(LayerSpec(norm=norm, mixer=mixer, ffn=dense if i < n_dense else moe) for i in range(n_layers))
     return ModelConfig(family=family, layers=layers, final_norm=norm, **model)
 
 
@@ -116,9 +123,7 @@ V2_PRESETS = {
     "deepseek-v2": _preset(
         "deepseek_v2",
         mixer=_attention(n_heads=128, q_rank=1536, rope=_ROPE, mscale=1.0),
-        moe=_moe(
-            d_ff=1536, n_experts=160, top_k=6, n_shared=2, n_groups=8, top_k_groups=3, routed_scale=16.0, **_V2
-        ),
+        moe=_moe(d_ff=1536, n_experts=160, top_k=6, n_shared=2, n_groups=8, top_k_groups=3, routed_scale=16.0, **_V2),
         n_layers=60,
         n_dense=1,
         d_ff=12_288,
@@ -133,7 +138,10 @@ V3_PRESETS = {
     "kimi-k2": _preset(
         "deepseek_v3",
         mixer=_attention(
-            n_heads=64, q_rank=1536, rope=RopeSpec(theta=50_000.0, scaling=replace(_yarn(32.0), beta_fast=1.0)), mscale=1.0
+            n_heads=64,
+            q_rank=1536,
+            rope=RopeSpec(theta=50_000.0, scaling=replace(_yarn(32.0), beta_fast=1.0)),
+            mscale=1.0,
         ),
         moe=_moe(d_ff=2048, n_experts=384, top_k=8, n_shared=1, routed_scale=2.827),
         n_layers=61,
@@ -217,7 +225,9 @@ def glm_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     n_dense = kinds.count("dense") if isinstance(kinds, list) else 0
     keys.must_be("mlp_layer_types", ["dense"] * n_dense + ["sparse"] * (min(n_layers, 10_001) - n_dense))
     keys.must_be("first_k_dense_replace", n_dense)
-    return _sigmoid_from_hf("glm4_moe_lite", ("glm4_moe_lite",), Keys({**raw, "first_k_dense_replace": n_dense}, "config.json"))
+    return _sigmoid_from_hf(
+        "glm4_moe_lite", ("glm4_moe_lite",), Keys({**raw, "first_k_dense_replace": n_dense}, "config.json")
+    )
 
 
 def _sigmoid_from_hf(family: str, types: tuple[str, ...], keys: Keys) -> ModelConfig:
@@ -230,7 +240,9 @@ def _sigmoid_from_hf(family: str, types: tuple[str, ...], keys: Keys) -> ModelCo
     return _model(family, keys, deepseek_moe.ffns_from_hf(keys, keys.integer("num_hidden_layers")))
 
 
-def _to_hf(config: ModelConfig, form: str, read: Callable[[Mapping[str, object]], ModelConfig], **own: Any) -> dict[str, object]:
+def _to_hf(
+    config: ModelConfig, form: str, read: Callable[[Mapping[str, object]], ModelConfig], **own: Any
+) -> dict[str, object]:
     mixer = of_kind(config.layers[0].mixer, LatentAttentionSpec, form)
     raw: dict[str, object] = {
         "vocab_size": config.vocab_size,
@@ -263,7 +275,9 @@ def v2_to_hf(config: ModelConfig) -> dict[str, object]:
 def v3_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 4.57.6 reads it, without the layer that is left out."""
     own = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "num_nextn_predict_layers": 0}
-    return _to_hf(config, "DeepSeek-V3's config.json", v3_from_hf, scoring_func="sigmoid", topk_method="noaux_tc", **own)
+    return _to_hf(
+        config, "DeepSeek-V3's config.json", v3_from_hf, scoring_func="sigmoid", topk_method="noaux_tc", **own
+    )
 
 
 def glm_to_hf(config: ModelConfig) -> dict[str, object]:
@@ -329,7 +343,9 @@ def family_of_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) 
     return V3 if gating == deepseek_moe.SIGMOID else V2
 
 
-def _to_gguf(config: ModelConfig, read: Callable[[Mapping[str, object], Mapping[str, Shape]], ModelConfig]) -> dict[str, object]:
+def _to_gguf(
+    config: ModelConfig, read: Callable[[Mapping[str, object], Mapping[str, Shape]], ModelConfig]
+) -> dict[str, object]:
     arch = "deepseek2"
     form, moe = f"GGUF arch {arch}", config.only_moe(f"GGUF arch {arch}")
     like = deepseek_moe.like_its_mixtures(config)

@@ -97,9 +97,7 @@ SOFTMAX, SIGMOID = 1, 2
 """``gguf.ExpertGatingFuncType``."""
 
 
-def ffns_from_gguf(
-    keys: Keys, n_layers: int, *, groups: bool = False, **mixture: Any
-) -> list[DenseSpec | MoESpec]:
+def ffns_from_gguf(keys: Keys, n_layers: int, *, groups: bool = False, **mixture: Any) -> list[DenseSpec | MoESpec]:
     """The feed-forward of every layer.
 
     Args:

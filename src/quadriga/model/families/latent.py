@@ -5,12 +5,13 @@
     GGUF          attention.q_lora_rank, kv_lora_rank, key_length_mla, value_length_mla, rope.dimension_count
                   rope.scaling.yarn_log_multiplier: 0.1 m; the rotation's own factor is 1 where it is given
 
-Rotary pairs lie side by side in both, behind the numbers of every head that do not turn. W_Kb and W_Vb are one matrix in
-Hugging Face's files and in GGUF files from before April 2025 (ggml-org/llama.cpp#12801), two tensors of all heads since.
-The norms of the latents have the epsilon 1e-6 in DeepSeek's own code and in transformers, whatever rms_norm_eps says;
-llama.cpp gives them the model's. Where the two differ (GLM-4.7-Flash, Kimi-K2: 1e-5) the models' own code is followed.
-Sources: transformers 4.57.6 and 5.24.0 (modeling_deepseek_v2, modeling_deepseek_v3), llama.cpp (src/models/deepseek2.cpp,
-conversion/deepseek.py). transformers before 5 leaves m out of DeepSeek-V2's scale; DeepSeek's own code has it.
+Rotary pairs lie side by side in both, behind the numbers of every head that do not turn. W_Kb and W_Vb are one matrix
+in Hugging Face's files and in GGUF files from before April 2025 (ggml-org/llama.cpp#12801), two tensors of all heads
+since. The norms of the latents have the epsilon 1e-6 in DeepSeek's own code and in transformers, whatever rms_norm_eps
+says; llama.cpp gives them the model's. Where the two differ (GLM-4.7-Flash: 1e-5) the models' own code is followed.
+Sources: transformers 4.57.6 and 5.24.0 (modeling_deepseek_v2, modeling_deepseek_v3), llama.cpp
+(src/models/deepseek2.cpp, conversion/deepseek.py). transformers before 5 leaves m out of DeepSeek-V2's scale;
+DeepSeek's own code has it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from quadriga.model.config import LatentAttentionSpec, ModelConfig, RopeSpec, Ya
 from quadriga.model.families.base import of_kind
 from quadriga.model.families.keys import Keys, shortest_float32
 from quadriga.model.families.pieces import copies
-from quadriga.model.families.rope_keys import rope_from_gguf, rope_from_hf, rope_to_gguf, rope_to_hf, usual_attention_factor
+from quadriga.model.families.rope_keys import (
+    rope_from_gguf,
+    rope_from_hf,
+    rope_to_gguf,
+    rope_to_hf,
+    usual_attention_factor,
+)
 from quadriga.model.weight_map import Piece, Shape, whole
 
 # config.json ---------------------------------------------------------------------------------------------------------
@@ -90,7 +97,9 @@ def mixer_from_gguf(
     """The mixer of every layer, of files with ``attn_kv_b`` and of those with ``attn_k_b`` and ``attn_v_b``."""
     n_heads, rope_dim = keys.integer("attention.head_count"), keys.integer("rope.dimension_count")
     rank = keys.integer("attention.kv_lora_rank")
-    if keys.given("attention.key_length_mla"):  # keys and values are the latent's, their heads' under names of their own
+    if keys.given(
+        "attention.key_length_mla"
+    ):  # keys and values are the latent's, their heads' under names of their own
         qk_dim, v_dim = keys.integer("attention.key_length_mla"), keys.integer("attention.value_length_mla")
         kv_heads, key, value = 1, rank + rope_dim, rank
     else:
@@ -120,7 +129,9 @@ def _rope_from_gguf(
 ) -> tuple[RopeSpec, float]:
     """The rotation, and the softmax scale's m."""
     rope = rope_from_gguf(keys, "deepseek2", metadata, shapes, max_seq_len, multiplier=True)
-    multiplier = keys.number("rope.scaling.yarn_log_multiplier") if keys.given("rope.scaling.yarn_log_multiplier") else 0
+    multiplier = (
+        keys.number("rope.scaling.yarn_log_multiplier") if keys.given("rope.scaling.yarn_log_multiplier") else 0
+    )
     if not isinstance(rope.scaling, YarnScaling):
         return rope, 0.0
     if not multiplier:

@@ -219,6 +219,17 @@ QD_EXPORT int32_t qd_row_stats(qd_context* context, const float* logits, int64_t
   });
 }
 
+QD_EXPORT int32_t qd_sample(qd_context* context, const qd_sampling* rows, int64_t n, int64_t v, qd_sampled* out,
+                            qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) {
+    check(v > 0 && v <= INT32_MAX, "a vocabulary has from 1 to 2^31 - 1 tokens", v);
+    c.reserve(&qd_context::Thread::a, sample_scratch(v));
+    c.pool.run(n, 1, [&](int64_t begin, int64_t end, int thread) {
+      for (int64_t i = begin; i < end; ++i) c.kernels->sample(rows[i], v, c.of_thread[size_t(thread)].a.data(), out + i);
+    });
+  });
+}
+
 QD_EXPORT int32_t qd_read_bandwidth(qd_context* context, const uint8_t* data, int64_t bytes, int32_t repeats, double* rate,
                                     qd_message* why) {
   return in_turn(context, why, [&](qd_context& c) {

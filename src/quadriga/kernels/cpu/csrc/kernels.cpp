@@ -5,6 +5,7 @@
 
 #include "matmul.inl"
 #include "elementwise.inl"
+#include "sampling.inl"
 #include "attention.inl"
 #include "pack.inl"
 #include "decode.inl"
@@ -12,7 +13,7 @@
 
 const Kernels* QD_TABLE() {
   static const Kernels table = {kWidth, make_panel, fill_group, tile_any, widen_any, tile_wide_any, norm, activate,
-                                add_scaled, scores, top_k, row_stats, attend, merge, write_kv, write_latent, pack_tile, unpack_row,
+                                add_scaled, scores, top_k, row_stats, sample, attend, merge, write_kv, write_latent, pack_tile, unpack_row,
                                 dequantize, to_q8_0, hidden_any, hidden_back_any, sum_rows_any, softmax_any, softmax_back_any, cross_entropy_any,
                                 peak_of, read_all};
   return &table;

@@ -28,6 +28,14 @@ inline int64_t attend_scratch(int n_rows, int d) {
   return int64_t(n_rows) * (d + 3 * QD_KV_CHUNK) + 2 * 16 * d + int64_t(QD_KV_CHUNK) * round_up_16(d);
 }
 
+constexpr int kSampleBlock = 256;  // tokens whose weights are summed together, counted from token 0
+
+// Weights in whole blocks, and two selections of them that are written 16 at a time; three numbers for each block.
+inline int64_t sample_scratch(int64_t v) {
+  const int64_t blocks = (v + kSampleBlock - 1) / kSampleBlock;
+  return 3 * (blocks * kSampleBlock + 16) + 4 * (blocks + 16);
+}
+
 constexpr int kPeakLines = 24;  // 64-byte lines of weights an iteration of `peak` multiplies
 
 struct Kernels {
@@ -54,6 +62,8 @@ struct Kernels {
   // is overwritten
   void (*top_k)(float* x, int64_t n, int k, int32_t* ids);
   void (*row_stats)(const float* x, int64_t n, int32_t* best, float* log_sum);
+  // scratch: sample_scratch(v) floats
+  void (*sample)(const qd_sampling&, int64_t v, float* scratch, qd_sampled* out);
   void (*attend)(const AttendChunk&);
   // (max, sum, out) of one row gets another chunk's; d padded to 16
   void (*merge)(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int padded);

@@ -186,6 +186,34 @@ typedef struct {
   const void* op; /* what that op takes: qd_embed, qd_attention, qd_ffn or qd_head */
 } qd_step;
 
+/* How one row of logits becomes a token. Fields whose count is 0 may be NULL. The order of it all is that of
+ * engine/request.py: penalties and bias, temperature, top-k, typical, top-p, min-p, XTC, one draw. */
+typedef struct {
+  const float* logits;      /* (V,), not changed */
+  const uint8_t* allowed;   /* (V,) 1 where a token may be chosen, or NULL: all may */
+  const int32_t* unused;    /* (n_unused,) ids that are never chosen and never listed */
+  const int32_t* early;     /* (n_early,) ids that are not chosen unless nothing else is allowed */
+  const int32_t* said;      /* (n_said,) different ids of prompt and answer */
+  const int32_t* counts;    /* (n_said,) how often each is in the answer */
+  const int32_t* moved;     /* (n_moved,) different ids */
+  const float* moves;       /* (n_moved,) what is added to their logits */
+  int32_t n_unused, n_early, n_said, n_moved;
+  double temperature, repetition_penalty, presence_penalty, frequency_penalty; /* temperature 0: greedy */
+  double top_p, min_p, typical_p; /* 1, 0, 1: all stay */
+  double xtc_probability, xtc_threshold; /* 0: none */
+  int32_t top_k, n_top; /* 0: all stay; the most probable tokens to list */
+  int64_t seed, position; /* the draw is Philox's for this key and counter */
+  int32_t* top_ids;     /* (n_top,), the most probable first, the lower id first of equal ones */
+  float* top_logits;    /* (n_top,) */
+} qd_sampling;
+
+typedef struct {
+  int32_t token;  /* -1: none may be chosen */
+  int32_t n_top;  /* listed: n_top, or as many as there are */
+  float log_sum;  /* log(sum(exp(logits))); not finite where a logit is not: no token then */
+  float logit;    /* the token's own, as it came */
+} qd_sampled;
+
 typedef struct {
   int64_t hits, misses; /* experts found in memory, and read */
   int64_t bytes_read, bytes_held;
@@ -241,6 +269,9 @@ int32_t qd_norm_rows(qd_context* context, const qd_norm* norm, const float* x, i
 /* Of every row of logits (r, v): the first largest index, and log(sum(exp)). */
 int32_t qd_row_stats(qd_context* context, const float* logits, int64_t r, int64_t v, int32_t* best, float* log_sum,
                      qd_message* why);
+
+/* A token for each of n rows of logits (v,). Rows are independent of one another and of the number of threads. */
+int32_t qd_sample(qd_context* context, const qd_sampling* rows, int64_t n, int64_t v, qd_sampled* out, qd_message* why);
 
 /* What lies between the matrix products of a training step. dtype: QD_FORMAT_FLOAT32 or QD_FORMAT_BFLOAT16, of every
  * uint8_t pointer's numbers. Slots are sorted by expert; home (N, k) is where token n's slot j lies among the sorted

@@ -430,23 +430,36 @@ QD_INLINE vf dot1(vf acc, vb w, uint32_t a) {
   return fma(as_float(bytes_as_int(w)), all(x), acc);
 }
 
+// One rounding on every instruction set; `fma` has two where the processor has no such instruction.
+QD_INLINE vf fused(vf a, vf b, vf c) {
+#if QD_AVX512 || QD_AVX2
+  return fma(a, b, c);
+#else
+  vf r;
+  QD_LANES r.v[i] = std::fma(a.v[i], b.v[i], c.v[i]);
+  return r;
+#endif
+}
+
 // e^x to about 2 units in the last place, 0 below -87. Range reduction by ln 2 in two parts, then a degree-6 Taylor
 // polynomial in Horner form on [-0.347, 0.347] (remainder 1.2e-7 relative).
-QD_INLINE vf exponential(vf x) {
+template <vf (*mul_add)(vf, vf, vf)>
+QD_INLINE vf exponential_by(vf x) {
   const vf clamped = vmin(vmax(x, all(-87.0f)), all(88.0f));
   const vf n = nearest(clamped * all(1.44269504088896341f));
-  vf r = fma(n, all(-0.693359375f), clamped);
-  r = fma(n, all(2.12194440e-4f), r);
+  vf r = mul_add(n, all(-0.693359375f), clamped);
+  r = mul_add(n, all(2.12194440e-4f), r);
   vf p = all(1.0f / 720);
-  p = fma(p, r, all(1.0f / 120));
-  p = fma(p, r, all(1.0f / 24));
-  p = fma(p, r, all(1.0f / 6));
-  p = fma(p, r, all(0.5f));
-  p = fma(p, r, all(1.0f));
-  p = fma(p, r, all(1.0f));
+  p = mul_add(p, r, all(1.0f / 120));
+  p = mul_add(p, r, all(1.0f / 24));
+  p = mul_add(p, r, all(1.0f / 6));
+  p = mul_add(p, r, all(0.5f));
+  p = mul_add(p, r, all(1.0f));
+  p = mul_add(p, r, all(1.0f));
   const vf power = as_float(shift_left<23>(to_int(n) + all_int(127)));
   const vf e = p * power;
   return greater_select(all(-87.0f), x, all(0.0f), e);
 }
+QD_INLINE vf exponential(vf x) { return exponential_by<fma>(x); }
 
 }  // namespace
