@@ -1768,9 +1768,11 @@ def import_weights(pieces, sources):
         if p.transpose:
             value = value.swapaxes(-1, -2)
         if p.rotary_heads:
-            half = value.shape[0] // p.rotary_heads // 2
-            pairs = value.reshape(p.rotary_heads, half, 2, -1)  # row 2j + s of a head -> row s * half + j
-            value = pairs.transpose(0, 2, 1, 3).reshape(value.shape)
+            heads = value.reshape(p.rotary_heads, value.shape[0] // p.rotary_heads, -1).copy()
+            n = p.rotary_last or heads.shape[1]
+            pairs = heads[:, -n:].reshape(p.rotary_heads, n // 2, 2, -1)  # row 2j + s of them -> row s * half + j
+            heads[:, -n:] = pairs.transpose(0, 2, 1, 3).reshape(p.rotary_heads, n, -1)
+            value = heads.reshape(value.shape)
         parameters[p.target][tuple(slice(a, b) for a, b in p.target_box or whole(p.target_shape))] = value
     return parameters
 

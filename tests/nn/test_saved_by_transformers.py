@@ -29,6 +29,15 @@ FAMILIES: dict[str, dict[str, object]] = {
     "ernie4_5-moe": {"moe_layer_end_index": -1},  # for which GGUF has no key
     "hunyuan-moe": {},
     "qwen2moe": {"mlp_only_layers": []},  # GGUF has no place for a dense layer
+    "deepseek-v3": {  # GGUF has one number for both of YaRN's
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.7,
+            "original_max_position_embeddings": 16,
+        }
+    },
 }
 """Golden models, and what is different here."""
 BAR = 2e-5

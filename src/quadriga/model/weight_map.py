@@ -74,6 +74,8 @@ class Piece:
     """Swap the last two axes."""
     rotary_heads: int = 0
     """Heads whose rows are stored as interleaved rotary pairs (Meta, GGUF llama) and must become halves; 0: none."""
+    rotary_last: int = 0
+    """Of each of these heads the last rows that are pairs (latent attention); 0: all of a head's rows are."""
 
 
 def whole(shape: Shape) -> Box:

@@ -16,7 +16,7 @@ DeepSeek's own code has it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -218,36 +218,19 @@ def _turning(config: ModelConfig, q: str, q_b: str, kv_a: str) -> list[Piece]:
     pieces = []
     for i, spec in _mixers(config):
         own, source = ("wq", q) if spec.q_rank is None else ("wq_b", q_b)
-        heads = [(h * spec.qk_dim, spec.nope_dim) for h in range(spec.n_heads)]
-        shape = (spec.n_heads * spec.qk_dim, spec.q_rank or config.d_model)
-        pieces += _with_pairs(f"layers.{i}.attn.{own}.weight", source.format(i=i), shape, heads, spec.rope_dim)
-        shape = (spec.head_dim, config.d_model)
-        latent = [(0, spec.kv_rank)]
-        pieces += _with_pairs(f"layers.{i}.attn.wkv_a.weight", kv_a.format(i=i), shape, latent, spec.rope_dim)
-    return pieces
-
-
-def _with_pairs(
-    target: str, source: str, shape: tuple[int, int], parts: Sequence[tuple[int, int]], n_turning: int
-) -> list[Piece]:
-    """Pieces of a matrix whose parts have ``n_turning`` rows in pairs behind their plain ones.
-
-    Args:
-        parts: (first row, plain rows) of each.
-    """
-    pieces = []
-    for first, n_plain in parts:
-        for start, n, rotary in ((first, n_plain, 0), (first + n_plain, n_turning, 1)):
-            box = ((start, start + n), (0, shape[1]))
+        queries = (spec.n_heads * spec.qk_dim, spec.q_rank or config.d_model)
+        for part, name, shape, n_heads in (
+            (own, source, queries, spec.n_heads),
+            ("wkv_a", kv_a, (spec.head_dim, config.d_model), 1),
+        ):
             pieces.append(
                 Piece(
-                    source=source,
+                    source=name.format(i=i),
                     source_shape=shape,
-                    source_box=box,
-                    target=target,
+                    target=f"layers.{i}.attn.{part}.weight",
                     target_shape=shape,
-                    target_box=box,
-                    rotary_heads=rotary,
+                    rotary_heads=n_heads,
+                    rotary_last=spec.rope_dim,
                 )
             )
     return pieces
