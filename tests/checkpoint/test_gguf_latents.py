@@ -40,7 +40,10 @@ def joined(heads: Path, out: Path, mixer: LatentAttentionSpec, *, beside: bool =
     source = GGUFSource(heads)
     tensors, content = {}, {}
     for name, tensor in source.header.tensors.items():
-        tensors[name], content[name] = (tensor.shape, tensor.format), bytes(source.raw(name, 0, prod(tensor.shape[:-1])))
+        tensors[name], content[name] = (
+            (tensor.shape, tensor.format),
+            bytes(source.raw(name, 0, prod(tensor.shape[:-1]))),
+        )
     for i in range(CONFIG.n_layers):
         names = [f"blk.{i}.attn_{part}_b.weight" for part in "kv"]
         k, v = (np.frombuffer(content[name], np.float32).reshape(tensors[name][0]) for name in names)
