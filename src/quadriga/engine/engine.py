@@ -28,6 +28,7 @@ from hashlib import blake2b
 
 import numpy as np
 
+from quadriga.engine.blocks import BlockTable
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.pace import Pace
 from quadriga.engine.pooling import Pooling
@@ -145,7 +146,11 @@ class Engine:
         # A checkpoint may name an end token that its vocabulary does not list: it still ends answers.
         self.unused = Unused(i for i in rows if i not in end_ids)
         self.scheduler = Scheduler(
-            runner.n_blocks, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, prefix_cache=prefix_cache
+            runner.n_blocks,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            prefix_cache=prefix_cache,
+            windows=runner.cache.windows,
         )
         self.pace: Pace | None = None
         self._active: dict[int, _Active] = {}
@@ -552,28 +557,25 @@ class Engine:
 
     def _passes(self, token_ids: Sequence[int], chunk: int) -> Iterator[PassResult]:
         """Run one sequence beside everything else, in blocks of its own: logits and routing of every pass."""
-        n, pool = len(token_ids), self.scheduler.pool
-        blocks: list[int] = []
+        n, blocks = len(token_ids), BlockTable(self.scheduler.pool, self.scheduler.windows)
         try:
-            for _ in range(-(-n // BLOCK_TOKENS)):
-                block = pool.allocate()
-                if block is None:
-                    raise BusyError(f"{n} tokens do not fit into the free part of the cache; ask again later")
-                blocks.append(block)
             for start in range(0, n, chunk):
                 stop = min(start + chunk, n)
+                blocks.let_go(start)
+                while len(blocks) * BLOCK_TOKENS < stop:
+                    if not blocks.extend():
+                        raise BusyError(f"{n} tokens do not fit into the free part of the cache; ask again later")
                 ints = (
                     token_ids[start:stop],
                     range(start, stop),
                     (0, stop - start),
-                    blocks,
+                    blocks.rows,
                     (0, len(blocks)),
                     range(stop - start),
                 )
                 yield self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)), routing=True)
         finally:
-            for block in blocks:
-                pool.release(block)
+            blocks.cut(0)
 
 
 def _instead(active: _Active, answered: Sequence[TokenEvent]) -> Callable[[int], int] | None:
@@ -706,7 +708,7 @@ def build_batch(plan: Plan) -> tuple[Batch, list[int]]:
     tokens: list[int] = []
     positions: list[int] = []
     starts, table_starts = [0], [0]
-    tables: list[int] = []
+    tables = [list[int]() for _ in plan.chunks[0].sequence.blocks.rows]
     rows: list[int] = []
     first_rows: list[int] = []
     for chunk in plan.chunks:
@@ -719,7 +721,8 @@ def build_batch(plan: Plan) -> tuple[Batch, list[int]]:
         tokens.extend(chunk.tokens)
         positions.extend(range(chunk.start, chunk.start + n))
         starts.append(len(tokens))
-        tables.extend(chunk.sequence.blocks)
-        table_starts.append(len(tables))
+        for table, row in zip(tables, chunk.sequence.blocks.rows, strict=True):
+            table.extend(row)
+        table_starts.append(len(tables[0]))
     ints = (tokens, positions, starts, tables, table_starts, rows)
     return Batch(*(np.array(x, dtype=np.int32) for x in ints)), first_rows

@@ -62,7 +62,7 @@ class Choice:
 
     top_k: int
     score: str = "softmax"
-    """softmax over all experts, or each one's sigmoid."""
+    """softmax over all experts, each one's sigmoid, or sparse_mixer; see ``MoESpec``."""
     normalize_p: float | None = 1.0
     """weight = score / max(p-norm of the chosen scores + normalize_eps, normalize_min) * scale; None: score * scale."""
     normalize_eps: float = 0.0
@@ -73,6 +73,8 @@ class Choice:
     top_k_groups: int = 1
     group_worth: str = "two_best"
     """How good a group is: its two best scores together, or its "best" one."""
+    near: float = 0.0
+    """Of a sparse mixer, ``2 * MoESpec.mixer_eps``."""
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def _norm_shapes(name: str, norm: NormSpec, d_model: int) -> dict[str, Shape]:
 def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
     """Every parameter of one layer, without the ``layers.{i}.`` before its name, in the order of a forward pass."""
     d, attn, ffn = d_model, layer.mixer, layer.ffn
-    shapes: dict[str, Shape] = _norm_shapes("attn_norm", layer.norm, d)
+    shapes: dict[str, Shape] = _norm_shapes("attn_norm", layer.norm, d) if layer.pre_norms else {}
     if isinstance(attn, LatentAttentionSpec):
         shapes |= _latent_shapes(attn, d)
     else:
@@ -140,7 +140,8 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
         shapes["attn.k_norm.weight"] = (attn.head_dim if by_head else attn.kv_dim,)
     if layer.post_norms:
         shapes |= _norm_shapes("attn_post_norm", layer.norm, d)
-    shapes |= _norm_shapes("ffn_norm", layer.norm, d)
+    if layer.pre_norms:
+        shapes |= _norm_shapes("ffn_norm", layer.norm, d)
     match ffn:
         case DenseSpec():
             if ffn.gated:

@@ -24,6 +24,7 @@ from quadriga.server import (
     completions,
     docs_page,
     fields,
+    llamacpp,
     messages,
     ollama,
     responses,
@@ -42,6 +43,8 @@ from quadriga.server.schema import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
     TemplateRequest,
     TokenizeRequest,
 )
@@ -213,6 +216,8 @@ def build(service: Service, limits: Limits, store: FileStore | None = None) -> G
         "/messages": generates(messages.MessagesRequest, messages.complete, messages.stream),
         "/messages/count_tokens": simple(messages.CountRequest, messages.count),
         "/embeddings": simple(EmbeddingRequest, text_routes.embeddings),
+        "/rerank": simple(RerankRequest, text_routes.rerank),
+        "/score": simple(ScoreRequest, text_routes.score),
         "/tokenize": simple(TokenizeRequest, text_routes.tokenize),
         "/detokenize": simple(DetokenizeRequest, text_routes.detokenize),
         "/apply-template": simple(TemplateRequest, text_routes.apply_template),
@@ -239,7 +244,13 @@ def build(service: Service, limits: Limits, store: FileStore | None = None) -> G
         "/api/pull": simple(ollama.OllamaModel, ollama.pull),
         **{f"/api/{verb}": ollama.refuse(done) for verb, done in ollama.MANAGES.items()},
     }
+    theirs |= {
+        "/completion": simple(llamacpp.LlamaCompletion, llamacpp.answer),
+        "/infill": simple(llamacpp.LlamaInfill, llamacpp.answer),
+    }
     asked = {
+        "/props": plain(lambda: llamacpp.props(service)),
+        "/slots": plain(lambda: llamacpp.slots(service)),
         "/api/tags": plain(lambda: ollama.tags(service)),
         "/api/ps": plain(lambda: ollama.running(service)),
         "/api/version": plain(ollama.version),

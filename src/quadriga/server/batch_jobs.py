@@ -4,9 +4,9 @@
          └► failed      ├► cancelling ─► cancelled
                         └► expired: what was not answered within the window
 
-Everything is in the directory of the files: ``batch_ID.json`` has the state, ``batch_ID.output.part`` and ``.error.part``
-the answers so far. A server that is started again goes on where the one before was stopped; no line is answered twice but
-one whose answer was not on the disk yet.
+Everything is in the directory of the files: ``batch_ID.json`` has the state, ``batch_ID.output.part`` and its like for
+errors the answers so far. A server that is started again goes on where the one before was stopped; no line is answered
+twice but one whose answer was not on the disk yet.
 
 Lines are computed when nobody else wants the places: at the lowest priority, some at once, one batch after another.
 """

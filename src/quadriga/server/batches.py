@@ -1,4 +1,4 @@
-"""POST /v1/batches with lines: requests as JSON lines in, answers as JSON lines out, as each is done. Nothing is stored.
+"""POST /v1/batches with lines: requests as JSON lines in, answers as JSON lines out, as each is done. Nothing stays.
 With the name of a file it is ``batch_jobs``'.
 
 A line is ``{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}``, as OpenAI's batch

@@ -172,7 +172,7 @@ def _whole(service: Service, body: ChatRequest, answers: Answers, reading: Readi
         shown: dict[str, Any] = {
             "index": choice.index,
             "message": message,
-            "logprobs": _logprobs(service, choice.events) if body.logprobs else None,
+            "logprobs": logprobs_of(service, choice.events) if body.logprobs else None,
             "finish_reason": finish_reason(choice, bool(answer.calls)),
         }
         if body.routing:
@@ -201,7 +201,7 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
             return {**head, "choices": [one], **with_usage, **more}
 
         def write(choice: Choice, event: TokenEvent) -> None:
-            extra: dict[str, Any] = {"logprobs": _logprobs(service, [event])} if body.logprobs else {}
+            extra: dict[str, Any] = {"logprobs": logprobs_of(service, [event])} if body.logprobs else {}
             if body.routing:
                 extra["routing"] = service.routing(event)
             reader, last = readers[choice.index], event.finish_reason is not None
@@ -260,7 +260,8 @@ def record(service: Service, answers: Answers) -> None:
         service.metrics.done(choice.finish_reason or "cancelled", first, now - answers.started, len(choice.events))
 
 
-def _logprobs(service: Service, events: list[TokenEvent]) -> dict[str, Any]:
+def logprobs_of(service: Service, events: list[TokenEvent]) -> dict[str, Any]:
+    """The log-probabilities of an answer's tokens, as OpenAI writes them."""
     return {
         "content": [
             part(

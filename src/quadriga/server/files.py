@@ -62,7 +62,8 @@ class FileStore:
 
     def room(self) -> int:
         """Bytes that may still come."""
-        return self.max_bytes - sum(facts["bytes"] for facts in self._facts.values())
+        used: int = sum(facts["bytes"] for facts in self._facts.values())
+        return self.max_bytes - used
 
     def add(self, data: Path, filename: str, purpose: str, owner: str) -> dict[str, Any]:
         """Keep a file that lies in the folder already; it is renamed.

@@ -11,6 +11,7 @@ from msgspec import Struct
 from starlette.responses import Response
 
 from quadriga.server import chat, text_routes
+from quadriga.server.completions import stop_hit
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import (
     ChatRequest,
@@ -250,13 +251,8 @@ def _stop(service: Service, body: MessagesRequest, answers: Answers, called: boo
         return "tool_use", None
     if choice.finish_reason == "length":
         return "max_tokens", None
-    ids = [event.token_id for event in choice.events]
-    if body.stop_sequences and ids and ids[-1] not in service.llm.end_ids:
-        raw = service.llm._need_tokenizer().decode(ids)
-        found = [(raw.find(stop), stop) for stop in body.stop_sequences if stop in raw]
-        if found:
-            return "stop_sequence", min(found)[1]
-    return "end_turn", None
+    hit = stop_hit(service, choice, body.stop_sequences or ())
+    return ("end_turn", None) if hit is None else ("stop_sequence", hit)
 
 
 def _usage(answers: Answers, n_thinking: int = 0) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "6b7daf8ce575419a08cc12fc0966dfd82a98a8f1d574d6a4a30fcb6158fc2849"
+HEADER_SHA256 = "2a040edef76ede8f238e4fe7219b3a22a840a6cf1f150b8e5e5ac5e7cc210298"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -36,6 +36,13 @@ class Format(IntEnum):
     Q4 = 3
     Q4M = 4
     MX4 = 5
+    IQ4NL = 6
+    Q2K = 7
+    Q3K = 8
+    Q4K = 9
+    Q5K = 10
+    Q6K = 11
+    IQ4XS = 12
 
 
 class Source(IntEnum):
@@ -48,6 +55,7 @@ class Source(IntEnum):
     Q4_0 = 4
     Q4_1 = 5
     MX4 = 6
+    IQ4_NL = 7
 
 
 class Stored(IntEnum):
@@ -109,6 +117,7 @@ class Score(IntEnum):
 
     SOFTMAX = 0
     SIGMOID = 1
+    SPARSE_MIXER = 2
 
 
 class Aggregate(IntEnum):
@@ -193,7 +202,8 @@ class Attention(c.Structure):
     _fields_ = [
         ("norm", Norm),
         ("post_norm", Norm),
-        ("wqkv", Matrix),
+        ("wqkv", c.POINTER(Matrix)),
+        ("n_wqkv", c.c_int32),
         ("wo", Matrix),
         ("n_heads", c.c_int32),
         ("n_kv_heads", c.c_int32),
@@ -217,6 +227,7 @@ class Attention(c.Structure):
         ("rotary_dim", c.c_int32),
         ("rotary_scale", c.c_float),
         ("norm_after_rotation", c.c_int32),
+        ("cache_group", c.c_int32),
         ("kv_rank", c.c_int32),
         ("rope_dim", c.c_int32),
         ("nope_dim", c.c_int32),
@@ -270,6 +281,7 @@ class Ffn(c.Structure):
         ("shared_down", Matrix),
         ("shared_weight", Matrix),
         ("shared_activation", c.c_int32),
+        ("near", c.c_float),
     ]
 
 
@@ -299,6 +311,7 @@ class Batch(c.Structure):
         ("rows", c.c_void_p),
         ("logits", c.c_void_p),
         ("hidden", c.c_void_p),
+        ("table_size", c.c_int64),
     ]
 
 

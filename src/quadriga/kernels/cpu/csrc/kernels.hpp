@@ -38,7 +38,7 @@ inline int64_t sample_scratch(int64_t v) {
 
 constexpr int kPeakLines = 24;  // 64-byte lines of weights an iteration of `peak` multiplies
 
-struct Kernels {
+struct Products {  // products.cpp
   int max_width;  // tokens of a panel
 
   // x: `width` row pointers of `cols` floats -> a panel (panel_units(kind, cols) * width units)
@@ -48,10 +48,13 @@ struct Kernels {
   // out[t * out_stride + r] = sum_c tile[r, c] * panel[t, c] for the 16 rows of a tile
   void (*tile)(int format, bool fine, const uint8_t* tile, int64_t cols, const uint32_t* panel, int width, float* out,
                int64_t out_stride);
-  // Unpack a tile of nibbles into bytes and float32 scales; tile_wide gives the same bits as tile.
+  // Unpack a tile into bytes and float32 scales (wide_group_bytes); tile_wide gives the same bits as tile.
   void (*widen)(int format, const uint8_t* tile, int64_t cols, uint8_t* wide);
   void (*tile_wide)(int format, bool fine, const uint8_t* wide, int64_t cols, const uint32_t* panel, int width,
                     float* out, int64_t out_stride);
+};
+
+struct Kernels : Products {
   void (*norm)(const qd_norm&, const float* x, int64_t d, float* out);
   // hidden[i] = activation(gate[i]) * up[i], or activation(up[i]) without a gate; n a multiple of 16
   void (*activate)(int activation, const float* gate, const float* up, int64_t n, float* hidden);
@@ -72,6 +75,8 @@ struct Kernels {
 
   int64_t (*pack)(int source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols, int64_t tile, int format,
                   uint8_t* out, const float* importance);
+  // One tile from blocks of 256 numbers, as they are; 1 + the first row whose scale is no number, or 0.
+  int64_t (*pack_blocks)(int stored, const uint8_t* in, int64_t row_bytes, int n_rows, int64_t cols, uint8_t* out);
   void (*unpack_row)(int format, const uint8_t* packed, int64_t cols, int64_t row, float* out);
   void (*dequantize)(int stored, const uint8_t* blocks, int64_t n, const int8_t* codebook, float* out);
   bool (*to_q8_0)(int stored, const uint8_t* blocks, int64_t n, uint8_t* out);  // false: q8_0 does not hold them exactly

@@ -19,17 +19,18 @@ void turn(const float* x, int n, const float* table, float* out) {
 
 // (N, H (nope + rope)) from the normed states: one projection, or through the queries' own latent.
 const float* project_queries(qd_context& c, const qd_attention& op, const float* normed, int64_t n) {
-  const int64_t rows = op.wqkv.rows;
+  const qd_matrix& projection = op.wqkv[0];
+  const int64_t rows = projection.rows;
   float* heads = c.heads.reserve(n * std::max<int64_t>(rows, int64_t(op.n_heads) * op.v_dim));
   if (!op.wq_a.data) {
-    linear(c, op.wqkv, normed, op.wqkv.cols, n, heads, rows, false);
+    linear(c, projection, normed, projection.cols, n, heads, rows, false);
     return heads;
   }
   const int64_t rank = op.wq_a.rows;
   float* low = c.projected.reserve(n * rank);
   linear(c, op.wq_a, normed, op.wq_a.cols, n, low, rank, false);
   norm_rows(c, op.q_a_norm, low, n, rank, low);
-  linear(c, op.wqkv, low, rank, n, heads, rows, false);
+  linear(c, projection, low, rank, n, heads, rows, false);
   return heads;
 }
 
@@ -39,8 +40,7 @@ void run_latent_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
   const int64_t n = b.n_tokens, dim = op.wkv_a.cols;
   const int d = op.head_dim, rank = op.kv_rank, rope = op.rope_dim, half = rope / 2, n_heads = op.n_heads;
   const int64_t q_head = op.nope_dim + rope, q_row = n_heads * q_head, row = int64_t(n_heads) * d;
-  float* normed = c.normed.reserve(n * dim);
-  norm_rows(c, op.norm, b.hidden, n, dim, normed);
+  const float* normed = normed_or_as_is(c, op.norm, b.hidden, n, dim);
   const float* heads = project_queries(c, op, normed, n);
   float* latents = c.latents.reserve(n * d);
   linear(c, op.wkv_a, normed, dim, n, latents, d, false);
@@ -63,7 +63,7 @@ void run_latent_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
       float* latent = latents + i * d;
       c.kernels->norm(op.kv_a_norm, latent, rank, latent);
       turn(latent + rank, rope, table, latent + rank);
-      const int32_t block = b.tables[b.table_starts[s] + position / QD_BLOCK_TOKENS];
+      const int32_t block = block_table(op, b, s)[position / QD_BLOCK_TOKENS];
       c.kernels->write_latent(op.kv_format, rank, d, latent, position % QD_BLOCK_TOKENS, op.kv + block * block_bytes);
     }
   });

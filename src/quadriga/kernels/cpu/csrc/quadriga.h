@@ -38,12 +38,15 @@ enum qd_status {
 };
 enum qd_format {
   QD_FORMAT_FLOAT32 = 0, QD_FORMAT_BFLOAT16 = 1, QD_FORMAT_Q8 = 2, QD_FORMAT_Q4 = 3, QD_FORMAT_Q4M = 4,
-  QD_FORMAT_MX4 = 5
+  QD_FORMAT_MX4 = 5, QD_FORMAT_IQ4NL = 6,
+  /* from here on blocks of 256 columns */
+  QD_FORMAT_Q2K = 7, QD_FORMAT_Q3K = 8, QD_FORMAT_Q4K = 9, QD_FORMAT_Q5K = 10, QD_FORMAT_Q6K = 11, QD_FORMAT_IQ4XS = 12
 };
 enum qd_source {
   QD_SOURCE_FLOAT32 = 0, QD_SOURCE_BFLOAT16 = 1, QD_SOURCE_FLOAT16 = 2,
   QD_SOURCE_Q8_0 = 3, QD_SOURCE_Q4_0 = 4, QD_SOURCE_Q4_1 = 5,
-  QD_SOURCE_MX4 = 6 /* 18 bytes: half of an MXFP4 block's scale as float16, codes 2 j and 2 j + 1 in byte j */
+  QD_SOURCE_MX4 = 6, /* 18 bytes: half of an MXFP4 block's scale as float16, codes 2 j and 2 j + 1 in byte j */
+  QD_SOURCE_IQ4_NL = 7
 };
 /* Block formats of GGUF files, under their names in quant/formats.py. */
 enum qd_stored {
@@ -61,7 +64,7 @@ enum qd_activation {
   QD_ACTIVATION_SILU = 0, QD_ACTIVATION_GELU = 1, QD_ACTIVATION_GELU_TANH = 2, QD_ACTIVATION_RELU = 3,
   QD_ACTIVATION_CLAMPED_GLU = 4 /* of gate and up together: (u + 1) g sigmoid(1.702 g), g <= 7, u in [-7, 7] */
 };
-enum qd_score { QD_SCORE_SOFTMAX = 0, QD_SCORE_SIGMOID = 1 };
+enum qd_score { QD_SCORE_SOFTMAX = 0, QD_SCORE_SIGMOID = 1, QD_SCORE_SPARSE_MIXER = 2 };
 enum qd_aggregate { QD_AGGREGATE_WEIGHTED_SUM = 0, QD_AGGREGATE_VOTE = 1, QD_AGGREGATE_FUSE = 2 };
 enum qd_isa { QD_ISA_PORTABLE = 0, QD_ISA_AVX2 = 1, QD_ISA_AVX512 = 2 }; /* each has all of the ones before it */
 enum qd_op {
@@ -100,8 +103,10 @@ typedef struct {
 } qd_embed;
 
 typedef struct {
-  qd_norm norm, post_norm;
-  qd_matrix wqkv, wo; /* (H d + 2 K d, D), (D, H d) */
+  qd_norm norm, post_norm;  /* NULL weight: none */
+  const qd_matrix* wqkv;    /* (H d + 2 K d, D), in n_wqkv pieces of rows, whose formats may differ */
+  int32_t n_wqkv;
+  qd_matrix wo; /* (D, H d) */
   int32_t n_heads, n_kv_heads, head_dim, kv_format;
   qd_norm q_norm, k_norm;             /* of q and k before clipping and rotation; NULL weight: none */
   int32_t q_norm_width, k_norm_width; /* numbers that are normed together: d for each head, or H d and K d for all */
@@ -119,6 +124,7 @@ typedef struct {
   int32_t rotary_dim;       /* numbers of a head that turn, the first ones */
   float rotary_scale;       /* of cos and sin */
   int32_t norm_after_rotation;
+  int32_t cache_group; /* which of a pass's tables names the layer's blocks */
 
   /* Latent attention, R = kv_rank numbers and rope_dim that turn a token, where kv_rank is not 0: one key of head_dim =
    * R + rope_dim for all heads, whose first R are the value; n_kv_heads is 1, and kv n_blocks x qd_latent_bytes. */
@@ -130,7 +136,7 @@ typedef struct {
 } qd_attention;
 
 typedef struct {
-  qd_norm norm, post_norm;
+  qd_norm norm, post_norm; /* NULL weight: none */
   qd_matrix router;      /* (E, D) float32; data NULL: one dense network */
   const qd_matrix* gate; /* E of (F, D), or NULL: not gated */
   const qd_matrix* up;   /* E of (F, D) */
@@ -159,6 +165,8 @@ typedef struct {
   qd_matrix shared_gate, shared_up, shared_down; /* (S, D), (S, D), (D, S); data NULL: none */
   qd_matrix shared_weight; /* (1, D) float32: the sigmoid of its product weighs the network's output; data NULL: 1 */
   int32_t shared_activation;
+  float near; /* QD_SCORE_SPARSE_MIXER: each of two experts weighs its softmax over those whose logit s, of all but the
+                 ones before, has (its own - s) <= near max(|s|, its own) */
 } qd_ffn;
 
 typedef struct {
@@ -174,11 +182,12 @@ typedef struct {
   const int32_t* tokens;       /* (N,) */
   const int32_t* positions;    /* (N,) */
   const int32_t* starts;       /* (S + 1,) */
-  const int32_t* tables;       /* KV blocks of all sequences, end to end */
+  const int32_t* tables;       /* (groups, table_size) KV blocks of all sequences, end to end; -1: nobody sees it */
   const int32_t* table_starts; /* (S + 1,) */
   const int32_t* rows;         /* (R,) tokens whose logits are wanted */
   float* logits;               /* (R, V) */
   float* hidden;               /* (N, D) the residual stream; scratch of the caller */
+  int64_t table_size;          /* blocks in one group's tables */
 } qd_batch;
 
 typedef struct {
@@ -231,7 +240,7 @@ const qd_field* qd_fields(void);    /* of every struct above, in any order, ende
 int32_t qd_best_isa(int32_t* isa, qd_message* why);
 int32_t qd_create(int32_t n_threads, int32_t isa, qd_context** context, qd_message* why);
 int32_t qd_destroy(qd_context* context, qd_message* why);
-/* 1: activations of q8, q4, q4m, mx4 matrices in 15 bits instead of 8. */
+/* 1: activations of quantised matrices (q8 and all after it) in 15 bits instead of 8. */
 int32_t qd_set_fine(qd_context* context, int32_t fine, qd_message* why);
 
 int32_t qd_packed_bytes(int32_t format, int64_t rows, int64_t cols, int64_t* bytes, qd_message* why);
@@ -241,13 +250,15 @@ int32_t qd_kv_bytes(int32_t kv_format, int32_t head_dim, int64_t* bytes, qd_mess
 int32_t qd_latent_bytes(int32_t kv_format, int32_t rank, int32_t rope_dim, int64_t* bytes, qd_message* why);
 
 /* Pack rows x cols numbers stored row-major as `source` (rows `row_bytes` apart) into out (qd_packed_bytes).
- * Block sources are copied bit by bit and need the matching format (q8_0 -> q8, q4_0 -> q4, q4_1 -> q4m, mx4 -> mx4).
+ * Block sources are copied bit by bit and need the matching format (q8_0 -> q8, q4_0 -> q4, q4_1 -> q4m, mx4 -> mx4,
+ * iq4_nl -> iq4nl). Formats of blocks of 256 are made of such blocks only: qd_pack_stored.
  * importance: (cols,) weight of each column's squared error in the scale search, or NULL for one.
  * bad_row: the first row that holds a number the format cannot store, or -1. */
 int32_t qd_pack(qd_context* context, int32_t source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols,
                 int32_t format, uint8_t* out, const float* importance, int64_t* bad_row, qd_message* why);
 /* qd_pack of the numbers that blocks of any qd_stored stand for; see qd_dequantize. Where q8 holds them exactly (q4_0, q5_0,
- * iq4_nl, tq1_0, tq2_0, mxfp4 under scales that float16 has), it does. */
+ * iq4_nl, tq1_0, tq2_0, mxfp4 under scales that float16 has), it does. Blocks of 256 are copied bit by bit into their own
+ * format (q4_k -> q4k and so on), the last of a row also where cols is no multiple of 256. */
 int32_t qd_pack_stored(qd_context* context, int32_t stored, const uint8_t* in, int64_t row_bytes, int64_t rows, int64_t cols,
                        const uint8_t* codebook, int32_t format, uint8_t* out, const float* importance, int64_t* bad_row,
                        qd_message* why);

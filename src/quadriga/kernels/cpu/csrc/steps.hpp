@@ -24,3 +24,10 @@ struct HeadStrides {
 void head_linear(qd_context&, const qd_matrix&, int n_heads, const float* x, HeadStrides of_x, int64_t n, float* out,
                  HeadStrides of_out);
 void norm_rows(qd_context&, const qd_norm&, const float* x, int64_t n, int64_t d, float* out);
+// x normed into memory of the context, or x itself where the layer has no such norm.
+const float* normed_or_as_is(qd_context&, const qd_norm&, const float* x, int64_t n, int64_t d);
+
+// The blocks of a sequence in a layer.
+inline const int32_t* block_table(const qd_attention& op, const qd_batch& b, int sequence) {
+  return b.tables + op.cache_group * b.table_size + b.table_starts[sequence];
+}
