@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quadriga import __version__
 from quadriga.errors import ConfigError, RequestError
 from quadriga.kernels.cpu.expert_store import ExpertStore
+from quadriga.kernels.cpu.library import library_path
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
 from quadriga.kernels.cpu.program import (
     AttentionArgs,
@@ -52,6 +55,10 @@ ACTIVATIONS = ("auto", "int8", "int16")
 
 MAX_TOKENS = 2048
 """Tokens of one pass: bounds the activations of a long prompt; more is not faster."""
+
+
+_LOOKS, _LOOK_BYTES = 64, 4096
+"""What :meth:`CompiledModel.identity` reads of a matrix: so many pieces of so many bytes."""
 
 
 def pack_parameters(parameters: Mapping[str, Array], form: str) -> dict[str, Parameter]:
@@ -146,7 +153,8 @@ class CompiledModel:
             isa=isa,
         )
         self.parameters, self.store = parameters, store
-        self.row_sampler = RowSampler(self.program.context)
+        self.row_sampler: RowSampler | None = RowSampler(self.program.context)
+        self._multiplied = (activations, small)  # what decides how quantised matrices are multiplied
         self.cache = cache or one_group(config.n_layers)
         shares = [layer_block_bytes(config.layers[layer], kv_format) for layer in self.cache.slot_layers]
         self._kv = [allocate(n_blocks * n_bytes) for n_bytes in shares]
@@ -187,10 +195,8 @@ class CompiledModel:
         """
         assert adapters is None, "there are none: adapters() refuses"
         logits, n = self.program.run(batch), len(batch.tokens)
-        norm = self._norm("final_norm.weight", self.config.final_norm)
-        return PassResult(
-            logits, self.program.hidden(n, norm) if hidden else None, self._router_stats(n) if routing else None
-        )
+        states = self.program.hidden(n, self._norm("final_norm.weight", self.config.final_norm)) if hidden else None
+        return PassResult(logits, states, self._router_stats(n) if routing else None)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :class:`Runner`."""
@@ -198,6 +204,48 @@ class CompiledModel:
         for kv in self._kv:
             blocks = kv.reshape(self.n_blocks, -1)
             blocks[target] = blocks[source]
+
+    def read_block(self, block: int) -> bytes:
+        """What a block of the cache holds, of all layers."""
+        return b"".join(kv.reshape(self.n_blocks, -1)[block].tobytes() for kv in self._kv)
+
+    def write_block(self, block: int, content: bytes) -> None:
+        """Put back what :meth:`read_block` has read.
+
+        Raises:
+            ConfigError: it is of another size.
+        """
+        rows = [kv.reshape(self.n_blocks, -1)[block] for kv in self._kv]
+        if len(content) != sum(row.nbytes for row in rows):
+            raise ConfigError(f"a block has {sum(row.nbytes for row in rows)} bytes, got {len(content)}")
+        at = 0
+        for row in rows:
+            row[:] = np.frombuffer(content, dtype=row.dtype, count=row.size, offset=at)
+            at += row.nbytes
+
+    def identity(self) -> bytes:
+        """A hash of all that keys and values depend on beside the tokens: weights, kernels, how they are stored.
+
+        Of large matrices it reads pieces all over them: whoever trains a matrix changes all of it.
+
+        Raises:
+            ConfigError: experts lie on disk, so the weights cannot be looked at.
+        """
+        if self.store is not None:
+            raise ConfigError("a prefix cache on disk needs all weights in memory; leave expert_memory out")
+        digest = blake2b(digest_size=32)
+        facts = (__version__, self.program.context.isa, self.kv_format, self._multiplied)
+        digest.update(repr((facts, self.config, self.cache, [kv.dtype.str for kv in self._kv])).encode())
+        digest.update(library_path().read_bytes())
+        for name, parameter in sorted(self.parameters.items()):
+            digest.update(name.encode())
+            for part in [parameter] if isinstance(parameter, (Packed, np.ndarray)) else parameter:
+                raw = (part.data if isinstance(part, Packed) else part).reshape(-1).view(np.uint8)
+                digest.update(repr((part.format if isinstance(part, Packed) else "", raw.nbytes)).encode())
+                step = max(_LOOK_BYTES, len(raw) // _LOOKS)
+                for begin in range(0, len(raw), step):
+                    digest.update(raw[begin : begin + _LOOK_BYTES].tobytes())
+        return digest.digest()
 
     def row_stats(self, logits: Floats) -> tuple[list[int], list[float]]:
         """Of every row of logits (R, V): the most probable token (the lowest id of equals) and log(sum(exp))."""

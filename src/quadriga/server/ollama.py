@@ -21,6 +21,7 @@ from starlette.responses import Response
 from quadriga.model import cost
 from quadriga.server import chat, completions, text_routes
 from quadriga.server.errors import ApiError
+from quadriga.server.fleet import Fleet
 from quadriga.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -394,15 +395,18 @@ def entry(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-def tags(service: Service) -> Response:
+def tags(fleet: Fleet) -> Response:
     """GET /api/tags."""
-    return json_response({"models": [entry(service, name) for name in service.names]})
+    return json_response({"models": [entry(service, name) for service in fleet for name in service.names]})
 
 
-def running(service: Service) -> Response:
+def running(fleet: Fleet) -> Response:
     """GET /api/ps."""
-    more = {"expires_at": "0001-01-01T00:00:00Z", "size_vram": 0, "context_length": service.llm.config.max_seq_len}
-    return json_response({"models": [{**entry(service, name), **more} for name in service.names]})
+    models = []
+    for service in fleet:
+        more = {"expires_at": "0001-01-01T00:00:00Z", "size_vram": 0, "context_length": service.llm.config.max_seq_len}
+        models += [{**entry(service, name), **more} for name in service.names]
+    return json_response({"models": models})
 
 
 async def show(service: Service, body: OllamaModel, _: Caller) -> Response:

@@ -173,6 +173,11 @@ class Batch:
     """(R,) tokens whose logits are wanted."""
 
 
+def _address(values: Ints | Floats) -> int | None:
+    """Where a contiguous array lies; several times as fast as ``values.ctypes``, which counts a dozen times a step."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(values.data)) if values.size else None
+
+
 class LayerRouting:
     """Where a layer's routing of the last pass and its running counts lie."""
 
@@ -352,14 +357,14 @@ class Program:
             n_tokens=n,
             n_sequences=len(batch.starts) - 1,
             n_rows=n_rows,
-            tokens=batch.tokens.ctypes.data,
-            positions=batch.positions.ctypes.data,
-            starts=batch.starts.ctypes.data,
-            tables=tables.ctypes.data,
+            tokens=_address(batch.tokens),
+            positions=_address(batch.positions),
+            starts=_address(batch.starts),
+            tables=_address(tables),
             table_size=tables.shape[1],
-            table_starts=batch.table_starts.ctypes.data,
-            rows=batch.rows.ctypes.data,
-            logits=logits.ctypes.data,
+            table_starts=_address(batch.table_starts),
+            rows=_address(batch.rows),
+            logits=_address(logits),
             hidden=self._hidden.ctypes.data,
         )
         self.context.run(self._steps, args)
