@@ -137,7 +137,7 @@ class Sampler:
         self._settings: RowSettings | None = None
 
     def ask(self, allowed: NDArray[np.bool_] | None = None) -> RowSettings:
-        """What the kernels need to choose the next token, which :meth:`take` gets; ``allowed`` as for :meth:`sample`."""
+        """What the kernels need to choose the token that :meth:`take` gets; ``allowed`` as for :meth:`sample`."""
         params = self.params
         if self._settings is None:
             self._settings = RowSettings(

@@ -1,7 +1,8 @@
 """Tokens for rows of logits, chosen by the C++ kernels: ``csrc/sampling.inl``, all rows of a pass in one call.
 
-What each setting means, ``engine/request.py`` says; ``engine/sampler.py`` has the same arithmetic in NumPy, and the tests
-hold the two to each other. A token depends on its row, its settings, its seed and its position in the answer alone.
+What each setting means, ``engine/request.py`` says; ``engine/sampler.py`` has the same arithmetic in NumPy, and the
+tests hold the two to each other. A token depends on its row, its settings, its seed and its position in the answer
+alone.
 """
 
 from __future__ import annotations

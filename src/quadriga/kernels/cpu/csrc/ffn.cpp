@@ -42,7 +42,8 @@ struct Plan {
 constexpr int kDownTiles = 8;     // output tiles a task sums up at once: a run of as many tiles of each expert
 constexpr int kStreamBlocks = 8;  // blocks of 32 rows of up, then of gate, read in one run
 
-// Of every group of neighbours the two best scores are added up; outside the best groups nothing can be chosen.
+// Of every group of neighbours the two best scores are added up, or the best one counts; outside the best groups nothing
+// can be chosen.
 void limit_to_groups(const qd_ffn& op, const Kernels& kernels, float* choice) {
   const int size = op.n_experts / op.n_groups;
   alignas(64) float worth[QD_MOST_EXPERTS];
@@ -54,7 +55,7 @@ void limit_to_groups(const qd_ffn& op, const Kernels& kernels, float* choice) {
       second = std::max(second, std::min(first, choice[e]));
       first = std::max(first, choice[e]);
     }
-    worth[g] = first + second;
+    worth[g] = op.group_by_best ? first : first + second;
   }
   kernels.top_k(worth, op.n_groups, op.top_k_groups, best);
   for (int j = 0; j < op.top_k_groups; ++j) open[best[j]] = true;
