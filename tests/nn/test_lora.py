@@ -47,6 +47,8 @@ ALL = {
     "olmo2": ("attention", "ffn", "embeddings", "head"),
     "flex_olmo": ("attention", "router", "experts", "embeddings", "head"),
     "phimoe": ("attention", "router", "experts", "embeddings", "head"),
+    "deepseek_v2": ("attention", "router", "experts", "ffn", "shared", "embeddings", "head"),
+    "deepseek_v3": ("attention", "router", "experts", "ffn", "shared", "embeddings", "head"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }

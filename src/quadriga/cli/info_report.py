@@ -15,7 +15,7 @@ from quadriga.errors import ConfigError
 from quadriga.hub import catalogue
 from quadriga.io.detect import locate
 from quadriga.model import cost, families
-from quadriga.model.config import AlibiSpec, LayerSpec, ModelConfig, MoESpec, RopeSpec
+from quadriga.model.config import AlibiSpec, LatentAttentionSpec, LayerSpec, ModelConfig, MoESpec, RopeSpec
 from quadriga.model.config_json import config_to_json
 from quadriga.model.weight_map import Shape, parameter_shapes
 from quadriga.runtime import memory_bytes
@@ -188,6 +188,12 @@ def _attention(layer: LayerSpec) -> str:
             position = f"ALiBi {max_bias:g}"
         case None:
             position = "no positions"
+    if isinstance(attn, LatentAttentionSpec):
+        through = "" if attn.q_rank is None else f", queries through one of {attn.q_rank:,}"
+        return (
+            f"{attn.n_heads} heads of {attn.nope_dim} + {attn.rope_dim} over one latent of {attn.kv_rank:,} + "
+            f"{attn.rope_dim} a token, values of {attn.v_dim}{through}; {position} of the {attn.rope_dim}"
+        )
     return f"{attn.n_heads} heads of {attn.head_dim}, {attn.n_kv_heads} for keys and values{clip}; {position}"
 
 

@@ -25,17 +25,20 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from quadriga.engine.blocks import BlockTable
+from quadriga.engine.disk_cache import DiskCache, KeptBlocks
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.pace import Pace
 from quadriga.engine.pooling import Pooling
 from quadriga.engine.request import Embed, Embedding, FinishReason, PromptReport, Request, Routing, TokenEvent
 from quadriga.engine.sampler import Sample, Sampler, Unused, require_finite, top_logprobs
 from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
-from quadriga.errors import AnswerError, BusyError, QuadrigaError, RequestError
+from quadriga.errors import AnswerError, BusyError, ConfigError, QuadrigaError, RequestError
 from quadriga.kernels.cpu.program import Batch
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.base import Adapters, Floats, PassResult, RouterStats, Runner
@@ -152,6 +155,7 @@ class Engine:
             prefix_cache=prefix_cache,
             windows=runner.cache.windows,
         )
+        self.disk: DiskCache | None = None
         self.pace: Pace | None = None
         self._active: dict[int, _Active] = {}
         self._embeds: dict[int, _Embedded] = {}
@@ -160,6 +164,18 @@ class Engine:
         self._next_id = 0
         self._steps = self._prompt_tokens = self._cached = self._generated = 0
         self._guessed = self._guessed_right = 0
+
+    def keep_prefixes(self, folder: Path, max_bytes: int) -> None:
+        """Keep the blocks of known prefixes in a directory too, and find them there; see ``disk_cache``.
+
+        Raises:
+            ConfigError: the folder cannot be used, or the model does not run on the CPU's kernels with all its weights.
+        """
+        if not hasattr(self.runner, "identity"):
+            raise ConfigError("a prefix cache on disk is for models on the CPU's kernels; leave dtype and device out")
+        blocks = cast(KeptBlocks, self.runner)
+        self.disk = DiskCache(folder, max_bytes, blocks.identity(), blocks)
+        self.scheduler.pool.backing = self.disk
 
     # Requests --------------------------------------------------------------------------------------------------------
 

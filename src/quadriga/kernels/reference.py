@@ -58,7 +58,8 @@ def attention(
     if plain and q_positions is None and n_queries == 1:
         # One query sees every key: the heads of a group become query rows, so each key is read once for all of them.
         grouped = q.reshape(batch, n_kv_heads, n_heads // n_kv_heads, head_dim)
-        return F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(q.shape)
+        mixed = F.scaled_dot_product_attention(grouped, k, v, scale=scale)
+        return mixed.reshape(*q.shape[:-1], v.shape[-1])
     if plain and q_positions is None and n_queries == n_keys and window is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     if q_positions is None:
@@ -88,7 +89,7 @@ def attention(
             scores = torch.cat((scores, sink), dim=-1)
         weights = scores.softmax(dim=-1)[..., :n_keys].to(v.dtype)
         blocks.append(torch.einsum("bkgts,bksd->bkgtd", weights, v))
-    return torch.cat(blocks, dim=3).reshape(q.shape)
+    return torch.cat(blocks, dim=3).reshape(*q.shape[:-1], v.shape[-1])
 
 
 def route(
@@ -136,7 +137,7 @@ def standing(scores: Tensor, how: Choice, correction: Tensor | None) -> Tensor:
     if how.n_groups == 1:
         return by
     groups = by.view(*by.shape[:-1], how.n_groups, -1)
-    worth = groups.topk(2, dim=-1).values.sum(-1)
+    worth = groups.topk(2 if how.group_worth == "two_best" else 1, dim=-1).values.sum(-1)
     best = worth.sort(dim=-1, descending=True, stable=True).indices[:, : how.top_k_groups]
     is_open = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, best, True)
     return groups.masked_fill(~is_open[..., None], float("-inf")).flatten(-2)

@@ -1,7 +1,9 @@
 """What a model costs: parameters, operations and bytes, by arithmetic on its configuration. No tensors, no torch.
 
     decode one token     FLOPs = 2 * (active parameters that multiply) + sum over layers of 4 H d T   T cached positions
+                         (latent attention: 2 H (2 R + p) T, R kv_rank and p rope_dim)
     keep one token       bytes = sum over layers of 2 K d * size of an element                        keys and values
+                         (latent attention: R + p in place of 2 K d)
                          (with a window W a layer sees and reads min(T, W) positions, and keeps them to the block)
     hold the weights     bytes = sum over parameters of elements / block * bytes of a block
 
@@ -110,7 +112,7 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 def attention_flops(config: ModelConfig, context: int) -> int:
     """Operations of q·k and weights·v, all layers, for one token with ``context`` positions up to itself."""
     seen = {layer: min(context, layer.mixer.window or context) for layer in config.kinds()}
-    return sum(4 * layer.mixer.q_dim * seen[layer] * n for layer, n in config.kinds().items())
+    return sum(2 * layer.mixer.attended_dim * seen[layer] * n for layer, n in config.kinds().items())
 
 
 def kv_bytes_read(config: ModelConfig, context: int, dtype: str = "bfloat16") -> int:

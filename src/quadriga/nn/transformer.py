@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quadriga.model.config import DenseSpec, LayerSpec, ModelConfig, MoESpec
+from quadriga.model.config import DenseSpec, LatentAttentionSpec, LayerSpec, ModelConfig, MoESpec
 from quadriga.model.weight_map import parameter_shapes
 from quadriga.nn.attention import Attention
 from quadriga.nn.context import ForwardContext
 from quadriga.nn.feedforward import FeedForward
+from quadriga.nn.latent_attention import LatentAttention
 from quadriga.nn.linear import Linear
 from quadriga.nn.moe import MoE, RouterStats
 from quadriga.nn.norm import Norm
@@ -43,7 +44,11 @@ class Block(nn.Module):
         d = d_model
         self.residual_scale = spec.residual_scale
         self.attn_norm = Norm(d, spec.norm) if spec.pre_norms else nn.Identity()
-        self.attn = Attention(d, spec.mixer, layer)
+        self.attn: Attention | LatentAttention = (
+            LatentAttention(d, spec.mixer, layer)
+            if isinstance(spec.mixer, LatentAttentionSpec)
+            else Attention(d, spec.mixer, layer)
+        )
         self.ffn_norm = Norm(d, spec.norm) if spec.pre_norms else nn.Identity()
         self.attn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
         self.ffn_post_norm = Norm(d, spec.norm) if spec.post_norms else None

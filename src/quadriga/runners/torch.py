@@ -16,6 +16,7 @@ from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.program import Batch
 from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.model.cache_layout import CacheLayout, cache_layout, one_group
+from quadriga.model.config import LatentState
 from quadriga.nn import moe
 from quadriga.nn.adapter_bank import AdapterBank
 from quadriga.nn.context import Scoring
@@ -69,11 +70,16 @@ class TorchRunner:
         n_blocks = n_blocks or 2 * self.cache.n_groups * -(-model.config.max_seq_len // BLOCK_TOKENS)
         self.model, self.config, self.n_blocks = model.eval(), model.config, n_blocks
         weight = next(model.parameters())
-        states = [self.config.layers[layer].mixer.state for layer in self.cache.slot_layers]
-        shapes = [(n_blocks * BLOCK_TOKENS, state.n_kv_heads, state.head_dim) for state in states]
-        self._keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for shape in shapes]
-        self._values = [torch.zeros_like(keys) for keys in self._keys]
-        self.kv_bytes = sum(t.nbytes for t in (*self._keys, *self._values))
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        for mixer in (self.config.layers[layer].mixer for layer in self.cache.slot_layers):
+            shape, state = (n_blocks * BLOCK_TOKENS, mixer.n_kv_heads, mixer.head_dim), mixer.state
+            keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            self._keys.append(keys)
+            # A latent is key and value: what stands in its place among the values is a view.
+            self._values.append(keys[..., : state.rank] if isinstance(state, LatentState) else torch.zeros_like(keys))
+        self._stored = [*self._keys, *(values for values in self._values if values._base is None)]
+        self.kv_bytes = sum(t.nbytes for t in self._stored)
         self.store: ExpertStore | None = None
         self.row_sampler: RowSampler | None = None
         self._load: list[Tensor] = []
@@ -119,7 +125,7 @@ class TorchRunner:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :class:`Runner`."""
         source, target = zip(*pairs, strict=True)
-        for stored in (*self._keys, *self._values):
+        for stored in self._stored:
             blocks = stored.view(self.n_blocks, BLOCK_TOKENS, *stored.shape[1:])
             blocks[list(target)] = blocks[list(source)]
 
@@ -176,7 +182,7 @@ class _PagedContext:
             past, positions = self._together(group, scoring.window)
             past_keys, past_values = (t[past].transpose(1, 2) for t in (keys, values))  # (B, K, S, d)
             return scoring.attention(q[:, :, None], past_keys, past_values, q_positions=positions)[:, :, 0]
-        out = torch.empty_like(q)
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
         for (start, stop), past in zip(self._spans, self._past[group], strict=True):
             seen = past if scoring.window is None else past[-(stop - start + scoring.window - 1) :]
             stored = (t[seen].transpose(0, 1)[None] for t in (keys, values))

@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from quadriga.errors import QuadrigaError
 from quadriga.server import (
+    admin,
     batches,
     chat,
     completions,
@@ -35,6 +36,7 @@ from quadriga.server.accounts import Visit
 from quadriga.server.batch_jobs import BatchJobs, BatchRequest
 from quadriga.server.errors import ApiError, as_api_error, as_bug
 from quadriga.server.files import FileRoutes, FileStore
+from quadriga.server.fleet import Fleet
 from quadriga.server.guard import Guard, Limits, read_body
 from quadriga.server.openapi import document
 from quadriga.server.schema import (
@@ -76,21 +78,21 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 class _Desk:
     """Answers lines of batches."""
 
-    def __init__(self, service: Service, limits: Limits) -> None:
-        self._service, self._strict = service, limits.strict
+    def __init__(self, fleet: Fleet, limits: Limits) -> None:
+        self._fleet, self._strict = fleet, limits.strict
         self.guard: Guard | None = None
 
     def handlers(self, caller: Caller) -> dict[str, batches.Handler]:
         """Url -> what answers a line of a caller's."""
-        caller, service = replace(caller, patient=True), self._service
+        caller, work = replace(caller, patient=True), self._fleet.first.work
 
         def handler(kind: type, answer: Answer) -> batches.Handler:
             async def handle(line: bytes) -> Response:
-                body, ignored = await service.work.check(len(line), batches.body_of, line, kind, self._strict)
+                body, ignored = await work.check(len(line), batches.body_of, line, kind, self._strict)
                 noted.say("/v1/batches", ignored)
                 if getattr(body, "stream", None):
                     raise ApiError(400, "a batch has no streams", param="stream")
-                return await answer(service, body, replace(caller, n_bytes=len(line)))
+                return await answer(self._fleet.of(body.model), body, replace(caller, n_bytes=len(line)))
 
             return handle
 
@@ -109,6 +111,11 @@ class _Desk:
             return None
         visit = Visit(self.guard.account(found[0]), taken=False)
         return Caller(salt=found[1], client=found[0].encode(), visit=visit, background=True)
+
+
+def asked_of(body: Any) -> str | None:
+    """The model that a body names; Ollama's clients may call it ``name``."""
+    return body.model or getattr(body, "name", None)
 
 
 def _no_files() -> ApiError:
@@ -134,22 +141,25 @@ def _file_routes(store: FileStore | None, jobs: BatchJobs | None, limits: Limits
     ]
 
 
-def build(service: Service, limits: Limits, store: FileStore | None = None) -> Guard:
+def build(service: Service | Fleet, limits: Limits, store: FileStore | None = None) -> Guard:
     """The ASGI application.
 
     Args:
-        service: the model; its engine is started and stopped with the application.
+        service: the model, or the models; their engines are started and stopped with the application.
         limits: who may ask, and how much.
         store: where files and batches are kept; None: they are not.
     """
-    experts = status.Experts(service)
+    fleet = service if isinstance(service, Fleet) else Fleet([service])
+    experts = {service: status.Experts(service) for service in fleet}
     read = partial(fields.read, strict=limits.strict)
 
     def generates(kind: type, whole: Answer, stream: Answer) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             body: Any = await parsed(request, kind)
             caller = request.state.caller
-            answer: Response = await unless_gone(request, (stream if body.stream else whole)(service, body, caller))
+            answer: Response = await unless_gone(
+                request, (stream if body.stream else whole)(fleet.of(body.model), body, caller)
+            )
             return answer
 
         return endpoint
@@ -157,7 +167,9 @@ def build(service: Service, limits: Limits, store: FileStore | None = None) -> G
     def simple(kind: type, answer: Answer) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             body: Any = await parsed(request, kind)
-            response: Response = await unless_gone(request, answer(service, body, request.state.caller))
+            response: Response = await unless_gone(
+                request, answer(fleet.of(asked_of(body)), body, request.state.caller)
+            )
             return response
 
         return endpoint
@@ -171,11 +183,11 @@ def build(service: Service, limits: Limits, store: FileStore | None = None) -> G
         if len(raw) <= INLINE_BYTES:
             body, ignored = read(raw, kind)
         else:
-            body, ignored = await unless_gone(request, service.work.check(len(raw), read, raw, kind))
+            body, ignored = await unless_gone(request, fleet.first.work.check(len(raw), read, raw, kind))
         request.state.ignored = ignored
         return body
 
-    desk = _Desk(service, limits)
+    desk = _Desk(fleet, limits)
     jobs = None if store is None else BatchJobs(store, desk)
 
     async def batch(request: Request) -> Response:
@@ -186,7 +198,7 @@ def build(service: Service, limits: Limits, store: FileStore | None = None) -> G
             return json_response(jobs.create(body, request.state.caller))
         raw = await read_body(request, limits, ("application/jsonl", "application/x-ndjson", "application/json"))
         handlers = desk.handlers(request.state.caller)
-        answer: Response = await unless_gone(request, service.work.check(len(raw), batches.run, raw, handlers))
+        answer: Response = await unless_gone(request, fleet.first.work.check(len(raw), batches.run, raw, handlers))
         return answer
 
     def plain(answer: Callable[[], Response]) -> Callable[[Request], Awaitable[Response]]:
@@ -196,15 +208,27 @@ def build(service: Service, limits: Limits, store: FileStore | None = None) -> G
         return endpoint
 
     async def ready(request: Request) -> Response:
-        response: Response = await unless_gone(request, status.ready(service))
+        response: Response = await unless_gone(request, status.ready(fleet))
         return response
 
     async def one_model(request: Request) -> Response:
-        return status.one_model(service, request.path_params["name"])
+        name = request.path_params["name"]
+        return status.one_model(fleet.of(name), name)
+
+    def about(answer: Callable[[Service], Response]) -> Endpoint:
+        """What is asked of one model, by ``?model=``; of the first where none is named."""
+
+        async def endpoint(request: Request) -> Response:
+            name = request.query_params.get("model")
+            service = fleet.of(name)
+            service.check_model(name)
+            return answer(service)
+
+        return endpoint
 
     async def docs(request: Request) -> Response:
         text = docs_page.page(
-            document(service.names, strict=limits.strict), service.name, str(request.base_url).rstrip("/")
+            document(fleet.names(), strict=limits.strict), fleet.first.name, str(request.base_url).rstrip("/")
         )
         headers = {**_PAGE_HEADERS, "content-security-policy": docs_page.CSP}
         return Response(text, headers=headers, media_type="text/html")
@@ -222,17 +246,19 @@ def build(service: Service, limits: Limits, store: FileStore | None = None) -> G
         "/detokenize": simple(DetokenizeRequest, text_routes.detokenize),
         "/apply-template": simple(TemplateRequest, text_routes.apply_template),
         "/batches": batch,
-        "/experts/reset": plain(experts.reset),
+        "/load_lora_adapter": simple(admin.AdapterToLoad, admin.load_adapter),
+        "/unload_lora_adapter": simple(admin.AdapterToForget, admin.unload_adapter),
+        "/experts/reset": about(lambda service: experts[service].reset()),
     }
     gets = {
-        "/models": plain(lambda: status.models(service)),
+        "/models": plain(lambda: status.models(fleet)),
         "/models/{name:path}": one_model,
-        "/tokenizer_info": plain(lambda: text_routes.tokenizer_info(service)),
-        "/health": plain(lambda: status.health(service)),
+        "/tokenizer_info": about(text_routes.tokenizer_info),
+        "/health": plain(lambda: status.health(fleet)),
         "/ready": ready,
-        "/experts": plain(experts.show),
-        "/metrics": plain(lambda: Response(service.metrics.text(), media_type="text/plain; version=0.0.4")),
-        "/openapi.json": plain(lambda: json_response(document(service.names, strict=limits.strict))),
+        "/experts": about(lambda service: experts[service].show()),
+        "/metrics": plain(lambda: Response(fleet.first.metrics.text(), media_type="text/plain; version=0.0.4")),
+        "/openapi.json": plain(lambda: json_response(document(fleet.names(), strict=limits.strict))),
         "/docs": docs,
     }
     theirs = {
@@ -249,35 +275,37 @@ def build(service: Service, limits: Limits, store: FileStore | None = None) -> G
         "/infill": simple(llamacpp.LlamaInfill, llamacpp.answer),
     }
     asked = {
-        "/props": plain(lambda: llamacpp.props(service)),
-        "/slots": plain(lambda: llamacpp.slots(service)),
-        "/api/tags": plain(lambda: ollama.tags(service)),
-        "/api/ps": plain(lambda: ollama.running(service)),
+        "/props": about(llamacpp.props),
+        "/slots": about(llamacpp.slots),
+        "/api/tags": plain(lambda: ollama.tags(fleet)),
+        "/api/ps": plain(lambda: ollama.running(fleet)),
         "/api/version": plain(ollama.version),
     }
-    routes = [Route(path, _counted(service, path, e), methods=["POST"]) for path, e in theirs.items()]
-    routes.append(Route("/api/delete", _counted(service, "/api/delete", ollama.refuse("deleted")), methods=["DELETE"]))
-    routes += [Route(path, _counted(service, path, e), methods=["GET"]) for path, e in asked.items()]
+    routes = [Route(path, _counted(fleet.first, path, e), methods=["POST"]) for path, e in theirs.items()]
+    routes.append(
+        Route("/api/delete", _counted(fleet.first, "/api/delete", ollama.refuse("deleted")), methods=["DELETE"])
+    )
+    routes += [Route(path, _counted(fleet.first, path, e), methods=["GET"]) for path, e in asked.items()]
     for prefix in ("", "/v1"):
-        routes += [Route(prefix + path, _counted(service, path, e), methods=["POST"]) for path, e in posts.items()]
-        routes += [Route(prefix + path, _counted(service, path, e), methods=["GET"]) for path, e in gets.items()]
+        routes += [Route(prefix + path, _counted(fleet.first, path, e), methods=["POST"]) for path, e in posts.items()]
+        routes += [Route(prefix + path, _counted(fleet.first, path, e), methods=["GET"]) for path, e in gets.items()]
         for method, path, endpoint in _file_routes(store, jobs, limits):
-            routes.append(Route(prefix + path, _counted(service, path, endpoint), methods=[method]))
+            routes.append(Route(prefix + path, _counted(fleet.first, path, endpoint), methods=[method]))
     routes += page_routes(PAGE)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        await service.engine.start()
+        await fleet.start()
         if jobs is not None:
             await jobs.start()
         yield
         if jobs is not None:
             await jobs.stop()
-        await service.engine.stop(LAST_STEP_S)
-        service.work.close()
+        await fleet.stop(LAST_STEP_S)
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error, Exception: _bug})
     desk.guard = Guard(app, limits)
+    desk.guard.on_refusal = fleet.first.metrics.refuse
     return desk.guard
 
 
@@ -293,6 +321,7 @@ def _counted(
             response = Response(status_code=499)
         except QuadrigaError as error:
             response = _refusal(error, request.url.path)
+            service.metrics.refuse(error)
         if ignored := getattr(request.state, "ignored", []):
             response.headers[fields.HEADER] = fields.header(ignored)
             noted.say(path, ignored)

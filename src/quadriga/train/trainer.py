@@ -435,7 +435,7 @@ class Trainer:
             seen = (batch.positions + 1 for batch in batches)
             if (window := layer.mixer.window) is not None:
                 seen = (lengths.clamp(max=window) for lengths in seen)
-            attention += n * 4 * layer.mixer.q_dim * float(sum(int(lengths.sum()) for lengths in seen))
+            attention += n * 2 * layer.mixer.attended_dim * float(sum(int(lengths.sum()) for lengths in seen))
         return 3.0 * (2 * self._active * n_tokens + attention)
 
     def _tell(self, text: str) -> None:

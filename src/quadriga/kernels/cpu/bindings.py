@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "bd8a69e74d23a4357fc681526295448870965f041490e50b5262bde50d7fe436"
+HEADER_SHA256 = "2a040edef76ede8f238e4fe7219b3a22a840a6cf1f150b8e5e5ac5e7cc210298"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -228,6 +228,16 @@ class Attention(c.Structure):
         ("rotary_scale", c.c_float),
         ("norm_after_rotation", c.c_int32),
         ("cache_group", c.c_int32),
+        ("kv_rank", c.c_int32),
+        ("rope_dim", c.c_int32),
+        ("nope_dim", c.c_int32),
+        ("v_dim", c.c_int32),
+        ("q_a_norm", Norm),
+        ("kv_a_norm", Norm),
+        ("wq_a", Matrix),
+        ("wkv_a", Matrix),
+        ("wk_b", Matrix),
+        ("wv_b", Matrix),
     ]
 
 
@@ -257,6 +267,7 @@ class Ffn(c.Structure):
         ("score", c.c_int32),
         ("n_groups", c.c_int32),
         ("top_k_groups", c.c_int32),
+        ("group_by_best", c.c_int32),
         ("normalize_eps", c.c_float),
         ("normalize_min", c.c_float),
         ("routed_scale", c.c_float),
@@ -426,6 +437,13 @@ PARAMETERS: dict[str, list[Any]] = {
     "qd_kv_bytes": [
         c.c_int32,  # kv_format
         c.c_int32,  # head_dim
+        c.c_void_p,  # bytes
+        c.POINTER(Message),  # why
+    ],
+    "qd_latent_bytes": [
+        c.c_int32,  # kv_format
+        c.c_int32,  # rank
+        c.c_int32,  # rope_dim
         c.c_void_p,  # bytes
         c.POINTER(Message),  # why
     ],

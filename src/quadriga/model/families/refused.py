@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_LATENT = "its attention keeps one latent vector a token in place of keys and values (multi-head latent attention)"
 _DELTA = "most of its layers are gated delta rules with a recurrent state"
 _CONVOLUTION = "most of its layers are short convolutions with a state of their own"
 _STATE_SPACE = "most of its layers are state-space models (Mamba)"
@@ -15,11 +14,6 @@ _GEMMA = "its blocks have norms on both sides of every branch, whose weights are
 _SPARSE = "its attention picks keys by an index of its own"
 
 REASONS: Mapping[str, str] = {
-    "deepseek2": _LATENT,
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
-    "glm4_moe_lite": _LATENT,
-    "kimi_k2": _LATENT,
     "glm_moe_dsa": _SPARSE,
     "deepseek_v32": _SPARSE,
     "qwen3_next": _DELTA,

@@ -125,6 +125,14 @@ typedef struct {
   float rotary_scale;       /* of cos and sin */
   int32_t norm_after_rotation;
   int32_t cache_group; /* which of a pass's tables names the layer's blocks */
+
+  /* Latent attention, R = kv_rank numbers and rope_dim that turn a token, where kv_rank is not 0: one key of head_dim =
+   * R + rope_dim for all heads, whose first R are the value; n_kv_heads is 1, and kv n_blocks x qd_latent_bytes. */
+  int32_t kv_rank, rope_dim, nope_dim, v_dim; /* R a multiple of 32, v_dim of 16 */
+  qd_norm q_a_norm, kv_a_norm;
+  qd_matrix wq_a;       /* (Q, D), or data NULL: wqkv (H (nope_dim + rope_dim), Q or D) takes the normed state itself */
+  qd_matrix wkv_a;      /* (R + rope_dim, D) */
+  qd_matrix wk_b, wv_b; /* a matrix a head: (H R, nope_dim) for queries, (H v_dim, R) for results; wo is (D, H v_dim) */
 } qd_attention;
 
 typedef struct {
@@ -146,6 +154,7 @@ typedef struct {
   /* How logits become scores, scores a choice, and scores weights: score / max(norm + eps, min) * scale. */
   int32_t score;                  /* a qd_score */
   int32_t n_groups, top_k_groups; /* groups of neighbours, and the best of them that are chosen from; 1: all experts */
+  int32_t group_by_best;          /* a group is as good as its best score; 0: as its two best together */
   float normalize_eps, normalize_min, routed_scale;
   const float* router_bias; /* (E,) added to the logits, or NULL */
   const float* correction;  /* (E,) added to the scores for the choice alone, or NULL */
@@ -237,6 +246,8 @@ int32_t qd_set_fine(qd_context* context, int32_t fine, qd_message* why);
 int32_t qd_packed_bytes(int32_t format, int64_t rows, int64_t cols, int64_t* bytes, qd_message* why);
 /* Of one block of one head, keys and values. */
 int32_t qd_kv_bytes(int32_t kv_format, int32_t head_dim, int64_t* bytes, qd_message* why);
+/* Of one block of latents, rank + rope_dim numbers each, which are keys and values of all heads. */
+int32_t qd_latent_bytes(int32_t kv_format, int32_t rank, int32_t rope_dim, int64_t* bytes, qd_message* why);
 
 /* Pack rows x cols numbers stored row-major as `source` (rows `row_bytes` apart) into out (qd_packed_bytes).
  * Block sources are copied bit by bit and need the matching format (q8_0 -> q8, q4_0 -> q4, q4_1 -> q4m, mx4 -> mx4,
