@@ -33,6 +33,7 @@ __all__ = [
     "adapted_experts",
     "attention",
     "available",
+    "causal_conv",
     "experts",
     "gated",
     "grouped_linear",
@@ -151,6 +152,20 @@ def attention(
         window=window,
         sinks=sinks,
     )
+    return out
+
+
+def causal_conv(x: Tensor, taps: Tensor, before: Tensor) -> Tensor:
+    """Convolve every channel of one sequence with its own taps: out[t, c] = sum_j taps[c, j] x[t - L + 1 + j, c].
+
+    Args:
+        x: (T, C). taps: (C, L).
+        before: (L - 1, C), what precedes x; zeros at a text's beginning.
+
+    Returns:
+        (T, C) in x's dtype.
+    """
+    out: Tensor = backend_for(x).causal_conv(x, taps, before)
     return out
 
 

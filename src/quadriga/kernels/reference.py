@@ -31,6 +31,11 @@ def norm(x: Tensor, weight: Tensor, kind: str, eps: float, bias: Tensor | None =
     return normed if bias is None else normed + bias
 
 
+def causal_conv(x: Tensor, taps: Tensor, before: Tensor) -> Tensor:
+    seen = torch.cat((before.to(x.dtype), x)).T[None]  # (1, C, L - 1 + T)
+    return F.conv1d(seen, taps.to(x.dtype)[:, None], groups=x.shape[1])[0].T
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)

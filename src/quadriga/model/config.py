@@ -2,18 +2,19 @@
 
     ModelConfig
     ├── layers      tuple of LayerSpec, one per layer; equal layers share one object (``uniform``)
-    │   ├── mixer   AttentionSpec          heads, biases, clipping, soft cap, scale, window, sinks
+    │   ├── mixer   AttentionSpec          heads, biases, clipping, soft cap, scale, window, sinks, gate
     │   │   ├── position   RopeSpec | AlibiSpec | None    how a token knows where it stands
     │   │   │   └── scaling    LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | FactorScaling | None
     │   │   └── qk_norm    QKNormSpec | None              norms of q and k
+    │   │       | ShortConvSpec        a convolution over the last few positions, gated twice
     │   ├── ffn     DenseSpec | MoESpec    one feed-forward network, or a router over many
     │   │   └── shared     DenseSpec | None    of a mixture: the network that every token visits besides
     │   └── norm    NormSpec               LayerNorm or RMSNorm, and its epsilon
     └── final_norm  NormSpec
 
 Alternatives are types, not flags, so a wrong combination cannot be written down. A **mixer owns its state**: what it
-keeps of a sequence between passes is its ``state`` (today ``KVState``, paged keys and values), and
-whoever counts bytes or allocates a cache asks the mixers of the layers, never the model. Nothing here imports torch:
+keeps of a sequence between passes is its ``state`` (``KVState``, paged keys and values, which grow with it, or
+``RecurrentState``, a few arrays whatever its length), and whoever counts bytes or allocates a cache asks the mixers of the layers, never the model. Nothing here imports torch:
 ``quadriga info`` and the planner work from these specs by arithmetic alone. Families (``model/families``) turn a
 checkpoint's own configuration into a ModelConfig; nothing else in the project looks at ``family``.
 """
@@ -239,6 +240,28 @@ class KVState:
         """Numbers one position adds: 2 K d."""
         return 2 * self.n_kv_heads * self.head_dim
 
+    @property
+    def numbers_per_sequence(self) -> int:
+        """Numbers a sequence has whatever its length: none."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentState:
+    """What a recurrent mixer keeps of a sequence: arrays of float32 whose size does not depend on its length."""
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Numbers one position adds: none."""
+        return 0
+
+    @property
+    def numbers_per_sequence(self) -> int:
+        """Numbers a sequence has whatever its length."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
@@ -320,6 +343,31 @@ class AttentionSpec:
     def state(self) -> KVState:
         """What this mixer keeps of a sequence between passes."""
         return KVState(n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvSpec:
+    """LFM2's gated short convolution: w_out (c * conv(b * x)), where b, c and x are the thirds of w_in h.
+
+    Every channel is convolved by itself: conv(y)[t] = sum over j of kernel[j] y[t - taps + 1 + j], zeros before the text.
+    """
+
+    width: int
+    """Channels: rows of each third of w_in."""
+    taps: int
+    """Positions that are seen, a token's own included (LFM2: 3)."""
+
+    def __post_init__(self) -> None:
+        _require_positive("conv", width=self.width, taps=self.taps)
+        _require(2 <= self.taps <= 16, f"conv.taps must be from 2 to 16, got {self.taps}")
+
+    @property
+    def state(self) -> RecurrentState:
+        """What this mixer keeps of a sequence between passes: b * x of the last ``taps - 1`` positions."""
+        return RecurrentState(shapes=((self.taps - 1, self.width),))
+
+
+Mixer = AttentionSpec | ShortConvSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,7 +485,7 @@ class LayerSpec:
 
     norm: NormSpec
     """Of both halves: a norm of its own before the mixer and before the feed-forward."""
-    mixer: AttentionSpec
+    mixer: Mixer
     ffn: DenseSpec | MoESpec
     post_norms: bool = False
     """True adds a norm after the mixer and after the feed-forward, inside the residual branch (Grok-1's sandwich)."""
@@ -451,6 +499,17 @@ class LayerSpec:
     def moe(self) -> MoESpec | None:
         """The mixture of experts, where the layer has one."""
         return self.ffn if isinstance(self.ffn, MoESpec) else None
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """The layer's attention.
+
+        Raises:
+            ConfigError: its mixer is another.
+        """
+        if not isinstance(self.mixer, AttentionSpec):
+            raise ConfigError(f"this needs a layer of attention; its mixer is a {type(self.mixer).__name__}")
+        return self.mixer
 
 
 def uniform(layer: LayerSpec, n_layers: int) -> tuple[LayerSpec, ...]:
@@ -531,6 +590,22 @@ class ModelConfig:
         return any(layer.moe is not None for layer in self.kinds())
 
     @property
+    def is_recurrent(self) -> bool:
+        """True if any layer keeps a state whose size does not depend on the length of the text."""
+        return any(isinstance(layer.mixer.state, RecurrentState) for layer in self.kinds())
+
+    def first_attention(self) -> LayerSpec:
+        """The first layer of attention.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for layer in self.kinds():
+            if isinstance(layer.mixer, AttentionSpec):
+                return layer
+        raise ConfigError("a model must have a layer of attention; this one has none")
+
+    @property
     def moe_layers(self) -> tuple[tuple[int, MoESpec], ...]:
         """(index, experts) of every layer that has experts."""
         return tuple((i, layer.ffn) for i, layer in enumerate(self.layers) if isinstance(layer.ffn, MoESpec))
@@ -575,8 +650,12 @@ class ModelConfig:
         return replace(self, layers=tuple(changed[layer] for layer in self.layers))
 
     def with_mixer(self, **fields: Any) -> ModelConfig:
-        """This model with fields of every layer's mixer changed."""
-        return self.with_layers(lambda layer: replace(layer, mixer=replace(layer.mixer, **fields)))
+        """This model with fields of every attention changed; layers with another mixer stay."""
+        return self.with_layers(
+            lambda layer: replace(layer, mixer=replace(layer.mixer, **fields))
+            if isinstance(layer.mixer, AttentionSpec)
+            else layer
+        )
 
     def with_ffn(self, **fields: Any) -> ModelConfig:
         """This model with fields of every layer's feed-forward changed."""
@@ -595,7 +674,7 @@ def uniform_model(
     *,
     n_layers: int,
     norm: NormSpec,
-    mixer: AttentionSpec,
+    mixer: Mixer,
     ffn: DenseSpec | MoESpec,
     post_norms: bool = False,
     residual_scale: float = 1.0,

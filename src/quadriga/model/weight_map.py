@@ -15,6 +15,7 @@ Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, 
     embed.weight (V, D)                      layers.{i}.attn.wqkv.weight ((H + 2K) d, D), rows: all q, all k, all v
     layers.{i}.attn_norm.weight (D,)         layers.{i}.attn.wo.weight   (D, H d)
     layers.{i}.attn.wqkv.bias ((H + 2K) d,), attn.wo.bias (D,), attn.sinks (H,)    (where the mixer has them)
+    layers.{i}.conv.w_in.weight (3 C, D), conv.taps (C, L), conv.w_out.weight (D, C)      (a short convolution's layer)
     layers.{i}.ffn_norm.weight (D,)          layers.{i}.attn_post_norm.weight, ffn_post_norm.weight  (post_norms only)
     layers.{i}.ffn.w_gate|w_up (F, D), w_down (D, F)                               (dense; w_gate only if gated)
     layers.{i}.moe.router.weight (E, D), moe.w_gate|w_up (E, F, D), moe.w_down (E, D, F)             (experts)
@@ -34,7 +35,15 @@ from dataclasses import dataclass
 from math import prod
 
 from quadriga.errors import CheckpointError
-from quadriga.model.config import DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec
+from quadriga.model.config import (
+    AttentionSpec,
+    DenseSpec,
+    LayerSpec,
+    ModelConfig,
+    MoESpec,
+    NormSpec,
+    ShortConvSpec,
+)
 
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
@@ -115,20 +124,13 @@ def _norm_shapes(name: str, norm: NormSpec, d_model: int) -> dict[str, Shape]:
 
 def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
     """Every parameter of one layer, without the ``layers.{i}.`` before its name, in the order of a forward pass."""
-    d, attn, ffn = d_model, layer.mixer, layer.ffn
+    d, ffn = d_model, layer.ffn
     shapes: dict[str, Shape] = _norm_shapes("attn_norm", layer.norm, d)
-    shapes["attn.wqkv.weight"] = (attn.qkv_dim, d)
-    if attn.qkv_bias:
-        shapes["attn.wqkv.bias"] = (attn.qkv_dim,)
-    shapes["attn.wo.weight"] = (d, attn.q_dim)
-    if attn.out_bias:
-        shapes["attn.wo.bias"] = (d,)
-    if attn.sinks:
-        shapes["attn.sinks"] = (attn.n_heads,)
-    if attn.qk_norm is not None:
-        by_head = attn.qk_norm.over == "head"
-        shapes["attn.q_norm.weight"] = (attn.head_dim if by_head else attn.q_dim,)
-        shapes["attn.k_norm.weight"] = (attn.head_dim if by_head else attn.kv_dim,)
+    match layer.mixer:
+        case AttentionSpec() as attn:
+            shapes |= _attention_shapes(attn, d)
+        case ShortConvSpec(width=width, taps=taps):
+            shapes |= {"conv.w_in.weight": (3 * width, d), "conv.taps": (width, taps), "conv.w_out.weight": (d, width)}
     if layer.post_norms:
         shapes |= _norm_shapes("attn_post_norm", layer.norm, d)
     shapes |= _norm_shapes("ffn_norm", layer.norm, d)
@@ -142,6 +144,22 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
             shapes.update(_mixture_shapes(ffn, d))
     if layer.post_norms:
         shapes |= _norm_shapes("ffn_post_norm", layer.norm, d)
+    return shapes
+
+
+def _attention_shapes(attn: AttentionSpec, d: int) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {"attn.wqkv.weight": (attn.qkv_dim, d)}
+    if attn.qkv_bias:
+        shapes["attn.wqkv.bias"] = (attn.qkv_dim,)
+    shapes["attn.wo.weight"] = (d, attn.q_dim)
+    if attn.out_bias:
+        shapes["attn.wo.bias"] = (d,)
+    if attn.sinks:
+        shapes["attn.sinks"] = (attn.n_heads,)
+    if attn.qk_norm is not None:
+        by_head = attn.qk_norm.over == "head"
+        shapes["attn.q_norm.weight"] = (attn.head_dim if by_head else attn.q_dim,)
+        shapes["attn.k_norm.weight"] = (attn.head_dim if by_head else attn.kv_dim,)
     return shapes
 
 
@@ -167,8 +185,9 @@ def _mixture_shapes(ffn: MoESpec, d: int) -> dict[str, Shape]:
 
 def stays_float32(name: str) -> bool:
     """True for matrices that are never packed into fewer bits: a router, whose rounding changes which experts a token
-    visits, and the biases of experts, one row an expert, which are added and not multiplied with."""
-    return name.endswith(("router.weight", "moe.b_gate", "moe.b_up", "moe.b_down"))
+    visits, the biases of experts, one row an expert, which are added and not multiplied with, and the taps of short
+    convolutions, a few numbers a channel."""
+    return name.endswith(("router.weight", "moe.b_gate", "moe.b_up", "moe.b_down", "conv.taps"))
 
 
 def source_shapes(pieces: Iterable[Piece]) -> dict[str, Shape]:

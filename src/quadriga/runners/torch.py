@@ -14,19 +14,20 @@ from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.program import Batch
+from quadriga.model.config import KVState, RecurrentState
 from quadriga.nn import moe
 from quadriga.nn.adapter_bank import AdapterBank
-from quadriga.nn.context import Scoring
+from quadriga.nn.context import Scan, Scoring, beginning
 from quadriga.nn.devices import quick_float32, resolve_device, resolve_dtype, set_threads
 from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer
 from quadriga.quant.packed import BLOCK_TOKENS
-from quadriga.runners.base import Floats, PassResult, RouterStats
+from quadriga.runners.base import CacheSize, Floats, PassResult, RouterStats
 
 
 def load(
     opened: Checkpoint,
-    n_blocks: Callable[[int], int],
+    sizes: Callable[[int], CacheSize],
     *,
     dtype: str = "auto",
     device: str = "cpu",
@@ -36,7 +37,7 @@ def load(
     """A checkpoint in torch.
 
     Args:
-        n_blocks: blocks of the cache, from the bytes of one.
+        sizes: size of the cache, from the bytes of a block.
         dtype, device: as in ``runtime.DTYPE_NAMES`` and ``runtime.check_device``, or auto.
 
     Raises:
@@ -49,7 +50,8 @@ def load(
     parameters = load_parameters(opened, dtype=chosen, device=target, progress=progress)
     numbers = sum(layer.mixer.state.numbers_per_token for layer in opened.config.layers)
     per_block = BLOCK_TOKENS * numbers * parameters["embed.weight"].element_size()
-    return TorchRunner(Transformer.from_parameters(opened.config, parameters), n_blocks(per_block))
+    room = sizes(per_block)
+    return TorchRunner(Transformer.from_parameters(opened.config, parameters), room.n_blocks, room.n_slots)
 
 
 class TorchRunner:
@@ -58,17 +60,28 @@ class TorchRunner:
     Args:
         model: its parameters' device and dtype are computed in.
         n_blocks: KV blocks of 16 tokens; None: those of two full contexts.
+        n_slots: places for the states of recurrent layers; None: as many as blocks.
     """
 
-    def __init__(self, model: Transformer, n_blocks: int | None = None) -> None:
+    def __init__(self, model: Transformer, n_blocks: int | None = None, n_slots: int | None = None) -> None:
         n_blocks = n_blocks or 2 * -(-model.config.max_seq_len // BLOCK_TOKENS)
         self.model, self.config, self.n_blocks = model.eval(), model.config, n_blocks
         weight = next(model.parameters())
-        states = [layer.mixer.state for layer in self.config.layers]
-        shapes = [(n_blocks * BLOCK_TOKENS, state.n_kv_heads, state.head_dim) for state in states]
-        self._keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for shape in shapes]
-        self._values = [torch.zeros_like(keys) for keys in self._keys]
-        self.kv_bytes = sum(t.nbytes for t in (*self._keys, *self._values))
+        self.n_slots = (n_slots or n_blocks) if self.config.is_recurrent else 0
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        self._states: dict[int, list[Tensor]] = {}
+        for i, layer in enumerate(self.config.layers):
+            match layer.mixer.state:
+                case KVState() as kv:
+                    shape = (n_blocks * BLOCK_TOKENS, kv.n_kv_heads, kv.head_dim)
+                    self._keys[i] = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+                    self._values[i] = torch.zeros_like(self._keys[i])
+                case RecurrentState() as state:
+                    self._states[i] = [t.expand(self.n_slots, *t.shape).clone() for t in beginning(state, weight)]
+        self._device = weight.device
+        self.kv_bytes = sum(t.nbytes for t in (*self._keys.values(), *self._values.values()))
+        self.state_bytes = sum(t.nbytes for arrays in self._states.values() for t in arrays)
         self.store: ExpertStore | None = None
         self._load: list[Tensor] = []
         self._bank: AdapterBank | None = None
@@ -89,7 +102,7 @@ class TorchRunner:
         self, batch: Batch, *, adapters: Sequence[int] | None = None, hidden: bool = False, routing: bool = False
     ) -> PassResult:
         """See :class:`Runner`."""
-        device = self._keys[0].device
+        device = self._device
         tokens = torch.from_numpy(batch.tokens).long().to(device)
         rows = torch.from_numpy(batch.rows).long().to(device)
         chosen = None if adapters is None else torch.tensor(adapters, device=device)
@@ -113,7 +126,7 @@ class TorchRunner:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :class:`Runner`."""
         source, target = zip(*pairs, strict=True)
-        for stored in (*self._keys, *self._values):
+        for stored in (*self._keys.values(), *self._values.values()):
             blocks = stored.view(self.n_blocks, BLOCK_TOKENS, *stored.shape[1:])
             blocks[list(target)] = blocks[list(source)]
 
@@ -157,6 +170,7 @@ class _PagedContext:
         # All sequences decode: one padded attention for all of them.
         self._decode = len(self._spans) > 1 and all(stop - start == 1 for start, stop in self._spans)
         self._padded: dict[int | None, tuple[Tensor, Tensor]] = {}
+        self._slots_of = batch.state_slots() if runner.n_slots else []
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Store k and v, then attend; see ``nn.context.ForwardContext``."""
@@ -172,6 +186,19 @@ class _PagedContext:
             stored = (t[seen].transpose(0, 1)[None] for t in (keys, values))
             out[start:stop] = scoring.attention(q[start:stop].transpose(0, 1)[None], *stored)[0].transpose(0, 1)
         return out
+
+    def recur(self, layer: int, x: Tensor, state: RecurrentState, scan: Scan) -> Tensor:
+        """Run a recurrent layer from the slot of each sequence into another; see ``nn.context.ForwardContext``."""
+        kept, out, written = self._runner._states[layer], [], []
+        for (start, stop), (before, after) in zip(self._spans, self._slots_of, strict=True):
+            states = beginning(state, x) if before < 0 else [array[before] for array in kept]
+            rows, states_after = scan(x[start:stop], states)
+            out.append(rows)
+            written.append((after, states_after))
+        for after, states_after in written:  # last: a slot that is read by one may be another's to write
+            for array, values in zip(kept, states_after, strict=True):
+                array[after] = values
+        return torch.cat(out)
 
     def _together(self, window: int | None) -> tuple[Tensor, Tensor]:
         """(places (B, S) of what each sequence's query sees, padded at the end; (B, 1) where its query is in them)."""

@@ -142,6 +142,16 @@ class Batch:
     """(S + 1,)"""
     rows: Ints
     """(R,) tokens whose logits are wanted."""
+    before: Ints | None = None
+    """(S,) slots that the states of recurrent layers before each sequence's first token are read from; -1: the sequence
+    begins here. None for both where the model has no such layer."""
+    after: Ints | None = None
+    """(S,) slots that the states after each sequence's last token are left in."""
+
+    def state_slots(self) -> list[tuple[int, int]]:
+        """(before, after) of every sequence."""
+        assert self.before is not None and self.after is not None, "a recurrent model's pass says where states are"
+        return list(zip(self.before.tolist(), self.after.tolist(), strict=True))
 
 
 class LayerRouting:
