@@ -18,8 +18,28 @@ from numpy.typing import NDArray
 from quadriga.errors import ConfigError, RequestError
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
-from quadriga.kernels.cpu.program import AttentionArgs, Batch, ChoiceArgs, FFNArgs, NormArgs, Program, SharedArgs
-from quadriga.model.config import AlibiSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.kernels.cpu.program import (
+    AttentionArgs,
+    Batch,
+    ChoiceArgs,
+    FFNArgs,
+    NormArgs,
+    Program,
+    SharedArgs,
+    ShortConvArgs,
+)
+from quadriga.model.config import (
+    AlibiSpec,
+    AttentionSpec,
+    DenseSpec,
+    KVState,
+    LayerSpec,
+    ModelConfig,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+    ShortConvSpec,
+)
 from quadriga.model.positions import alibi_slopes, rotation
 from quadriga.model.weight_map import parameter_shapes, stays_float32
 from quadriga.quant.dtypes import Array, as_float32
@@ -51,8 +71,9 @@ def pack_parameters(parameters: Mapping[str, Array], form: str) -> dict[str, Par
 
 
 def layer_block_bytes(layer: LayerSpec, kv_format: str) -> int:
-    """Bytes of one cache block of 16 positions in a layer."""
-    return kv_block_bytes(kv_format, layer.mixer.state.n_kv_heads, layer.mixer.state.head_dim)
+    """Bytes of one cache block of 16 positions in a layer; 0 where it keeps no keys and values."""
+    state = layer.mixer.state
+    return kv_block_bytes(kv_format, state.n_kv_heads, state.head_dim) if isinstance(state, KVState) else 0
 
 
 def _distribution(logits: Floats, score: str) -> Floats:
@@ -73,6 +94,7 @@ class CompiledModel:
         parameters: see ``Parameter``; named as in ``parameter_shapes``. They are used where they lie.
         threads: computing threads.
         n_blocks: KV blocks of 16 tokens.
+        n_slots: places for the states of recurrent layers; None: as many as blocks.
         kv_format: float32, bfloat16 or q8.
         activations: what quantised matrices are multiplied with: int8, int16, or auto: int16 for models of fewer than
             a billion parameters, which are sensitive (SmolLM2's perplexity: 23.67 and 23.73) and quick anyway.
@@ -91,6 +113,7 @@ class CompiledModel:
         *,
         threads: int,
         n_blocks: int,
+        n_slots: int | None = None,
         kv_format: str = "bfloat16",
         activations: str = "auto",
         max_tokens: int = MAX_TOKENS,
@@ -112,12 +135,24 @@ class CompiledModel:
             isa=isa,
         )
         self.parameters, self.store = parameters, store
-        self._kv = [allocate(n_blocks * layer_block_bytes(layer, kv_format)) for layer in config.layers]
-        self.kv_bytes = sum(kv.nbytes for kv in self._kv)
+        self.n_slots = (n_slots or n_blocks) if config.is_recurrent else 0
+        self._kv: dict[int, NDArray[np.uint8]] = {}
+        self._states: dict[int, Floats] = {}
+        for i, layer in enumerate(config.layers):
+            if n_bytes := layer_block_bytes(layer, kv_format):
+                self._kv[i] = allocate(n_blocks * n_bytes)
+            if numbers := layer.mixer.state.numbers_per_sequence:
+                self._states[i] = allocate(self.n_slots * numbers * 4).view(np.float32).reshape(self.n_slots, numbers)
+        self.kv_bytes = sum(kv.nbytes for kv in self._kv.values())
+        self.state_bytes = sum(state.nbytes for state in self._states.values())
         embed = self._packed("embed.weight")
         self.program.embed(embed, config.embedding_scale)
         for layer in range(config.n_layers):
-            self.program.attention(self._attention(layer))
+            match config.layers[layer].mixer:
+                case AttentionSpec() as attention:
+                    self.program.attention(self._attention(layer, attention))
+                case ShortConvSpec():
+                    self.program.short_conv(self._short_conv(layer))
             self.program.ffn(self._ffn(layer))
         head = embed if config.tied_embeddings else self._packed("lm_head.weight")
         bias = self._vector("lm_head.bias") if config.head_bias else None
@@ -158,7 +193,7 @@ class CompiledModel:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the keys and values of whole blocks, (from, to), in every layer."""
         source, target = (list(side) for side in zip(*pairs, strict=True))
-        for kv in self._kv:
+        for kv in self._kv.values():
             blocks = kv.reshape(self.n_blocks, -1)
             blocks[target] = blocks[source]
 
@@ -193,9 +228,20 @@ class CompiledModel:
         """Per MoE layer (E,) int64: tokens every expert has seen since the model was built."""
         return [routing.load.copy() for routing in self.program.routing]
 
-    def _attention(self, layer: int) -> AttentionArgs:
+    def _short_conv(self, layer: int) -> ShortConvArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
-        spec = shape.mixer
+        return ShortConvArgs(
+            norm=self._norm(p + "attn_norm.weight", shape.norm),
+            post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
+            w_in=self._packed(p + "conv.w_in.weight"),
+            w_out=self._packed(p + "conv.w_out.weight"),
+            taps=self._packed(p + "conv.taps").unpack(),
+            residual_scale=shape.residual_scale,
+            state=self._states[layer],
+        )
+
+    def _attention(self, layer: int, spec: AttentionSpec) -> AttentionArgs:
+        shape, p = self.config.layers[layer], f"layers.{layer}."
         turning = slopes = q_norm = k_norm = None
         if isinstance(spec.position, RopeSpec):
             turning = rotation(spec.position, spec.head_dim, self.config.max_seq_len)

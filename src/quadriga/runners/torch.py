@@ -189,15 +189,12 @@ class _PagedContext:
 
     def recur(self, layer: int, x: Tensor, state: RecurrentState, scan: Scan) -> Tensor:
         """Run a recurrent layer from the slot of each sequence into another; see ``nn.context.ForwardContext``."""
-        kept, out, written = self._runner._states[layer], [], []
+        kept, out = self._runner._states[layer], []
         for (start, stop), (before, after) in zip(self._spans, self._slots_of, strict=True):
-            states = beginning(state, x) if before < 0 else [array[before] for array in kept]
-            rows, states_after = scan(x[start:stop], states)
+            rows, states = scan(x[start:stop], beginning(state, x) if before < 0 else [one[before] for one in kept])
             out.append(rows)
-            written.append((after, states_after))
-        for after, states_after in written:  # last: a slot that is read by one may be another's to write
-            for array, values in zip(kept, states_after, strict=True):
-                array[after] = values
+            for one, values in zip(kept, states, strict=True):
+                one[after] = values
         return torch.cat(out)
 
     def _together(self, window: int | None) -> tuple[Tensor, Tensor]:

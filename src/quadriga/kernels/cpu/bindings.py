@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "710cbd36990a78745030f8ba3beec0155f04ab93e1acb1fe6eed30d873359f7a"
+HEADER_SHA256 = "a29981f2b0699fbe3f85cfa73e8f3e75cda850a31d5cd36635191ed5f63fd901"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -136,6 +136,7 @@ class Op(IntEnum):
     ATTN_OUT = 3
     FFN = 4
     HEAD = 5
+    SHORT_CONV = 6
 
 
 class Message(c.Structure):
@@ -220,6 +221,21 @@ class Attention(c.Structure):
     ]
 
 
+class ShortConv(c.Structure):
+    """struct qd_short_conv"""
+
+    _fields_ = [
+        ("norm", Norm),
+        ("post_norm", Norm),
+        ("w_in", Matrix),
+        ("w_out", Matrix),
+        ("taps", c.c_void_p),
+        ("state", c.c_void_p),
+        ("n_taps", c.c_int32),
+        ("residual_scale", c.c_float),
+    ]
+
+
 class Ffn(c.Structure):
     """struct qd_ffn"""
 
@@ -288,6 +304,8 @@ class Batch(c.Structure):
         ("rows", c.c_void_p),
         ("logits", c.c_void_p),
         ("hidden", c.c_void_p),
+        ("before", c.c_void_p),
+        ("after", c.c_void_p),
     ]
 
 
@@ -328,6 +346,7 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "qd_norm": Norm,
     "qd_embed": Embed,
     "qd_attention": Attention,
+    "qd_short_conv": ShortConv,
     "qd_ffn": Ffn,
     "qd_head": Head,
     "qd_batch": Batch,

@@ -3,7 +3,7 @@
 Building a :class:`Program` lays out every op of the model as a C structure, pointers in place; running it is one call
 from Python for the whole step, whatever the number of layers. Between the ops nothing but C++ runs.
 
-    embed -> [ norm+qkv+norms+clip+rotate+cache write -> attention -> projection+residual
+    embed -> [ norm+qkv+norms+clip+rotate+cache write -> attention -> projection+residual, or a recurrent layer's one op
                norm+router+experts+weighted sum+residual ] * n_layers -> norm+head on the rows asked for
 """
 
@@ -68,6 +68,21 @@ class AttentionArgs:
     window: int | None = None
     rotary_scale: float = 1.0
     norm_after_rotation: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvArgs:
+    """Everything ``Program.short_conv`` needs of one layer; see ``model.config.ShortConvSpec``."""
+
+    norm: NormArgs
+    post_norm: NormArgs | None
+    w_in: Packed
+    w_out: Packed
+    taps: Floats
+    """(W, L)"""
+    residual_scale: float
+    state: Floats
+    """(slots, numbers of a state)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +246,21 @@ class Program:
         for kind in (Op.QKV, Op.ATTEND, Op.ATTN_OUT):
             self._add(kind, op)
 
+    def short_conv(self, a: ShortConvArgs) -> None:
+        """The first half of a layer with a short convolution: one op."""
+        op = bindings.ShortConv(
+            norm=self._norm(a.norm),
+            post_norm=self._norm(a.post_norm),
+            w_in=self._matrix(a.w_in),
+            w_out=self._matrix(a.w_out),
+            taps=self._floats(a.taps.T),
+            state=a.state.ctypes.data,
+            n_taps=a.taps.shape[1],
+            residual_scale=a.residual_scale,
+        )
+        self._keep.append(a.state)
+        self._add(Op.SHORT_CONV, op)
+
     def ffn(self, a: FFNArgs) -> None:
         """The feed-forward half of a layer: one op, however many experts."""
         routing = None
@@ -319,6 +349,8 @@ class Program:
             rows=batch.rows.ctypes.data,
             logits=logits.ctypes.data,
             hidden=self._hidden.ctypes.data,
+            before=None if batch.before is None else batch.before.ctypes.data,
+            after=None if batch.after is None else batch.after.ctypes.data,
         )
         self.context.run(self._steps, args)
         return logits

@@ -230,14 +230,5 @@ void run_attend(qd_context& c, const qd_attention& op, const qd_batch& b) {
 }
 
 void run_attention_out(qd_context& c, const qd_attention& op, const qd_batch& b) {
-  const int64_t n = b.n_tokens, dim = op.wo.rows, q_dim = op.wo.cols;
-  const float* mixed = c.mixed.data();
-  if (!op.post_norm.weight && !op.out_bias && op.residual_scale == 1)
-    return linear(c, op.wo, mixed, q_dim, n, b.hidden, dim, true);
-  float* projected = c.projected.reserve(n * dim);
-  linear(c, op.wo, mixed, q_dim, n, projected, dim, false);
-  if (op.out_bias)
-    for (int64_t i = 0; i < n * dim; ++i) projected[i] += op.out_bias[i % dim];
-  if (op.post_norm.weight) norm_rows(c, op.post_norm, projected, n, dim, projected);
-  for (int64_t i = 0; i < n * dim; ++i) b.hidden[i] += op.residual_scale * projected[i];
+  add_branch(c, op.wo, op.out_bias, op.post_norm, op.residual_scale, c.mixed.data(), b);
 }

@@ -6,13 +6,14 @@
 #include "matmul.inl"
 #include "elementwise.inl"
 #include "attention.inl"
+#include "recurrent.inl"
 #include "pack.inl"
 #include "decode.inl"
 #include "training.inl"
 
 const Kernels* QD_TABLE() {
   static const Kernels table = {kWidth, make_panel, fill_group, tile_any, widen_any, tile_wide_any, norm, activate,
-                                add_scaled, scores, top_k, row_stats, attend, merge, write_kv, pack_tile, unpack_row,
+                                add_scaled, scores, top_k, row_stats, attend, merge, short_conv, write_kv, pack_tile, unpack_row,
                                 dequantize, to_q8_0, hidden_any, hidden_back_any, sum_rows_any, softmax_any, softmax_back_any, cross_entropy_any,
                                 peak_of, read_all};
   return &table;

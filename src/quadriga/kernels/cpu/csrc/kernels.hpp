@@ -26,6 +26,19 @@ inline int64_t attend_scratch(int n_rows, int d) {
   return int64_t(n_rows) * (d + 2 * QD_KV_CHUNK) + 2 * 16 * d + int64_t(QD_KV_CHUNK) * round_up_16(d);
 }
 
+// Some channels of a short convolution over one sequence's tokens.
+struct ConvPart {
+  const float* rows;  // (n, 3 W): b, c, x
+  int64_t n, width;   // W
+  int64_t first, end; // channels
+  const float* taps;  // (n_taps, W)
+  int n_taps;
+  const float* before;  // (n_taps - 1, W), or NULL: zeros
+  float* after;         // alike; it may be `before`
+  float* out;           // (n, W)
+};
+
+constexpr int kMostTaps = 16;
 constexpr int kPeakLines = 24;  // 64-byte lines of weights an iteration of `peak` multiplies
 
 struct Kernels {
@@ -55,6 +68,7 @@ struct Kernels {
   void (*attend)(const AttendChunk&);
   // (max, sum, out) of one row gets another chunk's; d padded to 16
   void (*merge)(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int padded);
+  void (*short_conv)(const ConvPart&);
   void (*write_kv)(int kv_format, int head_dim, const float* k, const float* v, int slot, uint8_t* block);
 
   int64_t (*pack)(int source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols, int64_t tile, int format,

@@ -12,7 +12,7 @@
  * pointers. A context may be handed to several threads: they take turns.
  *
  * Shape letters as in kernels/ops.py: N packed tokens, D d_model, H heads, K key/value heads, d head_dim, F d_ff,
- * E experts, k experts a token, V vocabulary, R rows whose logits are wanted. */
+ * E experts, k experts a token, V vocabulary, R rows whose logits are wanted, S sequences, W channels, L taps. */
 #ifndef QUADRIGA_H
 #define QUADRIGA_H
 #include <stdint.h>
@@ -65,7 +65,8 @@ enum qd_score { QD_SCORE_SOFTMAX = 0, QD_SCORE_SIGMOID = 1 };
 enum qd_aggregate { QD_AGGREGATE_WEIGHTED_SUM = 0, QD_AGGREGATE_VOTE = 1, QD_AGGREGATE_FUSE = 2 };
 enum qd_isa { QD_ISA_PORTABLE = 0, QD_ISA_AVX2 = 1, QD_ISA_AVX512 = 2 }; /* each has all of the ones before it */
 enum qd_op {
-  QD_OP_EMBED = 0, QD_OP_QKV = 1, QD_OP_ATTEND = 2, QD_OP_ATTN_OUT = 3, QD_OP_FFN = 4, QD_OP_HEAD = 5
+  QD_OP_EMBED = 0, QD_OP_QKV = 1, QD_OP_ATTEND = 2, QD_OP_ATTN_OUT = 3, QD_OP_FFN = 4, QD_OP_HEAD = 5,
+  QD_OP_SHORT_CONV = 6
 };
 
 typedef struct qd_context qd_context; /* threads, instruction set, scratch memory; one call at a time, others wait */
@@ -121,6 +122,16 @@ typedef struct {
   int32_t norm_after_rotation;
 } qd_attention;
 
+/* A recurrent layer as a whole: out = w_out (c * conv(b * x)), where b, c, x are the thirds of w_in's product. */
+typedef struct {
+  qd_norm norm, post_norm;
+  qd_matrix w_in, w_out; /* (3 W, D), (D, W) */
+  const float* taps;     /* (L, W), the oldest position's first */
+  float* state;          /* slots x (L - 1, W): b * x of the last positions */
+  int32_t n_taps;
+  float residual_scale;
+} qd_short_conv;
+
 typedef struct {
   qd_norm norm, post_norm;
   qd_matrix router;      /* (E, D) float32; data NULL: one dense network */
@@ -170,11 +181,15 @@ typedef struct {
   const int32_t* rows;         /* (R,) tokens whose logits are wanted */
   float* logits;               /* (R, V) */
   float* hidden;               /* (N, D) the residual stream; scratch of the caller */
+  /* (S,) slots of recurrent states, or NULL where no layer has one: read before a sequence's first token, -1 for zeros, and
+   * written after its last. No sequence reads or writes a slot that another one writes. */
+  const int32_t* before;
+  const int32_t* after;
 } qd_batch;
 
 typedef struct {
   int32_t kind;   /* a qd_op */
-  const void* op; /* what that op takes: qd_embed, qd_attention, qd_ffn or qd_head */
+  const void* op; /* what that op takes: qd_embed, qd_attention, qd_ffn, qd_head or qd_short_conv */
 } qd_step;
 
 typedef struct {

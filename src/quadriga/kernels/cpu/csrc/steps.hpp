@@ -6,6 +6,7 @@ void run_embed(qd_context&, const qd_embed&, const qd_batch&);
 void run_qkv(qd_context&, const qd_attention&, const qd_batch&);       // norm, projection, clip, rotation, cache write
 void run_attend(qd_context&, const qd_attention&, const qd_batch&);    // over the paged cache
 void run_attention_out(qd_context&, const qd_attention&, const qd_batch&);  // projection, norm, residual
+void run_short_conv(qd_context&, const qd_short_conv&, const qd_batch&);    // a layer's first half as a whole
 void run_ffn(qd_context&, const qd_ffn&, const qd_batch&);             // norm, router, experts or one network, residual
 void run_head(qd_context&, const qd_head&, const qd_batch&);
 
@@ -13,3 +14,6 @@ void run_head(qd_context&, const qd_head&, const qd_batch&);
 void linear(qd_context&, const qd_matrix&, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride,
             bool add);
 void norm_rows(qd_context&, const qd_norm&, const float* x, int64_t n, int64_t d, float* out);
+// A branch's end: mixed times the matrix transposed, a bias and a norm if there are, all times scale, into the residual stream.
+void add_branch(qd_context&, const qd_matrix&, const float* bias, const qd_norm& post_norm, float scale, const float* mixed,
+                const qd_batch&);
