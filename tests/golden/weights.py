@@ -37,6 +37,15 @@ _QWEN = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
+_LFM2 = {
+    **{key: value for key, value in _LLAMA.items() if key != "rms_norm_eps"},
+    "norm_eps": 1e-5,
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "layer_types": ["conv", "full_attention", "conv", "conv"],
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
 _MPT = {
     "model_type": "mpt",
     "d_model": 48,
@@ -336,6 +345,7 @@ MODELS: dict[str, dict[str, object]] = {
         "hidden_act": "silu",
         **_LLAMA,
     },
+    "lfm2": {"model_type": "lfm2", "block_auto_adjust_ff_dim": False, **_LFM2},
     "mpt": {**_MPT, "n_heads": 6, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None}},
     "mpt-clipped": {**_MPT, "n_heads": 8, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": 2.0}},
 }
@@ -389,7 +399,20 @@ MINIMAX_M2: dict[str, object] = {
 }
 """Nor has MiniMax-M2, which transformers knows from version 5 on: ``tests.oracles.numpy_models.ORACLES`` states it."""
 
-BESIDE_TRANSFORMERS = {"grok1": GROK1, "minimax-m2": MINIMAX_M2}
+LFM2_MOE: dict[str, object] = {
+    "model_type": "lfm2_moe",
+    "moe_intermediate_size": 56,
+    "num_experts": 5,
+    "num_experts_per_tok": 3,
+    "num_dense_layers": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.7,
+    "use_expert_bias": True,
+    **_LFM2,
+}
+"""Known to transformers from version 5 on."""
+
+BESIDE_TRANSFORMERS = {"grok1": GROK1, "minimax-m2": MINIMAX_M2, "lfm2moe": LFM2_MOE}
 """Golden models without a golden file."""
 
 

@@ -392,6 +392,51 @@ def granite(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
     return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h]) / c["logits_scaling"]
 
 
+def convolved(x: Array, taps: Array) -> Array:
+    """Every channel with its own taps, the last one for the position itself: x (T, C), taps (C, L) -> (T, C)."""
+    out = np.zeros_like(x)
+    for t in range(len(x)):
+        for back in range(min(taps.shape[1], t + 1)):
+            out[t] += taps[:, -1 - back] * x[t - back]
+    return out
+
+
+def lfm2(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """LFM2, dense and with experts: logits (T, V)."""
+    eps, table = c["norm_eps"], w["model.embed_tokens.weight"]
+    n_heads, n_kv = c["num_attention_heads"], c["num_key_value_heads"]
+    h = table[tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        a = np.array([rms_norm(x, w[layer + "operator_norm.weight"], eps) for x in h])
+        if c["layer_types"][i] == "conv":
+            gate_in, gate_out, values = np.split(a @ w[layer + "conv.in_proj.weight"].T, 3, axis=1)
+            mixed = gate_out * convolved(gate_in * values, w[layer + "conv.conv.weight"][:, 0])
+            h = h + mixed @ w[layer + "conv.out_proj.weight"].T
+        else:
+            q, k, v = (
+                heads(a @ w[f"{layer}self_attn.{name}_proj.weight"].T, n)
+                for name, n in (("q", n_heads), ("k", n_kv), ("v", n_kv))
+            )
+            q, k = (
+                np.array([[rms_norm(x, w[f"{layer}self_attn.{name}_layernorm.weight"], eps) for x in row] for row in rows])
+                for name, rows in (("q", q), ("k", k))
+            )
+            h = h + attend(q, k, v, theta=c["rope_theta"]) @ w[layer + "self_attn.out_proj.weight"].T
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "ffn_norm.weight"], eps)
+            where, shares = layer + "feed_forward.", {"": 1.0}
+            if i >= c.get("num_dense_layers", c["num_hidden_layers"]):
+                score = sigmoid(w[where + "gate.weight"] @ m)
+                chosen = np.argsort(-(score + w[where + "expert_bias"]), kind="stable")[: c["num_experts_per_tok"]]
+                whole = score[chosen].sum() + 1e-6
+                shares = {f"experts.{e}.": c["routed_scaling_factor"] * score[e] / whole for e in chosen}
+            for network, share in shares.items():
+                w1, w2, w3 = (w[f"{where}{network}w{n}.weight"] for n in (1, 2, 3))
+                h[t] += share * (w2 @ (silu(w1 @ m) * (w3 @ m)))
+    return np.array([table @ rms_norm(x, w["model.embedding_norm.weight"], eps) for x in h])
+
+
 def gpt_oss(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
     """Logits (T, V). Columns 0, 2, ... of gate_up_proj are gate, the others up."""
     eps = c["rms_norm_eps"]
@@ -495,6 +540,8 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "ernie4_5_moe": ernie,
     "hunyuan_v1_moe": hunyuan,
     "minimax_m2": minimax,
+    "lfm2": lfm2,
+    "lfm2_moe": lfm2,
     "qwen2_moe": fine_grained,
     "mpt": mpt,
 }

@@ -15,7 +15,15 @@ from quadriga.errors import ConfigError
 from quadriga.hub import catalogue
 from quadriga.io.detect import locate
 from quadriga.model import cost, families
-from quadriga.model.config import AlibiSpec, LayerSpec, ModelConfig, MoESpec, RopeSpec
+from quadriga.model.config import (
+    AlibiSpec,
+    AttentionSpec,
+    LayerSpec,
+    ModelConfig,
+    MoESpec,
+    RopeSpec,
+    ShortConvSpec,
+)
 from quadriga.model.config_json import config_to_json
 from quadriga.model.weight_map import Shape, parameter_shapes
 from quadriga.runtime import memory_bytes
@@ -58,6 +66,7 @@ def describe(config: ModelConfig, context: int) -> dict[str, Any]:
         "parameters": asdict(cost.n_params(config)),
         "context": context,
         "kv_bytes_per_token": {dtype: cost.kv_bytes_per_token(config, dtype) for dtype in ("float32", "bfloat16")},
+        "state_bytes": cost.state_bytes(config),
         "flops_per_token": {
             "without_attention_to_the_past": cost.flops_per_token(config, 0),
             "at_context": cost.flops_per_token(config, context),
@@ -137,6 +146,7 @@ def _print_tables(name: str, config: ModelConfig, facts: dict[str, Any], notes: 
         ("vocabulary", f"{config.vocab_size:,}" + (", head tied to it" if config.tied_embeddings else "")),
         ("context", f"{config.max_seq_len:,}"),
         ("cache per token", f"{facts['kv_bytes_per_token']['bfloat16']:,} B in bfloat16"),
+        *([("cache per sequence", f"{facts['state_bytes']:,} B")] if facts["state_bytes"] else []),
         ("operations per token", f"{facts['flops_per_token']['without_attention_to_the_past']:.2e} FLOP"),
         (f"  at position {context}", f"{facts['flops_per_token']['at_context']:.2e} FLOP"),
     ):
@@ -168,7 +178,7 @@ def _layers(config: ModelConfig) -> list[tuple[str, str]]:
     """Attention and feed-forward of every kind of layer; with several kinds each line says how many layers it is of."""
     kinds = config.kinds()
     rows: list[tuple[str, str]] = []
-    for title, describe_layer in (("attention", _attention), ("feed-forward", _feed_forward)):
+    for title, describe_layer in (("mixer" if config.is_recurrent else "attention", _mixer), ("feed-forward", _feed_forward)):
         of_text: dict[str, int] = {}
         for layer, n in kinds.items():
             of_text[describe_layer(layer)] = of_text.get(describe_layer(layer), 0) + n
@@ -176,8 +186,15 @@ def _layers(config: ModelConfig) -> list[tuple[str, str]]:
     return rows
 
 
-def _attention(layer: LayerSpec) -> str:
-    attn = layer.mixer
+def _mixer(layer: LayerSpec) -> str:
+    match layer.mixer:
+        case ShortConvSpec(width=width, taps=taps):
+            return f"gated convolution of {width:,} channels over {taps} positions"
+        case AttentionSpec() as attention:
+            return _attention(attention)
+
+
+def _attention(attn: AttentionSpec) -> str:
     clip = f", clipped to {attn.clip_qkv:g}" if attn.clip_qkv is not None else ""
     match attn.position:
         case RopeSpec(theta=theta, dim=dim):

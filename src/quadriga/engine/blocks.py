@@ -83,6 +83,20 @@ class BlockPool:
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key], self._key_of[block] = block, key
 
+    def forget(self, key: bytes) -> None:
+        """Make what is known by ``key`` unknown; it is free at once if nobody holds it. Nothing where nothing is known."""
+        block = self._block_of.get(key)
+        if block is None:
+            return
+        self._forget(block)
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
+
+    def knows(self, block: int) -> bool:
+        """True if a block can be found by a key, so that its content may not change."""
+        return block in self._key_of
+
     def forget_all(self) -> None:
         """Forget all prefixes; held blocks stay held."""
         self._free.extend(self._cached)

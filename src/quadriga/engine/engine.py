@@ -126,7 +126,11 @@ class Engine:
         # A checkpoint may name an end token that its vocabulary does not list: it still ends answers.
         self.unused = Unused(i for i in rows if i not in end_ids)
         self.scheduler = Scheduler(
-            runner.n_blocks, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, prefix_cache=prefix_cache
+            runner.n_blocks,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            prefix_cache=prefix_cache,
+            n_slots=runner.n_slots,
         )
         self.pace: Pace | None = None
         self._active: dict[int, _Active] = {}
@@ -522,9 +526,12 @@ class Engine:
 
     def _passes(self, token_ids: Sequence[int], chunk: int) -> Iterator[PassResult]:
         """Run one sequence beside everything else, in blocks of its own: logits and routing of every pass."""
-        n, pool = len(token_ids), self.scheduler.pool
+        n, pool, states = len(token_ids), self.scheduler.pool, self.scheduler.states
         blocks: list[int] = []
+        slot = None if states is None else states.take()
         try:
+            if states is not None and slot is None:
+                raise BusyError("no place is free for the states of one more sequence; ask again later")
             for _ in range(-(-n // BLOCK_TOKENS)):
                 block = pool.allocate()
                 if block is None:
@@ -540,8 +547,11 @@ class Engine:
                     (0, len(blocks)),
                     range(stop - start),
                 )
-                yield self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)), routing=True)
+                slots = () if slot is None else ((slot if start else -1,), (slot,))
+                yield self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in (*ints, *slots))), routing=True)
         finally:
+            if states is not None and slot is not None:
+                states.give(slot)
             for block in blocks:
                 pool.release(block)
 
@@ -632,5 +642,7 @@ def build_batch(plan: Plan) -> tuple[Batch, list[int]]:
         starts.append(len(tokens))
         tables.extend(chunk.sequence.blocks)
         table_starts.append(len(tables))
-    ints = (tokens, positions, starts, tables, table_starts, rows)
+    ints = [tokens, positions, starts, tables, table_starts, rows]
+    if any(chunk.after >= 0 for chunk in plan.chunks):
+        ints += [[chunk.before for chunk in plan.chunks], [chunk.after for chunk in plan.chunks]]
     return Batch(*(np.array(x, dtype=np.int32) for x in ints)), first_rows

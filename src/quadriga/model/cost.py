@@ -102,9 +102,14 @@ def attention_flops(config: ModelConfig, context: int) -> int:
         match layer.mixer:
             case AttentionSpec() as attn:
                 total += n * 4 * attn.q_dim * min(context, attn.window or context)
-            case ShortConvSpec(width=width):
-                total += n * 2 * width  # the taps are parameters and counted as such
+            case recurrent:
+                total += n * step_flops(recurrent)
     return total
+
+
+def step_flops(mixer: ShortConvSpec) -> int:
+    """Operations of a recurrent mixer for one token beside its parameters', which the taps are."""
+    return 2 * mixer.width
 
 
 def kv_bytes_read(config: ModelConfig, context: int, dtype: str = "bfloat16") -> int:

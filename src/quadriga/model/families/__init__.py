@@ -22,6 +22,7 @@ from quadriga.model.families import (
     granite,
     grok1,
     hunyuan,
+    lfm2,
     llama2,
     minimax,
     mistral,
@@ -60,6 +61,8 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5-moe": ernie45moe.FAMILY,
     "hunyuan-moe": hunyuan.FAMILY,
     "minimax-m2": minimax.FAMILY,
+    "lfm2": lfm2.DENSE,
+    "lfm2moe": lfm2.MIXTURE,
 }
 
 PRESETS: dict[str, ModelConfig] = {

@@ -11,7 +11,6 @@ _MIXER = "its router (SparseMixer) weighs each of two experts by a softmax of it
 _BEHIND = "its layers have norms behind attention and feed-forward only, none before them"
 _LATENT = "its attention keeps one latent vector a token in place of keys and values (multi-head latent attention)"
 _DELTA = "most of its layers are gated delta rules with a recurrent state"
-_CONVOLUTION = "most of its layers are short convolutions with a state of their own"
 _STATE_SPACE = "most of its layers are state-space models (Mamba)"
 _GEMMA = "its blocks have norms on both sides of every branch, whose weights are stored less one"
 _SPARSE = "its attention picks keys by an index of its own"
@@ -34,9 +33,6 @@ REASONS: Mapping[str, str] = {
     "qwen3_5_moe": _DELTA,
     "qwen35": _DELTA,
     "qwen35moe": _DELTA,
-    "lfm2": _CONVOLUTION,
-    "lfm2_moe": _CONVOLUTION,
-    "lfm2moe": _CONVOLUTION,
     "granitemoehybrid": _STATE_SPACE,
     "granitehybrid": _STATE_SPACE,
     "nemotron_h": _STATE_SPACE,

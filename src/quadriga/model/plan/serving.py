@@ -17,6 +17,7 @@ from quadriga.model.cost import (
     expected_distinct_experts,
     flops_per_token,
     kv_bytes_per_token,
+    state_bytes,
     kv_bytes_read,
     weight_bytes,
 )
@@ -92,7 +93,7 @@ def serve(config: ModelConfig, weight_format: str, box: Box, context: int, max_b
     weights = weight_bytes(config, weight_format)
     room = box.memory_bytes * _USABLE - weights
     tokens = int(room // kv_bytes_per_token(config))
-    batch = max(0, min(max_batch, tokens // context))
+    batch = max(0, min(max_batch, int(room // (context * kv_bytes_per_token(config) + state_bytes(config)))))
     return Serving(
         box=box,
         weight_format=weight_format,
