@@ -23,7 +23,9 @@ from quadriga.model.config import (
     NormSpec,
     QKNormSpec,
     RopeSpec,
+    ShortConvSpec,
     YarnScaling,
+    in_order,
     uniform_model,
 )
 from quadriga.model.weight_map import Piece, parameter_shapes, source_index, source_shapes, whole
@@ -35,6 +37,13 @@ _ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(the
 
 def _moe(**changes: object) -> MoESpec:
     return MoESpec(**({"d_ff": 80, "n_experts": 5, "top_k": 3, "activation": "silu"} | changes))  # type: ignore[arg-type]
+
+
+def with_convolutions(config: ModelConfig) -> ModelConfig:
+    """``config`` with short convolutions in place of all but the second layer's attention."""
+    conv = ShortConvSpec(width=config.d_model, taps=3)
+    layers = (layer if i == 1 else replace(layer, mixer=conv) for i, layer in enumerate(config.layers))
+    return replace(config, layers=in_order(layers))
 
 
 TINY: dict[str, ModelConfig] = {
@@ -240,6 +249,28 @@ TINY: dict[str, ModelConfig] = {
         norm=NormSpec(kind="rms", eps=1e-6),
         mixer=replace(_ATTN, qkv_bias=True),
         ffn=_moe(normalize_p=None, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
+    ),
+    "lfm2": with_convolutions(
+        uniform_model(
+            family="lfm2",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=replace(_ATTN, qk_norm=QKNormSpec(over="head", eps=1e-5)),
+            ffn=DenseSpec(d_ff=80, activation="silu"),
+            tied_embeddings=True,
+        )
+    ),
+    "lfm2moe": with_convolutions(
+        first_dense(
+            uniform_model(
+                family="lfm2moe",
+                **_SIZES,
+                norm=NormSpec(kind="rms"),
+                mixer=replace(_ATTN, qk_norm=QKNormSpec(over="head", eps=1e-5)),
+                ffn=_moe(score="sigmoid", correction=True, normalize_eps=1e-6),
+                tied_embeddings=True,
+            )
+        )
     ),
     "mpt": uniform_model(
         family="mpt",

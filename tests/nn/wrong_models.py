@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from quadriga.model.config import AlibiSpec, ModelConfig, QKNormSpec, RopeSpec
+from quadriga.model.config import AlibiSpec, ModelConfig, QKNormSpec, RopeSpec, ShortConvSpec
 from quadriga.model.weight_map import parameter_shapes
 from tests.configs import changed
 
@@ -29,9 +30,21 @@ def mixtures_with(config: ModelConfig, **fields: object) -> ModelConfig:
     )
 
 
+def convolutions_with(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """The model with fields of its short convolutions changed; of a smaller number of taps the first ones stay."""
+    return config.with_layers(
+        lambda layer: replace(layer, mixer=replace(layer.mixer, **fields))
+        if isinstance(layer.mixer, ShortConvSpec)
+        else layer
+    )
+
+
 def left_to(config: ModelConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters that a model has in which something was left out."""
-    return {name: parameters[name] for name in parameter_shapes(config)}
+    return {
+        name: parameters[name][tuple(map(slice, shape))] if name.endswith("conv.taps") else parameters[name]
+        for name, shape in parameter_shapes(config).items()
+    }
 
 
 MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
@@ -109,6 +122,10 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "yarn's usual turns": ("gpt-oss", lambda c: c.with_mixer(position=rope_with(c, beta_fast=32.0, beta_slow=1.0))),
     "a plain gated unit": ("gpt-oss", lambda c: c.with_ffn(activation="silu")),
     "a softmax over all experts": ("gpt-oss", lambda c: c.with_ffn(normalize_p=None)),
+    "one tap fewer": ("lfm2", lambda c: convolutions_with(c, taps=2)),
+    "no norms of q and k in lfm2": ("lfm2", lambda c: c.with_mixer(qk_norm=None)),
+    "lfm2's weights not scaled": ("lfm2moe", lambda c: mixtures_with(c, routed_scale=1.0)),
+    "lfm2 without its correction": ("lfm2moe", lambda c: mixtures_with(c, correction=False)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
     "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),

@@ -101,7 +101,6 @@ class StatePool:
         """Assert that no slot is lost."""
         held: dict[int, int] = {}
         for sequence in running:
-            assert sequence.next_slot == -1, "no pass is under way"
-            if sequence.slot >= 0:
-                held[sequence.slot] = held.get(sequence.slot, 0) + 1
+            for slot in {sequence.slot, sequence.next_slot} - {-1}:
+                held[slot] = held.get(slot, 0) + 1
         self._pool.check(held)
