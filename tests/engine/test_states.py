@@ -49,7 +49,8 @@ def solo(name: str, one: Request) -> list[object]:
 @pytest.mark.parametrize("name", NAMES)
 def test_crowded_chunked_preempted_cached_and_guessed_answers_are_the_solo_ones(name: str) -> None:
     engine = Engine(compiled(name, n_blocks=14, n_slots=30), max_batch_tokens=23, max_sequences=5)
-    says_again = [Request(prompt=(7, 8, 9, i) * 5, params=SamplingParams(max_new_tokens=9, speculate=4)) for i in range(3)]
+    mostly_3 = SamplingParams(max_new_tokens=30, speculate=4, temperature=1.0, logit_bias={3: 7.0}, ignore_eos=True)
+    says_again = [Request(prompt=(7, 8, 9, i), params=replace(mostly_3, seed=i)) for i in range(3)]
     wanted = {engine.submit(one): one for one in (*(request(seed) for seed in range(21)), *says_again)}
     answers = drain(engine)
     stats = engine.stats()
