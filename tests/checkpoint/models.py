@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quadriga.io.parameters import pack
+from quadriga.io.parameters import to_stored
 from quadriga.model import families
 from quadriga.model.config import (
     AlibiSpec,
@@ -321,7 +321,7 @@ def stored(pieces: list[Piece], parameters: dict[str, Tensor]) -> dict[str, Tens
     for piece in pieces:
         target = piece.target_box or whole(piece.target_shape)
         part = parameters[piece.target][tuple(slice(*r) for r in target)]
-        out[piece.source][source_index(piece)] = pack(part, piece)
+        out[piece.source][source_index(piece)] = to_stored(part, piece)
     return out
 
 

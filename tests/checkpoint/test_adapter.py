@@ -15,8 +15,11 @@ from torch import Tensor
 
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io import convert
-from quadriga.io.adapter import Adapter, from_peft, load, merge, save, to_peft
+from quadriga.io.adapter import load, merge
+from quadriga.io.adapter_files import Adapter, save
 from quadriga.io.open import open_checkpoint
+from quadriga.io.peft_read import from_peft
+from quadriga.io.peft_write import to_peft
 from quadriga.kernels.arrays import tensor
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.nn.context import PackedContext

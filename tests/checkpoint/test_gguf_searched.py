@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from quadriga.io import convert as conversion
+from quadriga.io.conversion_plan import FILE_TYPE
 from quadriga.io.convert import convert
 from quadriga.io.convert_options import GGUF_FORMATS
 from quadriga.io.directory import packed_shapes
@@ -86,8 +86,8 @@ def test_importance_reaches_the_matrix_it_is_of(tmp_path: Path, config: ModelCon
 
 
 def test_every_format_that_is_written_has_llama_cpp_s_number() -> None:
-    assert set(GGUF_FORMATS) == set(conversion._FILE_TYPE) <= set(FORMATS)
+    assert set(GGUF_FORMATS) == set(FILE_TYPE) <= set(FORMATS)
     theirs = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "mxfp4": "MOSTLY_MXFP4_MOE"}
     small = {name: f"MOSTLY_{name.upper()}_S" for name in ("q3_k", "q4_k", "q5_k")}
-    for name, number in conversion._FILE_TYPE.items():
+    for name, number in FILE_TYPE.items():
         assert oracle.LlamaFileType(number).name == {**theirs, **small}.get(name, f"MOSTLY_{name.upper()}")

@@ -33,7 +33,7 @@ from quadriga.engine.threads import ThreadTurns
 from quadriga.errors import ConfigError, EngineError, QuadrigaError, RequestError, TokenizerError
 from quadriga.hub import catalogue
 from quadriga.io.adapter import load as load_adapter
-from quadriga.io.adapter import low_rank
+from quadriga.io.adapter_files import low_rank
 from quadriga.io.open import open_checkpoint
 from quadriga.io.packed import is_quantised
 from quadriga.io.suggested import Suggested, suggested

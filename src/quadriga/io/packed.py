@@ -27,7 +27,7 @@ from quadriga.io import directory as engine_file
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.mxfp4_source import Mxfp4Source
 from quadriga.io.open import Checkpoint
-from quadriga.io.parameters import Progress, unpack
+from quadriga.io.parameters import Progress, from_stored
 from quadriga.io.quantised.source import QuantisedSource
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import STORED, Bytes, Packed, Parameter, allocate, pack, pack_blocks, pack_mx4
@@ -244,7 +244,7 @@ def _block_rows(
             start, n, to = first, target[0][1] - target[0][0], target[0][0]
         raw = np.frombuffer(source.raw(piece.source, start, start + n), dtype=np.uint8).reshape(n, row_bytes)
         if piece.rotary_heads:  # the order of rows, found by moving their numbers as values are moved
-            order = unpack(np.arange(n)[:, None], piece)[:, 0]
+            order = from_stored(np.arange(n)[:, None], piece)[:, 0]
             raw = raw[order]
         out[to : to + n] = raw
     return out

@@ -5,10 +5,10 @@ A :class:`Piece` ties a box of one *source* tensor (named as in the checkpoint) 
 the round trip. The pieces of a map must cover every element of every source tensor and of every parameter exactly once;
 :func:`check_cover` holds them to it before a byte is read.
 
-    parameter[target_box] = unpack(source[source_box])
+    parameter[target_box] = from_stored(source[source_box])
 
-    unpack:  take every n-th index of an axis if `stride`  ->  view as `view` if given  ->  swap the last two axes
-             if `transpose`  ->  un-interleave rotary rows if `rotary_heads` > 0
+    from_stored:  take every n-th index of an axis if `stride`  ->  view as `view` if given  ->  swap the last two
+             axes if `transpose`  ->  un-interleave rotary rows if `rotary_heads` > 0
 
 Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, V vocab):
 
