@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from quadriga.model.config import DenseSpec, ModelConfig, in_order, uniform
+from quadriga.model.config import DenseSpec, ModelConfig, ShortConvSpec, in_order, uniform
 
 
 def first_dense(config: ModelConfig, d_ff: int = 72) -> ModelConfig:
     """``config`` with one gated network of width ``d_ff`` in its first layer."""
     dense = replace(config.layers[0], ffn=DenseSpec(d_ff=d_ff, activation="silu"))
     return replace(config, layers=in_order((dense, *config.layers[1:])))
+
+
+def with_convolutions(config: ModelConfig) -> ModelConfig:
+    """``config`` with short convolutions in place of all but the second layer's attention."""
+    conv = ShortConvSpec(width=config.d_model, taps=3)
+    layers = (layer if i == 1 else replace(layer, mixer=conv) for i, layer in enumerate(config.layers))
+    return replace(config, layers=in_order(layers))
 
 
 def changed(config: ModelConfig, **fields: Any) -> ModelConfig:

@@ -23,13 +23,11 @@ from quadriga.model.config import (
     NormSpec,
     QKNormSpec,
     RopeSpec,
-    ShortConvSpec,
     YarnScaling,
-    in_order,
     uniform_model,
 )
 from quadriga.model.weight_map import Piece, parameter_shapes, source_index, source_shapes, whole
-from tests.configs import first_dense
+from tests.configs import first_dense, with_convolutions
 
 _SIZES = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "max_seq_len": 64}
 _ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=1e4))
@@ -37,13 +35,6 @@ _ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(the
 
 def _moe(**changes: object) -> MoESpec:
     return MoESpec(**({"d_ff": 80, "n_experts": 5, "top_k": 3, "activation": "silu"} | changes))  # type: ignore[arg-type]
-
-
-def with_convolutions(config: ModelConfig) -> ModelConfig:
-    """``config`` with short convolutions in place of all but the second layer's attention."""
-    conv = ShortConvSpec(width=config.d_model, taps=3)
-    layers = (layer if i == 1 else replace(layer, mixer=conv) for i, layer in enumerate(config.layers))
-    return replace(config, layers=in_order(layers))
 
 
 TINY: dict[str, ModelConfig] = {

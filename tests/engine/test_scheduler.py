@@ -315,7 +315,9 @@ def test_a_prefix_is_taken_up_where_a_state_was_kept() -> None:
     assert run(scheduler, Running(3, [*shared, *[1] * 30], 72), model).n_cached == 64
     answered = run(scheduler, Running(4, [7] * 20, 71), model).tokens
     assert run(scheduler, Running(5, [*answered, 1, 2], 75), model).n_cached == 64, "of 70 positions that were read"
-    assert run(scheduler, Running(6, [*answered[:50], 9, 9], 55), model).n_cached == 16, "the latest replaced those between"
+    assert run(scheduler, Running(6, [*answered[:50], 9, 9], 55), model).n_cached == 16, (
+        "the latest replaced those between"
+    )
 
 
 def test_slots_limit_how_many_run_and_the_least_recently_used_state_goes_first() -> None:

@@ -31,7 +31,7 @@ from quadriga.model.families import FAMILIES, PRESETS, config_from_gguf, config_
 from quadriga.model.families.base import pick_layout
 from quadriga.model.families.keys import exact_or, shortest_float32
 from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes, whole
-from tests.configs import changed, first_dense
+from tests.configs import changed, first_dense, with_convolutions
 
 ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=12_345.0))
 MOE = MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu", aux_loss_weight=0.01)
@@ -210,6 +210,23 @@ TINY = {
         family="qwen2moe",
         mixer=replace(ATTN, qkv_bias=True),
         ffn=replace(MOE, normalize_p=None, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
+    ),
+    "lfm2": with_convolutions(
+        changed(
+            LLAMA,
+            family="lfm2",
+            mixer=replace(ATTN, qk_norm=QKNormSpec(over="head", eps=LLAMA.final_norm.eps)),
+            tied_embeddings=True,
+        )
+    ),
+    "lfm2moe": with_convolutions(
+        changed(
+            LLAMA,
+            family="lfm2moe",
+            mixer=replace(ATTN, qk_norm=QKNormSpec(over="head", eps=LLAMA.final_norm.eps)),
+            ffn=replace(MOE, score="sigmoid", correction=True, normalize_eps=1e-6, aux_loss_weight=0.0),
+            tied_embeddings=True,
+        )
     ),
     "mpt": changed(
         LLAMA,
@@ -669,6 +686,74 @@ MINIMAX_M2_RELEASE = {  # of a bfloat16 copy: the release itself is quantised
     "use_routing_bias": True,
     "vocab_size": 200064,
 }
+LFM2_1_2B_RELEASE = {
+    "architectures": ["Lfm2ForCausalLM"],
+    "block_auto_adjust_ff_dim": True,
+    "block_dim": 2048,
+    "block_ff_dim": 12288,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_mlp_init_scale": 1.0,
+    "block_multiple_of": 256,
+    "block_norm_eps": 1e-05,
+    "block_out_init_scale": 1.0,
+    "block_use_swiglu": True,
+    "block_use_xavier_init": True,
+    "bos_token_id": 1,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "conv_dim": 2048,
+    "conv_dim_out": 2048,
+    "conv_use_xavier_init": True,
+    "eos_token_id": 7,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 128000,
+    "model_type": "lfm2",
+    "norm_eps": 1e-05,
+    "num_attention_heads": 32,
+    "num_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pad_token_id": 0,
+    "rope_theta": 1000000.0,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.54.0.dev0",
+    "use_cache": True,
+    "use_pos_enc": True,
+    "vocab_size": 65536,
+}
+LFM2_8B_A1B_RELEASE = {
+    "architectures": ["Lfm2MoeForCausalLM"],
+    "bos_token_id": 1,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "dtype": "bfloat16",
+    "eos_token_id": 7,
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 7168,
+    "layer_types": ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+    "max_position_embeddings": 128000,
+    "model_type": "lfm2_moe",
+    "moe_intermediate_size": 1792,
+    "norm_eps": 1e-05,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_dense_layers": 2,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "pad_token_id": 0,
+    "rope_theta": 1000000.0,
+    "routed_scaling_factor": 1.0,
+    "tie_embedding": True,
+    "transformers_version": "4.57.0.dev0",
+    "use_cache": True,
+    "use_expert_bias": True,
+    "vocab_size": 65536,
+}
 RELEASES = {
     "gpt-oss-20b": GPT_OSS_20B_RELEASE,
     "dbrx-132b": DBRX_RELEASE,
@@ -683,6 +768,8 @@ RELEASES = {
     "glm-4.5-air": GLM_4_5_AIR_RELEASE,
     "qwen1.5-moe-a2.7b": QWEN1_5_MOE_RELEASE,
     "minimax-m2": MINIMAX_M2_RELEASE,
+    "lfm2-1.2b": LFM2_1_2B_RELEASE,
+    "lfm2-8b-a1b": LFM2_8B_A1B_RELEASE,
 }
 
 
@@ -955,6 +1042,12 @@ MAY_BE_ABSENT = {
         "attn_type_list", "hidden_act", "mtp_transformer_layers", "num_mtp_modules", "qk_norm_type", "scoring_func",
         "shared_intermediate_size", "use_mtp", "use_qk_norm", "use_routing_bias",
     },
+    "lfm2-1.2b": {
+        "block_dim", "block_norm_eps", "block_mlp_init_scale", "block_out_init_scale",
+        "block_use_swiglu", "block_use_xavier_init", "conv_bias", "conv_dim", "conv_dim_out",
+        "conv_use_xavier_init", "num_heads", "use_pos_enc",
+    },
+    "lfm2-8b-a1b": {"conv_bias", "tie_embedding"},
     "mpt-7b": {
         "attn_type", "attn_uses_sequence_id", "embedding_fraction", "learned_pos_emb", "logit_scale", "no_bias",
         "norm_type", "prefix_lm", "qk_ln", "verbose",
@@ -1039,7 +1132,7 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2; got 'gpt2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, lfm2, lfm2_moe; got 'gpt2'",
     ):
         config_from_hf({"model_type": "gpt2"})
 
@@ -1056,7 +1149,7 @@ def test_known_families_that_are_not_computed_say_what_they_would_need():
 
 
 def test_presets_by_name():
-    assert len(PRESETS) == 38
+    assert len(PRESETS) == 43
     assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
@@ -1092,6 +1185,11 @@ def test_presets_by_name():
         ("ernie-4.5-300b-a47b", 299_484_163_264, 47_926_586_560),
         ("hunyuan-a13b", 80_393_183_232, 12_747_448_320),
         ("minimax-m2", 228_689_764_864, 11_030_553_088),
+        ("lfm2-350m", 354_483_968, 354_483_968),
+        ("lfm2-700m", 742_489_344, 742_489_344),
+        ("lfm2-1.2b", 1_170_340_608, 1_170_340_608),
+        ("lfm2-2.6b", 2_569_272_320, 2_569_272_320),
+        ("lfm2-8b-a1b", 8_339_930_560, 1_557_740_992),
         ("qwen1.5-moe-a2.7b", 14_315_784_192, 2_689_173_504),
         ("qwen2-57b-a14b", 57_408_658_944, 14_249_270_784),
     ],
@@ -1328,7 +1426,7 @@ def test_the_same_model_from_hf_and_gguf():
         (
             {"general.architecture": "gpt2"},
             {},
-            "must be one of dbrx, dots1, ernie4_5-moe, glm4moe, gpt-oss, granite, granitemoe, grok, hunyuan-moe, llama, minimax-m2, mpt, olmoe, qwen2, qwen2moe, qwen3, qwen3moe, smollm3; got 'gpt2'",
+            "must be one of dbrx, dots1, ernie4_5-moe, glm4moe, gpt-oss, granite, granitemoe, grok, hunyuan-moe, lfm2, lfm2moe, llama, minimax-m2, mpt, olmoe, qwen2, qwen2moe, qwen3, qwen3moe, smollm3; got 'gpt2'",
         ),
     ],
 )

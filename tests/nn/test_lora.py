@@ -44,6 +44,8 @@ ALL = {
     "hunyuan-moe": ("attention", "router", "experts", "shared", "embeddings"),
     "minimax-m2": ("attention", "router", "experts", "embeddings", "head"),
     "qwen2moe": ("attention", "router", "experts", "shared", "embeddings", "head"),
+    "lfm2": ("attention", "ffn", "embeddings"),
+    "lfm2moe": ("attention", "router", "experts", "ffn", "embeddings"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }

@@ -33,9 +33,9 @@ def mixtures_with(config: ModelConfig, **fields: object) -> ModelConfig:
 def convolutions_with(config: ModelConfig, **fields: Any) -> ModelConfig:
     """The model with fields of its short convolutions changed; of a smaller number of taps the first ones stay."""
     return config.with_layers(
-        lambda layer: replace(layer, mixer=replace(layer.mixer, **fields))
-        if isinstance(layer.mixer, ShortConvSpec)
-        else layer
+        lambda layer: (
+            replace(layer, mixer=replace(layer.mixer, **fields)) if isinstance(layer.mixer, ShortConvSpec) else layer
+        )
     )
 
 

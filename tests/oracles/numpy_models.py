@@ -419,7 +419,9 @@ def lfm2(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
                 for name, n in (("q", n_heads), ("k", n_kv), ("v", n_kv))
             )
             q, k = (
-                np.array([[rms_norm(x, w[f"{layer}self_attn.{name}_layernorm.weight"], eps) for x in row] for row in rows])
+                np.array(
+                    [[rms_norm(x, w[f"{layer}self_attn.{name}_layernorm.weight"], eps) for x in row] for row in rows]
+                )
                 for name, rows in (("q", q), ("k", k))
             )
             h = h + attend(q, k, v, theta=c["rope_theta"]) @ w[layer + "self_attn.out_proj.weight"].T

@@ -178,7 +178,10 @@ def _layers(config: ModelConfig) -> list[tuple[str, str]]:
     """Attention and feed-forward of every kind of layer; with several kinds each line says how many layers it is of."""
     kinds = config.kinds()
     rows: list[tuple[str, str]] = []
-    for title, describe_layer in (("mixer" if config.is_recurrent else "attention", _mixer), ("feed-forward", _feed_forward)):
+    for title, describe_layer in (
+        ("mixer" if config.is_recurrent else "attention", _mixer),
+        ("feed-forward", _feed_forward),
+    ):
         of_text: dict[str, int] = {}
         for layer, n in kinds.items():
             of_text[describe_layer(layer)] = of_text.get(describe_layer(layer), 0) + n

@@ -86,12 +86,14 @@ def calibrate(
         block = load_block(checkpoint, config, index)
         prefix = f"layers.{index}."
         x = block.attn_norm(h)
-        _matrix(found, checkpoint, prefix + "attn.wqkv.weight", x, whole(block.attn.wqkv.weight), 1.0, errors)
+        first, last = _mixer_matrices(block)
+        _matrix(found, checkpoint, prefix + first, x, whole(block.get_parameter(first)), 1.0, errors)
         mixed: list[Tensor] = []
-        hook = block.attn.wo.register_forward_pre_hook(lambda _, inputs, keep=mixed: keep.append(inputs[0]))
-        a = block.attn(x, context, rotations)
+        module = block.get_submodule(last.removesuffix(".weight"))
+        hook = module.register_forward_pre_hook(lambda _, inputs, keep=mixed: keep.append(inputs[0]))
+        a = block.mixed(x, context, rotations)
         hook.remove()
-        _matrix(found, checkpoint, prefix + "attn.wo.weight", mixed[0], whole(block.attn.wo.weight), 1.0, errors)
+        _matrix(found, checkpoint, prefix + last, mixed[0], whole(block.get_parameter(last)), 1.0, errors)
         h = block.added(h, a, block.attn_post_norm)
         f = _ffn(found, checkpoint, block, prefix, block.ffn_norm(h), errors)
         h = block.added(h, f, block.ffn_post_norm)
@@ -104,6 +106,13 @@ def calibrate(
             inputs = h if head else torch.ones(1, config.d_model)
             _matrix(found, checkpoint, name, inputs, rows, 1.0, errors)
     return found
+
+
+def _mixer_matrices(block: Block) -> tuple[str, str]:
+    """Of a layer's mixer the matrix that meets the normed states, and the one that ends in the residual stream."""
+    return (
+        ("attn.wqkv.weight", "attn.wo.weight") if block.attn is not None else ("conv.w_in.weight", "conv.w_out.weight")
+    )
 
 
 def embed(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:

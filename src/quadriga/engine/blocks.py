@@ -84,7 +84,7 @@ class BlockPool:
             self._block_of[key], self._key_of[block] = block, key
 
     def forget(self, key: bytes) -> None:
-        """Make what is known by ``key`` unknown; it is free at once if nobody holds it. Nothing where nothing is known."""
+        """Make what is known by ``key``, if anything is, unknown; it is free at once if nobody holds it."""
         block = self._block_of.get(key)
         if block is None:
             return

@@ -16,9 +16,9 @@ nobody else wants. The oldest sequence of all never gives way, so everything end
 the rows of the clients that have the fewest (of the requests that have, where there is one client). The others, and
 prompts, come in as far as it allows.
 
-**Recurrent layers** (``n_slots``) keep a state beside the blocks, at one position: a prefix is taken up only where one was
-kept (``engine.states``), and a sequence whose guesses were wrong begins anew where the pass began, with tokens that it
-knows by now.
+**Recurrent layers** (``n_slots``) keep a state beside the blocks, at one position: a prefix is taken up only where one
+was kept (``engine.states``), and a sequence whose guesses were wrong begins anew where the pass began, with tokens that
+it knows by now.
 
 Numbers never depend on how a sequence was cut or who ran beside it: that is the kernels' promise (batch invariance), so
 this module may choose freely.

@@ -14,8 +14,8 @@ continuations' other tokens, each in blocks of its own that begin as a copy of t
 So a question's four choices cost one context and four endings, a one-letter choice costs nothing, the head runs only
 where a probability is wanted, nothing is padded, and as the kernels are batch invariant nothing depends on the packing.
 
-Where a model has recurrent layers, what contexts share needs their state at its end too: the first of them is cut there, and
-the state stays in a slot that the others begin from. A pass never reads a state that it writes itself.
+Where a model has recurrent layers, what contexts share needs their state at its end too: the first of them is cut
+there, and the state stays in a slot that the others begin from. A pass never reads a state that it writes itself.
 
 This is not :meth:`Engine.score`, which returns one sequence's whole logits, nor the prefix cache, which serves requests
 that come one after the other.
@@ -190,7 +190,7 @@ class _Scorer:
         self._stems.append(_Stem(len(context), list(self._blocks), members, ends[-1][1]))
 
     def _parts(self, context: tuple[int, ...], keep: int, n_shared: int) -> tuple[int, int, list[tuple[int, int]]]:
-        """How many blocks of the path stay, the slot to begin from, and (end, slot for the states there) of each part."""
+        """How many blocks of the path stay, the slot to begin from, and (end, slot for its states) of each part."""
         assert self._states is not None, "a model with recurrent layers"
         own = self._slot(self.finish_group)
         while self._kept and self._kept[-1][0] > keep * BLOCK_TOKENS:
@@ -281,8 +281,8 @@ class _Scorer:
             slot = self._states.take()
         if slot is None:
             raise RequestError(
-                "no slot is free for the states of one more sequence. Give the engine more cache memory (kv_memory), or "
-                "ask again when its other requests are done."
+                "no slot is free for the states of one more sequence. Give the engine more cache memory (kv_memory), "
+                "or ask again when its other requests are done."
             )
         self._slots.add(slot)
         return slot

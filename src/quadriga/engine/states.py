@@ -1,12 +1,12 @@
 """Slots of recurrent states: which sequence has which, and which prefixes' states can be found again. Pure Python.
 
-A recurrent layer keeps one state a sequence, of its last position, and forgets the others; a prefix can be taken up only
-where a state was kept. A slot holds the states of all recurrent layers at one position of one sequence.
+A recurrent layer keeps one state a sequence, of its last position, and forgets the others; a prefix can be taken up
+only where a state was kept. A slot holds the states of all recurrent layers at one position of one sequence.
 
     a pass        reads the slot ``before`` and writes ``after``: the same one, unless the first must stay as it is
     it stays      because it is known by a key (of the block that ends there), or guesses may turn out wrong
-    it is kept    where a chunk ends with a block: at a prompt's last whole block, where prompts were seen to part, and the
-                  latest of an answer, which replaces the one before
+    it is kept    where a chunk ends with a block: at a prompt's last whole block, where prompts were seen to part, and
+                  the latest of an answer, which replaces the one before
 
 A running sequence has one slot between passes and at most two in one, so two for each place are enough.
 """
@@ -54,7 +54,7 @@ class StatePool:
         self._pool.release(slot)
 
     def find(self, keys: list[bytes]) -> tuple[int, int]:
-        """(how many of the blocks may be taken up, the slot of the state behind them): the longest prefix with a state."""
+        """(how many of the blocks may be taken up, the slot of the state behind them), as many as have one."""
         for n in range(len(keys), 0, -1):
             slot = self._pool.lookup(keys[n - 1])
             if slot is not None:

@@ -14,8 +14,8 @@
 
 Alternatives are types, not flags, so a wrong combination cannot be written down. A **mixer owns its state**: what it
 keeps of a sequence between passes is its ``state`` (``KVState``, paged keys and values, which grow with it, or
-``RecurrentState``, a few arrays whatever its length), and whoever counts bytes or allocates a cache asks the mixers of the layers, never the model. Nothing here imports torch:
-``quadriga info`` and the planner work from these specs by arithmetic alone. Families (``model/families``) turn a
+``RecurrentState``, a few arrays whatever its length), and whoever counts bytes or allocates a cache asks the mixers of
+the layers, never the model. Nothing here imports torch: ``quadriga info`` and the planner work from these specs by arithmetic alone. Families (``model/families``) turn a
 checkpoint's own configuration into a ModelConfig; nothing else in the project looks at ``family``.
 """
 
@@ -349,7 +349,7 @@ class AttentionSpec:
 class ShortConvSpec:
     """LFM2's gated short convolution: w_out (c * conv(b * x)), where b, c and x are the thirds of w_in h.
 
-    Every channel is convolved by itself: conv(y)[t] = sum over j of kernel[j] y[t - taps + 1 + j], zeros before the text.
+    Every channel is convolved by itself: conv(y)[t] = sum over j of w[j] y[t - taps + 1 + j], zeros before the text.
     """
 
     width: int
@@ -652,9 +652,11 @@ class ModelConfig:
     def with_mixer(self, **fields: Any) -> ModelConfig:
         """This model with fields of every attention changed; layers with another mixer stay."""
         return self.with_layers(
-            lambda layer: replace(layer, mixer=replace(layer.mixer, **fields))
-            if isinstance(layer.mixer, AttentionSpec)
-            else layer
+            lambda layer: (
+                replace(layer, mixer=replace(layer.mixer, **fields))
+                if isinstance(layer.mixer, AttentionSpec)
+                else layer
+            )
         )
 
     def with_ffn(self, **fields: Any) -> ModelConfig:

@@ -3,7 +3,7 @@
     decode one token     FLOPs = 2 * (active parameters that multiply) + sum over layers of 4 H d T   T cached positions
     keep one token       bytes = sum over layers of 2 K d * size of an element                        keys and values
                          (with a window W a layer sees and reads min(T, W) positions; all T are kept)
-    keep a sequence      bytes = sum over recurrent layers of 4 * numbers of their state               float32, any length
+    keep a sequence      bytes = sum over recurrent layers of 4 * numbers of their state             float32, any length
     hold the weights     bytes = sum over parameters of elements / block * bytes of a block
 
 Every count walks ``weight_map.parameter_shapes``, the same table the model and its checkpoints are built from, so it

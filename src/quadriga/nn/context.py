@@ -1,8 +1,8 @@
 """What the layers must know about the tokens they are given: where each one stands and what it may attend to.
 
 The model computes on N packed tokens and never asks which sequence they belong to. A :class:`ForwardContext` answers
-instead: it holds the positions, its :meth:`attend` runs causal attention for one layer, with or without a cache, and its
-:meth:`recur` runs a recurrent layer over every sequence from the state that it keeps of it.
+instead: it holds the positions, its :meth:`attend` runs causal attention for one layer, with or without a cache, and
+its :meth:`recur` runs a recurrent layer over every sequence from the state that it keeps of it.
 The engine's key/value cache is one implementation, :class:`PackedContext` (no cache) is another.
 
     tokens (N,) ──embed──► x (N, D) ──┐
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from quadriga.kernels import ops
 from quadriga.model.config import RecurrentState
-
 
 Scan = Callable[[Tensor, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]
 """A recurrent layer over one sequence: (rows (T, ...), state before them) -> (rows (T, ...), state after them)."""

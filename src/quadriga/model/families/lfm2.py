@@ -1,4 +1,4 @@
-"""LFM2 and LFM2.5 (Liquid AI, July 2025 on), dense and as a mixture: short convolutions, every third to fifth layer attention.
+"""LFM2 (Liquid AI, July 2025 on), dense and as a mixture: short convolutions, every third to fifth layer attention.
 
 A layer's first half is a gated convolution over three positions or attention with a norm on every head's q and k; its
 second half a gated network, and in the mixtures behind the first layers 32 experts, 4 of them chosen by sigmoid scores
@@ -84,9 +84,7 @@ def _preset(
         "d_model": d_model,
         "max_seq_len": 128_000,
         "norm": NormSpec(kind="rms", eps=1e-5),
-        "mixer": AttentionSpec(
-            n_heads=d_model // 64, n_kv_heads=8, head_dim=64, position=RopeSpec(theta=theta)
-        ),
+        "mixer": AttentionSpec(n_heads=d_model // 64, n_kv_heads=8, head_dim=64, position=RopeSpec(theta=theta)),
         "tied_embeddings": True,
         "bos_id": ids[0],
         "eos_ids": (ids[1],),
@@ -156,19 +154,19 @@ def dense_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 
 def _adjusted(keys: Keys, width: int) -> int:
     """The feed-forward width that the keys of its rounding make of the one that is written."""
-    adjusts = keys.flag("block_auto_adjust_ff_dim")
-    scaled = keys.given("block_ffn_dim_multiplier")
-    factor = keys.number("block_ffn_dim_multiplier") if scaled else 1.0
-    multiple = keys.integer("block_multiple_of") if keys.has("block_multiple_of") else 1
-    if not adjusts or not 0 < width < 2**31:  # a size out of bounds is for the specs to refuse
+    if not keys.flag("block_auto_adjust_ff_dim"):
+        keys.has("block_ffn_dim_multiplier"), keys.has("block_multiple_of")  # without a say then
         return width
-    if multiple < 1 or not 0 < factor < 1e6:
+    factor, multiple = keys.number_or_null("block_ffn_dim_multiplier"), keys.integer("block_multiple_of")
+    if not 0 < width < 2**31:  # a size out of bounds is for the specs to refuse
+        return width
+    if multiple < 1 or not (factor is None or 0 < factor < 1e6):
         raise ConfigError(
             f"config.json: block_multiple_of must be 1 or more and block_ffn_dim_multiplier above 0; got {multiple} "
-            f"and {factor:g}"
+            f"and {factor}"
         )
     width = int(2 * width / 3)
-    return multiple * -(-int(factor * width) // multiple) if scaled else width
+    return width if factor is None else multiple * -(-int(factor * width) // multiple)
 
 
 def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
@@ -258,7 +256,9 @@ def _to_hf(config: ModelConfig, form: str) -> dict[str, object]:
         "norm_eps": eps,
         "conv_bias": False,
         "conv_L_cache": _taps(config, form),
-        "layer_types": ["full_attention" if isinstance(layer.mixer, AttentionSpec) else "conv" for layer in config.layers],
+        "layer_types": [
+            "full_attention" if isinstance(layer.mixer, AttentionSpec) else "conv" for layer in config.layers
+        ],
     }
     return raw
 
@@ -389,8 +389,8 @@ def _from_gguf(
     heads, n_layers = metadata.get(name), metadata.get(f"{arch}.block_count")
     if not isinstance(heads, list) or len(heads) != n_layers or len({*heads} - {0}) != 1:
         raise ConfigError(
-            f"GGUF {name} must be a number for each of the {n_layers} layers, 0 for a convolution and the same for every "
-            f"attention; got {str(heads)[:80]}"
+            f"GGUF {name} must be a number for each of the {n_layers} layers, 0 for a convolution and the same for "
+            f"every attention; got {str(heads)[:80]}"
         )
     keys = gguf_keys.architecture_keys({**metadata, name: max(heads)}, arch)
     return keys, common_from_gguf(keys, metadata, shapes), [n > 0 for n in heads]

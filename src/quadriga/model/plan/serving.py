@@ -17,8 +17,8 @@ from quadriga.model.cost import (
     expected_distinct_experts,
     flops_per_token,
     kv_bytes_per_token,
-    state_bytes,
     kv_bytes_read,
+    state_bytes,
     weight_bytes,
 )
 from quadriga.model.plan.hardware import Box
