@@ -18,6 +18,7 @@ from quadriga.model import cost, families
 from quadriga.model.config import (
     AlibiSpec,
     AttentionSpec,
+    DeltaNetSpec,
     LayerSpec,
     ModelConfig,
     MoESpec,
@@ -193,12 +194,16 @@ def _mixer(layer: LayerSpec) -> str:
     match layer.mixer:
         case ShortConvSpec(width=width, taps=taps):
             return f"gated convolution of {width:,} channels over {taps} positions"
+        case DeltaNetSpec() as delta:
+            heads = f"{delta.n_v_heads} heads of {delta.k_dim} x {delta.v_dim}, {delta.n_k_heads} for queries and keys"
+            return f"gated delta rule, {heads}; convolutions over {delta.taps} positions"
         case AttentionSpec() as attention:
             return _attention(attention)
 
 
 def _attention(attn: AttentionSpec) -> str:
     clip = f", clipped to {attn.clip_qkv:g}" if attn.clip_qkv is not None else ""
+    gated = ", output gated" if attn.output_gate else ""
     match attn.position:
         case RopeSpec(theta=theta, dim=dim):
             position = f"RoPE {theta:g}" + ("" if dim is None else f" of the first {dim} numbers")
@@ -206,7 +211,7 @@ def _attention(attn: AttentionSpec) -> str:
             position = f"ALiBi {max_bias:g}"
         case None:
             position = "no positions"
-    return f"{attn.n_heads} heads of {attn.head_dim}, {attn.n_kv_heads} for keys and values{clip}; {position}"
+    return f"{attn.n_heads} heads of {attn.head_dim}, {attn.n_kv_heads} for keys and values{clip}{gated}; {position}"
 
 
 def _feed_forward(layer: LayerSpec) -> str:

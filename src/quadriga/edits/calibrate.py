@@ -110,9 +110,10 @@ def calibrate(
 
 def _mixer_matrices(block: Block) -> tuple[str, str]:
     """Of a layer's mixer the matrix that meets the normed states, and the one that ends in the residual stream."""
-    return (
-        ("attn.wqkv.weight", "attn.wo.weight") if block.attn is not None else ("conv.w_in.weight", "conv.w_out.weight")
-    )
+    if block.attn is not None:
+        return "attn.wqkv.weight", "attn.wo.weight"
+    name = "conv" if block.conv is not None else "delta"
+    return f"{name}.w_in.weight", f"{name}.w_out.weight"
 
 
 def embed(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class LoraSpec:
 def target_of(name: str) -> str | None:
     """The target a parameter belongs to; None for norms, biases and fuse numbers, which no adapter changes."""
     last = name.rsplit(".", 1)[-1]
-    if (".attn.w" in name or ".conv.w_" in name) and last == "weight":
+    if (".attn.w" in name or ".conv.w_" in name or ".delta.w_" in name) and last == "weight":
         return "attention"
     if name.endswith("router.weight"):
         return "router"

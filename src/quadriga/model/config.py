@@ -7,6 +7,7 @@
     │   │   │   └── scaling    LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | FactorScaling | None
     │   │   └── qk_norm    QKNormSpec | None              norms of q and k
     │   │       | ShortConvSpec        a convolution over the last few positions, gated twice
+    │   │       | DeltaNetSpec         a matrix a head, changed by the gated delta rule
     │   ├── ffn     DenseSpec | MoESpec    one feed-forward network, or a router over many
     │   │   └── shared     DenseSpec | None    of a mixture: the network that every token visits besides
     │   └── norm    NormSpec               LayerNorm or RMSNorm, and its epsilon
@@ -15,8 +16,9 @@
 Alternatives are types, not flags, so a wrong combination cannot be written down. A **mixer owns its state**: what it
 keeps of a sequence between passes is its ``state`` (``KVState``, paged keys and values, which grow with it, or
 ``RecurrentState``, a few arrays whatever its length), and whoever counts bytes or allocates a cache asks the mixers of
-the layers, never the model. Nothing here imports torch: ``quadriga info`` and the planner work from these specs by arithmetic alone. Families (``model/families``) turn a
-checkpoint's own configuration into a ModelConfig; nothing else in the project looks at ``family``.
+the layers, never the model. Nothing here imports torch: ``quadriga info`` and the planner work from these specs by
+arithmetic alone. Families (``model/families``) turn a checkpoint's own configuration into a ModelConfig; nothing else
+in the project looks at ``family``.
 """
 
 from __future__ import annotations
@@ -65,6 +67,8 @@ class NormSpec:
     eps: float = 1e-5
     bias: bool = False
     """Phi-MoE."""
+    plus_one: bool = False
+    """The weight is stored less one, and 1 + weight multiplies (Qwen3-Next)."""
 
     def __post_init__(self) -> None:
         _require(self.kind in ("layer", "rms"), f"norm.kind must be 'layer' or 'rms', got {self.kind!r}")
@@ -222,6 +226,8 @@ class QKNormSpec:
     eps: float
     after_rotation: bool = False
     """True: q and k are rotated first (Hunyuan)."""
+    plus_one: bool = False
+    """The weights are stored less one (Qwen3-Next)."""
 
     def __post_init__(self) -> None:
         _require(self.over in ("head", "vector"), f"qk_norm.over must be 'head' or 'vector', got {self.over!r}")
@@ -287,6 +293,8 @@ class AttentionSpec:
     """A query at position p sees keys from p - window + 1 on (Mistral 7B v0.1: 4096); None: from the first."""
     sinks: bool = False
     """Every head has a learned logit, ``attn.sinks``, that takes part in the softmax and has no value (gpt-oss)."""
+    output_gate: bool = False
+    """What a head gives is multiplied by the sigmoid of as many gates, more rows of wqkv behind v (Qwen3-Next)."""
 
     def __post_init__(self) -> None:
         _require_positive("attn", n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
@@ -331,8 +339,8 @@ class AttentionSpec:
 
     @property
     def qkv_dim(self) -> int:
-        """Rows of the packed projection wqkv, in the order all q, all k, all v."""
-        return self.q_dim + 2 * self.kv_dim
+        """Rows of the packed projection wqkv, in the order all q, all k, all v, all gates."""
+        return self.q_dim + 2 * self.kv_dim + (self.q_dim if self.output_gate else 0)
 
     @property
     def score_scale(self) -> float:
@@ -367,7 +375,63 @@ class ShortConvSpec:
         return RecurrentState(shapes=((self.taps - 1, self.width),))
 
 
-Mixer = AttentionSpec | ShortConvSpec
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetSpec:
+    """A gated DeltaNet (Yang et al. 2024, arXiv 2412.06464), as Qwen3-Next has it.
+
+    q and k (G heads of d_k) and v (H heads of d_v) are convolved and go through silu; q and k are made of unit length,
+    q times 1/sqrt(d_k). Every head of v has a matrix S (d_k, d_v), changed by each token and read by q:
+
+        S = exp(-rate softplus(a + dt)) S;    S = S + k sigmoid(b) (v - k S);    out = w_out (norm(q S) * silu(z))
+    """
+
+    n_k_heads: int
+    """G: heads of q and of k."""
+    n_v_heads: int
+    """H: heads of v, and of S."""
+    k_dim: int
+    v_dim: int
+    taps: int
+    """Positions that a convolution sees, a token's own included (Qwen3-Next: 4)."""
+    eps: float
+    """Of the norm of every head's output."""
+    log_rate: bool = True
+    """The rate is stored as its logarithm; False: negative (GGUF)."""
+    tiled: bool = False
+    """Head h of v has head h mod G of q and k (GGUF's qwen35); False: h // (H / G)."""
+
+    def __post_init__(self) -> None:
+        _require_positive("delta", n_k_heads=self.n_k_heads, n_v_heads=self.n_v_heads, taps=self.taps)
+        _require_positive("delta", k_dim=self.k_dim, v_dim=self.v_dim)
+        _require_number("delta", eps=self.eps)
+        _require(2 <= self.taps <= 16, f"delta.taps must be from 2 to 16, got {self.taps}")
+        _require(
+            self.n_v_heads % self.n_k_heads == 0,
+            f"n_k_heads must divide n_v_heads: got n_v_heads={self.n_v_heads}, n_k_heads={self.n_k_heads}",
+        )
+
+    @property
+    def qk_dim(self) -> int:
+        """Numbers of q, and of k: G d_k."""
+        return self.n_k_heads * self.k_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers of v, and of z: H d_v."""
+        return self.n_v_heads * self.v_dim
+
+    @property
+    def width(self) -> int:
+        """Channels that are convolved: q, k and v."""
+        return 2 * self.qk_dim + self.value_dim
+
+    @property
+    def state(self) -> RecurrentState:
+        """What this mixer keeps of a sequence: what is convolved of the last ``taps - 1`` positions, and S."""
+        return RecurrentState(shapes=((self.taps - 1, self.width), (self.n_v_heads, self.k_dim, self.v_dim)))
+
+
+Mixer = AttentionSpec | ShortConvSpec | DeltaNetSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from quadriga.model.config import (
     MAX_LAYERS,
     AlibiSpec,
     AttentionSpec,
+    DeltaNetSpec,
     DenseSpec,
     FactorScaling,
     LayerSpec,
@@ -42,7 +43,7 @@ _SCALINGS: dict[str, type] = {
     "longrope": LongRopeScaling,
     "factors": FactorScaling,
 }
-_MIXERS: dict[str, type] = {"attention": AttentionSpec, "short_conv": ShortConvSpec}
+_MIXERS: dict[str, type] = {"attention": AttentionSpec, "short_conv": ShortConvSpec, "delta_net": DeltaNetSpec}
 _FFNS: dict[str, type] = {"dense": DenseSpec, "moe": MoESpec}
 
 

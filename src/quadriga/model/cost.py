@@ -18,7 +18,7 @@ from math import prod
 from typing import NamedTuple
 
 from quadriga.errors import ConfigError
-from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, ShortConvSpec
+from quadriga.model.config import AttentionSpec, DeltaNetSpec, ModelConfig, MoESpec, ShortConvSpec
 from quadriga.model.weight_map import Shape, layer_shapes, parameter_shapes, stays_float32
 from quadriga.quant import formats
 
@@ -107,9 +107,14 @@ def attention_flops(config: ModelConfig, context: int) -> int:
     return total
 
 
-def step_flops(mixer: ShortConvSpec) -> int:
-    """Operations of a recurrent mixer for one token beside its parameters', which the taps are."""
-    return 2 * mixer.width
+def step_flops(mixer: ShortConvSpec | DeltaNetSpec) -> int:
+    """Operations of a recurrent mixer for one token beside its parameters', which the taps are.
+
+    Of a delta rule: S decayed, k S, S changed, q S.
+    """
+    if isinstance(mixer, ShortConvSpec):
+        return 2 * mixer.width
+    return 7 * mixer.n_v_heads * mixer.k_dim * mixer.v_dim
 
 
 def kv_bytes_read(config: ModelConfig, context: int, dtype: str = "bfloat16") -> int:

@@ -12,10 +12,13 @@ the round trip. The pieces of a map must cover every element of every source ten
 
 Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, V vocab):
 
-    embed.weight (V, D)                      layers.{i}.attn.wqkv.weight ((H + 2K) d, D), rows: all q, all k, all v
+    embed.weight (V, D)                      layers.{i}.attn.wqkv.weight ((H + 2K) d, D), rows: q, k, v (gates: + H d)
     layers.{i}.attn_norm.weight (D,)         layers.{i}.attn.wo.weight   (D, H d)
     layers.{i}.attn.wqkv.bias ((H + 2K) d,), attn.wo.bias (D,), attn.sinks (H,)    (where the mixer has them)
     layers.{i}.conv.w_in.weight (3 C, D), conv.taps (C, L), conv.w_out.weight (D, C)      (a short convolution's layer)
+    layers.{i}.delta.w_in.weight (2 G d_k + 2 H d_v, D), rows: all q, all k, all v, all z     (a gated DeltaNet's)
+    layers.{i}.delta.w_ba.weight (2 H, D), delta.taps (2 G d_k + H d_v, L), delta.rate (H,), delta.dt (H,)
+    layers.{i}.delta.norm.weight (d_v,), delta.w_out.weight (D, H d_v)
     layers.{i}.ffn_norm.weight (D,)          layers.{i}.attn_post_norm.weight, ffn_post_norm.weight  (post_norms only)
     layers.{i}.ffn.w_gate|w_up (F, D), w_down (D, F)                               (dense; w_gate only if gated)
     layers.{i}.moe.router.weight (E, D), moe.w_gate|w_up (E, F, D), moe.w_down (E, D, F)             (experts)
@@ -37,6 +40,7 @@ from math import prod
 from quadriga.errors import CheckpointError
 from quadriga.model.config import (
     AttentionSpec,
+    DeltaNetSpec,
     DenseSpec,
     LayerSpec,
     ModelConfig,
@@ -131,6 +135,8 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
             shapes |= _attention_shapes(attn, d)
         case ShortConvSpec(width=width, taps=taps):
             shapes |= {"conv.w_in.weight": (3 * width, d), "conv.taps": (width, taps), "conv.w_out.weight": (d, width)}
+        case DeltaNetSpec() as delta:
+            shapes |= _delta_shapes(delta, d)
     if layer.post_norms:
         shapes |= _norm_shapes("attn_post_norm", layer.norm, d)
     shapes |= _norm_shapes("ffn_norm", layer.norm, d)
@@ -163,6 +169,19 @@ def _attention_shapes(attn: AttentionSpec, d: int) -> dict[str, Shape]:
     return shapes
 
 
+def _delta_shapes(delta: DeltaNetSpec, d: int) -> dict[str, Shape]:
+    heads = delta.n_v_heads
+    return {
+        "delta.w_in.weight": (delta.width + delta.value_dim, d),
+        "delta.w_ba.weight": (2 * heads, d),
+        "delta.taps": (delta.width, delta.taps),
+        "delta.rate": (heads,),
+        "delta.dt": (heads,),
+        "delta.norm.weight": (delta.v_dim,),
+        "delta.w_out.weight": (d, delta.value_dim),
+    }
+
+
 def _mixture_shapes(ffn: MoESpec, d: int) -> dict[str, Shape]:
     n = ffn.n_experts
     shapes: dict[str, Shape] = {"moe.router.weight": (n, d)}
@@ -185,9 +204,9 @@ def _mixture_shapes(ffn: MoESpec, d: int) -> dict[str, Shape]:
 
 def stays_float32(name: str) -> bool:
     """True for matrices that are never packed into fewer bits: a router, whose rounding changes which experts a token
-    visits, the biases of experts, one row an expert, which are added and not multiplied with, and the taps of short
-    convolutions, a few numbers a channel."""
-    return name.endswith(("router.weight", "moe.b_gate", "moe.b_up", "moe.b_down", "conv.taps"))
+    visits, the biases of experts, one row an expert, which are added and not multiplied with, the taps of
+    convolutions, a few numbers a channel, and what a gated delta rule forgets and learns by, two rows a head."""
+    return name.endswith(("router.weight", "moe.b_gate", "moe.b_up", "moe.b_down", ".taps", "delta.w_ba.weight"))
 
 
 def source_shapes(pieces: Iterable[Piece]) -> dict[str, Shape]:

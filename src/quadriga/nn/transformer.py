@@ -15,10 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quadriga.model.config import AttentionSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec, ShortConvSpec
+from quadriga.model.config import (
+    AttentionSpec,
+    DeltaNetSpec,
+    DenseSpec,
+    LayerSpec,
+    ModelConfig,
+    MoESpec,
+    ShortConvSpec,
+)
 from quadriga.model.weight_map import parameter_shapes
 from quadriga.nn.attention import Attention
 from quadriga.nn.context import ForwardContext
+from quadriga.nn.delta_net import DeltaNet
 from quadriga.nn.feedforward import FeedForward
 from quadriga.nn.linear import Linear
 from quadriga.nn.moe import MoE, RouterStats
@@ -47,6 +56,7 @@ class Block(nn.Module):
         # One of them, under the name that its parameters have.
         self.attn = Attention(d, spec.mixer, layer) if isinstance(spec.mixer, AttentionSpec) else None
         self.conv = ShortConv(d, spec.mixer, layer) if isinstance(spec.mixer, ShortConvSpec) else None
+        self.delta = DeltaNet(d, spec.mixer, layer) if isinstance(spec.mixer, DeltaNetSpec) else None
         self.ffn_norm = Norm(d, spec.norm)
         self.attn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
         self.ffn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
@@ -70,9 +80,10 @@ class Block(nn.Module):
         if self.attn is not None:
             attended: Tensor = self.attn(x, context, rotations)
             return attended
-        assert self.conv is not None, "a block has one mixer"
-        convolved: Tensor = self.conv(x, context)
-        return convolved
+        recurrent = self.conv if self.conv is not None else self.delta
+        assert recurrent is not None, "a block has one mixer"
+        made: Tensor = recurrent(x, context)
+        return made
 
     def added(self, h: Tensor, branch: Tensor, post_norm: Norm | None) -> Tensor:
         """The residual stream with what a branch made."""

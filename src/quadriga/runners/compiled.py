@@ -22,6 +22,7 @@ from quadriga.kernels.cpu.program import (
     AttentionArgs,
     Batch,
     ChoiceArgs,
+    DeltaNetArgs,
     FFNArgs,
     NormArgs,
     Program,
@@ -31,6 +32,7 @@ from quadriga.kernels.cpu.program import (
 from quadriga.model.config import (
     AlibiSpec,
     AttentionSpec,
+    DeltaNetSpec,
     DenseSpec,
     KVState,
     LayerSpec,
@@ -153,6 +155,8 @@ class CompiledModel:
                     self.program.attention(self._attention(layer, attention))
                 case ShortConvSpec():
                     self.program.short_conv(self._short_conv(layer))
+                case DeltaNetSpec() as delta:
+                    self.program.delta_net(self._delta_net(layer, delta))
             self.program.ffn(self._ffn(layer))
         head = embed if config.tied_embeddings else self._packed("lm_head.weight")
         bias = self._vector("lm_head.bias") if config.head_bias else None
@@ -240,6 +244,28 @@ class CompiledModel:
             state=self._states[layer],
         )
 
+    def _delta_net(self, layer: int, spec: DeltaNetSpec) -> DeltaNetArgs:
+        shape, p = self.config.layers[layer], f"layers.{layer}."
+        rate = self._vector(p + "delta.rate")
+        return DeltaNetArgs(
+            norm=self._norm(p + "attn_norm.weight", shape.norm),
+            post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
+            w_in=self._packed(p + "delta.w_in.weight"),
+            w_ba=self._packed(p + "delta.w_ba.weight"),
+            w_out=self._packed(p + "delta.w_out.weight"),
+            taps=self._packed(p + "delta.taps").unpack(),
+            rate=np.exp(rate) if spec.log_rate else -rate,
+            dt=self._vector(p + "delta.dt"),
+            head_norm=self._norm(p + "delta.norm.weight", NormSpec(kind="rms", eps=spec.eps)),
+            n_k_heads=spec.n_k_heads,
+            n_v_heads=spec.n_v_heads,
+            k_dim=spec.k_dim,
+            v_dim=spec.v_dim,
+            tiled=spec.tiled,
+            residual_scale=shape.residual_scale,
+            state=self._states[layer],
+        )
+
     def _attention(self, layer: int, spec: AttentionSpec) -> AttentionArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
         turning = slopes = q_norm = k_norm = None
@@ -248,7 +274,7 @@ class CompiledModel:
         elif isinstance(spec.position, AlibiSpec):
             slopes = alibi_slopes(spec.position, spec.n_heads)
         if spec.qk_norm is not None:
-            rms = NormSpec(kind="rms", eps=spec.qk_norm.eps)
+            rms = NormSpec(kind="rms", eps=spec.qk_norm.eps, plus_one=spec.qk_norm.plus_one)
             q_norm, k_norm = (self._norm(f"{p}attn.{part}_norm.weight", rms) for part in "qk")
         return AttentionArgs(
             norm=self._norm(p + "attn_norm.weight", shape.norm),
@@ -273,6 +299,7 @@ class CompiledModel:
             out_bias=self._vector(p + "attn.wo.bias") if spec.out_bias else None,
             sinks=self._vector(p + "attn.sinks") if spec.sinks else None,
             window=spec.window,
+            output_gate=spec.output_gate,
             norm_after_rotation=spec.qk_norm is not None and spec.qk_norm.after_rotation,
         )
 
@@ -359,7 +386,8 @@ class CompiledModel:
 
     def _norm(self, name: str, spec: NormSpec) -> NormArgs:
         bias = self._vector(name.removesuffix("weight") + "bias") if spec.bias else None
-        return NormArgs(self._vector(name), spec.kind, spec.eps, bias)
+        weight = self._vector(name)
+        return NormArgs(weight + np.float32(1) if spec.plus_one else weight, spec.kind, spec.eps, bias)
 
     def _vector(self, name: str) -> Floats:
         vector = self.parameters[name]

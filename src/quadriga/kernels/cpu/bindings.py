@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "a29981f2b0699fbe3f85cfa73e8f3e75cda850a31d5cd36635191ed5f63fd901"
+HEADER_SHA256 = "f21c58f664278f93a21b88a820e60396127158b8dd2d6343f0ab0dc5a6aa5f92"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -137,6 +137,7 @@ class Op(IntEnum):
     FFN = 4
     HEAD = 5
     SHORT_CONV = 6
+    DELTA_NET = 7
 
 
 class Message(c.Structure):
@@ -218,6 +219,7 @@ class Attention(c.Structure):
         ("rotary_dim", c.c_int32),
         ("rotary_scale", c.c_float),
         ("norm_after_rotation", c.c_int32),
+        ("output_gate", c.c_int32),
     ]
 
 
@@ -232,6 +234,30 @@ class ShortConv(c.Structure):
         ("taps", c.c_void_p),
         ("state", c.c_void_p),
         ("n_taps", c.c_int32),
+        ("residual_scale", c.c_float),
+    ]
+
+
+class DeltaNet(c.Structure):
+    """struct qd_delta_net"""
+
+    _fields_ = [
+        ("norm", Norm),
+        ("post_norm", Norm),
+        ("w_in", Matrix),
+        ("w_ba", Matrix),
+        ("w_out", Matrix),
+        ("taps", c.c_void_p),
+        ("rate", c.c_void_p),
+        ("dt", c.c_void_p),
+        ("head_norm", Norm),
+        ("state", c.c_void_p),
+        ("n_taps", c.c_int32),
+        ("n_k_heads", c.c_int32),
+        ("n_v_heads", c.c_int32),
+        ("k_dim", c.c_int32),
+        ("v_dim", c.c_int32),
+        ("tiled", c.c_int32),
         ("residual_scale", c.c_float),
     ]
 
@@ -347,6 +373,7 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "qd_embed": Embed,
     "qd_attention": Attention,
     "qd_short_conv": ShortConv,
+    "qd_delta_net": DeltaNet,
     "qd_ffn": Ffn,
     "qd_head": Head,
     "qd_batch": Batch,

@@ -66,6 +66,7 @@ class AttentionArgs:
     sinks: Floats | None = None
     """(H,) float32."""
     window: int | None = None
+    output_gate: bool = False
     rotary_scale: float = 1.0
     norm_after_rotation: bool = False
 
@@ -80,6 +81,32 @@ class ShortConvArgs:
     w_out: Packed
     taps: Floats
     """(W, L)"""
+    residual_scale: float
+    state: Floats
+    """(slots, numbers of a state)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetArgs:
+    """Everything ``Program.delta_net`` needs of one layer; see ``model.config.DeltaNetSpec``."""
+
+    norm: NormArgs
+    post_norm: NormArgs | None
+    w_in: Packed
+    w_ba: Packed
+    w_out: Packed
+    taps: Floats
+    """(2 G d_k + H d_v, L)"""
+    rate: Floats
+    """(H,), positive."""
+    dt: Floats
+    head_norm: NormArgs
+    """(d_v,)"""
+    n_k_heads: int
+    n_v_heads: int
+    k_dim: int
+    v_dim: int
+    tiled: bool
     residual_scale: float
     state: Floats
     """(slots, numbers of a state)"""
@@ -241,6 +268,7 @@ class Program:
             rotary_dim=0 if a.inverse_frequencies is None else 2 * a.inverse_frequencies.size,
             rotary_scale=a.rotary_scale,
             norm_after_rotation=a.norm_after_rotation,
+            output_gate=a.output_gate,
         )
         self._keep.append(a.kv)
         for kind in (Op.QKV, Op.ATTEND, Op.ATTN_OUT):
@@ -260,6 +288,30 @@ class Program:
         )
         self._keep.append(a.state)
         self._add(Op.SHORT_CONV, op)
+
+    def delta_net(self, a: DeltaNetArgs) -> None:
+        """The first half of a layer with a gated delta rule: one op."""
+        op = bindings.DeltaNet(
+            norm=self._norm(a.norm),
+            post_norm=self._norm(a.post_norm),
+            w_in=self._matrix(a.w_in),
+            w_ba=self._matrix(a.w_ba),
+            w_out=self._matrix(a.w_out),
+            taps=self._floats(a.taps.T),
+            rate=self._floats(a.rate),
+            dt=self._floats(a.dt),
+            head_norm=self._norm(a.head_norm),
+            state=a.state.ctypes.data,
+            n_taps=a.taps.shape[1],
+            n_k_heads=a.n_k_heads,
+            n_v_heads=a.n_v_heads,
+            k_dim=a.k_dim,
+            v_dim=a.v_dim,
+            tiled=a.tiled,
+            residual_scale=a.residual_scale,
+        )
+        self._keep.append(a.state)
+        self._add(Op.DELTA_NET, op)
 
     def ffn(self, a: FFNArgs) -> None:
         """The feed-forward half of a layer: one op, however many experts."""

@@ -32,6 +32,7 @@ from quadriga.model.families import (
     qwen2,
     qwen2moe,
     qwen3,
+    qwen3next,
     refused,
     smollm3,
 )
@@ -63,6 +64,9 @@ FAMILIES: dict[str, Family] = {
     "minimax-m2": minimax.FAMILY,
     "lfm2": lfm2.DENSE,
     "lfm2moe": lfm2.MIXTURE,
+    "qwen3next": qwen3next.NEXT,
+    "qwen35moe": qwen3next.MIXTURE,
+    "qwen35": qwen3next.DENSE,
 }
 
 PRESETS: dict[str, ModelConfig] = {

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 _MIXER = "its router (SparseMixer) weighs each of two experts by a softmax of its own, over the scores near the best"
 _BEHIND = "its layers have norms behind attention and feed-forward only, none before them"
 _LATENT = "its attention keeps one latent vector a token in place of keys and values (multi-head latent attention)"
-_DELTA = "most of its layers are gated delta rules with a recurrent state"
 _STATE_SPACE = "most of its layers are state-space models (Mamba)"
 _GEMMA = "its blocks have norms on both sides of every branch, whose weights are stored less one"
 _SPARSE = "its attention picks keys by an index of its own"
@@ -27,12 +26,6 @@ REASONS: Mapping[str, str] = {
     "kimi_k2": _LATENT,
     "glm_moe_dsa": _SPARSE,
     "deepseek_v32": _SPARSE,
-    "qwen3_next": _DELTA,
-    "qwen3next": _DELTA,
-    "qwen3_5": _DELTA,
-    "qwen3_5_moe": _DELTA,
-    "qwen35": _DELTA,
-    "qwen35moe": _DELTA,
     "granitemoehybrid": _STATE_SPACE,
     "granitehybrid": _STATE_SPACE,
     "nemotron_h": _STATE_SPACE,

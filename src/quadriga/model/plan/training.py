@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from math import prod
 
 from quadriga.errors import ConfigError, HardwareError
-from quadriga.model.config import AttentionSpec, LayerSpec, ModelConfig, MoESpec, ShortConvSpec
+from quadriga.model.config import AttentionSpec, DeltaNetSpec, LayerSpec, ModelConfig, MoESpec, ShortConvSpec
 from quadriga.model.cost import attention_flops, n_params
 from quadriga.model.plan.hardware import STACKS, Gpu, Stack
 from quadriga.model.weight_map import layer_shapes
@@ -193,6 +193,8 @@ def activation_elements(layer: LayerSpec, d_model: int) -> tuple[float, float, f
             mixed = attn.qkv_dim + attn.q_dim + attn.kv_dim + attn.q_dim  # projected, rotated, attended
         case ShortConvSpec(width=width):
             mixed = 3 * width + 3 * width  # thirds, and the three products of which the last is projected
+        case DeltaNetSpec() as delta:  # projected, convolved, made of unit length, read and gated
+            mixed = 4 * (delta.width + delta.value_dim)
     kept = mixed + d + (2 if gated else 1) * k * f + 2 * shared
     # Outputs of norms; rows for the experts, their results, the same in token order; activation and product.
     recomputed = 2 * d + 3 * routed + (2 if gated else 1) * k * f + 2 * shared
@@ -256,6 +258,8 @@ def _pass_bytes(config: ModelConfig) -> float:
         widths = k * layer.ffn.d_ff + shared
         mixer = layer.mixer
         projected = mixer.qkv_dim if isinstance(mixer, AttentionSpec) else 3 * mixer.width
+        if isinstance(mixer, DeltaNetSpec):
+            projected += 2 * mixer.n_v_heads * mixer.k_dim * mixer.v_dim  # S read and written
         elements += n * (4 * d + 6 * d + 2 * projected + 3 * widths + routed)
     return 2.0 * elements
 

@@ -81,7 +81,8 @@ struct Attend {
   const qd_attention& op;
   const qd_batch& b;
   int d = op.head_dim, padded = round_up_16(d), group = op.n_heads / op.n_kv_heads, most = kQueryBlock * group;
-  int64_t q_dim = int64_t(op.n_heads) * d, width = q_dim + 2 * int64_t(op.n_kv_heads) * d;
+  int64_t q_dim = int64_t(op.n_heads) * d, gate = q_dim + 2 * int64_t(op.n_kv_heads) * d;  // where gates begin in a row
+  int64_t width = gate + (op.output_gate ? q_dim : 0);
   int64_t head_bytes = kv_bytes(op.kv_format, d);
   float *out = nullptr, *partial = nullptr;  // (N, q_dim); rows of (max, sum, out)
 
@@ -137,6 +138,8 @@ struct Attend {
       const float factor = share(rows.max[r], rows.sum[r], op.sinks ? op.sinks + piece.head * group + r % group : nullptr);
       const float* from = rows.out + int64_t(r) * padded;
       for (int j = 0; j < d; ++j) to[j] = from[j] * factor;
+      if (op.output_gate)
+        c.kernels->times_sigmoid(to, c.qkv.data() + (piece.first + r / group) * width + gate + (to - out) % q_dim, d);
     }
   }
 };
@@ -146,7 +149,8 @@ struct Prepare {
   const Kernels& kernels;
   const qd_attention& op;
   int d = op.head_dim, heads = op.n_heads + op.n_kv_heads;
-  int64_t q_dim = int64_t(op.n_heads) * d, kv_dim = int64_t(op.n_kv_heads) * d, width = q_dim + 2 * kv_dim;
+  int64_t q_dim = int64_t(op.n_heads) * d, kv_dim = int64_t(op.n_kv_heads) * d;
+  int64_t width = q_dim + 2 * kv_dim + (op.output_gate ? q_dim : 0);
 
   void norm(float* row) const {
     if (!op.q_norm.weight) return;
@@ -179,7 +183,7 @@ struct Prepare {
       for (int64_t j = 0; j < width; ++j) row[j] += op.qkv_bias[j];
     if (!op.norm_after_rotation) norm(row);
     if (op.clip > 0)
-      for (int64_t j = 0; j < width; ++j) row[j] = std::min(std::max(row[j], -op.clip), op.clip);
+      for (int64_t j = 0; j < q_dim + 2 * kv_dim; ++j) row[j] = std::min(std::max(row[j], -op.clip), op.clip);
     rotate(row, position, table);
     if (op.norm_after_rotation) norm(row);
   }

@@ -13,7 +13,7 @@
 
 const Kernels* QD_TABLE() {
   static const Kernels table = {kWidth, make_panel, fill_group, tile_any, widen_any, tile_wide_any, norm, activate,
-                                add_scaled, scores, top_k, row_stats, attend, merge, short_conv, write_kv, pack_tile, unpack_row,
+                                add_scaled, scores, top_k, row_stats, attend, merge, conv<true>, conv<false>, unit, delta_rule, gated_norm, times_sigmoid, write_kv, pack_tile, unpack_row,
                                 dequantize, to_q8_0, hidden_any, hidden_back_any, sum_rows_any, softmax_any, softmax_back_any, cross_entropy_any,
                                 peak_of, read_all};
   return &table;

@@ -26,10 +26,11 @@ inline int64_t attend_scratch(int n_rows, int d) {
   return int64_t(n_rows) * (d + 2 * QD_KV_CHUNK) + 2 * 16 * d + int64_t(QD_KV_CHUNK) * round_up_16(d);
 }
 
-// Some channels of a short convolution over one sequence's tokens.
+// Some channels of a convolution over one sequence's tokens.
 struct ConvPart {
-  const float* rows;  // (n, 3 W): b, c, x
-  int64_t n, width;   // W
+  const float* rows;      // of a short convolution b, c, x (n, 3 W), otherwise what is convolved, `stride` numbers a row
+  int64_t n, width;       // W
+  int64_t stride;
   int64_t first, end; // channels
   const float* taps;  // (n_taps, W)
   int n_taps;
@@ -38,6 +39,20 @@ struct ConvPart {
   float* out;           // (n, W)
 };
 
+// Some columns of one head's state under the gated delta rule, over one sequence's tokens.
+struct DeltaPart {
+  const float *q, *k, *v;  // of the first token; `stride` numbers to the next
+  int64_t stride;
+  const float *decay, *beta;  // likewise, `gate_stride`
+  int64_t gate_stride, n;
+  int k_dim, v_dim, columns;  // columns <= kDeltaColumns
+  const float* before;        // (k_dim, v_dim) from the first of these columns on, or NULL: zeros
+  float* after;               // alike; it may be `before`
+  float* out;                 // `out_stride` numbers from token to token
+  int64_t out_stride;
+};
+
+constexpr int kDeltaColumns = 64;
 constexpr int kMostTaps = 16;
 constexpr int kPeakLines = 24;  // 64-byte lines of weights an iteration of `peak` multiplies
 
@@ -69,6 +84,11 @@ struct Kernels {
   // (max, sum, out) of one row gets another chunk's; d padded to 16
   void (*merge)(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int padded);
   void (*short_conv)(const ConvPart&);
+  void (*silu_conv)(const ConvPart&);
+  void (*unit)(float* x, int64_t d, float scale);  // x becomes scale x / sqrt(x x + 1e-6)
+  void (*delta_rule)(const DeltaPart&);
+  void (*gated_norm)(const qd_norm&, const float* x, const float* gate, int64_t d, float* out);  // norm(x) silu(gate)
+  void (*times_sigmoid)(float* x, const float* gate, int64_t n);
   void (*write_kv)(int kv_format, int head_dim, const float* k, const float* v, int slot, uint8_t* block);
 
   int64_t (*pack)(int source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols, int64_t tile, int format,

@@ -7,6 +7,7 @@ void run_qkv(qd_context&, const qd_attention&, const qd_batch&);       // norm, 
 void run_attend(qd_context&, const qd_attention&, const qd_batch&);    // over the paged cache
 void run_attention_out(qd_context&, const qd_attention&, const qd_batch&);  // projection, norm, residual
 void run_short_conv(qd_context&, const qd_short_conv&, const qd_batch&);    // a layer's first half as a whole
+void run_delta_net(qd_context&, const qd_delta_net&, const qd_batch&);
 void run_ffn(qd_context&, const qd_ffn&, const qd_batch&);             // norm, router, experts or one network, residual
 void run_head(qd_context&, const qd_head&, const qd_batch&);
 
