@@ -27,7 +27,7 @@ from quadriga.model.config import (
     uniform_model,
 )
 from quadriga.model.weight_map import Piece, parameter_shapes, source_index, source_shapes, whole
-from tests.configs import first_dense, with_convolutions
+from tests.configs import first_dense, with_convolutions, with_delta_rules
 
 _SIZES = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "max_seq_len": 64}
 _ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=1e4))
@@ -261,6 +261,34 @@ TINY: dict[str, ModelConfig] = {
                 ffn=_moe(score="sigmoid", correction=True, normalize_eps=1e-6),
                 tied_embeddings=True,
             )
+        )
+    ),
+    "qwen3next": with_delta_rules(
+        uniform_model(
+            family="qwen3next",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(_ATTN, head_dim=20, position=RopeSpec(theta=1e4, dim=10)),
+            ffn=_moe(aux_loss_weight=0.001, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
+        )
+    ),
+    "qwen35moe": with_delta_rules(
+        uniform_model(
+            family="qwen35moe",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(_ATTN, head_dim=20, position=RopeSpec(theta=1e4, dim=10)),
+            ffn=_moe(aux_loss_weight=0.001, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
+        )
+    ),
+    "qwen35": with_delta_rules(
+        uniform_model(
+            family="qwen35",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(_ATTN, head_dim=20, position=RopeSpec(theta=1e4, dim=10)),
+            ffn=DenseSpec(d_ff=80, activation="silu"),
+            tied_embeddings=True,
         )
     ),
     "mpt": uniform_model(

@@ -46,6 +46,9 @@ ALL = {
     "qwen2moe": ("attention", "router", "experts", "shared", "embeddings", "head"),
     "lfm2": ("attention", "ffn", "embeddings"),
     "lfm2moe": ("attention", "router", "experts", "ffn", "embeddings"),
+    "qwen3next": ("attention", "router", "experts", "shared", "embeddings", "head"),
+    "qwen35moe": ("attention", "router", "experts", "shared", "embeddings", "head"),
+    "qwen35": ("attention", "ffn", "embeddings"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }

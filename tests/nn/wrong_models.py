@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quadriga.model.config import AlibiSpec, ModelConfig, QKNormSpec, RopeSpec, ShortConvSpec
+from quadriga.model.config import AlibiSpec, DeltaNetSpec, ModelConfig, QKNormSpec, RopeSpec, ShortConvSpec
 from quadriga.model.weight_map import parameter_shapes
 from tests.configs import changed
 
@@ -39,10 +39,26 @@ def convolutions_with(config: ModelConfig, **fields: Any) -> ModelConfig:
     )
 
 
+def delta_rules_with(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """The model with fields of its gated delta rules changed."""
+    return config.with_layers(
+        lambda layer: (
+            replace(layer, mixer=replace(layer.mixer, **fields)) if isinstance(layer.mixer, DeltaNetSpec) else layer
+        )
+    )
+
+
+def without_plus_one(config: ModelConfig) -> ModelConfig:
+    """The model whose layers' norms multiply by what is stored."""
+    return config.with_layers(lambda layer: replace(layer, norm=replace(layer.norm, plus_one=False)))
+
+
 def left_to(config: ModelConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters that a model has in which something was left out."""
     return {
-        name: parameters[name][tuple(map(slice, shape))] if name.endswith("conv.taps") else parameters[name]
+        name: parameters[name][tuple(map(slice, shape))]
+        if name.endswith((".taps", "wqkv.weight"))
+        else parameters[name]
         for name, shape in parameter_shapes(config).items()
     }
 
@@ -126,6 +142,19 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "no norms of q and k in lfm2": ("lfm2", lambda c: c.with_mixer(qk_norm=None)),
     "lfm2's weights not scaled": ("lfm2moe", lambda c: mixtures_with(c, routed_scale=1.0)),
     "lfm2 without its correction": ("lfm2moe", lambda c: mixtures_with(c, correction=False)),
+    "no gates on attention's output": (
+        "qwen3next",
+        lambda c: c.with_mixer(output_gate=False),
+    ),
+    "norms not plus one": ("qwen3next", lambda c: without_plus_one(c)),
+    "norms of q and k not plus one": (
+        "qwen3next",
+        lambda c: c.with_mixer(qk_norm=QKNormSpec(over="head", eps=c.final_norm.eps)),
+    ),
+    "rates that are no logarithms": ("qwen3next", lambda c: delta_rules_with(c, log_rate=False)),
+    "heads of values in another order": ("qwen3next", lambda c: delta_rules_with(c, tiled=True)),
+    "three taps of four": ("qwen35moe", lambda c: delta_rules_with(c, taps=3)),
+    "qwen3.5 without its shared network": ("qwen35moe", lambda c: mixtures_with(c, shared=None, shared_gate=False)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
     "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),

@@ -11,9 +11,9 @@ order: they are read as they are, and this program writes none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import (
@@ -357,93 +357,109 @@ _HF_DELTA = {
     _LINEAR + "norm.weight": _DELTA + "norm.weight",
     _LINEAR + "out_proj.weight": _DELTA + "w_out.weight",
 }
-Part = tuple[int, int]
-"""A first row in the source and how many; they fill the target one after the other, from its first row on."""
+Parts = Mapping[str, Sequence[tuple[int, int, int]]]
+"""Name of a tensor -> (first row in it, first row of the parameter, how many)."""
+Spec = TypeVar("Spec", AttentionSpec, DeltaNetSpec)
 
 
 def _rows(
-    config: ModelConfig,
-    kind: type,
-    source: str,
-    target: str,
-    parts: Mapping[str, Sequence[tuple[int, int, int]]],
-    rows: int,
+    config: ModelConfig, kind: type[Spec], source: str, target: str, parts_of: Callable[[Spec], Parts]
 ) -> list[Piece]:
-    """Pieces for rows of a matrix that lie elsewhere in the file.
+    """Pieces for a matrix whose rows lie elsewhere in the file.
 
     Args:
-        kind: of the mixers of the layers they belong to.
+        kind: of the mixers of the layers it belongs to.
         source: name with ``{i}`` for the layer and ``{part}`` for one of several tensors.
-        parts: part -> (first row in it, first row of the parameter, how many).
-        rows: of the parameter.
+        target: the parameter within its layer.
+        parts_of: where the rows are.
     """
     pieces, d = [], config.d_model
     for i, layer in enumerate(config.layers):
         if not isinstance(layer.mixer, kind):
             continue
-        for part, boxes in parts.items():
-            height = sum(n for _, _, n in boxes)
-            pieces += [
-                Piece(
-                    source=source.format(i=i, part=part),
-                    source_shape=(height, d),
-                    source_box=((first, first + n), (0, d)),
-                    target=target.format(i=i),
-                    target_shape=(rows, d),
-                    target_box=((place, place + n), (0, d)),
-                )
-                for first, place, n in boxes
-            ]
+        parts = parts_of(layer.mixer)
+        heights = {part: sum(n for _, _, n in boxes) for part, boxes in parts.items()}
+        pieces += [
+            Piece(
+                source=source.format(i=i, part=part),
+                source_shape=(heights[part], d),
+                source_box=((first, first + n), (0, d)),
+                target=f"layers.{i}.{target}",
+                target_shape=(sum(heights.values()), d),
+                target_box=((place, place + n), (0, d)),
+            )
+            for part, boxes in parts.items()
+            for first, place, n in boxes
+        ]
     return pieces
 
 
 def _gated_qkv(config: ModelConfig, name: str) -> list[Piece]:
     """q, each head followed by its gates, k and v of attention; ``name`` with ``{i}`` and ``{part}`` (q, k or v)."""
-    attn = config.first_attention().attention
-    d, gates = attn.head_dim, attn.q_dim + 2 * attn.kv_dim
-    heads = range(attn.n_heads)
-    q = [box for h in heads for box in ((2 * h * d, h * d, d), ((2 * h + 1) * d, gates + h * d, d))]
-    parts = {
-        "q": q,
-        "k": [(0, attn.q_dim, attn.kv_dim)],
-        "v": [(0, attn.q_dim + attn.kv_dim, attn.kv_dim)],
-    }
-    return _rows(config, AttentionSpec, name, _OURS + "attn.wqkv.weight", parts, attn.qkv_dim)
+
+    def parts(attn: AttentionSpec) -> Parts:
+        d, gates = attn.head_dim, attn.q_dim + 2 * attn.kv_dim
+        heads = range(attn.n_heads)
+        return {
+            "q": [box for h in heads for box in ((2 * h * d, h * d, d), ((2 * h + 1) * d, gates + h * d, d))],
+            "k": [(0, attn.q_dim, attn.kv_dim)],
+            "v": [(0, attn.q_dim + attn.kv_dim, attn.kv_dim)],
+        }
+
+    return _rows(config, AttentionSpec, name, "attn.wqkv.weight", parts)
 
 
-def _by_key_head(delta: DeltaNetSpec, widths: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+def _by_key_head(n_heads: int, widths: Sequence[tuple[int, int]]) -> Parts:
     """Boxes of a matrix in which the rows of a head of keys lie together, one part after the other.
 
     Args:
         widths: of each part, rows of a head of keys and its first row in the parameter.
     """
-    first = 0
-    for g in range(delta.n_k_heads):
+    boxes, first = [], 0
+    for g in range(n_heads):
         for n, begin in widths:
-            yield first, begin + g * n, n
+            boxes.append((first, begin + g * n, n))
             first += n
+    return {"": boxes}
 
 
-def _next_projections(config: ModelConfig, form: str, qkvz: str | None, ba: str) -> list[Piece]:
-    """Qwen3-Next's: q, k, v, z of each head of keys together, and b, a."""
-    delta = _delta(config, form)
-    times = delta.n_v_heads // delta.n_k_heads
-    v = times * delta.v_dim
-    widths = [(delta.k_dim, 0), (delta.k_dim, delta.qk_dim), (v, 2 * delta.qk_dim), (v, delta.width)]
-    pieces = []
-    if qkvz is not None:
-        boxes = {"": list(_by_key_head(delta, widths))}
-        pieces = _rows(config, DeltaNetSpec, qkvz, _DELTA + "w_in.weight", boxes, delta.width + delta.value_dim)
-    boxes = {"": list(_by_key_head(delta, [(times, 0), (times, delta.n_v_heads)]))}
-    return pieces + _rows(config, DeltaNetSpec, ba, _DELTA + "w_ba.weight", boxes, 2 * delta.n_v_heads)
+def _together_qkvz(config: ModelConfig, name: str) -> list[Piece]:
+    """Qwen3-Next's q, k, v and z, each head of keys with its own."""
+
+    def parts(delta: DeltaNetSpec) -> Parts:
+        v = delta.value_dim // delta.n_k_heads
+        firsts = (0, delta.qk_dim, 2 * delta.qk_dim, delta.width)
+        return _by_key_head(delta.n_k_heads, list(zip((delta.k_dim, delta.k_dim, v, v), firsts, strict=True)))
+
+    return _rows(config, DeltaNetSpec, name, "delta.w_in.weight", parts)
 
 
-def _apart(config: ModelConfig, form: str, name: str, parts: tuple[str, str], target: str) -> list[Piece]:
-    """Pieces for two matrices one below the other: q, k, v and z, or b and a."""
-    delta = _delta(config, form)
-    heights = (delta.width, delta.value_dim) if target == "w_in" else (delta.n_v_heads,) * 2
-    boxes = {parts[0]: [(0, 0, heights[0])], parts[1]: [(0, heights[0], heights[1])]}
-    return _rows(config, DeltaNetSpec, name, f"{_DELTA}{target}.weight", boxes, sum(heights))
+def _together_ba(config: ModelConfig, name: str) -> list[Piece]:
+    """Qwen3-Next's b and a, each head of keys with its own."""
+
+    def parts(delta: DeltaNetSpec) -> Parts:
+        times = delta.n_v_heads // delta.n_k_heads
+        return _by_key_head(delta.n_k_heads, [(times, 0), (times, delta.n_v_heads)])
+
+    return _rows(config, DeltaNetSpec, name, "delta.w_ba.weight", parts)
+
+
+def _apart_qkv_z(config: ModelConfig, name: str, qkv: str, z: str) -> list[Piece]:
+    """q, k and v in one matrix, z in another."""
+
+    def parts(delta: DeltaNetSpec) -> Parts:
+        return {qkv: [(0, 0, delta.width)], z: [(0, delta.width, delta.value_dim)]}
+
+    return _rows(config, DeltaNetSpec, name, "delta.w_in.weight", parts)
+
+
+def _apart_b_a(config: ModelConfig, name: str, b: str, a: str) -> list[Piece]:
+    """b and a in matrices of their own."""
+
+    def parts(delta: DeltaNetSpec) -> Parts:
+        return {b: [(0, 0, delta.n_v_heads)], a: [(0, delta.n_v_heads, delta.n_v_heads)]}
+
+    return _rows(config, DeltaNetSpec, name, "delta.w_ba.weight", parts)
 
 
 _HF_NAMES = HF_COMMON | HF_QK_NORMS | HF_FFN | HF_ROUTER | HF_SHARED | _HF_DELTA
@@ -459,25 +475,28 @@ def _hf_common(config: ModelConfig) -> list[Piece]:
     ]
 
 
+def _next_common(config: ModelConfig) -> list[Piece]:
+    together = _together_qkvz(config, _LINEAR + "in_proj_qkvz.weight") + _together_ba(
+        config, _LINEAR + "in_proj_ba.weight"
+    )
+    return _hf_common(config) + together
+
+
 def next_layout(config: ModelConfig) -> list[Piece]:
     """Qwen3-Next's: transformers 4, and the published checkpoint, a matrix per expert."""
-    form = "Qwen3-Next"
-    qkvz, ba = (_LINEAR + f"in_proj_{name}.weight" for name in ("qkvz", "ba"))
-    return _hf_common(config) + _next_projections(config, form, qkvz, ba) + hf_experts(config)
+    return _next_common(config) + hf_experts(config)
 
 
 def next5_layout(config: ModelConfig) -> list[Piece]:
     """Qwen3-Next's in transformers 5 in memory: all experts in one tensor, gate above up."""
-    form = "Qwen3-Next"
-    qkvz, ba = (_LINEAR + f"in_proj_{name}.weight" for name in ("qkvz", "ba"))
-    return _hf_common(config) + _next_projections(config, form, qkvz, ba) + hf5_experts(config)
+    return _next_common(config) + hf5_experts(config)
 
 
 def text_layout(config: ModelConfig) -> list[Piece]:
     """Qwen3.5's text alone: all experts in one tensor, gate above up."""
-    form, name = "Qwen3.5", _LINEAR + "in_proj_{part}.weight"
-    projections = _apart(config, form, name, ("qkv", "z"), "w_in") + _apart(config, form, name, ("b", "a"), "w_ba")
-    return _hf_common(config) + projections + hf5_experts(config)
+    name = _LINEAR + "in_proj_{part}.weight"
+    apart = _apart_qkv_z(config, name, "qkv", "z") + _apart_b_a(config, name, "b", "a")
+    return _hf_common(config) + apart + hf5_experts(config)
 
 
 def whole_layout(config: ModelConfig) -> list[Piece]:
@@ -525,24 +544,19 @@ _GGUF_NAMES = {
 }
 
 
-def _gguf_common(config: ModelConfig, form: str) -> list[Piece]:
-    return [
-        *copies(config, _GGUF_NAMES),
-        *_gated_qkv(config, _BLOCK + "attn_{part}.weight"),
-        *_apart(config, form, _BLOCK + "attn_{part}.weight", ("qkv", "gate"), "w_in"),
-    ]
+def _gguf_common(config: ModelConfig) -> list[Piece]:
+    name = _BLOCK + "attn_{part}.weight"
+    return copies(config, _GGUF_NAMES) + _gated_qkv(config, name) + _apart_qkv_z(config, name, "qkv", "gate")
 
 
 def next_gguf_map(config: ModelConfig) -> list[Piece]:
     """Every tensor of arch ``qwen3next``."""
-    form = "GGUF arch qwen3next"
-    return _gguf_common(config, form) + _next_projections(config, form, None, _BLOCK + "ssm_ba.weight")
+    return _gguf_common(config) + _together_ba(config, _BLOCK + "ssm_ba.weight")
 
 
 def gguf_map(config: ModelConfig) -> list[Piece]:
     """Every tensor of archs ``qwen35moe`` and ``qwen35``."""
-    form = "GGUF arch qwen35"
-    return _gguf_common(config, form) + _apart(config, form, _BLOCK + "ssm_{part}.weight", ("beta", "alpha"), "w_ba")
+    return _gguf_common(config) + _apart_b_a(config, _BLOCK + "ssm_{part}.weight", "beta", "alpha")
 
 
 def next_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
