@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from quadriga.model.config import ModelConfig
+from quadriga.model.config import DeltaNetSpec, ModelConfig
 
 ROUNDINGS = 20
 """Results that a layer rounds to the working dtype: two norms, q/k/v, rotation (two products and a sum), scores,
@@ -59,6 +59,8 @@ def relative_error(dtype: torch.dtype, config: ModelConfig, n_keys: int, roundin
     attn = layer.attention
     d, q_dim = config.d_model, attn.q_dim
     reductions = (d, d, attn.head_dim, n_keys, q_dim, d, layer.ffn.d_ff)  # norms, qkv, q.k, p.v, wo, up, down
+    if any(isinstance(kind.mixer, DeltaNetSpec) for kind in config.kinds()):
+        roundings += 8  # what is convolved, its silu, q, k and v of unit length, what S gives, silu(z), their product
     per_layer = (roundings * unit**2 + sum(reductions) * wide**2) / 3
     return math.sqrt(per_layer * sum(GROWTH**i for i in range(config.n_layers)))
 

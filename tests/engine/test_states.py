@@ -90,7 +90,7 @@ def test_continuations_are_scored_as_if_each_were_alone(
     for tokens in (1024, 7):
         monkeypatch.setattr(scoring, "PASS_TOKENS", tokens)
         for one, wanted in zip(score(llm.engine, pairs), expected, strict=True):
-            assert one.logprobs == pytest.approx(wanted, abs=6e-5)
+            assert one.logprobs == pytest.approx(wanted, abs=3e-4)
     states = llm.engine.scheduler.states
     assert states is not None and states.n_free == 12, "every slot came back"
 

@@ -31,7 +31,7 @@ from quadriga.model.families import FAMILIES, PRESETS, config_from_gguf, config_
 from quadriga.model.families.base import pick_layout
 from quadriga.model.families.keys import exact_or, shortest_float32
 from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes, whole
-from tests.configs import changed, first_dense, with_convolutions
+from tests.configs import changed, first_dense, with_convolutions, with_delta_rules
 
 ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=12_345.0))
 MOE = MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu", aux_loss_weight=0.01)
@@ -228,6 +228,19 @@ TINY = {
             tied_embeddings=True,
         )
     ),
+    **{
+        family: with_delta_rules(
+            changed(
+                LLAMA,
+                family=family,
+                mixer=replace(ATTN, head_dim=20, position=RopeSpec(theta=12_345.0, dim=10)),
+                ffn=DenseSpec(d_ff=80, activation="silu")
+                if family == "qwen35"
+                else replace(MOE, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
+            )
+        )
+        for family in ("qwen3next", "qwen35moe", "qwen35")
+    },
     "mpt": changed(
         LLAMA,
         family="mpt",
@@ -754,6 +767,56 @@ LFM2_8B_A1B_RELEASE = {
     "use_expert_bias": True,
     "vocab_size": 65536,
 }
+QWEN3_5_0_8B_RELEASE = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "image_token_id": 248056,
+    "model_type": "qwen3_5",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_output_gate": True,
+        "dtype": "bfloat16",
+        "eos_token_id": 248044,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "initializer_range": 0.02,
+        "intermediate_size": 3584,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 6,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": 248320,
+        "mamba_ssm_dtype": "float32",
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "rope_type": "default",
+            "rope_theta": 10000000,
+            "partial_rotary_factor": 0.25,
+        },
+    },
+    "tie_word_embeddings": True,
+    "transformers_version": "4.57.0.dev0",
+    "video_token_id": 248057,
+    "vision_config": {"depth": 12, "hidden_size": 768, "model_type": "qwen3_5"},
+    "vision_end_token_id": 248054,
+    "vision_start_token_id": 248053,
+}
 RELEASES = {
     "gpt-oss-20b": GPT_OSS_20B_RELEASE,
     "dbrx-132b": DBRX_RELEASE,
@@ -770,6 +833,7 @@ RELEASES = {
     "minimax-m2": MINIMAX_M2_RELEASE,
     "lfm2-1.2b": LFM2_1_2B_RELEASE,
     "lfm2-8b-a1b": LFM2_8B_A1B_RELEASE,
+    "qwen3.5-0.8b": QWEN3_5_0_8B_RELEASE,
 }
 
 
@@ -1048,6 +1112,10 @@ MAY_BE_ABSENT = {
         "conv_use_xavier_init", "num_heads", "use_pos_enc",
     },
     "lfm2-8b-a1b": {"conv_bias", "tie_embedding"},
+    "qwen3.5-0.8b": {
+        "image_token_id", "tie_word_embeddings", "video_token_id", "vision_config", "vision_end_token_id",
+        "vision_start_token_id",
+    },
     "mpt-7b": {
         "attn_type", "attn_uses_sequence_id", "embedding_fraction", "learned_pos_emb", "logit_scale", "no_bias",
         "norm_type", "prefix_lm", "qk_ln", "verbose",
@@ -1132,7 +1200,7 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, lfm2, lfm2_moe; got 'gpt2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, lfm2, lfm2_moe, qwen3_next, qwen3_5_moe, qwen3_5_moe_text, qwen3_5, qwen3_5_text; got 'gpt2'",
     ):
         config_from_hf({"model_type": "gpt2"})
 
@@ -1140,8 +1208,10 @@ def test_an_unsupported_model_type_lists_the_supported_ones():
 def test_known_families_that_are_not_computed_say_what_they_would_need():
     with pytest.raises(ConfigError, match="deepseek_v3 is known and not computed: its attention keeps one latent"):
         config_from_hf({"model_type": "deepseek_v3"})
-    with pytest.raises(ConfigError, match="qwen35moe is known and not computed: most of its layers are gated delta"):
-        config_from_gguf({"general.architecture": "qwen35moe"}, {})
+    with pytest.raises(
+        ConfigError, match="granitehybrid is known and not computed: most of its layers are state-space"
+    ):
+        config_from_gguf({"general.architecture": "granitehybrid"}, {})
     types = {name for family in FAMILIES.values() for name in (*family.model_types, *family.gguf_archs)}
     assert not types & refused.REASONS.keys()
     table = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
@@ -1149,7 +1219,7 @@ def test_known_families_that_are_not_computed_say_what_they_would_need():
 
 
 def test_presets_by_name():
-    assert len(PRESETS) == 43
+    assert len(PRESETS) == 47
     assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
@@ -1426,7 +1496,7 @@ def test_the_same_model_from_hf_and_gguf():
         (
             {"general.architecture": "gpt2"},
             {},
-            "must be one of dbrx, dots1, ernie4_5-moe, glm4moe, gpt-oss, granite, granitemoe, grok, hunyuan-moe, lfm2, lfm2moe, llama, minimax-m2, mpt, olmoe, qwen2, qwen2moe, qwen3, qwen3moe, smollm3; got 'gpt2'",
+            "must be one of dbrx, dots1, ernie4_5-moe, glm4moe, gpt-oss, granite, granitemoe, grok, hunyuan-moe, lfm2, lfm2moe, llama, minimax-m2, mpt, olmoe, qwen2, qwen2moe, qwen3, qwen35, qwen35moe, qwen3moe, qwen3next, smollm3; got 'gpt2'",
         ),
     ],
 )

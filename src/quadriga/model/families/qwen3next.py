@@ -492,20 +492,38 @@ def next5_layout(config: ModelConfig) -> list[Piece]:
     return _next_common(config) + hf5_experts(config)
 
 
-def text_layout(config: ModelConfig) -> list[Piece]:
-    """Qwen3.5's text alone: all experts in one tensor, gate above up."""
+def _text_common(config: ModelConfig) -> list[Piece]:
     name = _LINEAR + "in_proj_{part}.weight"
-    apart = _apart_qkv_z(config, name, "qkv", "z") + _apart_b_a(config, name, "b", "a")
-    return _hf_common(config) + apart + hf5_experts(config)
+    return _hf_common(config) + _apart_qkv_z(config, name, "qkv", "z") + _apart_b_a(config, name, "b", "a")
 
 
-def whole_layout(config: ModelConfig) -> list[Piece]:
-    """The same in the published checkpoints of the whole model, text and vision."""
+def text_layout(config: ModelConfig) -> list[Piece]:
+    """Qwen3.5's text alone as transformers 5 writes it: a matrix per expert."""
+    return _text_common(config) + hf_experts(config)
+
+
+def text5_layout(config: ModelConfig) -> list[Piece]:
+    """The same as transformers 5 has it in memory: all experts in one tensor, gate above up."""
+    return _text_common(config) + hf5_experts(config)
+
+
+def _whole(pieces: list[Piece]) -> list[Piece]:
+    """The names of a text within those of text and vision."""
     old, new = "model.", "model.language_model."
     return [
         replace(piece, source=new + piece.source.removeprefix(old)) if piece.source.startswith(old) else piece
-        for piece in text_layout(config)
+        for piece in pieces
     ]
+
+
+def whole_layout(config: ModelConfig) -> list[Piece]:
+    """The published checkpoints, text and vision: all experts in one tensor."""
+    return _whole(text5_layout(config))
+
+
+def whole_split_layout(config: ModelConfig) -> list[Piece]:
+    """The same with a matrix per expert."""
+    return _whole(text_layout(config))
 
 
 LEFT_OUT = ("model.visual.*", "mtp.*")
@@ -652,7 +670,7 @@ MIXTURE = Family(
     model_types=("qwen3_5_moe", "qwen3_5_moe_text"),
     config_from_hf=moe_from_hf,
     config_to_hf=moe_to_hf,
-    layouts={"text": text_layout, "hf": whole_layout},
+    layouts={"text": text_layout, "text5": text5_layout, "hf": whole_layout, "hf-split": whole_split_layout},
     gguf_archs=("qwen35moe",),
     config_from_gguf=moe_from_gguf,
     config_to_gguf=to_gguf,
