@@ -366,7 +366,7 @@ MODELS: dict[str, dict[str, object]] = {
         "model_type": "qwen3_next",
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [1],
+        "mlp_only_layers": [],
         "partial_rotary_factor": 0.5,
         "rope_theta": 1000.0,
         **_DELTA,

@@ -142,7 +142,7 @@ def dense_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     width = keys.integer("block_ff_dim") if keys.given("block_ff_dim") else keys.integer("intermediate_size")
     keys.has("intermediate_size")
     ffn = DenseSpec(d_ff=_adjusted(keys, width), activation="silu")
-    common, attends = _common_from_hf(keys)
+    common, attends = _common_from_hf(keys, by_index=True)
     for same in ("block_dim", "conv_dim", "conv_dim_out"):
         keys.must_be(same, common["d_model"])
     keys.must_be("num_heads", common["mixer"].n_heads)
@@ -186,15 +186,15 @@ def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     )
     dense = DenseSpec(d_ff=keys.integer("intermediate_size"), activation="silu")
     first = keys.integer("num_dense_layers")
-    common, attends = _common_from_hf(keys)
+    common, attends = _common_from_hf(keys, by_index=False)
     ffns = [dense if i < first else moe for i in range(len(attends))]
     config = _model("lfm2moe", common, ffns, attends, keys.integer("conv_L_cache"))
     keys.finish(IGNORED)
     return config
 
 
-def _common_from_hf(keys: Keys) -> tuple[dict[str, Any], list[bool]]:
-    """LLaMA's common fields, and which layers are attention."""
+def _common_from_hf(keys: Keys, *, by_index: bool) -> tuple[dict[str, Any], list[bool]]:
+    """LLaMA's common fields, and which layers are attention; ``by_index``: see :func:`_attends`."""
     keys.must_be("conv_bias", False)
     n_layers = countable(keys.integer("num_hidden_layers"))
     attention = attention_from_hf(keys)
@@ -216,22 +216,15 @@ def _common_from_hf(keys: Keys) -> tuple[dict[str, Any], list[bool]]:
         "eos_ids": keys.token_ids("eos_token_id"),
         "pad_id": keys.token_id("pad_token_id"),
     }
-    return common, _attends(keys, n_layers)
+    return common, _attends(keys, n_layers, by_index=by_index)
 
 
-def _attends(keys: Keys, n_layers: int) -> list[bool]:
-    """Which layers are attention: by ``layer_types``, or in the makers' first files by ``full_attn_idxs``."""
-    if not keys.given("layer_types"):
-        at = keys.integers("full_attn_idxs")
+def _attends(keys: Keys, n_layers: int, *, by_index: bool) -> list[bool]:
+    """Which layers are attention: by ``layer_types``, or (``by_index``, LFM2's first files) by ``full_attn_idxs``."""
+    at = keys.integers("full_attn_idxs") if by_index and keys.given("full_attn_idxs") else ()
+    if at and not keys.given("layer_types"):
         return [i in at for i in range(n_layers)]
-    keys.has("full_attn_idxs")  # transformers: layer_types counts
-    types = keys.value("layer_types")
-    known = ("full_attention", "conv")
-    if not isinstance(types, list) or len(types) != n_layers or not all(one in known for one in types):
-        raise ConfigError(
-            f"config.json: layer_types must be {n_layers} words, each full_attention or conv; got {str(types)[:80]}"
-        )
-    return [one == "full_attention" for one in types]
+    return [one == "full_attention" for one in keys.words("layer_types", ("full_attention", "conv"), n_layers)]
 
 
 def _attending(config: ModelConfig) -> ModelConfig:

@@ -193,9 +193,9 @@ def _text_of(raw: Mapping[str, object], model_type: str) -> Keys:
     outer = Keys(raw, "config.json")
     where, text = "config.json", raw
     if outer.text("model_type") == model_type:
-        section = outer.value("text_config")
-        if not isinstance(section, Mapping):
-            raise ConfigError(f"config.json: text_config must be an object, got {str(section)[:80]!r}")
+        outer.section("text_config")  # raises unless it is one
+        section = raw["text_config"]
+        assert isinstance(section, Mapping), "it is a section"
         where, text = "config.json: text_config", section
         tied = Keys(text, where).value("tie_word_embeddings")
         outer.must_be("tie_word_embeddings", tied)
@@ -252,12 +252,7 @@ def _attends(keys: Keys, n_layers: int) -> list[bool]:
         if every < 1:
             raise ConfigError(f"config.json: full_attention_interval must be 1 or more, got {every}")
         return [(i + 1) % every == 0 for i in range(n_layers)]
-    types = keys.value("layer_types")
-    if not isinstance(types, list) or len(types) != n_layers or not all(one in (FULL, LINEAR) for one in types):
-        raise ConfigError(
-            f"config.json: layer_types must be {n_layers} words, each {FULL} or {LINEAR}; got {str(types)[:80]}"
-        )
-    return [one == FULL for one in types]
+    return [one == FULL for one in keys.words("layer_types", (FULL, LINEAR), n_layers)]
 
 
 def _delta(config: ModelConfig, form: str) -> DeltaNetSpec:
@@ -593,9 +588,10 @@ def dense_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape])
 
 
 def _from_gguf(family: str, arch: str, metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
-    keys = gguf_keys.architecture_keys(metadata, arch)
+    # Sections of a head that turn with height and width of pictures; for text they turn alike.
+    plain_text = {key: value for key, value in metadata.items() if key != f"{arch}.rope.dimension_sections"}
+    keys = gguf_keys.architecture_keys(plain_text, arch)
     common = common_from_gguf(keys, metadata, shapes)
-    keys.has("rope.dimension_sections")  # of pictures; for text all sections turn alike
     n_more = keys.integer("nextn_predict_layers") if keys.has("nextn_predict_layers") else 0
     n_layers = countable(common["n_layers"] - n_more)
     ffn: DenseSpec | MoESpec
