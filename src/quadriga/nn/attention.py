@@ -42,7 +42,7 @@ class Attention(nn.Module):
         spec = self.spec
         late = spec.qk_norm is not None and spec.qk_norm.after_rotation
         gate = spec.q_dim if spec.output_gate else 0
-        projected, gates = self.wqkv(x).split([spec.q_dim + 2 * spec.kv_dim, gate], dim=-1)
+        projected, gates = torch.split(self.wqkv(x), [spec.q_dim + 2 * spec.kv_dim, gate], dim=-1)
         qkv = projected if late else self._normed(projected)
         if spec.clip_qkv is not None:
             qkv = qkv.clamp(-spec.clip_qkv, spec.clip_qkv)

@@ -112,7 +112,7 @@ class PackedContext:
 
     def recur(self, layer: int, x: Tensor, state: RecurrentState, scan: Scan) -> Tensor:
         """See :class:`ForwardContext`. Every sequence begins here."""
-        return torch.cat([scan(part, beginning(state, x))[0] for part in x.split(self.lengths)])
+        return torch.cat([scan(part, beginning(state, x))[0] for part in torch.split(x, self.lengths)])
 
 
 def beginning(state: RecurrentState, like: Tensor) -> list[Tensor]:

@@ -35,7 +35,7 @@ class DeltaNet(nn.Module):
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         """x (N, D) -> (N, D)."""
         spec = self.spec
-        convolved, z = self.w_in(x).split([spec.width, spec.value_dim], dim=-1)
+        convolved, z = torch.split(self.w_in(x), [spec.width, spec.value_dim], dim=-1)
         b, a = self.w_ba(x).chunk(2, dim=-1)
         rows = torch.cat((convolved, b, a), dim=-1)
         out = context.recur(self.layer, rows, spec.state, self._scan).reshape(-1, spec.v_dim)
@@ -45,10 +45,10 @@ class DeltaNet(nn.Module):
 
     def _scan(self, rows: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         spec, (before, matrix) = self.spec, state
-        x, b, a = rows.split([spec.width, spec.n_v_heads, spec.n_v_heads], dim=-1)
+        x, b, a = torch.split(rows, [spec.width, spec.n_v_heads, spec.n_v_heads], dim=-1)
         after = torch.cat((before, x.to(before.dtype)))[-(spec.taps - 1) :]
         made = F.silu(ops.causal_conv(x, self.taps, before))
-        q, k, v = made.split([spec.qk_dim, spec.qk_dim, spec.value_dim], dim=-1)
+        q, k, v = torch.split(made, [spec.qk_dim, spec.qk_dim, spec.value_dim], dim=-1)
         q, k = (self._to_value_heads(t.view(len(x), spec.n_k_heads, spec.k_dim)) for t in (q, k))
         wide = matrix.dtype
         rate = self.rate.to(wide).exp() if spec.log_rate else -self.rate.to(wide)

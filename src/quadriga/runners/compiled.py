@@ -140,10 +140,10 @@ class CompiledModel:
         self.n_slots = (n_slots or n_blocks) if config.is_recurrent else 0
         self._kv: dict[int, NDArray[np.uint8]] = {}
         self._states: dict[int, Floats] = {}
-        for i, layer in enumerate(config.layers):
-            if n_bytes := layer_block_bytes(layer, kv_format):
+        for i, spec in enumerate(config.layers):
+            if n_bytes := layer_block_bytes(spec, kv_format):
                 self._kv[i] = allocate(n_blocks * n_bytes)
-            if numbers := layer.mixer.state.numbers_per_sequence:
+            if numbers := spec.mixer.state.numbers_per_sequence:
                 self._states[i] = allocate(self.n_slots * numbers * 4).view(np.float32).reshape(self.n_slots, numbers)
         self.kv_bytes = sum(kv.nbytes for kv in self._kv.values())
         self.state_bytes = sum(state.nbytes for state in self._states.values())
