@@ -92,6 +92,8 @@ def test_merged_it_computes_what_the_attached_one_does(tmp_path: Path) -> None:
         ("gpt_oss", None, ("attention", "experts", "embeddings", "head")),
         ("mpt", None, None),
         *[(name, None, None) for name in ("glm4moe", "qwen2moe", "dots1", "ernie4_5-moe", "hunyuan-moe", "minimax-m2")],
+        *[(name, None, None) for name in ("olmo2", "flex_olmo", "phimoe")],
+        *[(name, None, None) for name in ("deepseek_v2", "deepseek_v3")],
     ],
 )
 def test_to_peft_and_back(tmp_path: Path, name: str, layout: str | None, targets: tuple[str, ...] | None) -> None:
@@ -114,7 +116,7 @@ def hf_model(folder: Path, name: str) -> Any:
         ("llama2-tied", None),
         ("mixtral", None),
         ("gpt_oss", ("attention", "experts")),
-        *[(name, None) for name in ("qwen2moe", "ernie4_5-moe", "hunyuan-moe")],
+        *[(name, None) for name in ("qwen2moe", "ernie4_5-moe", "hunyuan-moe", "olmo2", "phimoe")],
         *[(name, ("attention", "experts", "ffn", "shared", "embeddings", "head")) for name in ("glm4moe", "dots1")],
     ],
 )

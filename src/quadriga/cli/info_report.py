@@ -19,6 +19,7 @@ from quadriga.model.config import (
     AlibiSpec,
     AttentionSpec,
     DeltaNetSpec,
+    LatentAttentionSpec,
     LayerSpec,
     ModelConfig,
     MoESpec,
@@ -68,6 +69,7 @@ def describe(config: ModelConfig, context: int) -> dict[str, Any]:
         "context": context,
         "kv_bytes_per_token": {dtype: cost.kv_bytes_per_token(config, dtype) for dtype in ("float32", "bfloat16")},
         "state_bytes": cost.state_bytes(config),
+        "kv_bytes": {dtype: cost.kv_bytes(config, context, dtype) for dtype in ("float32", "bfloat16")},
         "flops_per_token": {
             "without_attention_to_the_past": cost.flops_per_token(config, 0),
             "at_context": cost.flops_per_token(config, context),
@@ -148,6 +150,7 @@ def _print_tables(name: str, config: ModelConfig, facts: dict[str, Any], notes: 
         ("context", f"{config.max_seq_len:,}"),
         ("cache per token", f"{facts['kv_bytes_per_token']['bfloat16']:,} B in bfloat16"),
         *([("cache per sequence", f"{facts['state_bytes']:,} B")] if facts["state_bytes"] else []),
+        (f"  of {context} positions", f"{facts['kv_bytes']['bfloat16']:,} B"),
         ("operations per token", f"{facts['flops_per_token']['without_attention_to_the_past']:.2e} FLOP"),
         (f"  at position {context}", f"{facts['flops_per_token']['at_context']:.2e} FLOP"),
     ):
@@ -211,6 +214,12 @@ def _attention(attn: AttentionSpec) -> str:
             position = f"ALiBi {max_bias:g}"
         case None:
             position = "no positions"
+    if isinstance(attn, LatentAttentionSpec):
+        through = "" if attn.q_rank is None else f", queries through one of {attn.q_rank:,}"
+        return (
+            f"{attn.n_heads} heads of {attn.nope_dim} + {attn.rope_dim} over one latent of {attn.kv_rank:,} + "
+            f"{attn.rope_dim} a token, values of {attn.v_dim}{through}; {position} of the {attn.rope_dim}"
+        )
     return f"{attn.n_heads} heads of {attn.head_dim}, {attn.n_kv_heads} for keys and values{clip}{gated}; {position}"
 
 

@@ -25,6 +25,7 @@ def tune_command(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Other optimiser steps than the file's, e.g. to try it.")
     ] = None,
+    allow_change: options.AllowChange = False,
 ) -> None:
     """Fine-tune a model: whole or by an adapter, on answers, text, preferences or rewards. The same command resumes."""
     import signal
@@ -46,7 +47,7 @@ def tune_command(
     asked: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     try:
-        outcome = tune(settings, stop=lambda: bool(asked))
+        outcome = tune(settings, stop=lambda: bool(asked), allow_change=allow_change)
     finally:
         signal.signal(signal.SIGTERM, before)
     if outcome.rejected:

@@ -63,7 +63,7 @@ class StatePool:
 
     def begin(self, sequence: Stateful, *, guesses: bool) -> None:
         """Choose where the next pass leaves a sequence's state."""
-        own = sequence.slot >= 0 and not guesses and not self._pool.knows(sequence.slot)
+        own = sequence.slot >= 0 and not guesses and not self._pool.is_known(sequence.slot)
         slot = sequence.slot if own else self._pool.allocate()
         assert slot is not None, "there are two slots for every place"
         sequence.next_slot = slot

@@ -6,11 +6,13 @@ import functools
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 
 import numpy as np
 
 from quadriga.errors import CheckpointError
 from quadriga.io.conversion_plan import ConversionPlan
+from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.open import Checkpoint
 from quadriga.io.packed import Unpacked, read_matrix
 from quadriga.io.parameters import SLICE_BYTES, slices, to_stored
@@ -83,6 +85,9 @@ def _encoded(
     checkpoint: Checkpoint, plan: ConversionPlan, name: str, pieces: list[Piece], importance: Mapping[str, Array]
 ) -> Iterator[tuple[memoryview, int]]:
     shape, form = plan.tensors[name]
+    if not importance and _is_there_already(checkpoint, name, form, pieces):
+        yield from _as_stored(checkpoint, name, shape, form)
+        return
     if any(piece.stride is not None for piece in pieces):
         yield from _taking_turns(checkpoint, shape, form, pieces)
         return
@@ -98,6 +103,24 @@ def _encoded(
             for start, run in enumerate(values, box[0][0]) if split or by_expert else ((box[0][0], values),):
                 encoded = encode(run, form, _importance_of(cut, importance, start - box[0][0]))
                 yield encoded, FORMATS[form].nbytes_of((_first_element(((start, 0), *box[1:]), shape),))
+
+
+def _is_there_already(checkpoint: Checkpoint, name: str, form: str, pieces: list[Piece]) -> bool:
+    """True if the source is a GGUF file with this very tensor in this very format."""
+    source = checkpoint.source
+    if not isinstance(source, GGUFSource) or name not in source.tensors or source.tensors[name].dtype != form:
+        return False
+    theirs = [piece for piece in checkpoint.pieces if piece.source == name]
+    return sorted(map(repr, theirs)) == sorted(map(repr, pieces))
+
+
+def _as_stored(checkpoint: Checkpoint, name: str, shape: Shape, form: str) -> Iterator[tuple[memoryview, int]]:
+    """A tensor's own bytes: to round its numbers once more would only lose some."""
+    assert isinstance(checkpoint.source, GGUFSource), "bytes of a GGUF file"
+    row_bytes, rows = FORMATS[form].nbytes_of(shape[-1:]), prod(shape[:-1])
+    step = max(1, SLICE_BYTES // row_bytes)
+    for start in range(0, rows, step):
+        yield checkpoint.source.raw(name, start, min(start + step, rows)).data, start * row_bytes
 
 
 def _importance_of(cut: Piece, importance: Mapping[str, Array], index: int) -> Array | None:

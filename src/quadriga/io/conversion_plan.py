@@ -16,6 +16,7 @@ from quadriga.io import directory as engine_file
 from quadriga.io import gguf
 from quadriga.io.file_plan import FilePlan
 from quadriga.io.gguf import Typed
+from quadriga.io.gguf_mixtures import MIXTURES, format_in
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.open import Checkpoint, identity_map
 from quadriga.io.packed import packed_format
@@ -32,7 +33,7 @@ from quadriga.model.weight_map import (
 )
 from quadriga.quant.dtypes import Array, name_of
 from quadriga.quant.formats import FORMATS
-from quadriga.quant.packed import PACKED
+from quadriga.quant.packed import PACKED, QUANTISED
 from quadriga.text import gguf_vocabulary
 from quadriga.text import tokenizer as tokenizers
 
@@ -100,8 +101,8 @@ def plan_conversion(
     return ConversionPlan(to, name, pieces, tensors, files, extra=extra)
 
 
-_WIDE_ENDS = {"q4": "q8", "q4m": "q8", "mx4": "q8"}
-"""What embeddings and head are where the rest has 4 bits: every token goes through them, and they are few."""
+_WIDE_ENDS = dict.fromkeys(QUANTISED, "q8")
+"""What embeddings and head are where the rest has fewer bits: every token goes through them, and they are few."""
 
 
 def plan_packed(checkpoint: Checkpoint, form: str | Mapping[str, str], embeddings: str | None) -> ConversionPlan:
@@ -160,6 +161,8 @@ def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> ConversionPlan:
     for name, shape in source_shapes(pieces).items():
         # The router stays wide: its rounding changes which experts a token visits, not just by how much.
         wanted = gguf.TABLES.get(form, form) if name in tables else form
+        if form in MIXTURES:
+            wanted = format_in(form, name, config)
         stored = "float32" if name in wide else gguf.storable_format(shape, wanted)
         tensors[name] = (shape, stored)
         if stored not in (wanted, "float32"):
@@ -178,6 +181,7 @@ def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> ConversionPlan:
 
 FILE_TYPE = {
     "float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18,
+    "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17,
     "iq4_nl": 25, "iq4_xs": 30, "bfloat16": 32, "mxfp4": 38,
 }  # fmt: skip
 """GGUF's general.file_type, for people and file browsers; the K formats' are those called S."""

@@ -52,7 +52,7 @@ def convert(
         dtype: of plain numbers, for "hf" and for "quadriga" without a format: float32, bfloat16, float16, or "keep",
             which None is too: each tensor as it came (block formats become float32).
         gguf_format: for "gguf": one of ``convert_options.GGUF_FORMATS``; None is bfloat16.
-        format: for "quadriga": pack the matrices for the CPU's kernels: keep, bfloat16, q8, q4, q4m, mx4 or float32 for
+        format: for "quadriga": pack the matrices for the CPU's kernels: one of ``FORMATS_TO_LOAD`` for
             all (routers stay float32, embeddings and head at least q8), or a recipe: matrix -> format
             (``quant.format_choice``).
         embeddings: with ``format``, another one for the embedding table and the head.

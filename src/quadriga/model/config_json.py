@@ -20,6 +20,7 @@ from quadriga.model.config import (
     DeltaNetSpec,
     DenseSpec,
     FactorScaling,
+    LatentAttentionSpec,
     LayerSpec,
     LinearScaling,
     Llama3Scaling,
@@ -43,7 +44,12 @@ _SCALINGS: dict[str, type] = {
     "longrope": LongRopeScaling,
     "factors": FactorScaling,
 }
-_MIXERS: dict[str, type] = {"attention": AttentionSpec, "short_conv": ShortConvSpec, "delta_net": DeltaNetSpec}
+_MIXERS: dict[str, type] = {
+    "attention": AttentionSpec,
+    "latent_attention": LatentAttentionSpec,
+    "short_conv": ShortConvSpec,
+    "delta_net": DeltaNetSpec,
+}
 _FFNS: dict[str, type] = {"dense": DenseSpec, "moe": MoESpec}
 
 

@@ -14,6 +14,10 @@ Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, 
 
     embed.weight (V, D)                      layers.{i}.attn.wqkv.weight ((H + 2K) d, D), rows: q, k, v (gates: + H d)
     layers.{i}.attn_norm.weight (D,)         layers.{i}.attn.wo.weight   (D, H d)
+    layers.{i}.attn.wq.weight (H (n + p), D), or attn.wq_a.weight (Q, D), attn.q_a_norm.weight (Q,) and
+        attn.wq_b.weight (H (n + p), Q); attn.wkv_a.weight (R + p, D), attn.kv_a_norm.weight (R,),
+        attn.wk_b.weight (H R, n), attn.wv_b.weight (H v, R), attn.wo.weight (D, H v)
+        (latent attention: n nope_dim, p rope_dim, Q q_rank, R kv_rank, v v_dim)
     layers.{i}.attn.wqkv.bias ((H + 2K) d,), attn.wo.bias (D,), attn.sinks (H,)    (where the mixer has them)
     layers.{i}.conv.w_in.weight (3 C, D), conv.taps (C, L), conv.w_out.weight (D, C)      (a short convolution's layer)
     layers.{i}.delta.w_in.weight (2 G d_k + 2 H d_v, D), rows: all q, all k, all v, all z     (a gated DeltaNet's)
@@ -42,6 +46,7 @@ from quadriga.model.config import (
     AttentionSpec,
     DeltaNetSpec,
     DenseSpec,
+    LatentAttentionSpec,
     LayerSpec,
     ModelConfig,
     MoESpec,
@@ -83,6 +88,8 @@ class Piece:
     """Swap the last two axes."""
     rotary_heads: int = 0
     """Heads whose rows are stored as interleaved rotary pairs (Meta, GGUF llama) and must become halves; 0: none."""
+    rotary_last: int = 0
+    """Of each of these heads the last rows that are pairs (latent attention); 0: all of a head's rows are."""
 
 
 def whole(shape: Shape) -> Box:
@@ -129,8 +136,10 @@ def _norm_shapes(name: str, norm: NormSpec, d_model: int) -> dict[str, Shape]:
 def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
     """Every parameter of one layer, without the ``layers.{i}.`` before its name, in the order of a forward pass."""
     d, ffn = d_model, layer.ffn
-    shapes: dict[str, Shape] = _norm_shapes("attn_norm", layer.norm, d)
+    shapes: dict[str, Shape] = _norm_shapes("attn_norm", layer.norm, d) if layer.pre_norms else {}
     match layer.mixer:
+        case LatentAttentionSpec() as latent:
+            shapes |= _latent_shapes(latent, d)
         case AttentionSpec() as attn:
             shapes |= _attention_shapes(attn, d)
         case ShortConvSpec(width=width, taps=taps):
@@ -139,7 +148,8 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
             shapes |= _delta_shapes(delta, d)
     if layer.post_norms:
         shapes |= _norm_shapes("attn_post_norm", layer.norm, d)
-    shapes |= _norm_shapes("ffn_norm", layer.norm, d)
+    if layer.pre_norms:
+        shapes |= _norm_shapes("ffn_norm", layer.norm, d)
     match ffn:
         case DenseSpec():
             if ffn.gated:
@@ -179,6 +189,24 @@ def _delta_shapes(delta: DeltaNetSpec, d: int) -> dict[str, Shape]:
         "delta.dt": (heads,),
         "delta.norm.weight": (delta.v_dim,),
         "delta.w_out.weight": (d, delta.value_dim),
+    }
+
+
+def _latent_shapes(attn: LatentAttentionSpec, d: int) -> dict[str, Shape]:
+    rows, rank = attn.n_heads * attn.qk_dim, attn.kv_rank
+    shapes: dict[str, Shape] = {"attn.wq.weight": (rows, d)}
+    if attn.q_rank is not None:
+        shapes = {
+            "attn.wq_a.weight": (attn.q_rank, d),
+            "attn.q_a_norm.weight": (attn.q_rank,),
+            "attn.wq_b.weight": (rows, attn.q_rank),
+        }
+    return shapes | {
+        "attn.wkv_a.weight": (rank + attn.rope_dim, d),
+        "attn.kv_a_norm.weight": (rank,),
+        "attn.wk_b.weight": (attn.n_heads * rank, attn.nope_dim),
+        "attn.wv_b.weight": (attn.n_heads * attn.v_dim, rank),
+        "attn.wo.weight": (d, attn.n_heads * attn.v_dim),
     }
 
 

@@ -1,7 +1,7 @@
 """The one Transformer every family runs on: embed, blocks, norm, head, over N packed tokens.
 
-    block:  h = h + scale * [post_norm] mixer(norm(h))        attention, or a recurrent layer
-            h = h + scale * [post_norm] ffn(norm(h))          ffn is one network or a mixture of experts
+    block:  h = h + scale * [post_norm] mixer([norm] h)       attention, or a recurrent layer
+            h = h + scale * [post_norm] ffn([norm] h)         ffn is one network or a mixture of experts
 
 The post norms exist only where the config asks for them (Grok-1's sandwich). Nothing here knows sequences, caches or
 sampling: those live behind the ForwardContext. Parameter names and shapes are those of ``model.weight_map``.
@@ -19,6 +19,7 @@ from quadriga.model.config import (
     AttentionSpec,
     DeltaNetSpec,
     DenseSpec,
+    LatentAttentionSpec,
     LayerSpec,
     ModelConfig,
     MoESpec,
@@ -29,6 +30,7 @@ from quadriga.nn.attention import Attention
 from quadriga.nn.context import ForwardContext
 from quadriga.nn.delta_net import DeltaNet
 from quadriga.nn.feedforward import FeedForward
+from quadriga.nn.latent_attention import LatentAttention
 from quadriga.nn.linear import Linear
 from quadriga.nn.moe import MoE, RouterStats
 from quadriga.nn.norm import Norm
@@ -46,18 +48,27 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: mixer and feed-forward, each normed before and added to the residual stream."""
+    """One layer: mixer and feed-forward, each normed before, behind, or both, and added to the residual stream."""
 
     def __init__(self, d_model: int, spec: LayerSpec, layer: int) -> None:
         super().__init__()
         d = d_model
         self.residual_scale = spec.residual_scale
-        self.attn_norm = Norm(d, spec.norm)
+        self.attn_norm = Norm(d, spec.norm) if spec.pre_norms else nn.Identity()
         # One of them, under the name that its parameters have.
-        self.attn = Attention(d, spec.mixer, layer) if isinstance(spec.mixer, AttentionSpec) else None
-        self.conv = ShortConv(d, spec.mixer, layer) if isinstance(spec.mixer, ShortConvSpec) else None
-        self.delta = DeltaNet(d, spec.mixer, layer) if isinstance(spec.mixer, DeltaNetSpec) else None
-        self.ffn_norm = Norm(d, spec.norm)
+        self.attn: Attention | LatentAttention | None = None
+        self.conv: ShortConv | None = None
+        self.delta: DeltaNet | None = None
+        match spec.mixer:
+            case LatentAttentionSpec() as latent:
+                self.attn = LatentAttention(d, latent, layer)
+            case AttentionSpec() as attention:
+                self.attn = Attention(d, attention, layer)
+            case ShortConvSpec() as conv:
+                self.conv = ShortConv(d, conv, layer)
+            case DeltaNetSpec() as delta:
+                self.delta = DeltaNet(d, delta, layer)
+        self.ffn_norm = Norm(d, spec.norm) if spec.pre_norms else nn.Identity()
         self.attn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
         self.ffn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
         self.ffn = FeedForward(d, spec.ffn) if isinstance(spec.ffn, DenseSpec) else None
