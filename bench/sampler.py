@@ -3,8 +3,9 @@
     python bench/sampler.py
     python bench/sampler.py --vocabulary 49152 --rounds 200
 
-The kernels' sampler on one thread, and NumPy's, in turns. Rows are normal numbers of a spread like a model's, with a head of likely tokens ("peaked") or without ("flat", which no
-trained model gives: half of the vocabulary may be in the nucleus). Medians of the rounds, in microseconds.
+The kernels' sampler on one thread, and NumPy's, in turns. Rows are normal numbers of a spread
+like a model's, with a head of likely tokens ("peaked") or without ("flat", which no trained model gives: half of the
+vocabulary may be in the nucleus). Medians of the rounds, in microseconds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ SETTINGS = {
     "and top_p 0.95": SamplingParams(temperature=0.7, top_p=0.95, seed=1),
     "and top_k 40": SamplingParams(temperature=0.7, top_k=40, seed=1),
     "and min_p 0.05": SamplingParams(temperature=0.7, min_p=0.05, seed=1),
+    "and typical_p 0.9": SamplingParams(temperature=0.7, typical_p=0.9, seed=1),
     "top_p, repetition penalty, 5 logprobs": SamplingParams(
         temperature=0.7, top_p=0.95, repetition_penalty=1.1, logprobs=5, seed=1
     ),

@@ -3,8 +3,8 @@
     python bench/step.py smollm2-135m-instruct --threads 1
 
 Overhead: seconds of whole engine steps less the seconds inside the compiled program, over the whole, and the part of
-it in which the kernels choose tokens; one answer, eight and 32 at once, greedy and with the chat page's settings. Of the
-latter also the speed beside greedy's, in turns. Speculation: the same answers with and without, in turns, where the
+it in which the kernels choose tokens; one answer, eight and 32 at once, greedy and with the chat page's settings. Of
+the latter also the speed beside greedy's, in turns. Speculation: the same answers with and without, in turns, where the
 answer repeats the prompt and where it does not; both must be the same tokens.
 """
 

@@ -658,8 +658,8 @@ class MoESpec:
         _require_number("ffn", above=-1e-30, normalize_eps=self.normalize_eps, normalize_min=self.normalize_min)
         _require_number("ffn", routed_scale=self.routed_scale)
         size = self.n_experts // self.n_groups
-        known = ("two_best", "best")
-        _require(self.group_worth in known, f"group_worth must be 'two_best' or 'best', got {self.group_worth!r}")
+        worths = ("two_best", "best")
+        _require(self.group_worth in worths, f"group_worth must be 'two_best' or 'best', got {self.group_worth!r}")
         _require(
             self.n_groups == 1 or (self.n_experts % self.n_groups == 0 and size >= 2),
             f"n_groups must part the experts into equal groups of two or more: got n_experts={self.n_experts}, "

@@ -43,6 +43,9 @@ class LlamaRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
+    typical_p: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     repeat_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -106,6 +109,9 @@ def _as_completion(body: LlamaRequest, prompts: list[list[int]]) -> CompletionRe
         top_k=body.top_k,
         top_p=body.top_p,
         min_p=body.min_p,
+        typical_p=body.typical_p,
+        xtc_probability=body.xtc_probability,
+        xtc_threshold=body.xtc_threshold,
         repetition_penalty=body.repeat_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,

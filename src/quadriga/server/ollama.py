@@ -60,6 +60,7 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
     top_k: int = 40
     top_p: float = 0.9
     min_p: float | None = None
+    typical_p: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     repeat_penalty: float | None = None
@@ -242,7 +243,7 @@ def _sampled(request: S, given: Options | None) -> S:
     limit = options.num_predict
     request.max_tokens = -1 if limit is None or limit < 0 else limit
     request.temperature, request.top_p, request.min_p = options.temperature, options.top_p, options.min_p
-    request.top_k = max(-1, options.top_k)
+    request.top_k, request.typical_p = max(-1, options.top_k), options.typical_p
     request.seed, request.stop = options.seed, options.stop
     request.repetition_penalty = options.repeat_penalty
     request.presence_penalty, request.frequency_penalty = options.presence_penalty, options.frequency_penalty

@@ -336,6 +336,9 @@ class Service:
             "top_p": body.top_p,
             "top_k": 0 if body.top_k == -1 else body.top_k,  # -1: all, as vLLM writes it
             "min_p": body.min_p,
+            "typical_p": body.typical_p,
+            "xtc_probability": body.xtc_probability,
+            "xtc_threshold": body.xtc_threshold,
             "presence_penalty": body.presence_penalty,
             "frequency_penalty": body.frequency_penalty,
             "repetition_penalty": body.repetition_penalty,

@@ -30,10 +30,10 @@ inline int64_t attend_scratch(int n_rows, int d) {
 
 constexpr int kSampleBlock = 256;  // tokens whose weights are summed together, counted from token 0
 
-// Weights in whole blocks, and two selections of them that are written 16 at a time; three numbers for each block.
+// Weights in whole blocks, their logarithms, two selections of them that are written 16 at a time; three numbers a block.
 inline int64_t sample_scratch(int64_t v) {
   const int64_t blocks = (v + kSampleBlock - 1) / kSampleBlock;
-  return 3 * (blocks * kSampleBlock + 16) + 4 * (blocks + 16);
+  return 4 * (blocks * kSampleBlock + 16) + 4 * (blocks + 16);
 }
 
 // Some channels of a convolution over one sequence's tokens.
