@@ -283,6 +283,11 @@ class LatentState:
         """Numbers one position adds."""
         return self.rank + self.rope_dim
 
+    @property
+    def numbers_per_sequence(self) -> int:
+        """Numbers a sequence has whatever its length: none."""
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:

@@ -220,7 +220,7 @@ class CompiledModel:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :class:`Runner`."""
         source, target = (list(side) for side in zip(*pairs, strict=True))
-        for kv in self._kv.values():
+        for kv in self._kv:
             blocks = kv.reshape(self.n_blocks, -1)
             blocks[target] = blocks[source]
 

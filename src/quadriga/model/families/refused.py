@@ -1,0 +1,43 @@
+"""Families that are known and not computed, and what each would need: a refusal says more than a list of others.
+
+Names are values of ``model_type`` in config.json (transformers 5.24.0) and of ``general.architecture`` in GGUF.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_STATE_SPACE = "most of its layers are state-space models (Mamba)"
+_GEMMA = "its blocks have norms on both sides of every branch, whose weights are stored less one"
+_SPARSE = "its attention picks keys by an index of its own"
+
+REASONS: Mapping[str, str] = {
+    "glm_moe_dsa": _SPARSE,
+    "deepseek_v32": _SPARSE,
+    "granitemoehybrid": _STATE_SPACE,
+    "granitehybrid": _STATE_SPACE,
+    "nemotron_h": _STATE_SPACE,
+    "nemotron_h_moe": _STATE_SPACE,
+    "gemma2": _GEMMA,
+    "gemma3": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gemma4": _GEMMA,
+    "gemma4_text": _GEMMA,
+}
+"""model_type or architecture -> what in it is not computed."""
+
+GGUF_ALONE: Mapping[str, str] = {
+    "phimoe": "llama.cpp's program divides the two experts' weights by their sum, as the model's own router does not; "
+    "its Hugging Face directory is read",
+}
+"""Architectures of GGUF whose models are computed, from other files."""
+
+
+def reason(name: str) -> str:
+    """A sentence about a family that is known and not computed; empty for any other name."""
+    return f" {name} is known and not computed: {REASONS[name]}." if name in REASONS else ""
+
+
+def gguf_reason(arch: str) -> str:
+    """The same of a GGUF architecture."""
+    return f" {arch} is not read from GGUF: {GGUF_ALONE[arch]}." if arch in GGUF_ALONE else reason(arch)
