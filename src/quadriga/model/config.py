@@ -2,11 +2,13 @@
 
     ModelConfig
     ├── layers      tuple of LayerSpec, one per layer; equal layers share one object (``uniform``)
-    │   ├── mixer   AttentionSpec          heads, biases, clipping, soft cap, scale, window, sinks
+    │   ├── mixer   AttentionSpec          heads, biases, clipping, soft cap, scale, window, sinks, gate
     │   │                                  or LatentAttentionSpec: heads over one latent a token (DeepSeek)
     │   │   ├── position   RopeSpec | AlibiSpec | None    how a token knows where it stands
     │   │   │   └── scaling    LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | FactorScaling | None
     │   │   └── qk_norm    QKNormSpec | None              norms of q and k
+    │   │       | ShortConvSpec        a convolution over the last few positions, gated twice
+    │   │       | DeltaNetSpec         a matrix a head, changed by the gated delta rule
     │   ├── ffn     DenseSpec | MoESpec    one feed-forward network, or a router over many
     │   │   └── shared     DenseSpec | None    of a mixture: the network that every token visits besides
     │   └── norm    NormSpec               LayerNorm or RMSNorm, and its epsilon
@@ -14,9 +16,10 @@
 
 Alternatives are types, not flags, so a wrong combination cannot be written down. A **mixer owns its state**: what it
 keeps of a sequence between passes is its ``state`` (``KVState``, paged keys and values; ``LatentState``, one paged
-latent in place of both), and whoever counts bytes or allocates a cache asks the mixers of the layers, never the model.
-Nothing here imports torch: ``quadriga info`` and the planner work from these specs by arithmetic alone. Families
-(``model/families``) turn a checkpoint's own configuration into a ModelConfig; nothing else looks at ``family``.
+latent in place of both; ``RecurrentState``, a few arrays whatever its length), and whoever counts bytes or allocates a
+cache asks the mixers of the layers, never the model. Nothing here imports torch: ``quadriga info`` and the planner work
+from these specs by arithmetic alone. Families (``model/families``) turn a checkpoint's own configuration into a
+ModelConfig; nothing else looks at ``family``.
 """
 
 from __future__ import annotations
@@ -65,6 +68,8 @@ class NormSpec:
     eps: float = 1e-5
     bias: bool = False
     """Phi-MoE."""
+    plus_one: bool = False
+    """The weight is stored less one, and 1 + weight multiplies (Qwen3-Next)."""
 
     def __post_init__(self) -> None:
         _require(self.kind in ("layer", "rms"), f"norm.kind must be 'layer' or 'rms', got {self.kind!r}")
@@ -222,6 +227,8 @@ class QKNormSpec:
     eps: float
     after_rotation: bool = False
     """True: q and k are rotated first (Hunyuan)."""
+    plus_one: bool = False
+    """The weights are stored less one (Qwen3-Next)."""
 
     def __post_init__(self) -> None:
         _require(self.over in ("head", "vector"), f"qk_norm.over must be 'head' or 'vector', got {self.over!r}")
@@ -240,6 +247,28 @@ class KVState:
         """Numbers one position adds: 2 K d."""
         return 2 * self.n_kv_heads * self.head_dim
 
+    @property
+    def numbers_per_sequence(self) -> int:
+        """Numbers a sequence has whatever its length: none."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentState:
+    """What a recurrent mixer keeps of a sequence: arrays of float32 whose size does not depend on its length."""
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Numbers one position adds: none."""
+        return 0
+
+    @property
+    def numbers_per_sequence(self) -> int:
+        """Numbers a sequence has whatever its length."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentState:
@@ -253,6 +282,11 @@ class LatentState:
     def numbers_per_token(self) -> int:
         """Numbers one position adds."""
         return self.rank + self.rope_dim
+
+    @property
+    def numbers_per_sequence(self) -> int:
+        """Numbers a sequence has whatever its length: none."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +313,8 @@ class AttentionSpec:
     """A query at position p sees keys from p - window + 1 on (Mistral 7B v0.1: 4096); None: from the first."""
     sinks: bool = False
     """Every head has a learned logit, ``attn.sinks``, that takes part in the softmax and has no value (gpt-oss)."""
+    output_gate: bool = False
+    """What a head gives is multiplied by the sigmoid of as many gates, more rows of wqkv behind v (Qwen3-Next)."""
 
     def __post_init__(self) -> None:
         _require_positive("attn", n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
@@ -328,8 +364,8 @@ class AttentionSpec:
 
     @property
     def qkv_dim(self) -> int:
-        """Rows of the packed projection wqkv, in the order all q, all k, all v."""
-        return self.q_dim + 2 * self.kv_dim
+        """Rows of the packed projection wqkv, in the order all q, all k, all v, all gates."""
+        return self.q_dim + 2 * self.kv_dim + (self.q_dim if self.output_gate else 0)
 
     @property
     def score_scale(self) -> float:
@@ -432,6 +468,87 @@ class LatentAttentionSpec(AttentionSpec):
     def state(self) -> LatentState:
         """What this mixer keeps of a sequence between passes."""
         return LatentState(rank=self.kv_rank, rope_dim=self.rope_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvSpec:
+    """LFM2's gated short convolution: w_out (c * conv(b * x)), where b, c and x are the thirds of w_in h.
+
+    Every channel is convolved by itself: conv(y)[t] = sum over j of w[j] y[t - taps + 1 + j], zeros before the text.
+    """
+
+    width: int
+    """Channels: rows of each third of w_in."""
+    taps: int
+    """Positions that are seen, a token's own included (LFM2: 3)."""
+
+    def __post_init__(self) -> None:
+        _require_positive("conv", width=self.width, taps=self.taps)
+        _require(2 <= self.taps <= 16, f"conv.taps must be from 2 to 16, got {self.taps}")
+
+    @property
+    def state(self) -> RecurrentState:
+        """What this mixer keeps of a sequence between passes: b * x of the last ``taps - 1`` positions."""
+        return RecurrentState(shapes=((self.taps - 1, self.width),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetSpec:
+    """A gated DeltaNet (Yang et al. 2024, arXiv 2412.06464), as Qwen3-Next has it.
+
+    q and k (G heads of d_k) and v (H heads of d_v) are convolved and go through silu; q and k are made of unit length,
+    q times 1/sqrt(d_k). Every head of v has a matrix S (d_k, d_v), changed by each token and read by q:
+
+        S = exp(-rate softplus(a + dt)) S;    S = S + k sigmoid(b) (v - k S);    out = w_out (norm(q S) * silu(z))
+    """
+
+    n_k_heads: int
+    """G: heads of q and of k."""
+    n_v_heads: int
+    """H: heads of v, and of S."""
+    k_dim: int
+    v_dim: int
+    taps: int
+    """Positions that a convolution sees, a token's own included (Qwen3-Next: 4)."""
+    eps: float
+    """Of the norm of every head's output."""
+    log_rate: bool = True
+    """The rate is stored as its logarithm; False: negative (GGUF)."""
+    tiled: bool = False
+    """Head h of v has head h mod G of q and k (GGUF's qwen35); False: h // (H / G)."""
+
+    def __post_init__(self) -> None:
+        _require_positive("delta", n_k_heads=self.n_k_heads, n_v_heads=self.n_v_heads, taps=self.taps)
+        _require_positive("delta", k_dim=self.k_dim, v_dim=self.v_dim)
+        _require_number("delta", eps=self.eps)
+        _require(2 <= self.taps <= 16, f"delta.taps must be from 2 to 16, got {self.taps}")
+        _require(
+            self.n_v_heads % self.n_k_heads == 0,
+            f"n_k_heads must divide n_v_heads: got n_v_heads={self.n_v_heads}, n_k_heads={self.n_k_heads}",
+        )
+
+    @property
+    def qk_dim(self) -> int:
+        """Numbers of q, and of k: G d_k."""
+        return self.n_k_heads * self.k_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers of v, and of z: H d_v."""
+        return self.n_v_heads * self.v_dim
+
+    @property
+    def width(self) -> int:
+        """Channels that are convolved: q, k and v."""
+        return 2 * self.qk_dim + self.value_dim
+
+    @property
+    def state(self) -> RecurrentState:
+        """What this mixer keeps of a sequence: what is convolved of the last ``taps - 1`` positions, and S."""
+        return RecurrentState(shapes=((self.taps - 1, self.width), (self.n_v_heads, self.k_dim, self.v_dim)))
+
+
+Mixer = AttentionSpec | ShortConvSpec | DeltaNetSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -573,7 +690,7 @@ class LayerSpec:
 
     norm: NormSpec
     """Of all norms of the layer, each with weights of its own."""
-    mixer: AttentionSpec
+    mixer: Mixer
     ffn: DenseSpec | MoESpec
     post_norms: bool = False
     """True adds a norm after the mixer and after the feed-forward, inside the residual branch (Grok-1's sandwich)."""
@@ -590,6 +707,17 @@ class LayerSpec:
     def moe(self) -> MoESpec | None:
         """The mixture of experts, where the layer has one."""
         return self.ffn if isinstance(self.ffn, MoESpec) else None
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """The layer's attention.
+
+        Raises:
+            ConfigError: its mixer is another.
+        """
+        if not isinstance(self.mixer, AttentionSpec):
+            raise ConfigError(f"this needs a layer of attention; its mixer is a {type(self.mixer).__name__}")
+        return self.mixer
 
 
 def uniform(layer: LayerSpec, n_layers: int) -> tuple[LayerSpec, ...]:
@@ -670,6 +798,22 @@ class ModelConfig:
         return any(layer.moe is not None for layer in self.kinds())
 
     @property
+    def is_recurrent(self) -> bool:
+        """True if any layer keeps a state whose size does not depend on the length of the text."""
+        return any(isinstance(layer.mixer.state, RecurrentState) for layer in self.kinds())
+
+    def first_attention(self) -> LayerSpec:
+        """The first layer of attention.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for layer in self.kinds():
+            if isinstance(layer.mixer, AttentionSpec):
+                return layer
+        raise ConfigError("a model must have a layer of attention; this one has none")
+
+    @property
     def moe_layers(self) -> tuple[tuple[int, MoESpec], ...]:
         """(index, experts) of every layer that has experts."""
         return tuple((i, layer.ffn) for i, layer in enumerate(self.layers) if isinstance(layer.ffn, MoESpec))
@@ -714,8 +858,14 @@ class ModelConfig:
         return replace(self, layers=tuple(changed[layer] for layer in self.layers))
 
     def with_mixer(self, **fields: Any) -> ModelConfig:
-        """This model with fields of every layer's mixer changed."""
-        return self.with_layers(lambda layer: replace(layer, mixer=replace(layer.mixer, **fields)))
+        """This model with fields of every attention changed; layers with another mixer stay."""
+        return self.with_layers(
+            lambda layer: (
+                replace(layer, mixer=replace(layer.mixer, **fields))
+                if isinstance(layer.mixer, AttentionSpec)
+                else layer
+            )
+        )
 
     def with_ffn(self, **fields: Any) -> ModelConfig:
         """This model with fields of every layer's feed-forward changed."""
@@ -734,7 +884,7 @@ def uniform_model(
     *,
     n_layers: int,
     norm: NormSpec,
-    mixer: AttentionSpec,
+    mixer: Mixer,
     ffn: DenseSpec | MoESpec,
     post_norms: bool = False,
     pre_norms: bool = True,
