@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from quadriga.model.config import LatentAttentionSpec, ModelConfig
+from quadriga.model.config import DeltaNetSpec, LatentAttentionSpec, ModelConfig
 
 ROUNDINGS = 20
 """Results that a layer rounds to the working dtype: two norms, q/k/v, rotation (two products and a sum), scores,
@@ -63,9 +63,12 @@ def relative_error(dtype: torch.dtype, config: ModelConfig, n_keys: int, roundin
     """
     unit = torch.finfo(dtype).eps / 2
     wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
-    layer = config.layers[0]  # of tests' models, all alike
-    d, q_dim = config.d_model, layer.mixer.q_dim
-    reductions = (d, d, layer.mixer.head_dim, n_keys, q_dim, d, layer.ffn.d_ff)  # norms, qkv, q.k, p.v, wo, up, down
+    layer = config.first_attention()  # of tests' models, all alike; recurrent layers round as often and add up less
+    attn = layer.attention
+    d, q_dim = config.d_model, attn.q_dim
+    reductions = (d, d, attn.head_dim, n_keys, q_dim, d, layer.ffn.d_ff)  # norms, qkv, q.k, p.v, wo, up, down
+    if any(isinstance(kind.mixer, DeltaNetSpec) for kind in config.kinds()):
+        roundings += 8  # what is convolved, its silu, q, k and v of unit length, what S gives, silu(z), their product
     per_layer = (roundings * unit**2 + sum(reductions) * wide**2) / 3
     return math.sqrt(per_layer * sum(GROWTH**i for i in range(config.n_layers)))
 

@@ -28,7 +28,7 @@ from quadriga.model.config import (
     uniform_model,
 )
 from quadriga.model.weight_map import Piece, parameter_shapes, source_index, source_shapes, whole
-from tests.configs import first_dense
+from tests.configs import first_dense, with_convolutions, with_delta_rules
 
 _SIZES = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "max_seq_len": 64}
 _ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=1e4))
@@ -279,6 +279,56 @@ TINY: dict[str, ModelConfig] = {
         mixer=replace(_ATTN, qkv_bias=True),
         ffn=_moe(normalize_p=None, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
     ),
+    "lfm2": with_convolutions(
+        uniform_model(
+            family="lfm2",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=replace(_ATTN, qk_norm=QKNormSpec(over="head", eps=1e-5)),
+            ffn=DenseSpec(d_ff=80, activation="silu"),
+            tied_embeddings=True,
+        )
+    ),
+    "lfm2moe": with_convolutions(
+        first_dense(
+            uniform_model(
+                family="lfm2moe",
+                **_SIZES,
+                norm=NormSpec(kind="rms"),
+                mixer=replace(_ATTN, qk_norm=QKNormSpec(over="head", eps=1e-5)),
+                ffn=_moe(score="sigmoid", correction=True, normalize_eps=1e-6),
+                tied_embeddings=True,
+            )
+        )
+    ),
+    "qwen3next": with_delta_rules(
+        uniform_model(
+            family="qwen3next",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(_ATTN, head_dim=20, position=RopeSpec(theta=1e4, dim=10)),
+            ffn=_moe(aux_loss_weight=0.001, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
+        )
+    ),
+    "qwen35moe": with_delta_rules(
+        uniform_model(
+            family="qwen35moe",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(_ATTN, head_dim=20, position=RopeSpec(theta=1e4, dim=10)),
+            ffn=_moe(aux_loss_weight=0.001, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
+        )
+    ),
+    "qwen35": with_delta_rules(
+        uniform_model(
+            family="qwen35",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(_ATTN, head_dim=20, position=RopeSpec(theta=1e4, dim=10)),
+            ffn=DenseSpec(d_ff=80, activation="silu"),
+            tied_embeddings=True,
+        )
+    ),
     "olmo2": uniform_model(
         family="olmo2",
         **_SIZES,
@@ -328,6 +378,10 @@ TINY: dict[str, ModelConfig] = {
         pad_id=0,
     ),
 }
+
+
+GGUF_READ_ONLY = {"qwen3next", "qwen35moe", "qwen35"}
+"""Families whose GGUF files are not written."""
 
 
 def random_bits(config: ModelConfig, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, Tensor]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from quadriga.model.config import AlibiSpec, ModelConfig, QKNormSpec, RopeSpec
+from quadriga.model.config import AlibiSpec, DeltaNetSpec, ModelConfig, QKNormSpec, RopeSpec, ShortConvSpec
 from quadriga.model.weight_map import parameter_shapes
 from tests.configs import changed
 
@@ -29,10 +30,37 @@ def mixtures_with(config: ModelConfig, **fields: object) -> ModelConfig:
     )
 
 
+def convolutions_with(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """The model with fields of its short convolutions changed; of a smaller number of taps the first ones stay."""
+    return config.with_layers(
+        lambda layer: (
+            replace(layer, mixer=replace(layer.mixer, **fields)) if isinstance(layer.mixer, ShortConvSpec) else layer
+        )
+    )
+
+
+def delta_rules_with(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """The model with fields of its gated delta rules changed."""
+    return config.with_layers(
+        lambda layer: (
+            replace(layer, mixer=replace(layer.mixer, **fields)) if isinstance(layer.mixer, DeltaNetSpec) else layer
+        )
+    )
+
+
+def without_plus_one(config: ModelConfig) -> ModelConfig:
+    """The model whose layers' norms multiply by what is stored."""
+    return config.with_layers(lambda layer: replace(layer, norm=replace(layer.norm, plus_one=False)))
+
+
 def left_to(config: ModelConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters that a model has in which something was left out, or norms were moved from behind to before."""
     moved = {name.replace("_post_norm", "_norm"): value for name, value in parameters.items()}
-    return {name: {**moved, **parameters}[name] for name in parameter_shapes(config)}
+    values = {**moved, **parameters}
+    return {
+        name: values[name][tuple(map(slice, shape))] if name.endswith((".taps", "wqkv.weight")) else values[name]
+        for name, shape in parameter_shapes(config).items()
+    }
 
 
 MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
@@ -150,6 +178,23 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "DeepSeek-V3 without its correction": ("deepseek-v3", lambda c: mixtures_with(c, correction=False)),
     "latents that turn by another base": ("glm4_moe_lite", lambda c: c.with_mixer(position=RopeSpec(theta=10_000.0))),
     "GLM-4.7-Flash without its shared networks": ("glm4_moe_lite", lambda c: mixtures_with(c, shared=None)),
+    "one tap fewer": ("lfm2", lambda c: convolutions_with(c, taps=2)),
+    "no norms of q and k in lfm2": ("lfm2", lambda c: c.with_mixer(qk_norm=None)),
+    "lfm2's weights not scaled": ("lfm2moe", lambda c: mixtures_with(c, routed_scale=1.0)),
+    "lfm2 without its correction": ("lfm2moe", lambda c: mixtures_with(c, correction=False)),
+    "no gates on attention's output": (
+        "qwen3next",
+        lambda c: c.with_mixer(output_gate=False),
+    ),
+    "norms not plus one": ("qwen3next", lambda c: without_plus_one(c)),
+    "norms of q and k not plus one": (
+        "qwen3next",
+        lambda c: c.with_mixer(qk_norm=QKNormSpec(over="head", eps=c.final_norm.eps)),
+    ),
+    "rates that are no logarithms": ("qwen3next", lambda c: delta_rules_with(c, log_rate=False)),
+    "heads of values in another order": ("qwen3next", lambda c: delta_rules_with(c, tiled=True)),
+    "three taps of four": ("qwen35moe", lambda c: delta_rules_with(c, taps=3)),
+    "qwen3.5 without its shared network": ("qwen35moe", lambda c: mixtures_with(c, shared=None, shared_gate=False)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
     "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),

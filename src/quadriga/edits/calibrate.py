@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from quadriga.errors import RequestError
 from quadriga.io.directory import packed_bytes
@@ -85,9 +85,9 @@ def calibrate(
     for index in range(config.n_layers):
         block = load_block(checkpoint, config, index)
         prefix = f"layers.{index}."
-        a, met = _attended(block.attn, block.attn_norm(h), context, rotations)
+        a, met = _mixed(block, block.attn_norm(h), context, rotations)
         for name, (inputs, weight) in met.items():
-            _matrix(found, checkpoint, f"{prefix}attn.{name}.weight", inputs, weight, 1.0, errors)
+            _matrix(found, checkpoint, f"{prefix}{name}.weight", inputs, weight, 1.0, errors)
         h = block.added(h, a, block.attn_post_norm)
         f = _ffn(found, checkpoint, block, prefix, block.ffn_norm(h), errors)
         h = block.added(h, f, block.ffn_post_norm)
@@ -102,17 +102,22 @@ def calibrate(
     return found
 
 
-def _attended(
-    attn: nn.Module, x: Tensor, context: PackedContext, rotations: Rotations
+def _mixed(
+    block: Block, x: Tensor, context: PackedContext, rotations: Rotations
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """What attention makes of x, and of each of its matrices what it met, (rows, columns), and its weight."""
+    """What a layer's mixer makes of x, and of each of its matrices what it met, (rows, columns), and its weight."""
     seen: dict[str, Tensor] = {}
-    linears = {name: module for name, module in attn.named_children() if isinstance(module, Linear)}
+    mixer = next(name for name in ("attn", "conv", "delta") if getattr(block, name) is not None)
+    linears = {
+        f"{mixer}.{name}": module
+        for name, module in block.get_submodule(mixer).named_children()
+        if isinstance(module, Linear)
+    }
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
         for name, module in linears.items()
     ]
-    out: Tensor = attn(x, context, rotations)
+    out = block.mixed(x, context, rotations)
     for hook in hooks:
         hook.remove()
     return out, {name: (seen[name].flatten(0, -2), whole(module.weight)) for name, module in linears.items()}

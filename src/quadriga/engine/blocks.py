@@ -153,6 +153,20 @@ class BlockPool:
         self._block_of[key], self._key_of[block] = block, key
         return block
 
+    def forget(self, key: bytes) -> None:
+        """Make what is known by ``key``, if anything is, unknown; it is free at once if nobody holds it."""
+        block = self._block_of.get(key)
+        if block is None:
+            return
+        self._forget(block)
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
+
+    def is_known(self, block: int) -> bool:
+        """True if a block can be found by a key, so that its content may not change."""
+        return block in self._key_of
+
     def forget_all(self) -> None:
         """Forget all prefixes; held blocks stay held."""
         self._free.extend(self._cached)

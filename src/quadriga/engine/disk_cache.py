@@ -4,9 +4,9 @@
     a prompt's block that memory does not know ──► FOLDER/NAME ──► checked ──► memory
 
 A block's name is a hash over who computed it (the weights, the kernels, the cache's layout) and its key, which is a
-hash of all tokens up to its end and of the tenant's salt. A file begins with a hash over name and content; one that is
-broken is deleted, with a line in the log, and its positions are computed as if it had never been there. So what is found
-is bit for bit what was computed, or nothing is found.
+hash of all tokens up to its end and of the tenant's salt. A file begins with a hash over name and content; one that
+is broken is deleted, with a line in the log, and its positions are computed as if it had never been there. What is
+found is bit for bit what was computed, or nothing is found.
 
 It belongs to the engine's thread, but for the one that writes.
 """

@@ -154,6 +154,7 @@ class Engine:
             max_sequences=max_sequences,
             prefix_cache=prefix_cache,
             windows=runner.cache.windows,
+            n_slots=runner.n_slots,
         )
         self.disk: DiskCache | None = None
         self.pace: Pace | None = None
@@ -173,6 +174,11 @@ class Engine:
         """
         if not hasattr(self.runner, "identity"):
             raise ConfigError("a prefix cache on disk is for models on the CPU's kernels; leave dtype and device out")
+        if self.config.is_recurrent:
+            raise ConfigError(
+                "a prefix cache on disk keeps keys and values, and this model's recurrent layers have states besides, "
+                "without which a prefix is not taken up; leave it out"
+            )
         blocks = cast(KeptBlocks, self.runner)
         self.disk = DiskCache(folder, max_bytes, blocks.identity(), blocks)
         self.scheduler.pool.backing = self.disk
@@ -573,8 +579,12 @@ class Engine:
 
     def _passes(self, token_ids: Sequence[int], chunk: int) -> Iterator[PassResult]:
         """Run one sequence beside everything else, in blocks of its own: logits and routing of every pass."""
-        n, blocks = len(token_ids), BlockTable(self.scheduler.pool, self.scheduler.windows)
+        n, states = len(token_ids), self.scheduler.states
+        blocks = BlockTable(self.scheduler.pool, self.scheduler.windows)
+        slot = None if states is None else states.take()
         try:
+            if states is not None and slot is None:
+                raise BusyError("no place is free for the states of one more sequence; ask again later")
             for start in range(0, n, chunk):
                 stop = min(start + chunk, n)
                 blocks.let_go(start)
@@ -589,8 +599,11 @@ class Engine:
                     (0, len(blocks)),
                     range(stop - start),
                 )
-                yield self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)), routing=True)
+                slots = () if slot is None else ((slot if start else -1,), (slot,))
+                yield self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in (*ints, *slots))), routing=True)
         finally:
+            if states is not None and slot is not None:
+                states.give(slot)
             blocks.cut(0)
 
 
@@ -740,5 +753,7 @@ def build_batch(plan: Plan) -> tuple[Batch, list[int]]:
         for table, row in zip(tables, chunk.sequence.blocks.rows, strict=True):
             table.extend(row)
         table_starts.append(len(tables[0]))
-    ints = (tokens, positions, starts, tables, table_starts, rows)
+    ints: list[object] = [tokens, positions, starts, tables, table_starts, rows]
+    if any(chunk.after >= 0 for chunk in plan.chunks):
+        ints += [[chunk.before for chunk in plan.chunks], [chunk.after for chunk in plan.chunks]]
     return Batch(*(np.array(x, dtype=np.int32) for x in ints)), first_rows

@@ -1,7 +1,7 @@
 """The ops in plain torch: the truth every other backend is held to, on any device and float dtype.
 
 Written for exactness first and for a plain torch's best speed second: fused torch kernels where they compute the same
-function, one grouped matrix product instead of a loop over experts, and no loop over tokens anywhere.
+function, one grouped matrix product instead of a loop over experts, and no loop over tokens but the delta rule's.
 """
 
 from __future__ import annotations
@@ -29,6 +29,26 @@ def norm(x: Tensor, weight: Tensor, kind: str, eps: float, bias: Tensor | None =
         return F.layer_norm(x, shape, weight, bias, eps)
     normed = F.rms_norm(x, shape, weight, eps)
     return normed if bias is None else normed + bias
+
+
+def causal_conv(x: Tensor, taps: Tensor, before: Tensor) -> Tensor:
+    seen = torch.cat((before.to(x.dtype), x)).T[None]  # (1, C, L - 1 + T)
+    return F.conv1d(seen, taps.to(x.dtype)[:, None], groups=x.shape[1])[0].T
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (t.to(state.dtype) for t in (q, k, v))
+    q, k = (t * (t.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for t in (q, k))
+    q, decay = q * q.shape[-1] ** -0.5, log_decay.exp()
+    out = []
+    for t in range(len(q)):
+        state = state * decay[t, :, None, None]
+        change = (v[t] - torch.einsum("hk,hkv->hv", k[t], state)) * beta[t, :, None]
+        state = state + k[t, :, :, None] * change[:, None]
+        out.append(torch.einsum("hk,hkv->hv", q[t], state))
+    return torch.stack(out), state
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -25,18 +25,22 @@ from quadriga.kernels.cpu.program import (
     AttentionArgs,
     Batch,
     ChoiceArgs,
+    DeltaNetArgs,
     FFNArgs,
     LatentArgs,
     NormArgs,
     Program,
     SharedArgs,
+    ShortConvArgs,
 )
 from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.model.cache_layout import CacheLayout, one_group
 from quadriga.model.config import (
     AlibiSpec,
     AttentionSpec,
+    DeltaNetSpec,
     DenseSpec,
+    KVState,
     LatentAttentionSpec,
     LatentState,
     LayerSpec,
@@ -44,6 +48,7 @@ from quadriga.model.config import (
     MoESpec,
     NormSpec,
     RopeSpec,
+    ShortConvSpec,
 )
 from quadriga.model.positions import alibi_slopes, rotation
 from quadriga.model.weight_map import parameter_shapes, stays_float32
@@ -80,11 +85,11 @@ def pack_parameters(parameters: Mapping[str, Array], form: str) -> dict[str, Par
 
 
 def layer_block_bytes(layer: LayerSpec, kv_format: str) -> int:
-    """Bytes of one cache block of 16 positions in a layer."""
+    """Bytes of one cache block of 16 positions in a layer; 0 where it keeps nothing of them."""
     state = layer.mixer.state
     if isinstance(state, LatentState):
         return latent_block_bytes(kv_format, state.rank, state.rope_dim)
-    return kv_block_bytes(kv_format, state.n_kv_heads, state.head_dim)
+    return kv_block_bytes(kv_format, state.n_kv_heads, state.head_dim) if isinstance(state, KVState) else 0
 
 
 def queries_of(spec: AttentionSpec) -> str:
@@ -113,6 +118,7 @@ class CompiledModel:
         threads: computing threads.
         n_blocks: KV blocks of 16 tokens.
         cache: how layers share them; None: a block has room for all layers.
+        n_slots: places for the states of recurrent layers; None: as many as blocks.
         kv_format: float32, bfloat16 or q8.
         activations: what quantised matrices are multiplied with: int8, int16, or auto: int16 for models of fewer than
             a billion parameters, which are sensitive (SmolLM2's perplexity: 23.67 and 23.73) and quick anyway.
@@ -132,6 +138,7 @@ class CompiledModel:
         threads: int,
         n_blocks: int,
         cache: CacheLayout | None = None,
+        n_slots: int | None = None,
         kv_format: str = "bfloat16",
         activations: str = "auto",
         max_tokens: int = MAX_TOKENS,
@@ -157,12 +164,24 @@ class CompiledModel:
         self._multiplied = (activations, small)  # what decides how quantised matrices are multiplied
         self.cache = cache or one_group(config.n_layers)
         shares = [layer_block_bytes(config.layers[layer], kv_format) for layer in self.cache.slot_layers]
-        self._kv = [allocate(n_blocks * n_bytes) for n_bytes in shares]
+        self._kv = [allocate(n_blocks * n_bytes) if n_bytes else np.zeros(0, np.uint8) for n_bytes in shares]
         self.kv_bytes = sum(kv.nbytes for kv in self._kv)
+        self.n_slots = (n_slots or n_blocks) if config.is_recurrent else 0
+        self._states: dict[int, Floats] = {}
+        for i, spec in enumerate(config.layers):
+            if numbers := spec.mixer.state.numbers_per_sequence:
+                self._states[i] = allocate(self.n_slots * numbers * 4).view(np.float32).reshape(self.n_slots, numbers)
+        self.state_bytes = sum(state.nbytes for state in self._states.values())
         embed = self._packed("embed.weight")
         self.program.embed(embed, config.embedding_scale)
         for layer in range(config.n_layers):
-            self.program.attention(self._attention(layer))
+            match config.layers[layer].mixer:
+                case AttentionSpec() as attention:
+                    self.program.attention(self._attention(layer, attention))
+                case ShortConvSpec():
+                    self.program.short_conv(self._short_conv(layer))
+                case DeltaNetSpec() as delta:
+                    self.program.delta_net(self._delta_net(layer, delta))
             self.program.ffn(self._ffn(layer))
         head = embed if config.tied_embeddings else self._packed("lm_head.weight")
         bias = self._vector("lm_head.bias") if config.head_bias else None
@@ -278,16 +297,49 @@ class CompiledModel:
         """Per MoE layer (E,) int64: tokens every expert has seen since the model was built."""
         return [routing.load.copy() for routing in self.program.routing]
 
-    def _attention(self, layer: int) -> AttentionArgs:
+    def _short_conv(self, layer: int) -> ShortConvArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
-        spec = shape.mixer
+        return ShortConvArgs(
+            norm=self._norm(p + "attn_norm.weight", shape.norm),
+            post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
+            w_in=self._packed(p + "conv.w_in.weight"),
+            w_out=self._packed(p + "conv.w_out.weight"),
+            taps=self._packed(p + "conv.taps").unpack(),
+            residual_scale=shape.residual_scale,
+            state=self._states[layer],
+        )
+
+    def _delta_net(self, layer: int, spec: DeltaNetSpec) -> DeltaNetArgs:
+        shape, p = self.config.layers[layer], f"layers.{layer}."
+        rate = self._vector(p + "delta.rate")
+        return DeltaNetArgs(
+            norm=self._norm(p + "attn_norm.weight", shape.norm),
+            post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
+            w_in=self._packed(p + "delta.w_in.weight"),
+            w_ba=self._packed(p + "delta.w_ba.weight"),
+            w_out=self._packed(p + "delta.w_out.weight"),
+            taps=self._packed(p + "delta.taps").unpack(),
+            rate=np.exp(rate) if spec.log_rate else -rate,
+            dt=self._vector(p + "delta.dt"),
+            head_norm=self._norm(p + "delta.norm.weight", NormSpec(kind="rms", eps=spec.eps)),
+            n_k_heads=spec.n_k_heads,
+            n_v_heads=spec.n_v_heads,
+            k_dim=spec.k_dim,
+            v_dim=spec.v_dim,
+            tiled=spec.tiled,
+            residual_scale=shape.residual_scale,
+            state=self._states[layer],
+        )
+
+    def _attention(self, layer: int, spec: AttentionSpec) -> AttentionArgs:
+        shape, p = self.config.layers[layer], f"layers.{layer}."
         turning = slopes = q_norm = k_norm = None
         if isinstance(spec.position, RopeSpec):
             turning = rotation(spec.position, spec.turning_dim, self.config.max_seq_len)
         elif isinstance(spec.position, AlibiSpec):
             slopes = alibi_slopes(spec.position, spec.n_heads)
         if spec.qk_norm is not None:
-            rms = NormSpec(kind="rms", eps=spec.qk_norm.eps)
+            rms = NormSpec(kind="rms", eps=spec.qk_norm.eps, plus_one=spec.qk_norm.plus_one)
             q_norm, k_norm = (self._norm(f"{p}attn.{part}_norm.weight", rms) for part in "qk")
         return AttentionArgs(
             norm=self._norm(p + "attn_norm.weight", shape.norm) if shape.pre_norms else None,
@@ -314,6 +366,7 @@ class CompiledModel:
             out_bias=self._vector(p + "attn.wo.bias") if spec.out_bias else None,
             sinks=self._vector(p + "attn.sinks") if spec.sinks else None,
             window=spec.window,
+            output_gate=spec.output_gate,
             norm_after_rotation=spec.qk_norm is not None and spec.qk_norm.after_rotation,
         )
 
@@ -423,7 +476,8 @@ class CompiledModel:
 
     def _norm(self, name: str, spec: NormSpec) -> NormArgs:
         bias = self._vector(name.removesuffix("weight") + "bias") if spec.bias else None
-        return NormArgs(self._vector(name), spec.kind, spec.eps, bias)
+        weight = self._vector(name)
+        return NormArgs(weight + np.float32(1) if spec.plus_one else weight, spec.kind, spec.eps, bias)
 
     def _vector(self, name: str) -> Floats:
         vector = self.parameters[name]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from quadriga.errors import CheckpointError, ConfigError, TrainingError
 from quadriga.model import cost
+from quadriga.model.config import AttentionSpec
 from quadriga.model.config_json import config_to_json
 from quadriga.nn.transformer import Transformer
 from quadriga.train import config as sections
@@ -432,6 +433,9 @@ class Trainer:
         n_tokens = sum(len(batch.tokens) for batch in batches)
         attention = 0.0
         for layer, n in config.kinds().items():
+            if not isinstance(layer.mixer, AttentionSpec):
+                attention += n * n_tokens * float(cost.step_flops(layer.mixer))
+                continue
             seen = (batch.positions + 1 for batch in batches)
             if (window := layer.mixer.window) is not None:
                 seen = (lengths.clamp(max=window) for lengths in seen)

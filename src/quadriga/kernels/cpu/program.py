@@ -3,7 +3,7 @@
 Building a :class:`Program` lays out every op of the model as a C structure, pointers in place; running it is one call
 from Python for the whole step, whatever the number of layers. Between the ops nothing but C++ runs.
 
-    embed -> [ norm+qkv+norms+clip+rotate+cache write -> attention -> projection+residual
+    embed -> [ norm+qkv+norms+clip+rotate+cache write -> attention -> projection+residual, or a recurrent layer's one op
                norm+router+experts+weighted sum+residual ] * n_layers -> norm+head on the rows asked for
 """
 
@@ -88,11 +88,53 @@ class AttentionArgs:
     sinks: Floats | None = None
     """(H,) float32."""
     window: int | None = None
+    output_gate: bool = False
     cache_group: int = 0
     """Whose block table the layer's keys and values are found by."""
     rotary_scale: float = 1.0
     norm_after_rotation: bool = False
     latent: LatentArgs | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvArgs:
+    """Everything ``Program.short_conv`` needs of one layer; see ``model.config.ShortConvSpec``."""
+
+    norm: NormArgs
+    post_norm: NormArgs | None
+    w_in: Packed
+    w_out: Packed
+    taps: Floats
+    """(W, L)"""
+    residual_scale: float
+    state: Floats
+    """(slots, numbers of a state)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetArgs:
+    """Everything ``Program.delta_net`` needs of one layer; see ``model.config.DeltaNetSpec``."""
+
+    norm: NormArgs
+    post_norm: NormArgs | None
+    w_in: Packed
+    w_ba: Packed
+    w_out: Packed
+    taps: Floats
+    """(2 G d_k + H d_v, L)"""
+    rate: Floats
+    """(H,), positive."""
+    dt: Floats
+    head_norm: NormArgs
+    """(d_v,)"""
+    n_k_heads: int
+    n_v_heads: int
+    k_dim: int
+    v_dim: int
+    tiled: bool
+    residual_scale: float
+    state: Floats
+    """(slots, numbers of a state)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +213,16 @@ class Batch:
     """(S + 1,)"""
     rows: Ints
     """(R,) tokens whose logits are wanted."""
+    before: Ints | None = None
+    """(S,) slots that the states of recurrent layers before each sequence's first token are read from; -1: the sequence
+    begins here. None for both where the model has no such layer."""
+    after: Ints | None = None
+    """(S,) slots that the states after each sequence's last token are left in."""
+
+    def state_slots(self) -> list[tuple[int, int]]:
+        """(before, after) of every sequence."""
+        assert self.before is not None and self.after is not None, "a recurrent model's pass says where states are"
+        return list(zip(self.before.tolist(), self.after.tolist(), strict=True))
 
 
 def _address(values: Ints | Floats) -> int | None:
@@ -252,6 +304,7 @@ class Program:
             rotary_dim=0 if a.inverse_frequencies is None else 2 * a.inverse_frequencies.size,
             rotary_scale=a.rotary_scale,
             norm_after_rotation=a.norm_after_rotation,
+            output_gate=a.output_gate,
             cache_group=a.cache_group,
             **self._latent(a.latent),
         )
@@ -259,6 +312,45 @@ class Program:
         self._keep.append(a.kv)
         for kind in (Op.QKV, Op.ATTEND, Op.ATTN_OUT):
             self._add(kind, op)
+
+    def short_conv(self, a: ShortConvArgs) -> None:
+        """The first half of a layer with a short convolution: one op."""
+        op = bindings.ShortConv(
+            norm=self._norm(a.norm),
+            post_norm=self._norm(a.post_norm),
+            w_in=self._matrix(a.w_in),
+            w_out=self._matrix(a.w_out),
+            taps=self._floats(a.taps.T),
+            state=a.state.ctypes.data,
+            n_taps=a.taps.shape[1],
+            residual_scale=a.residual_scale,
+        )
+        self._keep.append(a.state)
+        self._add(Op.SHORT_CONV, op)
+
+    def delta_net(self, a: DeltaNetArgs) -> None:
+        """The first half of a layer with a gated delta rule: one op."""
+        op = bindings.DeltaNet(
+            norm=self._norm(a.norm),
+            post_norm=self._norm(a.post_norm),
+            w_in=self._matrix(a.w_in),
+            w_ba=self._matrix(a.w_ba),
+            w_out=self._matrix(a.w_out),
+            taps=self._floats(a.taps.T),
+            rate=self._floats(a.rate),
+            dt=self._floats(a.dt),
+            head_norm=self._norm(a.head_norm),
+            state=a.state.ctypes.data,
+            n_taps=a.taps.shape[1],
+            n_k_heads=a.n_k_heads,
+            n_v_heads=a.n_v_heads,
+            k_dim=a.k_dim,
+            v_dim=a.v_dim,
+            tiled=a.tiled,
+            residual_scale=a.residual_scale,
+        )
+        self._keep.append(a.state)
+        self._add(Op.DELTA_NET, op)
 
     def _latent(self, a: LatentArgs | None) -> dict[str, Any]:
         """The fields of latent attention; none where there is none."""
@@ -366,6 +458,8 @@ class Program:
             rows=_address(batch.rows),
             logits=_address(logits),
             hidden=self._hidden.ctypes.data,
+            before=None if batch.before is None else batch.before.ctypes.data,
+            after=None if batch.after is None else batch.after.ctypes.data,
         )
         self.context.run(self._steps, args)
         return logits

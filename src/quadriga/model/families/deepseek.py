@@ -243,7 +243,7 @@ def _sigmoid_from_hf(family: str, types: tuple[str, ...], keys: Keys) -> ModelCo
 def _to_hf(
     config: ModelConfig, form: str, read: Callable[[Mapping[str, object]], ModelConfig], **own: Any
 ) -> dict[str, object]:
-    mixer = of_kind(config.layers[0].mixer, LatentAttentionSpec, form)
+    mixer = of_kind(config.layers[0].attention, LatentAttentionSpec, form)
     raw: dict[str, object] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -351,7 +351,7 @@ def _to_gguf(
     like = deepseek_moe.like_its_mixtures(config)
     metadata = {
         **gguf_keys.common_keys(like, arch),
-        **latent.mixer_to_gguf(of_kind(like.layers[0].mixer, LatentAttentionSpec, form), arch),
+        **latent.mixer_to_gguf(of_kind(like.layers[0].attention, LatentAttentionSpec, form), arch),
         **deepseek_moe.to_gguf(config, arch),
     }
     if moe.n_groups > 1:

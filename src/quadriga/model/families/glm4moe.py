@@ -139,7 +139,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         **deepseek_moe.to_hf(config, form),
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": "glm4_moe",
-        "use_qk_norm": config.layers[0].mixer.qk_norm is not None,
+        "use_qk_norm": config.layers[0].attention.qk_norm is not None,
     }
     must_read_back(config, config_from_hf(raw), form)
     return raw

@@ -298,14 +298,15 @@ def factors_of(rope: RopeSpec, head_dim: int) -> list[float]:
 
 def gguf_tensors(config: ModelConfig) -> dict[str, list[float]]:
     """The tensors beside the weights that a GGUF of this model has: name -> values."""
-    position = config.layers[0].mixer.position
+    attn = config.first_attention().attention
+    position = attn.position
     if not isinstance(position, RopeSpec):
         return {}
     match position.scaling:
         case FactorScaling(factors=factors):
             return {FREQS: list(factors)}
         case Llama3Scaling():
-            return {FREQS: factors_of(position, config.layers[0].mixer.head_dim)}
+            return {FREQS: factors_of(position, attn.head_dim)}
     return {}
 
 

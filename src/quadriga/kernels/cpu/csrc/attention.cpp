@@ -95,7 +95,8 @@ struct Attend {
   int d = op.head_dim, v_dim = op.kv_rank ? op.kv_rank : d, padded = round_up_16(v_dim);
   int most = std::max(kFewQueries, groups.queries) * groups.size;
   int64_t out_dim = int64_t(op.n_heads) * v_dim;
-  int64_t width = int64_t(op.n_heads) * d + (op.kv_rank ? 0 : 2 * int64_t(op.n_kv_heads) * d);
+  int64_t gate = int64_t(op.n_heads) * d + (op.kv_rank ? 0 : 2 * int64_t(op.n_kv_heads) * d);  // where gates begin
+  int64_t width = gate + (op.output_gate ? out_dim : 0);
   int64_t head_bytes = op.kv_rank ? 0 : kv_bytes(op.kv_format, d);  // of what a group of heads has for itself
   int64_t block_bytes = op.kv_rank ? latent_bytes(op.kv_format, d) : head_bytes * op.n_kv_heads;
   float *out = nullptr, *partial = nullptr;  // (N, H v_dim); rows of (max, sum, out)
@@ -158,6 +159,8 @@ struct Attend {
         for (int j = 0; j < v_dim; ++j) to[j] = from[j / 32 * 32 + j % 2 * 16 + j % 32 / 2] * factor;
       else
         for (int j = 0; j < v_dim; ++j) to[j] = from[j] * factor;
+      if (op.output_gate)
+        c.kernels->times_sigmoid(to, c.qkv.data() + (piece.first + r / group) * width + gate + (to - out) % out_dim, d);
     }
   }
 };
@@ -167,7 +170,8 @@ struct Prepare {
   const Kernels& kernels;
   const qd_attention& op;
   int d = op.head_dim, heads = op.n_heads + op.n_kv_heads;
-  int64_t q_dim = int64_t(op.n_heads) * d, kv_dim = int64_t(op.n_kv_heads) * d, width = q_dim + 2 * kv_dim;
+  int64_t q_dim = int64_t(op.n_heads) * d, kv_dim = int64_t(op.n_kv_heads) * d;
+  int64_t width = q_dim + 2 * kv_dim + (op.output_gate ? q_dim : 0);
 
   void norm(float* row) const {
     if (!op.q_norm.weight) return;
@@ -200,7 +204,7 @@ struct Prepare {
       for (int64_t j = 0; j < width; ++j) row[j] += op.qkv_bias[j];
     if (!op.norm_after_rotation) norm(row);
     if (op.clip > 0)
-      for (int64_t j = 0; j < width; ++j) row[j] = std::min(std::max(row[j], -op.clip), op.clip);
+      for (int64_t j = 0; j < q_dim + 2 * kv_dim; ++j) row[j] = std::min(std::max(row[j], -op.clip), op.clip);
     rotate(row, position, table);
     if (op.norm_after_rotation) norm(row);
   }
@@ -255,13 +259,5 @@ void run_attend(qd_context& c, const qd_attention& op, const qd_batch& b) {
 void run_attention_out(qd_context& c, const qd_attention& op, const qd_batch& b) { add_projected(c, op, b, c.mixed.data()); }
 
 void add_projected(qd_context& c, const qd_attention& op, const qd_batch& b, const float* mixed) {
-  const int64_t n = b.n_tokens, dim = op.wo.rows, q_dim = op.wo.cols;
-  if (!op.post_norm.weight && !op.out_bias && op.residual_scale == 1)
-    return linear(c, op.wo, mixed, q_dim, n, b.hidden, dim, true);
-  float* projected = c.projected.reserve(n * dim);
-  linear(c, op.wo, mixed, q_dim, n, projected, dim, false);
-  if (op.out_bias)
-    for (int64_t i = 0; i < n * dim; ++i) projected[i] += op.out_bias[i % dim];
-  if (op.post_norm.weight) norm_rows(c, op.post_norm, projected, n, dim, projected);
-  for (int64_t i = 0; i < n * dim; ++i) b.hidden[i] += op.residual_scale * projected[i];
+  add_branch(c, op.wo, op.out_bias, op.post_norm, op.residual_scale, mixed, b);
 }

@@ -36,6 +36,34 @@ inline int64_t sample_scratch(int64_t v) {
   return 4 * (blocks * kSampleBlock + 16) + 4 * (blocks + 16);
 }
 
+// Some channels of a convolution over one sequence's tokens.
+struct ConvPart {
+  const float* rows;      // of a short convolution b, c, x (n, 3 W), otherwise what is convolved, `stride` numbers a row
+  int64_t n, width;       // W
+  int64_t stride;
+  int64_t first, end; // channels
+  const float* taps;  // (n_taps, W)
+  int n_taps;
+  const float* before;  // (n_taps - 1, W), or NULL: zeros
+  float* after;         // alike; it may be `before`
+  float* out;           // (n, W)
+};
+
+// Some columns of one head's state under the gated delta rule, over one sequence's tokens.
+struct DeltaPart {
+  const float *q, *k, *v;  // of the first token; `stride` numbers to the next
+  int64_t stride;
+  const float *decay, *beta;  // likewise, `gate_stride`
+  int64_t gate_stride, n;
+  int k_dim, v_dim, columns;  // columns <= kDeltaColumns
+  const float* before;        // (k_dim, v_dim) from the first of these columns on, or NULL: zeros
+  float* after;               // alike; it may be `before`
+  float* out;                 // `out_stride` numbers from token to token
+  int64_t out_stride;
+};
+
+constexpr int kDeltaColumns = 64;
+constexpr int kMostTaps = 16;
 constexpr int kPeakLines = 24;  // 64-byte lines of weights an iteration of `peak` multiplies
 
 struct Products {  // products.cpp
@@ -70,6 +98,12 @@ struct Kernels : Products {
   void (*attend)(const AttendChunk&);
   // (max, sum, out) of one row gets another chunk's; d padded to 16
   void (*merge)(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int padded);
+  void (*short_conv)(const ConvPart&);
+  void (*silu_conv)(const ConvPart&);
+  void (*unit)(float* x, int64_t d, float scale);  // x becomes scale x / sqrt(x x + 1e-6)
+  void (*delta_rule)(const DeltaPart&);
+  void (*gated_norm)(const qd_norm&, const float* x, const float* gate, int64_t d, float* out);  // norm(x) silu(gate)
+  void (*times_sigmoid)(float* x, const float* gate, int64_t n);
   void (*write_kv)(int kv_format, int head_dim, const float* k, const float* v, int slot, uint8_t* block);
   void (*write_latent)(int kv_format, int rank, int head_dim, const float* k, int slot, uint8_t* block);
 

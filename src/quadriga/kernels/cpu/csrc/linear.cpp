@@ -78,6 +78,18 @@ void linear(qd_context& c, const qd_matrix& m, const float* x, int64_t x_stride,
   });
 }
 
+void add_branch(qd_context& c, const qd_matrix& w, const float* bias, const qd_norm& post_norm, float scale, const float* mixed,
+                const qd_batch& b) {
+  const int64_t n = b.n_tokens, dim = w.rows, width = w.cols;
+  if (!post_norm.weight && !bias && scale == 1) return linear(c, w, mixed, width, n, b.hidden, dim, true);
+  float* projected = c.projected.reserve(n * dim);
+  linear(c, w, mixed, width, n, projected, dim, false);
+  if (bias)
+    for (int64_t i = 0; i < n * dim; ++i) projected[i] += bias[i % dim];
+  if (post_norm.weight) norm_rows(c, post_norm, projected, n, dim, projected);
+  for (int64_t i = 0; i < n * dim; ++i) b.hidden[i] += scale * projected[i];
+}
+
 void head_linear(qd_context& c, const qd_matrix& m, int n_heads, const float* x, HeadStrides of_x, int64_t n, float* out,
                  HeadStrides of_out) {
   const PanelKind kind = panel_kind(m.format, c.fine);

@@ -7,6 +7,8 @@ void run_qkv(qd_context&, const qd_attention&, const qd_batch&);       // norm, 
 void run_latent_qkv(qd_context&, const qd_attention&, const qd_batch&);  // the same of latent attention, queries absorbed
 void run_attend(qd_context&, const qd_attention&, const qd_batch&);    // over the paged cache
 void run_attention_out(qd_context&, const qd_attention&, const qd_batch&);  // projection, norm, residual
+void run_short_conv(qd_context&, const qd_short_conv&, const qd_batch&);    // a layer's first half as a whole
+void run_delta_net(qd_context&, const qd_delta_net&, const qd_batch&);
 void run_latent_out(qd_context&, const qd_attention&, const qd_batch&);  // values of every head's latent, then the same
 // `mixed` (N, wo.cols) projected, normed and added to the residual stream.
 void add_projected(qd_context&, const qd_attention&, const qd_batch&, const float* mixed);
@@ -24,6 +26,9 @@ struct HeadStrides {
 void head_linear(qd_context&, const qd_matrix&, int n_heads, const float* x, HeadStrides of_x, int64_t n, float* out,
                  HeadStrides of_out);
 void norm_rows(qd_context&, const qd_norm&, const float* x, int64_t n, int64_t d, float* out);
+// A branch's end: mixed times the matrix transposed, a bias and a norm if there are, all times scale, into the residual stream.
+void add_branch(qd_context&, const qd_matrix&, const float* bias, const qd_norm& post_norm, float scale, const float* mixed,
+                const qd_batch&);
 // x normed into memory of the context, or x itself where the layer has no such norm.
 const float* normed_or_as_is(qd_context&, const qd_norm&, const float* x, int64_t n, int64_t d);
 
