@@ -77,9 +77,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         "lm_head_bias": config.head_bias,
         "sliding_window": layer.attention.window,
     }
-    if (
-        layer.attention.q_dim == config.d_model
-    ):  # transformers takes it from the other sizes; Phi-mini-MoE's file has it
+    # transformers takes it from the other sizes; Phi-mini-MoE's file has it.
+    if layer.attention.q_dim == config.d_model:
         del raw["head_dim"]
     if isinstance(scaling, LongRopeScaling):
         raw["rope_scaling"] = _longrope(scaling)
