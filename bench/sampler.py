@@ -42,7 +42,7 @@ def medians_us(kernels: RowSampler, params: SamplingParams, row: np.ndarray, rou
     times: tuple[list[float], list[float]] = [], []
     for _ in range(rounds + 5):
         started = time.perf_counter()
-        one.take(kernels.sample(whole, [0], [one.ask()])[0])
+        one.take(kernels.sample(whole, [0], [one.ask()])[0], row)
         between = time.perf_counter()
         other.sample(row, best, log_sum)
         times[0].append(between - started)

@@ -58,7 +58,8 @@ def by_kernels(one: RowSampler, samplers: Sequence[Sampler], rows: Floats, allow
     """A token for each of the samplers, from its row."""
     asked = [s.ask(allowed) for s in samplers]
     chosen = one.sample(rows, range(len(samplers)), asked)
-    return [s.take(c, constrained=allowed is not None) for s, c in zip(samplers, chosen, strict=True)]
+    constrained = allowed is not None
+    return [s.take(c, row, constrained=constrained) for s, c, row in zip(samplers, chosen, rows, strict=True)]
 
 
 RARER: list[dict[str, Any]] = [
@@ -151,8 +152,8 @@ def test_broken_logits_are_an_error_not_a_token(bad: float) -> None:
     samplers = [Sampler(SamplingParams(temperature=1.0), [], 300) for _ in range(2)]
     broken, good = kernels().sample(rows, [0, 1], [s.ask() for s in samplers])
     with pytest.raises(RequestError, match="not finite"):
-        samplers[0].take(broken)
-    assert 0 <= samplers[1].take(good).token_id < 300, "another row's numbers are another's affair"
+        samplers[0].take(broken, rows[0])
+    assert 0 <= samplers[1].take(good, rows[1]).token_id < 300, "another row's numbers are another's affair"
 
 
 def test_a_grammar_without_a_way_on_is_an_error() -> None:

@@ -13,6 +13,7 @@ from quadriga.cli import options
 
 if TYPE_CHECKING:
     from quadriga.engine.load_options import LoadOptions
+    from quadriga.server.fleet import Fleet
 
 
 def serve_command(
@@ -128,8 +129,7 @@ def serve_command(
     if len(models) > 1 and adapters:
         raise ConfigError("--adapter is for a server of one model; add them over HTTP, with --admin-key")
     keys = tuple(api_key or ()) + tuple(k for k in (runtime.setting("API_KEYS") or "").split(",") if k)
-    if any(len(key) < 8 for key in (*keys, *([] if admin_key is None else [admin_key]))):
-        raise ConfigError("an API key needs at least 8 characters")
+    _check_keys(keys, admin_key)
     if max_sequences < 1 or min(max_waiting, requests_per_minute, tokens_per_minute, concurrent, drain) < 0:
         raise ConfigError("limits cannot be negative, and at least one request must run")
     if not 0 <= step_timeout < float("inf"):
@@ -156,46 +156,30 @@ def serve_command(
         raise ConfigError("--tls-cert and --tls-key are given together")
     certificate = None if tls_cert is None or tls_key is None else Certificate(tls_cert, tls_key)
     listener = listen(host, port) if unix_socket is None else listen_at(unix_socket)
-    services = []
-    for path, names in models:
+    most = options.size(prefix_cache_size, "--prefix-cache-size") // len(models)
+
+    def service(path: str, names: list[str]) -> Service:
         llm = options.load_model(path, how)
         if prefix_cache is not None:
-            most = options.size(prefix_cache_size, "--prefix-cache-size") // len(models)
             llm.engine.keep_prefixes(prefix_cache / names[0].replace("/", "_"), most)
         for key, folder in adapters.items():
             llm.add_adapter(key, folder)
-        services.append(
-            Service(
-                llm,
-                name=names[0],
-                aliases=names[1:],
-                max_waiting=max_waiting,
-                step_timeout_s=step_timeout,
-                tool_form=tool_form,
-                reasoning=reasoning,
-            )
+        return Service(
+            llm,
+            name=names[0],
+            aliases=names[1:],
+            max_waiting=max_waiting,
+            step_timeout_s=step_timeout,
+            tool_form=tool_form,
+            reasoning=reasoning,
         )
-    fleet = Fleet(services)
-    scheme = "http" if certificate is None else "https"
-    if unix_socket is not None:
-        address = f"{scheme}://localhost"
-    else:
-        address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+    fleet = Fleet([service(path, names) for path, names in models])
+    place = "localhost" if unix_socket else f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    address = f"{'http' if certificate is None else 'https'}://{place}"
 
     def started() -> None:
-        key = ' -H "Authorization: Bearer $KEY"' if keys else ""
-        body = f'{{"model": "{fleet.first.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-        names = ", ".join(service.name for service in fleet)
-        at = address if unix_socket is None else f"the socket {unix_socket}"
-        curl = "curl" if unix_socket is None else f"curl --unix-socket {unix_socket}"
-        print(f"{names} at {at}  (chat page: {address}/, interface: {address}/docs)")
-        for service in fleet:
-            whose = f"{service.name}: " if len(services) > 1 else ""
-            n_tokens = 16 * service.llm.engine.stats().kv_blocks
-            print(f"{whose}cache for {n_tokens:,} tokens, {max_sequences} requests at once, {max_waiting} may wait")
-        print(
-            f"  {curl} {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True
-        )
+        _greet(fleet, address, unix_socket, bool(keys), f"{max_sequences} requests at once, {max_waiting} may wait")
         if unix_socket is None and not is_loopback(host) and not keys:
             print("warning: reachable from other machines without an API key; see --api-key", file=sys.stderr)
 
@@ -214,6 +198,28 @@ def serve_command(
     finally:
         if unix_socket is not None:
             unix_socket.unlink(missing_ok=True)
+
+
+def _check_keys(keys: Sequence[str], admin_key: str | None) -> None:
+    from quadriga.errors import ConfigError
+
+    if any(len(key) < 8 for key in (*keys, *([] if admin_key is None else [admin_key]))):
+        raise ConfigError("an API key needs at least 8 characters")
+
+
+def _greet(fleet: Fleet, address: str, socket: Path | None, with_key: bool, places: str) -> None:
+    """Say what is served where, and how to ask for it."""
+    key = ' -H "Authorization: Bearer $KEY"' if with_key else ""
+    body = f'{{"model": "{fleet.first.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    names = ", ".join(service.name for service in fleet)
+    at = address if socket is None else f"the socket {socket}"
+    curl = "curl" if socket is None else f"curl --unix-socket {socket}"
+    print(f"{names} at {at}  (chat page: {address}/, interface: {address}/docs)")
+    for service in fleet:
+        whose = f"{service.name}: " if len(list(fleet)) > 1 else ""
+        n_tokens = 16 * service.llm.engine.stats().kv_blocks
+        print(f"{whose}cache for {n_tokens:,} tokens, {places}")
+    print(f"  {curl} {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
 
 
 DEFAULT = "smollm2-135m-instruct"

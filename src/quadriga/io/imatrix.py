@@ -79,7 +79,7 @@ def read_imatrix(path: Path, config: ModelConfig) -> dict[str, Squares]:
 def _of_gguf(path: Path) -> dict[str, Squares]:
     source = GGUFSource(path)
     try:
-        entries = {}
+        entries: dict[str, Squares] = {}
         for name in source.tensors:
             if not name.endswith(".in_sum2"):
                 continue
@@ -90,7 +90,7 @@ def _of_gguf(path: Path) -> dict[str, Squares]:
             sums = source.read(name).astype(np.float32)
             if sums.size % len(counts):
                 raise CheckpointError(f"{path.name}: {name} must have rows for {len(counts)} counts, got {sums.shape}")
-            entries[stem] = sums.reshape(len(counts), -1) / np.maximum(counts, 1)
+            entries[stem] = np.divide(sums.reshape(len(counts), -1), np.maximum(counts, 1), dtype=np.float32)
         return entries
     finally:
         source.close()
@@ -118,7 +118,8 @@ def _of_dat(path: Path) -> dict[str, Squares]:
             name = raw[at : at + length].decode()
             at += length
             calls, n = max(whole(2**31 - 1), 1), whole(len(raw))
-            entries[name] = np.frombuffer(raw, dtype="<f4", count=n, offset=at) / np.float32(calls)
+            sums = np.frombuffer(raw, dtype=np.float32, count=n, offset=at)
+            entries[name] = np.divide(sums, calls, dtype=np.float32)
             at += 4 * n
     except (struct.error, UnicodeDecodeError):
         raise CheckpointError(f"{path.name} is no importance matrix, or cut off: nothing fits at byte {at}") from None
