@@ -64,7 +64,10 @@ def eval_command(
     ] = False,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder of benchmark files; default: QUADRIGA_DATA/bench, fetched ones, samples.", rich_help_panel=_TASKS),
+        typer.Option(
+            help="Folder of benchmark files; default: QUADRIGA_DATA/bench, fetched ones, samples.",
+            rich_help_panel=_TASKS,
+        ),
     ] = None,
     unsafe_exec: Annotated[
         bool,
