@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from quadriga.model.config import ModelConfig
+from quadriga.model.config import LatentAttentionSpec, ModelConfig
 
 ROUNDINGS = 20
 """Results that a layer rounds to the working dtype: two norms, q/k/v, rotation (two products and a sum), scores,
@@ -42,6 +42,14 @@ KERNEL_ROUNDINGS = 15
 up, down, head) or what is stored in the cache (q, k, v, the probabilities): five, each with three times the variance of a
 normal number's. Numbers that are quantised in groups share the step of the largest, and what meets down is a product of
 two: its group's largest lies twice as many deviations out. (Measured: 1.5 of the bound with 5.)"""
+
+
+def kernel_roundings(config: ModelConfig) -> int:
+    """KERNEL_ROUNDINGS, with those of latent attention: what meets W_Kb, W_Vb and, where there is one, W_Qb."""
+    mixer = config.layers[0].mixer
+    if not isinstance(mixer, LatentAttentionSpec):
+        return KERNEL_ROUNDINGS
+    return KERNEL_ROUNDINGS // 5 * (7 if mixer.q_rank is None else 8)
 
 
 def relative_error(dtype: torch.dtype, config: ModelConfig, n_keys: int, roundings: int = ROUNDINGS) -> float:

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quadriga.io.parameters import pack
+from quadriga.io.parameters import to_stored
 from quadriga.model import families
 from quadriga.model.config import (
     AlibiSpec,
     AttentionSpec,
     DenseSpec,
+    LatentAttentionSpec,
     LayerSpec,
     Llama3Scaling,
     ModelConfig,
@@ -31,6 +32,25 @@ from tests.configs import first_dense
 
 _SIZES = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "max_seq_len": 64}
 _ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=1e4))
+
+
+LATENT = LatentAttentionSpec(
+    n_heads=6,
+    kv_rank=32,
+    q_rank=20,
+    nope_dim=12,
+    rope_dim=10,
+    v_dim=16,
+    yarn_mscale=0.8,
+    position=RopeSpec(theta=1e2, scaling=YarnScaling(factor=4.0, original_max_seq_len=16, attention_factor=1.0)),
+)
+_DEEPSEEK = {
+    "n_experts": 9,
+    "top_k": 4,
+    "n_groups": 3,
+    "top_k_groups": 2,
+    "shared": DenseSpec(d_ff=160, activation="silu"),
+}
 
 
 def _moe(**changes: object) -> MoESpec:
@@ -234,12 +254,56 @@ TINY: dict[str, ModelConfig] = {
         ),
         ffn=_moe(score="sigmoid", correction=True),
     ),
+    "deepseek_v2": first_dense(
+        uniform_model(
+            family="deepseek_v2",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(LATENT, q_rank=None),
+            ffn=_moe(**_DEEPSEEK, normalize_p=None, routed_scale=1.7, group_worth="best"),
+        )
+    ),
+    "deepseek_v3": first_dense(
+        uniform_model(
+            family="deepseek_v3",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=LATENT,
+            ffn=_moe(**_DEEPSEEK, score="sigmoid", correction=True, normalize_eps=1e-20, routed_scale=2.5),
+        )
+    ),
     "qwen2moe": uniform_model(
         family="qwen2moe",
         **_SIZES,
         norm=NormSpec(kind="rms", eps=1e-6),
         mixer=replace(_ATTN, qkv_bias=True),
         ffn=_moe(normalize_p=None, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
+    ),
+    "olmo2": uniform_model(
+        family="olmo2",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        mixer=replace(_ATTN, qk_norm=QKNormSpec(over="vector", eps=1e-5)),
+        ffn=DenseSpec(d_ff=80, activation="silu"),
+        pre_norms=False,
+        post_norms=True,
+    ),
+    "flex_olmo": uniform_model(
+        family="flex_olmo",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        mixer=replace(_ATTN, qk_norm=QKNormSpec(over="vector", eps=1e-5)),
+        ffn=_moe(normalize_p=None),
+        pre_norms=False,
+        post_norms=True,
+    ),
+    "phimoe": uniform_model(
+        family="phimoe",
+        **_SIZES,
+        norm=NormSpec(kind="layer", bias=True),
+        mixer=replace(_ATTN, qkv_bias=True, out_bias=True),
+        ffn=_moe(top_k=2, score="sparse_mixer", normalize_p=None, mixer_eps=0.3),
+        head_bias=True,
     ),
     "mpt": uniform_model(
         family="mpt",
@@ -290,7 +354,7 @@ def stored(pieces: list[Piece], parameters: dict[str, Tensor]) -> dict[str, Tens
     for piece in pieces:
         target = piece.target_box or whole(piece.target_shape)
         part = parameters[piece.target][tuple(slice(*r) for r in target)]
-        out[piece.source][source_index(piece)] = pack(part, piece)
+        out[piece.source][source_index(piece)] = to_stored(part, piece)
     return out
 
 

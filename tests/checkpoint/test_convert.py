@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.hub import catalogue
-from quadriga.io import convert as conversion
+from quadriga.io import conversion_writer
 from quadriga.io import directory as engine_file
-from quadriga.io.convert import convert, dry_run
+from quadriga.io.convert import convert
+from quadriga.io.dry_run import dry_run
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.open import open_checkpoint
 from quadriga.model import families
@@ -63,7 +64,7 @@ def test_fused_to_split_and_back(tmp_path: Path, layout: str) -> None:
     assert tensors_of(tmp_path / "back") == {n: bits(t) for n, t in stored.items()}
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [name for name in TINY if families.family_of(TINY[name]).gguf_map is not None])
 def test_gguf_in_bf16_and_back_is_byte_identical(tmp_path: Path, name: str) -> None:
     config = TINY[name]
     generator = torch.Generator().manual_seed(1)
@@ -74,6 +75,14 @@ def test_gguf_in_bf16_and_back_is_byte_identical(tmp_path: Path, name: str) -> N
     convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf", gguf_format="bfloat16")
     convert(tmp_path / "x.gguf", tmp_path / "back", to="hf", dtype="bfloat16")
     assert tensors_of(tmp_path / "back") == {n: bits(t) for n, t in stored.items()}
+
+
+@pytest.mark.parametrize("name", ["flex_olmo", "phimoe"])
+def test_what_llama_cpp_does_not_compute_is_not_written_for_it(tmp_path: Path, name: str) -> None:
+    write_hf(tmp_path / "hf", TINY[name])
+    with pytest.raises(ConfigError, match=name):
+        convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 @pytest.mark.parametrize(("form", "bound"), [("q8_0", 1 / 127), ("q4_0", 1 / 7)])
@@ -198,7 +207,7 @@ def test_a_fault_at_every_write_is_named_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     write_hf(tmp_path / "hf", TINY["llama2"])
-    monkeypatch.setattr(conversion, "_SYNC_BYTES", 20_000)  # several journal entries even in a tiny model
+    monkeypatch.setattr(conversion_writer, "_SYNC_BYTES", 20_000)  # several journal entries even in a tiny model
     convert(tmp_path / "hf", tmp_path / "whole")
     expected = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
     fail_at = 0
@@ -228,8 +237,8 @@ def test_killed_at_random_moments_and_resumed(tmp_path: Path) -> None:
     convert(tmp_path / "hf", tmp_path / "whole")
     expected = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
     program = (
-        "import os, sys\nfrom pathlib import Path\nfrom quadriga.io import convert\n"
-        "convert._SYNC_BYTES = 50_000\nleft = [int(sys.argv[3])]\nreal = os.pwrite\n"
+        "import os, sys\nfrom pathlib import Path\nfrom quadriga.io import conversion_writer, convert\n"
+        "conversion_writer._SYNC_BYTES = 50_000\nleft = [int(sys.argv[3])]\nreal = os.pwrite\n"
         "def pwrite(*a):\n    n = real(*a)\n    left[0] -= 1\n    left[0] or os.kill(os.getpid(), 9)\n    return n\n"
         "os.pwrite = pwrite\nconvert.convert(Path(sys.argv[1]), Path(sys.argv[2]))\n"
     )

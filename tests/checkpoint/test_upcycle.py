@@ -37,7 +37,7 @@ def read(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def logits(checkpoint: Checkpoint) -> Tensor:
-    model = Transformer.from_parameters(checkpoint.config, load_parameters(checkpoint)).eval()
+    model = Transformer.from_parameters(checkpoint.config, load_parameters(checkpoint, dtype=torch.float32)).eval()
     with torch.inference_mode():
         return model(IDS, PackedContext([17, 24])).logits
 
@@ -54,6 +54,20 @@ def test_the_mixture_computes_what_the_dense_model_does(
     wanted = logits(dense)
     # Sums in another order: a few roundings of the logits' own size.
     torch.testing.assert_close(logits(moe), wanted, rtol=0, atol=2e-5 * float(wanted.std()))
+
+
+@pytest.mark.parametrize("granules", [1, 2, 3, 5, 8])
+def test_a_bfloat16_model_keeps_its_function_at_any_number_of_granules(tmp_path: Path, granules: int) -> None:
+    """3 w has more digits than bfloat16: it is stored in float32; 2 w has w's own, and is stored as w is."""
+    config = changed(TINY["llama2-tied"], ffn=replace(TINY["llama2-tied"].layers[0].ffn, d_ff=120))
+    random = random_parameters(config, std=0.2)
+    write_hf(tmp_path, config, parameters={n: p.to(torch.bfloat16) for n, p in random.items()})
+    dense = open_checkpoint(tmp_path)
+    moe = upcycle(dense, Upcycling(n_experts=2 * granules, top_k=granules, router_std=0.5))
+    wanted = logits(dense)
+    torch.testing.assert_close(logits(moe), wanted, rtol=0, atol=2e-5 * float(wanted.std()))
+    stored = read(moe, "layers.0.moe.w_down").dtype
+    assert stored == (torch.float32 if granules in (3, 5) else torch.bfloat16)
 
 
 def test_tokens_visit_whole_copies_and_not_all_the_same(tmp_path: Path) -> None:

@@ -37,6 +37,27 @@ _QWEN = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
+_LATENT = {
+    **_LLAMA,
+    "num_key_value_heads": 6,
+    "rms_norm_eps": 1e-6,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 10,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 56,
+    "n_routed_experts": 9,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "n_group": 3,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "rope_theta": 100.0,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
 _MPT = {
     "model_type": "mpt",
     "d_model": 48,
@@ -336,6 +357,82 @@ MODELS: dict[str, dict[str, object]] = {
         "hidden_act": "silu",
         **_LLAMA,
     },
+    "olmo2": {
+        "model_type": "olmo2",
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        **_LLAMA,
+    },
+    "olmo3": {  # every second layer sees all, and it alone rotates by YaRN's frequencies; biases on q, k, v and o
+        "model_type": "olmo3",
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 7,
+        "rope_theta": 1000.0,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        **_LLAMA,
+    },
+    "flex_olmo": {
+        "model_type": "flex_olmo",
+        "pad_token_id": 5,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.01,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        **_LLAMA,
+    },
+    "phimoe": {  # a noise of a third makes most of the experts near; the text is longer than the original context
+        "model_type": "phimoe",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.3,
+        "input_jitter_noise": 0.0,
+        "router_aux_loss_coef": 0.001,
+        "rope_theta": 1000.0,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 1.5, 2.5, 4.0],
+            "short_mscale": 1.1,
+            "long_mscale": 1.2,
+            "original_max_position_embeddings": 8,
+        },
+        "sliding_window": None,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        **_LLAMA,
+    },
+    "deepseek-v2": {  # no mscale: transformers before 5 leaves mscale_all_dim out of this model's softmax scale
+        "model_type": "deepseek_v2",
+        **_LATENT,
+        "topk_method": "group_limited_greedy",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.7,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    },
+    "deepseek-v3": {
+        "model_type": "deepseek_v3",
+        **_LATENT,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "mpt": {**_MPT, "n_heads": 6, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None}},
     "mpt-clipped": {**_MPT, "n_heads": 8, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": 2.0}},
 }
@@ -389,7 +486,42 @@ MINIMAX_M2: dict[str, object] = {
 }
 """Nor has MiniMax-M2, which transformers knows from version 5 on: ``tests.oracles.numpy_models.ORACLES`` states it."""
 
-BESIDE_TRANSFORMERS = {"grok1": GROK1, "minimax-m2": MINIMAX_M2}
+DEEPSEEK_V2_LITE: dict[str, object] = {
+    "model_type": "deepseek_v2",
+    **_LATENT,
+    "q_lora_rank": None,
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 4.0,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 16,
+    },
+}
+"""Whose softmax scale transformers has from version 5 on."""
+
+GLM4_MOE_LITE: dict[str, object] = {
+    "model_type": "glm4_moe_lite",
+    **_LATENT,
+    "rms_norm_eps": 1e-5,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.8,
+}
+"""GLM-4.7-Flash, which transformers knows from version 5 on."""
+
+BESIDE_TRANSFORMERS = {
+    "grok1": GROK1,
+    "minimax-m2": MINIMAX_M2,
+    "deepseek-v2-lite": DEEPSEEK_V2_LITE,
+    "glm4_moe_lite": GLM4_MOE_LITE,
+}
 """Golden models without a golden file."""
 
 

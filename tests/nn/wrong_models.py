@@ -30,8 +30,9 @@ def mixtures_with(config: ModelConfig, **fields: object) -> ModelConfig:
 
 
 def left_to(config: ModelConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters that a model has in which something was left out."""
-    return {name: parameters[name] for name in parameter_shapes(config)}
+    """The parameters that a model has in which something was left out, or norms were moved from behind to before."""
+    moved = {name.replace("_post_norm", "_norm"): value for name, value in parameters.items()}
+    return {name: {**moved, **parameters}[name] for name in parameter_shapes(config)}
 
 
 MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
@@ -109,6 +110,46 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "yarn's usual turns": ("gpt-oss", lambda c: c.with_mixer(position=rope_with(c, beta_fast=32.0, beta_slow=1.0))),
     "a plain gated unit": ("gpt-oss", lambda c: c.with_ffn(activation="silu")),
     "a softmax over all experts": ("gpt-oss", lambda c: c.with_ffn(normalize_p=None)),
+    "norms before, not behind": ("olmo2", lambda c: changed(c, pre_norms=True, post_norms=False)),
+    "norms before as well": ("flex_olmo", lambda c: changed(c, pre_norms=True)),
+    "no norms of q and k in olmo": ("olmo2", lambda c: c.with_mixer(qk_norm=None)),
+    "no window in olmo": ("olmo3", lambda c: c.with_mixer(window=None)),
+    "layers with a window scaled too": (
+        "olmo3",
+        lambda c: c.with_mixer(position=c.layers[1].mixer.position),
+    ),
+    "no layer scaled": ("olmo3", lambda c: c.with_mixer(position=c.layers[0].mixer.position)),
+    "one expert fewer in flex_olmo": ("flex_olmo", lambda c: c.with_ffn(top_k=2)),
+    "a softmax's two best": ("phimoe", lambda c: c.with_ffn(score="softmax", mixer_eps=None)),
+    "the mixer's reach halved": ("phimoe", lambda c: c.with_ffn(mixer_eps=0.15)),
+    "layer norms without biases": (
+        "phimoe",
+        lambda c: changed(c, norm=replace(c.final_norm, bias=False)),
+    ),
+    "the head without its bias": ("phimoe", lambda c: replace(c, head_bias=False)),
+    "longrope's shorter list": ("phimoe", lambda c: replace(c, max_seq_len=8)),
+    "longrope without its stretch": ("phimoe", lambda c: c.with_mixer(position=rope_with(c, long_scale=1.0))),
+    "groups of DeepSeek-V2 by their two best": ("deepseek-v2", lambda c: mixtures_with(c, group_worth="two_best")),
+    "DeepSeek-V2 without groups": ("deepseek-v2", lambda c: mixtures_with(c, n_groups=1, top_k_groups=1)),
+    "DeepSeek-V2's weights divided by their sum": ("deepseek-v2", lambda c: mixtures_with(c, normalize_p=1.0)),
+    "DeepSeek-V2's weights without their factor": ("deepseek-v2", lambda c: mixtures_with(c, routed_scale=1.0)),
+    "yarn of DeepSeek-V2 without its attention factor": (
+        "deepseek-v2",
+        lambda c: c.with_mixer(position=rope_with(c, attention_factor=1.0)),
+    ),
+    "the softmax scale without yarn's square": ("deepseek-v2-lite", lambda c: c.with_mixer(yarn_mscale=0.0)),
+    "DeepSeek-V2-Lite without its shared networks": ("deepseek-v2-lite", lambda c: mixtures_with(c, shared=None)),
+    "DeepSeek-V3's softmax scale without yarn's square": ("deepseek-v3", lambda c: c.with_mixer(yarn_mscale=0.0)),
+    "DeepSeek-V3's rotation without its own length": (
+        "deepseek-v3",
+        lambda c: c.with_mixer(position=rope_with(c, attention_factor=1.0)),
+    ),
+    "latents normed with another epsilon": ("deepseek-v3", lambda c: c.with_mixer(norm_eps=0.01)),
+    "groups of DeepSeek-V3 by their best": ("deepseek-v3", lambda c: mixtures_with(c, group_worth="best")),
+    "DeepSeek-V3 without groups": ("deepseek-v3", lambda c: mixtures_with(c, n_groups=1, top_k_groups=1)),
+    "DeepSeek-V3 without its correction": ("deepseek-v3", lambda c: mixtures_with(c, correction=False)),
+    "latents that turn by another base": ("glm4_moe_lite", lambda c: c.with_mixer(position=RopeSpec(theta=10_000.0))),
+    "GLM-4.7-Flash without its shared networks": ("glm4_moe_lite", lambda c: mixtures_with(c, shared=None)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
     "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),
@@ -117,5 +158,15 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "logits not scaled": ("grok1", lambda c: replace(c, logit_scale=1.0)),
     "embeddings not scaled": ("grok1", lambda c: replace(c, embedding_scale=1.0)),
 }
-FINER_THAN_BF16 = {"epsilon 3e-5", "q and k normed with another epsilon", "tanh gelu", "exact gelu", "no soft cap"}
+FINER_THAN_BF16 = {
+    "groups of DeepSeek-V2 by their two best",
+    "latents normed with another epsilon",
+    "epsilon 3e-5",
+    "q and k normed with another epsilon",
+    "tanh gelu",
+    "exact gelu",
+    "no soft cap",
+    "layers with a window scaled too",
+    "longrope without its stretch",
+}
 """Mistakes smaller than bf16's own rounding: only float32 can show them."""

@@ -85,11 +85,15 @@ def scaled(turn: Array, theta: float, scaling: Config | None) -> tuple[Array, fl
     """
     if scaling is None:
         return turn, 1.0
+    if (
+        scaling.get("type") == "longrope"
+    ):  # of which the longer list is taken, as texts are longer than the first context
+        return turn / np.array(scaling["long_factor"]), scaling["long_mscale"]
     factor = scaling["factor"]
-    if scaling["rope_type"] == "linear":
+    if scaling.get("rope_type") == "linear":
         return turn / factor, 1.0
     context = scaling["original_max_position_embeddings"]
-    if scaling["rope_type"] == "llama3":
+    if scaling.get("rope_type") == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         rounds = context * turn / (2 * math.pi)
         smooth = np.clip((rounds - low) / (high - low), 0, 1)
@@ -104,7 +108,15 @@ def scaled(turn: Array, theta: float, scaling: Config | None) -> tuple[Array, fl
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * pairs - 1)
     ramp = np.clip((np.arange(pairs) - first) / max(last - first, 0.001), 0, 1)
-    return turn * (1 - ramp) + turn / factor * ramp, 0.1 * math.log(factor) + 1
+    length = 0.1 * math.log(factor) + 1
+    if "mscale" in scaling:
+        length = (0.1 * scaling["mscale"] * math.log(factor) + 1) / mscale(scaling)
+    return turn * (1 - ramp) + turn / factor * ramp, length
+
+
+def mscale(scaling: Config | None) -> float:
+    """What DeepSeek multiplies a query and a key by under YaRN, besides the turning part's own length."""
+    return 0.1 * scaling["mscale_all_dim"] * math.log(scaling["factor"]) + 1 if scaling and "mscale" in scaling else 1.0
 
 
 def attend(
@@ -193,15 +205,25 @@ def dbrx(w: Weights, c: Config, tokens: Sequence[int]) -> tuple[Array, Array]:
     return np.array(logits), probabilities
 
 
+AFTER = ("olmo2", "olmo3", "flex_olmo")
+"""Models whose norms are behind attention and network."""
+
+
 def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
     """The attention branch of LLaMA and its kin, norm included: (T, D) -> (T, D)."""
-    a = np.array([rms_norm(x, w[layer + "input_layernorm.weight"], c["rms_norm_eps"]) for x in h])
+    if c["model_type"] in AFTER:
+        a = h
+    elif c["model_type"] == "phimoe":
+        norm = w[layer + "input_layernorm.weight"], c["rms_norm_eps"]
+        a = np.array([layer_norm(x, *norm) + w[layer + "input_layernorm.bias"] for x in h])
+    else:
+        a = np.array([rms_norm(x, w[layer + "input_layernorm.weight"], c["rms_norm_eps"]) for x in h])
     q, k, v = (
         a @ w[f"{layer}self_attn.{name}_proj.weight"].T + w.get(f"{layer}self_attn.{name}_proj.bias", 0)
         for name in "qkv"
     )
     n_heads, n_kv = c["num_attention_heads"], c["num_key_value_heads"]
-    if c["model_type"] in ("olmoe", "minimax_m2"):  # norms of the whole vectors
+    if c["model_type"] in ("olmoe", "minimax_m2", *AFTER):  # norms of the whole vectors
         q, k = (
             np.array([rms_norm(row, w[f"{layer}self_attn.{name}_norm.weight"], c["rms_norm_eps"]) for row in x])
             for name, x in (("q", q), ("k", k))
@@ -236,6 +258,8 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
         options["normed"] = lambda head, name: rms_norm(
             head, w[f"{layer}self_attn.{name}_layernorm.weight"], c["rms_norm_eps"]
         )
+    if c["model_type"] == "olmo3" and slides:  # which the scaling is not for
+        options["scaling"] = None
     options["sinks"] = w.get(layer + "self_attn.sinks")
     mixed = attend(q, k, v, theta=turns, window=window, **options)
     return mixed @ w[layer + "self_attn.o_proj.weight"].T + w.get(layer + "self_attn.o_proj.bias", 0)
@@ -305,6 +329,108 @@ def sigmoid_mixture(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
                 whole = score[chosen].sum() if c["norm_topk_prob"] else 1.0
                 shares = {f"experts.{e}.": c["routed_scaling_factor"] * score[e] / whole for e in chosen}
                 shares["shared_experts."] = 1.0
+            h[t] += of_networks(w, layer + "mlp.", shares, m)
+    return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def olmo2(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """OLMo 2 and 3 and FlexOlmo, whose experts' weights are the softmax's: logits (T, V)."""
+    eps = c["rms_norm_eps"]
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        mixed = llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            h[t] += rms_norm(mixed[t], w[layer + "post_attention_layernorm.weight"], eps)
+            shares = {"": 1.0}
+            if c["model_type"] == "flex_olmo":
+                p = softmax(w[layer + "mlp.gate.weight"] @ h[t])
+                shares = {f"experts.{e}.": p[e] for e in np.argsort(-p, kind="stable")[: c["num_experts_per_tok"]]}
+            out = of_networks(w, layer + "mlp.", shares, h[t])
+            h[t] += rms_norm(out, w[layer + "post_feedforward_layernorm.weight"], eps)
+    return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def phimoe(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Phi-3.5-MoE: logits (T, V)."""
+
+    def norm(x: Array, name: str) -> Array:
+        return layer_norm(x, w[name + ".weight"], c["rms_norm_eps"]) + w[name + ".bias"]
+
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = norm(h[t], layer + "post_attention_layernorm")
+            logits = w[layer + "block_sparse_moe.gate.weight"] @ m
+            left = list(range(c["num_local_experts"]))
+            for _ in range(2):
+                best = max(left, key=lambda e: logits[e])
+                reach = 2 * c["router_jitter_noise"]
+                near = [e for e in left if logits[best] - logits[e] <= reach * max(abs(logits[e]), logits[best])]
+                share = 1 / sum(math.exp(logits[e] - logits[best]) for e in near)
+                w1, w2, w3 = (w[f"{layer}block_sparse_moe.experts.{best}.w{n}.weight"] for n in (1, 2, 3))
+                h[t] += share * (w2 @ (silu(w1 @ m) * (w3 @ m)))
+                left.remove(best)
+    return np.array([w["lm_head.weight"] @ norm(x, "model.norm") + w["lm_head.bias"] for x in h])
+
+
+def latent_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
+    """Multi-head latent attention with every head's keys and values made whole (arXiv 2405.04434, equations 9 to 19)."""
+    where, eps = layer + "self_attn.", 1e-6  # of the latents, whatever rms_norm_eps says
+    a = np.array([rms_norm(x, w[layer + "input_layernorm.weight"], c["rms_norm_eps"]) for x in h])
+    n_heads, nope, turning = c["num_attention_heads"], c["qk_nope_head_dim"], c["qk_rope_head_dim"]
+    rank, v_dim, theta, scaling = c["kv_lora_rank"], c["v_head_dim"], c["rope_theta"], c.get("rope_scaling")
+    if c["q_lora_rank"] is None:
+        q = a @ w[where + "q_proj.weight"].T
+    else:
+        low = [rms_norm(x, w[where + "q_a_layernorm.weight"], eps) for x in a @ w[where + "q_a_proj.weight"].T]
+        q = np.array(low) @ w[where + "q_b_proj.weight"].T
+    q = heads(q, n_heads)
+    down = a @ w[where + "kv_a_proj_with_mqa.weight"].T
+    latents = np.array([rms_norm(x, w[where + "kv_a_layernorm.weight"], eps) for x in down[:, :rank]])
+    up = heads(latents @ w[where + "kv_b_proj.weight"].T, n_heads)
+    out = np.zeros((len(h), n_heads, v_dim))
+    shared = [rotate(x, s, theta, scaling, side_by_side=True) for s, x in enumerate(down[:, rank:])]
+    for t in range(len(h)):
+        for n in range(n_heads):
+            query = np.concatenate((q[t, n, :nope], rotate(q[t, n, nope:], t, theta, scaling, side_by_side=True)))
+            keys = [np.concatenate((up[s, n, :nope], shared[s])) for s in range(t + 1)]
+            scores = np.array(keys) @ query * mscale(scaling) ** 2 / math.sqrt(nope + turning)
+            out[t, n] = softmax(scores) @ up[: t + 1, n, nope:]
+    return out.reshape(len(h), -1) @ w[where + "o_proj.weight"].T
+
+
+def deepseek_shares(w: Weights, c: Config, layer: str, m: Array) -> dict[str, Any]:
+    """How much each network of DeepSeek-V2's or V3's mixture counts."""
+    logits, top_k = w[layer + "mlp.gate.weight"] @ m, c["num_experts_per_tok"]
+    second = c["model_type"] == "deepseek_v2"
+    score = softmax(logits) if second else sigmoid(logits)
+    by = score if second else score + w[layer + "mlp.gate.e_score_correction_bias"]
+    groups = np.split(by, c["n_group"])
+    worth = np.array([max(group) if second else sum(sorted(group)[-2:]) for group in groups])
+    best = np.argsort(-worth, kind="stable")[: c["topk_group"]]
+    size = len(by) // c["n_group"]
+    closed = [e for e in range(len(by)) if e // size not in best]
+    by = by.copy()
+    by[closed] = -np.inf
+    chosen = np.argsort(-by, kind="stable")[:top_k]
+    whole = score[chosen].sum() if c["norm_topk_prob"] else 1.0
+    shares: dict[str, Any] = {f"experts.{e}.": c["routed_scaling_factor"] * score[e] / whole for e in chosen}
+    return shares | {"shared_experts.": 1.0}
+
+
+def deepseek(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """DeepSeek-V2 and V3, GLM-4.7-Flash: logits (T, V)."""
+    eps = c["rms_norm_eps"]
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + latent_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            shares = {"": 1.0} if i < c["first_k_dense_replace"] else deepseek_shares(w, c, layer, m)
             h[t] += of_networks(w, layer + "mlp.", shares, m)
     return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
 
@@ -495,7 +621,14 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "ernie4_5_moe": ernie,
     "hunyuan_v1_moe": hunyuan,
     "minimax_m2": minimax,
+    "olmo2": olmo2,
+    "olmo3": olmo2,
+    "flex_olmo": olmo2,
+    "phimoe": phimoe,
     "qwen2_moe": fine_grained,
+    "deepseek_v2": deepseek,
+    "deepseek_v3": deepseek,
+    "glm4_moe_lite": deepseek,
     "mpt": mpt,
 }
 """Logits by ``model_type``."""

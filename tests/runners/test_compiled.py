@@ -16,12 +16,13 @@ from quadriga.model.config import ModelConfig, RopeSpec
 from quadriga.nn.context import PackedContext
 from quadriga.nn.moe import RouterStats
 from quadriga.nn.transformer import Transformer, random_parameters
+from quadriga.quant.packed import OF_BLOCKS
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.runners.torch import TorchRunner
 from tests.batches import batch, logits_of, passed
 from tests.checkpoint.models import TINY
 from tests.nn.routing import exact, row_errors, worst_lag
-from tests.tolerance import KERNEL_ROUNDINGS, faults, relative_error
+from tests.tolerance import faults, kernel_roundings, relative_error
 
 BLOCK = 16
 HERE = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1]
@@ -35,6 +36,7 @@ FAMILIES = {
     "dbrx-vote": TINY["dbrx"].with_ffn(aggregate="vote"),
     "dbrx-fuse": TINY["dbrx"].with_ffn(aggregate="fuse", normalize_p=2.0),
     "alibi-groups": TINY["mpt"].with_mixer(n_kv_heads=2),
+    "latent-groups": TINY["deepseek_v3"].with_mixer(n_heads=35),  # of 18 and 17 heads
     "relu-wide-heads": TINY["llama2"].with_mixer(head_dim=40),
 }
 
@@ -84,7 +86,7 @@ def check(
 def judge(got: Tensor, choices: list[RouterStats], plain: Transformer, tokens: list[int], unit: float) -> None:
     """See :func:`check`."""
     reference, free = exact(plain, plain.config, tokens, choices)
-    bound = relative_error(torch.bfloat16, plain.config, len(tokens), KERNEL_ROUNDINGS) * unit / 2**-8
+    bound = relative_error(torch.bfloat16, plain.config, len(tokens), kernel_roundings(plain.config)) * unit / 2**-8
     assert faults(row_errors(got, reference), worst_lag(choices, free), bound, tail=4) == []
 
 
@@ -106,7 +108,7 @@ def test_equals_the_plain_model_in_float32(family: str, isa: str) -> None:
 
 @pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize(("form", "bits"), FORMATS)
-@pytest.mark.parametrize("family", ["dbrx", "mixtral", "llama2", "mpt", "grok1"])
+@pytest.mark.parametrize("family", ["dbrx", "mixtral", "llama2", "mpt", "grok1", "deepseek_v3"])
 def test_equals_the_plain_model_in_every_format(family: str, form: str, bits: str, isa: str) -> None:
     config = FAMILIES[family]
     activations = "auto" if bits == "bfloat16" else bits
@@ -114,8 +116,16 @@ def test_equals_the_plain_model_in_every_format(family: str, form: str, bits: st
     check(compiled, sequence(6, 41), [3, 9, 0], plain, UNIT[bits])
 
 
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("form", OF_BLOCKS)
+def test_equals_the_plain_model_in_formats_of_blocks(form: str, isa: str) -> None:
+    for bits in ("int8", "int16"):
+        compiled, plain = make(FAMILIES["dbrx"], form, isa=isa, activations=bits)
+        check(compiled, sequence(6, 41), [3, 9, 0], plain, UNIT[bits])
+
+
 @pytest.mark.parametrize("kv_format", ["float32", "bfloat16", "q8"])
-@pytest.mark.parametrize("family", ["dbrx", "mpt", "grok1"])
+@pytest.mark.parametrize("family", ["dbrx", "mpt", "grok1", "latent-groups"])
 def test_cache_formats(family: str, kv_format: str) -> None:
     """800 tokens are four chunks of 256 keys, in one pass and in many: single tokens, few and many, in every chunk."""
     config = replace(FAMILIES[family], max_seq_len=1024)
@@ -137,7 +147,19 @@ def test_cache_formats(family: str, kv_format: str) -> None:
 @pytest.mark.parametrize(("form", "bits"), [("float32", "auto"), *FORMATS])
 def test_a_result_does_not_depend_on_the_batch(form: str, bits: str, kv_format: str, isa: str) -> None:
     """One by one, in chunks of any size, beside others, with another number of threads: the same bits."""
-    config = replace(FAMILIES["dbrx"], max_seq_len=1024)
+    same_in_every_batch(FAMILIES["dbrx"], form, bits, kv_format, isa)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("kv_format", ["float32", "bfloat16", "q8"])
+@pytest.mark.parametrize(("form", "bits"), [("bfloat16", "bfloat16"), ("q4", "int8")])
+def test_a_result_of_latents_does_not_depend_on_the_batch(form: str, bits: str, kv_format: str, isa: str) -> None:
+    same_in_every_batch(FAMILIES["latent-groups"], form, bits, kv_format, isa)
+
+
+def same_in_every_batch(config: ModelConfig, form: str, bits: str, kv_format: str, isa: str) -> None:
+    """See the tests above."""
+    config = replace(config, max_seq_len=1024)
     tokens, other = sequence(8, 300), sequence(9, 45)
     blocks, others = list(range(5, 25)), [30, 31, 32]
 
@@ -217,6 +239,8 @@ MIXTURES = {
     "every expert another": ["float32", "bfloat16", "q8", "mx4", "q4m"],
     "floats beside integers": ["q8", "bfloat16", "q8", "float32", "q4"],
     "integers": ["q4", "q8", "q4m", "q4", "q8"],
+    "blocks of 256": ["q4k", "q6k", "q2k", "iq4xs", "q8"],
+    "blocks with other blocks": ["q3k", "q5k", "iq4nl", "q4", "bfloat16"],
 }
 
 

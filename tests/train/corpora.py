@@ -72,7 +72,7 @@ def recipe(path: Path, **changes: Any) -> Recipe:
     return from_table(table | changes, Recipe, "test")
 
 
-def write_shards(root: Path, documents: dict[str, list[list[list[int]]]], n_vocab: int = 97) -> Path:
+def write_shards(root: Path, documents: dict[str, list[list[list[int]]]], n_vocab: int = 97, sums: bool = True) -> Path:
     """Write a corpus of given ids (domain -> shards -> documents); the end id 0 is added to each document."""
     tokenizer_files = [FileEntry(path="tokenizer.json", n_bytes=2, sha256=write_tokenizer(root))]
     tokenizer = TokenizerEntry(files=tokenizer_files, n_vocab=n_vocab, end_id=0, dtype="<u2")
@@ -85,7 +85,9 @@ def write_shards(root: Path, documents: dict[str, list[list[list[int]]]], n_voca
             ends = np.cumsum([len(document) for document in ids]).astype("<i8")
             origin = np.zeros(len(ids), dtype=corpus_format.ORIGIN)
             files = []
-            for what, array in (("tokens", np.concatenate(ids)), ("ends", ends), ("origin", origin)):
+            tokens = np.concatenate(ids)
+            arrays = {"tokens": tokens, "ends": ends, "origin": origin, "sums": corpus_format.block_sums(tokens)}
+            for what, array in list(arrays.items())[: 3 + sums]:
                 size, digest = write_array(root / f"{name}.{what}.npy", array)
                 files.append(FileEntry(path=f"{name}.{what}.npy", n_bytes=size, sha256=digest))
             entry = ShardEntry(

@@ -23,6 +23,7 @@ from quadriga.train.chat_data import (
     problem,
     read,
     text_examples,
+    tools_of,
 )
 from quadriga.train.packing import ExampleSource
 from tests.text.vocabularies import write_bpe
@@ -103,17 +104,123 @@ def test_preferences_learn_from_the_last_answer_only(tokenizer: Tokenizer) -> No
         preference({"prompt": "a", "chosen": "b", "rejected": "b"}, tokenizer, 400)
 
 
+# Tools and parts ------------------------------------------------------------------------------------------------------
+
+HERMES = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rom"}'}}
+WITH_TOOLS = {
+    "tools": [{"type": "function", "function": WEATHER}],
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Sun in "}, {"type": "text", "text": "Rom?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+        {"role": "assistant", "content": "Yes."},
+    ],
+}
+
+
+def learned(one: Example, tokenizer: Tokenizer) -> str:
+    """The answers without the line break that this template writes behind each turn."""
+    return tokenizer.decode([t for t in one.targets if t != IGNORE]).replace("\n", "")
+
+
+def sft(row: dict[str, Any], tokenizer: Tokenizer, template: str = HERMES) -> Example:
+    return example(conversation(row), tokenizer, 900, template, tools=tools_of(row))
+
+
+def test_calls_of_tools_are_learned_and_their_results_are_not(tokenizer: Tokenizer) -> None:
+    one = sft(WITH_TOOLS, tokenizer)
+    call = '<tool_call>{"name": "weather", "arguments": {"city": "Rom"}}</tool_call>'
+    assert learned(one, tokenizer) == f"{call}Yes."
+    text = tokenizer.decode(one.ids)
+    assert "Sun in Rom?" in text and "sunny" in text and '"properties"' in text
+
+
+def test_sharegpts_calls_and_tools_as_text_are_the_same(tokenizer: Tokenizer) -> None:
+    shared = {
+        "tools": json.dumps([WEATHER]),
+        "conversations": [
+            {"from": "human", "value": "Sun in Rom?"},
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rom"}}'},
+            {"from": "observation", "value": "sunny"},
+            {"from": "gpt", "value": "Yes."},
+        ],
+    }
+    assert sft(shared, tokenizer) == sft(WITH_TOOLS, tokenizer)
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learned(tokenizer: Tokenizer) -> None:
+    turns = [dict(turn) for turn in WITH_TOOLS["messages"]]
+    turns[1]["weight"] = 0
+    one = sft({**WITH_TOOLS, "messages": turns}, tokenizer)
+    assert one.ids == sft(WITH_TOOLS, tokenizer).ids and learned(one, tokenizer) == "Yes."
+    turns[3]["weight"] = 0
+    with pytest.raises(BadRowError, match="no answer to learn"):
+        sft({**WITH_TOOLS, "messages": turns}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"content": [{"type": "image_url", "image_url": {}}]}, "content has a part that is not text: 'image_url'"),
+        ({"tool_calls": [CALL]}, "only the assistant makes tool calls"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1"}}]}, "a tool call needs"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, "a turn has function_call"),
+        ({"role": "assistant", "weight": 0.5}, "the weight of a turn is 0 or 1"),
+    ],
+)
+def test_turns_that_cannot_be_learned_say_why(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRowError, match=reason):
+        conversation({"messages": [{"role": "user", "content": "x"} | change]})
+
+
+@pytest.mark.parametrize("tools", ["{", [1], [{"type": "function"}], "5"])
+def test_tools_that_are_none_say_why(tools: object) -> None:
+    with pytest.raises(BadRowError, match="tools is not"):
+        tools_of({"tools": tools})
+
+
+def test_a_template_that_leaves_tools_or_calls_out_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(BadRowError, match="does not write tools: 'weather' is not in its text"):
+        sft(WITH_TOOLS, tokenizer, "chatml")
+    with pytest.raises(BadRowError, match="does not write calls of tools: 'weather'"):
+        sft({"messages": WITH_TOOLS["messages"]}, tokenizer, "chatml")
+
+
+def test_preferences_learn_every_turn_that_differs_and_repeat_no_question(tokenizer: Tokenizer) -> None:
+    asked = [{"role": "user", "content": "Sun?"}, {"role": "assistant", "content": "Where?"}]
+    rome = {"role": "user", "content": "Rom"}
+    last = WITH_TOOLS["messages"][1:]
+    rejected = [{"role": "assistant", "content": "No idea"}]
+    tools = WITH_TOOLS["tools"]
+    for row in (
+        {"messages": [*asked, rome], "chosen": last, "rejected": rejected},
+        {"prompt": [*asked, rome], "chosen": [*asked, rome, *last], "rejected": [*asked, rome, *rejected]},
+        {"chosen": [*asked, rome, *last], "rejected": [*asked, rome, *rejected]},
+    ):
+        one = preference({**row, "tools": tools}, tokenizer, 900, HERMES)
+        assert "weather" in learned(one.chosen, tokenizer) and learned(one.chosen, tokenizer).endswith("Yes.")
+        assert learned(one.rejected, tokenizer) == "No idea"
+        assert tokenizer.decode(one.chosen.ids).count("Sun?") == 1
+
+
 def test_problem_prompts_end_where_the_answer_starts(tokenizer: Tokenizer) -> None:
     one = problem({"question": "2 + 2?", "answer": "It is\n#### 4"}, tokenizer, 100)
     assert one.answer.endswith("#### 4")
     assert tokenizer.encode("assistant")[0] in one.ids[-8:] and one.ids[-1] == tokenizer.encode("\n")[-1]
 
 
-def test_text_is_cut_and_every_token_but_the_first_is_a_target(tokenizer: Tokenizer) -> None:
+def test_text_is_cut_and_every_token_but_the_first_is_a_target_and_its_end_is_one(tokenizer: Tokenizer) -> None:
     text = "The quick brown fox jumps over the lazy dog. " * 5
     ids = tokenizer.encode(text)
-    parts = text_examples({"text": text}, tokenizer, 16)
-    assert [t for part in parts for t in part.targets] == ids[1:]
+    parts = text_examples({"text": text}, tokenizer, 16, end_id=0)
+    assert [t for part in parts for t in part.targets] == [*ids[1:], 0]
     assert all(len(part.ids) <= 16 for part in parts)
 
 
@@ -125,6 +232,7 @@ def test_bad_rows_are_counted_and_too_many_are_an_error(tmp_path: Path, tokenize
     found = read([tmp_path / "rows.jsonl"], lambda row: example(conversation(row), tokenizer, 400), rejects)
     assert len(found) == 2 and rejects.n == 4
     assert rejects.first[0] == "rows.jsonl:2: not JSON" and "unknown columns" in rejects.reasons
+    assert str(rejects).startswith("1 rows skipped: not JSON (rows.jsonl:2); 1 rows skipped: not a JSON object")
     with pytest.raises(CorpusError, match=r"4 rows cannot be used, but data.max_bad_rows is 3"):
         read([tmp_path / "rows.jsonl"], lambda row: example(conversation(row), tokenizer, 400), Rejects(limit=3))
     with pytest.raises(CorpusError, match=r"no row of rows.jsonl can be used"):

@@ -201,7 +201,7 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
     raw[-1] ^= 0x80  # the high byte of the last id
     file.write_bytes(bytes(raw))
     source = open_source(_config(corpus, StageConfig(tokens=96, seq_len=12, batch_tokens=24)))
-    with pytest.raises(CorpusError, match="outside the vocabulary"):
+    with pytest.raises(CorpusError, match="was changed: ids from 0 on"):
         source.streams[0].read(0, source.streams[0].n_tokens)
     assert Corpus(corpus).verify() == ["train/aa/00000.tokens.npy"]
 
@@ -266,3 +266,34 @@ def test_counts_of_tokens() -> None:
     for bad in ("", "many", "-3", 0, "0", "1KiB", True):
         with pytest.raises(ConfigError, match="must look like"):
             parse_count(bad)
+
+
+def test_ids_are_checked_as_they_are_read(tmp_path: Path) -> None:
+    """64 KiB at a time: a changed byte is found when its block is read, whatever was read before."""
+    documents = {"a": [[[1 + i % 96 for i in range(100)] for _ in range(900)]]}
+    root = write_shards(tmp_path / "sums", documents)
+    plain = write_shards(tmp_path / "none", documents, sums=False)
+    assert Corpus(root).manifest.fingerprint == Corpus(plain).manifest.fingerprint, "sums follow from the ids"
+    for folder in (root, plain):
+        file = folder / "train/a/00000.tokens.npy"
+        raw = bytearray(file.read_bytes())
+        raw[len(raw) - 2 * (90900 - 70000)] ^= 2  # a bit of token 70,000, in the third block of 32,768
+        file.write_bytes(raw)
+    stream = Stream([Corpus(root)], "a", "train")
+    assert stream.read(0, 65536)[0][:3].tolist() == [1, 2, 3]
+    for start in (65536, 90000):
+        with pytest.raises(CorpusError, match=r"00000\.tokens\.npy was changed: ids from 65536 on"):
+            stream.read(start, 5)
+    with pytest.raises(CorpusError, match=r"00000\.tokens\.npy was changed: its sha256"):
+        Stream([Corpus(plain)], "a", "train").read(0, 5)
+
+
+@pytest.mark.parametrize("part", ["ends", "sums"])
+def test_a_shards_ends_and_sums_are_checked_when_it_is_opened(tmp_path: Path, part: str) -> None:
+    root = write_shards(tmp_path, {"a": [[[1, 2, 3], [4, 5]]]})
+    file = root / f"train/a/00000.{part}.npy"
+    raw = bytearray(file.read_bytes())
+    raw[128] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(CorpusError, match=rf"00000\.{part}\.npy was changed"):
+        Stream([Corpus(root)], "a", "train").read(0, 3)

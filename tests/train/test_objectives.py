@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,12 @@ def pair_batch() -> tuple[TrainingBatch, list[tuple[list[int], int]]]:
     return batch, documents
 
 
-def naive_logp(model: Transformer, ids: list[int], prompt: int) -> Tensor:
-    """Sum of the log-probabilities of an answer, with the document run alone."""
-    logits = model(torch.tensor(ids), PackedContext([len(ids)])).logits
+def naive_logp(
+    model: Transformer, ids: list[int], prompt: int, temperature: float = 1.0, never: Sequence[int] = ()
+) -> Tensor:
+    """Log-probabilities of an answer's tokens, with the document run alone."""
+    logits = model(torch.tensor(ids), PackedContext([len(ids)])).logits / temperature
+    logits = logits.index_fill(1, torch.tensor(never, dtype=torch.int64), -math.inf)
     return logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[prompt - 1 :, 0]
 
 
@@ -139,12 +143,17 @@ def test_orpo_and_its_gradient_are_the_papers() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-12)
 
 
-def test_grpo_is_the_advantage_weighted_gradient_and_the_k3_penalty() -> None:
+@pytest.mark.parametrize("with_copy", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_grpo_is_the_advantage_weighted_gradient_and_the_k3_penalty(temperature: float, with_copy: bool) -> None:
     _, documents = pair_batch()
     model, base = adapted(), model_of("mixtral")
+    said = {token for ids, prompt in documents for token in ids[prompt:]}
+    never = [token for token in range(40, 97) if token not in said]
     objective = GRPO(
-        Reference(None), lambda *_: 0.0, n_samples=2, max_new_tokens=1, temperature=1.0, kl_weight=0.4, end_ids=()
-    )
+        Reference(base if with_copy else None), lambda *_: 0.0, n_samples=2, max_new_tokens=1, temperature=temperature,
+        kl_weight=0.4, end_ids=(), unused=never,
+    )  # fmt: skip
     rolled = _answers([(ids[:prompt], ids[prompt:]) for ids, prompt in documents], torch.device("cpu"))
     advantages = torch.tensor([1.5, -0.5, 0.0, 2.0], dtype=torch.float64)
     loss = objective.loss(model, rolled, advantages)
@@ -154,9 +163,9 @@ def test_grpo_is_the_advantage_weighted_gradient_and_the_k3_penalty() -> None:
     wanted = torch.zeros((), dtype=torch.float64)
     policy = torch.zeros((), dtype=torch.float64)
     for (ids, prompt), a in zip(documents, advantages, strict=True):
-        logp = naive_logp(model, ids, prompt)
+        logp = naive_logp(model, ids, prompt, temperature, never)
         with torch.no_grad():
-            reference = naive_logp(base, ids, prompt)
+            reference = naive_logp(base, ids, prompt, temperature, never)
         kl = torch.exp(reference - logp) - (reference - logp) - 1
         assert (kl >= 0).all()
         wanted = wanted + (-a + 0.4 * kl.mean()) / 2
@@ -165,6 +174,29 @@ def test_grpo_is_the_advantage_weighted_gradient_and_the_k3_penalty() -> None:
     policy.backward()
     for mine, theirs in zip(got, gradients(model), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_grpo_follows_the_gradient_of_the_expected_reward_of_what_is_drawn(temperature: float) -> None:
+    """Every answer of one token, weighted by the probability with which ``sample`` draws it: no estimate is left."""
+    model = adapted()
+    prompt, unused, end = [5, 9, 11], list(range(70, 97)), 80
+    drawn = [token for token in range(97) if token not in unused or token == end]
+    rewards = torch.tensor([((7 * token) % 13) / 13 for token in drawn], dtype=torch.float64)
+    logits = model(torch.tensor(prompt), PackedContext([3])).logits[-1, drawn]
+    probabilities = (logits / temperature).softmax(-1)
+    (probabilities * rewards).sum().backward()
+    wanted = [g.clone() for g in gradients(model)]
+    model.zero_grad()
+    objective = GRPO(
+        Reference(None), lambda *_: 0.0, n_samples=len(drawn), max_new_tokens=1, temperature=temperature, kl_weight=0.0,
+        end_ids={end}, unused=unused,
+    )  # fmt: skip
+    rolled = _answers([(prompt, [token]) for token in drawn], torch.device("cpu"))
+    weights = len(drawn) * probabilities.detach() * rewards
+    objective.loss(model, rolled, weights).backward()
+    for mine, theirs in zip(gradients(model), wanted, strict=True):
+        torch.testing.assert_close(mine, -theirs, rtol=1e-6, atol=1e-12)
 
 
 def test_grpo_raises_the_reward(tmp_path: Path) -> None:

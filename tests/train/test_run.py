@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
+import typer
 from typer.testing import CliRunner
 
 from quadriga import runtime
@@ -22,12 +26,13 @@ from quadriga.hub import catalogue
 from quadriga.io.open import open_checkpoint
 from quadriga.nn.load import load_parameters
 from quadriga.train import report
-from quadriga.train.config import RunConfig, parse_toml
+from quadriga.train.config import LogSection, RunConfig, parse_toml
 from quadriga.train.export import export
 from quadriga.train.held_out import HeldOutLoss
-from quadriga.train.metrics import FILE, MetricsFile, TensorBoard, read
+from quadriga.train.metrics import FILE, MetricsFile, read
 from quadriga.train.run import train
 from quadriga.train.run_directory import RunDirectory
+from quadriga.train.trackers import TensorBoard, trackers
 from quadriga.train.trainer import StepReport
 from quadriga.train.view import duration, load_bars, sparkline
 from tests.train.corpora import prose
@@ -104,6 +109,20 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _config(run: Path, corpus: Path, extra: str = "") -> RunConfig:
     return parse_toml((RUN.format(run=run, corpus=corpus) + extra).encode(), RunConfig)
+
+
+def test_torchruns_own_options_swallow_none_of_ours() -> None:
+    """torchrun looks through the whole command line, and takes what begins as one of its options for that one."""
+    theirs = torch.distributed.run.get_args_parser()
+    for command in ("train", "tune"):
+        found = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+        ours = [
+            max((o for o in p.opts if o.startswith("--")), key=len) for p in found.params if p.opts[0].startswith("-")
+        ]
+        assert "--run-folder" in ours and "--allow-change" in ours
+        for option in ours:
+            taken = theirs.parse_args(["--nproc-per-node", "2", "-m", "quadriga", command, "x.toml", option])
+            assert taken.training_script_args == [command, "x.toml", option]
 
 
 def _weights(run: Path) -> bytes:
@@ -259,6 +278,80 @@ def test_tensorboard_files_are_written(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 1.5)]
     assert [(e.step, e.value) for e in events.Scalars("train/tokens_per_s")] == [(3, 4.0)]
     assert [(e.step, e.value) for e in events.Scalars("held_out/a")] == [(4, 2.5)]
+
+
+class Recorder(types.ModuleType):
+    """A module whose every call is written down: in place of wandb and mlflow, which need a server."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.calls: list[tuple[str, tuple[object, ...], dict[str, object]]] = []
+        self.id = "id-1"
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in ("info", "summary"):
+            return self
+
+        def call(*args: object, **kwargs: object) -> Recorder:
+            self.calls.append((name, args, kwargs))
+            return self
+
+        return call
+
+    run_id = "id-1"
+
+    def of(self, name: str) -> list[tuple[tuple[object, ...], dict[str, object]]]:
+        return [(args, kwargs) for called, args, kwargs in self.calls if called == name]
+
+
+def test_wandb_and_mlflow_are_sent_every_step_under_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb, mlflow = Recorder("wandb"), Recorder("mlflow")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    report = StepReport(
+        step=3, loss=1.5, norm=1.0, rate=0.5, tokens=8, tokens_seen=8, flops=1.0, seconds=2.0, verdict=None
+    )
+    for _ in range(2):  # the second time as a resumed run
+        for tracker in trackers(LogSection(wandb="project", mlflow="trial"), tmp_path, 0, {"seed": 1}):
+            tracker.on_step(report)
+            tracker.on_evaluation(4, {"a b": HeldOutLoss(2.5, None)}, {"p": "t"})
+            tracker.on_event(4, "word")
+            tracker.close()
+    scalars = {"train/loss": 1.5, "train/norm": 1.0, "train/rate": 0.5, "train/tokens_per_s": 4.0}
+    assert wandb.of("log")[:2] == [(({"step": 3, **scalars},), {}), (({"step": 4, "held_out/a b": 2.5},), {})]
+    assert [kwargs["id"] for _, kwargs in wandb.of("init")] == [None, "id-1"] and len(wandb.of("finish")) == 2
+    assert mlflow.of("log_metrics")[:2] == [
+        ((scalars,), {"step": 3, "synchronous": False}),
+        (({"held_out/a_b": 2.5},), {"step": 4, "synchronous": False}),
+    ]
+    assert [kwargs for _, kwargs in mlflow.of("start_run")] == [{"run_name": tmp_path.name}, {"run_id": "id-1"}]
+    assert mlflow.of("log_dict")[0] == (({"seed": 1}, "config.json"), {})
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=f"log.{name} needs the {name}"):
+        trackers(LogSection(**{name: "x"}), tmp_path, 0, {})
+
+
+def test_launch_files_call_what_there_is() -> None:
+    """Every option after `quadriga train` is one, and what begins with -- before it is torchrun's."""
+    theirs = torch.distributed.run.get_args_parser()
+    launch = ROOT / "recipes" / "launch"
+    assert subprocess.run(["bash", "-n", str(launch / "slurm.sbatch")]).returncode == 0
+    slurm = (launch / "slurm.sbatch").read_text().replace("\\\n", " ")
+    line = next(line for line in slurm.splitlines() if "torchrun" in line and "srun" in line)
+    words = shlex.split(line.replace('"$@" &', "").partition("torchrun")[2])
+    words = ["1" if word in ("$SLURM_JOB_NUM_NODES", "$per_node") else word for word in words]
+    assert theirs.parse_args(words).training_script_args == ["train", "$config"]
+    plain = re.findall(r"^            - (\S+)$", (launch / "kubernetes.yaml").read_text(), re.M)
+    assert theirs.parse_args(plain).training_script_args == ["train", "/runs/run.toml"]
+    kubeflow = re.search(r"command: \[torchrun, (.*)\]", (launch / "kubeflow.yaml").read_text())
+    assert kubeflow is not None
+    assert theirs.parse_args(kubeflow[1].split(", ")).training_script_args == ["train", "/runs/run.toml"]
 
 
 def test_ticks_and_thinning() -> None:

@@ -15,7 +15,7 @@ from quadriga.model.cost import n_params
 from quadriga.train.config import GuardSection, RunConfig, ScheduleSection, parse_toml, read_toml
 from quadriga.train.guard import SpikeGuard
 from quadriga.train.initialise import model_config
-from quadriga.train.schedule import bias_share, learning_rate_share
+from quadriga.train.schedule import bias_share, learning_rate_share, unreached
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.toml"))
 
@@ -105,6 +105,16 @@ def test_schedules() -> None:
     assert shares[89] == pytest.approx(0.5)
     assert shares[99] == 0.0
     assert learning_rate_share(50, 100, ScheduleSection(kind="constant", warmup_steps=0)) == 1.0
+
+
+def test_a_warm_up_that_is_cut_off_is_said() -> None:
+    assert unreached(100, ScheduleSection(warmup_steps=99)) is None
+    assert "ends at 12% of its peak" in str(unreached(12, ScheduleSection(warmup_steps=100)))
+    wsd = ScheduleSection(kind="wsd", warmup_steps=81, decay_share=0.2)
+    assert "the decay begins at step 80 of 100" in str(unreached(100, wsd))
+    assert unreached(101, wsd) is None
+    shares = [learning_rate_share(step, 100, wsd) for step in range(79, 83)]
+    assert shares[:3] == pytest.approx([80 / 81, 1.0, 0.1 + 0.9 * 0.9]), "a drop after the warm-up's last step"
 
 
 def test_the_bias_fades_to_zero() -> None:

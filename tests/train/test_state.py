@@ -17,9 +17,11 @@ import torch
 from quadriga import runtime
 from quadriga.errors import CheckpointError, TrainingError
 from quadriga.train import config as sections
+from quadriga.train import run_directory
 from quadriga.train.run_directory import MANIFEST, RunDirectory, newest, read_manifest
 from quadriga.train.shards import ShardReader, encode, parse_name
 from quadriga.train.storage import Files
+from quadriga.train.world import World
 from tests.train.runs import Record, Settings, bits, trainer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -112,9 +114,43 @@ def test_after_a_failed_operation_training_continues_from_the_last_good_checkpoi
             assert run.step == 3
         else:
             assert _whole_or_nothing(folder) == 3
-            assert any("last good one is kept" in event for event in record.events)
+            assert any("last good one is kept" in e or "saving again" in e for e in record.events)
         assert bits(run) == expected
         assert _whole_or_nothing(folder) >= 2
+
+
+class Full(Files):
+    """A disk that is full as long as there are more than two checkpoints, the one that is written among them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def about_to(self, operation: str, path: Path) -> None:
+        if operation == "write" and len(list(self.folder.glob("checkpoints/*"))) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_is_pruned_and_the_save_repeated_and_said(tmp_path: Path, asynchronous: bool) -> None:
+    section = sections.CheckpointSection(every=1, keep=3, asynchronous=asynchronous)
+    record = Record()
+    run = trainer(tmp_path, Settings(n_steps=5, checkpoint=section), files=Full(tmp_path), record=record)
+    assert run.train()
+    said = [event for event in record.events if "the disk is full" in event]
+    assert [line.partition("removed")[2] for line in said] == [
+        f" the checkpoints of steps {step}, and saving again" for step in (1, 2, 3)
+    ]
+    assert _whole_or_nothing(tmp_path) == 5 and RunDirectory(tmp_path).steps() == [4, 5]
+    assert not any("could not be saved" in event for event in record.events)
+
+
+def test_a_failed_save_is_said_at_once_and_not_at_the_next_one(tmp_path: Path) -> None:
+    section = sections.CheckpointSection(every=4, asynchronous=False)
+    record = Record()
+    run = trainer(tmp_path, Settings(n_steps=8, checkpoint=section), files=Failing(3, errno.EIO), record=record)
+    run.train(lambda: bool(record.events))
+    assert run.step == 6, "said after the step that follows, long before step 8"
+    assert RunDirectory(tmp_path).steps() == [6]
 
 
 def test_on_error_stop_ends_the_run(tmp_path: Path) -> None:
@@ -159,6 +195,11 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(saved: RunDirectory) -> 
     assert run.resume()
     assert run.step == 2
     assert any("was changed: its sha256" in event for event in record.events)
+    late = Record()
+    again = trainer(saved.path, SYNCHRONOUS)
+    assert again.resume()
+    again.listen([late])
+    assert late.events == record.events, "whoever listens after the resume hears of it too"
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.999])
@@ -192,6 +233,42 @@ def test_all_damaged_is_an_error_not_a_fresh_start(saved: RunDirectory) -> None:
         (saved.at(step) / "rank-00000.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no checkpoint of this run is intact"):
         trainer(saved.path, SYNCHRONOUS).resume()
+
+
+class Ranks(World):
+    """One of several ranks that share a folder; what the others say is computed by them before."""
+
+    def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
+        self.__dict__.setdefault("said", []).append(values.clone())
+        return [values]
+
+
+def test_each_file_is_verified_by_one_rank(saved: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, table = saved.at(3), json.loads((saved.at(3) / MANIFEST).read_text())
+    raw = (place / "rank-00000.safetensors").read_bytes()
+    for rank in range(1, 5):
+        (place / f"rank-{rank:05d}.safetensors").write_bytes(raw)
+        table["files"][f"rank-{rank:05d}.safetensors"] = table["files"]["rank-00000.safetensors"]
+    (place / MANIFEST).write_text(json.dumps(table))
+    (place / "rank-00004.safetensors").write_bytes(raw[:-1] + b"!")
+    read: dict[int, list[str]] = {}
+    digest = run_directory.file_digest
+    for rank in range(2):
+        monkeypatch.setattr(
+            run_directory,
+            "file_digest",
+            lambda path, rank=rank: (read.setdefault(rank, []).append(path.name), digest(path))[1],
+        )
+        world = Ranks(rank, 2, torch.device("cpu"))
+        if rank:
+            read_manifest(place, world)
+        else:
+            with pytest.raises(CheckpointError, match=r"rank-00004\.safetensors was changed"):
+                read_manifest(place, world)
+    assert read == {
+        0: [f"rank-0000{i}.safetensors" for i in (0, 2, 4)],
+        1: [f"rank-0000{i}.safetensors" for i in (1, 3)],
+    }
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:

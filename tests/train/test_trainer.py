@@ -155,6 +155,12 @@ def test_the_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
     assert [report.rate for report in record.steps] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, *fall])
 
 
+def test_a_warm_up_longer_than_the_run_is_an_event(tmp_path: Path) -> None:
+    record = Record()
+    trainer(tmp_path, Settings(n_steps=2, schedule=sections.ScheduleSection(warmup_steps=5)), record=record).train()
+    assert any("warning: schedule.warmup_steps is 5 in a run of 2 steps" in event for event in record.events)
+
+
 @pytest.mark.parametrize("micro_rows", [None, 2])
 def test_a_step_of_several_micro_steps_has_the_norm_of_the_whole_batch(tmp_path: Path, micro_rows: int | None) -> None:
     """The gradient is divided by the number of targets of all micro-steps, not of each."""
@@ -324,7 +330,55 @@ def test_other_data_other_seeds_other_models_are_refused(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="another model"):
         trainer(tmp_path, config=other).resume()
     with pytest.raises(CheckpointError, match="tensors are missing"):
-        trainer(tmp_path, Settings(ema=sections.EmaSection(decay=0.9))).resume()
+        trainer(tmp_path, Settings(ema=sections.EmaSection(decay=0.9))).resume(allow_change=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimiser": sections.OptimiserSection(learning_rate=2e-2)}, "optimiser.learning_rate was 0.01, is 0.02"),
+        ({"router": sections.RouterSection(z_loss=0.0)}, "router.z_loss was 0.001, is 0.0"),
+        ({"parallel": sections.ParallelSection(device="cpu", micro_rows=4)}, "parallel.micro_rows was None, is 4"),
+        ({"n_steps": 16}, "n_steps was 8, is 16"),  # a cosine's past changes with its end
+        ({"schedule": sections.ScheduleSection(warmup_steps=3)}, "schedule.warmup_steps was 2, is 3"),
+    ],
+)
+def test_settings_that_change_the_past_are_refused_unless_that_is_wanted(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    first = trainer(tmp_path)
+    first.train(lambda: first.step == 4)
+    record = Record()
+    settings = msgspec.structs.replace(Settings(), **change)
+    with pytest.raises(ConfigError, match=rf"settings differ .*{message}.* --allow-change"):
+        trainer(tmp_path, settings).resume()
+    run = trainer(tmp_path, settings, record=record)
+    assert run.resume(allow_change=True) and record.events == [f"setting changed: {message}"]
+    assert run.train()
+
+
+def test_settings_that_change_no_step_so_far_are_recorded(tmp_path: Path) -> None:
+    """Also a longer run of a schedule that has not begun to fall."""
+    wsd = sections.ScheduleSection(kind="wsd", warmup_steps=2, decay_share=0.25)
+    fading = sections.RouterSection(bias_rate=0.01, bias_fade=0.25)
+    before = Settings(schedule=wsd, router=fading)
+    first = trainer(tmp_path, before)
+    first.train(lambda: first.step == 4)
+    record = Record()
+    after = msgspec.structs.replace(
+        before, n_steps=16, guard=sections.GuardSection(sigmas=9.0), checkpoint=sections.CheckpointSection(every=5),
+        parallel=sections.ParallelSection(device="cpu", recompute=True),
+    )  # fmt: skip
+    run = trainer(tmp_path, after, record=record)
+    assert run.resume()
+    assert [event.partition(" was")[0] for event in record.events] == [
+        f"setting changed: {name}"
+        for name in ("checkpoint.every", "checkpoint.keep", "guard.sigmas", "n_steps", "parallel.recompute")
+    ]
+    fallen = trainer(tmp_path / "b", before)
+    fallen.train(lambda: fallen.step == 6)
+    with pytest.raises(ConfigError, match="n_steps was 8, is 16"):
+        trainer(tmp_path / "b", msgspec.structs.replace(before, n_steps=16)).resume()
 
 
 def test_rows_that_cannot_be_divided_among_ranks_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from quadriga.cli import app
-from quadriga.errors import ConfigError
+from quadriga.errors import ConfigError, CorpusError
 from quadriga.hub import catalogue
 from quadriga.io.adapter import load
 from quadriga.io.open import open_checkpoint
@@ -25,8 +25,11 @@ from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.quant.dtypes import DTYPES
 from quadriga.train.config import parse_toml
 from quadriga.train.metrics import read
-from quadriga.train.tune import read_data, tune
+from quadriga.train.run_directory import RunDirectory
+from quadriga.train.shards import ShardReader
+from quadriga.train.tune import tune
 from quadriga.train.tune_config import TuneConfig
+from quadriga.train.tune_data import read_data
 from tests.checkpoint.models import TINY, write_hf
 from tests.text.vocabularies import write_bpe
 
@@ -91,7 +94,7 @@ LORA = '[lora]\nrank = 4\nalpha = 8.0\ntargets = ["attention", "experts", "route
 @pytest.mark.parametrize("objective", ["sft", "text", "dpo", "orpo"])
 def test_the_held_out_loss_falls(tmp_path: Path, base: Path, objective: str) -> None:
     outcome = tune(settings(tmp_path, base, objective, LORA))
-    assert outcome.done and outcome.rejected == "1 rows skipped: not JSON"
+    assert outcome.done and outcome.rejected == "1 rows skipped: not JSON (rows.jsonl:25)"
     evaluations = [line["held_out"] for line in read(tmp_path / "run" / "metrics.jsonl") if "held_out" in line]
     assert len(evaluations) == 2 and set(evaluations[0]) == ({"a", "b"} if objective == "text" else {"held out"})
     for domain, before in evaluations[0].items():
@@ -139,6 +142,46 @@ def test_without_an_adapter_the_whole_model_is_trained_and_written(tmp_path: Pat
     assert all(not torch.equal(changed[0][n], changed[1][n].float()) for n in changed[0] if "moe" not in n)
 
 
+@pytest.mark.parametrize("lora", [LORA, ""])
+def test_the_average_of_the_weights_is_written_where_there_is_one(tmp_path: Path, base: Path, lora: str) -> None:
+    outcome = tune(settings(tmp_path, base, "sft", lora + "[ema]\ndecay = 0.9\n"))
+    assert outcome.result is not None
+    run = RunDirectory(tmp_path / "run")
+    saved = ShardReader([run.at(12) / "rank-00000.safetensors"])
+    if lora:
+        written = load(outcome.result, open_checkpoint(base).config).factors["layers.0.attn.wqkv.weight"][1]
+        name = next(n for n in saved.names() if n.startswith("ema/layers.0.attn.wqkv") and n.endswith(".b"))
+    else:
+        written, name = load_parameters(open_checkpoint(outcome.result))["final_norm.weight"], "ema/final_norm.weight"
+    assert torch.equal(torch.as_tensor(written), saved.whole(name))
+    assert not torch.equal(saved.whole(name), saved.whole(name.replace("ema/", "parameter/")))
+
+
+def test_grpo_renders_with_the_runs_template_and_trains_on_every_question(tmp_path: Path, base: Path) -> None:
+    text = toml(tmp_path, base, "grpo", LORA).replace(
+        "seq_len = 64", 'seq_len = 64\ntemplate = "{{ messages[0].content }}!"'
+    )
+    config = parse_toml(text.encode(), TuneConfig)
+    tokenizer = open_checkpoint(base).load_tokenizer(catalogue.cl100k_ranks)
+    assert tokenizer is not None
+    source, held_out, problems, _ = read_data(config, tokenizer)
+    assert {tokenizer.decode(ids) for ids in problems} == {f"Colour of {thing}?!" for thing, _ in FACTS}
+    assert len(source._groups) == 24 and not held_out
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": "1?", "response": a}) + "\n" for a in "12"))
+    with pytest.raises(CorpusError, match="a question must have one answer"):
+        read_data(config, tokenizer)
+    given = parse_toml(text.replace("seq_len", 'held_out = ["x"]\nseq_len').encode(), TuneConfig)
+    with pytest.raises(ConfigError, match="grpo samples its answers"):
+        read_data(given, tokenizer)
+
+
+def test_plain_text_ends_with_the_end_of_text(tmp_path: Path, base: Path) -> None:
+    tokenizer = open_checkpoint(base).load_tokenizer(catalogue.cl100k_ranks)
+    assert tokenizer is not None
+    source, _, _, _ = read_data(settings(tmp_path, base, "text"), tokenizer)
+    assert all(group[0].targets[-1] == tokenizer.special_ids["<|endoftext|>"] for group in source._groups)
+
+
 def test_max_rows_limits_the_rows_read(tmp_path: Path, base: Path) -> None:
     text = toml(tmp_path, base, "sft", LORA).replace("seq_len = 64", "seq_len = 64\nmax_rows = 7")
     config = parse_toml(text.encode(), TuneConfig)
@@ -174,6 +217,12 @@ def test_unknown_keys_and_impossible_values_are_refused() -> None:
         parse_toml((good + "[lora]\ntarget = ['attention']\n").encode(), TuneConfig)
     with pytest.raises(ConfigError, match=r"lora.rank must be between"):
         parse_toml((good + "[lora]\nrank = 0\n").encode(), TuneConfig)
+    for objective in ("dpo", "orpo", "grpo"):
+        for key in ("balance_loss", "z_loss", "bias_rate"):
+            with pytest.raises(ConfigError, match=f"router.{key} must be 0 with objective '{objective}'"):
+                parse_toml(f'objective = "{objective}"\n{good}[router]\n{key} = 0.1\n'.encode(), TuneConfig)
+    with pytest.raises(ConfigError, match="bias_fade must be above 0"):
+        parse_toml((good + "[router]\nbias_rate = 0.1\nbias_fade = 0.0\n").encode(), TuneConfig)
     with pytest.raises(ConfigError, match="grpo needs samples >= 2"):
         parse_toml((good + "[grpo]\nsamples = 1\n").encode(), TuneConfig)
     with pytest.raises(ConfigError, match="temperature >= 1e-5"):

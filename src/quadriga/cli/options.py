@@ -28,11 +28,16 @@ _MODEL_HELP = "A catalogue name, hf:ORG/REPO, a directory or a GGUF file"
 # A model and how it runs ---------------------------------------------------------------------------------------------
 
 Model = Annotated[str, typer.Option("--model", "-m", help=f"{_MODEL_HELP}.", rich_help_panel=_MACHINE)]
+ModelArguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="MODEL...", help=f"{_MODEL_HELP}, or several, each as NAME=MODEL where names are given."),
+]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP}; also as --model.")]
 Format = Annotated[
     str | None,
     typer.Option(
-        help="Pack weights for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8, q4, q4m or mx4.",
+        help="Pack weights for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8, q4, q4m, mx4, or "
+        "GGUF's q2k to q6k, iq4nl or iq4xs.",
         rich_help_panel=_MACHINE,
     ),
 ]
@@ -136,8 +141,8 @@ GGUFFormat = Annotated[
     str | None,
     typer.Option(
         "--gguf-format",
-        help="With --to gguf: float32, float16, bfloat16 (the default), q8_0, q4_0, q2_k to q6_k, iq4_nl, iq4_xs or "
-        "mxfp4.",
+        help="With --to gguf: float32, float16, bfloat16 (the default), q8_0, q4_0, q2_k to q6_k, iq4_nl, iq4_xs, "
+        "mxfp4, or llama.cpp's mixtures q3_k_s, _m, _l, q4_k_s, _m, q5_k_s, _m.",
         rich_help_panel=_RESULT,
     ),
 ]
@@ -164,7 +169,19 @@ Picture = Annotated[
     Path | None, typer.Option(help="Draw the result into this file; its ending says how: .svg (or .png).")
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what an earlier run left, and begin again.")]
-Run = Annotated[str | None, typer.Option(help="Another folder than the file's.")]
+Run = Annotated[
+    str | None,
+    typer.Option(
+        "--run-folder", "--run", help="Another folder than the file's; torchrun takes --run for one of its own options."
+    ),
+]
+AllowChange = Annotated[
+    bool,
+    typer.Option(
+        "--allow-change",
+        help="Resume with settings that would have changed the run so far; without it they are listed and refused.",
+    ),
+]
 Rounds = Annotated[int, typer.Option(min=1, max=10**6, help="Measurements; the median counts.")]
 Counts = Annotated[
     list[int] | None,

@@ -1,6 +1,6 @@
 """Options from files and the environment.
 
-    command line > QUADRIGA_COMMAND_OPTION > ./quadriga.toml > ~/.config/quadriga/config.toml > the command's own default
+    command line > QUADRIGA_COMMAND_OPTION > ./quadriga.toml > ~/.config/quadriga/config.toml > the command's default
 
     [all]                 # every command that has the option
     threads = 2

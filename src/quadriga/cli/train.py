@@ -37,6 +37,7 @@ def train_command(
     ] = None,
     step: Annotated[int | None, typer.Option(min=0, help="With --export: the checkpoint of this step.")] = None,
     dtype: options.Dtype = None,
+    allow_change: options.AllowChange = False,
 ) -> None:
     """Pre-train a model. SIGTERM or Ctrl-C saves and stops; the same command goes on.
 
@@ -65,7 +66,8 @@ def train_command(
 
     devices.set_threads(threads)
     left = itertools.count(1)
-    outcome = train(settings, resume=resume.value, stop=None if steps is None else lambda: next(left) >= steps)
+    stop = None if steps is None else lambda: next(left) >= steps
+    outcome = train(settings, resume=resume.value, stop=stop, allow_change=allow_change)
     if runtime.launched_rank() in (None, 0):
         what = "done" if outcome.done else "stopped and saved; the same command goes on"
         print(f"{outcome.folder}: step {outcome.step} of {settings.n_steps}, {what}", file=sys.stderr)
@@ -88,9 +90,12 @@ def _print_plan(settings: object) -> None:
     from quadriga.model.cost import n_params
     from quadriga.train.config import RunConfig
     from quadriga.train.initialise import model_config
+    from quadriga.train.schedule import unreached
 
     assert isinstance(settings, RunConfig)
     print(f"run {settings.run}: {settings.n_steps:,} steps, {settings.data.n_tokens:,} tokens")
+    if (warning := unreached(settings.n_steps, settings.schedule)) is not None:
+        print(f"  warning: {warning}")
     for number, stage in enumerate(settings.data.stages):
         mix = ", ".join(f"{name} {weight:g}" for name, weight in stage.mix.items()) or "all by size"
         print(f"  stage {number}: {stage.n_steps:,} steps of {stage.n_rows} rows of {stage.seq_len} ({mix})")

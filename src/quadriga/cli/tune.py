@@ -12,7 +12,7 @@ from quadriga.cli import options
 from quadriga.cli.command import Commands
 
 if TYPE_CHECKING:
-    from quadriga.io.adapter import Adapter
+    from quadriga.io.adapter_files import Adapter
     from quadriga.io.open import Checkpoint
 
 adapter_app = Commands(no_args_is_help=True, help="Low-rank adapters: fold into a model, and to and from peft's files.")
@@ -25,6 +25,7 @@ def tune_command(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Other optimiser steps than the file's, e.g. to try it.")
     ] = None,
+    allow_change: options.AllowChange = False,
 ) -> None:
     """Fine-tune a model: whole or by an adapter, on answers, text, preferences or rewards. The same command resumes."""
     import signal
@@ -46,7 +47,7 @@ def tune_command(
     asked: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     try:
-        outcome = tune(settings, stop=lambda: bool(asked))
+        outcome = tune(settings, stop=lambda: bool(asked), allow_change=allow_change)
     finally:
         signal.signal(signal.SIGTERM, before)
     if outcome.rejected:
@@ -88,7 +89,7 @@ def export_command(
     layout: options.Layout = None,
 ) -> None:
     """Write an adapter in peft's form, for one of its model's layouts: hf5 has fused expert stacks."""
-    from quadriga.io.adapter import to_peft
+    from quadriga.io.peft_write import to_peft
 
     checkpoint, loaded = _open(model, adapter)
     checkpoint.close()
@@ -99,7 +100,7 @@ def export_command(
 @adapter_app.command("import")
 def import_command(model: options.ModelArgument, adapter: options.AdapterFolder, out: options.Out) -> None:
     """Write peft's adapter in our layout."""
-    from quadriga.io.adapter import save
+    from quadriga.io.adapter_files import save
 
     checkpoint, loaded = _open(model, adapter)
     checkpoint.close()

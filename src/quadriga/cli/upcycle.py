@@ -67,6 +67,8 @@ def upcycle_command(
     finally:
         checkpoint.close()
     same = "the same function" if not drop and not noise else "another function: train it"
+    if (rounded := format or gguf_format or dtype) is not None and not drop and not noise:
+        same = f"the same function before its numbers became {rounded}"
     print(f"{how.n_experts} experts, {how.top_k} at work: {how.n_copies} copies of {how.n_granules} granules; {same}")
 
 

@@ -9,7 +9,8 @@ The feed-forward network is cut along d_ff into g granules; the experts are n_ex
 So a token's top k experts are all granules of its best k / g copies. The k normalised weights sum to 1 and are equal
 within a copy, so sum_e weight_e g y_j = y: the MoE's logits equal the dense model's, up to float32 rounding, for any
 router rows. The router rows decide which copy a token visits from the first step on: random rows separate tokens by
-direction, rows fitted to labelled text (``edits.fit_router``) by domain.
+direction, rows fitted to labelled text (``edits.fit_router``) by domain. g * w_down has w_down's dtype where g is a
+power of two, which changes no digit, and is float32 where it is not.
 
 Sources: sparse upcycling (Komatsuzaki et al. 2023: g = 1); granules and the "virtual group" router (He et al. 2024,
 arXiv 2410.07524); ``drop`` is Drop-Upcycling (Nakamura et al. 2025, arXiv 2502.19261); ``noise`` as in Qwen1.5-MoE.
@@ -136,6 +137,8 @@ class _Upcycle(Unchanged):
         part = name.rsplit(".", 1)[-1]
         if name.endswith("router.weight"):
             return DTYPES["float32"]
+        if name.endswith("moe.w_down") and self.how.n_granules & (self.how.n_granules - 1):
+            return DTYPES["float32"]  # 3 * x has more digits than bfloat16 keeps
         return super().dtype(name.replace(".moe.", ".ffn.") if part in _PARTS else name)
 
     def rows(self, name: str, expert: int | None, first: int, last: int) -> Array:

@@ -1,10 +1,14 @@
 """From one row of logits to one token, in the order SamplingParams documents.
 
-    logits -> penalties, bias -> / temperature -> softmax -> top-k -> top-p -> min-p -> one draw
+    logits -> penalties, bias -> / temperature -> softmax -> top-k -> typical -> top-p -> min-p -> XTC -> one draw
 
 Log-probabilities are reported from the untouched logits: they are the model's own opinion, not the sampler's. Rows of
 the head that no token stands for (:class:`Unused`) are never chosen and never listed, whatever the model says of them.
 Whatever the parameters, the arithmetic stays finite: finite logits always give a token that may be chosen.
+
+On a CPU the kernels choose for all rows of a pass at once (``kernels.cpu.sampling``; :meth:`Sampler.ask` and
+:meth:`Sampler.take` are this side of it). :meth:`Sampler.sample` is the same in NumPy: what that is held to, and what
+chooses where a model runs on torch.
 
 The vocabulary is never sorted. What top-p keeps are the largest weights whose sum reaches its part of all: as many of
 the largest as may be enough are selected, and only these are sorted (:func:`kept`). The result is that of a full,
@@ -18,8 +22,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +30,7 @@ from numpy.typing import NDArray
 
 from quadriga.engine.request import SamplingParams
 from quadriga.errors import RequestError
+from quadriga.kernels.cpu.sampling import RowSettings, Sampled
 
 Floats = NDArray[np.floating]
 Ids = NDArray[np.int64]
@@ -38,6 +42,7 @@ _NOT_FINITE = (
     "the model's logits are not finite: weights with NaN or Inf, or a dtype too narrow for this model. "
     "Run `quadriga models verify`, or load with dtype='float32'."
 )
+_NOTHING_ALLOWED = "the grammar has come to a place where no token of this vocabulary may follow"
 
 
 class Sample(NamedTuple):
@@ -58,13 +63,34 @@ class Unused:
 
     def __init__(self, ids: Iterable[int]) -> None:
         self.ids = frozenset(ids)
-        self.index = np.array(sorted(self.ids), dtype=np.int64)
+        self.index = np.array(sorted(self.ids), dtype=np.int32)
 
     def __bool__(self) -> bool:
         return bool(self.ids)
 
 
 NONE_UNUSED = Unused(())
+
+
+class Said:
+    """The different tokens of prompt and answer, and how often each is in the answer: what penalties look at."""
+
+    def __init__(self, prompt_ids: Iterable[int]) -> None:
+        self._place = {token: i for i, token in enumerate(dict.fromkeys(prompt_ids))}
+        self.n = len(self._place)
+        room = self.n + 256
+        self.ids, self.counts = np.zeros(room, dtype=np.int32), np.zeros(room, dtype=np.int32)
+        """The first ``n`` are in use."""
+        self.ids[: self.n] = list(self._place)
+
+    def add(self, token: int) -> None:
+        """A token of the answer."""
+        place = self._place.setdefault(token, self.n)
+        if place == self.n:
+            if self.n == len(self.ids):
+                self.ids, self.counts = (np.concatenate([x, np.zeros_like(x)]) for x in (self.ids, self.counts))
+            self.ids[place], self.n = token, self.n + 1
+        self.counts[place] += 1
 
 
 class Sampler:
@@ -99,17 +125,68 @@ class Sampler:
             )
         self.params = params
         self._unused = unused
-        early = {i for i in ends if i < vocab_size} if params.min_new_tokens else set()
-        self._too_early = Unused({*unused.ids, *early}) if early else unused
+        self._ends = Unused(i for i in ends if i < vocab_size) if params.min_new_tokens else NONE_UNUSED
+        self._too_early = Unused({*unused.ids, *self._ends.ids}) if self._ends else unused
         """What is never chosen before the answer is long enough."""
         self._seed = secrets.randbits(63) if params.seed is None else params.seed
-        self._answer: Counter[int] = Counter()
         self._n_drawn = 0
-        self._seen: NDArray[np.bool_] | None = None
-        """(V,) said or read so far; where it matters."""
-        if params.repetition_penalty != 1.0:
-            self._seen = np.zeros(vocab_size, dtype=np.bool_)
-            self._seen[prompt_ids] = True
+        self._said: Said | None = None
+        """Where it matters."""
+        if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
+            self._said = Said(prompt_ids if params.repetition_penalty != 1.0 else ())
+        self._settings: RowSettings | None = None
+
+    def ask(self, allowed: NDArray[np.bool_] | None = None) -> RowSettings:
+        """What the kernels need to choose the token that :meth:`take` gets; ``allowed`` as for :meth:`sample`."""
+        params = self.params
+        if self._settings is None:
+            self._settings = RowSettings(
+                unused=self._unused.index,
+                early=self._ends.index,
+                moves=params.logit_bias,
+                temperature=0.0 if params.temperature < GREEDY_BELOW else params.temperature,
+                repetition_penalty=params.repetition_penalty,
+                presence_penalty=params.presence_penalty,
+                frequency_penalty=params.frequency_penalty,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                min_p=params.min_p,
+                typical_p=params.typical_p,
+                xtc_probability=params.xtc_probability,
+                xtc_threshold=params.xtc_threshold,
+                n_top=params.logprobs,
+                seed=self._seed,
+            )
+        self._settings.set(self._n_drawn, early=self._n_drawn < params.min_new_tokens, allowed=allowed)
+        if self._said is not None:
+            self._settings.said(self._said.ids, self._said.counts, self._said.n)
+        return self._settings
+
+    def take(
+        self,
+        chosen: Sampled,
+        logits: Floats,
+        *,
+        constrained: bool = False,
+        instead: Callable[[int], int] | None = None,
+    ) -> Sample:
+        """Count a token as said that the kernels chose from logits (V,).
+
+        Args:
+            constrained: they were told what is allowed.
+            instead: as for :meth:`sample`.
+
+        Raises:
+            RequestError: as :meth:`sample`.
+        """
+        require_finite([chosen.log_sum])
+        if chosen.token_id < 0:
+            if constrained:
+                raise RequestError(_NOTHING_ALLOWED)
+            require_finite([-math.inf])
+        top = tuple((token, logit - chosen.log_sum) for token, logit in chosen.top)
+        token = chosen.token_id if instead is None else instead(chosen.token_id)
+        return self._count(token, float(logits[token]) - chosen.log_sum, top)
 
     def sample(
         self,
@@ -117,12 +194,14 @@ class Sampler:
         best: int | None = None,
         log_sum: float | None = None,
         allowed: NDArray[np.bool_] | None = None,
+        instead: Callable[[int], int] | None = None,
     ) -> Sample:
         """Choose a token from logits (V,) float32 and count it as said.
 
         Args:
             best, log_sum: index of the first largest logit and log(sum(exp)), where they are known already.
             allowed: (V,) bool, the tokens that may be chosen; None allows all.
+            instead: the token to take in place of the one that was chosen.
 
         Raises:
             RequestError: the logits are not finite, so the weights or the computation are broken; nothing is allowed.
@@ -139,15 +218,19 @@ class Sampler:
                 candidates = self._candidates(adjusted, allowed, never)
                 token = int(candidates.argmax()) if greedy else self._draw(candidates)
                 require_finite([float(candidates[token])])
-        self._answer[token] += 1
-        self._n_drawn += 1
-        if self._seen is not None:
-            self._seen[token] = True
+        if instead is not None:
+            token = instead(token)
         top: tuple[tuple[int, float], ...] = ()
         if params.logprobs:
             top = top_logprobs(logits[None], [log_normaliser], params.logprobs, self._unused)[0]
         # In double precision: two finite float32 may be further apart than float32 reaches.
-        logprob = float(logits[token]) - log_normaliser
+        return self._count(token, float(logits[token]) - log_normaliser, top)
+
+    def _count(self, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Sample:
+        """A token is said; the chosen one is among the alternatives that are listed."""
+        self._n_drawn += 1
+        if self._said is not None:
+            self._said.add(token)
         if top and all(other != token for other, _ in top):
             top = (*top, (token, logprob))
         return Sample(token, logprob, top)
@@ -165,32 +248,40 @@ class Sampler:
                 within[self._unused.index] = False
             allowed = within
         if not allowed.any():
-            raise RequestError("the grammar has come to a place where no token of this vocabulary may follow")
+            raise RequestError(_NOTHING_ALLOWED)
         return np.where(allowed, adjusted, adjusted.dtype.type(-np.inf))
 
     def _draw(self, candidates: Floats) -> int:
         params = self.params
         best = candidates.max()
         require_finite([float(best)])
-        weights = candidates - best  # before the quotient, which may be beyond float32
-        weights /= params.temperature
-        np.exp(weights, out=weights)
-        ids = kept(weights, params.top_k, params.top_p, params.min_p)
-        at = uniform(self._seed, self._n_drawn)
-        return pick(weights, at) if ids is None else int(ids[pick(weights[ids], at)])
+        logs = candidates - best  # before the quotient, which may be beyond float32
+        logs *= np.float32(1.0 / params.temperature)
+        weights = np.exp(logs)
+        top_k = params.top_k
+        if params.typical_p < 1.0:
+            _keep(weights, kept(weights, top_k, 1.0, 0.0))
+            _keep(weights, typical(weights, logs, params.typical_p))
+            top_k = 0
+        _keep(weights, kept(weights, top_k, params.top_p, params.min_p))
+        at, second = uniforms(self._seed, self._n_drawn)
+        if second < params.xtc_probability:
+            weights[excluded(weights, params.xtc_threshold)] = 0.0
+        return pick(weights, at)
 
     def _adjust(self, logits: Floats) -> Floats:
         params = self.params
         adjusted = logits
-        if self._seen is not None:
-            ids = np.flatnonzero(self._seen)
+        said = self._said
+        if said is not None and params.repetition_penalty != 1.0:
+            ids = said.ids[: said.n]
             seen = logits[ids]
             penalised = np.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
             adjusted = _changed(adjusted, ids, penalised)
-        if (params.presence_penalty or params.frequency_penalty) and self._answer:
-            ids = np.array(list(self._answer))
-            counts = np.array(list(self._answer.values()), dtype=logits.dtype)
-            penalty = params.presence_penalty + params.frequency_penalty * counts
+        if said is not None and (params.presence_penalty or params.frequency_penalty):
+            answered = np.flatnonzero(said.counts[: said.n])
+            ids, counts = said.ids[answered], said.counts[answered].astype(np.float64)
+            penalty = (params.presence_penalty + params.frequency_penalty * counts).astype(logits.dtype)
             adjusted = _changed(adjusted, ids, adjusted[ids] - penalty)
         if params.logit_bias:
             ids = np.array(list(params.logit_bias))
@@ -232,10 +323,10 @@ def top_logprobs(
     return rows
 
 
-def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1), of 53 bits, that a seed has for a position."""
-    raw = np.random.Philox(key=seed, counter=position).random_raw()
-    return float(raw >> 11) * 2.0**-53
+def uniforms(seed: int, position: int) -> tuple[float, float]:
+    """The two numbers in [0, 1), of 53 bits, that a seed has for a position: a token's draw, and whether XTC acts."""
+    first, second = (np.random.Philox(key=seed, counter=position).random_raw(2) >> 11).tolist()
+    return first * 2.0**-53, second * 2.0**-53
 
 
 _BLOCK = 256
@@ -251,14 +342,44 @@ def pick(weights: Floats, at: float) -> int:
     ends = np.append(blocks, weights[n_whole:].sum(dtype=np.float64)).cumsum()
     place = at * ends[-1]
     block = _first_beyond(ends, place)
-    inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
-    return block * _BLOCK + _first_beyond(inside, place - (ends[block - 1] if block else 0.0))
+    before = ends[block - 1] if block else 0.0
+    inside = np.append(before, weights[block * _BLOCK : (block + 1) * _BLOCK].astype(np.float64)).cumsum()[1:]
+    return block * _BLOCK + _first_beyond(inside, place)
 
 
 def _first_beyond(ends: Floats, place: float) -> int:
     """The first index whose running sum exceeds ``place``; where rounding leaves none, the first of the whole sum."""
     index = int(np.searchsorted(ends, place, side="right"))
     return index if index < len(ends) else int(np.searchsorted(ends, ends[-1]))
+
+
+def _keep(weights: Floats, ids: Ids | None) -> None:
+    """All but these weigh nothing; None: all stay."""
+    if ids is not None:
+        stays = weights[ids]
+        weights[:] = 0.0
+        weights[ids] = stays
+
+
+def typical(weights: Floats, logs: Floats, part: float) -> Ids:
+    """The tokens of information nearest to the entropy, the nearest first, until they have ``part`` of all weights.
+
+    Args:
+        logs: of the weights; the difference from the entropy is ln w less the mean of ln w under the weights.
+    """
+    ids = np.flatnonzero(weights)
+    w, total = weights[ids].astype(np.float64), weights.sum(dtype=np.float64)
+    mean = np.float32((weights[ids] * logs[ids]).sum(dtype=np.float64) / total)
+    order = np.argsort(np.abs(logs[ids] - mean), kind="stable")
+    before = w[order].cumsum() - w[order]
+    reached: Ids = ids[order[before < part * total]]
+    return reached
+
+
+def excluded(weights: Floats, threshold: float) -> Ids:
+    """The tokens with at least ``threshold`` of all weights but the least likely of them, the last of equal ones."""
+    likely = np.flatnonzero((weights > 0) & (weights >= threshold * weights.sum(dtype=np.float64)))
+    return _ranked(weights, likely)[:-1]
 
 
 def kept(weights: Floats, top_k: int, top_p: float, min_p: float) -> Ids | None:
@@ -331,7 +452,7 @@ def _without(logits: Floats, unused: Unused) -> Floats:
     return out
 
 
-def _changed(logits: Floats, ids: Ids, values: Floats) -> Floats:
+def _changed(logits: Floats, ids: NDArray[np.integer], values: Floats) -> Floats:
     """A row with other logits at some ids, within what its dtype can hold.
 
     A penalty or bias on a huge logit gives a huge one, not an infinite one.

@@ -1,8 +1,8 @@
 """A checkpoint seen as the model's parameters: any box of any parameter, whatever layout it is stored in.
 
 :class:`ParameterView` reads a source through its weight map; :func:`slices` cuts the pieces of a map into parts small
-enough to hold, and :func:`unpack` / :func:`pack` move one part's numbers between the two layouts. Import, export,
-conversion and loading are loops over these four.
+enough to hold, and :func:`from_stored` / :func:`to_stored` move one part's numbers between the two layouts. Import,
+export, conversion and loading are loops over these four.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def slices(piece: Piece, max_elements: int) -> Iterator[Piece]:
         )
 
 
-def unpack(stored: Array, piece: Piece) -> Array:
+def from_stored(stored: Array, piece: Piece) -> Array:
     """The target box of a piece from its source box."""
     if piece.stride is not None:
         axis = (slice(None),) * piece.stride.axis
@@ -68,28 +68,37 @@ def unpack(stored: Array, piece: Piece) -> Array:
     values = stored if piece.view is None else stored.reshape(piece.view)
     if piece.transpose:
         values = values.swapaxes(-2, -1)
-    return from_pairs(values, piece.rotary_heads) if piece.rotary_heads else values
+    return from_pairs(values, piece.rotary_heads, piece.rotary_last) if piece.rotary_heads else values
 
 
-def from_pairs(values: Array, n_heads: int) -> Array:
-    """Rows of every head in halves, from rotary pairs side by side: (head, pair, side) -> (head, side, pair)."""
-    pairs = values.reshape(n_heads, values.shape[0] // n_heads // 2, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)
+def from_pairs(values: Array, n_heads: int, last: int = 0) -> Array:
+    """Rows of every head in halves, from rotary pairs side by side: (head, pair, side) -> (head, side, pair).
+
+    Args:
+        last: how many of a head's rows are pairs, behind the others; 0: all.
+    """
+    return _turned(values, n_heads, last, (-1, 2))
 
 
-def to_pairs(values: Array, n_heads: int) -> Array:
+def to_pairs(values: Array, n_heads: int, last: int = 0) -> Array:
     """The inverse of :func:`from_pairs`."""
-    halves = values.reshape(n_heads, 2, values.shape[0] // n_heads // 2, *values.shape[1:])
-    return halves.swapaxes(1, 2).reshape(values.shape)
+    return _turned(values, n_heads, last, (2, -1))
 
 
-def pack(values: Array, piece: Piece) -> Array:
-    """What a piece takes of its source, from its target box: the inverse of :func:`unpack`, the same bits in order.
+def _turned(values: Array, n_heads: int, last: int, grid: tuple[int, int]) -> Array:
+    order = np.arange(values.shape[0]).reshape(n_heads, -1)
+    turning = order[:, -last:]  # all of them where last is 0
+    order[:, -last:] = turning.reshape(n_heads, *grid).swapaxes(1, 2).reshape(turning.shape)
+    return values[order.reshape(-1)]
+
+
+def to_stored(values: Array, piece: Piece) -> Array:
+    """What a piece takes of its source, from its target box: the inverse of :func:`from_stored`, bit for bit.
 
     Its place in the source is ``weight_map.source_index``.
     """
     if piece.rotary_heads:
-        values = to_pairs(values, piece.rotary_heads)
+        values = to_pairs(values, piece.rotary_heads, piece.rotary_last)
     if piece.transpose:
         values = values.swapaxes(-2, -1)
     return values.reshape(taken_shape(piece))
@@ -143,7 +152,7 @@ class ParameterView:
     def _part(self, piece: Piece) -> Array:
         if self._kept is None or self._kept[0] != piece:
             self._kept = None  # free the old part before reading the next
-            self._kept = (piece, unpack(self.source.read(piece.source, piece.source_box), piece))
+            self._kept = (piece, from_stored(self.source.read(piece.source, piece.source_box), piece))
         return self._kept[1]
 
 

@@ -62,15 +62,19 @@ class Choice:
 
     top_k: int
     score: str = "softmax"
-    """softmax over all experts, or each one's sigmoid."""
+    """softmax over all experts, each one's sigmoid, or sparse_mixer; see ``MoESpec``."""
     normalize_p: float | None = 1.0
     """weight = score / max(p-norm of the chosen scores + normalize_eps, normalize_min) * scale; None: score * scale."""
     normalize_eps: float = 0.0
     normalize_min: float = 0.0
     scale: float = 1.0
     n_groups: int = 1
-    """Groups of neighbours, each worth its two best scores together; only the top_k_groups best are chosen from."""
+    """Groups of neighbours, of which only the top_k_groups best are chosen from."""
     top_k_groups: int = 1
+    group_worth: str = "two_best"
+    """How good a group is: its two best scores together, or its "best" one."""
+    near: float = 0.0
+    """Of a sparse mixer, ``2 * MoESpec.mixer_eps``."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +137,12 @@ def attention(
     sum exp(sink_h) takes part if given;  times v.
 
     Args:
-        q: (B, H, T, d). k, v: (B, K, S, d).
+        q: (B, H, T, d). k: (B, K, S, d). v: (B, K, S, e), e usually d.
         q_positions: (B, T) int64 position of each query; None means the T queries are the last of the S positions.
         alibi_slopes: (H,) float32. sinks: (H,).
 
     Returns:
-        (B, H, T, d) in q's dtype. Rows whose position is negative (padding) are finite and meaningless.
+        (B, H, T, e) in q's dtype. Rows whose position is negative (padding) are finite and meaningless.
     """
     out: Tensor = backend_for(q).attention(
         q,

@@ -58,7 +58,8 @@ def attention(
     if plain and q_positions is None and n_queries == 1:
         # One query sees every key: the heads of a group become query rows, so each key is read once for all of them.
         grouped = q.reshape(batch, n_kv_heads, n_heads // n_kv_heads, head_dim)
-        return F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(q.shape)
+        mixed = F.scaled_dot_product_attention(grouped, k, v, scale=scale)
+        return mixed.reshape(*q.shape[:-1], v.shape[-1])
     if plain and q_positions is None and n_queries == n_keys and window is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     if q_positions is None:
@@ -88,7 +89,7 @@ def attention(
             scores = torch.cat((scores, sink), dim=-1)
         weights = scores.softmax(dim=-1)[..., :n_keys].to(v.dtype)
         blocks.append(torch.einsum("bkgts,bksd->bkgtd", weights, v))
-    return torch.cat(blocks, dim=3).reshape(q.shape)
+    return torch.cat(blocks, dim=3).reshape(*q.shape[:-1], v.shape[-1])
 
 
 def route(
@@ -97,12 +98,32 @@ def route(
     logits = F.linear(_wide(x), _wide(weight))
     if bias is not None:
         logits = logits + bias
+    if how.score == "sparse_mixer":
+        assert correction is None, "a sparse mixer chooses by its logits alone"
+        ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, : how.top_k]
+        return Routing(ids, mix_sparsely(logits, ids, how, logits), logits.softmax(-1), logits)
     scores = score(logits, how)
     # A stable sort, not topk: equal scores must take the lower expert id on every device and batch size.
     ids = standing(scores, how, correction).sort(dim=-1, descending=True, stable=True).indices[:, : how.top_k]
     chosen = scores.gather(1, ids)
     probs = scores if how.score == "softmax" else scores / scores.sum(-1, keepdim=True)
     return Routing(ids, weigh(chosen, how), probs, logits)
+
+
+def mix_sparsely(logits: Tensor, ids: Tensor, how: Choice, judged: Tensor) -> Tensor:
+    """Weights (N, k) of the experts chosen by a sparse mixer; see ``MoESpec``.
+
+    Args:
+        judged: (N, E) the logits by which it is judged what is near; no gradient comes from them.
+    """
+    weights, left = [], logits
+    for chosen in ids.T[:, :, None]:  # (N, 1)
+        with torch.no_grad():
+            best = judged.gather(1, chosen)
+            far = (best - judged) > how.near * torch.maximum(judged.abs(), best)
+        weights.append(left.masked_fill(far, float("-inf")).softmax(-1).gather(1, chosen))
+        left = left.scatter(1, chosen, float("-inf"))
+    return torch.cat(weights, dim=-1)
 
 
 def score(logits: Tensor, how: Choice) -> Tensor:
@@ -116,7 +137,7 @@ def standing(scores: Tensor, how: Choice, correction: Tensor | None) -> Tensor:
     if how.n_groups == 1:
         return by
     groups = by.view(*by.shape[:-1], how.n_groups, -1)
-    worth = groups.topk(2, dim=-1).values.sum(-1)
+    worth = groups.topk(2 if how.group_worth == "two_best" else 1, dim=-1).values.sum(-1)
     best = worth.sort(dim=-1, descending=True, stable=True).indices[:, : how.top_k_groups]
     is_open = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, best, True)
     return groups.masked_fill(~is_open[..., None], float("-inf")).flatten(-2)

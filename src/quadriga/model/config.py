@@ -3,6 +3,7 @@
     ModelConfig
     ├── layers      tuple of LayerSpec, one per layer; equal layers share one object (``uniform``)
     │   ├── mixer   AttentionSpec          heads, biases, clipping, soft cap, scale, window, sinks
+    │   │                                  or LatentAttentionSpec: heads over one latent a token (DeepSeek)
     │   │   ├── position   RopeSpec | AlibiSpec | None    how a token knows where it stands
     │   │   │   └── scaling    LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | FactorScaling | None
     │   │   └── qk_norm    QKNormSpec | None              norms of q and k
@@ -12,10 +13,10 @@
     └── final_norm  NormSpec
 
 Alternatives are types, not flags, so a wrong combination cannot be written down. A **mixer owns its state**: what it
-keeps of a sequence between passes is its ``state`` (today ``KVState``, paged keys and values), and
-whoever counts bytes or allocates a cache asks the mixers of the layers, never the model. Nothing here imports torch:
-``quadriga info`` and the planner work from these specs by arithmetic alone. Families (``model/families``) turn a
-checkpoint's own configuration into a ModelConfig; nothing else in the project looks at ``family``.
+keeps of a sequence between passes is its ``state`` (``KVState``, paged keys and values; ``LatentState``, one paged
+latent in place of both), and whoever counts bytes or allocates a cache asks the mixers of the layers, never the model.
+Nothing here imports torch: ``quadriga info`` and the planner work from these specs by arithmetic alone. Families
+(``model/families``) turn a checkpoint's own configuration into a ModelConfig; nothing else looks at ``family``.
 """
 
 from __future__ import annotations
@@ -241,6 +242,20 @@ class KVState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentState:
+    """What latent attention keeps of a sequence: for every position the normed latent and the one rotated key that all
+    heads share, in paged blocks; there is nothing else, keys and values are products of the latent."""
+
+    rank: int
+    rope_dim: int
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Numbers one position adds."""
+        return self.rank + self.rope_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """Grouped-query attention: ``n_heads`` queries share ``n_kv_heads`` keys and values, in consecutive groups."""
 
@@ -283,7 +298,7 @@ class AttentionSpec:
             self._check_rotation(self.position)
 
     def _check_rotation(self, rope: RopeSpec) -> None:
-        n = rope.rotated(self.head_dim)
+        n = rope.rotated(self.turning_dim)
         _require(n <= self.head_dim, f"rope.dim must be at most head_dim {self.head_dim}, got {n}")
         lists: dict[str, tuple[float, ...]] = {}
         match rope.scaling:
@@ -295,6 +310,11 @@ class AttentionSpec:
                 _require(rope.theta > 1, f"YaRN needs a rope theta above 1, got {rope.theta:g}")
         for name, values in lists.items():
             _require(len(values) == n // 2, f"scaling.{name} must have {n // 2} numbers, one a pair; got {len(values)}")
+
+    @property
+    def turning_dim(self) -> int:
+        """Numbers that the rotation counts its pairs in, before it takes a part of them (``RopeSpec.dim``)."""
+        return self.head_dim
 
     @property
     def q_dim(self) -> int:
@@ -317,9 +337,101 @@ class AttentionSpec:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
-    def state(self) -> KVState:
+    def attended_dim(self) -> int:
+        """Numbers that meet one key: those of all queries, and of all results that its value is added to."""
+        return 2 * self.q_dim
+
+    @property
+    def state(self) -> KVState | LatentState:
         """What this mixer keeps of a sequence between passes."""
         return KVState(n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionSpec(AttentionSpec):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) in its absorbed form.
+
+    c = norm(W_KVa x)[:R], k_r = rotate(W_KVa x)[R:]                  what is cached: the key is (c, k_r), the value c
+    q = W_Q x, or W_Qb norm(W_Qa x)                                    every head (nope_dim, rope_dim)
+    query of a head = (W_Kb[h] q_nope, rotate(q_rope))                 R + rope_dim numbers
+    o = W_O [W_Vb[h] (softmax(scale query . key) c)]
+
+    So it is multi-query attention with one key of ``head_dim`` = kv_rank + rope_dim numbers, whose first kv_rank are
+    the value: the sum over W_Kb that makes keys is done to the query, the one that makes values to the result. There
+    is no second form to compute: prompts and single tokens have the same arithmetic.
+    """
+
+    n_kv_heads: int = 1
+    head_dim: int = 0
+    """kv_rank + rope_dim; 0 is replaced by it."""
+    kv_rank: int
+    """R, numbers of the latent (published: 512)."""
+    q_rank: int | None
+    """Numbers of the queries' own latent; None: queries are one projection of x (DeepSeek-V2-Lite)."""
+    nope_dim: int
+    """Numbers of a head that do not turn."""
+    rope_dim: int
+    """Numbers of a head that turn, behind the others; all heads share one key for them."""
+    v_dim: int
+    """Numbers of a head's result."""
+    norm_eps: float = 1e-6
+    """Of the norms of both latents; DeepSeek's own code and transformers have no key for it."""
+    yarn_mscale: float = 0.0
+    """m: under YaRN q . k is multiplied by (0.1 m ln(factor) + 1)^2 besides (``mscale_all_dim`` of config.json)."""
+
+    def __post_init__(self) -> None:
+        sizes = {"kv_rank": self.kv_rank, "nope_dim": self.nope_dim, "rope_dim": self.rope_dim, "v_dim": self.v_dim}
+        _require_positive("attn", n_heads=self.n_heads, **sizes)
+        if self.q_rank is not None:
+            _require_positive("attn", q_rank=self.q_rank)
+        # The CPU's kernels take whole tiles of every head; every published model has multiples of 64.
+        for name, unit in (("kv_rank", 32), ("v_dim", 16)):
+            _require(sizes[name] % unit == 0, f"attn.{name} must be a multiple of {unit}, got {sizes[name]}")
+        _require(self.rope_dim % 2 == 0, f"attn.rope_dim must be even, got {self.rope_dim}")
+        width = self.kv_rank + self.rope_dim
+        _require(self.head_dim in (0, width), f"head_dim must be kv_rank + rope_dim = {width}, got {self.head_dim}")
+        object.__setattr__(self, "head_dim", width)
+        _require(self.n_kv_heads == 1, f"latent attention has one key a token, got n_kv_heads={self.n_kv_heads}")
+        for name in ("clip_qkv", "soft_cap", "scale", "qk_norm", "qkv_bias", "out_bias", "window", "sinks"):
+            _require(getattr(self, name) in (None, False), f"latent attention has no {name}")
+        _require(isinstance(self.position, RopeSpec), "latent attention needs rotary positions")
+        _require_number("attn", norm_eps=self.norm_eps)
+        _require_number("attn", above=-1e-30, yarn_mscale=self.yarn_mscale)
+        assert isinstance(self.position, RopeSpec), "seen above"
+        _require(self.position.dim is None, "rope_dim says how many numbers turn: rope.dim must be left out")
+        yarn = isinstance(self.position.scaling, YarnScaling)
+        _require(yarn or not self.yarn_mscale, "yarn_mscale needs a rotation that is scaled by YaRN")
+        self._check_rotation(self.position)
+
+    @property
+    def turning_dim(self) -> int:
+        """Numbers that the rotation's pairs are counted in: see :class:`AttentionSpec`."""
+        return self.rope_dim
+
+    @property
+    def qk_dim(self) -> int:
+        """Numbers of a head's query as it is projected: nope_dim + rope_dim."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def attended_dim(self) -> int:
+        """H (R + rope_dim) of queries, H R of results."""
+        return self.n_heads * (self.head_dim + self.kv_rank)
+
+    @property
+    def score_scale(self) -> float:
+        """1/sqrt(nope_dim + rope_dim), under YaRN times the square that ``yarn_mscale`` says."""
+        plain: float = self.qk_dim**-0.5
+        scaling = self.position.scaling if isinstance(self.position, RopeSpec) else None
+        if not self.yarn_mscale or not isinstance(scaling, YarnScaling) or scaling.factor <= 1:
+            return plain
+        m = 0.1 * self.yarn_mscale * math.log(scaling.factor) + 1.0
+        return plain * m * m
+
+    @property
+    def state(self) -> LatentState:
+        """What this mixer keeps of a sequence between passes."""
+        return LatentState(rank=self.kv_rank, rope_dim=self.rope_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,8 +448,13 @@ class DenseSpec:
         _require(self.gated or self.activation != "clamped_glu", "the activation clamped_glu needs a gated network")
 
 
-Score = Literal["softmax", "sigmoid"]
-"""How logits become scores: each against all others, or each by itself (DeepSeek-V3)."""
+Score = Literal["softmax", "sigmoid", "sparse_mixer"]
+"""How logits become scores: each against all others, each by itself (DeepSeek-V3), or each of the two best against
+those that are near it (``sparse_mixer``: Phi-3.5-MoE, Liu et al. 2023)."""
+
+
+GroupWorth = Literal["two_best", "best"]
+"""What of its scores says how good a group of experts is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +465,9 @@ class MoESpec:
     choice  = the top_k of score (+ correction), within the best ``top_k_groups`` of ``n_groups`` groups
     weight  = score of the chosen, divided by their norm, times ``routed_scale``
     out     = sum of weight * expert(x)  (+ shared(x), with ``shared_gate`` times sigmoid(w x))
+
+    With ``sparse_mixer`` the two greatest logits are chosen. The first one's weight is its softmax over the experts
+    with (best - logit) <= 2 ``mixer_eps`` max(|logit|, best), the second one's the same over all but the first.
 
     A softmax over the chosen logits alone (Mixtral, gpt-oss) is ``softmax`` with ``normalize_p`` 1: the sum over all
     experts cancels.
@@ -371,12 +491,15 @@ class MoESpec:
     """The least that is divided by (ERNIE: 1e-12)."""
     routed_scale: float = 1.0
     """What the chosen weights are multiplied by at last."""
+    mixer_eps: float | None = None
+    """How near logits must be to count beside a chosen one, as a share of them; for ``sparse_mixer`` alone."""
     correction: bool = False
     """True: a bias on the scores for the choice alone, stored with the model and trained by no gradient."""
     n_groups: int = 1
-    """The experts in this many groups of neighbours, of which only the best ``top_k_groups`` are chosen from; a group
-    is as good as the sum of its two best scores (DeepSeek-V3)."""
+    """The experts in this many groups of neighbours, of which only the best ``top_k_groups`` are chosen from."""
     top_k_groups: int = 1
+    group_worth: GroupWorth = "two_best"
+    """What a group is as good as: the sum of its two best scores (DeepSeek-V3), or its best one (DeepSeek-V2)."""
     router_bias: bool = False
     """True: a bias on the router's logits."""
     expert_bias: bool = False
@@ -408,10 +531,23 @@ class MoESpec:
         self._check_choice()
 
     def _check_choice(self) -> None:
-        _require(self.score in ("softmax", "sigmoid"), f"ffn.score must be 'softmax' or 'sigmoid', got {self.score!r}")
+        known = ("softmax", "sigmoid", "sparse_mixer")
+        _require(self.score in known, f"ffn.score must be one of {', '.join(known)}; got {self.score!r}")
+        if self.score == "sparse_mixer":
+            _require(
+                self.top_k == 2 and self.normalize_p is None and not self.correction and self.n_groups == 1,
+                "a sparse mixer chooses two experts of all, by their logits, and does not divide their weights: it "
+                "needs top_k 2, normalize_p None, no correction and one group",
+            )
+            _require(self.mixer_eps is not None, "a sparse mixer needs mixer_eps")
+            _require_number("ffn", mixer_eps=self.mixer_eps or 0.0)
+        else:
+            _require(self.mixer_eps is None, "mixer_eps is a sparse mixer's alone")
         _require_number("ffn", above=-1e-30, normalize_eps=self.normalize_eps, normalize_min=self.normalize_min)
         _require_number("ffn", routed_scale=self.routed_scale)
         size = self.n_experts // self.n_groups
+        worths = ("two_best", "best")
+        _require(self.group_worth in worths, f"group_worth must be 'two_best' or 'best', got {self.group_worth!r}")
         _require(
             self.n_groups == 1 or (self.n_experts % self.n_groups == 0 and size >= 2),
             f"n_groups must part the experts into equal groups of two or more: got n_experts={self.n_experts}, "
@@ -433,19 +569,22 @@ def _require_activation(activation: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One layer: h + r mixer(norm(h)), then h + r ffn(norm(h)), r the residual scale."""
+    """One layer: h + r mixer(norm(h)), then h + r ffn(norm(h)), r the residual scale; or r norm(mixer(h)), or both."""
 
     norm: NormSpec
-    """Of both halves: a norm of its own before the mixer and before the feed-forward."""
+    """Of all norms of the layer, each with weights of its own."""
     mixer: AttentionSpec
     ffn: DenseSpec | MoESpec
     post_norms: bool = False
     """True adds a norm after the mixer and after the feed-forward, inside the residual branch (Grok-1's sandwich)."""
+    pre_norms: bool = True
+    """False: mixer and feed-forward read the residual stream as it is (OLMo 2, with post_norms)."""
     residual_scale: float = 1.0
     """What both branches are multiplied by before they are added (Granite: 0.22)."""
 
     def __post_init__(self) -> None:
         _require_number("layer", residual_scale=self.residual_scale)
+        _require(self.pre_norms or self.post_norms, "a layer needs norms before its branches, behind them, or both")
 
     @property
     def moe(self) -> MoESpec | None:
@@ -598,6 +737,7 @@ def uniform_model(
     mixer: AttentionSpec,
     ffn: DenseSpec | MoESpec,
     post_norms: bool = False,
+    pre_norms: bool = True,
     residual_scale: float = 1.0,
     **model: Any,
 ) -> ModelConfig:
@@ -606,5 +746,7 @@ def uniform_model(
     Args:
         model: the other fields of :class:`ModelConfig`.
     """
-    layer = LayerSpec(norm=norm, mixer=mixer, ffn=ffn, post_norms=post_norms, residual_scale=residual_scale)
+    layer = LayerSpec(
+        norm=norm, mixer=mixer, ffn=ffn, post_norms=post_norms, pre_norms=pre_norms, residual_scale=residual_scale
+    )
     return ModelConfig(layers=uniform(layer, n_layers), final_norm=norm, **model)

@@ -19,6 +19,7 @@ from quadriga.model.config import (
     AttentionSpec,
     DenseSpec,
     FactorScaling,
+    LatentAttentionSpec,
     LayerSpec,
     LinearScaling,
     Llama3Scaling,
@@ -41,7 +42,7 @@ _SCALINGS: dict[str, type] = {
     "longrope": LongRopeScaling,
     "factors": FactorScaling,
 }
-_MIXERS: dict[str, type] = {"attention": AttentionSpec}
+_MIXERS: dict[str, type] = {"attention": AttentionSpec, "latent_attention": LatentAttentionSpec}
 _FFNS: dict[str, type] = {"dense": DenseSpec, "moe": MoESpec}
 
 

@@ -5,15 +5,19 @@ A :class:`Piece` ties a box of one *source* tensor (named as in the checkpoint) 
 the round trip. The pieces of a map must cover every element of every source tensor and of every parameter exactly once;
 :func:`check_cover` holds them to it before a byte is read.
 
-    parameter[target_box] = unpack(source[source_box])
+    parameter[target_box] = from_stored(source[source_box])
 
-    unpack:  take every n-th index of an axis if `stride`  ->  view as `view` if given  ->  swap the last two axes
-             if `transpose`  ->  un-interleave rotary rows if `rotary_heads` > 0
+    from_stored:  take every n-th index of an axis if `stride`  ->  view as `view` if given  ->  swap the last two
+             axes if `transpose`  ->  un-interleave rotary rows if `rotary_heads` > 0
 
 Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, V vocab):
 
     embed.weight (V, D)                      layers.{i}.attn.wqkv.weight ((H + 2K) d, D), rows: all q, all k, all v
     layers.{i}.attn_norm.weight (D,)         layers.{i}.attn.wo.weight   (D, H d)
+    layers.{i}.attn.wq.weight (H (n + p), D), or attn.wq_a.weight (Q, D), attn.q_a_norm.weight (Q,) and
+        attn.wq_b.weight (H (n + p), Q); attn.wkv_a.weight (R + p, D), attn.kv_a_norm.weight (R,),
+        attn.wk_b.weight (H R, n), attn.wv_b.weight (H v, R), attn.wo.weight (D, H v)
+        (latent attention: n nope_dim, p rope_dim, Q q_rank, R kv_rank, v v_dim)
     layers.{i}.attn.wqkv.bias ((H + 2K) d,), attn.wo.bias (D,), attn.sinks (H,)    (where the mixer has them)
     layers.{i}.ffn_norm.weight (D,)          layers.{i}.attn_post_norm.weight, ffn_post_norm.weight  (post_norms only)
     layers.{i}.ffn.w_gate|w_up (F, D), w_down (D, F)                               (dense; w_gate only if gated)
@@ -34,7 +38,7 @@ from dataclasses import dataclass
 from math import prod
 
 from quadriga.errors import CheckpointError
-from quadriga.model.config import DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec
+from quadriga.model.config import DenseSpec, LatentAttentionSpec, LayerSpec, ModelConfig, MoESpec, NormSpec
 
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
@@ -70,6 +74,8 @@ class Piece:
     """Swap the last two axes."""
     rotary_heads: int = 0
     """Heads whose rows are stored as interleaved rotary pairs (Meta, GGUF llama) and must become halves; 0: none."""
+    rotary_last: int = 0
+    """Of each of these heads the last rows that are pairs (latent attention); 0: all of a head's rows are."""
 
 
 def whole(shape: Shape) -> Box:
@@ -116,11 +122,14 @@ def _norm_shapes(name: str, norm: NormSpec, d_model: int) -> dict[str, Shape]:
 def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
     """Every parameter of one layer, without the ``layers.{i}.`` before its name, in the order of a forward pass."""
     d, attn, ffn = d_model, layer.mixer, layer.ffn
-    shapes: dict[str, Shape] = _norm_shapes("attn_norm", layer.norm, d)
-    shapes["attn.wqkv.weight"] = (attn.qkv_dim, d)
-    if attn.qkv_bias:
-        shapes["attn.wqkv.bias"] = (attn.qkv_dim,)
-    shapes["attn.wo.weight"] = (d, attn.q_dim)
+    shapes: dict[str, Shape] = _norm_shapes("attn_norm", layer.norm, d) if layer.pre_norms else {}
+    if isinstance(attn, LatentAttentionSpec):
+        shapes |= _latent_shapes(attn, d)
+    else:
+        shapes["attn.wqkv.weight"] = (attn.qkv_dim, d)
+        if attn.qkv_bias:
+            shapes["attn.wqkv.bias"] = (attn.qkv_dim,)
+        shapes["attn.wo.weight"] = (d, attn.q_dim)
     if attn.out_bias:
         shapes["attn.wo.bias"] = (d,)
     if attn.sinks:
@@ -131,7 +140,8 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
         shapes["attn.k_norm.weight"] = (attn.head_dim if by_head else attn.kv_dim,)
     if layer.post_norms:
         shapes |= _norm_shapes("attn_post_norm", layer.norm, d)
-    shapes |= _norm_shapes("ffn_norm", layer.norm, d)
+    if layer.pre_norms:
+        shapes |= _norm_shapes("ffn_norm", layer.norm, d)
     match ffn:
         case DenseSpec():
             if ffn.gated:
@@ -143,6 +153,24 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
     if layer.post_norms:
         shapes |= _norm_shapes("ffn_post_norm", layer.norm, d)
     return shapes
+
+
+def _latent_shapes(attn: LatentAttentionSpec, d: int) -> dict[str, Shape]:
+    rows, rank = attn.n_heads * attn.qk_dim, attn.kv_rank
+    shapes: dict[str, Shape] = {"attn.wq.weight": (rows, d)}
+    if attn.q_rank is not None:
+        shapes = {
+            "attn.wq_a.weight": (attn.q_rank, d),
+            "attn.q_a_norm.weight": (attn.q_rank,),
+            "attn.wq_b.weight": (rows, attn.q_rank),
+        }
+    return shapes | {
+        "attn.wkv_a.weight": (rank + attn.rope_dim, d),
+        "attn.kv_a_norm.weight": (rank,),
+        "attn.wk_b.weight": (attn.n_heads * rank, attn.nope_dim),
+        "attn.wv_b.weight": (attn.n_heads * attn.v_dim, rank),
+        "attn.wo.weight": (d, attn.n_heads * attn.v_dim),
+    }
 
 
 def _mixture_shapes(ffn: MoESpec, d: int) -> dict[str, Shape]:

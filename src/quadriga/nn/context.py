@@ -31,10 +31,10 @@ class ForwardContext(Protocol):
 
         Args:
             layer: index of the layer; a cache stores k and v under it.
-            q: (N, H, d). k, v: (N, K, d), rotated and clipped already.
+            q: (N, H, d). k: (N, K, d), v: (N, K, e), e usually d; rotated and clipped already.
 
         Returns:
-            (N, H, d).
+            (N, H, e).
         """
         ...
 
@@ -54,7 +54,7 @@ class Scoring:
         self.window, self.sinks = window, sinks
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, q_positions: Tensor | None = None) -> Tensor:
-        """``ops.attention`` with this layer's scoring; q (B, H, T, d), k and v (B, K, S, d)."""
+        """``ops.attention`` with this layer's scoring; q (B, H, T, d), k (B, K, S, d), v (B, K, S, e)."""
         return ops.attention(
             q,
             k,
@@ -82,7 +82,7 @@ class PackedContext:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """See :class:`ForwardContext`. One attention call per sequence, so nothing is padded."""
-        out = torch.empty_like(q)
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
         start = 0
         for length in self.lengths:
             rows = slice(start, start + length)

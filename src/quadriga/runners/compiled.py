@@ -10,26 +10,55 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quadriga import __version__
 from quadriga.errors import ConfigError, RequestError
 from quadriga.kernels.cpu.expert_store import ExpertStore
+from quadriga.kernels.cpu.library import library_path
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
-from quadriga.kernels.cpu.program import AttentionArgs, Batch, ChoiceArgs, FFNArgs, NormArgs, Program, SharedArgs
-from quadriga.model.config import AlibiSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.kernels.cpu.program import (
+    AttentionArgs,
+    Batch,
+    ChoiceArgs,
+    FFNArgs,
+    LatentArgs,
+    NormArgs,
+    Program,
+    SharedArgs,
+)
+from quadriga.kernels.cpu.sampling import RowSampler
+from quadriga.model.cache_layout import CacheLayout, one_group
+from quadriga.model.config import (
+    AlibiSpec,
+    AttentionSpec,
+    DenseSpec,
+    LatentAttentionSpec,
+    LatentState,
+    LayerSpec,
+    ModelConfig,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+)
 from quadriga.model.positions import alibi_slopes, rotation
 from quadriga.model.weight_map import parameter_shapes, stays_float32
 from quadriga.quant.dtypes import Array, as_float32
-from quadriga.quant.packed import KV_FORMATS, kv_block_bytes
+from quadriga.quant.packed import KV_FORMATS, kv_block_bytes, latent_block_bytes
 from quadriga.runners.base import Adapters, Floats, PassResult, RouterStats
 
 ACTIVATIONS = ("auto", "int8", "int16")
 
 MAX_TOKENS = 2048
 """Tokens of one pass: bounds the activations of a long prompt; more is not faster."""
+
+
+_LOOKS, _LOOK_BYTES = 64, 4096
+"""What :meth:`CompiledModel.identity` reads of a matrix: so many pieces of so many bytes."""
 
 
 def pack_parameters(parameters: Mapping[str, Array], form: str) -> dict[str, Parameter]:
@@ -52,7 +81,17 @@ def pack_parameters(parameters: Mapping[str, Array], form: str) -> dict[str, Par
 
 def layer_block_bytes(layer: LayerSpec, kv_format: str) -> int:
     """Bytes of one cache block of 16 positions in a layer."""
-    return kv_block_bytes(kv_format, layer.mixer.state.n_kv_heads, layer.mixer.state.head_dim)
+    state = layer.mixer.state
+    if isinstance(state, LatentState):
+        return latent_block_bytes(kv_format, state.rank, state.rope_dim)
+    return kv_block_bytes(kv_format, state.n_kv_heads, state.head_dim)
+
+
+def queries_of(spec: AttentionSpec) -> str:
+    """The projection that makes queries, with keys and values where they have no projection of their own."""
+    if not isinstance(spec, LatentAttentionSpec):
+        return "attn.wqkv.weight"
+    return "attn.wq.weight" if spec.q_rank is None else "attn.wq_b.weight"
 
 
 def _distribution(logits: Floats, score: str) -> Floats:
@@ -73,6 +112,7 @@ class CompiledModel:
         parameters: see ``Parameter``; named as in ``parameter_shapes``. They are used where they lie.
         threads: computing threads.
         n_blocks: KV blocks of 16 tokens.
+        cache: how layers share them; None: a block has room for all layers.
         kv_format: float32, bfloat16 or q8.
         activations: what quantised matrices are multiplied with: int8, int16, or auto: int16 for models of fewer than
             a billion parameters, which are sensitive (SmolLM2's perplexity: 23.67 and 23.73) and quick anyway.
@@ -91,6 +131,7 @@ class CompiledModel:
         *,
         threads: int,
         n_blocks: int,
+        cache: CacheLayout | None = None,
         kv_format: str = "bfloat16",
         activations: str = "auto",
         max_tokens: int = MAX_TOKENS,
@@ -112,7 +153,11 @@ class CompiledModel:
             isa=isa,
         )
         self.parameters, self.store = parameters, store
-        self._kv = [allocate(n_blocks * layer_block_bytes(layer, kv_format)) for layer in config.layers]
+        self.row_sampler: RowSampler | None = RowSampler(self.program.context)
+        self._multiplied = (activations, small)  # what decides how quantised matrices are multiplied
+        self.cache = cache or one_group(config.n_layers)
+        shares = [layer_block_bytes(config.layers[layer], kv_format) for layer in self.cache.slot_layers]
+        self._kv = [allocate(n_blocks * n_bytes) for n_bytes in shares]
         self.kv_bytes = sum(kv.nbytes for kv in self._kv)
         embed = self._packed("embed.weight")
         self.program.embed(embed, config.embedding_scale)
@@ -150,17 +195,57 @@ class CompiledModel:
         """
         assert adapters is None, "there are none: adapters() refuses"
         logits, n = self.program.run(batch), len(batch.tokens)
-        norm = self._norm("final_norm.weight", self.config.final_norm)
-        return PassResult(
-            logits, self.program.hidden(n, norm) if hidden else None, self._router_stats(n) if routing else None
-        )
+        states = self.program.hidden(n, self._norm("final_norm.weight", self.config.final_norm)) if hidden else None
+        return PassResult(logits, states, self._router_stats(n) if routing else None)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy the keys and values of whole blocks, (from, to), in every layer."""
+        """See :class:`Runner`."""
         source, target = (list(side) for side in zip(*pairs, strict=True))
         for kv in self._kv:
             blocks = kv.reshape(self.n_blocks, -1)
             blocks[target] = blocks[source]
+
+    def read_block(self, block: int) -> bytes:
+        """What a block of the cache holds, of all layers."""
+        return b"".join(kv.reshape(self.n_blocks, -1)[block].tobytes() for kv in self._kv)
+
+    def write_block(self, block: int, content: bytes) -> None:
+        """Put back what :meth:`read_block` has read.
+
+        Raises:
+            ConfigError: it is of another size.
+        """
+        rows = [kv.reshape(self.n_blocks, -1)[block] for kv in self._kv]
+        if len(content) != sum(row.nbytes for row in rows):
+            raise ConfigError(f"a block has {sum(row.nbytes for row in rows)} bytes, got {len(content)}")
+        at = 0
+        for row in rows:
+            row[:] = np.frombuffer(content, dtype=row.dtype, count=row.size, offset=at)
+            at += row.nbytes
+
+    def identity(self) -> bytes:
+        """A hash of all that keys and values depend on beside the tokens: weights, kernels, how they are stored.
+
+        Of large matrices it reads pieces all over them: whoever trains a matrix changes all of it.
+
+        Raises:
+            ConfigError: experts lie on disk, so the weights cannot be looked at.
+        """
+        if self.store is not None:
+            raise ConfigError("a prefix cache on disk needs all weights in memory; leave expert_memory out")
+        digest = blake2b(digest_size=32)
+        facts = (__version__, self.program.context.isa, self.kv_format, self._multiplied)
+        digest.update(repr((facts, self.config, self.cache, [kv.dtype.str for kv in self._kv])).encode())
+        digest.update(library_path().read_bytes())
+        for name, parameter in sorted(self.parameters.items()):
+            digest.update(name.encode())
+            for part in [parameter] if isinstance(parameter, (Packed, np.ndarray)) else parameter:
+                raw = (part.data if isinstance(part, Packed) else part).reshape(-1).view(np.uint8)
+                digest.update(repr((part.format if isinstance(part, Packed) else "", raw.nbytes)).encode())
+                step = max(_LOOK_BYTES, len(raw) // _LOOKS)
+                for begin in range(0, len(raw), step):
+                    digest.update(raw[begin : begin + _LOOK_BYTES].tobytes())
+        return digest.digest()
 
     def row_stats(self, logits: Floats) -> tuple[list[int], list[float]]:
         """Of every row of logits (R, V): the most probable token (the lowest id of equals) and log(sum(exp))."""
@@ -198,16 +283,17 @@ class CompiledModel:
         spec = shape.mixer
         turning = slopes = q_norm = k_norm = None
         if isinstance(spec.position, RopeSpec):
-            turning = rotation(spec.position, spec.head_dim, self.config.max_seq_len)
+            turning = rotation(spec.position, spec.turning_dim, self.config.max_seq_len)
         elif isinstance(spec.position, AlibiSpec):
             slopes = alibi_slopes(spec.position, spec.n_heads)
         if spec.qk_norm is not None:
             rms = NormSpec(kind="rms", eps=spec.qk_norm.eps)
             q_norm, k_norm = (self._norm(f"{p}attn.{part}_norm.weight", rms) for part in "qk")
         return AttentionArgs(
-            norm=self._norm(p + "attn_norm.weight", shape.norm),
+            norm=self._norm(p + "attn_norm.weight", shape.norm) if shape.pre_norms else None,
             post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
-            wqkv=self._packed(p + "attn.wqkv.weight"),
+            wqkv=self._pieces(p + queries_of(spec)),
+            latent=self._latent(p + "attn.", spec) if isinstance(spec, LatentAttentionSpec) else None,
             wo=self._packed(p + "attn.wo.weight"),
             n_heads=spec.n_heads,
             n_kv_heads=spec.n_kv_heads,
@@ -221,7 +307,8 @@ class CompiledModel:
             inverse_frequencies=None if turning is None else turning.frequencies,
             rotary_scale=1.0 if turning is None else turning.scale,
             alibi_slopes=slopes,
-            kv=self._kv[layer],
+            kv=self._kv[self.cache.slots[layer]],
+            cache_group=self.cache.groups[layer],
             kv_format=self.kv_format,
             qkv_bias=self._vector(p + "attn.wqkv.bias") if spec.qkv_bias else None,
             out_bias=self._vector(p + "attn.wo.bias") if spec.out_bias else None,
@@ -230,9 +317,25 @@ class CompiledModel:
             norm_after_rotation=spec.qk_norm is not None and spec.qk_norm.after_rotation,
         )
 
+    def _latent(self, p: str, spec: LatentAttentionSpec) -> LatentArgs:
+        norm = NormSpec(kind="rms", eps=spec.norm_eps)
+        through = spec.q_rank is not None
+        return LatentArgs(
+            kv_rank=spec.kv_rank,
+            rope_dim=spec.rope_dim,
+            nope_dim=spec.nope_dim,
+            v_dim=spec.v_dim,
+            wq_a=self._packed(p + "wq_a.weight") if through else None,
+            q_a_norm=self._norm(p + "q_a_norm.weight", norm) if through else None,
+            wkv_a=self._packed(p + "wkv_a.weight"),
+            kv_a_norm=self._norm(p + "kv_a_norm.weight", norm),
+            wk_b=self._packed(p + "wk_b.weight"),
+            wv_b=self._packed(p + "wv_b.weight"),
+        )
+
     def _ffn(self, layer: int) -> FFNArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
-        ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm)
+        ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm) if shape.pre_norms else None
         post = self._norm(p + "ffn_post_norm.weight", shape.norm) if shape.post_norms else None
         match ffn:
             case DenseSpec():
@@ -271,9 +374,11 @@ class CompiledModel:
                         score=ffn.score,
                         n_groups=ffn.n_groups,
                         top_k_groups=ffn.top_k_groups,
+                        group_worth=ffn.group_worth,
                         normalize_eps=ffn.normalize_eps,
                         normalize_min=ffn.normalize_min,
                         scale=ffn.routed_scale,
+                        near=2 * (ffn.mixer_eps or 0.0),
                         bias=self._vector_or_none(p + "moe.router.bias"),
                         correction=self._vector_or_none(p + "moe.router.correction"),
                     ),
@@ -305,6 +410,11 @@ class CompiledModel:
         parameter = self.parameters[name]
         assert isinstance(parameter, Packed), f"{name} is a packed matrix"
         return parameter
+
+    def _pieces(self, name: str) -> Sequence[Packed]:
+        """A matrix that may be in several pieces of rows."""
+        parameter = self.parameters[name]
+        return [parameter] if isinstance(parameter, Packed) else self._experts(name)
 
     def _experts(self, name: str) -> Sequence[Packed]:
         parameter = self.parameters[name]

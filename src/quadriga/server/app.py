@@ -19,18 +19,24 @@ from starlette.routing import Route
 
 from quadriga.errors import QuadrigaError
 from quadriga.server import (
+    admin,
     batches,
     chat,
     completions,
     docs_page,
     fields,
+    llamacpp,
     messages,
     ollama,
     responses,
     status,
     text_routes,
 )
+from quadriga.server.accounts import Visit
+from quadriga.server.batch_jobs import BatchJobs, BatchRequest
 from quadriga.server.errors import ApiError, as_api_error, as_bug
+from quadriga.server.files import FileRoutes, FileStore
+from quadriga.server.fleet import Fleet
 from quadriga.server.guard import Guard, Limits, read_body
 from quadriga.server.openapi import document
 from quadriga.server.schema import (
@@ -39,6 +45,8 @@ from quadriga.server.schema import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
     TemplateRequest,
     TokenizeRequest,
 )
@@ -64,23 +72,94 @@ _PAGE_HEADERS = {
 }
 
 Answer = Callable[[Service, Any, Caller], Awaitable[Response]]
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def build(service: Service, limits: Limits) -> Guard:
+class _Desk:
+    """Answers lines of batches."""
+
+    def __init__(self, fleet: Fleet, limits: Limits) -> None:
+        self._fleet, self._strict = fleet, limits.strict
+        self.guard: Guard | None = None
+
+    def handlers(self, caller: Caller) -> dict[str, batches.Handler]:
+        """Url -> what answers a line of a caller's."""
+        caller, work = replace(caller, patient=True), self._fleet.first.work
+
+        def handler(kind: type, answer: Answer) -> batches.Handler:
+            async def handle(line: bytes) -> Response:
+                body, ignored = await work.check(len(line), batches.body_of, line, kind, self._strict)
+                noted.say("/v1/batches", ignored)
+                if getattr(body, "stream", None):
+                    raise ApiError(400, "a batch has no streams", param="stream")
+                return await answer(self._fleet.of(body.model), body, replace(caller, n_bytes=len(line)))
+
+            return handle
+
+        return {
+            "/v1/chat/completions": handler(ChatRequest, chat.complete),
+            "/v1/completions": handler(CompletionRequest, completions.complete),
+            "/v1/responses": handler(responses.ResponsesRequest, responses.complete),
+            "/v1/embeddings": handler(EmbeddingRequest, text_routes.embeddings),
+        }
+
+    def caller(self, owner: str, client: str) -> Caller | None:
+        """Who a batch in the background is for; None where its key is none of this server's any more."""
+        assert self.guard is not None, "the server has been built"
+        found = self.guard.client_of(owner, client)
+        if found is None:
+            return None
+        visit = Visit(self.guard.account(found[0]), taken=False)
+        return Caller(salt=found[1], client=found[0].encode(), visit=visit, background=True)
+
+
+def asked_of(body: Any) -> str | None:
+    """The model that a body names; Ollama's clients may call it ``name``."""
+    return body.model or getattr(body, "name", None)
+
+
+def _no_files() -> ApiError:
+    return ApiError(501, "this server keeps no files; start it with --files FOLDER", code="no_files")
+
+
+def _file_routes(store: FileStore | None, jobs: BatchJobs | None, limits: Limits) -> list[tuple[str, str, Endpoint]]:
+    """(method, path, endpoint) of everything about files and the batches made of them."""
+
+    async def refuse(_: Request) -> Response:
+        raise _no_files()
+
+    files = None if store is None else FileRoutes(store, limits)
+    return [
+        ("POST", "/files", files.upload if files else refuse),
+        ("GET", "/files", files.listed if files else refuse),
+        ("GET", "/files/{id}", files.one if files else refuse),
+        ("DELETE", "/files/{id}", files.delete if files else refuse),
+        ("GET", "/files/{id}/content", files.content if files else refuse),
+        ("GET", "/batches", jobs.listed if jobs else refuse),
+        ("GET", "/batches/{id}", jobs.one if jobs else refuse),
+        ("POST", "/batches/{id}/cancel", jobs.cancel if jobs else refuse),
+    ]
+
+
+def build(service: Service | Fleet, limits: Limits, store: FileStore | None = None) -> Guard:
     """The ASGI application.
 
     Args:
-        service: the model; its engine is started and stopped with the application.
+        service: the model, or the models; their engines are started and stopped with the application.
         limits: who may ask, and how much.
+        store: where files and batches are kept; None: they are not.
     """
-    experts = status.Experts(service)
+    fleet = service if isinstance(service, Fleet) else Fleet([service])
+    experts = {service: status.Experts(service) for service in fleet}
     read = partial(fields.read, strict=limits.strict)
 
     def generates(kind: type, whole: Answer, stream: Answer) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             body: Any = await parsed(request, kind)
             caller = request.state.caller
-            answer: Response = await unless_gone(request, (stream if body.stream else whole)(service, body, caller))
+            answer: Response = await unless_gone(
+                request, (stream if body.stream else whole)(fleet.of(body.model), body, caller)
+            )
             return answer
 
         return endpoint
@@ -88,7 +167,9 @@ def build(service: Service, limits: Limits) -> Guard:
     def simple(kind: type, answer: Answer) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             body: Any = await parsed(request, kind)
-            response: Response = await unless_gone(request, answer(service, body, request.state.caller))
+            response: Response = await unless_gone(
+                request, answer(fleet.of(asked_of(body)), body, request.state.caller)
+            )
             return response
 
         return endpoint
@@ -102,31 +183,22 @@ def build(service: Service, limits: Limits) -> Guard:
         if len(raw) <= INLINE_BYTES:
             body, ignored = read(raw, kind)
         else:
-            body, ignored = await unless_gone(request, service.work.check(len(raw), read, raw, kind))
+            body, ignored = await unless_gone(request, fleet.first.work.check(len(raw), read, raw, kind))
         request.state.ignored = ignored
         return body
 
+    desk = _Desk(fleet, limits)
+    jobs = None if store is None else BatchJobs(store, desk)
+
     async def batch(request: Request) -> Response:
-        raw = await read_body(request, limits, ("application/jsonl", "application/x-ndjson"))
-        caller: Caller = replace(request.state.caller, patient=True)
-
-        def handler(kind: type, answer: Answer) -> batches.Handler:
-            async def handle(line: bytes) -> Response:
-                body, ignored = await service.work.check(len(line), batches.body_of, line, kind, limits.strict)
-                noted.say("/v1/batches", ignored)
-                if getattr(body, "stream", None):
-                    raise ApiError(400, "a batch has no streams", param="stream")
-                return await answer(service, body, replace(caller, n_bytes=len(line)))
-
-            return handle
-
-        handlers = {
-            "/v1/chat/completions": handler(ChatRequest, chat.complete),
-            "/v1/completions": handler(CompletionRequest, completions.complete),
-            "/v1/responses": handler(responses.ResponsesRequest, responses.complete),
-            "/v1/embeddings": handler(EmbeddingRequest, text_routes.embeddings),
-        }
-        answer: Response = await unless_gone(request, service.work.check(len(raw), batches.run, raw, handlers))
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() == "application/json":
+            body = await parsed(request, BatchRequest)
+            if jobs is None:
+                raise _no_files()
+            return json_response(jobs.create(body, request.state.caller))
+        raw = await read_body(request, limits, ("application/jsonl", "application/x-ndjson", "application/json"))
+        handlers = desk.handlers(request.state.caller)
+        answer: Response = await unless_gone(request, fleet.first.work.check(len(raw), batches.run, raw, handlers))
         return answer
 
     def plain(answer: Callable[[], Response]) -> Callable[[Request], Awaitable[Response]]:
@@ -136,15 +208,27 @@ def build(service: Service, limits: Limits) -> Guard:
         return endpoint
 
     async def ready(request: Request) -> Response:
-        response: Response = await unless_gone(request, status.ready(service))
+        response: Response = await unless_gone(request, status.ready(fleet))
         return response
 
     async def one_model(request: Request) -> Response:
-        return status.one_model(service, request.path_params["name"])
+        name = request.path_params["name"]
+        return status.one_model(fleet.of(name), name)
+
+    def about(answer: Callable[[Service], Response]) -> Endpoint:
+        """What is asked of one model, by ``?model=``; of the first where none is named."""
+
+        async def endpoint(request: Request) -> Response:
+            name = request.query_params.get("model")
+            service = fleet.of(name)
+            service.check_model(name)
+            return answer(service)
+
+        return endpoint
 
     async def docs(request: Request) -> Response:
         text = docs_page.page(
-            document(service.names, strict=limits.strict), service.name, str(request.base_url).rstrip("/")
+            document(fleet.names(), strict=limits.strict), fleet.first.name, str(request.base_url).rstrip("/")
         )
         headers = {**_PAGE_HEADERS, "content-security-policy": docs_page.CSP}
         return Response(text, headers=headers, media_type="text/html")
@@ -156,21 +240,25 @@ def build(service: Service, limits: Limits) -> Guard:
         "/messages": generates(messages.MessagesRequest, messages.complete, messages.stream),
         "/messages/count_tokens": simple(messages.CountRequest, messages.count),
         "/embeddings": simple(EmbeddingRequest, text_routes.embeddings),
+        "/rerank": simple(RerankRequest, text_routes.rerank),
+        "/score": simple(ScoreRequest, text_routes.score),
         "/tokenize": simple(TokenizeRequest, text_routes.tokenize),
         "/detokenize": simple(DetokenizeRequest, text_routes.detokenize),
         "/apply-template": simple(TemplateRequest, text_routes.apply_template),
         "/batches": batch,
-        "/experts/reset": plain(experts.reset),
+        "/load_lora_adapter": simple(admin.AdapterToLoad, admin.load_adapter),
+        "/unload_lora_adapter": simple(admin.AdapterToForget, admin.unload_adapter),
+        "/experts/reset": about(lambda service: experts[service].reset()),
     }
     gets = {
-        "/models": plain(lambda: status.models(service)),
+        "/models": plain(lambda: status.models(fleet)),
         "/models/{name:path}": one_model,
-        "/tokenizer_info": plain(lambda: text_routes.tokenizer_info(service)),
-        "/health": plain(lambda: status.health(service)),
+        "/tokenizer_info": about(text_routes.tokenizer_info),
+        "/health": plain(lambda: status.health(fleet)),
         "/ready": ready,
-        "/experts": plain(experts.show),
-        "/metrics": plain(lambda: Response(service.metrics.text(), media_type="text/plain; version=0.0.4")),
-        "/openapi.json": plain(lambda: json_response(document(service.names, strict=limits.strict))),
+        "/experts": about(lambda service: experts[service].show()),
+        "/metrics": plain(lambda: Response(fleet.first.metrics.text(), media_type="text/plain; version=0.0.4")),
+        "/openapi.json": plain(lambda: json_response(document(fleet.names(), strict=limits.strict))),
         "/docs": docs,
     }
     theirs = {
@@ -182,28 +270,43 @@ def build(service: Service, limits: Limits) -> Guard:
         "/api/pull": simple(ollama.OllamaModel, ollama.pull),
         **{f"/api/{verb}": ollama.refuse(done) for verb, done in ollama.MANAGES.items()},
     }
+    theirs |= {
+        "/completion": simple(llamacpp.LlamaCompletion, llamacpp.answer),
+        "/infill": simple(llamacpp.LlamaInfill, llamacpp.answer),
+    }
     asked = {
-        "/api/tags": plain(lambda: ollama.tags(service)),
-        "/api/ps": plain(lambda: ollama.running(service)),
+        "/props": about(llamacpp.props),
+        "/slots": about(llamacpp.slots),
+        "/api/tags": plain(lambda: ollama.tags(fleet)),
+        "/api/ps": plain(lambda: ollama.running(fleet)),
         "/api/version": plain(ollama.version),
     }
-    routes = [Route(path, _counted(service, path, e), methods=["POST"]) for path, e in theirs.items()]
-    routes.append(Route("/api/delete", _counted(service, "/api/delete", ollama.refuse("deleted")), methods=["DELETE"]))
-    routes += [Route(path, _counted(service, path, e), methods=["GET"]) for path, e in asked.items()]
+    routes = [Route(path, _counted(fleet.first, path, e), methods=["POST"]) for path, e in theirs.items()]
+    routes.append(
+        Route("/api/delete", _counted(fleet.first, "/api/delete", ollama.refuse("deleted")), methods=["DELETE"])
+    )
+    routes += [Route(path, _counted(fleet.first, path, e), methods=["GET"]) for path, e in asked.items()]
     for prefix in ("", "/v1"):
-        routes += [Route(prefix + path, _counted(service, path, e), methods=["POST"]) for path, e in posts.items()]
-        routes += [Route(prefix + path, _counted(service, path, e), methods=["GET"]) for path, e in gets.items()]
+        routes += [Route(prefix + path, _counted(fleet.first, path, e), methods=["POST"]) for path, e in posts.items()]
+        routes += [Route(prefix + path, _counted(fleet.first, path, e), methods=["GET"]) for path, e in gets.items()]
+        for method, path, endpoint in _file_routes(store, jobs, limits):
+            routes.append(Route(prefix + path, _counted(fleet.first, path, endpoint), methods=[method]))
     routes += page_routes(PAGE)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        await service.engine.start()
+        await fleet.start()
+        if jobs is not None:
+            await jobs.start()
         yield
-        await service.engine.stop(LAST_STEP_S)
-        service.work.close()
+        if jobs is not None:
+            await jobs.stop()
+        await fleet.stop(LAST_STEP_S)
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error, Exception: _bug})
-    return Guard(app, limits)
+    desk.guard = Guard(app, limits)
+    desk.guard.on_refusal = fleet.first.metrics.refuse
+    return desk.guard
 
 
 def _counted(
@@ -218,6 +321,7 @@ def _counted(
             response = Response(status_code=499)
         except QuadrigaError as error:
             response = _refusal(error, request.url.path)
+            service.metrics.refuse(error)
         if ignored := getattr(request.state, "ignored", []):
             response.headers[fields.HEADER] = fields.header(ignored)
             noted.say(path, ignored)

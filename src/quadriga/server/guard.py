@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import ipaddress
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -27,6 +27,9 @@ from quadriga.server.sse import json_response
 
 OPEN_PATHS = ("/health", "/v1/health")
 _PAGE = ("/", "/favicon.ico")
+PROBE_PATHS = tuple(f"{prefix}/{name}" for prefix in ("", "/v1") for name in ("health", "ready", "metrics"))
+ADMIN_PATHS = tuple(f"{prefix}/{verb}_lora_adapter" for prefix in ("", "/v1") for verb in ("load", "unload"))
+"""What changes the server; the key of whoever may is asked for in place of another."""
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -50,6 +53,10 @@ class Limits:
     """Sequences at once for each key or address; 0 is no limit."""
     strict: bool = False
     """Refuse fields that have no meaning here, instead of naming them in a header; see ``fields``."""
+    open_probes: bool = False
+    """/health, /ready and /metrics answer under any Host name: those who ask them go by addresses."""
+    admin_key: str = ""
+    """The key that may change what is served; nobody may where it is empty."""
     log_json: bool = False
     """Lines of the access log are JSON."""
 
@@ -80,6 +87,8 @@ class Guard:
         self.app, self.limits = app, limits
         self._clock = clock or (lambda: time.monotonic())
         self._accounts: dict[str, Account] = {}
+        self.on_refusal: Callable[[ApiError], None] = lambda _: None
+        """Told of every request that is answered here."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it here."""
@@ -112,7 +121,7 @@ class Guard:
         account: Account | None = None
         usage.client = str((scope.get("client") or ("?",))[0])
         try:
-            self._check_host(headers)
+            self._check_host(headers, path)
             if scope["method"] == "OPTIONS" and headers.get("access-control-request-method"):
                 await Response(status_code=204, headers=cors)(scope, receive, send)
                 return
@@ -127,6 +136,7 @@ class Guard:
             caller = Caller(salt=salt, client=who.encode(), visit=visit, usage=usage)
             scope.setdefault("state", {})["caller"] = caller
         except ApiError as error:
+            self.on_refusal(error)
             response = json_response(error.body(path), error.status, {**error.headers, **cors})
             await response(scope, receive, send)
             return
@@ -142,9 +152,29 @@ class Guard:
             if account is not None:
                 account.give_back(1)
 
-    def _check_host(self, headers: Headers) -> None:
+    def client_of(self, owner: str, address: str) -> tuple[str, bytes] | None:
+        """(who it is, the salt) of a client that is not there: by the SHA-256 of its key, or by its address.
+
+        Returns:
+            None where no key of this server's has that hash.
+        """
+        if not owner:
+            return None if self.limits.keys else (address, b"")
+        salts = {hashlib.sha256(key.encode()).digest(): key for key in self.limits.keys}
+        salt = bytes.fromhex(owner)
+        return (salts[salt], salt) if salt in salts else None
+
+    def account(self, who: str) -> Account:
+        """A client's account."""
+        account = self._accounts.get(who)
+        if account is None:
+            account = self._accounts[who] = Account(self.limits.allowance, self._clock)
+        return account
+
+    def _check_host(self, headers: Headers, path: str) -> None:
         host = headers.get("host", "")
-        if "*" not in self.limits.hosts and _name(host) not in (*_LOOPBACK, *self.limits.hosts):
+        is_open = self.limits.open_probes and path in PROBE_PATHS
+        if not is_open and "*" not in self.limits.hosts and _name(host) not in (*_LOOPBACK, *self.limits.hosts):
             raise ApiError(403, f"the Host header {host[:100]!r} is not one of this server's; see --allow-host")
         origin = headers.get("origin")
         if origin is None or origin in self.limits.origins or "*" in self.limits.origins:
@@ -166,14 +196,19 @@ class Guard:
 
     def _check_key(self, headers: Headers, path: str) -> str:
         """The caller's key, or "" where none is needed."""
-        if not self.limits.keys or path in OPEN_PATHS or path in _PAGE or path.startswith("/page/"):
+        is_admin = path in ADMIN_PATHS
+        if is_admin and not self.limits.admin_key:
+            raise ApiError(403, "what is served can be changed where the server was started with --admin-key")
+        if not (self.limits.keys or is_admin) or path in OPEN_PATHS or path in _PAGE or path.startswith("/page/"):
             return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         # Every key is compared, each in constant time: how long it takes tells nothing.
-        matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self.limits.keys]
+        keys = (self.limits.admin_key,) if is_admin else self.limits.keys
+        matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
         if not any(matches):
-            raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+            which = "the admin key" if is_admin else "an API key"
+            raise ApiError(401, f"{which} is needed: Authorization: Bearer KEY", code="invalid_api_key")
         return given
 
     def _take(self, who: str) -> Account:
@@ -185,9 +220,7 @@ class Guard:
         if len(self._accounts) > _MANY_ACCOUNTS:  # addresses come and go
             now = self._clock()
             self._accounts = {name: a for name, a in self._accounts.items() if not a.idle(now)}
-        account = self._accounts.get(who)
-        if account is None:
-            account = self._accounts[who] = Account(self.limits.allowance, self._clock)
+        account = self.account(who)
         account.take(1)
         return account
 
@@ -204,24 +237,46 @@ async def read_body(request: Request, limits: Limits, kinds: Iterable[str] = ("a
     kind = headers.get("content-type", "").split(";")[0].strip().lower()
     if kind not in kinds:
         raise ApiError(415, f"the content type must be {' or '.join(kinds)}, got {kind[:80]!r}")
-    length = headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > limits.max_body_bytes:
-        raise _too_large(limits)
     body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > limits.max_body_bytes:
-                    raise _too_large(limits)
-    except TimeoutError:
-        raise ApiError(408, f"the body did not come within {limits.body_timeout_s:g} s") from None
+
+    async def keep(piece: bytes) -> None:
+        body.extend(piece)
+
+    await take_body(request, limits, limits.max_body_bytes, keep)
     return bytes(body)
 
 
-def _too_large(limits: Limits) -> ApiError:
+async def take_body(
+    request: Request, limits: Limits, most: int, take: Callable[[bytes], Awaitable[None]], full: str = ""
+) -> None:
+    """Hand a request's body on as it comes.
+
+    Args:
+        most: bytes of it.
+        take: called with every piece.
+        full: said where it has more; by default, the limit of bodies.
+
+    Raises:
+        ApiError: too large, or too slow: for each ``max_body_bytes`` it may take ``body_timeout_s``.
+    """
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > most:
+        raise _too_large(limits, full)
+    seen, timeout_s = 0, limits.body_timeout_s * max(1, -(-int(length) // limits.max_body_bytes))
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for piece in request.stream():
+                seen += len(piece)
+                if seen > most:
+                    raise _too_large(limits, full)
+                await take(piece)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {timeout_s:g} s") from None
+
+
+def _too_large(limits: Limits, full: str = "") -> ApiError:
     """Made where it is raised: one that was kept would hold this request's body, in a circle with its own place."""
-    return ApiError(413, f"a body may have {limits.max_body_bytes} bytes", code="body_too_large")
+    return ApiError(413, full or f"a body may have {limits.max_body_bytes} bytes", code="body_too_large")
 
 
 def is_loopback(host: str) -> bool:

@@ -80,6 +80,8 @@ class Detokenizer:
         return text + tail
 
     def _release(self, new: str) -> tuple[str, bool]:
+        if not self._stop:
+            return new, False
         text = self._held + new
         hits = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if hits:

@@ -1,18 +1,11 @@
-"""Read conversations and preferences from JSON lines, in all common layouts, as token ids with the answers marked.
+"""Read conversations and preferences from JSON lines as token ids with the answers marked.
 
-    messages        [{"role", "content"}]                          OpenAI
-    conversations   [{"from": "human" | "gpt" | ..., "value"}]     ShareGPT
-    instruction, input?, output                                    Alpaca
-    instruction, context, response                                 Dolly
-    prompt, response | completion                                  LLM Foundry
-    question, answer                                               GSM8K
+``train.conversations`` has the layouts of rows. A preference row has a conversation up to the last answer, and
+``chosen`` and ``rejected``: text, a turn, or turns.
 
-A preference row has a conversation as above up to the last answer, and ``chosen`` and ``rejected``: text, a turn, or
-turns.
-
-Rows that cannot be used are counted by reason, never repaired; too many of them end the run. The loss is taken on
-answers only. Their positions are found by rendering the conversation with and without them (``text.chat.render``), so
-any template works.
+Rows that cannot be used are counted by reason and named, never repaired; too many of them end the run. The loss is
+taken on answers only, calls of tools among them. Their positions are found by rendering the conversation with and
+without them (``text.chat.render``), so any template works; a row whose tools it does not write cannot be used.
 """
 
 from __future__ import annotations
@@ -27,11 +20,12 @@ from quadriga.errors import CorpusError, QuadrigaError
 from quadriga.text.chat import render
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.train.batch import IGNORE
+from quadriga.train.conversations import BadRowError, Turns, conversation, text_of, tools_of, turns_of
 
-Turns = list[dict[str, str]]
+__all__ = ["BadRowError", "Turns", "conversation", "tools_of"]
 
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _SHOWN = 5
+_PLACES = 3
 
 
 @dataclass(frozen=True)
@@ -74,6 +68,8 @@ class Rejects:
     reasons: dict[str, int] = field(default_factory=dict)
     first: list[str] = field(default_factory=list)
     """FILE:LINE and reason of the first few, for the error message."""
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """FILE:LINE of the first few of each reason."""
 
     @property
     def n(self) -> int:
@@ -91,6 +87,8 @@ class Rejects:
         """
         kind = reason.split(":")[0]
         self.reasons[kind] = self.reasons.get(kind, 0) + 1
+        if len(self.places.setdefault(kind, [])) < _PLACES:
+            self.places[kind].append(place)
         if len(self.first) < _SHOWN:
             self.first.append(f"{place}: {reason}")
         if self.n > self.limit:
@@ -99,7 +97,10 @@ class Rejects:
             )
 
     def __str__(self) -> str:
-        return ", ".join(f"{n} rows skipped: {reason}" for reason, n in self.reasons.items())
+        return "; ".join(f"{n} rows skipped: {kind} ({self._where(kind, n)})" for kind, n in self.reasons.items())
+
+    def _where(self, kind: str, n: int) -> str:
+        return ", ".join(self.places[kind]) + (", ..." if n > len(self.places[kind]) else "")
 
 
 def rows(paths: Sequence[Path], rejects: Rejects) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -128,82 +129,64 @@ def rows(paths: Sequence[Path], rejects: Rejects) -> Iterator[tuple[str, dict[st
             raise CorpusError(f"cannot read {path}: {error.strerror}") from None
 
 
-class BadRowError(CorpusError):
-    """A row that cannot be used; caught and counted by :func:`read`."""
-
-
-def conversation(row: Mapping[str, Any]) -> Turns:
-    """Convert a row of any known layout to turns ({"role", "content"}).
-
-    Raises:
-        BadRowError: unknown layout, or fields that are not text.
-    """
-    if "messages" in row:
-        return [_turn(turn, "role", "content") for turn in _list(row["messages"], "messages")]
-    if "conversations" in row:
-        return [_turn(turn, "from", "value") for turn in _list(row["conversations"], "conversations")]
-    for question, context, answer in (
-        ("instruction", "input", "output"),
-        ("instruction", "context", "response"),
-        ("prompt", None, "response"),
-        ("prompt", None, "completion"),
-        ("question", None, "answer"),
-    ):
-        if question in row and answer in row:
-            asked = _text(row[question], question)
-            extra = _text(row.get(context) or "", context) if context else ""
-            return [
-                {"role": "user", "content": f"{asked}\n\n{extra}" if extra.strip() else asked},
-                {"role": "assistant", "content": _text(row[answer], answer)},
-            ]
-    raise BadRowError(f"unknown columns: {', '.join(sorted(map(str, row)))[:80]}")
-
-
-def _list(value: object, name: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise BadRowError(f"{name} is not a list of turns")
-    return value
-
-
-def _text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRowError(f"{name} is not text")
-    return value
-
-
-def _turn(turn: object, role: str, content: str) -> dict[str, str]:
-    if not isinstance(turn, dict) or role not in turn or content not in turn:
-        raise BadRowError(f"a turn needs {role} and {content}")
-    speaker = turn[role]
-    if speaker == "tool":
-        return {"role": "tool", "content": _text(turn[content], content)}
-    if speaker not in _SPEAKERS:
-        raise BadRowError(f"unknown speaker: {speaker!r}"[:80])
-    return {"role": _SPEAKERS[speaker], "content": _text(turn[content], content)}
-
-
-def example(turns: Turns, tokenizer: Tokenizer, seq_len: int, template: str | None = None) -> Example:
+def example(
+    turns: Turns,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    template: str | None = None,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    after: int = 0,
+) -> Example:
     """Encode a conversation, with targets on the assistant's answers.
 
+    Args:
+        tools: the functions that the assistant may call, as ``text.chat.render`` takes them.
+        after: answers among the first so many turns take no loss; nor do those of weight 0.
+
     Raises:
-        BadRowError: no answer, an empty answer, or more than ``seq_len`` tokens.
+        BadRowError: no answer to learn, an empty answer, more than ``seq_len`` tokens, or a template that does not
+            write the tools or their calls.
     """
     if not turns or turns[-1]["role"] != "assistant":
         raise BadRowError("the last turn is not the assistant's")
-    if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in turns):
+    answers = [(i, turn) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if any(not turn["content"].strip() and not turn.get("tool_calls") for _, turn in answers):
         raise BadRowError("an empty answer")
-    rendered = render(turns, tokenizer, template, add_generation_prompt=False, with_spans=True)
+    bare = [{name: value for name, value in turn.items() if name != "weight"} for turn in turns]
+    rendered = render(bare, tokenizer, template, add_generation_prompt=False, with_spans=True, tools=tools)
     ids = rendered.ids
+    _refuse_unwritten_tools(rendered.text, tools)
     if len(ids) > seq_len:
         raise BadRowError(f"longer than data.seq_len: {len(ids)} tokens")
     targets = [IGNORE] * len(ids)
-    for start, stop in rendered.spans:
-        targets[start - 1 : stop - 1] = ids[start:stop]  # token n predicts n + 1
+    for (place, turn), (start, stop) in zip(answers, rendered.spans, strict=True):
+        _refuse_unwritten_calls(tokenizer.decode(ids[start:stop]), turn)
+        if place >= after and turn.get("weight", 1):
+            targets[start - 1 : stop - 1] = ids[start:stop]  # token n predicts n + 1
+    if all(target == IGNORE for target in targets):
+        raise BadRowError("no answer to learn, every weight is 0")
     return Example(tuple(ids), tuple(targets))
 
 
+def _refuse_unwritten_tools(text: str, tools: Sequence[Mapping[str, Any]] | None) -> None:
+    """A template without a word for tools leaves them out in silence, and the model would learn calls of nothing."""
+    for tool in tools or ():
+        if tool["function"]["name"] not in text:
+            raise BadRowError(
+                f"the chat template does not write tools: {tool['function']['name']!r} is not in its text"
+            )
+
+
+def _refuse_unwritten_calls(answer: str, turn: Mapping[str, Any]) -> None:
+    for call in turn.get("tool_calls", ()):
+        if call["function"]["name"] not in answer:
+            name = call["function"]["name"]
+            raise BadRowError(f"the chat template does not write calls of tools: {name!r} is not in its text")
+
+
 def preference(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, template: str | None = None) -> Preference:
-    """Encode a row with a chosen and a rejected answer.
+    """Encode a row with a chosen and a rejected answer; turns that both have are not learned.
 
     Raises:
         BadRowError: unknown layout, equal answers, or more than ``seq_len`` tokens.
@@ -216,36 +199,27 @@ def preference(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, templ
     else:
         name = next((name for name in ("prompt", "question", "instruction") if name in row), None)
         if name is not None:
-            before = [{"role": "user", "content": _text(row[name], name)}]
-    both = [before + _answer(row[side]) for side in ("chosen", "rejected")]
+            asked = row[name]
+            before = turns_of(asked) if isinstance(asked, list) else [{"role": "user", "content": text_of(asked, name)}]
+    both = [_continued(before, _answer(row[side])) for side in ("chosen", "rejected")]
     if both[0] == both[1]:
         raise BadRowError("chosen and rejected are equal")
-    chosen, rejected = (example(turns, tokenizer, seq_len, template) for turns in both)
-    return Preference(_last_answer(chosen), _last_answer(rejected))
+    shared = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), min(map(len, both)))
+    tools = tools_of(row)
+    chosen, rejected = (example(turns, tokenizer, seq_len, template, tools=tools, after=shared) for turns in both)
+    return Preference(chosen, rejected)
+
+
+def _continued(before: Turns, answer: Turns) -> Turns:
+    """The whole conversation; an answer of several turns may begin with the question."""
+    return answer if before and answer[: len(before)] == before else before + answer
 
 
 def _answer(value: object) -> Turns:
-    """The turns of a chosen or rejected answer; a list of turns may include the question."""
+    """The turns of a chosen or rejected answer."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
-    if isinstance(value, dict):
-        return [_turn(value, *(("from", "value") if "from" in value else ("role", "content")))]
-    turns = _list(value, "an answer")
-    names = ("from", "value") if isinstance(turns[0], dict) and "from" in turns[0] else ("role", "content")
-    return [_turn(turn, *names) for turn in turns]
-
-
-def _last_answer(one: Example) -> Example:
-    """Remove the targets of all answers but the last: the earlier ones are the same in both conversations."""
-    last = len(one.targets) - 1
-    while one.targets[last] == IGNORE:
-        last -= 1
-    first = last
-    while first > 0 and one.targets[first - 1] != IGNORE:
-        first -= 1
-    kept = [IGNORE] * len(one.targets)
-    kept[first : last + 1] = one.targets[first : last + 1]
-    return Example(one.ids, tuple(kept))
+    return turns_of([value] if isinstance(value, dict) else value)
 
 
 def problem(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, template: str | None = None) -> Problem:
@@ -257,19 +231,24 @@ def problem(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, template
     turns = conversation(row)
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
         raise BadRowError("no question with an answer")
-    ids = render(turns[:-1], tokenizer, template, add_generation_prompt=True).ids
+    tools = tools_of(row)
+    rendered = render(turns[:-1], tokenizer, template, add_generation_prompt=True, tools=tools)
+    _refuse_unwritten_tools(rendered.text, tools)
+    ids = rendered.ids
     if len(ids) > seq_len:
         raise BadRowError(f"longer than data.seq_len: {len(ids)} tokens")
     return Problem(tuple(ids), turns[-1]["content"])
 
 
-def text_examples(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int) -> list[Example]:
+def text_examples(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, end_id: int) -> list[Example]:
     """Encode plain text for continued pre-training, cut into documents of at most ``seq_len`` tokens.
+
+    A text begins with the tokens that the model wants before a prompt, and ends with ``end_id``, as in a corpus.
 
     Raises:
         BadRowError: the row has no text.
     """
-    ids = tokenizer.encode(_text(row.get("text"), "text"))
+    ids = [*tokenizer.prefix_ids, *tokenizer.encode(text_of(row.get("text"), "text")), end_id]
     parts = [ids[start : start + seq_len + 1] for start in range(0, len(ids), seq_len)]
     return [Example(tuple(part[:-1]), tuple(part[1:])) for part in parts if len(part) > 1]
 

@@ -215,11 +215,18 @@ class LogSection(Section, frozen=True):
     routing_every: int = 10
     """Steps between rows of the expert-load heatmap."""
     tensorboard: bool = False
+    """Write TensorBoard's files into the run's folder."""
+    wandb: str | None = None
+    """The project of Weights & Biases that the run's metrics are sent to."""
+    mlflow: str | None = None
+    """The experiment of MLflow that they are sent to."""
     report: bool = True
     """Write report.html at every checkpoint and at the end."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1 and self.routing_every >= 1, "log.every and log.routing_every must be at least 1")
+        for name in ("wandb", "mlflow"):
+            _require(getattr(self, name) != "", f"log.{name} must be a name, or left out")
 
 
 class EvaluateSection(Section, frozen=True):

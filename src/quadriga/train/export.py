@@ -8,15 +8,17 @@ The result is an ordinary checkpoint that `quadriga chat`, `quadriga convert` an
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quadriga.errors import CheckpointError, ConfigError
-from quadriga.io.parameters import pack
+from quadriga.io.parameters import to_stored
 from quadriga.kernels.arrays import array, tensor
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
@@ -54,7 +56,7 @@ def export(
     folder, state, files = _checkpoint(RunDirectory(run), step)
     config = config_from_json(state["model"])
     reader = ShardReader([folder / name for name in files])
-    if "router_bias" in reader.names() and reader.whole("router_bias").abs().max() > 0 and not _faded(run, folder):
+    if "router_bias" in reader.names() and reader.whole("router_bias").abs().max() > 0 and not _faded(state, folder):
         raise ConfigError(
             f"{folder} chooses experts with a bias (router.bias_rate), which no checkpoint format can store. Export "
             "the run's last checkpoint, where the bias is 0."
@@ -71,7 +73,7 @@ def export(
     return int(folder.name.removeprefix("step-"))
 
 
-def _checkpoint(run: RunDirectory, step: int | None) -> tuple[Path, dict[str, object], list[str]]:
+def _checkpoint(run: RunDirectory, step: int | None) -> tuple[Path, dict[str, Any], list[str]]:
     if step is None:
         found = newest(run)
         if found is None:
@@ -85,20 +87,11 @@ def _checkpoint(run: RunDirectory, step: int | None) -> tuple[Path, dict[str, ob
     return folder, manifest.state, list(manifest.files)
 
 
-def _faded(run: Path, folder: Path) -> bool:
+def _faded(state: Mapping[str, Any], folder: Path) -> bool:
     """True if the checkpoint is after the last step of a run whose bias fades to 0."""
-    try:
-        config = json.loads((run / "config.json").read_bytes())
-        n_steps = config["schedule"]["steps"] or sum(_steps(stage) for stage in config["data"]["stages"])
-        return bool(config["router"]["bias_fade"]) and int(folder.name.removeprefix("step-")) >= n_steps
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _steps(stage: dict[str, object]) -> int:
-    from quadriga.train.data_config import parse_count
-
-    return -(-parse_count(stage["tokens"]) // parse_count(stage["batch_tokens"]))  # type: ignore[arg-type]
+    settings = state.get("settings", {})
+    done = int(folder.name.removeprefix("step-")) >= settings.get("n_steps", math.inf)
+    return bool(settings.get("router.bias_fade")) and done
 
 
 def write_hf(
@@ -114,7 +107,7 @@ def write_hf(
     for piece in pieces:
         target = piece.target_box or whole(piece.target_shape)
         values = parameters[piece.target][tuple(slice(*span) for span in target)]
-        tensors[piece.source][source_index(piece)] = tensor(pack(array(values), piece))
+        tensors[piece.source][source_index(piece)] = tensor(to_stored(array(values), piece))
     work = out.with_name(out.name + ".part")
     work.mkdir(parents=True, exist_ok=True)
     raw = {**family.config_to_hf(config), "torch_dtype": str(dtype).removeprefix("torch.")}

@@ -1,4 +1,4 @@
-"""A run's metrics on disk: metrics.jsonl with one JSON object per line, and optionally TensorBoard files.
+"""A run's metrics on disk: metrics.jsonl with one JSON object per line. Others keep them too: ``train.trackers``.
 
     {"step": 12, "loss": 7.31, "norm": 1.2, ...}          each step; "experts": [[...], ...] every routing_every steps
     {"step": 200, "held_out": {"en": {...}}, "samples": {...}}
@@ -13,8 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quadriga import runtime
-from quadriga.errors import ConfigError
 from quadriga.train.held_out import HeldOutLoss
 from quadriga.train.trainer import StepReport
 
@@ -129,44 +127,3 @@ def read(path: Path) -> list[dict[str, Any]]:
         if isinstance(value, dict) and isinstance(value.get("step"), int):
             found.append(value)
     return found
-
-
-class TensorBoard:
-    """TensorBoard's event files in the run's folder; a ``Listener``. Needs the ``train`` extra.
-
-    Raises:
-        ConfigError: tensorboard is not installed.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                f"log.tensorboard needs the tensorboard package: {runtime.install_hint('train')}, or turn it off"
-            ) from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-
-    def on_step(self, report: StepReport) -> None:
-        """Write the step's metrics as scalars."""
-        scalars = {"loss": report.loss, "norm": report.norm, "tokens_per_s": report.tokens / report.seconds}
-        for name, value in {**scalars, **report.extra}.items():
-            self._writer.add_scalar(f"train/{name}", value, report.step)
-
-    def on_evaluation(self, step: int, losses: dict[str, HeldOutLoss], samples: dict[str, str]) -> None:
-        """Write held-out losses as scalars and samples as text."""
-        for domain, found in losses.items():
-            self._writer.add_scalar(f"held_out/{domain}", found.loss, step)
-        for prompt, text in samples.items():
-            self._writer.add_text(prompt[:60], text, step)
-
-    def on_event(self, step: int, text: str) -> None:
-        """Write an event as text."""
-        self._writer.add_text("event", text, step)
-
-    def on_rollback(self, step: int) -> None:
-        """Nothing to do: TensorBoard shows both histories."""
-
-    def close(self) -> None:
-        """Flush and close the writer."""
-        self._writer.close()

@@ -3,7 +3,8 @@
     logp(a)  sum of the log-probabilities of an answer's tokens            r  the reference: the model before tuning
     DPO      -log sigmoid(beta [(logp(c) - logp_r(c)) - (logp(j) - logp_r(j))])          c chosen, j rejected
     ORPO     -mean logp(c) - lambda log sigmoid(log odds(c) - log odds(j)),   odds = p / (1 - p), p = exp(mean logp)
-    GRPO     -A ratio + beta KL,  A = (reward - mean of its group) / (deviation of its group)
+    GRPO     -A ratio + beta KL,  A = (reward - mean of its group) / (deviation of its group),   at the temperature of
+             the samples: ratio and KL are those of softmax(z / T) over the tokens that can be drawn
 
 Each returns a sum over pairs (or prompts), which the trainer divides by their number: ``ExampleSource`` gives the
 targets of a group a total weight of 1. Sources: Rafailov et al. 2023 (arXiv 2305.18290), Hong et al. 2024
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +33,27 @@ CHOSEN, REJECTED = 0, 1
 """Domain indices of a pair's two documents; in a row, chosen comes before rejected."""
 
 
-def token_logprobs(model: Transformer, batch: TrainingBatch) -> Tensor:
+@dataclass(frozen=True)
+class Drawing:
+    """How tokens are drawn from logits, which decides what their probabilities are."""
+
+    temperature: float = 1.0
+    never: tuple[int, ...] = ()
+    """Ids that are never drawn, sorted: they take no part in the softmax, and no target may be one."""
+
+
+def token_logprobs(model: Transformer, batch: TrainingBatch, drawing: Drawing | None = None) -> Tensor:
     """Log-probability of every target (N,), 0 at IGNORE. Logits are computed for a few hundred tokens at a time."""
     hidden, _ = final_hidden(model, batch)
-    return -training.token_losses(hidden, head_weight(model), batch.targets, logit_scale=model.config.logit_scale)
+    weight, targets = head_weight(model), batch.targets
+    drawing = drawing or Drawing()
+    if drawing.never:
+        drawn = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+        drawn[torch.tensor(drawing.never, device=weight.device)] = False
+        row_of = drawn.cumsum(0) - 1
+        targets = torch.where(targets == IGNORE, IGNORE, row_of[targets.clamp(min=0)])
+        weight = weight[drawn]
+    return -training.token_losses(hidden, weight, targets, logit_scale=model.config.logit_scale / drawing.temperature)
 
 
 def per_document(values: Tensor, batch: TrainingBatch) -> Tensor:
@@ -71,15 +90,15 @@ class Reference:
         self.frozen = frozen
 
     @torch.no_grad()
-    def __call__(self, model: Transformer, batch: TrainingBatch) -> Tensor:
+    def __call__(self, model: Transformer, batch: TrainingBatch, drawing: Drawing | None = None) -> Tensor:
         """The reference's :func:`token_logprobs` (N,), without gradient."""
         if self.frozen is not None:
-            return token_logprobs(self.frozen, batch)
+            return token_logprobs(self.frozen, batch, drawing)
         training_now = model.training
         model.eval()  # no dropout in the reference
         try:
             with without_adapter(model):
-                return token_logprobs(model, batch)
+                return token_logprobs(model, batch, drawing)
         finally:
             model.train(training_now)
 
@@ -154,8 +173,8 @@ class GRPO:
         unused: Collection[int] = (),
     ) -> None:
         self.reference, self.reward, self.kl_weight = reference, reward, kl_weight
-        self.n_samples, self.max_new_tokens, self.temperature = n_samples, max_new_tokens, temperature
-        self.end_ids, self.unused = end_ids, unused
+        self.n_samples, self.max_new_tokens, self.end_ids = n_samples, max_new_tokens, end_ids
+        self.drawing = Drawing(temperature, tuple(sorted(set(unused) - set(end_ids))))
 
     def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over prompts, each the mean over its samples; and metrics."""
@@ -167,8 +186,8 @@ class GRPO:
                 continue  # padding
             prompt = batch.tokens[first:last].tolist()
             answers = sample(
-                model, prompt, self.n_samples, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-                end_ids=self.end_ids, unused=self.unused,
+                model, prompt, self.n_samples, max_new_tokens=self.max_new_tokens,
+                temperature=self.drawing.temperature, end_ids=self.end_ids, unused=self.drawing.never,
             )  # fmt: skip
             group = torch.tensor([self.reward(prompt, answer) for answer in answers])
             rewards.append(group)
@@ -181,12 +200,14 @@ class GRPO:
 
     def loss(self, model: Transformer, rolled: TrainingBatch, advantages: Tensor) -> Tensor:
         """The loss for sampled answers with given advantages (documents,): mean over tokens, then over a group."""
-        logp = token_logprobs(model, rolled)
+        logp = token_logprobs(model, rolled, self.drawing)
         ratio = torch.exp(logp - logp.detach())
         counts = per_document((rolled.targets != IGNORE).float(), rolled).clamp(min=1)
         each = -per_document(ratio * (rolled.targets != IGNORE), rolled) / counts * advantages
         if self.kl_weight:
-            behind = self.reference(model, rolled) - logp  # Schulman's k3 estimator, which is never negative
+            behind = (
+                self.reference(model, rolled, self.drawing) - logp
+            )  # Schulman's k3 estimator, which is never negative
             each = each + self.kl_weight * per_document(torch.exp(behind) - behind - 1, rolled) / counts
         return each.sum() / self.n_samples
 

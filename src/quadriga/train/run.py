@@ -33,8 +33,9 @@ from quadriga.train.held_out import HeldOutLoss, held_out_losses, samples
 from quadriga.train.initialise import model_config, new_parameters, start_from
 from quadriga.train.loader import HeldOutSource, open_corpora, open_held_out, open_source
 from quadriga.train.losses import NextToken
-from quadriga.train.metrics import MetricsFile, TensorBoard
+from quadriga.train.metrics import MetricsFile
 from quadriga.train.run_directory import RunDirectory
+from quadriga.train.trackers import Watcher, trackers
 from quadriga.train.trainer import Trainer
 from quadriga.train.view import Screen
 from quadriga.train.world import World
@@ -52,13 +53,20 @@ class Outcome:
     folder: Path
 
 
-def train(config: RunConfig, *, resume: Resume = "auto", stop: Callable[[], bool] | None = None) -> Outcome:
+def train(
+    config: RunConfig,
+    *,
+    resume: Resume = "auto",
+    stop: Callable[[], bool] | None = None,
+    allow_change: bool = False,
+) -> Outcome:
     """Train until the end of the run, or until SIGTERM, SIGINT or ``stop``.
 
     Args:
         resume: "auto" continues from the newest checkpoint if there is one; "never" refuses a folder with checkpoints;
             "must" refuses one without.
         stop: asked after each step; True saves and stops.
+        allow_change: resume also with settings that would have changed the run so far (``train.changes``).
 
     Raises:
         ConfigError, CorpusError, CheckpointError: the configuration, data or checkpoints cannot be used.
@@ -69,12 +77,16 @@ def train(config: RunConfig, *, resume: Resume = "auto", stop: Callable[[], bool
     run = RunDirectory(Path(config.run).expanduser())
     try:
         with run.locked() if world.first else contextlib.nullcontext(), _signals() as asked, devices.quick_float32(512):
-            return _train(config, run, world, resume, lambda: asked() or (stop is not None and stop()))
+            return _train(
+                config, run, world, resume, lambda: asked() or (stop is not None and stop()), allow_change=allow_change
+            )
     finally:
         world.leave()
 
 
-def _train(config: RunConfig, run: RunDirectory, world: World, resume: Resume, stop: Callable[[], bool]) -> Outcome:
+def _train(
+    config: RunConfig, run: RunDirectory, world: World, resume: Resume, stop: Callable[[], bool], *, allow_change: bool
+) -> Outcome:
     if world.first:
         run.clean()
     world.wait()
@@ -103,16 +115,16 @@ def _train(config: RunConfig, run: RunDirectory, world: World, resume: Resume, s
         evaluate_every=config.evaluate.every,
     )  # fmt: skip
     if has_some:
-        trainer.resume()
+        trainer.resume(allow_change=allow_change)
     peak = peak_flops(config.parallel.dtype, world)
     watchers = _listeners(config, run, trainer.step, peak) if world.first else []
-    trainer.listeners = list(watchers)
+    trainer.listen(watchers)
     if config.evaluate.every:
         held_out = open_held_out(
             config.data, seq_len=min(longest, config.data.stages[0].seq_len), max_rows=config.evaluate.rows
         )
         trainer.evaluate = _Evaluation(config, held_out, tokenizer, architecture, watchers)
-    if world.first and not (run.path / "config.json").exists():
+    if world.first:
         (run.path / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
     try:
         done = trainer.train(stop)
@@ -133,7 +145,7 @@ class _Evaluation:
         sources: Mapping[str, HeldOutSource],
         tokenizer: Tokenizer,
         architecture: ModelConfig,
-        watchers: list[MetricsFile | Screen | TensorBoard],
+        watchers: list[Watcher],
     ) -> None:
         self.section, self.sources, self.tokenizer, self.watchers = config.evaluate, sources, tokenizer, watchers
         self.end_ids = architecture.eos_ids
@@ -152,16 +164,13 @@ class _Evaluation:
             watcher.on_evaluation(trainer.step, losses, found)
 
 
-def _listeners(
-    config: RunConfig, run: RunDirectory, step: int, peak: float
-) -> list[MetricsFile | Screen | TensorBoard]:
+def _listeners(config: RunConfig, run: RunDirectory, step: int, peak: float) -> list[Watcher]:
     metrics = MetricsFile(
         run.path, step, peak_flops=peak, learning_rate=config.optimiser.learning_rate,
         routing_every=config.log.routing_every,
     )  # fmt: skip
     screen = Screen(run.path.name, config.n_steps, every=config.log.every, peak_flops=peak)
-    found: list[MetricsFile | Screen | TensorBoard] = [metrics, screen]
-    return [*found, TensorBoard(run.path, step)] if config.log.tensorboard else found
+    return [metrics, screen, *trackers(config.log, run.path, step, msgspec.to_builtins(config))]
 
 
 def corpus_tokenizer(config: RunConfig) -> Tokenizer:

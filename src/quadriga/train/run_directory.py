@@ -2,7 +2,7 @@
 
     runs/nano/
       lock                    held (flock) by rank 0
-      config.json             the configuration that the run was started with
+      config.json             the configuration that the run last went on with
       metrics.jsonl           one line per step
       report.html
       spikes/step-00000321.safetensors
@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from quadriga.errors import CheckpointError, TrainingError
 from quadriga.io.json_files import read_json
 from quadriga.train.storage import Files, file_digest
+from quadriga.train.world import World
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -122,11 +124,12 @@ class RunDirectory:
             self.remove(place)
         self.files.rename(work, place)
 
-    def prune(self, keep: int, keep_every: int) -> None:
-        """Remove the oldest checkpoints beyond ``keep``, except those at multiples of ``keep_every``."""
+    def prune(self, keep: int, keep_every: int) -> list[int]:
+        """Remove the oldest checkpoints beyond ``keep``, except those at multiples of ``keep_every``; returns which."""
         removable = [step for step in self.steps() if not (keep_every and step % keep_every == 0)]
         for step in removable[:-keep]:
             self.remove(self.at(step))
+        return removable[:-keep]
 
     def remove(self, checkpoint: Path) -> None:
         """Remove a checkpoint, its manifest first, so that it never looks complete while it is being removed."""
@@ -135,8 +138,11 @@ class RunDirectory:
         self.files.remove_folder(checkpoint)
 
 
-def read_manifest(checkpoint: Path, *, verify: bool = True) -> Manifest:
-    """Read the manifest of a complete checkpoint; with ``verify`` also check the hash of every file.
+def read_manifest(checkpoint: Path, world: World | None = None) -> Manifest:
+    """Read the manifest of a complete checkpoint, and check size and hash of every file.
+
+    Args:
+        world: the ranks, which all must call this: each reads some of the files, and all learn of every one.
 
     Raises:
         CheckpointError: the manifest is missing or malformed, or a file is missing, cut short or changed.
@@ -150,21 +156,44 @@ def read_manifest(checkpoint: Path, *, verify: bool = True) -> Manifest:
         ) from None
     if manifest.version != 1:
         raise CheckpointError(f"{checkpoint / MANIFEST} is version {manifest.version}; this Quadriga reads version 1")
-    for name, (size, digest) in manifest.files.items():
-        file = checkpoint / name
-        if name != Path(name).name or not file.is_file() or file.stat().st_size != size:
-            raise CheckpointError(f"{file} is missing or cut short; {MANIFEST} says {size} bytes")
-        if verify and file_digest(file)[1] != digest:
-            raise CheckpointError(f"{file} was changed: its sha256 differs from {MANIFEST}")
+    verdicts = _verdicts(checkpoint, manifest, world or World())
+    for (name, (size, _)), verdict in zip(manifest.files.items(), verdicts, strict=True):
+        if verdict == _CUT:
+            raise CheckpointError(f"{checkpoint / name} is missing or cut short; {MANIFEST} says {size} bytes")
+        if verdict == _CHANGED:
+            raise CheckpointError(f"{checkpoint / name} was changed: its sha256 differs from {MANIFEST}")
     return manifest
 
 
-def newest(run: RunDirectory) -> tuple[Path, Manifest, list[str]] | None:
-    """(folder, manifest, errors of newer ones) of the newest intact checkpoint; None if there is no checkpoint."""
+_INTACT, _CUT, _CHANGED = range(3)
+
+
+def _verdicts(checkpoint: Path, manifest: Manifest, world: World) -> list[int]:
+    """What is wrong with each file; each is read by one rank, and all ranks return the same list."""
+    found = torch.zeros(len(manifest.files), dtype=torch.uint8)
+    for i, (name, (size, digest)) in enumerate(manifest.files.items()):
+        if i % world.size == world.rank:
+            file = checkpoint / name
+            if name != Path(name).name or not file.is_file() or file.stat().st_size != size:
+                found[i] = _CUT
+            elif file_digest(file)[1] != digest:
+                found[i] = _CHANGED
+    return [int(verdict) for verdict in torch.stack(world.gather(found)).amax(0)] if len(found) else []
+
+
+def newest(run: RunDirectory, world: World | None = None) -> tuple[Path, Manifest, list[str]] | None:
+    """(folder, manifest, errors of newer ones) of the newest intact checkpoint; None if there is no checkpoint.
+
+    Args:
+        world: the ranks, which all must call this (:func:`read_manifest`).
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is intact.
+    """
     complaints: list[str] = []
     for step in reversed(run.steps()):
         try:
-            return run.at(step), read_manifest(run.at(step)), complaints
+            return run.at(step), read_manifest(run.at(step), world), complaints
         except CheckpointError as error:
             complaints.append(str(error))
     if complaints:

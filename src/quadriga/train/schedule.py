@@ -31,6 +31,24 @@ def learning_rate_share(step: int, n_steps: int, section: ScheduleSection) -> fl
     return section.final_share + (1 - section.final_share) * fall
 
 
+def unreached(n_steps: int, section: ScheduleSection) -> str | None:
+    """Why the rate never stays at its peak, or None: a warm-up that the run or its decay cuts off."""
+    warmup = section.warmup_steps
+    if warmup >= n_steps:
+        peak = learning_rate_share(n_steps - 1, n_steps, section)
+        return (
+            f"schedule.warmup_steps is {warmup} in a run of {n_steps} steps: the learning rate ends at {peak:.0%} of "
+            "its peak and never decays. Make the warm-up shorter or the run longer"
+        )
+    decay = max(1, round(section.decay_share * n_steps))
+    if section.kind == "wsd" and warmup > n_steps - decay:
+        return (
+            f"schedule.warmup_steps is {warmup}, but the decay begins at step {n_steps - decay} of {n_steps}: the "
+            "learning rate drops when the warm-up ends. Lower warmup_steps or decay_share"
+        )
+    return None
+
+
 def bias_share(step: int, n_steps: int, fade: float) -> float:
     """The factor of the router's bias: 1, then linear decay to 0 over the last fraction ``fade`` of the run."""
     length = fade * n_steps

@@ -10,6 +10,7 @@ table as a pickle, and reading a checkpoint must never run code (torch CVE-2025-
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,17 @@ from quadriga.train.config import CheckpointSection
 from quadriga.train.run_directory import Manifest, RunDirectory
 from quadriga.train.shards import ShardReader, encode, local_parts
 from quadriga.train.world import World
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _DiskFullError(OSError):
+    """A rank found no space left; raised on all of them."""
+
+
+def _said(error: Exception) -> str:
+    kind = next(one.__name__ for one in type(error).__mro__ if not one.__name__.startswith("_"))
+    return f"{kind}: {error}"
 
 
 class Saver:
@@ -38,6 +50,7 @@ class Saver:
         self.run, self.world, self.section = run, world, section
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._news: list[str] = []
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
         """Save the state as the checkpoint of ``step``; returns when it is copied, or written if synchronous."""
@@ -56,13 +69,42 @@ class Saver:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
-        return None if error is None else f"{type(error).__name__}: {error}"
+        return None if error is None else _said(error)
+
+    def news(self) -> list[str]:
+        """What happened while saving and was not returned yet; does not wait for a save."""
+        found, self._news = self._news, []
+        return found
 
     def _write(self, step: int, parts: dict[str, Tensor], state: dict[str, Any]) -> None:
         try:
-            self._write_parts(step, parts, state)
+            try:
+                self._write_parts(step, parts, state)
+            except _DiskFullError as error:
+                if not self._make_room(step, error):
+                    raise
+                self._write_parts(step, parts, state)
         except Exception as error:
             self._error = error
+            self._news.append(f"warning: a checkpoint could not be saved, the last good one is kept: {_said(error)}")
+
+    def _make_room(self, step: int, error: _DiskFullError) -> bool:
+        """Remove what checkpoint.keep and keep_every allow, but for the newest; True if that was anything."""
+        failure: Exception | None = None
+        removed: list[int] = []
+        try:
+            if self.world.first:
+                self.run.files.remove_folder(self.run.part(step))
+                removed = self.run.prune(1, self.section.keep_every)
+        except OSError as wrong:
+            failure = wrong
+        some = self._agree(failure, len(removed))[0][0] > 0
+        if some:
+            what = ", ".join(map(str, removed))
+            self._news.append(
+                f"warning: the disk is full ({error}): removed the checkpoints of steps {what}, and saving again"
+            )
+        return some
 
     def _write_parts(self, step: int, parts: dict[str, Tensor], state: dict[str, Any]) -> None:
         work, files = self.run.part(step), self.run.files
@@ -92,10 +134,13 @@ class Saver:
     def _agree(self, failure: Exception | None, size: int = 0, digest: str = "0" * 64) -> list[tuple[int, str]]:
         """Exchange every rank's (size, digest); if any rank failed, raise on all of them."""
         report = torch.zeros(41, dtype=torch.uint8)
-        report[0] = failure is not None
+        report[0] = 0 if failure is None else 2 if getattr(failure, "errno", None) in _FULL else 1
         report[1:9] = torch.tensor(list(size.to_bytes(8, "little")), dtype=torch.uint8)
         report[9:] = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
         reports = self.world.gather(report)
+        full = [rank for rank, part in enumerate(reports) if part[0] == 2]
+        if full:
+            raise _DiskFullError(f"ranks {full}: {failure or 'no space left'}" if self.world.size > 1 else str(failure))
         if failure is not None:
             raise failure
         failed = [rank for rank, part in enumerate(reports) if part[0]]

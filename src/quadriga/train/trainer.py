@@ -29,11 +29,12 @@ from quadriga.train import config as sections
 from quadriga.train import state
 from quadriga.train.balance import BiasBalancer
 from quadriga.train.batch import BatchSource, Objective, TrainingBatch
+from quadriga.train.changes import changes, described
 from quadriga.train.guard import SpikeGuard
 from quadriga.train.optim import Optimiser, local
 from quadriga.train.parallel import MasterWeights, prepare, replicas
 from quadriga.train.run_directory import RunDirectory, newest
-from quadriga.train.schedule import learning_rate_share
+from quadriga.train.schedule import learning_rate_share, unreached
 from quadriga.train.world import World
 
 
@@ -130,6 +131,7 @@ class Trainer:
     ) -> None:
         self.settings, self.model, self.source, self.world, self.run = settings, model, source, world, run
         self.listeners = list(listeners) if world.first else []
+        self._untold: list[tuple[int, str]] = []
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.module = prepare(model, objective, settings.parallel, world)
         self.masters = MasterWeights(model, settings.parallel.dtype, world)
@@ -146,6 +148,14 @@ class Trainer:
         self._rollbacks = 0
         self._saved = -1
         self._active = cost.n_params(model.config).active_without_input
+
+    def listen(self, listeners: Sequence[Listener]) -> None:
+        """Report to ``listeners`` from now on, on rank 0; what happened while nobody listened is told first."""
+        self.listeners = list(listeners) if self.world.first else []
+        untold, self._untold = self._untold, []
+        for step, text in untold:
+            for listener in self.listeners:
+                listener.on_event(step, text)
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -170,17 +180,24 @@ class Trainer:
             "stages": self.source.history(self.step) if isinstance(self.source, Staged) else [],
             "seed": self.settings.seed,
             "model": config_to_json(self.model.config),
+            "settings": self._described(),
         }
 
-    def resume(self) -> bool:
+    def _described(self) -> dict[str, Any]:
+        return described(getattr(self.settings, "config", self.settings), self.settings.n_steps)
+
+    def resume(self, *, allow_change: bool = False) -> bool:
         """Continue from the newest intact checkpoint of the run; False if the run has no checkpoint.
+
+        Args:
+            allow_change: go on with settings under which the run so far would have been another (``train.changes``).
 
         Raises:
             CheckpointError: all checkpoints are damaged, or were saved with other settings.
-            ConfigError: the data changed, or a stage that had begun was changed.
+            ConfigError: the data changed, or a stage that had begun, or settings without ``allow_change``.
         """
         self.saver.finish()
-        found = newest(self.run)
+        found = newest(self.run, self.world)
         if found is None:
             return False
         folder, manifest, complaints = found
@@ -196,6 +213,13 @@ class Trainer:
             raise ConfigError(f"seed must be the run's {saved['seed']}, got {self.settings.seed}")
         if saved["model"] != _plain(config_to_json(self.model.config)):
             raise CheckpointError(f"{folder} has another model than the configuration: the [model] sections differ")
+        changed = changes(saved["settings"], _plain(self._described()), manifest.step) if "settings" in saved else []
+        harmful = [str(change) for change in changed if change.harmful]
+        if harmful and not allow_change:
+            raise ConfigError(
+                f"the settings differ from those of {folder}: {'; '.join(harmful)}. Restore them, or go on with the "
+                "new ones by --allow-change"
+            )
         with torch.no_grad():
             state.load(folder, manifest, self.tensors())
         self.masters.refresh()
@@ -205,6 +229,8 @@ class Trainer:
         self._saved = self.step
         for complaint in complaints:
             self._tell(f"warning: a newer checkpoint was skipped: {complaint}")
+        for change in changed:
+            self._tell(f"setting changed: {change}")
         return True
 
     def save(self) -> None:
@@ -215,14 +241,19 @@ class Trainer:
             self._saved = self.step
 
     def _check_save(self) -> None:
-        """Check whether the last save failed, and then warn or raise, as checkpoint.on_error says."""
+        """Check whether the last save failed; then another one is due, or the run ends (checkpoint.on_error)."""
         wrong = self.saver.finish()
+        self._tell_news()
         if wrong is None:
             return
         self._saved = -1
         if self.settings.checkpoint.on_error == "stop":
             raise TrainingError(f"a checkpoint could not be saved: {wrong}")
-        self._tell(f"warning: a checkpoint could not be saved, the last good one is kept: {wrong}")
+
+    def _tell_news(self) -> None:
+        """Report what the thread that saves had to say."""
+        for text in self.saver.news():
+            self._tell(text)
 
     # The loop --------------------------------------------------------------------------------------------------------
 
@@ -235,6 +266,8 @@ class Trainer:
         Raises:
             TrainingError: the guard ended the run, ranks were lost, or the final state could not be saved.
         """
+        if self.step == 0 and (warning := unreached(self.settings.n_steps, self.settings.schedule)) is not None:
+            self._tell(f"warning: {warning}")
         if self.settings.guard.action == "rollback" and self.step == 0:
             self.save()
         stopping = False
@@ -254,6 +287,7 @@ class Trainer:
             self.evaluate(self)
         self.save()
         wrong = self.saver.finish()
+        self._tell_news()
         if wrong is not None:
             raise TrainingError(f"the final state could not be saved: {wrong}")
         return done
@@ -300,6 +334,7 @@ class Trainer:
         )
         for listener in self.listeners:
             listener.on_step(report)
+        self._tell_news()
         return stopping
 
     def batches(self, step: int) -> list[TrainingBatch]:
@@ -400,10 +435,12 @@ class Trainer:
             seen = (batch.positions + 1 for batch in batches)
             if (window := layer.mixer.window) is not None:
                 seen = (lengths.clamp(max=window) for lengths in seen)
-            attention += n * 4 * layer.mixer.q_dim * float(sum(int(lengths.sum()) for lengths in seen))
+            attention += n * 2 * layer.mixer.attended_dim * float(sum(int(lengths.sum()) for lengths in seen))
         return 3.0 * (2 * self._active * n_tokens + attention)
 
     def _tell(self, text: str) -> None:
+        if not self.listeners and self.world.first:
+            self._untold.append((self.step, text))
         for listener in self.listeners:
             listener.on_event(self.step, text)
 

@@ -18,9 +18,9 @@ import torch
 
 from quadriga import runtime
 from quadriga.errors import ConfigError
-from quadriga.hub import catalogue, data_sets
-from quadriga.io import adapter as adapters
-from quadriga.io.adapter import Adapter
+from quadriga.hub import catalogue
+from quadriga.io.adapter import load as load_adapter
+from quadriga.io.adapter_files import Adapter, low_rank, save
 from quadriga.io.open import Checkpoint, open_checkpoint
 from quadriga.io.packed import pack_parameter
 from quadriga.kernels.arrays import array, tensor
@@ -34,21 +34,21 @@ from quadriga.nn.lora import attach, quantised
 from quadriga.nn.transformer import Transformer
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.text.turn_ends import turn_ends
-from quadriga.train import chat_data, report
-from quadriga.train.batch import IGNORE, BatchSource, Objective
-from quadriga.train.chat_data import Example, Preference, Problem, Rejects
-from quadriga.train.corpus.readers import resolve
+from quadriga.train import report
+from quadriga.train.batch import Objective
 from quadriga.train.export import write_hf
 from quadriga.train.held_out import held_out_losses, samples
 from quadriga.train.losses import NextToken
-from quadriga.train.metrics import MetricsFile, TensorBoard
+from quadriga.train.metrics import MetricsFile
 from quadriga.train.objectives import DPO, GRPO, ORPO, Reference
-from quadriga.train.packing import ExampleSource
+from quadriga.train.parallel import DTYPES
 from quadriga.train.rollout import number_reward
 from quadriga.train.run import peak_flops
 from quadriga.train.run_directory import RunDirectory
+from quadriga.train.trackers import Watcher, trackers
 from quadriga.train.trainer import Trainer
 from quadriga.train.tune_config import LoraSection, TuneConfig
+from quadriga.train.tune_data import read_data
 from quadriga.train.view import Screen
 from quadriga.train.world import World
 
@@ -79,8 +79,11 @@ class Tuned:
     """Message about rows that were skipped, by reason; empty if none."""
 
 
-def tune(config: TuneConfig, *, stop: Callable[[], bool] = lambda: False) -> Tuned:
+def tune(config: TuneConfig, *, stop: Callable[[], bool] = lambda: False, allow_change: bool = False) -> Tuned:
     """Tune until the end of the run or until ``stop`` returns True; the same call resumes a stopped run.
+
+    Args:
+        allow_change: resume also with settings that would have changed the run so far (``train.changes``).
 
     Raises:
         ConfigError, CorpusError, CheckpointError: the configuration, data or model cannot be used.
@@ -95,12 +98,14 @@ def tune(config: TuneConfig, *, stop: Callable[[], bool] = lambda: False) -> Tun
     try:
         with run.locked(), devices.quick_float32(config.data.seq_len):
             run.clean()
-            return _tune(config, run, world, stop)
+            return _tune(config, run, world, stop, allow_change=allow_change)
     finally:
         world.leave()
 
 
-def _tune(config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[], bool]) -> Tuned:
+def _tune(
+    config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[], bool], *, allow_change: bool
+) -> Tuned:
     checkpoint = open_checkpoint(catalogue.resolve(config.model))
     try:
         tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
@@ -116,18 +121,17 @@ def _tune(config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[]
     n_steps = config.schedule.steps or config.data.epochs * source.steps_per_epoch
     trainer = Trainer(_Settings(config, n_steps), model, source, objective, world=world, run=run)
     if run.steps():
-        trainer.resume()
+        trainer.resume(allow_change=allow_change)
     peak = peak_flops(config.parallel.dtype, world)
-    watchers: list[MetricsFile | Screen | TensorBoard] = [
+    watchers: list[Watcher] = [
         MetricsFile(
             run.path, trainer.step, peak_flops=peak, learning_rate=config.optimiser.learning_rate,
             routing_every=config.log.routing_every,
         ),
         Screen(run.path.name, n_steps, every=config.log.every, peak_flops=peak),
+        *trackers(config.log, run.path, trainer.step, msgspec.to_builtins(config)),
     ]  # fmt: skip
-    if config.log.tensorboard:
-        watchers.append(TensorBoard(run.path, trainer.step))
-    trainer.listeners = list(watchers)
+    trainer.listen(watchers)
 
     def evaluate(one: Trainer) -> None:
         losses = held_out_losses(one.module, held_out, world)
@@ -162,12 +166,12 @@ def build_model(config: TuneConfig, checkpoint: Checkpoint) -> tuple[Transformer
     lora, start = config.lora, None
     spec = lora.spec()
     if lora.start is not None:
-        start = adapters.load(Path(lora.start).expanduser(), checkpoint.config)
+        start = load_adapter(Path(lora.start).expanduser(), checkpoint.config)
         spec = replace(start.spec, dropout=lora.dropout)
     model = _base(checkpoint, lora)
     begun = None
     if start is not None:
-        begun = {name: (tensor(a), tensor(b)) for name, (a, b) in adapters.low_rank(start).items()}
+        begun = {name: (tensor(a), tensor(b)) for name, (a, b) in low_rank(start).items()}
     factors = attach(model, spec, begun, seed=config.seed)
     return model, factors, spec
 
@@ -194,10 +198,13 @@ def _write(
     run: RunDirectory, config: TuneConfig, trainer: Trainer, factors: dict[str, Factors], spec: LoraSpec | None,
     origin: Path,
 ) -> Path:  # fmt: skip
-    """Write the adapter, or the model with its tokenizer as a Hugging Face directory; always float32."""
-    from quadriga.io.convert import tokenizer_files
+    """Write the adapter, or the model with its tokenizer as a Hugging Face directory; always float32.
 
-    masters = trainer.masters.by_name
+    With ``[ema]`` what is written is the average of the weights, as ``quadriga train --export`` writes it.
+    """
+    from quadriga.io.conversion_plan import tokenizer_files
+
+    masters = {**trainer.masters.by_name, **trainer.averages}
     if spec is not None:
         out = _fresh(run.path / "adapter")
         name_of = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
@@ -205,7 +212,7 @@ def _write(
             name: (array(masters[name_of[id(one.a)]]), array(masters[name_of[id(one.b)]]))
             for name, one in factors.items()
         }
-        adapters.save(Adapter(spec=spec, factors=pairs, base=config.model), out)
+        save(Adapter(spec=spec, factors=pairs, base=config.model), out)
         return out
     out = _fresh(run.path / "model")
     checkpoint = open_checkpoint(origin)
@@ -225,89 +232,13 @@ def _fresh(folder: Path) -> Path:
     return folder
 
 
-# Data ----------------------------------------------------------------------------------------------------------------
-
-
-def read_data(
-    config: TuneConfig, tokenizer: Tokenizer
-) -> tuple[ExampleSource, dict[str, BatchSource], dict[tuple[int, ...], str], Rejects]:
-    """Read the data: (training rows, held-out rows by name, prompt -> answer for grpo, rejected rows)."""
-    data = config.data
-    rejects = Rejects(limit=data.max_bad_rows)
-    names, make, weigh = _maker(config, tokenizer)
-    data_sets.log_samples(f.removeprefix("data:") for f in (*data.files, *data.held_out) if f.startswith("data:"))
-    found = chat_data.read([resolve(f) for f in data.files], make, rejects, limit=data.max_rows)
-    groups = [group for one in found for group in one]
-    labels = [label for label, _ in groups]
-    everything = [group for _, group in groups]
-    if data.held_out:
-        kept = chat_data.read([resolve(f) for f in data.held_out], make, rejects)
-        test = [group for one in kept for group in one]
-        train = everything
-    else:
-        every = data.held_out_every
-        test = [(labels[i], g) for i, g in enumerate(everything) if i % every == every - 1]
-        train = [g for i, g in enumerate(everything) if i % every != every - 1]
-    pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
-
-    def packed(some: Sequence[tuple[Example, ...]], rows: int) -> ExampleSource:
-        return ExampleSource(
-            some, names, n_rows=rows, seq_len=data.seq_len * len(names), weigh=weigh, pad=pad, seed=config.seed
-        )
-
-    held_out: dict[str, BatchSource] = {}
-    for label in sorted({label for label, _ in test}):
-        some = [group for one, group in test if one == label]
-        whole = packed(some, 1)
-        held_out[label] = packed(some, min(config.evaluate.rows, whole.rows_per_epoch))
-    problems: dict[tuple[int, ...], str] = {}
-    if config.objective == "grpo":
-        problems = {group[0].ids: answer for (answer, group) in groups}
-        held_out = {}
-    return packed(train, data.rows), held_out, problems, rejects
-
-
-def _maker(
-    config: TuneConfig, tokenizer: Tokenizer
-) -> tuple[tuple[str, ...], Callable[[dict[str, Any]], list[tuple[str, tuple[Example, ...]]]], str]:
-    """For the objective: (domain names of a group's documents, row -> labelled groups, ``ExampleSource.weigh``)."""
-    data = config.data
-
-    def label(row: dict[str, Any]) -> str:
-        return "held out" if data.label is None else str(row.get(data.label, "other"))
-
-    match config.objective:
-        case "text":
-            return (
-                ("text",),
-                lambda row: [(label(row), (e,)) for e in chat_data.text_examples(row, tokenizer, data.seq_len)],
-                "tokens",
-            )
-        case "sft":
-            return (
-                ("conversation",),
-                lambda row: [
-                    (
-                        label(row),
-                        (chat_data.example(chat_data.conversation(row), tokenizer, data.seq_len, data.template),),
-                    )
-                ],
-                "tokens",
-            )
-        case "grpo":
-            return ("prompt",), lambda row: [_prompt(chat_data.problem(row, tokenizer, data.seq_len))], "groups"
-
-    def pair(row: dict[str, Any]) -> list[tuple[str, tuple[Example, ...]]]:
-        one: Preference = chat_data.preference(row, tokenizer, data.seq_len, data.template)
-        return [(label(row), (one.chosen, one.rejected))]
-
-    return ("chosen", "rejected"), pair, "groups"
-
-
-def _prompt(one: Problem) -> tuple[str, tuple[Example, ...]]:
-    """A prompt as a document with one target, so that it is not taken for padding; GRPO samples the answers."""
-    targets = (*[IGNORE] * (len(one.ids) - 1), one.ids[-1])
-    return one.answer, (Example(one.ids, targets),)
+def _frozen(model: Transformer, dtype: str) -> Transformer:
+    """A copy of the model that computes as the trained one does: in ``dtype``, but for the router."""
+    made = copy.deepcopy(model).requires_grad_(False).eval()
+    for name, parameter in made.named_parameters():
+        if ".router." not in name:
+            parameter.data = parameter.data.to(DTYPES[dtype])
+    return made
 
 
 def _objective(
@@ -324,7 +255,7 @@ def _objective(
     if config.objective == "orpo":
         return ORPO(config.preference.odds_weight)
     # The reference is the model without its adapter, or a frozen copy if there is no adapter.
-    frozen = copy.deepcopy(model).requires_grad_(False).eval() if config.lora is None else None
+    frozen = _frozen(model, config.parallel.dtype) if config.lora is None else None
     if config.lora is not None and config.lora.start is not None:
         raise ConfigError("dpo and grpo compare with the model without adapter: merge lora.start into the model first")
     reference = Reference(frozen)

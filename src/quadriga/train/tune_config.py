@@ -125,3 +125,19 @@ class TuneConfig(Section, frozen=True):
     log: LogSection = LogSection()
     evaluate: EvaluateSection = EvaluateSection(every=100)
     ema: EmaSection = EmaSection()
+
+    def __post_init__(self) -> None:
+        router = self.router
+        given = {"balance_loss": router.balance_loss, "z_loss": router.z_loss, "bias_rate": router.bias_rate}
+        used = self.objective in ("sft", "text")
+        for name, value in given.items():
+            if value and not used:
+                raise ConfigError(
+                    f"router.{name} must be 0 with objective {self.objective!r}, which balances no experts; "
+                    f"got {value:g}"
+                )
+        if router.bias_rate and not router.bias_fade:
+            raise ConfigError(
+                "router.bias_fade must be above 0 with bias_rate: no checkpoint format can store the bias, so the "
+                "model that is written would not be the one that was tuned"
+            )

@@ -29,6 +29,8 @@ class World:
     size: int = 1
     device: torch.device = _CPU
     watch: dist.ProcessGroup | None = None
+    owned: bool = False
+    """True if the process group was created here; Ray Train, for one, creates it for its workers."""
 
     @classmethod
     def join(cls, device: str = "auto", timeout_s: float = 600.0) -> World:
@@ -45,9 +47,11 @@ class World:
             local = torch.device("cuda", place)
             torch.cuda.set_device(local)
         timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group("nccl" if local.type == "cuda" else "gloo", timeout=timeout)
+        owned = not dist.is_initialized()
+        if owned:
+            dist.init_process_group("nccl" if local.type == "cuda" else "gloo", timeout=timeout)
         watch = dist.new_group(backend="gloo", timeout=timeout)
-        return cls(dist.get_rank(), dist.get_world_size(), local, watch)
+        return cls(dist.get_rank(), dist.get_world_size(), local, watch, owned)
 
     @property
     def first(self) -> bool:
@@ -115,6 +119,6 @@ class World:
             return [0]
 
     def leave(self) -> None:
-        """Destroy the process group, if there is one."""
-        if self.size > 1 and dist.is_initialized():
+        """Destroy the process group, if :meth:`join` created one."""
+        if self.owned and dist.is_initialized():
             dist.destroy_process_group()

@@ -37,12 +37,34 @@ class NormArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentArgs:
+    """What latent attention has besides: see ``LatentAttentionSpec``; R = kv_rank."""
+
+    kv_rank: int
+    rope_dim: int
+    nope_dim: int
+    v_dim: int
+    wq_a: Packed | None
+    """(Q, D); None: ``AttentionArgs.wqkv`` takes the normed state itself."""
+    q_a_norm: NormArgs | None
+    wkv_a: Packed
+    """(R + rope_dim, D)"""
+    kv_a_norm: NormArgs
+    wk_b: Packed
+    """(H R, nope_dim)"""
+    wv_b: Packed
+    """(H v_dim, R)"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionArgs:
     """Everything ``Program.attention`` needs of one layer; see ``ops.attention`` for the mathematics."""
 
-    norm: NormArgs
+    norm: NormArgs | None
     post_norm: NormArgs | None
-    wqkv: Packed
+    wqkv: Sequence[Packed]
+    """Pieces of its rows: one, or several where a file stores q, k and v in different formats. Of latent attention the
+    queries' projection alone, (H (nope_dim + rope_dim), D or Q)."""
     wo: Packed
     n_heads: int
     n_kv_heads: int
@@ -59,15 +81,18 @@ class AttentionArgs:
     alibi_slopes: Floats | None
     """(H,) float32."""
     kv: NDArray[np.uint8]
-    """This layer's blocks, ``n_blocks * quant.packed.kv_block_bytes``, zeroed."""
+    """This layer's blocks, zeroed: ``n_blocks`` times ``quant.packed``'s kv_block_bytes or latent_block_bytes."""
     kv_format: str
     qkv_bias: Floats | None = None
     out_bias: Floats | None = None
     sinks: Floats | None = None
     """(H,) float32."""
     window: int | None = None
+    cache_group: int = 0
+    """Whose block table the layer's keys and values are found by."""
     rotary_scale: float = 1.0
     norm_after_rotation: bool = False
+    latent: LatentArgs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +102,12 @@ class ChoiceArgs:
     score: str = "softmax"
     n_groups: int = 1
     top_k_groups: int = 1
+    group_worth: str = "two_best"
     normalize_eps: float = 0.0
     normalize_min: float = 0.0
     scale: float = 1.0
+    near: float = 0.0
+    """Of a sparse mixer, ``2 * MoESpec.mixer_eps``."""
     bias: Floats | None = None
     """(E,) added to the logits."""
     correction: Floats | None = None
@@ -102,7 +130,7 @@ class SharedArgs:
 class FFNArgs:
     """Everything ``Program.ffn`` needs of one layer. A dense network is one expert without a router."""
 
-    norm: NormArgs
+    norm: NormArgs | None
     post_norm: NormArgs | None
     router: Packed | None
     gate: Sequence[Packed] | None
@@ -137,11 +165,17 @@ class Batch:
     starts: Ints
     """(S + 1,)"""
     tables: Ints
-    """KV blocks of every sequence, end to end; block j of a sequence holds positions 16 j .. 16 j + 15."""
+    """KV blocks of every sequence, end to end (T,), or (G, T) of a cache whose layers are in G groups; block j of a
+    sequence holds positions 16 j .. 16 j + 15. Blocks that no query of the pass sees are not read: -1 stands there."""
     table_starts: Ints
     """(S + 1,)"""
     rows: Ints
     """(R,) tokens whose logits are wanted."""
+
+
+def _address(values: Ints | Floats) -> int | None:
+    """Where a contiguous array lies; several times as fast as ``values.ctypes``, which counts a dozen times a step."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(values.data)) if values.size else None
 
 
 class LayerRouting:
@@ -180,6 +214,7 @@ class Program:
         self.routing: list[LayerRouting] = []
         self._ops: list[tuple[int, ctypes.Structure]] = []
         self._keep: list[Any] = []
+        self._n_groups = 1
         self._steps: ctypes.Array[bindings.Step] | None = None
         self.d_model, self._hidden = d_model, np.zeros((max_tokens, d_model), dtype=np.float32)
 
@@ -192,7 +227,8 @@ class Program:
         op = bindings.Attention(
             norm=self._norm(a.norm),
             post_norm=self._norm(a.post_norm),
-            wqkv=self._matrix(a.wqkv),
+            wqkv=self._matrices(a.wqkv),
+            n_wqkv=len(a.wqkv),
             wo=self._matrix(a.wo),
             n_heads=a.n_heads,
             n_kv_heads=a.n_kv_heads,
@@ -216,10 +252,26 @@ class Program:
             rotary_dim=0 if a.inverse_frequencies is None else 2 * a.inverse_frequencies.size,
             rotary_scale=a.rotary_scale,
             norm_after_rotation=a.norm_after_rotation,
+            cache_group=a.cache_group,
+            **self._latent(a.latent),
         )
+        self._n_groups = max(self._n_groups, a.cache_group + 1)
         self._keep.append(a.kv)
         for kind in (Op.QKV, Op.ATTEND, Op.ATTN_OUT):
             self._add(kind, op)
+
+    def _latent(self, a: LatentArgs | None) -> dict[str, Any]:
+        """The fields of latent attention; none where there is none."""
+        if a is None:
+            return {}
+        sizes = {"kv_rank": a.kv_rank, "rope_dim": a.rope_dim, "nope_dim": a.nope_dim, "v_dim": a.v_dim}
+        matrices = {"wq_a": a.wq_a, "wkv_a": a.wkv_a, "wk_b": a.wk_b, "wv_b": a.wv_b}
+        return {
+            **sizes,
+            **{name: self._matrix(matrix) for name, matrix in matrices.items()},
+            "q_a_norm": self._norm(a.q_a_norm),
+            "kv_a_norm": self._norm(a.kv_a_norm),
+        }
 
     def ffn(self, a: FFNArgs) -> None:
         """The feed-forward half of a layer: one op, however many experts."""
@@ -258,9 +310,11 @@ class Program:
             "score": cpu.SCORES[choice.score],
             "n_groups": choice.n_groups,
             "top_k_groups": choice.top_k_groups,
+            "group_by_best": choice.group_worth == "best",
             "normalize_eps": choice.normalize_eps,
             "normalize_min": choice.normalize_min,
             "routed_scale": choice.scale,
+            "near": choice.near,
             "router_bias": self._floats(choice.bias),
             "correction": self._floats(choice.correction),
         }
@@ -293,6 +347,8 @@ class Program:
         """
         n, n_rows = len(batch.tokens), len(batch.rows)
         assert 0 < n <= self.max_tokens, f"a pass takes 1 to {self.max_tokens} tokens, got {n}"
+        tables = np.ascontiguousarray(np.atleast_2d(batch.tables))
+        assert len(tables) == self._n_groups, f"the cache has {self._n_groups} groups, got tables of {len(tables)}"
         if self._steps is None:
             steps = [bindings.Step(kind, ctypes.addressof(op)) for kind, op in self._ops]
             self._steps = (bindings.Step * len(steps))(*steps)
@@ -301,13 +357,14 @@ class Program:
             n_tokens=n,
             n_sequences=len(batch.starts) - 1,
             n_rows=n_rows,
-            tokens=batch.tokens.ctypes.data,
-            positions=batch.positions.ctypes.data,
-            starts=batch.starts.ctypes.data,
-            tables=batch.tables.ctypes.data,
-            table_starts=batch.table_starts.ctypes.data,
-            rows=batch.rows.ctypes.data,
-            logits=logits.ctypes.data,
+            tokens=_address(batch.tokens),
+            positions=_address(batch.positions),
+            starts=_address(batch.starts),
+            tables=_address(tables),
+            table_size=tables.shape[1],
+            table_starts=_address(batch.table_starts),
+            rows=_address(batch.rows),
+            logits=_address(logits),
             hidden=self._hidden.ctypes.data,
         )
         self.context.run(self._steps, args)

@@ -15,8 +15,10 @@ from quadriga.model.config import ModelConfig
 from quadriga.model.families import (
     class_defaults,
     dbrx,
+    deepseek,
     dots1,
     ernie45moe,
+    flex_olmo,
     glm4moe,
     gpt_oss,
     granite,
@@ -27,7 +29,9 @@ from quadriga.model.families import (
     mistral,
     mixtral,
     mpt,
+    olmo2,
     olmoe,
+    phimoe,
     qwen2,
     qwen2moe,
     qwen3,
@@ -60,6 +64,12 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5-moe": ernie45moe.FAMILY,
     "hunyuan-moe": hunyuan.FAMILY,
     "minimax-m2": minimax.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "flex_olmo": flex_olmo.FAMILY,
+    "phimoe": phimoe.FAMILY,
+    "deepseek_v2": deepseek.V2,
+    "deepseek_v3": deepseek.V3,
+    "glm4_moe_lite": deepseek.GLM,
 }
 
 PRESETS: dict[str, ModelConfig] = {
@@ -148,11 +158,14 @@ def read_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> tu
             family = mistral.FAMILY
     elif arch == "granitemoe" and metadata.get("granitemoe.expert_shared_feed_forward_length"):
         family = granite.SHARED  # one architecture, two families again
+    elif arch == "deepseek2":
+        family = deepseek.family_of_gguf(metadata, shapes)
     elif arch in _GGUF_ARCHS:
         family = next(family for family in FAMILIES.values() if arch in family.gguf_archs)
     else:
         raise ConfigError(
-            f"general.architecture must be one of {', '.join(_GGUF_ARCHS)}; got {arch[:80]!r}.{refused.reason(arch)}"
+            f"general.architecture must be one of {', '.join(_GGUF_ARCHS)}; got {arch[:80]!r}."
+            f"{refused.gguf_reason(arch)}"
         )
     assert family.config_from_gguf is not None, "a family with GGUF architectures reads GGUF"
     return family.config_from_gguf(metadata, shapes), family.notes(metadata)

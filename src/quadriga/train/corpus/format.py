@@ -6,10 +6,14 @@
       train/en/00003.tokens.npy     ids, uint16 or uint32; every document ends with the end token
       train/en/00003.ends.npy       int64: where each document ends in it
       train/en/00003.origin.npy     (row of the input, bytes of text) of each document
+      train/en/00003.sums.npy       uint32: CRC-32 of every 64 KiB of ids
       held_out/en/...               the same, for documents that are never trained on
 
 A shard has the documents of one input chunk, one split and one domain. A domain is the concatenation of its shards, and
 any token of it is found by two binary searches, without a table in memory that grows with the corpus.
+
+What is read is checked: a shard's ends and sums against their sha256 when it is opened, and ids block by block when a
+process first reads them. A corpus of an earlier version has no sums; the whole file of ids is then hashed instead.
 
 All files are plain .npy: other programs can read them with ``numpy.load(file, mmap_mode="r")``.
 """
@@ -17,6 +21,7 @@ All files are plain .npy: other programs can read them with ``numpy.load(file, m
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
@@ -32,7 +37,8 @@ from quadriga.errors import CorpusError
 VERSION = 1
 SPLITS = ("train", "held_out")
 ORIGIN = np.dtype([("row", "<u4"), ("n_bytes", "<u4")])
-PARTS = ("tokens", "ends", "origin")
+PARTS = ("tokens", "ends", "origin", "sums")
+_BLOCK_BYTES = 1 << 16
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -108,7 +114,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 def fingerprint(tokenizer: TokenizerEntry, shards: list[ShardEntry]) -> str:
     """Hash of the tokenizer and of the order and content of all shards."""
     digest = hashlib.sha256(f"quadriga corpus {VERSION} {tokenizer.end_id}".encode())
-    for file in [*tokenizer.files, *(file for shard in shards for file in shard.files)]:
+    files = [*tokenizer.files, *(file for shard in shards for file in shard.files)]
+    for file in (file for file in files if not file.path.endswith(".sums.npy")):  # they follow from the ids
         digest.update(f"\n{file.path} {file.sha256}".encode())
     return digest.hexdigest()
 
@@ -119,11 +126,25 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def block_sums(tokens: Tokens) -> npt.NDArray[np.uint32]:
+    """CRC-32 of every 64 KiB of ids, the last block shorter."""
+    n = _BLOCK_BYTES // tokens.itemsize
+    return np.array([zlib.crc32(tokens[a : a + n].data) for a in range(0, len(tokens), n)], dtype=np.uint32)
+
+
 class Shard:
-    """One shard, memory-mapped."""
+    """One shard, memory-mapped.
+
+    Raises:
+        CorpusError: a file is damaged.
+    """
 
     def __init__(self, root: Path, entry: ShardEntry, tokenizer: TokenizerEntry) -> None:
         self.entry = entry
+        digests = {file.path.removeprefix(f"{entry.name}."): file.sha256 for file in entry.files}
+        for part in ("ends.npy", "sums.npy" if "sums.npy" in digests else "tokens.npy"):
+            if part in digests and file_sha256(root / f"{entry.name}.{part}") != digests[part]:
+                raise _damaged(f"{entry.name}.{part}", "its sha256 is not the manifest's")
         self.tokens: Tokens = _map(root / f"{entry.name}.tokens.npy", np.dtype(tokenizer.dtype), entry.n_tokens)
         self.ends: npt.NDArray[np.int64] = _map(root / f"{entry.name}.ends.npy", np.dtype("<i8"), entry.n_documents)
         if len(self.ends) == 0 or self.ends[-1] != entry.n_tokens:
@@ -131,6 +152,34 @@ class Shard:
                 f"{entry.name}.ends.npy must end at {entry.n_tokens}; the shard is damaged. Run `quadriga data inspect "
                 "--verify`, then prepare the corpus again."
             )
+        self._block = _BLOCK_BYTES // self.tokens.itemsize
+        self._sums: npt.NDArray[np.uint32] | None = None
+        if "sums.npy" in digests:
+            n_blocks = -(-entry.n_tokens // self._block)
+            self._sums = _map(root / f"{entry.name}.sums.npy", np.dtype(np.uint32), n_blocks)
+            self._unread = np.ones(n_blocks, dtype=bool)
+
+    def read(self, first: int, last: int) -> Tokens:
+        """Ids [first, last) of the shard; blocks that this process has not read yet are checked.
+
+        Raises:
+            CorpusError: a block is not what was written.
+        """
+        if self._sums is not None and last > first:
+            blocks = range(first // self._block, (last - 1) // self._block + 1)
+            for block in (b for b in blocks if self._unread[b]):
+                start = block * self._block
+                if zlib.crc32(self.tokens[start : start + self._block].data) != self._sums[block]:
+                    raise _damaged(f"{self.entry.name}.tokens.npy", f"ids from {start} on are not those written")
+                self._unread[block] = False
+        return self.tokens[first:last]
+
+
+def _damaged(name: str, why: str) -> CorpusError:
+    return CorpusError(
+        f"{name} was changed: {why}. Find what else was by `quadriga data inspect --verify`, and prepare the corpus "
+        "again."
+    )
 
 
 class Stream:
@@ -165,7 +214,7 @@ class Stream:
             shard = corpus.shard(entry.name)
             first = place - int(self._starts[which])
             last = min(entry.n_tokens, first + n - done)
-            tokens[done : done + last - first] = shard.tokens[first:last]
+            tokens[done : done + last - first] = shard.read(first, last)
             inside = slice(*np.searchsorted(shard.ends, (first, last), side="right"))
             ends.append(shard.ends[inside] - first + done)
             done += last - first

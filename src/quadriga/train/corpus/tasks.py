@@ -32,7 +32,7 @@ from quadriga.text.tokenizer import Tokenizer
 from quadriga.train.corpus import minhash, vocabulary
 from quadriga.train.corpus.clean import clean
 from quadriga.train.corpus.decontaminate import References, clean_pieces, load_references, reference_ngrams
-from quadriga.train.corpus.format import ORIGIN, FileEntry, ShardEntry, file_sha256
+from quadriga.train.corpus.format import ORIGIN, FileEntry, ShardEntry, block_sums, file_sha256
 from quadriga.train.corpus.language import language
 from quadriga.train.corpus.quality import broken_rule
 from quadriga.train.corpus.readers import Chunk, Row, read_chunk, resolve
@@ -268,7 +268,8 @@ class _OpenShard(msgspec.Struct):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         ends = np.cumsum([len(ids) for ids in self.ids]).astype("<i8")
         origin = np.array(list(zip(self.rows, self.n_bytes, strict=True)), dtype=ORIGIN)
-        arrays = {"tokens": np.concatenate(self.ids).astype(dtype), "ends": ends, "origin": origin}
+        tokens = np.concatenate(self.ids).astype(dtype)
+        arrays = {"tokens": tokens, "ends": ends, "origin": origin, "sums": block_sums(tokens)}
         files = []
         for part, array in arrays.items():
             size, digest = write_array(root / f"{name}.{part}.npy", array)

@@ -40,9 +40,11 @@ struct Plan {
 };
 
 constexpr int kDownTiles = 8;     // output tiles a task sums up at once: a run of as many tiles of each expert
+constexpr int64_t kShareRouter = 1 << 18;  // bytes of a router that are worth waking threads for
 constexpr int kStreamBlocks = 8;  // blocks of 32 rows of up, then of gate, read in one run
 
-// Of every group of neighbours the two best scores are added up; outside the best groups nothing can be chosen.
+// Of every group of neighbours the two best scores are added up, or the best one counts; outside the best groups nothing
+// can be chosen.
 void limit_to_groups(const qd_ffn& op, const Kernels& kernels, float* choice) {
   const int size = op.n_experts / op.n_groups;
   alignas(64) float worth[QD_MOST_EXPERTS];
@@ -54,12 +56,28 @@ void limit_to_groups(const qd_ffn& op, const Kernels& kernels, float* choice) {
       second = std::max(second, std::min(first, choice[e]));
       first = std::max(first, choice[e]);
     }
-    worth[g] = first + second;
+    worth[g] = op.group_by_best ? first : first + second;
   }
   kernels.top_k(worth, op.n_groups, op.top_k_groups, best);
   for (int j = 0; j < op.top_k_groups; ++j) open[best[j]] = true;
   for (int e = 0; e < op.n_experts; ++e)
     if (!open[e / size]) choice[e] = -INFINITY;
+}
+
+// SparseMixer (Liu et al. 2023, as Phi-3.5-MoE runs it): the two best logits, each weighed by a softmax over itself and
+// those near it, the second without the first.
+void mix_sparsely(const qd_ffn& op, const Kernels& kernels, const float* logits, float* scratch, int32_t* ids, float* weights) {
+  std::memcpy(scratch, logits, size_t(op.n_experts) * 4);
+  kernels.top_k(scratch, op.n_experts, op.top_k, ids);
+  for (int j = 0; j < op.top_k; ++j) {
+    const float best = logits[ids[j]];
+    float total = 0.0f;
+    for (int e = 0; e < op.n_experts; ++e) {
+      const bool before = std::find(ids, ids + j, e) != ids + j;
+      if (!before && !(best - logits[e] > op.near * std::max(std::fabs(logits[e]), best))) total += std::exp(logits[e] - best);
+    }
+    weights[j] = 1.0f / total;
+  }
 }
 
 // Scores of all experts, the k to be visited (equal ones: the lower id first), their weights under norm and aggregate.
@@ -68,6 +86,7 @@ void choose(const qd_ffn& op, const Kernels& kernels, float* logits, float* choi
   const int n_experts = op.n_experts, k = op.top_k;
   for (int e = 0; op.router_bias && e < n_experts; ++e) logits[e] += op.router_bias[e];
   if (kept) std::memcpy(kept, logits, size_t(n_experts) * 4);
+  if (op.score == QD_SCORE_SPARSE_MIXER) return mix_sparsely(op, kernels, logits, choice, ids, weights);
   kernels.scores(op.score, logits, n_experts);
   for (int e = 0; e < n_experts; ++e) choice[e] = op.correction ? logits[e] + op.correction[e] : logits[e];
   if (op.n_groups > 1) limit_to_groups(op, kernels, choice);
@@ -91,6 +110,22 @@ void choose(const qd_ffn& op, const Kernels& kernels, float* logits, float* choi
   }
 }
 
+// The router's products with so few tokens that they are one panel, (n, its rows padded to tiles), or NULL where one thread
+// is as quick. Its weights are float32: beside small experts they are much of what a layer reads.
+const float* scores_of_few(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d) {
+  const int64_t tiles = tiles_of(op.n_experts), bytes = tile_bytes(QD_FORMAT_FLOAT32, d), stride = tiles * kTile;
+  if (tiles * bytes < kShareRouter || c.pool.size() == 1) return nullptr;
+  const float* rows[kMaxWidth];
+  for (int64_t i = 0; i < n; ++i) rows[i] = x + i * d;
+  uint32_t* panel = c.panels.reserve(n * d);
+  c.kernels->make_panel(kPanelF32, rows, int(n), d, panel);
+  float* out = c.router.reserve(n * stride);
+  c.pool.run(tiles, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t e = begin; e < end; ++e) c.kernels->tile(QD_FORMAT_FLOAT32, false, op.router.data + e * bytes, d, panel, int(n), out + e * kTile, stride);
+  });
+  return out;
+}
+
 // What every token's router decides. `shared`, where it is not NULL, gets (n,) what the shared network's output weighs.
 void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d, int32_t* ids, float* weights, float* kept,
            float* shared) {
@@ -98,6 +133,7 @@ void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d
   const int64_t stride = tiles * kTile;
   c.reserve(&qd_context::Thread::units, width * d);
   c.reserve(&qd_context::Thread::a, width * stride + std::max(stride, width * kTile));
+  const float* ready = n <= width ? scores_of_few(c, op, x, n, d) : nullptr;
   c.pool.run((n + width - 1) / width, n > width ? 1 : 2, [&](int64_t begin, int64_t end, int thread) {
     auto& mine = c.of_thread[size_t(thread)];
     uint32_t* panel = mine.units.data();
@@ -108,7 +144,9 @@ void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d
       const int count = int(std::min(width, n - first));
       for (int i = 0; i < count; ++i) rows[i] = x + (first + i) * d;
       c.kernels->make_panel(kPanelF32, rows, count, d, panel);
-      for (int64_t e = 0; e < tiles; ++e) c.kernels->tile(QD_FORMAT_FLOAT32, false, op.router.data + e * bytes, d, panel, count, logits + e * kTile, stride);
+      if (ready) std::memcpy(logits, ready, size_t(count * stride) * 4);
+      else
+        for (int64_t e = 0; e < tiles; ++e) c.kernels->tile(QD_FORMAT_FLOAT32, false, op.router.data + e * bytes, d, panel, count, logits + e * kTile, stride);
       for (int i = 0; i < count; ++i)
         choose(op, *c.kernels, logits + i * stride, scratch, ids + (first + i) * op.top_k, weights + (first + i) * op.top_k,
                kept ? kept + (first + i) * op.n_experts : nullptr);
@@ -198,8 +236,8 @@ struct Tiles {
 
   Tiles(const qd_context& c, const qd_matrix& matrix) : kernels(*c.kernels), m(matrix), fine(c.fine), bytes(tile_bytes(matrix.format, matrix.cols)) {}
   void widen(uint8_t* memory, int64_t first, int64_t n) {
-    if (m.format != QD_FORMAT_Q4 && m.format != QD_FORMAT_Q4M) return;
-    wide = memory, first_wide = first, wide_bytes = groups_of(m.cols) * kWideGroupM;
+    if (!wide_group_bytes(m.format)) return;
+    wide = memory, first_wide = first, wide_bytes = groups_of(m.cols) * wide_group_bytes(m.format);
     for (int64_t t = 0; t < n; ++t) kernels.widen(m.format, m.data + (first + t) * bytes, m.cols, memory + t * wide_bytes);
   }
   void times(int64_t tile, const uint32_t* panel, int width, float* out) const {
@@ -223,7 +261,7 @@ void hidden_blocks(const qd_context& c, const Plan& plan, const Active& a, int64
   const int64_t first = 2 * block, n_tiles = std::min<int64_t>(2 * count, tiles_of(a.up.rows) - first);
   Tiles up(c, a.up), gate(c, a.gated ? a.gate : a.up);
   if (many(c, a.n)) {
-    const int64_t bytes = n_tiles * groups_of(a.up.cols) * kWideGroupM;
+    const int64_t bytes = n_tiles * groups_of(a.up.cols) * wide_group_bytes(a.up.format);
     uint8_t* wide = mine.wide.data();
     up.widen(wide, first, n_tiles);
     if (a.gated) gate.widen(wide + bytes, first, n_tiles);
@@ -261,7 +299,7 @@ void reserve_threads(qd_context& c, const Plan& plan, int64_t n) {
   int64_t wide = 0;
   for (const Active& a : plan.active)
     if (many(c, a.n))  // hidden_blocks: two tiles each of up and gate; down_tiles: its tiles of down
-      wide = std::max({wide, 4 * groups_of(a.up.cols) * kWideGroupM, kDownTiles / 2 * groups_of(a.down.cols) * kWideGroupM});
+      wide = std::max({wide, 4 * groups_of(a.up.cols) * kMostWideGroup, kDownTiles / 2 * groups_of(a.down.cols) * kMostWideGroup});
   c.reserve(&qd_context::Thread::wide, wide);
   c.reserve(&qd_context::Thread::b, n * kTile * kDownTiles);
 }
@@ -387,8 +425,7 @@ qd_store::Pinned bring(const qd_ffn& op, Plan& plan) {
 
 void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
   const int64_t n = b.n_tokens, d = op.up[0].cols, out_rows = op.down[0].rows;
-  float* x = c.normed.reserve(n * d);
-  norm_rows(c, op.norm, b.hidden, n, d, x);
+  const float* x = normed_or_as_is(c, op.norm, b.hidden, n, d);
 
   std::vector<int32_t> own_ids;
   std::vector<float> own_weights, shared;

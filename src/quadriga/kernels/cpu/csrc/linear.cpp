@@ -17,6 +17,13 @@ void norm_rows(qd_context& c, const qd_norm& spec, const float* x, int64_t n, in
   c.pool.run(n, std::max<int64_t>(1, kSerialNumbers / d), body);
 }
 
+const float* normed_or_as_is(qd_context& c, const qd_norm& spec, const float* x, int64_t n, int64_t d) {
+  if (!spec.weight) return x;
+  float* normed = c.normed.reserve(n * d);
+  norm_rows(c, spec, x, n, d, normed);
+  return normed;
+}
+
 // Panels of consecutive rows of x. Few rows: the caller makes them at once, the threads would take longer to wake.
 static const uint32_t* make_panels(qd_context& c, PanelKind kind, const float* x, int64_t stride, int64_t n, int64_t cols) {
   const int64_t width = c.kernels->max_width, units = panel_units(kind, cols);
@@ -39,8 +46,8 @@ void linear(qd_context& c, const qd_matrix& m, const float* x, int64_t x_stride,
   const PanelKind kind = panel_kind(m.format, c.fine);
   const uint32_t* panels = make_panels(c, kind, x, x_stride, n, m.cols);
   const int64_t units = panel_units(kind, m.cols), width = c.kernels->max_width, bytes = tile_bytes(m.format, m.cols);
-  const bool widen = (m.format == QD_FORMAT_Q4 || m.format == QD_FORMAT_Q4M) && n > 2 * width;
-  const int64_t wide_bytes = groups_of(m.cols) * kWideGroupM;
+  const bool widen = wide_group_bytes(m.format) && n > 2 * width;
+  const int64_t wide_bytes = groups_of(m.cols) * wide_group_bytes(m.format);
   if (widen) c.reserve(&qd_context::Thread::wide, wide_bytes * kRowTiles);
   c.pool.run(tiles_of(m.rows), n > width ? kRowTiles : 1, [&](int64_t begin, int64_t end, int thread) {
     alignas(64) float part[kMaxWidth * kTile];
@@ -68,6 +75,32 @@ void linear(qd_context& c, const qd_matrix& m, const float* x, int64_t x_stride,
         }
       }
     }
+  });
+}
+
+void head_linear(qd_context& c, const qd_matrix& m, int n_heads, const float* x, HeadStrides of_x, int64_t n, float* out,
+                 HeadStrides of_out) {
+  const PanelKind kind = panel_kind(m.format, c.fine);
+  const int64_t width = c.kernels->max_width, units = panel_units(kind, m.cols), bytes = tile_bytes(m.format, m.cols);
+  const int64_t blocks = (n + width - 1) / width, tiles = m.rows / n_heads / kTile;
+  uint32_t* panels = c.panels.reserve(n_heads * n * units);
+  c.pool.run(n_heads * blocks, std::max<int64_t>(1, kSerialNumbers / (m.cols * width)), [&](int64_t begin, int64_t end, int) {
+    const float* rows[kMaxWidth];
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t head = t / blocks, first = t % blocks * width;
+      const int count = int(std::min(width, n - first));
+      for (int i = 0; i < count; ++i) rows[i] = x + (first + i) * of_x.row + head * of_x.head;
+      c.kernels->make_panel(kind, rows, count, m.cols, panels + (head * n + first) * units);
+    }
+  });
+  c.pool.run(n_heads * tiles, 4, [&](int64_t begin, int64_t end, int) {
+    for (int64_t first = 0; first < n; first += width)
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t head = t / tiles;
+        const int count = int(std::min(width, n - first));
+        c.kernels->tile(m.format, c.fine, m.data + t * bytes, m.cols, panels + (head * n + first) * units, count,
+                        out + first * of_out.row + head * of_out.head + t % tiles * kTile, of_out.row);
+      }
   });
 }
 
