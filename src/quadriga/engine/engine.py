@@ -629,7 +629,7 @@ def _event(active: _Active, chosen: Sample, n_before: int) -> TokenEvent:
     full = n_made >= running.max_tokens
     last = ended or hit_stop or full or complete
     if last and not hit_stop and active.text is not None:
-        piece += active.text.finish()
+        piece += active.text.finish(whole_characters=True)
     reason: FinishReason | None = None
     if last:
         reason = "stop" if ended or hit_stop or complete else "length"

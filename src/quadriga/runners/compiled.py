@@ -301,7 +301,7 @@ class CompiledModel:
         shape, p = self.config.layers[layer], f"layers.{layer}."
         return ShortConvArgs(
             norm=self._norm(p + "attn_norm.weight", shape.norm),
-            post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
+            post_norm=self._post_norm(p + "attn", shape),
             w_in=self._packed(p + "conv.w_in.weight"),
             w_out=self._packed(p + "conv.w_out.weight"),
             taps=self._packed(p + "conv.taps").unpack(),
@@ -314,7 +314,7 @@ class CompiledModel:
         rate = self._vector(p + "delta.rate")
         return DeltaNetArgs(
             norm=self._norm(p + "attn_norm.weight", shape.norm),
-            post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
+            post_norm=self._post_norm(p + "attn", shape),
             w_in=self._packed(p + "delta.w_in.weight"),
             w_ba=self._packed(p + "delta.w_ba.weight"),
             w_out=self._packed(p + "delta.w_out.weight"),
@@ -343,7 +343,7 @@ class CompiledModel:
             q_norm, k_norm = (self._norm(f"{p}attn.{part}_norm.weight", rms) for part in "qk")
         return AttentionArgs(
             norm=self._norm(p + "attn_norm.weight", shape.norm) if shape.pre_norms else None,
-            post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
+            post_norm=self._post_norm(p + "attn", shape),
             wqkv=self._pieces(p + queries_of(spec)),
             latent=self._latent(p + "attn.", spec) if isinstance(spec, LatentAttentionSpec) else None,
             wo=self._packed(p + "attn.wo.weight"),
@@ -389,7 +389,7 @@ class CompiledModel:
     def _ffn(self, layer: int) -> FFNArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
         ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm) if shape.pre_norms else None
-        post = self._norm(p + "ffn_post_norm.weight", shape.norm) if shape.post_norms else None
+        post = self._post_norm(p + "ffn", shape)
         match ffn:
             case DenseSpec():
                 return FFNArgs(
@@ -473,6 +473,10 @@ class CompiledModel:
         parameter = self.parameters[name]
         assert not isinstance(parameter, (Packed, np.ndarray)), f"{name} is a list of packed matrices"
         return parameter
+
+    def _post_norm(self, branch: str, shape: LayerSpec) -> NormArgs | None:
+        """The norm of what a branch gives, where the layer has one."""
+        return self._norm(branch + "_post_norm.weight", shape.norm) if shape.post_norms else None
 
     def _norm(self, name: str, spec: NormSpec) -> NormArgs:
         bias = self._vector(name.removesuffix("weight") + "bias") if spec.bias else None

@@ -67,8 +67,14 @@ class Detokenizer:
             return text, False
         return self._release(text)
 
-    def finish(self) -> str:
-        """What was held back: the tail that became no stop string, and U+FFFD for an unfinished character."""
+    def finish(self, *, whole_characters: bool = False) -> str:
+        """What was held back: the tail that became no stop string, and U+FFFD for an unfinished character.
+
+        Args:
+            whole_characters: leave an unfinished character out instead.
+        """
+        if whole_characters:
+            self._decoder.reset()
         text, _ = self._release(self._decoder.decode(b"", final=True))
         tail, self._held = self._held, ""
         return text + tail

@@ -197,6 +197,7 @@ def _common_from_hf(keys: Keys, *, by_index: bool) -> tuple[dict[str, Any], list
     """LLaMA's common fields, and which layers are attention; ``by_index``: see :func:`_attends`."""
     keys.must_be("conv_bias", False)
     n_layers = countable(keys.integer("num_hidden_layers"))
+    keys.integer("num_key_value_heads")  # every published file has it, and the class's default is no other key's value
     attention = attention_from_hf(keys)
     if isinstance(attention.position, RopeSpec):
         keys.must_be("theta", attention.position.theta)
