@@ -52,7 +52,7 @@ def defaults(ctx: Any, words: str, params: list[Any]) -> dict[str, Any]:
     Raises:
         ConfigError: a file that cannot be read, a table or key that no command has, or a value that cannot be.
     """
-    settable = {key_of(param): param for param in params if key_of(param) is not None}
+    settable = {key: param for param in params if (key := key_of(param)) is not None}
     found: dict[str, Any] = {}
     for file in (_File(runtime.config_file(), True), _File(Path(PROJECT), False)):
         tables = _read(file.path)
