@@ -39,9 +39,11 @@ def write(tmp_path: Path, *, own: str = "", project: str = "") -> None:
 
 
 def loaded(*words: str) -> dict[str, Any]:
-    result = CliRunner().invoke(app, [*words])
-    assert isinstance(result.exception, Reached), result.exception
-    return result.exception.given
+    try:
+        result = CliRunner().invoke(app, [*words])
+    except Reached as reached:
+        return reached.given
+    raise AssertionError((result.exception, result.output))
 
 
 def refused(*words: str) -> str:

@@ -146,14 +146,14 @@ def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _converted(ctx: Any, param: Any, value: Any, where: str) -> Any:
-    if param.multiple:
-        value = value if isinstance(value, list) else [value]
-    elif isinstance(value, list):
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and not param.multiple:
         raise ConfigError(f"{where} must be one value, got a list")
     try:
-        return param.type_cast_value(ctx, value)
+        converted = [param.type(one, param, ctx) for one in values]
     except Exception as error:
         message = getattr(error, "message", None)
         if message is None:
             raise
         raise ConfigError(f"{where}: {message}") from None
+    return converted if param.multiple else converted[0]
