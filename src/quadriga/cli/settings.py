@@ -52,7 +52,7 @@ def defaults(ctx: Any, words: str, params: list[Any]) -> dict[str, Any]:
     Raises:
         ConfigError: a file that cannot be read, a table or key that no command has, or a value that cannot be.
     """
-    settable = {key_of(param): param for param in params if key_of(param) is not None}
+    settable = {key: param for param in params if (key := key_of(param)) is not None}
     found: dict[str, Any] = {}
     for file in (_File(runtime.config_file(), True), _File(Path(PROJECT), False)):
         tables = _read(file.path)
@@ -75,7 +75,7 @@ def defaults(ctx: Any, words: str, params: list[Any]) -> dict[str, Any]:
         variable = f"{words} {key}".upper().replace(" ", "_").replace("-", "_")
         text = runtime.setting(variable)
         if text is not None:
-            value = text.split(",") if param.multiple else text
+            value = text.split(",") if param.param_type_name == "option" and param.multiple else text
             found[param.name] = _converted(ctx, param, value, f"QUADRIGA_{variable}")
     return found
 
@@ -107,7 +107,9 @@ def _table(tables: dict[str, Any], words: str) -> dict[str, Any]:
 
 def _check_names(path: Path, tables: dict[str, Any], root: Any) -> None:
     commands = dict(_commands(root))
-    keys = {words: {key for p in command.params if (key := key_of(p))} for words, command in commands.items()}
+    keys: dict[str, set[str]] = {
+        words: {key for p in command.params if (key := key_of(p))} for words, command in commands.items()
+    }
     keys[ALL] = set().union(*keys.values())
     groups = {words.split()[0] for words in commands if " " in words}
     for name, table in tables.items():
@@ -146,14 +148,17 @@ def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _converted(ctx: Any, param: Any, value: Any, where: str) -> Any:
-    values = value if isinstance(value, list) else [value]
-    if isinstance(value, list) and not param.multiple:
+    multiple = param.param_type_name == "option" and param.multiple
+    if isinstance(value, list) and not multiple:
         raise ConfigError(f"{where} must be one value, got a list")
+    if param.param_type_name != "option":  # MODEL, a text
+        if not isinstance(value, str):
+            raise ConfigError(f"{where} must be a text, got {value!r}")
+        return value
     try:
-        converted = [param.type(one, param, ctx) for one in values]
+        return param.process_value(ctx, value if isinstance(value, list) or not multiple else [value])
     except Exception as error:
         message = getattr(error, "message", None)
         if message is None:
             raise
         raise ConfigError(f"{where}: {message}") from None
-    return converted if param.multiple else converted[0]
