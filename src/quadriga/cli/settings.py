@@ -75,7 +75,7 @@ def defaults(ctx: Any, words: str, params: list[Any]) -> dict[str, Any]:
         variable = f"{words} {key}".upper().replace(" ", "_").replace("-", "_")
         text = runtime.setting(variable)
         if text is not None:
-            value = text.split(",") if param.param_type_name == "option" and param.multiple else text
+            value = text.split(",") if _takes_several(param) else text
             found[param.name] = _converted(ctx, param, value, f"QUADRIGA_{variable}")
     return found
 
@@ -148,13 +148,9 @@ def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _converted(ctx: Any, param: Any, value: Any, where: str) -> Any:
-    multiple = param.param_type_name == "option" and param.multiple
+    multiple = _takes_several(param)
     if isinstance(value, list) and not multiple:
         raise ConfigError(f"{where} must be one value, got a list")
-    if param.param_type_name != "option":  # MODEL, a text
-        if not isinstance(value, str):
-            raise ConfigError(f"{where} must be a text, got {value!r}")
-        return value
     try:
         return param.process_value(ctx, value if isinstance(value, list) or not multiple else [value])
     except Exception as error:
@@ -162,3 +158,7 @@ def _converted(ctx: Any, param: Any, value: Any, where: str) -> Any:
         if message is None:
             raise
         raise ConfigError(f"{where}: {message}") from None
+
+
+def _takes_several(param: Any) -> bool:
+    return param.nargs == -1 or (param.param_type_name == "option" and bool(param.multiple))
