@@ -339,6 +339,7 @@ REFUSED: dict[str, dict[str, list[list[str]]]] = {
         "--dtype": [["run.toml", "--dtype", "float32"]],
         "--resume": [["run.toml", "--check", "--resume", "auto"], ["run.toml", "--export", "x", "--resume", "must"]],
         "--threads": [["run.toml", "--check", "--threads", "1"], ["run.toml", "--export", "x", "--threads", "1"]],
+        "--steps": [["run.toml", "--check", "--steps", "1"], ["run.toml", "--export", "x", "--steps", "1"]],
         "--export": [["run.toml", "--check", "--export", "x"]],
     },
     "upcycle": {
