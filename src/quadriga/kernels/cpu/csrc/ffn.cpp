@@ -146,8 +146,8 @@ void add(const qd_context& c, Plan& plan, Active a) {
   const int64_t width = c.kernels->max_width;
   a.panel = int64_t(plan.panels.size());
   a.in_offset = a.gate_offset = plan.in_units, a.hidden_offset = plan.hidden_units;
-  a.in_kind = a.gate_kind = panel_kind(a.up.format, c.fine), a.hidden_kind = panel_kind(a.down.format, c.fine);
-  if (a.gated) a.gate_kind = panel_kind(a.gate.format, c.fine);
+  a.in_kind = a.gate_kind = panel_kind(a.up.format, c.int16), a.hidden_kind = panel_kind(a.down.format, c.int16);
+  if (a.gated) a.gate_kind = panel_kind(a.gate.format, c.int16);
   for (int64_t t = 0; t < a.n; t += width) plan.panels.push_back({a.first + t, int(std::min(width, a.n - t))});
   a.n_panels = int64_t(plan.panels.size()) - a.panel;
   plan.in_units += a.n * panel_units(a.in_kind, a.up.cols);
@@ -209,20 +209,20 @@ bool many(const qd_context& c, int64_t n) { return n > 2 * c.kernels->max_width;
 struct Tiles {
   const Kernels& kernels;
   const qd_matrix& m;
-  bool fine;
+  bool int16;
   int64_t bytes;
   const uint8_t* wide = nullptr;
   int64_t first_wide = 0, wide_bytes = 0;
 
-  Tiles(const qd_context& c, const qd_matrix& matrix) : kernels(*c.kernels), m(matrix), fine(c.fine), bytes(tile_bytes(matrix.format, matrix.cols)) {}
+  Tiles(const qd_context& c, const qd_matrix& matrix) : kernels(*c.kernels), m(matrix), int16(c.int16), bytes(tile_bytes(matrix.format, matrix.cols)) {}
   void widen(uint8_t* memory, int64_t first, int64_t n) {
     if (!wide_group_bytes(m.format)) return;
     wide = memory, first_wide = first, wide_bytes = groups_of(m.cols) * wide_group_bytes(m.format);
     for (int64_t t = 0; t < n; ++t) kernels.widen(m.format, m.data + (first + t) * bytes, m.cols, memory + t * wide_bytes);
   }
   void times(int64_t tile, const uint32_t* panel, int width, float* out) const {
-    if (wide) kernels.tile_wide(m.format, fine, wide + (tile - first_wide) * wide_bytes, m.cols, panel, width, out, kTile);
-    else kernels.tile(m.format, fine, m.data + tile * bytes, m.cols, panel, width, out, kTile);
+    if (wide) kernels.tile_wide(m.format, int16, wide + (tile - first_wide) * wide_bytes, m.cols, panel, width, out, kTile);
+    else kernels.tile(m.format, int16, m.data + tile * bytes, m.cols, panel, width, out, kTile);
   }
 };
 
