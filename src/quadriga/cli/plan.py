@@ -39,14 +39,14 @@ def plan_command(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Walk every row through the trainer with pretended ranks, and count. Needs torch."
+            "--verify", help="Walk each row through the trainer with pretended ranks, and count. Needs torch."
         ),
     ] = False,
 ) -> None:
     """Memory, time, cost and the best mesh for training; formats, boxes and speed limits for serving. By arithmetic.
 
-    With --verify the exit code is 1 if the trainer refuses a row, or counts other bytes than the plan. MODEL may be the name of a shape, such as dbrx-132b. Serving is planned for 4096 positions of a sequence, or as many
-    as the model has.
+    With --verify the exit code is 1 if the trainer refuses a row, or counts other bytes than the plan. MODEL may be the
+    name of a shape, such as dbrx-132b. Serving is planned for 4096 positions, or as many as the model has.
     """
     from quadriga.cli.info_report import load_config
     from quadriga.errors import ConfigError
@@ -237,12 +237,10 @@ def _print_training(model: str, facts: dict[str, Any]) -> None:
     console.print("mesh: replicas x shards x expert ranks; rows: of a rank's micro-step x micro-steps", highlight=False)
     for plan in (plan for plan in facts["plans"] if "verified" in plan):
         mesh, seen = plan["mesh"], plan["verified"]
-        counted = (
-            f"{seen['state_bytes'] / 1e9:.2f} GB of state, gathers padded x{seen['padding']:.3f}"
-            if seen["accepted"]
-            else seen["reason"]
-        )
-        word = "accepted" if seen["accepted"] else "REFUSED"
+        word, counted = "REFUSED", seen["reason"]
+        if seen["accepted"]:
+            word = "accepted"
+            counted = f"{seen['state_bytes'] / 1e9:.2f} GB of state, gathers padded x{seen['padding']:.3f}"
         console.print(f"{mesh['replicate']}x{mesh['shard']}x{mesh['ep']} {word}: {counted}", highlight=False)
     console.print(f"in a run's file: {_section(best, cluster['ranks'])}", highlight=False, markup=False)
     parts = ", ".join(f"{name} {value / best['step_s']:.0%}" for name, value in best["step_parts_s"].items())
@@ -260,8 +258,9 @@ def _print_training(model: str, facts: dict[str, Any]) -> None:
 def _section(plan: dict[str, Any], ranks: int) -> str:
     """The best row as a run's [parallel] section, on one line."""
     mesh = plan["mesh"]
+    rows = plan["micro_rows"] * ranks
     return (
-        f"[parallel] replicate = {mesh['replicate']}, experts = {mesh['ep']}, micro_rows = {plan['micro_rows'] * ranks}, "
+        f"[parallel] replicate = {mesh['replicate']}, experts = {mesh['ep']}, micro_rows = {rows}, "
         f'recompute = "{plan["recompute"]}", dtype = "bfloat16"'
     )
 

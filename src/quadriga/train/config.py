@@ -162,8 +162,8 @@ class ParallelSection(Section, frozen=True):
     """Dtype of the computation; master weights and optimiser state are always float32."""
     device: str = "auto"
     recompute: bool | Literal["none", "selective", "full"] = False
-    """Activation checkpointing. full (or true): keep only each layer's input and recompute the rest in the backward pass.
-    selective: keep the results of matrix products and of attention too."""
+    """Activation checkpointing. full (or true): keep only each layer's input, and recompute the rest in the backward
+    pass. selective: keep the results of matrix products and of attention too."""
     timeout_s: float = 600.0
     """How long a rank waits for the others before the run ends with an error that names them."""
 
