@@ -4,7 +4,7 @@ The text's first TOKENS tokens (no bos, whole file as one string) are cut into w
 read alone, from position 0; every token of a window but its first is predicted from the ones before it. Perplexity is
 exp of the mean negative log-likelihood over all predicted tokens.
 
-    python bench/perplexity.py smollm2-135m-instruct --text ../shared/data/bench/wikitext2/test.txt
+    python bench/perplexity.py smollm2-135m-instruct --text wikitext2/test.txt
 """
 
 from __future__ import annotations

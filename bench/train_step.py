@@ -133,7 +133,7 @@ class Theirs:
             DbrxConfig(**{**raw, "output_router_logits": True, "use_cache": False}), attn_implementation="sdpa"
         )
         parameters = new_parameters(config, seed=0, std=0.02)
-        from quadriga.io.parameters import pack
+        from quadriga.io.parameters import to_stored
         from quadriga.kernels.arrays import array, tensor
         from quadriga.model.weight_map import source_shapes, whole
 
@@ -143,7 +143,7 @@ class Theirs:
             box = piece.source_box or whole(piece.source_shape)
             target = piece.target_box or whole(piece.target_shape)
             values = parameters[piece.target][tuple(slice(*span) for span in target)]
-            stored[piece.source][tuple(slice(*span) for span in box)] = tensor(pack(array(values), piece))
+            stored[piece.source][tuple(slice(*span) for span in box)] = tensor(to_stored(array(values), piece))
         self.model.load_state_dict(stored, strict=True)
         if pure:
             self.model.to(torch.bfloat16)

@@ -26,6 +26,8 @@ def changed(config: ModelConfig, **fields: Any) -> ModelConfig:
     if "position" in fields:
         fields["mixer"] = replace(fields.get("mixer", layer.mixer), position=fields.pop("position"))
     own = {
-        name: fields.pop(name) for name in ("norm", "mixer", "ffn", "post_norms", "residual_scale") if name in fields
+        name: fields.pop(name)
+        for name in ("norm", "mixer", "ffn", "post_norms", "pre_norms", "residual_scale")
+        if name in fields
     }
     return replace(config, layers=uniform(replace(layer, **own), n_layers), **fields)

@@ -20,7 +20,7 @@ WITHOUT_TORCH = {
     "eval": ["cli.eval", "engine.text_model", "evaluate.harness", "evaluate.tasks"],
     "bench": ["cli.bench", "cli.bench_claim", "cli.bench_serve", "bench.speed", "bench.claim", "bench.serve"],
     "info": ["cli.info", "cli.info_report", "cli.models", "cli.plan"],
-    "adapter": ["cli.tune", "io.adapter", "edits.delta", "edits.upcycle"],
+    "adapter": ["cli.tune", "io.adapter", "io.adapter_files", "edits.delta", "edits.upcycle"],
     "data": ["cli.data", "train.corpus.pipeline", "train.corpus.report"],
     "the names of the package": ["engine.llm", "engine.request", "model.config"],
 }

@@ -1,6 +1,6 @@
 """Label the lines of a corpus {text, source, lang} with one of four domains: en, zh, code, math.
 
-    python recipes/quadriga-smol/domains.py ../shared/data/corpus/mix.jsonl mix.domains.jsonl
+    python recipes/quadriga-smol/domains.py $QUADRIGA_DATA/corpus/mix.jsonl mix.domains.jsonl
 
 Long documents are cut at paragraph ends into parts of about PART[domain] characters, some 500 tokens of SmolLM2's
 vocabulary each (Chinese is bytes to it), and parts of the four domains take turns in the proportions of TURNS: a

@@ -5,7 +5,8 @@ The only module that touches ``os.environ``. No torch: its devices and dtypes ar
 Environment variables (all optional):
 
     QUADRIGA_CACHE      folder for downloaded models and histories   (default: the user's cache folder / quadriga)
-    QUADRIGA_DATA       folder with benchmark and training data      (default: ../shared/data)
+    QUADRIGA_DATA       folder with benchmark and training data, looked into before what was fetched
+    QUADRIGA_MIRROR     where data sets' addresses are asked for instead: https://HOST/PATH as MIRROR/HOST/PATH
     QUADRIGA_OPS        force an op backend, e.g. "reference"
     QUADRIGA_CPU_ISA    force a CPU instruction set: avx512, avx2 or portable
     QUADRIGA_LIBRARY    another build of the CPU kernels, e.g. one with sanitizers
@@ -103,10 +104,19 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "quadriga"
 
 
-def data_dir() -> Path:
-    """Where benchmark and training data lie: QUADRIGA_DATA, else ../shared/data beside the working folder."""
+def data_dir() -> Path | None:
+    """The user's folder of benchmark and training data, QUADRIGA_DATA; None if it is not set."""
     chosen = setting("DATA")
-    return Path(chosen).expanduser() if chosen else Path("../shared/data")
+    return Path(chosen).expanduser() if chosen else None
+
+
+def free_disk_bytes(path: Path) -> int:
+    """Bytes free on the disk where ``path`` lies, or would lie."""
+    import shutil
+
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def child_environment() -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quadriga.io.parameters import pack
+from quadriga.io.parameters import to_stored
 from quadriga.model import families
 from quadriga.model.config import (
     AlibiSpec,
@@ -241,6 +241,32 @@ TINY: dict[str, ModelConfig] = {
         mixer=replace(_ATTN, qkv_bias=True),
         ffn=_moe(normalize_p=None, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
     ),
+    "olmo2": uniform_model(
+        family="olmo2",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        mixer=replace(_ATTN, qk_norm=QKNormSpec(over="vector", eps=1e-5)),
+        ffn=DenseSpec(d_ff=80, activation="silu"),
+        pre_norms=False,
+        post_norms=True,
+    ),
+    "flex_olmo": uniform_model(
+        family="flex_olmo",
+        **_SIZES,
+        norm=NormSpec(kind="rms"),
+        mixer=replace(_ATTN, qk_norm=QKNormSpec(over="vector", eps=1e-5)),
+        ffn=_moe(normalize_p=None),
+        pre_norms=False,
+        post_norms=True,
+    ),
+    "phimoe": uniform_model(
+        family="phimoe",
+        **_SIZES,
+        norm=NormSpec(kind="layer", bias=True),
+        mixer=replace(_ATTN, qkv_bias=True, out_bias=True),
+        ffn=_moe(top_k=2, score="sparse_mixer", normalize_p=None, mixer_eps=0.3),
+        head_bias=True,
+    ),
     "mpt": uniform_model(
         family="mpt",
         **_SIZES,
@@ -290,7 +316,7 @@ def stored(pieces: list[Piece], parameters: dict[str, Tensor]) -> dict[str, Tens
     for piece in pieces:
         target = piece.target_box or whole(piece.target_shape)
         part = parameters[piece.target][tuple(slice(*r) for r in target)]
-        out[piece.source][source_index(piece)] = pack(part, piece)
+        out[piece.source][source_index(piece)] = to_stored(part, piece)
     return out
 
 

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io import convert
-from quadriga.io.adapter import Adapter, from_peft, load, merge, save, to_peft
+from quadriga.io.adapter import load, merge
+from quadriga.io.adapter_files import Adapter, save
 from quadriga.io.open import open_checkpoint
+from quadriga.io.peft_read import from_peft
+from quadriga.io.peft_write import to_peft
 from quadriga.kernels.arrays import tensor
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.nn.context import PackedContext
@@ -89,6 +92,7 @@ def test_merged_it_computes_what_the_attached_one_does(tmp_path: Path) -> None:
         ("gpt_oss", None, ("attention", "experts", "embeddings", "head")),
         ("mpt", None, None),
         *[(name, None, None) for name in ("glm4moe", "qwen2moe", "dots1", "ernie4_5-moe", "hunyuan-moe", "minimax-m2")],
+        *[(name, None, None) for name in ("olmo2", "flex_olmo", "phimoe")],
     ],
 )
 def test_to_peft_and_back(tmp_path: Path, name: str, layout: str | None, targets: tuple[str, ...] | None) -> None:
@@ -111,7 +115,7 @@ def hf_model(folder: Path, name: str) -> Any:
         ("llama2-tied", None),
         ("mixtral", None),
         ("gpt_oss", ("attention", "experts")),
-        *[(name, None) for name in ("qwen2moe", "ernie4_5-moe", "hunyuan-moe")],
+        *[(name, None) for name in ("qwen2moe", "ernie4_5-moe", "hunyuan-moe", "olmo2", "phimoe")],
         *[(name, ("attention", "experts", "ffn", "shared", "embeddings", "head")) for name in ("glm4moe", "dots1")],
     ],
 )

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.hub import catalogue
-from quadriga.io import convert as conversion
+from quadriga.io import conversion_writer
 from quadriga.io import directory as engine_file
-from quadriga.io.convert import convert, dry_run
+from quadriga.io.convert import convert
+from quadriga.io.dry_run import dry_run
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.open import open_checkpoint
 from quadriga.model import families
@@ -198,7 +199,7 @@ def test_a_fault_at_every_write_is_named_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     write_hf(tmp_path / "hf", TINY["llama2"])
-    monkeypatch.setattr(conversion, "_SYNC_BYTES", 20_000)  # several journal entries even in a tiny model
+    monkeypatch.setattr(conversion_writer, "_SYNC_BYTES", 20_000)  # several journal entries even in a tiny model
     convert(tmp_path / "hf", tmp_path / "whole")
     expected = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
     fail_at = 0
@@ -228,8 +229,8 @@ def test_killed_at_random_moments_and_resumed(tmp_path: Path) -> None:
     convert(tmp_path / "hf", tmp_path / "whole")
     expected = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
     program = (
-        "import os, sys\nfrom pathlib import Path\nfrom quadriga.io import convert\n"
-        "convert._SYNC_BYTES = 50_000\nleft = [int(sys.argv[3])]\nreal = os.pwrite\n"
+        "import os, sys\nfrom pathlib import Path\nfrom quadriga.io import conversion_writer, convert\n"
+        "conversion_writer._SYNC_BYTES = 50_000\nleft = [int(sys.argv[3])]\nreal = os.pwrite\n"
         "def pwrite(*a):\n    n = real(*a)\n    left[0] -= 1\n    left[0] or os.kill(os.getpid(), 9)\n    return n\n"
         "os.pwrite = pwrite\nconvert.convert(Path(sys.argv[1]), Path(sys.argv[2]))\n"
     )

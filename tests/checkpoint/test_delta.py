@@ -15,7 +15,8 @@ from quadriga.errors import CheckpointError
 from quadriga.hub import catalogue
 from quadriga.hub.catalogue import CatalogueError, DeltaEntry
 from quadriga.io import convert
-from quadriga.io.adapter import Adapter, merge
+from quadriga.io.adapter import merge
+from quadriga.io.adapter_files import Adapter
 from quadriga.io.open import Checkpoint, open_checkpoint
 from quadriga.kernels.arrays import array
 from quadriga.model.adapter_spec import LoraSpec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,33 @@ import numpy as np
 import pytest
 import torch
 
-from quadriga.io import convert as conversion
+from quadriga.bench.speed import bytes_per_token
+from quadriga.io.conversion_plan import FILE_TYPE
 from quadriga.io.convert import convert
 from quadriga.io.convert_options import GGUF_FORMATS
 from quadriga.io.directory import packed_shapes
 from quadriga.io.gguf import TABLES
+from quadriga.io.gguf_mixtures import MIXTURES, format_in
 from quadriga.io.open import open_checkpoint
+from quadriga.io.packed import load_packed
+from quadriga.kernels.cpu.packing import Packed
 from quadriga.model.config import ModelConfig
+from quadriga.nn.load import load_parameters
+from quadriga.nn.transformer import Transformer
 from quadriga.quant import pack_blocks
 from quadriga.quant.formats import FORMATS
+from quadriga.quant.packed import OF_BLOCKS
+from quadriga.runners.compiled import CompiledModel
 from tests.checkpoint.models import TINY, random_bits, write_hf
+from tests.runners.test_compiled import HERE, UNIT, check, sequence
 
 DENSE = replace(TINY["llama2"].with_ffn(d_ff=512), d_model=256)
 MOE = replace(TINY["mixtral"].with_ffn(d_ff=256), d_model=256)
 
 
-def write(folder: Path, config: ModelConfig) -> Path:
+def write(folder: Path, config: ModelConfig, std: float = 1.0) -> Path:
     generator = torch.Generator().manual_seed(3)
-    values = {n: torch.randn(t.shape, generator=generator) for n, t in random_bits(config).items()}
+    values = {n: std * torch.randn(t.shape, generator=generator) for n, t in random_bits(config).items()}
     write_hf(folder, config, parameters=values)
     return folder
 
@@ -86,8 +96,81 @@ def test_importance_reaches_the_matrix_it_is_of(tmp_path: Path, config: ModelCon
 
 
 def test_every_format_that_is_written_has_llama_cpp_s_number() -> None:
-    assert set(GGUF_FORMATS) == set(conversion._FILE_TYPE) <= set(FORMATS)
+    assert set(GGUF_FORMATS) == set(FILE_TYPE) <= {*FORMATS, *MIXTURES}
     theirs = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "mxfp4": "MOSTLY_MXFP4_MOE"}
     small = {name: f"MOSTLY_{name.upper()}_S" for name in ("q3_k", "q4_k", "q5_k")}
-    for name, number in conversion._FILE_TYPE.items():
+    for name, number in FILE_TYPE.items():
         assert oracle.LlamaFileType(number).name == {**theirs, **small}.get(name, f"MOSTLY_{name.upper()}")
+
+
+@pytest.mark.parametrize("form", OF_BLOCKS)
+def test_blocks_are_computed_with_as_they_are_and_written_as_they_were(tmp_path: Path, form: str) -> None:
+    """Loaded, in a packed directory, and in another GGUF file: the same numbers, and there the same bytes."""
+    config, block = MOE.with_mixer(head_dim=128, n_heads=2, n_kv_heads=1), OF_BLOCKS[form]
+    convert(write(tmp_path / "m", config), tmp_path / "m.gguf", to="gguf", gguf_format=block)
+    (tmp_path / "again").mkdir()
+    convert(tmp_path / "m.gguf", tmp_path / "again" / "m.gguf", to="gguf", gguf_format=block)
+    assert (tmp_path / "again" / "m.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()
+    convert(tmp_path / "m.gguf", tmp_path / "packed", format="keep")
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    for opened in (checkpoint, open_checkpoint(tmp_path / "packed")):
+        parameters = load_packed(opened).parameters
+        for name in ("layers.1.attn.wqkv.weight", "layers.0.attn.wo.weight", "layers.2.moe.w_down"):
+            one, numbers = parameters[name], checkpoint.parameters.read(name)
+            if isinstance(one, list):
+                one, numbers = one[3], numbers[3]
+            assert isinstance(one, Packed) and one.format == form
+            assert np.array_equal(one.unpack(), numbers)
+
+
+def test_q_k_and_v_of_different_formats_keep_theirs(tmp_path: Path) -> None:
+    """As in llama.cpp's mixtures; a packed directory has one format for all three, and holds their numbers less exactly."""
+    config = DENSE.with_mixer(head_dim=128, n_heads=2, n_kv_heads=1)
+    convert(write(tmp_path / "hf", config, 0.1), tmp_path / "m.gguf", to="gguf", gguf_format="q4_k_m")
+    checkpoint, name = open_checkpoint(tmp_path / "m.gguf"), "layers.2.attn.wqkv.weight"
+    numbers, parameters = checkpoint.parameters.read(name), load_packed(checkpoint).parameters
+    pieces = parameters[name]
+    assert isinstance(pieces, list) and [(one.format, one.rows) for one in pieces] == [("q4k", 384), ("q6k", 128)]
+    assert np.array_equal(np.concatenate([one.unpack() for one in pieces]), numbers)
+    plain = {name: value.float() for name, value in load_parameters(checkpoint).items()}
+    for isa in HERE:
+        compiled = CompiledModel(
+            config, parameters, threads=2, n_blocks=8, kv_format="float32", activations="int16", isa=isa
+        )
+        check(compiled, sequence(6, 41), [3, 1, 0], Transformer.from_parameters(config, plain), UNIT["int16"])
+    assert bytes_per_token(config, {name: pieces}) == sum(one.data.nbytes for one in pieces)
+    convert(tmp_path / "m.gguf", tmp_path / "packed", format="keep")
+    one = load_packed(open_checkpoint(tmp_path / "packed")).parameters[name]
+    assert isinstance(one, Packed) and one.format == "q8"
+    assert np.abs(one.unpack() - numbers).max() < np.abs(numbers).max() / 200
+
+
+MISTRAL = {
+    "q3_k_s": {"q3_k": 225, "q6_k": 1},
+    "q3_k_m": {"q3_k": 129, "q4_k": 92, "q5_k": 4, "q6_k": 1},
+    "q3_k_l": {"q3_k": 129, "q5_k": 96, "q6_k": 1},
+    "q4_k_s": {"q4_k": 217, "q5_k": 8, "q6_k": 1},
+    "q4_k_m": {"q4_k": 193, "q6_k": 33},
+    "q5_k_s": {"q5_k": 225, "q6_k": 1},
+    "q5_k_m": {"q5_k": 193, "q6_k": 33},
+}
+"""What llama.cpp says when it loads the published GGUF files of Mistral-7B: how many tensors are of which type."""
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_mixtures_are_llama_cpp_s(mixture: str) -> None:
+    config = DENSE.with_n_layers(32)
+    parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    names = [f"blk.{i}.{part}.weight" for i in range(32) for part in parts] + ["output.weight", "token_embd.weight"]
+    assert Counter(format_in(mixture, name, config) for name in names) == MISTRAL[mixture]
+
+
+def test_mixtures_know_tied_tables_eight_experts_and_large_models() -> None:
+    tied, eight = replace(DENSE, tied_embeddings=True), MOE.with_ffn(n_experts=8, top_k=2)
+    assert format_in("q4_k_m", "token_embd.weight", tied) == "q6_k"
+    of_eight = [format_in("q4_k_m", f"blk.1.attn_{part}.weight", eight) for part in ("q", "k", "v", "output", "qkv")]
+    assert of_eight == ["q4_k", "q8_0", "q8_0", "q5_k", "q5_k"]
+    large = DENSE.with_n_layers(80).with_mixer(n_heads=6, n_kv_heads=2)
+    assert format_in("q4_k_m", "blk.10.attn_v.weight", large) == "q5_k"
+    assert format_in("q4_k_m", "blk.12.attn_v.weight", large) == "q6_k"
+    assert format_in("q4_k_m", "blk.10.ffn_down_exps.weight", large) == "q4_k"

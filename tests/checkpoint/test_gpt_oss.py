@@ -16,10 +16,11 @@ from torch import Tensor
 import quadriga
 from quadriga import SamplingParams
 from quadriga.errors import CheckpointError, ConfigError
-from quadriga.io.convert import convert, dry_run
+from quadriga.io.convert import convert
+from quadriga.io.dry_run import dry_run
 from quadriga.io.open import open_checkpoint
 from quadriga.io.packed import load_packed, read_matrix
-from quadriga.io.parameters import pack
+from quadriga.io.parameters import to_stored
 from quadriga.kernels import reference
 from quadriga.kernels.arrays import array, tensor
 from quadriga.model.weight_map import source_index, source_shapes, whole
@@ -216,7 +217,7 @@ def test_gradients_are_those_of_transformers(saved: Path) -> None:
         grad = gradients[piece.target]
         assert grad is not None
         part = grad[tuple(slice(*span) for span in piece.target_box or whole(piece.target_shape))]
-        stored[piece.source][source_index(piece)] = tensor(pack(array(part), piece))
+        stored[piece.source][source_index(piece)] = tensor(to_stored(array(part), piece))
     assert stored.keys() == dict(theirs.named_parameters()).keys()
     for name, p in theirs.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 0, name

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from quadriga.errors import CheckpointError
-from quadriga.io import convert as conversion
-from quadriga.io import directory
+from quadriga.io import conversion_writer, directory
 from quadriga.io.convert import convert
 from tests.checkpoint.models import TINY, random_bits, write_hf
 
@@ -22,7 +21,7 @@ class PowerCut(Exception):
 
 def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, *, after_syncs: int = 3, **options: Any) -> Path:
     """The journal of a conversion of ``folder``/hf that stopped after some rounds of syncing."""
-    append, rounds = conversion._Writer._append, 0
+    append, rounds = conversion_writer.Writer._append, 0
 
     def stops(self: Any, lines: list[dict[str, str]]) -> None:
         nonlocal rounds
@@ -32,8 +31,8 @@ def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, *, after_syncs: i
         append(self, lines)
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "_SYNC_BYTES", 20_000)
-        patch.setattr(conversion._Writer, "_append", stops)
+        patch.setattr(conversion_writer, "_SYNC_BYTES", 20_000)
+        patch.setattr(conversion_writer.Writer, "_append", stops)
         with pytest.raises(PowerCut):
             convert(folder / "hf", folder / "out", **options)
     return folder / "out.part/journal.jsonl"
@@ -60,11 +59,11 @@ def test_the_journal_names_a_tensor_only_after_its_data_is_on_disk(
 ) -> None:
     """Between two entries of the journal the weights' file is synced."""
     write_hf(tmp_path / "hf", TINY["llama2"])
-    monkeypatch.setattr(conversion, "_SYNC_BYTES", 20_000)
+    monkeypatch.setattr(conversion_writer, "_SYNC_BYTES", 20_000)
     written: set[int] = set()
     unsynced: set[int] = set()  # files of weights with a write that no sync followed yet
     promises, synced = 0, 0
-    real_pwrite, real_fsync, append = os.pwrite, os.fsync, conversion._Writer._append
+    real_pwrite, real_fsync, append = os.pwrite, os.fsync, conversion_writer.Writer._append
 
     def pwrite(fd: int, raw: Any, offset: int) -> int:
         unsynced.add(fd)
@@ -86,7 +85,7 @@ def test_the_journal_names_a_tensor_only_after_its_data_is_on_disk(
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(conversion._Writer, "_append", checked)
+    monkeypatch.setattr(conversion_writer.Writer, "_append", checked)
     convert(tmp_path / "hf", tmp_path / "out")
     assert promises > 2
     assert not unsynced, "everything under the final name has been synced"

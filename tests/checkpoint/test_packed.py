@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from quadriga.errors import CheckpointError, ConfigError
-from quadriga.io import convert as conversion
+from quadriga.io import conversion_writer
 from quadriga.io import directory as engine_file
 from quadriga.io import packed as packed_module
 from quadriga.io.convert import convert
@@ -164,7 +164,7 @@ def test_blocks_of_another_format_are_packed_anew(tmp_path: Path) -> None:
 
 def test_an_interrupted_packing_is_resumed_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "hf", "dbrx")
-    monkeypatch.setattr(conversion, "_SYNC_BYTES", 10_000)
+    monkeypatch.setattr(conversion_writer, "_SYNC_BYTES", 10_000)
     convert(tmp_path / "hf", tmp_path / "whole", format="q4")
     real, calls = os.pwrite, [0]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quadriga.io.parameters import ParameterView, pack, slices, unpack
+from quadriga.io.parameters import ParameterView, from_stored, slices, to_stored
 from quadriga.io.safetensors import SafetensorsSource
 from quadriga.model.weight_map import Piece
 
@@ -25,7 +25,7 @@ def rotary() -> Piece:
 @pytest.mark.parametrize("max_elements", [1, COLUMNS * ROWS - 1, COLUMNS * ROWS * 2 + 3, 10_000])
 def test_rotary_heads_are_cut_between_heads(max_elements: int) -> None:
     stored = np.arange(HEADS * ROWS * COLUMNS, dtype=np.float32).reshape(HEADS * ROWS, COLUMNS)
-    whole = unpack(stored, rotary())
+    whole = from_stored(stored, rotary())
     # Row 2 j + side of a head becomes row side * 4 + j.
     assert [int(row[0]) // COLUMNS for row in whole[:ROWS]] == [0, 2, 4, 6, 1, 3, 5, 7]
     parts = list(slices(rotary(), max_elements))
@@ -33,9 +33,9 @@ def test_rotary_heads_are_cut_between_heads(max_elements: int) -> None:
         assert part.source_box is not None
         (start, stop), _ = part.source_box
         assert start % ROWS == 0 == stop % ROWS, "a head was cut"
-        values = unpack(stored[start:stop], part)
+        values = from_stored(stored[start:stop], part)
         assert np.array_equal(values, whole[start:stop])
-        assert np.array_equal(pack(values, part), stored[start:stop])
+        assert np.array_equal(to_stored(values, part), stored[start:stop])
     assert sum(part.rotary_heads for part in parts) == HEADS
     assert len(parts) == {1: 6, COLUMNS * ROWS - 1: 6, COLUMNS * ROWS * 2 + 3: 3, 10_000: 1}[max_elements]
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quadriga.errors import CheckpointError, ConfigError
-from quadriga.io import adapter as adapters
-from quadriga.io.adapter import load, low_rank, merge, save, to_peft
+from quadriga.io.adapter import load, merge
+from quadriga.io.adapter_files import low_rank, save
 from quadriga.io.open import Checkpoint, open_checkpoint
+from quadriga.io.peft_write import to_peft
 from quadriga.nn.context import PackedContext
 from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer
@@ -284,4 +285,3 @@ def test_patterns_are_read_as_peft_reads_them() -> None:
     assert how(layers_to_transform=3).adapts("model.layers.3.self_attn.q_proj") is True
     assert how(layers_to_transform=[3]).adapts("model.layers.13.self_attn.q_proj") is False
     assert how(layers_to_transform=[3]).adapts("model.layers.1.experts.3.q_proj") is None, "peft's meaning changed"
-    assert adapters._PEFT_CONFIG == peft_config.FILE

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from quadriga.errors import CheckpointError, ConfigError
-from quadriga.io.convert import convert, dry_run
+from quadriga.io.convert import convert
+from quadriga.io.dry_run import dry_run
 from quadriga.io.open import open_checkpoint
 from quadriga.io.packed import load_packed, packed_format
 from quadriga.kernels.cpu.packing import Packed

@@ -103,7 +103,7 @@ def fourth(error: BaseException, real: Callable[..., Any]) -> Callable[..., Any]
 
 
 def at_sampler(active: Any, error: BaseException) -> None:
-    active.sampler.sample = fourth(error, active.sampler.sample)
+    active.sampler.take = fourth(error, active.sampler.take)
 
 
 def at_text(active: Any, error: BaseException) -> None:
@@ -172,7 +172,7 @@ def test_scoring_a_prompt_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ctrl_c_is_nobodys_own_failure() -> None:
     engine = new_engine()
     number = engine.submit(GOOD)
-    engine._active[number].sampler.sample = fourth(KeyboardInterrupt(), engine._active[number].sampler.sample)  # type: ignore[method-assign]
+    engine._active[number].sampler.take = fourth(KeyboardInterrupt(), engine._active[number].sampler.take)  # type: ignore[method-assign]
     for _ in range(3):
         engine.step()
     with pytest.raises(KeyboardInterrupt):

@@ -309,10 +309,10 @@ def test_a_running_prefix_is_shared_at_once() -> None:
     commit(scheduler, scheduler.schedule())
     scheduler.add(two)
     plan = scheduler.schedule()
-    assert chunks(plan) == [(0, 33, 1), (1, 32, 1)] and one.blocks[:2] == two.blocks[:2]
+    assert chunks(plan) == [(0, 33, 1), (1, 32, 1)] and one.blocks.rows[0][:2] == two.blocks.rows[0][:2]
     assert scheduler.pool.n_free == 7 - 4
     commit(scheduler, plan)
-    assert scheduler.cancel(0) and two.blocks[:2] and scheduler.pool.n_free == 7 - 3
+    assert scheduler.cancel(0) and two.blocks.n_held == 3 and scheduler.pool.n_free == 7 - 3
 
 
 def test_a_cancelled_one_leaves_its_blocks_wherever_it_is() -> None:

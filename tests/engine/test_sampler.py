@@ -139,9 +139,9 @@ def test_penalties_and_bias_add_up_on_the_penalised_logits() -> None:
         frequency_penalty=0.25,
         logit_bias={1: -0.5, 2: 1.0},
     )
-    s._answer.update([1, 1, 3])
-    assert s._seen is not None
-    s._seen[[1, 3]] = True
+    assert s._said is not None
+    for token in (1, 1, 3):
+        s._said.add(token)
     assert s._adjust(LOGITS).tolist() == pytest.approx([0.5, 1.5 - 0.5 - 0.5 - 0.5, -4.0 + 1.0, 1.25 - 0.5 - 0.25, 0.0])
 
 

@@ -27,25 +27,29 @@ class FakeModel:
     """Remembers what was written where, and checks that what a pass reads is the sequence's own past."""
 
     cells: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
-    """(block, offset) -> all tokens up to and with the one stored there."""
+    """(block, offset) -> all tokens up to and with the one stored there, and the group it is stored for."""
 
     def run(self, plan: Plan) -> dict[int, list[int]]:
         made: dict[int, list[int]] = {}
         for chunk in plan.chunks:
             known = chunk.sequence.tokens[: chunk.start] + list(chunk.tokens)
-            for position in range(chunk.start):
-                assert self._cell(chunk, position) == tuple(known[: position + 1]), "the cache holds another past"
+            for group, window in enumerate(chunk.sequence.blocks.windows):
+                for position in range(max(0, chunk.start + 1 - (window or 10**9)), chunk.start):
+                    past = (*known[: position + 1], group)
+                    assert self._cell(chunk, group, position) == past, "the cache holds another past"
         for chunk in plan.chunks:
             known = chunk.sequence.tokens[: chunk.start] + list(chunk.tokens)
             for position in range(chunk.start, len(known)):
-                block = chunk.sequence.blocks[position // BLOCK_TOKENS]
-                self.cells[block, position % BLOCK_TOKENS] = tuple(known[: position + 1])
+                for group, row in enumerate(chunk.sequence.blocks.rows):
+                    assert row[position // BLOCK_TOKENS] >= 0
+                    self.cells[row[position // BLOCK_TOKENS], position % BLOCK_TOKENS] = (*known[: position + 1], group)
             if chunk.samples:
                 made[chunk.sequence.request_id] = self._accept(chunk, known)
         return made
 
-    def _cell(self, chunk: Chunk, position: int) -> tuple[int, ...] | None:
-        return self.cells.get((chunk.sequence.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS))
+    def _cell(self, chunk: Chunk, group: int, position: int) -> tuple[int, ...] | None:
+        block = chunk.sequence.blocks.rows[group][position // BLOCK_TOKENS]
+        return self.cells.get((block, position % BLOCK_TOKENS))
 
     def _accept(self, chunk: Chunk, known: list[int]) -> list[int]:
         certain = len(known) - chunk.n_draft
@@ -236,6 +240,7 @@ class Traffic:
     n_running=st.integers(1, 3),
     cache=st.booleans(),
     rooms=st.one_of(st.none(), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3)), min_size=1, max_size=4)),
+    windows=st.sampled_from([(None,), (None,), (None, 20), (20,), (5, 33), (None, None, 17), (1,)]),
 )
 def test_any_traffic_ends_with_the_answers_of_each_alone(
     jobs: list[Job],
@@ -244,13 +249,16 @@ def test_any_traffic_ends_with_the_answers_of_each_alone(
     n_running: int,
     cache: bool,
     rooms: list[tuple[int, int]] | None,
+    windows: tuple[int | None, ...],
 ) -> None:
-    """Priorities, clients, many answers of a request, chunks, embeddings, held tokens and a full cache, all at once."""
+    """Priorities, clients, many answers of a request, chunks, embeddings, held tokens, windows and a full cache."""
+    n_blocks *= len(windows)
     scheduler = Scheduler(
         n_blocks,
         max_batch_tokens=budget,
         max_sequences=n_running,
         prefix_cache=cache,
+        windows=windows,
         beside=None if rooms is None else Whim(rooms),
     )
     traffic = Traffic(jobs, scheduler)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quadriga import SamplingParams
+from quadriga.engine.scoring import Scored
 from quadriga.engine.text_model import TextModel, weights_hash
 from quadriga.errors import RequestError, TokenizerError
 from quadriga.text.chat import render
@@ -42,18 +43,44 @@ def test_likelihoods_are_those_of_the_tokens(model: TextModel) -> None:
     assert (found.greedy, found.n_tokens) == (greedy, 4)
 
 
-def test_whole_texts_are_scored_in_windows_begun_by_one_token(model: TextModel) -> None:
+def test_whole_texts_are_scored_in_windows_whose_last_has_as_much_context_as_fits(model: TextModel) -> None:
     text = "abcdefgh" * 200  # 1600 tokens, the context is 1024
     done: list[int] = []
     (found,) = model.rolling([text], done=done.append)
     ids = list(text.encode())
     first = torch.from_numpy(model.llm.engine.score([256, *ids[:1023]])[0]).log_softmax(-1)
-    second = torch.from_numpy(model.llm.engine.score([ids[1023], *ids[1024:-1]])[0]).log_softmax(-1)
-    own = [float(first[i, ids[i]]) for i in range(1024)] + [float(second[i, ids[1024 + i]]) for i in range(576)]
+    second = torch.from_numpy(model.llm.engine.score(ids[1600 - 1025 : -1])[0]).log_softmax(-1)
+    own = [float(first[i, ids[i]]) for i in range(1024)] + [float(second[448 + i, ids[1024 + i]]) for i in range(576)]
     assert found.logprobs == pytest.approx(own, abs=2e-4)
     assert (found.n_tokens, done) == (1600, [1])
     with pytest.raises(RequestError, match="at least one token"):
         model.rolling([""])
+
+
+def test_windows_of_whole_texts_are_the_harness(model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(tokens of context, tokens predicted), as lm_eval 0.4.13's ``get_rolling_token_windows`` and
+    ``make_disjoint_window`` give them for a context of 1,024."""
+    asked: list[tuple[list[int], list[int]]] = []
+
+    def score(pairs: list[tuple[list[int], list[int]]]) -> list[Scored]:
+        asked.extend(pairs)
+        return [Scored((0.0,) * len(after), True) for _, after in pairs]
+
+    monkeypatch.setattr(model.llm, "score", score)
+    for n, windows in {
+        5: [(1, 5)],
+        1024: [(1, 1024)],
+        1025: [(1, 1024), (1024, 1)],
+        2048: [(1, 1024), (1, 1024)],
+        2400: [(1, 1024), (1, 1024), (673, 352)],
+    }.items():
+        asked.clear()
+        text = "".join(f"{i:03d}" for i in range(n))[:n]
+        model.rolling([text])
+        assert [(len(before), len(after)) for before, after in asked] == windows
+        assert bytes(b for _, after in asked for b in after).decode() == text
+        for before, after in asked[1:]:
+            assert bytes(before + after).decode() in text, "the context is what stands before"
 
 
 def test_generation_is_the_engines(model: TextModel) -> None:

@@ -59,13 +59,17 @@ def test_cache_bytes():
         cost.kv_bytes_per_token(preset("dbrx-132b"), "int3")
 
 
-def test_with_a_window_less_is_read_and_as_much_is_kept():
-    """The engine gives no block back before a sequence ends, so none is promised back either."""
+def test_with_a_window_less_is_read_and_kept():
     windowed = preset("mistral-7b-v0.1")
     whole = windowed.with_mixer(window=None)
     per_token = 2 * 8 * 128 * 32 * 2
     assert cost.kv_bytes_per_token(windowed) == per_token
-    assert cost.memory_needed(windowed, "q4", 32_768) == cost.weight_bytes(windowed, "q4") + 32_768 * per_token
+    kept = (4096 + 16) * per_token  # a window may begin at a block's last position
+    assert cost.memory_needed(windowed, "q4", 32_768) == cost.weight_bytes(windowed, "q4") + kept
+    assert cost.kv_bytes(windowed, 100) == cost.kv_bytes(whole, 100) == 100 * per_token
+    assert cost.kv_bytes(whole, 32_768, "float32") == 32_768 * 2 * per_token
+    gpt_oss = preset("gpt-oss-20b")
+    assert cost.kv_bytes(gpt_oss, 131_072) == (131_072 + 144) * 12 * 2 * 8 * 64 * 2
     assert [cost.kv_bytes_read(windowed, n) for n in (100, 4096, 32_768)] == [
         100 * per_token, 4096 * per_token, 4096 * per_token,
     ]  # fmt: skip

@@ -24,12 +24,15 @@ class ForcedRouter(nn.Module):
     Its ``probs`` are what it would have chosen by: corrected scores, where the router has a correction.
     """
 
-    def __init__(self, router: Router, ids: Tensor) -> None:
+    def __init__(self, router: Router, stats: RouterStats) -> None:
         super().__init__()
-        self.router, self.ids = router, ids
+        self.router, self.ids, self.logits = router, stats.expert_ids, stats.logits
 
     def forward(self, x: Tensor) -> ops.Routing:
         free, how = self.router(x), self.router.how
+        if how.score == "sparse_mixer":  # what is near a chosen expert is a choice too
+            weights = reference.mix_sparsely(free.logits, self.ids, how, self.logits.to(free.logits.dtype))
+            return ops.Routing(self.ids, weights, free.logits, free.logits)
         scores = reference.score(free.logits, how)
         chosen = reference.weigh(scores.gather(1, self.ids), how)
         return ops.Routing(self.ids, chosen, reference.standing(scores, how, self.router.correction), free.logits)
@@ -43,7 +46,7 @@ def exact(
     wide = Transformer.from_parameters(config, {name: t.double() for name, t in model.state_dict().items()})
     mixtures = [layer for layer in wide.layers if layer.moe is not None]
     for layer, stats in zip(mixtures, choices, strict=False):
-        layer.moe.router = ForcedRouter(layer.moe.router, stats.expert_ids)
+        layer.moe.router = ForcedRouter(layer.moe.router, stats)
     return wide(torch.tensor(tokens), PackedContext([len(tokens)]), with_stats=True)
 
 

@@ -10,7 +10,7 @@ import torch
 from quadriga.engine.llm import LLM
 from quadriga.engine.request import Request, SamplingParams
 from quadriga.errors import RequestError
-from quadriga.io.adapter import Adapter, save
+from quadriga.io.adapter_files import Adapter, save
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.nn.adapter_bank import AdapterBank
 from quadriga.nn.context import PackedContext

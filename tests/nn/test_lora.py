@@ -44,6 +44,9 @@ ALL = {
     "hunyuan-moe": ("attention", "router", "experts", "shared", "embeddings"),
     "minimax-m2": ("attention", "router", "experts", "embeddings", "head"),
     "qwen2moe": ("attention", "router", "experts", "shared", "embeddings", "head"),
+    "olmo2": ("attention", "ffn", "embeddings", "head"),
+    "flex_olmo": ("attention", "router", "experts", "embeddings", "head"),
+    "phimoe": ("attention", "router", "experts", "embeddings", "head"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }

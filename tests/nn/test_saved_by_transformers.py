@@ -29,6 +29,15 @@ FAMILIES: dict[str, dict[str, object]] = {
     "ernie4_5-moe": {"moe_layer_end_index": -1},  # for which GGUF has no key
     "hunyuan-moe": {},
     "qwen2moe": {"mlp_only_layers": []},  # GGUF has no place for a dense layer
+    # A padding token's row of the table gets no gradient there: it is one that the text does not have.
+    "olmo2": {"pad_token_id": 0},
+    "olmo3": {
+        "pad_token_id": 0,
+        "attention_bias": False,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    },
+    "flex_olmo": {"pad_token_id": 0},
+    "phimoe": {},
 }
 """Golden models, and what is different here."""
 BAR = 2e-5
@@ -46,12 +55,18 @@ def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return model, folder
 
 
+NOT_IN_GGUF = ("flex_olmo", "phimoe")
+
+
 def test_logits_of_the_directory_and_of_a_gguf_file(theirs: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
     model, folder = theirs
     with torch.no_grad():
         wanted = model(torch.tensor([TOKENS]), use_cache=False).logits[0].numpy()
-    convert(folder, tmp_path / "x.gguf", to="gguf", gguf_format="float32")
-    for path in (folder, tmp_path / "x.gguf"):
+    paths = [folder]
+    if folder.name.rstrip("0123456789") not in NOT_IN_GGUF:  # pytest numbers folders
+        paths.append(tmp_path / "x.gguf")
+        convert(folder, paths[1], to="gguf", gguf_format="float32")
+    for path in paths:
         logits = load(path, format="float32", kv_format="float32", threads=1).logits(TOKENS)
         assert np.abs(logits - wanted).max() / np.ptp(wanted) <= BAR, path
 
@@ -91,5 +106,8 @@ def test_gradients_of_every_tensor(theirs: tuple[torch.nn.Module, Path]) -> None
     wanted = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert wanted.keys() <= found.keys()
     for name, gradient in wanted.items():
-        assert gradient is not None and gradient.norm() > 0, name
+        if gradient is None:
+            assert ".experts." in name and not found[name].any(), "an expert that no token visits"
+            continue
+        assert gradient.norm() > 0, name
         assert (found[name] - gradient).norm() <= GRADIENT_BAR * gradient.norm(), name

@@ -30,8 +30,9 @@ def mixtures_with(config: ModelConfig, **fields: object) -> ModelConfig:
 
 
 def left_to(config: ModelConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters that a model has in which something was left out."""
-    return {name: parameters[name] for name in parameter_shapes(config)}
+    """The parameters that a model has in which something was left out, or norms were moved from behind to before."""
+    moved = {name.replace("_post_norm", "_norm"): value for name, value in parameters.items()}
+    return {name: {**moved, **parameters}[name] for name in parameter_shapes(config)}
 
 
 MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
@@ -109,6 +110,25 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "yarn's usual turns": ("gpt-oss", lambda c: c.with_mixer(position=rope_with(c, beta_fast=32.0, beta_slow=1.0))),
     "a plain gated unit": ("gpt-oss", lambda c: c.with_ffn(activation="silu")),
     "a softmax over all experts": ("gpt-oss", lambda c: c.with_ffn(normalize_p=None)),
+    "norms before, not behind": ("olmo2", lambda c: changed(c, pre_norms=True, post_norms=False)),
+    "norms before as well": ("flex_olmo", lambda c: changed(c, pre_norms=True)),
+    "no norms of q and k in olmo": ("olmo2", lambda c: c.with_mixer(qk_norm=None)),
+    "no window in olmo": ("olmo3", lambda c: c.with_mixer(window=None)),
+    "layers with a window scaled too": (
+        "olmo3",
+        lambda c: c.with_mixer(position=c.layers[1].mixer.position),
+    ),
+    "no layer scaled": ("olmo3", lambda c: c.with_mixer(position=c.layers[0].mixer.position)),
+    "one expert fewer in flex_olmo": ("flex_olmo", lambda c: c.with_ffn(top_k=2)),
+    "a softmax's two best": ("phimoe", lambda c: c.with_ffn(score="softmax", mixer_eps=None)),
+    "the mixer's reach halved": ("phimoe", lambda c: c.with_ffn(mixer_eps=0.15)),
+    "layer norms without biases": (
+        "phimoe",
+        lambda c: changed(c, norm=replace(c.final_norm, bias=False)),
+    ),
+    "the head without its bias": ("phimoe", lambda c: replace(c, head_bias=False)),
+    "longrope's shorter list": ("phimoe", lambda c: replace(c, max_seq_len=8)),
+    "longrope without its stretch": ("phimoe", lambda c: c.with_mixer(position=rope_with(c, long_scale=1.0))),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
     "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),
@@ -117,5 +137,13 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "logits not scaled": ("grok1", lambda c: replace(c, logit_scale=1.0)),
     "embeddings not scaled": ("grok1", lambda c: replace(c, embedding_scale=1.0)),
 }
-FINER_THAN_BF16 = {"epsilon 3e-5", "q and k normed with another epsilon", "tanh gelu", "exact gelu", "no soft cap"}
+FINER_THAN_BF16 = {
+    "epsilon 3e-5",
+    "q and k normed with another epsilon",
+    "tanh gelu",
+    "exact gelu",
+    "no soft cap",
+    "layers with a window scaled too",
+    "longrope without its stretch",
+}
 """Mistakes smaller than bf16's own rounding: only float32 can show them."""

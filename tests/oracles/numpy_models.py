@@ -85,6 +85,10 @@ def scaled(turn: Array, theta: float, scaling: Config | None) -> tuple[Array, fl
     """
     if scaling is None:
         return turn, 1.0
+    if (
+        scaling.get("type") == "longrope"
+    ):  # of which the longer list is taken, as texts are longer than the first context
+        return turn / np.array(scaling["long_factor"]), scaling["long_mscale"]
     factor = scaling["factor"]
     if scaling["rope_type"] == "linear":
         return turn / factor, 1.0
@@ -193,15 +197,25 @@ def dbrx(w: Weights, c: Config, tokens: Sequence[int]) -> tuple[Array, Array]:
     return np.array(logits), probabilities
 
 
+AFTER = ("olmo2", "olmo3", "flex_olmo")
+"""Models whose norms are behind attention and network."""
+
+
 def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
     """The attention branch of LLaMA and its kin, norm included: (T, D) -> (T, D)."""
-    a = np.array([rms_norm(x, w[layer + "input_layernorm.weight"], c["rms_norm_eps"]) for x in h])
+    if c["model_type"] in AFTER:
+        a = h
+    elif c["model_type"] == "phimoe":
+        norm = w[layer + "input_layernorm.weight"], c["rms_norm_eps"]
+        a = np.array([layer_norm(x, *norm) + w[layer + "input_layernorm.bias"] for x in h])
+    else:
+        a = np.array([rms_norm(x, w[layer + "input_layernorm.weight"], c["rms_norm_eps"]) for x in h])
     q, k, v = (
         a @ w[f"{layer}self_attn.{name}_proj.weight"].T + w.get(f"{layer}self_attn.{name}_proj.bias", 0)
         for name in "qkv"
     )
     n_heads, n_kv = c["num_attention_heads"], c["num_key_value_heads"]
-    if c["model_type"] in ("olmoe", "minimax_m2"):  # norms of the whole vectors
+    if c["model_type"] in ("olmoe", "minimax_m2", *AFTER):  # norms of the whole vectors
         q, k = (
             np.array([rms_norm(row, w[f"{layer}self_attn.{name}_norm.weight"], c["rms_norm_eps"]) for row in x])
             for name, x in (("q", q), ("k", k))
@@ -236,6 +250,8 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
         options["normed"] = lambda head, name: rms_norm(
             head, w[f"{layer}self_attn.{name}_layernorm.weight"], c["rms_norm_eps"]
         )
+    if c["model_type"] == "olmo3" and slides:  # which the scaling is not for
+        options["scaling"] = None
     options["sinks"] = w.get(layer + "self_attn.sinks")
     mixed = attend(q, k, v, theta=turns, window=window, **options)
     return mixed @ w[layer + "self_attn.o_proj.weight"].T + w.get(layer + "self_attn.o_proj.bias", 0)
@@ -307,6 +323,49 @@ def sigmoid_mixture(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
                 shares["shared_experts."] = 1.0
             h[t] += of_networks(w, layer + "mlp.", shares, m)
     return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def olmo2(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """OLMo 2 and 3 and FlexOlmo, whose experts' weights are the softmax's: logits (T, V)."""
+    eps = c["rms_norm_eps"]
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        mixed = llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            h[t] += rms_norm(mixed[t], w[layer + "post_attention_layernorm.weight"], eps)
+            shares = {"": 1.0}
+            if c["model_type"] == "flex_olmo":
+                p = softmax(w[layer + "mlp.gate.weight"] @ h[t])
+                shares = {f"experts.{e}.": p[e] for e in np.argsort(-p, kind="stable")[: c["num_experts_per_tok"]]}
+            out = of_networks(w, layer + "mlp.", shares, h[t])
+            h[t] += rms_norm(out, w[layer + "post_feedforward_layernorm.weight"], eps)
+    return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def phimoe(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Phi-3.5-MoE: logits (T, V)."""
+
+    def norm(x: Array, name: str) -> Array:
+        return layer_norm(x, w[name + ".weight"], c["rms_norm_eps"]) + w[name + ".bias"]
+
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = norm(h[t], layer + "post_attention_layernorm")
+            logits = w[layer + "block_sparse_moe.gate.weight"] @ m
+            left = list(range(c["num_local_experts"]))
+            for _ in range(2):
+                best = max(left, key=lambda e: logits[e])
+                reach = 2 * c["router_jitter_noise"]
+                near = [e for e in left if logits[best] - logits[e] <= reach * max(abs(logits[e]), logits[best])]
+                share = 1 / sum(math.exp(logits[e] - logits[best]) for e in near)
+                w1, w2, w3 = (w[f"{layer}block_sparse_moe.experts.{best}.w{n}.weight"] for n in (1, 2, 3))
+                h[t] += share * (w2 @ (silu(w1 @ m) * (w3 @ m)))
+                left.remove(best)
+    return np.array([w["lm_head.weight"] @ norm(x, "model.norm") + w["lm_head.bias"] for x in h])
 
 
 def ernie(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
@@ -495,6 +554,10 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "ernie4_5_moe": ernie,
     "hunyuan_v1_moe": hunyuan,
     "minimax_m2": minimax,
+    "olmo2": olmo2,
+    "olmo3": olmo2,
+    "flex_olmo": olmo2,
+    "phimoe": phimoe,
     "qwen2_moe": fine_grained,
     "mpt": mpt,
 }

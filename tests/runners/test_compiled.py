@@ -16,6 +16,7 @@ from quadriga.model.config import ModelConfig, RopeSpec
 from quadriga.nn.context import PackedContext
 from quadriga.nn.moe import RouterStats
 from quadriga.nn.transformer import Transformer, random_parameters
+from quadriga.quant.packed import OF_BLOCKS
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.runners.torch import TorchRunner
 from tests.batches import batch, logits_of, passed
@@ -112,6 +113,14 @@ def test_equals_the_plain_model_in_every_format(family: str, form: str, bits: st
     activations = "auto" if bits == "bfloat16" else bits
     compiled, plain = make(config, form, isa=isa, activations=activations)
     check(compiled, sequence(6, 41), [3, 9, 0], plain, UNIT[bits])
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("form", OF_BLOCKS)
+def test_equals_the_plain_model_in_formats_of_blocks(form: str, isa: str) -> None:
+    for bits in ("int8", "int16"):
+        compiled, plain = make(FAMILIES["dbrx"], form, isa=isa, activations=bits)
+        check(compiled, sequence(6, 41), [3, 9, 0], plain, UNIT[bits])
 
 
 @pytest.mark.parametrize("kv_format", ["float32", "bfloat16", "q8"])
@@ -217,6 +226,8 @@ MIXTURES = {
     "every expert another": ["float32", "bfloat16", "q8", "mx4", "q4m"],
     "floats beside integers": ["q8", "bfloat16", "q8", "float32", "q4"],
     "integers": ["q4", "q8", "q4m", "q4", "q8"],
+    "blocks of 256": ["q4k", "q6k", "q2k", "iq4xs", "q8"],
+    "blocks with other blocks": ["q3k", "q5k", "iq4nl", "q4", "bfloat16"],
 }
 
 

@@ -26,6 +26,7 @@ from quadriga.engine.engine import Engine
 from quadriga.kernels.arrays import arrays
 from quadriga.nn.transformer import random_parameters
 from quadriga.runners.compiled import CompiledModel, pack_parameters
+from quadriga.server.files import FileStore
 from quadriga.server.guard import Limits
 from quadriga.server.run import Server, listen, serve
 from quadriga.server.service import Service
@@ -125,6 +126,7 @@ def running(
     max_waiting: int = 16,
     stay_on_failure: bool = False,
     aliases: Sequence[str] = (),
+    store: FileStore | None = None,
 ) -> Iterator[Live]:
     """A server in a thread of this process."""
     service = Service(llm, name="tiny", aliases=aliases, max_waiting=max_waiting)
@@ -139,7 +141,7 @@ def running(
         servers.append(self)
 
     Server.__init__ = remember  # type: ignore[method-assign]
-    options = {"drain_s": DRAIN_S, "stay_on_failure": stay_on_failure, "started": up.set}
+    options = {"drain_s": DRAIN_S, "stay_on_failure": stay_on_failure, "started": up.set, "store": store}
     thread = threading.Thread(target=serve, args=(service, limits or Limits(), listener), kwargs=options, daemon=True)
     thread.start()
     assert up.wait(HANG_S), "the server starts"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from quadriga import LLM
-from quadriga.io.adapter import Adapter, save
+from quadriga.io.adapter_files import Adapter, save
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.runners.torch import TorchRunner

@@ -141,7 +141,7 @@ def test_what_a_chat_cannot_be(tiny: Live, change: dict[str, Any]) -> None:
         {"prompt": "x" * 1024},
         {"logprobs": 21},
         {"echo": True, "logprobs": 1, "stream": True},
-        {"suffix": "x"},
+        {"suffix": "x", "echo": True},
         {"best_of": 2},
     ],
     ids=lambda change: str(change)[:60],

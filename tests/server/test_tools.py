@@ -21,6 +21,7 @@ from quadriga.server.schema import (
 from quadriga.server.tools import CLOSE, OPEN, Answer, Piece, Reading, ToolUse, reader
 from quadriga.text.reasoning import Thought
 from quadriga.text.template_abilities import Abilities
+from quadriga.text.tool_calls.early import CallPart
 from quadriga.text.tool_calls.reader import Reader
 
 TOOLS = [Tool(type="function", function=Function(name=name)) for name in ("weather", "stop")]
@@ -134,6 +135,12 @@ def test_channels_of_gpt_oss_are_thoughts_words_and_calls() -> None:
             at += n
         assert "".join(piece for piece in found if isinstance(piece, str)) == "{}Wet." and one.n_calls == 1
         assert "".join(piece.text for piece in found if isinstance(piece, Thought)) == "Hm." and one.n_thinking
+    one = reader(reading, streams=True)
+    parts = [p for i, c in enumerate(text) for p in one.push(c, last=i == len(text) - 1) if isinstance(p, CallPart)]
+    assert "".join(part.arguments for part in parts) == '{"city": "Oslo"}' and len(parts) > 10 and one.n_calls == 1
+    assert parts[0].name == "weather" and parts[-1].whole
+    cut = reading.read(text[: text.index("Oslo")], cut=True)
+    assert (cut.content, cut.calls) == (None, []), "one that was cut is neither a call nor words"
     assert (
         "<|channel|>" in reading.marks
         and Reading(None, channels=True).read("<|channel|>final<|message|>a").content == "a"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quadriga.bench.roofline import peak_ops_per_s, read_bytes_per_s
+from quadriga.engine.blocks import BlockPool, BlockTable
 from quadriga.engine.engine import Engine
 from quadriga.engine.request import Request, SamplingParams
 from quadriga.errors import ConfigError
@@ -72,9 +73,10 @@ class Bench:
         """
         if kind not in KINDS:
             raise ConfigError(f"the measurement must be one of {', '.join(KINDS)}; got {kind!r}")
-        needed = {"decode": n + 16, "prefill": n + 1, "batch": 80 * n, "depth": n + 64}[kind]
-        if n < 1 or needed > self.model.n_blocks * 16:
-            raise ConfigError(f"{kind} {n} needs a cache of {needed} tokens, it has {self.model.n_blocks * 16}")
+        n_sequences, each = {"decode": (1, n + 16), "prefill": (1, n + 1), "batch": (n, 80), "depth": (1, n + 64)}[kind]
+        needed, n_blocks = n_sequences * self.model.cache.n_blocks(each), self.model.n_blocks
+        if n < 1 or needed > n_blocks:
+            raise ConfigError(f"{kind} {n} needs a cache of {needed} blocks of 16 tokens, it has {n_blocks}")
         return {"decode": self._decode, "prefill": self._prefill, "batch": self._batch, "depth": self._depth}[kind](n)
 
     def _tokens(self, n: int) -> tuple[int, ...]:
@@ -106,7 +108,10 @@ class Bench:
 
     def _depth(self, n: int) -> Row:
         """Time a step at position n over a cache of zeros; the cached values do not affect the time."""
-        blocks = np.arange(-(-(n + 64) // 16), dtype=np.int32)
+        blocks = BlockTable(BlockPool(self.model.n_blocks), self.model.cache.windows)
+        for column in range(-(-(n + 64) // 16)):
+            blocks.let_go(min(n, 16 * column))
+            assert blocks.extend(), "the cache has room for it"
 
         def once() -> float:
             started = time.perf_counter()
@@ -115,14 +120,15 @@ class Bench:
                     [int(self._random.integers(self.config.vocab_size))],
                     [n + i],
                     [0, 1],
-                    blocks,
+                    blocks.rows,
                     [0, len(blocks)],
                     [0],
                 )
                 self.model.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)))
             return 8 / (time.perf_counter() - started)
 
-        kv = self.model.kv_bytes / (self.model.n_blocks * 16) * n
+        seen = sum(min(n, window or n) for window in self.model.cache.windows)
+        kv = self.model.kv_bytes / (self.model.n_blocks * 16) * seen
         return self._by_bandwidth("depth", n, once, self.bytes_per_token + kv, 1)
 
     def _prefill(self, n: int) -> Row:
@@ -162,8 +168,9 @@ def bytes_per_token(config: ModelConfig, parameters: dict[str, Parameter]) -> fl
     """Bytes of weights read to decode one token: all except unused embedding rows and experts."""
     total = 0.0
     for name, value in parameters.items():
-        if isinstance(value, Packed) and (name != "embed.weight" or config.tied_embeddings):
-            total += value.data.nbytes
+        whole = [value] if isinstance(value, Packed) else value if name.endswith("attn.wqkv.weight") else []
+        if name != "embed.weight" or config.tied_embeddings:
+            total += sum(one.data.nbytes for one in whole if isinstance(one, Packed))
     for i, spec in config.moe_layers:
         total += spec.top_k / spec.n_experts * _stacked_bytes(parameters, i)
     return total

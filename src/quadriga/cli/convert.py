@@ -12,6 +12,7 @@ import typer
 from quadriga.cli import options
 
 if TYPE_CHECKING:
+    from quadriga.io.dry_run import DryRun
     from quadriga.quant.dtypes import Array
 
 
@@ -74,7 +75,9 @@ def convert_command(
             file=sys.stderr,
         )
     if dry_run:
-        _print_dry_run(convert.dry_run(path, pickles=pickles))
+        from quadriga.io.dry_run import dry_run as map_names
+
+        _print_dry_run(map_names(path, pickles=pickles))
         return
     assert out is not None, "checked above"
     started = time.perf_counter()
@@ -149,10 +152,7 @@ def _calibrate(
         checkpoint.close()
 
 
-def _print_dry_run(report: object) -> None:
-    from quadriga.io.convert import DryRun
-
-    assert isinstance(report, DryRun)
+def _print_dry_run(report: DryRun) -> None:
     print(f"layout {report.layout}: {report.n_tensors} stored tensors fill {report.n_parameters} parameters")
     print(f"{report.n_numbers:,} numbers: {2 * report.n_numbers / 1e9:.1f} GB in 16 bits")
     print(f"{report.files_present} of {report.n_files} weight files are here")

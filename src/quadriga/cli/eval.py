@@ -64,7 +64,10 @@ def eval_command(
     ] = False,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder of benchmark files; default: QUADRIGA_DATA/bench.", rich_help_panel=_TASKS),
+        typer.Option(
+            help="Folder of benchmark files; default: QUADRIGA_DATA/bench, fetched ones, samples.",
+            rich_help_panel=_TASKS,
+        ),
     ] = None,
     unsafe_exec: Annotated[
         bool,
@@ -125,8 +128,12 @@ def eval_command(
     sandbox = Sandbox.find(unsafe=unsafe_exec) if any(task.kind == "code" for task in chosen) else None
     if picture is not None:
         report.pyplot()  # missing, it is missed now and not after hours
+    data = Data(data_dir)
+    for task in chosen:
+        if task.build_for is None:
+            task.items(data, None, shots)  # missing data is missed now and not after a model is loaded
     language_model: LanguageModel
-    results: list[TaskResult]
+    results: list[TaskResult] = []
     if model.startswith(("http://", "https://")):
         from quadriga.evaluate.endpoints import connect
 
@@ -148,7 +155,6 @@ def eval_command(
     if restart:
         for task in chosen:
             (folder / "items" / f"{task.name}.jsonl").unlink(missing_ok=True)
-    data, results = Data(data_dir), []
     from quadriga.cli.progress import progress_count
 
     for task in chosen:
@@ -159,6 +165,12 @@ def eval_command(
         print(options.as_json(report.as_json(language_model, results, __version__)))
     else:
         print_table(report.table(results))
+        if any(result.sample for result in results):
+            print(
+                "(sample): questions in this package, not all of the task's; `quadriga data fetch` lists what can be "
+                "brought here whole",
+                file=sys.stderr,
+            )
         print(f"results in {folder}", file=sys.stderr)
     if picture is not None:
         report.picture(picture, language_model.name, results)

@@ -58,6 +58,7 @@ def describe(config: ModelConfig, context: int) -> dict[str, Any]:
         "parameters": asdict(cost.n_params(config)),
         "context": context,
         "kv_bytes_per_token": {dtype: cost.kv_bytes_per_token(config, dtype) for dtype in ("float32", "bfloat16")},
+        "kv_bytes": {dtype: cost.kv_bytes(config, context, dtype) for dtype in ("float32", "bfloat16")},
         "flops_per_token": {
             "without_attention_to_the_past": cost.flops_per_token(config, 0),
             "at_context": cost.flops_per_token(config, context),
@@ -137,6 +138,7 @@ def _print_tables(name: str, config: ModelConfig, facts: dict[str, Any], notes: 
         ("vocabulary", f"{config.vocab_size:,}" + (", head tied to it" if config.tied_embeddings else "")),
         ("context", f"{config.max_seq_len:,}"),
         ("cache per token", f"{facts['kv_bytes_per_token']['bfloat16']:,} B in bfloat16"),
+        (f"  of {context} positions", f"{facts['kv_bytes']['bfloat16']:,} B"),
         ("operations per token", f"{facts['flops_per_token']['without_attention_to_the_past']:.2e} FLOP"),
         (f"  at position {context}", f"{facts['flops_per_token']['at_context']:.2e} FLOP"),
     ):

@@ -32,7 +32,8 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HE
 Format = Annotated[
     str | None,
     typer.Option(
-        help="Pack weights for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8, q4, q4m or mx4.",
+        help="Pack weights for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8, q4, q4m, mx4, or "
+        "GGUF's q2k to q6k, iq4nl or iq4xs.",
         rich_help_panel=_MACHINE,
     ),
 ]
@@ -136,8 +137,8 @@ GGUFFormat = Annotated[
     str | None,
     typer.Option(
         "--gguf-format",
-        help="With --to gguf: float32, float16, bfloat16 (the default), q8_0, q4_0, q2_k to q6_k, iq4_nl, iq4_xs or "
-        "mxfp4.",
+        help="With --to gguf: float32, float16, bfloat16 (the default), q8_0, q4_0, q2_k to q6_k, iq4_nl, iq4_xs, "
+        "mxfp4, or llama.cpp's mixtures q3_k_s, _m, _l, q4_k_s, _m, q5_k_s, _m.",
         rich_help_panel=_RESULT,
     ),
 ]

@@ -60,6 +60,10 @@ def serve_command(
         int, typer.Option(help="Answers and embedded texts at once for each key or address; 0 is no limit.")
     ] = 0,
     max_body: Annotated[str, typer.Option(help="Largest request body, e.g. 8MB.")] = "8MB",
+    files: Annotated[
+        Path | None, typer.Option(help="Folder for uploaded files and batches; without it there are none.")
+    ] = None,
+    files_size: Annotated[str, typer.Option(help="Bytes that all files may have together, e.g. 1GB.")] = "1GB",
     drain: Annotated[
         int, typer.Option(help="Seconds that answers get after SIGTERM; a second signal ends at once.")
     ] = 30,
@@ -84,6 +88,7 @@ def serve_command(
     """
     from quadriga import runtime
     from quadriga.errors import ConfigError
+    from quadriga.server.files import FileStore
     from quadriga.server.guard import Limits, is_loopback
     from quadriga.server.run import listen, serve
     from quadriga.server.service import Service
@@ -124,6 +129,7 @@ def serve_command(
         runtime.set_log_level(log_level, "--log-level")
     if tool_form not in ("auto", *FORMS):
         raise ConfigError(f"--tool-form must be auto or one of {', '.join(FORMS)}; got {tool_form!r}")
+    store = None if files is None else FileStore(files, options.size(files_size, "--files-size"))
     listener = listen(host, port)
     llm = options.load_model(model, how)
     for key, folder in adapters.items():
@@ -151,7 +157,7 @@ def serve_command(
             print("warning: reachable from other machines without an API key; see --api-key", file=sys.stderr)
 
     runtime.prefer_short_pauses()
-    serve(service, limits, listener, drain_s=drain, stay_on_failure=stay_on_failure, started=started)
+    serve(service, limits, listener, drain_s=drain, stay_on_failure=stay_on_failure, started=started, store=store)
 
 
 def _adapters(given: Sequence[str], how: LoadOptions) -> dict[str, str]:

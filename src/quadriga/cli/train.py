@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,9 @@ def train_command(
     ] = Resume.AUTO,
     threads: options.Threads = None,
     run: options.Run = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Save and stop after this many; the same command goes on.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Read the file, say what would run, and stop.")] = False,
     export: Annotated[
         Path | None, typer.Option(help="Write the run's newest checkpoint as a Hugging Face directory instead.")
@@ -61,7 +65,9 @@ def train_command(
     from quadriga.train.run import train
 
     devices.set_threads(threads)
-    outcome = train(settings, resume=resume.value, allow_change=allow_change)
+    left = itertools.count(1)
+    stop = None if steps is None else lambda: next(left) >= steps
+    outcome = train(settings, resume=resume.value, stop=stop, allow_change=allow_change)
     if runtime.launched_rank() in (None, 0):
         what = "done" if outcome.done else "stopped and saved; the same command goes on"
         print(f"{outcome.folder}: step {outcome.step} of {settings.n_steps}, {what}", file=sys.stderr)

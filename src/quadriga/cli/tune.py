@@ -12,7 +12,7 @@ from quadriga.cli import options
 from quadriga.cli.command import Commands
 
 if TYPE_CHECKING:
-    from quadriga.io.adapter import Adapter
+    from quadriga.io.adapter_files import Adapter
     from quadriga.io.open import Checkpoint
 
 adapter_app = Commands(no_args_is_help=True, help="Low-rank adapters: fold into a model, and to and from peft's files.")
@@ -89,7 +89,7 @@ def export_command(
     layout: options.Layout = None,
 ) -> None:
     """Write an adapter in peft's form, for one of its model's layouts: hf5 has fused expert stacks."""
-    from quadriga.io.adapter import to_peft
+    from quadriga.io.peft_write import to_peft
 
     checkpoint, loaded = _open(model, adapter)
     checkpoint.close()
@@ -100,7 +100,7 @@ def export_command(
 @adapter_app.command("import")
 def import_command(model: options.ModelArgument, adapter: options.AdapterFolder, out: options.Out) -> None:
     """Write peft's adapter in our layout."""
-    from quadriga.io.adapter import save
+    from quadriga.io.adapter_files import save
 
     checkpoint, loaded = _open(model, adapter)
     checkpoint.close()

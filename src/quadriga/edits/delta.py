@@ -22,7 +22,8 @@ import numpy as np
 
 from quadriga.edits.upcycle import Upcycling, upcycle
 from quadriga.errors import CheckpointError
-from quadriga.io.adapter import Adapter, low_rank, merge
+from quadriga.io.adapter import merge
+from quadriga.io.adapter_files import Adapter, low_rank
 from quadriga.io.open import Checkpoint
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.quant import codec

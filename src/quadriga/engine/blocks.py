@@ -1,6 +1,7 @@
 """Blocks of the key/value cache: who holds which, and which prefixes can be found again. Pure Python.
 
-A block holds 16 positions of one sequence in every layer. It is in one of three states:
+A block holds 16 positions of one sequence in every layer of a group of layers (``model.cache_layout``; most models
+have one group). It is in one of three states:
 
     free      nobody holds it, its content is forgotten
     held      one sequence or several (a shared prefix) hold it
@@ -8,13 +9,19 @@ A block holds 16 positions of one sequence in every layer. It is in one of three
 
 A full block's key is a hash of everything up to its end: the key of the block before it, its own tokens, and a salt
 that separates tenants. Equal keys mean equal prefixes, so equal keys and values.
+
+A :class:`BlockTable` is one sequence's: a row for every group, column j for positions 16 j .. 16 j + 15. What no later
+query of a group with a window can see is let go, and GONE stands in its place.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+
+from quadriga.model.cache_layout import first_needed
+from quadriga.quant.packed import BLOCK_TOKENS
 
 
 def chain_key(parent: bytes, tokens: Sequence[int], salt: bytes = b"") -> bytes:
@@ -22,6 +29,15 @@ def chain_key(parent: bytes, tokens: Sequence[int], salt: bytes = b"") -> bytes:
     digest = blake2b(parent, digest_size=16, key=salt[:64])
     digest.update(b"".join(token.to_bytes(4, "little") for token in tokens))
     return digest.digest()
+
+
+def group_key(key: bytes, group: int) -> bytes:
+    """The key of a group's block: the first group's is the chain's own."""
+    return key + bytes([group]) if group else key
+
+
+GONE = -1
+"""Where a table had a block that its sequence needs no more."""
 
 
 class BlockPool:
@@ -66,6 +82,10 @@ class BlockPool:
         self._references[block] += 1
         return block
 
+    def knows(self, key: bytes) -> bool:
+        """Whether :meth:`lookup` would find a block."""
+        return key in self._block_of
+
     def release(self, block: int) -> None:
         """Give one reference back."""
         assert self._references[block] > 0, f"block {block} is released more often than it was taken"
@@ -107,3 +127,102 @@ class BlockPool:
         assert len(self._block_of) == len(self._key_of)
         assert not free & self._key_of.keys(), "a free block has a key"
         assert cached <= self._key_of.keys(), "a cached block has no key"
+
+
+class BlockTable:
+    """The blocks of one sequence; see the module docstring.
+
+    Args:
+        windows: of every group, how many positions a query sees; None: all.
+    """
+
+    def __init__(self, pool: BlockPool, windows: Sequence[int | None]) -> None:
+        self._pool, self.windows = pool, tuple(windows)
+        self.rows: list[list[int]] = [[] for _ in windows]
+        """Per group, the block of every column, or GONE."""
+        self._kept = [0] * len(self.rows)  # the first column that a group has not let go
+
+    def __len__(self) -> int:
+        """Columns, of blocks that are held or gone."""
+        return len(self.rows[0])
+
+    def __iter__(self) -> Iterator[int]:
+        """The blocks that are held."""
+        return (block for row, first in zip(self.rows, self._kept, strict=True) for block in row[first:])
+
+    @property
+    def n_held(self) -> int:
+        """How many blocks it holds."""
+        return sum(len(row) - first for row, first in zip(self.rows, self._kept, strict=True))
+
+    def extend(self) -> bool:
+        """Take a column of blocks; False, and nothing is taken, where the pool has not enough."""
+        if self._pool.n_free < len(self.rows):
+            return False
+        for row in self.rows:
+            block = self._pool.allocate()
+            assert block is not None, "so many were free"
+            row.append(block)
+        return True
+
+    def cut(self, n_columns: int) -> None:
+        """Give the columns from ``n_columns`` on back, the last one first: it is of the least use to others."""
+        for column in range(len(self) - 1, n_columns - 1, -1):
+            for row, first in zip(self.rows, self._kept, strict=True):
+                block = row.pop()
+                if column >= first:
+                    self._pool.release(block)
+        self._kept = [min(first, n_columns) for first in self._kept]
+
+    def let_go(self, position: int) -> None:
+        """Give back what a query at ``position`` or later cannot see."""
+        for group, window in enumerate(self.windows):
+            row, first = self.rows[group], min(first_needed(window, position), len(self))
+            for column in range(self._kept[group], first):
+                self._pool.release(row[column])
+                row[column] = GONE
+            self._kept[group] = max(self._kept[group], first)
+
+    def find(self, keys: Iterator[bytes]) -> list[bytes]:
+        """Take the known blocks of the longest prefix whose positions all groups still need are known.
+
+        Args:
+            keys: of the prefix's blocks, made as they are asked for.
+
+        Returns:
+            the keys of the columns that it now has.
+        """
+        assert not len(self), "a table is filled from its beginning"
+        full = [group for group, window in enumerate(self.windows) if window is None]
+        chain: list[bytes] = []
+        for key in keys:
+            if not all(self._pool.knows(group_key(key, group)) for group in full):
+                break
+            chain.append(key)
+        n = len(chain)
+        while (column := self._missing(chain, n)) is not None:
+            n = column  # no longer prefix does without it, for the window of each has it
+        for group, window in enumerate(self.windows):
+            self._kept[group] = first_needed(window, n * BLOCK_TOKENS)
+            for column in range(n):
+                wanted = column >= self._kept[group]
+                block = self._pool.lookup(group_key(chain[column], group)) if wanted else GONE
+                assert block is not None, "it was known a moment ago"
+                self.rows[group].append(block)
+        return chain[:n]
+
+    def _missing(self, chain: Sequence[bytes], n: int) -> int | None:
+        """The last column that a prefix of ``n`` columns needs and that is not known in some group."""
+        for group, window in enumerate(self.windows):
+            if window is None:
+                continue
+            for column in range(n - 1, first_needed(window, n * BLOCK_TOKENS) - 1, -1):
+                if not self._pool.knows(group_key(chain[column], group)):
+                    return column
+        return None
+
+    def publish(self, column: int, key: bytes) -> None:
+        """Make a full column's blocks findable."""
+        for group, row in enumerate(self.rows):
+            if column >= self._kept[group]:
+                self._pool.publish(row[column], group_key(key, group))

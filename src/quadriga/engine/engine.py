@@ -23,15 +23,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 
 import numpy as np
 
+from quadriga.engine.blocks import BlockTable
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.pace import Pace
 from quadriga.engine.pooling import Pooling
 from quadriga.engine.request import Embed, Embedding, FinishReason, PromptReport, Request, Routing, TokenEvent
-from quadriga.engine.sampler import Sampler, Unused, require_finite, top_logprobs
+from quadriga.engine.sampler import Sample, Sampler, Unused, require_finite, top_logprobs
 from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
 from quadriga.errors import AnswerError, BusyError, QuadrigaError, RequestError
 from quadriga.kernels.cpu.program import Batch
@@ -62,6 +64,24 @@ class _Active:
     lookup: Lookup | None
     prompt_logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=dict)
     """Prompt position -> log-probability of the token there, and the most probable tokens."""
+
+
+@dataclass(eq=False)
+class _Turn:
+    """An answer's part of a pass, while its tokens are chosen."""
+
+    active: _Active
+    chunk: Chunk
+    row: int
+    """Of the logits: the first that a token is chosen from."""
+    answered: list[TokenEvent] = field(default_factory=list)
+    error: QuadrigaError | None = None
+    going: bool = False
+    """Another token is to be chosen."""
+
+    def fail(self, raised: BaseException) -> None:
+        """Its own work raised."""
+        self.error, self.going = _own_failure(raised), False
 
 
 @dataclass(eq=False)
@@ -126,7 +146,11 @@ class Engine:
         # A checkpoint may name an end token that its vocabulary does not list: it still ends answers.
         self.unused = Unused(i for i in rows if i not in end_ids)
         self.scheduler = Scheduler(
-            runner.n_blocks, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, prefix_cache=prefix_cache
+            runner.n_blocks,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            prefix_cache=prefix_cache,
+            windows=runner.cache.windows,
         )
         self.pace: Pace | None = None
         self._active: dict[int, _Active] = {}
@@ -359,10 +383,22 @@ class Engine:
 
     def _hold(self, active: _Active, made: _Pass, row: int) -> None:
         """Choose a request's next token in another thread: its grammar takes so long that others would wait for it."""
-        running, logits = active.running, made.logits[row].copy()
         finish = made.routing_into(row) if active.request.routing else _as_it_is
-        choice = self._choosers.submit(self._next, active, logits, made.best[row], made.log_sums[row], 0)
-        self._held[running.request_id] = _Held(active, choice, finish)
+        known = () if self.runner.row_sampler is not None else (made.best[row], made.log_sums[row])
+        choice = self._choosers.submit(self._next_beside, active, made.logits[row].copy(), *known)
+        self._held[active.running.request_id] = _Held(active, choice, finish)
+
+    def _next_beside(
+        self, active: _Active, logits: Floats, best: int | None = None, log_sum: float | None = None
+    ) -> TokenEvent:
+        """A request's next token, from a row of logits of its own."""
+        constraint, sampler, instead = active.request.constraint, active.sampler, _instead(active, ())
+        allowed = None if constraint is None else constraint.allowed()
+        if self.runner.row_sampler is None:
+            return _event(active, sampler.sample(logits, best, log_sum, allowed, instead), 0)
+        settings = sampler.ask(allowed)
+        sampled = self.runner.row_sampler.beside().sample(logits[None], [0], [settings])[0]
+        return _event(active, sampler.take(sampled, logits, constrained=allowed is not None, instead=instead), 0)
 
     def _chosen(self) -> list[tuple[int, Event]]:
         """The tokens that have been chosen since, and the errors of those that could not be."""
@@ -400,91 +436,90 @@ class Engine:
     def _sample(
         self, plan: Plan, result: PassResult, first_rows: Sequence[int], batch: Batch
     ) -> tuple[list[tuple[int, Event]], dict[int, list[int]], set[int]]:
-        best, log_sums = self.runner.row_stats(result.logits) if len(result.logits) else ([], [])
-        made = _Pass(batch, result, best, log_sums)
+        made = _Pass(batch, result, self.runner)
+        turns = []
+        for chunk, row in zip(plan.chunks, first_rows, strict=True):
+            active = self._active.get(chunk.sequence.request_id)
+            if active is not None:
+                turns.append(turn := _Turn(active, chunk, row))
+                try:
+                    self._begin(turn, made)
+                except BaseException as raised:
+                    turn.fail(raised)
+        going = [turn for turn in turns if turn.going]
+        while going:
+            self._choose(going, made)
+            going = [turn for turn in going if turn.going]
         events: list[tuple[int, Event]] = []
         new_tokens: dict[int, list[int]] = {}
         finished: set[int] = set()
-        for chunk, row in zip(plan.chunks, first_rows, strict=True):
-            request_id = chunk.sequence.request_id
-            active = self._active.get(request_id)
-            if active is None:
-                continue
-            answered: list[TokenEvent] = []
-            try:
-                self._answer(active, chunk, made, row, answered)
-                error = None
-            except BaseException as raised:
-                error = _own_failure(raised)
+        for turn in turns:
+            request_id, answered = turn.active.running.request_id, turn.answered
             events += [(request_id, event) for event in answered]
-            if error is not None:
-                events.append((request_id, error))
+            if turn.error is not None:
+                events.append((request_id, turn.error))
             elif answered and answered[-1].finish_reason is not None:
                 finished.add(request_id)
-            if chunk.samples:
-                self._guessed += chunk.n_draft
+            if turn.chunk.samples:
+                self._guessed += turn.chunk.n_draft
                 self._guessed_right += max(0, len(answered) - 1)
                 self._generated += len(answered)
                 new_tokens[request_id] = [event.token_id for event in answered]
         return events, new_tokens, finished
 
-    def _answer(self, active: _Active, chunk: Chunk, made: _Pass, row: int, answered: list[TokenEvent]) -> None:
-        """One request's part of a pass, whose rows begin at ``row``: its tokens are appended to ``answered``."""
+    def _begin(self, turn: _Turn, made: _Pass) -> None:
+        """Score what the pass has of a prompt; see whether a token is to be chosen."""
+        active, chunk = turn.active, turn.chunk
         if chunk.sequence.all_logits:
-            self._score_prompt(active, chunk, made, row)
-            row += len(chunk.tokens) - 1 - chunk.n_draft
+            self._score_prompt(active, chunk, made, turn.row)
+            turn.row += len(chunk.tokens) - 1 - chunk.n_draft
         if not chunk.samples:
             return
-        guesses = chunk.tokens[len(chunk.tokens) - chunk.n_draft :]
         constraint = active.request.constraint
         if constraint is not None and not getattr(constraint, "ready", True):
-            self._hold(active, made, row)
-            return
-        for i in range(len(guesses) + 1):
-            at = row + i
-            event = self._next(active, made.logits[at], made.best[at], made.log_sums[at], len(answered))
-            if active.request.routing:
-                event = made.with_routing(event, at)
-            answered.append(event)
-            if event.finish_reason is not None or (i < len(guesses) and guesses[i] != event.token_id):
-                return
+            self._hold(active, made, turn.row)
+        else:
+            turn.going = True
 
-    def _next(self, active: _Active, logits: Floats, best: int, log_sum: float, n_before: int) -> TokenEvent:
-        """Sample one token of a request and say what it means for its text and its end."""
-        running, constraint = active.running, active.request.constraint
-        allowed = None if constraint is None else constraint.allowed()
-        chosen = active.sampler.sample(logits, best, log_sum, allowed)
-        ended = chosen.token_id in active.ends
-        complete = constraint is not None and not ended and constraint.accept(chosen.token_id)
-        n_made = len(running.tokens) + n_before + 1
-        may_stop = n_made - running.n_prompt >= active.request.params.min_new_tokens
-        piece, hit_stop = "", False
-        if active.text is not None and not ended:
-            piece, hit_stop = active.text.push(chosen.token_id, may_stop=may_stop)
-        full = n_made >= running.max_tokens
-        last = ended or hit_stop or full or complete
-        if last and not hit_stop and active.text is not None:
-            piece += active.text.finish()
-        reason: FinishReason | None = None
-        if last:
-            reason = "stop" if ended or hit_stop or complete else "length"
-        report = None
-        if len(running.tokens) + n_before == running.n_prompt:
-            scored = active.prompt_logprobs
-            in_order = [scored[position] for position in sorted(scored)]
-            report = PromptReport(
-                n_cached_tokens=running.n_cached,
-                logprobs=tuple(logprob for logprob, _ in in_order),
-                top_logprobs=tuple(top for _, top in in_order),
-            )
-        return TokenEvent(
-            token_id=chosen.token_id,
-            text=piece,
-            logprob=chosen.logprob,
-            top_logprobs=chosen.top_logprobs,
-            finish_reason=reason,
-            prompt=report,
-        )
+    def _choose(self, turns: Sequence[_Turn], made: _Pass) -> None:
+        """The next token of each of these answers; the kernels choose all of them at once."""
+        kernels = self.runner.row_sampler
+        asked, settings, places = [], [], []
+        for turn in turns:
+            constraint, sampler, at = turn.active.request.constraint, turn.active.sampler, turn.row + len(turn.answered)
+            try:
+                allowed = None if constraint is None else constraint.allowed()
+                if kernels is not None:
+                    settings.append(sampler.ask(allowed))
+                    asked.append(turn)
+                    places.append(at)
+                else:
+                    chosen = sampler.sample(
+                        made.logits[at], made.best[at], made.log_sums[at], allowed, _instead(turn.active, turn.answered)
+                    )
+                    self._answered(turn, chosen, made)
+            except BaseException as raised:
+                turn.fail(raised)
+        if kernels is None or not asked:
+            return
+        for turn, at, sampled in zip(asked, places, kernels.sample(made.logits, places, settings), strict=True):
+            active = turn.active
+            constrained, instead = active.request.constraint is not None, _instead(active, turn.answered)
+            try:
+                chosen = active.sampler.take(sampled, made.logits[at], constrained=constrained, instead=instead)
+                self._answered(turn, chosen, made)
+            except BaseException as raised:
+                turn.fail(raised)
+
+    def _answered(self, turn: _Turn, chosen: Sample, made: _Pass) -> None:
+        """A token was chosen; guesses go on as long as they are right."""
+        active, chunk, i = turn.active, turn.chunk, len(turn.answered)
+        event = _event(active, chosen, i)
+        if active.request.routing:
+            event = made.with_routing(event, turn.row + i)
+        turn.answered.append(event)
+        guesses = chunk.tokens[len(chunk.tokens) - chunk.n_draft :] if chunk.n_draft else ()
+        turn.going = event.finish_reason is None and i < len(guesses) and guesses[i] == event.token_id
 
     def _score_prompt(self, active: _Active, chunk: Chunk, made: _Pass, row: int) -> None:
         tokens, n_prompt, n_top = chunk.sequence.tokens, chunk.sequence.n_prompt, active.request.params.logprobs
@@ -522,36 +557,92 @@ class Engine:
 
     def _passes(self, token_ids: Sequence[int], chunk: int) -> Iterator[PassResult]:
         """Run one sequence beside everything else, in blocks of its own: logits and routing of every pass."""
-        n, pool = len(token_ids), self.scheduler.pool
-        blocks: list[int] = []
+        n, blocks = len(token_ids), BlockTable(self.scheduler.pool, self.scheduler.windows)
         try:
-            for _ in range(-(-n // BLOCK_TOKENS)):
-                block = pool.allocate()
-                if block is None:
-                    raise BusyError(f"{n} tokens do not fit into the free part of the cache; ask again later")
-                blocks.append(block)
             for start in range(0, n, chunk):
                 stop = min(start + chunk, n)
+                blocks.let_go(start)
+                while len(blocks) * BLOCK_TOKENS < stop:
+                    if not blocks.extend():
+                        raise BusyError(f"{n} tokens do not fit into the free part of the cache; ask again later")
                 ints = (
                     token_ids[start:stop],
                     range(start, stop),
                     (0, stop - start),
-                    blocks,
+                    blocks.rows,
                     (0, len(blocks)),
                     range(stop - start),
                 )
                 yield self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)), routing=True)
         finally:
-            for block in blocks:
-                pool.release(block)
+            blocks.cut(0)
+
+
+def _instead(active: _Active, answered: Sequence[TokenEvent]) -> Callable[[int], int] | None:
+    """What a constraint takes in place of a chosen token, as it knows how many more may come; None: it never does."""
+    choose = getattr(active.request.constraint, "choose", None)
+    if choose is None:
+        return None
+    left = active.running.max_tokens - len(active.running.tokens) - len(answered)
+    return lambda token: int(choose(token, left))
+
+
+def _event(active: _Active, chosen: Sample, n_before: int) -> TokenEvent:
+    """What a request's next token means for its text and its end; it is the ``n_before``-th of this pass."""
+    running, constraint = active.running, active.request.constraint
+    ended = chosen.token_id in active.ends
+    complete = constraint is not None and not ended and constraint.accept(chosen.token_id)
+    n_made = len(running.tokens) + n_before + 1
+    may_stop = n_made - running.n_prompt >= active.request.params.min_new_tokens
+    piece, hit_stop = "", False
+    if active.text is not None and not ended:
+        piece, hit_stop = active.text.push(chosen.token_id, may_stop=may_stop)
+    full = n_made >= running.max_tokens
+    last = ended or hit_stop or full or complete
+    if last and not hit_stop and active.text is not None:
+        piece += active.text.finish()
+    reason: FinishReason | None = None
+    if last:
+        reason = "stop" if ended or hit_stop or complete else "length"
+    report = None
+    if len(running.tokens) + n_before == running.n_prompt:
+        scored = active.prompt_logprobs
+        in_order = [scored[position] for position in sorted(scored)]
+        report = PromptReport(
+            n_cached_tokens=running.n_cached,
+            logprobs=tuple(logprob for logprob, _ in in_order),
+            top_logprobs=tuple(top for _, top in in_order),
+        )
+    return TokenEvent(
+        token_id=chosen.token_id,
+        text=piece,
+        logprob=chosen.logprob,
+        top_logprobs=chosen.top_logprobs,
+        finish_reason=reason,
+        prompt=report,
+    )
 
 
 class _Pass:
-    """What a pass has computed: logits (R, V), of every row the best token and log(sum(exp)), and the routing."""
+    """What a pass has computed: logits (R, V), and the routing."""
 
-    def __init__(self, batch: Batch, result: PassResult, best: Sequence[int], log_sums: Sequence[float]) -> None:
-        self._batch, self._routing = batch, result.routing
-        self.logits, self.best, self.log_sums = result.logits, best, log_sums
+    def __init__(self, batch: Batch, result: PassResult, runner: Runner) -> None:
+        self._batch, self._routing, self._runner = batch, result.routing, runner
+        self.logits = result.logits
+
+    @cached_property
+    def _stats(self) -> tuple[list[int], list[float]]:
+        return self._runner.row_stats(self.logits)
+
+    @property
+    def best(self) -> list[int]:
+        """Of every row the most probable token."""
+        return self._stats[0]
+
+    @property
+    def log_sums(self) -> list[float]:
+        """Of every row log(sum(exp))."""
+        return self._stats[1]
 
     def with_routing(self, event: TokenEvent, row: int) -> TokenEvent:
         """The event with the experts that predicted it."""
@@ -617,7 +708,7 @@ def build_batch(plan: Plan) -> tuple[Batch, list[int]]:
     tokens: list[int] = []
     positions: list[int] = []
     starts, table_starts = [0], [0]
-    tables: list[int] = []
+    tables = [list[int]() for _ in plan.chunks[0].sequence.blocks.rows]
     rows: list[int] = []
     first_rows: list[int] = []
     for chunk in plan.chunks:
@@ -630,7 +721,8 @@ def build_batch(plan: Plan) -> tuple[Batch, list[int]]:
         tokens.extend(chunk.tokens)
         positions.extend(range(chunk.start, chunk.start + n))
         starts.append(len(tokens))
-        tables.extend(chunk.sequence.blocks)
-        table_starts.append(len(tables))
+        for table, row in zip(tables, chunk.sequence.blocks.rows, strict=True):
+            table.extend(row)
+        table_starts.append(len(tables[0]))
     ints = (tokens, positions, starts, tables, table_starts, rows)
     return Batch(*(np.array(x, dtype=np.int32) for x in ints)), first_rows

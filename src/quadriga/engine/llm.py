@@ -33,7 +33,7 @@ from quadriga.engine.threads import ThreadTurns
 from quadriga.errors import ConfigError, EngineError, QuadrigaError, RequestError, TokenizerError
 from quadriga.hub import catalogue
 from quadriga.io.adapter import load as load_adapter
-from quadriga.io.adapter import low_rank
+from quadriga.io.adapter_files import low_rank
 from quadriga.io.open import open_checkpoint
 from quadriga.io.packed import is_quantised
 from quadriga.io.suggested import Suggested, suggested
@@ -85,7 +85,7 @@ def load(
         path_or_name: a catalogue name (`quadriga models list`), a Hugging Face or Quadriga directory, a GGUF file, or
             the folder of Grok-1's release.
         format: what its matrices are packed as for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8,
-            q4, q4m, mx4; None is keep.
+            q4, q4m, mx4, q2k to q6k, iq4nl, iq4xs; None is keep.
         dtype: compute in plain torch with this dtype instead (float32, bfloat16, float16, float64 or auto); None runs
             the CPU's kernels where the device is a CPU, and is "auto" elsewhere.
         device: cpu, cuda, a CUDA device such as cuda:1, or auto.

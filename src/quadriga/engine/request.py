@@ -25,7 +25,8 @@ class Constraint(Protocol):
     """A grammar that an answer must follow, fed token by token. Belongs to one request, and one thread at a time.
 
     One that also has ``ready: bool``, and is not, would keep others waiting in :meth:`allowed`: its answer's next token
-    is chosen beside their passes.
+    is chosen beside their passes. One that also has ``choose(token_id, left)`` says which token is taken in place of a
+    chosen one, where so many may still come, this one included.
     """
 
     def allowed(self) -> NDArray[np.bool_]:

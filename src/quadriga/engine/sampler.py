@@ -6,6 +6,10 @@ Log-probabilities are reported from the untouched logits: they are the model's o
 the head that no token stands for (:class:`Unused`) are never chosen and never listed, whatever the model says of them.
 Whatever the parameters, the arithmetic stays finite: finite logits always give a token that may be chosen.
 
+On a CPU the kernels choose for all rows of a pass at once (``kernels.cpu.sampling``; :meth:`Sampler.ask` and
+:meth:`Sampler.take` are this side of it). :meth:`Sampler.sample` is the same in NumPy: what that is held to, and what
+chooses where a model runs on torch.
+
 The vocabulary is never sorted. What top-p keeps are the largest weights whose sum reaches its part of all: as many of
 the largest as may be enough are selected, and only these are sorted (:func:`kept`). The result is that of a full,
 stable sort: weights and sums are the same numbers, and equal weights keep the lower token id first.
@@ -18,8 +22,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +30,7 @@ from numpy.typing import NDArray
 
 from quadriga.engine.request import SamplingParams
 from quadriga.errors import RequestError
+from quadriga.kernels.cpu.sampling import RowSettings, Sampled
 
 Floats = NDArray[np.floating]
 Ids = NDArray[np.int64]
@@ -38,6 +42,7 @@ _NOT_FINITE = (
     "the model's logits are not finite: weights with NaN or Inf, or a dtype too narrow for this model. "
     "Run `quadriga models verify`, or load with dtype='float32'."
 )
+_NOTHING_ALLOWED = "the grammar has come to a place where no token of this vocabulary may follow"
 
 
 class Sample(NamedTuple):
@@ -58,13 +63,34 @@ class Unused:
 
     def __init__(self, ids: Iterable[int]) -> None:
         self.ids = frozenset(ids)
-        self.index = np.array(sorted(self.ids), dtype=np.int64)
+        self.index = np.array(sorted(self.ids), dtype=np.int32)
 
     def __bool__(self) -> bool:
         return bool(self.ids)
 
 
 NONE_UNUSED = Unused(())
+
+
+class Said:
+    """The different tokens of prompt and answer, and how often each is in the answer: what penalties look at."""
+
+    def __init__(self, prompt_ids: Iterable[int]) -> None:
+        self._place = {token: i for i, token in enumerate(dict.fromkeys(prompt_ids))}
+        self.n = len(self._place)
+        room = self.n + 256
+        self.ids, self.counts = np.zeros(room, dtype=np.int32), np.zeros(room, dtype=np.int32)
+        """The first ``n`` are in use."""
+        self.ids[: self.n] = list(self._place)
+
+    def add(self, token: int) -> None:
+        """A token of the answer."""
+        place = self._place.setdefault(token, self.n)
+        if place == self.n:
+            if self.n == len(self.ids):
+                self.ids, self.counts = (np.concatenate([x, np.zeros_like(x)]) for x in (self.ids, self.counts))
+            self.ids[place], self.n = token, self.n + 1
+        self.counts[place] += 1
 
 
 class Sampler:
@@ -99,17 +125,65 @@ class Sampler:
             )
         self.params = params
         self._unused = unused
-        early = {i for i in ends if i < vocab_size} if params.min_new_tokens else set()
-        self._too_early = Unused({*unused.ids, *early}) if early else unused
+        self._ends = Unused(i for i in ends if i < vocab_size) if params.min_new_tokens else NONE_UNUSED
+        self._too_early = Unused({*unused.ids, *self._ends.ids}) if self._ends else unused
         """What is never chosen before the answer is long enough."""
         self._seed = secrets.randbits(63) if params.seed is None else params.seed
-        self._answer: Counter[int] = Counter()
         self._n_drawn = 0
-        self._seen: NDArray[np.bool_] | None = None
-        """(V,) said or read so far; where it matters."""
-        if params.repetition_penalty != 1.0:
-            self._seen = np.zeros(vocab_size, dtype=np.bool_)
-            self._seen[prompt_ids] = True
+        self._said: Said | None = None
+        """Where it matters."""
+        if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
+            self._said = Said(prompt_ids if params.repetition_penalty != 1.0 else ())
+        self._settings: RowSettings | None = None
+
+    def ask(self, allowed: NDArray[np.bool_] | None = None) -> RowSettings:
+        """What the kernels need to choose the next token, which :meth:`take` gets; ``allowed`` as for :meth:`sample`."""
+        params = self.params
+        if self._settings is None:
+            self._settings = RowSettings(
+                unused=self._unused.index,
+                early=self._ends.index,
+                moves=params.logit_bias,
+                temperature=0.0 if params.temperature < GREEDY_BELOW else params.temperature,
+                repetition_penalty=params.repetition_penalty,
+                presence_penalty=params.presence_penalty,
+                frequency_penalty=params.frequency_penalty,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                min_p=params.min_p,
+                n_top=params.logprobs,
+                seed=self._seed,
+            )
+        self._settings.set(self._n_drawn, early=self._n_drawn < params.min_new_tokens, allowed=allowed)
+        if self._said is not None:
+            self._settings.said(self._said.ids, self._said.counts, self._said.n)
+        return self._settings
+
+    def take(
+        self,
+        chosen: Sampled,
+        logits: Floats,
+        *,
+        constrained: bool = False,
+        instead: Callable[[int], int] | None = None,
+    ) -> Sample:
+        """Count a token as said that the kernels chose from logits (V,).
+
+        Args:
+            constrained: they were told what is allowed.
+            instead: as for :meth:`sample`.
+
+        Raises:
+            RequestError: as :meth:`sample`.
+        """
+        require_finite([chosen.log_sum])
+        if chosen.token_id < 0:
+            if constrained:
+                raise RequestError(_NOTHING_ALLOWED)
+            require_finite([-math.inf])
+        top = tuple((token, logit - chosen.log_sum) for token, logit in chosen.top)
+        token = chosen.token_id if instead is None else instead(chosen.token_id)
+        return self._count(token, float(logits[token]) - chosen.log_sum, top)
 
     def sample(
         self,
@@ -117,12 +191,14 @@ class Sampler:
         best: int | None = None,
         log_sum: float | None = None,
         allowed: NDArray[np.bool_] | None = None,
+        instead: Callable[[int], int] | None = None,
     ) -> Sample:
         """Choose a token from logits (V,) float32 and count it as said.
 
         Args:
             best, log_sum: index of the first largest logit and log(sum(exp)), where they are known already.
             allowed: (V,) bool, the tokens that may be chosen; None allows all.
+            instead: the token to take in place of the one that was chosen.
 
         Raises:
             RequestError: the logits are not finite, so the weights or the computation are broken; nothing is allowed.
@@ -139,15 +215,19 @@ class Sampler:
                 candidates = self._candidates(adjusted, allowed, never)
                 token = int(candidates.argmax()) if greedy else self._draw(candidates)
                 require_finite([float(candidates[token])])
-        self._answer[token] += 1
-        self._n_drawn += 1
-        if self._seen is not None:
-            self._seen[token] = True
+        if instead is not None:
+            token = instead(token)
         top: tuple[tuple[int, float], ...] = ()
         if params.logprobs:
             top = top_logprobs(logits[None], [log_normaliser], params.logprobs, self._unused)[0]
         # In double precision: two finite float32 may be further apart than float32 reaches.
-        logprob = float(logits[token]) - log_normaliser
+        return self._count(token, float(logits[token]) - log_normaliser, top)
+
+    def _count(self, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Sample:
+        """A token is said; the chosen one is among the alternatives that are listed."""
+        self._n_drawn += 1
+        if self._said is not None:
+            self._said.add(token)
         if top and all(other != token for other, _ in top):
             top = (*top, (token, logprob))
         return Sample(token, logprob, top)
@@ -165,7 +245,7 @@ class Sampler:
                 within[self._unused.index] = False
             allowed = within
         if not allowed.any():
-            raise RequestError("the grammar has come to a place where no token of this vocabulary may follow")
+            raise RequestError(_NOTHING_ALLOWED)
         return np.where(allowed, adjusted, adjusted.dtype.type(-np.inf))
 
     def _draw(self, candidates: Floats) -> int:
@@ -173,24 +253,28 @@ class Sampler:
         best = candidates.max()
         require_finite([float(best)])
         weights = candidates - best  # before the quotient, which may be beyond float32
-        weights /= params.temperature
+        weights *= np.float32(1.0 / params.temperature)
         np.exp(weights, out=weights)
         ids = kept(weights, params.top_k, params.top_p, params.min_p)
-        at = uniform(self._seed, self._n_drawn)
-        return pick(weights, at) if ids is None else int(ids[pick(weights[ids], at)])
+        if ids is not None:
+            stays = weights[ids]
+            weights[:] = 0.0
+            weights[ids] = stays
+        return pick(weights, uniform(self._seed, self._n_drawn))
 
     def _adjust(self, logits: Floats) -> Floats:
         params = self.params
         adjusted = logits
-        if self._seen is not None:
-            ids = np.flatnonzero(self._seen)
+        said = self._said
+        if said is not None and params.repetition_penalty != 1.0:
+            ids = said.ids[: said.n]
             seen = logits[ids]
             penalised = np.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
             adjusted = _changed(adjusted, ids, penalised)
-        if (params.presence_penalty or params.frequency_penalty) and self._answer:
-            ids = np.array(list(self._answer))
-            counts = np.array(list(self._answer.values()), dtype=logits.dtype)
-            penalty = params.presence_penalty + params.frequency_penalty * counts
+        if said is not None and (params.presence_penalty or params.frequency_penalty):
+            answered = np.flatnonzero(said.counts[: said.n])
+            ids, counts = said.ids[answered], said.counts[answered].astype(np.float64)
+            penalty = (params.presence_penalty + params.frequency_penalty * counts).astype(logits.dtype)
             adjusted = _changed(adjusted, ids, adjusted[ids] - penalty)
         if params.logit_bias:
             ids = np.array(list(params.logit_bias))
@@ -251,8 +335,9 @@ def pick(weights: Floats, at: float) -> int:
     ends = np.append(blocks, weights[n_whole:].sum(dtype=np.float64)).cumsum()
     place = at * ends[-1]
     block = _first_beyond(ends, place)
-    inside = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
-    return block * _BLOCK + _first_beyond(inside, place - (ends[block - 1] if block else 0.0))
+    before = ends[block - 1] if block else 0.0
+    inside = np.append(before, weights[block * _BLOCK : (block + 1) * _BLOCK].astype(np.float64)).cumsum()[1:]
+    return block * _BLOCK + _first_beyond(inside, place)
 
 
 def _first_beyond(ends: Floats, place: float) -> int:
@@ -331,7 +416,7 @@ def _without(logits: Floats, unused: Unused) -> Floats:
     return out
 
 
-def _changed(logits: Floats, ids: Ids, values: Floats) -> Floats:
+def _changed(logits: Floats, ids: NDArray[np.integer], values: Floats) -> Floats:
     """A row with other logits at some ids, within what its dtype can hold.
 
     A penalty or bias on a huge logit gives a huge one, not an infinite one.

@@ -23,13 +23,14 @@ this module may choose freely.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from quadriga.engine.blocks import BlockPool, chain_key
+from quadriga.engine.blocks import BlockPool, BlockTable, chain_key
 from quadriga.engine.turns import Turns
 from quadriga.errors import ConfigError, RequestError
+from quadriga.model.cache_layout import most_blocks
 from quadriga.quant.packed import BLOCK_TOKENS
 
 MOST_LOGIT_ROWS = 256
@@ -69,7 +70,8 @@ class Running:
     arrival: int = 0
     last_pass: int = 0
     """The number of the last pass it had a part in."""
-    blocks: list[int] = field(default_factory=list)
+    blocks: BlockTable = field(init=False, repr=False)
+    """From :meth:`Scheduler.add` on."""
     keys: list[bytes] = field(default_factory=list)
     """Keys of the full blocks published so far."""
     held: bool = False
@@ -96,11 +98,6 @@ class Running:
     def decodes(self) -> bool:
         """One token is left to compute, and it gives the next one."""
         return self.n_pending == 1 and not self.embeds
-
-    @property
-    def n_blocks_needed(self) -> int:
-        """Blocks of the tokens it has."""
-        return -(-len(self.tokens) // BLOCK_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -149,6 +146,8 @@ class Scheduler:
         max_batch_tokens: tokens of one pass.
         max_sequences: sequences running at once.
         prefix_cache: whether finished prefixes are kept to be found again.
+        windows: of every group of layers that has block tables of its own, how many positions a query sees; None: all.
+            Blocks that a window has left behind are given back.
         beside: what may share a pass with fluent rows; None: everything that fits.
 
     Raises:
@@ -162,6 +161,7 @@ class Scheduler:
         max_batch_tokens: int = 2048,
         max_sequences: int = 64,
         prefix_cache: bool = True,
+        windows: Sequence[int | None] = (None,),
         beside: Beside | None = None,
     ) -> None:
         if not 1 <= max_sequences <= max_batch_tokens:
@@ -169,11 +169,15 @@ class Scheduler:
                 f"max_sequences must be from 1 to max_batch_tokens ({max_batch_tokens}), got {max_sequences}: every "
                 "running sequence gets a token in every pass"
             )
-        if n_blocks < 1:
-            raise ConfigError(f"the cache needs at least one block of {BLOCK_TOKENS} tokens, got {n_blocks}")
+        if n_blocks < len(windows):
+            raise ConfigError(
+                f"the cache needs at least one block of {BLOCK_TOKENS} tokens for each of its {len(windows)} groups of "
+                f"layers, got {n_blocks}"
+            )
         self.pool = BlockPool(n_blocks)
         self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
-        self.prefix_cache, self.beside = prefix_cache, beside
+        self.prefix_cache, self.windows, self.beside = prefix_cache, tuple(windows), beside
+        self._windowed = any(window is not None for window in self.windows)
         self.running: list[Running] = []
         self.waiting: Turns[Running] = Turns(turn=max_batch_tokens)
         self.n_preemptions = 0
@@ -187,12 +191,13 @@ class Scheduler:
         Raises:
             RequestError: it could not fit even alone.
         """
-        needed = -(-sequence.max_tokens // BLOCK_TOKENS)
+        needed = self._needed(sequence.max_tokens)
         if needed > self.pool.n_blocks:
             raise RequestError(
                 f"prompt and answer of up to {sequence.max_tokens} tokens need {needed} blocks of {BLOCK_TOKENS}, the "
                 f"cache has {self.pool.n_blocks}. Ask for fewer new tokens, or give the engine more cache memory."
             )
+        sequence.blocks = BlockTable(self.pool, self.windows)
         sequence.arrival = self._arrivals
         self._arrivals += 1
         self._alive[sequence.request_id] = sequence
@@ -278,9 +283,8 @@ class Scheduler:
             sequence.tokens += made
             sequence.draft = []
             self._publish(sequence)
-            spare = -(-sequence.n_computed // BLOCK_TOKENS)
-            while len(sequence.blocks) > max(spare, 1):  # rejected drafts
-                self.pool.release(sequence.blocks.pop())
+            sequence.blocks.cut(max(1, -(-sequence.n_computed // BLOCK_TOKENS)))  # rejected drafts
+            sequence.blocks.let_go(sequence.n_computed)
             if sequence.request_id in finished:
                 self._end(sequence)
 
@@ -293,7 +297,7 @@ class Scheduler:
                 held[block] = held.get(block, 0) + 1
         waiting = list(self.waiting)
         parked = [s for s in self._alive.values() if s.state == "parked"]
-        assert all(not sequence.blocks and not sequence.n_computed for sequence in (*waiting, *parked))
+        assert all(not len(sequence.blocks) and not sequence.n_computed for sequence in (*waiting, *parked))
         assert all(s.state == "waiting" for s in waiting) and all(s.state == "running" for s in self.running)
         assert len(waiting) == len(self.waiting)
         assert {*waiting, *parked, *self.running} == {*self._alive.values()}, "every sequence is in one place"
@@ -359,9 +363,7 @@ class Scheduler:
             n = min(n, MOST_LOGIT_ROWS)
         wanted = sequence.n_computed + n
         while len(sequence.blocks) * BLOCK_TOKENS < wanted:
-            block = self.pool.allocate()
-            if block is not None:
-                sequence.blocks.append(block)
+            if sequence.blocks.extend():
                 continue
             have = len(sequence.blocks) * BLOCK_TOKENS - sequence.n_computed
             if have >= 1 and n > pending:
@@ -369,8 +371,8 @@ class Scheduler:
                 wanted = sequence.n_computed + n
                 continue
             victim = self._first_to_give_way(self.running)
-            if victim is sequence and have >= 1:
-                n = have  # the first to give way takes what it has and goes on later
+            if have >= 1 and (victim is sequence or self._windowed):
+                n = have  # the first to give way takes what it has and goes on later; so do windows, which give back
                 break
             self._preempt(victim, chunks)
             if victim is sequence:
@@ -402,10 +404,10 @@ class Scheduler:
 
     def _make_room(self, sequence: Running, chunks: dict[Running, Chunk]) -> bool:
         """A place and blocks for the first of the waiting, from those who have more if there is no other way."""
-        needed = sequence.n_blocks_needed
+        needed = self._needed(len(sequence.tokens))
         while len(self.running) >= self.max_sequences or (self.running and self.pool.n_free < needed):
             above = self._above(sequence)
-            if not above or self.pool.n_free + sum(len(s.blocks) for s in above) < needed:
+            if not above or self.pool.n_free + sum(s.blocks.n_held for s in above) < needed:
                 return False  # admitted now, it would only be preempted by those before it
             self._preempt(self._first_to_give_way(above), chunks)
         return True
@@ -416,7 +418,7 @@ class Scheduler:
         if max(groups.values(), default=0) < 2 and self.waiting.n_clients < 2:
             return None  # nobody has more than anybody else
         sequence = self.waiting.neediest()
-        full = len(self.running) >= self.max_sequences or self.pool.n_free < sequence.n_blocks_needed
+        full = len(self.running) >= self.max_sequences or self.pool.n_free < self._needed(len(sequence.tokens))
         return sequence if full and self._make_room(sequence, chunks) else None
 
     def _admit(self, sequence: Running) -> None:
@@ -427,19 +429,22 @@ class Scheduler:
         usable = (len(sequence.tokens) - 1) // BLOCK_TOKENS
         if sequence.all_logits or sequence.embeds or not self.prefix_cache:
             usable = 0
-        parent = b""
-        for index in range(usable):
-            parent = chain_key(
-                parent, sequence.tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS], sequence.salt
-            )
-            block = self.pool.lookup(parent)
-            if block is None:
-                break
-            sequence.blocks.append(block)
-            sequence.keys.append(parent)
+
+        def keys() -> Iterator[bytes]:
+            parent = b""
+            for index in range(usable):
+                tokens = sequence.tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
+                yield (parent := chain_key(parent, tokens, sequence.salt))
+
+        sequence.keys = sequence.blocks.find(keys())
         sequence.n_computed = len(sequence.blocks) * BLOCK_TOKENS
         if not sequence.n_preempted:
             sequence.n_cached = sequence.n_computed
+
+    def _needed(self, n_positions: int) -> int:
+        """Blocks without which a sequence of so many positions cannot go on, of all groups."""
+        columns = -(-n_positions // BLOCK_TOKENS)
+        return sum(min(columns, most_blocks(window, n_positions)) for window in self.windows)
 
     def _publish(self, sequence: Running) -> None:
         if not self.prefix_cache or sequence.embeds:
@@ -449,7 +454,7 @@ class Scheduler:
             parent = sequence.keys[-1] if sequence.keys else b""
             tokens = sequence.tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
             sequence.keys.append(chain_key(parent, tokens, sequence.salt))
-            self.pool.publish(sequence.blocks[index], sequence.keys[-1])
+            sequence.blocks.publish(index, sequence.keys[-1])
 
     def _preempt(self, sequence: Running, chunks: dict[Running, Chunk]) -> None:
         chunks.pop(sequence, None)
@@ -479,7 +484,5 @@ class Scheduler:
         del self._alive[sequence.request_id]
 
     def _release(self, sequence: Running) -> None:
-        # The end of a prefix is of less use than its beginning: released first, it is taken first.
-        for block in reversed(sequence.blocks):
-            self.pool.release(block)
-        sequence.blocks, sequence.keys, sequence.n_computed, sequence.draft = [], [], 0, []
+        sequence.blocks.cut(0)
+        sequence.keys, sequence.n_computed, sequence.draft = [], 0, []

@@ -20,7 +20,7 @@ that come one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,9 @@ from quadriga.kernels.cpu.program import Batch
 from quadriga.quant.packed import BLOCK_TOKENS
 
 Ids = Sequence[int]
+Column = tuple[int, ...]
+"""The blocks of 16 positions, one for each group of layers. Nothing is let go before a context is done with."""
+
 Done = Callable[[int], None]
 """Called with the number of requests that have just been scored."""
 
@@ -106,7 +109,7 @@ class _Piece:
 
     start: int
     tokens: tuple[int, ...]
-    blocks: list[int]
+    blocks: list[Column]
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class _Stem:
     """A context of the present group, and who continues it."""
 
     length: int
-    blocks: list[int]
+    blocks: list[Column]
     members: list[int]
 
 
@@ -123,15 +126,16 @@ class _Scorer:
 
     def __init__(self, engine: Engine, continuations: Sequence[Ids], done: Done) -> None:
         self._runner, self._pool = engine.runner, engine.scheduler.pool
+        self._n_groups = len(engine.scheduler.windows)
         self._continuations, self._done = continuations, done
         self._logprobs: list[list[float]] = [[] for _ in continuations]
         self._greedy = [True] * len(continuations)
         self._reserve = max(map(len, continuations), default=0) // BLOCK_TOKENS + 2
         self._path: tuple[int, ...] = ()
-        self._blocks: list[int] = []  # of the path
+        self._blocks: list[Column] = []  # of the path
         self._stems: list[_Stem] = []
-        self._retired: list[int] = []  # off the path, but the group's continuations read them
-        self._own: list[int] = []  # of the continuation that is being put into passes
+        self._retired: list[Column] = []  # off the path, but the group's continuations read them
+        self._own: list[Column] = []  # of the continuation that is being put into passes
         self._group_tokens = 0
         self._new_pass()
 
@@ -141,7 +145,7 @@ class _Scorer:
         self._rows: list[int] = []
         self._asked: list[list[tuple[int, int]]] = []  # per row: (request, the token whose probability is wanted)
         self._copies: list[tuple[int, int]] = []
-        self._passing: list[int] = []  # blocks that are free after this pass
+        self._passing: list[Column] = []  # blocks that are free after this pass
 
     # First wave ------------------------------------------------------------------------------------------------------
 
@@ -154,7 +158,7 @@ class _Scorer:
         self._retired += self._blocks[keep:]
         del self._blocks[keep:]
         self._path = context
-        if self._pool.n_free < -(-len(context) // BLOCK_TOKENS) - keep + self._reserve:
+        if self._pool.n_free < self._n_groups * (-(-len(context) // BLOCK_TOKENS) - keep + self._reserve):
             self.finish_group()  # any continuation must find room after its context
         at = keep * BLOCK_TOKENS
         self._group_tokens += len(context) - at
@@ -179,15 +183,14 @@ class _Scorer:
                 if len(self._continuations[i]) > 1:
                     self._continue(stem, i)
         self._flush()
-        for block in self._retired:
-            self._pool.release(block)
+        self._release(self._retired)
         self._stems, self._retired, self._group_tokens = [], [], 0
 
     def _continue(self, stem: _Stem, request: int) -> None:
         ids = tuple(self._continuations[request])
         tokens, n_shared = ids[:-1], stem.length // BLOCK_TOKENS
         at, end = 0, stem.length + len(ids) - 1
-        own = self._own = list[int]()
+        own = self._own = list[Column]()
         while at < len(tokens):
             if self._n_tokens >= PASS_TOKENS or len(self._rows) >= MOST_ROWS:
                 self._flush()
@@ -195,7 +198,7 @@ class _Scorer:
             while (n_shared + len(own)) * BLOCK_TOKENS < stem.length + at + n:
                 own.append(self._block(end, self._flush))
                 if len(own) == 1 and stem.length % BLOCK_TOKENS:
-                    self._copies.append((stem.blocks[n_shared], own[0]))
+                    self._copies += zip(stem.blocks[n_shared], own[0], strict=True)
             piece = _Piece(stem.length + at, tokens[at : at + n], stem.blocks[:n_shared] + own)
             self._put(piece, [[(request, ids[at + 1 + j])] for j in range(n)])
             at += n
@@ -225,26 +228,29 @@ class _Scorer:
                     self._greedy[request] &= best[row] == token
                     finished += len(self._logprobs[request]) == len(self._continuations[request])
             self._done(finished)
-        for block in self._passing:
-            self._pool.release(block)
+        self._release(self._passing)
         self._new_pass()
 
-    def _block(self, n_positions: int, make_room: Callable[[], None]) -> int:
-        block = self._pool.allocate()
-        if block is None:
+    def _block(self, n_positions: int, make_room: Callable[[], None]) -> Column:
+        if self._pool.n_free < self._n_groups:
             make_room()
-            block = self._pool.allocate()
-        if block is None:
+        if self._pool.n_free < self._n_groups:
             raise RequestError(
                 f"{n_positions} tokens do not fit into the free part of the cache. Give the engine more of it "
                 "(kv_memory), or ask again when its other requests are done."
             )
-        return block
+        blocks = [self._pool.allocate() for _ in range(self._n_groups)]
+        return tuple(block for block in blocks if block is not None)
+
+    def _release(self, columns: Iterable[Column]) -> None:
+        for column in columns:
+            for block in column:
+                self._pool.release(block)
 
     def _batch(self) -> Batch:
         tokens: list[int] = []
         positions: list[int] = []
-        tables: list[int] = []
+        tables: list[Column] = []
         starts, table_starts = [0], [0]
         for piece in self._pieces:
             end = piece.start + len(piece.tokens)
@@ -253,13 +259,12 @@ class _Scorer:
             tables += piece.blocks[: -(-end // BLOCK_TOKENS)]
             starts.append(len(tokens))
             table_starts.append(len(tables))
-        ints = (tokens, positions, starts, tables, table_starts, self._rows)
+        ints = (tokens, positions, starts, [*zip(*tables, strict=True)], table_starts, self._rows)
         return Batch(*(np.array(x, dtype=np.int32) for x in ints))
 
     def close(self) -> None:
         """Give every block back."""
-        for block in (*self._passing, *self._own, *self._retired, *self._blocks):
-            self._pool.release(block)
+        self._release((*self._passing, *self._own, *self._retired, *self._blocks))
         self._passing, self._own, self._retired, self._blocks = [], [], [], []
 
     def results(self) -> list[Scored]:

@@ -59,7 +59,12 @@ class TextModel:
         return self.llm.score([self.pair(*request) for request in several(requests, "requests")], done=done)
 
     def rolling(self, texts: Sequence[str], *, done: Done = lambda n: None) -> list[Scored]:
-        """How probable each whole text is: windows that do not overlap, each begun by one token of context."""
+        """How probable each whole text is, in the windows of EleutherAI's harness.
+
+        Every token is predicted once, in windows as long as the model's context; the first begins after the
+        vocabulary's first token, each next one after one token of context, and the last, which has fewer to predict,
+        after as many as fit. 300 tokens at a context of 128: (1, 128), (1, 128), (85, 44).
+        """
         windows: list[tuple[list[int], list[int]]] = []
         owner: list[int] = []
         size = self.llm.config.max_seq_len
@@ -68,8 +73,9 @@ class TextModel:
             if not ids:
                 raise RequestError("a text to score needs at least one token")
             for start in range(0, len(ids), size):
-                before = [self._first_id] if start == 0 else [ids[start - 1]]
-                windows.append((before, ids[start : start + size]))
+                stop = min(start + size, len(ids))
+                before = [self._first_id] if start == 0 else ids[stop - size - 1 : start]
+                windows.append((before, ids[start:stop]))
                 owner.append(i)
         merged: list[list[Scored]] = [[] for _ in texts]
         for i, scored in zip(owner, self.llm.score(windows), strict=True):

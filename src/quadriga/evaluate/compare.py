@@ -60,6 +60,7 @@ def read(path: Path) -> MeasuredModel:
         for name, task in body["tasks"].items():
             figure = task["figures"][task["main"]]
             part = "" if task["items"] == task["items_whole"] else f", {task['items']} of {task['items_whole']} items"
+            part += ", a sample" if task.get("sample") else ""
             error = None if figure["stderr"] is None else 100 * figure["stderr"]
             if "perplexity" not in task["main"]:
                 note = f"{task['title']}, {task['shots']} shots, {task['main']}{part}"

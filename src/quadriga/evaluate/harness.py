@@ -83,6 +83,8 @@ class TaskResult:
     """Group name -> the main figure over that group's items."""
     prompt_hash: str
     data: dict[str, str]
+    sample: bool
+    """True if a file was only a sample of this package: these are not all of the task's questions."""
     seconds: float
     """Duration of this run, which may have started with some items already in the journal."""
     n_new: int
@@ -187,7 +189,7 @@ def run_task(
         raise EvaluationError(
             f"{task.name} runs programs that the model writes: it needs a runner (evaluate.sandbox.Sandbox), got None"
         )
-    data.used = {}
+    data.used, data.samples = {}, {}
     whole = task.items(data, model, options.shots)
     items = whole[: options.limit]
     shots = task.shots if options.shots is None else options.shots
@@ -223,6 +225,7 @@ def run_task(
         groups=_groups(task, items, scores),
         prompt_hash=digest,
         data=dict(data.used),
+        sample=bool(data.samples),
         seconds=seconds,
         n_new=n_new,
     )

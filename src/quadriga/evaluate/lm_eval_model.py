@@ -97,11 +97,8 @@ def write_tasks(folder: Path, data: Data | None = None) -> list[str]:
     """
     data = data or Data()
     folder.mkdir(parents=True, exist_ok=True)
-    root = data.folder.resolve()
     checked = ("hellaswag/validation", "winogrande/validation_xl", "gsm8k/train", "gsm8k/test")
-    paths = {name: root / f"{name}.jsonl" for name in checked}
-    for name in checked:
-        data.bytes(f"{name}.jsonl")
+    paths = {name: data.path(f"{name}.jsonl") for name in checked}
     none = dict.fromkeys(("training_split", "validation_split"))
     itself = {**none, "test_split": "validation", "fewshot_split": "validation"}  # shots from the questions
     splits = {split: _arc_file(folder, data, split) for split in ("test", "validation")}

@@ -44,6 +44,7 @@ def _task(result: TaskResult) -> dict[str, Any]:
         "shots": result.shots,
         "items": result.n_items,
         "items_whole": result.n_whole,
+        "sample": result.sample,
         "main": task.main,
         "figures": {name: _figure(figure) for name, figure in result.figures.items()},
         "groups": {name: _figure(figure) for name, figure in result.groups.items()},
@@ -87,6 +88,7 @@ def table(results: Sequence[TaskResult]) -> list[tuple[str, ...]]:
     for result in results:
         names = [result.task.main, *(n for n in result.figures if n != result.task.main)]
         whole = "" if result.n_items == result.n_whole else f" of {result.n_whole}"
+        whole += " (sample)" if result.sample else ""
         for i, name in enumerate(names):
             head = (result.task.title, str(result.shots), f"{result.n_items}{whole}") if i == 0 else ("", "", "")
             rows.append((*head, name, shown(name, result.figures[name])))

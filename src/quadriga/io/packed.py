@@ -2,8 +2,9 @@
 
     a packed Quadriga directory   read by several threads into huge pages; memory-mapped if it is nearly all of memory
     GGUF Q8_0, Q4_0, Q4_1; GPTQ   blocks rearranged, no number changed (GPTQ of 4 bits, symmetric, in order)
+    GGUF Q2_K .. Q6_K, IQ4_NL, IQ4_XS   the same
     MXFP4                         as mx4, its codes beside float16 scales, no number changed
-    GGUF's Q5_0, IQ4_NL, TQ1_0, TQ2_0   as q8, whose integers hold their numbers exactly
+    GGUF's Q5_0, TQ1_0, TQ2_0     as q8, whose integers hold their numbers exactly
     anything else                 read part by part and packed as `format` says
 
 Routers, biases and vectors are float32 in every case.
@@ -12,9 +13,10 @@ Routers, biases and vectors are float32 in every case.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from quadriga.io import directory as engine_file
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.mxfp4_source import Mxfp4Source
 from quadriga.io.open import Checkpoint
-from quadriga.io.parameters import Progress, unpack
+from quadriga.io.parameters import Progress, from_stored
 from quadriga.io.quantised.source import QuantisedSource
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import STORED, Bytes, Packed, Parameter, allocate, pack, pack_blocks, pack_mx4
@@ -35,12 +37,9 @@ from quadriga.model.weight_map import Piece, Shape, parameter_shapes, source_ind
 from quadriga.quant import mxfp4
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.formats import FORMATS
-from quadriga.quant.packed import FROM_GGUF, PACKED
+from quadriga.quant.packed import FROM_GGUF, OF_BLOCKS, PACKED, QUANTISED
 
 FORMATS_TO_LOAD = ("keep", *PACKED)
-
-QUANTISED = ("q8", "q4", "q4m", "mx4")
-"""Packed formats whose weights are integers with a scale."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def load_packed(
     """Every parameter, packed.
 
     Args:
-        form: one of FORMATS_TO_LOAD. ``keep`` takes Q8_0, Q4_0 and Q4_1 blocks, float32 and bfloat16 as they are;
+        form: one of FORMATS_TO_LOAD. ``keep`` takes the blocks of ``FROM_GGUF``, float32 and bfloat16 as they are;
             float16 becomes bfloat16, MXFP4 mx4, other block formats q8.
         expert_memory: leave experts on disk, with a cache of this many bytes (packed directories only).
         progress: called after each matrix.
@@ -86,6 +85,8 @@ def load_packed(
     for name, shape in shapes.items():
         if len(shape) == 1:
             parameters[name] = as_float32(checkpoint.parameters.read(name))
+        elif form == "keep" and name.endswith("attn.wqkv.weight") and (runs := _runs_of_rows(checkpoint, name)):
+            parameters[name] = [_read_rows(checkpoint, run).pack(FROM_GGUF.get(block, "q8")) for block, run in runs]
         else:
             matrices = list(pack_parameter(checkpoint, name, shape, form))
             parameters[name] = matrices if len(shape) == 3 else matrices[0]
@@ -115,9 +116,10 @@ def packed_format(checkpoint: Checkpoint, name: str, form: str) -> str:
         return "float32"
     if form != "keep":
         return form
-    stored = {checkpoint.source.tensors[piece.source].dtype for piece in checkpoint.pieces if piece.target == name}
+    pieces = _pieces(checkpoint, name)
+    stored = {checkpoint.source.tensors[piece.source].dtype for piece in pieces}
     one = next(iter(stored))
-    if len(stored) == 1 and one in FROM_GGUF:
+    if len(stored) == 1 and one in FROM_GGUF and (FROM_GGUF[one] not in OF_BLOCKS or _blocks_of(checkpoint, pieces)):
         return FROM_GGUF[one]
     if stored == {"mxfp4"}:
         return "mx4"
@@ -168,6 +170,38 @@ class Unpacked:
             raise CheckpointError(f"{self.name}: {error}") from None
 
 
+def _blocks_of(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> set[str]:
+    """The block formats that pieces are stored in, if all of them are whole rows of blocks; else none."""
+    of_blocks = isinstance(checkpoint.source, (GGUFSource, QuantisedSource)) and all(map(_is_rows, pieces))
+    stored = {checkpoint.source.tensors[piece.source].dtype for piece in pieces}
+    return stored if of_blocks and stored <= STORED.keys() else set()
+
+
+def _pieces(checkpoint: Checkpoint, name: str) -> list[Piece]:
+    """What a parameter is made of, in the order of its rows (a matrix) or of its experts."""
+    pieces = (piece for piece in checkpoint.pieces if piece.target == name)
+    return sorted(pieces, key=lambda piece: (piece.target_box or whole(piece.target_shape))[0])
+
+
+def _runs_of_rows(checkpoint: Checkpoint, name: str) -> list[tuple[str, list[Piece]]]:
+    """A matrix whose rows are blocks of several formats as runs of rows of one, in order; none: it is not such."""
+    pieces = _pieces(checkpoint, name)
+    if len(_blocks_of(checkpoint, pieces)) < 2:
+        return []
+    runs = groupby(pieces, lambda piece: checkpoint.source.tensors[piece.source].dtype)
+    return [(block, list(run)) for block, run in runs]
+
+
+def _read_rows(checkpoint: Checkpoint, run: list[Piece]) -> Unpacked:
+    """One of :func:`_runs_of_rows`."""
+    source, shape = checkpoint.source, run[0].target_shape
+    assert isinstance(source, (GGUFSource, QuantisedSource)), "blocks"
+    first, last = ((piece.target_box or whole(shape))[0] for piece in (run[0], run[-1]))
+    block = source.tensors[run[0].source].dtype
+    rows = _block_rows(source, run, shape, 0, block)[first[0] : last[1]]
+    return Unpacked(run[0].target, len(rows), shape[1], blocks=rows, block_format=block)
+
+
 def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Unpacked:
     """One matrix of a parameter; blocks as they are stored, where they are whole rows of it.
 
@@ -176,16 +210,11 @@ def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Un
         form: what it will be packed as.
     """
     shape = parameter_shapes(checkpoint.config)[name]
-    pieces = [piece for piece in checkpoint.pieces if piece.target == name]
+    pieces = _pieces(checkpoint, name)
     source, (rows, cols) = checkpoint.source, shape[-2:]
     stored = {source.tensors[piece.source].dtype for piece in pieces}
-    block = next(iter(stored))
-    if (
-        isinstance(source, (GGUFSource, QuantisedSource))
-        and len(stored) == 1
-        and block in STORED
-        and all(map(_is_rows, pieces))
-    ):
+    if isinstance(source, (GGUFSource, QuantisedSource)) and len(_blocks_of(checkpoint, pieces)) == 1:
+        block = next(iter(stored))
         raw = _block_rows(source, pieces, shape, expert, block)
         return Unpacked(name, rows, cols, blocks=raw, block_format=block)
     if isinstance(source, Mxfp4Source) and stored == {"mxfp4"} and all(map(_is_stack, pieces)):
@@ -244,7 +273,7 @@ def _block_rows(
             start, n, to = first, target[0][1] - target[0][0], target[0][0]
         raw = np.frombuffer(source.raw(piece.source, start, start + n), dtype=np.uint8).reshape(n, row_bytes)
         if piece.rotary_heads:  # the order of rows, found by moving their numbers as values are moved
-            order = unpack(np.arange(n)[:, None], piece)[:, 0]
+            order = from_stored(np.arange(n)[:, None], piece)[:, 0]
             raw = raw[order]
         out[to : to + n] = raw
     return out

@@ -1,8 +1,8 @@
 """A checkpoint seen as the model's parameters: any box of any parameter, whatever layout it is stored in.
 
 :class:`ParameterView` reads a source through its weight map; :func:`slices` cuts the pieces of a map into parts small
-enough to hold, and :func:`unpack` / :func:`pack` move one part's numbers between the two layouts. Import, export,
-conversion and loading are loops over these four.
+enough to hold, and :func:`from_stored` / :func:`to_stored` move one part's numbers between the two layouts. Import,
+export, conversion and loading are loops over these four.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def slices(piece: Piece, max_elements: int) -> Iterator[Piece]:
         )
 
 
-def unpack(stored: Array, piece: Piece) -> Array:
+def from_stored(stored: Array, piece: Piece) -> Array:
     """The target box of a piece from its source box."""
     if piece.stride is not None:
         axis = (slice(None),) * piece.stride.axis
@@ -83,8 +83,8 @@ def to_pairs(values: Array, n_heads: int) -> Array:
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
-def pack(values: Array, piece: Piece) -> Array:
-    """What a piece takes of its source, from its target box: the inverse of :func:`unpack`, the same bits in order.
+def to_stored(values: Array, piece: Piece) -> Array:
+    """What a piece takes of its source, from its target box: the inverse of :func:`from_stored`, bit for bit.
 
     Its place in the source is ``weight_map.source_index``.
     """
@@ -143,7 +143,7 @@ class ParameterView:
     def _part(self, piece: Piece) -> Array:
         if self._kept is None or self._kept[0] != piece:
             self._kept = None  # free the old part before reading the next
-            self._kept = (piece, unpack(self.source.read(piece.source, piece.source_box), piece))
+            self._kept = (piece, from_stored(self.source.read(piece.source, piece.source_box), piece))
         return self._kept[1]
 
 

@@ -19,6 +19,8 @@ from quadriga.errors import ConfigError
 from quadriga.model.families.keys import Keys
 
 FILE = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+HEAD = "lm_head"
 
 _OF_INIT = "settings of a way to start training; init_lora_weights says which one was taken"
 HARMLESS: Mapping[str, str] = {

@@ -62,7 +62,7 @@ class Choice:
 
     top_k: int
     score: str = "softmax"
-    """softmax over all experts, or each one's sigmoid."""
+    """softmax over all experts, each one's sigmoid, or sparse_mixer; see ``MoESpec``."""
     normalize_p: float | None = 1.0
     """weight = score / max(p-norm of the chosen scores + normalize_eps, normalize_min) * scale; None: score * scale."""
     normalize_eps: float = 0.0
@@ -71,6 +71,8 @@ class Choice:
     n_groups: int = 1
     """Groups of neighbours, each worth its two best scores together; only the top_k_groups best are chosen from."""
     top_k_groups: int = 1
+    near: float = 0.0
+    """Of a sparse mixer, ``2 * MoESpec.mixer_eps``."""
 
 
 @dataclass(frozen=True)

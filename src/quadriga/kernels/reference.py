@@ -97,12 +97,32 @@ def route(
     logits = F.linear(_wide(x), _wide(weight))
     if bias is not None:
         logits = logits + bias
+    if how.score == "sparse_mixer":
+        assert correction is None, "a sparse mixer chooses by its logits alone"
+        ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, : how.top_k]
+        return Routing(ids, mix_sparsely(logits, ids, how, logits), logits.softmax(-1), logits)
     scores = score(logits, how)
     # A stable sort, not topk: equal scores must take the lower expert id on every device and batch size.
     ids = standing(scores, how, correction).sort(dim=-1, descending=True, stable=True).indices[:, : how.top_k]
     chosen = scores.gather(1, ids)
     probs = scores if how.score == "softmax" else scores / scores.sum(-1, keepdim=True)
     return Routing(ids, weigh(chosen, how), probs, logits)
+
+
+def mix_sparsely(logits: Tensor, ids: Tensor, how: Choice, judged: Tensor) -> Tensor:
+    """Weights (N, k) of the experts chosen by a sparse mixer; see ``MoESpec``.
+
+    Args:
+        judged: (N, E) the logits by which it is judged what is near; no gradient comes from them.
+    """
+    weights, left = [], logits
+    for chosen in ids.T[:, :, None]:  # (N, 1)
+        with torch.no_grad():
+            best = judged.gather(1, chosen)
+            far = (best - judged) > how.near * torch.maximum(judged.abs(), best)
+        weights.append(left.masked_fill(far, float("-inf")).softmax(-1).gather(1, chosen))
+        left = left.scatter(1, chosen, float("-inf"))
+    return torch.cat(weights, dim=-1)
 
 
 def score(logits: Tensor, how: Choice) -> Tensor:

@@ -336,8 +336,9 @@ class DenseSpec:
         _require(self.gated or self.activation != "clamped_glu", "the activation clamped_glu needs a gated network")
 
 
-Score = Literal["softmax", "sigmoid"]
-"""How logits become scores: each against all others, or each by itself (DeepSeek-V3)."""
+Score = Literal["softmax", "sigmoid", "sparse_mixer"]
+"""How logits become scores: each against all others, each by itself (DeepSeek-V3), or each of the two best against
+those that are near it (``sparse_mixer``: Phi-3.5-MoE, Liu et al. 2023)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,6 +349,9 @@ class MoESpec:
     choice  = the top_k of score (+ correction), within the best ``top_k_groups`` of ``n_groups`` groups
     weight  = score of the chosen, divided by their norm, times ``routed_scale``
     out     = sum of weight * expert(x)  (+ shared(x), with ``shared_gate`` times sigmoid(w x))
+
+    With ``sparse_mixer`` the two greatest logits are chosen. The first one's weight is its softmax over the experts
+    with (best - logit) <= 2 ``mixer_eps`` max(|logit|, best), the second one's the same over all but the first.
 
     A softmax over the chosen logits alone (Mixtral, gpt-oss) is ``softmax`` with ``normalize_p`` 1: the sum over all
     experts cancels.
@@ -371,6 +375,8 @@ class MoESpec:
     """The least that is divided by (ERNIE: 1e-12)."""
     routed_scale: float = 1.0
     """What the chosen weights are multiplied by at last."""
+    mixer_eps: float | None = None
+    """How near logits must be to count beside a chosen one, as a share of them; for ``sparse_mixer`` alone."""
     correction: bool = False
     """True: a bias on the scores for the choice alone, stored with the model and trained by no gradient."""
     n_groups: int = 1
@@ -408,7 +414,18 @@ class MoESpec:
         self._check_choice()
 
     def _check_choice(self) -> None:
-        _require(self.score in ("softmax", "sigmoid"), f"ffn.score must be 'softmax' or 'sigmoid', got {self.score!r}")
+        known = ("softmax", "sigmoid", "sparse_mixer")
+        _require(self.score in known, f"ffn.score must be one of {', '.join(known)}; got {self.score!r}")
+        if self.score == "sparse_mixer":
+            _require(
+                self.top_k == 2 and self.normalize_p is None and not self.correction and self.n_groups == 1,
+                "a sparse mixer chooses two experts of all, by their logits, and does not divide their weights: it "
+                "needs top_k 2, normalize_p None, no correction and one group",
+            )
+            _require(self.mixer_eps is not None, "a sparse mixer needs mixer_eps")
+            _require_number("ffn", mixer_eps=self.mixer_eps or 0.0)
+        else:
+            _require(self.mixer_eps is None, "mixer_eps is a sparse mixer's alone")
         _require_number("ffn", above=-1e-30, normalize_eps=self.normalize_eps, normalize_min=self.normalize_min)
         _require_number("ffn", routed_scale=self.routed_scale)
         size = self.n_experts // self.n_groups
@@ -433,19 +450,22 @@ def _require_activation(activation: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One layer: h + r mixer(norm(h)), then h + r ffn(norm(h)), r the residual scale."""
+    """One layer: h + r mixer(norm(h)), then h + r ffn(norm(h)), r the residual scale; or r norm(mixer(h)), or both."""
 
     norm: NormSpec
-    """Of both halves: a norm of its own before the mixer and before the feed-forward."""
+    """Of all norms of the layer, each with weights of its own."""
     mixer: AttentionSpec
     ffn: DenseSpec | MoESpec
     post_norms: bool = False
     """True adds a norm after the mixer and after the feed-forward, inside the residual branch (Grok-1's sandwich)."""
+    pre_norms: bool = True
+    """False: mixer and feed-forward read the residual stream as it is (OLMo 2, with post_norms)."""
     residual_scale: float = 1.0
     """What both branches are multiplied by before they are added (Granite: 0.22)."""
 
     def __post_init__(self) -> None:
         _require_number("layer", residual_scale=self.residual_scale)
+        _require(self.pre_norms or self.post_norms, "a layer needs norms before its branches, behind them, or both")
 
     @property
     def moe(self) -> MoESpec | None:
@@ -598,6 +618,7 @@ def uniform_model(
     mixer: AttentionSpec,
     ffn: DenseSpec | MoESpec,
     post_norms: bool = False,
+    pre_norms: bool = True,
     residual_scale: float = 1.0,
     **model: Any,
 ) -> ModelConfig:
@@ -606,5 +627,7 @@ def uniform_model(
     Args:
         model: the other fields of :class:`ModelConfig`.
     """
-    layer = LayerSpec(norm=norm, mixer=mixer, ffn=ffn, post_norms=post_norms, residual_scale=residual_scale)
+    layer = LayerSpec(
+        norm=norm, mixer=mixer, ffn=ffn, post_norms=post_norms, pre_norms=pre_norms, residual_scale=residual_scale
+    )
     return ModelConfig(layers=uniform(layer, n_layers), final_norm=norm, **model)

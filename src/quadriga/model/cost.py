@@ -2,7 +2,7 @@
 
     decode one token     FLOPs = 2 * (active parameters that multiply) + sum over layers of 4 H d T   T cached positions
     keep one token       bytes = sum over layers of 2 K d * size of an element                        keys and values
-                         (with a window W a layer sees and reads min(T, W) positions; all T are kept)
+                         (with a window W a layer sees and reads min(T, W) positions, and keeps them to the block)
     hold the weights     bytes = sum over parameters of elements / block * bytes of a block
 
 Every count walks ``weight_map.parameter_shapes``, the same table the model and its checkpoints are built from, so it
@@ -17,9 +17,11 @@ from math import prod
 from typing import NamedTuple
 
 from quadriga.errors import ConfigError
+from quadriga.model.cache_layout import cache_layout, most_blocks
 from quadriga.model.config import ModelConfig, MoESpec
 from quadriga.model.weight_map import Shape, layer_shapes, parameter_shapes, stays_float32
 from quadriga.quant import formats
+from quadriga.quant.packed import BLOCK_TOKENS
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element by dtype name."""
@@ -83,6 +85,20 @@ def kv_bytes_per_token(config: ModelConfig, dtype: str = "bfloat16") -> int:
     return numbers * ELEMENT_BYTES[dtype]
 
 
+def kv_bytes(config: ModelConfig, context: int, dtype: str = "bfloat16") -> int:
+    """Bytes of the cache that a sequence of ``context`` positions holds; see ``model.cache_layout``.
+
+    Raises:
+        ConfigError: ``dtype`` is not one of ELEMENT_BYTES.
+    """
+    cache = cache_layout(config)
+    whole = kv_bytes_per_token(config, dtype)  # in one group, of all layers
+    if cache.n_groups > 1:
+        numbers = sum(config.layers[layer].mixer.state.numbers_per_token for layer in cache.slot_layers)
+        whole = numbers * ELEMENT_BYTES[dtype]
+    return whole * sum(min(context, most_blocks(window, context) * BLOCK_TOKENS) for window in cache.windows)
+
+
 def flops_per_token(config: ModelConfig, context: int) -> int:
     """Floating-point operations of a forward pass for one token that attends to ``context`` positions.
 
@@ -134,7 +150,7 @@ def expected_distinct_experts(ffn: MoESpec, n_tokens: int) -> float:
 
 def memory_needed(config: ModelConfig, form: str, context: int, kv_dtype: str = "bfloat16") -> int:
     """Bytes of the weights in ``form`` and of a cache for a sequence of ``context`` tokens."""
-    return weight_bytes(config, form) + context * kv_bytes_per_token(config, kv_dtype)
+    return weight_bytes(config, form) + kv_bytes(config, context, kv_dtype)
 
 
 def fits(config: ModelConfig, form: str, context: int, memory_bytes: int, kv_dtype: str = "bfloat16") -> bool:

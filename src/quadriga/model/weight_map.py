@@ -5,10 +5,10 @@ A :class:`Piece` ties a box of one *source* tensor (named as in the checkpoint) 
 the round trip. The pieces of a map must cover every element of every source tensor and of every parameter exactly once;
 :func:`check_cover` holds them to it before a byte is read.
 
-    parameter[target_box] = unpack(source[source_box])
+    parameter[target_box] = from_stored(source[source_box])
 
-    unpack:  take every n-th index of an axis if `stride`  ->  view as `view` if given  ->  swap the last two axes
-             if `transpose`  ->  un-interleave rotary rows if `rotary_heads` > 0
+    from_stored:  take every n-th index of an axis if `stride`  ->  view as `view` if given  ->  swap the last two
+             axes if `transpose`  ->  un-interleave rotary rows if `rotary_heads` > 0
 
 Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, V vocab):
 
@@ -116,7 +116,7 @@ def _norm_shapes(name: str, norm: NormSpec, d_model: int) -> dict[str, Shape]:
 def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
     """Every parameter of one layer, without the ``layers.{i}.`` before its name, in the order of a forward pass."""
     d, attn, ffn = d_model, layer.mixer, layer.ffn
-    shapes: dict[str, Shape] = _norm_shapes("attn_norm", layer.norm, d)
+    shapes: dict[str, Shape] = _norm_shapes("attn_norm", layer.norm, d) if layer.pre_norms else {}
     shapes["attn.wqkv.weight"] = (attn.qkv_dim, d)
     if attn.qkv_bias:
         shapes["attn.wqkv.bias"] = (attn.qkv_dim,)
@@ -131,7 +131,8 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
         shapes["attn.k_norm.weight"] = (attn.head_dim if by_head else attn.kv_dim,)
     if layer.post_norms:
         shapes |= _norm_shapes("attn_post_norm", layer.norm, d)
-    shapes |= _norm_shapes("ffn_norm", layer.norm, d)
+    if layer.pre_norms:
+        shapes |= _norm_shapes("ffn_norm", layer.norm, d)
     match ffn:
         case DenseSpec():
             if ffn.gated:

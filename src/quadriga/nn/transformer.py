@@ -1,7 +1,7 @@
 """The one Transformer every family runs on: embed, blocks, norm, head, over N packed tokens.
 
-    block:  h = h + scale * [post_norm] attention(norm(h))
-            h = h + scale * [post_norm] ffn(norm(h))          ffn is one network or a mixture of experts
+    block:  h = h + scale * [post_norm] attention([norm] h)
+            h = h + scale * [post_norm] ffn([norm] h)         ffn is one network or a mixture of experts
 
 The post norms exist only where the config asks for them (Grok-1's sandwich). Nothing here knows sequences, caches or
 sampling: those live behind the ForwardContext. Parameter names and shapes are those of ``model.weight_map``.
@@ -36,15 +36,15 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each normed before and added to the residual stream."""
+    """One layer: attention and feed-forward, each normed before, behind, or both, and added to the residual stream."""
 
     def __init__(self, d_model: int, spec: LayerSpec, layer: int) -> None:
         super().__init__()
         d = d_model
         self.residual_scale = spec.residual_scale
-        self.attn_norm = Norm(d, spec.norm)
+        self.attn_norm = Norm(d, spec.norm) if spec.pre_norms else nn.Identity()
         self.attn = Attention(d, spec.mixer, layer)
-        self.ffn_norm = Norm(d, spec.norm)
+        self.ffn_norm = Norm(d, spec.norm) if spec.pre_norms else nn.Identity()
         self.attn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
         self.ffn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
         self.ffn = FeedForward(d, spec.ffn) if isinstance(spec.ffn, DenseSpec) else None

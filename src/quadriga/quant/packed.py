@@ -9,9 +9,12 @@ whole groups, so any shape can be packed. The sizes are stated there too; ``test
     q4        the same:                                     w = d (q - 8),  q in 0..15        4.5 bits
     q4m       with a minimum:                               w = d q + m,    q in 0..15        5 bits
     mx4       as q4, of MXFP4's numbers:                    w = d k,        k in 0 1 2 3 4 6 8 12, +-   4.5 bits
+    iq4nl     as q4, of IQ4_NL's sixteen uneven numbers                                                 4.5 bits
+    q2k, q3k, q4k, q5k, q6k, iq4xs   GGUF's blocks of 256 columns of these names, a byte for each scale and minimum:
+                                                                       2.625, 3.625, 4.625, 5.625, 6.625, 4.375 bits
 
 MXFP4 becomes mx4 without loss, as long as half its scales are float16's: d is a power of two, 2^-24 to 2^15.
-GGUF's Q8_0, Q4_0 and Q4_1 blocks are converted to q8, q4 and q4m without loss.
+Blocks of the formats of ``FROM_GGUF`` are converted without loss.
 """
 
 from __future__ import annotations
@@ -51,11 +54,26 @@ PACKED: dict[str, PackedFormat] = {
         PackedFormat("q4", 64, 576),
         PackedFormat("q4m", 64, 640),
         PackedFormat("mx4", 64, 576),
+        PackedFormat("iq4nl", 64, 576),
+        PackedFormat("q2k", 256, 1344),
+        PackedFormat("q3k", 256, 1856),
+        PackedFormat("q4k", 256, 2368),
+        PackedFormat("q5k", 256, 2880),
+        PackedFormat("q6k", 256, 3392),
+        PackedFormat("iq4xs", 256, 2240),
     )
 }
 
-FROM_GGUF = {"q8_0": "q8", "q4_0": "q4", "q4_1": "q4m"}
+OF_BLOCKS = {
+    "iq4nl": "iq4_nl", "q2k": "q2_k", "q3k": "q3_k", "q4k": "q4_k", "q5k": "q5_k", "q6k": "q6_k", "iq4xs": "iq4_xs",
+}  # fmt: skip
+"""Packed formats that are made of a file's blocks only: numbers become such blocks first (``quant.codec.quantize``)."""
+
+FROM_GGUF = {"q8_0": "q8", "q4_0": "q4", "q4_1": "q4m"} | {block: form for form, block in OF_BLOCKS.items()}
 """Block format of a file -> the packed format that stores its blocks without loss."""
+
+QUANTISED = ("q8", "q4", "q4m", "mx4", *OF_BLOCKS)
+"""Packed formats whose weights are integers with scales."""
 
 BLOCK_TOKENS = 16
 """Positions per block of the KV cache, the same in every layer."""

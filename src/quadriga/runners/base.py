@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.model.adapter_spec import LoraSpec
+from quadriga.model.cache_layout import CacheLayout
 from quadriga.model.config import ModelConfig
 
 Floats = NDArray[np.float32]
@@ -94,10 +96,14 @@ class Runner(Protocol):
 
     config: ModelConfig
     n_blocks: int
+    cache: CacheLayout
+    """How the layers share the blocks."""
     kv_bytes: int
     """Bytes of all blocks."""
     store: ExpertStore | None
     """Where the experts are, if they stay on disk."""
+    row_sampler: RowSampler | None
+    """What chooses tokens from logits; None: the engine does, in NumPy."""
 
     @property
     def adapter_names(self) -> list[str]:
@@ -124,7 +130,7 @@ class Runner(Protocol):
         ...
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy the keys and values of whole blocks, (from, to), in every layer."""
+        """Copy the keys and values of whole blocks, (from, to)."""
         ...
 
     def row_stats(self, logits: Floats) -> tuple[list[int], list[float]]:

@@ -19,6 +19,8 @@ from quadriga.errors import ConfigError, RequestError
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
 from quadriga.kernels.cpu.program import AttentionArgs, Batch, ChoiceArgs, FFNArgs, NormArgs, Program, SharedArgs
+from quadriga.kernels.cpu.sampling import RowSampler
+from quadriga.model.cache_layout import CacheLayout, one_group
 from quadriga.model.config import AlibiSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
 from quadriga.model.positions import alibi_slopes, rotation
 from quadriga.model.weight_map import parameter_shapes, stays_float32
@@ -73,6 +75,7 @@ class CompiledModel:
         parameters: see ``Parameter``; named as in ``parameter_shapes``. They are used where they lie.
         threads: computing threads.
         n_blocks: KV blocks of 16 tokens.
+        cache: how layers share them; None: a block has room for all layers.
         kv_format: float32, bfloat16 or q8.
         activations: what quantised matrices are multiplied with: int8, int16, or auto: int16 for models of fewer than
             a billion parameters, which are sensitive (SmolLM2's perplexity: 23.67 and 23.73) and quick anyway.
@@ -91,6 +94,7 @@ class CompiledModel:
         *,
         threads: int,
         n_blocks: int,
+        cache: CacheLayout | None = None,
         kv_format: str = "bfloat16",
         activations: str = "auto",
         max_tokens: int = MAX_TOKENS,
@@ -112,7 +116,10 @@ class CompiledModel:
             isa=isa,
         )
         self.parameters, self.store = parameters, store
-        self._kv = [allocate(n_blocks * layer_block_bytes(layer, kv_format)) for layer in config.layers]
+        self.row_sampler = RowSampler(self.program.context)
+        self.cache = cache or one_group(config.n_layers)
+        shares = [layer_block_bytes(config.layers[layer], kv_format) for layer in self.cache.slot_layers]
+        self._kv = [allocate(n_blocks * n_bytes) for n_bytes in shares]
         self.kv_bytes = sum(kv.nbytes for kv in self._kv)
         embed = self._packed("embed.weight")
         self.program.embed(embed, config.embedding_scale)
@@ -156,7 +163,7 @@ class CompiledModel:
         )
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy the keys and values of whole blocks, (from, to), in every layer."""
+        """See :class:`Runner`."""
         source, target = (list(side) for side in zip(*pairs, strict=True))
         for kv in self._kv:
             blocks = kv.reshape(self.n_blocks, -1)
@@ -205,9 +212,9 @@ class CompiledModel:
             rms = NormSpec(kind="rms", eps=spec.qk_norm.eps)
             q_norm, k_norm = (self._norm(f"{p}attn.{part}_norm.weight", rms) for part in "qk")
         return AttentionArgs(
-            norm=self._norm(p + "attn_norm.weight", shape.norm),
+            norm=self._norm(p + "attn_norm.weight", shape.norm) if shape.pre_norms else None,
             post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
-            wqkv=self._packed(p + "attn.wqkv.weight"),
+            wqkv=self._pieces(p + "attn.wqkv.weight"),
             wo=self._packed(p + "attn.wo.weight"),
             n_heads=spec.n_heads,
             n_kv_heads=spec.n_kv_heads,
@@ -221,7 +228,8 @@ class CompiledModel:
             inverse_frequencies=None if turning is None else turning.frequencies,
             rotary_scale=1.0 if turning is None else turning.scale,
             alibi_slopes=slopes,
-            kv=self._kv[layer],
+            kv=self._kv[self.cache.slots[layer]],
+            cache_group=self.cache.groups[layer],
             kv_format=self.kv_format,
             qkv_bias=self._vector(p + "attn.wqkv.bias") if spec.qkv_bias else None,
             out_bias=self._vector(p + "attn.wo.bias") if spec.out_bias else None,
@@ -232,7 +240,7 @@ class CompiledModel:
 
     def _ffn(self, layer: int) -> FFNArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
-        ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm)
+        ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm) if shape.pre_norms else None
         post = self._norm(p + "ffn_post_norm.weight", shape.norm) if shape.post_norms else None
         match ffn:
             case DenseSpec():
@@ -274,6 +282,7 @@ class CompiledModel:
                         normalize_eps=ffn.normalize_eps,
                         normalize_min=ffn.normalize_min,
                         scale=ffn.routed_scale,
+                        near=2 * (ffn.mixer_eps or 0.0),
                         bias=self._vector_or_none(p + "moe.router.bias"),
                         correction=self._vector_or_none(p + "moe.router.correction"),
                     ),
@@ -305,6 +314,11 @@ class CompiledModel:
         parameter = self.parameters[name]
         assert isinstance(parameter, Packed), f"{name} is a packed matrix"
         return parameter
+
+    def _pieces(self, name: str) -> Sequence[Packed]:
+        """A matrix that may be in several pieces of rows."""
+        parameter = self.parameters[name]
+        return [parameter] if isinstance(parameter, Packed) else self._experts(name)
 
     def _experts(self, name: str) -> Sequence[Packed]:
         parameter = self.parameters[name]

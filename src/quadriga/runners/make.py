@@ -11,6 +11,7 @@ from quadriga.errors import ConfigError
 from quadriga.io.open import Checkpoint
 from quadriga.io.packed import load_packed
 from quadriga.io.parameters import Progress
+from quadriga.model.cache_layout import cache_layout
 from quadriga.model.config import ModelConfig
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.base import Runner
@@ -39,12 +40,14 @@ def make(
         HardwareError: not enough memory.
     """
     packed = load_packed(opened, format, expert_memory=expert_memory, progress=progress)
-    per_block = sum(layer_block_bytes(layer, kv_format) for layer in opened.config.layers)
+    cache = cache_layout(opened.config)
+    per_block = sum(layer_block_bytes(opened.config.layers[layer], kv_format) for layer in cache.slot_layers)
     return CompiledModel(
         opened.config,
         packed.parameters,
         threads=runtime.n_threads(threads),
         n_blocks=n_blocks(opened.config, per_block, kv_memory, _KERNELS_CONTEXTS),
+        cache=cache,
         kv_format=kv_format,
         activations=activations,
         max_tokens=max(MAX_TOKENS, max_batch_tokens),
@@ -108,9 +111,12 @@ def device_type(name: str) -> str:
 
 def n_blocks(config: ModelConfig, per_block: int, memory: int | None, contexts: int) -> int:
     """Blocks of a cache of ``memory`` bytes; None: of so many full contexts, at most a quarter of the free memory."""
-    one = -(-config.max_seq_len // BLOCK_TOKENS)
+    cache = cache_layout(config)
     if memory is not None:
-        if memory < per_block:
-            raise ConfigError(f"kv_memory must hold at least one block of 16 tokens, {per_block} bytes; got {memory}")
+        if memory < cache.n_groups * per_block:
+            least = f"{cache.n_groups} x {per_block}" if cache.n_groups > 1 else f"{per_block}"
+            raise ConfigError(f"kv_memory must hold at least one block of 16 tokens, {least} bytes; got {memory}")
         return min(memory // per_block, 2**20)
-    return max(1, min(contexts * one, runtime.memory_bytes()[1] // 4 // per_block))
+    passing = -(-min(MAX_TOKENS, config.max_seq_len) // BLOCK_TOKENS)  # of a prompt, until its pass is over
+    wanted = contexts * cache.n_blocks(config.max_seq_len) + passing * sum(w is not None for w in cache.windows)
+    return max(cache.n_groups, min(wanted, runtime.memory_bytes()[1] // 4 // per_block))

@@ -14,6 +14,8 @@ from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.sampling import RowSampler
+from quadriga.model.cache_layout import CacheLayout, cache_layout, one_group
 from quadriga.nn import moe
 from quadriga.nn.adapter_bank import AdapterBank
 from quadriga.nn.context import Scoring
@@ -47,9 +49,10 @@ def load(
     target = resolve_device(device)
     chosen = resolve_dtype(dtype, target.type)
     parameters = load_parameters(opened, dtype=chosen, device=target, progress=progress)
-    numbers = sum(layer.mixer.state.numbers_per_token for layer in opened.config.layers)
+    cache = cache_layout(opened.config)
+    numbers = sum(opened.config.layers[layer].mixer.state.numbers_per_token for layer in cache.slot_layers)
     per_block = BLOCK_TOKENS * numbers * parameters["embed.weight"].element_size()
-    return TorchRunner(Transformer.from_parameters(opened.config, parameters), n_blocks(per_block))
+    return TorchRunner(Transformer.from_parameters(opened.config, parameters), n_blocks(per_block), cache)
 
 
 class TorchRunner:
@@ -58,18 +61,21 @@ class TorchRunner:
     Args:
         model: its parameters' device and dtype are computed in.
         n_blocks: KV blocks of 16 tokens; None: those of two full contexts.
+        cache: how layers share them; None: a block has room for all layers.
     """
 
-    def __init__(self, model: Transformer, n_blocks: int | None = None) -> None:
-        n_blocks = n_blocks or 2 * -(-model.config.max_seq_len // BLOCK_TOKENS)
+    def __init__(self, model: Transformer, n_blocks: int | None = None, cache: CacheLayout | None = None) -> None:
+        self.cache = cache or one_group(model.config.n_layers)
+        n_blocks = n_blocks or 2 * self.cache.n_groups * -(-model.config.max_seq_len // BLOCK_TOKENS)
         self.model, self.config, self.n_blocks = model.eval(), model.config, n_blocks
         weight = next(model.parameters())
-        states = [layer.mixer.state for layer in self.config.layers]
+        states = [self.config.layers[layer].mixer.state for layer in self.cache.slot_layers]
         shapes = [(n_blocks * BLOCK_TOKENS, state.n_kv_heads, state.head_dim) for state in states]
         self._keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for shape in shapes]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
         self.kv_bytes = sum(t.nbytes for t in (*self._keys, *self._values))
         self.store: ExpertStore | None = None
+        self.row_sampler: RowSampler | None = None
         self._load: list[Tensor] = []
         self._bank: AdapterBank | None = None
 
@@ -145,42 +151,46 @@ class _PagedContext:
         self._runner = runner
         self.positions = torch.from_numpy(batch.positions).long().to(device)
         self._spans = list(zip(batch.starts[:-1].tolist(), batch.starts[1:].tolist(), strict=True))
-        slots, self._past = [], []
-        for s, (start, stop) in enumerate(self._spans):
-            blocks = batch.tables[batch.table_starts[s] : batch.table_starts[s + 1]].astype(np.int64)
-            length = int(batch.positions[stop - 1]) + 1
-            places = np.arange(length)
-            place = blocks[places // BLOCK_TOKENS] * BLOCK_TOKENS + places % BLOCK_TOKENS
-            self._past.append(torch.from_numpy(place).to(device))
-            slots.append(place[batch.positions[start:stop]])
-        self._slots = torch.from_numpy(np.concatenate(slots)).to(device)
+        self._slots: list[Tensor] = []  # per group of layers (N,): where each token's key goes
+        self._past: list[list[Tensor]] = []  # per group, of every sequence: where its keys lie
+        for table in np.atleast_2d(batch.tables).astype(np.int64):
+            slots, past = [], []
+            for s, (start, stop) in enumerate(self._spans):
+                blocks = table[batch.table_starts[s] : batch.table_starts[s + 1]]
+                places = np.arange(int(batch.positions[stop - 1]) + 1)
+                place = blocks[places // BLOCK_TOKENS] * BLOCK_TOKENS + places % BLOCK_TOKENS
+                past.append(torch.from_numpy(place).to(device))
+                slots.append(place[batch.positions[start:stop]])
+            self._slots.append(torch.from_numpy(np.concatenate(slots)).to(device))
+            self._past.append(past)
         # All sequences decode: one padded attention for all of them.
         self._decode = len(self._spans) > 1 and all(stop - start == 1 for start, stop in self._spans)
-        self._padded: dict[int | None, tuple[Tensor, Tensor]] = {}
+        self._padded: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Store k and v, then attend; see ``nn.context.ForwardContext``."""
-        keys, values = self._runner._keys[layer], self._runner._values[layer]
-        keys[self._slots], values[self._slots] = k, v
+        group, slot = self._runner.cache.groups[layer], self._runner.cache.slots[layer]
+        keys, values = self._runner._keys[slot], self._runner._values[slot]
+        keys[self._slots[group]], values[self._slots[group]] = k, v
         if self._decode:
-            past, positions = self._together(scoring.window)
+            past, positions = self._together(group, scoring.window)
             past_keys, past_values = (t[past].transpose(1, 2) for t in (keys, values))  # (B, K, S, d)
             return scoring.attention(q[:, :, None], past_keys, past_values, q_positions=positions)[:, :, 0]
         out = torch.empty_like(q)
-        for (start, stop), past in zip(self._spans, self._past, strict=True):
+        for (start, stop), past in zip(self._spans, self._past[group], strict=True):
             seen = past if scoring.window is None else past[-(stop - start + scoring.window - 1) :]
             stored = (t[seen].transpose(0, 1)[None] for t in (keys, values))
             out[start:stop] = scoring.attention(q[start:stop].transpose(0, 1)[None], *stored)[0].transpose(0, 1)
         return out
 
-    def _together(self, window: int | None) -> tuple[Tensor, Tensor]:
+    def _together(self, group: int, window: int | None) -> tuple[Tensor, Tensor]:
         """(places (B, S) of what each sequence's query sees, padded at the end; (B, 1) where its query is in them)."""
-        if window not in self._padded:
-            seen = [past if window is None else past[-window:] for past in self._past]
+        if (group, window) not in self._padded:
+            seen = [past if window is None else past[-window:] for past in self._past[group]]
             padded = torch.empty(len(seen), max(map(len, seen)), dtype=torch.int64, device=self.positions.device)
             for row, past in zip(padded, seen, strict=True):
                 # The rest repeats its own first place: a weight of 0 times another's NaN would be NaN.
                 row[: len(past)], row[len(past) :] = past, past[0]
             places = torch.tensor([[len(past) - 1] for past in seen], device=self.positions.device)
-            self._padded[window] = padded, places
-        return self._padded[window]
+            self._padded[group, window] = padded, places
+        return self._padded[group, window]

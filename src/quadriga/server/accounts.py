@@ -134,10 +134,14 @@ class Account:
 
 
 class Visit:
-    """An HTTP request's part of its client's account: one sequence, which has been taken, from the beginning."""
+    """An HTTP request's part of its client's account: one sequence, which has been taken, from the beginning.
 
-    def __init__(self, account: Account) -> None:
-        self._account, self._spare = account, True
+    Args:
+        taken: False for what is no HTTP request, such as lines of a batch in the background.
+    """
+
+    def __init__(self, account: Account, *, taken: bool = True) -> None:
+        self._account, self._spare, self._own = account, taken, taken
 
     async def enter(self, n: int, *, patient: bool = False) -> None:
         """Begin n sequences, of which the visit's own is one if none is under way.
@@ -162,5 +166,5 @@ class Visit:
     def leave(self, n: int, n_tokens: int) -> None:
         """n sequences have ended, and so many tokens were read and made for them."""
         self._account.spend(n_tokens)
-        self._account.give_back(n - (not self._spare))
-        self._spare = True
+        self._account.give_back(n - (self._own and not self._spare))
+        self._spare = self._own

@@ -24,13 +24,17 @@ from quadriga.server import (
     completions,
     docs_page,
     fields,
+    llamacpp,
     messages,
     ollama,
     responses,
     status,
     text_routes,
 )
+from quadriga.server.accounts import Visit
+from quadriga.server.batch_jobs import BatchJobs, BatchRequest
 from quadriga.server.errors import ApiError, as_api_error, as_bug
+from quadriga.server.files import FileRoutes, FileStore
 from quadriga.server.guard import Guard, Limits, read_body
 from quadriga.server.openapi import document
 from quadriga.server.schema import (
@@ -39,6 +43,8 @@ from quadriga.server.schema import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
     TemplateRequest,
     TokenizeRequest,
 )
@@ -64,14 +70,77 @@ _PAGE_HEADERS = {
 }
 
 Answer = Callable[[Service, Any, Caller], Awaitable[Response]]
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def build(service: Service, limits: Limits) -> Guard:
+class _Desk:
+    """Answers lines of batches."""
+
+    def __init__(self, service: Service, limits: Limits) -> None:
+        self._service, self._strict = service, limits.strict
+        self.guard: Guard | None = None
+
+    def handlers(self, caller: Caller) -> dict[str, batches.Handler]:
+        """Url -> what answers a line of a caller's."""
+        caller, service = replace(caller, patient=True), self._service
+
+        def handler(kind: type, answer: Answer) -> batches.Handler:
+            async def handle(line: bytes) -> Response:
+                body, ignored = await service.work.check(len(line), batches.body_of, line, kind, self._strict)
+                noted.say("/v1/batches", ignored)
+                if getattr(body, "stream", None):
+                    raise ApiError(400, "a batch has no streams", param="stream")
+                return await answer(service, body, replace(caller, n_bytes=len(line)))
+
+            return handle
+
+        return {
+            "/v1/chat/completions": handler(ChatRequest, chat.complete),
+            "/v1/completions": handler(CompletionRequest, completions.complete),
+            "/v1/responses": handler(responses.ResponsesRequest, responses.complete),
+            "/v1/embeddings": handler(EmbeddingRequest, text_routes.embeddings),
+        }
+
+    def caller(self, owner: str, client: str) -> Caller | None:
+        """Who a batch in the background is for; None where its key is none of this server's any more."""
+        assert self.guard is not None, "the server has been built"
+        found = self.guard.client_of(owner, client)
+        if found is None:
+            return None
+        visit = Visit(self.guard.account(found[0]), taken=False)
+        return Caller(salt=found[1], client=found[0].encode(), visit=visit, background=True)
+
+
+def _no_files() -> ApiError:
+    return ApiError(501, "this server keeps no files; start it with --files FOLDER", code="no_files")
+
+
+def _file_routes(store: FileStore | None, jobs: BatchJobs | None, limits: Limits) -> list[tuple[str, str, Endpoint]]:
+    """(method, path, endpoint) of everything about files and the batches made of them."""
+
+    async def refuse(_: Request) -> Response:
+        raise _no_files()
+
+    files = None if store is None else FileRoutes(store, limits)
+    return [
+        ("POST", "/files", files.upload if files else refuse),
+        ("GET", "/files", files.listed if files else refuse),
+        ("GET", "/files/{id}", files.one if files else refuse),
+        ("DELETE", "/files/{id}", files.delete if files else refuse),
+        ("GET", "/files/{id}/content", files.content if files else refuse),
+        ("GET", "/batches", jobs.listed if jobs else refuse),
+        ("GET", "/batches/{id}", jobs.one if jobs else refuse),
+        ("POST", "/batches/{id}/cancel", jobs.cancel if jobs else refuse),
+    ]
+
+
+def build(service: Service, limits: Limits, store: FileStore | None = None) -> Guard:
     """The ASGI application.
 
     Args:
         service: the model; its engine is started and stopped with the application.
         limits: who may ask, and how much.
+        store: where files and batches are kept; None: they are not.
     """
     experts = status.Experts(service)
     read = partial(fields.read, strict=limits.strict)
@@ -106,26 +175,17 @@ def build(service: Service, limits: Limits) -> Guard:
         request.state.ignored = ignored
         return body
 
+    desk = _Desk(service, limits)
+    jobs = None if store is None else BatchJobs(store, desk)
+
     async def batch(request: Request) -> Response:
-        raw = await read_body(request, limits, ("application/jsonl", "application/x-ndjson"))
-        caller: Caller = replace(request.state.caller, patient=True)
-
-        def handler(kind: type, answer: Answer) -> batches.Handler:
-            async def handle(line: bytes) -> Response:
-                body, ignored = await service.work.check(len(line), batches.body_of, line, kind, limits.strict)
-                noted.say("/v1/batches", ignored)
-                if getattr(body, "stream", None):
-                    raise ApiError(400, "a batch has no streams", param="stream")
-                return await answer(service, body, replace(caller, n_bytes=len(line)))
-
-            return handle
-
-        handlers = {
-            "/v1/chat/completions": handler(ChatRequest, chat.complete),
-            "/v1/completions": handler(CompletionRequest, completions.complete),
-            "/v1/responses": handler(responses.ResponsesRequest, responses.complete),
-            "/v1/embeddings": handler(EmbeddingRequest, text_routes.embeddings),
-        }
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() == "application/json":
+            body = await parsed(request, BatchRequest)
+            if jobs is None:
+                raise _no_files()
+            return json_response(jobs.create(body, request.state.caller))
+        raw = await read_body(request, limits, ("application/jsonl", "application/x-ndjson", "application/json"))
+        handlers = desk.handlers(request.state.caller)
         answer: Response = await unless_gone(request, service.work.check(len(raw), batches.run, raw, handlers))
         return answer
 
@@ -156,6 +216,8 @@ def build(service: Service, limits: Limits) -> Guard:
         "/messages": generates(messages.MessagesRequest, messages.complete, messages.stream),
         "/messages/count_tokens": simple(messages.CountRequest, messages.count),
         "/embeddings": simple(EmbeddingRequest, text_routes.embeddings),
+        "/rerank": simple(RerankRequest, text_routes.rerank),
+        "/score": simple(ScoreRequest, text_routes.score),
         "/tokenize": simple(TokenizeRequest, text_routes.tokenize),
         "/detokenize": simple(DetokenizeRequest, text_routes.detokenize),
         "/apply-template": simple(TemplateRequest, text_routes.apply_template),
@@ -182,7 +244,13 @@ def build(service: Service, limits: Limits) -> Guard:
         "/api/pull": simple(ollama.OllamaModel, ollama.pull),
         **{f"/api/{verb}": ollama.refuse(done) for verb, done in ollama.MANAGES.items()},
     }
+    theirs |= {
+        "/completion": simple(llamacpp.LlamaCompletion, llamacpp.answer),
+        "/infill": simple(llamacpp.LlamaInfill, llamacpp.answer),
+    }
     asked = {
+        "/props": plain(lambda: llamacpp.props(service)),
+        "/slots": plain(lambda: llamacpp.slots(service)),
         "/api/tags": plain(lambda: ollama.tags(service)),
         "/api/ps": plain(lambda: ollama.running(service)),
         "/api/version": plain(ollama.version),
@@ -193,17 +261,24 @@ def build(service: Service, limits: Limits) -> Guard:
     for prefix in ("", "/v1"):
         routes += [Route(prefix + path, _counted(service, path, e), methods=["POST"]) for path, e in posts.items()]
         routes += [Route(prefix + path, _counted(service, path, e), methods=["GET"]) for path, e in gets.items()]
+        for method, path, endpoint in _file_routes(store, jobs, limits):
+            routes.append(Route(prefix + path, _counted(service, path, endpoint), methods=[method]))
     routes += page_routes(PAGE)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await service.engine.start()
+        if jobs is not None:
+            await jobs.start()
         yield
+        if jobs is not None:
+            await jobs.stop()
         await service.engine.stop(LAST_STEP_S)
         service.work.close()
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error, Exception: _bug})
-    return Guard(app, limits)
+    desk.guard = Guard(app, limits)
+    return desk.guard
 
 
 def _counted(

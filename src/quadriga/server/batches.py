@@ -1,4 +1,5 @@
-"""POST /v1/batches: requests as JSON lines in, answers as JSON lines out, as each is done. Nothing is stored.
+"""POST /v1/batches with lines: requests as JSON lines in, answers as JSON lines out, as each is done. Nothing stays.
+With the name of a file it is ``batch_jobs``'.
 
 A line is ``{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}``, as OpenAI's batch
 files have it; so is a line of the answer.
@@ -82,7 +83,7 @@ def run(raw: bytes, handlers: dict[str, Handler]) -> Response:
             for custom_id, url, text in left:
                 async with turn:  # one line begins, then others get their turn: refused at once, it waits for nothing
                     await asyncio.sleep(0)
-                status, body = await _answer(handlers[url], text)
+                status, body = await answer_of(handlers[url], text)
                 response = {"status_code": status, "request_id": f"req_{secrets.token_hex(8)}", "body": body}
                 answer = {"id": f"batch_req_{secrets.token_hex(8)}", "custom_id": custom_id}
                 sender.raw(bytes(part({**answer, "response": response, "error": None})) + b"\n")
@@ -104,7 +105,8 @@ def body_of(line: bytes, kind: type[T], strict: bool) -> tuple[T, list[str]]:
     return checked(parse(line, Line).body, kind, strict=strict)
 
 
-async def _answer(handler: Handler, line: bytes) -> tuple[int, Any]:
+async def answer_of(handler: Handler, line: bytes) -> tuple[int, Any]:
+    """(status, body as JSON) of one line; waits while the queue is full."""
     while True:
         try:
             response = await handler(line)

@@ -18,6 +18,7 @@ from quadriga.server.tools import reader as reader_of
 from quadriga.text.chat import RenderedPrompt, render, render_soon
 from quadriga.text.reasoning import Thought, inside
 from quadriga.text.template_abilities import Abilities
+from quadriga.text.tool_calls.early import CallPart
 from quadriga.text.tool_calls.forms import HARMONY, Form, form_of
 
 MAX_MESSAGES = 10_000
@@ -64,7 +65,9 @@ async def start(service: Service, body: ChatRequest, caller: Caller) -> tuple[An
         caller.n_bytes, lambda: service.params(body, max_tokens=limit, logprobs=body.top_logprobs or 0)
     )
     params = service.llm.chat_params(params)
-    answers = await service.run([ids], params, body, caller, constraint=constraint, shown=reading.marks)
+    answers = await service.run(
+        [ids], params, body, caller, constraint=constraint, closes=tools.forced, shown=reading.marks
+    )
     return answers, reading
 
 
@@ -160,7 +163,7 @@ async def complete(service: Service, body: ChatRequest, caller: Caller) -> Respo
 def _whole(service: Service, body: ChatRequest, answers: Answers, reading: Reading) -> Response:
     choices = []
     for choice in answers.choices:
-        answer = reading.read(choice.text)
+        answer = reading.read(choice.text, cut=choice.finish_reason == "length")
         message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None, "annotations": []}
         if answer.thought is not None:
             message["reasoning_content"] = answer.thought
@@ -169,7 +172,7 @@ def _whole(service: Service, body: ChatRequest, answers: Answers, reading: Readi
         shown: dict[str, Any] = {
             "index": choice.index,
             "message": message,
-            "logprobs": _logprobs(service, choice.events) if body.logprobs else None,
+            "logprobs": logprobs_of(service, choice.events) if body.logprobs else None,
             "finish_reason": finish_reason(choice, bool(answer.calls)),
         }
         if body.routing:
@@ -187,7 +190,7 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
     head["model"] = service.shown_name(body.model)
     usage = body.stream_options is not None and body.stream_options.include_usage
     with_usage: dict[str, Any] = {"usage": None} if usage else {}
-    readers = [reader_of(reading) for _ in answers.choices]
+    readers = [reader_of(reading, streams=True) for _ in answers.choices]
     calls = [0 for _ in answers.choices]
     open_choices = set(range(len(answers.choices)))
 
@@ -198,11 +201,11 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
             return {**head, "choices": [one], **with_usage, **more}
 
         def write(choice: Choice, event: TokenEvent) -> None:
-            extra: dict[str, Any] = {"logprobs": _logprobs(service, [event])} if body.logprobs else {}
+            extra: dict[str, Any] = {"logprobs": logprobs_of(service, [event])} if body.logprobs else {}
             if body.routing:
                 extra["routing"] = service.routing(event)
             reader, last = readers[choice.index], event.finish_reason is not None
-            pieces = reader.push(event.text, last=last)
+            pieces = reader.push(event.text, last=last, cut=event.finish_reason == "length")
             if extra and not (pieces and isinstance(pieces[0], str)):
                 sender.event(chunk(choice, {}, **extra))
                 extra = {}
@@ -213,8 +216,9 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
                 elif isinstance(piece, Thought):
                     sender.event(chunk(choice, {"reasoning_content": piece.text}))
                 else:
-                    calls[choice.index] += 1
-                    sender.event(chunk(choice, {"tool_calls": [{"index": calls[choice.index] - 1, **piece}]}))
+                    calls[choice.index] += not isinstance(piece, CallPart) or bool(piece.name)
+                    shown = _call_delta(piece) if isinstance(piece, CallPart) else piece
+                    sender.event(chunk(choice, {"tool_calls": [{"index": calls[choice.index] - 1, **shown}]}))
             if last:
                 open_choices.remove(choice.index)
                 more = {} if open_choices else {"timings": answers.timings()}
@@ -238,6 +242,16 @@ async def stream(service: Service, body: ChatRequest, caller: Caller) -> Respons
     return EventStream(produce)
 
 
+def _call_delta(part: CallPart) -> dict[str, Any]:
+    """A piece of a call as OpenAI writes it."""
+    function = {"arguments": part.arguments}
+    return (
+        {"id": part.id, "type": "function", "function": {"name": part.name, **function}}
+        if part.name
+        else {"function": function}
+    )
+
+
 def record(service: Service, answers: Answers) -> None:
     """Put finished answers into the metrics."""
     now = time.perf_counter()
@@ -246,7 +260,8 @@ def record(service: Service, answers: Answers) -> None:
         service.metrics.done(choice.finish_reason or "cancelled", first, now - answers.started, len(choice.events))
 
 
-def _logprobs(service: Service, events: list[TokenEvent]) -> dict[str, Any]:
+def logprobs_of(service: Service, events: list[TokenEvent]) -> dict[str, Any]:
+    """The log-probabilities of an answer's tokens, as OpenAI writes them."""
     return {
         "content": [
             part(

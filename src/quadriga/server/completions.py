@@ -6,6 +6,7 @@ import asyncio
 import functools
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from quadriga.server.errors import ApiError
 from quadriga.server.schema import MAX_CHOICES, CompletionRequest
 from quadriga.server.service import Answers, Caller, Choice, Service
 from quadriga.server.sse import EventSender, EventStream, json_response, part
+from quadriga.text.infill import marks_of
 from quadriga.text.stream import Offsets
 
 DEFAULT_MAX_TOKENS = 16
@@ -44,6 +46,24 @@ def prompts_of(
     return [service.llm.prompt_ids(prompt, parse_special=parse_special, add_special=add_special) for prompt in many]
 
 
+def infilled(service: Service, before: str, after: str, begun: str = "") -> list[int]:
+    """Token ids of a prompt for what is missing between two texts.
+
+    Args:
+        begun: how what is missing begins.
+
+    Raises:
+        ApiError: 501, the vocabulary has no marks for it.
+        RequestError: it exceeds the context.
+    """
+    marks = marks_of(service.llm._need_tokenizer())
+    if marks is None:
+        raise ApiError(501, "this model's vocabulary has no tokens for filling in the middle", param="suffix")
+    for text in (before, after, begun):
+        service.llm.check_length(text)
+    return list(service.llm.prompt_ids(marks.prompt(service.llm._need_tokenizer(), before, after, begun)))
+
+
 async def start(service: Service, body: CompletionRequest, caller: Caller) -> tuple[Answers, list[list[int]]]:
     """Check a completion request and put it into the engine."""
     service.check_model(body.model)
@@ -64,8 +84,13 @@ async def start(service: Service, body: CompletionRequest, caller: Caller) -> tu
     )
     if body.echo and body.logprobs is not None:
         params = replace(params, prompt_logprobs=True)
-    read = functools.partial(prompts_of, parse_special=body.parse_special, add_special=body.add_special_tokens)
-    prompts = await service.work.encode(caller.n_bytes, read, service, body.prompt, "prompt")
+    if body.suffix:
+        if not isinstance(body.prompt, str) or body.echo:
+            raise ApiError(400, "suffix takes one text as prompt, and no echo", param="suffix")
+        prompts = [await service.work.encode(caller.n_bytes, infilled, service, body.prompt, body.suffix)]
+    else:
+        read = functools.partial(prompts_of, parse_special=body.parse_special, add_special=body.add_special_tokens)
+        prompts = await service.work.encode(caller.n_bytes, read, service, body.prompt, "prompt")
     return await service.run(
         prompts, params, body, caller, constraint=service.constraint(body.response_format)
     ), prompts
@@ -151,6 +176,15 @@ async def stream(service: Service, body: CompletionRequest, caller: Caller) -> R
             answers.close()
 
     return EventStream(produce)
+
+
+def stop_hit(service: Service, choice: Choice, stops: Sequence[str]) -> str | None:
+    """Which of the stop strings ended an answer; None where none did."""
+    ids = [event.token_id for event in choice.events]
+    if not stops or not ids or choice.finish_reason != "stop" or ids[-1] in service.llm.end_ids:
+        return None
+    raw = service.llm._need_tokenizer().decode(ids)
+    return min(((raw.find(stop), stop) for stop in stops if stop in raw), default=(0, None))[1]
 
 
 async def _decode(service: Service, ids: list[int]) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import ipaddress
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -142,6 +142,25 @@ class Guard:
             if account is not None:
                 account.give_back(1)
 
+    def client_of(self, owner: str, address: str) -> tuple[str, bytes] | None:
+        """(who it is, the salt) of a client that is not there: by the SHA-256 of its key, or by its address.
+
+        Returns:
+            None where no key of this server's has that hash.
+        """
+        if not owner:
+            return None if self.limits.keys else (address, b"")
+        salts = {hashlib.sha256(key.encode()).digest(): key for key in self.limits.keys}
+        salt = bytes.fromhex(owner)
+        return (salts[salt], salt) if salt in salts else None
+
+    def account(self, who: str) -> Account:
+        """A client's account."""
+        account = self._accounts.get(who)
+        if account is None:
+            account = self._accounts[who] = Account(self.limits.allowance, self._clock)
+        return account
+
     def _check_host(self, headers: Headers) -> None:
         host = headers.get("host", "")
         if "*" not in self.limits.hosts and _name(host) not in (*_LOOPBACK, *self.limits.hosts):
@@ -185,9 +204,7 @@ class Guard:
         if len(self._accounts) > _MANY_ACCOUNTS:  # addresses come and go
             now = self._clock()
             self._accounts = {name: a for name, a in self._accounts.items() if not a.idle(now)}
-        account = self._accounts.get(who)
-        if account is None:
-            account = self._accounts[who] = Account(self.limits.allowance, self._clock)
+        account = self.account(who)
         account.take(1)
         return account
 
@@ -204,24 +221,46 @@ async def read_body(request: Request, limits: Limits, kinds: Iterable[str] = ("a
     kind = headers.get("content-type", "").split(";")[0].strip().lower()
     if kind not in kinds:
         raise ApiError(415, f"the content type must be {' or '.join(kinds)}, got {kind[:80]!r}")
-    length = headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > limits.max_body_bytes:
-        raise _too_large(limits)
     body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > limits.max_body_bytes:
-                    raise _too_large(limits)
-    except TimeoutError:
-        raise ApiError(408, f"the body did not come within {limits.body_timeout_s:g} s") from None
+
+    async def keep(piece: bytes) -> None:
+        body.extend(piece)
+
+    await take_body(request, limits, limits.max_body_bytes, keep)
     return bytes(body)
 
 
-def _too_large(limits: Limits) -> ApiError:
+async def take_body(
+    request: Request, limits: Limits, most: int, take: Callable[[bytes], Awaitable[None]], full: str = ""
+) -> None:
+    """Hand a request's body on as it comes.
+
+    Args:
+        most: bytes of it.
+        take: called with every piece.
+        full: said where it has more; by default, the limit of bodies.
+
+    Raises:
+        ApiError: too large, or too slow: for each ``max_body_bytes`` it may take ``body_timeout_s``.
+    """
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > most:
+        raise _too_large(limits, full)
+    seen, timeout_s = 0, limits.body_timeout_s * max(1, -(-int(length) // limits.max_body_bytes))
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for piece in request.stream():
+                seen += len(piece)
+                if seen > most:
+                    raise _too_large(limits, full)
+                await take(piece)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {timeout_s:g} s") from None
+
+
+def _too_large(limits: Limits, full: str = "") -> ApiError:
     """Made where it is raised: one that was kept would hold this request's body, in a circle with its own place."""
-    return ApiError(413, f"a body may have {limits.max_body_bytes} bytes", code="body_too_large")
+    return ApiError(413, full or f"a body may have {limits.max_body_bytes} bytes", code="body_too_large")
 
 
 def is_loopback(host: str) -> bool:

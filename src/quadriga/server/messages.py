@@ -11,6 +11,7 @@ from msgspec import Struct
 from starlette.responses import Response
 
 from quadriga.server import chat, text_routes
+from quadriga.server.completions import stop_hit
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import (
     ChatRequest,
@@ -29,6 +30,7 @@ from quadriga.server.sse import EventSender, EventStream, json_response
 from quadriga.server.tools import Reading
 from quadriga.server.tools import reader as reader_of
 from quadriga.text.reasoning import Thought
+from quadriga.text.tool_calls.early import CallPart
 
 
 class TextBlock(Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
@@ -249,13 +251,8 @@ def _stop(service: Service, body: MessagesRequest, answers: Answers, called: boo
         return "tool_use", None
     if choice.finish_reason == "length":
         return "max_tokens", None
-    ids = [event.token_id for event in choice.events]
-    if body.stop_sequences and ids and ids[-1] not in service.llm.end_ids:
-        raw = service.llm._need_tokenizer().decode(ids)
-        found = [(raw.find(stop), stop) for stop in body.stop_sequences if stop in raw]
-        if found:
-            return "stop_sequence", min(found)[1]
-    return "end_turn", None
+    hit = stop_hit(service, choice, body.stop_sequences or ())
+    return ("end_turn", None) if hit is None else ("stop_sequence", hit)
 
 
 def _usage(answers: Answers, n_thinking: int = 0) -> dict[str, Any]:
@@ -290,8 +287,11 @@ def _end(reason: str | None, sequence: str | None) -> dict[str, Any]:
 
 
 def _tool_block(call: dict[str, Any]) -> dict[str, Any]:
-    name, identifier = call["function"]["name"], call["id"].replace("call_", "toolu_")
-    given = json.loads(call["function"]["arguments"])
+    return _tool_use(call["id"], call["function"]["name"], json.loads(call["function"]["arguments"]))
+
+
+def _tool_use(call_id: str, name: str, given: Any) -> dict[str, Any]:
+    identifier = call_id.replace("call_", "toolu_")
     return {"type": "tool_use", "id": identifier, "name": name, "input": given, "caller": {"type": "direct"}}
 
 
@@ -309,7 +309,8 @@ async def complete(service: Service, body: MessagesRequest, caller: Caller) -> R
 
 
 def _whole(service: Service, body: MessagesRequest, answers: Answers, reading: Reading) -> Response:
-    answer = reading.read(answers.choices[0].text)
+    choice = answers.choices[0]
+    answer = reading.read(choice.text, cut=choice.finish_reason == "length")
     blocks = [{**_NO_THOUGHT, "thinking": answer.thought}] if answer.thought else []
     blocks += [{**_NO_TEXT, "text": answer.content or ""}] if answer.content or not answer.calls else []
     blocks += [_tool_block(call) for call in answer.calls]
@@ -326,16 +327,19 @@ async def stream(service: Service, body: MessagesRequest, caller: Caller) -> Res
         def send(kind: str, **fields: Any) -> None:
             sender.event({"type": kind, **fields}, name=kind)
 
-        blocks, reader = _Blocks(send), reader_of(reading)
+        blocks, reader = _Blocks(send), reader_of(reading, streams=True)
         try:
             send("message_start", message=_message(service.shown_name(body.model), [], _end(None, None), answers))
             send("ping")
             await sender.flush()
             async for batch in answers.batches():
                 for _, event in batch:
-                    for piece in reader.push(event.text, last=event.finish_reason is not None):
+                    reason = event.finish_reason
+                    for piece in reader.push(event.text, last=reason is not None, cut=reason == "length"):
                         if isinstance(piece, str):
                             blocks.text(piece)
+                        elif isinstance(piece, CallPart):
+                            blocks.part(piece)
                         elif isinstance(piece, Thought):
                             blocks.thought(piece.text)
                         else:
@@ -378,12 +382,27 @@ class _Blocks:
 
     def call(self, block: dict[str, Any]) -> None:
         """A call of a tool."""
+        self._tool(block)
+        self._input(json.dumps(block["input"], ensure_ascii=False))
         self._close()
-        delta = {"type": "input_json_delta", "partial_json": json.dumps(block["input"], ensure_ascii=False)}
+
+    def part(self, part: CallPart) -> None:
+        """A piece of a call."""
+        if part.name:
+            self._tool(_tool_use(part.id, part.name, {}))
+        if part.arguments:
+            self._input(part.arguments)
+        if part.last:
+            self._close()
+
+    def _tool(self, block: dict[str, Any]) -> None:
+        self._close()
         self._send("content_block_start", index=self._index, content_block={**block, "input": {}})
-        self._send("content_block_delta", index=self._index, delta=delta)
         self._open = "tool_use"
-        self._close()
+
+    def _input(self, text: str) -> None:
+        delta = {"type": "input_json_delta", "partial_json": text}
+        self._send("content_block_delta", index=self._index, delta=delta)
 
     def finish(self) -> None:
         """End; a message without any block has an empty one."""

@@ -39,6 +39,7 @@ from quadriga.server.sse import EventSender, EventStream, json_response, part
 from quadriga.server.tools import Reading
 from quadriga.server.tools import reader as reader_of
 from quadriga.text.reasoning import Thought
+from quadriga.text.tool_calls.early import CallPart
 
 VERSION = "0.13.0"
 """The version of Ollama whose interface this is; clients ask for a least one."""
@@ -267,7 +268,8 @@ async def ask(service: Service, body: OllamaChat | OllamaGenerate, caller: Calle
         return Lines(partial(_stream, service, body, answers, reading, said))
     await answers.collect()
     chat.record(service, answers)
-    answer = reading.read(answers.choices[0].text)
+    choice = answers.choices[0]
+    answer = reading.read(choice.text, cut=choice.finish_reason == "length")
     whole = said(answer.content or "", answer.thought or "", answer.calls)
     return json_response({**_head(body), **whole, **_end(answers, bool(answer.calls))})
 
@@ -284,12 +286,14 @@ async def _stream(
     try:
         async for batch in answers.batches():
             for _, event in batch:
-                for piece in reader.push(event.text, last=event.finish_reason is not None):
+                reason = event.finish_reason
+                for piece in reader.push(event.text, last=reason is not None, cut=reason == "length"):
                     if isinstance(piece, str):
                         shown = said(piece, "", [])
                     elif isinstance(piece, Thought):
                         shown = said("", piece.text, [])
                     else:
+                        assert not isinstance(piece, CallPart), "Ollama's calls are whole"
                         shown = said("", "", [piece])
                     line(sender, {**_head(body), **shown, "done": False})
             await sender.flush()

@@ -9,6 +9,7 @@ import msgspec
 
 from quadriga import __version__
 from quadriga.server.batches import Line
+from quadriga.server.llamacpp import LlamaCompletion, LlamaInfill
 from quadriga.server.messages import CountRequest, MessagesRequest
 from quadriga.server.responses import ResponsesRequest
 from quadriga.server.schema import (
@@ -16,6 +17,8 @@ from quadriga.server.schema import (
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
     TemplateRequest,
     TokenizeRequest,
 )
@@ -27,15 +30,22 @@ POSTS: dict[str, tuple[type, str, tuple[str, ...]]] = {
     "/v1/messages": (MessagesRequest, "Answer, in Anthropic's interface.", ("id", "content", "stop_reason")),
     "/v1/messages/count_tokens": (CountRequest, "Tokens of a message request.", ("input_tokens",)),
     "/v1/embeddings": (EmbeddingRequest, "Texts as vectors.", ("data", "model", "usage")),
+    "/v1/rerank": (RerankRequest, "Documents, the nearest to a query first.", ("results", "method")),
+    "/v1/score": (ScoreRequest, "How near texts are.", ("data", "method")),
+    "/completion": (LlamaCompletion, "Continue a text, in llama.cpp's interface.", ("content", "stop")),
+    "/infill": (LlamaInfill, "Fill in the middle, in llama.cpp's interface.", ("content", "stop")),
     "/tokenize": (TokenizeRequest, "Token ids of a text or a conversation.", ("tokens", "count")),
     "/detokenize": (DetokenizeRequest, "Text of token ids.", ("prompt",)),
     "/apply-template": (TemplateRequest, "A conversation as the model reads it.", ("prompt",)),
 }
 """Path -> type of the body, what it does, keys every answer has."""
 
+STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/completion", "/infill")
+
 GETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "/v1/models": ("The served model.", ("object", "data")),
     "/tokenizer_info": ("Facts about the vocabulary.", ("n_vocab", "eos_token_id")),
+    "/props": ("What llama.cpp's clients ask about a server.", ("total_slots", "chat_template")),
     "/health": ("200 while the engine lives; needs no key.", ("status",)),
     "/ready": ("200 once a token has been generated just now.", ("status",)),
     "/v1/experts": ("Tokens every expert has seen, per layer.", ("n_layers", "n_experts", "counts", "balance", "jain")),
@@ -77,7 +87,7 @@ def document(names: Sequence[str], *, strict: bool = False) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for (path, (_, text, keys)), schema in zip(POSTS.items(), schemas, strict=False):
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        streams = path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+        streams = path in STREAMS
         paths[path] = {"post": {"summary": text, "requestBody": body, "responses": _answers(keys, streams)}}
     for path, (text, keys) in GETS.items():
         paths[path] = {"get": {"summary": text, "responses": _answers(keys, False)}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from typing import Any, ClassVar, Literal
@@ -13,6 +12,7 @@ from starlette.responses import Response
 from quadriga.errors import QuadrigaError
 from quadriga.server import chat
 from quadriga.server.errors import ApiError, as_api_error
+from quadriga.server.response_items import FlatTool, Output, call_item, text_item, thought_item
 from quadriga.server.schema import (
     ChatRequest,
     Function,
@@ -30,6 +30,7 @@ from quadriga.server.service import Answers, Caller, Service
 from quadriga.server.sse import EventSender, EventStream, json_response
 from quadriga.server.tools import reader as reader_of
 from quadriga.text.reasoning import Thought
+from quadriga.text.tool_calls.early import CallPart
 
 
 class Item(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -54,27 +55,6 @@ class Item(Struct, kw_only=True, forbid_unknown_fields=True):
     input: str | None = None
     output: str | list[dict[str, Any]] | None = None
     summary: list[dict[str, Any]] | None = None
-
-
-class FlatTool(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A tool as this interface writes it: a function, one that takes any text (custom), or a group (namespace)."""
-
-    type: Literal["function", "custom", "namespace"]
-    name: str
-    parameters: dict[str, Any] | None = None
-    description: str | None = None
-    strict: bool | None = None
-    tools: list[InnerTool] | None = None
-
-
-class InnerTool(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A function of a namespace."""
-
-    type: Literal["function"]
-    name: str
-    parameters: dict[str, Any] | None = None
-    description: str | None = None
-    strict: bool | None = None
 
 
 class FlatChoice(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -306,45 +286,19 @@ def _finish(shell: dict[str, Any], answers: Answers, output: list[dict[str, Any]
     }
 
 
-_TEXT_PART: dict[str, Any] = {"type": "output_text", "annotations": [], "logprobs": []}
-
-
-def _text_item(identifier: str, text: str, status: str) -> dict[str, Any]:
-    content = [] if status == "in_progress" else [{**_TEXT_PART, "text": text}]
-    return {"id": identifier, "type": "message", "status": status, "role": "assistant", "content": content}
-
-
-def _thought_item(identifier: str, text: str, status: str) -> dict[str, Any]:
-    content = [{"type": "reasoning_text", "text": text}] if text else []
-    return {"id": identifier, "type": "reasoning", "status": status, "summary": [], "content": content}
-
-
-def _call_item(call: dict[str, Any], tools: list[FlatTool], status: str = "completed") -> dict[str, Any]:
-    """A call as an item of the kind that its tool was given as."""
-    name, arguments = call["function"]["name"], call["function"]["arguments"]
-    head = {"status": status, "call_id": call["id"], "name": name}
-    if any(tool.type == "custom" and tool.name == name for tool in tools):
-        given = json.loads(arguments).get("input", "")
-        return {"id": f"ctc_{secrets.token_hex(12)}", "type": "custom_tool_call", **head, "input": str(given)}
-    for tool in tools:
-        inner = name.removeprefix(f"{tool.name}.")
-        if tool.type == "namespace" and inner != name:
-            head |= {"name": inner, "namespace": tool.name}
-    return {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", **head, "arguments": arguments}
-
-
 async def complete(service: Service, body: ResponsesRequest, caller: Caller) -> Response:
     """The whole response."""
     request = await service.work.check(caller.n_bytes, as_chat, body)
     answers, reading = await chat.start(service, request, caller)
     await answers.collect()
     chat.record(service, answers)
-    answer = reading.read(answers.choices[0].text)
-    status = "incomplete" if answers.choices[0].finish_reason == "length" else "completed"
-    output = [_thought_item(f"rs_{secrets.token_hex(12)}", answer.thought, status)] if answer.thought else []
+    cut = answers.choices[0].finish_reason == "length"
+    answer = reading.read(answers.choices[0].text, cut=cut)
+    status = "incomplete" if cut else "completed"
+    output = [thought_item(f"rs_{secrets.token_hex(12)}", answer.thought, status)] if answer.thought else []
     if answer.content or not answer.calls:
-        output.append(_text_item(f"msg_{secrets.token_hex(12)}", answer.content or "", status))
-    output += [_call_item(call, body.tools or []) for call in answer.calls]
+        output.append(text_item(f"msg_{secrets.token_hex(12)}", answer.content or "", status))
+    output += [call_item(call, body.tools or []) for call in answer.calls]
     shell = _shell(service, body, f"resp_{secrets.token_hex(12)}", int(time.time()))
     return json_response(_finish(shell, answers, output))
 
@@ -356,17 +310,20 @@ async def stream(service: Service, body: ResponsesRequest, caller: Caller) -> Re
     shell = _shell(service, body, f"resp_{secrets.token_hex(12)}", int(time.time()))
 
     async def produce(sender: EventSender) -> None:
-        out = _Output(sender, body.tools or [])
+        out = Output(sender, body.tools or [])
         try:
             out.send("response.created", response=shell)
             out.send("response.in_progress", response=shell)
             await sender.flush()
-            reader = reader_of(reading)
+            reader = reader_of(reading, streams=True)
             async for batch in answers.batches():
                 for _, event in batch:
-                    for piece in reader.push(event.text, last=event.finish_reason is not None):
+                    reason = event.finish_reason
+                    for piece in reader.push(event.text, last=reason is not None, cut=reason == "length"):
                         if isinstance(piece, str):
                             out.text(piece)
+                        elif isinstance(piece, CallPart):
+                            out.part(piece)
                         elif isinstance(piece, Thought):
                             out.thought(piece.text)
                         else:
@@ -387,83 +344,3 @@ async def stream(service: Service, body: ResponsesRequest, caller: Caller) -> Re
 def _failure(error: QuadrigaError) -> dict[str, Any]:
     shown = as_api_error(error)
     return {"code": shown.code or "server_error", "message": str(shown)}
-
-
-class _Output:
-    """The events of a response's items: words into a message, thoughts into one of theirs, each call one of its own."""
-
-    def __init__(self, sender: EventSender, tools: list[FlatTool]) -> None:
-        self._sender, self._number, self._tools = sender, -1, tools
-        self._items: list[dict[str, Any]] = []
-        self._message: str | None = None  # the id of the message that is open
-        self._thought: str | None = None  # the id of the thought that is open
-        self._said: list[str] = []
-
-    def send(self, kind: str, **fields: Any) -> None:
-        """One event, numbered."""
-        self._number += 1
-        self._sender.event({"type": kind, "sequence_number": self._number, **fields}, name=kind)
-
-    def text(self, piece: str) -> None:
-        """Words, into the open message or a new one."""
-        if self._message is None:
-            self._close("completed")
-            self._message, self._said = f"msg_{secrets.token_hex(12)}", []
-            begun = _text_item(self._message, "", "in_progress")
-            self.send("response.output_item.added", output_index=len(self._items), item=begun)
-            self.send("response.content_part.added", **self._place(), part={**_TEXT_PART, "text": ""})
-        self._said.append(piece)
-        if piece:
-            self.send("response.output_text.delta", **self._place(), delta=piece, logprobs=[])
-
-    def thought(self, piece: str) -> None:
-        """What was thought, into the open item or a new one."""
-        if self._thought is None:
-            self._close("completed")
-            self._thought, self._said = f"rs_{secrets.token_hex(12)}", []
-            begun = _thought_item(self._thought, "", "in_progress")
-            self.send("response.output_item.added", output_index=len(self._items), item=begun)
-        self._said.append(piece)
-        self.send("response.reasoning_text.delta", **self._place(), delta=piece)
-
-    def call(self, call: dict[str, Any]) -> None:
-        """A call of a tool."""
-        self._close("completed")
-        item, index = _call_item(call, self._tools), len(self._items)
-        at = {"item_id": item["id"], "output_index": index}
-        custom = item["type"] == "custom_tool_call"
-        kind, field = ("custom_tool_call_input", "input") if custom else ("function_call_arguments", "arguments")
-        begun = {**item, field: "", "status": "in_progress"}
-        done = {field: item[field]} if custom else {"name": item["name"], field: item[field]}
-        self.send("response.output_item.added", output_index=index, item=begun)
-        self.send(f"response.{kind}.delta", **at, delta=item[field])
-        self.send(f"response.{kind}.done", **at, **done)
-        self.send("response.output_item.done", output_index=index, item=item)
-        self._items.append(item)
-
-    def finish(self, status: str) -> list[dict[str, Any]]:
-        """All items, the last one ended; an answer without any is an empty message."""
-        if self._message is None and not any(item["type"] != "reasoning" for item in self._items):
-            self.text("")
-        self._close(status)
-        return self._items
-
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._message or self._thought, "output_index": len(self._items), "content_index": 0}
-
-    def _close(self, status: str) -> None:
-        said = "".join(self._said)
-        if self._thought is not None:
-            item = _thought_item(self._thought, said, status)
-            self.send("response.reasoning_text.done", **self._place(), text=said)
-            self.send("response.output_item.done", output_index=len(self._items), item=item)
-            self._items.append(item)
-            self._thought = None
-        if self._message is None:
-            return
-        item = _text_item(self._message, said, status)
-        self.send("response.output_text.done", **self._place(), text=said, logprobs=[])
-        self.send("response.content_part.done", **self._place(), part={**_TEXT_PART, "text": said})
-        self.send("response.output_item.done", output_index=len(self._items), item=item)
-        self._items.append(item)
-        self._message = None

@@ -26,6 +26,7 @@ import uvicorn
 
 from quadriga.errors import ConfigError, EngineError
 from quadriga.server.app import LAST_STEP_S, build
+from quadriga.server.files import FileStore
 from quadriga.server.guard import Limits
 from quadriga.server.protocol import GuardedProtocol
 from quadriga.server.service import Service
@@ -139,6 +140,7 @@ def serve(
     drain_s: int = 30,
     stay_on_failure: bool = False,
     started: Callable[[], None] | None = None,
+    store: FileStore | None = None,
 ) -> None:
     """Answer requests until a signal comes, or the engine fails.
 
@@ -147,12 +149,13 @@ def serve(
         drain_s: seconds that answers under way get after the first signal.
         stay_on_failure: do not end when the engine fails; answer 503 until a signal comes.
         started: called when requests are answered.
+        store: where files and batches are kept; None: they are not.
 
     Raises:
         SystemExit: with EXIT_FAILED, after the drain, if the engine failed; in the main thread only.
     """
     config = uvicorn.Config(
-        build(service, limits),
+        build(service, limits, store),
         http=GuardedProtocol,
         ws="none",
         lifespan="on",

@@ -193,10 +193,16 @@ class CompletionRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
     prompt: Prompts
     echo: bool | None = None
     logprobs: int | None = None
-    suffix: None = None
+    suffix: str | None = None
     best_of: Literal[1] | None = None
     parse_special: bool = True
     add_special_tokens: bool = True
+
+
+class TextDocument(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A document as an object."""
+
+    text: str
 
 
 class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -210,11 +216,36 @@ class EmbeddingRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     user: str | None = None
 
 
+class RerankRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/rerank: documents, ordered by how near they are to a query."""
+
+    query: str
+    documents: list[str | TextDocument]
+    model: str | None = None
+    top_n: int | None = None
+    return_documents: bool = True
+    priority: int = 0
+    user: str | None = None
+
+
+class ScoreRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    """POST /v1/score: how near texts are to each other: one to many, or pair by pair."""
+
+    text_1: str | list[str]
+    text_2: str | list[str]
+    model: str | None = None
+    encoding_format: Literal["float"] | None = None
+    priority: int = 0
+    user: str | None = None
+
+
 class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /tokenize: a text, or a conversation through the chat template."""
 
     model: str | None = None
     prompt: str | None = None
+    content: str | None = None
+    """The same as ``prompt``, as llama.cpp calls it."""
     messages: list[Message] | None = None
     add_special_tokens: bool = True
     parse_special: bool = True

@@ -40,6 +40,9 @@ from quadriga.text.grammar import Grammars
 from quadriga.text.template_abilities import Abilities, abilities
 from quadriga.text.tool_calls.forms import FORMS
 
+LOWEST = -1000
+"""Priority of what is computed in the background, and the least that a request may ask for."""
+
 
 @dataclass
 class Caller:
@@ -53,6 +56,8 @@ class Caller:
     """The HTTP request's part of the client's account."""
     patient: bool = False
     """Wait for places and allowances instead of being refused: a line of a batch."""
+    background: bool = False
+    """Nobody waits for it: it is computed when nobody else wants the place, whatever priority it asks for."""
     n_bytes: int = 0
     """Of the request's body, or of its line in a batch: says where it is worked on (``server.work``)."""
     usage: Usage = field(default_factory=Usage)
@@ -360,11 +365,13 @@ class Service:
         caller: Caller,
         *,
         constraint: tuple[str, Any] | None = None,
+        closes: bool = False,
         shown: Sequence[str] = (),
     ) -> Answers:
         """Start n answers to every prompt; choice i of prompt p is number p * n + i.
 
         Args:
+            closes: the constraint is JSON that is to be complete before the budget of tokens ends.
             shown: names of control tokens that are part of the answer's text.
 
         Raises:
@@ -392,9 +399,9 @@ class Service:
                 Request(
                     prompt=tuple(prompt),
                     params=params if params.seed is None or i == 0 else _with_seed(params, _seed_of(params.seed, i)),
-                    priority=body.priority,
+                    priority=LOWEST if caller.background else body.priority,
                     routing=body.routing,
-                    constraint=None if grammar is None else grammar.copy(),
+                    constraint=None if grammar is None else grammar.copy(closes=closes),
                     salt=caller.salt,
                     adapter=adapter,
                     shown=visible,
@@ -428,6 +435,7 @@ class Service:
         try:
             adapter = self.adapter_of(model)
             caller.usage.model = self.shown_name(model)
+            priority = LOWEST if caller.background else priority
             requests = [
                 Embed(prompt=tuple(p), priority=priority, client=caller.client, adapter=adapter) for p in prompts
             ]
@@ -447,8 +455,8 @@ class Service:
         """Refuse what the server cannot do for anybody."""
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=5)
-        if not -1000 <= priority <= 1000:
-            raise ApiError(400, f"priority must be from -1000 to 1000, got {priority}", param="priority")
+        if not LOWEST <= priority <= -LOWEST:
+            raise ApiError(400, f"priority must be from {LOWEST} to {-LOWEST}, got {priority}", param="priority")
         if n_sequences > self.engine.capacity:
             raise ApiError(400, f"{what} must be at most {self.engine.capacity} on this server", param="n")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import functools
+import secrets
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,8 @@ from quadriga.server.schema import (
     DetokenizeRequest,
     EmbeddingRequest,
     Message,
+    RerankRequest,
+    ScoreRequest,
     TemplateRequest,
     TokenizeRequest,
 )
@@ -34,13 +38,14 @@ async def tokenize(service: Service, body: TokenizeRequest, caller: Caller) -> R
     """A text's token ids, or a conversation's; not limited to the context."""
     service.check_model(body.model)
     tokenizer = service.llm._need_tokenizer()
-    if (body.prompt is None) == (body.messages is None):
-        raise ApiError(400, "give prompt or messages", param="prompt")
-    if body.prompt is not None:
-        check_text([body.prompt], "prompt")
+    given = [text for text in (body.prompt, body.content) if text is not None]
+    if len(given) + (body.messages is not None) != 1:
+        raise ApiError(400, "give one of prompt, content and messages", param="prompt")
+    if given:
+        check_text(given, "prompt")
         encode = tokenizer.encode_prompt if body.add_special_tokens else tokenizer.encode
         encode = functools.partial(encode, allow_special=body.parse_special)
-        ids = await service.work.encode(caller.n_bytes, encode, body.prompt)
+        ids = await service.work.encode(caller.n_bytes, encode, given[0])
     else:
         ids = (await rendered(service, _as_chat(body, body.messages or []), caller)).ids
     return await service.work.check(caller.n_bytes, _tokens, service, ids, body.return_token_strs)
@@ -65,7 +70,8 @@ def _text(service: Service, ids: list[int]) -> Response:
     outside = [token for token in ids if not 0 <= token < tokenizer.n_vocab]
     if outside:
         raise ApiError(400, f"token ids are 0 to {tokenizer.n_vocab - 1}, got {outside[:4]}", param="tokens")
-    return json_response({"prompt": tokenizer.decode(ids)})
+    text = tokenizer.decode(ids)
+    return json_response({"prompt": text, "content": text})  # vLLM's name, and llama.cpp's
 
 
 def tokenizer_info(service: Service) -> Response:
@@ -121,6 +127,53 @@ async def embeddings(service: Service, body: EmbeddingRequest, caller: Caller) -
         data.append({"object": "embedding", "index": i, "embedding": shown})
     usage = {"prompt_tokens": n, "total_tokens": n}
     return json_response({"object": "list", "data": data, "model": service.shown_name(body.model), "usage": usage})
+
+
+METHOD = "cosine of mean last hidden states"
+"""What scores are made of, said with each of them: the models served here were not trained to rank."""
+
+
+async def rerank(service: Service, body: RerankRequest, caller: Caller) -> Response:
+    """Documents by how near their vectors are to the query's, the nearest first."""
+    texts = [one if isinstance(one, str) else one.text for one in body.documents]
+    if not texts or (body.top_n is not None and body.top_n < 1):
+        raise ApiError(400, "documents takes at least one text, and top_n at least 1", param="documents")
+    found, n = await _all_vectors(service, body, [body.query, *texts], caller)
+    scores = [float(vector @ found[0]) for vector in found[1:]]
+    order = sorted(range(len(texts)), key=lambda i: (-scores[i], i))[: body.top_n]
+    results = [
+        {
+            "index": i,
+            "relevance_score": scores[i],
+            **({"document": {"text": texts[i]}} if body.return_documents else {}),
+        }
+        for i in order
+    ]
+    head = {"id": f"rerank-{secrets.token_hex(12)}", "model": service.shown_name(body.model), "method": METHOD}
+    return json_response({**head, "results": results, "usage": {"prompt_tokens": n, "total_tokens": n}})
+
+
+async def score(service: Service, body: ScoreRequest, caller: Caller) -> Response:
+    """How near texts are: one to each of many, or the first to the first, the second to the second."""
+    one, other = ([given] if isinstance(given, str) else given for given in (body.text_1, body.text_2))
+    if not one or not other or (len(one) not in (1, len(other))):
+        raise ApiError(400, "text_1 is one text, or as many as text_2", param="text_1")
+    found, n = await _all_vectors(service, body, [*one, *other], caller)
+    firsts, seconds = found[: len(one)] * (len(other) if len(one) == 1 else 1), found[len(one) :]
+    data = [
+        {"index": i, "object": "score", "score": float(a @ b)}
+        for i, (a, b) in enumerate(zip(firsts, seconds, strict=True))
+    ]
+    head = {"id": f"score-{secrets.token_hex(12)}", "object": "list", "created": int(time.time())}
+    head |= {"model": service.shown_name(body.model), "method": METHOD}
+    return json_response({**head, "data": data, "usage": {"prompt_tokens": n, "total_tokens": n}})
+
+
+async def _all_vectors(
+    service: Service, body: RerankRequest | ScoreRequest, texts: list[str], caller: Caller
+) -> tuple[list[Any], int]:
+    request = EmbeddingRequest(input=list(texts), model=body.model, priority=body.priority)
+    return await vectors(service, request, caller)
 
 
 async def vectors(service: Service, body: EmbeddingRequest, caller: Caller) -> tuple[list[Any], int]:

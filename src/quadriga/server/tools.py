@@ -20,14 +20,16 @@ from quadriga.server.schema import MAX_TOOLS, ChatRequest, Message, NamedTool, T
 from quadriga.text import harmony
 from quadriga.text.reasoning import Thought, Thoughts
 from quadriga.text.template_abilities import Abilities
+from quadriga.text.tool_calls.early import CallPart, OpenCall
 from quadriga.text.tool_calls.forms import HERMES, Form, form_of
+from quadriga.text.tool_calls.pieces import JsonPieces
 from quadriga.text.tool_calls.reader import MAX_CALLS, Reader, Tools, as_call
 
 OPEN, CLOSE = HERMES.opens, HERMES.closes
 MAX_NAME = 128
 
-Piece = str | Thought | dict[str, Any]
-"""Words of an answer, what was thought before them, or a call as OpenAI writes it."""
+Piece = str | Thought | dict[str, Any] | CallPart
+"""Words of an answer, what was thought before them, a call as OpenAI writes it, or a piece of one."""
 
 
 def system_text(tools: Sequence[Tool], *, forced: bool, parallel: bool) -> str:
@@ -242,9 +244,13 @@ class Reading:
         tools = self.tools.marks if self.tools is not None and not self.tools.forced else ()
         return (*tools, *(self.thinks or ()))
 
-    def read(self, text: str) -> Answer:
-        """A whole answer."""
-        pieces = reader(self).push(text, last=True)
+    def read(self, text: str, *, cut: bool = False) -> Answer:
+        """A whole answer.
+
+        Args:
+            cut: the budget ended it. A call that it ends in is neither a call nor words.
+        """
+        pieces = reader(self).push(text, last=True, cut=cut)
         content = "".join(piece for piece in pieces if isinstance(piece, str))
         thought = "".join(piece.text for piece in pieces if isinstance(piece, Thought))
         calls = [piece for piece in pieces if isinstance(piece, dict)]
@@ -260,21 +266,22 @@ class Answer:
     thought: str | None
 
 
-def reader(reading: Reading) -> AnswerReader | ChannelReader:
-    """What reads one answer."""
-    return ChannelReader(reading) if reading.channels else AnswerReader(reading)
+def reader(reading: Reading, *, streams: bool = False) -> AnswerReader | ChannelReader:
+    """What reads one answer; one that streams tells calls in pieces, as they are written."""
+    return ChannelReader(reading, streams) if reading.channels else AnswerReader(reading, streams)
 
 
 class ChannelReader:
-    """An answer of messages in channels as it comes; calls come when they are complete."""
+    """An answer of messages in channels as it comes."""
 
-    def __init__(self, reading: Reading) -> None:
-        self._parser, self._tools = harmony.HarmonyParser(), reading.tools
+    def __init__(self, reading: Reading, streams: bool = False) -> None:
+        self._parser, self._tools, self._streams = harmony.HarmonyParser(), reading.tools, streams
+        self._told: OpenCall | None = None
         self._open: harmony.ToolCall | None = None
         self._arguments: list[str] = []
         self.n_thinking = self.n_calls = 0
 
-    def push(self, text: str, *, last: bool) -> list[Piece]:
+    def push(self, text: str, *, last: bool, cut: bool = False) -> list[Piece]:
         """See :class:`AnswerReader`."""
         events = self._parser.push(text) + (self._parser.finish() if last else [])
         out: list[Piece] = []
@@ -282,22 +289,40 @@ class ChannelReader:
             if self._open is not None and event.message != self._open.message:
                 out += self._call()
             if isinstance(event, harmony.ToolCall):
+                if self._open is None and self._streams and self._offered(event.name):
+                    self._told = OpenCall(event.name, JsonPieces())
                 self._open = event
                 self._arguments.append(event.text)
+                out += self._part(event.text)
             elif event.text:
                 thought = isinstance(event, harmony.Reasoning)
                 self.n_thinking += thought
                 out.append(Thought(event.text) if thought else event.text)
-        return out + self._call() if last else out
+        return out + self._call(cut=cut) if last else out
 
-    def _call(self) -> list[Piece]:
+    def _offered(self, name: str) -> bool:
+        return self._tools is not None and name in self._tools.schemas and self.n_calls < self._tools.most
+
+    def _part(self, text: str) -> list[Piece]:
+        if self._told is None or self._told.over or not text:
+            return []
+        parts, _ = self._told.push(text)
+        self.n_calls += self._told.whole
+        return list(parts)
+
+    def _call(self, *, cut: bool = False) -> list[Piece]:
         """The call that is complete now; words, where it is of no tool that was offered or has no arguments to read."""
         if self._open is None:
             return []
         name, raw = self._open.name, "".join(self._arguments)
         self._open, self._arguments = None, []
-        call = as_call(name, raw) if self._tools is not None and name in self._tools.schemas else None
-        if call is None or self._tools is None or self.n_calls >= self._tools.most:
+        told, self._told = self._told, None
+        if told is not None and (raw.strip() or cut):
+            return list(told.cut())
+        call = as_call(name, raw) if self._offered(name) else None
+        if cut and self._offered(name) and (call is None or not raw.strip()):
+            return []
+        if call is None:
             return [raw] if raw else []
         self.n_calls += 1
         return [call]
@@ -306,9 +331,9 @@ class ChannelReader:
 class AnswerReader:
     """One answer as it comes."""
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: Reading, streams: bool = False) -> None:
         self._thoughts = Thoughts(reading.thinks, opened=reading.opened)
-        self._calls = Reader(reading.tools)
+        self._calls = Reader(reading.tools, streams=streams)
         self.n_thinking = 0
         """Tokens, or pieces of text that came together, that were thought."""
 
@@ -317,8 +342,12 @@ class AnswerReader:
         """Calls so far."""
         return self._calls.n_calls
 
-    def push(self, text: str, *, last: bool) -> list[Piece]:
-        """The pieces that this text makes certain, in order; all that is left with the last."""
+    def push(self, text: str, *, last: bool, cut: bool = False) -> list[Piece]:
+        """The pieces that this text makes certain, in order; all that is left with the last.
+
+        Args:
+            cut: with the last: the budget ended the answer.
+        """
         out: list[Piece] = []
         for piece in self._thoughts.push(text, last=last):
             if isinstance(piece, Thought):
@@ -327,5 +356,5 @@ class AnswerReader:
                 out += self._calls.push(piece, last=False)
         self.n_thinking += self._thoughts.thinking
         if last:
-            out += self._calls.push("", last=True)
+            out += self._calls.push("", last=True, cut=cut)
         return out

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from quadriga.errors import GrammarError
 from quadriga.runtime import Lane
 from quadriga.text.grammar_child import compile_matcher
+from quadriga.text.grammar_close import Closers, Closing
 from quadriga.text.grammar_trial import NICE, Trial, first_line
 from quadriga.text.tokenizer import Tokenizer
 
@@ -84,6 +85,7 @@ class Grammars:
         self._tokens = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(words), n_vocab=vocab_size, eos_token=self._end
         )
+        self._closers = Closers(words.tokens, vocab_size)
         self.trial = Trial(words.as_json(), LIMITS)
         self._compiler, self._masks = Lane("grammar", nice=NICE), Lane("masks", n_threads=2)
         self._kept: OrderedDict[tuple[bytes, str, str], _Compiled | GrammarError] = OrderedDict()
@@ -157,7 +159,7 @@ class Grammars:
         return compiled
 
     def _fresh(self, compiled: _Compiled) -> Grammar:
-        return Grammar(compiled, self._vocab_size, self._masks, self._clock)
+        return Grammar(compiled, self._vocab_size, self._masks, self._clock, self._closers)
 
     def _keep(self, key: tuple[bytes, str, str], value: _Compiled | GrammarError) -> None:
         with self._lock:
@@ -178,9 +180,18 @@ class _Compiled:
 class Grammar:
     """One answer on its way through a grammar; an ``engine.request.Constraint``. One thread at a time uses it."""
 
-    def __init__(self, compiled: _Compiled, vocab_size: int, lane: Lane, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        compiled: _Compiled,
+        vocab_size: int,
+        lane: Lane,
+        clock: Callable[[], float],
+        closers: Closers,
+        closes: bool = False,
+    ) -> None:
         self._compiled, self._matcher = compiled, compiled.matcher.deep_copy()
-        self._vocab_size, self._lane, self._clock = vocab_size, lane, clock
+        self._vocab_size, self._lane, self._clock, self._closers = vocab_size, lane, clock, closers
+        self._closing = Closing(closers) if closes else None
         self._next: Mask | Future[Mask] | None = compiled.first
 
     @property
@@ -193,9 +204,21 @@ class Grammar:
         """:meth:`allowed` answers at once."""
         return isinstance(self._next, np.ndarray) or (isinstance(self._next, Future) and self._next.done())
 
-    def copy(self) -> Grammar:
-        """Another answer at the grammar's beginning."""
-        return Grammar(self._compiled, self._vocab_size, self._lane, self._clock)
+    def copy(self, *, closes: bool = False) -> Grammar:
+        """Another answer at the grammar's beginning.
+
+        Args:
+            closes: of JSON: it is brought to its end before its budget of tokens is used up; see :meth:`choose`.
+        """
+        return Grammar(self._compiled, self._vocab_size, self._lane, self._clock, self._closers, closes)
+
+    def choose(self, token_id: int, left: int) -> int:
+        """The token to go on with in place of one that was chosen; another one only where the answer must be closed.
+
+        Args:
+            left: tokens that may still come, this one included.
+        """
+        return token_id if self._closing is None else self._closing.choose(self._matcher, token_id, left)
 
     def allowed(self) -> Mask:
         """(V,) bool: tokens that may come next, at least one.
@@ -212,6 +235,8 @@ class Grammar:
     def accept(self, token_id: int) -> bool:
         """Go on by a token; True if the answer is complete and nothing may follow."""
         self._matcher.consume_token(token_id)
+        if self._closing is not None:
+            self._closing.accept(token_id)
         if self._matcher.is_stopped() and not self._matcher.is_error():
             return True
         # While the model computes; a slow one's mask waits until it is asked for, where nobody else waits.

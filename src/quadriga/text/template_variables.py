@@ -47,6 +47,10 @@ _CLASS_OF_MODEL = {
     "gpt_oss": "PreTrainedTokenizer",
     "glm4_moe": "PreTrainedTokenizer",
     "ernie4_5_moe": "LlamaTokenizer",
+    "olmo2": "GPTNeoXTokenizer",
+    "olmo3": "GPT2Tokenizer",
+    "flex_olmo": "GPT2Tokenizer",
+    "phimoe": "LlamaTokenizer",
 }
 """transformers' class for a model_type of config.json, where tokenizer_config.json names none."""
 

@@ -28,6 +28,10 @@ class BiasBalancer:
         self._routers = [moe.router for moe in moe_layers(model)]
         if not self._routers:
             raise ConfigError("router.bias_rate needs a model with experts; this one is dense")
+        if any(router.spec.score == "sparse_mixer" for router in self._routers):
+            raise ConfigError(
+                "router.bias_rate must be 0 for a sparse mixer, which chooses experts by its logits alone"
+            )
         self.bias = torch.zeros(len(self._routers), self._routers[0].spec.n_experts, device=world.device)
 
     def apply(self, step: int, n_steps: int) -> None:

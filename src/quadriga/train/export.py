@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quadriga.errors import CheckpointError, ConfigError
-from quadriga.io.parameters import pack
+from quadriga.io.parameters import to_stored
 from quadriga.kernels.arrays import array, tensor
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
@@ -107,7 +107,7 @@ def write_hf(
     for piece in pieces:
         target = piece.target_box or whole(piece.target_shape)
         values = parameters[piece.target][tuple(slice(*span) for span in target)]
-        tensors[piece.source][source_index(piece)] = tensor(pack(array(values), piece))
+        tensors[piece.source][source_index(piece)] = tensor(to_stored(array(values), piece))
     work = out.with_name(out.name + ".part")
     work.mkdir(parents=True, exist_ok=True)
     raw = {**family.config_to_hf(config), "torch_dtype": str(dtype).removeprefix("torch.")}

@@ -19,8 +19,8 @@ import torch
 from quadriga import runtime
 from quadriga.errors import ConfigError
 from quadriga.hub import catalogue
-from quadriga.io import adapter as adapters
-from quadriga.io.adapter import Adapter
+from quadriga.io.adapter import load as load_adapter
+from quadriga.io.adapter_files import Adapter, low_rank, save
 from quadriga.io.open import Checkpoint, open_checkpoint
 from quadriga.io.packed import pack_parameter
 from quadriga.kernels.arrays import array, tensor
@@ -166,12 +166,12 @@ def build_model(config: TuneConfig, checkpoint: Checkpoint) -> tuple[Transformer
     lora, start = config.lora, None
     spec = lora.spec()
     if lora.start is not None:
-        start = adapters.load(Path(lora.start).expanduser(), checkpoint.config)
+        start = load_adapter(Path(lora.start).expanduser(), checkpoint.config)
         spec = replace(start.spec, dropout=lora.dropout)
     model = _base(checkpoint, lora)
     begun = None
     if start is not None:
-        begun = {name: (tensor(a), tensor(b)) for name, (a, b) in adapters.low_rank(start).items()}
+        begun = {name: (tensor(a), tensor(b)) for name, (a, b) in low_rank(start).items()}
     factors = attach(model, spec, begun, seed=config.seed)
     return model, factors, spec
 
@@ -202,7 +202,7 @@ def _write(
 
     With ``[ema]`` what is written is the average of the weights, as ``quadriga train --export`` writes it.
     """
-    from quadriga.io.convert import tokenizer_files
+    from quadriga.io.conversion_plan import tokenizer_files
 
     masters = {**trainer.masters.by_name, **trainer.averages}
     if spec is not None:
@@ -212,7 +212,7 @@ def _write(
             name: (array(masters[name_of[id(one.a)]]), array(masters[name_of[id(one.b)]]))
             for name, one in factors.items()
         }
-        adapters.save(Adapter(spec=spec, factors=pairs, base=config.model), out)
+        save(Adapter(spec=spec, factors=pairs, base=config.model), out)
         return out
     out = _fresh(run.path / "model")
     checkpoint = open_checkpoint(origin)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from quadriga.errors import ConfigError, CorpusError
+from quadriga.hub import data_sets
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.train import chat_data
 from quadriga.train.batch import IGNORE, BatchSource
 from quadriga.train.chat_data import Example, Preference, Problem, Rejects
+from quadriga.train.corpus.readers import resolve
 from quadriga.train.corpus.vocabulary import end_id
 from quadriga.train.packing import ExampleSource
 from quadriga.train.tune_config import TuneConfig
@@ -31,12 +32,13 @@ def read_data(
         raise ConfigError("grpo samples its answers, so it has no held-out loss: leave out data.held_out")
     rejects = Rejects(limit=data.max_bad_rows)
     names, make, weigh = _maker(config, tokenizer)
-    found = chat_data.read([Path(f).expanduser() for f in data.files], make, rejects, limit=data.max_rows)
+    data_sets.log_samples(f.removeprefix("data:") for f in (*data.files, *data.held_out) if f.startswith("data:"))
+    found = chat_data.read([resolve(f) for f in data.files], make, rejects, limit=data.max_rows)
     groups = [group for one in found for group in one]
     labels = [label for label, _ in groups]
     everything = [group for _, group in groups]
     if data.held_out:
-        kept = chat_data.read([Path(f).expanduser() for f in data.held_out], make, rejects)
+        kept = chat_data.read([resolve(f) for f in data.held_out], make, rejects)
         test = [group for one in kept for group in one]
         train = everything
     elif config.objective == "grpo":

@@ -211,10 +211,10 @@ TASKS = (
     ),
     Task(
         name="wikitext",
-        version=1,
+        version=2,
         title="WikiText-2",
-        protocol="WikiText-2's test text as published, <unk> and @-@ and all, each article whole, in windows of the "
-        "model's context that do not overlap; not the detokenised raw text of EleutherAI's harness.",
+        protocol="WikiText-2's test text as published, <unk> and @-@ and all, each article whole, in the windows of "
+        "EleutherAI's harness (the last with as much context as fits); not its detokenised raw text.",
         kind="rolling",
         shots=0,
         build=_wikitext,

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "710cbd36990a78745030f8ba3beec0155f04ab93e1acb1fe6eed30d873359f7a"
+HEADER_SHA256 = "bd8a69e74d23a4357fc681526295448870965f041490e50b5262bde50d7fe436"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -36,6 +36,13 @@ class Format(IntEnum):
     Q4 = 3
     Q4M = 4
     MX4 = 5
+    IQ4NL = 6
+    Q2K = 7
+    Q3K = 8
+    Q4K = 9
+    Q5K = 10
+    Q6K = 11
+    IQ4XS = 12
 
 
 class Source(IntEnum):
@@ -48,6 +55,7 @@ class Source(IntEnum):
     Q4_0 = 4
     Q4_1 = 5
     MX4 = 6
+    IQ4_NL = 7
 
 
 class Stored(IntEnum):
@@ -109,6 +117,7 @@ class Score(IntEnum):
 
     SOFTMAX = 0
     SIGMOID = 1
+    SPARSE_MIXER = 2
 
 
 class Aggregate(IntEnum):
@@ -193,7 +202,8 @@ class Attention(c.Structure):
     _fields_ = [
         ("norm", Norm),
         ("post_norm", Norm),
-        ("wqkv", Matrix),
+        ("wqkv", c.POINTER(Matrix)),
+        ("n_wqkv", c.c_int32),
         ("wo", Matrix),
         ("n_heads", c.c_int32),
         ("n_kv_heads", c.c_int32),
@@ -217,6 +227,7 @@ class Attention(c.Structure):
         ("rotary_dim", c.c_int32),
         ("rotary_scale", c.c_float),
         ("norm_after_rotation", c.c_int32),
+        ("cache_group", c.c_int32),
     ]
 
 
@@ -259,6 +270,7 @@ class Ffn(c.Structure):
         ("shared_down", Matrix),
         ("shared_weight", Matrix),
         ("shared_activation", c.c_int32),
+        ("near", c.c_float),
     ]
 
 
@@ -288,6 +300,7 @@ class Batch(c.Structure):
         ("rows", c.c_void_p),
         ("logits", c.c_void_p),
         ("hidden", c.c_void_p),
+        ("table_size", c.c_int64),
     ]
 
 
@@ -297,6 +310,51 @@ class Step(c.Structure):
     _fields_ = [
         ("kind", c.c_int32),
         ("op", c.c_void_p),
+    ]
+
+
+class Sampling(c.Structure):
+    """struct qd_sampling"""
+
+    _fields_ = [
+        ("logits", c.c_void_p),
+        ("allowed", c.c_void_p),
+        ("unused", c.c_void_p),
+        ("early", c.c_void_p),
+        ("said", c.c_void_p),
+        ("counts", c.c_void_p),
+        ("moved", c.c_void_p),
+        ("moves", c.c_void_p),
+        ("n_unused", c.c_int32),
+        ("n_early", c.c_int32),
+        ("n_said", c.c_int32),
+        ("n_moved", c.c_int32),
+        ("temperature", c.c_double),
+        ("repetition_penalty", c.c_double),
+        ("presence_penalty", c.c_double),
+        ("frequency_penalty", c.c_double),
+        ("top_p", c.c_double),
+        ("min_p", c.c_double),
+        ("typical_p", c.c_double),
+        ("xtc_probability", c.c_double),
+        ("xtc_threshold", c.c_double),
+        ("top_k", c.c_int32),
+        ("n_top", c.c_int32),
+        ("seed", c.c_int64),
+        ("position", c.c_int64),
+        ("top_ids", c.c_void_p),
+        ("top_logits", c.c_void_p),
+    ]
+
+
+class Sampled(c.Structure):
+    """struct qd_sampled"""
+
+    _fields_ = [
+        ("token", c.c_int32),
+        ("n_top", c.c_int32),
+        ("log_sum", c.c_float),
+        ("logit", c.c_float),
     ]
 
 
@@ -332,6 +390,8 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "qd_head": Head,
     "qd_batch": Batch,
     "qd_step": Step,
+    "qd_sampling": Sampling,
+    "qd_sampled": Sampled,
     "qd_store_counts": StoreCounts,
     "qd_allocations": Allocations,
 }
@@ -446,6 +506,14 @@ PARAMETERS: dict[str, list[Any]] = {
         c.c_int64,  # v
         c.c_void_p,  # best
         c.c_void_p,  # log_sum
+        c.POINTER(Message),  # why
+    ],
+    "qd_sample": [
+        c.c_void_p,  # context
+        c.POINTER(Sampling),  # rows
+        c.c_int64,  # n
+        c.c_int64,  # v
+        c.POINTER(Sampled),  # out
         c.POINTER(Message),  # why
     ],
     "qd_gather_rows": [

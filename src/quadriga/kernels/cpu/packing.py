@@ -16,10 +16,11 @@ from quadriga import runtime
 from quadriga.errors import CheckpointError
 from quadriga.kernels.cpu import bindings
 from quadriga.kernels.cpu import library as cpu
+from quadriga.quant import codec
 from quadriga.quant.codebooks import codebook
-from quadriga.quant.dtypes import Array, name_of
+from quadriga.quant.dtypes import Array, as_float32, name_of
 from quadriga.quant.formats import FORMATS
-from quadriga.quant.packed import FROM_GGUF, PACKED
+from quadriga.quant.packed import FROM_GGUF, OF_BLOCKS, PACKED
 
 Bytes = NDArray[np.uint8]
 
@@ -50,7 +51,8 @@ class Packed:
 
 
 Parameter = NDArray[np.float32] | Packed | Sequence[Packed]
-"""A vector (norms, fuse) as numbers; a matrix packed; a layer's experts as one packed matrix each."""
+"""A vector (norms, fuse) as numbers; a matrix packed; a layer's experts as one packed matrix each, and q, k and v that
+a file stores in different formats as their runs of rows."""
 
 
 @lru_cache(maxsize=1)
@@ -99,7 +101,7 @@ def pack(values: Array, form: str, *, out: Bytes | None = None, importance: Arra
 
     Args:
         values: (rows, cols) float32, bfloat16 or float16, contiguous.
-        form: a name of ``quant.packed.PACKED``.
+        form: a name of ``quant.packed.PACKED``; those of ``OF_BLOCKS`` are searched for by ``quant.codec``, slowly.
         out: memory to fill; None allocates.
         importance: (cols,) float32, how much each column's squared error counts in the search for scales.
 
@@ -109,8 +111,21 @@ def pack(values: Array, form: str, *, out: Bytes | None = None, importance: Arra
     source = name_of(values.dtype)
     assert source in cpu.SOURCES and values.flags.c_contiguous, "a contiguous float matrix"
     rows, cols = values.shape
+    if form in OF_BLOCKS:
+        return _pack_searched(values, form, out, importance)
     weight = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
     return _pack(source, values.ctypes.data, values.itemsize * cols, rows, cols, form, out, weight)
+
+
+def _pack_searched(values: Array, form: str, out: Bytes | None, importance: Array | None) -> Packed:
+    """Numbers as a GGUF file's blocks, the last of a row filled up with zeros; then those packed."""
+    block, (rows, cols) = OF_BLOCKS[form], values.shape
+    width = -(-cols // FORMATS[block].block) * FORMATS[block].block
+    whole = np.zeros((rows, width), dtype=np.float32)
+    whole[:, :cols] = as_float32(values)
+    weight = None if importance is None else np.concatenate((importance, np.zeros(width - cols, dtype=np.float32)))
+    raw = codec.quantize(whole, block, weight)
+    return _pack(block, raw.ctypes.data, raw.nbytes // rows, rows, cols, form, out, None)
 
 
 STORED = cpu.codes(bindings.Stored)
@@ -145,6 +160,13 @@ def pack_blocks(
     row_bytes = FORMATS[source].nbytes_of((cols,))
     stored = np.frombuffer(raw, dtype=np.uint8)
     assert stored.nbytes == rows * row_bytes, "whole rows of blocks"
+    if form in OF_BLOCKS and OF_BLOCKS[form] != source:
+        numbers, context = np.empty((rows, cols), dtype=np.float32), packing_context()
+        n_blocks, table = stored.nbytes // FORMATS[source].nbytes, codebook_of(source)
+        context.call(
+            context.lib.qd_dequantize, STORED[source], stored.ctypes.data, n_blocks, table, numbers.ctypes.data
+        )
+        return pack(numbers, form, out=out, importance=importance)
     weight = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
     return _pack(source, stored.ctypes.data, row_bytes, rows, cols, form, out, weight)
 

@@ -40,9 +40,10 @@ class NormArgs:
 class AttentionArgs:
     """Everything ``Program.attention`` needs of one layer; see ``ops.attention`` for the mathematics."""
 
-    norm: NormArgs
+    norm: NormArgs | None
     post_norm: NormArgs | None
-    wqkv: Packed
+    wqkv: Sequence[Packed]
+    """Pieces of its rows: one, or several where a file stores q, k and v in different formats."""
     wo: Packed
     n_heads: int
     n_kv_heads: int
@@ -66,6 +67,8 @@ class AttentionArgs:
     sinks: Floats | None = None
     """(H,) float32."""
     window: int | None = None
+    cache_group: int = 0
+    """Whose block table the layer's keys and values are found by."""
     rotary_scale: float = 1.0
     norm_after_rotation: bool = False
 
@@ -80,6 +83,8 @@ class ChoiceArgs:
     normalize_eps: float = 0.0
     normalize_min: float = 0.0
     scale: float = 1.0
+    near: float = 0.0
+    """Of a sparse mixer, ``2 * MoESpec.mixer_eps``."""
     bias: Floats | None = None
     """(E,) added to the logits."""
     correction: Floats | None = None
@@ -102,7 +107,7 @@ class SharedArgs:
 class FFNArgs:
     """Everything ``Program.ffn`` needs of one layer. A dense network is one expert without a router."""
 
-    norm: NormArgs
+    norm: NormArgs | None
     post_norm: NormArgs | None
     router: Packed | None
     gate: Sequence[Packed] | None
@@ -137,7 +142,8 @@ class Batch:
     starts: Ints
     """(S + 1,)"""
     tables: Ints
-    """KV blocks of every sequence, end to end; block j of a sequence holds positions 16 j .. 16 j + 15."""
+    """KV blocks of every sequence, end to end (T,), or (G, T) of a cache whose layers are in G groups; block j of a
+    sequence holds positions 16 j .. 16 j + 15. Blocks that no query of the pass sees are not read: -1 stands there."""
     table_starts: Ints
     """(S + 1,)"""
     rows: Ints
@@ -180,6 +186,7 @@ class Program:
         self.routing: list[LayerRouting] = []
         self._ops: list[tuple[int, ctypes.Structure]] = []
         self._keep: list[Any] = []
+        self._n_groups = 1
         self._steps: ctypes.Array[bindings.Step] | None = None
         self.d_model, self._hidden = d_model, np.zeros((max_tokens, d_model), dtype=np.float32)
 
@@ -192,7 +199,8 @@ class Program:
         op = bindings.Attention(
             norm=self._norm(a.norm),
             post_norm=self._norm(a.post_norm),
-            wqkv=self._matrix(a.wqkv),
+            wqkv=self._matrices(a.wqkv),
+            n_wqkv=len(a.wqkv),
             wo=self._matrix(a.wo),
             n_heads=a.n_heads,
             n_kv_heads=a.n_kv_heads,
@@ -216,7 +224,9 @@ class Program:
             rotary_dim=0 if a.inverse_frequencies is None else 2 * a.inverse_frequencies.size,
             rotary_scale=a.rotary_scale,
             norm_after_rotation=a.norm_after_rotation,
+            cache_group=a.cache_group,
         )
+        self._n_groups = max(self._n_groups, a.cache_group + 1)
         self._keep.append(a.kv)
         for kind in (Op.QKV, Op.ATTEND, Op.ATTN_OUT):
             self._add(kind, op)
@@ -261,6 +271,7 @@ class Program:
             "normalize_eps": choice.normalize_eps,
             "normalize_min": choice.normalize_min,
             "routed_scale": choice.scale,
+            "near": choice.near,
             "router_bias": self._floats(choice.bias),
             "correction": self._floats(choice.correction),
         }
@@ -293,6 +304,8 @@ class Program:
         """
         n, n_rows = len(batch.tokens), len(batch.rows)
         assert 0 < n <= self.max_tokens, f"a pass takes 1 to {self.max_tokens} tokens, got {n}"
+        tables = np.ascontiguousarray(np.atleast_2d(batch.tables))
+        assert len(tables) == self._n_groups, f"the cache has {self._n_groups} groups, got tables of {len(tables)}"
         if self._steps is None:
             steps = [bindings.Step(kind, ctypes.addressof(op)) for kind, op in self._ops]
             self._steps = (bindings.Step * len(steps))(*steps)
@@ -304,7 +317,8 @@ class Program:
             tokens=batch.tokens.ctypes.data,
             positions=batch.positions.ctypes.data,
             starts=batch.starts.ctypes.data,
-            tables=batch.tables.ctypes.data,
+            tables=tables.ctypes.data,
+            table_size=tables.shape[1],
             table_starts=batch.table_starts.ctypes.data,
             rows=batch.rows.ctypes.data,
             logits=logits.ctypes.data,

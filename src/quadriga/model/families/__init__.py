@@ -17,6 +17,7 @@ from quadriga.model.families import (
     dbrx,
     dots1,
     ernie45moe,
+    flex_olmo,
     glm4moe,
     gpt_oss,
     granite,
@@ -27,7 +28,9 @@ from quadriga.model.families import (
     mistral,
     mixtral,
     mpt,
+    olmo2,
     olmoe,
+    phimoe,
     qwen2,
     qwen2moe,
     qwen3,
@@ -60,6 +63,9 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5-moe": ernie45moe.FAMILY,
     "hunyuan-moe": hunyuan.FAMILY,
     "minimax-m2": minimax.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "flex_olmo": flex_olmo.FAMILY,
+    "phimoe": phimoe.FAMILY,
 }
 
 PRESETS: dict[str, ModelConfig] = {
@@ -152,7 +158,8 @@ def read_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> tu
         family = next(family for family in FAMILIES.values() if arch in family.gguf_archs)
     else:
         raise ConfigError(
-            f"general.architecture must be one of {', '.join(_GGUF_ARCHS)}; got {arch[:80]!r}.{refused.reason(arch)}"
+            f"general.architecture must be one of {', '.join(_GGUF_ARCHS)}; got {arch[:80]!r}."
+            f"{refused.gguf_reason(arch)}"
         )
     assert family.config_from_gguf is not None, "a family with GGUF architectures reads GGUF"
     return family.config_from_gguf(metadata, shapes), family.notes(metadata)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_MIXER = "its router (SparseMixer) weighs each of two experts by a softmax of its own, over the scores near the best"
-_BEHIND = "its layers have norms behind attention and feed-forward only, none before them"
 _LATENT = "its attention keeps one latent vector a token in place of keys and values (multi-head latent attention)"
 _DELTA = "most of its layers are gated delta rules with a recurrent state"
 _CONVOLUTION = "most of its layers are short convolutions with a state of their own"
@@ -17,10 +15,6 @@ _GEMMA = "its blocks have norms on both sides of every branch, whose weights are
 _SPARSE = "its attention picks keys by an index of its own"
 
 REASONS: Mapping[str, str] = {
-    "phimoe": _MIXER,
-    "flex_olmo": _BEHIND,
-    "olmo2": _BEHIND,
-    "olmo3": _BEHIND,
     "deepseek2": _LATENT,
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
@@ -49,7 +43,18 @@ REASONS: Mapping[str, str] = {
 }
 """model_type or architecture -> what in it is not computed."""
 
+GGUF_ALONE: Mapping[str, str] = {
+    "phimoe": "llama.cpp's program divides the two experts' weights by their sum, as the model's own router does not; "
+    "its Hugging Face directory is read",
+}
+"""Architectures of GGUF whose models are computed, from other files."""
+
 
 def reason(name: str) -> str:
     """A sentence about a family that is known and not computed; empty for any other name."""
     return f" {name} is known and not computed: {REASONS[name]}." if name in REASONS else ""
+
+
+def gguf_reason(arch: str) -> str:
+    """The same of a GGUF architecture."""
+    return f" {arch} is not read from GGUF: {GGUF_ALONE[arch]}." if arch in GGUF_ALONE else reason(arch)

@@ -16,7 +16,7 @@ from quadriga.model.cost import (
     bytes_read_per_token,
     expected_distinct_experts,
     flops_per_token,
-    kv_bytes_per_token,
+    kv_bytes,
     kv_bytes_read,
     weight_bytes,
 )
@@ -35,7 +35,7 @@ class Serving:
     weight_format: str
     weight_bytes: int
     cache_tokens: int
-    """Cached positions that fit beside the weights; negative if the weights do not fit."""
+    """Positions of sequences as long as the context that fit beside the weights; negative if the weights do not."""
     tokens_per_s_alone: float
     """Upper bound for a single sequence."""
     batch: int
@@ -91,7 +91,7 @@ def serve(config: ModelConfig, weight_format: str, box: Box, context: int, max_b
     """Estimate serving a model on ``box``: whether it fits, and how fast it can be."""
     weights = weight_bytes(config, weight_format)
     room = box.memory_bytes * _USABLE - weights
-    tokens = int(room // kv_bytes_per_token(config))
+    tokens = int(room // (kv_bytes(config, context) / context))
     batch = max(0, min(max_batch, tokens // context))
     return Serving(
         box=box,

@@ -26,6 +26,8 @@ from typing import Any
 
 import msgspec
 
+from quadriga.text.tool_calls.pieces import kinds_of
+
 Call = tuple[str, dict[str, Any]]
 """(name, arguments)."""
 Schemas = Mapping[str, Mapping[str, Any]]
@@ -96,7 +98,7 @@ def _qwen3_coder(block: str, schemas: Schemas) -> list[Call]:
         if parameter is None:
             return []
         key, text = parameter.group(1).strip(), parameter.group(2)
-        arguments[key] = _value(text.removeprefix("\n").removesuffix("\n"), schemas.get(name, {}), key)
+        arguments[key] = value_of(text.removesuffix("\n").removeprefix("\n"), schemas.get(name, {}), key)
         at = parameter.end()
     return [(name, arguments)]
 
@@ -114,17 +116,14 @@ def _glm(block: str, schemas: Schemas) -> list[Call]:
         if pair is None:
             return []
         key = pair.group(1).strip()
-        arguments[key] = _value(pair.group(2), schemas.get(name, {}), key)
+        arguments[key] = value_of(pair.group(2), schemas.get(name, {}), key)
         at = pair.end()
     return [(name, arguments)] if name and not any(c.isspace() for c in name) else []
 
 
-def _value(text: str, schema: Mapping[str, Any], key: str) -> Any:
+def value_of(text: str, schema: Mapping[str, Any], key: str) -> Any:
     """A value written without quotes: a text where the schema says so, JSON where it is some, else a text."""
-    properties = schema.get("properties")
-    wanted = properties.get(key) if isinstance(properties, Mapping) else None
-    kind = wanted.get("type") if isinstance(wanted, Mapping) else None
-    kinds = kind if isinstance(kind, list) else [kind]
+    kinds = kinds_of(schema, key)
     if "string" in kinds:
         return None if text == "null" and "null" in kinds else text
     value = _json(text.strip().encode())
@@ -134,14 +133,14 @@ def _value(text: str, schema: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-_DEEPSEEK_BEGIN, _DEEPSEEK_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
-_DEEPSEEK_SEPARATOR = "<｜tool▁sep｜>"
+DEEPSEEK_BEGIN, DEEPSEEK_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
+DEEPSEEK_SEPARATOR = "<｜tool▁sep｜>"
 
 
 def _deepseek(block: str, _: Schemas) -> list[Call]:
     calls = []
-    for part in block.split(_DEEPSEEK_BEGIN)[1:]:
-        head, separator, rest = part.partition(_DEEPSEEK_END)[0].partition(_DEEPSEEK_SEPARATOR)
+    for part in block.split(DEEPSEEK_BEGIN)[1:]:
+        head, separator, rest = part.partition(DEEPSEEK_END)[0].partition(DEEPSEEK_SEPARATOR)
         if head.strip() == "function":  # V3: function, the name, and the arguments in a fence
             head, _line, rest = rest.partition("\n")
             rest = rest.strip().removeprefix("```json").removesuffix("```")
@@ -209,11 +208,11 @@ def _of_node(node: ast.expr) -> list[Call]:
     if not isinstance(node, ast.Call) or node.args or any(keyword.arg is None for keyword in node.keywords):
         return []
     name = ast.unparse(node.func)
-    arguments = {str(keyword.arg): _literal(keyword.value) for keyword in node.keywords}
+    arguments = {str(keyword.arg): literal(keyword.value) for keyword in node.keywords}
     return [(name, arguments)] if re.fullmatch(r"[\w.-]+", name) else []
 
 
-def _literal(node: ast.expr) -> Any:
+def literal(node: ast.expr) -> Any:
     """A value; JSON's own words for true, false and null count too.
 
     Raises:
@@ -223,11 +222,11 @@ def _literal(node: ast.expr) -> Any:
     if isinstance(node, ast.Name) and node.id in words:
         return words[node.id]
     if isinstance(node, ast.List):
-        return [_literal(one) for one in node.elts]
+        return [literal(one) for one in node.elts]
     if isinstance(node, ast.Dict):
         if any(key is None for key in node.keys):
             raise ValueError("** is not a value")
-        return {str(_literal(k)): _literal(v) for k, v in zip(node.keys, node.values, strict=True) if k is not None}
+        return {str(literal(k)): literal(v) for k, v in zip(node.keys, node.values, strict=True) if k is not None}
     value = ast.literal_eval(node)
     json.dumps(value)  # bytes, sets and complex numbers are nothing that a tool takes
     return value
@@ -250,7 +249,7 @@ FORMS = {
         HERMES,
         _marked("qwen3_coder", _qwen3_coder, "<tool_call>", "</tool_call>", r"\s*<function="),
         _marked("glm", _glm, "<tool_call>", "</tool_call>", r"\s*[^\s<]{1,128}\s*<(arg_key>|/tool_call>)"),
-        _marked("deepseek", _deepseek, "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", rf"\s*{_DEEPSEEK_BEGIN}"),
+        _marked("deepseek", _deepseek, "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", rf"\s*{DEEPSEEK_BEGIN}"),
         _marked("mistral", _mistral, "[TOOL_CALLS]", "", r"\s*(\[\s*\{|[^\[\]{}\s]{1,128}\s*(\[(CALL_ID|ARGS)\]|\{))"),
         _marked("granite", _granite, "<|tool_call|>", "", r"\s*\[\s*\{"),
         _marked("lfm2", _pythonic, "<|tool_call_start|>", "<|tool_call_end|>", r"\s*\[?\s*\w"),

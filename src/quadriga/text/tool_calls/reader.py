@@ -1,4 +1,8 @@
-"""One answer as it comes: words as soon as they are certain to be words, calls as soon as they are complete."""
+"""One answer as it comes: words as soon as they are certain to be words, calls once complete or piece by piece.
+
+A reader that streams tells a call by its beginning (``early``), the others wait for its end. Put together both say the
+same, but for what only began like a call: one that streams has told of it by then.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quadriga.text.stream import overlap
+from quadriga.text.tool_calls.early import FORCED, MOST_HEAD, SHAPES, CallPart, OpenCall, Shape, name_of
 from quadriga.text.tool_calls.forms import HERMES, Call, Form, Schemas
 
 MAX_CALLS = 16
@@ -16,6 +21,10 @@ MAX_CALLS = 16
 
 MAX_FAILED = 32
 """Times that a form is tried whose reading makes copies; what comes then is text."""
+
+
+Piece = str | dict[str, Any] | CallPart
+"""Words; a whole call, as OpenAI writes it; a piece of one."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +54,14 @@ class Reader:
 
     Args:
         tools: None where the request has none: all is words.
+        streams: calls come in pieces where their beginning tells them.
     """
 
-    def __init__(self, tools: Tools | None) -> None:
-        self._tools = tools
+    def __init__(self, tools: Tools | None, *, streams: bool = False) -> None:
+        self._tools, self._streams = tools, streams
+        self._open: OpenCall | None = None
+        self._shape: Shape | None = None
+        """The shape of the block of calls that is being told; its call may be over and the block not."""
         self._parts: list[str] = []
         """What is held back, in the pieces in which it came: looked through once something may be decided."""
         self._blank, self._waits, self._end = True, False, ""
@@ -57,23 +70,85 @@ class Reader:
         self._n_failed = 0
         self.n_calls = 0
 
-    def push(self, text: str, *, last: bool) -> list[str | dict[str, Any]]:
-        """The words (str) and calls (dict) that this text makes certain, in order; all that is left with the last."""
+    def push(self, text: str, *, last: bool, cut: bool = False) -> list[Piece]:
+        """What this text makes certain, in order; all that is left with the last.
+
+        Args:
+            cut: with the last: the answer ends because its budget did. A call that it ends in is no words then.
+        """
         tools = self._tools
         if tools is None:
             return [text] if text else []
         self._parts.append(text)
+        if self._shape is not None:
+            return self._further(tools, self._shape, last, cut)
         if not last and self._undecided(tools, text):
-            return []
+            return self._early(tools)
         held = "".join(self._parts)
         if tools.forced:  # one JSON array, read at its end; a call that was cut is nothing
             calls = [call for call in _array(held) if call[0] in tools.schemas][: tools.most]
             return self._made(calls)
         if not tools.form.opens:
-            return self._whole(tools, held, last)
-        out, rest = self._read(tools, held, last)
+            return self._whole(tools, held, last, cut) + ([] if last else self._early(tools))
+        out, rest = self._read(tools, held, last, cut)
         self._parts, self._blank, self._end = [rest], not rest or rest.isspace(), _tail(rest, tools.form.closes)
-        return out
+        return out + ([] if last else self._early(tools))
+
+    # Calls that are told while they are written -----------------------------------------------------------------------
+
+    def _early(self, tools: Tools) -> list[Piece]:
+        """The beginning of a call, if what is held is one of a tool that was offered."""
+        shape = FORCED if tools.forced else SHAPES.get(tools.form.name)
+        if not self._streams or shape is None or not (self._waits or tools.forced) or self.n_calls >= tools.most:
+            return []
+        held = "".join(self._parts)
+        self._parts = [held]
+        start = held.lstrip()[len(tools.form.opens) if not tools.forced else 0 :]
+        found = shape.begin.match(start) if len(start) <= MOST_HEAD else None
+        if found is None or name_of(found) not in tools.schemas:
+            return []
+        self._shape, self._parts = shape, [start[found.end() :]]
+        self._begin(tools, shape, name_of(found))
+        return self._further(tools, shape, last=False, cut=False)
+
+    def _begin(self, tools: Tools, shape: Shape, name: str) -> None:
+        self._open = OpenCall(name, shape.pieces(dict(tools.schemas[name])))
+
+    def _further(self, tools: Tools, shape: Shape, last: bool, cut: bool) -> list[Piece]:
+        """Go on in a block of calls that is being told."""
+        out: list[Piece] = []
+        while True:
+            text = "".join(self._parts)
+            if self._open is not None:
+                parts, text = self._open.push(text)
+                out += parts
+                self._parts = [text]
+                if not self._open.over:
+                    return out + (self._open.cut() if last else [])
+                whole, self._open = self._open.whole, None
+                self.n_calls += whole
+                if not whole:
+                    return out + self._after(text, last, cut)
+            next_one = shape.again.match(text) if shape.again is not None else None
+            if next_one is not None and name_of(next_one) in tools.schemas and self.n_calls < tools.most:
+                self._parts = [text[next_one.end() :]]
+                self._begin(tools, shape, name_of(next_one))
+                continue
+            end = shape.end.match(text)
+            if end is not None and (last or tools.form.closes) and not tools.forced:
+                return out + self._after(text[end.end() :], last, cut)
+            if last and (tools.forced or (end is None and cut)):
+                return out
+            if not last and (tools.forced or len(text) <= MOST_HEAD):
+                return out
+            return out + self._after(text, last, cut)
+
+    def _after(self, text: str, last: bool, cut: bool) -> list[Piece]:
+        """Behind a block of calls."""
+        self._shape, self._parts = None, []
+        self._begun = self._after_call = self._blank = True
+        self._waits, self._end = False, ""
+        return self.push(text, last=last, cut=cut)
 
     def _undecided(self, tools: Tools, text: str) -> bool:
         """True if more text tells no more: it is held back without a look at what was held before."""
@@ -88,7 +163,7 @@ class Reader:
             return closes not in near
         return self._blank and (not text or text.isspace())
 
-    def _whole(self, tools: Tools, held: str, last: bool) -> list[str | dict[str, Any]]:
+    def _whole(self, tools: Tools, held: str, last: bool, cut: bool) -> list[Piece]:
         """The answer is a call from its first character to its last, or it is words."""
         start = held.lstrip()
         if not self._begun and not last and any(_may_begin(start, mark) for mark in tools.form.first):
@@ -99,12 +174,14 @@ class Reader:
             calls = tools.form.parse(memoryview(held.encode(errors="replace")), tools.schemas)
             if calls and _known(calls, tools.schemas) and len(calls) <= tools.most:
                 return self._made(calls)
+            if cut and _is_cut_call(tools, start, most_head=0):
+                return []
         self._begun, self._waits, self._blank, self._parts = True, False, False, []
         return [held] if held else []
 
-    def _read(self, tools: Tools, held: str, last: bool) -> tuple[list[str | dict[str, Any]], str]:
+    def _read(self, tools: Tools, held: str, last: bool, cut: bool) -> tuple[list[Piece], str]:
         """(what is certain, what must wait) of what was held back. Linear: no place is looked at twice for one mark."""
-        form, out = tools.form, list[str | dict[str, Any]]()
+        form, out = tools.form, list[Piece]()
         opens, closes = form.opens.encode(), form.closes.encode()
         raw, begin, search = held.encode(errors="replace"), 0, 0
         close = raw.find(closes) if closes else len(raw) if last else -1
@@ -114,6 +191,8 @@ class Reader:
             if close < 0 and not last:
                 break
             search = at + len(opens)
+            if cut and (close < 0 or not closes) and _is_cut_call(tools, raw[search:].decode()):
+                break
             calls = self._parsed(form, raw, search, close)
             if not calls or not _known(calls, tools.schemas) or self.n_calls + len(calls) > tools.most:
                 continue  # it only looked like one
@@ -126,6 +205,8 @@ class Reader:
         if self._after_call:
             text = text.lstrip()
         if last:
+            if cut and self.n_calls:  # the beginning of one more
+                text = text[: len(text) - overlap(text, form.opens)]
             return out + self._words(text.rstrip() if self.n_calls else text), ""
         words = text[: None if at >= 0 else len(text) - overlap(text, form.opens)].rstrip()
         return out + self._words(words), text[len(words) :] + (raw[at:].decode() if at >= 0 else "")
@@ -140,15 +221,22 @@ class Reader:
             self._n_failed += 1
         return calls
 
-    def _made(self, calls: list[Call]) -> list[str | dict[str, Any]]:
+    def _made(self, calls: list[Call]) -> list[Piece]:
         self.n_calls += len(calls)
         return [_shown(call) for call in calls]
 
-    def _words(self, text: str) -> list[str | dict[str, Any]]:
+    def _words(self, text: str) -> list[Piece]:
         if self._after_call:
             text = text.lstrip()
         self._after_call = self._after_call and not text
         return [text] if text else []
+
+
+def _is_cut_call(tools: Tools, text: str, most_head: int = 64) -> bool:
+    """True if this is the beginning of a call of a tool that was offered, or too short to tell."""
+    shape = SHAPES.get(tools.form.name)
+    found = shape.begin.match(text[:MOST_HEAD]) if shape is not None else None
+    return len(text) < most_head or (found is not None and name_of(found) in tools.schemas)
 
 
 def _known(calls: list[Call], names: Collection[str]) -> bool:

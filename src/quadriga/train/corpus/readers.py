@@ -11,14 +11,14 @@ import io
 import zlib
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 import msgspec
 
 from quadriga import runtime
 from quadriga.errors import ConfigError, CorpusError
-from quadriga.runtime import data_dir
+from quadriga.hub import data_sets
 from quadriga.train.corpus.recipe import Recipe, Source, check_domain
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt", ".md")
@@ -52,8 +52,12 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def resolve(path: str) -> Path:
-    """Resolve a recipe's path on this machine; the prefix ``data:`` stands for the data folder."""
-    return data_dir() / path.removeprefix("data:") if path.startswith("data:") else Path(path).expanduser()
+    """Resolve a recipe's path on this machine; ``data:`` begins the name of a data set's file (``hub.data_sets``).
+
+    Raises:
+        CatalogueError: there is no such data here.
+    """
+    return data_sets.path_of(path.removeprefix("data:")) if path.startswith("data:") else Path(path).expanduser()
 
 
 def expand(paths: list[str], suffixes: tuple[str, ...]) -> list[str]:
@@ -64,6 +68,9 @@ def expand(paths: list[str], suffixes: tuple[str, ...]) -> list[str]:
     """
     found: dict[str, None] = {}
     for given in paths:
+        if given.startswith("data:"):
+            found |= dict.fromkeys(f"data:{name}" for name in _data_files(given, suffixes))
+            continue
         root = resolve(given)
         if any(c in given for c in "*?["):
             fixed = next(i for i, part in enumerate(root.parts) if set(part) & set("*?["))
@@ -77,8 +84,23 @@ def expand(paths: list[str], suffixes: tuple[str, ...]) -> list[str]:
         if not kept:
             raise CorpusError(f"{given!r} must lead to files ending in {', '.join(suffixes)}; there is none at {root}")
         for file in kept:
-            found[f"data:{file.relative_to(data_dir())}" if given.startswith("data:") else str(file)] = None
+            found[str(file)] = None
     return list(found)
+
+
+def _data_files(given: str, suffixes: tuple[str, ...]) -> list[str]:
+    pattern = given.removeprefix("data:").strip("/")
+    fixed = next((i for i, c in enumerate(pattern) if c in "*?["), len(pattern))
+    folder = pattern if fixed == len(pattern) else pattern[:fixed].rpartition("/")[0]
+    names = [name for name in data_sets.listing(folder) if name.endswith(suffixes)]
+    if fixed < len(pattern):
+        names = [name for name in names if PurePosixPath(name).match(pattern)]
+    if not names:
+        raise CorpusError(
+            f"{given!r} must lead to files ending in {', '.join(suffixes)}; there is none. "
+            f"{data_sets.how_to_get(pattern)}"
+        )
+    return names
 
 
 def plan_chunks(recipe: Recipe, chunk_bytes: int) -> list[Chunk]:
@@ -90,6 +112,12 @@ def plan_chunks(recipe: Recipe, chunk_bytes: int) -> list[Chunk]:
     if chunk_bytes < 1:
         raise ConfigError(f"chunk must be at least one byte, got {chunk_bytes}")
     chunks: list[Chunk] = []
+    data_sets.log_samples(
+        path.removeprefix("data:")
+        for source in recipe.sources
+        for path in expand(source.paths, SUFFIXES)
+        if path.startswith("data:")
+    )
     by_split = sorted(range(len(recipe.sources)), key=lambda i: recipe.sources[i].split != "held_out")
     for i in by_split:
         open_parts: list[Part] = []

@@ -28,7 +28,7 @@ void check(bool good, const char* what, long long got) {
   if (!good) throw Failure(QD_STATUS_BAD_ARGUMENT, "%s, got %lld", what, got);
 }
 
-void check_format(int32_t format) { check(format >= 0 && format <= QD_FORMAT_MX4, "format must be one of qd_format", format); }
+void check_format(int32_t format) { check(format >= 0 && format <= QD_FORMAT_IQ4XS, "format must be one of qd_format", format); }
 
 void check_stored(int32_t stored, const uint8_t* codebook) {
   check(stored >= 0 && stored <= QD_STORED_IQ3_S, "stored must be one of qd_stored", stored);
@@ -121,7 +121,8 @@ QD_EXPORT int32_t qd_pack(qd_context* context, int32_t source, const void* in, i
                           int32_t format, uint8_t* out, const float* importance, int64_t* bad_row, qd_message* why) {
   return in_turn(context, why, [&](qd_context& c) {
     check_format(format);
-    check(source >= 0 && source <= QD_SOURCE_MX4, "source must be one of qd_source", source);
+    check(source >= 0 && source <= QD_SOURCE_IQ4_NL, "source must be one of qd_source", source);
+    check(format < QD_FORMAT_IQ4NL || (format == QD_FORMAT_IQ4NL && source == QD_SOURCE_IQ4_NL), "this format is made of its own blocks", format);
     const int64_t bytes = tile_bytes(format, cols);
     *bad_row = pack_tiles(c, rows, [&](int64_t tile, int) {
       return c.kernels->pack(source, in, row_bytes, rows, cols, tile, format, out + tile * bytes, importance);
@@ -136,6 +137,16 @@ QD_EXPORT int32_t qd_pack_stored(qd_context* context, int32_t stored, const uint
     check_format(format);
     check_stored(stored, codebook);
     const int64_t blocks = cols / block_shape(stored).count, bytes = tile_bytes(format, cols);
+    if (format == block_format(stored)) {
+      check(row_bytes >= blocks_of(cols) * block_shape(stored).bytes, "rows must be whole blocks", cols);
+      *bad_row = pack_tiles(c, rows, [&](int64_t tile, int) {
+        const int64_t first = kTile * tile, n_rows = rows - first < kTile ? rows - first : kTile;
+        const int64_t found = c.kernels->pack_blocks(stored, in + first * row_bytes, row_bytes, int(n_rows), cols, out + tile * bytes);
+        return found + (found ? first : 0);
+      });
+      return;
+    }
+    check(format < QD_FORMAT_IQ4NL, "this format is made of its own blocks", format);
     check(cols == blocks * block_shape(stored).count, "columns must be whole blocks", cols);
     const int8_t* book = reinterpret_cast<const int8_t*>(codebook);
     c.reserve(&qd_context::Thread::a, kTile * cols);
@@ -203,6 +214,17 @@ QD_EXPORT int32_t qd_row_stats(qd_context* context, const float* logits, int64_t
   return in_turn(context, why, [&](qd_context& c) {
     c.pool.run(r, 1, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) c.kernels->row_stats(logits + i * v, v, best + i, log_sum + i);
+    });
+  });
+}
+
+QD_EXPORT int32_t qd_sample(qd_context* context, const qd_sampling* rows, int64_t n, int64_t v, qd_sampled* out,
+                            qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) {
+    check(v > 0 && v <= INT32_MAX, "a vocabulary has from 1 to 2^31 - 1 tokens", v);
+    c.reserve(&qd_context::Thread::a, sample_scratch(v));
+    c.pool.run(n, 1, [&](int64_t begin, int64_t end, int thread) {
+      for (int64_t i = begin; i < end; ++i) c.kernels->sample(rows[i], v, c.of_thread[size_t(thread)].a.data(), out + i);
     });
   });
 }

@@ -75,6 +75,11 @@ float share(float max, float sum, const float* sink) {
   return own / (sum * own + std::exp(*sink - most));
 }
 
+// The blocks of a sequence in a layer.
+const int32_t* table(const qd_attention& op, const qd_batch& b, int sequence) {
+  return b.tables + op.cache_group * b.table_size + b.table_starts[sequence];
+}
+
 // One layer's attention in one pass.
 struct Attend {
   qd_context& c;
@@ -107,7 +112,7 @@ struct Attend {
         positions[r] = b.positions[piece.first + t];
         if (op.alibi_slopes) slopes[r] = op.alibi_slopes[head];
       }
-    AttendChunk a{op.kv + piece.head * head_bytes, head_bytes * op.n_kv_heads, b.tables + b.table_starts[piece.sequence], 0,
+    AttendChunk a{op.kv + piece.head * head_bytes, head_bytes * op.n_kv_heads, table(op, b, piece.sequence), 0,
                   op.kv_format, d, n_rows, q, positions, op.alibi_slopes ? slopes : nullptr,
                   op.score_scale, op.soft_cap, op.window, nullptr, nullptr, nullptr, mine.units.data()};
     const bool whole = piece.partial < 0;
@@ -188,27 +193,28 @@ struct Prepare {
 }  // namespace
 
 void run_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
-  const int64_t n = b.n_tokens, dim = op.wqkv.cols;
+  const int64_t n = b.n_tokens, dim = op.wqkv[0].cols;
   const int d = op.head_dim, kv_heads = op.n_kv_heads;
   const Prepare prepare{*c.kernels, op};
   const int64_t q_dim = prepare.q_dim, kv_dim = prepare.kv_dim, width = prepare.width;
-  float* normed = c.normed.reserve(n * dim);
-  norm_rows(c, op.norm, b.hidden, n, dim, normed);
+  const float* normed = normed_or_as_is(c, op.norm, b.hidden, n, dim);
   float* qkv = c.qkv.reserve(n * width);
-  linear(c, op.wqkv, normed, dim, n, qkv, width, false);
+  int64_t first = 0;
+  for (const qd_matrix* part = op.wqkv; part < op.wqkv + op.n_wqkv; first += part++->rows)
+    linear(c, *part, normed, dim, n, qkv + first, width, false);
 
   // Sequence of every token, for its block table.
   const int64_t block_bytes = kv_bytes(op.kv_format, d) * kv_heads;
   c.reserve(&qd_context::Thread::a, d);
   const auto body = [&](int64_t begin, int64_t end, int thread) {
-    float* table = c.of_thread[size_t(thread)].a.data();
+    float* turns = c.of_thread[size_t(thread)].a.data();
     int s = int(std::upper_bound(b.starts, b.starts + b.n_sequences + 1, int32_t(begin)) - b.starts) - 1;
     for (int64_t i = begin; i < end; ++i) {
       while (i >= b.starts[s + 1]) ++s;
       float* row = qkv + i * width;
       const int position = b.positions[i];
-      prepare(row, position, table);
-      const int32_t block = b.tables[b.table_starts[s] + position / QD_BLOCK_TOKENS];
+      prepare(row, position, turns);
+      const int32_t block = table(op, b, s)[position / QD_BLOCK_TOKENS];
       for (int h = 0; h < kv_heads; ++h)
         c.kernels->write_kv(op.kv_format, d, row + q_dim + int64_t(h) * d, row + q_dim + kv_dim + int64_t(h) * d,
                             position % QD_BLOCK_TOKENS, op.kv + block * block_bytes + h * kv_bytes(op.kv_format, d));

@@ -101,25 +101,27 @@ QD_INLINE void read_q2_k(const uint8_t* b, const int8_t*, Numbers& n) {
   crumb_runs(b + 16, n.q);
 }
 
-QD_INLINE void read_q3_k(const uint8_t* b, const int8_t*, Numbers& n) {
+QD_INLINE int scale_of_q3_k(const uint8_t* b, int i) {
   const uint8_t* s = b + 96;
+  const int low = i < 8 ? s[i] & 15 : s[i - 8] >> 4, high = s[8 + i % 4] >> (2 * (i / 4)) & 3;
+  return (low | high << 4) - 32;
+}
+
+QD_INLINE void read_q3_k(const uint8_t* b, const int8_t*, Numbers& n) {
   const float d = half_at(b + 108);
-  for (int i = 0; i < 16; ++i) {
-    const int low = i < 8 ? s[i] & 15 : s[i - 8] >> 4, high = s[8 + i % 4] >> (2 * (i / 4)) & 3;
-    n.scale[i] = d * float((low | high << 4) - 32);
-  }
+  for (int i = 0; i < 16; ++i) n.scale[i] = d * float(scale_of_q3_k(b, i));
   crumb_runs(b + 32, n.q);
   for (int s8 = 0; s8 < 8; ++s8)
     for (int i = 0; i < 32; ++i) n.q[32 * s8 + i] = int8_t(n.q[32 * s8 + i] - (~b[i] >> s8 & 1) * 4);
 }
 
-QD_INLINE void scales_and_minima(const uint8_t* b, Numbers& n) {  // of q4_k and q5_k: d, dmin, 12 bytes
+// Of q4_k and q5_k: two numbers of six bits for each of eight runs, in twelve bytes.
+QD_INLINE int scale_of_q4_k(const uint8_t* b, int i) { return i < 4 ? b[4 + i] & 63 : (b[8 + i] & 15) | b[i] >> 6 << 4; }
+QD_INLINE int minimum_of_q4_k(const uint8_t* b, int i) { return i < 4 ? b[8 + i] & 63 : b[8 + i] >> 4 | b[4 + i] >> 6 << 4; }
+
+QD_INLINE void scales_and_minima(const uint8_t* b, Numbers& n) {
   const float d = half_at(b), dmin = half_at(b + 2);
-  const uint8_t *x = b + 4, *y = b + 8, *z = b + 12;
-  for (int i = 0; i < 4; ++i) {
-    n.scale[i] = d * float(x[i] & 63), n.minimum[i] = dmin * float(y[i] & 63);
-    n.scale[4 + i] = d * float((z[i] & 15) | x[i] >> 6 << 4), n.minimum[4 + i] = dmin * float(z[i] >> 4 | y[i] >> 6 << 4);
-  }
+  for (int i = 0; i < 8; ++i) n.scale[i] = d * float(scale_of_q4_k(b, i)), n.minimum[i] = dmin * float(minimum_of_q4_k(b, i));
 }
 
 QD_INLINE void read_q4_k(const uint8_t* b, const int8_t*, Numbers& n) {
@@ -127,26 +129,33 @@ QD_INLINE void read_q4_k(const uint8_t* b, const int8_t*, Numbers& n) {
   nibble_runs<32, 4>(b + 16, n.q);
 }
 
+QD_INLINE void add_fifth_bit_planes(const uint8_t* high, int8_t* q) {  // bit r of every byte is of run r
+  for (int r = 0; r < 8; ++r)
+    for (int i = 0; i < 32; ++i) q[32 * r + i] = int8_t(q[32 * r + i] | (high[i] >> r & 1) << 4);
+}
+
 QD_INLINE void read_q5_k(const uint8_t* b, const int8_t*, Numbers& n) {
   scales_and_minima(b, n);
   nibble_runs<32, 4>(b + 48, n.q);
-  for (int s = 0; s < 8; ++s)
-    for (int i = 0; i < 32; ++i) n.q[32 * s + i] = int8_t(n.q[32 * s + i] | (b[16 + i] >> s & 1) << 4);
+  add_fifth_bit_planes(b + 16, n.q);
+}
+
+template <int zero = 0> QD_INLINE void six_bits(const uint8_t* b, int8_t* q) {
+  for (int g = 0; g < 2; ++g, q += 128) {
+    const uint8_t *low = b + 64 * g, *high = b + 128 + 32 * g;
+    for (int i = 0; i < 32; ++i) {
+      q[i] = int8_t((low[i] & 15) + (high[i] & 3) * 16 - zero);
+      q[32 + i] = int8_t((low[32 + i] & 15) + (high[i] >> 2 & 3) * 16 - zero);
+      q[64 + i] = int8_t((low[i] >> 4) + (high[i] >> 4 & 3) * 16 - zero);
+      q[96 + i] = int8_t((low[32 + i] >> 4) + (high[i] >> 6) * 16 - zero);
+    }
+  }
 }
 
 QD_INLINE void read_q6_k(const uint8_t* b, const int8_t*, Numbers& n) {
   const float d = half_at(b + 208);
   for (int i = 0; i < 16; ++i) n.scale[i] = d * float(int8_t(b[192 + i]));
-  for (int g = 0; g < 2; ++g) {
-    const uint8_t *low = b + 64 * g, *high = b + 128 + 32 * g;
-    int8_t* q = n.q + 128 * g;
-    for (int i = 0; i < 32; ++i) {
-      q[i] = int8_t((low[i] & 15) + (high[i] & 3) * 16 - 32);
-      q[32 + i] = int8_t((low[32 + i] & 15) + (high[i] >> 2 & 3) * 16 - 32);
-      q[64 + i] = int8_t((low[i] >> 4) + (high[i] >> 4 & 3) * 16 - 32);
-      q[96 + i] = int8_t((low[32 + i] >> 4) + (high[i] >> 6) * 16 - 32);
-    }
-  }
+  six_bits<32>(b, n.q);
 }
 
 QD_INLINE void read_q8_k(const uint8_t* b, const int8_t*, Numbers& n) {
@@ -182,8 +191,6 @@ QD_INLINE void read_tq2_0(const uint8_t* b, const int8_t*, Numbers& n) {
 
 // Sixteen values ------------------------------------------------------------------------------------------------------
 
-constexpr int8_t kUneven[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-constexpr int8_t kTwiceE2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 template <int n> QD_INLINE void look_up(const int8_t* table, int8_t* q) {
 #if QD_AVX2 || QD_AVX512  // sixteen at a time: as they were stored, so that the processor forwards them
@@ -201,10 +208,13 @@ QD_INLINE void read_iq4_nl(const uint8_t* b, const int8_t*, Numbers& n) {
   look_up<32>(kUneven, n.q);
 }
 
+QD_INLINE int scale_of_iq4_xs(const uint8_t* b, int i) {
+  return ((b[4 + i / 2] >> (4 * (i % 2)) & 15) | (u16_at(b + 2) >> (2 * i) & 3) << 4) - 32;
+}
+
 QD_INLINE void read_iq4_xs(const uint8_t* b, const int8_t*, Numbers& n) {
   const float d = half_at(b);
-  const int high = u16_at(b + 2);
-  for (int i = 0; i < 8; ++i) n.scale[i] = d * float(((b[4 + i / 2] >> (4 * (i % 2)) & 15) | (high >> (2 * i) & 3) << 4) - 32);
+  for (int i = 0; i < 8; ++i) n.scale[i] = d * float(scale_of_iq4_xs(b, i));
   nibble_runs<16, 8>(b + 8, n.q);
   look_up<256>(kUneven, n.q);
 }
@@ -214,7 +224,7 @@ QD_INLINE float float_of(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); re
 QD_INLINE void read_mxfp4(const uint8_t* b, const int8_t*, Numbers& n) {
   n.scale[0] = float_of(b[0] < 2 ? 0x200000u << b[0] : uint32_t(b[0] - 1) << 23);  // half of 2^(e - 127)
   nibble_runs<16, 1>(b + 1, n.q);
-  look_up<32>(kTwiceE2M1, n.q);
+  look_up<32>(kE2M1, n.q);
 }
 
 QD_INLINE void read_nvfp4(const uint8_t* b, const int8_t*, Numbers& n) {
@@ -224,7 +234,7 @@ QD_INLINE void read_nvfp4(const uint8_t* b, const int8_t*, Numbers& n) {
     n.scale[i] = b[i] == 0x7f ? 0.0f : float(steps) * step;
   }
   nibble_runs<8, 4>(b + 4, n.q);
-  look_up<64>(kTwiceE2M1, n.q);
+  look_up<64>(kE2M1, n.q);
 }
 
 // Codebooks -----------------------------------------------------------------------------------------------------------

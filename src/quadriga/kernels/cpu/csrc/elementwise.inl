@@ -138,9 +138,15 @@ void top_k(float* x, int64_t n, int k, int32_t* ids) {
 
 // NaN anywhere makes log_sum NaN, which is how the engine learns of broken weights.
 void row_stats(const float* x, int64_t n, int32_t* best, float* log_sum) {
-  vf top = all(-INFINITY);
-  for (int64_t i = 0; i < n; i += 16) top = vmax(top, load_part(x + i, n - i, -INFINITY));
-  const float most = largest(top);
+  float most = -INFINITY;
+  int64_t place = 0;  // of the first block of 256 that has the most
+  for (int64_t block = 0; block < n; block += 256) {
+    vf top = all(-INFINITY);
+    const int64_t end = std::min<int64_t>(block + 256, n);
+    for (int64_t i = block; i < end; i += 16) top = vmax(top, load_part(x + i, n - i, -INFINITY));
+    const float highest = largest(top);
+    if (highest > most) most = highest, place = block;
+  }
   vf total = all(0.0f), poison = all(0.0f);
   for (int64_t i = 0; i < n; i += 16) {
     const vf value = load_part(x + i, n - i, -INFINITY);
@@ -149,7 +155,7 @@ void row_stats(const float* x, int64_t n, int32_t* best, float* log_sum) {
   }
   *log_sum = most + std::log(sum(total)) + sum(poison);
   *best = 0;
-  for (int64_t i = 0; i < n; ++i)
+  for (int64_t i = place; i < n; ++i)
     if (x[i] == most) {
       *best = int32_t(i);
       break;

@@ -62,12 +62,29 @@ void limit_to_groups(const qd_ffn& op, const Kernels& kernels, float* choice) {
     if (!open[e / size]) choice[e] = -INFINITY;
 }
 
+// SparseMixer (Liu et al. 2023, as Phi-3.5-MoE runs it): the two best logits, each weighed by a softmax over itself and
+// those near it, the second without the first.
+void mix_sparsely(const qd_ffn& op, const Kernels& kernels, const float* logits, float* scratch, int32_t* ids, float* weights) {
+  std::memcpy(scratch, logits, size_t(op.n_experts) * 4);
+  kernels.top_k(scratch, op.n_experts, op.top_k, ids);
+  for (int j = 0; j < op.top_k; ++j) {
+    const float best = logits[ids[j]];
+    float total = 0.0f;
+    for (int e = 0; e < op.n_experts; ++e) {
+      const bool before = std::find(ids, ids + j, e) != ids + j;
+      if (!before && !(best - logits[e] > op.near * std::max(std::fabs(logits[e]), best))) total += std::exp(logits[e] - best);
+    }
+    weights[j] = 1.0f / total;
+  }
+}
+
 // Scores of all experts, the k to be visited (equal ones: the lower id first), their weights under norm and aggregate.
 // `kept` gets the logits; `choice` is scratch.
 void choose(const qd_ffn& op, const Kernels& kernels, float* logits, float* choice, int32_t* ids, float* weights, float* kept) {
   const int n_experts = op.n_experts, k = op.top_k;
   for (int e = 0; op.router_bias && e < n_experts; ++e) logits[e] += op.router_bias[e];
   if (kept) std::memcpy(kept, logits, size_t(n_experts) * 4);
+  if (op.score == QD_SCORE_SPARSE_MIXER) return mix_sparsely(op, kernels, logits, choice, ids, weights);
   kernels.scores(op.score, logits, n_experts);
   for (int e = 0; e < n_experts; ++e) choice[e] = op.correction ? logits[e] + op.correction[e] : logits[e];
   if (op.n_groups > 1) limit_to_groups(op, kernels, choice);
@@ -198,8 +215,8 @@ struct Tiles {
 
   Tiles(const qd_context& c, const qd_matrix& matrix) : kernels(*c.kernels), m(matrix), fine(c.fine), bytes(tile_bytes(matrix.format, matrix.cols)) {}
   void widen(uint8_t* memory, int64_t first, int64_t n) {
-    if (m.format != QD_FORMAT_Q4 && m.format != QD_FORMAT_Q4M) return;
-    wide = memory, first_wide = first, wide_bytes = groups_of(m.cols) * kWideGroupM;
+    if (!wide_group_bytes(m.format)) return;
+    wide = memory, first_wide = first, wide_bytes = groups_of(m.cols) * wide_group_bytes(m.format);
     for (int64_t t = 0; t < n; ++t) kernels.widen(m.format, m.data + (first + t) * bytes, m.cols, memory + t * wide_bytes);
   }
   void times(int64_t tile, const uint32_t* panel, int width, float* out) const {
@@ -223,7 +240,7 @@ void hidden_blocks(const qd_context& c, const Plan& plan, const Active& a, int64
   const int64_t first = 2 * block, n_tiles = std::min<int64_t>(2 * count, tiles_of(a.up.rows) - first);
   Tiles up(c, a.up), gate(c, a.gated ? a.gate : a.up);
   if (many(c, a.n)) {
-    const int64_t bytes = n_tiles * groups_of(a.up.cols) * kWideGroupM;
+    const int64_t bytes = n_tiles * groups_of(a.up.cols) * wide_group_bytes(a.up.format);
     uint8_t* wide = mine.wide.data();
     up.widen(wide, first, n_tiles);
     if (a.gated) gate.widen(wide + bytes, first, n_tiles);
@@ -261,7 +278,7 @@ void reserve_threads(qd_context& c, const Plan& plan, int64_t n) {
   int64_t wide = 0;
   for (const Active& a : plan.active)
     if (many(c, a.n))  // hidden_blocks: two tiles each of up and gate; down_tiles: its tiles of down
-      wide = std::max({wide, 4 * groups_of(a.up.cols) * kWideGroupM, kDownTiles / 2 * groups_of(a.down.cols) * kWideGroupM});
+      wide = std::max({wide, 4 * groups_of(a.up.cols) * kMostWideGroup, kDownTiles / 2 * groups_of(a.down.cols) * kMostWideGroup});
   c.reserve(&qd_context::Thread::wide, wide);
   c.reserve(&qd_context::Thread::b, n * kTile * kDownTiles);
 }
@@ -387,8 +404,7 @@ qd_store::Pinned bring(const qd_ffn& op, Plan& plan) {
 
 void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
   const int64_t n = b.n_tokens, d = op.up[0].cols, out_rows = op.down[0].rows;
-  float* x = c.normed.reserve(n * d);
-  norm_rows(c, op.norm, b.hidden, n, d, x);
+  const float* x = normed_or_as_is(c, op.norm, b.hidden, n, d);
 
   std::vector<int32_t> own_ids;
   std::vector<float> own_weights, shared;

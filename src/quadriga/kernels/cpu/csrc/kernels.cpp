@@ -1,18 +1,25 @@
-// Compiled once for each instruction set: QD_TABLE names the function that returns this build's table.
+// Compiled once for each instruction set: QD_TABLE names the function that returns this build's table,
+// QD_PRODUCTS the one of products.cpp.
 #include "kernels.hpp"
 
+#include "bits.hpp"
 #include "simd.hpp"
 
 #include "matmul.inl"
+#include "blocks.inl"
 #include "elementwise.inl"
+#include "sampling.inl"
 #include "attention.inl"
-#include "pack.inl"
 #include "decode.inl"
+#include "pack_blocks.inl"
+#include "pack.inl"
 #include "training.inl"
 
+Products QD_PRODUCTS();
+
 const Kernels* QD_TABLE() {
-  static const Kernels table = {kWidth, make_panel, fill_group, tile_any, widen_any, tile_wide_any, norm, activate,
-                                add_scaled, scores, top_k, row_stats, attend, merge, write_kv, pack_tile, unpack_row,
+  static const Kernels table = {QD_PRODUCTS(), norm, activate,
+                                add_scaled, scores, top_k, row_stats, sample, attend, merge, write_kv, pack_tile, pack_blocks, unpack_row,
                                 dequantize, to_q8_0, hidden_any, hidden_back_any, sum_rows_any, softmax_any, softmax_back_any, cross_entropy_any,
                                 peak_of, read_all};
   return &table;

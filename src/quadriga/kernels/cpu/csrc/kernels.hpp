@@ -26,9 +26,17 @@ inline int64_t attend_scratch(int n_rows, int d) {
   return int64_t(n_rows) * (d + 2 * QD_KV_CHUNK) + 2 * 16 * d + int64_t(QD_KV_CHUNK) * round_up_16(d);
 }
 
+constexpr int kSampleBlock = 256;  // tokens whose weights are summed together, counted from token 0
+
+// Weights in whole blocks, and two selections of them that are written 16 at a time; three numbers for each block.
+inline int64_t sample_scratch(int64_t v) {
+  const int64_t blocks = (v + kSampleBlock - 1) / kSampleBlock;
+  return 3 * (blocks * kSampleBlock + 16) + 4 * (blocks + 16);
+}
+
 constexpr int kPeakLines = 24;  // 64-byte lines of weights an iteration of `peak` multiplies
 
-struct Kernels {
+struct Products {  // products.cpp
   int max_width;  // tokens of a panel
 
   // x: `width` row pointers of `cols` floats -> a panel (panel_units(kind, cols) * width units)
@@ -38,10 +46,13 @@ struct Kernels {
   // out[t * out_stride + r] = sum_c tile[r, c] * panel[t, c] for the 16 rows of a tile
   void (*tile)(int format, bool fine, const uint8_t* tile, int64_t cols, const uint32_t* panel, int width, float* out,
                int64_t out_stride);
-  // Unpack a tile of nibbles into bytes and float32 scales; tile_wide gives the same bits as tile.
+  // Unpack a tile into bytes and float32 scales (wide_group_bytes); tile_wide gives the same bits as tile.
   void (*widen)(int format, const uint8_t* tile, int64_t cols, uint8_t* wide);
   void (*tile_wide)(int format, bool fine, const uint8_t* wide, int64_t cols, const uint32_t* panel, int width,
                     float* out, int64_t out_stride);
+};
+
+struct Kernels : Products {
   void (*norm)(const qd_norm&, const float* x, int64_t d, float* out);
   // hidden[i] = activation(gate[i]) * up[i], or activation(up[i]) without a gate; n a multiple of 16
   void (*activate)(int activation, const float* gate, const float* up, int64_t n, float* hidden);
@@ -52,6 +63,8 @@ struct Kernels {
   // is overwritten
   void (*top_k)(float* x, int64_t n, int k, int32_t* ids);
   void (*row_stats)(const float* x, int64_t n, int32_t* best, float* log_sum);
+  // scratch: sample_scratch(v) floats
+  void (*sample)(const qd_sampling&, int64_t v, float* scratch, qd_sampled* out);
   void (*attend)(const AttendChunk&);
   // (max, sum, out) of one row gets another chunk's; d padded to 16
   void (*merge)(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int padded);
@@ -59,6 +72,8 @@ struct Kernels {
 
   int64_t (*pack)(int source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols, int64_t tile, int format,
                   uint8_t* out, const float* importance);
+  // One tile from blocks of 256 numbers, as they are; 1 + the first row whose scale is no number, or 0.
+  int64_t (*pack_blocks)(int stored, const uint8_t* in, int64_t row_bytes, int n_rows, int64_t cols, uint8_t* out);
   void (*unpack_row)(int format, const uint8_t* packed, int64_t cols, int64_t row, float* out);
   void (*dequantize)(int stored, const uint8_t* blocks, int64_t n, const int8_t* codebook, float* out);
   bool (*to_q8_0)(int stored, const uint8_t* blocks, int64_t n, uint8_t* out);  // false: q8_0 does not hold them exactly

@@ -9,13 +9,23 @@
 //   q4     per 64 columns    2 x 16 f16 scales, then 2 x 4 lines,                   w = d (n - 8)
 //   q4m    per 64 columns    2 x 16 f16 scales, 2 x 16 f16 minima, then 2 x 4 lines, w = d n + m
 //   mx4    as q4, with codes of E2M1 for numbers,                                   w = d kE2M1[n]
+//   iq4nl  as q4, with codes of uneven numbers,                                     w = d kUneven[n]
 //
-// A line of nibbles holds columns 8l..8l+3 in the low halves and 8l+4..8l+7 in the high ones.
+// Of GGUF's blocks of 256 columns d (and dmin) come first, 16 x f16 each, in one line; then 16 x i8 (q2k: u8) for every run of
+// 32 or 16 columns, a scale s, and as many minima m; then eight groups of 32 columns: lines of the lowest four bits (`q`
+// below), of two bits (`c`) and of one bit (`b`) of their numbers.
+//
+//   q4k    8 s, 8 m, 8 x qqqq      w = d s n - dmin m            q6k    16 s, 8 x qqqqcc   w = d s (n - 32)
+//   q5k    8 s, 8 m, 8 x qqqqb     w = d s n - dmin m            q3k    16 s, 8 x ccb      w = d s (n - 4)
+//   q2k    16 (s | m << 4), 8 x cc w = d s n - dmin m            iq4xs  8 s, 8 x qqqq      w = d s kUneven[n]
+//
+// A line of nibbles holds columns 8l..8l+3 in the low halves and 8l+4..8l+7 in the high ones; a line of two bits holds
+// columns 16l + 4i.. in its i-th pairs, a line of one bit columns 4i.. in its i-th bits.
 //
 // A panel is the activations of `width` tokens in 4-byte units, unit u of token t at u * width + t:
 //   f32    unit = one column            bf16   unit = two columns
-//   int8   per 32 columns 11 units: eight of 4 x i8, the scale, -128 * sum (the zero point of unsigned weights), and
-//          scale * sum (what a minimum is multiplied by)
+//   int8   per 32 columns 12 units: eight of 4 x i8, the scale, -128 * sum (the zero point of unsigned weights),
+//          scale * sum (what a minimum is multiplied by), and -128 * the sum of the first 16
 //   int16  the same with 19 units: x = scale * (128 high + low), eight units of high bytes, eight of low ones
 #pragma once
 #include <cstddef>
@@ -26,12 +36,22 @@
 enum PanelKind { kPanelF32 = 0, kPanelBf16 = 1, kPanelInt8 = 2, kPanelInt16 = 3 };
 
 // Twice the number of each 4-bit code, sign, two bits of exponent, one of mantissa.
-#define QD_E2M1 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12
-constexpr int8_t kE2M1[16] = {QD_E2M1};
+constexpr int8_t kE2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+// The sixteen numbers of IQ4_NL and IQ4_XS (kvalues_iq4nl of ggml-common.h).
+constexpr int8_t kUneven[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+// Codes of four bits: their numbers, and what makes all of them bytes above 0.
+struct E2M1 {
+  static constexpr const int8_t* numbers = kE2M1;
+  static constexpr int zero = 16;
+};
+struct Uneven {
+  static constexpr const int8_t* numbers = kUneven;
+  static constexpr int zero = 128;
+};
 
 constexpr int kTile = 16;            // rows of a tile
-constexpr int kWideGroup = 9 * 64;   // an unpacked group: 8 lines of bytes, one of f32 scales
-constexpr int kWideGroupM = 10 * 64; // and one of f32 minima
+constexpr int kMostWideGroup = 12 * 64;  // of wide_group_bytes
 
 // What a matrix of this format is multiplied with; `fine`: 15 bits of an activation instead of 8.
 inline PanelKind panel_kind(int format, bool fine) {
@@ -39,10 +59,12 @@ inline PanelKind panel_kind(int format, bool fine) {
 }
 
 inline bool is_integer(PanelKind kind) { return kind >= kPanelInt8; }
-constexpr int group_units(int planes) { return 8 * planes + 3; }  // units of one integer group and token
+constexpr int group_units(int planes) { return 8 * planes + 4; }  // units of one integer group and token
 inline int planes_of(PanelKind kind) { return kind == kPanelInt16 ? 2 : 1; }
 
 inline int64_t groups_of(int64_t cols) { return (cols + 63) / 64 * 2; }
+
+inline int64_t blocks_of(int64_t cols) { return (cols + 255) / 256; }
 
 inline int64_t tile_bytes(int format, int64_t cols) {
   switch (format) {
@@ -50,8 +72,44 @@ inline int64_t tile_bytes(int format, int64_t cols) {
     case QD_FORMAT_BFLOAT16: return (cols + 1) / 2 * 64;
     case QD_FORMAT_Q8: return groups_of(cols) / 2 * 1088;
     case QD_FORMAT_Q4:
-    case QD_FORMAT_MX4: return groups_of(cols) / 2 * 576;
-    default: return groups_of(cols) / 2 * 640;
+    case QD_FORMAT_MX4:
+    case QD_FORMAT_IQ4NL: return groups_of(cols) / 2 * 576;
+    case QD_FORMAT_Q4M: return groups_of(cols) / 2 * 640;
+    case QD_FORMAT_Q2K: return blocks_of(cols) * 64 * 21;
+    case QD_FORMAT_Q3K: return blocks_of(cols) * 64 * 29;
+    case QD_FORMAT_Q4K: return blocks_of(cols) * 64 * 37;
+    case QD_FORMAT_Q5K: return blocks_of(cols) * 64 * 45;
+    case QD_FORMAT_Q6K: return blocks_of(cols) * 64 * 53;
+    default: return blocks_of(cols) * 64 * 35;  // iq4xs
+  }
+}
+
+// An unpacked group: 8 lines of bytes, and a line of f32 for every scale and minimum. 0: such tiles are used as they are.
+inline int wide_group_bytes(int format) {
+  switch (format) {
+    case QD_FORMAT_Q4:
+    case QD_FORMAT_IQ4NL:
+    case QD_FORMAT_IQ4XS: return 9 * 64;
+    case QD_FORMAT_Q4M:
+    case QD_FORMAT_Q4K:
+    case QD_FORMAT_Q5K:
+    case QD_FORMAT_Q6K:
+    case QD_FORMAT_Q3K: return 10 * 64;
+    case QD_FORMAT_Q2K: return 12 * 64;
+    default: return 0;
+  }
+}
+
+// The packed format that holds the blocks of a qd_stored of 256 numbers as they are, or -1.
+inline int block_format(int stored) {
+  switch (stored) {
+    case QD_STORED_Q2_K: return QD_FORMAT_Q2K;
+    case QD_STORED_Q3_K: return QD_FORMAT_Q3K;
+    case QD_STORED_Q4_K: return QD_FORMAT_Q4K;
+    case QD_STORED_Q5_K: return QD_FORMAT_Q5K;
+    case QD_STORED_Q6_K: return QD_FORMAT_Q6K;
+    case QD_STORED_IQ4_XS: return QD_FORMAT_IQ4XS;
+    default: return -1;
   }
 }
 

@@ -17,6 +17,13 @@ void norm_rows(qd_context& c, const qd_norm& spec, const float* x, int64_t n, in
   c.pool.run(n, std::max<int64_t>(1, kSerialNumbers / d), body);
 }
 
+const float* normed_or_as_is(qd_context& c, const qd_norm& spec, const float* x, int64_t n, int64_t d) {
+  if (!spec.weight) return x;
+  float* normed = c.normed.reserve(n * d);
+  norm_rows(c, spec, x, n, d, normed);
+  return normed;
+}
+
 // Panels of consecutive rows of x. Few rows: the caller makes them at once, the threads would take longer to wake.
 static const uint32_t* make_panels(qd_context& c, PanelKind kind, const float* x, int64_t stride, int64_t n, int64_t cols) {
   const int64_t width = c.kernels->max_width, units = panel_units(kind, cols);
@@ -39,8 +46,8 @@ void linear(qd_context& c, const qd_matrix& m, const float* x, int64_t x_stride,
   const PanelKind kind = panel_kind(m.format, c.fine);
   const uint32_t* panels = make_panels(c, kind, x, x_stride, n, m.cols);
   const int64_t units = panel_units(kind, m.cols), width = c.kernels->max_width, bytes = tile_bytes(m.format, m.cols);
-  const bool widen = (m.format == QD_FORMAT_Q4 || m.format == QD_FORMAT_Q4M) && n > 2 * width;
-  const int64_t wide_bytes = groups_of(m.cols) * kWideGroupM;
+  const bool widen = wide_group_bytes(m.format) && n > 2 * width;
+  const int64_t wide_bytes = groups_of(m.cols) * wide_group_bytes(m.format);
   if (widen) c.reserve(&qd_context::Thread::wide, wide_bytes * kRowTiles);
   c.pool.run(tiles_of(m.rows), n > width ? kRowTiles : 1, [&](int64_t begin, int64_t end, int thread) {
     alignas(64) float part[kMaxWidth * kTile];

@@ -237,6 +237,7 @@ int64_t pack_tile(int source, const void* in, int64_t row_bytes, int64_t rows, i
 void unpack_row(int format, const uint8_t* packed, int64_t cols, int64_t row, float* out) {
   const uint8_t* tile = packed + row / 16 * tile_bytes(format, cols);
   const int r = int(row % 16);
+  if (unpack_blocks(format, tile, cols, r, out)) return;
   if (format == QD_FORMAT_FLOAT32) {
     for (int64_t c = 0; c < cols; ++c) std::memcpy(out + c, tile + 64 * c + 4 * r, 4);
     return;
@@ -265,7 +266,8 @@ void unpack_row(int format, const uint8_t* packed, int64_t cols, int64_t row, fl
       }
       const uint8_t byte = lines[(c / 8) * 64 + 4 * r + c % 4];
       const int n = c % 8 < 4 ? byte & 15 : byte >> 4;
-      out[32 * g + c] = format == QD_FORMAT_MX4  ? float(kE2M1[n]) * scale
+      out[32 * g + c] = format == QD_FORMAT_MX4    ? float(kE2M1[n]) * scale
+                        : format == QD_FORMAT_IQ4NL ? float(kUneven[n]) * scale
                         : format == QD_FORMAT_Q4 ? float(n - 8) * scale
                                                  : float(n) * scale + min;
     }
@@ -273,6 +275,11 @@ void unpack_row(int format, const uint8_t* packed, int64_t cols, int64_t row, fl
 }
 
 // Lines of products in registers: kPeakLines an iteration, in as many independent chains as the registers hold.
+#if QD_AVX512
+#define QD_PEAK_CHAINS 12
+#else
+#define QD_PEAK_CHAINS 3
+#endif
 double peak_of(int format, int64_t iterations) {
   constexpr int chains = QD_PEAK_CHAINS, deep = kPeakLines / chains;
   vi ints[chains];
@@ -295,7 +302,7 @@ double peak_of(int format, int64_t iterations) {
 #pragma GCC unroll 12
       for (int m = 0; m < chains; ++m) {
         const uint32_t a = units[j * chains + m];
-        if (format == QD_FORMAT_Q8 || format == QD_FORMAT_MX4) ints[m] = dot_bytes(ints[m], q, a);
+        if (format == QD_FORMAT_Q8 || format == QD_FORMAT_MX4 || format >= QD_FORMAT_IQ4NL) ints[m] = dot_bytes(ints[m], q, a);
         else if (format == QD_FORMAT_BFLOAT16) floats[m] = dot2(floats[m], w, a);
         else if (format == QD_FORMAT_FLOAT32) floats[m] = dot1(floats[m], w, a);
         else part[m] = dot_nibbles(part[m], w, a);

@@ -38,12 +38,15 @@ enum qd_status {
 };
 enum qd_format {
   QD_FORMAT_FLOAT32 = 0, QD_FORMAT_BFLOAT16 = 1, QD_FORMAT_Q8 = 2, QD_FORMAT_Q4 = 3, QD_FORMAT_Q4M = 4,
-  QD_FORMAT_MX4 = 5
+  QD_FORMAT_MX4 = 5, QD_FORMAT_IQ4NL = 6,
+  /* from here on blocks of 256 columns */
+  QD_FORMAT_Q2K = 7, QD_FORMAT_Q3K = 8, QD_FORMAT_Q4K = 9, QD_FORMAT_Q5K = 10, QD_FORMAT_Q6K = 11, QD_FORMAT_IQ4XS = 12
 };
 enum qd_source {
   QD_SOURCE_FLOAT32 = 0, QD_SOURCE_BFLOAT16 = 1, QD_SOURCE_FLOAT16 = 2,
   QD_SOURCE_Q8_0 = 3, QD_SOURCE_Q4_0 = 4, QD_SOURCE_Q4_1 = 5,
-  QD_SOURCE_MX4 = 6 /* 18 bytes: half of an MXFP4 block's scale as float16, codes 2 j and 2 j + 1 in byte j */
+  QD_SOURCE_MX4 = 6, /* 18 bytes: half of an MXFP4 block's scale as float16, codes 2 j and 2 j + 1 in byte j */
+  QD_SOURCE_IQ4_NL = 7
 };
 /* Block formats of GGUF files, under their names in quant/formats.py. */
 enum qd_stored {
@@ -61,7 +64,7 @@ enum qd_activation {
   QD_ACTIVATION_SILU = 0, QD_ACTIVATION_GELU = 1, QD_ACTIVATION_GELU_TANH = 2, QD_ACTIVATION_RELU = 3,
   QD_ACTIVATION_CLAMPED_GLU = 4 /* of gate and up together: (u + 1) g sigmoid(1.702 g), g <= 7, u in [-7, 7] */
 };
-enum qd_score { QD_SCORE_SOFTMAX = 0, QD_SCORE_SIGMOID = 1 };
+enum qd_score { QD_SCORE_SOFTMAX = 0, QD_SCORE_SIGMOID = 1, QD_SCORE_SPARSE_MIXER = 2 };
 enum qd_aggregate { QD_AGGREGATE_WEIGHTED_SUM = 0, QD_AGGREGATE_VOTE = 1, QD_AGGREGATE_FUSE = 2 };
 enum qd_isa { QD_ISA_PORTABLE = 0, QD_ISA_AVX2 = 1, QD_ISA_AVX512 = 2 }; /* each has all of the ones before it */
 enum qd_op {
@@ -100,8 +103,10 @@ typedef struct {
 } qd_embed;
 
 typedef struct {
-  qd_norm norm, post_norm;
-  qd_matrix wqkv, wo; /* (H d + 2 K d, D), (D, H d) */
+  qd_norm norm, post_norm;  /* NULL weight: none */
+  const qd_matrix* wqkv;    /* (H d + 2 K d, D), in n_wqkv pieces of rows, whose formats may differ */
+  int32_t n_wqkv;
+  qd_matrix wo; /* (D, H d) */
   int32_t n_heads, n_kv_heads, head_dim, kv_format;
   qd_norm q_norm, k_norm;             /* of q and k before clipping and rotation; NULL weight: none */
   int32_t q_norm_width, k_norm_width; /* numbers that are normed together: d for each head, or H d and K d for all */
@@ -119,10 +124,11 @@ typedef struct {
   int32_t rotary_dim;       /* numbers of a head that turn, the first ones */
   float rotary_scale;       /* of cos and sin */
   int32_t norm_after_rotation;
+  int32_t cache_group; /* which of a pass's tables names the layer's blocks */
 } qd_attention;
 
 typedef struct {
-  qd_norm norm, post_norm;
+  qd_norm norm, post_norm; /* NULL weight: none */
   qd_matrix router;      /* (E, D) float32; data NULL: one dense network */
   const qd_matrix* gate; /* E of (F, D), or NULL: not gated */
   const qd_matrix* up;   /* E of (F, D) */
@@ -150,6 +156,8 @@ typedef struct {
   qd_matrix shared_gate, shared_up, shared_down; /* (S, D), (S, D), (D, S); data NULL: none */
   qd_matrix shared_weight; /* (1, D) float32: the sigmoid of its product weighs the network's output; data NULL: 1 */
   int32_t shared_activation;
+  float near; /* QD_SCORE_SPARSE_MIXER: each of two experts weighs its softmax over those whose logit s, of all but the
+                 ones before, has (its own - s) <= near max(|s|, its own) */
 } qd_ffn;
 
 typedef struct {
@@ -165,17 +173,46 @@ typedef struct {
   const int32_t* tokens;       /* (N,) */
   const int32_t* positions;    /* (N,) */
   const int32_t* starts;       /* (S + 1,) */
-  const int32_t* tables;       /* KV blocks of all sequences, end to end */
+  const int32_t* tables;       /* (groups, table_size) KV blocks of all sequences, end to end; -1: nobody sees it */
   const int32_t* table_starts; /* (S + 1,) */
   const int32_t* rows;         /* (R,) tokens whose logits are wanted */
   float* logits;               /* (R, V) */
   float* hidden;               /* (N, D) the residual stream; scratch of the caller */
+  int64_t table_size;          /* blocks in one group's tables */
 } qd_batch;
 
 typedef struct {
   int32_t kind;   /* a qd_op */
   const void* op; /* what that op takes: qd_embed, qd_attention, qd_ffn or qd_head */
 } qd_step;
+
+/* How one row of logits becomes a token. Fields whose count is 0 may be NULL. The order of it all is that of
+ * engine/request.py: penalties and bias, temperature, top-k, typical, top-p, min-p, XTC, one draw. */
+typedef struct {
+  const float* logits;      /* (V,), not changed */
+  const uint8_t* allowed;   /* (V,) 1 where a token may be chosen, or NULL: all may */
+  const int32_t* unused;    /* (n_unused,) ids that are never chosen and never listed */
+  const int32_t* early;     /* (n_early,) ids that are not chosen unless nothing else is allowed */
+  const int32_t* said;      /* (n_said,) different ids of prompt and answer */
+  const int32_t* counts;    /* (n_said,) how often each is in the answer */
+  const int32_t* moved;     /* (n_moved,) different ids */
+  const float* moves;       /* (n_moved,) what is added to their logits */
+  int32_t n_unused, n_early, n_said, n_moved;
+  double temperature, repetition_penalty, presence_penalty, frequency_penalty; /* temperature 0: greedy */
+  double top_p, min_p, typical_p; /* 1, 0, 1: all stay */
+  double xtc_probability, xtc_threshold; /* 0: none */
+  int32_t top_k, n_top; /* 0: all stay; the most probable tokens to list */
+  int64_t seed, position; /* the draw is Philox's for this key and counter */
+  int32_t* top_ids;     /* (n_top,), the most probable first, the lower id first of equal ones */
+  float* top_logits;    /* (n_top,) */
+} qd_sampling;
+
+typedef struct {
+  int32_t token;  /* -1: none may be chosen */
+  int32_t n_top;  /* listed: n_top, or as many as there are */
+  float log_sum;  /* log(sum(exp(logits))); not finite where a logit is not: no token then */
+  float logit;    /* the token's own, as it came */
+} qd_sampled;
 
 typedef struct {
   int64_t hits, misses; /* experts found in memory, and read */
@@ -194,7 +231,7 @@ const qd_field* qd_fields(void);    /* of every struct above, in any order, ende
 int32_t qd_best_isa(int32_t* isa, qd_message* why);
 int32_t qd_create(int32_t n_threads, int32_t isa, qd_context** context, qd_message* why);
 int32_t qd_destroy(qd_context* context, qd_message* why);
-/* 1: activations of q8, q4, q4m, mx4 matrices in 15 bits instead of 8. */
+/* 1: activations of quantised matrices (q8 and all after it) in 15 bits instead of 8. */
 int32_t qd_set_fine(qd_context* context, int32_t fine, qd_message* why);
 
 int32_t qd_packed_bytes(int32_t format, int64_t rows, int64_t cols, int64_t* bytes, qd_message* why);
@@ -202,13 +239,15 @@ int32_t qd_packed_bytes(int32_t format, int64_t rows, int64_t cols, int64_t* byt
 int32_t qd_kv_bytes(int32_t kv_format, int32_t head_dim, int64_t* bytes, qd_message* why);
 
 /* Pack rows x cols numbers stored row-major as `source` (rows `row_bytes` apart) into out (qd_packed_bytes).
- * Block sources are copied bit by bit and need the matching format (q8_0 -> q8, q4_0 -> q4, q4_1 -> q4m, mx4 -> mx4).
+ * Block sources are copied bit by bit and need the matching format (q8_0 -> q8, q4_0 -> q4, q4_1 -> q4m, mx4 -> mx4,
+ * iq4_nl -> iq4nl). Formats of blocks of 256 are made of such blocks only: qd_pack_stored.
  * importance: (cols,) weight of each column's squared error in the scale search, or NULL for one.
  * bad_row: the first row that holds a number the format cannot store, or -1. */
 int32_t qd_pack(qd_context* context, int32_t source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols,
                 int32_t format, uint8_t* out, const float* importance, int64_t* bad_row, qd_message* why);
 /* qd_pack of the numbers that blocks of any qd_stored stand for; see qd_dequantize. Where q8 holds them exactly (q4_0, q5_0,
- * iq4_nl, tq1_0, tq2_0, mxfp4 under scales that float16 has), it does. */
+ * iq4_nl, tq1_0, tq2_0, mxfp4 under scales that float16 has), it does. Blocks of 256 are copied bit by bit into their own
+ * format (q4_k -> q4k and so on), the last of a row also where cols is no multiple of 256. */
 int32_t qd_pack_stored(qd_context* context, int32_t stored, const uint8_t* in, int64_t row_bytes, int64_t rows, int64_t cols,
                        const uint8_t* codebook, int32_t format, uint8_t* out, const float* importance, int64_t* bad_row,
                        qd_message* why);
@@ -230,6 +269,9 @@ int32_t qd_norm_rows(qd_context* context, const qd_norm* norm, const float* x, i
 /* Of every row of logits (r, v): the first largest index, and log(sum(exp)). */
 int32_t qd_row_stats(qd_context* context, const float* logits, int64_t r, int64_t v, int32_t* best, float* log_sum,
                      qd_message* why);
+
+/* A token for each of n rows of logits (v,). Rows are independent of one another and of the number of threads. */
+int32_t qd_sample(qd_context* context, const qd_sampling* rows, int64_t n, int64_t v, qd_sampled* out, qd_message* why);
 
 /* What lies between the matrix products of a training step. dtype: QD_FORMAT_FLOAT32 or QD_FORMAT_BFLOAT16, of every
  * uint8_t pointer's numbers. Slots are sorted by expert; home (N, k) is where token n's slot j lies among the sorted

@@ -123,13 +123,6 @@ QD_INLINE vf dot2(vf acc, vb w, uint32_t a) {
 constexpr int kNibbleShift = 4;
 QD_INLINE vb high_nibbles(vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(char(0xf0)))}; }
 QD_INLINE vb low_nibbles(vb a) { return {_mm512_and_si512(_mm512_slli_epi16(a.v, 4), _mm512_set1_epi8(char(0xf0)))}; }
-// Codes of E2M1 as bytes, 16 + twice the number.
-QD_INLINE vb code_bytes(__m512i n) {
-  const __m512i numbers = _mm512_broadcast_i32x4(_mm_add_epi8(_mm_setr_epi8(QD_E2M1), _mm_set1_epi8(16)));
-  return {_mm512_shuffle_epi8(numbers, _mm512_and_si512(n, _mm512_set1_epi8(15)))};
-}
-QD_INLINE vb low_codes(vb a) { return code_bytes(a.v); }
-QD_INLINE vb high_codes(vb a) { return code_bytes(_mm512_srli_epi16(a.v, 4)); }
 QD_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 QD_INLINE vf load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
@@ -278,22 +271,6 @@ QD_INLINE vb low_nibbles(vb x) {
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
 QD_INLINE vb high_nibbles(vb x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
-// Codes of E2M1 as twice their number.
-QD_INLINE vq code_bytes(vb n) {
-  const __m256i numbers = _mm256_broadcastsi128_si256(_mm_setr_epi8(QD_E2M1));
-  const vb w = {_mm256_shuffle_epi8(numbers, n.a), _mm256_shuffle_epi8(numbers, n.b)};
-  return {{_mm256_abs_epi8(w.a), _mm256_abs_epi8(w.b)}, w};
-}
-// A group's eight lines of them fit in 16 bits as well: 12 * 127 * 2 * 8 = 24384.
-QD_INLINE __m256i dot_code_half(__m256i acc, __m256i magnitude, __m256i sign, __m256i a) {
-  return stay(_mm256_add_epi16(acc, _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(a, sign))));
-}
-QD_INLINE vn dot_codes(vn acc, vq w, uint32_t a) {
-  const __m256i x = _mm256_set1_epi32(int(a));
-  return {dot_code_half(acc.a, w.magnitude.a, w.sign.a, x), dot_code_half(acc.b, w.magnitude.b, w.sign.b, x)};
-}
-QD_INLINE vq low_codes(vb x) { return code_bytes(low_nibbles(x)); }
-QD_INLINE vq high_codes(vb x) { return code_bytes(high_nibbles(x)); }
 QD_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 #else  // portable: the compiler's own vectors of 64 bytes, which it cuts to what the processor has
@@ -375,15 +352,6 @@ QD_INLINE vf dot2(vf acc, vb w, uint32_t a) {
 constexpr int kNibbleShift = 4;
 QD_INLINE vb high_nibbles(vb a) { return {a.v & 0xf0f0f0f0u}; }
 QD_INLINE vb low_nibbles(vb a) { return {a.v << 4 & 0xf0f0f0f0u}; }
-QD_INLINE vb code_bytes(Units n) {
-  uint8_t bytes[64];
-  std::memcpy(bytes, &n, 64);
-  for (uint8_t& byte : bytes) byte = uint8_t(16 + kE2M1[byte & 15]);
-  std::memcpy(&n, bytes, 64);
-  return {n};
-}
-QD_INLINE vb low_codes(vb a) { return code_bytes(a.v); }
-QD_INLINE vb high_codes(vb a) { return code_bytes(a.v >> 4); }
 QD_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #endif
@@ -396,7 +364,6 @@ QD_INLINE vq bytes_line(const void* p) { return load_bytes(p); }
 QD_INLINE vi dot_bytes(vi acc, vq w, uint32_t a) { return dot4(acc, w, a); }
 QD_INLINE vn begin_nibbles(vi start) { return start; }
 QD_INLINE vn dot_nibbles(vn acc, vb w, uint32_t a) { return dot4(acc, w, a); }
-QD_INLINE vn dot_codes(vn acc, vq w, uint32_t a) { return dot4(acc, w, a); }
 QD_INLINE vi end_nibbles(vn acc, vi) { return acc; }
 #endif
 
@@ -427,23 +394,36 @@ QD_INLINE vf dot1(vf acc, vb w, uint32_t a) {
   return fma(as_float(bytes_as_int(w)), all(x), acc);
 }
 
+// One rounding on every instruction set; `fma` has two where the processor has no such instruction.
+QD_INLINE vf fused(vf a, vf b, vf c) {
+#if QD_AVX512 || QD_AVX2
+  return fma(a, b, c);
+#else
+  vf r;
+  QD_LANES r.v[i] = std::fma(a.v[i], b.v[i], c.v[i]);
+  return r;
+#endif
+}
+
 // e^x to about 2 units in the last place, 0 below -87. Range reduction by ln 2 in two parts, then a degree-6 Taylor
 // polynomial in Horner form on [-0.347, 0.347] (remainder 1.2e-7 relative).
-QD_INLINE vf exponential(vf x) {
+template <vf (*mul_add)(vf, vf, vf)>
+QD_INLINE vf exponential_by(vf x) {
   const vf clamped = vmin(vmax(x, all(-87.0f)), all(88.0f));
   const vf n = nearest(clamped * all(1.44269504088896341f));
-  vf r = fma(n, all(-0.693359375f), clamped);
-  r = fma(n, all(2.12194440e-4f), r);
+  vf r = mul_add(n, all(-0.693359375f), clamped);
+  r = mul_add(n, all(2.12194440e-4f), r);
   vf p = all(1.0f / 720);
-  p = fma(p, r, all(1.0f / 120));
-  p = fma(p, r, all(1.0f / 24));
-  p = fma(p, r, all(1.0f / 6));
-  p = fma(p, r, all(0.5f));
-  p = fma(p, r, all(1.0f));
-  p = fma(p, r, all(1.0f));
+  p = mul_add(p, r, all(1.0f / 120));
+  p = mul_add(p, r, all(1.0f / 24));
+  p = mul_add(p, r, all(1.0f / 6));
+  p = mul_add(p, r, all(0.5f));
+  p = mul_add(p, r, all(1.0f));
+  p = mul_add(p, r, all(1.0f));
   const vf power = as_float(shift_left<23>(to_int(n) + all_int(127)));
   const vf e = p * power;
   return greater_select(all(-87.0f), x, all(0.0f), e);
 }
+QD_INLINE vf exponential(vf x) { return exponential_by<fma>(x); }
 
 }  // namespace

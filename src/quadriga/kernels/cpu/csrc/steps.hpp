@@ -13,3 +13,5 @@ void run_head(qd_context&, const qd_head&, const qd_batch&);
 void linear(qd_context&, const qd_matrix&, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride,
             bool add);
 void norm_rows(qd_context&, const qd_norm&, const float* x, int64_t n, int64_t d, float* out);
+// x normed into memory of the context, or x itself where the layer has no such norm.
+const float* normed_or_as_is(qd_context&, const qd_norm&, const float* x, int64_t n, int64_t d);

@@ -1,0 +1,267 @@
+"""What a conversion will write: every tensor's format and place, known before the first byte is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quadriga.errors import ConfigError
+from quadriga.io import directory as engine_file
+from quadriga.io import gguf
+from quadriga.io.file_plan import FilePlan
+from quadriga.io.gguf import Typed
+from quadriga.io.gguf_mixtures import MIXTURES, format_in
+from quadriga.io.gguf_source import GGUFSource
+from quadriga.io.open import Checkpoint, identity_map
+from quadriga.io.packed import packed_format
+from quadriga.io.safetensors import INDEX, plan_shards, shard_index
+from quadriga.model import families
+from quadriga.model.config import ModelConfig
+from quadriga.model.families.rope_keys import gguf_tensors
+from quadriga.model.weight_map import (
+    Piece,
+    Shape,
+    parameter_shapes,
+    source_shapes,
+    stays_float32,
+)
+from quadriga.quant.dtypes import Array, name_of
+from quadriga.quant.formats import FORMATS
+from quadriga.quant.packed import PACKED, QUANTISED
+from quadriga.text import gguf_vocabulary
+from quadriga.text import tokenizer as tokenizers
+
+TOKENIZER_FILES = (*tokenizers.FILES, "cl100k_base.tiktoken")
+"""What is carried over beside the weights. Nothing else is: no code, no pickles."""
+
+_PAGE = 4096
+_MAX_PACKED_BYTES = 16 << 30
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Everything a conversion will write."""
+
+    to: str
+    layout: str
+    pieces: list[Piece]
+    """The result's weight map: ``source`` names the result's tensors."""
+    tensors: dict[str, tuple[Shape, str]]
+    """Result tensor -> (shape, format)."""
+    files: FilePlan
+    packed: dict[str, str] = field(default_factory=dict)
+    """For a packed directory: parameter (experts by number) -> packed format. Empty for all others."""
+    constants: dict[str, Array] = field(default_factory=dict)
+    """Result tensors that no parameter fills: what the configuration says, where the format says it in tensors."""
+    extra: dict[str, bytes] = field(default_factory=dict)
+    """Small files: configuration, index, tokenizer."""
+    notes: list[str] = field(default_factory=list)
+    """What the caller should be told, e.g. tensors that had to take another format."""
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a result tensor."""
+        shape, form = self.tensors[name]
+        if self.packed:
+            return engine_file.packed_bytes(shape, form)
+        return FORMATS[form].nbytes_of(shape)
+
+
+def plan_conversion(
+    checkpoint: Checkpoint, out: Path, to: str, layout: str | None, dtype: str, gguf_format: str, max_shard_bytes: int
+) -> ConversionPlan:
+    config = checkpoint.config
+    extra = tokenizer_files(checkpoint)
+    if to == "gguf":
+        return _plan_gguf(checkpoint, out.name, gguf_format)
+    if to == "quadriga":
+        pieces, name = identity_map(config), "quadriga"
+    else:
+        family = families.family_of(config)
+        name = layout or next(iter(family.layouts))
+        if name not in family.layouts:
+            raise ConfigError(f"layout must be one of {', '.join(family.layouts)}; got {name!r}")
+        if name in family.read_only:
+            raise ConfigError(f"the layout {name} is read and not written: {family.read_only[name]}")
+        pieces = family.layouts[name](config)
+        extra["config.json"] = _json(family.config_to_hf(config) | {"torch_dtype": _common_dtype(checkpoint, dtype)})
+        if config.eos_ids and "generation_config.json" not in extra:
+            ends = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids), "pad_token_id": config.pad_id}
+            extra["generation_config.json"] = _json({k: v for k, v in ends.items() if v is not None})
+    formats = {p.source: _stored(checkpoint, p, dtype) for p in pieces}
+    tensors = {name: (shape, formats[name]) for name, shape in source_shapes(pieces).items()}
+    files = plan_shards(tensors, max_shard_bytes, "weights" if to == "quadriga" else "model")
+    if to == "hf" and len(files.sizes) > 1:
+        extra[INDEX] = _json(shard_index(files))
+    return ConversionPlan(to, name, pieces, tensors, files, extra=extra)
+
+
+_WIDE_ENDS = dict.fromkeys(QUANTISED, "q8")
+"""What embeddings and head are where the rest has fewer bits: every token goes through them, and they are few."""
+
+
+def plan_packed(checkpoint: Checkpoint, form: str | Mapping[str, str], embeddings: str | None) -> ConversionPlan:
+    """Matrices packed for the kernels, each at a page of its own so that it can be mapped and read directly."""
+    config, formats = checkpoint.config, dict[str, str]()
+    for name, shape in parameter_shapes(config).items():
+        for part in [f"{name}/{e}" for e in range(shape[0])] if len(shape) == 3 else [name]:
+            if len(shape) == 1:
+                formats[part] = "float32"
+            elif not isinstance(form, str):
+                if part not in form or form[part] not in PACKED:
+                    raise ConfigError(
+                        f"the recipe gives {part} the format {form.get(part)!r}; known: {', '.join(PACKED)}"
+                    )
+                formats[part] = form[part]
+            else:
+                end = name in ("embed.weight", "lm_head.weight")
+                wanted = (embeddings or _WIDE_ENDS.get(form, form)) if end else form
+                formats[part] = packed_format(checkpoint, name, wanted)
+    shapes = engine_file.packed_shapes(config)
+    places: dict[str, tuple[str, int]] = {}
+    sizes: list[int] = [0]
+    for name, one in formats.items():
+        nbytes = engine_file.packed_bytes(shapes[name], one)
+        if sizes[-1] and sizes[-1] + nbytes > _MAX_PACKED_BYTES:
+            sizes.append(0)
+        places[name] = (str(len(sizes)), sizes[-1])
+        sizes[-1] += -(-nbytes // _PAGE) * _PAGE
+    files = {str(i): f"{engine_file.WEIGHTS_STEM}-{i:05d}-of-{len(sizes):05d}.packed" for i in range(1, len(sizes) + 1)}
+    return ConversionPlan(
+        "quadriga",
+        "packed",
+        checkpoint.pieces,
+        {name: (shapes[name], one) for name, one in formats.items()},
+        FilePlan(
+            headers=dict.fromkeys(files.values(), b""),
+            sizes={files[str(i)]: size for i, size in enumerate(sizes, 1)},
+            places={name: (files[number], offset) for name, (number, offset) in places.items()},
+        ),
+        packed=formats,
+        extra=tokenizer_files(checkpoint),
+    )
+
+
+def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> ConversionPlan:
+    config = checkpoint.config
+    family = families.family_of(config)
+    if family.gguf_map is None or family.config_to_gguf is None:
+        raise ConfigError(f"GGUF has no architecture for the family {family.name}")
+    pieces = family.gguf_map(config)
+    tensors, narrow = {}, []
+    wide = {piece.source for piece in pieces if stays_float32(piece.target)}
+    tables = {piece.source for piece in pieces if piece.target in ("embed.weight", "lm_head.weight")}
+    if form == "mxfp4" and config.is_moe:  # llama.cpp's MXFP4_MOE: what is no expert is stored as the tables are
+        tables |= {piece.source for piece in pieces if len(piece.target_shape) < 3}
+    for name, shape in source_shapes(pieces).items():
+        # The router stays wide: its rounding changes which experts a token visits, not just by how much.
+        wanted = gguf.TABLES.get(form, form) if name in tables else form
+        if form in MIXTURES:
+            wanted = format_in(form, name, config)
+        stored = "float32" if name in wide else gguf.storable_format(shape, wanted)
+        tensors[name] = (shape, stored)
+        if stored not in (wanted, "float32"):
+            narrow.append(name)
+    metadata, notes = _gguf_metadata(checkpoint, family.config_to_gguf, form)
+    constants = {name: np.array(values, dtype=np.float32) for name, values in gguf_tensors(config).items()}
+    tensors |= {name: (values.shape, "float32") for name, values in constants.items()}
+    if narrow:
+        instead = " or ".join(sorted({tensors[name][1] for name in narrow}))
+        notes.append(
+            f"{len(narrow)} tensors whose rows are no whole {form} blocks are stored as {instead}: {narrow[:3]}"
+        )
+    files = gguf.plan_gguf(file, metadata, tensors)
+    return ConversionPlan("gguf", form, pieces, tensors, files, constants=constants, notes=notes)
+
+
+FILE_TYPE = {
+    "float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18,
+    "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17,
+    "iq4_nl": 25, "iq4_xs": 30, "bfloat16": 32, "mxfp4": 38,
+}  # fmt: skip
+"""GGUF's general.file_type, for people and file browsers; the K formats' are those called S."""
+
+
+def _gguf_metadata(
+    checkpoint: Checkpoint, to_gguf: Callable[[ModelConfig], dict[str, object]], form: str
+) -> tuple[dict[str, Typed], list[str]]:
+    config = checkpoint.config
+    metadata = {
+        "general.architecture": Typed("string", families.family_of(config).gguf_archs[0]),
+        "general.name": Typed("string", checkpoint.path.stem),
+        "general.file_type": Typed("uint32", FILE_TYPE[form]),
+        "general.quantization_version": Typed("uint32", 2),
+    }
+    notes = []
+    vocabulary: dict[str, Typed] = {}
+    checkpoint = checkpoint.origin
+    if isinstance(checkpoint.source, GGUFSource):
+        vocabulary = checkpoint.source.header.typed("tokenizer.")
+    else:
+        found = gguf_vocabulary.from_directory(checkpoint.tokenizer_folder, config.vocab_size)
+        if found is None:
+            notes.append("the checkpoint has no tokenizer, so the GGUF file has none: llama.cpp needs one to chat")
+        else:
+            vocabulary = {key: Typed(kind, value) for key, (kind, value) in found.items()}
+    # The vocabulary's eos token comes first (templates name it); the configuration's other ends stay beside it.
+    eos = vocabulary.get("tokenizer.ggml.eos_token_id")
+    if eos is not None:
+        config = replace(config, eos_ids=tuple(dict.fromkeys((eos.value, *config.eos_ids))))
+    keys = to_gguf(config)
+    translated = {key: Typed(_gguf_type(value), value) for key, value in keys.items()}
+    return {**metadata, **translated, **vocabulary}, notes
+
+
+def _gguf_type(value: object) -> str:
+    match value:
+        case bool():
+            return "bool"
+        case int():
+            return "uint32"
+        case float():
+            return "float32"
+        case str():
+            return "string"
+    raise AssertionError(f"config_to_gguf gives numbers and strings, got {value!r}")
+
+
+def _stored(checkpoint: Checkpoint, piece: Piece, dtype: str) -> str:
+    if dtype != "keep" and not piece.target.endswith("router.correction"):  # whose rounding would change choices
+        return dtype
+    return name_of(checkpoint.parameters.dtype(piece.target))
+
+
+def _common_dtype(checkpoint: Checkpoint, dtype: str) -> str:
+    """What config.json calls the checkpoint's dtype: that of its largest parameters."""
+    if dtype != "keep":
+        return dtype
+    return name_of(checkpoint.parameters.dtype("embed.weight"))
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    checkpoint = checkpoint.origin
+    if isinstance(checkpoint.source, GGUFSource):
+        return gguf_vocabulary.to_files(checkpoint.source.metadata)
+    found = {name: checkpoint.tokenizer_folder / name for name in TOKENIZER_FILES}
+    return {name: path.read_bytes() for name, path in found.items() if path.is_file()}
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def fingerprint(checkpoint: Checkpoint, plan: ConversionPlan) -> str:
+    """Changes whenever the source's files, what is done to them, or the planned bytes do."""
+    path = checkpoint.origin.path
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
+    seen: list[Any] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    digest = hashlib.sha256(json.dumps([str(path.resolve()), seen]).encode())
+    for file, header in sorted(plan.files.headers.items()):
+        digest.update(file.encode() + header)
+    digest.update(json.dumps([plan.packed, checkpoint.recipe] if checkpoint.recipe else plan.packed).encode())
+    return digest.hexdigest()

@@ -1,0 +1,145 @@
+"""Tokens for rows of logits, chosen by the C++ kernels: ``csrc/sampling.inl``, all rows of a pass in one call.
+
+What each setting means, ``engine/request.py`` says; ``engine/sampler.py`` has the same arithmetic in NumPy, and the tests
+hold the two to each other. A token depends on its row, its settings, its seed and its position in the answer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quadriga.kernels.cpu import bindings
+from quadriga.kernels.cpu.library import Context
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int32]
+
+
+class Sampled(NamedTuple):
+    """What became of a row."""
+
+    token_id: int
+    """-1: no token may be chosen, or the logits are not finite."""
+    log_sum: float
+    """log(sum(exp(logits))); not finite where a logit is not."""
+    logit: float
+    """The token's, as it came from the model."""
+    top: tuple[tuple[int, float], ...]
+    """The most probable tokens and their logits, best first."""
+
+
+class RowSettings:
+    """How the rows of one answer become tokens.
+
+    Args:
+        unused: ids that are never chosen and never listed.
+        early: ids that are not chosen while :meth:`set` says so.
+        moves: token id -> what is added to its logit.
+        temperature: 0: greedy.
+        n_top: so many of the most probable tokens are listed.
+    """
+
+    def __init__(
+        self,
+        *,
+        unused: Ids,
+        early: Ids,
+        moves: Mapping[int, float],
+        temperature: float,
+        repetition_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        n_top: int,
+        seed: int,
+    ) -> None:
+        moved, amounts = np.array([*moves], np.int32), np.array([*moves.values()], np.float32)
+        self._top_ids, self._top_logits = np.empty(n_top, np.int32), np.empty(n_top, np.float32)
+        self._n_early = len(early)
+        self._keep: tuple[object, ...] = (unused, early, moved, amounts)
+        self._history: tuple[Ids, Ids] | None = None
+        self.struct = bindings.Sampling(
+            unused=unused.ctypes.data,
+            early=early.ctypes.data,
+            moved=moved.ctypes.data,
+            moves=amounts.ctypes.data,
+            n_unused=len(unused),
+            n_moved=len(moved),
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            top_p=top_p,
+            min_p=min_p,
+            typical_p=1.0,
+            top_k=top_k,
+            n_top=n_top,
+            seed=seed,
+            top_ids=self._top_ids.ctypes.data,
+            top_logits=self._top_logits.ctypes.data,
+        )
+
+    def set(self, position: int, *, early: bool, allowed: NDArray[np.bool_] | None) -> None:
+        """What is different for every token.
+
+        Args:
+            position: in the answer.
+            early: the answer is too short to end.
+            allowed: (V,), the tokens that may be chosen; None: all.
+        """
+        struct = self.struct
+        struct.position, struct.n_early = position, self._n_early if early else 0
+        self._allowed = allowed  # its memory must live until the row is sampled
+        struct.allowed = None if allowed is None else np.ascontiguousarray(allowed).ctypes.data
+
+    def said(self, ids: Ids, counts: Ids, n: int) -> None:
+        """The first n of ids, all different, are in prompt and answer; counts: how often in the answer."""
+        struct = self.struct
+        struct.n_said = n
+        if self._history is None or self._history[0] is not ids:
+            self._history = ids, counts
+            struct.said, struct.counts = ids.ctypes.data, counts.ctypes.data
+
+    def top(self, n: int) -> tuple[tuple[int, float], ...]:
+        """The first n tokens that the last sampling listed, with their logits."""
+        return tuple(zip(self._top_ids[:n].tolist(), self._top_logits[:n].tolist(), strict=True))
+
+
+class RowSampler:
+    """Samples rows on the threads of a context."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._alone: RowSampler | None = None
+
+    def beside(self) -> RowSampler:
+        """One that works beside this one's context, on one thread; its tokens are the same."""
+        if self._alone is None:
+            self._alone = RowSampler(Context(1, self._context.isa))
+        return self._alone
+
+    def sample(self, logits: Floats, places: Sequence[int], settings: Sequence[RowSettings]) -> list[Sampled]:
+        """Choose a token for some rows of logits (R, V) float32, contiguous; one setting for each place.
+
+        Raises:
+            HardwareError: no memory is left for the intermediate results.
+        """
+        assert logits.flags.c_contiguous and logits.dtype == np.float32, "rows lie one after the other"
+        n, v = len(places), logits.shape[-1]
+        base, stride = logits.ctypes.data, 4 * v
+        rows, out = (bindings.Sampling * n)(), (bindings.Sampled * n)()
+        for i in range(n):
+            struct = settings[i].struct
+            struct.logits = base + places[i] * stride
+            rows[i] = struct
+        self._context.call(self._context.lib.qd_sample, rows, n, v, out)
+        return [
+            Sampled(one.token, one.log_sum, one.logit, setting.top(one.n_top) if one.n_top else ())
+            for one, setting in zip(out, settings, strict=True)
+        ]
