@@ -15,13 +15,18 @@ from typer.testing import CliRunner
 
 from quadriga.cli import app
 from quadriga.errors import ConfigError, HardwareError
+from quadriga.kernels.dispatch import use
 from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
 from quadriga.model.families import PRESETS
 from quadriga.model.parallel_spec import MOST_PADDING, ParallelSpec, cut
 from quadriga.model.plan.hardware import GPUS
 from quadriga.model.plan.training import meshes, search
+from quadriga.train import parallel
+from quadriga.train.config import ParallelSection, RouterSection
 from quadriga.train.initialise import NewWeights, normal
+from quadriga.train.losses import NextToken
 from quadriga.train.verify import measure
+from quadriga.train.world import World
 from tests.train import runs
 
 QWEN3_235B = uniform_model(
@@ -95,6 +100,23 @@ def test_shared_networks_are_cut_like_the_rest(layout: tuple[int, int, int]) -> 
     config = runs.TINY.with_ffn(shared=DenseSpec(d_ff=12, activation="silu"))
     spec = ParallelSpec(*layout)
     assert measure(config, spec).state_bytes == 16 * spec.elements(config)
+
+
+def test_selective_recomputation_changes_no_gradient_and_is_refused_where_kernels_write_in_place() -> None:
+    gradients = []
+    for how in ("none", "selective", "full"):
+        model = runs.model()
+        for layer in model.layers:
+            parallel._recompute(layer, how)
+        with use("reference"):
+            loss, _ = NextToken(runs.TINY, RouterSection(), World())(model, runs.source().rows(0, 0, 4))
+            loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=0, atol=0)
+    section = ParallelSection(device="cpu", recompute="selective")
+    with pytest.raises(ConfigError, match="is for GPUs"):
+        parallel.prepare(runs.model(), NextToken(runs.TINY, RouterSection(), World()), section, World())
 
 
 def _plan(*words: str) -> Any:

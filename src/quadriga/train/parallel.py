@@ -71,34 +71,41 @@ def prepare(
         ConfigError: the number of ranks does not fit the parallel section.
     """
     spec = check_layout(model, section, world)
+    if section.recompute == "selective" and world.device.type == "cpu":
+        raise ConfigError(
+            "parallel.recompute = 'selective' is for GPUs: a CPU's kernels write into the products that it would keep. "
+            "Use 'full' or 'none'"
+        )
     empty = any(parameter.is_meta for parameter in model.parameters())
     if not empty:
         model.to(world.device)
     blocks = [layer for layer in model.layers if isinstance(layer, Block)]
     for block in blocks:
-        if section.recompute not in (False, "none"):
-            kept = _keep_products if section.recompute == "selective" else noop_context_fn
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=kept)  # type: ignore[method-assign]
+        _recompute(block, section.recompute)
     module = ModelWithLoss(model, objective)
     if world.size > 1:
         _shard(module, blocks, section, spec, world)
     if empty and world.device.type != "meta":
-        _materialise(model, world, fill)
+        _materialise(module, world, fill)
     return module
 
 
 _PRODUCTS = [
     getattr(torch.ops.aten, name).default
     for name in (
-        *("mm", "addmm", "bmm", "_grouped_mm", "_scaled_dot_product_flash_attention"),
+        *("mm", "addmm", "_grouped_mm", "_scaled_dot_product_flash_attention"),
         *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
     )
 ]
 """What recompute = "selective" keeps the results of; the rest costs memory traffic and hardly any arithmetic."""
 
 
-def _keep_products() -> Any:
-    return create_selective_checkpoint_contexts(_PRODUCTS)
+def _recompute(block: Block, how: bool | str) -> None:
+    """Let a block forget what it computed, and compute it again in the backward pass."""
+    if how in (False, "none"):
+        return
+    kept: Any = partial(create_selective_checkpoint_contexts, _PRODUCTS) if how == "selective" else noop_context_fn
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=kept)  # type: ignore[method-assign]
 
 
 def check_layout(model: Transformer, section: ParallelSection, world: World) -> ParallelSpec:
@@ -115,10 +122,10 @@ def check_layout(model: Transformer, section: ParallelSection, world: World) -> 
 
 
 @torch.no_grad()
-def _materialise(model: Transformer, world: World, fill: Fill | None) -> None:
+def _materialise(module: ModelWithLoss, world: World, fill: Fill | None) -> None:
     """Allocate this rank's parts of a model on the meta device, and fill them parameter by parameter."""
-    model.to_empty(device=world.device)
-    for name, values in (*model.named_parameters(), *model.named_buffers()):
+    module.to_empty(device=world.device)
+    for name, values in (*module.model.named_parameters(), *module.model.named_buffers()):
         local = values.to_local() if isinstance(values, DTensor) else values
         if fill is None:
             local.zero_()
