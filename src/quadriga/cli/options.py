@@ -171,6 +171,13 @@ Run = Annotated[
         "--run-folder", "--run", help="Another folder than the file's; torchrun takes --run for one of its own options."
     ),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Check what is shown: every file of a corpus by its sha256, every row of a plan by the trainer (needs torch).",
+    ),
+]
 AllowChange = Annotated[
     bool,
     typer.Option(

@@ -36,12 +36,7 @@ def plan_command(
     top: Annotated[int, typer.Option(min=1, max=10_000, help="How many meshes to show.")] = 5,
     picture: options.Picture = None,
     json: options.Json = False,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify", help="Walk each row through the trainer with pretended ranks, and count. Needs torch."
-        ),
-    ] = False,
+    verify: options.Verify = False,
 ) -> None:
     """Memory, time, cost and the best mesh for training; formats, boxes and speed limits for serving. By arithmetic.
 
