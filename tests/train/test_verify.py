@@ -1,4 +1,4 @@
-"""Every layout that the planner prints is one that the trainer accepts, holds and gathers as planned: pretended ranks."""
+"""Each layout that the planner prints is one that the trainer accepts, holds and gathers as planned: pretended ranks."""
 
 from __future__ import annotations
 

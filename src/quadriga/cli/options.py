@@ -175,7 +175,7 @@ Verify = Annotated[
     bool,
     typer.Option(
         "--verify",
-        help="Check what is shown: every file of a corpus by its sha256, every row of a plan by the trainer (needs torch).",
+        help="Check what is shown: a corpus's files by their sha256, a plan's rows by the trainer, which needs torch.",
     ),
 ]
 AllowChange = Annotated[

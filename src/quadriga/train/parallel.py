@@ -105,7 +105,8 @@ def _recompute(block: Block, how: bool | str) -> None:
     if how in (False, "none"):
         return
     kept: Any = partial(create_selective_checkpoint_contexts, _PRODUCTS) if how == "selective" else noop_context_fn
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=kept)  # type: ignore[method-assign]
+    again = partial(checkpoint, block.forward, use_reentrant=False, context_fn=kept)
+    block.forward = again  # type: ignore[method-assign]
 
 
 def check_layout(model: Transformer, section: ParallelSection, world: World) -> ParallelSpec:
