@@ -3,8 +3,8 @@
 python bench/products.py [--rows 4096 --cols 4096 --n 1 512 --threads 2 --rounds 30 --isa avx2 --activations int8]
 
 Every round takes each format once. What counts is each one's quickest round, and how it compares with the first
-format's: on a busy machine most rounds are interrupted. Bytes are those of the packed matrix: where memory is the limit,
-times follow them.
+format's: on a busy machine most rounds are interrupted. Bytes are those of the packed matrix: where memory is the
+limit, times follow them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """Checkpoints of a given shape with random weights, for benchmarks: N(0, 0.02) in bfloat16, written as a stream.
 
+Embeddings are N(0, 1): of 0.02 they would vanish beside what attention adds, which is much the same for all tokens of
+a text, and all of them would choose the same experts. `bench/own_driver.py` refuses such models.
+
 python bench/synthetic.py dbrx4b OUT            the reference shape as a Hugging Face DBRX
 python bench/synthetic.py mixtral4b OUT         the same sizes as a Mixtral, for peers that cannot read DBRX
 python bench/synthetic.py dbrx-132b OUT --packed q4 --layers 40     straight into a packed directory
@@ -74,6 +77,8 @@ SHAPES: dict[str, ModelConfig] = {
 """What the benchmarks run; published sizes too."""
 
 _BLOCK = 1 << 24
+_EMBEDDING_SCALE = 50.0
+"""Times 0.02: a stream of about 1 to begin with."""
 
 
 def numbers() -> Iterator[torch.Tensor]:
@@ -83,6 +88,12 @@ def numbers() -> Iterator[torch.Tensor]:
     while True:
         start = int(torch.randint(0, _BLOCK // 2, (1,), generator=generator))
         yield block[start : start + _BLOCK // 2]
+
+
+def of_embedding(config: ModelConfig) -> set[str]:
+    """Names of the stored tensors that hold the embedding."""
+    pieces = next(iter(families.family_of(config).layouts.values()))(config)
+    return {piece.source for piece in pieces if piece.target == "embed.weight"}
 
 
 def take(source: Iterator[torch.Tensor], n: int) -> Iterator[torch.Tensor]:
@@ -102,7 +113,7 @@ def write_hf(config: ModelConfig, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(family.config_to_hf(config)))
     if len(plan.headers) > 1:
         (out / "model.safetensors.index.json").write_text(json.dumps(shard_index(plan)))
-    source = numbers()
+    source, embedding = numbers(), of_embedding(config)
     for file, header in plan.headers.items():
         with (out / file).open("wb") as stream:
             stream.write(header)
@@ -111,6 +122,7 @@ def write_hf(config: ModelConfig, out: Path) -> None:
                     continue
                 for piece in take(source, prod(shapes[name])):
                     values = piece + 1 if len(shapes[name]) == 1 else piece
+                    values = values * _EMBEDDING_SCALE if name in embedding else values
                     stream.write(values.contiguous().view(torch.uint8).numpy().data)
 
 
@@ -118,16 +130,17 @@ def write_packed(config: ModelConfig, out: Path, form: str, n_different: int = 8
     """A packed directory made directly: of every shape a few different matrices, repeated."""
     out.mkdir(parents=True)
     shapes = engine_file.packed_shapes(config)
-    source, made = numbers(), dict[tuple[tuple[int, ...], str], list[bytes]]()
+    source, made = numbers(), dict[tuple[tuple[int, ...], str, float], list[bytes]]()
     entries: dict[str, engine_file.Entry] = {}
     file = f"{engine_file.WEIGHTS_STEM}-00001-of-00001.packed"
     offset = 0
     with (out / file).open("wb") as stream:
         for index, (name, shape) in enumerate(shapes.items()):
             one = "float32" if len(shape) == 1 or name.endswith("router.weight") else form
-            kinds = made.setdefault((shape, one), [])
+            scale = _EMBEDDING_SCALE if name == "embed.weight" else 1.0
+            kinds = made.setdefault((shape, one, scale), [])
             if len(kinds) < n_different:
-                values = torch.cat(list(take(source, prod(shape)))).reshape(shape)
+                values = torch.cat(list(take(source, prod(shape)))).reshape(shape) * scale
                 if len(shape) == 1:
                     kinds.append((values.float() + 1).numpy().tobytes())
                 else:

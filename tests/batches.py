@@ -12,13 +12,19 @@ from quadriga.runners.base import Runner
 
 
 def batch(chunks: list[tuple[list[int], int, list[int]]]) -> Batch:
-    """A pass over (tokens, position of the first, blocks) of several sequences, logits of every row."""
+    """A pass over (tokens, position of the first, blocks) of several sequences, logits of every row.
+
+    A sequence's recurrent states, if the model has any, are in the slot of its first block's number.
+    """
     tokens = [t for chunk, _, _ in chunks for t in chunk]
     positions = [start + i for chunk, start, _ in chunks for i in range(len(chunk))]
     starts = np.cumsum([0] + [len(chunk) for chunk, _, _ in chunks])
     tables = [b for _, _, blocks in chunks for b in blocks]
     table_starts = np.cumsum([0] + [len(blocks) for _, _, blocks in chunks])
-    ints = [np.array(x, dtype=np.int32) for x in (tokens, positions, starts, tables, table_starts, range(len(tokens)))]
+    after = [blocks[0] for _, _, blocks in chunks]
+    before = [blocks[0] if start else -1 for _, start, blocks in chunks]
+    lists = (tokens, positions, starts, tables, table_starts, range(len(tokens)), before, after)
+    ints = [np.array(x, dtype=np.int32) for x in lists]
     return Batch(*ints)
 
 

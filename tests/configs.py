@@ -5,13 +5,33 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from quadriga.model.config import DenseSpec, ModelConfig, in_order, uniform
+from quadriga.model.config import DeltaNetSpec, DenseSpec, ModelConfig, QKNormSpec, ShortConvSpec, in_order, uniform
 
 
 def first_dense(config: ModelConfig, d_ff: int = 72) -> ModelConfig:
     """``config`` with one gated network of width ``d_ff`` in its first layer."""
     dense = replace(config.layers[0], ffn=DenseSpec(d_ff=d_ff, activation="silu"))
     return replace(config, layers=in_order((dense, *config.layers[1:])))
+
+
+def with_convolutions(config: ModelConfig) -> ModelConfig:
+    """``config`` with short convolutions in place of all but the second layer's attention."""
+    conv = ShortConvSpec(width=config.d_model, taps=3)
+    layers = (layer if i == 1 else replace(layer, mixer=conv) for i, layer in enumerate(config.layers))
+    return replace(config, layers=in_order(layers))
+
+
+def with_delta_rules(config: ModelConfig) -> ModelConfig:
+    """``config`` as Qwen3-Next would have it: norms less one, gated attention in the second layer, else delta rules."""
+    norm = replace(config.final_norm, plus_one=True)
+    delta = DeltaNetSpec(n_k_heads=2, n_v_heads=6, k_dim=12, v_dim=18, taps=4, eps=norm.eps)
+    attention = replace(
+        config.layers[0].attention,
+        output_gate=True,
+        qk_norm=QKNormSpec(over="head", eps=norm.eps, plus_one=True),
+    )
+    layers = (replace(layer, norm=norm, mixer=attention if i == 1 else delta) for i, layer in enumerate(config.layers))
+    return replace(config, layers=in_order(layers), final_norm=norm)
 
 
 def changed(config: ModelConfig, **fields: Any) -> ModelConfig:

@@ -31,7 +31,8 @@ _stderr = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the real standard error: pytest puts another one in its place while tests run."""
+    """Keep the real standard error, for pytest puts another one in its place while tests run; and no options of the user."""
+    os.environ["XDG_CONFIG_HOME"] = str(Path(__file__).parent / "no-options-of-the-user")
     config.stash[_stderr] = os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2)
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     folder = home / "quadriga"
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     shutil.copytree(smollm2.parent, home / "cache/models" / smollm2.parent.name)
-    config = TINY["dbrx"]
+    config = replace(TINY["dbrx"], vocab_size=400)
     write_hf(folder / "dbrx-instruct", config, parameters=random_parameters(config, std=0.3))
     (folder / "dbrx-instruct/tokenizer.json").write_text(json.dumps(vocabularies.bpe()))
     (folder / "sample.txt").write_text("The fox and the dog. " * 40)

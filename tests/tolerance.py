@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from quadriga.model.config import ModelConfig
+from quadriga.model.config import DeltaNetSpec, LatentAttentionSpec, ModelConfig
 
 ROUNDINGS = 20
 """Results that a layer rounds to the working dtype: two norms, q/k/v, rotation (two products and a sum), scores,
@@ -44,6 +44,14 @@ normal number's. Numbers that are quantised in groups share the step of the larg
 two: its group's largest lies twice as many deviations out. (Measured: 1.5 of the bound with 5.)"""
 
 
+def kernel_roundings(config: ModelConfig) -> int:
+    """KERNEL_ROUNDINGS, with those of latent attention: what meets W_Kb, W_Vb and, where there is one, W_Qb."""
+    mixer = config.layers[0].mixer
+    if not isinstance(mixer, LatentAttentionSpec):
+        return KERNEL_ROUNDINGS
+    return KERNEL_ROUNDINGS // 5 * (7 if mixer.q_rank is None else 8)
+
+
 def relative_error(dtype: torch.dtype, config: ModelConfig, n_keys: int, roundings: int = ROUNDINGS) -> float:
     """Root mean square error of a typical token's logits that rounding in ``dtype`` explains.
 
@@ -55,9 +63,12 @@ def relative_error(dtype: torch.dtype, config: ModelConfig, n_keys: int, roundin
     """
     unit = torch.finfo(dtype).eps / 2
     wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
-    layer = config.layers[0]  # of tests' models, all alike
-    d, q_dim = config.d_model, layer.mixer.q_dim
-    reductions = (d, d, layer.mixer.head_dim, n_keys, q_dim, d, layer.ffn.d_ff)  # norms, qkv, q.k, p.v, wo, up, down
+    layer = config.first_attention()  # of tests' models, all alike; recurrent layers round as often and add up less
+    attn = layer.attention
+    d, q_dim = config.d_model, attn.q_dim
+    reductions = (d, d, attn.head_dim, n_keys, q_dim, d, layer.ffn.d_ff)  # norms, qkv, q.k, p.v, wo, up, down
+    if any(isinstance(kind.mixer, DeltaNetSpec) for kind in config.kinds()):
+        roundings += 8  # what is convolved, its silu, q, k and v of unit length, what S gives, silu(z), their product
     per_layer = (roundings * unit**2 + sum(reductions) * wide**2) / 3
     return math.sqrt(per_layer * sum(GROWTH**i for i in range(config.n_layers)))
 

@@ -11,6 +11,7 @@ Environment variables (all optional):
     QUADRIGA_CPU_ISA    force a CPU instruction set: avx512, avx2 or portable
     QUADRIGA_LIBRARY    another build of the CPU kernels, e.g. one with sanitizers
     QUADRIGA_DEBUG      1: commands show tracebacks
+    QUADRIGA_COMMAND_OPTION   an option's default, e.g. QUADRIGA_SERVE_PORT (cli.settings)
     QUADRIGA_LOG        what is logged: a level (debug), or levels of rooms (engine=debug,server=info)
 
 torchrun's LOCAL_RANK, WORLD_SIZE and MASTER_ADDR say whether this process is one of several.
@@ -102,6 +103,12 @@ def cache_dir() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "quadriga"
+
+
+def config_file() -> Path:
+    """The user's file of options: config.toml in $XDG_CONFIG_HOME/quadriga, else in ~/.config/quadriga."""
+    base = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(base) if base else Path.home() / ".config") / "quadriga" / "config.toml"
 
 
 def data_dir() -> Path | None:

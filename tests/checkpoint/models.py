@@ -16,6 +16,7 @@ from quadriga.model.config import (
     AlibiSpec,
     AttentionSpec,
     DenseSpec,
+    LatentAttentionSpec,
     LayerSpec,
     Llama3Scaling,
     ModelConfig,
@@ -27,10 +28,29 @@ from quadriga.model.config import (
     uniform_model,
 )
 from quadriga.model.weight_map import Piece, parameter_shapes, source_index, source_shapes, whole
-from tests.configs import first_dense
+from tests.configs import first_dense, with_convolutions, with_delta_rules
 
 _SIZES = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "max_seq_len": 64}
 _ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=1e4))
+
+
+LATENT = LatentAttentionSpec(
+    n_heads=6,
+    kv_rank=32,
+    q_rank=20,
+    nope_dim=12,
+    rope_dim=10,
+    v_dim=16,
+    yarn_mscale=0.8,
+    position=RopeSpec(theta=1e2, scaling=YarnScaling(factor=4.0, original_max_seq_len=16, attention_factor=1.0)),
+)
+_DEEPSEEK = {
+    "n_experts": 9,
+    "top_k": 4,
+    "n_groups": 3,
+    "top_k_groups": 2,
+    "shared": DenseSpec(d_ff=160, activation="silu"),
+}
 
 
 def _moe(**changes: object) -> MoESpec:
@@ -234,12 +254,80 @@ TINY: dict[str, ModelConfig] = {
         ),
         ffn=_moe(score="sigmoid", correction=True),
     ),
+    "deepseek_v2": first_dense(
+        uniform_model(
+            family="deepseek_v2",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(LATENT, q_rank=None),
+            ffn=_moe(**_DEEPSEEK, normalize_p=None, routed_scale=1.7, group_worth="best"),
+        )
+    ),
+    "deepseek_v3": first_dense(
+        uniform_model(
+            family="deepseek_v3",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=LATENT,
+            ffn=_moe(**_DEEPSEEK, score="sigmoid", correction=True, normalize_eps=1e-20, routed_scale=2.5),
+        )
+    ),
     "qwen2moe": uniform_model(
         family="qwen2moe",
         **_SIZES,
         norm=NormSpec(kind="rms", eps=1e-6),
         mixer=replace(_ATTN, qkv_bias=True),
         ffn=_moe(normalize_p=None, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
+    ),
+    "lfm2": with_convolutions(
+        uniform_model(
+            family="lfm2",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=replace(_ATTN, qk_norm=QKNormSpec(over="head", eps=1e-5)),
+            ffn=DenseSpec(d_ff=80, activation="silu"),
+            tied_embeddings=True,
+        )
+    ),
+    "lfm2moe": with_convolutions(
+        first_dense(
+            uniform_model(
+                family="lfm2moe",
+                **_SIZES,
+                norm=NormSpec(kind="rms"),
+                mixer=replace(_ATTN, qk_norm=QKNormSpec(over="head", eps=1e-5)),
+                ffn=_moe(score="sigmoid", correction=True, normalize_eps=1e-6),
+                tied_embeddings=True,
+            )
+        )
+    ),
+    "qwen3next": with_delta_rules(
+        uniform_model(
+            family="qwen3next",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(_ATTN, head_dim=20, position=RopeSpec(theta=1e4, dim=10)),
+            ffn=_moe(aux_loss_weight=0.001, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
+        )
+    ),
+    "qwen35moe": with_delta_rules(
+        uniform_model(
+            family="qwen35moe",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(_ATTN, head_dim=20, position=RopeSpec(theta=1e4, dim=10)),
+            ffn=_moe(aux_loss_weight=0.001, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
+        )
+    ),
+    "qwen35": with_delta_rules(
+        uniform_model(
+            family="qwen35",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(_ATTN, head_dim=20, position=RopeSpec(theta=1e4, dim=10)),
+            ffn=DenseSpec(d_ff=80, activation="silu"),
+            tied_embeddings=True,
+        )
     ),
     "olmo2": uniform_model(
         family="olmo2",
@@ -290,6 +378,10 @@ TINY: dict[str, ModelConfig] = {
         pad_id=0,
     ),
 }
+
+
+GGUF_READ_ONLY = {"qwen3next", "qwen35moe", "qwen35"}
+"""Families whose GGUF files are not written."""
 
 
 def random_bits(config: ModelConfig, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, Tensor]:

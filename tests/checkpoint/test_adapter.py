@@ -93,6 +93,7 @@ def test_merged_it_computes_what_the_attached_one_does(tmp_path: Path) -> None:
         ("mpt", None, None),
         *[(name, None, None) for name in ("glm4moe", "qwen2moe", "dots1", "ernie4_5-moe", "hunyuan-moe", "minimax-m2")],
         *[(name, None, None) for name in ("olmo2", "flex_olmo", "phimoe")],
+        *[(name, None, None) for name in ("deepseek_v2", "deepseek_v3")],
     ],
 )
 def test_to_peft_and_back(tmp_path: Path, name: str, layout: str | None, targets: tuple[str, ...] | None) -> None:

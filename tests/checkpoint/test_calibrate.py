@@ -40,12 +40,17 @@ def test_inputs_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
 
     def watch(module: nn.Linear, name: str) -> None:
         module.register_forward_pre_hook(
-            lambda _, inputs: seen.update({name: seen.get(name, 0) + inputs[0].double().square().sum(0)})
+            lambda _, inputs: seen.update({name: seen.get(name, 0) + square_of_rows(inputs[0])})
         )
 
+    def square_of_rows(x: Tensor) -> Tensor:
+        """Summed over the rows; of a matrix a head, the mean of the heads' sums."""
+        return x.double().square().sum(0) if x.ndim == 2 else x.double().square().mean(1).sum(0)
+
     for i, layer in enumerate(model.layers):
-        watch(layer.attn.wqkv, f"layers.{i}.attn.wqkv.weight")
-        watch(layer.attn.wo, f"layers.{i}.attn.wo.weight")
+        for part in ("wqkv", "wo", "wq", "wq_a", "wq_b", "wkv_a", "wk_b", "wv_b"):
+            if getattr(layer.attn, part, None) is not None:
+                watch(getattr(layer.attn, part), f"layers.{i}.attn.{part}.weight")
     counts: list[list[int]] = []
     length = min(1024, TINY[name].max_seq_len)
     for start in range(0, len(IDS), length):

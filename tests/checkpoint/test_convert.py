@@ -28,7 +28,7 @@ from quadriga.model import families
 from quadriga.model.config_json import config_from_json, config_to_json
 from quadriga.model.weight_map import source_shapes
 from quadriga.nn.load import load_parameters
-from tests.checkpoint.models import TINY, bits, random_bits, write_hf
+from tests.checkpoint.models import GGUF_READ_ONLY, TINY, bits, random_bits, write_hf
 from tests.checkpoint.test_open import LAYOUTS
 from tests.golden import vocabularies as golden
 
@@ -64,7 +64,10 @@ def test_fused_to_split_and_back(tmp_path: Path, layout: str) -> None:
     assert tensors_of(tmp_path / "back") == {n: bits(t) for n, t in stored.items()}
 
 
-@pytest.mark.parametrize("name", TINY)
+IN_GGUF = [name for name in TINY if families.family_of(TINY[name]).gguf_map is not None and name not in GGUF_READ_ONLY]
+
+
+@pytest.mark.parametrize("name", IN_GGUF)
 def test_gguf_in_bf16_and_back_is_byte_identical(tmp_path: Path, name: str) -> None:
     config = TINY[name]
     generator = torch.Generator().manual_seed(1)
@@ -75,6 +78,14 @@ def test_gguf_in_bf16_and_back_is_byte_identical(tmp_path: Path, name: str) -> N
     convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf", gguf_format="bfloat16")
     convert(tmp_path / "x.gguf", tmp_path / "back", to="hf", dtype="bfloat16")
     assert tensors_of(tmp_path / "back") == {n: bits(t) for n, t in stored.items()}
+
+
+@pytest.mark.parametrize("name", ["flex_olmo", "phimoe"])
+def test_what_llama_cpp_does_not_compute_is_not_written_for_it(tmp_path: Path, name: str) -> None:
+    write_hf(tmp_path / "hf", TINY[name])
+    with pytest.raises(ConfigError, match=name):
+        convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 @pytest.mark.parametrize(("form", "bound"), [("q8_0", 1 / 127), ("q4_0", 1 / 7)])

@@ -45,6 +45,16 @@ def test_every_kind_is_measured_beside_its_limit(bench: Bench, kind: str) -> Non
     assert row.limit == ("arithmetic" if kind == "prefill" else "read")
 
 
+def test_the_spread_over_experts_is_that_of_the_worst_layer(bench: Bench) -> None:
+    model = bench.model
+    n_layers, top_k = len(model.program.routing), 3
+    for layer, routing in enumerate(model.program.routing):
+        routing.load[:] = [30, 30, 0, 0, 0] if layer == n_layers - 1 else [12, 12, 12, 12, 12]
+    spread = bench.spread()
+    assert spread is not None and model.config.layers[0].ffn.top_k == top_k
+    assert (spread.visited, spread.busiest, spread.even) == pytest.approx((2 / 5, top_k / 2, 2 / 5))
+
+
 @pytest.mark.parametrize(("kind", "n"), [("decode", 10_000), ("prefill", 0), ("sprint", 1)])
 def test_what_cannot_be_measured_is_refused(bench: Bench, kind: str, n: int) -> None:
     with pytest.raises(ConfigError):

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quadriga.engine.request import SamplingParams
-from quadriga.engine.sampler import Floats, Sampler, Unused, kept, pick, uniform
+from quadriga.engine.sampler import Floats, Sampler, Unused, excluded, kept, pick, typical, uniforms
 from quadriga.errors import RequestError
 
 LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 0.0], dtype=np.float32)
@@ -189,6 +189,26 @@ def test_truncation_by_hand() -> None:
     assert ids_kept(probs, 0, 1e-9, 0.0) == [1]
 
 
+def test_typical_tokens_by_hand() -> None:
+    """Entropy of (.5, .25, .125, .125) is 1.75 bits: information of 2 bits is nearest, then of 1, then of 3."""
+    probs = np.array([0.125, 0.5, 0.25, 0.125])
+    logs = np.log(probs)
+    assert typical(probs, logs, 0.2).tolist() == [2]
+    assert typical(probs, logs, 0.25).tolist() == [2]
+    assert typical(probs, logs, 0.3).tolist() == [2, 1]
+    assert typical(probs, logs, 0.76).tolist() == [2, 1, 0]
+    assert typical(probs, logs, 0.99).tolist() == [2, 1, 0, 3]
+
+
+def test_the_best_choices_excluded_by_hand() -> None:
+    probs = np.array([0.1, 0.4, 0.25, 0.25, 0.0])
+    assert sorted(excluded(probs, 0.2).tolist()) == [1, 2], "the last of equal ones stays"
+    assert excluded(probs, 0.3).tolist() == [], "one alone is no choice"
+    assert sorted(excluded(probs, 0.0).tolist()) == [1, 2, 3]
+    always = sampler(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.1, seed=1)
+    assert {always.sample(LOGITS).token_id for _ in range(30)} <= {0, 2, 3, 4}, "the best is never taken"
+
+
 @given(
     st.lists(st.floats(0.001, 1.0), min_size=1, max_size=30),
     st.integers(0, 31),
@@ -263,8 +283,8 @@ def test_a_draw_depends_on_seed_and_position_only() -> None:
     one.sample(flat)
     other.sample(row)
     assert one.sample(flat) == other.sample(flat), "what was drawn before does not matter, how often does"
-    numbers = [uniform(seed, position) for seed in (0, 1, 2**63 - 1) for position in range(50)]
-    assert len(set(numbers)) == 150 and all(0 <= x < 1 for x in numbers) and 0.4 < sum(numbers) / 150 < 0.6
+    numbers = [x for seed in (0, 1, 2**63 - 1) for position in range(50) for x in uniforms(seed, position)]
+    assert len(set(numbers)) == 300 and all(0 <= x < 1 for x in numbers) and 0.4 < sum(numbers) / 300 < 0.6
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -282,6 +302,10 @@ def test_broken_logits_are_an_error_not_a_token(bad: float) -> None:
         ({"top_k": -1}, "top_k"),
         ({"top_k": True}, "top_k"),
         ({"min_p": 1.1}, "min_p"),
+        ({"typical_p": 0.0}, "typical_p"),
+        ({"typical_p": 1.5}, "typical_p"),
+        ({"xtc_probability": -0.1}, "xtc_probability"),
+        ({"xtc_threshold": float("nan")}, "xtc_threshold"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"stop": ("",)}, "stop"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from quadriga.engine.request import SamplingParams
-from quadriga.engine.sampler import NONE_UNUSED, Floats, Sample, Sampler, Unused, uniform
+from quadriga.engine.sampler import NONE_UNUSED, Floats, Sample, Sampler, Unused, uniforms
 from quadriga.errors import RequestError
 from quadriga.kernels.cpu import library as cpu
 from quadriga.kernels.cpu.sampling import RowSampler
@@ -58,7 +58,28 @@ def by_kernels(one: RowSampler, samplers: Sequence[Sampler], rows: Floats, allow
     """A token for each of the samplers, from its row."""
     asked = [s.ask(allowed) for s in samplers]
     chosen = one.sample(rows, range(len(samplers)), asked)
-    return [s.take(c, constrained=allowed is not None) for s, c in zip(samplers, chosen, strict=True)]
+    constrained = allowed is not None
+    return [s.take(c, row, constrained=constrained) for s, c, row in zip(samplers, chosen, rows, strict=True)]
+
+
+RARER: list[dict[str, Any]] = [
+    {"typical_p": 0.4},
+    {"typical_p": 0.9, "top_k": 30, "top_p": 0.8},
+    {"typical_p": 0.95, "min_p": 0.2, "xtc_probability": 0.5, "xtc_threshold": 0.02},
+    {"xtc_probability": 0.5},
+    {"xtc_probability": 1.0, "xtc_threshold": 0.0, "top_k": 9},
+    {"xtc_probability": 1.0, "xtc_threshold": 0.05, "top_p": 0.6},
+]
+
+
+@pytest.mark.parametrize("v", [9, 1100])
+def test_typical_tokens_and_excluded_ones_are_those_of_numpy(v: int) -> None:
+    asked = [SamplingParams(temperature=t, seed=i, **more) for t in (0.8, 2.0) for i in range(10) for more in RARER]
+    rows = shapes(v)[np.arange(len(asked)) % 5]
+    expected = [Sampler(params, [], v).sample(row).token_id for params, row in zip(asked, rows, strict=True)]
+    for isa in HERE:
+        got = by_kernels(kernels(isa), [Sampler(params, [], v) for params in asked], rows)
+        assert [s.token_id for s in got] == expected, isa
 
 
 @pytest.mark.parametrize("v", [9, 256, 700, 3000])
@@ -103,7 +124,7 @@ def test_a_draw_is_that_of_seed_and_position() -> None:
     for seed in (0, 1, 977, 2**63 - 1):
         s = Sampler(SamplingParams(temperature=1.0, seed=seed), [], 65536)
         tokens = [by_kernels(kernels(), [s], flat)[0].token_id for _ in range(4)]
-        assert tokens == [int(uniform(seed, position) * 65536) for position in range(4)]
+        assert tokens == [int(uniforms(seed, position)[0] * 65536) for position in range(4)]
 
 
 @pytest.mark.parametrize("isa", HERE)
@@ -131,8 +152,8 @@ def test_broken_logits_are_an_error_not_a_token(bad: float) -> None:
     samplers = [Sampler(SamplingParams(temperature=1.0), [], 300) for _ in range(2)]
     broken, good = kernels().sample(rows, [0, 1], [s.ask() for s in samplers])
     with pytest.raises(RequestError, match="not finite"):
-        samplers[0].take(broken)
-    assert 0 <= samplers[1].take(good).token_id < 300, "another row's numbers are another's affair"
+        samplers[0].take(broken, rows[0])
+    assert 0 <= samplers[1].take(good, rows[1]).token_id < 300, "another row's numbers are another's affair"
 
 
 def test_a_grammar_without_a_way_on_is_an_error() -> None:

@@ -28,6 +28,8 @@ class FakeModel:
 
     cells: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     """(block, offset) -> all tokens up to and with the one stored there, and the group it is stored for."""
+    slots: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Slot of recurrent states -> all tokens before the position they are of."""
 
     def run(self, plan: Plan) -> dict[int, list[int]]:
         made: dict[int, list[int]] = {}
@@ -37,8 +39,18 @@ class FakeModel:
                 for position in range(max(0, chunk.start + 1 - (window or 10**9)), chunk.start):
                     past = (*known[: position + 1], group)
                     assert self._cell(chunk, group, position) == past, "the cache holds another past"
+        written = [chunk.after for chunk in plan.chunks if chunk.after >= 0]
+        read = [chunk.before for chunk in plan.chunks if chunk.before >= 0 and chunk.before != chunk.after]
+        assert len({*written}) == len(written) and not {*written} & {*read}, "a slot is one sequence's to write"
+        for chunk in plan.chunks:
+            if chunk.after >= 0 and chunk.start:
+                assert self.slots[chunk.before] == tuple(chunk.sequence.tokens[: chunk.start]), "another past's state"
+            elif chunk.after >= 0:
+                assert chunk.before == -1
         for chunk in plan.chunks:
             known = chunk.sequence.tokens[: chunk.start] + list(chunk.tokens)
+            if chunk.after >= 0:
+                self.slots[chunk.after] = tuple(known)
             for position in range(chunk.start, len(known)):
                 for group, row in enumerate(chunk.sequence.blocks.rows):
                     assert row[position // BLOCK_TOKENS] >= 0
@@ -240,6 +252,7 @@ class Traffic:
     n_running=st.integers(1, 3),
     cache=st.booleans(),
     rooms=st.one_of(st.none(), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3)), min_size=1, max_size=4)),
+    n_slots=st.one_of(st.just(0), st.integers(2, 12)),
     windows=st.sampled_from([(None,), (None,), (None, 20), (20,), (5, 33), (None, None, 17), (1,)]),
 )
 def test_any_traffic_ends_with_the_answers_of_each_alone(
@@ -250,8 +263,10 @@ def test_any_traffic_ends_with_the_answers_of_each_alone(
     cache: bool,
     rooms: list[tuple[int, int]] | None,
     windows: tuple[int | None, ...],
+    n_slots: int,
 ) -> None:
-    """Priorities, clients, many answers of a request, chunks, embeddings, held tokens, windows and a full cache."""
+    """Priorities, clients, many answers, chunks, embeddings, held tokens, windows, recurrent states, a full cache."""
+    windows = (None,) if n_slots else windows  # a model with recurrent layers has one group
     n_blocks *= len(windows)
     scheduler = Scheduler(
         n_blocks,
@@ -260,6 +275,7 @@ def test_any_traffic_ends_with_the_answers_of_each_alone(
         prefix_cache=cache,
         windows=windows,
         beside=None if rooms is None else Whim(rooms),
+        n_slots=n_slots,
     )
     traffic = Traffic(jobs, scheduler)
     work = sum(len(job.prompt) + job.n_new * (1 + job.held) for job in jobs)
@@ -268,6 +284,7 @@ def test_any_traffic_ends_with_the_answers_of_each_alone(
         traffic.run()
     assert not traffic.alive
     assert scheduler.pool.n_free == n_blocks, "every block came back"
+    assert scheduler.states is None or scheduler.states.n_free == n_slots, "and every slot"
     assert not scheduler.waiting._roots, "nothing is remembered of who has gone"
     if not scheduler.n_preemptions and not any(job.cancel_at is not None or job.guesses for job in jobs):
         found = sum(sequence.n_cached for sequence in traffic.sequences.values())
@@ -295,6 +312,32 @@ def test_a_prefix_is_computed_once() -> None:
     assert run(scheduler, Running(4, list(prompt), 45, all_logits=True), model).n_cached == 0
     scheduler.pool.forget_all()
     assert run(scheduler, Running(5, list(prompt), 45), model).n_cached == 0
+
+
+def test_a_prefix_is_taken_up_where_a_state_was_kept() -> None:
+    """At a prompt's last whole block, where a later one parted from it, and at an answer's latest."""
+    scheduler, model = Scheduler(60, n_slots=9), FakeModel()
+    shared = [i % 3 for i in range(40)]
+    assert run(scheduler, Running(0, [*shared, *[1] * 30], 72), model).n_cached == 0
+    assert run(scheduler, Running(1, [*shared, *[2] * 30], 72), model).n_cached == 0, "blocks for 32, no state there"
+    assert run(scheduler, Running(2, [*shared, *[0] * 30], 72), model).n_cached == 32, "kept when the second parted"
+    assert run(scheduler, Running(3, [*shared, *[1] * 30], 72), model).n_cached == 64
+    answered = run(scheduler, Running(4, [7] * 20, 71), model).tokens
+    assert run(scheduler, Running(5, [*answered, 1, 2], 75), model).n_cached == 64, "of 70 positions that were read"
+    assert run(scheduler, Running(6, [*answered[:50], 9, 9], 55), model).n_cached == 16, (
+        "the latest replaced those between"
+    )
+
+
+def test_slots_limit_how_many_run_and_the_least_recently_used_state_goes_first() -> None:
+    scheduler, model = Scheduler(60, n_slots=4), FakeModel()
+    assert scheduler.max_sequences == 2
+    with pytest.raises(ConfigError, match="two slots"):
+        Scheduler(60, n_slots=1)
+    for number in range(4):
+        run(scheduler, Running(number, [number] * 20, 22), model)
+    assert run(scheduler, Running(4, [0] * 20, 22), model).n_cached == 0, "forgotten for the others"
+    assert run(scheduler, Running(5, [3] * 20, 22), model).n_cached == 16
 
 
 def test_decoding_goes_on_beside_a_long_prompt() -> None:

@@ -15,24 +15,24 @@ from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.runners.torch import TorchRunner
 from tests.checkpoint.models import TINY
 
-CONFIG = replace(TINY["dbrx"], max_seq_len=400)
-
 
 @pytest.mark.parametrize("kv_format", ["float32", "bfloat16", "q8", "torch"])
-def test_nobody_reads_what_a_blocks_last_owner_left(kv_format: str) -> None:
+@pytest.mark.parametrize("name", ["dbrx", "deepseek_v3"])
+def test_nobody_reads_what_a_blocks_last_owner_left(name: str, kv_format: str) -> None:
     """A NaN there, of a prompt with broken rows say, would be the next owner's: 0 times NaN is NaN."""
-    made = random_parameters(CONFIG, std=0.3)
+    config = replace(TINY[name], max_seq_len=400)
+    made = random_parameters(config, std=0.3)
 
     def answers(poisoned: bool) -> list[list[tuple[int, float]]]:
         if kv_format == "torch":
-            runner: Any = TorchRunner(Transformer.from_parameters(CONFIG, made), 60)
+            runner: Any = TorchRunner(Transformer.from_parameters(config, made), 60)
             stored = [*runner._keys, *runner._values]
             if poisoned:
                 for tensor in stored:
                     tensor.fill_(float("nan"))
         else:
             packed = pack_parameters(arrays(made), "q8")
-            runner = CompiledModel(CONFIG, packed, threads=1, n_blocks=60, kv_format=kv_format)
+            runner = CompiledModel(config, packed, threads=1, n_blocks=60, kv_format=kv_format)
             if poisoned:
                 for kv in runner._kv:
                     kv.reshape(-1)[:] = 0xFF  # a NaN as float32, as bfloat16 and as a scale

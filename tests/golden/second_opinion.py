@@ -16,7 +16,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from tests.golden.weights import BESIDE_TRANSFORMERS, MODELS, TOKENS
 
-NAMES = ("minimax-m2", "glm4moe", "qwen2moe", "dots1", "ernie4_5-moe", "hunyuan-moe")
+NAMES = (
+    *("minimax-m2", "glm4moe", "qwen2moe", "dots1", "ernie4_5-moe", "hunyuan-moe"),
+    *("deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "glm4_moe_lite"),
+    *("lfm2", "lfm2moe", "qwen3next", "qwen35moe"),
+)
 
 
 def write(folder: Path) -> None:

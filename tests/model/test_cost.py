@@ -6,6 +6,7 @@ import pytest
 
 from quadriga.errors import ConfigError
 from quadriga.model import cost
+from quadriga.model.config import RopeSpec
 from quadriga.model.families import PRESETS, preset
 
 TOTAL = {
@@ -57,6 +58,34 @@ def test_cache_bytes():
     assert cost.kv_bytes_per_token(preset("dbrx-132b")) * 32_768 == 5 * 2**30
     with pytest.raises(ConfigError, match="dtype must be one of"):
         cost.kv_bytes_per_token(preset("dbrx-132b"), "int3")
+
+
+def test_latents_are_the_whole_cache():
+    """DeepSeek-V3: 61 layers keep 512 + 64 numbers a token; 128 heads of 576 meet a key, of 512 its value."""
+    config = preset("deepseek-v3")
+    assert cost.kv_bytes_per_token(config) == 61 * 576 * 2
+    assert cost.kv_bytes_read(config, 1000) == 1000 * 61 * 576 * 2
+    assert cost.attention_flops(config, 1000) == 2 * 61 * 128 * (576 + 512) * 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"kv_rank": 48}, "kv_rank must be a multiple of 32, got 48"),
+        ({"v_dim": 8}, "v_dim must be a multiple of 16, got 8"),
+        ({"rope_dim": 63}, "rope_dim must be even, got 63"),
+        ({"head_dim": 128}, "head_dim must be kv_rank . rope_dim = 576, got 128"),
+        ({"n_kv_heads": 128}, "one key a token, got n_kv_heads=128"),
+        ({"sinks": True}, "latent attention has no sinks"),
+        ({"window": 128}, "latent attention has no window"),
+        ({"position": None}, "latent attention needs rotary positions"),
+        ({"position": RopeSpec(theta=1e4, dim=32)}, "rope.dim must be left out"),
+        ({"position": RopeSpec(theta=1e4)}, "yarn_mscale needs a rotation that is scaled by YaRN"),
+    ],
+)
+def test_what_latent_attention_cannot_have(change, says):
+    with pytest.raises(ConfigError, match=says):
+        replace(preset("deepseek-v3").layers[0].mixer, **change)
 
 
 def test_with_a_window_less_is_read_and_kept():

@@ -17,6 +17,7 @@ from quadriga.model.config import (
     AlibiSpec,
     AttentionSpec,
     DenseSpec,
+    LatentAttentionSpec,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
@@ -32,10 +33,32 @@ from quadriga.model.families import FAMILIES, PRESETS, config_from_gguf, config_
 from quadriga.model.families.base import pick_layout
 from quadriga.model.families.keys import exact_or, shortest_float32
 from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes, whole
-from tests.configs import changed, first_dense
+from tests.configs import changed, first_dense, with_convolutions, with_delta_rules
 
 ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=12_345.0))
 MOE = MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu", aux_loss_weight=0.01)
+LATENT = LatentAttentionSpec(
+    n_heads=6,
+    kv_rank=32,
+    q_rank=20,
+    nope_dim=12,
+    rope_dim=10,
+    v_dim=16,
+    yarn_mscale=0.707,
+    position=RopeSpec(
+        theta=12_345.0, scaling=YarnScaling(factor=40.0, original_max_seq_len=16, attention_factor=1.0, beta_fast=8.0)
+    ),
+)
+GROUPED = MoESpec(
+    d_ff=80,
+    n_experts=9,
+    top_k=4,
+    activation="silu",
+    n_groups=3,
+    top_k_groups=2,
+    shared=DenseSpec(d_ff=160, activation="silu"),
+)
+SIGMOID_GROUPED = replace(GROUPED, score="sigmoid", correction=True, normalize_eps=1e-20, routed_scale=2.5)
 LLAMA = uniform_model(
     family="llama2",
     vocab_size=97,
@@ -206,6 +229,24 @@ TINY = {
         ),
         ffn=replace(MOE, score="sigmoid", correction=True),
     ),
+    "deepseek_v2": first_dense(
+        changed(
+            LLAMA,
+            family="deepseek_v2",
+            mixer=replace(LATENT, q_rank=None),
+            ffn=replace(GROUPED, normalize_p=None, routed_scale=16.0, group_worth="best"),
+        )
+    ),
+    "deepseek_v3": first_dense(changed(LLAMA, family="deepseek_v3", mixer=LATENT, ffn=SIGMOID_GROUPED)),
+    "glm4_moe_lite": first_dense(
+        changed(
+            LLAMA,
+            family="glm4_moe_lite",
+            vocab_size=154_880,
+            mixer=replace(LATENT, yarn_mscale=0.0, position=ATTN.position),
+            ffn=replace(SIGMOID_GROUPED, n_groups=1, top_k_groups=1),
+        )
+    ),
     "qwen2moe": changed(
         LLAMA,
         family="qwen2moe",
@@ -270,6 +311,36 @@ TINY = {
         ffn=replace(MOE, top_k=2, score="sparse_mixer", normalize_p=None, mixer_eps=0.01),
         head_bias=True,
     ),
+    "lfm2": with_convolutions(
+        changed(
+            LLAMA,
+            family="lfm2",
+            mixer=replace(ATTN, qk_norm=QKNormSpec(over="head", eps=LLAMA.final_norm.eps)),
+            tied_embeddings=True,
+        )
+    ),
+    "lfm2moe": with_convolutions(
+        changed(
+            LLAMA,
+            family="lfm2moe",
+            mixer=replace(ATTN, qk_norm=QKNormSpec(over="head", eps=LLAMA.final_norm.eps)),
+            ffn=replace(MOE, score="sigmoid", correction=True, normalize_eps=1e-6, aux_loss_weight=0.0),
+            tied_embeddings=True,
+        )
+    ),
+    **{
+        family: with_delta_rules(
+            changed(
+                LLAMA,
+                family=family,
+                mixer=replace(ATTN, head_dim=20, position=RopeSpec(theta=12_345.0, dim=10)),
+                ffn=DenseSpec(d_ff=80, activation="silu")
+                if family == "qwen35"
+                else replace(MOE, shared=DenseSpec(d_ff=56, activation="silu"), shared_gate=True),
+            )
+        )
+        for family in ("qwen3next", "qwen35moe", "qwen35")
+    },
     "mpt": changed(
         LLAMA,
         family="mpt",
@@ -729,6 +800,124 @@ MINIMAX_M2_RELEASE = {  # of a bfloat16 copy: the release itself is quantised
     "use_routing_bias": True,
     "vocab_size": 200064,
 }
+LFM2_1_2B_RELEASE = {
+    "architectures": ["Lfm2ForCausalLM"],
+    "block_auto_adjust_ff_dim": True,
+    "block_dim": 2048,
+    "block_ff_dim": 12288,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_mlp_init_scale": 1.0,
+    "block_multiple_of": 256,
+    "block_norm_eps": 1e-05,
+    "block_out_init_scale": 1.0,
+    "block_use_swiglu": True,
+    "block_use_xavier_init": True,
+    "bos_token_id": 1,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "conv_dim": 2048,
+    "conv_dim_out": 2048,
+    "conv_use_xavier_init": True,
+    "eos_token_id": 7,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 128000,
+    "model_type": "lfm2",
+    "norm_eps": 1e-05,
+    "num_attention_heads": 32,
+    "num_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pad_token_id": 0,
+    "rope_theta": 1000000.0,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.54.0.dev0",
+    "use_cache": True,
+    "use_pos_enc": True,
+    "vocab_size": 65536,
+}
+LFM2_8B_A1B_RELEASE = {
+    "architectures": ["Lfm2MoeForCausalLM"],
+    "bos_token_id": 1,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "dtype": "bfloat16",
+    "eos_token_id": 7,
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 7168,
+    "layer_types": ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+    "max_position_embeddings": 128000,
+    "model_type": "lfm2_moe",
+    "moe_intermediate_size": 1792,
+    "norm_eps": 1e-05,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_dense_layers": 2,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "pad_token_id": 0,
+    "rope_theta": 1000000.0,
+    "routed_scaling_factor": 1.0,
+    "tie_embedding": True,
+    "transformers_version": "4.57.0.dev0",
+    "use_cache": True,
+    "use_expert_bias": True,
+    "vocab_size": 65536,
+}
+QWEN3_5_0_8B_RELEASE = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "image_token_id": 248056,
+    "model_type": "qwen3_5",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_output_gate": True,
+        "dtype": "bfloat16",
+        "eos_token_id": 248044,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "initializer_range": 0.02,
+        "intermediate_size": 3584,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 6,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": 248320,
+        "mamba_ssm_dtype": "float32",
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "rope_type": "default",
+            "rope_theta": 10000000,
+            "partial_rotary_factor": 0.25,
+        },
+    },
+    "tie_word_embeddings": True,
+    "transformers_version": "4.57.0.dev0",
+    "video_token_id": 248057,
+    "vision_config": {"depth": 12, "hidden_size": 768, "model_type": "qwen3_5"},
+    "vision_end_token_id": 248054,
+    "vision_start_token_id": 248053,
+}
 OLMO2_7B_RELEASE = {
     "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 100257,
     "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
@@ -746,7 +935,93 @@ OLMO3_7B_RELEASE = OLMO2_7B_RELEASE | {
     },
     "torch_dtype": "bfloat16", "transformers_version": "4.57.0.dev0",
 }  # fmt: skip
+DEEPSEEK_V2_LITE_RELEASE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_deepseek.DeepseekV2Config",
+        "AutoModel": "modeling_deepseek.DeepseekV2Model",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM",
+    },
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "pretraining_tp": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+DEEPSEEK_V3_RELEASE = DEEPSEEK_V2_LITE_RELEASE | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "rope_scaling": DEEPSEEK_V2_LITE_RELEASE["rope_scaling"] | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "vocab_size": 129280,
+}
 RELEASES = {
+    "deepseek-v2-lite": DEEPSEEK_V2_LITE_RELEASE,
+    "deepseek-v3": DEEPSEEK_V3_RELEASE,
     "olmo2-7b": OLMO2_7B_RELEASE,
     "olmo3-7b": OLMO3_7B_RELEASE,
     "gpt-oss-20b": GPT_OSS_20B_RELEASE,
@@ -762,6 +1037,9 @@ RELEASES = {
     "glm-4.5-air": GLM_4_5_AIR_RELEASE,
     "qwen1.5-moe-a2.7b": QWEN1_5_MOE_RELEASE,
     "minimax-m2": MINIMAX_M2_RELEASE,
+    "lfm2-1.2b": LFM2_1_2B_RELEASE,
+    "lfm2-8b-a1b": LFM2_8B_A1B_RELEASE,
+    "qwen3.5-0.8b": QWEN3_5_0_8B_RELEASE,
 }
 
 
@@ -998,14 +1276,23 @@ def test_the_same_inside_the_parts(release, part, change, says):
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_an_unknown_key_is_named_with_its_neighbour(name):
-    near = dict.fromkeys(RELEASES.keys() - {"dbrx-132b", "mpt-7b"}, "rms_norm_epsilon")
-    key = near.get(name, "max_seq_length")
-    right = "rms_norm_eps" if name in near else "max_seq_len"
+    near = dict.fromkeys(RELEASES.keys() - {"dbrx-132b", "mpt-7b"}, ("rms_norm_epsilon", "rms_norm_eps"))
+    near |= dict.fromkeys(("lfm2-1.2b", "lfm2-8b-a1b"), ("norm_epsilon", "norm_eps"))
+    near["qwen3.5-0.8b"] = ("vision_configs", "vision_config")
+    key, right = near.get(name, ("max_seq_length", "max_seq_len"))
     with pytest.raises(ConfigError, match=f"config.json has the key '{key}'.*Did you mean '{right}'"):
         config_from_hf(RELEASES[name] | {key: 7})
 
 
 MAY_BE_ABSENT = {
+    "deepseek-v2-lite": {
+        "attention_bias", "aux_loss_alpha", "hidden_act", "moe_layer_freq", "num_key_value_heads", "rope_scaling",
+        "scoring_func", "seq_aux",
+    },
+    "deepseek-v3": {
+        "attention_bias", "aux_loss_alpha", "ep_size", "hidden_act", "moe_layer_freq", "num_key_value_heads",
+        "num_nextn_predict_layers", "rope_scaling", "scoring_func", "seq_aux", "topk_method",
+    },
     "dbrx-132b": {"tie_word_embeddings", "router_aux_loss_coef"},
     "mixtral-8x7b": {
         "hidden_act", "num_key_value_heads", "rope_theta", "router_aux_loss_coef", "sliding_window",
@@ -1029,12 +1316,22 @@ MAY_BE_ABSENT = {
     "olmo2-7b": {"attention_bias", "hidden_act", "rope_scaling"},
     "olmo3-7b": {"attention_bias", "hidden_act", "rope_scaling"},
     "glm-4.5-air": {
-        "attention_bias", "hidden_act", "n_group", "num_nextn_predict_layers", "rope_scaling", "topk_group",
+        "attention_bias", "hidden_act", "num_nextn_predict_layers", "rope_scaling",
     },
     "qwen1.5-moe-a2.7b": {"hidden_act", "max_window_layers", "sliding_window", "use_sliding_window"},
     "minimax-m2": {
         "attn_type_list", "hidden_act", "mtp_transformer_layers", "num_mtp_modules", "qk_norm_type", "scoring_func",
         "shared_intermediate_size", "use_mtp", "use_qk_norm", "use_routing_bias",
+    },
+    "lfm2-1.2b": {
+        "block_dim", "block_norm_eps", "block_mlp_init_scale", "block_out_init_scale",
+        "block_use_swiglu", "block_use_xavier_init", "conv_bias", "conv_dim", "conv_dim_out",
+        "conv_use_xavier_init", "num_heads", "use_pos_enc",
+    },
+    "lfm2-8b-a1b": {"conv_bias", "tie_embedding"},
+    "qwen3.5-0.8b": {
+        "image_token_id", "tie_word_embeddings", "video_token_id", "vision_config", "vision_end_token_id",
+        "vision_start_token_id",
     },
     "mpt-7b": {
         "attn_type", "attn_uses_sequence_id", "embedding_fraction", "learned_pos_emb", "logit_scale", "no_bias",
@@ -1043,6 +1340,10 @@ MAY_BE_ABSENT = {
 }  # fmt: skip
 """Keys of the releases, besides what any transformers file carries, without which a model is still certain: they say
 what is the only supported answer, or their absence has a documented meaning."""
+
+
+ASKED_FOR = {"block_ff_dim": "intermediate_size", "full_attn_idxs": "layer_types"}
+"""Keys of a maker's own and what is asked for where they are missing: transformers' name for the same."""
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -1055,7 +1356,7 @@ def test_nothing_is_guessed(name):
             try:
                 config_from_hf(RELEASES[name] | {part: less} if part else less)
             except ConfigError as error:
-                if f"lacks the key '{key}'" not in str(error):
+                if f"lacks the key '{ASKED_FOR.get(key, key)}'" not in str(error):
                     raise
             else:
                 absent.add(key)
@@ -1120,16 +1421,18 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, olmo2, olmo3, flex_olmo, phimoe; got 'gpt2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, lfm2, lfm2_moe, qwen3_next, qwen3_5_moe, qwen3_5_moe_text, qwen3_5, qwen3_5_text, olmo2, olmo3, flex_olmo, phimoe, deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite; got 'gpt2'",
     ):
         config_from_hf({"model_type": "gpt2"})
 
 
 def test_known_families_that_are_not_computed_say_what_they_would_need():
-    with pytest.raises(ConfigError, match="deepseek_v3 is known and not computed: its attention keeps one latent"):
-        config_from_hf({"model_type": "deepseek_v3"})
-    with pytest.raises(ConfigError, match="qwen35moe is known and not computed: most of its layers are gated delta"):
-        config_from_gguf({"general.architecture": "qwen35moe"}, {})
+    with pytest.raises(ConfigError, match="deepseek_v32 is known and not computed: its attention picks keys by"):
+        config_from_hf({"model_type": "deepseek_v32"})
+    with pytest.raises(
+        ConfigError, match="granitehybrid is known and not computed: most of its layers are state-space"
+    ):
+        config_from_gguf({"general.architecture": "granitehybrid"}, {})
     with pytest.raises(ConfigError, match=r"phimoe is not read from GGUF: llama.cpp's program divides"):
         config_from_gguf({"general.architecture": "phimoe"}, {})
     types = {name for family in FAMILIES.values() for name in (*family.model_types, *family.gguf_archs)}
@@ -1139,7 +1442,7 @@ def test_known_families_that_are_not_computed_say_what_they_would_need():
 
 
 def test_presets_by_name():
-    assert len(PRESETS) == 45
+    assert len(PRESETS) == 60
     assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
@@ -1182,6 +1485,17 @@ def test_presets_by_name():
         ("ernie-4.5-300b-a47b", 299_484_163_264, 47_926_586_560),
         ("hunyuan-a13b", 80_393_183_232, 12_747_448_320),
         ("minimax-m2", 228_689_764_864, 11_030_553_088),
+        # The cards' 15.7, 236, 671 and 1,000 billion; of V3's index 684_531_386_000 is the layer that is left out besides.
+        ("deepseek-v2-lite", 15_706_484_224, 2_661_150_208),
+        ("deepseek-v2", 235_741_434_880, 21_375_800_320),
+        ("deepseek-v3", 671_026_419_200, 37_552_297_472),
+        ("kimi-k2", 1_026_408_232_448, 32_861_500_928),
+        ("glm-4.7-flash", 29_943_393_920, 3_896_766_080),
+        ("lfm2-350m", 354_483_968, 354_483_968),
+        ("lfm2-700m", 742_489_344, 742_489_344),
+        ("lfm2-1.2b", 1_170_340_608, 1_170_340_608),
+        ("lfm2-2.6b", 2_569_272_320, 2_569_272_320),
+        ("lfm2-8b-a1b", 8_339_930_560, 1_557_740_992),
         ("qwen1.5-moe-a2.7b", 14_315_784_192, 2_689_173_504),
         ("qwen2-57b-a14b", 57_408_658_944, 14_249_270_784),
     ],
@@ -1351,7 +1665,16 @@ def gguf_shapes(config):
     return source_shapes(family_of(config).gguf_map(config))
 
 
-@pytest.mark.parametrize("name", IN_GGUF)
+GGUF_READ_ONLY = {name for name, config in ALL.items() if config.family in ("qwen3next", "qwen35moe", "qwen35")}
+
+
+@pytest.mark.parametrize("name", sorted(GGUF_READ_ONLY & TINY.keys()))
+def test_gguf_that_is_read_is_not_written(name):
+    with pytest.raises(ConfigError, match=f"GGUF files of {name} are read and not written"):
+        family_of(ALL[name]).config_to_gguf(ALL[name])
+
+
+@pytest.mark.parametrize("name", [name for name in IN_GGUF if name not in GGUF_READ_ONLY])
 def test_gguf_round_trip_through_float32(name):
     """GGUF stores every number as float32, and yet the constants come back exactly."""
     config = ALL[name]
@@ -1362,6 +1685,82 @@ def test_gguf_round_trip_through_float32(name):
     if config.family == "mistral" and config.layers[0].mixer.window is None:  # arch llama does not say whose it is
         config = replace(config, family="llama2")
     assert again == without_training(config)
+
+
+def test_latents_in_one_matrix_and_by_head_are_one_model():
+    """Keys of files from before April 2025 and since; and kimi_k2 is a name of deepseek_v3's block."""
+    config = TINY["deepseek_v3"]
+    new, arch = family_of(config).config_to_gguf(config), "deepseek2"
+    names = (*(f"attention.{name}" for name in ("head_count_kv", "key_length", "value_length")), "expert_gating_func")
+    assert [new[f"{arch}.{name}"] for name in names] == [1, 42, 32, 2]
+    assert new[f"{arch}.rope.scaling.yarn_log_multiplier"] == pytest.approx(0.0707)
+    old = {key: value for key, value in new.items() if not key.endswith("_mla")}
+    old |= {f"{arch}.{name}": value for name, value in zip(names[:3], (6, 22, 16), strict=True)}
+    for metadata in (old, new):
+        assert config_from_gguf({"general.architecture": arch, **metadata}, gguf_shapes(config)) == config
+    raw = family_of(config).config_to_hf(config) | {"model_type": "kimi_k2"}
+    assert config_from_hf(raw) == config
+    pieces = family_of(config).gguf_joined_map(config)
+    check_cover(pieces, parameter_shapes(config), source_shapes(pieces))
+
+
+def test_heads_of_latents_lie_where_they_are_stored():
+    """W_Kb of head h is stored (nope, R) and kept (R, nope); pairs at the end of every head become halves."""
+    config = TINY["deepseek_v3"]
+    sources, ours = imported("deepseek_v3", "hf")
+    where, stored = "layers.1.attn.", "model.layers.1.self_attn."
+    joined = sources[stored + "kv_b_proj.weight"].reshape(6, 12 + 16, 32)
+    np.testing.assert_array_equal(ours[where + "wk_b.weight"].reshape(6, 32, 12), joined[:, :12].swapaxes(1, 2))
+    np.testing.assert_array_equal(ours[where + "wv_b.weight"].reshape(6, 16, 32), joined[:, 12:])
+    for name, source, heads in (("wq_b", "q_b_proj", 6), ("wkv_a", "kv_a_proj_with_mqa", 1)):
+        theirs = sources[f"{stored}{source}.weight"].reshape(heads, -1, 20 if heads == 6 else config.d_model)
+        mine = ours[f"{where}{name}.weight"].reshape(theirs.shape)
+        np.testing.assert_array_equal(mine[:, :-10], theirs[:, :-10])
+        np.testing.assert_array_equal(mine[:, -10:], np.concatenate((theirs[:, -10::2], theirs[:, -9::2]), axis=1))
+
+
+def test_glm_4_7_flash_as_transformers_5_writes_it():
+    config = TINY["glm4_moe_lite"]
+    raw = family_of(config).config_to_hf(config)
+    assert raw["mlp_layer_types"] == ["dense", "sparse", "sparse", "sparse"]
+    published = {key: value for key, value in raw.items() if key != "mlp_layer_types"}
+    assert config_from_hf(published) == config_from_hf(raw) == config
+    with pytest.raises(ConfigError, match=r"mlp_layer_types must be .'dense', 'sparse', 'sparse', 'sparse'"):
+        config_from_hf(raw | {"mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"norm_topk_prob": True}, "norm_topk_prob must be False"),
+        ({"topk_method": "noaux_tc"}, "topk_method must be greedy or group_limited_greedy, got 'noaux_tc'"),
+        ({"scoring_func": "sigmoid"}, "scoring_func must be 'softmax'"),
+        ({"attention_bias": True}, "attention_bias must be False"),
+        ({"num_key_value_heads": 8}, "num_key_value_heads must be 16"),
+        ({"kv_lora_rank": 500}, "attn.kv_rank must be a multiple of 32, got 500"),
+        ({"v_head_dim": 100}, "attn.v_dim must be a multiple of 16, got 100"),
+        ({"qk_rope_head_dim": 63}, "attn.rope_dim must be even, got 63"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq must be 1"),
+        ({"rope_interleave": False}, "rope_interleave must be True"),
+    ],
+)
+def test_what_deepseek_does_not_compute_is_refused(change, says):
+    with pytest.raises(ConfigError, match=says):
+        config_from_hf(DEEPSEEK_V2_LITE_RELEASE | change)
+
+
+def test_a_gguf_has_one_number_for_yarn_of_latents():
+    config = TINY["deepseek_v2"]
+    metadata = {"general.architecture": "deepseek2", **family_of(config).config_to_gguf(config)}
+    without = {key: value for key, value in metadata.items() if not key.endswith("yarn_log_multiplier")}
+    with pytest.raises(ConfigError, match="yarn_log_multiplier must be given beside YaRN"):
+        config_from_gguf(without, gguf_shapes(config))
+    unequal = config.with_mixer(
+        position=replace(LATENT.position, scaling=replace(LATENT.position.scaling, attention_factor=1.2))
+    )
+    with pytest.raises(ConfigError, match=r"mscale = mscale_all_dim, got an attention factor of 1\.2"):
+        family_of(config).config_to_gguf(unequal)
+    assert config_from_hf(family_of(config).config_to_hf(unequal)) == unequal
 
 
 @pytest.mark.parametrize(
@@ -1462,7 +1861,7 @@ def test_the_same_model_from_hf_and_gguf():
         (
             {"general.architecture": "gpt2"},
             {},
-            "must be one of dbrx, dots1, ernie4_5-moe, glm4moe, gpt-oss, granite, granitemoe, grok, hunyuan-moe, llama, minimax-m2, mpt, olmo2, olmoe, qwen2, qwen2moe, qwen3, qwen3moe, smollm3; got 'gpt2'",
+            "must be one of dbrx, deepseek2, dots1, ernie4_5-moe, glm4moe, gpt-oss, granite, granitemoe, grok, hunyuan-moe, lfm2, lfm2moe, llama, minimax-m2, mpt, olmo2, olmoe, qwen2, qwen2moe, qwen3, qwen35, qwen35moe, qwen3moe, qwen3next, smollm3; got 'gpt2'",
         ),
     ],
 )
@@ -1612,7 +2011,7 @@ def test_gguf_names_are_ggufs_own(name):
     arch = family_of(config).gguf_archs[0]
     known = next(a for a, text in constants.MODEL_ARCH_NAMES.items() if text == arch)
     stems = {constants.TENSOR_NAMES[t].format(bid=2) for t in constants.MODEL_TENSORS[known]}
-    names = {stem + end for stem in stems for end in (".weight", ".bias")}
+    names = {stem + end for stem in stems for end in (".weight", ".bias", "")}
     ours = {n for n in gguf_shapes(config) if not n.startswith("blk.") or n.startswith("blk.2.")}
     assert ours <= names
 
@@ -1688,9 +2087,11 @@ def import_weights(pieces, sources):
         if p.transpose:
             value = value.swapaxes(-1, -2)
         if p.rotary_heads:
-            half = value.shape[0] // p.rotary_heads // 2
-            pairs = value.reshape(p.rotary_heads, half, 2, -1)  # row 2j + s of a head -> row s * half + j
-            value = pairs.transpose(0, 2, 1, 3).reshape(value.shape)
+            heads = value.reshape(p.rotary_heads, value.shape[0] // p.rotary_heads, -1).copy()
+            n = p.rotary_last or heads.shape[1]
+            pairs = heads[:, -n:].reshape(p.rotary_heads, n // 2, 2, -1)  # row 2j + s of them -> row s * half + j
+            heads[:, -n:] = pairs.transpose(0, 2, 1, 3).reshape(p.rotary_heads, n, -1)
+            value = heads.reshape(value.shape)
         parameters[p.target][tuple(slice(a, b) for a, b in p.target_box or whole(p.target_shape))] = value
     return parameters
 
@@ -1793,6 +2194,10 @@ def test_only_some_archs_of_gguf_are_interleaved():
             continue
         rotated = {p.source for p in family_of(config).gguf_map(config) if p.rotary_heads}
         expected = {f"blk.{i}.attn_{p}.weight" for i in range(4) for p in "qk"}
+        if family_of(config).gguf_archs == ("deepseek2",):
+            queries = "attn_q" if config.layers[0].mixer.q_rank is None else "attn_q_b"
+            assert rotated == {f"blk.{i}.{name}.weight" for i in range(4) for name in (queries, "attn_kv_a_mqa")}
+            continue
         pairs = ("llama2", "mistral", "mixtral", "smollm3", "granite", "granitemoe", "granitemoeshared", "ernie4_5-moe")
         assert rotated == (expected if name in pairs else set())
 

@@ -47,6 +47,13 @@ ALL = {
     "olmo2": ("attention", "ffn", "embeddings", "head"),
     "flex_olmo": ("attention", "router", "experts", "embeddings", "head"),
     "phimoe": ("attention", "router", "experts", "embeddings", "head"),
+    "deepseek_v2": ("attention", "router", "experts", "ffn", "shared", "embeddings", "head"),
+    "deepseek_v3": ("attention", "router", "experts", "ffn", "shared", "embeddings", "head"),
+    "lfm2": ("attention", "ffn", "embeddings"),
+    "lfm2moe": ("attention", "router", "experts", "ffn", "embeddings"),
+    "qwen3next": ("attention", "router", "experts", "shared", "embeddings", "head"),
+    "qwen35moe": ("attention", "router", "experts", "shared", "embeddings", "head"),
+    "qwen35": ("attention", "ffn", "embeddings"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }

@@ -38,11 +38,20 @@ FAMILIES: dict[str, dict[str, object]] = {
     },
     "flex_olmo": {"pad_token_id": 0},
     "phimoe": {},
+    "deepseek-v3": {  # GGUF has one number for both of YaRN's
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.7,
+            "original_max_position_embeddings": 16,
+        }
+    },
 }
 """Golden models, and what is different here."""
 BAR = 2e-5
 """Largest difference of a float32 logit, as a share of the logits' range."""
-GRADIENT_BAR = 2e-6
+GRADIENT_BAR = 3e-6
 """Norm of a gradient's difference, as a share of the gradient's: what the rotary tables, which are float32, explain."""
 
 

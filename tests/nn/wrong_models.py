@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from quadriga.model.config import AlibiSpec, ModelConfig, QKNormSpec, RopeSpec
+from quadriga.model.config import AlibiSpec, DeltaNetSpec, ModelConfig, QKNormSpec, RopeSpec, ShortConvSpec
 from quadriga.model.weight_map import parameter_shapes
 from tests.configs import changed
 
@@ -29,10 +30,37 @@ def mixtures_with(config: ModelConfig, **fields: object) -> ModelConfig:
     )
 
 
+def convolutions_with(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """The model with fields of its short convolutions changed; of a smaller number of taps the first ones stay."""
+    return config.with_layers(
+        lambda layer: (
+            replace(layer, mixer=replace(layer.mixer, **fields)) if isinstance(layer.mixer, ShortConvSpec) else layer
+        )
+    )
+
+
+def delta_rules_with(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """The model with fields of its gated delta rules changed."""
+    return config.with_layers(
+        lambda layer: (
+            replace(layer, mixer=replace(layer.mixer, **fields)) if isinstance(layer.mixer, DeltaNetSpec) else layer
+        )
+    )
+
+
+def without_plus_one(config: ModelConfig) -> ModelConfig:
+    """The model whose layers' norms multiply by what is stored."""
+    return config.with_layers(lambda layer: replace(layer, norm=replace(layer.norm, plus_one=False)))
+
+
 def left_to(config: ModelConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters that a model has in which something was left out, or norms were moved from behind to before."""
     moved = {name.replace("_post_norm", "_norm"): value for name, value in parameters.items()}
-    return {name: {**moved, **parameters}[name] for name in parameter_shapes(config)}
+    values = {**moved, **parameters}
+    return {
+        name: values[name][tuple(map(slice, shape))] if name.endswith((".taps", "wqkv.weight")) else values[name]
+        for name, shape in parameter_shapes(config).items()
+    }
 
 
 MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
@@ -129,6 +157,44 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "the head without its bias": ("phimoe", lambda c: replace(c, head_bias=False)),
     "longrope's shorter list": ("phimoe", lambda c: replace(c, max_seq_len=8)),
     "longrope without its stretch": ("phimoe", lambda c: c.with_mixer(position=rope_with(c, long_scale=1.0))),
+    "groups of DeepSeek-V2 by their two best": ("deepseek-v2", lambda c: mixtures_with(c, group_worth="two_best")),
+    "DeepSeek-V2 without groups": ("deepseek-v2", lambda c: mixtures_with(c, n_groups=1, top_k_groups=1)),
+    "DeepSeek-V2's weights divided by their sum": ("deepseek-v2", lambda c: mixtures_with(c, normalize_p=1.0)),
+    "DeepSeek-V2's weights without their factor": ("deepseek-v2", lambda c: mixtures_with(c, routed_scale=1.0)),
+    "yarn of DeepSeek-V2 without its attention factor": (
+        "deepseek-v2",
+        lambda c: c.with_mixer(position=rope_with(c, attention_factor=1.0)),
+    ),
+    "the softmax scale without yarn's square": ("deepseek-v2-lite", lambda c: c.with_mixer(yarn_mscale=0.0)),
+    "DeepSeek-V2-Lite without its shared networks": ("deepseek-v2-lite", lambda c: mixtures_with(c, shared=None)),
+    "DeepSeek-V3's softmax scale without yarn's square": ("deepseek-v3", lambda c: c.with_mixer(yarn_mscale=0.0)),
+    "DeepSeek-V3's rotation without its own length": (
+        "deepseek-v3",
+        lambda c: c.with_mixer(position=rope_with(c, attention_factor=1.0)),
+    ),
+    "latents normed with another epsilon": ("deepseek-v3", lambda c: c.with_mixer(norm_eps=0.01)),
+    "groups of DeepSeek-V3 by their best": ("deepseek-v3", lambda c: mixtures_with(c, group_worth="best")),
+    "DeepSeek-V3 without groups": ("deepseek-v3", lambda c: mixtures_with(c, n_groups=1, top_k_groups=1)),
+    "DeepSeek-V3 without its correction": ("deepseek-v3", lambda c: mixtures_with(c, correction=False)),
+    "latents that turn by another base": ("glm4_moe_lite", lambda c: c.with_mixer(position=RopeSpec(theta=10_000.0))),
+    "GLM-4.7-Flash without its shared networks": ("glm4_moe_lite", lambda c: mixtures_with(c, shared=None)),
+    "one tap fewer": ("lfm2", lambda c: convolutions_with(c, taps=2)),
+    "no norms of q and k in lfm2": ("lfm2", lambda c: c.with_mixer(qk_norm=None)),
+    "lfm2's weights not scaled": ("lfm2moe", lambda c: mixtures_with(c, routed_scale=1.0)),
+    "lfm2 without its correction": ("lfm2moe", lambda c: mixtures_with(c, correction=False)),
+    "no gates on attention's output": (
+        "qwen3next",
+        lambda c: c.with_mixer(output_gate=False),
+    ),
+    "norms not plus one": ("qwen3next", lambda c: without_plus_one(c)),
+    "norms of q and k not plus one": (
+        "qwen3next",
+        lambda c: c.with_mixer(qk_norm=QKNormSpec(over="head", eps=c.final_norm.eps)),
+    ),
+    "rates that are no logarithms": ("qwen3next", lambda c: delta_rules_with(c, log_rate=False)),
+    "heads of values in another order": ("qwen3next", lambda c: delta_rules_with(c, tiled=True)),
+    "three taps of four": ("qwen35moe", lambda c: delta_rules_with(c, taps=3)),
+    "qwen3.5 without its shared network": ("qwen35moe", lambda c: mixtures_with(c, shared=None, shared_gate=False)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
     "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),
@@ -138,6 +204,8 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "embeddings not scaled": ("grok1", lambda c: replace(c, embedding_scale=1.0)),
 }
 FINER_THAN_BF16 = {
+    "groups of DeepSeek-V2 by their two best",
+    "latents normed with another epsilon",
     "epsilon 3e-5",
     "q and k normed with another epsilon",
     "tanh gelu",

@@ -14,7 +14,7 @@ from quadriga import runtime
 from quadriga.errors import ConfigError, HardwareError
 from quadriga.kernels.cpu import bindings
 from quadriga.kernels.cpu import library as cpu
-from quadriga.quant.packed import BLOCK_TOKENS, FROM_GGUF, KV_FORMATS, PACKED, kv_block_bytes
+from quadriga.quant.packed import BLOCK_TOKENS, FROM_GGUF, KV_FORMATS, PACKED, kv_block_bytes, latent_block_bytes
 
 TOOL = Path(__file__).parents[2] / "tools/bindings.py"
 
@@ -206,6 +206,16 @@ def test_cache_sizes_are_the_librarys(form: str, head_dim: int) -> None:
     size = ctypes.c_int64()
     cpu.call(cpu.library().qd_kv_bytes, cpu.KV_FORMATS[form], head_dim, ctypes.byref(size))
     assert 3 * size.value == kv_block_bytes(form, 3, head_dim)
+
+
+@pytest.mark.parametrize("form", KV_FORMATS)
+def test_sizes_of_latents_are_the_librarys(form: str) -> None:
+    size = ctypes.c_int64()
+    for rank, rope_dim in ((32, 10), (512, 64)):
+        cpu.call(cpu.library().qd_latent_bytes, cpu.KV_FORMATS[form], rank, rope_dim, ctypes.byref(size))
+        assert size.value == latent_block_bytes(form, rank, rope_dim)
+    with pytest.raises(ConfigError, match="rank must be a multiple of 32, got 48"):
+        cpu.call(cpu.library().qd_latent_bytes, cpu.KV_FORMATS[form], 48, 10, ctypes.byref(size))
 
 
 @pytest.mark.parametrize(

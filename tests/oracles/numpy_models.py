@@ -90,10 +90,10 @@ def scaled(turn: Array, theta: float, scaling: Config | None) -> tuple[Array, fl
     ):  # of which the longer list is taken, as texts are longer than the first context
         return turn / np.array(scaling["long_factor"]), scaling["long_mscale"]
     factor = scaling["factor"]
-    if scaling["rope_type"] == "linear":
+    if scaling.get("rope_type") == "linear":
         return turn / factor, 1.0
     context = scaling["original_max_position_embeddings"]
-    if scaling["rope_type"] == "llama3":
+    if scaling.get("rope_type") == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         rounds = context * turn / (2 * math.pi)
         smooth = np.clip((rounds - low) / (high - low), 0, 1)
@@ -108,7 +108,15 @@ def scaled(turn: Array, theta: float, scaling: Config | None) -> tuple[Array, fl
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * pairs - 1)
     ramp = np.clip((np.arange(pairs) - first) / max(last - first, 0.001), 0, 1)
-    return turn * (1 - ramp) + turn / factor * ramp, 0.1 * math.log(factor) + 1
+    length = 0.1 * math.log(factor) + 1
+    if "mscale" in scaling:
+        length = (0.1 * scaling["mscale"] * math.log(factor) + 1) / mscale(scaling)
+    return turn * (1 - ramp) + turn / factor * ramp, length
+
+
+def mscale(scaling: Config | None) -> float:
+    """What DeepSeek multiplies a query and a key by under YaRN, besides the turning part's own length."""
+    return 0.1 * scaling["mscale_all_dim"] * math.log(scaling["factor"]) + 1 if scaling and "mscale" in scaling else 1.0
 
 
 def attend(
@@ -368,6 +376,65 @@ def phimoe(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
     return np.array([w["lm_head.weight"] @ norm(x, "model.norm") + w["lm_head.bias"] for x in h])
 
 
+def latent_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
+    """Multi-head latent attention with every head's keys and values made whole (arXiv 2405.04434, equations 9 to 19)."""
+    where, eps = layer + "self_attn.", 1e-6  # of the latents, whatever rms_norm_eps says
+    a = np.array([rms_norm(x, w[layer + "input_layernorm.weight"], c["rms_norm_eps"]) for x in h])
+    n_heads, nope, turning = c["num_attention_heads"], c["qk_nope_head_dim"], c["qk_rope_head_dim"]
+    rank, v_dim, theta, scaling = c["kv_lora_rank"], c["v_head_dim"], c["rope_theta"], c.get("rope_scaling")
+    if c["q_lora_rank"] is None:
+        q = a @ w[where + "q_proj.weight"].T
+    else:
+        low = [rms_norm(x, w[where + "q_a_layernorm.weight"], eps) for x in a @ w[where + "q_a_proj.weight"].T]
+        q = np.array(low) @ w[where + "q_b_proj.weight"].T
+    q = heads(q, n_heads)
+    down = a @ w[where + "kv_a_proj_with_mqa.weight"].T
+    latents = np.array([rms_norm(x, w[where + "kv_a_layernorm.weight"], eps) for x in down[:, :rank]])
+    up = heads(latents @ w[where + "kv_b_proj.weight"].T, n_heads)
+    out = np.zeros((len(h), n_heads, v_dim))
+    shared = [rotate(x, s, theta, scaling, side_by_side=True) for s, x in enumerate(down[:, rank:])]
+    for t in range(len(h)):
+        for n in range(n_heads):
+            query = np.concatenate((q[t, n, :nope], rotate(q[t, n, nope:], t, theta, scaling, side_by_side=True)))
+            keys = [np.concatenate((up[s, n, :nope], shared[s])) for s in range(t + 1)]
+            scores = np.array(keys) @ query * mscale(scaling) ** 2 / math.sqrt(nope + turning)
+            out[t, n] = softmax(scores) @ up[: t + 1, n, nope:]
+    return out.reshape(len(h), -1) @ w[where + "o_proj.weight"].T
+
+
+def deepseek_shares(w: Weights, c: Config, layer: str, m: Array) -> dict[str, Any]:
+    """How much each network of DeepSeek-V2's or V3's mixture counts."""
+    logits, top_k = w[layer + "mlp.gate.weight"] @ m, c["num_experts_per_tok"]
+    second = c["model_type"] == "deepseek_v2"
+    score = softmax(logits) if second else sigmoid(logits)
+    by = score if second else score + w[layer + "mlp.gate.e_score_correction_bias"]
+    groups = np.split(by, c["n_group"])
+    worth = np.array([max(group) if second else sum(sorted(group)[-2:]) for group in groups])
+    best = np.argsort(-worth, kind="stable")[: c["topk_group"]]
+    size = len(by) // c["n_group"]
+    closed = [e for e in range(len(by)) if e // size not in best]
+    by = by.copy()
+    by[closed] = -np.inf
+    chosen = np.argsort(-by, kind="stable")[:top_k]
+    whole = score[chosen].sum() if c["norm_topk_prob"] else 1.0
+    shares: dict[str, Any] = {f"experts.{e}.": c["routed_scaling_factor"] * score[e] / whole for e in chosen}
+    return shares | {"shared_experts.": 1.0}
+
+
+def deepseek(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """DeepSeek-V2 and V3, GLM-4.7-Flash: logits (T, V)."""
+    eps = c["rms_norm_eps"]
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + latent_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            shares = {"": 1.0} if i < c["first_k_dense_replace"] else deepseek_shares(w, c, layer, m)
+            h[t] += of_networks(w, layer + "mlp.", shares, m)
+    return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
 def ernie(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
     """ERNIE 4.5 with experts: logits (T, V)."""
     eps, table = c["rms_norm_eps"], w["model.embed_tokens.weight"]
@@ -449,6 +516,128 @@ def granite(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
                 made += w[layer + "shared_mlp.output_linear.weight"] @ (silu(gate @ m) * (up @ m))
             h[t] += r * made
     return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h]) / c["logits_scaling"]
+
+
+def convolved(x: Array, taps: Array) -> Array:
+    """Every channel with its own taps, the last one for the position itself: x (T, C), taps (C, L) -> (T, C)."""
+    out = np.zeros_like(x)
+    for t in range(len(x)):
+        for back in range(min(taps.shape[1], t + 1)):
+            out[t] += taps[:, -1 - back] * x[t - back]
+    return out
+
+
+def lfm2(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """LFM2, dense and with experts: logits (T, V)."""
+    eps, table = c["norm_eps"], w["model.embed_tokens.weight"]
+    n_heads, n_kv = c["num_attention_heads"], c["num_key_value_heads"]
+    h = table[tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        a = np.array([rms_norm(x, w[layer + "operator_norm.weight"], eps) for x in h])
+        if c["layer_types"][i] == "conv":
+            gate_in, gate_out, values = np.split(a @ w[layer + "conv.in_proj.weight"].T, 3, axis=1)
+            mixed = gate_out * convolved(gate_in * values, w[layer + "conv.conv.weight"][:, 0])
+            h = h + mixed @ w[layer + "conv.out_proj.weight"].T
+        else:
+            q, k, v = (
+                heads(a @ w[f"{layer}self_attn.{name}_proj.weight"].T, n)
+                for name, n in (("q", n_heads), ("k", n_kv), ("v", n_kv))
+            )
+            q, k = (
+                np.array(
+                    [[rms_norm(x, w[f"{layer}self_attn.{name}_layernorm.weight"], eps) for x in row] for row in rows]
+                )
+                for name, rows in (("q", q), ("k", k))
+            )
+            h = h + attend(q, k, v, theta=c["rope_theta"]) @ w[layer + "self_attn.out_proj.weight"].T
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "ffn_norm.weight"], eps)
+            where, shares = layer + "feed_forward.", {"": 1.0}
+            if i >= c.get("num_dense_layers", c["num_hidden_layers"]):
+                score = sigmoid(w[where + "gate.weight"] @ m)
+                chosen = np.argsort(-(score + w[where + "expert_bias"]), kind="stable")[: c["num_experts_per_tok"]]
+                whole = score[chosen].sum() + 1e-6
+                shares = {f"experts.{e}.": c["routed_scaling_factor"] * score[e] / whole for e in chosen}
+            for network, share in shares.items():
+                w1, w2, w3 = (w[f"{where}{network}w{n}.weight"] for n in (1, 2, 3))
+                h[t] += share * (w2 @ (silu(w1 @ m) * (w3 @ m)))
+    return np.array([table @ rms_norm(x, w["model.embedding_norm.weight"], eps) for x in h])
+
+
+def delta_net(w: Weights, c: Config, where: str, a: Array) -> Array:
+    """The gated delta rule of Qwen3-Next and Qwen3.5: (T, D) -> (T, D)."""
+    n_k, n_v = c["linear_num_key_heads"], c["linear_num_value_heads"]
+    d_k, d_v = c["linear_key_head_dim"], c["linear_value_head_dim"]
+    times, keys, values = n_v // n_k, n_k * d_k, n_v * d_v
+    if where + "in_proj_qkvz.weight" in w:  # a head of keys with its two or three of values after the other
+        parts = (a @ w[where + "in_proj_qkvz.weight"].T).reshape(len(a), n_k, -1)
+        q, k, v, z = np.split(parts, np.cumsum([d_k, d_k, times * d_v]), axis=2)
+        mixed = np.concatenate([x.reshape(len(a), -1) for x in (q, k, v)], axis=1)
+        b, alpha = np.split((a @ w[where + "in_proj_ba.weight"].T).reshape(len(a), n_k, -1), 2, axis=2)
+    else:
+        mixed, z, b, alpha = (a @ w[f"{where}in_proj_{name}.weight"].T for name in ("qkv", "z", "b", "a"))
+    z, b, alpha = z.reshape(len(a), n_v, d_v), b.reshape(len(a), n_v), alpha.reshape(len(a), n_v)
+    mixed = silu(convolved(mixed, w[where + "conv1d.weight"][:, 0]))
+    q, k = (x.reshape(len(a), n_k, d_k) for x in (mixed[:, :keys], mixed[:, keys : 2 * keys]))
+    v = mixed[:, 2 * keys :].reshape(len(a), n_v, d_v)
+    out = np.zeros((len(a), values))
+    for h in range(n_v):
+        memory = np.zeros((d_k, d_v))
+        for t in range(len(a)):
+            query, key = (x[t, h // times] / math.sqrt((x[t, h // times] ** 2).sum() + 1e-6) for x in (q, k))
+            rate = math.exp(w[where + "A_log"][h]) * math.log1p(math.exp(alpha[t, h] + w[where + "dt_bias"][h]))
+            memory = memory * math.exp(-rate)
+            memory = memory + np.outer(key, sigmoid(b[t, h]) * (v[t, h] - key @ memory))
+            read = rms_norm(query @ memory / math.sqrt(d_k), w[where + "norm.weight"], c["rms_norm_eps"])
+            out[t, h * d_v : (h + 1) * d_v] = read * silu(z[t, h])
+    return out @ w[where + "out_proj.weight"].T
+
+
+def gated_attention(w: Weights, c: Config, where: str, a: Array) -> Array:
+    """Qwen3-Next's and Qwen3.5's attention, whose output is gated: (T, D) -> (T, D)."""
+    n_heads, n_kv, eps = c["num_attention_heads"], c["num_key_value_heads"], c["rms_norm_eps"]
+    both, k, v = (a @ w[f"{where}{name}_proj.weight"].T for name in "qkv")
+    q, gates = np.split(both.reshape(len(a), n_heads, -1), 2, axis=2)
+    q, k = (
+        np.array([[rms_norm(x, 1 + w[f"{where}{name}_norm.weight"], eps) for x in row] for row in rows])
+        for name, rows in (("q", q), ("k", heads(k, n_kv)))
+    )
+    rope = c.get("rope_parameters", c)
+    mixed = attend(q, k, heads(v, n_kv), theta=rope["rope_theta"], part=rope["partial_rotary_factor"])
+    return (mixed * sigmoid(gates.reshape(len(a), -1))) @ w[where + "o_proj.weight"].T
+
+
+def qwen3_next(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Qwen3-Next and Qwen3.5 with experts: logits (T, V). Norms but the delta rule's are stored less one."""
+    eps = c["rms_norm_eps"]
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        a = np.array([rms_norm(x, 1 + w[layer + "input_layernorm.weight"], eps) for x in h])
+        if c["layer_types"][i] == "full_attention":
+            h = h + gated_attention(w, c, layer + "self_attn.", a)
+        else:
+            h = h + delta_net(w, c, layer + "linear_attn.", a)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], 1 + w[layer + "post_attention_layernorm.weight"], eps)
+            mlp = layer + "mlp."
+            if i in c.get("mlp_only_layers", ()):
+                h[t] += of_networks(w, mlp, {"": 1.0}, m)
+                continue
+            p = softmax(w[mlp + "gate.weight"] @ m)
+            chosen = np.argsort(-p, kind="stable")[: c["num_experts_per_tok"]]
+            shares = {f"experts.{e}.": p[e] / p[chosen].sum() for e in chosen}
+            made = of_networks(w, mlp, {"shared_expert.": sigmoid((w[mlp + "shared_expert_gate.weight"] @ m)[0])}, m)
+            if mlp + "experts.down_proj" in w:  # all experts in one tensor, gate above up
+                for e in chosen:
+                    gate, up = np.split(w[mlp + "experts.gate_up_proj"][e], 2)
+                    hidden = silu(gate @ m) * (up @ m)
+                    made += shares[f"experts.{e}."] * (w[mlp + "experts.down_proj"][e] @ hidden)
+            else:
+                made += of_networks(w, mlp, shares, m)
+            h[t] += made
+    return np.array([w["lm_head.weight"] @ rms_norm(x, 1 + w["model.norm.weight"], eps) for x in h])
 
 
 def gpt_oss(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
@@ -558,7 +747,14 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "olmo3": olmo2,
     "flex_olmo": olmo2,
     "phimoe": phimoe,
+    "qwen3_next": qwen3_next,
+    "qwen3_5_moe_text": qwen3_next,
+    "lfm2": lfm2,
+    "lfm2_moe": lfm2,
     "qwen2_moe": fine_grained,
+    "deepseek_v2": deepseek,
+    "deepseek_v3": deepseek,
+    "glm4_moe_lite": deepseek,
     "mpt": mpt,
 }
 """Logits by ``model_type``."""

@@ -225,7 +225,7 @@ def test_a_configuration_keeps_every_piece() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"score": "tanh"}, "ffn.score must be 'softmax' or 'sigmoid'"),
+        ({"score": "tanh"}, "ffn.score must be one of softmax, sigmoid, sparse_mixer"),
         ({"n_groups": 4}, "n_groups must part the experts into equal groups of two or more"),
         ({"n_groups": 3, "top_k_groups": 1, "top_k": 3}, "the chosen groups must exist and hold top_k experts"),
         ({"shared_gate": True}, "shared_gate needs a shared network"),

@@ -27,8 +27,9 @@ from quadriga.kernels.arrays import arrays
 from quadriga.nn.transformer import random_parameters
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.server.files import FileStore
+from quadriga.server.fleet import Fleet
 from quadriga.server.guard import Limits
-from quadriga.server.run import Server, listen, serve
+from quadriga.server.run import Certificate, Server, listen, serve
 from quadriga.server.service import Service
 from quadriga.text.chat import CHATML
 from quadriga.text.tokenizer import Tokenizer
@@ -127,11 +128,15 @@ def running(
     stay_on_failure: bool = False,
     aliases: Sequence[str] = (),
     store: FileStore | None = None,
+    beside: Sequence[Service] = (),
+    listener: socket.socket | None = None,
+    certificate: Certificate | None = None,
 ) -> Iterator[Live]:
     """A server in a thread of this process."""
     service = Service(llm, name="tiny", aliases=aliases, max_waiting=max_waiting)
-    listener, up = listen("127.0.0.1", 0), threading.Event()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener, up = listener or listen("127.0.0.1", 0), threading.Event()
+    name = listener.getsockname()
+    url = "http://localhost" if isinstance(name, str) else f"http://127.0.0.1:{name[1]}"
     servers: list[Server] = []
     original = Server.__init__
 
@@ -141,8 +146,11 @@ def running(
         servers.append(self)
 
     Server.__init__ = remember  # type: ignore[method-assign]
-    options = {"drain_s": DRAIN_S, "stay_on_failure": stay_on_failure, "started": up.set, "store": store}
-    thread = threading.Thread(target=serve, args=(service, limits or Limits(), listener), kwargs=options, daemon=True)
+    how = {"drain_s": DRAIN_S, "stay_on_failure": stay_on_failure, "store": store, "certificate": certificate}
+    options = {**how, "started": up.set}
+    thread = threading.Thread(
+        target=serve, args=(Fleet([service, *beside]), limits or Limits(), listener), kwargs=options, daemon=True
+    )
     thread.start()
     assert up.wait(HANG_S), "the server starts"
     Server.__init__ = original  # type: ignore[method-assign]

@@ -63,7 +63,8 @@ def test_a_completion_says_why_it_ended_and_how_likely_it_was(tiny: Live) -> Non
     ("body", "param"),
     [
         ({"prompt": ""}, "prompt"),
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [1, [2]]}, "prompt"),
+        ({"prompt": ["a", "b"], "stream": True}, "stream"),
         ({"prompt": "a", "n_predict": 0}, "n_predict"),
         ({"prompt": "a", "n_probs": 21}, "n_probs"),
         ({"prompt": "a", "grammar": "root ::= x"}, "grammar"),

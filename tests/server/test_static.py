@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from quadriga.server.app import PAGE
+from quadriga.server.page import PAGE
 from tests.server.conftest import Live
 
 SOURCES = sorted([*PAGE.glob("*.js"), *(PAGE / "views").glob("*.js")])

@@ -216,6 +216,24 @@ def test_every_rule_is_a_pattern_that_the_library_reads() -> None:
             pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
 
 
+def cut(name: str, text: str) -> list[str]:
+    parts = [pre_tokenizers.Split(tokenizers.Regex(p), behavior="isolated") for p in GGUF_PATTERNS[name].patterns]
+    return [part for part, _ in pre_tokenizers.Sequence(parts).pre_tokenize_str(text)]
+
+
+def test_deepseeks_rules_by_hand() -> None:
+    """The tokenizer.json files of DeepSeek-V2-Lite and DeepSeek-V3. V2's marks have ASCII's letters among them, which are
+    cut out of words with others."""
+    text = "Don't go 12345日本語です x+y.\n\n  été ΰ"
+    assert cut("deepseek-llm", text) == [
+        *("Don", "'", "t", " go", " ", "1", "2", "3", "4", "5", "日本語です", " x", "+", "y", ".", "\n", "\n", " "),
+        *(" é", "t", "é", " ΰ"),
+    ]
+    assert cut("deepseek-v3", text) == [
+        *("Don", "'t", " go", " ", "123", "45", "日本語です", " x", "+y", ".\n\n", " ", " été", " ΰ"),
+    ]
+
+
 def test_gpt_4os_rule_cuts_words_at_capitals_and_keeps_their_endings() -> None:
     """openai/tiktoken's o200k_base, by hand."""
     cut = pre_tokenizers.Split(tokenizers.Regex(GGUF_PATTERNS["gpt-4o"].patterns[0]), behavior="isolated")

@@ -49,6 +49,18 @@ class Row:
         return self.tokens_per_s / self.roofline
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How tokens were spread over experts, in the layer where it is worst."""
+
+    visited: float
+    """Experts that had a token, of all."""
+    busiest: float
+    """Tokens that visited the busiest expert, of all."""
+    even: float
+    """As many experts, of all, would be as undecided if they had equal parts: e to the entropy of the parts, over E."""
+
+
 class Bench:
     """Measures one compiled model.
 
@@ -78,6 +90,20 @@ class Bench:
         if n < 1 or needed > n_blocks:
             raise ConfigError(f"{kind} {n} needs a cache of {needed} blocks of 16 tokens, it has {n_blocks}")
         return {"decode": self._decode, "prefill": self._prefill, "batch": self._batch, "depth": self._depth}[kind](n)
+
+    def spread(self) -> Spread | None:
+        """How the experts' work was shared out since the model was loaded; None: it has no experts.
+
+        A model whose tokens all go to a few experts reads less in batches than one that was trained.
+        """
+        loads = [load.astype(np.float64) for load in self.model.expert_load()]
+        if not loads or not all(load.sum() for load in loads):
+            return None
+        parts = [load / load.sum() for load in loads]
+        even = [float(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum())) / len(p) for p in parts]
+        top_k = [spec.top_k for _, spec in self.config.moe_layers]
+        busiest = [float(p.max()) * k for p, k in zip(parts, top_k, strict=True)]
+        return Spread(min(float((p > 0).mean()) for p in parts), max(busiest), min(even))
 
     def _tokens(self, n: int) -> tuple[int, ...]:
         return tuple(self._random.integers(0, self.config.vocab_size, n).tolist())

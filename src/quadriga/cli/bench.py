@@ -51,6 +51,12 @@ def bench_command(
             f"{row.limit} limit of {row.roofline:.1f}",
             flush=True,
         )
+    spread = bench.spread()
+    if spread is not None:
+        print(
+            f"experts: {spread.visited:.0%} visited, the busiest by {spread.busiest:.0%} of the tokens "
+            "(in the layer where it is worst)"
+        )
     if out is not None:
         fresh = not out.exists()
         with out.open("a", newline="") as file:

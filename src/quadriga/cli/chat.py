@@ -181,7 +181,11 @@ class ChatSession:
         self.turns: list[dict[str, str]] = []
         self.answers = 0
         self.answer_tokens = 0
-        self.answer_s = 0.0
+        self.first_s = 0.0
+        """Seconds to the first tokens: the prompts."""
+        self.later_tokens = 0
+        self.later_s = 0.0
+        """Seconds of the tokens after the first ones: decoding."""
 
     @property
     def local(self) -> LLM:
@@ -214,11 +218,14 @@ class ChatSession:
     def _record(self, events: Iterable[TokenEvent | Piece]) -> Answer:
         from quadriga.engine.loop_guard import LoopGuard
 
-        text, started, guard = "", time.perf_counter(), LoopGuard()
+        text, started, guard, n = "", time.perf_counter(), LoopGuard(), 0
+        first = started
         try:
             for event in events:
+                if n == 0:
+                    first = time.perf_counter()
                 text += event.text
-                self.answer_tokens += 1
+                n += 1
                 yield event
                 # Of a model elsewhere, pieces of text stand for tokens.
                 token = hash(event.text) if isinstance(event, Piece) else event.token_id
@@ -228,7 +235,10 @@ class ChatSession:
         finally:  # also when Ctrl-C closes this generator: what was said was said
             self.turns.append({"role": "assistant", "content": text})
             self.answers += 1
-            self.answer_s += time.perf_counter() - started
+            self.answer_tokens += n
+            self.first_s += first - started
+            self.later_tokens += max(0, n - 1)
+            self.later_s += time.perf_counter() - first if n else 0.0
 
     def command(self, line: str, say: Callable[[str], None]) -> Answer | None:
         """Carry out a slash command. Returns events where the command makes the model answer.
@@ -264,8 +274,11 @@ class ChatSession:
             case "/load":
                 self._load(rest, say)
             case "/stats":
-                rate = self.answer_tokens / self.answer_s if self.answer_s else 0.0
-                say(f"{self.answers} answers, {self.answer_tokens} tokens, {rate:.1f} tok/s")
+                rate = self.later_tokens / self.later_s if self.later_s else 0.0
+                say(
+                    f"{self.answers} answers, {self.answer_tokens} tokens: {self.first_s:.1f} s to the first ones, "
+                    f"then {rate:.1f} tok/s"
+                )
                 if not isinstance(self.llm, RemoteModel):
                     used = len(self.llm.chat_ids([*self.opening(), *self.turns])) if self.turns else 0
                     say(f"context: {used} of {self.llm.config.max_seq_len} tokens")

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from quadriga.cli import settings
 from quadriga.cli.rules import RULES
 from quadriga.option_rules import refuse_unused
 
@@ -41,6 +42,8 @@ class Command(TyperCommand):
             values = values if isinstance(values, (list, tuple)) else [values]
             if param.name not in _MAY_BE_EMPTY and any(isinstance(v, str) and not v.strip() for v in values):
                 ctx.fail(f"{spelled(param)} must not be empty. Give a value, or leave it out.")
+        if not ctx.resilient_parsing:
+            ctx.default_map = settings.defaults(ctx, _path(ctx), self.params)
         rest = super().parse_args(ctx, args)
         if not ctx.resilient_parsing:
             given = {param.name for param in self.params if _came_from_the_line(ctx, param.name)}

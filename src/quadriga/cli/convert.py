@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from quadriga.io.dry_run import DryRun
     from quadriga.quant.dtypes import Array
 
+_CALIBRATION_TOKENS = 2048
+
 
 def convert_command(
     model: options.ModelArgument,
@@ -37,8 +39,13 @@ def convert_command(
             help="Pack with the best mix of formats that fits, e.g. 20GB; needs --calibrate.", rich_help_panel="Result"
         ),
     ] = None,
-    calibrate: options.Calibrate = None,
-    calibrate_tokens: options.CalibrateTokens = 2048,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="What weighs errors: a text like those to come, or an importance matrix (imatrix) of llama.cpp."
+        ),
+    ] = None,
+    calibrate_tokens: options.CalibrateTokens = _CALIBRATION_TOKENS,
     pickles: Annotated[
         bool,
         typer.Option("--pickles", help="Read pytorch_model*.bin where there are no safetensors; runs nothing."),
@@ -119,6 +126,7 @@ def _calibrate(
     from quadriga.edits.calibrate import calibrate
     from quadriga.errors import ConfigError
     from quadriga.hub import catalogue
+    from quadriga.io import imatrix
     from quadriga.io.directory import packed_shapes
     from quadriga.io.open import open_checkpoint
     from quadriga.model.weight_map import stays_float32
@@ -126,6 +134,14 @@ def _calibrate(
 
     checkpoint = open_checkpoint(model, pickles=pickles)
     try:
+        if text.is_file() and imatrix.is_imatrix(text):
+            if budget is not None or n_tokens != _CALIBRATION_TOKENS:
+                raise ConfigError(
+                    f"{text.name} is an importance matrix, which weighs columns and no more: --budget measures on a "
+                    "text what every format loses, and --calibrate-tokens says how much of a text is read. Leave them "
+                    "out, or give --calibrate a text"
+                )
+            return {}, dict(imatrix.read_imatrix(text, checkpoint.config))
         tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
         if tokenizer is None:
             raise ConfigError("calibration reads a text, and this checkpoint has no tokenizer")

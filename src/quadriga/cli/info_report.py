@@ -15,7 +15,17 @@ from quadriga.errors import ConfigError
 from quadriga.hub import catalogue
 from quadriga.io.detect import locate
 from quadriga.model import cost, families
-from quadriga.model.config import AlibiSpec, LayerSpec, ModelConfig, MoESpec, RopeSpec
+from quadriga.model.config import (
+    AlibiSpec,
+    AttentionSpec,
+    DeltaNetSpec,
+    LatentAttentionSpec,
+    LayerSpec,
+    ModelConfig,
+    MoESpec,
+    RopeSpec,
+    ShortConvSpec,
+)
 from quadriga.model.config_json import config_to_json
 from quadriga.model.weight_map import Shape, parameter_shapes
 from quadriga.runtime import memory_bytes
@@ -58,6 +68,7 @@ def describe(config: ModelConfig, context: int) -> dict[str, Any]:
         "parameters": asdict(cost.n_params(config)),
         "context": context,
         "kv_bytes_per_token": {dtype: cost.kv_bytes_per_token(config, dtype) for dtype in ("float32", "bfloat16")},
+        "state_bytes": cost.state_bytes(config),
         "kv_bytes": {dtype: cost.kv_bytes(config, context, dtype) for dtype in ("float32", "bfloat16")},
         "flops_per_token": {
             "without_attention_to_the_past": cost.flops_per_token(config, 0),
@@ -138,6 +149,7 @@ def _print_tables(name: str, config: ModelConfig, facts: dict[str, Any], notes: 
         ("vocabulary", f"{config.vocab_size:,}" + (", head tied to it" if config.tied_embeddings else "")),
         ("context", f"{config.max_seq_len:,}"),
         ("cache per token", f"{facts['kv_bytes_per_token']['bfloat16']:,} B in bfloat16"),
+        *([("cache per sequence", f"{facts['state_bytes']:,} B")] if facts["state_bytes"] else []),
         (f"  of {context} positions", f"{facts['kv_bytes']['bfloat16']:,} B"),
         ("operations per token", f"{facts['flops_per_token']['without_attention_to_the_past']:.2e} FLOP"),
         (f"  at position {context}", f"{facts['flops_per_token']['at_context']:.2e} FLOP"),
@@ -170,7 +182,10 @@ def _layers(config: ModelConfig) -> list[tuple[str, str]]:
     """Attention and feed-forward of every kind of layer; with several kinds each line says how many layers it is of."""
     kinds = config.kinds()
     rows: list[tuple[str, str]] = []
-    for title, describe_layer in (("attention", _attention), ("feed-forward", _feed_forward)):
+    for title, describe_layer in (
+        ("mixer" if config.is_recurrent else "attention", _mixer),
+        ("feed-forward", _feed_forward),
+    ):
         of_text: dict[str, int] = {}
         for layer, n in kinds.items():
             of_text[describe_layer(layer)] = of_text.get(describe_layer(layer), 0) + n
@@ -178,9 +193,20 @@ def _layers(config: ModelConfig) -> list[tuple[str, str]]:
     return rows
 
 
-def _attention(layer: LayerSpec) -> str:
-    attn = layer.mixer
+def _mixer(layer: LayerSpec) -> str:
+    match layer.mixer:
+        case ShortConvSpec(width=width, taps=taps):
+            return f"gated convolution of {width:,} channels over {taps} positions"
+        case DeltaNetSpec() as delta:
+            heads = f"{delta.n_v_heads} heads of {delta.k_dim} x {delta.v_dim}, {delta.n_k_heads} for queries and keys"
+            return f"gated delta rule, {heads}; convolutions over {delta.taps} positions"
+        case AttentionSpec() as attention:
+            return _attention(attention)
+
+
+def _attention(attn: AttentionSpec) -> str:
     clip = f", clipped to {attn.clip_qkv:g}" if attn.clip_qkv is not None else ""
+    gated = ", output gated" if attn.output_gate else ""
     match attn.position:
         case RopeSpec(theta=theta, dim=dim):
             position = f"RoPE {theta:g}" + ("" if dim is None else f" of the first {dim} numbers")
@@ -188,7 +214,13 @@ def _attention(layer: LayerSpec) -> str:
             position = f"ALiBi {max_bias:g}"
         case None:
             position = "no positions"
-    return f"{attn.n_heads} heads of {attn.head_dim}, {attn.n_kv_heads} for keys and values{clip}; {position}"
+    if isinstance(attn, LatentAttentionSpec):
+        through = "" if attn.q_rank is None else f", queries through one of {attn.q_rank:,}"
+        return (
+            f"{attn.n_heads} heads of {attn.nope_dim} + {attn.rope_dim} over one latent of {attn.kv_rank:,} + "
+            f"{attn.rope_dim} a token, values of {attn.v_dim}{through}; {position} of the {attn.rope_dim}"
+        )
+    return f"{attn.n_heads} heads of {attn.head_dim}, {attn.n_kv_heads} for keys and values{clip}{gated}; {position}"
 
 
 def _feed_forward(layer: LayerSpec) -> str:

@@ -28,6 +28,10 @@ _MODEL_HELP = "A catalogue name, hf:ORG/REPO, a directory or a GGUF file"
 # A model and how it runs ---------------------------------------------------------------------------------------------
 
 Model = Annotated[str, typer.Option("--model", "-m", help=f"{_MODEL_HELP}.", rich_help_panel=_MACHINE)]
+ModelArguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="MODEL...", help=f"{_MODEL_HELP}, or several, each as NAME=MODEL where names are given."),
+]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP}; also as --model.")]
 Format = Annotated[
     str | None,

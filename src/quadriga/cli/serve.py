@@ -13,12 +13,22 @@ from quadriga.cli import options
 
 if TYPE_CHECKING:
     from quadriga.engine.load_options import LoadOptions
+    from quadriga.server.fleet import Fleet
 
 
 def serve_command(
-    model: options.ModelArgument = "smollm2-135m-instruct",
+    model: options.ModelArguments = None,
     host: Annotated[str, typer.Option(help="Address to listen on; loopback is this machine only.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    unix_socket: Annotated[
+        Path | None, typer.Option(help="Listen at this socket file, for users of its group; not at an address.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate (PEM) to speak TLS with; needs --tls-key.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, without a password.")] = None,
+    open_probes: Annotated[
+        bool,
+        typer.Option("--open-probes", help="/health, /ready and /metrics answer under any Host name."),
+    ] = False,
     name: Annotated[
         list[str] | None,
         typer.Option("--served-name", "--served-model-name", help="What clients call the model; may be repeated."),
@@ -29,6 +39,9 @@ def serve_command(
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="NAME=FOLDER of an adapter, served as MODEL:NAME; may be repeated. Needs --dtype."),
+    ] = None,
+    admin_key: Annotated[
+        str | None, typer.Option(help="A key for adding and removing adapters over HTTP; without it nobody can.")
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse fields that have no meaning here, instead of naming them.")
@@ -64,6 +77,10 @@ def serve_command(
         Path | None, typer.Option(help="Folder for uploaded files and batches; without it there are none.")
     ] = None,
     files_size: Annotated[str, typer.Option(help="Bytes that all files may have together, e.g. 1GB.")] = "1GB",
+    prefix_cache: Annotated[
+        Path | None, typer.Option(help="Folder for known prefixes of prompts: found again after a restart.")
+    ] = None,
+    prefix_cache_size: Annotated[str, typer.Option(help="Bytes that it may have, e.g. 10GB.")] = "10GB",
     drain: Annotated[
         int, typer.Option(help="Seconds that answers get after SIGTERM; a second signal ends at once.")
     ] = 30,
@@ -82,15 +99,16 @@ def serve_command(
     device: options.Device = "cpu",
     threads: options.Threads = None,
 ) -> None:
-    """Serve a model: OpenAI's and Anthropic's interfaces, and a chat page at /.
+    """Serve a model, or several: OpenAI's and Anthropic's interfaces, and a chat page at /.
 
     QUADRIGA_API_KEYS has keys too, with commas between.
     """
     from quadriga import runtime
     from quadriga.errors import ConfigError
     from quadriga.server.files import FileStore
+    from quadriga.server.fleet import Fleet
     from quadriga.server.guard import Limits, is_loopback
-    from quadriga.server.run import listen, serve
+    from quadriga.server.run import Certificate, listen, listen_at, serve
     from quadriga.server.service import Service
     from quadriga.text.tool_calls.forms import FORMS
 
@@ -106,10 +124,12 @@ def serve_command(
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
     )
+    models = _models(model or [DEFAULT], name or ())
     adapters = _adapters(adapter or (), how)
+    if len(models) > 1 and adapters:
+        raise ConfigError("--adapter is for a server of one model; add them over HTTP, with --admin-key")
     keys = tuple(api_key or ()) + tuple(k for k in (runtime.setting("API_KEYS") or "").split(",") if k)
-    if any(len(key) < 8 for key in keys):
-        raise ConfigError("an API key needs at least 8 characters")
+    _check_keys(keys, admin_key)
     if max_sequences < 1 or min(max_waiting, requests_per_minute, tokens_per_minute, concurrent, drain) < 0:
         raise ConfigError("limits cannot be negative, and at least one request must run")
     if not 0 <= step_timeout < float("inf"):
@@ -124,40 +144,107 @@ def serve_command(
         concurrent=concurrent,
         strict=strict,
         log_json=log_json,
+        admin_key=admin_key or "",
+        open_probes=open_probes,
     )
     if log_level is not None:
         runtime.set_log_level(log_level, "--log-level")
     if tool_form not in ("auto", *FORMS):
         raise ConfigError(f"--tool-form must be auto or one of {', '.join(FORMS)}; got {tool_form!r}")
     store = None if files is None else FileStore(files, options.size(files_size, "--files-size"))
-    listener = listen(host, port)
-    llm = options.load_model(model, how)
-    for key, folder in adapters.items():
-        llm.add_adapter(key, folder)
-    first, *aliases = name or [Path(model).name]
-    service = Service(
-        llm,
-        name=first,
-        aliases=aliases,
-        max_waiting=max_waiting,
-        step_timeout_s=step_timeout,
-        tool_form=tool_form,
-        reasoning=reasoning,
-    )
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    if (tls_cert is None) != (tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key are given together")
+    certificate = None if tls_cert is None or tls_key is None else Certificate(tls_cert, tls_key)
+    listener = listen(host, port) if unix_socket is None else listen_at(unix_socket)
+    most = options.size(prefix_cache_size, "--prefix-cache-size") // len(models)
+
+    def service(path: str, names: list[str]) -> Service:
+        llm = options.load_model(path, how)
+        if prefix_cache is not None:
+            llm.engine.keep_prefixes(prefix_cache / names[0].replace("/", "_"), most)
+        for key, folder in adapters.items():
+            llm.add_adapter(key, folder)
+        return Service(
+            llm,
+            name=names[0],
+            aliases=names[1:],
+            max_waiting=max_waiting,
+            step_timeout_s=step_timeout,
+            tool_form=tool_form,
+            reasoning=reasoning,
+        )
+
+    fleet = Fleet([service(path, names) for path, names in models])
+    place = "localhost" if unix_socket else f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    address = f"{'http' if certificate is None else 'https'}://{place}"
 
     def started() -> None:
-        blocks = llm.engine.stats().kv_blocks
-        key = ' -H "Authorization: Bearer $KEY"' if keys else ""
-        body = f'{{"model": "{service.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-        print(f"{service.name} at {address}  (chat page: {address}/, interface: {address}/docs)")
-        print(f"cache for {16 * blocks:,} tokens, {max_sequences} requests at once, {max_waiting} may wait")
-        print(f"  curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
-        if not is_loopback(host) and not keys:
+        _greet(fleet, address, unix_socket, bool(keys), f"{max_sequences} requests at once, {max_waiting} may wait")
+        if unix_socket is None and not is_loopback(host) and not keys:
             print("warning: reachable from other machines without an API key; see --api-key", file=sys.stderr)
 
     runtime.prefer_short_pauses()
-    serve(service, limits, listener, drain_s=drain, stay_on_failure=stay_on_failure, started=started, store=store)
+    try:
+        serve(
+            fleet,
+            limits,
+            listener,
+            drain_s=drain,
+            stay_on_failure=stay_on_failure,
+            started=started,
+            store=store,
+            certificate=certificate,
+        )
+    finally:
+        if unix_socket is not None:
+            unix_socket.unlink(missing_ok=True)
+
+
+def _check_keys(keys: Sequence[str], admin_key: str | None) -> None:
+    from quadriga.errors import ConfigError
+
+    if any(len(key) < 8 for key in (*keys, *([] if admin_key is None else [admin_key]))):
+        raise ConfigError("an API key needs at least 8 characters")
+
+
+def _greet(fleet: Fleet, address: str, socket: Path | None, with_key: bool, places: str) -> None:
+    """Say what is served where, and how to ask for it."""
+    key = ' -H "Authorization: Bearer $KEY"' if with_key else ""
+    body = f'{{"model": "{fleet.first.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    names = ", ".join(service.name for service in fleet)
+    at = address if socket is None else f"the socket {socket}"
+    curl = "curl" if socket is None else f"curl --unix-socket {socket}"
+    print(f"{names} at {at}  (chat page: {address}/, interface: {address}/docs)")
+    for service in fleet:
+        whose = f"{service.name}: " if len(list(fleet)) > 1 else ""
+        n_tokens = 16 * service.llm.engine.stats().kv_blocks
+        print(f"{whose}cache for {n_tokens:,} tokens, {places}")
+    print(f"  {curl} {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
+
+
+DEFAULT = "smollm2-135m-instruct"
+
+
+def _models(given: Sequence[str], served: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(model, its names) of every model to serve.
+
+    Raises:
+        ConfigError: names that are given twice, or nowhere.
+    """
+    from quadriga.errors import ConfigError
+
+    models = []
+    for one in given:
+        name, equals, path = one.partition("=")
+        named = bool(equals and name and path) and "/" not in name and not Path(one).exists()
+        models.append((path, [name]) if named else (one, [Path(one).name]))
+    if served and len(models) > 1:
+        raise ConfigError("--served-name is for one model; with several write NAME=MODEL for each")
+    names = [list(served)] if served else [names for _, names in models]
+    flat = [name for some in names for name in some]
+    if len(set(flat)) < len(flat) or any(":" in name for name in flat if len(models) > 1):
+        raise ConfigError(f"models need names of their own, without colons: got {', '.join(flat)}. Write NAME=MODEL")
+    return [(path, some) for (path, _), some in zip(models, names, strict=True)]
 
 
 def _adapters(given: Sequence[str], how: LoadOptions) -> dict[str, str]:

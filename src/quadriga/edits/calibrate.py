@@ -29,7 +29,7 @@ from quadriga.model.config import ModelConfig, MoESpec
 from quadriga.model.weight_map import parameter_shapes, stays_float32
 from quadriga.nn.context import PackedContext
 from quadriga.nn.feedforward import FeedForward
-from quadriga.nn.linear import whole
+from quadriga.nn.linear import Linear, whole
 from quadriga.nn.rope import Rotations
 from quadriga.nn.transformer import Block
 from quadriga.quant.dtypes import Array
@@ -85,13 +85,9 @@ def calibrate(
     for index in range(config.n_layers):
         block = load_block(checkpoint, config, index)
         prefix = f"layers.{index}."
-        x = block.attn_norm(h)
-        _matrix(found, checkpoint, prefix + "attn.wqkv.weight", x, whole(block.attn.wqkv.weight), 1.0, errors)
-        mixed: list[Tensor] = []
-        hook = block.attn.wo.register_forward_pre_hook(lambda _, inputs, keep=mixed: keep.append(inputs[0]))
-        a = block.attn(x, context, rotations)
-        hook.remove()
-        _matrix(found, checkpoint, prefix + "attn.wo.weight", mixed[0], whole(block.attn.wo.weight), 1.0, errors)
+        a, met = _mixed(block, block.attn_norm(h), context, rotations)
+        for name, (inputs, weight) in met.items():
+            _matrix(found, checkpoint, f"{prefix}{name}.weight", inputs, weight, 1.0, errors)
         h = block.added(h, a, block.attn_post_norm)
         f = _ffn(found, checkpoint, block, prefix, block.ffn_norm(h), errors)
         h = block.added(h, f, block.ffn_post_norm)
@@ -104,6 +100,27 @@ def calibrate(
             inputs = h if head else torch.ones(1, config.d_model)
             _matrix(found, checkpoint, name, inputs, rows, 1.0, errors)
     return found
+
+
+def _mixed(
+    block: Block, x: Tensor, context: PackedContext, rotations: Rotations
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """What a layer's mixer makes of x, and of each of its matrices what it met, (rows, columns), and its weight."""
+    seen: dict[str, Tensor] = {}
+    mixer = next(name for name in ("attn", "conv", "delta") if getattr(block, name) is not None)
+    linears = {
+        f"{mixer}.{name}": module
+        for name, module in block.get_submodule(mixer).named_children()
+        if isinstance(module, Linear)
+    }
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
+        for name, module in linears.items()
+    ]
+    out = block.mixed(x, context, rotations)
+    for hook in hooks:
+        hook.remove()
+    return out, {name: (seen[name].flatten(0, -2), whole(module.weight)) for name, module in linears.items()}
 
 
 def embed(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from typing import Protocol
 
 from quadriga.model.cache_layout import first_needed
 from quadriga.quant.packed import BLOCK_TOKENS
@@ -40,11 +41,29 @@ GONE = -1
 """Where a table had a block that its sequence needs no more."""
 
 
+class Backing(Protocol):
+    """Where blocks are kept beside memory; ``engine.disk_cache.DiskCache`` is one."""
+
+    def has(self, key: bytes) -> bool:
+        """Whether there seems to be one of this key."""
+        ...
+
+    def store(self, key: bytes, block: int) -> None:
+        """Keep what a block holds."""
+        ...
+
+    def load(self, key: bytes, block: int) -> bool:
+        """Fill a block with what was kept; False where it cannot be had."""
+        ...
+
+
 class BlockPool:
     """``n_blocks`` blocks, reference-counted, with a cache of known prefixes."""
 
     def __init__(self, n_blocks: int) -> None:
         self.n_blocks = n_blocks
+        self.backing: Backing | None = None
+        """Keeps what is published, and has what memory does not know any more."""
         self._references = [0] * n_blocks
         self._free = list(range(n_blocks - 1, -1, -1))
         self._key_of: dict[int, bytes] = {}
@@ -102,6 +121,51 @@ class BlockPool:
         assert self._references[block] > 0, "only a held block can be published"
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key], self._key_of[block] = block, key
+            if self.backing is not None:
+                self.backing.store(key, block)
+
+    def bring(self, keys: Iterator[bytes], n_groups: int) -> Iterator[bytes]:
+        """A prefix's keys as far as its blocks are known, those of the backing now in memory too."""
+        if self.backing is None:
+            return keys
+        chain, held = list[bytes](), list[int]()
+        for key in keys:
+            blocks = [self._had(group_key(key, group)) for group in range(n_groups)]
+            held += [block for block in blocks if block is not None]
+            if all(block is None for block in blocks):
+                break
+            chain.append(key)
+        for block in reversed(held):  # none was taken away for a later one; the beginning is forgotten last
+            self.release(block)
+        return iter(chain)
+
+    def _had(self, key: bytes) -> int | None:
+        """A block of this key, with a reference on it, from memory or from the backing."""
+        assert self.backing is not None
+        if self.knows(key):
+            return self.lookup(key)
+        block = self.allocate() if self.backing.has(key) else None
+        if block is None:
+            return None
+        if not self.backing.load(key, block):
+            self.release(block)
+            return None
+        self._block_of[key], self._key_of[block] = block, key
+        return block
+
+    def forget(self, key: bytes) -> None:
+        """Make what is known by ``key``, if anything is, unknown; it is free at once if nobody holds it."""
+        block = self._block_of.get(key)
+        if block is None:
+            return
+        self._forget(block)
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
+
+    def is_known(self, block: int) -> bool:
+        """True if a block can be found by a key, so that its content may not change."""
+        return block in self._key_of
 
     def forget_all(self) -> None:
         """Forget all prefixes; held blocks stay held."""
@@ -193,6 +257,7 @@ class BlockTable:
             the keys of the columns that it now has.
         """
         assert not len(self), "a table is filled from its beginning"
+        keys = self._pool.bring(keys, len(self.rows))
         full = [group for group, window in enumerate(self.windows) if window is None]
         chain: list[bytes] = []
         for key in keys:

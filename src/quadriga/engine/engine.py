@@ -25,17 +25,20 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from quadriga.engine.blocks import BlockTable
+from quadriga.engine.disk_cache import DiskCache, KeptBlocks
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.pace import Pace
 from quadriga.engine.pooling import Pooling
 from quadriga.engine.request import Embed, Embedding, FinishReason, PromptReport, Request, Routing, TokenEvent
 from quadriga.engine.sampler import Sample, Sampler, Unused, require_finite, top_logprobs
 from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
-from quadriga.errors import AnswerError, BusyError, QuadrigaError, RequestError
+from quadriga.errors import AnswerError, BusyError, ConfigError, QuadrigaError, RequestError
 from quadriga.kernels.cpu.program import Batch
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.base import Adapters, Floats, PassResult, RouterStats, Runner
@@ -151,7 +154,9 @@ class Engine:
             max_sequences=max_sequences,
             prefix_cache=prefix_cache,
             windows=runner.cache.windows,
+            n_slots=runner.n_slots,
         )
+        self.disk: DiskCache | None = None
         self.pace: Pace | None = None
         self._active: dict[int, _Active] = {}
         self._embeds: dict[int, _Embedded] = {}
@@ -160,6 +165,23 @@ class Engine:
         self._next_id = 0
         self._steps = self._prompt_tokens = self._cached = self._generated = 0
         self._guessed = self._guessed_right = 0
+
+    def keep_prefixes(self, folder: Path, max_bytes: int) -> None:
+        """Keep the blocks of known prefixes in a directory too, and find them there; see ``disk_cache``.
+
+        Raises:
+            ConfigError: the folder cannot be used, or the model does not run on the CPU's kernels with all its weights.
+        """
+        if not hasattr(self.runner, "identity"):
+            raise ConfigError("a prefix cache on disk is for models on the CPU's kernels; leave dtype and device out")
+        if self.config.is_recurrent:
+            raise ConfigError(
+                "a prefix cache on disk keeps keys and values, and this model's recurrent layers have states besides, "
+                "without which a prefix is not taken up; leave it out"
+            )
+        blocks = cast(KeptBlocks, self.runner)
+        self.disk = DiskCache(folder, max_bytes, blocks.identity(), blocks)
+        self.scheduler.pool.backing = self.disk
 
     # Requests --------------------------------------------------------------------------------------------------------
 
@@ -557,8 +579,12 @@ class Engine:
 
     def _passes(self, token_ids: Sequence[int], chunk: int) -> Iterator[PassResult]:
         """Run one sequence beside everything else, in blocks of its own: logits and routing of every pass."""
-        n, blocks = len(token_ids), BlockTable(self.scheduler.pool, self.scheduler.windows)
+        n, states = len(token_ids), self.scheduler.states
+        blocks = BlockTable(self.scheduler.pool, self.scheduler.windows)
+        slot = None if states is None else states.take()
         try:
+            if states is not None and slot is None:
+                raise BusyError("no place is free for the states of one more sequence; ask again later")
             for start in range(0, n, chunk):
                 stop = min(start + chunk, n)
                 blocks.let_go(start)
@@ -573,8 +599,11 @@ class Engine:
                     (0, len(blocks)),
                     range(stop - start),
                 )
-                yield self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)), routing=True)
+                slots = () if slot is None else ((slot if start else -1,), (slot,))
+                yield self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in (*ints, *slots))), routing=True)
         finally:
+            if states is not None and slot is not None:
+                states.give(slot)
             blocks.cut(0)
 
 
@@ -600,7 +629,7 @@ def _event(active: _Active, chosen: Sample, n_before: int) -> TokenEvent:
     full = n_made >= running.max_tokens
     last = ended or hit_stop or full or complete
     if last and not hit_stop and active.text is not None:
-        piece += active.text.finish()
+        piece += active.text.finish(whole_characters=True)
     reason: FinishReason | None = None
     if last:
         reason = "stop" if ended or hit_stop or complete else "length"
@@ -724,5 +753,7 @@ def build_batch(plan: Plan) -> tuple[Batch, list[int]]:
         for table, row in zip(tables, chunk.sequence.blocks.rows, strict=True):
             table.extend(row)
         table_starts.append(len(tables[0]))
-    ints = (tokens, positions, starts, tables, table_starts, rows)
+    ints: list[object] = [tokens, positions, starts, tables, table_starts, rows]
+    if any(chunk.after >= 0 for chunk in plan.chunks):
+        ints += [[chunk.before for chunk in plan.chunks], [chunk.after for chunk in plan.chunks]]
     return Batch(*(np.array(x, dtype=np.int32) for x in ints)), first_rows

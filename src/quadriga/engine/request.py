@@ -47,7 +47,7 @@ def _require(condition: bool, message: str) -> None:
 class SamplingParams:
     """How the next token is chosen. The defaults are greedy and unpenalised: the most probable token every time.
 
-    Order of application: penalties and bias on the logits, temperature, top-k, top-p, min-p, then one draw.
+    Order of application: penalties and bias on the logits, temperature, top-k, typical, top-p, min-p, XTC, one draw.
     """
 
     max_new_tokens: int = 256
@@ -61,6 +61,13 @@ class SamplingParams:
     """Keep the smallest set of most probable tokens whose probabilities reach this sum, at least one; 1 keeps all."""
     min_p: float = 0.0
     """Keep tokens at least this fraction as probable as the best one; 0 keeps all."""
+    typical_p: float = 1.0
+    """Keep the tokens whose information is nearest to the distribution's entropy, until their probabilities reach this
+    sum (Meister et al. 2023); 1 keeps all."""
+    xtc_probability: float = 0.0
+    """How often, for a token, the best choices are excluded; 0 never."""
+    xtc_threshold: float = 0.1
+    """Which these are: of all tokens at least this probable, after the other cuts, every one but the least probable."""
     repetition_penalty: float = 1.0
     """Divide positive and multiply negative logits of tokens seen in prompt or answer (Keskar et al. 2019)."""
     presence_penalty: float = 0.0
@@ -94,9 +101,11 @@ class SamplingParams:
         _require_int(0, 20, logprobs=self.logprobs)
         _require_int(0, 64, speculate=self.speculate)
         _require_in(0.0, 100.0, temperature=self.temperature)
-        _require_in(0.0, 1.0, min_p=self.min_p)
+        _require_in(0.0, 1.0, min_p=self.min_p, xtc_probability=self.xtc_probability, xtc_threshold=self.xtc_threshold)
         _require_in(0.0, 1.0, top_p=self.top_p)
         _require(self.top_p > 0.0, "top_p must be above 0: 0 would keep no token. Use temperature=0 for greedy.")
+        _require_in(0.0, 1.0, typical_p=self.typical_p)
+        _require(self.typical_p > 0.0, "typical_p must be above 0: 0 would keep no token. 1 keeps all.")
         _require_in(0.01, 100.0, repetition_penalty=self.repetition_penalty)
         _require_in(-100.0, 100.0, presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty)
         for token, bias in self.logit_bias.items():

@@ -1,6 +1,6 @@
 """From one row of logits to one token, in the order SamplingParams documents.
 
-    logits -> penalties, bias -> / temperature -> softmax -> top-k -> top-p -> min-p -> one draw
+    logits -> penalties, bias -> / temperature -> softmax -> top-k -> typical -> top-p -> min-p -> XTC -> one draw
 
 Log-probabilities are reported from the untouched logits: they are the model's own opinion, not the sampler's. Rows of
 the head that no token stands for (:class:`Unused`) are never chosen and never listed, whatever the model says of them.
@@ -137,7 +137,7 @@ class Sampler:
         self._settings: RowSettings | None = None
 
     def ask(self, allowed: NDArray[np.bool_] | None = None) -> RowSettings:
-        """What the kernels need to choose the next token, which :meth:`take` gets; ``allowed`` as for :meth:`sample`."""
+        """What the kernels need to choose the token that :meth:`take` gets; ``allowed`` as for :meth:`sample`."""
         params = self.params
         if self._settings is None:
             self._settings = RowSettings(
@@ -151,6 +151,9 @@ class Sampler:
                 top_k=params.top_k,
                 top_p=params.top_p,
                 min_p=params.min_p,
+                typical_p=params.typical_p,
+                xtc_probability=params.xtc_probability,
+                xtc_threshold=params.xtc_threshold,
                 n_top=params.logprobs,
                 seed=self._seed,
             )
@@ -252,15 +255,19 @@ class Sampler:
         params = self.params
         best = candidates.max()
         require_finite([float(best)])
-        weights = candidates - best  # before the quotient, which may be beyond float32
-        weights *= np.float32(1.0 / params.temperature)
-        np.exp(weights, out=weights)
-        ids = kept(weights, params.top_k, params.top_p, params.min_p)
-        if ids is not None:
-            stays = weights[ids]
-            weights[:] = 0.0
-            weights[ids] = stays
-        return pick(weights, uniform(self._seed, self._n_drawn))
+        logs = candidates - best  # before the quotient, which may be beyond float32
+        logs *= np.float32(1.0 / params.temperature)
+        weights = np.exp(logs)
+        top_k = params.top_k
+        if params.typical_p < 1.0:
+            _keep(weights, kept(weights, top_k, 1.0, 0.0))
+            _keep(weights, typical(weights, logs, params.typical_p))
+            top_k = 0
+        _keep(weights, kept(weights, top_k, params.top_p, params.min_p))
+        at, second = uniforms(self._seed, self._n_drawn)
+        if second < params.xtc_probability:
+            weights[excluded(weights, params.xtc_threshold)] = 0.0
+        return pick(weights, at)
 
     def _adjust(self, logits: Floats) -> Floats:
         params = self.params
@@ -316,10 +323,10 @@ def top_logprobs(
     return rows
 
 
-def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1), of 53 bits, that a seed has for a position."""
-    raw = np.random.Philox(key=seed, counter=position).random_raw()
-    return float(raw >> 11) * 2.0**-53
+def uniforms(seed: int, position: int) -> tuple[float, float]:
+    """The two numbers in [0, 1), of 53 bits, that a seed has for a position: a token's draw, and whether XTC acts."""
+    first, second = (np.random.Philox(key=seed, counter=position).random_raw(2) >> 11).tolist()
+    return first * 2.0**-53, second * 2.0**-53
 
 
 _BLOCK = 256
@@ -344,6 +351,35 @@ def _first_beyond(ends: Floats, place: float) -> int:
     """The first index whose running sum exceeds ``place``; where rounding leaves none, the first of the whole sum."""
     index = int(np.searchsorted(ends, place, side="right"))
     return index if index < len(ends) else int(np.searchsorted(ends, ends[-1]))
+
+
+def _keep(weights: Floats, ids: Ids | None) -> None:
+    """All but these weigh nothing; None: all stay."""
+    if ids is not None:
+        stays = weights[ids]
+        weights[:] = 0.0
+        weights[ids] = stays
+
+
+def typical(weights: Floats, logs: Floats, part: float) -> Ids:
+    """The tokens of information nearest to the entropy, the nearest first, until they have ``part`` of all weights.
+
+    Args:
+        logs: of the weights; the difference from the entropy is ln w less the mean of ln w under the weights.
+    """
+    ids = np.flatnonzero(weights)
+    w, total = weights[ids].astype(np.float64), weights.sum(dtype=np.float64)
+    mean = np.float32((weights[ids] * logs[ids]).sum(dtype=np.float64) / total)
+    order = np.argsort(np.abs(logs[ids] - mean), kind="stable")
+    before = w[order].cumsum() - w[order]
+    reached: Ids = ids[order[before < part * total]]
+    return reached
+
+
+def excluded(weights: Floats, threshold: float) -> Ids:
+    """The tokens with at least ``threshold`` of all weights but the least likely of them, the last of equal ones."""
+    likely = np.flatnonzero((weights > 0) & (weights >= threshold * weights.sum(dtype=np.float64)))
+    return _ranked(weights, likely)[:-1]
 
 
 def kept(weights: Floats, top_k: int, top_p: float, min_p: float) -> Ids | None:

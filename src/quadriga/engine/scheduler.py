@@ -16,6 +16,10 @@ nobody else wants. The oldest sequence of all never gives way, so everything end
 the rows of the clients that have the fewest (of the requests that have, where there is one client). The others, and
 prompts, come in as far as it allows.
 
+**Recurrent layers** (``n_slots``) keep a state beside the blocks, at one position: a prefix is taken up only where one
+was kept (``engine.states``), and a sequence whose guesses were wrong begins anew where the pass began, with tokens that
+it knows by now.
+
 Numbers never depend on how a sequence was cut or who ran beside it: that is the kernels' promise (batch invariance), so
 this module may choose freely.
 """
@@ -28,6 +32,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from quadriga.engine.blocks import BlockPool, BlockTable, chain_key
+from quadriga.engine.states import StatePool
 from quadriga.engine.turns import Turns
 from quadriga.errors import ConfigError, RequestError
 from quadriga.model.cache_layout import most_blocks
@@ -74,6 +79,14 @@ class Running:
     """From :meth:`Scheduler.add` on."""
     keys: list[bytes] = field(default_factory=list)
     """Keys of the full blocks published so far."""
+    slot: int = -1
+    """Of a model with recurrent layers: the slot of its states at ``n_computed``; -1: it begins at 0."""
+    next_slot: int = -1
+    """Where the pass that is under way leaves them."""
+    answer_key: bytes = b""
+    """Of the latest state of its answer that is kept."""
+    n_shared: int = 0
+    """Positions that others have read before, as far as blocks are known: its state there is worth keeping."""
     held: bool = False
     """The logits of its next token are there, but the token is still being chosen: it takes no part in passes."""
     state: Literal["new", "waiting", "running", "parked", "done"] = "new"
@@ -112,6 +125,10 @@ class Chunk:
     """How many of the last are guesses."""
     samples: bool
     """The chunk ends at the sequence's last token (and its drafts): new tokens come from it."""
+    before: int = -1
+    """Slot of the recurrent states before it; -1: the sequence begins with it, or the model has none."""
+    after: int = -1
+    """Slot in which they are left."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +166,7 @@ class Scheduler:
         windows: of every group of layers that has block tables of its own, how many positions a query sees; None: all.
             Blocks that a window has left behind are given back.
         beside: what may share a pass with fluent rows; None: everything that fits.
+        n_slots: places for recurrent states; 0: the model has none. Half as many sequences run at once at most.
 
     Raises:
         ConfigError: max_sequences beyond max_batch_tokens (a pass could not give every sequence a token), or no block.
@@ -163,6 +181,7 @@ class Scheduler:
         prefix_cache: bool = True,
         windows: Sequence[int | None] = (None,),
         beside: Beside | None = None,
+        n_slots: int = 0,
     ) -> None:
         if not 1 <= max_sequences <= max_batch_tokens:
             raise ConfigError(
@@ -174,7 +193,12 @@ class Scheduler:
                 f"the cache needs at least one block of {BLOCK_TOKENS} tokens for each of its {len(windows)} groups of "
                 f"layers, got {n_blocks}"
             )
+        if n_slots == 1:
+            raise ConfigError("a model with recurrent layers needs two slots for its states, got 1")
         self.pool = BlockPool(n_blocks)
+        self.states = StatePool(n_slots) if n_slots else None
+        if self.states is not None:
+            max_sequences = min(max_sequences, self.states.n_places)
         self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
         self.prefix_cache, self.windows, self.beside = prefix_cache, tuple(windows), beside
         self._windowed = any(window is not None for window in self.windows)
@@ -282,6 +306,11 @@ class Scheduler:
             sequence.n_computed = chunk.start + len(chunk.tokens) - chunk.n_draft + max(0, len(made) - 1)
             sequence.tokens += made
             sequence.draft = []
+            if self.states is not None:
+                right = not chunk.n_draft or len(made) == chunk.n_draft + 1
+                self.states.end(sequence, accepted=right)
+                if not right:
+                    sequence.n_computed = chunk.start
             self._publish(sequence)
             sequence.blocks.cut(max(1, -(-sequence.n_computed // BLOCK_TOKENS)))  # rejected drafts
             sequence.blocks.let_go(sequence.n_computed)
@@ -302,6 +331,9 @@ class Scheduler:
         assert len(waiting) == len(self.waiting)
         assert {*waiting, *parked, *self.running} == {*self._alive.values()}, "every sequence is in one place"
         self.pool.check(held)
+        if self.states is not None:
+            self.states.check([*self.running])
+            assert all((s.slot >= 0) == (s.n_computed > 0) for s in self.running), "what is computed has a state"
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
@@ -361,6 +393,8 @@ class Scheduler:
         n = min(pending + max(0, min(len(draft), room)), budget)
         if sequence.all_logits:
             n = min(n, MOST_LOGIT_ROWS)
+        if self.states is not None:
+            n = min(n, self._until_kept(sequence))
         wanted = sequence.n_computed + n
         while len(sequence.blocks) * BLOCK_TOKENS < wanted:
             if sequence.blocks.extend():
@@ -380,7 +414,17 @@ class Scheduler:
         start = sequence.n_computed
         n_draft = max(0, n - pending)
         known = (*sequence.tokens[start : start + n], *draft[:n_draft])
-        return Chunk(sequence, start, known, n_draft, n >= pending and not sequence.embeds)
+        if self.states is not None:
+            self.states.begin(sequence, guesses=n_draft > 0)
+        slots = (sequence.slot, sequence.next_slot)
+        return Chunk(sequence, start, known, n_draft, n >= pending and not sequence.embeds, *slots)
+
+    def _until_kept(self, sequence: Running) -> int:
+        """Tokens up to the next position of a prompt at which its state is to be kept."""
+        start, last = sequence.n_computed, (sequence.n_prompt - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        if not self.prefix_cache or sequence.embeds:
+            return self.max_batch_tokens
+        return min((at - start for at in (sequence.n_shared, last) if at > start), default=self.max_batch_tokens)
 
     def _first_to_give_way(self, sequences: Iterable[Running]) -> Running:
         """Of the lowest priority, the newest of the request with the most of the client with the most."""
@@ -437,6 +481,11 @@ class Scheduler:
                 yield (parent := chain_key(parent, tokens, sequence.salt))
 
         sequence.keys = sequence.blocks.find(keys())
+        if self.states is not None:
+            sequence.n_shared = len(sequence.keys) * BLOCK_TOKENS
+            n, sequence.slot = self.states.find(sequence.keys)
+            sequence.blocks.cut(n)
+            del sequence.keys[n:]
         sequence.n_computed = len(sequence.blocks) * BLOCK_TOKENS
         if not sequence.n_preempted:
             sequence.n_cached = sequence.n_computed
@@ -455,6 +504,9 @@ class Scheduler:
             tokens = sequence.tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS]
             sequence.keys.append(chain_key(parent, tokens, sequence.salt))
             sequence.blocks.publish(index, sequence.keys[-1])
+        at = sequence.n_computed
+        if self.states is not None and at and at == len(sequence.keys) * BLOCK_TOKENS:
+            self.states.keep(sequence, sequence.keys[-1], of_answer=at > sequence.n_prompt)
 
     def _preempt(self, sequence: Running, chunks: dict[Running, Chunk]) -> None:
         chunks.pop(sequence, None)
@@ -484,5 +536,7 @@ class Scheduler:
         del self._alive[sequence.request_id]
 
     def _release(self, sequence: Running) -> None:
+        if self.states is not None:
+            self.states.release(sequence)
         sequence.blocks.cut(0)
         sequence.keys, sequence.n_computed, sequence.draft = [], 0, []

@@ -14,6 +14,9 @@ continuations' other tokens, each in blocks of its own that begin as a copy of t
 So a question's four choices cost one context and four endings, a one-letter choice costs nothing, the head runs only
 where a probability is wanted, nothing is padded, and as the kernels are batch invariant nothing depends on the packing.
 
+Where a model has recurrent layers, what contexts share needs their state at its end too: the first of them is cut
+there, and the state stays in a slot that the others begin from. A pass never reads a state that it writes itself.
+
 This is not :meth:`Engine.score`, which returns one sequence's whole logits, nor the prefix cache, which serves requests
 that come one after the other.
 """
@@ -39,6 +42,9 @@ Done = Callable[[int], None]
 
 PASS_TOKENS = 1024
 """Tokens of a pass; SmolLM2 scored no faster with 512 or 2048."""
+
+MOST_KEPT = 4
+"""Recurrent states kept along the path to a context: where it parted from those after it."""
 
 MOST_ROWS = 512
 """Rows of logits of a pass: the buffer is (512, V) float32."""
@@ -81,8 +87,9 @@ def score(engine: Engine, requests: Sequence[tuple[Ids, Ids]], *, done: Done = l
         members.setdefault(tuple(context), []).append(i)
     scorer = _Scorer(engine, [continuation for _, continuation in requests], done)
     try:
-        for context in sorted(members):
-            scorer.add(context, members[context])
+        contexts = sorted(members)
+        for context, following in zip(contexts, [*contexts[1:], ()], strict=True):
+            scorer.add(context, members[context], _common(context, following))
         scorer.finish_group()
     finally:
         scorer.close()
@@ -110,6 +117,9 @@ class _Piece:
     start: int
     tokens: tuple[int, ...]
     blocks: list[Column]
+    before: int
+    """Slot of the recurrent states before it; -1: none."""
+    after: int
 
 
 @dataclass(frozen=True)
@@ -119,13 +129,17 @@ class _Stem:
     length: int
     blocks: list[Column]
     members: list[int]
+    slot: int
+    """Of the recurrent states behind it; -1: the model has none."""
 
 
 class _Scorer:
     """The path to the present context, the group of contexts kept in the cache, and the pass that is being filled."""
 
     def __init__(self, engine: Engine, continuations: Sequence[Ids], done: Done) -> None:
-        self._runner, self._pool = engine.runner, engine.scheduler.pool
+        self._runner, self._pool, self._states = engine.runner, engine.scheduler.pool, engine.scheduler.states
+        self._slots: set[int] = set()  # all that are taken
+        self._kept: list[tuple[int, int]] = []  # (position, slot of the states there), along the path
         self._n_groups = len(engine.scheduler.windows)
         self._continuations, self._done = continuations, done
         self._logprobs: list[list[float]] = [[] for _ in continuations]
@@ -146,15 +160,20 @@ class _Scorer:
         self._asked: list[list[tuple[int, int]]] = []  # per row: (request, the token whose probability is wanted)
         self._copies: list[tuple[int, int]] = []
         self._passing: list[Column] = []  # blocks that are free after this pass
+        self._passing_slots: list[int] = []
+        self._written: set[int] = set()  # slots that this pass writes
 
     # First wave ------------------------------------------------------------------------------------------------------
 
-    def add(self, context: tuple[int, ...], members: list[int]) -> None:
-        """Take the next context, in sorted order."""
+    def add(self, context: tuple[int, ...], members: list[int], n_shared: int) -> None:
+        """Take the next context, in sorted order; its first ``n_shared`` tokens are the next one's too."""
         if self._group_tokens >= PASS_TOKENS:
             self.finish_group()
         last = len(context) - 1
         keep = min(_common(context, self._path), last) // BLOCK_TOKENS
+        before, ends = -1, [(len(context), -1)]
+        if self._states is not None:
+            keep, before, ends = self._parts(context, keep, n_shared)
         self._retired += self._blocks[keep:]
         del self._blocks[keep:]
         self._path = context
@@ -162,16 +181,31 @@ class _Scorer:
             self.finish_group()  # any continuation must find room after its context
         at = keep * BLOCK_TOKENS
         self._group_tokens += len(context) - at
-        while at < len(context):
-            if self._n_tokens >= PASS_TOKENS or len(self._rows) >= MOST_ROWS:
-                self._flush()
-            stop = min(len(context), at + PASS_TOKENS - self._n_tokens)
-            while len(self._blocks) * BLOCK_TOKENS < stop:
-                self._blocks.append(self._block(stop, self.finish_group))
-            asks = [[(i, self._continuations[i][0]) for i in members]] if stop == len(context) else []
-            self._put(_Piece(at, context[at:stop], list(self._blocks)), asks)
-            at = stop
-        self._stems.append(_Stem(len(context), list(self._blocks), members))
+        for end, slot in ends:
+            while at < end:
+                if self._n_tokens >= PASS_TOKENS or len(self._rows) >= MOST_ROWS or before in self._written:
+                    self._flush()
+                stop = min(end, at + PASS_TOKENS - self._n_tokens)
+                while len(self._blocks) * BLOCK_TOKENS < stop:
+                    self._blocks.append(self._block(stop, self.finish_group))
+                asks = [[(i, self._continuations[i][0]) for i in members]] if stop == len(context) else []
+                self._put(_Piece(at, context[at:stop], list(self._blocks), before, slot), asks)
+                at, before = stop, slot
+        self._stems.append(_Stem(len(context), list(self._blocks), members, ends[-1][1]))
+
+    def _parts(self, context: tuple[int, ...], keep: int, n_shared: int) -> tuple[int, int, list[tuple[int, int]]]:
+        """How many blocks of the path stay, the slot to begin from, and (end, slot for its states) of each part."""
+        assert self._states is not None, "a model with recurrent layers"
+        own = self._slot(self.finish_group)
+        while self._kept and self._kept[-1][0] > keep * BLOCK_TOKENS:
+            self._passing_slots.append(self._kept.pop()[1])
+        at, before = self._kept[-1] if self._kept else (0, -1)
+        cut = min(n_shared, len(context) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        ends = [(len(context), own)]
+        if cut > at and len(self._kept) < MOST_KEPT and self._states.n_free > 2:
+            self._kept.append((cut, self._slot(self._flush)))
+            ends.insert(0, self._kept[-1])
+        return at // BLOCK_TOKENS, before, ends
 
     # Second wave -----------------------------------------------------------------------------------------------------
 
@@ -184,6 +218,8 @@ class _Scorer:
                     self._continue(stem, i)
         self._flush()
         self._release(self._retired)
+        for stem in self._stems:
+            self._give(stem.slot)
         self._stems, self._retired, self._group_tokens = [], [], 0
 
     def _continue(self, stem: _Stem, request: int) -> None:
@@ -191,6 +227,8 @@ class _Scorer:
         tokens, n_shared = ids[:-1], stem.length // BLOCK_TOKENS
         at, end = 0, stem.length + len(ids) - 1
         own = self._own = list[Column]()
+        slot = -1 if self._states is None else self._slot(self._flush)
+        before = stem.slot
         while at < len(tokens):
             if self._n_tokens >= PASS_TOKENS or len(self._rows) >= MOST_ROWS:
                 self._flush()
@@ -199,10 +237,11 @@ class _Scorer:
                 own.append(self._block(end, self._flush))
                 if len(own) == 1 and stem.length % BLOCK_TOKENS:
                     self._copies += zip(stem.blocks[n_shared], own[0], strict=True)
-            piece = _Piece(stem.length + at, tokens[at : at + n], stem.blocks[:n_shared] + own)
+            piece = _Piece(stem.length + at, tokens[at : at + n], stem.blocks[:n_shared] + own, before, slot)
             self._put(piece, [[(request, ids[at + 1 + j])] for j in range(n)])
-            at += n
+            at, before = at + n, slot
         self._passing += own
+        self._passing_slots.append(slot)
         self._own = []
 
     # A pass ----------------------------------------------------------------------------------------------------------
@@ -210,6 +249,8 @@ class _Scorer:
     def _put(self, piece: _Piece, asks: list[list[tuple[int, int]]]) -> None:
         """Add a piece to the pass; its last ``len(asks)`` rows are wanted."""
         self._pieces.append(piece)
+        if piece.after >= 0:
+            self._written.add(piece.after)
         self._n_tokens += len(piece.tokens)
         self._rows += range(self._n_tokens - len(asks), self._n_tokens)
         self._asked += asks
@@ -229,7 +270,29 @@ class _Scorer:
                     finished += len(self._logprobs[request]) == len(self._continuations[request])
             self._done(finished)
         self._release(self._passing)
+        for slot in self._passing_slots:
+            self._give(slot)
         self._new_pass()
+
+    def _slot(self, make_room: Callable[[], None]) -> int:
+        """A slot for recurrent states."""
+        assert self._states is not None, "a model with recurrent layers"
+        slot = self._states.take()
+        if slot is None:
+            make_room()
+            slot = self._states.take()
+        if slot is None:
+            raise RequestError(
+                "no slot is free for the states of one more sequence. Give the engine more cache memory (kv_memory), "
+                "or ask again when its other requests are done."
+            )
+        self._slots.add(slot)
+        return slot
+
+    def _give(self, slot: int) -> None:
+        if self._states is not None and slot in self._slots:
+            self._slots.remove(slot)
+            self._states.give(slot)
 
     def _block(self, n_positions: int, make_room: Callable[[], None]) -> Column:
         if self._pool.n_free < self._n_groups:
@@ -259,11 +322,15 @@ class _Scorer:
             tables += piece.blocks[: -(-end // BLOCK_TOKENS)]
             starts.append(len(tokens))
             table_starts.append(len(tables))
-        ints = (tokens, positions, starts, [*zip(*tables, strict=True)], table_starts, self._rows)
+        ints: list[object] = [tokens, positions, starts, [*zip(*tables, strict=True)], table_starts, self._rows]
+        if self._states is not None:
+            ints += [[piece.before for piece in self._pieces], [piece.after for piece in self._pieces]]
         return Batch(*(np.array(x, dtype=np.int32) for x in ints))
 
     def close(self) -> None:
-        """Give every block back."""
+        """Give every block and slot back."""
+        for slot in list(self._slots):
+            self._give(slot)
         self._release((*self._passing, *self._own, *self._retired, *self._blocks))
         self._passing, self._own, self._retired, self._blocks = [], [], [], []
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from quadriga import runtime
 from quadriga.errors import CatalogueError
-from quadriga.hub.cache import cannot_write, locked, need_room, sha256_of, size_of
+from quadriga.hub.cache import cannot_write, full_disk, locked, need_room, sha256_of, size_of
 from quadriga.hub.download import Progress, from_index
 from quadriga.io.suggested import Suggested
 
@@ -230,6 +231,13 @@ def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
     path = Path(name_or_path).expanduser()
     if path.exists():
         return path
+    from quadriga.model.families import PRESETS
+
+    if name_or_path in PRESETS:
+        raise CatalogueError(
+            f"{name_or_path} is the name of a shape: its sizes are known (`quadriga info {name_or_path}`), and no "
+            "weights come with it. Give the folder or GGUF file of a model of that shape, or hf:ORG/REPO."
+        )
     models = [*(name for name, entry in CATALOGUE.items() if entry.is_model), *DELTAS, *BUNDLED]
     near = difflib.get_close_matches(name_or_path[:80].lower(), models, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -429,6 +437,8 @@ def _from_hub(name: str, progress: Progress | None) -> Path:
                 repository, revision=revision, local_dir=staged, allow_patterns=list(_HUB_FILES)
             )
         except Exception as error:  # the client raises its own errors, those of requests, and OS errors
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise full_disk(folder.parent) from None
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CatalogueError(
                 f"could not download {repository} from the hub: {reason[:300]}. Check the name and the network; for "

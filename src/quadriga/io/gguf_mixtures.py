@@ -70,7 +70,7 @@ def _of_values(mixture: str, layer: int, config: ModelConfig) -> str:
         form = "q5_k"
     elif mixture in ("q4_k_m", "q5_k_m") and _takes_more_bits(layer, config.n_layers):
         form = "q6_k"
-    mixer = config.layers[layer].mixer
+    mixer = config.layers[layer].attention  # what this is asked for are its values
     large = config.n_layers == 80 and mixer.n_kv_heads < mixer.n_heads
     return "q5_k" if large and form in ("q3_k", "q4_k") else form
 

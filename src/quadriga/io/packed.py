@@ -251,7 +251,9 @@ def _of_codes(source: Mxfp4Source, piece: Piece, expert: int, form: str) -> Unpa
 def _is_rows(piece: Piece) -> bool:
     """True if the piece moves whole rows: their blocks can move with them."""
     box = piece.source_box or whole(piece.source_shape)
-    same_rows = piece.view is None or piece.view == (1, *piece.source_shape)  # a tensor an expert
+    # A tensor an expert has a view with a one before its shape; a matrix a head is seen as the rows of all heads.
+    flat = (prod(piece.source_shape[:-1]), piece.source_shape[-1])
+    same_rows = piece.view in (None, (1, *piece.source_shape), flat)
     return not piece.transpose and piece.stride is None and same_rows and box[1:] == whole(piece.source_shape[1:])
 
 

@@ -68,19 +68,28 @@ def from_stored(stored: Array, piece: Piece) -> Array:
     values = stored if piece.view is None else stored.reshape(piece.view)
     if piece.transpose:
         values = values.swapaxes(-2, -1)
-    return from_pairs(values, piece.rotary_heads) if piece.rotary_heads else values
+    return from_pairs(values, piece.rotary_heads, piece.rotary_last) if piece.rotary_heads else values
 
 
-def from_pairs(values: Array, n_heads: int) -> Array:
-    """Rows of every head in halves, from rotary pairs side by side: (head, pair, side) -> (head, side, pair)."""
-    pairs = values.reshape(n_heads, values.shape[0] // n_heads // 2, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)
+def from_pairs(values: Array, n_heads: int, last: int = 0) -> Array:
+    """Rows of every head in halves, from rotary pairs side by side: (head, pair, side) -> (head, side, pair).
+
+    Args:
+        last: how many of a head's rows are pairs, behind the others; 0: all.
+    """
+    return _turned(values, n_heads, last, (-1, 2))
 
 
-def to_pairs(values: Array, n_heads: int) -> Array:
+def to_pairs(values: Array, n_heads: int, last: int = 0) -> Array:
     """The inverse of :func:`from_pairs`."""
-    halves = values.reshape(n_heads, 2, values.shape[0] // n_heads // 2, *values.shape[1:])
-    return halves.swapaxes(1, 2).reshape(values.shape)
+    return _turned(values, n_heads, last, (2, -1))
+
+
+def _turned(values: Array, n_heads: int, last: int, grid: tuple[int, int]) -> Array:
+    order = np.arange(values.shape[0]).reshape(n_heads, -1)
+    turning = order[:, -last:]  # all of them where last is 0
+    order[:, -last:] = turning.reshape(n_heads, *grid).swapaxes(1, 2).reshape(turning.shape)
+    return values[order.reshape(-1)]
 
 
 def to_stored(values: Array, piece: Piece) -> Array:
@@ -89,7 +98,7 @@ def to_stored(values: Array, piece: Piece) -> Array:
     Its place in the source is ``weight_map.source_index``.
     """
     if piece.rotary_heads:
-        values = to_pairs(values, piece.rotary_heads)
+        values = to_pairs(values, piece.rotary_heads, piece.rotary_last)
     if piece.transpose:
         values = values.swapaxes(-2, -1)
     return values.reshape(taken_shape(piece))

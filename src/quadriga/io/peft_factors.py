@@ -49,7 +49,7 @@ def stored_factors(adapter: Adapter, source: str, pieces: list[Piece]) -> tuple[
             parts.append((a, b))
         else:
             rows = b[..., slice(*box[-2]), :] if len(pieces) == 1 else b
-            parts.append((a, to_pairs(rows, piece.rotary_heads) if piece.rotary_heads else rows))
+            parts.append((a, to_pairs(rows, piece.rotary_heads, piece.rotary_last) if piece.rotary_heads else rows))
     a, b = parts[0] if len(parts) == 1 else _side_by_side(parts, in_turn=pieces[0].stride is not None)
     return (np.swapaxes(b, -1, -2), np.swapaxes(a, -1, -2)) if is_stack_in_out(pieces[0]) else (a, b)
 

@@ -126,7 +126,7 @@ def _take_factors(
         if piece.stride is not None:
             rows = b[..., piece.stride.start :: piece.stride.step, :]
         if piece.rotary_heads:  # ERNIE
-            rows = from_pairs(rows, piece.rotary_heads)
+            rows = from_pairs(rows, piece.rotary_heads, piece.rotary_last)
         start += height
         match.parts.setdefault(piece.target, []).append((piece, a, rows))
 

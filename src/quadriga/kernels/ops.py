@@ -33,6 +33,8 @@ __all__ = [
     "adapted_experts",
     "attention",
     "available",
+    "causal_conv",
+    "delta_rule",
     "experts",
     "gated",
     "grouped_linear",
@@ -69,8 +71,10 @@ class Choice:
     normalize_min: float = 0.0
     scale: float = 1.0
     n_groups: int = 1
-    """Groups of neighbours, each worth its two best scores together; only the top_k_groups best are chosen from."""
+    """Groups of neighbours, of which only the top_k_groups best are chosen from."""
     top_k_groups: int = 1
+    group_worth: str = "two_best"
+    """How good a group is: its two best scores together, or its "best" one."""
     near: float = 0.0
     """Of a sparse mixer, ``2 * MoESpec.mixer_eps``."""
 
@@ -135,12 +139,12 @@ def attention(
     sum exp(sink_h) takes part if given;  times v.
 
     Args:
-        q: (B, H, T, d). k, v: (B, K, S, d).
+        q: (B, H, T, d). k: (B, K, S, d). v: (B, K, S, e), e usually d.
         q_positions: (B, T) int64 position of each query; None means the T queries are the last of the S positions.
         alibi_slopes: (H,) float32. sinks: (H,).
 
     Returns:
-        (B, H, T, d) in q's dtype. Rows whose position is negative (padding) are finite and meaningless.
+        (B, H, T, e) in q's dtype. Rows whose position is negative (padding) are finite and meaningless.
     """
     out: Tensor = backend_for(q).attention(
         q,
@@ -153,6 +157,40 @@ def attention(
         window=window,
         sinks=sinks,
     )
+    return out
+
+
+def causal_conv(x: Tensor, taps: Tensor, before: Tensor) -> Tensor:
+    """Convolve every channel of one sequence with its own taps: out[t, c] = sum_j taps[c, j] x[t - L + 1 + j, c].
+
+    Args:
+        x: (T, C). taps: (C, L).
+        before: (L - 1, C), what precedes x; zeros at a text's beginning.
+
+    Returns:
+        (T, C) in x's dtype.
+    """
+    out: Tensor = backend_for(x).causal_conv(x, taps, before)
+    return out
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule of one sequence, token after token (Yang et al. 2024, arXiv 2412.06464, equation 10).
+
+    With u = x / sqrt(x x + 1e-6) for q and k:  S = exp(log_decay) S,  S = S + u_k beta (v - u_k S),
+    out = u_q S / sqrt(d_k).
+
+    Args:
+        q, k: (T, H, d_k). v: (T, H, d_v).
+        log_decay, beta: (T, H) in the state's dtype.
+        state: (H, d_k, d_v), float32 (float64 for a float64 model).
+
+    Returns:
+        (out (T, H, d_v) in the state's dtype, the state after the last token).
+    """
+    out: tuple[Tensor, Tensor] = backend_for(q).delta_rule(q, k, v, log_decay, beta, state)
     return out
 
 

@@ -1,7 +1,7 @@
 """The ops in plain torch: the truth every other backend is held to, on any device and float dtype.
 
 Written for exactness first and for a plain torch's best speed second: fused torch kernels where they compute the same
-function, one grouped matrix product instead of a loop over experts, and no loop over tokens anywhere.
+function, one grouped matrix product instead of a loop over experts, and no loop over tokens but the delta rule's.
 """
 
 from __future__ import annotations
@@ -31,6 +31,26 @@ def norm(x: Tensor, weight: Tensor, kind: str, eps: float, bias: Tensor | None =
     return normed if bias is None else normed + bias
 
 
+def causal_conv(x: Tensor, taps: Tensor, before: Tensor) -> Tensor:
+    seen = torch.cat((before.to(x.dtype), x)).T[None]  # (1, C, L - 1 + T)
+    return F.conv1d(seen, taps.to(x.dtype)[:, None], groups=x.shape[1])[0].T
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (t.to(state.dtype) for t in (q, k, v))
+    q, k = (t * (t.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for t in (q, k))
+    q, decay = q * q.shape[-1] ** -0.5, log_decay.exp()
+    out = []
+    for t in range(len(q)):
+        state = state * decay[t, :, None, None]
+        change = (v[t] - torch.einsum("hk,hkv->hv", k[t], state)) * beta[t, :, None]
+        state = state + k[t, :, :, None] * change[:, None]
+        out.append(torch.einsum("hk,hkv->hv", q[t], state))
+    return torch.stack(out), state
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
@@ -58,7 +78,8 @@ def attention(
     if plain and q_positions is None and n_queries == 1:
         # One query sees every key: the heads of a group become query rows, so each key is read once for all of them.
         grouped = q.reshape(batch, n_kv_heads, n_heads // n_kv_heads, head_dim)
-        return F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(q.shape)
+        mixed = F.scaled_dot_product_attention(grouped, k, v, scale=scale)
+        return mixed.reshape(*q.shape[:-1], v.shape[-1])
     if plain and q_positions is None and n_queries == n_keys and window is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     if q_positions is None:
@@ -88,7 +109,7 @@ def attention(
             scores = torch.cat((scores, sink), dim=-1)
         weights = scores.softmax(dim=-1)[..., :n_keys].to(v.dtype)
         blocks.append(torch.einsum("bkgts,bksd->bkgtd", weights, v))
-    return torch.cat(blocks, dim=3).reshape(q.shape)
+    return torch.cat(blocks, dim=3).reshape(*q.shape[:-1], v.shape[-1])
 
 
 def route(
@@ -136,7 +157,7 @@ def standing(scores: Tensor, how: Choice, correction: Tensor | None) -> Tensor:
     if how.n_groups == 1:
         return by
     groups = by.view(*by.shape[:-1], how.n_groups, -1)
-    worth = groups.topk(2, dim=-1).values.sum(-1)
+    worth = groups.topk(2 if how.group_worth == "two_best" else 1, dim=-1).values.sum(-1)
     best = worth.sort(dim=-1, descending=True, stable=True).indices[:, : how.top_k_groups]
     is_open = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, best, True)
     return groups.masked_fill(~is_open[..., None], float("-inf")).flatten(-2)

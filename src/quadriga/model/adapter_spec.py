@@ -2,7 +2,8 @@
 
 W x  becomes  W x + alpha / rank * B (A x)          A (rank, in), B (out, rank); experts have a pair each
 
-attention    wqkv, wo              router       the gate
+attention    wqkv, wo, and what a recurrent layer has in their place         router       the gate
+             (of latents wq, or wq_a and wq_b, wkv_a, wo: the matrices a head has for itself stay)
 experts      w_gate, w_up, w_down of every routed expert
 shared       the same of the network beside them that every token visits
 ffn          the same of a dense layer
@@ -51,8 +52,8 @@ class LoraSpec:
 def target_of(name: str) -> str | None:
     """The target a parameter belongs to; None for norms, biases and fuse numbers, which no adapter changes."""
     last = name.rsplit(".", 1)[-1]
-    if ".attn.w" in name and last == "weight":
-        return "attention"
+    if (".attn.w" in name or ".conv.w_" in name or ".delta.w_" in name) and last == "weight":
+        return None if name.endswith((".wk_b.weight", ".wv_b.weight")) else "attention"
     if name.endswith("router.weight"):
         return "router"
     if last in ("w_gate", "w_up", "w_down"):

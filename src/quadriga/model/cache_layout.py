@@ -65,7 +65,12 @@ def one_group(n_layers: int) -> CacheLayout:
 
 
 def cache_layout(config: ModelConfig) -> CacheLayout:
-    """The layout of a model: by windows, unless its layers keep different numbers, which cannot share a place."""
+    """The layout of a model: by windows, unless its layers keep different numbers, which cannot share a place.
+
+    A recurrent layer keeps nothing in blocks: its place is of no bytes.
+    """
+    if config.is_recurrent:
+        return one_group(config.n_layers)
     seen = [_window(config, layer) for layer in range(config.n_layers)]
     windows = sorted(set(seen), key=lambda window: (window is not None, window or 0))
     if len({layer.mixer.state for layer in config.kinds()}) > 1 and len(windows) > 1:
@@ -82,7 +87,7 @@ def cache_layout(config: ModelConfig) -> CacheLayout:
 
 
 def _window(config: ModelConfig, layer: int) -> int | None:
-    window = config.layers[layer].mixer.window
+    window = config.layers[layer].attention.window
     return None if window is None or window >= config.max_seq_len else window
 
 

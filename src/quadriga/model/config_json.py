@@ -17,8 +17,10 @@ from quadriga.model.config import (
     MAX_LAYERS,
     AlibiSpec,
     AttentionSpec,
+    DeltaNetSpec,
     DenseSpec,
     FactorScaling,
+    LatentAttentionSpec,
     LayerSpec,
     LinearScaling,
     Llama3Scaling,
@@ -28,6 +30,7 @@ from quadriga.model.config import (
     NormSpec,
     QKNormSpec,
     RopeSpec,
+    ShortConvSpec,
     YarnScaling,
     uniform,
 )
@@ -41,7 +44,12 @@ _SCALINGS: dict[str, type] = {
     "longrope": LongRopeScaling,
     "factors": FactorScaling,
 }
-_MIXERS: dict[str, type] = {"attention": AttentionSpec}
+_MIXERS: dict[str, type] = {
+    "attention": AttentionSpec,
+    "latent_attention": LatentAttentionSpec,
+    "short_conv": ShortConvSpec,
+    "delta_net": DeltaNetSpec,
+}
 _FFNS: dict[str, type] = {"dense": DenseSpec, "moe": MoESpec}
 
 
@@ -60,7 +68,7 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
 
 def _layer_to_json(layer: LayerSpec) -> dict[str, Any]:
     mixer = {"kind": _kind(_MIXERS, layer.mixer), **asdict(layer.mixer)}
-    position = layer.mixer.position
+    position = layer.mixer.position if isinstance(layer.mixer, AttentionSpec) else None
     if position is not None:
         mixer["position"] = {"kind": _kind(_POSITIONS, position), **mixer["position"]}
     if isinstance(position, RopeSpec) and position.scaling is not None:

@@ -1,8 +1,11 @@
 """What a model costs: parameters, operations and bytes, by arithmetic on its configuration. No tensors, no torch.
 
     decode one token     FLOPs = 2 * (active parameters that multiply) + sum over layers of 4 H d T   T cached positions
+                         (latent attention: 2 H (2 R + p) T, R kv_rank and p rope_dim)
     keep one token       bytes = sum over layers of 2 K d * size of an element                        keys and values
+                         (latent attention: R + p in place of 2 K d)
                          (with a window W a layer sees and reads min(T, W) positions, and keeps them to the block)
+    keep a sequence      bytes = sum over recurrent layers of 4 * numbers of their state             float32, any length
     hold the weights     bytes = sum over parameters of elements / block * bytes of a block
 
 Every count walks ``weight_map.parameter_shapes``, the same table the model and its checkpoints are built from, so it
@@ -18,7 +21,7 @@ from typing import NamedTuple
 
 from quadriga.errors import ConfigError
 from quadriga.model.cache_layout import cache_layout, most_blocks
-from quadriga.model.config import ModelConfig, MoESpec
+from quadriga.model.config import AttentionSpec, DeltaNetSpec, ModelConfig, MoESpec, ShortConvSpec
 from quadriga.model.weight_map import Shape, layer_shapes, parameter_shapes, stays_float32
 from quadriga.quant import formats
 from quadriga.quant.packed import BLOCK_TOKENS
@@ -108,16 +111,42 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 
 
 def attention_flops(config: ModelConfig, context: int) -> int:
-    """Operations of q·k and weights·v, all layers, for one token with ``context`` positions up to itself."""
-    seen = {layer: min(context, layer.mixer.window or context) for layer in config.kinds()}
-    return sum(4 * layer.mixer.q_dim * seen[layer] * n for layer, n in config.kinds().items())
+    """Operations of what is no matrix product: q·k and weights·v of attention, the steps of recurrent layers.
+
+    For one token with ``context`` positions up to itself, all layers.
+    """
+    total = 0
+    for layer, n in config.kinds().items():
+        match layer.mixer:
+            case AttentionSpec() as attn:
+                total += n * 2 * attn.attended_dim * min(context, attn.window or context)
+            case recurrent:
+                total += n * step_flops(recurrent)
+    return total
+
+
+def step_flops(mixer: ShortConvSpec | DeltaNetSpec) -> int:
+    """Operations of a recurrent mixer for one token beside its parameters', which the taps are.
+
+    Of a delta rule: S decayed, k S, S changed, q S.
+    """
+    if isinstance(mixer, ShortConvSpec):
+        return 2 * mixer.width
+    return 7 * mixer.n_v_heads * mixer.k_dim * mixer.v_dim
 
 
 def kv_bytes_read(config: ModelConfig, context: int, dtype: str = "bfloat16") -> int:
-    """Bytes of keys and values that one token reads which has ``context`` positions up to itself."""
-    seen = {layer: min(context, layer.mixer.window or context) for layer in config.kinds()}
-    numbers = sum(layer.mixer.state.numbers_per_token * seen[layer] * n for layer, n in config.kinds().items())
-    return numbers * ELEMENT_BYTES[dtype]
+    """Bytes of keys, values and states that one token reads which has ``context`` positions up to itself."""
+    total = 0
+    for layer, n in config.kinds().items():
+        window = layer.mixer.window if isinstance(layer.mixer, AttentionSpec) else None
+        total += n * layer.mixer.state.numbers_per_token * min(context, window or context) * ELEMENT_BYTES[dtype]
+    return total + state_bytes(config)
+
+
+def state_bytes(config: ModelConfig) -> int:
+    """Bytes that the recurrent layers keep of a sequence, whatever its length: float32."""
+    return 4 * sum(layer.mixer.state.numbers_per_sequence * n for layer, n in config.kinds().items())
 
 
 def weight_bytes(config: ModelConfig, form: str) -> int:
@@ -150,7 +179,7 @@ def expected_distinct_experts(ffn: MoESpec, n_tokens: int) -> float:
 
 def memory_needed(config: ModelConfig, form: str, context: int, kv_dtype: str = "bfloat16") -> int:
     """Bytes of the weights in ``form`` and of a cache for a sequence of ``context`` tokens."""
-    return weight_bytes(config, form) + kv_bytes(config, context, kv_dtype)
+    return weight_bytes(config, form) + kv_bytes(config, context, kv_dtype) + state_bytes(config)
 
 
 def fits(config: ModelConfig, form: str, context: int, memory_bytes: int, kv_dtype: str = "bfloat16") -> bool:

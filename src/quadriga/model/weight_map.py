@@ -12,9 +12,17 @@ the round trip. The pieces of a map must cover every element of every source ten
 
 Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, V vocab):
 
-    embed.weight (V, D)                      layers.{i}.attn.wqkv.weight ((H + 2K) d, D), rows: all q, all k, all v
+    embed.weight (V, D)                      layers.{i}.attn.wqkv.weight ((H + 2K) d, D), rows: q, k, v (gates: + H d)
     layers.{i}.attn_norm.weight (D,)         layers.{i}.attn.wo.weight   (D, H d)
+    layers.{i}.attn.wq.weight (H (n + p), D), or attn.wq_a.weight (Q, D), attn.q_a_norm.weight (Q,) and
+        attn.wq_b.weight (H (n + p), Q); attn.wkv_a.weight (R + p, D), attn.kv_a_norm.weight (R,),
+        attn.wk_b.weight (H R, n), attn.wv_b.weight (H v, R), attn.wo.weight (D, H v)
+        (latent attention: n nope_dim, p rope_dim, Q q_rank, R kv_rank, v v_dim)
     layers.{i}.attn.wqkv.bias ((H + 2K) d,), attn.wo.bias (D,), attn.sinks (H,)    (where the mixer has them)
+    layers.{i}.conv.w_in.weight (3 C, D), conv.taps (C, L), conv.w_out.weight (D, C)      (a short convolution's layer)
+    layers.{i}.delta.w_in.weight (2 G d_k + 2 H d_v, D), rows: all q, all k, all v, all z     (a gated DeltaNet's)
+    layers.{i}.delta.w_ba.weight (2 H, D), delta.taps (2 G d_k + H d_v, L), delta.rate (H,), delta.dt (H,)
+    layers.{i}.delta.norm.weight (d_v,), delta.w_out.weight (D, H d_v)
     layers.{i}.ffn_norm.weight (D,)          layers.{i}.attn_post_norm.weight, ffn_post_norm.weight  (post_norms only)
     layers.{i}.ffn.w_gate|w_up (F, D), w_down (D, F)                               (dense; w_gate only if gated)
     layers.{i}.moe.router.weight (E, D), moe.w_gate|w_up (E, F, D), moe.w_down (E, D, F)             (experts)
@@ -34,7 +42,17 @@ from dataclasses import dataclass
 from math import prod
 
 from quadriga.errors import CheckpointError
-from quadriga.model.config import DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec
+from quadriga.model.config import (
+    AttentionSpec,
+    DeltaNetSpec,
+    DenseSpec,
+    LatentAttentionSpec,
+    LayerSpec,
+    ModelConfig,
+    MoESpec,
+    NormSpec,
+    ShortConvSpec,
+)
 
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
@@ -70,6 +88,8 @@ class Piece:
     """Swap the last two axes."""
     rotary_heads: int = 0
     """Heads whose rows are stored as interleaved rotary pairs (Meta, GGUF llama) and must become halves; 0: none."""
+    rotary_last: int = 0
+    """Of each of these heads the last rows that are pairs (latent attention); 0: all of a head's rows are."""
 
 
 def whole(shape: Shape) -> Box:
@@ -115,20 +135,17 @@ def _norm_shapes(name: str, norm: NormSpec, d_model: int) -> dict[str, Shape]:
 
 def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
     """Every parameter of one layer, without the ``layers.{i}.`` before its name, in the order of a forward pass."""
-    d, attn, ffn = d_model, layer.mixer, layer.ffn
+    d, ffn = d_model, layer.ffn
     shapes: dict[str, Shape] = _norm_shapes("attn_norm", layer.norm, d) if layer.pre_norms else {}
-    shapes["attn.wqkv.weight"] = (attn.qkv_dim, d)
-    if attn.qkv_bias:
-        shapes["attn.wqkv.bias"] = (attn.qkv_dim,)
-    shapes["attn.wo.weight"] = (d, attn.q_dim)
-    if attn.out_bias:
-        shapes["attn.wo.bias"] = (d,)
-    if attn.sinks:
-        shapes["attn.sinks"] = (attn.n_heads,)
-    if attn.qk_norm is not None:
-        by_head = attn.qk_norm.over == "head"
-        shapes["attn.q_norm.weight"] = (attn.head_dim if by_head else attn.q_dim,)
-        shapes["attn.k_norm.weight"] = (attn.head_dim if by_head else attn.kv_dim,)
+    match layer.mixer:
+        case LatentAttentionSpec() as latent:
+            shapes |= _latent_shapes(latent, d)
+        case AttentionSpec() as attn:
+            shapes |= _attention_shapes(attn, d)
+        case ShortConvSpec(width=width, taps=taps):
+            shapes |= {"conv.w_in.weight": (3 * width, d), "conv.taps": (width, taps), "conv.w_out.weight": (d, width)}
+        case DeltaNetSpec() as delta:
+            shapes |= _delta_shapes(delta, d)
     if layer.post_norms:
         shapes |= _norm_shapes("attn_post_norm", layer.norm, d)
     if layer.pre_norms:
@@ -144,6 +161,53 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
     if layer.post_norms:
         shapes |= _norm_shapes("ffn_post_norm", layer.norm, d)
     return shapes
+
+
+def _attention_shapes(attn: AttentionSpec, d: int) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {"attn.wqkv.weight": (attn.qkv_dim, d)}
+    if attn.qkv_bias:
+        shapes["attn.wqkv.bias"] = (attn.qkv_dim,)
+    shapes["attn.wo.weight"] = (d, attn.q_dim)
+    if attn.out_bias:
+        shapes["attn.wo.bias"] = (d,)
+    if attn.sinks:
+        shapes["attn.sinks"] = (attn.n_heads,)
+    if attn.qk_norm is not None:
+        by_head = attn.qk_norm.over == "head"
+        shapes["attn.q_norm.weight"] = (attn.head_dim if by_head else attn.q_dim,)
+        shapes["attn.k_norm.weight"] = (attn.head_dim if by_head else attn.kv_dim,)
+    return shapes
+
+
+def _delta_shapes(delta: DeltaNetSpec, d: int) -> dict[str, Shape]:
+    heads = delta.n_v_heads
+    return {
+        "delta.w_in.weight": (delta.width + delta.value_dim, d),
+        "delta.w_ba.weight": (2 * heads, d),
+        "delta.taps": (delta.width, delta.taps),
+        "delta.rate": (heads,),
+        "delta.dt": (heads,),
+        "delta.norm.weight": (delta.v_dim,),
+        "delta.w_out.weight": (d, delta.value_dim),
+    }
+
+
+def _latent_shapes(attn: LatentAttentionSpec, d: int) -> dict[str, Shape]:
+    rows, rank = attn.n_heads * attn.qk_dim, attn.kv_rank
+    shapes: dict[str, Shape] = {"attn.wq.weight": (rows, d)}
+    if attn.q_rank is not None:
+        shapes = {
+            "attn.wq_a.weight": (attn.q_rank, d),
+            "attn.q_a_norm.weight": (attn.q_rank,),
+            "attn.wq_b.weight": (rows, attn.q_rank),
+        }
+    return shapes | {
+        "attn.wkv_a.weight": (rank + attn.rope_dim, d),
+        "attn.kv_a_norm.weight": (rank,),
+        "attn.wk_b.weight": (attn.n_heads * rank, attn.nope_dim),
+        "attn.wv_b.weight": (attn.n_heads * attn.v_dim, rank),
+        "attn.wo.weight": (d, attn.n_heads * attn.v_dim),
+    }
 
 
 def _mixture_shapes(ffn: MoESpec, d: int) -> dict[str, Shape]:
@@ -168,8 +232,9 @@ def _mixture_shapes(ffn: MoESpec, d: int) -> dict[str, Shape]:
 
 def stays_float32(name: str) -> bool:
     """True for matrices that are never packed into fewer bits: a router, whose rounding changes which experts a token
-    visits, and the biases of experts, one row an expert, which are added and not multiplied with."""
-    return name.endswith(("router.weight", "moe.b_gate", "moe.b_up", "moe.b_down"))
+    visits, the biases of experts, one row an expert, which are added and not multiplied with, the taps of
+    convolutions, a few numbers a channel, and what a gated delta rule forgets and learns by, two rows a head."""
+    return name.endswith(("router.weight", "moe.b_gate", "moe.b_up", "moe.b_down", ".taps", "delta.w_ba.weight"))
 
 
 def source_shapes(pieces: Iterable[Piece]) -> dict[str, Shape]:

@@ -15,7 +15,7 @@ from quadriga.nn.rope import Rotations
 
 
 class Attention(nn.Module):
-    """wqkv -> norm q and k -> clip -> rotate q and k -> attend -> wo; biases belong to the projections.
+    """wqkv -> norm q and k -> clip -> rotate q and k -> attend -> [gate] -> wo; biases belong to the projections.
 
     Clipping comes before the rotation (DBRX) and after the norms (OLMoE), which Hunyuan takes after the rotation.
     """
@@ -29,7 +29,10 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(spec.n_heads)) if spec.sinks else None
         self.q_norm = self.k_norm = None
         if spec.qk_norm is not None:
-            by_head, norm = spec.qk_norm.over == "head", NormSpec(kind="rms", eps=spec.qk_norm.eps)
+            by_head, norm = (
+                spec.qk_norm.over == "head",
+                NormSpec(kind="rms", eps=spec.qk_norm.eps, plus_one=spec.qk_norm.plus_one),
+            )
             self.q_norm = Norm(spec.head_dim if by_head else spec.q_dim, norm)
             self.k_norm = Norm(spec.head_dim if by_head else spec.kv_dim, norm)
         self._slopes: Tensor | None = None
@@ -38,7 +41,9 @@ class Attention(nn.Module):
         """x (N, D) -> (N, D)."""
         spec = self.spec
         late = spec.qk_norm is not None and spec.qk_norm.after_rotation
-        qkv = self.wqkv(x) if late else self._normed(self.wqkv(x))
+        gate = spec.q_dim if spec.output_gate else 0
+        projected, gates = torch.split(self.wqkv(x), [spec.q_dim + 2 * spec.kv_dim, gate], dim=-1)
+        qkv = projected if late else self._normed(projected)
         if spec.clip_qkv is not None:
             qkv = qkv.clamp(-spec.clip_qkv, spec.clip_qkv)
         heads = qkv.view(x.shape[0], -1, spec.head_dim)  # (N, H + 2K, d)
@@ -49,7 +54,8 @@ class Attention(nn.Module):
             qk = self._normed(torch.cat((qk, v), dim=1).flatten(1)).view_as(heads)[:, : qk.shape[1]]
         q, k = qk[:, : spec.n_heads], qk[:, spec.n_heads :]
         attended = context.attend(self.layer, q, k, v, self._scoring_on(x.device))
-        mixed: Tensor = self.wo(attended.reshape(x.shape[0], -1))
+        attended = attended.reshape(x.shape[0], -1)
+        mixed: Tensor = self.wo(attended * gates.sigmoid() if spec.output_gate else attended)
         return mixed
 
     def _rotated(self, qk: Tensor, rope: RopeSpec, rotations: Rotations) -> Tensor:

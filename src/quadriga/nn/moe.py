@@ -193,6 +193,7 @@ def choice_of(spec: MoESpec) -> ops.Choice:
         scale=spec.routed_scale,
         n_groups=spec.n_groups,
         top_k_groups=spec.top_k_groups,
+        group_worth=spec.group_worth,
         near=2 * (spec.mixer_eps or 0.0),
     )
 

@@ -19,4 +19,5 @@ class Norm(nn.Module):
         self.spec = spec
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.norm(x, self.weight, self.spec.kind, self.spec.eps, self.bias)
+        weight = self.weight + 1 if self.spec.plus_one else self.weight
+        return ops.norm(x, weight, self.spec.kind, self.spec.eps, self.bias)

@@ -1,6 +1,6 @@
 """The one Transformer every family runs on: embed, blocks, norm, head, over N packed tokens.
 
-    block:  h = h + scale * [post_norm] attention([norm] h)
+    block:  h = h + scale * [post_norm] mixer([norm] h)       attention, or a recurrent layer
             h = h + scale * [post_norm] ffn([norm] h)         ffn is one network or a mixture of experts
 
 The post norms exist only where the config asks for them (Grok-1's sandwich). Nothing here knows sequences, caches or
@@ -15,15 +15,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quadriga.model.config import DenseSpec, LayerSpec, ModelConfig, MoESpec
+from quadriga.model.config import (
+    AttentionSpec,
+    DeltaNetSpec,
+    DenseSpec,
+    LatentAttentionSpec,
+    LayerSpec,
+    ModelConfig,
+    MoESpec,
+    ShortConvSpec,
+)
 from quadriga.model.weight_map import parameter_shapes
 from quadriga.nn.attention import Attention
 from quadriga.nn.context import ForwardContext
+from quadriga.nn.delta_net import DeltaNet
 from quadriga.nn.feedforward import FeedForward
+from quadriga.nn.latent_attention import LatentAttention
 from quadriga.nn.linear import Linear
 from quadriga.nn.moe import MoE, RouterStats
 from quadriga.nn.norm import Norm
 from quadriga.nn.rope import Rotations
+from quadriga.nn.short_conv import ShortConv
 
 
 class ModelOutput(NamedTuple):
@@ -36,14 +48,26 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each normed before, behind, or both, and added to the residual stream."""
+    """One layer: mixer and feed-forward, each normed before, behind, or both, and added to the residual stream."""
 
     def __init__(self, d_model: int, spec: LayerSpec, layer: int) -> None:
         super().__init__()
         d = d_model
         self.residual_scale = spec.residual_scale
         self.attn_norm = Norm(d, spec.norm) if spec.pre_norms else nn.Identity()
-        self.attn = Attention(d, spec.mixer, layer)
+        # One of them, under the name that its parameters have.
+        self.attn: Attention | LatentAttention | None = None
+        self.conv: ShortConv | None = None
+        self.delta: DeltaNet | None = None
+        match spec.mixer:
+            case LatentAttentionSpec() as latent:
+                self.attn = LatentAttention(d, latent, layer)
+            case AttentionSpec() as attention:
+                self.attn = Attention(d, attention, layer)
+            case ShortConvSpec() as conv:
+                self.conv = ShortConv(d, conv, layer)
+            case DeltaNetSpec() as delta:
+                self.delta = DeltaNet(d, delta, layer)
         self.ffn_norm = Norm(d, spec.norm) if spec.pre_norms else nn.Identity()
         self.attn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
         self.ffn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
@@ -52,8 +76,7 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, context: ForwardContext, rotations: Rotations) -> tuple[Tensor, RouterStats | None]:
         """h (N, D) -> (h (N, D), this layer's routing or None)."""
-        a = self.attn(self.attn_norm(h), context, rotations)
-        h = self.added(h, a, self.attn_post_norm)
+        h = self.added(h, self.mixed(self.attn_norm(h), context, rotations), self.attn_post_norm)
         m = self.ffn_norm(h)
         stats = None
         if self.moe is not None:
@@ -62,6 +85,16 @@ class Block(nn.Module):
             assert self.ffn is not None, "a block has one feed-forward or experts"
             f = self.ffn(m)
         return self.added(h, f, self.ffn_post_norm), stats
+
+    def mixed(self, x: Tensor, context: ForwardContext, rotations: Rotations) -> Tensor:
+        """What the mixer makes of the normed states: x (N, D) -> (N, D)."""
+        if self.attn is not None:
+            attended: Tensor = self.attn(x, context, rotations)
+            return attended
+        recurrent = self.conv if self.conv is not None else self.delta
+        assert recurrent is not None, "a block has one mixer"
+        made: Tensor = recurrent(x, context)
+        return made
 
     def added(self, h: Tensor, branch: Tensor, post_norm: Norm | None) -> Tensor:
         """The residual stream with what a branch made."""

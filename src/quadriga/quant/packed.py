@@ -88,3 +88,9 @@ def kv_block_bytes(kv_format: str, n_kv_heads: int, head_dim: int) -> int:
     width = {"float32": 4, "bfloat16": 2, "q8": 1}[kv_format]
     one = 16 * width * (head_dim + padded) + (128 if kv_format == "q8" else 0)
     return n_kv_heads * (-(-one // 64) * 64)
+
+
+def latent_block_bytes(kv_format: str, rank: int, rope_dim: int) -> int:
+    """Bytes of one layer's latents for a block of BLOCK_TOKENS positions; in q8 with two float32 scales each."""
+    width = {"float32": 4, "bfloat16": 2, "q8": 1}[kv_format]
+    return 16 * width * (rank + rope_dim) + (128 if kv_format == "q8" else 0)

@@ -58,6 +58,16 @@ class PassResult:
     """Per MoE layer; None where it was not asked for."""
 
 
+@dataclass(frozen=True)
+class CacheSize:
+    """How much of sequences a runner has room for."""
+
+    n_blocks: int
+    """Blocks of 16 positions of keys and values."""
+    n_slots: int
+    """States of recurrent layers; 0 for a model without one."""
+
+
 class Adapters(Protocol):
     """The adapters of a model by name, to be chosen per request. They come and go between passes."""
 
@@ -92,7 +102,11 @@ class Adapters(Protocol):
 
 
 class Runner(Protocol):
-    """One model and its key/value blocks."""
+    """One model, its key/value blocks, and the slots in which recurrent layers keep their states.
+
+    A pass reads each sequence's states from one slot and leaves them in another or the same (``Batch.before`` and
+    ``after``). A slot that one sequence of a pass writes no other may read or write.
+    """
 
     config: ModelConfig
     n_blocks: int
@@ -100,6 +114,10 @@ class Runner(Protocol):
     """How the layers share the blocks."""
     kv_bytes: int
     """Bytes of all blocks."""
+    n_slots: int
+    """Places for the states of recurrent layers, each of one sequence at one position; 0: the model has none."""
+    state_bytes: int
+    """Bytes of all of them."""
     store: ExpertStore | None
     """Where the experts are, if they stay on disk."""
     row_sampler: RowSampler | None

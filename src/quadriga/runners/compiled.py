@@ -10,28 +10,60 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quadriga import __version__
 from quadriga.errors import ConfigError, RequestError
 from quadriga.kernels.cpu.expert_store import ExpertStore
+from quadriga.kernels.cpu.library import library_path
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
-from quadriga.kernels.cpu.program import AttentionArgs, Batch, ChoiceArgs, FFNArgs, NormArgs, Program, SharedArgs
+from quadriga.kernels.cpu.program import (
+    AttentionArgs,
+    Batch,
+    ChoiceArgs,
+    DeltaNetArgs,
+    FFNArgs,
+    LatentArgs,
+    NormArgs,
+    Program,
+    SharedArgs,
+    ShortConvArgs,
+)
 from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.model.cache_layout import CacheLayout, one_group
-from quadriga.model.config import AlibiSpec, DenseSpec, LayerSpec, ModelConfig, MoESpec, NormSpec, RopeSpec
+from quadriga.model.config import (
+    AlibiSpec,
+    AttentionSpec,
+    DeltaNetSpec,
+    DenseSpec,
+    KVState,
+    LatentAttentionSpec,
+    LatentState,
+    LayerSpec,
+    ModelConfig,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+    ShortConvSpec,
+)
 from quadriga.model.positions import alibi_slopes, rotation
 from quadriga.model.weight_map import parameter_shapes, stays_float32
 from quadriga.quant.dtypes import Array, as_float32
-from quadriga.quant.packed import KV_FORMATS, kv_block_bytes
+from quadriga.quant.packed import KV_FORMATS, kv_block_bytes, latent_block_bytes
 from quadriga.runners.base import Adapters, Floats, PassResult, RouterStats
 
 ACTIVATIONS = ("auto", "int8", "int16")
 
 MAX_TOKENS = 2048
 """Tokens of one pass: bounds the activations of a long prompt; more is not faster."""
+
+
+_LOOKS, _LOOK_BYTES = 64, 4096
+"""What :meth:`CompiledModel.identity` reads of a matrix: so many pieces of so many bytes."""
 
 
 def pack_parameters(parameters: Mapping[str, Array], form: str) -> dict[str, Parameter]:
@@ -53,8 +85,18 @@ def pack_parameters(parameters: Mapping[str, Array], form: str) -> dict[str, Par
 
 
 def layer_block_bytes(layer: LayerSpec, kv_format: str) -> int:
-    """Bytes of one cache block of 16 positions in a layer."""
-    return kv_block_bytes(kv_format, layer.mixer.state.n_kv_heads, layer.mixer.state.head_dim)
+    """Bytes of one cache block of 16 positions in a layer; 0 where it keeps nothing of them."""
+    state = layer.mixer.state
+    if isinstance(state, LatentState):
+        return latent_block_bytes(kv_format, state.rank, state.rope_dim)
+    return kv_block_bytes(kv_format, state.n_kv_heads, state.head_dim) if isinstance(state, KVState) else 0
+
+
+def queries_of(spec: AttentionSpec) -> str:
+    """The projection that makes queries, with keys and values where they have no projection of their own."""
+    if not isinstance(spec, LatentAttentionSpec):
+        return "attn.wqkv.weight"
+    return "attn.wq.weight" if spec.q_rank is None else "attn.wq_b.weight"
 
 
 def _distribution(logits: Floats, score: str) -> Floats:
@@ -76,6 +118,7 @@ class CompiledModel:
         threads: computing threads.
         n_blocks: KV blocks of 16 tokens.
         cache: how layers share them; None: a block has room for all layers.
+        n_slots: places for the states of recurrent layers; None: as many as blocks.
         kv_format: float32, bfloat16 or q8.
         activations: what quantised matrices are multiplied with: int8, int16, or auto: int16 for models of fewer than
             a billion parameters, which are sensitive (SmolLM2's perplexity: 23.67 and 23.73) and quick anyway.
@@ -95,6 +138,7 @@ class CompiledModel:
         threads: int,
         n_blocks: int,
         cache: CacheLayout | None = None,
+        n_slots: int | None = None,
         kv_format: str = "bfloat16",
         activations: str = "auto",
         max_tokens: int = MAX_TOKENS,
@@ -116,15 +160,28 @@ class CompiledModel:
             isa=isa,
         )
         self.parameters, self.store = parameters, store
-        self.row_sampler = RowSampler(self.program.context)
+        self.row_sampler: RowSampler | None = RowSampler(self.program.context)
+        self._multiplied = (activations, small)  # what decides how quantised matrices are multiplied
         self.cache = cache or one_group(config.n_layers)
         shares = [layer_block_bytes(config.layers[layer], kv_format) for layer in self.cache.slot_layers]
-        self._kv = [allocate(n_blocks * n_bytes) for n_bytes in shares]
+        self._kv = [allocate(n_blocks * n_bytes) if n_bytes else np.zeros(0, np.uint8) for n_bytes in shares]
         self.kv_bytes = sum(kv.nbytes for kv in self._kv)
+        self.n_slots = (n_slots or n_blocks) if config.is_recurrent else 0
+        self._states: dict[int, Floats] = {}
+        for i, spec in enumerate(config.layers):
+            if numbers := spec.mixer.state.numbers_per_sequence:
+                self._states[i] = allocate(self.n_slots * numbers * 4).view(np.float32).reshape(self.n_slots, numbers)
+        self.state_bytes = sum(state.nbytes for state in self._states.values())
         embed = self._packed("embed.weight")
         self.program.embed(embed, config.embedding_scale)
         for layer in range(config.n_layers):
-            self.program.attention(self._attention(layer))
+            match config.layers[layer].mixer:
+                case AttentionSpec() as attention:
+                    self.program.attention(self._attention(layer, attention))
+                case ShortConvSpec():
+                    self.program.short_conv(self._short_conv(layer))
+                case DeltaNetSpec() as delta:
+                    self.program.delta_net(self._delta_net(layer, delta))
             self.program.ffn(self._ffn(layer))
         head = embed if config.tied_embeddings else self._packed("lm_head.weight")
         bias = self._vector("lm_head.bias") if config.head_bias else None
@@ -157,10 +214,8 @@ class CompiledModel:
         """
         assert adapters is None, "there are none: adapters() refuses"
         logits, n = self.program.run(batch), len(batch.tokens)
-        norm = self._norm("final_norm.weight", self.config.final_norm)
-        return PassResult(
-            logits, self.program.hidden(n, norm) if hidden else None, self._router_stats(n) if routing else None
-        )
+        states = self.program.hidden(n, self._norm("final_norm.weight", self.config.final_norm)) if hidden else None
+        return PassResult(logits, states, self._router_stats(n) if routing else None)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :class:`Runner`."""
@@ -168,6 +223,48 @@ class CompiledModel:
         for kv in self._kv:
             blocks = kv.reshape(self.n_blocks, -1)
             blocks[target] = blocks[source]
+
+    def read_block(self, block: int) -> bytes:
+        """What a block of the cache holds, of all layers."""
+        return b"".join(kv.reshape(self.n_blocks, -1)[block].tobytes() for kv in self._kv)
+
+    def write_block(self, block: int, content: bytes) -> None:
+        """Put back what :meth:`read_block` has read.
+
+        Raises:
+            ConfigError: it is of another size.
+        """
+        rows = [kv.reshape(self.n_blocks, -1)[block] for kv in self._kv]
+        if len(content) != sum(row.nbytes for row in rows):
+            raise ConfigError(f"a block has {sum(row.nbytes for row in rows)} bytes, got {len(content)}")
+        at = 0
+        for row in rows:
+            row[:] = np.frombuffer(content, dtype=row.dtype, count=row.size, offset=at)
+            at += row.nbytes
+
+    def identity(self) -> bytes:
+        """A hash of all that keys and values depend on beside the tokens: weights, kernels, how they are stored.
+
+        Of large matrices it reads pieces all over them: whoever trains a matrix changes all of it.
+
+        Raises:
+            ConfigError: experts lie on disk, so the weights cannot be looked at.
+        """
+        if self.store is not None:
+            raise ConfigError("a prefix cache on disk needs all weights in memory; leave expert_memory out")
+        digest = blake2b(digest_size=32)
+        facts = (__version__, self.program.context.isa, self.kv_format, self._multiplied)
+        digest.update(repr((facts, self.config, self.cache, [kv.dtype.str for kv in self._kv])).encode())
+        digest.update(library_path().read_bytes())
+        for name, parameter in sorted(self.parameters.items()):
+            digest.update(name.encode())
+            for part in [parameter] if isinstance(parameter, (Packed, np.ndarray)) else parameter:
+                raw = (part.data if isinstance(part, Packed) else part).reshape(-1).view(np.uint8)
+                digest.update(repr((part.format if isinstance(part, Packed) else "", raw.nbytes)).encode())
+                step = max(_LOOK_BYTES, len(raw) // _LOOKS)
+                for begin in range(0, len(raw), step):
+                    digest.update(raw[begin : begin + _LOOK_BYTES].tobytes())
+        return digest.digest()
 
     def row_stats(self, logits: Floats) -> tuple[list[int], list[float]]:
         """Of every row of logits (R, V): the most probable token (the lowest id of equals) and log(sum(exp))."""
@@ -200,21 +297,55 @@ class CompiledModel:
         """Per MoE layer (E,) int64: tokens every expert has seen since the model was built."""
         return [routing.load.copy() for routing in self.program.routing]
 
-    def _attention(self, layer: int) -> AttentionArgs:
+    def _short_conv(self, layer: int) -> ShortConvArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
-        spec = shape.mixer
+        return ShortConvArgs(
+            norm=self._norm(p + "attn_norm.weight", shape.norm),
+            post_norm=self._post_norm(p + "attn", shape),
+            w_in=self._packed(p + "conv.w_in.weight"),
+            w_out=self._packed(p + "conv.w_out.weight"),
+            taps=self._packed(p + "conv.taps").unpack(),
+            residual_scale=shape.residual_scale,
+            state=self._states[layer],
+        )
+
+    def _delta_net(self, layer: int, spec: DeltaNetSpec) -> DeltaNetArgs:
+        shape, p = self.config.layers[layer], f"layers.{layer}."
+        rate = self._vector(p + "delta.rate")
+        return DeltaNetArgs(
+            norm=self._norm(p + "attn_norm.weight", shape.norm),
+            post_norm=self._post_norm(p + "attn", shape),
+            w_in=self._packed(p + "delta.w_in.weight"),
+            w_ba=self._packed(p + "delta.w_ba.weight"),
+            w_out=self._packed(p + "delta.w_out.weight"),
+            taps=self._packed(p + "delta.taps").unpack(),
+            rate=np.exp(rate) if spec.log_rate else -rate,
+            dt=self._vector(p + "delta.dt"),
+            head_norm=self._norm(p + "delta.norm.weight", NormSpec(kind="rms", eps=spec.eps)),
+            n_k_heads=spec.n_k_heads,
+            n_v_heads=spec.n_v_heads,
+            k_dim=spec.k_dim,
+            v_dim=spec.v_dim,
+            tiled=spec.tiled,
+            residual_scale=shape.residual_scale,
+            state=self._states[layer],
+        )
+
+    def _attention(self, layer: int, spec: AttentionSpec) -> AttentionArgs:
+        shape, p = self.config.layers[layer], f"layers.{layer}."
         turning = slopes = q_norm = k_norm = None
         if isinstance(spec.position, RopeSpec):
-            turning = rotation(spec.position, spec.head_dim, self.config.max_seq_len)
+            turning = rotation(spec.position, spec.turning_dim, self.config.max_seq_len)
         elif isinstance(spec.position, AlibiSpec):
             slopes = alibi_slopes(spec.position, spec.n_heads)
         if spec.qk_norm is not None:
-            rms = NormSpec(kind="rms", eps=spec.qk_norm.eps)
+            rms = NormSpec(kind="rms", eps=spec.qk_norm.eps, plus_one=spec.qk_norm.plus_one)
             q_norm, k_norm = (self._norm(f"{p}attn.{part}_norm.weight", rms) for part in "qk")
         return AttentionArgs(
             norm=self._norm(p + "attn_norm.weight", shape.norm) if shape.pre_norms else None,
-            post_norm=self._norm(p + "attn_post_norm.weight", shape.norm) if shape.post_norms else None,
-            wqkv=self._pieces(p + "attn.wqkv.weight"),
+            post_norm=self._post_norm(p + "attn", shape),
+            wqkv=self._pieces(p + queries_of(spec)),
+            latent=self._latent(p + "attn.", spec) if isinstance(spec, LatentAttentionSpec) else None,
             wo=self._packed(p + "attn.wo.weight"),
             n_heads=spec.n_heads,
             n_kv_heads=spec.n_kv_heads,
@@ -235,13 +366,30 @@ class CompiledModel:
             out_bias=self._vector(p + "attn.wo.bias") if spec.out_bias else None,
             sinks=self._vector(p + "attn.sinks") if spec.sinks else None,
             window=spec.window,
+            output_gate=spec.output_gate,
             norm_after_rotation=spec.qk_norm is not None and spec.qk_norm.after_rotation,
+        )
+
+    def _latent(self, p: str, spec: LatentAttentionSpec) -> LatentArgs:
+        norm = NormSpec(kind="rms", eps=spec.norm_eps)
+        through = spec.q_rank is not None
+        return LatentArgs(
+            kv_rank=spec.kv_rank,
+            rope_dim=spec.rope_dim,
+            nope_dim=spec.nope_dim,
+            v_dim=spec.v_dim,
+            wq_a=self._packed(p + "wq_a.weight") if through else None,
+            q_a_norm=self._norm(p + "q_a_norm.weight", norm) if through else None,
+            wkv_a=self._packed(p + "wkv_a.weight"),
+            kv_a_norm=self._norm(p + "kv_a_norm.weight", norm),
+            wk_b=self._packed(p + "wk_b.weight"),
+            wv_b=self._packed(p + "wv_b.weight"),
         )
 
     def _ffn(self, layer: int) -> FFNArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
         ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm) if shape.pre_norms else None
-        post = self._norm(p + "ffn_post_norm.weight", shape.norm) if shape.post_norms else None
+        post = self._post_norm(p + "ffn", shape)
         match ffn:
             case DenseSpec():
                 return FFNArgs(
@@ -279,6 +427,7 @@ class CompiledModel:
                         score=ffn.score,
                         n_groups=ffn.n_groups,
                         top_k_groups=ffn.top_k_groups,
+                        group_worth=ffn.group_worth,
                         normalize_eps=ffn.normalize_eps,
                         normalize_min=ffn.normalize_min,
                         scale=ffn.routed_scale,
@@ -325,9 +474,14 @@ class CompiledModel:
         assert not isinstance(parameter, (Packed, np.ndarray)), f"{name} is a list of packed matrices"
         return parameter
 
+    def _post_norm(self, branch: str, shape: LayerSpec) -> NormArgs | None:
+        """The norm of what a branch gives, where the layer has one."""
+        return self._norm(branch + "_post_norm.weight", shape.norm) if shape.post_norms else None
+
     def _norm(self, name: str, spec: NormSpec) -> NormArgs:
         bias = self._vector(name.removesuffix("weight") + "bias") if spec.bias else None
-        return NormArgs(self._vector(name), spec.kind, spec.eps, bias)
+        weight = self._vector(name)
+        return NormArgs(weight + np.float32(1) if spec.plus_one else weight, spec.kind, spec.eps, bias)
 
     def _vector(self, name: str) -> Floats:
         vector = self.parameters[name]

@@ -11,10 +11,11 @@ from quadriga.errors import ConfigError
 from quadriga.io.open import Checkpoint
 from quadriga.io.packed import load_packed
 from quadriga.io.parameters import Progress
+from quadriga.model import cost
 from quadriga.model.cache_layout import cache_layout
 from quadriga.model.config import ModelConfig
 from quadriga.quant.packed import BLOCK_TOKENS
-from quadriga.runners.base import Runner
+from quadriga.runners.base import CacheSize, Runner
 from quadriga.runners.compiled import MAX_TOKENS, CompiledModel, layer_block_bytes
 
 _KERNELS_CONTEXTS, _TORCH_CONTEXTS = 4, 2
@@ -42,11 +43,13 @@ def make(
     packed = load_packed(opened, format, expert_memory=expert_memory, progress=progress)
     cache = cache_layout(opened.config)
     per_block = sum(layer_block_bytes(opened.config.layers[layer], kv_format) for layer in cache.slot_layers)
+    size = cache_size(opened.config, per_block, kv_memory, _KERNELS_CONTEXTS)
     return CompiledModel(
         opened.config,
         packed.parameters,
         threads=runtime.n_threads(threads),
-        n_blocks=n_blocks(opened.config, per_block, kv_memory, _KERNELS_CONTEXTS),
+        n_blocks=size.n_blocks,
+        n_slots=size.n_slots,
         cache=cache,
         kv_format=kv_format,
         activations=activations,
@@ -78,7 +81,7 @@ def make_torch(
         raise runtime.without_torch("computing with a dtype, on a GPU or with QUADRIGA_OPS=reference") from None
     return load(
         opened,
-        lambda per_block: n_blocks(opened.config, per_block, kv_memory, _TORCH_CONTEXTS),
+        lambda per_block: cache_size(opened.config, per_block, kv_memory, _TORCH_CONTEXTS),
         dtype=dtype,
         device=device,
         threads=threads,
@@ -107,6 +110,36 @@ def device_type(name: str) -> str:
             return "cpu"
         raise runtime.without_torch(f"the device {name}") from None
     return devices.resolve_device(name).type
+
+
+_SLOTS = 256
+"""Most slots for recurrent states where memory is no limit: two a running sequence, and prefixes that are kept."""
+
+
+def cache_size(config: ModelConfig, per_block: int, memory: int | None, contexts: int) -> CacheSize:
+    """Blocks of keys and values, and slots for the states of recurrent layers, in ``memory`` bytes.
+
+    Slots get at most half of it; without a limit at most an eighth of the free memory. Two are the least: a sequence's
+    state, and the one it becomes.
+
+    Raises:
+        ConfigError: no room for a block, or for two slots.
+    """
+    slot = cost.state_bytes(config)
+    if not slot:
+        return CacheSize(n_blocks(config, per_block, memory, contexts), 0)
+    if memory is None:
+        return CacheSize(
+            n_blocks(config, per_block, None, contexts),
+            max(2, min(_SLOTS, runtime.memory_bytes()[1] // 8 // slot)),
+        )
+    if memory < 2 * slot + per_block:
+        raise ConfigError(
+            f"kv_memory must hold at least two recurrent states of {slot} bytes and a block of 16 tokens, {per_block} "
+            f"bytes; got {memory}"
+        )
+    n_slots = max(2, min(_SLOTS, memory // 2 // slot))
+    return CacheSize(n_blocks(config, per_block, memory - n_slots * slot, contexts), n_slots)
 
 
 def n_blocks(config: ModelConfig, per_block: int, memory: int | None, contexts: int) -> int:

@@ -16,19 +16,20 @@ from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.program import Batch
 from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.model.cache_layout import CacheLayout, cache_layout, one_group
+from quadriga.model.config import AttentionSpec, LatentState, RecurrentState
 from quadriga.nn import moe
 from quadriga.nn.adapter_bank import AdapterBank
-from quadriga.nn.context import Scoring
+from quadriga.nn.context import Scan, Scoring, beginning
 from quadriga.nn.devices import quick_float32, resolve_device, resolve_dtype, set_threads
 from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer
 from quadriga.quant.packed import BLOCK_TOKENS
-from quadriga.runners.base import Floats, PassResult, RouterStats
+from quadriga.runners.base import CacheSize, Floats, PassResult, RouterStats
 
 
 def load(
     opened: Checkpoint,
-    n_blocks: Callable[[int], int],
+    sizes: Callable[[int], CacheSize],
     *,
     dtype: str = "auto",
     device: str = "cpu",
@@ -38,7 +39,7 @@ def load(
     """A checkpoint in torch.
 
     Args:
-        n_blocks: blocks of the cache, from the bytes of one.
+        sizes: size of the cache, from the bytes of a block.
         dtype, device: as in ``runtime.DTYPE_NAMES`` and ``runtime.check_device``, or auto.
 
     Raises:
@@ -52,7 +53,9 @@ def load(
     cache = cache_layout(opened.config)
     numbers = sum(opened.config.layers[layer].mixer.state.numbers_per_token for layer in cache.slot_layers)
     per_block = BLOCK_TOKENS * numbers * parameters["embed.weight"].element_size()
-    return TorchRunner(Transformer.from_parameters(opened.config, parameters), n_blocks(per_block), cache)
+    room = sizes(per_block)
+    model = Transformer.from_parameters(opened.config, parameters)
+    return TorchRunner(model, room.n_blocks, cache, n_slots=room.n_slots)
 
 
 class TorchRunner:
@@ -62,18 +65,39 @@ class TorchRunner:
         model: its parameters' device and dtype are computed in.
         n_blocks: KV blocks of 16 tokens; None: those of two full contexts.
         cache: how layers share them; None: a block has room for all layers.
+        n_slots: places for the states of recurrent layers; None: as many as blocks.
     """
 
-    def __init__(self, model: Transformer, n_blocks: int | None = None, cache: CacheLayout | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        n_blocks: int | None = None,
+        cache: CacheLayout | None = None,
+        *,
+        n_slots: int | None = None,
+    ) -> None:
         self.cache = cache or one_group(model.config.n_layers)
         n_blocks = n_blocks or 2 * self.cache.n_groups * -(-model.config.max_seq_len // BLOCK_TOKENS)
         self.model, self.config, self.n_blocks = model.eval(), model.config, n_blocks
         weight = next(model.parameters())
-        states = [self.config.layers[layer].mixer.state for layer in self.cache.slot_layers]
-        shapes = [(n_blocks * BLOCK_TOKENS, state.n_kv_heads, state.head_dim) for state in states]
-        self._keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for shape in shapes]
-        self._values = [torch.zeros_like(keys) for keys in self._keys]
-        self.kv_bytes = sum(t.nbytes for t in (*self._keys, *self._values))
+        self.n_slots = (n_slots or n_blocks) if self.config.is_recurrent else 0
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        for mixer in (self.config.layers[layer].mixer for layer in self.cache.slot_layers):
+            heads = (mixer.n_kv_heads, mixer.head_dim) if isinstance(mixer, AttentionSpec) else (0, 0)
+            keys = torch.zeros((n_blocks * BLOCK_TOKENS, *heads), dtype=weight.dtype, device=weight.device)
+            self._keys.append(keys)
+            # A latent is key and value: what stands in its place among the values is a view.
+            state = mixer.state
+            self._values.append(keys[..., : state.rank] if isinstance(state, LatentState) else torch.zeros_like(keys))
+        self._states: dict[int, list[Tensor]] = {}
+        for i, layer in enumerate(self.config.layers):
+            if isinstance(kept := layer.mixer.state, RecurrentState):
+                self._states[i] = [t.expand(self.n_slots, *t.shape).clone() for t in beginning(kept, weight)]
+        self._device = weight.device
+        self._stored = [*self._keys, *(values for values in self._values if values._base is None)]
+        self.kv_bytes = sum(t.nbytes for t in self._stored)
+        self.state_bytes = sum(t.nbytes for arrays in self._states.values() for t in arrays)
         self.store: ExpertStore | None = None
         self.row_sampler: RowSampler | None = None
         self._load: list[Tensor] = []
@@ -95,7 +119,7 @@ class TorchRunner:
         self, batch: Batch, *, adapters: Sequence[int] | None = None, hidden: bool = False, routing: bool = False
     ) -> PassResult:
         """See :class:`Runner`."""
-        device = self._keys[0].device
+        device = self._device
         tokens = torch.from_numpy(batch.tokens).long().to(device)
         rows = torch.from_numpy(batch.rows).long().to(device)
         chosen = None if adapters is None else torch.tensor(adapters, device=device)
@@ -119,7 +143,7 @@ class TorchRunner:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :class:`Runner`."""
         source, target = zip(*pairs, strict=True)
-        for stored in (*self._keys, *self._values):
+        for stored in self._stored:
             blocks = stored.view(self.n_blocks, BLOCK_TOKENS, *stored.shape[1:])
             blocks[list(target)] = blocks[list(source)]
 
@@ -166,6 +190,7 @@ class _PagedContext:
         # All sequences decode: one padded attention for all of them.
         self._decode = len(self._spans) > 1 and all(stop - start == 1 for start, stop in self._spans)
         self._padded: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}
+        self._slots_of = batch.state_slots() if runner.n_slots else []
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Store k and v, then attend; see ``nn.context.ForwardContext``."""
@@ -176,12 +201,22 @@ class _PagedContext:
             past, positions = self._together(group, scoring.window)
             past_keys, past_values = (t[past].transpose(1, 2) for t in (keys, values))  # (B, K, S, d)
             return scoring.attention(q[:, :, None], past_keys, past_values, q_positions=positions)[:, :, 0]
-        out = torch.empty_like(q)
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
         for (start, stop), past in zip(self._spans, self._past[group], strict=True):
             seen = past if scoring.window is None else past[-(stop - start + scoring.window - 1) :]
             stored = (t[seen].transpose(0, 1)[None] for t in (keys, values))
             out[start:stop] = scoring.attention(q[start:stop].transpose(0, 1)[None], *stored)[0].transpose(0, 1)
         return out
+
+    def recur(self, layer: int, x: Tensor, state: RecurrentState, scan: Scan) -> Tensor:
+        """Run a recurrent layer from the slot of each sequence into another; see ``nn.context.ForwardContext``."""
+        kept, out = self._runner._states[layer], []
+        for (start, stop), (before, after) in zip(self._spans, self._slots_of, strict=True):
+            rows, states = scan(x[start:stop], beginning(state, x) if before < 0 else [one[before] for one in kept])
+            out.append(rows)
+            for one, values in zip(kept, states, strict=True):
+                one[after] = values
+        return torch.cat(out)
 
     def _together(self, group: int, window: int | None) -> tuple[Tensor, Tensor]:
         """(places (B, S) of what each sequence's query sees, padded at the end; (B, 1) where its query is in them)."""

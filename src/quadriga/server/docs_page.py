@@ -80,7 +80,8 @@ def _kind(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return " | ".join(json.dumps(value) for value in schema["enum"])
     if schema.get("type") == "array":
-        return f"[{_kind(schema.get('items', {}))}]"
+        fixed = schema.get("prefixItems")
+        return f"[{', '.join(map(_kind, fixed)) if fixed else _kind(schema.get('items', {}))}]"
     return str(schema.get("type", "anything"))
 
 

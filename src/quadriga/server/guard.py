@@ -27,6 +27,9 @@ from quadriga.server.sse import json_response
 
 OPEN_PATHS = ("/health", "/v1/health")
 _PAGE = ("/", "/favicon.ico")
+PROBE_PATHS = tuple(f"{prefix}/{name}" for prefix in ("", "/v1") for name in ("health", "ready", "metrics"))
+ADMIN_PATHS = tuple(f"{prefix}/{verb}_lora_adapter" for prefix in ("", "/v1") for verb in ("load", "unload"))
+"""What changes the server; the key of whoever may is asked for in place of another."""
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -50,6 +53,10 @@ class Limits:
     """Sequences at once for each key or address; 0 is no limit."""
     strict: bool = False
     """Refuse fields that have no meaning here, instead of naming them in a header; see ``fields``."""
+    open_probes: bool = False
+    """/health, /ready and /metrics answer under any Host name: those who ask them go by addresses."""
+    admin_key: str = ""
+    """The key that may change what is served; nobody may where it is empty."""
     log_json: bool = False
     """Lines of the access log are JSON."""
 
@@ -80,6 +87,8 @@ class Guard:
         self.app, self.limits = app, limits
         self._clock = clock or (lambda: time.monotonic())
         self._accounts: dict[str, Account] = {}
+        self.on_refusal: Callable[[ApiError], None] = lambda _: None
+        """Told of every request that is answered here."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it here."""
@@ -112,7 +121,7 @@ class Guard:
         account: Account | None = None
         usage.client = str((scope.get("client") or ("?",))[0])
         try:
-            self._check_host(headers)
+            self._check_host(headers, path)
             if scope["method"] == "OPTIONS" and headers.get("access-control-request-method"):
                 await Response(status_code=204, headers=cors)(scope, receive, send)
                 return
@@ -127,6 +136,7 @@ class Guard:
             caller = Caller(salt=salt, client=who.encode(), visit=visit, usage=usage)
             scope.setdefault("state", {})["caller"] = caller
         except ApiError as error:
+            self.on_refusal(error)
             response = json_response(error.body(path), error.status, {**error.headers, **cors})
             await response(scope, receive, send)
             return
@@ -161,9 +171,10 @@ class Guard:
             account = self._accounts[who] = Account(self.limits.allowance, self._clock)
         return account
 
-    def _check_host(self, headers: Headers) -> None:
+    def _check_host(self, headers: Headers, path: str) -> None:
         host = headers.get("host", "")
-        if "*" not in self.limits.hosts and _name(host) not in (*_LOOPBACK, *self.limits.hosts):
+        is_open = self.limits.open_probes and path in PROBE_PATHS
+        if not is_open and "*" not in self.limits.hosts and _name(host) not in (*_LOOPBACK, *self.limits.hosts):
             raise ApiError(403, f"the Host header {host[:100]!r} is not one of this server's; see --allow-host")
         origin = headers.get("origin")
         if origin is None or origin in self.limits.origins or "*" in self.limits.origins:
@@ -185,14 +196,19 @@ class Guard:
 
     def _check_key(self, headers: Headers, path: str) -> str:
         """The caller's key, or "" where none is needed."""
-        if not self.limits.keys or path in OPEN_PATHS or path in _PAGE or path.startswith("/page/"):
+        is_admin = path in ADMIN_PATHS
+        if is_admin and not self.limits.admin_key:
+            raise ApiError(403, "what is served can be changed where the server was started with --admin-key")
+        if not (self.limits.keys or is_admin) or path in OPEN_PATHS or path in _PAGE or path.startswith("/page/"):
             return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         # Every key is compared, each in constant time: how long it takes tells nothing.
-        matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self.limits.keys]
+        keys = (self.limits.admin_key,) if is_admin else self.limits.keys
+        matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
         if not any(matches):
-            raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+            which = "the admin key" if is_admin else "an API key"
+            raise ApiError(401, f"{which} is needed: Authorization: Bearer KEY", code="invalid_api_key")
         return given
 
     def _take(self, who: str) -> Account:

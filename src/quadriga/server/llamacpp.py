@@ -36,13 +36,16 @@ class Extra(Struct, kw_only=True, forbid_unknown_fields=True):
 class LlamaRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """Fields that /completion and /infill share."""
 
-    prompt: str | list[str | int] | None = None
+    prompt: str | list[str | int | list[int]] | None = None
     model: str | None = None
     n_predict: int = -1
     temperature: float = 0.8
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
+    typical_p: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     repeat_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -54,6 +57,8 @@ class LlamaRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     n_probs: int = 0
     json_schema: dict[str, Any] | None = None
     return_tokens: bool = False
+    response_fields: list[str] | None = None
+    """Names of what the answer should have, levels with / between; all where there are none."""
     priority: int = 0
 
 
@@ -69,8 +74,8 @@ class LlamaInfill(LlamaRequest, kw_only=True, forbid_unknown_fields=True):
     input_extra: list[Extra] | None = None
 
 
-async def _start(service: Service, body: LlamaRequest, caller: Caller) -> tuple[Answers, int]:
-    """(the answer, tokens of the prompt)."""
+async def _start(service: Service, body: LlamaRequest, caller: Caller) -> tuple[Answers, list[list[int]]]:
+    """(the answers, their prompts)."""
     if not 0 <= body.n_probs <= MAX_PROBS:
         raise ApiError(400, f"n_probs must be from 0 to {MAX_PROBS}, got {body.n_probs}", param="n_probs")
     if body.n_predict < -1 or body.n_predict == 0:
@@ -81,22 +86,32 @@ async def _start(service: Service, body: LlamaRequest, caller: Caller) -> tuple[
             raise ApiError(400, "prompt is a text here: how the answer begins", param="prompt")
         extra = "".join(f"{SNIPPET}{one.text}" for one in body.input_extra or ())
         before = f"{extra}\n\n{body.input_prefix}" if extra else body.input_prefix
-        read = functools.partial(completions.infilled, service, before, body.input_suffix, body.prompt or "")
+        filled = functools.partial(completions.infilled, service, before, body.input_suffix, body.prompt or "")
+        prompts = [await service.work.encode(caller.n_bytes, filled)]
     else:
-        read = functools.partial(_prompt_ids, service, body.prompt)
-    prompt = await service.work.encode(caller.n_bytes, read)
-    bias = body.logit_bias
-    form = None
+        prompts = await service.work.encode(caller.n_bytes, _prompts, service, body.prompt)
+    if body.stream and len(prompts) > 1:
+        raise ApiError(400, "a stream is of one prompt", param="stream")
+    request = _as_completion(body, prompts)
+    answers, _ = await completions.start(service, request, caller)
+    return answers, prompts
+
+
+def _as_completion(body: LlamaRequest, prompts: list[list[int]]) -> CompletionRequest:
+    bias, form = body.logit_bias, None
     if body.json_schema is not None:
         form = ResponseFormat(type="json_schema", json_schema=JsonSchema(name="answer", schema=body.json_schema))
-    request = CompletionRequest(
-        prompt=list(prompt),
+    return CompletionRequest(
+        prompt=list(prompts),
         model=body.model,
         max_tokens=body.n_predict,
         temperature=body.temperature,
         top_k=body.top_k,
         top_p=body.top_p,
         min_p=body.min_p,
+        typical_p=body.typical_p,
+        xtc_probability=body.xtc_probability,
+        xtc_threshold=body.xtc_threshold,
         repetition_penalty=body.repeat_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
@@ -108,39 +123,36 @@ async def _start(service: Service, body: LlamaRequest, caller: Caller) -> tuple[
         response_format=form,
         priority=body.priority,
     )
-    answers, _ = await completions.start(service, request, caller)
-    return answers, len(prompt)
 
 
-def _prompt_ids(service: Service, given: str | list[str | int] | None) -> list[int]:
-    """One prompt: a text, token ids, or both mixed."""
+def _prompts(service: Service, given: str | list[str | int | list[int]] | None) -> list[list[int]]:
+    """One prompt: a text, token ids, or both mixed; or several, in a list of texts and lists of ids."""
     if given is None or given == [] or given == "":
-        raise ApiError(400, "prompt is a text, token ids, or both mixed in a list", param="prompt")
+        raise ApiError(400, "prompt is a text, token ids, both mixed, or a list of such", param="prompt")
     if not isinstance(given, list):
-        return service.llm.prompt_ids(given)
-    if len(given) > 1 and all(isinstance(part, str) for part in given):
-        raise ApiError(400, "one prompt a request: several texts go to /v1/completions", param="prompt")
+        return [service.llm.prompt_ids(given)]
+    if not any(isinstance(part, int) for part in given):
+        return [service.llm.prompt_ids(part) for part in given if not isinstance(part, int)]
     ids: list[int] = []
     for i, part in enumerate(given):
+        if isinstance(part, list):
+            raise ApiError(400, "prompt mixes token ids and lists of them", param="prompt")
         ids += [part] if isinstance(part, int) else service.llm.prompt_ids(part, add_special=i == 0)
-    return service.llm.prompt_ids(ids)
+    return [service.llm.prompt_ids(ids)]
 
 
 async def answer(service: Service, body: LlamaRequest, caller: Caller) -> Response:
     """POST /completion and /infill."""
     service.check_model(body.model)
-    answers, n_prompt = await _start(service, body, caller)
+    answers, prompts = await _start(service, body, caller)
     if not body.stream:
         await answers.collect()
         chat.record(service, answers)
-        choice = answers.choices[0]
-        whole = {"content": choice.text, **_tokens(body, choice.events)}
-        return json_response(
-            {**whole, **_probs(service, body, choice.events), **_end(service, body, answers, n_prompt)}
-        )
+        made = [_whole(service, body, answers, choice, prompts[choice.index]) for choice in answers.choices]
+        return json_response(made[0] if len(made) == 1 else made)
 
     async def produce(sender: EventSender) -> None:
-        n_made = 0
+        n_made, n_prompt = 0, len(prompts[0])
         try:
             async for batch in answers.batches():
                 for _, event in batch:
@@ -150,11 +162,27 @@ async def answer(service: Service, body: LlamaRequest, caller: Caller) -> Respon
                     sender.event({**shown, **_probs(service, body, [event])})
                 await sender.flush()
             chat.record(service, answers)
-            sender.event({"content": "", "tokens": [], **_end(service, body, answers, n_prompt)})
+            end = _end(service, body, answers, answers.choices[0], prompts[0])
+            sender.event({"content": "", "tokens": [], **end})
         finally:
             answers.close()
 
     return EventStream(produce)
+
+
+def _whole(service: Service, body: LlamaRequest, answers: Answers, choice: Choice, prompt: list[int]) -> dict[str, Any]:
+    made = {**_tokens(body, choice.events), **_probs(service, body, choice.events)}
+    whole = {"content": choice.text, **made, **_end(service, body, answers, choice, prompt)}
+    if not body.response_fields:
+        return whole
+    picked = {}
+    for name in body.response_fields:
+        value: Any = whole
+        for level in name.split("/"):
+            value = value.get(level) if isinstance(value, dict) else None
+        if value is not None:
+            picked[name] = value
+    return picked
 
 
 def _tokens(body: LlamaRequest, events: list[TokenEvent]) -> dict[str, Any]:
@@ -162,23 +190,36 @@ def _tokens(body: LlamaRequest, events: list[TokenEvent]) -> dict[str, Any]:
 
 
 def _probs(service: Service, body: LlamaRequest, events: list[TokenEvent]) -> dict[str, Any]:
-    return {"completion_probabilities": chat.logprobs_of(service, events)["content"]} if body.n_probs else {}
+    if not body.n_probs:
+        return {}
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        text, raw = service.token_text(token), service.token_bytes(token)
+        return {"id": token, "token": text, "bytes": raw, "logprob": max(logprob, -9999.0)}
+
+    shown = [
+        {**one(e.token_id, e.logprob), "top_logprobs": [one(token, logprob) for token, logprob in e.top_logprobs]}
+        for e in events
+    ]
+    return {"completion_probabilities": shown}
 
 
-def _end(service: Service, body: LlamaRequest, answers: Answers, n_prompt: int) -> dict[str, Any]:
+def _end(service: Service, body: LlamaRequest, answers: Answers, choice: Choice, prompt: list[int]) -> dict[str, Any]:
     """What is known when it is over."""
-    choice: Choice = answers.choices[0]
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     word = completions.stop_hit(service, choice, stops)
     kind = "limit" if choice.finish_reason == "length" else "eos" if word is None else "word"
+    tokenizer = service.llm._need_tokenizer()
     return {
-        "index": 0,
+        "index": choice.index,
         "id_slot": -1,
         "stop": True,
         "model": service.shown_name(body.model),
-        "tokens_predicted": answers.n_made,
-        "tokens_evaluated": n_prompt,
-        "tokens_cached": answers.usage()["prompt_tokens_details"]["cached_tokens"],
+        "tokens_predicted": len(choice.events),
+        "tokens_evaluated": len(prompt),
+        "tokens_cached": choice.prompt.n_cached_tokens if choice.prompt is not None else 0,
+        "prompt": tokenizer.decode([i for i in prompt if tokenizer.is_token(i)]),
+        "has_new_line": "\n" in choice.text,
         "truncated": False,
         "stop_type": kind,
         "stopping_word": word or "",

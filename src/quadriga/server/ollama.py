@@ -21,6 +21,7 @@ from starlette.responses import Response
 from quadriga.model import cost
 from quadriga.server import chat, completions, text_routes
 from quadriga.server.errors import ApiError
+from quadriga.server.fleet import Fleet
 from quadriga.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -59,6 +60,7 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
     top_k: int = 40
     top_p: float = 0.9
     min_p: float | None = None
+    typical_p: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     repeat_penalty: float | None = None
@@ -241,7 +243,7 @@ def _sampled(request: S, given: Options | None) -> S:
     limit = options.num_predict
     request.max_tokens = -1 if limit is None or limit < 0 else limit
     request.temperature, request.top_p, request.min_p = options.temperature, options.top_p, options.min_p
-    request.top_k = max(-1, options.top_k)
+    request.top_k, request.typical_p = max(-1, options.top_k), options.typical_p
     request.seed, request.stop = options.seed, options.stop
     request.repetition_penalty = options.repeat_penalty
     request.presence_penalty, request.frequency_penalty = options.presence_penalty, options.frequency_penalty
@@ -394,15 +396,18 @@ def entry(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-def tags(service: Service) -> Response:
+def tags(fleet: Fleet) -> Response:
     """GET /api/tags."""
-    return json_response({"models": [entry(service, name) for name in service.names]})
+    return json_response({"models": [entry(service, name) for service in fleet for name in service.names]})
 
 
-def running(service: Service) -> Response:
+def running(fleet: Fleet) -> Response:
     """GET /api/ps."""
-    more = {"expires_at": "0001-01-01T00:00:00Z", "size_vram": 0, "context_length": service.llm.config.max_seq_len}
-    return json_response({"models": [{**entry(service, name), **more} for name in service.names]})
+    models = []
+    for service in fleet:
+        more = {"expires_at": "0001-01-01T00:00:00Z", "size_vram": 0, "context_length": service.llm.config.max_seq_len}
+        models += [{**entry(service, name), **more} for name in service.names]
+    return json_response({"models": models})
 
 
 async def show(service: Service, body: OllamaModel, _: Caller) -> Response:

@@ -17,9 +17,12 @@ import faulthandler
 import logging
 import os
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -27,6 +30,7 @@ import uvicorn
 from quadriga.errors import ConfigError, EngineError
 from quadriga.server.app import LAST_STEP_S, build
 from quadriga.server.files import FileStore
+from quadriga.server.fleet import Fleet
 from quadriga.server.guard import Limits
 from quadriga.server.protocol import GuardedProtocol
 from quadriga.server.service import Service
@@ -55,11 +59,12 @@ class Server(uvicorn.Server):
         stay_on_failure: go on answering 503 when the engine has failed, until a signal comes.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float, stay_on_failure: bool = False) -> None:
+    def __init__(self, config: uvicorn.Config, service: Fleet, drain_s: float, stay_on_failure: bool = False) -> None:
         super().__init__(config)
         self._service, self._drain_s, self._stay = service, drain_s, stay_on_failure
         self._alarm: threading.Timer | None = None
-        service.engine.on_failure = self._engine_failed
+        for one in service:
+            one.engine.on_failure = self._engine_failed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM or SIGINT."""
@@ -94,7 +99,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for the answers under way, no longer than the deadline."""
         error = EngineError("the server is shutting down and this answer took too long")
-        alarm = asyncio.get_running_loop().call_later(self._drain_s, self._service.engine.drop_all, error)
+        alarm = asyncio.get_running_loop().call_later(self._drain_s, self._service.drop_all, error)
         await super().shutdown(sockets)
         alarm.cancel()
 
@@ -117,6 +122,56 @@ def listen(host: str, port: int) -> socket.socket:
     return server
 
 
+def listen_at(path: Path) -> socket.socket:
+    """A listening socket that is a file; one that nobody listens at any more is taken away first.
+
+    Raises:
+        ConfigError: the file cannot be had.
+    """
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket() and not _answers(path):
+            path.unlink()
+        server.bind(str(path))
+        path.chmod(0o660)
+    except OSError as error:
+        server.close()
+        raise ConfigError(f"cannot listen at {path}: {error.strerror or error}") from None
+    server.listen(1024)
+    return server
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a server shows of itself: its certificate (and those between it and a known one), and the key to it.
+
+    Raises:
+        ConfigError: they cannot be read, or do not belong together.
+    """
+
+    chain: Path
+    key: Path
+
+    def __post_init__(self) -> None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.chain, self.key, password=_no_password)
+        except (OSError, ssl.SSLError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
+            raise ConfigError(
+                f"--tls-cert {self.chain} and --tls-key {self.key} must be a PEM certificate and its key without a "
+                f"password: {reason}"
+            ) from None
+
+
+def _no_password() -> str:
+    raise ValueError("the key has a password")
+
+
 def give_up() -> None:
     """End this process without waiting for its threads, and say in the log where each of them is."""
     words = threading.Thread(target=_last_words, daemon=True)
@@ -133,7 +188,7 @@ def _last_words() -> None:
 
 
 def serve(
-    service: Service,
+    service: Service | Fleet,
     limits: Limits,
     server: socket.socket,
     *,
@@ -141,21 +196,25 @@ def serve(
     stay_on_failure: bool = False,
     started: Callable[[], None] | None = None,
     store: FileStore | None = None,
+    certificate: Certificate | None = None,
 ) -> None:
     """Answer requests until a signal comes, or the engine fails.
 
     Args:
+        service: the model, or the models.
         server: from :func:`listen`.
         drain_s: seconds that answers under way get after the first signal.
         stay_on_failure: do not end when the engine fails; answer 503 until a signal comes.
         started: called when requests are answered.
         store: where files and batches are kept; None: they are not.
+        certificate: speak TLS, and nothing else.
 
     Raises:
         SystemExit: with EXIT_FAILED, after the drain, if the engine failed; in the main thread only.
     """
+    fleet = service if isinstance(service, Fleet) else Fleet([service])
     config = uvicorn.Config(
-        build(service, limits, store),
+        build(fleet, limits, store),
         http=GuardedProtocol,
         ws="none",
         lifespan="on",
@@ -164,9 +223,11 @@ def serve(
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=drain_s + _LAST_WORDS_S,
+        ssl_certfile=None if certificate is None else str(certificate.chain),
+        ssl_keyfile=None if certificate is None else str(certificate.key),
     )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    loop = Server(config, service, drain_s, stay_on_failure)
+    loop = Server(config, fleet, drain_s, stay_on_failure)
     if started is not None:
         original = loop.startup
 
@@ -179,7 +240,7 @@ def serve(
     loop.disarm()
     if threading.current_thread() is not threading.main_thread():
         return  # a guest: the process is somebody else's
-    if service.engine.stuck:
+    if fleet.stuck:
         give_up()  # the interpreter would free what the engine's thread still computes with, or wait for it
-    if service.engine.failed:
+    if fleet.failed:
         raise SystemExit(EXIT_FAILED)

@@ -127,6 +127,8 @@ class ResponseFormat(Struct, kw_only=True, forbid_unknown_fields=True):
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: JsonSchema | None = None
+    schema: dict[str, Any] | None = None
+    """With ``json_object``: a schema, as llama.cpp and others take it."""
     regex: str | None = None
     grammar: str | None = None
 
@@ -146,6 +148,9 @@ class Sampling(Struct, kw_only=True, forbid_unknown_fields=True):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    typical_p: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -254,6 +259,8 @@ class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
+    with_pieces: bool = False
+    """Each token as an object of its id and text, as llama.cpp has it."""
 
 
 class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -63,6 +63,11 @@ class Caller:
     usage: Usage = field(default_factory=Usage)
     """What the access log is told; shared by the lines of a batch."""
 
+    @property
+    def key_name(self) -> str:
+        """What logs and metrics call its key: the first digits of the key's SHA-256; empty where there is none."""
+        return f"key:{self.salt.hex()[:8]}" if self.salt else ""
+
     async def enter(self, n_sequences: int) -> None:
         """Begin so many answers or texts.
 
@@ -196,6 +201,7 @@ class Answers:
         return {
             "prompt_n": self.n_prompt_tokens,
             "prompt_ms": round(1000 * (first - self.started), 3),
+            "prompt_per_second": round(self.n_prompt_tokens / max(first - self.started, 1e-6), 3),
             "predicted_n": made,
             "predicted_ms": round(1000 * decode, 3),
             "predicted_per_second": round((made - 1) / decode, 3) if made > 1 and decode > 0 else 0.0,
@@ -233,6 +239,8 @@ class Service:
         self.engine = AsyncEngine(llm.engine, max_waiting=max_waiting, step_timeout_s=step_timeout_s)
         self.work = Work()
         self.metrics = Metrics(llm, name)
+        self.neighbours: Callable[[], list[str]] = lambda: self.names
+        """All names that the server serves."""
         self.draining = False
         self.probe = Probe(self.engine, prompt=(min(1, llm.config.vocab_size - 1),))
         # Now, not with the first request: it holds the interpreter's lock for up to a second.
@@ -241,6 +249,10 @@ class Service:
             self._grammars = GrammarDesk(_grammars_of(llm))
         except QuadrigaError as error:
             self._grammars = error
+
+    def serves(self, model: str | None) -> bool:
+        """True if a request may call this model so, or one of its adapters."""
+        return model in self.names
 
     def check_model(self, model: str | None) -> None:
         """Refuse a request for another model.
@@ -261,7 +273,7 @@ class Service:
         base, _, adapter = model.rpartition(":")
         if (base == self.name or base in self.aliases) and adapter in self.llm.adapters:
             return adapter
-        served = ", ".join(repr(name) for name in self.names)
+        served = ", ".join(repr(name) for name in self.neighbours())
         raise ApiError(
             404, f"the model {model[:100]!r} is not served here; {served} is", param="model", code="model_not_found"
         )
@@ -324,6 +336,9 @@ class Service:
             "top_p": body.top_p,
             "top_k": 0 if body.top_k == -1 else body.top_k,  # -1: all, as vLLM writes it
             "min_p": body.min_p,
+            "typical_p": body.typical_p,
+            "xtc_probability": body.xtc_probability,
+            "xtc_threshold": body.xtc_threshold,
             "presence_penalty": body.presence_penalty,
             "frequency_penalty": body.frequency_penalty,
             "repetition_penalty": body.repetition_penalty,
@@ -346,8 +361,10 @@ class Service:
         """What a response format asks of a grammar: (kind, source), or None for free text."""
         if form is None or form.type == "text":
             return None
+        if form.schema is not None and form.type != "json_object":
+            raise ApiError(400, f"schema belongs to json_object, not {form.type}", param="response_format.schema")
         if form.type == "json_object":
-            return "json", {"type": "object"}
+            return "json", {"type": "object"} if form.schema is None else form.schema
         if form.type == "json_schema":
             if form.json_schema is None or form.json_schema.schema is None:
                 raise ApiError(400, "json_schema needs a schema", param="response_format.json_schema")
@@ -416,7 +433,13 @@ class Service:
             raise
         n_read = sum(len(p) for p in prompts)
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1000
-        return Answers(streams, n_read, deadline, lambda a: caller.leave(len(streams), n_read, a.n_made))
+
+        def ended(answers: Answers) -> None:
+            caller.leave(len(streams), n_read, answers.n_made)
+            aborted = sum(len(choice.events) for choice in answers.choices if choice.finish_reason is None)
+            self.metrics.ended(caller.key_name, n_read, answers.n_made, aborted)
+
+        return Answers(streams, n_read, deadline, ended)
 
     async def embed(
         self, prompts: Sequence[Sequence[int]], caller: Caller, *, priority: int = 0, model: str | None = None
@@ -445,6 +468,8 @@ class Service:
                 for stream, made in await streams[0].inbox.take():
                     assert isinstance(made, Embedding), "a text becomes a vector"
                     vectors[stream] = made.vector
+            self.metrics.texts(len(streams))
+            self.metrics.ended(caller.key_name, sum(len(p) for p in prompts), 0)
             return [vectors[stream] for stream in streams]
         finally:
             for stream in streams:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from starlette.responses import Response
 
 from quadriga.model import cost
 from quadriga.server.errors import ApiError
+from quadriga.server.fleet import Fleet
 from quadriga.server.metrics import balance_of, jain_of
 from quadriga.server.service import Service
 from quadriga.server.sse import json_response
@@ -44,9 +46,10 @@ def named(service: Service, name: str) -> dict[str, Any]:
     return {**model(service), "id": name, "root": service.name, "parent": service.name if adapter else None}
 
 
-def models(service: Service) -> Response:
-    """GET /v1/models: all names of the model, its adapters among them."""
-    return json_response({"object": "list", "data": [named(service, name) for name in service.names]})
+def models(fleet: Fleet) -> Response:
+    """GET /v1/models: all names of all models, their adapters among them."""
+    data = [named(service, name) for service in fleet for name in service.names]
+    return json_response({"object": "list", "data": data})
 
 
 def one_model(service: Service, name: str) -> Response:
@@ -54,18 +57,19 @@ def one_model(service: Service, name: str) -> Response:
     return json_response(named(service, name))
 
 
-def health(service: Service) -> Response:
-    """200 while the engine lives; it needs no key, so it does not say what the engine died of."""
-    if service.engine.failed:
+def health(fleet: Fleet) -> Response:
+    """200 while the engines live; it needs no key, so it does not say what one died of."""
+    if fleet.failed:
         return json_response({"status": "failed", "error": "the engine has stopped; the server's log says why"}, 503)
-    return json_response({"status": "draining" if service.draining else "ok"})
+    return json_response({"status": "draining" if fleet.draining else "ok"})
 
 
-async def ready(service: Service) -> Response:
-    """200 once a token has been generated just now; see ``probe``."""
-    if service.draining:
+async def ready(fleet: Fleet) -> Response:
+    """200 once every model has made a token just now; see ``probe``."""
+    if fleet.draining:
         raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=5)
-    return json_response({"status": "ready", "ms": round(1000 * await service.probe.seconds(), 3)})
+    seconds = await asyncio.gather(*(service.probe.seconds() for service in fleet))
+    return json_response({"status": "ready", "ms": round(1000 * max(seconds), 3)})
 
 
 class Experts:

@@ -48,13 +48,17 @@ async def tokenize(service: Service, body: TokenizeRequest, caller: Caller) -> R
         ids = await service.work.encode(caller.n_bytes, encode, given[0])
     else:
         ids = (await rendered(service, _as_chat(body, body.messages or []), caller)).ids
-    return await service.work.check(caller.n_bytes, _tokens, service, ids, body.return_token_strs)
+    return await service.work.check(caller.n_bytes, _tokens, service, ids, body)
 
 
-def _tokens(service: Service, ids: list[int], with_strings: bool) -> Response:
+def _tokens(service: Service, ids: list[int], body: TokenizeRequest) -> Response:
     names: dict[int, str] = {}
-    strings = [names.get(i) or names.setdefault(i, service.token_text(i)) for i in ids] if with_strings else None
+    named = body.return_token_strs or body.with_pieces
+    strings = [names.get(i) or names.setdefault(i, service.token_text(i)) for i in ids] if named else None
     limit = service.llm.config.max_seq_len
+    if body.with_pieces:
+        pieces = [{"id": i, "piece": text} for i, text in zip(ids, strings or (), strict=True)]
+        return json_response({"count": len(ids), "max_model_len": limit, "tokens": part(pieces)})
     shown = {"count": len(ids), "max_model_len": limit, "tokens": part(ids), "token_strs": part(strings)}
     return json_response(shown)
 

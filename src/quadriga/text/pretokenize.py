@@ -30,6 +30,33 @@ _O200K = (  # openai/tiktoken: a cut inside a word where a capital follows a sma
 )
 
 
+# DeepSeek-LLM's and -V2's tokenizer.json: letters that have capitals, by their code points; the copies of this class in
+# circulation have three ends of ranges that a normalisation moved.
+_CASED = (
+    "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376-377 37B-37D 37F 386 388-38A 38C 38E-3A1 "
+    "3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF 1D00-1D2B 1D6B-1D77 1D79-1D9A "
+    "1E00-1F15 1F18-1F1D 1F20-1F45 1F48-1F4D 1F50-1F57 1F59 1F5B 1F5D 1F5F-1F7D 1F80-1FB4 1FB6-1FBC 1FBE 1FC2-1FC4 "
+    "1FC6-1FCC 1FD0-1FD3 1FD6-1FDB 1FE0-1FEC 1FF2-1FF4 1FF6-1FFC 2102 2107 210A-2113 2115 2119-211D 2124 2126 2128 "
+    "212A-212D 212F-2134 2139 213C-213F 2145-2149 214E 2183-2184 2C00-2C7B 2C7E-2CE4 2CEB-2CEE 2CF2-2CF3 A640-A66D "
+    "A680-A69B A722-A76F A771-A787 A78B-A78E AB70-ABBF FB00-FB06 FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 "
+    "104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF 1E900-1E943"
+)
+_CASED_CLASS = "".join("-".join(chr(int(end, 16)) for end in ends.split("-")) for ends in _CASED.split())
+_DEEPSEEK_V2 = (
+    r"[\r\n]",
+    rf"\s?[{_CASED_CLASS}]+",
+    "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+    r"\s+$",
+    "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+    r"\p{N}",
+)
+_DEEPSEEK_V3 = (  # deepseek-ai/DeepSeek-V3's tokenizer.json
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
+
 # llama.cpp's rule for files that do not name theirs (src/llama-vocab.cpp); no published vocabulary was trained with it.
 _LLAMA_CPP_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
@@ -64,6 +91,8 @@ GGUF_PATTERNS: dict[str, Split] = {
     "qwen2": Split((_QWEN2,), normalizer="NFC"),  # Qwen/Qwen2-7B's tokenizer.json
     "gpt-4o": Split((_O200K,), whole_words=True),  # gpt-oss: o200k_harmony
     "minimax-m2": Split((_O200K,)),
+    "deepseek-llm": Split(_DEEPSEEK_V2),
+    "deepseek-v3": Split(_DEEPSEEK_V3),
 }
 """Values of GGUF's ``tokenizer.ggml.pre`` that are known."""
 

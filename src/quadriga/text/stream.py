@@ -67,13 +67,21 @@ class Detokenizer:
             return text, False
         return self._release(text)
 
-    def finish(self) -> str:
-        """What was held back: the tail that became no stop string, and U+FFFD for an unfinished character."""
+    def finish(self, *, whole_characters: bool = False) -> str:
+        """What was held back: the tail that became no stop string, and U+FFFD for an unfinished character.
+
+        Args:
+            whole_characters: leave an unfinished character out instead.
+        """
+        if whole_characters:
+            self._decoder.reset()
         text, _ = self._release(self._decoder.decode(b"", final=True))
         tail, self._held = self._held, ""
         return text + tail
 
     def _release(self, new: str) -> tuple[str, bool]:
+        if not self._stop:
+            return new, False
         text = self._held + new
         hits = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if hits:

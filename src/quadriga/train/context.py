@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from quadriga.kernels import training
-from quadriga.nn.context import PackedContext, Scoring
+from quadriga.model.config import RecurrentState
+from quadriga.nn.context import PackedContext, Scan, Scoring
 from quadriga.train.batch import TrainingBatch
 
 
@@ -36,3 +37,7 @@ class DocumentContext:
             alibi_slopes=scoring.alibi_slopes,
             window=scoring.window,
         )
+
+    def recur(self, layer: int, x: Tensor, state: RecurrentState, scan: Scan) -> Tensor:
+        """A recurrent layer within documents; see ``ForwardContext``."""
+        return self._elsewhere.recur(layer, x, state, scan)

@@ -57,21 +57,22 @@ def model_config(section: ModelSection, n_vocab: int, end_ids: tuple[int, ...] =
         raise ConfigError(f"model.vocab_size must be at least the corpus's {n_vocab} ids, got {rows}")
     d_model = section.d_model or base.d_model
     layer = base.only_layer("a model made from a preset")
-    n_heads = section.n_heads or layer.mixer.n_heads
+    attention = layer.attention
+    n_heads = section.n_heads or attention.n_heads
     ffn = replace(layer.ffn, d_ff=section.d_ff or layer.ffn.d_ff * d_model // base.d_model)
     if isinstance(ffn, MoESpec):
         ffn = replace(ffn, n_experts=section.n_experts or ffn.n_experts, top_k=section.top_k or ffn.top_k)
     elif section.n_experts or section.top_k:
         raise ConfigError(f"model.n_experts and model.top_k need a preset with experts; {section.preset} is dense")
-    position = layer.mixer.position
+    position = attention.position
     if section.rope_theta is not None:
         if not isinstance(position, RopeSpec):
             raise ConfigError(f"model.rope_theta needs a preset with rotary positions; {section.preset} has none")
         position = replace(position, theta=section.rope_theta)
     mixer = replace(
-        layer.mixer,
+        attention,
         n_heads=n_heads,
-        n_kv_heads=section.n_kv_heads or min(layer.mixer.n_kv_heads, n_heads),
+        n_kv_heads=section.n_kv_heads or min(attention.n_kv_heads, n_heads),
         head_dim=section.head_dim or d_model // n_heads,
         position=position,
     )

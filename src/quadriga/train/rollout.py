@@ -14,7 +14,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from quadriga.nn.context import PackedContext, Scoring
+from quadriga.model.config import RecurrentState
+from quadriga.nn.context import PackedContext, Scan, Scoring, beginning
 from quadriga.nn.transformer import Transformer
 
 
@@ -26,6 +27,7 @@ class _Samples:
         self._prompt, self._n = prompt, n_samples
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
+        self._states: dict[int, list[Sequence[Tensor]]] = {}
         self._decoding = False
 
     def advance(self, position: int) -> None:
@@ -43,6 +45,16 @@ class _Samples:
         self._keys[layer] = torch.cat((self._keys[layer], k[:, :, None]), dim=2)
         self._values[layer] = torch.cat((self._values[layer], v[:, :, None]), dim=2)
         return scoring.attention(q[:, :, None], self._keys[layer], self._values[layer])[:, :, 0]
+
+    def recur(self, layer: int, x: Tensor, state: RecurrentState, scan: Scan) -> Tensor:
+        """A recurrent layer over the prompt, then over one token of each sample from its own state."""
+        if not self._decoding:
+            out, after = scan(x, beginning(state, x))
+            self._states[layer] = [after] * self._n
+            return out
+        done = [scan(row[None], before) for row, before in zip(x, self._states[layer], strict=True)]
+        self._states[layer] = [after for _, after in done]
+        return torch.cat([out for out, _ in done])
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from quadriga.errors import CheckpointError, ConfigError, TrainingError
 from quadriga.model import cost
+from quadriga.model.config import AttentionSpec
 from quadriga.model.config_json import config_to_json
 from quadriga.nn.transformer import Transformer
 from quadriga.train import config as sections
@@ -434,10 +435,13 @@ class Trainer:
         n_tokens = sum(len(batch.tokens) for batch in batches)
         attention = 0.0
         for layer, n in config.kinds().items():
+            if not isinstance(layer.mixer, AttentionSpec):
+                attention += n * n_tokens * float(cost.step_flops(layer.mixer))
+                continue
             seen = (batch.positions + 1 for batch in batches)
             if (window := layer.mixer.window) is not None:
                 seen = (lengths.clamp(max=window) for lengths in seen)
-            attention += n * 4 * layer.mixer.q_dim * float(sum(int(lengths.sum()) for lengths in seen))
+            attention += n * 2 * layer.mixer.attended_dim * float(sum(int(lengths.sum()) for lengths in seen))
         return 3.0 * (2 * self._active * n_tokens + attention)
 
     def _tell(self, text: str) -> None:

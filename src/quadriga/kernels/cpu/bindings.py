@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "bd8a69e74d23a4357fc681526295448870965f041490e50b5262bde50d7fe436"
+HEADER_SHA256 = "08733556f6c2bb59bbd2b6714b8c9e3e8f0843219096950a201af95c36d439c2"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -145,6 +145,8 @@ class Op(IntEnum):
     ATTN_OUT = 3
     FFN = 4
     HEAD = 5
+    SHORT_CONV = 6
+    DELTA_NET = 7
 
 
 class Message(c.Structure):
@@ -227,7 +229,57 @@ class Attention(c.Structure):
         ("rotary_dim", c.c_int32),
         ("rotary_scale", c.c_float),
         ("norm_after_rotation", c.c_int32),
+        ("output_gate", c.c_int32),
         ("cache_group", c.c_int32),
+        ("kv_rank", c.c_int32),
+        ("rope_dim", c.c_int32),
+        ("nope_dim", c.c_int32),
+        ("v_dim", c.c_int32),
+        ("q_a_norm", Norm),
+        ("kv_a_norm", Norm),
+        ("wq_a", Matrix),
+        ("wkv_a", Matrix),
+        ("wk_b", Matrix),
+        ("wv_b", Matrix),
+    ]
+
+
+class ShortConv(c.Structure):
+    """struct qd_short_conv"""
+
+    _fields_ = [
+        ("norm", Norm),
+        ("post_norm", Norm),
+        ("w_in", Matrix),
+        ("w_out", Matrix),
+        ("taps", c.c_void_p),
+        ("state", c.c_void_p),
+        ("n_taps", c.c_int32),
+        ("residual_scale", c.c_float),
+    ]
+
+
+class DeltaNet(c.Structure):
+    """struct qd_delta_net"""
+
+    _fields_ = [
+        ("norm", Norm),
+        ("post_norm", Norm),
+        ("w_in", Matrix),
+        ("w_ba", Matrix),
+        ("w_out", Matrix),
+        ("taps", c.c_void_p),
+        ("rate", c.c_void_p),
+        ("dt", c.c_void_p),
+        ("head_norm", Norm),
+        ("state", c.c_void_p),
+        ("n_taps", c.c_int32),
+        ("n_k_heads", c.c_int32),
+        ("n_v_heads", c.c_int32),
+        ("k_dim", c.c_int32),
+        ("v_dim", c.c_int32),
+        ("tiled", c.c_int32),
+        ("residual_scale", c.c_float),
     ]
 
 
@@ -257,6 +309,7 @@ class Ffn(c.Structure):
         ("score", c.c_int32),
         ("n_groups", c.c_int32),
         ("top_k_groups", c.c_int32),
+        ("group_by_best", c.c_int32),
         ("normalize_eps", c.c_float),
         ("normalize_min", c.c_float),
         ("routed_scale", c.c_float),
@@ -300,6 +353,8 @@ class Batch(c.Structure):
         ("rows", c.c_void_p),
         ("logits", c.c_void_p),
         ("hidden", c.c_void_p),
+        ("before", c.c_void_p),
+        ("after", c.c_void_p),
         ("table_size", c.c_int64),
     ]
 
@@ -386,6 +441,8 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "qd_norm": Norm,
     "qd_embed": Embed,
     "qd_attention": Attention,
+    "qd_short_conv": ShortConv,
+    "qd_delta_net": DeltaNet,
     "qd_ffn": Ffn,
     "qd_head": Head,
     "qd_batch": Batch,
@@ -426,6 +483,13 @@ PARAMETERS: dict[str, list[Any]] = {
     "qd_kv_bytes": [
         c.c_int32,  # kv_format
         c.c_int32,  # head_dim
+        c.c_void_p,  # bytes
+        c.POINTER(Message),  # why
+    ],
+    "qd_latent_bytes": [
+        c.c_int32,  # kv_format
+        c.c_int32,  # rank
+        c.c_int32,  # rope_dim
         c.c_void_p,  # bytes
         c.POINTER(Message),  # why
     ],

@@ -3,7 +3,7 @@
 Building a :class:`Program` lays out every op of the model as a C structure, pointers in place; running it is one call
 from Python for the whole step, whatever the number of layers. Between the ops nothing but C++ runs.
 
-    embed -> [ norm+qkv+norms+clip+rotate+cache write -> attention -> projection+residual
+    embed -> [ norm+qkv+norms+clip+rotate+cache write -> attention -> projection+residual, or a recurrent layer's one op
                norm+router+experts+weighted sum+residual ] * n_layers -> norm+head on the rows asked for
 """
 
@@ -37,13 +37,34 @@ class NormArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentArgs:
+    """What latent attention has besides: see ``LatentAttentionSpec``; R = kv_rank."""
+
+    kv_rank: int
+    rope_dim: int
+    nope_dim: int
+    v_dim: int
+    wq_a: Packed | None
+    """(Q, D); None: ``AttentionArgs.wqkv`` takes the normed state itself."""
+    q_a_norm: NormArgs | None
+    wkv_a: Packed
+    """(R + rope_dim, D)"""
+    kv_a_norm: NormArgs
+    wk_b: Packed
+    """(H R, nope_dim)"""
+    wv_b: Packed
+    """(H v_dim, R)"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionArgs:
     """Everything ``Program.attention`` needs of one layer; see ``ops.attention`` for the mathematics."""
 
     norm: NormArgs | None
     post_norm: NormArgs | None
     wqkv: Sequence[Packed]
-    """Pieces of its rows: one, or several where a file stores q, k and v in different formats."""
+    """Pieces of its rows: one, or several where a file stores q, k and v in different formats. Of latent attention the
+    queries' projection alone, (H (nope_dim + rope_dim), D or Q)."""
     wo: Packed
     n_heads: int
     n_kv_heads: int
@@ -60,17 +81,60 @@ class AttentionArgs:
     alibi_slopes: Floats | None
     """(H,) float32."""
     kv: NDArray[np.uint8]
-    """This layer's blocks, ``n_blocks * quant.packed.kv_block_bytes``, zeroed."""
+    """This layer's blocks, zeroed: ``n_blocks`` times ``quant.packed``'s kv_block_bytes or latent_block_bytes."""
     kv_format: str
     qkv_bias: Floats | None = None
     out_bias: Floats | None = None
     sinks: Floats | None = None
     """(H,) float32."""
     window: int | None = None
+    output_gate: bool = False
     cache_group: int = 0
     """Whose block table the layer's keys and values are found by."""
     rotary_scale: float = 1.0
     norm_after_rotation: bool = False
+    latent: LatentArgs | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvArgs:
+    """Everything ``Program.short_conv`` needs of one layer; see ``model.config.ShortConvSpec``."""
+
+    norm: NormArgs
+    post_norm: NormArgs | None
+    w_in: Packed
+    w_out: Packed
+    taps: Floats
+    """(W, L)"""
+    residual_scale: float
+    state: Floats
+    """(slots, numbers of a state)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetArgs:
+    """Everything ``Program.delta_net`` needs of one layer; see ``model.config.DeltaNetSpec``."""
+
+    norm: NormArgs
+    post_norm: NormArgs | None
+    w_in: Packed
+    w_ba: Packed
+    w_out: Packed
+    taps: Floats
+    """(2 G d_k + H d_v, L)"""
+    rate: Floats
+    """(H,), positive."""
+    dt: Floats
+    head_norm: NormArgs
+    """(d_v,)"""
+    n_k_heads: int
+    n_v_heads: int
+    k_dim: int
+    v_dim: int
+    tiled: bool
+    residual_scale: float
+    state: Floats
+    """(slots, numbers of a state)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +144,7 @@ class ChoiceArgs:
     score: str = "softmax"
     n_groups: int = 1
     top_k_groups: int = 1
+    group_worth: str = "two_best"
     normalize_eps: float = 0.0
     normalize_min: float = 0.0
     scale: float = 1.0
@@ -148,6 +213,21 @@ class Batch:
     """(S + 1,)"""
     rows: Ints
     """(R,) tokens whose logits are wanted."""
+    before: Ints | None = None
+    """(S,) slots that the states of recurrent layers before each sequence's first token are read from; -1: the sequence
+    begins here. None for both where the model has no such layer."""
+    after: Ints | None = None
+    """(S,) slots that the states after each sequence's last token are left in."""
+
+    def state_slots(self) -> list[tuple[int, int]]:
+        """(before, after) of every sequence."""
+        assert self.before is not None and self.after is not None, "a recurrent model's pass says where states are"
+        return list(zip(self.before.tolist(), self.after.tolist(), strict=True))
+
+
+def _address(values: Ints | Floats) -> int | None:
+    """Where a contiguous array lies; several times as fast as ``values.ctypes``, which counts a dozen times a step."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(values.data)) if values.size else None
 
 
 class LayerRouting:
@@ -224,12 +304,66 @@ class Program:
             rotary_dim=0 if a.inverse_frequencies is None else 2 * a.inverse_frequencies.size,
             rotary_scale=a.rotary_scale,
             norm_after_rotation=a.norm_after_rotation,
+            output_gate=a.output_gate,
             cache_group=a.cache_group,
+            **self._latent(a.latent),
         )
         self._n_groups = max(self._n_groups, a.cache_group + 1)
         self._keep.append(a.kv)
         for kind in (Op.QKV, Op.ATTEND, Op.ATTN_OUT):
             self._add(kind, op)
+
+    def short_conv(self, a: ShortConvArgs) -> None:
+        """The first half of a layer with a short convolution: one op."""
+        op = bindings.ShortConv(
+            norm=self._norm(a.norm),
+            post_norm=self._norm(a.post_norm),
+            w_in=self._matrix(a.w_in),
+            w_out=self._matrix(a.w_out),
+            taps=self._floats(a.taps.T),
+            state=a.state.ctypes.data,
+            n_taps=a.taps.shape[1],
+            residual_scale=a.residual_scale,
+        )
+        self._keep.append(a.state)
+        self._add(Op.SHORT_CONV, op)
+
+    def delta_net(self, a: DeltaNetArgs) -> None:
+        """The first half of a layer with a gated delta rule: one op."""
+        op = bindings.DeltaNet(
+            norm=self._norm(a.norm),
+            post_norm=self._norm(a.post_norm),
+            w_in=self._matrix(a.w_in),
+            w_ba=self._matrix(a.w_ba),
+            w_out=self._matrix(a.w_out),
+            taps=self._floats(a.taps.T),
+            rate=self._floats(a.rate),
+            dt=self._floats(a.dt),
+            head_norm=self._norm(a.head_norm),
+            state=a.state.ctypes.data,
+            n_taps=a.taps.shape[1],
+            n_k_heads=a.n_k_heads,
+            n_v_heads=a.n_v_heads,
+            k_dim=a.k_dim,
+            v_dim=a.v_dim,
+            tiled=a.tiled,
+            residual_scale=a.residual_scale,
+        )
+        self._keep.append(a.state)
+        self._add(Op.DELTA_NET, op)
+
+    def _latent(self, a: LatentArgs | None) -> dict[str, Any]:
+        """The fields of latent attention; none where there is none."""
+        if a is None:
+            return {}
+        sizes = {"kv_rank": a.kv_rank, "rope_dim": a.rope_dim, "nope_dim": a.nope_dim, "v_dim": a.v_dim}
+        matrices = {"wq_a": a.wq_a, "wkv_a": a.wkv_a, "wk_b": a.wk_b, "wv_b": a.wv_b}
+        return {
+            **sizes,
+            **{name: self._matrix(matrix) for name, matrix in matrices.items()},
+            "q_a_norm": self._norm(a.q_a_norm),
+            "kv_a_norm": self._norm(a.kv_a_norm),
+        }
 
     def ffn(self, a: FFNArgs) -> None:
         """The feed-forward half of a layer: one op, however many experts."""
@@ -268,6 +402,7 @@ class Program:
             "score": cpu.SCORES[choice.score],
             "n_groups": choice.n_groups,
             "top_k_groups": choice.top_k_groups,
+            "group_by_best": choice.group_worth == "best",
             "normalize_eps": choice.normalize_eps,
             "normalize_min": choice.normalize_min,
             "routed_scale": choice.scale,
@@ -314,15 +449,17 @@ class Program:
             n_tokens=n,
             n_sequences=len(batch.starts) - 1,
             n_rows=n_rows,
-            tokens=batch.tokens.ctypes.data,
-            positions=batch.positions.ctypes.data,
-            starts=batch.starts.ctypes.data,
-            tables=tables.ctypes.data,
+            tokens=_address(batch.tokens),
+            positions=_address(batch.positions),
+            starts=_address(batch.starts),
+            tables=_address(tables),
             table_size=tables.shape[1],
-            table_starts=batch.table_starts.ctypes.data,
-            rows=batch.rows.ctypes.data,
-            logits=logits.ctypes.data,
+            table_starts=_address(batch.table_starts),
+            rows=_address(batch.rows),
+            logits=_address(logits),
             hidden=self._hidden.ctypes.data,
+            before=None if batch.before is None else batch.before.ctypes.data,
+            after=None if batch.after is None else batch.after.ctypes.data,
         )
         self.context.run(self._steps, args)
         return logits

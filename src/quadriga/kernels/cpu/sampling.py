@@ -1,7 +1,8 @@
 """Tokens for rows of logits, chosen by the C++ kernels: ``csrc/sampling.inl``, all rows of a pass in one call.
 
-What each setting means, ``engine/request.py`` says; ``engine/sampler.py`` has the same arithmetic in NumPy, and the tests
-hold the two to each other. A token depends on its row, its settings, its seed and its position in the answer alone.
+What each setting means, ``engine/request.py`` says; ``engine/sampler.py`` has the same arithmetic in NumPy, and the
+tests hold the two to each other. A token depends on its row, its settings, its seed and its position in the answer
+alone.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ class RowSettings:
         top_k: int,
         top_p: float,
         min_p: float,
+        typical_p: float,
+        xtc_probability: float,
+        xtc_threshold: float,
         n_top: int,
         seed: int,
     ) -> None:
@@ -77,7 +81,9 @@ class RowSettings:
             frequency_penalty=frequency_penalty,
             top_p=top_p,
             min_p=min_p,
-            typical_p=1.0,
+            typical_p=typical_p,
+            xtc_probability=xtc_probability,
+            xtc_threshold=xtc_threshold,
             top_k=top_k,
             n_top=n_top,
             seed=seed,

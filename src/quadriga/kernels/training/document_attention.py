@@ -43,12 +43,12 @@ def document_attention(
 
     Args:
         q: (N, H, d).
-        k, v: (N, K, d).
+        k: (N, K, d). v: (N, K, e), e usually d.
         bounds: document i is tokens [bounds[i], bounds[i + 1]); must cover all N tokens.
         alibi_slopes: (H,) float32.
 
     Returns:
-        (N, H, d).
+        (N, H, e).
     """
     assert bounds[0] == 0 and bounds[-1] == q.shape[0], "documents cover every token"
     out: Tensor = _DocumentAttention.apply(q, k, v, bounds, scale, soft_cap, alibi_slopes, window)  # type: ignore[no-untyped-call]
@@ -130,14 +130,14 @@ class _DocumentAttention(torch.autograd.Function):
     ) -> Tensor:
         scores = _Scores(q, k, bounds, scale, soft_cap, alibi_slopes, window)
         values = v.transpose(0, 1).contiguous()  # (K, N, d)
-        out = torch.empty_like(scores.q)
+        out = scores.q.new_empty(*scores.q.shape[:-1], v.shape[-1])
         for queries, keys, lows, offset in scores.blocks():
             p, _ = scores.probabilities(queries, keys, lows, offset)
             mixed = torch.bmm(p, values[:, keys])
             out[:, queries] = mixed.view(scores.n_kv_heads, -1, scores.group, mixed.shape[-1])
         ctx.save_for_backward(q, k, v, alibi_slopes)
         ctx.bounds, ctx.scale, ctx.soft_cap, ctx.window = bounds, scale, soft_cap, window
-        return out.transpose(0, 1).reshape(q.shape)
+        return out.transpose(0, 1).reshape(*q.shape[:-1], v.shape[-1])
 
     @staticmethod
     @once_differentiable

@@ -15,6 +15,7 @@ from quadriga.model.config import ModelConfig
 from quadriga.model.families import (
     class_defaults,
     dbrx,
+    deepseek,
     dots1,
     ernie45moe,
     flex_olmo,
@@ -23,6 +24,7 @@ from quadriga.model.families import (
     granite,
     grok1,
     hunyuan,
+    lfm2,
     llama2,
     minimax,
     mistral,
@@ -34,6 +36,7 @@ from quadriga.model.families import (
     qwen2,
     qwen2moe,
     qwen3,
+    qwen3next,
     refused,
     smollm3,
 )
@@ -63,9 +66,17 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5-moe": ernie45moe.FAMILY,
     "hunyuan-moe": hunyuan.FAMILY,
     "minimax-m2": minimax.FAMILY,
+    "lfm2": lfm2.DENSE,
+    "lfm2moe": lfm2.MIXTURE,
+    "qwen3next": qwen3next.NEXT,
+    "qwen35moe": qwen3next.MIXTURE,
+    "qwen35": qwen3next.DENSE,
     "olmo2": olmo2.FAMILY,
     "flex_olmo": flex_olmo.FAMILY,
     "phimoe": phimoe.FAMILY,
+    "deepseek_v2": deepseek.V2,
+    "deepseek_v3": deepseek.V3,
+    "glm4_moe_lite": deepseek.GLM,
 }
 
 PRESETS: dict[str, ModelConfig] = {
@@ -154,6 +165,8 @@ def read_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> tu
             family = mistral.FAMILY
     elif arch == "granitemoe" and metadata.get("granitemoe.expert_shared_feed_forward_length"):
         family = granite.SHARED  # one architecture, two families again
+    elif arch == "deepseek2":
+        family = deepseek.family_of_gguf(metadata, shapes)
     elif arch in _GGUF_ARCHS:
         family = next(family for family in FAMILIES.values() if arch in family.gguf_archs)
     else:

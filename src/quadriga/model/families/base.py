@@ -41,6 +41,9 @@ class Family:
     gguf_split_map: MapBuilder | None = None
     """The same with a tensor an expert, as llama.cpp wrote until it merged them (ggml-org/llama.cpp#6387, April 2024);
     read only."""
+    gguf_joined_map: MapBuilder | None = None
+    """The same with W_Kb and W_Vb of latent attention in one tensor, as llama.cpp wrote until April 2025
+    (ggml-org/llama.cpp#12801); read only."""
     counterpart: str | None = None
     """The family of the same block with the other kind of network: of dense models that of their mixtures, and back."""
     ignored_tensors: tuple[str, ...] = field(default=())
@@ -109,6 +112,8 @@ def pick_gguf_map(family: Family, config: ModelConfig, names: Mapping[str, Shape
         CheckpointError: the metadata promises far more experts than are stored.
     """
     assert family.gguf_map is not None, "a family whose GGUF config was read has a GGUF map"
+    if family.gguf_joined_map is not None and "blk.0.attn_k_b.weight" not in names:
+        return "gguf-joined", family.gguf_joined_map(config)
     if family.gguf_split_map is None or "blk.0.ffn_gate.0.weight" not in names:
         return "gguf", family.gguf_map(config)
     build = family.gguf_split_map

@@ -134,7 +134,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 4.57.6 reads it."""
     form = "DBRX's config.json"
     layer = config.only_layer(form)
-    attn, ffn = layer.mixer, of_kind(layer.ffn, MoESpec, form)
+    attn, ffn = layer.attention, of_kind(layer.ffn, MoESpec, form)
     rope = of_kind(attn.position, RopeSpec, form)
     raw: dict[str, object] = {
         "architectures": ["DbrxForCausalLM"],
@@ -251,12 +251,12 @@ def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of GGUF arch ``dbrx``; training-only settings have no place there."""
     form = "GGUF arch dbrx"
     layer = config.only_layer(form)
-    ffn, rope = of_kind(layer.ffn, MoESpec, form), of_kind(layer.mixer.position, RopeSpec, form)
+    ffn, rope = of_kind(layer.ffn, MoESpec, form), of_kind(layer.attention.position, RopeSpec, form)
     metadata = {
         **gguf_keys.common_keys(config, "dbrx"),
         "dbrx.rope.freq_base": rope.theta,
         # llama.cpp demands the key.
-        "dbrx.attention.clamp_kqv": layer.mixer.clip_qkv or 0.0,
+        "dbrx.attention.clamp_kqv": layer.attention.clip_qkv or 0.0,
         "dbrx.expert_count": ffn.n_experts,
         "dbrx.expert_used_count": ffn.top_k,
     }

@@ -251,7 +251,7 @@ def token_id_keys(config: ModelConfig) -> dict[str, object]:
 def common_keys(config: ModelConfig, arch: str) -> dict[str, object]:
     """The keys every architecture shares, ready to write."""
     layer = config.only_layer(f"GGUF arch {arch}")
-    attn = layer.mixer
+    attn = layer.attention
     eps = "layer_norm_rms_epsilon" if layer.norm.kind == "rms" else "layer_norm_epsilon"
     return {
         f"{arch}.block_count": config.n_layers,
@@ -289,7 +289,7 @@ def must_read_back(
     shapes: dict[str, Shape] = {TOKEN_EMBEDDING: (config.vocab_size, config.d_model)}
     if not config.tied_embeddings:
         shapes[OUTPUT] = (config.vocab_size, config.d_model)
-    attn = config.layers[0].mixer
+    attn = config.first_attention().attention
     normed = attn.qk_norm is not None
     for name, given in (("q.bias", attn.qkv_bias), ("output.bias", attn.out_bias), ("q_norm.weight", normed)):
         if given:
@@ -305,9 +305,9 @@ def must_read_back(
 
 def _as_stored(layer: LayerSpec) -> LayerSpec:
     """A layer without what GGUF keeps in another form or not at all."""
-    rope = layer.mixer.position
-    if isinstance(rope, RopeSpec):
-        layer = replace(layer, mixer=replace(layer.mixer, position=rope_keys.as_read(rope, layer.mixer.head_dim)))
+    attn = layer.mixer
+    if isinstance(attn, AttentionSpec) and isinstance(attn.position, RopeSpec):
+        layer = replace(layer, mixer=replace(attn, position=rope_keys.as_read(attn.position, attn.head_dim)))
     if layer.moe is None:
         return layer
     return replace(layer, ffn=replace(layer.moe, aux_loss_weight=0.0, jitter_eps=None))

@@ -24,7 +24,7 @@ from quadriga.model.config import (
     in_order,
 )
 from quadriga.model.families import deepseek_moe, gguf_keys
-from quadriga.model.families.base import Family, must_read_back
+from quadriga.model.families.base import Family, MapBuilder, must_read_back
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
 from quadriga.model.families.llama2 import (
     GGUF_COMMON,
@@ -139,7 +139,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         **deepseek_moe.to_hf(config, form),
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": "glm4_moe",
-        "use_qk_norm": config.layers[0].mixer.qk_norm is not None,
+        "use_qk_norm": config.layers[0].attention.qk_norm is not None,
     }
     must_read_back(config, config_from_hf(raw), form)
     return raw
@@ -201,16 +201,26 @@ _PREDICTION = (
 
 
 def left_out(config: ModelConfig) -> frozenset[str]:
-    """Tensors of the layer behind the last: a layer like it, and what joins it to the model."""
+    """Tensors of the layer behind the last."""
+    return layer_behind(config, hf_layout, gguf_map)
+
+
+def layer_behind(config: ModelConfig, *maps: MapBuilder) -> frozenset[str]:
+    """Tensors of a layer for multi-token prediction: one like the last, and what joins it to the model.
+
+    Args:
+        maps: the weight maps that name a layer's tensors.
+    """
     last = replace(config, layers=config.layers[-1:])
-    names = {*_PREDICTION, *source_shapes(hf_layout(last)), *source_shapes(gguf_map(last))}
+    names = {*_PREDICTION, *(name for build in maps for name in source_shapes(build(last)))}
     layer = {name for name in names if name.startswith(("model.layers.0.", "blk.0."))}
     return frozenset(name.replace(".0.", f".{config.n_layers}.", 1) for name in layer)
 
 
 def notes(raw: Mapping[str, object]) -> list[str]:
     """What is said of the layer for multi-token prediction."""
-    if not any(raw.get(key) for key in (*PREDICTION_KEYS, "glm4moe.nextn_predict_layers")):
+    of_gguf = (f"{raw.get('general.architecture')}.nextn_predict_layers",)
+    if not any(raw.get(key) for key in (*PREDICTION_KEYS, *of_gguf)):
         return []
     return ["the layer behind the last, which predicts one token more (multi-token prediction), is left out"]
 

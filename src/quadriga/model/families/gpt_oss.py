@@ -51,7 +51,7 @@ _LIMIT = 7.0
 
 
 def _layers(layer: LayerSpec, widths: list[int | None]) -> tuple[LayerSpec, ...]:
-    return in_order(replace(layer, mixer=replace(layer.mixer, window=width)) for width in widths)
+    return in_order(replace(layer, mixer=replace(layer.attention, window=width)) for width in widths)
 
 
 def _experts(**sizes: Any) -> MoESpec:
@@ -270,7 +270,7 @@ def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """
     form = f"GGUF arch {_GGUF_ARCH}"
     first = config.layers[0]
-    alike = replace(first, mixer=_unrounded(first.mixer, True))  # what the keys that all layers share are written from
+    alike = replace(first, mixer=_unrounded(first.attention, True))  # what keys that all layers share are written from
     written = replace(config, layers=uniform(alike, config.n_layers))
     metadata = {**common_to_gguf(written, form, _GGUF_ARCH), **gguf_keys.expert_keys(written, _GGUF_ARCH)}
     gguf_keys.must_read_back(config, config_from_gguf, metadata, form)

@@ -132,7 +132,7 @@ def _to_hf(config: ModelConfig, form: str) -> dict[str, object]:
     layer = config.only_layer(form)
     raw = {
         **common_to_hf(config, form),
-        "attention_multiplier": layer.mixer.score_scale,
+        "attention_multiplier": layer.attention.score_scale,
         "residual_multiplier": layer.residual_scale,
         "embedding_multiplier": config.embedding_scale,
         "logits_scaling": _divisor(config),
@@ -275,7 +275,7 @@ def _to_gguf(config: ModelConfig, form: str, arch: str) -> dict[str, object]:
     layer = config.only_layer(form)
     return {
         **common_to_gguf(config, form, arch),
-        f"{arch}.attention.scale": layer.mixer.score_scale,
+        f"{arch}.attention.scale": layer.attention.score_scale,
         f"{arch}.residual_scale": layer.residual_scale,
         f"{arch}.embedding_scale": config.embedding_scale,
         f"{arch}.logit_scale": _divisor(config),

@@ -104,7 +104,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as the hpcai-tech port reads it; transformers itself has no Grok-1."""
     form = "Grok-1's config.json"
     layer = config.only_layer(form)
-    attn, ffn = layer.mixer, of_kind(layer.ffn, MoESpec, form)
+    attn, ffn = layer.attention, of_kind(layer.ffn, MoESpec, form)
     rope = of_kind(attn.position, RopeSpec, form)
     raw: dict[str, object] = {
         "architectures": ["Grok1ModelForCausalLM"],
@@ -239,7 +239,7 @@ def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of GGUF arch ``grok``, every scale spelled out."""
     form = "GGUF arch grok"
     layer = config.only_layer(form)
-    attn, ffn = layer.mixer, of_kind(layer.ffn, MoESpec, form)
+    attn, ffn = layer.attention, of_kind(layer.ffn, MoESpec, form)
     rope = of_kind(attn.position, RopeSpec, form)
     if attn.soft_cap is None:
         raise ConfigError(f"{form} cannot express this model: llama.cpp caps Grok's attention scores, soft_cap is None")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from quadriga.errors import ConfigError
 
@@ -197,6 +197,17 @@ class Keys:
         ):
             raise self._wrong(key, "a list of finite numbers")
         return tuple(float(n) for n in value)
+
+    def words(self, key: str, known: Collection[str], n: int) -> list[str]:
+        """A list of ``n`` texts, each one of ``known``."""
+        value = self._get(key)
+        if (
+            not isinstance(value, list)
+            or len(value) != n
+            or not all(isinstance(one, str) and one in known for one in value)
+        ):
+            raise self._wrong(key, f"a list of {n} words, each {' or '.join(known)}")
+        return value
 
     def section(self, key: str) -> Keys:
         """A dict inside this one; it has a ``finish`` of its own."""

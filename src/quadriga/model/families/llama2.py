@@ -135,7 +135,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 def common_to_hf(config: ModelConfig, form: str) -> dict[str, object]:
     """The keys that config.json files of LLaMA's shape share; of layers that differ, the first one's."""
     layer = config.layers[0]
-    attn, rope = layer.mixer, of_kind(layer.mixer.position, RopeSpec, form)
+    attn, rope = layer.attention, of_kind(layer.attention.position, RopeSpec, form)
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -224,7 +224,7 @@ GGUF_BIASED = frozenset({"llama", "qwen2", "smollm3", "gpt-oss"})
 """Architectures of this shape in which llama.cpp adds biases to q, k, v and o where the file has them."""
 GGUF_QKV_BIASED = frozenset({"glm4moe", "qwen2moe"})
 """Those in which it adds them to q, k and v alone."""
-GGUF_PARTIAL = frozenset({"glm4moe", "minimax-m2"})
+GGUF_PARTIAL = frozenset({"glm4moe", "minimax-m2", "qwen3next", "qwen35moe", "qwen35"})
 """Those in which ``rope.dimension_count`` may be a part of a head."""
 
 GGUF_FFN = {
@@ -295,7 +295,7 @@ def common_from_gguf(keys: Keys, metadata: Mapping[str, object], shapes: Mapping
 
 def common_to_gguf(config: ModelConfig, form: str, arch: str = "llama") -> dict[str, object]:
     """Every key of a GGUF of LLaMA's shape but those of experts."""
-    attn = config.only_layer(form).mixer
+    attn = config.only_layer(form).attention
     rope, head_dim = of_kind(attn.position, RopeSpec, form), attn.head_dim
     written = {
         **gguf_keys.common_keys(config, arch),

@@ -122,12 +122,12 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as the published code and transformers 5.24.0 read it."""
     form = "MiniMax-M2's config.json"
     layer = config.only_layer(form)
-    moe, rope = of_kind(layer.ffn, MoESpec, form), of_kind(layer.mixer.position, RopeSpec, form)
+    moe, rope = of_kind(layer.ffn, MoESpec, form), of_kind(layer.attention.position, RopeSpec, form)
     raw: dict[str, object] = {
         **common_to_hf(config, form),
         "architectures": ["MiniMaxM2ForCausalLM"],
         "model_type": "minimax_m2",
-        "rotary_dim": rope.rotated(layer.mixer.head_dim),
+        "rotary_dim": rope.rotated(layer.attention.head_dim),
         "num_local_experts": moe.n_experts,
         "num_experts_per_tok": moe.top_k,
         "scoring_func": "sigmoid",

@@ -76,7 +76,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
     raw = llama2.common_to_hf(config, form) | {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
-        "sliding_window": layer.mixer.window,
+        "sliding_window": layer.attention.window,
     }
     must_read_back(config, config_from_hf(raw), form)
     return raw

@@ -86,7 +86,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         "num_experts_per_tok": ffn.top_k,
         "router_aux_loss_coef": ffn.aux_loss_weight,
         "router_jitter_noise": ffn.jitter_eps or 0.0,
-        "sliding_window": config.layers[0].mixer.window,
+        "sliding_window": config.layers[0].attention.window,
     }
     must_read_back(config, config_from_hf(raw), form)
     return raw

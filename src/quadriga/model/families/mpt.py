@@ -108,7 +108,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 4.57.6 reads it."""
     form = "MPT's config.json"
     layer = config.only_layer(form)
-    attn, ffn = layer.mixer, of_kind(layer.ffn, DenseSpec, form)
+    attn, ffn = layer.attention, of_kind(layer.ffn, DenseSpec, form)
     alibi = of_kind(attn.position, AlibiSpec, form)
     raw: dict[str, object] = {
         "architectures": ["MptForCausalLM"],
@@ -195,10 +195,10 @@ def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     form = "GGUF arch mpt"
     layer = config.only_layer(form)
     of_kind(layer.ffn, DenseSpec, form)
-    alibi = of_kind(layer.mixer.position, AlibiSpec, form)
+    alibi = of_kind(layer.attention.position, AlibiSpec, form)
     metadata = {**gguf_keys.common_keys(config, "mpt"), "mpt.attention.max_alibi_bias": alibi.max_bias}
-    if layer.mixer.clip_qkv is not None:
-        metadata["mpt.attention.clamp_kqv"] = layer.mixer.clip_qkv
+    if layer.attention.clip_qkv is not None:
+        metadata["mpt.attention.clamp_kqv"] = layer.attention.clip_qkv
     gguf_keys.must_read_back(config, config_from_gguf, metadata, form)
     return metadata
 

@@ -58,8 +58,8 @@ def every_fourth_full(n_layers: int) -> list[bool]:
 
 def _layers(layer: LayerSpec, slides: Sequence[bool], window: int | None) -> tuple[LayerSpec, ...]:
     """Layers of which some have a window and plain frequencies; ``layer`` is one of the others."""
-    rope = of_kind(layer.mixer.position, RopeSpec, "OLMo")
-    mixer = replace(layer.mixer, window=None)
+    rope = of_kind(layer.attention.position, RopeSpec, "OLMo")
+    mixer = replace(layer.attention, window=None)
     sliding = replace(mixer, window=window, position=replace(rope, scaling=None))
     return in_order(replace(layer, mixer=sliding if slid else mixer) for slid in slides)
 
@@ -136,9 +136,9 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 
 def _as_written(config: ModelConfig, form: str) -> tuple[ModelConfig, list[bool], int | None]:
     """The model with all layers like those that see all; which have a window or plain frequencies; and the window."""
-    ropes = [of_kind(layer.mixer.position, RopeSpec, form) for layer in config.layers]
+    ropes = [of_kind(layer.attention.position, RopeSpec, form) for layer in config.layers]
     scaled = any(rope.scaling is not None for rope in ropes)
-    sizes = [layer.mixer.window for layer in config.layers]
+    sizes = [layer.attention.window for layer in config.layers]
     pairs = zip(sizes, ropes, strict=True)
     slides = [size is not None or (scaled and rope.scaling is None) for size, rope in pairs]
     if all(slides) and slides:
@@ -154,7 +154,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 4.57.6 reads it."""
     form = "OLMo's config.json"
     written, slides, window = _as_written(config, form)
-    rope = of_kind(written.layers[0].mixer.position, RopeSpec, form)
+    rope = of_kind(written.layers[0].attention.position, RopeSpec, form)
     raw: dict[str, object] = {
         **common_to_hf(written, form),
         "architectures": ["Olmo2ForCausalLM"],

@@ -76,7 +76,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         **common_to_hf(config, form),
         "architectures": ["OlmoeForCausalLM"],
         "model_type": "olmoe",
-        "clip_qkv": layer.mixer.clip_qkv,
+        "clip_qkv": layer.attention.clip_qkv,
         "num_experts": ffn.n_experts,
         "num_experts_per_tok": ffn.top_k,
         "norm_topk_prob": ffn.normalize_p is not None,

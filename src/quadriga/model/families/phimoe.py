@@ -61,7 +61,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 4.57.6 reads it."""
     form = "Phi-MoE's config.json"
     layer = config.only_layer(form)
-    ffn, rope = of_kind(layer.ffn, MoESpec, form), of_kind(layer.mixer.position, RopeSpec, form)
+    ffn, rope = of_kind(layer.ffn, MoESpec, form), of_kind(layer.attention.position, RopeSpec, form)
     scaling = rope.scaling
     if isinstance(scaling, LongRopeScaling):  # its two stretches have keys of their own
         rope = replace(rope, scaling=None)
@@ -75,9 +75,10 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         "router_jitter_noise": ffn.mixer_eps,
         "router_aux_loss_coef": ffn.aux_loss_weight,
         "lm_head_bias": config.head_bias,
-        "sliding_window": layer.mixer.window,
+        "sliding_window": layer.attention.window,
     }
-    if layer.mixer.q_dim == config.d_model:  # transformers takes it from the other sizes; Phi-mini-MoE's file has it
+    # transformers takes it from the other sizes; Phi-mini-MoE's file has it.
+    if layer.attention.q_dim == config.d_model:
         del raw["head_dim"]
     if isinstance(scaling, LongRopeScaling):
         raw["rope_scaling"] = _longrope(scaling)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from math import prod
 from typing import Literal
 
-from quadriga.model.config import ModelConfig, MoESpec
+from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec
 from quadriga.model.weight_map import Piece, Stride, parameter_shapes, whole
 
 ExpertPart = Literal["w_gate", "w_up", "w_down"]
@@ -64,6 +64,8 @@ def qkv(
     d, pieces = config.d_model, []
     for i, layer in enumerate(config.layers):
         attn, target = layer.mixer, f"layers.{i}.attn.wqkv."
+        if not isinstance(attn, AttentionSpec):
+            continue
         parts = (
             (q, 0, attn.q_dim, attn.n_heads if interleaved else 0),
             (k, attn.q_dim, attn.kv_dim, attn.n_kv_heads if interleaved else 0),

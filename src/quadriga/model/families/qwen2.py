@@ -120,7 +120,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
     keys = gguf_keys.architecture_keys(metadata, "qwen2")
     ffn = DenseSpec(d_ff=keys.integer("feed_forward_length"), activation="silu")
     config = uniform_model(family="qwen2", ffn=ffn, **common_from_gguf(keys, metadata, shapes))
-    if not config.layers[0].mixer.qkv_bias:
+    if not config.layers[0].attention.qkv_bias:
         raise ConfigError("a GGUF of arch qwen2 must have blk.0.attn_q.bias, and has none. Is the file complete?")
     keys.finish(gguf_keys.IGNORED)
     return config

@@ -144,7 +144,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         "model_type": "qwen2_moe",
         "use_sliding_window": False,
         "sliding_window": None,
-        "qkv_bias": config.layers[0].mixer.qkv_bias,
+        "qkv_bias": config.layers[0].attention.qkv_bias,
         # Where no layer is dense, nothing is of this width.
         "intermediate_size": config.layers[dense[0]].ffn.d_ff if dense else moe.d_ff * moe.top_k,
         "moe_intermediate_size": moe.d_ff,
@@ -163,7 +163,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
 
 
 _MLP = "model.layers.{i}.mlp."
-_HF_SHARED = {
+HF_SHARED = {
     f"{_MLP}shared_expert.{part}_proj.weight": f"layers.{{i}}.moe.shared.w_{part}" for part in ("gate", "up", "down")
 }
 _SHARED_GATE = "layers.{i}.moe.shared_gate"
@@ -171,7 +171,7 @@ _SHARED_GATE = "layers.{i}.moe.shared_gate"
 
 def _hf_common(config: ModelConfig) -> list[Piece]:
     rows = single_rows(config, {_MLP + "shared_expert_gate.weight": _SHARED_GATE})
-    return copies(config, HF_COMMON | HF_FFN | HF_ROUTER | _HF_SHARED) + hf_qkv(config) + rows
+    return copies(config, HF_COMMON | HF_FFN | HF_ROUTER | HF_SHARED) + hf_qkv(config) + rows
 
 
 def hf_layout(config: ModelConfig) -> list[Piece]:

@@ -7,30 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_LATENT = "its attention keeps one latent vector a token in place of keys and values (multi-head latent attention)"
-_DELTA = "most of its layers are gated delta rules with a recurrent state"
-_CONVOLUTION = "most of its layers are short convolutions with a state of their own"
 _STATE_SPACE = "most of its layers are state-space models (Mamba)"
 _GEMMA = "its blocks have norms on both sides of every branch, whose weights are stored less one"
 _SPARSE = "its attention picks keys by an index of its own"
 
 REASONS: Mapping[str, str] = {
-    "deepseek2": _LATENT,
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
-    "glm4_moe_lite": _LATENT,
-    "kimi_k2": _LATENT,
     "glm_moe_dsa": _SPARSE,
     "deepseek_v32": _SPARSE,
-    "qwen3_next": _DELTA,
-    "qwen3next": _DELTA,
-    "qwen3_5": _DELTA,
-    "qwen3_5_moe": _DELTA,
-    "qwen35": _DELTA,
-    "qwen35moe": _DELTA,
-    "lfm2": _CONVOLUTION,
-    "lfm2_moe": _CONVOLUTION,
-    "lfm2moe": _CONVOLUTION,
     "granitemoehybrid": _STATE_SPACE,
     "granitehybrid": _STATE_SPACE,
     "nemotron_h": _STATE_SPACE,

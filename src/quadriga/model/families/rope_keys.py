@@ -206,11 +206,18 @@ def rope_to_hf(rope: RopeSpec, head_dim: int, form: str) -> dict[str, object]:
 
 
 def rope_from_gguf(
-    keys: Keys, arch: str, metadata: Mapping[str, object], shapes: Mapping[str, Shape], max_seq_len: int
+    keys: Keys,
+    arch: str,
+    metadata: Mapping[str, object],
+    shapes: Mapping[str, Shape],
+    max_seq_len: int,
+    *,
+    multiplier: bool = False,
 ) -> RopeSpec:
     """Base and scaling.
 
     Args:
+        multiplier: whether the caller reads ``yarn_log_multiplier``; where not, it must be 0.
         metadata: with the values of the tensors in VALUES_OF that the file has, under VALUES + their names.
     """
     # llama.cpp: no freq_base means 10000; LLaMA-2's own files leave it out.
@@ -222,7 +229,8 @@ def rope_from_gguf(
     keys.must_be("rope.scale_linear", 0, 1, factor)
     for key in ("alpha", "yarn_ext_factor"):
         keys.must_be(f"rope.scaling.{key}", 0, 1)
-    keys.must_be("rope.scaling.yarn_log_multiplier", 0)
+    if not multiplier:
+        keys.must_be("rope.scaling.yarn_log_multiplier", 0)
     scaling: RopeScaling | None = None
     match kind:
         case "yarn" if factor != 1:
@@ -290,14 +298,15 @@ def factors_of(rope: RopeSpec, head_dim: int) -> list[float]:
 
 def gguf_tensors(config: ModelConfig) -> dict[str, list[float]]:
     """The tensors beside the weights that a GGUF of this model has: name -> values."""
-    position = config.layers[0].mixer.position
+    attn = config.first_attention().attention
+    position = attn.position
     if not isinstance(position, RopeSpec):
         return {}
     match position.scaling:
         case FactorScaling(factors=factors):
             return {FREQS: list(factors)}
         case Llama3Scaling():
-            return {FREQS: factors_of(position, config.layers[0].mixer.head_dim)}
+            return {FREQS: factors_of(position, attn.head_dim)}
     return {}
 
 

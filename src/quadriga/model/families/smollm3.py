@@ -43,9 +43,9 @@ IGNORED = PRETRAINED_KEYS | {"no_rope_layer_interval", "max_window_layers"}
 
 
 def _layers(layer: LayerSpec, rotates: list[bool], widths: list[int | None]) -> tuple[LayerSpec, ...]:
-    rope = layer.mixer.position
+    rope = layer.attention.position
     return in_order(
-        replace(layer, mixer=replace(layer.mixer, position=rope if turns else None, window=width))
+        replace(layer, mixer=replace(layer.attention, position=rope if turns else None, window=width))
         for turns, width in zip(rotates, widths, strict=True)
     )
 
@@ -109,7 +109,7 @@ def _model(
 
 def _rotating(config: ModelConfig, form: str) -> ModelConfig:
     """A model whose layers are all like the first that rotates: what the keys that all share are written from."""
-    layer = next((layer for layer in config.layers if layer.mixer.position is not None), None)
+    layer = next((layer for layer in config.layers if layer.attention.position is not None), None)
     if layer is None:
         raise ConfigError(f"{form} cannot express this model: none of its layers rotates")
     of_kind(layer.ffn, DenseSpec, form)
@@ -125,7 +125,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
         "architectures": ["SmolLM3ForCausalLM"],
         "model_type": "smollm3",
         "mlp_bias": False,
-        "no_rope_layers": [int(layer.mixer.position is not None) for layer in config.layers],
+        "no_rope_layers": [int(layer.attention.position is not None) for layer in config.layers],
         "no_rope_layer_interval": _GGUF_STEP,
     }
     must_read_back(config, config_from_hf(raw), form)

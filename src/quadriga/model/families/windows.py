@@ -60,7 +60,7 @@ def sliding_layers(keys: Keys, n_layers: int) -> list[bool]:
 
 def to_hf(layers: Sequence[LayerSpec]) -> dict[str, object]:
     """The keys of windows by layer; all windows of a model are of one size, which the writer's reading back checks."""
-    widths = [layer.mixer.window for layer in layers]
+    widths = [layer.attention.window for layer in layers]
     window = next((width for width in widths if width is not None), None)
     return {
         "use_sliding_window": window is not None,

@@ -18,6 +18,7 @@ from quadriga.model.cost import (
     flops_per_token,
     kv_bytes,
     kv_bytes_read,
+    state_bytes,
     weight_bytes,
 )
 from quadriga.model.plan.hardware import Box
@@ -91,8 +92,9 @@ def serve(config: ModelConfig, weight_format: str, box: Box, context: int, max_b
     """Estimate serving a model on ``box``: whether it fits, and how fast it can be."""
     weights = weight_bytes(config, weight_format)
     room = box.memory_bytes * _USABLE - weights
-    tokens = int(room // (kv_bytes(config, context) / context))
-    batch = max(0, min(max_batch, tokens // context))
+    one = kv_bytes(config, context)
+    tokens = int(room // (one / context))
+    batch = max(0, min(max_batch, int(room // (one + state_bytes(config)))))
     return Serving(
         box=box,
         weight_format=weight_format,

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from math import prod
 
 from quadriga.errors import ConfigError, HardwareError
-from quadriga.model.config import LayerSpec, ModelConfig, MoESpec
+from quadriga.model.config import AttentionSpec, DeltaNetSpec, LayerSpec, ModelConfig, MoESpec, ShortConvSpec
 from quadriga.model.cost import attention_flops, n_params
 from quadriga.model.parallel_spec import MOST_PADDING, ParallelSpec
 from quadriga.model.plan.hardware import STACKS, Gpu, Stack
@@ -170,13 +170,19 @@ def memory(config: ModelConfig, mesh: ParallelSpec, work: Work) -> Memory:
 
 def activation_elements(layer: LayerSpec, d_model: int) -> tuple[float, float, float]:
     """Elements saved per token: (a layer's input, the rest that "selective" also keeps, what it recomputes)."""
-    d, attn, ffn = d_model, layer.mixer, layer.ffn
+    d, ffn = d_model, layer.ffn
     k, f = (ffn.top_k, ffn.d_ff) if isinstance(ffn, MoESpec) else (1, ffn.d_ff)
     shared = ffn.shared.d_ff if isinstance(ffn, MoESpec) and ffn.shared is not None else 0  # gated, every token's
     gated = isinstance(ffn, MoESpec) or ffn.gated
     routed = k * d if isinstance(ffn, MoESpec) else 0
-    rotated = attn.q_dim + attn.kv_dim
-    kept = attn.qkv_dim + rotated + attn.q_dim + d + (2 if gated else 1) * k * f + 2 * shared
+    match layer.mixer:
+        case AttentionSpec() as attn:
+            mixed = attn.qkv_dim + attn.q_dim + attn.kv_dim + attn.q_dim  # projected, rotated, attended
+        case ShortConvSpec(width=width):
+            mixed = 3 * width + 3 * width  # thirds, and the three products of which the last is projected
+        case DeltaNetSpec() as delta:  # projected, convolved, made of unit length, read and gated
+            mixed = 4 * (delta.width + delta.value_dim)
+    kept = mixed + d + (2 if gated else 1) * k * f + 2 * shared
     # Outputs of norms; rows for the experts, their results, the same in token order; activation and product.
     recomputed = 2 * d + 3 * routed + (2 if gated else 1) * k * f + 2 * shared
     return float(d), float(kept), float(recomputed)
@@ -237,7 +243,11 @@ def _pass_bytes(config: ModelConfig) -> float:
         # Norms, residuals, rotation and clip, activation.
         shared = layer.moe.shared.d_ff if layer.moe is not None and layer.moe.shared is not None else 0
         widths = k * layer.ffn.d_ff + shared
-        elements += n * (4 * d + 6 * d + 2 * layer.mixer.qkv_dim + 3 * widths + routed)
+        mixer = layer.mixer
+        projected = mixer.qkv_dim if isinstance(mixer, AttentionSpec) else 3 * mixer.width
+        if isinstance(mixer, DeltaNetSpec):
+            projected += 2 * mixer.n_v_heads * mixer.k_dim * mixer.v_dim  # S read and written
+        elements += n * (4 * d + 6 * d + 2 * projected + 3 * widths + routed)
     return 2.0 * elements
 
 

@@ -111,6 +111,7 @@ class Tokenizer:
                 raise TokenizerError(f"{name} must be below the vocabulary's {self.n_vocab} tokens, got {outside[:4]}")
         self._runs: Callable[..., list[int]] | None = getattr(vocabulary, "encode_runs", None)
         self._opening: int = getattr(vocabulary, "opening", 0)
+        self._known_bytes: dict[int, bytes] = {}
         self._first_bytes: Callable[[int, int], tuple[bytes, int]] | None = getattr(vocabulary, "first_bytes", None)
 
     @cached_property
@@ -204,9 +205,13 @@ class Tokenizer:
         Raises:
             TokenizerError: the id is outside the vocabulary.
         """
-        if not 0 <= token_id < self.n_vocab:
-            raise TokenizerError(f"token ids are 0 to {self.n_vocab - 1}, got {token_id}")
-        return b"" if token_id in self._silent else self._vocabulary.token_bytes(token_id)
+        known = self._known_bytes.get(token_id)
+        if known is None:
+            if not 0 <= token_id < self.n_vocab:
+                raise TokenizerError(f"token ids are 0 to {self.n_vocab - 1}, got {token_id}")
+            known = b"" if token_id in self._silent else self._vocabulary.token_bytes(token_id)
+            self._known_bytes[token_id] = known
+        return known
 
     def opening(self, after: Iterable[int] = ()) -> int:
         """What :meth:`first_bytes` is given for the token that follows the ids ``after``; 0 if these hold text.

@@ -49,13 +49,18 @@ int64_t pack_tiles(qd_context& c, int64_t rows, Body&& body) {
   return bad < rows ? bad.load() : -1;
 }
 
+bool latent(const qd_step& step) { return static_cast<const qd_attention*>(step.op)->kv_rank > 0; }
+
 void run_step(qd_context& c, const qd_step& step, const qd_batch& batch) {
   switch (step.kind) {
     case QD_OP_EMBED: return run_embed(c, *static_cast<const qd_embed*>(step.op), batch);
-    case QD_OP_QKV: return run_qkv(c, *static_cast<const qd_attention*>(step.op), batch);
+    case QD_OP_QKV: return (latent(step) ? run_latent_qkv : run_qkv)(c, *static_cast<const qd_attention*>(step.op), batch);
     case QD_OP_ATTEND: return run_attend(c, *static_cast<const qd_attention*>(step.op), batch);
-    case QD_OP_ATTN_OUT: return run_attention_out(c, *static_cast<const qd_attention*>(step.op), batch);
+    case QD_OP_ATTN_OUT:
+      return (latent(step) ? run_latent_out : run_attention_out)(c, *static_cast<const qd_attention*>(step.op), batch);
     case QD_OP_FFN: return run_ffn(c, *static_cast<const qd_ffn*>(step.op), batch);
+    case QD_OP_SHORT_CONV: return run_short_conv(c, *static_cast<const qd_short_conv*>(step.op), batch);
+    case QD_OP_DELTA_NET: return run_delta_net(c, *static_cast<const qd_delta_net*>(step.op), batch);
     case QD_OP_HEAD: return run_head(c, *static_cast<const qd_head*>(step.op), batch);
     default: check(false, "a step must be one of qd_op", step.kind);
   }
@@ -114,6 +119,15 @@ QD_EXPORT int32_t qd_kv_bytes(int32_t kv_format, int32_t head_dim, int64_t* byte
   return guarded(why, [&] {
     check(kv_format >= 0 && kv_format <= QD_KV_FORMAT_Q8, "kv_format must be one of qd_kv_format", kv_format);
     *bytes = kv_bytes(kv_format, head_dim);
+  });
+}
+
+QD_EXPORT int32_t qd_latent_bytes(int32_t kv_format, int32_t rank, int32_t rope_dim, int64_t* bytes, qd_message* why) {
+  return guarded(why, [&] {
+    check(kv_format >= 0 && kv_format <= QD_KV_FORMAT_Q8, "kv_format must be one of qd_kv_format", kv_format);
+    check(rank > 0 && rank % 32 == 0, "a latent's rank must be a multiple of 32", rank);
+    check(rope_dim > 0 && rope_dim % 2 == 0, "rope_dim must be even", rope_dim);
+    *bytes = latent_bytes(kv_format, rank + rope_dim);
   });
 }
 

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kFewQueries = 8;    // up to this many new tokens, a sequence is split by keys, beyond it by queries
 constexpr int kQueryBlock = 16;
+constexpr int kLatentGroup = 32;  // heads that share one reading of a latent, at most
 
 // One piece of attention: queries [first, first + n) of a sequence, one key/value head, chunks [chunk, end_chunk).
 struct Piece {
@@ -21,22 +22,32 @@ struct Division {
   int64_t rows = 0;  // of partial results
 };
 
+// Query heads share keys in groups: those of a key/value head, or, where all heads have one latent, as many as divide the
+// work among threads without reading and transposing the latents too often.
+struct Groups {
+  explicit Groups(const qd_attention& op)
+      : n(op.kv_rank ? (op.n_heads + kLatentGroup - 1) / kLatentGroup : op.n_kv_heads), heads(op.n_heads), size((heads + n - 1) / n),
+        queries(op.kv_rank ? std::max(1, kQueryBlock * 16 / size) : kQueryBlock) {}
+  int of(int group) const { return std::min(size, heads - group * size); }  // heads of it
+
+  int n, heads, size, queries;  // queries: of a piece of many
+};
+
 // The chunk of the first key that a query at `position` sees.
 int first_chunk(const qd_attention& op, int position) {
   return op.window && position >= op.window ? (position - op.window + 1) / QD_KV_CHUNK : 0;
 }
 
-Division divide(const qd_attention& op, const qd_batch& b) {
-  const int group = op.n_heads / op.n_kv_heads;
+Division divide(const qd_attention& op, const qd_batch& b, const Groups& groups) {
   Division all;
   for (int s = 0; s < b.n_sequences; ++s) {
     const int first = b.starts[s], n = b.starts[s + 1] - first;
     if (!n) continue;
     const int begin = first_chunk(op, b.positions[first]), chunks = b.positions[first + n - 1] / QD_KV_CHUNK + 1;
-    for (int h = 0; h < op.n_kv_heads; ++h) {
+    for (int h = 0; h < groups.n; ++h) {
       if (n > kFewQueries) {
-        for (int q = 0; q < n; q += kQueryBlock) {
-          const int count = std::min(kQueryBlock, n - q);
+        for (int q = 0; q < n; q += groups.queries) {
+          const int count = std::min(groups.queries, n - q);
           all.pieces.push_back({s, h, first + q, count, first_chunk(op, b.positions[first + q]),
                                 b.positions[first + q + count - 1] / QD_KV_CHUNK + 1, -1});
         }
@@ -44,7 +55,7 @@ Division divide(const qd_attention& op, const qd_batch& b) {
         all.pieces.push_back({s, h, first, n, begin, chunks, -1});
       } else {
         all.merges.push_back({s, h, first, n, begin, chunks, all.rows});
-        for (int k = begin; k < chunks; ++k, all.rows += int64_t(n) * group) all.pieces.push_back({s, h, first, n, k, k + 1, all.rows});
+        for (int k = begin; k < chunks; ++k, all.rows += int64_t(n) * groups.of(h)) all.pieces.push_back({s, h, first, n, k, k + 1, all.rows});
       }
     }
   }
@@ -75,23 +86,23 @@ float share(float max, float sum, const float* sink) {
   return own / (sum * own + std::exp(*sink - most));
 }
 
-// The blocks of a sequence in a layer.
-const int32_t* table(const qd_attention& op, const qd_batch& b, int sequence) {
-  return b.tables + op.cache_group * b.table_size + b.table_starts[sequence];
-}
-
 // One layer's attention in one pass.
 struct Attend {
   qd_context& c;
   const qd_attention& op;
   const qd_batch& b;
-  int d = op.head_dim, padded = round_up_16(d), group = op.n_heads / op.n_kv_heads, most = kQueryBlock * group;
-  int64_t q_dim = int64_t(op.n_heads) * d, width = q_dim + 2 * int64_t(op.n_kv_heads) * d;
-  int64_t head_bytes = kv_bytes(op.kv_format, d);
-  float *out = nullptr, *partial = nullptr;  // (N, q_dim); rows of (max, sum, out)
+  const Groups& groups;
+  int d = op.head_dim, v_dim = op.kv_rank ? op.kv_rank : d, padded = round_up_16(v_dim);
+  int most = std::max(kFewQueries, groups.queries) * groups.size;
+  int64_t out_dim = int64_t(op.n_heads) * v_dim;
+  int64_t gate = int64_t(op.n_heads) * d + (op.kv_rank ? 0 : 2 * int64_t(op.n_kv_heads) * d);  // where gates begin
+  int64_t width = gate + (op.output_gate ? out_dim : 0);
+  int64_t head_bytes = op.kv_rank ? 0 : kv_bytes(op.kv_format, d);  // of what a group of heads has for itself
+  int64_t block_bytes = op.kv_rank ? latent_bytes(op.kv_format, d) : head_bytes * op.n_kv_heads;
+  float *out = nullptr, *partial = nullptr;  // (N, H v_dim); rows of (max, sum, out)
 
   void reserve(int64_t partial_rows) {
-    out = c.mixed.reserve(int64_t(b.n_tokens) * q_dim);
+    out = c.mixed.reserve(int64_t(b.n_tokens) * out_dim);
     partial = c.partial.reserve(partial_rows * (padded + 2));
     c.reserve(&qd_context::Thread::a, int64_t(most) * 2 * (padded + 2));
     c.reserve(&qd_context::Thread::b, most);
@@ -101,20 +112,20 @@ struct Attend {
   }
 
   void piece(const Piece& piece, const qd_context::Thread& mine) const {
-    const int n_rows = piece.n * group;
+    const int group = groups.of(piece.head), n_rows = piece.n * group;
     const float** q = mine.rows.data();
     int32_t* positions = mine.positions.data();
     float* slopes = mine.b.data();
     for (int t = 0; t < piece.n; ++t)
       for (int g = 0; g < group; ++g) {
-        const int head = piece.head * group + g, r = t * group + g;
+        const int head = piece.head * groups.size + g, r = t * group + g;
         q[r] = c.qkv.data() + (piece.first + t) * width + int64_t(head) * d;
         positions[r] = b.positions[piece.first + t];
         if (op.alibi_slopes) slopes[r] = op.alibi_slopes[head];
       }
-    AttendChunk a{op.kv + piece.head * head_bytes, head_bytes * op.n_kv_heads, table(op, b, piece.sequence), 0,
+    AttendChunk a{op.kv + piece.head * head_bytes, block_bytes, block_table(op, b, piece.sequence), 0,
                   op.kv_format, d, n_rows, q, positions, op.alibi_slopes ? slopes : nullptr,
-                  op.score_scale, op.soft_cap, op.window, nullptr, nullptr, nullptr, mine.units.data()};
+                  op.score_scale, op.soft_cap, op.window, op.kv_rank, nullptr, nullptr, nullptr, mine.units.data()};
     const bool whole = piece.partial < 0;
     const Rows kept(whole ? mine.a.data() : partial + piece.partial * (padded + 2), n_rows, padded);
     const Rows fresh(mine.a.data() + int64_t(most) * (padded + 2), n_rows, padded);
@@ -129,7 +140,7 @@ struct Attend {
 
   // The chunks of a sequence that was split by keys, in their order.
   void merge(const Piece& m) const {
-    const int n_rows = m.n * group;
+    const int n_rows = m.n * groups.of(m.head);
     float* first = partial + m.partial * (padded + 2);
     const Rows all(first, n_rows, padded);
     for (int k = 1; k < m.end_chunk - m.chunk; ++k) all.merge(*c.kernels, Rows(first + int64_t(k) * n_rows * (padded + 2), n_rows, padded));
@@ -137,11 +148,19 @@ struct Attend {
   }
 
   void write(const Piece& piece, const Rows& rows) const {
+    const int group = groups.of(piece.head);
     for (int r = 0; r < rows.n; ++r) {
-      float* to = out + (piece.first + r / group) * q_dim + int64_t(piece.head * group + r % group) * d;
-      const float factor = share(rows.max[r], rows.sum[r], op.sinks ? op.sinks + piece.head * group + r % group : nullptr);
+      const int head = piece.head * groups.size + r % group;
+      float* to = out + (piece.first + r / group) * out_dim + int64_t(head) * v_dim;
+      const float factor = share(rows.max[r], rows.sum[r], op.sinks ? op.sinks + head : nullptr);
       const float* from = rows.out + int64_t(r) * padded;
-      for (int j = 0; j < d; ++j) to[j] = from[j] * factor;
+      // Of latents of bf16 the even dimensions of every 32 come first: see latents_as_values.
+      if (op.kv_rank && op.kv_format != QD_KV_FORMAT_FLOAT32)
+        for (int j = 0; j < v_dim; ++j) to[j] = from[j / 32 * 32 + j % 2 * 16 + j % 32 / 2] * factor;
+      else
+        for (int j = 0; j < v_dim; ++j) to[j] = from[j] * factor;
+      if (op.output_gate)
+        c.kernels->times_sigmoid(to, c.qkv.data() + (piece.first + r / group) * width + gate + (to - out) % out_dim, d);
     }
   }
 };
@@ -151,7 +170,8 @@ struct Prepare {
   const Kernels& kernels;
   const qd_attention& op;
   int d = op.head_dim, heads = op.n_heads + op.n_kv_heads;
-  int64_t q_dim = int64_t(op.n_heads) * d, kv_dim = int64_t(op.n_kv_heads) * d, width = q_dim + 2 * kv_dim;
+  int64_t q_dim = int64_t(op.n_heads) * d, kv_dim = int64_t(op.n_kv_heads) * d;
+  int64_t width = q_dim + 2 * kv_dim + (op.output_gate ? q_dim : 0);
 
   void norm(float* row) const {
     if (!op.q_norm.weight) return;
@@ -184,7 +204,7 @@ struct Prepare {
       for (int64_t j = 0; j < width; ++j) row[j] += op.qkv_bias[j];
     if (!op.norm_after_rotation) norm(row);
     if (op.clip > 0)
-      for (int64_t j = 0; j < width; ++j) row[j] = std::min(std::max(row[j], -op.clip), op.clip);
+      for (int64_t j = 0; j < q_dim + 2 * kv_dim; ++j) row[j] = std::min(std::max(row[j], -op.clip), op.clip);
     rotate(row, position, table);
     if (op.norm_after_rotation) norm(row);
   }
@@ -214,7 +234,7 @@ void run_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
       float* row = qkv + i * width;
       const int position = b.positions[i];
       prepare(row, position, turns);
-      const int32_t block = table(op, b, s)[position / QD_BLOCK_TOKENS];
+      const int32_t block = block_table(op, b, s)[position / QD_BLOCK_TOKENS];
       for (int h = 0; h < kv_heads; ++h)
         c.kernels->write_kv(op.kv_format, d, row + q_dim + int64_t(h) * d, row + q_dim + kv_dim + int64_t(h) * d,
                             position % QD_BLOCK_TOKENS, op.kv + block * block_bytes + h * kv_bytes(op.kv_format, d));
@@ -224,8 +244,9 @@ void run_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
 }
 
 void run_attend(qd_context& c, const qd_attention& op, const qd_batch& b) {
-  const Division division = divide(op, b);
-  Attend layer{c, op, b};
+  const Groups groups(op);
+  const Division division = divide(op, b, groups);
+  Attend layer{c, op, b, groups};
   layer.reserve(division.rows);
   c.pool.run(int64_t(division.pieces.size()), 1, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin; i < end; ++i) layer.piece(division.pieces[size_t(i)], c.of_thread[size_t(thread)]);
@@ -235,15 +256,8 @@ void run_attend(qd_context& c, const qd_attention& op, const qd_batch& b) {
   });
 }
 
-void run_attention_out(qd_context& c, const qd_attention& op, const qd_batch& b) {
-  const int64_t n = b.n_tokens, dim = op.wo.rows, q_dim = op.wo.cols;
-  const float* mixed = c.mixed.data();
-  if (!op.post_norm.weight && !op.out_bias && op.residual_scale == 1)
-    return linear(c, op.wo, mixed, q_dim, n, b.hidden, dim, true);
-  float* projected = c.projected.reserve(n * dim);
-  linear(c, op.wo, mixed, q_dim, n, projected, dim, false);
-  if (op.out_bias)
-    for (int64_t i = 0; i < n * dim; ++i) projected[i] += op.out_bias[i % dim];
-  if (op.post_norm.weight) norm_rows(c, op.post_norm, projected, n, dim, projected);
-  for (int64_t i = 0; i < n * dim; ++i) b.hidden[i] += op.residual_scale * projected[i];
+void run_attention_out(qd_context& c, const qd_attention& op, const qd_batch& b) { add_projected(c, op, b, c.mixed.data()); }
+
+void add_projected(qd_context& c, const qd_attention& op, const qd_batch& b, const float* mixed) {
+  add_branch(c, op.wo, op.out_bias, op.post_norm, op.residual_scale, mixed, b);
 }

@@ -60,6 +60,7 @@ struct qd_context {
   const Kernels* kernels;
   bool fine = false;  // activations of quantised matrices in 15 bits instead of 8
   Scratch<float> normed, qkv, mixed, projected, router, partial;
+  Scratch<float> heads, latents;  // of latent attention
   Scratch<uint32_t> panels, hidden_panels;
   Pool pool;  // last: its threads end before what they work with
 };

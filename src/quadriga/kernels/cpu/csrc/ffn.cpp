@@ -40,9 +40,11 @@ struct Plan {
 };
 
 constexpr int kDownTiles = 8;     // output tiles a task sums up at once: a run of as many tiles of each expert
+constexpr int64_t kShareRouter = 1 << 18;  // bytes of a router that are worth waking threads for
 constexpr int kStreamBlocks = 8;  // blocks of 32 rows of up, then of gate, read in one run
 
-// Of every group of neighbours the two best scores are added up; outside the best groups nothing can be chosen.
+// Of every group of neighbours the two best scores are added up, or the best one counts; outside the best groups nothing
+// can be chosen.
 void limit_to_groups(const qd_ffn& op, const Kernels& kernels, float* choice) {
   const int size = op.n_experts / op.n_groups;
   alignas(64) float worth[QD_MOST_EXPERTS];
@@ -54,7 +56,7 @@ void limit_to_groups(const qd_ffn& op, const Kernels& kernels, float* choice) {
       second = std::max(second, std::min(first, choice[e]));
       first = std::max(first, choice[e]);
     }
-    worth[g] = first + second;
+    worth[g] = op.group_by_best ? first : first + second;
   }
   kernels.top_k(worth, op.n_groups, op.top_k_groups, best);
   for (int j = 0; j < op.top_k_groups; ++j) open[best[j]] = true;
@@ -108,6 +110,22 @@ void choose(const qd_ffn& op, const Kernels& kernels, float* logits, float* choi
   }
 }
 
+// The router's products with so few tokens that they are one panel, (n, its rows padded to tiles), or NULL where one thread
+// is as quick. Its weights are float32: beside small experts they are much of what a layer reads.
+const float* scores_of_few(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d) {
+  const int64_t tiles = tiles_of(op.n_experts), bytes = tile_bytes(QD_FORMAT_FLOAT32, d), stride = tiles * kTile;
+  if (tiles * bytes < kShareRouter || c.pool.size() == 1) return nullptr;
+  const float* rows[kMaxWidth];
+  for (int64_t i = 0; i < n; ++i) rows[i] = x + i * d;
+  uint32_t* panel = c.panels.reserve(n * d);
+  c.kernels->make_panel(kPanelF32, rows, int(n), d, panel);
+  float* out = c.router.reserve(n * stride);
+  c.pool.run(tiles, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t e = begin; e < end; ++e) c.kernels->tile(QD_FORMAT_FLOAT32, false, op.router.data + e * bytes, d, panel, int(n), out + e * kTile, stride);
+  });
+  return out;
+}
+
 // What every token's router decides. `shared`, where it is not NULL, gets (n,) what the shared network's output weighs.
 void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d, int32_t* ids, float* weights, float* kept,
            float* shared) {
@@ -115,6 +133,7 @@ void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d
   const int64_t stride = tiles * kTile;
   c.reserve(&qd_context::Thread::units, width * d);
   c.reserve(&qd_context::Thread::a, width * stride + std::max(stride, width * kTile));
+  const float* ready = n <= width ? scores_of_few(c, op, x, n, d) : nullptr;
   c.pool.run((n + width - 1) / width, n > width ? 1 : 2, [&](int64_t begin, int64_t end, int thread) {
     auto& mine = c.of_thread[size_t(thread)];
     uint32_t* panel = mine.units.data();
@@ -125,7 +144,9 @@ void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d
       const int count = int(std::min(width, n - first));
       for (int i = 0; i < count; ++i) rows[i] = x + (first + i) * d;
       c.kernels->make_panel(kPanelF32, rows, count, d, panel);
-      for (int64_t e = 0; e < tiles; ++e) c.kernels->tile(QD_FORMAT_FLOAT32, false, op.router.data + e * bytes, d, panel, count, logits + e * kTile, stride);
+      if (ready) std::memcpy(logits, ready, size_t(count * stride) * 4);
+      else
+        for (int64_t e = 0; e < tiles; ++e) c.kernels->tile(QD_FORMAT_FLOAT32, false, op.router.data + e * bytes, d, panel, count, logits + e * kTile, stride);
       for (int i = 0; i < count; ++i)
         choose(op, *c.kernels, logits + i * stride, scratch, ids + (first + i) * op.top_k, weights + (first + i) * op.top_k,
                kept ? kept + (first + i) * op.n_experts : nullptr);

@@ -16,24 +16,54 @@ struct AttendChunk {
   const float* slopes;      // of each row, or NULL
   float scale, soft_cap;
   int32_t window;           // keys a row sees, its own included; 0: all
+  int32_t rank;             // keys are latents, of which the first numbers are the value; 0: values of head_dim numbers
   float *max, *sum;         // (n_rows,)
-  float* out;               // (n_rows, round_up_16(head_dim))
+  float* out;               // (n_rows, round_up_16(head_dim or rank))
   uint32_t* scratch;        // attend_scratch(n_rows, head_dim) units
 };
 
 inline int64_t attend_scratch(int n_rows, int d) {
-  // queries as panel units, scores and probabilities, expanded keys of two tiles and values of a chunk
-  return int64_t(n_rows) * (d + 2 * QD_KV_CHUNK) + 2 * 16 * d + int64_t(QD_KV_CHUNK) * round_up_16(d);
+  // queries as panel units, scores, probabilities and scores of a latent's second part, expanded keys of two tiles and
+  // values of a chunk
+  return int64_t(n_rows) * (d + 3 * QD_KV_CHUNK) + 2 * 16 * d + int64_t(QD_KV_CHUNK) * round_up_16(d);
 }
 
 constexpr int kSampleBlock = 256;  // tokens whose weights are summed together, counted from token 0
 
-// Weights in whole blocks, and two selections of them that are written 16 at a time; three numbers for each block.
+// Weights in whole blocks, their logarithms, two selections of them that are written 16 at a time; three numbers a block.
 inline int64_t sample_scratch(int64_t v) {
   const int64_t blocks = (v + kSampleBlock - 1) / kSampleBlock;
-  return 3 * (blocks * kSampleBlock + 16) + 4 * (blocks + 16);
+  return 4 * (blocks * kSampleBlock + 16) + 4 * (blocks + 16);
 }
 
+// Some channels of a convolution over one sequence's tokens.
+struct ConvPart {
+  const float* rows;      // of a short convolution b, c, x (n, 3 W), otherwise what is convolved, `stride` numbers a row
+  int64_t n, width;       // W
+  int64_t stride;
+  int64_t first, end; // channels
+  const float* taps;  // (n_taps, W)
+  int n_taps;
+  const float* before;  // (n_taps - 1, W), or NULL: zeros
+  float* after;         // alike; it may be `before`
+  float* out;           // (n, W)
+};
+
+// Some columns of one head's state under the gated delta rule, over one sequence's tokens.
+struct DeltaPart {
+  const float *q, *k, *v;  // of the first token; `stride` numbers to the next
+  int64_t stride;
+  const float *decay, *beta;  // likewise, `gate_stride`
+  int64_t gate_stride, n;
+  int k_dim, v_dim, columns;  // columns <= kDeltaColumns
+  const float* before;        // (k_dim, v_dim) from the first of these columns on, or NULL: zeros
+  float* after;               // alike; it may be `before`
+  float* out;                 // `out_stride` numbers from token to token
+  int64_t out_stride;
+};
+
+constexpr int kDeltaColumns = 64;
+constexpr int kMostTaps = 16;
 constexpr int kPeakLines = 24;  // 64-byte lines of weights an iteration of `peak` multiplies
 
 struct Products {  // products.cpp
@@ -68,7 +98,14 @@ struct Kernels : Products {
   void (*attend)(const AttendChunk&);
   // (max, sum, out) of one row gets another chunk's; d padded to 16
   void (*merge)(float* max, float* sum, float* out, float max2, float sum2, const float* out2, int padded);
+  void (*short_conv)(const ConvPart&);
+  void (*silu_conv)(const ConvPart&);
+  void (*unit)(float* x, int64_t d, float scale);  // x becomes scale x / sqrt(x x + 1e-6)
+  void (*delta_rule)(const DeltaPart&);
+  void (*gated_norm)(const qd_norm&, const float* x, const float* gate, int64_t d, float* out);  // norm(x) silu(gate)
+  void (*times_sigmoid)(float* x, const float* gate, int64_t n);
   void (*write_kv)(int kv_format, int head_dim, const float* k, const float* v, int slot, uint8_t* block);
+  void (*write_latent)(int kv_format, int rank, int head_dim, const float* k, int slot, uint8_t* block);
 
   int64_t (*pack)(int source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols, int64_t tile, int format,
                   uint8_t* out, const float* importance);

@@ -140,3 +140,6 @@ inline int64_t value_bytes(int kv, int d) {
 inline int64_t kv_bytes(int kv, int d) {
   return (key_bytes(kv, d) + value_bytes(kv, d) + (kv == QD_KV_FORMAT_Q8 ? 128 : 0) + 63) / 64 * 64;
 }
+
+// A block of latents is their keys' tile alone; of 8-bit ones the scales follow, of the latents, then of what turns.
+inline int64_t latent_bytes(int kv, int d) { return key_bytes(kv, d) + (kv == QD_KV_FORMAT_Q8 ? 128 : 0); }

@@ -78,6 +78,44 @@ void linear(qd_context& c, const qd_matrix& m, const float* x, int64_t x_stride,
   });
 }
 
+void add_branch(qd_context& c, const qd_matrix& w, const float* bias, const qd_norm& post_norm, float scale, const float* mixed,
+                const qd_batch& b) {
+  const int64_t n = b.n_tokens, dim = w.rows, width = w.cols;
+  if (!post_norm.weight && !bias && scale == 1) return linear(c, w, mixed, width, n, b.hidden, dim, true);
+  float* projected = c.projected.reserve(n * dim);
+  linear(c, w, mixed, width, n, projected, dim, false);
+  if (bias)
+    for (int64_t i = 0; i < n * dim; ++i) projected[i] += bias[i % dim];
+  if (post_norm.weight) norm_rows(c, post_norm, projected, n, dim, projected);
+  for (int64_t i = 0; i < n * dim; ++i) b.hidden[i] += scale * projected[i];
+}
+
+void head_linear(qd_context& c, const qd_matrix& m, int n_heads, const float* x, HeadStrides of_x, int64_t n, float* out,
+                 HeadStrides of_out) {
+  const PanelKind kind = panel_kind(m.format, c.fine);
+  const int64_t width = c.kernels->max_width, units = panel_units(kind, m.cols), bytes = tile_bytes(m.format, m.cols);
+  const int64_t blocks = (n + width - 1) / width, tiles = m.rows / n_heads / kTile;
+  uint32_t* panels = c.panels.reserve(n_heads * n * units);
+  c.pool.run(n_heads * blocks, std::max<int64_t>(1, kSerialNumbers / (m.cols * width)), [&](int64_t begin, int64_t end, int) {
+    const float* rows[kMaxWidth];
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t head = t / blocks, first = t % blocks * width;
+      const int count = int(std::min(width, n - first));
+      for (int i = 0; i < count; ++i) rows[i] = x + (first + i) * of_x.row + head * of_x.head;
+      c.kernels->make_panel(kind, rows, count, m.cols, panels + (head * n + first) * units);
+    }
+  });
+  c.pool.run(n_heads * tiles, 4, [&](int64_t begin, int64_t end, int) {
+    for (int64_t first = 0; first < n; first += width)
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t head = t / tiles;
+        const int count = int(std::min(width, n - first));
+        c.kernels->tile(m.format, c.fine, m.data + t * bytes, m.cols, panels + (head * n + first) * units, count,
+                        out + first * of_out.row + head * of_out.head + t % tiles * kTile, of_out.row);
+      }
+  });
+}
+
 void run_embed(qd_context& c, const qd_embed& op, const qd_batch& b) {
   const int64_t d = op.table.cols;
   c.pool.run(b.n_tokens, std::max<int64_t>(1, kSerialNumbers / d), [&](int64_t begin, int64_t end, int) {

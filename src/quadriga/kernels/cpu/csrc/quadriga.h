@@ -12,7 +12,7 @@
  * pointers. A context may be handed to several threads: they take turns.
  *
  * Shape letters as in kernels/ops.py: N packed tokens, D d_model, H heads, K key/value heads, d head_dim, F d_ff,
- * E experts, k experts a token, V vocabulary, R rows whose logits are wanted. */
+ * E experts, k experts a token, V vocabulary, R rows whose logits are wanted, S sequences, W channels, L taps. */
 #ifndef QUADRIGA_H
 #define QUADRIGA_H
 #include <stdint.h>
@@ -68,7 +68,8 @@ enum qd_score { QD_SCORE_SOFTMAX = 0, QD_SCORE_SIGMOID = 1, QD_SCORE_SPARSE_MIXE
 enum qd_aggregate { QD_AGGREGATE_WEIGHTED_SUM = 0, QD_AGGREGATE_VOTE = 1, QD_AGGREGATE_FUSE = 2 };
 enum qd_isa { QD_ISA_PORTABLE = 0, QD_ISA_AVX2 = 1, QD_ISA_AVX512 = 2 }; /* each has all of the ones before it */
 enum qd_op {
-  QD_OP_EMBED = 0, QD_OP_QKV = 1, QD_OP_ATTEND = 2, QD_OP_ATTN_OUT = 3, QD_OP_FFN = 4, QD_OP_HEAD = 5
+  QD_OP_EMBED = 0, QD_OP_QKV = 1, QD_OP_ATTEND = 2, QD_OP_ATTN_OUT = 3, QD_OP_FFN = 4, QD_OP_HEAD = 5,
+  QD_OP_SHORT_CONV = 6, QD_OP_DELTA_NET = 7
 };
 
 typedef struct qd_context qd_context; /* threads, instruction set, scratch memory; one call at a time, others wait */
@@ -124,8 +125,45 @@ typedef struct {
   int32_t rotary_dim;       /* numbers of a head that turn, the first ones */
   float rotary_scale;       /* of cos and sin */
   int32_t norm_after_rotation;
+  int32_t output_gate; /* 1: H d more rows of wqkv behind v, whose sigmoid multiplies what attention gives */
   int32_t cache_group; /* which of a pass's tables names the layer's blocks */
+
+  /* Latent attention, R = kv_rank numbers and rope_dim that turn a token, where kv_rank is not 0: one key of head_dim =
+   * R + rope_dim for all heads, whose first R are the value; n_kv_heads is 1, and kv n_blocks x qd_latent_bytes. */
+  int32_t kv_rank, rope_dim, nope_dim, v_dim; /* R a multiple of 32, v_dim of 16 */
+  qd_norm q_a_norm, kv_a_norm;
+  qd_matrix wq_a;       /* (Q, D), or data NULL: wqkv (H (nope_dim + rope_dim), Q or D) takes the normed state itself */
+  qd_matrix wkv_a;      /* (R + rope_dim, D) */
+  qd_matrix wk_b, wv_b; /* a matrix a head: (H R, nope_dim) for queries, (H v_dim, R) for results; wo is (D, H v_dim) */
 } qd_attention;
+
+/* A recurrent layer as a whole: out = w_out (c * conv(b * x)), where b, c, x are the thirds of w_in's product. */
+typedef struct {
+  qd_norm norm, post_norm;
+  qd_matrix w_in, w_out; /* (3 W, D), (D, W) */
+  const float* taps;     /* (L, W), the oldest position's first */
+  float* state;          /* slots x (L - 1, W): b * x of the last positions */
+  int32_t n_taps;
+  float residual_scale;
+} qd_short_conv;
+
+/* A gated delta rule as a whole. q and k (G heads of d_k) and v (H heads of d_v, H / G to each of q's) are convolved, then
+ * through silu; q and k are made of unit length, q times d_k^-0.5. With z as many gates as v has numbers, for every head
+ *   S = exp(-rate softplus(a + dt)) S;  S = S + k (sigmoid(b) (v - k S));  out = w_out (norm(q S) * silu(z)) */
+typedef struct {
+  qd_norm norm, post_norm;
+  qd_matrix w_in;      /* (2 G d_k + 2 H d_v, D): q, k, v, z */
+  qd_matrix w_ba;      /* (2 H, D): b of every head, a of every head */
+  qd_matrix w_out;     /* (D, H d_v) */
+  const float* taps;   /* (L, 2 G d_k + H d_v), the oldest position's first */
+  const float* rate;   /* (H,), positive */
+  const float* dt;     /* (H,) */
+  qd_norm head_norm;   /* (d_v,), of every head */
+  float* state;        /* slots x ((L - 1, 2 G d_k + H d_v) of what is convolved, then S (H, d_k, d_v)) */
+  int32_t n_taps, n_k_heads, n_v_heads, k_dim, v_dim;
+  int32_t tiled; /* 1: v's head h has q's head h mod G, 0: h / (H / G) */
+  float residual_scale;
+} qd_delta_net;
 
 typedef struct {
   qd_norm norm, post_norm; /* NULL weight: none */
@@ -146,6 +184,7 @@ typedef struct {
   /* How logits become scores, scores a choice, and scores weights: score / max(norm + eps, min) * scale. */
   int32_t score;                  /* a qd_score */
   int32_t n_groups, top_k_groups; /* groups of neighbours, and the best of them that are chosen from; 1: all experts */
+  int32_t group_by_best;          /* a group is as good as its best score; 0: as its two best together */
   float normalize_eps, normalize_min, routed_scale;
   const float* router_bias; /* (E,) added to the logits, or NULL */
   const float* correction;  /* (E,) added to the scores for the choice alone, or NULL */
@@ -178,12 +217,16 @@ typedef struct {
   const int32_t* rows;         /* (R,) tokens whose logits are wanted */
   float* logits;               /* (R, V) */
   float* hidden;               /* (N, D) the residual stream; scratch of the caller */
+  /* (S,) slots of recurrent states, or NULL where no layer has one: read before a sequence's first token, -1 for zeros, and
+   * written after its last. No sequence reads or writes a slot that another one writes. */
+  const int32_t* before;
+  const int32_t* after;
   int64_t table_size;          /* blocks in one group's tables */
 } qd_batch;
 
 typedef struct {
   int32_t kind;   /* a qd_op */
-  const void* op; /* what that op takes: qd_embed, qd_attention, qd_ffn or qd_head */
+  const void* op; /* what that op takes: qd_embed, qd_attention, qd_ffn, qd_head, qd_short_conv or qd_delta_net */
 } qd_step;
 
 /* How one row of logits becomes a token. Fields whose count is 0 may be NULL. The order of it all is that of
@@ -237,6 +280,8 @@ int32_t qd_set_fine(qd_context* context, int32_t fine, qd_message* why);
 int32_t qd_packed_bytes(int32_t format, int64_t rows, int64_t cols, int64_t* bytes, qd_message* why);
 /* Of one block of one head, keys and values. */
 int32_t qd_kv_bytes(int32_t kv_format, int32_t head_dim, int64_t* bytes, qd_message* why);
+/* Of one block of latents, rank + rope_dim numbers each, which are keys and values of all heads. */
+int32_t qd_latent_bytes(int32_t kv_format, int32_t rank, int32_t rope_dim, int64_t* bytes, qd_message* why);
 
 /* Pack rows x cols numbers stored row-major as `source` (rows `row_bytes` apart) into out (qd_packed_bytes).
  * Block sources are copied bit by bit and need the matching format (q8_0 -> q8, q4_0 -> q4, q4_1 -> q4m, mx4 -> mx4,

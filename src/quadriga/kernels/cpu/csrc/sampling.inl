@@ -83,13 +83,14 @@ double sum_doubles(vd s) {
 // A row's weights, its blocks, and room for two selections.
 struct Weights {
   int64_t v, blocks;
-  float *w, *some, *others;  // (256 blocks,) with zeros behind the last token; two of as many and 16
+  float *w, *logs;           // (256 blocks,) with zeros behind the last token; their logarithms, where they are asked for
+  float *some, *others;      // (256 blocks + 16,) selections
   float* most;               // (blocks,) the largest of each block
   double* sums;              // (blocks,)
 
   Weights(int64_t n_tokens, float* scratch) : v(n_tokens), blocks((n_tokens + kSampleBlock - 1) / kSampleBlock) {
     const int64_t room = blocks * kSampleBlock + 16;
-    w = scratch, some = w + room, others = some + room;
+    w = scratch, logs = w + room, some = logs + room, others = some + room;
     sums = reinterpret_cast<double*>(others + room);  // room is a multiple of 16
     most = reinterpret_cast<float*>(sums + blocks);
   }
@@ -146,15 +147,22 @@ void sum_block(Weights& all_of, int64_t block) {
   all_of.sums[block] = sum_doubles(total), all_of.most[block] = largest(top);
 }
 
+double sum_of_all(const Weights& all_of) {
+  double total = 0;
+  for (int64_t block = 0; block < all_of.blocks; ++block) total += all_of.sums[block];
+  return total;
+}
+
 // x may be the weights' own memory.
-void weigh(Weights& all_of, const float* x, float best, float inverse) {
+void weigh(Weights& all_of, const float* x, float best, float inverse, bool logs) {
   for (int64_t block = 0; block < all_of.blocks; ++block) {
     vd total = no_doubles();
     vf top = all(0.0f);
     for (int64_t i = block * kSampleBlock; i < (block + 1) * kSampleBlock; i += 16) {
       const vf value = i < all_of.v ? load_part(x + i, all_of.v - i, -INFINITY) : all(-INFINITY);
-      const vf w = exponential_by<fused>((value - all(best)) * all(inverse));
+      const vf log = (value - all(best)) * all(inverse), w = exponential_by<fused>(log);
       store(all_of.w + i, w);
+      if (logs) store(all_of.logs + i, log);
       total = add(total, w), top = vmax(top, w);
     }
     all_of.sums[block] = sum_doubles(total), all_of.most[block] = largest(top);
@@ -236,17 +244,19 @@ float floor_of_top(Weights& all_of, int64_t k) {
   return all_of.some[k - 1];
 }
 
-Cut cut_of(const qd_sampling& s, Weights& all_of) {
-  Cut cut;
-  if (s.top_k > 0 && s.top_k < all_of.v) {
-    const int64_t n = gather(all_of, floor_of_top(all_of, s.top_k), all_of.some);
-    if (s.top_k <= n) cut = reach<Count>(all_of.some, all_of.others, n, double(s.top_k));
-  }
+Cut cut_of_top_k(const qd_sampling& s, Weights& all_of) {
+  if (s.top_k <= 0 || s.top_k >= all_of.v) return {};
+  const int64_t n = gather(all_of, floor_of_top(all_of, s.top_k), all_of.some);
+  return s.top_k <= n ? reach<Count>(all_of.some, all_of.others, n, double(s.top_k)) : Cut();
+}
+
+// After the cut of top-k.
+Cut cut_of(const qd_sampling& s, Weights& all_of, Cut cut) {
   if (s.top_p < 1) {
     double total = 0;
     float least = cut.least;
     if (cut.n_equal == INT64_MAX) {
-      for (int64_t block = 0; block < all_of.blocks; ++block) total += all_of.sums[block];
+      total = sum_of_all(all_of);
       // All weights below this have less than (1 - top_p) of the sum together. The margins are far beyond what sums lose.
       least = float(std::max(0.0, 0.999 * (1.0 - s.top_p) - 1e-9) * total / double(all_of.v));
     }
@@ -260,16 +270,17 @@ Cut cut_of(const qd_sampling& s, Weights& all_of) {
     const Cut reached = reach<Mass>(all_of.some, all_of.others, n, s.top_p * total);
     if (reached.n_equal != INT64_MAX) cut = reached;
   }
-  const float enough = float(s.min_p);  // the best weighs 1
+  const float enough = float(s.min_p) * *std::max_element(all_of.most, all_of.most + all_of.blocks);
   if (enough > cut.least) cut = {enough, INT64_MAX};
   return cut;
 }
 
-// What does not stay weighs nothing.
-void apply(Weights& all_of, Cut cut) {
+// What does not stay weighs nothing; of whole blocks that only the sum tells, unless `clean`.
+void apply(Weights& all_of, Cut cut, bool clean) {
   for (int64_t block = 0; block < all_of.blocks; ++block) {
     if (all_of.most[block] < cut.least) {
       all_of.sums[block] = 0;
+      if (clean) std::memset(all_of.w + block * kSampleBlock, 0, kSampleBlock * 4);
       continue;
     }
     float* w = all_of.w + block * kSampleBlock;
@@ -286,11 +297,11 @@ void apply(Weights& all_of, Cut cut) {
   }
 }
 
+#include "typical.inl"
+
 // The token in whose part of the summed weights the place `at`, in [0, 1), lies; one of weight 0 never.
 int32_t pick(const Weights& all_of, double at) {
-  double total = 0;
-  for (int64_t block = 0; block < all_of.blocks; ++block) total += all_of.sums[block];
-  const double place = at * total;
+  const double place = at * sum_of_all(all_of);
   double before = 0, end = 0;
   int64_t block = -1;
   for (int64_t b = 0; b < all_of.blocks; ++b) {  // where rounding leaves none beyond the place, the last of any weight
@@ -370,12 +381,20 @@ void sample(const qd_sampling& s, int64_t v, float* scratch, qd_sampled* out) {
     token = int32_t(best), x = all_of.w;
   }
   if (token >= 0 && s.temperature > 0) {
-    weigh(all_of, x, x[token], float(1.0 / s.temperature));
+    weigh(all_of, x, x[token], float(1.0 / s.temperature), s.typical_p < 1);
     if (first) drop(all_of, s.unused, s.n_unused), drop(all_of, s.early, s.n_early);
-    const Cut cut = cut_of(s, all_of);
-    if (cut.least > 0) apply(all_of, cut);
+    Cut cut = cut_of_top_k(s, all_of);
+    if (s.typical_p < 1) {
+      if (cut.least > 0) apply(all_of, cut, true);
+      keep_typical(all_of, s.typical_p);
+      cut = {};
+    }
+    cut = cut_of(s, all_of, cut);
     double second;
-    token = pick(all_of, draw(s.seed, s.position, &second));
+    const double at = draw(s.seed, s.position, &second);
+    if (cut.least > 0) apply(all_of, cut, second < s.xtc_probability);
+    if (second < s.xtc_probability) drop_best(all_of, s.xtc_threshold);
+    token = pick(all_of, at);
   }
   out->token = token;
   if (token >= 0) out->logit = s.logits[token];

@@ -102,6 +102,7 @@ QD_INLINE vi operator+(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
 QD_INLINE vi operator|(vi a, vi b) { return {_mm512_or_si512(a.v, b.v)}; }
 QD_INLINE vi operator&(vi a, vi b) { return {_mm512_and_si512(a.v, b.v)}; }
 template <int n> QD_INLINE vi shift_left(vi a) { return {_mm512_slli_epi32(a.v, n)}; }
+template <int n> QD_INLINE vi shift_right(vi a) { return {_mm512_srli_epi32(a.v, n)}; }  // zeros come in
 QD_INLINE vi as_int(vf a) { return {_mm512_castps_si512(a.v)}; }
 QD_INLINE vf as_float(vi a) { return {_mm512_castsi512_ps(a.v)}; }
 QD_INLINE vi bytes_as_int(vb a) { return {a.v}; }
@@ -196,6 +197,7 @@ QD_INLINE vf greater_select(vf x, vf y, vf yes, vf no) {
 QD_INLINE vi to_int(vf x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 QD_INLINE vf to_float(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 template <int n> QD_INLINE vi shift_left(vi x) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
+template <int n> QD_INLINE vi shift_right(vi x) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
 QD_INLINE vi as_int(vf x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 QD_INLINE vf as_float(vi x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 QD_INLINE vi bytes_as_int(vb x) { return {x.a, x.b}; }
@@ -319,6 +321,7 @@ QD_INLINE vi to_int(vf a) {
 }
 QD_INLINE vf to_float(vi a) { return {__builtin_convertvector(a.v, Floats)}; }
 template <int n> QD_INLINE vi shift_left(vi a) { return {Ints(Units(a.v) << n)}; }
+template <int n> QD_INLINE vi shift_right(vi a) { return {Ints(Units(a.v) >> n)}; }
 QD_INLINE vi as_int(vf a) { return {Ints(a.v)}; }
 QD_INLINE vf as_float(vi a) { return {Floats(a.v)}; }
 QD_INLINE vi bytes_as_int(vb a) { return {Ints(a.v)}; }

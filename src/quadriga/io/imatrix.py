@@ -1,0 +1,126 @@
+"""llama.cpp's importance matrices: how much each column of each matrix counts when its numbers are rounded.
+
+Both forms that llama-imatrix has written (tools/imatrix in ggml-org/llama.cpp) are read. Names are those of a GGUF
+file's tensors; experts of one tensor lie one after the other.
+
+    GGUF    general.type "imatrix"; NAME.in_sum2 (experts, columns) float32 sums of squares of what came to the columns,
+            NAME.counts (experts, 1) float32, of how many tokens
+    .dat    int32 entries; of each int32 length, name, int32 calls, int32 numbers, float32 numbers: calls times the mean
+            squares; then what it was made of, which is not read
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quadriga.errors import CheckpointError, ConfigError
+from quadriga.io.gguf import is_gguf
+from quadriga.io.gguf_source import GGUFSource
+from quadriga.model import families
+from quadriga.model.config import ModelConfig
+from quadriga.model.weight_map import stays_float32
+
+Squares = NDArray[np.float32]
+
+_MOST = 1 << 20
+"""More entries, or bytes of a name, than any file has."""
+
+
+def is_imatrix(path: Path) -> bool:
+    """True if the file is one, by its first bytes (GGUF) or by its name (.dat, .imatrix)."""
+    if not is_gguf(path):
+        return path.suffix in (".dat", ".imatrix")
+    source = GGUFSource(path)
+    try:
+        return source.metadata.get("general.type") == "imatrix"
+    finally:
+        source.close()
+
+
+def read_imatrix(path: Path, config: ModelConfig) -> dict[str, Squares]:
+    """The importance of the columns of a model's matrices.
+
+    Returns:
+        matrix (experts by number: NAME/3) -> (columns,) float32 mean squares. Matrices that the file does not know, and
+        experts that no token came to, have no entry: all their columns count alike.
+
+    Raises:
+        CheckpointError: a broken file, one of another model, or one that knows no matrix of this one.
+        ConfigError: GGUF has no names for this family's matrices.
+    """
+    family = families.family_of(config)
+    if family.gguf_map is None:
+        raise ConfigError(f"an importance matrix has GGUF's names, and GGUF has no architecture for {family.name}")
+    entries = _of_gguf(path) if is_gguf(path) else _of_dat(path)
+    found: dict[str, Squares] = {}
+    for piece in family.gguf_map(config):
+        if piece.source not in entries or len(piece.target_shape) < 2 or stays_float32(piece.target):
+            continue
+        squares, columns = entries[piece.source], piece.target_shape[-1]
+        experts = piece.target_shape[0] if len(piece.target_shape) == 3 else 1
+        if squares.size != experts * columns:
+            raise CheckpointError(
+                f"{path.name}: {piece.source} must have {experts} x {columns} numbers for this model, got "
+                f"{squares.size}. It was made of another model."
+            )
+        for expert, row in enumerate(squares.reshape(experts, columns)):
+            if np.isfinite(row).all() and row.any():
+                found.setdefault(f"{piece.target}/{expert}" if len(piece.target_shape) == 3 else piece.target, row)
+    if not found:
+        other = next(iter(entries), "anything")
+        raise CheckpointError(f"{path.name} knows no matrix of this model: none of it is called {other}")
+    return found
+
+
+def _of_gguf(path: Path) -> dict[str, Squares]:
+    source = GGUFSource(path)
+    try:
+        entries: dict[str, Squares] = {}
+        for name in source.tensors:
+            if not name.endswith(".in_sum2"):
+                continue
+            stem = name.removesuffix(".in_sum2")
+            if f"{stem}.counts" not in source.tensors:
+                raise CheckpointError(f"{path.name}: {name} must have {stem}.counts beside it, which is missing")
+            counts = source.read(f"{stem}.counts").astype(np.float32).reshape(-1, 1)
+            sums = source.read(name).astype(np.float32)
+            if sums.size % len(counts):
+                raise CheckpointError(f"{path.name}: {name} must have rows for {len(counts)} counts, got {sums.shape}")
+            entries[stem] = np.divide(sums.reshape(len(counts), -1), np.maximum(counts, 1), dtype=np.float32)
+        return entries
+    finally:
+        source.close()
+
+
+def _of_dat(path: Path) -> dict[str, Squares]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    at = 0
+
+    def whole(most: int) -> int:
+        nonlocal at
+        (value,) = struct.unpack_from("<i", raw, at)
+        at += 4
+        if not 0 <= value <= most or (most == len(raw) and at + 4 * value > len(raw)):
+            raise CheckpointError(f"{path.name} is no importance matrix: a count of {value} at byte {at - 4}")
+        return int(value)
+
+    entries: dict[str, Squares] = {}
+    try:
+        for _ in range(whole(_MOST)):
+            length = whole(_MOST)
+            name = raw[at : at + length].decode()
+            at += length
+            calls, n = max(whole(2**31 - 1), 1), whole(len(raw))
+            sums = np.frombuffer(raw, dtype=np.float32, count=n, offset=at)
+            entries[name] = np.divide(sums, calls, dtype=np.float32)
+            at += 4 * n
+    except (struct.error, UnicodeDecodeError):
+        raise CheckpointError(f"{path.name} is no importance matrix, or cut off: nothing fits at byte {at}") from None
+    return entries

@@ -1,0 +1,88 @@
+// Recurrent layers, token by token: what a sequence's rows become does not depend on how they were cut.
+
+namespace {
+
+// gated: c * conv(b * x); otherwise silu(conv(x)).
+template <bool gated>
+void conv(const ConvPart& p) {
+  const int kept = p.n_taps - 1;
+  for (int64_t c = p.first; c < p.end; c += 16) {
+    const int64_t m = p.end - c;
+    vf past[kMostTaps], taps[kMostTaps];  // the oldest first
+    for (int j = 0; j < kept; ++j) past[j] = p.before ? load_part(p.before + j * p.width + c, m, 0.0f) : all(0.0f);
+    for (int j = 0; j <= kept; ++j) taps[j] = load_part(p.taps + j * p.width + c, m, 0.0f);
+    for (int64_t t = 0; t < p.n; ++t) {
+      const float* row = p.rows + t * p.stride + c;
+      past[kept] = load_part(row, m, 0.0f);
+      if (gated) past[kept] = past[kept] * load_part(row + 2 * p.width, m, 0.0f);
+      vf sum = taps[0] * past[0];
+      for (int j = 1; j <= kept; ++j) sum = fma(taps[j], past[j], sum);
+      const vf made = gated ? sum * load_part(row + p.width, m, 0.0f) : sum * sigmoid(sum);
+      store_part(p.out + t * p.width + c, m, made);
+      for (int j = 0; j < kept; ++j) past[j] = past[j + 1];
+    }
+    for (int j = 0; j < kept; ++j) store_part(p.after + j * p.width + c, m, past[j]);
+  }
+}
+
+void unit(float* x, int64_t d, float scale) {
+  vf squares = all(0.0f);
+  for (int64_t i = 0; i < d; i += 16) {
+    const vf part = load_part(x + i, d - i, 0.0f);
+    squares = fma(part, part, squares);
+  }
+  const vf factor = all(scale / std::sqrt(sum(squares) + 1e-6f));
+  for (int64_t i = 0; i < d; i += 16) store_part(x + i, d - i, load_part(x + i, d - i, 0.0f) * factor);
+}
+
+// `vectors` times 16 columns, whose sums are chains side by side; the last may be a part.
+template <int vectors>
+void delta_columns(const DeltaPart& p) {
+  const int64_t last = p.columns - 16 * (vectors - 1);
+  const auto at = [&](int x) { return x == vectors - 1 ? last : int64_t(16); };
+  if (!p.before)
+    for (int i = 0; i < p.k_dim; ++i) std::memset(p.after + int64_t(i) * p.v_dim, 0, size_t(p.columns) * 4);
+  for (int64_t t = 0; t < p.n; ++t) {
+    const float *from = t || !p.before ? p.after : p.before, *q = p.q + t * p.stride, *k = p.k + t * p.stride;
+    const vf decay = all(p.decay[t * p.gate_stride]), beta = all(p.beta[t * p.gate_stride]);
+    vf change[vectors], out[vectors];
+    for (int x = 0; x < vectors; ++x) change[x] = out[x] = all(0.0f);
+    for (int i = 0; i < p.k_dim; ++i)
+      for (int x = 0; x < vectors; ++x)
+        change[x] = fma(load_part(from + int64_t(i) * p.v_dim + 16 * x, at(x), 0.0f), all(k[i]), change[x]);
+    for (int x = 0; x < vectors; ++x)
+      change[x] = (load_part(p.v + t * p.stride + 16 * x, at(x), 0.0f) - decay * change[x]) * beta;
+    for (int i = 0; i < p.k_dim; ++i)
+      for (int x = 0; x < vectors; ++x) {
+        const int64_t place = int64_t(i) * p.v_dim + 16 * x;
+        const vf state = fma(all(k[i]), change[x], load_part(from + place, at(x), 0.0f) * decay);
+        store_part(p.after + place, at(x), state);
+        out[x] = fma(state, all(q[i]), out[x]);
+      }
+    for (int x = 0; x < vectors; ++x) store_part(p.out + t * p.out_stride + 16 * x, at(x), out[x]);
+  }
+}
+
+void delta_rule(const DeltaPart& p) {
+  switch ((p.columns + 15) / 16) {
+    case 1: return delta_columns<1>(p);
+    case 2: return delta_columns<2>(p);
+    case 3: return delta_columns<3>(p);
+    default: return delta_columns<4>(p);
+  }
+}
+
+void gated_norm(const qd_norm& spec, const float* x, const float* gate, int64_t d, float* out) {
+  norm(spec, x, d, out);
+  for (int64_t i = 0; i < d; i += 16) {
+    const vf z = load_part(gate + i, d - i, 0.0f);
+    store_part(out + i, d - i, load_part(out + i, d - i, 0.0f) * (z * sigmoid(z)));
+  }
+}
+
+void times_sigmoid(float* x, const float* gate, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16)
+    store_part(x + i, n - i, load_part(x + i, n - i, 0.0f) * sigmoid(load_part(gate + i, n - i, 0.0f)));
+}
+
+}  // namespace

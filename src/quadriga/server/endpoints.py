@@ -1,0 +1,207 @@
+"""What answers a request once it is let in: its body read and checked, its model found, its answer made.
+
+Request -> Endpoints.parsed: body -> Fleet.of: the model -> an answer of chat, completions, responses, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from quadriga.server import batches, chat, completions, docs_page, fields, ollama, responses, status, text_routes
+from quadriga.server.accounts import Visit
+from quadriga.server.batch_jobs import BatchJobs, BatchRequest
+from quadriga.server.errors import ApiError
+from quadriga.server.files import FileRoutes, FileStore
+from quadriga.server.fleet import Fleet
+from quadriga.server.guard import Guard, Limits, read_body
+from quadriga.server.openapi import document
+from quadriga.server.page import HEADERS as PAGE_HEADERS
+from quadriga.server.schema import INLINE_BYTES, ChatRequest, CompletionRequest, EmbeddingRequest
+from quadriga.server.service import Caller, Service
+from quadriga.server.sse import json_response, unless_gone
+
+Answer = Callable[[Service, Any, Caller], Awaitable[Response]]
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+noted = fields.Once()
+
+
+class Desk:
+    """Answers lines of batches."""
+
+    def __init__(self, fleet: Fleet, limits: Limits) -> None:
+        self._fleet, self._strict = fleet, limits.strict
+        self.guard: Guard | None = None
+
+    def handlers(self, caller: Caller) -> dict[str, batches.Handler]:
+        """Url -> what answers a line of a caller's."""
+        caller, work = replace(caller, patient=True), self._fleet.first.work
+
+        def handler(kind: type, answer: Answer) -> batches.Handler:
+            async def handle(line: bytes) -> Response:
+                body, ignored = await work.check(len(line), batches.body_of, line, kind, self._strict)
+                noted.say("/v1/batches", ignored)
+                if getattr(body, "stream", None):
+                    raise ApiError(400, "a batch has no streams", param="stream")
+                return await answer(self._fleet.of(body.model), body, replace(caller, n_bytes=len(line)))
+
+            return handle
+
+        return {
+            "/v1/chat/completions": handler(ChatRequest, chat.complete),
+            "/v1/completions": handler(CompletionRequest, completions.complete),
+            "/v1/responses": handler(responses.ResponsesRequest, responses.complete),
+            "/v1/embeddings": handler(EmbeddingRequest, text_routes.embeddings),
+        }
+
+    def caller(self, owner: str, client: str) -> Caller | None:
+        """Who a batch in the background is for; None where its key is none of this server's any more."""
+        assert self.guard is not None, "the server has been built"
+        found = self.guard.client_of(owner, client)
+        if found is None:
+            return None
+        visit = Visit(self.guard.account(found[0]), taken=False)
+        return Caller(salt=found[1], client=found[0].encode(), visit=visit, background=True)
+
+
+def asked_of(body: Any) -> str | None:
+    """The model that a body names; Ollama's clients may call it ``name``."""
+    return body.model or getattr(body, "name", None)
+
+
+def _no_files() -> ApiError:
+    return ApiError(501, "this server keeps no files; start it with --files FOLDER", code="no_files")
+
+
+class Endpoints:
+    """Makes the endpoints of one server.
+
+    Args:
+        fleet: its models.
+        store: where files and batches are kept; None: they are not.
+    """
+
+    def __init__(self, fleet: Fleet, limits: Limits, store: FileStore | None) -> None:
+        self.fleet, self.limits = fleet, limits
+        self.desk = Desk(fleet, limits)
+        self.jobs = None if store is None else BatchJobs(store, self.desk)
+        self._files = None if store is None else FileRoutes(store, limits)
+        self._experts = {service: status.Experts(service) for service in fleet}
+        self._read = partial(fields.read, strict=limits.strict)
+
+    async def parsed(self, request: Request, kind: type) -> Any:
+        """The body as a ``kind``; large ones are read beside the event loop."""
+        # curl without a header, as Ollama's documentation shows it; pages of other origins never get as far as this.
+        forms = ("application/json", *(ollama.KINDS if request.url.path.startswith("/api/") else ()))
+        raw = await read_body(request, self.limits, forms)
+        request.state.caller.n_bytes = len(raw)
+        body: Any
+        if len(raw) <= INLINE_BYTES:
+            body, ignored = self._read(raw, kind)
+        else:
+            body, ignored = await unless_gone(request, self.fleet.first.work.check(len(raw), self._read, raw, kind))
+        request.state.ignored = ignored
+        return body
+
+    def generates(self, kind: type, whole: Answer, stream: Answer) -> Endpoint:
+        """Answers of a model, whole or as they are written."""
+
+        async def endpoint(request: Request) -> Response:
+            body: Any = await self.parsed(request, kind)
+            answer = (stream if body.stream else whole)(self.fleet.of(body.model), body, request.state.caller)
+            response: Response = await unless_gone(request, answer)
+            return response
+
+        return endpoint
+
+    def simple(self, kind: type, answer: Answer) -> Endpoint:
+        """One answer to one body."""
+
+        async def endpoint(request: Request) -> Response:
+            body: Any = await self.parsed(request, kind)
+            made = answer(self.fleet.of(asked_of(body)), body, request.state.caller)
+            response: Response = await unless_gone(request, made)
+            return response
+
+        return endpoint
+
+    def about(self, answer: Callable[[Service], Response]) -> Endpoint:
+        """What is asked of one model, by ``?model=``; of the first where none is named."""
+
+        async def endpoint(request: Request) -> Response:
+            name = request.query_params.get("model")
+            service = self.fleet.of(name)
+            service.check_model(name)
+            return answer(service)
+
+        return endpoint
+
+    def experts(self, answer: Callable[[status.Experts], Response]) -> Endpoint:
+        """What is asked of the experts of one model."""
+        return self.about(lambda service: answer(self._experts[service]))
+
+    def document(self) -> dict[str, Any]:
+        """What /openapi.json says."""
+        return document(self.fleet.names(), strict=self.limits.strict)
+
+    async def batch(self, request: Request) -> Response:
+        """Lines that are answered at once, or the name of a file that is answered in the background."""
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() == "application/json":
+            body = await self.parsed(request, BatchRequest)
+            if self.jobs is None:
+                raise _no_files()
+            return json_response(self.jobs.create(body, request.state.caller))
+        raw = await read_body(request, self.limits, ("application/jsonl", "application/x-ndjson", "application/json"))
+        handlers = self.desk.handlers(request.state.caller)
+        checked = self.fleet.first.work.check(len(raw), batches.run, raw, handlers)
+        answer: Response = await unless_gone(request, checked)
+        return answer
+
+    async def ready(self, request: Request) -> Response:
+        """Whether a token can be made now."""
+        response: Response = await unless_gone(request, status.ready(self.fleet))
+        return response
+
+    async def one_model(self, request: Request) -> Response:
+        """One of /models."""
+        name = request.path_params["name"]
+        return status.one_model(self.fleet.of(name), name)
+
+    async def docs(self, request: Request) -> Response:
+        """The page that shows the interface."""
+        text = docs_page.page(self.document(), self.fleet.first.name, str(request.base_url).rstrip("/"))
+        headers = {**PAGE_HEADERS, "content-security-policy": docs_page.CSP}
+        return Response(text, headers=headers, media_type="text/html")
+
+    def of_files(self) -> list[tuple[str, str, Endpoint]]:
+        """(method, path, endpoint) of everything about files and the batches made of them."""
+
+        async def refuse(_: Request) -> Response:
+            raise _no_files()
+
+        files, jobs = self._files, self.jobs
+        return [
+            ("POST", "/files", files.upload if files else refuse),
+            ("GET", "/files", files.listed if files else refuse),
+            ("GET", "/files/{id}", files.one if files else refuse),
+            ("DELETE", "/files/{id}", files.delete if files else refuse),
+            ("GET", "/files/{id}/content", files.content if files else refuse),
+            ("GET", "/batches", jobs.listed if jobs else refuse),
+            ("GET", "/batches/{id}", jobs.one if jobs else refuse),
+            ("POST", "/batches/{id}/cancel", jobs.cancel if jobs else refuse),
+        ]
+
+
+def plain(answer: Callable[[], Response]) -> Endpoint:
+    """What needs nothing of the request."""
+
+    async def endpoint(_: Request) -> Response:
+        return answer()
+
+    return endpoint

@@ -1,0 +1,145 @@
+"""GGUF files of Qwen3-Next and Qwen3.5, made as llama.cpp's converter makes them (conversion/qwen.py): norms plus one, the
+negative rate, and in Qwen3.5's heads of v in the order that ggml repeats heads of k in. They compute what the directory does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quadriga import load
+from tests.golden.checkpoints import config_json, oracle, weights
+from tests.golden.weights import TOKENS
+
+gguf = pytest.importorskip("gguf")
+Array = np.ndarray[Any, Any]
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers": "blk",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate.": "ffn_gate_inp.",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
+    "linear_attn.in_proj_ba": "ssm_ba",
+    "linear_attn.in_proj_qkv.": "attn_qkv.",
+    "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_b.": "ssm_beta.",
+    "linear_attn.in_proj_a": "ssm_alpha",
+}
+
+
+def tiled(x: Array, c: dict[str, Any], first: int = 0, axis: int = 0) -> Array:
+    """x with the heads of v, which begin at ``first`` on an axis, so that every head of k comes before its second."""
+    n_k, n_v = c["linear_num_key_heads"], c["linear_num_value_heads"]
+    x = np.moveaxis(x, axis, 0)
+    heads = x[first:].reshape(n_k, n_v // n_k, -1, *x.shape[1:]).swapaxes(0, 1).reshape(x[first:].shape)
+    return np.ascontiguousarray(np.moveaxis(np.concatenate((x[:first], heads)), 0, axis))
+
+
+def tensors(name: str) -> dict[str, Array]:
+    """What the file holds."""
+    c, out = config_json(name), {}
+    keys, values = (c[f"linear_num_{n}_heads"] * c[f"linear_{n}_head_dim"] for n in ("key", "value"))
+    experts: dict[str, list[Array]] = {}
+    for source, stored in weights(name).items():
+        x = stored
+        if source.endswith("A_log"):
+            x = -np.exp(x)
+        elif source.endswith("norm.weight") and "linear_attn" not in source:
+            x = x + np.float32(1)
+        elif "conv1d" in source:
+            x = x[:, 0]
+        if name == "qwen35moe" and "linear_attn" in source:
+            if "in_proj_qkv" in source or "conv1d" in source:
+                x = tiled(x, c, 2 * keys)
+            elif "out_proj" in source:
+                x = tiled(x, c, axis=1)
+            elif not source.endswith("norm.weight"):
+                x = tiled(x, c)
+        target = source
+        for theirs, mine in NAMES.items():
+            target = target.replace(theirs, mine)
+        if ".experts." in source:
+            head, _, part = source.partition(".mlp.experts.")
+            block = head.replace("model.layers", "blk")
+            experts.setdefault(f"{block}.ffn_{part.split('.')[1].removesuffix('_proj')}_exps.weight", []).append(x)
+        elif ".in_proj_qkvz" in source:
+            block = source.partition(".linear_attn")[0].replace("model.layers", "blk")
+            parts = x.reshape(c["linear_num_key_heads"], -1, x.shape[1])
+            d, v = c["linear_key_head_dim"], values // c["linear_num_key_heads"]
+            q, k, v_rows, z = np.split(parts, np.cumsum([d, d, v]), axis=1)
+            rows = [one.reshape(-1, x.shape[1]) for one in (q, k, v_rows)]
+            out[f"{block}.attn_qkv.weight"], out[f"{block}.attn_gate.weight"] = (
+                np.concatenate(rows),
+                z.reshape(values, -1),
+            )
+        else:
+            out[target] = x[0] if "ffn_gate_inp_shexp" in target else x
+    return out | {target: np.stack(parts) for target, parts in experts.items()}
+
+
+def write(path: Path, name: str) -> None:
+    """The file, by the gguf package."""
+    c = config_json(name)
+    arch = name
+    writer = gguf.GGUFWriter(path, arch)
+    rope = c.get("rope_parameters", c)
+    for key, value in {
+        "block_count": c["num_hidden_layers"],
+        "context_length": c["max_position_embeddings"],
+        "embedding_length": c["hidden_size"],
+        "feed_forward_length": c.get("intermediate_size", 0),
+        "attention.head_count": c["num_attention_heads"],
+        "attention.head_count_kv": c["num_key_value_heads"],
+        "attention.key_length": c["head_dim"],
+        "attention.value_length": c["head_dim"],
+        "rope.dimension_count": int(c["head_dim"] * rope["partial_rotary_factor"]),
+        "expert_count": c["num_experts"],
+        "expert_used_count": c["num_experts_per_tok"],
+        "expert_feed_forward_length": c["moe_intermediate_size"],
+        "expert_shared_feed_forward_length": c["shared_expert_intermediate_size"],
+        "ssm.conv_kernel": c["linear_conv_kernel_dim"],
+        "ssm.state_size": c["linear_key_head_dim"],
+        "ssm.group_count": c["linear_num_key_heads"],
+        "ssm.time_step_rank": c["linear_num_value_heads"],
+        "ssm.inner_size": c["linear_num_value_heads"] * c["linear_value_head_dim"],
+        "full_attention_interval": 3,
+    }.items():
+        writer.add_uint32(f"{arch}.{key}", value)
+    writer.add_float32(f"{arch}.rope.freq_base", rope["rope_theta"])
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", c["rms_norm_eps"])
+    if name == "qwen35moe":
+        writer.add_array(f"{arch}.rope.dimension_sections", [2, 2, 1, 0])
+    for tensor, values in tensors(name).items():
+        writer.add_tensor(tensor, np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("name", ["qwen3next", "qwen35moe"])
+def test_a_file_of_llama_cpp_computes_what_the_directory_does(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "x.gguf", name)
+    logits = load(tmp_path / "x.gguf", format="float32", kv_format="float32", threads=1).logits(TOKENS)
+    wanted = oracle(name).numpy()
+    assert np.abs(logits - wanted).max() / np.ptp(wanted) <= 3e-5
