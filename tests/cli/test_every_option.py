@@ -373,7 +373,8 @@ REFUSED: dict[str, dict[str, list[list[str]]]] = {
         },
     },
     "compare": {"--markdown": [["--markdown", "--json"]]},
-    "plan": {
+    "plan": {"--verify": [["dbrx-132b", "--verify"]]}
+    | {
         name: [["dbrx-132b", name, value]]
         for name, value in (
             *(("--tokens", "1T"), ("--seq-len", "4096"), ("--batch-tokens", "16M"), ("--stack", "tuned")),

@@ -175,6 +175,13 @@ Run = Annotated[
         "--run-folder", "--run", help="Another folder than the file's; torchrun takes --run for one of its own options."
     ),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Check what is shown: a corpus's files by their sha256, a plan's rows by the trainer, which needs torch.",
+    ),
+]
 AllowChange = Annotated[
     bool,
     typer.Option(

@@ -151,7 +151,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "compare": (Rule("markdown", lambda o: not o["json"], "{json} prints JSON. Leave one of the two out"),),
     "plan": _all(
-        ("tokens", "seq_len", "batch_tokens", "stack", "price", "availability", "top", "picture"),
+        ("tokens", "seq_len", "batch_tokens", "stack", "price", "availability", "top", "picture", "verify"),
         lambda o: o["gpus"] is not None,
         "it is about training: give the cluster with {gpus}, e.g. {gpus} 64xH100, or leave it out",
     ),
