@@ -106,7 +106,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "it is about the checkpoint that is written. Give {export} FOLDER, or leave it out",
         ),
         *_all(
-            ("resume", "threads", "steps"),
+            ("resume", "threads", "stop_after"),
             lambda o: o["export"] is None and not o["check"],
             "nothing is trained with {export} or {check}. Leave it out",
         ),
