@@ -18,6 +18,7 @@ from quadriga.io.conversion_plan import ConversionPlan, fingerprint, plan_conver
 from quadriga.io.conversion_writer import Writer
 from quadriga.io.open import Checkpoint, open_checkpoint
 from quadriga.io.parameters import Progress
+from quadriga.io.restate import restated
 from quadriga.quant.dtypes import Array
 
 MAX_SHARD_BYTES = 4_500_000_000
@@ -111,6 +112,7 @@ def write(
     )
     if out.exists() and not (out.is_dir() and to != "gguf" and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists; give a new name, or remove it first")
+    checkpoint = restated(checkpoint, to)
     if format is None:
         shard_bytes = max_shard_bytes or MAX_SHARD_BYTES
         plan = plan_conversion(checkpoint, out, to, layout, dtype or "keep", gguf_format or "bfloat16", shard_bytes)

@@ -6,7 +6,7 @@ in another. Vision and the layers for multi-token prediction of Qwen3.5's checkp
 their rotary sections are ordinary rotation. Sources: transformers 4.57.6 (modeling_qwen3_next) and 5.24.0
 (modeling_qwen3_5_moe, modeling_qwen3_5), llama.cpp (archs qwen3next, qwen35moe, qwen35; conversion/qwen.py). GGUF files
 have norms plus one, the negative rate in place of its logarithm and, in qwen35 and qwen35moe, heads of v in another
-order: they are read as they are, and this program writes none.
+order: they are read as they are, and a conversion to or from them restates the numbers (``io.restate``).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from quadriga.model.families.llama2 import (
     HF_TIED,
     common_from_gguf,
     common_from_hf,
+    common_to_gguf,
     common_to_hf,
 )
 from quadriga.model.families.pieces import copies, single_rows
@@ -624,16 +625,70 @@ def _from_gguf(family: str, arch: str, metadata: Mapping[str, object], shapes: M
     return config
 
 
-def to_gguf(config: ModelConfig) -> dict[str, object]:
-    """Refuse to write GGUF.
+def _restated(config: ModelConfig, *, gguf: bool) -> ModelConfig:
+    """The same model with its numbers as GGUF files keep them, or as Hugging Face directories do."""
 
-    Raises:
-        ConfigError: always.
-    """
-    raise ConfigError(
-        f"GGUF files of {config.family} are read and not written: their norms are stored plus one and their rates as "
-        "other numbers, which a map of bytes does not make. llama.cpp's own converter writes them."
-    )
+    def change(layer: LayerSpec) -> LayerSpec:
+        mixer = layer.mixer
+        if isinstance(mixer, DeltaNetSpec):
+            mixer = replace(mixer, log_rate=not gguf, tiled=gguf and config.family != "qwen3next")
+        elif isinstance(mixer, AttentionSpec) and mixer.qk_norm is not None:
+            mixer = replace(mixer, qk_norm=replace(mixer.qk_norm, plus_one=not gguf))
+        return replace(layer, mixer=mixer, norm=replace(layer.norm, plus_one=not gguf))
+
+    return replace(config.with_layers(change), final_norm=replace(config.final_norm, plus_one=not gguf))
+
+
+def gguf_form(config: ModelConfig) -> ModelConfig:
+    """Norms plus one, negative rates and, in Qwen3.5's archs, heads of v by turns."""
+    return _restated(config, gguf=True)
+
+
+def hf_form(config: ModelConfig) -> ModelConfig:
+    """Norms less one, logarithms of rates, heads of v by their head of k."""
+    return _restated(config, gguf=False)
+
+
+def next_to_gguf(config: ModelConfig) -> dict[str, object]:
+    """Write the keys of a GGUF of arch ``qwen3next``, of a model in :func:`gguf_form`."""
+    return _to_gguf(config, "qwen3next", next_from_gguf)
+
+
+def moe_to_gguf(config: ModelConfig) -> dict[str, object]:
+    """Write the keys of a GGUF of arch ``qwen35moe``, of a model in :func:`gguf_form`."""
+    return _to_gguf(config, "qwen35moe", moe_from_gguf)
+
+
+def dense_to_gguf(config: ModelConfig) -> dict[str, object]:
+    """Write the keys of a GGUF of arch ``qwen35``, of a model in :func:`gguf_form`."""
+    return _to_gguf(config, "qwen35", dense_from_gguf)
+
+
+def _to_gguf(
+    config: ModelConfig, arch: str, read: Callable[[Mapping[str, object], Mapping[str, Shape]], ModelConfig]
+) -> dict[str, object]:
+    form = f"GGUF arch {arch}"
+    first, delta = config.first_attention(), _delta(config, form)
+    alike = replace(config, layers=uniform(first, config.n_layers))
+    written = {
+        **common_to_gguf(alike, form, arch),
+        f"{arch}.full_attention_interval": config.layers.index(first) + 1,
+        f"{arch}.ssm.conv_kernel": delta.taps,
+        f"{arch}.ssm.state_size": delta.k_dim,
+        f"{arch}.ssm.group_count": delta.n_k_heads,
+        f"{arch}.ssm.time_step_rank": delta.n_v_heads,
+        f"{arch}.ssm.inner_size": delta.value_dim,
+    }
+    if arch != "qwen35":
+        moe = config.only_moe(form)
+        written |= gguf_keys.expert_keys(alike, arch)
+        written[f"{arch}.expert_shared_feed_forward_length"] = of_kind(moe.shared, DenseSpec, form).d_ff
+    if arch != "qwen3next":  # llama.cpp asks for them; for text any that take in all pairs do
+        attn = first.attention
+        pairs = (of_kind(attn.position, RopeSpec, form).dim or attn.head_dim) // 2
+        written[f"{arch}.rope.dimension_sections"] = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0]
+    gguf_keys.must_read_back(config, read, written, form)
+    return written
 
 
 def left_out(config: ModelConfig) -> frozenset[str]:
@@ -654,7 +709,9 @@ NEXT = Family(
     layouts={"hf": next_layout, "hf5": next5_layout},
     gguf_archs=("qwen3next",),
     config_from_gguf=next_from_gguf,
-    config_to_gguf=to_gguf,
+    config_to_gguf=next_to_gguf,
+    gguf_form=gguf_form,
+    hf_form=hf_form,
     gguf_map=next_gguf_map,
     ignored_tensors=LEFT_OUT,
     notes=notes,
@@ -669,7 +726,9 @@ MIXTURE = Family(
     layouts={"text": text_layout, "text5": text5_layout, "hf": whole_layout, "hf-split": whole_split_layout},
     gguf_archs=("qwen35moe",),
     config_from_gguf=moe_from_gguf,
-    config_to_gguf=to_gguf,
+    config_to_gguf=moe_to_gguf,
+    gguf_form=gguf_form,
+    hf_form=hf_form,
     gguf_map=gguf_map,
     ignored_tensors=LEFT_OUT,
     left_out=left_out,
@@ -685,7 +744,9 @@ DENSE = Family(
     layouts={"text": text_layout, "hf": whole_layout},
     gguf_archs=("qwen35",),
     config_from_gguf=dense_from_gguf,
-    config_to_gguf=to_gguf,
+    config_to_gguf=dense_to_gguf,
+    gguf_form=gguf_form,
+    hf_form=hf_form,
     gguf_map=gguf_map,
     ignored_tensors=LEFT_OUT,
     left_out=left_out,
