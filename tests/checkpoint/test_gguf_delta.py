@@ -14,12 +14,16 @@ import torch
 from safetensors.numpy import save_file
 
 from quadriga import load
-from quadriga.errors import CheckpointError
+from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io.convert import convert
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.open import open_checkpoint
-from tests.golden.checkpoints import config_json, oracle, weights
+from quadriga.io.peft_factors import by_source
+from quadriga.io.restate import restated_columns
+from quadriga.model import families
+from quadriga.model.config import DeltaNetSpec
 from tests.checkpoint.models import TINY, random_bits, write_hf
+from tests.golden.checkpoints import config_json, oracle, weights
 from tests.golden.weights import TOKENS
 
 gguf = pytest.importorskip("gguf")
@@ -205,8 +209,25 @@ def test_rates_that_are_none_are_refused(tmp_path: Path) -> None:
     values = {n: torch.ones(t.shape) for n, t in random_bits(TINY["qwen35"]).items()}
     values["layers.2.delta.rate"][3] = 1e3
     write_hf(tmp_path / "hf", TINY["qwen35"], parameters=values)
-    with pytest.raises(CheckpointError, match=r"layers\.2\.delta\.rate must hold logarithms of float32 numbers, got 1000"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.2\.delta\.rate must hold logarithms of float32 numbers, got 1000"
+    ):
         convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf")
     values["layers.2.delta.rate"][3] = -1.0
     write_hf(tmp_path / "again", TINY["qwen35"], parameters=values)
     convert(tmp_path / "again", tmp_path / "y.gguf", to="gguf")
+
+
+def test_importance_and_adapters_know_where_the_heads_lie() -> None:
+    """w_out's columns are by head of v: head 1, whose key head is 0, is third in GGUF's order; and peft's form is no GGUF's."""
+    config = TINY["qwen35"]
+    tiles, delta = families.family_of(config).gguf_form(config), config.layers[0].mixer
+    assert isinstance(delta, DeltaNetSpec)
+    name, columns = "layers.0.delta.w_out.weight", np.arange(delta.value_dim, dtype=np.float32)
+    moved = restated_columns({name: columns, "lm_head.weight": columns}, config, tiles)
+    assert moved[name][:: delta.v_dim].tolist() == [18 * head for head in (0, 3, 1, 4, 2, 5)]
+    assert np.array_equal(moved["lm_head.weight"], columns)
+    assert np.array_equal(restated_columns(moved, tiles, config)[name], columns)
+    with pytest.raises(ConfigError, match="Make a directory first"):
+        by_source(tiles, None)
+    assert by_source(config, None)

@@ -9,7 +9,7 @@ in float64 and rounded once, to float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,11 +35,20 @@ def restated(checkpoint: Checkpoint, to: str) -> Checkpoint:
     return checkpoint if config == checkpoint.config else derive(checkpoint, _Restated(checkpoint, config, to))
 
 
+def restated_columns(importance: Mapping[str, Array], old: ModelConfig, new: ModelConfig) -> dict[str, Array]:
+    """Importance of the columns of matrices of ``old``, matrix -> (columns,), in the order they have in ``new``."""
+    orders = _moved(old, new)
+    return {
+        name: values[orders[name][1]] if name in orders and orders[name][0] == 1 else values
+        for name, values in importance.items()
+    }
+
+
 class _Restated(Unchanged):
     def __init__(self, base: Checkpoint, config: ModelConfig, to: str) -> None:
         super().__init__(base, config, f"restated for {to}")
         self._added = dict(_added(base.config, config))
-        self._orders: dict[str, tuple[int, Array]] = {}
+        self._orders = _moved(base.config, config)
         self._rates: dict[str, bool] = {}
         """Rate -> whether the result is its logarithm."""
         for i, (old, new) in enumerate(zip(base.config.layers, config.layers, strict=True)):
@@ -47,8 +56,6 @@ class _Restated(Unchanged):
                 continue
             if old.mixer.log_rate != new.mixer.log_rate:
                 self._rates[f"layers.{i}.delta.rate"] = new.mixer.log_rate
-            if old.mixer.tiled != new.mixer.tiled:
-                self._orders |= {f"layers.{i}.delta.{name}": order for name, order in _orders(new.mixer)}
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """See :class:`~quadriga.io.derive.Edit`."""
@@ -69,7 +76,9 @@ class _Restated(Unchanged):
             return super().rows(name, expert, first, last)[:, order]
         wanted = order[first:last]
         runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
-        return np.concatenate([super(_Restated, self).rows(name, expert, int(run[0]), int(run[-1]) + 1) for run in runs])
+        return np.concatenate(
+            [super(_Restated, self).rows(name, expert, int(run[0]), int(run[-1]) + 1) for run in runs]
+        )
 
     def _rate(self, name: str, values: Array) -> Array:
         wide = as_float32(values).astype(np.float64)
@@ -97,6 +106,17 @@ def _plus(layer: LayerSpec) -> dict[str, float]:
     if isinstance(layer.mixer, AttentionSpec) and layer.mixer.qk_norm is not None:
         both |= dict.fromkeys(("attn.q_norm", "attn.k_norm"), float(layer.mixer.qk_norm.plus_one))
     return both
+
+
+def _moved(old: ModelConfig, new: ModelConfig) -> dict[str, tuple[int, Array]]:
+    """Parameters whose heads of v lie elsewhere -> (axis, which of the old indices comes where)."""
+    return {
+        f"layers.{i}.delta.{name}": order
+        for i, (before, after) in enumerate(zip(old.layers, new.layers, strict=True))
+        if isinstance(before.mixer, DeltaNetSpec) and isinstance(after.mixer, DeltaNetSpec)
+        if before.mixer.tiled != after.mixer.tiled
+        for name, order in _orders(after.mixer)
+    }
 
 
 def _orders(new: DeltaNetSpec) -> Iterator[tuple[str, tuple[int, Array]]]:
