@@ -17,8 +17,9 @@ import torch
 
 from quadriga import runtime
 from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
+from quadriga.model.parallel_spec import ParallelSpec
 from quadriga.model.plan.hardware import Gpu, Stack
-from quadriga.model.plan.training import Mesh, Work, activation_elements, evaluate
+from quadriga.model.plan.training import Work, activation_elements, evaluate
 from quadriga.nn import devices
 from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import TrainingBatch
@@ -130,7 +131,7 @@ def main() -> None:
                 model.zero_grad(set_to_none=False)
             gpu = this_machine(config)
             work, stack = Work(SEQ_LEN, ROWS, 1, "none"), Stack("measured", 1.0, 1.0, 0.0)
-            plan = evaluate(config, gpu, Mesh(1, 1, 1), work, stack)
+            plan = evaluate(config, gpu, ParallelSpec(1, 1, 1), work, stack)
             expected = plan.time.matrix + plan.time.attention + 2 * plan.time.passes  # passes are in bfloat16 there
             took = statistics.median(times)
             name = f"d {d_model}, {n_layers} layers, {n_experts or 'no'} experts"

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", default=["q4_1", *(b for b in FROM_GGUF if b != "q4_1")])
     args = parser.parse_args()
     context = cpu.Context(args.threads, args.isa)
-    context.set_fine(args.activations == "int16")
+    context.set_int16(args.activations == "int16")
     matrices = {block: matrix(block, args.rows, args.cols) for block in args.blocks}
     for n in args.n:
         x = np.random.default_rng(1).standard_normal((n, args.cols)).astype(np.float32)

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.program import PassBatch
 from quadriga.nn.moe import RouterStats
 from quadriga.runners.base import Runner
 
 
-def batch(chunks: list[tuple[list[int], int, list[int]]]) -> Batch:
+def batch(chunks: list[tuple[list[int], int, list[int]]]) -> PassBatch:
     """A pass over (tokens, position of the first, blocks) of several sequences, logits of every row.
 
     A sequence's recurrent states, if the model has any, are in the slot of its first block's number.
@@ -25,15 +25,15 @@ def batch(chunks: list[tuple[list[int], int, list[int]]]) -> Batch:
     before = [blocks[0] if start else -1 for _, start, blocks in chunks]
     lists = (tokens, positions, starts, tables, table_starts, range(len(tokens)), before, after)
     ints = [np.array(x, dtype=np.int32) for x in lists]
-    return Batch(*ints)
+    return PassBatch(*ints)
 
 
-def logits_of(runner: Runner, one: Batch) -> Tensor:
+def logits_of(runner: Runner, one: PassBatch) -> Tensor:
     """What a runner computes for a pass, as a tensor."""
     return torch.from_numpy(runner.forward(one).logits)
 
 
-def passed(runner: Runner, one: Batch) -> tuple[Tensor, list[RouterStats]]:
+def passed(runner: Runner, one: PassBatch) -> tuple[Tensor, list[RouterStats]]:
     """Logits and routing of a pass, as tensors."""
     result = runner.forward(one, routing=True)
     assert result.routing is not None

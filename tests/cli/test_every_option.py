@@ -339,6 +339,10 @@ REFUSED: dict[str, dict[str, list[list[str]]]] = {
         "--dtype": [["run.toml", "--dtype", "float32"]],
         "--resume": [["run.toml", "--check", "--resume", "auto"], ["run.toml", "--export", "x", "--resume", "must"]],
         "--threads": [["run.toml", "--check", "--threads", "1"], ["run.toml", "--export", "x", "--threads", "1"]],
+        "--stop-after": [
+            ["run.toml", "--check", "--stop-after", "1"],
+            ["run.toml", "--export", "x", "--stop-after", "1"],
+        ],
         "--export": [["run.toml", "--check", "--export", "x"]],
     },
     "upcycle": {
@@ -372,7 +376,8 @@ REFUSED: dict[str, dict[str, list[list[str]]]] = {
         },
     },
     "compare": {"--markdown": [["--markdown", "--json"]]},
-    "plan": {
+    "plan": {"--verify": [["dbrx-132b", "--verify"]]}
+    | {
         name: [["dbrx-132b", name, value]]
         for name, value in (
             *(("--tokens", "1T"), ("--seq-len", "4096"), ("--batch-tokens", "16M"), ("--stack", "tuned")),
@@ -525,8 +530,8 @@ def annotation(command: str, param: Any) -> Any:
 
 # One name, one meaning -----------------------------------------------------------------------------------------------
 
-REPEATED = {("--api-key", "serve"), ("--concurrency", "bench serve")}
-"""May be given several times there: keys that are accepted, levels of load."""
+REPEATED = {("--api-key", "serve"), ("--concurrency", "bench serve"), ("MODEL", "serve")}
+"""May be given several times there: keys that are accepted, levels of load, models."""
 
 OWN_TEXT = {"config", "inputs", "prompt", "path", "paths", "results", "url"}
 """Arguments, which have no name on the command line."""

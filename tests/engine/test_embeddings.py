@@ -12,7 +12,7 @@ from quadriga.engine.pooling import SUM_TOKENS, Pooling
 from quadriga.engine.request import Embed, Embedding, Request, SamplingParams, TokenEvent
 from quadriga.errors import RequestError
 from quadriga.kernels.arrays import arrays
-from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.program import PassBatch
 from quadriga.nn.transformer import random_parameters
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.base import Floats
@@ -33,7 +33,7 @@ def plainly(ids: tuple[int, ...]) -> Floats:
         tokens = ids[start : start + SUM_TOKENS]
         n = len(tokens)
         ints = (tokens, range(start, start + n), (0, n), blocks, (0, len(blocks)), ())
-        states = runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)), hidden=True).hidden
+        states = runner.forward(PassBatch(*(np.array(x, dtype=np.int32) for x in ints)), hidden=True).hidden
         assert states is not None and states.shape == (n, CONFIG.d_model)
         total += states.sum(0)
     return total / np.sqrt(np.square(total).sum())

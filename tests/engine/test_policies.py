@@ -9,7 +9,7 @@ import pytest
 
 from quadriga.engine.blocks import BlockPool, chain_key
 from quadriga.engine.lookup import Lookup
-from quadriga.engine.scheduler import MOST_LOGIT_ROWS, Plan, Running, Scheduler
+from quadriga.engine.scheduler import MOST_LOGIT_ROWS, PassPlan, Running, Scheduler
 from quadriga.quant.packed import BLOCK_TOKENS
 from tests.engine.test_scheduler import FakeModel, answer
 
@@ -32,11 +32,11 @@ def passes(scheduler: Desk) -> list[list[tuple[int, int, int]]]:
     return found
 
 
-def chunks(plan: Plan) -> list[tuple[int, int, int]]:
+def chunks(plan: PassPlan) -> list[tuple[int, int, int]]:
     return [(c.sequence.request_id, c.start, len(c.tokens)) for c in plan.chunks]
 
 
-def commit(scheduler: Desk, plan: Plan) -> None:
+def commit(scheduler: Desk, plan: PassPlan) -> None:
     made = scheduler.model.run(plan)
     sequences = {c.sequence.request_id: c.sequence for c in plan.chunks}
     done = {n for n, t in made.items() if len(sequences[n].tokens) + len(t) >= sequences[n].max_tokens}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quadriga.engine.blocks import BlockPool, chain_key
-from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
+from quadriga.engine.scheduler import Chunk, PassPlan, Running, Scheduler
 from quadriga.errors import ConfigError, RequestError
 from quadriga.quant.packed import BLOCK_TOKENS
 from tests.engine.test_turns import calls_of
@@ -31,7 +31,7 @@ class FakeModel:
     slots: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Slot of recurrent states -> all tokens before the position they are of."""
 
-    def run(self, plan: Plan) -> dict[int, list[int]]:
+    def run(self, plan: PassPlan) -> dict[int, list[int]]:
         made: dict[int, list[int]] = {}
         for chunk in plan.chunks:
             known = chunk.sequence.tokens[: chunk.start] + list(chunk.tokens)
@@ -189,7 +189,7 @@ class Traffic:
                 future = answer(running.tokens, len(running.tokens) + 3)[len(running.tokens) :]
                 running.draft = [*future[:2], 9, 9] if self.step % 2 else [9]
 
-    def check_rows(self, before: list[Running], plan: Plan) -> None:
+    def check_rows(self, before: list[Running], plan: PassPlan) -> None:
         """Who decodes is in every pass, in order, before any prompt; unless others' work is paced."""
         ready = [s for s in before if s.state == "running" and s.decodes and not s.held]
         planned = [chunk.sequence for chunk in plan.chunks]
@@ -424,7 +424,7 @@ def test_the_least_recently_released_prefix_goes_first() -> None:
 # Turns, places and pace ----------------------------------------------------------------------------------------------
 
 
-def drive(scheduler: Scheduler, passes: int, finish: Callable[[Running], bool] = lambda s: False) -> list[Plan]:
+def drive(scheduler: Scheduler, passes: int, finish: Callable[[Running], bool] = lambda s: False) -> list[PassPlan]:
     """So many passes of a model that says 1; sequences end at their last token, or as ``finish`` says."""
     plans = []
     for _ in range(passes):
@@ -442,7 +442,7 @@ def drive(scheduler: Scheduler, passes: int, finish: Callable[[Running], bool] =
     return plans
 
 
-def ids_of(plan: Plan) -> set[int]:
+def ids_of(plan: PassPlan) -> set[int]:
     return {chunk.sequence.request_id for chunk in plan.chunks}
 
 

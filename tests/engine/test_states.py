@@ -37,7 +37,7 @@ def compiled(name: str, n_blocks: int = 60, n_slots: int = 12, threads: int = 1)
 
 def plain(name: str) -> TorchRunner:
     config = replace(TINY[name], max_seq_len=400)
-    return TorchRunner(Transformer.from_parameters(config, random_parameters(config, std=0.3)), 60, 12)
+    return TorchRunner(Transformer.from_parameters(config, random_parameters(config, std=0.3)), 60, n_slots=12)
 
 
 def solo(name: str, one: Request) -> list[object]:

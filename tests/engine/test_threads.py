@@ -15,7 +15,7 @@ from quadriga.engine.llm import Answer
 from quadriga.engine.text_model import TextModel
 from quadriga.errors import EngineError, HardwareError, RequestError
 from quadriga.kernels.arrays import arrays
-from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.program import PassBatch
 from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.runners.base import PassResult
 from quadriga.runners.compiled import CompiledModel, pack_parameters
@@ -53,7 +53,7 @@ class Gate:
     def __getattr__(self, name: str) -> object:
         return getattr(self._runner, name)
 
-    def forward(self, batch: Batch, **wanted: Any) -> PassResult:
+    def forward(self, batch: PassBatch, **wanted: Any) -> PassResult:
         self.inside.set()
         assert self.open.wait(MOST_SECONDS)
         if self.failures:

@@ -83,7 +83,7 @@ def test_products_are_those_of_the_numbers_and_of_one_row_as_of_many(block: str,
     x = np.random.default_rng(6).standard_normal((30, 768)).astype(np.float32)
     context = cpu.Context(2, isa)
     for fine, most in ((False, 127), (True, 127 * 128)):
-        context.set_fine(fine)
+        context.set_int16(fine)
         got = packing.linear(matrix, x, context)
         given = rounded(x, most)
         exact, size = given @ numbers.T.astype(np.float64), np.abs(given) @ np.abs(numbers.T).astype(np.float64)

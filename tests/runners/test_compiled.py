@@ -200,20 +200,6 @@ def test_expert_load_counts_every_choice() -> None:
         assert bool((load >= torch.bincount(routing.expert_ids.reshape(-1), minlength=5).numpy()).all())
 
 
-@pytest.mark.parametrize("isa", HERE)
-def test_a_router_that_threads_share_decides_as_one_thread_does(isa: str) -> None:
-    """Of 512 experts and so wide that few tokens' products with it are dealt out."""
-    config = replace(FAMILIES["mixtral"].with_n_layers(1).with_ffn(n_experts=512, d_ff=16, top_k=7), d_model=144)
-    parameters = pack_parameters(arrays(random_parameters(config, seed=3, std=0.25)), "float32")
-    tokens, routing = sequence(5, 14), []
-    for threads, n in ((1, 14), (3, 14), (3, 2), (3, 1)):  # 14 are more than a panel: each is one thread's then
-        compiled = CompiledModel(config, parameters, threads=threads, n_blocks=4, isa=isa)
-        last = [passed(compiled, batch([(tokens[i : i + n], i, [0])]))[1][0] for i in range(0, 14, n)][-1]
-        routing.append((last.expert_ids[-1], last.expert_weights[-1], last.logits[-1]))
-    for other in routing[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(routing[0], other, strict=True))
-
-
 # Ties, mixtures, distances -------------------------------------------------------------------------------------------
 
 

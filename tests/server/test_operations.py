@@ -99,6 +99,10 @@ def test_what_keys_use_and_what_was_cut_or_refused_is_counted() -> None:
         live.post("/v1/embeddings", {"input": ["abc", "d"]}, headers=keys[1])
         assert live.post("/v1/completions", {**BODY, "n": 4}, headers=keys[0]).status_code == 400
         assert live.post("/v1/completions", BODY).status_code == 401
+
+        def page() -> str:
+            return live.client.get("/metrics", headers=keys[0]).text
+
         with Gate(live) as gate:
             gone = threading.Event()
 
@@ -116,11 +120,8 @@ def test_what_keys_use_and_what_was_cut_or_refused_is_counted() -> None:
             gate.open(2)
             assert gone.wait(HANG_S)
             thread.join()
-
-        def page() -> str:
-            return live.client.get("/metrics", headers=keys[0]).text
-
-        assert until(lambda: metric(page(), 'quadriga_aborted_tokens_total{model_name="tiny"}') >= 1)
+            # While the gate is shut: an answer that could run to its end would not be one that was cut.
+            assert until(lambda: metric(page(), 'quadriga_aborted_tokens_total{model_name="tiny"}') >= 1)
         name = [f'client="key:{hashlib.sha256(key.encode()).hexdigest()[:8]}"' for key in ("first-key", "other-key")]
         text, tokens = page(), "quadriga_client_tokens_total{"
         assert metric(text, f'{tokens}{name[1]},kind="read",model_name="tiny"}}') == 4

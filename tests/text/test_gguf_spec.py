@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from quadriga.errors import TokenizerError
 from quadriga.text import gguf_spec
@@ -119,6 +119,27 @@ def test_rules_that_several_families_share() -> None:
     assert patterns["glm4"] == patterns["chatglm-bpe"] == patterns["llama-bpe"]
     assert patterns["minimax-m2"] == patterns["gpt-4o"]
     assert patterns["hunyuan"] == patterns["qwen2"] and GGUF_PATTERNS["hunyuan"].normalizer is None
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "words"),
+    [
+        ("qwen2", "\u0e17\u0e35\u0e48 x", ["\u0e17", "\u0e35\u0e48", " x"]),  # a Thai letter and its two marks
+        ("qwen35", "\u0e17\u0e35\u0e48 x", ["\u0e17\u0e35\u0e48", " x"]),
+        ("qwen35", "it's 42!\n", ["it", "'s", " ", "4", "2", "!\n"]),
+        ("tekken", "getHTTP's 42", ["get", "HTTP", "'s", " ", "4", "2"]),
+        ("gpt-4o", "getHTTP's 42", ["get", "HTTP's", " ", "42"]),
+        ("seed-coder", "a;\nb", ["a", ";", "\n", "b"]),
+        ("qwen2", "a;\nb", ["a", ";\n", "b"]),
+        ("bailingmoe", "a\n\n\nb", ["a", "\n\n\n", "b"]),
+        ("smaug-bpe", "1234", ["123", "4"]),
+        ("lfm2", "1234", ["123", "4"]),
+        ("mellum2", "12 a", ["1", "2", " a"]),
+    ],
+)
+def test_where_rules_cut(pre: str, text: str, words: list[str]) -> None:
+    parts = [pre_tokenizers.Split(Regex(p), behavior="isolated") for p in GGUF_PATTERNS[pre].patterns]
+    assert [word for word, _ in pre_tokenizers.Sequence(parts).pre_tokenize_str(text)] == words
 
 
 def test_what_stands_around_a_text(caplog: pytest.LogCaptureFixture) -> None:

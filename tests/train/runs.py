@@ -11,7 +11,7 @@ import torch
 from quadriga.model.config import AttentionSpec, ModelConfig, MoESpec, NormSpec, RopeSpec, uniform_model
 from quadriga.nn.transformer import Transformer
 from quadriga.train import config as sections
-from quadriga.train.initialise import new_parameters
+from quadriga.train.initialise import NewWeights, new_parameters
 from quadriga.train.losses import NextToken
 from quadriga.train.memory_source import MemorySource
 from quadriga.train.run_directory import RunDirectory
@@ -91,9 +91,10 @@ def trainer(
     files: Files | None = None,
     record: Record | None = None,
     world: World | None = None,
+    meta: bool = False,
     **changes: Any,
 ) -> Trainer:
-    """A trainer of a tiny model; ``changes`` go to Trainer (source=, objective=)."""
+    """A trainer of a tiny model, built on the meta device or not; ``changes`` go to Trainer (source=, objective=)."""
     settings = settings or Settings()
     world = world or World()
     parts: dict[str, Any] = {
@@ -105,6 +106,10 @@ def trainer(
         **changes,
     }
     parts["run"].checkpoints.mkdir(parents=True, exist_ok=True)
+    if meta:
+        with torch.device("meta"):
+            empty = Transformer(config)
+        return Trainer(settings, empty, fill=NewWeights(config, seed=0, std=0.1).read, **parts)
     return Trainer(settings, model(config), **parts)
 
 

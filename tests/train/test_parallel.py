@@ -14,6 +14,7 @@ import torch
 
 from quadriga import runtime
 from quadriga.errors import ConfigError
+from quadriga.model.config import DenseSpec
 from quadriga.train import config as sections
 from quadriga.train.parallel import check_layout
 from quadriga.train.world import World
@@ -119,9 +120,17 @@ def test_impossible_layouts_are_refused() -> None:
     for options, message in (
         ({"replicate": 3}, "replicate must divide the number of ranks: got 3 and 4"),
         ({"experts": 3}, "experts must divide the number of ranks: got 3 and 4"),
-        ({"experts": 2, "replicate": 2}, "cannot both be above 1"),
+        (
+            {"experts": 4, "replicate": 2},
+            "replicate x parallel.experts must divide the number of ranks: got 2 x 4 and 4",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             check_layout(model, sections.ParallelSection(**options), four)
     with pytest.raises(ConfigError, match="must divide the model's 8 experts: got 16"):
         check_layout(model, sections.ParallelSection(experts=16), World(0, 16, torch.device("cpu")))
+    with pytest.raises(ConfigError, match=r"7 shards must divide a dimension of the experts' moe.w_gate \[8, 20, 24\]"):
+        check_layout(model, sections.ParallelSection(experts=8), World(0, 56, torch.device("cpu")))
+    gated = runs.model(runs.TINY.with_ffn(shared=DenseSpec(d_ff=12, activation="silu"), shared_gate=True))
+    with pytest.raises(ConfigError, match="shared expert with a gate"):
+        check_layout(gated, sections.ParallelSection(experts=2), four)

@@ -27,6 +27,7 @@ LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
         "hsdp": {"replicate": 2},
         "experts": {"experts": 4},
         "experts x fsdp": {"experts": 2},
+        "experts x hsdp": {"experts": 2, "replicate": 2},
         "muon": {"experts": 2},
     },
 }
@@ -49,7 +50,7 @@ def settings(layout: str, n_steps: int = N_STEPS, *, alone: bool = False) -> run
 def losses(folder: Path, layout: str, world: World) -> list[float]:
     """A run of 20 steps, stopped and resumed in the middle."""
     record = runs.Record()
-    first = runs.trainer(folder, settings(layout), record=record, world=world)
+    first = runs.trainer(folder, settings(layout), record=record, world=world, meta=True)
     first.train(lambda: first.step == N_STEPS // 2 - 1)
     second = runs.trainer(folder, settings(layout), record=record, world=world)
     assert second.resume()

@@ -27,7 +27,7 @@ import numpy as np
 from quadriga.bench.roofline import peak_ops_per_s, read_bytes_per_s
 from quadriga.errors import ConfigError
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
-from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.program import PassBatch
 from quadriga.model import cost, families
 from quadriga.model.config import ModelConfig
 from quadriga.model.weight_map import layer_shapes, parameter_shapes, stays_float32
@@ -116,7 +116,7 @@ class Layer:
         each = self._blocks_each
         tables, table_starts = list(range(each * len(starts))), [each * i for i in range(len(starts) + 1)]
         ints = (tokens, positions, np.cumsum([0, *lengths]), tables, table_starts, rows)
-        batch = Batch(*(np.array(x, dtype=np.int32) for x in ints))
+        batch = PassBatch(*(np.array(x, dtype=np.int32) for x in ints))
         started = time.perf_counter()
         self.model.forward(batch)
         return time.perf_counter() - started

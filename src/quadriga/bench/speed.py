@@ -20,7 +20,7 @@ from quadriga.engine.engine import Engine
 from quadriga.engine.request import Request, SamplingParams
 from quadriga.errors import ConfigError
 from quadriga.kernels.cpu.packing import Packed, Parameter
-from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.program import PassBatch
 from quadriga.model import cost
 from quadriga.model.config import ModelConfig
 from quadriga.runners.compiled import CompiledModel
@@ -150,7 +150,7 @@ class Bench:
                     [0, len(blocks)],
                     [0],
                 )
-                self.model.forward(Batch(*(np.array(x, dtype=np.int32) for x in ints)))
+                self.model.forward(PassBatch(*(np.array(x, dtype=np.int32) for x in ints)))
             return 8 / (time.perf_counter() - started)
 
         seen = sum(min(n, window or n) for window in self.model.cache.windows)

@@ -39,12 +39,7 @@ def convert_command(
             help="Pack with the best mix of formats that fits, e.g. 20GB; needs --calibrate.", rich_help_panel="Result"
         ),
     ] = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(
-            help="What weighs errors: a text like those to come, or an importance matrix (imatrix) of llama.cpp."
-        ),
-    ] = None,
+    calibrate: options.Calibrate = None,
     calibrate_tokens: options.CalibrateTokens = _CALIBRATION_TOKENS,
     pickles: Annotated[
         bool,

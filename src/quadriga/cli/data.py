@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quadriga.cli.command import Commands
-from quadriga.cli.options import OUT, Domain, Json, Restart, TextField, Tokens, as_json, size
+from quadriga.cli.options import OUT, Domain, Json, Restart, TextField, Tokens, Verify, as_json, size
 
 if TYPE_CHECKING:
     from quadriga.train.corpus.executors import Executor
@@ -125,7 +125,7 @@ def fetch_command(
 )
 def inspect_command(
     path: Annotated[Path, typer.Argument(metavar="CORPUS", help="A folder that `quadriga data prepare` wrote.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its sha256.")] = False,
+    verify: Verify = False,
     domain: Domain = None,
     document: Annotated[int | None, typer.Option(min=0, help="Print this document of a domain, from 0 on.")] = None,
     split: Annotated[str, typer.Option(help="Split of --document: train or held_out.")] = "train",

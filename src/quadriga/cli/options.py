@@ -30,7 +30,7 @@ _MODEL_HELP = "A catalogue name, hf:ORG/REPO, a directory or a GGUF file"
 Model = Annotated[str, typer.Option("--model", "-m", help=f"{_MODEL_HELP}.", rich_help_panel=_MACHINE)]
 ModelArguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="MODEL...", help=f"{_MODEL_HELP}, or several, each as NAME=MODEL where names are given."),
+    typer.Argument(metavar="MODEL...", help=f"{_MODEL_HELP}; also as --model."),
 ]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HELP}; also as --model.")]
 Format = Annotated[
@@ -146,7 +146,10 @@ GGUFFormat = Annotated[
         rich_help_panel=_RESULT,
     ),
 ]
-CALIBRATE = typer.Option(help="A text like those to come: what the model does on it weighs what is kept.")
+CALIBRATE = typer.Option(
+    help="A text like those to come: what the model does on it weighs what is kept. Or, for convert, an importance "
+    "matrix (imatrix) of llama.cpp."
+)
 """Required in some commands."""
 Calibrate = Annotated[Path | None, CALIBRATE]
 CalibrateTokens = Annotated[
@@ -173,6 +176,13 @@ Run = Annotated[
     str | None,
     typer.Option(
         "--run-folder", "--run", help="Another folder than the file's; torchrun takes --run for one of its own options."
+    ),
+]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Check what is shown: a corpus's files by their sha256, a plan's rows by the trainer, which needs torch.",
     ),
 ]
 AllowChange = Annotated[

@@ -36,11 +36,12 @@ def plan_command(
     top: Annotated[int, typer.Option(min=1, max=10_000, help="How many meshes to show.")] = 5,
     picture: options.Picture = None,
     json: options.Json = False,
+    verify: options.Verify = False,
 ) -> None:
     """Memory, time, cost and the best mesh for training; formats, boxes and speed limits for serving. By arithmetic.
 
-    MODEL may be the name of a shape, such as dbrx-132b. Serving is planned for 4096 positions of a sequence, or as many
-    as the model has.
+    With --verify the exit code is 1 if the trainer refuses a row, or counts other bytes than the plan. MODEL may be the
+    name of a shape, such as dbrx-132b. Serving is planned for 4096 positions, or as many as the model has.
     """
     from quadriga.cli.info_report import load_config
     from quadriga.errors import ConfigError
@@ -56,18 +57,44 @@ def plan_command(
         table["training"], plans, gpu = _training(
             config, gpus, tokens, seq_len, batch_tokens, stack, price, availability, top
         )
+        if verify:
+            for plan, shown in zip(plans, table["training"]["plans"], strict=False):
+                shown["verified"] = _verified(config, plan)
         if picture is not None:
             from quadriga.model.plan.picture import plan_svg
 
             picture.write_text(plan_svg(f"{model} on {gpus}, {tokens} tokens", plans[0], gpu))
     if json:
         print(options.as_json(table))
-        return
-    if gpus is not None:
-        _print_training(model, table["training"])
-    _print_serving(model, table)
-    if picture is not None:
-        print(f"drawn: {picture}")
+    else:
+        if gpus is not None:
+            _print_training(model, table["training"])
+        _print_serving(model, table)
+        if picture is not None:
+            print(f"drawn: {picture}")
+    if verify and not all(plan["verified"]["accepted"] for plan in table["training"]["plans"]):
+        raise typer.Exit(1)
+
+
+def _verified(config: ModelConfig, plan: TrainingPlan) -> dict[str, Any]:
+    """What the trainer makes of a row of the plan."""
+    from quadriga.errors import ConfigError
+    from quadriga.model.parallel_spec import MOST_PADDING
+    from quadriga.train.verify import measure
+
+    try:
+        found = measure(config, plan.mesh)
+    except ConfigError as error:
+        return {"accepted": False, "reason": str(error)}
+    planned = plan.memory.state
+    near = abs(found.state_bytes - planned) <= 0.05 * planned
+    return {
+        "accepted": near and found.padding <= MOST_PADDING,
+        "state_bytes": found.state_bytes,
+        "planned_state_bytes": planned,
+        "padding": found.padding,
+        "reason": None if near else f"state of {found.state_bytes / 1e9:.1f} GB, planned {planned / 1e9:.1f}",
+    }
 
 
 def _training(
@@ -203,6 +230,14 @@ def _print_training(model: str, facts: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print("mesh: replicas x shards x expert ranks; rows: of a rank's micro-step x micro-steps", highlight=False)
+    for plan in (plan for plan in facts["plans"] if "verified" in plan):
+        mesh, seen = plan["mesh"], plan["verified"]
+        word, counted = "REFUSED", seen["reason"]
+        if seen["accepted"]:
+            word = "accepted"
+            counted = f"{seen['state_bytes'] / 1e9:.2f} GB of state, gathers padded x{seen['padding']:.3f}"
+        console.print(f"{mesh['replicate']}x{mesh['shard']}x{mesh['ep']} {word}: {counted}", highlight=False)
+    console.print(f"in a run's file: {_section(best, cluster['ranks'])}", highlight=False, markup=False)
     parts = ", ".join(f"{name} {value / best['step_s']:.0%}" for name, value in best["step_parts_s"].items())
     bytes_ = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in best["memory_parts_bytes"].items())
     console.print(f"best: step of {best['batch_tokens']:,} tokens, {best['steps']:,} steps: {parts}", highlight=False)
@@ -212,6 +247,16 @@ def _print_training(model: str, facts: dict[str, Any]) -> None:
         f"accelerator hours, {best['cost'] / 1e6:,.2f} M$ at {facts['price_per_hour']:g} $/h; "
         f"{facts['n_plans_that_fit']} plans fit",
         highlight=False,
+    )
+
+
+def _section(plan: dict[str, Any], ranks: int) -> str:
+    """The best row as a run's [parallel] section, on one line."""
+    mesh = plan["mesh"]
+    rows = plan["micro_rows"] * ranks
+    return (
+        f"[parallel] replicate = {mesh['replicate']}, experts = {mesh['ep']}, micro_rows = {rows}, "
+        f'recompute = "{plan["recompute"]}", dtype = "bfloat16"'
     )
 
 

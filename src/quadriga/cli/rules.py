@@ -106,7 +106,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "it is about the checkpoint that is written. Give {export} FOLDER, or leave it out",
         ),
         *_all(
-            ("resume", "threads", "steps"),
+            ("resume", "threads", "stop_after"),
             lambda o: o["export"] is None and not o["check"],
             "nothing is trained with {export} or {check}. Leave it out",
         ),
@@ -151,7 +151,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "compare": (Rule("markdown", lambda o: not o["json"], "{json} prints JSON. Leave one of the two out"),),
     "plan": _all(
-        ("tokens", "seq_len", "batch_tokens", "stack", "price", "availability", "top", "picture"),
+        ("tokens", "seq_len", "batch_tokens", "stack", "price", "availability", "top", "picture", "verify"),
         lambda o: o["gpus"] is not None,
         "it is about training: give the cluster with {gpus}, e.g. {gpus} 64xH100, or leave it out",
     ),

@@ -99,7 +99,7 @@ def serve_command(
     device: options.Device = "cpu",
     threads: options.Threads = None,
 ) -> None:
-    """Serve a model, or several: OpenAI's and Anthropic's interfaces, and a chat page at /.
+    """Serve a model, or several (NAME=MODEL gives a name): OpenAI's and Anthropic's interfaces, and a chat page at /.
 
     QUADRIGA_API_KEYS has keys too, with commas between.
     """

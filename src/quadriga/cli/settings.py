@@ -75,7 +75,7 @@ def defaults(ctx: Any, words: str, params: list[Any]) -> dict[str, Any]:
         variable = f"{words} {key}".upper().replace(" ", "_").replace("-", "_")
         text = runtime.setting(variable)
         if text is not None:
-            value = text.split(",") if param.multiple else text
+            value = text.split(",") if _takes_several(param) else text
             found[param.name] = _converted(ctx, param, value, f"QUADRIGA_{variable}")
     return found
 
@@ -107,7 +107,9 @@ def _table(tables: dict[str, Any], words: str) -> dict[str, Any]:
 
 def _check_names(path: Path, tables: dict[str, Any], root: Any) -> None:
     commands = dict(_commands(root))
-    keys = {words: {key for p in command.params if (key := key_of(p))} for words, command in commands.items()}
+    keys: dict[str, set[str]] = {
+        words: {key for p in command.params if (key := key_of(p))} for words, command in commands.items()
+    }
     keys[ALL] = set().union(*keys.values())
     groups = {words.split()[0] for words in commands if " " in words}
     for name, table in tables.items():
@@ -146,14 +148,17 @@ def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _converted(ctx: Any, param: Any, value: Any, where: str) -> Any:
-    if param.multiple:
-        value = value if isinstance(value, list) else [value]
-    elif isinstance(value, list):
+    multiple = _takes_several(param)
+    if isinstance(value, list) and not multiple:
         raise ConfigError(f"{where} must be one value, got a list")
     try:
-        return param.type_cast_value(ctx, value)
+        return param.process_value(ctx, value if isinstance(value, list) or not multiple else [value])
     except Exception as error:
         message = getattr(error, "message", None)
         if message is None:
             raise
         raise ConfigError(f"{where}: {message}") from None
+
+
+def _takes_several(param: Any) -> bool:
+    return param.nargs == -1 or (param.param_type_name == "option" and bool(param.multiple))

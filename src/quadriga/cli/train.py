@@ -28,8 +28,8 @@ def train_command(
     ] = Resume.AUTO,
     threads: options.Threads = None,
     run: options.Run = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Save and stop after this many; the same command goes on.")
+    stop_after: Annotated[
+        int | None, typer.Option(min=1, help="Save and stop after this many steps; the same command goes on.")
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Read the file, say what would run, and stop.")] = False,
     export: Annotated[
@@ -66,7 +66,7 @@ def train_command(
 
     devices.set_threads(threads)
     left = itertools.count(1)
-    stop = None if steps is None else lambda: next(left) >= steps
+    stop = None if stop_after is None else lambda: next(left) >= stop_after
     outcome = train(settings, resume=resume.value, stop=stop, allow_change=allow_change)
     if runtime.launched_rank() in (None, 0):
         what = "done" if outcome.done else "stopped and saved; the same command goes on"

@@ -1,6 +1,6 @@
 """The engine: many requests on one model, a token of each at a time.
 
-    submit(Request) ─► scheduler ─► Plan ─► Batch ─► runner.forward ─► sample ─► scheduler.commit ─► TokenEvents
+    submit(Request) ─► scheduler ─► PassPlan ─► PassBatch ─► runner.forward ─► sample ─► scheduler.commit ─► TokenEvents
                            ▲                                                            │
                            └──────────────────────── step() ────────────────────────────┘
 
@@ -37,11 +37,11 @@ from quadriga.engine.pace import Pace
 from quadriga.engine.pooling import Pooling
 from quadriga.engine.request import Embed, Embedding, FinishReason, PromptReport, Request, Routing, TokenEvent
 from quadriga.engine.sampler import Sample, Sampler, Unused, require_finite, top_logprobs
-from quadriga.engine.scheduler import Chunk, Plan, Running, Scheduler
+from quadriga.engine.scheduler import Chunk, PassPlan, Running, Scheduler
 from quadriga.errors import AnswerError, BusyError, ConfigError, QuadrigaError, RequestError
-from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.program import PassBatch
 from quadriga.quant.packed import BLOCK_TOKENS
-from quadriga.runners.base import Adapters, Floats, PassResult, RouterStats, Runner
+from quadriga.runners.base import Adapters, Floats, LayerRouting, PassResult, Runner
 from quadriga.runtime import Lane
 from quadriga.text.stream import Detokenizer
 from quadriga.text.tokenizer import Tokenizer
@@ -359,7 +359,7 @@ class Engine:
             self.pace.record(plan.n_fluent, plan.n_decode, n_prompt, time.perf_counter() - started)
         return events + made
 
-    def _forward(self, plan: Plan, batch: Batch) -> PassResult:
+    def _forward(self, plan: PassPlan, batch: PassBatch) -> PassResult:
         """The pass, with what its requests want to know of it."""
         adapters = None
         if any(chunk.sequence.adapter for chunk in plan.chunks):
@@ -380,7 +380,7 @@ class Engine:
             self._prompt_tokens += running.n_prompt
             self._cached += running.n_cached
 
-    def _embedded(self, plan: Plan, states: Floats, finished: set[int]) -> list[tuple[int, Event]]:
+    def _embedded(self, plan: PassPlan, states: Floats, finished: set[int]) -> list[tuple[int, Event]]:
         """Take the states of texts that are to be embedded; the vectors of those whose last position this is."""
         done: list[tuple[int, Event]] = []
         at = 0
@@ -456,7 +456,7 @@ class Engine:
         return failed
 
     def _sample(
-        self, plan: Plan, result: PassResult, first_rows: Sequence[int], batch: Batch
+        self, plan: PassPlan, result: PassResult, first_rows: Sequence[int], batch: PassBatch
     ) -> tuple[list[tuple[int, Event]], dict[int, list[int]], set[int]]:
         made = _Pass(batch, result, self.runner)
         turns = []
@@ -558,7 +558,7 @@ class Engine:
 
     # Whole sequences -------------------------------------------------------------------------------------------------
 
-    def score(self, token_ids: Sequence[int], *, chunk: int = 512) -> tuple[Floats, list[RouterStats]]:
+    def score(self, token_ids: Sequence[int], *, chunk: int = 512) -> tuple[Floats, list[LayerRouting]]:
         """Logits (T, V) float32 of every position of one sequence, and its routing per MoE layer.
 
         Runs beside whatever the engine is doing, in blocks of its own.
@@ -572,7 +572,7 @@ class Engine:
             logits.append(result.logits)
             stats.append(result.routing)
         merged = [
-            RouterStats(*(np.concatenate([getattr(s, name) for s in layer]) for name in _STATS_FIELDS))
+            LayerRouting(*(np.concatenate([getattr(s, name) for s in layer]) for name in _STATS_FIELDS))
             for layer in zip(*stats, strict=True)
         ]
         return np.concatenate(logits), merged
@@ -600,7 +600,9 @@ class Engine:
                     range(stop - start),
                 )
                 slots = () if slot is None else ((slot if start else -1,), (slot,))
-                yield self.runner.forward(Batch(*(np.array(x, dtype=np.int32) for x in (*ints, *slots))), routing=True)
+                yield self.runner.forward(
+                    PassBatch(*(np.array(x, dtype=np.int32) for x in (*ints, *slots))), routing=True
+                )
         finally:
             if states is not None and slot is not None:
                 states.give(slot)
@@ -655,7 +657,7 @@ def _event(active: _Active, chosen: Sample, n_before: int) -> TokenEvent:
 class _Pass:
     """What a pass has computed: logits (R, V), and the routing."""
 
-    def __init__(self, batch: Batch, result: PassResult, runner: Runner) -> None:
+    def __init__(self, batch: PassBatch, result: PassResult, runner: Runner) -> None:
         self._batch, self._routing, self._runner = batch, result.routing, runner
         self.logits = result.logits
 
@@ -708,7 +710,7 @@ def _own_failure(error: BaseException) -> QuadrigaError:
     return failure
 
 
-def _routing_of(stats: list[RouterStats], token: int) -> Routing:
+def _routing_of(stats: list[LayerRouting], token: int) -> Routing:
     """One position's experts in every layer, heaviest first."""
     layers = []
     for layer in stats:
@@ -717,7 +719,7 @@ def _routing_of(stats: list[RouterStats], token: int) -> Routing:
     return tuple(layers)
 
 
-def _entropy_of(stats: list[RouterStats], token: int) -> tuple[float, ...]:
+def _entropy_of(stats: list[LayerRouting], token: int) -> tuple[float, ...]:
     """One position's router entropies, each as a part of the largest possible, ln(E)."""
     if not stats:
         return ()
@@ -732,7 +734,7 @@ def _entropy_of(stats: list[RouterStats], token: int) -> tuple[float, ...]:
 _STATS_FIELDS = ("expert_ids", "expert_weights", "probs", "logits")
 
 
-def build_batch(plan: Plan) -> tuple[Batch, list[int]]:
+def build_batch(plan: PassPlan) -> tuple[PassBatch, list[int]]:
     """A plan as arrays, and the index of every chunk's first wanted row among the rows of logits."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -756,4 +758,4 @@ def build_batch(plan: Plan) -> tuple[Batch, list[int]]:
     ints: list[object] = [tokens, positions, starts, tables, table_starts, rows]
     if any(chunk.after >= 0 for chunk in plan.chunks):
         ints += [[chunk.before for chunk in plan.chunks], [chunk.after for chunk in plan.chunks]]
-    return Batch(*(np.array(x, dtype=np.int32) for x in ints)), first_rows
+    return PassBatch(*(np.array(x, dtype=np.int32) for x in ints)), first_rows

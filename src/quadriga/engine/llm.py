@@ -40,7 +40,7 @@ from quadriga.io.suggested import Suggested, suggested
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.model.config import ModelConfig
 from quadriga.runners import make
-from quadriga.runners.base import Floats, RouterStats, Runner
+from quadriga.runners.base import Floats, LayerRouting, Runner
 from quadriga.text import template_process
 from quadriga.text.chat import render
 from quadriga.text.least_tokens import LeastTokens
@@ -212,7 +212,7 @@ class LLM:
         with self._turns.turn():
             return self.engine.score(ids)[0]
 
-    def routing(self, token_ids: TokenIds) -> list[RouterStats]:
+    def routing(self, token_ids: TokenIds) -> list[LayerRouting]:
         """What every layer's router decided for each token of one sequence; empty for a dense model."""
         ids = self._check_ids(token_ids)
         with self._turns.turn():

@@ -1,6 +1,6 @@
 """Which tokens the next pass computes: continuous batching with chunked prefill, values in, values out. Pure Python.
 
-    add(sequence) ─► waiting ──admit──► running ──► schedule() ─► Batch of chunks ─► [the model] ─► commit(results)
+    add(sequence) ─► waiting ──admit──► running ──► schedule() ─► PassPlan of chunks ─► [the model] ─► commit(results)
                         ▲                  │
                         └─────preempt──────┘   blocks given back, tokens kept: it is computed again and goes on
 
@@ -132,7 +132,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PassPlan:
     """What one pass computes."""
 
     chunks: tuple[Chunk, ...]
@@ -241,7 +241,7 @@ class Scheduler:
         """True if any sequence is not finished."""
         return bool(self._alive)
 
-    def schedule(self) -> Plan:
+    def schedule(self) -> PassPlan:
         """Choose the tokens of the next pass and take their blocks; empty only if there is no work but held rows."""
         chunks: dict[Running, Chunk] = {}
         rows, prompts = list[Running](), list[Running]()
@@ -251,7 +251,7 @@ class Scheduler:
         self._passes += 1
         if self.beside is None:
             self._fill(prompts, self._put_all(rows, self.max_batch_tokens, chunks), chunks)
-            return Plan(tuple(chunks.values()))
+            return PassPlan(tuple(chunks.values()))
         fluent = self._fluent(rows)
         others = sorted((s for s in rows if s not in fluent), key=lambda s: s.last_pass)
         most = self.max_batch_tokens
@@ -268,13 +268,13 @@ class Scheduler:
             self._rows_next = False
         return self._plan(chunks, fluent)
 
-    def _plan(self, chunks: dict[Running, Chunk], fluent: set[Running]) -> Plan:
+    def _plan(self, chunks: dict[Running, Chunk], fluent: set[Running]) -> PassPlan:
         n_fluent = n_decode = 0
         for sequence, chunk in chunks.items():
             if sequence.decodes:
                 n_decode += len(chunk.tokens)
                 n_fluent += len(chunk.tokens) if sequence in fluent else 0
-        return Plan(tuple(chunks.values()), n_fluent, n_decode)
+        return PassPlan(tuple(chunks.values()), n_fluent, n_decode)
 
     def hold(self, sequence: Running) -> None:
         """Keep a sequence out of passes: its next token is chosen elsewhere. After the commit of the pass."""
@@ -290,7 +290,7 @@ class Scheduler:
         elif sequence.state == "parked":
             self._wait(sequence)
 
-    def commit(self, plan: Plan, new_tokens: Mapping[int, Sequence[int]], finished: Collection[int]) -> None:
+    def commit(self, plan: PassPlan, new_tokens: Mapping[int, Sequence[int]], finished: Collection[int]) -> None:
         """Record what a pass made.
 
         Args:

@@ -30,7 +30,7 @@ import numpy as np
 
 from quadriga.engine.engine import Engine
 from quadriga.errors import RequestError
-from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.program import PassBatch
 from quadriga.quant.packed import BLOCK_TOKENS
 
 Ids = Sequence[int]
@@ -310,7 +310,7 @@ class _Scorer:
             for block in column:
                 self._pool.release(block)
 
-    def _batch(self) -> Batch:
+    def _batch(self) -> PassBatch:
         tokens: list[int] = []
         positions: list[int] = []
         tables: list[Column] = []
@@ -325,7 +325,7 @@ class _Scorer:
         ints: list[object] = [tokens, positions, starts, [*zip(*tables, strict=True)], table_starts, self._rows]
         if self._states is not None:
             ints += [[piece.before for piece in self._pieces], [piece.after for piece in self._pieces]]
-        return Batch(*(np.array(x, dtype=np.int32) for x in ints))
+        return PassBatch(*(np.array(x, dtype=np.int32) for x in ints))
 
     def close(self) -> None:
         """Give every block and slot back."""

@@ -1,7 +1,7 @@
 """What the engine needs of a model: a runner computes one pass over a batch of packed tokens whose keys and values live
 in numbered blocks. No torch: values that cross this seam are NumPy arrays.
 
-    Batch ──► Runner.forward ──► PassResult: logits (R, V), and where asked for hidden (N, D) and routing per MoE layer
+    PassBatch ──► Runner.forward ──► PassResult: logits (R, V), where asked for hidden (N, D) and routing per MoE layer
 
 A result is a value: no later pass changes it, and a runner remembers nothing of a pass but keys, values and counts.
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadriga.kernels.cpu.expert_store import ExpertStore
-from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.program import PassBatch
 from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.model.cache_layout import CacheLayout
@@ -29,7 +29,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class RouterStats:
+class LayerRouting:
     """One layer's routing of N tokens."""
 
     expert_ids: NDArray[np.int64]
@@ -54,7 +54,7 @@ class PassResult:
     """(R, V), of the rows that the batch asked for."""
     hidden: Floats | None = None
     """(N, D), the states after the final norm, which the head reads; None where they were not asked for."""
-    routing: list[RouterStats] | None = None
+    routing: list[LayerRouting] | None = None
     """Per MoE layer; None where it was not asked for."""
 
 
@@ -104,7 +104,7 @@ class Adapters(Protocol):
 class Runner(Protocol):
     """One model, its key/value blocks, and the slots in which recurrent layers keep their states.
 
-    A pass reads each sequence's states from one slot and leaves them in another or the same (``Batch.before`` and
+    A pass reads each sequence's states from one slot and leaves them in another or the same (``PassBatch.before`` and
     ``after``). A slot that one sequence of a pass writes no other may read or write.
     """
 
@@ -137,7 +137,7 @@ class Runner(Protocol):
         ...
 
     def forward(
-        self, batch: Batch, *, adapters: Sequence[int] | None = None, hidden: bool = False, routing: bool = False
+        self, batch: PassBatch, *, adapters: Sequence[int] | None = None, hidden: bool = False, routing: bool = False
     ) -> PassResult:
         """Compute a pass and store its keys and values.
 

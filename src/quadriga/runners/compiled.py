@@ -1,6 +1,6 @@
 """The Transformer as a captured program of CPU kernels: the same model as ``nn.transformer``, op by op.
 
-    ModelConfig + packed parameters --build--> Program --run(Batch)--> PassResult
+    ModelConfig + packed parameters --build--> Program --run(PassBatch)--> PassResult
 
 What ``Transformer`` computes in torch's modules, this computes in ``kernels/cpu`` over a paged cache; the tests hold
 the two to each other for every family. Nothing here branches on the family either.
@@ -23,12 +23,12 @@ from quadriga.kernels.cpu.library import library_path
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
 from quadriga.kernels.cpu.program import (
     AttentionArgs,
-    Batch,
     ChoiceArgs,
     DeltaNetArgs,
     FFNArgs,
     LatentArgs,
     NormArgs,
+    PassBatch,
     Program,
     SharedArgs,
     ShortConvArgs,
@@ -54,7 +54,7 @@ from quadriga.model.positions import alibi_slopes, rotation
 from quadriga.model.weight_map import parameter_shapes, stays_float32
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.packed import KV_FORMATS, kv_block_bytes, latent_block_bytes
-from quadriga.runners.base import Adapters, Floats, PassResult, RouterStats
+from quadriga.runners.base import Adapters, Floats, LayerRouting, PassResult
 
 ACTIVATIONS = ("auto", "int8", "int16")
 
@@ -156,7 +156,7 @@ class CompiledModel:
             vocab_size=config.vocab_size,
             max_tokens=max_tokens,
             threads=threads,
-            fine=activations == "int16" or (activations == "auto" and small),
+            int16=activations == "int16" or (activations == "auto" and small),
             isa=isa,
         )
         self.parameters, self.store = parameters, store
@@ -204,7 +204,7 @@ class CompiledModel:
         )
 
     def forward(
-        self, batch: Batch, *, adapters: Sequence[int] | None = None, hidden: bool = False, routing: bool = False
+        self, batch: PassBatch, *, adapters: Sequence[int] | None = None, hidden: bool = False, routing: bool = False
     ) -> PassResult:
         """See :class:`Runner`.
 
@@ -270,10 +270,10 @@ class CompiledModel:
         """Of every row of logits (R, V): the most probable token (the lowest id of equals) and log(sum(exp))."""
         return self.program.row_stats(logits)
 
-    def _router_stats(self, n_tokens: int) -> list[RouterStats]:
+    def _router_stats(self, n_tokens: int) -> list[LayerRouting]:
         """What every layer's router decided for the last pass's tokens."""
         return [
-            RouterStats(
+            LayerRouting(
                 r.ids[:n_tokens].astype(np.int64),
                 r.weights[:n_tokens].copy(),
                 _distribution(logits, spec.score),

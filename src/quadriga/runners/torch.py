@@ -13,7 +13,7 @@ from torch import Tensor
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress
 from quadriga.kernels.cpu.expert_store import ExpertStore
-from quadriga.kernels.cpu.program import Batch
+from quadriga.kernels.cpu.program import PassBatch
 from quadriga.kernels.cpu.sampling import RowSampler
 from quadriga.model.cache_layout import CacheLayout, cache_layout, one_group
 from quadriga.model.config import AttentionSpec, LatentState, RecurrentState
@@ -24,7 +24,7 @@ from quadriga.nn.devices import quick_float32, resolve_device, resolve_dtype, se
 from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer
 from quadriga.quant.packed import BLOCK_TOKENS
-from quadriga.runners.base import CacheSize, Floats, PassResult, RouterStats
+from quadriga.runners.base import CacheSize, Floats, LayerRouting, PassResult
 
 
 def load(
@@ -116,7 +116,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def forward(
-        self, batch: Batch, *, adapters: Sequence[int] | None = None, hidden: bool = False, routing: bool = False
+        self, batch: PassBatch, *, adapters: Sequence[int] | None = None, hidden: bool = False, routing: bool = False
     ) -> PassResult:
         """See :class:`Runner`."""
         device = self._device
@@ -164,14 +164,14 @@ class TorchRunner:
         return [load.cpu().numpy() for load in self._load]
 
 
-def _as_arrays(stats: moe.RouterStats) -> RouterStats:
-    return RouterStats(*(t.cpu().numpy() for t in (stats.expert_ids, stats.expert_weights, stats.probs, stats.logits)))
+def _as_arrays(stats: moe.RouterStats) -> LayerRouting:
+    return LayerRouting(*(t.cpu().numpy() for t in (stats.expert_ids, stats.expert_weights, stats.probs, stats.logits)))
 
 
 class _PagedContext:
     """A ForwardContext over the runner's blocks for one batch."""
 
-    def __init__(self, runner: TorchRunner, batch: Batch, device: torch.device) -> None:
+    def __init__(self, runner: TorchRunner, batch: PassBatch, device: torch.device) -> None:
         self._runner = runner
         self.positions = torch.from_numpy(batch.positions).long().to(device)
         self._spans = list(zip(batch.starts[:-1].tolist(), batch.starts[1:].tolist(), strict=True))

@@ -21,12 +21,24 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _CONTRACTIONS_ANY_CASE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _CL100K_GREEDY = _CONTRACTIONS_ANY_CASE + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # Llama 3
 _QWEN2 = _CONTRACTIONS_ANY_CASE + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN35 = (  # Qwen/Qwen3.5's tokenizer.json: marks stay with their letters
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SEED_CODER = _CONTRACTIONS_ANY_CASE + r"\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BAILING = (  # inclusionAI/Ling-lite's tokenizer.json
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 _SINGLE_DIGITS = r"\p{N}"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _O200K = (  # openai/tiktoken: a cut inside a word where a capital follows a small letter
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (  # mistralai/Mistral-Nemo: as above without contractions, every digit alone
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -93,7 +105,22 @@ GGUF_PATTERNS: dict[str, Split] = {
     "minimax-m2": Split((_O200K,)),
     "deepseek-llm": Split(_DEEPSEEK_V2),
     "deepseek-v3": Split(_DEEPSEEK_V3),
+    "qwen35": Split((_QWEN35,), normalizer="NFC"),
+    "tekken": Split((_TEKKEN,), whole_words=True, add_bos=True),
+    "seed-coder": Split((_SEED_CODER,)),
+    "bailingmoe": Split((_BAILING,)),
 }
+_SAME_RULE = {
+    "llama-bpe": ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "glm4": ("smaug-bpe",),
+    "hunyuan": ("deepseek-r1-qwen", "megrez", "stablelm2", "solar-open", "grok-2"),
+    "gpt-2": ("phi-2", "jina-es", "jina-de", "gigachat", "a.x-4.0", "mellum", "exaone4", "jais", "trillion"),
+    "starcoder": ("command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+    "minimax-m2": ("llama4", "kanana2"),
+    "bailingmoe": ("bailingmoe2", "llada-moe"),
+}
+"""Other names that llama.cpp gives a rule."""
+GGUF_PATTERNS |= {other: GGUF_PATTERNS[name] for name, others in _SAME_RULE.items() for other in others}
 """Values of GGUF's ``tokenizer.ggml.pre`` that are known."""
 
 _FAMILIES = ("gpt-2", "smollm", "llama-bpe", "qwen2")

@@ -161,8 +161,9 @@ class ParallelSection(Section, frozen=True):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation; master weights and optimiser state are always float32."""
     device: str = "auto"
-    recompute: bool = False
-    """Activation checkpointing: keep only each layer's input and recompute the rest in the backward pass."""
+    recompute: bool | Literal["none", "selective", "full"] = False
+    """Activation checkpointing. full (or true): keep only each layer's input, and recompute the rest in the backward
+    pass. selective: keep the results of matrix products and of attention too."""
     timeout_s: float = 600.0
     """How long a rank waits for the others before the run ends with an error that names them."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from quadriga.train.config import OptimiserSection
 
@@ -97,7 +97,13 @@ def orthogonal(update: Tensor) -> Tensor:
         own = newton_schulz(update.to_local())
         made: Tensor = DTensor.from_local(own, mesh, placements, shape=update.shape, stride=update.stride())
         return made
-    return distribute_tensor(newton_schulz(update.full_tensor()), mesh, placements, src_data_rank=None)
+    # Experts that are spread stay where they are; the rows or columns of the matrices are gathered.
+    gathered = [Replicate() if isinstance(p, Shard) and p.dim >= update.ndim - 2 else p for p in placements]
+    whole = update.redistribute(placements=gathered)
+    done = newton_schulz(whole.to_local())
+    spread: DTensor = DTensor.from_local(done, mesh, gathered, shape=whole.shape, stride=whole.stride())
+    back: Tensor = spread.redistribute(placements=placements)
+    return back
 
 
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:

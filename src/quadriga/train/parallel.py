@@ -1,34 +1,38 @@
 """Distribute a model over ranks: FSDP2 or HSDP over a DeviceMesh, experts over neighbouring ranks.
 
-    ranks            replicate x shard                         every parameter but the experts: FSDP2 on this mesh
-                     (replicate x shard / experts) x experts   the experts: whole ones on each rank of the inner axis
-                                                               (all-to-all), their columns sharded over the outer one
+    ranks            replicate x (shard x experts)     every parameter but the experts: FSDP2, or HSDP with copies
+                     replicate x shard x experts       the experts: whole ones on each rank of the inner axis
+                                                       (all-to-all), rows or columns sharded over the middle one
 
 Expert parallelism uses the ranks of data parallelism (torchtitan, Megatron-LM), so every rank has its own rows.
 Gradients are summed over ranks, not averaged: the trainer divides by the global batch's weight before the backward
 pass. A single process has no mesh: with bfloat16 it computes on copies of the master weights (:class:`MasterWeights`);
-with several ranks FSDP2 makes the copies.
+with several ranks FSDP2 makes the copies. ``model.parallel_spec`` says which dimension of a parameter is cut. A model
+on the meta device is sharded first and filled afterwards, each rank its own boxes: a whole parameter is nowhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from quadriga.errors import ConfigError
+from quadriga.model.parallel_spec import Cut, ParallelSpec, cut
+from quadriga.model.weight_map import Box
 from quadriga.nn.moe import MoE
 from quadriga.nn.transformer import Block, Transformer
 from quadriga.train.batch import Objective, TrainingBatch
 from quadriga.train.config import ParallelSection
 from quadriga.train.expert_parallel import AllToAllExperts
+from quadriga.train.shards import own_box
 from quadriga.train.world import World
 
 if TYPE_CHECKING:
@@ -51,40 +55,83 @@ class ModelWithLoss(nn.Module):
         return loss, dict(metrics)
 
 
-def prepare(model: Transformer, objective: Objective, section: ParallelSection, world: World) -> ModelWithLoss:
+Fill = Callable[[str, Box], Tensor]
+"""(name, box) -> a box of a parameter's initial values, float32 on the host."""
+
+
+def prepare(
+    model: Transformer, objective: Objective, section: ParallelSection, world: World, fill: Fill | None = None
+) -> ModelWithLoss:
     """Prepare a model for training: move it to its device, set up recomputation, shard it if there are several ranks.
+
+    Args:
+        fill: the initial values of a model on the meta device; None: they are loaded later, and are 0 until then.
 
     Raises:
         ConfigError: the number of ranks does not fit the parallel section.
     """
-    check_layout(model, section, world)
-    model.to(world.device)
+    spec = check_layout(model, section, world)
+    if section.recompute == "selective" and world.device.type == "cpu":
+        raise ConfigError(
+            "parallel.recompute = 'selective' is for GPUs: a CPU's kernels write into the products that it would keep. "
+            "Use 'full' or 'none'"
+        )
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    if not empty:
+        model.to(world.device)
     blocks = [layer for layer in model.layers if isinstance(layer, Block)]
     for block in blocks:
-        if section.recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        _recompute(block, section.recompute)
     module = ModelWithLoss(model, objective)
     if world.size > 1:
-        _shard(module, blocks, section, world)
+        _shard(module, blocks, section, spec, world)
+    if empty and world.device.type != "meta":
+        _materialise(module, world, fill)
     return module
 
 
-def check_layout(model: Transformer, section: ParallelSection, world: World) -> None:
-    """Check that ranks and experts can be divided as the parallel section says; raises ConfigError."""
-    size, replicate, experts = world.size, section.replicate, section.experts
-    if size % replicate:
-        raise ConfigError(f"parallel.replicate must divide the number of ranks: got {replicate} and {size} ranks")
-    if size % experts:
-        raise ConfigError(f"parallel.experts must divide the number of ranks: got {experts} and {size} ranks")
-    for moe in moe_layers(model)[:1]:
-        if moe.spec.n_experts % experts:
-            raise ConfigError(f"parallel.experts must divide the model's {moe.spec.n_experts} experts: got {experts}")
-    if experts > 1 and not moe_layers(model):
-        raise ConfigError(f"parallel.experts={experts} needs a model with experts; this one is dense")
-    if experts > 1 and any(moe.spec.expert_bias for moe in moe_layers(model)):
-        raise ConfigError("parallel.experts spreads experts without biases only; this model's have some. Leave it at 1")
-    if experts > 1 and replicate > 1:
-        raise ConfigError("parallel.experts and parallel.replicate cannot both be above 1: leave out replicate")
+_PRODUCTS = [
+    getattr(torch.ops.aten, name).default
+    for name in (
+        *("mm", "addmm", "_grouped_mm", "_scaled_dot_product_flash_attention"),
+        *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
+    )
+]
+"""What recompute = "selective" keeps the results of; the rest costs memory traffic and hardly any arithmetic."""
+
+
+def _recompute(block: Block, how: bool | str) -> None:
+    """Let a block forget what it computed, and compute it again in the backward pass."""
+    if how in (False, "none"):
+        return
+    kept: Any = partial(create_selective_checkpoint_contexts, _PRODUCTS) if how == "selective" else noop_context_fn
+    again = partial(checkpoint, block.forward, use_reentrant=False, context_fn=kept)
+    block.forward = again  # type: ignore[method-assign]
+
+
+def check_layout(model: Transformer, section: ParallelSection, world: World) -> ParallelSpec:
+    """The layout of the ranks that the parallel section asks for.
+
+    Raises:
+        ConfigError: ranks, experts or a parameter's dimensions cannot be divided so.
+    """
+    spec = ParallelSpec.of(world.size, replicate=section.replicate, experts=section.experts)
+    problem = spec.problem(model.config)
+    if problem is not None:
+        raise ConfigError(problem)
+    return spec
+
+
+@torch.no_grad()
+def _materialise(module: ModelWithLoss, world: World, fill: Fill | None) -> None:
+    """Allocate this rank's parts of a model on the meta device, and fill them parameter by parameter."""
+    module.to_empty(device=world.device)
+    for name, values in (*module.model.named_parameters(), *module.model.named_buffers()):
+        local = values.to_local() if isinstance(values, DTensor) else values
+        if fill is None:
+            local.zero_()
+        elif local.numel():
+            local.copy_(fill(name, own_box(values)))
 
 
 def moe_layers(model: Transformer) -> list[MoE]:
@@ -92,40 +139,51 @@ def moe_layers(model: Transformer) -> list[MoE]:
     return [layer.moe for layer in model.layers if isinstance(layer, Block) and layer.moe is not None]
 
 
-def _shard(module: ModelWithLoss, blocks: Iterable[Block], section: ParallelSection, world: World) -> None:
-    kind = world.device.type
-    mesh = init_device_mesh(
-        kind, (section.replicate, world.size // section.replicate), mesh_dim_names=("replicate", "shard")
-    )
-    data_mesh = mesh["shard"] if section.replicate == 1 else mesh
+def _shard(
+    module: ModelWithLoss, blocks: Iterable[Block], section: ParallelSection, spec: ParallelSpec, world: World
+) -> None:
+    kind = "cpu" if world.device.type == "meta" else world.device.type
+    mesh = init_device_mesh(kind, (spec.replicate, spec.shard * spec.ep), mesh_dim_names=("replicate", "shard"))
+    data_mesh = mesh["shard"] if spec.replicate == 1 else mesh
     expert_mesh = None
-    if section.experts > 1:
+    if spec.ep > 1:
         expert_mesh = init_device_mesh(
-            kind, (world.size // section.experts, section.experts), mesh_dim_names=("outer", "experts")
+            kind, (spec.replicate, spec.shard, spec.ep), mesh_dim_names=("replicate", "shard", "experts")
         )
     dtype = DTYPES[section.dtype]
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(cast_forward_inputs=False)
-    shard: Callable[..., FSDPModule] = partial(fully_shard, mesh=data_mesh, mp_policy=narrow)
+    by_size = lambda p: _placement(cut(tuple(p.shape), spec.shard * spec.ep))  # noqa: E731
+    shard: Callable[..., FSDPModule] = partial(
+        fully_shard, mesh=data_mesh, mp_policy=narrow, shard_placement_fn=by_size
+    )
     for block in blocks:
         if block.moe is not None:
             # The router always computes in float32.
-            _sum_gradients(fully_shard(block.moe.router, mesh=data_mesh, mp_policy=wide))
+            _sum_gradients(shard(block.moe.router, mp_policy=wide))
             if expert_mesh is not None:
-                _shard_experts(block.moe, expert_mesh, narrow)
+                for whole in (block.moe.shared, block.moe.fuse):
+                    if whole is not None:
+                        _sum_gradients(shard(whole))
+                _shard_experts(block.moe, expert_mesh, spec, narrow)
         _sum_gradients(shard(block))
     _sum_gradients(shard(module))
 
 
-def _shard_experts(moe: MoE, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    inner, outer = mesh["experts"], mesh["outer"]
+def _placement(found: Cut | None) -> Shard:
+    assert found is not None, "check_layout asked for a problem"
+    return Shard(found.dim)
+
+
+def _shard_experts(moe: MoE, mesh: DeviceMesh, spec: ParallelSpec, policy: MixedPrecisionPolicy) -> None:
+    inner, outer = mesh["experts"], mesh["shard"] if spec.replicate == 1 else mesh["replicate", "shard"]
     for name in ("w_gate", "w_up", "w_down"):
         whole = getattr(moe, name)
         part = distribute_tensor(whole.detach(), inner, [Shard(0)], src_data_rank=None)
         setattr(moe, name, nn.Parameter(part, requires_grad=whole.requires_grad))
     moe.dispatch = AllToAllExperts(inner.get_group())
-    placement = lambda parameter: Shard(1) if parameter.ndim == 3 else Shard(0)  # noqa: E731
-    _sum_gradients(fully_shard(moe, mesh=outer, mp_policy=policy, shard_placement_fn=placement))
+    by_size = lambda p: _placement(cut(tuple(p.shape), spec.shard, after=1))  # noqa: E731
+    _sum_gradients(fully_shard(moe, mesh=outer, mp_policy=policy, shard_placement_fn=by_size))
 
 
 def _sum_gradients(module: FSDPModule) -> None:

@@ -30,7 +30,7 @@ from quadriga.text.tokenizer import Tokenizer, load_directory
 from quadriga.train import report
 from quadriga.train.config import RunConfig
 from quadriga.train.held_out import HeldOutLoss, held_out_losses, samples
-from quadriga.train.initialise import model_config, new_parameters, start_from
+from quadriga.train.initialise import NewWeights, StoredWeights, model_config
 from quadriga.train.loader import HeldOutSource, open_corpora, open_held_out, open_source
 from quadriga.train.losses import NextToken
 from quadriga.train.metrics import MetricsFile
@@ -103,17 +103,20 @@ def _train(
             f"schedule.steps must be at most the curriculum's {source.n_steps}, got {config.n_steps}: add a stage"
         )
     tokenizer = corpus_tokenizer(config)
-    architecture, parameters = _model(config)
+    architecture, weights = _weights(config)
     longest = max(stage.seq_len for stage in config.data.stages)
     if longest > architecture.max_seq_len:
         raise ConfigError(
             f"model.max_seq_len must be at least the longest stage's {longest}, got {architecture.max_seq_len}"
         )
-    model = Transformer.from_parameters(architecture, parameters)
-    trainer = Trainer(
-        config, model, source, NextToken(architecture, config.router, world), world=world, run=run,
-        evaluate_every=config.evaluate.every,
-    )  # fmt: skip
+    try:
+        trainer = Trainer(
+            config, _model(architecture, weights, world), source, NextToken(architecture, config.router, world),
+            world=world, run=run, evaluate_every=config.evaluate.every, fill=None if has_some else weights.read,
+        )  # fmt: skip
+    finally:
+        if isinstance(weights, StoredWeights):
+            weights.close()
     if has_some:
         trainer.resume(allow_change=allow_change)
     peak = peak_flops(config.parallel.dtype, world)
@@ -182,12 +185,22 @@ def corpus_tokenizer(config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def _model(config: RunConfig) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+def _weights(config: RunConfig) -> tuple[ModelConfig, NewWeights | StoredWeights]:
     if config.model.start is not None:
-        return start_from(config.model.start)
+        stored = StoredWeights(config.model.start)
+        return stored.config, stored
     vocabulary = open_corpora(config.data.corpora)[0].manifest.tokenizer
     architecture = model_config(config.model, vocabulary.n_vocab, (vocabulary.end_id,))
-    return architecture, new_parameters(architecture, seed=config.seed, std=config.model.init_std)
+    return architecture, NewWeights(architecture, seed=config.seed, std=config.model.init_std)
+
+
+def _model(architecture: ModelConfig, weights: NewWeights | StoredWeights, world: World) -> Transformer:
+    """The model in memory; one of several ranks gets none of it yet, and fills its own part when that is known."""
+    if world.size > 1:
+        with torch.device("meta"):
+            return Transformer(architecture)
+    parameters = weights.parameters()
+    return Transformer.from_parameters(architecture, parameters)
 
 
 def peak_flops(dtype: str, world: World) -> float:

@@ -33,7 +33,7 @@ from quadriga.train.batch import BatchSource, Objective, TrainingBatch
 from quadriga.train.changes import changes, described
 from quadriga.train.guard import SpikeGuard
 from quadriga.train.optim import Optimiser, local
-from quadriga.train.parallel import MasterWeights, prepare, replicas
+from quadriga.train.parallel import Fill, MasterWeights, prepare, replicas
 from quadriga.train.run_directory import RunDirectory, newest
 from quadriga.train.schedule import learning_rate_share, unreached
 from quadriga.train.world import World
@@ -108,13 +108,14 @@ class Trainer:
 
     Args:
         settings: the configuration sections.
-        model: float32 parameters; those that require a gradient are trained.
+        model: float32 parameters, or none yet (the meta device); those that require a gradient are trained.
         source: the data.
         objective: the loss to minimise.
         world: the ranks.
         run: folder for checkpoints and the batches of bad steps.
         listeners: receive the run's events on rank 0.
         evaluate: called as evaluate(trainer) every ``evaluate_every`` steps and at the end.
+        fill: the initial values of a model on the meta device; None: a checkpoint has them (:meth:`resume`).
     """
 
     def __init__(
@@ -129,12 +130,13 @@ class Trainer:
         listeners: Sequence[Listener] = (),
         evaluate: Callable[[Trainer], None] | None = None,
         evaluate_every: int = 0,
+        fill: Fill | None = None,
     ) -> None:
         self.settings, self.model, self.source, self.world, self.run = settings, model, source, world, run
         self.listeners = list(listeners) if world.first else []
         self._untold: list[tuple[int, str]] = []
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
-        self.module = prepare(model, objective, settings.parallel, world)
+        self.module = prepare(model, objective, settings.parallel, world, fill)
         self.masters = MasterWeights(model, settings.parallel.dtype, world)
         if not self.masters.by_name:
             raise ConfigError("at least one parameter must require a gradient to train, got none")

@@ -16,10 +16,10 @@ from quadriga.kernels.dispatch import use
 from quadriga.model.config import AttentionSpec, DenseSpec, MoESpec, RopeSpec
 from quadriga.model.cost import n_params
 from quadriga.model.families import PRESETS
+from quadriga.model.parallel_spec import ParallelSpec
 from quadriga.model.plan.hardware import GPUS, STACKS, parse_cluster
 from quadriga.model.plan.training import (
     RECOMPUTE,
-    Mesh,
     Work,
     activation_elements,
     evaluate,
@@ -91,7 +91,7 @@ def test_saved_activations_are_what_autograd_keeps(n_experts: int) -> None:
 
 
 def test_memory_by_hand() -> None:
-    found = memory(DBRX, Mesh(2, 8, 4), Work(2048, 3, 5, "full"))
+    found = memory(DBRX, ParallelSpec(2, 8, 4), Work(2048, 3, 5, "full"))
     assert found.state == 16 * 131_596_523_520 / 32
     layer = 88_190_976 + 3_170_893_824 / 4
     assert found.gathered == pytest.approx(2 * (3 * layer + 2 * (2 * 616_562_688 + 6144)))
@@ -106,13 +106,13 @@ def test_memory_by_hand() -> None:
 )
 def test_published_runs_are_reproduced(runs: list[Run], gpu: str, stack: str, mean_error: float, worst: float) -> None:
     errors = [
-        100 * evaluate(run.config, GPUS[gpu], Mesh(1, run.ranks, 1), run.work, STACKS[stack]).mfu - run.mfu
+        100 * evaluate(run.config, GPUS[gpu], ParallelSpec(1, run.ranks, 1), run.work, STACKS[stack]).mfu - run.mfu
         for run in runs
     ]
     assert mean(map(abs, errors)) < mean_error
     assert max(map(abs, errors)) < worst
     assert all(
-        memory(run.config, Mesh(1, run.ranks, 1), run.work).total < 1.2 * GPUS[gpu].memory_bytes for run in runs
+        memory(run.config, ParallelSpec(1, run.ranks, 1), run.work).total < 1.2 * GPUS[gpu].memory_bytes for run in runs
     )  # they ran, so they fit; the formula counts what our trainer saves, and fused programs save less
 
 
@@ -148,9 +148,9 @@ def test_the_best_plan_is_the_fastest_that_fits() -> None:
 )
 @settings(max_examples=40, deadline=None)
 def test_more_of_something_costs_what_it_should(ep: int, shard: int, rows: int, recompute: str) -> None:
-    mesh, work = Mesh(2, shard, ep), Work(2048, rows, 2, recompute)
+    mesh, work = ParallelSpec(2, shard, ep), Work(2048, rows, 2, recompute)
     plan = evaluate(DBRX, H100, mesh, work)
-    wider = evaluate(DBRX, H100, Mesh(2, 2 * shard, ep), work)
+    wider = evaluate(DBRX, H100, ParallelSpec(2, 2 * shard, ep), work)
     assert wider.memory.state == plan.memory.state / 2
     longer = evaluate(DBRX, H100, mesh, replace(work, accumulate=4))
     assert longer.memory == plan.memory and longer.time.total <= 2 * plan.time.total
@@ -173,7 +173,7 @@ def test_meshes_use_every_rank_in_whole_nodes() -> None:
         assert mesh.ranks == 96 and 16 % mesh.ep == 0
         group = mesh.shard * mesh.ep
         assert group <= 8 or group % 8 == 0
-    assert Mesh(6, 1, 16) in found and Mesh(1, 96, 1) in found
+    assert ParallelSpec(6, 1, 16) in found and ParallelSpec(1, 96, 1) in found
     assert {mesh.ep for mesh in meshes(PRESETS["llama2-70b"], 16, H100)} == {1}
 
 

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "08733556f6c2bb59bbd2b6714b8c9e3e8f0843219096950a201af95c36d439c2"
+HEADER_SHA256 = "f6342bc59ba856572b5e63e8e32f4cf4903f6938813091bb459a76140c08863d"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -468,9 +468,9 @@ PARAMETERS: dict[str, list[Any]] = {
         c.c_void_p,  # context
         c.POINTER(Message),  # why
     ],
-    "qd_set_fine": [
+    "qd_set_int16": [
         c.c_void_p,  # context
-        c.c_int32,  # fine
+        c.c_int32,  # int16
         c.POINTER(Message),  # why
     ],
     "qd_packed_bytes": [

@@ -203,9 +203,9 @@ class Context:
         """Call a function whose first parameter is a context with this one; see :func:`call` for what it raises."""
         call(function, self.handle, *arguments)
 
-    def set_fine(self, fine: bool) -> None:
+    def set_int16(self, int16: bool) -> None:
         """Activations that meet q8, q4, q4m and mx4 matrices: 15 bits instead of 8."""
-        self.call(self.lib.qd_set_fine, fine)
+        self.call(self.lib.qd_set_int16, int16)
 
     def run(self, steps: c.Array[Step], batch: Batch) -> None:
         """A captured sequence of ops over one batch.

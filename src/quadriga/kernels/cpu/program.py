@@ -194,7 +194,7 @@ class FFNArgs:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PassBatch:
     """What one pass computes: N tokens of S sequences end to end, sequence s owning [starts[s], starts[s + 1]).
 
     A sequence's tokens are consecutive positions, the last ones it has; all earlier ones are in its blocks.
@@ -246,7 +246,7 @@ class Program:
     Args:
         threads: computing threads, the caller included.
         max_tokens: most tokens of one pass.
-        fine: activations that meet quantised matrices keep 15 bits instead of 8; decoding stays bound by memory, a
+        int16: activations that meet quantised matrices keep 15 bits instead of 8; decoding stays bound by memory, a
             prompt takes about twice as long.
     """
 
@@ -257,11 +257,11 @@ class Program:
         vocab_size: int,
         max_tokens: int,
         threads: int,
-        fine: bool = False,
+        int16: bool = False,
         isa: str | None = None,
     ) -> None:
         self.context = cpu.Context(threads, isa)
-        self.context.set_fine(fine)
+        self.context.set_int16(int16)
         self.vocab_size, self.max_tokens = vocab_size, max_tokens
         self.routing: list[LayerRouting] = []
         self._ops: list[tuple[int, ctypes.Structure]] = []
@@ -427,7 +427,7 @@ class Program:
         """Norm and logits of the rows a batch asks for."""
         self._add(Op.HEAD, bindings.Head(self._norm(norm), self._matrix(weight), logit_scale, self._floats(bias)))
 
-    def run(self, batch: Batch) -> Floats:
+    def run(self, batch: PassBatch) -> Floats:
         """One pass over a batch; its keys and values are stored in its blocks.
 
         Returns:

@@ -27,6 +27,7 @@ from math import prod
 from quadriga.errors import ConfigError, HardwareError
 from quadriga.model.config import AttentionSpec, DeltaNetSpec, LayerSpec, ModelConfig, MoESpec, ShortConvSpec
 from quadriga.model.cost import attention_flops, n_params
+from quadriga.model.parallel_spec import MOST_PADDING, ParallelSpec
 from quadriga.model.plan.hardware import STACKS, Gpu, Stack
 from quadriga.model.weight_map import layer_shapes
 
@@ -43,20 +44,6 @@ _MEMORY = 0.85
 _LOGIT_ROWS = 4096
 _ROWS_HALF = 64
 """Rows per expert at which grouped products reach half the rate of large ones (half a tile of 128)."""
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """How ranks share a model: ``replicate`` copies, each sharded over ``shard`` x ``ep`` ranks."""
-
-    replicate: int
-    shard: int
-    ep: int
-
-    @property
-    def ranks(self) -> int:
-        """Total number of ranks."""
-        return self.replicate * self.shard * self.ep
 
 
 @dataclass(frozen=True)
@@ -116,7 +103,7 @@ class StepTime:
 class TrainingPlan:
     """The estimate for one mesh: memory, time, MFU."""
 
-    mesh: Mesh
+    mesh: ParallelSpec
     work: Work
     memory: Memory
     time: StepTime
@@ -164,10 +151,10 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     return 3 * (2 * n_params(config).active_without_input + attention_flops(config, seq_len))
 
 
-def memory(config: ModelConfig, mesh: Mesh, work: Work) -> Memory:
+def memory(config: ModelConfig, mesh: ParallelSpec, work: Work) -> Memory:
     """Estimate the memory of one rank."""
     s = sizes(config)
-    state = 16 * s.total / (mesh.shard * mesh.ep)
+    state = 16 * mesh.elements(config)
     layer = s.layer_dense + s.layer_experts / mesh.ep
     spread = mesh.shard * mesh.ep > 1
     # Weights of two layers (one computes, one is being gathered), gradients of one, embeddings and head.
@@ -209,7 +196,7 @@ def _activation_bytes(layer: LayerSpec, d_model: int, recompute: str) -> tuple[f
     return whole, {"none": whole, "selective": 2 * (entry + kept * uneven), "full": 2 * entry}[recompute]
 
 
-def step_time(config: ModelConfig, gpu: Gpu, mesh: Mesh, work: Work, stack: Stack) -> StepTime:
+def step_time(config: ModelConfig, gpu: Gpu, mesh: ParallelSpec, work: Work, stack: Stack) -> StepTime:
     """Estimate the time of an optimiser step with the formulas in the module docstring."""
     s, tokens = sizes(config), work.micro_tokens
     forwards = 2 if work.recompute == "full" else 1
@@ -264,7 +251,7 @@ def _pass_bytes(config: ModelConfig) -> float:
     return 2.0 * elements
 
 
-def _all_to_all(config: ModelConfig, gpu: Gpu, mesh: Mesh, tokens: int) -> float:
+def _all_to_all(config: ModelConfig, gpu: Gpu, mesh: ParallelSpec, tokens: int) -> float:
     """Seconds to send a micro-step's tokens to their experts and back, over all layers."""
     if mesh.ep == 1:
         return 0.0
@@ -276,7 +263,7 @@ def _all_to_all(config: ModelConfig, gpu: Gpu, mesh: Mesh, tokens: int) -> float
     return max(inside, outside)
 
 
-def _weight_traffic(s: Sizes, gpu: Gpu, mesh: Mesh, accumulate: int) -> float:
+def _weight_traffic(s: Sizes, gpu: Gpu, mesh: ParallelSpec, accumulate: int) -> float:
     """Seconds of a step's all-gathers, reduce-scatters and all-reduces on the busiest link.
 
     A ring over whole nodes uses all network cards of a node together; within a node the rate is NVLink's. Each rank
@@ -298,7 +285,9 @@ def _weight_traffic(s: Sizes, gpu: Gpu, mesh: Mesh, accumulate: int) -> float:
     return seconds
 
 
-def evaluate(config: ModelConfig, gpu: Gpu, mesh: Mesh, work: Work, stack: Stack = STACKS["tuned"]) -> TrainingPlan:
+def evaluate(
+    config: ModelConfig, gpu: Gpu, mesh: ParallelSpec, work: Work, stack: Stack = STACKS["tuned"]
+) -> TrainingPlan:
     """Estimate memory, time and MFU of one mesh."""
     time = step_time(config, gpu, mesh, work, stack)
     tokens = mesh.ranks * work.micro_tokens * work.accumulate
@@ -307,14 +296,19 @@ def evaluate(config: ModelConfig, gpu: Gpu, mesh: Mesh, work: Work, stack: Stack
     return TrainingPlan(mesh, work, memory(config, mesh, work), time, mfu, rate)
 
 
-def meshes(config: ModelConfig, ranks: int, gpu: Gpu) -> Iterator[Mesh]:
-    """Yield every mesh of ``ranks`` whose groups are whole nodes or fit into one node."""
+def meshes(config: ModelConfig, ranks: int, gpu: Gpu) -> Iterator[ParallelSpec]:
+    """Yield every mesh of ``ranks`` that the trainer accepts and whose groups are whole nodes or fit into one node.
+
+    Left out are those whose gathers would move more than a tenth of padding (``model.parallel_spec``).
+    """
     n_experts = math.gcd(*(spec.n_experts for _, spec in config.moe_layers)) or 1
     for ep in (n for n in range(1, n_experts + 1) if n_experts % n == 0 and ranks % n == 0):
         for shard in (n for n in range(1, ranks // ep + 1) if ranks // ep % n == 0):
             group = shard * ep
             if group <= gpu.per_node or group % gpu.per_node == 0:
-                yield Mesh(ranks // group, shard, ep)
+                mesh = ParallelSpec(ranks // group, shard, ep)
+                if mesh.problem(config) is None and mesh.padding(config) <= MOST_PADDING:
+                    yield mesh
 
 
 def search(

@@ -104,8 +104,8 @@ QD_EXPORT int32_t qd_destroy(qd_context* context, qd_message* why) {
   return guarded(why, [&] { delete context; });
 }
 
-QD_EXPORT int32_t qd_set_fine(qd_context* context, int32_t fine, qd_message* why) {
-  return in_turn(context, why, [&](qd_context& c) { c.fine = fine; });
+QD_EXPORT int32_t qd_set_int16(qd_context* context, int32_t int16, qd_message* why) {
+  return in_turn(context, why, [&](qd_context& c) { c.int16 = int16; });
 }
 
 QD_EXPORT int32_t qd_packed_bytes(int32_t format, int64_t rows, int64_t cols, int64_t* bytes, qd_message* why) {

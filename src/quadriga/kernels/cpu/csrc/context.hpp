@@ -58,7 +58,7 @@ struct qd_context {
   std::mutex turn;  // a call's: see in_turn
   std::vector<Thread> of_thread;
   const Kernels* kernels;
-  bool fine = false;  // activations of quantised matrices in 15 bits instead of 8
+  bool int16 = false;  // activations of quantised matrices in 15 bits instead of 8
   Scratch<float> normed, qkv, mixed, projected, router, partial;
   Scratch<float> heads, latents;  // of latent attention
   Scratch<uint32_t> panels, hidden_panels;

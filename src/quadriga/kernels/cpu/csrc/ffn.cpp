@@ -40,7 +40,6 @@ struct Plan {
 };
 
 constexpr int kDownTiles = 8;     // output tiles a task sums up at once: a run of as many tiles of each expert
-constexpr int64_t kShareRouter = 1 << 18;  // bytes of a router that are worth waking threads for
 constexpr int kStreamBlocks = 8;  // blocks of 32 rows of up, then of gate, read in one run
 
 // Of every group of neighbours the two best scores are added up, or the best one counts; outside the best groups nothing
@@ -110,22 +109,6 @@ void choose(const qd_ffn& op, const Kernels& kernels, float* logits, float* choi
   }
 }
 
-// The router's products with so few tokens that they are one panel, (n, its rows padded to tiles), or NULL where one thread
-// is as quick. Its weights are float32: beside small experts they are much of what a layer reads.
-const float* scores_of_few(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d) {
-  const int64_t tiles = tiles_of(op.n_experts), bytes = tile_bytes(QD_FORMAT_FLOAT32, d), stride = tiles * kTile;
-  if (tiles * bytes < kShareRouter || c.pool.size() == 1) return nullptr;
-  const float* rows[kMaxWidth];
-  for (int64_t i = 0; i < n; ++i) rows[i] = x + i * d;
-  uint32_t* panel = c.panels.reserve(n * d);
-  c.kernels->make_panel(kPanelF32, rows, int(n), d, panel);
-  float* out = c.router.reserve(n * stride);
-  c.pool.run(tiles, 1, [&](int64_t begin, int64_t end, int) {
-    for (int64_t e = begin; e < end; ++e) c.kernels->tile(QD_FORMAT_FLOAT32, false, op.router.data + e * bytes, d, panel, int(n), out + e * kTile, stride);
-  });
-  return out;
-}
-
 // What every token's router decides. `shared`, where it is not NULL, gets (n,) what the shared network's output weighs.
 void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d, int32_t* ids, float* weights, float* kept,
            float* shared) {
@@ -133,7 +116,6 @@ void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d
   const int64_t stride = tiles * kTile;
   c.reserve(&qd_context::Thread::units, width * d);
   c.reserve(&qd_context::Thread::a, width * stride + std::max(stride, width * kTile));
-  const float* ready = n <= width ? scores_of_few(c, op, x, n, d) : nullptr;
   c.pool.run((n + width - 1) / width, n > width ? 1 : 2, [&](int64_t begin, int64_t end, int thread) {
     auto& mine = c.of_thread[size_t(thread)];
     uint32_t* panel = mine.units.data();
@@ -144,9 +126,7 @@ void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d
       const int count = int(std::min(width, n - first));
       for (int i = 0; i < count; ++i) rows[i] = x + (first + i) * d;
       c.kernels->make_panel(kPanelF32, rows, count, d, panel);
-      if (ready) std::memcpy(logits, ready, size_t(count * stride) * 4);
-      else
-        for (int64_t e = 0; e < tiles; ++e) c.kernels->tile(QD_FORMAT_FLOAT32, false, op.router.data + e * bytes, d, panel, count, logits + e * kTile, stride);
+      for (int64_t e = 0; e < tiles; ++e) c.kernels->tile(QD_FORMAT_FLOAT32, false, op.router.data + e * bytes, d, panel, count, logits + e * kTile, stride);
       for (int i = 0; i < count; ++i)
         choose(op, *c.kernels, logits + i * stride, scratch, ids + (first + i) * op.top_k, weights + (first + i) * op.top_k,
                kept ? kept + (first + i) * op.n_experts : nullptr);
@@ -166,8 +146,8 @@ void add(const qd_context& c, Plan& plan, Active a) {
   const int64_t width = c.kernels->max_width;
   a.panel = int64_t(plan.panels.size());
   a.in_offset = a.gate_offset = plan.in_units, a.hidden_offset = plan.hidden_units;
-  a.in_kind = a.gate_kind = panel_kind(a.up.format, c.fine), a.hidden_kind = panel_kind(a.down.format, c.fine);
-  if (a.gated) a.gate_kind = panel_kind(a.gate.format, c.fine);
+  a.in_kind = a.gate_kind = panel_kind(a.up.format, c.int16), a.hidden_kind = panel_kind(a.down.format, c.int16);
+  if (a.gated) a.gate_kind = panel_kind(a.gate.format, c.int16);
   for (int64_t t = 0; t < a.n; t += width) plan.panels.push_back({a.first + t, int(std::min(width, a.n - t))});
   a.n_panels = int64_t(plan.panels.size()) - a.panel;
   plan.in_units += a.n * panel_units(a.in_kind, a.up.cols);
@@ -229,20 +209,20 @@ bool many(const qd_context& c, int64_t n) { return n > 2 * c.kernels->max_width;
 struct Tiles {
   const Kernels& kernels;
   const qd_matrix& m;
-  bool fine;
+  bool int16;
   int64_t bytes;
   const uint8_t* wide = nullptr;
   int64_t first_wide = 0, wide_bytes = 0;
 
-  Tiles(const qd_context& c, const qd_matrix& matrix) : kernels(*c.kernels), m(matrix), fine(c.fine), bytes(tile_bytes(matrix.format, matrix.cols)) {}
+  Tiles(const qd_context& c, const qd_matrix& matrix) : kernels(*c.kernels), m(matrix), int16(c.int16), bytes(tile_bytes(matrix.format, matrix.cols)) {}
   void widen(uint8_t* memory, int64_t first, int64_t n) {
     if (!wide_group_bytes(m.format)) return;
     wide = memory, first_wide = first, wide_bytes = groups_of(m.cols) * wide_group_bytes(m.format);
     for (int64_t t = 0; t < n; ++t) kernels.widen(m.format, m.data + (first + t) * bytes, m.cols, memory + t * wide_bytes);
   }
   void times(int64_t tile, const uint32_t* panel, int width, float* out) const {
-    if (wide) kernels.tile_wide(m.format, fine, wide + (tile - first_wide) * wide_bytes, m.cols, panel, width, out, kTile);
-    else kernels.tile(m.format, fine, m.data + tile * bytes, m.cols, panel, width, out, kTile);
+    if (wide) kernels.tile_wide(m.format, int16, wide + (tile - first_wide) * wide_bytes, m.cols, panel, width, out, kTile);
+    else kernels.tile(m.format, int16, m.data + tile * bytes, m.cols, panel, width, out, kTile);
   }
 };
 

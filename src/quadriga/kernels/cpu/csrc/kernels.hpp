@@ -74,11 +74,11 @@ struct Products {  // products.cpp
   // One integer group, or 16 bf16 units, or 32 f32 units, of a panel from 32 columns of each token: x (width, 32).
   void (*fill_group)(PanelKind, const float* x, int width, int64_t group, uint32_t* panel, int64_t cols);
   // out[t * out_stride + r] = sum_c tile[r, c] * panel[t, c] for the 16 rows of a tile
-  void (*tile)(int format, bool fine, const uint8_t* tile, int64_t cols, const uint32_t* panel, int width, float* out,
+  void (*tile)(int format, bool int16, const uint8_t* tile, int64_t cols, const uint32_t* panel, int width, float* out,
                int64_t out_stride);
   // Unpack a tile into bytes and float32 scales (wide_group_bytes); tile_wide gives the same bits as tile.
   void (*widen)(int format, const uint8_t* tile, int64_t cols, uint8_t* wide);
-  void (*tile_wide)(int format, bool fine, const uint8_t* wide, int64_t cols, const uint32_t* panel, int width,
+  void (*tile_wide)(int format, bool int16, const uint8_t* wide, int64_t cols, const uint32_t* panel, int width,
                     float* out, int64_t out_stride);
 };
 

@@ -53,9 +53,9 @@ struct Uneven {
 constexpr int kTile = 16;            // rows of a tile
 constexpr int kMostWideGroup = 12 * 64;  // of wide_group_bytes
 
-// What a matrix of this format is multiplied with; `fine`: 15 bits of an activation instead of 8.
-inline PanelKind panel_kind(int format, bool fine) {
-  return format == QD_FORMAT_FLOAT32 ? kPanelF32 : format == QD_FORMAT_BFLOAT16 ? kPanelBf16 : fine ? kPanelInt16 : kPanelInt8;
+// What a matrix of this format is multiplied with; `int16`: 15 bits of an activation instead of 8.
+inline PanelKind panel_kind(int format, bool int16) {
+  return format == QD_FORMAT_FLOAT32 ? kPanelF32 : format == QD_FORMAT_BFLOAT16 ? kPanelBf16 : int16 ? kPanelInt16 : kPanelInt8;
 }
 
 inline bool is_integer(PanelKind kind) { return kind >= kPanelInt8; }

@@ -43,7 +43,7 @@ static const uint32_t* make_panels(qd_context& c, PanelKind kind, const float* x
 
 void linear(qd_context& c, const qd_matrix& m, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride,
             bool add) {
-  const PanelKind kind = panel_kind(m.format, c.fine);
+  const PanelKind kind = panel_kind(m.format, c.int16);
   const uint32_t* panels = make_panels(c, kind, x, x_stride, n, m.cols);
   const int64_t units = panel_units(kind, m.cols), width = c.kernels->max_width, bytes = tile_bytes(m.format, m.cols);
   const bool widen = wide_group_bytes(m.format) && n > 2 * width;
@@ -64,8 +64,8 @@ void linear(qd_context& c, const qd_matrix& m, const float* x, int64_t x_stride,
           const bool direct = rows == kTile && !add;
           float* result = direct ? to : part;
           const int64_t stride = direct ? out_stride : kTile;
-          if (widen) c.kernels->tile_wide(m.format, c.fine, wide + (t - block) * wide_bytes, m.cols, panels + first * units, count, result, stride);
-          else c.kernels->tile(m.format, c.fine, m.data + t * bytes, m.cols, panels + first * units, count, result, stride);
+          if (widen) c.kernels->tile_wide(m.format, c.int16, wide + (t - block) * wide_bytes, m.cols, panels + first * units, count, result, stride);
+          else c.kernels->tile(m.format, c.int16, m.data + t * bytes, m.cols, panels + first * units, count, result, stride);
           if (direct) continue;
           for (int i = 0; i < count; ++i)
             for (int64_t r = 0; r < rows; ++r) {
@@ -92,7 +92,7 @@ void add_branch(qd_context& c, const qd_matrix& w, const float* bias, const qd_n
 
 void head_linear(qd_context& c, const qd_matrix& m, int n_heads, const float* x, HeadStrides of_x, int64_t n, float* out,
                  HeadStrides of_out) {
-  const PanelKind kind = panel_kind(m.format, c.fine);
+  const PanelKind kind = panel_kind(m.format, c.int16);
   const int64_t width = c.kernels->max_width, units = panel_units(kind, m.cols), bytes = tile_bytes(m.format, m.cols);
   const int64_t blocks = (n + width - 1) / width, tiles = m.rows / n_heads / kTile;
   uint32_t* panels = c.panels.reserve(n_heads * n * units);
@@ -110,7 +110,7 @@ void head_linear(qd_context& c, const qd_matrix& m, int n_heads, const float* x,
       for (int64_t t = begin; t < end; ++t) {
         const int64_t head = t / tiles;
         const int count = int(std::min(width, n - first));
-        c.kernels->tile(m.format, c.fine, m.data + t * bytes, m.cols, panels + (head * n + first) * units, count,
+        c.kernels->tile(m.format, c.int16, m.data + t * bytes, m.cols, panels + (head * n + first) * units, count,
                         out + first * of_out.row + head * of_out.head + t % tiles * kTile, of_out.row);
       }
   });

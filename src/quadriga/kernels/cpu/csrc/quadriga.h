@@ -275,7 +275,7 @@ int32_t qd_best_isa(int32_t* isa, qd_message* why);
 int32_t qd_create(int32_t n_threads, int32_t isa, qd_context** context, qd_message* why);
 int32_t qd_destroy(qd_context* context, qd_message* why);
 /* 1: activations of quantised matrices (q8 and all after it) in 15 bits instead of 8. */
-int32_t qd_set_fine(qd_context* context, int32_t fine, qd_message* why);
+int32_t qd_set_int16(qd_context* context, int32_t int16, qd_message* why);
 
 int32_t qd_packed_bytes(int32_t format, int64_t rows, int64_t cols, int64_t* bytes, qd_message* why);
 /* Of one block of one head, keys and values. */

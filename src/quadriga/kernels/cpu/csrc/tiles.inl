@@ -39,15 +39,15 @@ const TileFunction kFloatTiles[2][kWidth] = {{QD_WIDTHS(QD_F32_TILE)}, {QD_WIDTH
 const TileFunction* const kTiles[2][kQuantised] = {{QD_ALL_ROWS(1)}, {QD_ALL_ROWS(2)}};
 const TileFunction* const kWideTiles[2][kQuantised] = {{QD_ALL_WIDE_ROWS(1)}, {QD_ALL_WIDE_ROWS(2)}};
 
-void tile_any(int format, bool fine, const uint8_t* tile, int64_t cols, const uint32_t* panel, int width, float* out,
+void tile_any(int format, bool int16, const uint8_t* tile, int64_t cols, const uint32_t* panel, int width, float* out,
               int64_t stride) {
-  const TileFunction* row = format < QD_FORMAT_Q8 ? kFloatTiles[format] : kTiles[fine][format - QD_FORMAT_Q8];
+  const TileFunction* row = format < QD_FORMAT_Q8 ? kFloatTiles[format] : kTiles[int16][format - QD_FORMAT_Q8];
   row[width - 1](tile, cols, panel, out, stride);
 }
 
-void tile_wide_any(int format, bool fine, const uint8_t* wide, int64_t cols, const uint32_t* panel, int width, float* out,
+void tile_wide_any(int format, bool int16, const uint8_t* wide, int64_t cols, const uint32_t* panel, int width, float* out,
                    int64_t stride) {
-  kWideTiles[fine][format - QD_FORMAT_Q8][width - 1](wide, cols, panel, out, stride);
+  kWideTiles[int16][format - QD_FORMAT_Q8][width - 1](wide, cols, panel, out, stride);
 }
 
 QD_INLINE void widen_line(vb low, vb high, uint8_t* to) { store_bytes(to, low), store_bytes(to + 64, high); }
