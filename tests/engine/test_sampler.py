@@ -311,7 +311,11 @@ def test_broken_logits_are_an_error_not_a_token(bad: float) -> None:
         ({"stop": ("",)}, "stop"),
         ({"seed": -1}, "seed"),
         ({"logit_bias": {3: 101.0}}, "logit_bias"),
-        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -2}, "logprobs"),
+        ({"allowed_token_ids": (-1,)}, "allowed_token_ids"),
+        ({"allowed_token_ids": 5}, "allowed_token_ids"),
+        ({"bad_words": ("",)}, "bad_words"),
+        ({"bad_words": (5,)}, "bad_words"),
     ],
 )
 def test_impossible_parameters_are_named(params: dict[str, object], says: str) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from quadriga.engine.request import Request, SamplingParams, TokenEvent
+from quadriga.engine.request import Request, SamplingParams, TokenEvent, seed_of
 from quadriga.server.metrics import balance_of, jain_of
-from quadriga.server.service import _seed_of as seed_of
 from quadriga.text.chat import render
 from tests.server.conftest import Live, running, tiny_llm
 

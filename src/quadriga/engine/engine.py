@@ -34,6 +34,7 @@ from quadriga.engine.blocks import BlockTable
 from quadriga.engine.disk_cache import DiskCache, KeptBlocks
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.pace import Pace
+from quadriga.engine.permitted import bad_sequences
 from quadriga.engine.pooling import Pooling
 from quadriga.engine.request import Embed, Embedding, FinishReason, PromptReport, Request, Routing, TokenEvent
 from quadriga.engine.sampler import Sample, Sampler, Unused, require_finite, top_logprobs
@@ -214,6 +215,7 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and the model's context is {self.config.max_seq_len}: "
                 "no room for an answer. Shorten the prompt."
             )
+        bad = self._bad_sequences(request)
         number = 0 if request.adapter is None else self.adapters().number(request.adapter)
         running = Running(
             request_id=self._next_id,
@@ -231,7 +233,7 @@ class Engine:
         active = _Active(
             request=request,
             running=running,
-            sampler=Sampler(params, prompt, self.config.vocab_size, self.unused, ends),
+            sampler=Sampler(params, prompt, self.config.vocab_size, self.unused, ends, bad),
             text=None
             if self.tokenizer is None
             else Detokenizer(self.tokenizer, stop=params.stop, after=prompt, shown=request.shown),
@@ -243,6 +245,14 @@ class Engine:
         self._active[running.request_id] = active
         self._next_id += 1
         return running.request_id
+
+    def _bad_sequences(self, request: Request) -> list[tuple[int, ...]]:
+        params = request.params
+        if request.constraint is not None and (params.allowed_token_ids or params.bad_words):
+            raise RequestError("allowed_token_ids and bad_words do not go beside a grammar: say it in the grammar")
+        if params.bad_words and self.tokenizer is None:
+            raise RequestError("bad_words are texts, and this model has no tokenizer; give logit_bias for token ids")
+        return [] if self.tokenizer is None else bad_sequences(params.bad_words, self.tokenizer)
 
     def _submit_embed(self, request: Embed, prompt: list[int], group: int | None) -> int:
         if len(prompt) > self.config.max_seq_len:
@@ -544,7 +554,7 @@ class Engine:
         turn.going = event.finish_reason is None and i < len(guesses) and guesses[i] == event.token_id
 
     def _score_prompt(self, active: _Active, chunk: Chunk, made: _Pass, row: int) -> None:
-        tokens, n_prompt, n_top = chunk.sequence.tokens, chunk.sequence.n_prompt, active.request.params.logprobs
+        tokens, n_prompt, n_top = chunk.sequence.tokens, chunk.sequence.n_prompt, active.sampler.n_top
         n = min(len(chunk.tokens), n_prompt - 1 - chunk.start)
         if n <= 0:
             return

@@ -27,7 +27,16 @@ from numpy.typing import NDArray
 
 from quadriga.engine.engine import Engine, Event
 from quadriga.engine.load_options import LoadOptions
-from quadriga.engine.request import Completion, Embed, Embedding, PromptReport, Request, SamplingParams, TokenEvent
+from quadriga.engine.request import (
+    Completion,
+    Embed,
+    Embedding,
+    PromptReport,
+    Request,
+    SamplingParams,
+    TokenEvent,
+    seed_of,
+)
 from quadriga.engine.scoring import Ids, Scored, score
 from quadriga.engine.threads import ThreadTurns
 from quadriga.errors import ConfigError, EngineError, QuadrigaError, RequestError, TokenizerError
@@ -331,16 +340,22 @@ class LLM:
         prompts: Iterable[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        n: int = 1,
         adapters: Sequence[str | None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """Continue many prompts as one continuous batch; each answer is what :meth:`generate` would give.
+
+        To the bit on the kernels; on torch products of another batch may differ in their last bits, and near ties with
+        them.
 
         An answer that fails on its way costs none of the others: it comes back with ``finish_reason`` "error", the text
         it had, and what :meth:`generate` would have raised as its ``error``.
 
         Args:
             params: one for all, or one for each prompt.
+            n: answers to each prompt, which come one after the other. Each has a seed of its own, made of the
+                parameters' seed as the server makes it; the first has that seed itself.
             adapters: one for each prompt, None for the model itself; several may run in one batch.
             progress: called with (finished, in all).
 
@@ -355,8 +370,12 @@ class LLM:
         names = [None] * len(all_ids) if adapters is None else list(several(adapters, "adapters"))
         if len(names) != len(all_ids):
             raise RequestError(f"{len(all_ids)} prompts need as many adapters, got {len(names)}")
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise RequestError(f"n must be a whole number of answers from 1, got {n!r:.80}")
         requests = [
-            Request(prompt=ids, params=one, adapter=name) for ids, one, name in zip(all_ids, each, names, strict=True)
+            Request(prompt=ids, params=_of_choice(one, choice), adapter=name)
+            for ids, one, name in zip(all_ids, each, names, strict=True)
+            for choice in range(n)
         ]
         return self._complete(requests, progress)
 
@@ -610,6 +629,10 @@ def several(given: Iterable[T], what: str) -> Iterable[T]:
     return given
 
 
+def _of_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    return params if params.seed is None or not choice else replace(params, seed=seed_of(params.seed, choice))
+
+
 def _completion(
     made: list[TokenEvent], n_prompt_tokens: int, first_s: float, decode_s: float, error: QuadrigaError | None = None
 ) -> Completion:
@@ -620,6 +643,7 @@ def _completion(
         text="".join(event.text for event in made),
         token_ids=[event.token_id for event in made],
         logprobs=[event.logprob for event in made],
+        top_logprobs=[event.top_logprobs for event in made] if any(event.top_logprobs for event in made) else [],
         finish_reason=finish,
         error=error,
         n_prompt_tokens=n_prompt_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -52,7 +53,8 @@ class SamplingParams:
 
     max_new_tokens: int = 256
     min_new_tokens: int = 0
-    """End tokens are not chosen, and stop strings do not end the answer, before it has so many tokens."""
+    """End tokens are not chosen, and stop strings do not end the answer, before it has so many tokens; except where
+    nothing else may follow."""
     temperature: float = 0.0
     """0 is greedy, and so is anything below 1e-5; 1 samples the model's own distribution."""
     top_k: int = 0
@@ -80,13 +82,18 @@ class SamplingParams:
     """Strings that end the answer; they are not part of it. One string is one, not its letters; None is none."""
     stop_ids: tuple[int, ...] = ()
     """Token ids that end the answer, besides the model's own end tokens."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """The only tokens that may be chosen, end tokens too; none given: all. Not beside a grammar."""
+    bad_words: tuple[str, ...] = ()
+    """Texts whose tokens are not chosen one after the other, as they are spelt at the start of a text and after a
+    space; other cuts of the same letters into tokens are not looked for. Not beside a grammar."""
     ignore_eos: bool = False
     """Do not end at the model's end tokens (benchmarks)."""
     seed: int | None = None
     """Same seed, same model, same prompt: same answer. None draws a fresh seed."""
     logprobs: int = 0
     """Number of most probable alternatives to report per token, and the chosen token beside them where it is none of
-    them; its own log-probability is always reported."""
+    them; -1, or as many as the vocabulary has, reports all. Its own log-probability is always reported."""
     prompt_logprobs: bool = False
     """Also report the log-probability of every prompt token but the first."""
     speculate: int = 0
@@ -98,7 +105,7 @@ class SamplingParams:
         _require_int(1, 2**31 - 1, max_new_tokens=self.max_new_tokens)
         _require_int(0, self.max_new_tokens, min_new_tokens=self.min_new_tokens)
         _require_int(0, 2**31 - 1, top_k=self.top_k)
-        _require_int(0, 20, logprobs=self.logprobs)
+        _require_int(-1, 2**31 - 1, logprobs=self.logprobs)
         _require_int(0, 64, speculate=self.speculate)
         _require_in(0.0, 100.0, temperature=self.temperature)
         _require_in(0.0, 1.0, min_p=self.min_p, xtc_probability=self.xtc_probability, xtc_threshold=self.xtc_threshold)
@@ -112,28 +119,37 @@ class SamplingParams:
             _require_int(0, 2**31 - 1, **{"logit_bias token id": token})
             _require_in(-100.0, 100.0, **{f"logit_bias[{token}]": bias})
         _require(all(isinstance(s, str) and s for s in self.stop), "stop must be non-empty strings")
-        for token in self.stop_ids:
-            _require_int(0, 2**31 - 1, **{"stop_ids entry": token})
+        _require(all(isinstance(s, str) and s for s in self.bad_words), "bad_words must be non-empty strings")
+        for name in ("stop_ids", "allowed_token_ids"):
+            for token in getattr(self, name):
+                _require_int(0, 2**31 - 1, **{f"{name} entry": token})
         if self.seed is not None:
             _require_int(0, 2**63 - 1, seed=self.seed)
 
     def _settle(self) -> None:
         """Collections of the caller's become our own: what is in force cannot be changed from outside."""
-        stop: object = self.stop
-        stop = (stop,) if isinstance(stop, str) else () if stop is None else stop
-        _require(isinstance(stop, (tuple, list)), f"stop must be strings, got {_shown(self.stop)}")
-        ids = () if self.stop_ids is None else self.stop_ids
-        kinds = (tuple, list, set, frozenset)
-        _require(isinstance(ids, kinds), f"stop_ids must be token ids, got {_shown(self.stop_ids)}")
+        for name in ("stop", "bad_words"):
+            texts = getattr(self, name)
+            texts = (texts,) if isinstance(texts, str) else () if texts is None else texts
+            _require(isinstance(texts, (tuple, list)), f"{name} must be strings, got {_shown(texts)}")
+            object.__setattr__(self, name, tuple(texts))
+        for name in ("stop_ids", "allowed_token_ids"):
+            ids = () if getattr(self, name) is None else getattr(self, name)
+            _require(isinstance(ids, (tuple, list, set, frozenset)), f"{name} must be token ids, got {_shown(ids)}")
+            object.__setattr__(self, name, tuple(ids))
         bias = {} if self.logit_bias is None else self.logit_bias
         _require(isinstance(bias, Mapping), f"logit_bias must be token id -> bias, got {_shown(self.logit_bias)}")
         for name in ("ignore_eos", "prompt_logprobs"):
             given = getattr(self, name)
             _require(isinstance(given, bool), f"{name} must be True or False, got {_shown(given)}")
-        assert isinstance(stop, (tuple, list))
-        object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_ids", tuple(ids))
         object.__setattr__(self, "logit_bias", MappingProxyType(dict(bias)))
+
+
+def seed_of(seed: int, choice: int) -> int:
+    """The seed of one of several answers to a prompt, from 0, which has ``seed`` itself; never a neighbour's seed."""
+    if choice == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {choice}".encode()).digest()[:8], "little") >> 1
 
 
 def _require_int(low: int, high: int, **values: object) -> None:
@@ -241,6 +257,8 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """Of every token (id, log-probability) of the most probable ones, best first, where ``logprobs`` asked for them."""
     error: QuadrigaError | None = None
     """Why the answer failed, where ``finish_reason`` is "error"; text and tokens are what it had by then."""
     n_prompt_tokens: int

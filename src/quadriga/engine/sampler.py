@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from quadriga.engine.permitted import Permitted
 from quadriga.engine.request import SamplingParams
 from quadriga.errors import RequestError
 from quadriga.kernels.cpu.sampling import RowSettings, Sampled
@@ -43,6 +44,7 @@ _NOT_FINITE = (
     "Run `quadriga models verify`, or load with dtype='float32'."
 )
 _NOTHING_ALLOWED = "the grammar has come to a place where no token of this vocabulary may follow"
+_NOTHING_PERMITTED = "allowed_token_ids and bad_words leave no token that may follow; allow more"
 
 
 class Sample(NamedTuple):
@@ -101,9 +103,11 @@ class Sampler:
         vocab_size: rows of the head.
         unused: those among them that are never chosen.
         ends: tokens that are not chosen before the answer has ``min_new_tokens``.
+        bad: sequences of tokens that spell the parameters' bad words.
 
     Raises:
-        RequestError: a bias or stop id outside the vocabulary, or a bias on an id that no token has.
+        RequestError: a bias, stop id or allowed id outside the vocabulary, or a bias on or permission of an id that no
+            token has.
     """
 
     def __init__(
@@ -113,16 +117,24 @@ class Sampler:
         vocab_size: int,
         unused: Unused = NONE_UNUSED,
         ends: Iterable[int] = (),
+        bad: Sequence[tuple[int, ...]] = (),
     ) -> None:
-        outside = [token for token in (*params.logit_bias, *params.stop_ids) if token >= vocab_size]
+        given = (*params.logit_bias, *params.stop_ids, *params.allowed_token_ids)
+        outside = [token for token in given if token >= vocab_size]
         if outside:
             raise RequestError(f"token ids must be below the vocabulary's {vocab_size}, got {outside[:8]}")
-        holes = [token for token in params.logit_bias if token in unused.ids]
-        if holes:
-            raise RequestError(
-                f"logit_bias must name tokens: no token of this vocabulary has the ids {holes[:8]}. Leave them out; "
-                "they are never chosen."
-            )
+        for name in ("logit_bias", "allowed_token_ids"):
+            holes = [token for token in getattr(params, name) if token in unused.ids]
+            if holes:
+                raise RequestError(
+                    f"{name} must name tokens: no token of this vocabulary has the ids {holes[:8]}. Leave them out; "
+                    "they are never chosen."
+                )
+        self._permitted: Permitted | None = None
+        if params.allowed_token_ids or bad:
+            self._permitted = Permitted(params.allowed_token_ids, bad, vocab_size)
+        self.n_top = vocab_size if params.logprobs < 0 else min(params.logprobs, vocab_size)
+        """So many of the most probable tokens are listed."""
         self.params = params
         self._unused = unused
         self._ends = Unused(i for i in ends if i < vocab_size) if params.min_new_tokens else NONE_UNUSED
@@ -139,6 +151,7 @@ class Sampler:
     def ask(self, allowed: NDArray[np.bool_] | None = None) -> RowSettings:
         """What the kernels need to choose the token that :meth:`take` gets; ``allowed`` as for :meth:`sample`."""
         params = self.params
+        allowed = self._rules(allowed)
         if self._settings is None:
             self._settings = RowSettings(
                 unused=self._unused.index,
@@ -154,7 +167,7 @@ class Sampler:
                 typical_p=params.typical_p,
                 xtc_probability=params.xtc_probability,
                 xtc_threshold=params.xtc_threshold,
-                n_top=params.logprobs,
+                n_top=self.n_top,
                 seed=self._seed,
             )
         self._settings.set(self._n_drawn, early=self._n_drawn < params.min_new_tokens, allowed=allowed)
@@ -207,6 +220,7 @@ class Sampler:
             RequestError: the logits are not finite, so the weights or the computation are broken; nothing is allowed.
         """
         params = self.params
+        allowed = self._rules(allowed)
         log_normaliser = float(log_sum_exp(logits)) if log_sum is None else log_sum
         require_finite([log_normaliser])
         with np.errstate(over="ignore", under="ignore"):
@@ -221,14 +235,25 @@ class Sampler:
         if instead is not None:
             token = instead(token)
         top: tuple[tuple[int, float], ...] = ()
-        if params.logprobs:
-            top = top_logprobs(logits[None], [log_normaliser], params.logprobs, self._unused)[0]
+        if self.n_top:
+            top = top_logprobs(logits[None], [log_normaliser], self.n_top, self._unused)[0]
         # In double precision: two finite float32 may be further apart than float32 reaches.
         return self._count(token, float(logits[token]) - log_normaliser, top)
+
+    def _rules(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+        """``allowed`` without what the answer's own parameters forbid."""
+        if self._permitted is None:
+            return allowed
+        mask = self._permitted.mask()
+        if not mask.any():
+            raise RequestError(_NOTHING_PERMITTED)
+        return mask if allowed is None else mask & allowed
 
     def _count(self, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> Sample:
         """A token is said; the chosen one is among the alternatives that are listed."""
         self._n_drawn += 1
+        if self._permitted is not None:
+            self._permitted.add(token)
         if self._said is not None:
             self._said.add(token)
         if top and all(other != token for other, _ in top):

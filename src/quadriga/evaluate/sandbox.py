@@ -5,17 +5,20 @@
          └──────────────── a random word on a pipe, written after the last line of the program ───┘
 
 A program passes if the word comes back, so exiting early with code 0, killing its parent or printing something does
-not count. It has no network, no files of this machine except the interpreter's, an empty environment, and limits on
-memory, CPU time, file size, processes, open files and core dumps; at the deadline its whole process group is killed.
+not count. It has no network, no files of this machine except the interpreter's and the system's libraries, an empty
+environment, no capabilities, and limits on memory, CPU time, file size, processes, open files and core dumps; calls
+that make name spaces or mounts, or look into other processes, are refused to it. At the deadline its whole process
+group is killed. Where this process may make control groups, all its memory and processes are limited together.
 
 The kinds of isolation, best first:
 
-    bubblewrap   Linux name spaces for everything, a file system of its own
-    unshare      the same name spaces through util-linux; the driver makes all mounts read-only and mounts its own /tmp
+    bubblewrap   Linux name spaces for everything, a root of its own
+    unshare      the same name spaces through util-linux; the driver makes the root
     none         limits and an empty environment only; refused unless asked for
 
-It does not protect against kernel vulnerabilities. A program that searches its own interpreter's memory can find the
-word; such cheating can be seen in the generated programs, which the results keep.
+It does not protect against kernel vulnerabilities. The word has to be in the program's process, on a frame's stack: no
+variable, module or collector's list leads to it, but a program that goes through raw memory can find it. Such
+cheating, like an object that equals everything, can be seen in the generated programs, which the results keep.
 """
 
 from __future__ import annotations
@@ -41,11 +44,12 @@ from typing import Literal
 
 from quadriga import runtime
 from quadriga.errors import HardwareError
+from quadriga.evaluate.sandbox_groups import Groups
 
 Kind = Literal["bubblewrap", "unshare", "none"]
 
 _MOST_ERROR_BYTES = 4096
-_LIBRARIES = ("/lib", "/lib64", "/lib32", "/bin", "/sbin")
+_LIBRARIES = ("/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache")
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Limits:
     wall_s: float = 10.0
     cpu_s: int = 10
     memory_bytes: int = 1 << 30
-    """Address space of each process."""
+    """Address space of each process; and, where control groups can be made, what all of them take together."""
     file_bytes: int = 16 << 20
     """Largest file; also the size of its /tmp."""
     processes: int = 16
@@ -111,39 +115,57 @@ class Sandbox:
         """Run one program to its end, its failure or its deadline."""
         started = time.monotonic()
         word = secrets.token_hex(16)
-        with tempfile.TemporaryDirectory(prefix="quadriga-run-") as folder:
-            read_end, write_end = os.pipe()
-            try:
-                process = subprocess.Popen(
-                    _command(self.kind, Path(folder), self.limits.file_bytes),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    cwd=folder,
-                    env={},
-                    pass_fds=(write_end,),
-                    start_new_session=True,
-                )
-            except OSError as error:
-                os.close(read_end)
-                raise HardwareError(f"the sandbox could not be started: {error}") from None
-            finally:
-                os.close(write_end)
-            try:
-                said = self._talk(process, read_end, self._job(program, word, write_end), started)
-            finally:
-                _kill_group(process)
-                os.close(read_end)
-        seconds = time.monotonic() - started
-        return Outcome(*_verdict(said, word, process.returncode), seconds)
+        groups = Groups(()) if self.kind == "none" else Groups.make(self.limits.memory_bytes, self.limits.processes)
+        try:
+            with tempfile.TemporaryDirectory(prefix="quadriga-run-") as folder:
+                said, code = self._watch(program, word, groups, Path(folder), started)
+        finally:
+            groups.remove()
+        return Outcome(*_verdict(said, word, code), time.monotonic() - started)
 
-    def _job(self, program: str, word: str, fd: int) -> bytes:
+    def _watch(
+        self, program: str, word: str, groups: Groups, folder: Path, started: float
+    ) -> tuple[bytes | None, int | None]:
+        """What the driver said (None: nothing before the deadline), and the exit code of the sandbox."""
+        read_end, write_end = os.pipe()
+        joins: list[int] = []
+        try:
+            joins = groups.open()
+            process = subprocess.Popen(
+                _command(self.kind, self.limits.file_bytes),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                env={},
+                pass_fds=(write_end, *joins),
+                start_new_session=True,
+            )
+        except OSError as error:
+            os.close(read_end)
+            raise HardwareError(f"the sandbox could not be started: {error}") from None
+        finally:
+            for fd in (write_end, *joins):
+                os.close(fd)
+        try:
+            said = self._talk(process, read_end, self._job(program, word, write_end, joins), started)
+        finally:
+            _kill_group(process)
+            os.close(read_end)
+        return said, process.returncode
+
+    def _job(self, program: str, word: str, fd: int, joins: Sequence[int]) -> bytes:
         limits = self.limits
+        shown, links = _shown()
         job = {
             "program": program,
             "word": word,
             "fd": fd,
-            "read_only": self.kind == "unshare",
+            "groups": list(joins),
+            "new_root": {"shown": shown, "links": links, "tmp_bytes": limits.file_bytes}
+            if self.kind == "unshare"
+            else None,
+            "closed": self.kind != "none",
             # A separate user, so that its processes are counted separately and it cannot signal anyone else's.
             "uid": 60_000 + secrets.randbelow(5_000) if os.getuid() == 0 and self.kind != "none" else None,
             "limits": {
@@ -211,31 +233,44 @@ def interpreter() -> tuple[Path, Path]:
     return base, Path(sys.base_prefix).resolve()
 
 
-def _command(kind: Kind, folder: Path, tmp_bytes: int) -> list[str]:
-    python, prefix = interpreter()
+def _shown() -> tuple[list[str], dict[str, str]]:
+    """The files and folders of this machine that a program sees, and the links beside them."""
+    shown, links = ["/usr"], {}
+    for library in _LIBRARIES:
+        path = Path(library)
+        if path.is_symlink():
+            links[library] = os.readlink(path)  # noqa: PTH115 - the link's own text
+        elif path.exists():
+            shown.append(library)
+    _, prefix = interpreter()
+    if not prefix.is_relative_to("/usr"):
+        shown.append(str(prefix))
+    return shown, links
+
+
+def _command(kind: Kind, tmp_bytes: int) -> list[str]:
+    python, _ = interpreter()
     driver = files("quadriga.evaluate").joinpath("sandbox_driver.py").read_text()
     run = [str(python), "-I", "-S", "-c", driver]
     if kind == "none":
         return run
     if kind == "unshare":
         rest = ["--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
-        # Root stays root until the driver has made the mounts read-only; others become root of a user name space.
+        # Root stays root until the driver has made the new root; others become root of a user name space.
         users = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
         return [_program("unshare"), *users, *rest, *run]
     command = [_program("bwrap"), "--die-with-parent", "--new-session", "--clearenv"]
     command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     command += [] if os.getuid() == 0 else ["--unshare-user"]
-    command += ["--ro-bind", "/usr", "/usr"]
-    for library in _LIBRARIES:
-        path = Path(library)
-        if path.is_symlink():
-            command += ["--symlink", os.readlink(path), library]  # noqa: PTH115 - the link's own text
-        elif path.exists():
-            command += ["--ro-bind", library, library]
-    if not prefix.is_relative_to("/usr"):
-        for parent in reversed(prefix.parents[:-1]):  # created by bwrap itself, the program's user could not enter them
+    shown, links = _shown()
+    for path in shown:
+        for parent in reversed(
+            Path(path).parents[:-1]
+        ):  # made by bwrap itself, the program's user could not enter them
             command += ["--perms", "0755", "--dir", str(parent)]
-        command += ["--ro-bind", str(prefix), str(prefix)]
+        command += ["--ro-bind", path, path]
+    for path, target in links.items():
+        command += ["--symlink", target, path]
     command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(tmp_bytes), "--tmpfs", "/tmp"]
     return [*command, "--chdir", "/tmp", *run]
 

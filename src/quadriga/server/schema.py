@@ -16,6 +16,7 @@ from quadriga.server.errors import ApiError
 
 T = TypeVar("T")
 
+MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 4_096

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from quadriga.engine.async_engine import STEP_TIMEOUT_S, AsyncEngine, Stream
 from quadriga.engine.llm import LLM
-from quadriga.engine.request import Embed, Embedding, PromptReport, Request, SamplingParams, TokenEvent
+from quadriga.engine.request import Embed, Embedding, PromptReport, Request, SamplingParams, TokenEvent, seed_of
 from quadriga.errors import QuadrigaError, RequestError, TemplateError
 from quadriga.server.access import Usage
 from quadriga.server.accounts import Visit
@@ -29,6 +28,7 @@ from quadriga.server.probe import Probe
 from quadriga.server.schema import (
     MAX_BIASES,
     MAX_CHOICES,
+    MAX_LOGPROBS,
     MAX_STOP_CHARS,
     MAX_STOP_IDS,
     MAX_STOPS,
@@ -311,6 +311,8 @@ class Service:
         Raises:
             RequestError: a value outside its range.
         """
+        if not 0 <= logprobs <= MAX_LOGPROBS:
+            raise RequestError(f"logprobs must be a whole number from 0 to {MAX_LOGPROBS}, got {logprobs}")
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         if len(stops) > MAX_STOPS:
             raise ApiError(400, f"stop takes at most {MAX_STOPS} strings, got {len(stops)}", param="stop")
@@ -415,7 +417,7 @@ class Service:
             requests = [
                 Request(
                     prompt=tuple(prompt),
-                    params=params if params.seed is None or i == 0 else _with_seed(params, _seed_of(params.seed, i)),
+                    params=params if params.seed is None or i == 0 else _with_seed(params, seed_of(params.seed, i)),
                     priority=LOWEST if caller.background else body.priority,
                     routing=body.routing,
                     constraint=None if grammar is None else grammar.copy(closes=closes),
@@ -511,11 +513,6 @@ class Service:
         entropy = [round(part, 3) for part in event.router_entropy]
         text = self.token_text(event.token_id)
         return [{"id": event.token_id, "text": text, "layers": layers, "entropy": entropy}]
-
-
-def _seed_of(seed: int, choice: int) -> int:
-    """The seed of a further choice: no neighbour's first one, as seed + choice would be."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {choice}".encode()).digest()[:8], "little") >> 1
 
 
 def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
