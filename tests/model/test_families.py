@@ -1676,6 +1676,28 @@ def test_numbers_that_gguf_keeps_differently_are_not_written_as_they_are(name):
         family.config_to_hf(family.gguf_form(config))
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c.with_ffn(normalize_p=None), "normalize_p: None would become 1.0"),
+        (
+            lambda c: replace(c, layers=(*c.layers[:3], c.layers[2])),
+            "layers.mixer: DeltaNetSpec.* would become Attention",
+        ),
+        (
+            lambda c: replace(
+                c, layers=(replace(c.layers[0], ffn=DenseSpec(d_ff=80, activation="silu")), *c.layers[1:])
+            ),
+            "DenseSpec.* would become MoESpec",
+        ),
+    ],
+)
+def test_what_qwen3next_s_metadata_cannot_say_is_refused(change, says):
+    config = TINY["qwen3next"]
+    with pytest.raises(ConfigError, match=says):
+        family_of(config).config_to_gguf(family_of(config).gguf_form(change(config)))
+
+
 def test_sections_of_qwen35_take_in_every_pair():
     """Its own are 11, 11 and 10 of 32, by turns; a pair in none of them would not turn in llama.cpp."""
     config = FAMILIES["qwen35moe"].presets["qwen3.5-35b-a3b"]
