@@ -47,6 +47,8 @@ FAMILIES: dict[str, dict[str, object]] = {
             "original_max_position_embeddings": 16,
         }
     },
+    "lfm2": {},
+    "qwen3next": {},
 }
 """Golden models, and what is different here."""
 BAR = 2e-5
@@ -64,7 +66,7 @@ def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return model, folder
 
 
-NOT_IN_GGUF = ("flex_olmo", "phimoe")
+NOT_IN_GGUF = ("flex_olmo", "phimoe", "qwen3next")
 
 
 def test_logits_of_the_directory_and_of_a_gguf_file(theirs: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:
