@@ -14,7 +14,7 @@ from quadriga.errors import EvaluationError
 from quadriga.evaluate import flips, report
 from quadriga.evaluate.data import Data
 from quadriga.evaluate.harness import Options, run_task
-from quadriga.evaluate.items import AnswerItem, Item, TextItem, TruthItem
+from quadriga.evaluate.items import AnswerItem, ChoiceItem, Item, TextItem, TruthItem
 from quadriga.evaluate.tasks.base import Task
 from tests.evaluate.fakes import RuleModel, Said
 from tests.evaluate.test_harness import choices, task, yes
@@ -95,5 +95,9 @@ def test_runs_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
         flips.compare(a, other)
     with pytest.raises(EvaluationError, match="no folder of `quadriga eval`"):
         flips.compare(a, tmp_path / "nowhere")
-    asked = [replace(item, pairs=tuple((f"{q} indeed", said) for q, said in item.pairs)) for item in choices(4)]
+    asked: list[Item] = [
+        replace(item, pairs=tuple((f"{q} indeed", said) for q, said in item.pairs))
+        for item in choices(4)
+        if isinstance(item, ChoiceItem)
+    ]
     assert not flips.compare(a, ran(tmp_path / "d", RuleModel(rule=yes), task(asked)))[0].same_prompts

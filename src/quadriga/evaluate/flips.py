@@ -61,7 +61,7 @@ class Paired:
 def sign_test(fewer: int, more: int) -> float:
     """Two-sided exact p of a split of ``fewer`` to ``more`` where both are equally likely; 1 for none."""
     n = fewer + more
-    return min(1.0, 2 * sum(comb(n, k) for k in range(min(fewer, more) + 1)) / 2**n)
+    return min(1.0, 2 * sum(comb(n, k) for k in range(min(fewer, more) + 1)) / (1 << n))
 
 
 def compare(a: Path, b: Path) -> list[Paired]:
