@@ -66,6 +66,9 @@ def test_own_questions_end_in_a_table_json_and_go_on(model: Path, questions: Pat
     assert restarted["tasks"]["mine.jsonl"]["items_this_run"] == 5
     assert restarted["tasks"]["mine.jsonl"]["figures"] == task["figures"]
     assert "benchmark\tpublished: DBRX Instruct" in quadriga("compare", str(tmp_path / "out"))
+    assert "\nmine.jsonl\tacc_norm\t5\t" in quadriga("diff", str(tmp_path / "out"), str(tmp_path / "out"))
+    (compared,) = json.loads(quadriga("diff", str(tmp_path / "out"), str(tmp_path / "out"), "--json"))["tasks"]
+    assert (compared["flips"], compared["p"], compared["items"]) == ([], 1.0, 5)
 
 
 def test_published_tasks_run_on_a_tiny_model(model: Path, tmp_path: Path) -> None:

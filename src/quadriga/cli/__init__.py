@@ -19,6 +19,7 @@ from quadriga.cli.command import Commands
 from quadriga.cli.compare import compare_command
 from quadriga.cli.convert import convert_command
 from quadriga.cli.data import data_app
+from quadriga.cli.diff import diff_command
 from quadriga.cli.eval import eval_command
 from quadriga.cli.generate import generate_command
 from quadriga.cli.info import info_command
@@ -139,6 +140,13 @@ app.command(
         "quadriga compare --table closed --markdown runs/a runs/b",
     ),
 )(compare_command)
+app.command(
+    "diff",
+    epilog=_example(
+        "quadriga diff eval/float32 eval/q4             which items flipped, and p of the paired sign test",
+        "quadriga diff runs/a runs/b --json             with both runs' logs of each such item",
+    ),
+)(diff_command)
 app.command(
     "info",
     epilog=_example(

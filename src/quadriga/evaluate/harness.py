@@ -31,6 +31,10 @@ BATCH = {"likelihood": 64, "rolling": 4, "generate": 32, "code": 16}
 """Items per batch by kind of task: enough to share prompts and fill passes, few enough to lose little in a crash."""
 
 
+_Graded = tuple[Scores, dict[str, Any]]
+"""An item's scores, and for the journal what led to them."""
+
+
 class ProgramRunner(Protocol):
     """Runs programs; ``evaluate.sandbox.Sandbox`` is one."""
 
@@ -117,32 +121,37 @@ class _TaskRun:
             chosen = waiting[start : start + size]
             batch = [self.items[i] for i in chosen]
             graded = self._answer(batch, chosen[0])
-            self.journal.add([(i, scores, answers) for i, (scores, answers) in zip(chosen, graded, strict=True)])
+            self.journal.add([(i, scores, log) for i, (scores, log) in zip(chosen, graded, strict=True)])
             self.tell(len(batch))
         return len(waiting)
 
-    def _answer(self, batch: Sequence[Item], first: int) -> list[tuple[Scores, list[str]]]:
-        """For each item of a batch: its scores, and the texts that the model generated."""
+    def _answer(self, batch: Sequence[Item], first: int) -> list[_Graded]:
+        """For each item of a batch: its scores, and what led to them."""
         match self.task.kind:
             case "likelihood":
-                return [(scores, []) for scores in self._choose(batch)]
+                return self._choose(batch)
             case "rolling":
                 texts = [item for item in batch if isinstance(item, TextItem)]
                 answers = self.model.rolling([item.text for item in texts])
-                return [(item.grade(answer), []) for item, answer in zip(texts, answers, strict=True)]
+                return [(item.grade(answer), {}) for item, answer in zip(texts, answers, strict=True)]
             case "generate":
                 asked = [item for item in batch if isinstance(item, AnswerItem)]
                 written = self._write([item.prompt for item in asked], 0.0, first)
-                return [(item.grade(text), [text]) for item, text in zip(asked, written, strict=True)]
+                return [
+                    (item.grade(text), {"prompt": item.prompt, "answers": [text]})
+                    for item, text in zip(asked, written, strict=True)
+                ]
             case "code":
                 return self._code([item for item in batch if isinstance(item, CodeItem)], first)
 
-    def _choose(self, batch: Sequence[Item]) -> list[Scores]:
+    def _choose(self, batch: Sequence[Item]) -> list[_Graded]:
         asked = [item for item in batch if isinstance(item, ChoiceItem | TruthItem | ClozeItem)]
         answers = self.model.loglikelihoods([pair for item in asked for pair in item.pairs])
-        graded, at = [], 0
+        graded: list[_Graded] = []
+        at = 0
         for item in asked:
-            graded.append(item.grade(answers[at : at + len(item.pairs)]))
+            own = answers[at : at + len(item.pairs)]
+            graded.append((item.grade(own), _log_of_choice(item, [answer.logprob for answer in own])))
             at += len(item.pairs)
         return graded
 
@@ -153,16 +162,35 @@ class _TaskRun:
             prompts, max_new_tokens=task.max_new_tokens, stop=task.stop, temperature=temperature, seed=seed
         )
 
-    def _code(self, batch: Sequence[CodeItem], first: int) -> list[tuple[Scores, list[str]]]:
+    def _code(self, batch: Sequence[CodeItem], first: int) -> list[_Graded]:
         assert self.runner is not None, "checked before the first task"
         n = self.options.samples
         written = self._write([item.prompt for item in batch for _ in range(n)], self.options.code_temperature, first)
         programs = [item.program(written[j * n + k]) for j, item in enumerate(batch) for k in range(n)]
         passed = self.runner.passes(programs)
         return [
-            ({"passed": float(sum(passed[j * n : (j + 1) * n])), "n": float(n)}, written[j * n : (j + 1) * n])
-            for j in range(len(batch))
+            (
+                {"passed": float(sum(passed[j * n : (j + 1) * n])), "n": float(n)},
+                {"prompt": item.prompt, "answers": written[j * n : (j + 1) * n]},
+            )
+            for j, item in enumerate(batch)
         ]
+
+
+def _log_of_choice(item: ChoiceItem | TruthItem | ClozeItem, logprobs: list[float]) -> dict[str, Any]:
+    """What the model read, how likely each continuation was to it, which was likeliest, and which is right."""
+    contexts = [context for context, _ in item.pairs]
+    log: dict[str, Any] = {
+        "prompt": contexts[0] if len(set(contexts)) == 1 else contexts,
+        "continuations": [continuation for _, continuation in item.pairs],
+        "logprobs": logprobs,
+        "choice": logprobs.index(max(logprobs)),
+    }
+    if isinstance(item, ChoiceItem):
+        log["gold"] = item.gold
+    elif isinstance(item, TruthItem):
+        log["gold"] = [i for i, true in enumerate(item.truths) if true]
+    return log
 
 
 def run_task(

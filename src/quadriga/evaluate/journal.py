@@ -1,7 +1,8 @@
 """Per-item results on disk, so that a killed run resumes where it stopped.
 
     OUT/items/TASK.jsonl       line 1: the settings (task, version, shots, hash of all prompts, data, model)
-                               then one line per item: {"i": 17, "scores": {...}, "answers": [...]}
+                               then one line per item, e.g. {"i": 17, "scores": {...}, "prompt": "...",
+                               "logprobs": [-3.2, -1.5], "choice": 1, "gold": 1} or {..., "answers": ["..."]}
 
 Lines are appended and synced one batch at a time. A line cut off by a crash is dropped on opening. A file whose first
 line has different settings is refused, so results of two settings are never mixed.
@@ -64,12 +65,12 @@ class Journal:
                 "--out, or start over with --restart."
             )
 
-    def add(self, rows: Sequence[tuple[int, Scores, Sequence[str]]]) -> None:
-        """Append the (index, scores, generated texts) of a batch and sync the file."""
+    def add(self, rows: Sequence[tuple[int, Scores, Mapping[str, Any]]]) -> None:
+        """Append the (index, scores, what led to them) of a batch and sync the file."""
         kept = []
-        for i, scores, answers in rows:
+        for i, scores, log in rows:
             self.scores[i] = scores
-            kept.append({"i": i, "scores": scores} | ({"answers": list(answers)} if answers else {}))
+            kept.append({"i": i, "scores": scores} | dict(log))
         self._write(kept, "ab")
 
     def _write(self, rows: Sequence[Mapping[str, Any]], mode: str) -> None:

@@ -1,0 +1,35 @@
+"""``quadriga diff``: two runs of ``quadriga eval``, item by item."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quadriga.cli import options
+
+
+def diff_command(
+    a: Annotated[Path, typer.Argument(help="Folder that `quadriga eval` wrote.")],
+    b: Annotated[Path, typer.Argument(help="Another, of the same tasks.")],
+    json: options.Json = False,
+) -> None:
+    """Show which items two runs answered differently, and whether that may be chance.
+
+    p is the exact sign test's over the items that flipped: how likely a split at least as uneven is between equals.
+    """
+    from quadriga.cli.eval import print_table
+    from quadriga.evaluate import flips
+
+    found = flips.compare(a, b)
+    if json:
+        print(options.as_json({"tasks": [flips.as_json(one) for one in found]}))
+        return
+    print_table(flips.summary(found))
+    print()
+    print_table(flips.listed(found))
+    for one in found:
+        if not one.same_prompts:
+            print(f"{one.task}: the same questions in other prompts", file=sys.stderr)
