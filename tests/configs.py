@@ -22,7 +22,7 @@ def with_convolutions(config: ModelConfig) -> ModelConfig:
 
 
 def with_delta_rules(config: ModelConfig) -> ModelConfig:
-    """``config`` as Qwen3-Next would have it: norms less one, gated attention in the second layer, else delta rules."""
+    """``config`` as Qwen3-Next would have it: norms less one, gated attention in every second layer, else delta rules."""
     norm = replace(config.final_norm, plus_one=True)
     delta = DeltaNetSpec(n_k_heads=2, n_v_heads=6, k_dim=12, v_dim=18, taps=4, eps=norm.eps)
     attention = replace(
@@ -30,7 +30,7 @@ def with_delta_rules(config: ModelConfig) -> ModelConfig:
         output_gate=True,
         qk_norm=QKNormSpec(over="head", eps=norm.eps, plus_one=True),
     )
-    layers = (replace(layer, norm=norm, mixer=attention if i == 1 else delta) for i, layer in enumerate(config.layers))
+    layers = (replace(layer, norm=norm, mixer=attention if i % 2 else delta) for i, layer in enumerate(config.layers))
     return replace(config, layers=in_order(layers), final_norm=norm)
 
 

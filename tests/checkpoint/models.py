@@ -380,10 +380,6 @@ TINY: dict[str, ModelConfig] = {
 }
 
 
-GGUF_READ_ONLY = {"qwen3next", "qwen35moe", "qwen35"}
-"""Families whose GGUF files are not written."""
-
-
 def random_bits(config: ModelConfig, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, Tensor]:
     """Parameters of arbitrary bit patterns: NaN with payloads, infinities, negative zero, denormals."""
     generator = torch.Generator().manual_seed(seed)

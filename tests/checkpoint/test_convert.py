@@ -28,7 +28,7 @@ from quadriga.model import families
 from quadriga.model.config_json import config_from_json, config_to_json
 from quadriga.model.weight_map import source_shapes
 from quadriga.nn.load import load_parameters
-from tests.checkpoint.models import GGUF_READ_ONLY, TINY, bits, random_bits, write_hf
+from tests.checkpoint.models import TINY, bits, random_bits, write_hf
 from tests.checkpoint.test_open import LAYOUTS
 from tests.golden import vocabularies as golden
 
@@ -64,7 +64,7 @@ def test_fused_to_split_and_back(tmp_path: Path, layout: str) -> None:
     assert tensors_of(tmp_path / "back") == {n: bits(t) for n, t in stored.items()}
 
 
-IN_GGUF = [name for name in TINY if families.family_of(TINY[name]).gguf_map is not None and name not in GGUF_READ_ONLY]
+IN_GGUF = [name for name in TINY if families.family_of(TINY[name]).gguf_map is not None]
 
 
 @pytest.mark.parametrize("name", IN_GGUF)

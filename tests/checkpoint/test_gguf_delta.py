@@ -4,13 +4,25 @@ negative rate, and in Qwen3.5's heads of v in the order that ggml repeats heads 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import save_file
 
 from quadriga import load
+from quadriga.errors import CheckpointError, ConfigError
+from quadriga.io.convert import convert
+from quadriga.io.gguf_source import GGUFSource
+from quadriga.io.open import open_checkpoint
+from quadriga.io.peft_factors import by_source
+from quadriga.io.restate import restated_columns
+from quadriga.model import families
+from quadriga.model.config import DeltaNetSpec
+from tests.checkpoint.models import TINY, random_bits, write_hf
 from tests.golden.checkpoints import config_json, oracle, weights
 from tests.golden.weights import TOKENS
 
@@ -143,3 +155,79 @@ def test_a_file_of_llama_cpp_computes_what_the_directory_does(tmp_path: Path, na
     logits = load(tmp_path / "x.gguf", format="float32", kv_format="float32", threads=1).logits(TOKENS)
     wanted = oracle(name).numpy()
     assert np.abs(logits - wanted).max() / np.ptp(wanted) <= 3e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3next", "qwen35moe"])
+def test_a_file_written_here_is_the_one_that_llama_cpp_s_converter_makes(tmp_path: Path, name: str) -> None:
+    """Every tensor to the bit, from a directory; and written again from the file itself."""
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_json(name)))
+    save_file(weights(name), folder / "model.safetensors")
+    write(tmp_path / "theirs.gguf", name)
+    convert(folder, tmp_path / "ours.gguf", to="gguf", gguf_format="float32")
+    convert(tmp_path / "theirs.gguf", tmp_path / "again.gguf", to="gguf", gguf_format="float32")
+    theirs = GGUFSource(tmp_path / "theirs.gguf")
+    for file in ("ours.gguf", "again.gguf"):
+        ours = GGUFSource(tmp_path / file)
+        assert ours.shapes == theirs.shapes
+        for tensor in ours.tensors:
+            if not (file == "ours.gguf" and tensor.endswith("ssm_a")):  # NumPy's float32 exponential is an ulp off
+                np.testing.assert_array_equal(ours.read(tensor), theirs.read(tensor), err_msg=tensor)
+            np.testing.assert_allclose(ours.read(tensor), theirs.read(tensor), rtol=2e-7)
+        needed = {key for key in theirs.metadata if key.startswith(name)} - {f"{name}.feed_forward_length"}
+        sections = f"{name}.rope.dimension_sections"
+        assert needed <= ours.metadata.keys()
+        assert {key: ours.metadata[key] for key in needed - {sections}} == {
+            key: theirs.metadata[key] for key in needed - {sections}
+        }
+
+
+@pytest.mark.parametrize("name", ["qwen3next", "qwen35moe", "qwen35"])
+def test_what_llama_cpp_s_form_loses_is_the_end_of_a_small_norm_and_of_a_rate(tmp_path: Path, name: str) -> None:
+    """All but norms and rates come back from GGUF to the bit in float32; norms within half an ulp of what is stored."""
+    config = TINY[name]
+    rng = np.random.default_rng(0)
+    shapes = {n: t.shape for n, t in random_bits(config).items()}
+    values = {n: torch.from_numpy(rng.normal(size=shape).astype(np.float32)) for n, shape in shapes.items()}
+    stored = write_hf(tmp_path / "hf", config, parameters=values)
+    convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf", gguf_format="float32")
+    convert(tmp_path / "x.gguf", tmp_path / "back", to="hf")
+    back = open_checkpoint(tmp_path / "back")
+    assert [layer.mixer for layer in back.config.layers] == [layer.mixer for layer in config.layers]
+    assert back.config.final_norm == config.final_norm
+    for tensor, wanted in stored.items():
+        found = back.source.read(tensor)
+        if tensor.endswith("A_log") or (tensor.endswith("norm.weight") and "linear_attn" not in tensor):
+            assert not np.array_equal(found, wanted.numpy()) or tensor.endswith("A_log"), "or there is nothing to say"
+            np.testing.assert_allclose(found, wanted.numpy(), atol=2.4e-7, rtol=1.2e-7)
+        else:
+            np.testing.assert_array_equal(found, wanted.numpy(), err_msg=tensor)
+
+
+def test_rates_that_are_none_are_refused(tmp_path: Path) -> None:
+    values = {n: torch.ones(t.shape) for n, t in random_bits(TINY["qwen35"]).items()}
+    values["layers.2.delta.rate"][3] = 1e3
+    write_hf(tmp_path / "hf", TINY["qwen35"], parameters=values)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.2\.delta\.rate must hold logarithms of float32 numbers, got 1000"
+    ):
+        convert(tmp_path / "hf", tmp_path / "x.gguf", to="gguf")
+    values["layers.2.delta.rate"][3] = -1.0
+    write_hf(tmp_path / "again", TINY["qwen35"], parameters=values)
+    convert(tmp_path / "again", tmp_path / "y.gguf", to="gguf")
+
+
+def test_importance_and_adapters_know_where_the_heads_lie() -> None:
+    """w_out's columns are by head of v: head 1, whose key head is 0, is third in GGUF's order; and peft's form is no GGUF's."""
+    config = TINY["qwen35"]
+    tiles, delta = families.family_of(config).gguf_form(config), config.layers[0].mixer
+    assert isinstance(delta, DeltaNetSpec)
+    name, columns = "layers.0.delta.w_out.weight", np.arange(delta.value_dim, dtype=np.float32)
+    moved = restated_columns({name: columns, "lm_head.weight": columns}, config, tiles)
+    assert moved[name][:: delta.v_dim].tolist() == [18 * head for head in (0, 3, 1, 4, 2, 5)]
+    assert np.array_equal(moved["lm_head.weight"], columns)
+    assert np.array_equal(restated_columns(moved, tiles, config)[name], columns)
+    with pytest.raises(ConfigError, match="Make a directory first"):
+        by_source(tiles, None)
+    assert by_source(config, None)

@@ -1665,19 +1665,51 @@ def gguf_shapes(config):
     return source_shapes(family_of(config).gguf_map(config))
 
 
-GGUF_READ_ONLY = {name for name, config in ALL.items() if config.family in ("qwen3next", "qwen35moe", "qwen35")}
+@pytest.mark.parametrize("name", ["qwen3next", "qwen35moe", "qwen35"])
+def test_numbers_that_gguf_keeps_differently_are_not_written_as_they_are(name):
+    config = TINY[name]
+    family = family_of(config)
+    assert family.hf_form(family.gguf_form(config)) == config == family.hf_form(config)
+    with pytest.raises(ConfigError, match=r"layers.norm.plus_one: True would become False"):
+        family.config_to_gguf(config)
+    with pytest.raises(ConfigError, match=r"layers.norm.plus_one: False would become True"):
+        family.config_to_hf(family.gguf_form(config))
 
 
-@pytest.mark.parametrize("name", sorted(GGUF_READ_ONLY & TINY.keys()))
-def test_gguf_that_is_read_is_not_written(name):
-    with pytest.raises(ConfigError, match=f"GGUF files of {name} are read and not written"):
-        family_of(ALL[name]).config_to_gguf(ALL[name])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c.with_ffn(normalize_p=None), "normalize_p: None would become 1.0"),
+        (
+            lambda c: replace(c, layers=(*c.layers[:3], c.layers[2])),
+            "layers.mixer: DeltaNetSpec.* would become Attention",
+        ),
+        (
+            lambda c: replace(
+                c, layers=(replace(c.layers[0], ffn=DenseSpec(d_ff=80, activation="silu")), *c.layers[1:])
+            ),
+            "DenseSpec.* would become MoESpec",
+        ),
+    ],
+)
+def test_what_qwen3next_s_metadata_cannot_say_is_refused(change, says):
+    config = TINY["qwen3next"]
+    with pytest.raises(ConfigError, match=says):
+        family_of(config).config_to_gguf(family_of(config).gguf_form(change(config)))
 
 
-@pytest.mark.parametrize("name", [name for name in IN_GGUF if name not in GGUF_READ_ONLY])
+def test_sections_of_qwen35_take_in_every_pair():
+    """Its own are 11, 11 and 10 of 32, by turns; a pair in none of them would not turn in llama.cpp."""
+    config = FAMILIES["qwen35moe"].presets["qwen3.5-35b-a3b"]
+    metadata = family_of(config).config_to_gguf(family_of(config).gguf_form(config))
+    assert metadata["qwen35moe.rope.dimension_sections"] == [11, 11, 10, 0]
+    assert metadata["qwen35moe.full_attention_interval"] == 4
+
+
+@pytest.mark.parametrize("name", IN_GGUF)
 def test_gguf_round_trip_through_float32(name):
     """GGUF stores every number as float32, and yet the constants come back exactly."""
-    config = ALL[name]
+    config = family_of(ALL[name]).gguf_form(ALL[name])
     metadata = family_of(config).config_to_gguf(config)
     stored = {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in metadata.items()}
     arch = next(iter(stored)).split(".")[0]

@@ -66,7 +66,7 @@ def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return model, folder
 
 
-NOT_IN_GGUF = ("flex_olmo", "phimoe", "qwen3next")
+NOT_IN_GGUF = ("flex_olmo", "phimoe")
 
 
 def test_logits_of_the_directory_and_of_a_gguf_file(theirs: tuple[torch.nn.Module, Path], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from quadriga.io.conversion_plan import ConversionPlan, fingerprint, plan_conver
 from quadriga.io.conversion_writer import Writer
 from quadriga.io.open import Checkpoint, open_checkpoint
 from quadriga.io.parameters import Progress
+from quadriga.io.restate import restated, restated_columns
 from quadriga.quant.dtypes import Array
 
 MAX_SHARD_BYTES = 4_500_000_000
@@ -111,12 +112,15 @@ def write(
     )
     if out.exists() and not (out.is_dir() and to != "gguf" and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists; give a new name, or remove it first")
+    config = checkpoint.config
+    checkpoint = restated(checkpoint, to)
+    importance = restated_columns(importance or {}, config, checkpoint.config)
     if format is None:
         shard_bytes = max_shard_bytes or MAX_SHARD_BYTES
         plan = plan_conversion(checkpoint, out, to, layout, dtype or "keep", gguf_format or "bfloat16", shard_bytes)
     else:
         plan = plan_packed(checkpoint, format, embeddings)
     writer = Writer(out.with_name(out.name + ".part"), plan, fingerprint(checkpoint, plan), resume)
-    writer.run(checkpoint, progress, importance or {})
+    writer.run(checkpoint, progress, importance)
     writer.put_in_place(out)
     return plan

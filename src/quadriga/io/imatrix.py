@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io.gguf import is_gguf
 from quadriga.io.gguf_source import GGUFSource
+from quadriga.io.restate import restated_columns
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
 from quadriga.model.weight_map import stays_float32
@@ -57,7 +58,8 @@ def read_imatrix(path: Path, config: ModelConfig) -> dict[str, Squares]:
         raise ConfigError(f"an importance matrix has GGUF's names, and GGUF has no architecture for {family.name}")
     entries = _of_gguf(path) if is_gguf(path) else _of_dat(path)
     found: dict[str, Squares] = {}
-    for piece in family.gguf_map(config):
+    stored = family.gguf_form(config)
+    for piece in family.gguf_map(stored):
         if piece.source not in entries or len(piece.target_shape) < 2 or stays_float32(piece.target):
             continue
         squares, columns = entries[piece.source], piece.target_shape[-1]
@@ -73,7 +75,7 @@ def read_imatrix(path: Path, config: ModelConfig) -> dict[str, Squares]:
     if not found:
         other = next(iter(entries), "anything")
         raise CheckpointError(f"{path.name} knows no matrix of this model: none of it is called {other}")
-    return found
+    return restated_columns(found, stored, config)
 
 
 def _of_gguf(path: Path) -> dict[str, Squares]:

@@ -25,6 +25,11 @@ def by_source(config: ModelConfig, layout: str | None, *, adaptable: bool = True
     name = layout or next(iter(family.layouts))
     if name not in family.layouts:
         raise ConfigError(f"layout must be one of {', '.join(family.layouts)}; got {name!r}")
+    if family.hf_form(config) != config:
+        raise ConfigError(
+            f"adapters in peft's form are of a Hugging Face directory's numbers, and this {family.name} has a GGUF "
+            "file's (other norms, other heads). Make a directory first: quadriga convert MODEL OUT --to hf"
+        )
     by_source: dict[str, list[Piece]] = {}
     for piece in family.layouts[name](config):
         if not adaptable or target_of(piece.target) is not None:

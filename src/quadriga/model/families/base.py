@@ -44,6 +44,10 @@ class Family:
     gguf_joined_map: MapBuilder | None = None
     """The same with W_Kb and W_Vb of latent attention in one tensor, as llama.cpp wrote until April 2025
     (ggml-org/llama.cpp#12801); read only."""
+    gguf_form: Callable[[ModelConfig], ModelConfig] = lambda config: config
+    """The same model as GGUF keeps its numbers, where it keeps some differently (``io.restate``)."""
+    hf_form: Callable[[ModelConfig], ModelConfig] = lambda config: config
+    """The same as Hugging Face directories keep them."""
     counterpart: str | None = None
     """The family of the same block with the other kind of network: of dense models that of their mixtures, and back."""
     ignored_tensors: tuple[str, ...] = field(default=())

@@ -6,50 +6,57 @@ in another. Vision and the layers for multi-token prediction of Qwen3.5's checkp
 their rotary sections are ordinary rotation. Sources: transformers 4.57.6 (modeling_qwen3_next) and 5.24.0
 (modeling_qwen3_5_moe, modeling_qwen3_5), llama.cpp (archs qwen3next, qwen35moe, qwen35; conversion/qwen.py). GGUF files
 have norms plus one, the negative rate in place of its logarithm and, in qwen35 and qwen35moe, heads of v in another
-order: they are read as they are, and this program writes none.
+order: they are read as they are, and a conversion to or from them restates the numbers (``io.restate``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import (
     AttentionSpec,
     DeltaNetSpec,
     DenseSpec,
-    LayerSpec,
     ModelConfig,
     MoESpec,
     NormSpec,
-    QKNormSpec,
     RopeSpec,
     countable,
-    in_order,
     uniform,
 )
-from quadriga.model.families import gguf_keys
 from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
-from quadriga.model.families.lfm2 import taps_of_conv1d
 from quadriga.model.families.llama2 import (
-    GGUF_COMMON,
-    GGUF_FFN,
-    HF_COMMON,
-    HF_FFN,
     HF_TIED,
-    common_from_gguf,
     common_from_hf,
     common_to_hf,
 )
-from quadriga.model.families.pieces import copies, single_rows
-from quadriga.model.families.qwen2moe import HF_SHARED
-from quadriga.model.families.qwen3 import GGUF_QK_NORMS, HF_QK_NORMS, HF_ROUTER, hf5_experts, hf_experts, sparse_layers
-from quadriga.model.weight_map import Piece, Shape
+from quadriga.model.families.qwen3 import sparse_layers
+from quadriga.model.families.qwen3next_gguf import (
+    dense_from_gguf,
+    dense_to_gguf,
+    gguf_form,
+    hf_form,
+    moe_from_gguf,
+    moe_to_gguf,
+    next_from_gguf,
+    next_to_gguf,
+)
+from quadriga.model.families.qwen3next_layers import Ffns, delta_of, model_of
+from quadriga.model.families.qwen3next_layouts import (
+    gguf_map,
+    left_out,
+    next5_layout,
+    next_gguf_map,
+    next_layout,
+    text5_layout,
+    text_layout,
+    whole_layout,
+    whole_split_layout,
+)
 
-Ffns = Sequence[DenseSpec | MoESpec]
 FULL, LINEAR = "full_attention", "linear_attention"
 
 _PREDICTION = frozenset({"mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"})
@@ -65,21 +72,6 @@ _VISION = frozenset(
 )
 IGNORED = PRETRAINED_KEYS | _PREDICTION | {"full_attention_interval", "mamba_ssm_dtype"}
 """What layer_types was made from; the dtype of a state, which is float32 here; the layers that are left out."""
-
-
-def _model(
-    family: str, common: Mapping[str, Any], ffns: Ffns, attends: Sequence[bool], delta: DeltaNetSpec
-) -> ModelConfig:
-    """Layers of both kinds; ``common`` as of LLaMA, with ``tied_embeddings``."""
-    rest = {key: value for key, value in common.items() if key not in ("norm", "mixer", "n_layers")}
-    norm: NormSpec = common["norm"]
-    qk_norm = QKNormSpec(over="head", eps=norm.eps, plus_one=norm.plus_one)
-    attention = replace(common["mixer"], qk_norm=qk_norm, output_gate=True)
-    layers = in_order(
-        LayerSpec(norm=norm, mixer=attention if full else delta, ffn=ffn)
-        for full, ffn in zip(attends, ffns, strict=True)
-    )
-    return ModelConfig(family=family, layers=layers, final_norm=norm, **rest)
 
 
 def _preset(
@@ -106,7 +98,7 @@ def _preset(
         "eos_ids": ids[1],
     }
     delta = DeltaNetSpec(n_k_heads=16, n_v_heads=n_v_heads, k_dim=128, v_dim=128, taps=4, eps=1e-6)
-    return _model(family, common, ffns, [i % 4 == 3 for i in range(len(ffns))], delta)
+    return model_of(family, common, ffns, [i % 4 == 3 for i in range(len(ffns))], delta)
 
 
 def _moe(n_experts: int, top_k: int) -> MoESpec:
@@ -240,7 +232,7 @@ def _from_hf(family: str, keys: Keys, ffns: Ffns) -> ModelConfig:
         taps=keys.integer("linear_conv_kernel_dim"),
         eps=common["norm"].eps,
     )
-    config = _model(family, common, ffns, _attends(keys, len(ffns)), delta)
+    config = model_of(family, common, ffns, _attends(keys, len(ffns)), delta)
     keys.finish(IGNORED)
     return config
 
@@ -255,16 +247,9 @@ def _attends(keys: Keys, n_layers: int) -> list[bool]:
     return [one == FULL for one in keys.words("layer_types", (FULL, LINEAR), n_layers)]
 
 
-def _delta(config: ModelConfig, form: str) -> DeltaNetSpec:
-    for layer in config.kinds():
-        if not isinstance(layer.mixer, AttentionSpec):
-            return of_kind(layer.mixer, DeltaNetSpec, form)
-    raise ConfigError(f"{form} cannot express this model: it has no gated delta rule")
-
-
 def _to_hf(config: ModelConfig, form: str) -> dict[str, object]:
     alike = replace(config, layers=uniform(config.first_attention(), config.n_layers))
-    delta = _delta(config, form)
+    delta = delta_of(config, form)
     return {
         "partial_rotary_factor": 1.0,
         **common_to_hf(alike, form),
@@ -342,185 +327,7 @@ def dense_to_hf(config: ModelConfig) -> dict[str, object]:
     return raw
 
 
-# Weights -------------------------------------------------------------------------------------------------------------
-
-_LAYER, _OURS = "model.layers.{i}.", "layers.{i}."
-_LINEAR, _DELTA = _LAYER + "linear_attn.", _OURS + "delta."
-_HF_DELTA = {
-    _LINEAR + "A_log": _DELTA + "rate",
-    _LINEAR + "dt_bias": _DELTA + "dt",
-    _LINEAR + "norm.weight": _DELTA + "norm.weight",
-    _LINEAR + "out_proj.weight": _DELTA + "w_out.weight",
-}
-Parts = Mapping[str, Sequence[tuple[int, int, int]]]
-"""Name of a tensor -> (first row in it, first row of the parameter, how many)."""
-Spec = TypeVar("Spec", AttentionSpec, DeltaNetSpec)
-
-
-def _rows(
-    config: ModelConfig, kind: type[Spec], source: str, target: str, parts_of: Callable[[Spec], Parts]
-) -> list[Piece]:
-    """Pieces for a matrix whose rows lie elsewhere in the file.
-
-    Args:
-        kind: of the mixers of the layers it belongs to.
-        source: name with ``{i}`` for the layer and ``{part}`` for one of several tensors.
-        target: the parameter within its layer.
-        parts_of: where the rows are.
-    """
-    pieces, d = [], config.d_model
-    for i, layer in enumerate(config.layers):
-        if not isinstance(layer.mixer, kind):
-            continue
-        parts = parts_of(layer.mixer)
-        heights = {part: sum(n for _, _, n in boxes) for part, boxes in parts.items()}
-        pieces += [
-            Piece(
-                source=source.format(i=i, part=part),
-                source_shape=(heights[part], d),
-                source_box=((first, first + n), (0, d)),
-                target=f"layers.{i}.{target}",
-                target_shape=(sum(heights.values()), d),
-                target_box=((place, place + n), (0, d)),
-            )
-            for part, boxes in parts.items()
-            for first, place, n in boxes
-        ]
-    return pieces
-
-
-def _gated_qkv(config: ModelConfig, name: str) -> list[Piece]:
-    """q, each head followed by its gates, k and v of attention; ``name`` with ``{i}`` and ``{part}`` (q, k or v)."""
-
-    def parts(attn: AttentionSpec) -> Parts:
-        d, gates = attn.head_dim, attn.q_dim + 2 * attn.kv_dim
-        heads = range(attn.n_heads)
-        return {
-            "q": [box for h in heads for box in ((2 * h * d, h * d, d), ((2 * h + 1) * d, gates + h * d, d))],
-            "k": [(0, attn.q_dim, attn.kv_dim)],
-            "v": [(0, attn.q_dim + attn.kv_dim, attn.kv_dim)],
-        }
-
-    return _rows(config, AttentionSpec, name, "attn.wqkv.weight", parts)
-
-
-def _by_key_head(n_heads: int, widths: Sequence[tuple[int, int]]) -> Parts:
-    """Boxes of a matrix in which the rows of a head of keys lie together, one part after the other.
-
-    Args:
-        widths: of each part, rows of a head of keys and its first row in the parameter.
-    """
-    boxes, first = [], 0
-    for g in range(n_heads):
-        for n, begin in widths:
-            boxes.append((first, begin + g * n, n))
-            first += n
-    return {"": boxes}
-
-
-def _together_qkvz(config: ModelConfig, name: str) -> list[Piece]:
-    """Qwen3-Next's q, k, v and z, each head of keys with its own."""
-
-    def parts(delta: DeltaNetSpec) -> Parts:
-        v = delta.value_dim // delta.n_k_heads
-        firsts = (0, delta.qk_dim, 2 * delta.qk_dim, delta.width)
-        return _by_key_head(delta.n_k_heads, list(zip((delta.k_dim, delta.k_dim, v, v), firsts, strict=True)))
-
-    return _rows(config, DeltaNetSpec, name, "delta.w_in.weight", parts)
-
-
-def _together_ba(config: ModelConfig, name: str) -> list[Piece]:
-    """Qwen3-Next's b and a, each head of keys with its own."""
-
-    def parts(delta: DeltaNetSpec) -> Parts:
-        times = delta.n_v_heads // delta.n_k_heads
-        return _by_key_head(delta.n_k_heads, [(times, 0), (times, delta.n_v_heads)])
-
-    return _rows(config, DeltaNetSpec, name, "delta.w_ba.weight", parts)
-
-
-def _apart_qkv_z(config: ModelConfig, name: str, qkv: str, z: str) -> list[Piece]:
-    """q, k and v in one matrix, z in another."""
-
-    def parts(delta: DeltaNetSpec) -> Parts:
-        return {qkv: [(0, 0, delta.width)], z: [(0, delta.width, delta.value_dim)]}
-
-    return _rows(config, DeltaNetSpec, name, "delta.w_in.weight", parts)
-
-
-def _apart_b_a(config: ModelConfig, name: str, b: str, a: str) -> list[Piece]:
-    """b and a in matrices of their own."""
-
-    def parts(delta: DeltaNetSpec) -> Parts:
-        return {b: [(0, 0, delta.n_v_heads)], a: [(0, delta.n_v_heads, delta.n_v_heads)]}
-
-    return _rows(config, DeltaNetSpec, name, "delta.w_ba.weight", parts)
-
-
-_HF_NAMES = HF_COMMON | HF_QK_NORMS | HF_FFN | HF_ROUTER | HF_SHARED | _HF_DELTA
-
-
-def _hf_common(config: ModelConfig) -> list[Piece]:
-    gate = {_LAYER + "mlp.shared_expert_gate.weight": _OURS + "moe.shared_gate"}
-    return [
-        *copies(config, _HF_NAMES),
-        *single_rows(config, gate),
-        *taps_of_conv1d(config, _LINEAR + "conv1d.weight", _DELTA + "taps"),
-        *_gated_qkv(config, _LAYER + "self_attn.{part}_proj.weight"),
-    ]
-
-
-def _next_common(config: ModelConfig) -> list[Piece]:
-    together = _together_qkvz(config, _LINEAR + "in_proj_qkvz.weight") + _together_ba(
-        config, _LINEAR + "in_proj_ba.weight"
-    )
-    return _hf_common(config) + together
-
-
-def next_layout(config: ModelConfig) -> list[Piece]:
-    """Qwen3-Next's: transformers 4, and the published checkpoint, a matrix per expert."""
-    return _next_common(config) + hf_experts(config)
-
-
-def next5_layout(config: ModelConfig) -> list[Piece]:
-    """Qwen3-Next's in transformers 5 in memory: all experts in one tensor, gate above up."""
-    return _next_common(config) + hf5_experts(config)
-
-
-def _text_common(config: ModelConfig) -> list[Piece]:
-    name = _LINEAR + "in_proj_{part}.weight"
-    return _hf_common(config) + _apart_qkv_z(config, name, "qkv", "z") + _apart_b_a(config, name, "b", "a")
-
-
-def text_layout(config: ModelConfig) -> list[Piece]:
-    """Qwen3.5's text alone as transformers 5 writes it: a matrix per expert."""
-    return _text_common(config) + hf_experts(config)
-
-
-def text5_layout(config: ModelConfig) -> list[Piece]:
-    """The same as transformers 5 has it in memory: all experts in one tensor, gate above up."""
-    return _text_common(config) + hf5_experts(config)
-
-
-def _whole(pieces: list[Piece]) -> list[Piece]:
-    """The names of a text within those of text and vision."""
-    old, new = "model.", "model.language_model."
-    return [
-        replace(piece, source=new + piece.source.removeprefix(old)) if piece.source.startswith(old) else piece
-        for piece in pieces
-    ]
-
-
-def whole_layout(config: ModelConfig) -> list[Piece]:
-    """The published checkpoints, text and vision: all experts in one tensor."""
-    return _whole(text5_layout(config))
-
-
-def whole_split_layout(config: ModelConfig) -> list[Piece]:
-    """The same with a matrix per expert."""
-    return _whole(text_layout(config))
-
-
+ARCHS = ("qwen3next", "qwen35moe", "qwen35")
 LEFT_OUT = ("model.visual.*", "mtp.*")
 
 
@@ -536,115 +343,6 @@ def notes(raw: Mapping[str, object]) -> list[str]:
     return said
 
 
-# GGUF ----------------------------------------------------------------------------------------------------------------
-
-ARCHS = ("qwen3next", "qwen35moe", "qwen35")
-_BLOCK = "blk.{i}."
-_GGUF_NAMES = {
-    **{source: target for source, target in GGUF_COMMON.items() if "ffn_norm" not in target},
-    _BLOCK + "post_attention_norm.weight": _OURS + "ffn_norm.weight",
-    **GGUF_FFN,
-    **GGUF_QK_NORMS,
-    **gguf_keys.ROUTER,
-    **gguf_keys.MERGED_EXPERTS,
-    **gguf_keys.SHARED_EXPERT,
-    _BLOCK + "ffn_gate_inp_shexp.weight": _OURS + "moe.shared_gate",
-    _BLOCK + "ssm_a": _DELTA + "rate",
-    _BLOCK + "ssm_dt.bias": _DELTA + "dt",
-    _BLOCK + "ssm_norm.weight": _DELTA + "norm.weight",
-    _BLOCK + "ssm_out.weight": _DELTA + "w_out.weight",
-    _BLOCK + "ssm_conv1d.weight": _DELTA + "taps",
-}
-
-
-def _gguf_common(config: ModelConfig) -> list[Piece]:
-    name = _BLOCK + "attn_{part}.weight"
-    return copies(config, _GGUF_NAMES) + _gated_qkv(config, name) + _apart_qkv_z(config, name, "qkv", "gate")
-
-
-def next_gguf_map(config: ModelConfig) -> list[Piece]:
-    """Every tensor of arch ``qwen3next``."""
-    return _gguf_common(config) + _together_ba(config, _BLOCK + "ssm_ba.weight")
-
-
-def gguf_map(config: ModelConfig) -> list[Piece]:
-    """Every tensor of archs ``qwen35moe`` and ``qwen35``."""
-    return _gguf_common(config) + _apart_b_a(config, _BLOCK + "ssm_{part}.weight", "beta", "alpha")
-
-
-def next_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
-    """Read a GGUF of arch ``qwen3next``."""
-    return _from_gguf("qwen3next", "qwen3next", metadata, shapes)
-
-
-def moe_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
-    """Read a GGUF of arch ``qwen35moe``."""
-    return _from_gguf("qwen35moe", "qwen35moe", metadata, shapes)
-
-
-def dense_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
-    """Read a GGUF of arch ``qwen35``."""
-    return _from_gguf("qwen35", "qwen35", metadata, shapes)
-
-
-def _from_gguf(family: str, arch: str, metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
-    # Sections of a head that turn with height and width of pictures; for text they turn alike.
-    plain_text = {key: value for key, value in metadata.items() if key != f"{arch}.rope.dimension_sections"}
-    keys = gguf_keys.architecture_keys(plain_text, arch)
-    common = common_from_gguf(keys, metadata, shapes)
-    n_more = keys.integer("nextn_predict_layers") if keys.has("nextn_predict_layers") else 0
-    n_layers = countable(common["n_layers"] - n_more)
-    ffn: DenseSpec | MoESpec
-    if arch == "qwen35":
-        ffn = DenseSpec(d_ff=keys.integer("feed_forward_length"), activation="silu")
-    else:
-        keys.has("feed_forward_length")
-        d_ff, shared = keys.integer("expert_feed_forward_length"), keys.integer("expert_shared_feed_forward_length")
-        plain = gguf_keys.plain_experts(keys, d_ff, shared=DenseSpec(d_ff=shared, activation="silu"))
-        ffn = replace(plain, shared_gate=True)
-    n_v_heads, inner = keys.integer("ssm.time_step_rank"), keys.integer("ssm.inner_size")
-    if n_v_heads < 1 or inner % n_v_heads:
-        raise ConfigError(f"GGUF ssm.inner_size must be a multiple of ssm.time_step_rank, got {inner} and {n_v_heads}")
-    delta = DeltaNetSpec(
-        n_k_heads=keys.integer("ssm.group_count"),
-        n_v_heads=n_v_heads,
-        k_dim=keys.integer("ssm.state_size"),
-        v_dim=inner // n_v_heads,
-        taps=keys.integer("ssm.conv_kernel"),
-        eps=common["norm"].eps,
-        log_rate=False,
-        tiled=arch != "qwen3next",
-    )
-    # llama.cpp: every fourth layer is attention where a file does not say.
-    every = keys.integer("full_attention_interval") if keys.has("full_attention_interval") else 4
-    if every < 1:
-        raise ConfigError(f"GGUF full_attention_interval must be 1 or more, got {every}")
-    config = _model(family, common, [ffn] * n_layers, [(i + 1) % every == 0 for i in range(n_layers)], delta)
-    keys.finish(gguf_keys.IGNORED)
-    return config
-
-
-def to_gguf(config: ModelConfig) -> dict[str, object]:
-    """Refuse to write GGUF.
-
-    Raises:
-        ConfigError: always.
-    """
-    raise ConfigError(
-        f"GGUF files of {config.family} are read and not written: their norms are stored plus one and their rates as "
-        "other numbers, which a map of bytes does not make. llama.cpp's own converter writes them."
-    )
-
-
-def left_out(config: ModelConfig) -> frozenset[str]:
-    """Tensors of the block for multi-token prediction behind the last layer of a GGUF file."""
-    last = replace(config, layers=uniform(config.first_attention(), 1))
-    names = {piece.source for piece in copies(last, _GGUF_NAMES) + _gated_qkv(last, _BLOCK + "attn_{part}.weight")}
-    names |= {f"blk.0.nextn.{name}.weight" for name in ("eh_proj", "enorm", "hnorm", "embed_tokens")}
-    names |= {f"blk.0.nextn.shared_head_{name}.weight" for name in ("norm", "head")}
-    return frozenset(n.replace("blk.0.", f"blk.{config.n_layers}.", 1) for n in names if n.startswith("blk.0."))
-
-
 NEXT = Family(
     name="qwen3next",
     presets=NEXT_PRESETS,
@@ -654,7 +352,9 @@ NEXT = Family(
     layouts={"hf": next_layout, "hf5": next5_layout},
     gguf_archs=("qwen3next",),
     config_from_gguf=next_from_gguf,
-    config_to_gguf=to_gguf,
+    config_to_gguf=next_to_gguf,
+    gguf_form=gguf_form,
+    hf_form=hf_form,
     gguf_map=next_gguf_map,
     ignored_tensors=LEFT_OUT,
     notes=notes,
@@ -669,7 +369,9 @@ MIXTURE = Family(
     layouts={"text": text_layout, "text5": text5_layout, "hf": whole_layout, "hf-split": whole_split_layout},
     gguf_archs=("qwen35moe",),
     config_from_gguf=moe_from_gguf,
-    config_to_gguf=to_gguf,
+    config_to_gguf=moe_to_gguf,
+    gguf_form=gguf_form,
+    hf_form=hf_form,
     gguf_map=gguf_map,
     ignored_tensors=LEFT_OUT,
     left_out=left_out,
@@ -685,7 +387,9 @@ DENSE = Family(
     layouts={"text": text_layout, "hf": whole_layout},
     gguf_archs=("qwen35",),
     config_from_gguf=dense_from_gguf,
-    config_to_gguf=to_gguf,
+    config_to_gguf=dense_to_gguf,
+    gguf_form=gguf_form,
+    hf_form=hf_form,
     gguf_map=gguf_map,
     ignored_tensors=LEFT_OUT,
     left_out=left_out,
