@@ -20,6 +20,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     class Service:
         name = "model"
+        aliases = ()
 
         def __init__(self, llm: Any, **given: Any) -> None:
             seen.update(given)

@@ -37,7 +37,7 @@ def eval_command(
         typer.Option(
             "--tasks",
             "-t",
-            help="Names or groups with commas between, or paths of .jsonl files. Without it: what there is.",
+            help="Names or groups with commas between, or paths of .jsonl and .toml files. Without it: what there is.",
             rich_help_panel=_TASKS,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""All benchmarks by name. ``gauntlet`` selects all tasks of the Gauntlet; a path selects a user's own JSONL file."""
+"""All benchmarks by name. ``gauntlet`` selects all tasks of the Gauntlet; a path selects a user's own file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quadriga.errors import EvaluationError
-from quadriga.evaluate.tasks import choice, gauntlet, generated
+from quadriga.evaluate.tasks import choice, gauntlet, generated, own
 from quadriga.evaluate.tasks.base import Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (*choice.TASKS, *generated.TASKS, *gauntlet.TASKS)}
@@ -34,11 +34,15 @@ def select(names: Sequence[str]) -> list[Task]:
         elif name.endswith(".jsonl"):
             task = gauntlet.own_task(Path(name))
             chosen[task.name] = task
+        elif name.endswith(".toml"):
+            task = own.described_task(Path(name))
+            chosen[task.name] = task
         else:
             known = [*(n for n in TASKS if not n.startswith("gauntlet_")), *GROUPS]
             near = difflib.get_close_matches(name, [*TASKS, *GROUPS], n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise EvaluationError(
-                f"there is no task {name!r}.{hint} Choose from {', '.join(known)}, or give the path of a .jsonl file."
+                f"there is no task {name!r}.{hint} Choose from {', '.join(known)}, or give the path of a .jsonl or "
+                ".toml file."
             )
     return list(chosen.values())

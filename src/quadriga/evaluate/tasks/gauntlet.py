@@ -61,8 +61,10 @@ class Layout:
     """After each shot."""
 
 
-def items_of(rows: Sequence[Row], shots: int, layout: Layout, group: str = "") -> list[Item]:
-    """Turn rows of one format into items; shots are drawn from the same rows, never the question itself.
+def items_of(
+    rows: Sequence[Row], shots: int, layout: Layout, group: str = "", pool: Sequence[Row] | None = None
+) -> list[Item]:
+    """Turn rows of one format into items; shots are drawn from ``pool``, else from the same rows, never the question.
 
     Raises:
         EvaluationError: no rows, or a row that is malformed or has another format.
@@ -72,7 +74,7 @@ def items_of(rows: Sequence[Row], shots: int, layout: Layout, group: str = "") -
     format_name, draw, items = row_format(rows[0]), Shots(shots), list[Item]()
     for number, row in enumerate(rows, 1):
         try:
-            examples = draw.draw(rows, row)
+            examples = draw.draw(rows, row) if pool is None else draw.draw(pool)
             before = "".join(_solved(one, format_name, layout) + layout.example for one in examples)
             items.append(_ITEM[format_name](before, row, layout, group or str(row.get("category", ""))))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
