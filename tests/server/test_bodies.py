@@ -637,7 +637,7 @@ def test_text_that_is_held_back_is_looked_through_once(
 ) -> None:
     looked, original = [], Reader._read
     monkeypatch.setattr(
-        Reader, "_read", lambda self, tools, held, last: looked.append(len(held)) or original(self, tools, held, last)
+        Reader, "_read", lambda self, tools, held, *rest: looked.append(len(held)) or original(self, tools, held, *rest)
     )
     one, n, said = reader(), 5000, list[Any]()
     for i, text in enumerate([begin, *[piece] * n, end]):

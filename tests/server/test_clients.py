@@ -93,8 +93,12 @@ def test_a_forced_tool_call_is_well_formed(client: openai.OpenAI, choice: object
     options |= {"tools": [TOOL, other], "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 200}
     if stream:
         deltas = [c.choices[0] for c in client.chat.completions.create(**options, stream=True)]
-        calls = [call for d in deltas for call in d.delta.tool_calls or []]
-        reason = deltas[-1].finish_reason
+        first, *pieces = [call for d in deltas for call in d.delta.tool_calls or []]
+        assert all((p.index, p.id, p.function.name) == (first.index, None, None) for p in pieces), (
+            "the rest of one call"
+        )
+        first.function.arguments += "".join(p.function.arguments for p in pieces)
+        calls, reason = [first], deltas[-1].finish_reason
     else:
         done = client.chat.completions.create(**options).choices[0]
         calls, reason = done.message.tool_calls, done.finish_reason
