@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quadriga.engine.blocks import BlockPool, chain_key
@@ -96,6 +96,8 @@ class Job:
     held: int
     """Passes that each of its tokens is chosen beside, every third token."""
 
+
+PLAIN = Job([0], 1, 0, b"", 0, None, False, False, b"a", 0, False, 0)
 
 JOBS = st.lists(
     st.builds(
@@ -245,6 +247,16 @@ class Traffic:
 
 
 @settings(max_examples=400, deadline=None)
+@example(  # the only row gives way in a pass without room for the prompt beside it
+    jobs=[PLAIN, replace(PLAIN, prompt=[0] * 43, n_new=7, at=1, held=5), replace(PLAIN, prompt=[0] * 52, group=1)],
+    n_blocks=7,
+    budget=3,
+    n_running=2,
+    cache=False,
+    rooms=[(0, 0)],
+    n_slots=0,
+    windows=(None,),
+)
 @given(
     jobs=JOBS,
     n_blocks=st.integers(7, 14),

@@ -142,15 +142,26 @@ def test_its_own_memory_file_is_closed_to_it(box: Sandbox) -> None:
     assert "PermissionError" in box.run("open('/proc/self/mem', 'rb')").error
 
 
-def _all_groups() -> None:
-    groups = Groups.make(256 << 20, 12)
-    groups.remove()
-    if len(groups.folders) < 2:
-        pytest.skip("this process may not make control groups")
+def _all_groups(monkeypatch: pytest.MonkeyPatch) -> list[Groups]:
+    """Skips where groups cannot be made; from then on those that are made are remembered."""
+    made: list[Groups] = []
+    make = Groups.make
+
+    def remember(memory_bytes: int, processes: int) -> Groups:
+        made.append(make(memory_bytes, processes))
+        if len(made[-1].folders) < 2:
+            made[-1].remove()
+            pytest.skip("this process may not make control groups")
+        return made[-1]
+
+    monkeypatch.setattr(Groups, "make", remember)
+    Groups.make(256 << 20, 12).remove()
+    made.clear()
+    return made
 
 
-def test_all_processes_together_are_limited_in_memory(box: Sandbox) -> None:
-    _all_groups()
+def test_all_processes_together_are_limited_in_memory(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    _all_groups(monkeypatch)
     greedy = (
         "import os\n"
         "children = []\n"
@@ -169,15 +180,7 @@ def test_all_processes_together_are_limited_in_memory(box: Sandbox) -> None:
 
 
 def test_its_groups_are_gone_afterwards(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    _all_groups()
-    made: list[Groups] = []
-    make = Groups.make
-
-    def remember(memory_bytes: int, processes: int) -> Groups:
-        made.append(make(memory_bytes, processes))
-        return made[-1]
-
-    monkeypatch.setattr(Groups, "make", remember)
+    made = _all_groups(monkeypatch)
     assert box.run("import os\nfor _ in range(3):\n    if os.fork() == 0:\n        while True: pass\n").passed
     assert made[0].folders and not any(folder.exists() for folder in made[0].folders)
 

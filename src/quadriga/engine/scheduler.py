@@ -266,6 +266,9 @@ class Scheduler:
         elif others:
             self._put_all(others, budget, chunks)
             self._rows_next = False
+        if not chunks:  # the rows gave way, and there was no room beside them: now the others have the pass
+            left = self._put_all([s for s in rows if s not in fluent], self.max_batch_tokens, chunks)
+            self._fill([s for s in prompts if s.state == "running"], left, chunks)
         return self._plan(chunks, fluent)
 
     def _plan(self, chunks: dict[Running, Chunk], fluent: set[Running]) -> PassPlan:
