@@ -37,7 +37,7 @@ FIRST = {  # lines of each file
     "sft/databricks-dolly-15k.jsonl": 1100,
     "preference/dpo_en_demo.jsonl": 100,
 }
-CORPUS = {"corpus/mix.jsonl": 1_000_000, "corpus/mix.val.jsonl": 40_000}  # bytes of each domain
+CORPUS = {"corpus/mix.jsonl": 650_000, "corpus/mix.val.jsonl": 40_000}  # bytes of each domain
 
 
 def main(folder: Path) -> None:
