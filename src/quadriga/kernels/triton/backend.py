@@ -6,13 +6,13 @@ from quadriga.kernels.reference import (
     attention,
     causal_conv,
     delta_rule,
-    experts,
     gated,
     grouped_linear,
     norm,
     rope,
-    route,
 )
+from quadriga.kernels.triton.experts import experts
+from quadriga.kernels.triton.router import route
 
 __all__ = [
     "activate",

@@ -11,18 +11,18 @@ from collections.abc import Iterator
 
 from quadriga.kernels.triton.binary import MATRIX, SHARED_LIMIT, Binary, compile_launch
 from quadriga.kernels.triton.cases import CASES, Case
-from quadriga.kernels.triton.launch import recording
+from quadriga.kernels.triton.launch import Launch, recording
 
 
-def faults(case: Case, binaries: list[Binary]) -> Iterator[str]:
+def faults(case: Case, launches: list[Launch], binaries: list[Binary]) -> Iterator[str]:
     """What is wrong with a case's kernels on one capability."""
-    for binary in binaries:
+    for launch, binary in zip(launches, binaries, strict=True):
         if binary.spills:
             yield f"{binary.spills} spills"
         if binary.shared_bytes > SHARED_LIMIT[binary.capability]:
             yield f"{binary.shared_bytes} bytes of shared memory; a block has {SHARED_LIMIT[binary.capability]}"
-    if case.matrix and not any(binary.matrix for binary in binaries):
-        yield f"no {MATRIX[binaries[0].capability]}"
+        if launch.name in case.matrix and not binary.matrix:
+            yield f"{launch.name} without {MATRIX[binary.capability]}"
 
 
 def check(case: Case) -> Iterator[tuple[str, list[str]]]:
@@ -36,7 +36,7 @@ def check(case: Case) -> Iterator[tuple[str, list[str]]]:
             f"{b.matrix} {MATRIX[capability]}, {b.spills} spills"
             for launch, b in zip(launches, binaries, strict=True)
         )
-        yield f"sm_{capability}  {case.name}: {said}", list(faults(case, binaries))
+        yield f"sm_{capability}  {case.name}: {said}", list(faults(case, launches, binaries))
 
 
 def main() -> int:
