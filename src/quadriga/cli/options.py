@@ -238,6 +238,17 @@ _CONCURRENCY = typer.Option("--concurrency", "-c", min=1, max=10_000, help="Requ
 Concurrency = Annotated[int, _CONCURRENCY]
 Concurrencies = Annotated[list[int] | None, _CONCURRENCY]
 
+_LOAD, _REQUESTS = "Load", "Requests"
+Requests = Annotated[
+    int, typer.Option(help="Requests of each level; 0: 4 for each client, at least 16.", rich_help_panel=_LOAD)
+]
+Timeout = Annotated[float, typer.Option(help="Seconds an answer may take.", rich_help_panel=_LOAD)]
+PromptTokens = Annotated[int, typer.Option(help="Length of the prompts.", rich_help_panel=_REQUESTS)]
+Completions = Annotated[
+    bool,
+    typer.Option("--completions", help="/completions instead of /chat/completions.", rich_help_panel=_REQUESTS),
+]
+
 
 def stops(values: list[str] | None) -> tuple[str, ...]:
     """Stop strings as typed on a command line, where a new line is written \\n."""
