@@ -139,6 +139,17 @@ Layout = Annotated[
 ]
 
 
+# Judges ---------------------------------------------------------------------------------------------------------------
+
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        help="Who grades answers: a chat API's address, or a model here. The API's key is QUADRIGA_API_KEY.",
+        rich_help_panel=_REMOTE,
+    ),
+]
+JudgeModel = Annotated[str | None, typer.Option(help="The judge's name in its API.", rich_help_panel=_REMOTE)]
+
 # The launch's claims -------------------------------------------------------------------------------------------------
 
 ClaimArgument = Annotated[str, typer.Argument(metavar="CLAIM", help="A name that `quadriga claims` lists.")]
