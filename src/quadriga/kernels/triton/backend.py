@@ -7,11 +7,11 @@ from quadriga.kernels.reference import (
     causal_conv,
     delta_rule,
     gated,
-    grouped_linear,
     norm,
     rope,
 )
 from quadriga.kernels.triton.experts import experts
+from quadriga.kernels.triton.gradients import grouped_linear
 from quadriga.kernels.triton.router import route
 
 __all__ = [
