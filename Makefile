@@ -4,7 +4,7 @@ JOBS ?= 2
 BUILD := build/dev
 FAST := tests/model tests/nn tests/quant tests/text tests/ops tests/runners tests/engine/test_scheduler.py tests/engine/test_sampler.py
 
-.PHONY: help setup build bindings fmt check test test-fast test-busy test-slow sanitize mutate bench docs serve chat clean
+.PHONY: help setup build bindings fmt check test test-fast test-busy test-slow sanitize mutate bench docs serve chat clean gpu-check
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,6 +48,10 @@ test-busy: build  ## the tests on a busy machine: beside two loops that never re
 
 mutate: build  ## wrong changes that some test must notice, one at a time; ONLY=kernels chooses a room
 	$(PYTHON) -m tests.mutants $(ONLY)
+
+gpu-check:  ## the kernels for GPUs without a GPU: interpreted beside the reference, compiled for sm_80, sm_90, sm_100
+	$(PYTHON) -m pytest -n $(JOBS) tests/triton
+	$(PYTHON) -m quadriga.kernels.triton.check
 
 sanitize:  ## the kernels' tests under the address and undefined-behaviour sanitizers
 	cmake -S . -B build/sanitize -DQUADRIGA_SANITIZE=ON && cmake --build build/sanitize -j $(JOBS)

@@ -20,10 +20,10 @@ import msgspec
 import numpy as np
 
 from quadriga.runtime import cpu_name
+from quadriga.text.language import language
 from quadriga.train.corpus import minhash, vocabulary
 from quadriga.train.corpus.clean import clean
 from quadriga.train.corpus.decontaminate import References, clean_pieces, reference_files, reference_ngrams
-from quadriga.train.corpus.language import language
 from quadriga.train.corpus.quality import broken_rule
 from quadriga.train.corpus.recipe import Decontaminate, Domain, Duplicates
 from quadriga.train.corpus.words import words

@@ -19,6 +19,9 @@ from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer
 from tests.golden import checkpoints
 
+# Kernels for GPUs are interpreted in this process; triton reads this when they are imported.
+os.environ["TRITON_INTERPRET"] = "1"
+
 GUARD_S = 30 * 60
 """The longest a test may take before its process shows where it stands and ends: no wait inside a test is longer than
 ``waiting.HANG_S``, and a hang in C ends too. Four times as long for the slow ones."""

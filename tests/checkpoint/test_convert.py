@@ -119,6 +119,14 @@ def test_a_gguf_file_says_what_it_is_and_keeps_its_router_wide(tmp_path: Path, f
     assert torch.equal(router, values["layers.2.moe.router.weight"])
 
 
+def test_a_gguf_file_without_a_vocabulary_says_that_it_has_none(tmp_path: Path) -> None:
+    # llama.cpp opens such a file for scoring ids, and refuses one that leaves the key out.
+    write_hf(tmp_path / "hf", TINY["mixtral"])
+    convert(tmp_path / "hf", tmp_path / "m.gguf", to="gguf")
+    assert GGUFSource(tmp_path / "m.gguf").metadata["tokenizer.ggml.model"] == "no_vocab"
+    assert open_checkpoint(tmp_path / "m.gguf").load_tokenizer(catalogue.cl100k_ranks) is None
+
+
 def test_shards_have_an_index_and_end_tokens_go_along(tmp_path: Path) -> None:
     config = replace(TINY["dbrx"], eos_ids=(7, 11), bos_id=3, pad_id=5)
     stored = write_hf(tmp_path / "hf", config)

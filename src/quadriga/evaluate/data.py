@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from quadriga import runtime
 from quadriga.errors import EvaluationError
 from quadriga.hub import data_sets
 from quadriga.hub.data_sets import Sample
@@ -87,15 +88,63 @@ class Data:
         return self._find(name)[0].resolve()
 
     def rows(self, name: str) -> list[Row]:
-        """Read the objects of a JSONL file, or the rows of a CSV file."""
-        text = self.bytes(name).decode()
+        """Read the objects of a JSONL file, or the rows of a CSV or Parquet file."""
+        if name.endswith(".parquet"):
+            return parquet_rows(io.BytesIO(self.bytes(name)), name)
+        text = self.bytes(name).decode("utf-8-sig")
         if name.endswith(".csv"):
-            return [dict(row) for row in csv.DictReader(io.StringIO(text))]
+            return [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
         return list(_objects(text, name))
+
+    def first_of(self, *names: str) -> str:
+        """The first of several names that is here, for data that is published in several formats.
+
+        Raises:
+            EvaluationError: none is here; the message is about the first.
+        """
+        return next((name for name in names if self.has(name)), names[0])
+
+    def has(self, name: str) -> bool:
+        """True if a file is here, whole or as a sample."""
+        try:
+            self._find(name)
+        except EvaluationError:
+            return False
+        return True
+
+    def examples(self, name: str) -> list[Row]:
+        """Read the objects of the list ``examples`` in a JSON file.
+
+        Raises:
+            EvaluationError: the file has another content.
+        """
+        try:
+            rows: list[Row] = json.loads(self.bytes(name))["examples"]
+        except (ValueError, KeyError, TypeError):
+            raise EvaluationError(f"{name} must be a JSON object with a list named examples") from None
+        return rows
 
     def text(self, name: str) -> str:
         """Read a UTF-8 text file."""
         return self.bytes(name).decode()
+
+
+def parquet_rows(source: Path | io.BytesIO, name: str) -> list[Row]:
+    """Read the rows of a Parquet file.
+
+    Raises:
+        EvaluationError: it is none, or pyarrow is not installed.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise EvaluationError(f"reading Parquet needs pyarrow: {runtime.install_hint('train')}") from None
+    try:
+        rows: list[Row] = pq.read_table(source).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise EvaluationError(f"{name} is no Parquet file: {error}") from None
+    return rows
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -38,8 +38,10 @@ _Graded = tuple[Scores, dict[str, Any]]
 class ProgramRunner(Protocol):
     """Runs programs; ``evaluate.sandbox.Sandbox`` is one."""
 
-    def passes(self, programs: Sequence[str]) -> list[bool]:
-        """Run each program; True for those that ran to their end."""
+    def passes(
+        self, programs: Sequence[str], *, wall_s: float | None = None, packages: Sequence[str] = ()
+    ) -> list[bool]:
+        """Run each program with ``packages`` for up to ``wall_s`` seconds; True for those that ran to their end."""
         ...
 
 
@@ -167,7 +169,7 @@ class _TaskRun:
         n = self.options.samples
         written = self._write([item.prompt for item in batch for _ in range(n)], self.options.code_temperature, first)
         programs = [item.program(written[j * n + k]) for j, item in enumerate(batch) for k in range(n)]
-        passed = self.runner.passes(programs)
+        passed = self.runner.passes(programs, wall_s=self.task.program_s, packages=self.task.packages)
         return [
             (
                 {"passed": float(sum(passed[j * n : (j + 1) * n])), "n": float(n)},

@@ -24,6 +24,7 @@ cheating, like an object that equals everything, can be seen in the generated pr
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import secrets
@@ -36,14 +37,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
+from math import ceil
 from pathlib import Path
 from typing import Literal
 
 from quadriga import runtime
-from quadriga.errors import HardwareError
+from quadriga.errors import EvaluationError, HardwareError
 from quadriga.evaluate.sandbox_groups import Groups
 
 Kind = Literal["bubblewrap", "unshare", "none"]
@@ -83,10 +85,15 @@ class Sandbox:
     Args:
         kind: the kind of isolation (see the module docstring).
         limits: for each program.
+        packages: packages of this Python that programs may import; without any, the standard library only.
+
+    Raises:
+        EvaluationError: a package is not installed.
     """
 
-    def __init__(self, kind: Kind, limits: Limits | None = None) -> None:
+    def __init__(self, kind: Kind, limits: Limits | None = None, packages: Sequence[str] = ()) -> None:
         self.kind, self.limits = kind, limits or Limits()
+        self._packages = [folder for name in packages for folder in package_folders(name)]
 
     @classmethod
     def find(cls, *, unsafe: bool = False, limits: Limits | None = None) -> Sandbox:
@@ -106,10 +113,20 @@ class Sandbox:
             "where they can do no harm."
         )
 
-    def passes(self, programs: Sequence[str]) -> list[bool]:
-        """Run programs, as many at once as there are CPUs; True for each that ran to its end."""
+    def passes(
+        self, programs: Sequence[str], *, wall_s: float | None = None, packages: Sequence[str] = ()
+    ) -> list[bool]:
+        """Run programs, as many at once as there are CPUs; True for each that ran to its end.
+
+        Args:
+            programs: Python source texts.
+            wall_s: seconds for each, of the clock and of the processor, instead of the sandbox's limits.
+            packages: packages of this Python that the programs may import, such as numpy.
+        """
+        limits = self.limits if wall_s is None else replace(self.limits, wall_s=wall_s, cpu_s=ceil(wall_s))
+        box = Sandbox(self.kind, limits, packages)
         with ThreadPoolExecutor(runtime.cpu_count()) as pool:
-            return [outcome.passed for outcome in pool.map(self.run, programs)]
+            return [outcome.passed for outcome in pool.map(box.run, programs)]
 
     def run(self, program: str) -> Outcome:
         """Run one program to its end, its failure or its deadline."""
@@ -132,7 +149,7 @@ class Sandbox:
         try:
             joins = groups.open()
             process = subprocess.Popen(
-                _command(self.kind, self.limits.file_bytes),
+                _command(self.kind, self.limits.file_bytes, self._packages),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -156,9 +173,10 @@ class Sandbox:
 
     def _job(self, program: str, word: str, fd: int, joins: Sequence[int]) -> bytes:
         limits = self.limits
-        shown, links = _shown()
+        shown, links = _shown(self._packages)
         job = {
             "program": program,
+            "paths": sorted({str(folder.parent) for folder in self._packages}),
             "word": word,
             "fd": fd,
             "groups": list(joins),
@@ -233,7 +251,21 @@ def interpreter() -> tuple[Path, Path]:
     return base, Path(sys.base_prefix).resolve()
 
 
-def _shown() -> tuple[list[str], dict[str, str]]:
+def package_folders(name: str) -> list[Path]:
+    """The folder of an installed package, and that of the libraries that its wheel brought (numpy.libs).
+
+    Raises:
+        EvaluationError: it is not installed, or is a single file.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise EvaluationError(f"the programs of this task import {name}, which is not installed: pip install {name}")
+    folder = Path(spec.submodule_search_locations[0]).resolve()
+    libraries = folder.with_name(f"{name}.libs")
+    return [folder, *([libraries] if libraries.is_dir() else [])]
+
+
+def _shown(packages: Sequence[Path] = ()) -> tuple[list[str], dict[str, str]]:
     """The files and folders of this machine that a program sees, and the links beside them."""
     shown, links = ["/usr"], {}
     for library in _LIBRARIES:
@@ -245,10 +277,11 @@ def _shown() -> tuple[list[str], dict[str, str]]:
     _, prefix = interpreter()
     if not prefix.is_relative_to("/usr"):
         shown.append(str(prefix))
+    shown += [str(folder) for folder in packages if not any(folder.is_relative_to(path) for path in shown)]
     return shown, links
 
 
-def _command(kind: Kind, tmp_bytes: int) -> list[str]:
+def _command(kind: Kind, tmp_bytes: int, packages: Sequence[Path] = ()) -> list[str]:
     python, _ = interpreter()
     driver = files("quadriga.evaluate").joinpath("sandbox_driver.py").read_text()
     run = [str(python), "-I", "-S", "-c", driver]
@@ -262,7 +295,7 @@ def _command(kind: Kind, tmp_bytes: int) -> list[str]:
     command = [_program("bwrap"), "--die-with-parent", "--new-session", "--clearenv"]
     command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     command += [] if os.getuid() == 0 else ["--unshare-user"]
-    shown, links = _shown()
+    shown, links = _shown(packages)
     for path in shown:
         for parent in reversed(
             Path(path).parents[:-1]

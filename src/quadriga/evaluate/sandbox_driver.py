@@ -36,6 +36,9 @@ def main() -> None:
     if job["closed"]:
         _give_up_rights(os.uname().machine)
     os.set_inheritable(fd, False)
+    if job["paths"]:
+        sys.path += job["paths"]
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # each thread of it takes address space and counts as a process
     sys.modules.pop("json")
     write, leave, word = os.write, os._exit, [job.pop("word").encode()]
     del job

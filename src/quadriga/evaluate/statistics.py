@@ -68,7 +68,8 @@ def figures(items: Sequence[Scores], ks: Sequence[int] = ()) -> dict[str, Figure
     """All figures that can be computed from the items' scores.
 
     Accuracies become means; logprob with words and tokens becomes perplexities; logprob alone a perplexity per
-    continuation (LAMBADA's); passed and n become pass@k for every k <= n.
+    continuation (LAMBADA's); passed and n become pass@k for every k <= n; counts such as inst_strict_count become
+    inst_strict, their sum over that of inst_n.
     """
     names = items[0].keys()
     columns = {name: [item[name] for item in items] for name in names}
@@ -87,7 +88,12 @@ def figures(items: Sequence[Scores], ks: Sequence[int] = ()) -> dict[str, Figure
         found["bits_per_byte"] = ratio(logs, columns["bytes"], lambda x: x / log(2))
         return found
     for name, values in columns.items():
-        if name == "logprob":
+        whole = f"{name.partition('_')[0]}_n"
+        if name.endswith("_n"):
+            continue
+        if name.endswith("_count"):
+            found[name.removesuffix("_count")] = ratio(values, columns[whole], float)
+        elif name == "logprob":
             found["perplexity"] = ratio([-v for v in values], [1.0] * len(values), exp)
         else:
             found[name] = mean(values)

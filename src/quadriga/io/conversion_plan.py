@@ -34,7 +34,7 @@ from quadriga.model.weight_map import (
 from quadriga.quant.dtypes import Array, name_of
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import PACKED, QUANTISED
-from quadriga.text import gguf_vocabulary
+from quadriga.text import gguf_spec, gguf_vocabulary
 from quadriga.text import tokenizer as tokenizers
 
 TOKENIZER_FILES = (*tokenizers.FILES, "cl100k_base.tiktoken")
@@ -205,6 +205,7 @@ def _gguf_metadata(
     else:
         found = gguf_vocabulary.from_directory(checkpoint.tokenizer_folder, config.vocab_size)
         if found is None:
+            vocabulary = {"tokenizer.ggml.model": Typed("string", gguf_spec.NO_VOCABULARY[0])}
             notes.append("the checkpoint has no tokenizer, so the GGUF file has none: llama.cpp needs one to chat")
         else:
             vocabulary = {key: Typed(kind, value) for key, (kind, value) in found.items()}

@@ -15,7 +15,11 @@ from quadriga.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-BACKENDS = {"reference": "quadriga.kernels.reference", "cpu": "quadriga.kernels.host"}
+BACKENDS = {
+    "reference": "quadriga.kernels.reference",
+    "cpu": "quadriga.kernels.host",
+    "triton": "quadriga.kernels.triton.backend",
+}
 """Backend name -> module. The module's functions carry the names in ``quadriga.kernels.ops``."""
 
 BY_DEVICE = {"cpu": "cpu", "cuda": "reference", "meta": "reference"}

@@ -92,7 +92,7 @@ def _unpack_q3_k(blocks: Bytes) -> Floats:
     return spread(half(blocks, 108) * scales.astype(np.float32), 16) * q.astype(np.float32)
 
 
-def _scales_and_minima(packed: Bytes) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def scales_and_minima(packed: Bytes) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Unpack 12 bytes to eight 6-bit scales and eight 6-bit minima, (n, 8) each."""
     a, b, c = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate((a & 63, c & 15 | (a >> 6) << 4), axis=1)
@@ -101,7 +101,7 @@ def _scales_and_minima(packed: Bytes) -> tuple[NDArray[np.uint8], NDArray[np.uin
 
 
 def _affine_k(blocks: Bytes, q: NDArray[np.uint8]) -> Floats:
-    scales, minima = _scales_and_minima(blocks[:, 4:16])
+    scales, minima = scales_and_minima(blocks[:, 4:16])
     scale = half(blocks, 0) * scales.astype(np.float32)
     minimum = half(blocks, 2) * minima.astype(np.float32)
     return spread(scale, 32) * q.astype(np.float32) - spread(minimum, 32)

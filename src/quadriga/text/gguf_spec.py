@@ -33,6 +33,9 @@ ROLES = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask")
 """Of ``tokenizer.ggml.ROLE_token_id``; the misspelling is the format's."""
 SENTENCEPIECE = {"llama": BPE, "t5": UNIGRAM}
 """``tokenizer.ggml.model`` of SentencePiece vocabularies."""
+
+NO_VOCABULARY = ("no_vocab", "none")
+"""``tokenizer.ggml.model`` of a file without a vocabulary; we write the first: llama.cpp refuses a missing key."""
 _OF_ARCHITECTURE = {"dbrx": "dbrx", "mpt": "mpt"}
 """Architectures whose released models share one vocabulary."""
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quadriga.errors import CorpusError
+from quadriga.text.language import language
 from quadriga.train.corpus.clean import clean
 from quadriga.train.corpus.decontaminate import References, clean_pieces, reference_ngrams
-from quadriga.train.corpus.language import language
 from quadriga.train.corpus.quality import broken_rule, repeated_phrases
 from quadriga.train.corpus.recipe import CodeRules, Decontaminate, Domain, ProseRules
 from quadriga.train.corpus.words import words

@@ -7,10 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quadriga.errors import EvaluationError
-from quadriga.evaluate.tasks import choice, gauntlet, generated, own
+from quadriga.evaluate.tasks import (
+    choice,
+    gauntlet,
+    generated,
+    ifeval,
+    knowledge,
+    mathematics,
+    own,
+    programs,
+    reasoning,
+)
 from quadriga.evaluate.tasks.base import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (*choice.TASKS, *generated.TASKS, *gauntlet.TASKS)}
+_MODULES = (choice, generated, knowledge, mathematics, reasoning, ifeval, programs, gauntlet)
+TASKS: dict[str, Task] = {task.name: task for module in _MODULES for task in module.TASKS}
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "gauntlet": tuple(task.name for task in gauntlet.TASKS),

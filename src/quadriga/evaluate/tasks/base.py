@@ -53,6 +53,10 @@ class Task:
     """Also report the mean of the groups' means."""
     build_for: Callable[[Data, LanguageModel], list[Item]] | None = None
     """Used instead of ``build`` where the questions depend on the model's context length."""
+    packages: tuple[str, ...] = ()
+    """Packages of this Python that the programs of a coding task may import."""
+    program_s: float = 10.0
+    """Seconds that a program of a coding task has, with all of its tests."""
 
     def items(self, data: Data, model: LanguageModel | None = None, shots: int | None = None) -> list[Item]:
         """Build the questions, in the order of the data.

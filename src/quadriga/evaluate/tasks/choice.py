@@ -32,7 +32,7 @@ class Question:
         return f"{self.prompt} {self.choices[self.gold]}"
 
 
-def _items(questions: Sequence[Question], shots: int, pool: Sequence[Question] | None = None) -> list[Item]:
+def question_items(questions: Sequence[Question], shots: int, pool: Sequence[Question] | None = None) -> list[Item]:
     """Items with their examples filled in; without a pool, examples are drawn from the questions."""
     draw, items = Shots(shots), list[Item]()
     for question in questions:
@@ -57,7 +57,7 @@ def _hellaswag(data: Data, shots: int) -> list[Item]:
         question = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
         endings = tuple(_hellaswag_text(ending) for ending in row["endings"])
         questions.append(Question(_hellaswag_text(question), endings, int(row["label"])))
-    return _items(questions, shots)
+    return question_items(questions, shots)
 
 
 # MMLU ----------------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def _arc(level: str) -> Callable[[Data, int], list[Item]]:
     def build(data: Data, shots: int) -> list[Item]:
         questions = [arc_question(row) for row in data.rows(f"arc/{level}_test.jsonl")]
         pool = [arc_question(row) for row in data.rows(f"arc/{level}_validation.jsonl")] if shots else []
-        return _items(questions, shots, pool)
+        return question_items(questions, shots, pool)
 
     return build
 
@@ -132,7 +132,7 @@ def _winogrande_pairs(row: Row) -> tuple[list[tuple[str, str]], int]:
 
 def _piqa(data: Data, shots: int) -> list[Item]:
     rows = data.rows("piqa/validation.jsonl")
-    return _items(
+    return question_items(
         [Question(f"Question: {r['goal']}\nAnswer:", (r["sol1"], r["sol2"]), r["label"]) for r in rows], shots
     )
 
@@ -142,7 +142,7 @@ def _boolq(data: Data, shots: int) -> list[Item]:
     questions = [
         Question(f"{r['passage']}\nQuestion: {r['question']}?\nAnswer:", ("no", "yes"), int(r["answer"])) for r in rows
     ]
-    return _items(questions, shots)
+    return question_items(questions, shots)
 
 
 def _copa(data: Data, shots: int) -> list[Item]:
@@ -151,7 +151,7 @@ def _copa(data: Data, shots: int) -> list[Item]:
         word = {"cause": "because", "effect": "therefore"}[row["question"]]
         choices = tuple(c[0].lower() + c[1:] for c in (row["choice1"], row["choice2"]))
         questions.append(Question(f"{row['premise'].strip()[:-1]} {word}", choices, row["label"]))
-    return _items(questions, shots)
+    return question_items(questions, shots)
 
 
 def _lambada(data: Data, shots: int) -> list[Item]:

@@ -31,9 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quadriga import runtime
 from quadriga.errors import EvaluationError
-from quadriga.evaluate.data import Data, Row, read_rows
+from quadriga.evaluate.data import Data, Row, parquet_rows, read_rows
 from quadriga.evaluate.items import Item
 from quadriga.evaluate.tasks.base import Task
 from quadriga.evaluate.tasks.gauntlet import Layout, items_of, row_format
@@ -144,16 +143,7 @@ def _raw_rows(path: Path) -> list[Row]:
         if path.suffix == ".csv":
             return [dict(row) for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))]
         if path.suffix == ".parquet":
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            try:
-                rows: list[Row] = pq.read_table(path).to_pylist()
-            except pa.ArrowInvalid as error:
-                raise EvaluationError(f"{path} is no Parquet file: {error}") from None
-            return rows
-    except ImportError:
-        raise EvaluationError(f"reading Parquet needs pyarrow: {runtime.install_hint('train')}") from None
+            return parquet_rows(path, str(path))
     except (OSError, ValueError, csv.Error) as error:
         raise EvaluationError(f"cannot read {path}: {error}") from None
     raise EvaluationError(f"questions must be in a .jsonl, .csv or .parquet file, got {path.name}")

@@ -21,7 +21,7 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
         TokenizerError: an unknown model or pre-tokeniser, or lists of different lengths.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    if kind is None or kind in ("no_vocab", "none"):
+    if kind is None or kind in gguf_spec.NO_VOCABULARY:
         return None
     if kind != "gpt2" and kind not in gguf_spec.SENTENCEPIECE:
         raise TokenizerError(f"tokenizer.ggml.model must be 'gpt2', 'llama' or 't5', got {kind!r}")

