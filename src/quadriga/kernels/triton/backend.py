@@ -9,6 +9,7 @@ from quadriga.kernels.reference import (
     gated,
     norm,
     rope,
+    state_space,
 )
 from quadriga.kernels.triton.experts import experts
 from quadriga.kernels.triton.gradients import grouped_linear
@@ -26,4 +27,5 @@ __all__ = [
     "norm",
     "rope",
     "route",
+    "state_space",
 ]

@@ -70,7 +70,7 @@ class _GroupedLinear(torch.autograd.Function):
         return grouped_product(rows, plain(weight), starts=starts)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, weight, starts = ctx.saved_tensors
         d_rows, d_weight, _ = ctx.needs_input_grad
@@ -82,7 +82,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _linear(rows: Tensor, weight: Tensor, starts: Tensor) -> Tensor:
-    out: Tensor = _GroupedLinear.apply(rows, weight, starts)  # type: ignore[no-untyped-call]
+    out: Tensor = _GroupedLinear.apply(rows, weight, starts)
     return out
 
 
