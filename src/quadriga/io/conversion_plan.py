@@ -230,6 +230,8 @@ def _gguf_type(value: object) -> str:
             return "string"
         case list() if value and all(type(one) is int for one in value):
             return "int32"  # of an array's elements, as llama.cpp's converter writes them
+        case list() if value and all(type(one) is bool for one in value):
+            return "bool"
     raise AssertionError(f"config_to_gguf gives numbers and strings, got {value!r}")
 
 
