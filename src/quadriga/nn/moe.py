@@ -258,14 +258,25 @@ class MoE(nn.Module):
         Returns:
             ((N, D), this layer's routing).
         """
+        own, judged = self.reads(x, stream)
+        out, stats = self.routed(own, judged)
+        return self.joined(out, None if self.shared is None else self.shared(x), x), stats
+
+    def reads(self, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the experts and what the router reads, (N, D) each."""
         if self.norm is None:
-            out, stats = self.routed(x, x)
-            return (out if self.shared is None else out + self.share(x) * self.shared(x)), stats
-        assert self.post_norm is not None and self.shared_post_norm is not None and self.shared is not None, "apart"
+            return x, x
         assert stream is not None, "experts apart read the residual stream"
-        unit = ops.norm(stream, torch.ones_like(stream[0]), "rms", self.norm.spec.eps)
-        out, stats = self.routed(self.norm(stream), unit)
-        return self.post_norm(out) + self.shared_post_norm(self.shared(x)), stats
+        return self.norm(stream), ops.norm(stream, torch.ones_like(stream[0]), "rms", self.norm.spec.eps)
+
+    def joined(self, routed: Tensor, shared: Tensor | None, x: Tensor) -> Tensor:
+        """The layer's output of what the experts and what the shared network made of their inputs."""
+        if shared is None:
+            return routed
+        if self.post_norm is None or self.shared_post_norm is None:
+            return routed + self.share(x) * shared
+        added: Tensor = self.post_norm(routed) + self.shared_post_norm(shared)
+        return added
 
     def routed(self, x: Tensor, judged: Tensor) -> tuple[Tensor, RouterStats]:
         """The experts' part of it: each token's x (N, D) to the experts that are chosen by ``judged`` (N, D)."""

@@ -91,8 +91,7 @@ class Block(nn.Module):
         else:
             assert self.ffn is not None, "a block has one feed-forward or experts"
             f = self.ffn(m)
-        h = self.added(h, f, self.ffn_post_norm)
-        return (h if self.scale is None else h * self.scale), stats
+        return self.scaled(self.added(h, f, self.ffn_post_norm)), stats
 
     def mixed(self, x: Tensor, context: ForwardContext, rotations: Rotations) -> Tensor:
         """What the mixer makes of the normed states: x (N, D) -> (N, D)."""
@@ -108,6 +107,10 @@ class Block(nn.Module):
         if post_norm is not None:
             branch = post_norm(branch)
         return h + (branch if self.residual_scale == 1 else branch * self.residual_scale)
+
+    def scaled(self, h: Tensor) -> Tensor:
+        """The residual stream as the layer leaves it."""
+        return h if self.scale is None else h * self.scale
 
 
 class Transformer(nn.Module):
