@@ -89,6 +89,9 @@ class AttentionArgs:
     """(H,) float32."""
     window: int | None = None
     output_gate: bool = False
+    keys_as_values: bool = False
+    v_norm: NormArgs | None = None
+    """(d,)"""
     cache_group: int = 0
     """Whose block table the layer's keys and values are found by."""
     rotary_scale: float = 1.0
@@ -196,6 +199,19 @@ class SharedArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ApartArgs:
+    """Norms of a mixture whose router and experts read the residual stream; see ``MoESpec.apart``."""
+
+    router_norm: NormArgs
+    """Its weight is the router's scale / sqrt(D)."""
+    expert_norm: NormArgs
+    expert_post_norm: NormArgs
+    shared_post_norm: NormArgs
+    expert_scale: Floats
+    """(E,)"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FFNArgs:
     """Everything ``Program.ffn`` needs of one layer. A dense network is one expert without a router."""
 
@@ -218,6 +234,9 @@ class FFNArgs:
     biases: tuple[Floats, Floats, Floats] | None = None
     """Of gate and up (E, F) and down (E, D) of the experts."""
     shared: SharedArgs | None = None
+    apart: ApartArgs | None = None
+    stream_scale: float = 1.0
+    """What the residual stream is multiplied by at last."""
 
 
 @dataclass(frozen=True)
@@ -332,6 +351,8 @@ class Program:
             rotary_scale=a.rotary_scale,
             norm_after_rotation=a.norm_after_rotation,
             output_gate=a.output_gate,
+            keys_as_values=a.keys_as_values,
+            v_norm=self._norm(a.v_norm),
             cache_group=a.cache_group,
             **self._latent(a.latent),
         )
@@ -451,6 +472,7 @@ class Program:
         """The fields of a mixture beyond a softmax over experts without biases."""
         choice, shared = a.choice, a.shared
         fields: dict[str, Any] = {
+            "stream_scale": a.stream_scale,
             "score": cpu.SCORES[choice.score],
             "n_groups": choice.n_groups,
             "top_k_groups": choice.top_k_groups,
@@ -465,6 +487,14 @@ class Program:
         if a.biases is not None:
             gate, up, down = (np.pad(bias, ((0, 0), (0, -bias.shape[1] % 16))) for bias in a.biases)
             fields |= {"gate_bias": self._floats(gate), "up_bias": self._floats(up), "down_bias": self._floats(down)}
+        if a.apart is not None:
+            fields |= {
+                "router_norm": self._norm(a.apart.router_norm),
+                "expert_norm": self._norm(a.apart.expert_norm),
+                "expert_post_norm": self._norm(a.apart.expert_post_norm),
+                "shared_post_norm": self._norm(a.apart.shared_post_norm),
+                "expert_scale": self._floats(a.apart.expert_scale),
+            }
         if shared is not None:
             fields |= {
                 "shared_gate": self._matrix(shared.gate),
@@ -475,9 +505,18 @@ class Program:
             }
         return fields
 
-    def head(self, norm: NormArgs, weight: Packed, logit_scale: float, bias: Floats | None = None) -> None:
+    def head(
+        self,
+        norm: NormArgs,
+        weight: Packed,
+        logit_scale: float,
+        bias: Floats | None = None,
+        logit_cap: float | None = None,
+    ) -> None:
         """Norm and logits of the rows a batch asks for."""
-        self._add(Op.HEAD, bindings.Head(self._norm(norm), self._matrix(weight), logit_scale, self._floats(bias)))
+        matrix = self._matrix(weight)
+        op = bindings.Head(self._norm(norm), matrix, logit_scale, self._floats(bias), logit_cap or 0.0)
+        self._add(Op.HEAD, op)
 
     def run(self, batch: PassBatch) -> Floats:
         """One pass over a batch; its keys and values are stored in its blocks.
