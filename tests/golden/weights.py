@@ -46,6 +46,27 @@ _LFM2 = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+_GRANITE_HYBRID = {
+    "layer_types": ["mamba", "mamba", "attention", "mamba"],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 12,
+    "mamba_d_state": 14,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.0,
+    "shared_intermediate_size": 56,
+    "router_aux_loss_coef": 0.01,
+    "attention_bias": False,
+    "rope_theta": 1000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
 _DELTA = {
     "head_dim": 20,
     "attention_bias": False,
@@ -470,6 +491,24 @@ MODELS: dict[str, dict[str, object]] = {
         **_LLAMA,
     },
     "lfm2": {"model_type": "lfm2", "block_auto_adjust_ff_dim": False, **_LFM2},
+    "granitehybrid": {
+        "model_type": "granitemoehybrid",
+        "mamba_n_groups": 1,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "position_embedding_type": "nope",
+        **_GRANITE_HYBRID,
+        **_LLAMA,
+    },
+    "granitehybrid-dense": {  # attention that turns
+        "model_type": "granitemoehybrid",
+        "mamba_n_groups": 1,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "position_embedding_type": "rope",
+        **_GRANITE_HYBRID,
+        **_LLAMA,
+    },
     "mpt": {**_MPT, "n_heads": 6, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None}},
     "mpt-clipped": {**_MPT, "n_heads": 8, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": 2.0}},
 }
@@ -573,6 +612,41 @@ QWEN35_MOE: dict[str, object] = {
 }
 """Likewise."""
 
+GRANITE_HYBRID_GROUPS: dict[str, object] = {
+    **MODELS["granitehybrid"],
+    "mamba_n_groups": 2,
+}
+"""Groups of heads, which transformers norms by themselves from version 5 on."""
+
+GEMMA4: dict[str, object] = {
+    "model_type": "gemma4_text",
+    "head_dim": 8,
+    "global_head_dim": 20,
+    "num_global_key_value_heads": 3,
+    "attention_k_eq_v": True,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 7,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 5000.0, "partial_rotary_factor": 0.6},
+    },
+    "final_logit_softcapping": 3.0,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "use_bidirectional_attention": None,
+    "enable_moe_block": True,
+    "num_experts": 5,
+    "top_k_experts": 4,
+    "moe_intermediate_size": 56,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    **_LLAMA,
+}
+"""Known to transformers from version 5 on."""
+GEMMA4_DENSE: dict[str, object] = {**GEMMA4, "enable_moe_block": False, "attention_k_eq_v": False}
+
 BESIDE_TRANSFORMERS = {
     "grok1": GROK1,
     "minimax-m2": MINIMAX_M2,
@@ -580,6 +654,9 @@ BESIDE_TRANSFORMERS = {
     "glm4_moe_lite": GLM4_MOE_LITE,
     "lfm2moe": LFM2_MOE,
     "qwen35moe": QWEN35_MOE,
+    "granitehybrid-groups": GRANITE_HYBRID_GROUPS,
+    "gemma4": GEMMA4,
+    "gemma4-dense": GEMMA4_DENSE,
 }
 """Golden models without a golden file."""
 

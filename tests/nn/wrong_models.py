@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quadriga.model.config import AlibiSpec, DeltaNetSpec, ModelConfig, QKNormSpec, RopeSpec, ShortConvSpec
+from quadriga.model.config import AlibiSpec, DeltaNetSpec, Mamba2Spec, ModelConfig, QKNormSpec, RopeSpec, ShortConvSpec
 from quadriga.model.weight_map import parameter_shapes
 from tests.configs import changed
 
@@ -45,6 +45,22 @@ def delta_rules_with(config: ModelConfig, **fields: Any) -> ModelConfig:
         lambda layer: (
             replace(layer, mixer=replace(layer.mixer, **fields)) if isinstance(layer.mixer, DeltaNetSpec) else layer
         )
+    )
+
+
+def state_spaces_with(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """The model with fields of its state-space layers changed."""
+    return config.with_layers(
+        lambda layer: (
+            replace(layer, mixer=replace(layer.mixer, **fields)) if isinstance(layer.mixer, Mamba2Spec) else layer
+        )
+    )
+
+
+def full_layers_with(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """The model with fields of its attention changed where a layer sees all."""
+    return config.with_layers(
+        lambda layer: layer if layer.attention.window else replace(layer, mixer=replace(layer.attention, **fields))
     )
 
 
@@ -195,6 +211,46 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "heads of values in another order": ("qwen3next", lambda c: delta_rules_with(c, tiled=True)),
     "three taps of four": ("qwen35moe", lambda c: delta_rules_with(c, taps=3)),
     "qwen3.5 without its shared network": ("qwen35moe", lambda c: mixtures_with(c, shared=None, shared_gate=False)),
+    "positions where there are none": ("granitehybrid", lambda c: c.with_mixer(position=RopeSpec(theta=1000.0))),
+    "no positions where there are some": ("granitehybrid-dense", lambda c: c.with_mixer(position=None)),
+    "granite 4's scores of another scale": ("granitehybrid", lambda c: c.with_mixer(scale=1.0)),
+    "granite 4's branches added whole": (
+        "granitehybrid",
+        lambda c: c.with_layers(lambda layer: replace(layer, residual_scale=1.0)),
+    ),
+    "granite 4 without its shared network": ("granitehybrid", lambda c: mixtures_with(c, shared=None)),
+    "granite 4's weights not divided by their sum": ("granitehybrid", lambda c: mixtures_with(c, normalize_p=None)),
+    "no bias behind a convolution": ("granitehybrid", lambda c: state_spaces_with(c, conv_bias=False)),
+    "a state's rates that are no logarithms": ("granitehybrid", lambda c: state_spaces_with(c, log_rate=False)),
+    "three taps of a state-space layer": ("granitehybrid-dense", lambda c: state_spaces_with(c, taps=3)),
+    "one group of heads for two": (
+        "granitehybrid-groups",
+        lambda c: state_spaces_with(c, n_groups=1, state_dim=28),
+    ),
+    "no norms of values": ("gemma4", lambda c: c.with_mixer(v_norm_eps=None)),
+    "gemma's scores of the usual scale": ("gemma4", lambda c: c.with_mixer(scale=None)),
+    "no norms of q and k in gemma": ("gemma4", lambda c: c.with_mixer(qk_norm=None)),
+    "whole heads turn": ("gemma4", lambda c: full_layers_with(c, position=RopeSpec(theta=5000.0))),
+    "the first numbers of a head turn": (
+        "gemma4",
+        lambda c: full_layers_with(c, position=RopeSpec(theta=5000.0, dim=12)),
+    ),
+    "windows of gemma one key wider": (
+        "gemma4",
+        lambda c: c.with_layers(
+            lambda layer: (
+                layer if layer.attention.window is None else replace(layer, mixer=replace(layer.attention, window=8))
+            )
+        ),
+    ),
+    "the stream not scaled": ("gemma4", lambda c: c.with_layers(lambda layer: replace(layer, scaled=False))),
+    "no norms behind gemma's branches": (
+        "gemma4",
+        lambda c: c.with_layers(lambda layer: replace(layer, post_norms=False)),
+    ),
+    "router and experts read what the network reads": ("gemma4", lambda c: mixtures_with(c, apart=False)),
+    "logits not capped": ("gemma4", lambda c: replace(c, logit_cap=None)),
+    "gemma's embeddings not scaled": ("gemma4", lambda c: replace(c, embedding_scale=1.0)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
     "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),
@@ -211,6 +267,7 @@ FINER_THAN_BF16 = {
     "tanh gelu",
     "exact gelu",
     "no soft cap",
+    "whole heads turn",
     "layers with a window scaled too",
     "longrope without its stretch",
 }

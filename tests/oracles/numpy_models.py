@@ -527,6 +527,118 @@ def convolved(x: Array, taps: Array) -> Array:
     return out
 
 
+def mamba2(w: Weights, c: Config, where: str, a: Array) -> Array:
+    """Granite 4's state-space layer: (T, D) -> (T, D)."""
+    n_heads, d, groups, n = (c[f"mamba_{name}"] for name in ("n_heads", "d_head", "n_groups", "d_state"))
+    inner = n_heads * d
+    z, mixed, steps = np.split(a @ w[where + "in_proj.weight"].T, [inner, 2 * inner + 2 * groups * n], axis=1)
+    mixed = silu(convolved(mixed, w[where + "conv1d.weight"][:, 0]) + w[where + "conv1d.bias"])
+    x, b, read = np.split(mixed, [inner, inner + groups * n], axis=1)
+    x, b, read = x.reshape(-1, n_heads, d), b.reshape(-1, groups, n), read.reshape(-1, groups, n)
+    out = np.zeros((len(a), n_heads, d))
+    for h in range(n_heads):
+        memory, group = np.zeros((n, d)), h // (n_heads // groups)
+        for t in range(len(a)):
+            step = math.log1p(math.exp(steps[t, h] + w[where + "dt_bias"][h]))
+            memory = memory * math.exp(-math.exp(w[where + "A_log"][h]) * step)
+            memory = memory + np.outer(b[t, group], step * x[t, h])
+            out[t, h] = read[t, group] @ memory + w[where + "D"][h] * x[t, h]
+    weights = np.split(w[where + "norm.weight"], groups)
+    made = [np.split(row, groups) for row in out.reshape(len(a), inner) * silu(z)]
+    normed = [[rms_norm(one, g, c["rms_norm_eps"]) for one, g in zip(row, weights, strict=True)] for row in made]
+    return np.array(normed).reshape(len(a), inner) @ w[where + "out_proj.weight"].T
+
+
+def granite_hybrid(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Granite 4, with experts and without: logits (T, V)."""
+    eps, r, table = c["rms_norm_eps"], c["residual_multiplier"], w["model.embed_tokens.weight"]
+    h = table[tokens] * c["embedding_multiplier"]
+    for i in range(c["num_hidden_layers"]):
+        layer, turns = f"model.layers.{i}.", c["position_embedding_type"] == "rope"
+        if c["layer_types"][i] == "attention":
+            h = h + r * llama_attention(w, c | {"no_rope_layers": {i: int(turns)}}, layer, h)
+        else:
+            a = np.array([rms_norm(x, w[layer + "input_layernorm.weight"], eps) for x in h])
+            h = h + r * mamba2(w, c, layer + "mamba.", a)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            gate, up = np.split(w[layer + "shared_mlp.input_linear.weight"], 2)
+            made = w[layer + "shared_mlp.output_linear.weight"] @ (silu(gate @ m) * (up @ m))
+            if c["num_local_experts"]:
+                experts = layer + "block_sparse_moe."
+                logits = w[experts + "router.layer.weight"] @ m
+                chosen = np.argsort(-logits, kind="stable")[: c["num_experts_per_tok"]]
+                for e, share in zip(chosen, softmax(logits[chosen]), strict=True):
+                    gate, up = np.split(w[experts + "input_linear.weight"][e], 2)
+                    made += share * (w[experts + "output_linear.weight"][e] @ (silu(gate @ m) * (up @ m)))
+            h[t] += r * made
+    return np.array([table @ rms_norm(x, w["model.norm.weight"], eps) for x in h]) / c["logits_scaling"]
+
+
+def turned(x: Array, theta: float, part: float) -> Array:
+    """The first part of the pairs (i, i + d/2) of every head turned: x (T, heads, d)."""
+    out, half = x.copy(), x.shape[-1] // 2
+    for t in range(len(x)):
+        for i in range(int(part * half)):
+            angle = t * theta ** (-2 * i / x.shape[-1])
+            a, b = x[t, :, i], x[t, :, i + half]
+            out[t, :, i] = a * math.cos(angle) - b * math.sin(angle)
+            out[t, :, i + half] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def gemma4(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Gemma 4, with experts and without: logits (T, V)."""
+    eps, d_model, table = c["rms_norm_eps"], c["hidden_size"], w["model.embed_tokens.weight"]
+    h = table[tokens] * math.sqrt(d_model)
+
+    def network(where: str, x: Array) -> Array:
+        gate, up, down = (w[f"{where}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        return down @ (gelu_tanh(gate @ x) * (up @ x))
+
+    for i in range(c["num_hidden_layers"]):
+        layer, kind = f"model.layers.{i}.", c["layer_types"][i]
+
+        def norm(name: str, x: Array, layer: str = layer) -> Array:
+            return rms_norm(x, w[f"{layer}{name}.weight"], eps)
+
+        full = kind == "full_attention"
+        d = c["global_head_dim"] if full else c["head_dim"]
+        a = np.array([norm("input_layernorm", x) for x in h])
+        q, k = ((a @ w[f"{layer}self_attn.{name}_proj.weight"].T).reshape(len(a), -1, d) for name in "qk")
+        same = full and c["attention_k_eq_v"]
+        v = k if same else (a @ w[layer + "self_attn.v_proj.weight"].T).reshape(len(a), -1, d)
+        v = np.array([[rms_norm(x, np.ones(d), eps) for x in row] for row in v])
+        rope = c["rope_parameters"][kind]
+        q, k = (
+            turned(
+                np.array([[norm(f"self_attn.{name}_norm", x) for x in row] for row in rows]),
+                rope["rope_theta"],
+                rope.get("partial_rotary_factor", 1.0),
+            )
+            for name, rows in (("q", q), ("k", k))
+        )
+        mixed = attend(q * math.sqrt(d), k, v, window=None if full else c["sliding_window"])
+        mixed = mixed @ w[layer + "self_attn.o_proj.weight"].T
+        h = h + np.array([norm("post_attention_layernorm", x) for x in mixed])
+        for t in range(len(tokens)):
+            made = network(layer, norm("pre_feedforward_layernorm", h[t]))
+            if c["enable_moe_block"]:
+                judged = rms_norm(h[t], np.ones(d_model), eps) * w[layer + "router.scale"] / math.sqrt(d_model)
+                p = softmax(w[layer + "router.proj.weight"] @ judged)
+                chosen = np.argsort(-p, kind="stable")[: c["top_k_experts"]]
+                m, own = norm("pre_feedforward_layernorm_2", h[t]), np.zeros(d_model)
+                for e in chosen:
+                    gate, up = np.split(w[layer + "experts.gate_up_proj"][e], 2)
+                    share = p[e] / p[chosen].sum() * w[layer + "router.per_expert_scale"][e]
+                    own += share * (w[layer + "experts.down_proj"][e] @ (gelu_tanh(gate @ m) * (up @ m)))
+                made = norm("post_feedforward_layernorm_1", made) + norm("post_feedforward_layernorm_2", own)
+            h[t] = (h[t] + norm("post_feedforward_layernorm", made)) * w[layer + "layer_scalar"][0]
+    logits = np.array([table @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+    cap = c["final_logit_softcapping"]
+    return cap * np.tanh(logits / cap)
+
+
 def lfm2(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
     """LFM2, dense and with experts: logits (T, V)."""
     eps, table = c["norm_eps"], w["model.embed_tokens.weight"]
@@ -749,6 +861,8 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "phimoe": phimoe,
     "qwen3_next": qwen3_next,
     "qwen3_5_moe_text": qwen3_next,
+    "granitemoehybrid": granite_hybrid,
+    "gemma4_text": gemma4,
     "lfm2": lfm2,
     "lfm2_moe": lfm2,
     "qwen2_moe": fine_grained,

@@ -25,9 +25,11 @@ from quadriga.model.config import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    Mamba2Spec,
     ModelConfig,
     MoESpec,
     NormSpec,
+    ProportionalScaling,
     QKNormSpec,
     RopeSpec,
     ShortConvSpec,
@@ -43,12 +45,14 @@ _SCALINGS: dict[str, type] = {
     "yarn": YarnScaling,
     "longrope": LongRopeScaling,
     "factors": FactorScaling,
+    "proportional": ProportionalScaling,
 }
 _MIXERS: dict[str, type] = {
     "attention": AttentionSpec,
     "latent_attention": LatentAttentionSpec,
     "short_conv": ShortConvSpec,
     "delta_net": DeltaNetSpec,
+    "mamba2": Mamba2Spec,
 }
 _FFNS: dict[str, type] = {"dense": DenseSpec, "moe": MoESpec}
 

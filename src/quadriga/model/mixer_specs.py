@@ -127,6 +127,10 @@ class AttentionSpec:
     """Every head has a learned logit, ``attn.sinks``, that takes part in the softmax and has no value (gpt-oss)."""
     output_gate: bool = False
     """What a head gives is multiplied by the sigmoid of as many gates, more rows of wqkv behind v (Qwen3-Next)."""
+    v_norm_eps: float | None = None
+    """RMSNorm of every head's v, without a weight (Gemma 4)."""
+    keys_as_values: bool = False
+    """v is k as it is projected, before k's norm and rotation: wqkv has no rows for v (Gemma 4)."""
 
     def __post_init__(self) -> None:
         require_positive("attn", n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
@@ -136,12 +140,14 @@ class AttentionSpec:
             "Check the number of key/value heads in config.json.",
         )
         require(self.head_dim % 2 == 0, f"head_dim must be even for rotary halves, got {self.head_dim}")
-        for name in ("clip_qkv", "soft_cap", "scale"):
+        for name in ("clip_qkv", "soft_cap", "scale", "v_norm_eps"):
             value = getattr(self, name)
             if value is not None:
                 require_number("attn", **{name: value})
         if self.window is not None:
             require_positive("attn", window=self.window)
+        if self.keys_as_values:
+            require(not (self.qkv_bias or self.output_gate), "keys that are values as well have no bias and no gate")
         if isinstance(self.position, RopeSpec):
             self._check_rotation(self.position)
 
@@ -177,7 +183,8 @@ class AttentionSpec:
     @property
     def qkv_dim(self) -> int:
         """Rows of the packed projection wqkv, in the order all q, all k, all v, all gates."""
-        return self.q_dim + 2 * self.kv_dim + (self.q_dim if self.output_gate else 0)
+        kinds = 1 if self.keys_as_values else 2
+        return self.q_dim + kinds * self.kv_dim + (self.q_dim if self.output_gate else 0)
 
     @property
     def score_scale(self) -> float:
@@ -240,7 +247,18 @@ class LatentAttentionSpec(AttentionSpec):
         require(self.head_dim in (0, width), f"head_dim must be kv_rank + rope_dim = {width}, got {self.head_dim}")
         object.__setattr__(self, "head_dim", width)
         require(self.n_kv_heads == 1, f"latent attention has one key a token, got n_kv_heads={self.n_kv_heads}")
-        for name in ("clip_qkv", "soft_cap", "scale", "qk_norm", "qkv_bias", "out_bias", "window", "sinks"):
+        for name in (
+            "clip_qkv",
+            "soft_cap",
+            "scale",
+            "qk_norm",
+            "qkv_bias",
+            "out_bias",
+            "window",
+            "sinks",
+            "v_norm_eps",
+            "keys_as_values",
+        ):
             require(getattr(self, name) in (None, False), f"latent attention has no {name}")
         require(isinstance(self.position, RopeSpec), "latent attention needs rotary positions")
         require_number("attn", norm_eps=self.norm_eps)
@@ -360,4 +378,61 @@ class DeltaNetSpec:
         return RecurrentState(shapes=((self.taps - 1, self.width), (self.n_v_heads, self.k_dim, self.v_dim)))
 
 
-Mixer = AttentionSpec | ShortConvSpec | DeltaNetSpec
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Spec:
+    """A selective state-space model (Mamba-2: Dao and Gu 2024, arXiv 2405.21060), as Granite 4 and Nemotron-H have it.
+
+    x (H heads of P) and B and C (G groups of N) are convolved and go through silu. Every head has a matrix S (N, P),
+    which decays by a step of its own, takes up what B writes and is read by C of the head's group:
+
+        t = softplus(a + dt);    S = exp(-rate t) S + B (t x);    y = C S + skip x;    out = w_out norm(y * silu(z))
+
+    The norm is taken over the heads of each group together.
+    """
+
+    n_heads: int
+    """H."""
+    head_dim: int
+    """P: numbers of a head's x, and of what it gives."""
+    n_groups: int
+    """G: groups of neighbouring heads that share B and C."""
+    state_dim: int
+    """N: numbers of B, and of C."""
+    taps: int
+    """Positions that a convolution sees, a token's own included."""
+    eps: float
+    """Of the norm before w_out."""
+    conv_bias: bool = True
+    """A bias on every convolved channel, before silu."""
+    log_rate: bool = True
+    """The rate is stored as its logarithm; False: negative (GGUF)."""
+
+    def __post_init__(self) -> None:
+        require_positive("mamba", n_heads=self.n_heads, head_dim=self.head_dim, n_groups=self.n_groups)
+        require_positive("mamba", state_dim=self.state_dim, taps=self.taps)
+        require_number("mamba", eps=self.eps)
+        require(2 <= self.taps <= 16, f"mamba.taps must be from 2 to 16, got {self.taps}")
+        require(
+            self.n_heads % self.n_groups == 0,
+            f"n_groups must divide n_heads: got n_heads={self.n_heads}, n_groups={self.n_groups}",
+        )
+
+    @property
+    def inner_dim(self) -> int:
+        """Numbers of x, of z and of y: H P."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def width(self) -> int:
+        """Channels that are convolved: x, B and C."""
+        return self.inner_dim + 2 * self.n_groups * self.state_dim
+
+    @property
+    def state(self) -> RecurrentState:
+        """What this mixer keeps of a sequence: what is convolved of the last ``taps - 1`` positions, and S."""
+        return RecurrentState(shapes=((self.taps - 1, self.width), (self.n_heads, self.state_dim, self.head_dim)))
+
+
+RecurrentMixer = ShortConvSpec | DeltaNetSpec | Mamba2Spec
+"""Mixers that keep a state of fixed size."""
+Mixer = AttentionSpec | RecurrentMixer

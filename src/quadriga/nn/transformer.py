@@ -21,6 +21,7 @@ from quadriga.model.config import (
     DenseSpec,
     LatentAttentionSpec,
     LayerSpec,
+    Mamba2Spec,
     ModelConfig,
     MoESpec,
     ShortConvSpec,
@@ -32,6 +33,7 @@ from quadriga.nn.delta_net import DeltaNet
 from quadriga.nn.feedforward import FeedForward
 from quadriga.nn.latent_attention import LatentAttention
 from quadriga.nn.linear import Linear
+from quadriga.nn.mamba import Mamba2
 from quadriga.nn.moe import MoE, RouterStats
 from quadriga.nn.norm import Norm
 from quadriga.nn.rope import Rotations
@@ -59,6 +61,7 @@ class Block(nn.Module):
         self.attn: Attention | LatentAttention | None = None
         self.conv: ShortConv | None = None
         self.delta: DeltaNet | None = None
+        self.mamba: Mamba2 | None = None
         match spec.mixer:
             case LatentAttentionSpec() as latent:
                 self.attn = LatentAttention(d, latent, layer)
@@ -68,11 +71,15 @@ class Block(nn.Module):
                 self.conv = ShortConv(d, conv, layer)
             case DeltaNetSpec() as delta:
                 self.delta = DeltaNet(d, delta, layer)
+            case Mamba2Spec() as mamba:
+                self.mamba = Mamba2(d, mamba, layer)
         self.ffn_norm = Norm(d, spec.norm) if spec.pre_norms else nn.Identity()
         self.attn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
         self.ffn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
         self.ffn = FeedForward(d, spec.ffn) if isinstance(spec.ffn, DenseSpec) else None
-        self.moe = MoE(d, spec.ffn) if isinstance(spec.ffn, MoESpec) else None
+        self.moe = MoE(d, spec.ffn, spec.norm) if isinstance(spec.ffn, MoESpec) else None
+        self.scale: Tensor | None
+        self.register_buffer("scale", torch.empty(1) if spec.scaled else None)
 
     def forward(self, h: Tensor, context: ForwardContext, rotations: Rotations) -> tuple[Tensor, RouterStats | None]:
         """h (N, D) -> (h (N, D), this layer's routing or None)."""
@@ -80,19 +87,18 @@ class Block(nn.Module):
         m = self.ffn_norm(h)
         stats = None
         if self.moe is not None:
-            f, stats = self.moe(m)
+            f, stats = self.moe(m, h)
         else:
             assert self.ffn is not None, "a block has one feed-forward or experts"
             f = self.ffn(m)
-        return self.added(h, f, self.ffn_post_norm), stats
+        return self.scaled(self.added(h, f, self.ffn_post_norm)), stats
 
     def mixed(self, x: Tensor, context: ForwardContext, rotations: Rotations) -> Tensor:
         """What the mixer makes of the normed states: x (N, D) -> (N, D)."""
         if self.attn is not None:
             attended: Tensor = self.attn(x, context, rotations)
             return attended
-        recurrent = self.conv if self.conv is not None else self.delta
-        assert recurrent is not None, "a block has one mixer"
+        (recurrent,) = (mixer for mixer in (self.conv, self.delta, self.mamba) if mixer is not None)
         made: Tensor = recurrent(x, context)
         return made
 
@@ -101,6 +107,10 @@ class Block(nn.Module):
         if post_norm is not None:
             branch = post_norm(branch)
         return h + (branch if self.residual_scale == 1 else branch * self.residual_scale)
+
+    def scaled(self, h: Tensor) -> Tensor:
+        """The residual stream as the layer leaves it."""
+        return h if self.scale is None else h * self.scale
 
 
 class Transformer(nn.Module):
@@ -160,7 +170,9 @@ class Transformer(nn.Module):
         head = self.embed if self.lm_head is None else self.lm_head
         logits: Tensor = head(self.final_norm(hidden))
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
+        logits = logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
+        cap = self.config.logit_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def random_parameters(

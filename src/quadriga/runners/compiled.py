@@ -22,11 +22,13 @@ from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.library import library_path
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
 from quadriga.kernels.cpu.program import (
+    ApartArgs,
     AttentionArgs,
     ChoiceArgs,
     DeltaNetArgs,
     FFNArgs,
     LatentArgs,
+    Mamba2Args,
     NormArgs,
     PassBatch,
     Program,
@@ -44,6 +46,7 @@ from quadriga.model.config import (
     LatentAttentionSpec,
     LatentState,
     LayerSpec,
+    Mamba2Spec,
     ModelConfig,
     MoESpec,
     NormSpec,
@@ -97,6 +100,11 @@ def queries_of(spec: AttentionSpec) -> str:
     if not isinstance(spec, LatentAttentionSpec):
         return "attn.wqkv.weight"
     return "attn.wq.weight" if spec.q_rank is None else "attn.wq_b.weight"
+
+
+def _unit_norm(dim: int, eps: float) -> NormArgs:
+    """An RMSNorm without a weight."""
+    return NormArgs(np.ones(dim, dtype=np.float32), "rms", eps)
 
 
 def _distribution(logits: Floats, score: str) -> Floats:
@@ -182,10 +190,13 @@ class CompiledModel:
                     self.program.short_conv(self._short_conv(layer))
                 case DeltaNetSpec() as delta:
                     self.program.delta_net(self._delta_net(layer, delta))
+                case Mamba2Spec() as mamba:
+                    self.program.mamba2(self._mamba2(layer, mamba))
             self.program.ffn(self._ffn(layer))
         head = embed if config.tied_embeddings else self._packed("lm_head.weight")
         bias = self._vector("lm_head.bias") if config.head_bias else None
-        self.program.head(self._norm("final_norm.weight", config.final_norm), head, config.logit_scale, bias)
+        norm = self._norm("final_norm.weight", config.final_norm)
+        self.program.head(norm, head, config.logit_scale, bias, config.logit_cap)
 
     @property
     def adapter_names(self) -> list[str]:
@@ -331,6 +342,29 @@ class CompiledModel:
             state=self._states[layer],
         )
 
+    def _mamba2(self, layer: int, spec: Mamba2Spec) -> Mamba2Args:
+        shape, p = self.config.layers[layer], f"layers.{layer}."
+        rate = self._vector(p + "mamba.rate")
+        return Mamba2Args(
+            norm=self._norm(p + "attn_norm.weight", shape.norm),
+            post_norm=self._post_norm(p + "attn", shape),
+            w_in=self._packed(p + "mamba.w_in.weight"),
+            w_dt=self._packed(p + "mamba.w_dt.weight"),
+            w_out=self._packed(p + "mamba.w_out.weight"),
+            taps=self._packed(p + "mamba.taps").unpack(),
+            conv_bias=self._vector(p + "mamba.conv_bias") if spec.conv_bias else None,
+            rate=np.exp(rate) if spec.log_rate else -rate,
+            dt=self._vector(p + "mamba.dt"),
+            skip=self._vector(p + "mamba.skip"),
+            group_norm=self._norm(p + "mamba.norm.weight", NormSpec(kind="rms", eps=spec.eps)),
+            n_heads=spec.n_heads,
+            n_groups=spec.n_groups,
+            state_dim=spec.state_dim,
+            head_dim=spec.head_dim,
+            residual_scale=shape.residual_scale,
+            state=self._states[layer],
+        )
+
     def _attention(self, layer: int, spec: AttentionSpec) -> AttentionArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
         turning = slopes = q_norm = k_norm = None
@@ -367,6 +401,8 @@ class CompiledModel:
             sinks=self._vector(p + "attn.sinks") if spec.sinks else None,
             window=spec.window,
             output_gate=spec.output_gate,
+            keys_as_values=spec.keys_as_values,
+            v_norm=None if spec.v_norm_eps is None else _unit_norm(spec.head_dim, spec.v_norm_eps),
             norm_after_rotation=spec.qk_norm is not None and spec.qk_norm.after_rotation,
         )
 
@@ -388,6 +424,7 @@ class CompiledModel:
 
     def _ffn(self, layer: int) -> FFNArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
+        stream_scale = float(self._vector(p + "scale")[0]) if shape.scaled else 1.0
         ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm) if shape.pre_norms else None
         post = self._post_norm(p + "ffn", shape)
         match ffn:
@@ -406,6 +443,7 @@ class CompiledModel:
                     residual_scale=shape.residual_scale,
                     fuse=None,
                     layer=layer,
+                    stream_scale=stream_scale,
                 )
             case MoESpec():
                 return FFNArgs(
@@ -437,7 +475,19 @@ class CompiledModel:
                     ),
                     biases=self._biases(p) if ffn.expert_bias else None,
                     shared=self._shared(p + "moe.", ffn),
+                    apart=self._apart(p + "moe.", shape.norm) if ffn.apart else None,
+                    stream_scale=stream_scale,
                 )
+
+    def _apart(self, p: str, norm: NormSpec) -> ApartArgs:
+        scale = self._vector(p + "router.scale")
+        return ApartArgs(
+            router_norm=NormArgs(scale * np.float32(len(scale) ** -0.5), "rms", norm.eps),
+            expert_norm=self._norm(p + "norm.weight", norm),
+            expert_post_norm=self._norm(p + "post_norm.weight", norm),
+            shared_post_norm=self._norm(p + "shared_post_norm.weight", norm),
+            expert_scale=self._vector(p + "router.expert_scale"),
+        )
 
     def _biases(self, p: str) -> tuple[Floats, Floats, Floats]:
         gate, up, down = (self._packed(f"{p}moe.b_{part}").unpack() for part in ("gate", "up", "down"))

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "f6342bc59ba856572b5e63e8e32f4cf4903f6938813091bb459a76140c08863d"
+HEADER_SHA256 = "25ee2b8b9e1ab4958e74f62e1d7bd2607ebba4bcd274e5674c75f6fc3a3c2705"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -147,6 +147,7 @@ class Op(IntEnum):
     HEAD = 5
     SHORT_CONV = 6
     DELTA_NET = 7
+    MAMBA2 = 8
 
 
 class Message(c.Structure):
@@ -231,6 +232,8 @@ class Attention(c.Structure):
         ("norm_after_rotation", c.c_int32),
         ("output_gate", c.c_int32),
         ("cache_group", c.c_int32),
+        ("keys_as_values", c.c_int32),
+        ("v_norm", Norm),
         ("kv_rank", c.c_int32),
         ("rope_dim", c.c_int32),
         ("nope_dim", c.c_int32),
@@ -283,6 +286,31 @@ class DeltaNet(c.Structure):
     ]
 
 
+class Mamba2(c.Structure):
+    """struct qd_mamba2"""
+
+    _fields_ = [
+        ("norm", Norm),
+        ("post_norm", Norm),
+        ("w_in", Matrix),
+        ("w_dt", Matrix),
+        ("w_out", Matrix),
+        ("taps", c.c_void_p),
+        ("conv_bias", c.c_void_p),
+        ("rate", c.c_void_p),
+        ("dt", c.c_void_p),
+        ("skip", c.c_void_p),
+        ("group_norm", Norm),
+        ("state", c.c_void_p),
+        ("n_taps", c.c_int32),
+        ("n_heads", c.c_int32),
+        ("n_groups", c.c_int32),
+        ("state_dim", c.c_int32),
+        ("head_dim", c.c_int32),
+        ("residual_scale", c.c_float),
+    ]
+
+
 class Ffn(c.Structure):
     """struct qd_ffn"""
 
@@ -323,6 +351,12 @@ class Ffn(c.Structure):
         ("shared_down", Matrix),
         ("shared_weight", Matrix),
         ("shared_activation", c.c_int32),
+        ("stream_scale", c.c_float),
+        ("router_norm", Norm),
+        ("expert_norm", Norm),
+        ("expert_post_norm", Norm),
+        ("shared_post_norm", Norm),
+        ("expert_scale", c.c_void_p),
         ("near", c.c_float),
     ]
 
@@ -335,6 +369,7 @@ class Head(c.Structure):
         ("weight", Matrix),
         ("logit_scale", c.c_float),
         ("bias", c.c_void_p),
+        ("logit_cap", c.c_float),
     ]
 
 
@@ -443,6 +478,7 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "qd_attention": Attention,
     "qd_short_conv": ShortConv,
     "qd_delta_net": DeltaNet,
+    "qd_mamba2": Mamba2,
     "qd_ffn": Ffn,
     "qd_head": Head,
     "qd_batch": Batch,

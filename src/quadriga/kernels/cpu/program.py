@@ -89,6 +89,9 @@ class AttentionArgs:
     """(H,) float32."""
     window: int | None = None
     output_gate: bool = False
+    keys_as_values: bool = False
+    v_norm: NormArgs | None = None
+    """(d,)"""
     cache_group: int = 0
     """Whose block table the layer's keys and values are found by."""
     rotary_scale: float = 1.0
@@ -138,6 +141,33 @@ class DeltaNetArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mamba2Args:
+    """Everything ``Program.mamba2`` needs of one layer; see ``model.config.Mamba2Spec``."""
+
+    norm: NormArgs
+    post_norm: NormArgs | None
+    w_in: Packed
+    w_dt: Packed
+    w_out: Packed
+    taps: Floats
+    """(H P + 2 G N, L)"""
+    conv_bias: Floats | None
+    rate: Floats
+    """(H,), positive."""
+    dt: Floats
+    skip: Floats
+    group_norm: NormArgs
+    """(H P,)"""
+    n_heads: int
+    n_groups: int
+    state_dim: int
+    head_dim: int
+    residual_scale: float
+    state: Floats
+    """(slots, numbers of a state)"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChoiceArgs:
     """How a router's logits become a choice and weights; see ``ops.Choice``."""
 
@@ -169,6 +199,19 @@ class SharedArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ApartArgs:
+    """Norms of a mixture whose router and experts read the residual stream; see ``MoESpec.apart``."""
+
+    router_norm: NormArgs
+    """Its weight is the router's scale / sqrt(D)."""
+    expert_norm: NormArgs
+    expert_post_norm: NormArgs
+    shared_post_norm: NormArgs
+    expert_scale: Floats
+    """(E,)"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FFNArgs:
     """Everything ``Program.ffn`` needs of one layer. A dense network is one expert without a router."""
 
@@ -191,6 +234,9 @@ class FFNArgs:
     biases: tuple[Floats, Floats, Floats] | None = None
     """Of gate and up (E, F) and down (E, D) of the experts."""
     shared: SharedArgs | None = None
+    apart: ApartArgs | None = None
+    stream_scale: float = 1.0
+    """What the residual stream is multiplied by at last."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +351,8 @@ class Program:
             rotary_scale=a.rotary_scale,
             norm_after_rotation=a.norm_after_rotation,
             output_gate=a.output_gate,
+            keys_as_values=a.keys_as_values,
+            v_norm=self._norm(a.v_norm),
             cache_group=a.cache_group,
             **self._latent(a.latent),
         )
@@ -351,6 +399,31 @@ class Program:
         )
         self._keep.append(a.state)
         self._add(Op.DELTA_NET, op)
+
+    def mamba2(self, a: Mamba2Args) -> None:
+        """The first half of a layer with a state-space model: one op."""
+        op = bindings.Mamba2(
+            norm=self._norm(a.norm),
+            post_norm=self._norm(a.post_norm),
+            w_in=self._matrix(a.w_in),
+            w_dt=self._matrix(a.w_dt),
+            w_out=self._matrix(a.w_out),
+            taps=self._floats(a.taps.T),
+            conv_bias=self._floats(a.conv_bias),
+            rate=self._floats(a.rate),
+            dt=self._floats(a.dt),
+            skip=self._floats(a.skip),
+            group_norm=self._norm(a.group_norm),
+            state=a.state.ctypes.data,
+            n_taps=a.taps.shape[1],
+            n_heads=a.n_heads,
+            n_groups=a.n_groups,
+            state_dim=a.state_dim,
+            head_dim=a.head_dim,
+            residual_scale=a.residual_scale,
+        )
+        self._keep.append(a.state)
+        self._add(Op.MAMBA2, op)
 
     def _latent(self, a: LatentArgs | None) -> dict[str, Any]:
         """The fields of latent attention; none where there is none."""
@@ -399,6 +472,7 @@ class Program:
         """The fields of a mixture beyond a softmax over experts without biases."""
         choice, shared = a.choice, a.shared
         fields: dict[str, Any] = {
+            "stream_scale": a.stream_scale,
             "score": cpu.SCORES[choice.score],
             "n_groups": choice.n_groups,
             "top_k_groups": choice.top_k_groups,
@@ -413,6 +487,14 @@ class Program:
         if a.biases is not None:
             gate, up, down = (np.pad(bias, ((0, 0), (0, -bias.shape[1] % 16))) for bias in a.biases)
             fields |= {"gate_bias": self._floats(gate), "up_bias": self._floats(up), "down_bias": self._floats(down)}
+        if a.apart is not None:
+            fields |= {
+                "router_norm": self._norm(a.apart.router_norm),
+                "expert_norm": self._norm(a.apart.expert_norm),
+                "expert_post_norm": self._norm(a.apart.expert_post_norm),
+                "shared_post_norm": self._norm(a.apart.shared_post_norm),
+                "expert_scale": self._floats(a.apart.expert_scale),
+            }
         if shared is not None:
             fields |= {
                 "shared_gate": self._matrix(shared.gate),
@@ -423,9 +505,18 @@ class Program:
             }
         return fields
 
-    def head(self, norm: NormArgs, weight: Packed, logit_scale: float, bias: Floats | None = None) -> None:
+    def head(
+        self,
+        norm: NormArgs,
+        weight: Packed,
+        logit_scale: float,
+        bias: Floats | None = None,
+        logit_cap: float | None = None,
+    ) -> None:
         """Norm and logits of the rows a batch asks for."""
-        self._add(Op.HEAD, bindings.Head(self._norm(norm), self._matrix(weight), logit_scale, self._floats(bias)))
+        matrix = self._matrix(weight)
+        op = bindings.Head(self._norm(norm), matrix, logit_scale, self._floats(bias), logit_cap or 0.0)
+        self._add(Op.HEAD, op)
 
     def run(self, batch: PassBatch) -> Floats:
         """One pass over a batch; its keys and values are stored in its blocks.
