@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,8 +11,8 @@ from quadriga.cli import options
 
 
 def judge_command(
-    a: Annotated[Path, typer.Argument(help="Folder that `quadriga eval` wrote.")],
-    b: Annotated[Path, typer.Argument(help="Another, of the same tasks.")],
+    a: options.RunA,
+    b: options.RunB,
     judge: options.Judge = None,
     judge_model: options.JudgeModel = None,
     task: Annotated[str, typer.Option(help="Whose recorded answers are compared.")] = "mt_bench",

@@ -148,6 +148,8 @@ Judge = Annotated[
         rich_help_panel=_REMOTE,
     ),
 ]
+RunA = Annotated[Path, typer.Argument(help="Folder that `quadriga eval` wrote.")]
+RunB = Annotated[Path, typer.Argument(help="Another, of the same tasks.")]
 JudgeModel = Annotated[str | None, typer.Option(help="The judge's name in its API.", rich_help_panel=_REMOTE)]
 
 # The launch's claims -------------------------------------------------------------------------------------------------
