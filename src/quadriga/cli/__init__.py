@@ -155,7 +155,7 @@ app.command(
     "divergence",
     epilog=_example(
         "quadriga divergence smollm2-135m-instruct smollm2-135m-instruct --format q4",
-        "quadriga divergence ./bf16 model.gguf --text mine.txt --windows 100",
+        "quadriga divergence ./bf16 model.gguf --document-file mine.txt --windows 100",
     ),
 )(divergence_command)
 app.command(

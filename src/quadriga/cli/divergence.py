@@ -17,7 +17,9 @@ def divergence_command(
     other: Annotated[str, typer.Argument(metavar="MODEL", help="The model that is compared with it.")],
     format: options.Format = None,
     threads: options.Threads = None,
-    document: Annotated[Path | None, typer.Option("--text", help="A file; default: WikiText-2's test text.")] = None,
+    document: Annotated[
+        Path | None, typer.Option("--document-file", help="The text; default: WikiText-2's test text.")
+    ] = None,
     window: Annotated[int, typer.Option(min=4, help="Tokens that are read at once, half of them scored.")] = 512,
     windows: Annotated[int, typer.Option(min=1, help="Windows of the text that are read at most.")] = 16,
     out: options.OutFolder = None,
