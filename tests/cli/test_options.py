@@ -23,7 +23,8 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "ours"), [("Q4_K_M", "q4_k_m"), ("q8_0", "q8_0"), ("F16", "float16"), ("BF16", "bfloat16"), (None, None)]
+    ("written", "ours"),
+    [("Q4_K_M", "q4_k_m"), ("q8_0", "q8_0"), ("F16", "float16"), ("BF16", "bfloat16"), (None, None)],
 )
 def test_formats_as_llama_cpp_writes_them(written: str | None, ours: str | None) -> None:
     assert gguf_format(written) == ours

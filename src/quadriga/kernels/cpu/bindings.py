@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "f6342bc59ba856572b5e63e8e32f4cf4903f6938813091bb459a76140c08863d"
+HEADER_SHA256 = "676ef6c33fdbc15811d4ad10968549dd562d680144bbe5029bc907eb71060c7e"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -413,6 +413,28 @@ class Sampled(c.Structure):
     ]
 
 
+class Search(c.Structure):
+    """struct qd_search"""
+
+    _fields_ = [
+        ("x", c.c_void_p),
+        ("weight", c.c_void_p),
+        ("codebook", c.c_void_p),
+        ("n", c.c_int64),
+        ("length", c.c_int32),
+        ("per_block", c.c_int32),
+        ("low", c.c_int32),
+        ("high", c.c_int32),
+        ("least", c.c_int32),
+        ("most", c.c_int32),
+        ("d", c.c_void_p),
+        ("m", c.c_void_p),
+        ("scales", c.c_void_p),
+        ("minima", c.c_void_p),
+        ("numbers", c.c_void_p),
+    ]
+
+
 class StoreCounts(c.Structure):
     """struct qd_store_counts"""
 
@@ -449,6 +471,7 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "qd_step": Step,
     "qd_sampling": Sampling,
     "qd_sampled": Sampled,
+    "qd_search": Search,
     "qd_store_counts": StoreCounts,
     "qd_allocations": Allocations,
 }
@@ -537,6 +560,11 @@ PARAMETERS: dict[str, list[Any]] = {
         c.c_int64,  # n
         c.c_void_p,  # codebook
         c.c_void_p,  # out
+        c.POINTER(Message),  # why
+    ],
+    "qd_find_scales": [
+        c.c_void_p,  # context
+        c.POINTER(Search),  # search
         c.POINTER(Message),  # why
     ],
     "qd_run": [
