@@ -13,67 +13,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import json
 import math
 import statistics
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
-from quadriga.train import metrics
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its curve of (floating-point operations so far, held-out loss)."""
-
-    name: str
-    size: str
-    curve: tuple[tuple[float, float], ...]
-    domains: dict[str, float]
-    tokens: int
-    tokens_per_s: float
-    """Median over steps: a run may have been paused, or shared its machine."""
-
-    @property
-    def flops(self) -> float:
-        """Of the whole run."""
-        return self.curve[-1][0]
-
-    @property
-    def loss(self) -> float:
-        """At the end."""
-        return self.curve[-1][1]
-
-
-def load(path: Path) -> Run:
-    """Read a run's folder; its size is the name without a last ``-sN``."""
-    total, tokens, curve, domains = 0.0, 0, [], {}
-    speeds = []
-    for line in metrics.read(path / metrics.FILE):
-        if "flops" in line:
-            total, tokens = total + line["flops"], line["tokens"]
-            speeds.append(line["tokens_per_s"])
-        if "held_out" in line:
-            domains = {name: found["loss"] for name, found in line["held_out"].items()}
-            curve.append((total, statistics.fmean(domains.values())))
-    if not curve or curve[-1][0] < total:
-        raise SystemExit(f"{path}: the last step has no held-out loss, so the run is not at its end")
-    size, _, seed = path.name.rpartition("-s")
-    return Run(
-        path.name, size if seed.isdigit() else path.name, tuple(curve), domains, tokens, statistics.median(speeds)
-    )
-
-
-def flops_for(loss: float, dense: list[tuple[float, float]]) -> tuple[float, str]:
-    """(arithmetic at which dense models have this loss, "", ">" or "<" when it is only a bound)."""
-    dense = sorted(dense)
-    for (f0, l0), (f1, l1) in itertools.pairwise(dense):
-        if l1 <= loss <= l0:
-            share = (l0 - loss) / (l0 - l1) if l0 > l1 else 0.0
-            return math.exp(math.log(f0) + share * (math.log(f1) - math.log(f0))), ""
-    return (dense[-1][0], ">") if loss < dense[-1][1] else (dense[0][0], "<")
+from quadriga.bench.equal_loss import Run, flops_for, line_of, load
 
 
 def draw(mixtures: list[Run], dense: list[Run], line: list[tuple[float, float]], path: Path) -> None:
@@ -119,12 +64,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     mixtures, dense = [load(path) for path in args.mixture], [load(path) for path in args.dense]
-    by_size: defaultdict[str, list[Run]] = defaultdict(list)
-    for run in dense:
-        by_size[run.size].append(run)
-    line = [
-        (statistics.fmean(r.flops for r in runs), statistics.fmean(r.loss for r in runs)) for runs in by_size.values()
-    ]
+    line = line_of(dense)
     rows = []
     for run in (*mixtures, *dense):
         ratio, bound = math.nan, ""

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from quadriga.model.config import DeltaNetSpec, DenseSpec, ModelConfig, QKNormSpec, ShortConvSpec, in_order, uniform
+from quadriga.model.config import (
+    DeltaNetSpec,
+    DenseSpec,
+    Mamba2Spec,
+    ModelConfig,
+    QKNormSpec,
+    ShortConvSpec,
+    in_order,
+    uniform,
+)
 
 
 def first_dense(config: ModelConfig, d_ff: int = 72) -> ModelConfig:
@@ -32,6 +41,15 @@ def with_delta_rules(config: ModelConfig) -> ModelConfig:
     )
     layers = (replace(layer, norm=norm, mixer=attention if i % 2 else delta) for i, layer in enumerate(config.layers))
     return replace(config, layers=in_order(layers), final_norm=norm)
+
+
+def with_state_spaces(config: ModelConfig, n_groups: int = 2, conv_bias: bool = True) -> ModelConfig:
+    """``config`` as Granite 4 would have it: state-space layers in place of all but the second layer's attention."""
+    mamba = Mamba2Spec(
+        n_heads=8, head_dim=12, n_groups=n_groups, state_dim=14, taps=4, eps=config.final_norm.eps, conv_bias=conv_bias
+    )
+    layers = (layer if i == 1 else replace(layer, mixer=mamba) for i, layer in enumerate(config.layers))
+    return replace(config, layers=in_order(layers))
 
 
 def changed(config: ModelConfig, **fields: Any) -> ModelConfig:

@@ -55,6 +55,7 @@ SHORTER = {  # command -> what is added, or put in place of what is there
     r"quadriga eval --tasks": {"--limit": "2"},
     r"quadriga bench decode": {"--rounds": "1", "--n": "4"},
     r"quadriga bench serve": {"--requests": "4", "--concurrency": "2", "--max-tokens": "8"},
+    r"quadriga bench invariance": {"--requests": "4", "--concurrency": "2", "--max-tokens": "6"},
     r"quadriga convert .*--budget": {"--budget": "10MB"},
 }
 NAMES = {"SOURCE": "dbrx-instruct", "OUT.gguf": "out.gguf", "OUT": "out", "TEXT": "sample.txt"}

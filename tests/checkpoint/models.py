@@ -28,7 +28,7 @@ from quadriga.model.config import (
     uniform_model,
 )
 from quadriga.model.weight_map import Piece, parameter_shapes, source_index, source_shapes, whole
-from tests.configs import first_dense, with_convolutions, with_delta_rules
+from tests.configs import first_dense, with_convolutions, with_delta_rules, with_state_spaces
 
 _SIZES = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "max_seq_len": 64}
 _ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=1e4))
@@ -328,6 +328,32 @@ TINY: dict[str, ModelConfig] = {
             ffn=DenseSpec(d_ff=80, activation="silu"),
             tied_embeddings=True,
         )
+    ),
+    "granitehybrid": with_state_spaces(
+        uniform_model(
+            family="granitehybrid",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=replace(_ATTN, position=None, scale=0.25),
+            ffn=_moe(aux_loss_weight=0.01, shared=DenseSpec(d_ff=56, activation="silu")),
+            residual_scale=0.5,
+            embedding_scale=6.0,
+            logit_scale=0.25,
+            tied_embeddings=True,
+        )
+    ),
+    "granitehybrid-dense": with_state_spaces(
+        uniform_model(
+            family="granitehybrid",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=replace(_ATTN, scale=0.25),
+            ffn=DenseSpec(d_ff=80, activation="silu"),
+            residual_scale=0.5,
+            tied_embeddings=True,
+        ),
+        n_groups=1,
+        conv_bias=False,
     ),
     "olmo2": uniform_model(
         family="olmo2",

@@ -530,10 +530,15 @@ def annotation(command: str, param: Any) -> Any:
 
 # One name, one meaning -----------------------------------------------------------------------------------------------
 
-REPEATED = {("--api-key", "serve"), ("--concurrency", "bench serve"), ("MODEL", "serve")}
+REPEATED = {
+    ("--api-key", "serve"),
+    ("--concurrency", "bench serve"),
+    ("MODEL", "serve"),
+    ("--concurrency", "bench invariance"),
+}
 """May be given several times there: keys that are accepted, levels of load, models."""
 
-OWN_TEXT = {"config", "inputs", "prompt", "path", "paths", "results", "url"}
+OWN_TEXT = {"config", "inputs", "prompt", "path", "paths", "results", "target", "url"}
 """Arguments, which have no name on the command line."""
 
 DEFAULTS = {

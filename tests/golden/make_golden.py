@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from tests.golden.weights import MODELS, PREFILL, TOKENS, WITH_PROBABILITIES, draw, ragged
 
 HERE = Path(__file__).parent
+FORGETFUL = ("granitehybrid", "granitehybrid-dense")
+"""Models whose cached steps in transformers 4.57.6 are not the rows of its own uncached pass (1.4e-3 of the range)."""
 
 
 def build(config: dict[str, object]) -> torch.nn.Module:
@@ -40,6 +42,22 @@ def build(config: dict[str, object]) -> torch.nn.Module:
     return model
 
 
+def decoded(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of single steps behind a prefill, with a cache."""
+    cache = model(ids[:, :PREFILL], use_cache=True).past_key_values
+    steps = []
+    for i in range(PREFILL, len(TOKENS)):
+        step = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+        steps.append(step.logits[0])
+        cache = step.past_key_values
+    return torch.cat(steps)
+
+
+def by_prefixes(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The same without a cache: what a step should give is the last row of all tokens up to it."""
+    return torch.cat([model(ids[:, : i + 1], use_cache=False).logits[0, -1:] for i in range(PREFILL, len(TOKENS))])
+
+
 @torch.no_grad()
 def run(name: str, config: dict[str, object]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Logits of the prefill, of the cached decoding and of the padded batch; router outputs of the MoE models."""
@@ -50,13 +68,7 @@ def run(name: str, config: dict[str, object]) -> tuple[dict[str, torch.Tensor], 
     tensors = {f"{name}.prefill": out.logits[0]}
     facts: dict[str, object] = {"logit_range": float(out.logits.max() - out.logits.min())}
 
-    cache = model(ids[:, :PREFILL], use_cache=True).past_key_values
-    steps = []
-    for i in range(PREFILL, len(TOKENS)):
-        step = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
-        steps.append(step.logits[0])
-        cache = step.past_key_values
-    tensors[f"{name}.decode"] = torch.cat(steps)
+    tensors[f"{name}.decode"] = by_prefixes(model, ids) if name in FORGETFUL else decoded(model, ids)
 
     sequences = ragged()
     longest = max(map(len, sequences))

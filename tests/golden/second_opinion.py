@@ -20,6 +20,7 @@ NAMES = (
     *("minimax-m2", "glm4moe", "qwen2moe", "dots1", "ernie4_5-moe", "hunyuan-moe"),
     *("deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "glm4_moe_lite"),
     *("lfm2", "lfm2moe", "qwen3next", "qwen35moe"),
+    *("granitehybrid", "granitehybrid-groups", "granitehybrid-dense"),
 )
 
 

@@ -46,6 +46,27 @@ _LFM2 = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+_GRANITE_HYBRID = {
+    "layer_types": ["mamba", "mamba", "attention", "mamba"],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 12,
+    "mamba_d_state": 14,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.0,
+    "shared_intermediate_size": 56,
+    "router_aux_loss_coef": 0.01,
+    "attention_bias": False,
+    "rope_theta": 1000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
 _DELTA = {
     "head_dim": 20,
     "attention_bias": False,
@@ -470,6 +491,24 @@ MODELS: dict[str, dict[str, object]] = {
         **_LLAMA,
     },
     "lfm2": {"model_type": "lfm2", "block_auto_adjust_ff_dim": False, **_LFM2},
+    "granitehybrid": {
+        "model_type": "granitemoehybrid",
+        "mamba_n_groups": 1,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "position_embedding_type": "nope",
+        **_GRANITE_HYBRID,
+        **_LLAMA,
+    },
+    "granitehybrid-dense": {  # attention that turns
+        "model_type": "granitemoehybrid",
+        "mamba_n_groups": 1,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "position_embedding_type": "rope",
+        **_GRANITE_HYBRID,
+        **_LLAMA,
+    },
     "mpt": {**_MPT, "n_heads": 6, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None}},
     "mpt-clipped": {**_MPT, "n_heads": 8, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": 2.0}},
 }
@@ -573,6 +612,12 @@ QWEN35_MOE: dict[str, object] = {
 }
 """Likewise."""
 
+GRANITE_HYBRID_GROUPS: dict[str, object] = {
+    **MODELS["granitehybrid"],
+    "mamba_n_groups": 2,
+}
+"""Groups of heads, which transformers norms by themselves from version 5 on."""
+
 BESIDE_TRANSFORMERS = {
     "grok1": GROK1,
     "minimax-m2": MINIMAX_M2,
@@ -580,6 +625,7 @@ BESIDE_TRANSFORMERS = {
     "glm4_moe_lite": GLM4_MOE_LITE,
     "lfm2moe": LFM2_MOE,
     "qwen35moe": QWEN35_MOE,
+    "granitehybrid-groups": GRANITE_HYBRID_GROUPS,
 }
 """Golden models without a golden file."""
 

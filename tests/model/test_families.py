@@ -33,7 +33,7 @@ from quadriga.model.families import FAMILIES, PRESETS, config_from_gguf, config_
 from quadriga.model.families.base import pick_layout
 from quadriga.model.families.keys import exact_or, shortest_float32
 from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes, whole
-from tests.configs import changed, first_dense, with_convolutions, with_delta_rules
+from tests.configs import changed, first_dense, with_convolutions, with_delta_rules, with_state_spaces
 
 ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=12_345.0))
 MOE = MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu", aux_loss_weight=0.01)
@@ -327,6 +327,30 @@ TINY = {
             ffn=replace(MOE, score="sigmoid", correction=True, normalize_eps=1e-6, aux_loss_weight=0.0),
             tied_embeddings=True,
         )
+    ),
+    "granitehybrid": with_state_spaces(
+        changed(
+            LLAMA,
+            family="granitehybrid",
+            mixer=replace(ATTN, head_dim=8, position=None, scale=0.25),
+            ffn=replace(MOE, shared=DenseSpec(d_ff=56, activation="silu")),
+            residual_scale=0.5,
+            embedding_scale=6.0,
+            logit_scale=0.25,
+            tied_embeddings=True,
+        )
+    ),
+    "granitehybrid-dense": with_state_spaces(
+        changed(
+            LLAMA,
+            family="granitehybrid",
+            mixer=replace(ATTN, head_dim=8),
+            ffn=DenseSpec(d_ff=80, activation="silu"),
+            residual_scale=0.5,
+            tied_embeddings=True,
+        ),
+        n_groups=1,
+        conv_bias=False,
     ),
     **{
         family: with_delta_rules(
@@ -868,6 +892,20 @@ LFM2_8B_A1B_RELEASE = {
     "use_expert_bias": True,
     "vocab_size": 65536,
 }
+GRANITE_4_H_350M_RELEASE = {
+    "architectures": ["GraniteMoeHybridForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "attention_multiplier": 0.015625, "bos_token_id": 100257, "embedding_multiplier": 12, "eos_token_id": 100257,
+    "hidden_act": "silu", "hidden_size": 768, "init_method": "mup", "initializer_range": 0.1, "intermediate_size": 2048,
+    "layer_types": ["attention" if i in (10, 13, 17, 27) else "mamba" for i in range(32)], "logits_scaling": 3,
+    "mamba_chunk_size": 256, "mamba_conv_bias": True, "mamba_d_conv": 4, "mamba_d_head": 32, "mamba_d_state": 128,
+    "mamba_expand": 2, "mamba_n_groups": 1, "mamba_n_heads": 48, "mamba_proj_bias": False,
+    "max_position_embeddings": 32768, "model_type": "granitemoehybrid", "normalization_function": "rmsnorm",
+    "num_attention_heads": 12, "num_experts_per_tok": 0, "num_hidden_layers": 32, "num_key_value_heads": 4,
+    "num_local_experts": 0, "output_router_logits": False, "pad_token_id": 100256, "position_embedding_type": "nope",
+    "residual_multiplier": 0.246, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000,
+    "router_aux_loss_coef": 0.0, "shared_intermediate_size": 2048, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "transformers_version": "4.56.0", "use_cache": True, "vocab_size": 100352,
+}  # fmt: skip
 QWEN3_5_0_8B_RELEASE = {
     "architectures": ["Qwen3_5ForConditionalGeneration"],
     "image_token_id": 248056,
@@ -1040,6 +1078,7 @@ RELEASES = {
     "lfm2-1.2b": LFM2_1_2B_RELEASE,
     "lfm2-8b-a1b": LFM2_8B_A1B_RELEASE,
     "qwen3.5-0.8b": QWEN3_5_0_8B_RELEASE,
+    "granite-4.0-h-350m": GRANITE_4_H_350M_RELEASE,
 }
 
 
@@ -1329,6 +1368,11 @@ MAY_BE_ABSENT = {
         "conv_use_xavier_init", "num_heads", "use_pos_enc",
     },
     "lfm2-8b-a1b": {"conv_bias", "tie_embedding"},
+    "granite-4.0-h-350m": {
+        "attention_bias", "hidden_act", "init_method", "intermediate_size", "mamba_chunk_size", "mamba_d_head",
+        "mamba_proj_bias", "normalization_function", "num_experts_per_tok", "position_embedding_type", "rope_scaling",
+        "rope_theta", "router_aux_loss_coef",
+    },
     "qwen3.5-0.8b": {
         "image_token_id", "tie_word_embeddings", "video_token_id", "vision_config", "vision_end_token_id",
         "vision_start_token_id",
@@ -1421,7 +1465,7 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, lfm2, lfm2_moe, qwen3_next, qwen3_5_moe, qwen3_5_moe_text, qwen3_5, qwen3_5_text, olmo2, olmo3, flex_olmo, phimoe, deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite; got 'gpt2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, granitemoehybrid, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, lfm2, lfm2_moe, qwen3_next, qwen3_5_moe, qwen3_5_moe_text, qwen3_5, qwen3_5_text, olmo2, olmo3, flex_olmo, phimoe, deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite; got 'gpt2'",
     ):
         config_from_hf({"model_type": "gpt2"})
 
@@ -1430,9 +1474,9 @@ def test_known_families_that_are_not_computed_say_what_they_would_need():
     with pytest.raises(ConfigError, match="deepseek_v32 is known and not computed: its attention picks keys by"):
         config_from_hf({"model_type": "deepseek_v32"})
     with pytest.raises(
-        ConfigError, match="granitehybrid is known and not computed: most of its layers are state-space"
+        ConfigError, match="nemotron_h_moe is known and not computed: most of its layers are state-space"
     ):
-        config_from_gguf({"general.architecture": "granitehybrid"}, {})
+        config_from_gguf({"general.architecture": "nemotron_h_moe"}, {})
     with pytest.raises(ConfigError, match=r"phimoe is not read from GGUF: llama.cpp's program divides"):
         config_from_gguf({"general.architecture": "phimoe"}, {})
     types = {name for family in FAMILIES.values() for name in (*family.model_types, *family.gguf_archs)}
@@ -1442,7 +1486,7 @@ def test_known_families_that_are_not_computed_say_what_they_would_need():
 
 
 def test_presets_by_name():
-    assert len(PRESETS) == 60
+    assert len(PRESETS) == 63
     assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
@@ -1496,6 +1540,10 @@ def test_presets_by_name():
         ("lfm2-1.2b", 1_170_340_608, 1_170_340_608),
         ("lfm2-2.6b", 2_569_272_320, 2_569_272_320),
         ("lfm2-8b-a1b", 8_339_930_560, 1_557_740_992),
+        # The cards' 340 million, 7 and 32 billion, of which 1 and 9 are used.
+        ("granite-4.0-h-350m", 340_332_224, 340_332_224),
+        ("granite-4.0-h-tiny", 6_939_037_248, 1_465_470_528),
+        ("granite-4.0-h-small", 32_207_337_984, 8_803_121_664),
         ("qwen1.5-moe-a2.7b", 14_315_784_192, 2_689_173_504),
         ("qwen2-57b-a14b", 57_408_658_944, 14_249_270_784),
     ],
@@ -1893,7 +1941,7 @@ def test_the_same_model_from_hf_and_gguf():
         (
             {"general.architecture": "gpt2"},
             {},
-            "must be one of dbrx, deepseek2, dots1, ernie4_5-moe, glm4moe, gpt-oss, granite, granitemoe, grok, hunyuan-moe, lfm2, lfm2moe, llama, minimax-m2, mpt, olmo2, olmoe, qwen2, qwen2moe, qwen3, qwen35, qwen35moe, qwen3moe, qwen3next, smollm3; got 'gpt2'",
+            "must be one of dbrx, deepseek2, dots1, ernie4_5-moe, glm4moe, gpt-oss, granite, granitehybrid, granitemoe, grok, hunyuan-moe, lfm2, lfm2moe, llama, minimax-m2, mpt, olmo2, olmoe, qwen2, qwen2moe, qwen3, qwen35, qwen35moe, qwen3moe, qwen3next, smollm3; got 'gpt2'",
         ),
     ],
 )
@@ -2219,18 +2267,32 @@ def test_metas_rotary_pairs_become_halves(name, layout):
     np.testing.assert_array_equal(wqkv[8 * d :], sources["layers.1.attention.wv.weight"])
 
 
+HYBRIDS = ("granitehybrid", "granitehybrid-dense")
+
+
 def test_only_some_archs_of_gguf_are_interleaved():
     """llama.cpp rotates arch llama in pairs (rope type norm), dbrx and grok in halves (NeoX); mpt does not rotate."""
     for name, config in TINY.items():
         if name not in IN_GGUF:
             continue
         rotated = {p.source for p in family_of(config).gguf_map(config) if p.rotary_heads}
-        expected = {f"blk.{i}.attn_{p}.weight" for i in range(4) for p in "qk"}
+        attends = [i for i, layer in enumerate(config.layers) if isinstance(layer.mixer, AttentionSpec)]
+        expected = {f"blk.{i}.attn_{p}.weight" for i in attends for p in "qk"}
         if family_of(config).gguf_archs == ("deepseek2",):
             queries = "attn_q" if config.layers[0].mixer.q_rank is None else "attn_q_b"
             assert rotated == {f"blk.{i}.{name}.weight" for i in range(4) for name in (queries, "attn_kv_a_mqa")}
             continue
-        pairs = ("llama2", "mistral", "mixtral", "smollm3", "granite", "granitemoe", "granitemoeshared", "ernie4_5-moe")
+        pairs = (
+            "llama2",
+            "mistral",
+            "mixtral",
+            "smollm3",
+            "granite",
+            "granitemoe",
+            "granitemoeshared",
+            "ernie4_5-moe",
+            *HYBRIDS,
+        )
         assert rotated == (expected if name in pairs else set())
 
 

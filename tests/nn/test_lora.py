@@ -54,6 +54,8 @@ ALL = {
     "qwen3next": ("attention", "router", "experts", "shared", "embeddings", "head"),
     "qwen35moe": ("attention", "router", "experts", "shared", "embeddings", "head"),
     "qwen35": ("attention", "ffn", "embeddings"),
+    "granitehybrid": ("attention", "router", "experts", "shared", "embeddings"),
+    "granitehybrid-dense": ("attention", "ffn", "embeddings"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }

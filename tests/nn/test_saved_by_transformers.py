@@ -49,6 +49,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     },
     "lfm2": {},
     "qwen3next": {},
+    "granitehybrid": {},
+    "granitehybrid-dense": {},
 }
 """Golden models, and what is different here."""
 BAR = 2e-5

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quadriga.model.config import AlibiSpec, DeltaNetSpec, ModelConfig, QKNormSpec, RopeSpec, ShortConvSpec
+from quadriga.model.config import AlibiSpec, DeltaNetSpec, Mamba2Spec, ModelConfig, QKNormSpec, RopeSpec, ShortConvSpec
 from quadriga.model.weight_map import parameter_shapes
 from tests.configs import changed
 
@@ -44,6 +44,15 @@ def delta_rules_with(config: ModelConfig, **fields: Any) -> ModelConfig:
     return config.with_layers(
         lambda layer: (
             replace(layer, mixer=replace(layer.mixer, **fields)) if isinstance(layer.mixer, DeltaNetSpec) else layer
+        )
+    )
+
+
+def state_spaces_with(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """The model with fields of its state-space layers changed."""
+    return config.with_layers(
+        lambda layer: (
+            replace(layer, mixer=replace(layer.mixer, **fields)) if isinstance(layer.mixer, Mamba2Spec) else layer
         )
     )
 
@@ -195,6 +204,22 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "heads of values in another order": ("qwen3next", lambda c: delta_rules_with(c, tiled=True)),
     "three taps of four": ("qwen35moe", lambda c: delta_rules_with(c, taps=3)),
     "qwen3.5 without its shared network": ("qwen35moe", lambda c: mixtures_with(c, shared=None, shared_gate=False)),
+    "positions where there are none": ("granitehybrid", lambda c: c.with_mixer(position=RopeSpec(theta=1000.0))),
+    "no positions where there are some": ("granitehybrid-dense", lambda c: c.with_mixer(position=None)),
+    "granite 4's scores of another scale": ("granitehybrid", lambda c: c.with_mixer(scale=1.0)),
+    "granite 4's branches added whole": (
+        "granitehybrid",
+        lambda c: c.with_layers(lambda layer: replace(layer, residual_scale=1.0)),
+    ),
+    "granite 4 without its shared network": ("granitehybrid", lambda c: mixtures_with(c, shared=None)),
+    "granite 4's weights not divided by their sum": ("granitehybrid", lambda c: mixtures_with(c, normalize_p=None)),
+    "no bias behind a convolution": ("granitehybrid", lambda c: state_spaces_with(c, conv_bias=False)),
+    "a state's rates that are no logarithms": ("granitehybrid", lambda c: state_spaces_with(c, log_rate=False)),
+    "three taps of a state-space layer": ("granitehybrid-dense", lambda c: state_spaces_with(c, taps=3)),
+    "one group of heads for two": (
+        "granitehybrid-groups",
+        lambda c: state_spaces_with(c, n_groups=1, state_dim=28),
+    ),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
     "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),

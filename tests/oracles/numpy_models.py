@@ -527,6 +527,54 @@ def convolved(x: Array, taps: Array) -> Array:
     return out
 
 
+def mamba2(w: Weights, c: Config, where: str, a: Array) -> Array:
+    """Granite 4's state-space layer: (T, D) -> (T, D)."""
+    n_heads, d, groups, n = (c[f"mamba_{name}"] for name in ("n_heads", "d_head", "n_groups", "d_state"))
+    inner = n_heads * d
+    z, mixed, steps = np.split(a @ w[where + "in_proj.weight"].T, [inner, 2 * inner + 2 * groups * n], axis=1)
+    mixed = silu(convolved(mixed, w[where + "conv1d.weight"][:, 0]) + w[where + "conv1d.bias"])
+    x, b, read = np.split(mixed, [inner, inner + groups * n], axis=1)
+    x, b, read = x.reshape(-1, n_heads, d), b.reshape(-1, groups, n), read.reshape(-1, groups, n)
+    out = np.zeros((len(a), n_heads, d))
+    for h in range(n_heads):
+        memory, group = np.zeros((n, d)), h // (n_heads // groups)
+        for t in range(len(a)):
+            step = math.log1p(math.exp(steps[t, h] + w[where + "dt_bias"][h]))
+            memory = memory * math.exp(-math.exp(w[where + "A_log"][h]) * step)
+            memory = memory + np.outer(b[t, group], step * x[t, h])
+            out[t, h] = read[t, group] @ memory + w[where + "D"][h] * x[t, h]
+    weights = np.split(w[where + "norm.weight"], groups)
+    made = [np.split(row, groups) for row in out.reshape(len(a), inner) * silu(z)]
+    normed = [[rms_norm(one, g, c["rms_norm_eps"]) for one, g in zip(row, weights, strict=True)] for row in made]
+    return np.array(normed).reshape(len(a), inner) @ w[where + "out_proj.weight"].T
+
+
+def granite_hybrid(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Granite 4, with experts and without: logits (T, V)."""
+    eps, r, table = c["rms_norm_eps"], c["residual_multiplier"], w["model.embed_tokens.weight"]
+    h = table[tokens] * c["embedding_multiplier"]
+    for i in range(c["num_hidden_layers"]):
+        layer, turns = f"model.layers.{i}.", c["position_embedding_type"] == "rope"
+        if c["layer_types"][i] == "attention":
+            h = h + r * llama_attention(w, c | {"no_rope_layers": {i: int(turns)}}, layer, h)
+        else:
+            a = np.array([rms_norm(x, w[layer + "input_layernorm.weight"], eps) for x in h])
+            h = h + r * mamba2(w, c, layer + "mamba.", a)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            gate, up = np.split(w[layer + "shared_mlp.input_linear.weight"], 2)
+            made = w[layer + "shared_mlp.output_linear.weight"] @ (silu(gate @ m) * (up @ m))
+            if c["num_local_experts"]:
+                experts = layer + "block_sparse_moe."
+                logits = w[experts + "router.layer.weight"] @ m
+                chosen = np.argsort(-logits, kind="stable")[: c["num_experts_per_tok"]]
+                for e, share in zip(chosen, softmax(logits[chosen]), strict=True):
+                    gate, up = np.split(w[experts + "input_linear.weight"][e], 2)
+                    made += share * (w[experts + "output_linear.weight"][e] @ (silu(gate @ m) * (up @ m)))
+            h[t] += r * made
+    return np.array([table @ rms_norm(x, w["model.norm.weight"], eps) for x in h]) / c["logits_scaling"]
+
+
 def lfm2(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
     """LFM2, dense and with experts: logits (T, V)."""
     eps, table = c["norm_eps"], w["model.embed_tokens.weight"]
@@ -749,6 +797,7 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "phimoe": phimoe,
     "qwen3_next": qwen3_next,
     "qwen3_5_moe_text": qwen3_next,
+    "granitemoehybrid": granite_hybrid,
     "lfm2": lfm2,
     "lfm2_moe": lfm2,
     "qwen2_moe": fine_grained,

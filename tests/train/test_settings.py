@@ -155,3 +155,20 @@ def test_bad_steps_do_not_enter_the_window_and_their_number_is_limited() -> None
     other = SpikeGuard(GuardSection(limit=3, window=32))
     other.load(guard.state())
     assert other.state() == guard.state()
+
+
+def test_the_aggregate_is_chosen_by_the_recipe() -> None:
+    from quadriga.train.initialise import model_config
+
+    for kind in ("weighted_sum", "vote", "fuse"):
+        config = parse_toml(
+            BASE.replace('preset = "dbrx-132b"', f'preset = "dbrx-132b"\naggregate = "{kind}"').encode(), RunConfig
+        )
+        assert {layer.ffn.aggregate for layer in model_config(config.model, 97).layers} == {kind}
+    with pytest.raises(ConfigError, match="aggregate"):
+        parse_toml(BASE.replace('preset = "dbrx-132b"', 'preset = "dbrx-132b"\naggregate = "mean"').encode(), RunConfig)
+    dense = parse_toml(
+        BASE.replace('preset = "dbrx-132b"', 'preset = "llama2-7b"\naggregate = "vote"').encode(), RunConfig
+    )
+    with pytest.raises(ConfigError, match=r"model\.aggregate need a preset with experts; llama2-7b is dense"):
+        model_config(dense.model, 97)

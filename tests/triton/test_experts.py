@@ -35,7 +35,8 @@ ROUTINGS = {
     "k = 1, all to one expert": torch.full((23, 1), 2),
     "k = E": torch.arange(E).expand(23, -1),
     "one token": _ids(1),
-    "many": _ids(61),
+    "some": _ids(61),
+    "many": _ids(130),
 }
 
 
@@ -98,7 +99,8 @@ def test_experts_are_the_reference_s(name: str, activation: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "tokens"), [("plain", 23), ("q4_k", 7), *((f, n) for f in FORMATS_TRIED[1:-1] for n in (1, 61))]
+    ("form", "tokens"),
+    [("plain", 23), ("q4_k", 7), *((f, n) for f in FORMATS_TRIED[1:-1] for n in (1, 61)), ("q8_0", 130)],
 )
 def test_weights_are_unpacked_in_the_tile(form: str, tokens: int) -> None:
     """gate, up and down in a packed format with biases: the same as the numbers that the format stands for."""
@@ -130,12 +132,12 @@ def test_one_matrix_for_all_rows_with_something_added(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["plain", "fp8", "q8_0", "q4_0"])
 def test_a_token_alone_is_what_it_is_in_a_crowd(form: str) -> None:
-    """To the bit: among 23 tokens, and among 61, which are multiplied in tiles of another size."""
+    """To the bit: among 23 tokens, and among 61 and 130, which are multiplied in tiles of other sizes."""
     d_model, d_ff = _depths(form)
     (gate, _), (up, _) = (numbers(form, E, d_ff, d_model, seed=seed) for seed in (11, 13))
     networks = ExpertNetworks(gate, up, numbers(form, E, d_model, d_ff, seed=15)[0], "gelu")
-    ids, x, combine = _ids(61), _normal(61, d_model, seed=1), _normal(61, K, seed=2).abs()
-    crowds = [run_experts(x[:n], places_of(ids[:n]), combine[:n], networks) for n in (23, 61)]
+    ids, x, combine = _ids(130), _normal(130, d_model, seed=1), _normal(130, K, seed=2).abs()
+    crowds = [run_experts(x[:n], places_of(ids[:n]), combine[:n], networks) for n in (23, 61, 130)]
     for n in (0, 9, 22):
         one = slice(n, n + 1)
         alone = run_experts(x[one], places_of(ids[one]), combine[one], networks)[0]

@@ -7,6 +7,7 @@ a server on the same machine: this client needs about 20 us per event, a full cl
 from __future__ import annotations
 
 import asyncio
+import json
 import ssl
 import time
 from dataclasses import dataclass, field
@@ -57,6 +58,17 @@ def target(url: str, key: str | None = None) -> Target:
         prefix += "/v1"
     tls = parts.scheme == "https"
     return Target(parts.hostname, port or (443 if tls else 80), prefix, tls, key)
+
+
+def said(body: bytes) -> str:
+    """What a refusal says, at most 160 characters: the message of its JSON, or its text."""
+    try:
+        found = json.loads(body)
+        error = found.get("error", found)
+        text = error["message"] if isinstance(error, dict) else str(error)
+    except (ValueError, LookupError, AttributeError):
+        text = body.decode(errors="replace")
+    return str(text)[:160]
 
 
 @dataclass

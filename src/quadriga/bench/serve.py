@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from quadriga.bench.http_client import Connection, Target
+from quadriga.bench.http_client import Connection, Target, said
 from quadriga.errors import ConfigError, EngineError
 
 PERCENTILES = (50, 90, 95, 99)
@@ -40,6 +40,14 @@ _WORDS = re.findall(
     at be this from have or by not but what all were when we there
     """,
 )
+
+
+def prose(rng: random.Random, n: int) -> str:
+    """``n`` characters of common words, drawn by ``rng``."""
+    words: list[str] = []
+    while sum(map(len, words)) + len(words) < n:
+        words += rng.choices(_WORDS, k=16)
+    return " ".join(words)[:n]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,10 +288,7 @@ class LoadTest:
     def _text(self, rng: random.Random, n: int) -> str:
         source = self._shape.text
         if source is None:
-            words: list[str] = []
-            while sum(map(len, words)) + len(words) < n:
-                words += rng.choices(_WORDS, k=16)
-            return " ".join(words)[:n]
+            return prose(rng, n)
         begin = rng.randrange(len(source))
         return (source[begin : begin + n] + source * (n // len(source) + 1))[:n]
 
@@ -300,7 +305,7 @@ class LoadTest:
             return Timing(0.0, error="no connection" if isinstance(error, ConnectionRefusedError) else "cut off")
         self._idle.append(connection)
         if exchange.status != 200:
-            return Timing(0.0, error=f"HTTP {exchange.status}: {_message(bytes(exchange.body))}")
+            return Timing(0.0, error=f"HTTP {exchange.status}: {said(bytes(exchange.body))}")
         return timing(exchange.events, exchange.started, exchange.ended)
 
 
@@ -314,7 +319,7 @@ async def first_model(at: Target) -> str:
     try:
         exchange = await connection.request("GET", "/models")
         if exchange.status != 200:
-            raise EngineError(f"{at.authority} answers {exchange.status}: {_message(bytes(exchange.body))}")
+            raise EngineError(f"{at.authority} answers {exchange.status}: {said(bytes(exchange.body))}")
         return str(json.loads(exchange.body)["data"][0]["id"])
     except OSError as error:
         raise EngineError(f"no server answers at {at.authority}: {error or type(error).__name__}") from None
@@ -322,16 +327,6 @@ async def first_model(at: Target) -> str:
         raise EngineError(f"{at.authority} lists no models at {at.prefix}/models: name one with --model") from None
     finally:
         connection.close()
-
-
-def _message(body: bytes) -> str:
-    try:
-        found = json.loads(body)
-        error = found.get("error", found)
-        text = error["message"] if isinstance(error, dict) else str(error)
-    except (ValueError, LookupError, AttributeError):
-        text = body.decode(errors="replace")
-    return str(text)[:160]
 
 
 @dataclass

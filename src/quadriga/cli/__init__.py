@@ -15,6 +15,7 @@ import typer
 from quadriga import __version__, runtime
 from quadriga.cli.bench import bench_app
 from quadriga.cli.chat import chat_command
+from quadriga.cli.claims import claims_app
 from quadriga.cli.command import Commands
 from quadriga.cli.compare import compare_command
 from quadriga.cli.convert import convert_command
@@ -178,6 +179,7 @@ app.command(
 )(plan_command)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
+app.add_typer(claims_app, name="claims")
 app.add_typer(data_app, name="data")
 
 

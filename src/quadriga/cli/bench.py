@@ -11,6 +11,7 @@ import typer
 
 from quadriga.cli import options
 from quadriga.cli.bench_claim import bench_claim_command
+from quadriga.cli.bench_invariance import bench_invariance_command
 from quadriga.cli.bench_serve import bench_serve_command
 from quadriga.cli.command import Commands
 
@@ -131,6 +132,12 @@ bench_app.command(
     "  quadriga bench serve http://127.0.0.1:8000 --rate 2 --rate 4 --slo-first-token 500 --slo-per-token 60\n\n"
     "  quadriga bench serve https://llm.example.org/v1 --api-key $KEY --report load.json --picture load.svg",
 )(bench_serve_command)
+bench_app.command(
+    "invariance",
+    epilog="Examples:\n\n  quadriga bench invariance http://127.0.0.1:8000\n\n"
+    "  quadriga bench invariance dbrx-q4 --threads 2 -c 8 -c 32\n\n"
+    "  quadriga bench invariance https://llm.example.org/v1 --api-key $KEY --temperature 0 --json",
+)(bench_invariance_command)
 
 _COLUMNS = (
     *("version", "cpu", "isa", "threads", "model", "format", "kv_format", "kind", "n"),

@@ -28,12 +28,10 @@ def bench_serve_command(
         list[float] | None,
         typer.Option(help="Requests a second at random times (Poisson); may be repeated.", rich_help_panel=_LOAD),
     ] = None,
-    requests: Annotated[
-        int, typer.Option(help="Requests of each level; 0: 4 for each client, at least 16.", rich_help_panel=_LOAD)
-    ] = 0,
+    requests: options.Requests = 0,
     warmup: Annotated[int, typer.Option(help="Requests before the first level.", rich_help_panel=_LOAD)] = 2,
-    timeout: Annotated[float, typer.Option(help="Seconds an answer may take.", rich_help_panel=_LOAD)] = 600.0,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompts.", rich_help_panel=_REQUESTS)] = 128,
+    timeout: options.Timeout = 600.0,
+    prompt_tokens: options.PromptTokens = 128,
     max_tokens: options.MaxTokens = 64,
     ignore_eos: Annotated[
         bool,
@@ -47,10 +45,7 @@ def bench_serve_command(
     shared_prefix: Annotated[
         float, typer.Option(help="Part of every prompt that is the same, 0 to 1.", rich_help_panel=_REQUESTS)
     ] = 0.0,
-    completions: Annotated[
-        bool,
-        typer.Option("--completions", help="/completions instead of /chat/completions.", rich_help_panel=_REQUESTS),
-    ] = False,
+    completions: options.Completions = False,
     seed: options.Seed = 0,
     slo_first_token: Annotated[
         float | None, typer.Option(help="Milliseconds to the first token.", rich_help_panel=_GOALS)
@@ -77,7 +72,7 @@ def bench_serve_command(
     from quadriga.errors import EngineError
 
     loads = _loads(concurrency, rate, requests)
-    _check(prompt_tokens=prompt_tokens, max_tokens=max_tokens, timeout=timeout, warmup=warmup + 1)
+    check_ranges(prompt_tokens=prompt_tokens, max_tokens=max_tokens, timeout=timeout, warmup=warmup + 1)
     if picture is not None:
         _need_matplotlib(picture)
     at = target(url, api_key or runtime.setting("API_KEY"))
@@ -107,13 +102,18 @@ def _loads(concurrency: list[int] | None, rate: list[float] | None, requests: in
     from quadriga.bench.serve import Load
 
     clients = concurrency if concurrency or rate else [1, 8]
-    _check(**{f"concurrency {n}": n for n in clients or ()}, **{f"rate {r:g}": r for r in rate or ()})
-    _check(requests=requests + 1)
+    check_ranges(**{f"concurrency {n}": n for n in clients or ()}, **{f"rate {r:g}": r for r in rate or ()})
+    check_ranges(requests=requests + 1)
     loads = [Load(n_requests=requests or max(16, 4 * n), concurrency=n) for n in clients or ()]
     return loads + [Load(n_requests=requests or max(16, round(16 * r)), rate=r) for r in rate or ()]
 
 
-def _check(**values: float) -> None:
+def check_ranges(**values: float) -> None:
+    """Refuse options out of range, by their names.
+
+    Raises:
+        ConfigError: one is not above 0, or a thousand millions or more.
+    """
     from quadriga.errors import ConfigError
 
     for name, value in values.items():

@@ -21,6 +21,7 @@ from quadriga.model.config import (
     DeltaNetSpec,
     LatentAttentionSpec,
     LayerSpec,
+    Mamba2Spec,
     ModelConfig,
     MoESpec,
     RopeSpec,
@@ -200,6 +201,9 @@ def _mixer(layer: LayerSpec) -> str:
         case DeltaNetSpec() as delta:
             heads = f"{delta.n_v_heads} heads of {delta.k_dim} x {delta.v_dim}, {delta.n_k_heads} for queries and keys"
             return f"gated delta rule, {heads}; convolutions over {delta.taps} positions"
+        case Mamba2Spec() as mamba:
+            heads = f"{mamba.n_heads} heads of {mamba.state_dim} x {mamba.head_dim} in {mamba.n_groups} groups"
+            return f"state-space model (Mamba-2), {heads}; convolutions over {mamba.taps} positions"
         case AttentionSpec() as attention:
             return _attention(attention)
 

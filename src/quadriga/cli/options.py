@@ -139,6 +139,12 @@ Layout = Annotated[
 ]
 
 
+# The launch's claims -------------------------------------------------------------------------------------------------
+
+ClaimArgument = Annotated[str, typer.Argument(metavar="CLAIM", help="A name that `quadriga claims` lists.")]
+ClaimRuns = Annotated[Path, typer.Option("--runs", help="Folder of the claims' runs; each has its own in it.")]
+
+
 def gguf_format(name: str | None) -> str | None:
     """A format's name as llama.cpp's users write it (Q4_K_M, F16, BF16), as we do."""
     if name is None:
@@ -231,6 +237,17 @@ APIKeys = Annotated[list[str] | None, _API_KEY]
 _CONCURRENCY = typer.Option("--concurrency", "-c", min=1, max=10_000, help="Requests at once.", rich_help_panel=_REMOTE)
 Concurrency = Annotated[int, _CONCURRENCY]
 Concurrencies = Annotated[list[int] | None, _CONCURRENCY]
+
+_LOAD, _REQUESTS = "Load", "Requests"
+Requests = Annotated[
+    int, typer.Option(help="Requests of each level; 0: 4 for each client, at least 16.", rich_help_panel=_LOAD)
+]
+Timeout = Annotated[float, typer.Option(help="Seconds an answer may take.", rich_help_panel=_LOAD)]
+PromptTokens = Annotated[int, typer.Option(help="Length of the prompts.", rich_help_panel=_REQUESTS)]
+Completions = Annotated[
+    bool,
+    typer.Option("--completions", help="/completions instead of /chat/completions.", rich_help_panel=_REQUESTS),
+]
 
 
 def stops(values: list[str] | None) -> tuple[str, ...]:

@@ -19,8 +19,8 @@ def _all(options: Iterable[str], when: Callable[[Options], bool], why: str) -> t
     return tuple(Rule(option, when, why) for option in options)
 
 
-def _remote(options: Options) -> bool:
-    return str(options["model"]).startswith(("http://", "https://"))
+def _remote(options: Options, argument: str = "model") -> bool:
+    return str(options[argument]).startswith(("http://", "https://"))
 
 
 def _weighs_errors(options: Options) -> bool:
@@ -147,6 +147,18 @@ RULES: dict[str, tuple[Rule, ...]] = {
             ("api", "api_model", "api_key", "concurrency"),
             _remote,
             "the model runs in this process. Give an address as {model}, or leave it out",
+        ),
+    ),
+    "bench invariance": (
+        *_all(
+            ("format", "dtype", "threads"),
+            lambda o: not _remote(o, "target"),
+            "the model is behind an address and computes there. Leave it out",
+        ),
+        *_all(
+            ("api_model", "api_key", "timeout", "completions"),
+            lambda o: _remote(o, "target"),
+            "the model runs in this process. Give an address, or leave it out",
         ),
     ),
     "compare": (Rule("markdown", lambda o: not o["json"], "{json} prints JSON. Leave one of the two out"),),

@@ -3,8 +3,8 @@
     norm's weight w  <->  1 + w        log rate r  <->  -exp(r)        heads of v: by their head of k  <->  by turns
 
 llama.cpp's files of Qwen3-Next and Qwen3.5 have the right-hand sides, Hugging Face directories the left-hand sides
-(:attr:`Family.gguf_form`, :attr:`Family.hf_form`). Heads move without a bit changing. Sums and exponentials are taken
-in float64 and rounded once, to float32.
+(:attr:`Family.gguf_form`, :attr:`Family.hf_form`); of Granite 4 only the rates differ. Heads move without a bit
+changing. Sums and exponentials are taken in float64 and rounded once, to float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quadriga.errors import CheckpointError
 from quadriga.io.derive import Unchanged, derive
 from quadriga.io.open import Checkpoint
 from quadriga.model import families
-from quadriga.model.config import AttentionSpec, DeltaNetSpec, LayerSpec, ModelConfig
+from quadriga.model.config import AttentionSpec, DeltaNetSpec, LayerSpec, Mamba2Spec, ModelConfig
 from quadriga.quant.dtypes import Array, as_float32
 
 
@@ -52,10 +52,9 @@ class _Restated(Unchanged):
         self._rates: dict[str, bool] = {}
         """Rate -> whether the result is its logarithm."""
         for i, (old, new) in enumerate(zip(base.config.layers, config.layers, strict=True)):
-            if not (isinstance(old.mixer, DeltaNetSpec) and isinstance(new.mixer, DeltaNetSpec)):
-                continue
-            if old.mixer.log_rate != new.mixer.log_rate:
-                self._rates[f"layers.{i}.delta.rate"] = new.mixer.log_rate
+            before, after = _log_rate(old), _log_rate(new)
+            if after is not None and before != after:
+                self._rates[f"layers.{i}.{'mamba' if isinstance(new.mixer, Mamba2Spec) else 'delta'}.rate"] = after
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """See :class:`~quadriga.io.derive.Edit`."""
@@ -88,6 +87,11 @@ class _Restated(Unchanged):
             what = "negative numbers" if self._rates[name] else "logarithms of float32 numbers"
             raise CheckpointError(f"{name} must hold {what}, got {wide[~np.isfinite(found)][0]:g}")
         return found
+
+
+def _log_rate(layer: LayerSpec) -> bool | None:
+    """Whether a layer's rates are stored as logarithms; None: it has none."""
+    return layer.mixer.log_rate if isinstance(layer.mixer, (DeltaNetSpec, Mamba2Spec)) else None
 
 
 def _added(old: ModelConfig, new: ModelConfig) -> Iterator[tuple[str, float]]:

@@ -14,6 +14,7 @@ from quadriga.kernels.reference import (
     norm,
     rope,
     route,
+    state_space,
 )
 from quadriga.kernels.training.adapted_experts import adapted_experts
 from quadriga.kernels.training.expert_layer import experts
@@ -30,4 +31,5 @@ __all__ = [
     "norm",
     "rope",
     "route",
+    "state_space",
 ]

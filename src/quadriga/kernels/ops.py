@@ -41,6 +41,7 @@ __all__ = [
     "norm",
     "rope",
     "route",
+    "state_space",
     "use",
 ]
 
@@ -191,6 +192,25 @@ def delta_rule(
         (out (T, H, d_v) in the state's dtype, the state after the last token).
     """
     out: tuple[Tensor, Tensor] = backend_for(q).delta_rule(q, k, v, log_decay, beta, state)
+    return out
+
+
+def state_space(
+    x: Tensor, b: Tensor, c: Tensor, step: Tensor, log_decay: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of Mamba-2 over one sequence (Dao and Gu 2024, arXiv 2405.21060, section 2).
+
+    S = exp(log_decay) S + b (step x),  out = c S, for every head with the b and c of its group.
+
+    Args:
+        x: (T, H, P). b, c: (T, G, N); head h has group h // (H / G).
+        step, log_decay: (T, H) in the state's dtype; no decay is above 0.
+        state: (H, N, P), float32 (float64 for a float64 model).
+
+    Returns:
+        (out (T, H, P) in the state's dtype, the state after the last token).
+    """
+    out: tuple[Tensor, Tensor] = backend_for(x).state_space(x, b, c, step, log_decay, state)
     return out
 
 

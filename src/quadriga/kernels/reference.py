@@ -51,6 +51,39 @@ def delta_rule(
     return torch.stack(out), state
 
 
+STATE_CHUNK = 64
+"""Tokens whose share in each other's results is one matrix product; states are carried between chunks."""
+
+
+def state_space(
+    x: Tensor, b: Tensor, c: Tensor, step: Tensor, log_decay: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    times = state.shape[0] // b.shape[1]
+    out = []
+    for start in range(0, len(x), STATE_CHUNK):
+        rows = slice(start, start + STATE_CHUNK)
+        written = (x[rows].to(state.dtype) * step[rows, :, None]).transpose(0, 1)  # (H, Q, P)
+        key, query = (t[rows].to(state.dtype).repeat_interleave(times, dim=1).transpose(0, 1) for t in (b, c))
+        decays = log_decay[rows].T  # (H, Q)
+        since = _sums_between(decays)  # (H, Q, Q)
+        begun, left = decays.cumsum(-1).exp(), since[:, -1].exp()
+        shares = (query @ key.mT) * since.exp()
+        out.append(shares @ written + begun[..., None] * (query @ state))
+        state = begun[:, -1, None, None] * state + (key * left[..., None]).mT @ written
+    return torch.cat(out, dim=1).transpose(0, 1), state
+
+
+def _sums_between(values: Tensor) -> Tensor:
+    """(..., Q) -> (..., Q, Q): at [t, s] the sum of the values behind s up to t, -infinity where s is behind t.
+
+    Summed as they are: the difference of two long sums has lost the digits of a short one.
+    """
+    n = values.shape[-1]
+    seen = torch.ones(n, n, dtype=torch.bool, device=values.device).tril()
+    behind = values[..., :, None].expand(*values.shape, n).masked_fill(~seen.tril(-1), 0.0)
+    return behind.cumsum(-2).masked_fill(~seen, float("-inf"))
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)

@@ -52,7 +52,7 @@ class LoraSpec:
 def target_of(name: str) -> str | None:
     """The target a parameter belongs to; None for norms, biases and fuse numbers, which no adapter changes."""
     last = name.rsplit(".", 1)[-1]
-    if (".attn.w" in name or ".conv.w_" in name or ".delta.w_" in name) and last == "weight":
+    if last == "weight" and any(part in name for part in (".attn.w", ".conv.w_", ".delta.w_", ".mamba.w_")):
         return None if name.endswith((".wk_b.weight", ".wv_b.weight")) else "attention"
     if name.endswith("router.weight"):
         return "router"

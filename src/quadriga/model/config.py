@@ -9,6 +9,7 @@
     │   │   └── qk_norm    QKNormSpec | None              norms of q and k
     │   │       | ShortConvSpec        a convolution over the last few positions, gated twice
     │   │       | DeltaNetSpec         a matrix a head, changed by the gated delta rule
+    │   │       | Mamba2Spec           a matrix a head, which decays and is written to (Mamba-2)
     │   ├── ffn     DenseSpec | MoESpec    one feed-forward network, or a router over many
     │   │   └── shared     DenseSpec | None    of a mixture: the network that every token visits besides
     │   └── norm    NormSpec               LayerNorm or RMSNorm, and its epsilon
@@ -36,9 +37,11 @@ from quadriga.model.mixer_specs import (
     KVState,
     LatentAttentionSpec,
     LatentState,
+    Mamba2Spec,
     Mixer,
     NormSpec,
     QKNormSpec,
+    RecurrentMixer,
     RecurrentState,
     ShortConvSpec,
 )
@@ -70,11 +73,13 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "Mamba2Spec",
     "Mixer",
     "MoESpec",
     "ModelConfig",
     "NormSpec",
     "QKNormSpec",
+    "RecurrentMixer",
     "RecurrentState",
     "RopeScaling",
     "RopeSpec",

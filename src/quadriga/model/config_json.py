@@ -25,6 +25,7 @@ from quadriga.model.config import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    Mamba2Spec,
     ModelConfig,
     MoESpec,
     NormSpec,
@@ -49,6 +50,7 @@ _MIXERS: dict[str, type] = {
     "latent_attention": LatentAttentionSpec,
     "short_conv": ShortConvSpec,
     "delta_net": DeltaNetSpec,
+    "mamba2": Mamba2Spec,
 }
 _FFNS: dict[str, type] = {"dense": DenseSpec, "moe": MoESpec}
 

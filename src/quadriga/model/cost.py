@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from quadriga.errors import ConfigError
 from quadriga.model.cache_layout import cache_layout, most_blocks
-from quadriga.model.config import AttentionSpec, DeltaNetSpec, ModelConfig, MoESpec, ShortConvSpec
+from quadriga.model.config import AttentionSpec, DeltaNetSpec, ModelConfig, MoESpec, RecurrentMixer, ShortConvSpec
 from quadriga.model.weight_map import Shape, layer_shapes, parameter_shapes, stays_float32
 from quadriga.quant import formats
 from quadriga.quant.packed import BLOCK_TOKENS
@@ -125,14 +125,16 @@ def attention_flops(config: ModelConfig, context: int) -> int:
     return total
 
 
-def step_flops(mixer: ShortConvSpec | DeltaNetSpec) -> int:
+def step_flops(mixer: RecurrentMixer) -> int:
     """Operations of a recurrent mixer for one token beside its parameters', which the taps are.
 
-    Of a delta rule: S decayed, k S, S changed, q S.
+    Of a delta rule: S decayed, k S, S changed, q S; of a state-space model: S decayed, S changed, C S.
     """
     if isinstance(mixer, ShortConvSpec):
         return 2 * mixer.width
-    return 7 * mixer.n_v_heads * mixer.k_dim * mixer.v_dim
+    if isinstance(mixer, DeltaNetSpec):
+        return 7 * mixer.n_v_heads * mixer.k_dim * mixer.v_dim
+    return 5 * mixer.inner_dim * mixer.state_dim
 
 
 def kv_bytes_read(config: ModelConfig, context: int, dtype: str = "bfloat16") -> int:

@@ -360,4 +360,61 @@ class DeltaNetSpec:
         return RecurrentState(shapes=((self.taps - 1, self.width), (self.n_v_heads, self.k_dim, self.v_dim)))
 
 
-Mixer = AttentionSpec | ShortConvSpec | DeltaNetSpec
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Spec:
+    """A selective state-space model (Mamba-2: Dao and Gu 2024, arXiv 2405.21060), as Granite 4 and Nemotron-H have it.
+
+    x (H heads of P) and B and C (G groups of N) are convolved and go through silu. Every head has a matrix S (N, P),
+    which decays by a step of its own, takes up what B writes and is read by C of the head's group:
+
+        t = softplus(a + dt);    S = exp(-rate t) S + B (t x);    y = C S + skip x;    out = w_out norm(y * silu(z))
+
+    The norm is taken over the heads of each group together.
+    """
+
+    n_heads: int
+    """H."""
+    head_dim: int
+    """P: numbers of a head's x, and of what it gives."""
+    n_groups: int
+    """G: groups of neighbouring heads that share B and C."""
+    state_dim: int
+    """N: numbers of B, and of C."""
+    taps: int
+    """Positions that a convolution sees, a token's own included."""
+    eps: float
+    """Of the norm before w_out."""
+    conv_bias: bool = True
+    """A bias on every convolved channel, before silu."""
+    log_rate: bool = True
+    """The rate is stored as its logarithm; False: negative (GGUF)."""
+
+    def __post_init__(self) -> None:
+        require_positive("mamba", n_heads=self.n_heads, head_dim=self.head_dim, n_groups=self.n_groups)
+        require_positive("mamba", state_dim=self.state_dim, taps=self.taps)
+        require_number("mamba", eps=self.eps)
+        require(2 <= self.taps <= 16, f"mamba.taps must be from 2 to 16, got {self.taps}")
+        require(
+            self.n_heads % self.n_groups == 0,
+            f"n_groups must divide n_heads: got n_heads={self.n_heads}, n_groups={self.n_groups}",
+        )
+
+    @property
+    def inner_dim(self) -> int:
+        """Numbers of x, of z and of y: H P."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def width(self) -> int:
+        """Channels that are convolved: x, B and C."""
+        return self.inner_dim + 2 * self.n_groups * self.state_dim
+
+    @property
+    def state(self) -> RecurrentState:
+        """What this mixer keeps of a sequence: what is convolved of the last ``taps - 1`` positions, and S."""
+        return RecurrentState(shapes=((self.taps - 1, self.width), (self.n_heads, self.state_dim, self.head_dim)))
+
+
+RecurrentMixer = ShortConvSpec | DeltaNetSpec | Mamba2Spec
+"""Mixers that keep a state of fixed size."""
+Mixer = AttentionSpec | RecurrentMixer

@@ -23,6 +23,9 @@ Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, 
     layers.{i}.delta.w_in.weight (2 G d_k + 2 H d_v, D), rows: all q, all k, all v, all z     (a gated DeltaNet's)
     layers.{i}.delta.w_ba.weight (2 H, D), delta.taps (2 G d_k + H d_v, L), delta.rate (H,), delta.dt (H,)
     layers.{i}.delta.norm.weight (d_v,), delta.w_out.weight (D, H d_v)
+    layers.{i}.mamba.w_in.weight (2 H P + 2 G N, D), rows: z, x, B, C; mamba.w_dt.weight (H, D),
+        mamba.rate|dt|skip (H,), mamba.taps (H P + 2 G N, L), mamba.conv_bias (H P + 2 G N,) where there is one,
+        mamba.norm.weight (H P,), mamba.w_out.weight (D, H P)                           (a Mamba-2 layer's)
     layers.{i}.ffn_norm.weight (D,)          layers.{i}.attn_post_norm.weight, ffn_post_norm.weight  (post_norms only)
     layers.{i}.ffn.w_gate|w_up (F, D), w_down (D, F)                               (dense; w_gate only if gated)
     layers.{i}.moe.router.weight (E, D), moe.w_gate|w_up (E, F, D), moe.w_down (E, D, F)             (experts)
@@ -48,6 +51,7 @@ from quadriga.model.config import (
     DenseSpec,
     LatentAttentionSpec,
     LayerSpec,
+    Mamba2Spec,
     ModelConfig,
     MoESpec,
     NormSpec,
@@ -146,6 +150,8 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
             shapes |= {"conv.w_in.weight": (3 * width, d), "conv.taps": (width, taps), "conv.w_out.weight": (d, width)}
         case DeltaNetSpec() as delta:
             shapes |= _delta_shapes(delta, d)
+        case Mamba2Spec() as mamba:
+            shapes |= _mamba_shapes(mamba, d)
     if layer.post_norms:
         shapes |= _norm_shapes("attn_post_norm", layer.norm, d)
     if layer.pre_norms:
@@ -192,6 +198,24 @@ def _delta_shapes(delta: DeltaNetSpec, d: int) -> dict[str, Shape]:
     }
 
 
+def _mamba_shapes(mamba: Mamba2Spec, d: int) -> dict[str, Shape]:
+    heads = mamba.n_heads
+    shapes: dict[str, Shape] = {
+        "mamba.w_in.weight": (mamba.inner_dim + mamba.width, d),
+        "mamba.w_dt.weight": (heads, d),
+        "mamba.taps": (mamba.width, mamba.taps),
+    }
+    if mamba.conv_bias:
+        shapes["mamba.conv_bias"] = (mamba.width,)
+    return shapes | {
+        "mamba.rate": (heads,),
+        "mamba.dt": (heads,),
+        "mamba.skip": (heads,),
+        "mamba.norm.weight": (mamba.inner_dim,),
+        "mamba.w_out.weight": (d, mamba.inner_dim),
+    }
+
+
 def _latent_shapes(attn: LatentAttentionSpec, d: int) -> dict[str, Shape]:
     rows, rank = attn.n_heads * attn.qk_dim, attn.kv_rank
     shapes: dict[str, Shape] = {"attn.wq.weight": (rows, d)}
@@ -233,8 +257,9 @@ def _mixture_shapes(ffn: MoESpec, d: int) -> dict[str, Shape]:
 def stays_float32(name: str) -> bool:
     """True for matrices that are never packed into fewer bits: a router, whose rounding changes which experts a token
     visits, the biases of experts, one row an expert, which are added and not multiplied with, the taps of
-    convolutions, a few numbers a channel, and what a gated delta rule forgets and learns by, two rows a head."""
-    return name.endswith(("router.weight", "moe.b_gate", "moe.b_up", "moe.b_down", ".taps", "delta.w_ba.weight"))
+    convolutions, a few numbers a channel, and what a recurrent layer forgets and learns by, one or two rows a head."""
+    recurrent = (".taps", "delta.w_ba.weight", "mamba.w_dt.weight")
+    return name.endswith(("router.weight", "moe.b_gate", "moe.b_up", "moe.b_down", *recurrent))
 
 
 def source_shapes(pieces: Iterable[Piece]) -> dict[str, Shape]:

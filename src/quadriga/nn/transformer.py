@@ -21,6 +21,7 @@ from quadriga.model.config import (
     DenseSpec,
     LatentAttentionSpec,
     LayerSpec,
+    Mamba2Spec,
     ModelConfig,
     MoESpec,
     ShortConvSpec,
@@ -32,6 +33,7 @@ from quadriga.nn.delta_net import DeltaNet
 from quadriga.nn.feedforward import FeedForward
 from quadriga.nn.latent_attention import LatentAttention
 from quadriga.nn.linear import Linear
+from quadriga.nn.mamba import Mamba2
 from quadriga.nn.moe import MoE, RouterStats
 from quadriga.nn.norm import Norm
 from quadriga.nn.rope import Rotations
@@ -59,6 +61,7 @@ class Block(nn.Module):
         self.attn: Attention | LatentAttention | None = None
         self.conv: ShortConv | None = None
         self.delta: DeltaNet | None = None
+        self.mamba: Mamba2 | None = None
         match spec.mixer:
             case LatentAttentionSpec() as latent:
                 self.attn = LatentAttention(d, latent, layer)
@@ -68,6 +71,8 @@ class Block(nn.Module):
                 self.conv = ShortConv(d, conv, layer)
             case DeltaNetSpec() as delta:
                 self.delta = DeltaNet(d, delta, layer)
+            case Mamba2Spec() as mamba:
+                self.mamba = Mamba2(d, mamba, layer)
         self.ffn_norm = Norm(d, spec.norm) if spec.pre_norms else nn.Identity()
         self.attn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
         self.ffn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
@@ -91,8 +96,7 @@ class Block(nn.Module):
         if self.attn is not None:
             attended: Tensor = self.attn(x, context, rotations)
             return attended
-        recurrent = self.conv if self.conv is not None else self.delta
-        assert recurrent is not None, "a block has one mixer"
+        (recurrent,) = (mixer for mixer in (self.conv, self.delta, self.mamba) if mixer is not None)
         made: Tensor = recurrent(x, context)
         return made
 

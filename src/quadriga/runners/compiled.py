@@ -27,6 +27,7 @@ from quadriga.kernels.cpu.program import (
     DeltaNetArgs,
     FFNArgs,
     LatentArgs,
+    Mamba2Args,
     NormArgs,
     PassBatch,
     Program,
@@ -44,6 +45,7 @@ from quadriga.model.config import (
     LatentAttentionSpec,
     LatentState,
     LayerSpec,
+    Mamba2Spec,
     ModelConfig,
     MoESpec,
     NormSpec,
@@ -182,6 +184,8 @@ class CompiledModel:
                     self.program.short_conv(self._short_conv(layer))
                 case DeltaNetSpec() as delta:
                     self.program.delta_net(self._delta_net(layer, delta))
+                case Mamba2Spec() as mamba:
+                    self.program.mamba2(self._mamba2(layer, mamba))
             self.program.ffn(self._ffn(layer))
         head = embed if config.tied_embeddings else self._packed("lm_head.weight")
         bias = self._vector("lm_head.bias") if config.head_bias else None
@@ -327,6 +331,29 @@ class CompiledModel:
             k_dim=spec.k_dim,
             v_dim=spec.v_dim,
             tiled=spec.tiled,
+            residual_scale=shape.residual_scale,
+            state=self._states[layer],
+        )
+
+    def _mamba2(self, layer: int, spec: Mamba2Spec) -> Mamba2Args:
+        shape, p = self.config.layers[layer], f"layers.{layer}."
+        rate = self._vector(p + "mamba.rate")
+        return Mamba2Args(
+            norm=self._norm(p + "attn_norm.weight", shape.norm),
+            post_norm=self._post_norm(p + "attn", shape),
+            w_in=self._packed(p + "mamba.w_in.weight"),
+            w_dt=self._packed(p + "mamba.w_dt.weight"),
+            w_out=self._packed(p + "mamba.w_out.weight"),
+            taps=self._packed(p + "mamba.taps").unpack(),
+            conv_bias=self._vector(p + "mamba.conv_bias") if spec.conv_bias else None,
+            rate=np.exp(rate) if spec.log_rate else -rate,
+            dt=self._vector(p + "mamba.dt"),
+            skip=self._vector(p + "mamba.skip"),
+            group_norm=self._norm(p + "mamba.norm.weight", NormSpec(kind="rms", eps=spec.eps)),
+            n_heads=spec.n_heads,
+            n_groups=spec.n_groups,
+            state_dim=spec.state_dim,
+            head_dim=spec.head_dim,
             residual_scale=shape.residual_scale,
             state=self._states[layer],
         )

@@ -51,6 +51,7 @@ _CLASS_OF_MODEL = {
     "granite": "GPT2Tokenizer",
     "granitemoe": "GPT2Tokenizer",
     "granitemoeshared": "GPT2Tokenizer",
+    "granitemoehybrid": "GPT2Tokenizer",
     "gpt_oss": "PreTrainedTokenizer",
     "glm4_moe": "PreTrainedTokenizer",
     "ernie4_5_moe": "LlamaTokenizer",

@@ -69,6 +69,8 @@ class ModelSection(Section, frozen=True):
     top_k: int | None = None
     max_seq_len: int | None = None
     rope_theta: float | None = None
+    aggregate: Literal["weighted_sum", "vote", "fuse"] | None = None
+    """How the chosen experts' outputs are combined; None: as the preset does (all: weighted_sum)."""
     init_std: float = 0.02
     """Standard deviation of a new model's matrices; wo and w_down get init_std / sqrt(2 n_layers)."""
 
@@ -77,8 +79,10 @@ class ModelSection(Section, frozen=True):
             (self.preset is None) != (self.start is None),
             "model must have exactly one of preset (a new model) and start (a checkpoint to start from)",
         )
-        given = [name for name in SIZES if getattr(self, name) is not None]
-        _require(self.start is None or not given, f"model.start has its own sizes: leave out {', '.join(given)}")
+        given = [name for name in (*SIZES, "aggregate") if getattr(self, name) is not None]
+        _require(
+            self.start is None or not given, f"model.start has its own sizes and kinds: leave out {', '.join(given)}"
+        )
         _positive("model", init_std=self.init_std)
 
 

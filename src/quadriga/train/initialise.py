@@ -61,9 +61,16 @@ def model_config(section: ModelSection, n_vocab: int, end_ids: tuple[int, ...] =
     n_heads = section.n_heads or attention.n_heads
     ffn = replace(layer.ffn, d_ff=section.d_ff or layer.ffn.d_ff * d_model // base.d_model)
     if isinstance(ffn, MoESpec):
-        ffn = replace(ffn, n_experts=section.n_experts or ffn.n_experts, top_k=section.top_k or ffn.top_k)
-    elif section.n_experts or section.top_k:
-        raise ConfigError(f"model.n_experts and model.top_k need a preset with experts; {section.preset} is dense")
+        ffn = replace(
+            ffn,
+            n_experts=section.n_experts or ffn.n_experts,
+            top_k=section.top_k or ffn.top_k,
+            aggregate=section.aggregate or ffn.aggregate,
+        )
+    elif section.n_experts or section.top_k or section.aggregate:
+        raise ConfigError(
+            f"model.n_experts, model.top_k and model.aggregate need a preset with experts; {section.preset} is dense"
+        )
     position = attention.position
     if section.rope_theta is not None:
         if not isinstance(position, RopeSpec):

@@ -27,7 +27,8 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 def decays(name: str) -> bool:
     """True for parameters with weight decay: matrices, embeddings, head and experts."""
-    small = name.endswith(("norm.weight", ".bias", ".sinks", ".shared_gate")) or ".b_" in name
+    vectors = (".bias", ".sinks", ".shared_gate", ".conv_bias", ".rate", ".dt", ".skip")
+    small = name.endswith(("norm.weight", *vectors)) or ".b_" in name
     return not small and ".router." not in name and ".fuse." not in name
 
 

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "676ef6c33fdbc15811d4ad10968549dd562d680144bbe5029bc907eb71060c7e"
+HEADER_SHA256 = "6615f4036909812eef4f2269d856f2f04a774ca37ddbb026c814e2ac9b215fd8"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -147,6 +147,7 @@ class Op(IntEnum):
     HEAD = 5
     SHORT_CONV = 6
     DELTA_NET = 7
+    MAMBA2 = 8
 
 
 class Message(c.Structure):
@@ -279,6 +280,31 @@ class DeltaNet(c.Structure):
         ("k_dim", c.c_int32),
         ("v_dim", c.c_int32),
         ("tiled", c.c_int32),
+        ("residual_scale", c.c_float),
+    ]
+
+
+class Mamba2(c.Structure):
+    """struct qd_mamba2"""
+
+    _fields_ = [
+        ("norm", Norm),
+        ("post_norm", Norm),
+        ("w_in", Matrix),
+        ("w_dt", Matrix),
+        ("w_out", Matrix),
+        ("taps", c.c_void_p),
+        ("conv_bias", c.c_void_p),
+        ("rate", c.c_void_p),
+        ("dt", c.c_void_p),
+        ("skip", c.c_void_p),
+        ("group_norm", Norm),
+        ("state", c.c_void_p),
+        ("n_taps", c.c_int32),
+        ("n_heads", c.c_int32),
+        ("n_groups", c.c_int32),
+        ("state_dim", c.c_int32),
+        ("head_dim", c.c_int32),
         ("residual_scale", c.c_float),
     ]
 
@@ -465,6 +491,7 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "qd_attention": Attention,
     "qd_short_conv": ShortConv,
     "qd_delta_net": DeltaNet,
+    "qd_mamba2": Mamba2,
     "qd_ffn": Ffn,
     "qd_head": Head,
     "qd_batch": Batch,

@@ -138,6 +138,33 @@ class DeltaNetArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mamba2Args:
+    """Everything ``Program.mamba2`` needs of one layer; see ``model.config.Mamba2Spec``."""
+
+    norm: NormArgs
+    post_norm: NormArgs | None
+    w_in: Packed
+    w_dt: Packed
+    w_out: Packed
+    taps: Floats
+    """(H P + 2 G N, L)"""
+    conv_bias: Floats | None
+    rate: Floats
+    """(H,), positive."""
+    dt: Floats
+    skip: Floats
+    group_norm: NormArgs
+    """(H P,)"""
+    n_heads: int
+    n_groups: int
+    state_dim: int
+    head_dim: int
+    residual_scale: float
+    state: Floats
+    """(slots, numbers of a state)"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChoiceArgs:
     """How a router's logits become a choice and weights; see ``ops.Choice``."""
 
@@ -351,6 +378,31 @@ class Program:
         )
         self._keep.append(a.state)
         self._add(Op.DELTA_NET, op)
+
+    def mamba2(self, a: Mamba2Args) -> None:
+        """The first half of a layer with a state-space model: one op."""
+        op = bindings.Mamba2(
+            norm=self._norm(a.norm),
+            post_norm=self._norm(a.post_norm),
+            w_in=self._matrix(a.w_in),
+            w_dt=self._matrix(a.w_dt),
+            w_out=self._matrix(a.w_out),
+            taps=self._floats(a.taps.T),
+            conv_bias=self._floats(a.conv_bias),
+            rate=self._floats(a.rate),
+            dt=self._floats(a.dt),
+            skip=self._floats(a.skip),
+            group_norm=self._norm(a.group_norm),
+            state=a.state.ctypes.data,
+            n_taps=a.taps.shape[1],
+            n_heads=a.n_heads,
+            n_groups=a.n_groups,
+            state_dim=a.state_dim,
+            head_dim=a.head_dim,
+            residual_scale=a.residual_scale,
+        )
+        self._keep.append(a.state)
+        self._add(Op.MAMBA2, op)
 
     def _latent(self, a: LatentArgs | None) -> dict[str, Any]:
         """The fields of latent attention; none where there is none."""

@@ -7,11 +7,12 @@ from quadriga.kernels.reference import (
     causal_conv,
     delta_rule,
     gated,
-    grouped_linear,
     norm,
     rope,
+    state_space,
 )
 from quadriga.kernels.triton.experts import experts
+from quadriga.kernels.triton.gradients import grouped_linear
 from quadriga.kernels.triton.router import route
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "norm",
     "rope",
     "route",
+    "state_space",
 ]

@@ -12,6 +12,8 @@ from quadriga.kernels.ops import Choice
 from quadriga.kernels.triton import weights
 from quadriga.kernels.triton.combine import combine
 from quadriga.kernels.triton.experts import ExpertNetworks, run_experts
+from quadriga.kernels.triton.gradients import weight_gradient
+from quadriga.kernels.triton.grouped import grouped_product
 from quadriga.kernels.triton.router import Places, route_and_place
 
 CAPABILITIES = (80, 90, 100)
@@ -71,6 +73,15 @@ def _experts(
     return lambda: run_experts(meta(tokens, d_model), places, share, networks)
 
 
+def _gradients(rows: int, d_model: int, d_ff: int, n_experts: int) -> Callable[[], object]:
+    starts, dy = meta(n_experts + 1, dtype=torch.int32), meta(rows, d_ff)
+    weight = weights.meta("plain", n_experts, d_ff, d_model)
+    return lambda: (
+        grouped_product(dy, weight, starts=starts, transposed=True),
+        weight_gradient(dy, meta(rows, d_model), starts),
+    )
+
+
 _FORMATS = ("plain", "fp8", "q8", "q4", "q4m", "mxfp4", "q4k")
 
 CASES: tuple[Case, ...] = (
@@ -79,6 +90,11 @@ CASES: tuple[Case, ...] = (
     Case("route, deepseek-v3, 16 tokens", _route(16, 7168, 256, _DEEPSEEK_V3, corrected=True)),
     Case("route, phi-3.5-moe, 300 tokens", _route(300, 4096, 16, _PHI35)),
     Case("combine, dbrx-132b, 8 tokens", _combine(8, 4, 6144)),
+    Case(
+        "gradients of experts, 32768 rows of dbrx-132b",
+        _gradients(32768, 6144, 10752, 16),
+        matrix=("grouped_kernel", "weight_gradient_kernel"),
+    ),
     *(
         Case(
             f"experts in {form}, dbrx-132b, {tokens} tokens",
@@ -86,6 +102,6 @@ CASES: tuple[Case, ...] = (
             matrix=("grouped_kernel",),
         )
         for form in _FORMATS
-        for tokens in (8, 4096)
+        for tokens in ((8, 256, 4096) if form in ("plain", "q4", "q4k") else (8, 4096))
     ),
 )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from quadriga.kernels.reference import gated
 from quadriga.kernels.triton.combine import combine
+from quadriga.kernels.triton.gradients import grouped_linear
 from quadriga.kernels.triton.grouped import grouped_product
 from quadriga.kernels.triton.router import Places, place
 from quadriga.kernels.triton.weights import GroupedWeight, plain
@@ -54,7 +57,21 @@ def experts(
     w_down: Tensor,
     activation: str,
 ) -> Tensor:
-    """``ops.experts``."""
+    """``ops.experts``: three launches and the sort, or where a gradient is asked for the passes that have one."""
     places = place(routing_ids, len(w_gate))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, combine, w_gate, w_up, w_down)):
+        return _with_gradients(x, places, combine, (w_gate, w_up, w_down), activation)
     networks = ExpertNetworks(plain(w_gate), plain(w_up), plain(w_down), activation)
     return run_experts(x, places, combine.float(), networks)
+
+
+def _with_gradients(
+    x: Tensor, places: Places, combine: Tensor, weights: tuple[Tensor, Tensor, Tensor], activation: str
+) -> Tensor:
+    """Products by kernels that have gradients, what lies between them by torch."""
+    gate, up, down = weights
+    rows = x[places.order.long() // combine.shape[1]]
+    counts = places.starts.diff()
+    hidden = gated(grouped_linear(rows, gate, counts), grouped_linear(rows, up, counts), activation)
+    slots = grouped_linear(hidden, down, counts)[places.home.long()]  # (N, k, D)
+    return torch.bmm(combine.to(x.dtype)[:, None], slots).squeeze(1)

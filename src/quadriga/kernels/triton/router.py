@@ -288,7 +288,7 @@ def route_and_place(
         TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k), SCORE=how.score, P=how.normalize_p, EPS=how.normalize_eps,
         LEAST=how.normalize_min, SCALE=how.scale, NEAR=how.near, N_GROUPS=how.n_groups,
         GROUPS=groups, OPEN=how.top_k_groups, TWO=how.group_worth == "two_best", WIDTH=group_width, PADDED=padded,
-        TOKENS=BLOCK, DEPTH=32 if many else 64, warps=8 if many else 4,
+        TOKENS=BLOCK, DEPTH=16 if many else 64, warps=8 if many else 4, stages=4 if many else 2,
     )  # fmt: skip
     if counts is not None:
         _place(routing.expert_ids, counts, places)

@@ -18,6 +18,7 @@ from quadriga.model.config import (
     AttentionSpec,
     DenseSpec,
     LayerSpec,
+    Mamba2Spec,
     ModelConfig,
     MoESpec,
     RopeSpec,
@@ -92,6 +93,25 @@ def _of_all_layers(key: str, value: object, n_layers: object) -> object:
             f"{str(value[other])[:40]} in layer {other}. Quadriga's layers are all of one size."
         )
     return value[0]
+
+
+def by_heads(metadata: Mapping[str, object], arch: str, otherwise: str) -> tuple[Mapping[str, object], list[bool]]:
+    """Metadata with one number of heads for keys and values, and which layers are attention: those that have any.
+
+    Args:
+        otherwise: what a layer with 0 of them is.
+
+    Raises:
+        ConfigError: there is no number for each layer, or attentions differ in it.
+    """
+    name = f"{arch}.attention.head_count_kv"
+    heads, n_layers = metadata.get(name), metadata.get(f"{arch}.block_count")
+    if not isinstance(heads, list) or len(heads) != n_layers or len({*heads} - {0}) != 1:
+        raise ConfigError(
+            f"GGUF {name} must be a number for each of the {n_layers} layers, 0 for {otherwise} and the same for "
+            f"every attention; got {str(heads)[:80]}"
+        )
+    return {**metadata, name: max(heads)}, [n > 0 for n in heads]
 
 
 def projections(config: ModelConfig, *, interleaved: bool) -> list[Piece]:
@@ -294,6 +314,9 @@ def must_read_back(
     for name, given in (("q.bias", attn.qkv_bias), ("output.bias", attn.out_bias), ("q_norm.weight", normed)):
         if given:
             shapes[f"blk.0.attn_{name}"] = (0,)
+    for i, layer in enumerate(config.layers):
+        if isinstance(layer.mixer, Mamba2Spec) and layer.mixer.conv_bias:
+            shapes[f"blk.{i}.ssm_conv1d.bias"] = (0,)
     for i, _ in [place for place in config.moe_layers if place[1].correction][:1]:
         shapes[f"blk.{i}.exp_probs_b.bias"] = (0,)
     arch = next(iter(metadata)).partition(".")[0]

@@ -114,7 +114,7 @@ def _from_hf(family: str, keys: Keys, ffn: DenseSpec | MoESpec) -> ModelConfig:
         ffn=ffn,
         residual_scale=keys.number("residual_multiplier"),
         embedding_scale=keys.number("embedding_multiplier"),
-        logit_scale=_inverse(keys, "logits_scaling"),
+        logit_scale=inverse(keys, "logits_scaling"),
         tied_embeddings=keys.flag("tie_word_embeddings"),
         **{**common, "mixer": attention},
     )
@@ -122,7 +122,7 @@ def _from_hf(family: str, keys: Keys, ffn: DenseSpec | MoESpec) -> ModelConfig:
     return config
 
 
-def _inverse(keys: Keys, key: str) -> float:
+def inverse(keys: Keys, key: str) -> float:
     """1 / a number; 0, which no model divides by, becomes what the specs refuse."""
     value = keys.number(key)
     return 1 / value if value else 0.0
@@ -135,13 +135,13 @@ def _to_hf(config: ModelConfig, form: str) -> dict[str, object]:
         "attention_multiplier": layer.attention.score_scale,
         "residual_multiplier": layer.residual_scale,
         "embedding_multiplier": config.embedding_scale,
-        "logits_scaling": _divisor(config),
+        "logits_scaling": logits_divisor(config),
     }
     del raw["head_dim"]  # both classes take it from the other sizes
     return raw
 
 
-def _divisor(config: ModelConfig) -> float:
+def logits_divisor(config: ModelConfig) -> float:
     """What logits are divided by, as it was written in decimal."""
     exact = 1 / config.logit_scale
     rounded = round(exact, 9)
@@ -193,11 +193,11 @@ def _mixture_to_hf(config: ModelConfig, form: str) -> dict[str, object]:
     }
 
 
-_MOE = "model.layers.{i}.block_sparse_moe."
-_SHARED = "model.layers.{i}.shared_mlp."
-_HF_MOE = {
-    _MOE + "router.layer.weight": "layers.{i}.moe.router.weight",
-    _MOE + "output_linear.weight": "layers.{i}.moe.w_down",
+HF_MOE = "model.layers.{i}.block_sparse_moe."
+HF_SHARED = "model.layers.{i}.shared_mlp."
+HF_MIXTURE = {
+    HF_MOE + "router.layer.weight": "layers.{i}.moe.router.weight",
+    HF_MOE + "output_linear.weight": "layers.{i}.moe.w_down",
 }
 
 
@@ -206,12 +206,12 @@ def _hf_dense(config: ModelConfig) -> list[Piece]:
 
 
 def _hf_moe(config: ModelConfig) -> list[Piece]:
-    return copies(config, HF_COMMON | _HF_MOE) + hf_qkv(config) + gate_up(config, _MOE + "input_linear.weight")
+    return copies(config, HF_COMMON | HF_MIXTURE) + hf_qkv(config) + gate_up(config, HF_MOE + "input_linear.weight")
 
 
 def _hf_shared(config: ModelConfig) -> list[Piece]:
-    down = {_SHARED + "output_linear.weight": "layers.{i}.moe.shared.w_down"}
-    return _hf_moe(config) + copies(config, down) + shared_gate_up(config, _SHARED + "input_linear.weight")
+    down = {HF_SHARED + "output_linear.weight": "layers.{i}.moe.shared.w_down"}
+    return _hf_moe(config) + copies(config, down) + shared_gate_up(config, HF_SHARED + "input_linear.weight")
 
 
 def _gguf_shared(config: ModelConfig) -> list[Piece]:
@@ -252,8 +252,7 @@ def _from_gguf(
     metadata: Mapping[str, object],
     shapes: Mapping[str, Shape],
 ) -> ModelConfig:
-    # llama.cpp: a key that is missing or 0 multiplies by nothing.
-    scales = {name: _scale(keys, name) for name in ("residual_scale", "embedding_scale", "logit_scale")}
+    scales = {name: stored_scale(keys, name) for name in ("residual_scale", "embedding_scale", "logit_scale")}
     common: dict[str, Any] = common_from_gguf(keys, metadata, shapes)
     config = uniform_model(
         family=family,
@@ -267,7 +266,8 @@ def _from_gguf(
     return config
 
 
-def _scale(keys: Keys, name: str) -> float:
+def stored_scale(keys: Keys, name: str) -> float:
+    """A constant of a GGUF; 1 where it is missing or 0, as in llama.cpp."""
     return (gguf_keys.number(keys, name) if keys.given(name) else 1.0) or 1.0
 
 
@@ -278,7 +278,7 @@ def _to_gguf(config: ModelConfig, form: str, arch: str) -> dict[str, object]:
         f"{arch}.attention.scale": layer.attention.score_scale,
         f"{arch}.residual_scale": layer.residual_scale,
         f"{arch}.embedding_scale": config.embedding_scale,
-        f"{arch}.logit_scale": _divisor(config),
+        f"{arch}.logit_scale": logits_divisor(config),
     }
 
 

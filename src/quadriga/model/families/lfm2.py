@@ -379,15 +379,9 @@ def _from_gguf(
     arch: str, metadata: Mapping[str, object], shapes: Mapping[str, Shape]
 ) -> tuple[Keys, dict[str, Any], list[bool]]:
     """The keys, LLaMA's common fields, and which layers are attention: those with heads for keys and values."""
-    name = f"{arch}.attention.head_count_kv"
-    heads, n_layers = metadata.get(name), metadata.get(f"{arch}.block_count")
-    if not isinstance(heads, list) or len(heads) != n_layers or len({*heads} - {0}) != 1:
-        raise ConfigError(
-            f"GGUF {name} must be a number for each of the {n_layers} layers, 0 for a convolution and the same for "
-            f"every attention; got {str(heads)[:80]}"
-        )
-    keys = gguf_keys.architecture_keys({**metadata, name: max(heads)}, arch)
-    return keys, common_from_gguf(keys, metadata, shapes), [n > 0 for n in heads]
+    plain, attends = gguf_keys.by_heads(metadata, arch, "a convolution")
+    keys = gguf_keys.architecture_keys(plain, arch)
+    return keys, common_from_gguf(keys, metadata, shapes), attends
 
 
 def dense_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:

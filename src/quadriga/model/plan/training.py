@@ -25,7 +25,15 @@ from dataclasses import dataclass
 from math import prod
 
 from quadriga.errors import ConfigError, HardwareError
-from quadriga.model.config import AttentionSpec, DeltaNetSpec, LayerSpec, ModelConfig, MoESpec, ShortConvSpec
+from quadriga.model.config import (
+    AttentionSpec,
+    DeltaNetSpec,
+    LayerSpec,
+    Mamba2Spec,
+    ModelConfig,
+    MoESpec,
+    ShortConvSpec,
+)
 from quadriga.model.cost import attention_flops, n_params
 from quadriga.model.parallel_spec import MOST_PADDING, ParallelSpec
 from quadriga.model.plan.hardware import STACKS, Gpu, Stack
@@ -182,6 +190,8 @@ def activation_elements(layer: LayerSpec, d_model: int) -> tuple[float, float, f
             mixed = 3 * width + 3 * width  # thirds, and the three products of which the last is projected
         case DeltaNetSpec() as delta:  # projected, convolved, made of unit length, read and gated
             mixed = 4 * (delta.width + delta.value_dim)
+        case Mamba2Spec() as mamba:  # projected, convolved, read, gated and normed
+            mixed = 2 * mamba.width + 4 * mamba.inner_dim
     kept = mixed + d + (2 if gated else 1) * k * f + 2 * shared
     # Outputs of norms; rows for the experts, their results, the same in token order; activation and product.
     recomputed = 2 * d + 3 * routed + (2 if gated else 1) * k * f + 2 * shared

@@ -21,8 +21,8 @@ Products QD_PRODUCTS();
 
 const Kernels* QD_TABLE() {
   static const Kernels table = {QD_PRODUCTS(), norm, activate,
-                                add_scaled, scores, top_k, row_stats, sample, attend, merge, conv<true>, conv<false>, unit, delta_rule, gated_norm,
-                                times_sigmoid, write_kv, write_latent, pack_tile, pack_blocks, unpack_row,
+                                add_scaled, scores, top_k, row_stats, sample, attend, merge, conv<true>, conv<false>, unit, delta_rule, state_space,
+                                gated_norm, times_sigmoid, times_silu, write_kv, write_latent, pack_tile, pack_blocks, unpack_row,
                                 dequantize, to_q8_0, search, hidden_any, hidden_back_any, sum_rows_any, softmax_any, softmax_back_any, cross_entropy_any,
                                 peak_of, read_all};
   return &table;

@@ -43,6 +43,7 @@ struct ConvPart {
   int64_t stride;
   int64_t first, end; // channels
   const float* taps;  // (n_taps, W)
+  const float* bias;  // (W,) or NULL; of none but silu's
   int n_taps;
   const float* before;  // (n_taps - 1, W), or NULL: zeros
   float* after;         // alike; it may be `before`
@@ -59,6 +60,20 @@ struct DeltaPart {
   const float* before;        // (k_dim, v_dim) from the first of these columns on, or NULL: zeros
   float* after;               // alike; it may be `before`
   float* out;                 // `out_stride` numbers from token to token
+  int64_t out_stride;
+};
+
+// Some columns of one head's state of a Mamba-2 layer, over one sequence's tokens.
+struct StatePart {
+  const float *x, *b, *c;  // of the first token; `stride` numbers to the next
+  int64_t stride;
+  const float *decay, *step;  // likewise, `gate_stride`
+  float skip;
+  int64_t gate_stride, n;
+  int state_dim, head_dim, columns;  // columns <= kDeltaColumns
+  const float* before;               // (state_dim, head_dim) from the first of these columns on, or NULL: zeros
+  float* after;                      // alike; it may be `before`
+  float* out;                        // `out_stride` numbers from token to token
   int64_t out_stride;
 };
 
@@ -102,8 +117,10 @@ struct Kernels : Products {
   void (*silu_conv)(const ConvPart&);
   void (*unit)(float* x, int64_t d, float scale);  // x becomes scale x / sqrt(x x + 1e-6)
   void (*delta_rule)(const DeltaPart&);
+  void (*state_space)(const StatePart&);
   void (*gated_norm)(const qd_norm&, const float* x, const float* gate, int64_t d, float* out);  // norm(x) silu(gate)
   void (*times_sigmoid)(float* x, const float* gate, int64_t n);
+  void (*times_silu)(float* x, const float* gate, int64_t n);
   void (*write_kv)(int kv_format, int head_dim, const float* k, const float* v, int slot, uint8_t* block);
   void (*write_latent)(int kv_format, int rank, int head_dim, const float* k, int slot, uint8_t* block);
 

@@ -69,7 +69,7 @@ enum qd_aggregate { QD_AGGREGATE_WEIGHTED_SUM = 0, QD_AGGREGATE_VOTE = 1, QD_AGG
 enum qd_isa { QD_ISA_PORTABLE = 0, QD_ISA_AVX2 = 1, QD_ISA_AVX512 = 2 }; /* each has all of the ones before it */
 enum qd_op {
   QD_OP_EMBED = 0, QD_OP_QKV = 1, QD_OP_ATTEND = 2, QD_OP_ATTN_OUT = 3, QD_OP_FFN = 4, QD_OP_HEAD = 5,
-  QD_OP_SHORT_CONV = 6, QD_OP_DELTA_NET = 7
+  QD_OP_SHORT_CONV = 6, QD_OP_DELTA_NET = 7, QD_OP_MAMBA2 = 8
 };
 
 typedef struct qd_context qd_context; /* threads, instruction set, scratch memory; one call at a time, others wait */
@@ -165,6 +165,25 @@ typedef struct {
   float residual_scale;
 } qd_delta_net;
 
+/* A Mamba-2 layer as a whole. x (H heads of P) and B and C (G groups of N) are convolved, then through silu; for every head,
+ * with B and C of group h / (H / G) and step = softplus(a + dt),
+ *   S = exp(-rate step) S + B (step x);  y = C S + skip x;  out = w_out norm(y * silu(z)), the norm over each group's heads */
+typedef struct {
+  qd_norm norm, post_norm;
+  qd_matrix w_in;          /* (2 H P + 2 G N, D): z, x, B, C */
+  qd_matrix w_dt;          /* (H, D): a of every head */
+  qd_matrix w_out;         /* (D, H P) */
+  const float* taps;       /* (L, H P + 2 G N), the oldest position's first */
+  const float* conv_bias;  /* (H P + 2 G N,) or NULL */
+  const float* rate;       /* (H,), positive */
+  const float* dt;         /* (H,) */
+  const float* skip;       /* (H,) */
+  qd_norm group_norm;      /* weight (H P,) */
+  float* state;            /* slots x ((L - 1, H P + 2 G N) of what is convolved, then S (H, N, P)) */
+  int32_t n_taps, n_heads, n_groups, state_dim, head_dim;
+  float residual_scale;
+} qd_mamba2;
+
 typedef struct {
   qd_norm norm, post_norm; /* NULL weight: none */
   qd_matrix router;      /* (E, D) float32; data NULL: one dense network */
@@ -226,7 +245,8 @@ typedef struct {
 
 typedef struct {
   int32_t kind;   /* a qd_op */
-  const void* op; /* what that op takes: qd_embed, qd_attention, qd_ffn, qd_head, qd_short_conv or qd_delta_net */
+  const void* op; /* what that op takes: qd_embed, qd_attention, qd_ffn, qd_head, qd_short_conv, qd_delta_net or
+                   * qd_mamba2 */
 } qd_step;
 
 /* How one row of logits becomes a token. Fields whose count is 0 may be NULL. The order of it all is that of

@@ -55,8 +55,8 @@ struct Delta {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t s = i / parts, first = i % parts * kChannels, start = b.starts[s];
         c.kernels->silu_conv({rows + start * stride, b.starts[s + 1] - start, width, stride, first,
-                              std::min(first + kChannels, width), op.taps, op.n_taps, slot(op.state, numbers, b.before[s]),
-                              slot(op.state, numbers, b.after[s]), mixed + start * width});
+                              std::min(first + kChannels, width), op.taps, nullptr, op.n_taps,
+                              slot(op.state, numbers, b.before[s]), slot(op.state, numbers, b.after[s]), mixed + start * width});
       }
     });
     const int64_t heads = 2 * op.n_k_heads;
@@ -97,11 +97,97 @@ struct Delta {
   }
 };
 
+// One Mamba-2 layer in one pass.
+struct Mamba {
+  qd_context& c;
+  const qd_mamba2& op;
+  const qd_batch& b;
+  int64_t n = b.n_tokens, heads = op.n_heads, inner = heads * op.head_dim, group = int64_t(op.n_groups) * op.state_dim;
+  int64_t width = inner + 2 * group, stride = inner + width;  // convolved; with z
+  int64_t kept = (op.n_taps - 1) * width, numbers = kept + inner * op.state_dim;  // of a slot
+  float *rows = nullptr, *gates = nullptr, *mixed = nullptr, *out = nullptr;  // (n, stride), (n, 2 H), (n, width), (n, inner)
+
+  void project() {
+    const int64_t dim = op.w_in.cols;
+    float* normed = c.normed.reserve(n * dim);
+    norm_rows(c, op.norm, b.hidden, n, dim, normed);
+    rows = c.qkv.reserve(n * stride);
+    linear(c, op.w_in, normed, dim, n, rows, stride, false);
+    gates = c.router.reserve(n * 2 * heads);
+    linear(c, op.w_dt, normed, dim, n, gates, 2 * heads, false);
+    c.pool.run(n, grain_of(n, n * heads * 32), [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        float *step = gates + i * 2 * heads, *decay = step + heads;
+        for (int64_t h = 0; h < heads; ++h) {
+          const float x = step[h] + op.dt[h];
+          step[h] = x > 20.0f ? x : std::log1p(std::exp(x));
+          decay[h] = std::exp(-op.rate[h] * step[h]);
+        }
+      }
+    });
+  }
+
+  void convolve() {
+    mixed = c.partial.reserve(n * width);
+    const int64_t parts = (width + kChannels - 1) / kChannels, items = parts * b.n_sequences;
+    c.pool.run(items, grain_of(items, n * width), [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t s = i / parts, first = i % parts * kChannels, start = b.starts[s];
+        c.kernels->silu_conv({rows + start * stride + inner, b.starts[s + 1] - start, width, stride, first,
+                              std::min(first + kChannels, width), op.taps, op.conv_bias, op.n_taps,
+                              slot(op.state, numbers, b.before[s]), slot(op.state, numbers, b.after[s]), mixed + start * width});
+      }
+    });
+  }
+
+  void remember() {
+    out = c.mixed.reserve(n * inner);
+    const int64_t parts = (op.head_dim + kDeltaColumns - 1) / kDeltaColumns, items = parts * heads * b.n_sequences;
+    c.pool.run(items, grain_of(items, n * inner * op.state_dim), [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t s = i / (parts * heads), h = i / parts % heads, first = i % parts * kDeltaColumns;
+        const int64_t start = b.starts[s], of_group = h / (heads / op.n_groups) * op.state_dim;
+        const int64_t place = kept + h * op.state_dim * op.head_dim + first, column = h * op.head_dim + first;
+        const float *row = mixed + start * width, *gate = gates + start * 2 * heads + h;
+        const float* before = slot(op.state, numbers, b.before[s]);
+        c.kernels->state_space({row + column, row + inner + of_group, row + inner + group + of_group, width, gate + heads, gate,
+                                op.skip[h], 2 * heads, b.starts[s + 1] - start, op.state_dim, op.head_dim,
+                                int(std::min<int64_t>(kDeltaColumns, op.head_dim - first)), before ? before + place : nullptr,
+                                slot(op.state, numbers, b.after[s]) + place, out + start * inner + column, inner});
+      }
+    });
+  }
+
+  void gate() {
+    const int64_t d = inner / op.n_groups;
+    c.pool.run(n, grain_of(n, n * inner), [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        c.kernels->times_silu(out + i * inner, rows + i * stride, inner);
+        for (int g = 0; g < op.n_groups; ++g) {
+          qd_norm norm = op.group_norm;
+          norm.weight += g * d;
+          c.kernels->norm(norm, out + i * inner + g * d, d, out + i * inner + g * d);
+        }
+      }
+    });
+  }
+};
+
 }  // namespace
 
 void run_delta_net(qd_context& c, const qd_delta_net& op, const qd_batch& b) {
   check_recurrent(b, op.n_taps);
   Delta layer{c, op, b};
+  layer.project();
+  layer.convolve();
+  layer.remember();
+  layer.gate();
+  add_branch(c, op.w_out, nullptr, op.post_norm, op.residual_scale, layer.out, b);
+}
+
+void run_mamba2(qd_context& c, const qd_mamba2& op, const qd_batch& b) {
+  check_recurrent(b, op.n_taps);
+  Mamba layer{c, op, b};
   layer.project();
   layer.convolve();
   layer.remember();
@@ -122,8 +208,8 @@ void run_short_conv(qd_context& c, const qd_short_conv& op, const qd_batch& b) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t s = i / parts, first = i % parts * kChannels, start = b.starts[s];
       c.kernels->short_conv({rows + start * 3 * width, b.starts[s + 1] - start, width, 3 * width, first,
-                             std::min(first + kChannels, width), op.taps, op.n_taps, slot(op.state, numbers, b.before[s]),
-                             slot(op.state, numbers, b.after[s]), mixed + start * width});
+                             std::min(first + kChannels, width), op.taps, nullptr, op.n_taps,
+                             slot(op.state, numbers, b.before[s]), slot(op.state, numbers, b.after[s]), mixed + start * width});
     }
   });
   add_branch(c, op.w_out, nullptr, op.post_norm, op.residual_scale, mixed, b);

@@ -2,7 +2,7 @@
 
 namespace {
 
-// gated: c * conv(b * x); otherwise silu(conv(x)).
+// gated: c * conv(b * x); otherwise silu(conv(x) + bias).
 template <bool gated>
 void conv(const ConvPart& p) {
   const int kept = p.n_taps - 1;
@@ -17,6 +17,7 @@ void conv(const ConvPart& p) {
       if (gated) past[kept] = past[kept] * load_part(row + 2 * p.width, m, 0.0f);
       vf sum = taps[0] * past[0];
       for (int j = 1; j <= kept; ++j) sum = fma(taps[j], past[j], sum);
+      if (!gated && p.bias) sum = sum + load_part(p.bias + c, m, 0.0f);
       const vf made = gated ? sum * load_part(row + p.width, m, 0.0f) : sum * sigmoid(sum);
       store_part(p.out + t * p.width + c, m, made);
       for (int j = 0; j < kept; ++j) past[j] = past[j + 1];
@@ -72,11 +73,70 @@ void delta_rule(const DeltaPart& p) {
   }
 }
 
+// Tokens [t, t + tokens) of `vectors` times 16 columns. A row of the state is read and written once for all of them; every
+// number is made by the same operations in the same order, however many there are.
+template <int vectors, int tokens>
+void state_tokens(const StatePart& p, int64_t t) {
+  const int64_t last = p.columns - 16 * (vectors - 1);
+  const auto at = [&](int x) { return x == vectors - 1 ? last : int64_t(16); };
+  const float* from = t || !p.before ? p.after : p.before;
+  vf written[tokens][vectors], out[tokens][vectors], decay[tokens];
+  for (int j = 0; j < tokens; ++j) {
+    const vf step = all(p.step[(t + j) * p.gate_stride]);
+    decay[j] = all(p.decay[(t + j) * p.gate_stride]);
+    for (int x = 0; x < vectors; ++x) {
+      written[j][x] = load_part(p.x + (t + j) * p.stride + 16 * x, at(x), 0.0f) * step;
+      out[j][x] = all(0.0f);
+    }
+  }
+  for (int i = 0; i < p.state_dim; ++i)
+    for (int x = 0; x < vectors; ++x) {
+      const int64_t place = int64_t(i) * p.head_dim + 16 * x;
+      vf state = load_part(from + place, at(x), 0.0f);
+      for (int j = 0; j < tokens; ++j) {
+        const int64_t row = (t + j) * p.stride + i;
+        state = fma(all(p.b[row]), written[j][x], state * decay[j]);
+        out[j][x] = fma(state, all(p.c[row]), out[j][x]);
+      }
+      store_part(p.after + place, at(x), state);
+    }
+  for (int j = 0; j < tokens; ++j)
+    for (int x = 0; x < vectors; ++x) {
+      const vf own = load_part(p.x + (t + j) * p.stride + 16 * x, at(x), 0.0f);
+      store_part(p.out + (t + j) * p.out_stride + 16 * x, at(x), fma(all(p.skip), own, out[j][x]));
+    }
+}
+
+template <int vectors>
+void state_columns(const StatePart& p) {
+  if (!p.before)
+    for (int i = 0; i < p.state_dim; ++i) std::memset(p.after + int64_t(i) * p.head_dim, 0, size_t(p.columns) * 4);
+  int64_t t = 0;
+  for (; t + 2 <= p.n; t += 2) state_tokens<vectors, 2>(p, t);
+  if (t < p.n) state_tokens<vectors, 1>(p, t);
+}
+
+void state_space(const StatePart& p) {
+  switch ((p.columns + 15) / 16) {
+    case 1: return state_columns<1>(p);
+    case 2: return state_columns<2>(p);
+    case 3: return state_columns<3>(p);
+    default: return state_columns<4>(p);
+  }
+}
+
 void gated_norm(const qd_norm& spec, const float* x, const float* gate, int64_t d, float* out) {
   norm(spec, x, d, out);
   for (int64_t i = 0; i < d; i += 16) {
     const vf z = load_part(gate + i, d - i, 0.0f);
     store_part(out + i, d - i, load_part(out + i, d - i, 0.0f) * (z * sigmoid(z)));
+  }
+}
+
+void times_silu(float* x, const float* gate, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const vf z = load_part(gate + i, n - i, 0.0f);
+    store_part(x + i, n - i, load_part(x + i, n - i, 0.0f) * (z * sigmoid(z)));
   }
 }
 

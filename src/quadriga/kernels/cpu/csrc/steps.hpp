@@ -9,6 +9,7 @@ void run_attend(qd_context&, const qd_attention&, const qd_batch&);    // over t
 void run_attention_out(qd_context&, const qd_attention&, const qd_batch&);  // projection, norm, residual
 void run_short_conv(qd_context&, const qd_short_conv&, const qd_batch&);    // a layer's first half as a whole
 void run_delta_net(qd_context&, const qd_delta_net&, const qd_batch&);
+void run_mamba2(qd_context&, const qd_mamba2&, const qd_batch&);
 void run_latent_out(qd_context&, const qd_attention&, const qd_batch&);  // values of every head's latent, then the same
 // `mixed` (N, wo.cols) projected, normed and added to the residual stream.
 void add_projected(qd_context&, const qd_attention&, const qd_batch&, const float* mixed);

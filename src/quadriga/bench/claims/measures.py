@@ -1,0 +1,187 @@
+"""From the files of a claim's steps to values: one for each seed, batch or row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quadriga.bench import equal_loss
+from quadriga.errors import EvaluationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Values with their labels, and the one that the claim is about.
+
+    Attributes:
+        value: the figure beside the claim's.
+        low, high: the spread: the least and the most of repeated measurements; equal to ``value`` where nothing varies.
+        parts: label -> value: what ``value`` is made of.
+        note: what must be said with it.
+    """
+
+    value: float
+    low: float
+    high: float
+    parts: dict[str, float]
+    note: str = ""
+
+
+def _exactly(value: float, parts: dict[str, float], note: str = "") -> Measured:
+    return Measured(value=value, low=value, high=value, parts=parts, note=note)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"cannot read {path}: {error}") from None
+
+
+def parameters(folder: Path) -> Measured:
+    """Billions of parameters, of which active: info.json."""
+    found = _json(folder / "info.json")["parameters"]
+    names = {"all": "total", "active": "active", "active, without the input table": "active_without_input"}
+    parts = {name: found[key] / 1e9 for name, key in names.items()}
+    return _exactly(parts["all"], parts)
+
+
+def combinations(folder: Path) -> Measured:
+    """Ways to choose DBRX's experts over those of 2 of 8: info.json."""
+    ffn = _json(folder / "info.json")["config"]["layers"][0]["ffn"]
+    ways = math.comb(ffn["n_experts"], ffn["top_k"])
+    return _exactly(ways / math.comb(8, 2), {"ours": float(ways), "2 of 8": 28.0})
+
+
+def planned_days(folder: Path) -> Measured:
+    """Days of the best plan: plan.json."""
+    training = _json(folder / "plan.json")["training"]
+    best = training["plans"][0]
+    parts = {"days": best["days"], "with faults": best["days_with_faults"], "MFU": best["mfu"]}
+    parts["million accelerator hours"] = best["gpu_hours"] / 1e6
+    parts["million dollars"] = best["cost"] / 1e6
+    return _exactly(best["days_with_faults"], parts, "computed by the planner, not run")
+
+
+def inference(folder: Path) -> Measured:
+    """Decoding over LLaMA2-70B by batch: claim.csv."""
+    try:
+        with (folder / "claim.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["system"] == "DBRX" and row["kind"] == "decode"]
+    except OSError as error:
+        raise EvaluationError(f"cannot read {folder / 'claim.csv'}: {error.strerror}") from None
+    by_batch = {f"batch {row['n']}": float(row["over_llama2_70b"]) for row in rows}
+    best = max(rows, key=lambda row: float(row["over_llama2_70b"]))
+    value, spread = float(best["over_llama2_70b"]), float(best["spread"])
+    machine = f"{rows[0]['cpu']}, {rows[0]['isa']}, {rows[0]['threads']} threads, {rows[0]['format']}"
+    note = f"the largest over batches, its spread that of DBRX's own times; {machine}"
+    return Measured(value=value, low=value * (1 - spread / 2), high=value * (1 + spread / 2), parts=by_batch, note=note)
+
+
+def _runs(folder: Path, prefix: str) -> list[equal_loss.Run]:
+    found = [path for path in sorted((folder / "runs").glob(f"{prefix}-s*")) if path.name.rpartition("-s")[2].isdigit()]
+    runs = [run for run in map(equal_loss.load, found) if run.size == prefix]
+    if not runs:
+        raise EvaluationError(f"{folder / 'runs'} must have runs named {prefix}-sN, it has none")
+    return runs
+
+
+def flops_to_equal_loss(folder: Path) -> Measured:
+    """Arithmetic of dense models over a mixture's at its loss: equal-loss.csv, else the runs."""
+    table = folder / "equal-loss.csv"
+    if table.exists():
+        with table.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["dense_over_it"]]
+        ratios = {row["run"]: float(row["dense_over_it"]) for row in rows}
+        bounds = {row["run"]: row["bound"] for row in rows}
+    else:
+        line = equal_loss.line_of([*_runs(folder, "nano-dense"), *_runs(folder, "nano-dense-2x")])
+        ratios, bounds = {}, {}
+        for run in _runs(folder, "nano"):
+            needed, bounds[run.name] = equal_loss.flops_for(run.loss, line)
+            ratios[run.name] = needed / run.flops
+    return _spread(ratios, bounds)
+
+
+def _spread(ratios: dict[str, float], bounds: dict[str, str]) -> Measured:
+    values = list(ratios.values())
+    only = ", ".join(f"{name} {sign}" for name, sign in bounds.items() if sign)
+    note = f"only bounds, as the runs do not enclose the loss: {only}" if only else ""
+    return Measured(value=statistics.fmean(values), low=min(values), high=max(values), parts=ratios, note=note)
+
+
+def compute_to_equal_bits(folder: Path) -> Measured:
+    """Arithmetic of nano-MPT over nano-DBRX's at its bits a byte: the runs, and the counts of the corpora."""
+    mpt = [*_runs(folder, "nano-mpt"), *_runs(folder, "nano-mpt-4x")]
+    dbrx = _runs(folder, "nano-dbrx")
+    bits = {run.name: equal_loss.bits_per_byte(run, _tokens_per_byte(folder / "corpus-4096.json")) for run in mpt}
+    bits |= {run.name: equal_loss.bits_per_byte(run, _tokens_per_byte(folder / "corpus-8192.json")) for run in dbrx}
+    line = equal_loss.line_of(mpt, bits)
+    ratios, bounds = {}, {}
+    for run in dbrx:
+        needed, bounds[run.name] = equal_loss.flops_for(bits[run.name], line)
+        ratios[run.name] = needed / run.flops
+    found = _spread(ratios, bounds)
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in bits.items())
+    note = f"bits a byte: {shown}. {found.note}".rstrip(". ")
+    return Measured(value=found.value, low=found.low, high=found.high, parts=found.parts, note=note)
+
+
+def _tokens_per_byte(path: Path) -> dict[str, float]:
+    """Domain -> tokens a byte of held-out text, from `quadriga data inspect --json`."""
+    rows = [row for row in _json(path)["content"] if row["split"] == "held_out"]
+    return {row["domain"]: row["tokens"] / row["text_bytes"] for row in rows}
+
+
+def loss_differences(folder: Path) -> Measured:
+    """Held-out loss of each variant less the first one's, seed by seed: the runs, named VARIANT-sN."""
+    names = sorted({path.name.rpartition("-s")[0] for path in (folder / "runs").iterdir()})
+    base = next((name for name in names if name.endswith("-base")), names[0])
+    losses = {name: {run.name.rpartition("-s")[2]: run.loss for run in _runs(folder, name)} for name in names}
+    differences = {
+        name: [loss - losses[base][seed] for seed, loss in by_seed.items() if seed in losses[base]]
+        for name, by_seed in losses.items()
+        if name != base
+    }
+    means = {name: statistics.fmean(some) for name, some in differences.items()}
+    best = min(means, key=lambda name: means[name])
+    own = ", ".join(f"{name} {statistics.fmean(by_seed.values()):.4f}" for name, by_seed in losses.items())
+    return Measured(
+        value=means[best],
+        low=min(differences[best]),
+        high=max(differences[best]),
+        parts=means,
+        note=f"{best} less {base}, nats a token; losses: {own}",
+    )
+
+
+def table_mean(folder: Path) -> Measured:
+    """Mean of the leaderboard's six, in percent: results.json."""
+    tasks = _json(folder / "results.json")["tasks"]
+    values = {name: 100 * task["figures"][task["main"]]["value"] for name, task in tasks.items()}
+    six = ("arc_challenge", "hellaswag_10", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
+    missing = [name for name in six if name not in values]
+    if missing:
+        raise EvaluationError(
+            f"{folder / 'results.json'} must have the leaderboard's six tasks; missing: {', '.join(missing)}"
+        )
+    return _exactly(statistics.fmean(values[name] for name in six), values)
+
+
+def main_figure(task: str) -> Any:
+    """A measure that reads one task's main figure from results.json, with two standard errors as its spread."""
+
+    def read(folder: Path) -> Measured:
+        found = _json(folder / "results.json")["tasks"][task]
+        figure = found["figures"][found["main"]]
+        error = 2 * (figure["stderr"] or 0.0)
+        value = figure["value"]
+        groups = {name: one["value"] for name, one in found["groups"].items()}
+        return Measured(value=value, low=value - error, high=value + error, parts=groups)
+
+    return read

@@ -1,0 +1,294 @@
+"""What DBRX's launch claimed, and how each claim is tried here.
+
+Sources: "Introducing DBRX", Databricks, 27 March 2024, and the posts that it links to. ``bar`` is what counts as
+reproduced; ``missing`` says why a claim has no result, where more than a command is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quadriga.bench.claims import measures
+from quadriga.bench.claims.measures import Measured
+from quadriga.bench.claims.steps import Step, Values
+from quadriga.errors import EvaluationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much of a claim's steps is run.
+
+    Attributes:
+        seeds: training runs of each kind.
+        share: of the recipes' tokens; below 1 it is a short try, and the record says so.
+        threads: of each training run and benchmark; None: all.
+        model: whose weights the claims about quality are tried with.
+        dtype: of training; bfloat16 where the processor multiplies in it.
+    """
+
+    seeds: int = 3
+    share: float = 1.0
+    threads: int | None = None
+    model: str = "dbrx-instruct"
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim.
+
+    Attributes:
+        says: the claim in a sentence.
+        published: the published figure, as text.
+        unit: of the value that is measured.
+        at_least, at_most: the bounds of what counts as reproduced.
+        how: what is done here, and how it differs from what was claimed.
+        steps: the commands, for a scale.
+        measure: their files -> values.
+        missing: why there is no result.
+    """
+
+    name: str
+    says: str
+    published: str
+    unit: str
+    how: str
+    steps: Callable[[Scale], list[Step]]
+    measure: Callable[[Path], Measured]
+    at_least: float | None = None
+    at_most: float | None = None
+    missing: str = ""
+
+
+def trained(scale: Scale, recipes: dict[str, tuple[str, Values]], tokens: dict[str, float] | None = None) -> list[Step]:
+    """Training runs NAME-s1, NAME-s2... of each recipe with its changes: one seed of all, then the next seed.
+
+    ``tokens``: name -> how many times as long as its recipe says.
+    """
+    steps = []
+    for seed in range(1, scale.seeds + 1):
+        for name, (recipe, changes) in recipes.items():
+            run = f"{name}-s{seed}"
+            argv = ["train", f"{{out}}/{run}.toml"]
+            argv += [] if scale.threads is None else ["--threads", str(scale.threads)]
+            own: Values = {"seed": seed, "parallel.dtype": scale.dtype} | changes
+            times = scale.share * (tokens or {}).get(name, 1.0)
+            steps.append(Step(name=run, argv=tuple(argv), recipe=recipe, changes=own, tokens=times))
+    return steps
+
+
+def _corpus(vocabulary: int) -> list[Step]:
+    """The four domains with a vocabulary of this size, in a folder that the claims share, and its counts."""
+    folder = f"{{out}}/../corpora/mix-{vocabulary}"
+    prepare = ("data", "prepare", "{recipes}/mix.toml", "--train-tokenizer", str(vocabulary), "--out", folder)
+    count = ("data", "inspect", folder, "--json")
+    return [
+        Step(name=f"corpus-{vocabulary}", argv=prepare),
+        Step(name=f"count-{vocabulary}", argv=count, output=f"corpus-{vocabulary}.json"),
+    ]
+
+
+def _on(vocabulary: int, **model: Any) -> Values:
+    """Changes of a recipe: its corpus, and keys of its model."""
+    corpora = [f"{{out}}/../corpora/mix-{vocabulary}"]
+    return {"data.corpora": corpora} | {f"model.{key}": value for key, value in model.items()}
+
+
+def _moe_flops(scale: Scale) -> list[Step]:
+    recipes = {"nano": "nano.toml", "nano-dense": "nano-dense.toml", "nano-dense-2x": "nano-dense-2x.toml"}
+    return [*_corpus(8192), *trained(scale, {name: (recipe, _on(8192)) for name, recipe in recipes.items()})]
+
+
+def _mpt_compute(scale: Scale) -> list[Step]:
+    runs = {
+        "nano-mpt": ("claims/nano-mpt.toml", _on(4096)),
+        "nano-dbrx": ("claims/nano-dbrx.toml", _on(8192)),
+        "nano-mpt-4x": ("claims/nano-mpt.toml", _on(4096)),
+    }
+    return [*_corpus(4096), *_corpus(8192), *trained(scale, runs, {"nano-mpt-4x": 4.0})]
+
+
+def _fine_grained(scale: Scale) -> list[Step]:
+    coarse = _on(8192, n_experts=8, top_k=2, d_ff=320)
+    return [*_corpus(8192), *trained(scale, {"coarse-base": ("nano.toml", coarse), "fine": ("nano.toml", _on(8192))})]
+
+
+def _aggregators(scale: Scale) -> list[Step]:
+    kinds = {"weighted-base": "weighted_sum", "vote": "vote", "fuse": "fuse"}
+    runs = {name: ("nano.toml", _on(8192, aggregate=kind)) for name, kind in kinds.items()}
+    return [*_corpus(8192), *trained(scale, runs)]
+
+
+def _info(scale: Scale) -> list[Step]:
+    return [Step(name="info", argv=("info", "dbrx-132b", "--json"), output="info.json")]
+
+
+def _plan(*words: str) -> Callable[[Scale], list[Step]]:
+    return lambda scale: [Step(name="plan", argv=("plan", *words, "--json"), output="plan.json")]
+
+
+def _bench_claim(scale: Scale) -> list[Step]:
+    threads = () if scale.threads is None else ("--threads", str(scale.threads))
+    return [Step(name="bench", argv=("bench", "claim", "--rounds", "7", *threads, "--csv", "{out}/claim.csv"))]
+
+
+def _evaluated(tasks: str, *words: str) -> Callable[[Scale], list[Step]]:
+    def steps(scale: Scale) -> list[Step]:
+        return [Step(name="eval", argv=("eval", "--model", scale.model, "--tasks", tasks, *words, "--out", "{out}"))]
+
+    return steps
+
+
+_NEEDS_WEIGHTS = "DBRX's weights (263 GB) and a machine that holds them: give --weights"
+
+CLAIMS = (
+    Claim(
+        name="parameters",
+        says="132B total parameters, of which 36B are active on any input",
+        published="132, 36",
+        unit="billion parameters",
+        how="Counted from the shapes of every parameter.",
+        steps=_info,
+        measure=measures.parameters,
+        at_least=131.5,
+        at_most=132.5,
+    ),
+    Claim(
+        name="combinations",
+        says="65x more possible combinations of experts than 2 of 8",
+        published="65",
+        unit="times",
+        how="Binomials of the model's configuration.",
+        steps=_info,
+        measure=measures.combinations,
+        at_least=65,
+        at_most=65,
+    ),
+    Claim(
+        name="training-time",
+        says="trained on 3,072 H100 and 12T tokens within three months",
+        published="92",
+        unit="days",
+        how="The planner's best mesh, 5 % lost to faults. The three months are for everything, not for one run.",
+        steps=_plan("dbrx-132b", "--gpus", "3072xH100", "--tokens", "12T"),
+        measure=measures.planned_days,
+        at_most=92,
+    ),
+    Claim(
+        name="mpt-days",
+        says="MPT-7B: 9.5 days on 440 A100-40GB, 1T tokens, about $200,000",
+        published="9.5",
+        unit="days",
+        how="The planner's best mesh for the same model and tokens, as a check of the planner (its A100 has 80 GB).",
+        steps=_plan("mpt-7b", "--gpus", "440xA100", "--tokens", "1T", "--seq-len", "2048", "--context", "2048"),
+        measure=measures.planned_days,
+        at_least=8.5,
+        at_most=10.5,
+    ),
+    Claim(
+        name="mpt-compute",
+        says="the whole recipe needs nearly 4x less compute than MPT-7B for the same quality",
+        published="3.7",
+        unit="times",
+        how="Two recipes of 6M to 24M tokens at equal width and depth: MPT's (ALiBi, LayerNorm, GELU, its own "
+        "vocabulary, one "
+        "mix, Lion) and DBRX's (RoPE, gated, shared keys, 16 experts, larger vocabulary, curriculum, Muon). "
+        "Arithmetic to "
+        "equal bits a byte, from two lengths of MPT's run. Neither recipe was tuned.",
+        steps=_mpt_compute,
+        measure=measures.compute_to_equal_bits,
+        at_least=3.3,
+    ),
+    Claim(
+        name="moe-flops",
+        says="a mixture needs about half the FLOPs of a dense model for the same quality",
+        published="1.7 to 2",
+        unit="times",
+        how="A nano mixture (16 experts, 4 active) beside dense models of its active size and of twice the work, 6M "
+        "tokens.",
+        steps=_moe_flops,
+        measure=measures.flops_to_equal_loss,
+        at_least=1.7,
+    ),
+    Claim(
+        name="fine-grained",
+        says="16 experts of which 4 work give a better model than 8 of which 2 work",
+        published="better, no figure",
+        unit="nats a token",
+        how="The nano beside one of 8 experts, 2 active, each twice as wide: equal parameters, equal work.",
+        steps=_fine_grained,
+        measure=measures.loss_differences,
+        at_most=0.0,
+    ),
+    Claim(
+        name="aggregators",
+        says="(asked here, not claimed there) a vote of the experts, or a learned fusion, beats their weighted sum",
+        published="none",
+        unit="nats a token",
+        how="The nano with each of the three; the best of vote and fuse less the weighted sum. The launch only uses "
+        "the sum.",
+        steps=_aggregators,
+        measure=measures.loss_differences,
+        at_most=0.0,
+    ),
+    Claim(
+        name="inference",
+        says="up to 2x faster inference than LLaMA2-70B",
+        published="up to 2",
+        unit="times",
+        how="One layer of each at full width with random weights at equal bits, and the head, times the layers; on "
+        "this machine.",
+        steps=_bench_claim,
+        measure=measures.inference,
+        at_least=1.8,
+    ),
+    Claim(
+        name="quality",
+        says="above Mixtral, LLaMA2-70B and Grok-1: 74.5 % mean of the leaderboard's six tasks",
+        published="74.5",
+        unit="percent",
+        how="The six tasks with the leaderboard's shots.",
+        steps=_evaluated("leaderboard"),
+        measure=measures.table_mean,
+        at_least=73.5,
+        missing=_NEEDS_WEIGHTS,
+    ),
+    Claim(
+        name="programming",
+        says="HumanEval pass@1 of 70.1 %, above GPT-3.5 and CodeLLaMA-70B",
+        published="70.1",
+        unit="",
+        how="HumanEval, greedy, one sample, in the model's chat template.",
+        steps=_evaluated("humaneval", "--chat"),
+        measure=measures.main_figure("humaneval"),
+        at_least=0.681,
+        missing=_NEEDS_WEIGHTS,
+    ),
+    Claim(
+        name="long-context",
+        says="better than GPT-3.5 Turbo at 2k to 32k tokens, by position and by length",
+        published="19.9 to 65.1 %",
+        unit="",
+        how="A needle at five depths of 1k to 32k tokens; KV-Pairs and HotpotQAXL are not public in this form.",
+        steps=_evaluated("needle"),
+        measure=measures.main_figure("needle"),
+        at_least=0.9,
+        missing=f"{_NEEDS_WEIGHTS}; no model here was extended to 32k",
+    ),
+)
+"""All claims, in the order of the launch: the model, its training, its use, its quality."""
+
+
+def claim(name: str) -> Claim:
+    """A claim by name.
+
+    Raises:
+        EvaluationError: there is none of that name.
+    """
+    for one in CLAIMS:
+        if one.name == name:
+            return one
+    raise EvaluationError(f"there is no claim {name!r}: choose from {', '.join(one.name for one in CLAIMS)}")

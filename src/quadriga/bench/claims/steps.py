@@ -1,0 +1,173 @@
+"""Commands that are run one after another, each once: a finished one is left alone, a cut one is given again.
+
+OUT/NAME.toml              the training runs' files, made from recipes
+OUT/steps/STEP.json        what was run, and how long it took; written when it ended well
+OUT/steps/STEP.log         what it said
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quadriga.errors import EvaluationError, QuadrigaError
+from quadriga.train.data_config import parse_count
+
+Tell = Callable[[str], None]
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command of this program.
+
+    Attributes:
+        argv: the words after ``quadriga``; {out} is the claim's folder.
+        output: a file in the claim's folder that its standard output is written to.
+        recipe: a training run's file that ``{out}/NAME.toml`` is made from.
+        changes: what replaces the recipe's values, by dotted key, e.g. {"model.d_ff": 320}.
+        tokens: each stage of the recipe is this many times as long.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    output: str | None = None
+    recipe: str | None = None
+    changes: Values = field(default_factory=dict)
+    tokens: float = 1.0
+
+    def words(self, out: Path, recipes: Path) -> list[str]:
+        """The command's words."""
+        return [_filled(word, out, recipes) for word in self.argv]
+
+
+def _filled(value: Any, out: Path, recipes: Path) -> Any:
+    """A text, or a list of texts, with the folders filled in; other values as they are."""
+    if isinstance(value, list):
+        return [_filled(one, out, recipes) for one in value]
+    return value.replace("{out}", str(out)).replace("{recipes}", str(recipes)) if isinstance(value, str) else value
+
+
+def run_steps(steps: Sequence[Step], out: Path, recipes: Path, tell: Tell) -> None:
+    """Run the steps that have not been.
+
+    Args:
+        out: the claim's folder.
+        recipes: the folder of recipes.
+
+    Raises:
+        EvaluationError: a recipe is missing, or ``out`` has steps of other settings.
+        QuadrigaError: a command failed.
+    """
+    (out / "steps").mkdir(parents=True, exist_ok=True)
+    for number, step in enumerate(steps, 1):
+        done = out / "steps" / f"{step.name}.json"
+        made = _made(step, out, recipes)
+        words = step.words(out, recipes)
+        wanted: Values = {"argv": words, "file": made}
+        if done.exists():
+            found = json.loads(done.read_text())
+            if {key: found.get(key) for key in wanted} != wanted:
+                raise EvaluationError(
+                    f"{done} is of other settings: give another --runs, or remove the folder to start over"
+                )
+            continue
+        tell(f"[{number}/{len(steps)}] quadriga {' '.join(words)}")
+        seconds = _run(step, out, recipes)
+        _write(done, json.dumps(wanted | {"seconds": round(seconds, 1)}) + "\n")
+
+
+def _made(step: Step, out: Path, recipes: Path) -> Values | None:
+    """Write the file of a training run, and return its content."""
+    if step.recipe is None:
+        return None
+    path = recipes / step.recipe
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise EvaluationError(
+            f"cannot read {path}: {error.strerror}. Give the folder of this project's recipes as --recipes."
+        ) from None
+    for key, value in step.changes.items():
+        _set(values, key, _filled(value, out, recipes))
+    _stretch(values, step.tokens)
+    values["run"] = str(out / "runs" / step.name)
+    target = out / f"{step.name}.toml"
+    if not target.exists():  # a run that has begun refuses another file
+        _write(target, toml(values))
+    return values
+
+
+def _set(values: Values, key: str, value: Any) -> None:
+    *rooms, last = key.split(".")
+    for room in rooms:
+        values = values.setdefault(room, {})
+    if value is None:
+        values.pop(last, None)
+    else:
+        values[last] = value
+
+
+def _stretch(values: Values, times: float) -> None:
+    """Make every stage ``times`` as long, and what is counted in steps with it."""
+    for stage in values["data"]["stages"]:
+        batch = parse_count(stage["batch_tokens"])
+        stage["tokens"] = max(1, round(parse_count(stage["tokens"]) * times / batch)) * batch
+    for section, key in (("schedule", "warmup_steps"), ("checkpoint", "every"), ("evaluate", "every")):
+        if key in values.get(section, {}):
+            values[section][key] = max(1, round(values[section][key] * times))
+
+
+def _run(step: Step, out: Path, recipes: Path) -> float:
+    log = out / "steps" / f"{step.name}.log"
+    started = time.monotonic()
+    with log.open("w") as said:
+        target = said if step.output is None else (out / f".{step.output}.new").open("w")
+        command = [sys.executable, "-m", "quadriga", *step.words(out, recipes)]
+        code = subprocess.run(command, stdout=target, stderr=said, stdin=subprocess.DEVNULL, check=False).returncode
+        if target is not said:
+            target.close()
+    if code:
+        tail = " / ".join(log.read_text().strip().splitlines()[-3:])
+        raise QuadrigaError(f"the step {step.name} ended with code {code}: {tail[-500:]} ({log} has all of it)")
+    if step.output is not None:
+        (out / f".{step.output}.new").replace(out / step.output)
+    return time.monotonic() - started
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.replace(path)
+
+
+def toml(values: Values) -> str:
+    """Plain values as TOML: scalars, lists, tables, and lists of tables."""
+    lines = [f"{key} = {_scalar(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    for key, value in values.items():
+        if isinstance(value, dict):
+            plain = {name: one for name, one in value.items() if not _is_tables(one)}
+            lines += ["", f"[{key}]", *(f"{name} = {_scalar(one)}" for name, one in plain.items())]
+            for name in value.keys() - plain.keys():
+                for table in value[name]:
+                    lines += ["", f"[[{key}.{name}]]", *(f"{inner} = {_scalar(it)}" for inner, it in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_scalar(one)}" for key, one in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_scalar, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
