@@ -10,7 +10,9 @@ from quadriga.model.config import (
     DenseSpec,
     Mamba2Spec,
     ModelConfig,
+    ProportionalScaling,
     QKNormSpec,
+    RopeSpec,
     ShortConvSpec,
     in_order,
     uniform,
@@ -50,6 +52,26 @@ def with_state_spaces(config: ModelConfig, n_groups: int = 2, conv_bias: bool = 
     )
     layers = (layer if i == 1 else replace(layer, mixer=mamba) for i, layer in enumerate(config.layers))
     return replace(config, layers=in_order(layers))
+
+
+def with_windows(config: ModelConfig) -> ModelConfig:
+    """``config`` as Gemma 4 would have it: windows in all but the second layer, which has wider heads that are values too."""
+    near = replace(
+        config.layers[0].attention,
+        scale=1.0,
+        qk_norm=QKNormSpec(over="head", eps=config.final_norm.eps),
+        v_norm_eps=config.final_norm.eps,
+        window=7,
+    )
+    turning = RopeSpec(theta=5e3, scaling=ProportionalScaling(part=0.6))
+    far = replace(near, n_kv_heads=3, head_dim=20, window=None, keys_as_values=True, position=turning)
+    layers = (
+        replace(layer, mixer=far if i == 1 else near, post_norms=True, scaled=True)
+        for i, layer in enumerate(config.layers)
+    )
+    return replace(
+        config, layers=in_order(layers), tied_embeddings=True, embedding_scale=config.d_model**0.5, logit_cap=30.0
+    )
 
 
 def changed(config: ModelConfig, **fields: Any) -> ModelConfig:

@@ -28,7 +28,7 @@ from quadriga.model.config import (
     uniform_model,
 )
 from quadriga.model.weight_map import Piece, parameter_shapes, source_index, source_shapes, whole
-from tests.configs import first_dense, with_convolutions, with_delta_rules, with_state_spaces
+from tests.configs import first_dense, with_convolutions, with_delta_rules, with_state_spaces, with_windows
 
 _SIZES = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "max_seq_len": 64}
 _ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=1e4))
@@ -354,6 +354,24 @@ TINY: dict[str, ModelConfig] = {
         ),
         n_groups=1,
         conv_bias=False,
+    ),
+    "gemma4": with_windows(
+        uniform_model(
+            family="gemma4",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=_ATTN,
+            ffn=_moe(activation="gelu_tanh", apart=True, shared=DenseSpec(d_ff=56, activation="gelu_tanh")),
+        )
+    ),
+    "gemma4-dense": with_windows(
+        uniform_model(
+            family="gemma4",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=_ATTN,
+            ffn=DenseSpec(d_ff=80, activation="gelu_tanh"),
+        )
     ),
     "olmo2": uniform_model(
         family="olmo2",

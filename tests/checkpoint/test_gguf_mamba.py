@@ -244,3 +244,18 @@ def test_what_neither_format_has_words_for_is_refused() -> None:
     mixed = replace(config, layers=in_order((replace(config.layers[0], residual_scale=1.0), *config.layers[1:])))
     with pytest.raises(ConfigError, match=r"residual_scale: 1.0 would become 0.5"):
         family.config_to_hf(mixed)
+
+
+def test_matrices_of_a_file_are_as_narrow_as_asked_for_and_what_forgets_stays_wide(tmp_path: Path) -> None:
+    """ssm_in holds the rows of the steps as well, which are float32 in memory; ssm_a is a matrix in name only."""
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config_json("granitehybrid")))
+    save_file(weights("granitehybrid"), folder / "model.safetensors")
+    convert(folder, tmp_path / "x.gguf", to="gguf", gguf_format="bfloat16")
+    stored = {name: tensor.dtype for name, tensor in GGUFSource(tmp_path / "x.gguf").tensors.items()}
+    wide = {name for name, dtype in stored.items() if dtype == "float32" and name.startswith("blk.0.")}
+    parts = ("attn_norm.weight", "ffn_norm.weight", "ffn_gate_inp.weight")
+    own = ("ssm_a", "ssm_d", "ssm_dt.bias", "ssm_conv1d.weight", "ssm_conv1d.bias", "ssm_norm.weight")
+    assert wide == {f"blk.0.{name}" for name in (*parts, *own)}
+    assert stored["blk.0.ssm_in.weight"] == "bfloat16"

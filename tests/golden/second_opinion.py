@@ -21,6 +21,7 @@ NAMES = (
     *("deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "glm4_moe_lite"),
     *("lfm2", "lfm2moe", "qwen3next", "qwen35moe"),
     *("granitehybrid", "granitehybrid-groups", "granitehybrid-dense"),
+    *("gemma4", "gemma4-dense"),
 )
 
 

@@ -618,6 +618,35 @@ GRANITE_HYBRID_GROUPS: dict[str, object] = {
 }
 """Groups of heads, which transformers norms by themselves from version 5 on."""
 
+GEMMA4: dict[str, object] = {
+    "model_type": "gemma4_text",
+    "head_dim": 8,
+    "global_head_dim": 20,
+    "num_global_key_value_heads": 3,
+    "attention_k_eq_v": True,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 7,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 5000.0, "partial_rotary_factor": 0.6},
+    },
+    "final_logit_softcapping": 3.0,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "use_bidirectional_attention": None,
+    "enable_moe_block": True,
+    "num_experts": 5,
+    "top_k_experts": 4,
+    "moe_intermediate_size": 56,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    **_LLAMA,
+}
+"""Known to transformers from version 5 on."""
+GEMMA4_DENSE: dict[str, object] = {**GEMMA4, "enable_moe_block": False, "attention_k_eq_v": False}
+
 BESIDE_TRANSFORMERS = {
     "grok1": GROK1,
     "minimax-m2": MINIMAX_M2,
@@ -626,6 +655,8 @@ BESIDE_TRANSFORMERS = {
     "lfm2moe": LFM2_MOE,
     "qwen35moe": QWEN35_MOE,
     "granitehybrid-groups": GRANITE_HYBRID_GROUPS,
+    "gemma4": GEMMA4,
+    "gemma4-dense": GEMMA4_DENSE,
 }
 """Golden models without a golden file."""
 

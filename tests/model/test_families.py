@@ -33,7 +33,7 @@ from quadriga.model.families import FAMILIES, PRESETS, config_from_gguf, config_
 from quadriga.model.families.base import pick_layout
 from quadriga.model.families.keys import exact_or, shortest_float32
 from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes, whole
-from tests.configs import changed, first_dense, with_convolutions, with_delta_rules, with_state_spaces
+from tests.configs import changed, first_dense, with_convolutions, with_delta_rules, with_state_spaces, with_windows
 
 ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=12_345.0))
 MOE = MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu", aux_loss_weight=0.01)
@@ -328,6 +328,20 @@ TINY = {
             tied_embeddings=True,
         )
     ),
+    "gemma4": with_windows(
+        changed(
+            LLAMA,
+            family="gemma4",
+            ffn=replace(
+                MOE,
+                activation="gelu_tanh",
+                apart=True,
+                aux_loss_weight=0.0,
+                shared=DenseSpec(d_ff=56, activation="gelu_tanh"),
+            ),
+        )
+    ),
+    "gemma4-dense": with_windows(changed(LLAMA, family="gemma4", ffn=DenseSpec(d_ff=80, activation="gelu_tanh"))),
     "granitehybrid": with_state_spaces(
         changed(
             LLAMA,
@@ -1465,7 +1479,7 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, granitemoehybrid, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, lfm2, lfm2_moe, qwen3_next, qwen3_5_moe, qwen3_5_moe_text, qwen3_5, qwen3_5_text, olmo2, olmo3, flex_olmo, phimoe, deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite; got 'gpt2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, granitemoehybrid, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, lfm2, lfm2_moe, qwen3_next, qwen3_5_moe, qwen3_5_moe_text, qwen3_5, qwen3_5_text, olmo2, olmo3, flex_olmo, phimoe, gemma4, gemma4_text, deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite; got 'gpt2'",
     ):
         config_from_hf({"model_type": "gpt2"})
 
@@ -1486,7 +1500,7 @@ def test_known_families_that_are_not_computed_say_what_they_would_need():
 
 
 def test_presets_by_name():
-    assert len(PRESETS) == 63
+    assert len(PRESETS) == 64
     assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
@@ -1544,6 +1558,8 @@ def test_presets_by_name():
         ("granite-4.0-h-350m", 340_332_224, 340_332_224),
         ("granite-4.0-h-tiny", 6_939_037_248, 1_465_470_528),
         ("granite-4.0-h-small", 32_207_337_984, 8_803_121_664),
+        # The card's 25.2 and 3.8 billion.
+        ("gemma-4-26b-a4b", 25_233_141_790, 3_822_530_590),
         ("qwen1.5-moe-a2.7b", 14_315_784_192, 2_689_173_504),
         ("qwen2-57b-a14b", 57_408_658_944, 14_249_270_784),
     ],
@@ -1761,6 +1777,7 @@ def test_gguf_round_trip_through_float32(name):
     metadata = family_of(config).config_to_gguf(config)
     stored = {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in metadata.items()}
     arch = next(iter(stored)).split(".")[0]
+    stored |= {rope_keys.VALUES + tensor: values for tensor, values in rope_keys.gguf_tensors(config).items()}
     again = config_from_gguf({"general.architecture": arch, **stored}, gguf_shapes(config))
     if config.family == "mistral" and config.layers[0].mixer.window is None:  # arch llama does not say whose it is
         config = replace(config, family="llama2")
@@ -1941,7 +1958,7 @@ def test_the_same_model_from_hf_and_gguf():
         (
             {"general.architecture": "gpt2"},
             {},
-            "must be one of dbrx, deepseek2, dots1, ernie4_5-moe, glm4moe, gpt-oss, granite, granitehybrid, granitemoe, grok, hunyuan-moe, lfm2, lfm2moe, llama, minimax-m2, mpt, olmo2, olmoe, qwen2, qwen2moe, qwen3, qwen35, qwen35moe, qwen3moe, qwen3next, smollm3; got 'gpt2'",
+            "must be one of dbrx, deepseek2, dots1, ernie4_5-moe, gemma4, glm4moe, gpt-oss, granite, granitehybrid, granitemoe, grok, hunyuan-moe, lfm2, lfm2moe, llama, minimax-m2, mpt, olmo2, olmoe, qwen2, qwen2moe, qwen3, qwen35, qwen35moe, qwen3moe, qwen3next, smollm3; got 'gpt2'",
         ),
     ],
 )
@@ -2091,7 +2108,7 @@ def test_gguf_names_are_ggufs_own(name):
     arch = family_of(config).gguf_archs[0]
     known = next(a for a, text in constants.MODEL_ARCH_NAMES.items() if text == arch)
     stems = {constants.TENSOR_NAMES[t].format(bid=2) for t in constants.MODEL_TENSORS[known]}
-    names = {stem + end for stem in stems for end in (".weight", ".bias", "")}
+    names = {stem + end for stem in stems for end in (".weight", ".bias", ".scale", "")}
     ours = {n for n in gguf_shapes(config) if not n.startswith("blk.") or n.startswith("blk.2.")}
     assert ours <= names
 

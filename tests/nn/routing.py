@@ -36,6 +36,8 @@ class ForcedRouter(nn.Module):
             return ops.Routing(self.ids, weights, free.logits, lags(free.logits, self.ids, how))
         scores = reference.score(free.logits, how)
         chosen = reference.weigh(scores.gather(1, self.ids), how)
+        if self.router.expert_scale is not None:
+            chosen = chosen * self.router.expert_scale[self.ids]
         by = scores if self.router.correction is None else scores + self.router.correction
         return ops.Routing(self.ids, chosen, by, lags(by, self.ids, how))
 

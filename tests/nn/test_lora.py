@@ -55,6 +55,8 @@ ALL = {
     "qwen35moe": ("attention", "router", "experts", "shared", "embeddings", "head"),
     "qwen35": ("attention", "ffn", "embeddings"),
     "granitehybrid": ("attention", "router", "experts", "shared", "embeddings"),
+    "gemma4": ("attention", "router", "experts", "shared", "embeddings"),
+    "gemma4-dense": ("attention", "ffn", "embeddings"),
     "granitehybrid-dense": ("attention", "ffn", "embeddings"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),

@@ -57,6 +57,13 @@ def state_spaces_with(config: ModelConfig, **fields: Any) -> ModelConfig:
     )
 
 
+def full_layers_with(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """The model with fields of its attention changed where a layer sees all."""
+    return config.with_layers(
+        lambda layer: layer if layer.attention.window else replace(layer, mixer=replace(layer.attention, **fields))
+    )
+
+
 def without_plus_one(config: ModelConfig) -> ModelConfig:
     """The model whose layers' norms multiply by what is stored."""
     return config.with_layers(lambda layer: replace(layer, norm=replace(layer.norm, plus_one=False)))
@@ -220,6 +227,30 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
         "granitehybrid-groups",
         lambda c: state_spaces_with(c, n_groups=1, state_dim=28),
     ),
+    "no norms of values": ("gemma4", lambda c: c.with_mixer(v_norm_eps=None)),
+    "gemma's scores of the usual scale": ("gemma4", lambda c: c.with_mixer(scale=None)),
+    "no norms of q and k in gemma": ("gemma4", lambda c: c.with_mixer(qk_norm=None)),
+    "whole heads turn": ("gemma4", lambda c: full_layers_with(c, position=RopeSpec(theta=5000.0))),
+    "the first numbers of a head turn": (
+        "gemma4",
+        lambda c: full_layers_with(c, position=RopeSpec(theta=5000.0, dim=12)),
+    ),
+    "windows of gemma one key wider": (
+        "gemma4",
+        lambda c: c.with_layers(
+            lambda layer: (
+                layer if layer.attention.window is None else replace(layer, mixer=replace(layer.attention, window=8))
+            )
+        ),
+    ),
+    "the stream not scaled": ("gemma4", lambda c: c.with_layers(lambda layer: replace(layer, scaled=False))),
+    "no norms behind gemma's branches": (
+        "gemma4",
+        lambda c: c.with_layers(lambda layer: replace(layer, post_norms=False)),
+    ),
+    "router and experts read what the network reads": ("gemma4", lambda c: mixtures_with(c, apart=False)),
+    "logits not capped": ("gemma4", lambda c: replace(c, logit_cap=None)),
+    "gemma's embeddings not scaled": ("gemma4", lambda c: replace(c, embedding_scale=1.0)),
     "tanh gelu": ("mpt", lambda c: c.with_ffn(activation="gelu_tanh")),
     "alibi bias 6": ("mpt", lambda c: c.with_mixer(position=AlibiSpec(max_bias=6.0))),
     "no clipping in mpt": ("mpt-clipped", lambda c: c.with_mixer(clip_qkv=None)),
@@ -236,6 +267,7 @@ FINER_THAN_BF16 = {
     "tanh gelu",
     "exact gelu",
     "no soft cap",
+    "whole heads turn",
     "layers with a window scaled too",
     "longrope without its stretch",
 }

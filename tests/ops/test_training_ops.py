@@ -217,6 +217,23 @@ def test_token_losses_equal_torchs(tiny_chunks: None) -> None:
     _same_gradients(ours, naive, [_normal(n, d, seed=1), _normal(v, d, seed=2)])
 
 
+def test_losses_behind_a_cap_equal_torchs(tiny_chunks: None) -> None:
+    n, d, v = 101, 12, 37
+    targets = torch.randint(v, (n,), generator=torch.Generator().manual_seed(0))
+    targets[3:40] = -100
+
+    def naive(h: Tensor, w: Tensor) -> Tensor:
+        logits = 1.5 * torch.tanh(0.6 * h @ w.t() / 1.5) / 0.7
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    def ours(h: Tensor, w: Tensor) -> Tensor:
+        return training.capped_losses(h, w, targets, cap=1.5, logit_scale=0.6, temperature=0.7)
+
+    _same_gradients(ours, naive, [_normal(n, d, seed=1), _normal(v, d, seed=2)])
+    none = training.capped_losses(_normal(n, d, seed=1), _normal(v, d, seed=2), torch.full((n,), -100), cap=1.5)
+    assert none.tolist() == [0.0] * n
+
+
 def test_losses_stay_finite_where_probabilities_underflow() -> None:
     hidden = torch.tensor([[300.0, 0.0]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])

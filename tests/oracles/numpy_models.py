@@ -575,6 +575,70 @@ def granite_hybrid(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
     return np.array([table @ rms_norm(x, w["model.norm.weight"], eps) for x in h]) / c["logits_scaling"]
 
 
+def turned(x: Array, theta: float, part: float) -> Array:
+    """The first part of the pairs (i, i + d/2) of every head turned: x (T, heads, d)."""
+    out, half = x.copy(), x.shape[-1] // 2
+    for t in range(len(x)):
+        for i in range(int(part * half)):
+            angle = t * theta ** (-2 * i / x.shape[-1])
+            a, b = x[t, :, i], x[t, :, i + half]
+            out[t, :, i] = a * math.cos(angle) - b * math.sin(angle)
+            out[t, :, i + half] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def gemma4(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Gemma 4, with experts and without: logits (T, V)."""
+    eps, d_model, table = c["rms_norm_eps"], c["hidden_size"], w["model.embed_tokens.weight"]
+    h = table[tokens] * math.sqrt(d_model)
+
+    def network(where: str, x: Array) -> Array:
+        gate, up, down = (w[f"{where}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        return down @ (gelu_tanh(gate @ x) * (up @ x))
+
+    for i in range(c["num_hidden_layers"]):
+        layer, kind = f"model.layers.{i}.", c["layer_types"][i]
+
+        def norm(name: str, x: Array, layer: str = layer) -> Array:
+            return rms_norm(x, w[f"{layer}{name}.weight"], eps)
+
+        full = kind == "full_attention"
+        d = c["global_head_dim"] if full else c["head_dim"]
+        a = np.array([norm("input_layernorm", x) for x in h])
+        q, k = ((a @ w[f"{layer}self_attn.{name}_proj.weight"].T).reshape(len(a), -1, d) for name in "qk")
+        same = full and c["attention_k_eq_v"]
+        v = k if same else (a @ w[layer + "self_attn.v_proj.weight"].T).reshape(len(a), -1, d)
+        v = np.array([[rms_norm(x, np.ones(d), eps) for x in row] for row in v])
+        rope = c["rope_parameters"][kind]
+        q, k = (
+            turned(
+                np.array([[norm(f"self_attn.{name}_norm", x) for x in row] for row in rows]),
+                rope["rope_theta"],
+                rope.get("partial_rotary_factor", 1.0),
+            )
+            for name, rows in (("q", q), ("k", k))
+        )
+        mixed = attend(q * math.sqrt(d), k, v, window=None if full else c["sliding_window"])
+        mixed = mixed @ w[layer + "self_attn.o_proj.weight"].T
+        h = h + np.array([norm("post_attention_layernorm", x) for x in mixed])
+        for t in range(len(tokens)):
+            made = network(layer, norm("pre_feedforward_layernorm", h[t]))
+            if c["enable_moe_block"]:
+                judged = rms_norm(h[t], np.ones(d_model), eps) * w[layer + "router.scale"] / math.sqrt(d_model)
+                p = softmax(w[layer + "router.proj.weight"] @ judged)
+                chosen = np.argsort(-p, kind="stable")[: c["top_k_experts"]]
+                m, own = norm("pre_feedforward_layernorm_2", h[t]), np.zeros(d_model)
+                for e in chosen:
+                    gate, up = np.split(w[layer + "experts.gate_up_proj"][e], 2)
+                    share = p[e] / p[chosen].sum() * w[layer + "router.per_expert_scale"][e]
+                    own += share * (w[layer + "experts.down_proj"][e] @ (gelu_tanh(gate @ m) * (up @ m)))
+                made = norm("post_feedforward_layernorm_1", made) + norm("post_feedforward_layernorm_2", own)
+            h[t] = (h[t] + norm("post_feedforward_layernorm", made)) * w[layer + "layer_scalar"][0]
+    logits = np.array([table @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+    cap = c["final_logit_softcapping"]
+    return cap * np.tanh(logits / cap)
+
+
 def lfm2(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
     """LFM2, dense and with experts: logits (T, V)."""
     eps, table = c["norm_eps"], w["model.embed_tokens.weight"]
@@ -798,6 +862,7 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "qwen3_next": qwen3_next,
     "qwen3_5_moe_text": qwen3_next,
     "granitemoehybrid": granite_hybrid,
+    "gemma4_text": gemma4,
     "lfm2": lfm2,
     "lfm2_moe": lfm2,
     "qwen2_moe": fine_grained,

@@ -214,6 +214,32 @@ def test_a_role_makes_a_token_special_if_it_is_a_name_and_no_word() -> None:
     assert tokenizer.eos_ids == (2,)
 
 
+def test_gemma_4s_vocabulary_marks_spaces_and_writes_what_is_no_piece_in_bytes() -> None:
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += ["▁", "a", "b", "ab", "▁ab", "\n", "\n\n", "<|turn>", "é"]
+    kinds = [3, 3, 3, 2, *([6] * 256), *([1] * 7), 3, 1]
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [0.0] * len(words),
+        "tokenizer.ggml.merges": ["a b", "▁ ab", "\n \n"],
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    tokenizer, ids = _load(metadata), {word: i for i, word in enumerate(words)}
+    pieces = ["ab", "▁ab", "▁", "▁", "a", "\n\n", "é", "<0xC3>", "<0x9F>"]
+    assert tokenizer.prefix_ids == [2]
+    assert tokenizer.encode("ab ab  a\n\néß") == [ids[piece] for piece in pieces]
+    assert tokenizer.decode([ids[piece] for piece in pieces]) == "ab ab  a\n\néß"
+    assert ids["<|turn>"] not in tokenizer.encode("<|turn>"), "what a user types is no control token"
+    with pytest.raises(TokenizerError, match=r"merges must be pairs"):
+        load_gguf(metadata | {"tokenizer.ggml.merges": ["ab"]})
+
+
 def test_a_unigram_vocabulary_is_a_unigram_vocabulary() -> None:
     rows = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2), ("▁", -3.0, 1), ("a", -2.0, 1), ("b", -2.0, 1)]
     rows += [("▁a", -9.0, 1), ("ab", -2.5, 1)]  # as bpe, "ab" would be "▁" "ab"; by probability "▁a" never pays

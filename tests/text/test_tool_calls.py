@@ -88,6 +88,18 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, dict[str, Any]]]]] = [
         "Wait.",
         [OSLO, ("run", {"all": True})],
     ),
+    (
+        "gemma4",
+        'Yes.<|tool_call>call:weather{city:<|"|>Oslo<|"|>,days:3}<tool_call|><|tool_call>call:run{}<tool_call|>',
+        "Yes.",
+        [OSLO, ("run", {})],
+    ),
+    (
+        "gemma4",
+        '<|tool_call>call:run{code:<|"|>a, {b}: "c"<|"|>,all:[{<|"|>k 1<|"|>:null},[],-1.5e2, true]}<tool_call|>',
+        "",
+        [("run", {"code": 'a, {b}: "c"', "all": [{"k 1": None}, [], -150.0, True]})],
+    ),
     ("llama3", '{"name": "weather", "parameters": {"city": "Oslo", "days": 3}}', "", [OSLO]),
     (
         "llama3",
@@ -114,6 +126,11 @@ WORDS = [
     ("granite", '<|tool_call|>[{"name": "run"}]'),
     ("lfm2", '<|tool_call_start|>[run(code=open("x"))]<|tool_call_end|>'),
     ("lfm2", '<|tool_call_start|>[run("x")]<|tool_call_end|>'),
+    *(
+        ("gemma4", f"<|tool_call>call:run{{{wrong}}}<tool_call|>")
+        for wrong in ("code", "code:", "code:1 2", "code:NaN", 'code:<|"|>x', ",code:1", "code:1}}", "code:" + "[" * 70)
+    ),
+    ("gemma4", "<|tool_call>run{}<tool_call|>"),
     ("llama3", '{"name": "run"}'),
     ("llama3", '{"city": "Oslo"} is JSON'),
     ("pythonic", "[1, 2] are numbers"),
@@ -179,6 +196,7 @@ def test_a_form_is_known_by_its_template() -> None:
         "{{'<｜tool▁calls▁begin｜>'}}": "deepseek",
         "[AVAILABLE_TOOLS] [TOOL_CALLS]": "mistral",
         "<|tool_call|>": "granite",
+        "{{- '<|tool_call>call:' + name -}}": "gemma4",
         "<|tool_call_start|>": "lfm2",
         '{"name": function name, "parameters": dictionary}': "llama3",
         "[func_name1(params_name1=params_value1)]": "pythonic",

@@ -89,8 +89,8 @@ def calibrate(
         for name, (inputs, weight) in met.items():
             _matrix(found, checkpoint, f"{prefix}{name}.weight", inputs, weight, 1.0, errors)
         h = block.added(h, a, block.attn_post_norm)
-        f = _ffn(found, checkpoint, block, prefix, block.ffn_norm(h), errors)
-        h = block.added(h, f, block.ffn_post_norm)
+        f = _ffn(found, checkpoint, block, prefix, h, errors)
+        h = block.scaled(block.added(h, f, block.ffn_post_norm))
         if progress is not None:
             progress(index + 1, config.n_layers, f"layer {index}")
     for name in ("embed.weight", "lm_head.weight"):
@@ -107,7 +107,7 @@ def _mixed(
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """What a layer's mixer makes of x, and of each of its matrices what it met, (rows, columns), and its weight."""
     seen: dict[str, Tensor] = {}
-    mixer = next(name for name in ("attn", "conv", "delta") if getattr(block, name) is not None)
+    mixer = next(name for name in ("attn", "conv", "delta", "mamba") if getattr(block, name) is not None)
     linears = {
         f"{mixer}.{name}": module
         for name, module in block.get_submodule(mixer).named_children()
@@ -143,25 +143,27 @@ def load_block(checkpoint: Checkpoint, config: ModelConfig, index: int) -> Block
     return block.eval()
 
 
-def _ffn(found: Calibration, checkpoint: Checkpoint, block: Block, prefix: str, x: Tensor, errors: bool) -> Tensor:
+def _ffn(found: Calibration, checkpoint: Checkpoint, block: Block, prefix: str, h: Tensor, errors: bool) -> Tensor:
+    x = block.ffn_norm(h)
     if block.ffn is not None:
         return _dense(found, checkpoint, block.ffn, prefix + "ffn.", x, errors)
     moe = block.moe
     assert moe is not None, "a block has one feed-forward or experts"
     spec: MoESpec = moe.spec
-    ids, weights, _, _ = moe.router(x)
+    own, judged = moe.reads(x, h)
+    ids, weights, _, _ = moe.router(judged)
     combine = moe.aggregation_weights(ids, weights)
     counts = torch.bincount(ids.reshape(-1), minlength=spec.n_experts).tolist()
     found.expert_tokens[prefix + "moe"] = counts
-    out = torch.zeros_like(x)
+    out, shared = torch.zeros_like(x), None
     if moe.shared is not None:
-        out = moe.share(x) * _dense(found, checkpoint, moe.shared, prefix + "moe.shared.", x, errors)
+        shared = _dense(found, checkpoint, moe.shared, prefix + "moe.shared.", x, errors)
     found.expert_output[prefix + "moe"] = added = []
     stacks = {name: whole(getattr(moe, name)) for name in ("w_gate", "w_up", "w_down")}
     even = torch.ones(1, spec.d_ff)
     for expert, count in enumerate(counts):
         token, slot = (ids == expert).nonzero(as_tuple=True)
-        rows = x[token]
+        rows = own[token]
         gate, up = (
             rows @ stacks[f"w_{part}"][expert].T + (0 if bias is None else bias[expert])
             for part, bias in (("gate", moe.b_gate), ("up", moe.b_up))
@@ -175,9 +177,9 @@ def _ffn(found: Calibration, checkpoint: Checkpoint, block: Block, prefix: str, 
         for name, inputs in (("w_gate", rows), ("w_up", rows), ("w_down", hidden)):
             weight = stacks[name][expert]
             # Few tokens are not representative, so they are mixed with the whole layer's.
-            prior = x if name != "w_down" else (hidden if count else even)
+            prior = own if name != "w_down" else (hidden if count else even)
             _matrix(found, checkpoint, f"{prefix}moe.{name}/{expert}", inputs, weight, share, errors, prior)
-    return out
+    return moe.joined(out, shared, x)
 
 
 def _dense(

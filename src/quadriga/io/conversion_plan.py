@@ -154,7 +154,9 @@ def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> ConversionPlan:
         raise ConfigError(f"GGUF has no architecture for the family {family.name}")
     pieces = family.gguf_map(config)
     tensors, narrow = {}, []
-    wide = {piece.source for piece in pieces if stays_float32(piece.target)}
+    # A vector stays wide even where GGUF keeps it as a matrix, a tensor that also holds other matrices' rows does not.
+    narrow_parts = {p.source for p in pieces if len(p.target_shape) > 1 and not stays_float32(p.target)}
+    wide = {piece.source for piece in pieces} - narrow_parts
     tables = {piece.source for piece in pieces if piece.target in ("embed.weight", "lm_head.weight")}
     if form == "mxfp4" and config.is_moe:  # llama.cpp's MXFP4_MOE: what is no expert is stored as the tables are
         tables |= {piece.source for piece in pieces if len(piece.target_shape) < 3}
@@ -230,6 +232,8 @@ def _gguf_type(value: object) -> str:
             return "string"
         case list() if value and all(type(one) is int for one in value):
             return "int32"  # of an array's elements, as llama.cpp's converter writes them
+        case list() if value and all(type(one) is bool for one in value):
+            return "bool"
     raise AssertionError(f"config_to_gguf gives numbers and strings, got {value!r}")
 
 

@@ -5,7 +5,8 @@
     │   ├── mixer   AttentionSpec          heads, biases, clipping, soft cap, scale, window, sinks, gate
     │   │                                  or LatentAttentionSpec: heads over one latent a token (DeepSeek)
     │   │   ├── position   RopeSpec | AlibiSpec | None    how a token knows where it stands
-    │   │   │   └── scaling    LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | FactorScaling | None
+    │   │   │   └── scaling    LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | FactorScaling |
+    │   │   │                  ProportionalScaling | None
     │   │   └── qk_norm    QKNormSpec | None              norms of q and k
     │   │       | ShortConvSpec        a convolution over the last few positions, gated twice
     │   │       | DeltaNetSpec         a matrix a head, changed by the gated delta rule
@@ -51,6 +52,7 @@ from quadriga.model.position_specs import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    ProportionalScaling,
     RopeScaling,
     RopeSpec,
     YarnScaling,
@@ -78,6 +80,7 @@ __all__ = [
     "MoESpec",
     "ModelConfig",
     "NormSpec",
+    "ProportionalScaling",
     "QKNormSpec",
     "RecurrentMixer",
     "RecurrentState",
@@ -107,9 +110,15 @@ class LayerSpec:
     """False: mixer and feed-forward read the residual stream as it is (OLMo 2, with post_norms)."""
     residual_scale: float = 1.0
     """What both branches are multiplied by before they are added (Granite: 0.22)."""
+    scaled: bool = False
+    """The residual stream is multiplied by a number of the layer's own at its end, ``scale`` (Gemma 4)."""
 
     def __post_init__(self) -> None:
         require_number("layer", residual_scale=self.residual_scale)
+        apart = self.moe is not None and self.moe.apart
+        require(
+            not apart or (self.pre_norms and self.norm.kind == "rms"), "experts apart need RMSNorms before branches"
+        )
         require(self.pre_norms or self.post_norms, "a layer needs norms before its branches, behind them, or both")
 
     @property
@@ -179,6 +188,8 @@ class ModelConfig:
     """Embeddings are multiplied by this after the look-up (Grok-1: sqrt(d_model))."""
     logit_scale: float = 1.0
     """Logits are multiplied by this (Grok-1: 1/sqrt(3))."""
+    logit_cap: float | None = None
+    """Logits become logit_cap * tanh(logits / logit_cap) at last (Gemma: 30)."""
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     """Ids that end a generation; DBRX-instruct has two, <|endoftext|> and <|im_end|>."""
@@ -194,6 +205,8 @@ class ModelConfig:
         )
         require(self.n_layers <= MAX_LAYERS, f"n_layers must be at most {MAX_LAYERS}, got {self.n_layers}")
         require_number("model", embedding_scale=self.embedding_scale, logit_scale=self.logit_scale)
+        if self.logit_cap is not None:
+            require_number("model", logit_cap=self.logit_cap)
         require(not (self.head_bias and self.tied_embeddings), "a head with a bias must be a matrix of its own")
 
     @property

@@ -29,6 +29,7 @@ from quadriga.model.config import (
     ModelConfig,
     MoESpec,
     NormSpec,
+    ProportionalScaling,
     QKNormSpec,
     RopeSpec,
     ShortConvSpec,
@@ -44,6 +45,7 @@ _SCALINGS: dict[str, type] = {
     "yarn": YarnScaling,
     "longrope": LongRopeScaling,
     "factors": FactorScaling,
+    "proportional": ProportionalScaling,
 }
 _MIXERS: dict[str, type] = {
     "attention": AttentionSpec,

@@ -89,6 +89,13 @@ class MoESpec:
     """A gated network beside the routed ones; several shared experts are one of their widths together."""
     shared_gate: bool = False
     """True: the shared network's output is multiplied by the sigmoid of a linear form of x (Qwen2-MoE)."""
+    apart: bool = False
+    """True: router and experts read the residual stream h, not the normed x that the shared network reads (Gemma 4):
+
+        logits = W (h / rms(h) * scale / sqrt(D));    weight = score of the chosen * expert_scale
+        out    = norm(shared(x)) + norm(sum of weight * expert(norm(h)))
+
+    with a norm of its own in each place, ``scale`` (D,) and ``expert_scale`` (E,) learned."""
 
     def __post_init__(self) -> None:
         sizes = {"d_ff": self.d_ff, "n_experts": self.n_experts, "top_k": self.top_k}
@@ -141,6 +148,8 @@ class MoESpec:
         )
         require(self.shared is None or self.shared.gated, "the shared network of a mixture must be gated")
         require(self.shared is not None or not self.shared_gate, "shared_gate needs a shared network")
+        plain = self.shared is not None and not self.shared_gate and self.aggregate == "weighted_sum"
+        require(plain or not self.apart, "experts apart need a shared network without a gate, and a weighted sum")
 
 
 def require_activation(activation: str) -> None:

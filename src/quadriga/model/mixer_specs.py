@@ -127,6 +127,10 @@ class AttentionSpec:
     """Every head has a learned logit, ``attn.sinks``, that takes part in the softmax and has no value (gpt-oss)."""
     output_gate: bool = False
     """What a head gives is multiplied by the sigmoid of as many gates, more rows of wqkv behind v (Qwen3-Next)."""
+    v_norm_eps: float | None = None
+    """RMSNorm of every head's v, without a weight (Gemma 4)."""
+    keys_as_values: bool = False
+    """v is k as it is projected, before k's norm and rotation: wqkv has no rows for v (Gemma 4)."""
 
     def __post_init__(self) -> None:
         require_positive("attn", n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim)
@@ -136,12 +140,14 @@ class AttentionSpec:
             "Check the number of key/value heads in config.json.",
         )
         require(self.head_dim % 2 == 0, f"head_dim must be even for rotary halves, got {self.head_dim}")
-        for name in ("clip_qkv", "soft_cap", "scale"):
+        for name in ("clip_qkv", "soft_cap", "scale", "v_norm_eps"):
             value = getattr(self, name)
             if value is not None:
                 require_number("attn", **{name: value})
         if self.window is not None:
             require_positive("attn", window=self.window)
+        if self.keys_as_values:
+            require(not (self.qkv_bias or self.output_gate), "keys that are values as well have no bias and no gate")
         if isinstance(self.position, RopeSpec):
             self._check_rotation(self.position)
 
@@ -177,7 +183,8 @@ class AttentionSpec:
     @property
     def qkv_dim(self) -> int:
         """Rows of the packed projection wqkv, in the order all q, all k, all v, all gates."""
-        return self.q_dim + 2 * self.kv_dim + (self.q_dim if self.output_gate else 0)
+        kinds = 1 if self.keys_as_values else 2
+        return self.q_dim + kinds * self.kv_dim + (self.q_dim if self.output_gate else 0)
 
     @property
     def score_scale(self) -> float:
@@ -240,7 +247,18 @@ class LatentAttentionSpec(AttentionSpec):
         require(self.head_dim in (0, width), f"head_dim must be kv_rank + rope_dim = {width}, got {self.head_dim}")
         object.__setattr__(self, "head_dim", width)
         require(self.n_kv_heads == 1, f"latent attention has one key a token, got n_kv_heads={self.n_kv_heads}")
-        for name in ("clip_qkv", "soft_cap", "scale", "qk_norm", "qkv_bias", "out_bias", "window", "sinks"):
+        for name in (
+            "clip_qkv",
+            "soft_cap",
+            "scale",
+            "qk_norm",
+            "qkv_bias",
+            "out_bias",
+            "window",
+            "sinks",
+            "v_norm_eps",
+            "keys_as_values",
+        ):
             require(getattr(self, name) in (None, False), f"latent attention has no {name}")
         require(isinstance(self.position, RopeSpec), "latent attention needs rotary positions")
         require_number("attn", norm_eps=self.norm_eps)

@@ -100,6 +100,21 @@ class FactorScaling:
         _freeze_factors(self, "factors")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProportionalScaling:
+    """The first ``part`` of the pairs turn at their usual frequencies, the others stand (Gemma 4).
+
+    Not ``RopeSpec.dim``, which leaves the last numbers of a head alone: here a pair is a number of the first half of a
+    head and one of the second, whatever part of the pairs turns.
+    """
+
+    part: float
+
+    def __post_init__(self) -> None:
+        require_number("scaling", part=self.part)
+        require(self.part <= 1, f"scaling.part must be at most 1, got {self.part}")
+
+
 def _freeze_factors(spec: object, name: str) -> None:
     """Check a list of factors, and keep it as a tuple: JSON has only lists."""
     values = getattr(spec, name)
@@ -109,7 +124,7 @@ def _freeze_factors(spec: object, name: str) -> None:
     object.__setattr__(spec, name, tuple(float(value) for value in values))
 
 
-RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | FactorScaling
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | FactorScaling | ProportionalScaling
 """How rotary frequencies are bent towards a longer context. ``dynamic`` has no type: its frequencies change with the
 length of the text, so that cached keys would have to be computed again at every token."""
 

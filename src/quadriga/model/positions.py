@@ -17,6 +17,7 @@ from quadriga.model.config import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    ProportionalScaling,
     RopeSpec,
     YarnScaling,
 )
@@ -49,6 +50,8 @@ def rotation(spec: RopeSpec, head_dim: int, max_seq_len: int) -> Rotation:
             bent = plain / factor
         case FactorScaling(factors=factors):
             bent = plain / np.array(factors)
+        case ProportionalScaling(part=part):
+            bent = np.where(np.arange(len(plain)) < int(part * dim // 2), plain, 0.0)
         case Llama3Scaling() as llama3:
             bent = _llama3(plain, llama3)
         case YarnScaling() as yarn:

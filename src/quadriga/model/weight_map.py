@@ -32,6 +32,8 @@ Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, 
     layers.{i}.moe.fuse.weight (E,)          (aggregate "fuse" only)
     layers.{i}.moe.router.bias (E,), moe.router.correction (E,), moe.b_gate|b_up (E, F), moe.b_down (E, D)   (biases)
     layers.{i}.moe.shared.w_gate|w_up (S, D), moe.shared.w_down (D, S), moe.shared_gate (D,)    (S: the shared width)
+    layers.{i}.moe.router.scale (D,), moe.router.expert_scale (E,), moe.norm.weight, moe.post_norm.weight,
+        moe.shared_post_norm.weight (D,)     (experts apart); layers.{i}.scale (1,)     (a scaled layer)
     final_norm.weight (D,)                   lm_head.weight (V, D) (unless tied), lm_head.bias (V,) (head_bias only)
     beside every norm's weight its bias (D,) where the NormSpec has one
 
@@ -166,6 +168,8 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
             shapes.update(_mixture_shapes(ffn, d))
     if layer.post_norms:
         shapes |= _norm_shapes("ffn_post_norm", layer.norm, d)
+    if layer.scaled:
+        shapes["scale"] = (1,)
     return shapes
 
 
@@ -251,6 +255,9 @@ def _mixture_shapes(ffn: MoESpec, d: int) -> dict[str, Shape]:
         shapes |= {"moe.shared.w_gate": (width, d), "moe.shared.w_up": (width, d), "moe.shared.w_down": (d, width)}
         if ffn.shared_gate:
             shapes["moe.shared_gate"] = (d,)
+    if ffn.apart:
+        shapes |= {"moe.router.scale": (d,), "moe.router.expert_scale": (n,)}
+        shapes |= {f"moe.{name}.weight": (d,) for name in ("norm", "post_norm", "shared_post_norm")}
     return shapes
 
 

@@ -42,7 +42,9 @@ class Attention(nn.Module):
         spec = self.spec
         late = spec.qk_norm is not None and spec.qk_norm.after_rotation
         gate = spec.q_dim if spec.output_gate else 0
-        projected, gates = torch.split(self.wqkv(x), [spec.q_dim + 2 * spec.kv_dim, gate], dim=-1)
+        projected, gates = torch.split(self.wqkv(x), [spec.qkv_dim - gate, gate], dim=-1)
+        if spec.keys_as_values:
+            projected = torch.cat((projected, projected[:, spec.q_dim :]), dim=-1)
         qkv = projected if late else self._normed(projected)
         if spec.clip_qkv is not None:
             qkv = qkv.clamp(-spec.clip_qkv, spec.clip_qkv)
@@ -53,6 +55,8 @@ class Attention(nn.Module):
         if late:
             qk = self._normed(torch.cat((qk, v), dim=1).flatten(1)).view_as(heads)[:, : qk.shape[1]]
         q, k = qk[:, : spec.n_heads], qk[:, spec.n_heads :]
+        if spec.v_norm_eps is not None:
+            v = ops.norm(v, torch.ones_like(v[0, 0]), "rms", spec.v_norm_eps)
         attended = context.attend(self.layer, q, k, v, self._scoring_on(x.device))
         attended = attended.reshape(x.shape[0], -1)
         mixed: Tensor = self.wo(attended * gates.sigmoid() if spec.output_gate else attended)

@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.kernels import ops
-from quadriga.model.config import MoESpec
+from quadriga.model.config import MoESpec, NormSpec
 from quadriga.nn.feedforward import FeedForward
 from quadriga.nn.linear import Adapted, Factors, Quantised, Weight, grouped_linear, variants
+from quadriga.nn.norm import Norm
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,9 @@ class Router(nn.Module):
     correction: Tensor | None
     """(E,) float32 added alike, the model's own: a buffer, stored with it and trained by no gradient."""
 
+    steering: Tensor | None = None
+    """(N, E) float32 added to the logits of the pass under way, -infinity: never chosen; what requests ask for."""
+
     weight: Weight
 
     def __init__(self, d_model: int, spec: MoESpec) -> None:
@@ -156,6 +160,8 @@ class Router(nn.Module):
         self.spec = spec
         self.weight = nn.Parameter(torch.empty(spec.n_experts, d_model))
         self.bias = nn.Parameter(torch.empty(spec.n_experts)) if spec.router_bias else None
+        self.scale = nn.Parameter(torch.empty(d_model)) if spec.apart else None
+        self.expert_scale = nn.Parameter(torch.empty(spec.n_experts)) if spec.apart else None
         self.register_buffer("correction", torch.empty(spec.n_experts) if spec.correction else None)
         self.how = choice_of(spec)
 
@@ -165,21 +171,33 @@ class Router(nn.Module):
         if self.training and eps:
             x = x * torch.empty_like(x).uniform_(1 - eps, 1 + eps)
         (_, common), *others = variants(self.weight)
-        routing = self._route(x, common)
+        routing = self._route(x, common, self.steering)
         if others:  # tokens with adapters of their own on the router
             whole = [values.clone() for values in routing]
             for tokens, matrix in others:
                 assert tokens is not None, "only the first variant is for all other tokens"
-                for values, part in zip(whole, self._route(x[tokens], matrix), strict=True):
+                steering = None if self.steering is None else self.steering[tokens]
+                for values, part in zip(whole, self._route(x[tokens], matrix, steering), strict=True):
                     values[tokens] = part
             routing = ops.Routing(*whole)
         return routing
 
-    def _route(self, x: Tensor, weight: Tensor) -> ops.Routing:
+    def _route(self, x: Tensor, weight: Tensor, steering: Tensor | None) -> ops.Routing:
+        if self.scale is not None:
+            x = x * self.scale * len(self.scale) ** -0.5
+        bias: Tensor | None = self.bias
         correction = self.correction
         if self.balancing is not None:
             correction = self.balancing if correction is None else correction + self.balancing
-        return ops.route(x, weight, self.how, bias=self.bias, correction=correction)
+        if steering is not None:
+            bias = steering if bias is None else steering + bias
+            if self.how.score != "sparse_mixer":  # which chooses by its logits; a correction lifts a score of 0
+                off = torch.where(steering == float("-inf"), steering, 0.0)
+                correction = off if correction is None else correction + off
+        routing = ops.route(x, weight, self.how, bias=bias, correction=correction)
+        if self.expert_scale is None:
+            return routing
+        return routing._replace(expert_weights=routing.expert_weights * self.expert_scale[routing.expert_ids])
 
 
 def choice_of(spec: MoESpec) -> ops.Choice:
@@ -220,7 +238,7 @@ class MoE(nn.Module):
     dispatch: ExpertDispatch
     """:func:`here`, unless whoever spreads the experts over ranks has put another way in its place."""
 
-    def __init__(self, d_model: int, spec: MoESpec) -> None:
+    def __init__(self, d_model: int, spec: MoESpec, norm: NormSpec | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.router = Router(d_model, spec)
@@ -234,16 +252,48 @@ class MoE(nn.Module):
         self.fuse = Fuse(spec.n_experts) if spec.aggregate == "fuse" else None
         self.shared = None if spec.shared is None else FeedForward(d_model, spec.shared)
         self.shared_gate = nn.Parameter(torch.empty(d_model)) if spec.shared_gate else None
+        self.norm = self.post_norm = self.shared_post_norm = None
+        if spec.apart:
+            assert norm is not None, "experts apart have norms like their layer's"
+            self.norm, self.post_norm, self.shared_post_norm = (Norm(d_model, norm) for _ in range(3))
         self.dispatch = here
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
-        """(N, D) -> ((N, D), this layer's routing)."""
-        ids, weights, probs, logits = self.router(x)
+    def forward(self, x: Tensor, stream: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        """What the layer adds, and its routing.
+
+        Args:
+            x: (N, D), normed.
+            stream: (N, D), before that norm; read where the experts are ``apart``.
+
+        Returns:
+            ((N, D), this layer's routing).
+        """
+        own, judged = self.reads(x, stream)
+        out, stats = self.routed(own, judged)
+        return self.joined(out, None if self.shared is None else self.shared(x), x), stats
+
+    def reads(self, x: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the experts and what the router reads, (N, D) each."""
+        if self.norm is None:
+            return x, x
+        assert stream is not None, "experts apart read the residual stream"
+        return self.norm(stream), ops.norm(stream, torch.ones_like(stream[0]), "rms", self.norm.spec.eps)
+
+    def joined(self, routed: Tensor, shared: Tensor | None, x: Tensor) -> Tensor:
+        """The layer's output of what the experts and what the shared network made of their inputs."""
+        if shared is None:
+            return routed
+        if self.post_norm is None or self.shared_post_norm is None:
+            return routed + self.share(x) * shared
+        added: Tensor = self.post_norm(routed) + self.shared_post_norm(shared)
+        return added
+
+    def routed(self, x: Tensor, judged: Tensor) -> tuple[Tensor, RouterStats]:
+        """The experts' part of it: each token's x (N, D) to the experts that are chosen by ``judged`` (N, D)."""
+        ids, weights, probs, logits = self.router(judged)
         combine = self.aggregation_weights(ids, weights)
         weights = ExpertWeights(self.w_gate, self.w_up, self.w_down, self.b_gate, self.b_up, self.b_down)
         out = self.dispatch(x, ids, combine, weights, self.spec.activation)
-        if self.shared is not None:
-            out = out + self.share(x) * self.shared(x)
         return out, RouterStats(ids, combine, probs, logits)
 
     def share(self, x: Tensor) -> Tensor | float:

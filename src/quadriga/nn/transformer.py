@@ -77,7 +77,9 @@ class Block(nn.Module):
         self.attn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
         self.ffn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
         self.ffn = FeedForward(d, spec.ffn) if isinstance(spec.ffn, DenseSpec) else None
-        self.moe = MoE(d, spec.ffn) if isinstance(spec.ffn, MoESpec) else None
+        self.moe = MoE(d, spec.ffn, spec.norm) if isinstance(spec.ffn, MoESpec) else None
+        self.scale: Tensor | None
+        self.register_buffer("scale", torch.empty(1) if spec.scaled else None)
 
     def forward(self, h: Tensor, context: ForwardContext, rotations: Rotations) -> tuple[Tensor, RouterStats | None]:
         """h (N, D) -> (h (N, D), this layer's routing or None)."""
@@ -85,11 +87,11 @@ class Block(nn.Module):
         m = self.ffn_norm(h)
         stats = None
         if self.moe is not None:
-            f, stats = self.moe(m)
+            f, stats = self.moe(m, h)
         else:
             assert self.ffn is not None, "a block has one feed-forward or experts"
             f = self.ffn(m)
-        return self.added(h, f, self.ffn_post_norm), stats
+        return self.scaled(self.added(h, f, self.ffn_post_norm)), stats
 
     def mixed(self, x: Tensor, context: ForwardContext, rotations: Rotations) -> Tensor:
         """What the mixer makes of the normed states: x (N, D) -> (N, D)."""
@@ -105,6 +107,10 @@ class Block(nn.Module):
         if post_norm is not None:
             branch = post_norm(branch)
         return h + (branch if self.residual_scale == 1 else branch * self.residual_scale)
+
+    def scaled(self, h: Tensor) -> Tensor:
+        """The residual stream as the layer leaves it."""
+        return h if self.scale is None else h * self.scale
 
 
 class Transformer(nn.Module):
@@ -164,7 +170,9 @@ class Transformer(nn.Module):
         head = self.embed if self.lm_head is None else self.lm_head
         logits: Tensor = head(self.final_norm(hidden))
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
+        logits = logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
+        cap = self.config.logit_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def random_parameters(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from hashlib import blake2b
 from math import prod
 
@@ -22,6 +23,7 @@ from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.library import library_path
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
 from quadriga.kernels.cpu.program import (
+    ApartArgs,
     AttentionArgs,
     ChoiceArgs,
     DeltaNetArgs,
@@ -57,6 +59,7 @@ from quadriga.model.weight_map import parameter_shapes, stays_float32
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.packed import KV_FORMATS, kv_block_bytes, latent_block_bytes
 from quadriga.runners.base import Adapters, Floats, LayerRouting, PassResult
+from quadriga.runners.steered import joined, parts_of
 
 ACTIVATIONS = ("auto", "int8", "int16")
 
@@ -99,6 +102,11 @@ def queries_of(spec: AttentionSpec) -> str:
     if not isinstance(spec, LatentAttentionSpec):
         return "attn.wqkv.weight"
     return "attn.wq.weight" if spec.q_rank is None else "attn.wq_b.weight"
+
+
+def _unit_norm(dim: int, eps: float) -> NormArgs:
+    """An RMSNorm without a weight."""
+    return NormArgs(np.ones(dim, dtype=np.float32), "rms", eps)
 
 
 def _distribution(logits: Floats, score: str) -> Floats:
@@ -161,7 +169,7 @@ class CompiledModel:
             int16=activations == "int16" or (activations == "auto" and small),
             isa=isa,
         )
-        self.parameters, self.store = parameters, store
+        self.parameters, self.store, self.can_steer = parameters, store, True
         self.row_sampler: RowSampler | None = RowSampler(self.program.context)
         self._multiplied = (activations, small)  # what decides how quantised matrices are multiplied
         self.cache = cache or one_group(config.n_layers)
@@ -189,7 +197,8 @@ class CompiledModel:
             self.program.ffn(self._ffn(layer))
         head = embed if config.tied_embeddings else self._packed("lm_head.weight")
         bias = self._vector("lm_head.bias") if config.head_bias else None
-        self.program.head(self._norm("final_norm.weight", config.final_norm), head, config.logit_scale, bias)
+        norm = self._norm("final_norm.weight", config.final_norm)
+        self.program.head(norm, head, config.logit_scale, bias, config.logit_cap)
 
     @property
     def adapter_names(self) -> list[str]:
@@ -217,9 +226,21 @@ class CompiledModel:
             CheckpointError: experts on disk could not be read.
         """
         assert adapters is None, "there are none: adapters() refuses"
+        assert (batch.steering is None) == (batch.steered is None), "a table and each token's row of it go together"
+        if batch.steering is not None:
+            return self._steered(batch, hidden=hidden, routing=routing)
         logits, n = self.program.run(batch), len(batch.tokens)
         states = self.program.hidden(n, self._norm("final_norm.weight", self.config.final_norm)) if hidden else None
         return PassResult(logits, states, self._router_stats(n) if routing else None)
+
+    def _steered(self, batch: PassBatch, *, hidden: bool, routing: bool) -> PassResult:
+        """A pass in which sequences steer experts: one for all that ask the same, and the results in their places."""
+        assert batch.steering is not None, "asked for where there is a table"
+        results = []
+        for part in parts_of(batch):
+            with nullcontext() if part.row < 0 else self.program.steered(batch.steering[part.row]):
+                results.append((part, self.forward(part.batch, hidden=hidden, routing=routing)))
+        return joined(results, len(batch.tokens), len(batch.rows))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :class:`Runner`."""
@@ -394,6 +415,8 @@ class CompiledModel:
             sinks=self._vector(p + "attn.sinks") if spec.sinks else None,
             window=spec.window,
             output_gate=spec.output_gate,
+            keys_as_values=spec.keys_as_values,
+            v_norm=None if spec.v_norm_eps is None else _unit_norm(spec.head_dim, spec.v_norm_eps),
             norm_after_rotation=spec.qk_norm is not None and spec.qk_norm.after_rotation,
         )
 
@@ -415,6 +438,7 @@ class CompiledModel:
 
     def _ffn(self, layer: int) -> FFNArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
+        stream_scale = float(self._vector(p + "scale")[0]) if shape.scaled else 1.0
         ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm) if shape.pre_norms else None
         post = self._post_norm(p + "ffn", shape)
         match ffn:
@@ -433,6 +457,7 @@ class CompiledModel:
                     residual_scale=shape.residual_scale,
                     fuse=None,
                     layer=layer,
+                    stream_scale=stream_scale,
                 )
             case MoESpec():
                 return FFNArgs(
@@ -464,7 +489,19 @@ class CompiledModel:
                     ),
                     biases=self._biases(p) if ffn.expert_bias else None,
                     shared=self._shared(p + "moe.", ffn),
+                    apart=self._apart(p + "moe.", shape.norm) if ffn.apart else None,
+                    stream_scale=stream_scale,
                 )
+
+    def _apart(self, p: str, norm: NormSpec) -> ApartArgs:
+        scale = self._vector(p + "router.scale")
+        return ApartArgs(
+            router_norm=NormArgs(scale * np.float32(len(scale) ** -0.5), "rms", norm.eps),
+            expert_norm=self._norm(p + "norm.weight", norm),
+            expert_post_norm=self._norm(p + "post_norm.weight", norm),
+            shared_post_norm=self._norm(p + "shared_post_norm.weight", norm),
+            expert_scale=self._vector(p + "router.expert_scale"),
+        )
 
     def _biases(self, p: str) -> tuple[Floats, Floats, Floats]:
         gate, up, down = (self._packed(f"{p}moe.b_{part}").unpack() for part in ("gate", "up", "down"))

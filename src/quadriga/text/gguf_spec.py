@@ -96,13 +96,7 @@ def bpe_spec(tokens: Tokens, metadata: Mapping[str, Any], pre: str) -> dict[str,
         TokenizerError: lists that do not fit together.
     """
     split = GGUF_PATTERNS[pre]
-    merges = string_list(metadata, "tokenizer.ggml.merges")
-    if any(merge.count(" ") != 1 for merge in merges):
-        raise TokenizerError("tokenizer.ggml.merges must be pairs separated by one space")
-    vocab = dict(zip(tokens.texts, range(len(tokens.texts)), strict=True))
-    if len(vocab) != len(tokens.texts):
-        twice = next(text for i, text in enumerate(tokens.texts) if vocab[text] != i)
-        raise TokenizerError(f"tokenizer.ggml.tokens lists a token twice: {twice!r}")
+    vocab, merges = _words_and_merges(tokens, metadata)
     splits: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in split.patterns
@@ -122,6 +116,47 @@ def bpe_spec(tokens: Tokens, metadata: Mapping[str, Any], pre: str) -> dict[str,
             "ignore_merges": split.whole_words,
             "fuse_unk": False,
             "byte_fallback": False,
+        },
+    }
+
+
+def _words_and_merges(tokens: Tokens, metadata: Mapping[str, Any]) -> tuple[dict[str, int], list[str]]:
+    merges = string_list(metadata, "tokenizer.ggml.merges")
+    if any(merge.count(" ") != 1 for merge in merges):
+        raise TokenizerError("tokenizer.ggml.merges must be pairs separated by one space")
+    vocab = dict(zip(tokens.texts, range(len(tokens.texts)), strict=True))
+    if len(vocab) != len(tokens.texts):
+        twice = next(text for i, text in enumerate(tokens.texts) if vocab[text] != i)
+        raise TokenizerError(f"tokenizer.ggml.tokens lists a token twice: {twice!r}")
+    return vocab, merges
+
+
+def gemma4_spec(tokens: Tokens, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A GGUF 'gemma4' vocabulary as a tokenizer.json: spaces are marked, what is no piece is written in bytes.
+
+    llama.cpp merges runs of line ends and what stands between them apart (llama-vocab.cpp); the published
+    tokenizer.json merges a text as a whole, which is the same, for no merge crosses the two.
+
+    Raises:
+        TokenizerError: lists that do not fit together.
+    """
+    vocab, merges = _words_and_merges(tokens, metadata)
+    unknown = tokens.roles.get("unknown")
+    marked = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    return {
+        "version": "1.0",
+        "added_tokens": [token.as_json() for token in tokens.added],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [marked, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": merges,
+            "unk_token": None if unknown is None else tokens.texts[unknown],
+            "fuse_unk": True,
+            "byte_fallback": True,
         },
     }
 

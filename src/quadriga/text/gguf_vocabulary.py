@@ -39,10 +39,10 @@ def to_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     if tokenizer is None:
         return {}
     tokens = gguf_spec.tokens_of(metadata)
-    classes = {"gpt2": "PreTrainedTokenizerFast", "llama": "LlamaTokenizer", "t5": "T5Tokenizer"}
+    classes = {"llama": "LlamaTokenizer", "t5": "T5Tokenizer"}
     added = {str(token.id): {k: v for k, v in token.as_json().items() if k != "id"} for token in tokens.added}
     config: dict[str, Any] = {
-        "tokenizer_class": classes[str(kind)],
+        "tokenizer_class": classes.get(str(kind), "PreTrainedTokenizerFast"),
         "add_bos_token": bool(tokenizer.prefix_ids),
         "add_eos_token": bool(tokenizer.suffix_ids),
         **{name: text or None for name, text in tokenizer.template_variables.items()},
@@ -51,8 +51,11 @@ def to_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         "clean_up_tokenization_spaces": False,
     }
     files: dict[str, bytes] = {}
-    if kind == "gpt2":
-        spec = gguf_spec.bpe_spec(tokens, metadata, str(metadata["tokenizer.ggml.pre"]))
+    if kind in ("gpt2", "gemma4"):
+        if kind == "gpt2":
+            spec = gguf_spec.bpe_spec(tokens, metadata, str(metadata["tokenizer.ggml.pre"]))
+        else:
+            spec = gguf_spec.gemma4_spec(tokens, metadata)
         affixes = _affixes(tokenizer, tokens.texts)
         files["tokenizer.json"] = _json({**spec, "post_processor": affixes})
     else:

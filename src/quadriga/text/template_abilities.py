@@ -46,8 +46,14 @@ class Abilities:
     """The template; the form of its calls is read from it."""
 
 
-THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
-"""Marks around thoughts: DeepSeek-R1's, which Qwen, GLM, SmolLM3 and most others took over; Magistral's; Seed-OSS's."""
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|channel>thought", "<channel|>"),
+)
+"""Marks around thoughts: DeepSeek-R1's, which Qwen, GLM, SmolLM3 and most others took over; Magistral's; Seed-OSS's;
+Gemma 4's."""
 
 _known: OrderedDict[str, Abilities] = OrderedDict()
 _lock = threading.Lock()

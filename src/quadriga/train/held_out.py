@@ -60,8 +60,9 @@ class _LastLogits:
 
     def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         hidden, _ = final_hidden(model, batch)
-        logits = hidden[-1:].float() @ head_weight(model).float().t()
-        return logits[0] * model.config.logit_scale, {}
+        logits = (hidden[-1:].float() @ head_weight(model).float().t())[0] * model.config.logit_scale
+        cap = model.config.logit_cap
+        return (logits if cap is None else cap * torch.tanh(logits / cap)), {}
 
 
 @torch.no_grad()

@@ -64,7 +64,11 @@ class NextToken:
         """Loss and metrics of a batch, as ``Objective`` specifies."""
         hidden, stats = final_hidden(model, batch)
         weight, scale = head_weight(model), model.config.logit_scale
-        loss, _ = training.linear_cross_entropy(hidden, weight, batch.targets, batch.weights, logit_scale=scale)
+        if (cap := model.config.logit_cap) is not None:
+            losses = training.capped_losses(hidden, weight, batch.targets, cap=cap, logit_scale=scale)
+            loss = losses.sum() if batch.weights is None else (losses * batch.weights).sum()
+        else:
+            loss, _ = training.linear_cross_entropy(hidden, weight, batch.targets, batch.weights, logit_scale=scale)
         metrics = {"loss": loss.detach()}
         if stats:
             extra, router_metrics = self.router_losses(stats, batch)

@@ -53,7 +53,12 @@ def token_logprobs(model: Transformer, batch: TrainingBatch, drawing: Drawing | 
         row_of = drawn.cumsum(0) - 1
         targets = torch.where(targets == IGNORE, IGNORE, row_of[targets.clamp(min=0)])
         weight = weight[drawn]
-    return -training.token_losses(hidden, weight, targets, logit_scale=model.config.logit_scale / drawing.temperature)
+    scale, cap = model.config.logit_scale, model.config.logit_cap
+    if cap is not None:
+        return -training.capped_losses(
+            hidden, weight, targets, cap=cap, logit_scale=scale, temperature=drawing.temperature
+        )
+    return -training.token_losses(hidden, weight, targets, logit_scale=scale / drawing.temperature)
 
 
 def per_document(values: Tensor, batch: TrainingBatch) -> Tensor:

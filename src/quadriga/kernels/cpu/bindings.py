@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "6615f4036909812eef4f2269d856f2f04a774ca37ddbb026c814e2ac9b215fd8"
+HEADER_SHA256 = "6d6d29f0873b49114592b4ec9a08ab7dc4e98b95eddce08e382df4f9bf9dc995"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -232,6 +232,8 @@ class Attention(c.Structure):
         ("norm_after_rotation", c.c_int32),
         ("output_gate", c.c_int32),
         ("cache_group", c.c_int32),
+        ("keys_as_values", c.c_int32),
+        ("v_norm", Norm),
         ("kv_rank", c.c_int32),
         ("rope_dim", c.c_int32),
         ("nope_dim", c.c_int32),
@@ -349,6 +351,12 @@ class Ffn(c.Structure):
         ("shared_down", Matrix),
         ("shared_weight", Matrix),
         ("shared_activation", c.c_int32),
+        ("stream_scale", c.c_float),
+        ("router_norm", Norm),
+        ("expert_norm", Norm),
+        ("expert_post_norm", Norm),
+        ("shared_post_norm", Norm),
+        ("expert_scale", c.c_void_p),
         ("near", c.c_float),
     ]
 
@@ -361,6 +369,7 @@ class Head(c.Structure):
         ("weight", Matrix),
         ("logit_scale", c.c_float),
         ("bias", c.c_void_p),
+        ("logit_cap", c.c_float),
     ]
 
 

@@ -10,8 +10,9 @@ from Python for the whole step, whatever the number of layers. Between the ops n
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,9 @@ class AttentionArgs:
     """(H,) float32."""
     window: int | None = None
     output_gate: bool = False
+    keys_as_values: bool = False
+    v_norm: NormArgs | None = None
+    """(d,)"""
     cache_group: int = 0
     """Whose block table the layer's keys and values are found by."""
     rotary_scale: float = 1.0
@@ -196,6 +200,19 @@ class SharedArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ApartArgs:
+    """Norms of a mixture whose router and experts read the residual stream; see ``MoESpec.apart``."""
+
+    router_norm: NormArgs
+    """Its weight is the router's scale / sqrt(D)."""
+    expert_norm: NormArgs
+    expert_post_norm: NormArgs
+    shared_post_norm: NormArgs
+    expert_scale: Floats
+    """(E,)"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FFNArgs:
     """Everything ``Program.ffn`` needs of one layer. A dense network is one expert without a router."""
 
@@ -218,6 +235,9 @@ class FFNArgs:
     biases: tuple[Floats, Floats, Floats] | None = None
     """Of gate and up (E, F) and down (E, D) of the experts."""
     shared: SharedArgs | None = None
+    apart: ApartArgs | None = None
+    stream_scale: float = 1.0
+    """What the residual stream is multiplied by at last."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +265,11 @@ class PassBatch:
     begins here. None for both where the model has no such layer."""
     after: Ints | None = None
     """(S,) slots that the states after each sequence's last token are left in."""
+    steering: Floats | None = field(default=None, kw_only=True)
+    """(M, n_layers, E) what is added to the routers' logits of tokens whose requests ask for it, -infinity where an
+    expert is never to be chosen; E is that of the widest layer. None: nobody asks."""
+    steered: Ints | None = field(default=None, kw_only=True)
+    """(N,) the row of ``steering`` that each token takes, -1: none; the same for all tokens of a sequence."""
 
     def state_slots(self) -> list[tuple[int, int]]:
         """(before, after) of every sequence."""
@@ -292,6 +317,7 @@ class Program:
         self.vocab_size, self.max_tokens = vocab_size, max_tokens
         self.routing: list[LayerRouting] = []
         self._ops: list[tuple[int, ctypes.Structure]] = []
+        self._routers: list[tuple[bindings.Ffn, ChoiceArgs]] = []
         self._keep: list[Any] = []
         self._n_groups = 1
         self._steps: ctypes.Array[bindings.Step] | None = None
@@ -332,6 +358,8 @@ class Program:
             rotary_scale=a.rotary_scale,
             norm_after_rotation=a.norm_after_rotation,
             output_gate=a.output_gate,
+            keys_as_values=a.keys_as_values,
+            v_norm=self._norm(a.v_norm),
             cache_group=a.cache_group,
             **self._latent(a.latent),
         )
@@ -445,12 +473,15 @@ class Program:
             store=a.store,
             **self._mixture(a),
         )
+        if a.router is not None:
+            self._routers.append((op, a.choice))
         self._add(Op.FFN, op)
 
     def _mixture(self, a: FFNArgs) -> dict[str, Any]:
         """The fields of a mixture beyond a softmax over experts without biases."""
         choice, shared = a.choice, a.shared
         fields: dict[str, Any] = {
+            "stream_scale": a.stream_scale,
             "score": cpu.SCORES[choice.score],
             "n_groups": choice.n_groups,
             "top_k_groups": choice.top_k_groups,
@@ -465,6 +496,14 @@ class Program:
         if a.biases is not None:
             gate, up, down = (np.pad(bias, ((0, 0), (0, -bias.shape[1] % 16))) for bias in a.biases)
             fields |= {"gate_bias": self._floats(gate), "up_bias": self._floats(up), "down_bias": self._floats(down)}
+        if a.apart is not None:
+            fields |= {
+                "router_norm": self._norm(a.apart.router_norm),
+                "expert_norm": self._norm(a.apart.expert_norm),
+                "expert_post_norm": self._norm(a.apart.expert_post_norm),
+                "shared_post_norm": self._norm(a.apart.shared_post_norm),
+                "expert_scale": self._floats(a.apart.expert_scale),
+            }
         if shared is not None:
             fields |= {
                 "shared_gate": self._matrix(shared.gate),
@@ -475,12 +514,39 @@ class Program:
             }
         return fields
 
-    def head(self, norm: NormArgs, weight: Packed, logit_scale: float, bias: Floats | None = None) -> None:
+    def head(
+        self,
+        norm: NormArgs,
+        weight: Packed,
+        logit_scale: float,
+        bias: Floats | None = None,
+        logit_cap: float | None = None,
+    ) -> None:
         """Norm and logits of the rows a batch asks for."""
-        self._add(Op.HEAD, bindings.Head(self._norm(norm), self._matrix(weight), logit_scale, self._floats(bias)))
+        matrix = self._matrix(weight)
+        op = bindings.Head(self._norm(norm), matrix, logit_scale, self._floats(bias), logit_cap or 0.0)
+        self._add(Op.HEAD, op)
+
+    @contextmanager
+    def steered(self, shift: Floats) -> Iterator[None]:
+        """Within the block, add ``shift`` (n_layers, E) to routers' logits; -infinity: that expert is not chosen."""
+        kept = []
+        for op, choice in self._routers:
+            own = np.ascontiguousarray(shift[op.layer, : op.n_experts], dtype=np.float32)
+            bias = own if choice.bias is None else own + choice.bias
+            # A correction may lift a score of 0: what is off is off for the choice too.
+            off = np.where(np.isneginf(own), own, np.float32(0))
+            correction = off if choice.correction is None else off + choice.correction
+            kept.append((op, op.router_bias, op.correction, bias, correction))
+            op.router_bias, op.correction = bias.ctypes.data, correction.ctypes.data
+        try:
+            yield
+        finally:
+            for op, router_bias, correction_at, *_ in kept:
+                op.router_bias, op.correction = router_bias, correction_at
 
     def run(self, batch: PassBatch) -> Floats:
-        """One pass over a batch; its keys and values are stored in its blocks.
+        """One pass over a batch; its keys and values are stored in its blocks. For steering see :meth:`steered`.
 
         Returns:
             (R, V) float32 logits.

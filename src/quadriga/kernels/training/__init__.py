@@ -14,6 +14,6 @@ grouped product without host synchronisation and torch's fused attention are use
 from quadriga.kernels.training.adapted_experts import adapted_experts
 from quadriga.kernels.training.document_attention import document_attention
 from quadriga.kernels.training.expert_layer import experts
-from quadriga.kernels.training.token_loss import linear_cross_entropy, token_losses
+from quadriga.kernels.training.token_loss import capped_losses, linear_cross_entropy, token_losses
 
-__all__ = ["adapted_experts", "document_attention", "experts", "linear_cross_entropy", "token_losses"]
+__all__ = ["adapted_experts", "capped_losses", "document_attention", "experts", "linear_cross_entropy", "token_losses"]

@@ -2,12 +2,13 @@
 
     loss[n] = logsumexp(z) - z[target],   z = logit_scale * W h[n]        d loss / d z = softmax(z) - onehot(target)
 
-For 4096 tokens and a vocabulary of 100k the logits and their gradient would take 3 GB. Two functions:
+For 4096 tokens and a vocabulary of 100k the logits and their gradient would take 3 GB. Three functions:
 
     linear_cross_entropy   the weighted sum over tokens. The gradient is computed together with the loss, while a
                            chunk's logits are in cache: three products in total.
     token_losses           the loss of each token, for objectives that are not a weighted sum (preference tuning).
                            The backward pass recomputes the logits: four products.
+    capped_losses          the same of logits behind a soft cap.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from quadriga.kernels.training import fused
 
@@ -49,6 +52,29 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, *, logit_scale
     """The loss of each token (N,) with a gradient, 0 where the target is IGNORE; arguments as above."""
     out: Tensor = _Each.apply(hidden, weight, targets, logit_scale)  # type: ignore[no-untyped-call]
     return out
+
+
+def capped_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    cap: float,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """:func:`token_losses` of logits cap * tanh(scale * W h / cap) / temperature, in torch's own operations.
+
+    Logits are computed for some hundred tokens at a time, and again in the backward pass.
+    """
+
+    def of(h: Tensor, chosen: Tensor, head: Tensor) -> Tensor:
+        logits = (h @ head.t()).to(fused.wide(h.dtype)) * logit_scale
+        return F.cross_entropy(cap * torch.tanh(logits / cap) / temperature, chosen, reduction="none")
+
+    parts = list(_chunks(targets, weight))
+    losses = torch.cat([checkpoint(of, hidden[kept], targets[kept], weight, use_reentrant=False) for kept in parts])
+    return torch.zeros(len(targets), dtype=losses.dtype, device=losses.device).index_copy(0, torch.cat(parts), losses)
 
 
 def _chunks(targets: Tensor, weight: Tensor) -> Iterator[Tensor]:

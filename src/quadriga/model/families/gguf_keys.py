@@ -317,6 +317,8 @@ def must_read_back(
     for i, layer in enumerate(config.layers):
         if isinstance(layer.mixer, Mamba2Spec) and layer.mixer.conv_bias:
             shapes[f"blk.{i}.ssm_conv1d.bias"] = (0,)
+        if isinstance(layer.mixer, AttentionSpec) and not layer.mixer.keys_as_values:
+            shapes[f"blk.{i}.attn_v.weight"] = (0,)
     for i, _ in [place for place in config.moe_layers if place[1].correction][:1]:
         shapes[f"blk.{i}.exp_probs_b.bias"] = (0,)
     arch = next(iter(metadata)).partition(".")[0]

@@ -70,7 +70,7 @@ def qkv(
             (q, 0, attn.q_dim, attn.n_heads if interleaved else 0),
             (k, attn.q_dim, attn.kv_dim, attn.n_kv_heads if interleaved else 0),
             (v, attn.q_dim + attn.kv_dim, attn.kv_dim, 0),
-        )
+        )[: 2 if attn.keys_as_values else 3]
         for source, start, rows, heads in parts:
             pieces.append(
                 Piece(

@@ -19,8 +19,6 @@ REASONS: Mapping[str, str] = {
     "gemma2": _GEMMA,
     "gemma3": _GEMMA,
     "gemma3_text": _GEMMA,
-    "gemma4": _GEMMA,
-    "gemma4_text": _GEMMA,
 }
 """model_type or architecture -> what in it is not computed."""
 

@@ -19,11 +19,13 @@ import numpy as np
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import (
+    AttentionSpec,
     FactorScaling,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
     ModelConfig,
+    ProportionalScaling,
     RopeScaling,
     RopeSpec,
     YarnScaling,
@@ -37,6 +39,8 @@ FREQS = "rope_freqs.weight"
 VALUES = "tensor values: "
 """Before a tensor's name among GGUF metadata: its numbers, which ``io.detect`` reads for the tensors of VALUES_OF."""
 VALUES_OF = (FREQS,)
+STANDING = float(np.float32(1e30))
+"""The factor of a pair that does not turn, in files of arch gemma4."""
 _FACTOR_ARCHS = frozenset({"llama", "granite", "granitemoe"})
 """Architectures in which llama.cpp reads the tensor of factors."""
 
@@ -197,6 +201,8 @@ def rope_to_hf(rope: RopeSpec, head_dim: int, form: str) -> dict[str, object]:
                 "long_factor": list(long.long_factors),
                 "attention_factor": long.long_scale,
             }
+        case ProportionalScaling():
+            raise ConfigError(f"{form} has no key for a part of the pairs that turns")
         case FactorScaling():
             raise ConfigError(f"{form} has no key for a factor of every rotary frequency, as GGUF's {FREQS} is")
     return keys
@@ -298,6 +304,13 @@ def factors_of(rope: RopeSpec, head_dim: int) -> list[float]:
 
 def gguf_tensors(config: ModelConfig) -> dict[str, list[float]]:
     """The tensors beside the weights that a GGUF of this model has: name -> values."""
+    for layer in config.kinds():
+        mixer = layer.mixer
+        if not isinstance(mixer, AttentionSpec) or not isinstance(mixer.position, RopeSpec):
+            continue
+        if isinstance(scaling := mixer.position.scaling, ProportionalScaling):
+            turning, n_pairs = int(scaling.part * mixer.head_dim // 2), mixer.head_dim // 2
+            return {FREQS: [1.0] * turning + [STANDING] * (n_pairs - turning)}
     attn = config.first_attention().attention
     position = attn.position
     if not isinstance(position, RopeSpec):
@@ -337,6 +350,8 @@ def rope_to_gguf(rope: RopeSpec, head_dim: int, arch: str) -> dict[str, object]:
             usual = usual_attention_factor(yarn.factor)
             if yarn.attention_factor != usual:
                 keys[f"{scaling}attn_factor"] = yarn.attention_factor / usual
+        case ProportionalScaling():
+            raise ConfigError(f"GGUF arch {arch} has no key for a part of the pairs that turns")
         case LongRopeScaling():
             raise ConfigError(f"GGUF arch {arch} has no place for LongRoPE's factors in Quadriga's files yet")
         case Llama3Scaling() | FactorScaling() if arch not in _FACTOR_ARCHS:

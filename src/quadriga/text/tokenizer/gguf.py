@@ -23,8 +23,8 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None or kind in gguf_spec.NO_VOCABULARY:
         return None
-    if kind != "gpt2" and kind not in gguf_spec.SENTENCEPIECE:
-        raise TokenizerError(f"tokenizer.ggml.model must be 'gpt2', 'llama' or 't5', got {kind!r}")
+    if kind not in ("gpt2", "gemma4", *gguf_spec.SENTENCEPIECE):
+        raise TokenizerError(f"tokenizer.ggml.model must be 'gpt2', 'llama', 't5' or 'gemma4', got {kind!r}")
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise TokenizerError("tokenizer.chat_template must be a string")
@@ -35,6 +35,9 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
         pre = gguf_spec.pre_of(tokens, metadata)
         vocabulary = TokenizersVocabulary(gguf_spec.bpe_spec(tokens, metadata, pre), name)
         add_bos = GGUF_PATTERNS[pre].add_bos and bos is not None
+    elif kind == "gemma4":
+        vocabulary = TokenizersVocabulary(gguf_spec.gemma4_spec(tokens, metadata), name)
+        add_bos = bos is not None
     else:
         model = gguf_spec.sentencepiece(tokens, metadata)
         vocabulary = SentencePieceVocabulary(model, name, added=tokens.added)

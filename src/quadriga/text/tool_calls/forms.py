@@ -10,6 +10,7 @@
     lfm2         <|tool_call_start|>[N(K=V)]<|tool_call_end|>
     llama3       {"name": N, "parameters": {...}}, the whole answer                                     Llama 3.1 to 3.3
     harmony      messages in channels, a call is one to functions.N                                             gpt-oss
+    gemma4       <|tool_call>call:N{K:<|"|>text<|"|>,K:1}<tool_call|>                                      Gemma 4
     pythonic     [N(K=V)], the whole answer                                                             Llama 3.2 and 4
 
 The forms are those of the models' own chat templates, as published with them.
@@ -232,6 +233,63 @@ def literal(node: ast.expr) -> Any:
     return value
 
 
+_GEMMA_TOKEN = re.compile(r'\s*(?:<\|"\|>(?P<quoted>.*?)<\|"\|>|(?P<bare>[{}\[\]:,]|[^\s{}\[\]:,<]+))', re.DOTALL)
+_DEEPEST = 64
+"""Values within values that are read; a program's own depth has an end."""
+
+
+def _gemma4(block: str, _: Schemas) -> list[Call]:
+    found = re.fullmatch(r"\s*call:([^\s{}]{1,128})(\{.*\})\s*", block, re.DOTALL)
+    if found is None:
+        return []
+    text = found[2]
+    try:
+        value, end = _gemma_value(text, 0, 0)
+    except ValueError:
+        return []
+    return [(found[1], value)] if isinstance(value, dict) and end == len(text) else []
+
+
+def _gemma_value(text: str, at: int, depth: int) -> tuple[Any, int]:
+    """(the value at a place in a text, where it ends): JSON whose strings have marks for quotes, and keys none."""
+    token, at = _gemma_token(text, at)
+    if token["quoted"] is not None:
+        return token["quoted"], at
+    if token["bare"] not in ("{", "["):
+        return json.loads(token["bare"], parse_constant=_no_number), at
+    if depth > _DEEPEST:
+        raise ValueError("values are nested too deep")
+    closes, made = "}" if token["bare"] == "{" else "]", list[tuple[str, Any]]()
+    while True:
+        token, behind = _gemma_token(text, at)
+        if token["bare"] == closes:
+            return (dict(made) if closes == "}" else [value for _, value in made]), behind
+        if made:
+            if token["bare"] != ",":
+                raise ValueError(f"a comma or {closes} must be here")
+            at = behind
+        key = ""
+        if closes == "}":
+            name, at = _gemma_token(text, at)
+            key = name["bare"] if name["quoted"] is None else name["quoted"]
+            colon, at = _gemma_token(text, at)
+            if colon["bare"] != ":":
+                raise ValueError("a colon must be behind a key")
+        value, at = _gemma_value(text, at, depth + 1)
+        made.append((key, value))
+
+
+def _gemma_token(text: str, at: int) -> tuple[re.Match[str], int]:
+    found = _GEMMA_TOKEN.match(text, at)
+    if found is None:
+        raise ValueError("a value must be here")
+    return found, found.end()
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
 HERMES = Form("hermes", _hermes, "<tool_call>", "</tool_call>")
 HARMONY = Form("harmony", lambda _block, _schemas: [])
 """Read by ``text.harmony``: its channels hold thoughts and words too."""
@@ -253,6 +311,7 @@ FORMS = {
         _marked("mistral", _mistral, "[TOOL_CALLS]", "", r"\s*(\[\s*\{|[^\[\]{}\s]{1,128}\s*(\[(CALL_ID|ARGS)\]|\{))"),
         _marked("granite", _granite, "<|tool_call|>", "", r"\s*\[\s*\{"),
         _marked("lfm2", _pythonic, "<|tool_call_start|>", "<|tool_call_end|>", r"\s*\[?\s*\w"),
+        _marked("gemma4", _gemma4, "<|tool_call>", "<tool_call|>", r"\s*call:"),
         LLAMA3,
         PYTHONIC,
         HARMONY,
@@ -267,6 +326,7 @@ _SIGNS = (
     ("[TOOL_CALLS]", "mistral"),
     ("<|tool_call_start|>", "lfm2"),
     ("<|tool_call|>", "granite"),
+    ("<|tool_call>", "gemma4"),
     ("<tool_call>", "hermes"),
     ("func_name1(", "pythonic"),
     ("<|python_tag|>", "llama3"),

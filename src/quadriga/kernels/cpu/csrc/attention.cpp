@@ -199,9 +199,17 @@ struct Prepare {
     }
   }
 
+  // Each head's v; behind all that k still needs of its projection, before k's own norm.
+  void values(float* row) const {
+    float* v = row + q_dim + kv_dim;
+    if (op.keys_as_values) std::memcpy(v, row + q_dim, size_t(kv_dim) * 4);
+    for (int64_t j = 0; op.v_norm.weight && j < kv_dim; j += d) kernels.norm(op.v_norm, v + j, d, v + j);
+  }
+
   void operator()(float* row, int position, float* table) const {
     if (op.qkv_bias)
       for (int64_t j = 0; j < width; ++j) row[j] += op.qkv_bias[j];
+    values(row);
     if (!op.norm_after_rotation) norm(row);
     if (op.clip > 0)
       for (int64_t j = 0; j < q_dim + 2 * kv_dim; ++j) row[j] = std::min(std::max(row[j], -op.clip), op.clip);

@@ -100,6 +100,7 @@ void choose(const qd_ffn& op, const Kernels& kernels, float* logits, float* choi
   }
   if (op.routed_scale != 1)
     for (int j = 0; j < k; ++j) weights[j] *= op.routed_scale;
+  for (int j = 0; op.expert_scale && j < k; ++j) weights[j] *= op.expert_scale[ids[j]];
   if (op.aggregate == QD_AGGREGATE_VOTE) {
     for (int j = 0; j < k; ++j) weights[j] = 1.0f / float(k);
   } else if (op.aggregate == QD_AGGREGATE_FUSE) {
@@ -401,31 +402,83 @@ qd_store::Pinned bring(const qd_ffn& op, Plan& plan) {
   return pinned;
 }
 
+// What the tokens' experts make of x, into out (n, D), or added to it. `shared` as in make_plan.
+void visit(qd_context& c, const qd_ffn& op, const float* x, int64_t n, const int32_t* ids, const float* weights,
+           const float* shared, float* out, bool add) {
+  Plan plan = make_plan(c, op, n, ids, weights, shared);
+  qd_store::Pinned pinned;
+  if (op.store) pinned = bring(op, plan);
+  reserve_threads(c, plan, n);
+  const uint32_t* hidden = gate_and_up(c, op, plan, make_panels(c, plan, x, n, op.up[0].cols));
+  down(c, plan, hidden, n, op.down[0].rows, out, add);
+}
+
+// Where the router's decisions lie: with the layer's statistics, or here.
+struct Decisions {
+  Decisions(const qd_ffn& op, int64_t n) : ids(op.ids), weights(op.weights) {
+    if (!op.router.data) return;
+    if (!ids) own_ids.resize(size_t(n * op.top_k)), ids = own_ids.data();
+    if (!weights) own_weights.resize(size_t(n * op.top_k)), weights = own_weights.data();
+  }
+
+  std::vector<int32_t> own_ids;
+  std::vector<float> own_weights;
+  int32_t* ids;
+  float* weights;
+};
+
+// The shared network of a mixture as a dense network of its own.
+qd_ffn alone(const qd_ffn& op) {
+  qd_ffn dense{};
+  dense.gate = &op.shared_gate, dense.up = &op.shared_up, dense.down = &op.shared_down;
+  dense.n_experts = dense.top_k = 1, dense.activation = op.shared_activation;
+  return dense;
+}
+
+// out (n, D) = norm(experts) + norm(shared), of experts that read the residual stream itself.
+void run_apart(qd_context& c, const qd_ffn& op, const qd_batch& b, float* out) {
+  const int64_t n = b.n_tokens, d = op.up[0].cols;
+  const Decisions to(op, n);
+  float* x = c.normed.reserve(n * d);
+  norm_rows(c, op.router_norm, b.hidden, n, d, x);
+  route(c, op, x, n, d, to.ids, to.weights, op.logits, nullptr);
+  qd_ffn experts = op;
+  experts.shared_up.data = nullptr;
+  norm_rows(c, op.expert_norm, b.hidden, n, d, x);
+  visit(c, experts, x, n, to.ids, to.weights, nullptr, out, false);
+  norm_rows(c, op.expert_post_norm, out, n, d, out);
+  float* shared = c.mixed.reserve(n * d);
+  norm_rows(c, op.norm, b.hidden, n, d, x);
+  visit(c, alone(op), x, n, nullptr, nullptr, nullptr, shared, false);
+  norm_rows(c, op.shared_post_norm, shared, n, d, shared);
+  for (int64_t i = 0; i < n * d; ++i) out[i] += shared[i];
+}
+
+void scale_stream(const qd_ffn& op, const qd_batch& b, int64_t numbers) {
+  if (op.stream_scale == 1.0f) return;
+  for (int64_t i = 0; i < numbers; ++i) b.hidden[i] *= op.stream_scale;
+}
+
 }  // namespace
 
 void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
   const int64_t n = b.n_tokens, d = op.up[0].cols, out_rows = op.down[0].rows;
-  const float* x = normed_or_as_is(c, op.norm, b.hidden, n, d);
-
-  std::vector<int32_t> own_ids;
-  std::vector<float> own_weights, shared;
-  int32_t* ids = op.ids;
-  float* weights = op.weights;
-  if (op.router.data) {
-    if (!ids) own_ids.resize(size_t(n * op.top_k)), ids = own_ids.data();
-    if (!weights) own_weights.resize(size_t(n * op.top_k)), weights = own_weights.data();
-    if (op.shared_up.data) shared.resize(size_t(n));
-    route(c, op, x, n, d, ids, weights, op.logits, shared.empty() ? nullptr : shared.data());
+  float* out = nullptr;
+  if (op.expert_norm.weight) {
+    run_apart(c, op, b, out = c.projected.reserve(n * out_rows));
+  } else {
+    const float* x = normed_or_as_is(c, op.norm, b.hidden, n, d);
+    const Decisions to(op, n);
+    std::vector<float> shared;
+    if (op.router.data && op.shared_up.data) shared.resize(size_t(n));
+    float* weighs = shared.empty() ? nullptr : shared.data();
+    if (op.router.data) route(c, op, x, n, d, to.ids, to.weights, op.logits, weighs);
+    const bool direct = !op.post_norm.weight && op.residual_scale == 1;
+    out = direct ? b.hidden : c.projected.reserve(n * out_rows);
+    visit(c, op, x, n, to.ids, to.weights, weighs, out, direct);
+    if (direct) return scale_stream(op, b, n * out_rows);
   }
-  Plan plan = make_plan(c, op, n, ids, weights, shared.empty() ? nullptr : shared.data());
-  qd_store::Pinned pinned;
-  if (op.store) pinned = bring(op, plan);
-  reserve_threads(c, plan, n);
-
-  const uint32_t* hidden = gate_and_up(c, op, plan, make_panels(c, plan, x, n, d));
-  if (!op.post_norm.weight && op.residual_scale == 1) return down(c, plan, hidden, n, out_rows, b.hidden, true);
-  float* out = c.projected.reserve(n * out_rows);
-  down(c, plan, hidden, n, out_rows, out, false);
   if (op.post_norm.weight) norm_rows(c, op.post_norm, out, n, out_rows, out);
   for (int64_t i = 0; i < n * out_rows; ++i) b.hidden[i] += op.residual_scale * out[i];
+  scale_stream(op, b, n * out_rows);
 }

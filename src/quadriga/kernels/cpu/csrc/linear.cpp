@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "steps.hpp"
@@ -139,4 +140,8 @@ void run_head(qd_context& c, const qd_head& op, const qd_batch& b) {
     for (int64_t i = 0; i < b.n_rows * v; ++i) b.logits[i] += op.bias[i % v];
   if (op.logit_scale != 1.0f)
     for (int64_t i = 0; i < b.n_rows * v; ++i) b.logits[i] *= op.logit_scale;
+  if (op.logit_cap > 0)
+    c.pool.run(b.n_rows * v, 1 << 14, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) b.logits[i] = op.logit_cap * std::tanh(b.logits[i] / op.logit_cap);
+    });
 }

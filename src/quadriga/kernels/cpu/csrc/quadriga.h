@@ -127,6 +127,8 @@ typedef struct {
   int32_t norm_after_rotation;
   int32_t output_gate; /* 1: H d more rows of wqkv behind v, whose sigmoid multiplies what attention gives */
   int32_t cache_group; /* which of a pass's tables names the layer's blocks */
+  int32_t keys_as_values; /* 1: wqkv has no rows for v, which is k as it is projected */
+  qd_norm v_norm;         /* of every head's v, (d,); NULL weight: none */
 
   /* Latent attention, R = kv_rank numbers and rope_dim that turn a token, where kv_rank is not 0: one key of head_dim =
    * R + rope_dim for all heads, whose first R are the value; n_kv_heads is 1, and kv n_blocks x qd_latent_bytes. */
@@ -214,6 +216,11 @@ typedef struct {
   qd_matrix shared_gate, shared_up, shared_down; /* (S, D), (S, D), (D, S); data NULL: none */
   qd_matrix shared_weight; /* (1, D) float32: the sigmoid of its product weighs the network's output; data NULL: 1 */
   int32_t shared_activation;
+  float stream_scale; /* what the residual stream is multiplied by at last; 1: nothing */
+  /* Where expert_norm has a weight, router and experts read the residual stream through router_norm and expert_norm; what the
+   * experts and the shared network give is normed by itself before it is added up. */
+  qd_norm router_norm, expert_norm, expert_post_norm, shared_post_norm;
+  const float* expert_scale; /* (E,) times the weights, or NULL */
   float near; /* QD_SCORE_SPARSE_MIXER: each of two experts weighs its softmax over those whose logit s, of all but the
                  ones before, has (its own - s) <= near max(|s|, its own) */
 } qd_ffn;
@@ -223,6 +230,7 @@ typedef struct {
   qd_matrix weight; /* (V, D) */
   float logit_scale;
   const float* bias; /* (V,) or NULL: added before the scale */
+  float logit_cap;   /* c: logits become c tanh(logits / c) behind the scale; 0: as they are */
 } qd_head;
 
 /* What one forward pass is given. Sequence s owns tokens [starts[s], starts[s+1]), which end its positions. */
