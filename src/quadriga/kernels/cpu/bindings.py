@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "25ee2b8b9e1ab4958e74f62e1d7bd2607ebba4bcd274e5674c75f6fc3a3c2705"
+HEADER_SHA256 = "dadbce02a7fc974809aaa2ca6a7facb66fde82c4504bba64f0984471df144210"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -223,6 +223,7 @@ class Attention(c.Structure):
         ("inverse_frequencies", c.c_void_p),
         ("alibi_slopes", c.c_void_p),
         ("kv", c.c_void_p),
+        ("kv_stride", c.c_int64),
         ("qkv_bias", c.c_void_p),
         ("out_bias", c.c_void_p),
         ("sinks", c.c_void_p),

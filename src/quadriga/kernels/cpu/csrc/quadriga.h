@@ -116,7 +116,8 @@ typedef struct {
   float score_scale, soft_cap; /* soft_cap 0: none */
   const float* inverse_frequencies; /* (rotary_dim/2,) or NULL where positions are not rotary */
   const float* alibi_slopes;        /* (H,) or NULL */
-  uint8_t* kv;                      /* this layer's blocks: n_blocks x K x qd_kv_bytes(format, d) */
+  uint8_t* kv;                      /* this layer's blocks, K x qd_kv_bytes(format, d) each */
+  int64_t kv_stride;                /* bytes from one of them to the next: at least as many */
 
   const float* qkv_bias;    /* (H d + 2 K d,) or NULL: added to the projection, before all else */
   const float* out_bias;    /* (D,) or NULL */
@@ -131,7 +132,7 @@ typedef struct {
   qd_norm v_norm;         /* of every head's v, (d,); NULL weight: none */
 
   /* Latent attention, R = kv_rank numbers and rope_dim that turn a token, where kv_rank is not 0: one key of head_dim =
-   * R + rope_dim for all heads, whose first R are the value; n_kv_heads is 1, and kv n_blocks x qd_latent_bytes. */
+   * R + rope_dim for all heads, whose first R are the value; n_kv_heads is 1, and a block is of qd_latent_bytes. */
   int32_t kv_rank, rope_dim, nope_dim, v_dim; /* R a multiple of 32, v_dim of 16 */
   qd_norm q_a_norm, kv_a_norm;
   qd_matrix wq_a;       /* (Q, D), or data NULL: wqkv (H (nope_dim + rope_dim), Q or D) takes the normed state itself */
