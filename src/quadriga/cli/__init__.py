@@ -22,6 +22,7 @@ from quadriga.cli.convert import convert_command
 from quadriga.cli.data import data_app
 from quadriga.cli.diff import diff_command
 from quadriga.cli.eval import eval_command
+from quadriga.cli.experts import experts_app
 from quadriga.cli.generate import generate_command
 from quadriga.cli.info import info_command
 from quadriga.cli.models import (
@@ -181,6 +182,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 app.add_typer(claims_app, name="claims")
 app.add_typer(data_app, name="data")
+app.add_typer(experts_app, name="experts")
 
 
 def _show_version(wanted: bool) -> None:

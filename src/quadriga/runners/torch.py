@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -102,6 +103,7 @@ class TorchRunner:
         self.state_bytes = sum(t.nbytes for arrays in self._states.values() for t in arrays)
         self.store: ExpertStore | None = None
         self.row_sampler: RowSampler | None = None
+        self.can_steer = True
         self._load: list[Tensor] = []
         self._bank: AdapterBank | None = None
 
@@ -125,7 +127,7 @@ class TorchRunner:
         tokens = torch.from_numpy(batch.tokens).long().to(device)
         rows = torch.from_numpy(batch.rows).long().to(device)
         chosen = None if adapters is None else torch.tensor(adapters, device=device)
-        with quick_float32(len(tokens)):
+        with quick_float32(len(tokens)), self._steered(batch):
             if self._bank is not None:
                 self._bank.choose(chosen)
             states, of_layers = self.model.hidden(tokens, _PagedContext(self, batch, device))
@@ -141,6 +143,27 @@ class TorchRunner:
             self.model.final_norm(states).float().cpu().numpy() if hidden else None,
             [_as_arrays(stats) for stats in of_layers] if routing else None,
         )
+
+    @contextmanager
+    def _steered(self, batch: PassBatch) -> Iterator[None]:
+        """Let the routers heed what the batch's requests ask of experts, for one pass."""
+        if batch.steering is None or batch.steered is None:
+            yield
+            return
+        # One more row, of zeros, which -1 means.
+        table = torch.from_numpy(np.concatenate([batch.steering, np.zeros_like(batch.steering[:1])])).to(self._device)
+        of_token = table[torch.from_numpy(batch.steered).long().to(self._device)]  # (N, n_layers, E)
+        routers: list[moe.Router] = []
+        for layer, spec in self.config.moe_layers:
+            mixture = self.model.layers[layer].moe
+            assert isinstance(mixture, moe.MoE), "a layer with experts has a mixture"
+            mixture.router.steering = of_token[:, layer, : spec.n_experts]
+            routers.append(mixture.router)
+        try:
+            yield
+        finally:
+            for router in routers:
+                router.steering = None
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :class:`Runner`."""

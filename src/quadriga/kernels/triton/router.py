@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quadriga.kernels import reference
 from quadriga.kernels.ops import Choice, Routing
 from quadriga.kernels.triton.arithmetic import product, sigmoid
 from quadriga.kernels.triton.launch import launch
@@ -288,7 +289,7 @@ def route_and_place(
         TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k), SCORE=how.score, P=how.normalize_p, EPS=how.normalize_eps,
         LEAST=how.normalize_min, SCALE=how.scale, NEAR=how.near, N_GROUPS=how.n_groups,
         GROUPS=groups, OPEN=how.top_k_groups, TWO=how.group_worth == "two_best", WIDTH=group_width, PADDED=padded,
-        TOKENS=BLOCK, DEPTH=16 if many else 64, warps=8 if many else 4, stages=4 if many else 2,
+        TOKENS=BLOCK, DEPTH=16 if many else 64, warps=8 if many else 4,
     )  # fmt: skip
     if counts is not None:
         _place(routing.expert_ids, counts, places)
@@ -330,5 +331,7 @@ def _place(ids: Tensor, counts: Tensor, places: Places) -> None:
 def route(
     x: Tensor, weight: Tensor, how: Choice, bias: Tensor | None = None, correction: Tensor | None = None
 ) -> Routing:
-    """``ops.route``."""
+    """``ops.route``; the reference where tokens have biases or corrections of their own, as few requests do."""
+    if any(one is not None and one.ndim > 1 for one in (bias, correction)):
+        return reference.route(x, weight, how, bias, correction)
     return route_and_place(x, weight, how, bias, correction)[0]

@@ -84,12 +84,17 @@ class GroupedWeight:
         """Bytes of all planes."""
         return sum(plane.nbytes for plane in self.planes if plane is not None)
 
+    def expert(self, index: int) -> GroupedWeight:
+        """One expert's matrix, as that of one expert."""
+        codes, *others = (None if plane is None else plane[index : index + 1] for plane in self.planes)
+        assert codes is not None, "every weight has codes"
+        return GroupedWeight(self.format, codes, self.columns, *others)
+
     def to(self, device: torch.device | str) -> GroupedWeight:
         """The same planes on another device."""
-        moved = (None if plane is None else plane.to(device) for plane in self.planes)
-        codes, scales, minima, d, dmin = moved
+        codes, *others = (None if plane is None else plane.to(device) for plane in self.planes)
         assert codes is not None, "every weight has codes"
-        return GroupedWeight(self.format, codes, self.columns, scales, minima, d, dmin)
+        return GroupedWeight(self.format, codes, self.columns, *others)
 
 
 def plain(weight: Tensor) -> GroupedWeight:

@@ -1,0 +1,30 @@
+"""The script for the day a GPU is there: all of it runs here, interpreted, at toy sizes."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_section_runs_dry(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.csv"
+    ended = subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu.sh"), "--dry", str(out)], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(dict.fromkeys(row["section"] for row in rows)) == [
+        "parity", "invariance", "speed", "training", "family",
+    ]  # fmt: skip
+    for row in rows:
+        assert row["note"] == "", row
+        if row["section"] == "parity":
+            assert 0 < float(row["value"]) < 1e-5
+        elif row["section"] == "invariance":
+            assert int(row["value"]) == 0
+        elif row["section"] in ("speed", "training"):
+            assert row["value"] == row["gb_per_s"] == "", "a host's times say nothing of a GPU"
