@@ -222,7 +222,7 @@ class _PagedContext:
         group, slot = self._runner.cache.groups[layer], self._runner.cache.slots[layer]
         # A place may be wider than what this layer keeps in it.
         keys, values = (
-            stored[slot][:, : heads.shape[1] * heads.shape[2]].unflatten(1, heads.shape[1:])
+            stored[slot][:, : heads.shape[1] * heads.shape[2]].view(-1, *heads.shape[1:])
             for stored, heads in ((self._runner._keys, k), (self._runner._values, v))
         )
         keys[self._slots[group]], values[self._slots[group]] = k, v
