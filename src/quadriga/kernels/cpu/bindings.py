@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "dadbce02a7fc974809aaa2ca6a7facb66fde82c4504bba64f0984471df144210"
+HEADER_SHA256 = "c8b382e1d2735a2976f86bc0efcd6466e9569faa65d10ce72e99bd849565ba99"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -134,6 +134,8 @@ class Isa(IntEnum):
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
+    NEON = 3
+    I8MM = 4
 
 
 class Op(IntEnum):
@@ -491,8 +493,9 @@ STRUCTS: dict[str, type[c.Structure]] = {
 }
 
 PARAMETERS: dict[str, list[Any]] = {
-    "qd_best_isa": [
-        c.c_void_p,  # isa
+    "qd_has_isa": [
+        c.c_int32,  # isa
+        c.c_void_p,  # has
         c.POINTER(Message),  # why
     ],
     "qd_create": [
