@@ -42,12 +42,16 @@ def test_named_files_exist(page: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
+SECTIONS = ("adapter", "bench", "claims", "data", "experts", "models")
+"""Words that are followed by a command of theirs."""
+
+
 def test_documented_commands_and_options_exist() -> None:
     helps: dict[str, str] = {}
     for page in PAGES:
         for line in re.findall(r"^(?:pip install \. && )?quadriga (.*)$", page.read_text(), re.MULTILINE):
             words = line.split("#")[0].split()
-            command = words[:2] if words[0] in ("adapter", "bench", "claims", "data", "models") else words[:1]
+            command = words[:2] if words[0] in SECTIONS else words[:1]
             if " ".join(command) not in helps:
                 result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
                 assert result.exit_code == 0, command

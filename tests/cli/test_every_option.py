@@ -90,6 +90,7 @@ LOADERS = {
     "generate": ["generate", "hello"],
     "serve": ["serve"],
     "eval": ["eval", "--tasks", "hellaswag"],
+    "experts label": ["experts", "label", "smollm2-135m-instruct"],
     "bench decode": ["bench", "decode"],
     "bench prefill": ["bench", "prefill"],
     "bench batch": ["bench", "batch"],
@@ -115,7 +116,10 @@ KERNELS = ("format", "activations", "kv_format", "expert_memory")
 ELSEWHERE = {
     "max_sequences": {"serve"},
     "max_batch_tokens": {"serve"},
-    **{key: {"chat", "generate", "serve", "eval"} for key in ("dtype", "device", "kv_memory", "expert_memory")},
+    **{
+        key: {"chat", "generate", "serve", "eval", "experts label"}
+        for key in ("dtype", "device", "kv_memory", "expert_memory")
+    },
 }
 """Options that only some of the commands have."""
 
@@ -365,6 +369,8 @@ REFUSED: dict[str, dict[str, list[list[str]]]] = {
         "--data-dir": [["--data-dir", "x"]],
         "--out": [["--out", "x"]],
         "--picture": [["--picture", "x.svg"]],
+        "--judge": [["--judge", "x"]],
+        "--judge-model": [["--judge-model", "x"]],
         **{name: [[name, "auto"], ["--tasks", "mmlu", name, "auto"]] for name in ("--api", "--api-model", "--api-key")},
         "--concurrency": [["--concurrency", "3"], ["--tasks", "mmlu", "--concurrency", "8"]],
         **{

@@ -22,8 +22,10 @@ from quadriga.cli.convert import convert_command
 from quadriga.cli.data import data_app
 from quadriga.cli.diff import diff_command
 from quadriga.cli.eval import eval_command
+from quadriga.cli.experts import experts_app
 from quadriga.cli.generate import generate_command
 from quadriga.cli.info import info_command
+from quadriga.cli.judge import judge_command
 from quadriga.cli.models import (
     list_command,
     models_app,
@@ -149,6 +151,13 @@ app.command(
     ),
 )(diff_command)
 app.command(
+    "judge",
+    epilog=_example(
+        "quadriga judge eval/a eval/b --judge https://api.example.org/v1 --judge-model gpt-4",
+        "quadriga judge eval/a eval/b --judge smollm2-135m-instruct --task gsm8k",
+    ),
+)(judge_command)
+app.command(
     "info",
     epilog=_example(
         "quadriga info dbrx-132b", "quadriga info model.gguf --json", "quadriga info grok-1 --context 4096"
@@ -181,6 +190,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 app.add_typer(claims_app, name="claims")
 app.add_typer(data_app, name="data")
+app.add_typer(experts_app, name="experts")
 
 
 def _show_version(wanted: bool) -> None:

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import cast
 
@@ -39,8 +38,10 @@ from quadriga.engine.pooling import Pooling
 from quadriga.engine.request import Embed, Embedding, FinishReason, PromptReport, Request, Routing, TokenEvent
 from quadriga.engine.sampler import Sample, Sampler, Unused, require_finite, top_logprobs
 from quadriga.engine.scheduler import Chunk, PassPlan, Running, Scheduler
+from quadriga.engine.steering import salt_of, steering_of
 from quadriga.errors import AnswerError, BusyError, ConfigError, QuadrigaError, RequestError
 from quadriga.kernels.cpu.program import PassBatch
+from quadriga.model.steering import router_shift
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.base import Adapters, Floats, LayerRouting, PassResult, Runner
 from quadriga.runtime import Lane
@@ -217,14 +218,15 @@ class Engine:
             )
         bad = self._bad_sequences(request)
         number = 0 if request.adapter is None else self.adapters().number(request.adapter)
+        steering = self._steering(request)
         running = Running(
             request_id=self._next_id,
             tokens=prompt,
             max_tokens=min(len(prompt) + params.max_new_tokens, self.config.max_seq_len),
             priority=request.priority,
-            # What one adapter cached is of no use to another, nor to the next of the same name.
-            salt=request.salt if not number else blake2b(request.salt, salt=number.to_bytes(8, "little")).digest(),
+            salt=salt_of(request.salt, number, steering),
             adapter=number,
+            steering=steering,
             all_logits=params.prompt_logprobs,
             client=request.client,
             group=-1 if group is None else group,
@@ -245,6 +247,18 @@ class Engine:
         self._active[running.request_id] = active
         self._next_id += 1
         return running.request_id
+
+    def _steering(self, request: Request) -> Floats | None:
+        """What the request adds to the routers' logits.
+
+        Raises:
+            RequestError: experts that cannot be steered, or a runner that cannot.
+        """
+        if not request.steering:
+            return None
+        if not self.runner.can_steer:
+            raise RequestError("experts cannot be steered: what computes this model does not support it")
+        return router_shift(request.steering, self.config)
 
     def _bad_sequences(self, request: Request) -> list[tuple[int, ...]]:
         params = request.params
@@ -768,4 +782,6 @@ def build_batch(plan: PassPlan) -> tuple[PassBatch, list[int]]:
     ints: list[object] = [tokens, positions, starts, tables, table_starts, rows]
     if any(chunk.after >= 0 for chunk in plan.chunks):
         ints += [[chunk.before for chunk in plan.chunks], [chunk.after for chunk in plan.chunks]]
-    return PassBatch(*(np.array(x, dtype=np.int32) for x in ints)), first_rows
+    steering, steered = steering_of([(chunk.sequence.steering, len(chunk.tokens)) for chunk in plan.chunks])
+    arrays = (np.array(x, dtype=np.int32) for x in ints)
+    return PassBatch(*arrays, steering=steering, steered=steered), first_rows

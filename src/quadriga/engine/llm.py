@@ -48,6 +48,7 @@ from quadriga.io.packed import is_quantised
 from quadriga.io.suggested import Suggested, suggested
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.model.config import ModelConfig
+from quadriga.model.steering import ExpertFactor
 from quadriga.runners import make
 from quadriga.runners.base import Floats, LayerRouting, Runner
 from quadriga.text import template_process
@@ -162,6 +163,7 @@ def load(
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
         suggested=catalogue.sampling_of(str(path_or_name)) or suggested(opened.path),
+        path=opened.path,
     )
 
 
@@ -173,6 +175,7 @@ class LLM:
         tokenizer: its vocabulary, or None where the checkpoint has none (then prompts are token ids).
         engine: what runs it.
         name: how it was asked for.
+        path: its folder or file; None where it was made in memory.
     """
 
     def __init__(
@@ -184,6 +187,7 @@ class LLM:
         max_sequences: int = 64,
         max_batch_tokens: int = 2048,
         suggested: Suggested | None = None,
+        path: Path | None = None,
     ) -> None:
         self.suggested = suggested or Suggested()
         """How the checkpoint's makers would have tokens chosen in a conversation."""
@@ -191,6 +195,7 @@ class LLM:
         self.config: ModelConfig = runner.config
         self.tokenizer = tokenizer
         self.name = name
+        self.path = path
         if tokenizer is not None and tokenizer.n_vocab > self.config.vocab_size:
             raise TokenizerError(
                 f"the tokenizer has {tokenizer.n_vocab} tokens, the model's embedding only {self.config.vocab_size}. "
@@ -307,30 +312,47 @@ class LLM:
             self.engine.remove_adapter(name)
 
     def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, adapter: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        steering: Sequence[ExpertFactor] = (),
     ) -> Answer:
         """Continue a prompt, yielding each token as it is made.
 
         Args:
             prompt: text as :meth:`prompt_ids` encodes it, or token ids taken as they are.
             adapter: the name of one that was added.
+            steering: experts that are switched off or boosted.
 
         Raises:
             RequestError: an empty prompt, ids outside the model's table, a prompt that fills the context; or, after
                 some tokens, logits that are not finite.
             AnswerError: after some tokens, a mistake of ours, which is its cause.
         """
-        request = Request(prompt=tuple(self.prompt_ids(prompt)), params=params or SamplingParams(), adapter=adapter)
+        request = Request(
+            prompt=tuple(self.prompt_ids(prompt)),
+            params=params or SamplingParams(),
+            adapter=adapter,
+            steering=tuple(steering),
+        )
         inbox = _Inbox()
         (request_id,) = self._submit([request], inbox)
         return Answer(self, request_id, inbox)
 
     def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, adapter: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        steering: Sequence[ExpertFactor] = (),
     ) -> Completion:
         """Continue a prompt to its end; see :meth:`stream`."""
-        ids = tuple(self.prompt_ids(prompt))
-        answer = self._complete([Request(prompt=ids, params=params or SamplingParams(), adapter=adapter)])[0]
+        ids, how = tuple(self.prompt_ids(prompt)), params or SamplingParams()
+        request = Request(prompt=ids, params=how, adapter=adapter, steering=tuple(steering))
+        answer = self._complete([request])[0]
         if answer.error is not None:
             raise answer.error
         return answer

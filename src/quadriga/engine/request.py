@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadriga.errors import QuadrigaError, RequestError
+from quadriga.model.steering import ExpertFactor
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """stop: an end token or a stop string; length: max_new_tokens or the context is full; cancelled: the caller left;
@@ -220,6 +221,8 @@ class Request:
     """Requests share cached prefixes only with those of the same salt."""
     adapter: str | None = None
     """The adapter that answers, by the name it was added under; None: the model itself."""
+    steering: tuple[ExpertFactor, ...] = ()
+    """Experts that are switched off or boosted for this request."""
     client: bytes = b""
     """Who asks; clients are served in turn."""
     shown: frozenset[int] = frozenset()

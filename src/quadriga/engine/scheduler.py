@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from quadriga.engine.blocks import BlockPool, BlockTable, chain_key
 from quadriga.engine.states import StatePool
@@ -37,6 +37,9 @@ from quadriga.engine.turns import Turns
 from quadriga.errors import ConfigError, RequestError
 from quadriga.model.cache_layout import most_blocks
 from quadriga.quant.packed import BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    from quadriga.model.steering import Floats
 
 MOST_LOGIT_ROWS = 256
 """Tokens of a chunk of which every position's logits are wanted: (256, V) float32 is what the buffer grows to."""
@@ -57,6 +60,8 @@ class Running:
     """Prefixes are shared among sequences of equal salt only."""
     adapter: int = 0
     """Number of the adapter its tokens run with; 0: none."""
+    steering: Floats | None = None
+    """(n_layers, E) what is added to its routers' logits; None: nothing."""
     all_logits: bool = False
     """Every prompt position's logits are wanted, so nothing of it is taken from the prefix cache."""
     embeds: bool = False

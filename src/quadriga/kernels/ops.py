@@ -227,7 +227,7 @@ def route(
     becomes another one (SPEC of DBRX: float32 softmax; see docs/architecture.md).
 
     Args:
-        x: (N, D). weight: (E, D). bias, correction: (E,).
+        x: (N, D). weight: (E, D). bias, correction: (E,), or (N, E) where each token has its own.
     """
     out: Routing = backend_for(x).route(x, weight, how, bias, correction)
     return out

@@ -150,6 +150,9 @@ class Router(nn.Module):
     correction: Tensor | None
     """(E,) float32 added alike, the model's own: a buffer, stored with it and trained by no gradient."""
 
+    steering: Tensor | None = None
+    """(N, E) float32 added to the logits of the pass under way, -infinity: never chosen; what requests ask for."""
+
     weight: Weight
 
     def __init__(self, d_model: int, spec: MoESpec) -> None:
@@ -168,23 +171,30 @@ class Router(nn.Module):
         if self.training and eps:
             x = x * torch.empty_like(x).uniform_(1 - eps, 1 + eps)
         (_, common), *others = variants(self.weight)
-        routing = self._route(x, common)
+        routing = self._route(x, common, self.steering)
         if others:  # tokens with adapters of their own on the router
             whole = [values.clone() for values in routing]
             for tokens, matrix in others:
                 assert tokens is not None, "only the first variant is for all other tokens"
-                for values, part in zip(whole, self._route(x[tokens], matrix), strict=True):
+                steering = None if self.steering is None else self.steering[tokens]
+                for values, part in zip(whole, self._route(x[tokens], matrix, steering), strict=True):
                     values[tokens] = part
             routing = ops.Routing(*whole)
         return routing
 
-    def _route(self, x: Tensor, weight: Tensor) -> ops.Routing:
+    def _route(self, x: Tensor, weight: Tensor, steering: Tensor | None) -> ops.Routing:
         if self.scale is not None:
             x = x * self.scale * len(self.scale) ** -0.5
+        bias: Tensor | None = self.bias
         correction = self.correction
         if self.balancing is not None:
             correction = self.balancing if correction is None else correction + self.balancing
-        routing = ops.route(x, weight, self.how, bias=self.bias, correction=correction)
+        if steering is not None:
+            bias = steering if bias is None else steering + bias
+            if self.how.score != "sparse_mixer":  # which chooses by its logits; a correction lifts a score of 0
+                off = torch.where(steering == float("-inf"), steering, 0.0)
+                correction = off if correction is None else correction + off
+        routing = ops.route(x, weight, self.how, bias=bias, correction=correction)
         if self.expert_scale is None:
             return routing
         return routing._replace(expert_weights=routing.expert_weights * self.expert_scale[routing.expert_ids])

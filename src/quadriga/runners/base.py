@@ -122,6 +122,8 @@ class Runner(Protocol):
     """Where the experts are, if they stay on disk."""
     row_sampler: RowSampler | None
     """What chooses tokens from logits; None: the engine does, in NumPy."""
+    can_steer: bool
+    """True if passes heed ``PassBatch.steering``."""
 
     @property
     def adapter_names(self) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from hashlib import blake2b
 from math import prod
 
@@ -58,6 +59,7 @@ from quadriga.model.weight_map import parameter_shapes, stays_float32
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.packed import KV_FORMATS, kv_block_bytes, latent_block_bytes
 from quadriga.runners.base import Adapters, Floats, LayerRouting, PassResult
+from quadriga.runners.steered import joined, parts_of
 
 ACTIVATIONS = ("auto", "int8", "int16")
 
@@ -93,6 +95,11 @@ def layer_block_bytes(layer: LayerSpec, kv_format: str) -> int:
     if isinstance(state, LatentState):
         return latent_block_bytes(kv_format, state.rank, state.rope_dim)
     return kv_block_bytes(kv_format, state.n_kv_heads, state.head_dim) if isinstance(state, KVState) else 0
+
+
+def place_bytes(config: ModelConfig, cache: CacheLayout, kv_format: str) -> list[int]:
+    """Bytes of each place in a block: of the layer that keeps most among those that use it."""
+    return [max(layer_block_bytes(config.layers[layer], kv_format) for layer in layers) for layers in cache.slot_layers]
 
 
 def queries_of(spec: AttentionSpec) -> str:
@@ -167,11 +174,11 @@ class CompiledModel:
             int16=activations == "int16" or (activations == "auto" and small),
             isa=isa,
         )
-        self.parameters, self.store = parameters, store
+        self.parameters, self.store, self.can_steer = parameters, store, True
         self.row_sampler: RowSampler | None = RowSampler(self.program.context)
         self._multiplied = (activations, small)  # what decides how quantised matrices are multiplied
         self.cache = cache or one_group(config.n_layers)
-        shares = [layer_block_bytes(config.layers[layer], kv_format) for layer in self.cache.slot_layers]
+        shares = place_bytes(config, self.cache, kv_format)
         self._kv = [allocate(n_blocks * n_bytes) if n_bytes else np.zeros(0, np.uint8) for n_bytes in shares]
         self.kv_bytes = sum(kv.nbytes for kv in self._kv)
         self.n_slots = (n_slots or n_blocks) if config.is_recurrent else 0
@@ -224,9 +231,21 @@ class CompiledModel:
             CheckpointError: experts on disk could not be read.
         """
         assert adapters is None, "there are none: adapters() refuses"
+        assert (batch.steering is None) == (batch.steered is None), "a table and each token's row of it go together"
+        if batch.steering is not None:
+            return self._steered(batch, hidden=hidden, routing=routing)
         logits, n = self.program.run(batch), len(batch.tokens)
         states = self.program.hidden(n, self._norm("final_norm.weight", self.config.final_norm)) if hidden else None
         return PassResult(logits, states, self._router_stats(n) if routing else None)
+
+    def _steered(self, batch: PassBatch, *, hidden: bool, routing: bool) -> PassResult:
+        """A pass in which sequences steer experts: one for all that ask the same, and the results in their places."""
+        assert batch.steering is not None, "asked for where there is a table"
+        results = []
+        for part in parts_of(batch):
+            with nullcontext() if part.row < 0 else self.program.steered(batch.steering[part.row]):
+                results.append((part, self.forward(part.batch, hidden=hidden, routing=routing)))
+        return joined(results, len(batch.tokens), len(batch.rows))
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :class:`Runner`."""
@@ -394,6 +413,7 @@ class CompiledModel:
             rotary_scale=1.0 if turning is None else turning.scale,
             alibi_slopes=slopes,
             kv=self._kv[self.cache.slots[layer]],
+            kv_stride=self._kv[self.cache.slots[layer]].nbytes // self.n_blocks,
             cache_group=self.cache.groups[layer],
             kv_format=self.kv_format,
             qkv_bias=self._vector(p + "attn.wqkv.bias") if spec.qkv_bias else None,

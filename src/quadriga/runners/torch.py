@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -51,7 +52,8 @@ def load(
     chosen = resolve_dtype(dtype, target.type)
     parameters = load_parameters(opened, dtype=chosen, device=target, progress=progress)
     cache = cache_layout(opened.config)
-    numbers = sum(opened.config.layers[layer].mixer.state.numbers_per_token for layer in cache.slot_layers)
+    layers = opened.config.layers
+    numbers = sum(max(layers[i].mixer.state.numbers_per_token for i in users) for users in cache.slot_layers)
     per_block = BLOCK_TOKENS * numbers * parameters["embed.weight"].element_size()
     room = sizes(per_block)
     model = Transformer.from_parameters(opened.config, parameters)
@@ -83,13 +85,14 @@ class TorchRunner:
         self.n_slots = (n_slots or n_blocks) if self.config.is_recurrent else 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        for mixer in (self.config.layers[layer].mixer for layer in self.cache.slot_layers):
-            heads = (mixer.n_kv_heads, mixer.head_dim) if isinstance(mixer, AttentionSpec) else (0, 0)
-            keys = torch.zeros((n_blocks * BLOCK_TOKENS, *heads), dtype=weight.dtype, device=weight.device)
+        for layers in self.cache.slot_layers:
+            mixers = [self.config.layers[layer].mixer for layer in layers]
+            width = max(m.n_kv_heads * m.head_dim if isinstance(m, AttentionSpec) else 0 for m in mixers)
+            keys = torch.zeros((n_blocks * BLOCK_TOKENS, width), dtype=weight.dtype, device=weight.device)
             self._keys.append(keys)
             # A latent is key and value: what stands in its place among the values is a view.
-            state = mixer.state
-            self._values.append(keys[..., : state.rank] if isinstance(state, LatentState) else torch.zeros_like(keys))
+            state = mixers[0].state
+            self._values.append(keys[:, : state.rank] if isinstance(state, LatentState) else torch.zeros_like(keys))
         self._states: dict[int, list[Tensor]] = {}
         for i, layer in enumerate(self.config.layers):
             if isinstance(kept := layer.mixer.state, RecurrentState):
@@ -100,6 +103,7 @@ class TorchRunner:
         self.state_bytes = sum(t.nbytes for arrays in self._states.values() for t in arrays)
         self.store: ExpertStore | None = None
         self.row_sampler: RowSampler | None = None
+        self.can_steer = True
         self._load: list[Tensor] = []
         self._bank: AdapterBank | None = None
 
@@ -123,7 +127,7 @@ class TorchRunner:
         tokens = torch.from_numpy(batch.tokens).long().to(device)
         rows = torch.from_numpy(batch.rows).long().to(device)
         chosen = None if adapters is None else torch.tensor(adapters, device=device)
-        with quick_float32(len(tokens)):
+        with quick_float32(len(tokens)), self._steered(batch):
             if self._bank is not None:
                 self._bank.choose(chosen)
             states, of_layers = self.model.hidden(tokens, _PagedContext(self, batch, device))
@@ -139,6 +143,27 @@ class TorchRunner:
             self.model.final_norm(states).float().cpu().numpy() if hidden else None,
             [_as_arrays(stats) for stats in of_layers] if routing else None,
         )
+
+    @contextmanager
+    def _steered(self, batch: PassBatch) -> Iterator[None]:
+        """Let the routers heed what the batch's requests ask of experts, for one pass."""
+        if batch.steering is None or batch.steered is None:
+            yield
+            return
+        # One more row, of zeros, which -1 means.
+        table = torch.from_numpy(np.concatenate([batch.steering, np.zeros_like(batch.steering[:1])])).to(self._device)
+        of_token = table[torch.from_numpy(batch.steered).long().to(self._device)]  # (N, n_layers, E)
+        routers: list[moe.Router] = []
+        for layer, spec in self.config.moe_layers:
+            mixture = self.model.layers[layer].moe
+            assert isinstance(mixture, moe.MoE), "a layer with experts has a mixture"
+            mixture.router.steering = of_token[:, layer, : spec.n_experts]
+            routers.append(mixture.router)
+        try:
+            yield
+        finally:
+            for router in routers:
+                router.steering = None
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :class:`Runner`."""
@@ -195,7 +220,11 @@ class _PagedContext:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Store k and v, then attend; see ``nn.context.ForwardContext``."""
         group, slot = self._runner.cache.groups[layer], self._runner.cache.slots[layer]
-        keys, values = self._runner._keys[slot], self._runner._values[slot]
+        # A place may be wider than what this layer keeps in it.
+        keys, values = (
+            stored[slot][:, : heads.shape[1] * heads.shape[2]].view(-1, *heads.shape[1:])
+            for stored, heads in ((self._runner._keys, k), (self._runner._values, v))
+        )
         keys[self._slots[group]], values[self._slots[group]] = k, v
         if self._decode:
             past, positions = self._together(group, scoring.window)

@@ -66,6 +66,7 @@ def _ours(e: Endpoints) -> list[Row]:
         "/health": plain(lambda: status.health(e.fleet)),
         "/ready": e.ready,
         "/experts": e.experts(lambda experts: experts.show()),
+        "/experts/labels": e.experts(lambda experts: experts.labels()),
         "/metrics": plain(lambda: Response(metrics.text(), media_type="text/plain; version=0.0.4")),
         "/openapi.json": plain(lambda: json_response(e.document())),
         "/docs": e.docs,

@@ -141,6 +141,14 @@ class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True):
     include_obfuscation: Literal[False] | None = None
 
 
+class SteeredExpert(Struct, kw_only=True, forbid_unknown_fields=True):
+    """An expert that is switched off (factor 0), or whose odds are multiplied; ``layer`` counts layers with experts."""
+
+    layer: int
+    expert: int
+    factor: float
+
+
 class Sampling(Struct, kw_only=True, forbid_unknown_fields=True):
     """Fields that chat and plain completions share."""
 
@@ -171,6 +179,7 @@ class Sampling(Struct, kw_only=True, forbid_unknown_fields=True):
     deadline_ms: int | None = None
     speculate: int | None = None
     routing: bool = False
+    experts: list[SteeredExpert] | None = None
     user: str | None = None
 
 

@@ -19,6 +19,7 @@ from quadriga.engine.async_engine import STEP_TIMEOUT_S, AsyncEngine, Stream
 from quadriga.engine.llm import LLM
 from quadriga.engine.request import Embed, Embedding, PromptReport, Request, SamplingParams, TokenEvent, seed_of
 from quadriga.errors import QuadrigaError, RequestError, TemplateError
+from quadriga.model.steering import ExpertFactor
 from quadriga.server.access import Usage
 from quadriga.server.accounts import Visit
 from quadriga.server.errors import ApiError
@@ -405,6 +406,7 @@ class Service:
             raise ApiError(400, "deadline_ms must be from 1 to 86400000", param="deadline_ms")
         self._check(n * len(prompts), body.priority, "n times the prompts")
         adapter = self.adapter_of(body.model)
+        steering = tuple(ExpertFactor(one.layer, one.expert, one.factor) for one in body.experts or ())
         caller.usage.model = self.shown_name(body.model)
         visible = self._ids_of(self._control_tokens if body.skip_special_tokens is False else shown)
         await caller.enter(n * len(prompts))
@@ -420,6 +422,7 @@ class Service:
                     params=params if params.seed is None or i == 0 else _with_seed(params, seed_of(params.seed, i)),
                     priority=LOWEST if caller.background else body.priority,
                     routing=body.routing,
+                    steering=steering,
                     constraint=None if grammar is None else grammar.copy(closes=closes),
                     salt=caller.salt,
                     adapter=adapter,

@@ -7,6 +7,8 @@ from typing import Any
 
 from starlette.responses import Response
 
+from quadriga.errors import CheckpointError
+from quadriga.io import expert_labels
 from quadriga.model import cost
 from quadriga.server.errors import ApiError
 from quadriga.server.fleet import Fleet
@@ -78,6 +80,8 @@ class Experts:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._base: list[list[int]] = []
+        self._labels: dict[str, Any] = {}
+        self._labels_of: int | None = None
 
     def _counts(self) -> list[list[int]]:
         return [load.tolist() for load in self._service.llm.runner.expert_load()]
@@ -104,6 +108,24 @@ class Experts:
                 "jain": [round(jain_of(layer), 4) for layer in counts],
             }
         )
+
+    def labels(self) -> Response:
+        """GET /v1/experts/labels: what each expert does, if somebody has made labels (`quadriga experts label`).
+
+        Raises:
+            ApiError: 500, the labels' file is damaged or another model's.
+        """
+        path, config = self._service.llm.path, self._service.llm.config
+        place = None if path is None else expert_labels.place_of(path)
+        stamp = place.stat().st_mtime_ns if place is not None and place.exists() else None
+        if stamp != self._labels_of:
+            assert place is not None, "a file that changed has a place"
+            try:
+                self._labels = expert_labels.read(place, config) or {}
+            except CheckpointError as error:
+                raise ApiError(500, str(error), code="bad_labels") from None
+            self._labels_of = stamp
+        return json_response({"layers": None, **self._labels, "model": self._service.name})
 
     def reset(self) -> Response:
         """POST /v1/experts/reset. The counters in /metrics go on."""

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "25ee2b8b9e1ab4958e74f62e1d7bd2607ebba4bcd274e5674c75f6fc3a3c2705"
+HEADER_SHA256 = "c8b382e1d2735a2976f86bc0efcd6466e9569faa65d10ce72e99bd849565ba99"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -134,6 +134,8 @@ class Isa(IntEnum):
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
+    NEON = 3
+    I8MM = 4
 
 
 class Op(IntEnum):
@@ -223,6 +225,7 @@ class Attention(c.Structure):
         ("inverse_frequencies", c.c_void_p),
         ("alibi_slopes", c.c_void_p),
         ("kv", c.c_void_p),
+        ("kv_stride", c.c_int64),
         ("qkv_bias", c.c_void_p),
         ("out_bias", c.c_void_p),
         ("sinks", c.c_void_p),
@@ -490,8 +493,9 @@ STRUCTS: dict[str, type[c.Structure]] = {
 }
 
 PARAMETERS: dict[str, list[Any]] = {
-    "qd_best_isa": [
-        c.c_void_p,  # isa
+    "qd_has_isa": [
+        c.c_int32,  # isa
+        c.c_void_p,  # has
         c.POINTER(Message),  # why
     ],
     "qd_create": [

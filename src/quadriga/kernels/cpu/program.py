@@ -10,8 +10,9 @@ from Python for the whole step, whatever the number of layers. Between the ops n
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,9 @@ class AttentionArgs:
     alibi_slopes: Floats | None
     """(H,) float32."""
     kv: NDArray[np.uint8]
-    """This layer's blocks, zeroed: ``n_blocks`` times ``quant.packed``'s kv_block_bytes or latent_block_bytes."""
+    """This layer's blocks, zeroed: ``n_blocks`` times ``kv_stride`` bytes."""
+    kv_stride: int
+    """Bytes from one block to the next: ``quant.packed``'s kv_block_bytes or latent_block_bytes, or more."""
     kv_format: str
     qkv_bias: Floats | None = None
     out_bias: Floats | None = None
@@ -264,6 +267,11 @@ class PassBatch:
     begins here. None for both where the model has no such layer."""
     after: Ints | None = None
     """(S,) slots that the states after each sequence's last token are left in."""
+    steering: Floats | None = field(default=None, kw_only=True)
+    """(M, n_layers, E) what is added to the routers' logits of tokens whose requests ask for it, -infinity where an
+    expert is never to be chosen; E is that of the widest layer. None: nobody asks."""
+    steered: Ints | None = field(default=None, kw_only=True)
+    """(N,) the row of ``steering`` that each token takes, -1: none; the same for all tokens of a sequence."""
 
     def state_slots(self) -> list[tuple[int, int]]:
         """(before, after) of every sequence."""
@@ -311,6 +319,7 @@ class Program:
         self.vocab_size, self.max_tokens = vocab_size, max_tokens
         self.routing: list[LayerRouting] = []
         self._ops: list[tuple[int, ctypes.Structure]] = []
+        self._routers: list[tuple[bindings.Ffn, ChoiceArgs]] = []
         self._keep: list[Any] = []
         self._n_groups = 1
         self._steps: ctypes.Array[bindings.Step] | None = None
@@ -343,6 +352,7 @@ class Program:
             inverse_frequencies=self._floats(a.inverse_frequencies),
             alibi_slopes=self._floats(a.alibi_slopes),
             kv=a.kv.ctypes.data,
+            kv_stride=a.kv_stride,
             qkv_bias=self._floats(a.qkv_bias),
             out_bias=self._floats(a.out_bias),
             sinks=self._floats(a.sinks),
@@ -466,6 +476,8 @@ class Program:
             store=a.store,
             **self._mixture(a),
         )
+        if a.router is not None:
+            self._routers.append((op, a.choice))
         self._add(Op.FFN, op)
 
     def _mixture(self, a: FFNArgs) -> dict[str, Any]:
@@ -518,8 +530,26 @@ class Program:
         op = bindings.Head(self._norm(norm), matrix, logit_scale, self._floats(bias), logit_cap or 0.0)
         self._add(Op.HEAD, op)
 
+    @contextmanager
+    def steered(self, shift: Floats) -> Iterator[None]:
+        """Within the block, add ``shift`` (n_layers, E) to routers' logits; -infinity: that expert is not chosen."""
+        kept = []
+        for op, choice in self._routers:
+            own = np.ascontiguousarray(shift[op.layer, : op.n_experts], dtype=np.float32)
+            bias = own if choice.bias is None else own + choice.bias
+            # A correction may lift a score of 0: what is off is off for the choice too.
+            off = np.where(np.isneginf(own), own, np.float32(0))
+            correction = off if choice.correction is None else off + choice.correction
+            kept.append((op, op.router_bias, op.correction, bias, correction))
+            op.router_bias, op.correction = bias.ctypes.data, correction.ctypes.data
+        try:
+            yield
+        finally:
+            for op, router_bias, correction_at, *_ in kept:
+                op.router_bias, op.correction = router_bias, correction_at
+
     def run(self, batch: PassBatch) -> Floats:
-        """One pass over a batch; its keys and values are stored in its blocks.
+        """One pass over a batch; its keys and values are stored in its blocks. For steering see :meth:`steered`.
 
         Returns:
             (R, V) float32 logits.

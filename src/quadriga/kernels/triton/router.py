@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quadriga.kernels import reference
 from quadriga.kernels.ops import Choice, Routing
 from quadriga.kernels.triton.arithmetic import product, sigmoid
 from quadriga.kernels.triton.launch import launch
@@ -330,5 +331,7 @@ def _place(ids: Tensor, counts: Tensor, places: Places) -> None:
 def route(
     x: Tensor, weight: Tensor, how: Choice, bias: Tensor | None = None, correction: Tensor | None = None
 ) -> Routing:
-    """``ops.route``."""
+    """``ops.route``; the reference where tokens have biases or corrections of their own, as few requests do."""
+    if any(one is not None and one.ndim > 1 for one in (bias, correction)):
+        return reference.route(x, weight, how, bias, correction)
     return route_and_place(x, weight, how, bias, correction)[0]

@@ -51,18 +51,46 @@ async function call(path, { body, signal } = {}) {
   throw new Problem(kindOf(response.status, said.error?.code), said.error?.message ?? `HTTP ${response.status}`, retry);
 }
 
-/** The served model: {id, quadriga: {family, n_layers, n_experts, top_k, context_length, chat, ...}}. */
-export async function fetchModel() {
-  return (await (await call("/v1/models")).json()).data[0];
+/** What is served, adapters among it: [{id, quadriga: {family, n_layers, n_experts, top_k, context_length, chat, ...}}]. */
+export async function fetchModels() {
+  return (await (await call("/v1/models")).json()).data;
 }
 
-/** What the experts have seen since the last reset. */
-export async function fetchExperts() {
-  return (await call("/v1/experts")).json();
+const of = (model) => `?model=${encodeURIComponent(model)}`;
+
+/** What a model's experts have seen since the last reset. */
+export async function fetchExperts(model) {
+  return (await call(`/v1/experts${of(model)}`)).json();
 }
 
-export async function resetExperts() {
-  return (await call("/v1/experts/reset", { body: {} })).json();
+export async function resetExperts(model) {
+  return (await call(`/v1/experts/reset${of(model)}`, { body: {} })).json();
+}
+
+/** What is known of each expert (its label, words, domains, examples); null where nobody has made labels. */
+export async function fetchLabels(model) {
+  const report = await (await call(`/v1/experts/labels${of(model)}`)).json();
+  return report.layers ? report : null;
+}
+
+/** Token ids of a conversation as the model reads it; `goesOn`: its last answer stays open. */
+async function tokenIds(model, messages, goesOn) {
+  const turns = { messages, add_generation_prompt: !goesOn, continue_final_message: goesOn };
+  const plain = { prompt: messages.map((message) => message.content).join("") };
+  const body = { model: model.id, ...(model.quadriga.chat ? turns : plain) };
+  return (await (await call("/tokenize", { body })).json()).tokens;
+}
+
+/** The loss of the last message, an answer: the mean of -ln p of its tokens, with some experts steered. */
+export async function lossOf({ model, messages, steering }) {
+  const before = await tokenIds(model, messages.slice(0, -1), false);
+  const whole = await tokenIds(model, messages, true);
+  const differs = whole.findIndex((id, i) => id !== before[i]);
+  const body = { model: model.id, prompt: whole, max_tokens: 0, echo: true, logprobs: 0, temperature: 0 };
+  if (steering.length) body.experts = steering;
+  const { logprobs } = (await (await call("/v1/completions", { body })).json()).choices[0];
+  const own = logprobs.token_logprobs.slice(Math.max(1, differs));
+  return -own.reduce((total, value) => total + value, 0) / own.length;
 }
 
 /** The data of server-sent events, parsed. Ends at [DONE]; comments (pings) are passed over. */
@@ -92,21 +120,25 @@ async function* events(response) {
 }
 
 /**
- * Ask for an answer; yields {text, routing, finish, usage, timings}, each where it came.
+ * Ask for an answer; yields {text, thought, routing, finish, usage, timings}, each where it came.
  *
- * A model with a chat template is asked through /v1/chat/completions. One without continues the text as it stands.
+ * A model with a chat template is asked through /v1/chat/completions. One without continues the text as it stands. With
+ * `goesOn` the last message is an answer that is continued.
  */
-export async function* generate({ model, messages, sampling, routing, signal }) {
+export async function* generate({ model, messages, sampling, routing, steering, goesOn, signal }) {
   const common = { model: model.id, stream: true, stream_options: { include_usage: true }, ...sampling };
   if (routing) common.routing = true;
+  if (steering?.length) common.experts = steering;
   const chat = model.quadriga.chat;
   const body = chat ? { ...common, messages } : { ...common, prompt: messages.map((message) => message.content).join("") };
+  if (chat && goesOn) Object.assign(body, { continue_final_message: true, add_generation_prompt: false });
   const response = await call(chat ? "/v1/chat/completions" : "/v1/completions", { body, signal });
   for await (const event of events(response)) {
     if (event.error) throw new Problem(kindOf(503, event.error.code), event.error.message);
     const choice = event.choices[0];
     yield {
       text: (chat ? choice?.delta.content : choice?.text) ?? "",
+      thought: choice?.delta?.reasoning_content ?? "",
       routing: event.routing ?? [],
       finish: choice?.finish_reason ?? null,
       usage: event.usage ?? null,

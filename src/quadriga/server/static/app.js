@@ -1,31 +1,42 @@
 // The chat page: one store (state.js), changed by actions.js and answers.js, drawn by views/.
 //
-//     index.html ─ boot.js (theme) ─ app.js ─┬─ actions.js, answers.js ─ api.js, storage.js, tree.js, trace.js
-//                                            └─ views/ ─ markdown.js, palette.js, balance.js, i18n.js
+//     index.html ─ boot.js (theme) ─ app.js ─┬─ actions.js, answers.js ─ conversations.js, connection.js, experts.js
+//                                            │      └─ api.js, storage.js, transfer.js, attach.js, tree.js, trace.js
+//                                            └─ views/ ─ markdown.js, palette.js, balance.js, groups.js, i18n.js
 //
 // No build step: these files are what the browser runs. Libraries lie under vendor/, with their licences and hashes.
 
 import * as actions from "./actions.js";
 import * as answers from "./answers.js";
+import { currentConversation } from "./conversations.js";
 import { compact, loadStrings, t } from "./i18n.js";
 import { app, hover, useStore } from "./state.js";
 import { path, siblings } from "./tree.js";
 import { html, render, useEffect } from "./vendor/htm-preact.mjs";
+import { Atlas } from "./views/atlas.js";
 import { Chat } from "./views/chat.js";
 import { isComposing } from "./views/composer.js";
-import { Help, Settings } from "./views/dialogs.js";
+import { ExportAll, Help, OneConversation, Settings } from "./views/dialogs.js";
 import { ExpertsPanel } from "./views/experts.js";
 import { IconButton } from "./views/icons.js";
 import { LensCard } from "./views/lens.js";
 import { Sidebar } from "./views/sidebar.js";
 
-function ModelName({ model }) {
+/** The model that is asked; where several are served, a choice among them. */
+function ModelName({ model, models }) {
   if (!model) return html`<span class="model" />`;
   const facts = model.quadriga;
   const size = facts.n_experts
     ? t("header.moe", { n: compact(facts.n_parameters), active: compact(facts.n_active_parameters) })
     : t("header.dense", { n: compact(facts.n_parameters) });
-  return html`<span class="model"><b>${model.id}</b><small>${size}</small></span>`;
+  const options = models.map(({ id }) => html`<option value=${id} selected=${id === model.id}>${id}</option>`);
+  const name =
+    models.length > 1
+      ? html`<select aria-label=${t("header.model")} value=${model.id} onChange=${(event) => actions.chooseModel(event.target.value)}>
+          ${options}
+        </select>`
+      : html`<b>${model.id}</b>`;
+  return html`<span class="model">${name}<small>${size}</small></span>`;
 }
 
 function Header({ state }) {
@@ -34,10 +45,11 @@ function Header({ state }) {
   const names = { system: t("theme.system"), light: t("theme.light"), dark: t("theme.dark") };
   return html`<header class="top">
     <${IconButton} icon="menu" label=${t("sidebar.label")} class="icon-button menu" onClick=${() => actions.setSidebar(true)} />
-    <${ModelName} model=${state.model} />
+    <${ModelName} model=${state.model} models=${state.models} />
     <nav>
       <${IconButton} icon="lens" label=${t("lens.label")} keys="Alt+L" pressed=${settings.lens} onClick=${actions.toggleLens} />
       <${IconButton} icon="map" label=${t("experts.title")} keys="Alt+M" pressed=${state.experts} onClick=${actions.toggleExperts} />
+      <${IconButton} icon="atlas" label=${t("atlas.title")} keys="Alt+A" pressed=${state.atlas} onClick=${actions.toggleAtlas} />
       <${IconButton}
         icon=${icons[settings.theme]}
         label=${t("header.theme", { name: names[settings.theme] })}
@@ -64,7 +76,7 @@ function Toast({ toast }) {
 
 /** Show the alternative before or after of the last message that has any. */
 function turnBranch(step) {
-  const conversation = actions.currentConversation();
+  const conversation = currentConversation();
   const node = path(conversation).findLast((one) => siblings(conversation, one.id).length > 1);
   const others = node ? siblings(conversation, node.id) : [];
   const to = others[others.indexOf(node?.id) + step];
@@ -72,7 +84,7 @@ function turnBranch(step) {
 }
 
 function regenerateLast() {
-  const last = path(actions.currentConversation()).at(-1);
+  const last = path(currentConversation()).at(-1);
   if (last?.role === "assistant") answers.regenerate(last.id);
 }
 
@@ -81,6 +93,7 @@ const WITH_ALT = {
   KeyR: regenerateLast,
   KeyL: actions.toggleLens,
   KeyM: actions.toggleExperts,
+  KeyA: actions.toggleAtlas,
   KeyS: () => actions.openDialog("settings"),
   Comma: () => turnBranch(-1),
   Period: () => turnBranch(1),
@@ -90,6 +103,7 @@ function escape() {
   const state = app.get();
   if (hover.get().pinned) actions.forgetToken();
   else if (state.sidebar) actions.setSidebar(false);
+  else if (state.atlas) actions.toggleAtlas();
   else actions.stop();
 }
 
@@ -125,12 +139,14 @@ function App() {
     ${state.sidebar ? html`<div class="shade" onClick=${() => actions.setSidebar(false)} />` : null}
     <div class="middle">
       <${Header} state=${state} />
-      <${Chat} state=${state} conversation=${conversation} />
+      ${state.atlas ? html`<${Atlas} state=${state} />` : html`<${Chat} state=${state} conversation=${conversation} />`}
     </div>
     ${state.experts ? html`<${ExpertsPanel} state=${state} />` : null}
     <${LensCard} />
     ${state.dialog === "settings" ? html`<${Settings} state=${state} />` : null}
     ${state.dialog === "help" ? html`<${Help} />` : null}
+    ${state.dialog === "export" ? html`<${ExportAll} />` : null}
+    ${state.dialog?.conversation ? html`<${OneConversation} state=${state} />` : null}
     <${Toast} toast=${state.toast} />
   </div>`;
 }

@@ -1,4 +1,4 @@
-// Words. Two flat tables under strings/; a key that is missing is a bug, which tests/server/test_page.py finds.
+// Words. Two flat tables under strings/; a key that is missing is a bug, which tests/server/test_static.py finds.
 
 export const LOCALES = { en: "English", "zh-CN": "简体中文" };
 
@@ -47,4 +47,9 @@ export function when(time) {
   const today = new Date().toDateString() === date.toDateString();
   const parts = today ? { hour: "2-digit", minute: "2-digit" } : { month: "short", day: "numeric" };
   return new Intl.DateTimeFormat(current, parts).format(date);
+}
+
+/** A month as people say it: June 2026. */
+export function month(time) {
+  return new Intl.DateTimeFormat(current, { month: "long", year: "numeric" }).format(time);
 }

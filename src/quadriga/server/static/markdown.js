@@ -3,6 +3,9 @@
 //     text ─► marked, raw HTML escaped, images as links ─► DOMPurify, a short list of tags ─► the page, under its CSP
 //
 // So markup that a model writes is shown as the text it is; three nets, each of which would do alone.
+//
+// A text is made block by block (a paragraph, a list, a table, ...), so that while an answer of a thousand paragraphs grows
+// its last one alone is made anew. Formulas stay text until `typeset` finds them on the page.
 
 import { t } from "./i18n.js";
 import hljs from "./vendor/highlight.mjs";
@@ -55,7 +58,38 @@ const renderer = {
   },
 };
 
-const marked = new Marked({ gfm: true, breaks: true, renderer });
+// TeX: $...$ as Pandoc reads it (no space inside the dollars, no digit behind, so that prices stay prices), \(...\), and
+// $$...$$ or \[...\] set apart.
+const INLINE_MATH = [
+  /^\$\$([^$]+?)\$\$/,
+  /^\\\[([\s\S]+?)\\\]/,
+  /^\$(?![\s$])((?:\\[^\n]|[^\\\n$`])*?[^\s\\$`])\$(?!\d)/,
+  /^\\\(([\s\S]+?)\\\)/,
+];
+const BLOCK_MATH = [/^\$\$((?:[^$]|\\\$)+?)\$\$[ \t]*(?:\n|$)/, /^\\\[([\s\S]+?)\\\][ \t]*(?:\n|$)/];
+
+function math(name, level, patterns, start) {
+  return {
+    name,
+    level,
+    start: (text) => text.match(start)?.index,
+    tokenizer(text) {
+      const at = patterns.findIndex((pattern) => pattern.test(text));
+      if (at < 0) return undefined;
+      const [raw] = patterns[at].exec(text);
+      return { type: name, raw, apart: at < 2 };
+    },
+    renderer: ({ raw, apart }) =>
+      level === "block" ? `<div class="math apart">${escape(raw.trim())}</div>` : `<span class="math${apart ? " apart" : ""}">${escape(raw)}</span>`,
+  };
+}
+
+const extensions = [
+  math("formula", "block", BLOCK_MATH, /(?:^|\n)(?:\$\$|\\\[)/),
+  math("term", "inline", INLINE_MATH, /\$|\\[([]/),
+];
+
+const marked = new Marked({ gfm: true, breaks: true, renderer, extensions });
 
 const ALLOWED = {
   ALLOWED_TAGS: ["p", "br", "hr", "em", "strong", "del", "code", "pre", "blockquote", "ul", "ol", "li", "a", "span", "div", "button"]
@@ -65,7 +99,55 @@ const ALLOWED = {
   ALLOW_ARIA_ATTR: false,
 };
 
-/** Safe HTML of a Markdown text. */
-export function toHtml(text) {
-  return DOMPurify.sanitize(marked.parse(text), ALLOWED);
+/**
+ * The blocks of a Markdown text: [{key, token}]. Equal keys mean equal HTML: a block's own text, and the addresses that
+ * [references] anywhere stand for.
+ */
+export function toBlocks(text) {
+  const tokens = marked.lexer(text);
+  const known = tokens.filter((token) => token.type === "def").map((token) => token.raw);
+  return tokens
+    .filter((token) => token.type !== "space" && token.type !== "def")
+    .map((token) => ({ key: `${token.raw}\u0000${known.join("")}`, token }));
+}
+
+/** Safe HTML of a block. */
+export function blockHtml(token) {
+  return DOMPurify.sanitize(marked.parser([token]), ALLOWED);
+}
+
+let katex = null;
+
+/** Fetch KaTeX and its style sheet, once a formula has been seen. */
+async function loadKatex() {
+  const sheet = document.createElement("link");
+  sheet.rel = "stylesheet";
+  sheet.href = "/page/vendor/katex.css";
+  document.head.append(sheet);
+  await import("./vendor/katex.min.js");
+  return self.katex;
+}
+
+// \pmb and \fcolorbox would set style attributes, which the page's policy forbids.
+const MACROS = { "\\pmb": "\\boldsymbol{#1}", "\\fcolorbox": "\\colorbox{#2}{#3}" };
+const TEX = { throwOnError: true, strict: "ignore", trust: false, maxExpand: 1000, maxSize: 20, macros: MACROS };
+
+function set(place) {
+  const source = place.textContent;
+  const tex = source.replace(/^(\$\$?|\\[([])/, "").replace(/(\$\$?|\\[)\]])$/, "");
+  const made = document.createElement("span");
+  try {
+    self.katex.render(tex, made, { ...TEX, macros: { ...MACROS }, displayMode: place.classList.contains("apart") });
+    place.replaceChildren(...made.childNodes);
+  } catch {
+    place.classList.add("unset"); // no TeX, or TeX that KaTeX cannot set: it stays as it was written
+  }
+}
+
+/** Set the formulas inside an element. KaTeX builds elements, and so never goes through HTML. */
+export async function typeset(element) {
+  const places = element.querySelectorAll(".math");
+  if (!places.length) return;
+  if (!self.katex) await (katex ??= loadKatex());
+  for (const place of places) if (place.isConnected) set(place);
 }

@@ -9,14 +9,21 @@ export function isDarkNow() {
 /** An expert's colour; `strength` in [0, 1] is how much of it is seen. */
 export function expertColour(expert, strength = 1) {
   const hue = (28 + GOLDEN * expert) % 360;
-  const light = (isDarkNow() ? 0.56 : 0.76) + (expert % 3) * 0.03;
-  return `oklch(${light} 0.125 ${hue} / ${0.2 + 0.7 * strength})`;
+  const light = (isDarkNow() ? 0.5 : 0.76) + (expert % 3) * 0.03;
+  return `oklch(${light} 0.125 ${hue} / ${0.2 + 0.7 * Math.min(1, strength)})`;
+}
+
+/** The colour of a domain by its place among all; grey for none (-1). */
+export function domainColour(domain) {
+  if (domain < 0) return isDarkNow() ? "#5c5f59" : "#b9b4a6";
+  const hue = (150 + GOLDEN * domain) % 360;
+  return `oklch(${isDarkNow() ? 0.72 : 0.66} 0.13 ${hue})`;
 }
 
 /** Entropy or a single expert's weight: from nothing to bronze. */
 export function heat(part) {
   const light = isDarkNow() ? 0.62 : 0.72;
-  return `oklch(${light} 0.13 62 / ${0.9 * part})`;
+  return `oklch(${light} 0.13 62 / ${0.9 * Math.min(1, part)})`;
 }
 
 const STOPS = {

@@ -44,18 +44,23 @@ export function useStore(store) {
 
 export const app = createStore({
   ready: false,
-  model: null,
+  models: [], // what the server serves
+  model: null, // the one that is asked
   problem: null, // why there is no model yet
   settings: DEFAULTS,
   keeps: true, // false where the browser stores nothing
   conversations: {},
   current: null,
   drafts: {},
+  attached: {}, // conversation id -> files that go with its next message, [{name, text}]
   editing: null, // the id of the message being edited
   running: {}, // conversation id -> {node, controller}
   problems: {}, // conversation id -> the Problem of its last request
   search: "",
-  dialog: null, // "settings" | "help"
+  texts: null, // Map conversation id -> what was said in it as it was stored; null before the first search
+  dialog: null, // "settings" | "help" | "export" | {conversation: id}
+  atlas: false,
+  labels: null, // what is known of the experts of the model: experts.js
   sidebar: false, // open, where it covers the page
   experts: false,
   toast: null, // {text, undo}

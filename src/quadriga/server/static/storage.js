@@ -1,19 +1,26 @@
 // What stays in this browser: conversations in IndexedDB, settings in localStorage. Nothing is kept on the server.
 //
-// Where storage is forbidden (some private windows) the page works on and says that nothing will be kept.
+//     conversations  {id, title, created, updated, system, selected, folder, pinned}
+//     messages       {id, conversation, parent, role, content, ...}     one row a message
+//     traces         {id, conversation, trace}                          the routing of the message of that id
+//
+// A message is a row of its own, and of a conversation only the fields that changed are written, into what stands there by
+// then: two tabs that write one conversation at the same time both keep what they wrote. Where storage is forbidden (some
+// private windows) the page works on and says that nothing will be kept.
 
-import { fromJson, toJson } from "./trace.js";
+import { modern } from "./trace.js";
 
 const SETTINGS = "quadriga.settings";
-const FORMAT = "quadriga-conversations";
-const VERSION = 1;
+const STORES = ["conversations", "messages", "traces"];
 
 export const DEFAULTS = {
   theme: "system",
   locale: "",
   apiKey: "",
   system: "",
+  model: "",
   lens: false,
+  closed: [], // names of folders that are shut
   sampling: {
     temperature: 0.7,
     top_p: 0.95,
@@ -57,99 +64,142 @@ function done(request) {
   });
 }
 
+function complete(transaction) {
+  return new Promise((resolve, reject) => {
+    transaction.oncomplete = () => resolve();
+    transaction.onerror = () => reject(transaction.error);
+    transaction.onabort = () => reject(transaction.error);
+  });
+}
+
+/** Version 1 kept a conversation with all its messages as one row; they are taken apart. */
+function upgrade(opening, before) {
+  const { result, transaction } = opening;
+  for (const name of STORES) {
+    if (result.objectStoreNames.contains(name)) continue;
+    const store = result.createObjectStore(name, { keyPath: "id" });
+    if (name !== "conversations") store.createIndex("conversation", "conversation");
+  }
+  if (before !== 1) return;
+  const conversations = transaction.objectStore("conversations");
+  conversations.openCursor().onsuccess = ({ target: { result: cursor } }) => {
+    if (!cursor) return;
+    const { nodes, ...head } = cursor.value;
+    for (const node of Object.values(nodes)) putNode(transaction, head.id, node);
+    cursor.update(head);
+    cursor.continue();
+  };
+}
+
 /** Open the database; false where the browser gives us none. */
 export async function openDatabase() {
   try {
-    const opening = indexedDB.open("quadriga", 1);
-    opening.onupgradeneeded = () => opening.result.createObjectStore("conversations", { keyPath: "id" });
+    const opening = indexedDB.open("quadriga", 2);
+    opening.onupgradeneeded = (event) => upgrade(opening, event.oldVersion);
     database = await done(opening);
+    database.onversionchange = () => database.close(); // a newer page wants to change it
     return true;
   } catch {
     return false;
   }
 }
 
-function table(mode) {
-  return database.transaction("conversations", mode).objectStore("conversations");
+function putNode(transaction, conversation, { trace, ...message }) {
+  transaction.objectStore("messages").put({ ...message, conversation });
+  if (trace) transaction.objectStore("traces").put({ id: message.id, conversation, trace });
 }
 
-export async function loadConversations() {
-  return database ? done(table("readonly").getAll()) : [];
+/** All conversations without their messages (`nodes` is missing). */
+export async function loadHeads() {
+  return database ? done(database.transaction("conversations").objectStore("conversations").getAll()) : [];
 }
 
+/** A conversation with its messages; undefined where there is none. */
 export async function loadConversation(id) {
-  return database ? done(table("readonly").get(id)) : undefined;
+  if (!database) return undefined;
+  const transaction = database.transaction(STORES);
+  const of = (name) => done(transaction.objectStore(name).index("conversation").getAll(id));
+  const head = done(transaction.objectStore("conversations").get(id));
+  const [found, messages, traces] = await Promise.all([head, of("messages"), of("traces")]);
+  if (!found) return undefined;
+  const routing = new Map(traces.map((row) => [row.id, modern(row.trace)]));
+  const nodes = {};
+  for (const { conversation: _, ...node } of messages) {
+    nodes[node.id] = routing.has(node.id) ? { ...node, trace: routing.get(node.id) } : node;
+  }
+  return { ...found, nodes };
 }
 
-export async function saveConversation(conversation) {
-  if (database) await done(table("readwrite").put(conversation));
+/** Everything said, per conversation, for searching: Map id -> text. */
+export async function loadTexts() {
+  const texts = new Map();
+  if (!database) return texts;
+  for (const { conversation, content } of await done(database.transaction("messages").objectStore("messages").getAll())) {
+    texts.set(conversation, `${texts.get(conversation) ?? ""}${content}\n`);
+  }
+  return texts;
+}
+
+/**
+ * What has to be written to come from one state of a conversation to another (tree.js makes new objects of what changes).
+ * `before` is null where nothing is stored. `selected` has the children that are shown now where others were.
+ */
+export function difference(before, after) {
+  const { nodes = {}, selected, ...head } = after;
+  const old = before ?? { nodes: {}, selected: {} };
+  const then = old.nodes ?? {};
+  const changed = Object.fromEntries(Object.entries(head).filter(([name, value]) => old[name] !== value));
+  const shown = Object.fromEntries(Object.entries(selected).filter(([parent, child]) => old.selected[parent] !== child));
+  const written = Object.values(nodes).filter((node) => then[node.id] !== node);
+  const removed = after.nodes ? Object.keys(then).filter((id) => !(id in nodes)) : [];
+  return { id: after.id, head: changed, selected: shown, written, removed, whole: after };
+}
+
+/** True if there is nothing to write. */
+export function isEmpty({ head, selected, written, removed }) {
+  return !Object.keys(head).length && !Object.keys(selected).length && !written.length && !removed.length;
+}
+
+/** A conversation with a difference applied to it; what others changed in it meanwhile stays. */
+export function merge(stored, { head, selected, written, removed }) {
+  const nodes = { ...stored.nodes };
+  for (const id of removed) delete nodes[id];
+  for (const node of written) nodes[node.id] = node;
+  const shown = { ...stored.selected, ...selected };
+  for (const [parent, child] of Object.entries(shown)) if (!(child in nodes)) delete shown[parent];
+  return { ...stored, ...head, selected: shown, nodes };
+}
+
+/** Write a difference, in one transaction that reads the conversation as it is by then. One that is gone is written whole. */
+export async function saveDifference({ id, head, selected, written, removed, whole }) {
+  if (!database) return;
+  const transaction = database.transaction(STORES, "readwrite");
+  const conversations = transaction.objectStore("conversations");
+  const getting = conversations.get(id);
+  getting.onsuccess = () => {
+    const { nodes, ...plain } = whole;
+    const stored = getting.result;
+    const shown = { ...(stored ?? plain).selected, ...selected };
+    for (const [parent, child] of Object.entries(shown)) if (removed.includes(child)) delete shown[parent];
+    conversations.put({ ...(stored ?? plain), ...head, selected: shown });
+    if (!stored) for (const node of Object.values(nodes ?? {})) putNode(transaction, id, node);
+  };
+  for (const node of written) putNode(transaction, id, node);
+  for (const node of removed) for (const name of ["messages", "traces"]) transaction.objectStore(name).delete(node);
+  await complete(transaction);
 }
 
 export async function deleteConversation(id) {
-  if (database) await done(table("readwrite").delete(id));
-}
-
-/** Conversations as the text of a file. */
-export function exportText(conversations) {
-  const plain = conversations.map((conversation) => ({
-    ...conversation,
-    nodes: Object.values(conversation.nodes).map((node) => (node.trace ? { ...node, trace: toJson(node.trace) } : node)),
-  }));
-  return JSON.stringify({ format: FORMAT, version: VERSION, conversations: plain }, null, 1);
-}
-
-const isText = (value) => typeof value === "string";
-const isId = (value) => isText(value) && /^[a-z][0-9a-f]{8,40}$/.test(value);
-
-function importNode(node, seen) {
-  const known = ["user", "assistant"].includes(node.role);
-  if (!isId(node.id) || !known || !isText(node.content) || !(node.parent === "" || seen.has(node.parent))) {
-    throw new Error("node");
-  }
-  const { id, parent, role, content } = node;
-  const taken = { id, parent, role, content, finish: null };
-  if (role === "assistant") {
-    taken.finish = isText(node.finish) ? node.finish.slice(0, 20) : "stop";
-    taken.model = isText(node.model) ? node.model : "";
-    if (node.stats) {
-      taken.stats = {};
-      for (const name of ["tokens", "rate", "firstMs", "total", "context"]) {
-        if (Number.isFinite(node.stats[name])) taken.stats[name] = node.stats[name];
-      }
-    }
-    if (node.trace) taken.trace = fromJson(node.trace);
-  }
-  return taken;
-}
-
-/** The other way, every field checked, since a file may be anybody's. Throws an Error naming what is wrong. */
-export function importText(text) {
-  const file = JSON.parse(text);
-  if (file?.format !== FORMAT) throw new Error(`format: ${String(file?.format)}`);
-  if (file.version !== VERSION) throw new Error(`version: ${String(file.version)}`);
-  return file.conversations.map((given) => {
-    const good = isId(given.id) && isText(given.title) && isText(given.system) && Array.isArray(given.nodes);
-    if (!good || !Number.isFinite(given.created) || !Number.isFinite(given.updated)) throw new Error("conversation");
-    const nodes = {};
-    const seen = new Set();
-    for (const node of given.nodes) {
-      if (seen.has(node.id)) throw new Error("node");
-      nodes[node.id] = importNode(node, seen);
-      seen.add(node.id);
-    }
-    const selected = {};
-    for (const [parent, child] of Object.entries(given.selected ?? {})) {
-      if (nodes[child]?.parent !== parent) throw new Error("selected");
-      selected[parent] = child;
-    }
-    return {
-      id: given.id,
-      title: given.title.slice(0, 200),
-      created: given.created,
-      updated: given.updated,
-      system: given.system,
-      nodes,
-      selected,
+  if (!database) return;
+  const transaction = database.transaction(STORES, "readwrite");
+  transaction.objectStore("conversations").delete(id);
+  for (const name of ["messages", "traces"]) {
+    const store = transaction.objectStore(name);
+    store.index("conversation").openKeyCursor(id).onsuccess = ({ target: { result: cursor } }) => {
+      if (!cursor) return;
+      store.delete(cursor.primaryKey);
+      cursor.continue();
     };
-  });
+  }
+  await complete(transaction);
 }

@@ -2,8 +2,8 @@
 //
 //     index = (token * n_layers + layer) * top_k + slot
 //
-// 40 layers of 4 experts are 160 pairs a token: two bytes for an expert, one for a weight in 1/255, one a layer for the
-// entropy (as a part of the largest possible one). A trace grows in place; it is plain data, so IndexedDB takes it.
+// 40 layers of 4 experts are 160 pairs a token: two bytes for an expert, a float32 for a weight as the server says it, one a
+// layer for the entropy (as a part of the largest possible one). A trace grows in place; it is plain data, so IndexedDB takes it.
 
 /** An empty trace. `n_layers` and `top_k` are known with the first token. */
 export function newTrace(n_experts) {
@@ -15,9 +15,15 @@ export function newTrace(n_experts) {
     texts: [],
     token_ids: [],
     experts: new Uint16Array(0),
-    weights: new Uint8Array(0),
-    entropy: new Uint8Array(0),
+    weights: new Float32Array(0),
+    entropy: new Float32Array(0),
   };
+}
+
+/** A trace as older pages kept it, weights and entropies in 1/255, as it is now. */
+export function modern(trace) {
+  const wide = (values) => (values instanceof Uint8Array ? Float32Array.from(values, (value) => value / 255) : values);
+  return { ...trace, weights: wide(trace.weights), entropy: wide(trace.entropy) };
 }
 
 function grown(array, length) {
@@ -41,9 +47,9 @@ export function push(trace, token, text) {
     pairs.forEach(([expert, weight], slot) => {
       const at = (n_tokens * n_layers + layer) * top_k + slot;
       trace.experts[at] = expert;
-      trace.weights[at] = Math.round(255 * Math.min(1, weight));
+      trace.weights[at] = weight;
     });
-    trace.entropy[n_tokens * n_layers + layer] = Math.round(255 * Math.min(1, token.entropy[layer]));
+    trace.entropy[n_tokens * n_layers + layer] = token.entropy[layer];
   });
   trace.texts.push(text);
   trace.token_ids.push(token.id);
@@ -66,7 +72,7 @@ export function chosen(trace, token, layer) {
   const start = (token * trace.n_layers + layer) * trace.top_k;
   return Array.from({ length: trace.top_k }, (_, slot) => ({
     expert: trace.experts[start + slot],
-    weight: trace.weights[start + slot] / 255,
+    weight: trace.weights[start + slot],
   }));
 }
 
@@ -78,17 +84,17 @@ export function weightOf(trace, token, layer, expert) {
 /** The router's entropy for a token in a layer, or its mean over all layers (layer -1): 0 is sure, 1 is a coin toss. */
 export function entropyOf(trace, token, layer) {
   const start = token * trace.n_layers;
-  if (layer >= 0) return trace.entropy[start + layer] / 255;
+  if (layer >= 0) return trace.entropy[start + layer];
   let sum = 0;
   for (let i = 0; i < trace.n_layers; i++) sum += trace.entropy[start + i];
-  return sum / trace.n_layers / 255;
+  return sum / trace.n_layers;
 }
 
 const PACKED = ["experts", "weights", "entropy"];
 
-/** For a JSON file: arrays as base64. */
+/** For a JSON file: arrays as base64, in the bytes of little-endian machines. */
 export function toJson(trace) {
-  const out = trimmed(trace);
+  const out = trimmed(modern(trace));
   for (const name of PACKED) {
     const used = out[name];
     const bytes = new Uint8Array(used.buffer, used.byteOffset, used.byteLength);
@@ -97,8 +103,8 @@ export function toJson(trace) {
   return out;
 }
 
-/** The other way. Throws where sizes do not fit: a file may be anybody's. */
-export function fromJson(json) {
+/** The other way; `bytes` for files of version 1. Throws where sizes do not fit: a file may be anybody's. */
+export function fromJson(json, { bytes = false } = {}) {
   const sizes = [json.n_experts, json.n_layers, json.top_k, json.n_tokens];
   if (!sizes.every((n) => Number.isInteger(n) && n >= 0 && n < 1e7)) throw new Error("routing");
   const strings = Array.isArray(json.texts) && json.texts.every((text) => typeof text === "string");
@@ -107,13 +113,15 @@ export function fromJson(json) {
     throw new Error("routing");
   }
   const raw = (name) => Uint8Array.from(atob(json[name]), (letter) => letter.charCodeAt(0));
+  const numbers = (name) => (bytes ? raw(name) : new Float32Array(raw(name).buffer));
   const layers = json.n_tokens * json.n_layers;
   const experts = new Uint16Array(raw("experts").buffer);
-  const [weights, entropy] = [raw("weights"), raw("entropy")];
+  const [weights, entropy] = [numbers("weights"), numbers("entropy")];
   if (experts.length !== layers * json.top_k || weights.length !== experts.length || entropy.length !== layers) {
     throw new Error("routing");
   }
   if (experts.some((expert) => expert >= json.n_experts)) throw new Error("routing");
+  if (![weights, entropy].every((values) => values.every(Number.isFinite))) throw new Error("routing");
   const { n_experts, n_layers, top_k, n_tokens, texts, token_ids } = json;
-  return { n_experts, n_layers, top_k, n_tokens, texts, token_ids, experts, weights, entropy };
+  return modern({ n_experts, n_layers, top_k, n_tokens, texts, token_ids, experts, weights, entropy });
 }

@@ -67,8 +67,21 @@ export function remove(conversation, id) {
   return { ...conversation, nodes, selected };
 }
 
-/** Everything said anywhere in the conversation, for searching. */
+/** Everything said anywhere in a conversation whose messages are loaded, for searching. */
 export function allText(conversation) {
-  const said = Object.values(conversation.nodes).map((node) => node.content);
-  return [conversation.title, ...said].join("\n");
+  return Object.values(conversation.nodes)
+    .map((node) => node.content)
+    .join("\n");
+}
+
+/** The same conversation under new names, so that both can be kept; `newId` makes one that begins with a letter. */
+export function copyOf(conversation, newId) {
+  const names = new Map(Object.keys(conversation.nodes).map((id) => [id, newId("m")]));
+  const name = (id) => names.get(id) ?? id;
+  const nodes = {};
+  for (const node of Object.values(conversation.nodes)) {
+    nodes[name(node.id)] = { ...node, id: name(node.id), parent: name(node.parent) };
+  }
+  const selected = Object.fromEntries(Object.entries(conversation.selected).map(([parent, child]) => [name(parent), name(child)]));
+  return { ...conversation, id: newId("c"), nodes, selected };
 }

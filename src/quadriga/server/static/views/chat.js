@@ -2,6 +2,7 @@
 
 import * as actions from "../actions.js";
 import * as answers from "../answers.js";
+import { connect, isAway } from "../connection.js";
 import { compact, t } from "../i18n.js";
 import { path, siblings } from "../tree.js";
 import { html, useEffect, useLayoutEffect, useRef, useState } from "../vendor/htm-preact.mjs";
@@ -9,6 +10,7 @@ import { Composer } from "./composer.js";
 import { IconButton, Mark } from "./icons.js";
 import { LensBar } from "./lens.js";
 import { Message } from "./message.js";
+import { SteerBar } from "./steer.js";
 
 const NEAR = 80; // pixels from the end that count as being there
 
@@ -34,7 +36,7 @@ function KeyForm() {
   const submit = async (event) => {
     event.preventDefault();
     actions.setSettings({ apiKey: key.trim() });
-    await actions.connect();
+    await connect();
     answers.clearProblem();
   };
   return html`<form class="key" onSubmit=${submit}>
@@ -62,6 +64,7 @@ export function ProblemCard({ problem, onRetry }) {
   return html`<div class="problem" role="alert">
     <p>${problemText(problem)}</p>
     ${problem.detail ? html`<p class="detail">${problem.detail}</p>` : null}
+    ${isAway(problem) ? html`<p class="again">${t("problem.again")}</p>` : null}
     ${problem.kind === "key"
       ? html`<${KeyForm} />`
       : html`<button type="button" disabled=${left > 0} onClick=${onRetry}>
@@ -105,6 +108,10 @@ export function Chat({ state, conversation }) {
   const running = state.running[conversation.id];
   const problem = state.problem ?? state.problems[conversation.id];
   const hasExperts = (state.model?.quadriga.n_experts ?? 0) > 0;
+  const drop = (event) => {
+    event.preventDefault();
+    actions.attach([...event.dataTransfer.files]);
+  };
   const toEnd = () => {
     const { current } = scroller;
     current.scrollTop = current.scrollHeight;
@@ -124,8 +131,9 @@ export function Chat({ state, conversation }) {
     setAway(scrollHeight - scrollTop - clientHeight > NEAR);
   };
 
-  return html`<main class="chat">
-    ${state.settings.lens ? html`<${LensBar} model=${state.model} />` : null}
+  return html`<main class="chat" onDragOver=${(event) => event.preventDefault()} onDrop=${drop}>
+    ${state.settings.lens ? html`<${LensBar} model=${state.model} labels=${state.labels} />` : null}
+    <${SteerBar} state=${state} />
     <div class="scroller" ref=${scroller} onScroll=${scrolled} onWheel=${scrolled}>
       <div class="thread">
         ${shown.length || !state.ready ? null : html`<${Welcome} model=${state.model} />`}
@@ -144,7 +152,7 @@ export function Chat({ state, conversation }) {
             />`,
         )}
         ${problem
-          ? html`<${ProblemCard} problem=${problem} onRetry=${state.problem ? actions.connect : answers.retry} />`
+          ? html`<${ProblemCard} problem=${problem} onRetry=${state.problem ? connect : answers.retry} />`
           : null}
       </div>
     </div>

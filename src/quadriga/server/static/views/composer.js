@@ -2,9 +2,11 @@
 
 import * as actions from "../actions.js";
 import * as answers from "../answers.js";
+import { currentConversation } from "../conversations.js";
 import { t } from "../i18n.js";
 import { path } from "../tree.js";
 import { html, useEffect, useLayoutEffect, useRef } from "../vendor/htm-preact.mjs";
+import { Attached, isLong } from "./files.js";
 import { IconButton } from "./icons.js";
 
 /** True for a key that belongs to an input method; Safari reports 229 and isComposing false for its last Enter. */
@@ -20,6 +22,8 @@ export function fit(area) {
 
 export function Composer({ state, conversation }) {
   const area = useRef(null);
+  const file = useRef(null);
+  const attached = state.attached[conversation.id] ?? [];
   const draft = state.drafts[conversation.id] ?? "";
   const running = conversation.id in state.running;
   const plain = state.model && !state.model.quadriga.chat;
@@ -30,7 +34,7 @@ export function Composer({ state, conversation }) {
   }, [conversation.id]);
 
   // The page is drawn once a frame: between two, what was typed is in the area, and the conversation in the store.
-  const typed = () => actions.setDraft(actions.currentConversation().id, area.current.value);
+  const typed = () => actions.setDraft(currentConversation().id, area.current.value);
   const send = () => answers.send(area.current.value);
 
   const keyDown = (event) => {
@@ -48,6 +52,15 @@ export function Composer({ state, conversation }) {
     }
   };
 
+  const paste = (event) => {
+    const { files } = event.clipboardData;
+    const text = event.clipboardData.getData("text/plain");
+    if (!files.length && !isLong(text)) return;
+    event.preventDefault();
+    if (files.length) actions.attach([...files]);
+    else actions.attachPasted(text.replace(/\r\n?/g, "\n"));
+  };
+
   return html`<form
     class="composer"
     onSubmit=${(event) => {
@@ -55,7 +68,20 @@ export function Composer({ state, conversation }) {
       send();
     }}
   >
+    <${Attached} id=${conversation.id} files=${attached} />
     <div class="box">
+      <${IconButton} icon="clip" label=${t("composer.attach")} onClick=${() => file.current.click()} />
+      <input
+        ref=${file}
+        id="attach"
+        type="file"
+        multiple
+        hidden
+        onChange=${(event) => {
+          actions.attach([...event.target.files]);
+          event.target.value = "";
+        }}
+      />
       <textarea
         id="composer"
         ref=${area}
@@ -65,6 +91,7 @@ export function Composer({ state, conversation }) {
         value=${draft}
         onInput=${typed}
         onKeyDown=${keyDown}
+        onPaste=${paste}
       />
       ${running
         ? html`<${IconButton} icon="stop" label=${t("composer.stop")} keys="Esc" class="icon-button go" onClick=${() => actions.stop()} />`
@@ -73,7 +100,7 @@ export function Composer({ state, conversation }) {
             label=${t("composer.send")}
             keys="Enter"
             class="icon-button go"
-            disabled=${!draft.trim() || !state.model}
+            disabled=${(!draft.trim() && !attached.length) || !state.model}
             onClick=${send}
           />`}
     </div>

@@ -1,9 +1,10 @@
-// Settings and the sheet of keys, as <dialog>s: the browser keeps the focus inside and closes them on Escape.
+// Settings, the sheet of keys, and what is done with a conversation, as <dialog>s: the browser keeps the focus inside and closes them on Escape.
 
 import * as actions from "../actions.js";
+import { connect } from "../connection.js";
 import { LOCALES, t } from "../i18n.js";
 import { html, useEffect, useRef } from "../vendor/htm-preact.mjs";
-import { IconButton } from "./icons.js";
+import { Icon, IconButton } from "./icons.js";
 
 function Dialog({ title, children }) {
   const dialog = useRef(null);
@@ -117,12 +118,80 @@ export function Settings({ state }) {
           value=${settings.apiKey}
           onChange=${(event) => {
             actions.setSettings({ apiKey: event.target.value.trim() });
-            actions.connect();
+            connect();
           }}
         />
         <small>${t("settings.key.help")}</small>
       </label>
     </fieldset>
+  <//>`;
+}
+
+/** Save these conversations as a file of one of three formats. */
+function Formats({ ids, name }) {
+  const formats = [
+    ["own", t("export.own"), t("export.own.help")],
+    ["markdown", t("export.markdown"), t("export.markdown.help")],
+    ["openai", t("export.openai"), t("export.openai.help")],
+  ];
+  return html`<div class="formats">
+    ${formats.map(
+      ([format, label, help]) => html`<button type="button" data-format=${format} onClick=${() => actions.exportConversations(ids, name, format)}>
+        <b>${label}</b> <small>${help}</small>
+      </button>`,
+    )}
+  </div>`;
+}
+
+export function ExportAll() {
+  const ids = actions.listedIds();
+  return html`<${Dialog} title=${t("export.title", { n: ids.length })}>
+    <${Formats} ids=${ids} name="quadriga-conversations" />
+  <//>`;
+}
+
+/** A title as a file may be called. */
+function fileName(title) {
+  return title.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 50) || "conversation";
+}
+
+/** One conversation: its title, its place, and its files. */
+export function OneConversation({ state }) {
+  const { conversation: id } = state.dialog;
+  const one = state.conversations[id];
+  if (!one) return null;
+  const folders = [...new Set(Object.values(state.conversations).map((other) => other.folder).filter(Boolean))].sort();
+  const remove = () => {
+    actions.openDialog(null);
+    actions.removeConversation(id);
+  };
+  return html`<${Dialog} title=${one.title}>
+    <label class="field">
+      <span>${t("folder.title")}</span>
+      <input name="title" maxlength="200" value=${one.title} onChange=${(event) => actions.renameConversation(id, event.target.value)} />
+    </label>
+    <label class="check">
+      <input type="checkbox" name="pinned" checked=${Boolean(one.pinned)} onChange=${() => actions.pinConversation(id)} />
+      ${t("folder.pinned")}
+    </label>
+    <label class="field">
+      <span>${t("folder.label")}</span>
+      <input
+        name="folder"
+        list="folders"
+        maxlength="60"
+        value=${one.folder ?? ""}
+        placeholder=${t("folder.none")}
+        onChange=${(event) => actions.moveConversation(id, event.target.value)}
+      />
+      <small>${t("folder.help")}</small>
+    </label>
+    <datalist id="folders">${folders.map((name) => html`<option value=${name} />`)}</datalist>
+    <fieldset>
+      <legend>${t("export.one")}</legend>
+      <${Formats} ids=${[id]} name=${fileName(one.title)} />
+    </fieldset>
+    <button type="button" class="danger" onClick=${remove}><${Icon} name="trash" /> ${t("folder.delete")}</button>
   <//>`;
 }
 
@@ -139,6 +208,7 @@ export function Help() {
     ["Ctrl K", t("keys.search")],
     ["Alt L", t("keys.lens")],
     ["Alt M", t("keys.map")],
+    ["Alt A", t("keys.atlas")],
     ["← →", t("keys.walk")],
     ["Alt S", t("keys.settings")],
     ["?", t("keys.help")],

@@ -3,6 +3,7 @@
 import * as balance from "../balance.js";
 import * as actions from "../actions.js";
 import { fetchExperts, resetExperts } from "../api.js";
+import { known, labelOf } from "../experts.js";
 import { compact, number, t } from "../i18n.js";
 import { loadColour, prepare, themed } from "../palette.js";
 import { html, useEffect, useMemo, useRef, useState } from "../vendor/htm-preact.mjs";
@@ -15,7 +16,7 @@ const WINDOW_MS = 30_000;
 const KEPT_MS = 180_000;
 
 /** Asks now and then while somebody looks: [snapshots of the last minutes, the last failure, a reset]. */
-function usePolling(active) {
+function usePolling(active, model) {
   const [snapshots, setSnapshots] = useState([]);
   const [problem, setProblem] = useState(null);
   const alive = useRef(true);
@@ -32,11 +33,12 @@ function usePolling(active) {
     let timer = 0;
     let seen = -1;
     alive.current = true;
+    setSnapshots([]);
     const ask = async () => {
       let wait = IDLE_MS;
       try {
         if (!document.hidden) {
-          const report = await fetchExperts();
+          const report = await fetchExperts(model);
           if (!alive.current) return;
           if (report.n_tokens !== seen) wait = BUSY_MS;
           seen = report.n_tokens;
@@ -53,10 +55,10 @@ function usePolling(active) {
       alive.current = false;
       clearTimeout(timer);
     };
-  }, [active]);
+  }, [active, model]);
   const reset = async () => {
     try {
-      take(await resetExperts(), true);
+      take(await resetExperts(model), true);
     } catch (error) {
       setProblem(error);
     }
@@ -118,7 +120,7 @@ function drawMap(canvas, counts, width, marked) {
   return { cell, height, layers, experts };
 }
 
-function Heatmap({ counts }) {
+function Heatmap({ counts, labels }) {
   const canvas = useRef(null);
   const geometry = useRef(null);
   const [at, setAt] = useState(null);
@@ -154,7 +156,7 @@ function Heatmap({ counts }) {
       onPointerLeave=${() => setAt(null)}
       onClick=${follow}
     ></canvas>
-    <p class="cell">${said}</p>
+    <p class="cell">${said}${at ? html` <b>${labelOf(known(labels, at.layer, at.expert))}</b>` : null}</p>
   </div>`;
 }
 
@@ -226,7 +228,7 @@ function Scale() {
   </p>`;
 }
 
-function Report({ snapshots, reset, theme }) {
+function Report({ snapshots, reset, theme, labels }) {
   const [lately, setLately] = useState(false);
   const now = snapshots.at(-1);
   const counts = lately ? recent(snapshots) : now.counts;
@@ -250,7 +252,7 @@ function Report({ snapshots, reset, theme }) {
       <//>
       <${Fact} label=${t("experts.dead")} title=${t("experts.dead.help")}>${number(dead)}<//>
     </dl>
-    <${Heatmap} counts=${counts} />
+    <${Heatmap} counts=${counts} labels=${labels} />
     <${Scale} />
     <${History} snapshots=${snapshots} theme=${theme} />
     <button type="button" class="reset" onClick=${reset}>${t("experts.reset")}</button>
@@ -260,13 +262,13 @@ function Report({ snapshots, reset, theme }) {
 export function ExpertsPanel({ state }) {
   const { model, settings } = state;
   const moe = Boolean(model?.quadriga.n_experts);
-  const [snapshots, problem, reset] = usePolling(moe);
+  const [snapshots, problem, reset] = usePolling(moe, model?.id);
   const body = () => {
     if (!model) return html`<p class="note">${t("experts.wait")}</p>`;
     if (!moe) return html`<p class="dense">${t("experts.dense", { model: model.id })}</p>`;
     if (!snapshots.length) return problem ? null : html`<p class="note">${t("experts.wait")}</p>`;
     const theme = document.documentElement.dataset.theme + settings.theme;
-    return html`<${Report} snapshots=${snapshots} reset=${reset} theme=${theme} />`;
+    return html`<${Report} snapshots=${snapshots} reset=${reset} theme=${theme} labels=${state.labels} />`;
   };
   return html`<aside class="experts" aria-label=${t("experts.title")}>
     <header>

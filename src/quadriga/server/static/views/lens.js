@@ -8,12 +8,14 @@
 // keys walk along the text.
 
 import * as actions from "../actions.js";
+import { known, labelOf, visible } from "../experts.js";
 import { number, t } from "../i18n.js";
 import { expertColour, heat, prepare, themed } from "../palette.js";
-import { hover, lens, useStore } from "../state.js";
+import { app, hover, lens, useStore } from "../state.js";
 import { chosen, entropyOf, weightOf } from "../trace.js";
 import { Component, html, useEffect, useLayoutEffect, useRef } from "../vendor/htm-preact.mjs";
 import { IconButton } from "./icons.js";
+import { SteerButtons } from "./steer.js";
 
 /** The background of a token under a way of colouring. */
 export function tokenColour(trace, token, { mode, layer, expert }) {
@@ -25,7 +27,7 @@ export function tokenColour(trace, token, { mode, layer, expert }) {
 }
 
 /** What the lens colours by: a row of controls above the conversation. */
-export function LensBar({ model }) {
+export function LensBar({ model, labels }) {
   const view = useStore(lens);
   const facts = model?.quadriga;
   if (!facts) return null;
@@ -39,7 +41,10 @@ export function LensBar({ model }) {
   ];
   const low = view.mode === "entropy" ? -1 : 0;
   const layer = Math.max(low, Math.min(view.layer, facts.n_layers - 1));
-  const options = Array.from({ length: facts.n_experts }, (_, i) => html`<option value=${i}>${t("lens.expert", { i })}</option>`);
+  const options = Array.from({ length: facts.n_experts }, (_, i) => {
+    const label = labelOf(known(labels, layer, i), 3);
+    return html`<option value=${i}>${t("lens.expert", { i })}${label ? ` · ${label}` : ""}</option>`;
+  });
   return html`<div class="lens-strip"><div class="lens-bar" role="toolbar" aria-label=${t("lens.label")}>
     <div class="segments" role="radiogroup" aria-label=${t("lens.colour")}>
       ${modes.map(
@@ -91,12 +96,6 @@ function Legend({ mode, n_experts }) {
   return html`<span class="legend" aria-hidden="true">
     ${experts.map((i) => html`<i class="swatch expert" style=${{ background: expertColour(i) }} title=${t("lens.expert", { i })}>${i}</i>`)}
   </span>`;
-}
-
-/** A token's text with what cannot be seen made visible. */
-export function visible(text) {
-  if (text === "") return "◦";
-  return text.replace(/^ /, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
 }
 
 function point(event, node, pinned) {
@@ -190,10 +189,23 @@ function drawGrid(canvas, trace, token, layer) {
   return { height, left };
 }
 
+/** One expert at work for a token: its weight as the server said it, what it is known for, and its switches. */
+function Chosen({ state, layer, expert, weight }) {
+  const label = labelOf(known(state.labels, layer, expert), 3);
+  return html`<li>
+    <button type="button" title=${t("lens.follow")} onClick=${() => actions.followExpert(layer, expert)}>${t("lens.expert", { i: expert })}</button>
+    <span class="bar"><i style=${{ width: `${Math.min(100, 100 * weight)}%`, background: expertColour(expert) }} /></span>
+    <span class="number">${number(100 * weight, 2)} %</span>
+    <${SteerButtons} state=${state} layer=${layer} expert=${expert} />
+    ${label ? html`<small class="label">${label}</small>` : null}
+  </li>`;
+}
+
 /** The card of a token: its experts in every layer, and those of the chosen layer with their weights. */
 export function LensCard() {
   const at = useStore(hover);
   const view = useStore(lens);
+  const state = useStore(app);
   const [canvas, card, geometry] = [useRef(null), useRef(null), useRef(null)];
   const { trace, token } = at;
   const open = token >= 0 && trace && token < trace.n_tokens;
@@ -225,18 +237,7 @@ export function LensCard() {
     <h3>${t("lens.layer", { i: layer })}</h3>
     <ul>
       ${chosen(trace, token, layer).map(
-        ({ expert, weight }) =>
-          html`<li>
-            <button
-              type="button"
-              title=${t("lens.follow")}
-              onClick=${() => actions.followExpert(layer, expert)}
-            >
-              ${t("lens.expert", { i: expert })}
-            </button>
-            <span class="bar"><i style=${{ width: `${100 * weight}%`, background: expertColour(expert) }} /></span>
-            <span class="number">${number(100 * weight, 1)} %</span>
-          </li>`,
+        ({ expert, weight }) => html`<${Chosen} key=${expert} state=${state} layer=${layer} expert=${expert} weight=${weight} />`,
       )}
     </ul>
     <p>${t("lens.entropy", { here: number(entropyOf(trace, token, layer), 2), mean: number(entropyOf(trace, token, -1), 2) })}</p>

@@ -3,11 +3,12 @@
 import * as actions from "../actions.js";
 import * as answers from "../answers.js";
 import { compact, number, t } from "../i18n.js";
-import { toHtml } from "../markdown.js";
 import { Component, html, useLayoutEffect, useRef, useState } from "../vendor/htm-preact.mjs";
 import { fit, isComposing } from "./composer.js";
-import { IconButton } from "./icons.js";
+import { FileFold, isLong, LongText } from "./files.js";
+import { Icon, IconButton } from "./icons.js";
 import { LensText } from "./lens.js";
+import { Prose } from "./prose.js";
 
 /** < 2 / 3 >: the alternatives of a message. */
 function Branches({ siblings, id }) {
@@ -43,7 +44,8 @@ function Editor({ node }) {
   const send = () => answers.edit(node.id, area.current.value);
   const keyDown = (event) => {
     if (isComposing(event)) return;
-    if (event.key === "Enter" && !event.shiftKey) {
+    // An answer has many lines: Enter breaks one, Ctrl+Enter takes it.
+    if (event.key === "Enter" && (node.role === "user" ? !event.shiftKey : event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       send();
     }
@@ -64,7 +66,9 @@ function Editor({ node }) {
     <div class="editor-actions">
       <span class="hint">${t("message.edit.hint")}</span>
       <button type="button" onClick=${cancel}>${t("button.cancel")}</button>
-      <button type="button" class="primary" onClick=${send}>${t("composer.send")}</button>
+      <button type="button" class="primary" onClick=${send}>
+        ${node.role === "user" ? t("composer.send") : t("message.save")}
+      </button>
     </div>
   </div>`;
 }
@@ -72,11 +76,12 @@ function Editor({ node }) {
 /** Tokens, tokens a second, seconds to the first, and how full the context is. */
 function Cost({ node, running }) {
   const { stats, finish } = node;
-  if (!stats) return null;
+  if (!stats) return finish === "edited" ? html`<span class="cost"><span class="ending">${t("finish.edited")}</span></span>` : null;
   const endings = {
     length: t("finish.length"),
     stopped: t("finish.stopped"),
     broken: t("finish.broken"),
+    edited: t("finish.edited"),
   };
   return html`<span class="cost">
     ${stats.rate ? html`<span>${t("cost.rate", { n: number(stats.rate, 1) })}</span>` : null}
@@ -92,33 +97,36 @@ function Cost({ node, running }) {
   </span>`;
 }
 
-async function copyCode(event) {
-  const button = event.target.closest("button.copy");
-  const code = button?.closest(".code")?.querySelector("code");
-  if (!code || !(await actions.copy(code.textContent))) return;
-  button.textContent = t("code.copied");
-  setTimeout(() => (button.textContent = t("code.copy")), 1500);
+/** What a model thought before it answered, folded away. */
+function Thought({ text, stats, thinking }) {
+  const seconds = number((stats?.thoughtMs ?? 0) / 1000, 1);
+  return html`<details class="thought">
+    <summary>
+      ${thinking ? html`<i class="pulse" />` : html`<${Icon} name="fold" />`}
+      ${thinking ? t("thought.now") : stats?.thoughtMs ? t("thought.seconds", { n: seconds }) : t("thought.done")}
+    </summary>
+    <${Prose} text=${text} />
+  </details>`;
 }
 
-/** Markdown as HTML; its text is parsed again only when it changes. */
-class Prose extends Component {
-  shouldComponentUpdate(next) {
-    return next.text !== this.props.text;
-  }
-
-  render({ text }) {
-    return html`<div class="prose" onClick=${copyCode} dangerouslySetInnerHTML=${{ __html: toHtml(text) }} />`;
-  }
+/** Experts that were switched off or boosted for an answer. */
+function Steered({ steering }) {
+  const said = steering.map(({ layer, expert, factor }) =>
+    factor === 0 ? t("steer.off", { layer, expert }) : t("steer.times", { layer, expert, factor: number(factor, factor < 1 ? 2 : 0) }),
+  );
+  return html`<p class="note steered"><${Icon} name="dial" /> ${said.join(" · ")}</p>`;
 }
 
 function Answer({ node, running, lensOn, hasExperts }) {
-  const waiting = running && !node.content && !node.trace?.n_tokens;
+  const waiting = running && !node.content && !node.reasoning && !node.trace?.n_tokens;
   if (waiting) return html`<div class="waiting" role="status" aria-label=${t("message.waiting")}><i /><i /><i /></div>`;
-  if (lensOn && hasExperts) {
-    if (node.trace?.n_tokens) return html`<${LensText} node=${node} />`;
-    return html`<${Prose} text=${node.content} /><p class="note">${t("lens.notrace")}</p>`;
-  }
-  return html`<${Prose} text=${node.content} />`;
+  const traced = lensOn && hasExperts && node.trace?.n_tokens;
+  return html`
+    ${node.steering?.length ? html`<${Steered} steering=${node.steering} />` : null}
+    ${node.reasoning ? html`<${Thought} text=${node.reasoning} stats=${node.stats} thinking=${running && !node.content} />` : null}
+    ${traced ? html`<${LensText} node=${node} />` : html`<${Prose} text=${node.content} />`}
+    ${lensOn && hasExperts && !traced ? html`<p class="note">${t("lens.notrace")}</p>` : null}
+  `;
 }
 
 /** Redrawn only when one of its properties changes: a long conversation costs nothing while its last answer grows. */
@@ -130,44 +138,63 @@ export class Message extends Component {
     return moved || [...names].some((name) => next[name] !== this.props[name]);
   }
 
-  render({ node, siblings, running, busy, editing, lensOn, hasExperts, last }) {
-    if (node.role === "user") {
-      return html`<article class="message user" data-id=${node.id}>
-        ${editing ? html`<${Editor} node=${node} />` : html`<div class="said">${node.content}</div>`}
-        ${editing
-          ? null
-          : html`<footer>
-              <${Branches} siblings=${siblings} id=${node.id} />
-              <span class="doing">
-                <${CopyButton} text=${node.content} />
-                <${IconButton}
-                  icon="edit"
-                  label=${t("message.edit")}
-                  disabled=${busy}
-                  onClick=${() => actions.startEditing(node.id)}
-                />
-              </span>
-            </footer>`}
-      </article>`;
-    }
-    return html`<article class="message assistant" data-id=${node.id} data-last=${String(last)} aria-busy=${String(running)}>
-      <${Answer} node=${node} running=${running} lensOn=${lensOn} hasExperts=${hasExperts} />
-      <footer>
-        <${Branches} siblings=${siblings} id=${node.id} />
-        ${running
-          ? null
-          : html`<span class="doing">
-              <${CopyButton} text=${node.content} />
-              <${IconButton}
-                icon="again"
-                label=${t("message.again")}
-                keys="Alt+R"
-                disabled=${busy}
-                onClick=${() => answers.regenerate(node.id)}
-              />
-            </span>`}
-        <${Cost} node=${node} running=${running} />
-      </footer>
-    </article>`;
+  render(props) {
+    return props.node.role === "user" ? question(props) : given(props);
   }
+}
+
+function EditButton({ node, busy }) {
+  return html`<${IconButton}
+    icon="edit"
+    label=${t("message.edit")}
+    disabled=${busy}
+    onClick=${() => actions.startEditing(node.id)}
+  />`;
+}
+
+function question({ node, siblings, busy, editing }) {
+  const files = node.files ?? [];
+  if (editing) return html`<article class="message user" data-id=${node.id}><${Editor} node=${node} /></article>`;
+  return html`<article class="message user" data-id=${node.id}>
+    ${files.map((file) => html`<${FileFold} file=${file} />`)}
+    ${isLong(node.content)
+      ? html`<${LongText} text=${node.content} />`
+      : node.content
+        ? html`<div class="said">${node.content}</div>`
+        : null}
+    <footer>
+      <${Branches} siblings=${siblings} id=${node.id} />
+      <span class="doing">
+        <${CopyButton} text=${node.content} />
+        <${EditButton} node=${node} busy=${busy} />
+      </span>
+    </footer>
+  </article>`;
+}
+
+function given({ node, siblings, running, busy, editing, lensOn, hasExperts, last }) {
+  if (editing) return html`<article class="message assistant" data-id=${node.id}><${Editor} node=${node} /></article>`;
+  return html`<article class="message assistant" data-id=${node.id} data-last=${String(last)} aria-busy=${String(running)}>
+    <${Answer} node=${node} running=${running} lensOn=${lensOn} hasExperts=${hasExperts} />
+    <footer>
+      <${Branches} siblings=${siblings} id=${node.id} />
+      ${running
+        ? null
+        : html`<span class="doing">
+            <${CopyButton} text=${node.content} />
+            <${IconButton}
+              icon="again"
+              label=${t("message.again")}
+              keys="Alt+R"
+              disabled=${busy}
+              onClick=${() => answers.regenerate(node.id)}
+            />
+            <${EditButton} node=${node} busy=${busy} />
+            ${last && answers.canGoOn(node)
+              ? html`<${IconButton} icon="forward" label=${t("message.goon")} disabled=${busy} onClick=${() => answers.goOn(node.id)} />`
+              : null}
+          </span>`}
+      <${Cost} node=${node} running=${running} />
+    </footer>
+  </article>`;
 }
