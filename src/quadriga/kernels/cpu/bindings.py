@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "6d6d29f0873b49114592b4ec9a08ab7dc4e98b95eddce08e382df4f9bf9dc995"
+HEADER_SHA256 = "bcfa331b4b49329ffaadb3f046602864d17c53caf167591b7358f3d4de6739e0"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -134,6 +134,8 @@ class Isa(IntEnum):
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
+    NEON = 3
+    I8MM = 4
 
 
 class Op(IntEnum):
@@ -223,6 +225,7 @@ class Attention(c.Structure):
         ("inverse_frequencies", c.c_void_p),
         ("alibi_slopes", c.c_void_p),
         ("kv", c.c_void_p),
+        ("kv_stride", c.c_int64),
         ("qkv_bias", c.c_void_p),
         ("out_bias", c.c_void_p),
         ("sinks", c.c_void_p),
@@ -513,8 +516,9 @@ STRUCTS: dict[str, type[c.Structure]] = {
 }
 
 PARAMETERS: dict[str, list[Any]] = {
-    "qd_best_isa": [
-        c.c_void_p,  # isa
+    "qd_has_isa": [
+        c.c_int32,  # isa
+        c.c_void_p,  # has
         c.POINTER(Message),  # why
     ],
     "qd_create": [

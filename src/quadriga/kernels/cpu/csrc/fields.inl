@@ -39,6 +39,7 @@
 {"qd_attention.inverse_frequencies", offsetof(qd_attention, inverse_frequencies), sizeof(qd_attention::inverse_frequencies)},
 {"qd_attention.alibi_slopes", offsetof(qd_attention, alibi_slopes), sizeof(qd_attention::alibi_slopes)},
 {"qd_attention.kv", offsetof(qd_attention, kv), sizeof(qd_attention::kv)},
+{"qd_attention.kv_stride", offsetof(qd_attention, kv_stride), sizeof(qd_attention::kv_stride)},
 {"qd_attention.qkv_bias", offsetof(qd_attention, qkv_bias), sizeof(qd_attention::qkv_bias)},
 {"qd_attention.out_bias", offsetof(qd_attention, out_bias), sizeof(qd_attention::out_bias)},
 {"qd_attention.sinks", offsetof(qd_attention, sinks), sizeof(qd_attention::sinks)},

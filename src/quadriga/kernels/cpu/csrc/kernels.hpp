@@ -147,5 +147,7 @@ struct Kernels : Products {
 };
 
 const Kernels* portable_kernels();
-const Kernels* avx2_kernels();    // NULL where not compiled in
+const Kernels* avx2_kernels();  // on x86-64
 const Kernels* avx512_kernels();
+const Kernels* neon_kernels();  // on 64-bit ARM
+const Kernels* i8mm_kernels();
