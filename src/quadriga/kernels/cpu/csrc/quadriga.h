@@ -117,7 +117,8 @@ typedef struct {
   float score_scale, soft_cap; /* soft_cap 0: none */
   const float* inverse_frequencies; /* (rotary_dim/2,) or NULL where positions are not rotary */
   const float* alibi_slopes;        /* (H,) or NULL */
-  uint8_t* kv;                      /* this layer's blocks: n_blocks x K x qd_kv_bytes(format, d) */
+  uint8_t* kv;                      /* this layer's blocks, K x qd_kv_bytes(format, d) each */
+  int64_t kv_stride;                /* bytes from one of them to the next: at least as many */
 
   const float* qkv_bias;    /* (H d + 2 K d,) or NULL: added to the projection, before all else */
   const float* out_bias;    /* (D,) or NULL */
@@ -132,7 +133,7 @@ typedef struct {
   qd_norm v_norm;         /* of every head's v, (d,); NULL weight: none */
 
   /* Latent attention, R = kv_rank numbers and rope_dim that turn a token, where kv_rank is not 0: one key of head_dim =
-   * R + rope_dim for all heads, whose first R are the value; n_kv_heads is 1, and kv n_blocks x qd_latent_bytes. */
+   * R + rope_dim for all heads, whose first R are the value; n_kv_heads is 1, and a block is of qd_latent_bytes. */
   int32_t kv_rank, rope_dim, nope_dim, v_dim; /* R a multiple of 32, v_dim of 16 */
   qd_norm q_a_norm, kv_a_norm;
   qd_matrix wq_a;       /* (Q, D), or data NULL: wqkv (H (nope_dim + rope_dim), Q or D) takes the normed state itself */
@@ -286,6 +287,23 @@ typedef struct {
   float logit;    /* the token's own, as it came */
 } qd_sampled;
 
+/* Blocks of sub-blocks whose scales are whole numbers under the block's own; quant/search.py says what is found, and in
+ * which form. Without minima a number is one of low .. high, or one of the codebook, and a scale from least to most; with
+ * them it is from 0 to high, and scales and minima from 0 to most. */
+typedef struct {
+  const float* x;          /* (n, length), finite */
+  const float* weight;     /* alike, positive, or NULL: ones */
+  const uint8_t* codebook; /* 16 of int8, ascending (length 32), or NULL */
+  int64_t n;               /* sub-blocks, whole blocks of them */
+  int32_t length, per_block; /* 16 or 32; 1, 8 or 16 */
+  int32_t low, high, least, most;
+  float* d;                /* (n / per_block,) */
+  float* m;                /* alike, or NULL */
+  float* scales;           /* (n,) */
+  float* minima;           /* alike, or NULL */
+  float* numbers;          /* (n, length) */
+} qd_search;
+
 typedef struct {
   int64_t hits, misses; /* experts found in memory, and read */
   int64_t bytes_read, bytes_held;
@@ -334,6 +352,9 @@ int32_t qd_unpack(qd_context* context, int32_t format, const uint8_t* packed, in
  * numbers are indices of one, else NULL. */
 int32_t qd_dequantize(qd_context* context, int32_t stored, const uint8_t* blocks, int64_t n, const uint8_t* codebook,
                       float* out, qd_message* why);
+
+/* Scales for numbers that are to be quantised. Runs on the thread that calls it; any number of threads may. */
+int32_t qd_find_scales(qd_context* context, const qd_search* search, qd_message* why);
 
 /* One op, or a whole captured step. */
 int32_t qd_run(qd_context* context, const qd_step* steps, int32_t n_steps, const qd_batch* batch, qd_message* why);
