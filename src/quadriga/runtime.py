@@ -8,7 +8,7 @@ Environment variables (all optional):
     QUADRIGA_DATA       folder with benchmark and training data, looked into before what was fetched
     QUADRIGA_MIRROR     where data sets' addresses are asked for instead: https://HOST/PATH as MIRROR/HOST/PATH
     QUADRIGA_OPS        force an op backend, e.g. "reference"
-    QUADRIGA_CPU_ISA    force a CPU instruction set: avx512, avx2 or portable
+    QUADRIGA_CPU_ISA    force a CPU instruction set: avx512, avx2, i8mm, neon or portable
     QUADRIGA_LIBRARY    another build of the CPU kernels, e.g. one with sanitizers
     QUADRIGA_DEBUG      1: commands show tracebacks
     QUADRIGA_COMMAND_OPTION   an option's default, e.g. QUADRIGA_SERVE_PORT (cli.settings)

@@ -369,6 +369,8 @@ REFUSED: dict[str, dict[str, list[list[str]]]] = {
         "--data-dir": [["--data-dir", "x"]],
         "--out": [["--out", "x"]],
         "--picture": [["--picture", "x.svg"]],
+        "--judge": [["--judge", "x"]],
+        "--judge-model": [["--judge-model", "x"]],
         **{name: [[name, "auto"], ["--tasks", "mmlu", name, "auto"]] for name in ("--api", "--api-model", "--api-key")},
         "--concurrency": [["--concurrency", "3"], ["--tasks", "mmlu", "--concurrency", "8"]],
         **{

@@ -16,7 +16,7 @@ from quadriga.errors import RequestError
 from quadriga.kernels.cpu import library as cpu
 from quadriga.kernels.cpu.sampling import RowSampler
 
-HERE = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1]
+HERE = cpu.isas_in_force()
 
 
 @cache

@@ -104,6 +104,20 @@ def test_chat_puts_prompts_into_the_template() -> None:
     assert (chat.identity["chat"], chat.identity["weights"]) == ("True", "made in memory")
 
 
+def test_a_conversation_is_answered_in_the_template() -> None:
+    llm = tiny_llm()
+    model = TextModel(llm)
+    talk = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": "Three?"},
+    ]
+    expected = [llm.chat(one, SamplingParams(max_new_tokens=5, temperature=0.0)).text for one in (talk, talk[:1])]
+    assert model.converse([talk, talk[:1]], max_new_tokens=5) == expected
+    drawn = llm.chat(talk[:1], SamplingParams(max_new_tokens=5, temperature=1.0, seed=8)).text
+    assert model.converse([talk, talk[:1]], max_new_tokens=5, temperature=1.0, seed=7)[1] == drawn
+
+
 def test_the_hash_follows_the_weights(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     weights = tmp_path / "a" / "model.safetensors"

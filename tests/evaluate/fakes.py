@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from quadriga.evaluate.model import Done, quietly
+from quadriga.evaluate.model import Done, Message, quietly
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class RuleModel:
     n_pairs: int = 0
     n_prompts: int = 0
     seeds: list[int | None] = field(default_factory=list)
+    temperatures: list[float] = field(default_factory=list)
     dies_after: int | None = None
     """Raise KeyboardInterrupt after this many pairs."""
 
@@ -54,6 +55,20 @@ class RuleModel:
         self.n_prompts += len(prompts)
         self.seeds.append(seed)
         return [self.write(prompt) for prompt in prompts]
+
+    def converse(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        done: Done = quietly,
+    ) -> list[str]:
+        self.n_prompts += len(conversations)
+        self.seeds.append(seed)
+        self.temperatures.append(temperature)
+        return [self.write("\n".join(f"{one['role']}: {one['content']}" for one in talk)) for talk in conversations]
 
     def count_tokens(self, text: str) -> int:
         return len(text.split())

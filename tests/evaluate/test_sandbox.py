@@ -88,7 +88,8 @@ def test_a_daemon_dies_with_its_sandbox(box: Sandbox) -> None:
         "if os.fork() == 0:\n"
         "    os.setsid()\n"
         "    if os.fork() == 0:\n"
-        f"        os.execv(sys.executable, [sys.executable, '-I', '-S', '-c', 'import signal; signal.pause()', '{mark}'])\n"
+        f"        os.execv(sys.executable, [sys.executable, '-I', '-S', '-c', 'import signal; signal.pause()', "
+        f"'{mark}'])\n"
         "    os._exit(0)\n"
         "os.close(write)\n"
         "assert os.read(read, 1) == b''\n"  # the pipe closes when the daemon's program starts

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from quadriga.model import cost
 from quadriga.model.cache_layout import CacheLayout, cache_layout, first_needed, most_blocks, one_group
 from quadriga.model.config import ModelConfig, in_order
 from quadriga.model.families import preset
+from quadriga.runners.compiled import layer_block_bytes, place_bytes
 
 
 def windows(config: ModelConfig, pattern: list[int | None]) -> ModelConfig:
@@ -35,6 +37,14 @@ def test_gpt_oss_keeps_half_of_its_layers_whole() -> None:
     assert layout.n_blocks(131_072) == 8192 + 9 and layout.n_blocks(20) == 4
 
 
+def test_gemma_4_keeps_five_layers_whole_and_the_wider_keys_say_how_wide_a_place_is() -> None:
+    config = preset("gemma-4-26b-a4b")
+    layout = check(config)
+    assert layout.windows == (None, *[1024] * 5) and [len(layers) for layers in layout.slot_layers] == [6] * 5
+    assert layout.n_blocks(100_000) == 6250 + 5 * 65
+    assert cost.kv_bytes(config, 100_000) == 5 * 4096 * 2 * (100_000 + 5 * 65 * 16)
+
+
 def test_layers_all_alike_are_one_group() -> None:
     assert check(preset("dbrx-132b")) == one_group(40)
     mistral = check(preset("mistral-7b-v0.1"))
@@ -58,10 +68,14 @@ def test_groups_are_alike_and_few(pattern: list[int | None], of_groups: tuple[in
     assert (layout.windows, len(layout.slot_layers)) == (of_groups, size)
 
 
-def test_layers_that_keep_different_numbers_share_no_place() -> None:
+def test_layers_that_keep_different_numbers_share_a_place_as_wide_as_the_wider_one() -> None:
     config = windows(preset("mistral-7b-v0.1"), [512, None])
     wide = replace(config.layers[1], mixer=replace(config.layers[1].mixer, n_kv_heads=4))
-    assert cache_layout(replace(config, layers=(config.layers[0], wide))) == one_group(2)
+    mixed = replace(config, layers=(config.layers[0], wide))
+    layout = check(mixed)
+    assert layout.windows == (None, 512) and layout.slot_layers == ((0, 1),)
+    assert place_bytes(mixed, layout, "bfloat16") == [layer_block_bytes(config.layers[0], "bfloat16")]
+    assert layer_block_bytes(wide, "bfloat16") == layer_block_bytes(config.layers[0], "bfloat16") // 2
 
 
 def test_what_a_query_needs_lies_in_most_blocks_at_worst() -> None:

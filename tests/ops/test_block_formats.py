@@ -15,7 +15,7 @@ from quadriga.quant import codec
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import FROM_GGUF, OF_BLOCKS, PACKED
 
-HERE = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1]
+HERE = cpu.isas_in_force()
 
 SCALES = {
     "q2_k": (80, 82),

@@ -16,7 +16,7 @@ from quadriga.kernels.cpu import library as cpu
 from quadriga.kernels.training import fused
 from quadriga.kernels.training.expert_layer import ExpertSort, padded_rows
 
-HERE = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1]
+HERE = cpu.isas_in_force()
 DTYPES = [torch.float32, torch.bfloat16]
 EPS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 """Tolerance relative to the largest number: a few roundings in float32, and one of the result to bfloat16."""

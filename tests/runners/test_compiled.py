@@ -25,7 +25,7 @@ from tests.nn.routing import exact, row_errors, worst_lag
 from tests.tolerance import faults, kernel_roundings, relative_error
 
 BLOCK = 16
-HERE = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1]
+HERE = cpu.isas_in_force()
 """Instruction sets this processor has: each contains the ones before it."""
 
 FAMILIES = {

@@ -27,7 +27,7 @@ LoadModel = Callable[..., Transformer]
 BAR = 2e-5
 """Largest difference of a float32 logit, as a share of the logits' range."""
 
-HERE = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1]
+HERE = cpu.isas_in_force()
 BLOCKS = [5, 0, 7]
 
 

@@ -24,7 +24,7 @@ from quadriga.runners.compiled import CompiledModel, pack_parameters
 from tests.batches import batch, logits_of, passed
 from tests.mixed import PIECES
 
-HERE = cpu.ISAS[: cpu.ISAS.index(cpu.isa()) + 1]
+HERE = cpu.isas_in_force()
 IDS = torch.randint(0, 97, (71,), generator=torch.Generator().manual_seed(4))
 D = 48
 

@@ -31,7 +31,7 @@ def need(*modules: str) -> None:
     """Skip the test, with the reason, where a judge is not installed."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed: pip install 'quadriga[judges]'")
+            pytest.skip(f"{module} is not installed: pip install '.[judges]'")
 
 
 def published_spec(folder: Path, model: str) -> Path:

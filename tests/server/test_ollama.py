@@ -110,7 +110,7 @@ def test_curl_without_a_header_is_understood(tiny: Live) -> None:
 
 
 def test_ollamas_own_client(tiny: Live) -> None:
-    ollama = pytest.importorskip("ollama", reason="its own client is not installed: pip install 'quadriga[judges]'")
+    ollama = pytest.importorskip("ollama", reason="its own client is not installed: pip install '.[judges]'")
     client = ollama.Client(host=tiny.url)
     answer = client.chat("tiny", messages=ASK, options=FEW)
     streamed = client.chat("tiny", messages=ASK, options=FEW, stream=True)

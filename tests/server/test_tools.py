@@ -116,6 +116,15 @@ def test_without_tools_everything_is_words() -> None:
         assert (answer.content, answer.calls) == (call("weather"), [])
 
 
+def test_what_gemma_4_thinks_and_calls_is_read_by_its_own_marks() -> None:
+    """Its marks are tokens: they are to be seen in the text, and the word behind the first is none of its thoughts."""
+    reading = Reading(None, thinks=("<|channel>thought", "<channel|>"))
+    assert reading.marks == ("<|channel>", "<channel|>")
+    answer = reading.read("<|channel>thought\nHm.\n<channel|>Yes.")
+    assert (answer.thought, answer.content) == ("Hm.", "Yes.")
+    assert Reading(None, thinks=("[THINK]", "[/THINK]")).marks == ("[THINK]", "[/THINK]")
+
+
 def test_channels_of_gpt_oss_are_thoughts_words_and_calls() -> None:
     text = (
         "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.weather "

@@ -21,10 +21,12 @@ from quadriga.cli.compare import compare_command
 from quadriga.cli.convert import convert_command
 from quadriga.cli.data import data_app
 from quadriga.cli.diff import diff_command
+from quadriga.cli.divergence import divergence_command
 from quadriga.cli.eval import eval_command
 from quadriga.cli.experts import experts_app
 from quadriga.cli.generate import generate_command
 from quadriga.cli.info import info_command
+from quadriga.cli.judge import judge_command
 from quadriga.cli.models import (
     list_command,
     models_app,
@@ -149,6 +151,20 @@ app.command(
         "quadriga diff runs/a runs/b --json             with both runs' logs of each such item",
     ),
 )(diff_command)
+app.command(
+    "divergence",
+    epilog=_example(
+        "quadriga divergence smollm2-135m-instruct smollm2-135m-instruct --format q4",
+        "quadriga divergence ./bf16 model.gguf --document-file mine.txt --windows 100",
+    ),
+)(divergence_command)
+app.command(
+    "judge",
+    epilog=_example(
+        "quadriga judge eval/a eval/b --judge https://api.example.org/v1 --judge-model gpt-4",
+        "quadriga judge eval/a eval/b --judge smollm2-135m-instruct --task gsm8k",
+    ),
+)(judge_command)
 app.command(
     "info",
     epilog=_example(

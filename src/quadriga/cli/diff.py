@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from quadriga.cli import options
 
 
 def diff_command(
-    a: Annotated[Path, typer.Argument(help="Folder that `quadriga eval` wrote.")],
-    b: Annotated[Path, typer.Argument(help="Another, of the same tasks.")],
+    a: options.RunA,
+    b: options.RunB,
     json: options.Json = False,
 ) -> None:
     """Show which items two runs answered differently, and whether that may be chance.

@@ -30,6 +30,12 @@ _CODING = (
 )
 
 
+_JUDGED = (
+    Rule("judge", lambda o: o["judged"], "no task among {tasks} is graded by a judge. Leave it out"),
+    Rule("judge_model", lambda o: o["judge"] is not None, "it names a judge's model. Give {judge} ADDRESS too"),
+)
+
+
 def eval_command(
     model: options.ModelArgument = "smollm2-135m-instruct",
     tasks: Annotated[
@@ -77,6 +83,8 @@ def eval_command(
             rich_help_panel=_TASKS,
         ),
     ] = False,
+    judge: options.Judge = None,
+    judge_model: options.JudgeModel = None,
     out: options.OutFolder = None,
     restart: options.Restart = False,
     picture: options.Picture = None,
@@ -125,6 +133,10 @@ def eval_command(
     coding |= {"samples": None if samples == 1 else samples}
     facts = {"code": any(task.kind == "code" for task in chosen), "code_temperature": how.code_temperature}
     refuse_unused(_CODING, coding | facts, as_flag)
+    judged = [task.name for task in chosen if task.judged]
+    refuse_unused(_JUDGED, {"judge": judge, "judge_model": judge_model, "judged": bool(judged)}, as_flag)
+    if judged and judge is None:
+        raise EvaluationError(f"{judged[0]} is graded by a judge: give one with --judge (a model, or an API's address)")
     sandbox = Sandbox.find(unsafe=unsafe_exec) if any(task.kind == "code" for task in chosen) else None
     for name in {name for task in chosen for name in task.packages}:
         package_folders(name)
@@ -153,6 +165,7 @@ def eval_command(
             device=device,
             threads=threads,
         )
+    grader = None if judge is None else open_judge(judge, judge_model)
     folder = out or Path("eval") / language_model.name
     if restart:
         for task in chosen:
@@ -161,7 +174,9 @@ def eval_command(
 
     for task in chosen:
         with progress_count(task.title) as show:
-            results.append(run_task(task, language_model, data, folder, how, runner=sandbox, progress=show))
+            results.append(
+                run_task(task, language_model, data, folder, how, runner=sandbox, judge=grader, progress=show)
+            )
         report.write(folder, language_model, results, __version__)
     if json:
         print(options.as_json(report.as_json(language_model, results, __version__)))
@@ -176,6 +191,17 @@ def eval_command(
         print(f"results in {folder}", file=sys.stderr)
     if picture is not None:
         report.picture(picture, language_model.name, results)
+
+
+def open_judge(judge: str, model: str | None) -> LanguageModel:
+    """The judge: a chat API's model, or a model in this process with its chat template."""
+    if judge.startswith(("http://", "https://")):
+        from quadriga.evaluate.endpoints import connect
+
+        return connect(judge, model=model, chat=True)
+    from quadriga.engine.text_model import TextModel
+
+    return TextModel(options.load_model(judge, options.load_options()), chat=True)
 
 
 def _local(model: str, chat: bool, **given: Any) -> LanguageModel:

@@ -139,6 +139,19 @@ Layout = Annotated[
 ]
 
 
+# Judges ---------------------------------------------------------------------------------------------------------------
+
+Judge = Annotated[
+    str | None,
+    typer.Option(
+        help="Who grades answers: a chat API's address, or a model here. The API's key is QUADRIGA_API_KEY.",
+        rich_help_panel=_REMOTE,
+    ),
+]
+RunA = Annotated[Path, typer.Argument(help="Folder that `quadriga eval` wrote.")]
+RunB = Annotated[Path, typer.Argument(help="Another, of the same tasks.")]
+JudgeModel = Annotated[str | None, typer.Option(help="The judge's name in its API.", rich_help_panel=_REMOTE)]
+
 # The launch's claims -------------------------------------------------------------------------------------------------
 
 ClaimArgument = Annotated[str, typer.Argument(metavar="CLAIM", help="A name that `quadriga claims` lists.")]

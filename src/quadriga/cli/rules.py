@@ -132,8 +132,19 @@ RULES: dict[str, tuple[Rule, ...]] = {
         *_all(
             (
                 *("model", "limit", "shots", "samples", "k", "temperature", "seed", "chat", "data_dir", "unsafe_exec"),
-                *("out", "restart", "picture", "json", "api", "api_model", "api_key", "concurrency", "format"),
-                *("activations", "kv_format", "kv_memory", "expert_memory", "dtype", "device", "threads"),
+                *(
+                    "judge",
+                    "judge_model",
+                    "out",
+                    "restart",
+                    "picture",
+                    "json",
+                    "api",
+                    "api_model",
+                    "api_key",
+                    "concurrency",
+                ),
+                *("format", "activations", "kv_format", "kv_memory", "expert_memory", "dtype", "device", "threads"),
             ),
             lambda o: o["tasks"] is not None,
             "without {tasks} the tasks are listed and none is run. Give {tasks} NAMES, or leave it out",

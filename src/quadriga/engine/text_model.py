@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -98,22 +99,42 @@ class TextModel:
         Raises:
             QuadrigaError: an answer failed on its way; the others have run to their ends.
         """
-        most = self.llm.config.max_seq_len - max_new_tokens
+        ids = [self._prompt(prompt) for prompt in several(prompts, "prompts")]
+        params = SamplingParams(
+            max_new_tokens=max_new_tokens, stop=tuple(several(stop, "stop")), temperature=temperature, seed=seed or 0
+        )
+        return self._answers(ids, self.llm.chat_params(params) if self.chat else params, done)
+
+    def converse(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        done: Done = lambda n: None,
+    ) -> list[str]:
+        """The assistant's next turn of each conversation, in the model's chat template.
+
+        Raises:
+            TemplateError: the model has none.
+            QuadrigaError: an answer failed on its way; the others have run to their ends.
+        """
+        ids = [self.llm.chat_ids([dict(one) for one in messages]) for messages in conversations]
+        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed or 0)
+        return self._answers(ids, self.llm.chat_params(params), done)
+
+    def _answers(self, prompts: Sequence[list[int]], params: SamplingParams, done: Done) -> list[str]:
+        """Answers to prompts, each with its own seed, counted from that of ``params``."""
+        most = self.llm.config.max_seq_len - params.max_new_tokens
         if most < 1:
             raise RequestError(
-                f"an answer of {max_new_tokens} tokens fills the model's context of {self.llm.config.max_seq_len}: "
-                "allow fewer"
+                f"an answer of {params.max_new_tokens} tokens fills the model's context of "
+                f"{self.llm.config.max_seq_len}: allow fewer"
             )
-        ids = [self._prompt(prompt)[-most:] for prompt in several(prompts, "prompts")]
-        base = 0 if seed is None else seed
-        params = [
-            SamplingParams(
-                max_new_tokens=max_new_tokens, stop=tuple(several(stop, "stop")), temperature=temperature, seed=base + i
-            )
-            for i in range(len(ids))
-        ]
-        if self.chat:
-            params = [self.llm.chat_params(one) for one in params]
+        ids = [prompt[-most:] for prompt in prompts]
+        base = params.seed or 0
+        each = [replace(params, seed=base + i) for i in range(len(ids))]
         seen = 0
 
         def finished(n: int, _: int) -> None:
@@ -121,7 +142,7 @@ class TextModel:
             done(n - seen)
             seen = n
 
-        answers = self.llm.generate_many(ids, params, progress=finished)
+        answers = self.llm.generate_many(ids, each, progress=finished)
         for answer in answers:
             if answer.error is not None:  # a score of half an answer would be a wrong score
                 raise answer.error

@@ -14,7 +14,7 @@ from typing import Any
 
 from quadriga.errors import EvaluationError
 from quadriga.evaluate.published import TABLES, Benchmark, Table
-from quadriga.evaluate.report import pyplot
+from quadriga.evaluate.report import POINTS, pyplot
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ def read(path: Path) -> MeasuredModel:
             figure = task["figures"][task["main"]]
             part = "" if task["items"] == task["items_whole"] else f", {task['items']} of {task['items_whole']} items"
             part += ", a sample" if task.get("sample") else ""
-            error = None if figure["stderr"] is None else 100 * figure["stderr"]
+            scale = 1 if task["main"] in POINTS else 100
+            error = None if figure["stderr"] is None else scale * figure["stderr"]
             if "perplexity" not in task["main"]:
                 note = f"{task['title']}, {task['shots']} shots, {task['main']}{part}"
-                cells[name] = Cell(100 * figure["value"], error, note)
+                cells[name] = Cell(scale * figure["value"], error, note)
         core = body.get("gauntlet", {}).get("core_average")
         if core is not None:
             cells["gauntlet"] = Cell(100 * core, None, "core average of five categories")

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from quadriga import runtime
 from quadriga.errors import EndpointError, EvaluationError
-from quadriga.evaluate.model import Done, quietly
+from quadriga.evaluate.model import Done, Message, quietly
 
 if TYPE_CHECKING:
     import httpx2
@@ -200,8 +200,33 @@ class Endpoint:
 
         return self.client.map(ask, len(prompts), done)
 
+    def converse(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        done: Done = quietly,
+    ) -> list[str]:
+        """Return the assistant's next turn of each conversation."""
+
+        def ask(i: int) -> str:
+            own_seed = None if seed is None or temperature == 0 else seed + i
+            return self._talk(conversations[i], max_new_tokens, (), temperature, own_seed)
+
+        return self.client.map(ask, len(conversations), done)
+
     def _ask(self, prompt: str, n: int, stop: Sequence[str], temperature: float, seed: int | None) -> str:
-        raise NotImplementedError
+        return self._talk([{"role": "user", "content": prompt}], n, stop, temperature, seed)
+
+    def _talk(
+        self, messages: Sequence[Message], n: int, stop: Sequence[str], temperature: float, seed: int | None
+    ) -> str:
+        raise EvaluationError(
+            f"{self.name} is reached through {self.api}, which has no conversations: this task needs a chat API "
+            f"(--chat)"
+        )
 
 
 class OpenAIChat(Endpoint):
@@ -209,8 +234,10 @@ class OpenAIChat(Endpoint):
 
     api = "openai chat"
 
-    def _ask(self, prompt: str, n: int, stop: Sequence[str], temperature: float, seed: int | None) -> str:
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
+    def _talk(
+        self, messages: Sequence[Message], n: int, stop: Sequence[str], temperature: float, seed: int | None
+    ) -> str:
+        body: dict[str, Any] = {"model": self.model, "messages": [dict(one) for one in messages]}
         body |= _openai_options(n, stop, temperature, seed)
         answer = self.client.post("chat/completions", body)
         return _field(self.client, answer, lambda a: a["choices"][0]["message"]["content"] or "")
@@ -267,9 +294,14 @@ class Anthropic(Endpoint):
 
     api = "anthropic"
 
-    def _ask(self, prompt: str, n: int, stop: Sequence[str], temperature: float, seed: int | None) -> str:
+    def _talk(
+        self, messages: Sequence[Message], n: int, stop: Sequence[str], temperature: float, seed: int | None
+    ) -> str:
         body: dict[str, Any] = {"model": self.model, "max_tokens": n, "temperature": temperature}
-        body["messages"] = [{"role": "user", "content": prompt}]
+        body["messages"] = [dict(one) for one in messages if one["role"] != "system"]
+        system = "\n\n".join(one["content"] for one in messages if one["role"] == "system")
+        if system:
+            body["system"] = system
         stops = [s for s in stop if s.strip()]  # the API refuses blank ones; cut() applies all
         if stops:
             body["stop_sequences"] = stops

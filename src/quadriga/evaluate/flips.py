@@ -133,10 +133,13 @@ def _paired(task: str, a: _Run, b: _Run) -> Paired:
 
 def _score_name(main: str, scores: Mapping[str, float]) -> str:
     """The task's main figure where items have it; else what it is computed from."""
-    return next(name for name in (main, main.removesuffix("_mean_of_groups"), "passed", "logprob") if name in scores)
+    own = main.removesuffix("_mean_of_groups")
+    return next(name for name in (main, own, f"{own}_count", "passed", "logprob") if name in scores)
 
 
 def _score(scores: Mapping[str, float], name: str) -> float:
+    if name.endswith("_count"):
+        return scores[name] / max(1.0, scores[f"{name.partition('_')[0]}_n"])
     return scores["passed"] / scores["n"] if name == "passed" else scores[name]
 
 

@@ -18,16 +18,27 @@ from typing import Any, Protocol
 
 from quadriga.errors import EvaluationError
 from quadriga.evaluate.data import Data
-from quadriga.evaluate.items import AnswerItem, ChoiceItem, ClozeItem, CodeItem, Item, Scores, TextItem, TruthItem
+from quadriga.evaluate.items import (
+    AnswerItem,
+    ChoiceItem,
+    ClozeItem,
+    CodeItem,
+    Item,
+    Scores,
+    TalkItem,
+    TextItem,
+    TruthItem,
+)
 from quadriga.evaluate.journal import Journal
 from quadriga.evaluate.model import LanguageModel
 from quadriga.evaluate.statistics import Figure, figures, mean_of_groups
+from quadriga.evaluate.talks import talk
 from quadriga.evaluate.tasks.base import Task
 
 Progress = Callable[[int, int, str], None]
 """Called with (items done, items in total, task name)."""
 
-BATCH = {"likelihood": 64, "rolling": 4, "generate": 32, "code": 16}
+BATCH = {"likelihood": 64, "rolling": 4, "generate": 32, "code": 16, "talk": 16}
 """Items per batch by kind of task: enough to share prompts and fill passes, few enough to lose little in a crash."""
 
 
@@ -112,6 +123,7 @@ class _TaskRun:
     options: Options
     model: LanguageModel
     runner: ProgramRunner | None
+    judge: LanguageModel | None
     tell: Callable[[int], None] = field(default=lambda n: None)
 
     def run(self) -> int:
@@ -145,6 +157,10 @@ class _TaskRun:
                 ]
             case "code":
                 return self._code([item for item in batch if isinstance(item, CodeItem)], first)
+            case "talk":
+                talks = [item for item in batch if isinstance(item, TalkItem)]
+                most = self.task.max_new_tokens
+                return talk(self.model, self.judge, talks, max_new_tokens=most, seed=self.options.seed + first)
 
     def _choose(self, batch: Sequence[Item]) -> list[_Graded]:
         asked = [item for item in batch if isinstance(item, ChoiceItem | TruthItem | ClozeItem)]
@@ -203,6 +219,7 @@ def run_task(
     options: Options,
     *,
     runner: ProgramRunner | None = None,
+    judge: LanguageModel | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> TaskResult:
     """Run one task, or the rest of it if ``out`` contains a journal of an earlier run.
@@ -210,6 +227,7 @@ def run_task(
     Args:
         out: folder for ``items/TASK.jsonl``.
         runner: runs generated programs; required by coding tasks.
+        judge: grades answers; required by judged tasks.
 
     Raises:
         EvaluationError: missing data, a journal in ``out`` for different settings, a coding task without a runner, or
@@ -219,6 +237,8 @@ def run_task(
         raise EvaluationError(
             f"{task.name} runs programs that the model writes: it needs a runner (evaluate.sandbox.Sandbox), got None"
         )
+    if task.judged and judge is None:
+        raise EvaluationError(f"{task.name} is graded by a judge: give one with --judge (a model, or an API's address)")
     data.used, data.samples = {}, {}
     whole = task.items(data, model, options.shots)
     items = whole[: options.limit]
@@ -234,6 +254,8 @@ def run_task(
     }
     if task.kind == "code":
         question |= {"samples": options.samples, "temperature": options.code_temperature, "seed": options.seed}
+    if task.judged and judge is not None:
+        question["judge"] = dict(judge.identity)
     journal = Journal(out / "items" / f"{task.name}.jsonl", question)
     done = 0
 
@@ -243,7 +265,7 @@ def run_task(
         progress(done, len(items), task.name)
 
     started = time.perf_counter()
-    n_new = _TaskRun(task, items, journal, options, model, runner, tell).run()
+    n_new = _TaskRun(task, items, journal, options, model, runner, judge, tell).run()
     seconds = time.perf_counter() - started
     scores = [journal.scores[i] for i in range(len(items))]
     return TaskResult(
@@ -290,6 +312,8 @@ def prompt_hash(items: Sequence[Item]) -> str:
                 parts = [item.text]
             case AnswerItem() | CodeItem():
                 parts = [item.prompt]
+            case TalkItem():
+                parts = [message["content"] for turn in item.turns for message in turn]
         for part in parts:
             raw = part.encode()
             digest.update(len(raw).to_bytes(8, "little") + raw)

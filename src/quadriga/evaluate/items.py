@@ -6,6 +6,7 @@
     TextItem      a whole text                                                  logprob, words, bytes, tokens
     AnswerItem    a prompt whose generated answer is compared                   what its grader returns
     CodeItem      a prompt whose generated program is run                       passed of n samples
+    TalkItem      a conversation of one or more answers, perhaps judged         what its grader returns
 
 Continuations of different lengths can be compared in four ways, and published tables differ in which one they use, so
 all are reported: by total log-probability (acc), per character (acc_norm, as in EleutherAI's harness), per UTF-8 byte
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import exp
 
-from quadriga.evaluate.model import Likelihood
+from quadriga.evaluate.model import Likelihood, Message
 
 Scores = dict[str, float]
 
@@ -127,4 +128,22 @@ class CodeItem:
     group: str = ""
 
 
-Item = ChoiceItem | TruthItem | ClozeItem | TextItem | AnswerItem | CodeItem
+@dataclass(frozen=True, kw_only=True)
+class TalkItem:
+    """A conversation in a chat model's turns, graded by a rule or by a judge's verdicts.
+
+    Attributes:
+        turns: the messages before each answer: a system's and a user's, then the next user's...
+        grader: (the model's answers, the judge's verdicts) -> scores.
+        asks: the model's answers -> what the judge is asked, a conversation for each verdict; None: no judge.
+        temperature: of the model's answers.
+    """
+
+    turns: tuple[tuple[Message, ...], ...]
+    grader: Callable[[Sequence[str], Sequence[str]], Scores] = field(repr=False)
+    asks: Callable[[Sequence[str]], Sequence[Sequence[Message]]] | None = field(default=None, repr=False)
+    temperature: float = 0.0
+    group: str = ""
+
+
+Item = ChoiceItem | TruthItem | ClozeItem | TextItem | AnswerItem | CodeItem | TalkItem

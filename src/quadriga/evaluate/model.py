@@ -17,6 +17,10 @@ def quietly(n: int) -> None:
     """A :data:`Done` that does nothing."""
 
 
+Message = Mapping[str, str]
+"""A turn of a conversation: role (system, user, assistant) and content."""
+
+
 class Likelihood(Protocol):
     """How probable a text is under the model."""
 
@@ -81,6 +85,22 @@ class LanguageModel(Protocol):
         done: Done = quietly,
     ) -> list[str]:
         """Continue each prompt. The answer ends before the first stop string. Prompt i samples with ``seed + i``."""
+        ...
+
+    def converse(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        done: Done = quietly,
+    ) -> list[str]:
+        """Give the assistant's next turn of each conversation. Conversation i samples with ``seed + i``.
+
+        Raises:
+            EvaluationError: not a chat model.
+        """
         ...
 
     def count_tokens(self, text: str) -> int:

@@ -21,6 +21,8 @@ from quadriga.evaluate.statistics import Figure
 from quadriga.evaluate.tasks.gauntlet import CATEGORIES, GauntletScore, gauntlet_score
 
 _LOWER_IS_BETTER = "perplexity"
+POINTS = ("score", "first_turn", "second_turn")
+"""Figures from 1 to 10 (MT-Bench), not shares."""
 
 
 def as_json(model: LanguageModel, results: Sequence[TaskResult], version: str) -> dict[str, Any]:
@@ -106,8 +108,8 @@ def table(results: Sequence[TaskResult]) -> list[tuple[str, ...]]:
 
 
 def shown(name: str, figure: Figure) -> str:
-    """Format a figure for display: accuracies in percent, perplexities and bits per byte as they are."""
-    percent = _LOWER_IS_BETTER not in name and name != "bits_per_byte"
+    """Format a figure for display: accuracies in percent, perplexities, bits per byte and points as they are."""
+    percent = _LOWER_IS_BETTER not in name and name not in ("bits_per_byte", *POINTS)
     scale, unit = (100.0, " %") if percent else (1.0, "")
     error = "" if figure.stderr is None else f" ± {scale * figure.stderr:.2f}"
     return f"{scale * figure.value:.2f}{error}{unit}"
@@ -140,7 +142,7 @@ def picture(path: Path, name: str, results: Sequence[TaskResult]) -> None:
         EvaluationError: matplotlib is not installed, or no task has an accuracy.
     """
     plt = pyplot()
-    shares = [r for r in results if _LOWER_IS_BETTER not in r.task.main]
+    shares = [r for r in results if _LOWER_IS_BETTER not in r.task.main and r.task.main not in POINTS]
     if not shares:
         raise EvaluationError("a plot needs at least one task with an accuracy; all of these are scored by perplexity")
     radar = len(shares) >= 3

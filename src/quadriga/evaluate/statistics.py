@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, fsum, log, sqrt
+from math import exp, fsum, log, nan, sqrt
 
 from quadriga.evaluate.items import Scores
 
@@ -31,10 +31,12 @@ def mean(values: Sequence[float]) -> Figure:
 
 
 def ratio(tops: Sequence[float], bottoms: Sequence[float], shape: Callable[[float], float]) -> Figure:
-    """``shape(sum of tops / sum of bottoms)`` with a jackknife over the pairs."""
+    """``shape(sum of tops / sum of bottoms)`` with a jackknife over the pairs; not a number where bottoms are all 0."""
     top, bottom, n = fsum(tops), fsum(bottoms), len(tops)
+    if bottom == 0:
+        return Figure(nan, None)
     value = shape(top / bottom)
-    if n == 1:
+    if any(bottom == one for one in bottoms):  # all of it is one item's
         return Figure(value, None)
     left_out = [shape((top - t) / (bottom - b)) for t, b in zip(tops, bottoms, strict=True)]
     middle = fsum(left_out) / n

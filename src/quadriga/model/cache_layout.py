@@ -37,12 +37,15 @@ class CacheLayout:
         return len(self.windows)
 
     @property
-    def slot_layers(self) -> tuple[int, ...]:
-        """Of each place in a block, a layer of the model that uses it: all that do keep the same."""
-        first: dict[int, int] = {}
+    def slot_layers(self) -> tuple[tuple[int, ...], ...]:
+        """Of each place in a block the layers of the model that use it, each in blocks of its own group.
+
+        A place is as wide as the one of them that keeps most.
+        """
+        layers: dict[int, list[int]] = {}
         for layer, slot in enumerate(self.slots):
-            first.setdefault(slot, layer)
-        return tuple(first[slot] for slot in range(len(first)))
+            layers.setdefault(slot, []).append(layer)
+        return tuple(tuple(layers[slot]) for slot in range(len(layers)))
 
     def n_blocks(self, n_positions: int) -> int:
         """Blocks that a sequence of so many positions holds between passes, over all groups."""
@@ -65,7 +68,7 @@ def one_group(n_layers: int) -> CacheLayout:
 
 
 def cache_layout(config: ModelConfig) -> CacheLayout:
-    """The layout of a model: by windows, unless its layers keep different numbers, which cannot share a place.
+    """The layout of a model: by windows. Layers of different windows may keep keys of different shapes (Gemma 4).
 
     A recurrent layer keeps nothing in blocks: its place is of no bytes.
     """
@@ -73,8 +76,6 @@ def cache_layout(config: ModelConfig) -> CacheLayout:
         return one_group(config.n_layers)
     seen = [_window(config, layer) for layer in range(config.n_layers)]
     windows = sorted(set(seen), key=lambda window: (window is not None, window or 0))
-    if len({layer.mixer.state for layer in config.kinds()}) > 1 and len(windows) > 1:
-        return one_group(config.n_layers)
     size = _group_size([seen.count(window) for window in windows])
     of_groups: list[int | None] = []
     groups, slots = [0] * config.n_layers, [0] * config.n_layers

@@ -97,7 +97,9 @@ def kv_bytes(config: ModelConfig, context: int, dtype: str = "bfloat16") -> int:
     cache = cache_layout(config)
     whole = kv_bytes_per_token(config, dtype)  # in one group, of all layers
     if cache.n_groups > 1:
-        numbers = sum(config.layers[layer].mixer.state.numbers_per_token for layer in cache.slot_layers)
+        numbers = sum(
+            max(config.layers[layer].mixer.state.numbers_per_token for layer in layers) for layers in cache.slot_layers
+        )
         whole = numbers * ELEMENT_BYTES[dtype]
     return whole * sum(min(context, most_blocks(window, context) * BLOCK_TOKENS) for window in cache.windows)
 

@@ -97,6 +97,11 @@ def layer_block_bytes(layer: LayerSpec, kv_format: str) -> int:
     return kv_block_bytes(kv_format, state.n_kv_heads, state.head_dim) if isinstance(state, KVState) else 0
 
 
+def place_bytes(config: ModelConfig, cache: CacheLayout, kv_format: str) -> list[int]:
+    """Bytes of each place in a block: of the layer that keeps most among those that use it."""
+    return [max(layer_block_bytes(config.layers[layer], kv_format) for layer in layers) for layers in cache.slot_layers]
+
+
 def queries_of(spec: AttentionSpec) -> str:
     """The projection that makes queries, with keys and values where they have no projection of their own."""
     if not isinstance(spec, LatentAttentionSpec):
@@ -173,7 +178,7 @@ class CompiledModel:
         self.row_sampler: RowSampler | None = RowSampler(self.program.context)
         self._multiplied = (activations, small)  # what decides how quantised matrices are multiplied
         self.cache = cache or one_group(config.n_layers)
-        shares = [layer_block_bytes(config.layers[layer], kv_format) for layer in self.cache.slot_layers]
+        shares = place_bytes(config, self.cache, kv_format)
         self._kv = [allocate(n_blocks * n_bytes) if n_bytes else np.zeros(0, np.uint8) for n_bytes in shares]
         self.kv_bytes = sum(kv.nbytes for kv in self._kv)
         self.n_slots = (n_slots or n_blocks) if config.is_recurrent else 0
@@ -408,6 +413,7 @@ class CompiledModel:
             rotary_scale=1.0 if turning is None else turning.scale,
             alibi_slopes=slopes,
             kv=self._kv[self.cache.slots[layer]],
+            kv_stride=self._kv[self.cache.slots[layer]].nbytes // self.n_blocks,
             cache_group=self.cache.groups[layer],
             kv_format=self.kv_format,
             qkv_bias=self._vector(p + "attn.wqkv.bias") if spec.qkv_bias else None,

@@ -16,7 +16,7 @@ from quadriga.model.cache_layout import cache_layout
 from quadriga.model.config import ModelConfig
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.base import CacheSize, Runner
-from quadriga.runners.compiled import MAX_TOKENS, CompiledModel, layer_block_bytes
+from quadriga.runners.compiled import MAX_TOKENS, CompiledModel, place_bytes
 
 _KERNELS_CONTEXTS, _TORCH_CONTEXTS = 4, 2
 """Full contexts that a cache of keys and values has room for where nobody says how large it is to be."""
@@ -42,7 +42,7 @@ def make(
     """
     packed = load_packed(opened, format, expert_memory=expert_memory, progress=progress)
     cache = cache_layout(opened.config)
-    per_block = sum(layer_block_bytes(opened.config.layers[layer], kv_format) for layer in cache.slot_layers)
+    per_block = sum(place_bytes(opened.config, cache, kv_format))
     size = cache_size(opened.config, per_block, kv_memory, _KERNELS_CONTEXTS)
     return CompiledModel(
         opened.config,

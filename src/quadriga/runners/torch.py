@@ -52,7 +52,8 @@ def load(
     chosen = resolve_dtype(dtype, target.type)
     parameters = load_parameters(opened, dtype=chosen, device=target, progress=progress)
     cache = cache_layout(opened.config)
-    numbers = sum(opened.config.layers[layer].mixer.state.numbers_per_token for layer in cache.slot_layers)
+    layers = opened.config.layers
+    numbers = sum(max(layers[i].mixer.state.numbers_per_token for i in users) for users in cache.slot_layers)
     per_block = BLOCK_TOKENS * numbers * parameters["embed.weight"].element_size()
     room = sizes(per_block)
     model = Transformer.from_parameters(opened.config, parameters)
@@ -84,13 +85,14 @@ class TorchRunner:
         self.n_slots = (n_slots or n_blocks) if self.config.is_recurrent else 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        for mixer in (self.config.layers[layer].mixer for layer in self.cache.slot_layers):
-            heads = (mixer.n_kv_heads, mixer.head_dim) if isinstance(mixer, AttentionSpec) else (0, 0)
-            keys = torch.zeros((n_blocks * BLOCK_TOKENS, *heads), dtype=weight.dtype, device=weight.device)
+        for layers in self.cache.slot_layers:
+            mixers = [self.config.layers[layer].mixer for layer in layers]
+            width = max(m.n_kv_heads * m.head_dim if isinstance(m, AttentionSpec) else 0 for m in mixers)
+            keys = torch.zeros((n_blocks * BLOCK_TOKENS, width), dtype=weight.dtype, device=weight.device)
             self._keys.append(keys)
             # A latent is key and value: what stands in its place among the values is a view.
-            state = mixer.state
-            self._values.append(keys[..., : state.rank] if isinstance(state, LatentState) else torch.zeros_like(keys))
+            state = mixers[0].state
+            self._values.append(keys[:, : state.rank] if isinstance(state, LatentState) else torch.zeros_like(keys))
         self._states: dict[int, list[Tensor]] = {}
         for i, layer in enumerate(self.config.layers):
             if isinstance(kept := layer.mixer.state, RecurrentState):
@@ -218,7 +220,11 @@ class _PagedContext:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Store k and v, then attend; see ``nn.context.ForwardContext``."""
         group, slot = self._runner.cache.groups[layer], self._runner.cache.slots[layer]
-        keys, values = self._runner._keys[slot], self._runner._values[slot]
+        # A place may be wider than what this layer keeps in it.
+        keys, values = (
+            stored[slot][:, : heads.shape[1] * heads.shape[2]].view(-1, *heads.shape[1:])
+            for stored, heads in ((self._runner._keys, k), (self._runner._values, v))
+        )
         keys[self._slots[group]], values[self._slots[group]] = k, v
         if self._decode:
             past, positions = self._together(group, scoring.window)

@@ -242,7 +242,8 @@ class Reading:
         if self.channels:
             return harmony.MARKS
         tools = self.tools.marks if self.tools is not None and not self.tools.forced else ()
-        return (*tools, *(self.thinks or ()))
+        # A token, and a word that belongs to the mark behind it: Gemma 4's <|channel>thought.
+        return (*tools, *(mark[: mark.rfind(">") + 1] or mark for mark in self.thinks or ()))
 
     def read(self, text: str, *, cut: bool = False) -> Answer:
         """A whole answer.

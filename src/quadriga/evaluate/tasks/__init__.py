@@ -12,15 +12,30 @@ from quadriga.evaluate.tasks import (
     gauntlet,
     generated,
     ifeval,
+    judged,
     knowledge,
+    long_context,
     mathematics,
     own,
     programs,
     reasoning,
+    tools,
 )
 from quadriga.evaluate.tasks.base import Task
 
-_MODULES = (choice, generated, knowledge, mathematics, reasoning, ifeval, programs, gauntlet)
+_MODULES = (
+    choice,
+    generated,
+    knowledge,
+    mathematics,
+    reasoning,
+    ifeval,
+    programs,
+    long_context,
+    tools,
+    judged,
+    gauntlet,
+)
 TASKS: dict[str, Task] = {task.name: task for module in _MODULES for task in module.TASKS}
 
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -19,8 +19,9 @@ from quadriga.evaluate.model import LanguageModel
 
 T = TypeVar("T")
 
-Kind = Literal["likelihood", "rolling", "generate", "code"]
-"""What a task requests from a model: log-probabilities of continuations, of whole texts, answers, or programs."""
+Kind = Literal["likelihood", "rolling", "generate", "code", "talk"]
+"""What a task requests from a model: log-probabilities of continuations, of whole texts, answers, programs, or "
+"turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,8 @@ class Task:
     """Also report the mean of the groups' means."""
     build_for: Callable[[Data, LanguageModel], list[Item]] | None = None
     """Used instead of ``build`` where the questions depend on the model's context length."""
+    judged: bool = False
+    """Graded by another model, the judge."""
     packages: tuple[str, ...] = ()
     """Packages of this Python that the programs of a coding task may import."""
     program_s: float = 10.0

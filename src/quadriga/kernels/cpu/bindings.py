@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "25ee2b8b9e1ab4958e74f62e1d7bd2607ebba4bcd274e5674c75f6fc3a3c2705"
+HEADER_SHA256 = "bcfa331b4b49329ffaadb3f046602864d17c53caf167591b7358f3d4de6739e0"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -134,6 +134,8 @@ class Isa(IntEnum):
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
+    NEON = 3
+    I8MM = 4
 
 
 class Op(IntEnum):
@@ -223,6 +225,7 @@ class Attention(c.Structure):
         ("inverse_frequencies", c.c_void_p),
         ("alibi_slopes", c.c_void_p),
         ("kv", c.c_void_p),
+        ("kv_stride", c.c_int64),
         ("qkv_bias", c.c_void_p),
         ("out_bias", c.c_void_p),
         ("sinks", c.c_void_p),
@@ -448,6 +451,28 @@ class Sampled(c.Structure):
     ]
 
 
+class Search(c.Structure):
+    """struct qd_search"""
+
+    _fields_ = [
+        ("x", c.c_void_p),
+        ("weight", c.c_void_p),
+        ("codebook", c.c_void_p),
+        ("n", c.c_int64),
+        ("length", c.c_int32),
+        ("per_block", c.c_int32),
+        ("low", c.c_int32),
+        ("high", c.c_int32),
+        ("least", c.c_int32),
+        ("most", c.c_int32),
+        ("d", c.c_void_p),
+        ("m", c.c_void_p),
+        ("scales", c.c_void_p),
+        ("minima", c.c_void_p),
+        ("numbers", c.c_void_p),
+    ]
+
+
 class StoreCounts(c.Structure):
     """struct qd_store_counts"""
 
@@ -485,13 +510,15 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "qd_step": Step,
     "qd_sampling": Sampling,
     "qd_sampled": Sampled,
+    "qd_search": Search,
     "qd_store_counts": StoreCounts,
     "qd_allocations": Allocations,
 }
 
 PARAMETERS: dict[str, list[Any]] = {
-    "qd_best_isa": [
-        c.c_void_p,  # isa
+    "qd_has_isa": [
+        c.c_int32,  # isa
+        c.c_void_p,  # has
         c.POINTER(Message),  # why
     ],
     "qd_create": [
@@ -573,6 +600,11 @@ PARAMETERS: dict[str, list[Any]] = {
         c.c_int64,  # n
         c.c_void_p,  # codebook
         c.c_void_p,  # out
+        c.POINTER(Message),  # why
+    ],
+    "qd_find_scales": [
+        c.c_void_p,  # context
+        c.POINTER(Search),  # search
         c.POINTER(Message),  # why
     ],
     "qd_run": [

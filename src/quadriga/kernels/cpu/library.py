@@ -1,9 +1,9 @@
 """The C++ kernels of ``csrc`` as Python calls them: loading, checking, errors, contexts; nothing that decides.
 
-The library is built by ``pip install .`` (or ``make build`` for a checkout) for three instruction sets; the best one
-that the processor has is used, QUADRIGA_CPU_ISA names another. Structures, numbers and parameters come from
-:mod:`quadriga.kernels.cpu.bindings`, which is generated from ``csrc/quadriga.h``; the library carries that header's
-hash and says where its compiler put every field, and both must be what Python has.
+The library is built by ``pip install .`` (or ``make build`` for a checkout) for three instruction sets, x86-64's or
+64-bit ARM's; the best one that the processor has is used, QUADRIGA_CPU_ISA names another. Structures, numbers and
+parameters come from :mod:`quadriga.kernels.cpu.bindings`, which is generated from ``csrc/quadriga.h``; the library
+carries that header's hash and says where its compiler put every field, and both must be what Python has.
 
 ctypes releases the interpreter's lock during a call. Threads that call one context wait for each other inside it.
 """
@@ -33,7 +33,7 @@ def codes(enum: type[IntEnum]) -> dict[str, int]:
 
 
 ISAS = tuple(codes(bindings.Isa))
-"""Index = number in quadriga.h; each has all instructions of the ones before it."""
+"""Index = number in quadriga.h; of one processor family each has all instructions of the ones before it."""
 
 FORMATS = codes(bindings.Format)
 KV_FORMATS = codes(bindings.KvFormat)
@@ -147,10 +147,16 @@ def _fields_here() -> dict[str, tuple[int, int]]:
     return table
 
 
-def _best_isa() -> int:
-    best = c.c_int32()
-    call(library().qd_best_isa, c.byref(best))
-    return best.value
+@lru_cache(maxsize=1)
+def isas_of_processor() -> tuple[str, ...]:
+    """The instruction sets that the library and this processor have, the best one last."""
+
+    def has(number: int) -> bool:
+        answer = c.c_int32()
+        call(library().qd_has_isa, number, c.byref(answer))
+        return bool(answer.value)
+
+    return tuple(name for number, name in enumerate(ISAS) if has(number))
 
 
 @lru_cache(maxsize=1)
@@ -162,10 +168,16 @@ def isa() -> str:
     """
     chosen = runtime.setting("CPU_ISA")
     if chosen is None:
-        return ISAS[_best_isa()]
+        return isas_of_processor()[-1]
     if chosen not in ISAS:
         raise ConfigError(f"QUADRIGA_CPU_ISA must be one of {', '.join(ISAS)}; got {chosen!r}")
     return chosen
+
+
+def isas_in_force() -> tuple[str, ...]:
+    """Those of this processor up to :func:`isa`: what tests compare."""
+    here = isas_of_processor()
+    return here[: here.index(isa()) + 1]
 
 
 class Context:
@@ -190,10 +202,10 @@ class Context:
         self.isa = isa_name or isa()
         if self.isa not in ISAS:
             raise ConfigError(f"the instruction set must be one of {', '.join(ISAS)}; got {self.isa!r}")
-        if ISAS.index(self.isa) > _best_isa():
+        if self.isa not in isas_of_processor():
             raise HardwareError(
-                f"the kernels for {self.isa} need instructions this processor lacks; it has {ISAS[_best_isa()]}. Unset "
-                "QUADRIGA_CPU_ISA."
+                f"the kernels for {self.isa} need instructions this processor lacks; it has {isas_of_processor()[-1]}. "
+                "Unset QUADRIGA_CPU_ISA."
             )
         handle = c.c_void_p()
         call(self.lib.qd_create, threads, ISAS.index(self.isa), c.byref(handle))

@@ -82,7 +82,9 @@ class AttentionArgs:
     alibi_slopes: Floats | None
     """(H,) float32."""
     kv: NDArray[np.uint8]
-    """This layer's blocks, zeroed: ``n_blocks`` times ``quant.packed``'s kv_block_bytes or latent_block_bytes."""
+    """This layer's blocks, zeroed: ``n_blocks`` times ``kv_stride`` bytes."""
+    kv_stride: int
+    """Bytes from one block to the next: ``quant.packed``'s kv_block_bytes or latent_block_bytes, or more."""
     kv_format: str
     qkv_bias: Floats | None = None
     out_bias: Floats | None = None
@@ -350,6 +352,7 @@ class Program:
             inverse_frequencies=self._floats(a.inverse_frequencies),
             alibi_slopes=self._floats(a.alibi_slopes),
             kv=a.kv.ctypes.data,
+            kv_stride=a.kv_stride,
             qkv_bias=self._floats(a.qkv_bias),
             out_bias=self._floats(a.out_bias),
             sinks=self._floats(a.sinks),

@@ -6,20 +6,24 @@
 
 #include "steps.hpp"
 #include "store.hpp"
+#include "system.hpp"
 
 namespace {
 
+// NULL: not compiled in, or this processor lacks its instructions.
 const Kernels* table_of(int isa) {
+  if (!has_instructions(isa)) return nullptr;
+  switch (isa) {
+    case QD_ISA_PORTABLE: return portable_kernels();
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-  if (isa == QD_ISA_AVX512) return avx512 ? avx512_kernels() : nullptr;
-  if (isa == QD_ISA_AVX2) return avx2 ? avx2_kernels() : nullptr;
+    case QD_ISA_AVX2: return avx2_kernels();
+    case QD_ISA_AVX512: return avx512_kernels();
+#elif defined(__aarch64__)
+    case QD_ISA_NEON: return neon_kernels();
+    case QD_ISA_I8MM: return i8mm_kernels();
 #endif
-  return isa == QD_ISA_PORTABLE ? portable_kernels() : nullptr;
+    default: return nullptr;
+  }
 }
 
 double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -69,11 +73,6 @@ void run_step(qd_context& c, const qd_step& step, const qd_batch& batch) {
 
 }  // namespace
 
-#if !defined(__x86_64__)
-const Kernels* avx2_kernels() { return nullptr; }
-const Kernels* avx512_kernels() { return nullptr; }
-#endif
-
 extern "C" {
 
 QD_EXPORT const char* qd_header_sha256(void) { return QD_HEADER_SHA256; }
@@ -85,10 +84,8 @@ QD_EXPORT const qd_field* qd_fields(void) {
   return table;
 }
 
-QD_EXPORT int32_t qd_best_isa(int32_t* isa, qd_message* why) {
-  return guarded(why, [&] {
-    *isa = table_of(QD_ISA_AVX512) ? QD_ISA_AVX512 : table_of(QD_ISA_AVX2) ? QD_ISA_AVX2 : QD_ISA_PORTABLE;
-  });
+QD_EXPORT int32_t qd_has_isa(int32_t isa, int32_t* has, qd_message* why) {
+  return guarded(why, [&] { *has = table_of(isa) != nullptr; });
 }
 
 QD_EXPORT int32_t qd_create(int32_t n_threads, int32_t isa, qd_context** context, qd_message* why) {
@@ -205,6 +202,17 @@ QD_EXPORT int32_t qd_dequantize(qd_context* context, int32_t stored, const uint8
       c.kernels->dequantize(stored, blocks + first * shape.bytes, last - first, reinterpret_cast<const int8_t*>(codebook),
                             out + first * shape.count);
     });
+  });
+}
+
+QD_EXPORT int32_t qd_find_scales(qd_context* context, const qd_search* search, qd_message* why) {
+  return guarded(why, [&] {
+    const Kernels& kernels = *open_context(context).kernels;
+    const qd_search& s = *search;
+    check(s.length == 32 || (s.length == 16 && !s.codebook), "sub-blocks must have 16 or 32 numbers", s.length);
+    check(s.per_block == 1 || s.per_block == 8 || s.per_block == 16, "sub-blocks of a block must be 1, 8 or 16", s.per_block);
+    check(s.n >= 0 && s.n % s.per_block == 0, "sub-blocks must make whole blocks", s.n);
+    kernels.search(s);
   });
 }
 

@@ -98,7 +98,6 @@ struct Attend {
   int64_t gate = int64_t(op.n_heads) * d + (op.kv_rank ? 0 : 2 * int64_t(op.n_kv_heads) * d);  // where gates begin
   int64_t width = gate + (op.output_gate ? out_dim : 0);
   int64_t head_bytes = op.kv_rank ? 0 : kv_bytes(op.kv_format, d);  // of what a group of heads has for itself
-  int64_t block_bytes = op.kv_rank ? latent_bytes(op.kv_format, d) : head_bytes * op.n_kv_heads;
   float *out = nullptr, *partial = nullptr;  // (N, H v_dim); rows of (max, sum, out)
 
   void reserve(int64_t partial_rows) {
@@ -123,7 +122,7 @@ struct Attend {
         positions[r] = b.positions[piece.first + t];
         if (op.alibi_slopes) slopes[r] = op.alibi_slopes[head];
       }
-    AttendChunk a{op.kv + piece.head * head_bytes, block_bytes, block_table(op, b, piece.sequence), 0,
+    AttendChunk a{op.kv + piece.head * head_bytes, op.kv_stride, block_table(op, b, piece.sequence), 0,
                   op.kv_format, d, n_rows, q, positions, op.alibi_slopes ? slopes : nullptr,
                   op.score_scale, op.soft_cap, op.window, op.kv_rank, nullptr, nullptr, nullptr, mine.units.data()};
     const bool whole = piece.partial < 0;
@@ -232,7 +231,6 @@ void run_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
     linear(c, *part, normed, dim, n, qkv + first, width, false);
 
   // Sequence of every token, for its block table.
-  const int64_t block_bytes = kv_bytes(op.kv_format, d) * kv_heads;
   c.reserve(&qd_context::Thread::a, d);
   const auto body = [&](int64_t begin, int64_t end, int thread) {
     float* turns = c.of_thread[size_t(thread)].a.data();
@@ -245,7 +243,7 @@ void run_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
       const int32_t block = block_table(op, b, s)[position / QD_BLOCK_TOKENS];
       for (int h = 0; h < kv_heads; ++h)
         c.kernels->write_kv(op.kv_format, d, row + q_dim + int64_t(h) * d, row + q_dim + kv_dim + int64_t(h) * d,
-                            position % QD_BLOCK_TOKENS, op.kv + block * block_bytes + h * kv_bytes(op.kv_format, d));
+                            position % QD_BLOCK_TOKENS, op.kv + block * op.kv_stride + h * kv_bytes(op.kv_format, d));
     }
   };
   c.pool.run(n, std::max<int64_t>(1, (1 << 13) / width), body);

@@ -1,5 +1,5 @@
 // Weights of few bits as bytes: codes of four bits looked up, bits put together, and their products with bytes of activations;
-// in the three instruction sets of simd.hpp.
+// in the instruction sets of simd.hpp.
 #pragma once
 #include "layout.hpp"
 #include "simd.hpp"
@@ -70,6 +70,30 @@ QD_INLINE vb bytes_of_codes(vq w) {  // for bytes_line
   return {_mm256_xor_si256(w.sign.a, flip), _mm256_xor_si256(w.sign.b, flip)};
 }
 
+#elif QD_NEON
+
+// Codes of four bits as bytes: their numbers, or C::zero + their numbers where products want unsigned bytes.
+template <class C> QD_INLINE vb code_bytes(vb n) {
+  const uint8x16_t numbers = vaddq_u8(vreinterpretq_u8_s8(vld1q_s8(C::numbers)), vdupq_n_u8(kSignedBytes ? 0 : C::zero));
+  return {vqtbl1q_u8(numbers, n.a), vqtbl1q_u8(numbers, n.b), vqtbl1q_u8(numbers, n.c), vqtbl1q_u8(numbers, n.d)};
+}
+template <class C> QD_INLINE vb low_codes(vb x) { return code_bytes<C>(low_nibbles(x)); }
+template <class C> QD_INLINE vb high_codes(vb x) { return code_bytes<C>(high_nibbles(x)); }
+template <int n> QD_INLINE uint8x16_t moved(uint8x16_t x) {
+  if constexpr (n >= 0) return vshlq_n_u8(x, n);
+  else return vshrq_n_u8(x, -n);
+}
+template <int n> QD_FOUR_FROM(vb, move_bits, vb, moved<n>)
+QD_INLINE vb only(vb x, uint8_t bits) {
+  const uint8x16_t mask = vdupq_n_u8(bits);
+  return {vandq_u8(x.a, mask), vandq_u8(x.b, mask), vandq_u8(x.c, mask), vandq_u8(x.d, mask)};
+}
+QD_INLINE vb with_bits(vb x, vb y, uint8_t bits) {  // x has none of them yet
+  const uint8x16_t mask = vdupq_n_u8(bits);
+  return {vbslq_u8(mask, y.a, x.a), vbslq_u8(mask, y.b, x.b), vbslq_u8(mask, y.c, x.c), vbslq_u8(mask, y.d, x.d)};
+}
+QD_INLINE vb bytes_of_codes(vq w) { return kSignedBytes ? flip_signs(w) : w; }  // for bytes_line
+
 #else
 
 template <class C> QD_INLINE vb code_bytes(Units n) {
@@ -88,7 +112,7 @@ QD_INLINE vi load_uint8(const uint8_t* p) { vi r; QD_LANES r.v[i] = p[i]; return
 
 #endif
 
-#if !QD_AVX2
+#if !QD_AVX2 && !QD_NEON
 QD_INLINE vn dot_codes(vn acc, vq w, uint32_t a) { return dot4(acc, w, a); }
 QD_INLINE vb bytes_of_codes(vq w) { return w; }
 QD_INLINE vi dot_two(vi acc, const vb* w, uint32_t a0, uint32_t a1) { return dot4(dot4(acc, w[0], a0), w[1], a1); }

@@ -15,6 +15,10 @@ QD_INLINE uint32_t u32_at(const uint8_t* p) { uint32_t x; std::memcpy(&x, p, 4);
 QD_INLINE float half_at(const uint8_t* p) {
 #if QD_AVX2 || QD_AVX512
   return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(u16_at(p))));
+#elif QD_NEON
+  __fp16 x;
+  std::memcpy(&x, p, 2);
+  return float(x);
 #else
   return half_to_float(u16_at(p));
 #endif
@@ -197,6 +201,9 @@ template <int n> QD_INLINE void look_up(const int8_t* table, int8_t* q) {
   const __m128i values = _mm_loadu_si128((const __m128i*)table);
   for (int i = 0; i < n; i += 16)
     _mm_store_si128((__m128i*)(q + i), _mm_shuffle_epi8(values, _mm_load_si128((const __m128i*)(q + i))));
+#elif QD_NEON
+  const int8x16_t values = vld1q_s8(table);
+  for (int i = 0; i < n; i += 16) vst1q_s8(q + i, vqtbl1q_s8(values, vreinterpretq_u8_s8(vld1q_s8(q + i))));
 #else
   for (int i = 0; i < n; ++i) q[i] = table[q[i]];
 #endif

@@ -47,7 +47,6 @@ void run_latent_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
   float* queries = c.qkv.reserve(n * row);
   head_linear(c, op.wk_b, n_heads, heads, {q_row, q_head}, n, queries, {row, d});
 
-  const int64_t block_bytes = latent_bytes(op.kv_format, d);
   c.reserve(&qd_context::Thread::a, rope);
   c.pool.run(n, std::max<int64_t>(1, (1 << 13) / row), [&](int64_t begin, int64_t end, int thread) {
     float* table = c.of_thread[size_t(thread)].a.data();
@@ -64,7 +63,7 @@ void run_latent_qkv(qd_context& c, const qd_attention& op, const qd_batch& b) {
       c.kernels->norm(op.kv_a_norm, latent, rank, latent);
       turn(latent + rank, rope, table, latent + rank);
       const int32_t block = block_table(op, b, s)[position / QD_BLOCK_TOKENS];
-      c.kernels->write_latent(op.kv_format, rank, d, latent, position % QD_BLOCK_TOKENS, op.kv + block * block_bytes);
+      c.kernels->write_latent(op.kv_format, rank, d, latent, position % QD_BLOCK_TOKENS, op.kv + block * op.kv_stride);
     }
   });
 }

@@ -3,7 +3,7 @@
 
 namespace {
 
-#if QD_AVX512 || QD_AVX2
+#if QD_AVX512 || QD_AVX2 || QD_NEON
 constexpr int kUnroll = 8;  // lines of a group, written out
 #else
 constexpr int kUnroll = 1;  // plain C++ would be four times as long to compile and no faster
@@ -12,6 +12,8 @@ constexpr int kUnroll = 1;  // plain C++ would be four times as long to compile 
 constexpr int kWidth = 12;  // tokens of a panel: as many sums as the registers hold
 #elif QD_AVX2
 constexpr int kWidth = 6;
+#elif QD_NEON
+constexpr int kWidth = 4;  // four registers each
 #else
 constexpr int kWidth = 2;  // plain C++ is bound by its arithmetic, and ten times as long at width 6
 #endif
@@ -59,6 +61,12 @@ QD_INLINE void finish_group(vf* f, const vi* acc, vf scale, vf min, const uint32
     if (minimum) f[m] = fma(min, all(sums[m]), f[m]);
   }
 }
+
+#if QD_NEON
+}  // namespace
+#include "lines_neon.inl"
+namespace {
+#else
 
 template <int M>
 QD_INLINE void nibble_line(vn* part, vb w, const uint32_t* units) {
@@ -125,6 +133,8 @@ QD_INLINE void multiply_lines(vi* acc, const uint8_t* lines, const uint32_t* uni
   for (int m = 0; m < M; ++m) acc[m] = end_nibbles(part[m], start(m));
 }
 
+#endif
+
 // -128 times the sum of the activations undoes that weights are stored unsigned (with a minimum there is no such shift).
 // Of two planes the high bytes count 128 times; the zero point is of both together.
 template <class F, bool wide, int P, int M>
@@ -144,8 +154,17 @@ QD_INLINE void prefetch_group(const uint8_t* block, int64_t i) {
   for (int64_t j = 0; j < share; j += 64) prefetch(block + i * share + kAhead + j);
 }
 
+#if QD_I8MM
+}  // namespace
+#include "grid.inl"
+namespace {
+#endif
+
 template <class F, int P, int M>
 void tile_int(const uint8_t* tile, int64_t cols, const uint32_t* panel, float* out, int64_t stride) {
+#if QD_I8MM
+  if constexpr (M % 2 == 0 && M >= 4) return tile_squares<F, false, P, M>(tile, cols, panel, out, stride);
+#endif
   vf f[M];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) f[m] = all(0.0f);
@@ -164,6 +183,9 @@ void tile_int(const uint8_t* tile, int64_t cols, const uint32_t* panel, float* o
 
 template <class F, int P, int M>
 void tile_widened(const uint8_t* wide, int64_t cols, const uint32_t* panel, float* out, int64_t stride) {
+#if QD_I8MM
+  if constexpr (M % 2 == 0) return tile_squares<F, true, P, M>(wide, cols, panel, out, stride);
+#endif
   vf f[M];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) f[m] = all(0.0f);

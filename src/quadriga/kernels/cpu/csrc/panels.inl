@@ -7,6 +7,12 @@ QD_INLINE void bytes_of(vi a, vi b, uint32_t* units) {  // 32 whole numbers with
 #if QD_AVX512
   _mm_storeu_si128((__m128i*)units, _mm512_cvtepi32_epi8(a.v));
   _mm_storeu_si128((__m128i*)(units + 4), _mm512_cvtepi32_epi8(b.v));
+#elif QD_NEON
+  const auto narrow = [](vi x) {
+    const int16x8_t low = vcombine_s16(vmovn_s32(x.a), vmovn_s32(x.b)), high = vcombine_s16(vmovn_s32(x.c), vmovn_s32(x.d));
+    return vreinterpretq_u32_s8(vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+  };
+  vst1q_u32(units, narrow(a)), vst1q_u32(units + 4, narrow(b));
 #else
   int32_t q[32];
   store_int(q, a), store_int(q + 16, b);

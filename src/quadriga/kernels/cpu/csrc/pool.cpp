@@ -2,18 +2,13 @@
 
 #include "failure.hpp"
 #include "memory.hpp"
+#include "system.hpp"
 
-#include <linux/futex.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <chrono>
-#include <climits>
 #include <system_error>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include <utility>
 
 namespace {
 
@@ -26,20 +21,6 @@ uint64_t pack(uint32_t phase, int64_t first, int64_t end) {
   return uint64_t(phase) << 40 | uint64_t(first) << 20 | uint64_t(end);
 }
 
-void pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
-
-void futex_wait(std::atomic<uint32_t>& word, uint32_t seen) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
-}
-
-void futex_wake(std::atomic<uint32_t>& word, int count) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
-}
-
 // True as soon as done() holds, false if it does not within the given time.
 template <class Done, class Time>
 bool spin(Done done, Time limit) {
@@ -47,7 +28,7 @@ bool spin(Done done, Time limit) {
   do {
     for (int i = 0; i < 32; ++i) {
       if (done()) return true;
-      pause();
+      pause_a_moment();
     }
   } while (std::chrono::steady_clock::now() < until);
   return false;
@@ -82,7 +63,7 @@ void Pool::stop() {
   }
   stop_.store(true);
   phase_.fetch_add(1);
-  futex_wake(phase_, INT_MAX);
+  wake_all(phase_);
   for (auto& thread : *threads_) thread.join();
 }
 
@@ -112,12 +93,12 @@ void Pool::start(Function function, void* body, int64_t n, int64_t grain) {
     ranges_[size_t(i)].packed.store(pack(phase & kPhaseMask, units * i / n_threads_, units * (i + 1) / n_threads_),
                                     std::memory_order_release);
   phase_.store(phase, std::memory_order_seq_cst);
-  if (sleepers_.load(std::memory_order_seq_cst)) futex_wake(phase_, INT_MAX);
+  if (sleepers_.load(std::memory_order_seq_cst)) wake_all(phase_);
   work(0, phase);
   const auto done = [this] { return left_.load(std::memory_order_acquire) == 0; };
   if (!spin(done, kCallerSpin)) {
     caller_sleeps_.store(1, std::memory_order_seq_cst);
-    for (uint32_t left; (left = left_.load(std::memory_order_seq_cst)) != 0;) futex_wait(left_, left);
+    for (uint32_t left; (left = left_.load(std::memory_order_seq_cst)) != 0;) sleep_while(left_, left);
     caller_sleeps_.store(0, std::memory_order_relaxed);
   }
   if (failed_.load(std::memory_order_relaxed)) throw_kept();
@@ -156,7 +137,7 @@ void Pool::work(int thread, uint32_t phase) {
       }
       const uint32_t count = uint32_t(end - begin);
       if (left_.fetch_sub(count, std::memory_order_seq_cst) == count && caller_sleeps_.load(std::memory_order_seq_cst))
-        futex_wake(left_, 1);
+        wake_one(left_);
     }
   }
 }
@@ -167,7 +148,7 @@ void Pool::worker(int thread) {
     const auto changed = [&] { return phase_.load(std::memory_order_acquire) != seen; };
     if (!spin(changed, kWorkerSpin)) {
       sleepers_.fetch_add(1, std::memory_order_seq_cst);
-      while (!changed()) futex_wait(phase_, seen);
+      while (!changed()) sleep_while(phase_, seen);
       sleepers_.fetch_sub(1, std::memory_order_relaxed);
     }
     seen = phase_.load(std::memory_order_acquire);

@@ -66,7 +66,8 @@ enum qd_activation {
 };
 enum qd_score { QD_SCORE_SOFTMAX = 0, QD_SCORE_SIGMOID = 1, QD_SCORE_SPARSE_MIXER = 2 };
 enum qd_aggregate { QD_AGGREGATE_WEIGHTED_SUM = 0, QD_AGGREGATE_VOTE = 1, QD_AGGREGATE_FUSE = 2 };
-enum qd_isa { QD_ISA_PORTABLE = 0, QD_ISA_AVX2 = 1, QD_ISA_AVX512 = 2 }; /* each has all of the ones before it */
+/* Of one processor family each has all instructions of the ones before it. */
+enum qd_isa { QD_ISA_PORTABLE = 0, QD_ISA_AVX2 = 1, QD_ISA_AVX512 = 2, QD_ISA_NEON = 3, QD_ISA_I8MM = 4 };
 enum qd_op {
   QD_OP_EMBED = 0, QD_OP_QKV = 1, QD_OP_ATTEND = 2, QD_OP_ATTN_OUT = 3, QD_OP_FFN = 4, QD_OP_HEAD = 5,
   QD_OP_SHORT_CONV = 6, QD_OP_DELTA_NET = 7, QD_OP_MAMBA2 = 8
@@ -116,7 +117,8 @@ typedef struct {
   float score_scale, soft_cap; /* soft_cap 0: none */
   const float* inverse_frequencies; /* (rotary_dim/2,) or NULL where positions are not rotary */
   const float* alibi_slopes;        /* (H,) or NULL */
-  uint8_t* kv;                      /* this layer's blocks: n_blocks x K x qd_kv_bytes(format, d) */
+  uint8_t* kv;                      /* this layer's blocks, K x qd_kv_bytes(format, d) each */
+  int64_t kv_stride;                /* bytes from one of them to the next: at least as many */
 
   const float* qkv_bias;    /* (H d + 2 K d,) or NULL: added to the projection, before all else */
   const float* out_bias;    /* (D,) or NULL */
@@ -131,7 +133,7 @@ typedef struct {
   qd_norm v_norm;         /* of every head's v, (d,); NULL weight: none */
 
   /* Latent attention, R = kv_rank numbers and rope_dim that turn a token, where kv_rank is not 0: one key of head_dim =
-   * R + rope_dim for all heads, whose first R are the value; n_kv_heads is 1, and kv n_blocks x qd_latent_bytes. */
+   * R + rope_dim for all heads, whose first R are the value; n_kv_heads is 1, and a block is of qd_latent_bytes. */
   int32_t kv_rank, rope_dim, nope_dim, v_dim; /* R a multiple of 32, v_dim of 16 */
   qd_norm q_a_norm, kv_a_norm;
   qd_matrix wq_a;       /* (Q, D), or data NULL: wqkv (H (nope_dim + rope_dim), Q or D) takes the normed state itself */
@@ -285,6 +287,23 @@ typedef struct {
   float logit;    /* the token's own, as it came */
 } qd_sampled;
 
+/* Blocks of sub-blocks whose scales are whole numbers under the block's own; quant/search.py says what is found, and in
+ * which form. Without minima a number is one of low .. high, or one of the codebook, and a scale from least to most; with
+ * them it is from 0 to high, and scales and minima from 0 to most. */
+typedef struct {
+  const float* x;          /* (n, length), finite */
+  const float* weight;     /* alike, positive, or NULL: ones */
+  const uint8_t* codebook; /* 16 of int8, ascending (length 32), or NULL */
+  int64_t n;               /* sub-blocks, whole blocks of them */
+  int32_t length, per_block; /* 16 or 32; 1, 8 or 16 */
+  int32_t low, high, least, most;
+  float* d;                /* (n / per_block,) */
+  float* m;                /* alike, or NULL */
+  float* scales;           /* (n,) */
+  float* minima;           /* alike, or NULL */
+  float* numbers;          /* (n, length) */
+} qd_search;
+
 typedef struct {
   int64_t hits, misses; /* experts found in memory, and read */
   int64_t bytes_read, bytes_held;
@@ -299,7 +318,8 @@ typedef struct {
 const char* qd_header_sha256(void); /* of this file, 64 hexadecimal digits */
 const qd_field* qd_fields(void);    /* of every struct above, in any order, ended by a NULL name */
 
-int32_t qd_best_isa(int32_t* isa, qd_message* why);
+/* Whether this library and this processor have an instruction set. */
+int32_t qd_has_isa(int32_t isa, int32_t* has, qd_message* why);
 int32_t qd_create(int32_t n_threads, int32_t isa, qd_context** context, qd_message* why);
 int32_t qd_destroy(qd_context* context, qd_message* why);
 /* 1: activations of quantised matrices (q8 and all after it) in 15 bits instead of 8. */
@@ -332,6 +352,9 @@ int32_t qd_unpack(qd_context* context, int32_t format, const uint8_t* packed, in
  * numbers are indices of one, else NULL. */
 int32_t qd_dequantize(qd_context* context, int32_t stored, const uint8_t* blocks, int64_t n, const uint8_t* codebook,
                       float* out, qd_message* why);
+
+/* Scales for numbers that are to be quantised. Runs on the thread that calls it; any number of threads may. */
+int32_t qd_find_scales(qd_context* context, const qd_search* search, qd_message* why);
 
 /* One op, or a whole captured step. */
 int32_t qd_run(qd_context* context, const qd_step* steps, int32_t n_steps, const qd_batch* batch, qd_message* why);

@@ -44,6 +44,21 @@ QD_INLINE uint32_t at_least_bits(vf a, vf b) {
   return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.a, b.a, _CMP_GE_OQ))) |
          uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.b, b.b, _CMP_GE_OQ))) << 8;
 }
+#elif QD_NEON
+struct vd { float64x2_t v[8]; };
+QD_INLINE vd no_doubles() { return {}; }
+QD_INLINE vd add(vd s, vf x) {
+  return {{vaddq_f64(s.v[0], vcvt_f64_f32(vget_low_f32(x.a))), vaddq_f64(s.v[1], vcvt_high_f64_f32(x.a)),
+           vaddq_f64(s.v[2], vcvt_f64_f32(vget_low_f32(x.b))), vaddq_f64(s.v[3], vcvt_high_f64_f32(x.b)),
+           vaddq_f64(s.v[4], vcvt_f64_f32(vget_low_f32(x.c))), vaddq_f64(s.v[5], vcvt_high_f64_f32(x.c)),
+           vaddq_f64(s.v[6], vcvt_f64_f32(vget_low_f32(x.d))), vaddq_f64(s.v[7], vcvt_high_f64_f32(x.d))}};
+}
+QD_INLINE uint32_t greater_bits(vf a, vf b) {
+  return mask_bits(vcgtq_f32(a.a, b.a), vcgtq_f32(a.b, b.b), vcgtq_f32(a.c, b.c), vcgtq_f32(a.d, b.d));
+}
+QD_INLINE uint32_t at_least_bits(vf a, vf b) {
+  return mask_bits(vcgeq_f32(a.a, b.a), vcgeq_f32(a.b, b.b), vcgeq_f32(a.c, b.c), vcgeq_f32(a.d, b.d));
+}
 #else
 struct vd { double v[16]; };
 QD_INLINE vd no_doubles() { return {}; }

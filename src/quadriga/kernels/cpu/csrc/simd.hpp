@@ -1,14 +1,15 @@
-// Sixteen lanes of arithmetic, in three instruction sets behind one set of names.
+// Sixteen lanes of arithmetic, in five instruction sets behind one set of names.
 //
 //   vf  16 x float32      vi  16 x int32      vb  64 raw bytes
 //
-// Which one is compiled is chosen by the macros QD_AVX512, QD_AVX2 or neither (portable); kernels.cpp is built once for
-// each. Sums are taken in the same order everywhere, so a result depends on the instruction set only where it has no
-// fused multiply-add (portable).
+// Which one is compiled is chosen by the macros QD_AVX512, QD_AVX2, QD_NEON (of 64-bit ARM, with QD_I8MM too where it is
+// there) or none (portable); kernels.cpp is built once for each. Sums are taken in the same order everywhere, so a result
+// depends on the instruction set only where it has no fused multiply-add (portable).
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if QD_AVX512 || QD_AVX2
 #include <immintrin.h>
 #endif
@@ -70,7 +71,12 @@ QD_INLINE uint32_t bf16_pair(float low, float high) {
   return uint32_t(float_to_bf16(low)) | uint32_t(float_to_bf16(high)) << 16;
 }
 
-#if QD_AVX512
+#if QD_NEON
+}  // namespace
+#include "neon.hpp"
+namespace {
+
+#elif QD_AVX512
 
 struct vf { __m512 v; };
 struct vi { __m512i v; };
@@ -359,7 +365,7 @@ QD_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #endif
 
-#if !QD_AVX2  // one instruction (or expression) for unsigned weights of any size, which starts from the zero point
+#if !QD_AVX2 && (!QD_NEON || QD_I8MM)  // one instruction (or expression) for unsigned weights of any size, which starts from the zero point
 constexpr bool kSignedBytes = false;
 using vq = vb;
 using vn = vi;
@@ -370,7 +376,7 @@ QD_INLINE vn dot_nibbles(vn acc, vb w, uint32_t a) { return dot4(acc, w, a); }
 QD_INLINE vi end_nibbles(vn acc, vi) { return acc; }
 #endif
 
-#if !QD_AVX512
+#if !QD_AVX512 && !QD_NEON
 QD_INLINE void store_bf16(uint16_t* p, vf a) {
   float x[16];
   store(x, a);
@@ -399,7 +405,7 @@ QD_INLINE vf dot1(vf acc, vb w, uint32_t a) {
 
 // One rounding on every instruction set; `fma` has two where the processor has no such instruction.
 QD_INLINE vf fused(vf a, vf b, vf c) {
-#if QD_AVX512 || QD_AVX2
+#if QD_AVX512 || QD_AVX2 || QD_NEON
   return fma(a, b, c);
 #else
   vf r;

@@ -11,6 +11,7 @@
 
 #include "failure.hpp"
 #include "memory.hpp"
+#include "system.hpp"
 
 namespace {
 constexpr int64_t kPiece = 4 << 20;  // bytes of one read: several are under way at once
@@ -97,7 +98,7 @@ int qd_store::claim(int64_t key) {
     void* memory = must_fail() ? MAP_FAILED
                                : mmap(nullptr, size_t(slot_bytes_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    madvise(memory, size_t(slot_bytes_), MADV_HUGEPAGE);
+    prefer_large_pages(memory, size_t(slot_bytes_));
     slot.memory = static_cast<uint8_t*>(memory);
   }
   slot_of_.emplace(key, s);

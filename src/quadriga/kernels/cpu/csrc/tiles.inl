@@ -8,6 +8,8 @@ using TileFunction = void (*)(const uint8_t*, int64_t, const uint32_t*, float*, 
 #define QD_WIDTHS(f) f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12)
 #elif QD_AVX2
 #define QD_WIDTHS(f) f(1), f(2), f(3), f(4), f(5), f(6)
+#elif QD_NEON
+#define QD_WIDTHS(f) f(1), f(2), f(3), f(4)
 #else
 #define QD_WIDTHS(f) f(1), f(2)
 #endif
@@ -50,7 +52,15 @@ void tile_wide_any(int format, bool int16, const uint8_t* wide, int64_t cols, co
   kWideTiles[int16][format - QD_FORMAT_Q8][width - 1](wide, cols, panel, out, stride);
 }
 
-QD_INLINE void widen_line(vb low, vb high, uint8_t* to) { store_bytes(to, low), store_bytes(to + 64, high); }
+QD_INLINE void widen_line(vb low, vb high, uint8_t* to) {
+#if QD_I8MM
+  vb w[2];
+  zip_lines(low, high, w);
+  store_bytes(to, w[0]), store_bytes(to + 64, w[1]);
+#else
+  store_bytes(to, low), store_bytes(to + 64, high);
+#endif
+}
 
 template <class F>
 void widen_as(const uint8_t* tile, int64_t cols, uint8_t* wide) {
