@@ -305,6 +305,7 @@ REFUSED: dict[str, dict[str, list[list[str]]]] = {
         "--dtype": [["hello", "--url", "http://x", "--dtype", "float32"]],
         "--device": [["hello", "--url", "http://x", "--device", "cpu"]],
         "--threads": [["hello", "--url", "http://x", "--threads", "1"]],
+        "--parallel": [["hello", "--url", "http://x", "--parallel", "tp=2"]],
         "--api-key": [["hello", "--api-key", "k"]],
         "--api-model": [["hello", "--api-model", "m"]],
     },
@@ -382,6 +383,15 @@ REFUSED: dict[str, dict[str, list[list[str]]]] = {
                 *(("--expert-memory", "1GB"), ("--dtype", "float32"), ("--device", "cpu"), ("--threads", "1")),
             )
         },
+    },
+    "bench invariance": {
+        "--format": [["http://127.0.0.1:9", "--format", "q8"]],
+        "--dtype": [["http://127.0.0.1:9", "--dtype", "float32"]],
+        "--threads": [["http://127.0.0.1:9", "--threads", "1"]],
+        "--api-model": [["quadriga-nano", "--api-model", "m"]],
+        "--api-key": [["quadriga-nano", "--api-key", "k"]],
+        "--timeout": [["quadriga-nano", "--timeout", "9"]],
+        "--completions": [["quadriga-nano", "--completions"]],
     },
     "compare": {"--markdown": [["--markdown", "--json"]]},
     "plan": {"--verify": [["dbrx-132b", "--verify"]]}
@@ -560,6 +570,7 @@ DEFAULTS = {
     "--tokens": {"1T", "1B"},
     "--api-key": {None},
     "--concurrency": {8, None},
+    "--domain-field": {None, "domain"},
     "--out": {None},
     "MODEL": {"smollm2-135m-instruct", None},
 }

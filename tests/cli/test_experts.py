@@ -46,7 +46,7 @@ def label(*words: str) -> Result:
 
 
 def test_labels_are_made_from_texts_longer_than_the_context_and_lie_beside_the_model(folder: Path, data: Path) -> None:
-    result = label("--data", str(data), "--text-field", "words", "--domain-field", "lang", "--tokens", "1000")
+    result = label("--data", str(data), "--text-field", "words", "--domain-field", "lang", "--domain-tokens", "1000")
     assert result.exit_code == 0, result.output
     labels = expert_labels.read(folder / expert_labels.NAME, tiny_llm().config)
     assert labels is not None and labels["domains"] == [{"name": n, "tokens": 1000} for n in TEXTS]
@@ -67,7 +67,7 @@ def test_labels_are_made_from_texts_longer_than_the_context_and_lie_beside_the_m
 def test_json_and_another_place(folder: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels.json"
     result = label(
-        *("--data", str(data), "--text-field", "words", "--domain-field", "lang"), "--out", str(out), "--json"
+        *("--data", str(data), "--text-field", "words", "--domain-field", "lang"), "--labels-file", str(out), "--json"
     )
     assert result.exit_code == 0, result.output
     assert json.loads(result.output)["layers"] == json.loads(out.read_text())["layers"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quadriga.cli.command import Commands
-from quadriga.cli.options import OUT, Domain, Json, Restart, TextField, Tokens, Verify, as_json, size
+from quadriga.cli.options import DOMAIN_FIELD, OUT, Domain, Json, Restart, TextField, Tokens, Verify, as_json, size
 
 if TYPE_CHECKING:
     from quadriga.train.corpus.executors import Executor
@@ -46,7 +46,7 @@ def prepare_command(
     ] = None,
     text_field: TextField = "text",
     domain: Domain = None,
-    domain_field: Annotated[str | None, typer.Option(help="Field that names each row's domain.")] = None,
+    domain_field: Annotated[str | None, DOMAIN_FIELD] = None,
     held_out: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of documents never trained on. Overrides the recipe.")
     ] = None,

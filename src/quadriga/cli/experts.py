@@ -28,10 +28,10 @@ def label_command(
     data: Annotated[
         str, typer.Option(help="JSON lines with a text and its domain; data:... is a data set by name.")
     ] = "data:corpus/mix.jsonl",
-    text_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
-    domain_field: Annotated[str, typer.Option(help="The field that names the domain.")] = "domain",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read of each domain.")] = 8192,
-    out: Annotated[Path | None, typer.Option(help="Where the labels go; by default beside the model.")] = None,
+    text_field: options.TextField = "text",
+    domain_field: Annotated[str, options.DOMAIN_FIELD] = "domain",
+    domain_tokens: Annotated[int, typer.Option(min=1, help="Tokens that are read of each domain.")] = 8192,
+    labels_file: Annotated[Path | None, typer.Option(help="Where the labels go; by default beside the model.")] = None,
     format: options.Format = None,
     activations: options.Activations = None,
     kv_format: options.KVFormat = None,
@@ -64,10 +64,10 @@ def label_command(
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer, so no text can be read with it")
     texts = _texts(data, text_field, domain_field)
-    seen, domains = _read(llm, tokenizer, texts, tokens)
+    seen, domains = _read(llm, tokenizer, texts, domain_tokens)
     labels = expert_labels.labels_of(seen, llm.config, domains, lambda token: tokenizer.decode([token]))
     labels = {"model": llm.name, "data": data, **labels}
-    place = out or _place(llm)
+    place = labels_file or _place(llm)
     files.write(labels, place)
     if json:
         print(options.as_json(labels))
@@ -80,7 +80,7 @@ def _place(llm: LLM) -> Path:
     from quadriga.io import expert_labels as files
 
     if llm.path is None:
-        raise ConfigError("this model has no folder; give a place for the labels with --out")
+        raise ConfigError("this model has no folder; give a place for the labels with --labels-file")
     return files.place_of(llm.path)
 
 

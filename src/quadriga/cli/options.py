@@ -243,6 +243,7 @@ Counts = Annotated[
 Context = Annotated[int | None, typer.Option(min=1, max=2**31 - 1, help="Positions of a sequence to plan for.")]
 Tokens = Annotated[str, typer.Option(help="Tokens to train on, e.g. 12T.")]
 TextField = Annotated[str, typer.Option(help="Field of the text, for inputs that are no recipe.")]
+DOMAIN_FIELD = typer.Option(help="Field that names each row's domain.")
 Domain = Annotated[str | None, typer.Option(help="Name of a domain of text.")]
 
 # Interfaces ----------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ _SAMPLED = _all(
     "at {temperature} 0 the most probable token is taken each time. Give {temperature} above 0, or leave it out",
 )
 
-_HERE = ("format", "activations", "kv_format", "kv_memory", "expert_memory", "dtype", "device", "threads", "parallel")
+_HERE = ("format", "activations", "kv_format", "kv_memory", "expert_memory", "dtype", "device", "threads")
 """How a model runs in this process."""
 
 _WRITES = (
@@ -56,7 +56,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "chat": (
         *_SAMPLED,
         *_all(
-            ("model", *_HERE),
+            ("model", "parallel", *_HERE),
             lambda o: o["url"] is None,
             "the model is behind {url} and computes there. Leave one of the two out",
         ),
