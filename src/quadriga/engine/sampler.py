@@ -199,7 +199,9 @@ class Sampler:
             require_finite([-math.inf])
         top = tuple((token, logit - chosen.log_sum) for token, logit in chosen.top)
         token = chosen.token_id if instead is None else instead(chosen.token_id)
-        return self._count(token, float(logits[token]) - chosen.log_sum, top)
+        # The row may be on a device, and reading one number of it means waiting for all.
+        logit = chosen.logit if token == chosen.token_id else float(logits[token])
+        return self._count(token, logit - chosen.log_sum, top)
 
     def sample(
         self,
