@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from quadriga.errors import ConfigError
-from quadriga.kernels.cpu import decoding
+from quadriga.kernels.cpu import decoding, file_context
 from quadriga.kernels.cpu import library as cpu
 from quadriga.quant import codec
 from quadriga.quant.formats import FORMATS, PLAIN
@@ -63,7 +63,7 @@ def test_without_the_library_numpy_gives_the_same(
 ) -> None:
     monkeypatch.setenv("QUADRIGA_LIBRARY", "/nowhere/quadriga_cpu.so")
     cpu.library.cache_clear()
-    decoding._is_built.cache_clear()
+    file_context.is_built.cache_clear()
     raw = np.random.default_rng(13).integers(0, 256, (2, 144), dtype=np.uint8)
     out = np.empty((2, 256), dtype=np.float32)
     try:
@@ -72,9 +72,9 @@ def test_without_the_library_numpy_gives_the_same(
     finally:
         monkeypatch.undo()
         cpu.library.cache_clear()
-        decoding._is_built.cache_clear()
+        file_context.is_built.cache_clear()
     same_bits(out.reshape(-1), codec.dequantize(raw, "q4_k"))
-    assert [r.getMessage().split(",")[0] for r in caplog.records] == ["Blocks are dequantised by NumPy"]
+    assert [r.getMessage().split(",")[0] for r in caplog.records] == ["Blocks go through NumPy"]
 
 
 def test_the_library_refuses_what_it_does_not_know() -> None:

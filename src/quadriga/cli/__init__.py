@@ -21,6 +21,7 @@ from quadriga.cli.compare import compare_command
 from quadriga.cli.convert import convert_command
 from quadriga.cli.data import data_app
 from quadriga.cli.diff import diff_command
+from quadriga.cli.divergence import divergence_command
 from quadriga.cli.eval import eval_command
 from quadriga.cli.experts import experts_app
 from quadriga.cli.generate import generate_command
@@ -150,6 +151,13 @@ app.command(
         "quadriga diff runs/a runs/b --json             with both runs' logs of each such item",
     ),
 )(diff_command)
+app.command(
+    "divergence",
+    epilog=_example(
+        "quadriga divergence smollm2-135m-instruct smollm2-135m-instruct --format q4",
+        "quadriga divergence ./bf16 model.gguf --document-file mine.txt --windows 100",
+    ),
+)(divergence_command)
 app.command(
     "judge",
     epilog=_example(

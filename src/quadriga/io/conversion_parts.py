@@ -16,6 +16,7 @@ from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.open import Checkpoint
 from quadriga.io.packed import Unpacked, read_matrix
 from quadriga.io.parameters import SLICE_BYTES, slices, to_stored
+from quadriga.kernels.cpu import searching
 from quadriga.kernels.cpu.packing import allocate
 from quadriga.model.weight_map import (
     Piece,
@@ -176,4 +177,4 @@ def encode(values: Array, form: str, importance: Array | None = None) -> memoryv
                 "is 65504. Choose bfloat16 or float32."
             )
         return raw_bytes(plain).data
-    return codec.quantize(np.ascontiguousarray(as_float32(values)), form, importance).data
+    return codec.quantize(np.ascontiguousarray(as_float32(values)), form, importance, searching.fastest()).data

@@ -1,7 +1,7 @@
 """Quantisers of the block formats with sub-blocks, of IQ4 and of MXFP4: our search (``quant.search``), ggml's layouts.
 
-The layouts are those that ``quant.blocks`` reads, backwards. All functions take (blocks, elements) float32 and weights
-of the squared errors that broadcast to that, and return (blocks, bytes) uint8.
+The layouts are those that ``quant.blocks`` reads, backwards. All functions take (blocks, elements) float32, weights
+of the squared errors that broadcast to that, and who searches; they return (blocks, bytes) uint8.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from quadriga.errors import CheckpointError
 from quadriga.quant.blocks import Bytes, Floats
 from quadriga.quant.codebooks import FOUR_BIT_VALUES
-from quadriga.quant.search import Affine, Levels, affine, symmetric
+from quadriga.quant.search import Affine, Levels, Search
 from quadriga.quant.stored_half import as_half
 
 _FOUR_BITS = Levels(FOUR_BIT_VALUES)
@@ -57,14 +57,14 @@ def _bytes(values: Floats) -> NDArray[np.uint8]:
     return values.reshape(len(values), -1).astype(np.int16).astype(np.uint8)
 
 
-def _pack_q2_k(x: Floats, weight: Floats) -> Bytes:
-    found = affine(_cut(x, 16), _cut(weight, 16), 3, 15)
+def _pack_q2_k(x: Floats, weight: Floats, search: Search) -> Bytes:
+    found = search.affine(_cut(x, 16), _cut(weight, 16), 3, 15)
     scales = _bytes(found.scales) | _bytes(found.minima) << _4
     return np.concatenate((scales, _crumb_runs(_bytes(found.q)), as_half(found.d), as_half(found.m)), axis=1)
 
 
-def _pack_q3_k(x: Floats, weight: Floats) -> Bytes:
-    found = symmetric(_cut(x, 16), _cut(weight, 16), _whole(-4, 3), -32, 31)
+def _pack_q3_k(x: Floats, weight: Floats, search: Search) -> Bytes:
+    found = search.symmetric(_cut(x, 16), _cut(weight, 16), _whole(-4, 3), -32, 31)
     q, s = _bytes(found.values + 4), _bytes(found.scales + 32)
     low = s[:, :8] & _15 | (s[:, 8:] & _15) << _4
     high = (s.reshape(-1, 4, 4) >> _4 << np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]).sum(axis=1, dtype=np.uint8)
@@ -77,40 +77,41 @@ def _scales_and_minima(found: Affine) -> Bytes:
     return np.concatenate((as_half(found.d), as_half(found.m), a, b, s[:, 4:] & _15 | (m[:, 4:] & _15) << _4), axis=1)
 
 
-def _pack_q4_k(x: Floats, weight: Floats) -> Bytes:
-    found = affine(_cut(x, 32), _cut(weight, 32), 15, 63)
+def _pack_q4_k(x: Floats, weight: Floats, search: Search) -> Bytes:
+    found = search.affine(_cut(x, 32), _cut(weight, 32), 15, 63)
     return np.concatenate((_scales_and_minima(found), _nibble_runs(_bytes(found.q), 32)), axis=1)
 
 
-def _pack_q5_k(x: Floats, weight: Floats) -> Bytes:
-    found = affine(_cut(x, 32), _cut(weight, 32), 31, 63)
+def _pack_q5_k(x: Floats, weight: Floats, search: Search) -> Bytes:
+    found = search.affine(_cut(x, 32), _cut(weight, 32), 31, 63)
     q = _bytes(found.q)
     return np.concatenate((_scales_and_minima(found), _bit_runs(q >> _4), _nibble_runs(q & _15, 32)), axis=1)
 
 
-def _pack_q6_k(x: Floats, weight: Floats) -> Bytes:
-    found = symmetric(_cut(x, 16), _cut(weight, 16), _whole(-32, 31), -128, 127)
+def _pack_q6_k(x: Floats, weight: Floats, search: Search) -> Bytes:
+    found = search.symmetric(_cut(x, 16), _cut(weight, 16), _whole(-32, 31), -128, 127)
     q = _bytes(found.values + 32)
     return np.concatenate(
         (_nibble_runs(q & _15, 64), _crumb_runs(q >> _4), _bytes(found.scales), as_half(found.d)), axis=1
     )
 
 
-def _pack_iq4_xs(x: Floats, weight: Floats) -> Bytes:
-    found = symmetric(_cut(x, 32), _cut(weight, 32), _FOUR_BITS, -32, 31)
+def _pack_iq4_xs(x: Floats, weight: Floats, search: Search) -> Bytes:
+    found = search.symmetric(_cut(x, 32), _cut(weight, 32), _FOUR_BITS, -32, 31)
     s, q = _bytes(found.scales + 32), _FOUR_BITS.index(found.values).reshape(-1, 256)
     high = (s.astype(np.uint16) >> np.uint16(4) << np.arange(0, 16, 2, dtype=np.uint16)).sum(axis=1, dtype=np.uint16)
     low = s[:, 0::2] & _15 | (s[:, 1::2] & _15) << _4
     return np.concatenate((as_half(found.d), high[:, None].view(np.uint8), low, _nibble_runs(q, 16)), axis=1)
 
 
-def _pack_iq4_nl(x: Floats, weight: Floats) -> Bytes:
-    found = symmetric(_cut(x, 32), _cut(weight, 32), _FOUR_BITS, -1, 0)  # one sub-block: d is its scale, of any sign
+def _pack_iq4_nl(x: Floats, weight: Floats, search: Search) -> Bytes:
+    # One sub-block: d is its scale, of any sign.
+    found = search.symmetric(_cut(x, 32), _cut(weight, 32), _FOUR_BITS, -1, 0)
     q = _FOUR_BITS.index(found.values).reshape(-1, 32)
     return np.concatenate((as_half(found.d * found.scales), _nibble_runs(q, 16)), axis=1)
 
 
-def _pack_mxfp4(x: Floats, weight: Floats) -> Bytes:
+def _pack_mxfp4(x: Floats, weight: Floats, _: Search) -> Bytes:
     """The power of two that the largest number asks for, or a neighbour of it: whichever leaves the smallest error."""
     _, exponent = np.frexp(np.abs(x).max(axis=1, keepdims=True))
     size = np.abs(np.ldexp(x, -exponent))  # up to 1: squares of it overflow nowhere
@@ -128,7 +129,7 @@ def _pack_mxfp4(x: Floats, weight: Floats) -> Bytes:
     return np.concatenate((e, _nibble_runs(code, 16)), axis=1)
 
 
-PACK: dict[str, Callable[[Floats, Floats], Bytes]] = {
+PACK: dict[str, Callable[[Floats, Floats, Search], Bytes]] = {
     "q2_k": _pack_q2_k,
     "q3_k": _pack_q3_k,
     "q4_k": _pack_q4_k,

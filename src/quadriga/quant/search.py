@@ -13,6 +13,7 @@ elements), float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,10 +40,15 @@ class Levels:
         values = self.values.astype(np.float32)
         return np.searchsorted((values[1:] + values[:-1]) / 2, np.arange(-256, 256) / 2, side="right").astype(np.uint8)
 
+    @property
+    def are_consecutive(self) -> bool:
+        """True for whole numbers without a gap."""
+        return len(self.values) == int(self.values[-1]) - int(self.values[0]) + 1
+
     def nearest(self, x: Floats) -> Floats:
         """The value nearest to each number."""
         low, high = np.float32(self.values[0]), np.float32(self.values[-1])
-        if len(self.values) == int(high - low) + 1:
+        if self.are_consecutive:
             return np.clip(np.rint(x), low, high)
         found: Floats = self.values.astype(np.float32)[self.index(x)]
         return found
@@ -81,7 +87,7 @@ def symmetric(x: Floats, weight: Floats, levels: Levels, least: int, most: int) 
     """
     free = _free_scales(x, weight, levels)  # (blocks, sub-blocks, 1)
     extreme = np.take_along_axis(free, np.abs(free).argmax(axis=1, keepdims=True), axis=1)
-    d = rounded(extreme / np.float32(least))
+    d = first = rounded(extreme / np.float32(least))
     scales = np.clip(np.rint(free * inverse(d)), least, most)
     values = levels.nearest(x * inverse(d * scales))
     for _ in range(_ROUNDS):
@@ -99,6 +105,7 @@ def symmetric(x: Floats, weight: Floats, levels: Levels, least: int, most: int) 
             better = error < best
             best = np.where(better, error, best)
             scales, values = np.where(better, tried, scales), np.where(better, v, values)
+    d = np.where(np.isfinite(first), d, first)  # beyond float16: for whoever stores it to refuse, not zeros
     return Symmetric(d[:, 0], scales[..., 0], values)
 
 
@@ -191,3 +198,14 @@ def _free_lines(x: Floats, weight: Floats, most: int) -> tuple[Floats, Floats]:
         best = np.where(better, error, best)
         scale, minimum = np.where(better, s, scale), np.where(better, -offset, minimum)
     return scale, minimum
+
+
+@dataclass(frozen=True)
+class Search:
+    """Both searches by one kind of program: :data:`NUMPY`'s, or ``kernels.cpu.searching``'s."""
+
+    symmetric: Callable[[Floats, Floats, Levels, int, int], Symmetric]
+    affine: Callable[[Floats, Floats, int, int], Affine]
+
+
+NUMPY = Search(symmetric, affine)

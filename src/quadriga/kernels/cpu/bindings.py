@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "c8b382e1d2735a2976f86bc0efcd6466e9569faa65d10ce72e99bd849565ba99"
+HEADER_SHA256 = "bcfa331b4b49329ffaadb3f046602864d17c53caf167591b7358f3d4de6739e0"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -451,6 +451,28 @@ class Sampled(c.Structure):
     ]
 
 
+class Search(c.Structure):
+    """struct qd_search"""
+
+    _fields_ = [
+        ("x", c.c_void_p),
+        ("weight", c.c_void_p),
+        ("codebook", c.c_void_p),
+        ("n", c.c_int64),
+        ("length", c.c_int32),
+        ("per_block", c.c_int32),
+        ("low", c.c_int32),
+        ("high", c.c_int32),
+        ("least", c.c_int32),
+        ("most", c.c_int32),
+        ("d", c.c_void_p),
+        ("m", c.c_void_p),
+        ("scales", c.c_void_p),
+        ("minima", c.c_void_p),
+        ("numbers", c.c_void_p),
+    ]
+
+
 class StoreCounts(c.Structure):
     """struct qd_store_counts"""
 
@@ -488,6 +510,7 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "qd_step": Step,
     "qd_sampling": Sampling,
     "qd_sampled": Sampled,
+    "qd_search": Search,
     "qd_store_counts": StoreCounts,
     "qd_allocations": Allocations,
 }
@@ -577,6 +600,11 @@ PARAMETERS: dict[str, list[Any]] = {
         c.c_int64,  # n
         c.c_void_p,  # codebook
         c.c_void_p,  # out
+        c.POINTER(Message),  # why
+    ],
+    "qd_find_scales": [
+        c.c_void_p,  # context
+        c.POINTER(Search),  # search
         c.POINTER(Message),  # why
     ],
     "qd_run": [

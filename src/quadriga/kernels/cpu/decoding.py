@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.errors import HardwareError
-from quadriga.kernels.cpu import library as cpu
-from quadriga.kernels.cpu.packing import STORED, codebook_of, packing_context
+from quadriga.kernels.cpu.file_context import is_built, packing_context
+from quadriga.kernels.cpu.packing import STORED, codebook_of
 from quadriga.quant import codec
 from quadriga.quant.formats import FORMATS
-
-_log = logging.getLogger(__name__)
-
-
-@lru_cache(maxsize=1)
-def _is_built() -> bool:
-    """False, said once, where the library is missing: files can then still be read, slowly."""
-    try:
-        cpu.library()
-    except HardwareError as error:
-        _log.warning("Blocks are dequantised by NumPy, many times slower than by the CPU kernels: %s", error)
-        return False
-    return True
 
 
 def dequantize_into(out: NDArray[np.float32], raw: Any, name: str) -> None:
@@ -41,7 +25,7 @@ def dequantize_into(out: NDArray[np.float32], raw: Any, name: str) -> None:
     n_blocks = out.size // spec.block
     assert out.dtype == np.float32 and out.flags.c_contiguous and out.flags.writeable, "memory to fill"
     assert (out.size, stored.nbytes) == (n_blocks * spec.block, n_blocks * spec.nbytes), "whole blocks, as many numbers"
-    if not _is_built():
+    if not is_built():
         out.reshape(-1)[:] = codec.dequantize(stored, name)
         return
     context, table = packing_context(), codebook_of(name)

@@ -6,16 +6,15 @@ import ctypes
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga import runtime
 from quadriga.errors import CheckpointError
-from quadriga.kernels.cpu import bindings
+from quadriga.kernels.cpu import bindings, searching
 from quadriga.kernels.cpu import library as cpu
+from quadriga.kernels.cpu.file_context import packing_context
 from quadriga.quant import codec
 from quadriga.quant.codebooks import codebook
 from quadriga.quant.dtypes import Array, as_float32, name_of
@@ -53,12 +52,6 @@ class Packed:
 Parameter = NDArray[np.float32] | Packed | Sequence[Packed]
 """A vector (norms, fuse) as numbers; a matrix packed; a layer's experts as one packed matrix each, and q, k and v that
 a file stores in different formats as their runs of rows."""
-
-
-@lru_cache(maxsize=1)
-def packing_context() -> cpu.Context:
-    """Threads for packing and measuring: all of this process's processors."""
-    return cpu.Context(min(runtime.cpu_count(), runtime.MOST_THREADS))
 
 
 _HUGE = 2 << 20
@@ -101,7 +94,7 @@ def pack(values: Array, form: str, *, out: Bytes | None = None, importance: Arra
 
     Args:
         values: (rows, cols) float32, bfloat16 or float16, contiguous.
-        form: a name of ``quant.packed.PACKED``; those of ``OF_BLOCKS`` are searched for by ``quant.codec``, slowly.
+        form: a name of ``quant.packed.PACKED``; those of ``OF_BLOCKS`` become a GGUF file's blocks first.
         out: memory to fill; None allocates.
         importance: (cols,) float32, how much each column's squared error counts in the search for scales.
 
@@ -124,7 +117,7 @@ def _pack_searched(values: Array, form: str, out: Bytes | None, importance: Arra
     whole = np.zeros((rows, width), dtype=np.float32)
     whole[:, :cols] = as_float32(values)
     weight = None if importance is None else np.concatenate((importance, np.zeros(width - cols, dtype=np.float32)))
-    raw = codec.quantize(whole, block, weight)
+    raw = codec.quantize(whole, block, weight, searching.fastest())
     return _pack(block, raw.ctypes.data, raw.nbytes // rows, rows, cols, form, out, None)
 
 

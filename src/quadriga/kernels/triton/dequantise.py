@@ -31,37 +31,48 @@ def e8m0(code):
 
 
 @triton.jit
-def _per_group(plane, row, group, n_groups):
-    """(rows, groups, 1) of a plane (all rows, n_groups); groups beyond it are its last, whose columns meet zeros."""
-    where = row[:, None] * n_groups + tl.minimum(group, n_groups - 1)[None, :]
-    return tl.load(plane + where)[:, :, None]
+def _two_halves(word):
+    """Two float16 that lie in an int32, the first in its low half, as float32."""
+    low = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, ((word >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def grouped_numbers(
-    q, scales, minima, d, dmin, row, group, n_groups,
-    FORMAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Codes q (ROWS, COLUMNS) as float32, whole groups of 32 columns.
+def scales_of_64(scales, minima, d, dmin, row, first, n_groups, FORMAT: tl.constexpr):
+    """(scale, minimum, scale, minimum), (rows,) float32 each: of 32 columns from ``first`` on, and of the 32 behind.
+
+    Two scales are read as one number, for small reads are what a GPU cannot fetch ahead of their use.
 
     Args:
-        row: (ROWS,) int64 over all experts' rows. group: (COLUMNS / 32,) number of each group in its row.
-        n_groups: groups of 32 a row.
+        scales, minima: two float16 as int32, or two uint8 as int16; see ``weights.GroupedWeight.pairs``.
+        row: (rows,) int64 over all experts' rows. n_groups: groups of 32 a row.
     """
-    cut = tl.reshape(q, (ROWS, COLUMNS // 32, 32))
-    scale = _per_group(scales, row, group, n_groups)
-    if FORMAT == "q8":
-        w = scale.to(tl.float32) * cut.to(tl.float32)
-    elif FORMAT == "q4":
-        w = scale.to(tl.float32) * (cut.to(tl.float32) - 8.0)
-    elif FORMAT == "q4m":
-        w = scale.to(tl.float32) * cut.to(tl.float32) + _per_group(minima, row, group, n_groups).to(tl.float32)
-    elif FORMAT == "mxfp4":
-        w = e8m0(scale) * e2m1(cut)
+    where = row * (n_groups // 2) + first // 64
+    word = tl.load(scales + where)
+    low_least, high_least = 0.0, 0.0
+    if FORMAT == "mxfp4":
+        low, high = e8m0(word & 255), e8m0((word >> 8) & 255)
+    elif FORMAT == "q4k":
+        whole = row * (n_groups // 8) + first // 256
+        by, less = tl.load(d + whole).to(tl.float32), -tl.load(dmin + whole).to(tl.float32)
+        least = tl.load(minima + where)
+        low, high = by * (word & 255).to(tl.float32), by * ((word >> 8) & 255).to(tl.float32)
+        low_least, high_least = less * (least & 255).to(tl.float32), less * ((least >> 8) & 255).to(tl.float32)
     else:
-        tl.static_assert(FORMAT == "q4k", "a format of weights.GROUP")
-        whole = n_groups // 8
-        by = _per_group(d, row, group // 8, whole).to(tl.float32) * scale.to(tl.float32)
-        less = _per_group(dmin, row, group // 8, whole).to(tl.float32)
-        w = by * cut.to(tl.float32) - less * _per_group(minima, row, group, n_groups).to(tl.float32)
-    return tl.reshape(w, (ROWS, COLUMNS))
+        low, high = _two_halves(word)
+        if FORMAT == "q4m":
+            low_least, high_least = _two_halves(tl.load(minima + where))
+    return low, low_least, high, high_least
+
+
+@triton.jit
+def numbers(q, scale, least, FORMAT: tl.constexpr):
+    """Codes q (rows, 32) under scales and minima (rows,) as float32."""
+    if FORMAT == "q4":
+        w = scale[:, None] * (q.to(tl.float32) - 8.0)
+    elif FORMAT == "mxfp4":
+        w = scale[:, None] * e2m1(q)
+    else:
+        tl.static_assert(FORMAT == "q4m" or FORMAT == "q4k", "a format of four bits")
+        w = scale[:, None] * q.to(tl.float32) + least[:, None]
+    return w

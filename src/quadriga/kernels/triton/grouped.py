@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quadriga.kernels.triton.arithmetic import gated, product
-from quadriga.kernels.triton.dequantise import e4m3, grouped_numbers
+from quadriga.kernels.triton.dequantise import e4m3, numbers, scales_of_64
 from quadriga.kernels.triton.launch import launch
 from quadriga.kernels.triton.tiles import Tile, tile
 from quadriga.kernels.triton.weights import NIBBLES, GroupedWeight
@@ -70,8 +70,8 @@ def _add_plain(
     if FORMAT == "fp8":
         w = e4m3(q) * tl.load(scales + row * n_groups + first // 128)[:, None]
     elif FORMAT == "q8":
-        group = first // 32 + tl.arange(0, DEPTH // 32)
-        w = grouped_numbers(q, scales, None, None, None, row, group, n_groups, FORMAT, q.shape[0], DEPTH)
+        low, _, high, _ = scales_of_64(scales, None, None, None, row, first, n_groups, FORMAT)
+        w = tl.where((column < first + 32)[None, :], low[:, None], high[:, None]) * q.to(tl.float32)
     else:
         w = q
     return product(w.to(x.dtype), x, total)
@@ -83,18 +83,16 @@ def _add_nibbles(
     FORMAT: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """total (outputs, rows) + W x, of nibbles: x's columns that low halves meet, and those that high ones do."""
-    HALF: tl.constexpr = DEPTH // 2
-    byte = first // 2 + tl.arange(0, HALF)
+    tl.static_assert(DEPTH == 64, "two groups of columns a step")
+    byte = first // 2 + tl.arange(0, 32)
     where = codes + row[:, None] * n_bytes + byte[None, :]
     if EVEN:
         q = tl.load(where)
     else:
         q = tl.load(where, (byte < n_bytes)[None, :], 0)
-    low_group = first // 32 + 2 * tl.arange(0, HALF // 32)
-    low = grouped_numbers(q & 15, scales, minima, d, dmin, row, low_group, n_groups, FORMAT, q.shape[0], HALF)
-    total = product(low.to(x_low.dtype), x_low, total)
-    high = grouped_numbers(q >> 4, scales, minima, d, dmin, row, low_group + 1, n_groups, FORMAT, q.shape[0], HALF)
-    return product(high.to(x_high.dtype), x_high, total)
+    low, low_least, high, high_least = scales_of_64(scales, minima, d, dmin, row, first, n_groups, FORMAT)
+    total = product(numbers(q & 15, low, low_least, FORMAT).to(x_low.dtype), x_low, total)
+    return product(numbers(q >> 4, high, high_least, FORMAT).to(x_high.dtype), x_high, total)
 
 
 @triton.jit
@@ -138,8 +136,7 @@ def grouped_kernel(
     total_up = total
     for first in range(0, depth, DEPTH):
         if FOUR_BITS:
-            within = tl.arange(0, DEPTH // 2)
-            column = first + within // 32 * 64 + within % 32
+            column = first + tl.arange(0, DEPTH // 2)
             x_low = _columns_of_x(x, source, column, depth, EVEN)
             x_high = _columns_of_x(x, source, column + 32, depth, EVEN)
             total = _add_nibbles(
@@ -231,7 +228,7 @@ def grouped_product(
     whole = 2 * weight.codes.shape[2] if four_bits else weight.codes.shape[2]
     launch(
         grouped_kernel, (triton.cdiv(n_outputs, shape.outputs) * n_tiles,),
-        x, order, starts, *weight.planes, *((None,) * 5 if up is None else up.planes), bias, bias_up, base, out,
+        x, order, starts, *weight.pairs, *((None,) * 5 if up is None else up.pairs), bias, bias_up, base, out,
         n_rows, n_outputs, depth, weight.codes.shape[2], 0 if weight.scales is None else weight.scales.shape[2],
         expert, output, column, weight.n_experts, n_tiles,
         warps=shape.warps, stages=shape.stages, TOP_K=top_k, FORMAT=weight.format, FOUR_BITS=four_bits,

@@ -1,7 +1,8 @@
 """Sizes of tiles, as data. Chosen once for a kind of weight, never while a model runs: no autotuning.
 
 Three sizes of each, for few, for some and for many rows an expert. They differ in the rows of x they take at a time,
-not in how deep a step of the sum is, so a row's sum is taken in the same order in all of them.
+not in how deep a step of the sum is, so a row's sum is taken in the same order in all of them. A step of a quantised
+weight is 64 columns deep: two groups, whose scales are read together.
 """
 
 from __future__ import annotations

@@ -76,8 +76,19 @@ class GroupedWeight:
 
     @property
     def planes(self) -> tuple[Tensor | None, ...]:
-        """In the order that kernels take them: codes, scales, minima, d, dmin."""
+        """Codes, scales, minima, d, dmin."""
         return self.codes, self.scales, self.minima, self.d, self.dmin
+
+    @property
+    def pairs(self) -> tuple[Tensor | None, ...]:
+        """The planes as kernels take them: of every 64 columns the two scales, or minima, as one whole number."""
+
+        def paired(plane: Tensor | None) -> Tensor | None:
+            if plane is None or plane.dtype == torch.float32:  # fp8's
+                return plane
+            return plane.view(torch.int32 if plane.dtype == torch.float16 else torch.int16)
+
+        return self.codes, paired(self.scales), paired(self.minima), self.d, self.dmin
 
     @property
     def nbytes(self) -> int:

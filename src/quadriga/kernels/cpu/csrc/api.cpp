@@ -205,6 +205,17 @@ QD_EXPORT int32_t qd_dequantize(qd_context* context, int32_t stored, const uint8
   });
 }
 
+QD_EXPORT int32_t qd_find_scales(qd_context* context, const qd_search* search, qd_message* why) {
+  return guarded(why, [&] {
+    const Kernels& kernels = *open_context(context).kernels;
+    const qd_search& s = *search;
+    check(s.length == 32 || (s.length == 16 && !s.codebook), "sub-blocks must have 16 or 32 numbers", s.length);
+    check(s.per_block == 1 || s.per_block == 8 || s.per_block == 16, "sub-blocks of a block must be 1, 8 or 16", s.per_block);
+    check(s.n >= 0 && s.n % s.per_block == 0, "sub-blocks must make whole blocks", s.n);
+    kernels.search(s);
+  });
+}
+
 QD_EXPORT int32_t qd_run(qd_context* context, const qd_step* steps, int32_t n_steps, const qd_batch* batch, qd_message* why) {
   return in_turn(context, why, [&](qd_context& c) {
     for (const qd_step* step = steps; step < steps + n_steps; ++step) run_step(c, *step, *batch);

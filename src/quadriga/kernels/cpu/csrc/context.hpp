@@ -65,12 +65,16 @@ struct qd_context {
   Pool pool;  // last: its threads end before what they work with
 };
 
+inline qd_context& open_context(qd_context* context) {
+  if (!context) throw Failure(QD_STATUS_BAD_ARGUMENT, "the context is none: it was closed");
+  return *context;
+}
+
 // `guarded`, by one thread at a time: others that have the same context wait for their turn.
 template <class Body>
 int32_t in_turn(qd_context* context, qd_message* why, Body&& body) noexcept {
   return guarded(why, [&] {
-    if (!context) throw Failure(QD_STATUS_BAD_ARGUMENT, "the context is none: it was closed");
-    std::lock_guard lock(context->turn);
+    std::lock_guard lock(open_context(context).turn);
     body(*context);
   });
 }

@@ -14,6 +14,7 @@
 #include "decode.inl"
 #include "pack_blocks.inl"
 #include "pack.inl"
+#include "search.inl"
 #include "training.inl"
 
 Products QD_PRODUCTS();
@@ -22,7 +23,7 @@ const Kernels* QD_TABLE() {
   static const Kernels table = {QD_PRODUCTS(), norm, activate,
                                 add_scaled, scores, top_k, row_stats, sample, attend, merge, conv<true>, conv<false>, unit, delta_rule, state_space,
                                 gated_norm, times_sigmoid, times_silu, write_kv, write_latent, pack_tile, pack_blocks, unpack_row,
-                                dequantize, to_q8_0, hidden_any, hidden_back_any, sum_rows_any, softmax_any, softmax_back_any, cross_entropy_any,
+                                dequantize, to_q8_0, search, hidden_any, hidden_back_any, sum_rows_any, softmax_any, softmax_back_any, cross_entropy_any,
                                 peak_of, read_all};
   return &table;
 }

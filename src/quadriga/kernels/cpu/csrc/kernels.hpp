@@ -131,6 +131,7 @@ struct Kernels : Products {
   void (*unpack_row)(int format, const uint8_t* packed, int64_t cols, int64_t row, float* out);
   void (*dequantize)(int stored, const uint8_t* blocks, int64_t n, const int8_t* codebook, float* out);
   bool (*to_q8_0)(int stored, const uint8_t* blocks, int64_t n, uint8_t* out);  // false: q8_0 does not hold them exactly
+  void (*search)(const qd_search&);
   // Training (training.inl); dtype QD_FORMAT_FLOAT32 or QD_FORMAT_BFLOAT16, one row a call.
   void (*hidden)(int dtype, int activation, const void* gate, const void* up, float weight, int64_t f, void* hidden);
   float (*hidden_back)(int dtype, int activation, const void* gate, const void* up, float weight, int64_t f, void* dh,

@@ -287,6 +287,23 @@ typedef struct {
   float logit;    /* the token's own, as it came */
 } qd_sampled;
 
+/* Blocks of sub-blocks whose scales are whole numbers under the block's own; quant/search.py says what is found, and in
+ * which form. Without minima a number is one of low .. high, or one of the codebook, and a scale from least to most; with
+ * them it is from 0 to high, and scales and minima from 0 to most. */
+typedef struct {
+  const float* x;          /* (n, length), finite */
+  const float* weight;     /* alike, positive, or NULL: ones */
+  const uint8_t* codebook; /* 16 of int8, ascending (length 32), or NULL */
+  int64_t n;               /* sub-blocks, whole blocks of them */
+  int32_t length, per_block; /* 16 or 32; 1, 8 or 16 */
+  int32_t low, high, least, most;
+  float* d;                /* (n / per_block,) */
+  float* m;                /* alike, or NULL */
+  float* scales;           /* (n,) */
+  float* minima;           /* alike, or NULL */
+  float* numbers;          /* (n, length) */
+} qd_search;
+
 typedef struct {
   int64_t hits, misses; /* experts found in memory, and read */
   int64_t bytes_read, bytes_held;
@@ -335,6 +352,9 @@ int32_t qd_unpack(qd_context* context, int32_t format, const uint8_t* packed, in
  * numbers are indices of one, else NULL. */
 int32_t qd_dequantize(qd_context* context, int32_t stored, const uint8_t* blocks, int64_t n, const uint8_t* codebook,
                       float* out, qd_message* why);
+
+/* Scales for numbers that are to be quantised. Runs on the thread that calls it; any number of threads may. */
+int32_t qd_find_scales(qd_context* context, const qd_search* search, qd_message* why);
 
 /* One op, or a whole captured step. */
 int32_t qd_run(qd_context* context, const qd_step* steps, int32_t n_steps, const qd_batch* batch, qd_message* why);
