@@ -16,6 +16,7 @@ from quadriga.model.config import ModelConfig, QKNormSpec
 from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.runners.cuda.graphs import DecodeGraphs
 from quadriga.runners.cuda.inputs import slots_and_tables, tiles_of
+from quadriga.runners.cuda.missing import require_kernels
 from quadriga.runners.cuda.model import Computed
 from quadriga.runners.cuda.runner import CudaRunner
 from quadriga.runners.torch import TorchRunner
@@ -27,7 +28,9 @@ from tests.runners.test_attention_pieces import PIECES
 from tests.runners.test_compiled import sequence
 
 N_BLOCKS = 12
-FAMILIES = TINY | {"mixed": MIXED, "mixtures": MIXTURES} | PIECES
+WITHOUT_KERNELS = [name for name in TINY if name.startswith(("gemma4", "granitehybrid"))]
+"""Families that are refused."""
+FAMILIES = {n: c for n, c in TINY.items() if n not in WITHOUT_KERNELS} | {"mixed": MIXED, "mixtures": MIXTURES} | PIECES
 
 
 def parameters(config: ModelConfig) -> dict[str, torch.Tensor]:
@@ -194,9 +197,16 @@ def test_what_no_kernel_has_is_refused() -> None:
     kernels, _ = pair(TINY["llama2"])
     with pytest.raises(RequestError, match="plain torch"):
         kernels.adapters()
-    late = TINY["llama2"].with_mixer(qk_norm=QKNormSpec(over="vector", eps=1e-5, after_rotation=True))
-    with pytest.raises(ConfigError, match="no kernel"):
-        pair(late)
+    base = TINY["llama2"]
+    refused = {
+        "norm of all heads": base.with_mixer(qk_norm=QKNormSpec(over="vector", eps=1e-5, after_rotation=True)),
+        "norm of v, no keys that are values": base.with_mixer(v_norm_eps=1e-5, keys_as_values=True),
+        "capped logits": replace(base, logit_cap=30.0),
+        "scale of a layer": base.with_layers(lambda layer: replace(layer, scaled=True)),
+    }
+    for piece, config in refused.items():
+        with pytest.raises(ConfigError, match=f"have no {piece}.*Unset QUADRIGA_OPS"):
+            require_kernels(config)
     wide = {name: values.double() for name, values in parameters(TINY["llama2"]).items()}
     with pytest.raises(ConfigError, match="float64"):
         CudaRunner(Transformer.from_parameters(TINY["llama2"], wide), 4)

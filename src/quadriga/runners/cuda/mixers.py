@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quadriga.errors import ConfigError
 from quadriga.kernels.triton.attention import Attend, attend_prompts
 from quadriga.kernels.triton.attention_tokens import Meeting, attend_tokens, prepares_itself
 from quadriga.kernels.triton.heads import Heads, prepare, rotation_table
@@ -100,9 +99,6 @@ class PagedAttention:
     Args:
         keys, values: (blocks * 16, K, d), this layer's.
         group: whose block tables find them.
-
-    Raises:
-        ConfigError: a norm that no family has.
     """
 
     def __init__(
@@ -131,8 +127,6 @@ class PagedAttention:
             heads = replace(heads, rotation=rotations(spec.position, spec.head_dim))
         if module.q_norm is not None and module.k_norm is not None:
             assert spec.qk_norm is not None, "the norms are the spec's"
-            if spec.qk_norm.over == "vector" and spec.qk_norm.after_rotation:
-                raise ConfigError("a norm of all heads together, after the rotation, has no kernel; use plain torch")
             q_norm, k_norm = norm_weights(module.q_norm), norm_weights(module.k_norm)
             heads = replace(
                 heads,

@@ -27,6 +27,7 @@ from quadriga.nn.transformer import Block, Transformer
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.cuda.feed_forward import FeedForward, feed_forward
 from quadriga.runners.cuda.inputs import DevicePass
+from quadriga.runners.cuda.missing import require_kernels
 from quadriga.runners.cuda.mixers import (
     Mixer,
     PagedAttention,
@@ -72,7 +73,9 @@ class DeviceCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor | None] = []
         """None: the keys' first numbers, of latent attention; of a recurrent layer both are empty."""
-        for mixer in (config.layers[layer].mixer for layer in cache.slot_layers):
+        for layers in cache.slot_layers:
+            mixer = config.layers[layers[0]].mixer
+            assert len({config.layers[i].mixer.state for i in layers}) == 1, "layers that share a place are alike"
             heads = (mixer.n_kv_heads, mixer.head_dim) if isinstance(mixer, AttentionSpec) else (0, 0)
             keys = torch.zeros((n_blocks * BLOCK_TOKENS, *heads), dtype=weight.dtype, device=weight.device)
             self.keys.append(keys)
@@ -101,6 +104,7 @@ class DeviceModel:
 
     def __init__(self, model: Transformer, cache: DeviceCache, most_tokens: int) -> None:
         self.config, weight = model.config, plain(model.embed)
+        require_kernels(self.config)
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"the kernels for GPUs compute in float32, bfloat16 or float16; got {weight.dtype}")
         blocks = [block for block in model.layers if isinstance(block, Block)]

@@ -18,6 +18,7 @@ from quadriga.kernels.cpu.program import PassBatch
 from quadriga.kernels.cpu.sampling import Logits, TokenSampler
 from quadriga.model import cost
 from quadriga.model.cache_layout import CacheLayout, cache_layout, one_group
+from quadriga.model.config import ModelConfig
 from quadriga.nn.devices import resolve_device, resolve_dtype
 from quadriga.nn.load import load_parameters
 from quadriga.nn.moe import RouterStats
@@ -27,6 +28,7 @@ from quadriga.runners.base import Adapters, CacheSize, LayerRouting, PassResult
 from quadriga.runners.cuda.device_array import DeviceArray
 from quadriga.runners.cuda.graphs import BUCKETS, Capture, CudaCapture, DecodeGraphs, no_capture
 from quadriga.runners.cuda.inputs import StaticPass, is_single_tokens, upload
+from quadriga.runners.cuda.missing import require_kernels
 from quadriga.runners.cuda.mixers import plain
 from quadriga.runners.cuda.model import Computed, DeviceCache, DeviceModel
 from quadriga.runners.cuda.sampling import DeviceSampler
@@ -50,14 +52,23 @@ def load(
         HardwareError: no such device here.
         CheckpointError, ConfigError: the files are malformed or of an unsupported kind, or no kernel has what they ask.
     """
+    require_kernels(opened.config)
     target = resolve_device(device)
     parameters = load_parameters(opened, dtype=resolve_dtype(dtype, target.type), device=target, progress=progress)
-    cache = cache_layout(opened.config)
-    numbers = sum(opened.config.layers[layer].mixer.state.numbers_per_token for layer in cache.slot_layers)
+    cache = shared_places(opened.config)
+    layers = opened.config.layers
+    numbers = sum(layers[users[0]].mixer.state.numbers_per_token for users in cache.slot_layers)
     room = sizes(BLOCK_TOKENS * numbers * parameters["embed.weight"].element_size())
     return CudaRunner(
         Transformer.from_parameters(opened.config, parameters), room.n_blocks, cache, n_slots=room.n_slots
     )
+
+
+def shared_places(config: ModelConfig) -> CacheLayout:
+    """The layout of a model's cache; one group where layers that would share a place keep keys of different shapes."""
+    cache = cache_layout(config)
+    alike = all(len({config.layers[i].mixer.state for i in users}) == 1 for users in cache.slot_layers)
+    return cache if alike else one_group(config.n_layers)
 
 
 class CudaRunner:
