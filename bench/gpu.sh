@@ -13,4 +13,4 @@ else
   nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv,noheader
 fi
 export PYTHONPATH="src:.${PYTHONPATH:+:$PYTHONPATH}"
-python bench/gpu_day.py "${dry[@]}" "${1:-gpu.csv}"
+"${PYTHON:-python}" bench/gpu_day.py "${dry[@]}" "${1:-gpu.csv}"

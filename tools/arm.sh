@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The kernels of 64-bit ARM on any machine: cross-compiled, and their tests run by qemu's processor and an ARM Python.
 #
-#   tools/arm.sh                   compile; the tests of operations, runners and sampling under qemu (an hour and more)
-#   tools/arm.sh quick             a subset, in minutes
+#   tools/arm.sh                   compile; the tests of operations, runners and sampling under qemu (hours)
+#   tools/arm.sh quick             products in every format on every instruction set, without torch, in minutes
 #   tools/arm.sh python ARGS...    the ARM Python alone, with what it needs to import quadriga and torch
 #
 # Debian's packages aarch64-linux-gnu-g++ (g++-aarch64-linux-gnu), qemu-user-static and cmake; apt and pip fetch the ARM Python and
@@ -35,7 +35,7 @@ fetch_packages() {
   version=$(ARM_python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   python3 -m pip install --quiet --target "$here/packages" --only-binary=:all: --python-version "$version" \
     "${tags[@]}" --platform manylinux2014_aarch64 torch==2.9.1 numpy ml_dtypes safetensors tokenizers tiktoken sentencepiece jinja2 \
-    msgspec huggingface_hub typer rich prompt_toolkit llguidance pytest hypothesis gguf psutil
+    msgspec huggingface_hub typer rich prompt_toolkit llguidance prometheus-client pytest hypothesis gguf psutil transformers==4.57.6 peft
   touch "$here/packages/done"
 }
 
@@ -56,7 +56,7 @@ fetch_python
 fetch_packages
 case "${1:-all}" in
   python) shift; ARM_python "$@" ;;
-  quick) ARM_python -m pytest -p no:cacheprovider -n 0 tests/ops -k "neon or i8mm" ;;
+  quick) ARM_python -m pytest -p no:cacheprovider --noconftest tests/ops/test_instruction_sets.py ;;
   all) ARM_python -m pytest -p no:cacheprovider tests/ops tests/runners tests/engine/test_sampling_kernels.py ;;
   *) echo "tools/arm.sh [quick | python ARGS...]; got $1" >&2; exit 2 ;;
 esac

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# A wheel (or the source distribution) in fresh environments: what they weigh, and the time until an answer. Fails where it does
-# not answer, or weighs more than 200 MB.
+# A wheel (or the source distribution) in fresh environments: what they weigh, and the time until an answer.
 #
 #   tools/try_wheel.sh FILE [PYTHON...]      python3 where none is named
 set -euo pipefail
@@ -22,5 +21,4 @@ for python in "$@"; do
   megabytes=$(du -s --block-size=1000000 env | cut -f1)
   awk -v python="$(env/bin/python --version)" -v mb="$megabytes" -v a="$begin" -v b="$installed" -v c="$answered" \
     'BEGIN { printf "%s: %d MB, installed in %.1f s, an answer after %.1f s more\n", python, mb, b - a, c - b }'
-  [ "$megabytes" -le 200 ] || { echo "more than 200 MB" >&2; exit 1; }
 done

@@ -12,7 +12,7 @@ trap 'rm -rf "$work"' EXIT
 CXX=aarch64-linux-gnu-g++
 csrc=src/quadriga/kernels/cpu/csrc
 
-executed() { qemu-aarch64-static -cpu max -singlestep -d exec,nochain "$@" 2>&1 | grep -c '^Trace' || true; }
+executed() { QEMU_LD_PREFIX= qemu-aarch64-static -cpu max -singlestep -d exec,nochain "$@" 2>&1 | grep -c "^Trace" || true; }
 line() {  # label, tokens, program and its words; {} is the number of repeats
   local one two label=$1 tokens=$2
   shift 2

@@ -268,6 +268,14 @@ def test_a_claim_is_run_listed_and_recorded(tmp_path: Path) -> None:
         registry.claim("x")
 
 
+def test_the_judge_of_a_claim_is_part_of_its_command() -> None:
+    (step,) = claim("conversation").steps(Scale(model="m", judge="http://x/v1", judge_model="gpt"))
+    assert step.argv == (
+        *("eval", "--model", "m", "--tasks", "mt_bench", "--judge", "http://x/v1", "--judge-model", "gpt"),
+        *("--out", "{out}"),
+    )
+
+
 def test_every_claim_can_fail_and_has_commands() -> None:
     for one in CLAIMS:
         assert one.at_least is not None or one.at_most is not None, one.name

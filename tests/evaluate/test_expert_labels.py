@@ -104,6 +104,14 @@ def test_windows_end_where_a_text_does() -> None:
     assert "," not in example["before"] + example["after"] and " lamp" in example["before"] + example["after"]
 
 
+def test_tokens_that_cannot_be_seen_are_shown_in_labels() -> None:
+    seen = Seen()
+    ids = [13] * 30 + [2] * 30
+    seen.add(ids, 0, [routing(ids, BY_KIND)] * 2)
+    experts = labels_of(seen, CONFIG, ["one"], lambda token: WORDS[token])["layers"][0]["experts"]
+    assert experts[3]["label"] == "space · ⏎" and experts[3]["tokens"][0]["text"] == "\n"
+
+
 def test_seldom_chosen_ones_get_no_claims() -> None:
     seen = Seen()
     ids = [2] * (LEAST_USES - 1) + [0] * 40

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -11,9 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_section_runs_dry(tmp_path: Path) -> None:
     out = tmp_path / "gpu.csv"
-    ended = subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu.sh"), "--dry", str(out)], capture_output=True, text=True, check=False
-    )
+    command = ["bash", str(ROOT / "bench" / "gpu.sh"), "--dry", str(out)]
+    environment = os.environ | {"PYTHON": sys.executable}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     with out.open() as file:
         rows = list(csv.DictReader(file))

@@ -47,6 +47,8 @@ def run_command(
     ] = 1.0,
     threads: options.Threads = None,
     weights: Annotated[str, typer.Option(help="The model that claims about quality are tried with.")] = "dbrx-instruct",
+    judge: options.Judge = None,
+    judge_model: options.JudgeModel = None,
     precision: Annotated[str, typer.Option(help="Of training: bfloat16 or float32.")] = "bfloat16",
     json: options.Json = False,
 ) -> None:
@@ -54,7 +56,15 @@ def run_command(
     from quadriga.bench.claims import registry, results
 
     one = registry.claim(claim)
-    scale = registry.Scale(seeds=seeds, share=share, threads=threads, model=weights, dtype=precision)
+    scale = registry.Scale(
+        seeds=seeds,
+        share=share,
+        threads=threads,
+        model=weights,
+        dtype=precision,
+        judge=judge,
+        judge_model=judge_model,
+    )
     found = results.run(one, scale, runs, recipes, lambda text: print(text, file=sys.stderr, flush=True))
     said = results.verdict(one, found)
     if json:

@@ -14,6 +14,7 @@ from quadriga.cli.command import Commands
 if TYPE_CHECKING:
     from quadriga.engine.llm import LLM
     from quadriga.evaluate.expert_labels import Seen
+    from quadriga.text.tokenizer import Tokenizer
 
 experts_app = Commands(no_args_is_help=True, help="What the experts of a mixture do.")
 
@@ -63,7 +64,7 @@ def label_command(
     if tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer, so no text can be read with it")
     texts = _texts(data, text_field, domain_field)
-    seen, domains = _read(llm, texts, tokens)
+    seen, domains = _read(llm, tokenizer, texts, tokens)
     labels = expert_labels.labels_of(seen, llm.config, domains, lambda token: tokenizer.decode([token]))
     labels = {"model": llm.name, "data": data, **labels}
     place = out or _place(llm)
@@ -105,7 +106,7 @@ def _texts(data: str, text_field: str, domain_field: str) -> Iterator[tuple[str,
         raise ConfigError(f"cannot read the data {path}: {error}") from None
 
 
-def _read(llm: LLM, texts: Iterator[tuple[str, str]], n_tokens: int) -> tuple[Seen, list[str]]:
+def _read(llm: LLM, tokenizer: Tokenizer, texts: Iterator[tuple[str, str]], n_tokens: int) -> tuple[Seen, list[str]]:
     """Run the texts, so many tokens of each domain, and gather what was chosen; and the names of the domains."""
     from quadriga.cli.progress import count_bar
     from quadriga.evaluate.expert_labels import Seen
@@ -116,7 +117,7 @@ def _read(llm: LLM, texts: Iterator[tuple[str, str]], n_tokens: int) -> tuple[Se
         left = n_tokens - sum(map(len, read))
         if left > 0:
             most = min(TEXT_TOKENS, left, llm.config.max_seq_len - 1)
-            ids = llm.prompt_ids(text[: 8 * most], parse_special=False)[:most]
+            ids = [*tokenizer.prefix_ids, *tokenizer.encode(text[: 16 * most])][:most]
             if ids:
                 read.append(ids)
     seen, total, done = Seen(), sum(len(ids) for read in by_domain.values() for ids in read), 0

@@ -144,7 +144,7 @@ def _expert(corpus: _Corpus, positions: Ints, weights: NDArray[np.float32]) -> d
     strongest = int(np.argmax(shares * np.log(np.maximum(lifts, 1e-9))))
     stands_out = n >= LEAST_USES and shares[strongest] > 0.5 and lifts[strongest] >= 1.5
     domain = corpus.names[strongest] if stands_out else None
-    words = " ".join(token["text"].strip() or repr(token["text"])[1:-1] for token in tokens[:4])
+    words = " ".join(token["text"].strip() or token["text"].translate(_SEEN) for token in tokens[:4])
     order = np.argsort(-shares, kind="stable")
     return {
         "label": " · ".join(part for part in (kind, domain, words) if part),
@@ -218,6 +218,7 @@ def mutual_information(table: NDArray[Any]) -> float:
     return max(0.0, bits - (rows - 1) * (columns - 1) / (2 * n * float(np.log(2))))
 
 
+_SEEN = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 _CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 
 

@@ -108,13 +108,17 @@ def test_thoughts_are_folded_kept_and_sent_back(visit: Open) -> None:
     }  # fmt: skip
 
 
-def test_a_long_answer_grows_without_being_made_anew(visit: Open) -> None:
+def test_a_long_answer_grows_without_being_made_anew_and_is_made_where_it_is_seen(visit: Open) -> None:
     tab = visit()
-    text = "\n\n".join(f"Paragraph {i} with **some** words and `code`." for i in range(800))
+    text = "\n\n".join(f"Paragraph {i} with **some** words and $x_{{{i}}}$." for i in range(800))
     tab.answers(text)
     tab.send("At length")
+    tab.page.reload()
+    tab.page.click(".row .open")
+    tab.page.wait_for_selector(".katex")
     assert tab.count(f"{LAST} .block") == 800
-    # What is out of sight is left to the browser to skip.
+    assert tab.count(".far") > 600, "far from sight it is text, which the browser's own search finds"
+    assert tab.page.evaluate("document.querySelector('.far').textContent").startswith("Paragraph 0 with **some**")
     assert tab.page.evaluate("getComputedStyle(document.querySelector('.block')).contentVisibility") == "auto"
     kept = tab.page.evaluate(
         """async () => {
@@ -123,7 +127,7 @@ def test_a_long_answer_grows_without_being_made_anew(visit: Open) -> None:
             const { update, path } = await import("/page/tree.js");
             const before = [...document.querySelectorAll(".block")];
             const node = path(currentConversation()).at(-1);
-            put(update(currentConversation(), node.id, { content: node.content + "\\n\\nOne more." }), { save: false });
+            put(update(currentConversation(), node.id, { content: node.content + "\\n\\nOne *more*." }), { save: false });
             const frame = () => new Promise((resolve) => requestAnimationFrame(resolve));
             await frame(); await frame();
             const after = [...document.querySelectorAll(".block")];
@@ -132,6 +136,40 @@ def test_a_long_answer_grows_without_being_made_anew(visit: Open) -> None:
         }"""
     )
     assert kept == [801, True]
+    tab.page.evaluate("document.querySelector('.scroller').scrollTop = 0")
+    tab.page.wait_for_selector(".block:first-child strong:text-is('some')")
+    tab.page.wait_for_selector(".block:first-child .katex")
+
+
+@pytest.mark.parametrize(
+    ("first", "rest"),
+    [
+        ("One\n\nTwo", " goes on"),
+        ("- a\n- b\n\n", "- c, of the same list"),
+        ("1. a\n\n   inside", "\n\n2. b"),
+        ("Title", "\n=====\n\nText"),
+        ("```\ncode\n\nmore", "\n```\n\nafter"),
+        ("| a |\n|---|\n| 1 |", "\n| 2 |\n\nend"),
+        ("See [it][1].\n\nAnd", " more.\n\n[1]: https://example.org/"),
+        ("a\r\n\r\nb", "c\r\n\r\nd"),
+        ("$$\nx", "\n$$\n\ny"),
+        ("> quote\n", "> goes on"),
+        ("", "begins"),
+    ],
+)
+def test_a_text_that_grows_reads_as_the_whole_one(visit: Open, first: str, rest: str) -> None:
+    tab = visit()
+    found = tab.page.evaluate(
+        """async ([first, rest]) => {
+            const { read, blockHtml } = await import("/page/markdown.js");
+            let seen = null;
+            for (let n = 0; n <= rest.length; n++) seen = read(first + rest.slice(0, n), seen);
+            const html = (one) => one.blocks.map(({ token }) => blockHtml(token)).join("");
+            return [html(seen), html(read(first + rest))];
+        }""",
+        [first, rest],
+    )
+    assert found[0] == found[1] and found[1]
 
 
 def test_references_of_another_block_are_heeded_when_they_come(visit: Open) -> None:

@@ -27,6 +27,7 @@ class Scale:
         threads: of each training run and benchmark; None: all.
         model: whose weights the claims about quality are tried with.
         dtype: of training; bfloat16 where the processor multiplies in it.
+        judge, judge_model: who grades answers: a chat API's address and the model's name there, or a model here.
     """
 
     seeds: int = 3
@@ -34,6 +35,8 @@ class Scale:
     threads: int | None = None
     model: str = "dbrx-instruct"
     dtype: str = "bfloat16"
+    judge: str | None = None
+    judge_model: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +143,13 @@ def _evaluated(tasks: str, *words: str) -> Callable[[Scale], list[Step]]:
         return [Step(name="eval", argv=("eval", "--model", scale.model, "--tasks", tasks, *words, "--out", "{out}"))]
 
     return steps
+
+
+def _mt_bench(scale: Scale) -> list[Step]:
+    """Without a judge, its place is named, so that the command can be read; `quadriga eval` then refuses it."""
+    words = ["eval", "--model", scale.model, "--tasks", "mt_bench", "--judge", scale.judge or "JUDGE"]
+    words += [] if scale.judge_model is None else ["--judge-model", scale.judge_model]
+    return [Step(name="eval", argv=(*words, "--out", "{out}"))]
 
 
 _NEEDS_WEIGHTS = "DBRX's weights (263 GB) and a machine that holds them: give --weights"
@@ -266,6 +276,17 @@ CLAIMS = (
         measure=measures.main_figure("humaneval"),
         at_least=0.681,
         missing=_NEEDS_WEIGHTS,
+    ),
+    Claim(
+        name="conversation",
+        says="MT-Bench of 8.39, between Mistral Medium and Claude 3 Haiku, below GPT-3.5 Turbo's 8.58",
+        published="8.39 ± 0.08",
+        unit="of 10",
+        how="MT-Bench's 80 questions with the judge that --judge names; the launch used corrected questions and GPT-4.",
+        steps=_mt_bench,
+        measure=measures.main_figure("mt_bench"),
+        at_least=8.31,
+        missing=f"{_NEEDS_WEIGHTS}, and --judge",
     ),
     Claim(
         name="long-context",

@@ -46,7 +46,7 @@ export function visible(text) {
 /** An expert's label: its kind, its domain, and the tokens it is chosen for most. */
 export function labelOf(expert, n = 4) {
   if (!expert) return "";
-  const words = expert.tokens.slice(0, n).map((token) => visible(token.text).replace(/^␣/, ""));
+  const words = expert.tokens.slice(0, n).map((token) => visible(token.text).replace(/^␣(?=.)/, ""));
   return [kindName(expert.kind), expert.domain, words.join(" ")].filter(Boolean).join(" · ");
 }
 

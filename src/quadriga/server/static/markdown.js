@@ -68,11 +68,17 @@ const INLINE_MATH = [
 ];
 const BLOCK_MATH = [/^\$\$((?:[^$]|\\\$)+?)\$\$[ \t]*(?:\n|$)/, /^\\\[([\s\S]+?)\\\][ \t]*(?:\n|$)/];
 
+/** A text up to its first empty line, which ends what it begins with: the rest may be a thousand paragraphs. */
+function upToGap(text) {
+  const end = text.indexOf("\n\n");
+  return end < 0 ? text : text.slice(0, end + 1);
+}
+
 function math(name, level, patterns, start) {
   return {
     name,
     level,
-    start: (text) => text.match(start)?.index,
+    start: (text) => upToGap(text).match(start)?.index,
     tokenizer(text) {
       const at = patterns.findIndex((pattern) => pattern.test(text));
       if (at < 0) return undefined;
@@ -100,15 +106,32 @@ const ALLOWED = {
 };
 
 /**
- * The blocks of a Markdown text: [{key, token}]. Equal keys mean equal HTML: a block's own text, and the addresses that
- * [references] anywhere stand for.
+ * Tokens of a text; where it is `before`'s with more at its end, only its last two blocks are read again: the last may become
+ * another kind ("2" a paragraph, "2." an item) and join the one before.
  */
-export function toBlocks(text) {
-  const tokens = marked.lexer(text);
+function lexed(text, before) {
+  if (!before || !text.startsWith(before.text)) return marked.lexer(text);
+  const isBlock = (token) => token.type !== "space";
+  const last = before.tokens.findLastIndex(isBlock);
+  const kept = before.tokens.slice(0, Math.max(0, before.tokens.slice(0, Math.max(0, last)).findLastIndex(isBlock)));
+  const at = kept.reduce((sum, token) => sum + token.raw.length, 0);
+  const more = marked.lexer(text.slice(at));
+  const named = [...kept, ...more].some((token) => token.type === "def"); // it may be meant in any block
+  return named ? marked.lexer(text) : [...kept, ...more];
+}
+
+/**
+ * A Markdown text as {text, tokens, blocks: [{key, token}]}; `before` is what this gave for an earlier state of it. Equal keys
+ * mean equal HTML: a block's own text, and the addresses that [references] anywhere stand for.
+ */
+export function read(given, before = null) {
+  const text = given.replace(/\r\n?/g, "\n");
+  const tokens = lexed(text, before);
   const known = tokens.filter((token) => token.type === "def").map((token) => token.raw);
-  return tokens
+  const blocks = tokens
     .filter((token) => token.type !== "space" && token.type !== "def")
     .map((token) => ({ key: `${token.raw}\u0000${known.join("")}`, token }));
+  return { text, tokens, blocks };
 }
 
 /** Safe HTML of a block. */
