@@ -61,6 +61,7 @@ class RowSettings:
         unused: ids that are never chosen and never listed.
         early: ids that are not chosen while :meth:`set` says so.
         moves: token id -> what is added to its logit.
+        breaks, breakers: where repetitions end; see ``engine.dry``. (V,) uint8 and its longer sequences, flat.
         temperature: 0: greedy.
         n_top: so many of the most probable tokens are listed.
 
@@ -87,6 +88,11 @@ class RowSettings:
         typical_p: float,
         xtc_probability: float,
         xtc_threshold: float,
+        dry_multiplier: float,
+        dry_base: float,
+        dry_allowed_length: int,
+        breaks: NDArray[np.uint8] | None,
+        breakers: Ids | None,
         n_top: int,
         seed: int,
     ) -> None:
@@ -94,6 +100,7 @@ class RowSettings:
         self._top_ids, self._top_logits = np.empty(n_top, np.int32), np.empty(n_top, np.float32)
         self._n_early = len(early)
         self.lists = (unused, early, moved, amounts)
+        self._keep: tuple[object, ...] = (breaks, breakers)
         self.history: tuple[Ids, Ids] | None = None
         self.allowed: NDArray[np.bool_] | None = None
         self.struct = bindings.Sampling(
@@ -112,6 +119,12 @@ class RowSettings:
             typical_p=typical_p,
             xtc_probability=xtc_probability,
             xtc_threshold=xtc_threshold,
+            dry_multiplier=dry_multiplier,
+            dry_base=dry_base,
+            dry_allowed_length=dry_allowed_length,
+            breaks=None if breaks is None else breaks.ctypes.data,
+            breakers=None if breakers is None else breakers.ctypes.data,
+            n_breakers=0 if breakers is None else len(breakers),
             top_k=top_k,
             n_top=n_top,
             seed=seed,
@@ -139,6 +152,11 @@ class RowSettings:
         if self.history is None or self.history[0] is not ids:
             self.history = ids, counts
             struct.said, struct.counts = ids.ctypes.data, counts.ctypes.data
+
+    def repeats(self, history: Ids) -> None:
+        """The tokens so far in which repetitions are looked for, the newest last."""
+        self._looked_at = history  # its memory must live until the row is sampled
+        self.struct.history, self.struct.n_history = history.ctypes.data, len(history)
 
     def top(self, n: int) -> tuple[tuple[int, float], ...]:
         """The first n tokens that the last sampling listed, with their logits."""

@@ -1,7 +1,7 @@
 """The engine's settings of rows as the kernel takes them, and what it gives as the engine takes it.
 
 A pass costs one wait: tokens, sums, logits and the most probable come back in one piece. What the kernel has not,
-typical-p and XTC, is chosen by the CPU's kernels from rows that are fetched.
+typical-p, XTC and DRY, is chosen by the CPU's kernels from rows that are fetched.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class DeviceSampler:
 def _is_for_host(one: RowSettings) -> bool:
     """True if the kernel does not have what this row asks for."""
     s = one.struct
-    return bool(s.temperature > 0 and (s.typical_p < 1 or s.xtc_probability > 0))
+    drawn_there = s.temperature > 0 and (s.typical_p < 1 or s.xtc_probability > 0)
+    return bool(drawn_there or s.dry_multiplier > 0)
 
 
 def _sampled(row: NDArray[np.float64], asked: RowSettings) -> Sampled:
