@@ -30,7 +30,7 @@ def main() -> None:
     started = time.perf_counter()
     llm = quadriga.load(args.model, threads=args.threads, format=args.format, activations=args.activations)
     assert isinstance(llm.runner, CompiledModel), "the CPU's kernels"
-    bench = Bench(llm.runner, dict(llm.runner.parameters), rounds=1)
+    bench = Bench(llm.runner, rounds=1)
     bench.run("prefill", 256)
     bench.run("decode", 2)
     spread = bench.spread()

@@ -14,7 +14,8 @@ Environment variables (all optional):
     QUADRIGA_COMMAND_OPTION   an option's default, e.g. QUADRIGA_SERVE_PORT (cli.settings)
     QUADRIGA_LOG        what is logged: a level (debug), or levels of rooms (engine=debug,server=info)
 
-torchrun's LOCAL_RANK, WORLD_SIZE and MASTER_ADDR say whether this process is one of several.
+torchrun's LOCAL_RANK, RANK, WORLD_SIZE and MASTER_ADDR say whether this process is one of several, LOCAL_WORLD_SIZE how
+many of them are on this machine.
 """
 
 from __future__ import annotations
@@ -276,6 +277,21 @@ def launched_rank() -> int | None:
     """This process's number on its machine if torchrun started it, else None."""
     rank = os.environ.get("LOCAL_RANK")
     return int(rank) if rank is not None and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ else None
+
+
+def launched_ranks() -> int | None:
+    """How many processes torchrun has started with this one, on all machines together; None: it has not."""
+    return None if launched_rank() is None else int(os.environ["WORLD_SIZE"])
+
+
+def follows() -> bool:
+    """True if torchrun has started this process, and another one is the first of all."""
+    return launched_rank() is not None and os.environ.get("RANK") != "0"
+
+
+def threads_of_rank() -> int:
+    """One thread for each processor of this process that no other rank on this machine has a claim to."""
+    return max(1, n_threads(None) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def prefer_short_pauses() -> None:

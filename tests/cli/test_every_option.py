@@ -108,14 +108,16 @@ LOADED: dict[str, tuple[list[str], Any]] = {
     "dtype": (["--dtype", "float64"], "float64"),
     "device": (["--device", "auto"], "auto"),
     "threads": (["--threads", "2"], 2),
+    "parallel": (["--parallel", "tp=2"], "tp=2"),
     "max_sequences": (["--max-sequences", "3"], 3),
     "max_batch_tokens": (["--max-batch-tokens", "300"], 300),
 }
 
-KERNELS = ("format", "activations", "kv_format", "expert_memory")
+KERNELS = ("format", "activations", "kv_format", "expert_memory", "parallel")
 ELSEWHERE = {
     "max_sequences": {"serve"},
     "max_batch_tokens": {"serve"},
+    "parallel": {"chat", "generate", "serve", *(f"bench {what}" for what in ("decode", "prefill", "batch", "depth"))},
     **{
         key: {"chat", "generate", "serve", "eval", "experts label"}
         for key in ("dtype", "device", "kv_memory", "expert_memory")

@@ -22,7 +22,7 @@ from tests.checkpoint.test_packed import write
 def bench() -> Bench:
     config = TINY["dbrx"]
     packed = pack_parameters(arrays(random_parameters(config, std=0.1)), "q4")
-    return Bench(CompiledModel(config, packed, threads=2, n_blocks=40), packed, rounds=2)
+    return Bench(CompiledModel(config, packed, threads=2, n_blocks=40), rounds=2)
 
 
 def test_a_token_reads_everything_but_idle_experts_and_other_embeddings() -> None:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from quadriga.kernels.cpu.packing import Packed, Parameter
 from quadriga.kernels.cpu.program import PassBatch
 from quadriga.model import cost
 from quadriga.model.config import ModelConfig
+from quadriga.runners.base import Runner
 from quadriga.runners.compiled import CompiledModel
 
 KINDS = ("decode", "prefill", "batch", "depth")
@@ -62,18 +64,21 @@ class Spread:
 
 
 class Bench:
-    """Measures one compiled model.
+    """Measures one model on the kernels.
 
     Args:
         model: the model.
-        parameters: its packed parameters, to count bytes.
         rounds: number of measurements, of which the median is reported.
+        part: rank 0's part of a model that ranks share, and how many of them compute at the same time.
     """
 
-    def __init__(self, model: CompiledModel, parameters: dict[str, Parameter], *, rounds: int = 5) -> None:
+    def __init__(self, model: Runner, *, rounds: int = 5, part: tuple[CompiledModel, int] | None = None) -> None:
         self.model, self.config, self.rounds = model, model.config, rounds
-        self.context = model.program.context
-        self.bytes_per_token = bytes_per_token(self.config, parameters)
+        own, self._at_once = (cast("CompiledModel", model), 1) if part is None else part
+        self.context, self._own = own.program.context, own
+        parameters = dict(own.parameters)
+        self._stages = self.config.n_layers / own.config.n_layers  # which come one after the other
+        self.bytes_per_token = self._stages * bytes_per_token(own.config, parameters)
         self._format = _main_format(parameters)
         self._random = np.random.default_rng(0)
 
@@ -167,7 +172,7 @@ class Bench:
             return n / (time.perf_counter() - started)
 
         rates = [once() for _ in range(self.rounds)]
-        peak = peak_ops_per_s(self.context, self._format)
+        peak = self._at_once * peak_ops_per_s(self.context, self._format)
         per_token = 2.0 * cost.n_params(self.config).active  # counts embeddings and head per token: 1 % too many
         per_token -= 2.0 * self.config.vocab_size * self.config.d_model * (1 if self.config.tied_embeddings else 2)
         return _row("prefill", n, rates, [peak / per_token], "arithmetic")
@@ -184,9 +189,9 @@ class Bench:
     def _bytes_of_batch(self, n: int) -> float:
         """Bytes read by a step of n sequences if each chooses its experts at random."""
         total = self.bytes_per_token
-        for i, spec in self.config.moe_layers:
+        for i, spec in self._own.config.moe_layers:
             used = spec.top_k / spec.n_experts
-            total += _stacked_bytes(self.model.parameters, i) * (1 - (1 - used) ** n - used)
+            total += self._stages * _stacked_bytes(self._own.parameters, i) * (1 - (1 - used) ** n - used)
         return total
 
 

@@ -30,20 +30,30 @@ def bench_command(
     activations: options.Activations = None,
     kv_format: options.KVFormat = None,
     threads: options.Threads = None,
+    parallel: options.Parallel = None,
     rounds: options.Rounds = 5,
     out: options.Csv = None,
 ) -> None:
-    """Measure speed. Every row says how much of the machine's own limit was reached, measured beside it."""
+    """Measure speed. Every row says how much of the machine's own limit was reached, measured beside it.
+
+    Of a model that ranks share, the limit is that of the first rank and its part, the others at rest.
+    """
     what = context.info_name or ""
 
     from quadriga import __version__, runtime
     from quadriga.bench.speed import Bench, Row
+    from quadriga.runners.ranks import RankedModel
 
-    llm = options.load_model(model, _on_kernels(format, activations, kv_format, threads))
-    runner = cast("CompiledModel", llm.runner)  # the options were checked before it was loaded
+    how = _on_kernels(format, activations, kv_format, threads, parallel)
+    options.follow_if_rank(model, how)
+    llm = options.load_model(model, how)
+    runner, part = llm.runner, None
+    if isinstance(runner, RankedModel):
+        part = (runner.own.local, runner.own.place.mesh.group)
     rows: list[Row] = []
-    kernels = runner.program.context
-    bench = Bench(runner, dict(runner.parameters), rounds=rounds)
+    # The options were checked before it was loaded: it is on the kernels.
+    kernels = (cast("CompiledModel", runner) if part is None else part[0]).program.context
+    bench = Bench(runner, rounds=rounds, part=part)
     for one in n or _DEFAULT_N[what]:
         row = bench.run(what, one)
         rows.append(row)
@@ -93,14 +103,22 @@ def bench_load_command(
     print(f"load {loaded:.2f} s, first token after {first:.2f} s, resident {resident_bytes() / 1e9:.2f} GB")
 
 
-def _on_kernels(format: str | None, activations: str | None, kv_format: str | None, threads: int | None) -> LoadOptions:
+def _on_kernels(
+    format: str | None,
+    activations: str | None,
+    kv_format: str | None,
+    threads: int | None,
+    parallel: str | None = None,
+) -> LoadOptions:
     """How the model is loaded: on the CPU's kernels, whose speed this is about."""
     from quadriga.errors import ConfigError
     from quadriga.kernels import dispatch
 
     if not dispatch.compiled():
         raise ConfigError("bench measures the CPU's kernels, and QUADRIGA_OPS=reference turns them off. Unset it.")
-    return options.load_options(format=format, activations=activations, kv_format=kv_format, threads=threads)
+    return options.load_options(
+        format=format, activations=activations, kv_format=kv_format, threads=threads, parallel=parallel
+    )
 
 
 _EXAMPLES = {

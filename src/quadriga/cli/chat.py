@@ -81,6 +81,7 @@ def chat_command(
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
+    parallel: options.Parallel = None,
 ) -> None:
     """Talk to a model. The default model (98 MB) is fetched on first use and works offline after that.
 
@@ -96,7 +97,9 @@ def chat_command(
         dtype=dtype,
         device=device,
         threads=threads,
+        parallel=parallel,
     )
+    options.follow_if_rank(model, how)
     params = options.sampling(
         max_tokens=max_tokens,
         temperature=temperature,

@@ -36,14 +36,11 @@ def generate_command(
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
+    parallel: options.Parallel = None,
 ) -> None:
     """Continue a text exactly as given, without a chat template."""
     from quadriga.errors import RequestError
 
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise RequestError("give a text to continue, as an argument or on standard input")
-        prompt = sys.stdin.read()
     how = options.load_options(
         format=format,
         activations=activations,
@@ -53,7 +50,13 @@ def generate_command(
         dtype=dtype,
         device=device,
         threads=threads,
+        parallel=parallel,
     )
+    options.follow_if_rank(model, how)
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise RequestError("give a text to continue, as an argument or on standard input")
+        prompt = sys.stdin.read()
     params = options.sampling(
         max_tokens=max_tokens,
         temperature=temperature,

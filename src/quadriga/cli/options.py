@@ -84,6 +84,14 @@ Threads = Annotated[
     typer.Option(min=1, max=1024, help="CPU threads of each process; default: all.", rich_help_panel=_MACHINE),
 ]
 
+Parallel = Annotated[
+    str | None,
+    typer.Option(
+        help="Share the model among the processes of torchrun, e.g. tp=2 or tp=2,ep=2,pp=3; memory is of each.",
+        rich_help_panel=_MACHINE,
+    ),
+]
+
 # Answers -------------------------------------------------------------------------------------------------------------
 
 System = Annotated[str | None, typer.Option(help="System prompt.")]
@@ -226,6 +234,7 @@ Counts = Annotated[
     list[int] | None,
     typer.Option(
         "--n",
+        "--count",  # torchrun takes --n for one of its own options
         min=1,
         max=2**31 - 1,
         help="Tokens made, prompt tokens, sequences at once or positions in the cache; may be repeated.",
@@ -382,11 +391,25 @@ def load_model(model: str, options: LoadOptions) -> LLM:
     """Load a model with a progress bar."""
     from dataclasses import asdict
 
+    from quadriga import runtime
     from quadriga.cli.progress import progress_bar
     from quadriga.engine.llm import load
 
+    if options.parallel is not None and runtime.follows():
+        return load(model, **asdict(options))
     with progress_bar(f"loading {Path(model).name}") as show:
         return load(model, **asdict(options), progress=show)
+
+
+def follow_if_rank(model: str, how: LoadOptions) -> None:
+    """On every rank but the first: load a part of the model and take part in what the first rank does, to its end.
+
+    To be called before anything that one process alone may do: reading standard input, listening at a port.
+    """
+    from quadriga import runtime
+
+    if how.parallel is not None and runtime.follows():
+        load_model(model, how)
 
 
 def summary(n_tokens: int, tokens_per_s: float, first_token_s: float, finish_reason: str) -> str:

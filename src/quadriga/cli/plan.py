@@ -193,6 +193,7 @@ def _serving(config: ModelConfig, context: int) -> list[dict[str, Any]]:
                     "tokens_per_s_alone": found.tokens_per_s_alone,
                     "batch": found.batch,
                     "tokens_per_s_batch": found.tokens_per_s_batch,
+                    "runs_on": found.runs_on,
                 }
             )
     return rows
@@ -273,9 +274,14 @@ def _print_serving(model: str, table: dict[str, Any]) -> None:
     by_box: dict[str, list[str]] = {}
     for row in table["serving"]:
         speed = f"{row['tokens_per_s_alone']:,.0f} tok/s; {row['batch']}: {row['tokens_per_s_batch']:,.0f}"
+        speed += "" if row["runs_on"] else " *"
         by_box.setdefault(row["box"], []).append(speed if row["fits"] else f"{row['weight_bytes'] / 1e9:.0f} GB: no")
     for box, cells in by_box.items():
         shown.add_row(box, *cells)
     console = Console()
     console.print(shown)
     console.print("one sequence; then the batch that fits and its tokens a second, as memory and peak allow at best")
+    console.print(
+        "*: not with this engine, which runs bf16 on one GPU, and all formats on processors; several machines"
+    )
+    console.print("are ranks of one model: torchrun ... --parallel tp=3")

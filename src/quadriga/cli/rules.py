@@ -44,7 +44,7 @@ _SAMPLED = _all(
     "at {temperature} 0 the most probable token is taken each time. Give {temperature} above 0, or leave it out",
 )
 
-_HERE = ("format", "activations", "kv_format", "kv_memory", "expert_memory", "dtype", "device", "threads")
+_HERE = ("format", "activations", "kv_format", "kv_memory", "expert_memory", "dtype", "device", "threads", "parallel")
 """How a model runs in this process."""
 
 _WRITES = (

@@ -98,6 +98,7 @@ def serve_command(
     dtype: options.Dtype = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
+    parallel: options.Parallel = None,
 ) -> None:
     """Serve a model, or several (NAME=MODEL gives a name): OpenAI's and Anthropic's interfaces, and a chat page at /.
 
@@ -121,10 +122,14 @@ def serve_command(
         dtype=dtype,
         device=device,
         threads=threads,
+        parallel=parallel,
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
     )
     models = _models(model or [DEFAULT], name or ())
+    if len(models) > 1 and parallel is not None:
+        raise ConfigError("--parallel is for a server of one model: its ranks follow one engine")
+    options.follow_if_rank(models[0][0], how)
     adapters = _adapters(adapter or (), how)
     if len(models) > 1 and adapters:
         raise ConfigError("--adapter is for a server of one model; add them over HTTP, with --admin-key")

@@ -175,7 +175,10 @@ class Engine:
             ConfigError: the folder cannot be used, or the model does not run on the CPU's kernels with all its weights.
         """
         if not hasattr(self.runner, "identity"):
-            raise ConfigError("a prefix cache on disk is for models on the CPU's kernels; leave dtype and device out")
+            raise ConfigError(
+                "a prefix cache on disk is for models that one process has on the CPU's kernels: not on torch, and not "
+                "on several ranks. Leave one of the two out"
+            )
         if self.config.is_recurrent:
             raise ConfigError(
                 "a prefix cache on disk keeps keys and values, and this model's recurrent layers have states besides, "

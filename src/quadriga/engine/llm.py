@@ -38,12 +38,13 @@ from quadriga.engine.request import (
     seed_of,
 )
 from quadriga.engine.scoring import Ids, Scored, score
+from quadriga.engine.shared import on_ranks, shared_runner
 from quadriga.engine.threads import ThreadTurns
 from quadriga.errors import ConfigError, EngineError, QuadrigaError, RequestError, TokenizerError
 from quadriga.hub import catalogue
 from quadriga.io.adapter import load as load_adapter
 from quadriga.io.adapter_files import low_rank
-from quadriga.io.open import open_checkpoint
+from quadriga.io.open import Checkpoint, open_checkpoint
 from quadriga.io.packed import is_quantised
 from quadriga.io.suggested import Suggested, suggested
 from quadriga.kernels.cpu.expert_store import ExpertStore
@@ -51,6 +52,7 @@ from quadriga.model.config import ModelConfig
 from quadriga.model.steering import ExpertFactor
 from quadriga.runners import make
 from quadriga.runners.base import Floats, LayerRouting, Runner
+from quadriga.runners.ranks import Links
 from quadriga.text import template_process
 from quadriga.text.chat import render
 from quadriga.text.least_tokens import LeastTokens
@@ -85,6 +87,7 @@ def load(
     expert_memory: int | None = None,
     max_sequences: int = 64,
     max_batch_tokens: int = 2048,
+    parallel: str | None = None,
     progress: Progress | None = None,
 ) -> LLM:
     """Load a model.
@@ -109,6 +112,9 @@ def load(
             recently used ones in memory; None loads everything.
         max_sequences: requests that run at once.
         max_batch_tokens: tokens of one pass; a long prompt goes in pieces of at most this many beside other answers.
+        parallel: share the model among the ranks that torchrun has started, e.g. tp=2,ep=2,pp=3; see docs/cluster.md.
+            Memory and threads are then those of each rank. On rank 0 this returns; on all others it takes part in what
+            rank 0 computes until that ends, and then raises SystemExit.
         progress: called while weights are downloaded and read.
 
     Raises:
@@ -128,43 +134,54 @@ def load(
         expert_memory=expert_memory,
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
+        parallel=parallel,
     )
     options.check()
-    on_torch = options.why_torch() is not None
-    opened = open_checkpoint(catalogue.resolve(str(path_or_name), progress=progress))
+    name = str(path_or_name)
+    if parallel is None:
+        return _load(name, options, progress)
+    return on_ranks(parallel, name, progress, lambda links, told: _load(name, options, told, links))
+
+
+def _load(name: str, options: LoadOptions, progress: Progress | None, links: Links | None = None) -> LLM:
+    """See :func:`load`; ``links`` are those to the ranks that share the model."""
+    opened = open_checkpoint(catalogue.resolve(name, progress=progress))
     tokenizer = opened.load_tokenizer(catalogue.cl100k_ranks)
-    if tokenizer is not None and tokenizer.chat_template is not None:
+    if tokenizer is not None and tokenizer.chat_template is not None and (links is None or links.place.rank == 0):
         template_process.warm()  # it starts while the weights are read
-    if on_torch:
-        runner = make.make_torch(
-            opened, dtype=dtype or "auto", device=device, threads=threads, kv_memory=kv_memory, progress=progress
-        )
-    else:
-        if activations is not None and not is_quantised(opened, format or "keep"):
-            raise ConfigError(
-                f"activations (--activations) {activations} would have no effect: it is what quantised weights are "
-                f"multiplied with, and those of {path_or_name} are not. Leave it out, or give format q8, q4, q4m or mx4"
-            )
-        runner = make.make(
-            opened,
-            format=format or "keep",
-            threads=threads,
-            activations=activations or "auto",
-            kv_format=kv_format or "bfloat16",
-            kv_memory=kv_memory,
-            expert_memory=expert_memory,
-            max_batch_tokens=max_batch_tokens,
-            progress=progress,
-        )
     return LLM(
-        runner,
+        _runner(name, opened, options, progress, links),
         tokenizer,
-        name=str(path_or_name),
-        max_sequences=max_sequences,
-        max_batch_tokens=max_batch_tokens,
-        suggested=catalogue.sampling_of(str(path_or_name)) or suggested(opened.path),
+        name=name,
+        max_sequences=options.max_sequences,
+        max_batch_tokens=options.max_batch_tokens,
+        suggested=catalogue.sampling_of(name) or suggested(opened.path),
         path=opened.path,
     )
+
+
+def _runner(
+    name: str, opened: Checkpoint, options: LoadOptions, progress: Progress | None, links: Links | None
+) -> Runner:
+    """What computes the model: torch, the kernels here, or the kernels of all ranks."""
+    how: dict[str, Any] = {"threads": options.threads, "kv_memory": options.kv_memory, "progress": progress}
+    if options.why_torch() is not None:
+        return make.make_torch(opened, dtype=options.dtype or "auto", device=options.device, **how)
+    form = options.format or "keep"
+    if options.activations is not None and not is_quantised(opened, form):
+        raise ConfigError(
+            f"activations (--activations) {options.activations} would have no effect: it is what quantised weights are "
+            f"multiplied with, and those of {name} are not. Leave it out, or give format q8, q4, q4m or mx4"
+        )
+    how |= {
+        "format": form,
+        "activations": options.activations or "auto",
+        "kv_format": options.kv_format or "bfloat16",
+        "max_batch_tokens": options.max_batch_tokens,
+    }
+    if links is not None:
+        return shared_runner(opened, links, how)
+    return make.make(opened, expert_memory=options.expert_memory, **how)
 
 
 class LLM:

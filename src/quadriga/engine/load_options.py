@@ -1,7 +1,7 @@
 """How a model is loaded, as one value: what each option may be, and which backend has a use for it. No torch.
 
     backend      chosen by                                       what only it has a use for
-    kernels      a CPU and none of the following                 format activations kv_format expert_memory
+    kernels      a CPU and none of the following                 format activations kv_format expert_memory parallel
     torch        dtype, another device, QUADRIGA_OPS=reference   dtype
 
 Checked before anything is fetched or read. What depends on the model (quantised weights for ``activations``, a mixture
@@ -18,6 +18,7 @@ from quadriga import runtime
 from quadriga.errors import ConfigError
 from quadriga.io.packed import FORMATS_TO_LOAD
 from quadriga.kernels import dispatch
+from quadriga.model.rank_mesh import RankMesh
 from quadriga.option_rules import Allowed, OneOf, Rule, Spelling, Whole, as_argument, refuse_unused, require_values
 from quadriga.quant.packed import KV_FORMATS
 from quadriga.runners.compiled import ACTIVATIONS
@@ -39,6 +40,12 @@ RULES = (
     Rule("activations", _on_kernels, "it is what the CPU's kernels multiply quantised weights with, and {reason}"),
     Rule("kv_format", _on_kernels, "torch's cache is of the weights' own type, and {reason}"),
     Rule("expert_memory", _on_kernels, "only the CPU's kernels leave experts on disk, and {reason}"),
+    Rule("parallel", _on_kernels, "ranks compute on the CPU's kernels, and {reason}"),
+    Rule(
+        "expert_memory",
+        lambda options: options["parallel"] is None,
+        "ranks keep their parts in memory. Leave one of {expert_memory} and {parallel} out",
+    ),
     Rule(
         "activations",
         lambda options: options["format"] not in ("float32", "bfloat16"),
@@ -83,6 +90,8 @@ class LoadOptions:
     expert_memory: int | None = None
     max_sequences: int = 64
     max_batch_tokens: int = 2048
+    parallel: str | None = None
+    """None: this process has the whole model."""
 
     def why_torch(self, spell: Spelling = as_argument) -> str | None:
         """What makes the model run on plain torch, and how to change that; None: it runs on the CPU's kernels.
@@ -115,6 +124,8 @@ class LoadOptions:
                 f"{spell('max_sequences')} must be at most {spell('max_batch_tokens')} ({self.max_batch_tokens}), got "
                 f"{self.max_sequences}: every running sequence gets a token in every pass"
             )
+        if self.parallel is not None:
+            RankMesh.parse(self.parallel)
         runtime.check_device(self.device, spell("device"))
         reason = self.why_torch(spell)
         options["backend"] = "kernels" if reason is None else "torch"

@@ -71,7 +71,7 @@ def load_packed(
         raise ConfigError(
             "expert_memory (--expert-memory) would have no effect: this model is dense, without experts. Leave it out."
         )
-    manifest = _packed_manifest(checkpoint)
+    manifest = packed_manifest(checkpoint)
     if manifest is not None and form == "keep":
         return _map_directory(checkpoint, manifest, expert_memory, progress)
     if expert_memory is not None:
@@ -85,8 +85,8 @@ def load_packed(
     for name, shape in shapes.items():
         if len(shape) == 1:
             parameters[name] = as_float32(checkpoint.parameters.read(name))
-        elif form == "keep" and name.endswith("attn.wqkv.weight") and (runs := _runs_of_rows(checkpoint, name)):
-            parameters[name] = [_read_rows(checkpoint, run).pack(FROM_GGUF.get(block, "q8")) for block, run in runs]
+        elif form == "keep" and name.endswith("attn.wqkv.weight") and (runs := runs_of_rows(checkpoint, name)):
+            parameters[name] = [read_rows(checkpoint, run).pack(FROM_GGUF.get(block, "q8")) for block, run in runs]
         else:
             matrices = list(pack_parameter(checkpoint, name, shape, form))
             parameters[name] = matrices if len(shape) == 3 else matrices[0]
@@ -96,14 +96,15 @@ def load_packed(
     return PackedParameters(parameters)
 
 
-def _packed_manifest(checkpoint: Checkpoint) -> engine_file.Manifest | None:
+def packed_manifest(checkpoint: Checkpoint) -> engine_file.Manifest | None:
+    """The manifest of a packed directory; None: the checkpoint is none."""
     manifest = engine_file.read_manifest(checkpoint.path) if checkpoint.kind == "quadriga" else None
     return manifest if manifest is not None and manifest.packed else None
 
 
 def is_quantised(checkpoint: Checkpoint, form: str) -> bool:
     """True if :func:`load_packed` with this format gives any quantised matrix."""
-    manifest = _packed_manifest(checkpoint)
+    manifest = packed_manifest(checkpoint)
     if manifest is not None and form == "keep":
         return any(entry.format in QUANTISED for entry in manifest.parameters.values())
     matrices = [name for name, shape in parameter_shapes(checkpoint.config).items() if len(shape) > 1]
@@ -183,7 +184,7 @@ def _pieces(checkpoint: Checkpoint, name: str) -> list[Piece]:
     return sorted(pieces, key=lambda piece: (piece.target_box or whole(piece.target_shape))[0])
 
 
-def _runs_of_rows(checkpoint: Checkpoint, name: str) -> list[tuple[str, list[Piece]]]:
+def runs_of_rows(checkpoint: Checkpoint, name: str) -> list[tuple[str, list[Piece]]]:
     """A matrix whose rows are blocks of several formats as runs of rows of one, in order; none: it is not such."""
     pieces = _pieces(checkpoint, name)
     if len(_blocks_of(checkpoint, pieces)) < 2:
@@ -192,8 +193,8 @@ def _runs_of_rows(checkpoint: Checkpoint, name: str) -> list[tuple[str, list[Pie
     return [(block, list(run)) for block, run in runs]
 
 
-def _read_rows(checkpoint: Checkpoint, run: list[Piece]) -> Unpacked:
-    """One of :func:`_runs_of_rows`."""
+def read_rows(checkpoint: Checkpoint, run: list[Piece]) -> Unpacked:
+    """One of :func:`runs_of_rows`."""
     source, shape = checkpoint.source, run[0].target_shape
     assert isinstance(source, (GGUFSource, QuantisedSource)), "blocks"
     first, last = ((piece.target_box or whole(shape))[0] for piece in (run[0], run[-1]))

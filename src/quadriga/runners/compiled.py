@@ -30,6 +30,7 @@ from quadriga.kernels.cpu.program import (
     FFNArgs,
     LatentArgs,
     Mamba2Args,
+    Meeting,
     NormArgs,
     PassBatch,
     Program,
@@ -55,6 +56,7 @@ from quadriga.model.config import (
     ShortConvSpec,
 )
 from quadriga.model.positions import alibi_slopes, rotation
+from quadriga.model.rank_share import RankShare
 from quadriga.model.weight_map import parameter_shapes, stays_float32
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.packed import KV_FORMATS, kv_block_bytes, latent_block_bytes
@@ -114,7 +116,7 @@ def _unit_norm(dim: int, eps: float) -> NormArgs:
     return NormArgs(np.ones(dim, dtype=np.float32), "rms", eps)
 
 
-def _distribution(logits: Floats, score: str) -> Floats:
+def distribution(logits: Floats, score: str) -> Floats:
     """Over the last axis: the softmax, or sigmoid scores divided by their sum."""
     if score == "sigmoid":
         scores = 1 / (1 + np.exp(-np.maximum(logits, -80)))
@@ -140,6 +142,8 @@ class CompiledModel:
         max_tokens: most tokens of one pass.
         isa: an instruction set instead of the one in force (tests).
         store: where the experts are, if they stay on disk.
+        share: what of a model this is, whose ``config`` and ``cache`` are given; None: it is whole.
+        meeting: the ranks that have the other parts of these layers; None: there are none.
 
     Raises:
         ConfigError: an unknown kv_format.
@@ -159,20 +163,26 @@ class CompiledModel:
         max_tokens: int = MAX_TOKENS,
         isa: str | None = None,
         store: ExpertStore | None = None,
+        share: RankShare | None = None,
+        meeting: Meeting | None = None,
     ) -> None:
         if kv_format not in KV_FORMATS:
             raise ConfigError(f"the cache's format must be one of {', '.join(KV_FORMATS)}; got {kv_format!r}")
         self.config, self.n_blocks, self.kv_format = config, n_blocks, kv_format
         if activations not in ACTIVATIONS:
             raise ConfigError(f"activations must be one of {', '.join(ACTIVATIONS)}; got {activations!r}")
-        small = sum(prod(shape) for shape in parameter_shapes(config).values()) < 1e9
+        self._share, whole = share, config if share is None else share.whole
+        small = sum(prod(shape) for shape in parameter_shapes(whole).values()) < 1e9
+        rows = (0, config.vocab_size) if share is None else share.head_rows
         self.program = Program(
             d_model=config.d_model,
-            vocab_size=config.vocab_size,
+            vocab_size=rows[1] - rows[0],
             max_tokens=max_tokens,
             threads=threads,
             int16=activations == "int16" or (activations == "auto" and small),
             isa=isa,
+            n_groups=1 if cache is None else cache.n_groups,
+            meeting=meeting,
         )
         self.parameters, self.store, self.can_steer = parameters, store, True
         self.row_sampler: RowSampler | None = RowSampler(self.program.context)
@@ -187,8 +197,13 @@ class CompiledModel:
             if numbers := spec.mixer.state.numbers_per_sequence:
                 self._states[i] = allocate(self.n_slots * numbers * 4).view(np.float32).reshape(self.n_slots, numbers)
         self.state_bytes = sum(state.nbytes for state in self._states.values())
-        embed = self._packed("embed.weight")
-        self.program.embed(embed, config.embedding_scale)
+        self._capture()
+
+    def _capture(self) -> None:
+        """The layers as ops, in their order."""
+        config, share = self.config, self._share
+        if share is None or share.place.first:
+            self.program.embed(self._packed("embed.weight"), config.embedding_scale)
         for layer in range(config.n_layers):
             match config.layers[layer].mixer:
                 case AttentionSpec() as attention:
@@ -200,10 +215,11 @@ class CompiledModel:
                 case Mamba2Spec() as mamba:
                     self.program.mamba2(self._mamba2(layer, mamba))
             self.program.ffn(self._ffn(layer))
-        head = embed if config.tied_embeddings else self._packed("lm_head.weight")
-        bias = self._vector("lm_head.bias") if config.head_bias else None
-        norm = self._norm("final_norm.weight", config.final_norm)
-        self.program.head(norm, head, config.logit_scale, bias, config.logit_cap)
+        if share is None or share.place.last:
+            head = self._packed("embed.weight" if config.tied_embeddings else "lm_head.weight")
+            bias = self._vector("lm_head.bias") if config.head_bias else None
+            norm = self._norm("final_norm.weight", config.final_norm)
+            self.program.head(norm, head, config.logit_scale, bias, config.logit_cap)
 
     @property
     def adapter_names(self) -> list[str]:
@@ -306,7 +322,7 @@ class CompiledModel:
             LayerRouting(
                 r.ids[:n_tokens].astype(np.int64),
                 r.weights[:n_tokens].copy(),
-                _distribution(logits, spec.score),
+                distribution(logits, spec.score),
                 logits,
             )
             for r, (_, spec) in zip(self.program.routing, self.config.moe_layers, strict=True)
@@ -390,7 +406,8 @@ class CompiledModel:
         if isinstance(spec.position, RopeSpec):
             turning = rotation(spec.position, spec.turning_dim, self.config.max_seq_len)
         elif isinstance(spec.position, AlibiSpec):
-            slopes = alibi_slopes(spec.position, spec.n_heads)
+            share = self._share
+            slopes = alibi_slopes(spec.position, spec.n_heads) if share is None else share.slopes(layer)
         if spec.qk_norm is not None:
             rms = NormSpec(kind="rms", eps=spec.qk_norm.eps, plus_one=spec.qk_norm.plus_one)
             q_norm, k_norm = (self._norm(f"{p}attn.{part}_norm.weight", rms) for part in "qk")

@@ -2,21 +2,30 @@
 
 make(...)       ──► CompiledModel                  NumPy and C++; torch is never imported
 make_torch(...) ──► runners.torch, imported here   where it is not installed, one error says how to install it
+join(mesh)      ──► runners.distributed, imported here   the same
+make_ranked(...) ─► RankedModel on rank 0, a RankModel to follow with elsewhere
 """
 
 from __future__ import annotations
 
-from quadriga import runtime
+import json
+
+from quadriga import __version__, runtime
 from quadriga.errors import ConfigError
 from quadriga.io.open import Checkpoint
 from quadriga.io.packed import load_packed
 from quadriga.io.parameters import Progress
+from quadriga.io.rank_parameters import load_part
+from quadriga.kernels.cpu.library import isa
 from quadriga.model import cost
 from quadriga.model.cache_layout import cache_layout
 from quadriga.model.config import ModelConfig
+from quadriga.model.rank_mesh import RankMesh
+from quadriga.model.rank_share import RankShare
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.base import CacheSize, Runner
 from quadriga.runners.compiled import MAX_TOKENS, CompiledModel, place_bytes
+from quadriga.runners.ranks import Links, RankedModel, RankModel
 
 _KERNELS_CONTEXTS, _TORCH_CONTEXTS = 4, 2
 """Full contexts that a cache of keys and values has room for where nobody says how large it is to be."""
@@ -87,6 +96,101 @@ def make_torch(
         threads=threads,
         progress=progress,
     )
+
+
+def join(mesh: RankMesh) -> Links:
+    """This process as one of the ranks that torchrun has started.
+
+    Raises:
+        ConfigError: there are not as many as the mesh has.
+        HardwareError: torch is not installed.
+        EngineError: the others cannot be reached.
+    """
+    started = runtime.launched_ranks()
+    if started != mesh.size:
+        what = "this process is by itself" if started is None else f"torchrun has started {started}"
+        raise ConfigError(
+            f"parallel {mesh} is for {mesh.size} ranks, and {what}. Start them with: torchrun --nproc-per-node "
+            f"{mesh.size} -m quadriga ..., or, on several machines, with --nnodes"
+        )
+    try:
+        from quadriga.runners.distributed import TorchLinks
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise runtime.without_torch("sharing a model among ranks") from None
+    return TorchLinks(mesh)
+
+
+def make_ranked(
+    opened: Checkpoint,
+    links: Links,
+    *,
+    format: str = "keep",
+    threads: int | None = None,
+    activations: str = "auto",
+    kv_format: str = "bfloat16",
+    kv_memory: int | None = None,
+    max_batch_tokens: int = MAX_TOKENS,
+    progress: Progress | None = None,
+) -> RankedModel | RankModel:
+    """This rank's part of a checkpoint on the CPU's kernels; what each argument is for, ``engine.llm.load`` says.
+
+    Args:
+        threads, kv_memory: of each rank.
+
+    Returns:
+        on rank 0 the whole model, on others what :func:`quadriga.runners.ranks.follow` takes.
+
+    Raises:
+        ConfigError: the model cannot be shared so, or the ranks are not alike.
+        CheckpointError, HardwareError: as :func:`make`.
+    """
+    problem = links.place.mesh.problem(opened.config)
+    if problem is not None:
+        raise ConfigError(f"parallel {links.place.mesh}: {problem}")
+    share = RankShare(opened.config, links.place)
+    parameters = load_part(opened, share, format, progress=progress)
+    per_block = max(1, sum(place_bytes(share.config, share.cache, kv_format)))
+    size = cache_size(opened.config, per_block, kv_memory, _KERNELS_CONTEXTS)
+    blocks, slots = _alike(links, opened, size, (format, activations, kv_format, max_batch_tokens))
+    model = RankModel(
+        share,
+        parameters,
+        links,
+        threads=runtime.threads_of_rank() if threads is None else runtime.n_threads(threads),
+        n_blocks=blocks,
+        n_slots=slots,
+        kv_format=kv_format,
+        activations=activations,
+        max_tokens=max(MAX_TOKENS, max_batch_tokens),
+    )
+    sizes = [tuple(map(int, told.split())) for told in links.compare(_bytes(model.local))]
+    if links.place.rank:
+        return model
+    weights, kv, states = (sum(column) for column in zip(*sizes, strict=True))
+    return RankedModel(model, (weights, kv, states))
+
+
+def _bytes(model: CompiledModel) -> str:
+    return f"{model.weights()[1]} {model.kv_bytes} {model.state_bytes}"
+
+
+def _alike(links: Links, opened: Checkpoint, size: CacheSize, options: tuple[object, ...]) -> tuple[int, int]:
+    """Blocks and slots that every rank has room for.
+
+    Raises:
+        ConfigError: the ranks have different models, options, versions or instruction sets: their numbers would differ.
+    """
+    what = repr((__version__, isa(), opened.config, options))
+    told = [json.loads(text) for text in links.compare(json.dumps([what, size.n_blocks, size.n_slots]))]
+    other = next((rank for rank, (theirs, _, _) in enumerate(told) if theirs != what), None)
+    if other is not None:
+        raise ConfigError(
+            f"all ranks must have the same model, options, version and instruction set; ranks {links.place.rank} and "
+            f"{other} differ. Where processors do, set QUADRIGA_CPU_ISA to what all of them have"
+        )
+    return min(blocks for _, blocks, _ in told), min(slots for _, _, slots in told)
 
 
 def device_type(name: str) -> str:

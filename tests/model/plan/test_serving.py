@@ -17,8 +17,8 @@ from quadriga.errors import HardwareError, InputError
 from quadriga.model.config import DenseSpec
 from quadriga.model.cost import bytes_read_per_token, flops_per_token, kv_bytes_per_token, weight_bytes
 from quadriga.model.families import PRESETS
-from quadriga.model.plan.hardware import BOXES, Box
-from quadriga.model.plan.serving import decode_bound, request_bound, serve
+from quadriga.model.plan.hardware import BOXES, Box, Link
+from quadriga.model.plan.serving import decode_bound, exchange_s, request_bound, serve
 from tests.configs import changed
 
 DBRX = PRESETS["dbrx-132b"]
@@ -81,6 +81,28 @@ def test_what_fits_where() -> None:
     assert found.batch == found.cache_tokens // 4096
     none = fits["2x H100 80GB", "bf16"]
     assert none.cache_tokens < 0 and none.tokens_per_s_alone == none.tokens_per_s_batch == 0
+
+
+def test_several_machines_pay_for_what_they_tell_each_other() -> None:
+    one = Box("one", 10**12, 3e11, 1e30)
+    three = Box("three", 10**12, 3e11, 1e30, link=Link(3, 2e-4, 1e9))
+    assert exchange_s(DBRX, one, 5) == 0
+    heard = 2 * (80 * (2e-4 + 4 * 6144 * 5 / 1e9) + 2e-4 + 4 * 5 * 100352 / 3 / 1e9)
+    assert exchange_s(DBRX, three, 5) == pytest.approx(heard)
+    step = 5 / decode_bound(DBRX, "q4", one, 5, 1000) + heard
+    assert decode_bound(DBRX, "q4", three, 5, 1000) == pytest.approx(5 / step)
+
+
+def test_rows_say_what_this_engine_runs() -> None:
+    table = {(box.name, form): serve(DBRX, form, box, 4096).runs_on for box in BOXES for form in ("bf16", "q4")}
+    assert table["1x H100 80GB", "bf16"] == "torch" and table["1x H100 80GB", "q4"] is None
+    assert table["8x H100 80GB", "bf16"] is None and table["desktop, 2x DDR5-5600, 96GB", "q4"] == "kernels"
+    assert table["3x desktop 32GB, 1 Gbit/s", "q4"] == "ranks"
+    shown, rows = _run("dbrx-132b"), json.loads(_run("dbrx-132b", "--json").output)["serving"]
+    assert "*: not with this engine" in shown.output and "--parallel tp=3" in shown.output
+    assert {row["runs_on"] for row in rows} == {"torch", "kernels", "ranks", None}
+    fits = next(r for r in rows if r["box"] == "3x desktop 32GB, 1 Gbit/s" and r["format"] == "q4")
+    assert fits["fits"] and fits["weight_bytes"] > 2 * 32e9  # what one such machine cannot hold
 
 
 def _run(*words: str) -> Any:

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "bcfa331b4b49329ffaadb3f046602864d17c53caf167591b7358f3d4de6739e0"
+HEADER_SHA256 = "ee7e1a88df76584b1b03a5c70abd6f1229c5f9ddad7978923f281c6032bcb6b6"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -150,6 +150,7 @@ class Op(IntEnum):
     SHORT_CONV = 6
     DELTA_NET = 7
     MAMBA2 = 8
+    MERGE = 9
 
 
 class Message(c.Structure):
@@ -376,6 +377,18 @@ class Head(c.Structure):
     ]
 
 
+class Merge(c.Structure):
+    """struct qd_merge"""
+
+    _fields_ = [
+        ("post_norm", Norm),
+        ("bias", c.c_void_p),
+        ("residual_scale", c.c_float),
+        ("stream_scale", c.c_float),
+        ("d_model", c.c_int32),
+    ]
+
+
 class Batch(c.Structure):
     """struct qd_batch"""
 
@@ -394,6 +407,9 @@ class Batch(c.Structure):
         ("before", c.c_void_p),
         ("after", c.c_void_p),
         ("table_size", c.c_int64),
+        ("branches", c.c_void_p),
+        ("n_branches", c.c_int32),
+        ("branch", c.c_int32),
     ]
 
 
@@ -506,6 +522,7 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "qd_mamba2": Mamba2,
     "qd_ffn": Ffn,
     "qd_head": Head,
+    "qd_merge": Merge,
     "qd_batch": Batch,
     "qd_step": Step,
     "qd_sampling": Sampling,

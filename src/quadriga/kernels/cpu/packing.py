@@ -32,11 +32,13 @@ class Packed:
     rows: int
     cols: int
     data: Bytes
-    """uint8, ``PACKED[format].nbytes_of(rows, cols)`` of them, at a 64-byte boundary; possibly a memory map."""
+    """uint8, ``PACKED[format].nbytes_of(rows, cols)`` of them, at a 64-byte boundary; possibly a memory map. None of an
+    expert that is another rank's."""
 
     def struct(self) -> bindings.Matrix:
         """What the kernels are handed. Keep this object alive while they use it."""
-        return bindings.Matrix(self.data.ctypes.data, self.rows, self.cols, cpu.FORMATS[self.format])
+        address = self.data.ctypes.data if self.data.size else None
+        return bindings.Matrix(address, self.rows, self.cols, cpu.FORMATS[self.format])
 
     def unpack(self, first: int = 0, n: int | None = None) -> NDArray[np.float32]:
         """Rows [first, first + n) as float32."""

@@ -13,7 +13,8 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -284,6 +285,19 @@ def _address(values: Ints | Floats) -> int | None:
     return ctypes.addressof(ctypes.c_char.from_buffer(values.data)) if values.size else None
 
 
+class Meeting(Protocol):
+    """Where the ranks that have parts of the same layers exchange what each computed of a branch."""
+
+    index: int
+    """This rank's among them."""
+    size: int
+    """How many there are."""
+
+    def meet(self, parts: Floats) -> None:
+        """Of parts (size, N, D) the own one is there; put the others' in their places."""
+        ...
+
+
 class LayerRouting:
     """Where a layer's routing of the last pass and its running counts lie."""
 
@@ -302,6 +316,8 @@ class Program:
         max_tokens: most tokens of one pass.
         int16: activations that meet quantised matrices keep 15 bits instead of 8; decoding stays bound by memory, a
             prompt takes about twice as long.
+        n_groups: tables of a sequence, if more than the layers here need.
+        meeting: other ranks that have parts of these layers; None: there are none.
     """
 
     def __init__(
@@ -313,6 +329,8 @@ class Program:
         threads: int,
         int16: bool = False,
         isa: str | None = None,
+        n_groups: int = 1,
+        meeting: Meeting | None = None,
     ) -> None:
         self.context = cpu.Context(threads, isa)
         self.context.set_int16(int16)
@@ -321,9 +339,13 @@ class Program:
         self._ops: list[tuple[int, ctypes.Structure]] = []
         self._routers: list[tuple[bindings.Ffn, ChoiceArgs]] = []
         self._keep: list[Any] = []
-        self._n_groups = 1
-        self._steps: ctypes.Array[bindings.Step] | None = None
-        self.d_model, self._hidden = d_model, np.zeros((max_tokens, d_model), dtype=np.float32)
+        self._n_groups = n_groups
+        self._segments: list[ctypes.Array[bindings.Step]] = []
+        self.d_model = d_model
+        self.stream = np.zeros((max_tokens, d_model), dtype=np.float32)
+        """The residual stream of the last pass. Without :meth:`embed` a pass begins with what was put there."""
+        self._meeting, self._meets_before = meeting, list[int]()
+        self._parts = np.zeros(0 if meeting is None else meeting.size * max_tokens * d_model, dtype=np.float32)
 
     def embed(self, table: Packed, scale: float) -> None:
         """Look tokens up in the table (V, D)."""
@@ -370,6 +392,7 @@ class Program:
         self._keep.append(a.kv)
         for kind in (Op.QKV, Op.ATTEND, Op.ATTN_OUT):
             self._add(kind, op)
+        self._end_branch(a.post_norm, a.out_bias, a.residual_scale)
 
     def short_conv(self, a: ShortConvArgs) -> None:
         """The first half of a layer with a short convolution: one op."""
@@ -385,6 +408,7 @@ class Program:
         )
         self._keep.append(a.state)
         self._add(Op.SHORT_CONV, op)
+        self._end_branch(a.post_norm, None, a.residual_scale)
 
     def delta_net(self, a: DeltaNetArgs) -> None:
         """The first half of a layer with a gated delta rule: one op."""
@@ -409,6 +433,7 @@ class Program:
         )
         self._keep.append(a.state)
         self._add(Op.DELTA_NET, op)
+        self._end_branch(a.post_norm, None, a.residual_scale)
 
     def mamba2(self, a: Mamba2Args) -> None:
         """The first half of a layer with a state-space model: one op."""
@@ -434,6 +459,7 @@ class Program:
         )
         self._keep.append(a.state)
         self._add(Op.MAMBA2, op)
+        self._end_branch(a.post_norm, None, a.residual_scale)
 
     def _latent(self, a: LatentArgs | None) -> dict[str, Any]:
         """The fields of latent attention; none where there is none."""
@@ -479,6 +505,7 @@ class Program:
         if a.router is not None:
             self._routers.append((op, a.choice))
         self._add(Op.FFN, op)
+        self._end_branch(a.post_norm, None, a.residual_scale, a.stream_scale)
 
     def _mixture(self, a: FFNArgs) -> dict[str, Any]:
         """The fields of a mixture beyond a softmax over experts without biases."""
@@ -562,9 +589,8 @@ class Program:
         assert 0 < n <= self.max_tokens, f"a pass takes 1 to {self.max_tokens} tokens, got {n}"
         tables = np.ascontiguousarray(np.atleast_2d(batch.tables))
         assert len(tables) == self._n_groups, f"the cache has {self._n_groups} groups, got tables of {len(tables)}"
-        if self._steps is None:
-            steps = [bindings.Step(kind, ctypes.addressof(op)) for kind, op in self._ops]
-            self._steps = (bindings.Step * len(steps))(*steps)
+        if not self._segments:
+            self._segments = self._cut()
         logits: Floats = np.empty((n_rows, self.vocab_size), dtype=np.float32)
         args = bindings.Batch(
             n_tokens=n,
@@ -578,12 +604,26 @@ class Program:
             table_starts=_address(batch.table_starts),
             rows=_address(batch.rows),
             logits=_address(logits),
-            hidden=self._hidden.ctypes.data,
+            hidden=self.stream.ctypes.data,
             before=None if batch.before is None else batch.before.ctypes.data,
             after=None if batch.after is None else batch.after.ctypes.data,
         )
-        self.context.run(self._steps, args)
+        if self._meeting is None:
+            self.context.run(self._segments[0], args)
+            return logits
+        args.branches, args.n_branches, args.branch = _address(self._parts), self._meeting.size, self._meeting.index
+        parts = self._parts[: self._meeting.size * n * self.d_model].reshape(self._meeting.size, n, self.d_model)
+        for segment in self._segments[:-1]:
+            self.context.run(segment, args)
+            self._meeting.meet(parts)
+        self.context.run(self._segments[-1], args)
         return logits
+
+    def _cut(self) -> list[ctypes.Array[bindings.Step]]:
+        """The captured ops, in as many arrays as there are meetings, and one more."""
+        steps = [bindings.Step(kind, ctypes.addressof(op)) for kind, op in self._ops]
+        bounds = [0, *self._meets_before, len(steps)]
+        return [(bindings.Step * (end - begin))(*steps[begin:end]) for begin, end in pairwise(bounds)]
 
     def hidden(self, n_tokens: int, norm: NormArgs) -> Floats:
         """(n_tokens, D) float32: the last pass's states after all layers, normed."""
@@ -591,7 +631,7 @@ class Program:
         bias = None if norm.bias is None else np.ascontiguousarray(norm.bias)
         place = None if bias is None else bias.ctypes.data
         spec = bindings.Norm(weight.ctypes.data, cpu.NORMS[norm.kind], norm.eps, place)
-        source, norm_rows = self._hidden.ctypes.data, self.context.lib.qd_norm_rows
+        source, norm_rows = self.stream.ctypes.data, self.context.lib.qd_norm_rows
         self.context.call(norm_rows, spec, source, n_tokens, self.d_model, out.ctypes.data)
         return out
 
@@ -603,8 +643,19 @@ class Program:
         return list(best), list(log_sum)
 
     def _add(self, kind: int, op: ctypes.Structure) -> None:
-        assert self._steps is None, "ops are added before the first run"
+        assert not self._segments, "ops are added before the first run"
         self._ops.append((kind, op))
+
+    def _end_branch(
+        self, post_norm: NormArgs | None, bias: Floats | None, residual_scale: float, stream_scale: float = 1.0
+    ) -> None:
+        """Where other ranks have parts of the branch, it ends when all have met."""
+        if self._meeting is None:
+            return
+        self._meets_before.append(len(self._ops))
+        norm, own_bias = self._norm(post_norm), self._floats(bias)
+        merge = bindings.Merge(norm, own_bias, residual_scale, stream_scale, self.d_model)
+        self._add(Op.MERGE, merge)
 
     def _matrix(self, packed: Packed | None) -> bindings.Matrix:
         if packed is None:

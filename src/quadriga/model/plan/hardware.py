@@ -84,10 +84,31 @@ class Box:
     memory_bytes: int
     bytes_per_s: float
     peak_flops: float
+    n_gpus: int = 0
+    """0: processors compute."""
+    link: Link | None = None
+    """Of several machines, each with an equal part of memory, bandwidth and peak; None: it is one."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """A network between machines of one kind."""
+
+    machines: int
+    latency_s: float
+    """One way, of a small message between two programs."""
+    bytes_per_s: float
+    """Each way, of one machine."""
 
 
 def _gpus(name: str, n: int, memory_gb: int, tb_per_s: float, tflops: float) -> Box:
-    return Box(name, n * memory_gb * 10**9, n * tb_per_s * 1e12, n * tflops * 1e12)
+    return Box(name, n * memory_gb * 10**9, n * tb_per_s * 1e12, n * tflops * 1e12, n)
+
+
+def _machines(name: str, n: int, memory_gb: int, latency_s: float, gbit_per_s: float) -> Box:
+    """Desktops with two channels of DDR5-5600 each."""
+    link = Link(n, latency_s, gbit_per_s * 1e9 / 8)
+    return Box(name, n * memory_gb * 10**9, n * 89e9, n * 1.5e12, link=link)
 
 
 BOXES = (
@@ -102,8 +123,10 @@ BOXES = (
     Box("Apple M3 Max 96GB", 96 * 10**9, 400e9, 16e12),
     Box("server, 12x DDR5-4800, 384GB", 384 * 10**9, 460e9, 10e12),
     Box("desktop, 2x DDR5-5600, 96GB", 96 * 10**9, 89e9, 1.5e12),
+    _machines("3x desktop 32GB, 1 Gbit/s", 3, 32, 200e-6, 1),
+    _machines("3x desktop 32GB, 10 Gbit/s", 3, 32, 50e-6, 10),
 )
-"""Memory, bandwidth and 16-bit peak as published by the makers."""
+"""Memory, bandwidth and 16-bit peak as published by the makers; latencies of a switched Ethernet are assumed."""
 
 
 @dataclass(frozen=True)

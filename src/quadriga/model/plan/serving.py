@@ -3,6 +3,9 @@
     seconds of a step of B sequences >= max(bytes read / bandwidth, 2 N_active B / peak)
     bytes read = all weights but the experts + the distinct experts that B tokens visit + B cached contexts
 
+Several machines exchange every branch's sum, twice a layer: each receives the (B, D) float32 of all others, one after
+the other, and the first one the others' rows of the logits besides.
+
 This is a bound, not a forecast. At B = 1 a mixture reads k of its E experts, so it decodes faster than a dense model of
 its size; at large B it reads all of them, and is faster only because it computes less.
 """
@@ -10,6 +13,7 @@ its size; at large B it reads all of them, and is faster only because it compute
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from quadriga.model.config import ModelConfig
 from quadriga.model.cost import (
@@ -24,6 +28,9 @@ from quadriga.model.cost import (
 from quadriga.model.plan.hardware import Box
 
 SERVED_FORMATS = ("bf16", "q8", "q4")
+
+RunsOn = Literal["kernels", "ranks", "torch"]
+"""The CPU's kernels in one process, or in one on each machine (``--parallel``); plain torch on one GPU."""
 _USABLE = 0.92
 """Fraction of a machine's memory available for weights and cache; the rest is for the program."""
 
@@ -43,6 +50,8 @@ class Serving:
     """Number of sequences for ``tokens_per_s_batch``: as many as fit, at most ``max_batch``."""
     tokens_per_s_batch: float
     """Upper bound for ``batch`` sequences together; 0 if not even one fits."""
+    runs_on: RunsOn | None
+    """What of this engine runs it; None: nothing does."""
 
     @property
     def fits(self) -> bool:
@@ -54,7 +63,29 @@ def decode_bound(config: ModelConfig, weight_format: str, box: Box, batch: int, 
     """Upper bound on tokens per second of ``batch`` sequences at position ``context``, all together."""
     read = _weights_read(config, weight_format, batch) + batch * kv_bytes_read(config, context)
     operations = batch * flops_per_token(config, context)
-    return batch / max(read / box.bytes_per_s, operations / box.peak_flops)
+    return batch / (max(read / box.bytes_per_s, operations / box.peak_flops) + exchange_s(config, box, batch))
+
+
+def exchange_s(config: ModelConfig, box: Box, batch: int) -> float:
+    """Seconds that the machines of a box need for what they tell each other in a step of ``batch`` tokens.
+
+    latency x layers + bytes: 2 exchanges a layer, in each of which a machine hears from all others in turn; then the
+    first hears logits.
+    """
+    if box.link is None:
+        return 0.0
+    others = box.link.machines - 1
+    one = box.link.latency_s + 4 * batch * config.d_model / box.link.bytes_per_s
+    logits = 4 * batch * config.vocab_size / box.link.machines
+    last = box.link.latency_s + logits / box.link.bytes_per_s
+    return others * (2 * config.n_layers * one + last)
+
+
+def runs_on(weight_format: str, box: Box) -> RunsOn | None:
+    """What of this engine runs weights of a format on a box; None: it has nothing for it yet."""
+    if box.n_gpus:
+        return "torch" if box.n_gpus == 1 and weight_format == "bf16" else None
+    return "kernels" if box.link is None else "ranks"
 
 
 def request_bound(config: ModelConfig, weight_format: str, box: Box, batch: int, prompt: int, output: int) -> float:
@@ -103,4 +134,5 @@ def serve(config: ModelConfig, weight_format: str, box: Box, context: int, max_b
         tokens_per_s_alone=decode_bound(config, weight_format, box, 1, context) if batch else 0.0,
         batch=batch,
         tokens_per_s_batch=decode_bound(config, weight_format, box, batch, context) if batch else 0.0,
+        runs_on=runs_on(weight_format, box),
     )

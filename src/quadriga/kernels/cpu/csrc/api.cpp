@@ -66,6 +66,7 @@ void run_step(qd_context& c, const qd_step& step, const qd_batch& batch) {
     case QD_OP_SHORT_CONV: return run_short_conv(c, *static_cast<const qd_short_conv*>(step.op), batch);
     case QD_OP_DELTA_NET: return run_delta_net(c, *static_cast<const qd_delta_net*>(step.op), batch);
     case QD_OP_MAMBA2: return run_mamba2(c, *static_cast<const qd_mamba2*>(step.op), batch);
+    case QD_OP_MERGE: return run_merge(c, *static_cast<const qd_merge*>(step.op), batch);
     case QD_OP_HEAD: return run_head(c, *static_cast<const qd_head*>(step.op), batch);
     default: check(false, "a step must be one of qd_op", step.kind);
   }

@@ -184,7 +184,7 @@ Plan make_plan(qd_context& c, const qd_ffn& op, int64_t n, const int32_t* ids, c
   const int64_t f = padded(op.up[0].rows), d = padded(op.down[0].rows);
   for (int e = 0; e < n_experts; ++e) {
     const int64_t first = begin[size_t(e)], count = begin[size_t(e) + 1] - first;
-    if (!count) continue;
+    if (!count || !op.up[e].data) continue;
     Active a{};
     a.expert = e, a.first = first, a.n = count, a.activation = op.activation;
     a.up = op.up[e], a.down = op.down[e];
@@ -290,6 +290,7 @@ const uint32_t* make_panels(qd_context& c, Plan& plan, const float* x, int64_t n
   const Kernels& kernels = *c.kernels;
   uint32_t* in = c.panels.reserve(plan.in_units);
   const bool shared = n == 1;
+  if (plan.active.empty()) return in;  // all experts of these tokens are somebody else's
   c.pool.run(shared ? 1 : int64_t(plan.panels.size()), std::max<int64_t>(1, (1 << 15) / (d * kernels.max_width)),
              [&](int64_t begin, int64_t end, int) {
                const float* rows[kMaxWidth];
@@ -465,6 +466,7 @@ void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
   const int64_t n = b.n_tokens, d = op.up[0].cols, out_rows = op.down[0].rows;
   float* out = nullptr;
   if (op.expert_norm.weight) {
+    if (b.branches) throw Failure(QD_STATUS_BAD_ARGUMENT, "experts apart have norms before their sum, and %d ranks parts of it", b.n_branches);
     run_apart(c, op, b, out = c.projected.reserve(n * out_rows));
   } else {
     const float* x = normed_or_as_is(c, op.norm, b.hidden, n, d);
@@ -473,6 +475,7 @@ void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
     if (op.router.data && op.shared_up.data) shared.resize(size_t(n));
     float* weighs = shared.empty() ? nullptr : shared.data();
     if (op.router.data) route(c, op, x, n, d, to.ids, to.weights, op.logits, weighs);
+    if (float* own = own_branch(b, out_rows)) return visit(c, op, x, n, to.ids, to.weights, weighs, own, false);
     const bool direct = !op.post_norm.weight && op.residual_scale == 1;
     out = direct ? b.hidden : c.projected.reserve(n * out_rows);
     visit(c, op, x, n, to.ids, to.weights, weighs, out, direct);

@@ -82,6 +82,7 @@ void linear(qd_context& c, const qd_matrix& m, const float* x, int64_t x_stride,
 void add_branch(qd_context& c, const qd_matrix& w, const float* bias, const qd_norm& post_norm, float scale, const float* mixed,
                 const qd_batch& b) {
   const int64_t n = b.n_tokens, dim = w.rows, width = w.cols;
+  if (float* own = own_branch(b, dim)) return linear(c, w, mixed, width, n, own, dim, false);
   if (!post_norm.weight && !bias && scale == 1) return linear(c, w, mixed, width, n, b.hidden, dim, true);
   float* projected = c.projected.reserve(n * dim);
   linear(c, w, mixed, width, n, projected, dim, false);
@@ -89,6 +90,21 @@ void add_branch(qd_context& c, const qd_matrix& w, const float* bias, const qd_n
     for (int64_t i = 0; i < n * dim; ++i) projected[i] += bias[i % dim];
   if (post_norm.weight) norm_rows(c, post_norm, projected, n, dim, projected);
   for (int64_t i = 0; i < n * dim; ++i) b.hidden[i] += scale * projected[i];
+}
+
+void run_merge(qd_context& c, const qd_merge& op, const qd_batch& b) {
+  if (!b.branches || b.n_branches < 1) throw Failure(QD_STATUS_BAD_ARGUMENT, "a merge needs branches, got %d", b.n_branches);
+  const int64_t n = b.n_tokens, dim = op.d_model, all = n * dim;
+  float* sum = c.projected.reserve(all);
+  c.pool.run(n, std::max<int64_t>(1, kSerialNumbers / dim), [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin * dim; i < end * dim; ++i) {
+      float total = b.branches[i];
+      for (int64_t r = 1; r < b.n_branches; ++r) total += b.branches[r * all + i];
+      sum[i] = op.bias ? total + op.bias[i % dim] : total;
+    }
+    for (int64_t t = begin; op.post_norm.weight && t < end; ++t) c.kernels->norm(op.post_norm, sum + t * dim, dim, sum + t * dim);
+    for (int64_t i = begin * dim; i < end * dim; ++i) b.hidden[i] = (b.hidden[i] + op.residual_scale * sum[i]) * op.stream_scale;
+  });
 }
 
 void head_linear(qd_context& c, const qd_matrix& m, int n_heads, const float* x, HeadStrides of_x, int64_t n, float* out,

@@ -70,7 +70,7 @@ enum qd_aggregate { QD_AGGREGATE_WEIGHTED_SUM = 0, QD_AGGREGATE_VOTE = 1, QD_AGG
 enum qd_isa { QD_ISA_PORTABLE = 0, QD_ISA_AVX2 = 1, QD_ISA_AVX512 = 2, QD_ISA_NEON = 3, QD_ISA_I8MM = 4 };
 enum qd_op {
   QD_OP_EMBED = 0, QD_OP_QKV = 1, QD_OP_ATTEND = 2, QD_OP_ATTN_OUT = 3, QD_OP_FFN = 4, QD_OP_HEAD = 5,
-  QD_OP_SHORT_CONV = 6, QD_OP_DELTA_NET = 7, QD_OP_MAMBA2 = 8
+  QD_OP_SHORT_CONV = 6, QD_OP_DELTA_NET = 7, QD_OP_MAMBA2 = 8, QD_OP_MERGE = 9
 };
 
 typedef struct qd_context qd_context; /* threads, instruction set, scratch memory; one call at a time, others wait */
@@ -194,7 +194,7 @@ typedef struct {
   const qd_matrix* gate; /* E of (F, D), or NULL: not gated */
   const qd_matrix* up;   /* E of (F, D) */
   const qd_matrix* down; /* E of (D, F). Formats may differ by expert, but an expert's gate and up take the same kind of
-                            activations */
+                            activations. An expert whose three have data NULL is somebody else's: nothing is added */
   int32_t n_experts, top_k, activation, aggregate, layer;
   float normalize_p; /* 0: none */
   float residual_scale;
@@ -235,6 +235,15 @@ typedef struct {
   float logit_cap;   /* c: logits become c tanh(logits / c) behind the scale; 0: as they are */
 } qd_head;
 
+/* The end of a branch that several ranks have a part of: what they left in the batch's branches is added up in their
+ * order, so that all have the same bits; then as at the end of an op that has a branch for itself. */
+typedef struct {
+  qd_norm post_norm; /* weight NULL: none */
+  const float* bias; /* (D,) or NULL */
+  float residual_scale, stream_scale; /* of the branch; at last of all of hidden */
+  int32_t d_model;
+} qd_merge;
+
 /* What one forward pass is given. Sequence s owns tokens [starts[s], starts[s+1]), which end its positions. */
 typedef struct {
   int32_t n_tokens, n_sequences, n_rows;
@@ -251,12 +260,17 @@ typedef struct {
   const int32_t* before;
   const int32_t* after;
   int64_t table_size;          /* blocks in one group's tables */
+  /* (n_branches, N, D), or NULL. Ops that end a branch (QD_OP_ATTN_OUT, QD_OP_FFN, QD_OP_SHORT_CONV, QD_OP_DELTA_NET,
+   * QD_OP_MAMBA2) leave its sum in place `branch` of these instead of adding it to hidden, without bias, post_norm and
+   * scales. */
+  float* branches;
+  int32_t n_branches, branch;
 } qd_batch;
 
 typedef struct {
   int32_t kind;   /* a qd_op */
-  const void* op; /* what that op takes: qd_embed, qd_attention, qd_ffn, qd_head, qd_short_conv, qd_delta_net or
-                   * qd_mamba2 */
+  const void* op; /* what that op takes: qd_embed, qd_attention, qd_ffn, qd_head, qd_short_conv, qd_delta_net,
+                   * qd_mamba2 or qd_merge */
 } qd_step;
 
 /* How one row of logits becomes a token. Fields whose count is 0 may be NULL. The order of it all is that of

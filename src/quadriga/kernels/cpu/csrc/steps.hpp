@@ -15,6 +15,12 @@ void run_latent_out(qd_context&, const qd_attention&, const qd_batch&);  // valu
 void add_projected(qd_context&, const qd_attention&, const qd_batch&, const float* mixed);
 void run_ffn(qd_context&, const qd_ffn&, const qd_batch&);             // norm, router, experts or one network, residual
 void run_head(qd_context&, const qd_head&, const qd_batch&);
+void run_merge(qd_context&, const qd_merge&, const qd_batch&);           // the ranks' parts of a branch, norm, residual
+
+// Where a branch's sum goes that other ranks have parts of, (N, D); NULL: it is this rank's alone, into hidden.
+inline float* own_branch(const qd_batch& b, int64_t d) {
+  return b.branches ? b.branches + int64_t(b.branch) * b.n_tokens * d : nullptr;
+}
 
 // out (n, matrix.rows) = x (n, matrix.cols) times the matrix transposed; with `add`, out += instead.
 void linear(qd_context&, const qd_matrix&, const float* x, int64_t x_stride, int64_t n, float* out, int64_t out_stride,
