@@ -30,7 +30,7 @@ def batch(chunks: list[tuple[list[int], int, list[int]]]) -> PassBatch:
 
 def logits_of(runner: Runner, one: PassBatch) -> Tensor:
     """What a runner computes for a pass, as a tensor."""
-    return torch.from_numpy(runner.forward(one).logits)
+    return torch.from_numpy(np.asarray(runner.forward(one).logits))
 
 
 def passed(runner: Runner, one: PassBatch) -> tuple[Tensor, list[RouterStats]]:
@@ -39,4 +39,4 @@ def passed(runner: Runner, one: PassBatch) -> tuple[Tensor, list[RouterStats]]:
     assert result.routing is not None
     fields = ("expert_ids", "expert_weights", "probs", "logits")
     stats = [RouterStats(*(torch.from_numpy(getattr(layer, name)) for name in fields)) for layer in result.routing]
-    return torch.from_numpy(result.logits), stats
+    return torch.from_numpy(np.asarray(result.logits)), stats

@@ -32,10 +32,10 @@ def with_convolutions(config: ModelConfig) -> ModelConfig:
     return replace(config, layers=in_order(layers))
 
 
-def with_delta_rules(config: ModelConfig) -> ModelConfig:
+def with_delta_rules(config: ModelConfig, k_dim: int = 12, v_dim: int = 18) -> ModelConfig:
     """``config`` as Qwen3-Next would have it: norms less one, gated attention in every second layer, else delta rules."""
     norm = replace(config.final_norm, plus_one=True)
-    delta = DeltaNetSpec(n_k_heads=2, n_v_heads=6, k_dim=12, v_dim=18, taps=4, eps=norm.eps)
+    delta = DeltaNetSpec(n_k_heads=2, n_v_heads=6, k_dim=k_dim, v_dim=v_dim, taps=4, eps=norm.eps)
     attention = replace(
         config.layers[0].attention,
         output_gate=True,

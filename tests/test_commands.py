@@ -46,11 +46,13 @@ ELSEWHERE = {
     r"quadriga tune recipes/tune/(full|qlora-experts|dpo|orpo|grpo)": "the same command on other recipes; tests/train has each",
     r"quadriga serve .* --adapter": "tests/server serves adapters",
     r"quadriga convert SOURCE OUT --to hf --pickles": "tests/checkpoint/test_bins.py has such files",
+    r"quadriga experts label \./my-moe": "a reader's own files; tests/cli/test_experts.py has such",
     r"quadriga train recipes/nano.toml": "first.toml is trained; this is the same with larger sizes",
 }
 SHORTER = {  # command -> what is added, or put in place of what is there
     r"quadriga (chat|generate)": {"--max-tokens": "4"},
     r"quadriga train": {"--stop-after": "2"},
+    r"quadriga experts label": {"--tokens": "200"},
     r"quadriga tune": {"--steps": "1"},
     r"quadriga eval --tasks": {"--limit": "2"},
     r"quadriga bench decode": {"--rounds": "1", "--n": "4"},

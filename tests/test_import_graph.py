@@ -26,9 +26,8 @@ WITHOUT_TORCH = {
 }
 """What each command imports when it is started, and inside its functions on the way that needs no gradient and no GPU."""
 
-TORCH = ("nn", "train", "kernels.arrays", "kernels.reference", "kernels.training", "kernels.triton",
-         "runners.distributed", "runners.torch",
-         "edits.calibrate", "edits.fit_router")  # fmt: skip
+TORCH = ("nn", "train", "kernels.arrays", "kernels.reference", "kernels.training", "kernels.triton", "runners.cuda",
+         "runners.distributed", "runners.torch", "edits.calibrate", "edits.fit_router")  # fmt: skip
 """The only files that name torch, with those in them."""
 
 

@@ -152,6 +152,16 @@ def test_nothing_to_label_is_said() -> None:
         labels_of(Seen(), CONFIG, ["en"], str)
 
 
+def test_labels_of_a_model_in_the_package_lie_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: dict
+) -> None:
+    monkeypatch.setenv("QUADRIGA_CACHE", str(tmp_path / "cache"))
+    place = files.place_of(files.PACKAGE / "hub" / "models" / "nano.gguf")
+    assert place == tmp_path / "cache" / "labels" / "nano.gguf.expert-labels.json"
+    files.write(labels, place)
+    assert files.read(place, CONFIG) is not None
+
+
 def test_a_file_is_read_as_it_was_written_and_no_other(tmp_path: Path, labels: dict) -> None:
     assert files.place_of(tmp_path) == tmp_path / "expert-labels.json"
     assert files.place_of(tmp_path / "a.gguf") == tmp_path / "a.gguf.expert-labels.json"

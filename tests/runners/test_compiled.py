@@ -21,6 +21,7 @@ from quadriga.runners.compiled import CompiledModel, pack_parameters
 from quadriga.runners.torch import TorchRunner
 from tests.batches import batch, logits_of, passed
 from tests.checkpoint.models import TINY
+from tests.configs import with_delta_rules
 from tests.nn.routing import exact, row_errors, worst_lag
 from tests.tolerance import faults, kernel_roundings, relative_error
 
@@ -38,6 +39,7 @@ FAMILIES = {
     "alibi-groups": TINY["mpt"].with_mixer(n_kv_heads=2),
     "latent-groups": TINY["deepseek_v3"].with_mixer(n_heads=35),  # of 18 and 17 heads
     "relu-wide-heads": TINY["llama2"].with_mixer(head_dim=40),
+    "wide-states": with_delta_rules(TINY["llama2"], k_dim=20, v_dim=73),  # of 32, 32 and 9 columns
 }
 
 UNIT = {"bfloat16": 2**-8, "int8": 0.0083, "int16": 0.0083 / 128}
@@ -155,6 +157,12 @@ def test_a_result_does_not_depend_on_the_batch(form: str, bits: str, kv_format: 
 @pytest.mark.parametrize(("form", "bits"), [("bfloat16", "bfloat16"), ("q4", "int8")])
 def test_a_result_of_latents_does_not_depend_on_the_batch(form: str, bits: str, kv_format: str, isa: str) -> None:
     same_in_every_batch(FAMILIES["latent-groups"], form, bits, kv_format, isa)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize(("form", "bits"), [("float32", "auto"), ("q8", "int16")])
+def test_a_result_of_states_does_not_depend_on_the_batch(form: str, bits: str, isa: str) -> None:
+    same_in_every_batch(FAMILIES["wide-states"], form, bits, "float32", isa)
 
 
 def same_in_every_batch(config: ModelConfig, form: str, bits: str, kv_format: str, isa: str) -> None:

@@ -59,6 +59,24 @@ def test_a_completion_says_why_it_ended_and_how_likely_it_was(tiny: Live) -> Non
     assert (biased["stop_type"], biased["content"]) == ("eos", "")
 
 
+@pytest.mark.parametrize("route", ["/completion", "/v1/completions"])
+def test_repetitions_cost_the_next_token_what_the_fields_say(tiny: Live, route: str) -> None:
+    """A z after xy is likely, until it would be the second one; a breaker between lets it come."""
+
+    def said(**fields: Any) -> str:
+        one = {"n_predict": 1} if route == "/completion" else {"max_tokens": 1}
+        body = {"prompt": "xyzxy", "temperature": 0, "logit_bias": {str(ord("z")): 50.0}, **one, **fields}
+        answer = tiny.post(route, body).json()
+        return str(answer["content"] if "content" in answer else answer["choices"][0]["text"])
+
+    strong = {"dry_multiplier": 90.0}
+    assert said() == said(dry_multiplier=0.0) == "z" != said(**strong)
+    assert said(**strong, dry_allowed_length=3) == said(**strong, dry_penalty_last_n=4) == "z"
+    assert said(**strong, dry_sequence_breakers=["y"]) == said(**strong, dry_sequence_breakers=["yzx"]) == "z"
+    assert said(**strong, dry_sequence_breakers=["zyx"]) != "z"
+    assert said(dry_multiplier=10.0) == "z" != said(dry_multiplier=10.0, dry_base=20.0, dry_allowed_length=1)
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

@@ -31,11 +31,21 @@ import numpy as np
 
 from quadriga.engine.blocks import BlockTable
 from quadriga.engine.disk_cache import DiskCache, KeptBlocks
+from quadriga.engine.dry import Breakers, Spellings
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.pace import Pace
 from quadriga.engine.permitted import bad_sequences
 from quadriga.engine.pooling import Pooling
-from quadriga.engine.request import Embed, Embedding, FinishReason, PromptReport, Request, Routing, TokenEvent
+from quadriga.engine.request import (
+    Embed,
+    Embedding,
+    FinishReason,
+    PromptReport,
+    Request,
+    Routing,
+    SamplingParams,
+    TokenEvent,
+)
 from quadriga.engine.sampler import Sample, Sampler, Unused, require_finite, top_logprobs
 from quadriga.engine.scheduler import Chunk, PassPlan, Running, Scheduler
 from quadriga.engine.steering import salt_of, steering_of
@@ -147,6 +157,8 @@ class Engine:
     ) -> None:
         self.runner, self.config, self.tokenizer = runner, runner.config, tokenizer
         self.end_ids, self.max_sequences = end_ids, max_sequences
+        self._spellings: Spellings | None = None
+        """Of the tokenizer, once an answer asks for them."""
         rows = [] if tokenizer is None else tokenizer.unused_rows(self.config.vocab_size)
         # A checkpoint may name an end token that its vocabulary does not list: it still ends answers.
         self.unused = Unused(i for i in rows if i not in end_ids)
@@ -238,7 +250,7 @@ class Engine:
         active = _Active(
             request=request,
             running=running,
-            sampler=Sampler(params, prompt, self.config.vocab_size, self.unused, ends, bad),
+            sampler=Sampler(params, prompt, self.config.vocab_size, self.unused, ends, bad, self._breakers(params)),
             text=None
             if self.tokenizer is None
             else Detokenizer(self.tokenizer, stop=params.stop, after=prompt, shown=request.shown),
@@ -270,6 +282,16 @@ class Engine:
         if params.bad_words and self.tokenizer is None:
             raise RequestError("bad_words are texts, and this model has no tokenizer; give logit_bias for token ids")
         return [] if self.tokenizer is None else bad_sequences(params.bad_words, self.tokenizer)
+
+    def _breakers(self, params: SamplingParams) -> Breakers | None:
+        texts = params.dry_sequence_breakers
+        if not params.repeats_cost or not texts:
+            return None
+        if self.tokenizer is None:
+            raise RequestError("dry_sequence_breakers are texts, and this model has no tokenizer; give none of them")
+        if self._spellings is None:
+            self._spellings = Spellings(self.tokenizer, self.config.vocab_size)
+        return self._spellings.breakers(texts)
 
     def _submit_embed(self, request: Embed, prompt: list[int], group: int | None) -> int:
         if len(prompt) > self.config.max_seq_len:

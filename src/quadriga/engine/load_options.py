@@ -2,7 +2,7 @@
 
     backend      chosen by                                       what only it has a use for
     kernels      a CPU and none of the following                 format activations kv_format expert_memory parallel
-    torch        dtype, another device, QUADRIGA_OPS=reference   dtype
+    torch        dtype, another device, QUADRIGA_OPS             dtype
 
 Checked before anything is fetched or read. What depends on the model (quantised weights for ``activations``, a mixture
 of experts for ``expert_memory``) is checked when its files are open.
@@ -104,7 +104,7 @@ class LoadOptions:
         if self.device != "cpu" and device_type(self.device) != "cpu":
             return f"{spell('device')} {self.device} computes in plain torch. Leave one of the two out"
         if not dispatch.compiled():
-            return "QUADRIGA_OPS=reference computes in plain torch. Leave it out, or unset QUADRIGA_OPS"
+            return f"QUADRIGA_OPS={dispatch.forced()} computes in torch. Leave it out, or unset QUADRIGA_OPS"
         return None
 
     def check(self, spell: Spelling = as_argument) -> None:

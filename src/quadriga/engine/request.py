@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from quadriga.engine.dry import MOST_BREAKERS, MOST_BYTES
 from quadriga.errors import QuadrigaError, RequestError
 from quadriga.model.steering import ExpertFactor
 
@@ -49,7 +50,8 @@ def _require(condition: bool, message: str) -> None:
 class SamplingParams:
     """How the next token is chosen. The defaults are greedy and unpenalised: the most probable token every time.
 
-    Order of application: penalties and bias on the logits, temperature, top-k, typical, top-p, min-p, XTC, one draw.
+    Order of application: penalties, DRY and bias on the logits, temperature, top-k, typical, top-p, min-p, XTC, one
+    draw.
     """
 
     max_new_tokens: int = 256
@@ -77,6 +79,16 @@ class SamplingParams:
     """Subtracted once from the logit of each token already in the answer."""
     frequency_penalty: float = 0.0
     """Subtracted from a logit once per occurrence of its token in the answer."""
+    dry_multiplier: float = 0.0
+    """What a token loses that would go on with a repetition of ``dry_allowed_length`` tokens; 0: nothing (``dry``)."""
+    dry_base: float = 1.75
+    """It loses so many times as much for each token more."""
+    dry_allowed_length: int = 2
+    """Shorter repetitions cost nothing."""
+    dry_penalty_last_n: int = -1
+    """Repetitions are looked for in so many of the last tokens, of prompt and answer; -1: in all, 0: in none."""
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    """Texts that no repetition reaches across, of at most 40 bytes; None or () is none."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """token id -> added to its logit, in [-100, 100]; ids that no token has are refused."""
     stop: tuple[str, ...] = ()
@@ -116,20 +128,34 @@ class SamplingParams:
         _require(self.typical_p > 0.0, "typical_p must be above 0: 0 would keep no token. 1 keeps all.")
         _require_in(0.01, 100.0, repetition_penalty=self.repetition_penalty)
         _require_in(-100.0, 100.0, presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty)
+        _require_in(0.0, 100.0, dry_multiplier=self.dry_multiplier)
+        _require_in(1.0, 100.0, dry_base=self.dry_base)
+        _require_int(0, 2**31 - 1, dry_allowed_length=self.dry_allowed_length)
+        _require_int(-1, 2**31 - 1, dry_penalty_last_n=self.dry_penalty_last_n)
         for token, bias in self.logit_bias.items():
             _require_int(0, 2**31 - 1, **{"logit_bias token id": token})
             _require_in(-100.0, 100.0, **{f"logit_bias[{token}]": bias})
         _require(all(isinstance(s, str) and s for s in self.stop), "stop must be non-empty strings")
         _require(all(isinstance(s, str) and s for s in self.bad_words), "bad_words must be non-empty strings")
+        n_breakers = len(self.dry_sequence_breakers)
+        _require(n_breakers <= MOST_BREAKERS, f"dry_sequence_breakers are at most {MOST_BREAKERS}, got {n_breakers}")
+        for text in self.dry_sequence_breakers:
+            good = isinstance(text, str) and 0 < len(text.encode(errors="replace")) <= MOST_BYTES
+            _require(good, f"dry_sequence_breakers must be of 1 to {MOST_BYTES} bytes each, got {_shown(text)}")
         for name in ("stop_ids", "allowed_token_ids"):
             for token in getattr(self, name):
                 _require_int(0, 2**31 - 1, **{f"{name} entry": token})
         if self.seed is not None:
             _require_int(0, 2**63 - 1, seed=self.seed)
 
+    @property
+    def repeats_cost(self) -> bool:
+        """True if DRY changes anything."""
+        return self.dry_multiplier > 0.0 and self.dry_penalty_last_n != 0
+
     def _settle(self) -> None:
         """Collections of the caller's become our own: what is in force cannot be changed from outside."""
-        for name in ("stop", "bad_words"):
+        for name in ("stop", "bad_words", "dry_sequence_breakers"):
             texts = getattr(self, name)
             texts = (texts,) if isinstance(texts, str) else () if texts is None else texts
             _require(isinstance(texts, (tuple, list)), f"{name} must be strings, got {_shown(texts)}")

@@ -1,6 +1,6 @@
 """From one row of logits to one token, in the order SamplingParams documents.
 
-    logits -> penalties, bias -> / temperature -> softmax -> top-k -> typical -> top-p -> min-p -> XTC -> one draw
+    logits -> penalties, DRY, bias -> / temperature -> softmax -> top-k -> typical -> top-p -> min-p -> XTC -> one draw
 
 Log-probabilities are reported from the untouched logits: they are the model's own opinion, not the sampler's. Rows of
 the head that no token stands for (:class:`Unused`) are never chosen and never listed, whatever the model says of them.
@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from quadriga.engine.dry import Breakers, Dry
 from quadriga.engine.permitted import Permitted
 from quadriga.engine.request import SamplingParams
 from quadriga.errors import RequestError
@@ -104,6 +105,7 @@ class Sampler:
         unused: those among them that are never chosen.
         ends: tokens that are not chosen before the answer has ``min_new_tokens``.
         bad: sequences of tokens that spell the parameters' bad words.
+        breakers: tokens that spell the parameters' sequence breakers; None: there are none.
 
     Raises:
         RequestError: a bias, stop id or allowed id outside the vocabulary, or a bias on or permission of an id that no
@@ -118,6 +120,7 @@ class Sampler:
         unused: Unused = NONE_UNUSED,
         ends: Iterable[int] = (),
         bad: Sequence[tuple[int, ...]] = (),
+        breakers: Breakers | None = None,
     ) -> None:
         given = (*params.logit_bias, *params.stop_ids, *params.allowed_token_ids)
         outside = [token for token in given if token >= vocab_size]
@@ -146,6 +149,16 @@ class Sampler:
         """Where it matters."""
         if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
             self._said = Said(prompt_ids if params.repetition_penalty != 1.0 else ())
+        self._dry: Dry | None = None
+        if params.repeats_cost:
+            self._dry = Dry(
+                params.dry_multiplier,
+                params.dry_base,
+                params.dry_allowed_length,
+                params.dry_penalty_last_n,
+                Breakers(vocab_size) if breakers is None else breakers,
+                prompt_ids,
+            )
         self._settings: RowSettings | None = None
 
     def ask(self, allowed: NDArray[np.bool_] | None = None) -> RowSettings:
@@ -167,12 +180,19 @@ class Sampler:
                 typical_p=params.typical_p,
                 xtc_probability=params.xtc_probability,
                 xtc_threshold=params.xtc_threshold,
+                dry_multiplier=params.dry_multiplier,
+                dry_base=params.dry_base,
+                dry_allowed_length=params.dry_allowed_length,
+                breaks=None if self._dry is None else self._dry.breakers.kinds,
+                breakers=None if self._dry is None else self._dry.breakers.flat,
                 n_top=self.n_top,
                 seed=self._seed,
             )
         self._settings.set(self._n_drawn, early=self._n_drawn < params.min_new_tokens, allowed=allowed)
         if self._said is not None:
             self._settings.said(self._said.ids, self._said.counts, self._said.n)
+        if self._dry is not None:
+            self._settings.repeats(self._dry.history())
         return self._settings
 
     def take(
@@ -199,7 +219,9 @@ class Sampler:
             require_finite([-math.inf])
         top = tuple((token, logit - chosen.log_sum) for token, logit in chosen.top)
         token = chosen.token_id if instead is None else instead(chosen.token_id)
-        return self._count(token, float(logits[token]) - chosen.log_sum, top)
+        # The row may be on a device, and reading one number of it means waiting for all.
+        logit = chosen.logit if token == chosen.token_id else float(logits[token])
+        return self._count(token, logit - chosen.log_sum, top)
 
     def sample(
         self,
@@ -256,6 +278,8 @@ class Sampler:
             self._permitted.add(token)
         if self._said is not None:
             self._said.add(token)
+        if self._dry is not None:
+            self._dry.add(token)
         if top and all(other != token for other, _ in top):
             top = (*top, (token, logprob))
         return Sample(token, logprob, top)
@@ -308,6 +332,9 @@ class Sampler:
             ids, counts = said.ids[answered], said.counts[answered].astype(np.float64)
             penalty = (params.presence_penalty + params.frequency_penalty * counts).astype(logits.dtype)
             adjusted = _changed(adjusted, ids, adjusted[ids] - penalty)
+        if self._dry is not None:
+            repeating, amounts = self._dry.penalties()
+            adjusted = _changed(adjusted, repeating, adjusted[repeating] - amounts)
         if params.logit_bias:
             ids = np.array(list(params.logit_bias))
             bias = np.array(list(params.logit_bias.values()), dtype=logits.dtype)

@@ -10,15 +10,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from quadriga import runtime
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.model.config import ModelConfig
 
 FORMAT, VERSION = "quadriga-expert-labels", 1
 NAME = "expert-labels.json"
+PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def place_of(model: Path) -> Path:
-    """Where the labels of a model lie."""
+    """Where the labels of a model lie; those of one that came with the package, in the cache."""
+    if model.resolve().is_relative_to(PACKAGE):
+        return runtime.cache_dir() / "labels" / f"{model.name}.{NAME}"
     return model / NAME if model.is_dir() else model.with_name(f"{model.name}.{NAME}")
 
 
@@ -31,6 +35,8 @@ def write(labels: dict[str, Any], path: Path) -> None:
     whole = {"format": FORMAT, "version": VERSION, **labels}
     part = path.with_name(f".{path.name}.part")
     try:
+        if path.parent == runtime.cache_dir() / "labels":
+            path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:

@@ -46,12 +46,21 @@ def backend_for(x: Tensor) -> ModuleType:
     return _module(name)
 
 
+def forced() -> str | None:
+    """The backend that the innermost ``use`` or QUADRIGA_OPS forces; None: neither does.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    name = _forced[-1] if _forced else _from_environment()
+    if name is not None and name not in BACKENDS:
+        raise ConfigError(f"op backend must be one of {', '.join(BACKENDS)}, got {name!r}. Check QUADRIGA_OPS.")
+    return name
+
+
 def compiled() -> bool:
     """True if models on a CPU run on the C++ kernels: no backend is forced, or "cpu" is."""
-    forced = _forced[-1] if _forced else _from_environment()
-    if forced is not None:
-        _module(forced)  # raises if there is none
-    return forced in (None, "cpu")
+    return forced() in (None, "cpu")
 
 
 def available() -> dict[str, str]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.program import PassBatch
-from quadriga.kernels.cpu.sampling import RowSampler
+from quadriga.kernels.cpu.sampling import Logits, TokenSampler
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.model.cache_layout import CacheLayout
 from quadriga.model.config import ModelConfig
@@ -50,8 +50,8 @@ class LayerRouting:
 class PassResult:
     """What a pass computed of its N tokens."""
 
-    logits: Floats
-    """(R, V), of the rows that the batch asked for."""
+    logits: Logits
+    """(R, V), of the rows that the batch asked for. They may be on a device: reading them waits for it."""
     hidden: Floats | None = None
     """(N, D), the states after the final norm, which the head reads; None where they were not asked for."""
     routing: list[LayerRouting] | None = None
@@ -120,7 +120,7 @@ class Runner(Protocol):
     """Bytes of all of them."""
     store: ExpertStore | None
     """Where the experts are, if they stay on disk."""
-    row_sampler: RowSampler | None
+    row_sampler: TokenSampler | None
     """What chooses tokens from logits; None: the engine does, in NumPy."""
     can_steer: bool
     """True if passes heed ``PassBatch.steering``."""
@@ -153,7 +153,7 @@ class Runner(Protocol):
         """Copy the keys and values of whole blocks, (from, to)."""
         ...
 
-    def row_stats(self, logits: Floats) -> tuple[list[int], list[float]]:
+    def row_stats(self, logits: Logits) -> tuple[list[int], list[float]]:
         """Of logits (R, V): the most probable token of every row (lowest id of equals), and log(sum(exp))."""
         ...
 

@@ -37,7 +37,7 @@ from quadriga.kernels.cpu.program import (
     SharedArgs,
     ShortConvArgs,
 )
-from quadriga.kernels.cpu.sampling import RowSampler
+from quadriga.kernels.cpu.sampling import Logits, RowSampler, TokenSampler
 from quadriga.model.cache_layout import CacheLayout, one_group
 from quadriga.model.config import (
     AlibiSpec,
@@ -185,7 +185,7 @@ class CompiledModel:
             meeting=meeting,
         )
         self.parameters, self.store, self.can_steer = parameters, store, True
-        self.row_sampler: RowSampler | None = RowSampler(self.program.context)
+        self.row_sampler: TokenSampler | None = RowSampler(self.program.context)
         self._multiplied = (activations, small)  # what decides how quantised matrices are multiplied
         self.cache = cache or one_group(config.n_layers)
         shares = place_bytes(config, self.cache, kv_format)
@@ -312,9 +312,9 @@ class CompiledModel:
                     digest.update(raw[begin : begin + _LOOK_BYTES].tobytes())
         return digest.digest()
 
-    def row_stats(self, logits: Floats) -> tuple[list[int], list[float]]:
+    def row_stats(self, logits: Logits) -> tuple[list[int], list[float]]:
         """Of every row of logits (R, V): the most probable token (the lowest id of equals) and log(sum(exp))."""
-        return self.program.row_stats(logits)
+        return self.program.row_stats(np.asarray(logits))
 
     def _router_stats(self, n_tokens: int) -> list[LayerRouting]:
         """What every layer's router decided for the last pass's tokens."""

@@ -1,7 +1,8 @@
 """The runner of an opened checkpoint: the CPU's kernels, or plain torch. The engine's only door to torch.
 
 make(...)       ──► CompiledModel                  NumPy and C++; torch is never imported
-make_torch(...) ──► runners.torch, imported here   where it is not installed, one error says how to install it
+make_torch(...) ──► runners.torch, imported here   where it is not installed, one error says how to install it;
+                    runners.cuda with QUADRIGA_OPS=triton
 join(mesh)      ──► runners.distributed, imported here   the same
 make_ranked(...) ─► RankedModel on rank 0, a RankModel to follow with elsewhere
 """
@@ -11,11 +12,12 @@ from __future__ import annotations
 import json
 
 from quadriga import __version__, runtime
-from quadriga.errors import ConfigError
+from quadriga.errors import ConfigError, HardwareError
 from quadriga.io.open import Checkpoint
 from quadriga.io.packed import load_packed
 from quadriga.io.parameters import Progress
 from quadriga.io.rank_parameters import load_part
+from quadriga.kernels import dispatch
 from quadriga.kernels.cpu.library import isa
 from quadriga.model import cost
 from quadriga.model.cache_layout import cache_layout
@@ -76,12 +78,14 @@ def make_torch(
     kv_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Runner:
-    """A checkpoint in plain torch, on any device.
+    """A checkpoint in plain torch, on any device; with QUADRIGA_OPS=triton on the kernels for GPUs.
 
     Raises:
-        HardwareError: torch is not installed, or the device does not exist here.
+        HardwareError: torch, or triton where it is asked for, is not installed, or the device does not exist here.
         CheckpointError, ConfigError: as :func:`make`.
     """
+    if dispatch.forced() == "triton":
+        return _make_cuda(opened, dtype=dtype, device=device, kv_memory=kv_memory, progress=progress)
     try:
         from quadriga.runners.torch import load
     except ModuleNotFoundError as error:
@@ -94,6 +98,28 @@ def make_torch(
         dtype=dtype,
         device=device,
         threads=threads,
+        progress=progress,
+    )
+
+
+def _make_cuda(
+    opened: Checkpoint, *, dtype: str, device: str, kv_memory: int | None, progress: Progress | None
+) -> Runner:
+    try:
+        from quadriga.runners.cuda.runner import load
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            raise runtime.without_torch("QUADRIGA_OPS=triton", "gpu") from None
+        if error.name != "triton":
+            raise
+        raise HardwareError(
+            f"QUADRIGA_OPS=triton needs triton, which is not installed: {runtime.install_hint('gpu')}"
+        ) from None
+    return load(
+        opened,
+        lambda per_block: cache_size(opened.config, per_block, kv_memory, _TORCH_CONTEXTS),
+        dtype=dtype,
+        device=device,
         progress=progress,
     )
 

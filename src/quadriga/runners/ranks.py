@@ -27,7 +27,7 @@ from quadriga.errors import EngineError, RequestError
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import Parameter
 from quadriga.kernels.cpu.program import PassBatch
-from quadriga.kernels.cpu.sampling import RowSampler
+from quadriga.kernels.cpu.sampling import Logits, TokenSampler
 from quadriga.model.cache_layout import CacheLayout, cache_layout
 from quadriga.model.config import ModelConfig
 from quadriga.model.rank_mesh import RankPlace
@@ -119,7 +119,7 @@ class RankModel:
         """Send rank 0 what it needs of this rank's result; see :meth:`RankedModel._collect`."""
         place = self.place
         if place.last:
-            self.links.send(result.logits, 0)
+            self.links.send(np.asarray(result.logits), 0)
         if result.hidden is not None:
             self.links.send(result.hidden, 0)
         if place.index == 0 and self.share.config.is_moe:
@@ -198,7 +198,7 @@ class RankedModel:
         self._weight_bytes, self.kv_bytes, self.state_bytes = bytes_of_all
         self.store: ExpertStore | None = None
         self.can_steer = False
-        self.row_sampler: RowSampler | None = own.local.row_sampler
+        self.row_sampler: TokenSampler | None = own.local.row_sampler
         self._load = [np.zeros(spec.n_experts, dtype=np.int64) for _, spec in self.config.moe_layers]
         self._turn = threading.Lock()
         self._ended = False
@@ -286,7 +286,7 @@ class RankedModel:
             self._links.tell(np.array([_COPY, *(n for pair in pairs for n in pair)], dtype=np.int32))
             self.own.local.copy_blocks(pairs)
 
-    def row_stats(self, logits: Floats) -> tuple[list[int], list[float]]:
+    def row_stats(self, logits: Logits) -> tuple[list[int], list[float]]:
         """See :class:`Runner`."""
         return self.own.local.row_stats(logits)
 

@@ -84,7 +84,7 @@ def joined(results: Sequence[tuple[Part, PassResult]], n_tokens: int, n_rows: in
     hidden = [result.hidden for result in made if result.hidden is not None]
     layers = [result.routing for result in made if result.routing is not None]
     return PassResult(
-        _placed([result.logits for result in made], rows, n_rows),
+        _placed([np.asarray(result.logits) for result in made], rows, n_rows),
         _placed(hidden, tokens, n_tokens) if hidden else None,
         [
             LayerRouting(

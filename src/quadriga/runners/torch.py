@@ -15,7 +15,7 @@ from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.program import PassBatch
-from quadriga.kernels.cpu.sampling import RowSampler
+from quadriga.kernels.cpu.sampling import Logits, TokenSampler
 from quadriga.model.cache_layout import CacheLayout, cache_layout, one_group
 from quadriga.model.config import AttentionSpec, LatentState, RecurrentState
 from quadriga.nn import moe
@@ -102,7 +102,7 @@ class TorchRunner:
         self.kv_bytes = sum(t.nbytes for t in self._stored)
         self.state_bytes = sum(t.nbytes for arrays in self._states.values() for t in arrays)
         self.store: ExpertStore | None = None
-        self.row_sampler: RowSampler | None = None
+        self.row_sampler: TokenSampler | None = None
         self.can_steer = True
         self._load: list[Tensor] = []
         self._bank: AdapterBank | None = None
@@ -172,9 +172,9 @@ class TorchRunner:
             blocks = stored.view(self.n_blocks, BLOCK_TOKENS, *stored.shape[1:])
             blocks[list(target)] = blocks[list(source)]
 
-    def row_stats(self, logits: Floats) -> tuple[list[int], list[float]]:
+    def row_stats(self, logits: Logits) -> tuple[list[int], list[float]]:
         """See :class:`Runner`."""
-        rows = torch.from_numpy(logits)
+        rows = torch.from_numpy(np.asarray(logits))
         return rows.argmax(-1).tolist(), rows.logsumexp(-1).tolist()
 
     def weights(self) -> tuple[str, int]:

@@ -160,6 +160,11 @@ class Sampling(Struct, kw_only=True, forbid_unknown_fields=True):
     typical_p: float | None = None
     xtc_probability: float | None = None
     xtc_threshold: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: list[str] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None

@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "ee7e1a88df76584b1b03a5c70abd6f1229c5f9ddad7978923f281c6032bcb6b6"
+HEADER_SHA256 = "0c198028a4de04c2b44bfc2b6dd07f74f93ac2623d62e37912002d0ef4cf63e7"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -434,6 +434,12 @@ class Sampling(c.Structure):
         ("counts", c.c_void_p),
         ("moved", c.c_void_p),
         ("moves", c.c_void_p),
+        ("history", c.c_void_p),
+        ("breaks", c.c_void_p),
+        ("breakers", c.c_void_p),
+        ("n_history", c.c_int32),
+        ("n_breakers", c.c_int32),
+        ("dry_allowed_length", c.c_int32),
         ("n_unused", c.c_int32),
         ("n_early", c.c_int32),
         ("n_said", c.c_int32),
@@ -447,6 +453,8 @@ class Sampling(c.Structure):
         ("typical_p", c.c_double),
         ("xtc_probability", c.c_double),
         ("xtc_threshold", c.c_double),
+        ("dry_multiplier", c.c_double),
+        ("dry_base", c.c_double),
         ("top_k", c.c_int32),
         ("n_top", c.c_int32),
         ("seed", c.c_int64),

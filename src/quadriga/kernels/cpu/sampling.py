@@ -8,7 +8,7 @@ alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,27 @@ from quadriga.kernels.cpu.library import Context
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int32]
+
+
+class Logits(Protocol):
+    """Rows of logits (R, V) float32: a NumPy array, or what becomes one where somebody reads it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(R, V)"""
+        ...
+
+    def __getitem__(self, key: Any, /) -> Any:
+        """As an array's."""
+        ...
+
+    def __len__(self) -> int:
+        """R."""
+        ...
+
+    def __array__(self) -> NDArray[Any]:
+        """The array."""
+        ...
 
 
 class Sampled(NamedTuple):
@@ -40,8 +61,15 @@ class RowSettings:
         unused: ids that are never chosen and never listed.
         early: ids that are not chosen while :meth:`set` says so.
         moves: token id -> what is added to its logit.
+        breaks, breakers: where repetitions end; see ``engine.dry``. (V,) uint8 and its longer sequences, flat.
         temperature: 0: greedy.
         n_top: so many of the most probable tokens are listed.
+
+    Attributes:
+        struct: the numbers, and where the arrays lie.
+        lists: unused, early, ids that are moved, and by how much.
+        allowed: see :meth:`set`.
+        history: what :meth:`said` was given.
     """
 
     def __init__(
@@ -60,14 +88,21 @@ class RowSettings:
         typical_p: float,
         xtc_probability: float,
         xtc_threshold: float,
+        dry_multiplier: float,
+        dry_base: float,
+        dry_allowed_length: int,
+        breaks: NDArray[np.uint8] | None,
+        breakers: Ids | None,
         n_top: int,
         seed: int,
     ) -> None:
         moved, amounts = np.array([*moves], np.int32), np.array([*moves.values()], np.float32)
         self._top_ids, self._top_logits = np.empty(n_top, np.int32), np.empty(n_top, np.float32)
         self._n_early = len(early)
-        self._keep: tuple[object, ...] = (unused, early, moved, amounts)
-        self._history: tuple[Ids, Ids] | None = None
+        self.lists = (unused, early, moved, amounts)
+        self._keep: tuple[object, ...] = (breaks, breakers)
+        self.history: tuple[Ids, Ids] | None = None
+        self.allowed: NDArray[np.bool_] | None = None
         self.struct = bindings.Sampling(
             unused=unused.ctypes.data,
             early=early.ctypes.data,
@@ -84,6 +119,12 @@ class RowSettings:
             typical_p=typical_p,
             xtc_probability=xtc_probability,
             xtc_threshold=xtc_threshold,
+            dry_multiplier=dry_multiplier,
+            dry_base=dry_base,
+            dry_allowed_length=dry_allowed_length,
+            breaks=None if breaks is None else breaks.ctypes.data,
+            breakers=None if breakers is None else breakers.ctypes.data,
+            n_breakers=0 if breakers is None else len(breakers),
             top_k=top_k,
             n_top=n_top,
             seed=seed,
@@ -101,20 +142,37 @@ class RowSettings:
         """
         struct = self.struct
         struct.position, struct.n_early = position, self._n_early if early else 0
-        self._allowed = allowed  # its memory must live until the row is sampled
+        self.allowed = allowed  # its memory must live until the row is sampled
         struct.allowed = None if allowed is None else np.ascontiguousarray(allowed).ctypes.data
 
     def said(self, ids: Ids, counts: Ids, n: int) -> None:
         """The first n of ids, all different, are in prompt and answer; counts: how often in the answer."""
         struct = self.struct
         struct.n_said = n
-        if self._history is None or self._history[0] is not ids:
-            self._history = ids, counts
+        if self.history is None or self.history[0] is not ids:
+            self.history = ids, counts
             struct.said, struct.counts = ids.ctypes.data, counts.ctypes.data
+
+    def repeats(self, history: Ids) -> None:
+        """The tokens so far in which repetitions are looked for, the newest last."""
+        self._looked_at = history  # its memory must live until the row is sampled
+        self.struct.history, self.struct.n_history = history.ctypes.data, len(history)
 
     def top(self, n: int) -> tuple[tuple[int, float], ...]:
         """The first n tokens that the last sampling listed, with their logits."""
         return tuple(zip(self._top_ids[:n].tolist(), self._top_logits[:n].tolist(), strict=True))
+
+
+class TokenSampler(Protocol):
+    """What chooses tokens from rows of logits, each by settings of its own."""
+
+    def beside(self) -> TokenSampler:
+        """One whose tokens are the same, for another thread, which works while passes are computed."""
+        ...
+
+    def sample(self, logits: Logits, places: Sequence[int], settings: Sequence[RowSettings]) -> list[Sampled]:
+        """Choose a token for some rows of logits (R, V); one setting for each place."""
+        ...
 
 
 class RowSampler:
@@ -130,12 +188,13 @@ class RowSampler:
             self._alone = RowSampler(Context(1, self._context.isa))
         return self._alone
 
-    def sample(self, logits: Floats, places: Sequence[int], settings: Sequence[RowSettings]) -> list[Sampled]:
+    def sample(self, logits: Logits, places: Sequence[int], settings: Sequence[RowSettings]) -> list[Sampled]:
         """Choose a token for some rows of logits (R, V) float32, contiguous; one setting for each place.
 
         Raises:
             HardwareError: no memory is left for the intermediate results.
         """
+        logits = np.asarray(logits)
         assert logits.flags.c_contiguous and logits.dtype == np.float32, "rows lie one after the other"
         n, v = len(places), logits.shape[-1]
         base, stride = logits.ctypes.data, 4 * v

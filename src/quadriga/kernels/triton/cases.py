@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quadriga.kernels.ops import Choice
 from quadriga.kernels.triton import weights
+from quadriga.kernels.triton.cases_attention import CALLS
 from quadriga.kernels.triton.combine import combine
 from quadriga.kernels.triton.experts import ExpertNetworks, run_experts
 from quadriga.kernels.triton.gradients import weight_gradient
@@ -104,4 +105,5 @@ CASES: tuple[Case, ...] = (
         for form in _FORMATS
         for tokens in ((8, 256, 4096) if form in ("plain", "q4", "q4k") else (8, 4096))
     ),
+    *(Case(name, call, matrix) for name, call, matrix in CALLS),
 )

@@ -246,7 +246,9 @@ QD_EXPORT int32_t qd_sample(qd_context* context, const qd_sampling* rows, int64_
                             qd_message* why) {
   return in_turn(context, why, [&](qd_context& c) {
     check(v > 0 && v <= INT32_MAX, "a vocabulary has from 1 to 2^31 - 1 tokens", v);
-    c.reserve(&qd_context::Thread::a, sample_scratch(v));
+    int64_t n_history = 0;
+    for (int64_t i = 0; i < n; ++i) n_history = rows[i].n_history > n_history ? rows[i].n_history : n_history;
+    c.reserve(&qd_context::Thread::a, sample_scratch(v, n_history));
     c.pool.run(n, 1, [&](int64_t begin, int64_t end, int thread) {
       for (int64_t i = begin; i < end; ++i) c.kernels->sample(rows[i], v, c.of_thread[size_t(thread)].a.data(), out + i);
     });

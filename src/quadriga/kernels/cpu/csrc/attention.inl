@@ -33,8 +33,10 @@ QD_INLINE void score_block(const uint8_t* const* tiles, const uint32_t* q, int r
 template <bool bf16, int T>
 QD_INLINE void score_rows(const uint8_t* const* tiles, const uint32_t* q, int row, int units, int n_rows, float* scores) {
   int r = 0;
-  for (; r + 6 <= n_rows; r += 6) score_block<bf16, 6, T>(tiles, q + r * row, row, units, scores + r * QD_KV_CHUNK, QD_KV_CHUNK);
-  for (; r + 4 <= n_rows; r += 4) score_block<bf16, 4, T>(tiles, q + r * row, row, units, scores + r * QD_KV_CHUNK, QD_KV_CHUNK);
+  if constexpr (kWidth > 2) {
+    for (; r + 6 <= n_rows; r += 6) score_block<bf16, 6, T>(tiles, q + r * row, row, units, scores + r * QD_KV_CHUNK, QD_KV_CHUNK);
+    for (; r + 4 <= n_rows; r += 4) score_block<bf16, 4, T>(tiles, q + r * row, row, units, scores + r * QD_KV_CHUNK, QD_KV_CHUNK);
+  }
   for (; r + 2 <= n_rows; r += 2) score_block<bf16, 2, T>(tiles, q + r * row, row, units, scores + r * QD_KV_CHUNK, QD_KV_CHUNK);
   for (; r < n_rows; ++r) score_block<bf16, 1, T>(tiles, q + r * row, row, units, scores + r * QD_KV_CHUNK, QD_KV_CHUNK);
 }
@@ -272,7 +274,8 @@ void attend_chunk(const AttendChunk& a) {
       tiles.values[t] = reinterpret_cast<const uint8_t*>(wide_values + int64_t(t) * 16 * padded);
     }
   int r = 0;
-  for (; r + 4 <= n_rows; r += 4) value_columns<bf16, 4>(tiles.values, tiles.n, p + r * QD_KV_CHUNK, padded, a.out + int64_t(r) * padded);
+  if constexpr (kWidth > 2)
+    for (; r + 4 <= n_rows; r += 4) value_columns<bf16, 4>(tiles.values, tiles.n, p + r * QD_KV_CHUNK, padded, a.out + int64_t(r) * padded);
   for (; r + 2 <= n_rows; r += 2) value_columns<bf16, 2>(tiles.values, tiles.n, p + r * QD_KV_CHUNK, padded, a.out + int64_t(r) * padded);
   for (; r < n_rows; ++r) value_columns<bf16, 1>(tiles.values, tiles.n, p + r * QD_KV_CHUNK, padded, a.out + int64_t(r) * padded);
 }

@@ -62,110 +62,44 @@ struct IQ4XS : Block<true, -1, -1, 1, false> {
   static int32_t zero_point(uint32_t unit) { return Q8::zero_point(unit); }
 };
 
-// acc += units 2 l and 2 l + 1 times both planes: exact, in any order.
-template <class F, bool wide, int P, int M, int l>
-QD_INLINE void multiply_pair(vi* acc, const uint8_t* lines, const uint32_t* rec) {
+// acc += units 2 l and 2 l + 1 of packed lines times one plane of M tokens.
+template <class F, int M, int l>
+QD_INLINE void multiply_pair(vi* acc, const uint8_t* lines, const uint32_t* units) {
   vb w[2];
-  if (wide) w[0] = load_bytes(lines + 128 * l), w[1] = load_bytes(lines + 128 * l + 64);
-  else F::template pair<l>(lines, w);
-#if QD_NEON
-  add_pair<P, M>(acc, w, rec + 2 * l * M);
-#else
-  const uint32_t* units = rec + 2 * l * M;
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) {
-    if (P == 2) acc[m] = acc[m] + shift_left<7>(dot_two(all_int(0), w, units[m], units[M + m]));
-    acc[m] = dot_two(acc[m], w, units[8 * (P - 1) * M + m], units[(8 * (P - 1) + 1) * M + m]);
-  }
-#endif
+  F::template pair<l>(lines, w);
+  each<M>([&](int m) { acc[m] = dot_two(acc[m], w, units[2 * l * M + m], units[(2 * l + 1) * M + m]); });
 }
 
-// f += 32 columns. scales(h), least(h): of run h.
-template <class F, bool wide, int P, int M, class Scales, class Least>
-QD_INLINE void add_runs(vf* f, const uint8_t* lines, const uint32_t* rec, Scales scales, Least least) {
+// f += 16 columns, run h of two.
+template <class F, int P, int M, int h>
+QD_INLINE void add_half(vf* f, const uint8_t* block, int64_t i, const uint32_t* units) {
+  const Tail tail(units, P, M);
+  const uint8_t* lines = block + F::first_line + i * F::group_bytes;
+  const auto sum = [&](int m) { return h ? tail.sum(m) - tail.first_sum(m) : tail.first_sum(m); };
   vi acc[M];
-  const int32_t* all_of = reinterpret_cast<const int32_t*>(rec + (8 * P + 1) * M);
-  const int32_t* first_of = reinterpret_cast<const int32_t*>(rec + (8 * P + 3) * M);
-  if (F::runs == 1) {
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) acc[m] = all_int(0);
-    multiply_pair<F, wide, P, M, 0>(acc, lines, rec), multiply_pair<F, wide, P, M, 1>(acc, lines, rec);
-    multiply_pair<F, wide, P, M, 2>(acc, lines, rec), multiply_pair<F, wide, P, M, 3>(acc, lines, rec);
-    return finish_group<M, P, F::minimum>(f, acc, scales(0), least(0), rec);
-  }
-  const float* steps = reinterpret_cast<const float*>(rec + 8 * P * M);
-#pragma GCC unroll 2
-  for (int h = 0; h < 2; ++h) {
-    int32_t sums[M];  // -128 times the activations' sum
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-      sums[m] = h ? all_of[m] - first_of[m] : first_of[m];
-      acc[m] = all_int(F::zero ? sums[m] / 128 * F::zero : 0);
-    }
-    if (h == 0) multiply_pair<F, wide, P, M, 0>(acc, lines, rec), multiply_pair<F, wide, P, M, 1>(acc, lines, rec);
-    else multiply_pair<F, wide, P, M, 2>(acc, lines, rec), multiply_pair<F, wide, P, M, 3>(acc, lines, rec);
-    const vf scale = scales(h), low = least(h);
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-      f[m] = fma(to_float(acc[m]) * scale, all(steps[m]), f[m]);
-      if (F::minimum) f[m] = fma(low, all(float(sums[m]) * (-1.0f / 128) * steps[m]), f[m]);
-    }
-  }
+  each_plane<P, M>(acc, [&](int m) { return F::zero ? sum(m) / 128 * F::zero : 0; }, [&](int p) {
+    multiply_pair<F, M, 2 * h>(acc, lines, units + 8 * p * M), multiply_pair<F, M, 2 * h + 1>(acc, lines, units + 8 * p * M);
+  });
+  finish_half<M, F::minimum>(f, acc, F::scale(block, 2 * i + h), F::least(block, 2 * i + h), tail, sum);
 }
 
+// A tile of blocks whose numbers are put together of parts.
 template <class F, int P, int M>
-void tile_runs(const uint8_t* tile, int64_t cols, const uint32_t* panel, float* out, int64_t stride) {
-  vf f[M];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) f[m] = all(0.0f);
-  const int64_t groups = groups_of(cols);
-  for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* block = tile + g / 8 * F::block_bytes;
-    const int64_t i = g % 8;
-    prefetch_group<F>(block, i);
-    add_runs<F, false, P, M>(
-        f, block + F::first_line + i * F::group_bytes, panel + g * group_units(P) * M,
-        [&](int h) { return F::scale(block, F::runs * i + h); }, [&](int h) { return F::least(block, F::runs * i + h); });
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) store(out + m * stride, f[m]);
-}
-
-template <class F> constexpr int64_t wide_bytes = 64 * (8 + F::runs * (1 + F::minimum));
-
-template <class F, int P, int M>
-void tile_widened_runs(const uint8_t* wide, int64_t cols, const uint32_t* panel, float* out, int64_t stride) {
-  vf f[M];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) f[m] = all(0.0f);
-  const int64_t groups = groups_of(cols);
-  for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* lines = wide + g * wide_bytes<F>;
-    const float* floats = reinterpret_cast<const float*>(lines + 512);
-    add_runs<F, true, P, M>(
-        f, lines, panel + g * group_units(P) * M, [&](int h) { return load(floats + 16 * h); },
-        [&](int h) { return F::minimum ? load(floats + 16 * (F::runs + h)) : all(0.0f); });
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) store(out + m * stride, f[m]);
-}
-
-template <class F>
-void widen_runs(const uint8_t* tile, int64_t cols, uint8_t* wide) {
-  const int64_t groups = groups_of(cols);
-  for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* block = tile + g / 8 * F::block_bytes;
-    const uint8_t* lines = block + F::first_line + g % 8 * F::group_bytes;
-    uint8_t* to = wide + g * wide_bytes<F>;
-    vb w[8];
-    F::template pair<0>(lines, w), F::template pair<1>(lines, w + 2), F::template pair<2>(lines, w + 4), F::template pair<3>(lines, w + 6);
-    for (int u = 0; u < 8; ++u) store_bytes(to + 64 * u, w[u]);
-    float* floats = reinterpret_cast<float*>(to + 512);
-    for (int h = 0; h < F::runs; ++h) {
-      store(floats + 16 * h, F::scale(block, g % 8 * F::runs + h));
-      if (F::minimum) store(floats + 16 * (F::runs + h), F::least(block, g % 8 * F::runs + h));
+void tile_runs(const uint8_t* tile, int64_t cols, const uint32_t* panel, int64_t, float* out, int64_t stride) {
+  sum_groups<F, P, M>(tile, cols, panel, M, out, stride, [](vf* f, const uint8_t* block, int64_t i, const uint32_t* units) {
+    if constexpr (F::runs == 2) {
+      add_half<F, P, M, 0>(f, block, i, units), add_half<F, P, M, 1>(f, block, i, units);
+    } else {
+      const uint8_t* lines = block + F::first_line + i * F::group_bytes;
+      vi acc[M];
+      each_plane<P, M>(acc, [](int) { return 0; }, [&](int p) {
+        const uint32_t* plane = units + 8 * p * M;
+        multiply_pair<F, M, 0>(acc, lines, plane), multiply_pair<F, M, 1>(acc, lines, plane);
+        multiply_pair<F, M, 2>(acc, lines, plane), multiply_pair<F, M, 3>(acc, lines, plane);
+      });
+      finish_group<M, F::minimum>(f, acc, F::scale(block, i), F::least(block, i), Tail(units, P, M));
     }
-  }
+  });
 }
 
 }  // namespace

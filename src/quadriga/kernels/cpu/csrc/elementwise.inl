@@ -46,7 +46,7 @@ QD_INLINE vf hyperbolic_tangent(vf x) {  // absolute error about 1e-7
 }
 
 // Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7.
-QD_INLINE vf error_function(vf x) {
+QD_LARGE vf error_function(vf x) {
   const vf size = vabs(x), t = all(1.0f) / fma(all(0.3275911f), size, all(1.0f));
   vf p = all(1.061405429f);
   p = fma(p, t, all(-1.453152027f));
@@ -57,7 +57,7 @@ QD_INLINE vf error_function(vf x) {
   return greater_select(all(0.0f), x, all(0.0f) - y, y);
 }
 
-QD_INLINE vf activation_of(int activation, vf x) {
+QD_LARGE vf activation_of(int activation, vf x) {
   switch (activation) {
     case QD_ACTIVATION_SILU: return x * sigmoid(x);
     case QD_ACTIVATION_GELU: return x * all(0.5f) * (all(1.0f) + error_function(x * all(0.70710678118654752f)));
@@ -72,7 +72,7 @@ QD_INLINE vf activation_of(int activation, vf x) {
 constexpr float kClamp = 7.0f, kClampedSlope = 1.702f;  // of QD_ACTIVATION_CLAMPED_GLU
 
 // What gate and up make together. The constant comes first in vmin and vmax: they return the second of a pair with NaN.
-QD_INLINE vf gated_unit(int activation, vf gate, vf up) {
+QD_LARGE vf gated_unit(int activation, vf gate, vf up) {
   if (activation != QD_ACTIVATION_CLAMPED_GLU) return activation_of(activation, gate) * up;
   const vf g = vmin(all(kClamp), gate), u = vmin(all(kClamp), vmax(all(-kClamp), up));
   return (u + all(1.0f)) * (g * sigmoid(all(kClampedSlope) * g));

@@ -1,4 +1,4 @@
-// The whole feed-forward half of a layer: norm, router, grouping by expert, gate and up, activation, down, weighted sum.
+// The whole feed-forward half of a layer: norm, router (router.cpp), grouping by expert, gate and up, activation, down, weighted sum.
 // A dense network is one expert that every token visits with weight 1, and so is what a mixture shares: it comes last.
 //
 //   tokens sorted by expert -> panels of at most max_width tokens -> gate/up tiles -> hidden panels -> down tiles
@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "router.hpp"
 #include "steps.hpp"
 #include "store.hpp"
 
@@ -41,106 +42,6 @@ struct Plan {
 
 constexpr int kDownTiles = 8;     // output tiles a task sums up at once: a run of as many tiles of each expert
 constexpr int kStreamBlocks = 8;  // blocks of 32 rows of up, then of gate, read in one run
-
-// Of every group of neighbours the two best scores are added up, or the best one counts; outside the best groups nothing
-// can be chosen.
-void limit_to_groups(const qd_ffn& op, const Kernels& kernels, float* choice) {
-  const int size = op.n_experts / op.n_groups;
-  alignas(64) float worth[QD_MOST_EXPERTS];
-  int32_t best[QD_MOST_EXPERTS];
-  bool open[QD_MOST_EXPERTS] = {};
-  for (int g = 0; g < op.n_groups; ++g) {
-    float first = -INFINITY, second = -INFINITY;
-    for (int e = g * size; e < (g + 1) * size; ++e) {
-      second = std::max(second, std::min(first, choice[e]));
-      first = std::max(first, choice[e]);
-    }
-    worth[g] = op.group_by_best ? first : first + second;
-  }
-  kernels.top_k(worth, op.n_groups, op.top_k_groups, best);
-  for (int j = 0; j < op.top_k_groups; ++j) open[best[j]] = true;
-  for (int e = 0; e < op.n_experts; ++e)
-    if (!open[e / size]) choice[e] = -INFINITY;
-}
-
-// SparseMixer (Liu et al. 2023, as Phi-3.5-MoE runs it): the two best logits, each weighed by a softmax over itself and
-// those near it, the second without the first.
-void mix_sparsely(const qd_ffn& op, const Kernels& kernels, const float* logits, float* scratch, int32_t* ids, float* weights) {
-  std::memcpy(scratch, logits, size_t(op.n_experts) * 4);
-  kernels.top_k(scratch, op.n_experts, op.top_k, ids);
-  for (int j = 0; j < op.top_k; ++j) {
-    const float best = logits[ids[j]];
-    float total = 0.0f;
-    for (int e = 0; e < op.n_experts; ++e) {
-      const bool before = std::find(ids, ids + j, e) != ids + j;
-      if (!before && !(best - logits[e] > op.near * std::max(std::fabs(logits[e]), best))) total += std::exp(logits[e] - best);
-    }
-    weights[j] = 1.0f / total;
-  }
-}
-
-// Scores of all experts, the k to be visited (equal ones: the lower id first), their weights under norm and aggregate.
-// `kept` gets the logits; `choice` is scratch.
-void choose(const qd_ffn& op, const Kernels& kernels, float* logits, float* choice, int32_t* ids, float* weights, float* kept) {
-  const int n_experts = op.n_experts, k = op.top_k;
-  for (int e = 0; op.router_bias && e < n_experts; ++e) logits[e] += op.router_bias[e];
-  if (kept) std::memcpy(kept, logits, size_t(n_experts) * 4);
-  if (op.score == QD_SCORE_SPARSE_MIXER) return mix_sparsely(op, kernels, logits, choice, ids, weights);
-  kernels.scores(op.score, logits, n_experts);
-  for (int e = 0; e < n_experts; ++e) choice[e] = op.correction ? logits[e] + op.correction[e] : logits[e];
-  if (op.n_groups > 1) limit_to_groups(op, kernels, choice);
-  kernels.top_k(choice, n_experts, k, ids);
-  for (int j = 0; j < k; ++j) weights[j] = logits[ids[j]];
-  float total = 0.0f;
-  if (op.normalize_p > 0) {
-    for (int j = 0; j < k; ++j) total += op.normalize_p == 1.0f ? weights[j] : std::pow(weights[j], op.normalize_p);
-    const float norm = op.normalize_p == 1.0f ? total : std::pow(total, 1.0f / op.normalize_p);
-    const float factor = 1.0f / std::max(norm + op.normalize_eps, op.normalize_min);
-    for (int j = 0; j < k; ++j) weights[j] *= factor;
-  }
-  if (op.routed_scale != 1)
-    for (int j = 0; j < k; ++j) weights[j] *= op.routed_scale;
-  for (int j = 0; op.expert_scale && j < k; ++j) weights[j] *= op.expert_scale[ids[j]];
-  if (op.aggregate == QD_AGGREGATE_VOTE) {
-    for (int j = 0; j < k; ++j) weights[j] = 1.0f / float(k);
-  } else if (op.aggregate == QD_AGGREGATE_FUSE) {
-    float before = 0.0f, after = 0.0f;
-    for (int j = 0; j < k; ++j) before += weights[j], weights[j] *= std::exp(op.fuse[ids[j]]), after += weights[j];
-    for (int j = 0; j < k; ++j) weights[j] *= before / after;
-  }
-}
-
-// What every token's router decides. `shared`, where it is not NULL, gets (n,) what the shared network's output weighs.
-void route(qd_context& c, const qd_ffn& op, const float* x, int64_t n, int64_t d, int32_t* ids, float* weights, float* kept,
-           float* shared) {
-  const int64_t width = c.kernels->max_width, tiles = tiles_of(op.n_experts), bytes = tile_bytes(QD_FORMAT_FLOAT32, d);
-  const int64_t stride = tiles * kTile;
-  c.reserve(&qd_context::Thread::units, width * d);
-  c.reserve(&qd_context::Thread::a, width * stride + std::max(stride, width * kTile));
-  c.pool.run((n + width - 1) / width, n > width ? 1 : 2, [&](int64_t begin, int64_t end, int thread) {
-    auto& mine = c.of_thread[size_t(thread)];
-    uint32_t* panel = mine.units.data();
-    float *logits = mine.a.data(), *scratch = logits + width * stride;
-    const float* rows[kMaxWidth];
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = t * width;
-      const int count = int(std::min(width, n - first));
-      for (int i = 0; i < count; ++i) rows[i] = x + (first + i) * d;
-      c.kernels->make_panel(kPanelF32, rows, count, d, panel);
-      for (int64_t e = 0; e < tiles; ++e) c.kernels->tile(QD_FORMAT_FLOAT32, false, op.router.data + e * bytes, d, panel, count, logits + e * kTile, stride);
-      for (int i = 0; i < count; ++i)
-        choose(op, *c.kernels, logits + i * stride, scratch, ids + (first + i) * op.top_k, weights + (first + i) * op.top_k,
-               kept ? kept + (first + i) * op.n_experts : nullptr);
-      if (shared && !op.shared_weight.data) std::fill(shared + first, shared + first + count, 1.0f);
-      if (!shared || !op.shared_weight.data) continue;
-      c.kernels->tile(QD_FORMAT_FLOAT32, false, op.shared_weight.data, d, panel, count, scratch, kTile);
-      for (int i = 0; i < count; ++i) {
-        shared[first + i] = scratch[i * kTile];
-        c.kernels->scores(QD_SCORE_SIGMOID, shared + first + i, 1);
-      }
-    }
-  });
-}
 
 // Another expert at work: its panels, and where its activations will lie.
 void add(const qd_context& c, Plan& plan, Active a) {
@@ -206,7 +107,7 @@ Plan make_plan(qd_context& c, const qd_ffn& op, int64_t n, const int32_t* ids, c
 // Tokens that are worth unpacking nibbles for, once instead of for each panel.
 bool many(const qd_context& c, int64_t n) { return n > 2 * c.kernels->max_width; }
 
-// Tiles of one matrix, times all panels of one expert: packed for few tokens, widened once for many.
+// Tiles of one matrix, times all panels of one expert: packed for few tokens, widened once for all full panels of many.
 struct Tiles {
   const Kernels& kernels;
   const qd_matrix& m;
@@ -222,7 +123,7 @@ struct Tiles {
     for (int64_t t = 0; t < n; ++t) kernels.widen(m.format, m.data + (first + t) * bytes, m.cols, memory + t * wide_bytes);
   }
   void times(int64_t tile, const uint32_t* panel, int width, float* out) const {
-    if (wide) kernels.tile_wide(m.format, int16, wide + (tile - first_wide) * wide_bytes, m.cols, panel, width, out, kTile);
+    if (wide && width == kernels.max_width) kernels.tile_wide(m.format, int16, wide + (tile - first_wide) * wide_bytes, m.cols, panel, out, kTile);
     else kernels.tile(m.format, int16, m.data + tile * bytes, m.cols, panel, width, out, kTile);
   }
 };
@@ -442,7 +343,7 @@ void run_apart(qd_context& c, const qd_ffn& op, const qd_batch& b, float* out) {
   const Decisions to(op, n);
   float* x = c.normed.reserve(n * d);
   norm_rows(c, op.router_norm, b.hidden, n, d, x);
-  route(c, op, x, n, d, to.ids, to.weights, op.logits, nullptr);
+  route(c, op, x, n, d, {to.ids, to.weights, op.logits, nullptr});
   qd_ffn experts = op;
   experts.shared_up.data = nullptr;
   norm_rows(c, op.expert_norm, b.hidden, n, d, x);
@@ -474,7 +375,7 @@ void run_ffn(qd_context& c, const qd_ffn& op, const qd_batch& b) {
     std::vector<float> shared;
     if (op.router.data && op.shared_up.data) shared.resize(size_t(n));
     float* weighs = shared.empty() ? nullptr : shared.data();
-    if (op.router.data) route(c, op, x, n, d, to.ids, to.weights, op.logits, weighs);
+    if (op.router.data) route(c, op, x, n, d, {to.ids, to.weights, op.logits, weighs});
     if (float* own = own_branch(b, out_rows)) return visit(c, op, x, n, to.ids, to.weights, weighs, own, false);
     const bool direct = !op.post_norm.weight && op.residual_scale == 1;
     out = direct ? b.hidden : c.projected.reserve(n * out_rows);

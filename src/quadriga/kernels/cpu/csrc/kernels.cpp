@@ -5,8 +5,13 @@
 #include "bits.hpp"
 #include "simd.hpp"
 
+#if QD_NEON
+#include "matmul_neon.inl"
+#include "blocks_neon.inl"
+#else
 #include "matmul.inl"
 #include "blocks.inl"
+#endif
 #include "elementwise.inl"
 #include "sampling.inl"
 #include "attention.inl"

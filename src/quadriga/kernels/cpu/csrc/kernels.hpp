@@ -30,10 +30,11 @@ inline int64_t attend_scratch(int n_rows, int d) {
 
 constexpr int kSampleBlock = 256;  // tokens whose weights are summed together, counted from token 0
 
-// Weights in whole blocks, their logarithms, two selections of them that are written 16 at a time; three numbers a block.
-inline int64_t sample_scratch(int64_t v) {
+// Weights in whole blocks, their logarithms, two selections of them that are written 16 at a time; three numbers a block;
+// one for every token so far that repetitions are looked for in.
+inline int64_t sample_scratch(int64_t v, int64_t n_history) {
   const int64_t blocks = (v + kSampleBlock - 1) / kSampleBlock;
-  return 4 * (blocks * kSampleBlock + 16) + 4 * (blocks + 16);
+  return 4 * (blocks * kSampleBlock + 16) + 4 * (blocks + 16) + n_history;
 }
 
 // Some channels of a convolution over one sequence's tokens.
@@ -61,7 +62,10 @@ struct DeltaPart {
   float* after;               // alike; it may be `before`
   float* out;                 // `out_stride` numbers from token to token
   int64_t out_stride;
+  float* room;                // 16 k_dim numbers for every 16 columns that are begun
 };
+
+constexpr int kDeltaColumns = 32;  // their state (16 KB at k_dim 128) stays in the nearest cache from token to token
 
 // Some columns of one head's state of a Mamba-2 layer, over one sequence's tokens.
 struct StatePart {
@@ -70,14 +74,14 @@ struct StatePart {
   const float *decay, *step;  // likewise, `gate_stride`
   float skip;
   int64_t gate_stride, n;
-  int state_dim, head_dim, columns;  // columns <= kDeltaColumns
+  int state_dim, head_dim, columns;  // columns <= kStateColumns
   const float* before;               // (state_dim, head_dim) from the first of these columns on, or NULL: zeros
   float* after;                      // alike; it may be `before`
   float* out;                        // `out_stride` numbers from token to token
   int64_t out_stride;
 };
 
-constexpr int kDeltaColumns = 64;
+constexpr int kStateColumns = 64;
 constexpr int kMostTaps = 16;
 constexpr int kPeakLines = 24;  // 64-byte lines of weights an iteration of `peak` multiplies
 
@@ -91,10 +95,11 @@ struct Products {  // products.cpp
   // out[t * out_stride + r] = sum_c tile[r, c] * panel[t, c] for the 16 rows of a tile
   void (*tile)(int format, bool int16, const uint8_t* tile, int64_t cols, const uint32_t* panel, int width, float* out,
                int64_t out_stride);
-  // Unpack a tile into bytes and float32 scales (wide_group_bytes); tile_wide gives the same bits as tile.
+  // Unpack a tile into bytes and float32 scales (wide_group_bytes); tile_wide, of a panel of max_width, gives the same bits
+  // as tile.
   void (*widen)(int format, const uint8_t* tile, int64_t cols, uint8_t* wide);
-  void (*tile_wide)(int format, bool int16, const uint8_t* wide, int64_t cols, const uint32_t* panel, int width,
-                    float* out, int64_t out_stride);
+  void (*tile_wide)(int format, bool int16, const uint8_t* wide, int64_t cols, const uint32_t* panel, float* out,
+                    int64_t out_stride);
 };
 
 struct Kernels : Products {

@@ -65,7 +65,7 @@ void linear(qd_context& c, const qd_matrix& m, const float* x, int64_t x_stride,
           const bool direct = rows == kTile && !add;
           float* result = direct ? to : part;
           const int64_t stride = direct ? out_stride : kTile;
-          if (widen) c.kernels->tile_wide(m.format, c.int16, wide + (t - block) * wide_bytes, m.cols, panels + first * units, count, result, stride);
+          if (widen && count == width) c.kernels->tile_wide(m.format, c.int16, wide + (t - block) * wide_bytes, m.cols, panels + first * units, result, stride);
           else c.kernels->tile(m.format, c.int16, m.data + t * bytes, m.cols, panels + first * units, count, result, stride);
           if (direct) continue;
           for (int i = 0; i < count; ++i)

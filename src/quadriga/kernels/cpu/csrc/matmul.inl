@@ -1,21 +1,19 @@
-// One tile of 16 rows times a panel, for every format and width. The order of operations for one output number is the
-// same at every width and for packed and widened tiles, so a token's result does not depend on its neighbours.
+// One tile of 16 rows times a panel, straight from the packed lines: of a few tokens, and of any number in the formats that most
+// models have; groups.inl has the rest. The order of operations for one output number is the same at every width, so a token's result does not depend on its neighbours.
 
 namespace {
 
-#if QD_AVX512 || QD_AVX2 || QD_NEON
-constexpr int kUnroll = 8;  // lines of a group, written out
+#if QD_AVX512 || QD_AVX2
+constexpr int kFew = 2;  // tokens that are multiplied straight from packed lines
 #else
-constexpr int kUnroll = 1;  // plain C++ would be four times as long to compile and no faster
+constexpr int kFew = 0;  // plain C++ is bound by its arithmetic
 #endif
 #if QD_AVX512
 constexpr int kWidth = 12;  // tokens of a panel: as many sums as the registers hold
 #elif QD_AVX2
 constexpr int kWidth = 6;
-#elif QD_NEON
-constexpr int kWidth = 4;  // four registers each
 #else
-constexpr int kWidth = 2;  // plain C++ is bound by its arithmetic, and ten times as long at width 6
+constexpr int kWidth = 2;
 #endif
 constexpr int kAhead = 4608;  // bytes of prefetch: measured 38 % faster than 1152 B on streamed weights (see docs)
 
@@ -51,101 +49,78 @@ struct IQ4NL : MX4 {
   static int32_t zero_point(uint32_t unit) { return Q8::zero_point(unit); }
 };
 
-template <int M, int P, bool minimum>
-QD_INLINE void finish_group(vf* f, const vi* acc, vf scale, vf min, const uint32_t* rec) {
-  const float* scales = reinterpret_cast<const float*>(rec + 8 * P * M);
-  const float* sums = reinterpret_cast<const float*>(rec + (8 * P + 2) * M);
+template <int M, class Body>
+QD_INLINE void each(Body&& body) {
 #pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) {
-    f[m] = fma(to_float(acc[m]) * scale, all(scales[m]), f[m]);
-    if (minimum) f[m] = fma(min, all(sums[m]), f[m]);
-  }
+  for (int m = 0; m < M; ++m) body(m);
 }
 
-#if QD_NEON
-}  // namespace
-#include "lines_neon.inl"
-namespace {
-#else
+// What follows the units of a group in a panel of `width` tokens: scales, -128 times the sums of the activations, scaled sums,
+// -128 times the sums of the first 16.
+struct Tail {
+  const uint32_t* at;
+  int64_t width;
+  Tail(const uint32_t* group, int planes, int64_t panel_width) : at(group + 8 * planes * panel_width), width(panel_width) {}
+  float step(int m) const { return reinterpret_cast<const float*>(at)[m]; }
+  vf scale(int m) const { return all(step(m)); }
+  int32_t sum(int m) const { return int32_t(at[width + m]); }
+  vf scaled_sum(int m) const { return all(reinterpret_cast<const float*>(at)[2 * width + m]); }
+  int32_t first_sum(int m) const { return int32_t(at[3 * width + m]); }
+};
 
-template <int M>
-QD_INLINE void nibble_line(vn* part, vb w, const uint32_t* units) {
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) part[m] = dot_nibbles(part[m], w, units[m]);
+// acc = zero(m) + multiply(acc, plane) of all P planes: of two, the high bytes count 128 times. Exact in any order.
+template <int P, int M, class Zero, class Multiply>
+QD_INLINE void each_plane(vi* acc, Zero zero, Multiply multiply) {
+  each<M>([&](int m) { acc[m] = all_int(P == 1 ? zero(m) : 0); });
+  multiply(0);
+  if (P == 1) return;
+  each<M>([&](int m) { acc[m] = shift_left<7>(acc[m]) + all_int(zero(m)); });
+  multiply(1);
 }
 
-// start(m) + a group's eight lines times one plane of token m's activations; `wide`: nibbles are bytes already.
-template <class F, bool wide, int M, class Start>
-QD_INLINE void multiply_lines(vi* acc, const uint8_t* lines, const uint32_t* units, Start start) {
-  if (F::numbers == kUnevenCodes && !wide) {
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) acc[m] = start(m);
-#pragma GCC unroll kUnroll
-    for (int l = 0; l < 4; ++l) {
-      const vb both = load_bytes(lines + 64 * l);
-      const vq low = low_codes<Uneven>(both), high = high_codes<Uneven>(both);
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) acc[m] = dot_bytes(dot_bytes(acc[m], low, units[2 * l * M + m]), high, units[(2 * l + 1) * M + m]);
-    }
-    return;
-  }
-  if (F::numbers == kCodes) {
-    vn part[M];
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) part[m] = begin_nibbles(start(m));
-#pragma GCC unroll kUnroll
-    for (int l = 0; l < 4; ++l) {
-      const vb both = load_bytes(lines + 64 * l);
-      const vq low = low_codes<E2M1>(both), high = high_codes<E2M1>(both);
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) part[m] = dot_codes(dot_codes(part[m], low, units[2 * l * M + m]), high, units[(2 * l + 1) * M + m]);
-    }
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) acc[m] = end_nibbles(part[m], start(m));
-    return;
-  }
-  if (F::numbers != kNibbles) {
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) acc[m] = start(m);
-#pragma GCC unroll kUnroll
-    for (int l = 0; l < 8; ++l) {
-      const vq w = bytes_line(lines + 64 * l);
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) acc[m] = dot_bytes(acc[m], w, units[l * M + m]);
-    }
-    return;
-  }
+template <int M, bool minimum>
+QD_INLINE void finish_group(vf* f, const vi* acc, vf scale, vf least, Tail tail) {
+  each<M>([&](int m) {
+    f[m] = fma(to_float(acc[m]) * scale, tail.scale(m), f[m]);
+    if (minimum) f[m] = fma(least, tail.scaled_sum(m), f[m]);
+  });
+}
+
+// The same for 16 columns whose activations add up to sum(m) / -128.
+template <int M, bool minimum, class Sum>
+QD_INLINE void finish_half(vf* f, const vi* acc, vf scale, vf least, Tail tail, Sum sum) {
+  each<M>([&](int m) {
+    f[m] = fma(to_float(acc[m]) * scale, tail.scale(m), f[m]);
+    if (minimum) f[m] = fma(least, all(float(sum(m)) * (-1.0f / 128) * tail.step(m)), f[m]);
+  });
+}
+
+// acc += a group's packed lines times one plane of M tokens.
+template <class F, int M>
+QD_INLINE void multiply_packed(vi* acc, const uint8_t* lines, const uint32_t* units, int64_t width) {
   vn part[M];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) part[m] = begin_nibbles(start(m));
-  if (wide) {
-#pragma GCC unroll kUnroll
-    for (int l = 0; l < 8; ++l) nibble_line<M>(part, load_bytes(lines + 64 * l), units + l * M);
-  } else {
-#pragma GCC unroll kUnroll
-    for (int l = 0; l < 4; ++l) {
-      const vb both = load_bytes(lines + 64 * l);
-      nibble_line<M>(part, low_nibbles(both), units + 2 * l * M);
-      nibble_line<M>(part, high_nibbles(both), units + (2 * l + 1) * M);
+  each<M>([&](int m) { part[m] = begin_nibbles(acc[m]); });
+#pragma GCC unroll 8
+  for (int l = 0; l < (F::numbers == kBytes ? 8 : 4); ++l) {
+    if constexpr (F::numbers == kBytes) {
+      const vq w = bytes_line(lines + 64 * l);
+      each<M>([&](int m) { acc[m] = dot_bytes(acc[m], w, units[l * width + m]); });
+      continue;
+    }
+    const vb both = load_bytes(lines + 64 * l);
+    const uint32_t *first = units + 2 * l * width, *second = first + width;
+    if constexpr (F::numbers == kUnevenCodes) {
+      const vq low = low_codes<Uneven>(both), high = high_codes<Uneven>(both);
+      each<M>([&](int m) { acc[m] = dot_bytes(dot_bytes(acc[m], low, first[m]), high, second[m]); });
+    } else if constexpr (F::numbers == kCodes) {
+      const vq low = low_codes<E2M1>(both), high = high_codes<E2M1>(both);
+      each<M>([&](int m) { part[m] = dot_codes(dot_codes(part[m], low, first[m]), high, second[m]); });
+    } else {
+      const vb low = low_nibbles(both), high = high_nibbles(both);
+      each<M>([&](int m) { part[m] = dot_nibbles(dot_nibbles(part[m], low, first[m]), high, second[m]); });
     }
   }
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) acc[m] = end_nibbles(part[m], start(m));
-}
-
-#endif
-
-// -128 times the sum of the activations undoes that weights are stored unsigned (with a minimum there is no such shift).
-// Of two planes the high bytes count 128 times; the zero point is of both together.
-template <class F, bool wide, int P, int M>
-QD_INLINE void multiply_group(vi* acc, const uint8_t* lines, const uint32_t* rec) {
-  const auto zero_point = [rec](int m) { return all_int(F::minimum ? 0 : F::zero_point(rec[(8 * P + 1) * M + m])); };
-  if (P == 1) return multiply_lines<F, wide, M>(acc, lines, rec, zero_point);
-  multiply_lines<F, wide, M>(acc, lines, rec, [](int) { return all_int(0); });
-  vi high[M];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) high[m] = shift_left<7>(acc[m]) + zero_point(m);
-  multiply_lines<F, wide, M>(acc, lines, rec + 8 * M, [&high](int m) { return high[m]; });
+  if (F::numbers == kNibbles || F::numbers == kCodes) each<M>([&](int m) { acc[m] = end_nibbles(part[m], acc[m]); });
 }
 
 template <class F>
@@ -154,69 +129,44 @@ QD_INLINE void prefetch_group(const uint8_t* block, int64_t i) {
   for (int64_t j = 0; j < share; j += 64) prefetch(block + i * share + kAhead + j);
 }
 
-#if QD_I8MM
-}  // namespace
-#include "grid.inl"
-namespace {
-#endif
-
-template <class F, int P, int M>
-void tile_int(const uint8_t* tile, int64_t cols, const uint32_t* panel, float* out, int64_t stride) {
-#if QD_I8MM
-  if constexpr (M % 2 == 0 && M >= 4) return tile_squares<F, false, P, M>(tile, cols, panel, out, stride);
-#endif
+// add(f, block, i, units): a tile's groups one after the other; group i of a block times its part of the panel.
+template <class F, int P, int M, class Add>
+QD_INLINE void sum_groups(const uint8_t* tile, int64_t cols, const uint32_t* panel, int64_t width, float* out, int64_t stride, Add add) {
   vf f[M];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) f[m] = all(0.0f);
-  const int64_t groups = groups_of(cols);
+  each<M>([&](int m) { f[m] = all(0.0f); });
+  const int64_t groups = groups_of(cols), units = group_units(P) * width;
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* block = tile + g / F::groups * F::block_bytes;
-    const int64_t i = g % F::groups;
-    prefetch_group<F>(block, i);
-    vi acc[M];
-    multiply_group<F, false, P, M>(acc, block + F::first_line + i * F::group_bytes, panel + g * group_units(P) * M);
-    finish_group<M, P, F::minimum>(f, acc, F::scale(block, i), F::least(block, i), panel + g * group_units(P) * M);
+    prefetch_group<F>(block, g % F::groups);
+    add(f, block, g % F::groups, panel + g * units);
   }
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) store(out + m * stride, f[m]);
+  each<M>([&](int m) { store(out + m * stride, f[m]); });
 }
 
+// M tokens of a panel: all of it, or where there are two planes of some beside others.
 template <class F, int P, int M>
-void tile_widened(const uint8_t* wide, int64_t cols, const uint32_t* panel, float* out, int64_t stride) {
-#if QD_I8MM
-  if constexpr (M % 2 == 0) return tile_squares<F, true, P, M>(wide, cols, panel, out, stride);
-#endif
-  vf f[M];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) f[m] = all(0.0f);
-  const int64_t groups = groups_of(cols);
-  for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* lines = wide + g * 64 * (F::minimum ? 10 : 9);
-    const uint32_t* rec = panel + g * group_units(P) * M;
+void tile_groups(const uint8_t* tile, int64_t cols, const uint32_t* panel, int64_t panel_width, float* out, int64_t stride) {
+  const int64_t width = P == 1 ? M : panel_width;
+  sum_groups<F, P, M>(tile, cols, panel, width, out, stride, [width](vf* f, const uint8_t* block, int64_t i, const uint32_t* units) {
+    const Tail tail(units, P, width);
     vi acc[M];
-    multiply_group<F, true, P, M>(acc, lines, rec);
-    const vf scale = load(reinterpret_cast<const float*>(lines + 512));
-    const vf min = F::minimum ? load(reinterpret_cast<const float*>(lines + 576)) : all(0.0f);
-    finish_group<M, P, F::minimum>(f, acc, scale, min, rec);
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) store(out + m * stride, f[m]);
+    each_plane<P, M>(acc, [&](int m) { return F::minimum ? 0 : F::zero_point(uint32_t(tail.sum(m))); },
+                     [&](int p) { multiply_packed<F, M>(acc, block + F::first_line + i * F::group_bytes, units + 8 * p * width, width); });
+    finish_group<M, F::minimum>(f, acc, F::scale(block, i), F::least(block, i), tail);
+  });
 }
 
 template <bool bf16, int M>
-void tile_float(const uint8_t* tile, int64_t cols, const uint32_t* panel, float* out, int64_t stride) {
+void tile_float(const uint8_t* tile, int64_t cols, const uint32_t* panel, int64_t, float* out, int64_t stride) {
   vf f[M];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) f[m] = all(0.0f);
+  each<M>([&](int m) { f[m] = all(0.0f); });
   const int64_t units = bf16 ? (cols + 1) / 2 : cols;
   for (int64_t u = 0; u < units; ++u) {
     prefetch(tile + u * 64 + kAhead);
     const vb w = load_bytes(tile + u * 64);
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) f[m] = bf16 ? dot2(f[m], w, panel[u * M + m]) : dot1(f[m], w, panel[u * M + m]);
+    each<M>([&](int m) { f[m] = bf16 ? dot2(f[m], w, panel[u * M + m]) : dot1(f[m], w, panel[u * M + m]); });
   }
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) store(out + m * stride, f[m]);
+  each<M>([&](int m) { store(out + m * stride, f[m]); });
 }
 
 }  // namespace

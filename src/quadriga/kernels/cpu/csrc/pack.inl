@@ -280,6 +280,7 @@ void unpack_row(int format, const uint8_t* packed, int64_t cols, int64_t row, fl
 #else
 #define QD_PEAK_CHAINS 3
 #endif
+constexpr int kWrittenOut = kWidth > 2 ? 12 : 1;
 double peak_of(int format, int64_t iterations) {
   constexpr int chains = QD_PEAK_CHAINS, deep = kPeakLines / chains;
   vi ints[chains];
@@ -297,9 +298,9 @@ double peak_of(int format, int64_t iterations) {
     vn part[chains];
 #pragma GCC unroll 12
     for (int m = 0; m < chains; ++m) part[m] = begin_nibbles(ints[m]);
-#pragma GCC unroll 8
+#pragma GCC unroll kWrittenOut
     for (int j = 0; j < deep; ++j)
-#pragma GCC unroll 12
+#pragma GCC unroll kWrittenOut
       for (int m = 0; m < chains; ++m) {
         const uint32_t a = units[j * chains + m];
         if (format == QD_FORMAT_Q8 || format == QD_FORMAT_MX4 || format >= QD_FORMAT_IQ4NL) ints[m] = dot_bytes(ints[m], q, a);

@@ -274,7 +274,7 @@ typedef struct {
 } qd_step;
 
 /* How one row of logits becomes a token. Fields whose count is 0 may be NULL. The order of it all is that of
- * engine/request.py: penalties and bias, temperature, top-k, typical, top-p, min-p, XTC, one draw. */
+ * engine/request.py: penalties, DRY and bias, temperature, top-k, typical, top-p, min-p, XTC, one draw. */
 typedef struct {
   const float* logits;      /* (V,), not changed */
   const uint8_t* allowed;   /* (V,) 1 where a token may be chosen, or NULL: all may */
@@ -284,10 +284,15 @@ typedef struct {
   const int32_t* counts;    /* (n_said,) how often each is in the answer */
   const int32_t* moved;     /* (n_moved,) different ids */
   const float* moves;       /* (n_moved,) what is added to their logits */
+  const int32_t* history;   /* (n_history,) tokens so far in which DRY looks for repetitions, the newest last; each below V */
+  const uint8_t* breaks;    /* (V,) 1: the token ends repetitions, 2: it begins longer sequences that do, 3: both; or NULL */
+  const int32_t* breakers;  /* (n_breakers,) these sequences one after the other, before each the number of its tokens */
+  int32_t n_history, n_breakers, dry_allowed_length; /* repetitions of so many tokens cost the next one something */
   int32_t n_unused, n_early, n_said, n_moved;
   double temperature, repetition_penalty, presence_penalty, frequency_penalty; /* temperature 0: greedy */
   double top_p, min_p, typical_p; /* 1, 0, 1: all stay */
   double xtc_probability, xtc_threshold; /* 0: none */
+  double dry_multiplier, dry_base; /* of the DRY penalty: multiplier base^(length - allowed) */
   int32_t top_k, n_top; /* 0: all stay; the most probable tokens to list */
   int64_t seed, position; /* the draw is Philox's for this key and counter */
   int32_t* top_ids;     /* (n_top,), the most probable first, the lower id first of equal ones */

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kChannels = 64;          // that a thread takes at once
 constexpr int64_t kSerialNumbers = 1 << 14;  // below this, waking threads costs more than they save
+constexpr int64_t kGateCost = 64;            // of a head's gates, in numbers: three exponentials and a logarithm
 
 // The slot's state, or NULL for a sequence that begins here.
 float* slot(float* state, int64_t numbers, int32_t number) { return number < 0 ? nullptr : state + number * numbers; }
@@ -38,14 +39,16 @@ struct Delta {
     linear(c, op.w_in, normed, dim, n, rows, stride, false);
     gates = c.router.reserve(n * 2 * heads);
     linear(c, op.w_ba, normed, dim, n, gates, 2 * heads, false);
-    for (int64_t i = 0; i < n; ++i) {
-      float *beta = gates + i * 2 * heads, *decay = beta + heads;
-      for (int64_t h = 0; h < heads; ++h) {
-        const float x = decay[h] + op.dt[h], soft = x > 20.0f ? x : std::log1p(std::exp(x));
-        beta[h] = 1.0f / (1.0f + std::exp(-beta[h]));
-        decay[h] = std::exp(-op.rate[h] * soft);
+    c.pool.run(n, grain_of(n, n * heads * kGateCost), [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        float *beta = gates + i * 2 * heads, *decay = beta + heads;
+        for (int64_t h = 0; h < heads; ++h) {
+          const float x = decay[h] + op.dt[h], soft = x > 20.0f ? x : std::log1p(std::exp(x));
+          beta[h] = 1.0f / (1.0f + std::exp(-beta[h]));
+          decay[h] = std::exp(-op.rate[h] * soft);
+        }
       }
-    }
+    });
   }
 
   void convolve() {
@@ -71,7 +74,8 @@ struct Delta {
   void remember() {
     out = c.mixed.reserve(n * v_dim);
     const int64_t parts = (op.v_dim + kDeltaColumns - 1) / kDeltaColumns, items = parts * op.n_v_heads * b.n_sequences;
-    c.pool.run(items, grain_of(items, n * v_dim * op.k_dim), [&](int64_t begin, int64_t end, int) {
+    c.reserve(&qd_context::Thread::a, kDeltaColumns * int64_t(op.k_dim));
+    c.pool.run(items, grain_of(items, n * v_dim * op.k_dim), [&](int64_t begin, int64_t end, int thread) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t s = i / (parts * op.n_v_heads), h = i / parts % op.n_v_heads, first = i % parts * kDeltaColumns;
         const int64_t start = b.starts[s], group = op.tiled ? h % op.n_k_heads : h / (op.n_v_heads / op.n_k_heads);
@@ -81,7 +85,8 @@ struct Delta {
         c.kernels->delta_rule({row + group * op.k_dim, row + q_dim + group * op.k_dim, row + 2 * q_dim + h * op.v_dim + first,
                                width, gate + op.n_v_heads, gate, 2 * op.n_v_heads, b.starts[s + 1] - start, op.k_dim, op.v_dim,
                                int(std::min<int64_t>(kDeltaColumns, op.v_dim - first)), before ? before + place : nullptr,
-                               slot(op.state, numbers, b.after[s]) + place, out + start * v_dim + h * op.v_dim + first, v_dim});
+                               slot(op.state, numbers, b.after[s]) + place, out + start * v_dim + h * op.v_dim + first, v_dim,
+                               c.of_thread[size_t(thread)].a.data()});
       }
     });
   }
@@ -142,17 +147,17 @@ struct Mamba {
 
   void remember() {
     out = c.mixed.reserve(n * inner);
-    const int64_t parts = (op.head_dim + kDeltaColumns - 1) / kDeltaColumns, items = parts * heads * b.n_sequences;
+    const int64_t parts = (op.head_dim + kStateColumns - 1) / kStateColumns, items = parts * heads * b.n_sequences;
     c.pool.run(items, grain_of(items, n * inner * op.state_dim), [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t s = i / (parts * heads), h = i / parts % heads, first = i % parts * kDeltaColumns;
+        const int64_t s = i / (parts * heads), h = i / parts % heads, first = i % parts * kStateColumns;
         const int64_t start = b.starts[s], of_group = h / (heads / op.n_groups) * op.state_dim;
         const int64_t place = kept + h * op.state_dim * op.head_dim + first, column = h * op.head_dim + first;
         const float *row = mixed + start * width, *gate = gates + start * 2 * heads + h;
         const float* before = slot(op.state, numbers, b.before[s]);
         c.kernels->state_space({row + column, row + inner + of_group, row + inner + group + of_group, width, gate + heads, gate,
                                 op.skip[h], 2 * heads, b.starts[s + 1] - start, op.state_dim, op.head_dim,
-                                int(std::min<int64_t>(kDeltaColumns, op.head_dim - first)), before ? before + place : nullptr,
+                                int(std::min<int64_t>(kStateColumns, op.head_dim - first)), before ? before + place : nullptr,
                                 slot(op.state, numbers, b.after[s]) + place, out + start * inner + column, inner});
       }
     });

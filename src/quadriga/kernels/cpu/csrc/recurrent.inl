@@ -36,41 +36,59 @@ void unit(float* x, int64_t d, float scale) {
   for (int64_t i = 0; i < d; i += 16) store_part(x + i, d - i, load_part(x + i, d - i, 0.0f) * factor);
 }
 
-// `vectors` times 16 columns, whose sums are chains side by side; the last may be a part.
+// Row i of a part's state, `vectors` times 16 columns of it; the last may be a part.
+template <int vectors>
+struct DeltaRows {
+  const DeltaPart& p;
+  int64_t width(int x) const { return x == vectors - 1 ? p.columns - 16 * (vectors - 1) : 16; }
+  vf read(const float* row, int x) const { return load_part(row + 16 * x, width(x), 0.0f); }
+  void write(float* row, int x, vf value) const { store_part(row + 16 * x, width(x), value); }
+};
+
+// One token: state = decay state + k change, out = state q; and next = state k of the token after it, so that the state is
+// read and written once a token. `last`: the state goes to p.after.
+template <int vectors, bool last>
+QD_INLINE void delta_token(const DeltaPart& p, int64_t t, const vf* change, vf* next) {
+  const DeltaRows<vectors> rows{p};
+  const float *q = p.q + t * p.stride, *k = p.k + t * p.stride, *k_next = last ? k : k + p.stride;
+  const vf decay = all(p.decay[t * p.gate_stride]);
+  vf out[vectors];
+  for (int x = 0; x < vectors; ++x) out[x] = next[x] = all(0.0f);
+  for (int i = 0; i < p.k_dim; ++i)
+    for (int x = 0; x < vectors; ++x) {
+      float* place = p.room + 16 * (vectors * i + x);
+      const vf state = fma(all(k[i]), change[x], load(place) * decay);
+      if (last) rows.write(p.after + int64_t(i) * p.v_dim, x, state);
+      else store(place, state), next[x] = fma(state, all(k_next[i]), next[x]);
+      out[x] = fma(state, all(q[i]), out[x]);
+    }
+  for (int x = 0; x < vectors; ++x) rows.write(p.out + t * p.out_stride, x, out[x]);
+}
+
+// Columns do not know of one another, so some of them go through all tokens in p.room, in the nearest cache.
 template <int vectors>
 void delta_columns(const DeltaPart& p) {
-  const int64_t last = p.columns - 16 * (vectors - 1);
-  const auto at = [&](int x) { return x == vectors - 1 ? last : int64_t(16); };
-  if (!p.before)
-    for (int i = 0; i < p.k_dim; ++i) std::memset(p.after + int64_t(i) * p.v_dim, 0, size_t(p.columns) * 4);
+  const DeltaRows<vectors> rows{p};
+  vf seen[vectors];  // state k
+  for (int x = 0; x < vectors; ++x) seen[x] = all(0.0f);
+  for (int i = 0; i < p.k_dim; ++i)
+    for (int x = 0; x < vectors; ++x) {
+      const vf state = p.before ? rows.read(p.before + int64_t(i) * p.v_dim, x) : all(0.0f);
+      store(p.room + 16 * (vectors * i + x), state);
+      seen[x] = fma(state, all(p.k[i]), seen[x]);
+    }
   for (int64_t t = 0; t < p.n; ++t) {
-    const float *from = t || !p.before ? p.after : p.before, *q = p.q + t * p.stride, *k = p.k + t * p.stride;
     const vf decay = all(p.decay[t * p.gate_stride]), beta = all(p.beta[t * p.gate_stride]);
-    vf change[vectors], out[vectors];
-    for (int x = 0; x < vectors; ++x) change[x] = out[x] = all(0.0f);
-    for (int i = 0; i < p.k_dim; ++i)
-      for (int x = 0; x < vectors; ++x)
-        change[x] = fma(load_part(from + int64_t(i) * p.v_dim + 16 * x, at(x), 0.0f), all(k[i]), change[x]);
-    for (int x = 0; x < vectors; ++x)
-      change[x] = (load_part(p.v + t * p.stride + 16 * x, at(x), 0.0f) - decay * change[x]) * beta;
-    for (int i = 0; i < p.k_dim; ++i)
-      for (int x = 0; x < vectors; ++x) {
-        const int64_t place = int64_t(i) * p.v_dim + 16 * x;
-        const vf state = fma(all(k[i]), change[x], load_part(from + place, at(x), 0.0f) * decay);
-        store_part(p.after + place, at(x), state);
-        out[x] = fma(state, all(q[i]), out[x]);
-      }
-    for (int x = 0; x < vectors; ++x) store_part(p.out + t * p.out_stride + 16 * x, at(x), out[x]);
+    vf change[vectors];
+    for (int x = 0; x < vectors; ++x) change[x] = (rows.read(p.v + t * p.stride, x) - decay * seen[x]) * beta;
+    if (t + 1 < p.n) delta_token<vectors, false>(p, t, change, seen);
+    else delta_token<vectors, true>(p, t, change, seen);
   }
 }
 
 void delta_rule(const DeltaPart& p) {
-  switch ((p.columns + 15) / 16) {
-    case 1: return delta_columns<1>(p);
-    case 2: return delta_columns<2>(p);
-    case 3: return delta_columns<3>(p);
-    default: return delta_columns<4>(p);
-  }
+  if (p.columns > 16) delta_columns<2>(p);
+  else delta_columns<1>(p);
 }
 
 // Tokens [t, t + tokens) of `vectors` times 16 columns. A row of the state is read and written once for all of them; every

@@ -102,12 +102,14 @@ struct Weights {
   float *some, *others;      // (256 blocks + 16,) selections
   float* most;               // (blocks,) the largest of each block
   double* sums;              // (blocks,)
+  int32_t* repeats;          // (n_history,) see dry.inl
 
   Weights(int64_t n_tokens, float* scratch) : v(n_tokens), blocks((n_tokens + kSampleBlock - 1) / kSampleBlock) {
     const int64_t room = blocks * kSampleBlock + 16;
     w = scratch, logs = w + room, some = logs + room, others = some + room;
     sums = reinterpret_cast<double*>(others + room);  // room is a multiple of 16
     most = reinterpret_cast<float*>(sums + blocks);
+    repeats = reinterpret_cast<int32_t*>(most + blocks);
   }
 };
 
@@ -119,8 +121,11 @@ struct Cut {
 
 QD_INLINE float bounded(float x) { return x < -FLT_MAX ? -FLT_MAX : x > FLT_MAX ? FLT_MAX : x; }
 
+#include "dry.inl"
+
 // The logits under penalties and moves, within what float32 holds, and -inf wherever nothing may be chosen.
-void adjust(const qd_sampling& s, int64_t v, bool early, float* x) {
+void adjust(const qd_sampling& s, int64_t v, bool early, Weights& all_of) {
+  float* x = all_of.w;
   std::memcpy(x, s.logits, size_t(v) * 4);
   const float repetition = float(s.repetition_penalty);
   for (int32_t j = 0; j < s.n_said; ++j) {
@@ -131,6 +136,7 @@ void adjust(const qd_sampling& s, int64_t v, bool early, float* x) {
       cell = bounded(cell - penalty);
     }
   }
+  if (s.n_history) discourage(s, x, all_of.repeats, reinterpret_cast<int32_t*>(all_of.others));
   for (int32_t j = 0; j < s.n_moved; ++j) x[s.moved[j]] = bounded(x[s.moved[j]] + s.moves[j]);
   if (s.allowed)
     for (int64_t i = 0; i < v; ++i) x[i] = s.allowed[i] ? x[i] : -INFINITY;
@@ -386,13 +392,13 @@ void sample(const qd_sampling& s, int64_t v, float* scratch, qd_sampled* out) {
   out->token = -1, out->n_top = 0, out->logit = 0;
   if (!std::isfinite(out->log_sum)) return;
   if (s.n_top > 0) list_top(s, all_of, out);
-  const bool as_they_are = !s.n_said && !s.n_moved && !s.allowed;
+  const bool as_they_are = !s.n_said && !s.n_history && !s.n_moved && !s.allowed;
   const bool first = as_they_are && !contains(s.unused, s.n_unused, token) && !contains(s.early, s.n_early, token);
   const float* x = s.logits;
   if (!first) {
-    adjust(s, v, true, all_of.w);
+    adjust(s, v, true, all_of);
     int64_t best = first_largest(all_of.w, v);
-    if (best < 0 && s.allowed && s.n_early) adjust(s, v, false, all_of.w), best = first_largest(all_of.w, v);
+    if (best < 0 && s.allowed && s.n_early) adjust(s, v, false, all_of), best = first_largest(all_of.w, v);
     token = int32_t(best), x = all_of.w;
   }
   if (token >= 0 && s.temperature > 0) {

@@ -15,6 +15,11 @@
 #endif
 
 #define QD_INLINE static inline __attribute__((always_inline))
+#if QD_AVX512 || QD_AVX2 || QD_NEON
+#define QD_LARGE QD_INLINE
+#else
+#define QD_LARGE static __attribute__((noinline, unused))  // plain C++ of 64 bytes is long: written out once, not at every use
+#endif
 
 namespace {  // one private copy per instruction set
 
@@ -286,6 +291,7 @@ QD_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Units __attribute__((vector_size(64)));
+typedef int16_t Shorts __attribute__((vector_size(64)));
 struct vf { Floats v; };
 struct vi { Ints v; };
 struct vb { Units v; };
@@ -348,11 +354,16 @@ QD_INLINE float largest(vf a) {
   QD_LANES best = x[i] > best ? x[i] : best;
   return best;
 }
+// Two products of 16 bits in every lane: of bytes 0 and 2, of bytes 1 and 3. 255 * -128 fits.
+QD_INLINE Ints byte_products(Units w, int8_t low, int8_t high) {
+  const Units both = Units{} + (uint32_t(uint16_t(low)) | uint32_t(uint16_t(high)) << 16);
+  const Ints p = Ints(Shorts(w & 0x00ff00ffu) * Shorts(both));
+  return (Ints(Units(p) << 16) >> 16) + (p >> 16);
+}
 QD_INLINE vi dot4(vi acc, vb w, uint32_t a) {
   int8_t s[4];
   std::memcpy(s, &a, 4);
-  const Ints b0 = Ints(w.v & 255u), b1 = Ints(w.v >> 8 & 255u), b2 = Ints(w.v >> 16 & 255u), b3 = Ints(w.v >> 24);
-  return {acc.v + (b0 * s[0] + b1 * s[1] + b2 * s[2] + b3 * s[3])};
+  return {acc.v + (byte_products(w.v, s[0], s[2]) + byte_products(w.v >> 8, s[1], s[3]))};
 }
 QD_INLINE vf dot2(vf acc, vb w, uint32_t a) {
   const float even = bf16_to_float(uint16_t(a)), odd = bf16_to_float(uint16_t(a >> 16));
@@ -377,17 +388,17 @@ QD_INLINE vi end_nibbles(vn acc, vi) { return acc; }
 #endif
 
 #if !QD_AVX512 && !QD_NEON
-QD_INLINE void store_bf16(uint16_t* p, vf a) {
+QD_LARGE void store_bf16(uint16_t* p, vf a) {
   float x[16];
   store(x, a);
   for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(x[i]);
 }
-QD_INLINE vf load_bf16(const uint16_t* p) {
+QD_LARGE vf load_bf16(const uint16_t* p) {
   float x[16];
   for (int i = 0; i < 16; ++i) x[i] = bf16_to_float(p[i]);
   return load(x);
 }
-QD_INLINE void transpose(vf* x) {
+QD_LARGE void transpose(vf* x) {
   float rows[16][16], columns[16][16];
   for (int i = 0; i < 16; ++i) store(rows[i], x[i]);
   for (int i = 0; i < 16; ++i)
@@ -417,7 +428,7 @@ QD_INLINE vf fused(vf a, vf b, vf c) {
 // e^x to about 2 units in the last place, 0 below -87. Range reduction by ln 2 in two parts, then a degree-6 Taylor
 // polynomial in Horner form on [-0.347, 0.347] (remainder 1.2e-7 relative).
 template <vf (*mul_add)(vf, vf, vf)>
-QD_INLINE vf exponential_by(vf x) {
+QD_LARGE vf exponential_by(vf x) {
   const vf clamped = vmin(vmax(x, all(-87.0f)), all(88.0f));
   const vf n = nearest(clamped * all(1.44269504088896341f));
   vf r = mul_add(n, all(-0.693359375f), clamped);

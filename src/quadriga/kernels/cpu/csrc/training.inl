@@ -24,7 +24,7 @@ QD_INLINE void put_part(T* p, int64_t n, vf x) {
   std::memcpy(p, part, size_t(n) * sizeof(T));
 }
 
-QD_INLINE vf activation_slope(int activation, vf x) {
+QD_LARGE vf activation_slope(int activation, vf x) {
   const vf one = all(1.0f), half = all(0.5f);
   switch (activation) {
     case QD_ACTIVATION_SILU: {
@@ -46,13 +46,13 @@ QD_INLINE vf activation_slope(int activation, vf x) {
 }
 
 // Slopes of QD_ACTIVATION_CLAMPED_GLU; beyond the limits nothing moves, at them it does, as in torch.
-QD_INLINE vf clamped_gate_slope(vf gate, vf up) {
+QD_LARGE vf clamped_gate_slope(vf gate, vf up) {
   const vf one = all(1.0f), g = vmin(all(kClamp), gate), s = sigmoid(all(kClampedSlope) * g);
   const vf u = vmin(all(kClamp), vmax(all(-kClamp), up));
   return greater_select(gate, all(kClamp), all(0.0f), (u + one) * (s * fma(all(kClampedSlope) * g, one - s, one)));
 }
 
-QD_INLINE vf clamped_up_slope(vf gate, vf up) {
+QD_LARGE vf clamped_up_slope(vf gate, vf up) {
   const vf g = vmin(all(kClamp), gate);
   return greater_select(vabs(up), all(kClamp), all(0.0f), g * sigmoid(all(kClampedSlope) * g));
 }

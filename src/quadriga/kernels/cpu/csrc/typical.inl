@@ -60,8 +60,13 @@ void keep_typical(Weights& all_of, double part) {
     found += press(all_of.some + found, key, bits);
   }
   Cut cut = reach_up(all_of.some, all_of.others, found, part * total);
-  for (int64_t i = 0; i < n; ++i)
-    if (all_of.w[i] > 0 && (all_of.logs[i] > cut.least || (all_of.logs[i] == cut.least && cut.n_equal-- <= 0))) all_of.w[i] = 0.0f;
+  for (int64_t i = 0; i < n; i += 16) {
+    const vf w = load(all_of.w + i), key = load(all_of.logs + i);
+    uint32_t equal = at_least_bits(key, all(cut.least)) & ~greater_bits(key, all(cut.least)) & greater_bits(w, all(0.0f));
+    store(all_of.w + i, greater_select(key, all(cut.least), all(0.0f), w));
+    for (; equal; equal &= equal - 1)
+      if (cut.n_equal-- <= 0) all_of.w[i + __builtin_ctz(equal)] = 0.0f;
+  }
   for (int64_t block = 0; block < all_of.blocks; ++block) sum_block(all_of, block);
 }
 
