@@ -52,7 +52,7 @@ ELSEWHERE = {
 SHORTER = {  # command -> what is added, or put in place of what is there
     r"quadriga (chat|generate)": {"--max-tokens": "4"},
     r"quadriga train": {"--stop-after": "2"},
-    r"quadriga experts label": {"--tokens": "200"},
+    r"quadriga experts label": {"--domain-tokens": "200"},
     r"quadriga tune": {"--steps": "1"},
     r"quadriga eval --tasks": {"--limit": "2"},
     r"quadriga bench decode": {"--rounds": "1", "--n": "4"},
