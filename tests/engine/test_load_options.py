@@ -108,6 +108,7 @@ USED: dict[str, dict[str, Used]] = {
     "kv_format": dict.fromkeys(("kernels", "quantised", "directory"), ("bfloat16", "q8", cache_bytes)),
     "kv_memory": {way: (200_000, 400_000, lambda llm: llm.runner.n_blocks) for way in WAYS},
     "expert_memory": {"directory": (None, 1_000_000, lambda llm: llm.expert_store is None)},
+    "parallel": {},  # one process alone is no mesh; tests/runners/test_distributed.py starts several
     "max_sequences": {way: (3, 7, lambda llm: llm.engine.max_sequences) for way in WAYS},
     "max_batch_tokens": {way: (300, 700, lambda llm: llm.engine.scheduler.max_batch_tokens) for way in WAYS},
 }
@@ -116,7 +117,14 @@ USED: dict[str, dict[str, Used]] = {
 UNCHANGED = {"device"}
 """Two names for the same thing on a machine without an accelerator: the model loads, and nothing differs."""
 
-GIVEN = {"format": "q8", "dtype": "float32", "activations": "int8", "kv_format": "bfloat16", "expert_memory": 1_000_000}
+GIVEN = {
+    "format": "q8",
+    "dtype": "float32",
+    "activations": "int8",
+    "kv_format": "bfloat16",
+    "expert_memory": 1_000_000,
+    "parallel": "tp=2",
+}
 """What is refused is refused even where it says what happens anyway."""
 
 CELLS = [(option, way) for option in USED for way in WAYS]
@@ -127,7 +135,7 @@ def test_the_table_has_every_option() -> None:
     assert set(USED) == own
     signature = inspect.signature(quadriga.load).parameters
     assert own == set(signature) - {"path_or_name", "progress"}
-    assert {rule.option for rule in RULES} <= own and set(VALUES) == own - {"device"}
+    assert {rule.option for rule in RULES} <= own and set(VALUES) == own - {"device", "parallel"}
     defaults = {field.name: field.default for field in fields(LoadOptions)}
     assert defaults == {name: signature[name].default for name in own}
 
@@ -153,7 +161,7 @@ def test_every_option_is_used_or_refused(folders: dict[str, Path], option: str, 
         else:
             assert isinstance(load(folders, way, dtype="float32").runner, TorchRunner)
         return
-    with pytest.raises(ConfigError, match=rf"^{option}.*(Leave|Make one)"):
+    with pytest.raises(ConfigError, match=rf"^{option}.*(Leave|Make one|Start them)"):
         load(folders, way, **{option: GIVEN[option]})
 
 

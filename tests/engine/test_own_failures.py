@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from quadriga import LLM
-from quadriga.engine import engine as engine_module
+from quadriga.engine import answers, passes
 from quadriga.engine.engine import Engine
 from quadriga.engine.request import Request, SamplingParams, TokenEvent
 from quadriga.errors import AnswerError, QuadrigaError, RequestError
@@ -154,7 +154,7 @@ def test_a_request_that_wants_the_routing_fails_alone_when_it_cannot_be_told(mon
     def broken(stats: Any, token: int) -> Any:
         raise RuntimeError("no routing")
 
-    monkeypatch.setattr(engine_module, "_routing_of", broken)
+    monkeypatch.setattr(passes, "_routing_of", broken)
     good, ended = both(engine, replace(BAD, routing=True))
     assert len(good) == 12 and len(ended) == 1 and isinstance(ended[0], AnswerError)
 
@@ -163,7 +163,7 @@ def test_scoring_a_prompt_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise PanicException("top")
 
-    monkeypatch.setattr(engine_module, "top_logprobs", broken)
+    monkeypatch.setattr(answers, "top_logprobs", broken)
     scored = replace(BAD, params=replace(BAD.params, prompt_logprobs=True, logprobs=2))
     good, ended = both(new_engine(), scored)
     assert len(good) == 12 and len(ended) == 1 and isinstance(ended[0], AnswerError)

@@ -18,41 +18,35 @@ whatever the exception; what all share (scheduling, the pass through the model) 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-
-from quadriga.engine.blocks import BlockTable
+from quadriga.engine import whole_sequence
+from quadriga.engine.answers import Active, Turn, choose, event_of, instead_of, own_failure, score_prompt
 from quadriga.engine.disk_cache import DiskCache, KeptBlocks
 from quadriga.engine.dry import Breakers, Spellings
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.pace import Pace
+from quadriga.engine.passes import Computed, build_batch
 from quadriga.engine.permitted import bad_sequences
 from quadriga.engine.pooling import Pooling
 from quadriga.engine.request import (
     Embed,
     Embedding,
-    FinishReason,
-    PromptReport,
     Request,
-    Routing,
     SamplingParams,
     TokenEvent,
 )
-from quadriga.engine.sampler import Sample, Sampler, Unused, require_finite, top_logprobs
-from quadriga.engine.scheduler import Chunk, PassPlan, Running, Scheduler
-from quadriga.engine.steering import salt_of, steering_of
-from quadriga.errors import AnswerError, BusyError, ConfigError, QuadrigaError, RequestError
+from quadriga.engine.sampler import Sampler, Unused, require_finite
+from quadriga.engine.scheduler import PassPlan, Running, Scheduler
+from quadriga.engine.steering import salt_of
+from quadriga.errors import ConfigError, QuadrigaError, RequestError
 from quadriga.kernels.cpu.program import PassBatch
 from quadriga.model.steering import router_shift
-from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.base import Adapters, Floats, LayerRouting, PassResult, Runner
 from quadriga.runtime import Lane
 from quadriga.text.stream import Detokenizer
@@ -68,38 +62,6 @@ HELD_WAIT_S = 0.01
 
 
 @dataclass(eq=False)
-class _Active:
-    """A request in the engine."""
-
-    request: Request
-    running: Running
-    sampler: Sampler
-    text: Detokenizer | None
-    ends: frozenset[int]
-    lookup: Lookup | None
-    prompt_logprobs: dict[int, tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=dict)
-    """Prompt position -> log-probability of the token there, and the most probable tokens."""
-
-
-@dataclass(eq=False)
-class _Turn:
-    """An answer's part of a pass, while its tokens are chosen."""
-
-    active: _Active
-    chunk: Chunk
-    row: int
-    """Of the logits: the first that a token is chosen from."""
-    answered: list[TokenEvent] = field(default_factory=list)
-    error: QuadrigaError | None = None
-    going: bool = False
-    """Another token is to be chosen."""
-
-    def fail(self, raised: BaseException) -> None:
-        """Its own work raised."""
-        self.error, self.going = _own_failure(raised), False
-
-
-@dataclass(eq=False)
 class _Embedded:
     """A text in the engine."""
 
@@ -111,7 +73,7 @@ class _Embedded:
 class _Held:
     """An answer whose next token is being chosen beside the passes."""
 
-    active: _Active
+    active: Active
     choice: Future[TokenEvent]
     finish: Callable[[TokenEvent], TokenEvent]
     """Puts into the event what the pass knows of it."""
@@ -172,7 +134,7 @@ class Engine:
         )
         self.disk: DiskCache | None = None
         self.pace: Pace | None = None
-        self._active: dict[int, _Active] = {}
+        self._active: dict[int, Active] = {}
         self._embeds: dict[int, _Embedded] = {}
         self._held: dict[int, _Held] = {}
         self._choosers = Lane("choosers", n_threads=2)
@@ -247,7 +209,7 @@ class Engine:
             group=-1 if group is None else group,
         )
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.end_ids)
-        active = _Active(
+        active = Active(
             request=request,
             running=running,
             sampler=Sampler(params, prompt, self.config.vocab_size, self.unused, ends, bad, self._breakers(params)),
@@ -452,7 +414,7 @@ class Engine:
 
     # Tokens that are chosen beside the passes -------------------------------------------------------------------------
 
-    def _hold(self, active: _Active, made: _Pass, row: int) -> None:
+    def _hold(self, active: Active, made: Computed, row: int) -> None:
         """Choose a request's next token in another thread: its grammar takes so long that others would wait for it."""
         finish = made.routing_into(row) if active.request.routing else _as_it_is
         known = () if self.runner.row_sampler is not None else (made.best[row], made.log_sums[row])
@@ -460,16 +422,16 @@ class Engine:
         self._held[active.running.request_id] = _Held(active, choice, finish)
 
     def _next_beside(
-        self, active: _Active, logits: Floats, best: int | None = None, log_sum: float | None = None
+        self, active: Active, logits: Floats, best: int | None = None, log_sum: float | None = None
     ) -> TokenEvent:
         """A request's next token, from a row of logits of its own."""
-        constraint, sampler, instead = active.request.constraint, active.sampler, _instead(active, ())
+        constraint, sampler, instead = active.request.constraint, active.sampler, instead_of(active, ())
         allowed = None if constraint is None else constraint.allowed()
         if self.runner.row_sampler is None:
-            return _event(active, sampler.sample(logits, best, log_sum, allowed, instead), 0)
+            return event_of(active, sampler.sample(logits, best, log_sum, allowed, instead), 0)
         settings = sampler.ask(allowed)
         sampled = self.runner.row_sampler.beside().sample(logits[None], [0], [settings])[0]
-        return _event(active, sampler.take(sampled, logits, constrained=allowed is not None, instead=instead), 0)
+        return event_of(active, sampler.take(sampled, logits, constrained=allowed is not None, instead=instead), 0)
 
     def _chosen(self) -> list[tuple[int, Event]]:
         """The tokens that have been chosen since, and the errors of those that could not be."""
@@ -479,7 +441,7 @@ class Engine:
             try:
                 event = held.finish(held.choice.result())
             except BaseException as raised:
-                events.append((request_id, _own_failure(raised)))
+                events.append((request_id, own_failure(raised)))
                 self.cancel(request_id)
                 continue
             events.append((request_id, event))
@@ -499,7 +461,7 @@ class Engine:
                 try:
                     running.draft = active.lookup.guess(running.tokens, active.request.params.speculate)
                 except BaseException as error:
-                    failed.append((request_id, _own_failure(error)))
+                    failed.append((request_id, own_failure(error)))
         for request_id, _ in failed:
             self.cancel(request_id)
         return failed
@@ -507,19 +469,19 @@ class Engine:
     def _sample(
         self, plan: PassPlan, result: PassResult, first_rows: Sequence[int], batch: PassBatch
     ) -> tuple[list[tuple[int, Event]], dict[int, list[int]], set[int]]:
-        made = _Pass(batch, result, self.runner)
+        made = Computed(batch, result, self.runner)
         turns = []
         for chunk, row in zip(plan.chunks, first_rows, strict=True):
             active = self._active.get(chunk.sequence.request_id)
             if active is not None:
-                turns.append(turn := _Turn(active, chunk, row))
+                turns.append(turn := Turn(active, chunk, row))
                 try:
                     self._begin(turn, made)
                 except BaseException as raised:
                     turn.fail(raised)
         going = [turn for turn in turns if turn.going]
         while going:
-            self._choose(going, made)
+            choose(going, made, self.runner.row_sampler)
             going = [turn for turn in going if turn.going]
         events: list[tuple[int, Event]] = []
         new_tokens: dict[int, list[int]] = {}
@@ -538,11 +500,11 @@ class Engine:
                 new_tokens[request_id] = [event.token_id for event in answered]
         return events, new_tokens, finished
 
-    def _begin(self, turn: _Turn, made: _Pass) -> None:
+    def _begin(self, turn: Turn, made: Computed) -> None:
         """Score what the pass has of a prompt; see whether a token is to be chosen."""
         active, chunk = turn.active, turn.chunk
         if chunk.sequence.all_logits:
-            self._score_prompt(active, chunk, made, turn.row)
+            score_prompt(active, chunk, made, turn.row, self.unused)
             turn.row += len(chunk.tokens) - 1 - chunk.n_draft
         if not chunk.samples:
             return
@@ -551,59 +513,6 @@ class Engine:
             self._hold(active, made, turn.row)
         else:
             turn.going = True
-
-    def _choose(self, turns: Sequence[_Turn], made: _Pass) -> None:
-        """The next token of each of these answers; the kernels choose all of them at once."""
-        kernels = self.runner.row_sampler
-        asked, settings, places = [], [], []
-        for turn in turns:
-            constraint, sampler, at = turn.active.request.constraint, turn.active.sampler, turn.row + len(turn.answered)
-            try:
-                allowed = None if constraint is None else constraint.allowed()
-                if kernels is not None:
-                    settings.append(sampler.ask(allowed))
-                    asked.append(turn)
-                    places.append(at)
-                else:
-                    chosen = sampler.sample(
-                        made.logits[at], made.best[at], made.log_sums[at], allowed, _instead(turn.active, turn.answered)
-                    )
-                    self._answered(turn, chosen, made)
-            except BaseException as raised:
-                turn.fail(raised)
-        if kernels is None or not asked:
-            return
-        for turn, at, sampled in zip(asked, places, kernels.sample(made.logits, places, settings), strict=True):
-            active = turn.active
-            constrained, instead = active.request.constraint is not None, _instead(active, turn.answered)
-            try:
-                chosen = active.sampler.take(sampled, made.logits[at], constrained=constrained, instead=instead)
-                self._answered(turn, chosen, made)
-            except BaseException as raised:
-                turn.fail(raised)
-
-    def _answered(self, turn: _Turn, chosen: Sample, made: _Pass) -> None:
-        """A token was chosen; guesses go on as long as they are right."""
-        active, chunk, i = turn.active, turn.chunk, len(turn.answered)
-        event = _event(active, chosen, i)
-        if active.request.routing:
-            event = made.with_routing(event, turn.row + i)
-        turn.answered.append(event)
-        guesses = chunk.tokens[len(chunk.tokens) - chunk.n_draft :] if chunk.n_draft else ()
-        turn.going = event.finish_reason is None and i < len(guesses) and guesses[i] == event.token_id
-
-    def _score_prompt(self, active: _Active, chunk: Chunk, made: _Pass, row: int) -> None:
-        tokens, n_prompt, n_top = chunk.sequence.tokens, chunk.sequence.n_prompt, active.sampler.n_top
-        n = min(len(chunk.tokens), n_prompt - 1 - chunk.start)
-        if n <= 0:
-            return
-        rows, log_sums = made.logits[row : row + n], made.log_sums[row : row + n]
-        require_finite(log_sums)
-        following = tokens[chunk.start + 1 : chunk.start + 1 + n]
-        own = (rows[np.arange(n), following].astype(np.float64) - log_sums).tolist()
-        top = top_logprobs(rows, log_sums, n_top, self.unused) if n_top else [()] * n
-        for i in range(n):
-            active.prompt_logprobs[chunk.start + i + 1] = (own[i], top[i])
 
     # Whole sequences -------------------------------------------------------------------------------------------------
 
@@ -615,198 +524,8 @@ class Engine:
         Raises:
             BusyError: the sequence does not fit into the free blocks.
         """
-        logits, stats = [], []
-        for result in self._passes(token_ids, chunk):
-            assert result.routing is not None, "it was asked for"
-            logits.append(result.logits)
-            stats.append(result.routing)
-        merged = [
-            LayerRouting(*(np.concatenate([getattr(s, name) for s in layer]) for name in _STATS_FIELDS))
-            for layer in zip(*stats, strict=True)
-        ]
-        return np.concatenate(logits), merged
-
-    def _passes(self, token_ids: Sequence[int], chunk: int) -> Iterator[PassResult]:
-        """Run one sequence beside everything else, in blocks of its own: logits and routing of every pass."""
-        n, states = len(token_ids), self.scheduler.states
-        blocks = BlockTable(self.scheduler.pool, self.scheduler.windows)
-        slot = None if states is None else states.take()
-        try:
-            if states is not None and slot is None:
-                raise BusyError("no place is free for the states of one more sequence; ask again later")
-            for start in range(0, n, chunk):
-                stop = min(start + chunk, n)
-                blocks.let_go(start)
-                while len(blocks) * BLOCK_TOKENS < stop:
-                    if not blocks.extend():
-                        raise BusyError(f"{n} tokens do not fit into the free part of the cache; ask again later")
-                ints = (
-                    token_ids[start:stop],
-                    range(start, stop),
-                    (0, stop - start),
-                    blocks.rows,
-                    (0, len(blocks)),
-                    range(stop - start),
-                )
-                slots = () if slot is None else ((slot if start else -1,), (slot,))
-                yield self.runner.forward(
-                    PassBatch(*(np.array(x, dtype=np.int32) for x in (*ints, *slots))), routing=True
-                )
-        finally:
-            if states is not None and slot is not None:
-                states.give(slot)
-            blocks.cut(0)
-
-
-def _instead(active: _Active, answered: Sequence[TokenEvent]) -> Callable[[int], int] | None:
-    """What a constraint takes in place of a chosen token, as it knows how many more may come; None: it never does."""
-    choose = getattr(active.request.constraint, "choose", None)
-    if choose is None:
-        return None
-    left = active.running.max_tokens - len(active.running.tokens) - len(answered)
-    return lambda token: int(choose(token, left))
-
-
-def _event(active: _Active, chosen: Sample, n_before: int) -> TokenEvent:
-    """What a request's next token means for its text and its end; it is the ``n_before``-th of this pass."""
-    running, constraint = active.running, active.request.constraint
-    ended = chosen.token_id in active.ends
-    complete = constraint is not None and not ended and constraint.accept(chosen.token_id)
-    n_made = len(running.tokens) + n_before + 1
-    may_stop = n_made - running.n_prompt >= active.request.params.min_new_tokens
-    piece, hit_stop = "", False
-    if active.text is not None and not ended:
-        piece, hit_stop = active.text.push(chosen.token_id, may_stop=may_stop)
-    full = n_made >= running.max_tokens
-    last = ended or hit_stop or full or complete
-    if last and not hit_stop and active.text is not None:
-        piece += active.text.finish(whole_characters=True)
-    reason: FinishReason | None = None
-    if last:
-        reason = "stop" if ended or hit_stop or complete else "length"
-    report = None
-    if len(running.tokens) + n_before == running.n_prompt:
-        scored = active.prompt_logprobs
-        in_order = [scored[position] for position in sorted(scored)]
-        report = PromptReport(
-            n_cached_tokens=running.n_cached,
-            logprobs=tuple(logprob for logprob, _ in in_order),
-            top_logprobs=tuple(top for _, top in in_order),
-        )
-    return TokenEvent(
-        token_id=chosen.token_id,
-        text=piece,
-        logprob=chosen.logprob,
-        top_logprobs=chosen.top_logprobs,
-        finish_reason=reason,
-        prompt=report,
-    )
-
-
-class _Pass:
-    """What a pass has computed: logits (R, V), and the routing."""
-
-    def __init__(self, batch: PassBatch, result: PassResult, runner: Runner) -> None:
-        self._batch, self._routing, self._runner = batch, result.routing, runner
-        self.logits = result.logits
-
-    @cached_property
-    def _stats(self) -> tuple[list[int], list[float]]:
-        return self._runner.row_stats(self.logits)
-
-    @property
-    def best(self) -> list[int]:
-        """Of every row the most probable token."""
-        return self._stats[0]
-
-    @property
-    def log_sums(self) -> list[float]:
-        """Of every row log(sum(exp))."""
-        return self._stats[1]
-
-    def with_routing(self, event: TokenEvent, row: int) -> TokenEvent:
-        """The event with the experts that predicted it."""
-        return self.routing_into(row)(event)
-
-    def routing_into(self, row: int) -> Callable[[TokenEvent], TokenEvent]:
-        """Puts the experts that predicted a row's token into its event, also after the pass."""
-        assert self._routing is not None, "asked for where a request wants it"
-        token = int(self._batch.rows[row])
-        routing, entropy = _routing_of(self._routing, token), _entropy_of(self._routing, token)
-        return lambda event: replace(event, routing=routing, router_entropy=entropy)
+        return whole_sequence.score(self.runner, self.scheduler, token_ids, chunk)
 
 
 def _as_it_is(event: TokenEvent) -> TokenEvent:
     return event
-
-
-def _own_failure(error: BaseException) -> QuadrigaError:
-    """What a request is told when its own work raised, whatever it raised: a panic in a Rust library is no Exception.
-
-    Raises:
-        KeyboardInterrupt: if it is one; somebody at the keyboard means the whole process.
-    """
-    if isinstance(error, KeyboardInterrupt):
-        raise error
-    if isinstance(error, RequestError):
-        return error
-    kind = type(error).__name__
-    _log.error("an answer failed with %s; the others go on", kind, exc_info=error)
-    failure = AnswerError(
-        f"this answer failed by a mistake of ours ({kind}); the log says more. Others are not affected."
-    )
-    failure.__cause__ = error
-    return failure
-
-
-def _routing_of(stats: list[LayerRouting], token: int) -> Routing:
-    """One position's experts in every layer, heaviest first."""
-    layers = []
-    for layer in stats:
-        pairs = zip(layer.expert_ids[token].tolist(), layer.expert_weights[token].tolist(), strict=True)
-        layers.append(tuple(sorted(pairs, key=lambda pair: -pair[1])))
-    return tuple(layers)
-
-
-def _entropy_of(stats: list[LayerRouting], token: int) -> tuple[float, ...]:
-    """One position's router entropies, each as a part of the largest possible, ln(E)."""
-    if not stats:
-        return ()
-    entropies = []
-    for layer in stats:
-        probs, n_experts = layer.probs[token].astype(np.float64), layer.probs.shape[-1]
-        entropy = -float((probs * np.log(np.maximum(probs, 1e-300))).sum())
-        entropies.append(min(1.0, max(0.0, entropy / math.log(n_experts))) if n_experts > 1 else 0.0)
-    return tuple(entropies)
-
-
-_STATS_FIELDS = ("expert_ids", "expert_weights", "probs", "logits")
-
-
-def build_batch(plan: PassPlan) -> tuple[PassBatch, list[int]]:
-    """A plan as arrays, and the index of every chunk's first wanted row among the rows of logits."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    starts, table_starts = [0], [0]
-    tables = [list[int]() for _ in plan.chunks[0].sequence.blocks.rows]
-    rows: list[int] = []
-    first_rows: list[int] = []
-    for chunk in plan.chunks:
-        n = len(chunk.tokens)
-        first_rows.append(len(rows))
-        if chunk.sequence.all_logits:
-            rows.extend(range(len(tokens), len(tokens) + n))
-        elif chunk.samples:
-            rows.extend(range(len(tokens) + n - 1 - chunk.n_draft, len(tokens) + n))
-        tokens.extend(chunk.tokens)
-        positions.extend(range(chunk.start, chunk.start + n))
-        starts.append(len(tokens))
-        for table, row in zip(tables, chunk.sequence.blocks.rows, strict=True):
-            table.extend(row)
-        table_starts.append(len(tables[0]))
-    ints: list[object] = [tokens, positions, starts, tables, table_starts, rows]
-    if any(chunk.after >= 0 for chunk in plan.chunks):
-        ints += [[chunk.before for chunk in plan.chunks], [chunk.after for chunk in plan.chunks]]
-    steering, steered = steering_of([(chunk.sequence.steering, len(chunk.tokens)) for chunk in plan.chunks])
-    arrays = (np.array(x, dtype=np.int32) for x in ints)
-    return PassBatch(*arrays, steering=steering, steered=steered), first_rows
