@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import subprocess
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,6 +190,26 @@ def test_the_environment_is_empty(box: Sandbox, monkeypatch: pytest.MonkeyPatch)
 def test_packages_of_this_environment_are_out_of_reach(box: Sandbox) -> None:
     assert "ModuleNotFoundError" in box.run("import torch").error
     assert "ModuleNotFoundError" in box.run("import quadriga").error
+
+
+def test_a_package_that_is_shown_may_lie_under_this_machine_s_tmp(
+    box: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a virtual environment in a temporary folder do; the program's own /tmp stays writable and empty else."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        package = Path(folder, "site-packages/made_up")
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("answer = 42\n")
+        (package.parent / "secret.py").write_text("")
+        monkeypatch.syspath_prepend(str(package.parent))
+        program = (
+            "import made_up, os\n"
+            "assert made_up.answer == 42\n"
+            f"assert os.listdir('/tmp') == [{Path(folder).name!r}]\n"
+            f"assert os.listdir({str(package.parent)!r}) == ['made_up']\n"
+            "open('/tmp/mine', 'w').close()\n"
+        )
+        assert Sandbox(box.kind, box.limits, ("made_up",)).run(program).error == ""
 
 
 def test_open_files_are_counted_and_none_is_inherited(box: Sandbox) -> None:

@@ -318,7 +318,7 @@ def test_a_value_is_stored_to_the_nearest_number_of_its_format(head_dim: int, kv
     values = (normed * parameters["layers.0.attn_norm.weight"]) @ parameters["layers.0.attn.wqkv.weight"][
         -2 * head_dim :
     ].T
-    got = tensor(compiled.program._hidden[: len(tokens)]) - embedded
+    got = tensor(compiled.program.stream[: len(tokens)]) - embedded
     heads, off = values.view(-1, 2, head_dim), (got - values).view(-1, 2, head_dim).abs()
     slack = 4e-6 * heads.abs().amax()
     if kv_format == "float32":

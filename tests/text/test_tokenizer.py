@@ -307,7 +307,7 @@ def test_hostile_sentencepiece_files_end_in_one_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"tokenizer.ggml.model": "rwkv"}, "'gpt2', 'llama' or 't5'"),
+        ({"tokenizer.ggml.model": "rwkv"}, "'gpt2', 'llama', 't5' or 'gemma4'"),
         ({"tokenizer.ggml.pre": "mystery"}, "mystery"),
         ({"tokenizer.ggml.tokens": None}, "list of strings"),
         ({"tokenizer.ggml.token_type": [1]}, "entries"),

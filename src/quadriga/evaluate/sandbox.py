@@ -295,17 +295,19 @@ def _command(kind: Kind, tmp_bytes: int, packages: Sequence[Path] = ()) -> list[
     command = [_program("bwrap"), "--die-with-parent", "--new-session", "--clearenv"]
     command += ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     command += [] if os.getuid() == 0 else ["--unshare-user"]
+    # /tmp first: what is shown may lie under this machine's (a virtual environment does), and must not be hidden.
+    command += ["--perms", "1777", "--size", str(tmp_bytes), "--tmpfs", "/tmp"]
     shown, links = _shown(packages)
     for path in shown:
-        for parent in reversed(
-            Path(path).parents[:-1]
-        ):  # made by bwrap itself, the program's user could not enter them
+        # Made by bwrap itself, the program's user could not enter them.
+        for parent in reversed(Path(path).parents[:-1]):
+            if parent == Path("/tmp"):
+                continue
             command += ["--perms", "0755", "--dir", str(parent)]
         command += ["--ro-bind", path, path]
     for path, target in links.items():
         command += ["--symlink", target, path]
-    command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(tmp_bytes), "--tmpfs", "/tmp"]
-    return [*command, "--chdir", "/tmp", *run]
+    return [*command, "--proc", "/proc", "--dev", "/dev", "--chdir", "/tmp", *run]
 
 
 def _program(name: str) -> str:

@@ -87,6 +87,8 @@ def _enter_new_root(shown: "list[str]", links: "dict[str, str]", tmp_bytes: int)
     mount("tmpfs", root, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     os.mkdir(root + "/dev")
     os.mkdir(root + "/tmp")
+    # First: what is shown may lie under this machine's /tmp (a virtual environment does), and must not be hidden.
+    mount("tmpfs", root + "/tmp", "tmpfs", NOSUID | NODEV, f"size={tmp_bytes},mode=1777")
     for path in [*shown, "/proc", *(f"/dev/{name}" for name in DEVICES)]:
         if os.path.isdir(path):  # noqa: PTH112
             os.makedirs(root + path)
@@ -103,7 +105,6 @@ def _enter_new_root(shown: "list[str]", links: "dict[str, str]", tmp_bytes: int)
         if target == root or target.startswith((root + "/usr", *(root + path for path in shown))):
             flags = sum(KEPT_FLAGS.get(word, 0) for word in fields[5].decode().split(","))
             mount(None, target, None, REMOUNT | READ_ONLY | flags)
-    mount("tmpfs", root + "/tmp", "tmpfs", NOSUID | NODEV, f"size={tmp_bytes},mode=1777")
     os.chdir(root)
     call("pivot_root", b".", b".")
     call("umount2", b".", DETACH)

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, Literal
 
 import llguidance
@@ -218,7 +218,10 @@ class Grammar:
         Args:
             left: tokens that may still come, this one included.
         """
-        return token_id if self._closing is None else self._closing.choose(self._matcher, token_id, left)
+        if self._closing is None:
+            return token_id
+        self._settle()
+        return self._closing.choose(self._matcher, token_id, left)
 
     def allowed(self) -> Mask:
         """(V,) bool: tokens that may come next, at least one.
@@ -234,6 +237,7 @@ class Grammar:
 
     def accept(self, token_id: int) -> bool:
         """Go on by a token; True if the answer is complete and nothing may follow."""
+        self._settle()
         self._matcher.consume_token(token_id)
         if self._closing is not None:
             self._closing.accept(token_id)
@@ -242,6 +246,11 @@ class Grammar:
         # While the model computes; a slow one's mask waits until it is asked for, where nobody else waits.
         self._next = None if self.slow else self._lane.submit(self._mask)
         return False
+
+    def _settle(self) -> None:
+        """Wait for a mask that is being made: the matcher is one thread's at a time."""
+        if isinstance(self._next, Future):
+            wait([self._next])
 
     def _mask(self) -> Mask:
         return _mask(self._compiled, self._matcher, self._vocab_size, self._clock)

@@ -234,9 +234,13 @@ class Reader:
 
 def _is_cut_call(tools: Tools, text: str, most_head: int = 64) -> bool:
     """True if this is the beginning of a call of a tool that was offered, or too short to tell."""
-    shape = SHAPES.get(tools.form.name)
-    found = shape.begin.match(text[:MOST_HEAD]) if shape is not None else None
-    return len(text) < most_head or (found is not None and name_of(found) in tools.schemas)
+    if len(text) < most_head:
+        return True
+    head, shape, peek = text[:MOST_HEAD], SHAPES.get(tools.form.name), tools.form.peek
+    if shape is None:  # calls of this form are not read early, but how they begin is known
+        return peek is not None and peek.match(head.encode()) is not None
+    found = shape.begin.match(head)
+    return found is not None and name_of(found) in tools.schemas
 
 
 def _known(calls: list[Call], names: Collection[str]) -> bool:
