@@ -4,16 +4,13 @@ negative rate, and in Qwen3.5's heads of v in the order that ggml repeats heads 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 
-from quadriga import load
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io.convert import convert
 from quadriga.io.gguf_source import GGUFSource
@@ -22,9 +19,9 @@ from quadriga.io.peft_factors import by_source
 from quadriga.io.restate import restated_columns
 from quadriga.model import families
 from quadriga.model.config import DeltaNetSpec
+from tests.checkpoint.gguf_twins import assert_computes, assert_same_tensors, write_tensors, write_twins
 from tests.checkpoint.models import TINY, random_bits, write_hf
-from tests.golden.checkpoints import config_json, oracle, weights
-from tests.golden.weights import TOKENS
+from tests.golden.checkpoints import config_json, weights
 
 gguf = pytest.importorskip("gguf")
 Array = np.ndarray[Any, Any]
@@ -141,40 +138,23 @@ def write(path: Path, name: str) -> None:
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", c["rms_norm_eps"])
     if name == "qwen35moe":
         writer.add_array(f"{arch}.rope.dimension_sections", [2, 2, 1, 0])
-    for tensor, values in tensors(name).items():
-        writer.add_tensor(tensor, np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_tensors(writer, tensors(name))
 
 
 @pytest.mark.parametrize("name", ["qwen3next", "qwen35moe"])
 def test_a_file_of_llama_cpp_computes_what_the_directory_does(tmp_path: Path, name: str) -> None:
     write(tmp_path / "x.gguf", name)
-    logits = load(tmp_path / "x.gguf", format="float32", kv_format="float32", threads=1).logits(TOKENS)
-    wanted = oracle(name).numpy()
-    assert np.abs(logits - wanted).max() / np.ptp(wanted) <= 3e-5
+    assert_computes(tmp_path / "x.gguf", name, 3e-5)
 
 
 @pytest.mark.parametrize("name", ["qwen3next", "qwen35moe"])
 def test_a_file_written_here_is_the_one_that_llama_cpp_s_converter_makes(tmp_path: Path, name: str) -> None:
     """Every tensor to the bit, from a directory; and written again from the file itself."""
-    folder = tmp_path / "hf"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config_json(name)))
-    save_file(weights(name), folder / "model.safetensors")
-    write(tmp_path / "theirs.gguf", name)
-    convert(folder, tmp_path / "ours.gguf", to="gguf", gguf_format="float32")
-    convert(tmp_path / "theirs.gguf", tmp_path / "again.gguf", to="gguf", gguf_format="float32")
-    theirs = GGUFSource(tmp_path / "theirs.gguf")
+    theirs = write_twins(tmp_path, name, write)
     for file in ("ours.gguf", "again.gguf"):
         ours = GGUFSource(tmp_path / file)
-        assert ours.shapes == theirs.shapes
-        for tensor in ours.tensors:
-            if not (file == "ours.gguf" and tensor.endswith("ssm_a")):  # NumPy's float32 exponential is an ulp off
-                np.testing.assert_array_equal(ours.read(tensor), theirs.read(tensor), err_msg=tensor)
-            np.testing.assert_allclose(ours.read(tensor), theirs.read(tensor), rtol=2e-7)
+        # NumPy's float32 exponential is an ulp off.
+        assert_same_tensors(ours, theirs, nearly="ssm_a" if file == "ours.gguf" else None)
         needed = {key for key in theirs.metadata if key.startswith(name)} - {f"{name}.feed_forward_length"}
         sections = f"{name}.rope.dimension_sections"
         assert needed <= ours.metadata.keys()

@@ -19,6 +19,7 @@ from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.open import open_checkpoint
 from quadriga.model import families
 from quadriga.model.families.rope_keys import FREQS, VALUES
+from tests.checkpoint.gguf_twins import assert_computes, assert_same_tensors, write_tensors, write_twins
 from tests.golden.checkpoints import config_json, oracle, weights
 from tests.golden.weights import TOKENS
 
@@ -105,35 +106,20 @@ def write(path: Path, name: str) -> None:
     far = c["num_global_key_value_heads"] if same else near
     writer.add_array(f"{arch}.attention.head_count_kv", [near if slide else far for slide in slides])
     writer.add_array(f"{arch}.attention.sliding_window_pattern", slides)
-    for tensor, values in tensors(name).items():
-        writer.add_tensor(tensor, np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_tensors(writer, tensors(name))
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_file_of_llama_cpp_computes_what_the_directory_does(tmp_path: Path, name: str) -> None:
     write(tmp_path / "x.gguf", name)
-    logits = load(tmp_path / "x.gguf", format="float32", kv_format="float32", threads=1).logits(TOKENS)
-    wanted = oracle(name).numpy()
-    assert np.abs(logits - wanted).max() / np.ptp(wanted) <= 2e-5
+    assert_computes(tmp_path / "x.gguf", name, 2e-5)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_file_written_here_is_the_one_that_llama_cpp_s_converter_makes(tmp_path: Path, name: str) -> None:
     """Every tensor to the bit, from a directory; and a directory again from the file."""
-    folder = tmp_path / "hf"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config_json(name)))
-    save_file(weights(name), folder / "model.safetensors")
-    write(tmp_path / "theirs.gguf", name)
-    convert(folder, tmp_path / "ours.gguf", to="gguf", gguf_format="float32")
-    theirs, ours = GGUFSource(tmp_path / "theirs.gguf"), GGUFSource(tmp_path / "ours.gguf")
-    assert ours.shapes == theirs.shapes
-    for tensor in ours.tensors:
-        np.testing.assert_array_equal(ours.read(tensor), theirs.read(tensor), err_msg=tensor)
+    theirs, ours = write_twins(tmp_path, name, write), GGUFSource(tmp_path / "ours.gguf")
+    assert_same_tensors(ours, theirs)
     written = {key: value for key, value in theirs.metadata.items() if key.startswith("gemma4")}
     assert {key: ours.metadata.get(key) for key in written} == written
     convert(tmp_path / "theirs.gguf", tmp_path / "back", to="hf")

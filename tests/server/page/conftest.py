@@ -199,3 +199,25 @@ def watch(tab: Tab) -> None:
     tab.page.add_init_script(
         "addEventListener('securitypolicyviolation', (e) => console.error('CSP', e.violatedDirective, e.blockedURI))"
     )
+
+
+def file_of_version_1(*, entropy: str) -> dict[str, Any]:
+    """An exported file as the first version of the page wrote it: one conversation of a question and an answer.
+
+    Args:
+        entropy: of the answer's one token, base64.
+    """
+    trace = {"n_experts": 5, "n_layers": 1, "top_k": 1, "n_tokens": 1, "texts": ["a"], "token_ids": [97]}
+    trace |= {"experts": "AQA=", "weights": "/w==", "entropy": entropy}
+    question = {"id": "m11111111", "parent": "", "role": "user", "content": "hello"}
+    answer = {"id": "m22222222", "parent": "m11111111", "role": "assistant", "content": "a"}
+    conversation = {
+        "id": "c11111111",
+        "title": "hello",
+        "system": "",
+        "created": 1,
+        "updated": 2,
+        "nodes": [question, answer | {"finish": "stop", "trace": trace}],
+        "selected": {"": "m11111111", "m11111111": "m22222222"},
+    }
+    return {"format": "quadriga-conversations", "version": 1, "conversations": [conversation]}

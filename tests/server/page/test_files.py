@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.page.conftest import LAST, Open, Tab
+from tests.server.page.conftest import LAST, Open, Tab, file_of_version_1
 
 CODE = "def double(x):\n    return 2 * x  # ``` even with fences\n"
 
@@ -295,27 +295,13 @@ def test_one_conversation_goes_as_markdown_and_as_openai_messages(visit: Open, t
 
 
 def test_a_file_of_the_first_version_is_still_read(visit: Open) -> None:
-    trace = {"n_experts": 5, "n_layers": 1, "top_k": 1, "n_tokens": 1, "texts": ["a"], "token_ids": [97]}
-    trace |= {"experts": "AQA=", "weights": "/w==", "entropy": "Mw=="}
-    nodes = [
-        {"id": "m11111111", "parent": "", "role": "user", "content": "hello"},
-        {
-            "id": "m22222222",
-            "parent": "m11111111",
-            "role": "assistant",
-            "content": "a",
-            "finish": "stop",
-            "trace": trace,
-        },
-    ]
-    one = {"id": "c11111111", "title": "hello", "system": "", "created": 1, "updated": 2, "nodes": nodes}
-    one["selected"] = {"": "m11111111", "m11111111": "m22222222"}
+    file = file_of_version_1(entropy="Mw==")
     tab = visit({"lens": True})
-    bring(tab, {"format": "quadriga-conversations", "version": 1, "conversations": [one]})
+    bring(tab, file)
     tab.page.click(".row .open")
     tab.page.click(".token")
     assert "100.00 %" in tab.texts(".lens-card li")[0] and "0.20 here" in tab.texts(".lens-card p")[0]
-    bring(tab, {"format": "quadriga-conversations", "version": 1, "conversations": [one]})
+    bring(tab, file)
     assert tab.count(".row") == 2
     saved = tab.saved()
     assert len({id for conversation in saved for id in conversation["nodes"]}) == 4, "a copy has names of its own"

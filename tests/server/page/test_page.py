@@ -20,7 +20,7 @@ from quadriga.server.guard import Limits
 from quadriga.text.tokenizer import Tokenizer
 from tests.checkpoint.models import TINY
 from tests.server.conftest import Bytes, Gate, Live, running, tiny_llm
-from tests.server.page.conftest import KEY, LAST, Open, Tab, watch
+from tests.server.page.conftest import KEY, LAST, Open, Tab, file_of_version_1, watch
 from tests.waiting import until
 
 # Conversations -------------------------------------------------------------------------------------------------------
@@ -191,26 +191,7 @@ def test_export_and_import_give_the_same_conversations_with_their_routing(visit:
     ids=["format", "version", "role", "id", "parent", "selected", "trace"],
 )
 def test_a_damaged_file_is_refused_whole(imports: Tab, damage: Callable[[dict[str, Any]], None]) -> None:
-    trace = {"n_experts": 5, "n_layers": 1, "top_k": 1, "n_tokens": 1, "texts": ["a"], "token_ids": [97]}
-    trace |= {"experts": "AQA=", "weights": "/w==", "entropy": "gA=="}
-    nodes = [
-        {"id": "m11111111", "parent": "", "role": "user", "content": "hello"},
-        {
-            "id": "m22222222",
-            "parent": "m11111111",
-            "role": "assistant",
-            "content": "a",
-            "finish": "stop",
-            "trace": trace,
-        },
-    ]
-    selected = {"": "m11111111", "m11111111": "m22222222"}
-    one = {"id": "c11111111", "title": "hello", "system": "", "created": 1, "updated": 2, "nodes": nodes}
-    file: dict[str, Any] = {
-        "format": "quadriga-conversations",
-        "version": 1,
-        "conversations": [one | {"selected": selected}],
-    }
+    file = file_of_version_1(entropy="gA==")
     damage(file)
     imports.page.set_input_files(
         "#import", {"name": "x.json", "mimeType": "application/json", "buffer": json.dumps(file).encode()}

@@ -20,8 +20,7 @@ from quadriga.evaluate.model import LanguageModel
 T = TypeVar("T")
 
 Kind = Literal["likelihood", "rolling", "generate", "code", "talk"]
-"""What a task requests from a model: log-probabilities of continuations, of whole texts, answers, programs, or "
-"turns."""
+"""What a task requests from a model: log-probabilities of continuations or of whole texts, answers, programs, turns."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from quadriga.evaluate.data import Data, Row
 from quadriga.evaluate.items import ChoiceItem, ClozeItem, Item, TruthItem
 from quadriga.evaluate.tasks.base import Shots, Task
 
-_OWN_POOL = "Shots are drawn from the same questions, never the question itself: the training set is not in the data."
+HARNESS = "EleutherAI's harness 0.4.13"
+OWN_POOL = "Shots are drawn from the same questions, never the question itself: the training set is not in the data."
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def _truthfulqa_mc2(data: Data, shots: int) -> list[Item]:
     return items
 
 
-def _task(
+def choice_task(
     name: str,
     title: str,
     shots: int,
@@ -222,6 +223,7 @@ def _task(
     fixed_shots: bool = False,
     by_group: bool = False,
 ) -> Task:
+    """A task whose choices are scored by their log-probabilities; see ``Task`` for the arguments."""
     return Task(
         name=name,
         version=1,
@@ -237,58 +239,58 @@ def _task(
     )
 
 
-_HARNESS = "EleutherAI's harness 0.4.13"
-
 TASKS = (
-    _task("hellaswag", "HellaSwag", 0, _hellaswag, "acc_norm", 0.25, f"{_HARNESS}, hellaswag, validation. {_OWN_POOL}"),
-    _task(
+    choice_task(
+        "hellaswag", "HellaSwag", 0, _hellaswag, "acc_norm", 0.25, f"{HARNESS}, hellaswag, validation. {OWN_POOL}"
+    ),
+    choice_task(
         "hellaswag_10",
         "HellaSwag, 10 shots",
         10,
         _hellaswag,
         "acc_norm",
         0.25,
-        f"Open LLM Leaderboard v1 (10 shots), prompts of {_HARNESS}. {_OWN_POOL}",
+        f"Open LLM Leaderboard v1 (10 shots), prompts of {HARNESS}. {OWN_POOL}",
     ),
-    _task(
+    choice_task(
         "mmlu",
         "MMLU",
         5,
         _mmlu,
         "acc",
         0.25,
-        f"Hendrycks et al. 2020 as in {_HARNESS}: the subject's first shots of dev, letters scored; mean over "
+        f"Hendrycks et al. 2020 as in {HARNESS}: the subject's first shots of dev, letters scored; mean over "
         "questions and over subjects.",
         by_group=True,
     ),
-    _task(
+    choice_task(
         "winogrande",
         "WinoGrande",
         5,
         _winogrande,
         "acc",
         0.5,
-        f"Partial scoring (Trinh and Le 2018) as in {_HARNESS}: the ending after each filled beginning. {_OWN_POOL}",
+        f"Partial scoring (Trinh and Le 2018) as in {HARNESS}: the ending after each filled beginning. {OWN_POOL}",
     ),
-    _task(
+    choice_task(
         "arc_easy",
         "ARC easy",
         25,
         _arc("easy"),
         "acc_norm",
         0.25,
-        f"{_HARNESS}, test; shots from validation, not train.",
+        f"{HARNESS}, test; shots from validation, not train.",
     ),
-    _task(
+    choice_task(
         "arc_challenge",
         "ARC challenge",
         25,
         _arc("challenge"),
         "acc_norm",
         0.25,
-        f"Open LLM Leaderboard v1 (25 shots), prompts of {_HARNESS}, test; shots from validation, not train.",
+        f"Open LLM Leaderboard v1 (25 shots), prompts of {HARNESS}, test; shots from validation, not train.",
     ),
-    _task(
+    choice_task(
         "truthfulqa_mc1",
         "TruthfulQA MC1",
         0,
@@ -298,7 +300,7 @@ TASKS = (
         "Lin et al. 2021 with the QA preset: best answer against all incorrect ones, from TruthfulQA.csv.",
         fixed_shots=True,
     ),
-    _task(
+    choice_task(
         "truthfulqa_mc2",
         "TruthfulQA MC2",
         0,
@@ -308,24 +310,24 @@ TASKS = (
         "Lin et al. 2021 with the QA preset: normalised mass of all correct answers, from TruthfulQA.csv.",
         fixed_shots=True,
     ),
-    _task("piqa", "PIQA", 0, _piqa, "acc_norm", 0.5, f"{_HARNESS}, piqa, validation. {_OWN_POOL}"),
-    _task("boolq", "BoolQ", 0, _boolq, "acc", 0.5, f"{_HARNESS}, boolq (SuperGLUE), validation. {_OWN_POOL}"),
-    _task(
+    choice_task("piqa", "PIQA", 0, _piqa, "acc_norm", 0.5, f"{HARNESS}, piqa, validation. {OWN_POOL}"),
+    choice_task("boolq", "BoolQ", 0, _boolq, "acc", 0.5, f"{HARNESS}, boolq (SuperGLUE), validation. {OWN_POOL}"),
+    choice_task(
         "copa",
         "COPA",
         0,
         _copa,
         "acc",
         0.5,
-        f"{_HARNESS}, copa (SuperGLUE), one space before a choice. {_OWN_POOL}",
+        f"{HARNESS}, copa (SuperGLUE), one space before a choice. {OWN_POOL}",
     ),
-    _task(
+    choice_task(
         "lambada",
         "LAMBADA",
         0,
         _lambada,
         "acc",
         0.0,
-        f"{_HARNESS}, lambada_openai: the last word, greedy. {_OWN_POOL}",
+        f"{HARNESS}, lambada_openai: the last word, greedy. {OWN_POOL}",
     ),
 )

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from quadriga.evaluate.data import Data, Row
 from quadriga.evaluate.items import AnswerItem, ChoiceItem, Item, Scores
 from quadriga.evaluate.tasks.base import Task
-from quadriga.evaluate.tasks.choice import Question, question_items
+from quadriga.evaluate.tasks.choice import HARNESS, OWN_POOL, Question, choice_task, question_items
 from quadriga.evaluate.tasks.subjects import CEVAL_SUBJECTS, CMMLU_SUBJECTS
 
-_HARNESS = "EleutherAI's harness 0.4.13"
 _LETTERS = "ABCDEFGHIJ"
 
 # MMLU-Pro ------------------------------------------------------------------------------------------------------------
@@ -215,32 +214,20 @@ def _siqa(data: Data, shots: int) -> list[Item]:
     return question_items(questions, shots)
 
 
-def _choice_task(
-    name: str, title: str, shots: int, build: Callable[[Data, int], list[Item]], main: str, chance: float, protocol: str
-) -> Task:
-    grouped = name in ("cmmlu", "ceval")
-    return Task(
-        name=name,
-        version=1,
-        title=title,
-        protocol=protocol,
-        kind="likelihood",
-        shots=shots,
-        build=build,
-        main=main,
-        chance=chance,
-        fixed_shots=name.startswith("gpqa"),
-        by_group=grouped,
-    )
-
-
 def _gpqa_tasks(part: str) -> tuple[Task, Task]:
     order = "The order of the choices is random, ours drawn once with a fixed seed; theirs changes with the run."
-    asked = f"Rein et al. 2023 as in {_HARNESS}, gpqa_{part}"
+    asked = f"Rein et al. 2023 as in {HARNESS}, gpqa_{part}"
     title = f"GPQA {part}"
     return (
-        _choice_task(
-            f"gpqa_{part}", title, 0, _gpqa(part), "acc", 0.25, f"{asked}_zeroshot: (A) to (D) scored. {order}"
+        choice_task(
+            f"gpqa_{part}",
+            title,
+            0,
+            _gpqa(part),
+            "acc",
+            0.25,
+            f"{asked}_zeroshot: (A) to (D) scored. {order}",
+            fixed_shots=True,
         ),
         Task(
             name=f"gpqa_{part}_cot",
@@ -261,14 +248,12 @@ def _gpqa_tasks(part: str) -> tuple[Task, Task]:
     )
 
 
-_OWN = "Shots are drawn from the same questions, never the question itself: the training set is not in the data."
-
 TASKS = (
     Task(
         name="mmlu_pro",
         version=1,
         title="MMLU-Pro",
-        protocol=f"Wang et al. 2024 as in {_HARNESS}: the category's first five worked examples of validation, 2,048 "
+        protocol=f"Wang et al. 2024 as in {HARNESS}: the category's first five worked examples of validation, 2,048 "
         'tokens, the first letter after "answer is"; mean over questions and over categories.',
         kind="generate",
         shots=5,
@@ -281,37 +266,47 @@ TASKS = (
     ),
     *_gpqa_tasks("diamond"),
     *_gpqa_tasks("main"),
-    _choice_task(
+    choice_task(
         "cmmlu",
         "CMMLU",
         5,
         _cmmlu,
         "acc",
         0.25,
-        f"Li et al. 2023 as in {_HARNESS}: the first shots of dev, letters scored.",
+        f"Li et al. 2023 as in {HARNESS}: the first shots of dev, letters scored.",
+        by_group=True,
     ),
-    _choice_task(
+    choice_task(
         "ceval",
         "C-Eval",
         5,
         _ceval,
         "acc",
         0.25,
-        f"Huang et al. 2023 as in {_HARNESS} (ceval-valid): the validation questions, the first shots of dev, "
+        f"Huang et al. 2023 as in {HARNESS} (ceval-valid): the validation questions, the first shots of dev, "
         f"letters scored.",
+        by_group=True,
     ),
-    _choice_task("openbookqa", "OpenBookQA", 0, _openbookqa, "acc_norm", 0.25, f"{_HARNESS}, openbookqa, test. {_OWN}"),
-    _choice_task(
-        "sciq", "SciQ", 0, _sciq, "acc", 0.25, f"{_HARNESS}, sciq, on the validation questions instead of test. {_OWN}"
+    choice_task(
+        "openbookqa", "OpenBookQA", 0, _openbookqa, "acc_norm", 0.25, f"{HARNESS}, openbookqa, test. {OWN_POOL}"
     ),
-    _choice_task(
+    choice_task(
+        "sciq",
+        "SciQ",
+        0,
+        _sciq,
+        "acc",
+        0.25,
+        f"{HARNESS}, sciq, on the validation questions instead of test. {OWN_POOL}",
+    ),
+    choice_task(
         "commonsense_qa",
         "CommonsenseQA",
         0,
         _commonsense_qa,
         "acc",
         0.2,
-        f"{_HARNESS}, commonsense_qa, validation. {_OWN}",
+        f"{HARNESS}, commonsense_qa, validation. {OWN_POOL}",
     ),
-    _choice_task("siqa", "Social IQa", 0, _siqa, "acc", 1 / 3, f"{_HARNESS}, social_iqa, validation. {_OWN}"),
+    choice_task("siqa", "Social IQa", 0, _siqa, "acc", 1 / 3, f"{HARNESS}, social_iqa, validation. {OWN_POOL}"),
 )

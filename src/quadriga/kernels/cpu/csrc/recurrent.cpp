@@ -21,6 +21,27 @@ void check_recurrent(const qd_batch& b, int32_t n_taps) {
 // Items a thread takes at once: enough for their numbers to be worth waking it.
 int64_t grain_of(int64_t items, int64_t numbers) { return std::max<int64_t>(1, kSerialNumbers * items / numbers); }
 
+// A convolution over every sequence's tokens, from a slot into a slot of `numbers`. whole: of the pass, its sequences'
+// tokens one after the other; what is a sequence's own is filled in here.
+void run_conv(qd_context& c, const qd_batch& b, void (*conv)(const ConvPart&), const ConvPart& whole, float* state, int64_t numbers) {
+  const int64_t width = whole.width, parts = (width + kChannels - 1) / kChannels, items = parts * b.n_sequences;
+  c.pool.run(items, grain_of(items, b.n_tokens * width), [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t s = i / parts, start = b.starts[s];
+      ConvPart part = whole;
+      part.rows += start * part.stride, part.out += start * width, part.n = b.starts[s + 1] - start;
+      part.first = i % parts * kChannels, part.end = std::min(part.first + kChannels, width);
+      part.before = slot(state, numbers, b.before[s]), part.after = slot(state, numbers, b.after[s]);
+      conv(part);
+    }
+  });
+}
+
+// The whole pass for `run_conv`.
+ConvPart conv_of(const float* rows, int64_t stride, int64_t width, const float* taps, const float* bias, int n_taps, float* out) {
+  return {rows, 0, width, stride, 0, width, taps, bias, n_taps, nullptr, nullptr, out};
+}
+
 // One layer's gated delta rule in one pass.
 struct Delta {
   qd_context& c;
@@ -53,15 +74,7 @@ struct Delta {
 
   void convolve() {
     mixed = c.partial.reserve(n * width);
-    const int64_t parts = (width + kChannels - 1) / kChannels, items = parts * b.n_sequences;
-    c.pool.run(items, grain_of(items, n * width), [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t s = i / parts, first = i % parts * kChannels, start = b.starts[s];
-        c.kernels->silu_conv({rows + start * stride, b.starts[s + 1] - start, width, stride, first,
-                              std::min(first + kChannels, width), op.taps, nullptr, op.n_taps,
-                              slot(op.state, numbers, b.before[s]), slot(op.state, numbers, b.after[s]), mixed + start * width});
-      }
-    });
+    run_conv(c, b, c.kernels->silu_conv, conv_of(rows, stride, width, op.taps, nullptr, op.n_taps, mixed), op.state, numbers);
     const int64_t heads = 2 * op.n_k_heads;
     const float scale = 1.0f / std::sqrt(float(op.k_dim));
     c.pool.run(n, grain_of(n, n * 2 * q_dim), [&](int64_t begin, int64_t end, int) {
@@ -134,15 +147,8 @@ struct Mamba {
 
   void convolve() {
     mixed = c.partial.reserve(n * width);
-    const int64_t parts = (width + kChannels - 1) / kChannels, items = parts * b.n_sequences;
-    c.pool.run(items, grain_of(items, n * width), [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t s = i / parts, first = i % parts * kChannels, start = b.starts[s];
-        c.kernels->silu_conv({rows + start * stride + inner, b.starts[s + 1] - start, width, stride, first,
-                              std::min(first + kChannels, width), op.taps, op.conv_bias, op.n_taps,
-                              slot(op.state, numbers, b.before[s]), slot(op.state, numbers, b.after[s]), mixed + start * width});
-      }
-    });
+    run_conv(c, b, c.kernels->silu_conv, conv_of(rows + inner, stride, width, op.taps, op.conv_bias, op.n_taps, mixed),
+               op.state, numbers);
   }
 
   void remember() {
@@ -178,27 +184,21 @@ struct Mamba {
   }
 };
 
+template <class Layer, class Op> void run_layer(qd_context& c, const Op& op, const qd_batch& b) {
+  check_recurrent(b, op.n_taps);
+  Layer layer{c, op, b};
+  layer.project();
+  layer.convolve();
+  layer.remember();
+  layer.gate();
+  add_branch(c, op.w_out, nullptr, op.post_norm, op.residual_scale, layer.out, b);
+}
+
 }  // namespace
 
-void run_delta_net(qd_context& c, const qd_delta_net& op, const qd_batch& b) {
-  check_recurrent(b, op.n_taps);
-  Delta layer{c, op, b};
-  layer.project();
-  layer.convolve();
-  layer.remember();
-  layer.gate();
-  add_branch(c, op.w_out, nullptr, op.post_norm, op.residual_scale, layer.out, b);
-}
+void run_delta_net(qd_context& c, const qd_delta_net& op, const qd_batch& b) { run_layer<Delta>(c, op, b); }
 
-void run_mamba2(qd_context& c, const qd_mamba2& op, const qd_batch& b) {
-  check_recurrent(b, op.n_taps);
-  Mamba layer{c, op, b};
-  layer.project();
-  layer.convolve();
-  layer.remember();
-  layer.gate();
-  add_branch(c, op.w_out, nullptr, op.post_norm, op.residual_scale, layer.out, b);
-}
+void run_mamba2(qd_context& c, const qd_mamba2& op, const qd_batch& b) { run_layer<Mamba>(c, op, b); }
 
 void run_short_conv(qd_context& c, const qd_short_conv& op, const qd_batch& b) {
   check_recurrent(b, op.n_taps);
@@ -208,14 +208,6 @@ void run_short_conv(qd_context& c, const qd_short_conv& op, const qd_batch& b) {
   float* rows = c.qkv.reserve(n * 3 * width);
   linear(c, op.w_in, normed, dim, n, rows, 3 * width, false);
   float* mixed = c.mixed.reserve(n * width);
-  const int64_t parts = (width + kChannels - 1) / kChannels, items = parts * b.n_sequences;
-  c.pool.run(items, grain_of(items, n * width), [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t s = i / parts, first = i % parts * kChannels, start = b.starts[s];
-      c.kernels->short_conv({rows + start * 3 * width, b.starts[s + 1] - start, width, 3 * width, first,
-                             std::min(first + kChannels, width), op.taps, nullptr, op.n_taps,
-                             slot(op.state, numbers, b.before[s]), slot(op.state, numbers, b.after[s]), mixed + start * width});
-    }
-  });
+  run_conv(c, b, c.kernels->short_conv, conv_of(rows, 3 * width, width, op.taps, nullptr, op.n_taps, mixed), op.state, numbers);
   add_branch(c, op.w_out, nullptr, op.post_norm, op.residual_scale, mixed, b);
 }

@@ -33,8 +33,7 @@ QD_INLINE vf inverse_or_zero(vf x) {
 
 QD_INLINE vf as_half_has_it(vf x) {
   uint16_t half[16];
-  store_half(half, x);
-  return load_half(half);
+  return stored_half(half, x);
 }
 
 // join(a, b) of a block's lanes, in all of them.
