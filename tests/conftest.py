@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -31,11 +32,13 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 _stderr = pytest.StashKey[int]()
+_no_options = pytest.StashKey[TemporaryDirectory[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the real standard error, for pytest puts another one in its place while tests run; and no options of the user."""
-    os.environ["XDG_CONFIG_HOME"] = str(Path(__file__).parent / "no-options-of-the-user")
+    # A folder of the run: a browser that a test starts writes there.
+    os.environ["XDG_CONFIG_HOME"] = config.stash.setdefault(_no_options, TemporaryDirectory()).name
     config.stash[_stderr] = os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2)
 
 

@@ -17,7 +17,7 @@ int main(int n, char** words) {
   std::vector<uint32_t> panel(size_t(panel_units(panel_kind(format, false), cols) * width) + 64);
   std::vector<float> out(size_t(16 * width));
   for (int i = 0; i < repeats; ++i) {
-    if (std::atoi(words[6])) kernels->tile_wide(format, false, wide.data(), cols, panel.data(), width, out.data(), 16);
+    if (std::atoi(words[6])) kernels->tile_wide(format, false, wide.data(), cols, panel.data(), out.data(), 16);
     else kernels->tile(format, false, tile.data(), cols, panel.data(), width, out.data(), 16);
   }
   return out[0] != 0.0f;

@@ -180,5 +180,5 @@ def test_a_file_is_read_as_it_was_written_and_no_other(tmp_path: Path, labels: d
         place.write_text(wrong)
         with pytest.raises(CheckpointError, match=said):
             files.read(place, CONFIG)
-    with pytest.raises(ConfigError, match="--out"):
+    with pytest.raises(ConfigError, match="--labels-file"):
         files.write(labels, tmp_path / "nowhere" / "x.json")

@@ -1,5 +1,4 @@
-"""Conversations, judges and pairs: MT-Bench and SimpleQA over a recorded interface, and two runs compared by a "
-"judge."""
+"""Conversations, judges and pairs: MT-Bench and SimpleQA over a recorded interface, and two runs compared by a judge."""
 
 from __future__ import annotations
 

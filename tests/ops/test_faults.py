@@ -115,7 +115,8 @@ def training(context: cpu.Context, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 
 OPERATIONS: dict[str, Callable[[cpu.Context, pytest.MonkeyPatch], Tensor]] = {
     "few rows": lambda context, _: linear(matrix(), values(3, 96), context),
-    "many rows": lambda context, _: linear(matrix(), values(200, 96), context),  # nibbles are widened
+    "many rows": lambda context, _: linear(matrix(), values(200, 96), context),
+    "widened": lambda context, _: linear(pack(values(70, 512), "q6k"), values(200, 512), context),
     "training": training,
 }
 
@@ -141,7 +142,8 @@ def test_an_operation_fails_by_name_and_works_again(name: str, threads: int, mon
 
 LONG = replace(TINY["dbrx"], max_seq_len=1024).with_n_layers(1)
 MODELS = {
-    "mixture, router, widened experts": (LONG, "q4"),
+    "mixture, router": (LONG, "q4"),
+    "mixture, router, widened experts": (LONG, "q6k"),
     "post-norms, soft cap": (replace(TINY["grok1"], max_seq_len=1024).with_n_layers(1), "q8"),
     "dense, alibi": (replace(TINY["mpt"], max_seq_len=1024).with_n_layers(1), "bfloat16"),
 }

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -119,7 +120,7 @@ class Engine:
     ) -> None:
         self.runner, self.config, self.tokenizer = runner, runner.config, tokenizer
         self.end_ids, self.max_sequences = end_ids, max_sequences
-        self._spellings: Spellings | None = None
+        self._find_breakers: Callable[[tuple[str, ...]], Breakers] | None = None
         """Of the tokenizer, once an answer asks for them."""
         rows = [] if tokenizer is None else tokenizer.unused_rows(self.config.vocab_size)
         # A checkpoint may name an end token that its vocabulary does not list: it still ends answers.
@@ -251,9 +252,10 @@ class Engine:
             return None
         if self.tokenizer is None:
             raise RequestError("dry_sequence_breakers are texts, and this model has no tokenizer; give none of them")
-        if self._spellings is None:
-            self._spellings = Spellings(self.tokenizer, self.config.vocab_size)
-        return self._spellings.breakers(texts)
+        if self._find_breakers is None:
+            spellings = Spellings(self.tokenizer, self.config.vocab_size)
+            self._find_breakers = lru_cache(maxsize=64)(spellings.breakers)  # requests nearly always give the same
+        return self._find_breakers(tuple(texts))
 
     def _submit_embed(self, request: Embed, prompt: list[int], group: int | None) -> int:
         if len(prompt) > self.config.max_seq_len:

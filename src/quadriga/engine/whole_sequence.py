@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 
 import numpy as np
 
@@ -12,8 +13,6 @@ from quadriga.errors import BusyError
 from quadriga.kernels.cpu.program import PassBatch
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.base import Floats, LayerRouting, PassResult, Runner
-
-_FIELDS = ("expert_ids", "expert_weights", "probs", "logits")
 
 
 def score(
@@ -29,8 +28,9 @@ def score(
         assert result.routing is not None, "it was asked for"
         logits.append(result.logits)
         stats.append(result.routing)
+    names = [field.name for field in fields(LayerRouting)]
     merged = [
-        LayerRouting(*(np.concatenate([getattr(s, name) for s in layer]) for name in _FIELDS))
+        LayerRouting(*(np.concatenate([getattr(s, name) for s in layer]) for name in names))
         for layer in zip(*stats, strict=True)
     ]
     return np.concatenate(logits), merged

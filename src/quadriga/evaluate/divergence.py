@@ -13,7 +13,6 @@ are loaded, and each window's numbers go to a journal, so that a killed run goes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy.typing as npt
 
 from quadriga.errors import EvaluationError
 from quadriga.evaluate.items import Scores
-from quadriga.evaluate.journal import Journal
+from quadriga.evaluate.journal import Journal, read_journal
 
 Logits = Callable[[Sequence[int]], npt.NDArray[np.float32]]
 """Tokens (T,) -> logits (T, V)."""
@@ -66,8 +65,7 @@ def compare(
     if window < 4 or len(tokens) < window:
         raise EvaluationError(
             f"a window must have from 4 to as many tokens as the text, {len(tokens)}; got {window}. Give a longer "
-            f"text, or "
-            "a shorter --window."
+            "text, or a shorter --window."
         )
     whole = {"window": window, "tokens": len(tokens), **question}
     journal, parts = Journal(out / "divergence.jsonl", whole), _kept(out / "divergence.jsonl")
@@ -118,8 +116,8 @@ def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 def _kept(path: Path) -> dict[int, dict[str, npt.NDArray[np.float64]]]:
     """The numbers of finished windows."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    return {int(row["i"]): {name: np.asarray(row[name]) for name in KEPT} for row in rows}
+    _, rows = read_journal(path)
+    return {i: {name: np.asarray(row[name]) for name in KEPT} for i, row in rows.items()}
 
 
 def summed(parts: Sequence[Mapping[str, npt.NDArray[np.float64]]]) -> Divergence:

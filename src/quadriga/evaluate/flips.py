@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.errors import EvaluationError
+from quadriga.evaluate.journal import read_journal
 from quadriga.evaluate.statistics import Figure, mean
 
 
@@ -93,9 +94,8 @@ def _journals(folder: Path) -> dict[str, _Run]:
         mains = {name: str(task["main"]) for name, task in tasks.items()}
         runs = {}
         for name, main in mains.items():
-            lines = (folder / "items" / f"{name}.jsonl").read_text().splitlines()
-            head, *rows = (json.loads(line) for line in lines)
-            runs[name] = _Run(head["question"], {int(row["i"]): row for row in rows}, main)
+            question, rows = read_journal(folder / "items" / f"{name}.jsonl")
+            runs[name] = _Run(question, rows, main)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
             f"{folder} is no folder of `quadriga eval` with results.json and items: {error}. Give the run's --out."

@@ -20,6 +20,17 @@ from quadriga.errors import EvaluationError
 from quadriga.evaluate.items import Scores
 
 
+def read_journal(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """The settings of a results file, and its rows by item index.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: there is none, or it is no results file; say so in the caller's words.
+    """
+    # Not text's splitlines: answers may hold U+2028 and its kin as they are.
+    head, *rows = (json.loads(line) for line in path.read_bytes().splitlines())
+    return head["question"], {int(row["i"]): row for row in rows}
+
+
 class Journal:
     """The results file of one task; ``scores`` maps item index -> scores.
 

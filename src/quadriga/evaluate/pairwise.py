@@ -9,7 +9,6 @@ if it does from both places. The prompts are MT-Bench's for pairs, without its r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from quadriga.errors import EvaluationError
 from quadriga.evaluate.data import Data, Row
 from quadriga.evaluate.flips import sign_test
 from quadriga.evaluate.items import Scores
-from quadriga.evaluate.journal import Journal
+from quadriga.evaluate.journal import Journal, read_journal
 from quadriga.evaluate.model import LanguageModel, Message
 from quadriga.evaluate.statistics import Figure, mean
 from quadriga.evaluate.talks import VERDICT_TOKENS
@@ -109,13 +108,13 @@ def compare(
 def _answers(folder: Path, task: str) -> tuple[dict[str, Any], dict[int, Mapping[str, Any]]]:
     path = folder / "items" / f"{task}.jsonl"
     try:
-        head, *rows = (json.loads(line) for line in path.read_text().splitlines())
-        found = {int(row["i"]): row for row in rows if row.get("answers")}
+        question, rows = read_journal(path)
+        found: dict[int, Mapping[str, Any]] = {i: row for i, row in rows.items() if row.get("answers")}
     except (OSError, ValueError, KeyError) as error:
         raise EvaluationError(f"{path} cannot be read: {error}. Run `quadriga eval --tasks {task}` first.") from None
     if not found:
         raise EvaluationError(f"{path} has no answers: {task} is not a task that generates")
-    return head["question"], found
+    return question, found
 
 
 def _both_orders(

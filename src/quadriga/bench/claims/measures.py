@@ -139,7 +139,7 @@ def _tokens_per_byte(path: Path) -> dict[str, float]:
 
 
 def loss_differences(folder: Path) -> Measured:
-    """Held-out loss of each variant less the first one's, seed by seed: the runs, named VARIANT-sN."""
+    """Held-out loss of each variant less that of the one named ``*-base``, seed by seed: the runs, named VARIANT-sN."""
     names = sorted({path.name.rpartition("-s")[0] for path in (folder / "runs").iterdir()})
     base = next((name for name in names if name.endswith("-base")), names[0])
     losses = {name: {run.name.rpartition("-s")[2]: run.loss for run in _runs(folder, name)} for name in names}

@@ -1,7 +1,7 @@
 """What DBRX's launch claimed, and how each claim is tried here.
 
-Sources: "Introducing DBRX", Databricks, 27 March 2024, and the posts that it links to. ``bar`` is what counts as
-reproduced; ``missing`` says why a claim has no result, where more than a command is missing.
+Sources: "Introducing DBRX", Databricks, 27 March 2024, and the posts that it links to. ``at_least`` and ``at_most`` are
+what counts as reproduced; ``missing`` says why a claim has no result, where more than a command is missing.
 """
 
 from __future__ import annotations

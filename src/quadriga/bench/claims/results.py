@@ -151,7 +151,7 @@ def shown(claim: Claim, one: Record | None) -> str:
 
 
 def rows(out: Path, claims: Sequence[Claim] = CLAIMS) -> list[tuple[str, ...]]:
-    """The header, then one row a claim: name, what it says, published, here, verdict, date."""
+    """The header, then one row a claim: name, what it says, published, here, verdict, date, command."""
     found: list[tuple[str, ...]] = [("claim", "says", "published", "here", "verdict", "date", "command")]
     for one in claims:
         last = newest(one, out)

@@ -1,5 +1,4 @@
-"""Tasks that another model grades: MT-Bench (Zheng et al. 2023) and short factual questions (SimpleQA, Wei et al. "
-"2024).
+"""Tasks that another model grades: MT-Bench (Zheng et al. 2023), and questions of facts (SimpleQA, Wei et al. 2024).
 
 MT-Bench's questions, reference answers and the judge's prompts are the published files: 80 questions of two turns, each
 answer rated from 1 to 10 by a judge that sees the conversation so far; mathematics, reasoning and coding with a

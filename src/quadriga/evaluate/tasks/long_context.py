@@ -172,8 +172,7 @@ def common_words(chosen: random.Random, source: Source, size: int) -> Asked:
 
 
 def frequent_words(chosen: random.Random, source: Source, size: int) -> Asked:
-    """About ``size`` coded words whose counts fall as 1 / rank^2, the first of them dots; the next three are asked "
-    "for."""
+    """About ``size`` coded words whose counts fall as 1 / rank^2, the first dots; the next three are asked for."""
     words: list[str] = []
     while len(words) < 4 + size // 50:
         word = "".join(chosen.choices(string.ascii_lowercase, k=6))

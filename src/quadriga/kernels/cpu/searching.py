@@ -24,10 +24,9 @@ def fastest() -> Search:
 class _Found:
     """One call of the library: what it reads, and the arrays that it fills."""
 
-    def __init__(self, x: Floats, weight: Floats, **how: Any) -> None:
+    def __init__(self, x: Floats, weight: Floats, *, minima: bool, **how: Any) -> None:
         blocks, per_block, length = x.shape
-        self.d, self.m = (np.empty((blocks, 1), dtype=np.float32) for _ in range(2))
-        self.scales, self.minima = (np.empty((blocks, per_block), dtype=np.float32) for _ in range(2))
+        self.d, self.scales = np.empty((blocks, 1), dtype=np.float32), np.empty((blocks, per_block), dtype=np.float32)
         self.numbers = np.empty(x.shape, dtype=np.float32)
         x = np.ascontiguousarray(x, dtype=np.float32)
         # One weight for all numbers of a block changes nothing that is found.
@@ -44,7 +43,8 @@ class _Found:
             numbers=self.numbers.ctypes.data,
             **how,
         )
-        if "least" not in how:
+        if minima:
+            self.m, self.minima = np.empty_like(self.d), np.empty_like(self.scales)
             call.m, call.minima = self.m.ctypes.data, self.minima.ctypes.data
         context = packing_context()
         context.call(context.lib.qd_find_scales, call)
@@ -53,12 +53,14 @@ class _Found:
 def _symmetric(x: Floats, weight: Floats, levels: Levels, least: int, most: int) -> Symmetric:
     values: NDArray[np.int8] = levels.values
     codebook = None if levels.are_consecutive else values.ctypes.data
-    found = _Found(x, weight, codebook=codebook, low=int(values[0]), high=int(values[-1]), least=least, most=most)
+    found = _Found(
+        x, weight, minima=False, codebook=codebook, low=int(values[0]), high=int(values[-1]), least=least, most=most
+    )
     return Symmetric(found.d, found.scales, found.numbers)
 
 
 def _affine(x: Floats, weight: Floats, most: int, most_scale: int) -> Affine:
-    found = _Found(x, weight, high=most, most=most_scale)
+    found = _Found(x, weight, minima=True, high=most, most=most_scale)
     return Affine(found.d, found.m, found.scales, found.minima, found.numbers)
 
 

@@ -18,7 +18,6 @@ _LAYER, _OURS = "model.layers.{i}.", "layers.{i}."
 _HF_NAMES = {
     **{source: target for source, target in HF_COMMON.items() if "post_attention" not in source},
     **HF_QK_NORMS,
-    **HF_FFN,
     _LAYER + "post_attention_layernorm.weight": _OURS + "attn_post_norm.weight",
     _LAYER + "pre_feedforward_layernorm.weight": _OURS + "ffn_norm.weight",
     _LAYER + "post_feedforward_layernorm.weight": _OURS + "ffn_post_norm.weight",
@@ -36,7 +35,6 @@ _BLOCK = "blk.{i}."
 _GGUF_NAMES = {
     **GGUF_COMMON,
     **GGUF_QK_NORMS,
-    **GGUF_FFN,
     **gguf_keys.ROUTER,
     _BLOCK + "post_attention_norm.weight": _OURS + "attn_post_norm.weight",
     _BLOCK + "post_ffw_norm.weight": _OURS + "ffn_post_norm.weight",
@@ -51,16 +49,10 @@ _GGUF_NAMES = {
 _GGUF_SHARED = {_BLOCK + f"ffn_{part}.weight": _OURS + f"moe.shared.w_{part}" for part in ("gate", "up", "down")}
 
 
-def _own(config: ModelConfig, dense: dict[str, str], shared: dict[str, str]) -> dict[str, str]:
-    """The names of the dense network: of a model without experts its own, else the shared one's."""
-    return shared if config.is_moe else dense
-
-
 def text_layout(config: ModelConfig) -> list[Piece]:
     """The text alone, as transformers 5 writes it: all experts in one tensor, gate above up."""
-    names = {source: target for source, target in _HF_NAMES.items() if source not in HF_FFN}
     return [
-        *copies(config, names | _own(config, HF_FFN, _SHARED)),
+        *copies(config, _HF_NAMES | (_SHARED if config.is_moe else HF_FFN)),
         *hf_qkv(config),
         *gate_up(config, _LAYER + "experts.gate_up_proj"),
     ]
@@ -77,9 +69,8 @@ def whole_layout(config: ModelConfig) -> list[Piece]:
 
 def gguf_map(config: ModelConfig) -> list[Piece]:
     """Every tensor of arch ``gemma4`` but the factors of its rotation, which are read with the metadata."""
-    names = {source: target for source, target in _GGUF_NAMES.items() if source not in GGUF_FFN}
     return [
-        *copies(config, names | _own(config, GGUF_FFN, _GGUF_SHARED)),
+        *copies(config, _GGUF_NAMES | (_GGUF_SHARED if config.is_moe else GGUF_FFN)),
         *gguf_keys.projections(config, interleaved=False),
         *gate_up(config, _BLOCK + "ffn_gate_up_exps.weight"),
     ]

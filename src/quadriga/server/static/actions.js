@@ -1,5 +1,5 @@
-// What a person can do with the page and its conversations. With conversations.js, connection.js and answers.js it alone
-// changes the `app` store.
+// What a person can do with the page and its conversations. It changes the `app` store,
+// as answers.js, conversations.js, connection.js and experts.js do, and nothing else does.
 
 import { setKey } from "./api.js";
 import { readFile, Refused } from "./attach.js";

@@ -1,4 +1,4 @@
-// The chat page: one store (state.js), changed by actions.js and answers.js, drawn by views/.
+// The chat page: one store (state.js), changed by the modules below, drawn by views/.
 //
 //     index.html ─ boot.js (theme) ─ app.js ─┬─ actions.js, answers.js ─ conversations.js, connection.js, experts.js
 //                                            │      └─ api.js, storage.js, transfer.js, attach.js, tree.js, trace.js

@@ -27,7 +27,7 @@ export function drawChart(canvas, { counts, labels, width, at, found }) {
     layer.forEach((_, e) => {
       const dim = found && !found[row][e];
       context.globalAlpha = dim ? 0.12 : strength(layer, e);
-      context.fillStyle = domainColour(domainOf(labels, known(labels, row, e)));
+      context.fillStyle = domainColour(domainOf(labels, known(labels, row, e)?.domain));
       context.fillRect(LEFT + e * cell + gap / 2, row * height + gap / 2, cell - gap, height - gap);
     });
     context.globalAlpha = 1;
@@ -70,7 +70,7 @@ export function picture({ counts, labels, title }) {
 function drawCell(context, { x, y, width, height, layer, row, e, labels }) {
   const facts = known(labels, row, e);
   context.globalAlpha = 0.65 * strength(layer, e);
-  context.fillStyle = domainColour(domainOf(labels, facts));
+  context.fillStyle = domainColour(domainOf(labels, facts?.domain));
   context.fillRect(x + 1, y + 1, width - 2, height - 2);
   context.globalAlpha = 1;
   if (width < CELL.wide) return;

@@ -50,7 +50,7 @@ export function labelOf(expert, n = 4) {
   return [kindName(expert.kind), expert.domain, words.join(" ")].filter(Boolean).join(" · ");
 }
 
-/** Colours of domains: the place of an expert's strongest domain in the report; -1 for none. */
-export function domainOf(labels, expert) {
-  return expert?.domain ? labels.domains.findIndex((one) => one.name === expert.domain) : -1;
+/** A domain's colour is by its place in the report, wherever it stands; -1 for none. */
+export function domainOf(labels, name) {
+  return name ? labels.domains.findIndex((one) => one.name === name) : -1;
 }

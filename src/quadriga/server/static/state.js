@@ -1,4 +1,4 @@
-// The page's stores. `app` is read by the views, changed by actions.js and answers.js, drawn by app.js, at most once a frame; what the
+// The page's stores. `app` is read by the views, changed by actions.js and what it names, drawn by app.js, at most once a frame; what the
 // lens colours by and points at are stores of their own, so that moving over a text draws nothing else again.
 
 import { useEffect, useState } from "./vendor/htm-preact.mjs";

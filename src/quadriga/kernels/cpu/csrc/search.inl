@@ -8,21 +8,22 @@ template <int length> struct SubBlocks {
   int per_block;  // 1, 8 or 16
 };
 
+QD_INLINE vf clip(vf x, vf low, vf high) { return vmin(vmax(x, low), high); }
+
 struct WholeLevels {
   vf low, high;
-  static inline __attribute__((always_inline)) vf nearest_of(const WholeLevels& l, vf x) { return vmin(vmax(nearest(x), l.low), l.high); }
+  QD_INLINE vf nearest_of(const WholeLevels& l, vf x) { return clip(nearest(x), l.low, l.high); }
 };
 
 struct CodebookLevels {
   float values[16], middles[15];
-  static inline __attribute__((always_inline)) vf nearest_of(const CodebookLevels& l, vf x) {
+  QD_INLINE vf nearest_of(const CodebookLevels& l, vf x) {
     vf found = all(l.values[0]);
     for (int i = 0; i < 15; ++i) found = greater_select(all(l.middles[i]), x, found, all(l.values[i + 1]));
     return found;
   }
 };
 
-QD_INLINE vf clip(vf x, vf low, vf high) { return vmin(vmax(x, low), high); }
 QD_INLINE vf less_select(vf a, vf b, vf yes, vf no) { return greater_select(b, a, yes, no); }
 
 // 1 / x, or 0 where that is infinite.

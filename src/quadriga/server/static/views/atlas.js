@@ -57,7 +57,7 @@ function Overview({ counts, labels, at, found, onPick }) {
 
 function Tile({ layer, expert, facts, labels, part, at, dim, onPick }) {
   const here = at.layer === layer && at.expert === expert;
-  const domain = domainOf(labels, facts);
+  const domain = domainOf(labels, facts?.domain);
   return html`<li>
     <button type="button" class="tile" aria-pressed=${String(here)} data-dim=${String(dim)} onClick=${() => onPick({ layer, expert })}>
       <b><i class="swatch" style=${{ background: domainColour(domain) }} /> ${expert}</b>
@@ -95,9 +95,9 @@ function Expert({ state, at, counts, labels }) {
           <h4>${t("atlas.domains", { bits: number(facts.bits, 3) })}</h4>
           <ul class="domains">
             ${facts.domains.map(
-              (one, i) => html`<li>
+              (one) => html`<li>
                 <span>${one.name}</span>
-                <span class="bar"><i style=${{ width: `${100 * one.share}%`, background: domainColour(i) }} /></span>
+                <span class="bar"><i style=${{ width: `${100 * one.share}%`, background: domainColour(domainOf(labels, one.name)) }} /></span>
                 <span class="number">${number(100 * one.share, 1)} %</span>
               </li>`,
             )}
