@@ -85,8 +85,8 @@ def layer_ops(config: ModelConfig, layer: LayerSpec, copies: int, tokens: int, c
     for name, shape in layer_shapes(layer, d_model).items():
         if name == "moe.router.weight":
             found.append(Op("router", copies * (4 * math.prod(shape) + 2 * tokens * d_model), 0))
-        elif len(shape) == 2 and "conv.taps" not in name:
-            kind = "attention's matrices" if name.startswith(("attn", "conv", "delta")) else "dense networks"
+        elif len(shape) == 2 and not name.endswith(".taps"):
+            kind = "attention's matrices" if name.startswith(("attn", "conv", "delta", "mamba")) else "dense networks"
             found.append(product(kind, tokens, *shape, form, copies))
     seen = context
     if isinstance(layer.mixer, AttentionSpec):

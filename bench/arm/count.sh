@@ -25,7 +25,6 @@ for isa in neon i8mm; do
   for format in 3:q4 2:q8; do
     for width in 1 4; do line "${format#*:}, $width token(s), $isa" "$width" "$work/count" $isa "${format%:*}" $width $cols '{}' 0; done
   done
-  line "q4 unpacked, 4 tokens, $isa" 4 "$work/count" $isa 3 4 $cols '{}' 1
 done
 [ $# = 0 ] && exit
 ggml=$1/ggml

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from quadriga import __version__, runtime
 from quadriga.bench.claims.measures import Measured
 from quadriga.bench.claims.registry import CLAIMS, Claim, Scale
-from quadriga.bench.claims.steps import Tell, run_steps
+from quadriga.bench.claims.steps import Tell, run_steps, write
 from quadriga.errors import EvaluationError
 from quadriga.evaluate.report import commit
 
@@ -67,7 +67,7 @@ def run(claim: Claim, scale: Scale, out: Path, recipes: Path, tell: Tell) -> Rec
     run_steps(claim.steps(scale), folder, recipes, tell)
     measured = claim.measure(folder)
     found = record(claim, measured, scale=described(claim, scale), machine=machine(), load=load)
-    (folder / FILE).write_text(as_text(found))
+    write(folder / FILE, as_text(found))  # a kill leaves no half of a record
     return found
 
 

@@ -81,7 +81,7 @@ def run_steps(steps: Sequence[Step], out: Path, recipes: Path, tell: Tell) -> No
             continue
         tell(f"[{number}/{len(steps)}] quadriga {' '.join(words)}")
         seconds = _run(step, out, recipes)
-        _write(done, json.dumps(wanted | {"seconds": round(seconds, 1)}) + "\n")
+        write(done, json.dumps(wanted | {"seconds": round(seconds, 1)}) + "\n")
 
 
 def _made(step: Step, out: Path, recipes: Path) -> Values | None:
@@ -101,7 +101,7 @@ def _made(step: Step, out: Path, recipes: Path) -> Values | None:
     values["run"] = str(out / "runs" / step.name)
     target = out / f"{step.name}.toml"
     if not target.exists():  # a run that has begun refuses another file
-        _write(target, toml(values))
+        write(target, toml(values))
     return values
 
 
@@ -142,7 +142,8 @@ def _run(step: Step, out: Path, recipes: Path) -> float:
     return time.monotonic() - started
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """A file whole or not at all."""
     new = path.with_name(f".{path.name}.new")
     new.write_text(text)
     new.replace(path)

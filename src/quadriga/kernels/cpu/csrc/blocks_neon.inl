@@ -68,16 +68,7 @@ QD_INLINE void multiply_pair(vi* acc, const uint8_t* lines, const uint32_t* rec)
   vb w[2];
   if (wide) w[0] = load_bytes(lines + 128 * l), w[1] = load_bytes(lines + 128 * l + 64);
   else F::template pair<l>(lines, w);
-#if QD_NEON
   add_pair<P, M>(acc, w, rec + 2 * l * M);
-#else
-  const uint32_t* units = rec + 2 * l * M;
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) {
-    if (P == 2) acc[m] = acc[m] + shift_left<7>(dot_two(all_int(0), w, units[m], units[M + m]));
-    acc[m] = dot_two(acc[m], w, units[8 * (P - 1) * M + m], units[(8 * (P - 1) + 1) * M + m]);
-  }
-#endif
 }
 
 // f += 32 columns. scales(h), least(h): of run h.

@@ -3,20 +3,7 @@
 
 namespace {
 
-#if QD_AVX512 || QD_AVX2 || QD_NEON
-constexpr int kUnroll = 8;  // lines of a group, written out
-#else
-constexpr int kUnroll = 1;  // plain C++ would be four times as long to compile and no faster
-#endif
-#if QD_AVX512
-constexpr int kWidth = 12;  // tokens of a panel: as many sums as the registers hold
-#elif QD_AVX2
-constexpr int kWidth = 6;
-#elif QD_NEON
-constexpr int kWidth = 4;  // four registers each
-#else
-constexpr int kWidth = 2;  // plain C++ is bound by its arithmetic, and ten times as long at width 6
-#endif
+constexpr int kWidth = 4;   // tokens of a panel, four registers each
 constexpr int kAhead = 4608;  // bytes of prefetch: measured 38 % faster than 1152 B on streamed weights (see docs)
 
 // Where the lines, scales and minima of 32 columns, the i-th group of a block, are; scales undo what `dot` makes of numbers.
@@ -62,79 +49,9 @@ QD_INLINE void finish_group(vf* f, const vi* acc, vf scale, vf min, const uint32
   }
 }
 
-#if QD_NEON
 }  // namespace
 #include "lines_neon.inl"
 namespace {
-#else
-
-template <int M>
-QD_INLINE void nibble_line(vn* part, vb w, const uint32_t* units) {
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) part[m] = dot_nibbles(part[m], w, units[m]);
-}
-
-// start(m) + a group's eight lines times one plane of token m's activations; `wide`: nibbles are bytes already.
-template <class F, bool wide, int M, class Start>
-QD_INLINE void multiply_lines(vi* acc, const uint8_t* lines, const uint32_t* units, Start start) {
-  if (F::numbers == kUnevenCodes && !wide) {
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) acc[m] = start(m);
-#pragma GCC unroll kUnroll
-    for (int l = 0; l < 4; ++l) {
-      const vb both = load_bytes(lines + 64 * l);
-      const vq low = low_codes<Uneven>(both), high = high_codes<Uneven>(both);
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) acc[m] = dot_bytes(dot_bytes(acc[m], low, units[2 * l * M + m]), high, units[(2 * l + 1) * M + m]);
-    }
-    return;
-  }
-  if (F::numbers == kCodes) {
-    vn part[M];
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) part[m] = begin_nibbles(start(m));
-#pragma GCC unroll kUnroll
-    for (int l = 0; l < 4; ++l) {
-      const vb both = load_bytes(lines + 64 * l);
-      const vq low = low_codes<E2M1>(both), high = high_codes<E2M1>(both);
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) part[m] = dot_codes(dot_codes(part[m], low, units[2 * l * M + m]), high, units[(2 * l + 1) * M + m]);
-    }
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) acc[m] = end_nibbles(part[m], start(m));
-    return;
-  }
-  if (F::numbers != kNibbles) {
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) acc[m] = start(m);
-#pragma GCC unroll kUnroll
-    for (int l = 0; l < 8; ++l) {
-      const vq w = bytes_line(lines + 64 * l);
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) acc[m] = dot_bytes(acc[m], w, units[l * M + m]);
-    }
-    return;
-  }
-  vn part[M];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) part[m] = begin_nibbles(start(m));
-  if (wide) {
-#pragma GCC unroll kUnroll
-    for (int l = 0; l < 8; ++l) nibble_line<M>(part, load_bytes(lines + 64 * l), units + l * M);
-  } else {
-#pragma GCC unroll kUnroll
-    for (int l = 0; l < 4; ++l) {
-      const vb both = load_bytes(lines + 64 * l);
-      nibble_line<M>(part, low_nibbles(both), units + 2 * l * M);
-      nibble_line<M>(part, high_nibbles(both), units + (2 * l + 1) * M);
-    }
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) acc[m] = end_nibbles(part[m], start(m));
-}
-
-#endif
-
 // -128 times the sum of the activations undoes that weights are stored unsigned (with a minimum there is no such shift).
 // Of two planes the high bytes count 128 times; the zero point is of both together.
 template <class F, bool wide, int P, int M>

@@ -4,15 +4,7 @@ namespace {
 
 using TileFunction = void (*)(const uint8_t*, int64_t, const uint32_t*, float*, int64_t);
 
-#if QD_AVX512
-#define QD_WIDTHS(f) f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12)
-#elif QD_AVX2
-#define QD_WIDTHS(f) f(1), f(2), f(3), f(4), f(5), f(6)
-#elif QD_NEON
 #define QD_WIDTHS(f) f(1), f(2), f(3), f(4)
-#else
-#define QD_WIDTHS(f) f(1), f(2)
-#endif
 
 #define QD_F32_TILE(m) tile_float<false, m>
 #define QD_BF16_TILE(m) tile_float<true, m>
