@@ -350,7 +350,7 @@ def _listens(url: str) -> bool:
     host, port = url.removeprefix("http://").split(":")
     try:
         socket.create_connection((host, int(port)), timeout=HANG_S).close()
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):  # a socket that closes resets what knocks at that moment
         return False
     return True
 
