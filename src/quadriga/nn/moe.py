@@ -216,17 +216,29 @@ def choice_of(spec: MoESpec) -> ops.Choice:
     )
 
 
+def aggregation_weights(spec: MoESpec, ids: Tensor, weights: Tensor, fuse: Tensor | None) -> Tensor:
+    """The (N, k) multipliers of the chosen experts' outputs under the spec's aggregate.
+
+    Args:
+        ids, weights: (N, k), what the router chose. fuse: (E,), where the aggregate is "fuse".
+    """
+    match spec.aggregate:
+        case "weighted_sum":
+            return weights
+        case "vote":
+            return torch.full_like(weights, 1.0 / spec.top_k)
+        case "fuse":
+            assert fuse is not None, "a model that fuses has numbers to do so"
+            lifted = weights * fuse.to(weights.dtype)[ids].exp()
+            return lifted / lifted.sum(-1, keepdim=True) * weights.sum(-1, keepdim=True)
+
+
 class Fuse(nn.Module):
     """The learned part of the ``fuse`` aggregate: one number per expert, zero at the start."""
 
     def __init__(self, n_experts: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts))
-
-    def forward(self, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-        """Reweighted expert weights (N, k); their sum per token is unchanged."""
-        lifted = expert_weights * self.weight.to(expert_weights.dtype)[expert_ids].exp()
-        return lifted / lifted.sum(-1, keepdim=True) * expert_weights.sum(-1, keepdim=True)
 
 
 class MoE(nn.Module):
@@ -301,13 +313,5 @@ class MoE(nn.Module):
         return 1.0 if self.shared_gate is None else torch.sigmoid(x @ self.shared_gate.to(x.dtype))[:, None]
 
     def aggregation_weights(self, ids: Tensor, weights: Tensor) -> Tensor:
-        """The (N, k) multipliers of the chosen experts' outputs under the spec's aggregate."""
-        match self.spec.aggregate:
-            case "weighted_sum":
-                return weights
-            case "vote":
-                return torch.full_like(weights, 1.0 / self.spec.top_k)
-            case "fuse":
-                assert self.fuse is not None, "MoE builds Fuse for this aggregate"
-                fused: Tensor = self.fuse(ids, weights)
-                return fused
+        """See :func:`aggregation_weights`."""
+        return aggregation_weights(self.spec, ids, weights, None if self.fuse is None else self.fuse.weight)
