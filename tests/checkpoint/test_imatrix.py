@@ -9,13 +9,23 @@ from pathlib import Path
 import gguf as oracle
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from quadriga.cli import app
-from quadriga.errors import CheckpointError
+from quadriga.edits.calibrate import Calibration, calibrate
+from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io.imatrix import is_imatrix, read_imatrix
+from quadriga.io.imatrix_write import ColumnSums, TextRead, write_imatrix
 from quadriga.io.open import open_checkpoint
+from quadriga.kernels.arrays import tensor
+from quadriga.model.weight_map import stays_float32
+from quadriga.nn.context import PackedContext
+from quadriga.nn.load import load_parameters
+from quadriga.nn.transformer import Transformer
+from tests.checkpoint.models import TINY
+from tests.checkpoint.test_calibrate import checkpoint
 from tests.checkpoint.test_gguf_searched import DENSE, MOE, stored, write
 
 Rows = Mapping[str, NDArray[np.float32]]
@@ -108,3 +118,122 @@ def test_convert_weighs_errors_with_a_matrix(tmp_path: Path) -> None:
         app, ["convert", str(source), str(tmp_path / "x"), "--budget", "1GB", "--calibrate", str(heavy)]
     )
     assert refused.exit_code != 0 and "importance matrix" in str(refused.output) + str(refused.exception)
+
+
+# Written -------------------------------------------------------------------------------------------------------------
+
+IDS = torch.randint(0, 97, (90,), generator=torch.Generator().manual_seed(4)).tolist()
+
+
+def measured(folder: Path, name: str) -> Calibration:
+    return calibrate(checkpoint(folder, name), IDS, errors=False)
+
+
+def written(path: Path, name: str, found: Calibration) -> dict[str, NDArray[np.float32]]:
+    """The tensors of a file in the GGUF form, as gguf-py reads them."""
+    write_imatrix(path, TINY[name], found.sums, TextRead("sample.txt", 2, 64))
+    reader = oracle.GGUFReader(path)
+    keys = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert keys == {
+        "general.type": "imatrix", "imatrix.datasets": ["sample.txt"],
+        "imatrix.chunk_count": 2, "imatrix.chunk_size": 64,
+    }  # fmt: skip
+    return {tensor.name: tensor.data for tensor in reader.tensors}
+
+
+@torch.inference_mode()
+def test_sums_and_counts_are_those_of_the_whole_model(tmp_path: Path) -> None:
+    """An expert's are of the tokens that visited it; the head's of the normed states."""
+    found = measured(tmp_path / "m", "mixtral")
+    table = written(tmp_path / "m.gguf", "mixtral", found)
+    opened = open_checkpoint(tmp_path / "m")
+    parameters = {n: v.float() for n, v in load_parameters(opened).items()}
+    model = Transformer.from_parameters(TINY["mixtral"], parameters).eval()
+    seen: dict[str, list[torch.Tensor]] = {"x": [], "ids": [], "head": []}
+    moe = model.layers[1].moe
+    moe.register_forward_pre_hook(lambda _, inputs: seen["x"].append(inputs[0]))
+    moe.router.register_forward_hook(lambda _, inputs, out: seen["ids"].append(out[0]))
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen["head"].append(inputs[0]))
+    for part in (IDS[:64], IDS[64:]):
+        model(torch.tensor(part), PackedContext([len(part)]))
+    x, ids, head = (torch.cat(parts) for parts in seen.values())
+    counts = [int((ids == expert).sum()) for expert in range(5)]
+    for name in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"):
+        assert table[f"blk.1.{name}.weight.counts"].tolist() == [[n] for n in counts]
+    for expert in range(5):
+        expected = x[(ids == expert).any(dim=1)].square().sum(0)
+        for name in ("ffn_gate_exps", "ffn_up_exps"):
+            got = tensor(table[f"blk.1.{name}.weight.in_sum2"][expert].copy())
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        tensor(table["output.weight.in_sum2"][0].copy()), head.square().sum(0), rtol=1e-4, atol=1e-5
+    )
+    assert table["output.weight.counts"].tolist() == [[90.0]]
+    assert "token_embd.weight.in_sum2" not in table and not any("ffn_gate_inp" in name for name in table)
+
+
+@pytest.mark.parametrize("form", ["gguf", "dat"])
+@pytest.mark.parametrize("name", ["dbrx", "llama2-tied", "deepseek_v2", "qwen35moe"])
+def test_what_is_written_is_read(tmp_path: Path, name: str, form: str) -> None:
+    """Heads that share a matrix, and columns that GGUF keeps in another order, come back to the model's own."""
+    found = measured(tmp_path / "m", name)
+    unseen = "layers.1.moe.w_up/2"
+    if unseen in found.sums:
+        found.sums[unseen] = ColumnSums(np.zeros_like(found.sums[unseen].squares), 0)
+    path = tmp_path / f"m.{form}"
+    n = write_imatrix(path, TINY[name], found.sums, TextRead("sample.txt", 2, 64))
+    assert is_imatrix(path) and n > 8
+    got = read_imatrix(path, TINY[name])
+    known = {matrix for matrix in found.sums if not stays_float32(matrix)}
+    assert known - {unseen} <= set(got) <= known
+    for matrix, row in got.items():
+        sums = found.sums[matrix]
+        expected = sums.squares / sums.count if sums.count else np.ones_like(sums.squares)
+        np.testing.assert_allclose(row, expected, rtol=1e-5, err_msg=matrix)
+    assert (unseen in got) == (form == "dat" and unseen in found.sums)
+
+
+def test_columns_that_gguf_keeps_in_another_order_are_written_so(tmp_path: Path) -> None:
+    found = measured(tmp_path / "m", "qwen35moe")
+    out = next(n for n in found.sums if n.endswith("delta.w_out.weight"))
+    table = written(tmp_path / "m.gguf", "qwen35moe", found)
+    row = table[f"blk.{out.split('.')[1]}.ssm_out.weight.in_sum2"][0]
+    assert not np.array_equal(row, found.sums[out].squares)
+    assert np.array_equal(np.sort(row), np.sort(found.sums[out].squares))
+
+
+def test_names_that_say_no_form_and_files_that_exist_are_refused(tmp_path: Path) -> None:
+    found = Calibration(1, 1, {"layers.0.attn.wo.weight": ColumnSums(np.ones(48, np.float32), 3)})
+    text = TextRead("t", 1, 1)
+    with pytest.raises(ConfigError, match=r"must be called NAME.gguf .* got 'm.bin'"):
+        write_imatrix(tmp_path / "m.bin", TINY["dbrx"], found.sums, text)
+    (tmp_path / "m.dat").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists"):
+        write_imatrix(tmp_path / "m.dat", TINY["dbrx"], found.sums, text)
+    with pytest.raises(CheckpointError, match="none was measured"):
+        write_imatrix(tmp_path / "n.dat", TINY["dbrx"], {}, text)
+    assert (tmp_path / "m.dat").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_command_writes_what_convert_reads(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The capital of France is Paris. " * 9)
+    run, out = CliRunner(), tmp_path / "nano.gguf"
+    words = [
+        "imatrix",
+        "quadriga-nano",
+        str(out),
+        "--calibrate",
+        str(tmp_path / "text.txt"),
+        "--calibrate-tokens",
+        "50",
+    ]
+    result = run.invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "50 tokens in windows of" in result.output
+    made = run.invoke(
+        app,
+        ["convert", "quadriga-nano", str(tmp_path / "q"), "--format", "q4", "--calibrate", str(out)],
+    )
+    assert made.exit_code == 0, made.output
+    assert isinstance(run.invoke(app, words).exception, CheckpointError)
+    assert isinstance(run.invoke(app, [*words[:2], "x.txt", *words[3:]]).exception, ConfigError)

@@ -20,7 +20,7 @@ from quadriga.io.open import open_checkpoint
 from quadriga.io.packed import load_packed, packed_format
 from quadriga.kernels.cpu.packing import Packed
 from quadriga.model import families
-from quadriga.model.config import DenseSpec
+from quadriga.model.config import DenseSpec, ModelConfig
 from quadriga.nn.load import load_parameters
 from tests.checkpoint.models import TINY, bits
 
@@ -28,6 +28,8 @@ CONFIG = replace(
     TINY["llama2"].with_ffn(d_ff=96).with_mixer(n_heads=4, n_kv_heads=2, head_dim=16), d_model=64
 )  # every side is whole bytes and groups of 32
 assert isinstance(CONFIG.layers[0].ffn, DenseSpec)
+WIDE = CONFIG.with_ffn(d_ff=128)
+"""Of whole runs of 64 columns."""
 
 Array = np.ndarray[Any, Any]
 Made = tuple[dict[str, Array], Array]
@@ -38,20 +40,27 @@ def put(words: Array, index: Any, fields: Array, shift: int) -> None:
     words[index] |= fields.astype(np.uint32) << np.uint32(shift)
 
 
+def stream(fields: Array, width: int) -> Array:
+    """Rows of fields as the bits of words, one after the other, lowest first: bit by bit."""
+    words = np.zeros((len(fields), fields.shape[1] * width // 32), np.uint32)
+    for i in range(fields.shape[1]):
+        for bit in range(width):
+            at = i * width + bit
+            put(words, (slice(None), at // 32), fields[:, i] >> bit & 1, at % 32)
+    return words
+
+
 def gptq(
     rng: np.random.Generator, rows: int, cols: int, *, width: int = 4, ordered: bool = True, v2: bool = False
 ) -> Made:
-    n, groups = 32 // width, cols // 32
+    groups = cols // 32
     q, z = rng.integers(0, 2**width, (rows, cols)), rng.integers(0, 2**width, (groups, rows))
     scales = rng.random((groups, rows)).astype(np.float16)
     group = np.arange(cols) // 32
     if not ordered:
         group = rng.permutation(group)
-    qweight, qzeros = np.zeros((cols // n, rows), np.uint32), np.zeros((groups, rows // n), np.uint32)
-    for c in range(cols):
-        put(qweight, c // n, q[:, c], width * (c % n))
-    for r in range(rows):
-        put(qzeros, (slice(None), r // n), z[:, r] if v2 else (z[:, r] - 1) % 2**width, width * (r % n))
+    qweight = stream(q, width).T.copy()
+    qzeros = stream((z if v2 else (z - 1) % 2**width), width)
     weight = np.empty((rows, cols), np.float16)
     for c in range(cols):
         weight[:, c] = scales[group[c]] * (q[:, c] - z[group[c]]).astype(np.float16)
@@ -72,6 +81,37 @@ def awq(rng: np.random.Generator, rows: int, cols: int) -> Made:
             put(qzeros, (slice(None), word), z[8 * word + row], 4 * nibble)
     weight = np.stack([(q[:, c] - z[:, c // 32]).astype(np.float16) * scales[c // 32] for c in range(cols)], axis=1)
     return {"qweight": qweight.view(np.int32), "qzeros": qzeros.view(np.int32), "scales": scales}, weight
+
+
+def awq_vectors(rng: np.random.Generator, rows: int, cols: int, *, width: int = 4) -> Made:
+    """Version gemv, with room for ``8 * width`` groups of 32, the rest of which is filled with what nobody may read."""
+    groups = cols // 32
+    q, z = rng.integers(0, 16, (rows, cols)), rng.integers(0, 16, (rows, 8 * width))
+    scales = rng.random((rows, 8 * width)).astype(np.float16)
+    qweight, qzeros = np.zeros((rows, cols // 8), np.uint32), np.zeros((rows, width), np.uint32)
+    for c in range(cols):
+        put(qweight, (slice(None), c // 8), q[:, c], 4 * (c % 8))
+    for g in range(8 * width):
+        put(qzeros, (slice(None), g // 8), z[:, g], 4 * (g % 8))
+    assert groups <= 8 * width
+    columns = [(q[:, c] - z[:, c // 32]).astype(np.float16) * scales[:, c // 32] for c in range(cols)]
+    return {"qweight": qweight.view(np.int32), "qzeros": qzeros.view(np.int32), "scales": scales}, np.stack(columns, 1)
+
+
+def awq_fast(rng: np.random.Generator, rows: int, cols: int, *, zeros: str = "scaled_zeros") -> Made:
+    """Version gemv_fast: where every number goes, one by one."""
+    q = rng.integers(0, 16, (rows, cols))
+    scales, scaled = (rng.normal(size=(32, rows)).astype(np.float16) for _ in range(2))
+    qweight = np.zeros((rows // 4, cols), np.uint16)
+    for r in range(rows):
+        for c in range(cols):
+            a, b, odd = c % 32 // 8, c % 8 // 2, c % 2
+            dealt = c // 32 * 32 + 8 * b + 4 * odd + a
+            at = (r % 4) * 64 + dealt % 64
+            qweight[r // 4, dealt // 64 * 64 + at // 4] |= np.uint16(q[r, c] << (4 * (at % 4)))
+    exact = [q[:, c] * scales[c // 32].astype(np.float64) + scaled[c // 32].astype(np.float64) for c in range(cols)]
+    parts = {"qweight": qweight.view(np.int16), "scales": scales, zeros: scaled}
+    return parts, np.stack(exact, axis=1).astype(np.float16)
 
 
 def float8(rng: np.random.Generator, rows: int, cols: int) -> Array:
@@ -169,6 +209,7 @@ AWQ = {
     "version": "gemm",
     "modules_to_not_convert": None,
 }
+WIDE_AWQ = AWQ | {"bits": None, "w_bit": 4}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [24, 40]}
 BNB = {
     "quant_method": "bitsandbytes", "load_in_4bit": True, "_load_in_4bit": True, "load_in_8bit": False,
@@ -183,7 +224,14 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[..., Made], dict[str, Any]]] =
     "gptq, v2": (GPTQ | {"checkpoint_format": "gptq_v2"}, gptq, {"v2": True}),
     "gptq, 8 bits": (GPTQ | {"bits": 8}, gptq, {"width": 8}),
     "gptq, 2 bits": (GPTQ | {"bits": 2}, gptq, {"width": 2}),
+    "gptq, 3 bits": (GPTQ | {"bits": 3, "dynamic": {"-:.*gate.*": {}}}, gptq, {"width": 3}),
+    "gptq, 3 bits, v2, act order": (
+        GPTQ | {"bits": 3, "format": "gptq_v2"}, gptq, {"width": 3, "v2": True, "ordered": False},
+    ),
     "awq": (AWQ, awq, {}),
+    "awq, gemv": (AWQ | {"version": "GEMV"}, awq_vectors, {}),
+    "awq, gemv_fast": (WIDE_AWQ | {"version": "gemv_fast"}, awq_fast, {"config": WIDE}),
+    "llm-awq": (WIDE_AWQ | {"version": "gemv", "backend": "llm-awq"}, awq_fast, {"config": WIDE, "zeros": "qzeros"}),
     "fp8": (FP8, fp8, {}),
     "fp8, one scale": (FP8 | {"weight_block_size": None, "activation_scheme": "static"}, fp8, {"block": None}),
     "packed int4": (CT4, packed_int, {}),
@@ -213,16 +261,18 @@ def tensor(values: Array) -> torch.Tensor:
     return torch.from_numpy(values.copy())
 
 
-def write(folder: Path, how: dict[str, Any], make: Callable[..., Made], **options: Any) -> dict[str, torch.Tensor]:
+def write(
+    folder: Path, how: dict[str, Any], make: Callable[..., Made], *, config: ModelConfig = CONFIG, **options: Any
+) -> dict[str, torch.Tensor]:
     """A LLaMA whose projections are packed. Returns the tensors of the same model in plain numbers."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    family, rng = families.family_of(CONFIG), np.random.default_rng(5)
-    raw = family.config_to_hf(CONFIG) | {"quantization_config": how}
+    family, rng = families.family_of(config), np.random.default_rng(5)
+    raw = family.config_to_hf(config) | {"quantization_config": how}
     (folder / "config.json").write_text(json.dumps(raw))
     stored, plain = {}, {}
-    for piece in family.layouts["hf"](CONFIG):
+    for piece in family.layouts["hf"](config):
         name, shape = piece.source, piece.source_shape
         if name in plain:
             continue
@@ -312,6 +362,33 @@ def middle_zeros(v2: bool) -> Callable[..., Made]:
     return made
 
 
+def test_zeros_that_gptqmodel_wrote_before_it_mended_them(tmp_path: Path) -> None:
+    """Three bits: it took (0x24924924, 0x92492492, 0x49249249) from the words of z = 4, where 1 a field was meant."""
+
+    def made(rng: np.random.Generator, rows: int, cols: int) -> Made:
+        parts, _ = gptq(rng, rows, cols, width=3, v2=True)
+        words = stream(np.full((cols // 32, rows), 4), 3)
+        less = words - np.resize(np.array([0x24924924, 0x92492492, 0x49249249], np.uint32), words.shape)
+        q = [
+            [int(parts["qweight"].view(np.uint32)[c * 3 // 32, r]) >> (c * 3 % 32) for c in range(10)]
+            for r in range(rows)
+        ]
+        weight = (np.array(q) % 8 - 4).astype(np.float16) * parts["scales"].T[:, :1]
+        return parts | {"qzeros": less.view(np.int32)}, weight
+
+    plain = write(tmp_path, GPTQ | {"bits": 3, "sym": True}, made)
+    source = open_checkpoint(tmp_path).source
+    for name in (n for n in plain if n.endswith("proj.weight")):
+        assert source.read(name)[:, :10].tobytes() == bits(plain[name])
+
+
+def test_fields_must_fill_whole_words(tmp_path: Path) -> None:
+    """Three bits lie in threes of words."""
+    write(tmp_path, GPTQ | {"bits": 3}, spoilt(gptq, "qweight", lambda x: x[:-1]))
+    with pytest.raises(CheckpointError, match="whole runs of 3 words: 'qweight' has 11 words of 64 rows"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("zero", [True, False])
 def test_biases_that_autogptq_makes_up_are_left_out(tmp_path: Path, zero: bool) -> None:
     def with_bias(rng: np.random.Generator, rows: int, cols: int) -> Made:
@@ -346,12 +423,14 @@ def with_weights(**changes: object) -> dict[str, Any]:
     [
         ({"quant_method": "aqlm"}, "quant_method must be one of fp8, gptq, .*; got 'aqlm'"),
         ({"bits": 4}, "lacks the key 'quant_method'"),
-        (GPTQ | {"bits": 3}, "bits must be 2 or 4 or 8, got 3"),
+        (GPTQ | {"bits": 5}, "bits must be 2 or 3 or 4 or 8, got 5"),
+        (GPTQ | {"checkpoint_format": "gptq", "format": "gptq_v2"}, "checkpoint_format and format must agree"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format must be 'gptq' or 'gptq_v2'"),
         (GPTQ | {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic must be"),
         (GPTQ | {"group_size": 0}, "group_size must be -1 or a whole number from 1, got 0"),
         (GPTQ | {"new_key": 1}, "has the key 'new_key'"),
-        (AWQ | {"version": "gemv"}, "version must be 'gemm'"),
+        (AWQ | {"version": "marlin"}, "version must be 'gemm'"),
+        (AWQ | {"format": "gemv"}, "version and format must agree, got gemm and gemv"),
         (AWQ | {"zero_point": False}, "zero_point must be True, got False"),
         (FP8 | {"fmt": "e5m2"}, "fmt must be 'e4m3'"),
         (FP8 | {"weight_block_size": [128]}, "weight_block_size must be two whole numbers"),

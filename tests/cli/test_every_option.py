@@ -564,7 +564,7 @@ DEFAULTS = {
     "--max-tokens": {128, 512, 64},
     "--temperature": {0.0, None},
     "--seed": {None, 0},
-    "--calibrate-tokens": {2048, 4096},
+    "--calibrate-tokens": {2048, 4096, 16_384},
     "--calibrate": {None},
     "--experts": {16, None},
     "--tokens": {"1T", "1B"},
@@ -612,6 +612,7 @@ BESIDE = {
     **{key: ["adapter", "out"] for key in ("adapter merge", "adapter export", "adapter import")},
     **{key: ["out"] for key in ("convert", "upcycle", "merge-experts")},
     "prune": ["out", "--calibrate", "t", "--experts", "3"],
+    "imatrix": ["out.gguf", "--calibrate", "t"],
     "eval": ["--tasks", "mmlu"],
 }
 """What commands need beside a model."""

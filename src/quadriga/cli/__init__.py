@@ -25,6 +25,7 @@ from quadriga.cli.divergence import divergence_command
 from quadriga.cli.eval import eval_command
 from quadriga.cli.experts import experts_app
 from quadriga.cli.generate import generate_command
+from quadriga.cli.imatrix import imatrix_command
 from quadriga.cli.info import info_command
 from quadriga.cli.judge import judge_command
 from quadriga.cli.models import (
@@ -94,6 +95,13 @@ app.command(
         "quadriga convert dbrx-instruct --dry-run        needs config.json and the index only",
     ),
 )(convert_command)
+app.command(
+    "imatrix",
+    epilog=_example(
+        "quadriga imatrix dbrx-instruct dbrx.imatrix.gguf --calibrate sample.txt",
+        "quadriga convert dbrx-instruct dbrx.gguf --to gguf --gguf-format q4_k_m --calibrate dbrx.imatrix.gguf",
+    ),
+)(imatrix_command)
 app.command(
     "train",
     epilog=_example(

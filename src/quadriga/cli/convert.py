@@ -117,10 +117,8 @@ def _calibrate(
     model: Path, text: Path, n_tokens: int, budget: int | None, pickles: bool
 ) -> tuple[dict[str, str], dict[str, Array]]:
     """The recipe for a budget (empty without one) and the weights of errors, from a text."""
-    from quadriga.cli.progress import progress_bar
-    from quadriga.edits.calibrate import calibrate
+    from quadriga.cli.calibration import measured
     from quadriga.errors import ConfigError
-    from quadriga.hub import catalogue
     from quadriga.io import imatrix
     from quadriga.io.directory import packed_shapes
     from quadriga.io.open import open_checkpoint
@@ -137,15 +135,7 @@ def _calibrate(
                     "out, or give --calibrate a text"
                 )
             return {}, dict(imatrix.read_imatrix(text, checkpoint.config))
-        tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
-        if tokenizer is None:
-            raise ConfigError("calibration reads a text, and this checkpoint has no tokenizer")
-        try:
-            ids = tokenizer.encode(text.read_text())[:n_tokens]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the text {text}: {error}") from None
-        with progress_bar("calibrating") as show:
-            found = calibrate(checkpoint, ids, errors=budget is not None, progress=show)
+        found = measured(checkpoint, text, n_tokens, errors=budget is not None)
         if budget is None:
             return {}, found.importance
         fixed = {

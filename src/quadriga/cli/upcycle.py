@@ -12,7 +12,6 @@ import typer
 from quadriga.cli import options
 
 if TYPE_CHECKING:
-    from quadriga.edits.calibrate import Calibration
     from quadriga.io.open import Checkpoint
     from quadriga.quant.dtypes import Array
 
@@ -85,6 +84,7 @@ def prune_command(
     gguf_format: options.GGUFFormat = None,
 ) -> None:
     """Leave out the experts of each layer that a text needs least."""
+    from quadriga.cli.calibration import measured
     from quadriga.edits.fewer_experts import prune, usefulness
     from quadriga.errors import ConfigError
 
@@ -93,7 +93,7 @@ def prune_command(
     result = result_options(to=to, dtype=dtype, format=format, gguf_format=gguf_format)
     checkpoint = open_source(model)
     try:
-        worth = usefulness(_measured(checkpoint, calibrate, calibrate_tokens), by)  # type: ignore[arg-type]
+        worth = usefulness(measured(checkpoint, calibrate, calibrate_tokens), by)  # type: ignore[arg-type]
         small = prune(checkpoint, experts, worth)
         write_derived(small, out, **result)
     finally:
@@ -118,6 +118,7 @@ def merge_experts_command(
 
     With one granule all experts are averaged.
     """
+    from quadriga.cli.calibration import measured
     from quadriga.edits.fewer_experts import merge_experts, usefulness
 
     result = result_options(to=to, dtype=dtype, format=format, gguf_format=gguf_format)
@@ -125,7 +126,7 @@ def merge_experts_command(
     try:
         use = None
         if calibrate is not None:
-            use = usefulness(_measured(checkpoint, calibrate, calibrate_tokens), "use")
+            use = usefulness(measured(checkpoint, calibrate, calibrate_tokens), "use")
         dense = merge_experts(checkpoint, granules, use=use)
         write_derived(dense, out, **result)
     finally:
@@ -165,23 +166,6 @@ def write_derived(checkpoint: Checkpoint, out: Path, **how: Any) -> None:
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{out}: {len(plan.tensors)} tensors, {sum(plan.files.sizes.values()) / 1e9:.2f} GB, layout {plan.layout}")
-
-
-def _measured(checkpoint: Checkpoint, text: Path, n_tokens: int) -> Calibration:
-    from quadriga.cli.progress import progress_bar
-    from quadriga.edits.calibrate import calibrate
-    from quadriga.errors import ConfigError
-    from quadriga.hub import catalogue
-
-    tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
-    if tokenizer is None:
-        raise ConfigError("calibration reads a text, and this checkpoint has no tokenizer")
-    try:
-        ids = tokenizer.encode(text.read_text())[:n_tokens]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the text {text}: {error}") from None
-    with progress_bar("calibrating") as show:
-        return calibrate(checkpoint, ids, errors=False, progress=show)
 
 
 def _fitted(checkpoint: Checkpoint, texts: dict[str, list[int]]) -> dict[int, Array]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quadriga.errors import RequestError
 from quadriga.io.directory import packed_bytes
+from quadriga.io.imatrix_write import ColumnSums
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress
 from quadriga.kernels import ops
@@ -30,6 +31,7 @@ from quadriga.model.weight_map import parameter_shapes, stays_float32
 from quadriga.nn.context import PackedContext
 from quadriga.nn.feedforward import FeedForward
 from quadriga.nn.linear import Linear, whole
+from quadriga.nn.norm import Norm
 from quadriga.nn.rope import Rotations
 from quadriga.nn.transformer import Block
 from quadriga.quant.dtypes import Array
@@ -47,8 +49,13 @@ class Calibration:
     """The measurements on a calibration text."""
 
     n_tokens: int
+    window: int = 0
+    """Tokens that were read at once; the last part may be shorter."""
+    sums: dict[str, ColumnSums] = field(default_factory=dict)
+    """Matrix name (experts by number) -> what came to its columns, and in how many rows."""
     importance: dict[str, Array] = field(default_factory=dict)
-    """Matrix name (experts by number) -> (cols,) mean square of its input columns."""
+    """Matrix name (experts by number) -> (cols,) mean square of its input columns; of an expert with few tokens mixed
+    with its layer's."""
     expert_tokens: dict[str, list[int]] = field(default_factory=dict)
     """Parameter prefix such as "layers.0.moe" -> number of tokens that visited each expert."""
     expert_output: dict[str, list[float]] = field(default_factory=dict)
@@ -79,7 +86,7 @@ def calibrate(
     parts = [token_ids[i : i + length] for i in range(0, len(token_ids), length)]
     tokens = torch.tensor([t for part in parts for t in part])
     context = PackedContext([len(part) for part in parts])
-    view, found = checkpoint.parameters, Calibration(len(tokens))
+    found = Calibration(len(tokens), length)
     h = embed(checkpoint, tokens)
     rotations = Rotations(context.positions, h.dtype, config.max_seq_len)
     for index in range(config.n_layers):
@@ -93,13 +100,40 @@ def calibrate(
         h = block.scaled(block.added(h, f, block.ffn_post_norm))
         if progress is not None:
             progress(index + 1, config.n_layers, f"layer {index}")
+    _ends(found, checkpoint, h, errors)
+    return found
+
+
+def _ends(found: Calibration, checkpoint: Checkpoint, h: Tensor, errors: bool) -> None:
+    """Measure the embedding table, to which no vector comes, and the head, which reads the normed last states."""
+    config, view = checkpoint.config, checkpoint.parameters
+    norm = Norm(config.d_model, config.final_norm)
+    norm.load_state_dict(
+        {
+            name.removeprefix("final_norm."): tensor(view.read(name)).float()
+            for name in parameter_shapes(config)
+            if name.startswith("final_norm.")
+        }
+    )
     for name in ("embed.weight", "lm_head.weight"):
         if name in parameter_shapes(config):
-            rows = tensor(view.read(name, ((0, min(_ROWS, config.vocab_size)), (0, config.d_model)))).float()
+            rows = torch.cat(
+                [
+                    tensor(view.read(name, ((first, first + n), (0, config.d_model)))).float()
+                    for first, n in _spread(config.vocab_size, _ROWS)
+                ]
+            )
             head = name == "lm_head.weight" or config.tied_embeddings
-            inputs = h if head else torch.ones(1, config.d_model)
+            inputs = norm(h) if head else torch.ones(1, config.d_model)
             _matrix(found, checkpoint, name, inputs, rows, 1.0, errors)
-    return found
+            if not head:
+                del found.sums[name]
+
+
+def _spread(n: int, wanted: int) -> list[tuple[int, int]]:
+    """About ``wanted`` of ``n`` rows as 16 runs (first, rows) all over the table."""
+    run = min(n, -(-wanted // 16))
+    return [(first, run) for first in sorted({round(i * (n - run) / 15) for i in range(16)})]
 
 
 def _mixed(
@@ -206,8 +240,9 @@ def _matrix(
     errors: bool,
     prior: Tensor | None = None,
 ) -> None:
-    """Record a matrix's mean squares of inputs and, with ``errors``, the error of every format."""
+    """Record what came to a matrix and, with ``errors``, the error of every format."""
     square = inputs.float().square().sum(0)
+    found.sums[name] = ColumnSums(array(square), len(inputs))
     count = float(len(inputs))
     if prior is not None:
         square = square + _PRIOR_TOKENS * prior.float().square().mean(0)

@@ -1,17 +1,21 @@
 """llama.cpp's importance matrices: how much each column of each matrix counts when its numbers are rounded.
 
-Both forms that llama-imatrix has written (tools/imatrix in ggml-org/llama.cpp) are read. Names are those of a GGUF
-file's tensors; experts of one tensor lie one after the other.
+Both forms that llama-imatrix has written (tools/imatrix in ggml-org/llama.cpp) are read here and written by
+``io.imatrix_write``. Names are those of a GGUF file's tensors; experts of one tensor lie one after the other.
 
     GGUF    general.type "imatrix"; NAME.in_sum2 (experts, columns) float32 sums of squares of what came to the columns,
             NAME.counts (experts, 1) float32, of how many tokens
+            imatrix.datasets [text], imatrix.chunk_count, imatrix.chunk_size: what was read, in how long windows
     .dat    int32 entries; of each int32 length, name, int32 calls, int32 numbers, float32 numbers: calls times the mean
-            squares; then what it was made of, which is not read
+            squares; then int32 calls, int32 length, text: what it was made of, which is not read
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +27,7 @@ from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.restate import restated_columns
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
-from quadriga.model.weight_map import stays_float32
+from quadriga.model.weight_map import stays_float32, whole
 
 Squares = NDArray[np.float32]
 
@@ -53,29 +57,63 @@ def read_imatrix(path: Path, config: ModelConfig) -> dict[str, Squares]:
         CheckpointError: a broken file, one of another model, or one that knows no matrix of this one.
         ConfigError: GGUF has no names for this family's matrices.
     """
-    family = families.family_of(config)
-    if family.gguf_map is None:
-        raise ConfigError(f"an importance matrix has GGUF's names, and GGUF has no architecture for {family.name}")
     entries = _of_gguf(path) if is_gguf(path) else _of_dat(path)
     found: dict[str, Squares] = {}
-    stored = family.gguf_form(config)
-    for piece in family.gguf_map(stored):
-        if piece.source not in entries or len(piece.target_shape) < 2 or stays_float32(piece.target):
+    stored = families.family_of(config).gguf_form(config)
+    for tensor in gguf_matrices(config):
+        if tensor.name not in entries:
             continue
-        squares, columns = entries[piece.source], piece.target_shape[-1]
-        experts = piece.target_shape[0] if len(piece.target_shape) == 3 else 1
-        if squares.size != experts * columns:
+        squares, count = entries[tensor.name], len(tensor.parameters)
+        if squares.size == tensor.columns and len(set(tensor.parameters)) == 1:
+            count = 1  # of all heads together
+        if squares.size != count * tensor.columns:
             raise CheckpointError(
-                f"{path.name}: {piece.source} must have {experts} x {columns} numbers for this model, got "
+                f"{path.name}: {tensor.name} must have {count} x {tensor.columns} numbers for this model, got "
                 f"{squares.size}. It was made of another model."
             )
-        for expert, row in enumerate(squares.reshape(experts, columns)):
+        rows = squares.reshape(count, tensor.columns)
+        for parameter in dict.fromkeys(tensor.parameters):
+            of_it = [row for row, name in zip(rows, tensor.parameters, strict=False) if name == parameter]
+            row: Squares = np.stack(of_it).mean(axis=0, dtype=np.float32) if len(of_it) > 1 else of_it[0]
             if np.isfinite(row).all() and row.any():
-                found.setdefault(f"{piece.target}/{expert}" if len(piece.target_shape) == 3 else piece.target, row)
+                found.setdefault(parameter, row)
     if not found:
         other = next(iter(entries), "anything")
         raise CheckpointError(f"{path.name} knows no matrix of this model: none of it is called {other}")
     return restated_columns(found, stored, config)
+
+
+@dataclass(frozen=True)
+class GGUFMatrices:
+    """A tensor of a GGUF file that is a matrix, or several behind each other."""
+
+    name: str
+    columns: int
+    parameters: tuple[str, ...]
+    """Whose columns these are, one for each of its matrices: an expert's is NAME/3, of a matrix a head the same name
+    for every head."""
+
+
+def gguf_matrices(config: ModelConfig) -> Iterator[GGUFMatrices]:
+    """The matrices of a model that an importance matrix can know, in the order of GGUF's tensors.
+
+    Raises:
+        ConfigError: GGUF has no names for this family's matrices.
+    """
+    family = families.family_of(config)
+    if family.gguf_map is None:
+        raise ConfigError(f"an importance matrix has GGUF's names, and GGUF has no architecture for {family.name}")
+    for piece in family.gguf_map(family.gguf_form(config)):
+        if len(piece.target_shape) < 2 or stays_float32(piece.target):
+            continue
+        heads = prod(piece.source_shape[:-2])
+        names = [piece.target] * heads
+        if len(piece.target_shape) == 3:
+            names = [
+                f"{piece.target}/{expert}" for expert in range(*(piece.target_box or whole(piece.target_shape))[0])
+            ]
+            assert len(names) == heads, "experts lie in one tensor of GGUF"
+        yield GGUFMatrices(piece.source, piece.target_shape[-1], tuple(names))
 
 
 def _of_gguf(path: Path) -> dict[str, Squares]:

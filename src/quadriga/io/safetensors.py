@@ -34,10 +34,10 @@ _MAX_HEADER_BYTES = 25 << 20
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CODES = {name: code for code, name in _DTYPES.items()}
 _BYTES = {"U8": "uint8"}
-_PACKED = {"I8": "int8", "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn"}
+_PACKED = {"I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn"}
 _NUMPY: dict[str, np.dtype[Any]] = {
     **DTYPES,
-    **{name: np.dtype(name) for name in ("uint8", "int8", "int32", "int64")},
+    **{name: np.dtype(name) for name in ("uint8", "int8", "int16", "int32", "int64")},
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 

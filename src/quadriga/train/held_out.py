@@ -34,13 +34,15 @@ class HeldOutLoss:
 def held_out_losses(module: ModelWithLoss, sources: Mapping[str, BatchSource], world: World) -> dict[str, HeldOutLoss]:
     """Mean loss of each domain under the objective of ``module``. All ranks must call this; they share the rows."""
     module.eval()
-    found = {}
+    found, layout = {}, module.layout
     for domain, source in sources.items():
         n_rows = source.n_rows(0)
-        share = -(-n_rows // world.size)
-        first = world.rank * share
+        layout.check_rows(layout.n_row_groups, layout.n_row_groups, source.seq_len(0))
+        share = -(-n_rows // layout.n_row_groups)
+        first = layout.row_group * share
         counts = first < n_rows  # ranks without rows compute too: a sharded model needs every rank
-        batch = source.rows(0, first if counts else 0, min(first + share, n_rows) if counts else 1).to(world.device)
+        rows = source.rows(0, first if counts else 0, min(first + share, n_rows) if counts else 1)
+        batch = layout.own(rows).to(world.device)
         _, metrics = module(batch)
         own = torch.stack([metrics["loss"].double().cpu(), torch.tensor(batch.target_weight(), dtype=torch.float64)])
         total, weight = world.sum((own * counts).to(world.device)).tolist()
@@ -87,7 +89,7 @@ def continuation(
     module.eval()
     try:
         for _ in range(n_tokens):
-            logits, _ = module(_one_document(ids).to(world.device))
+            logits, _ = module(module.layout.copied(_one_document(ids)).to(world.device))
             ids.append(int(logits[:n_vocab].index_fill(0, holes, -math.inf).argmax()))
             if ids[-1] in end_ids:
                 break

@@ -1,20 +1,24 @@
-"""AWQ as AutoAWQ stores it in its version "gemm": 4 bits, eight neighbouring rows in an int32 word, even ones first.
+"""AWQ in the version "gemm": 4 bits, eight neighbouring rows in an int32 word, even ones first; and AWQ's settings.
 
     NAME.qweight (cols, rows / 8) int32    nibble i of word [c, j] is q of column c and row 8 j + (0 2 4 6 1 3 5 7)[i]
     NAME.qzeros  (groups, rows / 8) int32  z of a group of columns, in the same order
     NAME.scales  (groups, rows) float16    w = (q - z) * scales, in the dtype of the scales
 
-Source: casper-hansen/AutoAWQ awq/utils/packing_utils.py, awq/modules/linear/gemm.py.
+The versions for single vectors are in ``awq_vectors``. Source: casper-hansen/AutoAWQ awq/utils/packing_utils.py,
+awq/modules/linear/gemm.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.io.quantised.method import FLOATS, Parts, group_size, scaled
+from quadriga.errors import ConfigError
+from quadriga.io.quantised.awq_vectors import AwqVectors, AwqVectorsFast
+from quadriga.io.quantised.method import FLOATS, Method, Parts, group_size, scaled
 from quadriga.model.families.keys import Keys
 from quadriga.model.weight_map import Shape
 from quadriga.quant.dtypes import Array
@@ -60,7 +64,12 @@ class Awq:
         return scaled(rows("qweight", cols), rows("qzeros", groups), scales, np.arange(cols) // (cols // groups), 4)
 
 
-def read_config(keys: Keys) -> Awq:
+_VERSIONS: dict[str, Callable[[int], Method]] = {
+    "gemm": Awq, "gemv": AwqVectors, "gemv_fast": AwqVectorsFast, "llm-awq": AwqVectorsFast,
+}  # fmt: skip
+
+
+def read_config(keys: Keys) -> Method:
     """quantization_config of the method "awq".
 
     Raises:
@@ -69,12 +78,30 @@ def read_config(keys: Keys) -> Awq:
     keys.must_be("bits", 4, None)
     keys.must_be("w_bit", 4, None)
     keys.must_be("zero_point", True)
-    keys.must_be("version", "gemm", "GEMM", None)
-    keys.must_be("backend", "autoawq", None)
+    keys.must_be("sym", False, None)
+    keys.must_be("desc_act", False, None)
+    for key in ("version", "format", "checkpoint_format"):
+        keys.must_be(key, *_VERSIONS, *map(str.upper, _VERSIONS), None)
+    keys.must_be("backend", "autoawq", "llm-awq", None)
+    keys.must_be("pack_dtype", "int32", "int16", None)
+    keys.must_be("dynamic", {}, None)
+    keys.must_be("adapter", {}, None)
+    said = {str(keys.value(key)).lower() for key in ("version", "format", "checkpoint_format") if keys.given(key)} or {
+        "gemm"
+    }
+    if keys.value("backend") == "llm-awq":
+        said = {"llm-awq"}  # which calls its version "gemv"
+    if len(said) > 1:
+        raise ConfigError(f"quantization_config: version and format must agree, got {' and '.join(sorted(said))}")
     size = group_size(keys, "q_group_size" if keys.given("q_group_size") else "group_size")
-    keys.finish(
-        frozenset(
-            {"group_size", "modules_to_not_convert", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config"}
-        )
-    )
-    return Awq(size)
+    keys.finish(_HARMLESS)
+    return _VERSIONS[said.pop()](size)
+
+
+_HARMLESS = frozenset(
+    {
+        "group_size", "modules_to_not_convert", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config",
+        "lm_head", "meta", "ignore",
+    }
+)  # fmt: skip
+"""What was left as it was, which the tensors' names say; how it was made; with what to compute."""

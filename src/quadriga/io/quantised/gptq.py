@@ -1,12 +1,13 @@
-"""GPTQ as AutoGPTQ and GPTQModel store it: whole numbers of 2, 4 or 8 bits in int32 words, packed along the inputs.
+"""GPTQ as AutoGPTQ and GPTQModel store it: whole numbers of 2, 3, 4 or 8 bits in int32 words, packed along the inputs.
 
     NAME.qweight (cols * bits / 32, rows) int32    q of (row r, column c): bits c % n of word [c // n, r], n = 32 / bits
     NAME.qzeros  (groups, rows * bits / 32) int32  z of (group g, row r): bits r % n of word [g, r // n]
     NAME.scales  (groups, rows) float16            NAME.g_idx (cols,) int32: the group of every column
     w = scales[g, r] * (q - z), in the dtype of the scales
 
-The format "gptq" stores z - 1 (and 0 as all ones), "gptq_v2" z itself. Without g_idx, group_size columns after each
-other are a group. Source: AutoGPTQ/AutoGPTQ auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py.
+With 3 bits, 32 fields lie one after the other in 3 words, two of them across words. The format "gptq" stores z - 1 (and
+0 as all ones), "gptq_v2" z itself. Without g_idx, group_size columns after each other are a group. Sources:
+AutoGPTQ/AutoGPTQ auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py, ModelCloud/GPTQModel gptqmodel/utils/model.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.io.quantised.method import FLOATS, Parts, group_size, scaled, unpack_words
+from quadriga.errors import ConfigError
+from quadriga.io.quantised.method import FLOATS, Parts, group_size, run_of_fields, scaled, unpack_words
 from quadriga.model.families.keys import Keys
 from quadriga.model.weight_map import Shape
 from quadriga.quant.dtypes import Array
@@ -26,13 +28,18 @@ _HARMLESS = frozenset(
         # How the numbers were found; desc_act shows in g_idx.
         "desc_act", "true_sequential", "static_groups", "damp_percent", "damp_auto_increment", "mse",
         "act_group_aware", "dataset", "tokenizer", "model_seqlen", "batch_size", "pad_token_id", "max_input_length",
-        "cache_block_outputs",
+        "cache_block_outputs", "gptaq", "hessian", "fallback", "mock_quantization", "pack_impl",
         # What to convert and with what to compute; the tensors' names say what was converted.
         "lm_head", "block_name_to_quantize", "module_name_preceding_first_block", "modules_in_block_to_quantize",
         "modules_to_not_convert", "use_exllama", "exllama_config", "use_cuda_fp16", "disable_exllama", "backend",
         "model_name_or_path", "model_file_base_name", "meta", "quantizer", "rotation", "offload_to_disk",
     }
 )  # fmt: skip
+
+
+_SPOILT_ZEROS = np.array([0, 0xB6DB6DB7, 0x49249249], dtype=np.uint32)
+"""Words of 3 bits that releases of GPTQModel and AutoGPTQ of 2024 and 2025 wrote in the format "gptq" for z = 4, from
+which they took away another constant than 1 of each field (and added it again when they read them)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,12 @@ class Gptq:
     def shape(self, parts: Parts) -> Shape:
         """See ``method.Method``."""
         words, rows = parts.matrix("qweight", ("int32",))
-        cols = words * 32 // self.bits
+        cols, (fields, of_words) = words * 32 // self.bits, run_of_fields(self.bits)
+        if words % of_words or rows % fields:
+            raise parts.fail(
+                f"fields of {self.bits} bits must fill whole runs of {of_words} words: 'qweight' has {words} words of "
+                f"{rows} rows, which must be a multiple of {fields}"
+            )
         groups, _ = parts.matrix("scales", FLOATS)
         size = cols if self.group_size == -1 else self.group_size
         if groups != -(-cols // size):
@@ -92,15 +104,27 @@ class Gptq:
     def read(self, parts: Parts, first: int, last: int) -> Array:
         """See ``method.Method``: in the dtype of the scales."""
         words, _ = parts.info("qweight").shape
-        groups, n = parts.info("scales").shape[0], 32 // self.bits
         q = unpack_words(parts.read("qweight", ((0, words), (first, last))).T, self.bits)
-        word = (first // n, -(-last // n))
-        z = unpack_words(parts.read("qzeros", ((0, groups), word)), self.bits)
-        z = z[:, first - word[0] * n :][:, : last - first].T
-        if self.zeros_less_one:
-            z = z + np.uint8(1) & np.uint8(2**self.bits - 1)
+        groups = parts.info("scales").shape[0]
         scales = parts.read("scales", ((0, groups), (first, last))).T
+        z = self._zeros(parts, groups, first, last)
         return scaled(q, z, scales, self._group_of_columns(parts, q.shape[1], groups), self.bits)
+
+    def _zeros(self, parts: Parts, groups: int, first: int, last: int) -> NDArray[np.uint8]:
+        """z of rows [first, last), (rows, groups)."""
+        n, of_words = run_of_fields(self.bits)
+        span = (first // n * of_words, -(-last // n) * of_words)
+        words = np.ascontiguousarray(parts.read("qzeros", ((0, groups), span)))
+        z = unpack_words(words, self.bits)
+        if self.zeros_less_one and self.bits == 3 and self._are_spoilt(words):
+            z[...] = 4
+        elif self.zeros_less_one:
+            z = z + np.uint8(1) & np.uint8(2**self.bits - 1)
+        return z[:, first % n :][:, : last - first].T
+
+    @staticmethod
+    def _are_spoilt(words: NDArray[np.int32]) -> bool:
+        return bool((words.view(np.uint32).reshape(len(words), -1, 3) == _SPOILT_ZEROS).all())
 
     def _group_of_columns(self, parts: Parts, cols: int, groups: int) -> NDArray[np.int32]:
         if "g_idx" not in parts:
@@ -120,15 +144,25 @@ def read_config(keys: Keys) -> Gptq:
     Raises:
         ConfigError: a key that is unknown or asks for what is not read.
     """
-    keys.must_be("bits", 2, 4, 8)
+    keys.must_be("bits", 2, 3, 4, 8)
     keys.must_be("checkpoint_format", "gptq", "gptq_v2", None)
     keys.must_be("format", "gptq", "gptq_v2", None)
     keys.must_be("is_marlin_format", False, None)
     keys.must_be("pack_dtype", "int32", None)
-    keys.must_be("dynamic", {}, None)
+    _refuse_other_settings(keys)
     keys.must_be("adapter", {}, None)
-    form = keys.value("checkpoint_format") or keys.value("format") or "gptq"
+    said = {str(keys.value(key)) for key in ("checkpoint_format", "format") if keys.given(key)} or {"gptq"}
+    if len(said) > 1:
+        raise ConfigError("quantization_config: checkpoint_format and format must agree, got gptq and gptq_v2")
     bits, size = keys.integer("bits"), group_size(keys, "group_size")
     symmetric = keys.given("sym") and keys.flag("sym")
     keys.finish(_HARMLESS)
-    return Gptq(bits, size, form == "gptq", symmetric)
+    return Gptq(bits, size, said == {"gptq"}, symmetric)
+
+
+def _refuse_other_settings(keys: Keys) -> None:
+    """Refuse settings of single matrices ("+:REGEX"); "-:REGEX" leaves some unpacked, as their tensors' names say."""
+    dynamic = keys.value("dynamic")
+    if isinstance(dynamic, dict) and all(str(pattern).startswith("-:") for pattern in dynamic):
+        return
+    keys.must_be("dynamic", {}, None)

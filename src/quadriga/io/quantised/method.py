@@ -118,10 +118,18 @@ FLOATS = ("float16", "bfloat16", "float32")
 """What scales may be."""
 
 
+def run_of_fields(bits: int) -> tuple[int, int]:
+    """(fields, words) after which fields of ``bits`` begin at a word's start again: 32 in 3 words of 3 bits."""
+    return (32 // bits, 1) if 32 % bits == 0 else (32, bits)
+
+
 def unpack_words(words: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
-    """Whole numbers of 2, 4 or 8 bits from int32 words, lowest bits first: (..., n) -> (..., n * 32 / bits)."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    """Whole numbers of 2, 3, 4 or 8 bits from int32 words, lowest bits first: (..., n) -> (..., n * 32 / bits)."""
     packed = np.ascontiguousarray(words).view(np.uint8)  # little-endian
+    if 8 % bits:  # fields that lie across two bytes
+        flat = np.unpackbits(packed, axis=-1, bitorder="little").reshape(*words.shape[:-1], -1, bits)
+        return np.packbits(flat, axis=-1, bitorder="little")[..., 0]
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
     return (packed[..., None] >> shifts & np.uint8(2**bits - 1)).reshape(*words.shape[:-1], -1)
 
 
