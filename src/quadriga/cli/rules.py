@@ -19,8 +19,13 @@ def _all(options: Iterable[str], when: Callable[[Options], bool], why: str) -> t
     return tuple(Rule(option, when, why) for option in options)
 
 
+def is_address(text: str) -> bool:
+    """True for the address of a server, where a model's name could stand as well."""
+    return text.startswith(("http://", "https://"))
+
+
 def _remote(options: Options, argument: str = "model") -> bool:
-    return str(options[argument]).startswith(("http://", "https://"))
+    return is_address(str(options[argument]))
 
 
 def _weighs_errors(options: Options) -> bool:

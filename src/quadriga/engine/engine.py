@@ -46,7 +46,7 @@ from quadriga.engine.sampler import Sampler, Unused, require_finite
 from quadriga.engine.scheduler import PassPlan, Running, Scheduler
 from quadriga.engine.steering import salt_of
 from quadriga.errors import ConfigError, QuadrigaError, RequestError
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model.steering import router_shift
 from quadriga.runners.base import Adapters, Floats, LayerRouting, PassResult, Runner
 from quadriga.runtime import Lane

@@ -45,7 +45,7 @@ def make(
     max_batch_tokens: int = MAX_TOKENS,
     progress: Progress | None = None,
 ) -> Runner:
-    """A checkpoint on the CPU's kernels; what each argument is for, ``engine.llm.load`` says.
+    """A checkpoint on the CPU's kernels; what each argument is for, ``engine.load.load`` says.
 
     Raises:
         CheckpointError, ConfigError: the files are malformed or of an unsupported kind; no room for a block.
@@ -160,7 +160,7 @@ def make_ranked(
     max_batch_tokens: int = MAX_TOKENS,
     progress: Progress | None = None,
 ) -> RankedModel | RankModel:
-    """This rank's part of a checkpoint on the CPU's kernels; what each argument is for, ``engine.llm.load`` says.
+    """This rank's part of a checkpoint on the CPU's kernels; what each argument is for, ``engine.load.load`` says.
 
     Args:
         threads, kv_memory: of each rank.
