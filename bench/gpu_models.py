@@ -15,7 +15,7 @@ from bench.gpu_predict import step_ops
 from bench.gpu_rows import Day, Row, random_weight
 from tests.golden.checkpoints import config_json
 
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.kernels.triton.linear import Matrix
 from quadriga.model.cache_layout import cache_layout
 from quadriga.model.config import ModelConfig

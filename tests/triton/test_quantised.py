@@ -21,7 +21,7 @@ from quadriga.io.open import open_checkpoint
 from quadriga.io.packed import load_packed
 from quadriga.kernels.arrays import tensor
 from quadriga.kernels.cpu.packing import Packed, Parameter
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.kernels.triton.linear import Matrix, linear
 from quadriga.kernels.triton.packed import PLANES, from_packed
 from quadriga.kernels.triton.weights import GroupedWeight

@@ -394,7 +394,7 @@ def load_model(model: str, options: LoadOptions) -> LLM:
 
     from quadriga import runtime
     from quadriga.cli.progress import progress_bar
-    from quadriga.engine.llm import load
+    from quadriga.engine.load import load
 
     if options.parallel is not None and runtime.follows():
         return load(model, **asdict(options))
