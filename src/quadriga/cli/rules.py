@@ -177,6 +177,29 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "the model runs in this process. Give an address, or leave it out",
         ),
     ),
+    "serve": (
+        *_all(
+            ("models_memory", "parallel", "admin_key", "stay_on_failure"),
+            lambda o: o["replicas"] == 1,
+            "it is for a server of one process. Leave one of it and {replicas} out",
+        ),
+        Rule(
+            "keep_alive",
+            lambda o: o["models_memory"] is not None,
+            "models that are loaded at the start stay. Give {models_memory}, or leave it out",
+        ),
+        Rule(
+            "parallel",
+            lambda o: o["models_memory"] is None,
+            "ranks follow one engine from the start to the end. Leave one of {parallel} and {models_memory} out",
+        ),
+        Rule(
+            "adapter",
+            lambda o: o["models_memory"] is None,
+            "they are added to a model that is loaded at the start; over HTTP ({admin_key}) they keep a model from "
+            "leaving. Leave one of the two out",
+        ),
+    ),
     "compare": (Rule("markdown", lambda o: not o["json"], "{json} prints JSON. Leave one of the two out"),),
     "plan": _all(
         ("tokens", "seq_len", "batch_tokens", "stack", "price", "availability", "top", "picture", "verify"),

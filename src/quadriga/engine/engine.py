@@ -28,7 +28,7 @@ from typing import cast
 
 from quadriga.engine import whole_sequence
 from quadriga.engine.answers import Active, Turn, choose, event_of, instead_of, own_failure, score_prompt
-from quadriga.engine.disk_cache import DiskCache, KeptBlocks
+from quadriga.engine.disk_cache import DiskCache, KeptBlocks, KeptStates, StateFiles
 from quadriga.engine.dry import Breakers, Spellings
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.pace import Pace
@@ -154,14 +154,17 @@ class Engine:
                 "a prefix cache on disk is for models that one process has on the CPU's kernels: not on torch, and not "
                 "on several ranks. Leave one of the two out"
             )
-        if self.config.is_recurrent:
-            raise ConfigError(
-                "a prefix cache on disk keeps keys and values, and this model's recurrent layers have states besides, "
-                "without which a prefix is not taken up; leave it out"
-            )
         blocks = cast(KeptBlocks, self.runner)
         self.disk = DiskCache(folder, max_bytes, blocks.identity(), blocks)
         self.scheduler.pool.backing = self.disk
+        if self.scheduler.states is not None:
+            self.scheduler.states.backing = StateFiles(self.disk, cast(KeptStates, self.runner))
+
+    def close(self) -> None:
+        """End the threads beside it, and write what is to be kept; nothing is computed any more."""
+        self._choosers.close()
+        if self.disk is not None:
+            self.disk.close()
 
     # Requests --------------------------------------------------------------------------------------------------------
 

@@ -270,6 +270,24 @@ class CompiledModel:
             row[:] = np.frombuffer(content, dtype=row.dtype, count=row.size, offset=at)
             at += row.nbytes
 
+    def read_state(self, slot: int) -> bytes:
+        """What a slot holds, of all recurrent layers."""
+        return b"".join(states[slot].tobytes() for states in self._states.values())
+
+    def write_state(self, slot: int, content: bytes) -> None:
+        """Put back what :meth:`read_state` has read.
+
+        Raises:
+            ConfigError: it is of another size.
+        """
+        rows = [states[slot] for states in self._states.values()]
+        if len(content) != sum(row.nbytes for row in rows):
+            raise ConfigError(f"a slot has {sum(row.nbytes for row in rows)} bytes, got {len(content)}")
+        at = 0
+        for row in rows:
+            row[:] = np.frombuffer(content, dtype=row.dtype, count=row.size, offset=at)
+            at += row.nbytes
+
     def identity(self) -> bytes:
         """A hash of all that keys and values depend on beside the tokens: weights, kernels, how they are stored.
 
