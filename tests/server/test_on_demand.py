@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quadriga.engine.llm import load
+from quadriga.engine.load import load
 from quadriga.engine.load_options import LoadOptions
 from quadriga.errors import BusyError, CheckpointError, ConfigError, EngineError
 from quadriga.server import on_demand

@@ -293,7 +293,7 @@ def _on_demand(
     from dataclasses import asdict
 
     from quadriga.cli.progress import progress_bar
-    from quadriga.engine.llm import load
+    from quadriga.engine.load import load
     from quadriga.errors import ConfigError
     from quadriga.hub import catalogue
     from quadriga.server import offers

@@ -29,7 +29,7 @@ def offer(source: str, names: Sequence[str], how: LoadOptions, budget: int) -> O
     """A model that is here, from its files' heads; no weight and no vocabulary is read.
 
     Args:
-        source: what ``engine.llm.load`` would be told.
+        source: what ``engine.load.load`` would be told.
         names: what clients call it; the first is its own.
         how: how it is to be loaded. Without ``kv_memory`` its cache gets what 4 full contexts need, and at most a
             quarter of the budget.

@@ -68,7 +68,7 @@ class Offer:
     card: Card
     aliases: tuple[str, ...] = ()
     source: str
-    """What ``engine.llm.load`` is told."""
+    """What ``engine.load.load`` is told."""
     how: LoadOptions
     nbytes: int
     """Of weights and cache, as far as its files tell."""

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from quadriga import runtime
-from quadriga.engine.llm import load
+from quadriga.engine.load import load
 from quadriga.engine.load_options import LoadOptions
 from quadriga.errors import QuadrigaError
 from quadriga.server.access import Entry
