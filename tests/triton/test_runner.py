@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quadriga.errors import ConfigError, RequestError
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model.cache_layout import cache_layout
 from quadriga.model.config import ModelConfig, QKNormSpec
 from quadriga.nn.transformer import Transformer, random_parameters

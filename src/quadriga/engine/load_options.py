@@ -75,7 +75,7 @@ VALUES: dict[str, Allowed] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What ``engine.llm.load`` takes beside the model's name; its docstring says what each is for."""
+    """What ``engine.load.load`` takes beside the model's name; its docstring says what each is for."""
 
     format: str | None = None
     """None: keep."""

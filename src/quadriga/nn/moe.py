@@ -23,15 +23,16 @@ Dropless: no capacity, no padding, no token is ever left out. What the router de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from quadriga.kernels import ops
+from quadriga.kernels.cpu.packing import Packed
 from quadriga.model.config import MoESpec, NormSpec
 from quadriga.nn.feedforward import FeedForward
-from quadriga.nn.linear import Adapted, Factors, Quantised, Weight, grouped_linear, variants
+from quadriga.nn.linear import Adapted, LowRank, Quantised, Weight, grouped_linear, variants
 from quadriga.nn.norm import Norm
 
 
@@ -126,15 +127,20 @@ def n_experts(weight: Weight) -> int:
 
 
 def _parts(weights: ExpertWeights, dtype: torch.dtype) -> dict[str, ops.AdaptedPart] | None:
-    """What ``ops.adapted_experts`` takes; None where an adapter is no mere pair of factors, or drops inputs now."""
+    """What ``ops.adapted_experts`` takes; None where an adapter is no mere pair of factors, or drops inputs now.
+
+    Nor does it take packed weights that lie on another device than the host.
+    """
     made: dict[str, ops.AdaptedPart] = {}
     for name, weight in zip(("w_gate", "w_up", "w_down"), weights.matrices, strict=True):
         delta = weight.delta if isinstance(weight, Adapted) else None
         frozen = weight.frozen if isinstance(weight, Adapted) else weight
-        stack = frozen.stack() if isinstance(frozen, Quantised) else frozen
+        stack: Any = frozen.stack() if isinstance(frozen, Quantised) else frozen
+        if isinstance(frozen, Quantised) and not all(isinstance(one, Packed) for one in stack):
+            return None
         if delta is None:
             made[name] = ops.AdaptedPart(stack)
-        elif isinstance(delta, Factors) and not delta.drops_now:
+        elif isinstance(delta, LowRank) and not delta.drops_now:
             made[name] = ops.AdaptedPart(stack, delta.a.to(dtype), delta.b.to(dtype), delta.scale)
         else:
             return None

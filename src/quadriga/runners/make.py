@@ -45,7 +45,7 @@ def make(
     max_batch_tokens: int = MAX_TOKENS,
     progress: Progress | None = None,
 ) -> Runner:
-    """A checkpoint on the CPU's kernels; what each argument is for, ``engine.llm.load`` says.
+    """A checkpoint on the CPU's kernels; what each argument is for, ``engine.load.load`` says.
 
     Raises:
         CheckpointError, ConfigError: the files are malformed or of an unsupported kind; no room for a block.
@@ -160,7 +160,7 @@ def make_ranked(
     max_batch_tokens: int = MAX_TOKENS,
     progress: Progress | None = None,
 ) -> RankedModel | RankModel:
-    """This rank's part of a checkpoint on the CPU's kernels; what each argument is for, ``engine.llm.load`` says.
+    """This rank's part of a checkpoint on the CPU's kernels; what each argument is for, ``engine.load.load`` says.
 
     Args:
         threads, kv_memory: of each rank.
@@ -280,6 +280,17 @@ def n_blocks(config: ModelConfig, per_block: int, memory: int | None, contexts: 
             least = f"{cache.n_groups} x {per_block}" if cache.n_groups > 1 else f"{per_block}"
             raise ConfigError(f"kv_memory must hold at least one block of 16 tokens, {least} bytes; got {memory}")
         return min(memory // per_block, 2**20)
+    return max(cache.n_groups, min(_wanted(config, contexts), runtime.memory_bytes()[1] // 4 // per_block))
+
+
+def _wanted(config: ModelConfig, contexts: int) -> int:
+    """Blocks of so many full contexts."""
+    cache = cache_layout(config)
     passing = -(-min(MAX_TOKENS, config.max_seq_len) // BLOCK_TOKENS)  # of a prompt, until its pass is over
-    wanted = contexts * cache.n_blocks(config.max_seq_len) + passing * sum(w is not None for w in cache.windows)
-    return max(cache.n_groups, min(wanted, runtime.memory_bytes()[1] // 4 // per_block))
+    return contexts * cache.n_blocks(config.max_seq_len) + passing * sum(w is not None for w in cache.windows)
+
+
+def kernels_cache_bytes(config: ModelConfig, kv_format: str) -> int:
+    """Bytes of the cache that :func:`make` gives a model where memory is no limit."""
+    per_block = sum(place_bytes(config, cache_layout(config), kv_format))
+    return _wanted(config, _KERNELS_CONTEXTS) * per_block + _SLOTS * cost.state_bytes(config)

@@ -14,8 +14,8 @@ from quadriga.errors import RequestError
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress
 from quadriga.kernels.cpu.expert_store import ExpertStore
-from quadriga.kernels.cpu.program import PassBatch
 from quadriga.kernels.cpu.sampling import Logits, TokenSampler
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model import cost
 from quadriga.model.cache_layout import CacheLayout, cache_layout, one_group
 from quadriga.model.config import ModelConfig
