@@ -161,6 +161,23 @@ def test_document_attention_equals_the_naive_loop(soft_cap: float | None, alibi:
     _same_gradients(ours, _naive_attention(0.4, soft_cap, slopes, BOUNDS), inputs, tolerance)
 
 
+@pytest.mark.parametrize("window", [None, 19])
+@pytest.mark.parametrize("cuts", [(0, 64, 131), (0, 1, 2, 130, 131)])
+def test_attention_of_parts_of_the_queries_is_that_of_all(cuts: tuple[int, ...], window: int | None) -> None:
+    """Each part's results are its rows; the gradients of keys and values are the sums over parts."""
+    bounds, h, kv, d = [0, 50, 51, 131], 6, 2, 8
+    q, k, v, d_out = (_normal(131, heads, d, seed=i).requires_grad_() for i, heads in enumerate((h, kv, kv, h)))
+    whole = training.document_attention(q, k, v, bounds, scale=0.4, window=window)
+    expected = torch.autograd.grad(whole, (q, k, v), d_out)
+    sums = [torch.zeros_like(x) for x in (q, k, v)]
+    for first, last in itertools.pairwise(cuts):
+        part = training.document_attention(q[first:last], k, v, bounds, scale=0.4, window=window, first=first)
+        torch.testing.assert_close(part, whole[first:last])
+        for total, gradient in zip(sums, torch.autograd.grad(part, (q, k, v), d_out[first:last]), strict=True):
+            total += gradient
+    torch.testing.assert_close(sums, list(expected))
+
+
 def test_document_attention_in_bfloat16_is_close() -> None:
     q, k, v = (_normal(200, heads, 16, seed=heads).bfloat16() for heads in (6, 3, 3))
     ours = training.document_attention(q, k, v, [0, 77, 200], scale=0.25)

@@ -78,6 +78,10 @@ class Record:
     def losses(self) -> list[float]:
         return [report.loss for report in self.steps]
 
+    @property
+    def norms(self) -> list[float]:
+        return [report.norm for report in self.steps]
+
 
 def model(config: ModelConfig = TINY, seed: int = 0) -> Transformer:
     return Transformer.from_parameters(config, new_parameters(config, seed=seed, std=0.1))

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from quadriga import runtime
 from quadriga.errors import ConfigError
-from quadriga.model.config import DenseSpec
+from quadriga.model.config import DenseSpec, QKNormSpec, ShortConvSpec
 from quadriga.train import config as sections
 from quadriga.train.parallel import check_layout
 from quadriga.train.world import World
@@ -38,34 +39,41 @@ def _torchrun(n_ranks: int, folder: Path) -> dict[str, list[float]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of one process that is never stopped."""
+    """Losses and norms of one process that is never stopped."""
     record = runs.Record()
-    runs.trainer(tmp_path_factory.mktemp("alone"), worker.settings("one"), record=record).train()
-    return record.losses
+    folder = tmp_path_factory.mktemp("alone")
+    runs.trainer(folder, worker.settings("one"), config=worker.MODEL, record=record).train()
+    return record.losses + record.norms
 
 
 @pytest.mark.dist
 def test_two_ranks_compute_what_one_does(alone: list[float], tmp_path: Path) -> None:
-    for layout, losses in _torchrun(2, tmp_path).items():
-        assert losses == pytest.approx(alone, rel=1e-5), layout
+    for layout, curve in _torchrun(2, tmp_path).items():
+        _same(curve, alone, layout)
 
 
 @pytest.mark.dist
 def test_four_ranks_compute_what_one_does_and_save_for_two_and_one(alone: list[float], tmp_path: Path) -> None:
     found = _torchrun(4, tmp_path)
     record = runs.Record()
-    runs.trainer(tmp_path / "muon", worker.settings("muon", alone=True), record=record).train()
-    assert found.pop("muon") == pytest.approx(record.losses, rel=1e-5)
-    for layout, losses in found.items():
-        assert losses == pytest.approx(alone, rel=1e-5), layout
+    settings = worker.settings("muon")
+    runs.trainer(tmp_path / "muon", settings, config=worker.MODEL, record=record).train()
+    _same(found.pop("muon"), record.losses + record.norms, "muon")
+    for layout, curve in found.items():
+        _same(curve, alone, layout)
     one = runs.Record()
-    run = runs.trainer(tmp_path / "shared-1", worker.settings("one"), record=one)
+    run = runs.trainer(tmp_path / "shared-1", worker.settings("one"), config=worker.MODEL, record=one)
     assert run.resume()
     run.train()
-    assert one.losses == pytest.approx(alone[10:], rel=1e-5)
+    half = alone[10:20] + alone[30:]
+    _same(one.losses + one.norms, half, "saved by four, resumed by one")
     shutil.rmtree(tmp_path / "shared-1")
-    two = _torchrun(2, tmp_path)["shared-2 resumed"]
-    assert two == pytest.approx(alone[10:], rel=1e-5)
+    _same(_torchrun(2, tmp_path)["shared-2 resumed"], half, "saved by four, resumed by two")
+
+
+def _same(curve: list[float], expected: list[float], what: str) -> None:
+    """Losses and gradient norms agree."""
+    assert curve == pytest.approx(expected, rel=1e-5), what
 
 
 LOST = """
@@ -131,6 +139,22 @@ def test_impossible_layouts_are_refused() -> None:
         check_layout(model, sections.ParallelSection(experts=16), World(0, 16, torch.device("cpu")))
     with pytest.raises(ConfigError, match=r"7 shards must divide a dimension of the experts' moe.w_gate \[8, 20, 24\]"):
         check_layout(model, sections.ParallelSection(experts=8), World(0, 56, torch.device("cpu")))
+    for change, options, message in (
+        ({}, {"tensor": 2}, "must divide the model's 3 key/value heads: got 2"),
+        ({"n_kv_heads": 2, "out_bias": True}, {"tensor": 2}, "adds a bias"),
+        (
+            {"n_kv_heads": 2, "qk_norm": QKNormSpec(over="vector", eps=1e-5)},
+            {"tensor": 2},
+            "norm of all heads together",
+        ),
+        ({"n_kv_heads": 2}, {"tensor": 2, "context": 2, "replicate": 2}, "got 2 x 2 x 2 and 4 ranks"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_layout(runs.model(runs.TINY.with_mixer(**change)), sections.ParallelSection(**options), four)
+    mixers = {"mixer": ShortConvSpec(width=24, taps=3)}
+    recurrent = replace(runs.TINY, layers=(runs.TINY.layers[0], replace(runs.TINY.layers[0], **mixers)))
+    with pytest.raises(ConfigError, match="recurrent layers"):
+        check_layout(runs.model(recurrent), sections.ParallelSection(context=2), four)
     gated = runs.model(runs.TINY.with_ffn(shared=DenseSpec(d_ff=12, activation="silu"), shared_gate=True))
     with pytest.raises(ConfigError, match="shared expert with a gate"):
         check_layout(gated, sections.ParallelSection(experts=2), four)

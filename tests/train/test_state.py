@@ -19,7 +19,7 @@ from quadriga.errors import CheckpointError, TrainingError
 from quadriga.train import config as sections
 from quadriga.train import run_directory
 from quadriga.train.run_directory import MANIFEST, RunDirectory, newest, read_manifest
-from quadriga.train.shards import ShardReader, encode, parse_name
+from quadriga.train.shards import Portion, ShardReader, encode, local_parts, parse_name
 from quadriga.train.storage import Files
 from quadriga.train.world import World
 from tests.train.runs import Record, Settings, bits, trainer
@@ -308,6 +308,31 @@ def _write(path: Path, parts: dict[str, torch.Tensor]) -> Path:
 
     Files().write(path, raw())
     return path
+
+
+def test_portions_are_stored_as_boxes_of_the_whole(tmp_path: Path) -> None:
+    """Three ranks' heads of a packed projection of 6 + 3 + 3 rows; a fourth reads other heads of it."""
+    whole = torch.arange(12.0 * 5).view(12, 5)
+    files = []
+    for rank in range(3):
+        portion = Portion(0, ((2 * rank, 2 * rank + 2), (6 + rank, 7 + rank), (9 + rank, 10 + rank)), 12)
+        mine = portion.take(whole)
+        assert mine.tolist() == whole[[2 * rank, 2 * rank + 1, 6 + rank, 9 + rank]].tolist()
+        parts = local_parts({"wqkv": mine}, 0, {"wqkv": portion})
+        assert next(iter(parts)) == f"wqkv@{2 * rank}:{2 * rank + 2},0:5"
+        files.append(tmp_path / f"rank-{rank}.safetensors")
+        files[-1].write_bytes(b"".join(encode(parts)))
+    reader = ShardReader(files)
+    assert torch.equal(reader.whole("wqkv"), whole)
+    other = Portion(0, ((1, 3), (7, 9)), 12)
+    target = torch.zeros(4, 5)
+    reader.fill("wqkv", target, other)
+    assert torch.equal(target, whole[[1, 2, 7, 8]])
+    columns, across = Portion(1, ((3, 5), (0, 1)), 5), torch.zeros(12, 3)
+    reader.fill("wqkv", across, columns)
+    assert torch.equal(across, whole[:, [3, 4, 0]])
+    with pytest.raises(CheckpointError, match=r"\[12, 5\] in the checkpoint and \[13, 5\] in this run"):
+        reader.fill("wqkv", torch.zeros(4, 5), Portion(0, ((1, 3), (7, 9)), 13))
 
 
 def test_tensors_are_assembled_from_any_boxes(tmp_path: Path) -> None:

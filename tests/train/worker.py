@@ -2,17 +2,20 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node N -m tests.train.worker FOLDER
 
-Rank 0 writes FOLDER/losses-N.json: layout -> losses of 20 steps, whose last ten steps follow a save and a resume.
+Rank 0 writes FOLDER/losses-N.json: layout -> losses and gradient norms of 20 steps, whose last ten steps follow a save
+and a resume under the next layout of the list.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from quadriga.model.config import AttentionSpec, DenseSpec, QKNormSpec, RopeSpec
 from quadriga.train import config as sections
 from quadriga.train.world import World
 from tests.train import runs
@@ -20,22 +23,51 @@ from tests.waiting import HANG_S
 
 N_STEPS = 20
 LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
-    1: {"one": {}},
-    2: {"fsdp": {}, "hsdp": {"replicate": 2}, "experts": {"experts": 2}},
-    4: {
+    1: {"one": {}, "muon": {}},
+    2: {
         "fsdp": {},
         "hsdp": {"replicate": 2},
+        "experts": {"experts": 2},
+        "tensor": {"tensor": 2},
+        "context": {"context": 2},
+    },
+    4: {
+        "fsdp": {},
         "experts": {"experts": 4},
+        "tensor x fsdp": {"tensor": 2},
         "experts x fsdp": {"experts": 2},
+        "context": {"context": 4},
         "experts x hsdp": {"experts": 2, "replicate": 2},
+        "experts x tensor x context": {"experts": 2, "tensor": 2, "context": 2},
+        "tensor x hsdp": {"tensor": 2, "replicate": 2},
         "muon": {"experts": 2},
     },
 }
+HALVES = AttentionSpec(
+    n_heads=6,
+    n_kv_heads=2,
+    head_dim=4,
+    clip_qkv=8.0,
+    position=RopeSpec(theta=10_000.0),
+    qk_norm=QKNormSpec(over="head", eps=1e-5),
+    qkv_bias=True,
+    window=11,
+)
+MODEL = replace(
+    runs.TINY,
+    layers=(
+        replace(runs.TINY.layers[0], mixer=HALVES, ffn=DenseSpec(d_ff=28, activation="silu")),
+        replace(runs.TINY.layers[0], mixer=replace(HALVES, window=None)),
+        replace(runs.TINY.layers[0], mixer=HALVES),
+        replace(runs.TINY.layers[0], mixer=replace(HALVES, window=None)),
+    ),
+)
+"""Whatever is cut by heads: biases, norms of q and k, windows; a dense layer, and three with experts."""
 
 
-def settings(layout: str, n_steps: int = N_STEPS, *, alone: bool = False) -> runs.Settings:
-    """The settings for any number of ranks: micro-steps of 4 rows, all kinds of balancing. ``alone``: for one rank."""
-    options = {} if alone else next((table[layout] for table in LAYOUTS.values() if layout in table), {})
+def settings(layout: str, n_ranks: int = 1, n_steps: int = N_STEPS) -> runs.Settings:
+    """The settings of a layout: micro-steps of 4 rows, all kinds of balancing."""
+    options = LAYOUTS[n_ranks][layout]
     return runs.Settings(
         n_steps=n_steps,
         schedule=sections.ScheduleSection(kind="constant", warmup_steps=4),
@@ -47,16 +79,16 @@ def settings(layout: str, n_steps: int = N_STEPS, *, alone: bool = False) -> run
     )
 
 
-def losses(folder: Path, layout: str, world: World) -> list[float]:
-    """A run of 20 steps, stopped and resumed in the middle."""
+def curve(folder: Path, layout: str, then: str, world: World) -> list[float]:
+    """Losses and norms of a run of 20 steps, stopped in the middle and resumed under another layout."""
     record = runs.Record()
-    first = runs.trainer(folder, settings(layout), record=record, world=world, meta=True)
+    first = runs.trainer(folder, settings(layout, world.size), config=MODEL, record=record, world=world, meta=True)
     first.train(lambda: first.step == N_STEPS // 2 - 1)
-    second = runs.trainer(folder, settings(layout), record=record, world=world)
+    second = runs.trainer(folder, settings(then, world.size), config=MODEL, record=record, world=world)
     assert second.resume()
     assert second.step == N_STEPS // 2
     second.train()
-    return record.losses
+    return record.losses + record.norms
 
 
 def main() -> None:
@@ -65,20 +97,22 @@ def main() -> None:
     world = World.join("cpu", HANG_S)
     saved_by_others = sorted(folder.glob("shared-*"))
     world.wait()
-    found = {}
-    for layout in LAYOUTS[world.size]:
-        found[layout] = losses(folder / f"{world.size}-{layout}", layout, world)
+    found, layouts = {}, [layout for layout in LAYOUTS[world.size] if layout != "muon"]
+    for layout, then in zip(layouts, layouts[1:] + layouts[:1], strict=True):
+        found[f"{layout}, then {then}"] = curve(folder / f"{world.size}-{layout}", layout, then, world)
+    if world.size == 4:
+        found["muon"] = curve(folder / "4-muon", "muon", "muon", world)
     # Resume from a checkpoint of another number of ranks, if there is one.
     for other in saved_by_others:
         record = runs.Record()
-        run = runs.trainer(other, settings("fsdp"), record=record, world=world)
+        run = runs.trainer(other, settings("tensor", world.size), config=MODEL, record=record, world=world)
         assert run.resume()
         run.train()
-        found[f"{other.name} resumed"] = record.losses
+        found[f"{other.name} resumed"] = record.losses + record.norms
     if world.size == 4:
         for reader in (1, 2):
-            first = runs.trainer(folder / f"shared-{reader}", settings("experts x fsdp", n_steps=10), world=world)
-            first.train()
+            some = settings("experts x tensor x context", world.size, n_steps=10)
+            runs.trainer(folder / f"shared-{reader}", some, config=MODEL, world=world).train()
     if world.first:
         (folder / f"losses-{world.size}.json").write_text(json.dumps(found))
     world.leave()

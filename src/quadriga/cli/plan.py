@@ -139,7 +139,7 @@ def _training(
         days = total / plan.tokens_per_s / 86400
         shown.append(
             {
-                "mesh": {"replicate": plan.mesh.replicate, "shard": plan.mesh.shard, "ep": plan.mesh.ep},
+                "mesh": {name: getattr(plan.mesh, name) for name in plan.mesh.__dataclass_fields__},
                 "recompute": plan.work.recompute,
                 "micro_rows": plan.work.micro_rows,
                 "accumulate": plan.work.accumulate,
@@ -224,7 +224,7 @@ def _print_training(model: str, facts: dict[str, Any]) -> None:
     for plan in facts["plans"]:
         mesh = plan["mesh"]
         table.add_row(
-            f"{mesh['replicate']}x{mesh['shard']}x{mesh['ep']}",
+            _mesh_word(mesh),
             plan["recompute"],
             f"{plan['micro_rows']}x{plan['accumulate']}",
             f"{plan['memory_bytes'] / 1e9:.1f}",
@@ -235,13 +235,15 @@ def _print_training(model: str, facts: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print("mesh: replicas x shards x expert ranks; rows: of a rank's micro-step x micro-steps", highlight=False)
+    if any("+" in _mesh_word(plan["mesh"]) for plan in facts["plans"]):
+        console.print("+ tT cC: T ranks share heads, C ranks parts of rows; then rows are those of T x C ranks")
     for plan in (plan for plan in facts["plans"] if "verified" in plan):
         mesh, seen = plan["mesh"], plan["verified"]
         word, counted = "REFUSED", seen["reason"]
         if seen["accepted"]:
             word = "accepted"
             counted = f"{seen['state_bytes'] / 1e9:.2f} GB of state, gathers padded x{seen['padding']:.3f}"
-        console.print(f"{mesh['replicate']}x{mesh['shard']}x{mesh['ep']} {word}: {counted}", highlight=False)
+        console.print(f"{_mesh_word(mesh)} {word}: {counted}", highlight=False)
     console.print(f"in a run's file: {_section(best, cluster['ranks'])}", highlight=False, markup=False)
     parts = ", ".join(f"{name} {value / best['step_s']:.0%}" for name, value in best["step_parts_s"].items())
     bytes_ = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in best["memory_parts_bytes"].items())
@@ -255,12 +257,21 @@ def _print_training(model: str, facts: dict[str, Any]) -> None:
     )
 
 
+def _mesh_word(mesh: dict[str, int]) -> str:
+    """A mesh in one word, and behind it who shares rows."""
+    word = f"{mesh['replicate']}x{mesh['shard']}x{mesh['ep']}"
+    shared = [f"{name[0]}{mesh[name]}" for name in ("tp", "cp") if mesh[name] > 1]
+    return f"{word} + {' '.join(shared)}" if shared else word
+
+
 def _section(plan: dict[str, Any], ranks: int) -> str:
     """The best row as a run's [parallel] section, on one line."""
     mesh = plan["mesh"]
-    rows = plan["micro_rows"] * ranks
+    rows = plan["micro_rows"] * ranks // (mesh["tp"] * mesh["cp"])
+    keys = {"tp": "tensor", "cp": "context"}
+    shared = "".join(f"{key} = {mesh[name]}, " for name, key in keys.items() if mesh[name] > 1)
     return (
-        f"[parallel] replicate = {mesh['replicate']}, experts = {mesh['ep']}, micro_rows = {rows}, "
+        f"[parallel] replicate = {mesh['replicate']}, experts = {mesh['ep']}, {shared}micro_rows = {rows}, "
         f'recompute = "{plan["recompute"]}", dtype = "bfloat16"'
     )
 

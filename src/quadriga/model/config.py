@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from quadriga.errors import ConfigError
@@ -240,8 +241,16 @@ class ModelConfig:
         """(index, experts) of every layer that has experts."""
         return tuple((i, layer.ffn) for i, layer in enumerate(self.layers) if isinstance(layer.ffn, MoESpec))
 
+    def __hash__(self) -> int:
+        """Of what tells models apart: hashing all layers each time was most of a plan's work."""
+        return hash((self.family, self.vocab_size, self.d_model, self.max_seq_len, len(self.layers), self.layers[0]))
+
     def kinds(self) -> dict[LayerSpec, int]:
         """Each kind of layer, in order of first appearance, and how many layers are of it."""
+        return dict(self._kinds)
+
+    @cached_property
+    def _kinds(self) -> dict[LayerSpec, int]:
         objects: dict[int, int] = {}  # equal layers share an object: count those first, compare few
         for layer in self.layers:
             objects[id(layer)] = objects.get(id(layer), 0) + 1

@@ -1,11 +1,18 @@
 """How ranks share a model: one statement for the planner, the trainer and whoever checks them. Imports no torch.
 
-    ranks = replicate x shard x ep
+    ranks = replicate x shard x ep          shard x ep ranks hold a copy; every cp x tp neighbours of them share rows
 
     dense weights     one dimension cut into shard x ep parts, in replicate copies
     experts, ep = 1   the same
     experts, ep > 1   E / ep whole experts on each rank of a group of ep neighbours, their rows or columns cut into
                       shard parts, in replicate copies
+    heads, tp > 1     1 / tp of the heads (of attention) and of the width (of dense networks) on each rank of a group of
+                      tp neighbours, cut into shard x ep / tp parts, in replicate copies
+
+Ranks that share rows have an equal part of their tokens each, and outside attention and dense networks they are ranks
+of data parallelism like all others: so tp and cp say nothing of ep, and the other way round. With tp, the inputs of
+attention are gathered and its results summed over neighbours; with cp, keys and values are gathered, and a rank's
+queries are its own.
 
 A tensor is cut along its first dimension, as FSDP2 does, unless that would leave ranks empty or pad by more than a
 tenth (16 experts on 3,072 ranks: each would hold a whole expert or nothing, and a gather would move 192 times the
@@ -14,13 +21,14 @@ weights); then along another one that the number of parts divides.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
 from quadriga.errors import ConfigError
-from quadriga.model.config import ModelConfig
+from quadriga.model.config import AttentionSpec, DenseSpec, LatentAttentionSpec, LayerSpec, ModelConfig
 from quadriga.model.weight_map import layer_shapes, parameter_shapes
 
 MOST_PADDING = 1.1
@@ -63,46 +71,73 @@ def cut(shape: tuple[int, ...], parts: int, *, after: int = 0) -> Cut | None:
 
 @dataclass(frozen=True)
 class ParallelSpec:
-    """``replicate`` copies of a model, each cut into ``shard`` x ``ep`` parts."""
+    """``replicate`` copies of a model, each cut into ``shard`` x ``ep`` parts; the module docstring has the rest."""
 
     replicate: int = 1
     shard: int = 1
     ep: int = 1
+    tp: int = 1
+    cp: int = 1
 
     @classmethod
-    def of(cls, ranks: int, *, replicate: int = 1, experts: int = 1) -> ParallelSpec:
-        """The layout of so many ranks.
+    def of(cls, ranks: int, *, replicate: int = 1, experts: int = 1, tensor: int = 1, context: int = 1) -> ParallelSpec:
+        """The layout of so many ranks, by the names of the [parallel] section.
 
         Raises:
-            ConfigError: copies and expert ranks do not divide the number of ranks.
+            ConfigError: copies, expert ranks, or ranks that share rows do not divide the number of ranks.
         """
-        for name, value in (("replicate", replicate), ("experts", experts)):
+        given = {"replicate": replicate, "experts": experts, "tensor": tensor, "context": context}
+        for name, value in given.items():
             if ranks % value:
                 raise ConfigError(f"parallel.{name} must divide the number of ranks: got {value} and {ranks} ranks")
-        if ranks % (replicate * experts):
-            raise ConfigError(
-                f"parallel.replicate x parallel.experts must divide the number of ranks: got {replicate} x {experts} "
-                f"and {ranks} ranks"
-            )
-        return cls(replicate, ranks // (replicate * experts), experts)
+        for names in (("replicate", "experts"), ("replicate", "tensor", "context")):
+            if ranks % prod(given[name] for name in names):
+                product = " x ".join(f"parallel.{name}" for name in names)
+                raise ConfigError(
+                    f"{product} must divide the number of ranks: got {' x '.join(str(given[name]) for name in names)} "
+                    f"and {ranks} ranks"
+                )
+        return cls(replicate, ranks // (replicate * experts), experts, tensor, context)
 
     @property
     def ranks(self) -> int:
         """Total number of ranks."""
         return self.replicate * self.shard * self.ep
 
+    @property
+    def sharing(self) -> int:
+        """Ranks that share rows."""
+        return self.tp * self.cp
+
     def cut(self, name: str, shape: tuple[int, ...]) -> Cut | None:
-        """How a parameter is cut, by its name and shape; for spread experts, what their rank has of them.
+        """How a parameter is cut, by its name and shape; for spread experts and heads, what their rank has of them.
 
         Returns:
             None if it cannot be (only spread experts cannot).
         """
         if self.ep > 1 and _is_expert(name, shape):
             return cut((shape[0] // self.ep, *shape[1:]), self.shard, after=1)
+        if self.tp > 1 and (dim := head_dim_of(name)) is not None:
+            own = (*shape[:dim], shape[dim] // self.tp, *shape[dim + 1 :])
+            return cut(own, self.shard * self.ep // self.tp)
         return cut(shape, self.shard * self.ep)
 
     def problem(self, config: ModelConfig) -> str | None:
         """Why a model cannot be trained in this layout, or None."""
+        return self._sharing_problem(config) or self._experts_problem(config)
+
+    def _sharing_problem(self, config: ModelConfig) -> str | None:
+        for layer in config.kinds():
+            if self.sharing > 1 and not isinstance(layer.mixer, (AttentionSpec, LatentAttentionSpec)):
+                return (
+                    "parallel.tensor and parallel.context cut rows into parts, over which only attention can look: "
+                    "this model has recurrent layers. Leave both at 1"
+                )
+            if self.tp > 1 and (found := _heads_problem(layer, self.tp)) is not None:
+                return found
+        return None
+
+    def _experts_problem(self, config: ModelConfig) -> str | None:
         if self.ep == 1:
             return None
         mixtures = [spec for _, spec in config.moe_layers]
@@ -133,6 +168,40 @@ class ParallelSpec:
         return _sums(self, config)[1]
 
 
+_OF_ROWS = re.compile(
+    r"(layers\.\d+\.)?(attn\.(wqkv\.weight|wqkv\.bias|sinks|w[qkv]_b\.weight|wq\.weight)|ffn\.w_(gate|up))"
+)
+_OF_COLUMNS = re.compile(r"(layers\.\d+\.)?(attn\.wo\.weight|ffn\.w_down)")
+
+
+def head_dim_of(name: str) -> int | None:
+    """The dimension along which tensor parallelism cuts a parameter, by its name; None: it does not cut it."""
+    if _OF_ROWS.fullmatch(name):
+        return 0
+    return 1 if _OF_COLUMNS.fullmatch(name) else None
+
+
+def _heads_problem(layer: LayerSpec, tp: int) -> str | None:
+    """Why a layer's heads and width cannot be shared by ``tp`` ranks, or None."""
+    mixer, ffn = layer.mixer, layer.ffn
+    counts = {}
+    match mixer:
+        case LatentAttentionSpec(n_heads=n):
+            counts["heads"] = n
+        case AttentionSpec(n_heads=n, n_kv_heads=n_kv):
+            counts |= {"heads": n, "key/value heads": n_kv}
+            if mixer.out_bias:
+                return "parallel.tensor sums what ranks project, and this model adds a bias to that. Leave it at 1"
+            if mixer.qk_norm is not None and mixer.qk_norm.over != "head":
+                return "parallel.tensor cannot share a norm of all heads together, which this model has. Leave it at 1"
+    if isinstance(ffn, DenseSpec):
+        counts["columns of a dense network"] = ffn.d_ff
+    for what, n in counts.items():
+        if n % tp:
+            return f"parallel.tensor must divide the model's {n} {what}: got {tp}"
+    return None
+
+
 def _is_expert(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and name.rsplit(".", 1)[-1] in ("w_gate", "w_up", "w_down")
 
@@ -153,5 +222,6 @@ def _sums(spec: ParallelSpec, config: ModelConfig) -> tuple[int, float]:
         assert found is not None, "problem() was asked before"
         own += n * found.part
         gathered += n * found.padded
-        whole += n * prod(shape) // (spec.ep if spec.ep > 1 and _is_expert(name, shape) else 1)
+        held_by = spec.ep if _is_expert(name, shape) else spec.tp if head_dim_of(name) is not None else 1
+        whole += n * prod(shape) // held_by
     return own, gathered / whole

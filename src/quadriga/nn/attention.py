@@ -35,7 +35,8 @@ class Attention(nn.Module):
             )
             self.q_norm = Norm(spec.head_dim if by_head else spec.q_dim, norm)
             self.k_norm = Norm(spec.head_dim if by_head else spec.kv_dim, norm)
-        self._slopes: Tensor | None = None
+        self.slopes: Tensor | None = None
+        """ALiBi's, one a head; None until the first pass, unless the layer has some heads of a larger one."""
 
     def forward(self, x: Tensor, context: ForwardContext, rotations: Rotations) -> Tensor:
         """x (N, D) -> (N, D)."""
@@ -84,7 +85,9 @@ class Attention(nn.Module):
 
     def _scoring_on(self, device: torch.device) -> Scoring:
         """How q·k becomes weights; slopes are made at the first pass: a model is built where nothing is computed."""
-        if self._slopes is None and isinstance(self.spec.position, AlibiSpec):
-            self._slopes = torch.from_numpy(alibi_slopes(self.spec.position, self.spec.n_heads)).to(device)
+        if self.slopes is None and isinstance(self.spec.position, AlibiSpec):
+            self.slopes = torch.from_numpy(alibi_slopes(self.spec.position, self.spec.n_heads))
+        if self.slopes is not None:
+            self.slopes = self.slopes.to(device)
         spec = self.spec
-        return Scoring(spec.score_scale, spec.soft_cap, self._slopes, spec.window, self.sinks)
+        return Scoring(spec.score_scale, spec.soft_cap, self.slopes, spec.window, self.sinks)

@@ -10,13 +10,14 @@ requesting different rows. Implementations: ``loader`` (files), ``memory_source`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quadriga.nn.transformer import Transformer
+from quadriga.train.row_group import RowGroup
 
 IGNORE = -100
 """Target value that takes no loss: after the last token of a document, in prompts, in padding."""
@@ -42,16 +43,52 @@ class TrainingBatch:
     """(documents,) int16 index into the source's domain names."""
     weights: Tensor | None = None
     """(N,) float32: weight of each target in the loss; None: all 1."""
+    group: RowGroup | None = None
+    """The ranks that share these rows: each has a part of the tokens, while ``bounds`` and ``domains`` are of all
+    documents of the group. None: no rank shares them."""
+    first: int = 0
+    """Where these tokens begin among those that ``bounds`` divides."""
+    outside_padding: Tensor | None = None
+    """(N,) bool, known of a part, which may lack a document's targets; None: ``targets`` tell."""
+
+    def part(self, group: RowGroup) -> TrainingBatch:
+        """This rank's part of rows that a group shares; their tokens must be a multiple of the group's size."""
+        n, rest = divmod(len(self.tokens), group.size)
+        assert not rest, "the trainer asked for rows that can be divided"
+        own = slice(group.part * n, (group.part + 1) * n)
+        return replace(
+            self,
+            tokens=self.tokens[own],
+            targets=self.targets[own],
+            positions=self.positions[own],
+            weights=None if self.weights is None else self.weights[own],
+            group=group,
+            first=own.start,
+            outside_padding=self.real()[own],
+        )
+
+    def copied(self, group: RowGroup) -> TrainingBatch:
+        """The same rows on every rank of a group, which computes them as if each rank's were others."""
+        n, copies = len(self.tokens), range(group.n_tensor)
+        bounds = torch.cat([self.bounds[:1], *(self.bounds[1:] + copy * n for copy in copies)])
+        return replace(
+            self,
+            bounds=bounds,
+            domains=self.domains.repeat(group.n_tensor),
+            group=group.without_context(),
+            first=group.tensor_part * n,
+            outside_padding=self.real(),
+        )
 
     def to(self, device: torch.device) -> TrainingBatch:
         """Copy to another device, except ``bounds``, which attention reads on the host."""
-        return TrainingBatch(
+        return replace(
+            self,
             tokens=self.tokens.to(device),
             targets=self.targets.to(device),
             positions=self.positions.to(device),
-            bounds=self.bounds,
-            domains=self.domains,
             weights=None if self.weights is None else self.weights.to(device),
+            outside_padding=None if self.outside_padding is None else self.outside_padding.to(device),
         )
 
     def target_weight(self) -> float:
@@ -61,6 +98,8 @@ class TrainingBatch:
 
     def real(self) -> Tensor:
         """(N,) bool on the tokens' device: True outside padding documents."""
+        if self.outside_padding is not None:
+            return self.outside_padding
         lengths = self.bounds.diff().long().to(self.tokens.device)
         document = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         wanted = torch.zeros(len(lengths), dtype=torch.bool, device=lengths.device)

@@ -162,6 +162,11 @@ class ParallelSection(Section, frozen=True):
     """HSDP: number of replicas of the sharded model."""
     experts: int = 1
     """Expert parallelism: number of neighbouring ranks that the experts are divided among."""
+    tensor: int = 1
+    """Tensor parallelism: number of neighbouring ranks that share rows, the heads of attention and the width of dense
+    networks."""
+    context: int = 1
+    """Context parallelism: number of parts that long rows are cut into; ``tensor`` neighbours share a part."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation; master weights and optimiser state are always float32."""
     device: str = "auto"
@@ -173,6 +178,7 @@ class ParallelSection(Section, frozen=True):
 
     def __post_init__(self) -> None:
         _positive("parallel", replicate=self.replicate, experts=self.experts, timeout_s=self.timeout_s)
+        _positive("parallel", tensor=self.tensor, context=self.context)
         ok = self.micro_rows is None or self.micro_rows > 0
         _require(ok, f"parallel.micro_rows must be at least 1, got {self.micro_rows}")
 

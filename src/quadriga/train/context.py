@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
 from torch import Tensor
 
 from quadriga.kernels import training
 from quadriga.model.config import RecurrentState
 from quadriga.nn.context import PackedContext, Scan, Scoring
 from quadriga.train.batch import TrainingBatch
+from quadriga.train.row_group import ALONE
 
 
 class DocumentContext:
     """A ``ForwardContext`` in which each token attends only to its own document.
 
     Attention runs in ``kernels.training.document_attention`` on a CPU; elsewhere, and where a layer has sinks, in
-    torch's own operations, one call per document.
+    torch's own operations, one call per document. Of rows that ranks share, the queries are those of this rank and of
+    its neighbours that share heads; keys and values are gathered from the other context parts.
     """
 
     def __init__(self, batch: TrainingBatch) -> None:
-        self.positions = batch.positions
+        device = batch.tokens.device
         self.bounds: list[int] = batch.bounds.tolist()
-        self._elsewhere = PackedContext(batch.bounds.diff().tolist(), batch.tokens.device)
-        self._fused = batch.tokens.device.type == "cpu"
+        self._fused = device.type == "cpu"
+        self._group = ALONE if batch.group is None else batch.group
+        n = len(batch.tokens)
+        self._first = batch.first - self._group.tensor_part * n
+        self.positions = batch.positions
+        if self._group.n_tensor > 1:
+            self.positions = _positions(batch.bounds, self._first, n * self._group.n_tensor).to(device)
+        self._elsewhere = PackedContext(batch.bounds.diff().tolist(), device) if batch.group is None else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Attention within documents; shapes as in ``ForwardContext``."""
+        k, v = self._gathered(k, v)
         if not self._fused or scoring.sinks is not None:
-            return self._elsewhere.attend(layer, q, k, v, scoring)
+            if self._elsewhere is not None:
+                return self._elsewhere.attend(layer, q, k, v, scoring)
+            return _by_document(q, k, v, self.bounds, self._first, scoring)
         return training.document_attention(
             q,
             k,
@@ -36,8 +51,36 @@ class DocumentContext:
             soft_cap=scoring.soft_cap,
             alibi_slopes=scoring.alibi_slopes,
             window=scoring.window,
+            first=self._first,
         )
+
+    def _gathered(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all context parts, in one message."""
+        if self._group.context is None:
+            return k, v
+        both = self._group.whole_context(torch.cat((k.flatten(1), v.flatten(1)), dim=1))
+        keys, values = torch.split(both, [k[0].numel(), v[0].numel()], dim=1)
+        return keys.reshape(-1, *k.shape[1:]), values.reshape(-1, *v.shape[1:])
 
     def recur(self, layer: int, x: Tensor, state: RecurrentState, scan: Scan) -> Tensor:
         """A recurrent layer within documents; see ``ForwardContext``."""
+        assert self._elsewhere is not None, "ParallelSpec refuses recurrent layers where ranks share rows"
         return self._elsewhere.recur(layer, x, state, scan)
+
+
+def _positions(bounds: Tensor, first: int, n: int) -> Tensor:
+    """(n,) positions of the tokens from ``first`` on, each counted from its document's start."""
+    starts = torch.repeat_interleave(bounds[:-1].long(), bounds.diff().long())
+    return torch.arange(first, first + n) - starts[first : first + n]
+
+
+def _by_document(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], first: int, scoring: Scoring) -> Tensor:
+    """Attention of the tokens from ``first`` on, one call for each document that they are of."""
+    parts = []
+    for begin, end in pairwise(bounds):
+        low, high = max(begin, first), min(end, first + len(q))
+        if low < high:
+            queries, keys, values = q[low - first : high - first], k[begin:high], v[begin:high]
+            heads_first = (x.transpose(0, 1)[None] for x in (queries, keys, values))
+            parts.append(scoring.attention(*heads_first)[0].transpose(0, 1))
+    return torch.cat(parts)

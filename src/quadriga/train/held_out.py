@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import IGNORE, BatchSource, TrainingBatch
-from quadriga.train.losses import final_hidden, head_weight
+from quadriga.train.losses import final_hidden, head_weight, logits_of
 from quadriga.train.parallel import ModelWithLoss
 from quadriga.train.world import World
 
@@ -29,18 +29,52 @@ class HeldOutLoss:
     bits_per_byte: float | None
     """The loss in bits per byte of text, comparable between vocabularies; None if the number of bytes is not known."""
 
+    @property
+    def shown(self) -> float:
+        """The number that screens and trackers show."""
+        return self.loss
+
+    def values(self) -> dict[str, float]:
+        """Name -> value, for the metrics file."""
+        found = {"loss": round(self.loss, 5)}
+        return found if self.bits_per_byte is None else {**found, "bits_per_byte": round(self.bits_per_byte, 5)}
+
+
+@dataclass(frozen=True)
+class HeldOutReward:
+    """What the most probable answers to held-out questions are worth (``train.rollouts``)."""
+
+    reward: float
+    """Mean over questions."""
+    n: int
+    """Number of questions."""
+
+    @property
+    def shown(self) -> float:
+        """See :class:`HeldOutLoss`."""
+        return self.reward
+
+    def values(self) -> dict[str, float]:
+        """See :class:`HeldOutLoss`."""
+        return {"reward": round(self.reward, 5), "questions": self.n}
+
+
+HeldOut = HeldOutLoss | HeldOutReward
+
 
 @torch.no_grad()
 def held_out_losses(module: ModelWithLoss, sources: Mapping[str, BatchSource], world: World) -> dict[str, HeldOutLoss]:
     """Mean loss of each domain under the objective of ``module``. All ranks must call this; they share the rows."""
     module.eval()
-    found = {}
+    found, layout = {}, module.layout
     for domain, source in sources.items():
         n_rows = source.n_rows(0)
-        share = -(-n_rows // world.size)
-        first = world.rank * share
+        layout.check_rows(layout.n_row_groups, layout.n_row_groups, source.seq_len(0))
+        share = -(-n_rows // layout.n_row_groups)
+        first = layout.row_group * share
         counts = first < n_rows  # ranks without rows compute too: a sharded model needs every rank
-        batch = source.rows(0, first if counts else 0, min(first + share, n_rows) if counts else 1).to(world.device)
+        rows = source.rows(0, first if counts else 0, min(first + share, n_rows) if counts else 1)
+        batch = layout.own(rows).to(world.device)
         _, metrics = module(batch)
         own = torch.stack([metrics["loss"].double().cpu(), torch.tensor(batch.target_weight(), dtype=torch.float64)])
         total, weight = world.sum((own * counts).to(world.device)).tolist()
@@ -60,9 +94,7 @@ class _LastLogits:
 
     def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         hidden, _ = final_hidden(model, batch)
-        logits = (hidden[-1:].float() @ head_weight(model).float().t())[0] * model.config.logit_scale
-        cap = model.config.logit_cap
-        return (logits if cap is None else cap * torch.tanh(logits / cap)), {}
+        return logits_of(model.config, hidden[-1:].float(), head_weight(model).float())[0], {}
 
 
 @torch.no_grad()
@@ -87,7 +119,7 @@ def continuation(
     module.eval()
     try:
         for _ in range(n_tokens):
-            logits, _ = module(_one_document(ids).to(world.device))
+            logits, _ = module(module.layout.copied(_one_document(ids)).to(world.device))
             ids.append(int(logits[:n_vocab].index_fill(0, holes, -math.inf).argmax()))
             if ids[-1] in end_ids:
                 break

@@ -1,8 +1,11 @@
 """Distribute a model over ranks: FSDP2 or HSDP over a DeviceMesh, experts over neighbouring ranks.
 
-    ranks            replicate x (shard x experts)     every parameter but the experts: FSDP2, or HSDP with copies
+    ranks            replicate x (shard x experts)     every parameter but these: FSDP2, or HSDP with copies
                      replicate x shard x experts       the experts: whole ones on each rank of the inner axis
                                                        (all-to-all), rows or columns sharded over the middle one
+                     replicate x rest x tensor         heads and dense columns: some on each rank of the inner axis,
+                                                       sharded over the middle one (``tensor_parallel``)
+                     ... x context x tensor            ranks that share rows (``row_group``)
 
 Expert parallelism uses the ranks of data parallelism (torchtitan, Megatron-LM), so every rank has its own rows.
 Gradients are summed over ranks, not averaged: the trainer divides by the global batch's weight before the backward
@@ -21,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from quadriga.errors import ConfigError
@@ -31,8 +35,11 @@ from quadriga.nn.moe import MoE
 from quadriga.nn.transformer import Block, Transformer
 from quadriga.train.batch import Objective, TrainingBatch
 from quadriga.train.config import ParallelSection
-from quadriga.train.expert_parallel import AllToAllExperts
-from quadriga.train.shards import own_box
+from quadriga.train.expert_parallel import spread
+from quadriga.train.layout import Layout
+from quadriga.train.row_group import RowGroup
+from quadriga.train.shards import places
+from quadriga.train.tensor_parallel import cut_heads
 from quadriga.train.world import World
 
 if TYPE_CHECKING:
@@ -44,10 +51,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class ModelWithLoss(nn.Module):
     """Model and objective as one module, because FSDP2 gathers parameters only during a module's forward."""
 
-    def __init__(self, model: Transformer, objective: Objective) -> None:
+    def __init__(self, model: Transformer, objective: Objective, layout: Layout | None = None) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
+        self.layout = layout or Layout()
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """(summed loss, metrics) of a batch; see ``Objective``."""
@@ -82,7 +90,9 @@ def prepare(
     blocks = [layer for layer in model.layers if isinstance(layer, Block)]
     for block in blocks:
         _recompute(block, section.recompute)
-    module = ModelWithLoss(model, objective)
+    group = _row_group(spec, world)
+    layout = Layout(spec=spec, rank=world.rank, group=group, portions=cut_heads(model, group) if spec.tp > 1 else {})
+    module = ModelWithLoss(model, objective, layout)
     if world.size > 1:
         _shard(module, blocks, section, spec, world)
     if empty and world.device.type != "meta":
@@ -115,11 +125,26 @@ def check_layout(model: Transformer, section: ParallelSection, world: World) -> 
     Raises:
         ConfigError: ranks, experts or a parameter's dimensions cannot be divided so.
     """
-    spec = ParallelSpec.of(world.size, replicate=section.replicate, experts=section.experts)
-    problem = spec.problem(model.config)
+    spec = ParallelSpec.of(
+        world.size, replicate=section.replicate, experts=section.experts, tensor=section.tensor, context=section.context
+    )
+    problem = spec.problem(model.config) or _problem_of_factors(model, spec)
     if problem is not None:
         raise ConfigError(problem)
     return spec
+
+
+def _problem_of_factors(model: Transformer, spec: ParallelSpec) -> str | None:
+    """Why an adapter's factors of experts cannot be divided, or None."""
+    for name, parameter in model.named_parameters():
+        if spec.ep > 1 and parameter.ndim == 3 and name.endswith((".delta.a", ".delta.b")):
+            own = (parameter.shape[0] // spec.ep, *parameter.shape[1:])
+            if cut(own, spec.shard, after=1) is None:
+                return (
+                    f"{spec.shard} shards must divide a dimension of the adapter's {name} {list(parameter.shape)}: "
+                    "take another lora.rank, or other numbers of replicas or expert ranks"
+                )
+    return None
 
 
 @torch.no_grad()
@@ -127,11 +152,11 @@ def _materialise(module: ModelWithLoss, world: World, fill: Fill | None) -> None
     """Allocate this rank's parts of a model on the meta device, and fill them parameter by parameter."""
     module.to_empty(device=world.device)
     for name, values in (*module.model.named_parameters(), *module.model.named_buffers()):
-        local = values.to_local() if isinstance(values, DTensor) else values
-        if fill is None:
-            local.zero_()
-        elif local.numel():
-            local.copy_(fill(name, own_box(values)))
+        for box, own in places(values, module.layout.portions.get(name)):
+            if fill is None:
+                own.zero_()
+            else:
+                own.copy_(fill(name, box))
 
 
 def moe_layers(model: Transformer) -> list[MoE]:
@@ -139,10 +164,25 @@ def moe_layers(model: Transformer) -> list[MoE]:
     return [layer.moe for layer in model.layers if isinstance(layer, Block) and layer.moe is not None]
 
 
+def _kind(world: World) -> str:
+    """The device type of the ranks' meshes; the meta device has none."""
+    return "cpu" if world.device.type == "meta" else world.device.type
+
+
+def _row_group(spec: ParallelSpec, world: World) -> RowGroup:
+    """This rank's neighbours that share its rows."""
+    if spec.sharing == 1:
+        return RowGroup()
+    axes = {"groups": spec.ranks // spec.sharing, "context": spec.cp, "tensor": spec.tp}
+    mesh = init_device_mesh(_kind(world), tuple(axes.values()), mesh_dim_names=tuple(axes))
+    groups = {name: mesh[name].get_group() if axes[name] > 1 else None for name in ("tensor", "context")}
+    return RowGroup(n_tensor=spec.tp, n_context=spec.cp, part=world.rank % spec.sharing, **groups)
+
+
 def _shard(
     module: ModelWithLoss, blocks: Iterable[Block], section: ParallelSection, spec: ParallelSpec, world: World
 ) -> None:
-    kind = "cpu" if world.device.type == "meta" else world.device.type
+    kind = _kind(world)
     mesh = init_device_mesh(kind, (spec.replicate, spec.shard * spec.ep), mesh_dim_names=("replicate", "shard"))
     data_mesh = mesh["shard"] if spec.replicate == 1 else mesh
     expert_mesh = None
@@ -153,9 +193,8 @@ def _shard(
     dtype = DTYPES[section.dtype]
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(cast_forward_inputs=False)
-    by_size = lambda p: _placement(cut(tuple(p.shape), spec.shard * spec.ep))  # noqa: E731
     shard: Callable[..., FSDPModule] = partial(
-        fully_shard, mesh=data_mesh, mp_policy=narrow, shard_placement_fn=by_size
+        fully_shard, mesh=data_mesh, mp_policy=narrow, shard_placement_fn=_Placements(module, kind)
     )
     for block in blocks:
         if block.moe is not None:
@@ -170,6 +209,30 @@ def _shard(
     _sum_gradients(shard(module))
 
 
+class _Placements:
+    """Where a parameter goes, for ``fully_shard``: over all ranks of a copy, or over those that have its heads."""
+
+    def __init__(self, module: ModelWithLoss, kind: str) -> None:
+        spec, portions = module.layout.spec, module.layout.portions
+        self._parts, self._of_heads = spec.shard * spec.ep, spec.shard * spec.ep // spec.tp
+        self._cut_heads = {parameter for name, parameter in module.model.named_parameters() if name in portions}
+        self._mesh: FSDPMeshInfo | None = None
+        if portions:
+            mesh = init_device_mesh(
+                kind, (spec.replicate, self._of_heads, spec.tp), mesh_dim_names=("replicate", "shard", "tensor")
+            )
+            if spec.replicate == 1:
+                self._mesh = FSDPMeshInfo(mesh["shard"], shard_mesh_dim=0)
+            else:
+                self._mesh = HSDPMeshInfo(mesh["replicate", "shard"], shard_mesh_dim=1, replicate_mesh_dim=0)
+
+    def __call__(self, parameter: nn.Parameter) -> Shard | ShardPlacementResult:
+        if parameter not in self._cut_heads:
+            return _placement(cut(tuple(parameter.shape), self._parts))
+        assert self._mesh is not None, "where heads are cut there is a mesh for them"
+        return ShardPlacementResult(_placement(cut(tuple(parameter.shape), self._of_heads)), self._mesh)
+
+
 def _placement(found: Cut | None) -> Shard:
     assert found is not None, "check_layout asked for a problem"
     return Shard(found.dim)
@@ -177,11 +240,7 @@ def _placement(found: Cut | None) -> Shard:
 
 def _shard_experts(moe: MoE, mesh: DeviceMesh, spec: ParallelSpec, policy: MixedPrecisionPolicy) -> None:
     inner, outer = mesh["experts"], mesh["shard"] if spec.replicate == 1 else mesh["replicate", "shard"]
-    for name in ("w_gate", "w_up", "w_down"):
-        whole = getattr(moe, name)
-        part = distribute_tensor(whole.detach(), inner, [Shard(0)], src_data_rank=None)
-        setattr(moe, name, nn.Parameter(part, requires_grad=whole.requires_grad))
-    moe.dispatch = AllToAllExperts(inner.get_group())
+    spread(moe, inner)
     by_size = lambda p: _placement(cut(tuple(p.shape), spec.shard, after=1))  # noqa: E731
     _sum_gradients(fully_shard(moe, mesh=outer, mp_policy=policy, shard_placement_fn=by_size))
 
@@ -189,17 +248,6 @@ def _shard_experts(moe: MoE, mesh: DeviceMesh, spec: ParallelSpec, policy: Mixed
 def _sum_gradients(module: FSDPModule) -> None:
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-
-
-def replicas(parameter: Tensor, world: World) -> int:
-    """Number of ranks that hold the same part of a parameter."""
-    if not isinstance(parameter, DTensor):
-        return world.size
-    parts = 1
-    for axis, placement in enumerate(parameter.placements):
-        if not isinstance(placement, Replicate):
-            parts *= parameter.device_mesh.size(axis)
-    return world.size // parts
 
 
 class MasterWeights:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,53 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from quadriga.errors import CheckpointError
 from quadriga.model.weight_map import Box
 
+Span = tuple[int, int]
+Place = tuple[Box, Tensor]
+"""A box of a whole tensor, and this rank's numbers of it (a view)."""
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Which part of a whole tensor a rank and those that shard it further have: index ranges of one dimension.
+
+    Tensor parallelism gives a rank some heads: of the packed projection wqkv, their rows of q, of k and of v.
+    """
+
+    dim: int
+    spans: tuple[Span, ...]
+    """In the order they lie in the rank's tensor."""
+    size: int
+    """Of the whole tensor's dimension."""
+
+    def take(self, whole: Tensor) -> Tensor:
+        """This portion of a whole tensor, as a copy."""
+        return torch.cat([whole.narrow(self.dim, a, b - a) for a, b in self.spans], dim=self.dim)
+
+    def shape(self, own: tuple[int, ...]) -> tuple[int, ...]:
+        """The whole tensor's shape, from the portion's."""
+        return (*own[: self.dim], self.size, *own[self.dim + 1 :])
+
+    def places(self, box: Box, values: Tensor) -> Iterator[Place]:
+        """What a box of the portion, whose numbers are ``values``, is of the whole."""
+        first, last = box[self.dim]
+        at = 0
+        for a, b in self.spans:
+            low, high = max(first, at), min(last, at + b - a)
+            if low < high:
+                whole = (*box[: self.dim], (a + low - at, a + high - at), *box[self.dim + 1 :])
+                yield whole, values.narrow(self.dim, low - first, high - low)
+            at += b - a
+
+
+def places(x: Tensor, portion: Portion | None = None) -> Iterator[Place]:
+    """Where this rank's numbers of a tensor lie in the whole; nothing if it has none."""
+    box, values = own_box(x), x.to_local() if isinstance(x, DTensor) else x
+    if portion is not None:
+        yield from portion.places(box, values)
+    elif all(b > a for a, b in box):
+        yield box, values
+
+
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
 
 
@@ -35,6 +83,16 @@ def own_box(x: Tensor) -> Box:
     return tuple((a, a + n) for a, n in zip(offset, shape, strict=True))
 
 
+def gathered(x: Tensor, *, keep: bool = True) -> Tensor:
+    """The whole of a tensor on the host; all ranks that hold parts of it must call this.
+
+    Args:
+        keep: False on ranks that only take part: they return an empty tensor, so that one whole is in memory once.
+    """
+    whole: Tensor = x.full_tensor().detach() if isinstance(x, DTensor) else x.detach()
+    return whole.cpu() if keep else whole.new_empty(0)
+
+
 def writes(x: Tensor, rank: int) -> bool:
     """True if this rank writes its part of ``x``: of several copies only the lowest rank's is written."""
     if not isinstance(x, DTensor):
@@ -44,14 +102,15 @@ def writes(x: Tensor, rank: int) -> bool:
     return all(c == 0 for c, p in zip(coordinate, x.placements, strict=True) if isinstance(p, Replicate))
 
 
-def local_parts(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+def local_parts(
+    tensors: Mapping[str, Tensor], rank: int, portions: Mapping[str, Portion] | None = None
+) -> dict[str, Tensor]:
     """The parts that this rank saves, copied to the host; name with box -> tensor."""
     parts = {}
     for name, x in tensors.items():
-        box = own_box(x)
-        if writes(x, rank) and all(b > a for a, b in box):
-            values = x.to_local() if isinstance(x, DTensor) else x
-            parts[name_of(name, box)] = values.detach().to("cpu", copy=True).contiguous()
+        if writes(x, rank):
+            for box, values in places(x, (portions or {}).get(name)):
+                parts[name_of(name, box)] = values.detach().to("cpu", copy=True).contiguous()
     return parts
 
 
@@ -124,21 +183,24 @@ class ShardReader:
         return tuple(max(b for _, b in spans) for spans in zip(*boxes, strict=True))
 
     @torch.no_grad()
-    def fill(self, name: str, target: Tensor) -> None:
-        """Fill ``target``, this rank's part of a tensor, from the stored parts that overlap it.
+    def fill(self, name: str, target: Tensor, portion: Portion | None = None) -> None:
+        """Fill ``target``, this rank's part of a tensor (or of a portion), from the stored parts that overlap it.
 
         Raises:
             CheckpointError: the tensor is missing or has another shape, or its parts do not cover it.
         """
         if name not in self._parts:
             raise CheckpointError(f"the checkpoint has no tensor {name!r}: it was saved by a run with other settings")
-        if self.shape(name) != tuple(target.shape):
+        wanted = tuple(target.shape) if portion is None else portion.shape(tuple(target.shape))
+        if self.shape(name) != wanted:
             raise CheckpointError(
-                f"{name!r} is {list(self.shape(name))} in the checkpoint and {list(target.shape)} in this run: the "
+                f"{name!r} is {list(self.shape(name))} in the checkpoint and {list(wanted)} in this run: the "
                 "[model] sections differ"
             )
-        box = own_box(target)
-        values = target.to_local() if isinstance(target, DTensor) else target
+        for box, values in places(target, portion):
+            self._fill_box(name, box, values)
+
+    def _fill_box(self, name: str, box: Box, values: Tensor) -> None:
         copied = 0
         for part, stored, file in self._parts[name]:
             common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, part, strict=True))
@@ -152,7 +214,7 @@ class ShardReader:
             values[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, box, strict=True))] = piece
             copied += prod(b - a for a, b in common)
         if copied != prod(b - a for a, b in box):
-            raise CheckpointError(f"{name!r} is incomplete in the checkpoint: {copied} of {target.numel()} elements")
+            raise CheckpointError(f"{name!r} is incomplete in the checkpoint: {copied} of {values.numel()} elements")
 
     def whole(self, name: str) -> Tensor:
         """Read a whole tensor."""

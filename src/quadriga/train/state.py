@@ -22,7 +22,7 @@ from torch import Tensor
 from quadriga.errors import CheckpointError, TrainingError
 from quadriga.train.config import CheckpointSection
 from quadriga.train.run_directory import Manifest, RunDirectory
-from quadriga.train.shards import ShardReader, encode, local_parts
+from quadriga.train.shards import Portion, ShardReader, encode, local_parts
 from quadriga.train.world import World
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -52,10 +52,17 @@ class Saver:
         self._error: Exception | None = None
         self._news: list[str] = []
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-        """Save the state as the checkpoint of ``step``; returns when it is copied, or written if synchronous."""
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any],
+        portions: Mapping[str, Portion] | None = None,
+    ) -> None:  # fmt: skip
+        """Save the state as the checkpoint of ``step``; returns when it is copied, or written if synchronous.
+
+        Args:
+            portions: of the tensors that are not whole, which part of the whole they are.
+        """
         self.finish()
-        parts = local_parts(tensors, self.world.rank)
+        parts = local_parts(tensors, self.world.rank, portions)
         if self.section.asynchronous:
             # Not a daemon thread: the interpreter waits for it at exit, so a normal exit never cuts off a save.
             self._thread = threading.Thread(target=self._write, args=(step, parts, state), name="checkpoint")
@@ -155,7 +162,9 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def load(checkpoint: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+def load(
+    checkpoint: Path, manifest: Manifest, tensors: Mapping[str, Tensor], portions: Mapping[str, Portion] | None = None
+) -> None:
     """Fill tensors, whole or sharded in any way, from a checkpoint whose manifest was verified.
 
     Raises:
@@ -170,4 +179,4 @@ def load(checkpoint: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) ->
             "was saved with."
         )
     for name, tensor in tensors.items():
-        reader.fill(name, tensor)
+        reader.fill(name, tensor, (portions or {}).get(name))

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from quadriga.errors import CheckpointError, ConfigError, TrainingError
 from quadriga.model import cost
-from quadriga.model.config import AttentionSpec
 from quadriga.model.config_json import config_to_json
 from quadriga.nn.transformer import Transformer
 from quadriga.train import config as sections
@@ -31,9 +30,10 @@ from quadriga.train import state
 from quadriga.train.balance import BiasBalancer
 from quadriga.train.batch import BatchSource, Objective, TrainingBatch
 from quadriga.train.changes import changes, described
+from quadriga.train.flops import flops_of
 from quadriga.train.guard import SpikeGuard
 from quadriga.train.optim import Optimiser, local
-from quadriga.train.parallel import Fill, MasterWeights, prepare, replicas
+from quadriga.train.parallel import Fill, MasterWeights, prepare
 from quadriga.train.run_directory import RunDirectory, newest
 from quadriga.train.schedule import learning_rate_share, unreached
 from quadriga.train.world import World
@@ -137,6 +137,9 @@ class Trainer:
         self._untold: list[tuple[int, str]] = []
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.module = prepare(model, objective, settings.parallel, world, fill)
+        self.layout = self.module.layout
+        if self.layout.portions and settings.optimiser.name == "muon":
+            raise ConfigError("optimiser.name = 'muon' needs whole matrices: parallel.tensor must be 1")
         self.masters = MasterWeights(model, settings.parallel.dtype, world)
         if not self.masters.by_name:
             raise ConfigError("at least one parameter must require a gradient to train, got none")
@@ -224,7 +227,8 @@ class Trainer:
                 "new ones by --allow-change"
             )
         with torch.no_grad():
-            state.load(folder, manifest, self.tensors())
+            tensors = self.tensors()
+            state.load(folder, manifest, tensors, self.layout.portions_of(tensors))
         self.masters.refresh()
         self.step, self.tokens_seen = manifest.step, saved["tokens_seen"]
         self.skipped_steps |= set(saved["left_out"])
@@ -240,7 +244,8 @@ class Trainer:
         """Save a checkpoint of the current state, unless there is one already."""
         if self._saved != self.step:
             self._check_save()
-            self.saver.save(self.step, self.tensors(), self.position())
+            tensors = self.tensors()
+            self.saver.save(self.step, tensors, self.position(), self.layout.portions_of(tensors))
             self._saved = self.step
 
     def _check_save(self) -> None:
@@ -329,7 +334,7 @@ class Trainer:
             rate=rate,
             tokens=n_tokens,
             tokens_seen=self.tokens_seen,
-            flops=self._flops(batches) * self.world.size,
+            flops=flops_of(self.model.config, self._active, batches) * self.layout.n_row_groups,
             seconds=time.perf_counter() - started,
             verdict=verdict,
             extra={name: float(value) / max(weight, 1.0) for name, value in totals.items()},
@@ -344,18 +349,14 @@ class Trainer:
         """This rank's rows of a step, one batch per micro-step.
 
         Raises:
-            ConfigError: the rows cannot be divided evenly among micro-steps and ranks.
+            ConfigError: rows or their tokens cannot be divided evenly among micro-steps and ranks.
         """
-        rows, size = self.source.n_rows(step), self.world.size
+        rows, layout = self.source.n_rows(step), self.layout
         micro = min(self.settings.parallel.micro_rows or rows, rows)
-        if rows % micro or micro % size:
-            raise ConfigError(
-                "parallel.micro_rows must divide the rows of a batch and be a multiple of the number of ranks: got "
-                f"micro_rows={micro}, {rows} rows, {size} ranks"
-            )
-        share = micro // size
-        first = [start + self.world.rank * share for start in range(0, rows, micro)]
-        return [self.source.rows(step, a, a + share).to(self.world.device) for a in first]
+        layout.check_rows(rows, micro, self.source.seq_len(step))
+        share = micro // layout.n_row_groups
+        first = [start + layout.row_group * share for start in range(0, rows, micro)]
+        return [layout.own(self.source.rows(step, a, a + share)).to(self.world.device) for a in first]
 
     def _backward(self, batches: Sequence[TrainingBatch], weight: float) -> dict[str, Tensor]:
         """Accumulate the gradient of the mean loss in the master weights; returns metrics summed over micro-steps."""
@@ -371,7 +372,8 @@ class Trainer:
     def _gradient_square(self) -> Tensor:
         """This rank's share of the squared gradient norm; the shares of all ranks add up to the whole."""
         square = torch.zeros((), dtype=torch.float64)
-        gradients = [(p.grad, replicas(p, self.world)) for p in self.masters.by_name.values() if p.grad is not None]
+        held = [(p.grad, self.layout.copies(name, p)) for name, p in self.masters.by_name.items()]
+        gradients = [(gradient, copies) for gradient, copies in held if gradient is not None]
         norms = torch._foreach_norm([local(g) for g, _ in gradients])
         for (_, copies), norm in zip(gradients, norms, strict=True):
             square += norm.double().cpu().square() / copies
@@ -428,21 +430,6 @@ class Trainer:
             self.run.files.write(self.run.path / "spikes" / f"step-{step:08d}{rank}.safetensors", [save(tensors)])
         except OSError as error:
             self._tell(f"warning: the batch of step {step} could not be saved: {error}")
-
-    def _flops(self, batches: Sequence[TrainingBatch]) -> float:
-        """FLOPs of this rank's rows, forward and backward: 3 x (2 x active parameters + attention) per token."""
-        config = self.model.config
-        n_tokens = sum(len(batch.tokens) for batch in batches)
-        attention = 0.0
-        for layer, n in config.kinds().items():
-            if not isinstance(layer.mixer, AttentionSpec):
-                attention += n * n_tokens * float(cost.step_flops(layer.mixer))
-                continue
-            seen = (batch.positions + 1 for batch in batches)
-            if (window := layer.mixer.window) is not None:
-                seen = (lengths.clamp(max=window) for lengths in seen)
-            attention += n * 2 * layer.mixer.attended_dim * float(sum(int(lengths.sum()) for lengths in seen))
-        return 3.0 * (2 * self._active * n_tokens + attention)
 
     def _tell(self, text: str) -> None:
         if not self.listeners and self.world.first:

@@ -53,7 +53,7 @@ def measure(config: ModelConfig, spec: ParallelSpec) -> Measured:
         ConfigError: the trainer refuses the layout.
     """
     kinds = list(config.kinds().items())
-    section = ParallelSection(replicate=spec.replicate, experts=spec.ep)
+    section = ParallelSection(replicate=spec.replicate, experts=spec.ep, tensor=spec.tp, context=spec.cp)
     with torch.device("meta"):
         model = Transformer(_one_of_each(config))
     with _pretended(spec.ranks):

@@ -128,9 +128,11 @@ def test_the_best_plan_is_the_fastest_that_fits() -> None:
     ranks, seq_len, rows = 64, 2048, 2
     plans = search(MIXTRAL, ranks, H100, seq_len, ranks * seq_len * rows)
     tried = [
-        (evaluate(MIXTRAL, H100, mesh, Work(seq_len, micro, rows // micro, recompute)))
-        for mesh in meshes(MIXTRAL, ranks, H100)
-        for micro in (1, 2)
+        evaluate(MIXTRAL, H100, mesh, Work(seq_len, micro, n // micro, recompute, mesh.sharing))
+        for mesh in meshes(MIXTRAL, ranks, H100, seq_len)
+        for n in [rows * mesh.sharing]
+        for micro in range(1, n + 1)
+        if n % micro == 0
         for recompute in RECOMPUTE
     ]
     fitting = [plan for plan in tried if plan.memory.total <= H100.memory_bytes]
@@ -138,6 +140,7 @@ def test_the_best_plan_is_the_fastest_that_fits() -> None:
     assert plans[0].time.total == min(plan.time.total for plan in fitting)
     assert all(plan.batch_tokens == ranks * seq_len * rows for plan in plans)
     assert {plan.mesh.ep for plan in plans} <= {1, 2, 4, 8}
+    assert {plan.mesh.sharing for plan in plans} == {1, 2}, "parts of at least 1,024 tokens"
 
 
 @given(
@@ -164,6 +167,22 @@ def test_more_of_something_costs_what_it_should(ep: int, shard: int, rows: int, 
     assert lean < some < whole
     faster = evaluate(DBRX, H100, mesh, work, STACKS["foundry"])
     assert faster.time.total > plan.time.total
+
+
+def test_ranks_that_share_rows_pay_for_what_they_gather() -> None:
+    """By hand: DBRX on 4 x 2 ranks that share rows of 8,192 tokens, 40 layers of 8 key/value heads of 128."""
+    alone, work = ParallelSpec(2, 8, 4), Work(8192, 2, 3, "none", 8)
+    shared = ParallelSpec(2, 8, 4, 4, 2)
+    n, link = 8192 * 2 // 8, 450e9 * 0.8
+    inputs, keys = 3 * 6144 * n * 2, 1 * 2 * 1024 * n * 2
+    time = evaluate(DBRX, H100, shared, work).time
+    assert time.sharing == pytest.approx(3 * 2 * 40 * (2 * inputs + keys) / link)
+    assert time.attention == evaluate(DBRX, H100, alone, work).time.attention, "both context parts are whole rows"
+    one = Work(8192, 1, 3, "none", 8)
+    uneven = evaluate(DBRX, H100, shared, one).time.attention / evaluate(DBRX, H100, alone, one).time.attention
+    assert uneven == pytest.approx(1.5)
+    more = memory(DBRX, shared, work).activations - memory(DBRX, alone, work).activations
+    assert more == pytest.approx(40 * n * 2 * 1.15 * (3 * 6144 + 2 * 1024))
 
 
 def test_meshes_use_every_rank_in_whole_nodes() -> None:

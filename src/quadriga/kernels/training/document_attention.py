@@ -36,22 +36,23 @@ def document_attention(
     soft_cap: float | None = None,
     alibi_slopes: Tensor | None = None,
     window: int | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Causal grouped-query attention within each document; see ``ops.attention`` for the formula.
 
     Sinks are not done here: the softmax between the products knows no logit without a key.
 
     Args:
-        q: (N, H, d).
-        k: (N, K, d). v: (N, K, e), e usually d.
-        bounds: document i is tokens [bounds[i], bounds[i + 1]); must cover all N tokens.
+        q: (N, H, d), the queries of the tokens from ``first`` on.
+        k: (S, K, d). v: (S, K, e), e usually d; of all tokens.
+        bounds: document i is tokens [bounds[i], bounds[i + 1]); must cover all S tokens.
         alibi_slopes: (H,) float32.
 
     Returns:
         (N, H, e).
     """
-    assert bounds[0] == 0 and bounds[-1] == q.shape[0], "documents cover every token"
-    out: Tensor = _DocumentAttention.apply(q, k, v, bounds, scale, soft_cap, alibi_slopes, window)  # type: ignore[no-untyped-call]
+    assert bounds[0] == 0 and bounds[-1] == len(k) >= first + len(q), "documents cover every token"
+    out: Tensor = _DocumentAttention.apply(q, k, v, bounds, scale, soft_cap, alibi_slopes, window, first)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -67,6 +68,7 @@ class _Scores:
         soft_cap: float | None,
         alibi_slopes: Tensor | None,
         window: int | None,
+        first: int,
     ) -> None:
         n, n_heads, d = q.shape
         self.n_kv_heads = k.shape[1]
@@ -77,10 +79,11 @@ class _Scores:
         self.soft_cap = soft_cap
         self.slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
         lengths = torch.tensor([last - first for first, last in itertools.pairwise(bounds)])
-        # (N,) the first key of each token: the start of its document, or of its window
-        self.starts = torch.tensor(bounds[:-1]).repeat_interleave(lengths)
+        self.first = first
+        # (N,) the first key of each query: the start of its document, or of its window
+        self.starts = torch.tensor(bounds[:-1]).repeat_interleave(lengths)[first : first + n]
         if window is not None:
-            self.starts = torch.maximum(self.starts, torch.arange(n) - window + 1)
+            self.starts = torch.maximum(self.starts, torch.arange(first, first + n) - window + 1)
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor, int]]:
         """Yield (queries, keys, first key of each query's document, index of the key at query 0) for every block.
@@ -92,9 +95,10 @@ class _Scores:
         n = len(self.starts)
         for start in range(0, n, _QUERIES):
             stop = min(start + _QUERIES, n)
-            first = int(self.starts[start]) // _KEYS * _KEYS
-            lows = self.starts[start:stop] - first
-            yield slice(start, stop), slice(first, stop), lows.to(self.q.device), start - first
+            key = int(self.starts[start]) // _KEYS * _KEYS
+            lows = self.starts[start:stop] - key
+            keys = slice(key, self.first + stop)
+            yield slice(start, stop), keys, lows.to(self.q.device), self.first + start - key
 
     def rows(self, x: Tensor, queries: slice) -> Tensor:
         """A block of queries of a (K, N, G, d) tensor, as (K, queries * G, d)."""
@@ -127,8 +131,9 @@ class _DocumentAttention(torch.autograd.Function):
         soft_cap: float | None,
         alibi_slopes: Tensor | None,
         window: int | None,
+        first: int,
     ) -> Tensor:
-        scores = _Scores(q, k, bounds, scale, soft_cap, alibi_slopes, window)
+        scores = _Scores(q, k, bounds, scale, soft_cap, alibi_slopes, window, first)
         values = v.transpose(0, 1).contiguous()  # (K, N, d)
         out = scores.q.new_empty(*scores.q.shape[:-1], v.shape[-1])
         for queries, keys, lows, offset in scores.blocks():
@@ -136,14 +141,14 @@ class _DocumentAttention(torch.autograd.Function):
             mixed = torch.bmm(p, values[:, keys])
             out[:, queries] = mixed.view(scores.n_kv_heads, -1, scores.group, mixed.shape[-1])
         ctx.save_for_backward(q, k, v, alibi_slopes)
-        ctx.bounds, ctx.scale, ctx.soft_cap, ctx.window = bounds, scale, soft_cap, window
+        ctx.bounds, ctx.scale, ctx.soft_cap, ctx.window, ctx.first = bounds, scale, soft_cap, window, first
         return out.transpose(0, 1).reshape(*q.shape[:-1], v.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, alibi_slopes = ctx.saved_tensors
-        scores = _Scores(q, k, ctx.bounds, ctx.scale, ctx.soft_cap, alibi_slopes, ctx.window)
+        scores = _Scores(q, k, ctx.bounds, ctx.scale, ctx.soft_cap, alibi_slopes, ctx.window, ctx.first)
         values = v.transpose(0, 1).contiguous()
         by_head = d_out.reshape(len(q), scores.n_kv_heads, scores.group, -1).transpose(0, 1).contiguous()
         dq, dk, dv = torch.empty_like(scores.q), torch.zeros_like(scores.k), torch.zeros_like(values)
@@ -159,4 +164,4 @@ class _DocumentAttention(torch.autograd.Function):
             dq[:, queries] = mixed.view(scores.n_kv_heads, -1, scores.group, mixed.shape[-1])
             dk[:, keys].baddbmm_(ds.transpose(1, 2), scores.rows(scores.q, queries))
         dq = dq.transpose(0, 1).reshape(q.shape) * ctx.scale
-        return dq, dk.transpose(0, 1), dv.transpose(0, 1), None, None, None, None, None
+        return dq, dk.transpose(0, 1), dv.transpose(0, 1), None, None, None, None, None, None

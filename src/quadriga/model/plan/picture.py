@@ -32,12 +32,14 @@ def plan_svg(title: str, plan: TrainingPlan, gpu: Gpu) -> str:
         ("matrix products", time.matrix),
         ("attention", time.attention),
         ("memory passes", time.passes),
-        ("all-to-all", time.all_to_all),
+        ("all-to-all, shared rows", time.all_to_all + time.sharing),
         ("exposed traffic", time.exposed),
         ("optimiser", time.optimiser),
     ]
     mesh = plan.mesh
     shape = f"{mesh.replicate} replicas x {mesh.shard} shards x {mesh.ep} expert ranks"
+    if mesh.sharing > 1:
+        shape += f", {mesh.tp} x {mesh.cp} share rows"
     summary = f"mesh: {shape}; recompute: {plan.work.recompute}; MFU {plan.mfu:.1%}"
     body = [_text(_LEFT, 28, title, 17, bold=True), _text(_LEFT, 50, summary, 13)]
     capacity = gpu.memory_bytes / 1e9

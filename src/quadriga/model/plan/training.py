@@ -1,20 +1,24 @@
 """Estimate training: memory per rank, time per step, and the fastest mesh that fits.
 
-    step = matrix products + attention + passes over memory + all-to-all + exposed traffic of weights + optimiser
+    step = matrix products + attention + passes over memory + all-to-all + shared rows + exposed traffic of weights
+           + optimiser
 
     matrix products   2 N_active tokens (3, or 4 with everything recomputed) / (peak x gemm x D / (D + 900))
                       and less for few rows per expert
-    attention         the causal half of 4 L Hd T tokens x 3.5 (4.5) / (peak x attention)
+    attention         the causal half of 4 L Hd T tokens x 3.5 (4.5) / (peak x attention); x (2 - rows / cp) on the
+                      rank with the ends of rows that context parallelism cuts
     memory passes     bytes moved by norms, residuals, activations, rotation and routing / HBM
     all-to-all        tokens to their experts and back, per pass (2; 3 if all is recomputed) / NVLink, or InfiniBand
                       beyond a node
+    shared rows       inputs and results of attention and dense networks over tp ranks, keys and values over cp ranks,
+                      per pass, as above
     weights' traffic  gather twice, scatter once per micro-step over the shard; reduce once over replicas
     optimiser         28 bytes per parameter of the shard / HBM
 
 Memory: float32 master weights, two moments and gradients, sharded over shard x ep (16 B a parameter); bfloat16 copies
 of two layers; saved activations; one chunk of logits; CUDA and NCCL. A mesh is replicate x shard x ep; dense weights
-are sharded over shard x ep, experts over ep and then shard (docs/plan.md). MFU is counted as in LLM Foundry: without
-recomputation, with full attention.
+are sharded over shard x ep, experts over ep and then shard; tp x cp ranks share rows (docs/plan.md). MFU is counted as
+in LLM Foundry: without recomputation, with full attention.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from quadriga.errors import ConfigError, HardwareError
@@ -35,7 +40,7 @@ from quadriga.model.config import (
     ShortConvSpec,
 )
 from quadriga.model.cost import attention_flops, n_params
-from quadriga.model.parallel_spec import MOST_PADDING, ParallelSpec
+from quadriga.model.parallel_spec import MOST_PADDING, ParallelSpec, head_dim_of
 from quadriga.model.plan.hardware import STACKS, Gpu, Stack
 from quadriga.model.weight_map import layer_shapes
 
@@ -50,6 +55,8 @@ _BUS = 0.80
 """Fraction of a link's published rate that collectives reach."""
 _MEMORY = 0.85
 _LOGIT_ROWS = 4096
+_LEAST_PART = 1024
+"""Tokens of a row that a rank must have to be planned: with fewer, collectives take longer than what they are for."""
 _ROWS_HALF = 64
 """Rows per expert at which grouped products reach half the rate of large ones (half a tile of 128)."""
 
@@ -60,15 +67,17 @@ class Work:
 
     seq_len: int
     micro_rows: int
-    """Sequences per rank and micro-step."""
+    """Sequences per rank, or per group of ranks that share rows, and micro-step."""
     accumulate: int
     """Micro-steps per optimiser step."""
     recompute: str
+    sharing: int = 1
+    """Ranks that share those sequences."""
 
     @property
     def micro_tokens(self) -> int:
         """Tokens per rank and micro-step."""
-        return self.seq_len * self.micro_rows
+        return self.seq_len * self.micro_rows // self.sharing
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,8 @@ class StepTime:
     attention: float
     passes: float
     all_to_all: float
+    sharing: float
+    """Collectives among ranks that share rows."""
     exposed: float
     """Traffic of weights and gradients that does not overlap with computation."""
     optimiser: float
@@ -104,7 +115,8 @@ class StepTime:
     @property
     def total(self) -> float:
         """Seconds of the whole step."""
-        return self.matrix + self.attention + self.passes + self.all_to_all + self.exposed + self.optimiser
+        computed = self.matrix + self.attention + self.passes + self.optimiser
+        return computed + self.all_to_all + self.sharing + self.exposed
 
 
 @dataclass(frozen=True)
@@ -137,38 +149,46 @@ class Sizes:
     """Parameters of the largest layer, without experts."""
     layer_experts: int
     """Parameters of the experts of the layer with most of them."""
+    heads: int
+    """Parameters that tensor parallelism cuts."""
+    layer_heads: int
+    """The same of the layer with most of them."""
     outside: int
     """Parameters of embeddings, head and final norm."""
 
 
+@lru_cache(maxsize=16)
 def sizes(config: ModelConfig) -> Sizes:
     """Count a model's parameters by how they are sharded."""
-    experts = expert = dense = inside = 0
+    experts = expert = dense = inside = heads = most_heads = 0
     for layer, n in config.kinds().items():
         shapes = layer_shapes(layer, config.d_model)
         stacked = sum(prod(shape) for shape in shapes.values() if len(shape) == 3)
         whole = sum(prod(shape) for shape in shapes.values())
         experts, inside = experts + n * stacked, inside + n * whole
         expert, dense = max(expert, stacked), max(dense, whole - stacked)
+        cut = sum(prod(shape) for name, shape in shapes.items() if head_dim_of(name) is not None)
+        heads, most_heads = heads + n * cut, max(most_heads, cut)
     count = n_params(config)
-    return Sizes(count.total, count.active_without_input, experts, dense, expert, count.total - inside)
+    outside = count.total - inside
+    return Sizes(count.total, count.active_without_input, experts, dense, expert, heads, most_heads, outside)
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Model FLOPs per trained token, as LLM Foundry counts: 3 x (2 N_active + 4 L Hd T), with full attention."""
-    return 3 * (2 * n_params(config).active_without_input + attention_flops(config, seq_len))
+    return 3 * (2 * sizes(config).active + attention_flops(config, seq_len))
 
 
 def memory(config: ModelConfig, mesh: ParallelSpec, work: Work) -> Memory:
     """Estimate the memory of one rank."""
     s = sizes(config)
     state = 16 * mesh.elements(config)
-    layer = s.layer_dense + s.layer_experts / mesh.ep
+    layer = s.layer_dense - s.layer_heads * (1 - 1 / mesh.tp) + s.layer_experts / mesh.ep
     spread = mesh.shard * mesh.ep > 1
     # Weights of two layers (one computes, one is being gathered), gradients of one, embeddings and head.
     gathered = 2 * (3 * layer + 2 * s.outside) if spread else 2 * s.total
     tokens = work.micro_tokens
-    layers = {layer: _activation_bytes(layer, config.d_model, work.recompute) for layer in config.kinds()}
+    layers = {layer: _activation_bytes(layer, config.d_model, work.recompute, mesh) for layer in config.kinds()}
     kept = sum(layers[layer][1] * n for layer, n in config.kinds().items())
     again = max(whole for whole, _ in layers.values()) if work.recompute != "none" else 0
     activations = tokens * (kept + again)
@@ -198,12 +218,30 @@ def activation_elements(layer: LayerSpec, d_model: int) -> tuple[float, float, f
     return float(d), float(kept), float(recomputed)
 
 
-def _activation_bytes(layer: LayerSpec, d_model: int, recompute: str) -> tuple[float, float]:
+def _activation_bytes(layer: LayerSpec, d_model: int, recompute: str, mesh: ParallelSpec) -> tuple[float, float]:
     """Bytes per token in bfloat16: (everything a layer could save, what it saves under ``recompute``)."""
     entry, kept, again = activation_elements(layer, d_model)
+    again += sum(_gathered_elements(layer, d_model, mesh))
     uneven = _IMBALANCE if layer.moe is not None else 1.0
     whole = 2 * (entry + (kept + again) * uneven)
     return whole, {"none": whole, "selective": 2 * (entry + kept * uneven), "full": 2 * entry}[recompute]
+
+
+def _gathered_elements(layer: LayerSpec, d_model: int, mesh: ParallelSpec) -> tuple[float, float]:
+    """Elements per own token that reach a rank from those that share its rows: (inputs of halves, keys and values)."""
+    halves = 1 if layer.moe is not None else 2
+    keys = 2 * layer.mixer.kv_dim if isinstance(layer.mixer, AttentionSpec) else 0
+    return float((mesh.tp - 1) * halves * d_model), float((mesh.cp - 1) * keys)
+
+
+def _shared_rows(config: ModelConfig, gpu: Gpu, mesh: ParallelSpec, tokens: int) -> float:
+    """Seconds of one pass's collectives among ranks that share rows: results go back as wide as inputs came."""
+    moved = 0.0
+    for layer, n in config.kinds().items():
+        inputs, keys = _gathered_elements(layer, config.d_model, mesh)
+        moved += n * 2.0 * (2 * inputs + keys) * tokens
+    link = gpu.node_bytes_per_s if mesh.sharing <= gpu.per_node else gpu.network_bytes_per_s
+    return moved / (link * _BUS)
 
 
 def step_time(config: ModelConfig, gpu: Gpu, mesh: ParallelSpec, work: Work, stack: Stack) -> StepTime:
@@ -218,18 +256,21 @@ def step_time(config: ModelConfig, gpu: Gpu, mesh: ParallelSpec, work: Work, sta
     rate = gpu.peak_flops * gpu.gemm * config.d_model / (config.d_model + stack.width_half)
     matrix = 2 * s.active * tokens * (2 + forwards) / rate * (1 - experts_share + experts_share / grouped)
     causal = attention_flops(config, work.seq_len) / 2 * tokens
-    attention = causal * (2.5 + forwards) / (gpu.peak_flops * gpu.attention * stack.attention)
+    latest = max(1.0, 2 - work.micro_rows / mesh.cp)  # the end of a row sees more keys than its beginning
+    attention = causal * latest * (2.5 + forwards) / (gpu.peak_flops * gpu.attention * stack.attention)
     passes = _pass_bytes(config) * tokens * (1 + forwards + (work.recompute == "selective") * 0.5)
     moved = passes / (gpu.hbm_bytes_per_s * _MEMORY)
     exchange = _all_to_all(config, gpu, mesh, tokens) * (1 + forwards)
     compute = work.accumulate * (matrix + attention + moved)
     traffic = _weight_traffic(s, gpu, mesh, work.accumulate)
+    sharing = _shared_rows(config, gpu, mesh, tokens) * (1 + forwards)
     shard = s.total / (mesh.shard * mesh.ep)
     return StepTime(
         matrix=work.accumulate * matrix,
         attention=work.accumulate * attention,
         passes=work.accumulate * moved,
         all_to_all=work.accumulate * exchange,
+        sharing=work.accumulate * sharing,
         exposed=max(traffic - compute, (1 - stack.hidden) * traffic),
         optimiser=28 * shard / (gpu.hbm_bytes_per_s * _MEMORY),
     )
@@ -283,7 +324,7 @@ def _weight_traffic(s: Sizes, gpu: Gpu, mesh: ParallelSpec, accumulate: int) -> 
     seconds = 0.0
     if n > 1:
         link = gpu.node_bytes_per_s if n <= gpu.per_node else gpu.network_bytes_per_s * gpu.per_node
-        dense = (s.total - s.expert) * (n - 1) / n
+        dense = (s.total - s.expert - s.heads * (1 - 1 / mesh.tp)) * (n - 1) / n
         experts = s.expert / mesh.ep * (mesh.shard - 1) / mesh.shard
         if n > gpu.per_node and mesh.ep > 1:
             experts *= min(mesh.ep, gpu.per_node)  # ranks of a node gather different experts, each through its own card
@@ -306,19 +347,30 @@ def evaluate(
     return TrainingPlan(mesh, work, memory(config, mesh, work), time, mfu, rate)
 
 
-def meshes(config: ModelConfig, ranks: int, gpu: Gpu) -> Iterator[ParallelSpec]:
+def meshes(config: ModelConfig, ranks: int, gpu: Gpu, seq_len: int = 1) -> Iterator[ParallelSpec]:
     """Yield every mesh of ``ranks`` that the trainer accepts and whose groups are whole nodes or fit into one node.
 
-    Left out are those whose gathers would move more than a tenth of padding (``model.parallel_spec``).
+    Left out are those whose gathers would move more than a tenth of padding (``model.parallel_spec``). Ranks share rows
+    of ``seq_len`` tokens by powers of two, of a node or with one of another size that divides them.
     """
     n_experts = math.gcd(*(spec.n_experts for _, spec in config.moe_layers)) or 1
     for ep in (n for n in range(1, n_experts + 1) if n_experts % n == 0 and ranks % n == 0):
         for shard in (n for n in range(1, ranks // ep + 1) if ranks // ep % n == 0):
             group = shard * ep
             if group <= gpu.per_node or group % gpu.per_node == 0:
-                mesh = ParallelSpec(ranks // group, shard, ep)
-                if mesh.problem(config) is None and mesh.padding(config) <= MOST_PADDING:
-                    yield mesh
+                for tp, cp in _sharings(gpu, group, seq_len):
+                    mesh = ParallelSpec(ranks // group, shard, ep, tp, cp)
+                    if mesh.problem(config) is None and mesh.padding(config) <= MOST_PADDING:
+                        yield mesh
+
+
+def _sharings(gpu: Gpu, group: int, seq_len: int) -> Iterator[tuple[int, int]]:
+    """(tp, cp) of ranks that share rows: heads within a node, parts of at least :data:`_LEAST_PART` tokens."""
+    for tp in (1, 2, 4, 8):
+        for cp in (1, 2, 4, 8, 16, 32):
+            small = tp * cp > 1 and seq_len < _LEAST_PART * tp * cp
+            if not small and tp <= gpu.per_node and group % (tp * cp) == 0 and seq_len % (tp * cp) == 0:
+                yield tp, cp
 
 
 def search(
@@ -338,24 +390,25 @@ def search(
         ConfigError: the batch is too small for the cluster.
         HardwareError: no mesh fits.
     """
-    rows = batch_tokens // seq_len // ranks
-    if rows < 1:
-        raise ConfigError(
-            f"a batch must have at least one row of {seq_len} tokens for each of {ranks} ranks, {ranks * seq_len:,} "
-            f"tokens; got {batch_tokens:,}. Use fewer ranks, shorter rows or a larger batch."
-        )
-    plans, least = [], float("inf")
-    for mesh in meshes(config, ranks, gpu):
+    plans, least, enough = [], float("inf"), False
+    for mesh in meshes(config, ranks, gpu, seq_len):
+        rows = batch_tokens // seq_len // (ranks // mesh.sharing)
+        enough = enough or rows > 0
         for micro in (n for n in range(1, rows + 1) if rows % n == 0):
             for recompute in RECOMPUTE:
-                work = Work(seq_len, micro, rows // micro, recompute)
+                work = Work(seq_len, micro, rows // micro, recompute, mesh.sharing)
                 needed = memory(config, mesh, work).total
                 least = min(least, needed)
                 if needed <= gpu.memory_bytes:
                     plans.append(evaluate(config, gpu, mesh, work, stack))
+    if not enough:
+        raise ConfigError(
+            f"a batch must have at least one row of {seq_len} tokens for each of {ranks} ranks, {ranks * seq_len:,} "
+            f"tokens; got {batch_tokens:,}. Use fewer ranks, shorter rows or a larger batch."
+        )
     if not plans:
         raise HardwareError(
             f"{ranks} x {gpu.name} cannot train this model: the smallest mesh needs {least / 1e9:.0f} GB per "
             f"accelerator, which has {gpu.memory_bytes / 1e9:.0f} GB. Use more accelerators or shorter rows."
         )
-    return sorted(plans, key=lambda plan: (plan.time.total, plan.memory.total))
+    return sorted(plans, key=lambda plan: (-plan.tokens_per_s, plan.memory.total))

@@ -1,0 +1,102 @@
+"""Ranks that share rows: each has an equal part of their tokens, and they meet only in attention and dense networks.
+
+    rows of a group (N tokens) = cp parts, one after the other, of tp parts each: part c * tp + t is this rank's
+
+    tensor   t = 0 .. tp - 1   neighbours that share heads: inputs of a layer's half are gathered (N / cp tokens), each
+                               rank computes its heads or columns, and what they project is summed and dealt out again
+    context  c = 0 .. cp - 1   keys and values of all N tokens are gathered; queries stay where they are
+
+Both collectives are of equal parts along the first dimension, and each is the other's backward pass. So a parameter
+that is not cut (a norm, a router, an embedding) gets from each rank the gradient of that rank's tokens or heads, and
+the sum over all ranks, which FSDP2 takes anyway, is the whole gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowGroup:
+    """This rank's neighbours; a group of one rank needs no process group."""
+
+    n_tensor: int = 1
+    n_context: int = 1
+    part: int = 0
+    """This rank's part of the rows, from 0 to n_tensor * n_context - 1."""
+    tensor: dist.ProcessGroup | None = None
+    context: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """Ranks that share rows."""
+        return self.n_tensor * self.n_context
+
+    @property
+    def tensor_part(self) -> int:
+        """This rank's part of the heads."""
+        return self.part % self.n_tensor
+
+    def without_context(self) -> RowGroup:
+        """The same neighbours where each context part has rows of its own."""
+        return replace(self, n_context=1, part=self.tensor_part, context=None)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """x (N', ...) of all tensor parts, one after the other: (tp N', ...)."""
+        return x if self.tensor is None else _applied(_Gather, x, self.tensor)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum of all tensor parts' x (tp N', ...), of which this rank keeps its own rows (N', ...)."""
+        return x if self.tensor is None else _applied(_SumAndDeal, x, self.tensor)
+
+    def whole_context(self, x: Tensor) -> Tensor:
+        """x (N', ...) of all context parts, one after the other: (cp N', ...)."""
+        return x if self.context is None else _applied(_Gather, x, self.context)
+
+
+ALONE = RowGroup()
+"""A rank that shares its rows with no other."""
+
+
+def _applied(function: type[torch.autograd.Function], x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    made: Tensor = function.apply(x, group)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(x.shape[0] * dist.get_world_size(group), *x.shape[1:])
+    dist.all_gather_single(out, x.contiguous(), group=group)
+    return out
+
+
+def _sum_and_deal(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
+    dist.reduce_scatter_single(out, x.contiguous(), group=group)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _sum_and_deal(gradients[0], ctx.group), None
+
+
+class _SumAndDeal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _sum_and_deal(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _gather(gradients[0], ctx.group), None
