@@ -273,7 +273,7 @@ def _local(model: str, chat: bool, **given: Any) -> LanguageModel:
     if kernels and how.kv_format is None and how.format == "float32":
         how = replace(how, kv_format="float32")
     llm = options.load_model(model, how)
-    loaded = {"dtype": how.dtype or "auto"}
+    loaded = {"dtype": how.dtype or "auto"} | ({} if how.format is None else {"format": how.format})
     if kernels:
         loaded = {"format": how.format or "keep", "activations": how.activations or "auto", "dtype": "kernels"}
         loaded["kv_format"] = how.kv_format or "bfloat16"

@@ -46,10 +46,10 @@ def load(
     Args:
         path_or_name: a catalogue name (`quadriga models list`), a Hugging Face or Quadriga directory, a GGUF file, or
             the folder of Grok-1's release.
-        format: what its matrices are packed as for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8,
-            q4, q4m, mx4, q2k to q6k, iq4nl, iq4xs; None is keep.
+        format: what its matrices are packed as for kernels: keep (as they are stored), float32, bfloat16, q8, q4, q4m,
+            mx4, q2k to q6k, iq4nl, iq4xs; None is keep. On the kernels for GPUs (QUADRIGA_OPS=triton) a quantised one.
         dtype: compute in plain torch with this dtype instead (float32, bfloat16, float16, float64 or auto); None runs
-            the CPU's kernels where the device is a CPU, and is "auto" elsewhere.
+            the CPU's kernels where the device is a CPU, and is "auto" elsewhere. What the kernels for GPUs compute in.
         device: cpu, cuda, a CUDA device such as cuda:1, or auto.
         threads: CPU threads; None takes all of this process's processors.
         activations: what the kernels multiply quantised matrices with: int8, int16 (twice the work of a prompt, the
@@ -115,6 +115,7 @@ def _runner(
     """What computes the model: torch, the kernels here, or the kernels of all ranks."""
     how: dict[str, Any] = {"threads": options.threads, "kv_memory": options.kv_memory, "progress": progress}
     if options.why_torch() is not None:
+        how["format"] = options.format
         return make.make_torch(opened, dtype=options.dtype or "auto", device=options.device, **how)
     form = options.format or "keep"
     if options.activations is not None and not is_quantised(opened, form):
