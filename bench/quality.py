@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import pickle
 import subprocess
 import sys
 import time
@@ -84,14 +85,24 @@ class Maker:
         self.errors: dict[str, PackedErrors | GGUFErrors] = {"gguf": GGUFErrors(self.checkpoint.config)}
         if args.packed or args.sizes:
             self.errors["quadriga"] = PackedErrors(self.checkpoint.config)
-        started = time.perf_counter()
-        self.found: Calibration = calibrate(self.checkpoint, ids, errors=Both(*self.errors.values()), moments=True)
-        print(f"calibrated on {len(ids)} tokens: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        self.found = self._calibrated(ids)
         self.imatrix = self.work / "imatrix.gguf"
         if not self.imatrix.exists():
             text = TextRead(args.calibrate.name, -(-len(ids) // self.found.window), self.found.window)
             write_imatrix(self.imatrix, self.checkpoint.config, self.found.sums, text)
         self.weights = read_imatrix(self.imatrix, self.checkpoint.config)
+
+    def _calibrated(self, ids: list[int]) -> Calibration:
+        """The measurements on the text, kept with the errors of the formats."""
+        path, started = self.work / f"calibration-{len(ids)}.pickle", time.perf_counter()
+        if path.exists():
+            found, self.errors = pickle.loads(path.read_bytes())  # our own file
+            assert isinstance(found, Calibration), "what was kept"
+            return found
+        found = calibrate(self.checkpoint, ids, errors=Both(*self.errors.values()), moments=True)
+        print(f"calibrated on {len(ids)} tokens: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        path.write_bytes(pickle.dumps((found, self.errors)))
+        return found
 
     def ours(self, name: str, **how: object) -> tuple[Path, float]:
         """A conversion of ours, and how long it took (0: it was there)."""

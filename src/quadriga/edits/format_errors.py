@@ -71,7 +71,7 @@ class _Errors:
     """The sum of both kinds: unit -> format -> cost."""
 
     def __init__(self) -> None:
-        self._costs: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._costs: dict[str, dict[str, float]] = {}
 
     def _measure(
         self, unit: str, formats: tuple[str, ...], weight: Tensor, cost: Tensor, how: Importance, judge: Importance
@@ -82,7 +82,8 @@ class _Errors:
         for form in formats:
             errors = row_errors(self._rounded(sample, form, how) - sample, judge)
             mean = float((errors * of_sample).sum()) / known if known > 0 else float(errors.mean())
-            self._costs[unit][form] += mean * float(cost.sum())
+            costs = self._costs.setdefault(unit, {})
+            costs[form] = costs.get(form, 0.0) + mean * float(cost.sum())
 
     def _rounded(self, sample: Tensor, form: str, how: Importance) -> Tensor:
         raise NotImplementedError
