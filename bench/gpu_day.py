@@ -8,6 +8,7 @@
     invariance   a token alone beside the same token among others, to the bit, in tiles of every size
     speed        a layer's experts at real sizes, 1 to 4096 tokens: ms, GB/s, TFLOP/s, and shares of published peaks
     training     forward and backward of the experts: share of the bf16 peak
+    model        decode at several batches and a prompt of whole models, in bfloat16 and four bits (gpu_models)
 
 A section that finds no time left says so in a row. Weights are random; a time is the median of several, after a
 warm-up, by the device's own clock.
@@ -17,32 +18,28 @@ from __future__ import annotations
 
 import argparse
 import csv
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from bench.gpu_models import models
+from bench.gpu_rows import Day, Row, random_weight
 from tests.golden import checkpoints
 from tests.golden.weights import TOKENS
 from torch import Tensor
 
-from quadriga.io.open import open_checkpoint
+import quadriga
+from quadriga.errors import ConfigError
 from quadriga.kernels import ops, reference
-from quadriga.kernels.triton import weights
 from quadriga.kernels.triton.experts import ExpertNetworks, run_experts
 from quadriga.kernels.triton.grouped import grouped_product
 from quadriga.kernels.triton.router import place
 from quadriga.kernels.triton.weights import BITS, GroupedWeight
-from quadriga.model.plan.hardware import GPUS
-from quadriga.nn.context import PackedContext
-from quadriga.nn.load import load_parameters
-from quadriga.nn.transformer import Transformer
 
-FORMATS = ("plain", "fp8", "q8", "q4", "q4m", "mxfp4", "q4k")
+FORMATS = ("plain", "fp8", "q8", "q4", "q4m", "mxfp4", "q4k", "k8", "k8m")
 
 
 @dataclass(frozen=True)
@@ -58,94 +55,6 @@ class Shape:
 
 SHAPES = (Shape("dbrx-132b", 6144, 10752, 16, 4), Shape("qwen3-30b-a3b", 2048, 768, 128, 8))
 TOY = (Shape("toy", 64, 96, 5, 3),)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A line of the file; what a section does not know stays empty."""
-
-    section: str
-    what: str
-    form: str = ""
-    tokens: int | str = ""
-    value: float | str = ""
-    """The worst error as a share of the largest number; how many numbers differ; milliseconds."""
-    unit: str = ""
-    gb_per_s: float | str = ""
-    of_bandwidth: float | str = ""
-    tflop_per_s: float | str = ""
-    of_peak: float | str = ""
-    note: str = ""
-
-
-class Day:
-    """What the sections share: the device, its limits, and the time that is left."""
-
-    def __init__(self, dry: bool, seconds: float) -> None:
-        self.dry, self.device = dry, "cpu" if dry else "cuda"
-        self.until = time.monotonic() + seconds
-        self.dtype = torch.float32 if dry else torch.bfloat16
-        name = "" if dry else torch.cuda.get_device_name()
-        self.gpu = next((gpu for key, gpu in GPUS.items() if key in name), None)
-
-    def left(self) -> bool:
-        """True while there is time for one more row."""
-        return time.monotonic() < self.until
-
-    def milliseconds(self, run: Callable[[], object]) -> float:
-        """The median of 9 runs; 0 on the host, where times mean nothing."""
-        run()
-        if self.dry:
-            return 0.0
-        run()
-        times = []
-        for _ in range(9):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
-        return statistics.median(times)
-
-    def speed(self, milliseconds: float, n_bytes: float, flops: float) -> dict[str, Any]:
-        """Columns of a row: rates, and shares of what the maker publishes."""
-        if self.dry:
-            return {"value": "", "unit": "ms"}
-        gb, tflop = n_bytes / milliseconds / 1e6, flops / milliseconds / 1e9
-        shares: dict[str, Any] = {}
-        if self.gpu is not None:
-            shares = {
-                "of_bandwidth": round(gb * 1e9 / self.gpu.hbm_bytes_per_s, 3),
-                "of_peak": round(tflop * 1e12 / self.gpu.peak_flops, 3),
-            }
-        rates = {"gb_per_s": round(gb, 1), "tflop_per_s": round(tflop, 1)}
-        return {"value": round(milliseconds, 4), "unit": "ms", **rates, **shares}
-
-
-def random_weight(day: Day, form: str, n_experts: int, rows: int, columns: int) -> GroupedWeight:
-    """Planes of any bits, with scales that leave numbers of at most about 0.1."""
-    shape = weights.meta(form, n_experts, rows, columns, day.dtype)
-    generator = torch.Generator(device=day.device).manual_seed(rows + columns)
-
-    def filled(name: str, plane: Tensor | None) -> Tensor | None:
-        if plane is None:
-            return None
-        if not plane.dtype.is_floating_point:
-            low, high = (-127, 128) if plane.dtype == torch.int8 else (0, 256)
-            if name == "scales" and form == "mxfp4":
-                low, high = 121, 124
-            elif name in ("scales", "minima"):
-                high = 64
-            elif form == "fp8":
-                high = 0x78  # numbers up to 256
-            return torch.randint(low, high, plane.shape, dtype=plane.dtype, device=day.device, generator=generator)
-        size = {"codes": 0.05, "scales": {"fp8": 4e-4, "q8": 1e-3}.get(form, 1e-2), "minima": 5e-2}.get(name, 1e-4)
-        numbers = torch.rand(plane.shape, device=day.device, generator=generator) * size
-        return (numbers - size / 2 if name == "codes" else numbers).to(plane.dtype)
-
-    planes = {name: filled(name, getattr(shape, name)) for name in ("codes", "scales", "minima", "d", "dmin")}
-    return GroupedWeight(form, columns=columns, **planes)  # type: ignore[arg-type]
 
 
 def networks(day: Day, form: str, shape: Shape) -> ExpertNetworks:
@@ -164,22 +73,21 @@ def tokens_of(day: Day, shape: Shape, n: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def families(day: Day) -> Iterator[Row]:
-    """Logits of tiny models beside what transformers computed on a CPU."""
+    """Logits of tiny models on the whole runner beside what transformers computed on a CPU."""
     names = ("qwen3moe",) if day.dry else tuple(n for n in checkpoints.NAMES if f"{n}.prefill" in checkpoints.results())
     for name in names:
         if not day.left():
             yield Row(section="family", what=name, note="no time left")
             continue
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), ops.use("triton"):
+        with tempfile.TemporaryDirectory() as folder, ops.use("triton"):
             checkpoints.write(name, Path(folder))
-            opened = open_checkpoint(Path(folder))
-            parameters = {
-                key: value.to(day.device) for key, value in load_parameters(opened, dtype=torch.float32).items()
-            }
-            model = Transformer.from_parameters(opened.config, parameters).eval().to(day.device)
-            logits = model(torch.tensor(TOKENS, device=day.device), PackedContext([len(TOKENS)])).logits.cpu()
-        truth = checkpoints.results()[f"{name}.prefill"]
-        worst = float((logits - truth).abs().max() / (truth.max() - truth.min()))
+            try:
+                logits = quadriga.load(folder, dtype="float32", device=day.device, kv_memory=2**24).logits(TOKENS)
+            except ConfigError as error:
+                yield Row(section="family", what=name, note=str(error))
+                continue
+        truth = checkpoints.results()[f"{name}.prefill"].numpy()
+        worst = float(np.abs(logits - truth).max() / np.ptp(truth))
         note = "" if worst <= 2e-5 else "beyond 2e-5"
         yield Row(section="family", what=name, tokens=len(TOKENS), value=worst, unit="of the range", note=note)
 
@@ -277,7 +185,7 @@ def main() -> None:
     with given.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
-        for section in (parity, invariance, speed, training, families):
+        for section in (families, parity, invariance, models, speed, training):
             for row in section(day):
                 writer.writerow(asdict(row))
                 file.flush()

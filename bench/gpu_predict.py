@@ -29,6 +29,10 @@ DOCS = Path(__file__).parents[1] / "docs" / "gpu.md"
 BEGIN, END = "<!-- predicted: python bench/gpu_predict.py --write -->", "<!-- end of what is predicted -->"
 _USABLE = 0.92
 """Share of the memory for weights and cache."""
+_GIB = 2**30 / 10**9
+"""What makers call a GB of a GPU's memory is a GiB: stacks of 16 or 24 of them, less what the driver keeps."""
+_TABLES = "q8"
+"""Format of the embedding table and the head beside weights of fewer bits, as ``quadriga convert`` writes them."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def experts(
     shape = tile(form, rows / n_experts, gated=name == "gate, up")
     tiles = visited * math.ceil(rows / visited / shape.rows - 1e-9)
     flops = 2 * tiles * shape.rows * (math.ceil(outputs / shape.outputs) * shape.outputs) * depth
-    weights = visited * outputs * depth * (BITS[form] if form != "plain" else 16) / 8
+    weights = visited * outputs * depth * _bits(form) / 8
     return Op(name, copies * (weights + 2 * rows * (depth + outputs)), copies * flops)
 
 
@@ -108,9 +112,9 @@ def layer_ops(config: ModelConfig, layer: LayerSpec, copies: int, tokens: int, c
 
 
 def step_ops(config: ModelConfig, tokens: int, context: int, form: str) -> list[Op]:
-    """The operations of a decode step, equal names added up; the head is bfloat16."""
+    """The operations of a decode step, equal names added up."""
     found = [op for layer, n in config.kinds().items() for op in layer_ops(config, layer, n, tokens, context, form)]
-    found.append(product("head", tokens, config.vocab_size, config.d_model, "plain"))
+    found.append(product("head", tokens, config.vocab_size, config.d_model, _of_tables(form)))
     names = list(dict.fromkeys(op.name for op in found))
     alike = [[op for op in found if op.name == name] for name in names]
     return [
@@ -125,9 +129,17 @@ def exchange_seconds(config: ModelConfig, device: Device, tokens: int) -> float:
 
 
 def weight_bytes(config: ModelConfig, form: str) -> float:
-    """Of all matrices in ``form``; the tables are bfloat16."""
+    """Of all matrices in ``form``, but the tables."""
     tables = config.vocab_size * config.d_model * (1 if config.tied_embeddings else 2)
-    return (n_params(config).total - tables) * (BITS[form] if form != "plain" else 16) / 8 + 2 * tables
+    return ((n_params(config).total - tables) * _bits(form) + tables * _bits(_of_tables(form))) / 8
+
+
+def _bits(form: str) -> float:
+    return BITS[form] if form != "plain" else 16
+
+
+def _of_tables(form: str) -> str:
+    return form if _bits(form) >= BITS[_TABLES] else _TABLES
 
 
 def tokens_per_s(config: ModelConfig, device: Device, form: str, batch: int, context: int) -> float | None:
@@ -143,12 +155,12 @@ def _devices() -> dict[str, Device]:
     h100, h200 = GPUS["H100"], GPUS["H200"]
     cards = next(box for box in BOXES if box.name.startswith("4x RTX 4090"))
     return {
-        "H100": Device("1x H100 80 GB", h100.memory_bytes, h100.hbm_bytes_per_s, h100.peak_flops),
-        "H200": Device("1x H200 141 GB", h200.memory_bytes, h200.hbm_bytes_per_s, h200.peak_flops),
+        "H100": Device("1x H100 80 GB", _GIB * h100.memory_bytes, h100.hbm_bytes_per_s, h100.peak_flops),
+        "H200": Device("1x H200 141 GB", _GIB * h200.memory_bytes, h200.hbm_bytes_per_s, h200.peak_flops),
         "8xH100": Device(
-            "8x H100 80 GB", h100.memory_bytes, h100.hbm_bytes_per_s, h100.peak_flops, 8, h100.node_bytes_per_s
+            "8x H100 80 GB", _GIB * h100.memory_bytes, h100.hbm_bytes_per_s, h100.peak_flops, 8, h100.node_bytes_per_s
         ),
-        "4090": Device("1x RTX 4090 24 GB", cards.memory_bytes / 4, cards.bytes_per_s / 4, cards.peak_flops / 4),
+        "4090": Device("1x RTX 4090 24 GB", _GIB * cards.memory_bytes / 4, cards.bytes_per_s / 4, cards.peak_flops / 4),
     }
 
 

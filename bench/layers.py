@@ -21,7 +21,7 @@ import numpy as np
 from quadriga import runtime
 from quadriga.bench.claim import random_packed
 from quadriga.kernels.cpu import bindings
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model import families
 from quadriga.model.config import in_order
 from quadriga.quant.packed import BLOCK_TOKENS

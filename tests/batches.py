@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.nn.moe import RouterStats
 from quadriga.runners.base import Runner
 

@@ -43,7 +43,7 @@ ELSEWHERE = {
     r"quadriga upcycle .* --router-text": "a reader's own file; tests/checkpoint/test_fit_router.py has one",
     r"quadriga serve dbrx-q4": "other options of the same command; tests/cli/test_serve.py has them",
     r"quadriga bench serve .*(--concurrency|--rate)": "minutes; tests/cli has a short one",
-    r"quadriga tune recipes/tune/(full|qlora-experts|dpo|orpo|grpo)": "the same command on other recipes; tests/train has each",
+    r"quadriga tune recipes/tune/(full|qlora-experts|dpo|orpo|grpo|arithmetic|distill)": "the same command on other recipes; tests/train has each",
     r"quadriga serve .* --adapter": "tests/server serves adapters",
     r"quadriga convert SOURCE OUT --to hf --pickles": "tests/checkpoint/test_bins.py has such files",
     r"quadriga experts label \./my-moe": "a reader's own files; tests/cli/test_experts.py has such",

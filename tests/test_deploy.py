@@ -99,7 +99,8 @@ def test_images_run_a_python_that_the_package_allows_and_nobody_is_root() -> Non
 
 def test_every_metric_of_the_dashboard_is_served() -> None:
     """By its whole name, buckets and totals included, and with the labels that the dashboard asks for."""
-    metrics = Metrics(tiny_llm(), "tiny")
+    metrics = Metrics()
+    metrics.add(tiny_llm(), "tiny")
     metrics.done("stop", 0.5, 2.5, 5)
     metrics.answers.labels("/v1/completions", "200").inc()
     metrics.refused.labels("429").inc()

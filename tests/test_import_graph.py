@@ -13,21 +13,21 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 
 WITHOUT_TORCH = {
-    "chat": ["cli.chat", "cli.options", "engine.llm"],
-    "generate": ["cli.generate", "cli.options", "engine.llm"],
-    "serve": ["cli.serve", "engine.llm", "server.run", "server.app", "server.grammars"],
+    "chat": ["cli.chat", "cli.options", "engine.load"],
+    "generate": ["cli.generate", "cli.options", "engine.load"],
+    "serve": ["cli.serve", "engine.load", "server.run", "server.app", "server.grammars"],
     "convert": ["cli.convert", "io.convert", "hub.catalogue"],
     "eval": ["cli.eval", "engine.text_model", "evaluate.harness", "evaluate.tasks"],
     "bench": ["cli.bench", "cli.bench_claim", "cli.bench_serve", "bench.speed", "bench.claim", "bench.serve"],
     "info": ["cli.info", "cli.info_report", "cli.models", "cli.plan"],
     "adapter": ["cli.tune", "io.adapter", "io.adapter_files", "edits.delta", "edits.upcycle"],
     "data": ["cli.data", "train.corpus.pipeline", "train.corpus.report"],
-    "the names of the package": ["engine.llm", "engine.request", "model.config"],
+    "the names of the package": ["engine.load", "engine.request", "model.config"],
 }
 """What each command imports when it is started, and inside its functions on the way that needs no gradient and no GPU."""
 
 TORCH = ("nn", "train", "kernels.arrays", "kernels.reference", "kernels.training", "kernels.triton", "runners.cuda",
-         "runners.distributed", "runners.torch", "edits.calibrate", "edits.fit_router")  # fmt: skip
+         "runners.distributed", "runners.on_tensors", "runners.torch", "edits.calibrate", "edits.fit_router")  # fmt: skip
 """The only files that name torch, with those in them."""
 
 

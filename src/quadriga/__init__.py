@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from quadriga.engine.llm import LLM as LLM
-    from quadriga.engine.llm import load as load
+    from quadriga.engine.load import load as load
     from quadriga.engine.request import SamplingParams as SamplingParams
     from quadriga.errors import AnswerError as AnswerError
     from quadriga.errors import BusyError as BusyError
@@ -38,7 +38,7 @@ _HOME = {
     "LLM": "quadriga.engine.llm",
     "ModelConfig": "quadriga.model.config",
     "SamplingParams": "quadriga.engine.request",
-    "load": "quadriga.engine.llm",
+    "load": "quadriga.engine.load",
 }
 
 __all__ = [

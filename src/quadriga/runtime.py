@@ -223,7 +223,7 @@ class Lane:
 
     def __init__(self, name: str, *, n_threads: int = 1, nice: int = 0) -> None:
         self._name, self._n_threads, self._nice = name, n_threads, nice
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._started = False
 
     def submit(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
@@ -242,6 +242,12 @@ class Lane:
         self._work.put(run)
         return future
 
+    def close(self) -> None:
+        """Let the threads end once they have done what was submitted; nothing may be submitted any more."""
+        if self._started:
+            for _ in range(self._n_threads):
+                self._work.put(None)
+
     def _start(self) -> None:
         with _lanes:
             if self._started:
@@ -258,8 +264,9 @@ class Lane:
         if self._nice and hasattr(os, "setpriority") and platform.system() == "Linux":
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)  # Linux: of this thread only
-        while True:
-            self._work.get()()
+        while (work := self._work.get()) is not None:
+            work()
+            del work  # it holds what it was about
 
 
 def check_device(name: str, spelled: str = "device") -> None:

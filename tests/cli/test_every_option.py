@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from quadriga.cli import app, bench, options
 from quadriga.cli import eval as eval_module
 from quadriga.cli.rules import RULES
-from quadriga.engine import llm as llm_module
+from quadriga.engine import load as load_module
 from quadriga.engine.load_options import LoadOptions
 from quadriga.errors import ConfigError, InputError
 from quadriga.hub import catalogue
@@ -47,7 +47,7 @@ def nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     def resolve(model: str, **_: Any) -> Path:
         raise Reached("resolve", {"model": model})
 
-    monkeypatch.setattr(llm_module, "load", load)
+    monkeypatch.setattr(load_module, "load", load)
     monkeypatch.setattr(catalogue, "resolve", resolve)
     monkeypatch.setattr(server_run, "listen", lambda host, port: None)
     monkeypatch.setattr(eval_module, "_fits_three_times", lambda model: False)

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from quadriga.cli import app
-from quadriga.engine import llm as llm_module
+from quadriga.engine import load as load_module
 from quadriga.errors import ConfigError
 from quadriga.io import expert_labels
 from tests.server.conftest import tiny_llm
@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         llm.path = here
         return llm
 
-    monkeypatch.setattr(llm_module, "load", load)
+    monkeypatch.setattr(load_module, "load", load)
     return here
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from typing import Any
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
@@ -21,6 +22,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     class Service:
         name = "model"
         aliases = ()
+        engine = metrics = mock.Mock()
 
         def __init__(self, llm: Any, **given: Any) -> None:
             seen.update(given)

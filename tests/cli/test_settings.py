@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from quadriga.cli import app
-from quadriga.engine import llm as llm_module
+from quadriga.engine import load as load_module
 from quadriga.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(model: Any, **given: Any) -> None:
         raise Reached({"model": model, **given})
 
-    monkeypatch.setattr(llm_module, "load", load)
+    monkeypatch.setattr(load_module, "load", load)
 
 
 def write(tmp_path: Path, *, own: str = "", project: str = "") -> None:

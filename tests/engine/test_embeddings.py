@@ -12,7 +12,7 @@ from quadriga.engine.pooling import SUM_TOKENS, Pooling
 from quadriga.engine.request import Embed, Embedding, Request, SamplingParams, TokenEvent
 from quadriga.errors import RequestError
 from quadriga.kernels.arrays import arrays
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.nn.transformer import random_parameters
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.base import Floats

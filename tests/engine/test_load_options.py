@@ -22,6 +22,7 @@ from quadriga.io.convert import convert
 from quadriga.kernels import dispatch
 from quadriga.kernels.cpu.packing import Packed
 from quadriga.runners.compiled import CompiledModel
+from quadriga.runners.cuda.runner import CudaRunner
 from quadriga.runners.torch import TorchRunner
 from tests.checkpoint.test_packed import write
 
@@ -33,9 +34,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "directory": {},
     "dtype": {"dtype": "float32"},
     "reference": {},
+    "triton": {"format": "q8", "dtype": "float32"},
 }
 """How a model runs: on the CPU's kernels from plain weights, quantised as it is loaded, or from a packed directory; on
-torch by a dtype, or by QUADRIGA_OPS."""
+torch by a dtype, or by QUADRIGA_OPS; on the kernels for GPUs, interpreted, quantised as it is loaded."""
 
 ON_TORCH = ("dtype", "reference")
 
@@ -63,13 +65,24 @@ def threads() -> Iterator[None]:
 def load(folders: dict[str, Path], way: str, **given: Any) -> LLM:
     """The model run one way, with options besides; one given as None is left out of the way's own."""
     options = {name: value for name, value in (WAYS[way] | given).items() if value is not None}
-    with dispatch.use("reference") if way == "reference" else nullcontext():
-        return quadriga.load(folders["packed" if way == "directory" else "plain"], **({"threads": 1} | options))
+    common = {} if way == "triton" else {"threads": 1}
+    with dispatch.use(way) if way in dispatch.BACKENDS else nullcontext():
+        return quadriga.load(folders["packed" if way == "directory" else "plain"], **(common | options))
 
 
 def formats(llm: LLM) -> set[str]:
     assert isinstance(llm.runner, CompiledModel)
     return {p.format for p in llm.runner.parameters.values() if isinstance(p, Packed)}
+
+
+def device_formats(llm: LLM) -> set[str]:
+    assert isinstance(llm.runner, CudaRunner)
+    return set(llm.runner._weights.sizes())
+
+
+def device_dtype(llm: LLM) -> torch.dtype:
+    assert isinstance(llm.runner, CudaRunner)
+    return llm.runner._weights.dtype
 
 
 def kernel_threads(llm: LLM) -> int:
@@ -97,8 +110,9 @@ USED: dict[str, dict[str, Used]] = {
         "kernels": ("float32", "bfloat16", formats),
         "quantised": ("q8", "q4", formats),
         "directory": ("keep", "q4m", formats),
+        "triton": ("q8", "q4", device_formats),
     },
-    "dtype": {"dtype": ("float32", "float64", weight_dtype)},
+    "dtype": {"dtype": ("float32", "float64", weight_dtype), "triton": ("float32", "bfloat16", device_dtype)},
     "device": {way: ("cpu", "auto", lambda llm: type(llm.runner)) for way in WAYS},
     "threads": {
         **dict.fromkeys(("kernels", "quantised", "directory"), (1, 2, kernel_threads)),
@@ -120,6 +134,7 @@ UNCHANGED = {"device"}
 GIVEN = {
     "format": "q8",
     "dtype": "float32",
+    "threads": 2,
     "activations": "int8",
     "kv_format": "bfloat16",
     "expert_memory": 1_000_000,
@@ -171,6 +186,11 @@ def test_the_reason_names_what_chose_torch(folders: dict[str, Path], option: str
         quadriga.load(folders["plain"], dtype="bfloat16", **{option: GIVEN[option]})
     with dispatch.use("reference"), pytest.raises(ConfigError, match=r"unset QUADRIGA_OPS"):
         quadriga.load(folders["plain"], **{option: GIVEN[option]})
+
+
+def test_numbers_on_a_gpu_s_kernels_are_of_dtype(folders: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"^format bfloat16 would have no effect: numbers are of dtype"):
+        load(folders, "triton", format="bfloat16")
 
 
 def test_what_depends_on_the_model_is_refused_too(folders: dict[str, Path]) -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from quadriga import LLM, SamplingParams
-from quadriga.engine.llm import Answer
+from quadriga.engine.inbox import Answer
 from quadriga.engine.text_model import TextModel
 from quadriga.errors import EngineError, HardwareError, RequestError
 from quadriga.kernels.arrays import arrays
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.runners.base import PassResult
 from quadriga.runners.compiled import CompiledModel, pack_parameters

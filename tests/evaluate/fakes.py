@@ -1,10 +1,17 @@
-"""A fake model that answers by rule, so that every score can be computed by hand."""
+"""A fake model that answers by rule, so that every score can be computed by hand, and made-up data for the tasks."""
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import pytest
+
+from quadriga.evaluate.data import Data
 from quadriga.evaluate.model import Done, Message, quietly
 
 
@@ -72,3 +79,28 @@ class RuleModel:
 
     def count_tokens(self, text: str) -> int:
         return len(text.split())
+
+
+class Unchecked(Data):
+    """Reads made-up files under the names of published ones."""
+
+    def bytes(self, name: str) -> bytes:
+        assert self.folder is not None
+        return (self.folder / name).read_bytes()
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows as the kind of file that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pa = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pa.Table.from_pylist(list(rows)), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as out:
+            writer = csv.DictWriter(out, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

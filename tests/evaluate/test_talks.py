@@ -22,8 +22,7 @@ from quadriga.evaluate.pairwise import pair_scores, winner
 from quadriga.evaluate.talks import converse, judged
 from quadriga.evaluate.tasks import TASKS
 from quadriga.evaluate.tasks.judged import filled, mt_bench_scores, rating, simpleqa_scores
-from tests.evaluate.fakes import RuleModel
-from tests.evaluate.tasks.test_knowledge import Unchecked, write
+from tests.evaluate.fakes import RuleModel, Unchecked, write
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write {a} line.", "Shorter."]},

@@ -12,7 +12,7 @@ from quadriga.evaluate.items import TalkItem
 from quadriga.evaluate.tasks import TASKS
 from quadriga.evaluate.tasks.tools import CALLED, NOT_CALLED, RELEVANT, is_call
 from quadriga.evaluate.tool_calls import Call, parse_calls, wrong
-from tests.evaluate.tasks.test_knowledge import Unchecked, write
+from tests.evaluate.fakes import Unchecked, write
 
 
 def function(name: str, **kinds: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from quadriga.io import rank_parameters
 from quadriga.io.convert import convert
 from quadriga.io.open import Checkpoint, open_checkpoint
 from quadriga.kernels.cpu.packing import Packed
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model.config import ModelConfig
 from quadriga.model.rank_mesh import RankMesh, aligned_part, even_part
 from quadriga.model.rank_share import RankShare, Selection

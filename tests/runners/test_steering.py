@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from quadriga.kernels.arrays import arrays
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model.config import ModelConfig
 from quadriga.model.steering import ExpertFactor, router_shift
 from quadriga.nn.transformer import Transformer, random_parameters

@@ -82,9 +82,11 @@ class Live:
     """A server that answers."""
 
     url: str
-    service: Service
+    service: Any
+    """The first model; None where none is loaded."""
     client: httpx2.Client
     server: Server
+    loop: asyncio.AbstractEventLoop
 
     def post(self, path: str, body: Any, **options: Any) -> httpx2.Response:
         """POST JSON."""
@@ -121,7 +123,7 @@ class Live:
 
 @contextlib.contextmanager
 def running(
-    llm: LLM,
+    llm: LLM | Fleet,
     limits: Limits | None = None,
     *,
     max_waiting: int = 16,
@@ -132,8 +134,12 @@ def running(
     listener: socket.socket | None = None,
     certificate: Certificate | None = None,
 ) -> Iterator[Live]:
-    """A server in a thread of this process."""
-    service = Service(llm, name="tiny", aliases=aliases, max_waiting=max_waiting)
+    """A server in a thread of this process, of a model called tiny or of a fleet."""
+    if isinstance(llm, Fleet):
+        fleet = llm
+    else:
+        service = Service(llm, name="tiny", aliases=aliases, max_waiting=max_waiting)
+        fleet = Fleet([service, *beside])
     listener, up = listener or listen("127.0.0.1", 0), threading.Event()
     name = listener.getsockname()
     url = "http://localhost" if isinstance(name, str) else f"http://127.0.0.1:{name[1]}"
@@ -147,15 +153,19 @@ def running(
 
     Server.__init__ = remember  # type: ignore[method-assign]
     how = {"drain_s": DRAIN_S, "stay_on_failure": stay_on_failure, "store": store, "certificate": certificate}
-    options = {**how, "started": up.set}
-    thread = threading.Thread(
-        target=serve, args=(Fleet([service, *beside]), limits or Limits(), listener), kwargs=options, daemon=True
-    )
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    def started() -> None:
+        loops.append(asyncio.get_running_loop())
+        up.set()
+
+    options = {**how, "started": started}
+    thread = threading.Thread(target=serve, args=(fleet, limits or Limits(), listener), kwargs=options, daemon=True)
     thread.start()
     assert up.wait(HANG_S), "the server starts"
     Server.__init__ = original  # type: ignore[method-assign]
     with httpx2.Client(base_url=url, timeout=HANG_S) as client:
-        yield Live(url, service, client, servers[0])
+        yield Live(url, fleet.services[0] if fleet.services else None, client, servers[0], loops[0])
     servers[0].should_exit = True
     thread.join(HANG_S)
     assert not thread.is_alive(), "the server ends"
@@ -206,9 +216,7 @@ class StoppedClock:
     """
 
     def __init__(self, live: Live) -> None:
-        loop = live.service.engine._loop
-        assert loop is not None, "the server has started"
-        self._loop: asyncio.AbstractEventLoop = loop
+        self._loop = live.loop
 
     def __enter__(self) -> StoppedClock:
         self._running, self._now = self._loop.time, self._loop.time()

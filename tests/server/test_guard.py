@@ -60,6 +60,39 @@ def test_an_hour_away_saves_no_more_than_a_minute(clock: Clock) -> None:
     assert taken(door, "b") == 3, "everybody has a bucket of their own"
 
 
+def test_a_days_tokens_come_back_all_day(clock: Clock) -> None:
+    door = Guard(_nothing, Limits(tokens_per_day=86_400))
+    door.account("a").spend(86_500)
+    with pytest.raises(ApiError, match="more than 86400 tokens a day") as refused:
+        door._take("a")
+    assert refused.value.retry_after_s == pytest.approx(101), "one a second, and 100 were too many"
+    clock.now += 100.5
+    assert taken(door) == 0
+    clock.now += 0.6
+    assert taken(door, most=3) == 3 and taken(door, "b", most=3) == 3
+    clock.now += 30
+    report = door.account("a").report()
+    assert report["tokens"] == 86_500 and report["requests"] == 3
+    assert report["limits"] == {"concurrent": None, "requests_per_minute": None, "tokens_per_minute": None, "tokens_per_day": 86_400}  # fmt: skip
+    assert report["left"]["tokens_per_day"] == 31 and report["left"]["concurrent"] is None
+    assert not door.account("a").idle(clock.now + 600), "who is in debt is not forgotten"
+    assert door.account("b").idle(clock.now + 60)
+
+
+def test_a_key_is_told_what_it_has_used() -> None:
+    limits = Limits(keys=KEYS, concurrent=8, tokens_per_minute=1000)
+    with running(tiny_llm(), limits) as live:
+        mine, other = ({"authorization": f"Bearer {key}"} for key in KEYS)
+        body = {"model": "tiny", "prompt": "abcd", "max_tokens": 3, "ignore_eos": True, "n": 2}
+        assert live.post("/v1/completions", body, headers=mine).status_code == 200
+        used = live.client.get("/v1/usage", headers=mine).json()
+        assert (used["requests"], used["tokens"]) == (2, 10), "a prompt is read once for both answers"
+        assert used["client"].startswith("key:") and used["limits"]["concurrent"] == used["left"]["concurrent"] == 8
+        assert 990 <= used["left"]["tokens_per_minute"] <= 1000
+        assert live.client.get("/v1/usage", headers=other).json()["tokens"] == 0
+        assert live.client.get("/v1/usage").status_code == 401
+
+
 def test_a_refusal_says_when_to_come_back_and_costs_nothing(clock: Clock) -> None:
     door = Guard(_nothing, Limits(requests_per_minute=6))
     assert taken(door) == 6

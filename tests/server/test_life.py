@@ -333,7 +333,10 @@ def test_the_first_signal_drains_and_the_deadline_ends_what_is_left() -> None:
         gate.open(3)
         live.server.handle_exit(signal.SIGTERM, None)
         clock.advance(0.2)  # uvicorn looks ten times a second whether it is to end
-        assert until(lambda: not _listens(live.url)), "nobody new is let in"
+        refused = httpx2.post(f"{live.url}/v1/completions", json=TEXT, timeout=HANG_S)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+        assert refused.headers["retry-after"] == "5", "who comes now, on a connection of its own, is told"
+        assert httpx2.get(f"{live.url}/health", timeout=HANG_S).json() == {"status": "draining"}
         gate.let(5)
         done = events_of(short.result().text)
         assert done[-1] == "[DONE]" and done[-2]["choices"][0]["finish_reason"] == "length", "it was let finish"
@@ -344,6 +347,7 @@ def test_the_first_signal_drains_and_the_deadline_ends_what_is_left() -> None:
         gate.let(1)
         cut = events_of(long.result().text)
         assert "shutting down" in cut[-2]["error"]["message"] and len(cut) >= 3 + 2 + 2
+        assert until(lambda: not _listens(live.url)), "then nobody is let in"
 
 
 def _listens(url: str) -> bool:
@@ -353,6 +357,10 @@ def _listens(url: str) -> bool:
     except (ConnectionRefusedError, ConnectionResetError):  # a socket that closes resets what knocks at that moment
         return False
     return True
+
+
+def _drains(url: str) -> bool:
+    return bool(httpx2.get(f"{url}/health", timeout=HANG_S).json()["status"] == "draining")
 
 
 @contextlib.contextmanager
@@ -370,7 +378,7 @@ def test_a_signal_lets_the_process_finish_its_answers_and_end_with_0(long_story:
     with command("--drain", "3600") as (url, process), telling(url, {**long_story, "max_tokens": 60}) as short:
         with telling(url, long_story):
             process.send_signal(signal.SIGTERM)
-            assert until(lambda: not _listens(url))
+            assert until(lambda: _drains(url))
             assert list(short)[-1] == "data: [DONE]"
             assert process.poll() is None, "it waits for the other answer"
         assert process.wait(HANG_S) == 0, "whose reader has left"
@@ -380,7 +388,7 @@ def test_a_signal_lets_the_process_finish_its_answers_and_end_with_0(long_story:
 def test_a_second_signal_ends_the_process_at_once(long_story: dict[str, Any]) -> None:
     with command("--drain", "3600") as (url, process), telling(url, long_story) as long:
         process.send_signal(signal.SIGTERM)
-        assert until(lambda: not _listens(url)), "it drains"
+        assert until(lambda: _drains(url))
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(HANG_S) == 1

@@ -18,7 +18,8 @@ def sums(metrics: Metrics) -> dict[str, tuple[float, float]]:
 
 def test_an_answer_is_timed_to_its_first_token_between_tokens_and_to_its_end() -> None:
     """Five tokens, the first after 0.5 s, the last 2 s later: four gaps of half a second."""
-    metrics = Metrics(tiny_llm(), "tiny")
+    metrics = Metrics()
+    metrics.add(tiny_llm(), "tiny")
     metrics.done("stop", 0.5, 2.5, 5)
     assert sums(metrics) == {
         "time_to_first_token_seconds": (1, 0.5),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +18,9 @@ from quadriga.train.batch import IGNORE, TrainingBatch
 from quadriga.train.chat_data import Example
 from quadriga.train.config import RouterSection
 from quadriga.train.losses import NextToken
-from quadriga.train.objectives import DPO, GRPO, ORPO, Reference, _answers, without_adapter
+from quadriga.train.model_sampler import sample
+from quadriga.train.objectives import DPO, ORPO, Reference, without_adapter
 from quadriga.train.packing import ExampleSource
-from quadriga.train.rollout import number_reward, sample
 from quadriga.train.world import World
 from tests.nn.test_lora import ALL, model_of, random_factors
 
@@ -143,85 +142,6 @@ def test_orpo_and_its_gradient_are_the_papers() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("with_copy", [False, True])
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_grpo_is_the_advantage_weighted_gradient_and_the_k3_penalty(temperature: float, with_copy: bool) -> None:
-    _, documents = pair_batch()
-    model, base = adapted(), model_of("mixtral")
-    said = {token for ids, prompt in documents for token in ids[prompt:]}
-    never = [token for token in range(40, 97) if token not in said]
-    objective = GRPO(
-        Reference(base if with_copy else None), lambda *_: 0.0, n_samples=2, max_new_tokens=1, temperature=temperature,
-        kl_weight=0.4, end_ids=(), unused=never,
-    )  # fmt: skip
-    rolled = _answers([(ids[:prompt], ids[prompt:]) for ids, prompt in documents], torch.device("cpu"))
-    advantages = torch.tensor([1.5, -0.5, 0.0, 2.0], dtype=torch.float64)
-    loss = objective.loss(model, rolled, advantages)
-    loss.backward()
-    got = [g.clone() for g in gradients(model)]
-    model.zero_grad()
-    wanted = torch.zeros((), dtype=torch.float64)
-    policy = torch.zeros((), dtype=torch.float64)
-    for (ids, prompt), a in zip(documents, advantages, strict=True):
-        logp = naive_logp(model, ids, prompt, temperature, never)
-        with torch.no_grad():
-            reference = naive_logp(base, ids, prompt, temperature, never)
-        kl = torch.exp(reference - logp) - (reference - logp) - 1
-        assert (kl >= 0).all()
-        wanted = wanted + (-a + 0.4 * kl.mean()) / 2
-        policy = policy + (-a * logp.mean() + 0.4 * kl.mean()) / 2  # whose gradient is the policy gradient
-    torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-12)
-    policy.backward()
-    for mine, theirs in zip(got, gradients(model), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-12)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_grpo_follows_the_gradient_of_the_expected_reward_of_what_is_drawn(temperature: float) -> None:
-    """Every answer of one token, weighted by the probability with which ``sample`` draws it: no estimate is left."""
-    model = adapted()
-    prompt, unused, end = [5, 9, 11], list(range(70, 97)), 80
-    drawn = [token for token in range(97) if token not in unused or token == end]
-    rewards = torch.tensor([((7 * token) % 13) / 13 for token in drawn], dtype=torch.float64)
-    logits = model(torch.tensor(prompt), PackedContext([3])).logits[-1, drawn]
-    probabilities = (logits / temperature).softmax(-1)
-    (probabilities * rewards).sum().backward()
-    wanted = [g.clone() for g in gradients(model)]
-    model.zero_grad()
-    objective = GRPO(
-        Reference(None), lambda *_: 0.0, n_samples=len(drawn), max_new_tokens=1, temperature=temperature, kl_weight=0.0,
-        end_ids={end}, unused=unused,
-    )  # fmt: skip
-    rolled = _answers([(prompt, [token]) for token in drawn], torch.device("cpu"))
-    weights = len(drawn) * probabilities.detach() * rewards
-    objective.loss(model, rolled, weights).backward()
-    for mine, theirs in zip(gradients(model), wanted, strict=True):
-        torch.testing.assert_close(mine, -theirs, rtol=1e-6, atol=1e-12)
-
-
-def test_grpo_raises_the_reward(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = model_of("mixtral", torch.float32, std=0.08)
-    attach(model, LoraSpec(rank=4, alpha=8.0, targets=("embeddings", "head", "experts")))
-    liked = set(range(0, 97, 2))
-    objective = GRPO(
-        Reference(None), lambda _, answer: sum(t in liked for t in answer) / len(answer),
-        n_samples=8, max_new_tokens=6, temperature=1.0, kl_weight=0.0, end_ids=(),
-    )  # fmt: skip
-    ids = (5, 9, 11)
-    source = ExampleSource([(Example(ids, (IGNORE, IGNORE, 11)),)], ("prompt",), n_rows=1, seq_len=8, weigh="groups")
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    rewards = []
-    for step in range(25):
-        optimiser.zero_grad()
-        loss, metrics = objective(model, source.rows(step, 0, 1))
-        loss.backward()
-        optimiser.step()
-        rewards.append(float(metrics["reward"]))
-    # 48 of 97 tokens are liked: an untrained policy gets 0.5 +- 0.07 in 48 draws; five steps' mean +- 0.03.
-    assert sum(rewards[-5:]) / 5 > 0.8 > 0.65 > sum(rewards[:2]) / 2
-
-
 def test_samples_follow_the_models_probabilities() -> None:
     model = model_of("mixtral", torch.float32, std=0.3)
     prompt = [3, 1, 4, 1, 5]
@@ -265,18 +185,3 @@ def test_without_adapter_gives_the_base_model_and_restores_the_adapter() -> None
     with without_adapter(model):
         torch.testing.assert_close(model(ids, PackedContext([9])).logits, base(ids, PackedContext([9])).logits)
     assert torch.equal(model(ids, PackedContext([9])).logits, before)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer", "reward"),
-    [
-        ("so 3 * 24 = 72.", "... #### 72", 1.0),
-        ("it is 1,234 in all", "#### 1234", 1.0),
-        ("The answer is -5", "#### 5", 0.0),
-        ("72 at first, then 73", "#### 72", 0.0),
-        ("no idea", "#### 72", 0.0),
-        ("3.50 dollars", "#### 3.5", 1.0),
-    ],
-)
-def test_the_reward_reads_the_last_number(text: str, answer: str, reward: float) -> None:
-    assert number_reward(text, answer) == reward

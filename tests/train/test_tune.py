@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,82 +11,33 @@ import torch
 from typer.testing import CliRunner
 
 from quadriga.cli import app
+from quadriga.engine.live_sampler import LiveSampler
 from quadriga.errors import ConfigError, CorpusError
 from quadriga.hub import catalogue
 from quadriga.io.adapter import load
 from quadriga.io.open import open_checkpoint
 from quadriga.kernels.arrays import tensor
+from quadriga.model.config import ModelConfig
 from quadriga.nn.context import PackedContext
 from quadriga.nn.load import load_parameters
 from quadriga.nn.lora import attach
-from quadriga.nn.transformer import Transformer, random_parameters
+from quadriga.nn.transformer import Transformer
 from quadriga.quant.dtypes import DTYPES
+from quadriga.text.tokenizer import Tokenizer
 from quadriga.train.config import parse_toml
 from quadriga.train.metrics import read
 from quadriga.train.run_directory import RunDirectory
+from quadriga.train.services import SamplerOptions, Services
 from quadriga.train.shards import ShardReader
 from quadriga.train.tune import tune
 from quadriga.train.tune_config import TuneConfig
 from quadriga.train.tune_data import read_data
-from tests.checkpoint.models import TINY, write_hf
-from tests.text.vocabularies import write_bpe
-
-FACTS = [("sky", "blue"), ("grass", "green"), ("coal", "black"), ("snow", "white")]
+from tests.train.tune_runs import FACTS, LORA, settings, toml, write_base
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    config = replace(TINY["mixtral"], vocab_size=448, max_seq_len=96, eos_ids=(2,))
-    write_hf(tmp_path / "base", config, parameters=random_parameters(config, std=0.05))
-    write_bpe(tmp_path / "base", eos_token="<|im_end|>")
-    return tmp_path / "base"
-
-
-def rows(path: Path, objective: str) -> Path:
-    made = []
-    for thing, colour in FACTS * 6:
-        question, wrong = f"Colour of {thing}?", FACTS[(len(made) + 1) % 4][1]
-        match objective:
-            case "text":
-                made.append({"text": f"{thing} is {colour}. " * 4, "domain": "a" if thing < "m" else "b"})
-            case "dpo" | "orpo":
-                made.append({"prompt": question, "chosen": colour, "rejected": wrong + "!"})
-            case _:
-                made.append({"prompt": question, "response": colour})
-    path.write_text("\n".join(json.dumps(row) for row in made) + "\nbroken\n")
-    return path
-
-
-def toml(tmp_path: Path, base: Path, objective: str, extra: str = "", run: str = "run") -> str:
-    return f"""
-run = "{tmp_path / run}"
-model = "{base}"
-objective = "{objective}"
-[data]
-files = ["{rows(tmp_path / "rows.jsonl", objective)}"]
-held_out_every = 6
-seq_len = 64
-rows = 2
-{'label = "domain"' if objective == "text" else ""}
-[schedule]
-steps = 12
-warmup_steps = 1
-[optimiser]
-learning_rate = 2e-2
-weight_decay = 0.0
-[evaluate]
-every = 12
-[log]
-report = false
-{extra}
-"""
-
-
-def settings(*args: Any, **kwargs: Any) -> TuneConfig:
-    return parse_toml(toml(*args, **kwargs).encode(), TuneConfig)
-
-
-LORA = '[lora]\nrank = 4\nalpha = 8.0\ntargets = ["attention", "experts", "router"]\n'
+    return write_base(tmp_path / "base")
 
 
 @pytest.mark.parametrize("objective", ["sft", "text", "dpo", "orpo"])
@@ -157,28 +106,112 @@ def test_the_average_of_the_weights_is_written_where_there_is_one(tmp_path: Path
     assert not torch.equal(saved.whole(name), saved.whole(name.replace("ema/", "parameter/")))
 
 
-def test_grpo_renders_with_the_runs_template_and_trains_on_every_question(tmp_path: Path, base: Path) -> None:
+def test_grpo_renders_with_the_runs_template_and_holds_questions_out(tmp_path: Path, base: Path) -> None:
     text = toml(tmp_path, base, "grpo", LORA).replace(
         "seq_len = 64", 'seq_len = 64\ntemplate = "{{ messages[0].content }}!"'
     )
     config = parse_toml(text.encode(), TuneConfig)
     tokenizer = open_checkpoint(base).load_tokenizer(catalogue.cl100k_ranks)
     assert tokenizer is not None
-    source, held_out, problems, _ = read_data(config, tokenizer)
-    assert {tokenizer.decode(ids) for ids in problems} == {f"Colour of {thing}?!" for thing, _ in FACTS}
-    assert len(source._groups) == 24 and not held_out
+    rows = read_data(config, tokenizer)
+    assert {tokenizer.decode(ids) for ids in rows.problems} == {f"Colour {i} of {FACTS[i % 4][0]}?!" for i in range(24)}
+    assert rows.problems[rows.questions[0].ids].row["response"] in dict(FACTS).values()
+    assert len(rows.train._groups) == 20 and len(rows.questions) == 4 and not rows.held_out
+    assert rows.train.rows_per_epoch == 20, "a question has a row of its own"
+    some = [json.dumps({"prompt": p, "response": "1"}) + "\n" for p in "abcdefabcghijklm"]
+    (tmp_path / "rows.jsonl").write_text("".join(some))
+    rows = read_data(config, tokenizer)
+    assert [tokenizer.decode(one.ids) for one in rows.questions] == ["f!", "i!"], "every sixth"
+    assert len(rows.train._groups) == 11, "one that occurs twice is one"
+    with pytest.raises(CorpusError, match=r"data.rows must be at most the number of questions, 11, got 12"):
+        read_data(parse_toml(text.replace("rows = 2", "rows = 12").encode(), TuneConfig), tokenizer)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": "1?", "response": a}) + "\n" for a in "12"))
     with pytest.raises(CorpusError, match="a question must have one answer"):
         read_data(config, tokenizer)
-    given = parse_toml(text.replace("seq_len", 'held_out = ["x"]\nseq_len').encode(), TuneConfig)
-    with pytest.raises(ConfigError, match="grpo samples its answers"):
-        read_data(given, tokenizer)
+    asked = [{"messages": [{"role": "user", "content": f"{i}?"}], "test": f"assert {i}"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    with pytest.raises(CorpusError, match="no answer that a sampled one could be compared with"):
+        read_data(config, tokenizer)
+    coded = parse_toml((text + "[[grpo.rewards]]\nkind = 'code'\n").encode(), TuneConfig)
+    assert [one.row["test"] for one in read_data(coded, tokenizer).problems.values()] == [row["test"] for row in asked]
+
+
+GRPO = (
+    LORA
+    + """
+[grpo]
+samples = 6
+max_new_tokens = 5
+kl_weight = 0.01
+updates = 2
+[[grpo.rewards]]
+kind = "regex"
+pattern = "[aeiou]"
+[[grpo.rewards]]
+kind = "finished"
+weight = 0.25
+[checkpoint]
+every = 4
+"""
+)
+
+
+def sampler(config: ModelConfig, tokenizer: Tokenizer, options: SamplerOptions) -> LiveSampler:
+    return LiveSampler(config, tokenizer, form=options.format, max_len=options.max_len, threads=1)
+
+
+def test_grpo_samples_by_the_engine_and_resumes_between_rollouts(tmp_path: Path, base: Path) -> None:
+    """Stopped in the middle of a rollout's updates it goes on to the rollout's end, and resumes with the same bits."""
+    services = Services(sampler=sampler)
+    once = tune(settings(tmp_path, base, "grpo", GRPO), services=services)
+    assert once.done and once.result is not None
+    lines = read(tmp_path / "run" / "metrics.jsonl")
+    rewards = [line["reward"] for line in lines if "reward" in line]
+    assert len(rewards) == 12 and rewards[::2] == rewards[1::2], "two updates on the same answers"
+    held_out = [line["held_out"]["held out"] for line in lines if "held_out" in line]
+    assert [one["questions"] for one in held_out] == [4, 4]
+    clipped = [line["clipped"] for line in lines if "reward" in line]
+    assert not any(clipped[::2]) and any(clipped[1::2]), "at the first update every ratio is 1"
+    calls = iter(range(100))
+    config = settings(tmp_path, base, "grpo", GRPO, run="again")
+    first = tune(config, stop=lambda: next(calls) >= 2, services=services)
+    assert not first.done and first.step == 4
+    second = tune(config, services=services)
+    assert second.done and second.result is not None
+    names = ("adapter.safetensors", "quadriga_adapter.json")
+    assert [(second.result / n).read_bytes() for n in names] == [(once.result / n).read_bytes() for n in names]
+    with pytest.raises(ConfigError, match="grpo samples with the engine"):
+        tune(settings(tmp_path, base, "grpo", GRPO, run="third"))
+
+
+def test_grpo_of_all_parameters_samples_from_the_model_that_is_trained(tmp_path: Path, base: Path) -> None:
+    text = toml(tmp_path, base, "grpo", GRPO.replace(LORA, ""))
+    config = parse_toml(text.replace("updates = 2", 'updates = 2\nsampler = "model"').encode(), TuneConfig)
+    outcome = tune(config)
+    assert outcome.done and outcome.result == tmp_path / "run" / "model"
+    engine = tune(
+        settings(tmp_path, base, "grpo", GRPO.replace(LORA, ""), run="engine"), services=Services(sampler=sampler)
+    )
+    assert engine.done
+    losses = [
+        [line["loss"] for line in read(tmp_path / run / "metrics.jsonl") if "loss" in line] for run in ("run", "engine")
+    ]
+    assert losses[0] != losses[1], "other answers were drawn"
+
+
+def test_grpo_is_saved_between_rollouts_only() -> None:
+    good = 'run = "r"\nmodel = "m"\nobjective = "grpo"\n[data]\nfiles = ["f"]\n[grpo]\nupdates = 3\n'
+    with pytest.raises(ConfigError, match=r"checkpoint.every must be a multiple of grpo.updates.*got 200 and 3"):
+        parse_toml(good.encode(), TuneConfig)
+    parse_toml((good + "[checkpoint]\nevery = 300\n").encode(), TuneConfig)
+    with pytest.raises(ConfigError, match=r"schedule.steps must be a multiple of grpo.updates"):
+        parse_toml((good + "[checkpoint]\nevery = 300\n[schedule]\nsteps = 7\n").encode(), TuneConfig)
 
 
 def test_plain_text_ends_with_the_end_of_text(tmp_path: Path, base: Path) -> None:
     tokenizer = open_checkpoint(base).load_tokenizer(catalogue.cl100k_ranks)
     assert tokenizer is not None
-    source, _, _, _ = read_data(settings(tmp_path, base, "text"), tokenizer)
+    source = read_data(settings(tmp_path, base, "text"), tokenizer).train
     assert all(group[0].targets[-1] == tokenizer.special_ids["<|endoftext|>"] for group in source._groups)
 
 
@@ -187,9 +220,9 @@ def test_max_rows_limits_the_rows_read(tmp_path: Path, base: Path) -> None:
     config = parse_toml(text.encode(), TuneConfig)
     tokenizer = open_checkpoint(base).load_tokenizer(catalogue.cl100k_ranks)
     assert tokenizer is not None
-    source, held_out, _, rejects = read_data(config, tokenizer)
-    assert len(source._groups) + len(held_out["held out"]._groups) == 7  # type: ignore[attr-defined]
-    assert rejects.n == 0, "the broken line lies behind"
+    rows = read_data(config, tokenizer)
+    assert len(rows.train._groups) + len(rows.held_out["held out"]._groups) == 7  # type: ignore[attr-defined]
+    assert rows.rejects.n == 0, "the broken line lies behind"
 
 
 def test_the_commands(tmp_path: Path, base: Path) -> None:
@@ -203,11 +236,21 @@ def test_the_commands(tmp_path: Path, base: Path) -> None:
     for command in (
         ["adapter", "export", str(base), adapter, str(tmp_path / "peft")],
         ["adapter", "import", str(base), str(tmp_path / "peft"), str(tmp_path / "ours")],
-        ["adapter", "merge", str(base), str(tmp_path / "ours"), str(tmp_path / "merged"), "--to", "hf"],
+        ["adapter", "merge", str(base), str(tmp_path / "ours"), str(tmp_path / "merged")],
     ):
         result = runner.invoke(app, command)
         assert result.exit_code == 0, result.output
     assert open_checkpoint(tmp_path / "merged").config == open_checkpoint(base).config
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ours = Transformer.from_parameters(
+        open_checkpoint(base).config, load_parameters(open_checkpoint(tmp_path / "merged"), dtype=torch.float32)
+    ).eval()
+    ids = torch.arange(20)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(ids[None]).logits[0], ours(ids, PackedContext([20])).logits, rtol=1e-3, atol=1e-3
+        )
 
 
 def test_unknown_keys_and_impossible_values_are_refused() -> None:
@@ -223,6 +266,8 @@ def test_unknown_keys_and_impossible_values_are_refused() -> None:
                 parse_toml(f'objective = "{objective}"\n{good}[router]\n{key} = 0.1\n'.encode(), TuneConfig)
     with pytest.raises(ConfigError, match="bias_fade must be above 0"):
         parse_toml((good + "[router]\nbias_rate = 0.1\nbias_fade = 0.0\n").encode(), TuneConfig)
+    with pytest.raises(ConfigError, match=r"parallel.context and parallel.pipeline cut heads, rows"):
+        parse_toml((good + "[parallel]\ncontext = 2\n").encode(), TuneConfig)
     with pytest.raises(ConfigError, match="grpo needs samples >= 2"):
         parse_toml((good + "[grpo]\nsamples = 1\n").encode(), TuneConfig)
     with pytest.raises(ConfigError, match="temperature >= 1e-5"):

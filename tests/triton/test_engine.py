@@ -14,6 +14,7 @@ from quadriga.nn.transformer import Transformer, random_parameters
 from quadriga.runners.base import Runner
 from quadriga.runners.cuda.device_array import DeviceArray
 from quadriga.runners.cuda.runner import CudaRunner
+from quadriga.runners.cuda.weights import DeviceWeights
 from quadriga.runners.torch import TorchRunner
 from tests.checkpoint.models import TINY
 from tests.runners.test_compiled import sequence
@@ -45,8 +46,12 @@ def answers(runner: Runner) -> list[list[TokenEvent]]:
     return [said[number] for number in numbers]
 
 
-def model(config: ModelConfig) -> Transformer:
-    return Transformer.from_parameters(config, random_parameters(config, std=0.3))
+def parameters(config: ModelConfig) -> dict[str, torch.Tensor]:
+    return random_parameters(config, std=0.3)
+
+
+def weights(config: ModelConfig) -> DeviceWeights:
+    return DeviceWeights(parameters(config))
 
 
 @pytest.mark.parametrize(
@@ -54,8 +59,8 @@ def model(config: ModelConfig) -> Transformer:
 )
 def test_answers_are_those_of_plain_torch(family: str) -> None:
     config = replace(TINY[family], max_seq_len=80)
-    mine = answers(CudaRunner(model(config), 24, n_slots=12))
-    theirs = answers(TorchRunner(model(config), 24, n_slots=12))
+    mine = answers(CudaRunner(config, weights(config), 24, n_slots=12))
+    theirs = answers(TorchRunner(Transformer.from_parameters(config, parameters(config)), 24, n_slots=12))
     for one, other in zip(mine, theirs, strict=True):
         assert [e.token_id for e in one] == [e.token_id for e in other] and len(one) == 6
         for a, b in zip(one, other, strict=True):
@@ -69,7 +74,7 @@ def test_a_step_reads_nothing_but_what_was_sampled(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(DeviceArray, "host", lambda self: pytest.fail("logits were read"))
     plain = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetched.append(self.numel()) or plain(self))
-    engine = Engine(CudaRunner(model(TINY["dbrx"]), 24), max_batch_tokens=64, max_sequences=4)
+    engine = Engine(CudaRunner(TINY["dbrx"], weights(TINY["dbrx"]), 24), max_batch_tokens=64, max_sequences=4)
     for one in ASKED[:3]:
         engine.submit(one)
     steps = 0

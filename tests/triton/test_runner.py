@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quadriga.errors import ConfigError, RequestError
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model.cache_layout import cache_layout
 from quadriga.model.config import ModelConfig, QKNormSpec
 from quadriga.nn.transformer import Transformer, random_parameters
@@ -19,6 +19,7 @@ from quadriga.runners.cuda.inputs import slots_and_tables, tiles_of
 from quadriga.runners.cuda.missing import require_kernels
 from quadriga.runners.cuda.model import Computed
 from quadriga.runners.cuda.runner import CudaRunner
+from quadriga.runners.cuda.weights import DeviceWeights
 from quadriga.runners.torch import TorchRunner
 from tests.batches import batch, logits_of, passed
 from tests.checkpoint.models import TINY
@@ -45,9 +46,10 @@ def parameters(config: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def pair(config: ModelConfig, **options: object) -> tuple[CudaRunner, TorchRunner]:
-    model = Transformer.from_parameters(config, parameters(config))
+    values = parameters(config)
+    model, weights = Transformer.from_parameters(config, values), DeviceWeights(values)
     cache = cache_layout(config)
-    kernels = CudaRunner(model, N_BLOCKS * cache.n_groups, cache, n_slots=N_BLOCKS, **options)  # type: ignore[arg-type]
+    kernels = CudaRunner(config, weights, N_BLOCKS * cache.n_groups, cache, n_slots=N_BLOCKS, **options)  # type: ignore[arg-type]
     return kernels, TorchRunner(model, N_BLOCKS * cache.n_groups, cache, n_slots=N_BLOCKS)
 
 
@@ -170,9 +172,14 @@ def test_every_bucket_is_captured_once_and_replayed_from_the_same_tensors() -> N
 
     kernels, plain = pair(TINY["mixtral"], capture=capture, most_tokens=5)
     assert isinstance(kernels._graphs, DecodeGraphs) and kernels._graphs.buckets == [1, 2, 4, 8]
-    every = passes(TINY["mixtral"])
+    every, addresses = passes(TINY["mixtral"]), []
     for one in every:
         torch.testing.assert_close(logits_of(kernels, one), logits_of(plain, one), rtol=1e-4, atol=1e-4)
+        if captured:
+            static = kernels._graphs._made[4][0].inputs
+            read = (static.tokens, static.positions, *static.slots, *static.tables)
+            addresses.append([(t.data_ptr(), t.shape, t.stride()) for t in read])
+    assert len(addresses) == 3 and addresses[0] == addresses[1] == addresses[2], "a graph reads the same memory"
     logits_of(kernels, batch([([4], 0, [8])]))
     assert len(captured) == 2 and replays == [1, 1, 2], "three sequences fill up four places"
 
@@ -209,4 +216,4 @@ def test_what_no_kernel_has_is_refused() -> None:
             require_kernels(config)
     wide = {name: values.double() for name, values in parameters(TINY["llama2"]).items()}
     with pytest.raises(ConfigError, match="float64"):
-        CudaRunner(Transformer.from_parameters(TINY["llama2"], wide), 4)
+        DeviceWeights(wide)

@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from quadriga.errors import CheckpointError
-from quadriga.kernels.cpu.packing import Packed, pack, pack_blocks, pack_mx4
+from quadriga.kernels.cpu.packing import pack, pack_blocks, pack_mx4
 from quadriga.kernels.triton import weights
+from quadriga.kernels.triton.embedding import embed
 from quadriga.kernels.triton.grouped import grouped_product
+from quadriga.kernels.triton.packed import PLANES, from_packed
 from quadriga.quant import codec, mxfp4
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import FROM_GGUF
+from tests.triton.drawn import ints
 
 ROWS, E = 37, 3
 
@@ -27,7 +30,7 @@ def test_a_packed_matrix_and_a_file_s_blocks_have_the_same_planes(source: str, c
     raw = _raw(source, columns)
     one = len(raw) // E
     packed = [pack_blocks(raw[e * one : (e + 1) * one], source, ROWS, columns, FROM_GGUF[source]) for e in range(E)]
-    ours, truth = weights.from_packed(packed), weights.from_blocks(source, raw, E, ROWS, columns)
+    ours, truth = from_packed(packed, E), weights.from_blocks(source, raw, E, ROWS, columns)
     assert ours.format == truth.format and ours.columns == truth.columns == columns
     if columns % 64 == 0:  # else what pads a row is anything
         for a, b in zip(ours.planes, truth.planes, strict=True):
@@ -36,12 +39,17 @@ def test_a_packed_matrix_and_a_file_s_blocks_have_the_same_planes(source: str, c
     assert torch.equal(*(grouped_product(identity, w.expert(2)) for w in (ours, truth)))
 
 
-@pytest.mark.parametrize("form", ["q8", "q4", "q4m", "q4k"])
+@pytest.mark.parametrize("form", PLANES)
 def test_a_packed_matrix_is_unpacked_to_its_numbers(form: str) -> None:
-    values = np.random.default_rng(5).normal(size=(ROWS, 256)).astype(np.float32)
+    """By the product with the identity, and as rows of a table."""
+    columns = 300  # no whole block, nor whole groups
+    values = np.random.default_rng(5).normal(size=(ROWS, columns)).astype(np.float32)
     packed = pack(values, form)
-    ours = grouped_product(torch.eye(256), weights.from_packed([packed]))
-    np.testing.assert_allclose(ours.numpy().T, packed.unpack(), rtol=3e-7, atol=1e-7)
+    ours, truth = from_packed([packed], 1), packed.unpack()
+    assert ours.format == PLANES[form] and (ours.rows, ours.columns) == (ROWS, columns)
+    np.testing.assert_allclose(grouped_product(torch.eye(columns), ours).numpy().T, truth, rtol=3e-7, atol=1e-7)
+    looked_up = embed(ints(36, 0, 36, 17), ours, 3.0)
+    np.testing.assert_allclose(looked_up.numpy(), 3 * truth[[36, 0, 36, 17]], rtol=3e-7, atol=3e-7)
 
 
 def test_mx4_keeps_its_powers_of_two() -> None:
@@ -51,7 +59,7 @@ def test_mx4_keeps_its_powers_of_two() -> None:
     blocks = mxfp4.as_mx4(codes, scales)
     assert blocks is not None
     packed = pack_mx4(blocks, ROWS, 64)
-    ours = grouped_product(torch.eye(64), weights.from_packed([packed]))
+    ours = grouped_product(torch.eye(64), from_packed([packed], 1))
     assert np.array_equal(ours.numpy().T, packed.unpack())
 
 
@@ -79,13 +87,10 @@ def test_what_has_no_planes_or_is_no_number_is_an_error() -> None:
         weights.from_blocks("mxfp4", blocks, 1, 1, 32)
     with pytest.raises(CheckpointError, match="fp8 must be numbers"):
         weights.from_fp8(torch.full((1, 1, 32), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn), torch.ones(1, 1, 1))
-    packed = Packed("q6k", 16, 256, np.zeros(3392, dtype=np.uint8))
-    with pytest.raises(CheckpointError, match="q8, q4, q4m, mx4, q4k; got q6k"):
-        weights.from_packed([packed])
 
 
 @pytest.mark.parametrize("form", weights.GROUP)
 def test_planes_without_numbers_are_as_large_as_they_say(form: str) -> None:
-    weight = weights.meta(form, 2, 24, 1024)
+    weight = weights.empty(form, 2, 24, 1024)
     bits = 16.0 if form == "plain" else weights.BITS[form]
     assert weight.nbytes == 2 * 24 * 1024 * bits / 8

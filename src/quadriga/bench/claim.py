@@ -27,7 +27,7 @@ import numpy as np
 from quadriga.bench.roofline import peak_ops_per_s, read_bytes_per_s
 from quadriga.errors import ConfigError
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model import cost, families
 from quadriga.model.config import ModelConfig
 from quadriga.model.weight_map import layer_shapes, parameter_shapes, stays_float32

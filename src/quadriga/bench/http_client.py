@@ -93,11 +93,12 @@ class Connection(asyncio.Protocol):
         self._done: asyncio.Future[None] | None = None
         self._reset()
 
-    async def request(self, method: str, path: str, body: bytes = b"") -> Exchange:
+    async def request(self, method: str, path: str, body: bytes = b"", *, kind: str = "application/json") -> Exchange:
         """Send a request and wait for the complete response.
 
         Args:
             path: relative to the target's prefix, e.g. "/chat/completions".
+            kind: content type of the body.
 
         Raises:
             OSError: no connection, or it was lost before the response was complete.
@@ -112,7 +113,7 @@ class Connection(asyncio.Protocol):
         done = self._done = asyncio.get_running_loop().create_future()
         head = [f"{method} {self._at.prefix}{path} HTTP/1.1", f"host: {self._at.authority}", "accept: */*"]
         if body:
-            head += ["content-type: application/json", f"content-length: {len(body)}"]
+            head += [f"content-type: {kind}", f"content-length: {len(body)}"]
         if self._at.key:
             head.append(f"authorization: Bearer {self._at.key}")
         self._exchange.started = time.perf_counter()

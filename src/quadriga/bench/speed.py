@@ -21,7 +21,7 @@ from quadriga.engine.engine import Engine
 from quadriga.engine.request import Request, SamplingParams
 from quadriga.errors import ConfigError
 from quadriga.kernels.cpu.packing import Packed, Parameter
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model import cost
 from quadriga.model.config import ModelConfig
 from quadriga.runners.base import Runner

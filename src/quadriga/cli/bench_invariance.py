@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quadriga.cli import options
+from quadriga.cli.rules import is_address
 
 if TYPE_CHECKING:
     from quadriga.bench.invariance import Difference, Question
@@ -44,7 +45,7 @@ def bench_invariance_command(
     check_ranges(prompt_tokens=prompt_tokens, max_tokens=max_tokens, timeout=timeout, requests=requests + 1)
     n = requests or max(16, 4 * max(crowds))
     asked = questions(n, prompt_tokens=prompt_tokens, max_tokens=max_tokens, temperature=temperature, seed=seed or 0)
-    if target.startswith(("http://", "https://")):
+    if is_address(target):
         name, rows = _of_server(target, api_key, api_model, asked, crowds, chat=not completions, timeout_s=timeout)
     else:
         name, rows = target, _of_model(target, asked, crowds, format=format, dtype=dtype, threads=threads)

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quadriga.cli import options
+from quadriga.cli.rules import is_address
 from quadriga.option_rules import Rule
 
 if TYPE_CHECKING:
-    from quadriga.evaluate.harness import TaskResult
+    from quadriga.evaluate.data import Data
+    from quadriga.evaluate.harness import Options, TaskResult
     from quadriga.evaluate.model import LanguageModel
+    from quadriga.evaluate.sandbox import Sandbox
+    from quadriga.evaluate.tasks.base import Task
 
 _TASKS = "Tasks"
 _REMOTE = "A model behind an address"
@@ -110,48 +114,30 @@ def eval_command(
     --out. Weights are packed as float32 where that takes at most a third of the free memory, and the cache with them.
     Coding tasks are answered at temperature 0, or 0.8 for several samples.
     """
-    from quadriga import __version__
-    from quadriga.errors import EvaluationError
-    from quadriga.evaluate import report
     from quadriga.evaluate.data import Data
-    from quadriga.evaluate.harness import Options, run_task
-    from quadriga.evaluate.sandbox import Sandbox, package_folders
-    from quadriga.evaluate.tasks import select
-    from quadriga.option_rules import as_flag, refuse_unused
+    from quadriga.evaluate.harness import Options
+    from quadriga.evaluate.sandbox import Sandbox
 
     options.require_picture(picture)
     if tasks is None:
         list_tasks()
         return
-    chosen = select([name.strip() for name in tasks.split(",") if name.strip()])
-    if not chosen:
-        raise EvaluationError("--tasks must name at least one task; without it they are listed")
+    chosen = _chosen(tasks)
     how = Options(
         limit=limit, shots=shots, samples=samples, ks=tuple(k or (1,)), temperature=temperature, seed=seed or 0
     )
     coding = {"k": k, "temperature": temperature, "seed": seed, "unsafe_exec": unsafe_exec}
-    coding |= {"samples": None if samples == 1 else samples}
-    facts = {"code": any(task.kind == "code" for task in chosen), "code_temperature": how.code_temperature}
-    refuse_unused(_CODING, coding | facts, as_flag)
-    judged = [task.name for task in chosen if task.judged]
-    refuse_unused(_JUDGED, {"judge": judge, "judge_model": judge_model, "judged": bool(judged)}, as_flag)
-    if judged and judge is None:
-        raise EvaluationError(f"{judged[0]} is graded by a judge: give one with --judge (a model, or an API's address)")
+    coding |= {"samples": None if samples == 1 else samples, "code_temperature": how.code_temperature}
+    _require_used(chosen, coding, {"judge": judge, "judge_model": judge_model})
     sandbox = Sandbox.find(unsafe=unsafe_exec) if any(task.kind == "code" for task in chosen) else None
-    for name in {name for task in chosen for name in task.packages}:
-        package_folders(name)
-    if picture is not None:
-        report.pyplot()  # missing, it is missed now and not after hours
     data = Data(data_dir)
-    for task in chosen:
-        if task.build_for is None:
-            task.items(data, None, shots)  # missing data is missed now and not after a model is loaded
-    language_model: LanguageModel
-    results: list[TaskResult] = []
-    if model.startswith(("http://", "https://")):
+    _require_ready(chosen, data, shots, picture)
+    if is_address(model):
         from quadriga.evaluate.endpoints import connect
 
-        language_model = connect(model, api=api, model=api_model, key=api_key, chat=chat, parallel=concurrency)
+        language_model: LanguageModel = connect(
+            model, api=api, model=api_model, key=api_key, chat=chat, parallel=concurrency
+        )
     else:
         language_model = _local(
             model,
@@ -170,16 +156,83 @@ def eval_command(
     if restart:
         for task in chosen:
             (folder / "items" / f"{task.name}.jsonl").unlink(missing_ok=True)
-    from quadriga.cli.progress import progress_count
+    results = _results(chosen, language_model, data, folder, how, sandbox, grader)
+    _show(language_model, results, folder, as_json=json, picture=picture)
 
+
+def _chosen(tasks: str) -> list[Task]:
+    """The tasks of a list with commas."""
+    from quadriga.errors import EvaluationError
+    from quadriga.evaluate.tasks import select
+
+    chosen = select([name.strip() for name in tasks.split(",") if name.strip()])
+    if not chosen:
+        raise EvaluationError("--tasks must name at least one task; without it they are listed")
+    return chosen
+
+
+def _require_used(chosen: list[Task], coding: dict[str, Any], judging: dict[str, str | None]) -> None:
+    """Refuse what these tasks would ignore, and a missing judge.
+
+    Args:
+        coding: options of coding tasks, and the temperature that their programs are written at.
+        judging: options that name a judge.
+    """
+    from quadriga.errors import EvaluationError
+    from quadriga.option_rules import as_flag, refuse_unused
+
+    refuse_unused(_CODING, coding | {"code": any(task.kind == "code" for task in chosen)}, as_flag)
+    judged = [task.name for task in chosen if task.judged]
+    refuse_unused(_JUDGED, judging | {"judged": bool(judged)}, as_flag)
+    if judged and judging["judge"] is None:
+        raise EvaluationError(f"{judged[0]} is graded by a judge: give one with --judge (a model, or an API's address)")
+
+
+def _require_ready(chosen: list[Task], data: Data, shots: int | None, picture: Path | None) -> None:
+    """Miss now, and not after a model is loaded or hours have passed, what the tasks and their picture need."""
+    from quadriga.evaluate import report
+    from quadriga.evaluate.sandbox import package_folders
+
+    for name in {name for task in chosen for name in task.packages}:
+        package_folders(name)
+    if picture is not None:
+        report.pyplot()
+    for task in chosen:
+        if task.build_for is None:
+            task.items(data, None, shots)
+
+
+def _results(
+    chosen: list[Task],
+    model: LanguageModel,
+    data: Data,
+    folder: Path,
+    how: Options,
+    sandbox: Sandbox | None,
+    grader: LanguageModel | None,
+) -> list[TaskResult]:
+    """Run the tasks one after the other; what is known so far is in the folder after each."""
+    from quadriga import __version__
+    from quadriga.cli.progress import progress_count
+    from quadriga.evaluate import report
+    from quadriga.evaluate.harness import run_task
+
+    results: list[TaskResult] = []
     for task in chosen:
         with progress_count(task.title) as show:
-            results.append(
-                run_task(task, language_model, data, folder, how, runner=sandbox, judge=grader, progress=show)
-            )
-        report.write(folder, language_model, results, __version__)
-    if json:
-        print(options.as_json(report.as_json(language_model, results, __version__)))
+            results.append(run_task(task, model, data, folder, how, runner=sandbox, judge=grader, progress=show))
+        report.write(folder, model, results, __version__)
+    return results
+
+
+def _show(
+    model: LanguageModel, results: list[TaskResult], folder: Path, *, as_json: bool, picture: Path | None
+) -> None:
+    from quadriga import __version__
+    from quadriga.evaluate import report
+
+    if as_json:
+        print(options.as_json(report.as_json(model, results, __version__)))
     else:
         print_table(report.table(results))
         if any(result.sample for result in results):
@@ -190,12 +243,12 @@ def eval_command(
             )
         print(f"results in {folder}", file=sys.stderr)
     if picture is not None:
-        report.picture(picture, language_model.name, results)
+        report.picture(picture, model.name, results)
 
 
 def open_judge(judge: str, model: str | None) -> LanguageModel:
     """The judge: a chat API's model, or a model in this process with its chat template."""
-    if judge.startswith(("http://", "https://")):
+    if is_address(judge):
         from quadriga.evaluate.endpoints import connect
 
         return connect(judge, model=model, chat=True)
@@ -220,7 +273,7 @@ def _local(model: str, chat: bool, **given: Any) -> LanguageModel:
     if kernels and how.kv_format is None and how.format == "float32":
         how = replace(how, kv_format="float32")
     llm = options.load_model(model, how)
-    loaded = {"dtype": how.dtype or "auto"}
+    loaded = {"dtype": how.dtype or "auto"} | ({} if how.format is None else {"format": how.format})
     if kernels:
         loaded = {"format": how.format or "keep", "activations": how.activations or "auto", "dtype": "kernels"}
         loaded["kv_format"] = how.kv_format or "bfloat16"

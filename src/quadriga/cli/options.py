@@ -142,6 +142,14 @@ Out = Annotated[Path, _OUT]
 OutOrNone = Annotated[Path | None, _OUT]
 AdapterFolder = Annotated[Path, typer.Argument(help="The adapter's folder, ours or peft's.")]
 To = Annotated[str, typer.Option(help="quadriga, hf (safetensors) or gguf.", rich_help_panel=_RESULT)]
+MergedTo = Annotated[
+    str | None,
+    typer.Option(
+        "--to",
+        help="hf (safetensors that transformers opens; the default), quadriga (the default with --format) or gguf.",
+        rich_help_panel=_RESULT,
+    ),
+]
 Layout = Annotated[
     str | None, typer.Option(help="With hf: one of the family's Hugging Face layouts.", rich_help_panel=_RESULT)
 ]
@@ -394,7 +402,7 @@ def load_model(model: str, options: LoadOptions) -> LLM:
 
     from quadriga import runtime
     from quadriga.cli.progress import progress_bar
-    from quadriga.engine.llm import load
+    from quadriga.engine.load import load
 
     if options.parallel is not None and runtime.follows():
         return load(model, **asdict(options))

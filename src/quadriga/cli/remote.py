@@ -9,6 +9,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quadriga.cli.rules import is_address
 from quadriga.errors import QuadrigaError, RequestError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class RemoteModel:
     expert_store = None
 
     def __init__(self, url: str, key: str | None = None, model: str | None = None) -> None:
-        if not url.startswith(("http://", "https://")):
+        if not is_address(url):
             raise RequestError(f"--url must be an address such as http://127.0.0.1:8000, got {url!r}")
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._headers = {"content-type": "application/json"}

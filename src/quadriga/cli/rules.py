@@ -19,8 +19,13 @@ def _all(options: Iterable[str], when: Callable[[Options], bool], why: str) -> t
     return tuple(Rule(option, when, why) for option in options)
 
 
+def is_address(text: str) -> bool:
+    """True for the address of a server, where a model's name could stand as well."""
+    return text.startswith(("http://", "https://"))
+
+
 def _remote(options: Options, argument: str = "model") -> bool:
-    return str(options[argument]).startswith(("http://", "https://"))
+    return is_address(str(options[argument]))
 
 
 def _weighs_errors(options: Options) -> bool:
@@ -170,6 +175,29 @@ RULES: dict[str, tuple[Rule, ...]] = {
             ("api_model", "api_key", "timeout", "completions"),
             lambda o: _remote(o, "target"),
             "the model runs in this process. Give an address, or leave it out",
+        ),
+    ),
+    "serve": (
+        *_all(
+            ("models_memory", "parallel", "admin_key", "stay_on_failure"),
+            lambda o: o["replicas"] == 1,
+            "it is for a server of one process. Leave one of it and {replicas} out",
+        ),
+        Rule(
+            "keep_alive",
+            lambda o: o["models_memory"] is not None,
+            "models that are loaded at the start stay. Give {models_memory}, or leave it out",
+        ),
+        Rule(
+            "parallel",
+            lambda o: o["models_memory"] is None,
+            "ranks follow one engine from the start to the end. Leave one of {parallel} and {models_memory} out",
+        ),
+        Rule(
+            "adapter",
+            lambda o: o["models_memory"] is None,
+            "they are added to a model that is loaded at the start; over HTTP ({admin_key}) they keep a model from "
+            "leaving. Leave one of the two out",
         ),
     ),
     "compare": (Rule("markdown", lambda o: not o["json"], "{json} prints JSON. Leave one of the two out"),),

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quadriga.cli import options
 
 if TYPE_CHECKING:
+    import socket
+
+    from quadriga.engine.llm import LLM
     from quadriga.engine.load_options import LoadOptions
+    from quadriga.server.files import FileStore
     from quadriga.server.fleet import Fleet
+    from quadriga.server.front.replica import Order
+    from quadriga.server.guard import Limits
+    from quadriga.server.on_demand import OnDemand
+    from quadriga.server.service import Service
 
 
 def serve_command(
@@ -57,7 +65,22 @@ def serve_command(
         str | None,
         typer.Option(help="debug, info (a line for every request), warning or error; default: warning."),
     ] = None,
+    otlp_traces_endpoint: Annotated[
+        str | None, typer.Option(help="Send a span of every request to this OTLP/HTTP address; needs the extra otel.")
+    ] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="Lines of the access log are JSON.")] = False,
+    replicas: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="Processes that answer behind one address, each with the whole model."),
+    ] = 1,
+    models_memory: Annotated[
+        str | None,
+        typer.Option(help="Load models when asked for, so much of them, e.g. 16GB; without MODEL any that is here."),
+    ] = None,
+    keep_alive: Annotated[
+        str,
+        typer.Option(help="How long such a model stays when idle: 5m, 1h30m, seconds; -1: for ever, 0: not at all."),
+    ] = "5m",
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 256,
     max_sequences: Annotated[int, typer.Option(min=1, help="Requests that are computed at once.")] = 64,
     max_batch_tokens: Annotated[
@@ -69,6 +92,7 @@ def serve_command(
     tokens_per_minute: Annotated[
         int, typer.Option(help="Tokens read and made for each key or address; 0 is no limit.")
     ] = 0,
+    tokens_per_day: Annotated[int, typer.Option(help="The same in a day, refilled all the time; 0 is no limit.")] = 0,
     concurrent: Annotated[
         int, typer.Option(help="Answers and embedded texts at once for each key or address; 0 is no limit.")
     ] = 0,
@@ -108,9 +132,11 @@ def serve_command(
     from quadriga.errors import ConfigError
     from quadriga.server.files import FileStore
     from quadriga.server.fleet import Fleet
+    from quadriga.server.front.replica import Order
     from quadriga.server.guard import Limits, is_loopback
     from quadriga.server.run import Certificate, listen, listen_at, serve
     from quadriga.server.service import Service
+    from quadriga.server.tracing import Spans
     from quadriga.text.tool_calls.forms import FORMS
 
     how = options.load_options(
@@ -126,16 +152,25 @@ def serve_command(
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
     )
-    models = _models(model or [DEFAULT], name or ())
-    if len(models) > 1 and parallel is not None:
+    models = [] if models_memory is not None and not model else _models(model or [DEFAULT], name or ())
+    if len(models) != 1 and parallel is not None:
         raise ConfigError("--parallel is for a server of one model: its ranks follow one engine")
-    options.follow_if_rank(models[0][0], how)
+    budget = None if models_memory is None else options.size(models_memory, "--models-memory")
+    if budget is None:
+        options.follow_if_rank(models[0][0], how)
     adapters = _adapters(adapter or (), how)
-    if len(models) > 1 and adapters:
+    if len(models) != 1 and replicas > 1:
+        raise ConfigError("--replicas is for a server of one model: each replica has it whole")
+    if len(models) != 1 and adapters:
         raise ConfigError("--adapter is for a server of one model; add them over HTTP, with --admin-key")
+    if not models and prefix_cache is not None:
+        raise ConfigError("--prefix-cache is shared out among models that are named: give MODEL beside --models-memory")
     keys = tuple(api_key or ()) + tuple(k for k in (runtime.setting("API_KEYS") or "").split(",") if k)
     _check_keys(keys, admin_key)
-    if max_sequences < 1 or min(max_waiting, requests_per_minute, tokens_per_minute, concurrent, drain) < 0:
+    if (
+        max_sequences < 1
+        or min(max_waiting, requests_per_minute, tokens_per_minute, tokens_per_day, concurrent, drain) < 0
+    ):
         raise ConfigError("limits cannot be negative, and at least one request must run")
     if not 0 <= step_timeout < float("inf"):
         raise ConfigError(f"--step-timeout must be seconds, 0 for no limit; got {step_timeout:g}")
@@ -146,6 +181,7 @@ def serve_command(
         max_body_bytes=options.size(max_body, "--max-body"),
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
+        tokens_per_day=tokens_per_day,
         concurrent=concurrent,
         strict=strict,
         log_json=log_json,
@@ -160,11 +196,11 @@ def serve_command(
     if (tls_cert is None) != (tls_key is None):
         raise ConfigError("--tls-cert and --tls-key are given together")
     certificate = None if tls_cert is None or tls_key is None else Certificate(tls_cert, tls_key)
+    spans = None if otlp_traces_endpoint is None else Spans(otlp_traces_endpoint)
     listener = listen(host, port) if unix_socket is None else listen_at(unix_socket)
-    most = options.size(prefix_cache_size, "--prefix-cache-size") // len(models)
+    most = options.size(prefix_cache_size, "--prefix-cache-size") // max(1, len(models))
 
-    def service(path: str, names: list[str]) -> Service:
-        llm = options.load_model(path, how)
+    def service(llm: LLM, names: list[str]) -> Service:
         if prefix_cache is not None:
             llm.engine.keep_prefixes(prefix_cache / names[0].replace("/", "_"), most)
         for key, folder in adapters.items():
@@ -179,26 +215,59 @@ def serve_command(
             reasoning=reasoning,
         )
 
-    fleet = Fleet([service(path, names) for path, names in models])
-    place = "localhost" if unix_socket else f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    address = f"{'http' if certificate is None else 'https'}://{place}"
+    places = f"{max_sequences} requests at once, {max_waiting} may wait"
 
-    def started() -> None:
-        _greet(fleet, address, unix_socket, bool(keys), f"{max_sequences} requests at once, {max_waiting} may wait")
+    def started(names: Sequence[str], more: Sequence[str]) -> None:
+        place = "localhost" if unix_socket else f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        address = f"{'http' if certificate is None else 'https'}://{place}"
+        _greet(names, more, address, unix_socket, bool(keys))
         if unix_socket is None and not is_loopback(host) and not keys:
             print("warning: reachable from other machines without an API key; see --api-key", file=sys.stderr)
 
-    runtime.prefer_short_pauses()
     try:
+        if replicas > 1:
+            order = Order(
+                source=models[0][0],
+                names=models[0][1],
+                how=how,
+                max_waiting=max_waiting,
+                step_timeout_s=step_timeout,
+                tool_form=tool_form,
+                reasoning=reasoning,
+                strict=strict,
+                max_body_bytes=limits.max_body_bytes,
+                adapters=adapters,
+                prefix_cache=None if prefix_cache is None else str(prefix_cache / models[0][1][0].replace("/", "_")),
+                prefix_cache_bytes=most // replicas,
+            )
+            more = [f"{replicas} replicas; each: {places}"]
+            _serve_replicas(
+                order,
+                replicas,
+                limits,
+                listener,
+                drain_s=drain,
+                started=lambda: started(order.names[:1], more),
+                store=store,
+                certificate=certificate,
+                spans=spans,
+            )
+            return
+        if budget is None:
+            fleet = Fleet([service(options.load_model(path, how), names) for path, names in models])
+        else:
+            fleet = Fleet(on_demand=_on_demand(models, how, budget, keep_alive, max_waiting, service))
+        runtime.prefer_short_pauses()
         serve(
             fleet,
             limits,
             listener,
             drain_s=drain,
             stay_on_failure=stay_on_failure,
-            started=started,
+            started=lambda: started([one.card.name for one in fleet.listed()], _about(fleet, places, keep_alive)),
             store=store,
             certificate=certificate,
+            spans=spans,
         )
     finally:
         if unix_socket is not None:
@@ -212,18 +281,94 @@ def _check_keys(keys: Sequence[str], admin_key: str | None) -> None:
         raise ConfigError("an API key needs at least 8 characters")
 
 
-def _greet(fleet: Fleet, address: str, socket: Path | None, with_key: bool, places: str) -> None:
+def _on_demand(
+    models: Sequence[tuple[str, list[str]]],
+    how: LoadOptions,
+    budget: int,
+    keep_alive: str,
+    max_waiting: int,
+    service: Callable[[LLM, list[str]], Service],
+) -> OnDemand:
+    """Models that are loaded when asked for: those that are named, fetched first, or all of the local store."""
+    from dataclasses import asdict
+
+    from quadriga.cli.progress import progress_bar
+    from quadriga.engine.load import load
+    from quadriga.errors import ConfigError
+    from quadriga.hub import catalogue
+    from quadriga.server import offers
+    from quadriga.server.on_demand import Offer, OnDemand, keep_alive_s
+
+    for path, _ in models:
+        with progress_bar(f"looking for {Path(path).name}") as show:
+            catalogue.resolve(path, progress=show)
+    found = [offers.offer(path, names, how, budget) for path, names in models] or offers.stored(set(), how, budget)
+    for one in found if models else ():
+        if one.nbytes > budget:
+            raise ConfigError(
+                f"--models-memory must be enough for each model: {one.card.name} needs {one.nbytes / 1e9:.2f} GB with "
+                f"its cache (--kv-memory), and all may have {budget / 1e9:.2f} GB"
+            )
+    default = next((i for i, one in enumerate(found) if not models and one.source == DEFAULT), 0)
+    found.insert(0, found.pop(default))
+
+    def opened(one: Offer) -> Service:
+        return service(load(one.source, **asdict(one.how)), one.names)
+
+    return OnDemand(
+        found,
+        opened,
+        budget=budget,
+        keep_alive_s=keep_alive_s(keep_alive),
+        max_waiting=max_waiting,
+        look=None if models else lambda known: offers.stored(known, how, budget),
+    )
+
+
+def _serve_replicas(
+    order: Order, n: int, limits: Limits, listener: socket.socket, *, store: FileStore | None, **how: Any
+) -> None:
+    """A front and its replicas, whose sockets lie in a folder that goes with it."""
+    import tempfile
+    from dataclasses import replace
+
+    from quadriga import runtime
+    from quadriga.cli.progress import progress_bar
+    from quadriga.hub import catalogue
+    from quadriga.server.front.app import Front, build_front
+    from quadriga.server.front.replicas import launcher
+    from quadriga.server.run import run
+
+    with progress_bar(f"looking for {Path(order.source).name}") as show:
+        catalogue.resolve(order.source, progress=show)
+    if order.how.threads is None:
+        order = replace(order, how=replace(order.how, threads=max(1, runtime.n_threads(None) // n)))
+    with tempfile.TemporaryDirectory(prefix="quadriga-") as folder:
+        front = Front(order.names, n, launcher(order, Path(folder)))
+        run(build_front(front, limits, store), front, listener, **how)
+
+
+def _about(fleet: Fleet, places: str, keep_alive: str) -> list[str]:
+    """A line for each model that is loaded, and one about those that are not."""
+    lines = []
+    for service in fleet.services:
+        whose = f"{service.name}: " if len(fleet.services) > 1 else ""
+        lines.append(f"{whose}cache for {16 * service.llm.engine.stats().kv_blocks:,} tokens, {places}")
+    if fleet.on_demand is not None:
+        gb = fleet.on_demand.budget / 1e9
+        lines.append(f"loaded when asked for, {gb:.1f} GB at once, idle ones stay {keep_alive}; each: {places}")
+    return lines
+
+
+def _greet(names: Sequence[str], more: Sequence[str], address: str, socket: Path | None, with_key: bool) -> None:
     """Say what is served where, and how to ask for it."""
     key = ' -H "Authorization: Bearer $KEY"' if with_key else ""
-    body = f'{{"model": "{fleet.first.name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    names = ", ".join(service.name for service in fleet)
+    body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     at = address if socket is None else f"the socket {socket}"
     curl = "curl" if socket is None else f"curl --unix-socket {socket}"
-    print(f"{names} at {at}  (chat page: {address}/, interface: {address}/docs)")
-    for service in fleet:
-        whose = f"{service.name}: " if len(list(fleet)) > 1 else ""
-        n_tokens = 16 * service.llm.engine.stats().kv_blocks
-        print(f"{whose}cache for {n_tokens:,} tokens, {places}")
+    print(f"{', '.join(names)} at {at}  (chat page: {address}/, interface: {address}/docs)")
+    for line in more:
+        print(line)
     print(f"  {curl} {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
 
 

@@ -27,11 +27,16 @@ def tune_command(
     ] = None,
     allow_change: options.AllowChange = False,
 ) -> None:
-    """Fine-tune a model: whole or by an adapter, on answers, text, preferences or rewards. The same command resumes."""
+    """Fine-tune a model: whole or by an adapter, on answers, text, preferences or rewards. The same command resumes.
+
+    Under torchrun every process runs this command: FSDP2 over all of them, expert parallelism as [parallel] says.
+    """
     import signal
 
     import msgspec
 
+    from quadriga import runtime
+    from quadriga.cli.tune_services import services
     from quadriga.nn import devices
     from quadriga.train.config import read_toml
     from quadriga.train.tune_config import TuneConfig
@@ -47,9 +52,11 @@ def tune_command(
     asked: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     try:
-        outcome = tune(settings, stop=lambda: bool(asked), allow_change=allow_change)
+        outcome = tune(settings, stop=lambda: bool(asked), allow_change=allow_change, services=services(threads))
     finally:
         signal.signal(signal.SIGTERM, before)
+    if runtime.follows():
+        return
     if outcome.rejected:
         print(f"note: {outcome.rejected}", file=sys.stderr)
     if outcome.result is None:
@@ -63,7 +70,7 @@ def merge_command(
     model: options.ModelArgument,
     adapter: options.AdapterFolder,
     out: options.Out,
-    to: options.To = "quadriga",
+    to: options.MergedTo = None,
     dtype: options.Dtype = None,
     format: options.Format = None,
     gguf_format: options.GGUFFormat = None,
@@ -72,6 +79,7 @@ def merge_command(
     from quadriga.cli.upcycle import result_options, write_derived
     from quadriga.io.adapter import merge
 
+    to = to or ("hf" if format is None else "quadriga")
     how = result_options(to=to, dtype=dtype, format=format, gguf_format=gguf_format)
 
     checkpoint, loaded = _open(model, adapter)

@@ -210,6 +210,11 @@ class AsyncEngine:
         return self.error is not None or (self._loop is not None and not self._ended and not self._thread.is_alive())
 
     @property
+    def ended(self) -> bool:
+        """True once its thread has said that it is done, for whatever reason."""
+        return self._told.is_set()
+
+    @property
     def stuck(self) -> bool:
         """After :meth:`stop`: True if the engine's thread is still inside a step and does not end by being asked."""
         self._thread.join(_LAST_LINES_S)

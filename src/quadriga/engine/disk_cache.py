@@ -28,6 +28,9 @@ from quadriga.errors import ConfigError
 _log = logging.getLogger(__name__)
 
 _DIGEST = 32
+_STATE = b"state "
+"""Before the keys of states, which are those of the blocks that end where they are."""
+
 MAX_PENDING_BYTES = 64 << 20
 """Copies that wait to be written; what comes beyond is not written this time."""
 
@@ -49,6 +52,18 @@ class KeptBlocks(Blocks, Protocol):
 
     def identity(self) -> bytes:
         """A hash of everything that keys and values depend on beside the tokens."""
+        ...
+
+
+class KeptStates(Protocol):
+    """A model whose recurrent layers' states can be kept."""
+
+    def read_state(self, slot: int) -> bytes:
+        """What a slot holds, of all recurrent layers."""
+        ...
+
+    def write_state(self, slot: int, content: bytes) -> None:
+        """Put that back."""
         ...
 
 
@@ -101,8 +116,12 @@ class DiskCache:
         with self._lock:
             return self._name(key) in self._files
 
-    def store(self, key: bytes, block: int) -> None:
-        """Keep what a block holds; a copy is made now. Where one file was broken, others are written anew."""
+    def store(self, key: bytes, block: int, blocks: Blocks | None = None) -> None:
+        """Keep what a block holds; a copy is made now. Where one file was broken, others are written anew.
+
+        Args:
+            blocks: the memory that it is in, if not the runner's blocks.
+        """
         name = self._name(key)
         with self._lock:
             if name in self._files and (not self.n_refused or name in self._sure):
@@ -110,13 +129,13 @@ class DiskCache:
                 return
             if name in self._pending or self._pending_bytes > MAX_PENDING_BYTES:
                 return
-        content = self._blocks.read_block(block)
+        content = (blocks or self._blocks).read_block(block)
         with self._lock:
             self._pending.add(name)
             self._pending_bytes += len(content)
         self._queue.put((name, content))
 
-    def load(self, key: bytes, block: int) -> bool:
+    def load(self, key: bytes, block: int, blocks: Blocks | None = None) -> bool:
         """Fill a block with what was kept; False where that is not there, or not what it was."""
         name = self._name(key)
         try:
@@ -132,7 +151,7 @@ class DiskCache:
             if name in self._files:
                 self._files.move_to_end(name)
                 self._sure.add(name)
-        self._blocks.write_block(block, raw[_DIGEST:])
+        (blocks or self._blocks).write_block(block, raw[_DIGEST:])
         self.n_loaded += 1
         return True
 
@@ -179,6 +198,38 @@ class DiskCache:
             with self._lock:
                 self._pending.discard(name)
                 self._pending_bytes -= len(content)
+
+
+class StateFiles:
+    """States of recurrent layers in the same directory; see ``engine.states``.
+
+    Args:
+        disk: the directory.
+        runner: whose slots they are in.
+    """
+
+    def __init__(self, disk: DiskCache, runner: KeptStates) -> None:
+        self._disk, self._runner = disk, runner
+
+    def has(self, key: bytes) -> bool:
+        """See ``blocks.Backing``."""
+        return self._disk.has(_STATE + key)
+
+    def store(self, key: bytes, block: int) -> None:
+        """See ``blocks.Backing``."""
+        self._disk.store(_STATE + key, block, self)
+
+    def load(self, key: bytes, block: int) -> bool:
+        """See ``blocks.Backing``."""
+        return self._disk.load(_STATE + key, block, self)
+
+    def read_block(self, block: int) -> bytes:
+        """What a slot holds."""
+        return self._runner.read_state(block)
+
+    def write_block(self, block: int, content: bytes) -> None:
+        """Put that back."""
+        self._runner.write_state(block, content)
 
 
 def _digest(name: str, content: bytes) -> bytes:

@@ -28,7 +28,7 @@ from typing import cast
 
 from quadriga.engine import whole_sequence
 from quadriga.engine.answers import Active, Turn, choose, event_of, instead_of, own_failure, score_prompt
-from quadriga.engine.disk_cache import DiskCache, KeptBlocks
+from quadriga.engine.disk_cache import DiskCache, KeptBlocks, KeptStates, StateFiles
 from quadriga.engine.dry import Breakers, Spellings
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.pace import Pace
@@ -46,7 +46,7 @@ from quadriga.engine.sampler import Sampler, Unused, require_finite
 from quadriga.engine.scheduler import PassPlan, Running, Scheduler
 from quadriga.engine.steering import salt_of
 from quadriga.errors import ConfigError, QuadrigaError, RequestError
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model.steering import router_shift
 from quadriga.runners.base import Adapters, Floats, LayerRouting, PassResult, Runner
 from quadriga.runtime import Lane
@@ -154,14 +154,17 @@ class Engine:
                 "a prefix cache on disk is for models that one process has on the CPU's kernels: not on torch, and not "
                 "on several ranks. Leave one of the two out"
             )
-        if self.config.is_recurrent:
-            raise ConfigError(
-                "a prefix cache on disk keeps keys and values, and this model's recurrent layers have states besides, "
-                "without which a prefix is not taken up; leave it out"
-            )
         blocks = cast(KeptBlocks, self.runner)
         self.disk = DiskCache(folder, max_bytes, blocks.identity(), blocks)
         self.scheduler.pool.backing = self.disk
+        if self.scheduler.states is not None:
+            self.scheduler.states.backing = StateFiles(self.disk, cast(KeptStates, self.runner))
+
+    def close(self) -> None:
+        """End the threads beside it, and write what is to be kept; nothing is computed any more."""
+        self._choosers.close()
+        if self.disk is not None:
+            self.disk.close()
 
     # Requests --------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The offline API: load a model by name or path, ask it for logits, text or a chat answer.
+"""The offline API: ask a model for logits, text or a chat answer.
 
     model = quadriga.load("smollm2-135m-instruct")
     model.chat("What is the capital of France?").text
@@ -14,46 +14,35 @@ get alone.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quadriga.engine.engine import Engine, Event
-from quadriga.engine.load_options import LoadOptions
+from quadriga.engine.engine import Engine
+from quadriga.engine.inbox import Answer, Inbox, completions
 from quadriga.engine.request import (
     Completion,
     Embed,
     Embedding,
-    PromptReport,
     Request,
     SamplingParams,
-    TokenEvent,
     seed_of,
 )
 from quadriga.engine.scoring import Ids, Scored, score
-from quadriga.engine.shared import on_ranks, shared_runner
 from quadriga.engine.threads import ThreadTurns
-from quadriga.errors import ConfigError, EngineError, QuadrigaError, RequestError, TokenizerError
-from quadriga.hub import catalogue
+from quadriga.errors import EngineError, QuadrigaError, RequestError, TokenizerError
 from quadriga.io.adapter import load as load_adapter
 from quadriga.io.adapter_files import low_rank
-from quadriga.io.open import Checkpoint, open_checkpoint
-from quadriga.io.packed import is_quantised
-from quadriga.io.suggested import Suggested, suggested
+from quadriga.io.suggested import Suggested
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.model.config import ModelConfig
 from quadriga.model.steering import ExpertFactor
-from quadriga.runners import make
 from quadriga.runners.base import Floats, LayerRouting, Runner
-from quadriga.runners.ranks import Links
-from quadriga.text import template_process
 from quadriga.text.chat import render
 from quadriga.text.least_tokens import LeastTokens
 from quadriga.text.tokenizer import Tokenizer
@@ -67,121 +56,8 @@ TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 
 T = TypeVar("T")
 
-Progress = Callable[[int, int, str], None]
-"""Called with (bytes done, bytes in all, what is being read)."""
-
 _ORDINARY_CHARS = 8
 """Of a token. A text below this times the context may well fit, and is encoded to find out."""
-
-
-def load(
-    path_or_name: str | Path,
-    *,
-    format: str | None = None,
-    dtype: str | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    activations: str | None = None,
-    kv_format: str | None = None,
-    kv_memory: int | None = None,
-    expert_memory: int | None = None,
-    max_sequences: int = 64,
-    max_batch_tokens: int = 2048,
-    parallel: str | None = None,
-    progress: Progress | None = None,
-) -> LLM:
-    """Load a model.
-
-    What has no effect beside the other options is refused: ``engine/load_options.py`` has the table.
-
-    Args:
-        path_or_name: a catalogue name (`quadriga models list`), a Hugging Face or Quadriga directory, a GGUF file, or
-            the folder of Grok-1's release.
-        format: what its matrices are packed as for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8,
-            q4, q4m, mx4, q2k to q6k, iq4nl, iq4xs; None is keep.
-        dtype: compute in plain torch with this dtype instead (float32, bfloat16, float16, float64 or auto); None runs
-            the CPU's kernels where the device is a CPU, and is "auto" elsewhere.
-        device: cpu, cuda, a CUDA device such as cuda:1, or auto.
-        threads: CPU threads; None takes all of this process's processors.
-        activations: what the kernels multiply quantised matrices with: int8, int16 (twice the work of a prompt, the
-            result of float32), or auto: int16 for models of fewer than a billion parameters; None is auto.
-        kv_format: the kernels' cache of keys and values: float32, bfloat16 or q8; None is bfloat16. Torch's cache is of
-            the weights' type.
-        kv_memory: bytes for it; None takes what 4 full contexts need, at most a quarter of the free memory.
-        expert_memory: leave the experts of a packed Quadriga directory on disk and keep at most this many bytes of the
-            recently used ones in memory; None loads everything.
-        max_sequences: requests that run at once.
-        max_batch_tokens: tokens of one pass; a long prompt goes in pieces of at most this many beside other answers.
-        parallel: share the model among the ranks that torchrun has started, e.g. tp=2,ep=2,pp=3; see docs/cluster.md.
-            Memory and threads are then those of each rank. On rank 0 this returns; on all others it takes part in what
-            rank 0 computes until that ends, and then raises SystemExit.
-        progress: called while weights are downloaded and read.
-
-    Raises:
-        CatalogueError: no model of that name or no file at that path, or the download failed.
-        ConfigError: an option that cannot be, or that would have no effect.
-        CheckpointError, ConfigError: the files are malformed, incomplete or of an unsupported kind.
-        HardwareError: the device does not exist here.
-    """
-    options = LoadOptions(
-        format=format,
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        activations=activations,
-        kv_format=kv_format,
-        kv_memory=kv_memory,
-        expert_memory=expert_memory,
-        max_sequences=max_sequences,
-        max_batch_tokens=max_batch_tokens,
-        parallel=parallel,
-    )
-    options.check()
-    name = str(path_or_name)
-    if parallel is None:
-        return _load(name, options, progress)
-    return on_ranks(parallel, name, progress, lambda links, told: _load(name, options, told, links))
-
-
-def _load(name: str, options: LoadOptions, progress: Progress | None, links: Links | None = None) -> LLM:
-    """See :func:`load`; ``links`` are those to the ranks that share the model."""
-    opened = open_checkpoint(catalogue.resolve(name, progress=progress))
-    tokenizer = opened.load_tokenizer(catalogue.cl100k_ranks)
-    if tokenizer is not None and tokenizer.chat_template is not None and (links is None or links.place.rank == 0):
-        template_process.warm()  # it starts while the weights are read
-    return LLM(
-        _runner(name, opened, options, progress, links),
-        tokenizer,
-        name=name,
-        max_sequences=options.max_sequences,
-        max_batch_tokens=options.max_batch_tokens,
-        suggested=catalogue.sampling_of(name) or suggested(opened.path),
-        path=opened.path,
-    )
-
-
-def _runner(
-    name: str, opened: Checkpoint, options: LoadOptions, progress: Progress | None, links: Links | None
-) -> Runner:
-    """What computes the model: torch, the kernels here, or the kernels of all ranks."""
-    how: dict[str, Any] = {"threads": options.threads, "kv_memory": options.kv_memory, "progress": progress}
-    if options.why_torch() is not None:
-        return make.make_torch(opened, dtype=options.dtype or "auto", device=options.device, **how)
-    form = options.format or "keep"
-    if options.activations is not None and not is_quantised(opened, form):
-        raise ConfigError(
-            f"activations (--activations) {options.activations} would have no effect: it is what quantised weights are "
-            f"multiplied with, and those of {name} are not. Leave it out, or give format q8, q4, q4m or mx4"
-        )
-    how |= {
-        "format": form,
-        "activations": options.activations or "auto",
-        "kv_format": options.kv_format or "bfloat16",
-        "max_batch_tokens": options.max_batch_tokens,
-    }
-    if links is not None:
-        return shared_runner(opened, links, how)
-    return make.make(opened, expert_memory=options.expert_memory, **how)
 
 
 class LLM:
@@ -227,7 +103,7 @@ class LLM:
             max_sequences=max_sequences,
         )
         self._turns = ThreadTurns()
-        self._inboxes: dict[int, _Inbox] = {}  # by request; looked at and changed in a turn only
+        self._inboxes: dict[int, Inbox] = {}  # by request; looked at and changed in a turn only
         self._least = None if tokenizer is None else LeastTokens(tokenizer)
 
     @property
@@ -251,7 +127,7 @@ class LLM:
 
     def embed(self, text: str | Sequence[int]) -> Floats:
         """A text as one vector (D,) float32 of length 1: the mean of the last hidden states after the final norm."""
-        inbox = _Inbox()
+        inbox = Inbox()
         ids = self._submit([Embed(prompt=tuple(self.prompt_ids(text, parse_special=False)))], inbox)
         try:
             self._turns.run_until(inbox.has_news, self._step)
@@ -354,9 +230,10 @@ class LLM:
             adapter=adapter,
             steering=tuple(steering),
         )
-        inbox = _Inbox()
+        inbox = Inbox()
         (request_id,) = self._submit([request], inbox)
-        return Answer(self, request_id, inbox)
+        wait = partial(self._turns.run_until, inbox.has_news, self._step)
+        return Answer(inbox, wait, end=partial(self._turns.soon, partial(self._forget, (request_id,))))
 
     def generate(
         self,
@@ -421,31 +298,18 @@ class LLM:
     def _complete(
         self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
     ) -> list[Completion]:
-        started, inbox = time.perf_counter(), _Inbox()
-        made: dict[int, list[tuple[float, TokenEvent]]] = {i: [] for i in self._submit(requests, inbox)}
+        started, inbox = time.perf_counter(), Inbox()
+        asked = dict(zip(self._submit(requests, inbox), requests, strict=True))
         try:
-            for n in range(1, len(made) + 1) if progress is not None else (len(made),):
+            for n in range(1, len(asked) + 1) if progress is not None else (len(asked),):
                 self._turns.run_until(partial(inbox.has_finished, n), self._step)
                 if progress is not None:
-                    progress(n, len(made))
+                    progress(n, len(asked))
         finally:
-            self._turns.soon(partial(self._forget, list(made)))
-        failed: dict[int, QuadrigaError] = {}
-        for request_id, now, event in inbox.arrived:
-            if isinstance(event, TokenEvent):
-                made[request_id].append((now, event))
-            elif isinstance(event, QuadrigaError):
-                failed[request_id] = event
-        answers = []
-        for (request_id, events), request in zip(made.items(), requests, strict=True):
-            first, last = (events[0][0], events[-1][0]) if events else (started, started)
-            error = failed.get(request_id)
-            answers.append(
-                _completion([e for _, e in events], len(request.prompt), first - started, last - first, error)
-            )
-        return answers
+            self._turns.soon(partial(self._forget, list(asked)))
+        return completions(inbox, asked, started)
 
-    def _submit(self, requests: Sequence[Request | Embed], inbox: _Inbox) -> list[int]:
+    def _submit(self, requests: Sequence[Request | Embed], inbox: Inbox) -> list[int]:
         """Queue requests, all or none; their ids."""
         ids: list[int] = []
         with self._turns.turn():
@@ -579,84 +443,6 @@ class LLM:
         return self.tokenizer
 
 
-class _Inbox:
-    """What has come for one call's requests: filled in any thread's turn, emptied by the thread that made the call."""
-
-    def __init__(self) -> None:
-        self.arrived: deque[tuple[int, float, Event]] = deque()
-        """(request, when, what); an error is the last that comes for its request."""
-        self.n_finished = 0
-        self.closed = False
-
-    def put(self, request_id: int, now: float, event: Event) -> None:
-        """The next event of one of the requests."""
-        self.arrived.append((request_id, now, event))
-        self.n_finished += not isinstance(event, TokenEvent) or event.finish_reason is not None
-
-    def has_finished(self, n: int) -> bool:
-        """True if so many requests are done or have failed."""
-        return self.n_finished >= n
-
-    def has_news(self) -> bool:
-        """True if whoever reads event by event has not to wait."""
-        return bool(self.arrived) or self.closed
-
-
-class Answer(Generator[TokenEvent, None, None]):
-    """Tokens as they are made. Closing it, or letting it go, ends the answer and frees its blocks, begun or not.
-
-    A generator by its methods, not by its making: one that was never begun would not run its end.
-    """
-
-    def __init__(self, owner: LLM, request_id: int, inbox: _Inbox) -> None:
-        self._owner, self._request_id, self._inbox = owner, request_id, inbox
-
-    def send(self, value: None) -> TokenEvent:
-        """The next token; the last one carries its finish_reason.
-
-        Raises:
-            StopIteration: that was the last one, or the answer was closed.
-            RequestError, AnswerError: the answer cannot go on.
-        """
-        inbox = self._inbox
-        while not inbox.closed:
-            if inbox.arrived:
-                event = inbox.arrived.popleft()[2]
-                if isinstance(event, QuadrigaError):
-                    self.close()
-                    raise event
-                assert isinstance(event, TokenEvent), "an answer is made of tokens"
-                if event.finish_reason is not None:
-                    self.close()
-                return event
-            try:
-                self._owner._turns.run_until(inbox.has_news, self._owner._step)
-            except BaseException:
-                self.close()
-                raise
-        raise StopIteration
-
-    def throw(
-        self,
-        kind: type[BaseException] | BaseException,
-        value: object = None,
-        traceback: TracebackType | None = None,
-        /,
-    ) -> TokenEvent:
-        """End the answer with an exception, as a generator does."""
-        self.close()
-        raise value if isinstance(value, BaseException) else kind
-
-    def close(self) -> None:
-        """End the answer; its blocks are free before the engine's next pass."""
-        if not self._inbox.closed:
-            self._inbox.closed = True
-            self._owner._turns.soon(partial(self._owner._forget, (self._request_id,)))
-
-    def __del__(self) -> None:
-        self.close()
-
-
 def several(given: Iterable[T], what: str) -> Iterable[T]:
     """``given``, unless it is one text: that is an iterable of texts too, of a letter each.
 
@@ -670,24 +456,3 @@ def several(given: Iterable[T], what: str) -> Iterable[T]:
 
 def _of_choice(params: SamplingParams, choice: int) -> SamplingParams:
     return params if params.seed is None or not choice else replace(params, seed=seed_of(params.seed, choice))
-
-
-def _completion(
-    made: list[TokenEvent], n_prompt_tokens: int, first_s: float, decode_s: float, error: QuadrigaError | None = None
-) -> Completion:
-    finish = made[-1].finish_reason if error is None else "error"
-    report = made[0].prompt if made else PromptReport(n_cached_tokens=0)
-    assert finish is not None and report is not None, "the first event reports the prompt, the last why it ended"
-    return Completion(
-        text="".join(event.text for event in made),
-        token_ids=[event.token_id for event in made],
-        logprobs=[event.logprob for event in made],
-        top_logprobs=[event.top_logprobs for event in made] if any(event.top_logprobs for event in made) else [],
-        finish_reason=finish,
-        error=error,
-        n_prompt_tokens=n_prompt_tokens,
-        prompt_logprobs=list(report.logprobs),
-        n_cached_tokens=report.n_cached_tokens,
-        time_to_first_token_s=first_s,
-        decode_s=decode_s,
-    )

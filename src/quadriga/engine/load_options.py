@@ -1,8 +1,9 @@
 """How a model is loaded, as one value: what each option may be, and which backend has a use for it. No torch.
 
-    backend      chosen by                                       what only it has a use for
+    backend      chosen by                                       what has an effect
     kernels      a CPU and none of the following                 format activations kv_format expert_memory parallel
     torch        dtype, another device, QUADRIGA_OPS             dtype
+    triton       QUADRIGA_OPS=triton                             dtype, format of quantised weights
 
 Checked before anything is fetched or read. What depends on the model (quantised weights for ``activations``, a mixture
 of experts for ``expert_memory``) is checked when its files are open.
@@ -36,7 +37,13 @@ def _on_kernels(options: Mapping[str, Any]) -> bool:
 
 
 RULES = (
-    Rule("format", _on_kernels, "it packs weights for the CPU's kernels, and {reason}"),
+    Rule("format", lambda options: options["backend"] != "torch", "it packs weights for kernels, and {reason}"),
+    Rule(
+        "format",
+        lambda options: options["backend"] != "triton" or options["format"] not in ("float32", "bfloat16"),
+        "numbers are of {dtype} on the kernels for GPUs. Leave {format} out, and give that",
+    ),
+    Rule("threads", lambda options: options["backend"] != "triton", "a GPU's kernels have none, and {reason}"),
     Rule("activations", _on_kernels, "it is what the CPU's kernels multiply quantised weights with, and {reason}"),
     Rule("kv_format", _on_kernels, "torch's cache is of the weights' own type, and {reason}"),
     Rule("expert_memory", _on_kernels, "only the CPU's kernels leave experts on disk, and {reason}"),
@@ -75,7 +82,7 @@ VALUES: dict[str, Allowed] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What ``engine.llm.load`` takes beside the model's name; its docstring says what each is for."""
+    """What ``engine.load.load`` takes beside the model's name; its docstring says what each is for."""
 
     format: str | None = None
     """None: keep."""
@@ -94,11 +101,13 @@ class LoadOptions:
     """None: this process has the whole model."""
 
     def why_torch(self, spell: Spelling = as_argument) -> str | None:
-        """What makes the model run on plain torch, and how to change that; None: it runs on the CPU's kernels.
+        """What makes the model run on torch or a GPU's kernels, and how to change that; None: on the CPU's kernels.
 
         Raises:
             ConfigError, HardwareError: no such device, or an unknown QUADRIGA_OPS.
         """
+        if dispatch.forced() == "triton":
+            return "QUADRIGA_OPS=triton computes on the kernels for GPUs. Leave it out, or unset QUADRIGA_OPS"
         if self.dtype is not None:
             return f"{spell('dtype')} {self.dtype} computes in plain torch. Leave one of the two out"
         if self.device != "cpu" and device_type(self.device) != "cpu":
@@ -128,7 +137,7 @@ class LoadOptions:
             RankMesh.parse(self.parallel)
         runtime.check_device(self.device, spell("device"))
         reason = self.why_torch(spell)
-        options["backend"] = "kernels" if reason is None else "torch"
+        options["backend"] = "kernels" if reason is None else "triton" if dispatch.forced() == "triton" else "torch"
         refuse_unused(RULES, options, spell, reason=reason or "")
         if reason is None or self.device == "cpu":  # elsewhere the accelerator's own memory counts
             self._check_memory(spell)

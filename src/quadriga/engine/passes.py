@@ -12,7 +12,7 @@ import numpy as np
 from quadriga.engine.request import Routing, TokenEvent
 from quadriga.engine.scheduler import PassPlan
 from quadriga.engine.steering import steering_of
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.runners.base import LayerRouting, PassResult, Runner
 
 

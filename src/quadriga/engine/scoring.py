@@ -30,7 +30,7 @@ import numpy as np
 
 from quadriga.engine.engine import Engine
 from quadriga.errors import RequestError
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.quant.packed import BLOCK_TOKENS
 
 Ids = Sequence[int]

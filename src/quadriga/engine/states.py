@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from quadriga.engine.blocks import BlockPool
+from quadriga.engine.blocks import Backing, BlockPool
 
 
 class Stateful(Protocol):
@@ -34,6 +34,8 @@ class StatePool:
 
     def __init__(self, n_slots: int) -> None:
         self._pool = BlockPool(n_slots)
+        self.backing: Backing | None = None
+        """Keeps states beside memory: those of prompts, and the last one of an answer when it ends."""
 
     @property
     def n_places(self) -> int:
@@ -57,9 +59,22 @@ class StatePool:
         """(how many of the blocks may be taken up, the slot of the state behind them), as many as have one."""
         for n in range(len(keys), 0, -1):
             slot = self._pool.lookup(keys[n - 1])
+            if slot is None:
+                slot = self._loaded(keys[n - 1])
             if slot is not None:
                 return n, slot
         return 0, -1
+
+    def _loaded(self, key: bytes) -> int | None:
+        """The slot of a state that the backing had, with a reference on it, or None."""
+        slot = self._pool.allocate() if self.backing is not None and self.backing.has(key) else None
+        if slot is None or self.backing is None:
+            return None
+        if not self.backing.load(key, slot):
+            self._pool.release(slot)
+            return None
+        self._pool.publish(slot, key)
+        return slot
 
     def begin(self, sequence: Stateful, *, guesses: bool) -> None:
         """Choose where the next pass leaves a sequence's state."""
@@ -85,9 +100,16 @@ class StatePool:
                 self._pool.forget(sequence.answer_key)
             sequence.answer_key = key
         self._pool.publish(sequence.slot, key)
+        if self.backing is not None and not of_answer:
+            self.backing.store(key, sequence.slot)
 
     def release(self, sequence: Stateful) -> None:
         """A sequence ends or gives way."""
+        if self.backing is not None and sequence.answer_key:
+            kept = self._pool.lookup(sequence.answer_key)
+            if kept is not None:
+                self.backing.store(sequence.answer_key, kept)
+                self._pool.release(kept)
         for slot in {sequence.slot, sequence.next_slot} - {-1}:
             self._pool.release(slot)
         sequence.slot = sequence.next_slot = -1

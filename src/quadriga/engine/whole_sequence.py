@@ -10,7 +10,7 @@ import numpy as np
 from quadriga.engine.blocks import BlockTable
 from quadriga.engine.scheduler import Scheduler
 from quadriga.errors import BusyError
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.base import Floats, LayerRouting, PassResult, Runner
 

@@ -84,6 +84,21 @@ class Checkpoint:
             return tokenizers.load_gguf(source.metadata)
         return tokenizers.load_directory(self.tokenizer_folder, cl100k_ranks, n_rows=self.config.vocab_size)
 
+    def chat_template(self) -> str | None:
+        """The chat template that came with the weights, or None; no vocabulary is read for it.
+
+        Raises:
+            TokenizerError: it is no text.
+        """
+        source = self.origin.source
+        if isinstance(source, GGUFSource):
+            found = source.metadata.get("tokenizer.chat_template")
+            return found if isinstance(found, str) else None
+        folder = self.tokenizer_folder
+        if not folder.is_dir():
+            return None
+        return tokenizers.chat_template(folder, tokenizers.read_json_if_there(folder / "tokenizer_config.json"))
+
     def close(self) -> None:
         """Release the files."""
         self.source.close()

@@ -30,6 +30,7 @@ from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.mxfp4_source import Mxfp4Source
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress, from_stored
+from quadriga.io.quantised.fp8 import GROUP as FP8_GROUP
 from quadriga.io.quantised.source import QuantisedSource
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import STORED, Bytes, Packed, Parameter, allocate, pack, pack_blocks, pack_mx4
@@ -264,6 +265,33 @@ def _block_rows(
     """The stored blocks of one matrix, row by row in the parameter's order."""
     row_bytes = FORMATS[form].nbytes_of(shape[-1:])
     out = np.empty((shape[-2], row_bytes), dtype=np.uint8)
+    for piece, start, n, to in _row_pieces(pieces, shape, expert):
+        raw = np.frombuffer(source.raw(piece.source, start, start + n), dtype=np.uint8).reshape(n, row_bytes)
+        out[to : to + n] = raw[_order(piece, n)]
+    return out
+
+
+def rows_of_fp8(checkpoint: Checkpoint, name: str, expert: int) -> tuple[Bytes, Array] | None:
+    """One matrix of a parameter as FP8 stores it: codes of e4m3 (rows, cols) uint8, scales (rows, ceil(cols / 128)).
+
+    None: it is stored otherwise, or moved otherwise than by whole rows.
+    """
+    shape, pieces, source = parameter_shapes(checkpoint.config)[name], _pieces(checkpoint, name), checkpoint.source
+    if not isinstance(source, QuantisedSource) or not all(map(_is_rows, pieces)):
+        return None
+    codes = np.empty(shape[-2:], dtype=np.uint8)
+    scales = np.empty((shape[-2], -(-shape[-1] // FP8_GROUP)), dtype=np.float32)
+    for piece, start, n, to in _row_pieces(pieces, shape, expert):
+        stored = source.codes(piece.source, start, start + n)
+        if stored is None:
+            return None
+        order = _order(piece, n)
+        codes[to : to + n], scales[to : to + n] = stored[0][order], stored[1][order]
+    return codes, scales
+
+
+def _row_pieces(pieces: list[Piece], shape: Shape, expert: int) -> Iterator[tuple[Piece, int, int, int]]:
+    """(piece, its first row in the source, how many, the first one's place) of those that make one matrix."""
     for piece in pieces:
         target = piece.target_box or whole(shape)
         first, _ = (piece.source_box or whole(piece.source_shape))[0]
@@ -274,12 +302,12 @@ def _block_rows(
             n, to = target[1][1] - target[1][0], target[1][0]
         else:
             start, n, to = first, target[0][1] - target[0][0], target[0][0]
-        raw = np.frombuffer(source.raw(piece.source, start, start + n), dtype=np.uint8).reshape(n, row_bytes)
-        if piece.rotary_heads:  # the order of rows, found by moving their numbers as values are moved
-            order = from_stored(np.arange(n)[:, None], piece)[:, 0]
-            raw = raw[order]
-        out[to : to + n] = raw
-    return out
+        yield piece, start, n, to
+
+
+def _order(piece: Piece, n: int) -> Any:
+    """Where a piece's rows come from, found by moving their numbers as values are moved."""
+    return from_stored(np.arange(n)[:, None], piece)[:, 0] if piece.rotary_heads else slice(None)
 
 
 class _Weights:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from quadriga.errors import CheckpointError
-from quadriga.io.directory import Manifest
+from quadriga.io.directory import Entry, Manifest
 from quadriga.io.source import TensorInfo
-from quadriga.kernels.cpu.packing import Packed
+from quadriga.kernels.cpu.packing import Bytes, Packed
 from quadriga.model.weight_map import Box, whole
 from quadriga.quant.dtypes import Array
 
@@ -34,12 +34,19 @@ class PackedSource:
         """See ``TensorSource.read``: float32 whatever the format."""
         entry = self._entries[name]
         box = box or whole(tuple(entry.shape))
-        raw = self._files[entry.file][entry.offset : entry.offset + entry.nbytes]
         if len(entry.shape) == 1:
-            return np.array(raw).view(np.float32)[box[0][0] : box[0][1]]
+            return np.array(self._bytes(entry)).view(np.float32)[box[0][0] : box[0][1]]
         (first, last), columns = box
-        packed = Packed(entry.format, entry.shape[0], entry.shape[1], raw)
-        return packed.unpack(first, last - first)[:, slice(*columns)]
+        return self.matrix(name).unpack(first, last - first)[:, slice(*columns)]
+
+    def matrix(self, name: str) -> Packed:
+        """A matrix as it is stored, where the file is mapped."""
+        entry = self._entries[name]
+        rows, cols = entry.shape
+        return Packed(entry.format, rows, cols, self._bytes(entry))
+
+    def _bytes(self, entry: Entry) -> Bytes:
+        return self._files[entry.file][entry.offset : entry.offset + entry.nbytes]
 
     def close(self) -> None:
         """Release the maps."""

@@ -61,6 +61,11 @@ def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
     return dtype
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes of an accelerator's memory that nobody has; None: the device is the host."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
 def resolve_device(name: str) -> torch.device:
     """A torch device that exists on this machine; "auto" takes the first CUDA device, else the CPU.
 

@@ -24,6 +24,7 @@ from quadriga.errors import HardwareError
 from quadriga.kernels import ops
 from quadriga.kernels.arrays import tensor
 from quadriga.kernels.cpu.packing import Packed
+from quadriga.nn.device_packed import DevicePacked
 
 
 class Delta(Protocol):
@@ -46,18 +47,21 @@ class Delta(Protocol):
         ...
 
 
-class Factors(nn.Module):
-    """A and B of one parameter: a ([E,] r, in), b ([E,] out, r). A ``Delta``.
+class LowRank:
+    """What an adapter adds to a weight by two factors: a ([E,] r, in), b ([E,] out, r). A ``Delta``.
+
+    A base of :class:`Factors`, which owns them as parameters, and a view of another's: of one rank's experts, say.
 
     Args:
         scale: what B A x is multiplied by.
         dropout: share of A's inputs that training drops.
     """
 
-    def __init__(self, a: Tensor, b: Tensor, *, scale: float, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
-        self.scale, self.dropout = scale, dropout
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: float
+    training: bool
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """See :class:`Delta`."""
@@ -90,28 +94,54 @@ class Factors(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
-class Quantised(nn.Module):
-    """A frozen matrix as packed blocks, or a list of them, one an expert. No parameters: it stays on the host."""
+class Factors(LowRank, nn.Module):
+    """:class:`LowRank` with factors that are parameters of its own."""
 
-    def __init__(self, packed: Packed | list[Packed]) -> None:
+    def __init__(self, a: Tensor, b: Tensor, *, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        self.scale, self.dropout = scale, dropout
+
+
+class Part(LowRank):
+    """:class:`LowRank` over parts of another's factors, with their gradients."""
+
+    def __init__(self, whole: LowRank, a: Tensor, b: Tensor) -> None:
+        self.a, self.b = a, b
+        self.scale, self.dropout, self.training = whole.scale, whole.dropout, whole.training
+
+
+Blocks = Packed | DevicePacked
+"""One packed matrix: for the CPU's kernels, or on another device."""
+
+
+def numbers(blocks: Blocks) -> Tensor:
+    """A packed matrix as float32 (out, in), where it lies."""
+    return tensor(blocks.unpack()) if isinstance(blocks, Packed) else blocks.unpack()
+
+
+class Quantised(nn.Module):
+    """A frozen matrix as packed blocks, or a list of them, one an expert. No parameters: it stays where it was put."""
+
+    def __init__(self, packed: Blocks | list[Blocks]) -> None:
         super().__init__()
         self.packed = packed
 
-    def one(self) -> Packed:
+    def one(self) -> Blocks:
         """The matrix of a weight that is one."""
-        assert isinstance(self.packed, Packed), "one matrix"
+        assert not isinstance(self.packed, list), "one matrix"
         return self.packed
 
-    def stack(self) -> Sequence[Packed]:
+    def stack(self) -> Sequence[Blocks]:
         """The matrices of a weight that has one an expert."""
-        assert not isinstance(self.packed, Packed), "one matrix an expert"
+        assert isinstance(self.packed, list), "one matrix an expert"
         return self.packed
 
 
 class Adapted(nn.Module):
     """A frozen weight and what an adapter adds to it."""
 
-    def __init__(self, frozen: Tensor | Quantised, delta: nn.Module) -> None:
+    def __init__(self, frozen: Tensor | Quantised, delta: nn.Module | LowRank) -> None:
         super().__init__()
         if isinstance(frozen, Tensor):
             self.frozen: Any = frozen if isinstance(frozen, nn.Parameter) else nn.Parameter(frozen, requires_grad=False)
@@ -169,7 +199,9 @@ def grouped_linear(rows: Tensor, weight: Weight, counts: Tensor, tokens: Tensor)
             return y
         case Quantised():
             parts = zip(torch.split(rows, counts.tolist()), weight.stack(), strict=True)
-            return torch.cat([_packed_linear(part, packed) for part, packed in parts if len(part)])
+            made = [_packed_linear(part, packed) for part, packed in parts if len(part)]
+            # One of several ranks may have no rows: the gradient's way back must be there all the same.
+            return torch.cat(made or [_packed_linear(rows, weight.stack()[0])])
     return ops.grouped_linear(rows, weight, counts)
 
 
@@ -192,7 +224,7 @@ def whole(weight: Weight) -> Tensor:
             folded: Tensor = frozen + delta.to(frozen.dtype)
             return folded
         case Quantised():
-            return tensor(weight.one().unpack())
+            return numbers(weight.one())
     return weight
 
 
@@ -233,18 +265,18 @@ class _PackedLinear(torch.autograd.Function):
     """x W^T where W is unpacked when needed, forwards and backwards, and never kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Blocks) -> Tensor:
         ctx.packed = packed
-        return F.linear(x, tensor(packed.unpack()).to(x.dtype))
+        return F.linear(x, numbers(packed).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        return gradient @ tensor(ctx.packed.unpack()).to(gradient.dtype), None
+        return gradient @ numbers(ctx.packed).to(gradient.dtype), None
 
 
-def _packed_linear(x: Tensor, packed: Packed) -> Tensor:
-    if x.device.type != "cpu":
+def _packed_linear(x: Tensor, packed: Blocks) -> Tensor:
+    if isinstance(packed, Packed) and x.device.type != "cpu":
         raise HardwareError(f"packed weights are unpacked by the CPU's kernels; the input is on {x.device}")
     out: Tensor = _PackedLinear.apply(x, packed)  # type: ignore[no-untyped-call]
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -26,27 +27,41 @@ def load_parameters(
         dtype: what they become; None keeps each as it is stored (block formats become float32).
         progress: called after each part.
     """
-    view = checkpoint.parameters
-    parts = {
-        name: list(slices(_own(name, shape), SLICE_BYTES // 4))
-        for name, shape in parameter_shapes(checkpoint.config).items()
-    }
-    total = sum(prod(shape) for shape in parameter_shapes(checkpoint.config).values())
-    done = 0
+    shapes = parameter_shapes(checkpoint.config)
+    total, done = sum(prod(shape) for shape in shapes.values()), 0
     loaded: dict[str, Tensor] = {}
-    for name, cuts in parts.items():
-        stored = torch_dtype(view.dtype(name))
+    for name, shape in shapes.items():
+        stored = torch_dtype(checkpoint.parameters.dtype(name))
         # A correction's rounding would change choices, and it meets no product that would want it narrow.
         kept = stored if dtype is None or name.endswith("router.correction") else dtype
-        out = torch.empty(cuts[0].target_shape, dtype=kept, device=device)
-        for cut in cuts:
-            assert cut.target_box is not None, "slices carry their boxes"
-            out[tuple(slice(*r) for r in cut.target_box)] = tensor(view.read(name, cut.target_box)).to(device)
-            done += prod(tuple(b - a for a, b in cut.target_box))
+
+        def moved(n: int, name: str = name, size: int = kept.itemsize) -> None:
+            nonlocal done
+            done += n
             if progress is not None:
-                progress(done * out.element_size(), total * out.element_size(), name)
-        loaded[name] = out
+                progress(done * size, total * size, name)
+
+        loaded[name] = load_parameter(checkpoint, name, shape, dtype=kept, device=device, moved=moved)
     return loaded
+
+
+def load_parameter(
+    checkpoint: Checkpoint,
+    name: str,
+    shape: Shape,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    moved: Callable[[int], None],
+) -> Tensor:
+    """One parameter in memory, part by part; ``moved`` is told how many numbers each part had."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    for cut in slices(_own(name, shape), SLICE_BYTES // 4):
+        assert cut.target_box is not None, "slices carry their boxes"
+        read = tensor(checkpoint.parameters.read(name, cut.target_box))
+        out[tuple(slice(*r) for r in cut.target_box)] = read.to(device)
+        moved(prod(tuple(b - a for a, b in cut.target_box)))
+    return out
 
 
 def _own(name: str, shape: Shape) -> Piece:

@@ -23,15 +23,16 @@ Dropless: no capacity, no padding, no token is ever left out. What the router de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from quadriga.kernels import ops
+from quadriga.kernels.cpu.packing import Packed
 from quadriga.model.config import MoESpec, NormSpec
 from quadriga.nn.feedforward import FeedForward
-from quadriga.nn.linear import Adapted, Factors, Quantised, Weight, grouped_linear, variants
+from quadriga.nn.linear import Adapted, LowRank, Quantised, Weight, grouped_linear, variants
 from quadriga.nn.norm import Norm
 
 
@@ -126,15 +127,20 @@ def n_experts(weight: Weight) -> int:
 
 
 def _parts(weights: ExpertWeights, dtype: torch.dtype) -> dict[str, ops.AdaptedPart] | None:
-    """What ``ops.adapted_experts`` takes; None where an adapter is no mere pair of factors, or drops inputs now."""
+    """What ``ops.adapted_experts`` takes; None where an adapter is no mere pair of factors, or drops inputs now.
+
+    Nor does it take packed weights that lie on another device than the host.
+    """
     made: dict[str, ops.AdaptedPart] = {}
     for name, weight in zip(("w_gate", "w_up", "w_down"), weights.matrices, strict=True):
         delta = weight.delta if isinstance(weight, Adapted) else None
         frozen = weight.frozen if isinstance(weight, Adapted) else weight
-        stack = frozen.stack() if isinstance(frozen, Quantised) else frozen
+        stack: Any = frozen.stack() if isinstance(frozen, Quantised) else frozen
+        if isinstance(frozen, Quantised) and not all(isinstance(one, Packed) for one in stack):
+            return None
         if delta is None:
             made[name] = ops.AdaptedPart(stack)
-        elif isinstance(delta, Factors) and not delta.drops_now:
+        elif isinstance(delta, LowRank) and not delta.drops_now:
             made[name] = ops.AdaptedPart(stack, delta.a.to(dtype), delta.b.to(dtype), delta.scale)
         else:
             return None
@@ -216,17 +222,29 @@ def choice_of(spec: MoESpec) -> ops.Choice:
     )
 
 
+def aggregation_weights(spec: MoESpec, ids: Tensor, weights: Tensor, fuse: Tensor | None) -> Tensor:
+    """The (N, k) multipliers of the chosen experts' outputs under the spec's aggregate.
+
+    Args:
+        ids, weights: (N, k), what the router chose. fuse: (E,), where the aggregate is "fuse".
+    """
+    match spec.aggregate:
+        case "weighted_sum":
+            return weights
+        case "vote":
+            return torch.full_like(weights, 1.0 / spec.top_k)
+        case "fuse":
+            assert fuse is not None, "a model that fuses has numbers to do so"
+            lifted = weights * fuse.to(weights.dtype)[ids].exp()
+            return lifted / lifted.sum(-1, keepdim=True) * weights.sum(-1, keepdim=True)
+
+
 class Fuse(nn.Module):
     """The learned part of the ``fuse`` aggregate: one number per expert, zero at the start."""
 
     def __init__(self, n_experts: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts))
-
-    def forward(self, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-        """Reweighted expert weights (N, k); their sum per token is unchanged."""
-        lifted = expert_weights * self.weight.to(expert_weights.dtype)[expert_ids].exp()
-        return lifted / lifted.sum(-1, keepdim=True) * expert_weights.sum(-1, keepdim=True)
 
 
 class MoE(nn.Module):
@@ -301,13 +319,5 @@ class MoE(nn.Module):
         return 1.0 if self.shared_gate is None else torch.sigmoid(x @ self.shared_gate.to(x.dtype))[:, None]
 
     def aggregation_weights(self, ids: Tensor, weights: Tensor) -> Tensor:
-        """The (N, k) multipliers of the chosen experts' outputs under the spec's aggregate."""
-        match self.spec.aggregate:
-            case "weighted_sum":
-                return weights
-            case "vote":
-                return torch.full_like(weights, 1.0 / self.spec.top_k)
-            case "fuse":
-                assert self.fuse is not None, "MoE builds Fuse for this aggregate"
-                fused: Tensor = self.fuse(ids, weights)
-                return fused
+        """See :func:`aggregation_weights`."""
+        return aggregation_weights(self.spec, ids, weights, None if self.fuse is None else self.fuse.weight)

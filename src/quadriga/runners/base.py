@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadriga.kernels.cpu.expert_store import ExpertStore
-from quadriga.kernels.cpu.program import PassBatch
 from quadriga.kernels.cpu.sampling import Logits, TokenSampler
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model.adapter_spec import LoraSpec
 from quadriga.model.cache_layout import CacheLayout
 from quadriga.model.config import ModelConfig

@@ -22,45 +22,26 @@ from quadriga.errors import ConfigError, RequestError
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.library import library_path
 from quadriga.kernels.cpu.packing import Packed, Parameter, allocate, pack
-from quadriga.kernels.cpu.program import (
-    ApartArgs,
-    AttentionArgs,
-    ChoiceArgs,
-    DeltaNetArgs,
-    FFNArgs,
-    LatentArgs,
-    Mamba2Args,
-    Meeting,
-    NormArgs,
-    PassBatch,
-    Program,
-    SharedArgs,
-    ShortConvArgs,
-)
+from quadriga.kernels.cpu.program import Meeting, Program
 from quadriga.kernels.cpu.sampling import Logits, RowSampler, TokenSampler
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model.cache_layout import CacheLayout, one_group
 from quadriga.model.config import (
-    AlibiSpec,
     AttentionSpec,
     DeltaNetSpec,
-    DenseSpec,
     KVState,
-    LatentAttentionSpec,
     LatentState,
     LayerSpec,
     Mamba2Spec,
     ModelConfig,
-    MoESpec,
-    NormSpec,
-    RopeSpec,
     ShortConvSpec,
 )
-from quadriga.model.positions import alibi_slopes, rotation
 from quadriga.model.rank_share import RankShare
 from quadriga.model.weight_map import parameter_shapes, stays_float32
 from quadriga.quant.dtypes import Array, as_float32
 from quadriga.quant.packed import KV_FORMATS, kv_block_bytes, latent_block_bytes
 from quadriga.runners.base import Adapters, Floats, LayerRouting, PassResult
+from quadriga.runners.compiled_layers import Layers
 from quadriga.runners.steered import joined, parts_of
 
 ACTIVATIONS = ("auto", "int8", "int16")
@@ -102,18 +83,6 @@ def layer_block_bytes(layer: LayerSpec, kv_format: str) -> int:
 def place_bytes(config: ModelConfig, cache: CacheLayout, kv_format: str) -> list[int]:
     """Bytes of each place in a block: of the layer that keeps most among those that use it."""
     return [max(layer_block_bytes(config.layers[layer], kv_format) for layer in layers) for layers in cache.slot_layers]
-
-
-def queries_of(spec: AttentionSpec) -> str:
-    """The projection that makes queries, with keys and values where they have no projection of their own."""
-    if not isinstance(spec, LatentAttentionSpec):
-        return "attn.wqkv.weight"
-    return "attn.wq.weight" if spec.q_rank is None else "attn.wq_b.weight"
-
-
-def _unit_norm(dim: int, eps: float) -> NormArgs:
-    """An RMSNorm without a weight."""
-    return NormArgs(np.ones(dim, dtype=np.float32), "rms", eps)
 
 
 def distribution(logits: Floats, score: str) -> Floats:
@@ -197,28 +166,39 @@ class CompiledModel:
             if numbers := spec.mixer.state.numbers_per_sequence:
                 self._states[i] = allocate(self.n_slots * numbers * 4).view(np.float32).reshape(self.n_slots, numbers)
         self.state_bytes = sum(state.nbytes for state in self._states.values())
+        self._layers = Layers(
+            config=config,
+            parameters=parameters,
+            cache=self.cache,
+            kv=self._kv,
+            kv_format=kv_format,
+            n_blocks=n_blocks,
+            states=self._states,
+            store=store,
+            share=share,
+        )
         self._capture()
 
     def _capture(self) -> None:
         """The layers as ops, in their order."""
-        config, share = self.config, self._share
+        config, share, layers = self.config, self._share, self._layers
         if share is None or share.place.first:
-            self.program.embed(self._packed("embed.weight"), config.embedding_scale)
+            self.program.embed(layers.packed("embed.weight"), config.embedding_scale)
         for layer in range(config.n_layers):
             match config.layers[layer].mixer:
                 case AttentionSpec() as attention:
-                    self.program.attention(self._attention(layer, attention))
+                    self.program.attention(layers.attention(layer, attention))
                 case ShortConvSpec():
-                    self.program.short_conv(self._short_conv(layer))
+                    self.program.short_conv(layers.short_conv(layer))
                 case DeltaNetSpec() as delta:
-                    self.program.delta_net(self._delta_net(layer, delta))
+                    self.program.delta_net(layers.delta_net(layer, delta))
                 case Mamba2Spec() as mamba:
-                    self.program.mamba2(self._mamba2(layer, mamba))
-            self.program.ffn(self._ffn(layer))
+                    self.program.mamba2(layers.mamba2(layer, mamba))
+            self.program.ffn(layers.ffn(layer))
         if share is None or share.place.last:
-            head = self._packed("embed.weight" if config.tied_embeddings else "lm_head.weight")
-            bias = self._vector("lm_head.bias") if config.head_bias else None
-            norm = self._norm("final_norm.weight", config.final_norm)
+            head = layers.packed("embed.weight" if config.tied_embeddings else "lm_head.weight")
+            bias = layers.vector("lm_head.bias") if config.head_bias else None
+            norm = layers.norm("final_norm.weight", config.final_norm)
             self.program.head(norm, head, config.logit_scale, bias, config.logit_cap)
 
     @property
@@ -251,7 +231,9 @@ class CompiledModel:
         if batch.steering is not None:
             return self._steered(batch, hidden=hidden, routing=routing)
         logits, n = self.program.run(batch), len(batch.tokens)
-        states = self.program.hidden(n, self._norm("final_norm.weight", self.config.final_norm)) if hidden else None
+        states = (
+            self.program.hidden(n, self._layers.norm("final_norm.weight", self.config.final_norm)) if hidden else None
+        )
         return PassResult(logits, states, self._router_stats(n) if routing else None)
 
     def _steered(self, batch: PassBatch, *, hidden: bool, routing: bool) -> PassResult:
@@ -283,6 +265,24 @@ class CompiledModel:
         rows = [kv.reshape(self.n_blocks, -1)[block] for kv in self._kv]
         if len(content) != sum(row.nbytes for row in rows):
             raise ConfigError(f"a block has {sum(row.nbytes for row in rows)} bytes, got {len(content)}")
+        at = 0
+        for row in rows:
+            row[:] = np.frombuffer(content, dtype=row.dtype, count=row.size, offset=at)
+            at += row.nbytes
+
+    def read_state(self, slot: int) -> bytes:
+        """What a slot holds, of all recurrent layers."""
+        return b"".join(states[slot].tobytes() for states in self._states.values())
+
+    def write_state(self, slot: int, content: bytes) -> None:
+        """Put back what :meth:`read_state` has read.
+
+        Raises:
+            ConfigError: it is of another size.
+        """
+        rows = [states[slot] for states in self._states.values()]
+        if len(content) != sum(row.nbytes for row in rows):
+            raise ConfigError(f"a slot has {sum(row.nbytes for row in rows)} bytes, got {len(content)}")
         at = 0
         for row in rows:
             row[:] = np.frombuffer(content, dtype=row.dtype, count=row.size, offset=at)
@@ -342,235 +342,3 @@ class CompiledModel:
     def expert_load(self) -> list[NDArray[np.int64]]:
         """Per MoE layer (E,) int64: tokens every expert has seen since the model was built."""
         return [routing.load.copy() for routing in self.program.routing]
-
-    def _short_conv(self, layer: int) -> ShortConvArgs:
-        shape, p = self.config.layers[layer], f"layers.{layer}."
-        return ShortConvArgs(
-            norm=self._norm(p + "attn_norm.weight", shape.norm),
-            post_norm=self._post_norm(p + "attn", shape),
-            w_in=self._packed(p + "conv.w_in.weight"),
-            w_out=self._packed(p + "conv.w_out.weight"),
-            taps=self._packed(p + "conv.taps").unpack(),
-            residual_scale=shape.residual_scale,
-            state=self._states[layer],
-        )
-
-    def _delta_net(self, layer: int, spec: DeltaNetSpec) -> DeltaNetArgs:
-        shape, p = self.config.layers[layer], f"layers.{layer}."
-        rate = self._vector(p + "delta.rate")
-        return DeltaNetArgs(
-            norm=self._norm(p + "attn_norm.weight", shape.norm),
-            post_norm=self._post_norm(p + "attn", shape),
-            w_in=self._packed(p + "delta.w_in.weight"),
-            w_ba=self._packed(p + "delta.w_ba.weight"),
-            w_out=self._packed(p + "delta.w_out.weight"),
-            taps=self._packed(p + "delta.taps").unpack(),
-            rate=np.exp(rate) if spec.log_rate else -rate,
-            dt=self._vector(p + "delta.dt"),
-            head_norm=self._norm(p + "delta.norm.weight", NormSpec(kind="rms", eps=spec.eps)),
-            n_k_heads=spec.n_k_heads,
-            n_v_heads=spec.n_v_heads,
-            k_dim=spec.k_dim,
-            v_dim=spec.v_dim,
-            tiled=spec.tiled,
-            residual_scale=shape.residual_scale,
-            state=self._states[layer],
-        )
-
-    def _mamba2(self, layer: int, spec: Mamba2Spec) -> Mamba2Args:
-        shape, p = self.config.layers[layer], f"layers.{layer}."
-        rate = self._vector(p + "mamba.rate")
-        return Mamba2Args(
-            norm=self._norm(p + "attn_norm.weight", shape.norm),
-            post_norm=self._post_norm(p + "attn", shape),
-            w_in=self._packed(p + "mamba.w_in.weight"),
-            w_dt=self._packed(p + "mamba.w_dt.weight"),
-            w_out=self._packed(p + "mamba.w_out.weight"),
-            taps=self._packed(p + "mamba.taps").unpack(),
-            conv_bias=self._vector(p + "mamba.conv_bias") if spec.conv_bias else None,
-            rate=np.exp(rate) if spec.log_rate else -rate,
-            dt=self._vector(p + "mamba.dt"),
-            skip=self._vector(p + "mamba.skip"),
-            group_norm=self._norm(p + "mamba.norm.weight", NormSpec(kind="rms", eps=spec.eps)),
-            n_heads=spec.n_heads,
-            n_groups=spec.n_groups,
-            state_dim=spec.state_dim,
-            head_dim=spec.head_dim,
-            residual_scale=shape.residual_scale,
-            state=self._states[layer],
-        )
-
-    def _attention(self, layer: int, spec: AttentionSpec) -> AttentionArgs:
-        shape, p = self.config.layers[layer], f"layers.{layer}."
-        turning = slopes = q_norm = k_norm = None
-        if isinstance(spec.position, RopeSpec):
-            turning = rotation(spec.position, spec.turning_dim, self.config.max_seq_len)
-        elif isinstance(spec.position, AlibiSpec):
-            share = self._share
-            slopes = alibi_slopes(spec.position, spec.n_heads) if share is None else share.slopes(layer)
-        if spec.qk_norm is not None:
-            rms = NormSpec(kind="rms", eps=spec.qk_norm.eps, plus_one=spec.qk_norm.plus_one)
-            q_norm, k_norm = (self._norm(f"{p}attn.{part}_norm.weight", rms) for part in "qk")
-        return AttentionArgs(
-            norm=self._norm(p + "attn_norm.weight", shape.norm) if shape.pre_norms else None,
-            post_norm=self._post_norm(p + "attn", shape),
-            wqkv=self._pieces(p + queries_of(spec)),
-            latent=self._latent(p + "attn.", spec) if isinstance(spec, LatentAttentionSpec) else None,
-            wo=self._packed(p + "attn.wo.weight"),
-            n_heads=spec.n_heads,
-            n_kv_heads=spec.n_kv_heads,
-            head_dim=spec.head_dim,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            clip=spec.clip_qkv,
-            residual_scale=shape.residual_scale,
-            score_scale=spec.score_scale,
-            soft_cap=spec.soft_cap,
-            inverse_frequencies=None if turning is None else turning.frequencies,
-            rotary_scale=1.0 if turning is None else turning.scale,
-            alibi_slopes=slopes,
-            kv=self._kv[self.cache.slots[layer]],
-            kv_stride=self._kv[self.cache.slots[layer]].nbytes // self.n_blocks,
-            cache_group=self.cache.groups[layer],
-            kv_format=self.kv_format,
-            qkv_bias=self._vector(p + "attn.wqkv.bias") if spec.qkv_bias else None,
-            out_bias=self._vector(p + "attn.wo.bias") if spec.out_bias else None,
-            sinks=self._vector(p + "attn.sinks") if spec.sinks else None,
-            window=spec.window,
-            output_gate=spec.output_gate,
-            keys_as_values=spec.keys_as_values,
-            v_norm=None if spec.v_norm_eps is None else _unit_norm(spec.head_dim, spec.v_norm_eps),
-            norm_after_rotation=spec.qk_norm is not None and spec.qk_norm.after_rotation,
-        )
-
-    def _latent(self, p: str, spec: LatentAttentionSpec) -> LatentArgs:
-        norm = NormSpec(kind="rms", eps=spec.norm_eps)
-        through = spec.q_rank is not None
-        return LatentArgs(
-            kv_rank=spec.kv_rank,
-            rope_dim=spec.rope_dim,
-            nope_dim=spec.nope_dim,
-            v_dim=spec.v_dim,
-            wq_a=self._packed(p + "wq_a.weight") if through else None,
-            q_a_norm=self._norm(p + "q_a_norm.weight", norm) if through else None,
-            wkv_a=self._packed(p + "wkv_a.weight"),
-            kv_a_norm=self._norm(p + "kv_a_norm.weight", norm),
-            wk_b=self._packed(p + "wk_b.weight"),
-            wv_b=self._packed(p + "wv_b.weight"),
-        )
-
-    def _ffn(self, layer: int) -> FFNArgs:
-        shape, p = self.config.layers[layer], f"layers.{layer}."
-        stream_scale = float(self._vector(p + "scale")[0]) if shape.scaled else 1.0
-        ffn, norm = shape.ffn, self._norm(p + "ffn_norm.weight", shape.norm) if shape.pre_norms else None
-        post = self._post_norm(p + "ffn", shape)
-        match ffn:
-            case DenseSpec():
-                return FFNArgs(
-                    norm=norm,
-                    post_norm=post,
-                    router=None,
-                    gate=[self._packed(p + "ffn.w_gate")] if ffn.gated else None,
-                    up=[self._packed(p + "ffn.w_up")],
-                    down=[self._packed(p + "ffn.w_down")],
-                    top_k=1,
-                    activation=ffn.activation,
-                    aggregate="weighted_sum",
-                    normalize_p=None,
-                    residual_scale=shape.residual_scale,
-                    fuse=None,
-                    layer=layer,
-                    stream_scale=stream_scale,
-                )
-            case MoESpec():
-                return FFNArgs(
-                    norm=norm,
-                    post_norm=post,
-                    router=self._packed(p + "moe.router.weight"),
-                    gate=self._experts(p + "moe.w_gate"),
-                    up=self._experts(p + "moe.w_up"),
-                    down=self._experts(p + "moe.w_down"),
-                    top_k=ffn.top_k,
-                    activation=ffn.activation,
-                    aggregate=ffn.aggregate,
-                    normalize_p=ffn.normalize_p,
-                    residual_scale=shape.residual_scale,
-                    fuse=self._vector_or_none(p + "moe.fuse.weight"),
-                    layer=layer,
-                    store=None if self.store is None else self.store.handle,
-                    choice=ChoiceArgs(
-                        score=ffn.score,
-                        n_groups=ffn.n_groups,
-                        top_k_groups=ffn.top_k_groups,
-                        group_worth=ffn.group_worth,
-                        normalize_eps=ffn.normalize_eps,
-                        normalize_min=ffn.normalize_min,
-                        scale=ffn.routed_scale,
-                        near=2 * (ffn.mixer_eps or 0.0),
-                        bias=self._vector_or_none(p + "moe.router.bias"),
-                        correction=self._vector_or_none(p + "moe.router.correction"),
-                    ),
-                    biases=self._biases(p) if ffn.expert_bias else None,
-                    shared=self._shared(p + "moe.", ffn),
-                    apart=self._apart(p + "moe.", shape.norm) if ffn.apart else None,
-                    stream_scale=stream_scale,
-                )
-
-    def _apart(self, p: str, norm: NormSpec) -> ApartArgs:
-        scale = self._vector(p + "router.scale")
-        return ApartArgs(
-            router_norm=NormArgs(scale * np.float32(len(scale) ** -0.5), "rms", norm.eps),
-            expert_norm=self._norm(p + "norm.weight", norm),
-            expert_post_norm=self._norm(p + "post_norm.weight", norm),
-            shared_post_norm=self._norm(p + "shared_post_norm.weight", norm),
-            expert_scale=self._vector(p + "router.expert_scale"),
-        )
-
-    def _biases(self, p: str) -> tuple[Floats, Floats, Floats]:
-        gate, up, down = (self._packed(f"{p}moe.b_{part}").unpack() for part in ("gate", "up", "down"))
-        return gate, up, down
-
-    def _shared(self, p: str, ffn: MoESpec) -> SharedArgs | None:
-        if ffn.shared is None:
-            return None
-        weight = self._vector_or_none(p + "shared_gate")
-        return SharedArgs(
-            gate=self._packed(p + "shared.w_gate"),
-            up=self._packed(p + "shared.w_up"),
-            down=self._packed(p + "shared.w_down"),
-            activation=ffn.shared.activation,
-            weight=None if weight is None else pack(np.ascontiguousarray(weight[None]), "float32"),
-        )
-
-    def _vector_or_none(self, name: str) -> Floats | None:
-        """A vector that not every mixture has."""
-        return self._vector(name) if name in self.parameters else None
-
-    def _packed(self, name: str) -> Packed:
-        parameter = self.parameters[name]
-        assert isinstance(parameter, Packed), f"{name} is a packed matrix"
-        return parameter
-
-    def _pieces(self, name: str) -> Sequence[Packed]:
-        """A matrix that may be in several pieces of rows."""
-        parameter = self.parameters[name]
-        return [parameter] if isinstance(parameter, Packed) else self._experts(name)
-
-    def _experts(self, name: str) -> Sequence[Packed]:
-        parameter = self.parameters[name]
-        assert not isinstance(parameter, (Packed, np.ndarray)), f"{name} is a list of packed matrices"
-        return parameter
-
-    def _post_norm(self, branch: str, shape: LayerSpec) -> NormArgs | None:
-        """The norm of what a branch gives, where the layer has one."""
-        return self._norm(branch + "_post_norm.weight", shape.norm) if shape.post_norms else None
-
-    def _norm(self, name: str, spec: NormSpec) -> NormArgs:
-        bias = self._vector(name.removesuffix("weight") + "bias") if spec.bias else None
-        weight = self._vector(name)
-        return NormArgs(weight + np.float32(1) if spec.plus_one else weight, spec.kind, spec.eps, bias)
-
-    def _vector(self, name: str) -> Floats:
-        vector = self.parameters[name]
-        assert isinstance(vector, np.ndarray), f"{name} is a vector"
-        return vector

@@ -45,7 +45,7 @@ def make(
     max_batch_tokens: int = MAX_TOKENS,
     progress: Progress | None = None,
 ) -> Runner:
-    """A checkpoint on the CPU's kernels; what each argument is for, ``engine.llm.load`` says.
+    """A checkpoint on the CPU's kernels; what each argument is for, ``engine.load.load`` says.
 
     Raises:
         CheckpointError, ConfigError: the files are malformed or of an unsupported kind; no room for a block.
@@ -72,6 +72,7 @@ def make(
 def make_torch(
     opened: Checkpoint,
     *,
+    format: str | None = None,
     dtype: str = "auto",
     device: str = "cpu",
     threads: int | None = None,
@@ -80,12 +81,17 @@ def make_torch(
 ) -> Runner:
     """A checkpoint in plain torch, on any device; with QUADRIGA_OPS=triton on the kernels for GPUs.
 
+    Args:
+        format: what matrices are packed as for the kernels for GPUs; None: as they are stored.
+
     Raises:
         HardwareError: torch, or triton where it is asked for, is not installed, or the device does not exist here.
         CheckpointError, ConfigError: as :func:`make`.
     """
     if dispatch.forced() == "triton":
-        return _make_cuda(opened, dtype=dtype, device=device, kv_memory=kv_memory, progress=progress)
+        how = {"format": format or "keep", "dtype": dtype, "device": device}
+        return _make_cuda(opened, kv_memory, progress, how)
+    assert format is None, "the options' rules refuse it"
     try:
         from quadriga.runners.torch import load
     except ModuleNotFoundError as error:
@@ -94,7 +100,7 @@ def make_torch(
         raise runtime.without_torch("computing with a dtype, on a GPU or with QUADRIGA_OPS=reference") from None
     return load(
         opened,
-        lambda per_block: cache_size(opened.config, per_block, kv_memory, _TORCH_CONTEXTS),
+        lambda per_block, free: cache_size(opened.config, per_block, kv_memory, _TORCH_CONTEXTS, free),
         dtype=dtype,
         device=device,
         threads=threads,
@@ -102,9 +108,7 @@ def make_torch(
     )
 
 
-def _make_cuda(
-    opened: Checkpoint, *, dtype: str, device: str, kv_memory: int | None, progress: Progress | None
-) -> Runner:
+def _make_cuda(opened: Checkpoint, kv_memory: int | None, progress: Progress | None, how: dict[str, str]) -> Runner:
     try:
         from quadriga.runners.cuda.runner import load
     except ModuleNotFoundError as error:
@@ -117,10 +121,9 @@ def _make_cuda(
         ) from None
     return load(
         opened,
-        lambda per_block: cache_size(opened.config, per_block, kv_memory, _TORCH_CONTEXTS),
-        dtype=dtype,
-        device=device,
+        lambda per_block, free: cache_size(opened.config, per_block, kv_memory, _TORCH_CONTEXTS, free),
         progress=progress,
+        **how,
     )
 
 
@@ -160,7 +163,7 @@ def make_ranked(
     max_batch_tokens: int = MAX_TOKENS,
     progress: Progress | None = None,
 ) -> RankedModel | RankModel:
-    """This rank's part of a checkpoint on the CPU's kernels; what each argument is for, ``engine.llm.load`` says.
+    """This rank's part of a checkpoint on the CPU's kernels; what each argument is for, ``engine.load.load`` says.
 
     Args:
         threads, kv_memory: of each rank.
@@ -246,22 +249,30 @@ _SLOTS = 256
 """Most slots for recurrent states where memory is no limit: two a running sequence, and prefixes that are kept."""
 
 
-def cache_size(config: ModelConfig, per_block: int, memory: int | None, contexts: int) -> CacheSize:
+def cache_size(
+    config: ModelConfig, per_block: int, memory: int | None, contexts: int, free: int | None = None
+) -> CacheSize:
     """Blocks of keys and values, and slots for the states of recurrent layers, in ``memory`` bytes.
 
-    Slots get at most half of it; without a limit at most an eighth of the free memory. Two are the least: a sequence's
+    Slots get at most half of it; without a limit at most half of what a cache may take. Two are the least: a sequence's
     state, and the one it becomes.
+
+    Args:
+        memory: None: what so many full contexts take, at most a quarter of the host's free memory, or three quarters of
+            a device's.
+        free: bytes that are free on the device; None: it is the host.
 
     Raises:
         ConfigError: no room for a block, or for two slots.
     """
+    most = _quarter() if free is None else free // 4 * 3
     slot = cost.state_bytes(config)
     if not slot:
-        return CacheSize(n_blocks(config, per_block, memory, contexts), 0)
+        return CacheSize(n_blocks(config, per_block, memory, contexts, most), 0)
     if memory is None:
         return CacheSize(
-            n_blocks(config, per_block, None, contexts),
-            max(2, min(_SLOTS, runtime.memory_bytes()[1] // 8 // slot)),
+            n_blocks(config, per_block, None, contexts, most if free is None else most // 2),
+            max(2, min(_SLOTS, most // 2 // slot)),
         )
     if memory < 2 * slot + per_block:
         raise ConfigError(
@@ -269,17 +280,33 @@ def cache_size(config: ModelConfig, per_block: int, memory: int | None, contexts
             f"bytes; got {memory}"
         )
     n_slots = max(2, min(_SLOTS, memory // 2 // slot))
-    return CacheSize(n_blocks(config, per_block, memory - n_slots * slot, contexts), n_slots)
+    return CacheSize(n_blocks(config, per_block, memory - n_slots * slot, contexts, most), n_slots)
 
 
-def n_blocks(config: ModelConfig, per_block: int, memory: int | None, contexts: int) -> int:
-    """Blocks of a cache of ``memory`` bytes; None: of so many full contexts, at most a quarter of the free memory."""
+def n_blocks(config: ModelConfig, per_block: int, memory: int | None, contexts: int, most: int | None = None) -> int:
+    """Blocks of a cache of ``memory`` bytes; None: of so many full contexts, in ``most`` bytes at most (None: a quarter
+    of the host's free memory)."""
     cache = cache_layout(config)
     if memory is not None:
         if memory < cache.n_groups * per_block:
             least = f"{cache.n_groups} x {per_block}" if cache.n_groups > 1 else f"{per_block}"
             raise ConfigError(f"kv_memory must hold at least one block of 16 tokens, {least} bytes; got {memory}")
         return min(memory // per_block, 2**20)
+    return max(cache.n_groups, min(_wanted(config, contexts), (_quarter() if most is None else most) // per_block))
+
+
+def _wanted(config: ModelConfig, contexts: int) -> int:
+    """Blocks of so many full contexts."""
+    cache = cache_layout(config)
     passing = -(-min(MAX_TOKENS, config.max_seq_len) // BLOCK_TOKENS)  # of a prompt, until its pass is over
-    wanted = contexts * cache.n_blocks(config.max_seq_len) + passing * sum(w is not None for w in cache.windows)
-    return max(cache.n_groups, min(wanted, runtime.memory_bytes()[1] // 4 // per_block))
+    return contexts * cache.n_blocks(config.max_seq_len) + passing * sum(w is not None for w in cache.windows)
+
+
+def kernels_cache_bytes(config: ModelConfig, kv_format: str) -> int:
+    """Bytes of the cache that :func:`make` gives a model where memory is no limit."""
+    per_block = sum(place_bytes(config, cache_layout(config), kv_format))
+    return _wanted(config, _KERNELS_CONTEXTS) * per_block + _SLOTS * cost.state_bytes(config)
+
+
+def _quarter() -> int:
+    return runtime.memory_bytes()[1] // 4

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from quadriga.errors import EngineError, RequestError
 from quadriga.kernels.cpu.expert_store import ExpertStore
 from quadriga.kernels.cpu.packing import Parameter
-from quadriga.kernels.cpu.program import PassBatch
 from quadriga.kernels.cpu.sampling import Logits, TokenSampler
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model.cache_layout import CacheLayout, cache_layout
 from quadriga.model.config import ModelConfig
 from quadriga.model.rank_mesh import RankPlace

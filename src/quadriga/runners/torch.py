@@ -8,29 +8,29 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress
 from quadriga.kernels.cpu.expert_store import ExpertStore
-from quadriga.kernels.cpu.program import PassBatch
-from quadriga.kernels.cpu.sampling import Logits, TokenSampler
+from quadriga.kernels.cpu.sampling import TokenSampler
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model.cache_layout import CacheLayout, cache_layout, one_group
 from quadriga.model.config import AttentionSpec, LatentState, RecurrentState
 from quadriga.nn import moe
 from quadriga.nn.adapter_bank import AdapterBank
 from quadriga.nn.context import Scan, Scoring, beginning
-from quadriga.nn.devices import quick_float32, resolve_device, resolve_dtype, set_threads
+from quadriga.nn.devices import free_bytes, quick_float32, resolve_device, resolve_dtype, set_threads
 from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.base import CacheSize, Floats, LayerRouting, PassResult
+from quadriga.runners.on_tensors import TensorRunner, dtype_sizes
 
 
 def load(
     opened: Checkpoint,
-    sizes: Callable[[int], CacheSize],
+    sizes: Callable[[int, int | None], CacheSize],
     *,
     dtype: str = "auto",
     device: str = "cpu",
@@ -40,7 +40,8 @@ def load(
     """A checkpoint in torch.
 
     Args:
-        sizes: size of the cache, from the bytes of a block.
+        sizes: size of the cache, from the bytes of a block and those that are free on the device beside the weights
+            (None: it is the host).
         dtype, device: as in ``runtime.DTYPE_NAMES`` and ``runtime.check_device``, or auto.
 
     Raises:
@@ -55,12 +56,12 @@ def load(
     layers = opened.config.layers
     numbers = sum(max(layers[i].mixer.state.numbers_per_token for i in users) for users in cache.slot_layers)
     per_block = BLOCK_TOKENS * numbers * parameters["embed.weight"].element_size()
-    room = sizes(per_block)
+    room = sizes(per_block, free_bytes(target))
     model = Transformer.from_parameters(opened.config, parameters)
     return TorchRunner(model, room.n_blocks, cache, n_slots=room.n_slots)
 
 
-class TorchRunner:
+class TorchRunner(TensorRunner):
     """A Transformer on plain torch ops over a paged cache.
 
     Args:
@@ -80,13 +81,13 @@ class TorchRunner:
     ) -> None:
         self.cache = cache or one_group(model.config.n_layers)
         n_blocks = n_blocks or 2 * self.cache.n_groups * -(-model.config.max_seq_len // BLOCK_TOKENS)
-        self.model, self.config, self.n_blocks = model.eval(), model.config, n_blocks
+        self.model, config = model.eval(), model.config
         weight = next(model.parameters())
-        self.n_slots = (n_slots or n_blocks) if self.config.is_recurrent else 0
+        self.n_slots = (n_slots or n_blocks) if config.is_recurrent else 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         for layers in self.cache.slot_layers:
-            mixers = [self.config.layers[layer].mixer for layer in layers]
+            mixers = [config.layers[layer].mixer for layer in layers]
             width = max(m.n_kv_heads * m.head_dim if isinstance(m, AttentionSpec) else 0 for m in mixers)
             keys = torch.zeros((n_blocks * BLOCK_TOKENS, width), dtype=weight.dtype, device=weight.device)
             self._keys.append(keys)
@@ -94,17 +95,15 @@ class TorchRunner:
             state = mixers[0].state
             self._values.append(keys[:, : state.rank] if isinstance(state, LatentState) else torch.zeros_like(keys))
         self._states: dict[int, list[Tensor]] = {}
-        for i, layer in enumerate(self.config.layers):
+        for i, layer in enumerate(config.layers):
             if isinstance(kept := layer.mixer.state, RecurrentState):
                 self._states[i] = [t.expand(self.n_slots, *t.shape).clone() for t in beginning(kept, weight)]
-        self._device = weight.device
-        self._stored = [*self._keys, *(values for values in self._values if values._base is None)]
-        self.kv_bytes = sum(t.nbytes for t in self._stored)
+        stored = [*self._keys, *(values for values in self._values if values._base is None)]
+        super().__init__(config, n_blocks, stored, weight.device)
         self.state_bytes = sum(t.nbytes for arrays in self._states.values() for t in arrays)
         self.store: ExpertStore | None = None
         self.row_sampler: TokenSampler | None = None
         self.can_steer = True
-        self._load: list[Tensor] = []
         self._bank: AdapterBank | None = None
 
     @property
@@ -134,10 +133,7 @@ class TorchRunner:
             if self._bank is not None:
                 self._bank.choose(None if chosen is None else chosen[rows])
             logits: Floats = self.model.head(states[rows]).cpu().numpy()
-        for layer, stats in enumerate(of_layers):
-            if layer == len(self._load):
-                self._load.append(torch.zeros(stats.probs.shape[-1], dtype=torch.int64, device=device))
-            self._load[layer] += stats.load()
+        self._count(of_layers, len(tokens))
         return PassResult(
             logits,
             self.model.final_norm(states).float().cpu().numpy() if hidden else None,
@@ -165,28 +161,8 @@ class TorchRunner:
             for router in routers:
                 router.steering = None
 
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """See :class:`Runner`."""
-        source, target = zip(*pairs, strict=True)
-        for stored in self._stored:
-            blocks = stored.view(self.n_blocks, BLOCK_TOKENS, *stored.shape[1:])
-            blocks[list(target)] = blocks[list(source)]
-
-    def row_stats(self, logits: Logits) -> tuple[list[int], list[float]]:
-        """See :class:`Runner`."""
-        rows = torch.from_numpy(np.asarray(logits))
-        return rows.argmax(-1).tolist(), rows.logsumexp(-1).tolist()
-
-    def weights(self) -> tuple[str, int]:
-        """See :class:`Runner`."""
-        n_bytes: Counter[str] = Counter()
-        for parameter in self.model.parameters():
-            n_bytes[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
-        return n_bytes.most_common(1)[0][0], n_bytes.total()
-
-    def expert_load(self) -> list[NDArray[np.int64]]:
-        """See :class:`Runner`."""
-        return [load.cpu().numpy() for load in self._load]
+    def _sizes(self) -> Counter[str]:
+        return dtype_sizes(list(self.model.parameters()))
 
 
 def _as_arrays(stats: moe.RouterStats) -> LayerRouting:

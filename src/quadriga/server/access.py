@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 HEADER = "x-request-id"
 _MAX_ID = 128
@@ -30,6 +31,10 @@ class Usage:
     """Tokens read, of all prompts and texts."""
     n_answer: int = 0
     """Tokens made, of all answers; also of those that were given up."""
+    began: float = field(default_factory=time.perf_counter)
+    """When it came, by ``time.perf_counter``."""
+    first_s: float | None = None
+    """Seconds from the request to its first token."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ one, and :meth:`Visit.enter` the others.
 
     sequences a minute    a bucket that holds a minute's worth, and fills at that rate
     tokens a minute       the same, but read and made tokens are taken when they are known, so it may run into debt
+    tokens a day          the same again, with a day's worth
     sequences at once     counted up and down
 """
 
@@ -14,10 +15,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from quadriga.server.errors import ApiError
 
-_MINUTE = 60.0
+_MINUTE, _DAY = 60.0, 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,24 +30,26 @@ class Allowance:
     """Sequences that begin."""
     tokens_per_minute: int = 0
     """Tokens read and made."""
+    tokens_per_day: int = 0
+    """The same, in the long run."""
     concurrent: int = 0
     """Sequences at once."""
 
 
 class _Bucket:
-    """Holds at most ``per_minute``, is filled with as many a minute."""
+    """Holds at most ``most``, is filled with as many in every ``window_s``."""
 
-    def __init__(self, per_minute: int, now: float) -> None:
-        self.per_minute, self.level, self._at = per_minute, float(per_minute), now
+    def __init__(self, most: int, now: float, window_s: float = _MINUTE) -> None:
+        self.most, self.level, self._at, self._window_s = most, float(most), now, window_s
 
     def fill(self, now: float) -> None:
         """Up to now."""
-        self.level = min(float(self.per_minute), self.level + (now - self._at) * self.per_minute / _MINUTE)
+        self.level = min(float(self.most), self.level + (now - self._at) * self.most / self._window_s)
         self._at = now
 
     def wait_s(self, wanted: float) -> float:
         """Seconds until it holds so much; 0 if it does, or if there is no limit."""
-        return max(0.0, wanted - self.level) * _MINUTE / self.per_minute if self.per_minute else 0.0
+        return max(0.0, wanted - self.level) * self._window_s / self.most if self.most else 0.0
 
 
 class Account:
@@ -61,7 +65,8 @@ class Account:
         now = self.seen = clock()
         self._sequences = _Bucket(allowance.requests_per_minute, now)
         self._tokens = _Bucket(allowance.tokens_per_minute, now)
-        self.open = 0
+        self._daily = _Bucket(allowance.tokens_per_day, now, _DAY)
+        self.open = self.n_sequences = self.n_tokens = 0
         self._freed: list[asyncio.Future[None]] = []
 
     def check(self, n: int) -> None:
@@ -87,14 +92,18 @@ class Account:
         now = self.seen = self._clock()
         self._sequences.fill(now)
         self._tokens.fill(now)
+        self._daily.fill(now)
         if wait := self._sequences.wait_s(n):
             raise self._refusal(f"more than {allowed.requests_per_minute} requests a minute", wait)
         if wait := self._tokens.wait_s(1):
             raise self._refusal(f"more than {allowed.tokens_per_minute} tokens a minute", wait)
+        if wait := self._daily.wait_s(1):
+            raise self._refusal(f"more than {allowed.tokens_per_day} tokens a day", wait)
         if allowed.concurrent and self.open + n > allowed.concurrent:
             raise self._refusal(f"more than {allowed.concurrent} requests at once", 1)
         self._sequences.level -= n
         self.open += n
+        self.n_sequences += n
 
     async def take_in_time(self, n: int) -> None:
         """:meth:`take`, but wait for as long as it takes."""
@@ -119,15 +128,32 @@ class Account:
 
     def spend(self, n_tokens: int) -> None:
         """So many tokens were read or made."""
-        if self._allowance.tokens_per_minute:
-            self._tokens.fill(self._clock())
-            self._tokens.level -= n_tokens
+        self.n_tokens += n_tokens
+        for bucket in (self._tokens, self._daily):
+            if bucket.most:
+                bucket.fill(self._clock())
+                bucket.level -= n_tokens
 
     def idle(self, now: float) -> bool:
         """Nothing is open, and what was used is as good as forgotten."""
-        self._tokens.fill(now)
-        in_debt = self._tokens.per_minute and self._tokens.level < self._tokens.per_minute
+        for bucket in (self._tokens, self._daily):
+            bucket.fill(now)
+        in_debt = any(bucket.level < bucket.most for bucket in (self._tokens, self._daily))
         return not self.open and now - self.seen >= _MINUTE and not in_debt
+
+    def report(self) -> dict[str, Any]:
+        """What has been used since the server began, what may be, and what is left of it now; null: any number."""
+        now, allowed = self._clock(), self._allowance
+        limits: dict[str, Any] = {"concurrent": allowed.concurrent or None}
+        left: dict[str, Any] = {"concurrent": allowed.concurrent - self.open if allowed.concurrent else None}
+        for name, bucket in (
+            ("requests_per_minute", self._sequences),
+            ("tokens_per_minute", self._tokens),
+            ("tokens_per_day", self._daily),
+        ):
+            bucket.fill(now)
+            limits[name], left[name] = bucket.most or None, int(bucket.level) if bucket.most else None
+        return {"requests": self.n_sequences, "tokens": self.n_tokens, "limits": limits, "left": left}
 
     def _refusal(self, message: str, wait_s: float) -> ApiError:
         return ApiError(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)

@@ -12,12 +12,25 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from quadriga.errors import QuadrigaError
-from quadriga.server import admin, chat, completions, fields, llamacpp, messages, ollama, responses, status, text_routes
+from quadriga.server import (
+    admin,
+    chat,
+    completions,
+    fields,
+    llamacpp,
+    messages,
+    ollama,
+    ollama_models,
+    responses,
+    status,
+    text_routes,
+)
 from quadriga.server.endpoints import Endpoint, Endpoints, noted, plain
 from quadriga.server.errors import ApiError, as_api_error, as_bug
 from quadriga.server.files import FileStore
 from quadriga.server.fleet import Fleet
 from quadriga.server.guard import Guard, Limits
+from quadriga.server.metrics import Metrics
 from quadriga.server.page import PAGE, page_routes
 from quadriga.server.schema import (
     ChatRequest,
@@ -56,17 +69,18 @@ def _ours(e: Endpoints) -> list[Row]:
         "/batches": e.batch,
         "/load_lora_adapter": e.simple(admin.AdapterToLoad, admin.load_adapter),
         "/unload_lora_adapter": e.simple(admin.AdapterToForget, admin.unload_adapter),
-        "/experts/reset": e.experts(lambda experts: experts.reset()),
+        "/experts/reset": e.experts(status.Experts.reset),
     }
-    metrics = e.fleet.first.metrics
+    metrics = e.fleet.metrics
     gets = {
-        "/models": plain(lambda: status.models(e.fleet)),
+        "/models": e.models,
         "/models/{name:path}": e.one_model,
         "/tokenizer_info": e.about(text_routes.tokenizer_info),
         "/health": plain(lambda: status.health(e.fleet)),
         "/ready": e.ready,
-        "/experts": e.experts(lambda experts: experts.show()),
-        "/experts/labels": e.experts(lambda experts: experts.labels()),
+        "/usage": e.usage,
+        "/experts": e.experts(status.Experts.show),
+        "/experts/labels": e.experts(status.Experts.labels),
         "/metrics": plain(lambda: Response(metrics.text(), media_type="text/plain; version=0.0.4")),
         "/openapi.json": plain(lambda: json_response(e.document())),
         "/docs": e.docs,
@@ -76,19 +90,19 @@ def _ours(e: Endpoints) -> list[Row]:
 
 
 def _of_ollama(e: Endpoints) -> list[Row]:
-    managed = {f"/api/{verb}": ollama.refuse(done) for verb, done in ollama.MANAGES.items()}
+    managed = {f"/api/{verb}": ollama_models.refuse(done) for verb, done in ollama_models.MANAGES.items()}
     return [
-        ("POST", "/api/chat", e.simple(ollama.OllamaChat, ollama.ask)),
-        ("POST", "/api/generate", e.simple(ollama.OllamaGenerate, ollama.ask)),
+        ("POST", "/api/chat", e.of_ollama(ollama.OllamaChat)),
+        ("POST", "/api/generate", e.of_ollama(ollama.OllamaGenerate)),
         ("POST", "/api/embed", e.simple(ollama.OllamaEmbed, ollama.embed)),
         ("POST", "/api/embeddings", e.simple(ollama.OllamaEmbeddings, ollama.embeddings)),
-        ("POST", "/api/show", e.simple(ollama.OllamaModel, ollama.show)),
-        ("POST", "/api/pull", e.simple(ollama.OllamaModel, ollama.pull)),
+        ("POST", "/api/show", e.shown(ollama_models.OllamaModel, ollama_models.show)),
+        ("POST", "/api/pull", e.shown(ollama_models.OllamaModel, ollama_models.pull)),
         *(("POST", path, endpoint) for path, endpoint in managed.items()),
-        ("DELETE", "/api/delete", ollama.refuse("deleted")),
-        ("GET", "/api/tags", plain(lambda: ollama.tags(e.fleet))),
-        ("GET", "/api/ps", plain(lambda: ollama.running(e.fleet))),
-        ("GET", "/api/version", plain(ollama.version)),
+        ("DELETE", "/api/delete", ollama_models.refuse("deleted")),
+        ("GET", "/api/tags", e.tags),
+        ("GET", "/api/ps", plain(lambda: ollama_models.running(e.fleet))),
+        ("GET", "/api/version", plain(ollama_models.version)),
     ]
 
 
@@ -113,7 +127,7 @@ def build(service: Service | Fleet, limits: Limits, store: FileStore | None = No
     endpoints = Endpoints(fleet, limits, store)
     rows = [("", *row) for row in (*_of_ollama(endpoints), *_of_llamacpp(endpoints))]
     rows += [(prefix, *row) for prefix in ("", "/v1") for row in _ours(endpoints)]
-    routes = [Route(p + path, _counted(fleet.first, path, e), methods=[method]) for p, method, path, e in rows]
+    routes = [Route(p + path, _counted(fleet.metrics, path, e), methods=[method]) for p, method, path, e in rows]
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -128,14 +142,14 @@ def build(service: Service | Fleet, limits: Limits, store: FileStore | None = No
     app = Starlette(
         routes=routes + page_routes(PAGE),
         lifespan=lifespan,
-        exception_handlers={HTTPException: _http_error, Exception: _bug},
+        exception_handlers={HTTPException: http_error, Exception: bug},
     )
     guard = endpoints.desk.guard = Guard(app, limits)
-    guard.on_refusal = fleet.first.metrics.refuse
+    guard.on_refusal = fleet.metrics.refuse
     return guard
 
 
-def _counted(service: Service, path: str, endpoint: Endpoint) -> Endpoint:
+def _counted(metrics: Metrics, path: str, endpoint: Endpoint) -> Endpoint:
     """The endpoint, its refusals as answers, every answer counted."""
 
     async def counted(request: Request) -> Response:
@@ -145,11 +159,11 @@ def _counted(service: Service, path: str, endpoint: Endpoint) -> Endpoint:
             response = Response(status_code=499)
         except QuadrigaError as error:
             response = _refusal(error, request.url.path)
-            service.metrics.refuse(error)
+            metrics.refuse(error)
         if ignored := getattr(request.state, "ignored", []):
             response.headers[fields.HEADER] = fields.header(ignored)
             noted.say(path, ignored)
-        service.metrics.answers.labels(path, str(response.status_code)).inc()
+        metrics.answers.labels(path, str(response.status_code)).inc()
         return response
 
     return counted
@@ -162,13 +176,15 @@ def _refusal(error: QuadrigaError, path: str) -> Response:
     return json_response(shown.body(path), shown.status, shown.headers)
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def http_error(request: Request, error: Exception) -> Response:
+    """No such path, or no such method there."""
     assert isinstance(error, HTTPException)
     text = {404: f"nothing is at {request.url.path[:200]!r}; see /openapi.json", 405: "this path takes another method"}
     shown = ApiError(error.status_code, text.get(error.status_code, error.detail))
     return json_response(shown.body(request.url.path), error.status_code, dict(error.headers or {}))
 
 
-async def _bug(request: Request, error: Exception) -> Response:
+async def bug(request: Request, error: Exception) -> Response:
+    """A mistake of ours."""
     shown = as_bug(error)
     return json_response(shown.body(request.url.path), 500)

@@ -24,6 +24,7 @@ from quadriga.server.accounts import Account, Allowance, Visit
 from quadriga.server.errors import ApiError
 from quadriga.server.service import Caller
 from quadriga.server.sse import json_response
+from quadriga.server.tracing import Spans
 
 OPEN_PATHS = ("/health", "/v1/health")
 _PAGE = ("/", "/favicon.ico")
@@ -49,6 +50,8 @@ class Limits:
     """Sequences for each key (for each address where there are no keys); 0 is no limit. See ``accounts``."""
     tokens_per_minute: int = 0
     """Tokens read and made for each key or address; 0 is no limit."""
+    tokens_per_day: int = 0
+    """The same in a day, refilled all the time."""
     concurrent: int = 0
     """Sequences at once for each key or address; 0 is no limit."""
     strict: bool = False
@@ -59,6 +62,8 @@ class Limits:
     """The key that may change what is served; nobody may where it is empty."""
     log_json: bool = False
     """Lines of the access log are JSON."""
+    behind: Callable[[access.Entry], None] | None = None
+    """This server is a front's replica: who asks comes in a header, and this is told what every request has used."""
 
     @property
     def allowance(self) -> Allowance:
@@ -66,12 +71,35 @@ class Limits:
         return Allowance(
             requests_per_minute=self.requests_per_minute,
             tokens_per_minute=self.tokens_per_minute,
+            tokens_per_day=self.tokens_per_day,
             concurrent=self.concurrent,
         )
 
 
 _MANY_ACCOUNTS = 10_000
 """Accounts above this are looked through for those that may be forgotten."""
+
+
+CALLER = "x-quadriga-caller"
+"""The header in which a front tells its replicas who asks."""
+
+
+def caller_header(caller: Caller) -> bytes:
+    """Who asks, for a replica."""
+    flags = "b" * caller.background + "p" * caller.patient
+    return f"{caller.salt.hex()}.{caller.client.hex()}.{flags}".encode()
+
+
+def caller_of(text: str, usage: access.Usage) -> Caller:
+    """The caller that a front's header names."""
+    salt, client, flags = (text or "..").split(".")
+    return Caller(
+        salt=bytes.fromhex(salt),
+        client=bytes.fromhex(client),
+        patient="p" in flags,
+        background="b" in flags,
+        usage=usage,
+    )
 
 
 class Guard:
@@ -87,6 +115,8 @@ class Guard:
         self.app, self.limits = app, limits
         self._clock = clock or (lambda: time.monotonic())
         self._accounts: dict[str, Account] = {}
+        self.spans: Spans | None = None
+        """Where a span of every request goes."""
         self.on_refusal: Callable[[ApiError], None] = lambda _: None
         """Told of every request that is answered here."""
 
@@ -111,11 +141,19 @@ class Guard:
         finally:
             seconds, path = time.monotonic() - began, access.shown(scope["path"])
             entry = access.Entry(request_id, scope["method"], path, status, seconds, usage)
-            access.write(entry, as_json=self.limits.log_json)
+            if self.limits.behind is not None:
+                self.limits.behind(entry)
+            else:
+                access.write(entry, as_json=self.limits.log_json)
+            if self.spans is not None:
+                self.spans.write(entry, headers)
 
     async def _let_through(
         self, scope: Scope, receive: Receive, send: Send, headers: Headers, usage: access.Usage
     ) -> None:
+        if self.limits.behind is not None:
+            await self._from_front(scope, receive, send, headers, usage)
+            return
         path = scope["path"]
         cors = self._cors(headers)
         account: Account | None = None
@@ -149,8 +187,20 @@ class Guard:
         try:
             await self.app(scope, receive, with_cors)
         finally:
+            caller.let_go()
             if account is not None:
                 account.give_back(1)
+
+    async def _from_front(
+        self, scope: Scope, receive: Receive, send: Send, headers: Headers, usage: access.Usage
+    ) -> None:
+        """A request that the front has let through."""
+        caller = caller_of(headers.get(CALLER, ""), usage)
+        scope.setdefault("state", {})["caller"] = caller
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            caller.let_go()
 
     def client_of(self, owner: str, address: str) -> tuple[str, bytes] | None:
         """(who it is, the salt) of a client that is not there: by the SHA-256 of its key, or by its address.
@@ -170,6 +220,11 @@ class Guard:
         if account is None:
             account = self._accounts[who] = Account(self.limits.allowance, self._clock)
         return account
+
+    def usage(self, caller: Caller) -> Response:
+        """GET /v1/usage: what the caller has used, and may."""
+        report = self.account(caller.client.decode(errors="replace")).report()
+        return json_response({"object": "usage", "client": caller.key_name or caller.usage.client, **report})
 
     def _check_host(self, headers: Headers, path: str) -> None:
         host = headers.get("host", "")

@@ -38,17 +38,12 @@ _COUNTERS = {
 
 
 class Metrics:
-    """All metrics of one server.
+    """All metrics of one server, and where one of its models counts what it has done."""
 
-    Args:
-        llm: what is served.
-        name: what clients call it.
-    """
-
-    def __init__(self, llm: LLM, name: str) -> None:
-        self._name, self._llm = name, llm
+    def __init__(self) -> None:
+        self._name, self._llm = "", None  # type: tuple[str, LLM | None]
         self.registry = CollectorRegistry()
-        self._engines = _EngineCollector(llm, name)
+        self._engines = _EngineCollector()
         self.registry.register(self._engines)
         labels = ["model_name"]
 
@@ -79,9 +74,19 @@ class Metrics:
         )
         self.answers = Counter("quadriga_http_responses", "HTTP answers.", ["route", "status"], registry=self.registry)
 
+    def add(self, llm: LLM, name: str) -> None:
+        """Count for this model from now on."""
+        self._llm, self._name = llm, name
+        self._engines.models.append((llm, name))
+
+    def part(self) -> None:
+        """The model has left: its engine's counters are read no more, what was timed stays."""
+        self._engines.models = [(llm, name) for llm, name in self._engines.models if llm is not self._llm]
+        self._llm = None
+
     def join(self, other: Metrics) -> None:
-        """Become part of another model's metrics: one page has both, each under its name."""
-        other._engines.models.append((self._llm, self._name))
+        """Become part of a server's metrics: one page has all models, each under its name."""
+        other._engines.models += self._engines.models
         self.registry, self._engines = other.registry, other._engines
         shared = ("first_token", "between_tokens", "whole", "finished", "answers")
         for name in (*shared, "tokens_of", "aborted", "embedded", "refused"):
@@ -126,8 +131,8 @@ class Metrics:
 class _EngineCollector:
     """Reads the engines' own counters, so that counting costs a step nothing."""
 
-    def __init__(self, llm: LLM, name: str) -> None:
-        self.models = [(llm, name)]
+    def __init__(self) -> None:
+        self.models: list[tuple[LLM, str]] = []
 
     def collect(self) -> Iterator[Metric]:
         """All of them, now."""

@@ -1,16 +1,14 @@
-"""Ollama's interface: POST /api/chat, generate, embed, embeddings, show, pull; GET /api/tags, ps, version.
+"""Ollama's answers: POST /api/chat, generate, embed, embeddings. What it says of models is in ``ollama_models``.
 
-A request becomes a chat request or a completion request; answers come as JSON lines, by default streamed. What manages
-models (delete, copy, create, push) is refused: a server serves what it was started with.
+A request becomes a chat request or a completion request; answers come as JSON lines, by default streamed.
 Facts: github.com/ollama/ollama, docs/api.md, as of version 0.13.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
@@ -18,10 +16,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 from msgspec import Struct
 from starlette.responses import Response
 
-from quadriga.model import cost
 from quadriga.server import chat, completions, text_routes
 from quadriga.server.errors import ApiError
-from quadriga.server.fleet import Fleet
 from quadriga.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -42,14 +38,8 @@ from quadriga.server.tools import reader as reader_of
 from quadriga.text.reasoning import Thought
 from quadriga.text.tool_calls.early import CallPart
 
-VERSION = "0.13.0"
-"""The version of Ollama whose interface this is; clients ask for a least one."""
-
-
 KINDS = ("application/x-www-form-urlencoded", "")
 """Content types that are read as JSON too."""
-
-MANAGES = {"create": "created", "copy": "copied", "push": "pushed"}
 
 
 class Options(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -102,6 +92,7 @@ class Asked(Struct, kw_only=True, forbid_unknown_fields=True):
     format: str | dict[str, Any] | None = None
     options: Options | None = None
     think: bool | str | None = None
+    keep_alive: float | str | None = None
 
 
 class OllamaChat(Asked, kw_only=True, forbid_unknown_fields=True):
@@ -130,6 +121,7 @@ class OllamaEmbed(Struct, kw_only=True, forbid_unknown_fields=True):
     model: str
     input: Prompts
     dimensions: int | None = None
+    keep_alive: float | str | None = None
 
 
 class OllamaEmbeddings(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -137,14 +129,7 @@ class OllamaEmbeddings(Struct, kw_only=True, forbid_unknown_fields=True):
 
     model: str
     prompt: str
-
-
-class OllamaModel(Struct, kw_only=True, forbid_unknown_fields=True):
-    """POST /api/show and /api/pull."""
-
-    model: str | None = None
-    name: str | None = None
-    stream: bool = True
+    keep_alive: float | str | None = None
 
 
 class Lines(EventStream):
@@ -253,10 +238,9 @@ def _sampled(request: S, given: Options | None) -> S:
 async def ask(service: Service, body: OllamaChat | OllamaGenerate, caller: Caller) -> Response:
     """POST /api/chat and /api/generate."""
     is_chat = isinstance(body, OllamaChat)
-    if not (body.messages if isinstance(body, OllamaChat) else body.prompt):  # only to have the model loaded
+    if asks_nothing(body):  # only to have the model loaded
         known(service, body.model)
-        empty: dict[str, Any] = {"message": {"role": "assistant", "content": ""}} if is_chat else {"response": ""}
-        return json_response({**_head(body), **empty, "done": True, "done_reason": "load"})
+        return nothing(body, "load")
     if isinstance(body, OllamaGenerate) and body.raw:
         raw = CompletionRequest(model=known(service, body.model), prompt=body.prompt, add_special_tokens=False)
         raw.response_format = form_of(body.format)
@@ -274,6 +258,18 @@ async def ask(service: Service, body: OllamaChat | OllamaGenerate, caller: Calle
     answer = reading.read(choice.text, cut=choice.finish_reason == "length")
     whole = said(answer.content or "", answer.thought or "", answer.calls)
     return json_response({**_head(body), **whole, **_end(answers, bool(answer.calls))})
+
+
+def asks_nothing(body: OllamaChat | OllamaGenerate) -> bool:
+    """True where a model is only to be loaded, or with ``keep_alive`` 0 to be let go."""
+    return not (body.messages if isinstance(body, OllamaChat) else body.prompt)
+
+
+def nothing(body: OllamaChat | OllamaGenerate, reason: Literal["load", "unload"]) -> Response:
+    """The answer to that."""
+    is_chat = isinstance(body, OllamaChat)
+    empty: dict[str, Any] = {"message": {"role": "assistant", "content": ""}} if is_chat else {"response": ""}
+    return json_response({**_head(body), **empty, "done": True, "done_reason": reason})
 
 
 async def _stream(
@@ -309,8 +305,13 @@ def _head(body: Asked) -> dict[str, Any]:
     return {"model": body.model, "created_at": _now()}
 
 
+def written(moment: datetime) -> str:
+    """A time as Ollama writes it."""
+    return moment.isoformat().replace("+00:00", "Z")
+
+
 def _now() -> str:
-    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    return written(datetime.now(UTC))
 
 
 def _chat_part(words: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
@@ -366,99 +367,3 @@ async def _vectors(
     request = EmbeddingRequest(model=known(service, model), input=given, dimensions=dimensions)
     vectors, n = await text_routes.vectors(service, request, caller)
     return [vector.tolist() for vector in vectors], n, time.perf_counter() - began
-
-
-def details(service: Service) -> dict[str, Any]:
-    """What Ollama's lists say of a model."""
-    config = service.llm.config
-    n = cost.n_params(config).total
-    size = f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"
-    return {
-        "parent_model": "",
-        "format": "quadriga",
-        "family": config.family,
-        "families": [config.family],
-        "parameter_size": size,
-        "quantization_level": service.llm.runner.weights()[0],
-    }
-
-
-def entry(service: Service, name: str) -> dict[str, Any]:
-    """One model of a list. The digest is that of its configuration; the size, of its weights in memory."""
-    digest = hashlib.sha256(repr(service.llm.config).encode()).hexdigest()
-    return {
-        "name": name,
-        "model": name,
-        "modified_at": datetime.fromtimestamp(service.created, UTC).isoformat().replace("+00:00", "Z"),
-        "size": service.llm.runner.weights()[1],
-        "digest": digest,
-        "details": details(service),
-    }
-
-
-def tags(fleet: Fleet) -> Response:
-    """GET /api/tags."""
-    return json_response({"models": [entry(service, name) for service in fleet for name in service.names]})
-
-
-def running(fleet: Fleet) -> Response:
-    """GET /api/ps."""
-    models = []
-    for service in fleet:
-        more = {"expires_at": "0001-01-01T00:00:00Z", "size_vram": 0, "context_length": service.llm.config.max_seq_len}
-        models += [{**entry(service, name), **more} for name in service.names]
-    return json_response({"models": models})
-
-
-async def show(service: Service, body: OllamaModel, _: Caller) -> Response:
-    """POST /api/show."""
-    known(service, body.model or body.name)
-    config, able = service.llm.config, await service.abilities()
-    family = config.family
-    tokenizer = service.llm.tokenizer
-    facts = {
-        "general.architecture": family,
-        "general.parameter_count": cost.n_params(config).total,
-        f"{family}.context_length": config.max_seq_len,
-        f"{family}.embedding_length": config.d_model,
-        f"{family}.block_count": config.n_layers,
-        f"{family}.vocab_size": config.vocab_size,
-    }
-    can = ["completion", "tools", "embedding", *(["thinking"] if able.thinks is not None else [])]
-    return json_response(
-        {
-            "modelfile": "",
-            "parameters": "",
-            "template": (tokenizer.chat_template if tokenizer is not None else None) or "",
-            "details": details(service),
-            "model_info": facts,
-            "capabilities": can,
-            "modified_at": entry(service, service.name)["modified_at"],
-        }
-    )
-
-
-async def pull(service: Service, body: OllamaModel, _: Caller) -> Response:
-    """POST /api/pull: what is served is there already."""
-    known(service, body.model or body.name)
-    if not body.stream:
-        return json_response({"status": "success"})
-
-    async def produce(sender: EventSender) -> None:
-        line(sender, {"status": "success"})
-
-    return Lines(produce)
-
-
-def version() -> Response:
-    """GET /api/version."""
-    return json_response({"version": VERSION})
-
-
-def refuse(what: str) -> Callable[..., Awaitable[Response]]:
-    """What cannot be done to a server's models over HTTP."""
-
-    async def endpoint(*_: Any) -> Response:
-        raise ApiError(400, f"models cannot be {what} here: the server serves what it was started with")
-
-    return endpoint

@@ -48,6 +48,7 @@ GETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "/props": ("What llama.cpp's clients ask about a server.", ("total_slots", "chat_template")),
     "/health": ("200 while the engine lives; needs no key.", ("status",)),
     "/ready": ("200 once a token has been generated just now.", ("status",)),
+    "/v1/usage": ("What the caller has used, and may.", ("requests", "tokens", "limits", "left")),
     "/v1/experts": ("Tokens every expert has seen, per layer.", ("n_layers", "n_experts", "counts", "balance", "jain")),
     "/v1/experts/labels": ("What every expert does, where labels were made.", ("model", "layers")),
 }

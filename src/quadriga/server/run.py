@@ -1,6 +1,6 @@
 """A server's life: listen, drain on the first signal, leave at once on the second, and never outlive the engine.
 
-SIGTERM ─► no new requests ─► answers under way end ─► the process ends
+SIGTERM ─► new requests: 503 ─► answers under way end ─► nobody is let in ─► the process ends
                                     │ drain_s
                                     └► whatever still runs gets an error, as an event where it is a stream
 
@@ -24,16 +24,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 
-from quadriga.errors import ConfigError, EngineError
+from quadriga.errors import ConfigError, EngineError, QuadrigaError
 from quadriga.server.app import LAST_STEP_S, build
 from quadriga.server.files import FileStore
 from quadriga.server.fleet import Fleet
-from quadriga.server.guard import Limits
+from quadriga.server.guard import Guard, Limits
 from quadriga.server.protocol import GuardedProtocol
 from quadriga.server.service import Service
+from quadriga.server.tracing import Spans
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +53,31 @@ _GRACE_S = 1
 """After all of these, the process ends itself, and has as long again for its last words."""
 
 
+class Served(Protocol):
+    """What a server's life is about: its models, or the replicas that have them."""
+
+    draining: bool
+    on_failure: Callable[[], None]
+
+    @property
+    def failed(self) -> bool:
+        """It computes no more, without having been told to end."""
+        ...
+
+    @property
+    def stuck(self) -> bool:
+        """Something of it does not end by being asked."""
+        ...
+
+    async def prepare(self) -> None:
+        """What must be there before anybody is answered."""
+        ...
+
+    def drop_all(self, error: QuadrigaError) -> None:
+        """End every request with an error."""
+        ...
+
+
 class Server(uvicorn.Server):
     """uvicorn's server: a first signal drains, any second one ends the process, and so does the engine's end.
 
@@ -59,12 +86,11 @@ class Server(uvicorn.Server):
         stay_on_failure: go on answering 503 when the engine has failed, until a signal comes.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Fleet, drain_s: float, stay_on_failure: bool = False) -> None:
+    def __init__(self, config: uvicorn.Config, service: Served, drain_s: float, stay_on_failure: bool = False) -> None:
         super().__init__(config)
         self._service, self._drain_s, self._stay = service, drain_s, stay_on_failure
         self._alarm: threading.Timer | None = None
-        for one in service:
-            one.engine.on_failure = self._engine_failed
+        service.on_failure = self._engine_failed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM or SIGINT."""
@@ -96,10 +122,20 @@ class Server(uvicorn.Server):
         if self._alarm is not None:
             self._alarm.cancel()
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer requests to the end."""
+        await self._service.prepare()
+        await super().serve(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for the answers under way, no longer than the deadline."""
+        """Wait for the answers under way, no longer than the deadline; whoever comes meanwhile is told (503)."""
         error = EngineError("the server is shutting down and this answer took too long")
         alarm = asyncio.get_running_loop().call_later(self._drain_s, self._service.drop_all, error)
+        under_way = set(self.server_state.tasks)
+        if under_way:
+            _, late = await asyncio.wait(under_way, timeout=self._drain_s + _LAST_WORDS_S)
+            for task in late:
+                task.cancel()
         await super().shutdown(sockets)
         alarm.cancel()
 
@@ -197,6 +233,7 @@ def serve(
     started: Callable[[], None] | None = None,
     store: FileStore | None = None,
     certificate: Certificate | None = None,
+    spans: Spans | None = None,
 ) -> None:
     """Answer requests until a signal comes, or the engine fails.
 
@@ -208,13 +245,32 @@ def serve(
         started: called when requests are answered.
         store: where files and batches are kept; None: they are not.
         certificate: speak TLS, and nothing else.
+        spans: where a span of every request goes; None: there are none.
 
     Raises:
         SystemExit: with EXIT_FAILED, after the drain, if the engine failed; in the main thread only.
     """
     fleet = service if isinstance(service, Fleet) else Fleet([service])
+    run(build(fleet, limits, store), fleet, server, drain_s, stay_on_failure, started, certificate, spans)
+
+
+def run(
+    app: Guard,
+    served: Served,
+    server: socket.socket,
+    drain_s: int = 30,
+    stay_on_failure: bool = False,
+    started: Callable[[], None] | None = None,
+    certificate: Certificate | None = None,
+    spans: Spans | None = None,
+) -> None:
+    """An application's life; see :func:`serve`.
+
+    Args:
+        served: what the application answers for.
+    """
     config = uvicorn.Config(
-        build(fleet, limits, store),
+        app,
         http=GuardedProtocol,
         ws="none",
         lifespan="on",
@@ -227,7 +283,7 @@ def serve(
         ssl_keyfile=None if certificate is None else str(certificate.key),
     )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    loop = Server(config, fleet, drain_s, stay_on_failure)
+    loop = Server(config, served, drain_s, stay_on_failure)
     if started is not None:
         original = loop.startup
 
@@ -236,11 +292,14 @@ def serve(
             started()
 
         loop.startup = startup  # type: ignore[method-assign]
+    app.spans = spans
     loop.run(sockets=[server])
+    if spans is not None:
+        spans.close()
     loop.disarm()
     if threading.current_thread() is not threading.main_thread():
         return  # a guest: the process is somebody else's
-    if fleet.stuck:
+    if served.stuck:
         give_up()  # the interpreter would free what the engine's thread still computes with, or wait for it
-    if fleet.failed:
+    if served.failed:
         raise SystemExit(EXIT_FAILED)

@@ -22,6 +22,7 @@ from quadriga.errors import QuadrigaError, RequestError, TemplateError
 from quadriga.model.steering import ExpertFactor
 from quadriga.server.access import Usage
 from quadriga.server.accounts import Visit
+from quadriga.server.card import Card
 from quadriga.server.errors import ApiError
 from quadriga.server.grammars import GrammarDesk
 from quadriga.server.metrics import Metrics
@@ -63,6 +64,13 @@ class Caller:
     """Of the request's body, or of its line in a batch: says where it is worked on (``server.work``)."""
     usage: Usage = field(default_factory=Usage)
     """What the access log is told; shared by the lines of a batch."""
+    held: list[Callable[[], None]] = field(default_factory=list)
+    """What gives back the models on demand that it has."""
+
+    def let_go(self) -> None:
+        """Give back the models on demand that it has: its answer is out."""
+        while self.held:
+            self.held.pop()()
 
     @property
     def key_name(self) -> str:
@@ -239,7 +247,8 @@ class Service:
         self._abilities: Abilities | None = None
         self.engine = AsyncEngine(llm.engine, max_waiting=max_waiting, step_timeout_s=step_timeout_s)
         self.work = Work()
-        self.metrics = Metrics(llm, name)
+        self.metrics = Metrics()
+        self.metrics.add(llm, name)
         self.neighbours: Callable[[], list[str]] = lambda: self.names
         """All names that the server serves."""
         self.draining = False
@@ -250,6 +259,28 @@ class Service:
             self._grammars = GrammarDesk(_grammars_of(llm))
         except QuadrigaError as error:
             self._grammars = error
+
+    @property
+    def card(self) -> Card:
+        """What lists say of it."""
+        llm = self.llm
+        form, nbytes = llm.runner.weights()
+        return Card(
+            name=self.name,
+            config=llm.config,
+            created=self.created,
+            template=None if llm.tokenizer is None else llm.tokenizer.chat_template,
+            format=form,
+            nbytes=nbytes,
+            path=llm.path,
+        )
+
+    async def end(self, timeout_s: float | None) -> None:
+        """Stop the engine, and the threads and helpers beside it; see ``AsyncEngine.stop``."""
+        await self.engine.stop(timeout_s)
+        if isinstance(self._grammars, GrammarDesk):
+            await asyncio.to_thread(self._grammars.grammars.close)  # it waits for a grammar under way
+        await asyncio.to_thread(self.llm.engine.close)
 
     def serves(self, model: str | None) -> bool:
         """True if a request may call this model so, or one of its adapters."""
@@ -274,10 +305,7 @@ class Service:
         base, _, adapter = model.rpartition(":")
         if (base == self.name or base in self.aliases) and adapter in self.llm.adapters:
             return adapter
-        served = ", ".join(repr(name) for name in self.neighbours())
-        raise ApiError(
-            404, f"the model {model[:100]!r} is not served here; {served} is", param="model", code="model_not_found"
-        )
+        raise not_served(model, self.neighbours())
 
     @property
     def names(self) -> list[str]:
@@ -442,10 +470,13 @@ class Service:
             caller.leave(n * len(prompts), 0)
             raise
         n_read = sum(len(p) for p in prompts)
+        began = caller.usage.began
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1000
 
         def ended(answers: Answers) -> None:
             caller.leave(len(streams), n_read, answers.n_made)
+            if answers.first is not None:
+                caller.usage.first_s = answers.first - began
             aborted = sum(len(choice.events) for choice in answers.choices if choice.finish_reason is None)
             self.metrics.ended(caller.key_name, n_read, answers.n_made, aborted)
 
@@ -521,6 +552,13 @@ class Service:
         entropy = [round(part, 3) for part in event.router_entropy]
         text = self.token_text(event.token_id)
         return [{"id": event.token_id, "text": text, "layers": layers, "entropy": entropy}]
+
+
+def not_served(model: str, names: Sequence[str]) -> ApiError:
+    """What a request for a model is told that this server has not."""
+    served = ", ".join(map(repr, names))
+    text = f"the model {model[:100]!r} is not served here; {served} is"
+    return ApiError(404, text, param="model", code="model_not_found")
 
 
 def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:

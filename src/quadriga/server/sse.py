@@ -45,7 +45,7 @@ async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
         Gone: it left; the work has been cancelled.
     """
     task = asyncio.ensure_future(work)
-    watch = asyncio.create_task(_left(request.receive))
+    watch = asyncio.create_task(left(request.receive))
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -59,7 +59,7 @@ async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
         del task  # it holds the error, which holds this frame: what the request brought would stay for the collector
 
 
-async def _left(receive: Receive) -> None:
+async def left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -85,7 +85,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         sender = EventSender(send)
-        tasks = [asyncio.create_task(t) for t in (self._run(sender), _left(receive))]
+        tasks = [asyncio.create_task(t) for t in (self._run(sender), left(receive))]
         if self.pings:
             tasks.append(asyncio.create_task(sender.ping()))
         try:

@@ -91,6 +91,12 @@ class Grammars:
         self._kept: OrderedDict[tuple[bytes, str, str], _Compiled | GrammarError] = OrderedDict()
         self._lock = threading.Lock()
 
+    def close(self) -> None:
+        """End the threads and the helper process; nothing is compiled any more."""
+        self._compiler.close()
+        self._masks.close()
+        self.trial.close()
+
     @staticmethod
     def text_of(source: str | dict[str, Any]) -> str:
         """A source as text.

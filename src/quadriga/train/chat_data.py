@@ -52,11 +52,13 @@ class Preference:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question whose answer can be checked automatically."""
+    """A question to which answers are sampled and rewarded."""
 
     ids: tuple[int, ...]
     """Token ids of the conversation up to the start of the assistant's answer."""
     answer: str
+    """The row's own; empty if it has none."""
+    row: Mapping[str, Any]
 
 
 @dataclass
@@ -223,21 +225,22 @@ def _answer(value: object) -> Turns:
 
 
 def problem(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, template: str | None = None) -> Problem:
-    """Encode a question whose answer can be checked (GSM8K: the text after ####).
+    """Encode a question, with the row's own answer if the conversation ends with one.
 
     Raises:
-        BadRowError: question or answer missing, or more than ``seq_len`` tokens.
+        BadRowError: no question, or more than ``seq_len`` tokens.
     """
     turns = conversation(row)
-    if turns[-1]["role"] != "assistant" or len(turns) < 2:
-        raise BadRowError("no question with an answer")
+    answered = turns[-1]["role"] == "assistant"
+    if answered and len(turns) < 2:
+        raise BadRowError("no question before the answer")
     tools = tools_of(row)
-    rendered = render(turns[:-1], tokenizer, template, add_generation_prompt=True, tools=tools)
+    rendered = render(turns[:-1] if answered else turns, tokenizer, template, add_generation_prompt=True, tools=tools)
     _refuse_unwritten_tools(rendered.text, tools)
     ids = rendered.ids
     if len(ids) > seq_len:
         raise BadRowError(f"longer than data.seq_len: {len(ids)} tokens")
-    return Problem(tuple(ids), turns[-1]["content"])
+    return Problem(tuple(ids), turns[-1]["content"] if answered else "", row)
 
 
 def text_examples(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, end_id: int) -> list[Example]:

@@ -5,20 +5,68 @@
 
 As in MegaBlocks and torchtitan. The host waits only for the counts, once per layer. Pieces may have any size including
 0, so ranks without tokens or with idle experts need no special case, and no token is dropped. The layer does not know
-about ranks: it is given :class:`AllToAllExperts` as its ``dispatch``.
+about ranks: it is given :class:`AllToAllExperts` as its ``dispatch``, and of each weight its own experts' part, be it
+plain, packed or with an adapter's factors (:func:`spread`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from quadriga.nn.moe import ExpertWeights, here, n_experts
+from quadriga.nn.linear import Adapted, LowRank, Part, Quantised, Weight
+from quadriga.nn.moe import ExpertWeights, MoE, here, n_experts
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def spread(moe: MoE, mesh: DeviceMesh) -> None:
+    """Leave each rank of a one-dimensional mesh its own consecutive experts of a layer, in place."""
+    for name in ("w_gate", "w_up", "w_down"):
+        for owner, part in _held(moe, name):
+            value = getattr(owner, part)
+            if isinstance(value, Quantised):
+                own = len(value.stack()) // mesh.size()
+                first = mesh.get_local_rank() * own
+                value.packed = list(value.stack()[first : first + own])
+                continue
+            local = distribute_tensor(value.detach(), mesh, [Shard(0)], src_data_rank=None)
+            setattr(owner, part, nn.Parameter(local, requires_grad=value.requires_grad))
+    moe.dispatch = AllToAllExperts(mesh.get_group())
+
+
+def _held(owner: nn.Module, name: str) -> Iterator[tuple[nn.Module, str]]:
+    """(module, attribute) of every tensor or packed stack that a weight of any kind is made of."""
+    weight = getattr(owner, name)
+    if not isinstance(weight, Adapted):
+        yield owner, name
+        return
+    yield from ((weight, "frozen"), (weight.delta, "a"), (weight.delta, "b"))
+
+
+def _own(weight: Weight) -> Weight:
+    """What this rank has of a weight that :func:`spread` divided."""
+    match weight:
+        case Adapted():
+            frozen, delta = _own(weight.frozen), weight.delta
+            assert isinstance(delta, LowRank), "training has one pair of factors, no bank of adapters"
+            assert not isinstance(frozen, Adapted), "a frozen weight has no adapter"
+            return Adapted(frozen, Part(delta, _local(delta.a), _local(delta.b)))
+        case Quantised():
+            return weight
+    return _local(weight)
+
+
+def _local(x: Tensor) -> Tensor:
+    part: Tensor = x.to_local() if isinstance(x, DTensor) else x
+    return part
 
 
 class AllToAllExperts:
@@ -37,7 +85,7 @@ class AllToAllExperts:
     ) -> Tensor:
         """Compute the experts' weighted sum as in ``ExpertDispatch``; ``weights`` are this rank's (E / size, ...)."""
         assert weights.b_up is None, "the layout of ranks refuses experts with biases"
-        gate, up, down = (w.to_local() if isinstance(w, DTensor) else w for w in weights.matrices)
+        gate, up, down = (_own(weight) for weight in weights.matrices)
         local = ExpertWeights(gate, up, down)
         own = n_experts(local.gate)
         n_tokens, top_k = routing_ids.shape

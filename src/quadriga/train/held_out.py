@@ -14,7 +14,7 @@ from torch import Tensor
 from quadriga.nn.moe import RouterStats
 from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import IGNORE, BatchSource, TrainingBatch
-from quadriga.train.losses import final_hidden, head_weight
+from quadriga.train.losses import final_hidden, head_weight, logits_of
 from quadriga.train.parallel import ModelWithLoss
 from quadriga.train.pipeline import passed
 from quadriga.train.world import World
@@ -31,6 +31,38 @@ class HeldOutLoss:
     """Nats per token."""
     bits_per_byte: float | None
     """The loss in bits per byte of text, comparable between vocabularies; None if the number of bytes is not known."""
+
+    @property
+    def shown(self) -> float:
+        """The number that screens and trackers show."""
+        return self.loss
+
+    def values(self) -> dict[str, float]:
+        """Name -> value, for the metrics file."""
+        found = {"loss": round(self.loss, 5)}
+        return found if self.bits_per_byte is None else {**found, "bits_per_byte": round(self.bits_per_byte, 5)}
+
+
+@dataclass(frozen=True)
+class HeldOutReward:
+    """What the most probable answers to held-out questions are worth (``train.rollouts``)."""
+
+    reward: float
+    """Mean over questions."""
+    n: int
+    """Number of questions."""
+
+    @property
+    def shown(self) -> float:
+        """See :class:`HeldOutLoss`."""
+        return self.reward
+
+    def values(self) -> dict[str, float]:
+        """See :class:`HeldOutLoss`."""
+        return {"reward": round(self.reward, 5), "questions": self.n}
+
+
+HeldOut = HeldOutLoss | HeldOutReward
 
 
 @torch.no_grad()
@@ -70,9 +102,7 @@ class _LastLogits:
 
     def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         hidden, _ = final_hidden(model, batch)
-        logits = (hidden[-1:].float() @ head_weight(model).float().t())[0] * model.config.logit_scale
-        cap = model.config.logit_cap
-        return (logits if cap is None else cap * torch.tanh(logits / cap)), {}
+        return logits_of(model.config, hidden[-1:].float(), head_weight(model).float())[0], {}
 
 
 @torch.no_grad()

@@ -52,6 +52,12 @@ def head_weight(model: Transformer) -> Tensor:
     return whole(head.weight)
 
 
+def logits_of(config: ModelConfig, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits (N, V), at least float32, of final hidden states (N, D) and rows of the head (V, D)."""
+    made = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32)) * config.logit_scale
+    return made if config.logit_cap is None else config.logit_cap * torch.tanh(made / config.logit_cap)
+
+
 class NextToken:
     """Next-token cross-entropy with balance and z losses; an ``Objective``."""
 

@@ -10,10 +10,11 @@ A resumed run removes the lines of steps that it will run again, so each step oc
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quadriga.train.held_out import HeldOutLoss
+from quadriga.train.held_out import HeldOut
 from quadriga.train.trainer import StepReport
 
 FILE = "metrics.jsonl"
@@ -67,15 +68,9 @@ class MetricsFile:
             line["left_out"] = report.verdict
         self._write(line)
 
-    def on_evaluation(self, step: int, losses: dict[str, HeldOutLoss], samples: dict[str, str]) -> None:
-        """Append a line with held-out losses and samples."""
-        held_out = {
-            domain: {
-                "loss": round(found.loss, 5),
-                **({} if found.bits_per_byte is None else {"bits_per_byte": round(found.bits_per_byte, 5)}),
-            }
-            for domain, found in losses.items()
-        }
+    def on_evaluation(self, step: int, found: Mapping[str, HeldOut], samples: dict[str, str]) -> None:
+        """Append a line with held-out losses, or rewards, and samples."""
+        held_out = {domain: one.values() for domain, one in found.items()}
         self._write({"step": step, "held_out": held_out, "samples": samples})
 
     def on_event(self, step: int, text: str) -> None:

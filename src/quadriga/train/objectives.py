@@ -1,21 +1,17 @@
-"""Tuning objectives: preference optimisation (DPO, ORPO) and reinforcement learning with checkable rewards (GRPO).
+"""Tuning objectives on preferences, DPO and ORPO, and what they share with GRPO (``train.grpo``): log-probabilities.
 
     logp(a)  sum of the log-probabilities of an answer's tokens            r  the reference: the model before tuning
     DPO      -log sigmoid(beta [(logp(c) - logp_r(c)) - (logp(j) - logp_r(j))])          c chosen, j rejected
     ORPO     -mean logp(c) - lambda log sigmoid(log odds(c) - log odds(j)),   odds = p / (1 - p), p = exp(mean logp)
-    GRPO     -A ratio + beta KL,  A = (reward - mean of its group) / (deviation of its group),   at the temperature of
-             the samples: ratio and KL are those of softmax(z / T) over the tokens that can be drawn
 
-Each returns a sum over pairs (or prompts), which the trainer divides by their number: ``ExampleSource`` gives the
-targets of a group a total weight of 1. Sources: Rafailov et al. 2023 (arXiv 2305.18290), Hong et al. 2024
-(arXiv 2403.07691), Shao et al. 2024 (arXiv 2402.03300).
+Each returns a sum over pairs, which the trainer divides by their number: ``ExampleSource`` gives the targets of a group
+a total weight of 1. Sources: Rafailov et al. 2023 (arXiv 2305.18290), Hong et al. 2024 (arXiv 2403.07691).
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +23,7 @@ from quadriga.nn.linear import Factors
 from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import IGNORE, TrainingBatch
 from quadriga.train.losses import final_hidden, head_weight
-from quadriga.train.rollout import sample
+from quadriga.train.parallel import ModelWithLoss
 
 CHOSEN, REJECTED = 0, 1
 """Domain indices of a pair's two documents; in a row, chosen comes before rejected."""
@@ -88,15 +84,34 @@ def without_adapter(model: Transformer) -> Iterator[None]:
             one.scale = scale
 
 
-class Reference:
-    """Log-probabilities under the model before tuning: the model without its adapter, or a frozen copy."""
+class _LogProbabilities:
+    """Used in place of an objective: returns :func:`token_logprobs`."""
 
-    def __init__(self, frozen: Transformer | None) -> None:
+    def __init__(self, drawing: Drawing | None) -> None:
+        self.drawing = drawing
+
+    def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return token_logprobs(model, batch, self.drawing), {}
+
+
+class Reference:
+    """Log-probabilities under the model before tuning.
+
+    Args:
+        frozen: a frozen copy of that model, as a module of its own where it is sharded over ranks; None: the model
+            without its adapter.
+    """
+
+    def __init__(self, frozen: Transformer | ModelWithLoss | None) -> None:
         self.frozen = frozen
 
     @torch.no_grad()
     def __call__(self, model: Transformer, batch: TrainingBatch, drawing: Drawing | None = None) -> Tensor:
         """The reference's :func:`token_logprobs` (N,), without gradient."""
+        if isinstance(self.frozen, ModelWithLoss):
+            self.frozen.objective = _LogProbabilities(drawing)
+            found: Tensor = self.frozen(batch)[0]
+            return found
         if self.frozen is not None:
             return token_logprobs(self.frozen, batch, drawing)
         training_now = model.training
@@ -150,88 +165,3 @@ def _log_odds(logp: Tensor) -> Tensor:
     """log(p / (1 - p)) for p = exp(logp) < 1, accurate for p near 1."""
     below = logp.clamp(max=-1e-6)
     return below - torch.log(-torch.expm1(below))
-
-
-class GRPO:
-    """Group relative policy optimisation; an ``Objective`` over prompts whose answers can be checked.
-
-    Each call samples ``n_samples`` answers per prompt from the current model, so the probability ratio is always 1 and
-    needs no clipping.
-
-    Args:
-        reward: (prompt ids, answer ids) -> reward.
-        n_samples: answers per prompt (the group).
-        kl_weight: beta, the weight of the KL term.
-        unused: ids without a token (padding of the head); they are never sampled.
-    """
-
-    def __init__(
-        self,
-        reference: Reference,
-        reward: Callable[[Sequence[int], Sequence[int]], float],
-        *,
-        n_samples: int,
-        max_new_tokens: int,
-        temperature: float,
-        kl_weight: float,
-        end_ids: Collection[int],
-        unused: Collection[int] = (),
-    ) -> None:
-        self.reference, self.reward, self.kl_weight = reference, reward, kl_weight
-        self.n_samples, self.max_new_tokens, self.end_ids = n_samples, max_new_tokens, end_ids
-        self.drawing = Drawing(temperature, tuple(sorted(set(unused) - set(end_ids))))
-
-    def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss summed over prompts, each the mean over its samples; and metrics."""
-        documents, advantages, rewards = [], [], []
-        bounds = batch.bounds.tolist()
-        model.eval()  # sample without dropout
-        for first, last in itertools.pairwise(bounds):
-            if bool((batch.targets[first:last] == IGNORE).all()):
-                continue  # padding
-            prompt = batch.tokens[first:last].tolist()
-            answers = sample(
-                model, prompt, self.n_samples, max_new_tokens=self.max_new_tokens,
-                temperature=self.drawing.temperature, end_ids=self.end_ids, unused=self.drawing.never,
-            )  # fmt: skip
-            group = torch.tensor([self.reward(prompt, answer) for answer in answers])
-            rewards.append(group)
-            advantages.append((group - group.mean()) / (group.std(unbiased=False) + 1e-4))
-            documents += [(prompt, answer) for answer in answers]
-        model.train()
-        rolled = _answers(documents, batch.tokens.device)
-        loss = self.loss(model, rolled, torch.cat(advantages).to(batch.tokens.device))
-        return loss, {"loss": loss.detach(), "reward": torch.stack([group.mean() for group in rewards]).sum()}
-
-    def loss(self, model: Transformer, rolled: TrainingBatch, advantages: Tensor) -> Tensor:
-        """The loss for sampled answers with given advantages (documents,): mean over tokens, then over a group."""
-        logp = token_logprobs(model, rolled, self.drawing)
-        ratio = torch.exp(logp - logp.detach())
-        counts = per_document((rolled.targets != IGNORE).float(), rolled).clamp(min=1)
-        each = -per_document(ratio * (rolled.targets != IGNORE), rolled) / counts * advantages
-        if self.kl_weight:
-            behind = (
-                self.reference(model, rolled, self.drawing) - logp
-            )  # Schulman's k3 estimator, which is never negative
-            each = each + self.kl_weight * per_document(torch.exp(behind) - behind - 1, rolled) / counts
-        return each.sum() / self.n_samples
-
-
-def _answers(documents: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device) -> TrainingBatch:
-    """A batch of prompts with their answers, concatenated, with targets on the answers only."""
-    ids: list[int] = []
-    targets: list[int] = []
-    bounds = [0]
-    for prompt, answer in documents:
-        both = [*prompt, *answer]
-        ids += both
-        targets += [IGNORE] * (len(prompt) - 1) + [*answer, IGNORE]
-        bounds.append(len(ids))
-    limits = torch.tensor(bounds)
-    return TrainingBatch(
-        tokens=torch.tensor(ids, device=device),
-        targets=torch.tensor(targets, device=device),
-        positions=(torch.arange(len(ids)) - torch.repeat_interleave(limits[:-1], limits.diff())).to(device),
-        bounds=limits.int(),
-        domains=torch.zeros(len(documents), dtype=torch.int16),
-    )

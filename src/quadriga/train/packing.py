@@ -34,6 +34,7 @@ class ExampleSource:
         weigh: "tokens": every target has weight 1. "groups": the targets of a group have total weight 1.
         pad: token id of the padding.
         seed: of the shuffle.
+        together: pack several groups into a row; False: each has a row of its own.
     """
 
     def __init__(
@@ -46,14 +47,16 @@ class ExampleSource:
         weigh: str = "tokens",
         pad: int = 0,
         seed: int = 0,
+        together: bool = True,
     ) -> None:
         self.domains = (*domains, PADDING)
         self._groups, self._pad, self._seed, self._weigh = list(groups), pad, seed, weigh
+        self._together = together
         self._n_rows, self._seq_len = n_rows, seq_len
         longest = max(sum(len(one.ids) for one in group) for group in self._groups)
         if longest > seq_len:
             raise CorpusError(f"data.seq_len must be at least the longest group's {longest} tokens, got {seq_len}")
-        digest = hashlib.sha256(f"{n_rows} {seq_len} {weigh} {seed}".encode())
+        digest = hashlib.sha256(f"{n_rows} {seq_len} {weigh} {seed}{'' if together else ' apart'}".encode())
         for group in self._groups:
             digest.update(repr(group).encode())
         self.fingerprint = digest.hexdigest()
@@ -84,6 +87,8 @@ class ExampleSource:
         """An epoch's rows as lists of group indices: first fit into the few rows that are still open."""
         order = list(range(len(self._groups)))
         random.Random(f"{self._seed} {epoch}").shuffle(order)
+        if not self._together:
+            return [[number] for number in order]
         rows: list[list[int]] = []
         still_open: list[tuple[int, int]] = []  # (row, room left)
         for number in order:

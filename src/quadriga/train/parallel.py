@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from quadriga.errors import ConfigError
@@ -35,7 +35,7 @@ from quadriga.nn.moe import MoE
 from quadriga.nn.transformer import Block, Transformer
 from quadriga.train.batch import Objective, StagedObjective, TrainingBatch
 from quadriga.train.config import ParallelSection
-from quadriga.train.expert_parallel import AllToAllExperts
+from quadriga.train.expert_parallel import spread
 from quadriga.train.layout import Layout
 from quadriga.train.losses import through_layers
 from quadriga.train.row_group import RowGroup
@@ -175,10 +175,23 @@ def check_layout(model: Transformer, section: ParallelSection, world: World) -> 
         world.size, replicate=section.replicate, experts=section.experts, tensor=section.tensor,
         context=section.context, pipeline=section.pipeline,
     )  # fmt: skip
-    problem = spec.problem(model.config)
+    problem = spec.problem(model.config) or _problem_of_factors(model, spec)
     if problem is not None:
         raise ConfigError(problem)
     return spec
+
+
+def _problem_of_factors(model: Transformer, spec: ParallelSpec) -> str | None:
+    """Why an adapter's factors of experts cannot be divided, or None."""
+    for name, parameter in model.named_parameters():
+        if spec.ep > 1 and parameter.ndim == 3 and name.endswith((".delta.a", ".delta.b")):
+            own = (parameter.shape[0] // spec.ep, *parameter.shape[1:])
+            if cut(own, spec.shard, after=1) is None:
+                return (
+                    f"{spec.shard} shards must divide a dimension of the adapter's {name} {list(parameter.shape)}: "
+                    "take another lora.rank, or other numbers of replicas or expert ranks"
+                )
+    return None
 
 
 @torch.no_grad()
@@ -305,11 +318,7 @@ def _placement(found: Cut | None) -> Shard:
 
 def _shard_experts(moe: MoE, mesh: DeviceMesh, spec: ParallelSpec, policy: MixedPrecisionPolicy) -> None:
     inner, outer = mesh["experts"], mesh["shard"] if spec.replicate == 1 else mesh["replicate", "shard"]
-    for name in ("w_gate", "w_up", "w_down"):
-        whole = getattr(moe, name)
-        part = distribute_tensor(whole.detach(), inner, [Shard(0)], src_data_rank=None)
-        setattr(moe, name, nn.Parameter(part, requires_grad=whole.requires_grad))
-    moe.dispatch = AllToAllExperts(inner.get_group())
+    spread(moe, inner)
     by_size = lambda p: _placement(cut(tuple(p.shape), spec.shard, after=1))  # noqa: E731
     _sum_gradients(fully_shard(moe, mesh=outer, mp_policy=policy, shard_placement_fn=by_size))
 

@@ -50,7 +50,9 @@ def render(lines: Sequence[dict[str, Any]], title: str) -> str:
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "held_out" in line]
     parts = [f"<h1>{html.escape(title)}</h1>", _summary(steps, evaluations)]
-    parts += _plot_section("Loss", [_series(steps, "loss", "train"), *_held_out(evaluations)], "nats per token")
+    parts += _plot_section("Loss", [_series(steps, "loss", "train"), *_held_out(evaluations, "loss")], "nats per token")
+    rewards = [_series(steps, "reward", "sampled answers"), *_held_out(evaluations, "reward")]
+    parts += _plot_section("Reward", rewards, "mean over questions; held out: of the most probable answer")
     for key, name, unit in (
         ("learning_rate", "Learning rate", "peak rate x schedule"),
         ("norm", "Gradient norm", "before clipping"),
@@ -83,10 +85,12 @@ def _summary(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, An
     rows = ""
     if evaluations:
         found = evaluations[-1]["held_out"]
-        rows = "<table><tr><th>held out</th><th>loss</th><th>bits per byte</th></tr>"
+        names = [name for name in ("loss", "bits_per_byte", "reward") if any(name in entry for entry in found.values())]
+        heads = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
+        rows = f"<table><tr><th>held out</th>{heads}</tr>"
         for domain, entry in found.items():
-            bits = f"{entry['bits_per_byte']:.4f}" if "bits_per_byte" in entry else "–"
-            rows += f"<tr><td>{html.escape(domain)}</td><td>{entry['loss']:.4f}</td><td>{bits}</td></tr>"
+            cells = "".join(f"<td>{entry[name]:.4f}</td>" if name in entry else "<td>–</td>" for name in names)
+            rows += f"<tr><td>{html.escape(domain)}</td>{cells}</tr>"
         rows += "</table>"
     return f"<p>{text}</p>{rows}"
 
@@ -96,15 +100,13 @@ def _series(lines: Sequence[dict[str, Any]], key: str, name: str) -> Series:
     return name, thin([point for point in points if math.isfinite(point[1])], _POINTS)
 
 
-def _held_out(evaluations: Sequence[dict[str, Any]]) -> list[Series]:
-    domains = sorted({domain for line in evaluations for domain in line["held_out"]})
-    return [
-        (
-            domain,
-            [(line["step"], line["held_out"][domain]["loss"]) for line in evaluations if domain in line["held_out"]],
-        )
-        for domain in domains
-    ]
+def _held_out(evaluations: Sequence[dict[str, Any]], key: str) -> list[Series]:
+    found: dict[str, list[tuple[float, float]]] = {}
+    for line in evaluations:
+        for domain, entry in sorted(line["held_out"].items()):
+            if key in entry:
+                found.setdefault(domain, []).append((line["step"], entry[key]))
+    return list(found.items())
 
 
 def thin(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:

@@ -83,6 +83,16 @@ def own_box(x: Tensor) -> Box:
     return tuple((a, a + n) for a, n in zip(offset, shape, strict=True))
 
 
+def gathered(x: Tensor, *, keep: bool = True) -> Tensor:
+    """The whole of a tensor on the host; all ranks that hold parts of it must call this.
+
+    Args:
+        keep: False on ranks that only take part: they return an empty tensor, so that one whole is in memory once.
+    """
+    whole: Tensor = x.full_tensor().detach() if isinstance(x, DTensor) else x.detach()
+    return whole.cpu() if keep else whole.new_empty(0)
+
+
 def writes(x: Tensor, rank: int) -> bool:
     """True if this rank writes its part of ``x``: of several copies only the lowest rank's is written."""
     if not isinstance(x, DTensor):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from quadriga import runtime
 from quadriga.errors import ConfigError
 from quadriga.train.config import LogSection
-from quadriga.train.held_out import HeldOutLoss
+from quadriga.train.held_out import HeldOut
 from quadriga.train.trainer import StepReport
 
 
@@ -21,7 +21,7 @@ class Watcher(Protocol):
     """A ``Listener`` that is also told of evaluations, and closed at the end."""
 
     def on_step(self, report: StepReport) -> None: ...
-    def on_evaluation(self, step: int, losses: dict[str, HeldOutLoss], samples: dict[str, str]) -> None: ...
+    def on_evaluation(self, step: int, found: Mapping[str, HeldOut], samples: dict[str, str]) -> None: ...
     def on_event(self, step: int, text: str) -> None: ...
     def on_rollback(self, step: int) -> None: ...
     def close(self) -> None: ...
@@ -54,8 +54,8 @@ def _scalars(report: StepReport) -> dict[str, float]:
     }
 
 
-def _held_out(losses: Mapping[str, HeldOutLoss]) -> dict[str, float]:
-    return {f"held_out/{domain}": found.loss for domain, found in losses.items()}
+def _held_out(found: Mapping[str, HeldOut]) -> dict[str, float]:
+    return {f"held_out/{domain}": one.shown for domain, one in found.items()}
 
 
 def _own_id(folder: Path, name: str) -> Path:
@@ -84,9 +84,9 @@ class TensorBoard:
         for name, value in _scalars(report).items():
             self._writer.add_scalar(name, value, report.step)
 
-    def on_evaluation(self, step: int, losses: dict[str, HeldOutLoss], samples: dict[str, str]) -> None:
+    def on_evaluation(self, step: int, found: Mapping[str, HeldOut], samples: dict[str, str]) -> None:
         """Write held-out losses as scalars and samples as text."""
-        for name, value in _held_out(losses).items():
+        for name, value in _held_out(found).items():
             self._writer.add_scalar(name, value, step)
         for prompt, text in samples.items():
             self._writer.add_text(prompt[:60], text, step)
@@ -128,9 +128,9 @@ class WeightsAndBiases:
         """Send the step's metrics."""
         self._run.log({"step": report.step, **_scalars(report)})
 
-    def on_evaluation(self, step: int, losses: dict[str, HeldOutLoss], samples: dict[str, str]) -> None:
+    def on_evaluation(self, step: int, found: Mapping[str, HeldOut], samples: dict[str, str]) -> None:
         """Send held-out losses, and samples as texts of the run."""
-        self._run.log({"step": step, **_held_out(losses)})
+        self._run.log({"step": step, **_held_out(found)})
         self._run.summary.update({f"sample/{prompt[:60]}": text for prompt, text in samples.items()})
 
     def on_event(self, step: int, text: str) -> None:
@@ -173,9 +173,9 @@ class MLflow:
         """Send the step's metrics."""
         self._send(_scalars(report), report.step)
 
-    def on_evaluation(self, step: int, losses: dict[str, HeldOutLoss], samples: dict[str, str]) -> None:
+    def on_evaluation(self, step: int, found: Mapping[str, HeldOut], samples: dict[str, str]) -> None:
         """Send held-out losses, and samples as a file."""
-        self._send(_held_out(losses), step)
+        self._send(_held_out(found), step)
         if samples:
             self._mlflow.log_dict(samples, f"samples/step-{step:08d}.json")
 

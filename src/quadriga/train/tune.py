@@ -2,57 +2,55 @@
 
     TuneConfig ─► checkpoint (quantised for QLoRA) ─► adapter ─► examples ─► Trainer ─► adapter/ or model/ in the run
 
-Checkpoints contain only trained parameters: with an adapter, a few megabytes. A stopped run resumes where it stopped.
+Checkpoints contain only trained parameters: with an adapter, a few megabytes. A stopped run resumes where it stopped,
+on any number of ranks. Under torchrun every process runs this; rank 0 holds the folder's lock and writes the result.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from quadriga import runtime
 from quadriga.errors import ConfigError
 from quadriga.hub import catalogue
-from quadriga.io.adapter import load as load_adapter
-from quadriga.io.adapter_files import Adapter, low_rank, save
+from quadriga.io.adapter_files import Adapter, save
+from quadriga.io.conversion_plan import tokenizer_files
 from quadriga.io.open import Checkpoint, open_checkpoint
-from quadriga.io.packed import pack_parameter
-from quadriga.kernels.arrays import array, tensor
-from quadriga.model.adapter_spec import LoraSpec, target_of
-from quadriga.model.config import ModelConfig
-from quadriga.model.weight_map import parameter_shapes
+from quadriga.kernels.arrays import array
+from quadriga.model.adapter_spec import LoraSpec, adapted_shapes
 from quadriga.nn import devices
-from quadriga.nn.linear import Factors
-from quadriga.nn.load import load_parameters
-from quadriga.nn.lora import attach, quantised
-from quadriga.nn.transformer import Transformer
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.text.turn_ends import turn_ends
 from quadriga.train import report
-from quadriga.train.batch import Objective
+from quadriga.train.batch import BatchSource, Objective
+from quadriga.train.distill import Distillation, ServedDistillation, TaughtSource
 from quadriga.train.export import write_hf
-from quadriga.train.held_out import held_out_losses, samples
+from quadriga.train.grpo import GRPO
+from quadriga.train.held_out import HeldOut, held_out_losses, samples
 from quadriga.train.losses import NextToken
 from quadriga.train.metrics import MetricsFile
-from quadriga.train.objectives import DPO, GRPO, ORPO, Reference
-from quadriga.train.parallel import DTYPES
-from quadriga.train.rollout import number_reward
+from quadriga.train.model_sampler import ModelSampler
+from quadriga.train.objectives import DPO, ORPO, Drawing, Reference
+from quadriga.train.rewards import reward_of
+from quadriga.train.rollouts import Questions, Repeated, Rollouts, RolloutTrainer, between_rollouts
 from quadriga.train.run import peak_flops
 from quadriga.train.run_directory import RunDirectory
+from quadriga.train.services import Sampler, SamplerOptions, Services
+from quadriga.train.shards import gathered
 from quadriga.train.trackers import Watcher, trackers
 from quadriga.train.trainer import Trainer
-from quadriga.train.tune_config import LoraSection, TuneConfig
-from quadriga.train.tune_data import read_data
+from quadriga.train.tune_config import TuneConfig
+from quadriga.train.tune_data import TuneRows, read_data
+from quadriga.train.tune_model import TunedModel, build_model, reference, teacher
 from quadriga.train.view import Screen
 from quadriga.train.world import World
-
-_PACKABLE = ("attention", "experts", "shared", "ffn")
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,17 @@ class Tuned:
     """Message about rows that were skipped, by reason; empty if none."""
 
 
-def tune(config: TuneConfig, *, stop: Callable[[], bool] = lambda: False, allow_change: bool = False) -> Tuned:
+def tune(
+    config: TuneConfig,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    allow_change: bool = False,
+    services: Services | None = None,
+) -> Tuned:
     """Tune until the end of the run or until ``stop`` returns True; the same call resumes a stopped run.
 
     Args:
+        services: what samples, runs programs and asks judges, for the runs that need it; `quadriga tune` has all.
         allow_change: resume also with settings that would have changed the run so far (``train.changes``).
 
     Raises:
@@ -91,184 +96,221 @@ def tune(config: TuneConfig, *, stop: Callable[[], bool] = lambda: False, allow_
     """
     runtime.keep_freed_memory()
     world = World.join(config.parallel.device, config.parallel.timeout_s)
-    if world.size > 1:
-        world.leave()
-        raise ConfigError("quadriga tune runs in one process: start it without torchrun")
     run = RunDirectory(Path(config.run).expanduser())
     try:
-        with run.locked(), devices.quick_float32(config.data.seq_len):
-            run.clean()
-            return _tune(config, run, world, stop, allow_change=allow_change)
+        with run.locked() if world.first else contextlib.nullcontext(), devices.quick_float32(config.data.seq_len):
+            if world.first:
+                run.clean()
+            world.wait()
+            return _tune(config, run, world, stop, services or Services(), allow_change=allow_change)
     finally:
         world.leave()
 
 
 def _tune(
-    config: TuneConfig, run: RunDirectory, world: World, stop: Callable[[], bool], *, allow_change: bool
+    config: TuneConfig,
+    run: RunDirectory,
+    world: World,
+    stop: Callable[[], bool],
+    services: Services,
+    *,
+    allow_change: bool,
 ) -> Tuned:
     checkpoint = open_checkpoint(catalogue.resolve(config.model))
     try:
         tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
         if tokenizer is None:
             raise ConfigError(f"tuning needs a model with a tokenizer; {config.model} has none")
-        source, held_out, problems, rejects = read_data(config, tokenizer)
-        model, factors, spec = build_model(config, checkpoint)
-        origin = checkpoint.path
+        rows = read_data(config, tokenizer)
+        tuned = build_model(config, checkpoint, world)
+        parts = _Parts(config, tuned, rows, tokenizer, world)
+        trainer = parts.trainer(run, checkpoint, services)
+        files = tokenizer_files(checkpoint)
     finally:
         checkpoint.close()
-    end_ids = frozenset((*model.config.eos_ids, *turn_ends(tokenizer).ids))
-    objective = _objective(config, model, tokenizer, problems, world, end_ids)
-    n_steps = config.schedule.steps or config.data.epochs * source.steps_per_epoch
-    trainer = Trainer(_Settings(config, n_steps), model, source, objective, world=world, run=run)
     if run.steps():
         trainer.resume(allow_change=allow_change)
-    peak = peak_flops(config.parallel.dtype, world)
-    watchers: list[Watcher] = [
+    watchers = _watchers(config, run, trainer, peak_flops(config.parallel.dtype, world))
+    trainer.listen(watchers)
+    evaluate = parts.evaluation(watchers)
+    if config.evaluate.every and evaluate is not None:
+        trainer.evaluate, trainer.evaluate_every = evaluate, config.evaluate.every
+        if trainer.step == 0:
+            evaluate(trainer)
+    if isinstance(trainer, RolloutTrainer):
+        stop = between_rollouts(stop, trainer, config.grpo.updates)
+    done = _train(config, run, trainer, watchers, stop)
+    result = _write(run, config, trainer, tuned.spec, files) if done else None
+    return Tuned(done, trainer.step, trainer.settings.n_steps, result, str(rows.rejects))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a run is put together from."""
+
+    config: TuneConfig
+    tuned: TunedModel
+    rows: TuneRows
+    tokenizer: Tokenizer
+    world: World
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset((*self.tuned.model.config.eos_ids, *turn_ends(self.tokenizer).ids))
+
+    def trainer(self, run: RunDirectory, checkpoint: Checkpoint, services: Services) -> Trainer:
+        """The trainer with the run's objective; of grpo it samples what it learns from."""
+        config, model, fill, world = self.config, self.tuned.model, self.tuned.fill, self.world
+        source: BatchSource = self.rows.train
+        n_steps = config.data.epochs * self.rows.train.steps_per_epoch
+        if config.objective == "grpo":
+            return self._rollout_trainer(run, checkpoint, services, n_steps * config.grpo.updates)
+        settings = _Settings(config, config.schedule.steps or n_steps)
+        objective = self._objective(checkpoint)
+        if isinstance(objective, ServedDistillation):
+            source = self._taught(source, services)
+            self.rows.held_out.update({name: self._taught(one, services) for name, one in self.rows.held_out.items()})
+        return Trainer(settings, model, source, objective, world=world, run=run, fill=fill)
+
+    def _rollout_trainer(
+        self, run: RunDirectory, checkpoint: Checkpoint, services: Services, n_steps: int
+    ) -> RolloutTrainer:
+        config, section, world = self.config, self.config.grpo, self.world
+        before = reference(config, self.tuned, checkpoint, world) if section.kl_weight else Reference(None)
+        high = section.clip if section.clip_high is None else section.clip_high
+        objective = GRPO(before, self._drawing(), kl_weight=section.kl_weight, clip=(section.clip, high))
+        settings = _Settings(config, config.schedule.steps or n_steps)
+        source = Repeated(self.rows.train, section.updates)
+        rollouts = self._rollouts(services)
+        trainer = RolloutTrainer(
+            settings, self.tuned.model, source, objective, world=world, run=run, fill=self.tuned.fill
+        )
+        trainer.rollouts = rollouts
+        return trainer
+
+    def evaluation(self, watchers: Sequence[Watcher]) -> Callable[[Trainer], None] | None:
+        """What tells the watchers the held-out loss or reward; None if nothing is held out."""
+        rows, world = self.rows, self.world
+
+        def evaluate(trainer: Trainer) -> None:
+            found: Mapping[str, HeldOut]
+            if isinstance(trainer, RolloutTrainer):
+                reward, said = trainer.rollouts.held_out(rows.questions, world)
+                found = {"held out": reward}
+            else:
+                found = held_out_losses(trainer.module, rows.held_out, world)
+                section = self.config.evaluate
+                said = samples(
+                    trainer.module, self.tokenizer, section.prompts, section.sample_tokens, self.end_ids, world
+                )
+            for watcher in watchers:
+                watcher.on_evaluation(trainer.step, found, said)
+
+        return evaluate if rows.held_out or rows.questions else None
+
+    def _objective(self, checkpoint: Checkpoint) -> Objective:
+        config = self.config
+        if config.objective == "orpo":
+            return ORPO(config.preference.odds_weight)
+        if config.objective == "dpo":
+            return DPO(reference(config, self.tuned, checkpoint, self.world), config.preference.beta)
+        if config.objective == "distill":
+            how = config.distill
+            if how.url is not None:
+                return ServedDistillation(self.tokenizer.n_vocab, weight=how.weight)
+            return Distillation(
+                teacher(config, self.tokenizer, self.world), self.tokenizer.n_vocab, top_k=how.top_k,
+                temperature=how.temperature, weight=how.weight,
+            )  # fmt: skip
+        return NextToken(checkpoint.config, config.router, self.world)
+
+    def _taught(self, source: BatchSource, services: Services) -> TaughtSource:
+        how = self.config.distill
+        if services.teacher is None:
+            raise ConfigError("distill.url needs a client: start the run by `quadriga tune`, or hand one to tune()")
+        return TaughtSource(source, services.teacher(how.url or "", how.teacher or ""), self.tokenizer, how.top_k)
+
+    def _drawing(self) -> Drawing:
+        unused = set(self.tokenizer.unused_rows(self.tuned.model.config.vocab_size)) - self.end_ids
+        return Drawing(self.config.grpo.temperature, tuple(sorted(unused)))
+
+    def _rollouts(self, services: Services) -> Rollouts:
+        config, section, model = self.config, self.config.grpo, self.tuned.model
+        packed = config.lora is not None and config.lora.base_format != "float32"
+        if packed and config.parallel.experts > 1:
+            raise ConfigError(
+                "grpo needs all experts of a quantised base on every rank, to sample with: leave parallel.experts at "
+                "1, or take lora.base_format = 'float32'"
+            )
+        if section.sampler == "model":
+            if self.world.size > 1:
+                raise ConfigError("grpo.sampler = 'model' samples on one rank: take 'engine' under torchrun")
+            sampler: Sampler = ModelSampler(model, self.end_ids, self._drawing().never)
+        elif services.sampler is None:
+            raise ConfigError(
+                "grpo samples with the engine: start the run by `quadriga tune`, hand a sampler to tune(), or take "
+                "grpo.sampler = 'model'"
+            )
+        else:
+            longest = max(len(ids) for ids in self.rows.problems) + section.max_new_tokens
+            options = SamplerOptions(format=section.sampler_format, max_len=longest)
+            sampler = services.sampler(model.config, self.tokenizer, options)
+        reward = reward_of(section.rewards, services, self.tokenizer, model.config.vocab_size, self.end_ids)
+        questions = Questions(self.rows.problems, self.tokenizer, reward, self.end_ids)
+        return Rollouts(model, sampler, questions, section, seed=config.seed)
+
+
+def _watchers(config: TuneConfig, run: RunDirectory, trainer: Trainer, peak: float) -> list[Watcher]:
+    """What shows and records the run; on rank 0 only."""
+    if not trainer.world.first:
+        return []
+    return [
         MetricsFile(
             run.path, trainer.step, peak_flops=peak, learning_rate=config.optimiser.learning_rate,
             routing_every=config.log.routing_every,
         ),
-        Screen(run.path.name, n_steps, every=config.log.every, peak_flops=peak),
+        Screen(run.path.name, trainer.settings.n_steps, every=config.log.every, peak_flops=peak),
         *trackers(config.log, run.path, trainer.step, msgspec.to_builtins(config)),
     ]  # fmt: skip
-    trainer.listen(watchers)
 
-    def evaluate(one: Trainer) -> None:
-        losses = held_out_losses(one.module, held_out, world)
-        said = samples(one.module, tokenizer, config.evaluate.prompts, config.evaluate.sample_tokens, end_ids, world)
-        for watcher in watchers:
-            watcher.on_evaluation(one.step, losses, said)
 
-    if config.evaluate.every and held_out and config.objective != "grpo":
-        trainer.evaluate, trainer.evaluate_every = evaluate, config.evaluate.every
-        if trainer.step == 0:
-            evaluate(trainer)
-    (run.path / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+def _train(
+    config: TuneConfig, run: RunDirectory, trainer: Trainer, watchers: Sequence[Watcher], stop: Callable[[], bool]
+) -> bool:
+    """Train to the end or until ``stop``; True if the run is complete."""
+    if trainer.world.first:
+        (run.path / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
     try:
-        done = trainer.train(stop)
+        return trainer.train(stop)
     finally:
         for watcher in watchers:
             watcher.close()
-        if config.log.report:
+        if trainer.world.first and config.log.report:
             report.write(run.path)
-    result = _write(run, config, trainer, factors, spec, origin) if done else None
-    return Tuned(done, trainer.step, n_steps, result, str(rejects))
-
-
-# Model ---------------------------------------------------------------------------------------------------------------
-
-
-def build_model(config: TuneConfig, checkpoint: Checkpoint) -> tuple[Transformer, dict[str, Factors], LoraSpec | None]:
-    """Build the model to train: all parameters, or an adapter over a frozen base, which may be quantised."""
-    if config.lora is None:
-        parameters = load_parameters(checkpoint, dtype=torch.float32)
-        return Transformer.from_parameters(checkpoint.config, parameters), {}, None
-    lora, start = config.lora, None
-    spec = lora.spec()
-    if lora.start is not None:
-        start = load_adapter(Path(lora.start).expanduser(), checkpoint.config)
-        spec = replace(start.spec, dropout=lora.dropout)
-    model = _base(checkpoint, lora)
-    begun = None
-    if start is not None:
-        begun = {name: (tensor(a), tensor(b)) for name, (a, b) in low_rank(start).items()}
-    factors = attach(model, spec, begun, seed=config.seed)
-    return model, factors, spec
-
-
-def _base(checkpoint: Checkpoint, lora: LoraSection) -> Transformer:
-    if lora.base_format == "float32":
-        return Transformer.from_parameters(checkpoint.config, load_parameters(checkpoint, dtype=torch.float32))
-    shapes = parameter_shapes(checkpoint.config)
-    packed: dict[str, Any] = {}
-    plain: dict[str, torch.Tensor] = {}
-    for name, shape in shapes.items():
-        if target_of(name) in _PACKABLE:
-            matrices = list(pack_parameter(checkpoint, name, shape, lora.base_format))
-            packed[name] = matrices if len(shape) == 3 else matrices[0]
-            plain[name] = torch.empty(shape, device="meta")
-        else:
-            plain[name] = tensor(checkpoint.parameters.read(name)).float()
-    model = Transformer.from_parameters(checkpoint.config, plain)
-    quantised(model, packed)
-    return model
 
 
 def _write(
-    run: RunDirectory, config: TuneConfig, trainer: Trainer, factors: dict[str, Factors], spec: LoraSpec | None,
-    origin: Path,
-) -> Path:  # fmt: skip
+    run: RunDirectory, config: TuneConfig, trainer: Trainer, spec: LoraSpec | None, files: Mapping[str, bytes]
+) -> Path:
     """Write the adapter, or the model with its tokenizer as a Hugging Face directory; always float32.
 
-    With ``[ema]`` what is written is the average of the weights, as ``quadriga train --export`` writes it.
+    With ``[ema]`` what is written is the average of the weights, as ``quadriga train --export`` writes it. All ranks
+    must call this: each has a part, and the first gathers and writes them.
     """
-    from quadriga.io.conversion_plan import tokenizer_files
-
-    masters = {**trainer.masters.by_name, **trainer.averages}
-    if spec is not None:
-        out = _fresh(run.path / "adapter")
-        name_of = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    kept = dict(trainer.model.named_buffers()) if spec is None else {}  # corrections of routers, which nothing trains
+    masters = {**kept, **trainer.masters.by_name, **trainer.averages}
+    out = run.path / ("model" if spec is None else "adapter")
+    if trainer.world.first:
+        shutil.rmtree(out, ignore_errors=True)  # what an earlier end of this run wrote there
+    whole = {name: gathered(value, keep=trainer.world.first) for name, value in masters.items()}
+    if trainer.world.first and spec is not None:
         pairs = {
-            name: (array(masters[name_of[id(one.a)]]), array(masters[name_of[id(one.b)]]))
-            for name, one in factors.items()
+            name: (array(whole[f"{name}.delta.a"]), array(whole[f"{name}.delta.b"]))
+            for name in adapted_shapes(trainer.model.config, spec)
         }
         save(Adapter(spec=spec, factors=pairs, base=config.model), out)
-        return out
-    out = _fresh(run.path / "model")
-    checkpoint = open_checkpoint(origin)
-    try:
-        files = tokenizer_files(checkpoint)
-    finally:
-        checkpoint.close()
-    write_hf({name: master.detach().cpu() for name, master in masters.items()}, trainer.model.config, out, files)
+    elif trainer.world.first:
+        write_hf(whole, trainer.model.config, out, files)
+    trainer.world.wait()
     return out
-
-
-def _fresh(folder: Path) -> Path:
-    """Return the folder after removing what an earlier end of this run wrote there."""
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
-
-
-def _frozen(model: Transformer, dtype: str) -> Transformer:
-    """A copy of the model that computes as the trained one does: in ``dtype``, but for the router."""
-    made = copy.deepcopy(model).requires_grad_(False).eval()
-    for name, parameter in made.named_parameters():
-        if ".router." not in name:
-            parameter.data = parameter.data.to(DTYPES[dtype])
-    return made
-
-
-def _objective(
-    config: TuneConfig,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    problems: dict[tuple[int, ...], str],
-    world: World,
-    end_ids: Collection[int],
-) -> Objective:
-    architecture: ModelConfig = model.config
-    if config.objective in ("sft", "text"):
-        return NextToken(architecture, config.router, world)
-    if config.objective == "orpo":
-        return ORPO(config.preference.odds_weight)
-    # The reference is the model without its adapter, or a frozen copy if there is no adapter.
-    frozen = _frozen(model, config.parallel.dtype) if config.lora is None else None
-    if config.lora is not None and config.lora.start is not None:
-        raise ConfigError("dpo and grpo compare with the model without adapter: merge lora.start into the model first")
-    reference = Reference(frozen)
-    if config.objective == "dpo":
-        return DPO(reference, config.preference.beta)
-
-    def reward(prompt: Sequence[int], answer: Sequence[int]) -> float:
-        said = tokenizer.decode([token for token in answer if tokenizer.is_token(token)], after=prompt)
-        return number_reward(said, problems[tuple(prompt)])
-
-    return GRPO(
-        reference, reward, n_samples=config.grpo.samples, max_new_tokens=config.grpo.max_new_tokens,
-        temperature=config.grpo.temperature, kl_weight=config.grpo.kl_weight,
-        end_ids=end_ids,
-        unused=tokenizer.unused_rows(architecture.vocab_size),
-    )  # fmt: skip

@@ -2,9 +2,9 @@
 
     run = "runs/dolly"                    the run's folder
     model = "smollm2-135m-instruct"       a catalogue name, a path, hf:ORG/REPO
-    objective = "sft"                     sft | text | dpo | orpo | grpo
+    objective = "sft"                     sft | text | distill | dpo | orpo | grpo
     [lora]                                a low-rank adapter; without it every parameter is trained
-    [data] [preference] [grpo]
+    [data] [preference] [grpo] [distill]
     [schedule] [optimiser] [router] [parallel] [guard] [checkpoint] [log] [evaluate] [ema]    as in pre-training
 
 An unknown key is an error that suggests the nearest known one.
@@ -29,7 +29,7 @@ from quadriga.train.config import (
     Section,
 )
 
-Objectives = Literal["sft", "text", "dpo", "orpo", "grpo"]
+Objectives = Literal["sft", "text", "distill", "dpo", "orpo", "grpo"]
 
 
 class LoraSection(Section, frozen=True):
@@ -58,14 +58,14 @@ class TuneData(Section, frozen=True):
 
     files: tuple[str, ...]
     held_out: tuple[str, ...] = ()
-    """Files for the held-out loss; empty: hold out every ``held_out_every``-th row of ``files``."""
+    """Files for the held-out loss (grpo: reward); empty: hold out every ``held_out_every``-th row of ``files``."""
     held_out_every: int = 50
     max_rows: int | None = None
     """Stop reading after this many usable rows; None: read all."""
     max_bad_rows: int = 100
     seq_len: int = 512
     rows: int = 4
-    """Rows of seq_len tokens per batch; several examples are packed into a row."""
+    """Rows of seq_len tokens per batch; several examples are packed into a row. With grpo: questions per batch."""
     epochs: int = 1
     template: str | None = None
     """Name of a chat template (chatml, instruct), for models without one."""
@@ -89,19 +89,127 @@ class PreferenceSection(Section, frozen=True):
     """orpo: weight of the odds-ratio term beside the chosen answer's loss."""
 
 
+_JUDGE = (
+    "Rate this answer to the question from 0 (worthless) to 10 (perfect). Write the number alone.\n\n"
+    "Question:\n{question}\n\nAnswer:\n{answer}\n\nRating:"
+)
+
+_REWARD_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "number": ((), ()),
+    "text": ((), ()),
+    "finished": ((), ()),
+    "regex": (("pattern", "column"), ()),
+    "json": (("schema", "column"), ()),
+    "code": ((), ("column", "timeout_s")),
+    "judge": (("url",), ("model", "prompt")),
+    "python": (("function",), ()),
+}
+"""Kind -> (keys of which exactly one is given, keys that may be)."""
+
+_REWARD_DEFAULTS: dict[str, object] = {
+    **dict.fromkeys(("pattern", "schema", "column", "url", "model", "function")), "prompt": _JUDGE, "timeout_s": 10.0
+}  # fmt: skip
+
+
+class RewardSection(Section, frozen=True):
+    """One of the rewards of grpo; ``train.rewards`` says what each kind is."""
+
+    kind: Literal["number", "text", "regex", "json", "code", "judge", "finished", "python"]
+    weight: float = 1.0
+    pattern: str | None = None
+    """regex: what is looked for in the answer."""
+    schema: str | None = None
+    """json: a file with a JSON schema."""
+    column: str | None = None
+    """regex, json: the row's column with the pattern or schema. code: with the tests; None: "test"."""
+    url: str | None = None
+    """judge: address of an OpenAI-compatible API, up to /v1; the key is QUADRIGA_API_KEY."""
+    model: str | None = None
+    """judge: its model's name there."""
+    prompt: str = _JUDGE
+    """judge: what it is asked; {question}, {answer} and {wanted} are replaced."""
+    function: str | None = None
+    """python: module:function, which takes a list of ``train.rewards.Attempt`` and returns a list of numbers."""
+    timeout_s: float = 10.0
+    """code: seconds for each program."""
+
+    def __post_init__(self) -> None:
+        one_of, others = _REWARD_KEYS[self.kind]
+        given = [name for name, value in _REWARD_DEFAULTS.items() if getattr(self, name) != value]
+        unused = [name for name in given if name not in (*one_of, *others)]
+        if unused:
+            raise ConfigError(f"a reward of the kind {self.kind!r} has no use for {', '.join(unused)}: leave it out")
+        if one_of and sum(name in given for name in one_of) != 1:
+            raise ConfigError(f"a reward of the kind {self.kind!r} needs {' or '.join(one_of)}")
+        if self.kind == "judge" and self.model is None:
+            raise ConfigError("a reward of the kind 'judge' needs model, the judge's name at its address")
+
+
 class GrpoSection(Section, frozen=True):
-    """Settings of grpo. The reward is 1 if the answer's last number equals that of the row's answer, else 0."""
+    """Settings of grpo: answers are sampled, rewarded, and made likelier or less likely by it."""
 
     samples: int = 4
+    """Answers to every question."""
     max_new_tokens: int = 96
     temperature: float = 1.0
     kl_weight: float = 0.02
+    """How strongly the model is kept close to the model before tuning; 0: not, and it is not computed."""
+    updates: int = 1
+    """Steps of the optimiser on the same answers, before new ones are sampled."""
+    clip: float = 0.2
+    """A token's probability may fall to 1 - clip of what it was when it was sampled, before it stops counting."""
+    clip_high: float | None = None
+    """It may rise to 1 + clip_high; None: as ``clip``."""
+    rewards: tuple[RewardSection, ...] = (RewardSection(kind="number"),)
+    """What an answer is worth: the sum of these."""
+    sampler: Literal["engine", "model"] = "engine"
+    """What samples: the serving engine on the CPU's kernels, or the trained module itself (one rank, slow)."""
+    sampler_format: Literal["float32", "bfloat16", "q8"] = "float32"
+    """How the engine stores its copy of the weights. Anything but float32 samples from a slightly different model."""
 
     def __post_init__(self) -> None:
         if self.samples < 2 or self.max_new_tokens < 1 or not 1e-5 <= self.temperature < float("inf"):
             raise ConfigError(
                 "grpo needs samples >= 2, max_new_tokens >= 1 and temperature >= 1e-5, below which "
                 f"all samples are equal; got {self.samples}, {self.max_new_tokens}, {self.temperature:g}"
+            )
+        if self.updates < 1 or not 0 < self.clip < 1 or not (self.clip_high is None or self.clip_high > 0):
+            raise ConfigError(
+                "grpo needs updates >= 1, clip within (0, 1) and clip_high above 0; got "
+                f"{self.updates}, {self.clip:g}, {self.clip_high}"
+            )
+        if self.kl_weight < 0:
+            raise ConfigError(f"grpo.kl_weight must be 0 or above, got {self.kl_weight:g}")
+        if not self.rewards:
+            raise ConfigError("grpo.rewards must have at least one reward, e.g. kind = 'number'")
+        if self.sampler == "model" and self.sampler_format != "float32":
+            raise ConfigError("grpo.sampler_format is for sampler = 'engine': the model samples in parallel.dtype")
+
+
+class DistillSection(Section, frozen=True):
+    """Settings of distill."""
+
+    teacher: str | None = None
+    """A catalogue name, a path or hf:ORG/REPO, with the vocabulary of the model; with ``url`` its name there."""
+    url: str | None = None
+    """Address of an OpenAI-compatible API up to /v1 whose completions echo log-probabilities, ours or vLLM's."""
+    top_k: int = 0
+    """Of the teacher's distribution its most probable tokens, and all others as one; 0: all tokens."""
+    temperature: float = 1.0
+    """What both models' logits are divided by."""
+    weight: float = 1.0
+    """Of the divergence; the rest is of the row's own answer."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0 or not 0.01 <= self.temperature <= 100 or not 0 < self.weight <= 1:
+            raise ConfigError(
+                "distill needs top_k >= 0, temperature from 0.01 to 100 and weight above 0, at most 1; got "
+                f"{self.top_k}, {self.temperature:g}, {self.weight:g}"
+            )
+        if self.url is not None and (not 1 <= self.top_k <= 20 or self.temperature != 1.0):
+            raise ConfigError(
+                "distill.url needs top_k from 1 to 20, which is what such an API tells, and temperature 1; got "
+                f"{self.top_k} and {self.temperature:g}"
             )
 
 
@@ -116,6 +224,7 @@ class TuneConfig(Section, frozen=True):
     lora: LoraSection | None = None
     preference: PreferenceSection = PreferenceSection()
     grpo: GrpoSection = GrpoSection()
+    distill: DistillSection = DistillSection()
     schedule: ScheduleSection = ScheduleSection(warmup_steps=10)
     optimiser: OptimiserSection = OptimiserSection(learning_rate=2e-4, weight_decay=0.0)
     router: RouterSection = RouterSection()
@@ -135,6 +244,21 @@ class TuneConfig(Section, frozen=True):
                 raise ConfigError(
                     f"router.{name} must be 0 with objective {self.objective!r}, which balances no experts; "
                     f"got {value:g}"
+                )
+        if max(self.parallel.tensor, self.parallel.context, self.parallel.pipeline) > 1:
+            raise ConfigError(
+                "parallel.tensor, parallel.context and parallel.pipeline cut heads, rows and layers, which tuning's "
+                "objectives and adapters need whole: leave them at 1. Tuning runs over FSDP, parallel.replicate and "
+                "parallel.experts"
+            )
+        if (self.objective == "distill") != (self.distill.teacher is not None):
+            raise ConfigError("distill.teacher is given with objective 'distill', and with no other")
+        updates = self.grpo.updates
+        for name, steps in (("checkpoint.every", self.checkpoint.every), ("schedule.steps", self.schedule.steps or 0)):
+            if self.objective == "grpo" and steps % updates:
+                raise ConfigError(
+                    f"{name} must be a multiple of grpo.updates, since a run is saved between samplings: got {steps} "
+                    f"and {updates}"
                 )
         if router.bias_rate and not router.bias_fade:
             raise ConfigError(

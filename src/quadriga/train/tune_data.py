@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from quadriga.errors import ConfigError, CorpusError
+from quadriga.errors import CorpusError
 from quadriga.hub import data_sets
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.train import chat_data
@@ -17,36 +16,35 @@ from quadriga.train.corpus.vocabulary import end_id
 from quadriga.train.packing import ExampleSource
 from quadriga.train.tune_config import TuneConfig
 
+T = TypeVar("T")
 
-def read_data(
-    config: TuneConfig, tokenizer: Tokenizer
-) -> tuple[ExampleSource, dict[str, BatchSource], dict[tuple[int, ...], str], Rejects]:
-    """Read the data: (training rows, held-out rows by name, prompt -> answer for grpo, rejected rows).
+
+class TuneRows(NamedTuple):
+    """The rows of a run."""
+
+    train: ExampleSource
+    held_out: dict[str, BatchSource]
+    """By label; of grpo none."""
+    problems: dict[tuple[int, ...], Problem]
+    """grpo: all questions, by the prompt's token ids."""
+    questions: list[Problem]
+    """grpo: those that are held out."""
+    rejects: Rejects
+
+
+def read_data(config: TuneConfig, tokenizer: Tokenizer) -> TuneRows:
+    """Read the data of a run.
 
     Raises:
-        ConfigError: held-out files that the objective does not use.
         CorpusError: unreadable files, too few usable rows, or a question with two answers for grpo.
     """
     data = config.data
-    if config.objective == "grpo" and data.held_out:
-        raise ConfigError("grpo samples its answers, so it has no held-out loss: leave out data.held_out")
     rejects = Rejects(limit=data.max_bad_rows)
-    names, make, weigh = _maker(config, tokenizer)
     data_sets.log_samples(f.removeprefix("data:") for f in (*data.files, *data.held_out) if f.startswith("data:"))
-    found = chat_data.read([resolve(f) for f in data.files], make, rejects, limit=data.max_rows)
-    groups = [group for one in found for group in one]
-    labels = [label for label, _ in groups]
-    everything = [group for _, group in groups]
-    if data.held_out:
-        kept = chat_data.read([resolve(f) for f in data.held_out], make, rejects)
-        test = [group for one in kept for group in one]
-        train = everything
-    elif config.objective == "grpo":
-        test, train = [], everything
-    else:
-        every = data.held_out_every
-        test = [(labels[i], g) for i, g in enumerate(everything) if i % every == every - 1]
-        train = [g for i, g in enumerate(everything) if i % every != every - 1]
+    if config.objective == "grpo":
+        return _questions(config, tokenizer, rejects)
+    names, make, weigh = _maker(config, tokenizer)
+    train, test = _split(config, make, rejects)
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
 
     def packed(some: Sequence[tuple[Example, ...]], rows: int) -> ExampleSource:
@@ -59,13 +57,53 @@ def read_data(
         some = [group for one, group in test if one == label]
         whole = packed(some, 1)
         held_out[label] = packed(some, min(config.evaluate.rows, whole.rows_per_epoch))
-    problems: dict[tuple[int, ...], str] = {}
-    if config.objective == "grpo":
-        for answer, group in groups:
-            if problems.setdefault(group[0].ids, answer) != answer:
-                asked = tokenizer.decode(group[0].ids)[-200:]
-                raise CorpusError(f"a question must have one answer, but {asked!r} has two: {answer!r} is the other")
-    return packed(train, data.rows), held_out, problems, rejects
+    return TuneRows(packed([group for _, group in train], data.rows), held_out, {}, [], rejects)
+
+
+def _split(config: TuneConfig, make: Callable[[dict[str, Any]], list[T]], rejects: Rejects) -> tuple[list[T], list[T]]:
+    """(what is trained on, what is held out) of what ``make`` makes of the rows."""
+    data = config.data
+    found = chat_data.read([resolve(f) for f in data.files], make, rejects, limit=data.max_rows)
+    everything = [one for row in found for one in row]
+    if data.held_out:
+        kept = chat_data.read([resolve(f) for f in data.held_out], make, rejects)
+        return everything, [one for row in kept for one in row]
+    every = data.held_out_every
+    test = [one for i, one in enumerate(everything) if i % every == every - 1]
+    return [one for i, one in enumerate(everything) if i % every != every - 1], test
+
+
+def _questions(config: TuneConfig, tokenizer: Tokenizer, rejects: Rejects) -> TuneRows:
+    """The rows of grpo: a question for each row of a batch; one that occurs twice is one, held out if it ever is.
+
+    So a batch has no question twice, and an answer's seed can follow from its question.
+    """
+    data, rewards = config.data, config.grpo.rewards
+    compared = any(one.kind in ("number", "text") for one in rewards)
+    columns = [one.column or "test" for one in rewards if one.kind in ("regex", "json", "code")]
+
+    def make(row: dict[str, Any]) -> list[Problem]:
+        one = chat_data.problem(row, tokenizer, data.seq_len, data.template)
+        if compared and not one.answer:
+            raise chat_data.BadRowError("no answer that a sampled one could be compared with")
+        return [one]
+
+    train, test = _split(config, make, rejects)
+    problems: dict[tuple[int, ...], Problem] = {}
+    for one in (*train, *test):
+        known = problems.setdefault(one.ids, one)
+        if [known.answer, *map(known.row.get, columns)] != [one.answer, *map(one.row.get, columns)]:
+            asked = tokenizer.decode(one.ids)[-200:]
+            raise CorpusError(f"a question must have one answer, but {asked!r} has two: {known.answer!r} is the other")
+    held_out = {one.ids: one for one in test}
+    learnt = {one.ids: one for one in train if one.ids not in held_out}
+    if len(learnt) < data.rows:
+        raise CorpusError(f"data.rows must be at most the number of questions, {len(learnt)}, got {data.rows}")
+    source = ExampleSource(
+        [(_prompt(one),) for one in learnt.values()], ("prompt",), n_rows=data.rows, seq_len=data.seq_len,
+        weigh="groups", pad=tokenizer.pad_id or 0, seed=config.seed, together=False,
+    )  # fmt: skip
+    return TuneRows(source, {}, problems, [*held_out.values()][: config.evaluate.rows], rejects)
 
 
 def _maker(
@@ -91,11 +129,8 @@ def _maker(
                 ],
                 "tokens",
             )
-        case "sft":
+        case "sft" | "distill":
             return ("conversation",), answers, "tokens"
-        case "grpo":
-            problem = partial(chat_data.problem, tokenizer=tokenizer, seq_len=data.seq_len, template=data.template)
-            return ("prompt",), lambda row: [_prompt(problem(row))], "groups"
 
     def pair(row: dict[str, Any]) -> list[tuple[str, tuple[Example, ...]]]:
         one: Preference = chat_data.preference(row, tokenizer, data.seq_len, data.template)
@@ -104,7 +139,6 @@ def _maker(
     return ("chosen", "rejected"), pair, "groups"
 
 
-def _prompt(one: Problem) -> tuple[str, tuple[Example, ...]]:
-    """A prompt as a document with one target, so that it is not taken for padding; GRPO samples the answers."""
-    targets = (*[IGNORE] * (len(one.ids) - 1), one.ids[-1])
-    return one.answer, (Example(one.ids, targets),)
+def _prompt(one: Problem) -> Example:
+    """A prompt as a document with one target, so that it is not taken for padding; grpo samples the answers."""
+    return Example(one.ids, (*[IGNORE] * (len(one.ids) - 1), one.ids[-1]))

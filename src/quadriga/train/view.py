@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Mapping
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from quadriga.train.held_out import HeldOutLoss
+from quadriga.train.held_out import HeldOut
 from quadriga.train.metrics import busiest
 from quadriga.train.trainer import StepReport
 
@@ -113,9 +114,9 @@ class Screen:
         bar = ProgressBar(total=self.n_steps, completed=report.step + 1)
         return Panel(Group(table, bar), title=self.title, title_align="left")
 
-    def on_evaluation(self, step: int, losses: dict[str, HeldOutLoss], samples: dict[str, str]) -> None:
-        """Show held-out losses and samples."""
-        self._held_out = " · ".join(f"{domain} {found.loss:.3f}" for domain, found in losses.items())
+    def on_evaluation(self, step: int, found: Mapping[str, HeldOut], samples: dict[str, str]) -> None:
+        """Show held-out losses, or rewards, and samples."""
+        self._held_out = " · ".join(f"{domain} {one.shown:.3f}" for domain, one in found.items())
         texts = [f"{prompt}{text}" for prompt, text in samples.items()]
         self._sample = (texts[0].replace("\n", " ")[:100]) if texts else ""
         if self._live is None:

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quadriga.errors import EvaluationError
-from quadriga.evaluate.data import Data
 from quadriga.evaluate.items import AnswerItem, ChoiceItem, Item
 from quadriga.evaluate.tasks import TASKS
 from quadriga.evaluate.tasks.knowledge import gpqa_cot_scores, gpqa_question, mmlu_pro_scores
 from quadriga.evaluate.tasks.subjects import CEVAL_SUBJECTS, CMMLU_SUBJECTS
-
-
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows as the kind of file that the name says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pa = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
-
-        parquet.write_table(pa.Table.from_pylist(list(rows)), path)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as out:
-            writer = csv.DictWriter(out, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+from tests.evaluate.fakes import Unchecked, write
 
 
 def items(name: str, folder: Path, shots: int | None = None) -> list[Item]:
@@ -169,11 +149,3 @@ def test_four_sets_of_everyday_and_school_questions(tmp_path: Path) -> None:
     prompt = "Question: Q?\nA. v\nB. w\nC. x\nD. y\nE. z\nAnswer:"
     assert (only("commonsense_qa").pairs[3], only("commonsense_qa").gold) == ((prompt, " D"), 3)
     assert (only("siqa").pairs[1], only("siqa").gold) == (("Q: C. Q?\nA:", " y"), 1)
-
-
-class Unchecked(Data):
-    """Reads made-up files under the names of published ones."""
-
-    def bytes(self, name: str) -> bytes:
-        assert self.folder is not None
-        return (self.folder / name).read_bytes()

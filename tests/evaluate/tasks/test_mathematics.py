@@ -11,7 +11,7 @@ from quadriga.errors import EvaluationError
 from quadriga.evaluate.items import AnswerItem
 from quadriga.evaluate.tasks import TASKS
 from quadriga.evaluate.tasks.mathematics import SUBJECTS, boxed, math_prompt, math_scores
-from tests.evaluate.tasks.test_knowledge import Unchecked
+from tests.evaluate.fakes import Unchecked
 
 
 def test_the_prompt_has_the_published_examples() -> None:

@@ -16,7 +16,7 @@ from quadriga.evaluate.items import CodeItem
 from quadriga.evaluate.sandbox import Sandbox, works
 from quadriga.evaluate.tasks import TASKS
 from quadriga.evaluate.tasks.programs import cases_of, stdin_program, stdin_prompt
-from tests.evaluate.tasks.test_knowledge import Unchecked, write
+from tests.evaluate.fakes import Unchecked, write
 
 PLUS_TEST = """
 import numpy as np

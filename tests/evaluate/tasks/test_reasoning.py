@@ -15,8 +15,7 @@ from quadriga.evaluate.statistics import figures
 from quadriga.evaluate.tasks import TASKS
 from quadriga.evaluate.tasks.ifeval import ifeval_scores
 from quadriga.evaluate.tasks.reasoning import NAMES, bbh_scores, worked_examples
-from tests.evaluate.fakes import RuleModel
-from tests.evaluate.tasks.test_knowledge import Unchecked, write
+from tests.evaluate.fakes import RuleModel, Unchecked, write
 
 PROMPT = "canary\n-----\nSort words.\n\nQ: a\nA: Let's think step by step.\nSo the answer is a.\n\nQ: b\nA: b\n\nmore\n\nQ: c\nA: c\n"
 

@@ -84,14 +84,16 @@ def trained(scale: Scale, recipes: dict[str, tuple[str, Values]], tokens: dict[s
 
 
 def _corpus(vocabulary: int) -> list[Step]:
-    """The four domains with a vocabulary of this size, in a folder that the claims share, and its counts."""
+    """The four domains with a vocabulary of this size, in a folder that the claims share."""
     folder = f"{{out}}/../corpora/mix-{vocabulary}"
     prepare = ("data", "prepare", "{recipes}/mix.toml", "--train-tokenizer", str(vocabulary), "--out", folder)
-    count = ("data", "inspect", folder, "--json")
-    return [
-        Step(name=f"corpus-{vocabulary}", argv=prepare),
-        Step(name=f"count-{vocabulary}", argv=count, output=f"corpus-{vocabulary}.json"),
-    ]
+    return [Step(name=f"corpus-{vocabulary}", argv=prepare)]
+
+
+def _counts(vocabulary: int) -> list[Step]:
+    """What that corpus has of each domain: tokens and bytes, by which losses of two vocabularies compare."""
+    count = ("data", "inspect", f"{{out}}/../corpora/mix-{vocabulary}", "--json")
+    return [Step(name=f"count-{vocabulary}", argv=count, output=f"corpus-{vocabulary}.json")]
 
 
 def _on(vocabulary: int, **model: Any) -> Values:
@@ -111,7 +113,8 @@ def _mpt_compute(scale: Scale) -> list[Step]:
         "nano-dbrx": ("claims/nano-dbrx.toml", _on(8192)),
         "nano-mpt-4x": ("claims/nano-mpt.toml", _on(4096)),
     }
-    return [*_corpus(4096), *_corpus(8192), *trained(scale, runs, {"nano-mpt-4x": 4.0})]
+    corpora = [*_corpus(4096), *_counts(4096), *_corpus(8192), *_counts(8192)]
+    return [*corpora, *trained(scale, runs, {"nano-mpt-4x": 4.0})]
 
 
 def _fine_grained(scale: Scale) -> list[Step]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quadriga.errors import ConfigError
 from quadriga.io.quantised.method import FLOATS, Parts
@@ -19,6 +20,8 @@ from quadriga.model.weight_map import Shape
 from quadriga.quant.dtypes import Array, as_float32
 
 FLOAT8 = "float8_e4m3fn"
+GROUP = 128
+"""Columns under one scale that kernels multiply as they are."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,24 @@ class Fp8:
         values = parts.read("weight", ((first, last), (0, cols))).astype(np.float32)
         if self.block is None:
             return values * as_float32(parts.read("weight_scale")).reshape(1, 1)
-        height, width = self.block
-        scales = as_float32(parts.read("weight_scale_inv"))[np.arange(first, last) // height]
-        return values * scales.repeat(width, axis=1)[:, :cols]
+        _, width = self.block
+        return values * self._scales(parts, first, last).repeat(width, axis=1)[:, :cols]
+
+    def codes(self, parts: Parts, first: int, last: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | None:
+        """See ``method.KeepsCodes``."""
+        if self.block is not None and self.block[1] != GROUP:
+            return None
+        _, cols = parts.info("weight").shape
+        codes = parts.read("weight", ((first, last), (0, cols))).view(np.uint8)
+        if self.block is not None:
+            return codes, self._scales(parts, first, last)
+        scale = as_float32(parts.read("weight_scale")).reshape(())
+        return codes, np.full((last - first, -(-cols // GROUP)), scale, dtype=np.float32)
+
+    def _scales(self, parts: Parts, first: int, last: int) -> NDArray[np.float32]:
+        """Of rows [first, last) and every block of columns."""
+        assert self.block is not None, "one scale has no rows"
+        return as_float32(parts.read("weight_scale_inv"))[np.arange(first, last) // self.block[0]]
 
 
 def read_config(keys: Keys) -> Fp8:

@@ -114,6 +114,15 @@ class KeepsBlocks(Method, Protocol):
         ...
 
 
+@runtime_checkable
+class KeepsCodes(Method, Protocol):
+    """A method whose weights are float8_e4m3fn under scales: kernels may multiply the codes as they are."""
+
+    def codes(self, parts: Parts, first: int, last: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | None:
+        """Codes of rows [first, last), (n, cols), and scales, (n, ceil(cols / 128)); None: scales lie otherwise."""
+        ...
+
+
 FLOATS = ("float16", "bfloat16", "float32")
 """What scales may be."""
 

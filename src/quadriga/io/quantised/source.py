@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadriga.errors import CheckpointError
-from quadriga.io.quantised.method import KeepsBlocks, Method, Parts
+from quadriga.io.quantised.method import KeepsBlocks, KeepsCodes, Method, Parts
 from quadriga.io.source import TensorInfo, TensorSource
 from quadriga.model.weight_map import Box, whole
 from quadriga.quant.dtypes import DTYPES, Array
@@ -102,6 +102,12 @@ class QuantisedSource:
         """The blocks of rows [first, last) of a weight whose dtype is a block format's, row after row."""
         assert isinstance(self._method, KeepsBlocks) and name in self._parts, "a weight of blocks"
         return self._method.raw(self._parts[name], first, last).reshape(-1)
+
+    def codes(self, name: str, first: int, last: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]] | None:
+        """Rows [first, last) of a weight of FP8 as stored, with a scale for every 128 columns; None: it is none."""
+        if name not in self._parts or not isinstance(self._method, KeepsCodes):
+            return None
+        return self._method.codes(self._parts[name], first, last)
 
     def close(self) -> None:
         """Release the files."""

@@ -62,8 +62,8 @@ _PHI35 = Choice(top_k=2, score="sparse_mixer", near=0.02)
 def _experts(
     tokens: int, d_model: int, d_ff: int, n_experts: int, top_k: int, form: str, activation: str = "silu"
 ) -> Callable[[], object]:
-    gate, up = (weights.meta(form, n_experts, d_ff, d_model) for _ in range(2))
-    down = weights.meta(form, n_experts, d_model, d_ff)
+    gate, up = (weights.empty(form, n_experts, d_ff, d_model) for _ in range(2))
+    down = weights.empty(form, n_experts, d_model, d_ff)
     places = Places(
         meta(tokens, top_k, dtype=torch.int32),
         meta(tokens * top_k, dtype=torch.int32),
@@ -76,14 +76,14 @@ def _experts(
 
 def _gradients(rows: int, d_model: int, d_ff: int, n_experts: int) -> Callable[[], object]:
     starts, dy = meta(n_experts + 1, dtype=torch.int32), meta(rows, d_ff)
-    weight = weights.meta("plain", n_experts, d_ff, d_model)
+    weight = weights.empty("plain", n_experts, d_ff, d_model)
     return lambda: (
         grouped_product(dy, weight, starts=starts, transposed=True),
         weight_gradient(dy, meta(rows, d_model), starts),
     )
 
 
-_FORMATS = ("plain", "fp8", "q8", "q4", "q4m", "mxfp4", "q4k")
+_FORMATS = ("plain", "fp8", "q8", "q4", "q4m", "mxfp4", "q4k", "k8", "k8m")
 
 CASES: tuple[Case, ...] = (
     Case("route, dbrx-132b, 8 tokens", _route(8, 6144, 16, _DBRX)),

@@ -17,6 +17,7 @@ from quadriga.kernels.triton.linear import head_linear, linear
 from quadriga.kernels.triton.norm import Chosen, NormWeights, add_norm, norm
 from quadriga.kernels.triton.recurrent import DeltaRule, Sequences, causal_conv, delta_rule, gated_norm
 from quadriga.kernels.triton.sampling import Rows, sample
+from quadriga.kernels.triton.weights import empty
 
 Call = Callable[[], object]
 
@@ -80,6 +81,12 @@ def _prepare_latent() -> None:
     )  # fmt: skip
 
 
+def _planes(form: str, n: int, n_out: int, *, rows: int | None = None) -> Call:
+    wanted = None if rows is None else _ints(rows)
+    dtype = torch.bfloat16 if rows is None else torch.float32
+    return lambda: linear(_numbers(n, 6144), empty(form, 1, n_out, 6144), rows=wanted, dtype=dtype)
+
+
 def _add_norm(chosen: bool) -> Call:
     by = NormWeights(_numbers(6144), "layer", 1e-5)
     branch: Tensor | Chosen = _numbers(8, 6144)
@@ -114,6 +121,8 @@ def _head_linear() -> None:
 
 CALLS: tuple[tuple[str, Call, tuple[str, ...]], ...] = (
     ("embed, dbrx-132b, 8 tokens", lambda: embed(_ints(8), _numbers(100352, 6144)), ()),
+    ("embed in q8, dbrx-132b, 8 tokens", lambda: embed(_ints(8), empty("q8", 1, 100352, 6144)), ()),
+    ("embed in k8m, qwen3-30b-a3b, 8 tokens", lambda: embed(_ints(8), empty("k8m", 1, 151936, 2048)), ()),
     ("norm, dbrx-132b", lambda: norm(_numbers(8, 6144), NormWeights(_numbers(6144), "layer", 1e-5)), ()),
     ("add and norm, dbrx-132b", _add_norm(False), ()),
     ("sum of experts, add and norm, dbrx-132b", _add_norm(True), ()),
@@ -123,6 +132,9 @@ CALLS: tuple[tuple[str, Call, tuple[str, ...]], ...] = (
         lambda: linear(_numbers(2048, 6144), _numbers(100352, 6144), rows=_ints(8), dtype=torch.float32),
         ("linear_kernel",),
     ),
+    ("wqkv in q4, dbrx-132b", _planes("q4", 8, 8192), ("grouped_kernel",)),
+    ("wqkv in q4, dbrx-132b, 2048 tokens", _planes("q4", 2048, 8192), ("grouped_kernel",)),
+    ("head in q8, dbrx-132b", _planes("q8", 2048, 100352, rows=8), ("grouped_kernel",)),
     ("heads, dbrx-132b", _prepare(_DBRX, _heads(_DBRX)), ()),
     ("heads, qwen3-next", _prepare(_QWEN3_NEXT, _heads(_QWEN3_NEXT, norms=True, gated=True)), ()),
     ("attention of prompts, dbrx-132b", _prompts(_DBRX), ("prompt_kernel",)),

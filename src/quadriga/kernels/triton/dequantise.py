@@ -76,3 +76,27 @@ def numbers(q, scale, least, FORMAT: tl.constexpr):
         tl.static_assert(FORMAT == "q4m" or FORMAT == "q4k", "a format of four bits")
         w = scale[:, None] * q.to(tl.float32) + least[:, None]
     return w
+
+
+@triton.jit
+def _four_bytes(plane, where, part):
+    """The signed byte of every column: words of four at ``where`` (rows,), ``part`` (columns,) which of the four."""
+    word = tl.load(plane + where)
+    return ((word[:, None] << (24 - 8 * part)[None, :]) >> 24).to(tl.float32)
+
+
+@triton.jit
+def numbers_of_blocks(q, scales, minima, d, dmin, row, first, n_groups, FORMAT: tl.constexpr, DEPTH: tl.constexpr):
+    """Codes q (rows, 64) of k8 and k8m from column ``first`` on, as float32.
+
+    Args:
+        scales, minima: four int8 as int32; see ``weights.GroupedWeight.pairs``.
+        row: (rows,) int64 over all experts' rows. n_groups: groups of 16 a row.
+    """
+    tl.static_assert(DEPTH == 64, "four groups of columns a step")
+    part = tl.arange(0, DEPTH) // 16
+    where, whole = row * (n_groups // 4) + first // 64, row * (n_groups // 16) + first // 256
+    w = tl.load(d + whole).to(tl.float32)[:, None] * _four_bytes(scales, where, part) * q.to(tl.float32)
+    if FORMAT == "k8m":
+        w -= tl.load(dmin + whole).to(tl.float32)[:, None] * _four_bytes(minima, where, part)
+    return w

@@ -28,6 +28,31 @@ class ExpertNetworks:
     b_down: Tensor | None = None
 
 
+def gated_product(x: Tensor, networks: ExpertNetworks, places: Places | None = None, top_k: int = 1) -> Tensor:
+    """act(gate x) * up x of the chosen experts, or of the one that has all rows: (R, F) in x's dtype.
+
+    One launch; where gate and up are of two formats, three, and their products are rounded in between.
+    """
+    starts, order = (None, None) if places is None else (places.starts, places.order)
+
+    def times(weight: GroupedWeight, bias: Tensor | None, up: GroupedWeight | None = None) -> Tensor:
+        activation, bias_up = (None, None) if up is None else (networks.activation, networks.b_up)
+        return grouped_product(
+            x, weight, up=up, activation=activation, bias=bias, bias_up=bias_up, starts=starts, order=order, top_k=top_k
+        )
+
+    if networks.gate.format == networks.up.format:
+        return times(networks.gate, networks.b_gate, networks.up)
+    left = times(networks.gate, networks.b_gate)
+    return gated(left, times(networks.up, networks.b_up), networks.activation)
+
+
+def expert_rows(x: Tensor, places: Places, top_k: int, networks: ExpertNetworks) -> Tensor:
+    """What every chosen expert makes of its tokens, by expert: x (N, D) -> (N k, D) in x's dtype, not yet summed."""
+    hidden = gated_product(x, networks, places, top_k)
+    return grouped_product(hidden, networks.down, bias=networks.b_down, starts=places.starts)
+
+
 def run_experts(
     x: Tensor, places: Places, weights: Tensor, networks: ExpertNetworks, base: Tensor | None = None
 ) -> Tensor:
@@ -39,13 +64,7 @@ def run_experts(
     Returns:
         (N, D) in x's dtype. Each y is rounded to it; the sum is float32.
     """
-    top_k = weights.shape[1]
-    hidden = grouped_product(
-        x, networks.gate, up=networks.up, activation=networks.activation, bias=networks.b_gate, bias_up=networks.b_up,
-        starts=places.starts, order=places.order, top_k=top_k,
-    )  # fmt: skip
-    rows = grouped_product(hidden, networks.down, bias=networks.b_down, starts=places.starts)
-    return combine(rows, places.home, weights, base)
+    return combine(expert_rows(x, places, weights.shape[1], networks), places.home, weights, base)
 
 
 def experts(

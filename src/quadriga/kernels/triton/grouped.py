@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quadriga.kernels.triton.arithmetic import gated, product
-from quadriga.kernels.triton.dequantise import e4m3, numbers, scales_of_64
+from quadriga.kernels.triton.dequantise import e4m3, numbers, numbers_of_blocks, scales_of_64
 from quadriga.kernels.triton.launch import launch
 from quadriga.kernels.triton.tiles import Tile, tile
 from quadriga.kernels.triton.weights import NIBBLES, GroupedWeight
@@ -54,7 +54,7 @@ def _columns_of_x(x, row, column, depth, EVEN: tl.constexpr):
 
 @triton.jit
 def _add_plain(
-    total, x, codes, scales, row, output, first, depth, n_groups, stride_output, stride_column,
+    total, x, codes, scales, minima, d, dmin, row, output, first, depth, n_groups, stride_output, stride_column,
     FORMAT: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """total (outputs, rows) + W x, of weights with a code a column, x (DEPTH, rows) from column ``first`` on.
@@ -72,6 +72,8 @@ def _add_plain(
     elif FORMAT == "q8":
         low, _, high, _ = scales_of_64(scales, None, None, None, row, first, n_groups, FORMAT)
         w = tl.where((column < first + 32)[None, :], low[:, None], high[:, None]) * q.to(tl.float32)
+    elif FORMAT == "k8" or FORMAT == "k8m":
+        w = numbers_of_blocks(q, scales, minima, d, dmin, row, first, n_groups, FORMAT, DEPTH)
     else:
         w = q
     return product(w.to(x.dtype), x, total)
@@ -108,15 +110,16 @@ def _place_of_program(n_outputs, n_tiles, OUTPUTS: tl.constexpr, SWIZZLE: tl.con
 @triton.jit
 def grouped_kernel(
     x, order, starts, codes, scales, minima, d, dmin, codes_up, scales_up, minima_up, d_up, dmin_up, bias, bias_up,
-    base, out, n_rows, n_outputs, depth, n_codes, n_groups, stride_expert, stride_output, stride_column, n_experts,
-    n_tiles,
+    base, out, out_row, n_rows, n_outputs, depth, n_codes, n_groups, stride_expert, stride_output, stride_column,
+    n_experts, n_tiles,
     TOP_K: tl.constexpr, FORMAT: tl.constexpr, FOUR_BITS: tl.constexpr, ACTIVATION: tl.constexpr, EXPERTS: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, SWIZZLE: tl.constexpr,
 ):  # fmt: skip
     """A program is OUTPUTS outputs of ROWS rows of one expert.
 
     x is (N, depth) with ``order`` (row -> slot, of TOP_K a token), else (n_rows, depth). ``starts`` None: one expert
-    has all rows. n_codes: elements of a row of ``codes``; n_groups: of its scales. The strides are those of codes.
+    has all rows. out_row: numbers from a row of ``out`` to the next. n_codes: elements of a row of ``codes``; n_groups:
+    of its scales. The strides are those of codes.
     """
     output_tile, index = _place_of_program(n_outputs, n_tiles, OUTPUTS, SWIZZLE)
     expert, first_row, end_row = 0, index * ROWS, n_rows
@@ -151,21 +154,24 @@ def grouped_kernel(
         else:
             part = _columns_of_x(x, source, first + tl.arange(0, DEPTH), depth, EVEN)
             total = _add_plain(
-                total, part, codes + own, scales, weight_row, inside, first, depth, n_groups, stride_output,
-                stride_column, FORMAT, DEPTH, EVEN,
+                total, part, codes + own, scales, minima, d, dmin, weight_row, inside, first, depth, n_groups,
+                stride_output, stride_column, FORMAT, DEPTH, EVEN,
             )  # fmt: skip
             if ACTIVATION is not None:
                 total_up = _add_plain(
-                    total_up, part, codes_up + own, scales_up, weight_row, inside, first, depth, n_groups,
-                    stride_output, stride_column, FORMAT, DEPTH, EVEN,
+                    total_up, part, codes_up + own, scales_up, minima_up, d_up, dmin_up, weight_row, inside, first,
+                    depth, n_groups, stride_output, stride_column, FORMAT, DEPTH, EVEN,
                 )  # fmt: skip
-    _finish(total, total_up, bias, bias_up, base, out, rows, end_row, outputs, n_outputs, weight_row, ACTIVATION)
+    _finish(
+        total, total_up, bias, bias_up, base, out, out_row, rows, end_row, outputs, n_outputs, weight_row, ACTIVATION
+    )
 
 
 @triton.jit
 def _finish(
-    total, total_up, bias, bias_up, base, out, rows, end_row, outputs, n_outputs, weight_row, ACTIVATION: tl.constexpr
-):
+    total, total_up, bias, bias_up, base, out, out_row, rows, end_row, outputs, n_outputs, weight_row,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
     """Biases, the activation, what is added; then rounded and stored."""
     if bias is not None:
         total += tl.load(bias + weight_row).to(tl.float32)[:, None]
@@ -173,10 +179,10 @@ def _finish(
         if bias_up is not None:
             total_up += tl.load(bias_up + weight_row).to(tl.float32)[:, None]
         total = gated(total, total_up, ACTIVATION)
-    where = rows.to(tl.int64)[None, :] * n_outputs + outputs[:, None]
     kept = (rows < end_row)[None, :] & (outputs < n_outputs)[:, None]
     if base is not None:
-        total += tl.load(base + where, kept, 0.0).to(tl.float32)
+        total += tl.load(base + rows.to(tl.int64)[None, :] * n_outputs + outputs[:, None], kept, 0.0).to(tl.float32)
+    where = rows.to(tl.int64)[None, :] * out_row + outputs[:, None]
     tl.store(out + where, total.to(out.dtype.element_ty), kept)
 
 
@@ -193,6 +199,8 @@ def grouped_product(
     order: Tensor | None = None,
     top_k: int = 1,
     transposed: bool = False,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Rows of expert e times its matrix, for rows that are sorted by expert; gated where there is an ``up``.
 
@@ -205,9 +213,11 @@ def grouped_product(
         starts: (E + 1,) int32, the first row of each expert; None: one expert has all rows.
         order: (R,) int32, the slot of each row.
         transposed: the plain weight is (E, K, M), and what is multiplied with is its transpose.
+        dtype: of the result; None: x's.
+        out: (R, M), written; its rows may lie further apart than M. None: new memory.
 
     Returns:
-        (R, M) in x's dtype.
+        (R, M).
     """
     assert (up is None) == (activation is None), "gate and up have an activation between them"
     assert up is None or up.format == weight.format, "gate and up of one format"
@@ -218,19 +228,22 @@ def grouped_product(
     n_outputs = weight.codes.shape[2] if transposed else weight.rows
     assert depth == (weight.rows if transposed else weight.columns), "x is as deep as the weights"
     x = x.contiguous()
-    out = torch.empty((n_rows, n_outputs), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((n_rows, n_outputs), dtype=dtype or x.dtype, device=x.device)
+    assert out.shape == (n_rows, n_outputs) and out.stride(1) == 1, "the numbers of a row lie side by side"
     shape = tile(weight.format, n_rows / weight.n_experts, gated=up is not None)
     n_tiles = _most_tiles(n_rows, weight.n_experts, shape)
     expert, output, column = weight.codes.stride()
     if transposed:
         output, column = column, output
     four_bits = weight.format in NIBBLES
+    n_groups = 0 if weight.scales is None else weight.scales.shape[2]
     whole = 2 * weight.codes.shape[2] if four_bits else weight.codes.shape[2]
     launch(
         grouped_kernel, (triton.cdiv(n_outputs, shape.outputs) * n_tiles,),
         x, order, starts, *weight.pairs, *((None,) * 5 if up is None else up.pairs), bias, bias_up, base, out,
-        n_rows, n_outputs, depth, weight.codes.shape[2], 0 if weight.scales is None else weight.scales.shape[2],
-        expert, output, column, weight.n_experts, n_tiles,
+        out.stride(0), n_rows, n_outputs, depth, weight.codes.shape[2], n_groups, expert, output, column,
+        weight.n_experts, n_tiles,
         warps=shape.warps, stages=shape.stages, TOP_K=top_k, FORMAT=weight.format, FOUR_BITS=four_bits,
         ACTIVATION=activation, EXPERTS=triton.next_power_of_2(weight.n_experts), ROWS=shape.rows, OUTPUTS=shape.outputs,
         DEPTH=shape.depth, EVEN=depth % shape.depth == 0 and (transposed or whole % shape.depth == 0), SWIZZLE=_SWIZZLE,

@@ -1,8 +1,11 @@
 """Rows times a matrix, or times one matrix a head: x W^T + b, for projections, W_Kb and W_Vb, and the head.
 
-A tile is 64 rows high whatever the number of rows: wgmma's own height, and a batch of one pays for it in arithmetic
-alone, which waits for the weights anyway. So the same instructions add up a row's products in the same order, alone or
-in a crowd.
+A matrix of numbers has its own kernel here; planes of a quantised format are multiplied as those of the one expert that
+has all rows (``grouped``), one launch for each run of rows of one format.
+
+The kernel's tile is 64 rows high whatever the number of rows: wgmma's own height, and a batch of one pays for it in
+arithmetic alone, which waits for the weights anyway. So the same instructions add up a row's products in the same
+order, alone or in a crowd.
 """
 
 from __future__ import annotations
@@ -13,7 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from quadriga.kernels.triton.arithmetic import product
+from quadriga.kernels.triton.grouped import grouped_product
 from quadriga.kernels.triton.launch import launch
+from quadriga.kernels.triton.weights import GroupedWeight
+
+Matrix = Tensor | GroupedWeight | tuple[GroupedWeight, ...]
+"""Numbers (out, in); planes (1, out, in); or runs of rows of such planes, one below the other, of several formats."""
 
 ROWS, COLUMNS, DEPTH = 64, 64, 64
 """A tile of the result, and how many products are added to it at a time."""
@@ -48,7 +56,7 @@ def linear_kernel(
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Matrix,
     bias: Tensor | None = None,
     *,
     rows: Tensor | None = None,
@@ -58,7 +66,7 @@ def linear(
     """scale * (x W^T + b).
 
     Args:
-        x: (N, in). weight: (out, in) of the same dtype. bias: (out,).
+        x: (N, in). weight: (out, in), where it is numbers of the same dtype. bias: (out,).
         rows: (R,) int32, the rows of x that are multiplied; None: all.
         dtype: of the result; None: x's.
 
@@ -66,9 +74,17 @@ def linear(
         (N or R, out).
     """
     n = len(x) if rows is None else len(rows)
-    y = torch.empty(n, len(weight), dtype=dtype or x.dtype, device=x.device)
-    _launch(x[:, None], weight[None], bias, rows, y[:, None], scale)
-    return y
+    if isinstance(weight, Tensor):
+        y = torch.empty(n, len(weight), dtype=dtype or x.dtype, device=x.device)
+        _launch(x[:, None], weight[None], bias, rows, y[:, None], scale)
+        return y
+    pieces, first = (weight,) if isinstance(weight, GroupedWeight) else weight, 0
+    y = torch.empty(n, sum(piece.rows for piece in pieces), dtype=dtype or x.dtype, device=x.device)
+    for piece in pieces:
+        own = slice(first, first + piece.rows)
+        grouped_product(x, piece, bias=None if bias is None else bias[None, own], order=rows, out=y[:, own])
+        first += piece.rows
+    return y if scale == 1.0 else y.mul_(scale)
 
 
 def head_linear(x: Tensor, weight: Tensor, out: Tensor) -> None:

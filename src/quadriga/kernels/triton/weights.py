@@ -1,4 +1,4 @@
-"""Experts' weights on a GPU: the same numbers as on a disk or a CPU, in planes that a tile of any depth can read.
+"""Weights on a GPU: the same numbers as on a disk or a CPU, in planes that a tile of any depth can read.
 
     format      codes (E, N, .)           scales                       w                                  bits a weight
     plain       (E, N, K) float                                        code                               16 or 32
@@ -9,18 +9,25 @@
     mxfp4       (E, N, K/2) nibbles       E8M0 a 32 columns            2^(s - 127) E2M1[q]                4.25
     q4k         (E, N, K/2) nibbles       uint8 s and m a 32 columns,  d s q - dmin m                     4.625
                                           float16 d and dmin a 256
+    k8          (E, N, K) int8            int8 s a 16 columns,         d s q                              8.5625
+                                          float16 d a 256
+    k8m         (E, N, K) int8            int8 s and m a 16 columns,   d s q - dmin m                     9.125
+                                          float16 d and dmin a 256
 
 K is padded to whole groups; what pads it is finite, and meets columns of x that are 0. **Nibbles**: of 64 columns, byte
 j (0..31) holds column j in its low half and column j + 32 in its high one. So the low halves of any run of bytes, and
 the high ones, are whole groups of 32 columns under one scale, and are multiplied as two tiles without moving a number.
 
-Blocks of GGUF (q8_0, q4_0, q4_1, q4_k, mxfp4) become planes without loss, and so do the CPU's packed matrices q8, q4,
-q4m, mx4 and q4k (``from_packed``).
+k8 and k8m are GGUF's blocks of 256 columns whose codes are not of four bits, a byte each: Q6_K, Q3_K, IQ4_XS and Q5_K,
+Q2_K. No number changes; they take more room than in the file. IQ4_NL's numbers are q8's.
+
+Blocks of GGUF (q8_0, q4_0, q4_1, q4_k, mxfp4) become planes without loss, and so do the CPU's packed matrices
+(``packed.from_packed``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,17 +37,15 @@ from torch import Tensor
 
 from quadriga.errors import CheckpointError
 from quadriga.kernels.arrays import tensor
-from quadriga.kernels.cpu.packing import Packed
 from quadriga.quant.blocks import Bytes, nibbles, scales_and_minima
-from quadriga.quant.packed import PACKED, TILE
 
-GROUP = {"plain": 1, "fp8": 128, "q8": 64, "q4": 64, "q4m": 64, "mxfp4": 64, "q4k": 256}
+GROUP = {"plain": 1, "fp8": 128, "q8": 64, "q4": 64, "q4m": 64, "mxfp4": 64, "q4k": 256, "k8": 256, "k8m": 256}
 """Format -> columns that K is padded to a multiple of."""
 
 NIBBLES = ("q4", "q4m", "mxfp4", "q4k")
 """Formats of four bits."""
 
-BITS = {"fp8": 8.25, "q8": 8.5, "q4": 4.5, "q4m": 5.0, "mxfp4": 4.25, "q4k": 4.625}
+BITS = {"fp8": 8.25, "q8": 8.5, "q4": 4.5, "q4m": 5.0, "mxfp4": 4.25, "q4k": 4.625, "k8": 8.5625, "k8m": 9.125}
 """Bits a weight of the quantised formats."""
 
 
@@ -53,11 +58,11 @@ class GroupedWeight:
     columns: int
     """K, without padding."""
     scales: Tensor | None = None
-    """(E, N, groups of 32, or of 128 for fp8)."""
+    """(E, N, groups of 32, or of 128 for fp8, of 16 for k8 and k8m)."""
     minima: Tensor | None = None
-    """(E, N, groups of 32): q4m's and q4k's."""
+    """As scales: q4m's, q4k's and k8m's."""
     d: Tensor | None = None
-    """(E, N, groups of 256) float16: what q4k's scales are multiplied by, as its minima by ``dmin``."""
+    """(E, N, groups of 256) float16: what scales of blocks of 256 are multiplied by, as their minima by ``dmin``."""
     dmin: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -81,12 +86,12 @@ class GroupedWeight:
 
     @property
     def pairs(self) -> tuple[Tensor | None, ...]:
-        """The planes as kernels take them: of every 64 columns the two scales, or minima, as one whole number."""
+        """The planes as kernels take them: of every 64 columns the scales, or minima, as one whole number."""
 
         def paired(plane: Tensor | None) -> Tensor | None:
             if plane is None or plane.dtype == torch.float32:  # fp8's
                 return plane
-            return plane.view(torch.int32 if plane.dtype == torch.float16 else torch.int16)
+            return plane.view(torch.int16 if plane.dtype == torch.uint8 else torch.int32)
 
         return self.codes, paired(self.scales), paired(self.minima), self.d, self.dmin
 
@@ -113,31 +118,70 @@ def plain(weight: Tensor) -> GroupedWeight:
     return GroupedWeight("plain", weight.contiguous(), weight.shape[2])
 
 
-def meta(form: str, n_experts: int, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> GroupedWeight:
-    """A weight that has shapes and no numbers, for ``launch.recording``; ``dtype`` is a plain one's."""
+def empty(
+    form: str,
+    n_experts: int,
+    rows: int,
+    columns: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "meta",
+) -> GroupedWeight:
+    """Planes that nothing was written to; on the meta device, for ``launch.recording`` and sizes, no memory at all.
+
+    Args:
+        dtype: a plain one's.
+    """
     padded = -(-columns // GROUP[form]) * GROUP[form]
 
     def plane(width: int, kind: torch.dtype) -> Tensor:
-        return torch.empty(n_experts, rows, width, dtype=kind, device="meta")
+        return torch.empty(n_experts, rows, width, dtype=kind, device=device)
 
-    half, byte, groups = torch.float16, torch.uint8, padded // 32
+    half, byte, signed, groups = torch.float16, torch.uint8, torch.int8, padded // 32
+    blocks = padded // 256
     match form:
         case "plain":
             return GroupedWeight(form, plane(columns, dtype), columns)
         case "fp8":
             return GroupedWeight(form, plane(padded, byte), columns, plane(padded // 128, torch.float32))
         case "q8":
-            return GroupedWeight(form, plane(padded, torch.int8), columns, plane(groups, half))
+            return GroupedWeight(form, plane(padded, signed), columns, plane(groups, half))
         case "mxfp4":
             return GroupedWeight(form, plane(padded // 2, byte), columns, plane(groups, byte))
         case "q4":
             return GroupedWeight(form, plane(padded // 2, byte), columns, plane(groups, half))
         case "q4m":
             return GroupedWeight(form, plane(padded // 2, byte), columns, plane(groups, half), plane(groups, half))
-    superblocks = plane(padded // 256, half), plane(padded // 256, half)
-    return GroupedWeight(
-        form, plane(padded // 2, byte), columns, plane(groups, byte), plane(groups, byte), *superblocks
-    )
+        case "q4k":
+            planes = [plane(groups, byte), plane(groups, byte), plane(blocks, half), plane(blocks, half)]
+            return GroupedWeight(form, plane(padded // 2, byte), columns, *planes)
+        case "k8":
+            scales = plane(2 * groups, signed)
+            return GroupedWeight(form, plane(padded, signed), columns, scales, d=plane(blocks, half))
+    assert form == "k8m", f"a format of planes, not {form}"
+    planes = [plane(2 * groups, signed), plane(2 * groups, signed), plane(blocks, half), plane(blocks, half)]
+    return GroupedWeight(form, plane(padded, signed), columns, *planes)
+
+
+def stacked(parts: Iterable[GroupedWeight], n: int, device: torch.device | str) -> GroupedWeight:
+    """Weights of one expert each, of one shape and format, as one weight on a device.
+
+    Args:
+        parts: ``n`` of them; each is let go before the next is asked for.
+    """
+    made: GroupedWeight | None = None
+    index = -1
+    for index, part in enumerate(parts):
+        if made is None:
+            made = empty(part.format, n, part.rows, part.columns, dtype=part.codes.dtype, device=device)
+        assert (made.format, made.rows, made.columns) == (part.format, part.rows, part.columns), (
+            "matrices that are alike"
+        )
+        for plane, own in zip(made.planes, part.planes, strict=True):
+            if plane is not None and own is not None:
+                plane[index] = own[0]
+    assert made is not None and index == n - 1, "as many matrices as were announced"
+    return made
 
 
 # From blocks of GGUF -------------------------------------------------------------------------------------------------
@@ -216,94 +260,3 @@ def from_fp8(codes: Tensor, scales: Tensor) -> GroupedWeight:
     columns = codes.shape[2]
     padded = torch.nn.functional.pad(raw, (0, -columns % GROUP["fp8"])).contiguous()
     return GroupedWeight("fp8", padded, columns, scales.float().contiguous())
-
-
-# From the CPU's packed matrices --------------------------------------------------------------------------------------
-
-
-def from_packed(matrices: Sequence[Packed]) -> GroupedWeight:
-    """The packed matrices of a layer's experts (``kernels/cpu/csrc/layout.hpp``) as planes, without loss.
-
-    Raises:
-        CheckpointError: a format that has no planes.
-    """
-    form, rows, cols = matrices[0].format, matrices[0].rows, matrices[0].cols
-    assert all((m.format, m.rows, m.cols) == (form, rows, cols) for m in matrices), "experts of one shape and format"
-    if form not in _FROM_TILES:
-        raise CheckpointError(
-            f"experts on a GPU must be packed as one of {', '.join(_FROM_TILES)}; got {form}. Convert with one of them."
-        )
-    group = PACKED[form]
-    parts = []
-    for matrix in matrices:
-        tiles = np.asarray(matrix.data).reshape(-(-rows // TILE), -(-cols // group.columns), group.nbytes)
-        parts.append([_rows_first(plane)[:rows] for plane in _FROM_TILES[form](tiles)])
-    planes = [tensor(np.stack(plane)) for plane in zip(*parts, strict=True)]
-    return GroupedWeight("mxfp4" if form == "mx4" else form, planes[0], cols, *planes[1:])
-
-
-def _rows_first(plane: NDArray[np.generic]) -> NDArray[np.generic]:
-    """(tiles, groups, 16, n) -> (tiles * 16, groups * n)."""
-    tiles, groups, lanes, n = plane.shape
-    return plane.transpose(0, 2, 1, 3).reshape(tiles * lanes, groups * n)
-
-
-def _per_lane(raw: Bytes, dtype: type[np.generic]) -> NDArray[np.generic]:
-    """(tiles, groups, n lines of 16 numbers) as (tiles, groups, 16, n)."""
-    tiles, groups, _ = raw.shape
-    return np.ascontiguousarray(raw).view(dtype).reshape(tiles, groups, -1, TILE).swapaxes(2, 3)
-
-
-def _lane_bytes(lines: Bytes) -> Bytes:
-    """Lines of 16 x 4 bytes, (tiles, groups, 64 n) -> (tiles, groups, 16, n, 4)."""
-    tiles, groups, _ = lines.shape
-    return lines.reshape(tiles, groups, -1, TILE, 4).swapaxes(2, 3)
-
-
-def _tile_nibbles(lines: Bytes) -> Bytes:
-    """Lines of nibbles: columns 8 l .. 8 l + 3 in the low halves, the next four in the high ones."""
-    quads = _lane_bytes(lines)
-    columns = np.stack((quads & np.uint8(15), quads >> np.uint8(4)), axis=-2)  # (tiles, groups, 16, l, 2, 4)
-    codes = columns.reshape(*columns.shape[:3], -1, 2, 32)
-    packed: Bytes = (codes[..., 0, :] | codes[..., 1, :] << np.uint8(4)).reshape(*columns.shape[:3], -1)
-    return packed
-
-
-def _q8(tiles: Bytes) -> list[NDArray[np.generic]]:
-    quads = _lane_bytes(tiles[:, :, 64:])
-    codes = (quads.reshape(*quads.shape[:3], -1) ^ np.uint8(128)).view(np.int8)  # u - 128
-    return [codes, _per_lane(tiles[:, :, :64], np.float16)]
-
-
-def _q4(tiles: Bytes) -> list[NDArray[np.generic]]:
-    return [_tile_nibbles(tiles[:, :, 64:]), _per_lane(tiles[:, :, :64], np.float16)]
-
-
-def _q4m(tiles: Bytes) -> list[NDArray[np.generic]]:
-    scales, minima = tiles[:, :, :64], tiles[:, :, 64:128]
-    return [_tile_nibbles(tiles[:, :, 128:]), _per_lane(scales, np.float16), _per_lane(minima, np.float16)]
-
-
-def _mx4(tiles: Bytes) -> list[NDArray[np.generic]]:
-    """Its scales are half a power of two, 2^(s - 128): float16's own exponents are read."""
-    half_scales = _per_lane(tiles[:, :, :64], np.float16).astype(np.float32)
-    _, exponents = np.frexp(half_scales)  # 2^e = 0.5 * 2^(e + 1)
-    return [_tile_nibbles(tiles[:, :, 64:]), np.where(half_scales == 0, 0, exponents - 1 + 128).astype(np.uint8)]
-
-
-def _q4k(tiles: Bytes) -> list[NDArray[np.generic]]:
-    """Its minima are stored below 0, as what is added."""
-    halves = _per_lane(tiles[:, :, :64], np.float16)
-    scales, less = (_per_lane(tiles[:, :, at : at + 128], np.int8) for at in (64, 192))
-    minima = (-less.astype(np.int16)).astype(np.uint8)
-    return [_tile_nibbles(tiles[:, :, 320:]), scales.view(np.uint8), minima, halves[..., :1], halves[..., 1:]]
-
-
-_FROM_TILES: dict[str, Callable[[Bytes], list[NDArray[np.generic]]]] = {
-    "q8": _q8,
-    "q4": _q4,
-    "q4m": _q4m,
-    "mx4": _mx4,
-    "q4k": _q4k,
-}
-"""Packed format -> its tiles (tiles, groups, bytes) as planes (tiles, groups, 16, n), in ``GroupedWeight``'s order."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.runners.cuda.inputs import DevicePass, StaticPass
 from quadriga.runners.cuda.model import Computed
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quadriga.kernels.cpu.program import PassBatch
+from quadriga.kernels.pass_batch import PassBatch
 from quadriga.kernels.triton.attention import Tiles
 from quadriga.kernels.triton.recurrent import Sequences
 from quadriga.quant.packed import BLOCK_TOKENS

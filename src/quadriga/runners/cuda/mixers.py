@@ -1,7 +1,7 @@
 """The mixers of a model on the kernels: what ``nn.attention``, ``latent_attention``, ``short_conv``, ``delta_net`` say.
 
-Each takes its weights from the module of ``nn`` that has them, keeps its part of the cache, and maps normed states
-(N, D) to what is added to the residual stream.
+Each takes its layer's weights by their names, keeps its part of the cache, and maps normed states (N, D) to what is
+added to the residual stream.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from quadriga.kernels.triton.attention_tokens import Meeting, attend_tokens, pre
 from quadriga.kernels.triton.heads import Heads, prepare, rotation_table
 from quadriga.kernels.triton.latent import prepare_latent
 from quadriga.kernels.triton.linear import head_linear, linear
-from quadriga.kernels.triton.norm import NormWeights, norm
+from quadriga.kernels.triton.norm import norm
 from quadriga.kernels.triton.recurrent import DeltaRule, causal_conv, delta_rule, gated_norm
-from quadriga.model.config import AlibiSpec, LatentAttentionSpec, RopeSpec
+from quadriga.model.config import (
+    AlibiSpec,
+    AttentionSpec,
+    DeltaNetSpec,
+    LatentAttentionSpec,
+    NormSpec,
+    RopeSpec,
+    ShortConvSpec,
+)
 from quadriga.model.positions import alibi_slopes, rotation
-from quadriga.nn.attention import Attention
-from quadriga.nn.delta_net import DeltaNet
-from quadriga.nn.latent_attention import LatentAttention
-from quadriga.nn.linear import Linear
-from quadriga.nn.norm import Norm
-from quadriga.nn.short_conv import ShortConv
 from quadriga.runners.cuda.inputs import DevicePass
+from quadriga.runners.cuda.weights import DeviceWeights
 
 
 class Mixer(Protocol):
@@ -54,31 +57,11 @@ class Rotations:
         return self._made[spec, head_dim]
 
 
-def plain(linear_: Linear | None) -> Tensor:
-    """The weight of a module as it is multiplied."""
-    assert linear_ is not None and isinstance(linear_.weight, Tensor), "this runner's weights are plain numbers"
-    return linear_.weight.detach()
-
-
-def norm_weights(module: Norm) -> NormWeights:
-    """A norm's numbers as they multiply."""
-    weight = module.weight.detach()
-    bias = None if module.bias is None else module.bias.detach()
-    return NormWeights(weight + 1 if module.spec.plus_one else weight, module.spec.kind, module.spec.eps, bias)
-
-
-def _bias(module: Linear) -> Tensor | None:
-    return None if module.bias is None else module.bias.detach()
-
-
-def attend_of(module: Attention | LatentAttention, max_seq_len: int) -> Attend:
+def attend_of(spec: AttentionSpec, weights: DeviceWeights, max_seq_len: int) -> Attend:
     """How a layer's queries meet its keys."""
-    spec = module.spec
-    slopes, sinks, device = None, None, plain(module.wo).device
+    slopes = None
     if isinstance(spec.position, AlibiSpec):
-        slopes = torch.from_numpy(alibi_slopes(spec.position, spec.n_heads)).to(device)
-    if isinstance(module, Attention) and module.sinks is not None:
-        sinks = module.sinks.detach()
+        slopes = torch.from_numpy(alibi_slopes(spec.position, spec.n_heads)).to(weights.device)
     return Attend(
         n_heads=spec.n_heads,
         n_kv_heads=spec.n_kv_heads,
@@ -89,7 +72,7 @@ def attend_of(module: Attention | LatentAttention, max_seq_len: int) -> Attend:
         soft_cap=spec.soft_cap,
         slopes=slopes,
         window=spec.window,
-        sinks=sinks,
+        sinks=weights.numbers("attn.sinks") if spec.sinks else None,
     )
 
 
@@ -103,7 +86,8 @@ class PagedAttention:
 
     def __init__(
         self,
-        module: Attention,
+        spec: AttentionSpec,
+        weights: DeviceWeights,
         max_seq_len: int,
         keys: Tensor,
         values: Tensor,
@@ -112,27 +96,26 @@ class PagedAttention:
         rotations: Rotations,
     ) -> None:
         self._keys, self._values, self._group, self._meeting = keys, values, group, meeting
-        self._attend = attend_of(module, max_seq_len)
-        self._wqkv, self._wo, self._wo_bias = plain(module.wqkv), plain(module.wo), _bias(module.wo)
-        spec = module.spec
+        self._attend = attend_of(spec, weights, max_seq_len)
+        self._wqkv, self._wo = weights.matrix("attn.wqkv.weight"), weights.matrix("attn.wo.weight")
+        self._wo_bias = weights.numbers_or_none("attn.wo.bias")
         heads = Heads(
             n_heads=spec.n_heads,
             n_kv_heads=spec.n_kv_heads,
             head_dim=spec.head_dim,
-            bias=_bias(module.wqkv),
+            bias=weights.numbers_or_none("attn.wqkv.bias"),
             clip=spec.clip_qkv,
             gated=spec.output_gate,
         )
         if isinstance(spec.position, RopeSpec):
             heads = replace(heads, rotation=rotations(spec.position, spec.head_dim))
-        if module.q_norm is not None and module.k_norm is not None:
-            assert spec.qk_norm is not None, "the norms are the spec's"
-            q_norm, k_norm = norm_weights(module.q_norm), norm_weights(module.k_norm)
+        if spec.qk_norm is not None:
+            rms = NormSpec(kind="rms", eps=spec.qk_norm.eps, plus_one=spec.qk_norm.plus_one)
             heads = replace(
                 heads,
-                q_norm=q_norm.weight,
-                k_norm=k_norm.weight,
-                norm_eps=q_norm.eps,
+                q_norm=weights.norm("attn.q_norm", rms).weight,
+                k_norm=weights.norm("attn.k_norm", rms).weight,
+                norm_eps=spec.qk_norm.eps,
                 norm_late=spec.qk_norm.after_rotation,
             )
         self._heads = heads
@@ -163,35 +146,40 @@ class PagedLatentAttention:
 
     def __init__(
         self,
-        module: LatentAttention,
+        spec: LatentAttentionSpec,
+        weights: DeviceWeights,
         max_seq_len: int,
         keys: Tensor,
         group: int,
         meeting: Meeting,
         rotations: Rotations,
     ) -> None:
-        spec = self._spec = module.spec
-        self._keys, self._group, self._meeting = keys, group, meeting
-        self._attend = attend_of(module, max_seq_len)
-        self._module = module
-        self._kv_norm = norm_weights(module.kv_a_norm)
-        self._q_norm = None if module.q_a_norm is None else norm_weights(module.q_a_norm)
-        self._wk_b = plain(module.wk_b).view(spec.n_heads, spec.kv_rank, spec.nope_dim)
-        self._wv_b = plain(module.wv_b).view(spec.n_heads, spec.v_dim, spec.kv_rank)
+        self._spec, self._keys, self._group, self._meeting = spec, keys, group, meeting
+        self._attend = attend_of(spec, weights, max_seq_len)
+        rms = NormSpec(kind="rms", eps=spec.norm_eps)
+        self._kv_norm = weights.norm("attn.kv_a_norm", rms)
+        if spec.q_rank is None:
+            self._through, self._wq = None, weights.matrix("attn.wq.weight")
+        else:
+            self._through = weights.matrix("attn.wq_a.weight"), weights.norm("attn.q_a_norm", rms)
+            self._wq = weights.matrix("attn.wq_b.weight")
+        self._wkv_a, self._wo = weights.matrix("attn.wkv_a.weight"), weights.matrix("attn.wo.weight")
+        self._wk_b = weights.numbers("attn.wk_b.weight").view(spec.n_heads, spec.kv_rank, spec.nope_dim)
+        self._wv_b = weights.numbers("attn.wv_b.weight").view(spec.n_heads, spec.v_dim, spec.kv_rank)
         assert isinstance(spec.position, RopeSpec), "the spec requires it"
         self._rotation = rotations(spec.position, spec.rope_dim)
 
     def __call__(self, x: Tensor, told: DevicePass) -> Tensor:
         """See :class:`Mixer`."""
-        spec, module, n = self._spec, self._module, len(x)
-        if self._q_norm is None:
-            q = linear(x, plain(module.wq))
-        else:
-            q = linear(norm(linear(x, plain(module.wq_a)), self._q_norm), plain(module.wq_b))
-        q = q.view(n, spec.n_heads, spec.qk_dim)
+        spec, n = self._spec, len(x)
+        narrow = x
+        if self._through is not None:
+            wq_a, q_norm = self._through
+            narrow = norm(linear(x, wq_a), q_norm)
+        q = linear(narrow, self._wq).view(n, spec.n_heads, spec.qk_dim)
         queries = x.new_empty(n, spec.n_heads, spec.head_dim)
         head_linear(q[..., : spec.nope_dim], self._wk_b, queries[..., : spec.kv_rank])
-        latent = linear(x, plain(module.wkv_a))
+        latent = linear(x, self._wkv_a)
         slots, tables = told.slots[self._group], told.tables[self._group]
         prepare_latent(q, latent, queries, self._rotation, self._kv_norm, told.positions, slots, self._keys)
         cache = (self._keys, None, self._attend, tables, told.positions)
@@ -201,7 +189,7 @@ class PagedLatentAttention:
             mixed = attend_prompts(queries, *cache, told.tiles[self._attend.tile_tokens])
         values = x.new_empty(n, spec.n_heads, spec.v_dim)
         head_linear(mixed, self._wv_b, values)
-        return linear(values.flatten(1), plain(module.wo))
+        return linear(values.flatten(1), self._wo)
 
 
 class SlottedConv:
@@ -211,14 +199,15 @@ class SlottedConv:
         state: (slots, L - 1, W) float32, this layer's.
     """
 
-    def __init__(self, module: ShortConv, state: Tensor) -> None:
-        self._w_in, self._w_out, self._taps = plain(module.w_in), plain(module.w_out), module.taps.detach()
-        self._state = state
+    def __init__(self, spec: ShortConvSpec, weights: DeviceWeights, state: Tensor) -> None:
+        self._spec, self._state = spec, state
+        self._w_in, self._w_out = weights.matrix("conv.w_in.weight"), weights.matrix("conv.w_out.weight")
+        self._taps = weights.numbers("conv.taps")
 
     def __call__(self, x: Tensor, told: DevicePass) -> Tensor:
         """See :class:`Mixer`."""
         assert told.sequences is not None, "a recurrent model's pass says where states are"
-        b, c, values = linear(x, self._w_in).chunk(3, dim=-1)
+        b, c, values = torch.split(linear(x, self._w_in), self._spec.width, dim=-1)
         return linear(causal_conv(values, self._taps, self._state, told.sequences, gates=b, outer=c), self._w_out)
 
 
@@ -229,18 +218,18 @@ class SlottedDeltaNet:
         before: (slots, L - 1, channels) float32, what the convolution keeps. matrix: (slots, H, d_k, d_v) float32.
     """
 
-    def __init__(self, module: DeltaNet, before: Tensor, matrix: Tensor) -> None:
-        spec = self._spec = module.spec
-        self._w_in, self._w_ba, self._w_out = plain(module.w_in), plain(module.w_ba), plain(module.w_out)
-        self._taps, self._norm = module.taps.detach(), norm_weights(module.norm)
-        self._before, self._matrix = before, matrix
+    def __init__(self, spec: DeltaNetSpec, weights: DeviceWeights, before: Tensor, matrix: Tensor) -> None:
+        self._spec, self._before, self._matrix = spec, before, matrix
+        self._w_in, self._w_out = weights.matrix("delta.w_in.weight"), weights.matrix("delta.w_out.weight")
+        self._w_ba, self._taps = weights.numbers("delta.w_ba.weight"), weights.numbers("delta.taps")
+        self._norm = weights.norm("delta.norm", NormSpec(kind="rms", eps=spec.eps))
         self._rule = DeltaRule(
             n_k_heads=spec.n_k_heads,
             n_v_heads=spec.n_v_heads,
             k_dim=spec.k_dim,
             v_dim=spec.v_dim,
-            rate=module.rate.detach(),
-            dt=module.dt.detach(),
+            rate=weights.numbers("delta.rate"),
+            dt=weights.numbers("delta.dt"),
             log_rate=spec.log_rate,
             tiled=spec.tiled,
         )

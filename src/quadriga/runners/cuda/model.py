@@ -12,18 +12,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quadriga.errors import ConfigError
 from quadriga.kernels.triton.attention_tokens import Meeting
 from quadriga.kernels.triton.embedding import embed
 from quadriga.kernels.triton.linear import linear
 from quadriga.kernels.triton.norm import NormWeights, add_norm, norm
 from quadriga.model.cache_layout import CacheLayout
-from quadriga.model.config import AttentionSpec, LatentState, RecurrentState
-from quadriga.nn.attention import Attention
-from quadriga.nn.latent_attention import LatentAttention
+from quadriga.model.config import (
+    AttentionSpec,
+    DeltaNetSpec,
+    LatentAttentionSpec,
+    LatentState,
+    LayerSpec,
+    ModelConfig,
+    RecurrentState,
+    ShortConvSpec,
+)
 from quadriga.nn.moe import RouterStats
-from quadriga.nn.norm import Norm
-from quadriga.nn.transformer import Block, Transformer
 from quadriga.quant.packed import BLOCK_TOKENS
 from quadriga.runners.cuda.feed_forward import FeedForward, feed_forward
 from quadriga.runners.cuda.inputs import DevicePass
@@ -36,9 +40,8 @@ from quadriga.runners.cuda.mixers import (
     SlottedConv,
     SlottedDeltaNet,
     attend_of,
-    norm_weights,
-    plain,
 )
+from quadriga.runners.cuda.weights import DeviceWeights
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,18 @@ class _Layer:
 
 
 class DeviceCache:
-    """Keys, values and recurrent states of a model, of the dtype and on the device of its weights."""
+    """Keys, values and recurrent states of a model, of what is computed in; states are float32."""
 
-    def __init__(self, model: Transformer, cache: CacheLayout, n_blocks: int, n_slots: int) -> None:
-        config, weight = model.config, plain(model.embed)
+    def __init__(
+        self,
+        config: ModelConfig,
+        cache: CacheLayout,
+        n_blocks: int,
+        n_slots: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.layout, self.n_blocks = cache, n_blocks
         self.keys: list[Tensor] = []
         self.values: list[Tensor | None] = []
@@ -77,14 +88,14 @@ class DeviceCache:
             mixer = config.layers[layers[0]].mixer
             assert len({config.layers[i].mixer.state for i in layers}) == 1, "layers that share a place are alike"
             heads = (mixer.n_kv_heads, mixer.head_dim) if isinstance(mixer, AttentionSpec) else (0, 0)
-            keys = torch.zeros((n_blocks * BLOCK_TOKENS, *heads), dtype=weight.dtype, device=weight.device)
+            keys = torch.zeros((n_blocks * BLOCK_TOKENS, *heads), dtype=dtype, device=device)
             self.keys.append(keys)
             self.values.append(None if isinstance(mixer.state, LatentState) else torch.zeros_like(keys))
         self.states: dict[int, list[Tensor]] = {}
         for i, layer in enumerate(config.layers):
             if isinstance(kept := layer.mixer.state, RecurrentState):
                 shapes = [(n_slots, *shape) for shape in kept.shapes]
-                self.states[i] = [torch.zeros(s, dtype=torch.float32, device=weight.device) for s in shapes]
+                self.states[i] = [torch.zeros(s, dtype=torch.float32, device=device) for s in shapes]
 
     @property
     def blocks(self) -> list[Tensor]:
@@ -93,7 +104,7 @@ class DeviceCache:
 
 
 class DeviceModel:
-    """A Transformer's layers as launches.
+    """A model's layers as launches.
 
     Args:
         most_tokens: single tokens of a pass at most.
@@ -102,27 +113,30 @@ class DeviceModel:
         ConfigError: something that no kernel computes.
     """
 
-    def __init__(self, model: Transformer, cache: DeviceCache, most_tokens: int) -> None:
-        self.config, weight = model.config, plain(model.embed)
-        require_kernels(self.config)
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ConfigError(f"the kernels for GPUs compute in float32, bfloat16 or float16; got {weight.dtype}")
-        blocks = [block for block in model.layers if isinstance(block, Block)]
-        attentions = [b.attn for b in blocks if isinstance(b.attn, (Attention, LatentAttention))]
-        attends = [attend_of(a, self.config.max_seq_len) for a in attentions]
+    def __init__(self, config: ModelConfig, weights: DeviceWeights, cache: DeviceCache, most_tokens: int) -> None:
+        require_kernels(config)
+        self.config, self._weights = config, weights
+        layers = [(layer, weights.below(f"layers.{i}.")) for i, layer in enumerate(config.layers)]
+        attends = [
+            attend_of(layer.mixer, own, config.max_seq_len)
+            for layer, own in layers
+            if isinstance(layer.mixer, AttentionSpec)
+        ]
         self.tile_tokens = sorted({attend.tile_tokens for attend in attends})
-        self._meeting = Meeting(attends, most_tokens, weight.device)
-        self._rotations = Rotations(self.config.max_seq_len, weight.device)
-        self._layers = [self._layer(i, block, cache) for i, block in enumerate(blocks)]
-        self._table = weight
-        head = model.embed if model.lm_head is None else model.lm_head
-        self._head, self._head_bias = plain(head), None if head.bias is None else head.bias.detach()
-        self._final_norm = norm_weights(model.final_norm)
+        self._meeting = Meeting(attends, most_tokens, weights.device)
+        self._rotations = Rotations(config.max_seq_len, weights.device)
+        self._layers = [self._layer(i, layer, own, cache) for i, (layer, own) in enumerate(layers)]
+        table = weights.matrix("embed.weight")
+        assert not isinstance(table, tuple), "a table is of one format"
+        self._table = table
+        self._head = table if config.tied_embeddings else weights.matrix("lm_head.weight")
+        self._head_bias = weights.numbers_or_none("lm_head.bias")
+        self._final_norm = weights.norm("final_norm", config.final_norm)
 
     @torch.inference_mode()
     def compute(self, told: DevicePass) -> Computed:
         """One pass; keys, values and states are stored."""
-        h = embed(told.tokens, self._table, self.config.embedding_scale)
+        h = embed(told.tokens, self._table, self.config.embedding_scale, dtype=self._weights.dtype)
         x = _first(h, self._layers[0].attn_norm)
         routing = []
         nexts = [layer.attn_norm for layer in self._layers[1:]] + [self._final_norm]
@@ -138,32 +152,32 @@ class DeviceModel:
         )
         return Computed(logits, x, routing)
 
-    def _layer(self, i: int, block: Block, cache: DeviceCache) -> _Layer:
+    def _layer(self, i: int, layer: LayerSpec, weights: DeviceWeights, cache: DeviceCache) -> _Layer:
+        def norm_of(name: str, there: bool) -> NormWeights | None:
+            return weights.norm(name, layer.norm) if there else None
+
         return _Layer(
-            mixer=self._mixer(i, block, cache),
-            feed_forward=feed_forward(block),
-            scale=block.residual_scale,
-            attn_norm=_norm_or_none(block.attn_norm),
-            ffn_norm=_norm_or_none(block.ffn_norm),
-            attn_post_norm=_norm_or_none(block.attn_post_norm),
-            ffn_post_norm=_norm_or_none(block.ffn_post_norm),
+            mixer=self._mixer(i, layer, weights, cache),
+            feed_forward=feed_forward(layer, weights),
+            scale=layer.residual_scale,
+            attn_norm=norm_of("attn_norm", layer.pre_norms),
+            ffn_norm=norm_of("ffn_norm", layer.pre_norms),
+            attn_post_norm=norm_of("attn_post_norm", layer.post_norms),
+            ffn_post_norm=norm_of("ffn_post_norm", layer.post_norms),
         )
 
-    def _mixer(self, i: int, block: Block, cache: DeviceCache) -> Mixer:
-        if block.conv is not None:
-            return SlottedConv(block.conv, *cache.states[i])
-        if block.delta is not None:
-            return SlottedDeltaNet(block.delta, *cache.states[i])
+    def _mixer(self, i: int, layer: LayerSpec, weights: DeviceWeights, cache: DeviceCache) -> Mixer:
+        match layer.mixer:
+            case ShortConvSpec() as conv:
+                return SlottedConv(conv, weights, *cache.states[i])
+            case DeltaNetSpec() as delta:
+                return SlottedDeltaNet(delta, weights, *cache.states[i])
         slot, group, length = cache.layout.slots[i], cache.layout.groups[i], self.config.max_seq_len
         keys, values = cache.keys[slot], cache.values[slot]
-        if isinstance(block.attn, LatentAttention):
-            return PagedLatentAttention(block.attn, length, keys, group, self._meeting, self._rotations)
-        assert block.attn is not None and values is not None, "a block has one mixer"
-        return PagedAttention(block.attn, length, keys, values, group, self._meeting, self._rotations)
-
-
-def _norm_or_none(module: object) -> NormWeights | None:
-    return norm_weights(module) if isinstance(module, Norm) else None
+        if isinstance(layer.mixer, LatentAttentionSpec):
+            return PagedLatentAttention(layer.mixer, weights, length, keys, group, self._meeting, self._rotations)
+        assert isinstance(layer.mixer, AttentionSpec) and values is not None, "require_kernels has refused others"
+        return PagedAttention(layer.mixer, weights, length, keys, values, group, self._meeting, self._rotations)
 
 
 def _first(h: Tensor, weights: NormWeights | None) -> Tensor:

@@ -6,7 +6,7 @@ base         Tokenizer itself
 """
 
 from quadriga.text.tokenizer.base import Tokenizer, Vocabulary
-from quadriga.text.tokenizer.files import FILES, read_bytes, read_json
+from quadriga.text.tokenizer.files import FILES, chat_template, read_bytes, read_json, read_json_if_there
 from quadriga.text.tokenizer.gguf import load_gguf
 from quadriga.text.tokenizer.huggingface import load_tokenizer_json
 from quadriga.text.tokenizer.load import load_directory
@@ -18,6 +18,7 @@ __all__ = [
     "TiktokenVocabulary",
     "Tokenizer",
     "Vocabulary",
+    "chat_template",
     "load_directory",
     "load_gguf",
     "load_sentencepiece",
@@ -25,4 +26,5 @@ __all__ = [
     "load_tokenizer_json",
     "read_bytes",
     "read_json",
+    "read_json_if_there",
 ]

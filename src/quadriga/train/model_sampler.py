@@ -1,14 +1,13 @@
-"""Sampling during training, and checkable rewards, for GRPO.
+"""Samples drawn from the module that is being trained itself, on one rank, on whatever device it is.
 
 Prompts are processed one at a time: the prompt runs once, its keys and values are shared by all samples, and each pass
-adds one token to every sample. This is not the serving engine (``quadriga.engine``, which training never imports): here
-the sampled policy is the module being trained itself, with its adapters.
+adds one token to every sample. This is not the serving engine (``quadriga.engine``), which runs many prompts at once
+and is what ``quadriga tune`` samples with; training never imports it, and is handed one (``train.services``).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Sequence
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from quadriga.model.config import RecurrentState
 from quadriga.nn.context import PackedContext, Scan, Scoring, beginning
 from quadriga.nn.transformer import Transformer
+from quadriga.train.services import Weights
 
 
 class _Samples:
@@ -72,7 +72,7 @@ def sample(
     """Sample continuations of one prompt; each ends after an end token or ``max_new_tokens``.
 
     Args:
-        temperature: above 0.
+        temperature: 0: the most probable tokens.
         unused: ids without a token (padding of the head); they are never sampled.
 
     Returns:
@@ -88,8 +88,7 @@ def sample(
     never = torch.tensor(sorted(set(unused) - set(end_ids)), dtype=torch.int64)
     found: list[list[int]] = [[] for _ in range(n_samples)]
     for step in range(max_new_tokens):
-        scaled = logits.cpu() / temperature
-        drawn = torch.multinomial(scaled.index_fill_(1, never, -math.inf).softmax(-1), 1, generator=generator)[:, 0]
+        drawn = _draw(logits.cpu().index_fill(1, never, -math.inf), temperature, generator)
         for i, token in enumerate(drawn.tolist()):
             if not done[i]:
                 found[i].append(token)
@@ -101,15 +100,40 @@ def sample(
     return found
 
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """A token of each row of logits (R, V): (R,)."""
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
-def number_reward(text: str, answer: str) -> float:
-    """1 if the last number in a text equals the last number of the answer (GSM8K: the text after ####), else 0."""
-    wanted, got = (_last_number(one) for one in (answer.rpartition("####")[2], text))
-    return float(wanted is not None and got is not None and abs(wanted - got) < 1e-6)
+class ModelSampler:
+    """A ``Sampler`` over the trained module; its weights are always the current ones.
 
+    Args:
+        end_ids: tokens that end an answer.
+        unused: ids without a token; they are never sampled.
+    """
 
-def _last_number(text: str) -> float | None:
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    def __init__(self, model: Transformer, end_ids: Collection[int], unused: Collection[int] = ()) -> None:
+        self.model, self.end_ids, self.unused = model, end_ids, unused
+
+    def load(self, weights: Weights) -> None:
+        """Nothing to do."""
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, n: int, seeds: Sequence[int], max_new_tokens: int, temperature: float
+    ) -> list[list[list[int]]]:
+        """See ``services.Sampler``; without dropout."""
+        training_now = self.model.training
+        self.model.eval()
+        try:
+            return [
+                sample(
+                    self.model, prompt, n, max_new_tokens=max_new_tokens, temperature=temperature, end_ids=self.end_ids,
+                    unused=self.unused, generator=torch.Generator().manual_seed(seed),
+                )
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ]  # fmt: skip
+        finally:
+            self.model.train(training_now)

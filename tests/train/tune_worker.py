@@ -1,0 +1,99 @@
+"""Run by torchrun in tests/train/test_tune_ranks.py: every tuning run of ``CASES`` on this number of ranks.
+
+    python -m torch.distributed.run --standalone --nproc-per-node N -m tests.train.tune_worker FOLDER
+
+FOLDER has base/, teacher/ and rows; the runs are FOLDER/N-CASE. One that a single process has begun is ended, and one is begun
+for a single process to end.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from quadriga.engine.live_sampler import LiveSampler
+from quadriga.model.config import ModelConfig
+from quadriga.text.tokenizer import Tokenizer
+from quadriga.train.config import parse_toml
+from quadriga.train.services import SamplerOptions, Services
+from quadriga.train.tune import tune
+from quadriga.train.tune_config import TuneConfig
+from quadriga.train.world import World
+from tests.train.tune_runs import LORA, toml
+from tests.waiting import HANG_S
+
+EXPERTS = "experts = 2\n"
+GRPO = """
+[grpo]
+samples = 4
+max_new_tokens = 5
+kl_weight = 0.02
+updates = 2
+[[grpo.rewards]]
+kind = "regex"
+pattern = "[aeiou]"
+[checkpoint]
+every = 4
+"""
+CASES = {
+    "lora": ("sft", LORA, ""),
+    "lora experts": ("sft", LORA, EXPERTS),
+    "lora experts q8": ("sft", LORA + 'base_format = "q8"\n', EXPERTS),
+    "full": ("sft", "", ""),
+    "full experts": ("sft", "", EXPERTS),
+    "dpo": ("dpo", LORA, EXPERTS),
+    "dpo full": ("dpo", "", ""),
+    "orpo full experts": ("orpo", "", EXPERTS),
+    "distill": ("distill", LORA, EXPERTS),
+    "grpo": ("grpo", LORA + GRPO, ""),
+    "grpo full experts": ("grpo", GRPO, EXPERTS),
+}
+"""Name -> (objective, its sections, [parallel] on two ranks)."""
+STOP = 5
+SHARED = "lora experts"
+
+
+def config(folder: Path, case: str, n_ranks: int, *, run: str | None = None) -> TuneConfig:
+    """The run of a case; the same but for [parallel] on any number of ranks."""
+    objective, sections, parallel = CASES[case]
+    own = folder / objective
+    own.mkdir(exist_ok=True)
+    text = toml(own, folder / "base", objective, run=str(folder / (run or f"{n_ranks}-{case}")))
+    text = text.replace("learning_rate = 2e-2", "learning_rate = 3e-3\neps = 1e-6")
+    if objective == "distill":
+        sections += f'[distill]\nteacher = "{folder / "teacher"}"\ntemperature = 1.5\nweight = 0.7\n'
+    layout = f'[parallel]\ndevice = "cpu"\ntimeout_s = {HANG_S}\n' + (parallel if n_ranks > 1 else "")
+    return parse_toml((text + sections + layout).encode(), TuneConfig)
+
+
+def sampler(model: ModelConfig, tokenizer: Tokenizer, options: SamplerOptions) -> LiveSampler:
+    """The engine, on one thread."""
+    return LiveSampler(model, tokenizer, form=options.format, max_len=options.max_len, threads=1)
+
+
+def run(settings: TuneConfig) -> None:
+    """The whole run."""
+    assert tune(settings, services=Services(sampler=sampler)).done
+
+
+def part(settings: TuneConfig) -> None:
+    """Run the first ``STOP`` steps."""
+    steps = iter(range(STOP))
+    assert not tune(settings, stop=lambda: next(steps) == STOP - 1).done
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    world = World.join("cpu", HANG_S)
+    for case in CASES:
+        run(config(folder, case, world.size))
+    run(config(folder, SHARED, world.size, run="from-1"))
+    part(config(folder, SHARED, world.size, run=f"from-{world.size}"))
+    world.leave()
+
+
+if __name__ == "__main__":
+    main()
