@@ -9,6 +9,8 @@ import typer
 from quadriga.cli import options
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from quadriga.model.config import ModelConfig
     from quadriga.model.plan.hardware import Gpu
     from quadriga.model.plan.training import TrainingPlan
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 _CONTEXT = 4096
 _LEAST_BATCH = 16_000_000
 _LEAST_STEPS = 10_000
+_FORMATS_ABREAST = 3
+"""Of the formats that weights are served in, in the first table; the others stand in a second."""
 
 
 def plan_command(
@@ -278,22 +282,29 @@ def _print_serving(model: str, table: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    console, forms = Console(), list(dict.fromkeys(row["format"] for row in table["serving"]))
     title = Text(f"serve {model}, sequences of {table['context']} positions", style="bold")
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("box")
-    for form in dict.fromkeys(row["format"] for row in table["serving"]):
-        shown.add_column(form, justify="right")
-    by_box: dict[str, list[str]] = {}
-    for row in table["serving"]:
-        speed = f"{row['tokens_per_s_alone']:,.0f} tok/s; {row['batch']}: {row['tokens_per_s_batch']:,.0f}"
-        speed += "" if row["runs_on"] else " *"
-        by_box.setdefault(row["box"], []).append(speed if row["fits"] else f"{row['weight_bytes'] / 1e9:.0f} GB: no")
-    for box, cells in by_box.items():
-        shown.add_row(box, *cells)
-    console = Console()
-    console.print(shown)
+    for some in (forms[:_FORMATS_ABREAST], forms[_FORMATS_ABREAST:]):
+        rows = [row for row in table["serving"] if row["format"] in some]
+        shown = Table(title=title, title_justify="left")
+        _fill_serving(shown, some, rows)
+        console.print(shown)
     console.print("one sequence; then the batch that fits and its tokens a second, as memory and peak allow at best")
     console.print(
         "*: not with this engine, which runs bf16 on one GPU, and all formats on processors; several machines"
     )
     console.print("are ranks of one model: torchrun ... --parallel tp=3")
+
+
+def _fill_serving(shown: Table, forms: list[str], rows: list[dict[str, Any]]) -> None:
+    """A row for each box, a column for each format."""
+    shown.add_column("box")
+    for form in forms:
+        shown.add_column(form, justify="right")
+    by_box: dict[str, list[str]] = {}
+    for row in rows:
+        speed = f"{row['tokens_per_s_alone']:,.0f} tok/s; {row['batch']}: {row['tokens_per_s_batch']:,.0f}"
+        speed += "" if row["runs_on"] else " *"
+        by_box.setdefault(row["box"], []).append(speed if row["fits"] else f"{row['weight_bytes'] / 1e9:.0f} GB: no")
+    for box, cells in by_box.items():
+        shown.add_row(box, *cells)
