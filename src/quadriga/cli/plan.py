@@ -219,7 +219,7 @@ def _print_training(model: str, facts: dict[str, Any]) -> None:
     table = Table()
     for column in ("mesh", "recompute", "rows"):
         table.add_column(column, no_wrap=True)
-    for column in ("GB", "step", "MFU", "M tokens/s", "days"):
+    for column in ("GB", "step", "MFU", "Mtok/s", "days"):
         table.add_column(column, justify="right", no_wrap=True)
     for plan in facts["plans"]:
         mesh = plan["mesh"]
@@ -236,7 +236,8 @@ def _print_training(model: str, facts: dict[str, Any]) -> None:
     console.print(table)
     console.print("mesh: replicas x shards x expert ranks; rows: of a rank's micro-step x micro-steps", highlight=False)
     if any("+" in _mesh_word(plan["mesh"]) for plan in facts["plans"]):
-        console.print("+ tT cC: T ranks share heads, C ranks parts of rows; then rows are those of T x C ranks")
+        console.print("+tT, cC: T ranks share heads, C ranks have parts of rows; rows are those of T x C ranks")
+        console.print("+pP: P stages of a pipeline, each of such a mesh")
     for plan in (plan for plan in facts["plans"] if "verified" in plan):
         mesh, seen = plan["mesh"], plan["verified"]
         word, counted = "REFUSED", seen["reason"]
@@ -260,15 +261,15 @@ def _print_training(model: str, facts: dict[str, Any]) -> None:
 def _mesh_word(mesh: dict[str, int]) -> str:
     """A mesh in one word, and behind it who shares rows."""
     word = f"{mesh['replicate']}x{mesh['shard']}x{mesh['ep']}"
-    shared = [f"{name[0]}{mesh[name]}" for name in ("tp", "cp") if mesh[name] > 1]
-    return f"{word} + {' '.join(shared)}" if shared else word
+    shared = [f"{name[0]}{mesh[name]}" for name in ("tp", "cp", "pp") if mesh[name] > 1]
+    return f"{word}+{''.join(shared)}" if shared else word
 
 
 def _section(plan: dict[str, Any], ranks: int) -> str:
     """The best row as a run's [parallel] section, on one line."""
     mesh = plan["mesh"]
-    rows = plan["micro_rows"] * ranks // (mesh["tp"] * mesh["cp"])
-    keys = {"tp": "tensor", "cp": "context"}
+    rows = plan["micro_rows"] * ranks // (mesh["tp"] * mesh["cp"] * mesh["pp"])
+    keys = {"tp": "tensor", "cp": "context", "pp": "pipeline"}
     shared = "".join(f"{key} = {mesh[name]}, " for name, key in keys.items() if mesh[name] > 1)
     return (
         f"[parallel] replicate = {mesh['replicate']}, experts = {mesh['ep']}, {shared}micro_rows = {rows}, "
