@@ -81,6 +81,8 @@ def test_columns_of_every_matrix_have_their_mean_squares(tmp_path: Path, form: s
 
 
 def test_files_of_other_kinds_and_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"m.gguf is no model: its general.type is 'imatrix'"):
+        open_checkpoint(write_gguf(tmp_path / "m.gguf", rows(), {}))
     assert not is_imatrix(write_gguf(tmp_path / "model.gguf", rows(), {}, kind="model"))
     (tmp_path / "text.txt").write_text("words")
     assert not is_imatrix(tmp_path / "text.txt")

@@ -10,7 +10,8 @@ import pytest
 from quadriga import LLM, SamplingParams
 from quadriga.engine.permitted import bad_sequences
 from quadriga.engine.request import Request, seed_of
-from quadriga.engine.sampler import Floats, Sample, Sampler, Unused
+from quadriga.engine.sampler import Sample, Sampler, Unused
+from quadriga.engine.truncation import Floats
 from quadriga.errors import RequestError
 from quadriga.kernels.cpu import library as cpu
 from quadriga.kernels.cpu.sampling import RowSampler

@@ -9,7 +9,8 @@ import pytest
 
 from quadriga.engine.blocks import BlockPool, chain_key
 from quadriga.engine.lookup import Lookup
-from quadriga.engine.scheduler import MOST_LOGIT_ROWS, PassPlan, Running, Scheduler
+from quadriga.engine.scheduler import MOST_LOGIT_ROWS, Scheduler
+from quadriga.engine.sequences import PassPlan, Running
 from quadriga.quant.packed import BLOCK_TOKENS
 from tests.engine.test_scheduler import FakeModel, answer
 

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quadriga.engine.request import SamplingParams
-from quadriga.engine.sampler import Floats, Sampler, Unused, excluded, kept, pick, typical, uniforms
+from quadriga.engine.sampler import Sampler, Unused
+from quadriga.engine.truncation import Floats, excluded, kept, pick, typical, uniforms
 from quadriga.errors import RequestError
 
 LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 0.0], dtype=np.float32)

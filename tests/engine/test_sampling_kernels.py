@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from quadriga.engine.request import SamplingParams
-from quadriga.engine.sampler import NONE_UNUSED, Floats, Sample, Sampler, Unused, uniforms
+from quadriga.engine.sampler import NONE_UNUSED, Sample, Sampler, Unused
+from quadriga.engine.truncation import Floats, uniforms
 from quadriga.errors import RequestError
 from quadriga.kernels.cpu import library as cpu
 from quadriga.kernels.cpu.sampling import RowSampler

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quadriga.engine.blocks import BlockPool, chain_key
-from quadriga.engine.scheduler import Chunk, PassPlan, Running, Scheduler
+from quadriga.engine.scheduler import Scheduler
+from quadriga.engine.sequences import Chunk, PassPlan, Running
 from quadriga.errors import ConfigError, RequestError
 from quadriga.quant.packed import BLOCK_TOKENS
 from tests.engine.test_turns import calls_of

@@ -10,8 +10,9 @@ import pytest
 
 from quadriga.engine.engine import Engine
 from quadriga.engine.request import Request, SamplingParams, TokenEvent
-from quadriga.engine.scheduler import Running, Scheduler
+from quadriga.engine.scheduler import Scheduler
 from quadriga.engine.scoring import score
+from quadriga.engine.sequences import Running
 from quadriga.kernels.arrays import arrays
 from quadriga.model.cache_layout import CacheLayout, cache_layout, most_blocks
 from quadriga.model.config import ModelConfig, in_order

@@ -123,6 +123,11 @@ def test_weight_bytes_of_dbrx():
     router_and_norms = 40 * (16 + 2) * 6144 + 6144
     everywhere = (131_596_523_520 - router_and_norms) * 4.5 / 8 + router_and_norms * 4
     assert cost.weight_bytes(dbrx, "gguf-q4_0") == everywhere
+    # The kernels' blocks of 256 have 4.625 bits, tables 8.5, and what one token reads of a table is a row.
+    tables = 2 * 616_562_688
+    blocks = (131_596_523_520 - router_and_norms - tables) * 4.625 / 8
+    assert cost.weight_bytes(dbrx, "q4k") == blocks + tables * 8.5 / 8 + router_and_norms * 4
+    assert cost.table_bytes(dbrx, "q4k") == tables // 2 * 8.5 / 8
     # Ours leaves both token tables in bfloat16 too.
     wide = router_and_norms + 2 * 616_562_688
     assert cost.weight_bytes(dbrx, "q8") == (131_596_523_520 - wide) * 8.5 / 8 + wide * 2

@@ -286,3 +286,50 @@ def test_gpt_4os_rule_cuts_words_at_capitals_and_keeps_their_endings() -> None:
     cut = pre_tokenizers.Split(tokenizers.Regex(GGUF_PATTERNS["gpt-4o"].patterns[0]), behavior="isolated")
     parts = [text for text, _ in cut.pre_tokenize_str("HelloWorld, DON'T 12345 x//\n\n  yЖж été")]
     assert parts == ["Hello", "World", ",", " DON'T", " ", "123", "45", " x", "//\n\n", " ", " y", "Жж", " été"]
+
+
+HOSTILE: list[tuple[dict[str, Any], str]] = [
+    ({"add_bos_token": "false"}, "add_bos_token must be true or false, got 'false'"),
+    ({"add_eos_token": 1}, "add_eos_token must be true or false, got '1'"),
+    ({"bos_token_id": True}, "bos_token_id must be below"),
+    ({"eos_token_id": 1.0}, "eos_token_id must be below"),
+    ({"padding_token_id": -1}, "padding_token_id must be below"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), HOSTILE)
+def test_values_of_other_types_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TokenizerError, match=message):
+        load_gguf(_bpe(**changes))
+
+
+@pytest.mark.parametrize("kind", [7, -1, "1", None, 1.0, True])
+def test_types_of_tokens_are_numbers_that_mean_something(kind: Any) -> None:
+    kinds = [*vocabularies.gguf_bpe()["tokenizer.ggml.token_type"]]
+    kinds[3] = kind
+    with pytest.raises(TokenizerError, match="token_type must be numbers from 0 to 6"):
+        load_gguf(_bpe(token_type=kinds))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"add_space_prefix": 0}, "add_space_prefix must be true or false, got '0'"),
+        ({"remove_extra_whitespaces": "yes"}, "remove_extra_whitespaces must be true or false"),
+        ({"scores": "nan"}, "scores must be numbers, got nan"),
+        ({"scores": "text"}, "scores must be numbers, got x"),
+    ],
+)
+def test_sentencepiece_vocabularies_likewise(changes: dict[str, Any], message: str) -> None:
+    scores = [*_spm()["tokenizer.ggml.scores"]]
+    scores[5] = {"nan": float("nan"), "text": "x"}.get(str(changes.get("scores")), scores[5])
+    values = changes | {"scores": scores}
+    with pytest.raises(TokenizerError, match=message):
+        load_gguf(_spm(**values))
+
+
+def test_keys_that_nobody_reads_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    _load(_bpe(fim_pre_token_id=3, add_sep_token=False, cls_token_id=2))
+    assert "not read" not in caplog.text
+    _load(_bpe(lowercase=True, suppress_tokens=[1]))
+    assert caplog.text.count("not read: tokenizer.ggml.lowercase, tokenizer.ggml.suppress_tokens") == 1

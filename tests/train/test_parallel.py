@@ -17,7 +17,9 @@ from quadriga import runtime
 from quadriga.errors import ConfigError
 from quadriga.model.config import DenseSpec, QKNormSpec, ShortConvSpec
 from quadriga.train import config as sections
-from quadriga.train.parallel import check_layout
+from quadriga.train.losses import NextToken
+from quadriga.train.objectives import ORPO
+from quadriga.train.parallel import check_layout, prepare
 from quadriga.train.world import World
 from tests.train import runs, worker
 from tests.waiting import HANG_S
@@ -39,11 +41,15 @@ def _torchrun(n_ranks: int, folder: Path) -> dict[str, list[float]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses and norms of one process that is never stopped."""
+    """The results of one process that is never stopped."""
+    return _alone(tmp_path_factory.mktemp("alone"), "one")
+
+
+def _alone(folder: Path, layout: str) -> list[float]:
     record = runs.Record()
-    folder = tmp_path_factory.mktemp("alone")
-    runs.trainer(folder, worker.settings("one"), config=worker.MODEL, record=record).train()
-    return record.losses + record.norms
+    run = runs.trainer(folder, worker.settings(layout), config=worker.MODEL, record=record)
+    run.train()
+    return worker.results(run, record)
 
 
 @pytest.mark.dist
@@ -55,10 +61,7 @@ def test_two_ranks_compute_what_one_does(alone: list[float], tmp_path: Path) -> 
 @pytest.mark.dist
 def test_four_ranks_compute_what_one_does_and_save_for_two_and_one(alone: list[float], tmp_path: Path) -> None:
     found = _torchrun(4, tmp_path)
-    record = runs.Record()
-    settings = worker.settings("muon")
-    runs.trainer(tmp_path / "muon", settings, config=worker.MODEL, record=record).train()
-    _same(found.pop("muon"), record.losses + record.norms, "muon")
+    _same(found.pop("muon"), _alone(tmp_path / "muon", "muon"), "muon")
     for layout, curve in found.items():
         _same(curve, alone, layout)
     one = runs.Record()
@@ -66,13 +69,13 @@ def test_four_ranks_compute_what_one_does_and_save_for_two_and_one(alone: list[f
     assert run.resume()
     run.train()
     half = alone[10:20] + alone[30:]
-    _same(one.losses + one.norms, half, "saved by four, resumed by one")
+    _same(worker.results(run, one), half, "saved by four, resumed by one")
     shutil.rmtree(tmp_path / "shared-1")
     _same(_torchrun(2, tmp_path)["shared-2 resumed"], half, "saved by four, resumed by two")
 
 
 def _same(curve: list[float], expected: list[float], what: str) -> None:
-    """Losses and gradient norms agree."""
+    """Losses, gradient norms, the held-out loss and the ids of a continuation agree."""
     assert curve == pytest.approx(expected, rel=1e-5), what
 
 
@@ -151,6 +154,15 @@ def test_impossible_layouts_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             check_layout(runs.model(runs.TINY.with_mixer(**change)), sections.ParallelSection(**options), four)
+    with pytest.raises(ConfigError, match="pipeline must be at most the model's 2 layers, got 4"):
+        check_layout(model, sections.ParallelSection(pipeline=4), four)
+    with pytest.raises(ConfigError, match="embeddings and head are one matrix"):
+        check_layout(runs.model(replace(runs.TINY, tied_embeddings=True)), sections.ParallelSection(pipeline=2), four)
+    with pytest.raises(ConfigError, match=r"parallel.replicate x parallel.experts must divide the ranks of a stage"):
+        check_layout(model, sections.ParallelSection(pipeline=2, replicate=2, experts=2), four)
+    for form in (ORPO(0.1), NextToken(runs.TINY, sections.RouterSection(balance_form="hf"), four)):
+        with pytest.raises(ConfigError, match=r"pipeline is for pre-training with router.balance_form = 'megablocks'"):
+            prepare(model, form, sections.ParallelSection(pipeline=2), four)
     mixers = {"mixer": ShortConvSpec(width=24, taps=3)}
     recurrent = replace(runs.TINY, layers=(runs.TINY.layers[0], replace(runs.TINY.layers[0], **mixers)))
     with pytest.raises(ConfigError, match="recurrent layers"):

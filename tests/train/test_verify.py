@@ -95,7 +95,10 @@ def test_the_trainer_refuses_what_it_cannot_do() -> None:
             measure(config, spec)
 
 
-@pytest.mark.parametrize("layout", [(1, 6, 16, 8, 4), (3, 64, 1, 2, 1), (2, 1, 8, 1, 8), (1, 8, 1, 8, 1)])
+@pytest.mark.parametrize(
+    "layout",
+    [(1, 6, 16, 8, 4), (3, 64, 1, 2, 1), (2, 1, 8, 1, 8), (1, 8, 1, 8, 1), (2, 2, 8, 2, 1, 4), (1, 1, 1, 1, 1, 8)],
+)
 @pytest.mark.parametrize("model", ["dbrx-132b", "qwen3-235b", "dense"])
 def test_ranks_that_share_rows_hold_and_gather_as_planned(model: str, layout: tuple[int, ...]) -> None:
     config = {"dbrx-132b": PRESETS["dbrx-132b"], "qwen3-235b": QWEN3_235B}.get(model, PRESETS["llama2-70b"])
@@ -111,7 +114,7 @@ def test_long_rows_on_few_ranks_are_shared() -> None:
     """A row of 32,768 tokens for each of 64 ranks does not fit; where ranks share rows, it does."""
     config, ranks = PRESETS["dbrx-132b"], 64
     plans = search(config, ranks, GPUS["H100"], 32_768, 32_768 * 16)
-    assert all(plan.mesh.sharing >= 4 for plan in plans), "16 rows are fewer than 64 ranks"
+    assert all(plan.mesh.sharing * plan.mesh.pp >= 4 for plan in plans), "16 rows are fewer than 64 ranks"
     assert {plan.mesh.cp > 1 for plan in plans} == {True, False} and any(plan.mesh.tp > 1 for plan in plans)
     assert all(plan.batch_tokens <= 32_768 * 16 and plan.work.micro_tokens % 1024 == 0 for plan in plans)
     walked(config, list(dict.fromkeys(plan.mesh for plan in plans))[:4])

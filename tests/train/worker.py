@@ -3,7 +3,7 @@
     python -m torch.distributed.run --standalone --nproc-per-node N -m tests.train.worker FOLDER
 
 Rank 0 writes FOLDER/losses-N.json: layout -> losses and gradient norms of 20 steps, whose last ten steps follow a save
-and a resume under the next layout of the list.
+and a resume under the next layout of the list; then the held-out loss and a greedy continuation.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 
 from quadriga.model.config import AttentionSpec, DenseSpec, QKNormSpec, RopeSpec
 from quadriga.train import config as sections
+from quadriga.train.held_out import continuation, held_out_losses
+from quadriga.train.trainer import Trainer
 from quadriga.train.world import World
 from tests.train import runs
 from tests.waiting import HANG_S
@@ -30,16 +32,20 @@ LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
         "experts": {"experts": 2},
         "tensor": {"tensor": 2},
         "context": {"context": 2},
+        "pipeline": {"pipeline": 2},
     },
     4: {
-        "fsdp": {},
         "experts": {"experts": 4},
         "tensor x fsdp": {"tensor": 2},
         "experts x fsdp": {"experts": 2},
         "context": {"context": 4},
         "experts x hsdp": {"experts": 2, "replicate": 2},
         "experts x tensor x context": {"experts": 2, "tensor": 2, "context": 2},
+        "pipeline x fsdp": {"pipeline": 2},
         "tensor x hsdp": {"tensor": 2, "replicate": 2},
+        "pipeline": {"pipeline": 4},
+        "pipeline x hsdp": {"pipeline": 2, "replicate": 2},
+        "pipeline x tensor x experts": {"pipeline": 2, "tensor": 2, "experts": 2},
         "muon": {"experts": 2},
     },
 }
@@ -80,7 +86,7 @@ def settings(layout: str, n_ranks: int = 1, n_steps: int = N_STEPS) -> runs.Sett
 
 
 def curve(folder: Path, layout: str, then: str, world: World) -> list[float]:
-    """Losses and norms of a run of 20 steps, stopped in the middle and resumed under another layout."""
+    """A run of 20 steps, stopped in the middle and resumed under another layout; see :func:`results`."""
     record = runs.Record()
     first = runs.trainer(folder, settings(layout, world.size), config=MODEL, record=record, world=world, meta=True)
     first.train(lambda: first.step == N_STEPS // 2 - 1)
@@ -88,7 +94,14 @@ def curve(folder: Path, layout: str, then: str, world: World) -> list[float]:
     assert second.resume()
     assert second.step == N_STEPS // 2
     second.train()
-    return record.losses + record.norms
+    return results(second, record)
+
+
+def results(run: Trainer, record: runs.Record) -> list[float]:
+    """Losses, norms, held-out loss and a continuation's ids. All ranks must call this."""
+    held_out = held_out_losses(run.module, {"all": runs.source(n_rows=6, seed=3)}, run.world)["all"].loss
+    said = continuation(run.module, [3, 5, 7], 4, n_vocab=runs.VOCAB, end_ids=(), world=run.world)
+    return [*record.losses, *record.norms, held_out, *said]
 
 
 def main() -> None:
@@ -108,7 +121,7 @@ def main() -> None:
         run = runs.trainer(other, settings("tensor", world.size), config=MODEL, record=record, world=world)
         assert run.resume()
         run.train()
-        found[f"{other.name} resumed"] = record.losses + record.norms
+        found[f"{other.name} resumed"] = results(run, record)
     if world.size == 4:
         for reader in (1, 2):
             some = settings("experts x tensor x context", world.size, n_steps=10)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from quadriga.engine.request import SamplingParams
-from quadriga.engine.sampler import Sample, Sampler, Unused, uniforms
+from quadriga.engine.sampler import Sample, Sampler, Unused
+from quadriga.engine.truncation import uniforms
 from quadriga.errors import RequestError
 from quadriga.kernels.triton.sampling import Rows, sample
 from quadriga.runners.cuda.device_array import DeviceArray

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quadriga.cli.command import Commands
-from quadriga.cli.options import DOMAIN_FIELD, OUT, Domain, Json, Restart, TextField, Tokens, Verify, as_json, size
+from quadriga.cli.options import DOMAIN_FIELD, OUT, Domain, Json, Ray, Restart, TextField, Tokens, Verify, as_json, size
 
 if TYPE_CHECKING:
     from quadriga.train.corpus.executors import Executor
@@ -51,9 +51,7 @@ def prepare_command(
         float | None, typer.Option(min=0, max=1, help="Share of documents never trained on. Overrides the recipe.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, max=4096, help="Processes; default: all processors.")] = None,
-    ray: Annotated[
-        str | None, typer.Option(help="Run on this Ray cluster (auto, HOST:PORT, local) instead of processes.")
-    ] = None,
+    ray: Ray = None,
     restart: Restart = False,
 ) -> None:
     """Turn text into token shards: clean, filter, de-duplicate, tokenise. Goes on where it was stopped.

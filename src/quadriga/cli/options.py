@@ -92,6 +92,11 @@ Parallel = Annotated[
     ),
 ]
 
+Ray = Annotated[
+    str | None,
+    typer.Option(help="Work on this Ray cluster (auto, HOST:PORT, local); needs the extra cluster."),
+]
+
 # Answers -------------------------------------------------------------------------------------------------------------
 
 System = Annotated[str | None, typer.Option(help="System prompt.")]

@@ -9,6 +9,8 @@ import typer
 from quadriga.cli import options
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from quadriga.model.config import ModelConfig
     from quadriga.model.plan.hardware import Gpu
     from quadriga.model.plan.training import TrainingPlan
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 _CONTEXT = 4096
 _LEAST_BATCH = 16_000_000
 _LEAST_STEPS = 10_000
+_FORMATS_ABREAST = 3
+"""Of the formats that weights are served in, in the first table; the others stand in a second."""
 
 
 def plan_command(
@@ -215,7 +219,7 @@ def _print_training(model: str, facts: dict[str, Any]) -> None:
     table = Table()
     for column in ("mesh", "recompute", "rows"):
         table.add_column(column, no_wrap=True)
-    for column in ("GB", "step", "MFU", "M tokens/s", "days"):
+    for column in ("GB", "step", "MFU", "Mtok/s", "days"):
         table.add_column(column, justify="right", no_wrap=True)
     for plan in facts["plans"]:
         mesh = plan["mesh"]
@@ -232,7 +236,8 @@ def _print_training(model: str, facts: dict[str, Any]) -> None:
     console.print(table)
     console.print("mesh: replicas x shards x expert ranks; rows: of a rank's micro-step x micro-steps", highlight=False)
     if any("+" in _mesh_word(plan["mesh"]) for plan in facts["plans"]):
-        console.print("+ tT cC: T ranks share heads, C ranks parts of rows; then rows are those of T x C ranks")
+        console.print("+tT, cC: T ranks share heads, C ranks have parts of rows; rows are those of T x C ranks")
+        console.print("+pP: P stages of a pipeline, each of such a mesh")
     for plan in (plan for plan in facts["plans"] if "verified" in plan):
         mesh, seen = plan["mesh"], plan["verified"]
         word, counted = "REFUSED", seen["reason"]
@@ -256,15 +261,15 @@ def _print_training(model: str, facts: dict[str, Any]) -> None:
 def _mesh_word(mesh: dict[str, int]) -> str:
     """A mesh in one word, and behind it who shares rows."""
     word = f"{mesh['replicate']}x{mesh['shard']}x{mesh['ep']}"
-    shared = [f"{name[0]}{mesh[name]}" for name in ("tp", "cp") if mesh[name] > 1]
-    return f"{word} + {' '.join(shared)}" if shared else word
+    shared = [f"{name[0]}{mesh[name]}" for name in ("tp", "cp", "pp") if mesh[name] > 1]
+    return f"{word}+{''.join(shared)}" if shared else word
 
 
 def _section(plan: dict[str, Any], ranks: int) -> str:
     """The best row as a run's [parallel] section, on one line."""
     mesh = plan["mesh"]
-    rows = plan["micro_rows"] * ranks // (mesh["tp"] * mesh["cp"])
-    keys = {"tp": "tensor", "cp": "context"}
+    rows = plan["micro_rows"] * ranks // (mesh["tp"] * mesh["cp"] * mesh["pp"])
+    keys = {"tp": "tensor", "cp": "context", "pp": "pipeline"}
     shared = "".join(f"{key} = {mesh[name]}, " for name, key in keys.items() if mesh[name] > 1)
     return (
         f"[parallel] replicate = {mesh['replicate']}, experts = {mesh['ep']}, {shared}micro_rows = {rows}, "
@@ -277,22 +282,29 @@ def _print_serving(model: str, table: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    console, forms = Console(), list(dict.fromkeys(row["format"] for row in table["serving"]))
     title = Text(f"serve {model}, sequences of {table['context']} positions", style="bold")
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("box")
-    for form in dict.fromkeys(row["format"] for row in table["serving"]):
-        shown.add_column(form, justify="right")
-    by_box: dict[str, list[str]] = {}
-    for row in table["serving"]:
-        speed = f"{row['tokens_per_s_alone']:,.0f} tok/s; {row['batch']}: {row['tokens_per_s_batch']:,.0f}"
-        speed += "" if row["runs_on"] else " *"
-        by_box.setdefault(row["box"], []).append(speed if row["fits"] else f"{row['weight_bytes'] / 1e9:.0f} GB: no")
-    for box, cells in by_box.items():
-        shown.add_row(box, *cells)
-    console = Console()
-    console.print(shown)
+    for some in (forms[:_FORMATS_ABREAST], forms[_FORMATS_ABREAST:]):
+        rows = [row for row in table["serving"] if row["format"] in some]
+        shown = Table(title=title, title_justify="left")
+        _fill_serving(shown, some, rows)
+        console.print(shown)
     console.print("one sequence; then the batch that fits and its tokens a second, as memory and peak allow at best")
     console.print(
         "*: not with this engine, which runs bf16 on one GPU, and all formats on processors; several machines"
     )
     console.print("are ranks of one model: torchrun ... --parallel tp=3")
+
+
+def _fill_serving(shown: Table, forms: list[str], rows: list[dict[str, Any]]) -> None:
+    """A row for each box, a column for each format."""
+    shown.add_column("box")
+    for form in forms:
+        shown.add_column(form, justify="right")
+    by_box: dict[str, list[str]] = {}
+    for row in rows:
+        speed = f"{row['tokens_per_s_alone']:,.0f} tok/s; {row['batch']}: {row['tokens_per_s_batch']:,.0f}"
+        speed += "" if row["runs_on"] else " *"
+        by_box.setdefault(row["box"], []).append(speed if row["fits"] else f"{row['weight_bytes'] / 1e9:.0f} GB: no")
+    for box, cells in by_box.items():
+        shown.add_row(box, *cells)

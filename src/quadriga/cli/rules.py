@@ -180,8 +180,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "serve": (
         *_all(
             ("models_memory", "parallel", "admin_key", "stay_on_failure"),
-            lambda o: o["replicas"] == 1,
-            "it is for a server of one process. Leave one of it and {replicas} out",
+            lambda o: o["replicas"] == 1 and o["ray"] is None,
+            "it is for a server of one process. Leave it out, or {replicas} and {ray}",
         ),
         Rule(
             "keep_alive",

@@ -73,6 +73,7 @@ def serve_command(
         int,
         typer.Option(min=1, max=64, help="Processes that answer behind one address, each with the whole model."),
     ] = 1,
+    ray: options.Ray = None,
     models_memory: Annotated[
         str | None,
         typer.Option(help="Load models when asked for, so much of them, e.g. 16GB; without MODEL any that is here."),
@@ -159,7 +160,7 @@ def serve_command(
     if budget is None:
         options.follow_if_rank(models[0][0], how)
     adapters = _adapters(adapter or (), how)
-    if len(models) != 1 and replicas > 1:
+    if len(models) != 1 and (replicas > 1 or ray is not None):
         raise ConfigError("--replicas is for a server of one model: each replica has it whole")
     if len(models) != 1 and adapters:
         raise ConfigError("--adapter is for a server of one model; add them over HTTP, with --admin-key")
@@ -225,7 +226,7 @@ def serve_command(
             print("warning: reachable from other machines without an API key; see --api-key", file=sys.stderr)
 
     try:
-        if replicas > 1:
+        if replicas > 1 or ray is not None:
             order = Order(
                 source=models[0][0],
                 names=models[0][1],
@@ -244,6 +245,7 @@ def serve_command(
             _serve_replicas(
                 order,
                 replicas,
+                ray,
                 limits,
                 listener,
                 drain_s=drain,
@@ -326,9 +328,16 @@ def _on_demand(
 
 
 def _serve_replicas(
-    order: Order, n: int, limits: Limits, listener: socket.socket, *, store: FileStore | None, **how: Any
+    order: Order,
+    n: int,
+    ray: str | None,
+    limits: Limits,
+    listener: socket.socket,
+    *,
+    store: FileStore | None,
+    **how: Any,
 ) -> None:
-    """A front and its replicas, whose sockets lie in a folder that goes with it."""
+    """A front and its replicas: here, their sockets in a folder that goes with it, or on a cluster."""
     import tempfile
     from dataclasses import replace
 
@@ -339,6 +348,12 @@ def _serve_replicas(
     from quadriga.server.front.replicas import launcher
     from quadriga.server.run import run
 
+    if ray is not None:
+        from quadriga.server.front.ray_serve import ray_launcher
+
+        front = Front(order.names, n, ray_launcher(order, ray))
+        run(build_front(front, limits, store), front, listener, **how)
+        return
     with progress_bar(f"looking for {Path(order.source).name}") as show:
         catalogue.resolve(order.source, progress=show)
     if order.how.threads is None:

@@ -15,7 +15,7 @@ from quadriga.engine.lookup import Lookup
 from quadriga.engine.passes import Computed
 from quadriga.engine.request import FinishReason, PromptReport, Request, TokenEvent
 from quadriga.engine.sampler import Sample, Sampler, Unused, require_finite, top_logprobs
-from quadriga.engine.scheduler import Chunk, Running
+from quadriga.engine.sequences import Chunk, Running
 from quadriga.errors import AnswerError, QuadrigaError, RequestError
 from quadriga.kernels.cpu.sampling import TokenSampler
 from quadriga.text.stream import Detokenizer

@@ -43,7 +43,8 @@ from quadriga.engine.request import (
     TokenEvent,
 )
 from quadriga.engine.sampler import Sampler, Unused, require_finite
-from quadriga.engine.scheduler import PassPlan, Running, Scheduler
+from quadriga.engine.scheduler import Scheduler
+from quadriga.engine.sequences import PassPlan, Running
 from quadriga.engine.steering import salt_of
 from quadriga.errors import ConfigError, QuadrigaError, RequestError
 from quadriga.kernels.pass_batch import PassBatch

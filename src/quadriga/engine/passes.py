@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from quadriga.engine.request import Routing, TokenEvent
-from quadriga.engine.scheduler import PassPlan
+from quadriga.engine.sequences import PassPlan
 from quadriga.engine.steering import steering_of
 from quadriga.kernels.pass_batch import PassBatch
 from quadriga.runners.base import LayerRouting, PassResult, Runner

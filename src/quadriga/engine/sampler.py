@@ -9,13 +9,6 @@ Whatever the parameters, the arithmetic stays finite: finite logits always give 
 On a CPU the kernels choose for all rows of a pass at once (``kernels.cpu.sampling``; :meth:`Sampler.ask` and
 :meth:`Sampler.take` are this side of it). :meth:`Sampler.sample` is the same in NumPy: what that is held to, and what
 chooses where a model runs on torch.
-
-The vocabulary is never sorted. What top-p keeps are the largest weights whose sum reaches its part of all: as many of
-the largest as may be enough are selected, and only these are sorted (:func:`kept`). The result is that of a full,
-stable sort: weights and sums are the same numbers, and equal weights keep the lower token id first.
-
-A draw depends on the seed and the position in the answer alone: Philox (Salmon et al. 2011) keyed by the seed, counted
-by the position. Versions before drew from torch's generator, so a seed gave other draws there.
 """
 
 from __future__ import annotations
@@ -31,11 +24,9 @@ from numpy.typing import NDArray
 from quadriga.engine.dry import Breakers, Dry
 from quadriga.engine.permitted import Permitted
 from quadriga.engine.request import SamplingParams
+from quadriga.engine.truncation import Floats, excluded, keep_only, kept, pick, top_ids, typical, uniforms
 from quadriga.errors import RequestError
 from quadriga.kernels.cpu.sampling import RowSettings, Sampled
-
-Floats = NDArray[np.floating]
-Ids = NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5
 """A lower temperature is greedy, as vLLM has it: a draw would differ only among logits that are nearer than that."""
@@ -309,10 +300,10 @@ class Sampler:
         weights = np.exp(logs)
         top_k = params.top_k
         if params.typical_p < 1.0:
-            _keep(weights, kept(weights, top_k, 1.0, 0.0))
-            _keep(weights, typical(weights, logs, params.typical_p))
+            keep_only(weights, kept(weights, top_k, 1.0, 0.0))
+            keep_only(weights, typical(weights, logs, params.typical_p))
             top_k = 0
-        _keep(weights, kept(weights, top_k, params.top_p, params.min_p))
+        keep_only(weights, kept(weights, top_k, params.top_p, params.min_p))
         at, second = uniforms(self._seed, self._n_drawn)
         if second < params.xtc_probability:
             weights[excluded(weights, params.xtc_threshold)] = 0.0
@@ -373,126 +364,6 @@ def top_logprobs(
         ids = top_ids(_without(row, unused), min(n, len(row) - len(unused.ids)))
         rows.append(tuple((i, float(row[i]) - log_sum) for i in ids.tolist()))
     return rows
-
-
-def uniforms(seed: int, position: int) -> tuple[float, float]:
-    """The two numbers in [0, 1), of 53 bits, that a seed has for a position: a token's draw, and whether XTC acts."""
-    first, second = (np.random.Philox(key=seed, counter=position).random_raw(2) >> 11).tolist()
-    return first * 2.0**-53, second * 2.0**-53
-
-
-_BLOCK = 256
-
-
-def pick(weights: Floats, at: float) -> int:
-    """The index in whose part of the summed weights (N,) the place ``at``, in [0, 1), lies; one of weight 0 never.
-
-    Sums are float64, and of blocks first: a running sum over a whole vocabulary takes as long as all the rest.
-    """
-    n_whole = len(weights) // _BLOCK * _BLOCK
-    blocks = weights[:n_whole].reshape(-1, _BLOCK).sum(1, dtype=np.float64)
-    ends = np.append(blocks, weights[n_whole:].sum(dtype=np.float64)).cumsum()
-    place = at * ends[-1]
-    block = _first_beyond(ends, place)
-    before = ends[block - 1] if block else 0.0
-    inside = np.append(before, weights[block * _BLOCK : (block + 1) * _BLOCK].astype(np.float64)).cumsum()[1:]
-    return block * _BLOCK + _first_beyond(inside, place)
-
-
-def _first_beyond(ends: Floats, place: float) -> int:
-    """The first index whose running sum exceeds ``place``; where rounding leaves none, the first of the whole sum."""
-    index = int(np.searchsorted(ends, place, side="right"))
-    return index if index < len(ends) else int(np.searchsorted(ends, ends[-1]))
-
-
-def _keep(weights: Floats, ids: Ids | None) -> None:
-    """All but these weigh nothing; None: all stay."""
-    if ids is not None:
-        stays = weights[ids]
-        weights[:] = 0.0
-        weights[ids] = stays
-
-
-def typical(weights: Floats, logs: Floats, part: float) -> Ids:
-    """The tokens of information nearest to the entropy, the nearest first, until they have ``part`` of all weights.
-
-    Args:
-        logs: of the weights; the difference from the entropy is ln w less the mean of ln w under the weights.
-    """
-    ids = np.flatnonzero(weights)
-    w, total = weights[ids].astype(np.float64), weights.sum(dtype=np.float64)
-    mean = np.float32((weights[ids] * logs[ids]).sum(dtype=np.float64) / total)
-    order = np.argsort(np.abs(logs[ids] - mean), kind="stable")
-    before = w[order].cumsum() - w[order]
-    reached: Ids = ids[order[before < part * total]]
-    return reached
-
-
-def excluded(weights: Floats, threshold: float) -> Ids:
-    """The tokens with at least ``threshold`` of all weights but the least likely of them, the last of equal ones."""
-    likely = np.flatnonzero((weights > 0) & (weights >= threshold * weights.sum(dtype=np.float64)))
-    return _ranked(weights, likely)[:-1]
-
-
-def kept(weights: Floats, top_k: int, top_p: float, min_p: float) -> Ids | None:
-    """The tokens that top-k, then top-p, then min-p leave; the best one stays.
-
-    Args:
-        weights: (V,), not negative: probabilities, or in proportion to them.
-
-    Returns:
-        Their ids, the largest weight first and the lower id first of equal ones; None where all stay.
-    """
-    if top_k == 0 and top_p == 1.0 and min_p == 0.0:
-        return None
-    if top_k:
-        ids = top_ids(weights, min(top_k, len(weights)))
-    elif top_p < 1.0:
-        ids = _reaching(weights, top_p)
-    else:
-        ids = _ranked(weights, np.flatnonzero(weights >= min_p * weights.max()))
-    ordered = weights[ids]
-    if top_p < 1.0:
-        sums = ordered.cumsum(dtype=np.float64)
-        total = sums[-1] if top_k else weights.sum(dtype=np.float64)
-        # A token stays where the better ones' sum is short of it; sums[:-1] is what lies before each but the first.
-        ids = ids[: 1 + int(np.count_nonzero(sums[:-1] < top_p * total))]
-        ordered = ordered[: len(ids)]
-    if min_p > 0.0:
-        ids = ids[: max(1, int(np.count_nonzero(ordered >= min_p * ordered[0])))]
-    return ids
-
-
-def top_ids(values: Floats, n: int) -> Ids:
-    """Ids of the n largest of values (V,), the largest first and the lower id first of equal ones."""
-    least = np.partition(values, len(values) - n)[len(values) - n]
-    return _ranked(values, np.flatnonzero(values >= least))[:n]
-
-
-_FIRST_SELECTED, _MORE = 128, 8
-
-
-def _reaching(weights: Floats, top_p: float) -> Ids:
-    """Ids, as :func:`kept` orders them, of more than enough of the largest weights to reach ``top_p`` of their sum."""
-    total = float(weights.sum(dtype=np.float64))
-    # All weights below this have less than (1 - top_p) of the sum together, so the others have more than top_p of it.
-    # The margins, here and below, are far beyond what sums in float64 lose.
-    least = max(0.0, 0.999 * (1.0 - top_p) - 1e-9) * total / len(weights)
-    ids = np.flatnonzero(weights >= least)
-    values = weights[ids]
-    n = _FIRST_SELECTED
-    while n < len(values):
-        selected = np.partition(values, len(values) - n)[len(values) - n :]
-        if selected.sum(dtype=np.float64) > top_p * 1.001 * total:
-            ids = ids[values >= selected[0]]
-            break
-        n *= _MORE
-    return _ranked(weights, ids)
-
-
-def _ranked(values: Floats, ids: Ids) -> Ids:
-    """Ids in rising order, as :func:`kept` orders them."""
-    return ids[np.argsort(-values[ids], kind="stable")]
 
 
 def _without(logits: Floats, unused: Unused) -> Floats:

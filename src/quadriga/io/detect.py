@@ -91,6 +91,12 @@ def locate(path: Path) -> Located:
 def _gguf(path: Path) -> Located:
     source = GGUFSource(path)
     try:
+        kind = source.metadata.get("general.type", "model")
+        if kind != "model":
+            raise CheckpointError(
+                f"{path.name} is no model: its general.type is {str(kind)[:40]!r}, as of adapters, imatrix files and "
+                "projectors. Give the model's own file."
+            )
         metadata = {**source.metadata, **_small_tensors(source)}
     finally:
         source.close()

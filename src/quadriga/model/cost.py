@@ -24,7 +24,7 @@ from quadriga.model.cache_layout import cache_layout, most_blocks
 from quadriga.model.config import AttentionSpec, DeltaNetSpec, ModelConfig, MoESpec, RecurrentMixer, ShortConvSpec
 from quadriga.model.weight_map import Shape, layer_shapes, parameter_shapes, stays_float32
 from quadriga.quant import formats
-from quadriga.quant.packed import BLOCK_TOKENS
+from quadriga.quant.packed import BLOCK_TOKENS, PACKED
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element by dtype name."""
@@ -32,7 +32,7 @@ ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Which element or block format (``quant.formats``) each kind of parameter is stored in."""
+    """Which element, block (``quant.formats``) or packed format (``quant.packed``) each kind of parameter is in."""
 
     matrices: str
     tables: str
@@ -46,12 +46,15 @@ FORMATS = {
     "bf16": WeightFormat("bfloat16", "bfloat16", "bfloat16"),
     "q8": WeightFormat("q8_0", "bfloat16", "bfloat16"),
     "q4": WeightFormat("q4_0", "bfloat16", "bfloat16"),
+    # GGUF's blocks of 256 as the kernels use them, a byte for each scale and minimum.
+    **{form: WeightFormat(form, "q8_0", "float32") for form in ("q6k", "q5k", "q4k", "q3k", "q2k")},
     # GGUF keeps norms and router in float32 whatever the file's type.
     "gguf-f16": WeightFormat("float16", "float16", "float32"),
     "gguf-q8_0": WeightFormat("q8_0", "q8_0", "float32"),
     "gguf-q4_0": WeightFormat("q4_0", "q4_0", "float32"),
 }
-"""Weight formats by name. Blocks of 32 with a 16-bit scale: 8.5 bits a weight in q8, 4.5 in q4."""
+"""Weight formats by name. Blocks of 32 with a 16-bit scale: 8.5 bits a weight in q8, 4.5 in q4; of 256, with scales of
+their own for every 16 or 32: 6.625 in q6k, 5.625 in q5k, 4.625 in q4k, 3.625 in q3k, 2.625 in q2k."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,11 @@ def weight_bytes(config: ModelConfig, form: str) -> int:
     return sum(_bytes(part.name, part.shape, chosen) * part.copies for part in _parameters(config))
 
 
+def table_bytes(config: ModelConfig, form: str) -> int:
+    """Bytes of the embedding table alone, of which a token reads a row (:func:`weight_bytes`)."""
+    return _bytes("embed.weight", (config.vocab_size, config.d_model), _format(form))
+
+
 def bytes_read_per_token(config: ModelConfig, form: str) -> int:
     """Bytes of weights that decoding one token reads at batch 1: the bound of a memory-bound machine.
 
@@ -214,10 +222,13 @@ def _parameters(config: ModelConfig) -> Iterator[_Part]:
 
 
 def _bytes(name: str, shape: Shape, form: WeightFormat) -> int:
+    is_table = name in ("embed.weight", "lm_head.weight")
+    if form.matrices in PACKED and len(shape) > 1 and not is_table and not stays_float32(name):
+        return prod(shape[:-2]) * PACKED[form.matrices].nbytes_of(shape[-2], shape[-1])
     if len(shape) == 1 or stays_float32(name):
         stored = formats.FORMATS[form.rest]
     else:
-        stored = formats.FORMATS[form.tables if name in ("embed.weight", "lm_head.weight") else form.matrices]
+        stored = formats.FORMATS[form.tables if is_table else form.matrices]
     if shape[-1] % stored.block:
         stored = formats.FORMATS["float16"]  # rows that are no whole blocks are not packed
     return prod(shape) // stored.block * stored.nbytes

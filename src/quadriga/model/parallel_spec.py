@@ -1,6 +1,6 @@
 """How ranks share a model: one statement for the planner, the trainer and whoever checks them. Imports no torch.
 
-    ranks = replicate x shard x ep          shard x ep ranks hold a copy; every cp x tp neighbours of them share rows
+    ranks = pp x replicate x shard x ep     shard x ep ranks hold a copy; every cp x tp neighbours of them share rows
 
     dense weights     one dimension cut into shard x ep parts, in replicate copies
     experts, ep = 1   the same
@@ -8,6 +8,9 @@
                       shard parts, in replicate copies
     heads, tp > 1     1 / tp of the heads (of attention) and of the width (of dense networks) on each rank of a group of
                       tp neighbours, cut into shard x ep / tp parts, in replicate copies
+
+With pp > 1 all this is said of a stage, which has an even part of the layers; the first one has the embeddings, the
+last one the head. Stages are the outermost count, as what they exchange is the least.
 
 Ranks that share rows have an equal part of their tokens each, and outside attention and dense networks they are ranks
 of data parallelism like all others: so tp and cp say nothing of ep, and the other way round. With tp, the inputs of
@@ -22,6 +25,7 @@ weights); then along another one that the number of parts divides.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +33,7 @@ from math import prod
 
 from quadriga.errors import ConfigError
 from quadriga.model.config import AttentionSpec, DenseSpec, LatentAttentionSpec, LayerSpec, ModelConfig
+from quadriga.model.rank_mesh import even_part
 from quadriga.model.weight_map import layer_shapes, parameter_shapes
 
 MOST_PADDING = 1.1
@@ -78,31 +83,45 @@ class ParallelSpec:
     ep: int = 1
     tp: int = 1
     cp: int = 1
+    pp: int = 1
 
     @classmethod
-    def of(cls, ranks: int, *, replicate: int = 1, experts: int = 1, tensor: int = 1, context: int = 1) -> ParallelSpec:
+    def of(
+        cls, ranks: int, *, replicate: int = 1, experts: int = 1, tensor: int = 1, context: int = 1, pipeline: int = 1
+    ) -> ParallelSpec:
         """The layout of so many ranks, by the names of the [parallel] section.
 
         Raises:
             ConfigError: copies, expert ranks, or ranks that share rows do not divide the number of ranks.
         """
         given = {"replicate": replicate, "experts": experts, "tensor": tensor, "context": context}
-        for name, value in given.items():
+        for name, value in {"pipeline": pipeline, **given}.items():
             if ranks % value:
                 raise ConfigError(f"parallel.{name} must divide the number of ranks: got {value} and {ranks} ranks")
+        ranks //= pipeline
+        of = "number of ranks" if pipeline == 1 else "ranks of a stage"
         for names in (("replicate", "experts"), ("replicate", "tensor", "context")):
             if ranks % prod(given[name] for name in names):
                 product = " x ".join(f"parallel.{name}" for name in names)
                 raise ConfigError(
-                    f"{product} must divide the number of ranks: got {' x '.join(str(given[name]) for name in names)} "
+                    f"{product} must divide the {of}: got {' x '.join(str(given[name]) for name in names)} "
                     f"and {ranks} ranks"
                 )
-        return cls(replicate, ranks // (replicate * experts), experts, tensor, context)
+        return cls(replicate, ranks // (replicate * experts), experts, tensor, context, pipeline)
 
     @property
     def ranks(self) -> int:
         """Total number of ranks."""
+        return self.stage_ranks * self.pp
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks of one stage of the pipeline; without one, all."""
         return self.replicate * self.shard * self.ep
+
+    def layers(self, n_layers: int, stage: int) -> range:
+        """A stage's layers."""
+        return range(*even_part(n_layers, self.pp, stage))
 
     @property
     def sharing(self) -> int:
@@ -124,7 +143,17 @@ class ParallelSpec:
 
     def problem(self, config: ModelConfig) -> str | None:
         """Why a model cannot be trained in this layout, or None."""
-        return self._sharing_problem(config) or self._experts_problem(config)
+        return self._pipeline_problem(config) or self._sharing_problem(config) or self._experts_problem(config)
+
+    def _pipeline_problem(self, config: ModelConfig) -> str | None:
+        if self.pp > config.n_layers:
+            return f"parallel.pipeline must be at most the model's {config.n_layers} layers, got {self.pp}"
+        if self.pp > 1 and config.tied_embeddings:
+            return (
+                "parallel.pipeline cannot be above 1 where embeddings and head are one matrix, which the first and the "
+                "last stage would share. Leave it at 1"
+            )
+        return None
 
     def _sharing_problem(self, config: ModelConfig) -> str | None:
         for layer in config.kinds():
@@ -160,12 +189,19 @@ class ParallelSpec:
         return None
 
     def elements(self, config: ModelConfig) -> int:
-        """Elements of all parameters that the fullest rank holds, padding included."""
+        """Elements of all parameters that the fullest rank, of all stages, holds; padding included."""
         return _sums(self, config)[0]
 
     def padding(self, config: ModelConfig) -> float:
-        """Bytes that the gathers of a pass move, relative to the weights they are for: 1 where nothing is padded."""
+        """Bytes that the gathers of a pass move, relative to the weights they are for: 1 where nothing is padded.
+
+        In a pipeline, of the stage with the fullest rank.
+        """
         return _sums(self, config)[1]
+
+    def fullest_stage(self, config: ModelConfig) -> int:
+        """The stage whose ranks hold most."""
+        return _sums(self, config)[2]
 
 
 _OF_ROWS = re.compile(
@@ -206,18 +242,27 @@ def _is_expert(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and name.rsplit(".", 1)[-1] in ("w_gate", "w_up", "w_down")
 
 
-def _counted(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """(name, shape, how often) of every parameter; layers of one kind are counted together."""
-    for layer, n in config.kinds().items():
+def _counted(config: ModelConfig, layers: range) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """(name, shape, how often) of every parameter of a stage; layers of one kind are counted together."""
+    for layer, n in Counter(config.layers[i] for i in layers).items():
         yield from ((name, shape, n) for name, shape in layer_shapes(layer, config.d_model).items())
-    outside = parameter_shapes(config).items()
-    yield from ((name, shape, 1) for name, shape in outside if not name.startswith("layers."))
+    for name, shape in parameter_shapes(config).items():
+        here = layers.start == 0 if name.startswith("embed.") else layers.stop == config.n_layers
+        if here and not name.startswith("layers."):
+            yield name, shape, 1
 
 
 @lru_cache(maxsize=1 << 14)
-def _sums(spec: ParallelSpec, config: ModelConfig) -> tuple[int, float]:
+def _sums(spec: ParallelSpec, config: ModelConfig) -> tuple[int, float, int]:
+    """(elements of a rank, padding, stage) of the stage with most."""
+    stages = [_stage_sums(spec, config, spec.layers(config.n_layers, stage)) for stage in range(spec.pp)]
+    own, padding = max(stages)
+    return own, padding, stages.index((own, padding))
+
+
+def _stage_sums(spec: ParallelSpec, config: ModelConfig, layers: range) -> tuple[int, float]:
     own = gathered = whole = 0
-    for name, shape, n in _counted(config):
+    for name, shape, n in _counted(config, layers):
         found = spec.cut(name, shape)
         assert found is not None, "problem() was asked before"
         own += n * found.part

@@ -154,12 +154,20 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, context: ForwardContext) -> tuple[Tensor, list[RouterStats]]:
         """tokens (N,) -> (final hidden states before the last norm (N, D), routing of each MoE layer)."""
+        return self.through(self.embedded(tokens), context)
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """tokens (N,) -> (N, D), what the first layer is given."""
         h = self.embed.look_up(tokens)
-        if self.config.embedding_scale != 1.0:
-            h = h * self.config.embedding_scale
+        return h if self.config.embedding_scale == 1.0 else h * self.config.embedding_scale
+
+    def through(self, h: Tensor, context: ForwardContext) -> tuple[Tensor, list[RouterStats]]:
+        """h (N, D) through the layers that are here: all, or a pipeline's stage of them; as :meth:`hidden` returns."""
         rotations = Rotations(context.positions, h.dtype, self.config.max_seq_len)
         stats: list[RouterStats] = []
         for layer in self.layers:
+            if not isinstance(layer, Block):
+                continue
             h, layer_stats = layer(h, context, rotations)
             if layer_stats is not None:
                 stats.append(layer_stats)

@@ -31,6 +31,22 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask")
 """Of ``tokenizer.ggml.ROLE_token_id``; the misspelling is the format's."""
+_PREFIX = "tokenizer.ggml."
+_KINDS = range(7)
+"""Of ``tokenizer.ggml.token_type``: 0 is no type, which llama.cpp takes for an ordinary token; then NORMAL to BYTE."""
+_READ = (
+    *("model", "pre", "tokens", "token_type", "scores", "merges", "precompiled_charsmap"),
+    *("add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces"),
+)
+_HARMLESS = (
+    "token_type_count",  # of BERT's segments
+    "add_sep_token",  # between two texts
+    "cls_token_id",
+    # Where a middle is to be filled in; found by name.
+    *(f"{part}_token_id" for part in ("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep")),
+    *(f"{part}_token_id" for part in ("prefix", "suffix", "middle")),
+)
+"""Keys that change no ids of one text."""
 SENTENCEPIECE = {"llama": BPE, "t5": UNIGRAM}
 """``tokenizer.ggml.model`` of SentencePiece vocabularies."""
 
@@ -77,16 +93,45 @@ def tokens_of(metadata: Mapping[str, Any]) -> Tokens:
         kinds = [_kind_by_text(text) for text in texts]
     if not isinstance(kinds, list) or len(kinds) != len(texts):
         raise TokenizerError(f"tokenizer.ggml.token_type must have {len(texts)} entries")
+    if strange := [kind for kind in kinds if type(kind) is not int or kind not in _KINDS]:
+        raise TokenizerError(
+            f"tokenizer.ggml.token_type must be numbers from {min(_KINDS)} to {max(_KINDS)}, got {str(strange[0])[:40]}"
+        )
+    _log_unread(metadata)
     roles: dict[str, int] = {}
     for role in ROLES:
         value = metadata.get(f"tokenizer.ggml.{role}_token_id")
-        if value is not None and not (isinstance(value, int) and 0 <= value < len(texts)):
+        if value is not None and not (type(value) is int and 0 <= value < len(texts)):
             raise TokenizerError(f"tokenizer.ggml.{role}_token_id must be below {len(texts)}, got {value!r}")
         if value is not None:
             roles[role] = value
     texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(texts)]
     kinds = [kind if given else UNUSED for kind, given in zip(kinds, metadata["tokenizer.ggml.tokens"], strict=True)]
     return Tokens(texts, kinds, roles)
+
+
+def _log_unread(metadata: Mapping[str, Any]) -> None:
+    """Name the keys about the vocabulary that nobody here knows: they may change its ids."""
+    known = {f"{_PREFIX}{key}" for key in (*_READ, *_HARMLESS)} | {f"{_PREFIX}{role}_token_id" for role in ROLES}
+    unread = sorted(key for key in metadata if key.startswith(_PREFIX) and key not in known)
+    if unread:
+        logger.warning("keys of the GGUF vocabulary that are not read: %s", ", ".join(unread)[:400])
+
+
+def flag(metadata: Mapping[str, Any], key: str, otherwise: bool) -> bool:
+    """A truth value of the vocabulary's.
+
+    Args:
+        key: behind ``tokenizer.ggml.``.
+        otherwise: what a file means that leaves it out.
+
+    Raises:
+        TokenizerError: it is of another type.
+    """
+    value = metadata.get(_PREFIX + key, otherwise)
+    if not isinstance(value, bool):
+        raise TokenizerError(f"{_PREFIX}{key} must be true or false, got {str(value)[:40]!r}")
+    return value
 
 
 def bpe_spec(tokens: Tokens, metadata: Mapping[str, Any], pre: str) -> dict[str, Any]:
@@ -175,6 +220,8 @@ def sentencepiece(tokens: Tokens, metadata: Mapping[str, Any]) -> Model:
         raise TokenizerError(
             f"tokenizer.ggml.scores must have {len(tokens.texts)} numbers; a {model!r} vocabulary needs them"
         )
+    if strange := [score for score in scores if type(score) not in (int, float) or score != score]:
+        raise TokenizerError(f"tokenizer.ggml.scores must be numbers, got {str(strange[0])[:40]}")
     control = {token.id for token in tokens.added if token.control}
     kinds = [
         CONTROL if i in control and kind in (NORMAL, USER_DEFINED) else kind for i, kind in enumerate(tokens.kinds)
@@ -186,8 +233,8 @@ def sentencepiece(tokens: Tokens, metadata: Mapping[str, Any]) -> Model:
         [Piece(*row) for row in zip(tokens.texts, scores, kinds, strict=True)],
         model_type=SENTENCEPIECE[model],
         byte_fallback=BYTE in kinds,
-        add_space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
-        remove_extra_whitespaces=bool(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)),
+        add_space_prefix=flag(metadata, "add_space_prefix", otherwise=True),
+        remove_extra_whitespaces=flag(metadata, "remove_extra_whitespaces", otherwise=False),
         charsmap=bytes(b & 0xFF for b in charsmap),
     )
 

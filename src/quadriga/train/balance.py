@@ -17,27 +17,30 @@ from quadriga.nn.transformer import Transformer
 from quadriga.train.config import RouterSection
 from quadriga.train.parallel import moe_layers
 from quadriga.train.schedule import bias_share
+from quadriga.train.stage import Stage
 from quadriga.train.world import World
 
 
 class BiasBalancer:
-    """Owns the bias of every layer's router: ``bias`` (L, E) float32."""
+    """Owns the bias of every layer's router: ``bias`` (L, E) float32; a stage of a pipeline applies those it has."""
 
-    def __init__(self, model: Transformer, section: RouterSection, world: World) -> None:
+    def __init__(self, model: Transformer, section: RouterSection, world: World, stage: Stage | None = None) -> None:
         self.section = section
-        self._routers = [moe.router for moe in moe_layers(model)]
-        if not self._routers:
+        self._routers, mixtures = [moe.router for moe in moe_layers(model)], model.config.moe_layers
+        if not mixtures:
             raise ConfigError("router.bias_rate needs a model with experts; this one is dense")
-        if any(router.spec.score == "sparse_mixer" for router in self._routers):
+        if any(spec.score == "sparse_mixer" for _, spec in mixtures):
             raise ConfigError(
                 "router.bias_rate must be 0 for a sparse mixer, which chooses experts by its logits alone"
             )
-        self.bias = torch.zeros(len(self._routers), self._routers[0].spec.n_experts, device=world.device)
+        self.bias = torch.zeros(len(mixtures), mixtures[0][1].n_experts, device=world.device)
+        own = None if stage is None else stage.mixtures
+        self._own = slice(None) if own is None else slice(own.start, own.stop)
 
     def apply(self, step: int, n_steps: int) -> None:
         """Set the routers' biases for a step, faded according to the schedule."""
         share = bias_share(step, n_steps, self.section.bias_fade)
-        for router, bias in zip(self._routers, self.bias, strict=True):
+        for router, bias in zip(self._routers, self.bias[self._own], strict=True):
             router.balancing = bias * share if share else None
 
     @torch.no_grad()

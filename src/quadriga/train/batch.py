@@ -9,15 +9,17 @@ requesting different rows. Implementations: ``loader`` (files), ``memory_source`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from quadriga.nn.moe import RouterStats
 from quadriga.nn.transformer import Transformer
 from quadriga.train.row_group import RowGroup
+from quadriga.train.stage import Stage
 
 IGNORE = -100
 """Target value that takes no loss: after the last token of a document, in prompts, in padding."""
@@ -50,6 +52,11 @@ class TrainingBatch:
     """Where these tokens begin among those that ``bounds`` divides."""
     outside_padding: Tensor | None = None
     """(N,) bool, known of a part, which may lack a document's targets; None: ``targets`` tell."""
+
+    stage: Stage | None = None
+    """The stage of a pipeline that computes on it; None: there is no pipeline."""
+    entry: Tensor | None = None
+    """(N, D): what the previous stage made of the tokens; None: this one is the first."""
 
     def part(self, group: RowGroup) -> TrainingBatch:
         """This rank's part of rows that a group shares; their tokens must be a multiple of the group's size."""
@@ -130,6 +137,15 @@ class BatchSource(Protocol):
 
     def rows(self, step: int, first: int, last: int) -> TrainingBatch:
         """Rows [first, last) of the global batch at ``step``; the same arguments always give the same rows."""
+        ...
+
+
+@runtime_checkable
+class StagedObjective(Protocol):
+    """What an objective needs besides to be computed in a pipeline, whose last stage alone calls it as it is."""
+
+    def on_the_way(self, stats: Sequence[RouterStats], batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a stage without the head adds to the summed loss, and its metrics."""
         ...
 
 

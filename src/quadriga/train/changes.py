@@ -20,7 +20,7 @@ from quadriga.train.config import ScheduleSection
 from quadriga.train.schedule import bias_share, learning_rate_share
 
 _RECORDED = ("run", "log", "evaluate", "checkpoint", "guard", "data", "model.init_std", "n_steps", "schedule", "seed")
-_LAYOUT = ("replicate", "experts", "tensor", "context", "device", "recompute", "timeout_s")
+_LAYOUT = ("replicate", "experts", "tensor", "context", "pipeline", "device", "recompute", "timeout_s")
 """Keys of [parallel] that change roundings only; ``dtype`` and ``micro_rows`` change the loss."""
 _PROBES = 1000
 

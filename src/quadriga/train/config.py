@@ -167,6 +167,8 @@ class ParallelSection(Section, frozen=True):
     networks."""
     context: int = 1
     """Context parallelism: number of parts that long rows are cut into; ``tensor`` neighbours share a part."""
+    pipeline: int = 1
+    """Pipeline parallelism: number of stages that the layers are divided among; micro-steps go through them in turn."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation; master weights and optimiser state are always float32."""
     device: str = "auto"
@@ -178,7 +180,7 @@ class ParallelSection(Section, frozen=True):
 
     def __post_init__(self) -> None:
         _positive("parallel", replicate=self.replicate, experts=self.experts, timeout_s=self.timeout_s)
-        _positive("parallel", tensor=self.tensor, context=self.context)
+        _positive("parallel", tensor=self.tensor, context=self.context, pipeline=self.pipeline)
         ok = self.micro_rows is None or self.micro_rows > 0
         _require(ok, f"parallel.micro_rows must be at least 1, got {self.micro_rows}")
 

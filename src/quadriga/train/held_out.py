@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from quadriga.nn.moe import RouterStats
 from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import IGNORE, BatchSource, TrainingBatch
 from quadriga.train.losses import final_hidden, head_weight, logits_of
 from quadriga.train.parallel import ModelWithLoss
+from quadriga.train.pipeline import passed
 from quadriga.train.world import World
 
 if TYPE_CHECKING:
@@ -75,9 +78,11 @@ def held_out_losses(module: ModelWithLoss, sources: Mapping[str, BatchSource], w
         counts = first < n_rows  # ranks without rows compute too: a sharded model needs every rank
         rows = source.rows(0, first if counts else 0, min(first + share, n_rows) if counts else 1)
         batch = layout.own(rows).to(world.device)
-        _, metrics = module(batch)
-        own = torch.stack([metrics["loss"].double().cpu(), torch.tensor(batch.target_weight(), dtype=torch.float64)])
-        total, weight = world.sum((own * counts).to(world.device)).tolist()
+        _, metrics = passed(module, batch)
+        own = torch.zeros(2, dtype=torch.float64)
+        if counts and layout.stage.last:
+            own = torch.stack([metrics["loss"].double().cpu(), torch.tensor(batch.target_weight()).double()])
+        total, weight = world.sum(own.to(world.device)).tolist()
         loss = total / max(weight, 1.0)
         found[domain] = HeldOutLoss(loss, _bits_per_byte(loss, source))
     module.train()
@@ -91,6 +96,9 @@ def _bits_per_byte(loss: float, source: BatchSource) -> float | None:
 
 class _LastLogits:
     """Used in place of an objective: returns the logits after the last token."""
+
+    def on_the_way(self, stats: Sequence[RouterStats], batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return torch.zeros(()), {}
 
     def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         hidden, _ = final_hidden(model, batch)
@@ -119,7 +127,8 @@ def continuation(
     module.eval()
     try:
         for _ in range(n_tokens):
-            logits, _ = module(module.layout.copied(_one_document(ids)).to(world.device))
+            logits, _ = passed(module, module.layout.copied(_one_document(ids)).to(world.device))
+            logits = _from_last(module, logits)
             ids.append(int(logits[:n_vocab].index_fill(0, holes, -math.inf).argmax()))
             if ids[-1] in end_ids:
                 break
@@ -127,6 +136,18 @@ def continuation(
         module.objective = objective
         module.train()
     return ids[len(prompt) :]
+
+
+def _from_last(module: ModelWithLoss, logits: Tensor | None) -> Tensor:
+    """The last stage's logits, on all stages."""
+    stage, config = module.layout.stage, module.model.config
+    if stage.count == 1:
+        assert logits is not None, "there is one stage"
+        return logits
+    if logits is None:
+        logits = torch.empty(config.vocab_size, device=next(module.parameters()).device)
+    dist.broadcast(logits, group=stage.line, group_src=stage.count - 1)
+    return logits
 
 
 def _one_document(ids: Sequence[int]) -> TrainingBatch:

@@ -2,15 +2,16 @@
 
 Ranks are numbered so that neighbours share rows:
 
-    ranks in order        replicate x ... x context x tensor       the last count fastest: neighbours share rows
-    rank r                row group r // sharing, part r % sharing of its rows
+    ranks in order        pipeline x replicate x ... x context x tensor      the last count fastest: neighbours share
+    rank r of a stage     row group r // sharing, part r % sharing of its rows                               rows
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -18,7 +19,8 @@ from quadriga.errors import ConfigError
 from quadriga.model.parallel_spec import ParallelSpec
 from quadriga.train.batch import TrainingBatch
 from quadriga.train.row_group import ALONE, RowGroup
-from quadriga.train.shards import Portion
+from quadriga.train.shards import Portion, local_parts
+from quadriga.train.stage import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,12 @@ class Layout:
 
     spec: ParallelSpec = field(default_factory=ParallelSpec)
     rank: int = 0
+    """In its stage."""
+    stage: Stage = field(default_factory=Stage)
+    absent: frozenset[str] = frozenset()
+    """Parameters and buffers that other stages have."""
+    dtype: torch.dtype = torch.float32
+    """Of the computation."""
     group: RowGroup = ALONE
     portions: Mapping[str, Portion] = field(default_factory=dict)
     """Of the parameters of which this rank and those that shard them with it have only some heads."""
@@ -34,7 +42,7 @@ class Layout:
     @property
     def n_row_groups(self) -> int:
         """Groups of ranks that read rows of their own."""
-        return self.spec.ranks // self.spec.sharing
+        return self.spec.stage_ranks // self.spec.sharing
 
     @property
     def row_group(self) -> int:
@@ -61,27 +69,43 @@ class Layout:
 
     def own(self, rows: TrainingBatch) -> TrainingBatch:
         """This rank's part of its group's rows."""
-        return rows if self.group.size == 1 else rows.part(self.group)
+        return self._staged(rows if self.group.size == 1 else rows.part(self.group))
 
     def copied(self, rows: TrainingBatch) -> TrainingBatch:
         """Rows that every rank computes whole."""
-        return rows if self.group.size == 1 else rows.copied(self.group)
+        return self._staged(rows if self.group.size == 1 else rows.copied(self.group))
+
+    def _staged(self, rows: TrainingBatch) -> TrainingBatch:
+        return rows if self.stage.count == 1 else replace(rows, stage=self.stage)
 
     def copies(self, name: str, parameter: Tensor) -> int:
-        """Number of ranks that hold the same part of a parameter."""
+        """Number of ranks, of a stage, that hold the same part of a parameter."""
         parts = self.group.n_tensor if name in self.portions else 1
         if isinstance(parameter, DTensor):
             for axis, placement in enumerate(parameter.placements):
                 if not isinstance(placement, Replicate):
                     parts *= parameter.device_mesh.size(axis)
-        return self.spec.ranks // parts
+        return self.spec.stage_ranks // parts
 
     def portions_of(self, state: Mapping[str, Tensor]) -> dict[str, Portion]:
         """The same by the names of the saved state: ``parameter/NAME``, ``ema/NAME``, ``optimiser/NAME/KEY``."""
         found = {}
         for name, tensor in state.items():
-            kind, _, of = name.partition("/")
-            parameter = of.rpartition("/")[0] if kind == "optimiser" else of
-            if tensor.ndim and parameter in self.portions:
+            if tensor.ndim and (parameter := parameter_of(name)) in self.portions:
                 found[name] = self.portions[parameter]
         return found
+
+    def parts(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts of the state that this rank saves, copied to the host."""
+        own = {name: x for name, x in state.items() if self.stage.first or "/" in name}
+        return local_parts(own, self.rank, self.portions_of(own))
+
+    def elsewhere(self, name: str) -> bool:
+        """True for a saved tensor that belongs to another stage."""
+        return parameter_of(name) in self.absent
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that a tensor of the saved state belongs to."""
+    kind, _, of = name.partition("/")
+    return of.rpartition("/")[0] if kind == "optimiser" else of

@@ -30,8 +30,14 @@ from quadriga.train.world import World
 
 def final_hidden(model: Transformer, batch: TrainingBatch) -> tuple[Tensor, list[RouterStats]]:
     """Run the model up to the last norm: (hidden states (N, D), router statistics of each MoE layer)."""
-    hidden, stats = model.hidden(batch.tokens, DocumentContext(batch))
+    hidden, stats = through_layers(model, batch)
     return model.final_norm(hidden), stats
+
+
+def through_layers(model: Transformer, batch: TrainingBatch) -> tuple[Tensor, list[RouterStats]]:
+    """Run the layers that this rank has: (hidden states (N, D), router statistics of each of its MoE layers)."""
+    entry = model.embedded(batch.tokens) if batch.entry is None else batch.entry
+    return model.through(entry, DocumentContext(batch))
 
 
 def head_weight(model: Transformer) -> Tensor:
@@ -82,6 +88,10 @@ class NextToken:
             metrics |= router_metrics
         return loss, metrics
 
+    def on_the_way(self, stats: Sequence[RouterStats], batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The routers' part of the loss in a stage without the head; see ``StagedObjective``."""
+        return self.router_losses(stats, batch)
+
     def router_losses(self, stats: Sequence[RouterStats], batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Balance and z losses: (the term to add to the summed loss, metrics to sum)."""
         mask = batch.real()
@@ -89,10 +99,12 @@ class NextToken:
         own = torch.cat(
             [usage.counts.flatten(), usage.n_tokens[None], usage.n_tokens.new_tensor([batch.target_weight()])]
         )
-        together = self.world.sum(own)
+        together = self.world.sum(own, None if batch.stage is None else batch.stage.ranks)
         counts = together[:-2].view_as(usage.counts)
         n_tokens, weight = together[-2].clamp(min=1), together[-1]
         balance = balance_loss(counts, usage.probs, n_tokens, self.top_k, self.balance_form)
+        if batch.stage is not None:
+            balance = balance * batch.stage.mixture_share  # it is a mean over the layers
         z = torch.stack([layer.logits[mask].logsumexp(-1).square().sum() for layer in stats]).sum() / n_tokens
         extra = weight * (self.balance_weight * balance + self.z_weight * z)
         metrics = {

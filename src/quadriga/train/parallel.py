@@ -33,12 +33,14 @@ from quadriga.model.parallel_spec import Cut, ParallelSpec, cut
 from quadriga.model.weight_map import Box
 from quadriga.nn.moe import MoE
 from quadriga.nn.transformer import Block, Transformer
-from quadriga.train.batch import Objective, TrainingBatch
+from quadriga.train.batch import Objective, StagedObjective, TrainingBatch
 from quadriga.train.config import ParallelSection
 from quadriga.train.expert_parallel import spread
 from quadriga.train.layout import Layout
+from quadriga.train.losses import through_layers
 from quadriga.train.row_group import RowGroup
 from quadriga.train.shards import places
+from quadriga.train.stage import Stage, keep_stage
 from quadriga.train.tensor_parallel import cut_heads
 from quadriga.train.world import World
 
@@ -56,11 +58,44 @@ class ModelWithLoss(nn.Module):
         self.model = model
         self.objective = objective
         self.layout = layout or Layout()
+        self.loss_scale = 1.0
+        """What the pipeline multiplies losses with; without one, the trainer does."""
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(summed loss, metrics) of a batch; see ``Objective``."""
-        loss, metrics = self.objective(self.model, batch)
-        return loss, dict(metrics)
+        """(summed loss, metrics) of a batch; see ``Objective``. A stage without the head: (hidden states, metrics).
+
+        The gradient of those hidden states is also that of the routers' losses, times ``loss_scale``.
+        """
+        if self.layout.stage.last:
+            loss, metrics = self.objective(self.model, batch)
+            return loss, dict(metrics)
+        hidden, stats = through_layers(self.model, batch)
+        if not stats:
+            return hidden, {}
+        assert isinstance(self.objective, StagedObjective), "prepare asked for one"
+        extra, metrics = self.objective.on_the_way(stats, batch)
+        carried: Tensor = _Carry.apply(hidden, extra, self.loss_scale)  # type: ignore[no-untyped-call]
+        return carried, dict(metrics)
+
+    def sum_over_copies(self, now: bool) -> None:
+        """Whether the next backward passes add up gradients over the model's copies: once a step is enough."""
+        if self.layout.spec.replicate > 1:
+            assert isinstance(self, FSDPModule), "copies are FSDP2's"
+            self.set_requires_all_reduce(now)
+
+
+class _Carry(torch.autograd.Function):
+    """Hidden states that carry a loss along: when their gradient comes back, the loss gets its own."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale, ctx.dtype = scale, loss.dtype
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        return gradient, torch.full((), ctx.scale, dtype=ctx.dtype, device=gradient.device), None
 
 
 Fill = Callable[[str, Box], Tensor]
@@ -84,6 +119,9 @@ def prepare(
             "parallel.recompute = 'selective' is for GPUs: a CPU's kernels write into the products that it would keep. "
             "Use 'full' or 'none'"
         )
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    stage = _stage(model, objective, spec, world)
+    here = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     empty = any(parameter.is_meta for parameter in model.parameters())
     if not empty:
         model.to(world.device)
@@ -91,7 +129,15 @@ def prepare(
     for block in blocks:
         _recompute(block, section.recompute)
     group = _row_group(spec, world)
-    layout = Layout(spec=spec, rank=world.rank, group=group, portions=cut_heads(model, group) if spec.tp > 1 else {})
+    layout = Layout(
+        spec=spec,
+        rank=world.rank % spec.stage_ranks,
+        stage=stage,
+        absent=frozenset(names - here),
+        dtype=DTYPES[section.dtype],
+        group=group,
+        portions=cut_heads(model, group) if spec.tp > 1 else {},
+    )
     module = ModelWithLoss(model, objective, layout)
     if world.size > 1:
         _shard(module, blocks, section, spec, world)
@@ -126,8 +172,9 @@ def check_layout(model: Transformer, section: ParallelSection, world: World) -> 
         ConfigError: ranks, experts or a parameter's dimensions cannot be divided so.
     """
     spec = ParallelSpec.of(
-        world.size, replicate=section.replicate, experts=section.experts, tensor=section.tensor, context=section.context
-    )
+        world.size, replicate=section.replicate, experts=section.experts, tensor=section.tensor,
+        context=section.context, pipeline=section.pipeline,
+    )  # fmt: skip
     problem = spec.problem(model.config) or _problem_of_factors(model, spec)
     if problem is not None:
         raise ConfigError(problem)
@@ -160,13 +207,41 @@ def _materialise(module: ModelWithLoss, world: World, fill: Fill | None) -> None
 
 
 def moe_layers(model: Transformer) -> list[MoE]:
-    """The MoE of every layer; empty for a dense model."""
+    """The MoE of every layer that is here; empty for a dense model."""
     return [layer.moe for layer in model.layers if isinstance(layer, Block) and layer.moe is not None]
 
 
 def _kind(world: World) -> str:
     """The device type of the ranks' meshes; the meta device has none."""
     return "cpu" if world.device.type == "meta" else world.device.type
+
+
+def _stage(model: Transformer, objective: Objective, spec: ParallelSpec, world: World) -> Stage:
+    """This rank's stage of the pipeline; what other stages have is removed from the model.
+
+    Raises:
+        ConfigError: the objective cannot be computed in stages.
+    """
+    if spec.pp == 1:
+        return Stage()
+    if not isinstance(objective, StagedObjective) or getattr(objective, "balance_form", None) == "hf":
+        raise ConfigError(
+            "parallel.pipeline is for pre-training with router.balance_form = 'megablocks': other losses do not add up "
+            "over layers. Leave it at 1"
+        )
+    mesh = init_device_mesh(_kind(world), (spec.pp, spec.stage_ranks), mesh_dim_names=("stages", "ranks"))
+    index = world.rank // spec.stage_ranks
+    layers = spec.layers(model.config.n_layers, index)
+    mixtures = [i for i, _ in model.config.moe_layers]
+    keep_stage(model, layers, first=index == 0, last=index == spec.pp - 1)
+    return Stage(
+        index=index,
+        count=spec.pp,
+        mixtures=range(sum(i < layers.start for i in mixtures), sum(i < layers.stop for i in mixtures)),
+        n_mixtures=len(mixtures),
+        ranks=mesh["ranks"].get_group(),
+        line=mesh["stages"].get_group(),
+    )
 
 
 def _row_group(spec: ParallelSpec, world: World) -> RowGroup:
@@ -183,13 +258,15 @@ def _shard(
     module: ModelWithLoss, blocks: Iterable[Block], section: ParallelSection, spec: ParallelSpec, world: World
 ) -> None:
     kind = _kind(world)
-    mesh = init_device_mesh(kind, (spec.replicate, spec.shard * spec.ep), mesh_dim_names=("replicate", "shard"))
-    data_mesh = mesh["shard"] if spec.replicate == 1 else mesh
+    sizes = (spec.pp, spec.replicate, spec.shard * spec.ep)
+    mesh = init_device_mesh(kind, sizes, mesh_dim_names=("stage", "replicate", "shard"))
+    data_mesh = mesh["shard"] if spec.replicate == 1 else mesh["replicate", "shard"]
     expert_mesh = None
     if spec.ep > 1:
         expert_mesh = init_device_mesh(
-            kind, (spec.replicate, spec.shard, spec.ep), mesh_dim_names=("replicate", "shard", "experts")
-        )
+            kind, (spec.pp, spec.replicate, spec.shard, spec.ep),
+            mesh_dim_names=("stage", "replicate", "shard", "experts"),
+        )  # fmt: skip
     dtype = DTYPES[section.dtype]
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -219,8 +296,9 @@ class _Placements:
         self._mesh: FSDPMeshInfo | None = None
         if portions:
             mesh = init_device_mesh(
-                kind, (spec.replicate, self._of_heads, spec.tp), mesh_dim_names=("replicate", "shard", "tensor")
-            )
+                kind, (spec.pp, spec.replicate, self._of_heads, spec.tp),
+                mesh_dim_names=("stage", "replicate", "shard", "tensor"),
+            )  # fmt: skip
             if spec.replicate == 1:
                 self._mesh = FSDPMeshInfo(mesh["shard"], shard_mesh_dim=0)
             else:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from quadriga.errors import CheckpointError, TrainingError
 from quadriga.train.config import CheckpointSection
+from quadriga.train.layout import Layout
 from quadriga.train.run_directory import Manifest, RunDirectory
-from quadriga.train.shards import Portion, ShardReader, encode, local_parts
+from quadriga.train.shards import ShardReader, encode
 from quadriga.train.world import World
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -52,17 +53,10 @@ class Saver:
         self._error: Exception | None = None
         self._news: list[str] = []
 
-    def save(
-        self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any],
-        portions: Mapping[str, Portion] | None = None,
-    ) -> None:  # fmt: skip
-        """Save the state as the checkpoint of ``step``; returns when it is copied, or written if synchronous.
-
-        Args:
-            portions: of the tensors that are not whole, which part of the whole they are.
-        """
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], layout: Layout) -> None:
+        """Save the state as the checkpoint of ``step``; returns when it is copied, or written if synchronous."""
         self.finish()
-        parts = local_parts(tensors, self.world.rank, portions)
+        parts = layout.parts(tensors)
         if self.section.asynchronous:
             # Not a daemon thread: the interpreter waits for it at exit, so a normal exit never cuts off a save.
             self._thread = threading.Thread(target=self._write, args=(step, parts, state), name="checkpoint")
@@ -162,21 +156,21 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def load(
-    checkpoint: Path, manifest: Manifest, tensors: Mapping[str, Tensor], portions: Mapping[str, Portion] | None = None
-) -> None:
+def load(checkpoint: Path, manifest: Manifest, tensors: Mapping[str, Tensor], layout: Layout) -> None:
     """Fill tensors, whole or sharded in any way, from a checkpoint whose manifest was verified.
 
     Raises:
         CheckpointError: the checkpoint does not have exactly these tensors.
     """
     reader = ShardReader([checkpoint / name for name in manifest.files])
-    missing, extra = sorted(set(tensors) - reader.names()), sorted(reader.names() - set(tensors))
+    stored = {name for name in reader.names() if not layout.elsewhere(name)}
+    missing, extra = sorted(set(tensors) - stored), sorted(stored - set(tensors))
     if missing or extra:
         raise CheckpointError(
             f"the checkpoint {checkpoint} does not fit this run: {len(missing)} tensors are missing {missing[:3]}, "
             f"{len(extra)} are unexpected {extra[:3]}. Resume with the model, optimiser, ema and router sections it "
             "was saved with."
         )
+    portions = layout.portions_of(tensors)
     for name, tensor in tensors.items():
-        reader.fill(name, tensor, (portions or {}).get(name))
+        reader.fill(name, tensor, portions.get(name))

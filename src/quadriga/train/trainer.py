@@ -34,6 +34,7 @@ from quadriga.train.flops import flops_of
 from quadriga.train.guard import SpikeGuard
 from quadriga.train.optim import Optimiser, local
 from quadriga.train.parallel import Fill, MasterWeights, prepare
+from quadriga.train.pipeline import Pipeline
 from quadriga.train.run_directory import RunDirectory, newest
 from quadriga.train.schedule import learning_rate_share, unreached
 from quadriga.train.world import World
@@ -145,7 +146,9 @@ class Trainer:
             raise ConfigError("at least one parameter must require a gradient to train, got none")
         self.optimiser = Optimiser(self.masters.by_name, settings.optimiser)
         self.averages = {name: p.detach().clone() for name, p in self.masters.by_name.items() if settings.ema.decay}
-        self.balancer = BiasBalancer(model, settings.router, world) if settings.router.bias_rate else None
+        stage, dtype = self.layout.stage, self.layout.dtype
+        self.balancer = BiasBalancer(model, settings.router, world, stage) if settings.router.bias_rate else None
+        self.pipeline = Pipeline(self.module, dtype, world.device) if stage.count > 1 else None
         self.guard = SpikeGuard(settings.guard)
         self.saver = state.Saver(run, world, settings.checkpoint)
         self.step = 0
@@ -227,8 +230,7 @@ class Trainer:
                 "new ones by --allow-change"
             )
         with torch.no_grad():
-            tensors = self.tensors()
-            state.load(folder, manifest, tensors, self.layout.portions_of(tensors))
+            state.load(folder, manifest, self.tensors(), self.layout)
         self.masters.refresh()
         self.step, self.tokens_seen = manifest.step, saved["tokens_seen"]
         self.skipped_steps |= set(saved["left_out"])
@@ -244,8 +246,7 @@ class Trainer:
         """Save a checkpoint of the current state, unless there is one already."""
         if self._saved != self.step:
             self._check_save()
-            tensors = self.tensors()
-            self.saver.save(self.step, tensors, self.position(), self.layout.portions_of(tensors))
+            self.saver.save(self.step, self.tensors(), self.position(), self.layout)
             self._saved = self.step
 
     def _check_save(self) -> None:
@@ -306,7 +307,8 @@ class Trainer:
         step = self.step
         torch.manual_seed((self.settings.seed * 1_000_003 + step) * 65_537 + self.world.rank)
         batches = self.batches(step)
-        weight = float(self.world.sum(torch.tensor(sum(b.target_weight() for b in batches), dtype=torch.float64)))
+        own = sum(b.target_weight() for b in batches) if self.layout.stage.first else 0.0
+        weight = float(self.world.sum(torch.tensor(own, dtype=torch.float64)))
         if self.balancer is not None:
             self.balancer.apply(step, self.settings.n_steps)
         sums = self._backward(batches, max(weight, 1.0))
@@ -361,8 +363,11 @@ class Trainer:
     def _backward(self, batches: Sequence[TrainingBatch], weight: float) -> dict[str, Tensor]:
         """Accumulate the gradient of the mean loss in the master weights; returns metrics summed over micro-steps."""
         self.module.train()
+        if self.pipeline is not None:
+            return self.pipeline.backward(batches, weight)
         sums: dict[str, Tensor] = {}
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            self.module.sum_over_copies(number == len(batches))
             loss, metrics = self.module(batch)
             (loss / weight).backward()
             for name, value in metrics.items():

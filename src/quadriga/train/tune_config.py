@@ -245,10 +245,11 @@ class TuneConfig(Section, frozen=True):
                     f"router.{name} must be 0 with objective {self.objective!r}, which balances no experts; "
                     f"got {value:g}"
                 )
-        if self.parallel.tensor > 1 or self.parallel.context > 1:
+        if max(self.parallel.tensor, self.parallel.context, self.parallel.pipeline) > 1:
             raise ConfigError(
-                "parallel.tensor and parallel.context cut heads and rows, which tuning's objectives and adapters need "
-                "whole: leave both at 1. Tuning runs over FSDP, parallel.replicate and parallel.experts"
+                "parallel.tensor, parallel.context and parallel.pipeline cut heads, rows and layers, which tuning's "
+                "objectives and adapters need whole: leave them at 1. Tuning runs over FSDP, parallel.replicate and "
+                "parallel.experts"
             )
         if (self.objective == "distill") != (self.distill.teacher is not None):
             raise ConfigError("distill.teacher is given with objective 'distill', and with no other")

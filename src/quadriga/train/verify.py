@@ -1,15 +1,17 @@
 """Walk a layout of ranks through the trainer on a process group that only pretends: `quadriga plan --verify`.
 
-The model is built on the meta device with one layer of each kind and sharded by ``train.parallel``, as a run of so many
-ranks would shard it; torch's fake process group answers for the other ranks. What FSDP2 then holds and would gather is
-counted, and multiplied by the number of layers. Nothing is allocated and nothing is sent.
+The model is built on the meta device with one layer of each kind (each stage of a pipeline with those of the fullest)
+and sharded by ``train.parallel``, as a run of so many ranks would shard it; torch's fake process group answers for the
+other ranks. What FSDP2 then holds and would gather is counted, and multiplied by the number of layers. Nothing is
+allocated and nothing is sent.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from quadriga.errors import ConfigError
 from quadriga.model.config import ModelConfig
 from quadriga.model.parallel_spec import ParallelSpec
+from quadriga.nn.moe import RouterStats
 from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import TrainingBatch
 from quadriga.train.config import ParallelSection
@@ -52,16 +55,22 @@ def measure(config: ModelConfig, spec: ParallelSpec) -> Measured:
     Raises:
         ConfigError: the trainer refuses the layout.
     """
-    kinds = list(config.kinds().items())
-    section = ParallelSection(replicate=spec.replicate, experts=spec.ep, tensor=spec.tp, context=spec.cp)
+    section = ParallelSection(
+        replicate=spec.replicate, experts=spec.ep, tensor=spec.tp, context=spec.cp, pipeline=spec.pp
+    )
+    if (problem := spec.problem(config)) is not None:
+        raise ConfigError(problem)
+    stage = spec.fullest_stage(config)
+    kinds = Counter(config.layers[i] for i in spec.layers(config.n_layers, stage))
+    times_of, rank = list(kinds.values()), stage * spec.stage_ranks
     with torch.device("meta"):
-        model = Transformer(_one_of_each(config))
-    with _pretended(spec.ranks):
-        module = prepare(model, _no_objective, section, World(0, spec.ranks, torch.device("meta")))
+        model = Transformer(replace(config, layers=tuple(kinds) * spec.pp))
+    with _pretended(spec.ranks, rank):
+        module = prepare(model, _NoObjective(), section, World(rank, spec.ranks, torch.device("meta")))
         held = gathered = needed = 0
         for name, part in module.named_modules():
             layer = name.split(".")[2] if name.startswith("model.layers.") else None
-            times = 1 if layer is None else kinds[int(layer)][1]
+            times = 1 if layer is None else times_of[int(layer) % len(kinds)]
             for own, moved, whole in _groups(part):
                 held, gathered, needed = held + times * own, gathered + times * moved, needed + times * whole
         if spec.ranks == 1:
@@ -79,19 +88,19 @@ def _groups(module: torch.nn.Module) -> Iterator[tuple[int, int, int]]:
             yield padded, padded * ranks, parameter._orig_size.numel()
 
 
-def _one_of_each(config: ModelConfig) -> ModelConfig:
-    from dataclasses import replace
+class _NoObjective:
+    """Of a model with which nothing is computed."""
 
-    return replace(config, layers=tuple(config.kinds()))
+    def __call__(self, model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        raise AssertionError("nothing is computed")
 
-
-def _no_objective(model: Transformer, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    raise AssertionError("nothing is computed")
+    def on_the_way(self, stats: Sequence[RouterStats], batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        raise AssertionError("nothing is computed")
 
 
 @contextlib.contextmanager
-def _pretended(ranks: int) -> Iterator[None]:
-    """A process group of so many ranks, of which this process is the first and the others do not exist.
+def _pretended(ranks: int, rank: int) -> Iterator[None]:
+    """A process group of so many ranks, of which this process is one and the others do not exist.
 
     Raises:
         ConfigError: this process is part of a real one.
@@ -100,7 +109,7 @@ def _pretended(ranks: int) -> Iterator[None]:
 
     if dist.is_initialized():
         raise ConfigError("a layout is verified in one process: start it without torchrun")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         yield
     finally:

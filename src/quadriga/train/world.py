@@ -59,13 +59,13 @@ class World:
         """True on rank 0, which prints and writes logs."""
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
-        """All-reduce: the sum of a detached tensor over all ranks, on all of them."""
+    def sum(self, values: Tensor, among: dist.ProcessGroup | None = None) -> Tensor:
+        """All-reduce: the sum of a detached tensor over all ranks (of a group), on all of them."""
         if self.size == 1:
             return values
         total = values.clone()
         try:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=among)
         except RuntimeError as error:
             raise self.lost(error) from error
         return total

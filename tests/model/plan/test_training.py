@@ -130,7 +130,7 @@ def test_the_best_plan_is_the_fastest_that_fits() -> None:
     tried = [
         evaluate(MIXTRAL, H100, mesh, Work(seq_len, micro, n // micro, recompute, mesh.sharing))
         for mesh in meshes(MIXTRAL, ranks, H100, seq_len)
-        for n in [rows * mesh.sharing]
+        for n in [rows * mesh.sharing * mesh.pp]
         for micro in range(1, n + 1)
         if n % micro == 0
         for recompute in RECOMPUTE
@@ -141,6 +141,7 @@ def test_the_best_plan_is_the_fastest_that_fits() -> None:
     assert all(plan.batch_tokens == ranks * seq_len * rows for plan in plans)
     assert {plan.mesh.ep for plan in plans} <= {1, 2, 4, 8}
     assert {plan.mesh.sharing for plan in plans} == {1, 2}, "parts of at least 1,024 tokens"
+    assert {plan.mesh.pp for plan in plans} == {1, 2, 4, 8, 16}
 
 
 @given(
@@ -185,6 +186,31 @@ def test_ranks_that_share_rows_pay_for_what_they_gather() -> None:
     assert more == pytest.approx(40 * n * 2 * 1.15 * (3 * 6144 + 2 * 1024))
 
 
+def test_a_stage_has_its_share_of_the_layers_and_waits_for_the_others() -> None:
+    """By hand: DBRX in 8 stages of 5 of its 40 layers; the last has the head, the first holds 8 micro-steps' states."""
+    one, eight = ParallelSpec(1, 1, 8), ParallelSpec(1, 1, 8, pp=8)
+    work = Work(4096, 1, 16, "full")
+    alone, staged = (evaluate(DBRX, H100, mesh, work).time for mesh in (one, eight))
+    head = DBRX.vocab_size * DBRX.d_model / sizes(DBRX).active
+    assert staged.matrix == pytest.approx(alone.matrix * ((1 - head) / 8 + head))
+    assert staged.attention == pytest.approx(alone.attention / 8)
+    busy = staged.matrix + staged.attention + staged.passes + staged.all_to_all + staged.sharing
+    assert staged.waiting == pytest.approx(busy * 7 / 16) and alone.waiting == 0
+    assert staged.sharing == pytest.approx(16 * 2 * 2 * 6144 * 4096 / (50e9 * 0.8)), "states forth, gradients back"
+    kept = 4096 * 2 * 6144  # a layer's input
+    difference = memory(DBRX, one, work).activations - memory(DBRX, eight, work).activations
+    assert difference == pytest.approx((40 - 5 * 8) * kept) and memory(DBRX, eight, work).state == 16 * eight.elements(
+        DBRX
+    )
+    fewer = (
+        memory(DBRX, eight, Work(4096, 2, 2, "full")).activations
+        - memory(DBRX, one, Work(4096, 2, 2, "full")).activations
+    )
+    assert fewer == pytest.approx((5 * 2 - 40) * 2 * kept), "two micro-steps under way"
+    assert [list(ParallelSpec(pp=3).layers(8, stage)) for stage in range(3)] == [[0, 1], [2, 3, 4], [5, 6, 7]]
+    assert evaluate(DBRX, H100, eight, work).batch_tokens == 8 * 4096 * 16
+
+
 def test_meshes_use_every_rank_in_whole_nodes() -> None:
     found = list(meshes(DBRX, 96, H100))
     assert len(set(found)) == len(found)
@@ -200,7 +226,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(HardwareError, match=r"8 x H100 cannot train this model: the smallest mesh needs \d+ GB"):
         search(DBRX, 8, H100, 4096, 8 * 4096)
     with pytest.raises(ConfigError, match=r"one row of 4096 tokens for each of 64 ranks, 262,144 tokens"):
-        search(MIXTRAL, 64, H100, 4096, 4096)
+        search(MIXTRAL, 64, H100, 4096, 4095)
     assert parse_cluster(" 3072xh100") == (3072, H100)
     for bad, message in (
         ("H100", "must look like 3072xH100"),

@@ -33,13 +33,15 @@ def plan_svg(title: str, plan: TrainingPlan, gpu: Gpu) -> str:
         ("attention", time.attention),
         ("memory passes", time.passes),
         ("all-to-all, shared rows", time.all_to_all + time.sharing),
-        ("exposed traffic", time.exposed),
+        ("exposed traffic, stages", time.exposed + time.waiting),
         ("optimiser", time.optimiser),
     ]
     mesh = plan.mesh
     shape = f"{mesh.replicate} replicas x {mesh.shard} shards x {mesh.ep} expert ranks"
     if mesh.sharing > 1:
         shape += f", {mesh.tp} x {mesh.cp} share rows"
+    if mesh.pp > 1:
+        shape = f"{mesh.pp} stages of {shape}"
     summary = f"mesh: {shape}; recompute: {plan.work.recompute}; MFU {plan.mfu:.1%}"
     body = [_text(_LEFT, 28, title, 17, bold=True), _text(_LEFT, 50, summary, 13)]
     capacity = gpu.memory_bytes / 1e9

@@ -23,11 +23,12 @@ from quadriga.model.cost import (
     kv_bytes,
     kv_bytes_read,
     state_bytes,
+    table_bytes,
     weight_bytes,
 )
 from quadriga.model.plan.hardware import Box
 
-SERVED_FORMATS = ("bf16", "q8", "q4")
+SERVED_FORMATS = ("bf16", "q8", "q4", "q6k", "q5k", "q4k", "q3k", "q2k")
 
 RunsOn = Literal["kernels", "ranks", "torch"]
 """The CPU's kernels in one process, or in one on each machine (``--parallel``); plain torch on one GPU."""
@@ -102,7 +103,7 @@ def _weights_read(config: ModelConfig, weight_format: str, batch: int) -> float:
     """Bytes of weights read by a step of ``batch`` tokens."""
     alone = bytes_read_per_token(config, weight_format)
     # One token reads top_k experts; the bytes of the others are read in proportion to the experts visited.
-    input_rows = 0 if config.tied_embeddings else _input_table(config, weight_format)
+    input_rows = 0 if config.tied_embeddings else table_bytes(config, weight_format)
     beyond = weight_bytes(config, weight_format) - input_rows - alone
     # Layers may have mixtures of different sizes: each counts by its share of those bytes.
     met = unmet = 0.0
@@ -111,12 +112,6 @@ def _weights_read(config: ModelConfig, weight_format: str, batch: int) -> float:
         met += width * (expected_distinct_experts(spec, batch) - spec.top_k)
         unmet += width * (spec.n_experts - spec.top_k)
     return alone + beyond * met / unmet if unmet else float(alone)
-
-
-def _input_table(config: ModelConfig, weight_format: str) -> float:
-    """Bytes of the embedding table, of which a token reads only one row."""
-    width = {"f32": 4.0}.get(weight_format, 2.0)
-    return config.vocab_size * config.d_model * width
 
 
 def serve(config: ModelConfig, weight_format: str, box: Box, context: int, max_batch: int = 64) -> Serving:

@@ -1,7 +1,7 @@
 """Estimate training: memory per rank, time per step, and the fastest mesh that fits.
 
-    step = matrix products + attention + passes over memory + all-to-all + shared rows + exposed traffic of weights
-           + optimiser
+    step = matrix products + attention + passes over memory + all-to-all + shared rows + waiting for other stages
+           + exposed traffic of weights + optimiser
 
     matrix products   2 N_active tokens (3, or 4 with everything recomputed) / (peak x gemm x D / (D + 900))
                       and less for few rows per expert
@@ -12,13 +12,15 @@
                       beyond a node
     shared rows       inputs and results of attention and dense networks over tp ranks, keys and values over cp ranks,
                       per pass, as above
+    waiting           all of the above / pp on a stage, pp - 1 times in as many micro-steps as a step has
     weights' traffic  gather twice, scatter once per micro-step over the shard; reduce once over replicas
     optimiser         28 bytes per parameter of the shard / HBM
 
 Memory: float32 master weights, two moments and gradients, sharded over shard x ep (16 B a parameter); bfloat16 copies
 of two layers; saved activations; one chunk of logits; CUDA and NCCL. A mesh is replicate x shard x ep; dense weights
-are sharded over shard x ep, experts over ep and then shard; tp x cp ranks share rows (docs/plan.md). MFU is counted as
-in LLM Foundry: without recomputation, with full attention.
+are sharded over shard x ep, experts over ep and then shard; tp x cp ranks share rows; pp stages have 1 / pp of the
+layers, and the first one holds the activations of pp micro-steps (docs/plan.md). MFU is counted as in LLM Foundry:
+without recomputation, with full attention.
 """
 
 from __future__ import annotations
@@ -55,6 +57,10 @@ _BUS = 0.80
 """Fraction of a link's published rate that collectives reach."""
 _MEMORY = 0.85
 _LOGIT_ROWS = 4096
+_STAGES = (1, 2, 4, 8, 16)
+"""Numbers of pipeline stages that are planned."""
+_STAGE_NODES = 4
+"""Nodes that a copy of a stage is spread over at most: a pipeline is to keep gathers of weights narrow."""
 _LEAST_PART = 1024
 """Tokens of a row that a rank must have to be planned: with fewer, collectives take longer than what they are for."""
 _ROWS_HALF = 64
@@ -107,7 +113,9 @@ class StepTime:
     passes: float
     all_to_all: float
     sharing: float
-    """Collectives among ranks that share rows."""
+    """Collectives among ranks that share rows, and hidden states from stage to stage."""
+    waiting: float
+    """For other stages of the pipeline, at a step's beginning and end."""
     exposed: float
     """Traffic of weights and gradients that does not overlap with computation."""
     optimiser: float
@@ -116,7 +124,7 @@ class StepTime:
     def total(self) -> float:
         """Seconds of the whole step."""
         computed = self.matrix + self.attention + self.passes + self.optimiser
-        return computed + self.all_to_all + self.sharing + self.exposed
+        return computed + self.all_to_all + self.sharing + self.waiting + self.exposed
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ class TrainingPlan:
     @property
     def batch_tokens(self) -> int:
         """Tokens per optimiser step."""
-        return self.mesh.ranks * self.work.micro_tokens * self.work.accumulate
+        return self.mesh.stage_ranks * self.work.micro_tokens * self.work.accumulate
 
 
 @dataclass(frozen=True)
@@ -186,10 +194,13 @@ def memory(config: ModelConfig, mesh: ParallelSpec, work: Work) -> Memory:
     layer = s.layer_dense - s.layer_heads * (1 - 1 / mesh.tp) + s.layer_experts / mesh.ep
     spread = mesh.shard * mesh.ep > 1
     # Weights of two layers (one computes, one is being gathered), gradients of one, embeddings and head.
-    gathered = 2 * (3 * layer + 2 * s.outside) if spread else 2 * s.total
+    outside = s.outside if mesh.pp == 1 else s.outside / 2  # embeddings in the first stage, the head in the last
+    gathered = 2 * (3 * layer + 2 * outside) if spread else 2 * s.total / mesh.pp
     tokens = work.micro_tokens
     layers = {layer: _activation_bytes(layer, config.d_model, work.recompute, mesh) for layer in config.kinds()}
     kept = sum(layers[layer][1] * n for layer, n in config.kinds().items())
+    if mesh.pp > 1:  # of the largest stage, for all micro-steps under way
+        kept *= -(-config.n_layers // mesh.pp) / config.n_layers * min(mesh.pp, work.accumulate)
     again = max(whole for whole, _ in layers.values()) if work.recompute != "none" else 0
     activations = tokens * (kept + again)
     logits = min(tokens, _LOGIT_ROWS) * config.vocab_size * 6.0
@@ -261,16 +272,22 @@ def step_time(config: ModelConfig, gpu: Gpu, mesh: ParallelSpec, work: Work, sta
     passes = _pass_bytes(config) * tokens * (1 + forwards + (work.recompute == "selective") * 0.5)
     moved = passes / (gpu.hbm_bytes_per_s * _MEMORY)
     exchange = _all_to_all(config, gpu, mesh, tokens) * (1 + forwards)
-    compute = work.accumulate * (matrix + attention + moved)
-    traffic = _weight_traffic(s, gpu, mesh, work.accumulate)
     sharing = _shared_rows(config, gpu, mesh, tokens) * (1 + forwards)
-    shard = s.total / (mesh.shard * mesh.ep)
+    if mesh.pp > 1:  # of the last stage, which has the head besides its layers
+        share, head = -(-config.n_layers // mesh.pp) / config.n_layers, config.vocab_size * config.d_model / s.active
+        matrix *= share * (1 - head) + head
+        attention, moved, exchange, sharing = (share * part for part in (attention, moved, exchange, sharing))
+        sharing += 2 * 2.0 * config.d_model * tokens / (gpu.network_bytes_per_s * _BUS)
+    compute = work.accumulate * (matrix + attention + moved)
+    traffic = _weight_traffic(s, gpu, mesh, work.accumulate) / mesh.pp
+    shard = s.total / (mesh.shard * mesh.ep * mesh.pp)
     return StepTime(
         matrix=work.accumulate * matrix,
         attention=work.accumulate * attention,
         passes=work.accumulate * moved,
         all_to_all=work.accumulate * exchange,
         sharing=work.accumulate * sharing,
+        waiting=(mesh.pp - 1) * (matrix + attention + moved + exchange + sharing),
         exposed=max(traffic - compute, (1 - stack.hidden) * traffic),
         optimiser=28 * shard / (gpu.hbm_bytes_per_s * _MEMORY),
     )
@@ -340,11 +357,17 @@ def evaluate(
     config: ModelConfig, gpu: Gpu, mesh: ParallelSpec, work: Work, stack: Stack = STACKS["tuned"]
 ) -> TrainingPlan:
     """Estimate memory, time and MFU of one mesh."""
+    return _estimate(config, gpu, mesh, work, stack, memory(config, mesh, work))
+
+
+def _estimate(
+    config: ModelConfig, gpu: Gpu, mesh: ParallelSpec, work: Work, stack: Stack, needed: Memory
+) -> TrainingPlan:
     time = step_time(config, gpu, mesh, work, stack)
-    tokens = mesh.ranks * work.micro_tokens * work.accumulate
+    tokens = mesh.stage_ranks * work.micro_tokens * work.accumulate
     rate = tokens / time.total
     mfu = rate * train_flops_per_token(config, work.seq_len) / (mesh.ranks * gpu.peak_flops)
-    return TrainingPlan(mesh, work, memory(config, mesh, work), time, mfu, rate)
+    return TrainingPlan(mesh, work, needed, time, mfu, rate)
 
 
 def meshes(config: ModelConfig, ranks: int, gpu: Gpu, seq_len: int = 1) -> Iterator[ParallelSpec]:
@@ -353,15 +376,23 @@ def meshes(config: ModelConfig, ranks: int, gpu: Gpu, seq_len: int = 1) -> Itera
     Left out are those whose gathers would move more than a tenth of padding (``model.parallel_spec``). Ranks share rows
     of ``seq_len`` tokens by powers of two, of a node or with one of another size that divides them.
     """
+    for pp in (n for n in _STAGES if n <= config.n_layers and ranks % n == 0):
+        for shard, ep in _copies(config, ranks // pp, gpu):
+            if pp > 1 and shard * ep > _STAGE_NODES * gpu.per_node:
+                continue
+            for tp, cp in _sharings(gpu, shard * ep, seq_len):
+                mesh = ParallelSpec(ranks // pp // (shard * ep), shard, ep, tp, cp, pp)
+                if mesh.problem(config) is None and mesh.padding(config) <= MOST_PADDING:
+                    yield mesh
+
+
+def _copies(config: ModelConfig, ranks: int, gpu: Gpu) -> Iterator[tuple[int, int]]:
+    """(shard, ep) of every copy of a model on some of so many ranks."""
     n_experts = math.gcd(*(spec.n_experts for _, spec in config.moe_layers)) or 1
     for ep in (n for n in range(1, n_experts + 1) if n_experts % n == 0 and ranks % n == 0):
         for shard in (n for n in range(1, ranks // ep + 1) if ranks // ep % n == 0):
-            group = shard * ep
-            if group <= gpu.per_node or group % gpu.per_node == 0:
-                for tp, cp in _sharings(gpu, group, seq_len):
-                    mesh = ParallelSpec(ranks // group, shard, ep, tp, cp)
-                    if mesh.problem(config) is None and mesh.padding(config) <= MOST_PADDING:
-                        yield mesh
+            if shard * ep <= gpu.per_node or shard * ep % gpu.per_node == 0:
+                yield shard, ep
 
 
 def _sharings(gpu: Gpu, group: int, seq_len: int) -> Iterator[tuple[int, int]]:
@@ -390,21 +421,23 @@ def search(
         ConfigError: the batch is too small for the cluster.
         HardwareError: no mesh fits.
     """
-    plans, least, enough = [], float("inf"), False
+    plans, least, most_rows = [], float("inf"), 0
     for mesh in meshes(config, ranks, gpu, seq_len):
-        rows = batch_tokens // seq_len // (ranks // mesh.sharing)
-        enough = enough or rows > 0
+        rows = batch_tokens // seq_len // (mesh.stage_ranks // mesh.sharing)
+        most_rows = max(most_rows, rows)
         for micro in (n for n in range(1, rows + 1) if rows % n == 0):
-            for recompute in RECOMPUTE:
-                work = Work(seq_len, micro, rows // micro, recompute, mesh.sharing)
-                needed = memory(config, mesh, work).total
-                least = min(least, needed)
-                if needed <= gpu.memory_bytes:
-                    plans.append(evaluate(config, gpu, mesh, work, stack))
-    if not enough:
+            works = [Work(seq_len, micro, rows // micro, recompute, mesh.sharing) for recompute in RECOMPUTE]
+            needed = [(work, memory(config, mesh, work)) for work in works]
+            least = min(least, *(bytes_.total for _, bytes_ in needed))
+            fitting = [(work, bytes_) for work, bytes_ in needed if bytes_.total <= gpu.memory_bytes]
+            plans += [_estimate(config, gpu, mesh, work, stack, bytes_) for work, bytes_ in fitting]
+            if not fitting:
+                break  # more rows at once need more
+    if most_rows == 0:
         raise ConfigError(
             f"a batch must have at least one row of {seq_len} tokens for each of {ranks} ranks, {ranks * seq_len:,} "
-            f"tokens; got {batch_tokens:,}. Use fewer ranks, shorter rows or a larger batch."
+            "tokens, or for the ranks of a stage, or for those that share rows; got "
+            f"{batch_tokens:,}. Use fewer ranks, shorter rows or a larger batch."
         )
     if not plans:
         raise HardwareError(

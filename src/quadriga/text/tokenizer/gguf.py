@@ -44,7 +44,7 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
         bos = vocabulary.bos if bos is None else bos
         ends = ends or [i for i in (vocabulary.eos,) if i is not None]
         add_bos = kind == "llama" and bos is not None
-    add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", kind == "t5"))
+    add_eos = gguf_spec.flag(metadata, "add_eos_token", otherwise=kind == "t5")
     return Tokenizer(
         vocabulary,
         special_ids=vocabulary.special_ids,
@@ -52,7 +52,7 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
         bos_id=bos,
         eos_ids=ends,
         pad_id=tokens.roles.get("padding"),
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
+        add_bos=gguf_spec.flag(metadata, "add_bos_token", otherwise=add_bos),
         suffix_ids=logged_suffix(ends[:1] if add_eos else [], name),
         chat_template=template,
         # Converters fill holes with entries of this kind, named [PAD100256] and so on.
