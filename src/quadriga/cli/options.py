@@ -191,7 +191,7 @@ GGUFFormat = Annotated[
     typer.Option(
         "--gguf-format",
         callback=gguf_format,
-        help="With --to gguf: float32, float16, bfloat16 (the default), q8_0, q4_0, q2_k to q6_k, iq4_nl, iq4_xs, "
+        help="With --to gguf: float32, float16, bfloat16 (default), q8_0, q4_0, q4_1, q2_k to q6_k, iq4_nl, iq4_xs, "
         "mxfp4, or llama.cpp's mixtures q3_k_s, _m, _l, q4_k_s, _m, q5_k_s, _m; Q4_K_M, F16 and BF16 too.",
         rich_help_panel=_RESULT,
     ),

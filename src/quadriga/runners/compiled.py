@@ -262,13 +262,7 @@ class CompiledModel:
         Raises:
             ConfigError: it is of another size.
         """
-        rows = [kv.reshape(self.n_blocks, -1)[block] for kv in self._kv]
-        if len(content) != sum(row.nbytes for row in rows):
-            raise ConfigError(f"a block has {sum(row.nbytes for row in rows)} bytes, got {len(content)}")
-        at = 0
-        for row in rows:
-            row[:] = np.frombuffer(content, dtype=row.dtype, count=row.size, offset=at)
-            at += row.nbytes
+        _fill([kv.reshape(self.n_blocks, -1)[block] for kv in self._kv], content, "block")
 
     def read_state(self, slot: int) -> bytes:
         """What a slot holds, of all recurrent layers."""
@@ -280,13 +274,7 @@ class CompiledModel:
         Raises:
             ConfigError: it is of another size.
         """
-        rows = [states[slot] for states in self._states.values()]
-        if len(content) != sum(row.nbytes for row in rows):
-            raise ConfigError(f"a slot has {sum(row.nbytes for row in rows)} bytes, got {len(content)}")
-        at = 0
-        for row in rows:
-            row[:] = np.frombuffer(content, dtype=row.dtype, count=row.size, offset=at)
-            at += row.nbytes
+        _fill([states[slot] for states in self._states.values()], content, "slot")
 
     def identity(self) -> bytes:
         """A hash of all that keys and values depend on beside the tokens: weights, kernels, how they are stored.
@@ -342,3 +330,14 @@ class CompiledModel:
     def expert_load(self) -> list[NDArray[np.int64]]:
         """Per MoE layer (E,) int64: tokens every expert has seen since the model was built."""
         return [routing.load.copy() for routing in self.program.routing]
+
+
+def _fill(rows: Sequence[Array], content: bytes, what: str) -> None:
+    """Write bytes over rows of memory, one after the other."""
+    n_bytes = sum(row.nbytes for row in rows)
+    if len(content) != n_bytes:
+        raise ConfigError(f"a {what} has {n_bytes} bytes, got {len(content)}")
+    at = 0
+    for row in rows:
+        row[:] = np.frombuffer(content, dtype=row.dtype, count=row.size, offset=at)
+        at += row.nbytes

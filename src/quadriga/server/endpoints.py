@@ -26,7 +26,6 @@ from quadriga.server import (
     status,
     text_routes,
 )
-from quadriga.server.accounts import Visit
 from quadriga.server.batch_jobs import BatchJobs, BatchRequest
 from quadriga.server.errors import ApiError
 from quadriga.server.files import FileRoutes, FileStore
@@ -80,11 +79,7 @@ class Desk:
     def caller(self, owner: str, client: str) -> Caller | None:
         """Who a batch in the background is for; None where its key is none of this server's any more."""
         assert self.guard is not None, "the server has been built"
-        found = self.guard.client_of(owner, client)
-        if found is None:
-            return None
-        visit = Visit(self.guard.account(found[0]), taken=False)
-        return Caller(salt=found[1], client=found[0].encode(), visit=visit, background=True)
+        return self.guard.in_background(owner, client)
 
 
 def asked_of(body: Any) -> str | None:

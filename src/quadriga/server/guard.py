@@ -202,17 +202,23 @@ class Guard:
         finally:
             caller.let_go()
 
-    def client_of(self, owner: str, address: str) -> tuple[str, bytes] | None:
-        """(who it is, the salt) of a client that is not there: by the SHA-256 of its key, or by its address.
+    def in_background(self, owner: str, address: str) -> Caller | None:
+        """The caller of work that goes on without its client: known by the SHA-256 of its key, or by its address.
 
         Returns:
-            None where no key of this server's has that hash.
+            None where no key of this server's has that hash any more.
         """
         if not owner:
-            return None if self.limits.keys else (address, b"")
-        salts = {hashlib.sha256(key.encode()).digest(): key for key in self.limits.keys}
-        salt = bytes.fromhex(owner)
-        return (salts[salt], salt) if salt in salts else None
+            who, salt = address, b""
+            if self.limits.keys:
+                return None
+        else:
+            salt = bytes.fromhex(owner)
+            keys = {hashlib.sha256(key.encode()).digest(): key for key in self.limits.keys}
+            if salt not in keys:
+                return None
+            who = keys[salt]
+        return Caller(salt=salt, client=who.encode(), visit=Visit(self.account(who), taken=False), background=True)
 
     def account(self, who: str) -> Account:
         """A client's account."""

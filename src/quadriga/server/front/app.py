@@ -18,7 +18,6 @@ from starlette.routing import Route
 
 from quadriga.errors import QuadrigaError
 from quadriga.server import batches
-from quadriga.server.accounts import Visit
 from quadriga.server.app import bug, http_error
 from quadriga.server.batch_jobs import BatchJobs, BatchRequest
 from quadriga.server.endpoints import Endpoint, no_files, of_files
@@ -187,11 +186,7 @@ class FrontDesk:
     def caller(self, owner: str, client: str) -> Caller | None:
         """Who a batch in the background is for; None where its key is none of this server's any more."""
         assert self.guard is not None, "the server has been built"
-        found = self.guard.client_of(owner, client)
-        if found is None:
-            return None
-        visit = Visit(self.guard.account(found[0]), taken=False)
-        return Caller(salt=found[1], client=found[0].encode(), visit=visit, background=True)
+        return self.guard.in_background(owner, client)
 
 
 class _Routes:
