@@ -27,7 +27,8 @@ WITHOUT_TORCH = {
 """What each command imports when it is started, and inside its functions on the way that needs no gradient and no GPU."""
 
 TORCH = ("nn", "train", "kernels.arrays", "kernels.reference", "kernels.training", "kernels.triton", "runners.cuda",
-         "runners.distributed", "runners.on_tensors", "runners.torch", "edits.calibrate", "edits.fit_router")  # fmt: skip
+         "runners.distributed", "runners.on_tensors", "runners.torch", "edits.block_trace", "edits.calibrate",
+         "edits.fit_router", "edits.format_errors", "edits.sensitivity")  # fmt: skip
 """The only files that name torch, with those in them."""
 
 

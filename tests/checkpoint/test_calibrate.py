@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from quadriga.edits.calibrate import FORMATS, calibrate
+from quadriga.edits.calibrate import calibrate, moment_bytes
 from quadriga.errors import RequestError
 from quadriga.io.directory import packed_shapes
 from quadriga.io.open import Checkpoint, open_checkpoint
@@ -17,6 +18,7 @@ from quadriga.model.weight_map import stays_float32
 from quadriga.nn.context import PackedContext
 from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer, random_parameters
+from quadriga.quant.feedback import Moments
 from tests.checkpoint.models import TINY, write_hf
 
 IDS = torch.randint(0, 97, (300,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -33,7 +35,7 @@ def checkpoint(folder: Path, name: str) -> Checkpoint:
 @torch.inference_mode()
 def test_inputs_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
     opened = checkpoint(tmp_path, name)
-    found = calibrate(opened, IDS, errors=False)
+    found = calibrate(opened, IDS)
     parameters = {n: v.float() for n, v in load_parameters(opened).items()}
     model = Transformer.from_parameters(TINY[name], parameters).eval()
     seen: dict[str, Tensor] = {}
@@ -60,7 +62,7 @@ def test_inputs_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
     for matrix, square in seen.items():
         mean = square / len(IDS)
         torch.testing.assert_close(
-            tensor(found.importance[matrix]).double(), mean + mean.mean() * 1e-3, rtol=1e-3, atol=1e-9
+            tensor(np.asarray(found.importance[matrix])).double(), mean + mean.mean() * 1e-3, rtol=1e-3, atol=1e-9
         )
     for i, tokens in enumerate(found.expert_tokens.values()):
         assert tokens == torch.tensor([part[i] for part in counts]).sum(0).tolist()
@@ -68,17 +70,24 @@ def test_inputs_are_those_of_the_whole_model(tmp_path: Path, name: str) -> None:
     assert weights <= set(found.importance)
 
 
-def test_wider_formats_lose_less_and_every_matrix_is_measured(tmp_path: Path) -> None:
-    found = calibrate(checkpoint(tmp_path, "dbrx"), IDS, errors=True)
-    weights = {n for n, shape in packed_shapes(TINY["dbrx"]).items() if len(shape) == 2 and not stays_float32(n)}
-    assert set(found.candidates) == weights
-    for name, options in found.candidates.items():
-        error = {c.format: c.error for c in options}
-        assert tuple(error) == FORMATS
-        assert error["q4"] > error["q8"] > error["bfloat16"] >= 0, name
+def test_moments_are_those_of_the_inputs(tmp_path: Path) -> None:
+    """Their diagonal is the mean squares; what is kept is of the size that was said."""
+    opened = checkpoint(tmp_path, "dbrx")
+    vectors, both = calibrate(opened, IDS), calibrate(opened, IDS, moments=True)
+    assert set(both.importance) == set(vectors.importance)
+    kept = {}
+    for name, moments in both.importance.items():
+        if not isinstance(moments, Moments):
+            assert name == "embed.weight"
+            continue
+        kept[id(moments)] = moments.upper.nbytes
+        alone = vectors.importance[name]
+        assert not isinstance(alone, Moments)
+        np.testing.assert_allclose(moments.diagonal, alone, rtol=2e-2, atol=2e-3 * alone.mean(), err_msg=name)
+    assert sum(kept.values()) <= moment_bytes(opened) <= 1.2 * sum(kept.values())
 
 
 @pytest.mark.parametrize("ids", [[], [97], [-1]])
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, ids: list[int]) -> None:
     with pytest.raises(RequestError, match="from 0 to 96"):
-        calibrate(checkpoint(tmp_path, "dbrx"), ids, errors=False)
+        calibrate(checkpoint(tmp_path, "dbrx"), ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +14,21 @@ import pytest
 import torch
 
 from quadriga.bench.speed import bytes_per_token
+from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io.conversion_plan import FILE_TYPE
 from quadriga.io.convert import convert
 from quadriga.io.convert_options import GGUF_FORMATS
-from quadriga.io.directory import packed_shapes
+from quadriga.io.directory import packed_shapes, verify
 from quadriga.io.gguf import TABLES
 from quadriga.io.gguf_mixtures import MIXTURES, format_in
 from quadriga.io.open import open_checkpoint
 from quadriga.io.packed import load_packed
-from quadriga.kernels.cpu.packing import Packed
+from quadriga.io.rank_parameters import load_part
+from quadriga.kernels.cpu.packing import Packed, pack
 from quadriga.model.config import ModelConfig
+from quadriga.model.rank_mesh import RankMesh
+from quadriga.model.rank_share import RankShare
+from quadriga.model.weight_map import qkv_rows
 from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer
 from quadriga.quant import pack_blocks
@@ -124,7 +130,7 @@ def test_blocks_are_computed_with_as_they_are_and_written_as_they_were(tmp_path:
 
 
 def test_q_k_and_v_of_different_formats_keep_theirs(tmp_path: Path) -> None:
-    """As in llama.cpp's mixtures; a packed directory has one format for all three, and holds their numbers less exactly."""
+    """As in llama.cpp's mixtures; loaded, in a packed directory, for a rank of several, and in what is made of that."""
     config = DENSE.with_mixer(head_dim=128, n_heads=2, n_kv_heads=1)
     convert(write(tmp_path / "hf", config, 0.1), tmp_path / "m.gguf", to="gguf", gguf_format="q4_k_m")
     checkpoint, name = open_checkpoint(tmp_path / "m.gguf"), "layers.2.attn.wqkv.weight"
@@ -140,9 +146,52 @@ def test_q_k_and_v_of_different_formats_keep_theirs(tmp_path: Path) -> None:
         check(compiled, sequence(6, 41), [3, 1, 0], Transformer.from_parameters(config, plain), UNIT["int16"])
     assert bytes_per_token(config, {name: pieces}) == sum(one.data.nbytes for one in pieces)
     convert(tmp_path / "m.gguf", tmp_path / "packed", format="keep")
-    one = load_packed(open_checkpoint(tmp_path / "packed")).parameters[name]
-    assert isinstance(one, Packed) and one.format == "q8"
-    assert np.abs(one.unpack() - numbers).max() < np.abs(numbers).max() / 200
+    again = open_checkpoint(tmp_path / "packed")
+    kept = load_packed(again).parameters[name]
+    assert isinstance(kept, list) and [(one.format, one.rows) for one in kept] == [("q4k", 384), ("q6k", 128)]
+    assert all(a.data.tobytes() == b.data.tobytes() for a, b in zip(kept, pieces, strict=True))
+    assert np.array_equal(again.parameters.read(name), numbers) and not verify(tmp_path / "packed")
+    convert(tmp_path / "packed", tmp_path / "plain", to="hf", dtype="float32")
+    assert np.array_equal(open_checkpoint(tmp_path / "plain").parameters.read(name), numbers)
+    manifest = json.loads((tmp_path / "packed" / "quadriga.json").read_text())
+    del manifest["parameters"][f"{name}/0"]
+    (tmp_path / "packed" / "quadriga.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="does not describe its model"):
+        open_checkpoint(tmp_path / "packed")
+
+
+def test_a_recipe_may_part_q_k_and_v(tmp_path: Path) -> None:
+    """Each rounded as its own matrix would be, under the importance that all three share."""
+    config = DENSE.with_mixer(head_dim=128, n_heads=2, n_kv_heads=1)
+    source = open_checkpoint(write(tmp_path / "hf", config, 0.1))
+    name, forms = "layers.1.attn.wqkv.weight", ("q3k", "q4", "q6k")
+    recipe = dict.fromkeys((n for n, shape in packed_shapes(config).items() if len(shape) == 2), "q8")
+    del recipe[name]
+    importance = {name: np.linspace(0.1, 4, 256, dtype=np.float32)}
+    parts = {f"{name}/{i}": form for i, form in enumerate(forms)}
+    convert(source.path, tmp_path / "out", format=recipe | parts, importance=importance)
+    got = load_packed(open_checkpoint(tmp_path / "out")).parameters[name]
+    values, rows = source.parameters.read(name), qkv_rows(config, name)
+    assert isinstance(got, list) and [one.rows for one in got] == rows == [256, 128, 128]
+    for one, form, first in zip(got, forms, (0, 256, 384), strict=True):
+        expected = pack(np.ascontiguousarray(values[first : first + one.rows]), form, importance=importance[name])
+        assert one.format == form and one.data.tobytes() == expected.data.tobytes()
+    with pytest.raises(ConfigError, match=f"the recipe gives {name} the format None"):
+        convert(source.path, tmp_path / "x", format=recipe | {f"{name}/0": "q4"})
+
+
+def test_ranks_take_their_rows_of_each_run(tmp_path: Path) -> None:
+    config = DENSE.with_mixer(head_dim=128, n_heads=4, n_kv_heads=2)
+    convert(write(tmp_path / "hf", config, 0.1), tmp_path / "m.gguf", to="gguf", gguf_format="q4_k_m")
+    convert(tmp_path / "m.gguf", tmp_path / "packed", format="keep")
+    name = "layers.2.attn.wqkv.weight"
+    mesh = RankMesh(tp=2)
+    for rank in range(2):
+        share = RankShare(config, mesh.place(rank))
+        parts = [load_part(open_checkpoint(tmp_path / where), share)[name] for where in ("m.gguf", "packed")]
+        for a, b in zip(*parts, strict=True):
+            assert isinstance(a, Packed) and isinstance(b, Packed)
+            assert a.format == b.format and np.array_equal(a.unpack(), b.unpack())
 
 
 MISTRAL = {

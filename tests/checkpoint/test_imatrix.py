@@ -128,7 +128,7 @@ IDS = torch.randint(0, 97, (90,), generator=torch.Generator().manual_seed(4)).to
 
 
 def measured(folder: Path, name: str) -> Calibration:
-    return calibrate(checkpoint(folder, name), IDS, errors=False)
+    return calibrate(checkpoint(folder, name), IDS)
 
 
 def written(path: Path, name: str, found: Calibration) -> dict[str, NDArray[np.float32]]:

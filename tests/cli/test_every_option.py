@@ -328,6 +328,7 @@ REFUSED: dict[str, dict[str, list[list[str]]]] = {
             ["m", "--dry-run", "--budget", "1GB"],
             ["m", "out", "--budget", "1GB", "--calibrate", "t", "--format", "q4"],
             ["m", "out", "--budget", "1GB"],
+            ["m", "out", "--to", "gguf", "--budget", "1GB", "--calibrate", "t", "--gguf-format", "q4_k"],
             ["m", "out", "--budget", "1GB", "--calibrate", "t", "--to", "hf"],
         ],
         "--calibrate": [

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quadriga.cli import options
+from quadriga.cli.calibration import CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
     from quadriga.io.dry_run import DryRun
-    from quadriga.quant.dtypes import Array
-
-_CALIBRATION_TOKENS = 2048
+    from quadriga.quant.feedback import Importance
 
 
 def convert_command(
@@ -36,11 +36,12 @@ def convert_command(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Pack with the best mix of formats that fits, e.g. 20GB; needs --calibrate.", rich_help_panel="Result"
+            help="Pack (or with --to gguf store) with the best mix of formats that fits, e.g. 20GB; needs --calibrate.",
+            rich_help_panel="Result",
         ),
     ] = None,
     calibrate: options.Calibrate = None,
-    calibrate_tokens: options.CalibrateTokens = _CALIBRATION_TOKENS,
+    calibrate_tokens: options.CalibrateTokens = CALIBRATION_TOKENS,
     pickles: Annotated[
         bool,
         typer.Option("--pickles", help="Read pytorch_model*.bin where there are no safetensors; runs nothing."),
@@ -62,7 +63,7 @@ def convert_command(
 
     how = {"to": to, "layout": layout, "dtype": dtype, "gguf_format": gguf_format, "format": format}
     # A budget chooses the formats of the matrices; of embeddings and head too.
-    recipe_to_come = {} if budget is None else {"format": {"budget": budget}}
+    recipe_to_come = {} if budget is None else {"gguf_format" if to == "gguf" else "format": {"budget": budget}}
     convert_options.check(how | {"embeddings": embeddings} | recipe_to_come, as_flag)
     limit = None if budget is None else options.size(budget, "--budget")
     if out is None and not dry_run:
@@ -85,10 +86,14 @@ def convert_command(
     started = time.perf_counter()
     runtime.keep_freed_memory()  # matrices come and go
     wanted: str | dict[str, str] | None = format
+    stored: str | dict[str, str] | None = gguf_format
     importance = None
     if calibrate is not None:
-        recipe, importance = _calibrate(path, calibrate, calibrate_tokens, limit, pickles)
-        wanted = recipe or format
+        recipe, importance = _calibrated(path, calibrate, calibrate_tokens, limit, to, pickles)
+        if to == "gguf":
+            stored = recipe or gguf_format
+        else:
+            wanted = recipe or format
     with progress_bar("converting") as show:
         plan = convert.convert(
             path,
@@ -96,7 +101,7 @@ def convert_command(
             to=to,
             layout=layout,
             dtype=dtype,
-            gguf_format=gguf_format,
+            gguf_format=stored,
             format=wanted,
             embeddings=embeddings,
             importance=importance,
@@ -113,42 +118,15 @@ def convert_command(
     )
 
 
-def _calibrate(
-    model: Path, text: Path, n_tokens: int, budget: int | None, pickles: bool
-) -> tuple[dict[str, str], dict[str, Array]]:
-    """The recipe for a budget (empty without one) and the weights of errors, from a text."""
-    from quadriga.cli.calibration import measured
-    from quadriga.errors import ConfigError
-    from quadriga.io import imatrix
-    from quadriga.io.directory import packed_shapes
+def _calibrated(
+    model: Path, text: Path, n_tokens: int, budget: int | None, to: str, pickles: bool
+) -> tuple[dict[str, str], Mapping[str, Importance]]:
+    from quadriga.cli.calibration import for_conversion
     from quadriga.io.open import open_checkpoint
-    from quadriga.model.weight_map import stays_float32
-    from quadriga.quant.format_choice import choose
 
     checkpoint = open_checkpoint(model, pickles=pickles)
     try:
-        if text.is_file() and imatrix.is_imatrix(text):
-            if budget is not None or n_tokens != _CALIBRATION_TOKENS:
-                raise ConfigError(
-                    f"{text.name} is an importance matrix, which weighs columns and no more: --budget measures on a "
-                    "text what every format loses, and --calibrate-tokens says how much of a text is read. Leave them "
-                    "out, or give --calibrate a text"
-                )
-            return {}, dict(imatrix.read_imatrix(text, checkpoint.config))
-        found = measured(checkpoint, text, n_tokens, errors=budget is not None)
-        if budget is None:
-            return {}, found.importance
-        fixed = {
-            name: 4 * shape[0] if len(shape) == 1 else 64 * shape[1] * -(-shape[0] // 16)
-            for name, shape in packed_shapes(checkpoint.config).items()
-            if len(shape) == 1 or stays_float32(name)
-        }
-        recipe = choose(found.candidates, budget - sum(fixed.values()))
-        count: dict[str, int] = {}
-        for form in recipe.values():
-            count[form] = count.get(form, 0) + 1
-        print(", ".join(f"{n} matrices {form}" for form, n in sorted(count.items())), file=sys.stderr)
-        return {**recipe, **{n: "float32" for n in fixed if stays_float32(n)}}, found.importance
+        return for_conversion(checkpoint, text, n_tokens, budget, to)
     finally:
         checkpoint.close()
 

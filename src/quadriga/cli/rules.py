@@ -84,13 +84,18 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(
             "budget",
+            lambda o: o["gguf_format"] is None,
+            "{budget} chooses the formats itself. Leave one of {budget} and {gguf_format} out",
+        ),
+        Rule(
+            "budget",
             lambda o: o["calibrate"] is not None,
             "the mix of formats is chosen by a text. Give {calibrate} FILE, a text like those to come",
         ),
         Rule(
             "budget",
-            lambda o: o["to"] == "quadriga",
-            "it packs weights for Quadriga's own kernels. Leave {budget} out, or {to} at quadriga",
+            lambda o: o["to"] in ("quadriga", "gguf"),
+            "only matrices packed for the kernels and a GGUF file's tensors have formats to choose. Leave {budget} out",
         ),
         Rule(
             "calibrate",

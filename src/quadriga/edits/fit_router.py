@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quadriga.edits.calibrate import embed, load_block
+from quadriga.edits.block_trace import embed, load_block
 from quadriga.errors import RequestError
 from quadriga.io.open import Checkpoint
 from quadriga.io.parameters import Progress

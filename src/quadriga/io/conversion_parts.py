@@ -14,7 +14,7 @@ from quadriga.errors import CheckpointError
 from quadriga.io.conversion_plan import ConversionPlan
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.open import Checkpoint
-from quadriga.io.packed import Unpacked, read_matrix
+from quadriga.io.packed import Unpacked, read_matrix, read_some_rows
 from quadriga.io.parameters import SLICE_BYTES, slices, to_stored
 from quadriga.kernels.cpu import searching
 from quadriga.kernels.cpu.packing import allocate
@@ -28,6 +28,7 @@ from quadriga.model.weight_map import (
 from quadriga.quant import codec
 from quadriga.quant.dtypes import DTYPES as NUMPY
 from quadriga.quant.dtypes import Array, as_float32, raw_bytes, wider
+from quadriga.quant.feedback import Importance
 from quadriga.quant.formats import FORMATS, PLAIN
 
 PARTS_WAITING = 3
@@ -36,27 +37,30 @@ _READ_AHEAD = 2
 
 
 def packed_parts(
-    checkpoint: Checkpoint, plan: ConversionPlan, importance: Mapping[str, Array], finished: Collection[str]
+    checkpoint: Checkpoint, plan: ConversionPlan, importance: Mapping[str, Importance], finished: Collection[str]
 ) -> Iterator[tuple[str, Iterator[tuple[memoryview, int]]]]:
     """Packed matrices and vectors: one thread reads ahead while the others pack."""
     missing = [
-        (part, name, expert)
+        (part, name, i)
         for name, shape in parameter_shapes(checkpoint.config).items()
-        for expert, part in enumerate([f"{name}/{e}" for e in range(shape[0])] if len(shape) == 3 else [name])
+        for i, part in enumerate(_parts_of(plan, name, shape))
         if part not in finished
     ]
     # Fresh memory costs a page fault every 4 kB, a third of the time: results take turns in a few buffers.
     buffers = [allocate(max(plan.nbytes(part) for part in plan.tensors)) for _ in range(PARTS_WAITING + 2)]
 
-    def read(part: str, name: str, expert: int) -> Unpacked | Array:
+    def read(part: str, name: str, i: int) -> Unpacked | Array:
         shape, form = plan.tensors[part]
         if len(shape) == 1:
             return np.ascontiguousarray(as_float32(checkpoint.parameters.read(name)))
-        return read_matrix(checkpoint, name, expert, form)
+        if name not in plan.tensors and len(parameter_shapes(checkpoint.config)[name]) == 2:
+            first = sum(plan.tensors[f"{name}/{j}"][0][0] for j in range(i))
+            return read_some_rows(checkpoint, name, first, first + shape[0], form)
+        return read_matrix(checkpoint, name, i, form)
 
     with ThreadPoolExecutor(1) as reader:
         ahead = deque(reader.submit(read, *one) for one in missing[:_READ_AHEAD])
-        for index, (part, _, _) in enumerate(missing):
+        for index, (part, name, _) in enumerate(missing):
             got = ahead.popleft().result()
             if index + _READ_AHEAD < len(missing):
                 ahead.append(reader.submit(read, *missing[index + _READ_AHEAD]))
@@ -64,12 +68,21 @@ def packed_parts(
                 yield part, iter([(raw_bytes(got).data, 0)])
                 continue
             out = buffers[index % len(buffers)][: plan.nbytes(part)]
-            packed = got.pack(plan.tensors[part][1], out=out, importance=importance.get(part))
+            packed = got.pack(plan.tensors[part][1], out=out, importance=importance.get(part, importance.get(name)))
             yield part, iter([(packed.data.data, 0)])
 
 
+def _parts_of(plan: ConversionPlan, name: str, shape: Shape) -> list[str]:
+    """The matrices that a parameter is packed as: one, one an expert, or one a run of rows of q, k and v."""
+    if name in plan.tensors:
+        return [name]
+    if len(shape) == 3:
+        return [f"{name}/{expert}" for expert in range(shape[0])]
+    return [f"{name}/{i}" for i in range(shape[0]) if f"{name}/{i}" in plan.tensors]
+
+
 def encoded_parts(
-    checkpoint: Checkpoint, plan: ConversionPlan, name: str, pieces: list[Piece], importance: Mapping[str, Array]
+    checkpoint: Checkpoint, plan: ConversionPlan, name: str, pieces: list[Piece], importance: Mapping[str, Importance]
 ) -> Iterator[tuple[memoryview, int]]:
     """The bytes of one result tensor in parts, each with its place inside the tensor.
 
@@ -83,7 +96,7 @@ def encoded_parts(
 
 
 def _encoded(
-    checkpoint: Checkpoint, plan: ConversionPlan, name: str, pieces: list[Piece], importance: Mapping[str, Array]
+    checkpoint: Checkpoint, plan: ConversionPlan, name: str, pieces: list[Piece], importance: Mapping[str, Importance]
 ) -> Iterator[tuple[memoryview, int]]:
     shape, form = plan.tensors[name]
     if not importance and _is_there_already(checkpoint, name, form, pieces):
@@ -124,7 +137,7 @@ def _as_stored(checkpoint: Checkpoint, name: str, shape: Shape, form: str) -> It
         yield checkpoint.source.raw(name, start, min(start + step, rows)).data, start * row_bytes
 
 
-def _importance_of(cut: Piece, importance: Mapping[str, Array], index: int) -> Array | None:
+def _importance_of(cut: Piece, importance: Mapping[str, Importance], index: int) -> Importance | None:
     """The importance of the columns of a run that starts at the cut's first axis' ``index``; None: nothing is known."""
     columns = (cut.target_box or whole(cut.target_shape))[-1]
     if cut.transpose or columns != (0, cut.target_shape[-1]):
@@ -158,7 +171,7 @@ def _first_element(box: tuple[tuple[int, int], ...], shape: Shape) -> int:
     return index
 
 
-def encode(values: Array, form: str, importance: Array | None = None) -> memoryview:
+def encode(values: Array, form: str, importance: Importance | None = None) -> memoryview:
     """An array's numbers in a stored format, as bytes.
 
     Args:

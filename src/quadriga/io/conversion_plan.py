@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from quadriga.io.gguf import Typed
 from quadriga.io.gguf_mixtures import MIXTURES, format_in
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.open import Checkpoint, identity_map
-from quadriga.io.packed import packed_format
+from quadriga.io.packed import packed_format, rows_of, runs_of_rows
+from quadriga.io.restate import restated
 from quadriga.io.safetensors import INDEX, plan_shards, shard_index
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
@@ -28,12 +30,14 @@ from quadriga.model.weight_map import (
     Piece,
     Shape,
     parameter_shapes,
+    qkv_rows,
     source_shapes,
     stays_float32,
 )
+from quadriga.quant import codec
 from quadriga.quant.dtypes import Array, name_of
 from quadriga.quant.formats import FORMATS
-from quadriga.quant.packed import PACKED, QUANTISED
+from quadriga.quant.packed import FROM_GGUF, PACKED, QUANTISED
 from quadriga.text import gguf_spec, gguf_vocabulary
 from quadriga.text import tokenizer as tokenizers
 
@@ -73,7 +77,13 @@ class ConversionPlan:
 
 
 def plan_conversion(
-    checkpoint: Checkpoint, out: Path, to: str, layout: str | None, dtype: str, gguf_format: str, max_shard_bytes: int
+    checkpoint: Checkpoint,
+    out: Path,
+    to: str,
+    layout: str | None,
+    dtype: str,
+    gguf_format: str | Mapping[str, str],
+    max_shard_bytes: int,
 ) -> ConversionPlan:
     config = checkpoint.config
     extra = tokenizer_files(checkpoint)
@@ -108,7 +118,12 @@ _WIDE_ENDS = dict.fromkeys(QUANTISED, "q8")
 def plan_packed(checkpoint: Checkpoint, form: str | Mapping[str, str], embeddings: str | None) -> ConversionPlan:
     """Matrices packed for the kernels, each at a page of its own so that it can be mapped and read directly."""
     config, formats = checkpoint.config, dict[str, str]()
+    runs: dict[str, list[int]] = {}
     for name, shape in parameter_shapes(config).items():
+        if split := _formats_of_rows(checkpoint, name, form):
+            formats |= {f"{name}/{i}": one for i, (one, _) in enumerate(split)}
+            runs[name] = [rows for _, rows in split]
+            continue
         for part in [f"{name}/{e}" for e in range(shape[0])] if len(shape) == 3 else [name]:
             if len(shape) == 1:
                 formats[part] = "float32"
@@ -122,7 +137,7 @@ def plan_packed(checkpoint: Checkpoint, form: str | Mapping[str, str], embedding
                 end = name in ("embed.weight", "lm_head.weight")
                 wanted = (embeddings or _WIDE_ENDS.get(form, form)) if end else form
                 formats[part] = packed_format(checkpoint, name, wanted)
-    shapes = engine_file.packed_shapes(config)
+    shapes = engine_file.packed_shapes(config, runs)
     places: dict[str, tuple[str, int]] = {}
     sizes: list[int] = [0]
     for name, one in formats.items():
@@ -147,7 +162,20 @@ def plan_packed(checkpoint: Checkpoint, form: str | Mapping[str, str], embedding
     )
 
 
-def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> ConversionPlan:
+def _formats_of_rows(checkpoint: Checkpoint, name: str, form: str | Mapping[str, str]) -> list[tuple[str, int]]:
+    """Formats and numbers of rows of q, k and v, where they differ; none: the matrix has one format."""
+    if not name.endswith(engine_file.SPLIT):
+        return []
+    if form == "keep":
+        return [(FROM_GGUF.get(block, "q8"), rows_of(run)) for block, run in runs_of_rows(checkpoint, name)]
+    if isinstance(form, str) or name in form:
+        return []
+    heights = qkv_rows(checkpoint.config, name)
+    given = [form.get(f"{name}/{i}", "") for i in range(len(heights))]
+    return [] if any(one not in PACKED for one in given) else list(zip(given, heights, strict=True))
+
+
+def _plan_gguf(checkpoint: Checkpoint, file: str, form: str | Mapping[str, str]) -> ConversionPlan:
     config = checkpoint.config
     family = families.family_of(config)
     if family.gguf_map is None or family.config_to_gguf is None:
@@ -162,9 +190,7 @@ def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> ConversionPlan:
         tables |= {piece.source for piece in pieces if len(piece.target_shape) < 3}
     for name, shape in source_shapes(pieces).items():
         # The router stays wide: its rounding changes which experts a token visits, not just by how much.
-        wanted = gguf.TABLES.get(form, form) if name in tables else form
-        if form in MIXTURES:
-            wanted = format_in(form, name, config)
+        wanted = "float32" if name in wide else _wanted(form, name, config, name in tables)
         stored = "float32" if name in wide else gguf.storable_format(shape, wanted)
         tensors[name] = (shape, stored)
         if stored not in (wanted, "float32"):
@@ -174,29 +200,81 @@ def _plan_gguf(checkpoint: Checkpoint, file: str, form: str) -> ConversionPlan:
     tensors |= {name: (values.shape, "float32") for name, values in constants.items()}
     if narrow:
         instead = " or ".join(sorted({tensors[name][1] for name in narrow}))
-        notes.append(
-            f"{len(narrow)} tensors whose rows are no whole {form} blocks are stored as {instead}: {narrow[:3]}"
-        )
+        notes.append(f"{len(narrow)} tensors whose rows are no whole blocks are stored as {instead}: {narrow[:3]}")
     files = gguf.plan_gguf(file, metadata, tensors)
-    return ConversionPlan("gguf", form, pieces, tensors, files, constants=constants, notes=notes)
+    label = form if isinstance(form, str) else "mixed"
+    return ConversionPlan("gguf", label, pieces, tensors, files, constants=constants, notes=notes)
+
+
+def _wanted(form: str | Mapping[str, str], tensor: str, config: ModelConfig, is_table: bool) -> str:
+    """What a matrix is to be stored as."""
+    if not isinstance(form, str):
+        if form.get(tensor) not in RECIPE_FORMATS:
+            raise ConfigError(
+                f"the recipe gives {tensor} the format {form.get(tensor)!r}; known: {', '.join(RECIPE_FORMATS)}"
+            )
+        return form[tensor]
+    if form in MIXTURES:
+        return format_in(form, tensor, config)
+    return gguf.TABLES.get(form, form) if is_table else form
 
 
 FILE_TYPE = {
     "float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18,
     "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17,
-    "iq4_nl": 25, "iq4_xs": 30, "bfloat16": 32, "mxfp4": 38,
+    "q4_1": 3, "iq4_nl": 25, "iq4_xs": 30, "bfloat16": 32, "mxfp4": 38,
 }  # fmt: skip
 """GGUF's general.file_type, for people and file browsers; the K formats' are those called S."""
 
 
+RECIPE_FORMATS = (*codec.WRITTEN, "float32", "float16", "bfloat16")
+"""What a recipe may give a tensor of a GGUF file."""
+
+
+def _main_type(recipe: Mapping[str, str]) -> int:
+    """general.file_type of a mixture that has no name: that of most of its tensors."""
+    common = Counter(form for form in recipe.values() if form in FILE_TYPE).most_common(1)
+    return FILE_TYPE[common[0][0]] if common else FILE_TYPE["float32"]
+
+
+def recipe_rest(checkpoint: Checkpoint, to: str) -> tuple[dict[str, str], int]:
+    """What a budget has no choice in.
+
+    Args:
+        to: "quadriga", packed, or "gguf".
+
+    Returns:
+        matrices that stay wide, with their format, and the bytes of all that no choice changes.
+
+    Raises:
+        ConfigError: GGUF has no architecture for the model.
+    """
+    config = checkpoint.config
+    if to == "gguf":
+        family = families.family_of(config)
+        if family.gguf_map is None:
+            raise ConfigError(f"GGUF has no architecture for the family {family.name}")
+        pieces = family.gguf_map(family.gguf_form(config))
+        recipe = {piece.source: "bfloat16" for piece in pieces}
+        plan = _plan_gguf(restated(checkpoint, "gguf"), "", recipe)
+        chosen = sum(plan.nbytes(name) for name, (_, form) in plan.tensors.items() if form == "bfloat16")
+        return {}, plan.files.sizes[""] - chosen + gguf.ALIGNMENT * len(recipe)
+    fixed = {
+        name: 4 * shape[0] if len(shape) == 1 else engine_file.packed_bytes(shape, "float32")
+        for name, shape in engine_file.packed_shapes(config).items()
+        if len(shape) == 1 or stays_float32(name)
+    }
+    return {name: "float32" for name in fixed if stays_float32(name)}, sum(fixed.values())
+
+
 def _gguf_metadata(
-    checkpoint: Checkpoint, to_gguf: Callable[[ModelConfig], dict[str, object]], form: str
+    checkpoint: Checkpoint, to_gguf: Callable[[ModelConfig], dict[str, object]], form: str | Mapping[str, str]
 ) -> tuple[dict[str, Typed], list[str]]:
     config = checkpoint.config
     metadata = {
         "general.architecture": Typed("string", families.family_of(config).gguf_archs[0]),
         "general.name": Typed("string", checkpoint.path.stem),
-        "general.file_type": Typed("uint32", FILE_TYPE[form]),
+        "general.file_type": Typed("uint32", FILE_TYPE[form] if isinstance(form, str) else _main_type(form)),
         "general.quantization_version": Typed("uint32", 2),
     }
     notes = []

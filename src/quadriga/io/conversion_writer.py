@@ -21,7 +21,7 @@ from quadriga.io.parameters import Progress
 from quadriga.model.weight_map import (
     Piece,
 )
-from quadriga.quant.dtypes import Array
+from quadriga.quant.feedback import Importance
 
 _JOURNAL = "journal.jsonl"
 _SYNC_BYTES = 512 << 20
@@ -81,7 +81,7 @@ class Writer:
             )
         return {line["tensor"]: line["sha256"] for line in lines[1:]}
 
-    def run(self, checkpoint: Checkpoint, progress: Progress | None, importance: Mapping[str, Array]) -> None:
+    def run(self, checkpoint: Checkpoint, progress: Progress | None, importance: Mapping[str, Importance]) -> None:
         """Write what is missing, then the small files. One thread hashes and writes while the others make the next."""
         total = sum(self.plan.nbytes(name) for name in self.plan.tensors)
         done = sum(self.plan.nbytes(name) for name in self.hashes)
@@ -128,7 +128,7 @@ class Writer:
             raise CheckpointError(f"cannot put the finished {out} in place: {error.strerror}") from None
 
     def _missing(
-        self, checkpoint: Checkpoint, importance: Mapping[str, Array]
+        self, checkpoint: Checkpoint, importance: Mapping[str, Importance]
     ) -> Iterator[tuple[str, Iterator[tuple[memoryview, int]]]]:
         """The tensors that are not on disk yet, and the parts of each."""
         if self.plan.packed:

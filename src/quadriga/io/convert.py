@@ -19,7 +19,7 @@ from quadriga.io.conversion_writer import Writer
 from quadriga.io.open import Checkpoint, open_checkpoint
 from quadriga.io.parameters import Progress
 from quadriga.io.restate import restated, restated_columns
-from quadriga.quant.dtypes import Array
+from quadriga.quant.feedback import Importance
 
 MAX_SHARD_BYTES = 4_500_000_000
 """DBRX's release has 61 files of 4.2 to 4.4 GB."""
@@ -32,10 +32,10 @@ def convert(
     to: str = "quadriga",
     layout: str | None = None,
     dtype: str | None = None,
-    gguf_format: str | None = None,
+    gguf_format: str | Mapping[str, str] | None = None,
     format: str | Mapping[str, str] | None = None,
     embeddings: str | None = None,
-    importance: Mapping[str, Array] | None = None,
+    importance: Mapping[str, Importance] | None = None,
     max_shard_bytes: int | None = None,
     resume: bool = True,
     pickles: bool = False,
@@ -52,12 +52,14 @@ def convert(
         layout: for "hf", one of the family's layouts; None is the family's usual one.
         dtype: of plain numbers, for "hf" and for "quadriga" without a format: float32, bfloat16, float16, or "keep",
             which None is too: each tensor as it came (block formats become float32).
-        gguf_format: for "gguf": one of ``convert_options.GGUF_FORMATS``; None is bfloat16.
+        gguf_format: for "gguf": one of ``convert_options.GGUF_FORMATS``, or a recipe: tensor -> format of its own; None
+            is bfloat16.
         format: for "quadriga": pack the matrices for the CPU's kernels: one of ``FORMATS_TO_LOAD`` for
             all (routers stay float32, embeddings and head at least q8), or a recipe: matrix -> format
             (``quant.format_choice``).
         embeddings: with ``format``, another one for the embedding table and the head.
-        importance: matrix -> (cols,), how much each column's error counts in the search for scales.
+        importance: matrix -> (cols,), how much each column's error counts in the search for scales, or the moments of
+            what comes to the columns (``quant.feedback``).
         max_shard_bytes: largest safetensors file, unless one tensor alone is larger; None is MAX_SHARD_BYTES.
         resume: go on with an unfinished conversion of the same source with the same options; False starts over.
         pickles: see ``open_checkpoint``.
@@ -97,10 +99,10 @@ def write(
     to: str = "quadriga",
     layout: str | None = None,
     dtype: str | None = None,
-    gguf_format: str | None = None,
+    gguf_format: str | Mapping[str, str] | None = None,
     format: str | Mapping[str, str] | None = None,
     embeddings: str | None = None,
-    importance: Mapping[str, Array] | None = None,
+    importance: Mapping[str, Importance] | None = None,
     max_shard_bytes: int | None = None,
     resume: bool = True,
     progress: Progress | None = None,

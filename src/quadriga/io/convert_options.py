@@ -30,7 +30,9 @@ from quadriga.quant import pack_blocks
 from quadriga.quant.packed import QUANTISED
 
 TARGETS = ("quadriga", "hf", "gguf")
-GGUF_FORMATS = ("float32", "float16", "bfloat16", "q8_0", "q4_0", *pack_blocks.PACK, *MIXTURES)
+GGUF_FORMATS = ("float32", "float16", "bfloat16", "q8_0", "q4_0", "q4_1", *pack_blocks.PACK, *MIXTURES)
+WEIGHED = ("q4_0", "q4_1", *pack_blocks.PACK, *MIXTURES)
+"""Formats of GGUF files whose scales are searched for, with an importance of columns."""
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
@@ -41,7 +43,8 @@ def _packs(options: Mapping[str, Any]) -> bool:
 def weighs_errors(options: Mapping[str, Any]) -> bool:
     """True if numbers are rounded by a search, whose errors columns can weigh."""
     if options["to"] == "gguf":
-        return options["gguf_format"] in (*pack_blocks.PACK, *MIXTURES)
+        stored = options["gguf_format"]
+        return is_given(stored) and (not isinstance(stored, str) or stored in WEIGHED)
     form = options["format"]
     # mx4's scale is the largest number's: nothing is searched.
     return is_given(form) and (not isinstance(form, str) or (form in QUANTISED and form != "mx4"))
@@ -91,11 +94,10 @@ RULES = (
 VALUES: dict[str, Allowed] = {
     "to": OneOf(TARGETS),
     "dtype": OneOf(DTYPES),
-    "gguf_format": OneOf(GGUF_FORMATS),
     "embeddings": OneOf(FORMATS_TO_LOAD),
     "max_shard_bytes": Whole(1, 1 << 60),
 }
-"""What each option may be; ``format`` may be a recipe too."""
+"""What each option may be, but ``format`` and ``gguf_format``, which may be recipes."""
 
 OPTIONS: dict[str, Any] = dict.fromkeys(
     ("layout", "dtype", "gguf_format", "format", "embeddings", "importance", "max_shard_bytes")
@@ -119,6 +121,9 @@ def check(given: Mapping[str, Any], spell: Spelling = as_argument) -> None:
     form = options["format"]
     if isinstance(form, str) and form not in FORMATS_TO_LOAD:
         raise ConfigError(f"{spell('format')} must be one of {', '.join(FORMATS_TO_LOAD)}; got {form!r}")
+    stored = options["gguf_format"]
+    if isinstance(stored, str) and stored not in GGUF_FORMATS:
+        raise ConfigError(f"{spell('gguf_format')} must be one of {', '.join(GGUF_FORMATS)}; got {stored!r}")
     if options["layout"] == "":
         raise ConfigError(f"{spell('layout')} must be the name of a layout, got an empty one")
     refuse_unused(RULES, options, spell)

@@ -6,6 +6,7 @@
 
 A plain directory holds torch dtypes in safetensors files. A packed one holds what the CPU's kernels map and use as it
 lies (``quant.packed``): a matrix an entry, the experts of a layer one each (``layers.0.moe.w_up/3``), page-aligned.
+Where q, k and v have formats of their own, each is an entry (``layers.0.attn.wqkv.weight/0`` and so on).
 The manifest is written last, so a directory that has one is complete. No torch here.
 """
 
@@ -14,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import msgspec
@@ -60,11 +62,17 @@ class Manifest:
     """True if the matrices are packed for the CPU's kernels."""
 
     def entries(self, name: str) -> list[Entry]:
-        """The entries of one parameter: one, or one per expert."""
+        """The entries of one parameter: one, or one per expert, or per run of rows of q, k and v."""
         if name in self.parameters:
             return [self.parameters[name]]
+        if name.endswith(SPLIT):
+            return [self.parameters[f"{name}/{i}"] for i in range(len(self.runs()[name]))]
         moe = self.config.layers[int(name.split(".")[1])].moe
         return [self.parameters[f"{name}/{expert}"] for expert in range(moe.n_experts if moe is not None else 0)]
+
+    def runs(self) -> dict[str, list[int]]:
+        """Matrices of q, k and v in several entries -> the rows of each."""
+        return _runs(self.parameters)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -117,7 +125,7 @@ def read_manifest(directory: Path) -> Manifest:
     packed = body.get("packed", False)
     if not isinstance(packed, bool):
         raise CheckpointError(f"{MANIFEST}: packed must be true or false, got {packed!r}")
-    expected = packed_shapes(config) if packed else parameter_shapes(config)
+    expected = packed_shapes(config, _runs(parameters)) if packed else parameter_shapes(config)
     wrong = sorted(n for n in expected.keys() | parameters.keys() if not _matches(parameters.get(n), expected.get(n)))
     if wrong:
         raise CheckpointError(f"{MANIFEST} does not describe its model: {len(wrong)} parameters differ, {wrong[:4]}")
@@ -130,11 +138,31 @@ def read_manifest(directory: Path) -> Manifest:
     return Manifest(config=config, parameters=parameters, made_from=str(body.get("made_from", "")), packed=packed)
 
 
-def packed_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """The matrices and vectors of a packed directory, every expert by itself."""
+SPLIT = "attn.wqkv.weight"
+"""Ends the names of matrices that may be entries of several formats, one run of rows after the other."""
+
+
+def _runs(parameters: Mapping[str, Entry]) -> dict[str, list[int]]:
+    """Of every matrix that lies in runs of rows, how many each has."""
+    found: dict[str, list[int]] = {}
+    for first in (name for name in parameters if name.endswith(f"{SPLIT}/0")):
+        matrix = first.removesuffix("/0")
+        parts = (f"{matrix}/{i}" for i in range(len(parameters)))
+        found[matrix] = [parameters[part].shape[0] for part in takewhile(parameters.__contains__, parts)]
+    return found
+
+
+def packed_shapes(config: ModelConfig, runs: Mapping[str, Sequence[int]] | None = None) -> dict[str, Shape]:
+    """The matrices and vectors of a packed directory, every expert by itself.
+
+    Args:
+        runs: matrices of q, k and v that lie in runs of rows, and the rows of each run.
+    """
     shapes: dict[str, Shape] = {}
     for name, shape in parameter_shapes(config).items():
-        if len(shape) == 3:
+        if runs and name in runs and sum(runs[name]) == shape[0]:
+            shapes.update({f"{name}/{i}": (rows, *shape[1:]) for i, rows in enumerate(runs[name])})
+        elif len(shape) == 3:
             shapes.update({f"{name}/{expert}": shape[1:] for expert in range(shape[0])})
         else:
             shapes[name] = shape

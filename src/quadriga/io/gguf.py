@@ -37,7 +37,8 @@ _MAX_TENSORS = 1 << 16
 _MAX_KEYS = 1 << 16
 _MAX_AXES = 4  # ggml has no more
 _MAX_PADDING = 64 << 20
-_ALIGNMENT = 32
+ALIGNMENT = 32
+"""Bytes that tensors begin at multiples of, in the files that are written."""
 _LENGTH = struct.Struct("<Q")
 
 # GGUF value types: number -> (name, struct code); 8 is a string and 9 an array.
@@ -331,7 +332,7 @@ class _Reader:
             if name in rows:
                 raise self.fail(f"tensor {name[:80]!r} comes twice")
             rows[name] = self.tensor_row(name)
-        alignment = metadata.get("general.alignment", _ALIGNMENT)
+        alignment = metadata.get("general.alignment", ALIGNMENT)
         whole_number = isinstance(alignment, int) and not isinstance(alignment, bool)
         if not whole_number or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
             raise self.fail(f"general.alignment must be a power of two up to 2^20, got {str(alignment)[:40]}")
@@ -430,10 +431,10 @@ def plan_gguf(file: str, metadata: Mapping[str, Typed], tensors: Mapping[str, tu
         axes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
         table.append(_pack_string(name) + axes + struct.pack("<IQ", spec.ggml_type, offset))
         offsets[name] = offset
-        offset += -(-spec.nbytes_of(shape) // _ALIGNMENT) * _ALIGNMENT
+        offset += -(-spec.nbytes_of(shape) // ALIGNMENT) * ALIGNMENT
     keys = b"".join(_pack_string(key) + _pack_value(key, typed) for key, typed in metadata.items())
     head = _MAGIC + struct.pack("<IQQ", 3, len(tensors), len(metadata)) + keys + b"".join(table)
-    head += b"\0" * (-len(head) % _ALIGNMENT)
+    head += b"\0" * (-len(head) % ALIGNMENT)
     places = {name: (file, len(head) + at) for name, at in offsets.items()}
     return FilePlan(headers={file: head}, sizes={file: len(head) + offset}, places=places)
 

@@ -9,8 +9,9 @@ exactly once, or one error lists both sides.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -130,7 +131,7 @@ def open_checkpoint(path: Path, *, pickles: bool = False) -> Checkpoint:
         case "quadriga":
             manifest = engine_file.read_manifest(found.path)
             if manifest.packed:
-                pieces = packed_map(config)
+                pieces = packed_map(config, manifest.runs())
                 return _checked(
                     "quadriga", found.path, config, "packed", PackedSource(found.path, manifest), pieces, None
                 )
@@ -186,10 +187,18 @@ def identity_map(config: ModelConfig) -> list[Piece]:
     ]
 
 
-def packed_map(config: ModelConfig) -> list[Piece]:
-    """The weight map of a packed directory: every expert of a layer is a tensor of its own."""
+def packed_map(config: ModelConfig, runs: Mapping[str, Sequence[int]] | None = None) -> list[Piece]:
+    """The weight map of a packed directory: every expert of a layer is a tensor of its own, and so is every run."""
     pieces = []
     for name, shape in parameter_shapes(config).items():
+        if runs and name in runs:
+            ends = list(accumulate(runs[name]))
+            for i, (rows, end) in enumerate(zip(runs[name], ends, strict=True)):
+                box, own = ((end - rows, end), *whole(shape[1:])), (rows, *shape[1:])
+                pieces.append(
+                    Piece(source=f"{name}/{i}", source_shape=own, target=name, target_shape=shape, target_box=box)
+                )
+            continue
         if len(shape) < 3:
             pieces.append(Piece(source=name, source_shape=shape, target=name, target_shape=shape))
             continue

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -37,6 +37,7 @@ from quadriga.kernels.cpu.packing import STORED, Bytes, Packed, Parameter, alloc
 from quadriga.model.weight_map import Piece, Shape, parameter_shapes, source_index, stays_float32, whole
 from quadriga.quant import mxfp4
 from quadriga.quant.dtypes import Array, as_float32
+from quadriga.quant.feedback import Importance
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import FROM_GGUF, OF_BLOCKS, PACKED, QUANTISED
 
@@ -150,7 +151,7 @@ class Unpacked:
     blocks: np.ndarray[Any, Any] | None = None
     block_format: str = ""
 
-    def pack(self, form: str, *, out: Bytes | None = None, importance: Array | None = None) -> Packed:
+    def pack(self, form: str, *, out: Bytes | None = None, importance: Importance | None = None) -> Packed:
         """The packed matrix.
 
         Args:
@@ -194,6 +195,12 @@ def runs_of_rows(checkpoint: Checkpoint, name: str) -> list[tuple[str, list[Piec
     return [(block, list(run)) for block, run in runs]
 
 
+def rows_of(run: list[Piece]) -> int:
+    """How many rows a run has."""
+    first, last = ((piece.target_box or whole(piece.target_shape))[0] for piece in (run[0], run[-1]))
+    return last[1] - first[0]
+
+
 def read_rows(checkpoint: Checkpoint, run: list[Piece]) -> Unpacked:
     """One of :func:`runs_of_rows`."""
     source, shape = checkpoint.source, run[0].target_shape
@@ -202,6 +209,19 @@ def read_rows(checkpoint: Checkpoint, run: list[Piece]) -> Unpacked:
     block = source.tensors[run[0].source].dtype
     rows = _block_rows(source, run, shape, 0, block)[first[0] : last[1]]
     return Unpacked(run[0].target, len(rows), shape[1], blocks=rows, block_format=block)
+
+
+def read_some_rows(checkpoint: Checkpoint, name: str, first: int, last: int, form: str) -> Unpacked:
+    """Rows [first, last) of a matrix that will be packed as ``form``; blocks where a run of them has just those."""
+    begin = 0
+    for _, run in runs_of_rows(checkpoint, name):
+        end = begin + rows_of(run)
+        if (begin, end) == (first, last):
+            return read_rows(checkpoint, run)
+        begin = end
+    whole_matrix = read_matrix(checkpoint, name, 0, form)
+    values, blocks = (None if part is None else part[first:last] for part in (whole_matrix.values, whole_matrix.blocks))
+    return replace(whole_matrix, rows=last - first, values=values, blocks=blocks)
 
 
 def read_matrix(checkpoint: Checkpoint, name: str, expert: int, form: str) -> Unpacked:
@@ -380,7 +400,7 @@ def _map_directory(
             parameters[name] = [Packed(e.format, e.shape[0], e.shape[1], nothing) for e in entries]
             continue
         matrices = [Packed(e.format, e.shape[0], e.shape[1], weights.bytes_of(e)) for e in entries]
-        parameters[name] = matrices if len(shape) == 3 else matrices[0]
+        parameters[name] = matrices if len(shape) == 3 or len(matrices) > 1 else matrices[0]
     weights.finish()
     parameters.update({name: np.array(raw).view(np.float32) for name, raw in vectors})
     if not on_disk:

@@ -128,7 +128,7 @@ class _Reader:
 
     def _bits(self, source: str) -> float:
         if self._manifest is not None:
-            return PACKED[self._manifest.entries(source)[0].format].bits
+            return max(PACKED[entry.format].bits for entry in self._manifest.entries(source))
         return PACKED[packed_format(self._checkpoint, source, self._form)].bits
 
     def read(self, source: str, shape: Shape, selection: Selection) -> Parameter:
@@ -137,6 +137,10 @@ class _Reader:
             vector = as_float32(self._checkpoint.parameters.read(source))
             return np.concatenate([vector[a:b] for a, b in selection.rows or ((0, len(vector)),)])
         if self._form == "keep" and source.endswith("attn.wqkv.weight"):
+            if self._manifest is not None and len(entries := self._manifest.entries(source)) > 1:
+                stored = [Packed(e.format, e.shape[0], e.shape[1], self._bytes_of(e)) for e in entries]
+                parts = _own_rows([one.rows for one in stored], selection.rows or ((0, shape[0]),))
+                return [_part_of_tiles(stored[i], Selection(rows=own)) for i, own in parts]
             runs = runs_of_rows(self._checkpoint, source)
             if runs:
                 pieces = [read_rows(self._checkpoint, run) for _, run in runs]
@@ -263,10 +267,16 @@ def _cut(read: Unpacked, selection: Selection) -> Unpacked:
 
 def _pieces_of_rows(pieces: Sequence[Unpacked], rows: Runs) -> Iterator[Packed]:
     """Rows of a matrix that lies in pieces of several formats, each with what is wanted of it."""
+    for i, own in _own_rows([piece.rows for piece in pieces], rows):
+        yield _cut(pieces[i], Selection(rows=own)).pack(FROM_GGUF.get(pieces[i].block_format, "q8"))
+
+
+def _own_rows(heights: Sequence[int], rows: Runs) -> Iterator[tuple[int, Runs]]:
+    """Of pieces of a matrix one after the other, those that have wanted rows, and which of their own rows these are."""
     begin = 0
-    for piece in pieces:
-        end = begin + piece.rows
+    for i, height in enumerate(heights):
+        end = begin + height
         own = tuple((max(a, begin) - begin, min(b, end) - begin) for a, b in rows if a < end and b > begin)
         begin = end
         if own:
-            yield _cut(piece, Selection(rows=own)).pack(FROM_GGUF.get(piece.block_format, "q8"))
+            yield i, own

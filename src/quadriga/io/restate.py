@@ -10,7 +10,7 @@ changing. Sums and exponentials are taken in float64 and rounded once, to float3
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from quadriga.io.open import Checkpoint
 from quadriga.model import families
 from quadriga.model.config import AttentionSpec, DeltaNetSpec, LayerSpec, Mamba2Spec, ModelConfig
 from quadriga.quant.dtypes import Array, as_float32
+from quadriga.quant.feedback import Importance, Moments
 
 
 def restated(checkpoint: Checkpoint, to: str) -> Checkpoint:
@@ -35,13 +36,17 @@ def restated(checkpoint: Checkpoint, to: str) -> Checkpoint:
     return checkpoint if config == checkpoint.config else derive(checkpoint, _Restated(checkpoint, config, to))
 
 
-def restated_columns(importance: Mapping[str, Array], old: ModelConfig, new: ModelConfig) -> dict[str, Array]:
-    """Importance of the columns of matrices of ``old``, matrix -> (columns,), in the order they have in ``new``."""
-    orders = _moved(old, new)
-    return {
-        name: values[orders[name][1]] if name in orders and orders[name][0] == 1 else values
-        for name, values in importance.items()
-    }
+_Kind = TypeVar("_Kind", Array, Importance)
+
+
+def restated_columns(importance: Mapping[str, _Kind], old: ModelConfig, new: ModelConfig) -> dict[str, _Kind]:
+    """Importance of the columns of matrices of ``old`` in the order that the columns have in ``new``."""
+    orders = {name: order for name, (axis, order) in _moved(old, new).items() if axis == 1}
+    moved = dict(importance)
+    for name in orders.keys() & moved.keys():
+        one, order = moved[name], orders[name]
+        moved[name] = one.reordered(order) if isinstance(one, Moments) else one[order]
+    return moved
 
 
 class _Restated(Unchanged):

@@ -261,6 +261,14 @@ def _mixture_shapes(ffn: MoESpec, d: int) -> dict[str, Shape]:
     return shapes
 
 
+def qkv_rows(config: ModelConfig, name: str) -> list[int]:
+    """Rows of the parts of a layer's ``attn.wqkv.weight``: q, k, v where it is not k, gates where there are any."""
+    spec = config.layers[int(name.split(".")[1])].attention
+    rows = [spec.q_dim, spec.kv_dim]
+    rows += [] if spec.keys_as_values else [spec.kv_dim]
+    return rows + ([spec.q_dim] if spec.output_gate else [])
+
+
 def stays_float32(name: str) -> bool:
     """True for matrices that are never packed into fewer bits: a router, whose rounding changes which experts a token
     visits, the biases of experts, one row an expert, which are added and not multiplied with, the taps of

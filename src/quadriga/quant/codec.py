@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from quadriga import runtime
 from quadriga.quant import blocks, codebook_blocks, pack_blocks
 from quadriga.quant.blocks import Bytes, Floats
+from quadriga.quant.feedback import Feedback, Importance, Moments, carry
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.search import NUMPY, Search
 from quadriga.quant.stored_half import as_half, inverse
@@ -39,15 +40,17 @@ def dequantize(raw: Bytes, name: str) -> Floats:
         return _UNPACK[name](raw.reshape(-1, spec.nbytes)).reshape(-1)
 
 
-def quantize(values: Floats, name: str, importance: Floats | None = None, search: Search = NUMPY) -> Bytes:
+def quantize(values: Floats, name: str, importance: Importance | None = None, search: Search = NUMPY) -> Bytes:
     """Quantise float32 values, row-major in whole blocks.
 
-    q8_0, q4_0 and q4_1 have the rounding of ggml's reference quantiser; the others are searched for (``quant.search``).
+    q8_0 has the rounding of ggml's reference quantiser, and so have q4_0 and q4_1 without an importance; the others are
+    searched for (``quant.search``).
 
     Args:
         values: whole rows, (..., columns).
         name: one of WRITTEN.
-        importance: (columns,) how much each column's squared error counts in a search; None: all alike.
+        importance: (columns,) how much each column's squared error counts in a search; None: all alike. With the
+            moments of what comes to the columns, errors are made up for by the columns behind (``quant.feedback``).
         search: who looks for scales; ``kernels.cpu.searching`` is many times faster.
 
     Returns:
@@ -58,12 +61,31 @@ def quantize(values: Floats, name: str, importance: Floats | None = None, search
     """
     spec = FORMATS[name]
     x = np.ascontiguousarray(values, dtype=np.float32).reshape(-1, spec.block)
-    if name in _PACK:
+    if name in _PACK and (importance is None or name not in pack_blocks.WEIGHED):
         return _PACK[name](x).reshape(-1)
+    if isinstance(importance, Moments):
+        return _with_feedback(x.reshape(-1, values.shape[-1]), name, importance, search)
     weight = np.ones((1, 1), dtype=np.float32)
     if importance is not None:
         weight = _positive(importance).reshape(-1, spec.block)
     return _searched(x, name, weight, values.shape[-1] // spec.block, search).reshape(-1)
+
+
+def _with_feedback(x: Floats, name: str, moments: Moments, search: Search) -> Bytes:
+    """Rows (n, columns) packed block of columns by block of columns, each one's errors taken from those behind."""
+    pack_blocks.require_finite(x)
+    spec, upper, rows = FORMATS[name], moments.upper, x.copy()
+    out = np.empty((len(x), x.shape[1] // spec.block, spec.nbytes), dtype=np.uint8)
+    for block in range(out.shape[1]):
+        here = slice(block * spec.block, (block + 1) * spec.block)
+        behind = slice(here.stop, None)
+        values, part = np.ascontiguousarray(rows[:, here]), upper[here, here]
+        weight = (np.diag(part) ** -2)[None, :]
+        fed = Feedback(search, part).search()
+        out[:, block] = _searched(values, name, weight / weight.mean(), 1, fed)
+        stored = dequantize(out[:, block], name).reshape(values.shape)
+        carry(values, stored, part, upper[here, behind], rows[:, behind])
+    return out.reshape(-1)
 
 
 _SEARCHED = 1 << 17
@@ -81,7 +103,7 @@ def _searched(x: Floats, name: str, weight: Floats, blocks_a_row: int, search: S
         of_part = weight if len(weight) == 1 else np.tile(weight, (len(part) // len(weight), 1))
         of_part = np.broadcast_to(of_part, (len(part), of_part.shape[1]))
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is no scale, and refused
-            out[first : first + step] = pack_blocks.PACK[name](part, of_part, search)
+            out[first : first + step] = (pack_blocks.PACK | pack_blocks.WEIGHED)[name](part, of_part, search)
 
     with ThreadPoolExecutor(runtime.cpu_count()) as pool:
         for done in pool.map(pack, range(0, len(x), step)):

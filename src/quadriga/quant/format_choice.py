@@ -1,7 +1,7 @@
 """Choose a format for every matrix under a budget of bytes, from errors measured on calibration text.
 
-Every matrix has an error for every format: noise energy / signal energy of its output due to rounding the weights,
-times the fraction of tokens that reach it. The choice starts with the smallest format everywhere and spends the budget
+Every matrix has an error for every format: what rounding it costs in nats of divergence a token, so that errors of
+different matrices add up. The choice starts with the smallest format everywhere and spends the budget
 where a byte reduces the error most. Per matrix only formats on the lower convex hull of (bytes, error) are considered,
 so the greedy choice is optimal up to the last step (Everett 1963).
 
@@ -24,7 +24,7 @@ class Candidate:
     format: str
     nbytes: int
     error: float
-    """Noise energy / signal energy of the output, times the fraction of tokens that reach the matrix."""
+    """What it costs: nats of divergence a token (``edits.sensitivity``)."""
 
 
 def protected_share(tokens: int, total: int, n_experts: int) -> float:
@@ -32,19 +32,23 @@ def protected_share(tokens: int, total: int, n_experts: int) -> float:
     return max(tokens / total if total else 0.0, 0.5 / n_experts)
 
 
-def choose(candidates: Mapping[str, list[Candidate]], budget: int) -> dict[str, str]:
+def choose(candidates: Mapping[str, list[Candidate]], budget: int, fixed: int = 0) -> dict[str, str]:
     """Choose a format for every matrix so that the total size is within the budget (in bytes).
+
+    Args:
+        candidates: matrix -> its formats.
+        fixed: bytes of all that has no choice.
 
     Raises:
         ConfigError: even the smallest formats do not fit.
     """
     hulls = {name: _hull(options) for name, options in candidates.items()}
     chosen = dict.fromkeys(hulls, 0)
-    spent = sum(hull[0].nbytes for hull in hulls.values())
+    spent = fixed + sum(hull[0].nbytes for hull in hulls.values())
     if spent > budget:
         raise ConfigError(
-            f"the budget must be at least {spent / 1e9:.2f} GB, the size in the smallest formats; got "
-            f"{budget / 1e9:.2f} GB"
+            f"the budget must be at least {spent / 1e9:.4g} GB, the size in the smallest formats; got "
+            f"{budget / 1e9:.4g} GB"
         )
     heap = [(-_gain(hull, 0), name) for name, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(heap)

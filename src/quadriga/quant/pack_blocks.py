@@ -111,6 +111,17 @@ def _pack_iq4_nl(x: Floats, weight: Floats, search: Search) -> Bytes:
     return np.concatenate((as_half(found.d * found.scales), _nibble_runs(q, 16)), axis=1)
 
 
+def _pack_q4_0(x: Floats, weight: Floats, search: Search) -> Bytes:
+    found = search.symmetric(_cut(x, 32), _cut(weight, 32), _whole(-8, 7), -1, 0)
+    return np.concatenate((as_half(found.d * found.scales), _nibble_runs(_bytes(found.values + 8), 16)), axis=1)
+
+
+def _pack_q4_1(x: Floats, weight: Floats, search: Search) -> Bytes:
+    found = search.affine(_cut(x, 32), _cut(weight, 32), 15, 1)
+    d, low = found.d * found.scales, -found.m * found.minima
+    return np.concatenate((as_half(d), as_half(low), _nibble_runs(_bytes(found.q), 16)), axis=1)
+
+
 def _pack_mxfp4(x: Floats, weight: Floats, _: Search) -> Bytes:
     """The power of two that the largest number asks for, or a neighbour of it: whichever leaves the smallest error."""
     _, exponent = np.frexp(np.abs(x).max(axis=1, keepdims=True))
@@ -140,6 +151,10 @@ PACK: dict[str, Callable[[Floats, Floats, Search], Bytes]] = {
     "mxfp4": _pack_mxfp4,
 }
 """Quantisers by format."""
+
+
+WEIGHED: dict[str, Callable[[Floats, Floats, Search], Bytes]] = {"q4_0": _pack_q4_0, "q4_1": _pack_q4_1}
+"""Quantisers by a search, of formats that otherwise have ggml's rounding."""
 
 
 def require_finite(x: Floats) -> None:

@@ -18,6 +18,7 @@ from quadriga.kernels.cpu.file_context import packing_context
 from quadriga.quant import codec
 from quadriga.quant.codebooks import codebook
 from quadriga.quant.dtypes import Array, as_float32, name_of
+from quadriga.quant.feedback import Importance, Moments, columns_of
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import FROM_GGUF, OF_BLOCKS, PACKED
 
@@ -91,14 +92,15 @@ def allocate(nbytes: int) -> Bytes:
     return _arenas.take(nbytes)
 
 
-def pack(values: Array, form: str, *, out: Bytes | None = None, importance: Array | None = None) -> Packed:
+def pack(values: Array, form: str, *, out: Bytes | None = None, importance: Importance | None = None) -> Packed:
     """Pack a matrix.
 
     Args:
         values: (rows, cols) float32, bfloat16 or float16, contiguous.
         form: a name of ``quant.packed.PACKED``; those of ``OF_BLOCKS`` become a GGUF file's blocks first.
         out: memory to fill; None allocates.
-        importance: (cols,) float32, how much each column's squared error counts in the search for scales.
+        importance: (cols,) float32, how much each column's squared error counts in the search for scales; or the
+            moments of what comes to the columns: errors are fed back then (``quant.feedback``; not in q8 and mx4).
 
     Raises:
         CheckpointError: a number that is not finite, or whose scale is beyond float16 (block formats).
@@ -106,22 +108,27 @@ def pack(values: Array, form: str, *, out: Bytes | None = None, importance: Arra
     source = name_of(values.dtype)
     assert source in cpu.SOURCES and values.flags.c_contiguous, "a contiguous float matrix"
     rows, cols = values.shape
-    if form in OF_BLOCKS:
+    if form in OF_BLOCKS or (isinstance(importance, Moments) and form in _FED):
         return _pack_searched(values, form, out, importance)
-    weight = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
-    return _pack(source, values.ctypes.data, values.itemsize * cols, rows, cols, form, out, weight)
+    return _pack(source, values.ctypes.data, values.itemsize * cols, rows, cols, form, out, importance)
 
 
-def _pack_searched(values: Array, form: str, out: Bytes | None, importance: Array | None) -> Packed:
+def _pack_searched(values: Array, form: str, out: Bytes | None, importance: Importance | None) -> Packed:
     """Numbers as a GGUF file's blocks, the last of a row filled up with zeros; then those packed."""
-    block, (rows, cols) = OF_BLOCKS[form], values.shape
+    block, (rows, cols) = (OF_BLOCKS | _FED)[form], values.shape
     width = -(-cols // FORMATS[block].block) * FORMATS[block].block
     whole = np.zeros((rows, width), dtype=np.float32)
     whole[:, :cols] = as_float32(values)
-    weight = None if importance is None else np.concatenate((importance, np.zeros(width - cols, dtype=np.float32)))
+    if isinstance(importance, Moments):
+        weight: Importance | None = importance.padded(width)
+    else:
+        weight = None if importance is None else np.pad(importance, (0, width - cols))
     raw = codec.quantize(whole, block, weight, searching.fastest())
     return _pack(block, raw.ctypes.data, raw.nbytes // rows, rows, cols, form, out, None)
 
+
+_FED = {"q4": "q4_0", "q4m": "q4_1"}
+"""Packed formats that are made of a file's blocks where rounding is fed back."""
 
 STORED = cpu.codes(bindings.Stored)
 """Block format of ``quant.formats`` -> its number in quadriga.h."""
@@ -140,7 +147,7 @@ def pack_blocks(
     form: str,
     *,
     out: Bytes | None = None,
-    importance: Array | None = None,
+    importance: Importance | None = None,
 ) -> Packed:
     """Pack rows of blocks: bit by bit where ``form`` holds them (``FROM_GGUF``), else the numbers they stand for.
 
@@ -155,15 +162,14 @@ def pack_blocks(
     row_bytes = FORMATS[source].nbytes_of((cols,))
     stored = np.frombuffer(raw, dtype=np.uint8)
     assert stored.nbytes == rows * row_bytes, "whole rows of blocks"
-    if form in OF_BLOCKS and OF_BLOCKS[form] != source:
+    if (OF_BLOCKS | (_FED if isinstance(importance, Moments) else {})).get(form, source) != source:
         numbers, context = np.empty((rows, cols), dtype=np.float32), packing_context()
         n_blocks, table = stored.nbytes // FORMATS[source].nbytes, codebook_of(source)
         context.call(
             context.lib.qd_dequantize, STORED[source], stored.ctypes.data, n_blocks, table, numbers.ctypes.data
         )
         return pack(numbers, form, out=out, importance=importance)
-    weight = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
-    return _pack(source, stored.ctypes.data, row_bytes, rows, cols, form, out, weight)
+    return _pack(source, stored.ctypes.data, row_bytes, rows, cols, form, out, importance)
 
 
 def pack_mx4(blocks: Bytes, rows: int, cols: int, *, out: Bytes | None = None) -> Packed:
@@ -184,8 +190,10 @@ def _pack(
     cols: int,
     form: str,
     out: Bytes | None,
-    importance: NDArray[np.float32] | None,
+    importance: Importance | None,
 ) -> Packed:
+    weights = columns_of(importance)
+    weights = None if weights is None else np.ascontiguousarray(weights, dtype=np.float32)
     nbytes = PACKED[form].nbytes_of(rows, cols)
     out = allocate(nbytes) if out is None else out
     assert out.nbytes == nbytes and out.ctypes.data % 64 == 0, "memory of the packed matrix's size, aligned"
@@ -202,7 +210,7 @@ def _pack(
         *(() if as_they_are else (codebook_of(source),)),
         cpu.FORMATS[form],
         out.ctypes.data,
-        None if importance is None else importance.ctypes.data,
+        None if weights is None else weights.ctypes.data,
         ctypes.byref(bad_row),
     )
     if bad_row.value >= 0:
