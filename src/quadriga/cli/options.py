@@ -36,7 +36,7 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HE
 Format = Annotated[
     str | None,
     typer.Option(
-        help="Pack weights for the CPU's kernels: keep (as they are stored), float32, bfloat16, q8, q4, q4m, mx4, or "
+        help="Pack weights for kernels: keep (as they are stored), float32, bfloat16, q8, q4, q4m, mx4, or "
         "GGUF's q2k to q6k, iq4nl or iq4xs.",
         rich_help_panel=_MACHINE,
     ),
