@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from quadriga.train.batch import IGNORE, TrainingBatch
 from quadriga.train.corpus.format import Corpus, Stream
 from quadriga.train.data_config import DataConfig, StageConfig, parse_count
 from quadriga.train.loader import CorpusSource, HeldOutSource, Prefetcher, open_source
+from quadriga.train.trainer import Staged
 from tests.train.corpora import write_shards
 
 
@@ -143,7 +145,12 @@ def test_prefetching_changes_nothing(corpus: Path) -> None:
     for step in [0, 1, 2, 7, 8, 3, *range(4, plain.n_steps)]:
         assert torch.equal(ahead.rows(step, 1, 4).tokens, plain.rows(step, 1, 4).tokens)
     assert ahead.n_rows(0) == plain.n_rows(0) and ahead.seq_len(0) == plain.seq_len(0)
+    assert isinstance(ahead, Staged) and ahead.history(1) == plain.history(1) != []
+    with pytest.raises(ConfigError, match="has begun in this run and must not change"):
+        ahead.check_history(["another"])
     ahead.close()
+    with pytest.raises(ConfigError, match="prefetch must be 0 or above, got -1"):
+        msgspec.structs.replace(_config(corpus), prefetch=-1)
 
 
 def test_held_out_rows_are_the_held_out_text_from_its_beginning(tmp_path: Path) -> None:

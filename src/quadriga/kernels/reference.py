@@ -218,7 +218,7 @@ def experts(
     n_tokens, top_k = routing_ids.shape
     flat = routing_ids.reshape(-1)
     order = flat.argsort(stable=True)  # (N k,) slots, all of expert 0 first
-    counts = torch.bincount(flat, minlength=w_gate.shape[0])
+    counts = tally(flat, w_gate.shape[0])
     # Odd shapes and other dtypes (float64 checks) take one host sync per layer, never one per expert.
     sizes = None if _fits_grouped_mm(w_gate, w_down) else counts.tolist()
     gathered = x[order // top_k]
@@ -228,6 +228,11 @@ def experts(
     outputs = torch.empty_like(gathered).index_copy(0, order, y)  # back to (token, slot) order
     combine = combine.to(x.dtype)[:, None, :]  # (N, 1, k)
     return torch.bmm(combine, outputs.view(n_tokens, top_k, -1)).squeeze(1)
+
+
+def tally(ids: Tensor, n: int) -> Tensor:
+    """(n,) int64: how often each number occurs; bincount, but without a wait of the host for a GPU."""
+    return ids.new_zeros(n).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 def adapted_experts(

@@ -45,11 +45,11 @@ class Usage:
     def of(cls, stats: Sequence[RouterStats], mask: Tensor | None = None) -> Usage:
         """The usage of one forward pass, without the tokens that ``mask`` (N,) leaves out."""
         assert stats, "a dense model has no router"
-        kept = [_rows(layer, mask) for layer in stats]
-        n_experts = stats[0].probs.shape[1]
-        counts = torch.stack([torch.bincount(ids.reshape(-1), minlength=n_experts) for ids, _ in kept])
-        probs = torch.stack([probs.sum(0) for _, probs in kept])
-        return cls(counts.to(probs.dtype), probs, probs.new_tensor(float(len(kept[0][0]))))
+        first = stats[0].probs
+        kept = torch.ones(len(first), dtype=torch.bool, device=first.device) if mask is None else mask
+        counts = torch.stack([_counts(layer, kept) for layer in stats])
+        probs = torch.stack([torch.where(kept[:, None], layer.probs, 0.0).sum(0) for layer in stats])
+        return cls(counts.to(probs.dtype), probs, kept.sum().to(probs.dtype))
 
 
 def balance_loss(counts: Tensor, probs: Tensor, n_tokens: Tensor, top_k: int, form: Form) -> Tensor:
@@ -90,12 +90,17 @@ def load_balancing_loss(stats: Sequence[RouterStats], *, form: Form, mask: Tenso
     return balance_loss(usage.counts, usage.probs, usage.n_tokens, stats[0].expert_ids.shape[1], form)
 
 
-def _rows(layer: RouterStats, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    return (layer.expert_ids, layer.probs) if mask is None else (layer.expert_ids[mask], layer.probs[mask])
+def _counts(layer: RouterStats, kept: Tensor) -> Tensor:
+    """(E,) int64 slots of each expert, of the tokens ``kept`` (N,). No row is selected: a host would have to wait."""
+    ids = layer.expert_ids
+    counted = kept[:, None].expand_as(ids).reshape(-1).to(ids.dtype)
+    return ids.new_zeros(layer.probs.shape[1]).scatter_add_(0, ids.reshape(-1), counted)
 
 
 def router_z_loss(stats: Sequence[RouterStats], *, mask: Tensor | None = None) -> Tensor:
     """Mean over tokens of logsumexp(router logits)^2, summed over layers (Zoph et al. 2022, eq. 5), unweighted."""
     assert stats, "a dense model has no router"
-    logits = [layer.logits if mask is None else layer.logits[mask] for layer in stats]
-    return torch.stack([layer.logsumexp(-1).square().mean() for layer in logits]).sum()
+    squares = [layer.logits.logsumexp(-1).square() for layer in stats]
+    if mask is None:
+        return torch.stack([square.mean() for square in squares]).sum()
+    return torch.stack([torch.where(mask, square, 0.0).sum() for square in squares]).sum() / mask.sum()

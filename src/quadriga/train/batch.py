@@ -52,6 +52,10 @@ class TrainingBatch:
     """Where these tokens begin among those that ``bounds`` divides."""
     outside_padding: Tensor | None = None
     """(N,) bool, known of a part, which may lack a document's targets; None: ``targets`` tell."""
+    with_target: Tensor | None = None
+    """(M,) int64 indices of the tokens whose target is not IGNORE; None until the batch goes to its device."""
+    summed_weight: float | None = None
+    """Of all targets; None until then."""
 
     stage: Stage | None = None
     """The stage of a pipeline that computes on it; None: there is no pipeline."""
@@ -88,20 +92,32 @@ class TrainingBatch:
         )
 
     def to(self, device: torch.device) -> TrainingBatch:
-        """Copy to another device, except ``bounds``, which attention reads on the host."""
+        """Copy to another device, except ``bounds``, which attention reads on the host.
+
+        What depends on the targets' values is worked out before: a device would have to be waited for.
+        """
+        kept, real = self.targets_at(), self.real()
         return replace(
             self,
+            with_target=kept.to(device),
+            summed_weight=self.target_weight(),
+            outside_padding=real.to(device),
             tokens=self.tokens.to(device),
             targets=self.targets.to(device),
             positions=self.positions.to(device),
             weights=None if self.weights is None else self.weights.to(device),
-            outside_padding=None if self.outside_padding is None else self.outside_padding.to(device),
         )
 
     def target_weight(self) -> float:
         """Sum of the weights of all targets: the divisor of the mean loss."""
+        if self.summed_weight is not None:
+            return self.summed_weight
         wanted = self.targets != IGNORE
         return float(wanted.sum() if self.weights is None else self.weights[wanted].double().sum())
+
+    def targets_at(self) -> Tensor:
+        """(M,) int64 indices of the tokens whose target is not IGNORE."""
+        return (self.targets != IGNORE).nonzero()[:, 0] if self.with_target is None else self.with_target
 
     def real(self) -> Tensor:
         """(N,) bool on the tokens' device: True outside padding documents."""

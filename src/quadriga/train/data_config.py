@@ -106,12 +106,16 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Data are shuffled in units of this many tokens. Fixed for a run; bounds the seq_len of later stages."""
     max_epochs: float | None = None
     """Refuse a curriculum that reads a domain more often than this; None: no limit."""
+    prefetch: int = 2
+    """Steps whose rows are read ahead, in a thread; 0: none."""
 
     def __post_init__(self) -> None:
         if not self.corpora:
             raise ConfigError("data.corpora must name at least one directory written by `quadriga data prepare`")
         if not self.stages:
             raise ConfigError("data.stages must have at least one stage")
+        if self.prefetch < 0:
+            raise ConfigError(f"data.prefetch must be 0 or above, got {self.prefetch}")
         if self.unit_tokens < 1:
             raise ConfigError(f"data.unit_tokens must be at least 1, got {self.unit_tokens}")
         for stage in self.stages:

@@ -3,10 +3,10 @@
     sort slots by expert ─► counts to every rank ─► rows to the ranks of their experts (all-to-all)
         ─► the rank's own experts compute ─► rows back ─► weighted sum of each token's k rows
 
-As in MegaBlocks and torchtitan. The host waits only for the counts, once per layer. Pieces may have any size including
-0, so ranks without tokens or with idle experts need no special case, and no token is dropped. The layer does not know
-about ranks: it is given :class:`AllToAllExperts` as its ``dispatch``, and of each weight its own experts' part, be it
-plain, packed or with an adapter's factors (:func:`spread`).
+As in MegaBlocks and torchtitan. The host waits only for the counts, once a layer and pass. Pieces may have any size
+including 0, so ranks without tokens or with idle experts need no special case, and no token is dropped. The layer does
+not know about ranks: it is given :class:`AllToAllExperts` as its ``dispatch``, and of each weight its own experts'
+part, be it plain, packed or with an adapter's factors (:func:`spread`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from quadriga.kernels.reference import tally
 from quadriga.nn.linear import Adapted, LowRank, Part, Quantised, Weight
 from quadriga.nn.moe import ExpertWeights, MoE, here, n_experts
 
@@ -92,10 +93,10 @@ class AllToAllExperts:
         flat = routing_ids.reshape(-1)
         order = flat.argsort(stable=True)
         sent_ids = flat[order]
-        to_send = torch.bincount(sent_ids // own, minlength=self.size)
+        to_send = tally(sent_ids // own, self.size)
         to_get = torch.empty_like(to_send)
         dist.all_to_all_single(to_get, to_send, group=self.group)
-        out_sizes, in_sizes = to_get.tolist(), to_send.tolist()
+        out_sizes, in_sizes = torch.stack((to_get, to_send)).tolist()
         rows = _travel(x[order // top_k], out_sizes, in_sizes, self.group)
         ids = torch.empty(sum(out_sizes), dtype=sent_ids.dtype, device=x.device)
         dist.all_to_all_single(ids, sent_ids % own, out_sizes, in_sizes, group=self.group)

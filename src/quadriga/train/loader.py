@@ -4,7 +4,7 @@
 
 So a run's position in its data is one integer, the step. Resuming needs no state, any number of ranks can read parts of
 the same global batch, and any row can be read again later. There are no loader workers: reading a row takes two binary
-searches and a copy from memory-mapped files; for slow disks, ``Prefetcher`` reads the next steps in a thread.
+searches and a copy from memory-mapped files; ``Prefetcher`` reads the next steps in a thread, for slow disks.
 
 Packing: the documents of a domain are concatenated, each followed by its end token, and cut into rows. Every piece of a
 document in a row is one document of the batch: its positions start at 0, it attends only to itself, and the token after
@@ -219,7 +219,7 @@ class Prefetcher:
     Reading is a pure function, so only the timing changes.
     """
 
-    def __init__(self, source: BatchSource, depth: int = 2) -> None:
+    def __init__(self, source: CorpusSource, depth: int = 2) -> None:
         self.domains, self.fingerprint = source.domains, source.fingerprint
         self._source, self._depth = source, depth
         self._pool = ThreadPoolExecutor(1, "prefetch")
@@ -232,6 +232,14 @@ class Prefetcher:
     def seq_len(self, step: int) -> int:
         """Tokens per row of the wrapped source at ``step``."""
         return self._source.seq_len(step)
+
+    def history(self, step: int) -> list[str]:
+        """See ``CorpusSource.history``."""
+        return self._source.history(step)
+
+    def check_history(self, saved: Sequence[str]) -> None:
+        """See ``CorpusSource.check_history``."""
+        self._source.check_history(saved)
 
     def rows(self, step: int, first: int, last: int) -> TrainingBatch:
         """Rows of the wrapped source; starts reading the same rows of the next steps."""

@@ -77,10 +77,14 @@ class NextToken:
         hidden, stats = final_hidden(model, batch)
         weight, scale = head_weight(model), model.config.logit_scale
         if (cap := model.config.logit_cap) is not None:
-            losses = training.capped_losses(hidden, weight, batch.targets, cap=cap, logit_scale=scale)
+            losses = training.capped_losses(
+                hidden, weight, batch.targets, cap=cap, logit_scale=scale, kept=batch.with_target
+            )
             loss = losses.sum() if batch.weights is None else (losses * batch.weights).sum()
         else:
-            loss, _ = training.linear_cross_entropy(hidden, weight, batch.targets, batch.weights, logit_scale=scale)
+            loss, _ = training.linear_cross_entropy(
+                hidden, weight, batch.targets, batch.weights, logit_scale=scale, kept=batch.with_target
+            )
         metrics = {"loss": loss.detach()}
         if stats:
             extra, router_metrics = self.router_losses(stats, batch)
@@ -105,7 +109,8 @@ class NextToken:
         balance = balance_loss(counts, usage.probs, n_tokens, self.top_k, self.balance_form)
         if batch.stage is not None:
             balance = balance * batch.stage.mixture_share  # it is a mean over the layers
-        z = torch.stack([layer.logits[mask].logsumexp(-1).square().sum() for layer in stats]).sum() / n_tokens
+        squares = [layer.logits.logsumexp(-1).square() for layer in stats]
+        z = torch.stack([torch.where(mask, square, 0.0).sum() for square in squares]).sum() / n_tokens
         extra = weight * (self.balance_weight * balance + self.z_weight * z)
         metrics = {
             "balance": (weight * balance).detach(),

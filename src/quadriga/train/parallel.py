@@ -58,7 +58,7 @@ class ModelWithLoss(nn.Module):
         self.model = model
         self.objective = objective
         self.layout = layout or Layout()
-        self.loss_scale = 1.0
+        self.loss_scale = torch.ones(())
         """What the pipeline multiplies losses with; without one, the trainer does."""
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -88,14 +88,14 @@ class _Carry(torch.autograd.Function):
     """Hidden states that carry a loss along: when their gradient comes back, the loss gets its own."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, loss: Tensor, scale: float) -> Tensor:
-        ctx.scale, ctx.dtype = scale, loss.dtype
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        ctx.scale = scale.to(loss.dtype)
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        return gradient, torch.full((), ctx.scale, dtype=ctx.dtype, device=gradient.device), None
+        return gradient, ctx.scale, None
 
 
 Fill = Callable[[str, Box], Tensor]

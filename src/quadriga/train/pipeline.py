@@ -37,11 +37,11 @@ class Pipeline:
         self._batches: Sequence[TrainingBatch] = ()
         self._sums: dict[str, Tensor] = {}
 
-    def backward(self, batches: Sequence[TrainingBatch], weight: float) -> dict[str, Tensor]:
+    def backward(self, batches: Sequence[TrainingBatch], weight: Tensor) -> dict[str, Tensor]:
         """Accumulate the gradient of the batches' summed loss / weight; returns this stage's metrics, summed."""
         stage, numbers = self.module.layout.stage, torch.arange(len(batches))
         schedule = self._schedule(len(batches), len(batches[0].tokens))
-        self._batches, self.module.loss_scale = batches, 1 / weight
+        self._batches, self.module.loss_scale = batches, weight.reciprocal()
         self._sums = {}
         given = (numbers,) if stage.first else ()
         target = numbers if stage.last else None

@@ -31,7 +31,7 @@ from quadriga.train import report
 from quadriga.train.config import RunConfig
 from quadriga.train.held_out import HeldOutLoss, held_out_losses, samples
 from quadriga.train.initialise import NewWeights, StoredWeights, model_config
-from quadriga.train.loader import HeldOutSource, open_corpora, open_held_out, open_source
+from quadriga.train.loader import HeldOutSource, Prefetcher, open_corpora, open_held_out, open_source
 from quadriga.train.losses import NextToken
 from quadriga.train.metrics import MetricsFile
 from quadriga.train.run_directory import RunDirectory
@@ -97,11 +97,12 @@ def _train(
         )
     if resume == "must" and not has_some:
         raise ConfigError(f"{run.path} has no checkpoint to resume from: start it with --resume auto")
-    source = open_source(config.data)
-    if config.n_steps > source.n_steps:
+    corpora = open_source(config.data)
+    if config.n_steps > corpora.n_steps:
         raise ConfigError(
-            f"schedule.steps must be at most the curriculum's {source.n_steps}, got {config.n_steps}: add a stage"
+            f"schedule.steps must be at most the curriculum's {corpora.n_steps}, got {config.n_steps}: add a stage"
         )
+    source = Prefetcher(corpora, config.data.prefetch)
     tokenizer = corpus_tokenizer(config)
     architecture, weights = _weights(config)
     longest = max(stage.seq_len for stage in config.data.stages)
@@ -132,6 +133,7 @@ def _train(
     try:
         done = trainer.train(stop)
     finally:
+        source.close()
         for watcher in watchers:
             watcher.close()
         if world.first and config.log.report:

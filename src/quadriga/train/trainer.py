@@ -1,8 +1,8 @@
 """The training loop: reads batches, updates weights, reports, saves checkpoints, guards against bad steps.
 
     step s:  seed(seed, s, rank) ─► for each micro-step: rows of this rank ─► objective ─► backward (sums, all ranks)
-             ─► one message: gradient norm, losses, expert counts ─► guard ─► clip ─► optimiser ─► EMA, biases
-             ─► listeners ─► evaluate? save?
+             ─► one message: gradient norm, losses, expert counts (the host waits) ─► guard ─► clip ─► optimiser ─► EMA
+             ─► biases ─► listeners ─► evaluate? save?
 
 A step is a function of (state, s) alone: data, learning rate and random numbers follow from s, so a run that is stopped
 and resumed ends bit for bit like an uninterrupted one. The configuration, not the number of ranks, cuts the global
@@ -308,13 +308,15 @@ class Trainer:
         torch.manual_seed((self.settings.seed * 1_000_003 + step) * 65_537 + self.world.rank)
         batches = self.batches(step)
         own = sum(b.target_weight() for b in batches) if self.layout.stage.first else 0.0
-        weight = float(self.world.sum(torch.tensor(own, dtype=torch.float64)))
+        own_weight = torch.tensor(own, dtype=torch.float64).to(self.world.device)
+        divisor = self.world.sum(own_weight).clamp(min=1.0).float()
         if self.balancer is not None:
             self.balancer.apply(step, self.settings.n_steps)
-        sums = self._backward(batches, max(weight, 1.0))
-        square, wants_stop = self._gradient_square(), torch.tensor(float(stop))
-        totals = _sum_all(self.world, {**sums, "_square": square, "_stop": wants_stop})
-        loss, norm = float(totals.pop("loss")) / max(weight, 1.0), float(totals.pop("_square")) ** 0.5
+        sums = self._backward(batches, divisor)
+        asked = {"_square": self._gradient_square(), "_stop": torch.tensor(float(stop)), "_weight": own_weight}
+        totals = _sum_all(self.world, {**sums, **asked})
+        weight = max(float(totals.pop("_weight")), 1.0)
+        loss, norm = float(totals.pop("loss")) / weight, float(totals.pop("_square")) ** 0.5
         stopping = bool(totals.pop("_stop"))
         counts = totals.pop("expert_counts", None)
         verdict = "skipped after a rollback" if step in self.skipped_steps else self.guard.judge(step, loss, norm)
@@ -339,7 +341,7 @@ class Trainer:
             flops=flops_of(self.model.config, self._active, batches) * self.layout.n_row_groups,
             seconds=time.perf_counter() - started,
             verdict=verdict,
-            extra={name: float(value) / max(weight, 1.0) for name, value in totals.items()},
+            extra={name: float(value) / weight for name, value in totals.items()},
             expert_counts=counts,
         )
         for listener in self.listeners:
@@ -360,7 +362,7 @@ class Trainer:
         first = [start + layout.row_group * share for start in range(0, rows, micro)]
         return [layout.own(self.source.rows(step, a, a + share)).to(self.world.device) for a in first]
 
-    def _backward(self, batches: Sequence[TrainingBatch], weight: float) -> dict[str, Tensor]:
+    def _backward(self, batches: Sequence[TrainingBatch], weight: Tensor) -> dict[str, Tensor]:
         """Accumulate the gradient of the mean loss in the master weights; returns metrics summed over micro-steps."""
         self.module.train()
         if self.pipeline is not None:
@@ -376,13 +378,13 @@ class Trainer:
 
     def _gradient_square(self) -> Tensor:
         """This rank's share of the squared gradient norm; the shares of all ranks add up to the whole."""
-        square = torch.zeros((), dtype=torch.float64)
         held = [(p.grad, self.layout.copies(name, p)) for name, p in self.masters.by_name.items()]
         gradients = [(gradient, copies) for gradient, copies in held if gradient is not None]
-        norms = torch._foreach_norm([local(g) for g, _ in gradients])
-        for (_, copies), norm in zip(gradients, norms, strict=True):
-            square += norm.double().cpu().square() / copies
-        return square
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64)
+        norms = torch.stack(torch._foreach_norm([local(g) for g, _ in gradients])).double()
+        copies = torch.tensor([n for _, n in gradients], dtype=torch.float64).to(norms.device)
+        return (norms.square() / copies).sum()
 
     @torch.no_grad()
     def _update(self, rate: float, norm: float) -> None:

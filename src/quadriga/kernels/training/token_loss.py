@@ -30,7 +30,13 @@ _ROWS, _LOGITS_BYTES = 1024, 128 << 20
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None = None, *, logit_scale: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of weights[n] * loss[n] over the tokens whose target is not IGNORE.
 
@@ -39,12 +45,14 @@ def linear_cross_entropy(
         weight: (V, D), the head, of the same dtype.
         targets: (N,) int64.
         weights: (N,) float32; None: all 1.
+        kept: (M,) int64 indices of the tokens whose target is not IGNORE; None: they are looked for, for which the host
+            waits.
 
     Returns:
         (sum, losses): the sum in float32 (float64 for float64), with a gradient for ``hidden`` and ``weight``; and each
             token's unweighted loss (N,), detached, 0 at IGNORE.
     """
-    out: tuple[Tensor, Tensor] = _Sum.apply(hidden, weight, targets, weights, logit_scale)  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, Tensor] = _Sum.apply(hidden, weight, targets, weights, logit_scale, kept)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -62,6 +70,7 @@ def capped_losses(
     cap: float,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """:func:`token_losses` of logits cap * tanh(scale * W h / cap) / temperature, in torch's own operations.
 
@@ -72,14 +81,15 @@ def capped_losses(
         logits = (h @ head.t()).to(fused.wide(h.dtype)) * logit_scale
         return F.cross_entropy(cap * torch.tanh(logits / cap) / temperature, chosen, reduction="none")
 
-    parts = list(_chunks(targets, weight))
-    losses = torch.cat([checkpoint(of, hidden[kept], targets[kept], weight, use_reentrant=False) for kept in parts])
+    parts = list(_chunks(targets, weight, kept))
+    losses = torch.cat([checkpoint(of, hidden[part], targets[part], weight, use_reentrant=False) for part in parts])
     return torch.zeros(len(targets), dtype=losses.dtype, device=losses.device).index_copy(0, torch.cat(parts), losses)
 
 
-def _chunks(targets: Tensor, weight: Tensor) -> Iterator[Tensor]:
-    """Yield the indices of tokens with a target, in chunks."""
-    kept = (targets != IGNORE).nonzero()[:, 0]
+def _chunks(targets: Tensor, weight: Tensor, kept: Tensor | None = None) -> Iterator[Tensor]:
+    """Yield the indices of tokens with a target, in chunks; ``kept``: all of them, if they are known."""
+    if kept is None:
+        kept = (targets != IGNORE).nonzero()[:, 0]
     yield from torch.split(kept, max(32, min(_ROWS, _LOGITS_BYTES // weight[:, 0].nbytes)))
 
 
@@ -101,7 +111,13 @@ def _backward(d_logits: Tensor, h: Tensor, weight: Tensor, scale: Tensor | float
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, logit_scale: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        logit_scale: float,
+        all_kept: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         wide = fused.wide(hidden.dtype)
         losses = torch.zeros(len(targets), dtype=wide, device=hidden.device)
@@ -110,7 +126,7 @@ class _Sum(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden) if need_h or need_w else None
         d_weight = torch.zeros_like(weight) if need_w else None
         work = None
-        for kept in _chunks(targets, weight):
+        for kept in _chunks(targets, weight, all_kept):
             h, target = hidden[kept], targets[kept]
             work = logits = _logits(h, weight, work)
             chunk = fused.cross_entropy(logits, target, logit_scale, gradient=d_hidden is not None)
@@ -134,6 +150,7 @@ class _Sum(torch.autograd.Function):
         return (
             d_hidden * d_total if ctx.needs_input_grad[0] else None,
             d_weight * d_total if ctx.needs_input_grad[1] else None,
+            None,
             None,
             None,
             None,
