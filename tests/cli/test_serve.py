@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from quadriga.cli import app, options
 from quadriga.errors import ConfigError
-from quadriga.server import run, service
+from quadriga.server import hosting, run
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen.update(given, limits=limits)
 
     monkeypatch.setattr(options, "load_model", lambda *args, **given: None)
-    monkeypatch.setattr(service, "Service", Service)
+    monkeypatch.setattr(hosting, "Service", Service)
     monkeypatch.setattr(run, "serve", serve)
     return seen
 

@@ -19,6 +19,7 @@ from quadriga.errors import ConfigError
 from quadriga.server.front.exchange import Lost
 from quadriga.server.front.ray_serve import Host, RayChild, RayExchange, ray_launcher
 from quadriga.server.front.replica import Order
+from quadriga.server.hosting import Hosting
 from tests.server.front import Asked, FakeReplica
 from tests.waiting import HANG_S, until
 
@@ -26,13 +27,9 @@ ORDER = Order(
     source="m",
     names=["m"],
     how=LoadOptions(),
-    max_waiting=1,
-    step_timeout_s=1.0,
-    tool_form="auto",
-    reasoning=True,
+    hosting=Hosting(max_waiting=1, step_timeout_s=1.0),
     strict=False,
     max_body_bytes=1000,
-    adapters={},
 )
 HEADERS = [(b"content-type", b"application/json"), (b"x-request-id", b"relay-7")]
 

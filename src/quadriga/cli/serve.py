@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quadriga.cli import options
+from quadriga.cli.door import Door, open_door
 
 if TYPE_CHECKING:
-    import socket
-
-    from quadriga.engine.llm import LLM
     from quadriga.engine.load_options import LoadOptions
     from quadriga.server.files import FileStore
     from quadriga.server.fleet import Fleet
-    from quadriga.server.front.replica import Order
     from quadriga.server.guard import Limits
+    from quadriga.server.hosting import Hosting
     from quadriga.server.on_demand import OnDemand
+    from quadriga.server.run import Certificate
     from quadriga.server.service import Service
 
 
@@ -130,15 +129,11 @@ def serve_command(
     QUADRIGA_API_KEYS has keys too, with commas between.
     """
     from quadriga import runtime
-    from quadriga.errors import ConfigError
     from quadriga.server.files import FileStore
     from quadriga.server.fleet import Fleet
-    from quadriga.server.front.replica import Order
-    from quadriga.server.guard import Limits, is_loopback
-    from quadriga.server.run import Certificate, listen, listen_at, serve
-    from quadriga.server.service import Service
+    from quadriga.server.guard import Limits
+    from quadriga.server.hosting import Hosting
     from quadriga.server.tracing import Spans
-    from quadriga.text.tool_calls.forms import FORMS
 
     how = options.load_options(
         format=format,
@@ -154,27 +149,25 @@ def serve_command(
         max_batch_tokens=max_batch_tokens,
     )
     models = [] if models_memory is not None and not model else _models(model or [DEFAULT], name or ())
-    if len(models) != 1 and parallel is not None:
-        raise ConfigError("--parallel is for a server of one model: its ranks follow one engine")
     budget = None if models_memory is None else options.size(models_memory, "--models-memory")
+    if len(models) != 1:
+        _require_one_model(
+            parallel=parallel,
+            replicas=replicas > 1 or ray is not None,
+            adapter=adapter,
+            prefix_cache=prefix_cache if not models else None,
+        )
     if budget is None:
         options.follow_if_rank(models[0][0], how)
-    adapters = _adapters(adapter or (), how)
-    if len(models) != 1 and (replicas > 1 or ray is not None):
-        raise ConfigError("--replicas is for a server of one model: each replica has it whole")
-    if len(models) != 1 and adapters:
-        raise ConfigError("--adapter is for a server of one model; add them over HTTP, with --admin-key")
-    if not models and prefix_cache is not None:
-        raise ConfigError("--prefix-cache is shared out among models that are named: give MODEL beside --models-memory")
     keys = tuple(api_key or ()) + tuple(k for k in (runtime.setting("API_KEYS") or "").split(",") if k)
     _check_keys(keys, admin_key)
-    if (
-        max_sequences < 1
-        or min(max_waiting, requests_per_minute, tokens_per_minute, tokens_per_day, concurrent, drain) < 0
-    ):
-        raise ConfigError("limits cannot be negative, and at least one request must run")
-    if not 0 <= step_timeout < float("inf"):
-        raise ConfigError(f"--step-timeout must be seconds, 0 for no limit; got {step_timeout:g}")
+    _check_ranges(
+        (max_waiting, requests_per_minute, tokens_per_minute, tokens_per_day, concurrent, drain),
+        step_timeout=step_timeout,
+        tool_form=tool_form,
+    )
+    if log_level is not None:
+        runtime.set_log_level(log_level, "--log-level")
     limits = Limits(
         keys=keys,
         hosts=(*(allow_host or ()), *(() if host in ("0.0.0.0", "::") else (host,))),
@@ -189,91 +182,68 @@ def serve_command(
         admin_key=admin_key or "",
         open_probes=open_probes,
     )
-    if log_level is not None:
-        runtime.set_log_level(log_level, "--log-level")
-    if tool_form not in ("auto", *FORMS):
-        raise ConfigError(f"--tool-form must be auto or one of {', '.join(FORMS)}; got {tool_form!r}")
-    store = None if files is None else FileStore(files, options.size(files_size, "--files-size"))
-    if (tls_cert is None) != (tls_key is None):
-        raise ConfigError("--tls-cert and --tls-key are given together")
-    certificate = None if tls_cert is None or tls_key is None else Certificate(tls_cert, tls_key)
-    spans = None if otlp_traces_endpoint is None else Spans(otlp_traces_endpoint)
-    listener = listen(host, port) if unix_socket is None else listen_at(unix_socket)
-    most = options.size(prefix_cache_size, "--prefix-cache-size") // max(1, len(models))
-
-    def service(llm: LLM, names: list[str]) -> Service:
-        if prefix_cache is not None:
-            llm.engine.keep_prefixes(prefix_cache / names[0].replace("/", "_"), most)
-        for key, folder in adapters.items():
-            llm.add_adapter(key, folder)
-        return Service(
-            llm,
-            name=names[0],
-            aliases=names[1:],
-            max_waiting=max_waiting,
-            step_timeout_s=step_timeout,
-            tool_form=tool_form,
-            reasoning=reasoning,
-        )
-
-    places = f"{max_sequences} requests at once, {max_waiting} may wait"
-
-    def started(names: Sequence[str], more: Sequence[str]) -> None:
-        place = "localhost" if unix_socket else f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        address = f"{'http' if certificate is None else 'https'}://{place}"
-        _greet(names, more, address, unix_socket, bool(keys))
-        if unix_socket is None and not is_loopback(host) and not keys:
-            print("warning: reachable from other machines without an API key; see --api-key", file=sys.stderr)
-
-    try:
+    hosting = Hosting(
+        max_waiting=max_waiting,
+        step_timeout_s=step_timeout,
+        tool_form=tool_form,
+        reasoning=reasoning,
+        adapters=_adapters(adapter or (), how),
+        prefix_cache=None if prefix_cache is None else str(prefix_cache),
+        prefix_cache_bytes=options.size(prefix_cache_size, "--prefix-cache-size") // max(1, len(models)) // replicas,
+    )
+    around: dict[str, Any] = {
+        "store": None if files is None else FileStore(files, options.size(files_size, "--files-size")),
+        "certificate": _certificate(tls_cert, tls_key),
+        "spans": None if otlp_traces_endpoint is None else Spans(otlp_traces_endpoint),
+        "drain_s": drain,
+    }
+    with open_door(host, port, unix_socket, tls=around["certificate"] is not None, with_key=bool(keys)) as door:
+        places = f"{max_sequences} requests at once, {max_waiting} may wait"
         if replicas > 1 or ray is not None:
-            order = Order(
-                source=models[0][0],
-                names=models[0][1],
-                how=how,
-                max_waiting=max_waiting,
-                step_timeout_s=step_timeout,
-                tool_form=tool_form,
-                reasoning=reasoning,
-                strict=strict,
-                max_body_bytes=limits.max_body_bytes,
-                adapters=adapters,
-                prefix_cache=None if prefix_cache is None else str(prefix_cache / models[0][1][0].replace("/", "_")),
-                prefix_cache_bytes=most // replicas,
-            )
-            more = [f"{replicas} replicas; each: {places}"]
-            _serve_replicas(
-                order,
-                replicas,
-                ray,
-                limits,
-                listener,
-                drain_s=drain,
-                started=lambda: started(order.names[:1], more),
-                store=store,
-                certificate=certificate,
-                spans=spans,
-            )
+            _serve_replicas(models[0], replicas, ray, how, hosting, limits, door, places, **around)
             return
         if budget is None:
-            fleet = Fleet([service(options.load_model(path, how), names) for path, names in models])
+            fleet = Fleet([hosting.service(options.load_model(path, how), names) for path, names in models])
         else:
-            fleet = Fleet(on_demand=_on_demand(models, how, budget, keep_alive, max_waiting, service))
-        runtime.prefer_short_pauses()
-        serve(
-            fleet,
-            limits,
-            listener,
-            drain_s=drain,
-            stay_on_failure=stay_on_failure,
-            started=lambda: started([one.card.name for one in fleet.listed()], _about(fleet, places, keep_alive)),
-            store=store,
-            certificate=certificate,
-            spans=spans,
-        )
-    finally:
-        if unix_socket is not None:
-            unix_socket.unlink(missing_ok=True)
+            fleet = Fleet(on_demand=_on_demand(models, how, budget, keep_alive, hosting))
+        _serve_fleet(fleet, limits, door, places, keep_alive, stay_on_failure=stay_on_failure, **around)
+
+
+def _require_one_model(
+    *, parallel: str | None, replicas: bool, adapter: Sequence[str] | None, prefix_cache: Path | None
+) -> None:
+    """Refuse what is for a server of one model, where there are several or any."""
+    from quadriga.errors import ConfigError
+
+    if parallel is not None:
+        raise ConfigError("--parallel is for a server of one model: its ranks follow one engine")
+    if replicas:
+        raise ConfigError("--replicas is for a server of one model: each replica has it whole")
+    if adapter:
+        raise ConfigError("--adapter is for a server of one model; add them over HTTP, with --admin-key")
+    if prefix_cache is not None:
+        raise ConfigError("--prefix-cache is shared out among models that are named: give MODEL beside --models-memory")
+
+
+def _check_ranges(limits: Sequence[int], *, step_timeout: float, tool_form: str) -> None:
+    from quadriga.errors import ConfigError
+    from quadriga.text.tool_calls.forms import FORMS
+
+    if min(limits) < 0:
+        raise ConfigError("limits cannot be negative")
+    if not 0 <= step_timeout < float("inf"):
+        raise ConfigError(f"--step-timeout must be seconds, 0 for no limit; got {step_timeout:g}")
+    if tool_form not in ("auto", *FORMS):
+        raise ConfigError(f"--tool-form must be auto or one of {', '.join(FORMS)}; got {tool_form!r}")
+
+
+def _certificate(cert: Path | None, key: Path | None) -> Certificate | None:
+    from quadriga.errors import ConfigError
+    from quadriga.server.run import Certificate
+
+    if (cert is None) != (key is None):
+        raise ConfigError("--tls-cert and --tls-key are given together")
+    return None if cert is None or key is None else Certificate(cert, key)
 
 
 def _check_keys(keys: Sequence[str], admin_key: str | None) -> None:
@@ -288,8 +258,7 @@ def _on_demand(
     how: LoadOptions,
     budget: int,
     keep_alive: str,
-    max_waiting: int,
-    service: Callable[[LLM, list[str]], Service],
+    hosting: Hosting,
 ) -> OnDemand:
     """Models that are loaded when asked for: those that are named, fetched first, or all of the local store."""
     from dataclasses import asdict
@@ -315,52 +284,88 @@ def _on_demand(
     found.insert(0, found.pop(default))
 
     def opened(one: Offer) -> Service:
-        return service(load(one.source, **asdict(one.how)), one.names)
+        return hosting.service(load(one.source, **asdict(one.how)), one.names)
 
     return OnDemand(
         found,
         opened,
         budget=budget,
         keep_alive_s=keep_alive_s(keep_alive),
-        max_waiting=max_waiting,
+        max_waiting=hosting.max_waiting,
         look=None if models else lambda known: offers.stored(known, how, budget),
     )
 
 
+def _serve_fleet(fleet: Fleet, limits: Limits, door: Door, places: str, keep_alive: str, **around: Any) -> None:
+    """Models of this process."""
+    from quadriga import runtime
+    from quadriga.server.run import serve
+
+    def started() -> None:
+        door.greet([one.card.name for one in fleet.listed()], _about(fleet, places, keep_alive))
+
+    runtime.prefer_short_pauses()
+    serve(fleet, limits, door.listener, started=started, **around)
+
+
 def _serve_replicas(
-    order: Order,
+    model: tuple[str, list[str]],
     n: int,
     ray: str | None,
+    how: LoadOptions,
+    hosting: Hosting,
     limits: Limits,
-    listener: socket.socket,
+    door: Door,
+    places: str,
     *,
     store: FileStore | None,
-    **how: Any,
+    **around: Any,
 ) -> None:
     """A front and its replicas: here, their sockets in a folder that goes with it, or on a cluster."""
     import tempfile
+
+    from quadriga.server.front.app import Front, build_front
+    from quadriga.server.front.replica import Order
+    from quadriga.server.front.replicas import launcher
+    from quadriga.server.run import run
+
+    source, names = model
+    with ExitStack() as stack:
+        if ray is None:
+            how = _shared_out(source, how, n)
+        order = Order(
+            source=source,
+            names=names,
+            how=how,
+            hosting=hosting,
+            strict=limits.strict,
+            max_body_bytes=limits.max_body_bytes,
+        )
+        if ray is None:
+            launch = launcher(order, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quadriga-"))))
+        else:
+            from quadriga.server.front.ray_serve import ray_launcher
+
+            launch = ray_launcher(order, ray)
+        front = Front(names, n, launch)
+
+        def started() -> None:
+            door.greet(names[:1], [f"{n} replicas; each: {places}"])
+
+        run(build_front(front, limits, store), front, door.listener, started=started, **around)
+
+
+def _shared_out(source: str, how: LoadOptions, n: int) -> LoadOptions:
+    """The options of each of n replicas on this machine, with the model fetched before they start."""
     from dataclasses import replace
 
     from quadriga import runtime
     from quadriga.cli.progress import progress_bar
     from quadriga.hub import catalogue
-    from quadriga.server.front.app import Front, build_front
-    from quadriga.server.front.replicas import launcher
-    from quadriga.server.run import run
 
-    if ray is not None:
-        from quadriga.server.front.ray_serve import ray_launcher
-
-        front = Front(order.names, n, ray_launcher(order, ray))
-        run(build_front(front, limits, store), front, listener, **how)
-        return
-    with progress_bar(f"looking for {Path(order.source).name}") as show:
-        catalogue.resolve(order.source, progress=show)
-    if order.how.threads is None:
-        order = replace(order, how=replace(order.how, threads=max(1, runtime.n_threads(None) // n)))
-    with tempfile.TemporaryDirectory(prefix="quadriga-") as folder:
-        front = Front(order.names, n, launcher(order, Path(folder)))
-        run(build_front(front, limits, store), front, listener, **how)
+    with progress_bar(f"looking for {Path(source).name}") as show:
+        catalogue.resolve(source, progress=show)
+    return how if how.threads is not None else replace(how, threads=max(1, runtime.n_threads(None) // n))
 
 
 def _about(fleet: Fleet, places: str, keep_alive: str) -> list[str]:
@@ -373,18 +378,6 @@ def _about(fleet: Fleet, places: str, keep_alive: str) -> list[str]:
         gb = fleet.on_demand.budget / 1e9
         lines.append(f"loaded when asked for, {gb:.1f} GB at once, idle ones stay {keep_alive}; each: {places}")
     return lines
-
-
-def _greet(names: Sequence[str], more: Sequence[str], address: str, socket: Path | None, with_key: bool) -> None:
-    """Say what is served where, and how to ask for it."""
-    key = ' -H "Authorization: Bearer $KEY"' if with_key else ""
-    body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    at = address if socket is None else f"the socket {socket}"
-    curl = "curl" if socket is None else f"curl --unix-socket {socket}"
-    print(f"{', '.join(names)} at {at}  (chat page: {address}/, interface: {address}/docs)")
-    for line in more:
-        print(line)
-    print(f"  {curl} {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'", flush=True)
 
 
 DEFAULT = "smollm2-135m-instruct"

@@ -23,8 +23,8 @@ from quadriga.engine.load_options import LoadOptions
 from quadriga.errors import QuadrigaError
 from quadriga.server.access import Entry
 from quadriga.server.guard import Limits
+from quadriga.server.hosting import Hosting
 from quadriga.server.run import listen_at, serve
-from quadriga.server.service import Service
 
 EXIT_WRONG = 2
 """It cannot be served: trying again would not help."""
@@ -37,19 +37,13 @@ class Order:
     source: str
     names: list[str]
     how: LoadOptions
-    max_waiting: int
-    step_timeout_s: float
-    tool_form: str
-    reasoning: bool
+    hosting: Hosting
     strict: bool
     max_body_bytes: int
-    adapters: dict[str, str]
     socket: str = ""
     """Where it listens."""
     drain_s: int = 1
     """What is under way when it is told to end: its clients have been answered, or told that they are not."""
-    prefix_cache: str | None = None
-    prefix_cache_bytes: int = 0
 
 
 def main() -> int:
@@ -59,20 +53,7 @@ def main() -> int:
     runtime.start_logging()
     try:
         listener = listen_at(Path(order.socket))
-        llm = load(order.source, **asdict(order.how))
-        for name, folder in order.adapters.items():
-            llm.add_adapter(name, folder)
-        if order.prefix_cache is not None:
-            llm.engine.keep_prefixes(Path(order.prefix_cache), order.prefix_cache_bytes)
-        service = Service(
-            llm,
-            name=order.names[0],
-            aliases=order.names[1:],
-            max_waiting=order.max_waiting,
-            step_timeout_s=order.step_timeout_s,
-            tool_form=order.tool_form,
-            reasoning=order.reasoning,
-        )
+        service = order.hosting.service(load(order.source, **asdict(order.how)), order.names)
     except QuadrigaError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG

@@ -121,7 +121,9 @@ def launcher(order: Order, folder: Path) -> Launch:
 
     async def launch(number: int, report: Report) -> Child:
         socket = folder / f"replica-{number}.sock"
-        cache = None if order.prefix_cache is None else f"{order.prefix_cache}/replica-{number}"
+        hosting = order.hosting
+        if hosting.prefix_cache is not None:  # two processes do not write into one
+            hosting = replace(hosting, prefix_cache=f"{hosting.prefix_cache}/replica-{number}")
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -131,7 +133,7 @@ def launcher(order: Order, folder: Path) -> Launch:
             start_new_session=True,  # Ctrl-C in the terminal is for the front, which tells its replicas in its turn
         )
         assert process.stdin is not None, "it is a pipe"
-        process.stdin.write(msgspec.json.encode(replace(order, socket=str(socket), prefix_cache=cache)) + b"\n")
+        process.stdin.write(msgspec.json.encode(replace(order, socket=str(socket), hosting=hosting)) + b"\n")
         return Process(process, socket, report)
 
     return launch
