@@ -159,7 +159,7 @@ def test_a_student_learns_its_teachers_answers(tmp_path: Path) -> None:
     assert outcome.done and outcome.result == tmp_path / "student" / "adapter"
     lines = read(tmp_path / "student" / "metrics.jsonl")
     losses = [line["held_out"]["held out"]["loss"] for line in lines if "held_out" in line]
-    assert losses[1] < 0.7 * losses[0]
+    assert losses[1] < 0.85 * losses[0]
     assert all(line["kl"] == line["loss"] for line in lines if "kl" in line)
 
 
