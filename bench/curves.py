@@ -1,4 +1,4 @@
-"""Held-out loss over the steps of finished runs, a panel for each comparison; prints first and last values too.
+"""Held-out loss (of grpo reward) over the steps of finished runs, a panel for each comparison; prints first and last.
 
 python bench/curves.py docs/images/tuning.svg "LoRA on Dolly=runs/dolly" "DPO=runs/dpo,runs/moe-dpo" ...
 """
@@ -21,13 +21,18 @@ COLOURS = ("#1b6ca8", "#d98e04", "#5b8c5a", "#8a4b7d")
 
 
 def held_out(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Domain -> (step, loss) of each evaluation."""
+    """Domain -> (step, loss or reward) of each evaluation."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in metrics.read(folder / metrics.FILE):
-        losses = {name: value["loss"] for name, value in line.get("held_out", {}).items()}
-        for name, loss in losses.items():
-            found.setdefault(name, []).append((line["step"], loss))
+        for name, value in line.get("held_out", {}).items():
+            found.setdefault(name, []).append((line["step"], value["reward" if "reward" in value else "loss"]))
     return found
+
+
+def sampled(folder: Path) -> list[tuple[int, float]]:
+    """(step, mean reward of the answers that were sampled), of grpo; empty for other runs."""
+    lines = metrics.read(folder / metrics.FILE)
+    return [(line["step"], line["reward"]) for line in lines if "reward" in line]
 
 
 def main() -> None:
@@ -41,6 +46,9 @@ def main() -> None:
         for run in map(Path, runs.split(",")):
             for name, points in held_out(run).items():
                 lines[run.name if name == "held out" else f"{run.name}, {name}" if "," in runs else name] = points
+            if points := sampled(run):
+                axis.plot(*zip(*points, strict=True), color="#999999", lw=0.8, label="sampled answers")
+                axis.set_ylabel("reward")
         for colour, (label, points) in zip(COLOURS, lines.items(), strict=False):
             axis.plot(*zip(*points, strict=True), "o-", color=colour, ms=3, lw=1.4, label=label)
             print(f"{title}, {label}: {points[0][1]:.4f} -> {points[-1][1]:.4f} in {points[-1][0]} steps")
@@ -51,7 +59,8 @@ def main() -> None:
         axis.set_xlabel("step")
         axis.legend(frameon=False, fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("held-out loss")
+    if not axes[0][0].get_ylabel():
+        axes[0][0].set_ylabel("held-out loss")
     figure.tight_layout()
     figure.savefig(sys.argv[1], metadata={"Date": None})
 

@@ -10,7 +10,8 @@ quantize reads the matrix that ``quadriga imatrix`` would write.
 
 For each of llama.cpp's types: its file with the importance matrix; ours of the same type with that matrix and with
 feedback; and our budget of the same bytes of weights, as a GGUF file and with ``--packed`` as a packed directory too.
-``--sizes`` adds packed budgets of other sizes, in MB. What lies in WORK is not made again.
+``--sizes`` adds packed budgets of other sizes, in MB, ``--formats`` packed formats for all matrices, with plain search,
+with columns weighed, and with feedback. What lies in WORK is not made again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.imatrix import read_imatrix
 from quadriga.io.imatrix_write import TextRead, write_imatrix
 from quadriga.io.open import open_checkpoint
-from quadriga.quant.feedback import Importance
+from quadriga.quant.feedback import Importance, columns_of
 from quadriga.quant.format_choice import Candidate, choose
 
 COLUMNS = ("variant", "weight_bytes", "bits", "perplexity", "mean_kl", "kl_99.9", "same_top", "expected_kl", "seconds")
@@ -143,6 +144,10 @@ class Maker:
             yield self.budget("gguf", reference.stat().st_size, f"ours-{low}-budget.gguf")
             if self.args.packed:
                 yield self.budget("quadriga", weight_bytes(reference), f"ours-{low}-packed")
+        columns = {name: columns_of(one) for name, one in self.found.importance.items()}
+        for form in self.args.formats:
+            for label, importance in (("plain", {}), ("columns", columns), ("feedback", self.found.importance)):
+                yield *self.ours(f"ours-{form}-{label}", format=form, importance=importance), None
         for size in self.args.sizes:
             yield self.budget("quadriga", int(size * 1e6), f"ours-{size:g}MB-packed")
 
@@ -162,9 +167,10 @@ def main() -> None:
     parser.add_argument("--calibrate", type=Path, required=True)
     parser.add_argument("--calibrate-tokens", type=int, default=16384)
     parser.add_argument("--quantize", default="llama-quantize")
-    parser.add_argument("--types", nargs="+", default=["Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M"])
+    parser.add_argument("--types", nargs="*", default=["Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M"])
     parser.add_argument("--alike", nargs="*", default=["q2_k", "q3_k_m", "iq4_xs", "q4_k_m", "q5_k_m"])
     parser.add_argument("--packed", action="store_true")
+    parser.add_argument("--formats", nargs="*", default=[])
     parser.add_argument("--sizes", type=float, nargs="*", default=[])
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
@@ -187,7 +193,7 @@ def main() -> None:
         size = weight_bytes(path)
         rows.append(
             (
-                path.stem, str(size), f"{8 * size / numbers:.3f}", f"{value['perplexity']:.3f}",
+                path.name, str(size), f"{8 * size / numbers:.3f}", f"{value['perplexity']:.3f}",
                 f"{value['mean KL']:.5f}", f"{value['KL, 99.9 %']:.3f}",
                 f"{value['same most probable token, %']:.2f}", "" if cost is None else f"{cost:.5f}", f"{seconds:.0f}",
             )

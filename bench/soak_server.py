@@ -34,7 +34,7 @@ HOSTILE: list[bytes] = [
     b"{",
     b'{"model": "m"}',
     b"[" * 20_000,
-    b'{"model": "m", "prompt": "x", "max_tokens": -1}',
+    b'{"model": "m", "prompt": "x", "max_tokens": -2}',
     b'{"model": "m", "prompt": "x", "temperature": NaN}',
     b'{"model": "m", "prompt": [999999999], "max_tokens": 1}',
     b'{"model": "m", "prompt": "' + b"y" * 200_000 + b'", "max_tokens": 1}',
@@ -42,6 +42,9 @@ HOSTILE: list[bytes] = [
     b'{"model": "m", "prompt": "x", "n": 100000}',
     b'{"model": "nobody", "prompt": "x"}',
 ]
+MOST_BATCHES = 2
+"""At once, of all clients: else in the end all of them wait in batches."""
+
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}, "s": {"enum": ["a", "b"]}}, "required": ["n", "s"]}
 RAW: list[bytes] = [
     b"GARBAGE\r\n\r\n",
@@ -64,6 +67,7 @@ class Soak:
         self.resident: list[int] = []
         self.files: list[int] = []
         self.first_token_s: list[float] = []
+        self.n_batches = 0
 
     async def run(self, clients: int, seconds: float) -> None:
         """All clients until the time is over."""
@@ -157,6 +161,15 @@ class Soak:
             await asyncio.sleep(rng.random())
 
     async def _batch(self, connection: Connection, rng: random.Random) -> None:
+        if self.n_batches >= MOST_BATCHES:  # their lines wait for places, where others are told to come back
+            return
+        self.n_batches += 1
+        try:
+            await self._lines(connection, rng)
+        finally:
+            self.n_batches -= 1
+
+    async def _lines(self, connection: Connection, rng: random.Random) -> None:
         bodies = [{**self._request(rng), "max_tokens": 4} for _ in range(4)]
         lines = [{"custom_id": str(i), "url": "/v1/completions", "body": body} for i, body in enumerate(bodies)]
         raw = "\n".join(map(json.dumps, lines)).encode()

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from quadriga.errors import EngineError
 from quadriga.server.access import Usage
+from quadriga.server.files import FileStore
 from quadriga.server.front import merged
 from quadriga.server.front.greeting import Begins, begins
 from quadriga.server.front.routing import PIECE_BYTES, SLACK, Router, pieces_of, sequences_of
@@ -359,6 +360,34 @@ def test_a_callers_name_comes_through_whole() -> None:
         again = caller_of(caller_header(caller).decode(), Usage())
         assert (again.salt, again.client) == (caller.salt, caller.client)
         assert (again.patient, again.background) == (caller.patient, caller.background)
+
+
+def test_a_files_batch_is_answered_by_the_replicas(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "files", 1 << 20)
+    with fronting(tmp_path, says_who, store=store) as live:
+        lines = [{"custom_id": f"{i}", "url": "/v1/completions", "body": {"prompt": f"{i}" * 200}} for i in range(9)]
+        raw = "\n".join(map(json.dumps, lines)).encode()
+        given = {"file": ("b.jsonl", raw), "purpose": (None, "batch")}
+        file = live.client.post("/v1/files", files=given).json()
+        wanted = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        batch = live.client.post("/v1/batches", json=wanted).json()
+        assert until(lambda: live.client.get(f"/v1/batches/{batch['id']}").json()["status"] == "completed")
+        done = live.client.get(f"/v1/batches/{batch['id']}").json()
+        answers = live.client.get(f"/v1/files/{done['output_file_id']}/content").text.splitlines()
+        found = {one["custom_id"]: one["response"]["body"]["replica"] for one in map(json.loads, answers)}
+        assert len(found) == 9 and set(found.values()) == {0, 1}
+        callers = {
+            asked.headers["x-quadriga-caller"].split(".")[2] for r in live.started for asked in r.asked if asked.body
+        }
+        assert callers == {"bp"}, "they are computed when nobody else wants the place"
+
+
+def test_the_page_about_the_interface_names_the_fronts_address(tmp_path: Path) -> None:
+    async def script(asked: Asked) -> None:
+        await asked.answer({"host": asked.headers["host"]})
+
+    with fronting(tmp_path, script) as live:
+        assert live.client.get("/docs").json()["host"] == live.url.removeprefix("http://")
 
 
 def test_a_batchs_lines_are_shared_out(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def curve(run: Path) -> tuple[list[float], list[float], list[float]]:
 @pytest.mark.parametrize("case", tune_worker.CASES)
 def test_two_ranks_have_the_curve_of_one(folder: Path, case: str) -> None:
     losses, norms, held_out = curve(folder / f"1-{case}")
-    assert len(losses) == 12 and len(held_out) == 2
+    assert len(losses) == tune_worker.N_STEPS and len(held_out) == 2
     assert losses[-1] != losses[0]
     for ours, theirs in zip(curve(folder / f"2-{case}"), (losses, norms, held_out), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=2e-6)  # metrics are written with six digits

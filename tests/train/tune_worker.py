@@ -51,7 +51,7 @@ CASES = {
     "grpo full experts": ("grpo", GRPO, EXPERTS),
 }
 """Name -> (objective, its sections, [parallel] on two ranks)."""
-STOP = 5
+N_STEPS, STOP = 6, 3
 SHARED = "lora experts"
 
 
@@ -62,6 +62,7 @@ def config(folder: Path, case: str, n_ranks: int, *, run: str | None = None) -> 
     own.mkdir(exist_ok=True)
     text = toml(own, folder / "base", objective, run=str(folder / (run or f"{n_ranks}-{case}")))
     text = text.replace("learning_rate = 2e-2", "learning_rate = 3e-3\neps = 1e-6")
+    text = text.replace("steps = 12", f"steps = {N_STEPS}").replace("every = 12", f"every = {N_STEPS}")
     if objective == "distill":
         sections += f'[distill]\nteacher = "{folder / "teacher"}"\ntemperature = 1.5\nweight = 0.7\n'
     layout = f'[parallel]\ndevice = "cpu"\ntimeout_s = {HANG_S}\n' + (parallel if n_ranks > 1 else "")

@@ -45,12 +45,13 @@ def ps_command(
 
     from quadriga.cli.remote import running_models
 
-    table = Table("name", "parameters", "context", title=url)
+    table = Table("name", "parameters", "context", "loaded", title=url)
     for model in running_models(url, api_key):
         facts = model.get("quadriga") or {}
         n = facts.get("n_parameters")
         size = f"{n / 1e9:.2f}B" if n else ""
-        table.add_row(str(model.get("id")), size, str(model.get("max_model_len") or ""))
+        loaded = "" if "loaded" not in facts else "yes" if facts["loaded"] else "when asked for"
+        table.add_row(str(model.get("id")), size, str(model.get("max_model_len") or ""), loaded)
     Console().print(table)
 
 

@@ -36,7 +36,7 @@ from quadriga.server.service import Caller
 from quadriga.server.sse import Gone, json_response, unless_gone
 from quadriga.server.work import Work
 
-_PASSED = ("content-type", "content-encoding")
+_PASSED = ("host", "content-type", "content-encoding")
 _LINES = ("application/jsonl", "application/x-ndjson")
 _OF_BATCHES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 

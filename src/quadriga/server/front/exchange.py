@@ -75,8 +75,10 @@ class SocketExchange(Exchange):
 
     async def ask(self, method: str, target: bytes, headers: Headers, body: bytes) -> None:
         """See :class:`Exchange`."""
-        head = [b"%s %s HTTP/1.1" % (method.encode(), target), b"host: localhost", b"connection: close"]
+        head = [b"%s %s HTTP/1.1" % (method.encode(), target), b"connection: close"]
         head += [b"%s: %s" % pair for pair in headers]
+        if not any(name == b"host" for name, _ in headers):
+            head.append(b"host: localhost")
         head.append(b"content-length: %d" % len(body))
         try:
             self._reader, self._writer = await asyncio.open_unix_connection(str(self._socket))
