@@ -403,6 +403,17 @@ REFUSED: dict[str, dict[str, list[list[str]]]] = {
             *(("--price", "2"), ("--availability", "0.9"), ("--top", "5"), ("--picture", "x.svg")),
         )
     },
+    "serve": {
+        "--models-memory": [["m", "--replicas", "2", "--models-memory", "1GB"]],
+        "--parallel": [
+            ["m", "--replicas", "2", "--parallel", "tp=2"],
+            ["m", "--models-memory", "1GB", "--parallel", "tp=2"],
+        ],
+        "--admin-key": [["m", "--replicas", "2", "--admin-key", "12345678"]],
+        "--stay-on-failure": [["m", "--ray", "local", "--stay-on-failure"]],
+        "--keep-alive": [["m", "--keep-alive", "1m"]],
+        "--adapter": [["m", "--models-memory", "1GB", "--adapter", "a=b"]],
+    },
     "data prepare": {
         "--text-field": [["mix.toml", "--out", "x", "--text-field", "text"]],
         "--domain": [["mix.toml", "--out", "x", "--domain", "d"]],
