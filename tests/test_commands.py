@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 ELSEWHERE = {
-    r"pip install|make setup": ".ci/run and tools/wheels.sh install",
+    r"pip install": ".ci/run and tools/wheels.sh install",
     r"ray |torchrun|.* --ray ": "several machines or processes; tests/train has its own",
     r"quadriga bench claim": "needs 8 GB; tests/cli has a small one",
     r"quadriga data fetch \w": "the network; tests/hub/test_data_sets.py has a stand-in",
@@ -41,13 +41,18 @@ ELSEWHERE = {
     r"quadriga eval --tasks hellaswag --model http": "tests/evaluate/test_endpoints.py asks our own server",
     r"quadriga data prepare books|quadriga data tokenizer": "a reader's own files; tests/train/corpus has such",
     r"quadriga upcycle .* --router-text": "a reader's own file; tests/checkpoint/test_fit_router.py has one",
-    r"quadriga serve dbrx-q4": "other options of the same command; tests/cli/test_serve.py has them",
+    r"quadriga serve (\S+ )?(big=)?dbrx-q4": "other options of the same command; tests/cli/test_serve.py has them",
     r"quadriga bench serve .*(--concurrency|--rate)": "minutes; tests/cli has a short one",
-    r"quadriga tune recipes/tune/(full|qlora-experts|dpo|orpo|grpo|arithmetic|distill)": "the same command on other recipes; tests/train has each",
+    r"quadriga tune recipes/tune/(full|qlora-experts|dpo|orpo|grpo|arithmetic|distill)": "the same command on other "
+    "recipes; tests/train has each",
     r"quadriga serve .* --adapter": "tests/server serves adapters",
     r"quadriga convert SOURCE OUT --to hf --pickles": "tests/checkpoint/test_bins.py has such files",
     r"quadriga experts label \./my-moe": "a reader's own files; tests/cli/test_experts.py has such",
     r"quadriga train recipes/nano.toml": "first.toml is trained; this is the same with larger sizes",
+    r"quadriga claims run (moe-flops|mpt-compute|inference)": "hours, or 8 GB; tests/bench/test_claims.py has small ones",
+    r"quadriga (compare|diff) eval/": "results of hours; tests/evaluate has test_compare.py and test_flips.py",
+    r"quadriga divergence ./bf16": "a reader's own files; tests/evaluate/test_divergence.py has small ones",
+    r"make ": "what .ci/run does, and tests/triton",
 }
 SHORTER = {  # command -> what is added, or put in place of what is there
     r"quadriga (chat|generate)": {"--max-tokens": "4"},
@@ -145,20 +150,28 @@ def server(command: str, clone: Path) -> Iterator[None]:
         assert started.wait(waiting.HANG_S) in (0, 130, -signal.SIGINT)
 
 
+def forget(clone: Path, *made: str) -> None:
+    """Remove what commands have written."""
+    for name in made:
+        shutil.rmtree(clone / name, ignore_errors=True)
+        (clone / name).unlink(missing_ok=True)
+
+
 @pytest.mark.slow
 @pytest.mark.weights
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_runs(page: Path, clone: Path) -> None:
-    for made in ("out", "out.gguf", "smol-moe", "runs", "merged", "dolly-peft", "dolly-ours"):
-        shutil.rmtree(clone / made, ignore_errors=True)
-        (clone / made).unlink(missing_ok=True) if (clone / made).is_file() else None
+    forget(clone, "smol-moe", "runs", "merged", "dolly-peft", "dolly-ours", "corpora", "eval")
     with contextlib.ExitStack() as running:
         for command in commands(page):
             if elsewhere(command):
                 continue
             if command.startswith("quadriga serve"):
+                running.close()  # all listen at the same port
                 running.enter_context(server(command, clone))
                 continue
+            if command.startswith(("quadriga convert", "quadriga imatrix")):
+                forget(clone, "out", "out.gguf")  # a page shows many ways to write one
             run = subprocess.run(
                 words(command),
                 cwd=clone,

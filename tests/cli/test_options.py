@@ -1,10 +1,13 @@
-"""Sizes in bytes and names of formats as people write them."""
+"""Sizes in bytes and names of formats as people write them; files that cannot be used."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from quadriga.cli.options import gguf_format, size
+from quadriga import cli
+from quadriga.cli.options import gguf_format, size, text_of
 from quadriga.errors import ConfigError
 
 
@@ -28,3 +31,24 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 )
 def test_formats_as_llama_cpp_writes_them(written: str | None, ours: str | None) -> None:
     assert gguf_format(written) == ours
+
+
+def test_what_is_no_text_is_refused_by_its_option(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes("Größe\n".encode())
+    assert text_of(text, "--text") == "Größe\n"
+    text.write_bytes(b"Gr\xf6\xdfe")
+    for path in (text, tmp_path / "missing.txt", tmp_path):
+        with pytest.raises(ConfigError, match="--text must be a UTF-8 text file"):
+            text_of(path, "--text")
+
+
+def test_a_file_that_cannot_be_used_is_a_line_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    missing = tmp_path / "nowhere/rows.csv"
+    monkeypatch.setattr(cli, "app", lambda: missing.open("w"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {missing} cannot be used: No such file or directory\n"

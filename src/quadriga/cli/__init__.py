@@ -249,3 +249,8 @@ def main() -> None:
         # The reader of our output left (`| head`). Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if runtime.debug() or error.filename is None:
+            raise
+        print(f"error: {error.filename} cannot be used: {error.strerror}", file=sys.stderr)
+        sys.exit(2)

@@ -76,7 +76,7 @@ def bench_serve_command(
     if picture is not None:
         _need_matplotlib(picture)
     at = target(url, api_key or runtime.setting("API_KEY"))
-    share, source = _share(shared_prefix), None if text is None else _read(text)
+    share, source = _share(shared_prefix), None if text is None else options.text_of(text, "--text")
     shape = Shape(
         model=api_model or asyncio.run(first_model(at)),
         prompt_tokens=prompt_tokens,
@@ -127,15 +127,6 @@ def _share(value: float) -> float:
     if not 0 <= value <= 1:
         raise ConfigError(f"--shared-prefix is a part of the prompt, from 0 to 1; got {value:g}")
     return value
-
-
-def _read(path: Path) -> str:
-    from quadriga.errors import ConfigError
-
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--text must be a UTF-8 text file: {error}") from None
 
 
 async def _measure(at: Target, shape: Shape, loads: list[Load], goal: Objectives, warmup: int) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quadriga.cli import options
+
 if TYPE_CHECKING:
     from quadriga.edits.calibrate import Calibration
     from quadriga.edits.format_errors import FormatErrors
@@ -49,10 +51,7 @@ def measured(
     tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
     if tokenizer is None:
         raise ConfigError("calibration reads a text, and this checkpoint has no tokenizer")
-    try:
-        ids = tokenizer.encode(text.read_text(encoding="utf-8"))[:n_tokens]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the text {text}: {error}") from None
+    ids = tokenizer.encode(options.text_of(text, "--calibrate"))[:n_tokens]
     moments = for_rounding and moment_bytes(checkpoint) < _MOST_MEMORY * runtime.memory_bytes()[1]
     if for_rounding and not moments:
         print("note: second moments do not fit into memory: columns do not make up for each other", file=sys.stderr)

@@ -38,7 +38,7 @@ def divergence_command(
     from quadriga.evaluate.data import Data
 
     data = Data()
-    text = document.read_text(encoding="utf-8") if document is not None else data.text("wikitext2/test.txt")
+    text = data.text("wikitext2/test.txt") if document is None else options.text_of(document, "--document-file")
     models: list[LLM] = []
     for name, packed in ((base, "float32"), (other, format)):
         how = options.load_options(format=packed, threads=threads)

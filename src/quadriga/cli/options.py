@@ -320,6 +320,20 @@ def size(text: str, option: str = "a size") -> int:
         raise ConfigError(f"{option} must be a size like 20GB or 512MiB, got {text!r}") from None
 
 
+def text_of(path: Path, option: str) -> str:
+    """What a text file holds.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
+    from quadriga.errors import ConfigError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} must be a UTF-8 text file: {error}") from None
+
+
 def require_picture(path: Path | None, endings: tuple[str, ...] = (".svg", ".png")) -> None:
     """Refuse a picture's file whose ending names no kind that can be drawn.
 
