@@ -13,9 +13,9 @@ import openai
 import pytest
 
 from quadriga.server.batch_jobs import WINDOW_S, BatchJobs, BatchRequest
+from quadriga.server.caller import Caller
 from quadriga.server.files import FileStore, owner_of
 from quadriga.server.guard import Limits
-from quadriga.server.service import Caller
 from tests.server.conftest import Gate, Live, running, tiny_llm
 from tests.waiting import until
 

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 
 from quadriga.errors import EngineError
 from quadriga.server.access import Usage
+from quadriga.server.caller import Caller
 from quadriga.server.files import FileStore
 from quadriga.server.front import merged
 from quadriga.server.front.greeting import Begins, begins
 from quadriga.server.front.routing import PIECE_BYTES, SLACK, Router, pieces_of, sequences_of
 from quadriga.server.guard import Limits, caller_header, caller_of
-from quadriga.server.service import Caller
 from tests.server.conftest import command
 from tests.server.front import Asked, fronting
 from tests.waiting import HANG_S, until

@@ -14,8 +14,9 @@ from starlette.responses import Response
 from quadriga.errors import RequestError
 from quadriga.io.adapter import load
 from quadriga.io.adapter_files import low_rank
+from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
-from quadriga.server.service import Caller, Service
+from quadriga.server.service import Service
 from quadriga.server.sse import json_response
 
 MAX_NAME = 128

@@ -28,10 +28,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quadriga.server.batches import MAX_LINES, Handler, Line, answer_of
+from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
 from quadriga.server.files import FileStore, owner_of, page, read_facts, shown, write_facts
 from quadriga.server.schema import parse
-from quadriga.server.service import Caller
 from quadriga.server.sse import json_response
 
 _log = logging.getLogger(__name__)

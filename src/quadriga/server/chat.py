@@ -9,9 +9,11 @@ from typing import Any
 from starlette.responses import Response
 
 from quadriga.engine.request import TokenEvent
+from quadriga.server.answers import Answers, Choice
+from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import INLINE_BYTES, ChatRequest
-from quadriga.server.service import Answers, Caller, Choice, Service
+from quadriga.server.service import Service
 from quadriga.server.sse import EventSender, EventStream, json_response, part
 from quadriga.server.tools import Reading, ToolUse
 from quadriga.server.tools import reader as reader_of

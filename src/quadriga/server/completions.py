@@ -13,10 +13,12 @@ from typing import Any
 from starlette.responses import Response
 
 from quadriga.engine.request import TokenEvent
+from quadriga.server.answers import Answers, Choice
+from quadriga.server.caller import Caller
 from quadriga.server.chat import record
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import MAX_CHOICES, CompletionRequest
-from quadriga.server.service import Answers, Caller, Choice, Service
+from quadriga.server.service import Service
 from quadriga.server.sse import EventSender, EventStream, json_response, part
 from quadriga.text.infill import marks_of
 from quadriga.text.stream import Offsets

@@ -27,6 +27,7 @@ from quadriga.server import (
     text_routes,
 )
 from quadriga.server.batch_jobs import BatchJobs, BatchRequest
+from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
 from quadriga.server.files import FileRoutes, FileStore
 from quadriga.server.fleet import Fleet
@@ -35,7 +36,7 @@ from quadriga.server.on_demand import Listed, keep_alive_s
 from quadriga.server.openapi import document
 from quadriga.server.page import HEADERS as PAGE_HEADERS
 from quadriga.server.schema import INLINE_BYTES, ChatRequest, CompletionRequest, EmbeddingRequest
-from quadriga.server.service import Caller, Service
+from quadriga.server.service import Service
 from quadriga.server.sse import json_response, unless_gone
 
 Answer = Callable[[Service, Any, Caller], Awaitable[Response]]

@@ -20,10 +20,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from quadriga.errors import ConfigError
+from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
 from quadriga.server.guard import Limits, take_body
 from quadriga.server.multipart import boundary_of, take_apart
-from quadriga.server.service import Caller
 from quadriga.server.sse import json_response
 
 MAX_FILES = 10_000

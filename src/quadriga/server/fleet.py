@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from quadriga.errors import ConfigError, QuadrigaError
+from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
 from quadriga.server.metrics import Metrics
 from quadriga.server.on_demand import Listed, OnDemand
-from quadriga.server.service import Caller, Service, not_served
+from quadriga.server.service import Service, not_served
 from quadriga.server.work import Work
 
 

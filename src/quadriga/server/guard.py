@@ -21,8 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quadriga.server import access
 from quadriga.server.accounts import Account, Allowance, Visit
+from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
-from quadriga.server.service import Caller
 from quadriga.server.sse import json_response
 from quadriga.server.tracing import Spans
 

@@ -15,9 +15,11 @@ from starlette.responses import Response
 from quadriga import __version__
 from quadriga.engine.request import TokenEvent
 from quadriga.server import chat, completions
+from quadriga.server.answers import Answers, Choice
+from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import CompletionRequest, JsonSchema, ResponseFormat
-from quadriga.server.service import Answers, Caller, Choice, Service
+from quadriga.server.service import Service
 from quadriga.server.sse import EventSender, EventStream, json_response
 from quadriga.text.infill import marks_of
 

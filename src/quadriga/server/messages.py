@@ -11,6 +11,8 @@ from msgspec import Struct
 from starlette.responses import Response
 
 from quadriga.server import chat, text_routes
+from quadriga.server.answers import Answers
+from quadriga.server.caller import Caller
 from quadriga.server.completions import stop_hit
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import (
@@ -25,7 +27,7 @@ from quadriga.server.schema import (
     Tool,
     ToolCall,
 )
-from quadriga.server.service import Answers, Caller, Service
+from quadriga.server.service import Service
 from quadriga.server.sse import EventSender, EventStream, json_response
 from quadriga.server.tools import Reading
 from quadriga.server.tools import reader as reader_of

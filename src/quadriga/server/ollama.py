@@ -17,6 +17,8 @@ from msgspec import Struct
 from starlette.responses import Response
 
 from quadriga.server import chat, completions, text_routes
+from quadriga.server.answers import Answers
+from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import (
     ChatRequest,
@@ -31,7 +33,7 @@ from quadriga.server.schema import (
     Tool,
     ToolCall,
 )
-from quadriga.server.service import Answers, Caller, Service
+from quadriga.server.service import Service
 from quadriga.server.sse import EventSender, EventStream, json_response, part
 from quadriga.server.tools import Reading
 from quadriga.server.tools import reader as reader_of

@@ -11,6 +11,8 @@ from starlette.responses import Response
 
 from quadriga.errors import QuadrigaError
 from quadriga.server import chat
+from quadriga.server.answers import Answers
+from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError, as_api_error
 from quadriga.server.response_items import FlatTool, Output, call_item, text_item, thought_item
 from quadriga.server.schema import (
@@ -26,7 +28,7 @@ from quadriga.server.schema import (
     Tool,
     ToolCall,
 )
-from quadriga.server.service import Answers, Caller, Service
+from quadriga.server.service import Service
 from quadriga.server.sse import EventSender, EventStream, json_response
 from quadriga.server.tools import reader as reader_of
 from quadriga.text.reasoning import Thought

@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,11 @@ from numpy.typing import NDArray
 
 from quadriga.engine.async_engine import STEP_TIMEOUT_S, AsyncEngine, Stream
 from quadriga.engine.llm import LLM
-from quadriga.engine.request import Embed, Embedding, PromptReport, Request, SamplingParams, TokenEvent, seed_of
+from quadriga.engine.request import Embed, Embedding, Request, SamplingParams, TokenEvent, seed_of
 from quadriga.errors import QuadrigaError, RequestError, TemplateError
 from quadriga.model.steering import ExpertFactor
-from quadriga.server.access import Usage
-from quadriga.server.accounts import Visit
+from quadriga.server.answers import Answers
+from quadriga.server.caller import Caller
 from quadriga.server.card import Card
 from quadriga.server.errors import ApiError
 from quadriga.server.grammars import GrammarDesk
@@ -44,177 +43,6 @@ from quadriga.text.tool_calls.forms import FORMS
 
 LOWEST = -1000
 """Priority of what is computed in the background, and the least that a request may ask for."""
-
-
-@dataclass
-class Caller:
-    """Who asks: what the guard found out about the connection."""
-
-    salt: bytes = b""
-    """Prefixes in the cache, and compiled grammars, are shared within one key only."""
-    client: bytes = b""
-    """The key, or the address where there are no keys: clients are served in turn."""
-    visit: Visit | None = None
-    """The HTTP request's part of the client's account."""
-    patient: bool = False
-    """Wait for places and allowances instead of being refused: a line of a batch."""
-    background: bool = False
-    """Nobody waits for it: it is computed when nobody else wants the place, whatever priority it asks for."""
-    n_bytes: int = 0
-    """Of the request's body, or of its line in a batch: says where it is worked on (``server.work``)."""
-    usage: Usage = field(default_factory=Usage)
-    """What the access log is told; shared by the lines of a batch."""
-    held: list[Callable[[], None]] = field(default_factory=list)
-    """What gives back the models on demand that it has."""
-
-    def let_go(self) -> None:
-        """Give back the models on demand that it has: its answer is out."""
-        while self.held:
-            self.held.pop()()
-
-    @property
-    def key_name(self) -> str:
-        """What logs and metrics call its key: the first digits of the key's SHA-256; empty where there is none."""
-        return f"key:{self.salt.hex()[:8]}" if self.salt else ""
-
-    async def enter(self, n_sequences: int) -> None:
-        """Begin so many answers or texts.
-
-        Raises:
-            ApiError: more than the client may have.
-        """
-        if self.visit is not None:
-            await self.visit.enter(n_sequences, patient=self.patient)
-
-    def leave(self, n_sequences: int, n_read: int, n_made: int = 0) -> None:
-        """They have ended, and so many tokens were read and made for them."""
-        self.usage.n_prompt += n_read
-        self.usage.n_answer += n_made
-        if self.visit is not None:
-            self.visit.leave(n_sequences, n_read + n_made)
-
-
-@dataclass
-class Choice:
-    """One answer as far as it has come."""
-
-    index: int
-    events: list[TokenEvent] = field(default_factory=list)
-    finish_reason: str | None = None
-    prompt: PromptReport | None = None
-
-    @property
-    def text(self) -> str:
-        """What has come of it."""
-        return "".join(event.text for event in self.events)
-
-
-class Answers:
-    """Some requests under way, as one stream of (choice, event).
-
-    Args:
-        streams: one for each answer.
-        n_prompt_tokens: of all prompts.
-        deadline_s: when they are given up.
-        ended: called once, when all of it is over.
-    """
-
-    def __init__(
-        self,
-        streams: Sequence[Stream],
-        n_prompt_tokens: int,
-        deadline_s: float | None,
-        ended: Callable[[Answers], None] = lambda _: None,
-    ) -> None:
-        self._streams, self._inbox, self.n_prompt_tokens = streams, streams[0].inbox, n_prompt_tokens
-        self._ended: Callable[[Answers], None] | None = ended
-        self.choices = [Choice(i) for i in range(len(streams))]
-        self.started = time.perf_counter()
-        self.first: float | None = None
-        late = ApiError(504, "the answer was not complete at its deadline", code="deadline_exceeded")
-        self._alarm = None
-        if deadline_s is not None:
-            self._alarm = asyncio.get_running_loop().call_later(deadline_s, self._inbox.fail, late)
-
-    async def batches(self) -> AsyncIterator[list[tuple[Choice, TokenEvent]]]:
-        """Whatever has come, as soon as something has; ends with the last answer.
-
-        Raises:
-            QuadrigaError: an answer failed, or was not complete at its deadline.
-        """
-        choices = dict(zip(self._streams, self.choices, strict=True))
-        left = len(choices)
-        try:
-            while left:
-                batch: list[tuple[Choice, TokenEvent]] = []
-                for stream, made in await self._inbox.take():
-                    assert isinstance(made, TokenEvent), "an answer is made of tokens"
-                    batch.append((choices[stream], made))
-                self.first = self.first or time.perf_counter()
-                for choice, event in batch:
-                    choice.events.append(event)
-                    choice.prompt = choice.prompt or event.prompt
-                    choice.finish_reason = event.finish_reason
-                    left -= event.finish_reason is not None
-                yield batch
-        finally:
-            self.close()
-
-    async def collect(self) -> None:
-        """Run all of them to their end; see :meth:`batches` for what it raises."""
-        async for _ in self.batches():
-            pass
-
-    def close(self) -> None:
-        """Drop whatever still runs."""
-        if self._alarm is not None:
-            self._alarm.cancel()
-        for stream in self._streams:
-            stream.close()
-        ended, self._ended = self._ended, None
-        if ended is not None:
-            ended(self)
-
-    @property
-    def n_made(self) -> int:
-        """Tokens made so far."""
-        return sum(len(choice.events) for choice in self.choices)
-
-    def n_bytes(self, n_logprobs: int = 0) -> int:
-        """About how many bytes the answers are as JSON, with so many log-probabilities (or their like) a token."""
-        prompts = sum(len(choice.prompt.logprobs) for choice in self.choices if choice.prompt is not None)
-        return (8 + 64 * n_logprobs) * (prompts + sum(len(choice.events) for choice in self.choices))
-
-    def usage(self) -> dict[str, Any]:
-        """Token counts as OpenAI writes them."""
-        made = self.n_made
-        reports = [choice.prompt for choice in self.choices if choice.prompt is not None]
-        return {
-            "prompt_tokens": self.n_prompt_tokens,
-            "completion_tokens": made,
-            "total_tokens": self.n_prompt_tokens + made,
-            "prompt_tokens_details": {"cached_tokens": reports[0].n_cached_tokens if reports else 0, "audio_tokens": 0},
-            "completion_tokens_details": {
-                "reasoning_tokens": 0,
-                "audio_tokens": 0,
-                "accepted_prediction_tokens": 0,
-                "rejected_prediction_tokens": 0,
-            },
-        }
-
-    def timings(self) -> dict[str, Any]:
-        """How fast it went, in llama-server's words."""
-        now, first = time.perf_counter(), self.first or time.perf_counter()
-        made = self.n_made
-        decode = now - first
-        return {
-            "prompt_n": self.n_prompt_tokens,
-            "prompt_ms": round(1000 * (first - self.started), 3),
-            "prompt_per_second": round(self.n_prompt_tokens / max(first - self.started, 1e-6), 3),
-            "predicted_n": made,
-            "predicted_ms": round(1000 * decode, 3),
-            "predicted_per_second": round((made - 1) / decode, 3) if made > 1 and decode > 0 else 0.0,
-        }
 
 
 class Service:

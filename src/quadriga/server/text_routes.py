@@ -12,6 +12,7 @@ from typing import Any
 from starlette.responses import Response
 
 from quadriga.server import chat
+from quadriga.server.caller import Caller
 from quadriga.server.completions import prompts_of
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import (
@@ -24,7 +25,7 @@ from quadriga.server.schema import (
     TemplateRequest,
     TokenizeRequest,
 )
-from quadriga.server.service import Caller, Service
+from quadriga.server.service import Service
 from quadriga.server.sse import json_response, part
 from quadriga.server.tools import ToolUse
 from quadriga.text.chat import RenderedPrompt

@@ -20,6 +20,7 @@ from quadriga.errors import QuadrigaError
 from quadriga.server import batches
 from quadriga.server.app import bug, http_error
 from quadriga.server.batch_jobs import BatchJobs, BatchRequest
+from quadriga.server.caller import Caller
 from quadriga.server.endpoints import Endpoint, no_files, of_files
 from quadriga.server.errors import ApiError, as_api_error
 from quadriga.server.fields import read
@@ -32,7 +33,6 @@ from quadriga.server.guard import CALLER, Guard, Limits, caller_header, read_bod
 from quadriga.server.metrics import Metrics
 from quadriga.server.page import PAGE, page_routes
 from quadriga.server.schema import parse, parse_json
-from quadriga.server.service import Caller
 from quadriga.server.sse import Gone, json_response, unless_gone
 from quadriga.server.work import Work
 

@@ -1,0 +1,57 @@
+"""Who asks: what the guard found out about a request's sender."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from quadriga.server.access import Usage
+from quadriga.server.accounts import Visit
+
+
+@dataclass
+class Caller:
+    """Who asks: what the guard found out about the connection."""
+
+    salt: bytes = b""
+    """Prefixes in the cache, and compiled grammars, are shared within one key only."""
+    client: bytes = b""
+    """The key, or the address where there are no keys: clients are served in turn."""
+    visit: Visit | None = None
+    """The HTTP request's part of the client's account."""
+    patient: bool = False
+    """Wait for places and allowances instead of being refused: a line of a batch."""
+    background: bool = False
+    """Nobody waits for it: it is computed when nobody else wants the place, whatever priority it asks for."""
+    n_bytes: int = 0
+    """Of the request's body, or of its line in a batch: says where it is worked on (``server.work``)."""
+    usage: Usage = field(default_factory=Usage)
+    """What the access log is told; shared by the lines of a batch."""
+    held: list[Callable[[], None]] = field(default_factory=list)
+    """What gives back the models on demand that it has."""
+
+    def let_go(self) -> None:
+        """Give back the models on demand that it has: its answer is out."""
+        while self.held:
+            self.held.pop()()
+
+    @property
+    def key_name(self) -> str:
+        """What logs and metrics call its key: the first digits of the key's SHA-256; empty where there is none."""
+        return f"key:{self.salt.hex()[:8]}" if self.salt else ""
+
+    async def enter(self, n_sequences: int) -> None:
+        """Begin so many answers or texts.
+
+        Raises:
+            ApiError: more than the client may have.
+        """
+        if self.visit is not None:
+            await self.visit.enter(n_sequences, patient=self.patient)
+
+    def leave(self, n_sequences: int, n_read: int, n_made: int = 0) -> None:
+        """They have ended, and so many tokens were read and made for them."""
+        self.usage.n_prompt += n_read
+        self.usage.n_answer += n_made
+        if self.visit is not None:
+            self.visit.leave(n_sequences, n_read + n_made)
