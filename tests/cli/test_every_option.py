@@ -579,6 +579,7 @@ DEFAULTS = {
     "--calibrate-tokens": {2048, 4096, 16_384},
     "--calibrate": {None},
     "--experts": {16, None},
+    "--to": {"quadriga", None},
     "--tokens": {"1T", "1B"},
     "--api-key": {None},
     "--concurrency": {8, None},

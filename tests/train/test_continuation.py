@@ -8,6 +8,7 @@ import torch
 
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.train.held_out import samples
+from quadriga.train.layout import Layout
 from quadriga.train.world import World
 from tests.text.test_unused_ids import Gaps
 
@@ -17,6 +18,7 @@ class Likes:
 
     def __init__(self, best: int) -> None:
         self.objective: Any = None
+        self.layout = Layout()
         self.logits = -torch.arange(10.0)
         self.logits[best] = 5.0
 

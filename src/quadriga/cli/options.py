@@ -146,15 +146,9 @@ _OUT = typer.Argument(help="What to make; must not exist yet.")
 Out = Annotated[Path, _OUT]
 OutOrNone = Annotated[Path | None, _OUT]
 AdapterFolder = Annotated[Path, typer.Argument(help="The adapter's folder, ours or peft's.")]
-To = Annotated[str, typer.Option(help="quadriga, hf (safetensors) or gguf.", rich_help_panel=_RESULT)]
-MergedTo = Annotated[
-    str | None,
-    typer.Option(
-        "--to",
-        help="hf (safetensors that transformers opens; the default), quadriga (the default with --format) or gguf.",
-        rich_help_panel=_RESULT,
-    ),
-]
+_TO = typer.Option("--to", help="quadriga, hf (safetensors) or gguf.", rich_help_panel=_RESULT)
+To = Annotated[str, _TO]
+ToOrNone = Annotated[str | None, _TO]
 Layout = Annotated[
     str | None, typer.Option(help="With hf: one of the family's Hugging Face layouts.", rich_help_panel=_RESULT)
 ]

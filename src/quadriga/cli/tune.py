@@ -70,12 +70,15 @@ def merge_command(
     model: options.ModelArgument,
     adapter: options.AdapterFolder,
     out: options.Out,
-    to: options.MergedTo = None,
+    to: options.ToOrNone = None,
     dtype: options.Dtype = None,
     format: options.Format = None,
     gguf_format: options.GGUFFormat = None,
 ) -> None:
-    """Fold an adapter into the model it was trained on and write the result in any form."""
+    """Fold an adapter into the model it was trained on and write the result in any form.
+
+    Without --to: safetensors that transformers opens; with --format, Quadriga's own.
+    """
     from quadriga.cli.upcycle import result_options, write_derived
     from quadriga.io.adapter import merge
 

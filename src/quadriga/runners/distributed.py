@@ -2,7 +2,8 @@
 
     everyone   what rank 0 tells: passes, and the end. Waits for as long as nobody asks anything
     data       a stage's parts, hidden states, logits. A rank that does not answer for DATA_TIMEOUT_S is gone
-    watch      nothing is ever sent until the end: a thread waits at each connection, and hears when it closes
+    watch      nothing is ever sent until the end, or that a rank refuses the model: a thread waits at each
+               connection, and hears when it closes
 
 Processes that end close their connections, so a lost rank is known at once, in a pass or between two. Then every rank
 says so, in one line with the rank's number, and ends: what they have together cannot go on.
@@ -41,7 +42,9 @@ _PART_WAIT_S = 30.0
 """For all others to hear that the work is done, and answer."""
 _KNOWN_WAIT_S = 2.0
 """Until the watch has found out who is gone, after a connection failed."""
-_PARTING = -1
+_REFUSAL_WAIT_S = 20.0
+"""For others to come to the refusal that a rank has come to: they have read the same files."""
+_PARTING, _REFUSING = -1, -2
 
 
 class TorchLinks:
@@ -72,6 +75,7 @@ class TorchLinks:
             raise EngineError(f"the ranks do not find each other: {_first_line(error)}") from None
         self._stage = stages[self.place.stage]
         self._parting = self._parted = self._failed = False
+        self._refused = threading.Event()
         self._exit_code = 1
         atexit.register(self._last)
         self._lost: int | None = None
@@ -159,6 +163,9 @@ class TorchLinks:
             if self.place.rank:
                 self._parting = True
                 self._tell_watch(_PARTING, [0])
+        elif word.item() == _REFUSING:
+            if not self._refused.wait(_REFUSAL_WAIT_S):
+                self._found(rank)
         else:
             self._found(int(word.item()))
 
@@ -188,6 +195,13 @@ class TorchLinks:
     def abandon(self, exit_code: int) -> None:
         """See ``Links``."""
         self._parting, self._exit_code = True, exit_code
+        self._refused.set()
+        if self._failed:
+            return
+        # Each says its own reason: who ended at once would look lost to those that are not as far yet.
+        self._tell_watch(_REFUSING, [0] if self.place.rank else list(range(1, self._size)))
+        for thread in self._watchers:
+            thread.join(_REFUSAL_WAIT_S)
 
     def _last(self) -> None:
         """When all else of this process's end is done: threads still wait in gloo, and cannot be made to stop."""

@@ -140,12 +140,12 @@ def continuation(
 
 def _from_last(module: ModelWithLoss, logits: Tensor | None) -> Tensor:
     """The last stage's logits, on all stages."""
-    stage, config = module.layout.stage, module.model.config
+    stage = module.layout.stage
     if stage.count == 1:
         assert logits is not None, "there is one stage"
         return logits
     if logits is None:
-        logits = torch.empty(config.vocab_size, device=next(module.parameters()).device)
+        logits = torch.empty(module.model.config.vocab_size, device=next(module.parameters()).device)
     dist.broadcast(logits, group=stage.line, group_src=stage.count - 1)
     return logits
 

@@ -113,11 +113,12 @@ def _first(loss: Tensor, number: Tensor) -> Tensor:
 @torch.no_grad()
 def passed(module: ModelWithLoss, batch: TrainingBatch) -> tuple[Tensor | None, dict[str, Any]]:
     """One forward pass of a batch, through all stages if there are several: the last stage's result, elsewhere None."""
-    stage, width = module.layout.stage, module.model.config.d_model
+    stage = module.layout.stage
     if stage.count == 1:
         out, metrics = module(batch)
         return out, metrics
     if not stage.first:
+        width = module.model.config.d_model
         entry = torch.empty(len(batch.tokens), width, dtype=module.layout.dtype, device=batch.tokens.device)
         dist.recv(entry, group=stage.line, group_src=stage.index - 1)
         batch = replace(batch, entry=entry)
