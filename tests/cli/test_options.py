@@ -47,6 +47,7 @@ def test_a_file_that_cannot_be_used_is_a_line_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     missing = tmp_path / "nowhere/rows.csv"
+    monkeypatch.setattr(cli.runtime, "start_logging", lambda: None)  # it would hold for all tests after this one
     monkeypatch.setattr(cli, "app", lambda: missing.open("w"))
     with pytest.raises(SystemExit) as ended:
         cli.main()

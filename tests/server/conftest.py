@@ -164,7 +164,9 @@ def running(
     thread.start()
     assert up.wait(HANG_S), "the server starts"
     Server.__init__ = original  # type: ignore[method-assign]
-    with httpx2.Client(base_url=url, timeout=HANG_S) as client:
+    # A connection for each request: one that rests may be closed while it is used again, when a test moves the clock.
+    fresh = httpx2.Limits(max_keepalive_connections=0)
+    with httpx2.Client(base_url=url, timeout=HANG_S, limits=fresh) as client:
         yield Live(url, fleet.services[0] if fleet.services else None, client, servers[0], loops[0])
     servers[0].should_exit = True
     thread.join(HANG_S)

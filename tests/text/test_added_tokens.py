@@ -426,7 +426,7 @@ def test_what_hardly_any_text_has_is_no_warning(tmp_path: Path, caplog: pytest.L
     for character in ("Ą", "ñ", "ÿ"):  # bytes 0x04, 0xF1, 0xFF
         del spec["model"]["vocab"][character]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="quadriga"):
         _load(tmp_path)
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "2 of the 243 bytes" in caplog.text
