@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "0c198028a4de04c2b44bfc2b6dd07f74f93ac2623d62e37912002d0ef4cf63e7"
+HEADER_SHA256 = "8d24f58e4f83cc46420dd31d45da5996a8c214bc54d9c3f06ce26e2b722bd782"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -110,6 +110,7 @@ class Activation(IntEnum):
     GELU_TANH = 2
     RELU = 3
     CLAMPED_GLU = 4
+    RELU2 = 5
 
 
 class Score(IntEnum):
