@@ -106,8 +106,23 @@ def test_every_claims_training_files_are_valid(one: Claim, tmp_path: Path, monke
         found = parse_toml(path.read_bytes(), RunConfig)
         assert found.parallel.dtype == "float32" and str(found.seed) == path.stem.rpartition("-s")[2]
     assert all("{" not in word for words in program.calls for word in words)
-    groups = {"mpt-compute": 6, "moe-flops": 6, "fine-grained": 4, "aggregators": 6}
-    assert len(list((tmp_path / one.name).glob("*.toml"))) == groups.get(one.name, 0)
+    groups = {"mpt-compute": (6, 0), "moe-flops": (4, 2), "fine-grained": (2, 2), "aggregators": (4, 2)}
+    found = tuple(len(list((tmp_path / folder).glob("*.toml"))) for folder in (one.name, "shared"))
+    assert found == groups.get(one.name, (0, 0))
+
+
+def test_what_claims_share_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = Program(monkeypatch)
+    for name in ("moe-flops", "fine-grained", "aggregators"):
+        run_steps(claim(name).steps(Scale(seeds=2)), tmp_path / name, RECIPES, print)
+    words = [" ".join(words) for words in program.calls]
+    assert len(set(words)) == len(words)
+    runs = [Path(words[1]).relative_to(tmp_path).with_suffix("") for words in program.calls if words[0] == "train"]
+    kinds = ["moe-flops/nano-dense", "moe-flops/nano-dense-2x", "shared/nano", "fine-grained/coarse"]
+    kinds += ["aggregators/vote", "aggregators/fuse"]
+    assert sorted(map(str, runs)) == sorted(f"{kind}-s{seed}" for kind in kinds for seed in (1, 2))
+    corpora = [words[words.index("--out") + 1] for words in program.calls if words[:2] == ["data", "prepare"]]
+    assert corpora == [str(tmp_path / "shared/corpora/mix-8192")]
 
 
 # Values from runs ----------------------------------------------------------------------------------------------------
@@ -153,14 +168,16 @@ def test_bits_a_byte_compare_vocabularies(tmp_path: Path) -> None:
 
 
 def test_variants_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    own, shared = tmp_path / "aggregators", tmp_path / "shared"
     for seed, base in ((1, 4.0), (2, 4.3)):
-        finished(tmp_path, f"weighted-base-s{seed}", 1e14, base)
-        finished(tmp_path, f"vote-s{seed}", 1e14, base - 0.02 * seed)
-        finished(tmp_path, f"fuse-s{seed}", 1e14, base + 0.1)
-    found = measures.loss_differences(tmp_path)
+        finished(shared, f"nano-s{seed}", 1e14, base)
+        finished(own, f"vote-s{seed}", 1e14, base - 0.02 * seed)
+        finished(own, f"fuse-s{seed}", 1e14, base + 0.1)
+    finished(shared, "nano-s3", 1e14, 9.0)  # of a claim that ran three seeds
+    found = measures.loss_differences("vote", "fuse", than="nano")(own)
     assert found.parts == {"vote": pytest.approx(-0.03), "fuse": pytest.approx(0.1)}
     assert (found.value, found.low, found.high) == tuple(map(pytest.approx, (-0.03, -0.04, -0.02)))
-    assert found.note.startswith("vote less weighted-base")
+    assert found.note.startswith("vote less nano, ")
 
 
 def test_an_unfinished_run_is_an_error(tmp_path: Path) -> None:

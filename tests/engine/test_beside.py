@@ -74,7 +74,7 @@ def test_others_go_on_while_a_token_is_being_chosen_and_the_answer_is_the_same(e
                 made[number].append(event)
         if before:
             assert len(made[talker]) == before + 4, "a token in every pass"
-            n_held, choice = len(made[held]), engine._held[held].choice
+            n_held, choice = len(made[held]), engine._beside._held[held].choice
             slow.may.release()
             wait([choice], HANG_S)  # without passes: the other answer must not end before this one
             for number, event in engine.step():

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from quadriga.engine.embeds import Embeds
 from quadriga.engine.engine import Engine
 from quadriga.engine.pooling import SUM_TOKENS, Pooling
 from quadriga.engine.request import Embed, Embedding, Request, SamplingParams, TokenEvent
+from quadriga.engine.sequences import Chunk, PassPlan, Running
 from quadriga.errors import RequestError
 from quadriga.kernels.arrays import arrays
 from quadriga.kernels.pass_batch import PassBatch
@@ -124,3 +126,27 @@ def test_sums_are_cut_at_the_same_places_whatever_the_passes(n: int) -> None:
         for start in range(0, n, cut):
             pooling.add(start, states[start : start + cut])
         assert np.array_equal(pooling.vector(), expected / np.sqrt(np.square(expected).sum()))
+
+
+def test_each_text_takes_its_own_part_of_a_passs_states() -> None:
+    texts = {i: Running(i, list(text(n)), n, embeds=True) for i, n in ((4, 5), (6, 3), (9, 4))}
+    answer = Running(7, [1, 2], 9)
+    embeds = Embeds(d_model=8)
+    for running in (texts[4], texts[6]):  # nobody wants the third any more
+        embeds.add(running)
+    states = np.random.default_rng(0).standard_normal((12, 8)).astype(np.float32)
+
+    def chunk(running: Running, start: int, n: int) -> Chunk:
+        return Chunk(running, start, tuple(running.tokens[start : start + n]), 0, False)
+
+    first = PassPlan((chunk(answer, 0, 2), chunk(texts[4], 0, 3), chunk(texts[9], 0, 4), chunk(texts[6], 0, 3)))
+    ((number, found),) = embeds.take(first, states)
+    own = states[9:].sum(0)
+    assert number == 6 and isinstance(found, Embedding)
+    np.testing.assert_allclose(found.vector, own / np.linalg.norm(own), rtol=1e-6)
+    ((number, found),) = embeds.take(PassPlan((chunk(texts[4], 3, 2),)), states[:2])
+    own = states[2:5].sum(0) + states[:2].sum(0)
+    assert number == 4 and isinstance(found, Embedding)
+    np.testing.assert_allclose(found.vector, own / np.linalg.norm(own), rtol=1e-6)
+    assert embeds.running() == [texts[4], texts[6]]
+    assert embeds.drop(4) and not embeds.drop(4) and 4 not in embeds and 6 in embeds

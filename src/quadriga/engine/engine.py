@@ -20,21 +20,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
 from quadriga.engine import whole_sequence
-from quadriga.engine.answers import Active, Turn, choose, event_of, instead_of, own_failure, score_prompt
+from quadriga.engine.answers import Active, Turn, choose, own_failure, score_prompt
+from quadriga.engine.beside import Beside
 from quadriga.engine.disk_cache import DiskCache, KeptBlocks, KeptStates, StateFiles
 from quadriga.engine.dry import Breakers, Spellings
+from quadriga.engine.embeds import Embeds
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.pace import Pace
 from quadriga.engine.passes import Computed, build_batch
 from quadriga.engine.permitted import bad_sequences
-from quadriga.engine.pooling import Pooling
 from quadriga.engine.request import (
     Embed,
     Embedding,
@@ -42,7 +42,7 @@ from quadriga.engine.request import (
     SamplingParams,
     TokenEvent,
 )
-from quadriga.engine.sampler import Sampler, Unused, require_finite
+from quadriga.engine.sampler import Sampler, Unused
 from quadriga.engine.scheduler import Scheduler
 from quadriga.engine.sequences import PassPlan, Running
 from quadriga.engine.steering import salt_of
@@ -50,7 +50,6 @@ from quadriga.errors import ConfigError, QuadrigaError, RequestError
 from quadriga.kernels.pass_batch import PassBatch
 from quadriga.model.steering import router_shift
 from quadriga.runners.base import Adapters, Floats, LayerRouting, PassResult, Runner
-from quadriga.runtime import Lane
 from quadriga.text.stream import Detokenizer
 from quadriga.text.tokenizer import Tokenizer
 
@@ -58,27 +57,6 @@ _log = logging.getLogger(__name__)
 
 Event = TokenEvent | Embedding | QuadrigaError
 """What a step has for a request: a token, a text's vector, or why there will be no more."""
-
-HELD_WAIT_S = 0.01
-"""A step in which everything waits for a token to be chosen waits so long for one; then it lets commands in between."""
-
-
-@dataclass(eq=False)
-class _Embedded:
-    """A text in the engine."""
-
-    running: Running
-    pooling: Pooling
-
-
-@dataclass(eq=False)
-class _Held:
-    """An answer whose next token is being chosen beside the passes."""
-
-    active: Active
-    choice: Future[TokenEvent]
-    finish: Callable[[TokenEvent], TokenEvent]
-    """Puts into the event what the pass knows of it."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +115,8 @@ class Engine:
         self.disk: DiskCache | None = None
         self.pace: Pace | None = None
         self._active: dict[int, Active] = {}
-        self._embeds: dict[int, _Embedded] = {}
-        self._held: dict[int, _Held] = {}
-        self._choosers = Lane("choosers", n_threads=2)
+        self._embeds = Embeds(self.config.d_model)
+        self._beside = Beside(runner.row_sampler)
         self._next_id = 0
         self._steps = self._prompt_tokens = self._cached = self._generated = 0
         self._guessed = self._guessed_right = 0
@@ -163,7 +140,7 @@ class Engine:
 
     def close(self) -> None:
         """End the threads beside it, and write what is to be kept; nothing is computed any more."""
-        self._choosers.close()
+        self._beside.close()
         if self.disk is not None:
             self.disk.close()
 
@@ -276,7 +253,7 @@ class Engine:
             group=-1 if group is None else group,
         )
         self.scheduler.add(running)
-        self._embeds[running.request_id] = _Embedded(running, Pooling(self.config.d_model))
+        self._embeds.add(running)
         self._next_id += 1
         return running.request_id
 
@@ -296,7 +273,7 @@ class Engine:
         """
         number = self.adapters().number(name)
         running = [active.running for active in self._active.values()]
-        running += [embedded.running for embedded in self._embeds.values()]
+        running += self._embeds.running()
         busy = sum(one.adapter == number for one in running)
         if busy:
             raise RequestError(f"{busy} requests use the adapter {name!r}; let them end first")
@@ -305,8 +282,8 @@ class Engine:
     def cancel(self, request_id: int) -> bool:
         """Drop a request wherever it is; its blocks are free at once. False if it is not here (any more)."""
         self._active.pop(request_id, None)
-        self._embeds.pop(request_id, None)
-        self._held.pop(request_id, None)
+        self._embeds.drop(request_id)
+        self._beside.drop(request_id)
         return self.scheduler.cancel(request_id)
 
     def is_active(self, request_id: int) -> bool:
@@ -349,25 +326,27 @@ class Engine:
         """
         started = time.perf_counter() if self.pace is not None else 0.0
         events = self._guess()
-        if self._held:
+        if self._beside:
             events += self._chosen()
         plan = self.scheduler.schedule()
         if not plan.chunks:
-            if self._held and not events:
-                wait([held.choice for held in self._held.values()], HELD_WAIT_S, FIRST_COMPLETED)
+            if self._beside and not events:
+                self._beside.wait()
                 events += self._chosen()
             return events
         batch, first_rows = build_batch(plan)
         result = self._forward(plan, batch)
         made, new_tokens, finished = self._sample(plan, result, first_rows, batch)
         if result.hidden is not None:
-            made += self._embedded(plan, result.hidden, finished)
+            vectors = self._embeds.take(plan, result.hidden)
+            made += vectors
+            finished |= {request_id for request_id, vector in vectors if isinstance(vector, Embedding)}
         for request_id, event in made:
             if isinstance(event, QuadrigaError):  # before the commit: nothing of it goes into the prefix cache
                 self.cancel(request_id)
         self.scheduler.commit(plan, new_tokens, finished)
-        for held in self._held.values():
-            self.scheduler.hold(held.active.running)
+        for running in self._beside.running():
+            self.scheduler.hold(running)
         self._steps += 1
         for request_id in finished:
             self._forget(request_id)
@@ -392,68 +371,24 @@ class Engine:
 
     def _forget(self, request_id: int) -> None:
         """A request has ended well."""
-        if self._embeds.pop(request_id, None) is None:
+        if not self._embeds.drop(request_id):
             running = self._active.pop(request_id).running
             self._prompt_tokens += running.n_prompt
             self._cached += running.n_cached
 
-    def _embedded(self, plan: PassPlan, states: Floats, finished: set[int]) -> list[tuple[int, Event]]:
-        """Take the states of texts that are to be embedded; the vectors of those whose last position this is."""
-        done: list[tuple[int, Event]] = []
-        at = 0
-        for chunk in plan.chunks:
-            at += len(chunk.tokens)
-            embedded = self._embeds.get(chunk.sequence.request_id)
-            if embedded is None:
-                continue
-            embedded.pooling.add(chunk.start, states[at - len(chunk.tokens) : at])
-            if chunk.start + len(chunk.tokens) == len(chunk.sequence.tokens):
-                vector = embedded.pooling.vector()
-                try:
-                    require_finite([float(vector.sum())])
-                except RequestError as error:
-                    done.append((chunk.sequence.request_id, error))
-                else:
-                    done.append((chunk.sequence.request_id, Embedding(vector=vector)))
-                    finished.add(chunk.sequence.request_id)
-        return done
-
     # Tokens that are chosen beside the passes -------------------------------------------------------------------------
-
-    def _hold(self, active: Active, made: Computed, row: int) -> None:
-        """Choose a request's next token in another thread: its grammar takes so long that others would wait for it."""
-        finish = made.routing_into(row) if active.request.routing else _as_it_is
-        known = () if self.runner.row_sampler is not None else (made.best[row], made.log_sums[row])
-        choice = self._choosers.submit(self._next_beside, active, made.logits[row].copy(), *known)
-        self._held[active.running.request_id] = _Held(active, choice, finish)
-
-    def _next_beside(
-        self, active: Active, logits: Floats, best: int | None = None, log_sum: float | None = None
-    ) -> TokenEvent:
-        """A request's next token, from a row of logits of its own."""
-        constraint, sampler, instead = active.request.constraint, active.sampler, instead_of(active, ())
-        allowed = None if constraint is None else constraint.allowed()
-        if self.runner.row_sampler is None:
-            return event_of(active, sampler.sample(logits, best, log_sum, allowed, instead), 0)
-        settings = sampler.ask(allowed)
-        sampled = self.runner.row_sampler.beside().sample(logits[None], [0], [settings])[0]
-        return event_of(active, sampler.take(sampled, logits, constrained=allowed is not None, instead=instead), 0)
 
     def _chosen(self) -> list[tuple[int, Event]]:
         """The tokens that have been chosen since, and the errors of those that could not be."""
         events: list[tuple[int, Event]] = []
-        for request_id, held in [(i, h) for i, h in self._held.items() if h.choice.done()]:
-            del self._held[request_id]
-            try:
-                event = held.finish(held.choice.result())
-            except BaseException as raised:
-                events.append((request_id, own_failure(raised)))
+        for request_id, running, event in self._beside.chosen():
+            events.append((request_id, event))
+            if isinstance(event, QuadrigaError):
                 self.cancel(request_id)
                 continue
-            events.append((request_id, event))
             self._generated += 1
             finished = event.finish_reason is not None
-            self.scheduler.resume(held.active.running, [event.token_id], finished=finished)
+            self.scheduler.resume(running, [event.token_id], finished=finished)
             if finished:
                 self._forget(request_id)
         return events
@@ -516,7 +451,7 @@ class Engine:
             return
         constraint = active.request.constraint
         if constraint is not None and not getattr(constraint, "ready", True):
-            self._hold(active, made, turn.row)
+            self._beside.hold(active, made, turn.row)
         else:
             turn.going = True
 
@@ -531,7 +466,3 @@ class Engine:
             BusyError: the sequence does not fit into the free blocks.
         """
         return whole_sequence.score(self.runner, self.scheduler, token_ids, chunk)
-
-
-def _as_it_is(event: TokenEvent) -> TokenEvent:
-    return event

@@ -176,6 +176,7 @@ _HUB_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "*.tiktoken",
     "LICENSE*",
 )

@@ -41,7 +41,7 @@ from quadriga.quant.packed import FROM_GGUF, PACKED, QUANTISED
 from quadriga.text import gguf_spec, gguf_vocabulary
 from quadriga.text import tokenizer as tokenizers
 
-TOKENIZER_FILES = (*tokenizers.FILES, "cl100k_base.tiktoken")
+TOKENIZER_FILES = (*tokenizers.FILES, tokenizers.TOOL_TEMPLATE, "cl100k_base.tiktoken")
 """What is carried over beside the weights. Nothing else is: no code, no pickles."""
 
 _PAGE = 4096

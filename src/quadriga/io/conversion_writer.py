@@ -198,6 +198,7 @@ class Writer:
 
     def _small_files(self, checkpoint: Checkpoint) -> None:
         for name, content in self.plan.extra.items():
+            (self.work / name).parent.mkdir(exist_ok=True)
             with (self.work / name).open("wb") as file:
                 file.write(content)
                 file.flush()

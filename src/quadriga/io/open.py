@@ -98,7 +98,7 @@ class Checkpoint:
         folder = self.tokenizer_folder
         if not folder.is_dir():
             return None
-        return tokenizers.chat_template(folder, tokenizers.read_json_if_there(folder / "tokenizer_config.json"))
+        return tokenizers.chat_templates(folder, tokenizers.read_json_if_there(folder / "tokenizer_config.json")).chat
 
     def close(self) -> None:
         """Release the files."""

@@ -193,9 +193,11 @@ class Declared:
 
 
 def declared(
-    config: Mapping[str, Any], added_tokens: Mapping[str, Any], special_tokens_map: Mapping[str, Any]
+    config: Mapping[str, Any], added_tokens: Mapping[str, Any], special_tokens_map: Mapping[str, Any], kind: str = ""
 ) -> Declared:
     """Read tokenizer_config.json, added_tokens.json and special_tokens_map.json ({} where there is none).
+
+    ``kind`` is the tokenizer's class (``template_variables.class_of``).
 
     As transformers does: special_tokens_map.json counts only where tokenizer_config.json has no
     ``added_tokens_decoder``, and then it wins.
@@ -209,7 +211,6 @@ def declared(
     more = named.get("additional_special_tokens") or []
     if not isinstance(more, list):
         raise TokenizerError("additional_special_tokens must be a list of tokens")
-    kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
     usual = {role: text for role, text in OF_CLASS.get(kind, {}).items() if role not in named}
     listed = [_text_of(token, "additional_special_tokens") for token in more]
     special = frozenset([*roles.values(), *usual.values(), *listed])

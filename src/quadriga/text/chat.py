@@ -107,8 +107,9 @@ def render(
         TemplateError: no template, one that fails or exceeds its budget, an unknown role, or content that is no text.
     """
     assert not (continue_final and with_spans), "what is unfinished has no spans"
-    source = BUILT_IN.get(template, template) if template is not None else template_of(tokenizer)
     turns = [_checked(index, message) for index, message in enumerate(messages)]
+    calls = bool(tools) or any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns)
+    source = BUILT_IN.get(template, template) if template is not None else template_of(tokenizer, tools=calls)
     if not turns:
         raise TemplateError("a conversation needs at least one message")
     if check is not None:
@@ -194,12 +195,18 @@ class Program:
         return render_texts(self._source, self._variables, messages, jobs, budget)
 
 
-def template_of(tokenizer: Tokenizer) -> str:
+def template_of(tokenizer: Tokenizer, *, tools: bool = False) -> str:
     """The template of the checkpoint a vocabulary came with.
+
+    Args:
+        tools: the one for conversations with tools, where there is another; transformers takes it where a caller gives
+            tools, and here calls and their results count too, which the other one cannot write.
 
     Raises:
         TemplateError: it brings none.
     """
+    if tools and tokenizer.tool_template is not None:
+        return tokenizer.tool_template
     if tokenizer.chat_template is not None:
         return tokenizer.chat_template
     if {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_ids.keys():

@@ -47,7 +47,7 @@ def to_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         "add_eos_token": bool(tokenizer.suffix_ids),
         **{name: text or None for name, text in tokenizer.template_variables.items()},
         "added_tokens_decoder": added,
-        "chat_template": tokenizer.chat_template,
+        "chat_template": _templates(tokenizer),
         "clean_up_tokenization_spaces": False,
     }
     files: dict[str, bytes] = {}
@@ -68,6 +68,14 @@ def to_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         files["generation_config.json"] = _json({k: v for k, v in ids.items() if v is not None})
     config = {k: v for k, v in config.items() if v is not None}
     return {**files, "tokenizer_config.json": _json(config)}
+
+
+def _templates(tokenizer: Tokenizer) -> str | list[dict[str, str]] | None:
+    """The templates as tokenizer_config.json holds them: one, or a list with names."""
+    if tokenizer.chat_template is None or tokenizer.tool_template is None:
+        return tokenizer.chat_template
+    named = {"default": tokenizer.chat_template, "tool_use": tokenizer.tool_template}
+    return [{"name": name, "template": template} for name, template in named.items()]
 
 
 def _affixes(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Any] | None:
@@ -103,7 +111,7 @@ def from_directory(path: Path, n_rows: int | None = None) -> dict[str, Entry] | 
     if tokenizer is None:
         return None
     if (path / "tokenizer.json").exists():
-        table = _from_tokenizer_json(path, loading.read_json(path / "tokenizer.json"), tokenizer)
+        table = _from_tokenizer_json(path, loading.tokenizer_json(path), tokenizer)
     elif (path / "tokenizer.model").exists():
         table = _from_sentencepiece(_model_of(path), tokenizer.added)
     else:
@@ -122,6 +130,9 @@ def from_directory(path: Path, n_rows: int | None = None) -> dict[str, Entry] | 
     table["tokenizer.ggml.add_eos_token"] = ("bool", bool(tokenizer.suffix_ids))
     if tokenizer.chat_template is not None:
         table["tokenizer.chat_template"] = ("string", tokenizer.chat_template)
+    if tokenizer.tool_template is not None:
+        table["tokenizer.chat_templates"] = ("string", ["tool_use"])
+        table[loading.GGUF_TOOL_TEMPLATE] = ("string", tokenizer.tool_template)
     return table
 
 

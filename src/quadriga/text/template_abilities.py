@@ -43,7 +43,7 @@ class Abilities:
     thinks: tuple[str, str] | None = None
     """The marks around what the model thinks before it answers, where the template knows of it."""
     source: str = ""
-    """The template; the form of its calls is read from it."""
+    """The template for conversations with tools; the form of its calls is read from it."""
 
 
 THOUGHTS = (
@@ -55,7 +55,7 @@ THOUGHTS = (
 """Marks around thoughts: DeepSeek-R1's, which Qwen, GLM, SmolLM3 and most others took over; Magistral's; Seed-OSS's;
 Gemma 4's."""
 
-_known: OrderedDict[str, Abilities] = OrderedDict()
+_known: OrderedDict[tuple[str, str], Abilities] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -65,20 +65,21 @@ def abilities(tokenizer: Tokenizer) -> Abilities:
     Raises:
         TemplateError: there is none.
     """
-    source = template_of(tokenizer)
+    sources = template_of(tokenizer), template_of(tokenizer, tools=True)
     with _lock:
-        if source in _known:
-            _known.move_to_end(source)
-            return _known[source]
-    found = _probe(source, tokenizer)
+        if sources in _known:
+            _known.move_to_end(sources)
+            return _known[sources]
+    found = _probe(*sources, tokenizer)
     with _lock:
-        _known[source] = found
+        _known[sources] = found
         while len(_known) > _KEPT:
             _known.popitem(last=False)
     return found
 
 
-def _probe(source: str, tokenizer: Tokenizer) -> Abilities:
+def _probe(plain: str, with_tools: str, tokenizer: Tokenizer) -> Abilities:
+    """Of the template for conversations, and the one for those with tools; most checkpoints have one for both."""
     user = {"role": "user", "content": _SAID}
     tool = {
         "type": "function",
@@ -90,8 +91,9 @@ def _probe(source: str, tokenizer: Tokenizer) -> Abilities:
     }
 
     def writes(messages: Sequence[Mapping[str, Any]], *words: str, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
+        calls = bool(tools) or any(message["role"] == "tool" for message in messages)
         try:
-            program = Program(source, tokenizer, tools=list(tools) or None)
+            program = Program(with_tools if calls else plain, tokenizer, tools=list(tools) or None)
             text = program.render(messages, [(len(messages), True)], cpu_s=_CPU_S)[0]
         except TemplateError:
             return False
@@ -115,6 +117,6 @@ def _probe(source: str, tokenizer: Tokenizer) -> Abilities:
         tools=long or nine,
         nine=nine and not long,
         alternate=not writes([user, {"role": "user", "content": _TOLD}], _SAID, _TOLD),
-        thinks=next((marks for marks in THOUGHTS if marks[1] in source), None),
-        source=source,
+        thinks=next((marks for marks in THOUGHTS if marks[1] in plain), None),
+        source=with_tools,
     )

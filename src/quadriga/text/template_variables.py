@@ -52,6 +52,8 @@ _CLASS_OF_MODEL = {
     "granitemoe": "GPT2Tokenizer",
     "granitemoeshared": "GPT2Tokenizer",
     "granitemoehybrid": "GPT2Tokenizer",
+    "deepseek_v2": "LlamaTokenizer",
+    "deepseek_v3": "LlamaTokenizer",
     "gpt_oss": "PreTrainedTokenizer",
     "glm4_moe": "PreTrainedTokenizer",
     "ernie4_5_moe": "LlamaTokenizer",
@@ -71,6 +73,12 @@ _GGUF_NAMES = {
 }
 
 
+def class_of(tokenizer_config: Mapping[str, Any], model_config: Mapping[str, Any]) -> str:
+    """transformers' class of a tokenizer, without "Fast": as named, else that of the model type; empty if neither."""
+    name = tokenizer_config.get("tokenizer_class") or model_config.get("tokenizer_class")
+    return str(name or _CLASS_OF_MODEL.get(str(model_config.get("model_type")), "")).removesuffix("Fast")
+
+
 def from_files(
     tokenizer_config: Mapping[str, Any], special_tokens_map: Mapping[str, Any], model_config: Mapping[str, Any]
 ) -> tuple[Variables, bool]:
@@ -79,8 +87,7 @@ def from_files(
     Returns:
         (the variables, False if neither file says which class the tokenizer has, so that there may be more).
     """
-    name = tokenizer_config.get("tokenizer_class") or model_config.get("tokenizer_class")
-    name = str(name or _CLASS_OF_MODEL.get(str(model_config.get("model_type")), "")).removesuffix("Fast")
+    name = class_of(tokenizer_config, model_config)
     merged: dict[str, Any] = {**OF_CLASS.get(name, {}), **tokenizer_config}
     if "added_tokens_decoder" not in tokenizer_config:  # saved by transformers before 4.33
         own = _contents(tokenizer_config.get("additional_special_tokens"))

@@ -6,11 +6,13 @@ import csv
 import json
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quadriga.bench import equal_loss
+from quadriga.bench.claims.steps import shared_folder
 from quadriga.errors import EvaluationError
 
 
@@ -84,11 +86,16 @@ def inference(folder: Path) -> Measured:
 
 
 def _runs(folder: Path, prefix: str) -> list[equal_loss.Run]:
-    found = [path for path in sorted((folder / "runs").glob(f"{prefix}-s*")) if path.name.rpartition("-s")[2].isdigit()]
+    places = [folder / "runs", shared_folder(folder) / "runs"]
+    found = [path for place in places for path in sorted(place.glob(f"{prefix}-s*")) if _seed(path.name).isdigit()]
     runs = [run for run in map(equal_loss.load, found) if run.size == prefix]
     if not runs:
-        raise EvaluationError(f"{folder / 'runs'} must have runs named {prefix}-sN, it has none")
+        raise EvaluationError(f"{' or '.join(map(str, places))} must have runs named {prefix}-sN, they have none")
     return runs
+
+
+def _seed(run: str) -> str:
+    return run.rpartition("-s")[2]
 
 
 def flops_to_equal_loss(folder: Path) -> Measured:
@@ -138,26 +145,27 @@ def _tokens_per_byte(path: Path) -> dict[str, float]:
     return {row["domain"]: row["tokens"] / row["text_bytes"] for row in rows}
 
 
-def loss_differences(folder: Path) -> Measured:
-    """Held-out loss of each variant less that of the one named ``*-base``, seed by seed: the runs, named VARIANT-sN."""
-    names = sorted({path.name.rpartition("-s")[0] for path in (folder / "runs").iterdir()})
-    base = next((name for name in names if name.endswith("-base")), names[0])
-    losses = {name: {run.name.rpartition("-s")[2]: run.loss for run in _runs(folder, name)} for name in names}
-    differences = {
-        name: [loss - losses[base][seed] for seed, loss in by_seed.items() if seed in losses[base]]
-        for name, by_seed in losses.items()
-        if name != base
-    }
-    means = {name: statistics.fmean(some) for name, some in differences.items()}
-    best = min(means, key=lambda name: means[name])
-    own = ", ".join(f"{name} {statistics.fmean(by_seed.values()):.4f}" for name, by_seed in losses.items())
-    return Measured(
-        value=means[best],
-        low=min(differences[best]),
-        high=max(differences[best]),
-        parts=means,
-        note=f"{best} less {base}, nats a token; losses: {own}",
-    )
+def loss_differences(*variants: str, than: str) -> Callable[[Path], Measured]:
+    """A measure: held-out loss of each variant less that of the runs named ``than``, seed by seed; the best one's."""
+
+    def read(folder: Path) -> Measured:
+        losses = {name: {_seed(run.name): run.loss for run in _runs(folder, name)} for name in (than, *variants)}
+        differences = {
+            name: [loss - losses[than][seed] for seed, loss in losses[name].items() if seed in losses[than]]
+            for name in variants
+        }
+        means = {name: statistics.fmean(some) for name, some in differences.items()}
+        best = min(means, key=lambda name: means[name])
+        own = ", ".join(f"{name} {statistics.fmean(by_seed.values()):.4f}" for name, by_seed in losses.items())
+        return Measured(
+            value=means[best],
+            low=min(differences[best]),
+            high=max(differences[best]),
+            parts=means,
+            note=f"{best} less {than}, nats a token; losses: {own}",
+        )
+
+    return read
 
 
 def table_mean(folder: Path) -> Measured:
@@ -173,7 +181,7 @@ def table_mean(folder: Path) -> Measured:
     return _exactly(statistics.fmean(values[name] for name in six), values)
 
 
-def main_figure(task: str) -> Any:
+def main_figure(task: str) -> Callable[[Path], Measured]:
     """A measure that reads one task's main figure from results.json, with two standard errors as its spread."""
 
     def read(folder: Path) -> Measured:

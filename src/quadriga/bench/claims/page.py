@@ -21,7 +21,8 @@ quadriga claims run mpt-compute --seeds 1 --share 0.1     # a short try, marked 
 
 **reproduced**: the value and its whole spread are within the bar. **partly reproduced**: only the value is. **not
 reproduced**: the value is not, or it was never run. Most claims are about a scale that no one here has: what is done
-instead is said with each. A plan is arithmetic, not a run.
+instead is said with each. A plan is arithmetic, not a run. OUT is the claim's folder in `--runs`; SHARED lies beside it
+and holds what several claims need: a corpus, and the run of `recipes/nano.toml` that they compare with.
 """
 
 
@@ -50,7 +51,9 @@ def _section(claim: Claim, record: Record | None) -> list[str]:
         lines.append("- " + "; ".join(text for text in known if text))
     lines.append("- steps of `quadriga claims run " + claim.name + "`:")
     for step in claim.steps(Scale(seeds=1)):
-        words = " ".join(step.argv).replace("{out}", "OUT").replace("{recipes}", "recipes")
+        words = (
+            " ".join(step.argv).replace("{out}", "OUT").replace("{shared}", "SHARED").replace("{recipes}", "recipes")
+        )
         lines.append(f"  - `quadriga {words}`" + (f" (from `recipes/{step.recipe}`)" if step.recipe else ""))
     return lines
 

@@ -66,6 +66,9 @@ class Claim:
     missing: str = ""
 
 
+NANO = "nano"  # the run of recipes/nano.toml as it stands, which several claims compare with
+
+
 def trained(scale: Scale, recipes: dict[str, tuple[str, Values]], tokens: dict[str, float] | None = None) -> list[Step]:
     """Training runs NAME-s1, NAME-s2... of each recipe with its changes: one seed of all, then the next seed.
 
@@ -79,31 +82,34 @@ def trained(scale: Scale, recipes: dict[str, tuple[str, Values]], tokens: dict[s
             argv += [] if scale.threads is None else ["--threads", str(scale.threads)]
             own: Values = {"seed": seed, "parallel.dtype": scale.dtype} | changes
             times = scale.share * (tokens or {}).get(name, 1.0)
-            steps.append(Step(name=run, argv=tuple(argv), recipe=recipe, changes=own, tokens=times))
+            step = Step(name=run, argv=tuple(argv), recipe=recipe, changes=own, tokens=times, shared=name == NANO)
+            steps.append(step)
     return steps
 
 
 def _corpus(vocabulary: int) -> list[Step]:
-    """The four domains with a vocabulary of this size, in a folder that the claims share."""
-    folder = f"{{out}}/../corpora/mix-{vocabulary}"
-    prepare = ("data", "prepare", "{recipes}/mix.toml", "--train-tokenizer", str(vocabulary), "--out", folder)
-    return [Step(name=f"corpus-{vocabulary}", argv=prepare)]
+    """The four domains with a vocabulary of this size."""
+    prepare = ("data", "prepare", "{recipes}/mix.toml", "--train-tokenizer", str(vocabulary), "--out", _mix(vocabulary))
+    return [Step(name=f"corpus-{vocabulary}", argv=prepare, shared=True)]
+
+
+def _mix(vocabulary: int) -> str:
+    return f"{{shared}}/corpora/mix-{vocabulary}"
 
 
 def _counts(vocabulary: int) -> list[Step]:
     """What that corpus has of each domain: tokens and bytes, by which losses of two vocabularies compare."""
-    count = ("data", "inspect", f"{{out}}/../corpora/mix-{vocabulary}", "--json")
+    count = ("data", "inspect", _mix(vocabulary), "--json")
     return [Step(name=f"count-{vocabulary}", argv=count, output=f"corpus-{vocabulary}.json")]
 
 
 def _on(vocabulary: int, **model: Any) -> Values:
     """Changes of a recipe: its corpus, and keys of its model."""
-    corpora = [f"{{out}}/../corpora/mix-{vocabulary}"]
-    return {"data.corpora": corpora} | {f"model.{key}": value for key, value in model.items()}
+    return {"data.corpora": [_mix(vocabulary)]} | {f"model.{key}": value for key, value in model.items()}
 
 
 def _moe_flops(scale: Scale) -> list[Step]:
-    recipes = {"nano": "nano.toml", "nano-dense": "nano-dense.toml", "nano-dense-2x": "nano-dense-2x.toml"}
+    recipes = {NANO: "nano.toml", "nano-dense": "nano-dense.toml", "nano-dense-2x": "nano-dense-2x.toml"}
     return [*_corpus(8192), *trained(scale, {name: (recipe, _on(8192)) for name, recipe in recipes.items()})]
 
 
@@ -119,13 +125,12 @@ def _mpt_compute(scale: Scale) -> list[Step]:
 
 def _fine_grained(scale: Scale) -> list[Step]:
     coarse = _on(8192, n_experts=8, top_k=2, d_ff=320)
-    return [*_corpus(8192), *trained(scale, {"coarse-base": ("nano.toml", coarse), "fine": ("nano.toml", _on(8192))})]
+    return [*_corpus(8192), *trained(scale, {"coarse": ("nano.toml", coarse), NANO: ("nano.toml", _on(8192))})]
 
 
 def _aggregators(scale: Scale) -> list[Step]:
-    kinds = {"weighted-base": "weighted_sum", "vote": "vote", "fuse": "fuse"}
-    runs = {name: ("nano.toml", _on(8192, aggregate=kind)) for name, kind in kinds.items()}
-    return [*_corpus(8192), *trained(scale, runs)]
+    runs = {kind: ("nano.toml", _on(8192, aggregate=kind)) for kind in ("vote", "fuse")}
+    return [*_corpus(8192), *trained(scale, {NANO: ("nano.toml", _on(8192))} | runs)]
 
 
 def _info(scale: Scale) -> list[Step]:
@@ -233,7 +238,7 @@ CLAIMS = (
         unit="nats a token",
         how="The nano beside one of 8 experts, 2 active, each twice as wide: equal parameters, equal work.",
         steps=_fine_grained,
-        measure=measures.loss_differences,
+        measure=measures.loss_differences(NANO, than="coarse"),
         at_most=0.0,
     ),
     Claim(
@@ -244,7 +249,7 @@ CLAIMS = (
         how="The nano with each of the three; the best of vote and fuse less the weighted sum. The launch only uses "
         "the sum.",
         steps=_aggregators,
-        measure=measures.loss_differences,
+        measure=measures.loss_differences("vote", "fuse", than=NANO),
         at_most=0.0,
     ),
     Claim(

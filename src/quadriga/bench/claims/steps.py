@@ -3,6 +3,7 @@
 OUT/NAME.toml              the training runs' files, made from recipes
 OUT/steps/STEP.json        what was run, and how long it took; written when it ended well
 OUT/steps/STEP.log         what it said
+OUT/../shared              the same of steps that several claims have: corpora, and the run that they compare with
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ class Step:
     """One command of this program.
 
     Attributes:
-        argv: the words after ``quadriga``; {out} is the claim's folder.
-        output: a file in the claim's folder that its standard output is written to.
+        argv: the words after ``quadriga``; {out} is the step's folder, {shared} that of shared steps.
+        output: a file in the step's folder that its standard output is written to.
+        shared: its folder is not the claim's own, so that a claim with an equal step finds it done.
         recipe: a training run's file that ``{out}/NAME.toml`` is made from.
         changes: what replaces the recipe's values, by dotted key, e.g. {"model.d_ff": 320}.
         tokens: each stage of the recipe is this many times as long.
@@ -42,35 +44,59 @@ class Step:
     recipe: str | None = None
     changes: Values = field(default_factory=dict)
     tokens: float = 1.0
+    shared: bool = False
 
-    def words(self, out: Path, recipes: Path) -> list[str]:
-        """The command's words."""
-        return [_filled(word, out, recipes) for word in self.argv]
+    def words(self, folders: Folders) -> list[str]:
+        """The command's words, filled in with its own folders."""
+        return [_filled(word, folders) for word in self.argv]
 
 
-def _filled(value: Any, out: Path, recipes: Path) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """What a step's words stand for: where it writes, where shared steps write, and the recipes."""
+
+    out: Path
+    shared: Path
+    recipes: Path
+
+
+def shared_folder(claim: Path) -> Path:
+    """Where the steps lie that the claim in this folder has in common with its neighbours."""
+    return claim.parent / "shared"
+
+
+def _folders(step: Step, claim: Path, recipes: Path) -> Folders:
+    shared = shared_folder(claim)
+    return Folders(out=shared if step.shared else claim, shared=shared, recipes=recipes)
+
+
+def _filled(value: Any, folders: Folders) -> Any:
     """A text, or a list of texts, with the folders filled in; other values as they are."""
     if isinstance(value, list):
-        return [_filled(one, out, recipes) for one in value]
-    return value.replace("{out}", str(out)).replace("{recipes}", str(recipes)) if isinstance(value, str) else value
+        return [_filled(one, folders) for one in value]
+    if isinstance(value, str):
+        for name, folder in vars(folders).items():
+            value = value.replace(f"{{{name}}}", str(folder))
+    return value
 
 
 def run_steps(steps: Sequence[Step], out: Path, recipes: Path, tell: Tell) -> None:
     """Run the steps that have not been.
 
     Args:
-        out: the claim's folder.
+        out: the claim's folder; shared steps lie beside it.
         recipes: the folder of recipes.
 
     Raises:
         EvaluationError: a recipe is missing, or ``out`` has steps of other settings.
         QuadrigaError: a command failed.
     """
-    (out / "steps").mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(steps, 1):
-        done = out / "steps" / f"{step.name}.json"
-        made = _made(step, out, recipes)
-        words = step.words(out, recipes)
+        folders = _folders(step, out, recipes)
+        (folders.out / "steps").mkdir(parents=True, exist_ok=True)
+        done = folders.out / "steps" / f"{step.name}.json"
+        made = _made(step, folders)
+        words = step.words(folders)
         wanted: Values = {"argv": words, "file": made}
         if done.exists():
             found = json.loads(done.read_text())
@@ -80,15 +106,15 @@ def run_steps(steps: Sequence[Step], out: Path, recipes: Path, tell: Tell) -> No
                 )
             continue
         tell(f"[{number}/{len(steps)}] quadriga {' '.join(words)}")
-        seconds = _run(step, out, recipes)
+        seconds = _run(step, folders)
         write(done, json.dumps(wanted | {"seconds": round(seconds, 1)}) + "\n")
 
 
-def _made(step: Step, out: Path, recipes: Path) -> Values | None:
+def _made(step: Step, folders: Folders) -> Values | None:
     """Write the file of a training run, and return its content."""
     if step.recipe is None:
         return None
-    path = recipes / step.recipe
+    path = folders.recipes / step.recipe
     try:
         values = tomllib.loads(path.read_text())
     except OSError as error:
@@ -96,10 +122,10 @@ def _made(step: Step, out: Path, recipes: Path) -> Values | None:
             f"cannot read {path}: {error.strerror}. Give the folder of this project's recipes as --recipes."
         ) from None
     for key, value in step.changes.items():
-        _set(values, key, _filled(value, out, recipes))
+        _set(values, key, _filled(value, folders))
     _stretch(values, step.tokens)
-    values["run"] = str(out / "runs" / step.name)
-    target = out / f"{step.name}.toml"
+    values["run"] = str(folders.out / "runs" / step.name)
+    target = folders.out / f"{step.name}.toml"
     if not target.exists():  # a run that has begun refuses another file
         write(target, toml(values))
     return values
@@ -125,12 +151,13 @@ def _stretch(values: Values, times: float) -> None:
             values[section][key] = max(1, round(values[section][key] * times))
 
 
-def _run(step: Step, out: Path, recipes: Path) -> float:
+def _run(step: Step, folders: Folders) -> float:
+    out = folders.out
     log = out / "steps" / f"{step.name}.log"
     started = time.monotonic()
     with log.open("w") as said:
         target = said if step.output is None else (out / f".{step.output}.new").open("w")
-        command = [sys.executable, "-m", "quadriga", *step.words(out, recipes)]
+        command = [sys.executable, "-m", "quadriga", *step.words(folders)]
         code = subprocess.run(command, stdout=target, stderr=said, stdin=subprocess.DEVNULL, check=False).returncode
         if target is not said:
             target.close()

@@ -59,6 +59,7 @@ class Tokenizer:
         suffix_ids: put after a plain prompt; empty for nearly every model that generates.
         added: the tokens that are looked for before anything else, with their flags.
         chat_template: the checkpoint's own template, or None.
+        tool_template: another one for conversations with tools, where the checkpoint has two; else None.
         template_variables: the special tokens it may name: bos_token, eos_token and others.
         unused_ids: ids below n_vocab that no token has; left out, the vocabulary is asked about every id, once.
     """
@@ -75,6 +76,7 @@ class Tokenizer:
         prefix_ids: Sequence[int] = (),
         suffix_ids: Sequence[int] = (),
         chat_template: str | None = None,
+        tool_template: str | None = None,
         template_variables: Mapping[str, str | list[str]] | None = None,
         added: Iterable[AddedToken] = (),
         unused_ids: Iterable[int] | None = None,
@@ -90,9 +92,11 @@ class Tokenizer:
             raise TokenizerError("the tokenizer asks for a bos token before every prompt but names none")
         self.prefix_ids = list(prefix_ids) or ([bos_id] if add_bos and bos_id is not None else [])
         self.suffix_ids = list(suffix_ids)
-        if chat_template is not None and len(chat_template.encode(errors="replace")) > _MAX_TEMPLATE_BYTES:
-            raise TokenizerError(f"the chat template is over {_MAX_TEMPLATE_BYTES} bytes; that is no template")
+        for template in (chat_template, tool_template):
+            if template is not None and len(template.encode(errors="replace")) > _MAX_TEMPLATE_BYTES:
+                raise TokenizerError(f"the chat template is over {_MAX_TEMPLATE_BYTES} bytes; that is no template")
         self.chat_template = chat_template
+        self.tool_template = tool_template
         if template_variables is None:
             template_variables = self.tokens_by_id()
         self.template_variables = dict(template_variables)

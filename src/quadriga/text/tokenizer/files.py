@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 from quadriga.errors import TokenizerError
 from quadriga.text.added_tokens import Declared
+
+logger = logging.getLogger(__name__)
 
 FILES = (
     "tokenizer.json",
@@ -27,6 +30,20 @@ _MAX_FILE_BYTES = 64 << 20  # the largest published tokenizer.json is about 35 M
 _MAX_JSON_DEPTH = 32
 
 
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
+"""Where transformers saves the template for conversations with tools, beside chat_template.jinja."""
+
+
+@dataclass(frozen=True)
+class Templates:
+    """The chat templates of a checkpoint."""
+
+    chat: str | None = None
+    """For conversations; None: there is none."""
+    tools: str | None = None
+    """For conversations with tools, where that is another one; its name is "tool_use" in every format."""
+
+
 @dataclass(frozen=True)
 class Folder:
     """What the files beside a vocabulary say of its tokens."""
@@ -35,8 +52,10 @@ class Folder:
     """tokenizer_config.json."""
     tokens: Declared
     """Added tokens and roles, as all files together declare them."""
-    template: str | None
-    """The chat template."""
+    kind: str
+    """The tokenizer's class in transformers, without "Fast"; empty where no file says it."""
+    templates: Templates
+    """The chat templates."""
     generation_eos: list[int]
     """eos_token_id of generation_config.json."""
     n_rows: int | None
@@ -89,24 +108,32 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
-    """The template of chat_template.jinja, else of tokenizer_config.json (``config``), else None.
+def chat_templates(path: Path, config: Mapping[str, Any]) -> Templates:
+    """The templates of a folder: chat_template.jinja and those beside it, else those of tokenizer_config.json.
 
     Raises:
-        TokenizerError: it is no text.
+        TokenizerError: one is no text.
     """
-    if (path / "chat_template.jinja").exists():
-        try:
-            return read_bytes(path / "chat_template.jinja").decode()
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"chat_template.jinja must be UTF-8: {error}") from None
+    files = {"default": path / "chat_template.jinja", "tool_use": path / TOOL_TEMPLATE}
+    named: dict[str, Any] = {name: _template_file(file) for name, file in files.items() if file.exists()}
     template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates; "default" is the chat one
-        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = by_name.get("default")
-    if template is not None and not isinstance(template, str):
+    if not named and isinstance(template, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+    elif not named:
+        named = {"default": template}
+    if not all(text is None or isinstance(text, str) for text in named.values()):
         raise TokenizerError("chat_template in tokenizer_config.json must be a string or a list of named templates")
-    return template
+    if named and "default" not in named:  # transformers asks for a name then
+        logger.warning("of the chat templates %s none is called default: none is used", ", ".join(map(repr, named)))
+        named = {}
+    return Templates(named.get("default"), named.get("tool_use"))
+
+
+def _template_file(file: Path) -> str:
+    try:
+        return read_bytes(file).decode()
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{file.name} must be UTF-8: {error}") from None
 
 
 def generation_eos(path: Path) -> list[int]:

@@ -13,6 +13,9 @@ from quadriga.text.tokenizer.base import Tokenizer
 from quadriga.text.tokenizer.roles import logged_suffix
 from quadriga.text.tokenizers_json import TokenizersVocabulary
 
+TOOL_TEMPLATE = "tokenizer.chat_template.tool_use"
+"""The template for conversations with tools, where a file has one (llama.cpp's ``llama_model_chat_template``)."""
+
 
 def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
     """The vocabulary inside a GGUF file's metadata, or None if it carries none.
@@ -25,9 +28,9 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
         return None
     if kind not in ("gpt2", "gemma4", *gguf_spec.SENTENCEPIECE):
         raise TokenizerError(f"tokenizer.ggml.model must be 'gpt2', 'llama', 't5' or 'gemma4', got {kind!r}")
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise TokenizerError("tokenizer.chat_template must be a string")
+    template, tool_template = (metadata.get(name) for name in ("tokenizer.chat_template", TOOL_TEMPLATE))
+    if not all(text is None or isinstance(text, str) for text in (template, tool_template)):
+        raise TokenizerError(f"tokenizer.chat_template and {TOOL_TEMPLATE} must be strings")
     tokens, name = gguf_spec.tokens_of(metadata), "the GGUF vocabulary"
     bos, ends = tokens.roles.get("bos"), tokens.ends
     vocabulary: TokenizersVocabulary | SentencePieceVocabulary
@@ -55,6 +58,7 @@ def load_gguf(metadata: Mapping[str, Any]) -> Tokenizer | None:
         add_bos=gguf_spec.flag(metadata, "add_bos_token", otherwise=add_bos),
         suffix_ids=logged_suffix(ends[:1] if add_eos else [], name),
         chat_template=template,
+        tool_template=tool_template,
         # Converters fill holes with entries of this kind, named [PAD100256] and so on.
         unused_ids=[i for i, token_kind in enumerate(tokens.kinds) if token_kind == UNUSED],
         template_variables=template_variables.from_gguf(metadata, tokens.texts, bos, next(iter(ends), None)),

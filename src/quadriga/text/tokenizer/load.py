@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from quadriga.text import template_variables
 from quadriga.text.added_tokens import declared
 from quadriga.text.tokenizer.base import Tokenizer
-from quadriga.text.tokenizer.files import Folder, chat_template, generation_eos, read_json, read_json_if_there
-from quadriga.text.tokenizer.huggingface import from_tokenizer_json
+from quadriga.text.tokenizer.files import Folder, chat_templates, generation_eos, read_json, read_json_if_there
+from quadriga.text.tokenizer.huggingface import as_configured, from_tokenizer_json
 from quadriga.text.tokenizer.sentencepiece import from_sentencepiece
 from quadriga.text.tokenizer.tiktoken import load_tiktoken
 
@@ -32,26 +32,35 @@ def load_directory(
         TokenizerError: a file is malformed, too large, or names tokens that do not exist.
     """
     config = read_json_if_there(path / "tokenizer_config.json")
-    others = [read_json_if_there(path / name) for name in ("special_tokens_map.json", "config.json")]
-    tokenizer = _load_vocabulary(path, config, others[0], cl100k_ranks, n_rows)
+    special_tokens_map, model_config = (
+        read_json_if_there(path / name) for name in ("special_tokens_map.json", "config.json")
+    )
+    kind = template_variables.class_of(config, model_config)
+    beside = declared(config, read_json_if_there(path / "added_tokens.json"), special_tokens_map, kind)
+    folder = Folder(config, beside, kind, chat_templates(path, config), generation_eos(path), n_rows)
+    tokenizer = _load_vocabulary(path, folder, cl100k_ranks)
     if tokenizer is not None:
-        variables, complete = template_variables.from_files(config, *others)
+        variables, complete = template_variables.from_files(config, special_tokens_map, model_config)
         tokenizer.template_variables = variables if complete else {**tokenizer.tokens_by_id(), **variables}
     return tokenizer
 
 
-def _load_vocabulary(
-    path: Path,
-    config: Mapping[str, Any],
-    special_tokens_map: Mapping[str, Any],
-    cl100k_ranks: Callable[[], Path] | None,
-    n_rows: int | None,
-) -> Tokenizer | None:
-    template = chat_template(path, config)
-    beside = declared(config, read_json_if_there(path / "added_tokens.json"), special_tokens_map)
-    folder = Folder(config, beside, template, generation_eos(path), n_rows)
+def tokenizer_json(path: Path) -> dict[str, Any]:
+    """The tokenizer.json of a folder as transformers runs it beside the folder's other files.
+
+    Raises:
+        TokenizerError: a file cannot be read, or is malformed.
+    """
+    config = read_json_if_there(path / "tokenizer_config.json")
+    kind = template_variables.class_of(config, read_json_if_there(path / "config.json"))
+    return as_configured(read_json(path / "tokenizer.json"), config, kind, "tokenizer.json")
+
+
+def _load_vocabulary(path: Path, folder: Folder, cl100k_ranks: Callable[[], Path] | None) -> Tokenizer | None:
+    config, template = folder.config, folder.templates.chat
     if (path / "tokenizer.json").exists():
-        return from_tokenizer_json(read_json(path / "tokenizer.json"), "tokenizer.json", folder)
+        spec = as_configured(read_json(path / "tokenizer.json"), config, folder.kind, "tokenizer.json")
+        return from_tokenizer_json(spec, "tokenizer.json", folder)
     for ranks in sorted(path.glob("*.tiktoken")):
         return load_tiktoken(ranks, chat_template=template)
     if (path / "tokenizer.model").exists():

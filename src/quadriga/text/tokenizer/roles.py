@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from quadriga.errors import TokenizerError
 from quadriga.text.added_tokens import Declared
@@ -42,7 +41,7 @@ def ends_of(folder: Folder, eos: int | None, special_ids: Mapping[str, int]) -> 
     """Ids that end an answer."""
     ends = [*([] if eos is None else [eos]), *folder.generation_eos]
     chatml = "<|im_end|>" in special_ids and "<|im_start|>" in special_ids
-    if chatml and folder.template and "<|im_end|>" in folder.template:
+    if chatml and folder.templates.chat and "<|im_end|>" in folder.templates.chat:
         ends.append(special_ids["<|im_end|>"])  # ChatML: the end of a turn ends an answer (DBRX's generation config)
     return ends
 
@@ -51,15 +50,17 @@ _LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 """Classes of transformers that put bos before every text unless told otherwise, whatever the post-processor says."""
 
 
-def asked_for(config: Mapping[str, Any], prefix: list[int], suffix: list[int]) -> tuple[bool, bool]:
+def asked_for(folder: Folder, has_bos: bool, prefix: list[int], suffix: list[int]) -> tuple[bool, bool]:
     """Whether a bos token goes before a text, and an eos token after it.
 
     As transformers has it: LLaMA's classes go by their flags alone, the general class by the file's post-processor.
+    The class is the one that tokenizer_config.json names, or that a model of this type has; of the latter nothing is
+    asked that the vocabulary has not (``has_bos``).
     """
-    kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
-    if kind == "PreTrainedTokenizer" and (prefix or suffix):
+    config = folder.config
+    if folder.kind == "PreTrainedTokenizer" and (prefix or suffix):
         return bool(prefix), bool(suffix)
-    llama = kind in _LLAMA_CLASSES
+    llama = folder.kind in _LLAMA_CLASSES and (has_bos or "tokenizer_class" in config)
     bos = bool(config.get("add_bos_token", True if llama else prefix))
     return bos, bool(config.get("add_eos_token", False if llama else suffix))
 

@@ -17,8 +17,9 @@ from quadriga.text.sentencepiece_model import (
     USER_DEFINED,
     SentencePieceVocabulary,
 )
+from quadriga.text.template_variables import class_of
 from quadriga.text.tokenizer.base import Tokenizer
-from quadriga.text.tokenizer.files import Folder, read_bytes
+from quadriga.text.tokenizer.files import Folder, Templates, read_bytes
 from quadriga.text.tokenizer.roles import ends_of, logged_suffix, roles_of
 
 
@@ -27,7 +28,9 @@ def load_sentencepiece(
 ) -> Tokenizer:
     """A SentencePiece model. Control pieces are its special tokens; a LLaMA-style model prepends bos."""
     config = config or {}
-    return from_sentencepiece(path, Folder(config, declared(config, {}, {}), chat_template, [], None))
+    kind = class_of(config, {})
+    beside = declared(config, {}, {}, kind)
+    return from_sentencepiece(path, Folder(config, beside, kind, Templates(chat_template), [], None))
 
 
 def from_sentencepiece(path: Path, folder: Folder) -> Tokenizer:
@@ -69,6 +72,7 @@ def from_sentencepiece(path: Path, folder: Folder) -> Tokenizer:
         pad_id=roles.get("pad_token", vocabulary.pad),
         add_bos=bool(add_bos) and bos is not None,
         suffix_ids=logged_suffix([eos] if add_eos and eos is not None else [], name),
-        chat_template=folder.template,
+        chat_template=folder.templates.chat,
+        tool_template=folder.templates.tools,
         unused_ids=vocabulary.unused_ids,
     )
