@@ -249,6 +249,7 @@ MIXTURES = {
     "integers": ["q4", "q8", "q4m", "q4", "q8"],
     "blocks of 256": ["q4k", "q6k", "q2k", "iq4xs", "q8"],
     "blocks with other blocks": ["q3k", "q5k", "iq4nl", "q4", "bfloat16"],
+    "five bits": ["q5", "q5m", "q4k", "q5", "q8"],
 }
 
 

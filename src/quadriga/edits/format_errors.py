@@ -29,9 +29,11 @@ from quadriga.quant.format_choice import Candidate
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import TILE
 
-PACKED_FORMATS = ("q2k", "q3k", "iq4xs", "q4", "iq4nl", "q4k", "q4m", "q5k", "q6k", "q8", "bfloat16")
+PACKED_FORMATS = ("q2k", "q3k", "iq4xs", "q4", "iq4nl", "q4k", "q4m", "q5", "q5k", "q5m", "q6k", "q8", "bfloat16")
 """The packed formats that a budget chooses from."""
-GGUF_FORMATS = ("q2_k", "q3_k", "iq4_xs", "q4_0", "iq4_nl", "q4_k", "q4_1", "q5_k", "q6_k", "q8_0", "bfloat16")
+GGUF_FORMATS = (
+    "q2_k", "q3_k", "iq4_xs", "q4_0", "iq4_nl", "q4_k", "q4_1", "q5_0", "q5_k", "q5_1", "q6_k", "q8_0", "bfloat16"
+)  # fmt: skip
 """The formats of GGUF tensors that a budget chooses from."""
 
 _ROWS = 128

@@ -222,7 +222,7 @@ def _wanted(form: str | Mapping[str, str], tensor: str, config: ModelConfig, is_
 FILE_TYPE = {
     "float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18,
     "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17,
-    "q4_1": 3, "iq4_nl": 25, "iq4_xs": 30, "bfloat16": 32, "mxfp4": 38,
+    "q4_1": 3, "q5_0": 8, "q5_1": 9, "iq4_nl": 25, "iq4_xs": 30, "bfloat16": 32, "mxfp4": 38,
 }  # fmt: skip
 """GGUF's general.file_type, for people and file browsers; the K formats' are those called S."""
 

@@ -38,15 +38,17 @@ enum qd_status {
 };
 enum qd_format {
   QD_FORMAT_FLOAT32 = 0, QD_FORMAT_BFLOAT16 = 1, QD_FORMAT_Q8 = 2, QD_FORMAT_Q4 = 3, QD_FORMAT_Q4M = 4,
-  QD_FORMAT_MX4 = 5, QD_FORMAT_IQ4NL = 6,
-  /* from here on blocks of 256 columns */
-  QD_FORMAT_Q2K = 7, QD_FORMAT_Q3K = 8, QD_FORMAT_Q4K = 9, QD_FORMAT_Q5K = 10, QD_FORMAT_Q6K = 11, QD_FORMAT_IQ4XS = 12
+  QD_FORMAT_MX4 = 5,
+  /* from here on made of a file's own blocks only */
+  QD_FORMAT_IQ4NL = 6, QD_FORMAT_Q5 = 7, QD_FORMAT_Q5M = 8,
+  /* of 256 columns */
+  QD_FORMAT_Q2K = 9, QD_FORMAT_Q3K = 10, QD_FORMAT_Q4K = 11, QD_FORMAT_Q5K = 12, QD_FORMAT_Q6K = 13, QD_FORMAT_IQ4XS = 14
 };
 enum qd_source {
   QD_SOURCE_FLOAT32 = 0, QD_SOURCE_BFLOAT16 = 1, QD_SOURCE_FLOAT16 = 2,
   QD_SOURCE_Q8_0 = 3, QD_SOURCE_Q4_0 = 4, QD_SOURCE_Q4_1 = 5,
   QD_SOURCE_MX4 = 6, /* 18 bytes: half of an MXFP4 block's scale as float16, codes 2 j and 2 j + 1 in byte j */
-  QD_SOURCE_IQ4_NL = 7
+  QD_SOURCE_IQ4_NL = 7, QD_SOURCE_Q5_0 = 8, QD_SOURCE_Q5_1 = 9
 };
 /* Block formats of GGUF files, under their names in quant/formats.py. */
 enum qd_stored {
@@ -353,7 +355,7 @@ int32_t qd_latent_bytes(int32_t kv_format, int32_t rank, int32_t rope_dim, int64
 
 /* Pack rows x cols numbers stored row-major as `source` (rows `row_bytes` apart) into out (qd_packed_bytes).
  * Block sources are copied bit by bit and need the matching format (q8_0 -> q8, q4_0 -> q4, q4_1 -> q4m, mx4 -> mx4,
- * iq4_nl -> iq4nl). Formats of blocks of 256 are made of such blocks only: qd_pack_stored.
+ * iq4_nl -> iq4nl, q5_0 -> q5, q5_1 -> q5m). Formats of blocks of 256 are made of such blocks only: qd_pack_stored.
  * importance: (cols,) weight of each column's squared error in the scale search, or NULL for one.
  * bad_row: the first row that holds a number the format cannot store, or -1. */
 int32_t qd_pack(qd_context* context, int32_t source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols,
