@@ -61,9 +61,8 @@ class Layers:
     parameters: Mapping[str, Parameter]
     cache: CacheLayout
     kv: Sequence[NDArray[np.uint8]]
-    """Of each place in a block, all blocks."""
+    """Of each place in a block its bytes in all blocks, (n_blocks, bytes); rows need not lie next to each other."""
     kv_format: str
-    n_blocks: int
     states: Mapping[int, Floats]
     """Of each recurrent layer, (slots, numbers of a state)."""
     store: ExpertStore | None
@@ -156,7 +155,7 @@ class Layers:
             rotary_scale=1.0 if turning is None else turning.scale,
             alibi_slopes=slopes,
             kv=self.kv[self.cache.slots[layer]],
-            kv_stride=self.kv[self.cache.slots[layer]].nbytes // self.n_blocks,
+            kv_stride=self.kv[self.cache.slots[layer]].strides[0],
             cache_group=self.cache.groups[layer],
             kv_format=self.kv_format,
             qkv_bias=self.vector(p + "attn.wqkv.bias") if spec.qkv_bias else None,
