@@ -10,7 +10,7 @@ import pytest
 from quadriga.engine.blocks import BlockPool, chain_key
 from quadriga.engine.lookup import Lookup
 from quadriga.engine.scheduler import MOST_LOGIT_ROWS, Scheduler
-from quadriga.engine.sequences import PassPlan, Running
+from quadriga.engine.sequences import BACKGROUND, PassPlan, Running
 from quadriga.quant.packed import BLOCK_TOKENS
 from tests.engine.test_scheduler import FakeModel, answer
 
@@ -193,6 +193,23 @@ def test_a_lower_priority_takes_no_place_from_a_higher() -> None:
     scheduler.add(Running(3, [3] * 4, 9, client=b"b"))
     found = passes(scheduler)
     assert scheduler.n_preemptions == 0 and {number for number, _, _ in found[0]} == {0, 1, 2}
+
+
+def test_the_background_gives_its_places_to_whoever_comes() -> None:
+    """To its own client too, the oldest of all too, and to nobody else of the background."""
+    scheduler = Desk(20, max_batch_tokens=100, max_sequences=3)
+    add(scheduler, *(Running(i, [i] * 4, 30, priority=BACKGROUND, client=b"a") for i in range(4)))
+    commit(scheduler, scheduler.schedule())
+    assert {s.request_id for s in scheduler.running} == {0, 1, 2}
+    add(scheduler, *(Running(i, [i] * 4, 20, client=b"a") for i in (7, 8)))
+    commit(scheduler, scheduler.schedule())
+    assert {s.request_id for s in scheduler.running} == {0, 7, 8}, "the newest went"
+    scheduler.add(Running(9, [9] * 4, 20, client=b"b"))
+    found = passes(scheduler)
+    ends = {
+        number: max(i for i, one in enumerate(found) if number in {n for n, _, _ in one}) for number in range(10)[:4]
+    }
+    assert max(i for i, one in enumerate(found) for n, _, _ in one if n in (7, 8, 9)) < min(ends.values())
 
 
 def test_guesses_are_given_up_before_anybody_gives_way() -> None:

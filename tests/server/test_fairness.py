@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 
-from quadriga.errors import BusyError, GrammarError, QuadrigaError
+from quadriga.errors import BusyError, GrammarError, QuadrigaError, RequestError
 from quadriga.server import grammars as desk_module
 from quadriga.server.accounts import Account, Allowance, Visit
 from quadriga.server.errors import ApiError
@@ -176,6 +177,10 @@ class Clock:
         return self.now
 
 
+def refusal_of_line(account: Account) -> ApiError:
+    return refusal(partial(account.take, behind=True), 1)
+
+
 def refusal(call: Any, *arguments: Any) -> ApiError:
     with pytest.raises(ApiError) as refused:
         call(*arguments)
@@ -238,25 +243,51 @@ def test_answers_are_counted_and_not_requests() -> None:
     assert account.open == 0
 
 
-def test_what_is_patient_waits_for_places() -> None:
+def test_lines_of_a_batch_wait_for_places() -> None:
     account = Account(Allowance(concurrent=3), Clock())
 
     async def story() -> list[int]:
         account.take(1)
         visit, order = Visit(account), list[int]()
+        visit.step_back()
 
         async def line(i: int) -> None:
-            await visit.enter(2, patient=True)
+            await visit.enter(2)
             order.append(i)
-            assert account.open <= 3
+            assert account.n_behind <= 3 and not account.open
             await asyncio.sleep(0)
             visit.leave(2, 0)
 
         await asyncio.gather(*(line(i) for i in range(5)))
-        account.give_back(1)
+        visit.end()
         return order
 
-    assert sorted(asyncio.run(story())) == [0, 1, 2, 3, 4] and account.open == 0
+    assert sorted(asyncio.run(story())) == [0, 1, 2, 3, 4] and account.open == account.n_behind == 0
+
+
+def test_a_batch_leaves_its_client_places_and_half_of_what_it_may() -> None:
+    clock = Clock()
+    account = Account(Allowance(concurrent=4, requests_per_minute=10, tokens_per_minute=100), clock)
+    for _ in range(4):
+        account.take(1, behind=True)
+    assert "at once" in str(refusal_of_line(account))
+    account.take(4)
+    assert "at once" in str(refusal(account.take, 1)), "only what is no batch's counts"
+    account.give_back(4)
+    account.give_back(4, behind=True)
+    clock.now += 12  # 4 sequences of 10 are left, 2 more come
+    assert "requests a minute" in str(refusal_of_line(account)), "the last half is the client's own"
+    account.take(1)
+    account.give_back(1)
+    clock.now += 30
+    account.spend(60)
+    assert "tokens a minute" in str(refusal_of_line(account))
+    account.take(1)
+
+
+def test_a_batch_of_whoever_may_have_one_request_a_minute_is_answered() -> None:
+    account = Account(Allowance(requests_per_minute=1, tokens_per_minute=1, concurrent=1), Clock())
+    account.take(1, behind=True)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings", "/v1/batches"])
@@ -270,7 +301,10 @@ def test_a_key_has_as_many_answers_at_once_as_it_may(path: str) -> None:
                 headers = key(0) | {"content-type": "application/jsonl"}
                 batch = pool.submit(live.client.post, path, content=raw, headers=headers)
                 assert until(lambda: engine.n_open == 2)
-                assert live.post("/v1/completions", {**short, "n": 3}, headers=key(0)).status_code == 429
+                own = pool.submit(live.post, "/v1/completions", {**short, "n": 3}, headers=key(0))
+                assert until(lambda: engine.n_open == 5), "no line under way counts against what is no batch"
+                assert live.post("/v1/completions", short, headers=key(0)).status_code == 429
+            assert own.result().status_code == 200
             made = [json.loads(line)["response"]["status_code"] for line in batch.result().text.splitlines()]
             assert made == [200] * 4, "a batch waits for its client's places"
         else:
@@ -307,11 +341,70 @@ def test_lines_of_a_batch_wait_for_places_that_others_hold() -> None:
             raw = "\n".join(map(json.dumps, lines)).encode()
             headers = {"content-type": "application/jsonl"}
             batch = pool.submit(live.client.post, "/v1/batches", content=raw, headers=headers)
-            assert until(lambda: len(engine._patient) == 5)
+            assert until(lambda: sum(map(len, engine._behind.values())) == 5)
             assert live.post("/v1/completions", TEXT).status_code == 429
         assert [answer.result().status_code for answer in held] == [200, 200]
         assert [json.loads(line)["response"]["status_code"] for line in batch.result().text.splitlines()] == [200] * 5
-        assert live.settled() and not engine._patient
+        assert live.settled() and not engine._behind
+
+
+def batch_of(n: int, **body: Any) -> dict[str, Any]:
+    """How a batch of so many lines is posted."""
+    lines = [{"custom_id": f"{i}", "url": "/v1/completions", "body": {**TEXT, **body}} for i in range(n)]
+    return {"content": "\n".join(map(json.dumps, lines)).encode(), "headers": {"content-type": "application/jsonl"}}
+
+
+@pytest.mark.parametrize("n_batches", [1, 6])
+def test_a_client_with_batches_is_answered_beside_them_as_if_they_were_not_there(n_batches: int) -> None:
+    """All places and the whole queue are full of its lines, and none of them ends."""
+    with running(tiny_llm(n_blocks=600, max_sequences=4), max_waiting=8) as live, ThreadPoolExecutor(8) as pool:
+        engine, stats, step = live.service.engine, live.service.llm.engine.stats, live.service.llm.engine.step
+        ended: list[int] = []
+
+        def noted() -> Any:
+            made = list(step())
+            ended.extend(number for number, event in made if getattr(event, "finish_reason", None))
+            return made
+
+        live.service.llm.engine.step = noted
+        with Gate(live) as gate:
+            batches = [pool.submit(live.client.post, "/v1/batches", **batch_of(32)) for _ in range(n_batches)]
+            assert until(lambda: engine.n_open == 6)
+            while stats().n_running < 4:
+                gate.open()
+            own = pool.submit(live.post, "/v1/completions", {**TEXT, "max_tokens": 10})
+            assert until(lambda: engine.n_open == 7)
+            began = steps(live)
+            while not ended:
+                gate.open()
+            assert steps(live) < began + 30, "ten tokens, and a pass or two before each"
+            assert own.result().status_code == 200 and not any(batch.done() for batch in batches)
+            loop = engine._loop
+            assert loop is not None
+        for _ in range(40 * n_batches):
+            loop.call_soon_threadsafe(engine.drop_all, RequestError("enough"))
+        for batch in batches:
+            assert len(batch.result().text.splitlines()) == 32
+        assert live.settled()
+
+
+def test_lines_of_a_small_batch_are_let_in_before_a_large_ones_last() -> None:
+    with running(tiny_llm(max_sequences=1), Limits(keys=KEYS), max_waiting=3) as live, ThreadPoolExecutor(3) as pool:
+        engine = live.service.engine
+
+        def ask(i: int, n: int) -> Any:
+            raw = batch_of(n, max_tokens=1)
+            return pool.submit(live.client.post, "/v1/batches", **raw | {"headers": raw["headers"] | key(i)})
+
+        with Gate(live) as gate:
+            large = ask(0, 20)
+            assert until(lambda: sum(map(len, engine._behind.values())) == 18)
+            small = ask(1, 1)
+            assert until(lambda: len(engine._behind) == 2)
+            while not small.done():
+                gate.let()
+            assert not large.done() and sum(map(len, engine._behind.values())) >= 10
+        assert len(large.result().text.splitlines()) == 20 and live.settled()
 
 
 # Grammars ------------------------------------------------------------------------------------------------------------

@@ -183,6 +183,21 @@ def test_a_batch_waits_for_everybody_else(tmp_path: Path) -> None:
         assert seen == [-1000, -1000]
 
 
+def test_a_key_with_a_long_batch_holds_no_other_keys_up(tmp_path: Path) -> None:
+    keys = ("first-key", "second-key")
+    with server(tmp_path, Limits(keys=keys)) as (live, _):
+        one, other = (client_of(live, key) for key in keys)
+        with Gate(live) as gate:
+            long = begun(one, lines(*(line(i, max_tokens=90, ignore_eos=True) for i in range(40))))
+            gate.hold()
+            short = begun(other, lines(line(1, max_tokens=1)))
+            while other.batches.retrieve(short.id).status != "completed":
+                gate.let()
+            assert one.batches.retrieve(long.id).status == "in_progress"
+            one.batches.cancel(long.id)
+        assert ended(one, long.id).status == "cancelled"
+
+
 def test_files_belong_to_a_key(tmp_path: Path) -> None:
     keys = ("first-key", "second-key")
     with server(tmp_path, Limits(keys=keys)) as (live, _):

@@ -356,10 +356,10 @@ def test_keys_limits_and_the_log_are_the_fronts(tmp_path: Path, caplog: pytest.L
 
 
 def test_a_callers_name_comes_through_whole() -> None:
-    for caller in (Caller(), Caller(salt=b"\0\xff" * 16, client=b"127.0.0.1", patient=True, background=True)):
+    for caller in (Caller(), Caller(salt=b"\0\xff" * 16, client=b"127.0.0.1", background=True)):
         again = caller_of(caller_header(caller).decode(), Usage())
         assert (again.salt, again.client) == (caller.salt, caller.client)
-        assert (again.patient, again.background) == (caller.patient, caller.background)
+        assert again.background is caller.background
 
 
 def test_a_files_batch_is_answered_by_the_replicas(tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_a_files_batch_is_answered_by_the_replicas(tmp_path: Path) -> None:
         callers = {
             asked.headers["x-quadriga-caller"].split(".")[2] for r in live.started for asked in r.asked if asked.body
         }
-        assert callers == {"bp"}, "they are computed when nobody else wants the place"
+        assert callers == {"b"}, "they are computed when nobody else wants the place"
 
 
 def test_the_page_about_the_interface_names_the_fronts_address(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ one for every tensor (one for all experts of a layer); q, k and v are apart in b
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from math import prod
@@ -69,7 +70,7 @@ def row_errors(difference: Tensor, judge: Importance) -> Tensor:
     return weighed.sum(1)
 
 
-class _Errors:
+class _Errors(ABC):
     """The sum of both kinds: unit -> format -> cost."""
 
     def __init__(self) -> None:
@@ -87,8 +88,9 @@ class _Errors:
             costs = self._costs.setdefault(unit, {})
             costs[form] = costs.get(form, 0.0) + mean * float(cost.sum())
 
+    @abstractmethod
     def _rounded(self, sample: Tensor, form: str, how: Importance) -> Tensor:
-        raise NotImplementedError
+        """The rows (R, C) as this form would give them back."""
 
 
 class PackedErrors(_Errors):

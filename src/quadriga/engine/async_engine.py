@@ -110,8 +110,8 @@ class Inbox:
 class Stream:
     """The answer to one request. Iterate, or read its inbox, and close when done or no longer wanted."""
 
-    def __init__(self, owner: AsyncEngine, inbox: Inbox, client: bytes = b"") -> None:
-        self._owner, self.inbox, self.client = owner, inbox, client
+    def __init__(self, owner: AsyncEngine, inbox: Inbox, client: bytes = b"", *, background: bool = False) -> None:
+        self._owner, self.inbox, self.client, self.background = owner, inbox, client, background
         self.request_id: int | None = None
         self.closed = False
 
@@ -147,7 +147,8 @@ class AsyncEngine:
     Args:
         engine: what computes; nobody else may touch it from now on.
         max_waiting: requests that may wait while the engine is full; more are refused, but a client that has less than
-            its share of all places may have more, up to it.
+            its share of all places may have more, up to it. What is computed in the background has half of the places
+            at most, and takes none of the others'.
         step_timeout_s: a step that takes longer counts as hung and ends the engine; 0 lets it take any time.
         clock: seconds that only go forward.
     """
@@ -163,7 +164,8 @@ class AsyncEngine:
         self.engine, self.capacity = engine, engine.max_sequences + max_waiting
         engine.share_time()
         self._n_open_of: Counter[bytes] = Counter()  # by client
-        self._patient: deque[tuple[bytes, int, asyncio.Future[None]]] = deque()  # who waits to be let in
+        self._n_behind_of: Counter[bytes] = Counter()  # in the background, by client
+        self._behind: dict[bytes, deque[tuple[int, asyncio.Future[None]]]] = {}  # who waits there to be let in
         self.error: BaseException | None = None
         """What ended the engine, if it did not end because it was told to. For the log; clients hear that it ended."""
         self.on_failure: Callable[[], None] = lambda: None
@@ -202,7 +204,7 @@ class AsyncEngine:
     @property
     def n_open(self) -> int:
         """Requests that are running or waiting."""
-        return self._n_open_of.total()
+        return self._n_open_of.total() + self._n_behind_of.total()
 
     @property
     def failed(self) -> bool:
@@ -224,11 +226,11 @@ class AsyncEngine:
         """Queue a request; see :meth:`submit_all`."""
         return (await self.submit_all([request]))[0]
 
-    async def submit_all(self, requests: Sequence[Request | Embed], *, patient: bool = False) -> list[Stream]:
+    async def submit_all(self, requests: Sequence[Request | Embed], *, background: bool = False) -> list[Stream]:
         """Queue requests of one client that begin together and share one inbox and one turn, all of them or none.
 
         Args:
-            patient: wait until there is room instead of being refused.
+            background: wait until there is room that nobody else wants, instead of being refused.
 
         Raises:
             BusyError: as many requests as may wait are waiting.
@@ -236,9 +238,12 @@ class AsyncEngine:
             EngineError: the engine has failed.
         """
         client = requests[0].client
-        await self._enter(client, len(requests), patient)
+        if background:
+            await self._enter_behind(client, len(requests))
+        else:
+            self._enter(client, len(requests))
         inbox = Inbox(len(requests))
-        streams = [Stream(self, inbox, client) for _ in requests]
+        streams = [Stream(self, inbox, client, background=background) for _ in requests]
         self._open.update(dict.fromkeys(streams))
         pairs = list(zip(streams, requests, strict=True))
 
@@ -258,37 +263,47 @@ class AsyncEngine:
             raise
         return streams
 
-    async def _enter(self, client: bytes, n: int, patient: bool) -> None:
+    def _enter(self, client: bytes, n: int) -> None:
         """Take n places, or be refused; streams give theirs back as they are closed."""
-        total, mine = self.n_open + n, self._n_open_of[client] + n
+        total, mine = self._n_open_of.total() + n, self._n_open_of[client] + n
         share = self.capacity // len({*self._n_open_of, client})
         # Whoever fills the queue does not keep out those who have less than their part of it.
-        if total <= self.capacity or (mine <= max(1, share) and total <= 2 * self.capacity):
-            self._take(client, n)
-        elif patient and n <= self.capacity:
-            turn = asyncio.get_running_loop().create_future()
-            self._patient.append((client, n, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._give_back(client, n)
-                raise
-        else:
+        if total > self.capacity and (mine > max(1, share) or total > 2 * self.capacity):
             raise BusyError(f"{self.n_open} requests are running or waiting; try again later")
-
-    def _take(self, client: bytes, n: int) -> None:
         self._n_open_of[client] += n
 
-    def _give_back(self, client: bytes, n: int) -> None:
-        self._n_open_of[client] -= n
-        if not self._n_open_of[client]:
-            del self._n_open_of[client]
-        while self._patient and (self._patient[0][2].done() or self.n_open + self._patient[0][1] <= self.capacity):
-            waiting, wanted, turn = self._patient.popleft()
+    async def _enter_behind(self, client: bytes, n: int) -> None:
+        """Take n places in the background, when nobody else wants them; the client that has the fewest is next."""
+        turn = asyncio.get_running_loop().create_future()
+        self._behind.setdefault(client, deque()).append((n, turn))
+        self._let_in()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._give_back(client, n, background=True)
+            raise
+
+    def _let_in(self) -> None:
+        while self._behind:
+            client = min(self._behind, key=lambda name: self._n_behind_of[name])
+            n, turn = self._behind[client][0]
             if not turn.done():
-                self._take(waiting, wanted)
+                behind = self._n_behind_of.total()
+                if self.n_open + n > self.capacity or (behind and behind + n > self.capacity // 2):
+                    return
+                self._n_behind_of[client] += n
                 turn.set_result(None)
+            self._behind[client].popleft()
+            if not self._behind[client]:
+                del self._behind[client]
+
+    def _give_back(self, client: bytes, n: int, *, background: bool) -> None:
+        counts = self._n_behind_of if background else self._n_open_of
+        counts[client] -= n
+        if not counts[client]:
+            del counts[client]
+        self._let_in()
 
     async def call(self, work: Callable[[Engine], T]) -> T:
         """Run something on the engine's thread between two steps.
@@ -341,7 +356,7 @@ class AsyncEngine:
 
     def _close(self, stream: Stream) -> None:
         del self._open[stream]
-        self._give_back(stream.client, 1)
+        self._give_back(stream.client, 1, background=stream.background)
 
         def cancel(engine: Engine) -> None:
             if stream.request_id is not None:

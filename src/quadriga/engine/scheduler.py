@@ -10,7 +10,8 @@ never stops the others; what is left goes to prompts, and to texts that are to b
 **Whose turn it is.** Priority first; among equals clients take turns, and so do a client's requests (``engine.turns``).
 Places and blocks are shared out the same way: while somebody waits who has two fewer running than another, the newest
 of the one with the most gives way. A request for 128 answers, or a client with a thousand requests, so fills what
-nobody else wants. The oldest sequence of all never gives way, so everything ends.
+nobody else wants. The oldest sequence of all never gives way, so everything ends. What is computed in the background
+gives way to whatever is not, of the same client too.
 
 **What shares a pass.** With a :class:`Beside`, which knows what passes cost, only the *fluent* rows are in every pass:
 the rows of the clients that have the fewest (of the requests that have, where there is one client). The others, and
@@ -331,11 +332,18 @@ class Scheduler:
         return max(sequences, key=lambda s: (-s.priority, clients[s.client], groups[s.client, s.group], s.arrival))
 
     def _above(self, sequence: Running) -> list[Running]:
-        """Running sequences that would have more than the waiting one's client (or request) even after giving way."""
+        """Running sequences that would have more than the waiting one's client (or request) even after giving way, and
+        those of the background."""
+        behind = [] if sequence.in_background else [s for s in self.running if s.in_background]
+        return behind + self._richer(sequence)
+
+    def _richer(self, sequence: Running) -> list[Running]:
         mine = [s for s in self.running if s.client == sequence.client]
         clients = Counter(s.client for s in self.running)
         groups = Counter(s.group for s in mine)
-        rivals = [s for s in self.running if s.priority <= sequence.priority]
+        rivals = [
+            s for s in self.running if s.priority <= sequence.priority and s.in_background == sequence.in_background
+        ]
         above = [s for s in rivals if s.client != sequence.client and clients[s.client] >= len(mine) + 2]
         if above:
             return above

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from quadriga.model.steering import Floats
 
 
+BACKGROUND = -1000
+"""The lowest priority: computed when nobody else wants the place, and gives it up to whoever comes."""
+
+
 @dataclass(eq=False)
 class Running:
     """One sequence as the scheduler sees it."""
@@ -72,6 +76,11 @@ class Running:
     def order(self) -> tuple[int, int]:
         """Smaller is older; a higher priority counts as older."""
         return (-self.priority, self.arrival)
+
+    @property
+    def in_background(self) -> bool:
+        """It gives way to whatever is not."""
+        return self.priority <= BACKGROUND
 
     @property
     def n_pending(self) -> int:

@@ -8,6 +8,10 @@ one, and :meth:`Visit.enter` the others.
     tokens a minute       the same, but read and made tokens are taken when they are known, so it may run into debt
     tokens a day          the same again, with a day's worth
     sequences at once     counted up and down
+
+What is computed in the background (lines of batches) counts apart and stands back: a line begins where both kinds
+together are within the limit, and half of every bucket is left, while what is asked besides does not count lines under
+way. So a client's batches refuse it nothing.
 """
 
 from __future__ import annotations
@@ -47,8 +51,14 @@ class _Bucket:
         self.level = min(float(self.most), self.level + (now - self._at) * self.most / self._window_s)
         self._at = now
 
-    def wait_s(self, wanted: float) -> float:
-        """Seconds until it holds so much; 0 if it does, or if there is no limit."""
+    def wait_s(self, wanted: float, *, behind: bool = False) -> float:
+        """Seconds until it holds so much; 0 if it does, or if there is no limit.
+
+        Args:
+            behind: it is to hold as much again as its half besides, as far as it can.
+        """
+        if behind:
+            wanted += max(0.0, min(self.most / 2, self.most - wanted))
         return max(0.0, wanted - self.level) * self._window_s / self.most if self.most else 0.0
 
 
@@ -66,7 +76,8 @@ class Account:
         self._sequences = _Bucket(allowance.requests_per_minute, now)
         self._tokens = _Bucket(allowance.tokens_per_minute, now)
         self._daily = _Bucket(allowance.tokens_per_day, now, _DAY)
-        self.open = self.n_sequences = self.n_tokens = 0
+        self.open = self.n_behind = self.n_sequences = self.n_tokens = 0
+        """Under way; of batches, under way; begun in all; tokens in all."""
         self._freed: list[asyncio.Future[None]] = []
 
     def check(self, n: int) -> None:
@@ -82,8 +93,11 @@ class Account:
                 )
                 raise ApiError(400, message, code="request_too_large")
 
-    def take(self, n: int) -> None:
+    def take(self, n: int, *, behind: bool = False) -> None:
         """Begin n sequences.
+
+        Args:
+            behind: they are of a batch.
 
         Raises:
             ApiError: 429 with the time to come back.
@@ -93,23 +107,30 @@ class Account:
         self._sequences.fill(now)
         self._tokens.fill(now)
         self._daily.fill(now)
-        if wait := self._sequences.wait_s(n):
+        if wait := self._sequences.wait_s(n, behind=behind):
             raise self._refusal(f"more than {allowed.requests_per_minute} requests a minute", wait)
-        if wait := self._tokens.wait_s(1):
+        if wait := self._tokens.wait_s(1, behind=behind):
             raise self._refusal(f"more than {allowed.tokens_per_minute} tokens a minute", wait)
-        if wait := self._daily.wait_s(1):
+        if wait := self._daily.wait_s(1, behind=behind):
             raise self._refusal(f"more than {allowed.tokens_per_day} tokens a day", wait)
-        if allowed.concurrent and self.open + n > allowed.concurrent:
+        under_way = self.open + (self.n_behind if behind else 0)
+        if allowed.concurrent and under_way + n > allowed.concurrent:
             raise self._refusal(f"more than {allowed.concurrent} requests at once", 1)
         self._sequences.level -= n
-        self.open += n
+        self._count(n, behind=behind)
         self.n_sequences += n
 
+    def _count(self, n: int, *, behind: bool) -> None:
+        if behind:
+            self.n_behind += n
+        else:
+            self.open += n
+
     async def take_in_time(self, n: int) -> None:
-        """:meth:`take`, but wait for as long as it takes."""
+        """:meth:`take` for a batch: wait for as long as it takes."""
         while True:
             try:
-                return self.take(n)
+                return self.take(n, behind=True)
             except ApiError as error:
                 if error.retry_after_s is None:
                     raise
@@ -118,9 +139,9 @@ class Account:
                 # A place that is given back, or the bucket's filling, whichever comes first.
                 await asyncio.wait([freed], timeout=error.retry_after_s)
 
-    def give_back(self, n: int) -> None:
+    def give_back(self, n: int, *, behind: bool = False) -> None:
         """n sequences have ended."""
-        self.open -= n
+        self._count(-n, behind=behind)
         freed, self._freed = self._freed, []
         for future in freed:
             if not future.done():
@@ -139,7 +160,7 @@ class Account:
         for bucket in (self._tokens, self._daily):
             bucket.fill(now)
         in_debt = any(bucket.level < bucket.most for bucket in (self._tokens, self._daily))
-        return not self.open and now - self.seen >= _MINUTE and not in_debt
+        return not self.open and not self.n_behind and now - self.seen >= _MINUTE and not in_debt
 
     def report(self) -> dict[str, Any]:
         """What has been used since the server began, what may be, and what is left of it now; null: any number."""
@@ -163,17 +184,26 @@ class Visit:
     """An HTTP request's part of its client's account: one sequence, which has been taken, from the beginning.
 
     Args:
-        taken: False for what is no HTTP request, such as lines of a batch in the background.
+        in_background: it is no HTTP request, but lines of a batch, and none has been taken.
     """
 
-    def __init__(self, account: Account, *, taken: bool = True) -> None:
-        self._account, self._spare, self._own = account, taken, taken
+    def __init__(self, account: Account, *, in_background: bool = False) -> None:
+        self._account, self._behind = account, in_background
+        self._spare = self._own = not in_background
 
-    async def enter(self, n: int, *, patient: bool = False) -> None:
-        """Begin n sequences, of which the visit's own is one if none is under way.
+    def step_back(self) -> None:
+        """The request is a batch, before any of its lines has begun: the one that was taken counts among lines."""
+        self._account.give_back(1)
+        self._account.n_behind += 1
+        self._behind = True
 
-        Args:
-            patient: wait until they are allowed instead of being refused.
+    def end(self) -> None:
+        """The HTTP request is over."""
+        self._account.give_back(1, behind=self._behind)
+
+    async def enter(self, n: int) -> None:
+        """Begin n sequences, of which the visit's own is one if none is under way; lines of a batch wait until they
+        are allowed.
 
         Raises:
             ApiError: 429 with the time to come back, or 400 where no time would be late enough.
@@ -181,7 +211,7 @@ class Visit:
         self._account.check(n)
         spare, self._spare = self._spare, False
         try:
-            if n > spare and patient:
+            if n > spare and self._behind:
                 await self._account.take_in_time(n - spare)
             elif n > spare:
                 self._account.take(n - spare)
@@ -192,5 +222,5 @@ class Visit:
     def leave(self, n: int, n_tokens: int) -> None:
         """n sequences have ended, and so many tokens were read and made for them."""
         self._account.spend(n_tokens)
-        self._account.give_back(n - (self._own and not self._spare))
+        self._account.give_back(n - (self._own and not self._spare), behind=self._behind)
         self._spare = self._own

@@ -8,7 +8,8 @@ Everything is in the directory of the files: ``batch_ID.json`` has the state, ``
 errors the answers so far. A server that is started again goes on where the one before was stopped; no line is answered
 twice but one whose answer was not on the disk yet.
 
-Lines are computed when nobody else wants the places: at the lowest priority, some at once, one batch after another.
+Lines are computed when nobody else wants the places: at the lowest priority, some at once, one batch of an owner after
+another; owners' batches go on beside each other.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 WINDOW_S = 24 * 3600
 AT_ONCE = 16
-"""Lines that are computed at once."""
+"""Lines of a batch that are computed at once."""
 MAX_BATCHES = 1_000
 """Kept of one owner; the oldest that are over are forgotten."""
 MAX_ERRORS = 50
@@ -85,6 +86,8 @@ class BatchJobs:
         self._batches = {facts["id"]: facts for facts in found if facts is not None}
         self._work: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
+        self._under_way: dict[str, asyncio.Task[None]] = {}  # by owner
+        self._stopped = False
 
     # The routes ------------------------------------------------------------------------------------------------------
 
@@ -171,28 +174,37 @@ class BatchJobs:
 
     async def stop(self) -> None:
         """Leave what is under way for another time."""
-        if self._work is not None:
-            self._work.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._work
+        tasks = [task for task in (self._work, *self._under_way.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _go_on(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while (batch := self._next()) is not None:
+            for owner in {batch["owner"] for batch in self._batches.values()} - self._under_way.keys():
+                if not self._stopped and self._next(owner) is not None:
+                    self._under_way[owner] = asyncio.create_task(self._of_owner(owner))
+
+    async def _of_owner(self, owner: str) -> None:
+        try:
+            while not self._stopped and (batch := self._next(owner)) is not None:
                 try:
                     await self._run(batch)
                 except Stopped:
                     _log.warning("batch %s waits for the next start of this server", batch["id"])
-                    return
+                    self._stopped = True
                 except Exception:
                     _log.exception("batch %s failed by a mistake of ours", batch["id"])
                     self._refuse(batch, [(None, "internal_error", "a mistake of the server's; its log says more")])
+        finally:
+            del self._under_way[owner]
+            self._wake.set()
 
-    def _next(self) -> dict[str, Any] | None:
-        waiting = [batch for batch in self._batches.values() if batch["status"] not in OVER]
-        return min(waiting, key=lambda batch: batch["created_at"], default=None)
+    def _next(self, owner: str) -> dict[str, Any] | None:
+        mine = (batch for batch in self._batches.values() if batch["owner"] == owner and batch["status"] not in OVER)
+        return min(mine, key=lambda batch: batch["created_at"], default=None)
 
     async def _run(self, batch: dict[str, Any]) -> None:
         caller = self._desk.caller(batch["owner"], batch["client"])

@@ -54,10 +54,14 @@ class Desk:
 
     def handlers(self, caller: Caller) -> dict[str, batches.Handler]:
         """Url -> what answers a line of a caller's."""
-        caller, work = replace(caller, patient=True), self._fleet.work
+        work = self._fleet.work
 
         def handler(kind: type, answer: Answer) -> batches.Handler:
             async def handle(line: bytes) -> Response:
+                async with work.line(len(line)):
+                    return await answered(line)
+
+            async def answered(line: bytes) -> Response:
                 body, ignored = await work.check(len(line), batches.body_of, line, kind, self._strict)
                 noted.say("/v1/batches", ignored)
                 if getattr(body, "stream", None):
@@ -221,7 +225,7 @@ class Endpoints:
                 raise no_files()
             return json_response(self.jobs.create(body, request.state.caller))
         raw = await read_body(request, self.limits, ("application/jsonl", "application/x-ndjson", "application/json"))
-        handlers = self.desk.handlers(request.state.caller)
+        handlers = self.desk.handlers(request.state.caller.step_back())
         checked = self.fleet.work.check(len(raw), batches.run, raw, handlers)
         answer: Response = await unless_gone(request, checked)
         return answer

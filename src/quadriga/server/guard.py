@@ -86,8 +86,7 @@ CALLER = "x-quadriga-caller"
 
 def caller_header(caller: Caller) -> bytes:
     """Who asks, for a replica."""
-    flags = "b" * caller.background + "p" * caller.patient
-    return f"{caller.salt.hex()}.{caller.client.hex()}.{flags}".encode()
+    return f"{caller.salt.hex()}.{caller.client.hex()}.{'b' * caller.background}".encode()
 
 
 def caller_of(text: str, usage: access.Usage) -> Caller:
@@ -96,8 +95,7 @@ def caller_of(text: str, usage: access.Usage) -> Caller:
     return Caller(
         salt=bytes.fromhex(salt),
         client=bytes.fromhex(client),
-        patient="p" in flags,
-        background="b" in flags,
+        background=flags == "b",
         usage=usage,
     )
 
@@ -156,7 +154,7 @@ class Guard:
             return
         path = scope["path"]
         cors = self._cors(headers)
-        account: Account | None = None
+        visit: Visit | None = None
         usage.client = str((scope.get("client") or ("?",))[0])
         try:
             self._check_host(headers, path)
@@ -166,8 +164,7 @@ class Guard:
             key = self._check_key(headers, path)
             who = key or (scope.get("client") or ("?",))[0]
             if scope["method"] == "POST":
-                account = self._take(who)
-            visit = None if account is None else Visit(account)
+                visit = Visit(self._take(who))
             salt = hashlib.sha256(key.encode()).digest() if key else b""
             if key:
                 usage.client = f"key:{salt.hex()[:8]}"
@@ -188,8 +185,8 @@ class Guard:
             await self.app(scope, receive, with_cors)
         finally:
             caller.let_go()
-            if account is not None:
-                account.give_back(1)
+            if visit is not None:
+                visit.end()
 
     async def _from_front(
         self, scope: Scope, receive: Receive, send: Send, headers: Headers, usage: access.Usage
@@ -218,7 +215,8 @@ class Guard:
             if salt not in keys:
                 return None
             who = keys[salt]
-        return Caller(salt=salt, client=who.encode(), visit=Visit(self.account(who), taken=False), background=True)
+        visit = Visit(self.account(who), in_background=True)
+        return Caller(salt=salt, client=who.encode(), visit=visit, background=True)
 
     def account(self, who: str) -> Account:
         """A client's account."""

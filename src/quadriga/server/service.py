@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from quadriga.engine.async_engine import STEP_TIMEOUT_S, AsyncEngine, Stream
 from quadriga.engine.llm import LLM
 from quadriga.engine.request import Embed, Embedding, Request, SamplingParams, TokenEvent, seed_of
+from quadriga.engine.sequences import BACKGROUND
 from quadriga.errors import QuadrigaError, RequestError, TemplateError
 from quadriga.model.steering import ExpertFactor
 from quadriga.server.answers import Answers
@@ -40,9 +41,6 @@ from quadriga.server.work import Work
 from quadriga.text.grammar import Grammars
 from quadriga.text.template_abilities import Abilities, abilities
 from quadriga.text.tool_calls.forms import FORMS
-
-LOWEST = -1000
-"""Priority of what is computed in the background, and the least that a request may ask for."""
 
 
 class Service:
@@ -276,12 +274,12 @@ class Service:
             if constraint is not None:
                 if isinstance(self._grammars, QuadrigaError):
                     raise self._grammars
-                grammar = await self._grammars.compile(*constraint, client=caller.client, salt=caller.salt)
+                grammar = await self._grammars.compile(*constraint, client=caller.queue_name, salt=caller.salt)
             requests = [
                 Request(
                     prompt=tuple(prompt),
                     params=params if params.seed is None or i == 0 else _with_seed(params, seed_of(params.seed, i)),
-                    priority=LOWEST if caller.background else body.priority,
+                    priority=BACKGROUND if caller.background else body.priority,
                     routing=body.routing,
                     steering=steering,
                     constraint=None if grammar is None else grammar.copy(closes=closes),
@@ -293,7 +291,7 @@ class Service:
                 for prompt in prompts
                 for i in range(n)
             ]
-            streams = await self.engine.submit_all(requests, patient=caller.patient)
+            streams = await self.engine.submit_all(requests, background=caller.background)
         except BaseException:
             caller.leave(n * len(prompts), 0)
             raise
@@ -327,11 +325,11 @@ class Service:
         try:
             adapter = self.adapter_of(model)
             caller.usage.model = self.shown_name(model)
-            priority = LOWEST if caller.background else priority
+            priority = BACKGROUND if caller.background else priority
             requests = [
                 Embed(prompt=tuple(p), priority=priority, client=caller.client, adapter=adapter) for p in prompts
             ]
-            streams = await self.engine.submit_all(requests, patient=caller.patient)
+            streams = await self.engine.submit_all(requests, background=caller.background)
             vectors: dict[Stream, NDArray[np.float32]] = {}
             while len(vectors) < len(streams):
                 for stream, made in await streams[0].inbox.take():
@@ -349,8 +347,9 @@ class Service:
         """Refuse what the server cannot do for anybody."""
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after_s=5)
-        if not LOWEST <= priority <= -LOWEST:
-            raise ApiError(400, f"priority must be from {LOWEST} to {-LOWEST}, got {priority}", param="priority")
+        if not BACKGROUND <= priority <= -BACKGROUND:
+            message = f"priority must be from {BACKGROUND} to {-BACKGROUND}, got {priority}"
+            raise ApiError(400, message, param="priority")
         if n_sequences > self.engine.capacity:
             raise ApiError(400, f"{what} must be at most {self.engine.capacity} on this server", param="n")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -26,6 +26,8 @@ T = TypeVar("T")
 MAX_LARGE = 32
 """Large bodies that are worked on or wait for it; each takes its own size and what is made of it."""
 
+MAX_LARGE_LINES = MAX_LARGE // 4
+"""Large lines of batches that are answered at once: their places are not others'."""
 
 TIDY_AFTER_S = 1.0
 """After the last large body, memory that was freed goes back to the system."""
@@ -38,7 +40,17 @@ class Work:
         n_threads = max(1, min(4, runtime.cpu_count() // 4))
         self._threads = ThreadPoolExecutor(n_threads, thread_name_prefix="large-body")
         self._n_large = 0
+        self._lines = asyncio.Semaphore(MAX_LARGE_LINES)
         self._tidy: asyncio.TimerHandle | None = None
+
+    @contextlib.asynccontextmanager
+    async def line(self, n_bytes: int) -> AsyncIterator[None]:
+        """A line of a batch of so many bytes, while it is answered; a large one waits for its turn."""
+        if n_bytes <= INLINE_BYTES:
+            yield
+            return
+        async with self._lines:
+            yield
 
     async def check(self, n_bytes: int, call: Callable[..., T], *arguments: object) -> T:
         """``call(*arguments)`` for a request of this many bytes: here and now if it is small.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -168,10 +167,13 @@ class FrontDesk:
 
     def handlers(self, caller: Caller) -> dict[str, batches.Handler]:
         """Url -> what answers a line of a caller's."""
-        mine = replace(caller, patient=True)
-        return {url: partial(self._answer, url, mine) for url in _OF_BATCHES}
+        return {url: partial(self._answer, url, caller) for url in _OF_BATCHES}
 
     async def _answer(self, url: str, caller: Caller, line: bytes) -> Response:
+        async with self._front.work.line(len(line)):
+            return await self._answered(url, caller, line)
+
+    async def _answered(self, url: str, caller: Caller, line: bytes) -> Response:
         body = parse(line, batches.Line).body
         if body.get("stream"):
             raise ApiError(400, "a batch has no streams", param="stream")
@@ -249,7 +251,7 @@ class _Routes:
                 raise no_files()
             return json_response(self._jobs.create(body, request.state.caller))
         raw = await read_body(request, self._limits, _LINES)
-        handlers = self._desk.handlers(request.state.caller)
+        handlers = self._desk.handlers(request.state.caller.step_back())
         return await unless_gone(request, self._front.work.check(len(raw), batches.run, raw, handlers))  # type: ignore[no-any-return]
 
 
