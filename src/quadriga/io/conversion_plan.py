@@ -272,7 +272,6 @@ def _gguf_metadata(
 ) -> tuple[dict[str, Typed], list[str]]:
     config = checkpoint.config
     metadata = {
-        "general.architecture": Typed("string", families.family_of(config).gguf_archs[0]),
         "general.name": Typed("string", checkpoint.path.stem),
         "general.file_type": Typed("uint32", FILE_TYPE[form] if isinstance(form, str) else _main_type(form)),
         "general.quantization_version": Typed("uint32", 2),
@@ -294,8 +293,10 @@ def _gguf_metadata(
     if eos is not None:
         config = replace(config, eos_ids=tuple(dict.fromkeys((eos.value, *config.eos_ids))))
     keys = to_gguf(config)
+    arch = next(iter(keys)).partition(".")[0]  # of a family with several, the one that this model needs
+    assert arch in families.family_of(config).gguf_archs, "the first key is an architecture's"
     translated = {key: Typed(_gguf_type(value), value) for key, value in keys.items()}
-    return {**metadata, **translated, **vocabulary}, notes
+    return {"general.architecture": Typed("string", arch), **metadata, **translated, **vocabulary}, notes
 
 
 def _gguf_type(value: object) -> str:

@@ -34,6 +34,7 @@ from quadriga.model.config import (
     LayerSpec,
     Mamba2Spec,
     ModelConfig,
+    NoMixer,
     ShortConvSpec,
 )
 from quadriga.model.rank_share import RankShare
@@ -194,7 +195,10 @@ class CompiledModel:
                     self.program.delta_net(layers.delta_net(layer, delta))
                 case Mamba2Spec() as mamba:
                     self.program.mamba2(layers.mamba2(layer, mamba))
-            self.program.ffn(layers.ffn(layer))
+                case NoMixer():
+                    pass
+            if config.layers[layer].feeds:
+                self.program.ffn(layers.ffn(layer))
         if share is None or share.place.last:
             head = layers.packed("embed.weight" if config.tied_embeddings else "lm_head.weight")
             bias = layers.vector("lm_head.bias") if config.head_bias else None

@@ -187,7 +187,7 @@ class Layers:
     def ffn(self, layer: int) -> FFNArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
         stream_scale = float(self.vector(p + "scale")[0]) if shape.scaled else 1.0
-        ffn, norm = shape.ffn, self.norm(p + "ffn_norm.weight", shape.norm) if shape.pre_norms else None
+        ffn, norm = shape.network, self.norm(p + "ffn_norm.weight", shape.norm) if shape.pre_norms else None
         post = self._post_norm(p + "ffn", shape)
         match ffn:
             case DenseSpec():
@@ -212,7 +212,7 @@ class Layers:
                     norm=norm,
                     post_norm=post,
                     router=self.packed(p + "moe.router.weight"),
-                    gate=self._experts(p + "moe.w_gate"),
+                    gate=self._experts(p + "moe.w_gate") if ffn.gated else None,
                     up=self._experts(p + "moe.w_up"),
                     down=self._experts(p + "moe.w_down"),
                     top_k=ffn.top_k,
@@ -260,7 +260,7 @@ class Layers:
             return None
         weight = self._vector_or_none(p + "shared_gate")
         return SharedArgs(
-            gate=self.packed(p + "shared.w_gate"),
+            gate=self.packed(p + "shared.w_gate") if ffn.shared.gated else None,
             up=self.packed(p + "shared.w_up"),
             down=self.packed(p + "shared.w_down"),
             activation=ffn.shared.activation,

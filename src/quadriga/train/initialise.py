@@ -60,7 +60,7 @@ def model_config(section: ModelSection, n_vocab: int, end_ids: tuple[int, ...] =
     layer = base.only_layer("a model made from a preset")
     attention = layer.attention
     n_heads = section.n_heads or attention.n_heads
-    ffn = replace(layer.ffn, d_ff=section.d_ff or layer.ffn.d_ff * d_model // base.d_model)
+    ffn = replace(layer.network, d_ff=section.d_ff or layer.network.d_ff * d_model // base.d_model)
     if isinstance(ffn, MoESpec):
         ffn = replace(
             ffn,

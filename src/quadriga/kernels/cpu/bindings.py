@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "72cc86c4694fef1b07d544ebb3b0cfdda461990e668cbf490aca3a74e825e890"
+HEADER_SHA256 = "fa719e29d1b2ff2b4b229c23560c4e8a4ad3520d22f0cd6d61db97d02f67bc07"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -114,6 +114,7 @@ class Activation(IntEnum):
     GELU_TANH = 2
     RELU = 3
     CLAMPED_GLU = 4
+    RELU2 = 5
 
 
 class Score(IntEnum):
