@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_GEMMA = "its blocks have norms on both sides of every branch, whose weights are stored less one"
 _SPARSE = "its attention picks keys by an index of its own"
 
 REASONS: Mapping[str, str] = {
     "glm_moe_dsa": _SPARSE,
     "deepseek_v32": _SPARSE,
-    "gemma2": _GEMMA,
-    "gemma3": _GEMMA,
-    "gemma3_text": _GEMMA,
 }
 """model_type or architecture -> what in it is not computed."""
 
