@@ -90,7 +90,8 @@ def test_vectors_are_those_of_the_other_interface(tiny: Live) -> None:
         ("generate", {"model": "tiny", "prompt": "a", "suffix": "b"}, 400, "suffix"),
         ("generate", {"model": "tiny", "prompt": "a", "context": [1]}, 400, "context"),
         ("generate", {"model": "tiny", "prompt": "a", "options": {"temperature": -1}}, 400, "temperature"),
-        ("pull", {"model": "llama3"}, 404, "not served here"),
+        ("pull", {"model": "llama3"}, 404, "no model 'llama3'"),
+        ("pull", {"model": "hf.co/org/repo"}, 400, "cannot be pulled here"),
         ("copy", {"source": "tiny", "destination": "x"}, 400, "cannot be copied"),
     ],
 )

@@ -20,6 +20,7 @@ from quadriga.server import chat, completions, text_routes
 from quadriga.server.answers import Answers
 from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
+from quadriga.server.fleet import plain_name
 from quadriga.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -155,7 +156,7 @@ def known(service: Service, name: str | None) -> str:
     Raises:
         ApiError: 404.
     """
-    plain = (name or "").removesuffix(":latest")
+    plain = plain_name(name)
     if not plain:
         raise ApiError(400, "a request needs the name of a model", param="model")
     service.check_model(plain)
