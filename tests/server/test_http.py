@@ -75,7 +75,7 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(tiny: Live, field: st
         {"logit_bias": {"-1": 1}},
         {"logit_bias": {"1": 101}},
         {"max_tokens": 0},
-        {"top_p": 0},
+        {"top_p": -0.1},
         {"deadline_ms": 0},
         {"stream_options": {"include_usage": True}},
         {"stop_token_ids": [257]},

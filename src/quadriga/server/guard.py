@@ -235,6 +235,8 @@ class Guard:
 
     def _check_host(self, headers: Headers, path: str) -> None:
         host = headers.get("host", "")
+        if len(headers.getlist("host")) > 1:
+            raise ApiError(400, "a request has one Host header")
         is_open = self.limits.open_probes and path in PROBE_PATHS
         if not is_open and "*" not in self.limits.hosts and _name(host) not in (*_LOOPBACK, *self.limits.hosts):
             raise ApiError(403, f"the Host header {host[:100]!r} is not one of this server's; see --allow-host")
