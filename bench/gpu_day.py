@@ -39,7 +39,7 @@ from quadriga.kernels.triton.grouped import grouped_product
 from quadriga.kernels.triton.router import place
 from quadriga.kernels.triton.weights import BITS, GroupedWeight
 
-FORMATS = ("plain", "fp8", "q8", "q4", "q4m", "mxfp4", "q4k", "k8", "k8m")
+FORMATS = ("plain", "fp8", "q8", "q8m", "q4", "q4m", "mxfp4", "q4k", "k8", "k8m")
 
 
 @dataclass(frozen=True)

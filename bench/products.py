@@ -28,7 +28,7 @@ def matrix(block: str, rows: int, cols: int) -> Packed:
     """Random blocks, whose scales are ordinary numbers, packed."""
     spec, rng = FORMATS[block], np.random.default_rng(0)
     raw = rng.integers(0, 256, (rows * cols // spec.block, spec.nbytes), dtype=np.uint8)
-    for at in _SCALES.get(block, (0, 2) if block in ("q4_1", "q4_k", "q5_k") else (0,)):
+    for at in _SCALES.get(block, (0, 2) if block in ("q4_1", "q5_1", "q4_k", "q5_k") else (0,)):
         raw[:, at : at + 2] = 0x00, 0x18
     return packing.pack_blocks(raw, block, rows, cols, FROM_GGUF[block])
 

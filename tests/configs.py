@@ -10,6 +10,8 @@ from quadriga.model.config import (
     DenseSpec,
     Mamba2Spec,
     ModelConfig,
+    NoFeedForward,
+    NoMixer,
     ProportionalScaling,
     QKNormSpec,
     RopeSpec,
@@ -52,6 +54,17 @@ def with_state_spaces(config: ModelConfig, n_groups: int = 2, conv_bias: bool = 
     )
     layers = (layer if i == 1 else replace(layer, mixer=mamba) for i, layer in enumerate(config.layers))
     return replace(config, layers=in_order(layers))
+
+
+def with_single_branches(config: ModelConfig, n_groups: int = 2) -> ModelConfig:
+    """``config`` as Nemotron-H would have it: a state-space layer, its network, its attention, and so on by turns."""
+    layer, hybrid = config.layers[0], with_state_spaces(config, n_groups).layers[0]
+    turn = (
+        replace(hybrid, ffn=NoFeedForward()),
+        replace(layer, mixer=NoMixer()),
+        replace(layer, mixer=replace(layer.attention, position=None), ffn=NoFeedForward()),
+    )
+    return replace(config, layers=in_order(turn[i % 3] for i in range(config.n_layers)))
 
 
 def with_windows(config: ModelConfig) -> ModelConfig:

@@ -66,11 +66,13 @@ def relative_error(dtype: torch.dtype, config: ModelConfig, n_keys: int, roundin
     layer = config.first_attention()  # of tests' models, all alike; recurrent layers round as often and add up less
     attn = layer.attention
     d, q_dim = config.d_model, attn.q_dim
-    reductions = (d, d, attn.head_dim, n_keys, q_dim, d, layer.ffn.d_ff)  # norms, qkv, q.k, p.v, wo, up, down
+    width = max(kind.ffn.d_ff for kind in config.kinds())
+    reductions = (d, d, attn.head_dim, n_keys, q_dim, d, width)  # norms, qkv, q.k, p.v, wo, up, down
     if any(isinstance(kind.mixer, DeltaNetSpec) for kind in config.kinds()):
         roundings += 8  # what is convolved, its silu, q, k and v of unit length, what S gives, silu(z), their product
     per_layer = (roundings * unit**2 + sum(reductions) * wide**2) / 3
-    return math.sqrt(per_layer * sum(GROWTH**i for i in range(config.n_layers)))
+    n_layers = math.ceil(sum(kind.mixes + kind.feeds for kind in config.layers) / 2)  # of two branches
+    return math.sqrt(per_layer * sum(GROWTH**i for i in range(n_layers)))
 
 
 def faults(rows: Tensor, lag: float, bound: float, tail: float = TAIL) -> list[str]:

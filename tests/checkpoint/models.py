@@ -28,7 +28,14 @@ from quadriga.model.config import (
     uniform_model,
 )
 from quadriga.model.weight_map import Piece, parameter_shapes, source_index, source_shapes, whole
-from tests.configs import first_dense, with_convolutions, with_delta_rules, with_state_spaces, with_windows
+from tests.configs import (
+    first_dense,
+    with_convolutions,
+    with_delta_rules,
+    with_single_branches,
+    with_state_spaces,
+    with_windows,
+)
 
 _SIZES = {"vocab_size": 97, "d_model": 48, "n_layers": 3, "max_seq_len": 64}
 _ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=1e4))
@@ -372,6 +379,33 @@ TINY: dict[str, ModelConfig] = {
             mixer=_ATTN,
             ffn=DenseSpec(d_ff=80, activation="gelu_tanh"),
         )
+    ),
+    "nemotron_h": with_single_branches(
+        uniform_model(
+            family="nemotron_h",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=_ATTN,
+            ffn=_moe(
+                activation="relu2",
+                gated=False,
+                score="sigmoid",
+                correction=True,
+                normalize_eps=1e-20,
+                routed_scale=2.5,
+                shared=DenseSpec(d_ff=56, activation="relu2", gated=False),
+            ),
+        )
+    ),
+    "nemotron_h-dense": with_single_branches(
+        uniform_model(
+            family="nemotron_h",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=_ATTN,
+            ffn=DenseSpec(d_ff=80, activation="relu2", gated=False),
+        ),
+        n_groups=1,
     ),
     "olmo2": uniform_model(
         family="olmo2",

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from quadriga.errors import CheckpointError
+from quadriga.io import gguf
 from quadriga.io.convert import convert
+from quadriga.io.detect import locate
 from quadriga.io.gguf import plan_gguf
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.open import open_checkpoint
@@ -96,3 +98,14 @@ def test_a_missing_expert_and_a_promise_of_millions_are_named(tmp_path: Path) ->
     (tmp_path / "more.gguf").write_bytes(raw[:at] + (9999).to_bytes(4, "little") + raw[at + 4 :])
     with pytest.raises(CheckpointError, match=r"asks for \d+ tensors \(9999 layers\)"):
         open_checkpoint(tmp_path / "more.gguf")
+
+
+def test_opening_a_file_reads_its_header_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = merged_file(tmp_path, "mixtral", "q8_0"), list[str]()
+    parse = gguf.parse_header
+    monkeypatch.setattr(gguf, "parse_header", lambda file, name: (read.append(name), parse(file, name))[1])
+    open_checkpoint(path).close()
+    assert read == ["merged.gguf"]
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    locate(path)
+    assert read == ["merged.gguf"] * 2 and len(list(Path("/proc/self/fd").iterdir())) == before

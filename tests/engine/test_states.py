@@ -26,7 +26,7 @@ from tests.checkpoint.models import TINY
 from tests.engine.test_engine import drain, request, same
 from tests.engine.test_scoring import ids
 
-NAMES = ["lfm2moe", "qwen35moe", "granitehybrid"]
+NAMES = ["lfm2moe", "qwen35moe", "granitehybrid", "nemotron_h"]
 
 
 def compiled(name: str, n_blocks: int = 60, n_slots: int = 12, threads: int = 1) -> CompiledModel:

@@ -647,6 +647,38 @@ GEMMA4: dict[str, object] = {
 """Known to transformers from version 5 on."""
 GEMMA4_DENSE: dict[str, object] = {**GEMMA4, "enable_moe_block": False, "attention_k_eq_v": False}
 
+_NEMOTRON_H = {
+    **{key: value for key, value in _LLAMA.items() if key not in ("rms_norm_eps", "num_hidden_layers")},
+    "model_type": "nemotron_h",
+    "layer_norm_epsilon": 1e-5,
+    "head_dim": 10,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 12,
+    "ssm_state_size": 14,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "chunk_size": 8,
+    "use_conv_bias": True,
+    "time_step_min": 1e-9,  # transformers 5.24.0 makes no step smaller, which no other program does
+    "mlp_hidden_act": "relu2",
+    "tie_word_embeddings": False,
+}
+NEMOTRON_H: dict[str, object] = {
+    **_NEMOTRON_H,
+    "hybrid_override_pattern": "ME*ME",
+    "n_routed_experts": 5,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 56,
+    "moe_shared_expert_intermediate_size": 72,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.7,
+}
+"""Known to transformers from version 5 on."""
+NEMOTRON_H_DENSE: dict[str, object] = {**_NEMOTRON_H, "hybrid_override_pattern": "M-*MM-", "n_groups": 4}
+
 BESIDE_TRANSFORMERS = {
     "grok1": GROK1,
     "minimax-m2": MINIMAX_M2,
@@ -657,6 +689,8 @@ BESIDE_TRANSFORMERS = {
     "granitehybrid-groups": GRANITE_HYBRID_GROUPS,
     "gemma4": GEMMA4,
     "gemma4-dense": GEMMA4_DENSE,
+    "nemotron_h": NEMOTRON_H,
+    "nemotron_h-dense": NEMOTRON_H_DENSE,
 }
 """Golden models without a golden file."""
 

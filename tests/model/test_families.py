@@ -33,7 +33,15 @@ from quadriga.model.families import FAMILIES, PRESETS, config_from_gguf, config_
 from quadriga.model.families.base import pick_layout
 from quadriga.model.families.keys import exact_or, shortest_float32
 from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes, whole
-from tests.configs import changed, first_dense, with_convolutions, with_delta_rules, with_state_spaces, with_windows
+from tests.configs import (
+    changed,
+    first_dense,
+    with_convolutions,
+    with_delta_rules,
+    with_single_branches,
+    with_state_spaces,
+    with_windows,
+)
 
 ATTN = AttentionSpec(n_heads=6, n_kv_heads=2, head_dim=8, position=RopeSpec(theta=12_345.0))
 MOE = MoESpec(d_ff=80, n_experts=5, top_k=3, activation="silu", aux_loss_weight=0.01)
@@ -342,6 +350,26 @@ TINY = {
         )
     ),
     "gemma4-dense": with_windows(changed(LLAMA, family="gemma4", ffn=DenseSpec(d_ff=80, activation="gelu_tanh"))),
+    "nemotron_h": with_single_branches(
+        changed(
+            LLAMA,
+            family="nemotron_h",
+            ffn=replace(
+                MOE,
+                activation="relu2",
+                gated=False,
+                aux_loss_weight=0.0,
+                score="sigmoid",
+                correction=True,
+                normalize_eps=1e-20,
+                routed_scale=2.5,
+                shared=DenseSpec(d_ff=56, activation="relu2", gated=False),
+            ),
+        )
+    ),
+    "nemotron_h-dense": with_single_branches(
+        changed(LLAMA, family="nemotron_h", ffn=DenseSpec(d_ff=80, activation="relu2", gated=False)), n_groups=1
+    ),
     "granitehybrid": with_state_spaces(
         changed(
             LLAMA,
@@ -1479,7 +1507,7 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, granitemoehybrid, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, lfm2, lfm2_moe, qwen3_next, qwen3_5_moe, qwen3_5_moe_text, qwen3_5, qwen3_5_text, olmo2, olmo3, flex_olmo, phimoe, gemma4, gemma4_text, deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite; got 'gpt2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, granitemoehybrid, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, lfm2, lfm2_moe, qwen3_next, qwen3_5_moe, qwen3_5_moe_text, qwen3_5, qwen3_5_text, olmo2, olmo3, flex_olmo, phimoe, gemma4, gemma4_text, nemotron_h, deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite; got 'gpt2'",
     ):
         config_from_hf({"model_type": "gpt2"})
 
@@ -1487,10 +1515,8 @@ def test_an_unsupported_model_type_lists_the_supported_ones():
 def test_known_families_that_are_not_computed_say_what_they_would_need():
     with pytest.raises(ConfigError, match="deepseek_v32 is known and not computed: its attention picks keys by"):
         config_from_hf({"model_type": "deepseek_v32"})
-    with pytest.raises(
-        ConfigError, match="nemotron_h_moe is known and not computed: most of its layers are state-space"
-    ):
-        config_from_gguf({"general.architecture": "nemotron_h_moe"}, {})
+    with pytest.raises(ConfigError, match="gemma3 is known and not computed: its blocks have norms on both sides"):
+        config_from_gguf({"general.architecture": "gemma3"}, {})
     with pytest.raises(ConfigError, match=r"phimoe is not read from GGUF: llama.cpp's program divides"):
         config_from_gguf({"general.architecture": "phimoe"}, {})
     types = {name for family in FAMILIES.values() for name in (*family.model_types, *family.gguf_archs)}
@@ -1500,7 +1526,7 @@ def test_known_families_that_are_not_computed_say_what_they_would_need():
 
 
 def test_presets_by_name():
-    assert len(PRESETS) == 64
+    assert len(PRESETS) == 66
     assert families.preset("dbrx-132b").layers[0].mixer.n_heads == 48
     with pytest.raises(ConfigError, match="Did you mean 'mixtral-8x7b'"):
         families.preset("mixtral-7x8b")
@@ -1560,6 +1586,9 @@ def test_presets_by_name():
         ("granite-4.0-h-small", 32_207_337_984, 8_803_121_664),
         # The card's 25.2 and 3.8 billion.
         ("gemma-4-26b-a4b", 25_233_141_790, 3_822_530_590),
+        # The cards' 8.89; 31.6 and 3.6 billion.
+        ("nemotron-nano-9b-v2", 8_888_227_328, 8_888_227_328),
+        ("nemotron-3-nano-30b-a3b", 31_577_940_288, 3_580_076_352),
         ("qwen1.5-moe-a2.7b", 14_315_784_192, 2_689_173_504),
         ("qwen2-57b-a14b", 57_408_658_944, 14_249_270_784),
     ],
@@ -1958,7 +1987,7 @@ def test_the_same_model_from_hf_and_gguf():
         (
             {"general.architecture": "gpt2"},
             {},
-            "must be one of dbrx, deepseek2, dots1, ernie4_5-moe, gemma4, glm4moe, gpt-oss, granite, granitehybrid, granitemoe, grok, hunyuan-moe, lfm2, lfm2moe, llama, minimax-m2, mpt, olmo2, olmoe, qwen2, qwen2moe, qwen3, qwen35, qwen35moe, qwen3moe, qwen3next, smollm3; got 'gpt2'",
+            "must be one of dbrx, deepseek2, dots1, ernie4_5-moe, gemma4, glm4moe, gpt-oss, granite, granitehybrid, granitemoe, grok, hunyuan-moe, lfm2, lfm2moe, llama, minimax-m2, mpt, nemotron_h, nemotron_h_moe, olmo2, olmoe, qwen2, qwen2moe, qwen3, qwen35, qwen35moe, qwen3moe, qwen3next, smollm3; got 'gpt2'",
         ),
     ],
 )
@@ -2105,7 +2134,7 @@ def test_gguf_names_are_ggufs_own(name):
     if name not in IN_GGUF:
         assert not family_of(config).gguf_archs
         return
-    arch = family_of(config).gguf_archs[0]
+    arch = next(iter(family_of(config).config_to_gguf(family_of(config).gguf_form(config)))).split(".")[0]
     known = next(a for a, text in constants.MODEL_ARCH_NAMES.items() if text == arch)
     stems = {constants.TENSOR_NAMES[t].format(bid=2) for t in constants.MODEL_TENSORS[known]}
     names = {stem + end for stem in stems for end in (".weight", ".bias", ".scale", "")}
@@ -2284,7 +2313,7 @@ def test_metas_rotary_pairs_become_halves(name, layout):
     np.testing.assert_array_equal(wqkv[8 * d :], sources["layers.1.attention.wv.weight"])
 
 
-HYBRIDS = ("granitehybrid", "granitehybrid-dense")
+HYBRIDS = ("granitehybrid", "granitehybrid-dense", "nemotron_h", "nemotron_h-dense")
 
 
 def test_only_some_archs_of_gguf_are_interleaved():

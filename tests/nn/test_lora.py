@@ -58,6 +58,8 @@ ALL = {
     "gemma4": ("attention", "router", "experts", "shared", "embeddings"),
     "gemma4-dense": ("attention", "ffn", "embeddings"),
     "granitehybrid-dense": ("attention", "ffn", "embeddings"),
+    "nemotron_h": ("attention", "router", "experts", "shared", "embeddings", "head"),
+    "nemotron_h-dense": ("attention", "ffn", "embeddings", "head"),
     "mpt": ("attention", "ffn"),
     "grok1": ("attention", "router", "experts", "embeddings"),
 }

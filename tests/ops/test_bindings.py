@@ -220,7 +220,7 @@ def test_sizes_of_latents_are_the_librarys(form: str) -> None:
 
 @pytest.mark.parametrize(
     ("function", "arguments"),
-    [("qd_packed_bytes", (13, 1, 1)), ("qd_packed_bytes", (-1, 1, 1)), ("qd_kv_bytes", (3, 8))],
+    [("qd_packed_bytes", (15, 1, 1)), ("qd_packed_bytes", (-1, 1, 1)), ("qd_kv_bytes", (3, 8))],
 )
 def test_a_number_that_names_no_format_is_refused(function: str, arguments: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="must be one of qd_"):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from quadriga.errors import CheckpointError
 from quadriga.kernels.cpu import library as cpu
-from quadriga.kernels.cpu import packing
+from quadriga.kernels.cpu import packing, searching
 from quadriga.kernels.cpu.packing import Packed, pack_blocks
 from quadriga.quant import codec
 from quadriga.quant.formats import FORMATS
@@ -24,6 +24,8 @@ SCALES = {
     "q5_k": (0, 2),
     "q6_k": (208,),
     "iq4_nl": (0,),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
     "iq4_xs": (0,),
 }
 """Where a block's float16 numbers stand."""
@@ -59,12 +61,11 @@ def test_a_scale_costs_a_byte_and_numbers_what_they_do_in_the_file(form: str) ->
     """Runs of columns with a scale and a minimum of their own, beside the block's float16 ones in a line of 64 bytes."""
     bits, runs, minima = {
         "q2k": (2, 16, 0), "q3k": (3, 16, 0), "q4k": (4, 8, 8), "q5k": (5, 8, 8), "q6k": (6, 16, 0), "iq4xs": (4, 8, 0),
-        "iq4nl": (4, 2, 0),
+        "iq4nl": (4, 2, 0), "q5": (5, 2, 0), "q5m": (5, 2, 2),
     }[form]  # fmt: skip
-    line = 0 if form == "iq4nl" else 64
-    per_run = 2 if form == "iq4nl" else 1
+    line, per_run = (64, 1) if PACKED[form].columns == 256 else (0, 2)
     spec = PACKED[form]
-    assert spec.nbytes == spec.columns * 16 * bits // 8 + 16 * (runs * per_run + minima) + line
+    assert spec.nbytes == spec.columns * 16 * bits // 8 + 16 * (runs + minima) * per_run + line
 
 
 def rounded(x: NDArray[np.float32], most: int) -> NDArray[np.float64]:
@@ -99,14 +100,15 @@ def test_numbers_become_the_blocks_that_a_file_would_have(form: str) -> None:
     importance = np.random.default_rng(3).random(300, dtype=np.float32)
     whole, weight = np.zeros((21, 512), dtype=np.float32), np.zeros(512, dtype=np.float32)
     whole[:, :300], weight[:300] = values, importance
-    if OF_BLOCKS[form] == "iq4_nl":
+    if FORMATS[OF_BLOCKS[form]].block == 32:
         whole, weight = whole[:, :320], weight[:320]
-    numbers = codec.dequantize(codec.quantize(whole, OF_BLOCKS[form], weight), OF_BLOCKS[form]).reshape(whole.shape)
+    raw = codec.quantize(whole, OF_BLOCKS[form], weight, searching.fastest())
+    numbers = codec.dequantize(raw, OF_BLOCKS[form]).reshape(whole.shape)
     assert np.array_equal(packing.pack(values, form, importance=importance).unpack(), numbers[:, :300])
 
 
 @pytest.mark.parametrize("row", [0, 16, 36])
-@pytest.mark.parametrize("block", [block for block in SCALES if block != "iq4_nl"])
+@pytest.mark.parametrize("block", [block for block in SCALES if FORMATS[block].block == 256])
 def test_a_scale_that_is_no_number_is_named_by_its_row(block: str, row: int) -> None:
     raw = blocks(block, 37, 2)
     for at in SCALES[block]:

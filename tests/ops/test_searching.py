@@ -13,7 +13,7 @@ from quadriga.quant import codec
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.search import NUMPY, Search
 
-SEARCHED = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
+SEARCHED = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q5_0", "q5_1", "iq4_nl", "iq4_xs")
 
 
 @pytest.fixture(params=cpu.ISAS, autouse=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quadriga.kernels import ops, training
+from quadriga.kernels import ops, reference, training
 
 
 def _normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -69,7 +69,7 @@ ROUTINGS = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ROUTINGS)
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
 def test_experts_equal_the_naive_loop(name: str, activation: str, dtype: torch.dtype) -> None:
     ids = ROUTINGS[name]
     n, k = ids.shape
@@ -86,6 +86,35 @@ def test_experts_equal_the_naive_loop(name: str, activation: str, dtype: torch.d
 
     tolerance = 1e-10 if dtype == torch.float64 else 2e-5
     _same_gradients(ours, _naive_experts(ids, activation), [x.to(dtype) for x in inputs], tolerance)
+
+
+@pytest.mark.parametrize("backend", ["training", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("name", "activation"), [*((name, "relu2") for name in ROUTINGS), ("spread", "gelu")])
+def test_experts_without_gates_equal_the_naive_loop(
+    name: str, activation: str, dtype: torch.dtype, backend: str
+) -> None:
+    ids = ROUTINGS[name]
+    inputs = [
+        _normal(len(ids), D, seed=1),
+        _normal(*ids.shape, seed=2).abs(),
+        _normal(E, FF, D, seed=4, scale=0.3),
+        _normal(E, D, FF, seed=5, scale=0.3),
+    ]
+    computed = training.experts if backend == "training" else reference.experts
+
+    def ours(x: Tensor, combine: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+        return computed(x, ids, combine, None, w_up, w_down, activation)
+
+    def naive(x: Tensor, combine: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+        rows = []
+        for n in range(len(x)):
+            made = [w_down[e] @ ops.activate(w_up[e] @ x[n], activation) for e in ids[n].tolist()]
+            rows.append(sum(share * one for share, one in zip(combine[n], made, strict=True)))
+        return torch.stack(rows)  # type: ignore[arg-type]
+
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    _same_gradients(ours, naive, [x.to(dtype) for x in inputs], tolerance)
 
 
 def test_experts_without_tokens_get_a_gradient_of_zero() -> None:

@@ -836,6 +836,45 @@ def grok1(w: Weights, sizes: Mapping[str, int], tokens: Sequence[int]) -> Array:
     return np.array([table @ rms_norm(x, w["model.norm.scale"]) / math.sqrt(3) for x in h])
 
 
+def nemotron_h(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Nemotron-H: a layer is one of four branches: logits (T, V)."""
+    eps, h = c["layer_norm_epsilon"], w["backbone.embeddings.weight"][tokens]
+    mamba = {
+        "mamba_n_heads": c["mamba_num_heads"],
+        "mamba_d_head": c["mamba_head_dim"],
+        "mamba_n_groups": c["n_groups"],
+        "mamba_d_state": c["ssm_state_size"],
+        "mamba_d_conv": c["conv_kernel"],
+        "mamba_conv_bias": c["use_conv_bias"],
+        "rms_norm_eps": eps,
+    }
+
+    def network(where: str, x: Array) -> Array:
+        return w[where + "down_proj.weight"] @ np.maximum(w[where + "up_proj.weight"] @ x, 0) ** 2
+
+    for i, kind in enumerate(c["hybrid_override_pattern"]):
+        layer, mixer = f"backbone.layers.{i}.", f"backbone.layers.{i}.mixer."
+        a = np.array([rms_norm(x, w[layer + "norm.weight"], eps) for x in h])
+        if kind == "M":
+            h = h + mamba2(w, mamba, mixer, a)
+        elif kind == "*":
+            q, k, v = (a @ w[f"{mixer}{name}_proj.weight"].T for name in "qkv")
+            n_heads, n_kv = c["num_attention_heads"], c["num_key_value_heads"]
+            h = h + attend(heads(q, n_heads), heads(k, n_kv), heads(v, n_kv)) @ w[mixer + "o_proj.weight"].T
+        elif kind == "-":
+            h = h + np.array([network(mixer, x) for x in a])
+        else:
+            for t, x in enumerate(a):
+                scores = sigmoid(w[mixer + "gate.weight"] @ x)
+                by = scores + w[mixer + "gate.e_score_correction_bias"]
+                chosen = np.argsort(-by, kind="stable")[: c["num_experts_per_tok"]]
+                for e in chosen:
+                    share = c["routed_scaling_factor"] * scores[e] / scores[chosen].sum()
+                    h[t] += share * network(f"{mixer}experts.{e}.", x)
+                h[t] += network(mixer + "shared_experts.", x)
+    return np.array([w["lm_head.weight"] @ rms_norm(x, w["backbone.norm_f.weight"], eps) for x in h])
+
+
 ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "dbrx": lambda w, c, tokens: dbrx(w, c, tokens)[0],
     "mixtral": lambda w, c, tokens: mixtral(w, c, tokens)[0],
@@ -863,6 +902,7 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "qwen3_5_moe_text": qwen3_next,
     "granitemoehybrid": granite_hybrid,
     "gemma4_text": gemma4,
+    "nemotron_h": nemotron_h,
     "lfm2": lfm2,
     "lfm2_moe": lfm2,
     "qwen2_moe": fine_grained,

@@ -13,7 +13,7 @@ from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import OF_BLOCKS
 
 Floats = NDArray[np.float32]
-FED = ("q2_k", "q3_k", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
+FED = ("q2_k", "q3_k", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q5_0", "q5_1", "iq4_nl", "iq4_xs")
 
 
 def inputs(columns: int, rows: int = 900) -> Floats:

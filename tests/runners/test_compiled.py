@@ -249,6 +249,7 @@ MIXTURES = {
     "integers": ["q4", "q8", "q4m", "q4", "q8"],
     "blocks of 256": ["q4k", "q6k", "q2k", "iq4xs", "q8"],
     "blocks with other blocks": ["q3k", "q5k", "iq4nl", "q4", "bfloat16"],
+    "five bits": ["q5", "q5m", "q4k", "q5", "q8"],
 }
 
 
@@ -365,3 +366,17 @@ def test_each_sequence_has_its_own_positions_and_blocks(family: str) -> None:
     chunks = [(tokens[-1:], len(tokens) - 1, blocks) for tokens, blocks in parts]
     together = logits_of(compiled, batch([chunks[2], chunks[0], chunks[3], chunks[1]]))
     assert torch.equal(together, torch.stack([alone[2], alone[0], alone[3], alone[1]]))
+
+
+@pytest.mark.parametrize("kv_format", ["float32", "q8"])
+def test_a_block_of_all_layers_lies_in_one_run_of_memory(kv_format: str) -> None:
+    """17 tokens in blocks 5 and 2 write nowhere else, and a copy of a block is a whole one, next to the others' bytes."""
+    compiled, _ = make(FAMILIES["dbrx"], "float32", kv_format=kv_format, n_blocks=7)
+    logits = logits_of(compiled, batch([(sequence(6, 17), 0, [5, 2])]))
+    blocks = compiled._kv
+    assert blocks.shape == (7, compiled.kv_bytes // 7) and blocks.flags.c_contiguous
+    assert [bool(block.any()) for block in blocks] == [False, False, True, False, False, True, False]
+    compiled.copy_blocks([(5, 0), (2, 6)])
+    compiled.write_block(5, bytes(len(blocks[5])))
+    again = logits_of(compiled, batch([(sequence(6, 17)[16:], 16, [0, 6])]))
+    assert torch.equal(again[-1], logits[-1])

@@ -230,7 +230,8 @@ def test_a_configuration_keeps_every_piece() -> None:
         ({"n_groups": 3, "top_k_groups": 1, "top_k": 3}, "the chosen groups must exist and hold top_k experts"),
         ({"shared_gate": True}, "shared_gate needs a shared network"),
         ({"routed_scale": 0.0}, "routed_scale must be a finite number above 0"),
-        ({"shared": DenseSpec(d_ff=8, activation="silu", gated=False)}, "must be gated"),
+        ({"gated": False, "expert_bias": True}, "experts with biases must be gated"),
+        ({"gated": False, "activation": "clamped_glu"}, "the activation clamped_glu needs gated experts"),
     ],
 )
 def test_what_cannot_be_is_refused(change: dict[str, object], says: str) -> None:

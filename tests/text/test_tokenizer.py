@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quadriga.errors import TokenizerError
-from quadriga.text import gguf_vocabulary
+from quadriga.text import gguf_vocabulary, tokenizers_json
 from quadriga.text.tokenizer import (
     TiktokenVocabulary,
     Tokenizer,
@@ -338,3 +338,19 @@ def test_gguf_to_files_to_gguf(tmp_path: Path) -> None:
         assert first.encode(text) == second.encode(text)
     assert second.chat_template == "{{ messages }}"
     assert second.eos_ids == first.eos_ids
+
+
+def test_a_chat_builds_one_vocabulary_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building one of 50,000 words takes a tenth of a second of a chat's start."""
+    built = []
+    load = tokenizers_json._load
+    monkeypatch.setattr(tokenizers_json, "_load", lambda spec, name: (built.append(name), load(spec, name))[1])
+    tokenizer = load_gguf(vocabularies.gguf_bpe())
+    assert tokenizer is not None
+    end = tokenizer.special_ids["<|im_end|>"]
+    text = "<|im_end|> typed<|im_end|>"
+    ids = tokenizer.encode_mixed(text, [(0, 16)])
+    assert ids[-1] == end and end not in ids[:-1]
+    assert b"".join(map(tokenizer.token_bytes, ids)) == b"<|im_end|> typed", "a control token has no text"
+    assert len(built) == 1
+    assert tokenizer.encode("<|im_end|>", allow_special=True) == [end] and len(built) == 2

@@ -115,12 +115,12 @@ def test_the_applied_bias_fades_to_zero_at_the_end() -> None:
 
 def test_the_rate_of_every_kind_of_schedule_by_hand() -> None:
     def shares(**section: object) -> list[float]:
-        chosen = ScheduleSection(warmup_steps=2, final_share=0.2, **section)  # type: ignore[arg-type]
+        chosen = ScheduleSection(warmup_steps=2, **section)  # type: ignore[arg-type]
         return [learning_rate_share(step, 7, chosen) for step in range(8)]
 
     cosine = [0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(5)]
-    assert shares(kind="cosine") == pytest.approx([0.5, 1.0, *cosine, 0.2])
+    assert shares(kind="cosine", final_share=0.2) == pytest.approx([0.5, 1.0, *cosine, 0.2])
     assert shares(kind="constant") == [0.5, *[1.0] * 7]
-    assert shares(kind="wsd", decay_share=0.43) == pytest.approx(
+    assert shares(kind="wsd", decay_share=0.43, final_share=0.2) == pytest.approx(
         [0.5, 1, 1, 1, 0.2 + 0.8 * 2 / 3, 0.2 + 0.8 / 3, 0.2, 0.2]
     )

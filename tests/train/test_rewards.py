@@ -133,6 +133,51 @@ def test_a_function_of_ones_own() -> None:
         reward(RewardSection(kind="python", function="nowhere:f"))
 
 
+def raises(attempts: Sequence[Attempt]) -> list[float]:
+    return [1.0 / len(one.answer) for one in attempts]
+
+
+def words(attempts: Sequence[Attempt]) -> list[str]:
+    return [one.answer for one in attempts]
+
+
+def infinite(attempts: Sequence[Attempt]) -> list[float | None]:
+    return [float("inf") if one.answer else None for one in attempts]
+
+
+def one_number(attempts: Sequence[Attempt]) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("raises", "raised ZeroDivisionError: float division by zero"),
+        ("words", "must give finite numbers, gave 'abc'"),
+        ("infinite", "must give finite numbers, gave inf"),
+        ("one_number", "raised TypeError: 'float' object is not iterable"),
+    ],
+)
+def test_what_a_function_does_wrong_is_said(function: str, message: str) -> None:
+    made = reward(RewardSection(kind="python", function=f"tests.train.test_rewards:{function}"))
+    with pytest.raises(TrainingError, match=message):
+        made([attempt("abc"), attempt("")])
+
+
+def test_a_function_that_is_none_and_a_module_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="must be a function, got"):
+        reward(RewardSection(kind="python", function="math:pi"))
+    (tmp_path / "broken_rewards.py").write_text("raise RuntimeError('no licence')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="'broken_rewards:f' cannot be imported: no licence"):
+        reward(RewardSection(kind="python", function="broken_rewards:f"))
+
+
+def test_a_pattern_of_a_row_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"the pattern '\(' of a regex reward cannot be read: missing \)"):
+        reward(RewardSection(kind="regex", column="form"))([attempt("a", form="(")])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

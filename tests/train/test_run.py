@@ -36,6 +36,7 @@ from quadriga.train.trackers import TensorBoard, trackers
 from quadriga.train.trainer import StepReport
 from quadriga.train.view import duration, load_bars, sparkline
 from tests.train.corpora import prose
+from tests.train.tune_runs import write_base
 from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parent.parent.parent
@@ -201,6 +202,15 @@ def test_rows_longer_than_the_model_are_refused(corpus: Path, tmp_path: Path) ->
         train(parse_toml(config.encode(), RunConfig))
 
 
+def test_corpora_of_another_vocabulary_than_the_start_are_refused(corpus: Path, tmp_path: Path) -> None:
+    """Ids beyond its table would be a traceback; ids of other tokens would train it on nonsense."""
+    base = write_base(tmp_path / "base")
+    text = RUN.format(run=tmp_path / "run", corpus=corpus)
+    start = re.sub(r"\[model\].*\[data\]", f'[model]\nstart = "{base}"\n[data]', text, flags=re.DOTALL)
+    with pytest.raises(ConfigError, match=r"tokenised with the vocabulary of model.start, .*theirs is another one"):
+        train(parse_toml(start.encode(), RunConfig))
+
+
 def test_check_says_what_would_run(corpus: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(RUN.format(run=tmp_path / "run", corpus=corpus))
@@ -261,6 +271,8 @@ def test_a_report_of_an_empty_run_and_of_nan() -> None:
     assert "No step has been completed" in report.render([], "x")
     page = report.render([{"step": 0, "loss": float("nan"), "seconds": 1.0, "tokens": 5}], "<b>")
     assert "&lt;b&gt;" in page and "<h1><b>" not in page
+    held_out = [{"step": i, "held_out": {"en": {"loss": loss}}} for i, loss in enumerate((1.5, float("nan")))]
+    assert "polyline" in report.render(held_out, "x"), "what is finite is drawn"
 
 
 def test_tensorboard_files_are_written(tmp_path: Path) -> None:

@@ -32,6 +32,21 @@ batch_tokens = 1024
 """
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('run = "runs/x"', 'run = " "', "run must be the folder of the run, got ' '"),
+        ("[data]", "d_model = 0\n[data]", "model.d_model must be a finite number above 0, got 0"),
+        ("[data]", "[data]\nmax_epochs = nan", "max_epochs must be above 0, got nan"),
+        ("[data]", "[data]\nmax_epochs = -1.0", "max_epochs must be above 0, got -1.0"),
+        ("[data]", "[data]\nmax_epochs = inf", "data.max_epochs must be a finite number, got inf"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(old: str, new: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_toml(BASE.replace(old, new).encode(), RunConfig)
+
+
 def test_a_small_file_is_enough() -> None:
     config = parse_toml(BASE.encode(), RunConfig)
     assert config.n_steps == -(-1_000_000 // 1024)
@@ -56,6 +71,15 @@ def test_a_small_file_is_enough() -> None:
         ("[ema]\ndecay = 1.0", "ema.decay must be within"),
         ("[parallel]\nmicro_rows = 0", "micro_rows must be at least 1"),
         ("[router]\nbias_fade = 2.0", "bias_fade must be within"),
+        ("[router]\nbias_fade = 0.1", "bias_fade is used with router.bias_rate above 0 only, got 0.1: leave it out"),
+        ("[optimiser]\nmuon_learning_rate = 1.0", "muon_learning_rate is used with optimiser.name 'muon' only"),
+        ("[optimiser]\nmomentum = 0.5", "momentum is used with optimiser.name 'muon' only"),
+        ("[optimiser]\nname = 'lion'\neps = 1e-3", "eps is used with optimiser.name 'adamw' and 'muon' only"),
+        ("[schedule]\ndecay_share = 0.5", "decay_share is used with schedule.kind 'wsd' only"),
+        ("[schedule]\nkind = 'constant'\nfinal_share = 0.5", "final_share is used with schedule.kind 'cosine'"),
+        ("[schedule]\nfinal_share = 5.0", r"final_share must be within \[0, 1\], got 5.0"),
+        ("[evaluate]\nprompts = ['a', '']", "prompts must be texts to continue, got an empty one"),
+        ("[[data.stages]]\ntokens=1\nseq_len=1\nbatch_tokens=1\nmix={a=inf}", "must be finite"),
         ("x = [", "is not valid TOML"),
     ],
 )

@@ -284,6 +284,17 @@ def test_a_rollback_continues_without_the_bad_batch(tmp_path: Path) -> None:
     assert bits(run) == bits(skipping)
 
 
+def test_a_rollback_to_before_an_allowed_change_goes_on(tmp_path: Path) -> None:
+    rollback = Settings(n_steps=9, guard=sections.GuardSection(action="rollback"))
+    first = trainer(tmp_path, rollback, objective=Poisoned(5, float("nan")))
+    first.train(lambda: first.step == 3)
+    other = msgspec.structs.replace(rollback, optimiser=sections.OptimiserSection(learning_rate=2e-2))
+    record = Record()
+    again = trainer(tmp_path, other, record=record, objective=Poisoned(5, float("nan")))
+    assert again.resume(allow_change=True)
+    assert again.train() and record.rollbacks == [4]
+
+
 def test_a_resumed_run_still_skips_the_bad_batch(tmp_path: Path) -> None:
     """The rollback is part of the saved state, and so is the number of tokens read."""
     rollback = Settings(n_steps=9, guard=sections.GuardSection(action="rollback"))

@@ -86,7 +86,10 @@ def _depths(name: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("name", "activation"),
-    [*((name, "silu") for name in ROUTINGS), *(("spread", a) for a in ("gelu", "gelu_tanh", "relu", "clamped_glu"))],
+    [
+        *((name, "silu") for name in ROUTINGS),
+        *(("spread", a) for a in ("gelu", "gelu_tanh", "relu", "relu2", "clamped_glu")),
+    ],
 )
 def test_experts_are_the_reference_s(name: str, activation: str) -> None:
     ids = ROUTINGS[name]
@@ -95,6 +98,15 @@ def test_experts_are_the_reference_s(name: str, activation: str) -> None:
     w = [_normal(E, FF, D, seed=3, scale=scale), _normal(E, FF, D, seed=4, scale=scale), _normal(E, D, FF, seed=5)]
     ours = run_experts(x, places_of(ids), combine, ExpertNetworks(*map(plain, w), activation))
     truth = reference.experts(x.double(), ids, combine.double(), *(one.double() for one in w), activation)
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
+
+
+def test_experts_without_gates_are_the_reference_s() -> None:
+    ids = ROUTINGS["spread"]
+    x, combine = _normal(len(ids), D, seed=1), _normal(*ids.shape, seed=2).abs()
+    up, down = _normal(E, FF, D, seed=4, scale=0.3), _normal(E, D, FF, seed=5)
+    ours = run_experts(x, places_of(ids), combine, ExpertNetworks(None, plain(up), plain(down), "relu2"))
+    truth = reference.experts(x.double(), ids, combine.double(), None, up.double(), down.double(), "relu2")
     torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5 * float(truth.abs().max()))
 
 

@@ -209,8 +209,8 @@ def bytes_per_token(config: ModelConfig, parameters: dict[str, Parameter]) -> fl
 
 def _stacked_bytes(parameters: Mapping[str, Parameter], layer: int) -> float:
     """Bytes of all experts of a layer."""
-    values = (parameters[f"layers.{layer}.moe.{part}"] for part in ("w_gate", "w_up", "w_down"))
-    return float(sum(p.data.nbytes for value in values for p in value))  # type: ignore
+    names = (f"layers.{layer}.moe.{part}" for part in ("w_gate", "w_up", "w_down"))  # no gate where experts are plain
+    return float(sum(p.data.nbytes for name in names for p in parameters.get(name, ())))  # type: ignore
 
 
 def _main_format(parameters: dict[str, Parameter]) -> str:

@@ -24,6 +24,8 @@ from quadriga.model.config import (
     Mamba2Spec,
     ModelConfig,
     MoESpec,
+    NoFeedForward,
+    NoMixer,
     RopeSpec,
     ShortConvSpec,
 )
@@ -204,6 +206,8 @@ def _mixer(layer: LayerSpec) -> str:
         case Mamba2Spec() as mamba:
             heads = f"{mamba.n_heads} heads of {mamba.state_dim} x {mamba.head_dim} in {mamba.n_groups} groups"
             return f"state-space model (Mamba-2), {heads}; convolutions over {mamba.taps} positions"
+        case NoMixer():
+            return "none"
         case AttentionSpec() as attention:
             return _attention(attention)
 
@@ -229,6 +233,8 @@ def _attention(attn: AttentionSpec) -> str:
 
 def _feed_forward(layer: LayerSpec) -> str:
     ffn = layer.ffn
+    if isinstance(ffn, NoFeedForward):
+        return "none"
     if isinstance(ffn, MoESpec):
         plain = ffn.score == "softmax" and not ffn.correction
         router = "" if plain else f", chosen by {ffn.score}"

@@ -36,7 +36,7 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_MODEL_HE
 Format = Annotated[
     str | None,
     typer.Option(
-        help="Pack weights for kernels: keep (as they are stored), float32, bfloat16, q8, q4, q4m, mx4, or "
+        help="Pack weights for kernels: keep (as they are stored), float32, bfloat16, q8, q4, q4m, q5, q5m, mx4, or "
         "GGUF's q2k to q6k, iq4nl or iq4xs.",
         rich_help_panel=_MACHINE,
     ),
@@ -185,8 +185,8 @@ GGUFFormat = Annotated[
     typer.Option(
         "--gguf-format",
         callback=gguf_format,
-        help="With --to gguf: float32, float16, bfloat16 (default), q8_0, q4_0, q4_1, q2_k to q6_k, iq4_nl, iq4_xs, "
-        "mxfp4, or llama.cpp's mixtures q3_k_s, _m, _l, q4_k_s, _m, q5_k_s, _m; Q4_K_M, F16 and BF16 too.",
+        help="With --to gguf: float32, float16, bfloat16 (default), q8_0, q4_0, q4_1, q5_0, q5_1, q2_k to q6_k, "
+        "iq4_nl, iq4_xs, mxfp4 or llama.cpp's mixtures q3_k_s, _m, _l, q4_k_s, _m, q5_k_s, _m; Q4_K_M, F16, BF16 too.",
         rich_help_panel=_RESULT,
     ),
 ]

@@ -78,13 +78,15 @@ def through(
 ) -> tuple[Tensor, Routed | None]:
     """h (N, D) after the layer, and what its experts did; ``see`` is shown every matrix, in the order of its use."""
     prefix = f"layers.{index}."
-    h = block.added(h, _mixed(block, prefix, block.attn_norm(h), context, rotations, see), block.attn_post_norm)
+    if block.mixes:
+        h = block.added(h, _mixed(block, prefix, block.attn_norm(h), context, rotations, see), block.attn_post_norm)
     x, routed = block.ffn_norm(h), None
     if block.ffn is not None:
         f = _dense(block.ffn, prefix + "ffn.", x, see)
-    else:
-        assert block.moe is not None, "a block has one feed-forward or experts"
+    elif block.moe is not None:
         f, routed = _experts(block.moe, prefix + "moe.", x, h, see)
+    else:
+        return h, None
     return block.scaled(block.added(h, f, block.ffn_post_norm)), routed
 
 
@@ -127,7 +129,8 @@ def _experts(moe: MoE, prefix: str, x: Tensor, h: Tensor, see: See) -> tuple[Ten
     ids, weights, _, _ = moe.router(judged)
     combine = moe.aggregation_weights(ids, weights)
     shared = None if moe.shared is None else _dense(moe.shared, prefix + "shared.", x, see)
-    stacks = {name: whole(getattr(moe, name)) for name in ("w_gate", "w_up", "w_down")}
+    names = ("w_gate", "w_up", "w_down") if spec.gated else ("w_up", "w_down")
+    stacks = {name: whole(getattr(moe, name)) for name in names}
     biases = {"w_gate": moe.b_gate, "w_up": moe.b_up, "w_down": moe.b_down}
     out, visits, outputs = torch.zeros_like(x), [], []
     for expert in range(spec.n_experts):
@@ -140,7 +143,10 @@ def _experts(moe: MoE, prefix: str, x: Tensor, h: Tensor, see: See) -> tuple[Ten
             return output if bias is None else output + bias[expert]
 
         rows = own[token]
-        hidden = ops.gated(times("w_gate", rows, own), times("w_up", rows, own), spec.activation)
+        if spec.gated:
+            hidden = ops.gated(times("w_gate", rows, own), times("w_up", rows, own), spec.activation)
+        else:
+            hidden = ops.activate(times("w_up", rows, own), spec.activation)
         weighted = times("w_down", hidden) * combine[token, slot, None].to(x.dtype)
         visits.append(len(token))
         outputs.append(float(weighted.detach().norm(dim=-1).sum()))

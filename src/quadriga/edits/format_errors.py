@@ -7,6 +7,7 @@ one for every tensor (one for all experts of a layer); q, k and v are apart in b
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from math import prod
@@ -29,9 +30,11 @@ from quadriga.quant.format_choice import Candidate
 from quadriga.quant.formats import FORMATS
 from quadriga.quant.packed import TILE
 
-PACKED_FORMATS = ("q2k", "q3k", "iq4xs", "q4", "iq4nl", "q4k", "q4m", "q5k", "q6k", "q8", "bfloat16")
+PACKED_FORMATS = ("q2k", "q3k", "iq4xs", "q4", "iq4nl", "q4k", "q4m", "q5", "q5k", "q5m", "q6k", "q8", "bfloat16")
 """The packed formats that a budget chooses from."""
-GGUF_FORMATS = ("q2_k", "q3_k", "iq4_xs", "q4_0", "iq4_nl", "q4_k", "q4_1", "q5_k", "q6_k", "q8_0", "bfloat16")
+GGUF_FORMATS = (
+    "q2_k", "q3_k", "iq4_xs", "q4_0", "iq4_nl", "q4_k", "q4_1", "q5_0", "q5_k", "q5_1", "q6_k", "q8_0", "bfloat16"
+)  # fmt: skip
 """The formats of GGUF tensors that a budget chooses from."""
 
 _ROWS = 128
@@ -67,7 +70,7 @@ def row_errors(difference: Tensor, judge: Importance) -> Tensor:
     return weighed.sum(1)
 
 
-class _Errors:
+class _Errors(ABC):
     """The sum of both kinds: unit -> format -> cost."""
 
     def __init__(self) -> None:
@@ -85,8 +88,9 @@ class _Errors:
             costs = self._costs.setdefault(unit, {})
             costs[form] = costs.get(form, 0.0) + mean * float(cost.sum())
 
+    @abstractmethod
     def _rounded(self, sample: Tensor, form: str, how: Importance) -> Tensor:
-        raise NotImplementedError
+        """The rows (R, C) as this form would give them back."""
 
 
 class PackedErrors(_Errors):

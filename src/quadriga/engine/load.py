@@ -47,7 +47,8 @@ def load(
         path_or_name: a catalogue name (`quadriga models list`), a Hugging Face or Quadriga directory, a GGUF file, or
             the folder of Grok-1's release.
         format: what its matrices are packed as for kernels: keep (as they are stored), float32, bfloat16, q8, q4, q4m,
-            mx4, q2k to q6k, iq4nl, iq4xs; None is keep. On the kernels for GPUs (QUADRIGA_OPS=triton) a quantised one.
+            q5, q5m, mx4, q2k to q6k, iq4nl, iq4xs; None is keep. On the kernels for GPUs (QUADRIGA_OPS=triton) a
+            quantised one.
         dtype: compute in plain torch with this dtype instead (float32, bfloat16, float16, float64 or auto); None runs
             the CPU's kernels where the device is a CPU, and is "auto" elsewhere. What the kernels for GPUs compute in.
         device: cpu, cuda, a CUDA device such as cuda:1, or auto.

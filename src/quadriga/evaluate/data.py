@@ -154,7 +154,7 @@ def read_rows(path: Path) -> list[Row]:
         EvaluationError: the file cannot be read, or a line is not a JSON object.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"cannot read {path}: {error}") from None
     return list(_objects(text, str(path)))

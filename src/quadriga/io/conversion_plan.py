@@ -222,7 +222,7 @@ def _wanted(form: str | Mapping[str, str], tensor: str, config: ModelConfig, is_
 FILE_TYPE = {
     "float32": 0, "float16": 1, "q4_0": 2, "q8_0": 7, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18,
     "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17,
-    "q4_1": 3, "iq4_nl": 25, "iq4_xs": 30, "bfloat16": 32, "mxfp4": 38,
+    "q4_1": 3, "q5_0": 8, "q5_1": 9, "iq4_nl": 25, "iq4_xs": 30, "bfloat16": 32, "mxfp4": 38,
 }  # fmt: skip
 """GGUF's general.file_type, for people and file browsers; the K formats' are those called S."""
 
@@ -272,7 +272,6 @@ def _gguf_metadata(
 ) -> tuple[dict[str, Typed], list[str]]:
     config = checkpoint.config
     metadata = {
-        "general.architecture": Typed("string", families.family_of(config).gguf_archs[0]),
         "general.name": Typed("string", checkpoint.path.stem),
         "general.file_type": Typed("uint32", FILE_TYPE[form] if isinstance(form, str) else _main_type(form)),
         "general.quantization_version": Typed("uint32", 2),
@@ -294,8 +293,10 @@ def _gguf_metadata(
     if eos is not None:
         config = replace(config, eos_ids=tuple(dict.fromkeys((eos.value, *config.eos_ids))))
     keys = to_gguf(config)
+    arch = next(iter(keys)).partition(".")[0]  # of a family with several, the one that this model needs
+    assert arch in families.family_of(config).gguf_archs, "the first key is an architecture's"
     translated = {key: Typed(_gguf_type(value), value) for key, value in keys.items()}
-    return {**metadata, **translated, **vocabulary}, notes
+    return {"general.architecture": Typed("string", arch), **metadata, **translated, **vocabulary}, notes
 
 
 def _gguf_type(value: object) -> str:

@@ -40,10 +40,15 @@ class Located:
     """What the files left open and how it was read, for people."""
     method: Method | None = None
     """Of a Hugging Face directory: how a quantiser packed its weights."""
+    file: GGUFSource | None = None
+    """A GGUF, open, for whoever asked for that: it was read as far as its weights."""
 
 
-def locate(path: Path) -> Located:
+def locate(path: Path, *, keep_open: bool = False) -> Located:
     """Find out what is at ``path`` and read its configuration.
+
+    Args:
+        keep_open: leave a GGUF file open; its header, with the vocabulary, takes long to read again.
 
     Raises:
         CheckpointError: nothing there, or nothing that is a checkpoint.
@@ -54,13 +59,13 @@ def locate(path: Path) -> Located:
         raise CheckpointError(f"there is nothing at {path}. Check the path, or see `quadriga models list` for names.")
     if path.is_file():
         if path.name in ("config.json", "params.json", engine_file.MANIFEST):
-            return locate(path.parent)
+            return locate(path.parent, keep_open=keep_open)
         if not gguf.is_gguf(path):
             raise CheckpointError(
                 f"{path.name} is not a GGUF file. Give the directory of a safetensors checkpoint (with its "
                 "config.json), or of Meta's or Mistral's own (with its params.json), not one of its files."
             )
-        return _gguf(path)
+        return _gguf(path, keep_open)
     if (path / engine_file.MANIFEST).is_file():
         return Located("quadriga", path, engine_file.read_manifest(path).config)
     if (path / "config.json").is_file() and not _is_grok(path):
@@ -81,15 +86,16 @@ def locate(path: Path) -> Located:
         return Located("own", path, config, tuple(notes))
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1 or (files and gguf.are_parts(files)):
-        return _gguf(files[0])
+        return _gguf(files[0], keep_open)
     raise CheckpointError(
         f"{path} is no checkpoint: it needs a config.json with safetensors files, a {engine_file.MANIFEST}, one GGUF "
         f"file (it has {len(files)}), a params.json with consolidated files (Meta, Mistral), or Grok-1's tensor files"
     )
 
 
-def _gguf(path: Path) -> Located:
+def _gguf(path: Path, keep_open: bool) -> Located:
     source = GGUFSource(path)
+    kept = False
     try:
         kind = source.metadata.get("general.type", "model")
         if kind != "model":
@@ -98,10 +104,12 @@ def _gguf(path: Path) -> Located:
                 "projectors. Give the model's own file."
             )
         metadata = {**source.metadata, **_small_tensors(source)}
+        config, notes = families.read_gguf(metadata, source.shapes)
+        kept = keep_open
     finally:
-        source.close()
-    config, notes = families.read_gguf(metadata, source.shapes)
-    return Located("gguf", path, config, tuple(notes))
+        if not kept:
+            source.close()
+    return Located("gguf", path, config, tuple(notes), file=source if kept else None)
 
 
 def _small_tensors(source: GGUFSource) -> dict[str, list[float]]:

@@ -406,7 +406,8 @@ def storable_format(shape: Shape, wanted: str) -> str:
     return "float16"
 
 
-TABLES = {**dict.fromkeys(("q2_k", "q3_k", "q4_k", "q5_k", "iq4_nl", "iq4_xs"), "q6_k"), "mxfp4": "q8_0"}
+_BESIDE_Q6_K = ("q2_k", "q3_k", "q4_k", "q5_k", "q5_0", "q5_1", "iq4_nl", "iq4_xs")
+TABLES = {**dict.fromkeys(_BESIDE_Q6_K, "q6_k"), "mxfp4": "q8_0"}
 """What embedding table and head are stored as beside matrices of a searched format, as in llama.cpp's mixtures: their
 errors reach every token."""
 

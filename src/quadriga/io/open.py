@@ -117,11 +117,12 @@ def open_checkpoint(path: Path, *, pickles: bool = False) -> Checkpoint:
         CheckpointError: nothing there, malformed files, or tensors that do not match the configuration.
         ConfigError: a configuration no model of ours can have.
     """
-    found = locate(path)
+    found = locate(path, keep_open=True)
     config = found.config
     match found.kind:
         case "gguf":
-            gguf = GGUFSource(found.path)
+            gguf = found.file
+            assert gguf is not None, "it was to be left open"
             family = families.family_of(config)
             layout, pieces = pick_gguf_map(family, config, gguf.shapes)
             return _checked("gguf", found.path, config, layout, gguf, pieces, family)

@@ -2,9 +2,9 @@
 
     a packed Quadriga directory   read by several threads into huge pages; memory-mapped if it is nearly all of memory
     GGUF Q8_0, Q4_0, Q4_1; GPTQ   blocks rearranged, no number changed (GPTQ of 4 bits, symmetric, in order)
-    GGUF Q2_K .. Q6_K, IQ4_NL, IQ4_XS   the same
+    GGUF Q5_0, Q5_1, Q2_K .. Q6_K, IQ4_NL, IQ4_XS   the same
     MXFP4                         as mx4, its codes beside float16 scales, no number changed
-    GGUF's Q5_0, TQ1_0, TQ2_0     as q8, whose integers hold their numbers exactly
+    GGUF's TQ1_0, TQ2_0           as q8, whose integers hold their numbers exactly
     anything else                 read part by part and packed as `format` says
 
 Routers, biases and vectors are float32 in every case.

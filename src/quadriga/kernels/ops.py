@@ -237,19 +237,20 @@ def experts(
     x: Tensor,
     routing_ids: Tensor,
     combine: Tensor,
-    w_gate: Tensor,
+    w_gate: Tensor | None,
     w_up: Tensor,
     w_down: Tensor,
     activation: str,
 ) -> Tensor:
     """Dropless expert networks and their weighted sum: out[n] = sum_j combine[n, j] * y_{ids[n, j]}(x[n]).
 
-    y_e(x) = w_down_e ( act(w_gate_e x) * (w_up_e x) ). Slots are added in the order j = 0..k-1, so the sum does not
-    depend on what else is in the batch. Experts without tokens cost nothing and get a zero gradient.
+    y_e(x) = w_down_e ( act(w_gate_e x) * (w_up_e x) ), or without w_gate w_down_e act(w_up_e x). Slots are added in the
+    order j = 0..k-1, so the sum does not depend on what else is in the batch. Experts without tokens cost nothing and
+    get a zero gradient.
 
     Args:
         x: (N, D). routing_ids: (N, k) int64. combine: (N, k) float32.
-        w_gate, w_up: (E, F, D). w_down: (E, D, F). All in x's dtype.
+        w_gate, w_up: (E, F, D); w_gate None: the networks are not gated. w_down: (E, D, F). All in x's dtype.
 
     Returns:
         (N, D) in x's dtype.
@@ -265,7 +266,7 @@ def adapted_experts(
 
     Args:
         x: (N, D). routing_ids: (N, k) int64. combine: (N, k).
-        parts: w_gate, w_up and w_down, factors in x's dtype.
+        parts: w_gate (of gated networks), w_up and w_down, factors in x's dtype.
 
     Returns:
         (N, D) in x's dtype. Gradients reach x, combine and the factors; those of an expert without tokens are zero.
@@ -288,7 +289,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """Elementwise non-linearity by name: silu, gelu (erf), gelu_tanh, relu."""
+    """Elementwise non-linearity by name: silu, gelu (erf), gelu_tanh, relu, relu2 (its square)."""
     out: Tensor = backend_for(x).activate(x, activation)
     return out
 

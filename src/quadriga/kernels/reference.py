@@ -210,7 +210,7 @@ def experts(
     x: Tensor,
     routing_ids: Tensor,
     combine: Tensor,
-    w_gate: Tensor,
+    w_gate: Tensor | None,
     w_up: Tensor,
     w_down: Tensor,
     activation: str,
@@ -218,12 +218,13 @@ def experts(
     n_tokens, top_k = routing_ids.shape
     flat = routing_ids.reshape(-1)
     order = flat.argsort(stable=True)  # (N k,) slots, all of expert 0 first
-    counts = tally(flat, w_gate.shape[0])
+    counts = tally(flat, w_up.shape[0])
     # Odd shapes and other dtypes (float64 checks) take one host sync per layer, never one per expert.
-    sizes = None if _fits_grouped_mm(w_gate, w_down) else counts.tolist()
+    sizes = None if _fits_grouped_mm(w_up, w_down) else counts.tolist()
     gathered = x[order // top_k]
-    gate = _grouped_linear(gathered, w_gate, counts, sizes)
-    hidden = gated(gate, _grouped_linear(gathered, w_up, counts, sizes), activation)
+    up = _grouped_linear(gathered, w_up, counts, sizes)
+    gate = None if w_gate is None else _grouped_linear(gathered, w_gate, counts, sizes)
+    hidden = activate(up, activation) if gate is None else gated(gate, up, activation)
     y = _grouped_linear(hidden, w_down, counts, sizes)
     outputs = torch.empty_like(gathered).index_copy(0, order, y)  # back to (token, slot) order
     combine = combine.to(x.dtype)[:, None, :]  # (N, 1, k)
@@ -238,8 +239,9 @@ def tally(ids: Tensor, n: int) -> Tensor:
 def adapted_experts(
     x: Tensor, routing_ids: Tensor, combine: Tensor, parts: Mapping[str, AdaptedPart], activation: str
 ) -> Tensor:
-    gate, up, down = (_materialised(parts[name], x.dtype) for name in ("w_gate", "w_up", "w_down"))
-    return experts(x, routing_ids, combine, gate, up, down, activation)
+    weights = {name: _materialised(part, x.dtype) for name, part in parts.items()}
+    gate = weights.get("w_gate")
+    return experts(x, routing_ids, combine, gate, weights["w_up"], weights["w_down"], activation)
 
 
 def _materialised(part: AdaptedPart, dtype: torch.dtype) -> Tensor:
@@ -260,6 +262,8 @@ def activate(x: Tensor, activation: str) -> Tensor:
             return F.gelu(x, approximate="tanh")
         case "relu":
             return F.relu(x)
+        case "relu2":
+            return F.relu(x).square()
         case _:
             raise AssertionError(f"ModelConfig lets no activation {activation!r} through")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quadriga.model.config import ModelConfig
+from quadriga.model.config import AttentionSpec, ModelConfig
 from quadriga.quant.packed import BLOCK_TOKENS
 
 MOST_GROUPS = 8
@@ -70,7 +70,7 @@ def one_group(n_layers: int) -> CacheLayout:
 def cache_layout(config: ModelConfig) -> CacheLayout:
     """The layout of a model: by windows. Layers of different windows may keep keys of different shapes (Gemma 4).
 
-    A recurrent layer keeps nothing in blocks: its place is of no bytes.
+    A recurrent layer, and one without a mixer, keeps nothing in blocks: its place is of no bytes.
     """
     if config.is_recurrent:
         return one_group(config.n_layers)
@@ -88,7 +88,8 @@ def cache_layout(config: ModelConfig) -> CacheLayout:
 
 
 def _window(config: ModelConfig, layer: int) -> int | None:
-    window = config.layers[layer].attention.window
+    mixer = config.layers[layer].mixer
+    window = mixer.window if isinstance(mixer, AttentionSpec) else None
     return None if window is None or window >= config.max_seq_len else window
 
 

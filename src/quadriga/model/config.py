@@ -11,7 +11,9 @@
     │   │       | ShortConvSpec        a convolution over the last few positions, gated twice
     │   │       | DeltaNetSpec         a matrix a head, changed by the gated delta rule
     │   │       | Mamba2Spec           a matrix a head, which decays and is written to (Mamba-2)
+    │   │       | NoMixer              nothing: the layer is its feed-forward alone (Nemotron-H)
     │   ├── ffn     DenseSpec | MoESpec    one feed-forward network, or a router over many
+    │   │   │       | NoFeedForward        nothing: the layer is its mixer alone (Nemotron-H)
     │   │   └── shared     DenseSpec | None    of a mixture: the network that every token visits besides
     │   └── norm    NormSpec               LayerNorm or RMSNorm, and its epsilon
     └── final_norm  NormSpec
@@ -32,7 +34,7 @@ from functools import cached_property
 from typing import Any
 
 from quadriga.errors import ConfigError
-from quadriga.model.ffn_specs import Activation, Aggregate, DenseSpec, MoESpec
+from quadriga.model.ffn_specs import Activation, Aggregate, DenseSpec, FeedForwardSpec, MoESpec, NoFeedForward
 from quadriga.model.mixer_specs import (
     AttentionSpec,
     DeltaNetSpec,
@@ -41,7 +43,9 @@ from quadriga.model.mixer_specs import (
     LatentState,
     Mamba2Spec,
     Mixer,
+    NoMixer,
     NormSpec,
+    NoState,
     QKNormSpec,
     RecurrentMixer,
     RecurrentState,
@@ -69,6 +73,7 @@ __all__ = [
     "DeltaNetSpec",
     "DenseSpec",
     "FactorScaling",
+    "FeedForwardSpec",
     "KVState",
     "LatentAttentionSpec",
     "LatentState",
@@ -80,6 +85,9 @@ __all__ = [
     "Mixer",
     "MoESpec",
     "ModelConfig",
+    "NoFeedForward",
+    "NoMixer",
+    "NoState",
     "NormSpec",
     "ProportionalScaling",
     "QKNormSpec",
@@ -99,12 +107,15 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One layer: h + r mixer(norm(h)), then h + r ffn(norm(h)), r the residual scale; or r norm(mixer(h)), or both."""
+    """One layer: h + r mixer(norm(h)), then h + r ffn(norm(h)), r the residual scale; or r norm(mixer(h)), or both.
+
+    One of the two may be none (``NoMixer``, ``NoFeedForward``), and then its norms are none either.
+    """
 
     norm: NormSpec
     """Of all norms of the layer, each with weights of its own."""
     mixer: Mixer
-    ffn: DenseSpec | MoESpec
+    ffn: FeedForwardSpec
     post_norms: bool = False
     """True adds a norm after the mixer and after the feed-forward, inside the residual branch (Grok-1's sandwich)."""
     pre_norms: bool = True
@@ -120,12 +131,35 @@ class LayerSpec:
         require(
             not apart or (self.pre_norms and self.norm.kind == "rms"), "experts apart need RMSNorms before branches"
         )
+        require(self.mixes or self.feeds, "a layer must have a mixer, a feed-forward, or both")
+        require(self.feeds or not self.scaled, "the residual stream is scaled behind a feed-forward, which is missing")
         require(self.pre_norms or self.post_norms, "a layer needs norms before its branches, behind them, or both")
+
+    @property
+    def mixes(self) -> bool:
+        """True if the layer has a mixer, and the norms around it."""
+        return not isinstance(self.mixer, NoMixer)
+
+    @property
+    def feeds(self) -> bool:
+        """True if the layer has a feed-forward, and the norms around it."""
+        return not isinstance(self.ffn, NoFeedForward)
 
     @property
     def moe(self) -> MoESpec | None:
         """The mixture of experts, where the layer has one."""
         return self.ffn if isinstance(self.ffn, MoESpec) else None
+
+    @property
+    def network(self) -> DenseSpec | MoESpec:
+        """The layer's feed-forward.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if isinstance(self.ffn, NoFeedForward):
+            raise ConfigError("this needs a layer with a feed-forward; it has none")
+        return self.ffn
 
     @property
     def attention(self) -> AttentionSpec:
@@ -299,8 +333,10 @@ class ModelConfig:
         )
 
     def with_ffn(self, **fields: Any) -> ModelConfig:
-        """This model with fields of every layer's feed-forward changed."""
-        return self.with_layers(lambda layer: replace(layer, ffn=replace(layer.ffn, **fields)))
+        """This model with fields of every feed-forward changed; layers without one stay."""
+        return self.with_layers(
+            lambda layer: replace(layer, ffn=replace(layer.ffn, **fields)) if layer.feeds else layer
+        )
 
     def with_n_layers(self, n_layers: int) -> ModelConfig:
         """The same kind of model with another number of layers.
@@ -316,7 +352,7 @@ def uniform_model(
     n_layers: int,
     norm: NormSpec,
     mixer: Mixer,
-    ffn: DenseSpec | MoESpec,
+    ffn: FeedForwardSpec,
     post_norms: bool = False,
     pre_norms: bool = True,
     residual_scale: float = 1.0,

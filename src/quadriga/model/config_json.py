@@ -28,6 +28,8 @@ from quadriga.model.config import (
     Mamba2Spec,
     ModelConfig,
     MoESpec,
+    NoFeedForward,
+    NoMixer,
     NormSpec,
     ProportionalScaling,
     QKNormSpec,
@@ -53,8 +55,9 @@ _MIXERS: dict[str, type] = {
     "short_conv": ShortConvSpec,
     "delta_net": DeltaNetSpec,
     "mamba2": Mamba2Spec,
+    "none": NoMixer,
 }
-_FFNS: dict[str, type] = {"dense": DenseSpec, "moe": MoESpec}
+_FFNS: dict[str, type] = {"dense": DenseSpec, "moe": MoESpec, "none": NoFeedForward}
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:

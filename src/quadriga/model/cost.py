@@ -21,7 +21,15 @@ from typing import NamedTuple
 
 from quadriga.errors import ConfigError
 from quadriga.model.cache_layout import cache_layout, most_blocks
-from quadriga.model.config import AttentionSpec, DeltaNetSpec, ModelConfig, MoESpec, RecurrentMixer, ShortConvSpec
+from quadriga.model.config import (
+    AttentionSpec,
+    DeltaNetSpec,
+    ModelConfig,
+    MoESpec,
+    NoMixer,
+    RecurrentMixer,
+    ShortConvSpec,
+)
 from quadriga.model.weight_map import Shape, layer_shapes, parameter_shapes, stays_float32
 from quadriga.quant import formats
 from quadriga.quant.packed import BLOCK_TOKENS, PACKED
@@ -125,6 +133,8 @@ def attention_flops(config: ModelConfig, context: int) -> int:
         match layer.mixer:
             case AttentionSpec() as attn:
                 total += n * 2 * attn.attended_dim * min(context, attn.window or context)
+            case NoMixer():
+                pass
             case recurrent:
                 total += n * step_flops(recurrent)
     return total

@@ -7,8 +7,9 @@ from typing import Literal
 
 from quadriga.model.spec_checks import require, require_number, require_positive
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_glu"]
-"""The non-linearity of a feed-forward network. ``gelu`` is the exact erf form, ``gelu_tanh`` jax's and GPT-2's.
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_glu"]
+"""The non-linearity of a feed-forward network. ``gelu`` is the exact erf form, ``gelu_tanh`` jax's and GPT-2's,
+``relu2`` max(x, 0) squared (So et al. 2021, arXiv 2109.08668).
 ``clamped_glu`` is a gated unit as a whole, gpt-oss's: (u + 1) g sigmoid(1.702 g), g = min(gate, 7), u = up in +-7."""
 
 Aggregate = Literal["weighted_sum", "vote", "fuse"]
@@ -29,6 +30,16 @@ class DenseSpec:
         require(self.gated or self.activation != "clamped_glu", "the activation clamped_glu needs a gated network")
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoFeedForward:
+    """No network, and no norm before one: a layer that is its mixer alone (Nemotron-H)."""
+
+    @property
+    def d_ff(self) -> int:
+        """Units: none."""
+        return 0
+
+
 Score = Literal["softmax", "sigmoid", "sparse_mixer"]
 """How logits become scores: each against all others, each by itself (DeepSeek-V3), or each of the two best against
 those that are near it (``sparse_mixer``: Phi-3.5-MoE, Liu et al. 2023)."""
@@ -40,7 +51,7 @@ GroupWorth = Literal["two_best", "best"]
 
 @dataclass(frozen=True, kw_only=True)
 class MoESpec:
-    """A router over ``n_experts`` gated networks of which each token visits ``top_k``; dropless.
+    """A router over ``n_experts`` networks of which each token visits ``top_k``; dropless.
 
     score   = softmax(logits) or sigmoid(logits)               logits = W x, plus a bias with ``router_bias``
     choice  = the top_k of score (+ correction), within the best ``top_k_groups`` of ``n_groups`` groups
@@ -58,6 +69,8 @@ class MoESpec:
     n_experts: int
     top_k: int
     activation: Activation
+    gated: bool = True
+    """The experts are gated networks; False: plain ones (Nemotron-H). See :class:`DenseSpec`."""
     normalize_p: float | None = 1.0
     """Divide the chosen weights by their p-norm; 1 makes them sum to one, None leaves the softmax values (Grok-1)."""
     aggregate: Aggregate = "weighted_sum"
@@ -86,7 +99,7 @@ class MoESpec:
     expert_bias: bool = False
     """True: biases on gate, up and down of every routed expert."""
     shared: DenseSpec | None = None
-    """A gated network beside the routed ones; several shared experts are one of their widths together."""
+    """A network beside the routed ones; several shared experts are one of their widths together."""
     shared_gate: bool = False
     """True: the shared network's output is multiplied by the sigmoid of a linear form of x (Qwen2-MoE)."""
     apart: bool = False
@@ -107,6 +120,8 @@ class MoESpec:
         # Weight maps list every expert: a hostile config must not make it endless. Published models have up to 512.
         require(self.n_experts <= 1024, f"n_experts must be at most 1024, got {self.n_experts}")
         require_activation(self.activation)
+        require(self.gated or self.activation != "clamped_glu", "the activation clamped_glu needs gated experts")
+        require(self.gated or not self.expert_bias, "experts with biases must be gated")
         if self.normalize_p is not None:
             require_number("ffn", normalize_p=self.normalize_p)
         require(
@@ -146,12 +161,15 @@ class MoESpec:
             f"the chosen groups must exist and hold top_k experts: got n_groups={self.n_groups} of {size} experts, "
             f"top_k_groups={self.top_k_groups}, top_k={self.top_k}",
         )
-        require(self.shared is None or self.shared.gated, "the shared network of a mixture must be gated")
         require(self.shared is not None or not self.shared_gate, "shared_gate needs a shared network")
         plain = self.shared is not None and not self.shared_gate and self.aggregate == "weighted_sum"
         require(plain or not self.apart, "experts apart need a shared network without a gate, and a weighted sum")
 
 
 def require_activation(activation: str) -> None:
-    known = ("silu", "gelu", "gelu_tanh", "relu", "clamped_glu")
+    known = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_glu")
     require(activation in known, f"activation must be one of {', '.join(known)}; got {activation!r}")
+
+
+FeedForwardSpec = DenseSpec | MoESpec | NoFeedForward
+"""What a layer's second half may be."""

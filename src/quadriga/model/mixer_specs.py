@@ -102,6 +102,21 @@ class LatentState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoState:
+    """What a layer without a mixer keeps of a sequence: nothing."""
+
+    @property
+    def numbers_per_token(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def numbers_per_sequence(self) -> int:
+        """None."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """Grouped-query attention: ``n_heads`` queries share ``n_kv_heads`` keys and values, in consecutive groups."""
 
@@ -435,4 +450,16 @@ class Mamba2Spec:
 
 RecurrentMixer = ShortConvSpec | DeltaNetSpec | Mamba2Spec
 """Mixers that keep a state of fixed size."""
-Mixer = AttentionSpec | RecurrentMixer
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoMixer:
+    """No mixer, and no norm before one: a layer that is its feed-forward alone (Nemotron-H)."""
+
+    @property
+    def state(self) -> NoState:
+        """What this mixer keeps of a sequence between passes."""
+        return NoState()
+
+
+Mixer = AttentionSpec | RecurrentMixer | NoMixer

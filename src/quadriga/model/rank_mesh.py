@@ -28,6 +28,8 @@ from quadriga.model.config import (
     Mamba2Spec,
     ModelConfig,
     MoESpec,
+    NoFeedForward,
+    NoMixer,
     ShortConvSpec,
 )
 
@@ -111,11 +113,13 @@ class RankMesh:
             return (
                 "a norm of all heads together cannot be shared out by heads: tp and ep must be 1. Let pp share layers"
             )
-        what, n = _parts_of(layer)
-        if n < self.group:
-            return (
-                f"tp x ep must be at most {n}, the number of {what}; got {self.tp} x {self.ep}. Let pp share layers out"
-            )
+        if layer.mixes:
+            what, n = _parts_of(layer)
+            if n < self.group:
+                return (
+                    f"tp x ep must be at most {n}, the number of {what}; got {self.tp} x {self.ep}. Let pp share "
+                    "layers out"
+                )
         match layer.ffn:
             case MoESpec() as moe if moe.n_experts < self.ep:
                 return f"ep must be at most the model's {moe.n_experts} experts, got {self.ep}"
@@ -123,6 +127,8 @@ class RankMesh:
                 too_many = width < self.tp or (shared is not None and shared.d_ff < self.group)
             case DenseSpec(d_ff=width):
                 too_many = width < self.group
+            case NoFeedForward():
+                return None
         return f"a network's width must have a part for each rank, got {width}" if too_many else None
 
 
@@ -139,6 +145,8 @@ def _parts_of(layer: LayerSpec) -> tuple[str, int]:
             return "channels", n
         case Mamba2Spec(n_groups=n):
             return "groups of heads", n
+        case NoMixer():
+            raise AssertionError("asked of layers that mix")
 
 
 @dataclass(frozen=True, kw_only=True)

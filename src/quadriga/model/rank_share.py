@@ -26,6 +26,8 @@ from quadriga.model.config import (
     Mamba2Spec,
     ModelConfig,
     MoESpec,
+    NoFeedForward,
+    NoMixer,
     ShortConvSpec,
     in_order,
 )
@@ -177,6 +179,8 @@ class RankShare:
                 return self._delta(delta)
             case Mamba2Spec():
                 raise AssertionError("RankMesh.problem refuses it")
+            case NoMixer():
+                return {}
 
     def _attention(self, spec: AttentionSpec) -> dict[str, Selection]:
         first, last = self._kv_heads(spec)
@@ -242,10 +246,12 @@ class RankShare:
                 if moe.shared is not None:
                     found |= _network("moe.shared.w", (place.of_group(moe.shared.d_ff),), None)
                 return found
+            case NoFeedForward():
+                return {}
 
 
 def _network(prefix: str, own: Runs | None, experts: Run | None) -> dict[str, Selection]:
-    """The three matrices of a gated network, or of all experts."""
+    """The matrices of a network, or of all experts; a plain one has no gate to cut."""
     found = {f"{prefix}_{part}": Selection(rows=own, experts=experts) for part in ("gate", "up")}
     return found | {f"{prefix}_down": Selection(cols=own, experts=experts)}
 

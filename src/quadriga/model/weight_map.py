@@ -28,10 +28,11 @@ Parameter names and shapes (the canonical layout; D d_model, F d_ff, E experts, 
         mamba.norm.weight (H P,), mamba.w_out.weight (D, H P)                           (a Mamba-2 layer's)
     layers.{i}.ffn_norm.weight (D,)          layers.{i}.attn_post_norm.weight, ffn_post_norm.weight  (post_norms only)
     layers.{i}.ffn.w_gate|w_up (F, D), w_down (D, F)                               (dense; w_gate only if gated)
-    layers.{i}.moe.router.weight (E, D), moe.w_gate|w_up (E, F, D), moe.w_down (E, D, F)             (experts)
+    layers.{i}.moe.router.weight (E, D), moe.w_gate|w_up (E, F, D), moe.w_down (E, D, F)  (experts; w_gate if gated)
     layers.{i}.moe.fuse.weight (E,)          (aggregate "fuse" only)
     layers.{i}.moe.router.bias (E,), moe.router.correction (E,), moe.b_gate|b_up (E, F), moe.b_down (E, D)   (biases)
     layers.{i}.moe.shared.w_gate|w_up (S, D), moe.shared.w_down (D, S), moe.shared_gate (D,)    (S: the shared width)
+    (a layer without a mixer has no attn_norm, one without a feed-forward no ffn_norm)
     layers.{i}.moe.router.scale (D,), moe.router.expert_scale (E,), moe.norm.weight, moe.post_norm.weight,
         moe.shared_post_norm.weight (D,)     (experts apart); layers.{i}.scale (1,)     (a scaled layer)
     final_norm.weight (D,)                   lm_head.weight (V, D) (unless tied), lm_head.bias (V,) (head_bias only)
@@ -142,7 +143,9 @@ def _norm_shapes(name: str, norm: NormSpec, d_model: int) -> dict[str, Shape]:
 def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
     """Every parameter of one layer, without the ``layers.{i}.`` before its name, in the order of a forward pass."""
     d, ffn = d_model, layer.ffn
-    shapes: dict[str, Shape] = _norm_shapes("attn_norm", layer.norm, d) if layer.pre_norms else {}
+    shapes: dict[str, Shape] = {}
+    if layer.mixes and layer.pre_norms:
+        shapes |= _norm_shapes("attn_norm", layer.norm, d)
     match layer.mixer:
         case LatentAttentionSpec() as latent:
             shapes |= _latent_shapes(latent, d)
@@ -154,19 +157,16 @@ def layer_shapes(layer: LayerSpec, d_model: int) -> dict[str, Shape]:
             shapes |= _delta_shapes(delta, d)
         case Mamba2Spec() as mamba:
             shapes |= _mamba_shapes(mamba, d)
-    if layer.post_norms:
+    if layer.mixes and layer.post_norms:
         shapes |= _norm_shapes("attn_post_norm", layer.norm, d)
-    if layer.pre_norms:
+    if layer.feeds and layer.pre_norms:
         shapes |= _norm_shapes("ffn_norm", layer.norm, d)
     match ffn:
         case DenseSpec():
-            if ffn.gated:
-                shapes["ffn.w_gate"] = (ffn.d_ff, d)
-            shapes["ffn.w_up"] = (ffn.d_ff, d)
-            shapes["ffn.w_down"] = (d, ffn.d_ff)
+            shapes |= _network_shapes("ffn.", ffn, d)
         case MoESpec():
             shapes.update(_mixture_shapes(ffn, d))
-    if layer.post_norms:
+    if layer.feeds and layer.post_norms:
         shapes |= _norm_shapes("ffn_post_norm", layer.norm, d)
     if layer.scaled:
         shapes["scale"] = (1,)
@@ -238,6 +238,11 @@ def _latent_shapes(attn: LatentAttentionSpec, d: int) -> dict[str, Shape]:
     }
 
 
+def _network_shapes(prefix: str, ffn: DenseSpec, d: int) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {prefix + "w_gate": (ffn.d_ff, d)} if ffn.gated else {}
+    return shapes | {prefix + "w_up": (ffn.d_ff, d), prefix + "w_down": (d, ffn.d_ff)}
+
+
 def _mixture_shapes(ffn: MoESpec, d: int) -> dict[str, Shape]:
     n = ffn.n_experts
     shapes: dict[str, Shape] = {"moe.router.weight": (n, d)}
@@ -245,14 +250,15 @@ def _mixture_shapes(ffn: MoESpec, d: int) -> dict[str, Shape]:
         shapes["moe.router.bias"] = (n,)
     if ffn.correction:
         shapes["moe.router.correction"] = (n,)
-    shapes |= {"moe.w_gate": (n, ffn.d_ff, d), "moe.w_up": (n, ffn.d_ff, d), "moe.w_down": (n, d, ffn.d_ff)}
+    if ffn.gated:
+        shapes["moe.w_gate"] = (n, ffn.d_ff, d)
+    shapes |= {"moe.w_up": (n, ffn.d_ff, d), "moe.w_down": (n, d, ffn.d_ff)}
     if ffn.expert_bias:
         shapes |= {"moe.b_gate": (n, ffn.d_ff), "moe.b_up": (n, ffn.d_ff), "moe.b_down": (n, d)}
     if ffn.aggregate == "fuse":
         shapes["moe.fuse.weight"] = (n,)
     if ffn.shared is not None:
-        width = ffn.shared.d_ff
-        shapes |= {"moe.shared.w_gate": (width, d), "moe.shared.w_up": (width, d), "moe.shared.w_down": (d, width)}
+        shapes |= _network_shapes("moe.shared.", ffn.shared, d)
         if ffn.shared_gate:
             shapes["moe.shared_gate"] = (d,)
     if ffn.apart:

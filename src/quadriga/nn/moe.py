@@ -69,9 +69,10 @@ class ExpertDispatch(Protocol):
 
 
 class ExpertWeights(NamedTuple):
-    """The three weights of a layer's experts, of any kind: gate and up (E, F, D), down (E, D, F)."""
+    """The weights of a layer's experts, of any kind: gate and up (E, F, D), down (E, D, F)."""
 
-    gate: Weight
+    gate: Weight | None
+    """None: the networks are not gated."""
     up: Weight
     down: Weight
     b_gate: Tensor | None = None
@@ -80,9 +81,10 @@ class ExpertWeights(NamedTuple):
     b_down: Tensor | None = None
 
     @property
-    def matrices(self) -> tuple[Weight, Weight, Weight]:
-        """What rows are multiplied with."""
-        return self.gate, self.up, self.down
+    def matrices(self) -> dict[str, Weight]:
+        """What rows are multiplied with, by the parameter's name."""
+        gate = {} if self.gate is None else {"w_gate": self.gate}
+        return {**gate, "w_up": self.up, "w_down": self.down}
 
 
 def here(x: Tensor, routing_ids: Tensor, combine: Tensor, weights: ExpertWeights, activation: str) -> Tensor:
@@ -93,19 +95,23 @@ def here(x: Tensor, routing_ids: Tensor, combine: Tensor, weights: ExpertWeights
     weights that no adapter is on) is grouped products over rows sorted by expert.
     """
     if weights.b_up is None:
-        if all(isinstance(weight, Tensor) for weight in weights.matrices):
-            return ops.experts(x, routing_ids, combine, *weights.matrices, activation)  # type: ignore[arg-type]
+        if all(isinstance(weight, Tensor) for weight in weights.matrices.values()):
+            plain = (weights.gate, weights.up, weights.down)
+            return ops.experts(x, routing_ids, combine, *plain, activation)  # type: ignore[arg-type]
         if x.device.type == "cpu" and (parts := _parts(weights, x.dtype)) is not None:
             return ops.adapted_experts(x, routing_ids, combine, parts, activation)
     top_k = routing_ids.shape[1]
     flat = routing_ids.reshape(-1)
     order = flat.argsort(stable=True)  # (N k,) slots, all of expert 0 first
-    counts = torch.bincount(flat, minlength=n_experts(weights.gate))
+    counts = torch.bincount(flat, minlength=n_experts(weights.up))
     tokens = order // top_k
     rows, sorted_ids = x[tokens], flat[order]
-    gate = _biased(grouped_linear(rows, weights.gate, counts, tokens), weights.b_gate, sorted_ids)
     up = _biased(grouped_linear(rows, weights.up, counts, tokens), weights.b_up, sorted_ids)
-    hidden = ops.gated(gate, up, activation)
+    if weights.gate is None:
+        hidden = ops.activate(up, activation)
+    else:
+        gate = _biased(grouped_linear(rows, weights.gate, counts, tokens), weights.b_gate, sorted_ids)
+        hidden = ops.gated(gate, up, activation)
     y = _biased(grouped_linear(hidden, weights.down, counts, tokens), weights.b_down, sorted_ids)
     slots = torch.empty_like(y).index_copy(0, order, y).view(len(x), top_k, -1)
     return torch.bmm(combine.to(x.dtype)[:, None], slots).squeeze(1)
@@ -132,7 +138,7 @@ def _parts(weights: ExpertWeights, dtype: torch.dtype) -> dict[str, ops.AdaptedP
     Nor does it take packed weights that lie on another device than the host.
     """
     made: dict[str, ops.AdaptedPart] = {}
-    for name, weight in zip(("w_gate", "w_up", "w_down"), weights.matrices, strict=True):
+    for name, weight in weights.matrices.items():
         delta = weight.delta if isinstance(weight, Adapted) else None
         frozen = weight.frozen if isinstance(weight, Adapted) else weight
         stack: Any = frozen.stack() if isinstance(frozen, Quantised) else frozen
@@ -250,7 +256,7 @@ class Fuse(nn.Module):
 class MoE(nn.Module):
     """Router, experts and aggregate; parameters router.weight (E, D), w_gate and w_up (E, F, D), w_down (E, D, F)."""
 
-    w_gate: Weight
+    w_gate: Weight | None
     w_up: Weight
     w_down: Weight
     dispatch: ExpertDispatch
@@ -260,7 +266,7 @@ class MoE(nn.Module):
         super().__init__()
         self.spec = spec
         self.router = Router(d_model, spec)
-        self.w_gate = nn.Parameter(torch.empty(spec.n_experts, spec.d_ff, d_model))
+        self.w_gate = nn.Parameter(torch.empty(spec.n_experts, spec.d_ff, d_model)) if spec.gated else None
         self.w_up = nn.Parameter(torch.empty(spec.n_experts, spec.d_ff, d_model))
         self.w_down = nn.Parameter(torch.empty(spec.n_experts, d_model, spec.d_ff))
         n, f = spec.n_experts, spec.d_ff

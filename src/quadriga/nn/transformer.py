@@ -2,6 +2,7 @@
 
     block:  h = h + scale * [post_norm] mixer([norm] h)       attention, or a recurrent layer
             h = h + scale * [post_norm] ffn([norm] h)         ffn is one network or a mixture of experts
+                                                              (a layer may be one of the two lines alone)
 
 The post norms exist only where the config asks for them (Grok-1's sandwich). Nothing here knows sequences, caches or
 sampling: those live behind the ForwardContext. Parameter names and shapes are those of ``model.weight_map``.
@@ -24,6 +25,7 @@ from quadriga.model.config import (
     Mamba2Spec,
     ModelConfig,
     MoESpec,
+    NoMixer,
     ShortConvSpec,
 )
 from quadriga.model.weight_map import parameter_shapes
@@ -55,9 +57,9 @@ class Block(nn.Module):
     def __init__(self, d_model: int, spec: LayerSpec, layer: int) -> None:
         super().__init__()
         d = d_model
-        self.residual_scale = spec.residual_scale
-        self.attn_norm = Norm(d, spec.norm) if spec.pre_norms else nn.Identity()
-        # One of them, under the name that its parameters have.
+        self.residual_scale, self.mixes = spec.residual_scale, spec.mixes
+        self.attn_norm = Norm(d, spec.norm) if spec.pre_norms and spec.mixes else nn.Identity()
+        # One of them at most, under the name that its parameters have.
         self.attn: Attention | LatentAttention | None = None
         self.conv: ShortConv | None = None
         self.delta: DeltaNet | None = None
@@ -73,9 +75,11 @@ class Block(nn.Module):
                 self.delta = DeltaNet(d, delta, layer)
             case Mamba2Spec() as mamba:
                 self.mamba = Mamba2(d, mamba, layer)
-        self.ffn_norm = Norm(d, spec.norm) if spec.pre_norms else nn.Identity()
-        self.attn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
-        self.ffn_post_norm = Norm(d, spec.norm) if spec.post_norms else None
+            case NoMixer():
+                pass
+        self.ffn_norm = Norm(d, spec.norm) if spec.pre_norms and spec.feeds else nn.Identity()
+        self.attn_post_norm = Norm(d, spec.norm) if spec.post_norms and spec.mixes else None
+        self.ffn_post_norm = Norm(d, spec.norm) if spec.post_norms and spec.feeds else None
         self.ffn = FeedForward(d, spec.ffn) if isinstance(spec.ffn, DenseSpec) else None
         self.moe = MoE(d, spec.ffn, spec.norm) if isinstance(spec.ffn, MoESpec) else None
         self.scale: Tensor | None
@@ -83,14 +87,16 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, context: ForwardContext, rotations: Rotations) -> tuple[Tensor, RouterStats | None]:
         """h (N, D) -> (h (N, D), this layer's routing or None)."""
-        h = self.added(h, self.mixed(self.attn_norm(h), context, rotations), self.attn_post_norm)
+        if self.mixes:
+            h = self.added(h, self.mixed(self.attn_norm(h), context, rotations), self.attn_post_norm)
         m = self.ffn_norm(h)
         stats = None
         if self.moe is not None:
             f, stats = self.moe(m, h)
-        else:
-            assert self.ffn is not None, "a block has one feed-forward or experts"
+        elif self.ffn is not None:
             f = self.ffn(m)
+        else:
+            return h, None
         return self.scaled(self.added(h, f, self.ffn_post_norm)), stats
 
     def mixed(self, x: Tensor, context: ForwardContext, rotations: Rotations) -> Tensor:

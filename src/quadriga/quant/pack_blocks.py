@@ -122,6 +122,23 @@ def _pack_q4_1(x: Floats, weight: Floats, search: Search) -> Bytes:
     return np.concatenate((as_half(d), as_half(low), _nibble_runs(_bytes(found.q), 16)), axis=1)
 
 
+def _five_bits(q: NDArray[np.uint8]) -> tuple[Bytes, Bytes]:
+    """(n, 32) below 32 -> their fifth bits (n, 4), the first lowest; their nibbles (n, 16)."""
+    return np.packbits(q >> _4, axis=1, bitorder="little"), _nibble_runs(q & _15, 16)
+
+
+def _pack_q5_0(x: Floats, weight: Floats, search: Search) -> Bytes:
+    found = search.symmetric(_cut(x, 32), _cut(weight, 32), _whole(-16, 15), -1, 0)
+    q = _bytes(found.values + 16)
+    return np.concatenate((as_half(found.d * found.scales), *_five_bits(q)), axis=1)
+
+
+def _pack_q5_1(x: Floats, weight: Floats, search: Search) -> Bytes:
+    found = search.affine(_cut(x, 32), _cut(weight, 32), 31, 1)
+    d, low = found.d * found.scales, -found.m * found.minima
+    return np.concatenate((as_half(d), as_half(low), *_five_bits(_bytes(found.q))), axis=1)
+
+
 def _pack_mxfp4(x: Floats, weight: Floats, _: Search) -> Bytes:
     """The power of two that the largest number asks for, or a neighbour of it: whichever leaves the smallest error."""
     _, exponent = np.frexp(np.abs(x).max(axis=1, keepdims=True))
@@ -146,6 +163,8 @@ PACK: dict[str, Callable[[Floats, Floats, Search], Bytes]] = {
     "q4_k": _pack_q4_k,
     "q5_k": _pack_q5_k,
     "q6_k": _pack_q6_k,
+    "q5_0": _pack_q5_0,
+    "q5_1": _pack_q5_1,
     "iq4_nl": _pack_iq4_nl,
     "iq4_xs": _pack_iq4_xs,
     "mxfp4": _pack_mxfp4,

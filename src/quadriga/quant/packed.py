@@ -10,6 +10,7 @@ whole groups, so any shape can be packed. The sizes are stated there too; ``test
     q4m       with a minimum:                               w = d q + m,    q in 0..15        5 bits
     mx4       as q4, of MXFP4's numbers:                    w = d k,        k in 0 1 2 3 4 6 8 12, +-   4.5 bits
     iq4nl     as q4, of IQ4_NL's sixteen uneven numbers                                                 4.5 bits
+    q5, q5m   as q4 and q4m, of five bits: d (q - 16) and d q + m, q in 0..31           5.5 and 6 bits
     q2k, q3k, q4k, q5k, q6k, iq4xs   GGUF's blocks of 256 columns of these names, a byte for each scale and minimum:
                                                                        2.625, 3.625, 4.625, 5.625, 6.625, 4.375 bits
 
@@ -55,6 +56,8 @@ PACKED: dict[str, PackedFormat] = {
         PackedFormat("q4m", 64, 640),
         PackedFormat("mx4", 64, 576),
         PackedFormat("iq4nl", 64, 576),
+        PackedFormat("q5", 64, 704),
+        PackedFormat("q5m", 64, 768),
         PackedFormat("q2k", 256, 1344),
         PackedFormat("q3k", 256, 1856),
         PackedFormat("q4k", 256, 2368),
@@ -65,7 +68,8 @@ PACKED: dict[str, PackedFormat] = {
 }
 
 OF_BLOCKS = {
-    "iq4nl": "iq4_nl", "q2k": "q2_k", "q3k": "q3_k", "q4k": "q4_k", "q5k": "q5_k", "q6k": "q6_k", "iq4xs": "iq4_xs",
+    "iq4nl": "iq4_nl", "q5": "q5_0", "q5m": "q5_1",
+    "q2k": "q2_k", "q3k": "q3_k", "q4k": "q4_k", "q5k": "q5_k", "q6k": "q6_k", "iq4xs": "iq4_xs",
 }  # fmt: skip
 """Packed formats that are made of a file's blocks only: numbers become such blocks first (``quant.codec.quantize``)."""
 

@@ -34,6 +34,7 @@ from quadriga.model.config import (
     LayerSpec,
     Mamba2Spec,
     ModelConfig,
+    NoMixer,
     ShortConvSpec,
 )
 from quadriga.model.rank_share import RankShare
@@ -158,8 +159,9 @@ class CompiledModel:
         self._multiplied = (activations, small)  # what decides how quantised matrices are multiplied
         self.cache = cache or one_group(config.n_layers)
         shares = place_bytes(config, self.cache, kv_format)
-        self._kv = [allocate(n_blocks * n_bytes) if n_bytes else np.zeros(0, np.uint8) for n_bytes in shares]
-        self.kv_bytes = sum(kv.nbytes for kv in self._kv)
+        # A block of all layers, then the next: what is written lies together, in few of the huge pages.
+        self._kv = allocate(n_blocks * sum(shares)).reshape(n_blocks, sum(shares))
+        self.kv_bytes = self._kv.nbytes
         self.n_slots = (n_slots or n_blocks) if config.is_recurrent else 0
         self._states: dict[int, Floats] = {}
         for i, spec in enumerate(config.layers):
@@ -170,9 +172,8 @@ class CompiledModel:
             config=config,
             parameters=parameters,
             cache=self.cache,
-            kv=self._kv,
+            kv=np.split(self._kv, np.cumsum(shares)[:-1], axis=1),
             kv_format=kv_format,
-            n_blocks=n_blocks,
             states=self._states,
             store=store,
             share=share,
@@ -194,7 +195,10 @@ class CompiledModel:
                     self.program.delta_net(layers.delta_net(layer, delta))
                 case Mamba2Spec() as mamba:
                     self.program.mamba2(layers.mamba2(layer, mamba))
-            self.program.ffn(layers.ffn(layer))
+                case NoMixer():
+                    pass
+            if config.layers[layer].feeds:
+                self.program.ffn(layers.ffn(layer))
         if share is None or share.place.last:
             head = layers.packed("embed.weight" if config.tied_embeddings else "lm_head.weight")
             bias = layers.vector("lm_head.bias") if config.head_bias else None
@@ -248,13 +252,12 @@ class CompiledModel:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """See :class:`Runner`."""
         source, target = (list(side) for side in zip(*pairs, strict=True))
-        for kv in self._kv:
-            blocks = kv.reshape(self.n_blocks, -1)
-            blocks[target] = blocks[source]
+        self._kv[target] = self._kv[source]
 
     def read_block(self, block: int) -> bytes:
         """What a block of the cache holds, of all layers."""
-        return b"".join(kv.reshape(self.n_blocks, -1)[block].tobytes() for kv in self._kv)
+        content: bytes = self._kv[block].tobytes()
+        return content
 
     def write_block(self, block: int, content: bytes) -> None:
         """Put back what :meth:`read_block` has read.
@@ -262,7 +265,7 @@ class CompiledModel:
         Raises:
             ConfigError: it is of another size.
         """
-        _fill([kv.reshape(self.n_blocks, -1)[block] for kv in self._kv], content, "block")
+        _fill([self._kv[block]], content, "block")
 
     def read_state(self, slot: int) -> bytes:
         """What a slot holds, of all recurrent layers."""
@@ -288,7 +291,7 @@ class CompiledModel:
             raise ConfigError("a prefix cache on disk needs all weights in memory; leave expert_memory out")
         digest = blake2b(digest_size=32)
         facts = (__version__, self.program.context.isa, self.kv_format, self._multiplied)
-        digest.update(repr((facts, self.config, self.cache, [kv.dtype.str for kv in self._kv])).encode())
+        digest.update(repr((facts, self.config, self.cache)).encode())
         digest.update(library_path().read_bytes())
         for name, parameter in sorted(self.parameters.items()):
             digest.update(name.encode())

@@ -61,9 +61,8 @@ class Layers:
     parameters: Mapping[str, Parameter]
     cache: CacheLayout
     kv: Sequence[NDArray[np.uint8]]
-    """Of each place in a block, all blocks."""
+    """Of each place in a block its bytes in all blocks, (n_blocks, bytes); rows need not lie next to each other."""
     kv_format: str
-    n_blocks: int
     states: Mapping[int, Floats]
     """Of each recurrent layer, (slots, numbers of a state)."""
     store: ExpertStore | None
@@ -156,7 +155,7 @@ class Layers:
             rotary_scale=1.0 if turning is None else turning.scale,
             alibi_slopes=slopes,
             kv=self.kv[self.cache.slots[layer]],
-            kv_stride=self.kv[self.cache.slots[layer]].nbytes // self.n_blocks,
+            kv_stride=self.kv[self.cache.slots[layer]].strides[0],
             cache_group=self.cache.groups[layer],
             kv_format=self.kv_format,
             qkv_bias=self.vector(p + "attn.wqkv.bias") if spec.qkv_bias else None,
@@ -188,7 +187,7 @@ class Layers:
     def ffn(self, layer: int) -> FFNArgs:
         shape, p = self.config.layers[layer], f"layers.{layer}."
         stream_scale = float(self.vector(p + "scale")[0]) if shape.scaled else 1.0
-        ffn, norm = shape.ffn, self.norm(p + "ffn_norm.weight", shape.norm) if shape.pre_norms else None
+        ffn, norm = shape.network, self.norm(p + "ffn_norm.weight", shape.norm) if shape.pre_norms else None
         post = self._post_norm(p + "ffn", shape)
         match ffn:
             case DenseSpec():
@@ -213,7 +212,7 @@ class Layers:
                     norm=norm,
                     post_norm=post,
                     router=self.packed(p + "moe.router.weight"),
-                    gate=self._experts(p + "moe.w_gate"),
+                    gate=self._experts(p + "moe.w_gate") if ffn.gated else None,
                     up=self._experts(p + "moe.w_up"),
                     down=self._experts(p + "moe.w_down"),
                     top_k=ffn.top_k,
@@ -261,7 +260,7 @@ class Layers:
             return None
         weight = self._vector_or_none(p + "shared_gate")
         return SharedArgs(
-            gate=self.packed(p + "shared.w_gate"),
+            gate=self.packed(p + "shared.w_gate") if ffn.shared.gated else None,
             up=self.packed(p + "shared.w_up"),
             down=self.packed(p + "shared.w_down"),
             activation=ffn.shared.activation,

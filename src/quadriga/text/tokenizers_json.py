@@ -47,24 +47,29 @@ class TokenizersVocabulary:
         model = spec["model"]
         merged = (beside or Declared()).merged(own, _ids_of(model).get, lambda text: _is_word(model, text), name)
         self.added, self.left_out = within_rows(merged, n_rows, name)
-        full = _with_ids({**spec, "truncation": None, "padding": None}, self.added, name)
-        self._full = _load(full, name)
+        self._full_spec, self._name = _with_ids({**spec, "truncation": None, "padding": None}, self.added, name), name
         control = [token for token in self.added if token.control]
-        self._plain_spec = _without(full, control)
+        self._plain_spec = _without(self._full_spec, control)
         self._plain = _load(self._plain_spec, name)
         self.special_ids = {token.content: token.id for token in control}
-        ids = set(self._full.get_vocab(with_added_tokens=True).values()) - _fillers(full)
+        self._control = {token.id: token.content for token in control}
+        ids = set(self._plain.get_vocab(with_added_tokens=True).values()) - _fillers(self._full_spec)
         if not ids:
             raise TokenizerError(f"{name} has an empty vocabulary")
         self.n_vocab = max(ids) + 1
         self.unused_ids = frozenset(range(self.n_vocab)) - ids
-        self._decoding = decoding_of(_written(self._full.decoder), name)
+        self._decoding = decoding_of(_written(self._plain.decoder), name)
         self.opening = self._decoding.opening
-        self._every = not _opens_once(_written(self._full.pre_tokenizer))
+        self._every = not _opens_once(_written(self._plain.pre_tokenizer))
         # The library would read an added token's letters as bytes too; a token for "éé" is "éé".
         words = _ids_of(spec["model"]) if isinstance(self._decoding, ByteLevel) else {}
         self._added = {t.id: t.content for t in self.added if t.control or (words and t.content not in words)}
-        _say_what_is_missing(full, name)
+        _say_what_is_missing(self._full_spec, name)
+
+    @cached_property
+    def _full(self) -> Any:
+        """The library's tokenizer with the control tokens: a chat does without, and building one takes long."""
+        return _load(self._full_spec, self._name)
 
     def encode(self, text: str, allow_special: bool) -> list[int]:
         """See Vocabulary."""
@@ -109,7 +114,8 @@ class TokenizersVocabulary:
 
     def token_id(self, text: str) -> int | None:
         """The id of a token by its text."""
-        token_id = self._full.token_to_id(text)
+        token_id = self.special_ids.get(text)
+        token_id = self._plain.token_to_id(text) if token_id is None else token_id
         return None if token_id is None or token_id in self.unused_ids else int(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -123,7 +129,9 @@ class TokenizersVocabulary:
         return self._decoding.first(self._token(token_id), opening)
 
     def _token(self, token_id: int) -> str:
-        token = None if token_id in self.unused_ids else self._full.id_to_token(token_id)
+        if token_id in self._control:
+            return self._control[token_id]
+        token = None if token_id in self.unused_ids else self._plain.id_to_token(token_id)
         if token is None:
             raise TokenizerError(f"token id {token_id} is one of the vocabulary's unused ids")
         return str(token)
@@ -227,7 +235,7 @@ def _without(spec: Mapping[str, Any], control: Sequence[AddedToken]) -> dict[str
         model["vocab"] = {names.get(text, text): i for text, i in vocab.items()}
         if model.get("unk_token") in names:
             model["unk_token"] = names[model["unk_token"]]
-        if "merges" in model:
+        if "merges" in model and _may_touch(model["merges"], names):
             model["merges"] = [merge for merge in model["merges"] if not _touches(merge, names)]
     elif isinstance(vocab, list):
         model["vocab"] = [[names.get(text, text), score] for text, score in vocab]
@@ -238,6 +246,12 @@ def _without(spec: Mapping[str, Any], control: Sequence[AddedToken]) -> dict[str
         for entry in spec["added_tokens"]
     ]
     return {**spec, "model": model, "added_tokens": added, "post_processor": None}
+
+
+def _may_touch(merges: Sequence[str | Sequence[str]], names: Iterable[str]) -> bool:
+    """False if no merge reads or makes one of these texts: a quick look that is nearly always enough."""
+    halves = "\n".join(merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge) for merge in merges)
+    return any(name in halves for name in names)
 
 
 def _touches(merge: str | Sequence[str], names: Mapping[str, str]) -> bool:

@@ -251,7 +251,10 @@ def text_examples(row: Mapping[str, Any], tokenizer: Tokenizer, seq_len: int, en
     Raises:
         BadRowError: the row has no text.
     """
-    ids = [*tokenizer.prefix_ids, *tokenizer.encode(text_of(row.get("text"), "text")), end_id]
+    text = text_of(row.get("text"), "text")
+    if not text.strip():
+        raise BadRowError("an empty text")
+    ids = [*tokenizer.prefix_ids, *tokenizer.encode(text), end_id]
     parts = [ids[start : start + seq_len + 1] for start in range(0, len(ids), seq_len)]
     return [Example(tuple(part[:-1]), tuple(part[1:])) for part in parts if len(part) > 1]
 

@@ -25,6 +25,7 @@ import msgspec
 
 from quadriga.errors import ConfigError
 from quadriga.train.data_config import DataConfig
+from quadriga.train.finite import refuse_not_finite
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -48,6 +49,23 @@ def _not_negative(section: str, **values: float) -> None:
     for name, value in values.items():
         ok = math.isfinite(value) and value >= 0
         _require(ok, f"{section}.{name} must be a finite number, 0 or above, got {value!r}")
+
+
+def _unused(section: msgspec.Struct, unused: bool, name: str, user: str) -> None:
+    """Refuse a key that would have no effect: ``user`` says what would use it."""
+    default = next(field.default for field in msgspec.structs.fields(type(section)) if field.name == name)
+    value = getattr(section, name)
+    where = type(section).__name__.removesuffix("Section").lower()
+    _require(not unused or value == default, f"{where}.{name} is used with {user} only, got {value!r}: leave it out")
+
+
+def require_run(run: str) -> None:
+    """Check the name of a run's folder.
+
+    Raises:
+        ConfigError: it is empty, which would be the current folder.
+    """
+    _require(bool(run.strip()), f"run must be the folder of the run, got {run!r}")
 
 
 class ModelSection(Section, frozen=True):
@@ -84,6 +102,7 @@ class ModelSection(Section, frozen=True):
             self.start is None or not given, f"model.start has its own sizes and kinds: leave out {', '.join(given)}"
         )
         _positive("model", init_std=self.init_std)
+        _positive("model", **{name: getattr(self, name) for name in SIZES if getattr(self, name) is not None})
 
 
 SIZES = (
@@ -106,8 +125,11 @@ class ScheduleSection(Section, frozen=True):
     """The final rate as a fraction of the peak rate."""
 
     def __post_init__(self) -> None:
+        _unused(self, self.kind != "wsd", "decay_share", "schedule.kind 'wsd'")
+        _unused(self, self.kind == "constant", "final_share", "schedule.kind 'cosine' and 'wsd'")
         _require(self.steps is None or self.steps > 0, f"schedule.steps must be at least 1, got {self.steps}")
-        _not_negative("schedule", warmup_steps=self.warmup_steps, final_share=self.final_share)
+        _not_negative("schedule", warmup_steps=self.warmup_steps)
+        _require(0 <= self.final_share <= 1, f"schedule.final_share must be within [0, 1], got {self.final_share}")
         _require(0 < self.decay_share <= 1, f"schedule.decay_share must be within (0, 1], got {self.decay_share}")
 
 
@@ -131,6 +153,9 @@ class OptimiserSection(Section, frozen=True):
         _positive("optimiser", learning_rate=self.learning_rate, muon_learning_rate=self.muon_learning_rate)
         _positive("optimiser", eps=self.eps)
         _not_negative("optimiser", weight_decay=self.weight_decay, clip_norm=self.clip_norm)
+        _unused(self, self.name != "muon", "muon_learning_rate", "optimiser.name 'muon'")
+        _unused(self, self.name != "muon", "momentum", "optimiser.name 'muon'")
+        _unused(self, self.name == "lion", "eps", "optimiser.name 'adamw' and 'muon'")
         for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
             _require(0 <= value < 1, f"optimiser.{name} must be within [0, 1), got {value}")
 
@@ -151,6 +176,7 @@ class RouterSection(Section, frozen=True):
     def __post_init__(self) -> None:
         _not_negative("router", balance_loss=self.balance_loss or 0.0, z_loss=self.z_loss, bias_rate=self.bias_rate)
         _require(0 <= self.bias_fade <= 1, f"router.bias_fade must be within [0, 1], got {self.bias_fade}")
+        _unused(self, not self.bias_rate, "bias_fade", "router.bias_rate above 0")
 
 
 class ParallelSection(Section, frozen=True):
@@ -256,6 +282,7 @@ class EvaluateSection(Section, frozen=True):
     def __post_init__(self) -> None:
         _not_negative("evaluate", every=self.every)
         _require(self.rows >= 1 and self.sample_tokens >= 1, "evaluate.rows and sample_tokens must be at least 1")
+        _require("" not in self.prompts, "evaluate.prompts must be texts to continue, got an empty one")
 
 
 class EmaSection(Section, frozen=True):
@@ -285,6 +312,9 @@ class RunConfig(Section, frozen=True):
     evaluate: EvaluateSection = EvaluateSection()
     ema: EmaSection = EmaSection()
 
+    def __post_init__(self) -> None:
+        require_run(self.run)
+
     @property
     def n_steps(self) -> int:
         """Optimiser steps of the run."""
@@ -307,8 +337,10 @@ def read_toml(path: Path, kind: type[T]) -> T:
 def parse_toml(raw: bytes, kind: type[T], name: str = "configuration") -> T:
     """Parse the bytes of a TOML file; see :func:`read_toml`. ``name`` is used in error messages."""
     try:
-        return msgspec.toml.decode(raw, type=kind)
-    except ConfigError as error:  # raised by a section's own checks
+        found = msgspec.toml.decode(raw, type=kind)
+        refuse_not_finite(msgspec.to_builtins(found))
+        return found
+    except ConfigError as error:  # raised by a section's own checks, or here
         raise ConfigError(f"{name}: {error}") from None
     except msgspec.ValidationError as error:
         raise ConfigError(f"{name}: {_explain(str(error), kind)}") from None

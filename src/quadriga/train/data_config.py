@@ -116,6 +116,8 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError("data.stages must have at least one stage")
         if self.prefetch < 0:
             raise ConfigError(f"data.prefetch must be 0 or above, got {self.prefetch}")
+        if self.max_epochs is not None and not self.max_epochs > 0:
+            raise ConfigError(f"data.max_epochs must be above 0, got {self.max_epochs}")
         if self.unit_tokens < 1:
             raise ConfigError(f"data.unit_tokens must be at least 1, got {self.unit_tokens}")
         for stage in self.stages:

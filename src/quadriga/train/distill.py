@@ -225,14 +225,18 @@ def _others(logps: Tensor) -> Tensor:
     return left
 
 
+def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
+    """True if every id stands for the same bytes in both."""
+    return one.n_vocab == other.n_vocab and all(one.token_bytes(i) == other.token_bytes(i) for i in range(one.n_vocab))
+
+
 def require_same_vocabulary(student: Tokenizer, teacher: Tokenizer, name: str) -> None:
     """A token must mean the same to both.
 
     Raises:
         ConfigError: it does not.
     """
-    same = student.n_vocab == teacher.n_vocab and student.special_ids == teacher.special_ids
-    if not same or any(student.token_bytes(i) != teacher.token_bytes(i) for i in range(student.n_vocab)):
+    if student.special_ids != teacher.special_ids or not same_ids(student, teacher):
         raise ConfigError(
             f"distill.teacher must have the vocabulary of the model: {name} has another one ({teacher.n_vocab} tokens, "
             f"the model {student.n_vocab}). Take a teacher of the same family"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def spread(moe: MoE, mesh: DeviceMesh) -> None:
     """Leave each rank of a one-dimensional mesh its own consecutive experts of a layer, in place."""
-    for name in ("w_gate", "w_up", "w_down"):
+    for name in ("w_gate", "w_up", "w_down") if moe.spec.gated else ("w_up", "w_down"):
         for owner, part in _held(moe, name):
             value = getattr(owner, part)
             if isinstance(value, Quantised):
@@ -86,9 +86,9 @@ class AllToAllExperts:
     ) -> Tensor:
         """Compute the experts' weighted sum as in ``ExpertDispatch``; ``weights`` are this rank's (E / size, ...)."""
         assert weights.b_up is None, "the layout of ranks refuses experts with biases"
-        gate, up, down = (_own(weight) for weight in weights.matrices)
-        local = ExpertWeights(gate, up, down)
-        own = n_experts(local.gate)
+        gate = None if weights.gate is None else _own(weights.gate)
+        local = ExpertWeights(gate, _own(weights.up), _own(weights.down))
+        own = n_experts(local.up)
         n_tokens, top_k = routing_ids.shape
         flat = routing_ids.reshape(-1)
         order = flat.argsort(stable=True)

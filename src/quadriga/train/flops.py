@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quadriga.model import cost
-from quadriga.model.config import AttentionSpec, ModelConfig
+from quadriga.model.config import AttentionSpec, ModelConfig, NoMixer
 from quadriga.train.batch import TrainingBatch
 
 
@@ -19,6 +19,8 @@ def flops_of(config: ModelConfig, active: int, batches: Sequence[TrainingBatch])
     n_tokens = sum(lengths)
     attention = 0.0
     for layer, n in config.kinds().items():
+        if isinstance(layer.mixer, NoMixer):
+            continue
         if not isinstance(layer.mixer, AttentionSpec):
             attention += n * n_tokens * float(cost.step_flops(layer.mixer))
             continue

@@ -31,6 +31,7 @@ from quadriga.model import families
 from quadriga.model.config import ModelConfig, MoESpec, RopeSpec, uniform
 from quadriga.model.weight_map import Box, parameter_shapes
 from quadriga.nn.load import load_parameters
+from quadriga.text.tokenizer import Tokenizer
 from quadriga.train.config import ModelSection
 from quadriga.train.corpus.words import mix
 
@@ -59,7 +60,7 @@ def model_config(section: ModelSection, n_vocab: int, end_ids: tuple[int, ...] =
     layer = base.only_layer("a model made from a preset")
     attention = layer.attention
     n_heads = section.n_heads or attention.n_heads
-    ffn = replace(layer.ffn, d_ff=section.d_ff or layer.ffn.d_ff * d_model // base.d_model)
+    ffn = replace(layer.network, d_ff=section.d_ff or layer.network.d_ff * d_model // base.d_model)
     if isinstance(ffn, MoESpec):
         ffn = replace(
             ffn,
@@ -157,6 +158,10 @@ class StoredWeights:
     def parameters(self) -> dict[str, Tensor]:
         """All of them: name -> tensor."""
         return load_parameters(self._checkpoint, dtype=torch.float32)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer, if it has one."""
+        return self._checkpoint.load_tokenizer(catalogue.cl100k_ranks)
 
     def close(self) -> None:
         """Close the checkpoint's files."""

@@ -10,12 +10,15 @@ A resumed run removes the lines of steps that it will run again, so each step oc
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quadriga.train.held_out import HeldOut
 from quadriga.train.trainer import StepReport
+
+_logger = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 
@@ -36,8 +39,10 @@ class MetricsFile:
     ) -> None:
         self.path = folder / FILE
         self.peak_flops, self.learning_rate, self.routing_every = peak_flops, learning_rate, routing_every
+        self._waiting = b""
+        self._failing = False
         self._keep_before(step)
-        self._file = self.path.open("a")
+        self._file = self.path.open("ab", buffering=0)
 
     def _keep_before(self, step: int) -> None:
         kept = [line for line in read(self.path) if _number(line) < step]
@@ -82,16 +87,30 @@ class MetricsFile:
         self._file.close()
         events = [line for line in read(self.path) if "event" in line and _number(line) >= step]
         self._keep_before(step)
-        self._file = self.path.open("a")
+        self._file = self.path.open("ab", buffering=0)
         for line in events:
             self._write({**line, "step": step})
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        """Write what could not be written so far too; a full disk does not end the run, whose saves say more of it."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                _logger.warning("%s cannot be written, is tried again at the next step: %s", self.path, error.strerror)
+            self._failing = True
 
     def close(self) -> None:
         """Close the file."""
+        self._write_waiting()
+        if self._waiting:
+            _logger.warning("%d lines are missing from %s", self._waiting.count(b"\n"), self.path)
         self._file.close()
 
 

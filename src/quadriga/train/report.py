@@ -7,12 +7,15 @@ averaged to at most 400 points and heatmaps to 120 columns.
 from __future__ import annotations
 
 import html
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from quadriga.train.metrics import FILE, read
+
+_logger = logging.getLogger(__name__)
 
 _POINTS = 400
 _COLUMNS = 120
@@ -37,11 +40,15 @@ Series = tuple[str, list[tuple[float, float]]]
 
 
 def write(folder: Path) -> Path:
-    """Write FOLDER/report.html from FOLDER/metrics.jsonl; returns its path."""
+    """Write FOLDER/report.html from FOLDER/metrics.jsonl; returns its path. A full disk is a warning."""
     place = folder / "report.html"
     temporary = place.with_suffix(".tmp")
-    temporary.write_text(render(read(folder / FILE), folder.resolve().name))
-    temporary.replace(place)
+    page = render(read(folder / FILE), folder.resolve().name)
+    try:
+        temporary.write_text(page)
+        temporary.replace(place)
+    except OSError as error:
+        _logger.warning("%s cannot be written: %s", place, error.strerror)
     return place
 
 
@@ -104,7 +111,7 @@ def _held_out(evaluations: Sequence[dict[str, Any]], key: str) -> list[Series]:
     found: dict[str, list[tuple[float, float]]] = {}
     for line in evaluations:
         for domain, entry in sorted(line["held_out"].items()):
-            if key in entry:
+            if key in entry and math.isfinite(entry[key]):
                 found.setdefault(domain, []).append((line["step"], entry[key]))
     return list(found.items())
 

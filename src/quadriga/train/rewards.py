@@ -16,6 +16,7 @@ is handed in (``train.services``).
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,10 +72,20 @@ def reward_of(
                     f"the reward {section.kind} must give a number for each of {len(attempts)} answers, gave "
                     f"{len(found)}"
                 )
+            bad = next((one for one in found if not _is_number(one)), None)
+            if bad is not None:
+                raise TrainingError(f"the reward {section.kind} must give finite numbers, gave {bad!r:.60}")
             sums = [a + section.weight * float(b) for a, b in zip(sums, found, strict=True)]
         return sums
 
     return total
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and math.isfinite(value)
+    except (TypeError, ValueError):
+        return False
 
 
 def _reward(
@@ -118,14 +129,20 @@ def _last_number(text: str) -> float | None:
 def _regex(section: RewardSection) -> Reward:
     def reward(attempts: Sequence[Attempt]) -> list[float]:
         patterns = [section.pattern if section.column is None else _of(one, section.column) for one in attempts]
-        return [float(re.search(p or "", one.answer) is not None) for p, one in zip(patterns, attempts, strict=True)]
+        return [
+            float(_compiled(p or "").search(one.answer) is not None) for p, one in zip(patterns, attempts, strict=True)
+        ]
 
     if section.pattern is not None:
-        try:
-            re.compile(section.pattern)
-        except re.error as error:
-            raise ConfigError(f"the pattern {section.pattern!r} of a regex reward cannot be read: {error}") from None
+        _compiled(section.pattern)
     return reward
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"the pattern {pattern!r} of a regex reward cannot be read: {error}") from None
 
 
 def _of(attempt: Attempt, column: str) -> str:
@@ -215,7 +232,16 @@ def _judge(section: RewardSection, services: Services) -> Reward:
 def _function(name: str) -> Reward:
     module, _, function = name.partition(":")
     try:
-        found: Reward = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"the reward's function {name!r} cannot be imported: {error}") from None
-    return found
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # importing runs the module, which may raise anything
+        raise ConfigError(f"the reward's function {name!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"the reward's function {name!r} must be a function, got {found!r:.60}")
+
+    def reward(attempts: Sequence[Attempt]) -> list[float]:
+        try:
+            return list(found(attempts))
+        except Exception as error:
+            raise TrainingError(f"the reward's function {name!r} raised {type(error).__name__}: {error}") from error
+
+    return reward

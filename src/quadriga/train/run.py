@@ -29,6 +29,7 @@ from quadriga.nn.transformer import Transformer
 from quadriga.text.tokenizer import Tokenizer, load_directory
 from quadriga.train import report
 from quadriga.train.config import RunConfig
+from quadriga.train.distill import same_ids
 from quadriga.train.held_out import HeldOutLoss, held_out_losses, samples
 from quadriga.train.initialise import NewWeights, StoredWeights, model_config
 from quadriga.train.loader import HeldOutSource, Prefetcher, open_corpora, open_held_out, open_source
@@ -104,7 +105,7 @@ def _train(
         )
     source = Prefetcher(corpora, config.data.prefetch)
     tokenizer = corpus_tokenizer(config)
-    architecture, weights = _weights(config)
+    architecture, weights = _weights(config, tokenizer)
     longest = max(stage.seq_len for stage in config.data.stages)
     if longest > architecture.max_seq_len:
         raise ConfigError(
@@ -187,9 +188,17 @@ def corpus_tokenizer(config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def _weights(config: RunConfig) -> tuple[ModelConfig, NewWeights | StoredWeights]:
+def _weights(config: RunConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, NewWeights | StoredWeights]:
     if config.model.start is not None:
         stored = StoredWeights(config.model.start)
+        its = stored.tokenizer()
+        fits = tokenizer.n_vocab <= stored.config.vocab_size if its is None else same_ids(tokenizer, its)
+        if not fits:
+            stored.close()
+            raise ConfigError(
+                f"the corpora must be tokenised with the vocabulary of model.start, {config.model.start}; theirs is "
+                f"another one, of {tokenizer.n_vocab} tokens. Prepare them again with `--tokenizer` and its tokenizer"
+            )
         return stored.config, stored
     vocabulary = open_corpora(config.data.corpora)[0].manifest.tokenizer
     architecture = model_config(config.model, vocabulary.n_vocab, (vocabulary.end_id,))

@@ -155,6 +155,7 @@ class Trainer:
         self.tokens_seen = 0
         self.skipped_steps: set[int] = set()
         self._rollbacks = 0
+        self._may_change = False
         self._saved = -1
         self._active = cost.n_params(model.config).active_without_input
 
@@ -206,6 +207,7 @@ class Trainer:
             ConfigError: the data changed, or a stage that had begun, or settings without ``allow_change``.
         """
         self.saver.finish()
+        self._may_change = allow_change
         found = newest(self.run, self.world)
         if found is None:
             return False
@@ -305,7 +307,7 @@ class Trainer:
         """Run one optimiser step. Returns True if any rank wants to stop."""
         started = time.perf_counter()
         step = self.step
-        torch.manual_seed((self.settings.seed * 1_000_003 + step) * 65_537 + self.world.rank)
+        torch.manual_seed(((self.settings.seed * 1_000_003 + step) * 65_537 + self.world.rank) % 2**63)
         batches = self.batches(step)
         own = sum(b.target_weight() for b in batches) if self.layout.stage.first else 0.0
         own_weight = torch.tensor(own, dtype=torch.float64).to(self.world.device)
@@ -419,7 +421,7 @@ class Trainer:
             raise TrainingError(f"step {step}: {verdict}, after {self._rollbacks} rollbacks. Lower the learning rate.")
         self._clear_gradients()
         self._check_save()
-        if not self.resume():
+        if not self.resume(allow_change=self._may_change):
             raise TrainingError(f"step {step}: {verdict}, and there is no checkpoint to roll back to")
         self.skipped_steps.add(step)
         for listener in self.listeners:

@@ -122,6 +122,7 @@ def _tune(
         if tokenizer is None:
             raise ConfigError(f"tuning needs a model with a tokenizer; {config.model} has none")
         rows = read_data(config, tokenizer)
+        _refuse_too_long(config, rows, checkpoint.config.max_seq_len)
         tuned = build_model(config, checkpoint, world)
         parts = _Parts(config, tuned, rows, tokenizer, world)
         trainer = parts.trainer(run, checkpoint, services)
@@ -132,6 +133,9 @@ def _tune(
         trainer.resume(allow_change=allow_change)
     watchers = _watchers(config, run, trainer, peak_flops(config.parallel.dtype, world))
     trainer.listen(watchers)
+    if config.evaluate.every and not (rows.held_out or rows.questions):
+        for watcher in watchers:
+            watcher.on_event(trainer.step, "warning: nothing is held out: fewer rows than data.held_out_every")
     evaluate = parts.evaluation(watchers)
     if config.evaluate.every and evaluate is not None:
         trainer.evaluate, trainer.evaluate_every = evaluate, config.evaluate.every
@@ -142,6 +146,22 @@ def _tune(
     done = _train(config, run, trainer, watchers, stop)
     result = _write(run, config, trainer, tuned.spec, files) if done else None
     return Tuned(done, trainer.step, trainer.settings.n_steps, result, str(rows.rejects))
+
+
+def _refuse_too_long(config: TuneConfig, rows: TuneRows, most: int) -> None:
+    """Refuse documents beyond the positions that a model was made for.
+
+    Args:
+        most: the model's ``max_seq_len``.
+    """
+    longest = config.data.seq_len
+    if config.objective == "grpo":
+        longest = max(map(len, rows.problems)) + config.grpo.max_new_tokens
+        what = "the longest question and grpo.max_new_tokens together"
+    else:
+        what = "data.seq_len"
+    if longest > most:
+        raise ConfigError(f"{what} must be at most the model's {most} positions, got {longest}")
 
 
 @dataclass(frozen=True)
@@ -207,7 +227,7 @@ class _Parts:
             for watcher in watchers:
                 watcher.on_evaluation(trainer.step, found, said)
 
-        return evaluate if rows.held_out or rows.questions else None
+        return evaluate if rows.held_out or rows.questions or self.config.evaluate.prompts else None
 
     def _objective(self, checkpoint: Checkpoint) -> Objective:
         config = self.config

@@ -27,6 +27,7 @@ from quadriga.train.config import (
     RouterSection,
     ScheduleSection,
     Section,
+    require_run,
 )
 
 Objectives = Literal["sft", "text", "distill", "dpo", "orpo", "grpo"]
@@ -78,6 +79,12 @@ class TuneData(Section, frozen=True):
         for name in ("seq_len", "rows", "epochs", "held_out_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+        if self.held_out_every == 1 and not self.held_out:
+            raise ConfigError("data.held_out_every must be at least 2: with 1 no row would be left to train on")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ConfigError(f"data.max_rows must be at least 1, got {self.max_rows}; leave it out to read all")
+        if self.max_bad_rows < 0:
+            raise ConfigError(f"data.max_bad_rows must be 0 or above, got {self.max_bad_rows}")
 
 
 class PreferenceSection(Section, frozen=True):
@@ -87,6 +94,13 @@ class PreferenceSection(Section, frozen=True):
     """dpo: how strongly the model is kept close to the reference."""
     odds_weight: float = 0.1
     """orpo: weight of the odds-ratio term beside the chosen answer's loss."""
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0 or not self.odds_weight >= 0:
+            raise ConfigError(
+                "preference.beta must be above 0 and preference.odds_weight 0 or above; got "
+                f"{self.beta:g} and {self.odds_weight:g}"
+            )
 
 
 _JUDGE = (
@@ -139,6 +153,8 @@ class RewardSection(Section, frozen=True):
         unused = [name for name in given if name not in (*one_of, *others)]
         if unused:
             raise ConfigError(f"a reward of the kind {self.kind!r} has no use for {', '.join(unused)}: leave it out")
+        if not self.timeout_s > 0:
+            raise ConfigError(f"grpo.rewards.timeout_s must be above 0, got {self.timeout_s:g}")
         if one_of and sum(name in given for name in one_of) != 1:
             raise ConfigError(f"a reward of the kind {self.kind!r} needs {' or '.join(one_of)}")
         if self.kind == "judge" and self.model is None:
@@ -178,7 +194,7 @@ class GrpoSection(Section, frozen=True):
                 "grpo needs updates >= 1, clip within (0, 1) and clip_high above 0; got "
                 f"{self.updates}, {self.clip:g}, {self.clip_high}"
             )
-        if self.kl_weight < 0:
+        if not self.kl_weight >= 0:
             raise ConfigError(f"grpo.kl_weight must be 0 or above, got {self.kl_weight:g}")
         if not self.rewards:
             raise ConfigError("grpo.rewards must have at least one reward, e.g. kind = 'number'")
@@ -236,6 +252,7 @@ class TuneConfig(Section, frozen=True):
     ema: EmaSection = EmaSection()
 
     def __post_init__(self) -> None:
+        require_run(self.run)
         router = self.router
         given = {"balance_loss": router.balance_loss, "z_loss": router.z_loss, "bias_rate": router.bias_rate}
         used = self.objective in ("sft", "text")
@@ -260,8 +277,27 @@ class TuneConfig(Section, frozen=True):
                     f"{name} must be a multiple of grpo.updates, since a run is saved between samplings: got {steps} "
                     f"and {updates}"
                 )
+        self._refuse_unused()
         if router.bias_rate and not router.bias_fade:
             raise ConfigError(
                 "router.bias_fade must be above 0 with bias_rate: no checkpoint format can store the bias, so the "
                 "model that is written would not be the one that was tuned"
             )
+
+    def _refuse_unused(self) -> None:
+        """Refuse what the objective would leave without effect."""
+        goal, data = self.objective, self.data
+        for given, users, name in (
+            (self.grpo != GrpoSection(), ("grpo",), "[grpo]"),
+            (self.distill != DistillSection(), ("distill",), "[distill]"),
+            (self.preference.beta != PreferenceSection().beta, ("dpo",), "preference.beta"),
+            (self.preference.odds_weight != PreferenceSection().odds_weight, ("orpo",), "preference.odds_weight"),
+            (data.template is not None, ("sft", "distill", "dpo", "orpo", "grpo"), "data.template"),
+            (data.label is not None, ("sft", "text", "distill", "dpo", "orpo"), "data.label"),
+            (bool(self.evaluate.prompts), ("sft", "text", "distill", "dpo", "orpo"), "evaluate.prompts"),
+        ):
+            if given and goal not in users:
+                raise ConfigError(
+                    f"{name} is used with objective {' and '.join(map(repr, users))} only; this run's is {goal!r}: "
+                    "leave it out"
+                )

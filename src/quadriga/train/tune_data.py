@@ -45,6 +45,8 @@ def read_data(config: TuneConfig, tokenizer: Tokenizer) -> TuneRows:
         return _questions(config, tokenizer, rejects)
     names, make, weigh = _maker(config, tokenizer)
     train, test = _split(config, make, rejects)
+    if not train:
+        raise CorpusError(f"no row to train on is left: {len(test)} are held out, every {data.held_out_every}-th")
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
 
     def packed(some: Sequence[tuple[Example, ...]], rows: int) -> ExampleSource:

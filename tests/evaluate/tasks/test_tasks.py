@@ -21,7 +21,6 @@ from quadriga.evaluate.tasks.gauntlet import (
     items_of,
     normalised,
     own_task,
-    row_format,
 )
 from quadriga.evaluate.tasks.generated import (
     code_of,
@@ -31,6 +30,7 @@ from quadriga.evaluate.tasks.generated import (
     needle_prompt,
     wikitext_articles,
 )
+from quadriga.evaluate.tasks.row_formats import row_format
 from tests.evaluate.fakes import RuleModel
 from tests.paths import data
 
@@ -251,8 +251,8 @@ def test_prompts_of_the_gauntlets_row_formats() -> None:
     thinking = items_of([{"context": "q", "answer": "7", "chain_of_thought": "3+4"}], 0, layout)[0]
     assert isinstance(thinking, AnswerItem)
     assert [thinking.grade(a)["acc"] for a in ("3+4. The answer is 7.", "8. The answer is 9", "7")] == [1.0, 0.0, 1.0]
-    with pytest.raises(EvaluationError, match="row 1 must be a choice row"):
-        items_of([{"query": "q", "choices": ["x"], "gold": 5}], 0, Layout())
+    with pytest.raises(EvaluationError, match="row 2 must be a choice row with query"):
+        items_of([rows[0], {"choices": ["x", "y"], "gold": 1}], 0, Layout())
     with pytest.raises(EvaluationError, match="at least one question"):
         items_of([], 0, Layout())
 

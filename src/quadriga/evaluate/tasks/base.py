@@ -99,5 +99,11 @@ class Shots:
             return self._random.sample(pool, self._n)
         drawn = [one for one in self._random.sample(pool, self._n + 1) if one != without][: self._n]
         if len(drawn) < self._n:  # the question is in the pool more than once
-            drawn = self._random.sample([one for one in pool if one != without], self._n)
+            others = [one for one in pool if one != without]
+            if len(others) < self._n:
+                raise EvaluationError(
+                    f"{self._n} shots need as many other questions, but only {len(others)} of {len(pool)} differ from "
+                    "the one that is asked: lower --shots"
+                )
+            drawn = self._random.sample(others, self._n)
         return drawn

@@ -6,13 +6,12 @@
 A category with a task that was not run has no score, and the missing task is named: a mean over fewer tasks would be a
 different figure under the same name.
 
-There are four row formats (:func:`row_format`), also for users' own JSONL files: multiple choice
-{query, choices, gold}, schema {context_options, continuation, gold}, language modelling {context, continuation},
-questions {context, answer, aliases}.
+Rows have one of four formats (``tasks.row_formats``), users' own JSONL files too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -23,30 +22,9 @@ from quadriga.errors import EvaluationError
 from quadriga.evaluate.data import Data, Row, read_rows
 from quadriga.evaluate.items import AnswerItem, ChoiceItem, ClozeItem, Item, Scores
 from quadriga.evaluate.tasks.base import Shots, Task
+from quadriga.evaluate.tasks.row_formats import checked_row, row_format
 
 _COT = "The answer is "
-
-
-def row_format(row: Row) -> str:
-    """Which of the four formats a row has: choice, schema, cloze or question.
-
-    Raises:
-        EvaluationError: none of them.
-    """
-    keys = row.keys()
-    for format_name, needed in _FORMATS.items():
-        if needed <= keys:
-            return format_name
-    wanted = "; ".join(f"{format_name}: {', '.join(sorted(needed))}" for format_name, needed in _FORMATS.items())
-    raise EvaluationError(f"a row must have the keys of one of these formats ({wanted}); got {', '.join(keys)}")
-
-
-_FORMATS = {
-    "schema": {"context_options", "continuation", "gold"},
-    "choice": {"query", "choices", "gold"},
-    "question": {"context", "answer"},
-    "cloze": {"context", "continuation"},
-}
 
 
 @dataclass(frozen=True)
@@ -67,20 +45,18 @@ def items_of(
     """Turn rows of one format into items; shots are drawn from ``pool``, else from the same rows, never the question.
 
     Raises:
-        EvaluationError: no rows, or a row that is malformed or has another format.
+        EvaluationError: no rows, too few for the shots, or a row that is malformed or has another format.
     """
     if not rows:
         raise EvaluationError("a task needs at least one question, got a file without rows")
     format_name, draw, items = row_format(rows[0]), Shots(shots), list[Item]()
-    for number, row in enumerate(rows, 1):
-        try:
-            examples = draw.draw(rows, row) if pool is None else draw.draw(pool)
-            before = "".join(_solved(one, format_name, layout) + layout.example for one in examples)
-            items.append(_ITEM[format_name](before, row, layout, group or str(row.get("category", ""))))
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            raise EvaluationError(
-                f"row {number} must be a {format_name} row: {type(error).__name__}: {error}"
-            ) from None
+    rows = [checked_row(row, format_name, f"row {number}") for number, row in enumerate(rows, 1)]
+    if pool is not None:
+        pool = [checked_row(row, format_name, f"row {number} of the pool") for number, row in enumerate(pool, 1)]
+    for row in rows:
+        examples = draw.draw(rows, row) if pool is None else draw.draw(pool)
+        before = "".join(_solved(one, format_name, layout) + layout.example for one in examples)
+        items.append(_ITEM[format_name](before, row, layout, group or row.get("category", "")))
     return items
 
 
@@ -103,8 +79,6 @@ def _solved(row: Row, format_name: str, layout: Layout) -> str:
 def _choice(before: str, row: Row, layout: Layout, group: str) -> Item:
     context = f"{before}{layout.question}{row['query'].rstrip(' ')}"
     choices = tuple(row["choices"])
-    if not isinstance(row["gold"], int) or not 0 <= row["gold"] < len(choices):
-        raise ValueError(f"gold must be the index of a choice (0 to {len(choices) - 1}), got {row['gold']!r}")
     pairs = tuple((context, f"{layout.answer}{choice}") for choice in choices)
     return ChoiceItem(pairs=pairs, gold=row["gold"], texts=choices, group=group)
 
@@ -143,8 +117,7 @@ def _starts_with(accepted: Sequence[str], *, thinks: bool) -> Callable[[str], Sc
             answer = answer.split(_COT, 1)[1] if _COT in answer else answer
             right = any(answer.strip().lower().startswith(one.strip().lower()) for one in accepted)
         else:
-            plain = normalised(answer)
-            right = any(plain.startswith(normalised(one)) for one in accepted if normalised(one))
+            right = any(_normalised(answer, like=one).startswith(_normalised(one, like=one)) for one in accepted)
         return {"acc": float(right)}
 
     return grade
@@ -156,10 +129,21 @@ def normalised(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
+def _normalised(text: str, *, like: str) -> str:
+    """As ``normalised``, unless that leaves nothing of ``like`` ("+", "A"): then without case and outer spaces."""
+    return normalised(text) if normalised(like) else text.strip().lower()
+
+
 def own_task(path: Path) -> Task:
     """A task from a user's JSONL file, in any language and any of the four row formats."""
     rows = read_rows(path)
     format_name = row_format(rows[0]) if rows else "choice"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def build(data: Data, shots: int) -> list[Item]:
+        data.used[path.name] = digest
+        return items_of(rows, shots, Layout())
+
     return Task(
         name=path.name,
         version=1,
@@ -167,10 +151,11 @@ def own_task(path: Path) -> Task:
         protocol=f"{path.name}, row format {format_name}, as it is; shots from the same file.",
         kind="generate" if format_name == "question" else "likelihood",
         shots=0,
-        build=lambda data, shots: items_of(rows, shots, Layout()),
+        build=build,
         main="acc_norm" if format_name == "choice" else "acc",
         max_new_tokens=128,
         stop=("\n\n", "Question:"),
+        by_group=any(row.get("category") for row in rows),
     )
 
 

@@ -5,6 +5,7 @@
     shots = 5
     figure = "acc"                             # shown in tables; else acc_norm for choices, acc for the rest
     gold_is = "letter"                         # or index (from 0), number (from 1), text
+    separator = ";"                            # of a CSV file's columns; else a comma
 
     [fields]                                   # a row format's field = the column, or the columns of a list
     query = "question"
@@ -17,7 +18,7 @@
     answer = "\\nAnswer: "
     example = "\\n\\n"
 
-A field that is not named is the column of its name, where there is one. Row formats: ``tasks/gauntlet.py``.
+A field that is not named is the column of its name, where there is one. Row formats: ``tasks/row_formats.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +37,8 @@ from quadriga.errors import EvaluationError
 from quadriga.evaluate.data import Data, Row, parquet_rows, read_rows
 from quadriga.evaluate.items import Item
 from quadriga.evaluate.tasks.base import Task
-from quadriga.evaluate.tasks.gauntlet import Layout, items_of, row_format
+from quadriga.evaluate.tasks.gauntlet import Layout, items_of
+from quadriga.evaluate.tasks.row_formats import row_format
 
 FIELDS = (
     *("query", "choices", "gold", "context_options", "continuation", "context", "answer", "aliases"),
@@ -54,6 +57,7 @@ class Description:
     shots: int = 0
     figure: str | None = None
     gold_is: str = "index"
+    separator: str = ","
     fields: Mapping[str, str | list[str]] = field(default_factory=dict)
     layout: Layout = field(default_factory=Layout)
 
@@ -65,10 +69,15 @@ def described_task(path: Path) -> Task:
         EvaluationError: a file cannot be read, the description has an unknown key or value, or a row lacks a column.
     """
     described = _read(path)
-    rows = [_row(raw, described, number) for number, raw in enumerate(_raw_rows(described.questions), 1)]
+    rows = [
+        _row(raw, described, number)
+        for number, raw in enumerate(_raw_rows(described.questions, described.separator), 1)
+    ]
     pool: list[Row] | None = None
     if described.pool is not None:
-        pool = [_row(raw, described, number) for number, raw in enumerate(_raw_rows(described.pool), 1)]
+        pool = [
+            _row(raw, described, number) for number, raw in enumerate(_raw_rows(described.pool, described.separator), 1)
+        ]
     if not rows:
         raise EvaluationError(f"{described.questions} must have at least one question, it has no rows")
     kind = row_format(rows[0])
@@ -109,6 +118,7 @@ def _read(path: Path) -> Description:
         ("shots", type(given.get("shots", 0)) is int and given.get("shots", 0) >= 0, "a number from 0"),
         ("figure", given.get("figure", "acc") in FIGURES, f"one of {', '.join(FIGURES)}"),
         ("gold_is", given.get("gold_is", "index") in GOLD_IS, f"one of {', '.join(GOLD_IS)}"),
+        ("separator", _is_separator(given.get("separator", ",")), "one character"),
         ("fields", _is_fields(given.get("fields", {})), f"columns of some of {', '.join(FIELDS)}"),
         ("layout", _is_layout(given.get("layout", {})), "texts of some of question, answer, example"),
     ]
@@ -123,6 +133,10 @@ def _read(path: Path) -> Description:
     return Description(**(given | {"layout": Layout(**given.get("layout", {}))}))
 
 
+def _is_separator(given: Any) -> bool:
+    return isinstance(given, str) and len(given) == 1 and given not in '"\r\n'
+
+
 def _is_fields(given: Any) -> bool:
     if not isinstance(given, dict) or not given.keys() <= set(FIELDS):
         return False
@@ -135,18 +149,42 @@ def _is_layout(given: Any) -> bool:
     return named and all(isinstance(text, str) for text in given.values())
 
 
-def _raw_rows(path: Path) -> list[Row]:
+def _raw_rows(path: Path, separator: str) -> list[Row]:
     """The rows of a JSONL, CSV or Parquet file, by column."""
     if path.suffix == ".jsonl":
         return read_rows(path)
     try:
         if path.suffix == ".csv":
-            return [dict(row) for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))]
+            return _csv_rows(path, separator)
         if path.suffix == ".parquet":
             return parquet_rows(path, str(path))
     except (OSError, ValueError, csv.Error) as error:
         raise EvaluationError(f"cannot read {path}: {error}") from None
     raise EvaluationError(f"questions must be in a .jsonl, .csv or .parquet file, got {path.name}")
+
+
+def _csv_rows(path: Path, separator: str) -> list[Row]:
+    """The rows of a CSV file whose first line names the columns.
+
+    Raises:
+        EvaluationError: two columns have one name, or a row has more fields than there are columns.
+        csv.Error: a quotation mark is not closed.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows, columns = [dict(row) for row in reader], list(reader.fieldnames or ())
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise EvaluationError(
+            f"{path}: every column must have a name of its own; {', '.join(map(repr, twice))} are twice"
+        )
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise EvaluationError(
+                f"{path}, row {number} must have {len(columns)} fields, one for each column; it has "
+                f"{len(columns) + len(row[None])}. A field with {separator!r} in it needs quotation marks."
+            )
+    return rows
 
 
 def _row(raw: Row, described: Description, number: int) -> Row:
@@ -156,8 +194,9 @@ def _row(raw: Row, described: Description, number: int) -> Row:
         columns = described.fields.get(name)
         for column in [columns] if isinstance(columns, str) else columns or []:
             if column not in raw:
-                has = ", ".join(map(str, raw))
-                raise EvaluationError(f"row {number} must have the column {column!r} for {name}; it has {has}")
+                raise EvaluationError(
+                    f"row {number} must have the column {column!r} for {name}; it has {', '.join(raw)}{_other(raw)}"
+                )
         if isinstance(columns, list):
             row[name] = _without_empty_end([raw[column] for column in columns])
         elif columns is not None or name in raw:
@@ -165,6 +204,14 @@ def _row(raw: Row, described: Description, number: int) -> Row:
     if "gold" in row:
         row["gold"] = _gold(row, described.gold_is, number)
     return {name: value for name, value in row.items() if value is not None}
+
+
+def _other(raw: Row) -> str:
+    """A hint for a CSV file that is read with the wrong separator."""
+    found = [sign for sign in ";\t|" if len(raw) == 1 and sign in next(iter(raw))]
+    return (
+        f". Are its columns separated by {found[0]!r}? Then say so: separator = {json.dumps(found[0])}" if found else ""
+    )
 
 
 def _without_empty_end(values: Sequence[Any]) -> list[Any]:
@@ -175,15 +222,19 @@ def _without_empty_end(values: Sequence[Any]) -> list[Any]:
     return kept
 
 
-def _gold(row: Row, gold_is: str, number: int) -> int:
-    """The index of the right choice."""
-    choices: list[Any] = list(row.get("choices") or row.get("context_options") or ())
-    given = row["gold"]
+def _gold(row: Row, gold_is: str, number: int) -> Any:
+    """The index of the right choice; columns of numbers with gaps come as floats, which may be whole."""
+    choices, given = row.get("choices") or row.get("context_options"), row["gold"]
+    if not isinstance(choices, list | tuple):
+        return given  # the check of the row format says what is wrong with the choices
+    if isinstance(given, float) and given.is_integer():
+        given = int(given)
     index = -1
     if gold_is == "text":
-        index = choices.index(given) if choices.count(given) == 1 else -1
-    elif gold_is == "letter" and isinstance(given, str) and len(given.strip()) == 1:
-        index = ord(given.strip().upper()) - ord("A")
+        texts = [str(one).strip() for one in choices]
+        index = texts.index(str(given).strip()) if texts.count(str(given).strip()) == 1 else -1
+    elif gold_is == "letter" and isinstance(given, str) and len(letter := given.strip(" ().").upper()) == 1:
+        index = ord(letter) - ord("A")
     elif gold_is in ("index", "number") and str(given).strip().isdecimal():
         index = int(given) - (gold_is == "number")
     if not 0 <= index < len(choices):

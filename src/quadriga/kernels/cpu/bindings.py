@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "0c198028a4de04c2b44bfc2b6dd07f74f93ac2623d62e37912002d0ef4cf63e7"
+HEADER_SHA256 = "fa719e29d1b2ff2b4b229c23560c4e8a4ad3520d22f0cd6d61db97d02f67bc07"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -37,12 +37,14 @@ class Format(IntEnum):
     Q4M = 4
     MX4 = 5
     IQ4NL = 6
-    Q2K = 7
-    Q3K = 8
-    Q4K = 9
-    Q5K = 10
-    Q6K = 11
-    IQ4XS = 12
+    Q5 = 7
+    Q5M = 8
+    Q2K = 9
+    Q3K = 10
+    Q4K = 11
+    Q5K = 12
+    Q6K = 13
+    IQ4XS = 14
 
 
 class Source(IntEnum):
@@ -56,6 +58,8 @@ class Source(IntEnum):
     Q4_1 = 5
     MX4 = 6
     IQ4_NL = 7
+    Q5_0 = 8
+    Q5_1 = 9
 
 
 class Stored(IntEnum):
@@ -110,6 +114,7 @@ class Activation(IntEnum):
     GELU_TANH = 2
     RELU = 3
     CLAMPED_GLU = 4
+    RELU2 = 5
 
 
 class Score(IntEnum):

@@ -178,9 +178,9 @@ class ChoiceArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedArgs:
-    """The gated network of a mixture that every token visits."""
+    """The network of a mixture that every token visits."""
 
-    gate: Packed
+    gate: Packed | None
     up: Packed
     down: Packed
     activation: str

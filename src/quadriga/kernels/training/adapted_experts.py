@@ -25,15 +25,21 @@ from quadriga.kernels.training import fused
 from quadriga.kernels.training.expert_layer import ExpertSort
 
 PARTS = ("w_gate", "w_up", "w_down")
+"""Of networks without a gate, w_up is in its place and there is no second part."""
 
 
 def adapted_experts(
     x: Tensor, routing_ids: Tensor, combine: Tensor, parts: Mapping[str, AdaptedPart], activation: str
 ) -> Tensor:
     """Experts with LoRA factors; arguments and result as specified in ``ops.adapted_experts``."""
-    flat = [factor for name in PARTS for factor in (parts[name].a, parts[name].b)]
-    out: Tensor = _AdaptedExperts.apply(x, routing_ids, combine, *flat, parts, activation)  # type: ignore[no-untyped-call]
+    placed = parts if "w_gate" in parts else {"w_gate": parts["w_up"], "w_down": parts["w_down"]}
+    flat = [factor for name in PARTS if name in placed for factor in (placed[name].a, placed[name].b)]
+    out: Tensor = _AdaptedExperts.apply(x, routing_ids, combine, *flat, placed, activation)  # type: ignore[no-untyped-call]
     return out
+
+
+def _in_order(parts: Mapping[str, AdaptedPart]) -> list[AdaptedPart]:
+    return [parts[name] for name in PARTS if name in parts]
 
 
 def _weight(part: AdaptedPart, expert: int, dtype: torch.dtype) -> Tensor:
@@ -89,16 +95,17 @@ class _AdaptedExperts(torch.autograd.Function):
         x, weights = x.contiguous(), slots.sort(combine, fused.wide(x.dtype))
         n_rows, d = len(slots.tokens), x.shape[1]
         narrow = [None if a is None else x.new_empty(n_rows, a.shape[1]) for a in factors[::2]]
-        gate_part, up_part, down_part = (
-            _AdaptedProduct(parts[name], rows) for name, rows in zip(PARTS, narrow, strict=True)
+        gate_part, *up_parts, down_part = (
+            _AdaptedProduct(part, rows) for part, rows in zip(_in_order(parts), narrow, strict=True)
         )
-        gate, up, y = x.new_empty(n_rows, d_ff), x.new_empty(n_rows, d_ff), x.new_empty(n_rows, d)
+        gate, y = x.new_empty(n_rows, d_ff), x.new_empty(n_rows, d)
+        up = torch.empty_like(gate) if up_parts else None
         work_rows, work_hidden = x.new_empty(slots.most, d), x.new_empty(slots.most, d_ff)
         for e, start, end in slots.ranges():
             span = slice(start, end)
             rows = fused.gather_rows(x, slots.tokens[span], work_rows[: end - start])
             g = gate_part.forward(e, span, rows, gate[span])
-            u = up_part.forward(e, span, rows, up[span])
+            u = None if up is None else up_parts[0].forward(e, span, rows, up[span])
             hidden = fused.hidden_rows(g, u, weights[span], activation, work_hidden[: end - start])
             down_part.forward(e, span, hidden, y[span])
         ctx.save_for_backward(x, weights, gate, up, *narrow, *factors)
@@ -109,11 +116,12 @@ class _AdaptedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, gate, up, *rest = ctx.saved_tensors
-        narrow, a_and_b = rest[:3], zip(rest[3::2], rest[4::2], strict=True)
+        n_parts = len(ctx.parts)
+        narrow, a_and_b = rest[:n_parts], zip(rest[n_parts::2], rest[n_parts + 1 :: 2], strict=True)
         slots: ExpertSort = ctx.slots
-        gate_part, up_part, down_part = (
-            _AdaptedProduct(replace(ctx.parts[name], a=a, b=b), rows, gradients=True)
-            for name, (a, b), rows in zip(PARTS, a_and_b, narrow, strict=True)
+        gate_part, *up_parts, down_part = (
+            _AdaptedProduct(replace(part, a=a, b=b), rows, gradients=True)
+            for part, (a, b), rows in zip(_in_order(ctx.parts), a_and_b, narrow, strict=True)
         )
         d_out, d_weights = d_out.contiguous(), torch.empty_like(weights)
         d, d_ff = x.shape[1], gate.shape[1]
@@ -122,18 +130,21 @@ class _AdaptedExperts(torch.autograd.Function):
         work_dh, work_hidden, work_du = x.new_empty(3, slots.most, d_ff).unbind()
         for e, start, end in slots.ranges():
             span, n = slice(start, end), end - start
-            taken, g, u, c = slots.tokens[span], gate[span], up[span], weights[span]
-            dh, hidden, du = work_dh[:n], work_hidden[:n], work_du[:n]
+            taken, g, c = slots.tokens[span], gate[span], weights[span]
+            u, du = (None, None) if up is None else (up[span], work_du[:n])
+            dh, hidden = work_dh[:n], work_hidden[:n]
             if down_part.narrow is not None:
                 fused.hidden_rows(g, u, c, ctx.activation, hidden)
             down_part.backward(e, span, hidden, fused.gather_rows(d_out, taken, work_rows[:n]), dh, add=False)
             dg = fused.hidden_rows_backward(g, u, c, ctx.activation, dh, hidden, du, d_weights[span])
             rows = None
-            if gate_part.d_a is not None or up_part.d_a is not None:
+            if any(part.d_a is not None for part in (gate_part, *up_parts)):
                 rows = fused.gather_rows(x, taken, work_rows[:n])
             d_rows = None if dx is None else dx[span]
             gate_part.backward(e, span, rows, dg, d_rows, add=False)
-            up_part.backward(e, span, rows, du, d_rows, add=True)
+            for part in up_parts:
+                assert du is not None, "it has a gradient where it is"
+                part.backward(e, span, rows, du, d_rows, add=True)
         d_combine = slots.unsort(d_weights, ctx.combine_dtype)
-        gradients = [gradient for part in (gate_part, up_part, down_part) for gradient in (part.d_a, part.d_b)]
+        gradients = [gradient for part in (gate_part, *up_parts, down_part) for gradient in (part.d_a, part.d_b)]
         return None if dx is None else fused.sum_rows(dx, slots.home), None, d_combine, *gradients, None, None

@@ -2,6 +2,8 @@
 
     tokens sorted by expert ─► for each expert:  h = act(x Wg^T) * (x Wu^T) * combine ─► y = h Wd^T ─► sum of k rows
 
+Of networks without a gate h = act(x Wu^T) * combine: their one product takes the gate's place (``fused.hidden_rows``).
+
 On a CPU a loop over experts is faster than one grouped product: an expert's rows (1024 x 448 floats) stay in cache
 between its products and the activation. No tensor of size (N k, D) is saved for the backward pass: inputs are gathered
 again, the activation is recomputed, and only the two pre-activations are saved. The combine weight is applied to the
@@ -26,13 +28,14 @@ def experts(
     x: Tensor,
     routing_ids: Tensor,
     combine: Tensor,
-    w_gate: Tensor,
+    w_gate: Tensor | None,
     w_up: Tensor,
     w_down: Tensor,
     activation: str,
 ) -> Tensor:
     """``ops.experts`` with a gradient that is fast on CPUs; same arguments, and the same result up to rounding."""
-    out: Tensor = _Experts.apply(x, routing_ids, combine, w_gate, w_up, w_down, activation)  # type: ignore[no-untyped-call]
+    first, second = (w_up, None) if w_gate is None else (w_gate, w_up)
+    out: Tensor = _Experts.apply(x, routing_ids, combine, first, second, w_down, activation)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -97,20 +100,23 @@ class _Experts(torch.autograd.Function):
         routing_ids: Tensor,
         combine: Tensor,
         w_gate: Tensor,
-        w_up: Tensor,
+        w_up: Tensor | None,
         w_down: Tensor,
         activation: str,
     ) -> Tensor:
         slots = ExpertSort(routing_ids, w_gate.shape[0])
         x, weights = x.contiguous(), slots.sort(combine, fused.wide(x.dtype))
         (n_rows, d), d_ff = (len(slots.tokens), x.shape[1]), w_gate.shape[1]
-        gate, up, y = x.new_empty(n_rows, d_ff), x.new_empty(n_rows, d_ff), x.new_empty(n_rows, d)
+        gate, y = x.new_empty(n_rows, d_ff), x.new_empty(n_rows, d)
+        up = None if w_up is None else torch.empty_like(gate)
         work_rows, work_hidden = x.new_empty(slots.most, d), x.new_empty(slots.most, d_ff)
         for e, a, b in slots.ranges():
             rows = fused.gather_rows(x, slots.tokens[a:b], work_rows[: b - a])
             torch.mm(rows, w_gate[e].t(), out=gate[a:b])
-            torch.mm(rows, w_up[e].t(), out=up[a:b])
-            hidden = fused.hidden_rows(gate[a:b], up[a:b], weights[a:b], activation, work_hidden[: b - a])
+            if w_up is not None and up is not None:
+                torch.mm(rows, w_up[e].t(), out=up[a:b])
+            ups = None if up is None else up[a:b]
+            hidden = fused.hidden_rows(gate[a:b], ups, weights[a:b], activation, work_hidden[: b - a])
             torch.mm(hidden, w_down[e].t(), out=y[a:b])
         ctx.save_for_backward(x, weights, gate, up, w_gate, w_up, w_down)
         ctx.slots, ctx.activation, ctx.combine_dtype = slots, activation, combine.dtype
@@ -122,7 +128,9 @@ class _Experts(torch.autograd.Function):
         x, weights, gate, up, w_gate, w_up, w_down = ctx.saved_tensors
         slots: ExpertSort = ctx.slots
         train_weights = any(ctx.needs_input_grad[3:6])
-        d_gate_w, d_up_w, d_down_w = (torch.empty_like(w) if train_weights else None for w in (w_gate, w_up, w_down))
+        d_gate_w, d_up_w, d_down_w = (
+            torch.empty_like(w) if train_weights and w is not None else None for w in (w_gate, w_up, w_down)
+        )
         d_out, d_weights = d_out.contiguous(), torch.empty_like(weights)
         d, d_ff = x.shape[1], gate.shape[1]
         dx = x.new_empty(len(slots.tokens), d)
@@ -131,18 +139,21 @@ class _Experts(torch.autograd.Function):
         for e, a, b in slots.ranges():
             taken, n = slots.tokens[a:b], b - a
             d_rows = fused.gather_rows(d_out, taken, work_rows[:n])
-            dh, hidden, du = torch.mm(d_rows, w_down[e], out=work_dh[:n]), work_hidden[:n], work_du[:n]
+            dh, hidden = torch.mm(d_rows, w_down[e], out=work_dh[:n]), work_hidden[:n]
+            ups, du = (None, None) if up is None else (up[a:b], work_du[:n])
             dg = fused.hidden_rows_backward(
-                gate[a:b], up[a:b], weights[a:b], ctx.activation, dh, hidden, du, d_weights[a:b]
+                gate[a:b], ups, weights[a:b], ctx.activation, dh, hidden, du, d_weights[a:b]
             )
             torch.mm(dg, w_gate[e], out=dx[a:b])
-            dx[a:b].addmm_(du, w_up[e])
+            if du is not None:
+                dx[a:b].addmm_(du, w_up[e])
             if train_weights:
-                assert d_gate_w is not None and d_up_w is not None and d_down_w is not None, "allocated above"
+                assert d_gate_w is not None and d_down_w is not None, "allocated above"
                 torch.mm(d_rows.t(), hidden, out=d_down_w[e])
                 rows = fused.gather_rows(x, taken, work_rows[:n])
                 torch.mm(dg.t(), rows, out=d_gate_w[e])
-                torch.mm(du.t(), rows, out=d_up_w[e])
+                if du is not None and d_up_w is not None:
+                    torch.mm(du.t(), rows, out=d_up_w[e])
         idle = torch.tensor(slots.idle(), dtype=torch.int64, device=x.device)
         for gradient in (d_gate_w, d_up_w, d_down_w):
             if gradient is not None:

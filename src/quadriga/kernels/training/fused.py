@@ -39,6 +39,10 @@ def _context() -> cpu.Context:
     return context
 
 
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
 def gather_rows(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
     """out (n, D) = x[index]; all tensors contiguous, index int64. Returns ``out``."""
     if not compiled(x):
@@ -61,13 +65,17 @@ def sum_rows(rows: Tensor, home: Tensor) -> Tensor:
     return out
 
 
-def hidden_rows(gate: Tensor, up: Tensor, weights: Tensor, activation: str, out: Tensor) -> Tensor:
-    """out (n, F) = activation(gate) * up * weights; weights (n, 1) in the dtype :func:`wide`. Returns ``out``."""
+def hidden_rows(gate: Tensor, up: Tensor | None, weights: Tensor, activation: str, out: Tensor) -> Tensor:
+    """out (n, F) = activation(gate) * up * weights; weights (n, 1) in the dtype :func:`wide`. Returns ``out``.
+
+    Of a network without a gate its one product stands in the gate's place, and ``up`` is None: 1.
+    """
     if not compiled(gate):
-        return torch.mul(gated(gate, up, activation), weights, out=out)
+        plain = activate(gate, activation) if up is None else gated(gate, up, activation)
+        return torch.mul(plain, weights, out=out)
     context = _context()
     context.call(
-        context.lib.qd_hidden, _DTYPES[gate.dtype], cpu.ACTIVATIONS[activation], gate.data_ptr(), up.data_ptr(),
+        context.lib.qd_hidden, _DTYPES[gate.dtype], cpu.ACTIVATIONS[activation], gate.data_ptr(), _pointer(up),
         weights.data_ptr(), *gate.shape, out.data_ptr(),
     )  # fmt: skip
     return out
@@ -75,24 +83,27 @@ def hidden_rows(gate: Tensor, up: Tensor, weights: Tensor, activation: str, out:
 
 def hidden_rows_backward(
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     weights: Tensor,
     activation: str,
     dh: Tensor,
     hidden: Tensor,
-    du: Tensor,
+    du: Tensor | None,
     d_weights: Tensor,
 ) -> Tensor:
     """Backward of :func:`hidden_rows`, from the gradient ``dh`` (n, F) of its result.
 
     Overwrites ``dh`` with the gradient of gate and returns it; writes the recomputed result to ``hidden``, and the
-    gradients of up and weights to ``du`` (n, F) and ``d_weights`` (n, 1).
+    gradients of up and weights to ``du`` (n, F) and ``d_weights`` (n, 1). ``du`` is None where ``up`` is.
     """
+    assert (up is None) == (du is None), "the gradient of what is not there has no place"
     if not compiled(gate):
-        hidden.copy_(gated(gate, up, activation))
+        hidden.copy_(activate(gate, activation) if up is None else gated(gate, up, activation))
         d_weights.copy_((dh.to(d_weights.dtype) * hidden).sum(1, keepdim=True))
         hidden.mul_(weights)
         dh.mul_(weights)
+        if up is None or du is None:
+            return dh.copy_(activation_gradient(dh, gate, activation))
         if activation == "clamped_glu":
             by_gate, by_up = clamped_slopes(gate, up)
             torch.mul(by_up, dh, out=du)
@@ -101,8 +112,8 @@ def hidden_rows_backward(
         return dh.copy_(activation_gradient(dh * up, gate, activation))
     context = _context()
     context.call(
-        context.lib.qd_hidden_back, _DTYPES[gate.dtype], cpu.ACTIVATIONS[activation], gate.data_ptr(), up.data_ptr(),
-        weights.data_ptr(), *gate.shape, dh.data_ptr(), hidden.data_ptr(), du.data_ptr(), d_weights.data_ptr(),
+        context.lib.qd_hidden_back, _DTYPES[gate.dtype], cpu.ACTIVATIONS[activation], gate.data_ptr(), _pointer(up),
+        weights.data_ptr(), *gate.shape, dh.data_ptr(), hidden.data_ptr(), _pointer(du), d_weights.data_ptr(),
     )  # fmt: skip
     return dh
 
@@ -127,6 +138,8 @@ def activation_gradient(d_out: Tensor, x: Tensor, activation: str) -> Tensor:
             gradient = aten.gelu_backward(d_out, x, approximate="tanh")
         case "relu":
             gradient = aten.threshold_backward(d_out, x, 0)
+        case "relu2":
+            gradient = d_out * (2 * x.clamp(min=0))
         case _:
             raise AssertionError(f"ModelConfig refuses the activation {activation!r}")
     return gradient

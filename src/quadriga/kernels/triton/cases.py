@@ -83,7 +83,7 @@ def _gradients(rows: int, d_model: int, d_ff: int, n_experts: int) -> Callable[[
     )
 
 
-_FORMATS = ("plain", "fp8", "q8", "q4", "q4m", "mxfp4", "q4k", "k8", "k8m")
+_FORMATS = ("plain", "fp8", "q8", "q8m", "q4", "q4m", "mxfp4", "q4k", "k8", "k8m")
 
 CASES: tuple[Case, ...] = (
     Case("route, dbrx-132b, 8 tokens", _route(8, 6144, 16, _DBRX)),

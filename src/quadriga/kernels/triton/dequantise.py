@@ -60,7 +60,7 @@ def scales_of_64(scales, minima, d, dmin, row, first, n_groups, FORMAT: tl.const
         low_least, high_least = less * (least & 255).to(tl.float32), less * ((least >> 8) & 255).to(tl.float32)
     else:
         low, high = _two_halves(word)
-        if FORMAT == "q4m":
+        if FORMAT == "q4m" or FORMAT == "q8m":
             low_least, high_least = _two_halves(tl.load(minima + where))
     return low, low_least, high, high_least
 
@@ -75,6 +75,17 @@ def numbers(q, scale, least, FORMAT: tl.constexpr):
     else:
         tl.static_assert(FORMAT == "q4m" or FORMAT == "q4k", "a format of four bits")
         w = scale[:, None] * q.to(tl.float32) + least[:, None]
+    return w
+
+
+@triton.jit
+def numbers_of_bytes(q, scales, minima, row, first, n_groups, FORMAT: tl.constexpr):
+    """Codes q (rows, 64) of q8 and q8m from column ``first`` on, as float32; arguments as for ``scales_of_64``."""
+    low, low_least, high, high_least = scales_of_64(scales, minima, None, None, row, first, n_groups, FORMAT)
+    is_low = (tl.arange(0, 64) < 32)[None, :]
+    w = tl.where(is_low, low[:, None], high[:, None]) * q.to(tl.float32)
+    if FORMAT == "q8m":
+        w += tl.where(is_low, low_least[:, None], high_least[:, None])
     return w
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quadriga.kernels.triton.dequantise import e4m3, numbers, numbers_of_blocks, scales_of_64
+from quadriga.kernels.triton.dequantise import e4m3, numbers, numbers_of_blocks, numbers_of_bytes, scales_of_64
 from quadriga.kernels.triton.launch import launch
 from quadriga.kernels.triton.weights import NIBBLES, GroupedWeight
 
@@ -55,9 +55,8 @@ def embed_planes_kernel(
         q = tl.load(codes + token[:, None] * n_codes + column[None, :])
         if FORMAT == "fp8":
             w = e4m3(q) * tl.load(scales + token * n_groups + first // 128)[:, None]
-        elif FORMAT == "q8":
-            low, _, high, _ = scales_of_64(scales, None, None, None, token, first, n_groups, FORMAT)
-            w = tl.where((column < first + 32)[None, :], low[:, None], high[:, None]) * q.to(tl.float32)
+        elif FORMAT == "q8" or FORMAT == "q8m":
+            w = numbers_of_bytes(q, scales, minima, token, first, n_groups, FORMAT)
         else:
             w = numbers_of_blocks(q, scales, minima, d, dmin, token, first, n_groups, FORMAT, GROUP)
         _store_columns(out, row, column, width, w * scale)

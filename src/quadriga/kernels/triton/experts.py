@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quadriga.kernels.reference import gated
+from quadriga.kernels.reference import activate, gated
 from quadriga.kernels.triton.combine import combine
 from quadriga.kernels.triton.gradients import grouped_linear
 from quadriga.kernels.triton.grouped import grouped_product
@@ -19,7 +19,8 @@ from quadriga.kernels.triton.weights import GroupedWeight, plain
 class ExpertNetworks:
     """gate and up (E, F, D) and down (E, D, F), of any format, and their biases (E, F), (E, F) and (E, D) or None."""
 
-    gate: GroupedWeight
+    gate: GroupedWeight | None
+    """None: the networks are not gated."""
     up: GroupedWeight
     down: GroupedWeight
     activation: str
@@ -31,7 +32,8 @@ class ExpertNetworks:
 def gated_product(x: Tensor, networks: ExpertNetworks, places: Places | None = None, top_k: int = 1) -> Tensor:
     """act(gate x) * up x of the chosen experts, or of the one that has all rows: (R, F) in x's dtype.
 
-    One launch; where gate and up are of two formats, three, and their products are rounded in between.
+    One launch; where gate and up are of two formats, three, and their products are rounded in between. Without a gate
+    act(up x), two launches.
     """
     starts, order = (None, None) if places is None else (places.starts, places.order)
 
@@ -41,6 +43,8 @@ def gated_product(x: Tensor, networks: ExpertNetworks, places: Places | None = N
             x, weight, up=up, activation=activation, bias=bias, bias_up=bias_up, starts=starts, order=order, top_k=top_k
         )
 
+    if networks.gate is None:
+        return activate(times(networks.up, networks.b_up), networks.activation)
     if networks.gate.format == networks.up.format:
         return times(networks.gate, networks.b_gate, networks.up)
     left = times(networks.gate, networks.b_gate)
@@ -71,26 +75,32 @@ def experts(
     x: Tensor,
     routing_ids: Tensor,
     combine: Tensor,
-    w_gate: Tensor,
+    w_gate: Tensor | None,
     w_up: Tensor,
     w_down: Tensor,
     activation: str,
 ) -> Tensor:
     """``ops.experts``: three launches and the sort, or where a gradient is asked for the passes that have one."""
-    places = place(routing_ids, len(w_gate))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, combine, w_gate, w_up, w_down)):
+    places = place(routing_ids, len(w_up))
+    given = (x, combine, w_gate, w_up, w_down)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         return _with_gradients(x, places, combine, (w_gate, w_up, w_down), activation)
-    networks = ExpertNetworks(plain(w_gate), plain(w_up), plain(w_down), activation)
+    gate = None if w_gate is None else plain(w_gate)
+    networks = ExpertNetworks(gate, plain(w_up), plain(w_down), activation)
     return run_experts(x, places, combine.float(), networks)
 
 
 def _with_gradients(
-    x: Tensor, places: Places, combine: Tensor, weights: tuple[Tensor, Tensor, Tensor], activation: str
+    x: Tensor, places: Places, combine: Tensor, weights: tuple[Tensor | None, Tensor, Tensor], activation: str
 ) -> Tensor:
     """Products by kernels that have gradients, what lies between them by torch."""
     gate, up, down = weights
     rows = x[places.order.long() // combine.shape[1]]
     counts = places.starts.diff()
-    hidden = gated(grouped_linear(rows, gate, counts), grouped_linear(rows, up, counts), activation)
+    hidden = grouped_linear(rows, up, counts)
+    if gate is None:
+        hidden = activate(hidden, activation)
+    else:
+        hidden = gated(grouped_linear(rows, gate, counts), hidden, activation)
     slots = grouped_linear(hidden, down, counts)[places.home.long()]  # (N, k, D)
     return torch.bmm(combine.to(x.dtype)[:, None], slots).squeeze(1)

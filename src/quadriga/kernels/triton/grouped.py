@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quadriga.kernels.triton.arithmetic import gated, product
-from quadriga.kernels.triton.dequantise import e4m3, numbers, numbers_of_blocks, scales_of_64
+from quadriga.kernels.triton.dequantise import e4m3, numbers, numbers_of_blocks, numbers_of_bytes, scales_of_64
 from quadriga.kernels.triton.launch import launch
 from quadriga.kernels.triton.tiles import Tile, tile
 from quadriga.kernels.triton.weights import NIBBLES, GroupedWeight
@@ -69,9 +69,8 @@ def _add_plain(
         q = tl.load(where, (column < depth)[None, :], 0.0 if FORMAT == "plain" else 0)
     if FORMAT == "fp8":
         w = e4m3(q) * tl.load(scales + row * n_groups + first // 128)[:, None]
-    elif FORMAT == "q8":
-        low, _, high, _ = scales_of_64(scales, None, None, None, row, first, n_groups, FORMAT)
-        w = tl.where((column < first + 32)[None, :], low[:, None], high[:, None]) * q.to(tl.float32)
+    elif FORMAT == "q8" or FORMAT == "q8m":
+        w = numbers_of_bytes(q, scales, minima, row, first, n_groups, FORMAT)
     elif FORMAT == "k8" or FORMAT == "k8m":
         w = numbers_of_blocks(q, scales, minima, d, dmin, row, first, n_groups, FORMAT, DEPTH)
     else:

@@ -20,7 +20,7 @@ from quadriga.quant.codebooks import FOUR_BIT_VALUES
 from quadriga.quant.packed import PACKED, TILE
 
 PLANES = {
-    "q8": "q8", "iq4nl": "q8", "q4": "q4", "q4m": "q4m", "mx4": "mxfp4", "q4k": "q4k",
+    "q8": "q8", "iq4nl": "q8", "q5": "q8", "q5m": "q8m", "q4": "q4", "q4m": "q4m", "mx4": "mxfp4", "q4k": "q4k",
     "q3k": "k8", "q6k": "k8", "iq4xs": "k8", "q2k": "k8m", "q5k": "k8m",
 }  # fmt: skip
 """Packed format -> that of the planes which hold its numbers."""
@@ -115,6 +115,23 @@ def _iq4nl(tiles: Tensor) -> list[Tensor]:
     return [_uneven(_nibble_codes(tiles[:, :, 64:])), _per_lane(tiles[:, :, :64], torch.float16)]
 
 
+def _fives(lines: Tensor) -> Tensor:
+    """Lines of nibbles and one of bits, for each of two groups of 32 columns, as int8 codes below 32."""
+    tiles, groups, _ = lines.shape
+    halves = lines.reshape(tiles, groups * 2, 320)
+    codes = _nibble_codes(halves[:, :, :256]) | _spread_bits(halves[:, :, 256:], 1) << 4
+    return codes.reshape(tiles, groups, 2, TILE, 32).transpose(2, 3).flatten(3).view(torch.int8)
+
+
+def _q5(tiles: Tensor) -> list[Tensor]:
+    return [_fives(tiles[:, :, 64:]) - 16, _per_lane(tiles[:, :, :64], torch.float16)]
+
+
+def _q5m(tiles: Tensor) -> list[Tensor]:
+    scales, minima = (_per_lane(tiles[:, :, at : at + 64], torch.float16) for at in (0, 64))
+    return [_fives(tiles[:, :, 128:]), scales, minima]
+
+
 def _uneven(codes: Tensor) -> Tensor:
     """The int8 numbers that codes of IQ4_NL and IQ4_XS stand for."""
     return tensor(FOUR_BIT_VALUES.astype(np.int8)).to(codes.device)[codes.long()]
@@ -195,6 +212,8 @@ def _iq4xs(tiles: Tensor) -> list[Tensor]:
 _FROM_TILES: dict[str, Callable[[Tensor], list[Tensor]]] = {
     "q8": _q8,
     "iq4nl": _iq4nl,
+    "q5": _q5,
+    "q5m": _q5m,
     "q4": _q4,
     "q4m": _q4m,
     "mx4": _mx4,

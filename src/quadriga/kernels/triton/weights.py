@@ -4,6 +4,7 @@
     plain       (E, N, K) float                                        code                               16 or 32
     fp8         (E, N, K) e4m3 as uint8   float32 a 128 columns        d code                             8.25
     q8          (E, N, K) int8            float16 a 32 columns         d q                                8.5
+    q8m         (E, N, K) int8            d and m, float16 a 32        d q + m                            9
     q4          (E, N, K/2) nibbles       float16 a 32 columns         d (q - 8)                          4.5
     q4m         (E, N, K/2) nibbles       d and m, float16 a 32        d q + m                            5
     mxfp4       (E, N, K/2) nibbles       E8M0 a 32 columns            2^(s - 127) E2M1[q]                4.25
@@ -19,7 +20,7 @@ j (0..31) holds column j in its low half and column j + 32 in its high one. So t
 the high ones, are whole groups of 32 columns under one scale, and are multiplied as two tiles without moving a number.
 
 k8 and k8m are GGUF's blocks of 256 columns whose codes are not of four bits, a byte each: Q6_K, Q3_K, IQ4_XS and Q5_K,
-Q2_K. No number changes; they take more room than in the file. IQ4_NL's numbers are q8's.
+Q2_K. No number changes; they take more room than in the file. IQ4_NL's and Q5_0's numbers are q8's, Q5_1's q8m's.
 
 Blocks of GGUF (q8_0, q4_0, q4_1, q4_k, mxfp4) become planes without loss, and so do the CPU's packed matrices
 (``packed.from_packed``).
@@ -39,13 +40,17 @@ from quadriga.errors import CheckpointError
 from quadriga.kernels.arrays import tensor
 from quadriga.quant.blocks import Bytes, nibbles, scales_and_minima
 
-GROUP = {"plain": 1, "fp8": 128, "q8": 64, "q4": 64, "q4m": 64, "mxfp4": 64, "q4k": 256, "k8": 256, "k8m": 256}
+GROUP = {
+    "plain": 1, "fp8": 128, "q8": 64, "q8m": 64, "q4": 64, "q4m": 64, "mxfp4": 64, "q4k": 256, "k8": 256, "k8m": 256,
+}  # fmt: skip
 """Format -> columns that K is padded to a multiple of."""
 
 NIBBLES = ("q4", "q4m", "mxfp4", "q4k")
 """Formats of four bits."""
 
-BITS = {"fp8": 8.25, "q8": 8.5, "q4": 4.5, "q4m": 5.0, "mxfp4": 4.25, "q4k": 4.625, "k8": 8.5625, "k8m": 9.125}
+BITS = {
+    "fp8": 8.25, "q8": 8.5, "q8m": 9.0, "q4": 4.5, "q4m": 5.0, "mxfp4": 4.25, "q4k": 4.625, "k8": 8.5625, "k8m": 9.125,
+}  # fmt: skip
 """Bits a weight of the quantised formats."""
 
 
@@ -60,7 +65,7 @@ class GroupedWeight:
     scales: Tensor | None = None
     """(E, N, groups of 32, or of 128 for fp8, of 16 for k8 and k8m)."""
     minima: Tensor | None = None
-    """As scales: q4m's, q4k's and k8m's."""
+    """As scales: q8m's, q4m's, q4k's and k8m's."""
     d: Tensor | None = None
     """(E, N, groups of 256) float16: what scales of blocks of 256 are multiplied by, as their minima by ``dmin``."""
     dmin: Tensor | None = None
@@ -146,6 +151,8 @@ def empty(
             return GroupedWeight(form, plane(padded, byte), columns, plane(padded // 128, torch.float32))
         case "q8":
             return GroupedWeight(form, plane(padded, signed), columns, plane(groups, half))
+        case "q8m":
+            return GroupedWeight(form, plane(padded, signed), columns, plane(groups, half), plane(groups, half))
         case "mxfp4":
             return GroupedWeight(form, plane(padded // 2, byte), columns, plane(groups, byte))
         case "q4":

@@ -250,7 +250,7 @@ def _to_hf(
         "num_hidden_layers": config.n_layers,
         **latent.mixer_to_hf(mixer, form),
         **deepseek_moe.to_hf(config, form),
-        "hidden_act": config.layers[0].ffn.activation,
+        "hidden_act": config.layers[0].network.activation,
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.final_norm.eps,
         "tie_word_embeddings": config.tied_embeddings,

@@ -27,7 +27,7 @@ _HF_MAMBA = {
     _LAYER + "out_proj.weight": _OURS + "w_out.weight",
 }
 _BLOCK = "blk.{i}."
-_GGUF_MAMBA = {
+GGUF_MAMBA = {
     _BLOCK + "ssm_conv1d.weight": _OURS + "taps",
     _BLOCK + "ssm_conv1d.bias": _OURS + "conv_bias",
     _BLOCK + "ssm_dt.bias": _OURS + "dt",
@@ -122,7 +122,7 @@ def gguf_map(config: ModelConfig) -> list[Piece]:
     heads = {_BLOCK + "ssm_a": _OURS + "rate", _BLOCK + "ssm_d": _OURS + "skip"}
     mixtures = gguf_keys.ROUTER | gguf_keys.MERGED_EXPERTS | gguf_keys.SHARED_EXPERT
     return [
-        *copies(config, GGUF_COMMON | GGUF_FFN | mixtures | _GGUF_MAMBA),
+        *copies(config, GGUF_COMMON | GGUF_FFN | mixtures | GGUF_MAMBA),
         *gguf_qkv(config),
         *in_projection(config, _BLOCK + "ssm_in.weight"),
         *as_matrices(config, heads, "heads"),

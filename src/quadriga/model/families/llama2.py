@@ -144,7 +144,7 @@ def common_to_hf(config: ModelConfig, form: str) -> dict[str, object]:
         "num_attention_heads": attn.n_heads,
         "num_key_value_heads": attn.n_kv_heads,
         "head_dim": attn.head_dim,
-        "hidden_act": layer.ffn.activation,
+        "hidden_act": layer.network.activation,
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": layer.norm.eps,
         **rope_to_hf(rope, attn.head_dim, form),

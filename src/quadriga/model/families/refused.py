@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_STATE_SPACE = "most of its layers are state-space models (Mamba) without a feed-forward behind them"
 _GEMMA = "its blocks have norms on both sides of every branch, whose weights are stored less one"
 _SPARSE = "its attention picks keys by an index of its own"
 
 REASONS: Mapping[str, str] = {
     "glm_moe_dsa": _SPARSE,
     "deepseek_v32": _SPARSE,
-    "nemotron_h": _STATE_SPACE,
-    "nemotron_h_moe": _STATE_SPACE,
     "gemma2": _GEMMA,
     "gemma3": _GEMMA,
     "gemma3_text": _GEMMA,

@@ -39,6 +39,8 @@ from quadriga.model.config import (
     Mamba2Spec,
     ModelConfig,
     MoESpec,
+    NoFeedForward,
+    NoMixer,
     ShortConvSpec,
 )
 from quadriga.model.cost import attention_flops, n_params
@@ -211,8 +213,10 @@ def activation_elements(layer: LayerSpec, d_model: int) -> tuple[float, float, f
     """Elements saved per token: (a layer's input, the rest that "selective" also keeps, what it recomputes)."""
     d, ffn = d_model, layer.ffn
     k, f = (ffn.top_k, ffn.d_ff) if isinstance(ffn, MoESpec) else (1, ffn.d_ff)
-    shared = ffn.shared.d_ff if isinstance(ffn, MoESpec) and ffn.shared is not None else 0  # gated, every token's
-    gated = isinstance(ffn, MoESpec) or ffn.gated
+    shared = ffn.shared if isinstance(ffn, MoESpec) else None  # every token's
+    beside = 0 if shared is None else (2 if shared.gated else 1) * shared.d_ff
+    kinds = 0 if isinstance(ffn, NoFeedForward) else 2 if ffn.gated else 1  # of rows as wide as the network
+    halves = layer.mixes + layer.feeds
     routed = k * d if isinstance(ffn, MoESpec) else 0
     match layer.mixer:
         case AttentionSpec() as attn:
@@ -223,9 +227,11 @@ def activation_elements(layer: LayerSpec, d_model: int) -> tuple[float, float, f
             mixed = 4 * (delta.width + delta.value_dim)
         case Mamba2Spec() as mamba:  # projected, convolved, read, gated and normed
             mixed = 2 * mamba.width + 4 * mamba.inner_dim
-    kept = mixed + d + (2 if gated else 1) * k * f + 2 * shared
+        case NoMixer():
+            mixed = 0
+    kept = mixed + (halves - 1) * d + kinds * k * f + beside
     # Outputs of norms; rows for the experts, their results, the same in token order; activation and product.
-    recomputed = 2 * d + 3 * routed + (2 if gated else 1) * k * f + 2 * shared
+    recomputed = halves * d + 3 * routed + kinds * k * f + beside
     return float(d), float(kept), float(recomputed)
 
 
@@ -240,7 +246,7 @@ def _activation_bytes(layer: LayerSpec, d_model: int, recompute: str, mesh: Para
 
 def _gathered_elements(layer: LayerSpec, d_model: int, mesh: ParallelSpec) -> tuple[float, float]:
     """Elements per own token that reach a rank from those that share its rows: (inputs of halves, keys and values)."""
-    halves = 1 if layer.moe is not None else 2
+    halves = int(layer.mixes) + (layer.feeds and layer.moe is None)  # experts are where they are
     keys = 2 * layer.mixer.kv_dim if isinstance(layer.mixer, AttentionSpec) else 0
     return float((mesh.tp - 1) * halves * d_model), float((mesh.cp - 1) * keys)
 
@@ -312,10 +318,17 @@ def _pass_bytes(config: ModelConfig) -> float:
         shared = layer.moe.shared.d_ff if layer.moe is not None and layer.moe.shared is not None else 0
         widths = k * layer.ffn.d_ff + shared
         mixer = layer.mixer
-        projected = mixer.qkv_dim if isinstance(mixer, AttentionSpec) else 3 * mixer.width
+        match mixer:
+            case AttentionSpec():
+                projected = mixer.qkv_dim
+            case NoMixer():
+                projected = 0
+            case _:
+                projected = 3 * mixer.width
         if isinstance(mixer, DeltaNetSpec):
             projected += 2 * mixer.n_v_heads * mixer.k_dim * mixer.v_dim  # S read and written
-        elements += n * (4 * d + 6 * d + 2 * projected + 3 * widths + routed)
+        halves = layer.mixes + layer.feeds
+        elements += n * (5 * halves * d + 2 * projected + 3 * widths + routed)
     return 2.0 * elements
 
 

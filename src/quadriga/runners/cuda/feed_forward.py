@@ -10,7 +10,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from quadriga.kernels import reference
 from quadriga.kernels.triton.experts import ExpertNetworks, expert_rows, gated_product
 from quadriga.kernels.triton.grouped import grouped_product
 from quadriga.kernels.triton.linear import linear
@@ -33,13 +32,14 @@ def feed_forward(layer: LayerSpec, weights: DeviceWeights) -> FeedForward:
     """The network of a layer, of whose parameters ``weights`` are."""
     if isinstance(layer.ffn, MoESpec):
         return Mixture(layer.ffn, weights.below("moe."))
+    assert isinstance(layer.ffn, DenseSpec), "require_kernels has refused layers without a network"
     dense = Dense(layer.ffn, weights.below("ffn."))
     return lambda x: (dense(x), None)
 
 
-def _networks(weights: DeviceWeights, activation: str) -> ExpertNetworks:
+def _networks(weights: DeviceWeights, activation: str, *, gated: bool) -> ExpertNetworks:
     return ExpertNetworks(
-        gate=weights.experts("w_gate"),
+        gate=weights.experts("w_gate") if gated else None,
         up=weights.experts("w_up"),
         down=weights.experts("w_down"),
         activation=activation,
@@ -53,17 +53,11 @@ class Dense:
     """One network for all tokens: an expert that has all rows."""
 
     def __init__(self, spec: DenseSpec, weights: DeviceWeights) -> None:
-        self._activation = spec.activation
-        self._networks = _networks(weights, spec.activation) if spec.gated else None
-        self._up, self._down = weights.experts("w_up"), weights.experts("w_down")
+        self._networks = _networks(weights, spec.activation, gated=spec.gated)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, D) -> (N, D)."""
-        if self._networks is None:
-            hidden = reference.activate(grouped_product(x, self._up), self._activation)
-        else:
-            hidden = gated_product(x, self._networks)
-        return grouped_product(hidden, self._down)
+        return grouped_product(gated_product(x, self._networks), self._networks.down)
 
 
 class Mixture:
@@ -74,7 +68,7 @@ class Mixture:
         self._router = weights.numbers("router.weight")
         self._router_bias = weights.numbers_or_none("router.bias")
         self._correction = weights.numbers_or_none("router.correction")
-        self._networks = _networks(weights, spec.activation)
+        self._networks = _networks(weights, spec.activation, gated=spec.gated)
         self._fuse = weights.numbers_or_none("fuse.weight")
         self._shared = None if spec.shared is None else Dense(spec.shared, weights.below("shared."))
         gate = weights.numbers_or_none("shared_gate")

@@ -25,7 +25,9 @@ def require_kernels(config: ModelConfig) -> None:
 
 def _of_layer(layer: LayerSpec) -> Iterator[str]:
     mixer, ffn = layer.mixer, layer.ffn
-    if not isinstance(mixer, (AttentionSpec, ShortConvSpec, DeltaNetSpec)):
+    if not (layer.mixes and layer.feeds):
+        yield "layer of one branch"
+    elif not isinstance(mixer, (AttentionSpec, ShortConvSpec, DeltaNetSpec)):
         yield f"mixer {type(mixer).__name__.removesuffix('Spec')}"
     if isinstance(mixer, AttentionSpec):
         late = mixer.qk_norm is not None and mixer.qk_norm.after_rotation

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -21,32 +22,32 @@ class Lost(Exception):
     """The replica is not there, or was gone before its answer was complete."""
 
 
-class Exchange:
+class Exchange(ABC):
     """A request and its answer, however the replica is reached. Close it when done."""
 
     def __init__(self) -> None:
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
 
+    @abstractmethod
     async def ask(self, method: str, target: bytes, headers: Headers, body: bytes) -> None:
         """Send a request and read the head of its answer.
 
         Raises:
             Lost: see the class.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def pieces(self) -> AsyncIterator[bytes]:
         """The answer's body as it comes.
 
         Raises:
             Lost: see the class.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """End it; a replica that still computes for it is told so by that."""
-        raise NotImplementedError
 
     async def whole(self) -> bytes:
         """The answer's body."""

@@ -10,6 +10,7 @@ the chunks, and every task is a pure function of its arguments.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from quadriga.train.corpus.executors import Executor, Task
 from quadriga.train.corpus.format import ChunkEntry, FileEntry, InputEntry, Manifest, ShardEntry, TokenizerEntry
 from quadriga.train.corpus.readers import Chunk, plan_chunks
 from quadriga.train.corpus.recipe import Recipe
+
+_logger = logging.getLogger(__name__)
 
 PIPELINE = 1
 """Version of the pipeline; incremented when the same recipe and inputs give other bytes than before."""
@@ -110,6 +113,7 @@ def prepare(
         ],
     )
     sizes = [result["documents"] for result in cleaned]
+    _check_what_is_left(recipe, cleaned)
     duplicates = _duplicates(run, sizes)
     _vocabulary(run, sizes, tokenizer, cleaned)
     tokenised = run.step(
@@ -161,6 +165,19 @@ def _hash_inputs(run: Run, expected: list[InputEntry] | None) -> list[InputEntry
     if changed:
         raise CorpusError(f"inputs must have the hashes in the manifest; these have changed: {', '.join(changed[:5])}")
     return entries
+
+
+def _check_what_is_left(recipe: Recipe, cleaned: list[dict[str, Any]]) -> None:
+    """Refuse to go on with nothing, and say which domains' rules no row had a use for."""
+    counts: tasks.Counts = {}
+    for result in cleaned:
+        tasks.add_counts(counts, result["counts"])
+    if not any(result["documents"] for result in cleaned):
+        steps = [{"step": name, "domains": counts.get(name, {})} for name in tasks.STEPS[:-1]]
+        raise CorpusError(f"nothing is left of the text: every document was dropped. Counts by step: {steps}")
+    met = sorted(set(counts["read"]))
+    for name in sorted(set(recipe.domains) - set(met)):
+        _logger.warning("the recipe's rules for domain %r are unused: the rows have %s", name, ", ".join(met))
 
 
 def _duplicates(run: Run, sizes: list[int]) -> dict[str, Any]:

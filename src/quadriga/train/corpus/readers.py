@@ -183,6 +183,8 @@ def _row(fields: Any, number: int, path: str, source: Source) -> Row:
         raise fields
     if not isinstance(fields, dict) or not isinstance(fields.get(source.text), str):
         got = ", ".join(sorted(fields)) if isinstance(fields, dict) else type(fields).__name__
+        if isinstance(fields, dict) and source.text in fields:
+            got = f"a value of type {type(fields[source.text]).__name__}"
         raise CorpusError(f"a row must have its text in the string field {source.text!r}; got {got}")
     return Row(number=number, text=fields[source.text], domain=_domain(fields, path, source))
 
@@ -302,6 +304,18 @@ def _parquet_rows(part: Part, source: Source) -> Iterator[tuple[str, Any]]:
     row = 0
     groups = list(range(part.start, part.stop))
     for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=columns) if groups else ():
-        for fields in batch.to_pylist():
+        for fields in _python_rows(batch):
             yield f"row {row} of row groups {part.start} to {part.stop - 1}", fields
             row += 1
+
+
+def _python_rows(batch: Any) -> Iterator[Any]:
+    """The rows of an Arrow batch; one whose text is not UTF-8, which a file may hold, is an error in its place."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(len(batch)):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield CorpusError(f"text must be UTF-8: {error}")

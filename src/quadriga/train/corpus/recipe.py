@@ -19,6 +19,7 @@ All values, including defaults, are written to the manifest, so a manifest is al
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,6 +27,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from quadriga.errors import ConfigError
+from quadriga.train.finite import refuse_not_finite
 
 T = TypeVar("T")
 
@@ -95,6 +97,16 @@ class Domain(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     prose: ProseRules = ProseRules()
     code: CodeRules = CodeRules()
 
+    def __post_init__(self) -> None:
+        wrong = [name for name in self.languages if not re.fullmatch("[a-z]{2,3}", name)]
+        if wrong:
+            raise ConfigError(f"domains.languages must be codes such as en, zh or yue, got {', '.join(wrong)[:80]!r}")
+        if not 0 <= self.min_language_score <= 1:
+            raise ConfigError(f"domains.min_language_score must be from 0 to 1, got {self.min_language_score}")
+        low, high = self.prose.mean_word_length
+        if low > high:
+            raise ConfigError(f"prose.mean_word_length must be (least, most), got {low:g}, {high:g}")
+
 
 class Duplicates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Removal of exact and near duplicates; the first document of each group is kept, held-out ones before others.
@@ -118,6 +130,8 @@ class Duplicates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for name in ("ngram", "bands", "rows", "partitions"):
             if not 1 <= getattr(self, name) <= 1024:
                 raise ConfigError(f"duplicates.{name} must be from 1 to 1024, got {getattr(self, name)}")
+        if not 0 < self.min_similarity <= 1:
+            raise ConfigError(f"duplicates.min_similarity must be above 0, at most 1, got {self.min_similarity}")
 
 
 class Decontaminate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -132,6 +146,11 @@ class Decontaminate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """A document that would fall into more pieces is dropped."""
     min_chars: int = 200
     """Shorter pieces are dropped."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("ngram", 1), ("margin_chars", 0), ("max_pieces", 1), ("min_chars", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"decontaminate.{name} must be at least {least}, got {getattr(self, name)}")
 
 
 class TokenizerChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -151,6 +170,8 @@ class TokenizerChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ConfigError("tokenizer must have exactly one of path and train")
         if self.train is not None and not 300 <= self.train <= 2**20:
             raise ConfigError(f"tokenizer.train must be from 300 to {2**20} tokens, got {self.train}")
+        if self.train_bytes < 1:
+            raise ConfigError(f"tokenizer.train_bytes must be at least 1, got {self.train_bytes}")
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -175,6 +196,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError("a recipe must have at least one [[sources]]")
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out must be from 0 to below 1, got {self.held_out}")
+        if self.max_chars < 1:
+            raise ConfigError(f"max_chars must be at least 1, got {self.max_chars}")
         for name in self.domains:
             check_domain(name)
 
@@ -218,7 +241,11 @@ def from_table(table: Any, kind: type[T], where: str) -> T:
         ConfigError: a key is unknown, missing, or has the wrong type.
     """
     try:
-        return msgspec.convert(table, type=kind)
+        found = msgspec.convert(table, type=kind)
+        refuse_not_finite(msgspec.to_builtins(found))
+        return found
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     except msgspec.ValidationError as error:
         message = str(error)
         if isinstance(error.__cause__, ConfigError):

@@ -134,8 +134,9 @@ QD_EXPORT int32_t qd_pack(qd_context* context, int32_t source, const void* in, i
                           int32_t format, uint8_t* out, const float* importance, int64_t* bad_row, qd_message* why) {
   return in_turn(context, why, [&](qd_context& c) {
     check_format(format);
-    check(source >= 0 && source <= QD_SOURCE_IQ4_NL, "source must be one of qd_source", source);
-    check(format < QD_FORMAT_IQ4NL || (format == QD_FORMAT_IQ4NL && source == QD_SOURCE_IQ4_NL), "this format is made of its own blocks", format);
+    check(source >= 0 && source <= QD_SOURCE_Q5_1, "source must be one of qd_source", source);
+    if (source_format(source) < 0) check(format < QD_FORMAT_IQ4NL, "this format is made of its own blocks", format);
+    else check(format == source_format(source), "blocks are copied into their own format only", format);
     const int64_t bytes = tile_bytes(format, cols);
     *bad_row = pack_tiles(c, rows, [&](int64_t tile, int) {
       return c.kernels->pack(source, in, row_bytes, rows, cols, tile, format, out + tile * bytes, importance);

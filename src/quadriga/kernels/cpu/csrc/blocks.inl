@@ -1,5 +1,5 @@
-// GGUF's blocks of 256 columns as tiles of 16 rows: where their parts lie, their products, their packing. The drawing is in
-// layout.hpp. A number is put together of a line of nibbles, of two bits and of one, those that its format has, two units of
+// GGUF's blocks of 256 columns, and those of five bits, as tiles of 16 rows: where their parts lie, their products. The drawing
+// is in layout.hpp. A number is put together of a line of nibbles, of two bits and of one, those that its format has, two units of
 // four columns at a time; scales are multiplied by their block's d first, which is exact in float32.
 
 namespace {
@@ -62,6 +62,16 @@ struct IQ4XS : Block<true, -1, -1, 1, false> {
   static int32_t zero_point(uint32_t unit) { return Q8::zero_point(unit); }
 };
 
+// Of 64 columns: float16 scales and, where numbers have a minimum, minima, before the lines of two groups.
+template <bool minimum_> struct Fives : Block<true, -1, 4, 1, minimum_> {
+  static constexpr int zero = minimum_ ? 0 : 16;
+  static constexpr int64_t groups = 2, first_line = minimum_ ? 128 : 64, block_bytes = first_line + 2 * Fives::group_bytes;
+  static vf scale(const uint8_t* block, int64_t i) { return Q8::scale(block, i); }
+  static vf least(const uint8_t* block, int64_t i) { return minimum_ ? Q8::scale(block, i + 2) : all(0.0f); }
+};
+struct Q5 : Fives<false> {};
+struct Q5M : Fives<true> {};
+
 // acc += units 2 l and 2 l + 1 of packed lines times one plane of M tokens.
 template <class F, int M, int l>
 QD_INLINE void multiply_pair(vi* acc, const uint8_t* lines, const uint32_t* units) {
@@ -92,12 +102,13 @@ void tile_runs(const uint8_t* tile, int64_t cols, const uint32_t* panel, int64_t
     } else {
       const uint8_t* lines = block + F::first_line + i * F::group_bytes;
       vi acc[M];
-      each_plane<P, M>(acc, [](int) { return 0; }, [&](int p) {
+      const Tail tail(units, P, M);
+      each_plane<P, M>(acc, [&](int m) { return F::zero ? tail.sum(m) / 128 * F::zero : 0; }, [&](int p) {
         const uint32_t* plane = units + 8 * p * M;
         multiply_pair<F, M, 0>(acc, lines, plane), multiply_pair<F, M, 1>(acc, lines, plane);
         multiply_pair<F, M, 2>(acc, lines, plane), multiply_pair<F, M, 3>(acc, lines, plane);
       });
-      finish_group<M, F::minimum>(f, acc, F::scale(block, i), F::least(block, i), Tail(units, P, M));
+      finish_group<M, F::minimum>(f, acc, F::scale(block, i), F::least(block, i), tail);
     }
   });
 }

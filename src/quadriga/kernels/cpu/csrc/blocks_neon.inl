@@ -1,5 +1,5 @@
-// GGUF's blocks of 256 columns as tiles of 16 rows: where their parts lie, their products, their packing. The drawing is in
-// layout.hpp. A number is put together of a line of nibbles, of two bits and of one, those that its format has, two units of
+// GGUF's blocks of 256 columns, and those of five bits, as tiles of 16 rows: where their parts lie, their products. The drawing
+// is in layout.hpp. A number is put together of a line of nibbles, of two bits and of one, those that its format has, two units of
 // four columns at a time; scales are multiplied by their block's d first, which is exact in float32.
 
 namespace {
@@ -62,6 +62,16 @@ struct IQ4XS : Block<true, -1, -1, 1, false> {
   static int32_t zero_point(uint32_t unit) { return Q8::zero_point(unit); }
 };
 
+// Of 64 columns: float16 scales and, where numbers have a minimum, minima, before the lines of two groups.
+template <bool minimum_> struct Fives : Block<true, -1, 4, 1, minimum_> {
+  static constexpr int zero = minimum_ ? 0 : 16;
+  static constexpr int64_t groups = 2, first_line = minimum_ ? 128 : 64, block_bytes = first_line + 2 * Fives::group_bytes;
+  static vf scale(const uint8_t* block, int64_t i) { return Q8::scale(block, i); }
+  static vf least(const uint8_t* block, int64_t i) { return minimum_ ? Q8::scale(block, i + 2) : all(0.0f); }
+};
+struct Q5 : Fives<false> {};
+struct Q5M : Fives<true> {};
+
 // acc += units 2 l and 2 l + 1 times both planes: exact, in any order.
 template <class F, bool wide, int P, int M, int l>
 QD_INLINE void multiply_pair(vi* acc, const uint8_t* lines, const uint32_t* rec) {
@@ -79,7 +89,7 @@ QD_INLINE void add_runs(vf* f, const uint8_t* lines, const uint32_t* rec, Scales
   const int32_t* first_of = reinterpret_cast<const int32_t*>(rec + (8 * P + 3) * M);
   if (F::runs == 1) {
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) acc[m] = all_int(0);
+    for (int m = 0; m < M; ++m) acc[m] = all_int(F::zero ? all_of[m] / 128 * F::zero : 0);
     multiply_pair<F, wide, P, M, 0>(acc, lines, rec), multiply_pair<F, wide, P, M, 1>(acc, lines, rec);
     multiply_pair<F, wide, P, M, 2>(acc, lines, rec), multiply_pair<F, wide, P, M, 3>(acc, lines, rec);
     return finish_group<M, P, F::minimum>(f, acc, scales(0), least(0), rec);
@@ -111,8 +121,8 @@ void tile_runs(const uint8_t* tile, int64_t cols, const uint32_t* panel, float* 
   for (int m = 0; m < M; ++m) f[m] = all(0.0f);
   const int64_t groups = groups_of(cols);
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* block = tile + g / 8 * F::block_bytes;
-    const int64_t i = g % 8;
+    const uint8_t* block = tile + g / F::groups * F::block_bytes;
+    const int64_t i = g % F::groups;
     prefetch_group<F>(block, i);
     add_runs<F, false, P, M>(
         f, block + F::first_line + i * F::group_bytes, panel + g * group_units(P) * M,
@@ -145,16 +155,17 @@ template <class F>
 void widen_runs(const uint8_t* tile, int64_t cols, uint8_t* wide) {
   const int64_t groups = groups_of(cols);
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* block = tile + g / 8 * F::block_bytes;
-    const uint8_t* lines = block + F::first_line + g % 8 * F::group_bytes;
+    const uint8_t* block = tile + g / F::groups * F::block_bytes;
+    const int64_t i = g % F::groups;
+    const uint8_t* lines = block + F::first_line + i * F::group_bytes;
     uint8_t* to = wide + g * wide_bytes<F>;
     vb w[8];
     F::template pair<0>(lines, w), F::template pair<1>(lines, w + 2), F::template pair<2>(lines, w + 4), F::template pair<3>(lines, w + 6);
     for (int u = 0; u < 8; ++u) store_bytes(to + 64 * u, w[u]);
     float* floats = reinterpret_cast<float*>(to + 512);
     for (int h = 0; h < F::runs; ++h) {
-      store(floats + 16 * h, F::scale(block, g % 8 * F::runs + h));
-      if (F::minimum) store(floats + 16 * (F::runs + h), F::least(block, g % 8 * F::runs + h));
+      store(floats + 16 * h, F::scale(block, i * F::runs + h));
+      if (F::minimum) store(floats + 16 * (F::runs + h), F::least(block, i * F::runs + h));
     }
   }
 }

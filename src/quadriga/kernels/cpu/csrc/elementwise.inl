@@ -65,6 +65,10 @@ QD_LARGE vf activation_of(int activation, vf x) {
       const vf inner = all(0.79788456080286536f) * fma(all(0.044715f) * x * x, x, x);
       return x * all(0.5f) * (all(1.0f) + hyperbolic_tangent(inner));
     }
+    case QD_ACTIVATION_RELU2: {
+      const vf risen = vmax(all(0.0f), x);  // the constant first: NaN stays
+      return risen * risen;
+    }
     default: return vmax(x, all(0.0f));
   }
 }

@@ -97,7 +97,7 @@ Plan make_plan(qd_context& c, const qd_ffn& op, int64_t n, const int32_t* ids, c
   if (shared) {
     for (int64_t i = 0; i < n; ++i) plan.token[size_t(n * k + i)] = int32_t(i), plan.weight[size_t(n * k + i)] = shared[i];
     Active a{};
-    a.expert = n_experts, a.first = n * k, a.n = n, a.activation = op.shared_activation, a.gated = true;
+    a.expert = n_experts, a.first = n * k, a.n = n, a.activation = op.shared_activation, a.gated = op.shared_gate.data != nullptr;
     a.gate = op.shared_gate, a.up = op.shared_up, a.down = op.shared_down;
     add(c, plan, a);
   }
@@ -332,7 +332,7 @@ struct Decisions {
 // The shared network of a mixture as a dense network of its own.
 qd_ffn alone(const qd_ffn& op) {
   qd_ffn dense{};
-  dense.gate = &op.shared_gate, dense.up = &op.shared_up, dense.down = &op.shared_down;
+  dense.gate = op.shared_gate.data ? &op.shared_gate : nullptr, dense.up = &op.shared_up, dense.down = &op.shared_down;
   dense.n_experts = dense.top_k = 1, dense.activation = op.shared_activation;
   return dense;
 }

@@ -9,7 +9,7 @@ struct Run {
   const uint8_t* lines[kRun];  // of each group
   const float* floats;         // of the first; `stride` numbers to the next
   int64_t stride;
-  int zero;  // a number too many in every byte, where there are two runs
+  int zero;  // how much too large every byte is, where kDotSmall takes them
   const uint8_t* ahead;  // what will be wanted later, `ahead_bytes` for each group: fetched between products, not in one burst
   int64_t ahead_bytes;
 };
@@ -24,6 +24,7 @@ struct Kind {
 using Bytes = Kind<kDotBytes, 1, false>;
 using Halves = Kind<kDotSmall, 2, false>;
 using HalvesLeast = Kind<kDotSmall, 2, true>;
+using Small = Kind<kDotSmall, 1, false>;
 using SmallLeast = Kind<kDotSmall, 1, true>;
 
 #if QD_AVX512 || QD_AVX2
@@ -64,7 +65,8 @@ void add_groups(const Run& run, int n, const uint32_t* panel, int64_t panel_widt
     for (int64_t j = 0; j < run.ahead_bytes; j += 64) prefetch(run.ahead + g * run.ahead_bytes + j);
     vi acc[M];
     if constexpr (K::runs == 1) {
-      each_plane<P, M>(acc, [&](int m) { return K::minimum ? 0 : Q8::zero_point(uint32_t(tail.sum(m))); },
+      const auto zero = [&](int m) { return K::dot == kDotSmall ? tail.sum(m) / 128 * run.zero : Q8::zero_point(uint32_t(tail.sum(m))); };
+      each_plane<P, M>(acc, [&](int m) { return K::minimum ? 0 : zero(m); },
                        [&](int p) { multiply_lines<K::dot, M, 8>(acc, run.lines[g], units + 8 * p * width, width); });
       finish_group<M, K::minimum>(f, acc, load(floats), K::minimum ? load(floats + 16) : all(0.0f), tail);
     } else {
@@ -101,15 +103,16 @@ void unpack_codes(const uint8_t* tile, int64_t first, int64_t n, int64_t record,
 template <class F>
 void unpack_runs(const uint8_t* tile, int64_t first, int64_t n, int64_t record, uint8_t* to) {
   for (int64_t g = first; g < first + n; ++g, to += record) {
-    const uint8_t* block = tile + g / 8 * F::block_bytes;
-    const uint8_t* lines = block + F::first_line + g % 8 * F::group_bytes;
+    const uint8_t* block = tile + g / F::groups * F::block_bytes;
+    const int64_t i = g % F::groups;
+    const uint8_t* lines = block + F::first_line + i * F::group_bytes;
     vb w[8];
     F::template pair<0>(lines, w), F::template pair<1>(lines, w + 2), F::template pair<2>(lines, w + 4), F::template pair<3>(lines, w + 6);
     for (int u = 0; u < 8; ++u) store_bytes(to + 64 * u, w[u]);
     float* floats = reinterpret_cast<float*>(to + 512);
     for (int h = 0; h < F::runs; ++h) {
-      store(floats + 16 * h, F::scale(block, g % 8 * F::runs + h));
-      if (F::minimum) store(floats + 16 * (F::runs + h), F::least(block, g % 8 * F::runs + h));
+      store(floats + 16 * h, F::scale(block, i * F::runs + h));
+      if (F::minimum) store(floats + 16 * (F::runs + h), F::least(block, i * F::runs + h));
     }
   }
 }

@@ -10,6 +10,8 @@
 //   q4m    per 64 columns    2 x 16 f16 scales, 2 x 16 f16 minima, then 2 x 4 lines, w = d n + m
 //   mx4    as q4, with codes of E2M1 for numbers,                                   w = d kE2M1[n]
 //   iq4nl  as q4, with codes of uneven numbers,                                     w = d kUneven[n]
+//   q5     per 64 columns    2 x 16 f16 scales, then 2 x qqqqb,                      w = d (n - 16)
+//   q5m    per 64 columns    2 x 16 f16 scales, 2 x 16 f16 minima, then 2 x qqqqb,  w = d n + m
 //
 // Of GGUF's blocks of 256 columns d (and dmin) come first, 16 x f16 each, in one line; then 16 x i8 (q2k: u8) for every run of
 // 32 or 16 columns, a scale s, and as many minima m; then eight groups of 32 columns: lines of the lowest four bits (`q`
@@ -75,6 +77,8 @@ inline int64_t tile_bytes(int format, int64_t cols) {
     case QD_FORMAT_MX4:
     case QD_FORMAT_IQ4NL: return groups_of(cols) / 2 * 576;
     case QD_FORMAT_Q4M: return groups_of(cols) / 2 * 640;
+    case QD_FORMAT_Q5: return groups_of(cols) / 2 * 704;
+    case QD_FORMAT_Q5M: return groups_of(cols) / 2 * 768;
     case QD_FORMAT_Q2K: return blocks_of(cols) * 64 * 21;
     case QD_FORMAT_Q3K: return blocks_of(cols) * 64 * 29;
     case QD_FORMAT_Q4K: return blocks_of(cols) * 64 * 37;
@@ -89,12 +93,28 @@ inline int64_t tile_bytes(int format, int64_t cols) {
 inline int wide_group_bytes(int format) {
   switch (format) {
     case QD_FORMAT_IQ4NL:
+    case QD_FORMAT_Q5:
     case QD_FORMAT_IQ4XS: return 9 * 64;
+    case QD_FORMAT_Q5M:
     case QD_FORMAT_Q5K:
     case QD_FORMAT_Q6K:
     case QD_FORMAT_Q3K: return 10 * 64;
     case QD_FORMAT_Q2K: return 12 * 64;
     default: return 0;
+  }
+}
+
+// The packed format that a qd_source of blocks is copied into, or -1: it is one of numbers.
+inline int source_format(int source) {
+  switch (source) {
+    case QD_SOURCE_Q8_0: return QD_FORMAT_Q8;
+    case QD_SOURCE_Q4_0: return QD_FORMAT_Q4;
+    case QD_SOURCE_Q4_1: return QD_FORMAT_Q4M;
+    case QD_SOURCE_MX4: return QD_FORMAT_MX4;
+    case QD_SOURCE_IQ4_NL: return QD_FORMAT_IQ4NL;
+    case QD_SOURCE_Q5_0: return QD_FORMAT_Q5;
+    case QD_SOURCE_Q5_1: return QD_FORMAT_Q5M;
+    default: return -1;
   }
 }
 

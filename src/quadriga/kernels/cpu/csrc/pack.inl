@@ -166,14 +166,33 @@ int first_bad(const vf* x, const uint16_t* scale, const uint16_t* min, int n_row
   return 0;
 }
 
+constexpr int kSourceBytes[] = {34, 18, 20, 18, 18, 22, 24};  // of a block, from QD_SOURCE_Q8_0 on
+
+// Where in a pair of groups of 32 columns the lines of the first begin, how many bytes of them a group has, and whether minima
+// stand before them.
+QD_INLINE bool has_minimum(int format) { return format == QD_FORMAT_Q4M || format == QD_FORMAT_Q5M; }
+QD_INLINE int64_t first_line_of(int format) { return has_minimum(format) ? 128 : 64; }
+QD_INLINE int64_t group_bytes_of(int format) { return (tile_bytes(format, 64) - first_line_of(format)) / 2; }
+
 // Blocks as they are: bits move, no number changes.
+void copy_fives(const uint8_t* high, const uint8_t* nibbles, int r, uint8_t* lines) {
+  int8_t q[32];
+  uint32_t words[8];
+  nibble_runs<16, 1>(nibbles, q);
+  add_fifth_bits(high, q);
+  std::memcpy(words, q, 32);
+  put_group<Q5>(words, lines + 4 * r);
+}
+
 void copy_block(int source, const uint8_t* block, int r, uint16_t* half, uint16_t* half_min, uint8_t* lines) {
   std::memcpy(half + r, block, 2);
+  if (half_min) std::memcpy(half_min + r, block + 2, 2);
+  if (source == QD_SOURCE_Q5_0) return copy_fives(block + 2, block + 6, r, lines);
+  if (source == QD_SOURCE_Q5_1) return copy_fives(block + 4, block + 8, r, lines);
   if (source == QD_SOURCE_Q8_0) {
     for (int c = 0; c < 32; ++c) lines[(c / 4) * 64 + 4 * r + c % 4] = uint8_t(block[2 + c] ^ 0x80);
     return;
   }
-  if (source == QD_SOURCE_Q4_1) std::memcpy(half_min + r, block + 2, 2);
   const uint8_t* packed = block + (source == QD_SOURCE_Q4_1 ? 4 : 2);
   uint8_t n[32];
   const int stride = source == QD_SOURCE_MX4 ? 2 : 1, high = source == QD_SOURCE_MX4 ? 1 : 16;
@@ -207,14 +226,14 @@ int64_t pack_tile(int source, const void* in, int64_t row_bytes, int64_t rows, i
   }
   std::memset(out, 0, size_t(tile_bytes(format, cols)));
   const int64_t pair_bytes = tile_bytes(format, 64);
-  const int64_t first_line = format == QD_FORMAT_Q4M ? Q4M::first_line : 64, group_bytes = format == QD_FORMAT_Q8 ? 512 : 256;
+  const int64_t first_line = first_line_of(format), group_bytes = group_bytes_of(format);
   for (int64_t g = 0; 32 * g < cols; ++g) {
     uint8_t* pair = out + g / 2 * pair_bytes;
     uint8_t* lines = pair + first_line + (g & 1) * group_bytes;
     uint16_t* half = reinterpret_cast<uint16_t*>(pair) + 16 * (g & 1);
-    uint16_t* half_min = format == QD_FORMAT_Q4M ? half + 32 : nullptr;
+    uint16_t* half_min = has_minimum(format) ? half + 32 : nullptr;
     if (source >= QD_SOURCE_Q8_0) {
-      const int64_t block = source == QD_SOURCE_Q8_0 ? 34 : source == QD_SOURCE_Q4_1 ? 20 : 18;
+      const int64_t block = kSourceBytes[source - QD_SOURCE_Q8_0];
       for (int r = 0; r < n_rows; ++r) copy_block(source, from + r * row_bytes + g * block, r, half, half_min, lines);
       continue;
     }
@@ -234,6 +253,15 @@ int64_t pack_tile(int source, const void* in, int64_t row_bytes, int64_t rows, i
   return 0;
 }
 
+// At most n of a group's 32 numbers; min: NULL where there is none, for -0 + 0 is another number than -0.
+void unpack_fives(const uint8_t* lines, float scale, const float* min, int64_t n, float* out) {
+  uint32_t words[8];
+  int8_t q[32];
+  get_group<Q5>(lines, words);
+  std::memcpy(q, words, 32);
+  for (int64_t c = 0; c < 32 && c < n; ++c) out[c] = min ? float(q[c]) * scale + *min : float(q[c] - Q5::zero) * scale;
+}
+
 void unpack_row(int format, const uint8_t* packed, int64_t cols, int64_t row, float* out) {
   const uint8_t* tile = packed + row / 16 * tile_bytes(format, cols);
   const int r = int(row % 16);
@@ -251,14 +279,18 @@ void unpack_row(int format, const uint8_t* packed, int64_t cols, int64_t row, fl
     return;
   }
   const int64_t pair_bytes = tile_bytes(format, 64);
-  const int64_t first_line = format == QD_FORMAT_Q4M ? Q4M::first_line : 64, group_bytes = format == QD_FORMAT_Q8 ? 512 : 256;
+  const int64_t first_line = first_line_of(format), group_bytes = group_bytes_of(format);
   for (int64_t g = 0; 32 * g < cols; ++g) {
     const uint8_t* pair = tile + g / 2 * pair_bytes;
     const uint8_t* lines = pair + first_line + (g & 1) * group_bytes;
     uint16_t half[2] = {};
     std::memcpy(half, pair + 32 * (g & 1) + 2 * r, 2);
-    if (format == QD_FORMAT_Q4M) std::memcpy(half + 1, pair + 64 + 32 * (g & 1) + 2 * r, 2);
+    if (has_minimum(format)) std::memcpy(half + 1, pair + 64 + 32 * (g & 1) + 2 * r, 2);
     const float scale = half_to_float(half[0]), min = half_to_float(half[1]);
+    if (format == QD_FORMAT_Q5 || format == QD_FORMAT_Q5M) {
+      unpack_fives(lines + 4 * r, scale, has_minimum(format) ? &min : nullptr, cols - 32 * g, out + 32 * g);
+      continue;
+    }
     for (int64_t c = 0; c < 32 && 32 * g + c < cols; ++c) {
       if (format == QD_FORMAT_Q8) {
         out[32 * g + c] = float(int(lines[(c / 4) * 64 + 4 * r + c % 4]) - 128) * scale;

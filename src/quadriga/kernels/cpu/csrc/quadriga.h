@@ -38,15 +38,17 @@ enum qd_status {
 };
 enum qd_format {
   QD_FORMAT_FLOAT32 = 0, QD_FORMAT_BFLOAT16 = 1, QD_FORMAT_Q8 = 2, QD_FORMAT_Q4 = 3, QD_FORMAT_Q4M = 4,
-  QD_FORMAT_MX4 = 5, QD_FORMAT_IQ4NL = 6,
-  /* from here on blocks of 256 columns */
-  QD_FORMAT_Q2K = 7, QD_FORMAT_Q3K = 8, QD_FORMAT_Q4K = 9, QD_FORMAT_Q5K = 10, QD_FORMAT_Q6K = 11, QD_FORMAT_IQ4XS = 12
+  QD_FORMAT_MX4 = 5,
+  /* from here on made of a file's own blocks only */
+  QD_FORMAT_IQ4NL = 6, QD_FORMAT_Q5 = 7, QD_FORMAT_Q5M = 8,
+  /* of 256 columns */
+  QD_FORMAT_Q2K = 9, QD_FORMAT_Q3K = 10, QD_FORMAT_Q4K = 11, QD_FORMAT_Q5K = 12, QD_FORMAT_Q6K = 13, QD_FORMAT_IQ4XS = 14
 };
 enum qd_source {
   QD_SOURCE_FLOAT32 = 0, QD_SOURCE_BFLOAT16 = 1, QD_SOURCE_FLOAT16 = 2,
   QD_SOURCE_Q8_0 = 3, QD_SOURCE_Q4_0 = 4, QD_SOURCE_Q4_1 = 5,
   QD_SOURCE_MX4 = 6, /* 18 bytes: half of an MXFP4 block's scale as float16, codes 2 j and 2 j + 1 in byte j */
-  QD_SOURCE_IQ4_NL = 7
+  QD_SOURCE_IQ4_NL = 7, QD_SOURCE_Q5_0 = 8, QD_SOURCE_Q5_1 = 9
 };
 /* Block formats of GGUF files, under their names in quant/formats.py. */
 enum qd_stored {
@@ -62,7 +64,8 @@ enum qd_kv_format { QD_KV_FORMAT_FLOAT32 = 0, QD_KV_FORMAT_BFLOAT16 = 1, QD_KV_F
 enum qd_norm_kind { QD_NORM_KIND_LAYER = 0, QD_NORM_KIND_RMS = 1 };
 enum qd_activation {
   QD_ACTIVATION_SILU = 0, QD_ACTIVATION_GELU = 1, QD_ACTIVATION_GELU_TANH = 2, QD_ACTIVATION_RELU = 3,
-  QD_ACTIVATION_CLAMPED_GLU = 4 /* of gate and up together: (u + 1) g sigmoid(1.702 g), g <= 7, u in [-7, 7] */
+  QD_ACTIVATION_CLAMPED_GLU = 4, /* of gate and up together: (u + 1) g sigmoid(1.702 g), g <= 7, u in [-7, 7] */
+  QD_ACTIVATION_RELU2 = 5        /* max(x, 0) squared */
 };
 enum qd_score { QD_SCORE_SOFTMAX = 0, QD_SCORE_SIGMOID = 1, QD_SCORE_SPARSE_MIXER = 2 };
 enum qd_aggregate { QD_AGGREGATE_WEIGHTED_SUM = 0, QD_AGGREGATE_VOTE = 1, QD_AGGREGATE_FUSE = 2 };
@@ -214,8 +217,8 @@ typedef struct {
   const float* gate_bias;   /* (E, F), rows padded to 16s with zeros, or NULL; all three biases or none */
   const float* up_bias;
   const float* down_bias; /* (E, D), padded alike */
-  /* The network that every token visits besides, gated, of any width S. */
-  qd_matrix shared_gate, shared_up, shared_down; /* (S, D), (S, D), (D, S); data NULL: none */
+  /* The network that every token visits besides, of any width S. */
+  qd_matrix shared_gate, shared_up, shared_down; /* (S, D), (S, D), (D, S); data NULL: none, gate's alone: not gated */
   qd_matrix shared_weight; /* (1, D) float32: the sigmoid of its product weighs the network's output; data NULL: 1 */
   int32_t shared_activation;
   float stream_scale; /* what the residual stream is multiplied by at last; 1: nothing */
@@ -352,7 +355,7 @@ int32_t qd_latent_bytes(int32_t kv_format, int32_t rank, int32_t rope_dim, int64
 
 /* Pack rows x cols numbers stored row-major as `source` (rows `row_bytes` apart) into out (qd_packed_bytes).
  * Block sources are copied bit by bit and need the matching format (q8_0 -> q8, q4_0 -> q4, q4_1 -> q4m, mx4 -> mx4,
- * iq4_nl -> iq4nl). Formats of blocks of 256 are made of such blocks only: qd_pack_stored.
+ * iq4_nl -> iq4nl, q5_0 -> q5, q5_1 -> q5m). Formats of blocks of 256 are made of such blocks only: qd_pack_stored.
  * importance: (cols,) weight of each column's squared error in the scale search, or NULL for one.
  * bad_row: the first row that holds a number the format cannot store, or -1. */
 int32_t qd_pack(qd_context* context, int32_t source, const void* in, int64_t row_bytes, int64_t rows, int64_t cols,
@@ -396,10 +399,11 @@ int32_t qd_gather_rows(qd_context* context, const uint8_t* x, int64_t row_bytes,
 /* out[i] = sum of rows[home[i, j]] over j, (n, d) */
 int32_t qd_sum_rows(qd_context* context, int32_t dtype, const uint8_t* rows, const int64_t* home, int64_t n, int64_t k,
                     int64_t d, uint8_t* out, qd_message* why);
-/* hidden = activation(gate) * up * weights[row], (n, f) */
+/* hidden = activation(gate) * up * weights[row], (n, f); up NULL: 1, of networks without a gate */
 int32_t qd_hidden(qd_context* context, int32_t dtype, int32_t activation, const uint8_t* gate, const uint8_t* up,
                   const float* weights, int64_t n, int64_t f, uint8_t* hidden, qd_message* why);
-/* dh, the gradient of hidden, becomes the gate's; hidden and the gradients of up and weights are written. */
+/* dh, the gradient of hidden, becomes the gate's; hidden and the gradients of up (NULL where up is) and weights are
+ * written. */
 int32_t qd_hidden_back(qd_context* context, int32_t dtype, int32_t activation, const uint8_t* gate, const uint8_t* up,
                        const float* weights, int64_t n, int64_t f, uint8_t* dh, uint8_t* hidden, uint8_t* du,
                        float* d_weights, qd_message* why);

@@ -67,8 +67,8 @@ template <class F, class K> constexpr Format of_runs() {
 }
 
 const Format kFormats[] = {  // from QD_FORMAT_Q8 on
-    direct<Q8>(), direct<Q4>(), direct<Q4M>(), direct<MX4>(), of_codes<IQ4NL, Bytes>(), of_runs<Q2K, HalvesLeast>(), of_runs<Q3K, Halves>(),
-    direct<Q4K>(), of_runs<Q5K, SmallLeast>(), of_runs<Q6K, Halves>(), of_codes<IQ4XS, Bytes>()};
+    direct<Q8>(), direct<Q4>(), direct<Q4M>(), direct<MX4>(), of_codes<IQ4NL, Bytes>(), of_runs<Q5, Small>(), of_runs<Q5M, SmallLeast>(),
+    of_runs<Q2K, HalvesLeast>(), of_runs<Q3K, Halves>(), direct<Q4K>(), of_runs<Q5K, SmallLeast>(), of_runs<Q6K, Halves>(), of_codes<IQ4XS, Bytes>()};
 static_assert(sizeof kFormats / sizeof *kFormats == QD_FORMAT_IQ4XS - QD_FORMAT_Q8 + 1, "a row for each quantised format");
 
 // product(first token, how many) for a whole panel.

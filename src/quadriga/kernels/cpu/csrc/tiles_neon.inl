@@ -23,9 +23,11 @@ template <class F, int P> struct Row {
 
 #define QD_ALL_ROWS(P)                                                                                               \
   Row<Q8, P>::groups, Row<Q4, P>::groups, Row<Q4M, P>::groups, Row<MX4, P>::groups, Row<IQ4NL, P>::groups,           \
+      Row<Q5, P>::runs, Row<Q5M, P>::runs,                                                                           \
       Row<Q2K, P>::runs, Row<Q3K, P>::runs, Row<Q4K, P>::groups, Row<Q5K, P>::runs, Row<Q6K, P>::runs, Row<IQ4XS, P>::groups
 #define QD_ALL_WIDE_ROWS(P)                                                                                          \
-  nullptr, Row<Q4, P>::wide_groups, Row<Q4M, P>::wide_groups, nullptr, Row<Q8, P>::wide_groups, Row<Q2K, P>::wide_runs, \
+  nullptr, Row<Q4, P>::wide_groups, Row<Q4M, P>::wide_groups, nullptr, Row<Q8, P>::wide_groups, Row<Q5, P>::wide_runs,  \
+      Row<Q5M, P>::wide_runs, Row<Q2K, P>::wide_runs,                                                                \
       Row<Q3K, P>::wide_runs, Row<Q4M, P>::wide_groups, Row<Q5K, P>::wide_runs, Row<Q6K, P>::wide_runs, Row<Q8, P>::wide_groups
 
 constexpr int kQuantised = QD_FORMAT_IQ4XS - QD_FORMAT_Q8 + 1;
@@ -75,6 +77,8 @@ void widen_any(int format, const uint8_t* tile, int64_t cols, uint8_t* wide) {
     case QD_FORMAT_Q4: return widen_as<Q4>(tile, cols, wide);
     case QD_FORMAT_Q4M: return widen_as<Q4M>(tile, cols, wide);
     case QD_FORMAT_IQ4NL: return widen_as<IQ4NL>(tile, cols, wide);
+    case QD_FORMAT_Q5: return widen_runs<Q5>(tile, cols, wide);
+    case QD_FORMAT_Q5M: return widen_runs<Q5M>(tile, cols, wide);
     case QD_FORMAT_Q2K: return widen_runs<Q2K>(tile, cols, wide);
     case QD_FORMAT_Q3K: return widen_runs<Q3K>(tile, cols, wide);
     case QD_FORMAT_Q4K: return widen_as<Q4K>(tile, cols, wide);

@@ -41,7 +41,7 @@ QD_EXPORT int32_t qd_hidden(qd_context* context, int32_t dtype, int32_t activati
   return in_turn(context, why, [&](qd_context& c) {
     c.pool.run(n, grain(f), [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i)
-        c.kernels->hidden(dtype, activation, gate + i * size, up + i * size, weights[i], f, hidden + i * size);
+        c.kernels->hidden(dtype, activation, gate + i * size, up ? up + i * size : nullptr, weights[i], f, hidden + i * size);
     });
   });
 }
@@ -53,8 +53,8 @@ QD_EXPORT int32_t qd_hidden_back(qd_context* context, int32_t dtype, int32_t act
   return in_turn(context, why, [&](qd_context& c) {
     c.pool.run(n, grain(f), [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i)
-        d_weights[i] = c.kernels->hidden_back(dtype, activation, gate + i * size, up + i * size, weights[i], f,
-                                              dh + i * size, hidden + i * size, du + i * size);
+        d_weights[i] = c.kernels->hidden_back(dtype, activation, gate + i * size, up ? up + i * size : nullptr, weights[i], f,
+                                              dh + i * size, hidden + i * size, du ? du + i * size : nullptr);
     });
   });
 }

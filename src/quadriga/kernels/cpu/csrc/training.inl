@@ -41,6 +41,7 @@ QD_LARGE vf activation_slope(int activation, vf x) {
       const vf inner = root * fma(all(3 * 0.044715f), square, one);
       return half * (one + t) + half * x * (one - t * t) * inner;
     }
+    case QD_ACTIVATION_RELU2: return all(2.0f) * vmax(all(0.0f), x);
     default: return greater_select(x, all(0.0f), one, all(0.0f));
   }
 }
@@ -57,11 +58,13 @@ QD_LARGE vf clamped_up_slope(vf gate, vf up) {
   return greater_select(vabs(up), all(kClamp), all(0.0f), g * sigmoid(all(kClampedSlope) * g));
 }
 
+// Without up (NULL) the network is not gated: what up would be is 1.
 template <class T>
 void hidden_row(int activation, const T* gate, const T* up, float weight, int64_t f, T* hidden) {
   const vf w = all(weight);
   for (int64_t i = 0; i < f; i += 16) {
-    const vf h = gated_unit(activation, get_part(gate + i, f - i), get_part(up + i, f - i));
+    const vf g = get_part(gate + i, f - i);
+    const vf h = up ? gated_unit(activation, g, get_part(up + i, f - i)) : activation_of(activation, g);
     put_part(hidden + i, f - i, h * w);
   }
 }
@@ -73,7 +76,7 @@ float hidden_back_row(int activation, const T* gate, const T* up, float weight, 
   vf d_weight = all(0.0f);
   for (int64_t i = 0; i < f; i += 16) {
     const int64_t n = f - i;
-    const vf g = get_part(gate + i, n), u = get_part(up + i, n), d = get_part(dh + i, n);
+    const vf g = get_part(gate + i, n), u = up ? get_part(up + i, n) : all(1.0f), d = get_part(dh + i, n);
     const vf weighted = d * w;
     if (activation == QD_ACTIVATION_CLAMPED_GLU) {
       const vf plain = gated_unit(activation, g, u);
@@ -86,7 +89,7 @@ float hidden_back_row(int activation, const T* gate, const T* up, float weight, 
     const vf act = activation_of(activation, g), plain = act * u;
     d_weight = fma(d, plain, d_weight);
     put_part(hidden + i, n, plain * w);
-    put_part(du + i, n, act * weighted);
+    if (du) put_part(du + i, n, act * weighted);
     put_part(dh + i, n, activation_slope(activation, g) * u * weighted);
   }
   return sum(d_weight);

@@ -1,0 +1,138 @@
+"""Tuning runs as a careless user writes them: each ends in one line that says what is wrong, and nothing is ignored."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quadriga.errors import ConfigError, CorpusError
+from quadriga.train.config import parse_toml
+from quadriga.train.metrics import FILE, read
+from quadriga.train.tune import tune
+from quadriga.train.tune_config import TuneConfig
+from tests.train.tune_runs import LORA, settings, toml, write_base
+
+SMALL = """
+run = "r"
+model = "m"
+objective = "{objective}"
+[data]
+files = ["f"]
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("misuse") / "base")
+
+
+@pytest.mark.parametrize(
+    ("objective", "text", "message"),
+    [
+        ("sft", "max_rows = 0", "max_rows must be at least 1, got 0"),
+        ("sft", "max_bad_rows = -1", "max_bad_rows must be 0 or above, got -1"),
+        ("sft", "held_out_every = 1", "held_out_every must be at least 2"),
+        ("dpo", "[preference]\nbeta = -1.0", "beta must be above 0 and .* got -1 and 0.1"),
+        ("dpo", "[preference]\nbeta = nan", "beta must be above 0 and .* got nan"),
+        ("orpo", "[preference]\nodds_weight = -0.5", "odds_weight 0 or above; got 0.1 and -0.5"),
+        ("orpo", "[preference]\nodds_weight = inf", "preference.odds_weight must be a finite number, got inf"),
+        ("dpo", "[preference]\nodds_weight = 0.5", "odds_weight is used with objective 'orpo' only; .* 'dpo'"),
+        ("orpo", "[preference]\nbeta = 0.5", "preference.beta is used with objective 'dpo' only"),
+        ("sft", "[grpo]\nsamples = 5", r"\[grpo\] is used with objective 'grpo' only; this run's is 'sft'"),
+        ("sft", "[distill]\ntop_k = 5", r"\[distill\] is used with objective 'distill' only"),
+        ("text", "template = 'chatml'", "data.template is used with objective 'sft' and .* 'text': leave it out"),
+        ("grpo", "label = 'x'", "data.label is used with"),
+        ("grpo", "[evaluate]\nprompts = ['x']", "evaluate.prompts is used with"),
+        ("grpo", "[grpo]\nkl_weight = nan", "kl_weight must be 0 or above, got nan"),
+        ("grpo", "[[grpo.rewards]]\nkind = 'finished'\nweight = nan", r"grpo.rewards\[0\].weight must be a finite"),
+        ("grpo", "[[grpo.rewards]]\nkind = 'code'\ntimeout_s = -1.0", "timeout_s must be above 0, got -1"),
+        ("sft", "[lora]\nalpha = inf", "lora.alpha must be a finite number, got inf"),
+    ],
+)
+def test_values_without_sense_or_effect_are_refused(objective: str, text: str, message: str) -> None:
+    parse_toml(SMALL.replace("{objective}", objective).encode(), TuneConfig)
+    with pytest.raises(ConfigError, match=message):
+        parse_toml((SMALL.replace("{objective}", objective) + text).encode(), TuneConfig)
+
+
+def test_a_run_needs_a_folder() -> None:
+    with pytest.raises(ConfigError, match="run must be the folder of the run, got ''"):
+        parse_toml(SMALL.replace('"r"', '""').replace("{objective}", "sft").encode(), TuneConfig)
+
+
+def _changed(folder: Path, base: Path, objective: str, edit: Callable[[str], str], rows: str = "") -> TuneConfig:
+    text = edit(toml(folder, base, objective).replace("steps = 12", "steps = 2"))
+    if rows:
+        (folder / "rows.jsonl").write_text(rows)
+    return parse_toml(text.encode(), TuneConfig)
+
+
+def test_a_document_longer_than_the_model_s_positions_is_refused(tmp_path: Path, base: Path) -> None:
+    longer = _changed(tmp_path, base, "sft", lambda text: text.replace("seq_len = 64", "seq_len = 97"))
+    with pytest.raises(ConfigError, match=r"data.seq_len must be at most the model's 96 positions, got 97"):
+        tune(longer)
+    answers = settings(tmp_path, base, "grpo", "[grpo]\nsampler = 'model'\nmax_new_tokens = 90\n")
+    with pytest.raises(ConfigError, match=r"the longest question and grpo.max_new_tokens together must be at most"):
+        tune(answers)
+
+
+def test_texts_without_a_word_are_counted_and_do_not_end_in_a_traceback(tmp_path: Path, base: Path) -> None:
+    empty = _changed(tmp_path, base, "text", str, json.dumps({"text": " "}) + "\n")
+    with pytest.raises(CorpusError, match=r"no row of rows.jsonl can be used. rows.jsonl:1: an empty text"):
+        tune(empty)
+    some = "\n".join(json.dumps({"text": text}) for text in ("", "sky is blue", "snow is white")) + "\n"
+    done = tune(_changed(tmp_path, base, "text", str, some))
+    assert done.done and done.rejected == "1 rows skipped: an empty text (rows.jsonl:1)"
+
+
+def test_a_run_that_holds_nothing_out_says_so_and_still_shows_samples(tmp_path: Path, base: Path) -> None:
+    def edit(text: str) -> str:
+        return text.replace("held_out_every = 6", "held_out_every = 600").replace(
+            "[evaluate]", "[evaluate]\nprompts = ['sky']\nsample_tokens = 3"
+        )
+
+    config = _changed(tmp_path, base, "sft", edit)
+    assert tune(config).done
+    lines = read(Path(config.run) / FILE)
+    assert [line["event"] for line in lines if "event" in line] == [
+        "warning: nothing is held out: fewer rows than data.held_out_every"
+    ]
+    assert [set(line["samples"]) for line in lines if "samples" in line] == [{"sky"}, {"sky"}]
+
+
+@pytest.mark.parametrize("seed", [2**62, -3])
+def test_any_seed_that_toml_can_write_is_a_seed(tmp_path: Path, base: Path, seed: int) -> None:
+    config = _changed(tmp_path, base, "sft", lambda text: f"seed = {seed}\n{text}{LORA}")
+    assert tune(config).done
+
+
+def test_metrics_wait_for_a_disk_that_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from quadriga.train.metrics import MetricsFile
+
+    file = MetricsFile(tmp_path, 0, peak_flops=None, learning_rate=1.0, routing_every=1)
+    whole, room = file._file, [40]
+
+    class Full:
+        def write(self, raw: bytes) -> int:
+            if not room[0]:
+                raise OSError(28, "No space left on device")
+            n = whole.write(raw[: room[0]])
+            room[0] -= n
+            return n
+
+        def close(self) -> None:
+            whole.close()
+
+    file._file = Full()  # type: ignore[assignment]
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            file.on_event(step, "x" * 20)
+    assert caplog.text.count("No space left on device") == 1, "said once"
+    room[0] = 10_000
+    file.on_event(3, "room again")
+    file.close()
+    assert [line["step"] for line in read(tmp_path / FILE)] == [0, 1, 2, 3]
