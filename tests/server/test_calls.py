@@ -92,6 +92,14 @@ def test_parameters_may_refer_to_their_own_parts(tiny: Live, path: str, n_tools:
     assert made and all(one["from"] == {"city": "Oslo"} for one in made)
 
 
+def test_a_forced_call_comes_where_an_answer_would_have_had_a_form(tiny: Live) -> None:
+    """Instructor and others send both: the form is of the text, and there is none."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": 1}}}
+    body = {**OPENAI, "max_tokens": SHORTEST + 40, "response_format": form}
+    message = tiny.post("/v1/chat/completions", body).json()["choices"][0]["message"]
+    assert fits(message["tool_calls"][0]["function"]["arguments"]) and message["content"] is None
+
+
 @pytest.mark.parametrize("kind", [{"type": "string"}, {"enum": ["x"]}, {"type": ["string", "null"]}])
 def test_parameters_that_are_no_objects_are_refused_where_a_call_must_come(tiny: Live, kind: dict[str, Any]) -> None:
     tool = {"type": "function", "function": {"name": "go", "parameters": kind}}
