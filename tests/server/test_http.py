@@ -91,6 +91,16 @@ def test_values_just_outside_are_refused(tiny: Live, change: dict[str, Any]) -> 
     error_of(tiny, "/v1/completions", TEXT | change)
 
 
+def test_a_top_p_of_nothing_keeps_the_best_token(tiny: Live) -> None:
+    best = tiny.post("/v1/completions", TEXT | {"temperature": 0}).json()["choices"]
+    assert tiny.post("/v1/completions", TEXT | {"temperature": 2, "top_p": 0}).json()["choices"] == best
+
+
+def test_a_request_has_one_host(tiny: Live) -> None:
+    two = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nhost: evil.example\r\n\r\n"
+    assert "400 Bad Request" in send(tiny, two) and "one Host" in send(tiny, two)
+
+
 @pytest.mark.parametrize(
     "change",
     [
