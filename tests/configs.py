@@ -8,6 +8,7 @@ from typing import Any
 from quadriga.model.config import (
     DeltaNetSpec,
     DenseSpec,
+    LinearScaling,
     Mamba2Spec,
     ModelConfig,
     NoFeedForward,
@@ -16,6 +17,7 @@ from quadriga.model.config import (
     QKNormSpec,
     RopeSpec,
     ShortConvSpec,
+    YarnScaling,
     in_order,
     uniform,
 )
@@ -65,6 +67,40 @@ def with_single_branches(config: ModelConfig, n_groups: int = 2) -> ModelConfig:
         replace(layer, mixer=replace(layer.attention, position=None), ffn=NoFeedForward()),
     )
     return replace(config, layers=in_order(turn[i % 3] for i in range(config.n_layers)))
+
+
+def with_near_layers(config: ModelConfig) -> ModelConfig:
+    """``config`` as Mellum would have it: windows and plain frequencies in all but the second layer."""
+    rope = config.layers[0].attention.position
+    assert isinstance(rope, RopeSpec)
+    yarn = YarnScaling(factor=4.0, original_max_seq_len=16, attention_factor=1.1386294361119891)
+    far = replace(config.layers[0].attention, qk_norm=QKNormSpec(over="head", eps=config.final_norm.eps))
+    near = replace(far, window=7, position=replace(rope, scaling=None))
+    far = replace(far, position=replace(rope, scaling=yarn))
+    layers = (replace(layer, mixer=far if i == 1 else near) for i, layer in enumerate(config.layers))
+    return replace(config, layers=in_order(layers))
+
+
+def between_norms(config: ModelConfig, period: int) -> ModelConfig:
+    """``config`` as Gemma 2 (period 2) or 3 would have it: norms less one on both sides, every ``period``-th layer sees all."""
+    norm = replace(config.final_norm, plus_one=True)
+    plain = config.layers[0].attention
+    if period == 2:
+        far = replace(plain, soft_cap=50.0)
+        near = replace(far, window=7)
+    else:
+        far = replace(plain, qk_norm=QKNormSpec(over="head", eps=norm.eps, plus_one=True))
+        near = replace(far, window=7, position=RopeSpec(theta=777.0))
+        far = replace(far, position=RopeSpec(theta=5e3, scaling=LinearScaling(factor=4.0)))
+    layers = (
+        replace(layer, norm=norm, mixer=far if (i + 1) % period == 0 else near, post_norms=True)
+        for i, layer in enumerate(config.layers)
+    )
+    cap = 30.0 if period == 2 else None
+    scale = config.d_model**0.5
+    return replace(
+        config, layers=in_order(layers), final_norm=norm, tied_embeddings=True, embedding_scale=scale, logit_cap=cap
+    )
 
 
 def with_windows(config: ModelConfig) -> ModelConfig:

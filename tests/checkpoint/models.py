@@ -29,9 +29,11 @@ from quadriga.model.config import (
 )
 from quadriga.model.weight_map import Piece, parameter_shapes, source_index, source_shapes, whole
 from tests.configs import (
+    between_norms,
     first_dense,
     with_convolutions,
     with_delta_rules,
+    with_near_layers,
     with_single_branches,
     with_state_spaces,
     with_windows,
@@ -378,6 +380,35 @@ TINY: dict[str, ModelConfig] = {
             norm=NormSpec(kind="rms", eps=1e-6),
             mixer=_ATTN,
             ffn=DenseSpec(d_ff=80, activation="gelu_tanh"),
+        )
+    ),
+    "gemma2": between_norms(
+        uniform_model(
+            family="gemma2",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(_ATTN, head_dim=10),
+            ffn=DenseSpec(d_ff=80, activation="gelu_tanh"),
+        ),
+        period=2,
+    ),
+    "gemma3": between_norms(
+        uniform_model(
+            family="gemma3",
+            **{**_SIZES, "n_layers": 6},
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(_ATTN, head_dim=10),
+            ffn=DenseSpec(d_ff=80, activation="gelu_tanh"),
+        ),
+        period=6,
+    ),
+    "mellum": with_near_layers(
+        uniform_model(
+            family="mellum",
+            **_SIZES,
+            norm=NormSpec(kind="rms", eps=1e-6),
+            mixer=replace(_ATTN, head_dim=10),
+            ffn=_moe(aux_loss_weight=0.001),
         )
     ),
     "nemotron_h": with_single_branches(

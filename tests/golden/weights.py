@@ -67,6 +67,13 @@ _GRANITE_HYBRID = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
 }
+_GEMMA = {
+    "head_dim": 10,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "sliding_window": 7,
+    "tie_word_embeddings": True,
+}
 _DELTA = {
     "head_dim": 20,
     "attention_bias": False,
@@ -509,6 +516,29 @@ MODELS: dict[str, dict[str, object]] = {
         **_GRANITE_HYBRID,
         **_LLAMA,
     },
+    "gemma2": {
+        "model_type": "gemma2",
+        "rope_theta": 1000.0,
+        "query_pre_attn_scalar": 20,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0,
+        **_GEMMA,
+        **_LLAMA,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "rope_theta": 5000.0,
+        "rope_local_base_freq": 1000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "query_pre_attn_scalar": 10,
+        "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        **_GEMMA,
+        **_LLAMA,
+        "num_hidden_layers": 6,
+    },
     "mpt": {**_MPT, "n_heads": 6, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None}},
     "mpt-clipped": {**_MPT, "n_heads": 8, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": 2.0}},
 }
@@ -679,6 +709,36 @@ NEMOTRON_H: dict[str, object] = {
 """Known to transformers from version 5 on."""
 NEMOTRON_H_DENSE: dict[str, object] = {**_NEMOTRON_H, "hybrid_override_pattern": "M-*MM-", "n_groups": 4}
 
+MELLUM: dict[str, object] = {
+    "model_type": "mellum",
+    "head_dim": 10,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+    "sliding_window": 7,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "full_attention": {
+            "rope_type": "yarn",
+            "rope_theta": 1000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "attention_factor": 1.1386294361119891,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
+    },
+    "mlp_layer_types": ["sparse"] * 4,
+    "num_experts": 5,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 56,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.01,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    **_LLAMA,
+}
+"""Known to transformers from version 5 on."""
+
 BESIDE_TRANSFORMERS = {
     "grok1": GROK1,
     "minimax-m2": MINIMAX_M2,
@@ -691,6 +751,7 @@ BESIDE_TRANSFORMERS = {
     "gemma4-dense": GEMMA4_DENSE,
     "nemotron_h": NEMOTRON_H,
     "nemotron_h-dense": NEMOTRON_H_DENSE,
+    "mellum": MELLUM,
 }
 """Golden models without a golden file."""
 

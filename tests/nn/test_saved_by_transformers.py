@@ -51,6 +51,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     "qwen3next": {},
     "granitehybrid": {},
     "granitehybrid-dense": {},
+    "gemma2": {"query_pre_attn_scalar": 10},  # GGUF has no key for it
+    "gemma3": {},
 }
 """Golden models, and what is different here."""
 BAR = 2e-5

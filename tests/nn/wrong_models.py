@@ -64,6 +64,13 @@ def full_layers_with(config: ModelConfig, **fields: Any) -> ModelConfig:
     )
 
 
+def near_layers_with(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """The model with fields of its attention changed where a layer has a window."""
+    return config.with_layers(
+        lambda layer: replace(layer, mixer=replace(layer.attention, **fields)) if layer.attention.window else layer
+    )
+
+
 def without_plus_one(config: ModelConfig) -> ModelConfig:
     """The model whose layers' norms multiply by what is stored."""
     return config.with_layers(lambda layer: replace(layer, norm=replace(layer.norm, plus_one=False)))
@@ -227,6 +234,32 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
         "granitehybrid-groups",
         lambda c: state_spaces_with(c, n_groups=1, state_dim=28),
     ),
+    "gemma 2's scores of the usual scale": ("gemma2", lambda c: c.with_mixer(scale=None)),
+    "gemma 2's scores not capped": ("gemma2", lambda c: c.with_mixer(soft_cap=None)),
+    "gemma 2's logits not capped": ("gemma2", lambda c: replace(c, logit_cap=None)),
+    "gemma 2's norms not less one": ("gemma2", without_plus_one),
+    "gemma 2's windows in every layer": ("gemma2", lambda c: c.with_mixer(window=7)),
+    "gemma 2 without norms behind its branches": (
+        "gemma2",
+        lambda c: c.with_layers(lambda layer: replace(layer, post_norms=False)),
+    ),
+    "gemma 3's windows turn by the other base": (
+        "gemma3",
+        lambda c: near_layers_with(c, position=RopeSpec(theta=5000.0)),
+    ),
+    "gemma 3's positions not divided": ("gemma3", lambda c: full_layers_with(c, position=RopeSpec(theta=5000.0))),
+    "gemma 3's norms of q and k not less one": (
+        "gemma3",
+        lambda c: c.with_mixer(qk_norm=QKNormSpec(over="head", eps=1e-5)),
+    ),
+    "gemma 3 with exact gelu": ("gemma3", lambda c: c.with_ffn(activation="gelu")),
+    "mellum's windows one key wider": ("mellum", lambda c: near_layers_with(c, window=8)),
+    "mellum's windows scaled too": (
+        "mellum",
+        lambda c: near_layers_with(c, position=c.layers[1].attention.position),
+    ),
+    "no norms of q and k in mellum": ("mellum", lambda c: c.with_mixer(qk_norm=None)),
+    "mellum's weights not divided by their sum": ("mellum", lambda c: c.with_ffn(normalize_p=None)),
     "networks whose activation is not squared": ("nemotron_h-dense", lambda c: c.with_ffn(activation="relu")),
     "experts whose activation is not squared": ("nemotron_h", lambda c: mixtures_with(c, activation="relu")),
     "nemotron without its shared network": ("nemotron_h", lambda c: mixtures_with(c, shared=None)),
@@ -274,6 +307,7 @@ FINER_THAN_BF16 = {
     "exact gelu",
     "no soft cap",
     "whole heads turn",
+    "gemma 3 with exact gelu",
     "layers with a window scaled too",
     "longrope without its stretch",
 }

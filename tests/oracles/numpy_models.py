@@ -231,7 +231,7 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
     if "clip_qkv" in c:  # behind the norms
         q, k, v = (np.clip(x, -c["clip_qkv"], c["clip_qkv"]) for x in (q, k, v))
     q, k, v = heads(q, n_heads), heads(k, n_kv), heads(v, n_kv)
-    if c["model_type"].startswith(("qwen3", "dots1")) or (
+    if c["model_type"].startswith(("qwen3", "dots1", "mellum")) or (
         c["model_type"] == "glm4_moe" and c["use_qk_norm"]
     ):  # a norm of every head
         q, k = (
@@ -246,8 +246,11 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
     if "attention_multiplier" in c:  # in place of 1/sqrt(d), which attend divides by
         q = q * c["attention_multiplier"] * math.sqrt(q.shape[-1])
     number = int(layer.split(".")[2])
-    turns = c["rope_theta"] if c.get("no_rope_layers", {number: 1})[number] else None
     slides = c.get("layer_types", ["sliding_attention"] * (number + 1))[number] == "sliding_attention"
+    if c["model_type"] == "mellum":  # frequencies by the kind of layer
+        rope = c["rope_parameters"]["sliding_attention" if slides else "full_attention"]
+        c = {**c, "rope_theta": rope["rope_theta"], "rope_scaling": None if slides else rope}
+    turns = c["rope_theta"] if c.get("no_rope_layers", {number: 1})[number] else None
     window = c.get("sliding_window") if slides and c.get("use_sliding_window", True) else None
     part = c.get("rotary_dim", q.shape[-1]) / q.shape[-1] * c.get("partial_rotary_factor", 1.0)
     options: dict[str, Any] = {"part": part, "scaling": c.get("rope_scaling")}
@@ -298,7 +301,7 @@ def fine_grained(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
         h = h + llama_attention(w, c, layer, h)
         for t in range(len(tokens)):
             m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
-            if i in c.get("mlp_only_layers", ()):
+            if i in c.get("mlp_only_layers", ()) or c.get("mlp_layer_types", ["sparse"] * (i + 1))[i] == "dense":
                 shares = {"": 1.0}
             else:
                 p = softmax(w[layer + "mlp.gate.weight"] @ m)
@@ -585,6 +588,45 @@ def turned(x: Array, theta: float, part: float) -> Array:
             out[t, :, i] = a * math.cos(angle) - b * math.sin(angle)
             out[t, :, i + half] = b * math.cos(angle) + a * math.sin(angle)
     return out
+
+
+def gemma(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Gemma 2 and 3: logits (T, V)."""
+    eps, table, third = c["rms_norm_eps"], w["model.embed_tokens.weight"], c["model_type"] == "gemma3_text"
+    h = table[tokens] * math.sqrt(c["hidden_size"])
+    for i in range(c["num_hidden_layers"]):
+        layer, slides = f"model.layers.{i}.", c["layer_types"][i] == "sliding_attention"
+
+        def norm(name: str, x: Array, layer: str = layer) -> Array:
+            return rms_norm(x, 1 + w[f"{layer}{name}.weight"], eps)
+
+        a = np.array([norm("input_layernorm", x) for x in h])
+        q, k, v = (
+            (a @ w[f"{layer}self_attn.{name}_proj.weight"].T).reshape(len(a), -1, c["head_dim"]) for name in "qkv"
+        )
+        if third:
+            q, k = (
+                np.array([[norm(f"self_attn.{name}_norm", x) for x in row] for row in rows])
+                for name, rows in (("q", q), ("k", k))
+            )
+        near = third and slides
+        mixed = attend(
+            q * math.sqrt(c["head_dim"] / c["query_pre_attn_scalar"]),
+            k,
+            v,
+            theta=c["rope_local_base_freq"] if near else c["rope_theta"],
+            scaling=None if near else c.get("rope_scaling"),
+            window=c["sliding_window"] if slides else None,
+            cap=c["attn_logit_softcapping"],
+        )
+        mixed = mixed @ w[layer + "self_attn.o_proj.weight"].T
+        h = h + np.array([norm("post_attention_layernorm", x) for x in mixed])
+        gate, up, down = (w[f"{layer}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        m = [norm("pre_feedforward_layernorm", x) for x in h]
+        h = h + np.array([norm("post_feedforward_layernorm", down @ (gelu_tanh(gate @ x) * (up @ x))) for x in m])
+    logits = np.array([table @ rms_norm(x, 1 + w["model.norm.weight"], eps) for x in h])
+    cap = c["final_logit_softcapping"]
+    return logits if cap is None else cap * np.tanh(logits / cap)
 
 
 def gemma4(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
@@ -885,6 +927,7 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "qwen3": llama,
     "qwen3_moe": fine_grained,
     "olmoe": fine_grained,
+    "mellum": fine_grained,
     "granite": granite,
     "granitemoe": granite,
     "granitemoeshared": granite,
@@ -901,6 +944,8 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "qwen3_next": qwen3_next,
     "qwen3_5_moe_text": qwen3_next,
     "granitemoehybrid": granite_hybrid,
+    "gemma2": gemma,
+    "gemma3_text": gemma,
     "gemma4_text": gemma4,
     "nemotron_h": nemotron_h,
     "lfm2": lfm2,

@@ -29,7 +29,7 @@ from tests.runners.test_attention_pieces import PIECES
 from tests.runners.test_compiled import sequence
 
 N_BLOCKS = 12
-WITHOUT_KERNELS = [name for name in TINY if name.startswith(("gemma4", "granitehybrid", "nemotron_h"))]
+WITHOUT_KERNELS = [name for name in TINY if name.startswith(("gemma2", "gemma4", "granitehybrid", "nemotron_h"))]
 """Families that are refused."""
 FAMILIES = {n: c for n, c in TINY.items() if n not in WITHOUT_KERNELS} | {"mixed": MIXED, "mixtures": MIXTURES} | PIECES
 

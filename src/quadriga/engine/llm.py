@@ -14,15 +14,13 @@ get alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
+from quadriga.engine import asked
+from quadriga.engine.asked import Message, TokenIds
 from quadriga.engine.engine import Engine
 from quadriga.engine.inbox import Answer, Inbox, completions
 from quadriga.engine.request import (
@@ -31,7 +29,6 @@ from quadriga.engine.request import (
     Embedding,
     Request,
     SamplingParams,
-    seed_of,
 )
 from quadriga.engine.scoring import Ids, Scored, score
 from quadriga.engine.threads import ThreadTurns
@@ -47,14 +44,6 @@ from quadriga.text.chat import render
 from quadriga.text.least_tokens import LeastTokens
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.text.turn_ends import TurnEnds, turn_ends
-
-Message = Mapping[str, str]
-"""One turn: {"role": "system" | "user" | "assistant", "content": text}."""
-
-TokenIds = Sequence[int] | NDArray[np.integer[Any]]
-"""Of one sequence. What NumPy reads as whole numbers will do, a tensor on the CPU too."""
-
-T = TypeVar("T")
 
 _ORDINARY_CHARS = 8
 """Of a token. A text below this times the context may well fit, and is encoded to find out."""
@@ -148,8 +137,9 @@ class LLM:
             pairs: (context ids, continuation ids), neither empty.
             done: called with the number of pairs that have just been scored.
         """
+        checked = [(self._check_ids(context), self._check_ids(more)) for context, more in asked.pairs(pairs)]
         with self._turns.turn():
-            return score(self.engine, pairs, done=done)
+            return score(self.engine, checked, done=done)
 
     def loglikelihood(self, context: str | Sequence[int], continuation: str | Sequence[int]) -> tuple[float, bool]:
         """How probable a continuation is after a context.
@@ -176,7 +166,7 @@ class LLM:
             before = self.prompt_ids(context)
             after = self._need_tokenizer().encode_continuation(continuation)
         else:
-            before, after = self.prompt_ids(context), list(continuation)
+            before, after = self.prompt_ids(context), self._check_ids(continuation)
         if not after:
             raise RequestError(f"the continuation {continuation!r:.80} has no token of its own after its context")
         return before, after
@@ -202,7 +192,7 @@ class LLM:
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter that no answer uses any more."""
         with self._turns.turn():
-            self.engine.remove_adapter(name)
+            self.engine.remove_adapter(asked.adapter_name(name) or "")
 
     def stream(
         self,
@@ -224,12 +214,7 @@ class LLM:
                 some tokens, logits that are not finite.
             AnswerError: after some tokens, a mistake of ours, which is its cause.
         """
-        request = Request(
-            prompt=tuple(self.prompt_ids(prompt)),
-            params=params or SamplingParams(),
-            adapter=adapter,
-            steering=tuple(steering),
-        )
+        request = self._request(prompt, params, adapter, steering)
         inbox = Inbox()
         (request_id,) = self._submit([request], inbox)
         wait = partial(self._turns.run_until, inbox.has_news, self._step)
@@ -244,9 +229,7 @@ class LLM:
         steering: Sequence[ExpertFactor] = (),
     ) -> Completion:
         """Continue a prompt to its end; see :meth:`stream`."""
-        ids, how = tuple(self.prompt_ids(prompt)), params or SamplingParams()
-        request = Request(prompt=ids, params=how, adapter=adapter, steering=tuple(steering))
-        answer = self._complete([request])[0]
+        answer = self._complete([self._request(prompt, params, adapter, steering)])[0]
         if answer.error is not None:
             raise answer.error
         return answer
@@ -279,21 +262,33 @@ class LLM:
             RequestError: a prompt or parameters that can never run, before anything does; or a single prompt in place
                 of many.
         """
-        all_ids = [tuple(self.prompt_ids(prompt)) for prompt in several(prompts, "prompts")]
-        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(all_ids)
-        if len(each) != len(all_ids):
-            raise RequestError(f"{len(all_ids)} prompts need as many params, got {len(each)}")
-        names = [None] * len(all_ids) if adapters is None else list(several(adapters, "adapters"))
+        all_ids = [tuple(self.prompt_ids(prompt)) for prompt in asked.several(prompts, "prompts")]
+        each = asked.each_sampling(params, len(all_ids))
+        names = [None] * len(all_ids) if adapters is None else list(asked.several(adapters, "adapters"))
         if len(names) != len(all_ids):
             raise RequestError(f"{len(all_ids)} prompts need as many adapters, got {len(names)}")
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise RequestError(f"n must be a whole number of answers from 1, got {n!r:.80}")
         requests = [
-            Request(prompt=ids, params=_of_choice(one, choice), adapter=name)
+            Request(prompt=ids, params=asked.of_choice(one, choice), adapter=asked.adapter_name(name))
             for ids, one, name in zip(all_ids, each, names, strict=True)
             for choice in range(n)
         ]
         return self._complete(requests, progress)
+
+    def _request(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None,
+        adapter: str | None,
+        steering: Sequence[ExpertFactor],
+    ) -> Request:
+        return Request(
+            prompt=tuple(self.prompt_ids(prompt)),
+            params=asked.sampling(params),
+            adapter=asked.adapter_name(adapter),
+            steering=asked.factors(steering),
+        )
 
     def _complete(
         self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
@@ -344,8 +339,7 @@ class LLM:
         Raises:
             TemplateError: the model has no chat template, or cannot render these messages.
         """
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        return render(turns, self._need_tokenizer(), add_generation_prompt=True).ids
+        return render(asked.turns(messages), self._need_tokenizer(), add_generation_prompt=True).ids
 
     def chat_stream(self, messages: str | Sequence[Message], params: SamplingParams | None = None) -> Answer:
         """Answer a conversation (or a single user message), yielding each token as it is made."""
@@ -362,7 +356,7 @@ class LLM:
 
         There are such texts only where the template ends turns with something that is no token of the vocabulary.
         """
-        params = params or SamplingParams()
+        params = asked.sampling(params)
         if not self._ends.texts or params.ignore_eos:
             return params
         return replace(params, stop=(*params.stop, *self._ends.texts))
@@ -407,32 +401,7 @@ class LLM:
             raise RequestError(f"{len(text)} characters, {least} tokens or more, exceed the model's context of {limit}")
 
     def _check_ids(self, token_ids: TokenIds) -> list[int]:
-        # Before an array is made of them: of millions it takes a while, in which no other thread can run.
-        if isinstance(token_ids, (list, tuple, range)):
-            self._check_count(len(token_ids))
-        try:
-            ids = np.asarray(token_ids)
-        except (ValueError, TypeError, OverflowError):  # rows of several lengths
-            raise RequestError(f"a prompt must be text or a list of token ids, got {token_ids!r:.80}") from None
-        if ids.ndim != 1:
-            raise RequestError(f"a prompt must be text or a list of token ids, got {token_ids!r:.80}")
-        if ids.size == 0:
-            raise RequestError("a prompt needs at least one token")
-        if ids.dtype.kind not in "iu":  # beyond 64 bits, or something else than whole numbers
-            raise RequestError(
-                f"token ids must be whole numbers from 0 to {self.config.vocab_size - 1}, got {token_ids!r:.80}"
-            )
-        if int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size:
-            raise RequestError(
-                f"token ids must be from 0 to {self.config.vocab_size - 1}, got {int(ids.min())} to {int(ids.max())}"
-            )
-        self._check_count(len(ids))
-        checked: list[int] = ids.tolist()
-        return checked
-
-    def _check_count(self, n_tokens: int) -> None:
-        if n_tokens > self.config.max_seq_len:
-            raise RequestError(f"{n_tokens} tokens exceed the model's context of {self.config.max_seq_len}")
+        return asked.token_ids(token_ids, self.config.vocab_size, self.config.max_seq_len)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -441,18 +410,3 @@ class LLM:
                 "tokenizer.json, a *.tiktoken or a tokenizer.model beside the weights."
             )
         return self.tokenizer
-
-
-def several(given: Iterable[T], what: str) -> Iterable[T]:
-    """``given``, unless it is one text: that is an iterable of texts too, of a letter each.
-
-    Raises:
-        RequestError: it is one text.
-    """
-    if isinstance(given, (str, bytes)):
-        raise RequestError(f"{what} must be several, e.g. a list; got the text {given[:40]!r}. Put it into a list.")
-    return given
-
-
-def _of_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    return params if params.seed is None or not choice else replace(params, seed=seed_of(params.seed, choice))

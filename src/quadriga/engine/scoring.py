@@ -81,6 +81,8 @@ def score(engine: Engine, requests: Sequence[tuple[Ids, Ids]], *, done: Done = l
         RequestError: an empty side, ids outside the vocabulary, a pair longer than the model's context, or no room in
             the key/value cache for the longest one.
     """
+    if not requests:
+        return []
     members: dict[tuple[int, ...], list[int]] = {}
     for i, (context, continuation) in enumerate(requests):
         _check(engine, context, continuation)

@@ -13,7 +13,8 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from quadriga.engine.llm import LLM, several
+from quadriga.engine.asked import several
+from quadriga.engine.llm import LLM
 from quadriga.engine.request import SamplingParams
 from quadriga.engine.scoring import Scored
 from quadriga.errors import RequestError, TokenizerError

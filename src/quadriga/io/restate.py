@@ -111,7 +111,9 @@ def _added(old: ModelConfig, new: ModelConfig) -> Iterator[tuple[str, float]]:
 
 def _plus(layer: LayerSpec) -> dict[str, float]:
     """A layer's norms, and what its arithmetic adds to their weights."""
-    both = {"attn_norm": float(layer.norm.plus_one), "ffn_norm": float(layer.norm.plus_one)}
+    names = ["attn_norm", "ffn_norm"] if layer.pre_norms else []
+    names += ["attn_post_norm", "ffn_post_norm"] if layer.post_norms else []
+    both = dict.fromkeys(names, float(layer.norm.plus_one))
     if isinstance(layer.mixer, AttentionSpec) and layer.mixer.qk_norm is not None:
         both |= dict.fromkeys(("attn.q_norm", "attn.k_norm"), float(layer.mixer.qk_norm.plus_one))
     return both

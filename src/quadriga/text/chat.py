@@ -218,15 +218,23 @@ def template_of(tokenizer: Tokenizer, *, tools: bool = False) -> str:
 
 
 def _checked(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise TemplateError(f"messages[{index}] must have a role and a content, got {message!r:.80}")
     role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise TemplateError(f"messages[{index}].role must be one of {', '.join(ROLES)}; got {role!r}")
     if not isinstance(content, str):
         raise TemplateError(f"messages[{index}].content must be text, got {type(content).__name__}")
     extra = sorted(set(message) - FIELDS)
     if extra:
         raise TemplateError(f"messages[{index}] has fields no template here reads: {', '.join(extra)}")
-    return dict(message)
+    if len(message) == 2:
+        return dict(message)
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(message)))  # a template is given JSON
+    except (TypeError, ValueError) as error:
+        raise TemplateError(f"messages[{index}] must be made of JSON values: {error}") from None
+    return plain
 
 
 def _n_chars(message: Mapping[str, Any]) -> int:

@@ -41,7 +41,7 @@ class ExpertStore:
 
     Args:
         directory: where the files are.
-        extents: [layer][expert][part]: gate (if the model has one), up, down.
+        extents: [layer][expert][part]: gate (if the model has one), up, down; of a layer without experts empty.
         budget: bytes of memory for cached experts; at least one layer's experts are always held.
         readers: threads that read.
 
@@ -54,8 +54,10 @@ class ExpertStore:
     ) -> None:
         self.handle: int | None = None
         self._files: dict[str, int] = {}
-        n_layers, n_experts, n_parts = len(extents), len(extents[0]), len(extents[0][0])
-        flat = [extent for layer in extents for expert in layer for extent in expert]
+        experts = next(layer for layer in extents if layer)
+        n_layers, n_experts, n_parts = len(extents), len(experts), len(experts[0])
+        nothing: Sequence[Sequence[Extent]] = [[(experts[0][0][0], 0, 0)] * n_parts] * n_experts
+        flat = [extent for layer in extents for expert in layer or nothing for extent in expert]
         self._files = {name: os.open(directory / name, os.O_RDONLY) for name in {e[0] for e in flat}}
         count = len(flat)
         files = (ctypes.c_int32 * count)(*(self._files[e[0]] for e in flat))

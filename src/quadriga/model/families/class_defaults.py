@@ -47,6 +47,18 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, ClassDefault]] = {
     "minimax_m2": {
         "router_aux_loss_coef": ClassDefault(0.001, "5.24"),
     },
+    "gemma3_text": {
+        # The text's section in the files of the models that see pictures has the sizes of the network alone.
+        "vocab_size": ClassDefault(262_208, "4.57"),
+        "num_attention_heads": ClassDefault(8, "4.57"),
+        "num_key_value_heads": ClassDefault(4, "4.57"),
+        "head_dim": ClassDefault(256, "4.57"),
+        "max_position_embeddings": ClassDefault(131_072, "4.57"),
+        "rms_norm_eps": ClassDefault(1e-6, "4.57"),
+        "query_pre_attn_scalar": ClassDefault(256, "4.57"),
+        "rope_theta": ClassDefault(1_000_000.0, "4.57", instead="rope_parameters"),
+        "rope_local_base_freq": ClassDefault(10_000.0, "4.57", instead="rope_parameters"),
+    },
     "olmoe": {
         # The first release's file leaves it out.
         "rms_norm_eps": ClassDefault(1e-5, "4.45"),

@@ -7,15 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_GEMMA = "its blocks have norms on both sides of every branch, whose weights are stored less one"
 _SPARSE = "its attention picks keys by an index of its own"
+_CHUNKS = "its attention sees chunks of the text, and scales queries by their position"
+_LIGHTNING = "most of its layers are lightning attention, whose heads forget at rates of their own"
+_MAMBA_1 = "most of its layers are Mamba-1, whose every channel forgets by itself"
+_STREAMS = "it carries several residual streams and embeddings of each layer's own"
 
 REASONS: Mapping[str, str] = {
     "glm_moe_dsa": _SPARSE,
     "deepseek_v32": _SPARSE,
-    "gemma2": _GEMMA,
-    "gemma3": _GEMMA,
-    "gemma3_text": _GEMMA,
+    "deepseek_v4": "its layers mix several residual streams (hyper-connections)",
+    "llama4": _CHUNKS,
+    "llama4_text": _CHUNKS,
+    "minimax": _LIGHTNING,
+    "kimi_linear": "most of its layers are a delta rule that forgets by the channel (KDA)",
+    "jamba": _MAMBA_1,
+    "gemma3n": _STREAMS,
+    "gemma3n_text": _STREAMS,
 }
 """model_type or architecture -> what in it is not computed."""
 
