@@ -45,7 +45,12 @@ HOSTILE: list[bytes] = [
 MOST_BATCHES = 2
 """At once, of all clients: else in the end all of them wait in batches."""
 
-SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}, "s": {"enum": ["a", "b"]}}, "required": ["n", "s"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer"}, "s": {"enum": ["a", "b"]}},
+    "required": ["n", "s"],
+    "additionalProperties": False,
+}
 RAW: list[bytes] = [
     b"GARBAGE\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00",

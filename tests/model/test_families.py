@@ -1317,6 +1317,11 @@ def test_dbrx_reads_a_resaved_config_with_a_full_dump_in_its_parts():
         (LLAMA2_70B_RELEASE, {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "lacks the key 'low_freq_factor'"),
         (LLAMA2_70B_RELEASE, {"rope_scaling": {"type": "dynamic", "factor": 2}}, "computed again at every token"),
         (LLAMA2_70B_RELEASE, {"rope_scaling": {"type": "spiral"}}, "must be default, linear, llama3, yarn or longrope"),
+        (
+            LLAMA2_70B_RELEASE,
+            {"rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 0}},
+            "original_max_position_embeddings must be 1 or more, got 0",
+        ),
         (LLAMA2_70B_RELEASE, {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
         (LLAMA2_70B_RELEASE, {"quantization_config": {"bits": 4}}, "quantization_config must be null or absent"),
         (MIXTRAL_RELEASE, {"compression_config": {"bits": 4}}, "packed by a quantiser"),

@@ -45,6 +45,68 @@ def test_a_call_that_was_asked_for_is_complete_before_the_budget_ends(
         assert calls and all(fits(call["function"]["arguments"]) for call in calls)
 
 
+STOP = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+NESTED: dict[str, Any] = {
+    "$defs": {"Stop": STOP},
+    "type": "object",
+    "properties": {"from": {"$ref": "#/$defs/Stop"}, "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+    "required": ["from"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "messages", "responses"])
+@pytest.mark.parametrize("n_tools", [1, 2])
+def test_parameters_may_refer_to_their_own_parts(tiny: Live, path: str, n_tools: int) -> None:
+    """As pydantic writes models within models; in the schema of all calls they are not at its root."""
+    names = [f"go{i}" for i in range(n_tools)]
+    if path == "messages":
+        tools: Any = [{"name": name, "input_schema": NESTED} for name in names]
+        body = {
+            "tools": tools,
+            "tool_choice": {"type": "any"},
+            "max_tokens": 300,
+            "model": "tiny",
+            "messages": ASKED["messages"],
+        }
+    elif path == "responses":
+        tools = [{"type": "function", "name": name, "parameters": NESTED} for name in names]
+        body = {"tools": tools, "tool_choice": "required", "max_output_tokens": 300, "input": "Rain?"}
+    else:
+        tools = [{"type": "function", "function": {"name": name, "parameters": NESTED}} for name in names]
+        body = {**ASKED, "tools": tools, "tool_choice": "required", "max_tokens": 300}
+    answer = tiny.post(f"/v1/{path}", body)
+    assert answer.status_code == 200, answer.text
+    said = answer.json()
+    if path == "messages":
+        made = [block["input"] for block in said["content"] if block["type"] == "tool_use"]
+    elif path == "responses":
+        made = [json.loads(item["arguments"]) for item in said["output"] if item["type"] == "function_call"]
+    else:
+        made = [json.loads(c["function"]["arguments"]) for c in said["choices"][0]["message"]["tool_calls"]]
+    assert made and all(one["from"] == {"city": "Oslo"} for one in made)
+
+
+def test_a_forced_call_comes_where_an_answer_would_have_had_a_form(tiny: Live) -> None:
+    """Instructor and others send both: the form is of the text, and there is none."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": 1}}}
+    body = {**OPENAI, "max_tokens": SHORTEST + 40, "response_format": form}
+    message = tiny.post("/v1/chat/completions", body).json()["choices"][0]["message"]
+    assert fits(message["tool_calls"][0]["function"]["arguments"]) and message["content"] is None
+
+
+@pytest.mark.parametrize("kind", [{"type": "string"}, {"enum": ["x"]}, {"type": ["string", "null"]}])
+def test_parameters_that_are_no_objects_are_refused_where_a_call_must_come(tiny: Live, kind: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "go", "parameters": kind}}
+    answer = tiny.post("/v1/chat/completions", {**ASKED, "tools": [tool], "tool_choice": "required"})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "tools", answer.text
+
+
 def test_what_no_budget_allows_is_cut_and_says_so(tiny: Live) -> None:
     for n in (1, SHORTEST - 1):
         choice = tiny.post("/v1/chat/completions", {**OPENAI, "max_tokens": n}).json()["choices"][0]

@@ -240,6 +240,7 @@ def test_a_server_without_a_folder_says_so(tiny: Live) -> None:
     for method, path in (("GET", "/v1/files"), ("POST", "/v1/files"), ("GET", "/v1/batches")):
         answer = tiny.client.request(method, path)
         assert answer.status_code == 501 and "--files" in answer.json()["error"]["message"]
+        assert answer.headers["x-should-retry"] == "false", "SDKs ask again otherwise"
     body = {"input_file_id": "file-x", "endpoint": "/v1/completions", "completion_window": "24h"}
     assert tiny.post("/v1/batches", body).status_code == 501
 

@@ -75,7 +75,7 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(tiny: Live, field: st
         {"logit_bias": {"-1": 1}},
         {"logit_bias": {"1": 101}},
         {"max_tokens": 0},
-        {"top_p": 0},
+        {"top_p": -0.1},
         {"deadline_ms": 0},
         {"stream_options": {"include_usage": True}},
         {"stop_token_ids": [257]},
@@ -89,6 +89,16 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(tiny: Live, field: st
 def test_values_just_outside_are_refused(tiny: Live, change: dict[str, Any]) -> None:
     error_of(tiny, "/v1/chat/completions", CHAT | change)
     error_of(tiny, "/v1/completions", TEXT | change)
+
+
+def test_a_top_p_of_nothing_keeps_the_best_token(tiny: Live) -> None:
+    best = tiny.post("/v1/completions", TEXT | {"temperature": 0}).json()["choices"]
+    assert tiny.post("/v1/completions", TEXT | {"temperature": 2, "top_p": 0}).json()["choices"] == best
+
+
+def test_a_request_has_one_host(tiny: Live) -> None:
+    two = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nhost: evil.example\r\n\r\n"
+    assert "400 Bad Request" in send(tiny, two) and "one Host" in send(tiny, two)
 
 
 @pytest.mark.parametrize(

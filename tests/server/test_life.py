@@ -64,6 +64,55 @@ def test_whoever_leaves_is_forgotten_within_one_step(stage: str, stream: bool) -
         assert live.metric("quadriga_kv_blocks_used") == live.metric("vllm:num_requests_running") == 0
 
 
+def posted(body: Any) -> bytes:
+    """A request as bytes."""
+    raw = json.dumps(body).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    return head + b"content-length: %d\r\n\r\n" % len(raw) + raw
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("at_once", [True, False], ids=["in one piece", "later"])
+@pytest.mark.parametrize("ahead", [posted(TEXT), posted(TEXT)[:40], b"\r\n"], ids=["whole", "half", "empty line"])
+def test_whoever_has_asked_again_and_leaves_is_forgotten_too(stream: bool, at_once: bool, ahead: bytes) -> None:
+    with running(tiny_llm()) as live, Gate(live) as gate:
+        first = posted({**TEXT, "stream": stream, "n": 3})
+        leaver = socket.create_connection(live.server.servers[0].sockets[0].getsockname())
+        leaver.sendall(first + ahead if at_once else first)
+        assert until(lambda: live.service.engine.n_open == 3)
+        if not at_once:
+            leaver.sendall(ahead)
+        gate.open(2)
+        leaver.close()
+        assert until(lambda: live.service.engine.n_open == 0), "without computing"
+        gate.let(1)
+        assert live.settled()
+
+
+def test_requests_that_come_ahead_are_answered_in_turn_however_they_are_cut() -> None:
+    bodies = [{**TEXT, "max_tokens": 5, "prompt": "x" * n, "stream": n == 2} for n in (1, 2, 3, 4)]
+    with running(tiny_llm()) as live:
+        with Gate(live) as gate, live.connect(bodies[0]) as connection:
+            gate.hold()
+            raw = b"".join(map(posted, bodies[1:]))
+            for begin in range(0, len(raw), 7):
+                connection.sendall(raw[begin : begin + 7])
+            gate.let(10_000)
+            seen = b""
+            while seen.count(b"prompt_tokens") < 3 or seen.count(b"HTTP/1.1 200 OK") < 4 or not seen.endswith(b"}"):
+                more = connection.recv(1 << 16)
+                assert more, seen
+                seen += more
+        for body, n in zip(bodies, (1, 2, 3, 4), strict=True):
+            assert body["stream"] or seen.count(b'"prompt_tokens":%d,' % n) == 1
+        with Gate(live), live.connect(TEXT) as connection:
+            assert until(lambda: live.service.engine.n_open == 1)
+            with contextlib.suppress(OSError):  # it is cut off while it sends
+                connection.sendall(b"x" * (protocol.MAX_AHEAD_BYTES + (1 << 20)))
+            assert until(lambda: live.service.engine.n_open == 0), "nobody sends so much ahead"
+        assert live.settled()
+
+
 def test_leaving_while_choices_and_embeddings_are_made_frees_all_of_it() -> None:
     with running(tiny_llm(n_blocks=128)) as live:
         with Gate(live) as gate:

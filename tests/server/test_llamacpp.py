@@ -110,7 +110,7 @@ def test_the_middle_is_asked_for_with_the_vocabularys_marks(marked: Live) -> Non
 def test_a_vocabulary_without_marks_says_so(tiny: Live) -> None:
     for path, body in (("/infill", {"input_prefix": "a"}), ("/v1/completions", {"prompt": "a", "suffix": "b"})):
         answer = tiny.post(path, body)
-        assert answer.status_code == 501 and "middle" in answer.json()["error"]["message"]
+        assert answer.status_code == 400 and "middle" in answer.json()["error"]["message"]
     assert marks_of(Tokenizer(Bytes(), special_ids={})) is None
 
 

@@ -81,6 +81,27 @@ def test_vectors_are_those_of_the_other_interface(tiny: Live) -> None:
     assert tiny.post("/api/embeddings", {"model": "tiny", "prompt": "a"}).json()["embedding"] == truth[0]
 
 
+def test_texts_to_embed_are_cut_to_the_context_unless_that_is_refused(tiny: Live) -> None:
+    def embedded(text: Any, **more: Any) -> Any:
+        return tiny.post("/api/embed", {"model": "tiny", "input": text, **more})
+
+    long, cut = "ab" * 40_000, "ab" * 512
+    made = embedded([long, cut, "ab" * 600]).json()
+    assert made["embeddings"][0] == made["embeddings"][1] == made["embeddings"][2]
+    assert made["prompt_eval_count"] == 3 * 1024 and embedded(long).json()["embeddings"] == made["embeddings"][:1]
+    assert tiny.post("/api/embeddings", {"model": "tiny", "prompt": long}).json()["embedding"] == made["embeddings"][0]
+    refused = embedded(long, truncate=False)
+    assert refused.status_code == 400 and "context" in refused.json()["error"]
+    assert embedded([]).json()["embeddings"] == []
+
+
+def test_a_limit_of_nothing_is_none(tiny: Live) -> None:
+    answer = tiny.post(
+        "/api/generate", {"model": "tiny", "prompt": "a", "options": {"num_predict": 0}, "stream": False}
+    )
+    assert answer.json()["eval_count"] > 1
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "says"),
     [
@@ -90,7 +111,8 @@ def test_vectors_are_those_of_the_other_interface(tiny: Live) -> None:
         ("generate", {"model": "tiny", "prompt": "a", "suffix": "b"}, 400, "suffix"),
         ("generate", {"model": "tiny", "prompt": "a", "context": [1]}, 400, "context"),
         ("generate", {"model": "tiny", "prompt": "a", "options": {"temperature": -1}}, 400, "temperature"),
-        ("pull", {"model": "llama3"}, 404, "not served here"),
+        ("pull", {"model": "llama3"}, 404, "no model 'llama3'"),
+        ("pull", {"model": "hf.co/org/repo"}, 400, "cannot be pulled here"),
         ("copy", {"source": "tiny", "destination": "x"}, 400, "cannot be copied"),
     ],
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import fnmatch
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from pathlib import Path
 from quadriga import runtime
 from quadriga.errors import CatalogueError
 from quadriga.hub.cache import cannot_write, full_disk, locked, need_room, sha256_of, size_of
-from quadriga.hub.download import Progress, from_index
+from quadriga.hub.download import Progress, from_index, watching
 from quadriga.io.suggested import Suggested
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -248,6 +249,18 @@ def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
     )
 
 
+def source_of(name: str) -> str | None:
+    """What :func:`resolve` is told to fetch a model of that name, never a path; None: there is none to fetch.
+
+    Args:
+        name: one of the catalogue, hf:ORG/REPO, or hf.co/ORG/REPO as Ollama's clients write it.
+    """
+    for host in ("hf.co/", "huggingface.co/"):
+        name = f"hf:{name.removeprefix(host)}" if name.startswith(host) else name
+    is_model = name in DELTAS or name in BUNDLED or (name in CATALOGUE and CATALOGUE[name].is_model)
+    return name if is_model or _HUB_NAME.fullmatch(name) else None
+
+
 def is_known(name: str) -> bool:
     """True if the catalogue has this name."""
     return name in CATALOGUE or name in DELTAS or name in BUNDLED
@@ -432,11 +445,12 @@ def _from_hub(name: str, progress: Progress | None) -> Path:
             return folder
         staged = folder.parent / (folder.name + ".part")  # kept between attempts: the hub client resumes from it
         try:
-            if progress is not None:
-                progress(0, 0, repository)
-            huggingface_hub.snapshot_download(
-                repository, revision=revision, local_dir=staged, allow_patterns=list(_HUB_FILES)
-            )
+            with _watched(staged, repository, revision, progress):
+                huggingface_hub.snapshot_download(
+                    repository, revision=revision, local_dir=staged, allow_patterns=list(_HUB_FILES)
+                )
+        except CatalogueError:
+            raise
         except Exception as error:  # the client raises its own errors, those of requests, and OS errors
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise full_disk(folder.parent) from None
@@ -456,6 +470,26 @@ def _from_hub(name: str, progress: Progress | None) -> Path:
         record = {"name": name, "filename": "", "licence": "see the repository", "files": files}
         _install(staged, folder, {**record, "source": f"hub, {repository}"})
     return folder
+
+
+@contextlib.contextmanager
+def _watched(staged: Path, repository: str, revision: str | None, progress: Progress | None) -> Iterator[None]:
+    """Tell how much of a repository has come, while it comes."""
+    if progress is None:
+        yield
+        return
+    import huggingface_hub
+
+    total = 0
+    with contextlib.suppress(Exception):  # the download itself says what is wrong
+        facts = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in facts.siblings or ()}
+        total = sum(n for name, n in sizes.items() if any(fnmatch.fnmatch(name, kind) for kind in _HUB_FILES))
+    if total:
+        need_room(staged.parent, total - size_of(staged))
+    progress(0, total, repository)
+    with watching(staged, total, repository, progress):
+        yield
 
 
 # The cache folder ----------------------------------------------------------------------------------------------------

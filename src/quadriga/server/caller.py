@@ -22,6 +22,8 @@ class Caller:
     background: bool = False
     """A line of a batch: computed when nobody else wants the place, whatever priority it asks for; it waits for places
     and allowances instead of being refused, and what its client asks besides is refused none on its account."""
+    is_admin: bool = False
+    """It has given the key of ``--admin-key``, on a route that asks for it."""
     n_bytes: int = 0
     """Of the request's body, or of its line in a batch: says where it is worked on (``server.work``)."""
     usage: Usage = field(default_factory=Usage)

@@ -48,9 +48,7 @@ async def start(service: Service, body: ChatRequest, caller: Caller) -> tuple[An
     constraint = service.constraint(body.response_format)
     able = await service.abilities()
     tools, turns = await service.work.check(caller.n_bytes, _turns, body, able, service.tool_form)
-    if tools.forced:
-        if constraint is not None:
-            raise ApiError(400, "a forced tool call leaves no room for a response_format", param="response_format")
+    if tools.forced:  # no text comes beside calls, so there is none for a response_format to be about
         constraint = ("json", tools.schema())
     prompt = await rendered(
         service, turns, caller, tools=tools.shown, check=service.llm.check_length, **how_rendered(body)

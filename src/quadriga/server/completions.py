@@ -55,12 +55,12 @@ def infilled(service: Service, before: str, after: str, begun: str = "") -> list
         begun: how what is missing begins.
 
     Raises:
-        ApiError: 501, the vocabulary has no marks for it.
+        ApiError: 400, the vocabulary has no marks for it.
         RequestError: it exceeds the context.
     """
     marks = marks_of(service.llm._need_tokenizer())
     if marks is None:
-        raise ApiError(501, "this model's vocabulary has no tokens for filling in the middle", param="suffix")
+        raise ApiError(400, "this model's vocabulary has no tokens for filling in the middle", param="suffix")
     for text in (before, after, begun):
         service.llm.check_length(text)
     return list(service.llm.prompt_ids(marks.prompt(service.llm._need_tokenizer(), before, after, begun)))

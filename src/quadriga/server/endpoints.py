@@ -32,9 +32,11 @@ from quadriga.server.errors import ApiError
 from quadriga.server.files import FileRoutes, FileStore
 from quadriga.server.fleet import Fleet
 from quadriga.server.guard import Guard, Limits, read_body
+from quadriga.server.ollama_models import OllamaModel
 from quadriga.server.on_demand import Listed, keep_alive_s
 from quadriga.server.openapi import document
 from quadriga.server.page import HEADERS as PAGE_HEADERS
+from quadriga.server.pull import Pulls
 from quadriga.server.schema import INLINE_BYTES, ChatRequest, CompletionRequest, EmbeddingRequest
 from quadriga.server.service import Service
 from quadriga.server.sse import json_response, unless_gone
@@ -108,6 +110,7 @@ class Endpoints:
     def __init__(self, fleet: Fleet, limits: Limits, store: FileStore | None) -> None:
         self.fleet, self.limits = fleet, limits
         self.desk = Desk(fleet, limits)
+        self.pulls = Pulls(fleet)
         self.jobs = None if store is None else BatchJobs(store, self.desk)
         self._files = None if store is None else FileRoutes(store, limits)
         self._experts: dict[str, status.Experts] = {}
@@ -190,6 +193,16 @@ class Endpoints:
                 raise ApiError(400, "a request needs the name of a model", param="model")
             await self.fleet.look_again()
             return await answer(self.fleet.show(name), body)
+
+        return endpoint
+
+    def managed(self, answer: Callable[[OllamaModel, Caller], Awaitable[Response]]) -> Endpoint:
+        """What brings models here, and what takes them away."""
+
+        async def endpoint(request: Request) -> Response:
+            body: OllamaModel = await self.parsed(request, OllamaModel)
+            response: Response = await unless_gone(request, answer(body, request.state.caller))
+            return response
 
         return endpoint
 

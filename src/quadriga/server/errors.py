@@ -56,6 +56,8 @@ class ApiError(QuadrigaError):
     def headers(self) -> dict[str, str]:
         """Headers that belong to the status."""
         headers = {"retry-after": str(max(1, round(self.retry_after_s)))} if self.retry_after_s is not None else {}
+        if self.status in (501, 504):
+            headers["x-should-retry"] = "false"  # OpenAI's and Anthropic's clients would ask again, for the same answer
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from quadriga.errors import ConfigError, QuadrigaError
+from quadriga.hub import catalogue
 from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
 from quadriga.server.metrics import Metrics
+from quadriga.server.offers import called
 from quadriga.server.on_demand import Listed, OnDemand
 from quadriga.server.service import Service, not_served
 from quadriga.server.work import Work
@@ -115,7 +117,7 @@ class Fleet:
             ApiError: 404, there is no such model to load; 503, the server ends; or it cannot be loaded.
             BusyError: too many wait for one already.
         """
-        plain = (model or "").removesuffix(":latest")  # Ollama's clients write that
+        plain = plain_name(model)
         demand = self.on_demand
         if demand is None:
             named = (s for s in self._services if plain and (s.serves(plain) or s.serves(model)))
@@ -136,9 +138,25 @@ class Fleet:
     def unload(self, model: str | None) -> None:
         """Let a model on demand leave as soon as it is idle."""
         if self.on_demand is not None:
-            slot = self.on_demand.slot_of((model or "").removesuffix(":latest") or self.default)
+            slot = self.on_demand.slot_of(plain_name(model) or self.default)
             if slot is not None:
                 self.on_demand.unload(slot)
+
+    @property
+    def grows(self) -> bool:
+        """Whatever is in the local store is served, also what comes there later."""
+        return self.on_demand is not None and self.on_demand.grows
+
+    async def forget(self, name: str) -> None:
+        """Take a model that is not in use out of memory and out of the local store.
+
+        Raises:
+            ApiError: it is in use, or belongs to the program.
+        """
+        assert self.on_demand is not None, "it offers what is in the store"
+        slot = self.on_demand.slot_of(name)
+        assert slot is not None, "it has been looked for"
+        await self.on_demand.forget(slot)
 
     # Its life --------------------------------------------------------------------------------------------------------
 
@@ -183,3 +201,12 @@ class Fleet:
         ends = [service.end(timeout_s) for service in self._services]
         await asyncio.gather(*ends, *([] if self.on_demand is None else [self.on_demand.stop(timeout_s)]))
         self.work.close()
+
+
+def plain_name(model: str | None) -> str:
+    """A model's name without what Ollama's clients add: ``:latest``, and the place that it was pulled from."""
+    name = (model or "").removesuffix(":latest")
+    for host in ("hf.co/", "huggingface.co/"):
+        if name.startswith(host) and catalogue.source_of(name) is not None:
+            return called(f"hf:{name.removeprefix(host)}")
+    return name

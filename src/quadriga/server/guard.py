@@ -31,6 +31,8 @@ _PAGE = ("/", "/favicon.ico")
 PROBE_PATHS = tuple(f"{prefix}/{name}" for prefix in ("", "/v1") for name in ("health", "ready", "metrics"))
 ADMIN_PATHS = tuple(f"{prefix}/{verb}_lora_adapter" for prefix in ("", "/v1") for verb in ("load", "unload"))
 """What changes the server; the key of whoever may is asked for in place of another."""
+MANAGED_PATHS = ("/api/pull", "/api/delete")
+"""Where the admin key is taken in place of another; the route knows what needs it."""
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -168,7 +170,8 @@ class Guard:
             salt = hashlib.sha256(key.encode()).digest() if key else b""
             if key:
                 usage.client = f"key:{salt.hex()[:8]}"
-            caller = Caller(salt=salt, client=who.encode(), visit=visit, usage=usage)
+            is_admin = path in MANAGED_PATHS and self._is_admin(headers)
+            caller = Caller(salt=salt, client=who.encode(), visit=visit, usage=usage, is_admin=is_admin)
             scope.setdefault("state", {})["caller"] = caller
         except ApiError as error:
             self.on_refusal(error)
@@ -232,6 +235,8 @@ class Guard:
 
     def _check_host(self, headers: Headers, path: str) -> None:
         host = headers.get("host", "")
+        if len(headers.getlist("host")) > 1:
+            raise ApiError(400, "a request has one Host header")
         is_open = self.limits.open_probes and path in PROBE_PATHS
         if not is_open and "*" not in self.limits.hosts and _name(host) not in (*_LOOPBACK, *self.limits.hosts):
             raise ApiError(403, f"the Host header {host[:100]!r} is not one of this server's; see --allow-host")
@@ -247,7 +252,7 @@ class Guard:
             return {}
         return {
             "access-control-allow-origin": origin,
-            "access-control-allow-methods": "GET, POST, OPTIONS",
+            "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
             "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version",
             "access-control-max-age": "600",
             "vary": "origin",
@@ -260,15 +265,20 @@ class Guard:
             raise ApiError(403, "what is served can be changed where the server was started with --admin-key")
         if not (self.limits.keys or is_admin) or path in OPEN_PATHS or path in _PAGE or path.startswith("/page/"):
             return ""
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        given = given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        given = _given_key(headers)
         # Every key is compared, each in constant time: how long it takes tells nothing.
         keys = (self.limits.admin_key,) if is_admin else self.limits.keys
+        if path in MANAGED_PATHS and self.limits.admin_key:
+            keys = (*keys, self.limits.admin_key)
         matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
         if not any(matches):
             which = "the admin key" if is_admin else "an API key"
             raise ApiError(401, f"{which} is needed: Authorization: Bearer KEY", code="invalid_api_key")
         return given
+
+    def _is_admin(self, headers: Headers) -> bool:
+        key = self.limits.admin_key
+        return bool(key) and hmac.compare_digest(_given_key(headers).encode(), key.encode())
 
     def _take(self, who: str) -> Account:
         """A client's account, with a sequence taken from it for an HTTP request.
@@ -346,6 +356,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _given_key(headers: Headers) -> str:
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
 
 
 def _name(host: str) -> str:

@@ -20,6 +20,7 @@ from quadriga.server import chat, completions, text_routes
 from quadriga.server.answers import Answers
 from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
+from quadriga.server.fleet import plain_name
 from quadriga.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -123,6 +124,8 @@ class OllamaEmbed(Struct, kw_only=True, forbid_unknown_fields=True):
     model: str
     input: Prompts
     dimensions: int | None = None
+    truncate: bool = True
+    """Cut what exceeds the context, instead of refusing it."""
     keep_alive: float | str | None = None
 
 
@@ -155,7 +158,7 @@ def known(service: Service, name: str | None) -> str:
     Raises:
         ApiError: 404.
     """
-    plain = (name or "").removesuffix(":latest")
+    plain = plain_name(name)
     if not plain:
         raise ApiError(400, "a request needs the name of a model", param="model")
     service.check_model(plain)
@@ -228,7 +231,7 @@ def _sampled(request: S, given: Options | None) -> S:
     """The request with the options as its fields have them."""
     options = given or Options()
     limit = options.num_predict
-    request.max_tokens = -1 if limit is None or limit < 0 else limit
+    request.max_tokens = -1 if limit is None or limit <= 0 else limit
     request.temperature, request.top_p, request.min_p = options.temperature, options.top_p, options.min_p
     request.top_k, request.typical_p = max(-1, options.top_k), options.typical_p
     request.seed, request.stop = options.seed, options.stop
@@ -351,15 +354,37 @@ def _end(answers: Answers, called: bool) -> dict[str, Any]:
 
 async def embed(service: Service, body: OllamaEmbed, caller: Caller) -> Response:
     """POST /api/embed."""
-    vectors, n, seconds = await _vectors(service, body.model, body.input, body.dimensions, caller)
+    if body.input == []:
+        known(service, body.model)
+        return json_response({"model": body.model, "embeddings": []})
+    given = await _cut(service, body.input, caller) if body.truncate else body.input
+    vectors, n, seconds = await _vectors(service, body.model, given, body.dimensions, caller)
     spent = {"total_duration": round(1e9 * seconds), "load_duration": 0, "prompt_eval_count": n}
     return json_response({"model": body.model, "embeddings": vectors, **spent})
 
 
 async def embeddings(service: Service, body: OllamaEmbeddings, caller: Caller) -> Response:
     """POST /api/embeddings."""
-    vectors, _, _ = await _vectors(service, body.model, body.prompt, None, caller)
+    vectors, _, _ = await _vectors(service, body.model, await _cut(service, body.prompt, caller), None, caller)
     return json_response({"embedding": vectors[0]})
+
+
+_LONG_TOKEN = 32
+"""Characters of a token, on average, at the most: of a text that is cut, no more for each is encoded."""
+
+
+async def _cut(service: Service, given: Prompts, caller: Caller) -> Prompts:
+    """Texts of which one exceeds the context as the tokens of their beginnings; all others as they are."""
+    tokenizer, most = service.llm.tokenizer, service.llm.config.max_seq_len
+    texts = [given] if isinstance(given, str) else [one for one in given if isinstance(one, str)]
+    if max(map(len, texts), default=0) <= most or (isinstance(given, list) and len(texts) < len(given)):
+        return given  # no token is empty
+
+    def cut() -> Prompts:
+        assert tokenizer is not None, "a model that is served has a vocabulary"
+        return [tokenizer.encode_prompt(text[: most * _LONG_TOKEN])[:most] for text in texts]
+
+    return await service.work.encode(caller.n_bytes, cut)
 
 
 async def _vectors(

@@ -1,7 +1,7 @@
-"""What Ollama's interface says of models: POST /api/show, pull; GET /api/tags, ps, version.
+"""What Ollama's interface says of models: POST /api/show; GET /api/tags, ps, version. ``pull`` has pull and delete.
 
-What manages models (delete, copy, create, push) is refused: a server serves what it was started with, and what of that
-is in memory follows from what is asked for (``on_demand``).
+What makes models (copy, create, push) is refused: a server serves what it was started with or what is in the local
+store, and what of that is in memory follows from what is asked for (``on_demand``).
 Facts: github.com/ollama/ollama, docs/api.md, as of version 0.13.
 """
 
@@ -19,9 +19,9 @@ from quadriga.model import cost
 from quadriga.server.card import Card
 from quadriga.server.errors import ApiError
 from quadriga.server.fleet import Fleet
-from quadriga.server.ollama import Lines, line, written
+from quadriga.server.ollama import written
 from quadriga.server.on_demand import Listed
-from quadriga.server.sse import EventSender, json_response
+from quadriga.server.sse import json_response
 from quadriga.text.template_abilities import THOUGHTS
 
 VERSION = "0.13.0"
@@ -34,7 +34,7 @@ MANAGES = {"create": "created", "copy": "copied", "push": "pushed"}
 
 
 class OllamaModel(Struct, kw_only=True, forbid_unknown_fields=True):
-    """POST /api/show and /api/pull."""
+    """POST /api/show and /api/pull, DELETE /api/delete."""
 
     model: str | None = None
     name: str | None = None
@@ -110,17 +110,6 @@ async def show(one: Listed, _: OllamaModel) -> Response:
             "modified_at": entry(card, card.name)["modified_at"],
         }
     )
-
-
-async def pull(_: Listed, body: OllamaModel) -> Response:
-    """POST /api/pull: what is served is there already."""
-    if not body.stream:
-        return json_response({"status": "success"})
-
-    async def produce(sender: EventSender) -> None:
-        line(sender, {"status": "success"})
-
-    return Lines(produce)
 
 
 def version() -> Response:

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 
 from quadriga import runtime
 from quadriga.engine.load_options import LoadOptions
-from quadriga.errors import BusyError, ConfigError, EngineError, QuadrigaError
+from quadriga.errors import BusyError, CatalogueError, ConfigError, EngineError, QuadrigaError
+from quadriga.hub import catalogue
 from quadriga.server.card import Card
 from quadriga.server.errors import ApiError
 from quadriga.server.service import Service
@@ -227,6 +228,11 @@ class OnDemand:
             if not any(name in self._slots for name in offer.names):
                 self._add(offer)
 
+    @property
+    def grows(self) -> bool:
+        """What comes into the local store is offered too."""
+        return self._look is not None
+
     def slot_of(self, name: str) -> _Slot | None:
         """The model that a request calls so; NAME:ADAPTER is NAME's."""
         return self._slots.get(name) or self._slots.get(name.rpartition(":")[0])
@@ -312,6 +318,27 @@ class OnDemand:
         """Something has changed: whoever waits looks again."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+    async def forget(self, slot: _Slot) -> None:
+        """Take a model out of memory, out of the offers and off the disk.
+
+        Raises:
+            ApiError: it is in use, or no file of the local store.
+        """
+        name, source = slot.card.name, slot.offer.source
+        if source in catalogue.BUNDLED:
+            raise ApiError(400, f"the model {name!r} is part of the program and cannot be deleted", param="model")
+        async with self._turn:
+            if slot.n_users or slot.waiting or slot.pinned:
+                raise ApiError(409, f"the model {name!r} is in use; delete it when its answers are over", param="model")
+            for one in slot.offer.names:
+                del self._slots[one]
+            if slot.service is not None:
+                await self._dismiss(slot)
+            try:
+                await asyncio.to_thread(catalogue.remove, source)
+            except CatalogueError as error:
+                raise ApiError(400, str(error), param="model") from None
 
     # Coming ----------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,10 @@
 
 Without them a client may send header lines for ever, or one byte a minute, or leave an answer unread, and hold a
 connection and what it waits for each time.
+
+A client may also send its next request while an answer is under way. uvicorn then reads no more, and takes the next
+request for the one that is answered: it never learns that the client has left. Here what comes ahead of its time is
+kept, up to a size, so that the end of the connection is read, and it ends whatever the connection has.
 """
 
 from __future__ import annotations
@@ -9,7 +13,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_BYTES = 64 << 10
 HEAD_TIMEOUT_S = 10.0
@@ -17,6 +22,8 @@ STALL_TIMEOUT_S = 60.0
 """A client that has not taken what was sent for this long is cut off."""
 REST_TIMEOUT_S = 10.0
 """For the rest of a body that nobody reads, once its answer is out."""
+MAX_AHEAD_BYTES = 1 << 20
+"""Of later requests, kept while an answer is under way; a client that sends more is cut off."""
 LINGER_S = 1.0
 """How long a refused connection is read on, so that its answer arrives."""
 
@@ -34,6 +41,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
         self._rest_due: asyncio.TimerHandle | None = None
+        self._answered: RequestResponseCycle | None = None  # the request whose answer is under way, or was the last
+        self._ahead = bytearray()
 
     def connection_made(self, transport: Any) -> None:
         """A connection: its first head is due."""
@@ -46,6 +55,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._reads_again()
         if self._rest_due is not None:
             self._rest_due.cancel()
+        for cycle in (self._answered, *(cycle for cycle, _ in self.pipeline)):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -69,10 +82,29 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if unread and not self.transport.is_closing():
             self._rest_due = asyncio.get_running_loop().call_later(REST_TIMEOUT_S, self.transport.close)
+        if self._ahead and not self._is_ahead() and not self.transport.is_closing():
+            data, self._ahead = bytes(self._ahead), bytearray()
+            self.data_received(data)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _is_ahead(self) -> bool:
+        """What comes now belongs to a later request than the one whose answer is under way."""
+        answered = self._answered
+        if answered is None or answered.response_complete:
+            return False
+        return self.cycle is not answered or not answered.more_body
 
     def data_received(self, data: bytes) -> None:
-        """Bytes: those of a head are counted."""
+        """Bytes: those of a head are counted, those ahead of their time are kept."""
         if self._refused:
+            return
+        if self._is_ahead():
+            self._ahead += data
+            if len(self._ahead) > MAX_AHEAD_BYTES:
+                self.transport.abort()
             return
         if self._in_head:
             if self._deadline is None:
@@ -84,6 +116,8 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._refuse(b"431 Request Header Fields Too Large")
                 return
         super().data_received(data)
+        if self.pipeline:
+            self.flow.resume_reading()  # the end of the connection is to be seen
 
     def on_message_begin(self) -> None:
         """The first bytes of a head have been read."""

@@ -42,6 +42,9 @@ from quadriga.text.grammar import Grammars
 from quadriga.text.template_abilities import Abilities, abilities
 from quadriga.text.tool_calls.forms import FORMS
 
+MIN_TOP_P = 1e-9
+"""Keeps the best token only."""
+
 
 class Service:
     """The model and its engine, for the routes.
@@ -190,7 +193,7 @@ class Service:
             bias[int(key)] = value
         given = {
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "top_p": body.top_p,
+            "top_p": MIN_TOP_P if body.top_p == 0 else body.top_p,  # as peers take it: the best token
             "top_k": 0 if body.top_k == -1 else body.top_k,  # -1: all, as vLLM writes it
             "min_p": body.min_p,
             "typical_p": body.typical_p,

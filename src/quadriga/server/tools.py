@@ -32,6 +32,20 @@ Piece = str | Thought | dict[str, Any] | CallPart
 """Words of an answer, what was thought before them, a call as OpenAI writes it, or a piece of one."""
 
 
+def _arguments_schema(parameters: dict[str, Any], number: int) -> dict[str, Any]:
+    """A tool's parameters as a part of a larger schema: always of an object, and what they call ``#`` is themselves.
+
+    Raises:
+        ApiError: they cannot be those of an object.
+    """
+    given = parameters.get("type", "object")
+    values = parameters.get("enum", [parameters["const"]] if "const" in parameters else [{}])
+    if "object" not in (given if isinstance(given, list) else [given]) or not any(isinstance(v, dict) for v in values):
+        text = "a call's arguments are an object: parameters must be a schema of one"
+        raise ApiError(400, text, param="tools")
+    return {"$id": f"urn:quadriga:tool:{number}", **parameters, "type": "object"}
+
+
 def system_text(tools: Sequence[Tool], *, forced: bool, parallel: bool) -> str:
     """What the model is told about its tools."""
     lines = [json.dumps({k: v for k, v in _shown(tool).items() if v is not None}, ensure_ascii=False) for tool in tools]
@@ -103,12 +117,12 @@ class ToolUse:
                 "type": "object",
                 "properties": {
                     "name": {"const": t.function.name},
-                    "arguments": t.function.parameters or {"type": "object"},
+                    "arguments": _arguments_schema(t.function.parameters or {}, i),
                 },
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
-            for t in self.tools
+            for i, t in enumerate(self.tools)
         ]
         items = calls[0] if len(calls) == 1 else {"anyOf": calls}
         most = MAX_CALLS if self.parallel else 1

@@ -30,6 +30,7 @@ from quadriga.runtime import Lane
 from quadriga.text.grammar_child import compile_matcher
 from quadriga.text.grammar_close import Closers, Closing
 from quadriga.text.grammar_trial import NICE, Trial, first_line
+from quadriga.text.schema_formats import without_unknown
 from quadriga.text.tokenizer import Tokenizer
 
 Mask = NDArray[np.bool_]
@@ -104,7 +105,7 @@ class Grammars:
         Raises:
             GrammarError: it is too large.
         """
-        text = source if isinstance(source, str) else json.dumps(source)
+        text = source if isinstance(source, str) else without_unknown(json.dumps(source))
         if len(text) > MAX_GRAMMAR_BYTES:
             raise GrammarError(f"a grammar may have {MAX_GRAMMAR_BYTES} bytes, got {len(text)}")
         return text

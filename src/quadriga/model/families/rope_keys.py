@@ -145,6 +145,8 @@ def _longrope_from_hf(keys: Keys, outer: Keys, max_seq_len: int) -> LongRopeScal
     original = "original_max_position_embeddings"
     n = (outer if outer.given(original) else keys).integer(original)
     keys.must_be(original, n)
+    if n < 1:
+        raise ConfigError(f"config.json: {original} must be 1 or more, got {n}")
     stretch = max_seq_len / n
     keys.must_be("factor", stretch, None)
     usual = math.sqrt(1 + math.log(stretch) / math.log(n)) if stretch > 1 and n > 1 else 1.0
