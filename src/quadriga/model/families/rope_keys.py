@@ -71,8 +71,9 @@ def rope_from_hf(keys: Keys, head_dim: int, max_seq_len: int, *, partial: bool =
     scaling = None
     if scaled is not None:
         scaling = _scaling_from_hf(scaled, keys, max_seq_len)
-        # rope_theta is a copy of the key above; "finetuned" is left by scripts and read by no program.
-        scaled.finish(frozenset({"rope_theta", "finetuned"}))
+        # A copy of the key above. transformers 5 takes this one and 4 the other, so they must not differ.
+        scaled.must_be("rope_theta", theta, None)
+        scaled.finish(frozenset({"finetuned"}))  # left by scripts and read by no program
     if section is not None and section is not scaled:
         if _scaling_from_hf(section, keys, max_seq_len) not in (None, scaling):
             raise ConfigError("config.json: rope_scaling and rope_parameters must say the same; they differ")
