@@ -124,6 +124,9 @@ def test_simpleqa(bench: Data, tmp_path: Path) -> None:
         ("Not attempted.", "not_attempted"),
         ("NOT_ATTEMPTED", "not_attempted"),
         ("Hm", "ungraded"),
+        ("This is not correct.", "incorrect"),
+        ("CORRECT? No: INCORRECT", "ungraded"),
+        ("Correct, it is CORRECT", "correct"),
     ],
 )
 def test_simpleqa_verdicts(verdict: str, grade: str) -> None:

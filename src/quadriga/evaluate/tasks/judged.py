@@ -110,16 +110,17 @@ INCORRECT: some statement of the answer contradicts the reference, even if it is
 NOT_ATTEMPTED: the answer does not give what was asked and contradicts nothing, for example "I do not know".
 
 Reply with one word: CORRECT, INCORRECT or NOT_ATTEMPTED."""
-_GRADES = {"CORRECT": "correct", "INCORRECT": "incorrect", "NOT_ATTEMPTED": "not_attempted"}
+_GRADES = {"CORRECT": "correct", "INCORRECT": "incorrect", "NOT_CORRECT": "incorrect", "NOT_ATTEMPTED": "not_attempted"}
 
 
 def simpleqa_scores(verdict: str) -> Scores:
-    """Which of the three grades the verdict's first known word is; another verdict is ungraded.
+    """The grade that the verdict names; one that names none, or several, is ungraded.
 
     attempted_right: right answers over those that were attempted.
     """
-    found = re.search(r"\b(NOT_ATTEMPTED|NOT ATTEMPTED|INCORRECT|CORRECT)\b", verdict.upper())
-    grade = "" if found is None else _GRADES[found[1].replace(" ", "_")]
+    words = re.findall(r"\b(NOT[_ ]ATTEMPTED|NOT[_ ]CORRECT|INCORRECT|CORRECT)\b", verdict.upper())
+    named = {_GRADES[word.replace(" ", "_")] for word in words}
+    grade = named.pop() if len(named) == 1 else ""
     scores = {name: float(name == grade) for name in ("correct", "incorrect", "not_attempted")}
     tried = scores["correct"] + scores["incorrect"]
     return scores | {"ungraded": float(not grade), "attempted_right_count": scores["correct"], "attempted_n": tried}
@@ -165,7 +166,7 @@ TASKS = (
     ),
     Task(
         name="simpleqa",
-        version=1,
+        version=2,
         title="SimpleQA",
         protocol="Wei et al. 2024: the question as a user's message, 256 tokens, greedy; a judge says correct, "
         "incorrect or not "
