@@ -1188,6 +1188,30 @@ def test_gpt_oss_as_transformers_5_writes_it():
     raw = {k: v for k, v in GPT_OSS_20B_RELEASE.items() if k not in ("rope_theta", "rope_scaling")}
     both = {**GPT_OSS_20B_RELEASE["rope_scaling"], "rope_theta": 150_000.0}
     assert config_from_hf(raw | {"rope_parameters": both}) == PRESETS["gpt-oss-20b"]
+    assert config_from_hf(raw | {"rope_parameters": both, "swiglu_alpha": 1.702}) == PRESETS["gpt-oss-20b"]
+    with pytest.raises(ConfigError, match=r"swiglu_alpha must be 1\.702, got 1\.5"):
+        config_from_hf(raw | {"rope_parameters": both, "swiglu_alpha": 1.5})
+
+
+def test_qwen3_moe_as_transformers_5_writes_it() -> None:
+    raw = {k: v for k, v in QWEN3_30B_A3B_RELEASE.items() if k not in ("num_experts", "rope_theta", "rope_scaling")}
+    raw |= {"num_local_experts": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}}
+    assert config_from_hf(raw) == PRESETS["qwen3-30b-a3b"]
+    assert config_from_hf(raw | {"num_experts": 128}) == PRESETS["qwen3-30b-a3b"]
+    with pytest.raises(ConfigError, match="num_local_experts must be 64 or null, got 128"):
+        config_from_hf(raw | {"num_experts": 64})
+    with pytest.raises(ConfigError, match="lacks the key 'num_experts'"):
+        config_from_hf({k: v for k, v in raw.items() if k != "num_local_experts"})
+
+
+def test_two_rotary_bases_are_refused() -> None:
+    """transformers 4 takes the one outside rope_scaling, 5 the one inside."""
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    raw = {**LLAMA2_70B_RELEASE, "rope_theta": 10_000.0, "rope_scaling": scaled}
+    position = config_from_hf(raw).first_attention().attention.position
+    assert position == RopeSpec(theta=10_000.0, scaling=LinearScaling(factor=2.0))
+    with pytest.raises(ConfigError, match=r"rope_scaling: rope_theta must be 10000\.0 or null, got 500\.0"):
+        config_from_hf(raw | {"rope_scaling": {**scaled, "rope_theta": 500.0}})
 
 
 TINYLLAMA = {  # TinyLlama-1.1B-Chat-v0.3 as published: no rope_theta
@@ -1317,6 +1341,11 @@ def test_dbrx_reads_a_resaved_config_with_a_full_dump_in_its_parts():
         (LLAMA2_70B_RELEASE, {"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "lacks the key 'low_freq_factor'"),
         (LLAMA2_70B_RELEASE, {"rope_scaling": {"type": "dynamic", "factor": 2}}, "computed again at every token"),
         (LLAMA2_70B_RELEASE, {"rope_scaling": {"type": "spiral"}}, "must be default, linear, llama3, yarn or longrope"),
+        (
+            LLAMA2_70B_RELEASE,
+            {"rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 0}},
+            "original_max_position_embeddings must be 1 or more, got 0",
+        ),
         (LLAMA2_70B_RELEASE, {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
         (LLAMA2_70B_RELEASE, {"quantization_config": {"bits": 4}}, "quantization_config must be null or absent"),
         (MIXTRAL_RELEASE, {"compression_config": {"bits": 4}}, "packed by a quantiser"),

@@ -89,6 +89,8 @@ def test_a_class_by_model_type_asks_for_no_token_that_is_not_there(tmp_path: Pat
         (True, {"tokenizer_class": "PreTrainedTokenizerFast"}, False),
         (True, {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, True),
         (True, {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False}, True),
+        (True, {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": None}, False),  # as version 5 writes it
+        (True, {"tokenizer_class": "TokenizersBackend"}, True),
         (True, {}, True),  # no configuration at all: the file is all there is
     ],
 )

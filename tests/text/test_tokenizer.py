@@ -309,6 +309,7 @@ def test_hostile_sentencepiece_files_end_in_one_error(tmp_path: Path) -> None:
     [
         ({"tokenizer.ggml.model": "rwkv"}, "'gpt2', 'llama', 't5' or 'gemma4'"),
         ({"tokenizer.ggml.pre": "mystery"}, "mystery"),
+        ({"tokenizer.ggml.pre": ["gpt-2"]}, "tokenizer.ggml.pre must be one of"),
         ({"tokenizer.ggml.tokens": None}, "list of strings"),
         ({"tokenizer.ggml.token_type": [1]}, "entries"),
         ({"tokenizer.ggml.merges": ["abc"]}, "pairs"),

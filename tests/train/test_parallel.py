@@ -20,6 +20,7 @@ from quadriga.train import config as sections
 from quadriga.train.losses import NextToken
 from quadriga.train.objectives import ORPO
 from quadriga.train.parallel import check_layout, prepare
+from quadriga.train.row_group import RowGroup
 from quadriga.train.world import World
 from tests.train import runs, worker
 from tests.waiting import HANG_S
@@ -50,6 +51,26 @@ def _alone(folder: Path, layout: str) -> list[float]:
     run = runs.trainer(folder, worker.settings(layout), config=worker.MODEL, record=record)
     run.train()
     return worker.results(run, record)
+
+
+@pytest.mark.parametrize(("n_context", "n_tensor"), [(2, 1), (4, 1), (3, 2)])
+def test_context_parts_have_equal_work_and_every_token_once(n_context: int, n_tensor: int) -> None:
+    """Token t of a document that fills the row sees t + 1 keys."""
+    n = 10 * n_context * n_tensor
+    groups = [RowGroup(n_tensor=n_tensor, n_context=n_context, part=p) for p in range(n_context * n_tensor)]
+    tokens = [[t for span in group.spans(n) for t in range(*span)] for group in groups]
+    work = {sum(t + 1 for t in own) for own in tokens}
+    assert work == {n * (n + 1) // 2 // n_context}
+    whole = runs.source(n_rows=1, seq_len=n).rows(0, 0, 1)
+    parts = torch.stack([torch.cat([whole.part(g).tokens, whole.part(g).positions]) for g in groups])
+    order = torch.tensor([t for own in tokens[::n_tensor] for t in own])
+    assert sorted(order.tolist()) == list(range(n))
+    kept = parts.view(len(groups), 2, -1).transpose(0, 1).flatten(1)
+    assert torch.equal(kept[0], whole.tokens[order]) and torch.equal(kept[1], whole.positions[order])
+
+
+def test_an_odd_context_part_stays_in_one_piece() -> None:
+    assert RowGroup(n_context=2, part=1).spans(6) == ((3, 6),)
 
 
 @pytest.mark.dist

@@ -122,7 +122,9 @@ def fetch_command(
     ),
 )
 def inspect_command(
-    path: Annotated[Path, typer.Argument(metavar="CORPUS", help="A folder that `quadriga data prepare` wrote.")],
+    path: Annotated[
+        str, typer.Argument(metavar="CORPUS", help="A folder that `quadriga data prepare` wrote, or its s3:// address.")
+    ],
     verify: Verify = False,
     domain: Domain = None,
     document: Annotated[int | None, typer.Option(min=0, help="Print this document of a domain, from 0 on.")] = None,
@@ -141,7 +143,7 @@ def inspect_command(
     if json:
         print(as_json(describe(corpus.manifest)))
     else:
-        _print_corpus(str(path), corpus.manifest)
+        _print_corpus(path, corpus.manifest)
     if verify:
         damaged = corpus.verify()
         if damaged:

@@ -79,7 +79,7 @@ def _export(settings: object, out: Path, step: int | None, dtype: str) -> None:
     from quadriga.train.loader import open_corpora
 
     assert isinstance(settings, RunConfig)
-    corpus = open_corpora(settings.data.corpora)[0]
+    corpus = open_corpora(settings.data)[0]
     names = [file.path for file in corpus.manifest.tokenizer.files]
     files = {name: (corpus.path / name).read_bytes() for name in names}
     made = export(Path(settings.run).expanduser(), out, step=step, dtype=dtype, tokenizer_files=files)
@@ -102,7 +102,7 @@ def _print_plan(settings: object) -> None:
     if settings.model.preset is not None:
         from quadriga.train.loader import open_corpora
 
-        vocabulary = open_corpora(settings.data.corpora)[0].manifest.tokenizer
+        vocabulary = open_corpora(settings.data)[0].manifest.tokenizer
         found = model_config(settings.model, vocabulary.n_vocab, (vocabulary.end_id,))
         count = n_params(found)
         print(f"  model: {count.total:,} parameters, {count.active:,} active, vocabulary {found.vocab_size}")

@@ -21,6 +21,7 @@ from quadriga.model.families.keys import Keys
 FILE = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 HEAD = "lm_head"
+_MAX_RANK = 4096
 
 _OF_INIT = "settings of a way to start training; init_lora_weights says which one was taken"
 HARMLESS: Mapping[str, str] = {
@@ -130,8 +131,9 @@ def read(raw: Mapping[str, object]) -> PeftConfig:
         keys.must_be(key, *allowed)
     _check_start(keys.value("init_lora_weights"))
     rank = keys.integer("r")
-    if not 1 <= rank <= 4096:
-        raise ConfigError(f"{FILE}: r must be from 1 to 4096, got {rank}")
+    ranks = _patterns(keys, "rank_pattern")
+    if wrong := [one for one in (rank, *(value for _, value in ranks)) if not 1 <= one <= _MAX_RANK]:
+        raise ConfigError(f"{FILE}: r and the values of rank_pattern must be from 1 to {_MAX_RANK}, got {wrong[0]}")
     modules = keys.value("target_modules")
     config = PeftConfig(
         rank=rank,
@@ -141,7 +143,7 @@ def read(raw: Mapping[str, object]) -> PeftConfig:
         dora=keys.flag("use_dora") if keys.given("use_dora") else False,
         along_inputs=_version(keys.value("peft_version")) >= (0, 19),
         base=str(keys.value("base_model_name_or_path") or ""),
-        ranks=_patterns(keys, "rank_pattern"),
+        ranks=ranks,
         alphas=_patterns(keys, "alpha_pattern"),
         modules=None if modules is None else _names(keys, "target_modules"),
         excluded=_names(keys, "exclude_modules"),

@@ -45,7 +45,8 @@ def of_config(raw: Mapping[str, Any]) -> Suggested:
         value = raw.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+        if not number or (kind is int and value != int(value)):
             raise CheckpointError(f"{name} in generation_config.json must be a number, got {value!r}")
         given[name] = kind(value)
     if not {"temperature", "top_p", "top_k", "min_p"} & given.keys():

@@ -248,7 +248,7 @@ def added_token(entry: object, token_id: object, where: str) -> AddedToken:
     Raises:
         TokenizerError: no text, flags that are none, or an id that cannot be.
     """
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
+    if not isinstance(entry, Mapping) or not _is_text(entry.get("content")):
         raise TokenizerError(f"{where}: every added token needs a text and an id below 2^24")
     if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < _MAX_ID:
         raise TokenizerError(f"{where}: every added token needs a text and an id below 2^24; got {token_id!r}")
@@ -303,6 +303,11 @@ def _given(value: object) -> bool:
 
 def _text_of(value: object, key: str) -> str:
     text = value.get("content") if isinstance(value, Mapping) else value
-    if not isinstance(text, str):
+    if not _is_text(text):
         raise TokenizerError(f"{key} in tokenizer_config.json must be a text or a token, got {value!r:.80}")
-    return text
+    return str(text)
+
+
+def _is_text(value: object) -> bool:
+    """True for a text with bytes: JSON may hold half of a character, which has none."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)

@@ -261,12 +261,12 @@ def pre_of(tokens: Tokens, metadata: Mapping[str, Any]) -> str:
             )
         else:
             logger.warning("the GGUF file has no tokenizer.ggml.pre; its tokens are those of %r", pre)
-    if pre not in GGUF_PATTERNS:
+    if not isinstance(pre, str) or pre not in GGUF_PATTERNS:
         raise TokenizerError(
             f"tokenizer.ggml.pre must be one of {', '.join(sorted(GGUF_PATTERNS))}; got {pre!r}. Its text would be "
             "split wrongly, so it is refused. Convert the model's safetensors with its tokenizer.json instead."
         )
-    return str(pre)
+    return pre
 
 
 def _kind_by_text(text: str) -> int:

@@ -18,6 +18,7 @@ _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
 OF_CLASS: dict[str, dict[str, str]] = {
     "PreTrainedTokenizer": {},
+    "TokenizersBackend": {},  # what version 5 writes in its place
     "LlamaTokenizer": _LLAMA,
     "CodeLlamaTokenizer": _LLAMA,
     "GPT2Tokenizer": _GPT2,

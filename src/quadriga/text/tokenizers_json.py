@@ -147,7 +147,10 @@ def _written(part: Any) -> dict[str, Any] | None:
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     # The batch call leaves out offsets, which nobody here asks for: 1.4 times as fast.
-    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    try:
+        ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    except Exception as error:  # the library's bare one: a Unigram model without an unknown token
+        raise TokenizerError(f"the vocabulary cannot write {text!r:.80}: {error}") from None
     return ids
 
 
@@ -156,16 +159,42 @@ def _load(spec: Mapping[str, Any], name: str) -> Any:
 
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
-    except Exception as error:  # the library raises bare Exception with its parser's words
+    except BaseException as error:
+        # The library raises bare Exception with its parser's words; where it panics, what comes is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise TokenizerError(f"{name} is not a tokenizer the tokenizers library can read: {error}") from None
 
 
 def _check(spec: Mapping[str, Any], name: str) -> None:
     if not isinstance(spec.get("model"), dict):
         raise TokenizerError(f"{name} must be an object with a 'model'; it is not a tokenizers file")
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if not isinstance(spec.get(part), (dict, type(None))):
+            raise TokenizerError(f"{name}: {part} must be an object or null, got {spec[part]!r:.80}")
+    _check_model(spec["model"], name)
     added = spec.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(entry, dict) for entry in added):
         raise TokenizerError(f"{name}: every added token needs a text and an id below 2^24")
+
+
+def _check_model(model: Mapping[str, Any], name: str) -> None:
+    """Hold the lists to what is made of them here; the rest is for the library to refuse."""
+    if not isinstance(model.get("unk_token"), (str, type(None))):
+        raise TokenizerError(f"{name}: unk_token must be a text or null, got {model['unk_token']!r:.80}")
+    vocab, merges = model.get("vocab"), model.get("merges", [])
+    if isinstance(vocab, list) and not all(isinstance(row, list) and row and type(row[0]) is str for row in vocab):
+        raise TokenizerError(f"{name}: a vocab that is a list must be of pairs, a text and its score")
+    if isinstance(vocab, dict) and not all(type(token_id) is int for token_id in vocab.values()):
+        raise TokenizerError(f"{name}: a vocab that is an object must map texts to ids")
+    if not isinstance(merges, list) or not all(_is_pair(merge) for merge in merges):
+        raise TokenizerError(f"{name}: merges must be a list of pairs of texts")
+
+
+def _is_pair(merge: object) -> bool:
+    if isinstance(merge, str):
+        return " " in merge
+    return isinstance(merge, list) and len(merge) == 2 and isinstance(merge[0], str) and isinstance(merge[1], str)
 
 
 # Ids -----------------------------------------------------------------------------------------------------------------

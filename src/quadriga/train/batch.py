@@ -48,8 +48,6 @@ class TrainingBatch:
     group: RowGroup | None = None
     """The ranks that share these rows: each has a part of the tokens, while ``bounds`` and ``domains`` are of all
     documents of the group. None: no rank shares them."""
-    first: int = 0
-    """Where these tokens begin among those that ``bounds`` divides."""
     outside_padding: Tensor | None = None
     """(N,) bool, known of a part, which may lack a document's targets; None: ``targets`` tell."""
     with_target: Tensor | None = None
@@ -66,7 +64,8 @@ class TrainingBatch:
         """This rank's part of rows that a group shares; their tokens must be a multiple of the group's size."""
         n, rest = divmod(len(self.tokens), group.size)
         assert not rest, "the trainer asked for rows that can be divided"
-        own = slice(group.part * n, (group.part + 1) * n)
+        of_context = torch.cat([torch.arange(*span) for span in group.spans(len(self.tokens))])
+        own = of_context[group.tensor_part * n : (group.tensor_part + 1) * n]
         return replace(
             self,
             tokens=self.tokens[own],
@@ -74,7 +73,6 @@ class TrainingBatch:
             positions=self.positions[own],
             weights=None if self.weights is None else self.weights[own],
             group=group,
-            first=own.start,
             outside_padding=self.real()[own],
         )
 
@@ -87,7 +85,6 @@ class TrainingBatch:
             bounds=bounds,
             domains=self.domains.repeat(group.n_tensor),
             group=group.without_context(),
-            first=group.tensor_part * n,
             outside_padding=self.real(),
         )
 

@@ -28,31 +28,31 @@ class DocumentContext:
         self.bounds: list[int] = batch.bounds.tolist()
         self._fused = device.type == "cpu"
         self._group = ALONE if batch.group is None else batch.group
-        n = len(batch.tokens)
-        self._first = batch.first - self._group.tensor_part * n
+        self._spans = self._group.spans(self.bounds[-1])
         self.positions = batch.positions
         if self._group.n_tensor > 1:
-            self.positions = _positions(batch.bounds, self._first, n * self._group.n_tensor).to(device)
+            self.positions = _positions(batch.bounds, self._spans).to(device)
         self._elsewhere = PackedContext(batch.bounds.diff().tolist(), device) if batch.group is None else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         """Attention within documents; shapes as in ``ForwardContext``."""
+        fused = self._fused and scoring.sinks is None
+        if not fused and self._elsewhere is not None:
+            return self._elsewhere.attend(layer, q, k, v, scoring)
         k, v = self._gathered(k, v)
-        if not self._fused or scoring.sinks is not None:
-            if self._elsewhere is not None:
-                return self._elsewhere.attend(layer, q, k, v, scoring)
-            return _by_document(q, k, v, self.bounds, self._first, scoring)
-        return training.document_attention(
-            q,
-            k,
-            v,
-            self.bounds,
-            scale=scoring.scale,
-            soft_cap=scoring.soft_cap,
-            alibi_slopes=scoring.alibi_slopes,
-            window=scoring.window,
-            first=self._first,
-        )
+        parts = []
+        for queries, (first, last) in zip(torch.split(q, [b - a for a, b in self._spans]), self._spans, strict=True):
+            seen = (k[:last], v[:last], [bound for bound in self.bounds if bound < last] + [last])
+            if fused:
+                parts.append(
+                    training.document_attention(
+                        queries, *seen, scale=scoring.scale, soft_cap=scoring.soft_cap,
+                        alibi_slopes=scoring.alibi_slopes, window=scoring.window, first=first,
+                    )
+                )  # fmt: skip
+            else:
+                parts.append(_by_document(queries, *seen, first, scoring))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _gathered(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all context parts, in one message."""
@@ -68,10 +68,10 @@ class DocumentContext:
         return self._elsewhere.recur(layer, x, state, scan)
 
 
-def _positions(bounds: Tensor, first: int, n: int) -> Tensor:
-    """(n,) positions of the tokens from ``first`` on, each counted from its document's start."""
+def _positions(bounds: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Positions of the tokens of these spans, each counted from its document's start."""
     starts = torch.repeat_interleave(bounds[:-1].long(), bounds.diff().long())
-    return torch.arange(first, first + n) - starts[first : first + n]
+    return torch.cat([torch.arange(a, b) - starts[a:b] for a, b in spans])
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int], first: int, scoring: Scoring) -> Tensor:

@@ -99,7 +99,10 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The corpora and the curriculum over them."""
 
     corpora: list[str]
-    """Directories written by ``quadriga data prepare`` with the same tokenizer; domains of equal name are joined."""
+    """Directories written by ``quadriga data prepare`` with the same tokenizer, or their addresses in an object store
+    (s3://, gs://, hf://); domains of equal name are joined."""
+    cache_bytes: int | str = "20G"
+    """Most bytes of shards of a corpus in an object store that a process keeps on this machine's disk."""
     stages: list[StageConfig]
     seed: int = 17
     unit_tokens: int = 32768
@@ -120,12 +123,18 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError(f"data.max_epochs must be above 0, got {self.max_epochs}")
         if self.unit_tokens < 1:
             raise ConfigError(f"data.unit_tokens must be at least 1, got {self.unit_tokens}")
+        _ = self.n_cache_bytes
         for stage in self.stages:
             if self.unit_tokens % stage.seq_len:
                 raise ConfigError(
                     f"data.unit_tokens must be a multiple of every stage's seq_len: got {self.unit_tokens} and "
                     f"seq_len={stage.seq_len}"
                 )
+
+    @property
+    def n_cache_bytes(self) -> int:
+        """``cache_bytes`` parsed to a number."""
+        return parse_count(self.cache_bytes, "data.cache_bytes")
 
     @property
     def n_steps(self) -> int:

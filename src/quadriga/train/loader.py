@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -140,7 +139,7 @@ def open_source(config: DataConfig) -> CorpusSource:
         CorpusError: a corpus is missing, damaged, empty, or tokenised with another vocabulary than the first.
         ConfigError: the curriculum does not fit the corpora.
     """
-    source = CorpusSource(config, open_corpora(config.corpora))
+    source = CorpusSource(config, open_corpora(config))
     assert _is_source(source)
     return source
 
@@ -155,7 +154,7 @@ def open_held_out(
         seq_len: tokens per row; None: that of the stage with the longest rows.
         max_rows: at most this many rows per domain.
     """
-    corpora = open_corpora(config.corpora)
+    corpora = open_corpora(config)
     length = seq_len or max(stage.seq_len for stage in config.stages)
     identity = hashlib.sha256("\n".join(corpus.manifest.fingerprint for corpus in corpora).encode()).hexdigest()
     domains = sorted(
@@ -167,22 +166,22 @@ def open_held_out(
     return {domain: source for domain, source in sources.items() if source.n_rows(0)}
 
 
-def open_corpora(paths: Sequence[str]) -> list[Corpus]:
-    """Open corpora and check that they share one vocabulary.
+def open_corpora(config: DataConfig) -> list[Corpus]:
+    """Open a run's corpora and check that they share one vocabulary.
 
     Raises:
         CorpusError: see :func:`open_source`.
     """
-    corpora = [Corpus(Path(path).expanduser()) for path in paths]
+    corpora = [Corpus(path, config.n_cache_bytes) for path in config.corpora]
     for corpus in corpora:
         ours, first = corpus.manifest.tokenizer, corpora[0].manifest.tokenizer
         if [file.sha256 for file in ours.files] != [file.sha256 for file in first.files] or ours.end_id != first.end_id:
             raise CorpusError(
-                f"corpora of a run must share one vocabulary, but {corpus.path} was tokenised with another one than "
-                f"{corpora[0].path}. Prepare it again with `--tokenizer {corpora[0].path}`."
+                f"corpora of a run must share one vocabulary, but {corpus.where} was tokenised with another one than "
+                f"{corpora[0].where}. Prepare it again with `--tokenizer {corpora[0].path}`."
             )
     if not any(_trained(corpus) for corpus in corpora):
-        raise CorpusError(f"{', '.join(map(str, paths))} has no documents to train on; see `quadriga data inspect`")
+        raise CorpusError(f"{', '.join(config.corpora)} has no documents to train on; see `quadriga data inspect`")
     return corpora
 
 

@@ -181,7 +181,7 @@ def _listeners(config: RunConfig, run: RunDirectory, step: int, peak: float) -> 
 
 def corpus_tokenizer(config: RunConfig) -> Tokenizer:
     """The tokenizer that the run's corpora were prepared with."""
-    corpus = open_corpora(config.data.corpora)[0]
+    corpus = open_corpora(config.data)[0]
     tokenizer = load_directory(corpus.path, cl100k_ranks=lambda: catalogue.resolve("cl100k_base"))
     if tokenizer is None:
         raise ConfigError(f"{corpus.path} has no tokenizer: prepare it again with `quadriga data prepare`")
@@ -200,7 +200,7 @@ def _weights(config: RunConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, NewW
                 f"another one, of {tokenizer.n_vocab} tokens. Prepare them again with `--tokenizer` and its tokenizer"
             )
         return stored.config, stored
-    vocabulary = open_corpora(config.data.corpora)[0].manifest.tokenizer
+    vocabulary = open_corpora(config.data)[0].manifest.tokenizer
     architecture = model_config(config.model, vocabulary.n_vocab, (vocabulary.end_id,))
     return architecture, NewWeights(architecture, seed=config.seed, std=config.model.init_std)
 

@@ -102,6 +102,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     keys.must_be("model_type", "gpt_oss")
     keys.must_be("hidden_act", "silu")  # the unit's own form is the program's, whatever this says
     keys.must_be("swiglu_limit", _LIMIT)
+    keys.must_be("swiglu_alpha", 1.702)  # transformers 5 writes it
     keys.must_be("attention_bias", True)
     _check_quantisation(keys)
     _check_no_default(keys)

@@ -99,7 +99,11 @@ def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     """Read a Qwen3-MoE's config.json, as transformers 4 or 5 writes it."""
     keys = Keys(raw, "config.json")
     keys.must_be("model_type", "qwen3_moe")
-    n_layers, n_experts = keys.integer("num_hidden_layers"), keys.integer("num_experts")
+    # transformers 5 writes Mixtral's name for it.
+    renamed = keys.given("num_local_experts") and not keys.given("num_experts")
+    n_layers = keys.integer("num_hidden_layers")
+    n_experts = keys.integer("num_local_experts" if renamed else "num_experts")
+    keys.must_be("num_local_experts", n_experts, None)
     moe = MoESpec(
         d_ff=keys.integer("moe_intermediate_size"),
         n_experts=n_experts,

@@ -71,8 +71,9 @@ def rope_from_hf(keys: Keys, head_dim: int, max_seq_len: int, *, partial: bool =
     scaling = None
     if scaled is not None:
         scaling = _scaling_from_hf(scaled, keys, max_seq_len)
-        # rope_theta is a copy of the key above; "finetuned" is left by scripts and read by no program.
-        scaled.finish(frozenset({"rope_theta", "finetuned"}))
+        # A copy of the key above. transformers 5 takes this one and 4 the other, so they must not differ.
+        scaled.must_be("rope_theta", theta, None)
+        scaled.finish(frozenset({"finetuned"}))  # left by scripts and read by no program
     if section is not None and section is not scaled:
         if _scaling_from_hf(section, keys, max_seq_len) not in (None, scaling):
             raise ConfigError("config.json: rope_scaling and rope_parameters must say the same; they differ")
@@ -145,6 +146,8 @@ def _longrope_from_hf(keys: Keys, outer: Keys, max_seq_len: int) -> LongRopeScal
     original = "original_max_position_embeddings"
     n = (outer if outer.given(original) else keys).integer(original)
     keys.must_be(original, n)
+    if n < 1:
+        raise ConfigError(f"config.json: {original} must be 1 or more, got {n}")
     stretch = max_seq_len / n
     keys.must_be("factor", stretch, None)
     usual = math.sqrt(1 + math.log(stretch) / math.log(n)) if stretch > 1 and n > 1 else 1.0

@@ -16,7 +16,8 @@ from quadriga.text.tokenizers_json import TokenizersVocabulary
 
 logger = logging.getLogger(__name__)
 
-LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer")
+_AS_STORED = ("LlamaTokenizer", "CodeLlamaTokenizer", "TokenizersBackend")
+"""Classes of transformers that run a tokenizer.json as it is; the last is version 5's general one."""
 
 
 def load_tokenizer_json(path: Path) -> Tokenizer:
@@ -28,14 +29,16 @@ def as_configured(spec: dict[str, Any], config: Mapping[str, Any], kind: str, na
     """The spec as transformers runs it beside this tokenizer_config.json, with a logged line where that differs.
 
     ``add_prefix_space`` there, false unless given, is what a byte-level vocabulary goes by (PreTrainedTokenizerFast's
-    ``__init__``; LLaMA's classes hand it on to nothing of the kind); a tokenizer.json by itself is the library's.
+    ``__init__``; LLaMA's classes, and version 5's general one, hand it on to nothing of the kind). A tokenizer.json by
+    itself is the library's.
     ``dropout`` of a BPE leaves merges out at random: it is for training, and a text has one list of ids here.
     """
     step, model = spec.get("pre_tokenizer") or {}, spec.get("model")
-    wanted = config.get("add_prefix_space", False)
+    given = config.get("add_prefix_space")
+    wanted = False if given is None else given
     if not isinstance(wanted, bool):
         raise TokenizerError(f"add_prefix_space in tokenizer_config.json must be true or false, got {wanted!r}")
-    goes_by_it = bool(config) and kind not in LLAMA
+    goes_by_it = bool(config) and kind not in _AS_STORED
     byte_level = isinstance(step, Mapping) and step.get("type") == "ByteLevel"
     by_file = step.get("add_prefix_space", True) if byte_level else wanted
     if goes_by_it and by_file != wanted:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,18 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from quadriga import runtime
 from quadriga.errors import CorpusError
+from quadriga.train.corpus.object_store import Recent, StoredFolder, is_address
 
 VERSION = 1
 SPLITS = ("train", "held_out")
 ORIGIN = np.dtype([("row", "<u4"), ("n_bytes", "<u4")])
 PARTS = ("tokens", "ends", "origin", "sums")
+READ_PARTS = ("tokens", "ends", "sums")
+"""The parts of a shard that a run reads."""
+CACHE_BYTES = 20 * 10**9
+"""Most bytes of shards that a process keeps of a corpus in an object store."""
 _BLOCK_BYTES = 1 << 16
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
@@ -229,23 +234,75 @@ class Stream:
 class Corpus:
     """A prepared corpus, opened for reading.
 
+    Args:
+        path: its folder, or its address in an object store.
+        cache_bytes: most bytes of shards that are kept of one in an object store.
+
     Raises:
         CorpusError: nothing prepared at ``path``, another version, or a file that is missing or of another size.
+        ConfigError: an object store that cannot be reached from here (``corpus.object_store``).
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.manifest = read_manifest(path)
-        for file in self.files():
-            _check_size(path, file)
+    def __init__(self, path: Path | str, cache_bytes: int = CACHE_BYTES) -> None:
+        self.where = str(path)
+        self._store = StoredFolder(str(path)) if is_address(path) else None
+        if self._store is None:
+            self.path = Path(path).expanduser()
+            self.manifest = read_manifest(self.path)
+        else:
+            self.manifest = parse_manifest(self._store.read("manifest.json"), f"{path}/manifest.json")
+            self.path = runtime.cache_dir() / "corpora" / self.manifest.fingerprint[:16]
+        self._check_sizes()
         self._entries = {entry.name: entry for entry in self.manifest.shards}
-        self.shard = lru_cache(maxsize=256)(
-            self._open_shard
-        )  # bounded, because each mapped file uses a file descriptor
+        stored = self._store is not None
+        self.shard = Recent(
+            self._open_shard, size=self._bytes_of, let_go=self._remove if stored else lambda name: None,
+            most_bytes=cache_bytes if stored else None,
+            there=[name for name in self._entries if self._copied(name, "tokens").exists()] if stored else (),
+        )  # fmt: skip
         """Open a shard by name, memory-mapped; recent ones are cached."""
 
+    def _check_sizes(self) -> None:
+        """Compare what is there with the manifest; a stored corpus's tokenizer is copied here."""
+        sizes = None if self._store is None else self._store.sizes()
+        for file in self.files():
+            size = _size_of(self.path / file.path) if sizes is None else sizes.get(file.path)
+            if size is None:
+                raise CorpusError(f"{self.where}/{file.path} is missing or unreadable. Prepare it again.")
+            if size != file.n_bytes:
+                raise CorpusError(
+                    f"{self.where}/{file.path} must have {file.n_bytes} bytes, got {size}. Prepare the corpus again."
+                )
+        if self._store is not None:
+            for file in self.manifest.tokenizer.files:
+                self._store.fetch(file.path, self.path)
+
     def _open_shard(self, name: str) -> Shard:
-        return Shard(self.path, self._entries[name], self.manifest.tokenizer)
+        entry = self._entries[name]
+        wanted = [f"{name}.{part}.npy" for part in READ_PARTS]
+        there = [file.path for file in entry.files if file.path in wanted]
+        for file in there if self._store is not None else ():
+            self.local(file)
+        try:
+            return Shard(self.path, entry, self.manifest.tokenizer)
+        except CorpusError:
+            if self._store is None or all((self.path / file).exists() for file in there):
+                raise
+        return self._open_shard(name)  # another process made room between the copy and the opening
+
+    def _copied(self, name: str, part: str) -> Path:
+        return self.path / f"{name}.{part}.npy"
+
+    def _bytes_of(self, name: str) -> int:
+        return sum(file.n_bytes for file in self._entries[name].files)
+
+    def _remove(self, name: str) -> None:
+        for part in READ_PARTS:
+            self._copied(name, part).unlink(missing_ok=True)
+
+    def local(self, name: str) -> Path:
+        """A file of the corpus on this machine."""
+        return self.path / name if self._store is None else self._store.fetch(name, self.path)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -260,7 +317,16 @@ class Corpus:
 
     def verify(self) -> list[str]:
         """Hash all files; returns the paths of those that differ from the manifest."""
-        return [file.path for file in self.files() if file_sha256(self.path / file.path) != file.sha256]
+        return [file.path for file in self.files() if self._digest(file.path) != file.sha256]
+
+    def _digest(self, name: str) -> str:
+        if self._store is None:
+            return file_sha256(self.path / name)
+        with self._store.open(name) as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 24):
+                digest.update(block)
+        return digest.hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -271,12 +337,19 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / "manifest.json"
     try:
-        manifest = msgspec.json.decode(file.read_bytes(), type=Manifest)
+        raw = file.read_bytes()
     except OSError as error:
         raise CorpusError(
             f"{path} must be a corpus that `quadriga data prepare` finished; its manifest.json cannot be read "
             f"({error.strerror})"
         ) from None
+    return parse_manifest(raw, str(file))
+
+
+def parse_manifest(raw: bytes, file: str) -> Manifest:
+    """Parse a manifest's bytes; see :func:`read_manifest`. ``file`` is used in error messages."""
+    try:
+        manifest = msgspec.json.decode(raw, type=Manifest)
     except msgspec.DecodeError as error:
         raise CorpusError(f"{file} is not a corpus manifest: {error}") from None
     if manifest.version != VERSION:
@@ -290,15 +363,11 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _check_size(root: Path, file: FileEntry) -> None:
+def _size_of(file: Path) -> int | None:
     try:
-        size = (root / file.path).stat().st_size
-    except OSError as error:
-        raise CorpusError(
-            f"{root / file.path} is missing or unreadable ({error.strerror}). Prepare it again."
-        ) from None
-    if size != file.n_bytes:
-        raise CorpusError(f"{root / file.path} must have {file.n_bytes} bytes, got {size}. Prepare the corpus again.")
+        return file.stat().st_size
+    except OSError:
+        return None
 
 
 def _map(path: Path, dtype: np.dtype[Any], length: int) -> Any:

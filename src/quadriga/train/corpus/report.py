@@ -67,7 +67,7 @@ def show_document(corpus: Corpus, split: str, domain: str | None, number: int) -
             shard = corpus.shard(entry.name)
             start = int(shard.ends[left - 1]) if left else 0
             ids = shard.tokens[start : shard.ends[left]]
-            origin = np.load(corpus.path / f"{entry.name}.origin.npy", mmap_mode="r")[left]
+            origin = np.load(corpus.local(f"{entry.name}.origin.npy"), mmap_mode="r")[left]
             text = vocabulary.load(corpus.path).decode(ids[:-1].tolist())
             head = f"# {entry.name}, document {left}: row {origin['row']} of chunk {entry.chunk}, {len(ids)} tokens"
             return f"{head}\n{text}"
@@ -90,7 +90,7 @@ def mix_of_run(path: Path) -> dict[str, Any]:
     if "data" not in table:
         raise ConfigError(f"{path} must have a [data] section with corpora and stages")
     config = from_table(table["data"], DataConfig, f"{path.name} [data]")
-    return _mix(config, [Corpus(Path(corpus).expanduser()) for corpus in config.corpora])
+    return _mix(config, [Corpus(corpus, config.n_cache_bytes) for corpus in config.corpora])
 
 
 def mix_of_corpora(paths: list[Path], tokens: int, temperature: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 #include "kernels.hpp"
 
 #include "bits.hpp"
+#include "each.hpp"
 #include "simd.hpp"
 
 #if QD_NEON

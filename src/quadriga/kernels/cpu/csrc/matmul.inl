@@ -49,12 +49,6 @@ struct IQ4NL : MX4 {
   static int32_t zero_point(uint32_t unit) { return Q8::zero_point(unit); }
 };
 
-template <int M, class Body>
-QD_INLINE void each(Body&& body) {
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) body(m);
-}
-
 // What follows the units of a group in a panel of `width` tokens: scales, -128 times the sums of the activations, scaled sums,
 // -128 times the sums of the first 16.
 struct Tail {

@@ -4,6 +4,7 @@
 #include "kernels.hpp"
 
 #include "bits.hpp"
+#include "each.hpp"
 #include "simd.hpp"
 
 #if QD_NEON  // whose products come in grids of rows and tokens
