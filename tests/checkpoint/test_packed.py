@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from quadriga.io.convert import convert
 from quadriga.io.open import open_checkpoint
 from quadriga.io.packed import PackedParameters, load_packed
 from quadriga.kernels.cpu.packing import Packed
-from quadriga.model.config import AttentionSpec, DenseSpec, NormSpec, RopeSpec, uniform_model
+from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, NormSpec, RopeSpec, uniform_model
 from quadriga.nn.load import load_parameters
 from quadriga.runners.compiled import CompiledModel
 from tests.batches import batch, logits_of, passed
@@ -31,9 +32,13 @@ IDS = [3, 96, 41, 7, 7, 58, 12, 90, 33]
 
 
 def write(folder: Path, name: str) -> Path:
+    return write_model(folder, TINY[name])
+
+
+def write_model(folder: Path, config: ModelConfig) -> Path:
     generator = torch.Generator().manual_seed(1)
-    values = {n: torch.randn(t.shape, generator=generator).bfloat16() for n, t in random_bits(TINY[name]).items()}
-    write_hf(folder, TINY[name], parameters=values)
+    values = {n: torch.randn(t.shape, generator=generator).bfloat16() for n, t in random_bits(config).items()}
+    write_hf(folder, config, parameters=values)
     return folder
 
 
@@ -261,17 +266,24 @@ class Cache:
         return rich[0] if rich else free[-1]
 
 
-@pytest.mark.parametrize("n_slots", [5, 8, 11])
-def test_the_cache_of_experts_gives_up_what_it_says(tmp_path: Path, n_slots: int) -> None:
+DENSE, MIXTURE = TINY["glm4moe"].layers[0], TINY["glm4moe"].layers[-1]
+BEHIND_DENSE = replace(TINY["glm4moe"], layers=(DENSE, DENSE, MIXTURE, MIXTURE, MIXTURE))
+"""Slots are shared by the layers that have experts alone."""
+
+
+@pytest.mark.parametrize(
+    ("config", "n_slots"), [(TINY["dbrx"], 5), (TINY["dbrx"], 8), (TINY["dbrx"], 11), (BEHIND_DENSE, 6)]
+)
+def test_the_cache_of_experts_gives_up_what_it_says(tmp_path: Path, config: ModelConfig, n_slots: int) -> None:
     """Counted hit by hit, over tokens that choose their experts as they like."""
-    write(tmp_path / "hf", "dbrx")
+    write_model(tmp_path / "hf", config)
     convert(tmp_path / "hf", tmp_path / "out", format="q8")
     whole = load_packed(open_checkpoint(tmp_path / "out"))
     experts = [p for v in whole.parameters.values() if isinstance(v, list) for p in v]
-    n_layers = TINY["dbrx"].n_layers
+    n_layers = len(config.moe_layers)
     per_expert = sum(-(-p.data.nbytes // 4096) * 4096 for p in experts) // (n_layers * 5)
     on_disk = load_packed(open_checkpoint(tmp_path / "out"), expert_memory=n_slots * per_expert)
-    model = CompiledModel(TINY["dbrx"], on_disk.parameters, threads=1, n_blocks=4, store=on_disk.store)
+    model = CompiledModel(config, on_disk.parameters, threads=1, n_blocks=4, store=on_disk.store)
     cache = Cache(n_slots, n_layers)
     for token in [*range(0, 90, 7), *range(0, 90, 7), 3, 3, 3, *range(97)]:
         for layer, stats in enumerate(passed(model, batch([([token], 0, [0])]))[1]):

@@ -97,6 +97,21 @@ def test_busy_and_failed_requests_are_retried_after_a_wait() -> None:
     assert 3.0 <= waits[2] <= 5.0
 
 
+@pytest.mark.parametrize("half", ['{"choices": [{"mess', "", '{"choices": "\\ud'])
+def test_half_an_answer_is_asked_for_again(half: str) -> None:
+    texts, seen, waits = ask(httpx2.Response(200, text=half), chat_answer("ok"))
+    assert (texts, len(seen), len(waits)) == (["ok"], 2, 1)
+
+
+def test_a_broken_encoding_is_asked_for_again() -> None:
+    broken = httpx2.Response(200, headers={"content-encoding": "gzip"}, stream=httpx2.ByteStream(b"no gzip"))
+    assert ask(broken, chat_answer("ok"))[0] == ["ok"]
+
+
+def test_a_wait_that_is_no_number_is_our_own() -> None:
+    assert ask(httpx2.Response(429, headers={"retry-after": "nan"}), chat_answer("ok"))[2][0] >= 0.75
+
+
 def test_retries_end_with_an_error() -> None:
     with pytest.raises(EndpointError, match=r"failed 6 times.*status 503: gone"):
         ask(httpx2.Response(503, text="gone"))
@@ -122,11 +137,58 @@ def test_a_refusal_is_not_retried_and_says_why() -> None:
         httpx2.Response(200, json=[1]),
         httpx2.Response(200, json={"choices": []}),
         httpx2.Response(200, json={"choices": [{"message": None}]}),
+        httpx2.Response(200, json={"choices": [{"message": {"content": 5}}]}),
+        httpx2.Response(200, json={"choices": [{"message": {"content": [{"type": "text", "text": None}]}}]}),
     ],
 )
 def test_answers_of_an_unknown_format_are_errors(answer: httpx2.Response) -> None:
     with pytest.raises(EndpointError, match=r"not JSON|instead of an object|unknown format"):
         ask(answer)
+
+
+def test_texts_in_parts_and_texts_that_no_file_can_hold() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    assert ask(httpx2.Response(200, json={"choices": [{"message": {"content": parts}}]}))[0] == ["ab"]
+    half = httpx2.Response(200, text='{"choices": [{"message": {"content": "x\\ud800y"}}]}')
+    assert ask(half)[0] == ["x?y"]
+
+
+ECHO: dict[str, Any] = {
+    "text_offset": [0, 2, 4, 5],
+    "token_logprobs": [None, -1.0, -0.5, -3.0],
+    "top_logprobs": [None, {" c": -1.0}, {"d": -0.5}, {}],
+}
+
+
+def echoed(**changed: Any) -> OpenAIText:
+    answer = httpx2.Response(200, text=json.dumps({"choices": [{"text": "", "logprobs": ECHO | changed}]}))
+    endpoint = connect("https://api.test/v1", model="m", transport=httpx2.MockTransport(answering(answer, seen=[])))
+    assert isinstance(endpoint, OpenAIText)
+    return endpoint
+
+
+def test_an_echo_by_hand() -> None:
+    (found,) = echoed().loglikelihoods([("ab", " cd")])
+    assert (found.logprob, found.greedy, found.n_tokens) == (-1.5, True, 2)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"top_logprobs": None},
+        {"top_logprobs": [None, {" c": -1.0}]},
+        {"top_logprobs": [None, {" c": -1.0}, None, {}]},
+        {"token_logprobs": [None, -1.0, None, -3.0]},
+        {"token_logprobs": [None, -1.0, "x", -3.0]},
+        {"token_logprobs": [None, -1.0, float("nan"), -3.0]},
+        {"token_logprobs": None},
+        {"text_offset": [0, None, 4, 5]},
+        {"text_offset": [0]},
+    ],
+)
+def test_an_echo_with_gaps_is_refused(changed: dict[str, Any]) -> None:
+    with pytest.raises(EvaluationError, match=r"did not return the log-prob|no log-probability of a token of ' cd'"):
+        echoed(**changed).loglikelihoods([("ab", " cd")])
 
 
 def test_chat_apis_refuse_likelihoods() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from quadriga.evaluate.equivalence import Arithmetic, equivalent, normal
+from quadriga.evaluate.answer_spelling import normal
+from quadriga.evaluate.equivalence import Arithmetic, equivalent
 
 SAME = [
     (r"\frac{1}{2}", "0.5"),
@@ -43,8 +44,52 @@ SAME = [
     (r"\boxed{7}", "7"),
     (r"x \le 5", r"x\le5"),
     ("5x - 7y + 4 = 0", "14y - 10x = 8"),
+    (".5", r"\frac{1}{2}"),
+    ("5cm", "5"),
+    ("10 km/h", "10"),
+    (r"\text{Even}", "even"),
+    ("4343_6", "4343_{6}"),
+    (r"x \ge 2", r"x \geq 2"),
+    ("x > 2", "2 < x"),
+    (r"-2 \le x < \frac{1}{2}", "[-2, 0.5)"),
+    (r"x \le 3", r"(-\infty, 3]"),
+    (r"7 \geq t > -1", "(-1,7]"),
+    (r"(-\infty, 2) \cup (3, +\infty)", r"(3,\infty)\cup(-\infty,\frac{4}{2})"),
+    (r"|x|", r"\lvert x \rvert"),
+    (r"\pm 3", "3, -3"),
+    (r"1 \pm \sqrt{2}", r"1 - \sqrt{2}, 1 + \sqrt{2}"),
+    (r"\varnothing", r"\emptyset"),
+    (r"\emptyset", r"\{\}"),
+    (r"\{1, 2\}", "2, 1"),
+    (r"\sqrt[3]{-8}", "-2"),
+    (r"\log_2 8", "3"),
+    (r"\log_{10} 1000", "3"),
+    (r"\binom{5}{2}", "10"),
+    (r"x = 1 \text{ or } x = 2", "1, 2"),
+    ("x=1, y=2", "y=2, x=1"),
+    ("−5", "-5"),
+    ("2π", r"2\pi"),
+    ("3½", "3.5"),
+    ("√2", r"\sqrt2"),
+    ("x²", "x^2"),
+    ("**7**.", "7"),
+    (r"\(\frac{1}{2}\)", "0.5"),
+    ("5x**2", "5x^2"),
 ]
 DIFFERENT = [
+    (".5", "5"),
+    (r"6 \text{ a.m.}", r"6 \text{ p.m.}"),
+    ("x > 2", "x < 2"),
+    ("x > 2", r"x \ge 2"),
+    ("a < b", "b < a"),
+    ("x=1, y=2", "x=2, y=1"),
+    (r"(1,2) \cup (3,4)", "(1,2)"),
+    (r"\pm 3", "3"),
+    (r"\sqrt{-8}", "-2"),
+    (r"\log_2 8", "8"),
+    (r"\binom{5}{2}", r"\frac{5}{2}"),
+    ("10_2", "10_3"),
+    ("yes", "no"),
     ("(1,2)", "[1,2)"),
     ("(3,5)", "(5,3)"),
     ("0,1", "01"),

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from quadriga.errors import ConfigError, CorpusError
+from quadriga.text.tokenizer import load_directory
 from quadriga.train.config import parse_toml
 from quadriga.train.metrics import FILE, read
+from quadriga.train.rollouts import prompts_of
 from quadriga.train.tune import tune
 from quadriga.train.tune_config import TuneConfig
+from quadriga.train.tune_data import read_data
 from tests.train.tune_runs import LORA, settings, toml, write_base
 
 SMALL = """
@@ -136,3 +139,17 @@ def test_metrics_wait_for_a_disk_that_is_full(tmp_path: Path, caplog: pytest.Log
     file.on_event(3, "room again")
     file.close()
     assert [line["step"] for line in read(tmp_path / FILE)] == [0, 1, 2, 3]
+
+
+def test_tokens_of_grpo_are_those_of_its_answers(tmp_path: Path, base: Path) -> None:
+    """Not the rows that hold the questions: two of 64 tokens."""
+    extra = "[grpo]\nsampler = 'model'\nsamples = 2\nmax_new_tokens = 3\n"
+    text = toml(tmp_path, base, "grpo", extra).replace("steps = 12", "steps = 1")
+    config = parse_toml(text.encode(), TuneConfig)
+    assert tune(config).done
+    (line,) = [line for line in read(Path(config.run) / FILE) if "loss" in line]
+    assert line["answer_tokens"] == 3.0
+    tokenizer = load_directory(base)
+    assert tokenizer is not None
+    asked = prompts_of(read_data(config, tokenizer).train.rows(0, 0, 2))
+    assert line["tokens"] == sum(2 * (len(prompt) + 3) for prompt in asked), "each question with two answers"

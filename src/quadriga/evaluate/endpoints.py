@@ -4,18 +4,20 @@
     log-likelihood   POST completions {prompt: context + continuation, echo, logprobs: 1}
                      the continuation's tokens are those whose text starts after the context
 
-Several requests run at once. They are retried after 408, 409, 425, 429, 5xx and broken connections, after the time that
-Retry-After gives or twice as long each time. A chat API returns no log-probabilities of the text it is sent, so tasks
-that need them are refused with an error instead of being replaced by an approximation.
+Several requests run at once. They are retried after 408, 409, 425, 429, 5xx, broken connections and half answers, after
+the time that Retry-After gives or twice as long each time. A chat API returns no log-probabilities of the text it is
+sent, so tasks that need them are refused with an error instead of being replaced by an approximation.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from math import isnan, nan
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -91,13 +93,13 @@ class ApiClient:
             asked_wait: float | None = None
             try:
                 response = self._client.post(path, json=dict(body))
-            except self._errors.TransportError as error:
+            except self._errors.RequestError as error:
                 reason = f"{type(error).__name__}: {error}"
             else:
-                if response.status_code == 200:
+                if response.status_code == 200 and not _is_half(response.content):
                     return self._object(path, response)
                 reason = f"status {response.status_code}: {response.text[:300].strip()}"
-                if response.status_code not in _AGAIN:
+                if response.status_code != 200 and response.status_code not in _AGAIN:
                     raise EndpointError(f"{self.base} refused {path}: {reason}")
                 asked_wait = _seconds(response.headers.get("retry-after"))
             if attempt < _TRIES - 1:
@@ -129,11 +131,23 @@ class ApiClient:
         return [answers[i] for i in range(n)]
 
 
+def _is_half(content: bytes) -> bool:
+    """True if nothing came, or the beginning of a JSON object: a server or proxy that stopped while it wrote."""
+    if not content.strip().startswith(b"{"):
+        return not content.strip()
+    try:
+        json.loads(content)
+    except ValueError:
+        return True
+    return False
+
+
 def _seconds(value: str | None) -> float | None:
     try:
-        return None if value is None else max(0.0, float(value))
+        seconds = nan if value is None else float(value)
     except ValueError:
         return None  # a date instead of seconds: fall back to our own waiting times
+    return None if isnan(seconds) else max(0.0, seconds)
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -240,7 +254,7 @@ class OpenAIChat(Endpoint):
         body: dict[str, Any] = {"model": self.model, "messages": [dict(one) for one in messages]}
         body |= _openai_options(n, stop, temperature, seed)
         answer = self.client.post("chat/completions", body)
-        return _field(self.client, answer, lambda a: a["choices"][0]["message"]["content"] or "")
+        return _field(self.client, answer, lambda a: _text(a["choices"][0]["message"]["content"] or ""))
 
 
 class OpenAIText(Endpoint):
@@ -250,7 +264,7 @@ class OpenAIText(Endpoint):
 
     def _ask(self, prompt: str, n: int, stop: Sequence[str], temperature: float, seed: int | None) -> str:
         body = {"model": self.model, "prompt": prompt} | _openai_options(n, stop, temperature, seed)
-        text: str = _field(self.client, self.client.post("completions", body), lambda a: a["choices"][0]["text"])
+        text: str = _field(self.client, self.client.post("completions", body), lambda a: _text(a["choices"][0]["text"]))
         return text
 
     def loglikelihoods(self, requests: Sequence[tuple[str, str]], *, done: Done = quietly) -> list[ReportedLikelihood]:
@@ -271,22 +285,40 @@ class OpenAIText(Endpoint):
             if "refused" in str(error):
                 raise EvaluationError(f"log-likelihoods need completions with echo and logprobs; {error}") from None
             raise
-        shown = _field(self.client, answer, lambda a: a["choices"][0].get("logprobs"))
-        if not shown or not shown.get("text_offset") or len(shown["token_logprobs"]) < 2:
-            raise EvaluationError(
-                f"{self.client.base} did not return the log-probabilities of an echoed prompt (echo, logprobs)"
-            )
         logprob, greedy, n_tokens = 0.0, True, 0
         end = len(context) + len(continuation)
-        for i, offset in enumerate(shown["text_offset"]):
-            if not border <= offset < end or shown["token_logprobs"][i] is None:
+        for i, (offset, own, best) in enumerate(self._echoed(answer)):
+            if not border <= offset < end or (i == 0 and own is None):  # nothing stands before the first token
                 continue
-            own = float(shown["token_logprobs"][i])
-            best = max([own, *(shown["top_logprobs"][i] or {}).values()])
+            if own is None or best is None:
+                raise EvaluationError(f"{self.client.base} returned no log-probability of a token of {continuation!r}")
             logprob, greedy, n_tokens = logprob + own, greedy and own >= best, n_tokens + 1
         if not n_tokens:
             raise EvaluationError(f"{self.client.base} returned no token of {continuation!r} after its context")
         return ReportedLikelihood(logprob, greedy, n_tokens)
+
+    def _echoed(self, answer: dict[str, Any]) -> list[tuple[int, float | None, float | None]]:
+        """Of each token: where its text starts, its log-probability and that of the likeliest (None: not told).
+
+        Raises:
+            EvaluationError: the answer has no such lists, or they are not of numbers.
+        """
+        try:
+            shown = answer["choices"][0]["logprobs"]
+            tops = [[_number(one) for one in (top or {}).values()] for top in shown["top_logprobs"]]
+            owns = [None if own is None else _number(own) for own in shown["token_logprobs"]]
+            starts = [int(start) for start in shown["text_offset"]]
+            if len(starts) < 2:
+                raise ValueError("only one token")
+            return [
+                (start, own, None if own is None or not top else max(own, *top))
+                for start, own, top in zip(starts, owns, tops, strict=True)
+            ]
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise EvaluationError(
+                f"{self.client.base} did not return the log-probabilities of an echoed prompt (echo, logprobs): "
+                f"{type(error).__name__}: {error}"
+            ) from None
 
 
 class Anthropic(Endpoint):
@@ -306,9 +338,7 @@ class Anthropic(Endpoint):
         if stops:
             body["stop_sequences"] = stops
         answer = self.client.post("messages", body)
-        return _field(
-            self.client, answer, lambda a: "".join(part["text"] for part in a["content"] if part["type"] == "text")
-        )
+        return _field(self.client, answer, lambda a: _text(list(a["content"])))
 
 
 def _openai_options(n: int, stop: Sequence[str], temperature: float, seed: int | None) -> dict[str, Any]:
@@ -318,6 +348,30 @@ def _openai_options(n: int, stop: Sequence[str], temperature: float, seed: int |
     if seed is not None:
         options["seed"] = seed
     return options
+
+
+def _text(content: Any) -> str:
+    """A text, or the text parts of a list; halves of surrogate pairs, which no file can hold, as question marks.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(content, list):
+        content = "".join(_text(part["text"]) for part in content if part["type"] == "text")
+    if not isinstance(content, str):
+        raise TypeError(f"an answer must be a text, got {type(content).__name__}")
+    return content.encode(errors="replace").decode()
+
+
+def _number(value: Any) -> float:
+    """A log-probability.
+
+    Raises:
+        ValueError, TypeError: no number.
+    """
+    if isnan(number := float(value)):
+        raise ValueError("a log-probability is not a number")
+    return number
 
 
 def _field(client: ApiClient, answer: dict[str, Any], take: Callable[[dict[str, Any]], T]) -> T:

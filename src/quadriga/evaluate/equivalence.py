@@ -1,13 +1,13 @@
 r"""Whether two mathematical answers are the same: \frac{1}{2} and 0.5, (x+1)^2 and x^2+2x+1, (1, 2] and (1,2].
 
-    final answer ──► spelling without meaning removed ──► equal text?               yes: the same
-                                                      ──► tuple, set, matrix?       each element by itself
-                                                      ──► arithmetic, by value      exact for rational numbers,
-                                                                                    else at three random points
+    final answer ──► answer_spelling.normal ──► equal text?               yes: the same
+                                            ──► tuple, set, matrix?       each element by itself
+                                            ──► arithmetic, by value      exact for rational numbers,
+                                                                          else at three random points
 
 Expressions with variables are compared by their values at complex points that depend on the variables' names only, so
 no algebra system is needed; two different polynomials agree at such a point with probability 0. What is no arithmetic
-(a word, an inequality) is compared as text. Removed spelling: Lewkowycz et al. 2022 (Minerva), appendix D.
+(a word, a relation of several letters) is compared as text. A bound on one letter is the interval it stands for.
 """
 
 from __future__ import annotations
@@ -19,35 +19,12 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
+from quadriga.evaluate.answer_spelling import normal
+
 Value = Fraction | complex
 
 _LONGEST = 400
 _POINTS = 3
-_UNITS = (
-    *("square", "dollars", "mph", "inches", "inch", "ft", "feet", "hours", "hour", "km", "units", "points", "minutes"),
-    *(
-        "minute",
-        "digits",
-        "cents",
-        "degrees",
-        "degree",
-        "cm",
-        "mm",
-        "gm",
-        "pounds",
-        "meters",
-        "meter",
-        "meals",
-        "edges",
-    ),
-    *("students", "multiples", "ways", "integers", "seconds", "miles", "years", "days", "people", "percent"),
-)
-_WORDS_AT_END = re.compile(r"\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?$")
-r"""A unit behind a number: 144 \mbox{ m}^3."""
-_REMOVED = (
-    *(r"\!", r"\,", r"\;", r"\:", r"\ ", "~", r"\quad", r"\qquad", r"\left", r"\right", r"\displaystyle", r"\$", "$"),
-    *(r"^\circ", r"^{\circ}", r"\circ", r"\degree", r"\%", "%", r"\ldots", r"\dots", r"\bigl", r"\bigr", r"\big"),
-)
 
 
 def equivalent(left: str, right: str) -> bool:
@@ -55,53 +32,12 @@ def equivalent(left: str, right: str) -> bool:
     return _same(normal(left), normal(right))
 
 
-def normal(answer: str) -> str:
-    """An answer without the spelling that has no meaning: spaces, dollar signs, sizes of brackets, units, x = ."""
-    text = answer.strip().rstrip(".").replace("\n", " ").replace(r",\!", "").replace("\\\\", "\x00")
-    text = _unwrapped(text, "boxed")
-    if re.search(r"\d", _WORDS_AT_END.sub("", text)):
-        text = _WORDS_AT_END.sub("", text)
-    for word in _UNITS:
-        text = re.sub(rf"(?<![\\a-zA-Z])\b{word}\b(?:\^\{{?[23]\}}?)?", "", text)
-    for piece in _REMOVED:
-        text = re.sub(re.escape(piece) + ("(?![a-zA-Z])" if piece[-1].isalpha() else ""), "", text)
-    for wrapper in ("text", "textbf", "mathrm", "mathbf", "mbox", "overline", "textit"):
-        text = _unwrapped(text, wrapper)
-    text = re.sub(r"\\[dtc]frac", r"\\frac", text).replace(r"\{", "\x01").replace(r"\}", "\x02")
-    text = re.sub(r",?\s*(?<![\\a-zA-Z])(?:and|or)(?![a-zA-Z])\s*", ",", text)
-    text = re.sub(r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])", "\\1\x03", text)  # these spaces end a command's name
-    text = re.sub(r"\s+", "", text).replace("\x00", "\\\\").replace("\x03", " ")
-    if re.fullmatch(r"-?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?", text):
-        text = re.sub(r",|\{,\}", "", text)
-    return re.sub(r"^[a-zA-Z](?:_\{?\w\}?)?(?:=|\\in)", "", text).strip(".")
-
-
-def _unwrapped(text: str, command: str) -> str:
-    r"""``\command{inside}`` as ``inside``, wherever it stands."""
-    mark = f"\\{command}" + "{"
-    while (start := text.find(mark)) >= 0:
-        stop = closing(text, start + len(mark) - 1)
-        if stop < 0:
-            return text.replace(mark, "")
-        text = text[:start] + text[start + len(mark) : stop] + text[stop + 1 :]
-    return text
-
-
-def closing(text: str, start: int) -> int:
-    """Index of the brace that closes the one at ``start``, or -1."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return i
-    return -1
-
-
 def _same(left: str, right: str) -> bool:
-    if left == right:
+    if left == right or (left.lower() == right.lower() and re.fullmatch("[a-zA-Z]{3,}", left)):
         return bool(left)
     if not left or not right or max(len(left), len(right)) > _LONGEST:
         return False
+    left, right = _interval(left), _interval(right)
     parts_left, parts_right = _parts(left), _parts(right)
     if parts_left is not None or parts_right is not None:
         return _same_parts(parts_left or ("", [left]), parts_right or ("", [right]))
@@ -110,15 +46,39 @@ def _same(left: str, right: str) -> bool:
     return _same_value(left, right)
 
 
+def _interval(text: str) -> str:
+    """The interval that bounds on one letter stand for, as (a,b] for a<x\\le b; any other text as it is."""
+    pieces = [piece.strip() for piece in re.split(r"(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z]))", text)]
+    if len(pieces) not in (3, 5) or sum(bool(re.fullmatch("[a-zA-Z]", piece)) for piece in pieces) != 1:
+        return text
+    if ">" in pieces or r"\ge" in pieces:  # read from the right, its signs point the other way
+        pieces = [{">": "<", "<": ">", r"\ge": r"\le", r"\le": r"\ge"}.get(one, one) for one in reversed(pieces)]
+    if len(pieces) == 3:
+        named = re.fullmatch("[a-zA-Z]", pieces[0])
+        pieces = [r"-\infty", "<", *pieces] if named else [*pieces, "<", r"\infty"]
+    low, below, name, above, high = pieces
+    if not re.fullmatch("[a-zA-Z]", name) or not {below, above} <= {"<", r"\le"}:
+        return text
+    return f"{'(' if below == '<' else '['}{low},{high}{')' if above == '<' else ']'}"
+
+
 def _parts(text: str) -> tuple[str, list[str]] | None:
     """(kind of brackets, elements) of a tuple, interval, set, list or matrix; None for a single expression."""
     matrix = re.fullmatch(r"\\begin\{([pbv]?matrix)\}(.*)\\end\{\1\}", text)
     if matrix:
         rows = [row for row in matrix[2].split("\\\\") if row]
         return f"matrix{len(rows)}", [cell for row in rows for cell in row.split("&")]
+    if text == r"\emptyset":
+        return "\x01\x02", []
+    either = re.fullmatch(r"([^,]*)\\pm(?![a-zA-Z])([^,]*)", text)
+    if either and r"\mp" not in text:
+        return "", [f"{either[1]}+{either[2]}", f"{either[1]}-{either[2]}"]
+    united = re.split(r"\\cup(?![a-zA-Z])", text)
+    if len(united) > 1:
+        return "\\cup", united
     inside = text[1:-1]
     if text[0] in "([\x01" and text[-1] in ")]\x02" and _balanced(inside):
-        elements = _split(inside)
+        elements = _split(inside) if inside else []
         if len(elements) > 1 or text[0] == "\x01":
             return text[0] + text[-1], elements
     elements = _split(text)
@@ -147,11 +107,11 @@ def _split(text: str) -> list[str]:
 
 
 def _same_parts(left: tuple[str, list[str]], right: tuple[str, list[str]]) -> bool:
-    """Ordered inside brackets; lists and sets in any order."""
+    """Ordered inside brackets; lists, sets and unions in any order. A list is the set of what it lists."""
     (kind, ours), (other, theirs) = left, right
-    if kind != other or len(ours) != len(theirs):
+    if len(ours) != len(theirs) or (kind != other and {kind, other} != {"", "\x01\x02"}):
         return False
-    if kind not in ("", "\x01\x02"):
+    if kind not in ("", "\x01\x02", "\\cup"):
         return all(_same(one, two) for one, two in zip(ours, theirs, strict=True))
     rest = list(theirs)
     for one in ours:
@@ -313,12 +273,18 @@ class Arithmetic:
         if self._next("\\frac"):
             top = self._argument()
             return top / self._argument()
+        if self._next("\\binom"):
+            return _binomial(self._argument(), self._argument())
         if self._next("\\sqrt"):
             order: Value = Fraction(2)
             if self._next("["):
                 order = self._sum()
                 self._must("]")
-            return _raised(self._argument(), 1 / order)
+            return _root(self._argument(), order)
+        if self._text.startswith(r"\log_", self._at):
+            self._at += len(r"\log_")
+            base = self._argument()
+            return cmath.log(complex(self._power())) / cmath.log(complex(base))
         for name, function in _FUNCTIONS.items():
             if self._next(f"\\{name}"):
                 to = self._argument() if self._next("^") else Fraction(1)
@@ -362,6 +328,24 @@ def _raised(base: Value, power: Value) -> Value:
         if power.denominator <= 10 and base == root**power.denominator and base >= 0:
             return Fraction(root) ** power.numerator
     return complex(base) ** complex(power)
+
+
+def _root(base: Value, order: Value) -> Value:
+    """Of a negative number the real root, where there is one: of -8 the third is -2."""
+    if isinstance(base, Fraction) and isinstance(order, Fraction) and base < 0 and order.denominator == 1 and order % 2:
+        return -_raised(-base, 1 / order)
+    return _raised(base, 1 / order)
+
+
+def _binomial(n: Value, k: Value) -> Value:
+    if (
+        isinstance(n, Fraction)
+        and isinstance(k, Fraction)
+        and n.denominator == k.denominator == 1
+        and 0 <= k <= n <= 1000
+    ):
+        return Fraction(math.comb(int(n), int(k)))
+    raise ValueError("a binomial coefficient is of two numbers from 0 to 1000")
 
 
 def _factorial(value: Value) -> Value:

@@ -17,8 +17,9 @@ The kinds of isolation, best first:
     none         limits and an empty environment only; refused unless asked for
 
 It does not protect against kernel vulnerabilities. The word has to be in the program's process, on a frame's stack: no
-variable, module or collector's list leads to it, but a program that goes through raw memory can find it. Such
-cheating, like an object that equals everything, can be seen in the generated programs, which the results keep.
+variable, module or collector's list leads to it, and tracing and profiling are refused to the program, but one that
+goes through raw memory can find it. Such cheating, like an object that equals everything, can be seen in the generated
+programs, which the results keep.
 """
 
 from __future__ import annotations

@@ -40,27 +40,35 @@ def main() -> None:
         sys.path += job["paths"]
         os.environ["OPENBLAS_NUM_THREADS"] = "1"  # each thread of it takes address space and counts as a process
     sys.modules.pop("json")
-    write, leave, word = os.write, os._exit, [job.pop("word").encode()]
+    write, leave, verdict = os.write, os._exit, [b"%s " + job.pop("word").encode() + b"\n%s"]
     del job
-    # While the program runs the word is in no variable of any frame, only on this frame's stack of values.
-    leave(_report(write, fd, word.pop(), _run(program)))
+    _refuse_sight(sys.addaudithook)
+    # While the program runs the word is in no variable of any frame, only on this frame's stack of values; and no
+    # function that has it as an argument is called afterwards, as one that traces or profiles calls would see it.
+    leave(write(fd, verdict.pop() % _run(program)) and 0)
 
 
-def _run(program: str) -> str:
-    """Why the program failed; empty if it came to its end."""
+def _run(program: str) -> "tuple[bytes, bytes]":
+    """(passed, nothing) if the program came to its end, else (failed, why)."""
     try:
         exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
     except BaseException as error:  # SystemExit too: exiting before the end is a failure
-        return f"{type(error).__name__}: {error}"[:500]
-    return ""
+        return b"failed", f"{type(error).__name__}: {error}"[:500].encode(errors="replace")
+    return b"passed", b""
 
 
-def _report(write, fd: int, word: bytes, failure: str) -> int:  # type: ignore[no-untyped-def]
-    if failure:
-        write(fd, b"failed " + word + b"\n" + failure.encode(errors="replace"))
-        return 1
-    write(fd, b"passed " + word + b"\n")
-    return 0
+def _refuse_sight(add_hook) -> None:  # type: ignore[no-untyped-def]
+    """Refuse what shows a program the frames of its caller at work, or the values on their stacks, for good."""
+    refused = frozenset(
+        ("gc.get_objects", "gc.get_referrers", "gc.get_referents", "sys.settrace", "sys.setprofile")
+        + ("sys.monitoring.register_callback",)
+    )
+
+    def hook(event: str, arguments: object) -> None:
+        if event in refused:
+            raise RuntimeError(f"{event} is refused to programs")
+
+    add_hook(hook)
 
 
 def _enter_new_root(shown: "list[str]", links: "dict[str, str]", tmp_bytes: int) -> None:
@@ -127,7 +135,6 @@ NAME_SPACES = 0x7E020000  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEW
 def _give_up_rights(machine: str) -> None:
     """Give up capabilities, new rights by programs, other processes' sight of this one, and the calls of ``CALLS``."""
     import ctypes
-    import gc
     import struct
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -152,8 +159,6 @@ def _give_up_rights(machine: str) -> None:
     filter_ += [(answer, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in filter_))
     call("prctl", 22, 2, struct.pack("HP", len(filter_), ctypes.addressof(code)))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-    for name in ("get_objects", "get_referents", "get_referrers"):  # they see what lies on a frame's stack
-        delattr(gc, name)
 
 
 main()

@@ -75,7 +75,7 @@ class StepReport:
     rate: float
     """Learning rate as a fraction of its peak."""
     tokens: int
-    """Tokens of this step on all ranks."""
+    """Tokens of this step on all ranks; of grpo those of the answers that were learned from."""
     tokens_seen: int
     flops: float
     """FLOPs of this step on all ranks: three times those of the forward pass."""
@@ -316,10 +316,11 @@ class Trainer:
             self.balancer.apply(step, self.settings.n_steps)
         sums = self._backward(batches, divisor)
         asked = {"_square": self._gradient_square(), "_stop": torch.tensor(float(stop)), "_weight": own_weight}
+        asked["_tokens"] = torch.tensor(sum(len(b.tokens) for b in batches) if self.layout.stage.first else 0)
         totals = _sum_all(self.world, {**sums, **asked})
         weight = max(float(totals.pop("_weight")), 1.0)
         loss, norm = float(totals.pop("loss")) / weight, float(totals.pop("_square")) ** 0.5
-        stopping = bool(totals.pop("_stop"))
+        stopping, n_tokens = bool(totals.pop("_stop")), int(totals.pop("_tokens"))
         counts = totals.pop("expert_counts", None)
         verdict = "skipped after a rollback" if step in self.skipped_steps else self.guard.judge(step, loss, norm)
         if verdict is not None and step not in self.skipped_steps and self._bad_step(step, verdict, batches):
@@ -330,7 +331,6 @@ class Trainer:
             if self.balancer is not None and counts is not None:
                 self.balancer.update(counts)
         self._clear_gradients()
-        n_tokens = self.source.n_rows(step) * self.source.seq_len(step)
         self.tokens_seen += n_tokens
         self.step += 1
         report = StepReport(

@@ -14,8 +14,9 @@ import re
 from collections.abc import Callable
 
 from quadriga.errors import EvaluationError
+from quadriga.evaluate.answer_spelling import closing
 from quadriga.evaluate.data import Data, Row
-from quadriga.evaluate.equivalence import closing, equivalent
+from quadriga.evaluate.equivalence import equivalent
 from quadriga.evaluate.items import AnswerItem, Item, Scores
 from quadriga.evaluate.tasks.base import Task
 
@@ -142,7 +143,7 @@ def _math_500(data: Data, shots: int) -> list[Item]:
 def _task(name: str, title: str, build: Callable[[Data, int], list[Item]], of: str) -> Task:
     return Task(
         name=name,
-        version=1,
+        version=2,
         title=title,
         protocol=f"{of}; the four examples of Lewkowycz et al. 2022 as in EleutherAI's harness 0.4.13 "
         f"(minerva_math), but "

@@ -21,16 +21,18 @@ int64_t whole_lines(int64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 qd_store::qd_store(int n_layers, int n_experts, int n_parts, std::vector<Extent> extents, int64_t budget, int n_readers)
     : n_experts_(n_experts), n_parts_(n_parts), extents_(std::move(extents)), held_of_(size_t(n_layers), 0),
       process_(getpid()) {
+  int64_t n_mixtures = 0;  // layers that have experts; those of the others are of no bytes
   for (size_t i = 0; i < extents_.size(); i += size_t(n_parts)) {
     int64_t bytes = 0;
     for (int p = 0; p < n_parts; ++p) bytes += whole_lines(extents_[i + size_t(p)].bytes);
     slot_bytes_ = std::max(slot_bytes_, bytes);
+    if (bytes && i % size_t(n_experts * n_parts) == 0) ++n_mixtures;
   }
   // At least one whole layer: a long prompt may visit all its experts.
-  const int64_t most = int64_t(n_layers) * n_experts;
+  const int64_t most = n_mixtures * n_experts;
   const int64_t count = std::min(most, std::max<int64_t>(n_experts, budget / slot_bytes_));
   slots_.resize(size_t(count));
-  share_ = int(count / n_layers);
+  share_ = int(count / std::max<int64_t>(1, n_mixtures));
   for (int i = 0; i < int(count); ++i) slots_[size_t(i)].place = by_use_.insert(by_use_.end(), i);
   readers_.reserve(size_t(n_readers));
   try {

@@ -87,7 +87,7 @@ struct qd_store {
   int64_t slot_bytes_ = 0;
   std::vector<Slot> slots_;
   std::vector<int> held_of_;  // slots that hold an expert of this layer
-  int share_ = 0;             // that every layer may hold
+  int share_ = 0;             // that every layer with experts may hold
   std::list<int> by_use_;  // slots, least recently used first
   std::unordered_map<int64_t, int> slot_of_;
 
