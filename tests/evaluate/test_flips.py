@@ -101,3 +101,37 @@ def test_runs_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
         if isinstance(item, ChoiceItem)
     ]
     assert not flips.compare(a, ran(tmp_path / "d", RuleModel(rule=yes), task(asked)))[0].same_prompts
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"i": 1}',
+        '{"i": 1, "scores": null}',
+        '{"i": 1, "scores": {}}',
+        '{"i": 1, "scores": {"other": 1}}',
+        '{"i": 1, "scores": {"acc": "x"}}',
+        '{"i": 0.5, "scores": {"acc": 1}}',
+        "[1]",
+        "\0\0",
+        "",
+    ],
+)
+def test_damaged_logs_are_refused_by_name(tmp_path: Path, line: str) -> None:
+    a, b = ran(tmp_path / "a", RuleModel(rule=yes), task(choices(3))), tmp_path / "b"
+    ran(b, RuleModel(rule=yes), task(choices(3)))
+    path = b / "items" / "toy.jsonl"
+    head, first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([head, first, line, *rest]) + "\n")
+    with pytest.raises(EvaluationError, match=r"no folder of `quadriga eval` with results.json and items"):
+        flips.compare(a, b)
+    with pytest.raises(EvaluationError, match="not a results file"):
+        ran(b, RuleModel(rule=yes), task(choices(3)))
+
+
+def test_a_last_line_that_a_crash_cut_off_does_not_count(tmp_path: Path) -> None:
+    a, b = ran(tmp_path / "a", RuleModel(rule=yes), task(choices(3))), tmp_path / "b"
+    path = ran(b, RuleModel(rule=yes), task(choices(3))) / "items" / "toy.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    (found,) = flips.compare(a, b)
+    assert found.n == 2

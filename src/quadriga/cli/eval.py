@@ -249,8 +249,11 @@ def _show(
 def open_judge(judge: str, model: str | None) -> LanguageModel:
     """The judge: a chat API's model, or a model in this process with its chat template."""
     if is_address(judge):
+        from quadriga.errors import EvaluationError
         from quadriga.evaluate.endpoints import connect
 
+        if model is None:
+            raise EvaluationError("an API serves many models: name the judge's with --judge-model")
         return connect(judge, model=model, chat=True)
     from quadriga.engine.text_model import TextModel
 

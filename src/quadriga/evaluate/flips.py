@@ -96,7 +96,7 @@ def _journals(folder: Path) -> dict[str, _Run]:
         for name, main in mains.items():
             question, rows = read_journal(folder / "items" / f"{name}.jsonl")
             runs[name] = _Run(question, rows, main)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(
             f"{folder} is no folder of `quadriga eval` with results.json and items: {error}. Give the run's --out."
         ) from None
@@ -112,6 +112,8 @@ def _paired(task: str, a: _Run, b: _Run) -> Paired:
     shared = sorted(a.rows.keys() & b.rows.keys())
     if not shared:
         raise EvaluationError(f"{task}: the runs have no item in common")
+    if a.rows[shared[0]]["scores"].keys() != b.rows[shared[0]]["scores"].keys():
+        raise EvaluationError(f"{task}: the runs have other scores of their items. Run both again with one version.")
     score = _score_name(a.main, a.rows[shared[0]]["scores"])
     ours = [_score(a.rows[i]["scores"], score) for i in shared]
     theirs = [_score(b.rows[i]["scores"], score) for i in shared]

@@ -21,14 +21,30 @@ from quadriga.evaluate.items import Scores
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """The settings of a results file, and its rows by item index.
+    """The settings of a results file, and its rows by item index; of two rows of an item the later one.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: there is none, or it is no results file; say so in the caller's words.
+        OSError, ValueError, KeyError, TypeError, AttributeError: there is none, or it is no results file; say so in the
+            caller's words.
     """
-    # Not text's splitlines: answers may hold U+2028 and its kin as they are.
-    head, *rows = (json.loads(line) for line in path.read_bytes().splitlines())
-    return head["question"], {int(row["i"]): row for row in rows}
+    return _parsed(_whole_lines(path.read_bytes()))
+
+
+def _whole_lines(content: bytes) -> list[bytes]:
+    """Without a last line that a crash cut off. Not text's splitlines: answers may hold U+2028 and its kin."""
+    return content[: content.rfind(b"\n") + 1].splitlines()
+
+
+def _parsed(lines: Sequence[bytes]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    head, *rows = (json.loads(line) for line in lines)
+    found: dict[int, dict[str, Any]] = {}
+    for number, row in enumerate(rows, 2):
+        if type(row["i"]) is not int or row["i"] < 0:
+            raise ValueError(f"line {number}: i must be an item's index, got {row['i']!r}")
+        found[row["i"]] = row | {"scores": {name: float(value) for name, value in row["scores"].items()}}
+        if found[row["i"]]["scores"].keys() != rows[0]["scores"].keys() or not row["scores"]:
+            raise ValueError(f"line {number}: its scores must be those of line 2, got {', '.join(row['scores'])}")
+    return dict(head["question"]), found
 
 
 class Journal:
@@ -55,16 +71,15 @@ class Journal:
 
     def _open(self) -> None:
         whole = self.path.read_bytes() if self.path.exists() else b""
-        lines = whole[: whole.rfind(b"\n") + 1].splitlines()
+        lines = _whole_lines(whole)
         if not lines:
             self._write([{"question": self._question}], "wb")
             return
         with self.path.open("r+b") as file:
             file.truncate(whole.rfind(b"\n") + 1)
         try:
-            rows = [json.loads(line) for line in lines]
-            asked = rows[0]["question"]
-            self.scores = {int(row["i"]): {k: float(v) for k, v in row["scores"].items()} for row in rows[1:]}
+            asked, rows = _parsed(lines)
+            self.scores = {i: row["scores"] for i, row in rows.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise EvaluationError(
                 f"{self.path} is not a results file of `quadriga eval`: remove it, or choose another --out"

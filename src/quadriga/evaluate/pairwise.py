@@ -110,7 +110,7 @@ def _answers(folder: Path, task: str) -> tuple[dict[str, Any], dict[int, Mapping
     try:
         question, rows = read_journal(path)
         found: dict[int, Mapping[str, Any]] = {i: row for i, row in rows.items() if row.get("answers")}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(f"{path} cannot be read: {error}. Run `quadriga eval --tasks {task}` first.") from None
     if not found:
         raise EvaluationError(f"{path} has no answers: {task} is not a task that generates")

@@ -91,10 +91,22 @@ def test_gpqa(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "strict", "flexible"),
-    [("The answer is (B).", 1, 1), ("First (A), but then (b)", 0, 1), ("The answer is (C). Or (B)", 0, 1), ("B", 0, 0)],
+    [
+        ("The answer is (B).", 1, 1),
+        ("First (A), but then (b)", 0, 0),
+        ("The answer is (C). Or (B)", 0, 1),
+        ("(B) has less energy (E)", 0, 0),
+        ("B", 0, 0),
+        ("It must be guilty-of-it!", 0, 0),
+        ("It must be Guilty, of it!", 0, 1),
+        ("Guilty of it? No, guilty.", 0, 0),
+        ("My choice: B", 0, 1),
+        ("My choice: B, that is 10 eV", 0, 0),
+    ],
 )
 def test_gpqa_reasoned_answers(text: str, strict: int, flexible: int) -> None:
-    assert gpqa_cot_scores(1, text) == {"strict": float(strict), "flexible": float(flexible)}
+    choices = ("Guilty", "Guilty of it", "10 eV", "20 eV")
+    assert gpqa_cot_scores(1, choices, text) == {"strict": float(strict), "flexible": float(flexible)}
 
 
 def test_cmmlu_and_ceval(tmp_path: Path) -> None:

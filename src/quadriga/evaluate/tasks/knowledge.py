@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 import re
+import string
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from quadriga.evaluate.data import Data, Row
@@ -102,14 +104,36 @@ def _domain(row: Row) -> str:
     return str(row.get("High-level domain") or "")
 
 
-def gpqa_cot_scores(gold: int, answer: str) -> Scores:
-    """strict: the letter after "The answer is "; flexible: the last letter in parentheses."""
-    letter = "ABCD"[gold]
-    strict, letters = re.search(r"(?<=The answer is )(.*)(?=.)", answer), re.findall(r"\(([A-D])\)", answer.upper())
+def gpqa_cot_scores(gold: int, choices: Sequence[str], answer: str) -> Scores:
+    """strict: the letter after "The answer is "; flexible: see ``_chosen``."""
+    strict = re.search(r"(?<=The answer is )(.*)(?=.)", answer)
     return {
-        "strict": float(strict is not None and re.sub(r"[^\w]", "", strict[1]).upper() == letter),
-        "flexible": float(bool(letters) and letters[-1] == letter),
+        "strict": float(strict is not None and _without_signs(strict[1].strip()) == "abcd"[gold]),
+        "flexible": float(_chosen(choices, answer) == f"({'ABCD'[gold]})"),
     }
+
+
+def _without_signs(text: str) -> str:
+    return text.lower().translate(str.maketrans("", "", string.punctuation))
+
+
+def _chosen(choices: Sequence[str], answer: str) -> str:
+    """The last capital in parentheses; else the last choice whose text occurs; else the last letter after a colon."""
+    letters: list[str] = re.findall(r"\([A-Z]\)", answer)
+    if letters:
+        return letters[-1]
+    named = {_plain(choice.strip()): f"({letter})" for letter, choice in zip("ABCD", choices, strict=True)}
+    # Longest first: a choice that begins another one must not hide it.
+    texts = re.findall("|".join(re.escape(text) for text in sorted(named, key=len, reverse=True)), _plain(answer))
+    if texts and texts[-1].strip():
+        return named.get(texts[-1].strip(), "")
+    letters = re.findall(r":[\s]*(A|B|C|D)", answer)
+    return f"({letters[-1]})" if letters else ""
+
+
+def _plain(text: str) -> str:
+    """Lower case, without what Unicode calls punctuation."""
+    return "".join(letter for letter in text.lower() if not unicodedata.category(letter).startswith("P"))
 
 
 def _gpqa_cot(part: str) -> Callable[[Data, int], list[Item]]:
@@ -118,14 +142,14 @@ def _gpqa_cot(part: str) -> Callable[[Data, int], list[Item]]:
         for row in data.rows(f"gpqa/gpqa_{part}.csv"):
             choices, gold = gpqa_question(row, chosen)
             prompt = _gpqa_prompt(row, choices, "Let's think step by step: ")
-            items.append(AnswerItem(prompt=prompt, grader=_cot_grader(gold), group=_domain(row)))
+            items.append(AnswerItem(prompt=prompt, grader=_cot_grader(gold, choices), group=_domain(row)))
         return items
 
     return build
 
 
-def _cot_grader(gold: int) -> Callable[[str], Scores]:
-    return lambda answer: gpqa_cot_scores(gold, answer)
+def _cot_grader(gold: int, choices: Sequence[str]) -> Callable[[str], Scores]:
+    return lambda answer: gpqa_cot_scores(gold, choices, answer)
 
 
 # CMMLU and C-Eval ----------------------------------------------------------------------------------------------------
@@ -231,11 +255,9 @@ def _gpqa_tasks(part: str) -> tuple[Task, Task]:
         ),
         Task(
             name=f"gpqa_{part}_cot",
-            version=1,
+            version=2,
             title=f"{title}, reasoned",
-            protocol=f"{asked}_cot_zeroshot, but with 1,024 tokens and without its third way of finding a choice (by "
-            f"its "
-            f"text). {order}",
+            protocol=f"{asked}_cot_zeroshot, but with 1,024 tokens. {order}",
             kind="generate",
             shots=0,
             build=_gpqa_cot(part),
