@@ -72,3 +72,17 @@ def test_sampling_that_is_no_number(value: object) -> None:
     for name in ("top_k", "temperature"):
         with pytest.raises(CheckpointError, match=f"{name} in generation_config.json must be a number"):
             of_config({name: value})
+
+
+@pytest.mark.parametrize(("value", "ends"), [(-1, (1,)), (None, (1,)), (2, (1, 2)), ([2, 0], (1, 2, 0))])
+def test_no_end_token_is_written_as_minus_one(tmp_path: Path, value: object, ends: tuple[int, ...]) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    tokenizer = load_directory(vocabularies.write_bpe(tmp_path, eos_token="<|im_start|>"))
+    assert tokenizer is not None and tokenizer.eos_ids == ends
+
+
+@pytest.mark.parametrize("value", [True, [-1], [True], "2", [None]])
+def test_end_tokens_that_are_no_ids(tmp_path: Path, value: object) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(TokenizerError, match=r"eos_token_id in generation_config.json must be token ids"):
+        load_directory(vocabularies.write_bpe(tmp_path))

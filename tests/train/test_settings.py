@@ -12,6 +12,7 @@ import pytest
 
 from quadriga.errors import ConfigError, TrainingError
 from quadriga.model.cost import n_params
+from quadriga.train.changes import changes, described
 from quadriga.train.config import GuardSection, RunConfig, ScheduleSection, parse_toml, read_toml
 from quadriga.train.guard import SpikeGuard
 from quadriga.train.initialise import model_config
@@ -196,3 +197,11 @@ def test_the_aggregate_is_chosen_by_the_recipe() -> None:
     )
     with pytest.raises(ConfigError, match=r"model\.aggregate need a preset with experts; llama2-7b is dense"):
         model_config(dense.model, 97)
+
+
+def test_a_key_that_had_no_effect_does_not_keep_a_run_of_an_earlier_version_from_going_on() -> None:
+    now = described(parse_toml(BASE.encode(), RunConfig), 977)
+    (change,) = changes({**now, "schedule.decay_share": 0.5}, now, 40)
+    assert (change.name, change.was, change.now, change.harmful) == ("schedule.decay_share", 0.5, 0.2, False)
+    (kept,) = changes({**now, "schedule.warmup_steps": 7}, now, 40)
+    assert kept.harmful

@@ -83,6 +83,12 @@ def test_a_document_longer_than_the_model_s_positions_is_refused(tmp_path: Path,
         tune(answers)
 
 
+def test_a_template_that_nobody_has_is_refused_by_name(tmp_path: Path, base: Path) -> None:
+    config = _changed(tmp_path, base, "sft", lambda text: text.replace("rows = 2", "rows = 2\ntemplate = 'chatlm'"))
+    with pytest.raises(ConfigError, match=r"data.template must be one of .*chatml.*; got 'chatlm'"):
+        tune(config)
+
+
 def test_texts_without_a_word_are_counted_and_do_not_end_in_a_traceback(tmp_path: Path, base: Path) -> None:
     empty = _changed(tmp_path, base, "text", str, json.dumps({"text": " "}) + "\n")
     with pytest.raises(CorpusError, match=r"no row of rows.jsonl can be used. rows.jsonl:1: an empty text"):

@@ -78,14 +78,21 @@ def _steps_so_far(step: int) -> range:
 
 def _schedule_differs(saved: Mapping[str, Any], now: Mapping[str, Any], step: int) -> bool:
     """True if a step so far would have had another learning rate."""
-    sections = [
-        msgspec.convert({k.partition(".")[2]: v for k, v in one.items() if k.startswith("schedule.")}, ScheduleSection)
-        for one in (saved, now)
-    ]
+    sections = [_schedule(one) for one in (saved, now)]
     return any(
         learning_rate_share(s, saved["n_steps"], sections[0]) != learning_rate_share(s, now["n_steps"], sections[1])
         for s in (*_steps_so_far(step), *range(max(0, step - 1), step))
     )
+
+
+def _schedule(settings: Mapping[str, Any]) -> ScheduleSection:
+    """The schedule of saved settings, without keys that had no effect: earlier versions took them."""
+    given = {k.partition(".")[2]: v for k, v in settings.items() if k.startswith("schedule.")}
+    if given.get("kind") != "wsd":
+        given.pop("decay_share", None)
+    if given.get("kind") == "constant":
+        given.pop("final_share", None)
+    return msgspec.convert(given, ScheduleSection)
 
 
 def _fade_differs(saved: Mapping[str, Any], now: Mapping[str, Any], step: int) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from quadriga.errors import CorpusError
+from quadriga.errors import ConfigError, CorpusError
 from quadriga.hub import data_sets
+from quadriga.text.chat import BUILT_IN
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.train import chat_data
 from quadriga.train.batch import IGNORE, BatchSource
@@ -37,8 +38,10 @@ def read_data(config: TuneConfig, tokenizer: Tokenizer) -> TuneRows:
 
     Raises:
         CorpusError: unreadable files, too few usable rows, or a question with two answers for grpo.
+        ConfigError: no chat template has the name that ``data.template`` gives.
     """
     data = config.data
+    _refuse_unknown_template(data.template)
     rejects = Rejects(limit=data.max_bad_rows)
     data_sets.log_samples(f.removeprefix("data:") for f in (*data.files, *data.held_out) if f.startswith("data:"))
     if config.objective == "grpo":
@@ -60,6 +63,14 @@ def read_data(config: TuneConfig, tokenizer: Tokenizer) -> TuneRows:
         whole = packed(some, 1)
         held_out[label] = packed(some, min(config.evaluate.rows, whole.rows_per_epoch))
     return TuneRows(packed([group for _, group in train], data.rows), held_out, {}, [], rejects)
+
+
+def _refuse_unknown_template(template: str | None) -> None:
+    """A name that no template has would be taken for the text of one, which writes itself for every conversation."""
+    if template is not None and template not in BUILT_IN and "{" not in template:
+        raise ConfigError(
+            f"data.template must be one of {', '.join(sorted(BUILT_IN))}, or the text of a template; got {template!r}"
+        )
 
 
 def _split(config: TuneConfig, make: Callable[[dict[str, Any]], list[T]], rejects: Rejects) -> tuple[list[T], list[T]]:

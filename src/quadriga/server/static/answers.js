@@ -155,6 +155,7 @@ async function answer(id, parent, begun = null) {
   }
   setRunning(id, null);
   if (id in app.get().conversations) progress.end();
+  if (app.get().models.some(({ quadriga }) => quadriga.loaded === false)) connect(); // who is loaded has changed
 }
 
 /** One answer as it comes: gathers pieces, and draws and saves them now and then. */

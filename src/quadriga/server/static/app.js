@@ -29,7 +29,8 @@ function ModelName({ model, models }) {
   const size = facts.n_experts
     ? t("header.moe", { n: compact(facts.n_parameters), active: compact(facts.n_active_parameters) })
     : t("header.dense", { n: compact(facts.n_parameters) });
-  const options = models.map(({ id }) => html`<option value=${id} selected=${id === model.id}>${id}</option>`);
+  const shownName = ({ id, quadriga }) => (quadriga.loaded === false ? t("header.unloaded", { name: id }) : id);
+  const options = models.map((one) => html`<option value=${one.id} selected=${one.id === model.id}>${shownName(one)}</option>`);
   const name =
     models.length > 1
       ? html`<select aria-label=${t("header.model")} value=${model.id} onChange=${(event) => actions.chooseModel(event.target.value)}>

@@ -137,14 +137,14 @@ def _template_file(file: Path) -> str:
 
 
 def generation_eos(path: Path) -> list[int]:
-    """The end tokens of generation_config.json; empty where there is none.
+    """The end tokens of generation_config.json; empty where there is none, which LLaMA-1's files write as -1.
 
     Raises:
         TokenizerError: they are no token ids.
     """
     file = path / "generation_config.json"
     value = read_json(file).get("eos_token_id") if file.exists() else None
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
+    ids = value if isinstance(value, list) else [] if value in (None, -1) else [value]
+    if not all(type(i) is int and i >= 0 for i in ids):
         raise TokenizerError(f"eos_token_id in generation_config.json must be token ids, got {value!r}")
     return ids

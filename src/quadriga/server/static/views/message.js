@@ -3,6 +3,7 @@
 import * as actions from "../actions.js";
 import * as answers from "../answers.js";
 import { compact, number, t } from "../i18n.js";
+import { app } from "../state.js";
 import { Component, html, useLayoutEffect, useRef, useState } from "../vendor/htm-preact.mjs";
 import { fit, isComposing } from "./composer.js";
 import { FileFold, isLong, LongText } from "./files.js";
@@ -119,7 +120,11 @@ function Steered({ steering }) {
 
 function Answer({ node, running, lensOn, hasExperts }) {
   const waiting = running && !node.content && !node.reasoning && !node.trace?.n_tokens;
-  if (waiting) return html`<div class="waiting" role="status" aria-label=${t("message.waiting")}><i /><i /><i /></div>`;
+  if (waiting) {
+    const asked = app.get().models.find(({ id }) => id === node.model);
+    const loading = asked?.quadriga.loaded === false ? t("message.loading", { name: node.model }) : null;
+    return html`<div class="waiting" role="status" aria-label=${loading ?? t("message.waiting")}><i /><i /><i /> ${loading}</div>`;
+  }
   const traced = lensOn && hasExperts && node.trace?.n_tokens;
   return html`
     ${node.steering?.length ? html`<${Steered} steering=${node.steering} />` : null}
