@@ -407,6 +407,6 @@ class LLM:
         if self.tokenizer is None:
             raise TokenizerError(
                 f"{self.name} came without a tokenizer, so text cannot be encoded. Give token ids, or put a "
-                "tokenizer.json, a *.tiktoken or a tokenizer.model beside the weights."
+                "tokenizer.json, a *.tiktoken, a tekken.json or a tokenizer.model beside the weights."
             )
         return self.tokenizer

@@ -174,6 +174,7 @@ _HUB_FILES = (
     "params.json",
     "tokenizer*.json",
     "tokenizer.model",
+    "tekken.json",
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.jinja",

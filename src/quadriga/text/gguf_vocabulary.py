@@ -112,12 +112,12 @@ def from_directory(path: Path, n_rows: int | None = None) -> dict[str, Entry] | 
         return None
     if (path / "tokenizer.json").exists():
         table = _from_tokenizer_json(path, loading.tokenizer_json(path), tokenizer)
-    elif (path / "tokenizer.model").exists():
-        table = _from_sentencepiece(_model_of(path), tokenizer.added)
-    else:
+    elif tokenizer.is_of_ranks:
         raise TokenizerError(
-            "a GGUF file needs merges, which a tiktoken rank file lacks. Put the model's tokenizer.json beside it."
+            "a GGUF file needs merges, which a file of ranks lacks. Put the model's tokenizer.json beside it."
         )
+    else:
+        table = _from_sentencepiece(_model_of(path), tokenizer.added)
     _fill(table, n_rows)
     if tokenizer.prefix_ids not in ([], [tokenizer.bos_id]):
         raise TokenizerError(f"GGUF can put one bos token before a text, this tokenizer puts {tokenizer.prefix_ids}")

@@ -1,7 +1,7 @@
 """Text to ids and back: one :class:`Tokenizer` over tiktoken ranks, tokenizer.json, SentencePiece and GGUF.
 
 load         which of them a checkpoint's folder holds     files   reads them, bounded in size and depth
-tiktoken | huggingface | sentencepiece | gguf              roles   which tokens begin and end a text
+tiktoken | ranks | huggingface | sentencepiece | gguf      roles   which tokens begin and end a text
 base         Tokenizer itself
 """
 

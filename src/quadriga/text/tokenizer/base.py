@@ -132,6 +132,11 @@ class Tokenizer:
             return False
         return True
 
+    @property
+    def is_of_ranks(self) -> bool:
+        """True if its files give the ranks of tokens and no merges, as tiktoken's do."""
+        return getattr(self._vocabulary, "is_of_ranks", False)
+
     def is_token(self, token_id: int) -> bool:
         """True if a token has this id. Models often have more rows than that: holes, and padding after the last id."""
         return 0 <= token_id < self.n_vocab and token_id not in self.unused_ids

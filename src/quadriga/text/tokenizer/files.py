@@ -21,6 +21,7 @@ FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
     "tokenizer.model",
+    "tekken.json",
     "chat_template.jinja",
     "generation_config.json",
 )

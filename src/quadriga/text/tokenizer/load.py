@@ -9,8 +9,16 @@ from typing import Any
 from quadriga.text import template_variables
 from quadriga.text.added_tokens import declared
 from quadriga.text.tokenizer.base import Tokenizer
-from quadriga.text.tokenizer.files import Folder, chat_templates, generation_eos, read_json, read_json_if_there
+from quadriga.text.tokenizer.files import (
+    Folder,
+    chat_templates,
+    generation_eos,
+    read_bytes,
+    read_json,
+    read_json_if_there,
+)
 from quadriga.text.tokenizer.huggingface import as_configured, from_tokenizer_json
+from quadriga.text.tokenizer.ranks import TEKKEN, from_llama3, from_tekken, is_ranks
 from quadriga.text.tokenizer.sentencepiece import from_sentencepiece
 from quadriga.text.tokenizer.tiktoken import load_tiktoken
 
@@ -20,8 +28,9 @@ def load_directory(
 ) -> Tokenizer | None:
     """The tokenizer that lies beside a checkpoint's weights, or None if there is none.
 
-    Looks for tokenizer.json, then a *.tiktoken rank file, then tokenizer.model; then, where tokenizer_config.json says
-    the vocabulary is tiktoken's (DBRX's first release ships no file), asks ``cl100k_ranks`` for the rank file.
+    Looks for tokenizer.json, then a *.tiktoken rank file, tekken.json and tokenizer.model; then, where
+    tokenizer_config.json says the vocabulary is tiktoken's (DBRX's first release ships no file), asks ``cl100k_ranks``
+    for the rank file.
 
     Args:
         path: the checkpoint's folder.
@@ -63,8 +72,10 @@ def _load_vocabulary(path: Path, folder: Folder, cl100k_ranks: Callable[[], Path
         return from_tokenizer_json(spec, "tokenizer.json", folder)
     for ranks in sorted(path.glob("*.tiktoken")):
         return load_tiktoken(ranks, chat_template=template)
-    if (path / "tokenizer.model").exists():
-        return from_sentencepiece(path / "tokenizer.model", folder)
+    if (path / TEKKEN).exists():
+        return from_tekken(path / TEKKEN, folder)
+    if (model := path / "tokenizer.model").exists():
+        return from_llama3(model, folder) if is_ranks(read_bytes(model)) else from_sentencepiece(model, folder)
     if "tiktoken" in str(config.get("tokenizer_class", "")).lower() and cl100k_ranks is not None:
         return load_tiktoken(cl100k_ranks(), chat_template=template)
     return None

@@ -56,15 +56,26 @@ def load_tiktoken(
 
 
 class TiktokenVocabulary:
-    """A ``Vocabulary`` of tiktoken: ranks of byte pairs, and special tokens after them."""
+    """A ``Vocabulary`` of tiktoken: ranks of byte pairs, which are their ids, and special tokens.
 
-    def __init__(self, ranks: dict[bytes, int], special_ids: Mapping[str, int]) -> None:
+    Args:
+        ranks: token -> id; of two that could be merged next the lower goes first.
+        special_ids: text -> id.
+        pattern: how text is cut before anything is merged.
+
+    Raises:
+        ValueError: the pattern cannot be compiled.
+    """
+
+    is_of_ranks = True
+
+    def __init__(self, ranks: dict[bytes, int], special_ids: Mapping[str, int], pattern: str = CL100K_PATTERN) -> None:
         import tiktoken
 
         self._encoding = tiktoken.Encoding(
-            "cl100k", pat_str=CL100K_PATTERN, mergeable_ranks=ranks, special_tokens=dict(special_ids)
+            "ranks", pat_str=pattern, mergeable_ranks=ranks, special_tokens=dict(special_ids)
         )
-        self.n_vocab = max(special_ids.values()) + 1
+        self.n_vocab = max(*special_ids.values(), *ranks.values()) + 1
 
     def encode(self, text: str, allow_special: bool) -> list[int]:
         """See ``Vocabulary``."""

@@ -76,10 +76,11 @@ def copy_vocabulary(path: Path, folder: Path) -> None:
     else:
         files = [path] if path.is_file() else []
     if not any(file.suffix in (".json", ".tiktoken", ".model") for file in files):
-        raise TokenizerError(f"{path} must be or contain tokenizer.json, *.tiktoken or tokenizer.model")
+        raise TokenizerError(f"{path} must be or contain tokenizer.json, *.tiktoken, tekken.json or tokenizer.model")
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
-        name = file.name if path.is_dir() or file.suffix == ".tiktoken" else f"tokenizer{file.suffix}"
+        kept = path.is_dir() or file.suffix == ".tiktoken" or file.name in text_tokenizer.FILES
+        name = file.name if kept else f"tokenizer{file.suffix}"
         shutil.copyfile(file, folder / name)
 
 
