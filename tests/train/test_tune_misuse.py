@@ -53,6 +53,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("grpo", "[grpo]\nkl_weight = nan", "kl_weight must be 0 or above, got nan"),
         ("grpo", "[[grpo.rewards]]\nkind = 'finished'\nweight = nan", r"grpo.rewards\[0\].weight must be a finite"),
         ("grpo", "[[grpo.rewards]]\nkind = 'code'\ntimeout_s = -1.0", "timeout_s must be above 0, got -1"),
+        ("sft", "epochs = 0", "data.epochs must be at least 1, got 0"),
+        ("sft", "epochs = 2\n[schedule]\nsteps = 9", r"schedule.steps \(9\) and data.epochs \(2\) both say how long"),
         ("sft", "[lora]\nalpha = inf", "lora.alpha must be a finite number, got inf"),
     ],
 )

@@ -45,7 +45,9 @@ def tune_command(
     if run is not None:
         settings = msgspec.structs.replace(settings, run=run)
     if steps is not None:
-        settings = msgspec.structs.replace(settings, schedule=msgspec.structs.replace(settings.schedule, steps=steps))
+        schedule = msgspec.structs.replace(settings.schedule, steps=steps)
+        data = msgspec.structs.replace(settings.data, epochs=None)
+        settings = msgspec.structs.replace(settings, schedule=schedule, data=data)
     from quadriga.train.tune import tune
 
     devices.set_threads(threads)

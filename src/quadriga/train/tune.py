@@ -183,7 +183,7 @@ class _Parts:
         """The trainer with the run's objective; of grpo it samples what it learns from."""
         config, model, fill, world = self.config, self.tuned.model, self.tuned.fill, self.world
         source: BatchSource = self.rows.train
-        n_steps = config.data.epochs * self.rows.train.steps_per_epoch
+        n_steps = (config.data.epochs or 1) * self.rows.train.steps_per_epoch
         if config.objective == "grpo":
             return self._rollout_trainer(run, checkpoint, services, n_steps * config.grpo.updates)
         settings = _Settings(config, config.schedule.steps or n_steps)

@@ -67,7 +67,8 @@ class TuneData(Section, frozen=True):
     seq_len: int = 512
     rows: int = 4
     """Rows of seq_len tokens per batch; several examples are packed into a row. With grpo: questions per batch."""
-    epochs: int = 1
+    epochs: int | None = None
+    """Times that the rows are read, where ``schedule.steps`` does not say how long the run is; None: once."""
     template: str | None = None
     """Name of a chat template (chatml, instruct), for models without one."""
     label: str | None = None
@@ -77,8 +78,8 @@ class TuneData(Section, frozen=True):
         if not self.files:
             raise ConfigError("data.files must name at least one file of JSON lines")
         for name in ("seq_len", "rows", "epochs", "held_out_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"data.{name} must be at least 1, got {value}")
         if self.held_out_every == 1 and not self.held_out:
             raise ConfigError("data.held_out_every must be at least 2: with 1 no row would be left to train on")
         if self.max_rows is not None and self.max_rows < 1:
@@ -285,7 +286,12 @@ class TuneConfig(Section, frozen=True):
             )
 
     def _refuse_unused(self) -> None:
-        """Refuse what the objective would leave without effect."""
+        """Refuse what would be left without effect."""
+        if self.schedule.steps is not None and self.data.epochs is not None:
+            raise ConfigError(
+                f"schedule.steps ({self.schedule.steps}) and data.epochs ({self.data.epochs}) both say how long the "
+                "run is: leave one of them out"
+            )
         goal, data = self.objective, self.data
         for given, users, name in (
             (self.grpo != GrpoSection(), ("grpo",), "[grpo]"),
