@@ -171,13 +171,14 @@ QD_EXPORT int32_t qd_pack_stored(qd_context* context, int32_t stored, const uint
       int64_t exact = 0;
       while (format == QD_FORMAT_Q8 && exact < n_rows &&
              c.kernels->to_q8_0(stored, in + (first + exact) * row_bytes, blocks, q8 + exact * q8_row)) ++exact;
+      int64_t found = 0;
       if (exact == n_rows) {
-        c.kernels->pack(QD_SOURCE_Q8_0, q8, q8_row, n_rows, cols, 0, format, out + tile * bytes, nullptr);
-        return int64_t(0);
+        found = c.kernels->pack(QD_SOURCE_Q8_0, q8, q8_row, n_rows, cols, 0, format, out + tile * bytes, nullptr);
+      } else {
+        float* numbers = c.of_thread[size_t(thread)].a.data();
+        for (int64_t r = 0; r < n_rows; ++r) c.kernels->dequantize(stored, in + (first + r) * row_bytes, blocks, book, numbers + r * cols);
+        found = c.kernels->pack(QD_SOURCE_FLOAT32, numbers, 4 * cols, n_rows, cols, 0, format, out + tile * bytes, importance);
       }
-      float* numbers = c.of_thread[size_t(thread)].a.data();
-      for (int64_t r = 0; r < n_rows; ++r) c.kernels->dequantize(stored, in + (first + r) * row_bytes, blocks, book, numbers + r * cols);
-      const int64_t found = c.kernels->pack(QD_SOURCE_FLOAT32, numbers, 4 * cols, n_rows, cols, 0, format, out + tile * bytes, importance);
       return found ? first + found : 0;
     });
   });

@@ -154,9 +154,10 @@ void quantise_mx4(const vf* x, uint16_t* half, uint8_t* lines) {
   store_nibbles(q, lines);
 }
 
+// 1 + the first row of a group that has a number, a scale or a minimum which is not finite, or 0. x: NULL for blocks as they are.
 int first_bad(const vf* x, const uint16_t* scale, const uint16_t* min, int n_rows) {
   vf poison = all(0.0f);
-  for (int c = 0; c < 32; ++c) poison = fma(x[c], all(0.0f), poison);
+  for (int c = 0; x && c < 32; ++c) poison = fma(x[c], all(0.0f), poison);
   poison = fma(load_half(scale), all(0.0f), poison);
   if (min) poison = fma(load_half(min), all(0.0f), poison);
   alignas(64) float lanes[16];
@@ -235,6 +236,7 @@ int64_t pack_tile(int source, const void* in, int64_t row_bytes, int64_t rows, i
     if (source >= QD_SOURCE_Q8_0) {
       const int64_t block = kSourceBytes[source - QD_SOURCE_Q8_0];
       for (int r = 0; r < n_rows; ++r) copy_block(source, from + r * row_bytes + g * block, r, half, half_min, lines);
+      if (const int bad = first_bad(nullptr, half, half_min, n_rows)) return 16 * tile + bad;
       continue;
     }
     vf x[32];
