@@ -240,3 +240,30 @@ def test_what_connect_refuses() -> None:
 def test_cut_is_at_the_first_of_all_stops() -> None:
     assert cut("abcdef", ["e", "c", ""]) == "ab"
     assert cut("abc", ["x"]) == "abc"
+
+
+@pytest.mark.parametrize("api", ["openai", "anthropic"])
+def test_answers_that_end_before_they_begin_are_said_once(api: str, caplog: pytest.LogCaptureFixture) -> None:
+    def answer(text: str, cut: bool) -> httpx2.Response:
+        if api == "anthropic":
+            parts = [{"type": "thinking", "thinking": "so"}, {"type": "text", "text": text}]
+            return httpx2.Response(200, json={"content": parts, "stop_reason": "max_tokens" if cut else "end_turn"})
+        choice = {"message": {"content": text or None}, "finish_reason": "length" if cut else "stop"}
+        return httpx2.Response(200, json={"choices": [choice]})
+
+    def warnings(*answers: httpx2.Response) -> list[str]:
+        caplog.clear()
+        endpoint = connect(
+            "https://api.test/v1",
+            api=api,
+            model="m",
+            chat=True,
+            parallel=1,
+            transport=httpx2.MockTransport(answering(*answers, seen=[])),
+        )
+        endpoint.generate(["x"] * len(answers), max_new_tokens=9)
+        return [record.getMessage() for record in caplog.records if record.name.startswith("quadriga.evaluate")]
+
+    assert warnings(answer("yes", True), answer("", False)) == []
+    (said,) = warnings(answer("", True), answer("yes", False), answer(" ", True))
+    assert "an answer of m ended at the 9 tokens that the task allows before it had any text" in said

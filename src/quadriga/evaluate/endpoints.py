@@ -12,6 +12,7 @@ sent, so tasks that need them are refused with an error instead of being replace
 from __future__ import annotations
 
 import json
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,8 @@ from quadriga.evaluate.model import Done, Message, quietly
 
 if TYPE_CHECKING:
     import httpx2
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -169,6 +172,7 @@ class Endpoint:
 
     def __init__(self, client: ApiClient, model: str, *, context: int = 32768) -> None:
         self.client, self.model, self.context = client, model, context
+        self._said_cut = False
 
     @property
     def name(self) -> str:
@@ -231,6 +235,18 @@ class Endpoint:
 
         return self.client.map(ask, len(conversations), done)
 
+    def _whole(self, text: str, reason: object, n: int) -> str:
+        """The text; a log line, once, where it is empty because a model that thinks first used up its tokens."""
+        if not text.strip() and reason in ("length", "max_tokens") and not self._said_cut:
+            self._said_cut = True
+            _log.warning(
+                "an answer of %s ended at the %d tokens that the task allows before it had any text, as those of a "
+                "model that thinks first do; such answers count as empty. Switch its thinking off at the server.",
+                self.name,
+                n,
+            )
+        return text
+
     def _ask(self, prompt: str, n: int, stop: Sequence[str], temperature: float, seed: int | None) -> str:
         return self._talk([{"role": "user", "content": prompt}], n, stop, temperature, seed)
 
@@ -254,7 +270,8 @@ class OpenAIChat(Endpoint):
         body: dict[str, Any] = {"model": self.model, "messages": [dict(one) for one in messages]}
         body |= _openai_options(n, stop, temperature, seed)
         answer = self.client.post("chat/completions", body)
-        return _field(self.client, answer, lambda a: _text(a["choices"][0]["message"]["content"] or ""))
+        text = _field(self.client, answer, lambda a: _text(a["choices"][0]["message"]["content"] or ""))
+        return self._whole(text, answer["choices"][0].get("finish_reason"), n)
 
 
 class OpenAIText(Endpoint):
@@ -338,7 +355,9 @@ class Anthropic(Endpoint):
         if stops:
             body["stop_sequences"] = stops
         answer = self.client.post("messages", body)
-        return _field(self.client, answer, lambda a: _text(list(a["content"])))
+        return self._whole(
+            _field(self.client, answer, lambda a: _text(list(a["content"]))), answer.get("stop_reason"), n
+        )
 
 
 def _openai_options(n: int, stop: Sequence[str], temperature: float, seed: int | None) -> dict[str, Any]:
