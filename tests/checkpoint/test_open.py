@@ -204,6 +204,13 @@ def test_what_is_no_checkpoint_says_so(tmp_path: Path, what: str) -> None:
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tekken.json", "cl100k_base.tiktoken"])
+def test_a_vocabulary_is_called_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{name} is a vocabulary, not a model: it has no weights"):
+        open_checkpoint(tmp_path / name)
+
+
 def test_the_tests_own_writer_is_the_library(tmp_path: Path) -> None:
     tensors = write_hf(tmp_path, TINY["mpt"])
     again = load_file(tmp_path / "model.safetensors")

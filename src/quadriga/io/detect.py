@@ -60,6 +60,11 @@ def locate(path: Path, *, keep_open: bool = False) -> Located:
     if path.is_file():
         if path.name in ("config.json", "params.json", engine_file.MANIFEST):
             return locate(path.parent, keep_open=keep_open)
+        if path.suffix == ".tiktoken" or path.name in ("tokenizer.json", "tokenizer.model", "tekken.json"):
+            raise CheckpointError(
+                f"{path.name} is a vocabulary, not a model: it has no weights. Give the folder or the GGUF file of a "
+                "model, or the name of one (`quadriga models list`)."
+            )
         if not gguf.is_gguf(path):
             raise CheckpointError(
                 f"{path.name} is not a GGUF file. Give the directory of a safetensors checkpoint (with its "
