@@ -44,8 +44,7 @@ def make(name: str, kind: str, cache: CacheLayout | None, n_blocks: int) -> Any:
 def poison(runner: Any, blocks: list[int]) -> None:
     """NaN into every number of these blocks."""
     if isinstance(runner, CompiledModel):
-        for kv in runner._kv:
-            kv.reshape(runner.n_blocks, -1)[blocks] = 0xFF
+        runner._kv[blocks] = 0xFF
     else:
         for stored in (*runner._keys, *runner._values):
             stored.view(runner.n_blocks, -1)[blocks] = float("nan")

@@ -21,7 +21,7 @@ from quadriga.server.fleet import plain_name
 from quadriga.server.guard import Limits
 from tests.server.conftest import Live, running
 from tests.server.test_on_demand import Shelf
-from tests.waiting import until
+from tests.waiting import HANG_S, until
 
 ADMIN = {"authorization": "Bearer the-admins-key"}
 STEPS = (
@@ -144,11 +144,16 @@ def test_the_process_that_fetches_tells_and_ends_when_nobody_waits(
     for done in (0, 1, 2, 3, 9):
         tell(done, 9, "w")
     assert [json.loads(line)["done"] for line in capsys.readouterr().out.splitlines()] == [0, 2, 9]
-    program = "import time; from quadriga.hub import fetching\nfetching.resolve = lambda *_, **__: time.sleep(10**6)\n"
+    # As in the background of a shell: interrupts are ignored.
+    program = "import signal, threading; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    program += "from quadriga.hub import fetching\nfetching.resolve = lambda *_, **__: threading.Event().wait()\n"
     command = [sys.executable, "-c", f"{program}print('up', flush=True); raise SystemExit(fetching.main('x'))"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True, env=dict(os.environ)) as process:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         process.stdin.close()
-        assert process.wait(200) in (130, -signal.SIGINT)
+        try:
+            assert process.wait(HANG_S) in (130, -signal.SIGINT)
+        finally:
+            process.kill()

@@ -26,6 +26,8 @@ EVERY_S = 0.2
 
 def main(name: str) -> int:
     """Fetch a model; the exit code."""
+    # Whoever runs in the background of a shell ignores interrupts, and hands that down to what it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         say({"path": str(resolve(name, progress=_teller()))})
