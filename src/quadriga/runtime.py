@@ -54,6 +54,11 @@ def setting(name: str) -> str | None:
     return os.environ.get(f"QUADRIGA_{name}") or None
 
 
+def settings() -> list[str]:
+    """The names of all that is set, without QUADRIGA_."""
+    return sorted(name.removeprefix("QUADRIGA_") for name in os.environ if name.startswith("QUADRIGA_"))
+
+
 def debug() -> bool:
     """True if commands should show tracebacks."""
     return setting("DEBUG") == "1"

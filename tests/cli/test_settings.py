@@ -107,6 +107,20 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused("generate", "x").startswith("QUADRIGA_GENERATE_THREADS: Input should be a valid integer")
 
 
+def test_a_variable_of_no_option_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("GENERATE_THREDS", "GENERATE_TOP_P", "SERVE_PROT", "DATA", "BENCH_DECODE_ROUNDS"):
+        monkeypatch.setenv(f"QUADRIGA_{name}", "0.5")
+    loaded("generate", "x")
+    assert [r.getMessage() for r in caplog.records if r.name == "quadriga.cli.settings"] == [
+        "QUADRIGA_GENERATE_THREDS has no effect: `quadriga generate` has no threds. Did you mean threads?"
+    ]
+    caplog.clear()
+    loaded("serve", "x")
+    assert [r.getMessage() for r in caplog.records if r.name == "quadriga.cli.settings"] == [
+        "QUADRIGA_SERVE_PROT has no effect: `quadriga serve` has no prot. Did you mean port?"
+    ]
+
+
 def test_a_shape_and_an_apple_gpu_are_explained() -> None:
     from quadriga.errors import CatalogueError
     from quadriga.hub.catalogue import resolve

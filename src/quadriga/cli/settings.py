@@ -16,6 +16,7 @@ A table or a key that no command has is an error that names the file.
 from __future__ import annotations
 
 import difflib
+import logging
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from typing import Any
 
 from quadriga import runtime
 from quadriga.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 PROJECT = "quadriga.toml"
 ALL = "all"
@@ -71,13 +74,33 @@ def defaults(ctx: Any, words: str, params: list[Any]) -> dict[str, Any]:
                         f"Give it on the command line, or set it in {runtime.config_file()}."
                     )
                 found[param.name] = _converted(ctx, param, value, where)
+    _check_environment(ctx, words, settable)
     for key, param in settable.items():
-        variable = f"{words} {key}".upper().replace(" ", "_").replace("-", "_")
+        variable = _variable(words, key)
         text = runtime.setting(variable)
         if text is not None:
             value = text.split(",") if _takes_several(param) else text
             found[param.name] = _converted(ctx, param, value, f"QUADRIGA_{variable}")
     return found
+
+
+def _variable(words: str, key: str = "") -> str:
+    return f"{words} {key}".upper().replace(" ", "_").replace("-", "_")
+
+
+def _check_environment(ctx: Any, words: str, settable: dict[str, Any]) -> None:
+    """Say which variables begin as this command's do and name none of its options: other programs set some as well."""
+    begin, known = _variable(words), {_variable(words, key) for key in settable}
+    own = [name for name in runtime.settings() if name.startswith(begin) and name not in known]
+    if own:
+        others = [_variable(other) for other, _ in _commands(ctx.find_root().command)]
+        longer = tuple(other for other in others if len(other) > len(begin))  # bench decode's are not bench's
+        for name in own:
+            if not name.startswith(longer):
+                key = name[len(begin) :].lower().replace("_", "-")
+                _log.warning(
+                    "QUADRIGA_%s has no effect: `quadriga %s` has no %s.%s", name, words, key, _near(key, settable)
+                )
 
 
 def key_of(param: Any) -> str | None:
