@@ -206,7 +206,5 @@ class Fleet:
 def plain_name(model: str | None) -> str:
     """A model's name without what Ollama's clients add: ``:latest``, and the place that it was pulled from."""
     name = (model or "").removesuffix(":latest")
-    for host in ("hf.co/", "huggingface.co/"):
-        if name.startswith(host) and catalogue.source_of(name) is not None:
-            return called(f"hf:{name.removeprefix(host)}")
-    return name
+    source = catalogue.source_of(name)  # another name only where a place stands before it
+    return name if source in (None, name) else called(source)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quadriga.bench.claims.registry import CLAIMS, Claim, Scale
 from quadriga.bench.claims.results import Record, newest, shown, verdict
+from quadriga.bench.claims.steps import Folders
 
 _HEAD = """# The launch's claims, tried here
 
@@ -24,6 +25,9 @@ reproduced**: the value is not, or it was never run. Most claims are about a sca
 instead is said with each. A plan is arithmetic, not a run. OUT is the claim's folder in `--runs`; SHARED lies beside it
 and holds what several claims need: a corpus, and the run of `recipes/nano.toml` that they compare with.
 """
+
+
+_FOLDERS = Folders(out=Path("OUT"), shared=Path("SHARED"), recipes=Path("recipes"))
 
 
 def page() -> str:
@@ -51,9 +55,7 @@ def _section(claim: Claim, record: Record | None) -> list[str]:
         lines.append("- " + "; ".join(text for text in known if text))
     lines.append("- steps of `quadriga claims run " + claim.name + "`:")
     for step in claim.steps(Scale(seeds=1)):
-        words = (
-            " ".join(step.argv).replace("{out}", "OUT").replace("{shared}", "SHARED").replace("{recipes}", "recipes")
-        )
+        words = " ".join(step.words(_FOLDERS))
         lines.append(f"  - `quadriga {words}`" + (f" (from `recipes/{step.recipe}`)" if step.recipe else ""))
     return lines
 

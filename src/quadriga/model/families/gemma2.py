@@ -17,6 +17,7 @@ from quadriga.model.families.base import Family, must_read_back
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
 from quadriga.model.families.llama2 import HF_TIED, common_from_gguf
 from quadriga.model.families.rope_keys import rope_from_hf
+from quadriga.model.families.windows import kinds_of
 from quadriga.model.weight_map import Shape
 
 NAME = "gemma2"
@@ -85,7 +86,7 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 4.57.6 reads it."""
     form = "Gemma 2's config.json"
-    _, far, _ = gemma_blocks.kinds_of(config, form)
+    _, far, _ = kinds_of(config, form)
     raw = {
         **gemma_blocks.common_to_hf(config, form),
         "architectures": ["Gemma2ForCausalLM"],
@@ -127,7 +128,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
 def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of a GGUF of arch ``gemma2``, of a model in :func:`gemma_blocks.gguf_form`."""
     form = f"GGUF arch {NAME}"
-    _, far, _ = gemma_blocks.kinds_of(config, form)
+    _, far, _ = kinds_of(config, form)
     caps = {"attn_logit_softcapping": far.soft_cap, "final_logit_softcapping": config.logit_cap}
     written = gemma_blocks.to_gguf(config, NAME, form)
     written |= {f"{NAME}.{key}": cap for key, cap in caps.items() if cap is not None}

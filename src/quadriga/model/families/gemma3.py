@@ -25,8 +25,8 @@ from quadriga.model.families import class_defaults, gemma_blocks, gguf_keys
 from quadriga.model.families.base import Family, MapBuilder, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
 from quadriga.model.families.llama2 import HF_TIED, common_from_gguf
-from quadriga.model.families.rope_keys import rope_from_hf, rope_to_hf
-from quadriga.model.families.windows import FULL, SLIDING
+from quadriga.model.families.rope_keys import rope_from_hf, rope_to_hf, ropes_by_kind
+from quadriga.model.families.windows import kinds_of
 from quadriga.model.weight_map import Piece, Shape
 
 NAME, _TEXT = "gemma3", "gemma3_text"
@@ -135,12 +135,7 @@ def _ropes(keys: Keys, head_dim: int, max_seq_len: int) -> tuple[RopeSpec, RopeS
     """The rotation of layers with a window, and of those without: two keys, or in transformers 5 two sections."""
     if not keys.given("rope_parameters"):
         return RopeSpec(theta=keys.number("rope_local_base_freq")), rope_from_hf(keys, head_dim, max_seq_len)
-    sections = keys.section("rope_parameters")
-    near, far = (
-        rope_from_hf(Keys({"rope_parameters": sections.value(name)}, f"config.json: {name}"), head_dim, max_seq_len)
-        for name in (SLIDING, FULL)
-    )
-    sections.finish(frozenset())
+    near, far = ropes_by_kind(keys, head_dim, max_seq_len)
     for key, rope in (("rope_theta", far), ("rope_local_base_freq", near)):
         keys.must_be(key, rope.theta)
     return near, far
@@ -149,7 +144,7 @@ def _ropes(keys: Keys, head_dim: int, max_seq_len: int) -> tuple[RopeSpec, RopeS
 def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json of the text alone, as transformers 4.57.6 reads it."""
     form = "Gemma 3's config.json"
-    near, far, _ = gemma_blocks.kinds_of(config, form)
+    near, far, _ = kinds_of(config, form)
     raw = {
         **gemma_blocks.common_to_hf(config, form),
         "architectures": ["Gemma3ForCausalLM"],
@@ -201,7 +196,7 @@ def config_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]
 def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of a GGUF of arch ``gemma3``, of a model in :func:`gemma_blocks.gguf_form`."""
     form = f"GGUF arch {NAME}"
-    near, _, _ = gemma_blocks.kinds_of(config, form)
+    near, _, _ = kinds_of(config, form)
     written = gemma_blocks.to_gguf(config, NAME, form)
     written[f"{NAME}.rope.freq_base_swa"] = gemma_blocks.plain_rope(near, form)
     gguf_keys.must_read_back(config, config_from_gguf, written, form)

@@ -8,7 +8,7 @@ Embeddings are multiplied by sqrt(D) and are the head as well. Some layers have 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from quadriga.model.families.keys import Keys
 from quadriga.model.families.llama2 import GGUF_COMMON, GGUF_FFN, HF_COMMON, HF_FFN, common_to_gguf, hf_qkv
 from quadriga.model.families.pieces import copies
 from quadriga.model.families.qwen3 import GGUF_QK_NORMS, HF_QK_NORMS
-from quadriga.model.families.windows import FULL, SLIDING
+from quadriga.model.families.windows import FULL, SLIDING, kinds_of
 from quadriga.model.weight_map import Piece
 
 ACTIVATION = "gelu_pytorch_tanh"
@@ -109,19 +109,6 @@ def common_from_hf(keys: Keys, d_model: int) -> dict[str, Any]:
 def cap_of(keys: Keys, key: str) -> float | None:
     """A soft cap, where there is one."""
     return keys.number(key) if keys.given(key) else None
-
-
-def kinds_of(config: ModelConfig, form: str) -> tuple[AttentionSpec, AttentionSpec, list[bool]]:
-    """Attention with a window, attention without, and which layers have one.
-
-    Raises:
-        ConfigError: all layers have one, or none has.
-    """
-    slides = [layer.attention.window is not None for layer in config.layers]
-    if len(set(slides)) != 2:
-        raise ConfigError(f"{form} cannot express this model: some of its layers must have a window, not all")
-    near, far = (config.layers[slides.index(slid)].attention for slid in (True, False))
-    return near, far, slides
 
 
 def common_to_hf(config: ModelConfig, form: str) -> dict[str, object]:
@@ -206,8 +193,3 @@ def plain_rope(attention: AttentionSpec, form: str) -> float:
     if rope.scaling is not None or rope.dim is not None:
         raise ConfigError(f"{form} cannot express this model: some layers turn by plain frequencies, got {rope}")
     return rope.theta
-
-
-def without(metadata: Mapping[str, object], arch: str, *names: str) -> dict[str, object]:
-    """Metadata without keys that are read by themselves."""
-    return {key: value for key, value in metadata.items() if key not in {f"{arch}.{name}" for name in names}}

@@ -32,8 +32,8 @@ from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
 from quadriga.model.families.llama2 import HF_TIED, common_from_gguf, common_to_gguf, common_to_hf
 from quadriga.model.families.qwen3 import gguf_map, hf5_layout, hf_layout
-from quadriga.model.families.rope_keys import rope_from_hf, rope_to_hf, usual_attention_factor
-from quadriga.model.families.windows import FULL, SLIDING
+from quadriga.model.families.rope_keys import rope_to_hf, ropes_by_kind, usual_attention_factor
+from quadriga.model.families.windows import FULL, SLIDING, kinds_of
 from quadriga.model.weight_map import Shape
 
 NAME = "mellum"
@@ -139,12 +139,8 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 
 def _attentions(keys: Keys, eps: float, max_seq_len: int) -> tuple[AttentionSpec, AttentionSpec]:
     """Attention with a window, and attention that sees all; the frequencies of each stand in a section of its own."""
-    head_dim, sections = keys.integer("head_dim"), keys.section("rope_parameters")
-    near, far = (
-        rope_from_hf(Keys({"rope_parameters": sections.value(name)}, f"config.json: {name}"), head_dim, max_seq_len)
-        for name in (SLIDING, FULL)
-    )
-    sections.finish(frozenset())
+    head_dim = keys.integer("head_dim")
+    near, far = ropes_by_kind(keys, head_dim, max_seq_len)
     full = AttentionSpec(
         n_heads=keys.integer("num_attention_heads"),
         n_kv_heads=keys.integer("num_key_value_heads"),
@@ -155,23 +151,10 @@ def _attentions(keys: Keys, eps: float, max_seq_len: int) -> tuple[AttentionSpec
     return replace(full, position=near, window=keys.integer("sliding_window")), full
 
 
-def _kinds(config: ModelConfig, form: str) -> tuple[AttentionSpec, AttentionSpec, list[bool]]:
-    """Attention with a window, attention without, and which layers have one.
-
-    Raises:
-        ConfigError: all layers have one, or none has.
-    """
-    slides = [layer.attention.window is not None for layer in config.layers]
-    if len(set(slides)) != 2:
-        raise ConfigError(f"{form} cannot express this model: some of its layers must have a window, not all")
-    near, far = (config.layers[slides.index(slid)].attention for slid in (True, False))
-    return near, far, slides
-
-
 def config_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 5.24.0 reads it, without the layer that is left out."""
     form = "Mellum's config.json"
-    near, far, slides = _kinds(config, form)
+    near, far, slides = kinds_of(config, form)
     moe = config.only_moe(form)
     dense = [layer.ffn.d_ff for layer in config.layers if layer.moe is None]
     alike = replace(config, layers=uniform(replace(config.layers[0], mixer=far), config.n_layers))
@@ -241,7 +224,7 @@ def _slides(pattern: object, n_layers: int) -> list[bool]:
 def config_to_gguf(config: ModelConfig) -> dict[str, object]:
     """Write the keys of a GGUF of arch ``mellum``."""
     form = f"GGUF arch {NAME}"
-    near, far, slides = _kinds(config, form)
+    near, far, slides = kinds_of(config, form)
     layer = replace(config.layers[0], mixer=replace(far, window=near.window))
     alike = replace(config, layers=uniform(layer, config.n_layers))
     moe = of_kind(layer.ffn, MoESpec, form)

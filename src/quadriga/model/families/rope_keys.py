@@ -31,6 +31,7 @@ from quadriga.model.config import (
     YarnScaling,
 )
 from quadriga.model.families.keys import Keys, shortest_float32
+from quadriga.model.families.windows import FULL, SLIDING
 from quadriga.model.positions import rotation
 from quadriga.model.weight_map import Shape
 
@@ -162,6 +163,17 @@ def _longrope_from_hf(keys: Keys, outer: Keys, max_seq_len: int) -> LongRopeScal
         short_scale=short,
         long_scale=long,
     )
+
+
+def ropes_by_kind(keys: Keys, head_dim: int, max_seq_len: int) -> tuple[RopeSpec, RopeSpec]:
+    """The rotation of layers with a window, and of those that see all: ``rope_parameters`` has a section for each."""
+    sections = keys.section("rope_parameters")
+    near, far = (
+        rope_from_hf(Keys({"rope_parameters": sections.value(name)}, f"config.json: {name}"), head_dim, max_seq_len)
+        for name in (SLIDING, FULL)
+    )
+    sections.finish(frozenset())
+    return near, far
 
 
 def rope_to_hf(rope: RopeSpec, head_dim: int, form: str) -> dict[str, object]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from quadriga.errors import ConfigError
-from quadriga.model.config import LayerSpec
+from quadriga.model.config import AttentionSpec, LayerSpec, ModelConfig
 from quadriga.model.families.keys import Keys
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -56,6 +56,19 @@ def sliding_layers(keys: Keys, n_layers: int) -> list[bool]:
             f"config.json: layer_types must be {n_layers} times {FULL} or {SLIDING}, got {str(named)[:80]}"
         )
     return [kind == SLIDING for kind in named]
+
+
+def kinds_of(config: ModelConfig, form: str) -> tuple[AttentionSpec, AttentionSpec, list[bool]]:
+    """Attention with a window, attention without, and which layers have one.
+
+    Raises:
+        ConfigError: all layers have one, or none has.
+    """
+    slides = [layer.attention.window is not None for layer in config.layers]
+    if len(set(slides)) != 2:
+        raise ConfigError(f"{form} cannot express this model: some of its layers must have a window, not all")
+    near, far = (config.layers[slides.index(slid)].attention for slid in (True, False))
+    return near, far, slides
 
 
 def to_hf(layers: Sequence[LayerSpec]) -> dict[str, object]:
