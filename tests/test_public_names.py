@@ -33,6 +33,14 @@ def test_the_package_says_its_version_and_that_it_is_typed() -> None:
     assert (Path(quadriga.__file__).parent / "py.typed").exists()
 
 
+def test_no_room_of_the_package_is_left_out_of_it() -> None:
+    """A pattern such as "bench", without its place, leaves out quadriga.bench too, and with it two commands."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]
+    assert all(pattern.startswith("/") for pattern in build["sdist"]["exclude"])
+    rooms = {path.parent.name for path in (ROOT / "src/quadriga").glob("*/__init__.py")}
+    assert not rooms & {pattern for pattern in (ROOT / ".gitignore").read_text().splitlines() if pattern[:1] != "/"}
+
+
 def test_the_tests_run_what_is_edited() -> None:
     assert Path(quadriga.__file__).is_relative_to(ROOT / "src")
 
