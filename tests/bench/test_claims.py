@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from quadriga.bench import equal_loss
-from quadriga.bench.claims import measures, registry, results, steps
+from quadriga.bench.claims import measures, picture, registry, results, steps
 from quadriga.bench.claims.page import page
 from quadriga.bench.claims.registry import CLAIMS, Claim, Scale, claim
 from quadriga.bench.claims.results import Record
@@ -147,9 +147,8 @@ def test_flops_to_equal_loss_by_hand(tmp_path: Path) -> None:
     finished(tmp_path, "nano-s2", 1e14, 4.00)  # better than both
     found = measures.flops_to_equal_loss(tmp_path)
     assert found.parts == {"nano-s1": pytest.approx(math.sqrt(2)), "nano-s2": pytest.approx(2.0)}
-    assert (found.value, found.low, found.high) == tuple(
-        map(pytest.approx, ((math.sqrt(2) + 2) / 2, math.sqrt(2), 2.0))
-    )
+    mean, reach = (math.sqrt(2) + 2) / 2, 12.706 * (2 - math.sqrt(2)) / 2  # t of one degree; s / sqrt(2) of two values
+    assert (found.value, found.low, found.high) == tuple(map(pytest.approx, (mean, mean - reach, mean + reach)))
     assert found.note == "only bounds, as the runs do not enclose the loss: nano-s2 >"
 
 
@@ -176,8 +175,20 @@ def test_variants_are_compared_seed_by_seed(tmp_path: Path) -> None:
     finished(shared, "nano-s3", 1e14, 9.0)  # of a claim that ran three seeds
     found = measures.loss_differences("vote", "fuse", than="nano")(own)
     assert found.parts == {"vote": pytest.approx(-0.03), "fuse": pytest.approx(0.1)}
-    assert (found.value, found.low, found.high) == tuple(map(pytest.approx, (-0.03, -0.04, -0.02)))
+    reach = 12.706 * 0.01
+    assert (found.value, found.low, found.high) == tuple(map(pytest.approx, (-0.03, -0.03 - reach, -0.03 + reach)))
     assert found.note.startswith("vote less nano, ")
+    assert found.curves["fuse-s2"] == [(1e14, 4.4)] and set(found.curves) == {
+        *(f"{kind}-s{seed}" for kind in ("vote", "fuse") for seed in (1, 2)),
+        *("nano-s1", "nano-s2", "nano-s3"),
+    }
+
+
+def test_the_interval_of_a_mean_by_hand() -> None:
+    assert measures.interval([1.0, 2.0, 6.0]) == tuple(map(pytest.approx, (3 - 6.57294, 3 + 6.57294)))
+    low, high = measures.interval([5.0, 7.0] * 40)  # more than the table has: the last of it
+    assert low is not None and high is not None and high - low == pytest.approx(2 * 2.086 * math.sqrt(80 / 79 / 80))
+    assert measures.interval([4.0]) == (None, None)
 
 
 def test_an_unfinished_run_is_an_error(tmp_path: Path) -> None:
@@ -252,6 +263,13 @@ def test_verdicts(at_least: float | None, at_most: float | None, expected: str) 
     assert results.verdict(one, None) == "not reproduced"
 
 
+def test_one_run_reproduces_partly() -> None:
+    alone = replace(RECORD, low=None, high=None)
+    assert results.verdict(claim("inference"), alone) == "partly reproduced"
+    assert results.verdict(claim("inference"), replace(alone, value=1.0)) == "not reproduced"
+    assert results.shown(claim("inference"), alone) == "2 (one run: no interval) times"
+
+
 def test_the_newest_record_is_shown(tmp_path: Path) -> None:
     one = claim("inference")
     shipped = results.newest(one, tmp_path)
@@ -299,6 +317,25 @@ def test_every_claim_can_fail_and_has_commands() -> None:
         assert one.steps(Scale()), one.name
     assert len({one.name for one in CLAIMS}) == len(CLAIMS)
     assert steps.toml({"a": 1, "b": {"c": [1.5, "x"]}}) == 'a = 1\n\n[b]\nc = [1.5, "x"]\n'
+
+
+def test_a_record_with_curves_has_a_picture(tmp_path: Path) -> None:
+    curves = {f"{kind}-s{seed}": [[1e14, 5.0], [2e14, 4.0 + seed]] for kind in ("nano", "vote") for seed in (1, 2)}
+    drawn = replace(RECORD, curves=curves)
+    picture.draw(drawn, tmp_path / "x.svg")
+    text = (tmp_path / "x.svg").read_text()
+    assert text.count("<!-- nano -->") == text.count("<!-- vote -->") == 1, "an entry for each kind, not each seed"
+    assert picture.picture_of(claim("aggregators"), drawn) == "images/claim-aggregators.svg"
+    assert picture.picture_of(claim("inference"), RECORD) == "images/claim.svg"
+    assert picture.picture_of(claim("inference"), None) == picture.picture_of(claim("aggregators"), RECORD) == ""
+    again = json.loads(results.as_text(drawn))
+    assert Record(**again) == drawn
+
+
+def test_pictures_of_the_page_are_there() -> None:
+    for one in CLAIMS:
+        where = picture.picture_of(one, results.newest(one, Path("/nonexistent")))
+        assert not where or (ROOT / "docs" / where).is_file(), f"quadriga claims page --write docs/claims.md: {where}"
 
 
 def test_the_page_is_what_the_records_say() -> None:

@@ -52,6 +52,7 @@ class Claim:
         steps: the commands, for a scale.
         measure: their files -> values.
         missing: why there is no result.
+        picture: of a result that has no curves, in docs/.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Claim:
     at_least: float | None = None
     at_most: float | None = None
     missing: str = ""
+    picture: str = ""
 
 
 NANO = "nano"  # the run of recipes/nano.toml as it stands, which several claims compare with
@@ -230,6 +232,7 @@ CLAIMS = (
         steps=_moe_flops,
         measure=measures.flops_to_equal_loss,
         at_least=1.7,
+        picture="images/equal-loss.svg",
     ),
     Claim(
         name="fine-grained",
@@ -262,6 +265,7 @@ CLAIMS = (
         steps=_bench_claim,
         measure=measures.inference,
         at_least=1.8,
+        picture="images/claim.svg",
     ),
     Claim(
         name="quality",
