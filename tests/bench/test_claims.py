@@ -21,7 +21,9 @@ from quadriga.bench.claims.results import Record
 from quadriga.bench.claims.steps import Step, run_steps, toml
 from quadriga.cli import app
 from quadriga.errors import EvaluationError, QuadrigaError
-from quadriga.train.config import RunConfig, parse_toml
+from quadriga.model.cost import n_params
+from quadriga.train.architecture import model_config
+from quadriga.train.config import ModelSection, RunConfig, parse_toml
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = ROOT / "recipes"
@@ -106,7 +108,13 @@ def test_every_claims_training_files_are_valid(one: Claim, tmp_path: Path, monke
         found = parse_toml(path.read_bytes(), RunConfig)
         assert found.parallel.dtype == "float32" and str(found.seed) == path.stem.rpartition("-s")[2]
     assert all("{" not in word for words in program.calls for word in words)
-    groups = {"mpt-compute": (6, 0), "moe-flops": (4, 2), "fine-grained": (2, 2), "aggregators": (4, 2)}
+    groups = {
+        "mpt-compute": (6, 0),
+        "moe-flops": (4, 2),
+        "moe-flops-sizes": (18, 0),
+        "fine-grained": (2, 2),
+        "aggregators": (4, 2),
+    }
     found = tuple(len(list((tmp_path / folder).glob("*.toml"))) for folder in (one.name, "shared"))
     assert found == groups.get(one.name, (0, 0))
 
@@ -164,6 +172,35 @@ def test_bits_a_byte_compare_vocabularies(tmp_path: Path) -> None:
     assert found.value == pytest.approx(2.0)
     bits = 7.0 * 0.25 / math.log(2)
     assert f"nano-dbrx-s1 {bits:.3f}" in found.note
+
+
+def test_the_gain_of_several_sizes_and_its_trend(tmp_path: Path) -> None:
+    for width, flops, mixture in ((4, 1e13, 4.11), (6, 1e14, 4.16), (8, 1e15, 4.11)):
+        finished(tmp_path, f"dense-{width}-s1", flops, 4.21)
+        finished(tmp_path, f"dense-2x-{width}-s1", 2 * flops, 4.11)
+        finished(tmp_path, f"modern-{width}-s1", flops, mixture)
+    found = measures.flops_by_size((4, 6, 8))(tmp_path)
+    assert found.parts == {
+        "width 4": pytest.approx(2.0), "width 6": pytest.approx(math.sqrt(2)), "width 8": pytest.approx(2.0)
+    }  # fmt: skip
+    assert (found.value, found.low, found.high) == (pytest.approx(2.0), None, None)
+    assert found.note == "+0.00 for ten times the arithmetic" and len(found.curves) == 9
+
+
+def test_the_sizes_of_a_claim_have_equal_work() -> None:
+    for width, kinds in registry.SIZES.items():
+        active = {}
+        for kind, (d_model, n_layers, d_ff) in kinds.items():
+            recipe = RECIPES / {"modern": "modern.toml"}.get(kind, f"nano-{kind}.toml")
+            values = tomllib.loads(recipe.read_text())["model"] | {
+                "d_model": d_model,
+                "n_layers": n_layers,
+                "d_ff": d_ff,
+            }
+            values |= {"n_heads": d_model // 32, "n_kv_heads": 1 if width < 192 else 2}
+            active[kind] = n_params(model_config(ModelSection(**values), 8192)).active_without_input
+        assert active["modern"] == pytest.approx(active["dense"], rel=0.02), width
+        assert active["dense-2x"] == pytest.approx(2 * active["dense"], rel=0.03), width
 
 
 def test_variants_are_compared_seed_by_seed(tmp_path: Path) -> None:

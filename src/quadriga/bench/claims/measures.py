@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -136,13 +136,39 @@ def flops_to_equal_loss(folder: Path) -> Measured:
             rows = [row for row in csv.DictReader(file) if row["dense_over_it"]]
         ratios = {row["run"]: float(row["dense_over_it"]) for row in rows}
         return _over_seeds(ratios, {row["run"]: row["bound"] for row in rows}, {})
-    dense, mixtures = [*_runs(folder, "nano-dense"), *_runs(folder, "nano-dense-2x")], _runs(folder, "nano")
-    line = equal_loss.line_of(dense)
+    dense = [*_runs(folder, "nano-dense"), *_runs(folder, "nano-dense-2x")]
+    return _dense_over(_runs(folder, "nano"), dense)
+
+
+def _dense_over(
+    mixtures: Sequence[equal_loss.Run], dense: Sequence[equal_loss.Run], losses: Mapping[str, float] | None = None
+) -> Measured:
+    """Arithmetic of the dense runs' line over each mixture's at its loss; ``losses`` replace the runs' own."""
+    line = equal_loss.line_of(dense, losses)
     ratios, bounds = {}, {}
     for run in mixtures:
-        needed, bounds[run.name] = equal_loss.flops_for(run.loss, line)
+        needed, bounds[run.name] = equal_loss.flops_for(run.loss if losses is None else losses[run.name], line)
         ratios[run.name] = needed / run.flops
     return _over_seeds(ratios, bounds, _curves([*mixtures, *dense]))
+
+
+def flops_by_size(widths: Sequence[int]) -> Callable[[Path], Measured]:
+    """A measure: arithmetic of dense models over a mixture's at its loss, at several widths; the largest's value."""
+
+    def read(folder: Path) -> Measured:
+        runs = {width: _runs(folder, f"modern-{width}") for width in widths}
+        found = {
+            width: _dense_over(runs[width], [*_runs(folder, f"dense-{width}"), *_runs(folder, f"dense-2x-{width}")])
+            for width in widths
+        }
+        points = [(math.log10(runs[width][0].flops), found[width].value) for width in widths]
+        slope = statistics.linear_regression(*zip(*points, strict=True)).slope
+        notes = [f"{slope:+.2f} for ten times the arithmetic", *(one.note for one in found.values() if one.note)]
+        curves = {name: points for one in found.values() for name, points in one.curves.items()}
+        parts = {f"width {width}": one.value for width, one in found.items()}
+        return replace(found[max(widths)], parts=parts, note="; ".join(notes), curves=curves)
+
+    return read
 
 
 def _over_seeds(ratios: dict[str, float], bounds: dict[str, str], curves: Curves) -> Measured:
@@ -159,12 +185,7 @@ def compute_to_equal_bits(folder: Path) -> Measured:
     dbrx = _runs(folder, "nano-dbrx")
     bits = {run.name: equal_loss.bits_per_byte(run, _tokens_per_byte(folder / "corpus-4096.json")) for run in mpt}
     bits |= {run.name: equal_loss.bits_per_byte(run, _tokens_per_byte(folder / "corpus-8192.json")) for run in dbrx}
-    line = equal_loss.line_of(mpt, bits)
-    ratios, bounds = {}, {}
-    for run in dbrx:
-        needed, bounds[run.name] = equal_loss.flops_for(bits[run.name], line)
-        ratios[run.name] = needed / run.flops
-    found = _over_seeds(ratios, bounds, _curves([*dbrx, *mpt]))
+    found = _dense_over(dbrx, mpt, bits)
     shown = ", ".join(f"{name} {value:.3f}" for name, value in bits.items())
     return replace(found, note=f"bits a byte: {shown}. {found.note}".rstrip(". "))
 

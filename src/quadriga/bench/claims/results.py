@@ -45,7 +45,7 @@ class Record:
 
 
 def verdict(claim: Claim, record: Record | None) -> Verdict:
-    """reproduced: the value and its whole interval are within the bar. partly: only the value, or it is all there is."""
+    """reproduced: the value and its whole interval are within the bar; partly: the value is, and not its interval."""
     if record is None or not _within(claim, record.value):
         return "not reproduced"
     ends = (record.low, record.high)
