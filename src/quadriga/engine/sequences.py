@@ -117,7 +117,7 @@ class PassPlan:
 
     chunks: tuple[Chunk, ...]
     n_fluent: int = 0
-    """Tokens of the fluent rows; see the module docstring."""
+    """Tokens of the fluent rows; see ``engine.fluent``."""
     n_decode: int = 0
     """Tokens of all rows that decode, these included."""
 
