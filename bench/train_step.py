@@ -43,7 +43,8 @@ from quadriga.train.losses import NextToken
 from quadriga.train.memory_source import MemorySource
 from quadriga.train.run import peak_flops
 from quadriga.train.run_directory import RunDirectory
-from quadriga.train.trainer import StepReport, Trainer
+from quadriga.train.step_report import StepReport
+from quadriga.train.trainer import Trainer
 from quadriga.train.world import World
 
 RESULTS = Path(__file__).parent / "results" / "train-step.csv"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io.detect import locate
+from quadriga.io.fingerprint import fingerprint
 from quadriga.io.open import open_checkpoint
 from quadriga.kernels.arrays import tensor
 from quadriga.model import families
@@ -223,3 +224,28 @@ def test_a_repository_that_holds_the_model_twice(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").unlink()
     save_file({"output.weight": tensors["lm_head.weight"]}, tmp_path / "consolidated.safetensors")
     assert open_checkpoint(tmp_path).layout == "hf"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "dbrx", "gpt_oss"])
+def test_other_weights_have_another_fingerprint(tmp_path: Path, name: str) -> None:
+    """A change of any one tensor, at any expert, tells; the same files elsewhere have the same."""
+    config = TINY[name]
+    for folder in ("one", "two"):
+        write_hf(tmp_path / folder, config)
+    found = fingerprint(open_checkpoint(tmp_path / "one"))
+    assert fingerprint(open_checkpoint(tmp_path / "two")) == found
+    file = next((tmp_path / "two").glob("*.safetensors"))
+    held = load_file(file)
+    seen = {found}
+    for key, values in held.items():
+        save_file({**held, key: values + 1}, file)
+        seen.add(fingerprint(open_checkpoint(tmp_path / "two")))
+    assert len(seen) == len(held) + 1
+    stack = {key: values for key, values in held.items() if values.ndim == 3}
+    for key, values in stack.items():
+        for expert in range(len(values)):
+            changed = values.clone()
+            changed[expert] += 1
+            save_file({**held, key: changed}, file)
+            seen.add(fingerprint(open_checkpoint(tmp_path / "two")))
+    assert len(seen) == len(held) + 1 + sum(map(len, stack.values()))

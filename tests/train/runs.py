@@ -15,8 +15,9 @@ from quadriga.train.initialise import NewWeights, new_parameters
 from quadriga.train.losses import NextToken
 from quadriga.train.memory_source import MemorySource
 from quadriga.train.run_directory import RunDirectory
+from quadriga.train.step_report import StepReport
 from quadriga.train.storage import Files
-from quadriga.train.trainer import StepReport, Trainer
+from quadriga.train.trainer import Trainer
 from quadriga.train.world import World
 
 VOCAB, D_MODEL, N_EXPERTS = 97, 24, 8

@@ -82,6 +82,23 @@ def test_a_loaded_guard_judges_as_the_saved_one() -> None:
     assert again.judge(40, 2.61, 1.0) is not None and again.judge(41, 2.59, 1.0) is None
 
 
+def test_a_run_that_ends_in_steps_that_are_not_finite_has_no_result() -> None:
+    """One bad step may be the batch's, if steps were good before; two with no good one behind them are the weights'."""
+    young = SpikeGuard(GuardSection())
+    assert young.judge(0, 2.0, 1.0) is None and young.ruined() is None
+    young.judge(1, math.nan, 1.0)
+    assert "ends with 1 steps whose loss or gradient was not finite" in str(young.ruined())
+    assert young.judge(2, 2.0, 1.0) is None and young.ruined() is None, "the weights were good"
+    guard = taught(sigmas=6.0)
+    for step in (32, 33):
+        assert guard.ruined() is None
+        assert guard.judge(step, 2.0, math.inf) is not None
+    again = SpikeGuard(GuardSection(sigmas=6.0))
+    again.load(guard.state())
+    assert again.ruined() == guard.ruined() is not None
+    assert again.judge(34, 9.0, 1.0) is not None and again.ruined() is not None, "a spike is no good step"
+
+
 # Balancing -----------------------------------------------------------------------------------------------------------
 
 

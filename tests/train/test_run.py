@@ -32,8 +32,8 @@ from quadriga.train.held_out import HeldOutLoss
 from quadriga.train.metrics import FILE, MetricsFile, read
 from quadriga.train.run import train
 from quadriga.train.run_directory import RunDirectory
+from quadriga.train.step_report import StepReport
 from quadriga.train.trackers import TensorBoard, trackers
-from quadriga.train.trainer import StepReport
 from quadriga.train.view import duration, load_bars, sparkline
 from tests.train.corpora import prose
 from tests.train.tune_runs import write_base

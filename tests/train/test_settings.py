@@ -63,6 +63,7 @@ def test_a_small_file_is_enough() -> None:
         ("[optimiser]\nname = 'adam'", "optimiser.name: invalid enum value 'adam'"),
         ("[optimiser]\nlearning_rate = -1.0", "optimiser.learning_rate must be a finite number above 0, got -1.0"),
         ("[optimiser]\nlearning_rate = nan", "learning_rate must be a finite number"),
+        ("[optimiser]\nlearning_rate = 1e30", r"optimiser.learning_rate must be at most 1, got 1e\+30"),
         ("[optimiser]\nbetas = [0.9, 1.0]", r"betas must be within \[0, 1\), got 1.0"),
         ("[schedule]\nsteps = 0", "steps must be at least 1"),
         ("[schedule]\nsteps = '5'", "schedule.steps: expected"),

@@ -272,6 +272,22 @@ def test_a_bad_step_is_skipped_and_its_batch_saved(tmp_path: Path, factor: float
     assert math.isfinite(record.losses[-1])
 
 
+def test_a_run_that_ends_with_ruined_weights_is_not_done(tmp_path: Path) -> None:
+    """Neither at once nor when it is resumed at its end."""
+    ruin = sections.OptimiserSection(name="lion", learning_rate=1.0, weight_decay=0.0, clip_norm=0.0)
+    settings = Settings(n_steps=3, optimiser=ruin)
+    run = trainer(tmp_path, settings)
+    run.run_step()
+    with torch.no_grad():
+        run.masters.by_name["final_norm.weight"].mul_(1e38)
+    with pytest.raises(TrainingError, match="ends with 2 steps whose loss or gradient was not finite"):
+        run.train()
+    again = trainer(tmp_path, settings)
+    assert again.resume() and again.step == 3
+    with pytest.raises(TrainingError, match="its weights are no result"):
+        again.train()
+
+
 def test_a_rollback_continues_without_the_bad_batch(tmp_path: Path) -> None:
     """After the rollback the run equals one that skipped this step from the start."""
     record = Record()

@@ -161,3 +161,27 @@ def test_tokens_of_grpo_are_those_of_its_answers(tmp_path: Path, base: Path) -> 
     assert tokenizer is not None
     asked = prompts_of(read_data(config, tokenizer).train.rows(0, 0, 2))
     assert line["tokens"] == sum(2 * (len(prompt) + 3) for prompt in asked), "each question with two answers"
+
+
+@pytest.mark.parametrize(
+    ("objective", "extra", "changed", "refused"),
+    [
+        ("sft", LORA, "base", True),
+        ("dpo", "", "base", True),
+        ("sft", "", "base", False),
+        ("distill", '[distill]\nteacher = "{teacher}"\n', "teacher", True),
+    ],
+)
+def test_a_run_does_not_resume_over_other_weights_without_a_word(
+    tmp_path: Path, objective: str, extra: str, changed: str, refused: bool
+) -> None:
+    """What is frozen is not in the checkpoint: a base or teacher of the same shapes would be taken for the old one."""
+    for name in ("base", "teacher"):
+        write_base(tmp_path / name, std=0.1)
+    config = settings(tmp_path, tmp_path / "base", objective, extra.format(teacher=tmp_path / "teacher"))
+    assert not tune(config, stop=lambda: True).done
+    write_base(tmp_path / changed, std=0.2)
+    if refused:
+        with pytest.raises(ConfigError, match=rf"weights.{changed} was '\w+', is '\w+'.*--allow-change"):
+            tune(config)
+    assert tune(config, allow_change=refused).done

@@ -44,7 +44,10 @@ def from_peft(folder: Path, config: ModelConfig) -> Adapter:
     best = min(found, key=lambda match: (not match.parts, len(match.left)))  # the first of equals
     if best.left or not best.parts:
         left = sorted(best.left if best.parts else tensors)
-        raise CheckpointError(f"{folder}: {len(left)} tensors fit no matrix of this model, e.g. {left[:3]}")
+        raise CheckpointError(
+            f"{folder}: {len(left)} tensors fit no matrix of this model, e.g. {left[:3]}"
+            + _not_adaptable(left, config, best.layout)
+        )
     _check_modules(best, how, config, folder)
     shapes = parameter_shapes(config)
     factors = in_order({name: assembled(shapes[name], parts) for name, parts in best.parts.items()}, config)
@@ -58,6 +61,22 @@ def from_peft(folder: Path, config: ModelConfig) -> Adapter:
     check(factors, spec, config, folder)
     extras = _extras(best, how, config, folder)
     return Adapter(spec=spec, factors=in_order(factors, config), base=how.base, extras=extras)
+
+
+def _not_adaptable(left: list[str], config: ModelConfig, layout: str) -> str:
+    """What to say of factors of a tensor that the model has, and that no adapter of ours changes; or nothing."""
+    found = {}
+    for source, pieces in by_source(config, layout, adaptable=False).items():
+        module = source.removesuffix(".weight")
+        if target_of(pieces[0].target) is None and any(key.startswith(f"{PREFIX}{module}.lora_") for key in left):
+            found[module] = pieces[0].target
+    if not found:
+        return ""
+    module, target = next(iter(found.items()))
+    return (
+        f". {len(found)} of the adapted modules are vectors here, which have no factors (e.g. {module}, our {target}): "
+        f"train the adapter with {module.rpartition('.')[2]!r} in exclude_modules, or merge it with peft"
+    )
 
 
 @dataclass

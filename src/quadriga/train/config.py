@@ -152,6 +152,12 @@ class OptimiserSection(Section, frozen=True):
     def __post_init__(self) -> None:
         _positive("optimiser", learning_rate=self.learning_rate, muon_learning_rate=self.muon_learning_rate)
         _positive("optimiser", eps=self.eps)
+        for name in ("learning_rate", "muon_learning_rate"):
+            _require(
+                getattr(self, name) <= 1,
+                f"optimiser.{name} must be at most 1, got {getattr(self, name):g}: a step moves each weight, or each "
+                "matrix's singular values, by about as much",
+            )
         _not_negative("optimiser", weight_decay=self.weight_decay, clip_norm=self.clip_norm)
         _unused(self, self.name != "muon", "muon_learning_rate", "optimiser.name 'muon'")
         _unused(self, self.name != "muon", "momentum", "optimiser.name 'muon'")

@@ -29,6 +29,8 @@ class SpikeGuard:
         self._losses: deque[float] = deque(maxlen=section.window)
         self._norms: deque[float] = deque(maxlen=section.window)
         self._bad: list[int] = []
+        self._not_finite = 0
+        """Steps that were not finite since the last good one."""
 
     def judge(self, step: int, loss: float, norm: float) -> str | None:
         """Return why the step is bad, or None; the values of a good step enter the window.
@@ -37,6 +39,10 @@ class SpikeGuard:
             TrainingError: ``limit`` bad steps within one window.
         """
         reason = self._reason(loss, norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._not_finite += 1
+        elif reason is None:
+            self._not_finite = 0
         if reason is None:
             self._losses.append(loss)
             self._norms.append(math.log(norm) if norm > 0 else -50.0)
@@ -60,9 +66,24 @@ class SpikeGuard:
             return f"gradient norm {norm:.3g} after a mean of {math.exp(fmean(self._norms)):.3g}"
         return None
 
+    def ruined(self) -> str | None:
+        """Why the weights cannot be the result of a run that ends now, or None.
+
+        A batch may be bad by itself, weights are bad for every batch: two steps that are not finite with no good one
+        behind them, or one where hardly any was good before.
+        """
+        if self._not_finite < 1 + (len(self._losses) >= min(_FEW, self.section.window)):
+            return None
+        return (
+            f"the run ends with {self._not_finite} steps whose loss or gradient was not finite, and no good one behind "
+            "them: its weights are no result. Start again with a lower optimiser.learning_rate, or from an earlier "
+            "checkpoint"
+        )
+
     def state(self) -> dict[str, list[float]]:
         """The guard's state as plain values, for the checkpoint."""
-        return {"losses": list(self._losses), "norms": list(self._norms), "bad": [float(step) for step in self._bad]}
+        found = {"losses": list(self._losses), "norms": list(self._norms), "bad": [float(step) for step in self._bad]}
+        return {**found, "not_finite": [float(self._not_finite)]}
 
     def load(self, state: dict[str, list[float]]) -> None:
         """Restore a state that :meth:`state` returned."""
@@ -71,6 +92,7 @@ class SpikeGuard:
         self._losses.extend(state["losses"])
         self._norms.extend(state["norms"])
         self._bad = [int(step) for step in state["bad"]]
+        self._not_finite = int(state.get("not_finite", [0.0])[0])
 
 
 def _far_above(value: float, window: Sequence[float] | deque[float], sigmas: float, least: float) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.train.held_out import HeldOut
-from quadriga.train.trainer import StepReport
+from quadriga.train.step_report import StepReport
 
 _logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from quadriga import runtime
 from quadriga.errors import ConfigError
 from quadriga.train.config import LogSection
 from quadriga.train.held_out import HeldOut
-from quadriga.train.trainer import StepReport
+from quadriga.train.step_report import StepReport
 
 
 class Watcher(Protocol):

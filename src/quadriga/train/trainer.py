@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -37,6 +36,7 @@ from quadriga.train.parallel import Fill, MasterWeights, prepare
 from quadriga.train.pipeline import Pipeline
 from quadriga.train.run_directory import RunDirectory, newest
 from quadriga.train.schedule import learning_rate_share, unreached
+from quadriga.train.step_report import Listener, StepReport
 from quadriga.train.world import World
 
 
@@ -63,39 +63,6 @@ class Settings(Protocol):
     def ema(self) -> sections.EmaSection: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """The results of one step, over the global batch."""
-
-    step: int
-    loss: float
-    """Mean over targets, without balance loss and other regularisation."""
-    norm: float
-    """Gradient norm before clipping."""
-    rate: float
-    """Learning rate as a fraction of its peak."""
-    tokens: int
-    """Tokens of this step on all ranks; of grpo those of the answers that were learned from."""
-    tokens_seen: int
-    flops: float
-    """FLOPs of this step on all ranks: three times those of the forward pass."""
-    seconds: float
-    verdict: str | None
-    """Why the update was skipped; None: it was applied."""
-    extra: dict[str, float] = field(default_factory=dict)
-    """The objective's other scalar metrics, as means over targets."""
-    expert_counts: Tensor | None = None
-    """(L, E) tokens per expert over the global batch; None for dense models."""
-
-
-class Listener(Protocol):
-    """Receives the run's events, on rank 0 only."""
-
-    def on_step(self, report: StepReport) -> None: ...
-    def on_event(self, step: int, text: str) -> None: ...
-    def on_rollback(self, step: int) -> None: ...
-
-
 @runtime_checkable
 class Staged(Protocol):
     """A source with stages that must not change once begun (``loader.CorpusSource``)."""
@@ -117,6 +84,8 @@ class Trainer:
         listeners: receive the run's events on rank 0.
         evaluate: called as evaluate(trainer) every ``evaluate_every`` steps and at the end.
         fill: the initial values of a model on the meta device; None: a checkpoint has them (:meth:`resume`).
+        frozen: of each model whose weights the run uses and does not save, a name that is another one for other weights
+            (``io.fingerprint``).
     """
 
     def __init__(
@@ -132,8 +101,10 @@ class Trainer:
         evaluate: Callable[[Trainer], None] | None = None,
         evaluate_every: int = 0,
         fill: Fill | None = None,
+        frozen: Mapping[str, str] | None = None,
     ) -> None:
         self.settings, self.model, self.source, self.world, self.run = settings, model, source, world, run
+        self.frozen = dict(frozen or {})
         self.listeners = list(listeners) if world.first else []
         self._untold: list[tuple[int, str]] = []
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
@@ -194,7 +165,8 @@ class Trainer:
         }
 
     def _described(self) -> dict[str, Any]:
-        return described(getattr(self.settings, "config", self.settings), self.settings.n_steps)
+        weights = {f"weights.{name}": hashed for name, hashed in self.frozen.items()}
+        return {**described(getattr(self.settings, "config", self.settings), self.settings.n_steps), **weights}
 
     def resume(self, *, allow_change: bool = False) -> bool:
         """Continue from the newest intact checkpoint of the run; False if the run has no checkpoint.
@@ -275,7 +247,8 @@ class Trainer:
             True if the run is complete.
 
         Raises:
-            TrainingError: the guard ended the run, ranks were lost, or the final state could not be saved.
+            TrainingError: the guard ended the run, it ended in steps that are not finite, ranks were lost, or the
+                final state could not be saved.
         """
         if self.step == 0 and (warning := unreached(self.settings.n_steps, self.settings.schedule)) is not None:
             self._tell(f"warning: {warning}")
@@ -301,6 +274,8 @@ class Trainer:
         self._tell_news()
         if wrong is not None:
             raise TrainingError(f"the final state could not be saved: {wrong}")
+        if done and (ruined := self.guard.ruined()) is not None:
+            raise TrainingError(ruined)
         return done
 
     def run_step(self, stop: bool = False) -> bool:

@@ -48,7 +48,7 @@ from quadriga.train.trackers import Watcher, trackers
 from quadriga.train.trainer import Trainer
 from quadriga.train.tune_config import TuneConfig
 from quadriga.train.tune_data import TuneRows, read_data
-from quadriga.train.tune_model import TunedModel, build_model, reference, teacher
+from quadriga.train.tune_model import TunedModel, build_model, frozen_weights, reference, teacher
 from quadriga.train.view import Screen
 from quadriga.train.world import World
 
@@ -191,7 +191,8 @@ class _Parts:
         if isinstance(objective, ServedDistillation):
             source = self._taught(source, services)
             self.rows.held_out.update({name: self._taught(one, services) for name, one in self.rows.held_out.items()})
-        return Trainer(settings, model, source, objective, world=world, run=run, fill=fill)
+        frozen = frozen_weights(config, checkpoint)
+        return Trainer(settings, model, source, objective, world=world, run=run, fill=fill, frozen=frozen)
 
     def _rollout_trainer(
         self, run: RunDirectory, checkpoint: Checkpoint, services: Services, n_steps: int
@@ -204,8 +205,9 @@ class _Parts:
         source = Repeated(self.rows.train, section.updates)
         rollouts = self._rollouts(services)
         trainer = RolloutTrainer(
-            settings, self.tuned.model, source, objective, world=world, run=run, fill=self.tuned.fill
-        )
+            settings, self.tuned.model, source, objective, world=world, run=run, fill=self.tuned.fill,
+            frozen=frozen_weights(config, checkpoint),
+        )  # fmt: skip
         trainer.rollouts = rollouts
         return trainer
 

@@ -23,6 +23,7 @@ from quadriga.errors import ConfigError
 from quadriga.hub import catalogue
 from quadriga.io.adapter import load as load_adapter
 from quadriga.io.adapter_files import low_rank
+from quadriga.io.fingerprint import fingerprint
 from quadriga.io.open import Checkpoint, open_checkpoint
 from quadriga.io.packed import pack_parameter
 from quadriga.kernels.arrays import tensor
@@ -88,6 +89,22 @@ def reference(config: TuneConfig, tuned: TunedModel, checkpoint: Checkpoint, wor
         return Reference(_frozen(tuned.model, config.parallel.dtype))
     model = _empty(checkpoint.config).requires_grad_(False)
     return Reference(prepare(model, _no_objective, config.parallel, world, Filling(checkpoint)).eval())
+
+
+def frozen_weights(config: TuneConfig, checkpoint: Checkpoint) -> dict[str, str]:
+    """Fingerprints of the models that the run computes with and does not save; a resumed run must have the same.
+
+    They are the base under an adapter, or that dpo and grpo compare with, and the teacher that is a model here.
+    """
+    compared = config.objective == "dpo" or (config.objective == "grpo" and config.grpo.kl_weight)
+    found = {"base": fingerprint(checkpoint)} if config.lora is not None or compared else {}
+    if config.distill.teacher is not None and config.distill.url is None:
+        other = open_checkpoint(catalogue.resolve(config.distill.teacher))
+        try:
+            found["teacher"] = fingerprint(other)
+        finally:
+            other.close()
+    return found
 
 
 def teacher(config: TuneConfig, student: Tokenizer, world: World) -> Teacher:

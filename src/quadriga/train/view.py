@@ -19,7 +19,7 @@ from rich.text import Text
 
 from quadriga.train.held_out import HeldOut
 from quadriga.train.metrics import busiest
-from quadriga.train.trainer import StepReport
+from quadriga.train.step_report import StepReport
 
 _BARS = "▁▂▃▄▅▆▇█"
 
