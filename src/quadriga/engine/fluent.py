@@ -6,7 +6,7 @@
 Among priorities first, then among clients, and where there is one client among its requests, rows are *fluent* that
 belong to whoever has the fewest answers alive, running or waiting, or up to twice as many. Equals so are all in every
 pass, a crowd leaves room to the few beside it, and a higher priority, which begins first, slows down nobody who speaks
-already. What is in the background is never fluent beside anything else.
+already. What was asked for in the background is never fluent beside anything else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def _request(sequence: Running) -> Hashable:
 
 
 class Asked:
-    """How many answers are alive of every priority, client and request; texts to embed are no answers."""
+    """How many answers are alive of every priority, client and request; texts to embed are no answers, and those of the
+    background are not counted."""
 
     def __init__(self) -> None:
         self._counts: Counter[Hashable] = Counter()
@@ -48,7 +49,7 @@ class Asked:
 
     def fluent(self, rows: Sequence[Running]) -> set[Running]:
         """The rows that are in every pass, of those that decode."""
-        rows = [s for s in rows if not s.in_background] or rows
+        rows = [s for s in rows if not s.unhurried] or rows
         rows = self._fewest(rows, _priority)
         return set(self._fewest(rows, _client if len({s.client for s in rows}) > 1 else _request))
 
@@ -67,4 +68,6 @@ class Asked:
 
 def _names(sequence: Running) -> list[Hashable]:
     """What a sequence is counted under."""
-    return [] if sequence.embeds else [_priority(sequence), _client(sequence), _request(sequence)]
+    if sequence.embeds or sequence.unhurried:
+        return []
+    return [_priority(sequence), _client(sequence), _request(sequence)]

@@ -11,7 +11,7 @@ never stops the others; what is left goes to prompts, and to texts that are to b
 Places and blocks are shared out the same way: while somebody waits who has two fewer running than another, the newest
 of the one with the most gives way. A request for 128 answers, or a client with a thousand requests, so fills what
 nobody else wants. The oldest sequence of all never gives way, so everything ends. What is computed in the background
-gives way to whatever is not, of the same client too.
+gives way to whatever is not, of the same client too; one of it at a time does not (``engine.background``).
 
 **What shares a pass.** With a :class:`Beside`, which knows what passes cost, only the *fluent* rows are in every pass:
 those of whoever has asked for few answers (``engine.fluent``). The others, and prompts, come in as far as it allows.
@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from quadriga.engine.background import Background
 from quadriga.engine.blocks import BlockPool, BlockTable, chain_key
 from quadriga.engine.fluent import Asked
 from quadriga.engine.sequences import Chunk, PassPlan, Running
@@ -105,6 +106,7 @@ class Scheduler:
         self._rows_next = False
         self._alive: dict[int, Running] = {}
         self._asked = Asked()
+        self._background = Background(self.waiting)
 
     def add(self, sequence: Running) -> None:
         """Queue a sequence.
@@ -123,6 +125,7 @@ class Scheduler:
         self._arrivals += 1
         self._alive[sequence.request_id] = sequence
         self._asked.add(sequence)
+        self._background.add(sequence)
         sequence.state = "waiting"
         self.waiting.add(sequence)
 
@@ -141,6 +144,7 @@ class Scheduler:
 
     def schedule(self) -> PassPlan:
         """Choose the tokens of the next pass and take their blocks; empty only if there is no work but held rows."""
+        self._background.lift(self.running, len(self._alive))
         chunks: dict[Running, Chunk] = {}
         rows, prompts = list[Running](), list[Running]()
         for sequence in sorted(self.running, key=lambda s: s.order):
@@ -232,6 +236,7 @@ class Scheduler:
         assert len(waiting) == len(self.waiting)
         assert {*waiting, *parked, *self.running} == {*self._alive.values()}, "every sequence is in one place"
         self._asked.check([*self._alive.values()])
+        self._background.check([*self._alive.values()])
         self.pool.check(held)
         if self.states is not None:
             self.states.check([*self.running])
@@ -434,6 +439,7 @@ class Scheduler:
         sequence.state = "done"
         del self._alive[sequence.request_id]
         self._asked.end(sequence)
+        self._background.end(sequence)
 
     def _release(self, sequence: Running) -> None:
         if self.states is not None:
