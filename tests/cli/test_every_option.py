@@ -351,6 +351,7 @@ REFUSED: dict[str, dict[str, list[list[str]]]] = {
             ["run.toml", "--check", "--stop-after", "1"],
             ["run.toml", "--export", "x", "--stop-after", "1"],
         ],
+        "--branch": [["run.toml", "--check", "--branch", "r"], ["run.toml", "--export", "x", "--branch", "r"]],
         "--export": [["run.toml", "--check", "--export", "x"]],
     },
     "upcycle": {

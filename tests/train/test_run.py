@@ -246,6 +246,58 @@ def test_an_export_is_the_trained_model(corpus: Path, finished: Path, tmp_path: 
         export(finished, tmp_path / "other", step=3, tokenizer_files={})
 
 
+# Branches ------------------------------------------------------------------------------------------------------------
+
+WSD = "[schedule]\nkind = 'wsd'\nwarmup_steps = 2\ndecay_share = 0.5\n"
+
+
+def _wsd(folder: Path, corpus: Path, more: str = "") -> Path:
+    """A run's file: warm-up, stable, decay; no bias, whose fade would be another schedule."""
+    text = RUN.format(run=folder, corpus=corpus).replace("[schedule]\nwarmup_steps = 2\n", WSD + more)
+    file = folder.with_suffix(".toml")
+    file.write_text(text.replace("[router]\nbias_rate = 0.001\n", ""))
+    return file
+
+
+def test_a_branch_is_the_run_that_its_settings_alone_would_have_been(corpus: Path, tmp_path: Path) -> None:
+    """The trunk of 8 steps falls after 4; at step 3 a branch of 6 leaves it, which falls after 3."""
+    trunk = _wsd(tmp_path / "trunk", corpus)
+    assert CliRunner().invoke(app, ["train", str(trunk)]).exit_code == 0
+    before = _contents(tmp_path / "trunk")
+    branch = _wsd(tmp_path / "branch", corpus, "steps = 6\n")
+    words = ["train", str(branch), "--branch", str(tmp_path / "trunk"), "--step", "3"]
+    cut = CliRunner().invoke(app, [*words, "--stop-after", "1"])
+    assert cut.exit_code == 0 and "step 4 of 6" in cut.output, cut.output
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "step 6 of 6, done" in done.output, done.output
+    assert _contents(tmp_path / "trunk") == before
+    alone = _wsd(tmp_path / "alone", corpus, "steps = 6\n")
+    assert CliRunner().invoke(app, ["train", str(alone)]).exit_code == 0
+    weights = [tmp_path / name / "checkpoints/step-00000006/rank-00000.safetensors" for name in ("branch", "alone")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    steps = [[line for line in read(tmp_path / name / FILE) if "loss" in line] for name in ("branch", "alone")]
+    losses = [[(line["step"], line["loss"]) for line in lines] for lines in steps]
+    assert losses[0] == losses[1], "the trunk's metrics up to the branch are its own"
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_branch_that_cannot_be_says_why(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    other = _wsd(tmp_path / "other", corpus)
+    for words, message in (
+        (["--branch", str(tmp_path / "no")], "has no checkpoint to begin at"),
+        (["--branch", str(finished), "--step", "5"], "has no checkpoint of step 5; it has [3, 6, 8]"),
+        (["--branch", str(tmp_path / "other")], "a branch needs a folder of its own"),
+        (["--branch", str(finished), "--step", "6"], "the settings differ from those of"),
+    ):
+        found = CliRunner().invoke(app, ["train", str(other), *words])
+        assert isinstance(found.exception, ConfigError | CheckpointError), found.output
+        assert message in str(found.exception), str(found.exception)
+    assert not (tmp_path / "other/checkpoints/step-00000003").exists()
+
+
 # What is shown -------------------------------------------------------------------------------------------------------
 
 

@@ -110,13 +110,18 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
     ),
     "train": (
-        *_all(
-            ("step", "dtype"),
+        Rule(
+            "dtype",
             lambda o: o["export"] is not None,
             "it is about the checkpoint that is written. Give {export} FOLDER, or leave it out",
         ),
+        Rule(
+            "step",
+            lambda o: o["export"] is not None or o["branch"] is not None,
+            "it chooses a checkpoint to write or to begin at. Give {export} FOLDER or {branch} RUN, or leave it out",
+        ),
         *_all(
-            ("resume", "threads", "stop_after"),
+            ("resume", "threads", "stop_after", "branch"),
             lambda o: o["export"] is None and not o["check"],
             "nothing is trained with {export} or {check}. Leave it out",
         ),

@@ -35,7 +35,14 @@ def train_command(
     export: Annotated[
         Path | None, typer.Option(help="Write the run's newest checkpoint as a Hugging Face directory instead.")
     ] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="With --export: the checkpoint of this step.")] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --export or --branch: which checkpoint; default: the newest."),
+    ] = None,
+    branch: Annotated[
+        Path | None,
+        typer.Option(help="Begin at a checkpoint of the run in this folder, e.g. to decay where that one goes on."),
+    ] = None,
     dtype: options.Dtype = None,
     allow_change: options.AllowChange = False,
 ) -> None:
@@ -62,12 +69,14 @@ def train_command(
         return
     from quadriga import runtime
     from quadriga.nn import devices
+    from quadriga.train.branch import Branch
     from quadriga.train.run import train
 
     devices.set_threads(threads)
     left = itertools.count(1)
     stop = None if stop_after is None else lambda: next(left) >= stop_after
-    outcome = train(settings, resume=resume.value, stop=stop, allow_change=allow_change)
+    begins = None if branch is None else Branch(of=branch, step=step)
+    outcome = train(settings, resume=resume.value, stop=stop, allow_change=allow_change, branch=begins)
     if runtime.launched_rank() in (None, 0):
         what = "done" if outcome.done else "stopped and saved; the same command goes on"
         print(f"{outcome.folder}: step {outcome.step} of {settings.n_steps}, {what}", file=sys.stderr)

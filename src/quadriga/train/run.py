@@ -29,6 +29,7 @@ from quadriga.nn.transformer import Transformer
 from quadriga.text.tokenizer import Tokenizer, load_directory
 from quadriga.train import report
 from quadriga.train.architecture import model_config
+from quadriga.train.branch import Branch, begin
 from quadriga.train.config import RunConfig
 from quadriga.train.distill import same_ids
 from quadriga.train.held_out import HeldOutLoss, held_out_losses, samples
@@ -61,6 +62,7 @@ def train(
     resume: Resume = "auto",
     stop: Callable[[], bool] | None = None,
     allow_change: bool = False,
+    branch: Branch | None = None,
 ) -> Outcome:
     """Train until the end of the run, or until SIGTERM, SIGINT or ``stop``.
 
@@ -69,36 +71,37 @@ def train(
             "must" refuses one without.
         stop: asked after each step; True saves and stops.
         allow_change: resume also with settings that would have changed the run so far (``train.changes``).
+        branch: where a run without checkpoints begins: at one of another run's.
 
     Raises:
         ConfigError, CorpusError, CheckpointError: the configuration, data or checkpoints cannot be used.
         TrainingError: the run diverged, lost ranks, or could not save.
     """
+
+    def stopped() -> bool:
+        return asked() or (stop is not None and stop())
+
     runtime.keep_freed_memory()
     world = World.join(config.parallel.device, config.parallel.timeout_s)
     run = RunDirectory(Path(config.run).expanduser())
     try:
         with run.locked() if world.first else contextlib.nullcontext(), _signals() as asked, devices.quick_float32(512):
-            return _train(
-                config, run, world, resume, lambda: asked() or (stop is not None and stop()), allow_change=allow_change
-            )
+            return _train(config, run, world, resume, stopped, allow_change=allow_change, branch=branch)
     finally:
         world.leave()
 
 
 def _train(
-    config: RunConfig, run: RunDirectory, world: World, resume: Resume, stop: Callable[[], bool], *, allow_change: bool
+    config: RunConfig,
+    run: RunDirectory,
+    world: World,
+    resume: Resume,
+    stop: Callable[[], bool],
+    *,
+    allow_change: bool,
+    branch: Branch | None,
 ) -> Outcome:
-    if world.first:
-        run.clean()
-    world.wait()
-    has_some = bool(run.steps())
-    if resume == "never" and has_some:
-        raise ConfigError(
-            f"{run.path} already has checkpoints: resume with --resume auto, or choose another run folder"
-        )
-    if resume == "must" and not has_some:
-        raise ConfigError(f"{run.path} has no checkpoint to resume from: start it with --resume auto")
+    has_some = _has_checkpoints(run, world, resume, branch)
     corpora = open_source(config.data)
     if config.n_steps > corpora.n_steps:
         raise ConfigError(
@@ -141,6 +144,30 @@ def _train(
         if world.first and config.log.report:
             report.write(run.path)
     return Outcome(done, trainer.step, run.path)
+
+
+def _has_checkpoints(run: RunDirectory, world: World, resume: Resume, branch: Branch | None) -> bool:
+    """Whether the run goes on from a checkpoint, its own or a trunk's.
+
+    Raises:
+        ConfigError: that is not what ``resume`` wants.
+        CheckpointError: there is nothing to branch from.
+    """
+    if world.first:
+        run.clean()
+    world.wait()
+    has_some = bool(run.steps())
+    if resume == "never" and has_some:
+        raise ConfigError(
+            f"{run.path} already has checkpoints: resume with --resume auto, or choose another run folder"
+        )
+    if resume == "must" and not has_some:
+        raise ConfigError(f"{run.path} has no checkpoint to resume from: start it with --resume auto")
+    world.wait()
+    if branch is not None and world.first:
+        begin(branch, run)
+    world.wait()
+    return has_some or branch is not None
 
 
 class _Evaluation:
