@@ -123,10 +123,13 @@ def test_weight_bytes_of_dbrx():
     router_and_norms = 40 * (16 + 2) * 6144 + 6144
     everywhere = (131_596_523_520 - router_and_norms) * 4.5 / 8 + router_and_norms * 4
     assert cost.weight_bytes(dbrx, "gguf-q4_0") == everywhere
-    # The kernels' blocks of 256 have 4.625 bits, tables 8.5, and what one token reads of a table is a row.
+    # Tables of the kernels' blocks have 8.5 bits, and what one token reads of a table is a row.
     tables = 2 * 616_562_688
-    blocks = (131_596_523_520 - router_and_norms - tables) * 4.625 / 8
-    assert cost.weight_bytes(dbrx, "q4k") == blocks + tables * 8.5 / 8 + router_and_norms * 4
+    matrices = 131_596_523_520 - router_and_norms - tables
+    of_32 = {"q5m": 6, "q5": 5.5, "q4m": 5, "iq4nl": 4.5}
+    of_256 = {"q6k": 6.625, "q5k": 5.625, "q4k": 4.625, "iq4xs": 4.375, "q3k": 3.625, "q2k": 2.625}
+    for form, bits in (of_32 | of_256).items():
+        assert cost.weight_bytes(dbrx, form) == matrices * bits / 8 + tables * 8.5 / 8 + router_and_norms * 4
     assert cost.table_bytes(dbrx, "q4k") == tables // 2 * 8.5 / 8
     # Ours leaves both token tables in bfloat16 too.
     wide = router_and_norms + 2 * 616_562_688
@@ -169,3 +172,48 @@ def test_counting_a_deep_model_costs_nothing_extra():
     per_layer = cost.n_params(deep.with_n_layers(2)).total - cost.n_params(deep.with_n_layers(1)).total
     tables = 2 * 100_352 * 2048 + 2048
     assert cost.n_params(deep).total == 10_000 * per_layer + tables
+
+
+STATES = {
+    # taps - 1 earlier inputs of what is convolved, and of every head a matrix: float32
+    "granite-4.0-h-small": 36 * 4 * (3 * (128 * 64 + 2 * 128) + 128 * 64 * 128),
+    "nemotron-nano-9b-v2": 27 * 4 * (3 * (128 * 80 + 2 * 8 * 128) + 128 * 80 * 128),
+    "qwen3-next-80b-a3b": 36 * 4 * (3 * (2 * 16 * 128 + 32 * 128) + 32 * 128 * 128),
+    "lfm2-350m": 10 * 4 * 2 * 1024,
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_recurrent_layers_keep_and_read_their_state_whatever_the_length(name):
+    config, own = preset(name), STATES[name]
+    assert cost.state_bytes(config) == own
+    attended = cost.kv_bytes_per_token(config)
+    for length in (1, 5000):
+        assert cost.kv_bytes_read(config, length) == length * attended + own
+        kept = cost.kv_bytes(config, length)
+        assert cost.memory_needed(config, "q4", length) == cost.weight_bytes(config, "q4") + kept + own
+
+
+@pytest.mark.parametrize(
+    ("name", "of_a_layer"),
+    [
+        ("granite-4.0-h-small", (1 + 2 + 2) * 128 * 64 * 128),  # decays, takes up B x, is read by C
+        ("qwen3-next-80b-a3b", (1 + 2 + 2 + 2) * 32 * 128 * 128),  # decays, is read by k, changed, read by q
+        ("lfm2-350m", 2 * 1024),  # b x, and c times the convolution
+    ],
+)
+def test_a_step_of_a_recurrent_layer_by_its_formula(name, of_a_layer):
+    mixers = [layer.mixer for layer in preset(name).layers if not hasattr(layer.mixer, "n_kv_heads")]
+    assert {cost.step_flops(mixer) for mixer in mixers} == {of_a_layer}
+    config = preset(name)
+    attends = config.n_layers - len(mixers)
+    more = cost.attention_flops(config, 1001) - cost.attention_flops(config, 1)
+    assert cost.attention_flops(config, 1) == len(mixers) * of_a_layer + more // 1000
+    assert more % (1000 * attends) == 0
+
+
+def test_biases_of_experts_are_met_by_those_who_visit_them():
+    config = preset("gpt-oss-20b")
+    count, layer = cost.n_params(config), config.layers[0]
+    of_an_expert = 3 * 2880 * 2880 + 2 * 2880 + 2880  # gate, up and down, with their biases
+    assert count.total - count.active == 24 * (layer.moe.n_experts - layer.moe.top_k) * of_an_expert
