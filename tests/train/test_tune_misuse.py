@@ -36,6 +36,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("objective", "text", "message"),
     [
+        ("dpo", "[parallel]\ncontext = 2", "parallel.context cuts rows or layers, and objective 'dpo' compares whole"),
+        ("grpo", "[parallel]\npipeline = 2", "parallel.pipeline cuts rows or layers, and objective 'grpo' compares"),
+        ("sft", "[parallel]\ntensor = 2\n[lora]\nrank = 3", "an adapter's factors are of whole ones"),
         ("sft", "max_rows = 0", "max_rows must be at least 1, got 0"),
         ("sft", "max_bad_rows = -1", "max_bad_rows must be 0 or above, got -1"),
         ("sft", "held_out_every = 1", "held_out_every must be at least 2"),
