@@ -18,9 +18,13 @@ from quadriga.io.convert import convert
 from quadriga.io.dry_run import dry_run
 from quadriga.io.open import open_checkpoint
 from quadriga.io.packed import load_packed, packed_format
+from quadriga.io.quantised.bitsandbytes import Bitsandbytes
+from quadriga.io.quantised.method import Parts
+from quadriga.io.source import TensorInfo
 from quadriga.kernels.cpu.packing import Packed
 from quadriga.model import families
 from quadriga.model.config import DenseSpec, ModelConfig
+from quadriga.model.weight_map import Box
 from quadriga.nn.load import load_parameters
 from tests.checkpoint.models import TINY, bits
 
@@ -305,6 +309,31 @@ def test_the_numbers_are_the_method_s(tmp_path: Path, name: str) -> None:
     assert packed_format(checkpoint, "layers.0.ffn.w_up", "keep") == "q8"
     report = dry_run(tmp_path / "m")
     assert report.n_tensors == len(plain)
+
+
+class Loose:
+    """A ``TensorSource`` of arrays."""
+
+    def __init__(self, arrays: dict[str, Array]) -> None:
+        self.arrays = arrays
+        self.tensors = {name: TensorInfo(one.shape, str(one.dtype), one.nbytes) for name, one in arrays.items()}
+
+    def read(self, name: str, box: Box | None = None) -> Array:
+        return self.arrays[name] if box is None else self.arrays[name][tuple(slice(*r) for r in box)]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_rows_of_nf4_may_begin_in_the_middle_of_a_byte_and_of_a_block(nested: bool) -> None:
+    rows, cols = 128, 35
+    made, weight = nf4(np.random.default_rng(7), rows, cols, nested=nested)
+    method = Bitsandbytes("nf4")
+    parts = Parts("w", Loose(made), {name: name for name in made})
+    assert method.shape(parts) == (rows, cols)
+    for first, last in ((0, 1), (1, 2), (3, 90), (127, 128), (0, rows)):
+        assert method.read(parts, first, last).tobytes() == weight[first:last].tobytes(), (first, last)
 
 
 def test_they_convert_to_plain_numbers(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,6 +157,76 @@ def test_requests_that_begin_together_begin_all_or_none() -> None:
         assert list(counts.values()) == [2, 3, 4]
 
     serve(work)
+
+
+def let_in(capacity: int) -> tuple[AsyncEngine, Any]:
+    """An engine of so many places that computes nothing, and what asks for places behind and says who has them."""
+    stub: Any = SimpleNamespace(max_sequences=capacity, share_time=lambda: None)
+    engine = AsyncEngine(stub, max_waiting=0)
+    inside: list[str] = []
+
+    def ask(name: str, n: int) -> asyncio.Task[None]:
+        async def enter() -> None:
+            await engine._enter_behind(name[:1].encode(), n)
+            inside.append(name)
+
+        return asyncio.create_task(enter())
+
+    ask.inside = inside  # type: ignore[attr-defined]
+    return engine, ask
+
+
+def test_the_background_has_half_of_the_places_and_a_large_piece_goes_alone() -> None:
+    async def work() -> None:
+        engine, ask = let_in(8)
+        tasks = [ask("a whole", 6)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert ask.inside == ["a whole"], "more than half, but nothing else is behind"
+        tasks += [ask("b1", 1), ask("a1", 1), ask("a2", 1), ask("b2", 1)]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert ask.inside == ["a whole"] and engine.n_open == 6
+        engine._give_back(b"a", 6, background=True)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert ask.inside[1:] == ["b1", "a1", "b2", "a2"] and engine.n_open == 4
+        tasks += [ask("a3", 1), ask("a4", 1), ask("c1", 1)]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert len(ask.inside) == 5, "half of the places"
+        engine._give_back(b"b", 1, background=True)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert ask.inside[5:] == ["c1"], "whoever has the fewest is next"
+        engine._enter(b"somebody", 4)  # who is refused nothing: together they are as many as there are places
+        engine._give_back(b"a", 1, background=True)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert ask.inside[6:] == ["a3"] and engine.n_open == 8
+        engine._give_back(b"somebody", 4, background=False)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(work())
+
+
+def test_a_place_that_came_too_late_is_given_back() -> None:
+    async def work() -> None:
+        engine, ask = let_in(2)
+        first, second, third = ask("a1", 2), ask("b1", 1), ask("c1", 2)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert ask.inside == ["a1"]
+        engine._give_back(b"a", 2, background=True)  # the next one's turn has come, ...
+        second.cancel()  # ... and its client leaves before it hears of it
+        await asyncio.gather(second, return_exceptions=True)
+        await third
+        assert ask.inside == ["a1", "c1"] and engine.n_open == 2
+        await first
+
+    asyncio.run(work())
 
 
 def test_everybody_hears_of_a_drop_and_of_the_end() -> None:

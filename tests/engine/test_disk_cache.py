@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 
 from quadriga import LLM, SamplingParams
-from quadriga.engine.disk_cache import DiskCache
+from quadriga.engine import disk_cache
+from quadriga.engine.disk_cache import DiskCache, StateFiles
 from quadriga.errors import ConfigError
 from tests.server.conftest import tiny_llm
 
@@ -146,3 +149,125 @@ def test_a_model_that_has_no_blocks_to_keep_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be used"):
         tiny_llm().engine.keep_prefixes(tmp_path / "file", 1)
+
+
+class Memory:
+    """Blocks, or slots, as plain bytes."""
+
+    def __init__(self, **content: int) -> None:
+        self.content = {i: bytes([i]) * n for i, n in enumerate(content.values())}
+        self.n_read = 0
+
+    def read_block(self, block: int) -> bytes:
+        self.n_read += 1
+        return self.content[block]
+
+    def write_block(self, block: int, content: bytes) -> None:
+        self.content[block] = content
+
+    read_state, write_state = read_block, write_block
+
+
+A, B, C = b"a" * 16, b"b" * 16, b"c" * 16
+SIZE = 32 + 100
+"""Of a file: a hash and a block."""
+
+
+def opened(folder: Path, n_files: float, memory: Memory | None = None) -> DiskCache:
+    return DiskCache(folder, int(n_files * SIZE), b"a model", memory or Memory(a=100, b=100, c=100))
+
+
+def keep(folder: Path, *keys: bytes) -> dict[bytes, Path]:
+    """Write blocks; where each lies."""
+    where = {}
+    for number, key in enumerate(keys):
+        disk = opened(folder, 9)
+        before = set(folder.iterdir())
+        disk.store(key, number)
+        disk.close()
+        (where[key],) = set(folder.iterdir()) - before
+    return where
+
+
+def known(folder: Path, n_files: float) -> list[bytes]:
+    """What is left when a cache of so many files is opened."""
+    disk = opened(folder, n_files)
+    left = [key for key in (A, B, C) if disk.has(key)]
+    disk.close()
+    return left
+
+
+def test_of_what_lies_there_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
+    where = keep(tmp_path, A, B, C)
+    for age_s, key in ((300, B), (200, C), (100, A)):
+        os.utime(where[key], (1e9 - age_s, 1e9 - age_s))
+    assert known(tmp_path, 3) == [A, B, C] and known(tmp_path, 2.9) == [A, C]
+    disk = opened(tmp_path, 9)
+    assert disk.load(C, 0)
+    disk.close()
+    assert where[C].stat().st_mtime > 1.5e9, "its use outlasts the process"
+    os.utime(where[A], (2e9, 2e9))
+    os.utime(where[C], (2.1e9, 2.1e9))
+    assert known(tmp_path, 1) == [C]
+
+
+def test_what_was_cut_off_is_cleared_away_and_others_files_are_not(tmp_path: Path) -> None:
+    (tmp_path / f"{'0' * 64}.tmp").write_bytes(b"half")
+    (tmp_path / "notes.txt").write_bytes(b"of somebody")
+    (tmp_path / ("1" * 64)).mkdir()
+    opened(tmp_path, 0).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1" * 64, "notes.txt"]
+
+
+def test_the_folder_is_for_its_user_alone(tmp_path: Path) -> None:
+    opened(tmp_path / "one" / "two", 1).close()
+    assert stat.S_IMODE((tmp_path / "one" / "two").stat().st_mode) == 0o700
+
+
+def test_a_file_that_is_written_anew_counts_once(tmp_path: Path) -> None:
+    keep(tmp_path, A, B)
+    disk = opened(tmp_path, 2)
+    disk.n_refused = 1  # one file was broken: others are not trusted until they were seen
+    disk.store(A, 0)
+    disk.close()
+    assert disk.has(A) and disk.has(B), "three times the bytes would have cost one of them"
+
+
+def test_copies_that_wait_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_cache, "MAX_PENDING_BYTES", 250)
+    monkeypatch.setattr(DiskCache, "_write", lambda self: None)  # nothing is ever written
+    memory = Memory(a=100, b=100, c=100)
+    disk = opened(tmp_path, 9, memory)
+    for number in range(9):
+        disk.store(bytes([number]) * 16, number % 3)
+        disk.store(bytes([number]) * 16, number % 3)  # it waits already
+    assert memory.n_read == 3, "300 bytes wait, and that is enough"
+
+
+def test_room_for_copies_comes_back_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_cache, "MAX_PENDING_BYTES", 0)
+    disk = opened(tmp_path, 9)
+    disk._queue.put(None)
+    disk._writer.join()
+    for number, key in enumerate((A, B, C)):
+        disk.store(key, number)
+        disk._queue.put(None)
+        disk._write()  # in this thread, so that nothing need be waited for
+    assert [disk.has(key) for key in (A, B, C)] == [True, True, True]
+
+
+def test_a_state_is_no_block(tmp_path: Path) -> None:
+    """The block that ends where a state is has the same key."""
+    memory = Memory(block=100, state=77)
+    disk = opened(tmp_path, 9, memory)
+    states = StateFiles(disk, memory)
+    disk.store(A, 0)
+    disk.close()
+    assert disk.has(A) and not states.has(A) and not states.load(A, 1)
+    again = opened(tmp_path, 9, memory)
+    states = StateFiles(again, memory)
+    states.store(A, 1)
+    again.close()
+    memory.content = {}
+    assert again.load(A, 0) and states.load(A, 1)
+    assert memory.content == {0: bytes([0]) * 100, 1: bytes([1]) * 77}

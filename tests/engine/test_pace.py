@@ -66,7 +66,8 @@ def test_an_answer_beside_others_work_takes_at_most_three_times_as_long(
 ) -> None:
     ran = on(machine, **load)
     assert ran.stretch <= STRETCH * 1.05
-    assert ran.stretch >= STRETCH * 0.8, "and others have the rest of the time"
+    assert ran.stretch >= STRETCH * 0.75, "and others have the rest of the time"
+    assert sorted(ran.gaps)[len(ran.gaps) // 2] <= STRETCH * machine.rows(1), "most tokens, not only the mean"
 
 
 @pytest.mark.parametrize("load", [{"prompts": True}, {"others": 63}], ids=str)
@@ -97,7 +98,23 @@ def test_pieces_of_a_mixture_are_long_enough_for_its_experts() -> None:
     for _ in range(5):
         pace.record(63, 63, 0, MIXTURE.rows(63))  # many answers of one request, before anybody else comes
     rows = Machine(MIXTURE.rows).run(pace, 1500, others=63)
-    assert rows.rate(1) > 0.5 * 63 / MIXTURE.rows(64)
+    assert rows.rate(1) > 0.4 * 63 / MIXTURE.rows(64)
+
+
+@pytest.mark.parametrize("load", [{"prompts": True}, {"others": 63}], ids=str)
+def test_after_a_long_pass_two_are_the_answers_own(load: dict[str, int | bool]) -> None:
+    """A piece that takes 3.4 times as long on average, and as the machine likes: the mean would allow two of three."""
+    rng = random.Random(1)
+    wide = Machine(
+        lambda n: 0.012 + 0.0018 * (n - 1), lambda n: 0.0009 * max(32, n), lambda: rng.lognormvariate(0, 0.3)
+    )
+    pace = Pace(512)
+    ran = wide.run(pace, 1200, **load)  # type: ignore[arg-type]
+    long = [any(piece) and gap > 1.5 * STRETCH * wide.rows(1) for gap, piece in zip(ran.gaps, ran.pieces, strict=True)]
+    assert sum(long) > 100
+    after = [ran.pieces[i + 1 : i + 3] for i, one in enumerate(long) if one][:-1]
+    assert all(pieces == [(0, 0), (0, 0)] for pieces in after)
+    assert sorted(ran.gaps)[len(ran.gaps) // 2] < 1.5 * wide.rows(1)
 
 
 def test_noise_and_stalls_do_not_let_others_take_over() -> None:
@@ -148,3 +165,13 @@ def test_a_machine_that_became_slower_is_noticed() -> None:
     late = Machine(slower.rows, slower.prompt).run(pace, 1000, prompts=True)
     assert late.stretch <= STRETCH * 1.05
     assert max(late.gaps) < 3 * PAUSE_S
+
+
+def test_what_answers_take_alone_is_measured_again_beside_others() -> None:
+    """The machine had other work at first: what took 2.5 times as long then takes 5 times as long now."""
+    pace = Pace(512)
+    Machine(lambda n: 0.05 + 0.01 * (n - 1)).run(pace, 300, others=8)
+    quicker = Machine(lambda n: 0.01 + 0.01 * (n - 1)).run(pace, 200, others=8)
+    late = quicker.gaps[100:]
+    assert sum(late) / len(late) <= STRETCH * 1.1 * 0.01
+    assert sorted(late)[len(late) // 2] == pytest.approx(0.01)

@@ -195,8 +195,8 @@ def test_a_lower_priority_takes_no_place_from_a_higher() -> None:
     assert scheduler.n_preemptions == 0 and {number for number, _, _ in found[0]} == {0, 1, 2}
 
 
-def test_the_background_gives_its_places_to_whoever_comes() -> None:
-    """To its own client too, the oldest of all too, and to nobody else of the background."""
+def test_the_background_gives_its_places_to_whoever_comes_but_one() -> None:
+    """To its own client too, and to nobody else of the background; its oldest is like anybody's request by then."""
     scheduler = Desk(20, max_batch_tokens=100, max_sequences=3)
     add(scheduler, *(Running(i, [i] * 4, 30, priority=BACKGROUND, client=b"a") for i in range(4)))
     commit(scheduler, scheduler.schedule())
@@ -206,10 +206,28 @@ def test_the_background_gives_its_places_to_whoever_comes() -> None:
     assert {s.request_id for s in scheduler.running} == {0, 7, 8}, "the newest went"
     scheduler.add(Running(9, [9] * 4, 20, client=b"b"))
     found = passes(scheduler)
-    ends = {
-        number: max(i for i, one in enumerate(found) if number in {n for n, _, _ in one}) for number in range(10)[:4]
-    }
-    assert max(i for i, one in enumerate(found) for n, _, _ in one if n in (7, 8, 9)) < min(ends.values())
+    ends = {number: max(i for i, one in enumerate(found) if number in {n for n, _, _ in one}) for number in range(4)}
+    assert max(i for i, one in enumerate(found) for n, _, _ in one if n in (7, 8, 9)) < min(ends[i] for i in (1, 2, 3))
+
+
+@pytest.mark.parametrize("load", ["answers", "prompts", "no places"])
+def test_the_background_moves_one_at_a_time_whatever_comes(load: str) -> None:
+    """Every pass brings another client's request, more than can be computed; four lines of two keys go on beside them."""
+    places = 2 if load == "no places" else 12
+    scheduler = Desk(400, max_batch_tokens=16, max_sequences=places, prefix_cache=False)
+    lines = [Running(i, [i] * 20, 30, priority=BACKGROUND, client=b"%d" % (i // 3)) for i in range(4)]
+    add(scheduler, *lines)
+    n_passes = 0
+    while any(line.state != "done" for line in lines):
+        n_tokens, longest = (60, 62) if load == "prompts" else (4, 24)
+        scheduler.add(Running(100 + n_passes, [5] * n_tokens, longest, client=b"c%d" % (n_passes % 7)))
+        commit(scheduler, scheduler.schedule())
+        assert sum(line.state != "done" and not line.in_background for line in lines) <= 1
+        n_passes += 1
+        assert n_passes < 4 * 10 * 12, "each of ten tokens waits for no more than its turn among the places"
+    while scheduler.running or scheduler.waiting:
+        commit(scheduler, scheduler.schedule())
+    assert [line.tokens for line in lines] == [answer([i] * 20, 30) for i in range(4)]
 
 
 def test_guesses_are_given_up_before_anybody_gives_way() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from quadriga.engine.blocks import BlockPool, chain_key
 from quadriga.engine.scheduler import Scheduler
-from quadriga.engine.sequences import Chunk, PassPlan, Running
+from quadriga.engine.sequences import BACKGROUND, Chunk, PassPlan, Running
 from quadriga.errors import ConfigError, RequestError
 from quadriga.quant.packed import BLOCK_TOKENS
 from tests.engine.test_turns import calls_of
@@ -603,18 +604,38 @@ def test_rows_of_equal_requests_are_all_fluent_and_ask_nobody() -> None:
     assert [p.n_fluent for p in drive(scheduler, 5)] == [10] * 5 and not rooms.asked
 
 
-def test_a_low_priority_row_holds_no_high_one_up() -> None:
-    scheduler = Scheduler(1000, max_batch_tokens=256, max_sequences=32, beside=Rooms((0, 0)))
-    scheduler.add(Running(0, [1] * 4, 100, client=b"low", priority=-1))
+@pytest.mark.parametrize(
+    ("crowd", "one"), [(1000, 0), (0, 5), (3, BACKGROUND)], ids=["above", "below", "beside a batch"]
+)
+def test_a_crowd_of_another_priority_slows_no_answer_down(crowd: int, one: int) -> None:
+    """Priority says who begins first. Of what is under way few are in every pass; a batch's lines never are."""
+    rooms = Rooms((100, 0))
+    scheduler = Scheduler(1000, max_batch_tokens=256, max_sequences=64, beside=rooms)
+    scheduler.add(Running(0, [1] * 4, 100, client=b"a", priority=one))
     drive(scheduler, 2)
-    for i in range(1, 9):
-        scheduler.add(Running(i, [1] * 4, 100, client=b"high", group=1))
-    rooms = scheduler.beside
-    assert isinstance(rooms, Rooms)
-    rooms.room_for = (100, 0)
+    for i in range(1, 33):
+        scheduler.add(Running(i, [1] * 4, 100, client=b"a", priority=crowd))
     drive(scheduler, 2)
     rooms.room_for = (0, 0)
-    assert [ids_of(plan) for plan in drive(scheduler, 3)] == [set(range(1, 9))] * 3
+    few = set(range(1, 33)) if one == BACKGROUND else {0}
+    assert [ids_of(plan) for plan in drive(scheduler, 3)] == [few] * 3
+    rooms.room_for = (0, 8)
+    assert all(few < ids_of(plan) for plan in drive(scheduler, 8)), "and the others have what there is room for"
+
+
+@pytest.mark.parametrize("keys", [True, False], ids=["ten keys", "one address"])
+def test_who_has_asked_for_128_answers_is_a_crowd_however_few_of_them_run(keys: bool) -> None:
+    """Ten requests of 128 have two places each; the one beside them has one."""
+    rooms = Rooms((100, 0))
+    scheduler = Scheduler(1000, max_batch_tokens=256, max_sequences=21, beside=rooms)
+    for i in range(1280):
+        scheduler.add(Running(i, [1] * 4, 100, client=b"%d" % (i // 128 if keys else 0), group=i // 128 * 128))
+    drive(scheduler, 4)
+    scheduler.add(Running(9999, [1] * 4, 100, client=b"one" if keys else b"0"))
+    drive(scheduler, 4)
+    assert max(Counter(s.group for s in scheduler.running).values()) == 2
+    rooms.room_for = (0, 0)
+    assert [ids_of(plan) for plan in drive(scheduler, 3)] == [{9999}] * 3
 
 
 def test_a_small_prompt_passes_texts_that_others_have_piled_up() -> None:

@@ -78,6 +78,26 @@ def test_figures_by_hand() -> None:
     assert found.figures["mean KL"][1] == pytest.approx(np.std([0, 0.1, 0.5], ddof=1) / math.sqrt(3))
 
 
+def test_an_odd_window_scores_what_has_half_of_it_before() -> None:
+    piece = TOKENS[:7]
+    base, model = Fake(1.0)(piece), Fake(2.5)(piece)
+    found = measured(base, model, piece)["nll"]
+    assert found == pytest.approx([-math.log(softmax(model[t - 1])[piece[t]]) for t in (4, 5, 6)])
+
+
+def test_the_perplexity_s_error_is_the_mean_s_times_it() -> None:
+    one = {name: np.array([1.0, 3.0]) for name in ("kl", "base_nll", "nll", "dp", "same")}
+    value, error = summed([one]).figures["perplexity"]
+    assert (value, error) == (pytest.approx(math.e**2), pytest.approx(math.e**2 * 1.0))
+    assert summed([{name: values[:1] for name, values in one.items()}]).figures["perplexity"][1] is None
+
+
+def test_a_text_of_whole_windows_is_read_to_its_end(tmp_path: Path) -> None:
+    base = Fake(1.0)
+    found = compare(base, Fake(2.0), TOKENS[:12], window=4, out=tmp_path, question={})
+    assert (found.n, base.n) == (3, 3)
+
+
 def run(out: Path, base: Fake, model: Any, question: dict[str, str] | None = None) -> Any:
     return compare(base, model, TOKENS, window=4, out=out, question=question or {"model": "m"})
 

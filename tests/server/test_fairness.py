@@ -341,7 +341,7 @@ def test_lines_of_a_batch_wait_for_places_that_others_hold() -> None:
             raw = "\n".join(map(json.dumps, lines)).encode()
             headers = {"content-type": "application/jsonl"}
             batch = pool.submit(live.client.post, "/v1/batches", content=raw, headers=headers)
-            assert until(lambda: sum(map(len, engine._behind.values())) == 5)
+            assert until(lambda: sum(map(len, engine._behind.values())) == 4), "one is let in"
             assert live.post("/v1/completions", TEXT).status_code == 429
         assert [answer.result().status_code for answer in held] == [200, 200]
         assert [json.loads(line)["response"]["status_code"] for line in batch.result().text.splitlines()] == [200] * 5
@@ -385,6 +385,32 @@ def test_a_client_with_batches_is_answered_beside_them_as_if_they_were_not_there
             loop.call_soon_threadsafe(engine.drop_all, RequestError("enough"))
         for batch in batches:
             assert len(batch.result().text.splitlines()) == 32
+        assert live.settled()
+
+
+def test_a_full_server_lets_one_line_in_and_it_is_answered_in_its_turn() -> None:
+    """Somebody else's requests fill all places and the queue, again and again."""
+    short = {**TEXT, "max_tokens": 3}
+    with running(tiny_llm(max_sequences=2), Limits(keys=KEYS), max_waiting=2) as live, ThreadPoolExecutor(8) as pool:
+        engine = live.service.engine
+        with Gate(live) as gate:
+
+            def ask() -> Any:
+                return pool.submit(live.post, "/v1/completions", short, headers=key(0))
+
+            others = [ask() for _ in range(4)]
+            assert until(lambda: engine.n_open == 4)
+            body = batch_of(2, max_tokens=3)
+            batch = pool.submit(live.client.post, "/v1/batches", **body | {"headers": body["headers"] | key(1)})
+            assert until(lambda: engine.n_open == 5 and sum(map(len, engine._behind.values())) == 1)
+            began = steps(live)
+            while not batch.done():
+                for done in [one for one in others if one.done()]:
+                    others.remove(done)
+                    others.append(ask())
+                gate.let()
+                assert steps(live) < began + 300
+        assert [json.loads(line)["response"]["status_code"] for line in batch.result().text.splitlines()] == [200] * 2
         assert live.settled()
 
 

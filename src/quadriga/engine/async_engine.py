@@ -148,7 +148,7 @@ class AsyncEngine:
         engine: what computes; nobody else may touch it from now on.
         max_waiting: requests that may wait while the engine is full; more are refused, but a client that has less than
             its share of all places may have more, up to it. What is computed in the background has half of the places
-            at most, and takes none of the others'.
+            at most, and takes none of the others'; one request of it is always let in.
         step_timeout_s: a step that takes longer counts as hung and ends the engine; 0 lets it take any time.
         clock: seconds that only go forward.
     """
@@ -290,13 +290,14 @@ class AsyncEngine:
             n, turn = self._behind[client][0]
             if not turn.done():
                 behind = self._n_behind_of.total()
-                if self.n_open + n > self.capacity or (behind and behind + n > self.capacity // 2):
+                if behind and (self.n_open + n > self.capacity or behind + n > self.capacity // 2):
                     return
                 self._n_behind_of[client] += n
                 turn.set_result(None)
-            self._behind[client].popleft()
-            if not self._behind[client]:
-                del self._behind[client]
+            waiting = self._behind.pop(client)
+            waiting.popleft()
+            if waiting:
+                self._behind[client] = waiting  # behind the other clients that have as few
 
     def _give_back(self, client: bytes, n: int, *, background: bool) -> None:
         counts = self._n_behind_of if background else self._n_open_of

@@ -7,7 +7,9 @@ An answer waits for the whole pass that its token is in, so what else is in it i
 texts to embed, and the many answers of a client who asks for many at once. All this is put into a pass only while its
 share of the time is not used up: what it adds to passes may be STRETCH - 1 times what the fluent answers take alone.
 Where it adds little (on a GPU, whose weights are read once for all tokens of a pass) it is in every pass; where every
-token costs (a small model on a CPU) the passes between are the answers' own.
+token costs (a small model on a CPU) the passes between are the answers' own. And one pass that took more than STRETCH
+times what the answers take alone is followed by at least OWN of their own, so that most tokens come sooner than that,
+not only the mean.
 
 Prompts come in pieces of 32, 64, 128, ... tokens, other answers in pieces of 1, 2, 4, ... rows: the largest that adds
 no more than a short pause, but none so small that its tokens cost half as much again as in the best (the experts of a
@@ -22,6 +24,9 @@ from __future__ import annotations
 
 STRETCH = 3.0
 """The mean time between an answer's tokens, others' work included, as a multiple of its time alone."""
+
+OWN = 2
+"""Passes of fluent answers alone after one that took more than STRETCH times as long as they do: two of three."""
 
 PAUSE_S = 0.1
 """A piece should add no more than this to a pass, or than twice what the pass takes without it."""
@@ -39,10 +44,13 @@ _MOST_DEBT = 64
 """Others' work waits for at most so many passes of fluent answers."""
 
 _WEIGHT = 0.2
-"""Of the newest measurement in a running mean."""
+"""Of the newest measurement in a running mean; more where the one before it is over 8 passes old."""
 
 _FRESH_PASSES = 256
 """A measurement that is older is made again."""
+
+_ALONE_PASSES = 48
+"""So is what fluent answers take alone, which all else is measured by: at the latest after so many passes."""
 
 
 class _Known:
@@ -54,12 +62,15 @@ class _Known:
     def add(self, key: int, value: float, now: int) -> None:
         """Something was measured."""
         mean = self.get(key, now)
-        self._means[key] = (value if mean is None else mean + _WEIGHT * (value - mean), now)
+        if mean is not None:
+            weight = max(_WEIGHT, 1 - (1 - _WEIGHT) ** ((now - self._means[key][1]) / 8))
+            value = mean + weight * (value - mean)
+        self._means[key] = (value, now)
 
-    def get(self, key: int, now: int) -> float | None:
+    def get(self, key: int, now: int, fresh: int = _FRESH_PASSES) -> float | None:
         """A mean, if it is fresh."""
-        mean, at = self._means.get(key, (0.0, now - _FRESH_PASSES))
-        return mean if now - at < _FRESH_PASSES else None
+        mean, at = self._means.get(key, (0.0, now - fresh))
+        return mean if now - at < fresh else None
 
     def fresh(self, now: int) -> dict[int, float]:
         """All that is."""
@@ -117,6 +128,8 @@ class Pace:
         self._prompts, self._rows = _Pieces(SMALLEST, max_batch_tokens), _Pieces(1, max_batch_tokens)
         self._credit = 0.0
         """Seconds that others' work may still add."""
+        self._own = 0
+        """Passes that the fluent answers have to themselves before others' work shares one again."""
         self._passes = 0
 
     def room(self, n_fluent: int) -> tuple[int, int]:
@@ -127,8 +140,8 @@ class Pace:
         """
         if not n_fluent:
             return self._prompts.next(TURN_S, 1.1, self._passes), 0
-        alone = self._seconds(n_fluent)
-        if alone is None or self._credit < 0:
+        alone = self._seconds(n_fluent, _ALONE_PASSES)
+        if alone is None or self._credit < 0 or self._own:
             return 0, 0
         pause_s = max(PAUSE_S, 2 * alone)
         known = self._alone.fresh(self._passes)
@@ -155,6 +168,7 @@ class Pace:
         alone = self._seconds(n_fluent) if n_fluent else None
         if alone is None:
             return
+        self._own = OWN if (n_rows > n_fluent or n_prompt) and seconds > STRETCH * alone else max(0, self._own - 1)
         others, added = n_rows - n_fluent, max(0.0, seconds - alone)
         if others and not n_prompt:
             self._rows.record(others, added, self._passes)
@@ -163,10 +177,10 @@ class Pace:
         spent = added if others or n_prompt else 0.0
         self._credit = max(-_MOST_DEBT * share, min(share, self._credit + share - spent))
 
-    def _seconds(self, n_rows: int) -> float | None:
+    def _seconds(self, n_rows: int, fresh: int = _FRESH_PASSES) -> float | None:
         """What a pass of so many rows takes, or of somewhat fewer where it is not known; None if nothing is known."""
         for n in range(n_rows, (n_rows - 1) // 2, -1):
-            seconds = self._alone.get(n, self._passes)
+            seconds = self._alone.get(n, self._passes, fresh)
             if seconds is not None:
                 return seconds
         return None

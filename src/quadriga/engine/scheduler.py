@@ -11,11 +11,10 @@ never stops the others; what is left goes to prompts, and to texts that are to b
 Places and blocks are shared out the same way: while somebody waits who has two fewer running than another, the newest
 of the one with the most gives way. A request for 128 answers, or a client with a thousand requests, so fills what
 nobody else wants. The oldest sequence of all never gives way, so everything ends. What is computed in the background
-gives way to whatever is not, of the same client too.
+gives way to whatever is not, of the same client too; one of it at a time does not (``engine.background``).
 
 **What shares a pass.** With a :class:`Beside`, which knows what passes cost, only the *fluent* rows are in every pass:
-the rows of the clients that have the fewest (of the requests that have, where there is one client). The others, and
-prompts, come in as far as it allows.
+those of whoever has asked for few answers (``engine.fluent``). The others, and prompts, come in as far as it allows.
 
 **Recurrent layers** (``n_slots``) keep a state beside the blocks, at one position: a prefix is taken up only where one
 was kept (``engine.states``), and a sequence whose guesses were wrong begins anew where the pass began, with tokens that
@@ -31,7 +30,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from quadriga.engine.background import Background
 from quadriga.engine.blocks import BlockPool, BlockTable, chain_key
+from quadriga.engine.fluent import Asked
 from quadriga.engine.sequences import Chunk, PassPlan, Running
 from quadriga.engine.states import StatePool
 from quadriga.engine.turns import Turns
@@ -104,6 +105,8 @@ class Scheduler:
         self._arrivals = self._passes = 0
         self._rows_next = False
         self._alive: dict[int, Running] = {}
+        self._asked = Asked()
+        self._background = Background(self.waiting)
 
     def add(self, sequence: Running) -> None:
         """Queue a sequence.
@@ -121,6 +124,8 @@ class Scheduler:
         sequence.arrival = self._arrivals
         self._arrivals += 1
         self._alive[sequence.request_id] = sequence
+        self._asked.add(sequence)
+        self._background.add(sequence)
         sequence.state = "waiting"
         self.waiting.add(sequence)
 
@@ -139,6 +144,7 @@ class Scheduler:
 
     def schedule(self) -> PassPlan:
         """Choose the tokens of the next pass and take their blocks; empty only if there is no work but held rows."""
+        self._background.lift(self.running, len(self._alive))
         chunks: dict[Running, Chunk] = {}
         rows, prompts = list[Running](), list[Running]()
         for sequence in sorted(self.running, key=lambda s: s.order):
@@ -148,7 +154,7 @@ class Scheduler:
         if self.beside is None:
             self._fill(prompts, self._put_all(rows, self.max_batch_tokens, chunks), chunks)
             return PassPlan(tuple(chunks.values()))
-        fluent = self._fluent(rows)
+        fluent = self._asked.fluent(rows)
         others = sorted((s for s in rows if s not in fluent), key=lambda s: s.last_pass)
         most = self.max_batch_tokens
         if len(self._alive) > 1 and (prompts or others or self.waiting):
@@ -229,22 +235,14 @@ class Scheduler:
         assert all(s.state == "waiting" for s in waiting) and all(s.state == "running" for s in self.running)
         assert len(waiting) == len(self.waiting)
         assert {*waiting, *parked, *self.running} == {*self._alive.values()}, "every sequence is in one place"
+        self._asked.check([*self._alive.values()])
+        self._background.check([*self._alive.values()])
         self.pool.check(held)
         if self.states is not None:
             self.states.check([*self.running])
             assert all((s.slot >= 0) == (s.n_computed > 0) for s in self.running), "what is computed has a state"
 
     # Inside ----------------------------------------------------------------------------------------------------------
-
-    def _fluent(self, rows: Sequence[Running]) -> set[Running]:
-        """The rows in every pass: of the highest priority, those of whoever has the fewest, or up to twice as many."""
-        top = [s for s in rows if s.priority == rows[0].priority]
-        for name in ("client", "group"):
-            counts = Counter(getattr(s, name) for s in top)
-            if len(counts) > 1:
-                few = 2 * min(counts.values())
-                return {s for s in top if counts[getattr(s, name)] <= few}
-        return set(top)
 
     def _put_all(self, rows: Sequence[Running], budget: int, chunks: dict[Running, Chunk]) -> int:
         """Put rows into the pass; what is left of the budget."""
@@ -440,6 +438,8 @@ class Scheduler:
         self.waiting.done(sequence)
         sequence.state = "done"
         del self._alive[sequence.request_id]
+        self._asked.end(sequence)
+        self._background.end(sequence)
 
     def _release(self, sequence: Running) -> None:
         if self.states is not None:

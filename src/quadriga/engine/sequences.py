@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 BACKGROUND = -1000
-"""The lowest priority: computed when nobody else wants the place, and gives it up to whoever comes."""
+"""The lowest priority: computed when nobody else wants the place, and gives it up to whoever comes; but one at a time
+of all that have it is treated as a request of the usual priority, so that they move whatever comes."""
 
 
 @dataclass(eq=False)
@@ -69,6 +70,8 @@ class Running:
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
+        self.unhurried = self.in_background
+        """It was asked for in the background: nobody waits for each of its tokens, whatever priority it has by now."""
         if self.group < 0:
             self.group = self.request_id
 
@@ -117,7 +120,7 @@ class PassPlan:
 
     chunks: tuple[Chunk, ...]
     n_fluent: int = 0
-    """Tokens of the fluent rows; see the module docstring."""
+    """Tokens of the fluent rows; see ``engine.fluent``."""
     n_decode: int = 0
     """Tokens of all rows that decode, these included."""
 

@@ -163,6 +163,11 @@ class Turns(Generic[W]):
         """Whose turn it is; there must be something waiting."""
         return self._top().first()
 
+    def first_of(self, priority: int) -> W | None:
+        """Whose turn it is in one priority; None if nothing of it waits."""
+        root = self._roots.get(priority)
+        return root.first() if root is not None and root.n_waiting else None
+
     @property
     def n_clients(self) -> int:
         """Of the priority whose turn it is."""

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quadriga.errors import CorpusError
+from quadriga.text import language as detection
 from quadriga.text.language import language
 from quadriga.train.corpus.clean import clean
 from quadriga.train.corpus.decontaminate import References, clean_pieces, reference_ngrams
@@ -148,6 +149,24 @@ def test_languages_are_identified() -> None:
     assert language(" \n ") == ("und", 0.0)
     # The beginning alone does not decide.
     assert language("Title: a page. " * 20 + "老师打开窗户看着晨光中的河流心里想着昨天的事情。" * 200)[0] == "zh"
+
+
+def test_a_long_text_is_looked_at_in_three_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    class Detector:
+        def detect(self, text: str, **how: object) -> list[dict[str, object]]:
+            read.append(text)
+            return [{"lang": "en", "score": 1.0000001}]
+
+    monkeypatch.setattr(detection, "_detector", Detector)
+    letters = "".join(chr(0x4E00 + i) for i in range(6006))
+    assert language(letters) == ("en", 1.0), "a probability"
+    assert read.pop() == letters[1001:1351] + letters[3003:3353] + letters[5005:5355]
+    language(letters[:2100])
+    assert read.pop() == letters[:1050]
+    language("one\ntwo")
+    assert read == ["one two"]
 
 
 def test_benchmark_text_is_cut_out(tmp_path: Path) -> None:
