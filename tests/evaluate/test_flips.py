@@ -101,6 +101,14 @@ def test_runs_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
         if isinstance(item, ChoiceItem)
     ]
     assert not flips.compare(a, ran(tmp_path / "d", RuleModel(rule=yes), task(asked)))[0].same_prompts
+    of_other_data = ran(tmp_path / "e", RuleModel(rule=yes), task(choices(4)))
+    log = of_other_data / "items" / "toy.jsonl"
+    head, rest = log.read_text().split("\n", 1)
+    said = json.loads(head)
+    said["question"]["data"] = {"toy/test.jsonl": "another hash"}
+    log.write_text(json.dumps(said) + "\n" + rest)
+    with pytest.raises(EvaluationError, match="another data"):
+        flips.compare(a, of_other_data)
 
 
 @pytest.mark.parametrize(

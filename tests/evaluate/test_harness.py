@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -170,6 +170,40 @@ def test_programs_of_several_samples(tmp_path: Path) -> None:
     result = run(code, model, tmp_path, Options(samples=4, ks=(1, 3), seed=10), runner=Longer())
     assert {name: figure.value for name, figure in result.figures.items()} == {"pass@1": 0.5, "pass@3": 0.5}
     assert (model.n_prompts, model.seeds) == (8, [10])
+
+
+@dataclass
+class Noted:
+    """A program runner that passes everything and writes down what it was asked for."""
+
+    asked: list[tuple[int, float | None, Sequence[str]]] = field(default_factory=list)
+
+    def passes(self, programs: list[str], *, wall_s: float | None = None, packages: Sequence[str] = ()) -> list[bool]:
+        self.asked.append((len(programs), wall_s, packages))
+        return [True] * len(programs)
+
+
+def test_programs_have_seeds_of_their_own_and_the_task_s_time_and_packages(tmp_path: Path) -> None:
+    items: list[Item] = [CodeItem(prompt=f"p{i}", program=lambda answer: answer) for i in range(20)]
+    code = task(items, kind="code", main="pass@1", program_s=7.5, packages=("numpy",))
+    model, runner = RuleModel(), Noted()
+    run(code, model, tmp_path, Options(samples=3, seed=10), runner=runner)
+    assert model.seeds == [10, 10 + 3 * 16], "those of the first batch's 48 programs are used"
+    assert runner.asked == [(48, 7.5, ("numpy",)), (12, 7.5, ("numpy",))]
+    for change in ({"seed": 11}, {"temperature": 0.5}, {"samples": 2}):
+        with pytest.raises(EvaluationError, match=f"changed: {next(iter(change))}"):
+            run(code, model, tmp_path, replace(Options(samples=3, seed=10), **change), runner=runner)  # type: ignore[arg-type]
+    assert Options(samples=3, temperature=0.0).code_temperature == 0.0, "0 is a temperature too"
+
+
+def test_verdicts_of_another_judge_are_other_results(tmp_path: Path) -> None:
+    first, second = (RuleModel(identity={"model": name}) for name in ("judge one", "judge two"))
+    judged = task(choices(2), judged=True)
+    with pytest.raises(EvaluationError, match="is graded by a judge"):
+        run(judged, RuleModel(rule=yes), tmp_path)
+    run(judged, RuleModel(rule=yes), tmp_path, judge=first)
+    with pytest.raises(EvaluationError, match="changed: judge"):
+        run(judged, RuleModel(rule=yes), tmp_path, judge=second)
 
 
 def test_texts_give_perplexities(tmp_path: Path) -> None:

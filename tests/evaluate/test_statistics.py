@@ -26,6 +26,16 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     assert figure.stderr == pytest.approx(mean(values).stderr)
 
 
+def test_a_jackknife_is_about_the_mean_of_what_is_left() -> None:
+    tops, bottoms = [1.0, 5.0, 2.0], [1.0, 2.0, 3.0]
+    left = [exp(7.0 / 5.0), exp(3.0 / 4.0), exp(6.0 / 3.0)]
+    middle = sum(left) / 3
+    assert abs(middle - exp(8.0 / 6.0)) > 0.1, "it is not the figure itself"
+    figure = ratio(tops, bottoms, exp)
+    assert figure.value == pytest.approx(exp(8.0 / 6.0))
+    assert figure.stderr == pytest.approx(sqrt(2 / 3 * sum((one - middle) ** 2 for one in left)))
+
+
 def test_groups_have_equal_weight_whatever_their_size() -> None:
     figure = mean_of_groups({"a": [1.0, 1.0, 1.0, 0.0], "b": [0.0, 1.0]})
     assert figure.value == (0.75 + 0.5) / 2

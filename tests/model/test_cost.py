@@ -169,3 +169,48 @@ def test_counting_a_deep_model_costs_nothing_extra():
     per_layer = cost.n_params(deep.with_n_layers(2)).total - cost.n_params(deep.with_n_layers(1)).total
     tables = 2 * 100_352 * 2048 + 2048
     assert cost.n_params(deep).total == 10_000 * per_layer + tables
+
+
+STATES = {
+    # taps - 1 earlier inputs of what is convolved, and of every head a matrix: float32
+    "granite-4.0-h-small": 36 * 4 * (3 * (128 * 64 + 2 * 128) + 128 * 64 * 128),
+    "nemotron-nano-9b-v2": 27 * 4 * (3 * (128 * 80 + 2 * 8 * 128) + 128 * 80 * 128),
+    "qwen3-next-80b-a3b": 36 * 4 * (3 * (2 * 16 * 128 + 32 * 128) + 32 * 128 * 128),
+    "lfm2-350m": 10 * 4 * 2 * 1024,
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_recurrent_layers_keep_and_read_their_state_whatever_the_length(name):
+    config, own = preset(name), STATES[name]
+    assert cost.state_bytes(config) == own
+    attended = cost.kv_bytes_per_token(config)
+    for length in (1, 5000):
+        assert cost.kv_bytes_read(config, length) == length * attended + own
+        kept = cost.kv_bytes(config, length)
+        assert cost.memory_needed(config, "q4", length) == cost.weight_bytes(config, "q4") + kept + own
+
+
+@pytest.mark.parametrize(
+    ("name", "of_a_layer"),
+    [
+        ("granite-4.0-h-small", (1 + 2 + 2) * 128 * 64 * 128),  # decays, takes up B x, is read by C
+        ("qwen3-next-80b-a3b", (1 + 2 + 2 + 2) * 32 * 128 * 128),  # decays, is read by k, changed, read by q
+        ("lfm2-350m", 2 * 1024),  # b x, and c times the convolution
+    ],
+)
+def test_a_step_of_a_recurrent_layer_by_its_formula(name, of_a_layer):
+    mixers = [layer.mixer for layer in preset(name).layers if not hasattr(layer.mixer, "n_kv_heads")]
+    assert {cost.step_flops(mixer) for mixer in mixers} == {of_a_layer}
+    config = preset(name)
+    attends = config.n_layers - len(mixers)
+    more = cost.attention_flops(config, 1001) - cost.attention_flops(config, 1)
+    assert cost.attention_flops(config, 1) == len(mixers) * of_a_layer + more // 1000
+    assert more % (1000 * attends) == 0
+
+
+def test_biases_of_experts_are_met_by_those_who_visit_them():
+    config = preset("gpt-oss-20b")
+    count, layer = cost.n_params(config), config.layers[0]
+    of_an_expert = 3 * 2880 * 2880 + 2 * 2880 + 2880  # gate, up and down, with their biases
+    assert count.total - count.active == 24 * (layer.moe.n_experts - layer.moe.top_k) * of_an_expert

@@ -194,9 +194,12 @@ def test_important_columns_are_nearer(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NORMAL_ERROR)
-def test_importance_without_a_column_that_counts_is_none(name: str) -> None:
+@pytest.mark.parametrize("importance", [0.0, -1.0, np.nan, np.inf])
+def test_importance_without_a_column_that_counts_is_none(name: str, importance: float) -> None:
     values = np.random.default_rng(4).standard_normal((3, 256), dtype=np.float32)
-    np.testing.assert_array_equal(codec.quantize(values, name, np.zeros(256, np.float32)), codec.quantize(values, name))
+    weights = np.ones(256, np.float32) if np.isinf(importance) else np.full(256, importance, np.float32)
+    weights[17] = importance
+    np.testing.assert_array_equal(codec.quantize(values, name, weights), codec.quantize(values, name))
 
 
 @pytest.mark.parametrize("name", NORMAL_ERROR)

@@ -74,10 +74,14 @@ def locate(path: Path, *, keep_open: bool = False) -> Located:
     if (path / engine_file.MANIFEST).is_file():
         return Located("quadriga", path, engine_file.read_manifest(path).config)
     if (path / "config.json").is_file() and not _is_grok(path):
-        raw, method = quantised.split(read_json(path / "config.json"))
+        raw, method = quantised.split(read_json(path / "config.json"), path)
         config, notes = families.read_hf(raw)
         if method is not None:
-            notes = [*notes, f"the weights are packed ({method.label}) and read as the numbers they stand for"]
+            notes = [
+                *notes,
+                f"the weights are packed ({method.label}) and read as the numbers they stand for; activations and the "
+                "cache are not rounded",
+            ]
         if (path / "generation_config.json").is_file():
             config = families.with_generation_config(config, read_json(path / "generation_config.json"))
         return Located("hf", path, config, tuple(notes), method)

@@ -43,6 +43,11 @@ _LEAST, _GREATEST = 128 - 24, 128 + 15
 """Scales whose half is one of float16's powers."""
 
 
+def powers(scales: Bytes) -> Floats:
+    """2^(scale - 127) of every byte; 255 is NaN."""
+    return _E8M0[scales]
+
+
 def from_pairs(codes: Bytes, scales: Bytes) -> Floats:
     """Numbers whose codes lie in pairs.
 

@@ -15,7 +15,14 @@ from typer.testing import CliRunner
 from quadriga.cli import app
 from quadriga.errors import HardwareError, InputError
 from quadriga.model.config import DenseSpec
-from quadriga.model.cost import bytes_read_per_token, flops_per_token, kv_bytes_per_token, weight_bytes
+from quadriga.model.cost import (
+    bytes_read_per_token,
+    flops_per_token,
+    kv_bytes,
+    kv_bytes_per_token,
+    state_bytes,
+    weight_bytes,
+)
 from quadriga.model.families import PRESETS
 from quadriga.model.plan.hardware import BOXES, Box, Link
 from quadriga.model.plan.serving import decode_bound, exchange_s, request_bound, serve
@@ -44,6 +51,23 @@ def test_many_sequences_read_all_experts_and_are_bound_by_operations_in_the_end(
     assert decode_bound(DBRX, "bf16", slow, 7, 100) == pytest.approx(1e12 / flops_per_token(DBRX, 100))
     all_used = DBRX.with_ffn(top_k=16)
     assert decode_bound(all_used, "bf16", box, 3, 1) == pytest.approx(3 / (everything + 3 * 163_840) * 1e12, rel=1e-3)
+
+
+def test_a_request_is_its_prompt_and_its_share_of_the_steps_by_hand() -> None:
+    """On average a prompt's token sees half of the prompt, an answer's the prompt and half of the answer."""
+    box = Box("round", 10**13, 1e12, 1e15)
+    prefill = 1000 * flops_per_token(DBRX, 500) / 1e15
+    step = 8 / decode_bound(DBRX, "bf16", box, 8, 1100)
+    assert request_bound(DBRX, "bf16", box, 8, 1000, 200) == pytest.approx(200 / (prefill + 200 * step / 8))
+
+
+def test_a_sequence_with_states_takes_its_room_too() -> None:
+    config = PRESETS["granite-4.0-h-small"]
+    one = kv_bytes(config, 512) + state_bytes(config)
+    assert state_bytes(config) > kv_bytes(config, 512), "or leaving them out changes little"
+    for n in (1, 9):
+        box = Box("narrow", int((weight_bytes(config, "q4") + (n + 0.5) * one) / 0.92), 1e12, 1e15)
+        assert serve(config, "q4", box, 512).batch == n
 
 
 def test_dbrx_against_dense_models_as_the_launch_said() -> None:

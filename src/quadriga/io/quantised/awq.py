@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadriga.errors import ConfigError
+from quadriga.io.quantised import auto_round
 from quadriga.io.quantised.awq_vectors import AwqVectors, AwqVectorsFast
 from quadriga.io.quantised.method import FLOATS, Method, Parts, group_size, scaled
 from quadriga.model.families.keys import Keys
@@ -77,15 +78,18 @@ def read_config(keys: Keys) -> Method:
     """
     keys.must_be("bits", 4, None)
     keys.must_be("w_bit", 4, None)
-    keys.must_be("zero_point", True)
-    keys.must_be("sym", False, None)
+    # Every file has zeros, and numbers are read by them: transformers 5 writes "sym" for all, AutoRound what is true.
+    keys.must_be("zero_point", True, False)
+    keys.must_be("sym", False, True, None)
     keys.must_be("desc_act", False, None)
+    keys.must_be("method", "awq", None)
     for key in ("version", "format", "checkpoint_format"):
         keys.must_be(key, *_VERSIONS, *map(str.upper, _VERSIONS), None)
-    keys.must_be("backend", "autoawq", "llm-awq", None)
+    keys.must_be("backend", "autoawq", "llm-awq", "auto", None)
     keys.must_be("pack_dtype", "int32", "int16", None)
     keys.must_be("dynamic", {}, None)
     keys.must_be("adapter", {}, None)
+    keys.must_be("rotation", None)
     said = {str(keys.value(key)).lower() for key in ("version", "format", "checkpoint_format") if keys.given(key)} or {
         "gemm"
     }
@@ -94,14 +98,32 @@ def read_config(keys: Keys) -> Method:
     if len(said) > 1:
         raise ConfigError(f"quantization_config: version and format must agree, got {' and '.join(sorted(said))}")
     size = group_size(keys, "q_group_size" if keys.given("q_group_size") else "group_size")
-    keys.finish(_HARMLESS)
+    auto_round.finish(keys, _HARMLESS)
     return _VERSIONS[said.pop()](size)
+
+
+def read_auto_round_config(keys: Keys) -> Awq:
+    """quantization_config of the method "auto-round" where it packs as AWQ does.
+
+    Raises:
+        ConfigError: a key that is unknown or asks for what is not read.
+    """
+    keys.must_be("bits", 4)
+    size = group_size(keys, "group_size")
+    if auto_round.other_settings(keys, 4, size):
+        raise ConfigError("quantization_config: extra_config must leave bits and groups as they are with AWQ's packing")
+    keys.must_be("version", "gemm", None)
+    auto_round.finish(keys, _HARMLESS | {"sym", "zero_point"})
+    return Awq(size)
 
 
 _HARMLESS = frozenset(
     {
         "group_size", "modules_to_not_convert", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config",
-        "lm_head", "meta", "ignore",
+        "meta", "ignore",
+        # What transformers 5 writes of its settings for GPTQ.
+        "act_group_aware", "cache_block_outputs", "damp_percent", "max_input_length", "model_seqlen",
+        "module_name_preceding_first_block", "pad_token_id", "tokenizer", "true_sequential",
     }
 )  # fmt: skip
 """What was left as it was, which the tensors' names say; how it was made; with what to compute."""

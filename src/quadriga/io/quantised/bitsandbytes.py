@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io.json_files import parse_json
-from quadriga.io.quantised.method import Parts
+from quadriga.io.quantised.llm_int8 import LlmInt8
+from quadriga.io.quantised.method import Method, Parts
 from quadriga.model.families.keys import Keys
 from quadriga.model.weight_map import Shape
 from quadriga.quant.dtypes import DTYPES, Array, as_float32
@@ -112,19 +113,20 @@ def _read_state(keys: Keys, kind: str) -> _State:
     return _State((shape[0], shape[1]), DTYPES[dtype], blocksize, nested)
 
 
-def read_config(keys: Keys) -> Bitsandbytes:
-    """quantization_config of the method "bitsandbytes".
+def read_config(keys: Keys) -> Method:
+    """quantization_config of the method "bitsandbytes", of 4 or 8 bits.
 
     Raises:
-        ConfigError: a key that is unknown or asks for what is not read: 8 bits, other storage than bytes.
+        ConfigError: a key that is unknown or asks for what is not read: other storage than bytes.
     """
-    keys.must_be("load_in_4bit", True)
-    keys.must_be("_load_in_4bit", True)
-    keys.must_be("load_in_8bit", False)
-    keys.must_be("_load_in_8bit", False)
+    eight = keys.given("load_in_8bit") and keys.flag("load_in_8bit")
+    keys.must_be("load_in_4bit", not eight)
+    keys.must_be("_load_in_4bit", not eight)
+    keys.must_be("load_in_8bit", eight)
+    keys.must_be("_load_in_8bit", eight)
     keys.must_be("bnb_4bit_quant_type", "nf4", "fp4")
     keys.must_be("bnb_4bit_quant_storage", "uint8", None)
-    kind = keys.text("bnb_4bit_quant_type")
+    kind = "" if eight else keys.text("bnb_4bit_quant_type")
     # Double quantisation shows in the tensors; the others are about computing.
     keys.finish(
         frozenset(
@@ -134,4 +136,4 @@ def read_config(keys: Keys) -> Bitsandbytes:
             }
         )
     )  # fmt: skip
-    return Bitsandbytes(kind)
+    return LlmInt8() if eight else Bitsandbytes(kind)

@@ -1,7 +1,10 @@
-"""FP8 under a scale for every block of 128 x 128, as DeepSeek and Qwen publish it, or one scale for a whole matrix.
+"""FP8 under a scale for every block of 128 x 128, as DeepSeek and Qwen publish it, or one for a matrix or for a row.
 
     NAME.weight (rows, cols) float8_e4m3fn, NAME.weight_scale_inv (ceil(rows/128), ceil(cols/128)) float32
     w = weight * weight_scale_inv of its block, in float32             (deepseek-ai/DeepSeek-V3 inference/kernel.py)
+
+One scale is called weight_scale (AutoFP8) or weight_scale_inv (Mistral, transformers 5); a scale a row, weight_scale of
+(rows,) or (rows, 1), is FBGEMM's (Meta's LLaMA-3.1-405B-FP8).
 
 Activations are rounded to FP8 as well where such models were published; here they are not.
 """
@@ -14,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadriga.errors import ConfigError
-from quadriga.io.quantised.method import FLOATS, Parts
+from quadriga.io.quantised.method import FLOATS, NOT_ROUNDED, Parts, one_number
 from quadriga.model.families.keys import Keys
 from quadriga.model.weight_map import Shape
 from quadriga.quant.dtypes import Array, as_float32
@@ -29,22 +32,32 @@ class Fp8:
     """Settings of a checkpoint; see ``method.Method``."""
 
     block: tuple[int, int] | None
-    """Rows and columns under one scale; None: one scale a matrix."""
+    """Rows and columns under one scale; None: one scale a matrix, or a row."""
+    per_row: bool = False
 
     label = "fp8"
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """See ``method.Method``. input_scale is for activations, which stay as they are."""
-        return ("weight", "weight_scale_inv" if self.block else "weight_scale", "input_scale")
+        """See ``method.Method``."""
+        names = ("weight_scale_inv",) if self.block else ("weight_scale", "weight_scale_inv")
+        return ("weight", *names, *NOT_ROUNDED)
+
+    @staticmethod
+    def _scale(parts: Parts) -> str:
+        """The part with the only scale, or those of rows."""
+        if "weight_scale" in parts and "weight_scale_inv" in parts:
+            raise parts.fail("its scale must be 'weight_scale' or 'weight_scale_inv', got both")
+        return "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
 
     def shape(self, parts: Parts) -> Shape:
         """See ``method.Method``."""
         rows, cols = parts.matrix("weight", (FLOAT8,))
-        if self.block is None:
-            scale = parts.expect("weight_scale", FLOATS)
-            if scale.shape not in ((), (1,)):
-                raise parts.fail(f"its part 'weight_scale' must be one number, got the shape {list(scale.shape)}")
+        if self.per_row:
+            if parts.expect(self._scale(parts), FLOATS).shape != (rows,):
+                parts.expect(self._scale(parts), FLOATS, (rows, 1))
+        elif self.block is None:
+            one_number(parts, self._scale(parts))
         else:
             height, width = self.block
             parts.expect("weight_scale_inv", FLOATS, (-(-rows // height), -(-cols // width)))
@@ -55,7 +68,7 @@ class Fp8:
         _, cols = parts.info("weight").shape
         values = parts.read("weight", ((first, last), (0, cols))).astype(np.float32)
         if self.block is None:
-            return values * as_float32(parts.read("weight_scale")).reshape(1, 1)
+            return values * self._scales(parts, first, last)
         _, width = self.block
         return values * self._scales(parts, first, last).repeat(width, axis=1)[:, :cols]
 
@@ -67,25 +80,29 @@ class Fp8:
         codes = parts.read("weight", ((first, last), (0, cols))).view(np.uint8)
         if self.block is not None:
             return codes, self._scales(parts, first, last)
-        scale = as_float32(parts.read("weight_scale")).reshape(())
-        return codes, np.full((last - first, -(-cols // GROUP)), scale, dtype=np.float32)
+        return codes, self._scales(parts, first, last).repeat(-(-cols // GROUP), axis=1)
 
     def _scales(self, parts: Parts, first: int, last: int) -> NDArray[np.float32]:
-        """Of rows [first, last) and every block of columns."""
-        assert self.block is not None, "one scale has no rows"
-        return as_float32(parts.read("weight_scale_inv"))[np.arange(first, last) // self.block[0]]
+        """Of rows [first, last) and every block of columns; without blocks (last - first, 1)."""
+        if self.block is not None:
+            return as_float32(parts.read("weight_scale_inv"))[np.arange(first, last) // self.block[0]]
+        stored = as_float32(parts.read(self._scale(parts))).reshape(-1, 1)
+        return stored[first:last] if self.per_row else stored.repeat(last - first, axis=0)
 
 
 def read_config(keys: Keys) -> Fp8:
-    """quantization_config of the method "fp8" (transformers' FineGrainedFP8Config).
+    """quantization_config of the method "fp8" (transformers' FineGrainedFP8Config, AutoFP8).
 
     Raises:
         ConfigError: a key that is unknown or asks for what is not read.
     """
     keys.must_be("fmt", "e4m3", None)
-    keys.must_be("scale_fmt", "ue8m0", "float32", None)
+    keys.must_be("scale_fmt", "ue8m0", "float32", "float", None)
     keys.must_be("activation_scheme", "dynamic", "static", None)
+    keys.must_be("kv_cache_scheme", "dynamic", "static", None)
     keys.must_be("dequantize", False, None)
+    keys.must_be("expert_dtype", "fp8", None)
+    keys.must_be("modules_to_convert", [], None)
     block: tuple[int, ...] = ()
     if keys.given("weight_block_size"):
         block = keys.integers("weight_block_size")
@@ -96,3 +113,13 @@ def read_config(keys: Keys) -> Fp8:
             )
     keys.finish(frozenset({"modules_to_not_convert", "ignored_layers"}))
     return Fp8((block[0], block[1]) if block else None)
+
+
+def read_fbgemm_config(keys: Keys) -> Fp8:
+    """quantization_config of the method "fbgemm_fp8".
+
+    Raises:
+        ConfigError: a key that is unknown.
+    """
+    keys.finish(frozenset({"quant_method", "activation_scale_ub", "modules_to_not_convert"}))
+    return Fp8(None, per_row=True)

@@ -13,11 +13,13 @@ AutoGPTQ/AutoGPTQ auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py, ModelCloud/G
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quadriga.errors import ConfigError
+from quadriga.io.quantised import auto_round
 from quadriga.io.quantised.method import FLOATS, Parts, group_size, run_of_fields, scaled, unpack_words
 from quadriga.model.families.keys import Keys
 from quadriga.model.weight_map import Shape
@@ -32,7 +34,7 @@ _HARMLESS = frozenset(
         # What to convert and with what to compute; the tensors' names say what was converted.
         "lm_head", "block_name_to_quantize", "module_name_preceding_first_block", "modules_in_block_to_quantize",
         "modules_to_not_convert", "use_exllama", "exllama_config", "use_cuda_fp16", "disable_exllama", "backend",
-        "model_name_or_path", "model_file_base_name", "meta", "quantizer", "rotation", "offload_to_disk",
+        "model_name_or_path", "model_file_base_name", "meta", "quantizer", "offload_to_disk",
     }
 )  # fmt: skip
 
@@ -52,12 +54,38 @@ class Gptq:
     zeros_less_one: bool
     symmetric: bool = False
     """The configuration says that every z is the middle of the range."""
+    varied: bool = False
+    """Matrices have bits and groups of their own (GPTQModel's "dynamic"), which their parts tell."""
+    named: tuple[tuple[str, int, int], ...] = ()
+    """Matrices that have others: (name without ".weight", bits, columns of a group) (AutoRound's "extra_config")."""
 
     label = "gptq"
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
 
+    def _of(self, parts: Parts) -> Gptq:
+        """What holds for one weight."""
+        name = parts.weight.removesuffix(".weight")
+        for other, bits, size in self.named:
+            if other == name:
+                return Gptq(bits, size, self.zeros_less_one, self.symmetric)
+        return self._told_by(parts) if self.varied else self
+
+    def _told_by(self, parts: Parts) -> Gptq:
+        """Bits from the length of g_idx, the group's size from the number of scales."""
+        words, _ = parts.matrix("qweight", ("int32",))
+        cols, groups = prod(parts.expect("g_idx", ("int32",)).shape), parts.matrix("scales", FLOATS)[0]
+        if not cols or not groups or words * 32 % cols or words * 32 // cols not in (2, 3, 4, 8) or cols % groups:
+            raise parts.fail(
+                f"its bits must be 2, 3, 4 or 8, and its groups whole: got {words} words of {cols} columns in {groups} "
+                "groups"
+            )
+        return Gptq(words * 32 // cols, cols // groups, self.zeros_less_one, self.symmetric)
+
     def shape(self, parts: Parts) -> Shape:
         """See ``method.Method``."""
+        return self._of(parts)._shape(parts)
+
+    def _shape(self, parts: Parts) -> Shape:
         words, rows = parts.matrix("qweight", ("int32",))
         cols, (fields, of_words) = words * 32 // self.bits, run_of_fields(self.bits)
         if words % of_words or rows % fields:
@@ -79,7 +107,10 @@ class Gptq:
 
     def block_format(self, parts: Parts) -> str | None:
         """See ``method.KeepsBlocks``: 4 bits around 8 in groups of whole 32s are q4_0, but for act order."""
-        _, cols = self.shape(parts)
+        return self._of(parts)._block_format(parts)
+
+    def _block_format(self, parts: Parts) -> str | None:
+        _, cols = self._shape(parts)
         size = cols if self.group_size == -1 else self.group_size
         if not self.symmetric or self.bits != 4 or size % 32 or cols % 32 or parts.info("scales").dtype != "float16":
             return None
@@ -94,7 +125,8 @@ class Gptq:
         words, _ = parts.info("qweight").shape
         groups = parts.info("scales").shape[0]
         q = unpack_words(parts.read("qweight", ((0, words), (first, last))).T, 4).reshape(last - first, -1, 2, 16)
-        size = q.shape[1] * 32 if self.group_size == -1 else self.group_size
+        of = self._of(parts)
+        size = q.shape[1] * 32 if of.group_size == -1 else of.group_size
         scales = np.ascontiguousarray(parts.read("scales", ((0, groups), (first, last))).T)
         blocks = np.empty((last - first, q.shape[1], 18), dtype=np.uint8)
         blocks[:, :, :2] = scales.repeat(size // 32, axis=1)[:, : q.shape[1], None].view(np.uint8)
@@ -103,6 +135,9 @@ class Gptq:
 
     def read(self, parts: Parts, first: int, last: int) -> Array:
         """See ``method.Method``: in the dtype of the scales."""
+        return self._of(parts)._read(parts, first, last)
+
+    def _read(self, parts: Parts, first: int, last: int) -> Array:
         words, _ = parts.info("qweight").shape
         q = unpack_words(parts.read("qweight", ((0, words), (first, last))).T, self.bits)
         groups = parts.info("scales").shape[0]
@@ -147,22 +182,53 @@ def read_config(keys: Keys) -> Gptq:
     keys.must_be("bits", 2, 3, 4, 8)
     keys.must_be("checkpoint_format", "gptq", "gptq_v2", None)
     keys.must_be("format", "gptq", "gptq_v2", None)
+    keys.must_be("method", "gptq", None)
     keys.must_be("is_marlin_format", False, None)
     keys.must_be("pack_dtype", "int32", None)
-    _refuse_other_settings(keys)
+    keys.must_be("rotation", None)
+    varied = _has_other_settings(keys)
     keys.must_be("adapter", {}, None)
     said = {str(keys.value(key)) for key in ("checkpoint_format", "format") if keys.given(key)} or {"gptq"}
     if len(said) > 1:
         raise ConfigError("quantization_config: checkpoint_format and format must agree, got gptq and gptq_v2")
     bits, size = keys.integer("bits"), group_size(keys, "group_size")
     symmetric = keys.given("sym") and keys.flag("sym")
-    keys.finish(_HARMLESS)
-    return Gptq(bits, size, said == {"gptq"}, symmetric)
+    auto_round.finish(keys, _HARMLESS)
+    return Gptq(bits, size, said == {"gptq"}, symmetric, varied)
 
 
-def _refuse_other_settings(keys: Keys) -> None:
-    """Refuse settings of single matrices ("+:REGEX"); "-:REGEX" leaves some unpacked, as their tensors' names say."""
+_SETTINGS = frozenset({"bits", "group_size", "sym", "desc_act", "mse", "damp_percent", "static_groups"})
+
+
+def _has_other_settings(keys: Keys) -> bool:
+    """Whether single matrices have settings of their own ("+:REGEX", or REGEX alone).
+
+    "-:REGEX" leaves some unpacked, as their tensors' names say. No pattern is run: a weight's parts tell its settings.
+    """
     dynamic = keys.value("dynamic")
-    if isinstance(dynamic, dict) and all(str(pattern).startswith("-:") for pattern in dynamic):
-        return
-    keys.must_be("dynamic", {}, None)
+    if not isinstance(dynamic, dict):
+        keys.must_be("dynamic", {}, None)
+        return False
+    others = {pattern: how for pattern, how in dynamic.items() if not str(pattern).startswith("-:")}
+    for pattern, how in others.items():
+        if not isinstance(how, dict) or not how.keys() <= _SETTINGS:
+            raise ConfigError(
+                f"quantization_config: dynamic may set {', '.join(sorted(_SETTINGS))} of {pattern[:60]!r}, got "
+                f"{str(how)[:80]}"
+            )
+    return bool(others)
+
+
+def read_auto_round_config(keys: Keys) -> Gptq:
+    """quantization_config of the method "auto-round" where it packs as GPTQ does.
+
+    Raises:
+        ConfigError: a key that is unknown or asks for what is not read.
+    """
+    keys.must_be("bits", 2, 3, 4, 8)
+    bits, size = keys.integer("bits"), group_size(keys, "group_size")
+    symmetric = keys.given("sym") and keys.flag("sym")
+    less_one = keys.text("packing_format") not in auto_round.WHOLE_ZEROS
+    named = auto_round.other_settings(keys, bits, size)
+    auto_round.finish(keys, _HARMLESS)
+    return Gptq(bits, size, less_one, symmetric, named=named)

@@ -126,6 +126,19 @@ class KeepsCodes(Method, Protocol):
 FLOATS = ("float16", "bfloat16", "float32")
 """What scales may be."""
 
+NOT_ROUNDED = (
+    "input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "activation_scale", "output_scale",
+    "output_zero_point", "k_scale", "v_scale",
+)  # fmt: skip
+"""Parts that say how activations, or the keys and values of a cache, would be rounded, which they are not here."""
+
+
+def one_number(parts: Parts, part: str) -> None:
+    """Raise unless a part is a single number."""
+    info = parts.expect(part, FLOATS)
+    if info.shape not in ((), (1,), (1, 1)):
+        raise parts.fail(f"its part {part!r} must be one number, got the shape {list(info.shape)}")
+
 
 def run_of_fields(bits: int) -> tuple[int, int]:
     """(fields, words) after which fields of ``bits`` begin at a word's start again: 32 in 3 words of 3 bits."""
@@ -133,11 +146,12 @@ def run_of_fields(bits: int) -> tuple[int, int]:
 
 
 def unpack_words(words: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
-    """Whole numbers of 2, 3, 4 or 8 bits from int32 words, lowest bits first: (..., n) -> (..., n * 32 / bits)."""
+    """Whole numbers of 1 to 8 bits from int32 words, lowest bits first: (..., n) -> (..., n * 32 // bits)."""
     packed = np.ascontiguousarray(words).view(np.uint8)  # little-endian
     if 8 % bits:  # fields that lie across two bytes
-        flat = np.unpackbits(packed, axis=-1, bitorder="little").reshape(*words.shape[:-1], -1, bits)
-        return np.packbits(flat, axis=-1, bitorder="little")[..., 0]
+        n = words.shape[-1] * 32 // bits
+        flat = np.unpackbits(packed, axis=-1, bitorder="little")[..., : n * bits]
+        return np.packbits(flat.reshape(*words.shape[:-1], n, bits), axis=-1, bitorder="little")[..., 0]
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     return (packed[..., None] >> shifts & np.uint8(2**bits - 1)).reshape(*words.shape[:-1], -1)
 

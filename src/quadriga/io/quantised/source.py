@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadriga.errors import CheckpointError
-from quadriga.io.quantised.method import KeepsBlocks, KeepsCodes, Method, Parts
+from quadriga.io.quantised.method import NOT_ROUNDED, KeepsBlocks, KeepsCodes, Method, Parts
 from quadriga.io.source import TensorInfo, TensorSource
 from quadriga.model.weight_map import Box, whole
 from quadriga.quant.dtypes import DTYPES, Array
@@ -28,14 +28,20 @@ def grouped(names: Iterable[str], method: Method) -> dict[str, dict[str, str]]:
             if name.endswith("." + suffix):
                 weights.setdefault(name.removesuffix(suffix) + "weight", {})[suffix] = name
                 break
-    return {weight: parts for weight, parts in weights.items() if parts.keys() != {"weight"}}
+    return {weight: parts for weight, parts in weights.items() if parts.keys() - NOT_ROUNDED - {"weight"}}
+
+
+def _beside(names: Iterable[str], method: Method) -> set[str]:
+    """Those of the tensors that only say how a cache or activations would be rounded, by weights that are plain too."""
+    suffixes = tuple("." + suffix for suffix in NOT_ROUNDED if suffix in method.suffixes)
+    return {name for name in names if name.endswith(suffixes)}
 
 
 def of_numbers(names: Iterable[str], method: Method) -> list[str]:
     """The tensors there will be of those that an index names."""
     names = list(names)
     weights = grouped(names, method)
-    taken = {name for parts in weights.values() for name in parts.values()}
+    taken = {name for parts in weights.values() for name in parts.values()} | _beside(names, method)
     return [*weights, *(name for name in names if name not in taken)]
 
 
@@ -59,10 +65,12 @@ class QuantisedSource:
         weights = grouped(self._source.tensors, self._method)
         if not weights:
             raise CheckpointError(
-                f"config.json says that the weights are packed ({self._method.label}), but no tensor is called so: "
-                f"NAME.{', NAME.'.join(self._method.suffixes)}. Take quantization_config out if they are plain numbers."
+                f"the configuration says that the weights are packed ({self._method.label}), but no tensor is called "
+                f"so: NAME.{', NAME.'.join(self._method.suffixes)}. Take that out (quantization_config in config.json) "
+                "if they are plain numbers."
             )
         taken = {name for parts in weights.values() for name in parts.values()}
+        taken |= _beside(self._source.tensors, self._method)
         tensors = {name: info for name, info in self._source.tensors.items() if name not in taken}
         for name, info in tensors.items():
             if info.dtype not in DTYPES:
