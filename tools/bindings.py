@@ -177,6 +177,8 @@ def _ctypes_of(interface: Interface, one: Declared) -> str:
             return _python_name(struct)
         case Declared(type=struct, stars=1, length=0) if struct in interface.structs:
             return f"c.POINTER({_python_name(struct)})"
+        case Declared(type=struct, stars=2, length=0) if struct in interface.structs:
+            return "c.c_void_p"  # addresses of several
         case Declared(type=handle, stars=1, length=0) if handle in interface.opaque:
             return "c.c_void_p"
         case Declared(type=handle, stars=2, length=0) if handle in interface.opaque:

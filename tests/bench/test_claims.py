@@ -14,14 +14,16 @@ import pytest
 from typer.testing import CliRunner
 
 from quadriga.bench import equal_loss
-from quadriga.bench.claims import measures, registry, results, steps
+from quadriga.bench.claims import measures, picture, registry, results, steps
 from quadriga.bench.claims.page import page
 from quadriga.bench.claims.registry import CLAIMS, Claim, Scale, claim
 from quadriga.bench.claims.results import Record
 from quadriga.bench.claims.steps import Step, run_steps, toml
 from quadriga.cli import app
 from quadriga.errors import EvaluationError, QuadrigaError
-from quadriga.train.config import RunConfig, parse_toml
+from quadriga.model.cost import n_params
+from quadriga.train.architecture import model_config
+from quadriga.train.config import ModelSection, RunConfig, parse_toml
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = ROOT / "recipes"
@@ -106,7 +108,13 @@ def test_every_claims_training_files_are_valid(one: Claim, tmp_path: Path, monke
         found = parse_toml(path.read_bytes(), RunConfig)
         assert found.parallel.dtype == "float32" and str(found.seed) == path.stem.rpartition("-s")[2]
     assert all("{" not in word for words in program.calls for word in words)
-    groups = {"mpt-compute": (6, 0), "moe-flops": (4, 2), "fine-grained": (2, 2), "aggregators": (4, 2)}
+    groups = {
+        "mpt-compute": (6, 0),
+        "moe-flops": (4, 2),
+        "moe-flops-sizes": (18, 0),
+        "fine-grained": (2, 2),
+        "aggregators": (4, 2),
+    }
     found = tuple(len(list((tmp_path / folder).glob("*.toml"))) for folder in (one.name, "shared"))
     assert found == groups.get(one.name, (0, 0))
 
@@ -147,9 +155,8 @@ def test_flops_to_equal_loss_by_hand(tmp_path: Path) -> None:
     finished(tmp_path, "nano-s2", 1e14, 4.00)  # better than both
     found = measures.flops_to_equal_loss(tmp_path)
     assert found.parts == {"nano-s1": pytest.approx(math.sqrt(2)), "nano-s2": pytest.approx(2.0)}
-    assert (found.value, found.low, found.high) == tuple(
-        map(pytest.approx, ((math.sqrt(2) + 2) / 2, math.sqrt(2), 2.0))
-    )
+    mean, reach = (math.sqrt(2) + 2) / 2, 12.706 * (2 - math.sqrt(2)) / 2  # t of one degree; s / sqrt(2) of two values
+    assert (found.value, found.low, found.high) == tuple(map(pytest.approx, (mean, mean - reach, mean + reach)))
     assert found.note == "only bounds, as the runs do not enclose the loss: nano-s2 >"
 
 
@@ -167,6 +174,35 @@ def test_bits_a_byte_compare_vocabularies(tmp_path: Path) -> None:
     assert f"nano-dbrx-s1 {bits:.3f}" in found.note
 
 
+def test_the_gain_of_several_sizes_and_its_trend(tmp_path: Path) -> None:
+    for width, flops, mixture in ((4, 1e13, 4.11), (6, 1e14, 4.16), (8, 1e15, 4.11)):
+        finished(tmp_path, f"dense-{width}-s1", flops, 4.21)
+        finished(tmp_path, f"dense-2x-{width}-s1", 2 * flops, 4.11)
+        finished(tmp_path, f"modern-{width}-s1", flops, mixture)
+    found = measures.flops_by_size((4, 6, 8))(tmp_path)
+    assert found.parts == {
+        "width 4": pytest.approx(2.0), "width 6": pytest.approx(math.sqrt(2)), "width 8": pytest.approx(2.0)
+    }  # fmt: skip
+    assert (found.value, found.low, found.high) == (pytest.approx(2.0), None, None)
+    assert found.note == "+0.00 for ten times the arithmetic" and len(found.curves) == 9
+
+
+def test_the_sizes_of_a_claim_have_equal_work() -> None:
+    for width, kinds in registry.SIZES.items():
+        active = {}
+        for kind, (d_model, n_layers, d_ff) in kinds.items():
+            recipe = RECIPES / {"modern": "modern.toml"}.get(kind, f"nano-{kind}.toml")
+            values = tomllib.loads(recipe.read_text())["model"] | {
+                "d_model": d_model,
+                "n_layers": n_layers,
+                "d_ff": d_ff,
+            }
+            values |= {"n_heads": d_model // 32, "n_kv_heads": 1 if width < 192 else 2}
+            active[kind] = n_params(model_config(ModelSection(**values), 8192)).active_without_input
+        assert active["modern"] == pytest.approx(active["dense"], rel=0.02), width
+        assert active["dense-2x"] == pytest.approx(2 * active["dense"], rel=0.03), width
+
+
 def test_variants_are_compared_seed_by_seed(tmp_path: Path) -> None:
     own, shared = tmp_path / "aggregators", tmp_path / "shared"
     for seed, base in ((1, 4.0), (2, 4.3)):
@@ -176,8 +212,20 @@ def test_variants_are_compared_seed_by_seed(tmp_path: Path) -> None:
     finished(shared, "nano-s3", 1e14, 9.0)  # of a claim that ran three seeds
     found = measures.loss_differences("vote", "fuse", than="nano")(own)
     assert found.parts == {"vote": pytest.approx(-0.03), "fuse": pytest.approx(0.1)}
-    assert (found.value, found.low, found.high) == tuple(map(pytest.approx, (-0.03, -0.04, -0.02)))
+    reach = 12.706 * 0.01
+    assert (found.value, found.low, found.high) == tuple(map(pytest.approx, (-0.03, -0.03 - reach, -0.03 + reach)))
     assert found.note.startswith("vote less nano, ")
+    assert found.curves["fuse-s2"] == [(1e14, 4.4)] and set(found.curves) == {
+        *(f"{kind}-s{seed}" for kind in ("vote", "fuse") for seed in (1, 2)),
+        *("nano-s1", "nano-s2", "nano-s3"),
+    }
+
+
+def test_the_interval_of_a_mean_by_hand() -> None:
+    assert measures.interval([1.0, 2.0, 6.0]) == tuple(map(pytest.approx, (3 - 6.57294, 3 + 6.57294)))
+    low, high = measures.interval([5.0, 7.0] * 40)  # more than the table has: the last of it
+    assert low is not None and high is not None and high - low == pytest.approx(2 * 2.086 * math.sqrt(80 / 79 / 80))
+    assert measures.interval([4.0]) == (None, None)
 
 
 def test_an_unfinished_run_is_an_error(tmp_path: Path) -> None:
@@ -252,6 +300,13 @@ def test_verdicts(at_least: float | None, at_most: float | None, expected: str) 
     assert results.verdict(one, None) == "not reproduced"
 
 
+def test_one_run_reproduces_partly() -> None:
+    alone = replace(RECORD, low=None, high=None)
+    assert results.verdict(claim("inference"), alone) == "partly reproduced"
+    assert results.verdict(claim("inference"), replace(alone, value=1.0)) == "not reproduced"
+    assert results.shown(claim("inference"), alone) == "2 (one run: no interval) times"
+
+
 def test_the_newest_record_is_shown(tmp_path: Path) -> None:
     one = claim("inference")
     shipped = results.newest(one, tmp_path)
@@ -299,6 +354,25 @@ def test_every_claim_can_fail_and_has_commands() -> None:
         assert one.steps(Scale()), one.name
     assert len({one.name for one in CLAIMS}) == len(CLAIMS)
     assert steps.toml({"a": 1, "b": {"c": [1.5, "x"]}}) == 'a = 1\n\n[b]\nc = [1.5, "x"]\n'
+
+
+def test_a_record_with_curves_has_a_picture(tmp_path: Path) -> None:
+    curves = {f"{kind}-s{seed}": [[1e14, 5.0], [2e14, 4.0 + seed]] for kind in ("nano", "vote") for seed in (1, 2)}
+    drawn = replace(RECORD, curves=curves)
+    picture.draw(drawn, tmp_path / "x.svg")
+    text = (tmp_path / "x.svg").read_text()
+    assert text.count("<!-- nano -->") == text.count("<!-- vote -->") == 1, "an entry for each kind, not each seed"
+    assert picture.picture_of(claim("aggregators"), drawn) == "images/claim-aggregators.svg"
+    assert picture.picture_of(claim("inference"), RECORD) == "images/claim.svg"
+    assert picture.picture_of(claim("inference"), None) == picture.picture_of(claim("aggregators"), RECORD) == ""
+    again = json.loads(results.as_text(drawn))
+    assert Record(**again) == drawn
+
+
+def test_pictures_of_the_page_are_there() -> None:
+    for one in CLAIMS:
+        where = picture.picture_of(one, results.newest(one, Path("/nonexistent")))
+        assert not where or (ROOT / "docs" / where).is_file(), f"quadriga claims page --write docs/claims.md: {where}"
 
 
 def test_the_page_is_what_the_records_say() -> None:

@@ -40,7 +40,7 @@ def test_what_fits_depends_on_the_memory_and_the_context(capsys, monkeypatch):
     # q4 weights take 70.6 GiB, a cache of 32,768 positions 5 more.
     monkeypatch.setattr("quadriga.cli.info_report.memory_bytes", lambda: (100 * 2**30, 71 * 2**30))
     short, full = facts_of(capsys, "dbrx-132b", context=1)["formats"], facts_of(capsys, "dbrx-132b")["formats"]
-    assert [form for form, row in short.items() if row["fits"]] == ["q4", "q3k", "q2k", "gguf-q4_0"]
+    assert [form for form, row in short.items() if row["fits"]] == ["q4", "iq4nl", "iq4xs", "q3k", "q2k", "gguf-q4_0"]
     assert [form for form, row in full.items() if row["fits"]] == ["q3k", "q2k"]
     assert full["q4"]["bytes_with_context"] - short["q4"]["bytes_with_context"] == 32_767 * 163_840
 

@@ -169,3 +169,10 @@ def test_logits_are_left_as_they_are() -> None:
     asked = SamplingParams(temperature=0.5, top_k=5, repetition_penalty=2.0, logit_bias={3: 9.0}, logprobs=3, seed=1)
     by_kernels(kernels(), [Sampler(asked, [1, 2], 500, Unused([4])) for _ in rows], rows)
     np.testing.assert_array_equal(rows, before)
+
+
+@pytest.mark.parametrize("rows", [shapes(12).astype(np.float64), shapes(12)[:, ::2]], ids=["float64", "every second"])
+def test_rows_that_are_not_as_the_kernels_read_them_are_refused(rows: Any) -> None:
+    setting = Sampler(SamplingParams(), [], rows.shape[1]).ask()
+    with pytest.raises((AssertionError, TypeError)):
+        kernels().sample(rows, [0], [setting])

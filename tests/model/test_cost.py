@@ -123,10 +123,13 @@ def test_weight_bytes_of_dbrx():
     router_and_norms = 40 * (16 + 2) * 6144 + 6144
     everywhere = (131_596_523_520 - router_and_norms) * 4.5 / 8 + router_and_norms * 4
     assert cost.weight_bytes(dbrx, "gguf-q4_0") == everywhere
-    # The kernels' blocks of 256 have 4.625 bits, tables 8.5, and what one token reads of a table is a row.
+    # Tables of the kernels' blocks have 8.5 bits, and what one token reads of a table is a row.
     tables = 2 * 616_562_688
-    blocks = (131_596_523_520 - router_and_norms - tables) * 4.625 / 8
-    assert cost.weight_bytes(dbrx, "q4k") == blocks + tables * 8.5 / 8 + router_and_norms * 4
+    matrices = 131_596_523_520 - router_and_norms - tables
+    of_32 = {"q5m": 6, "q5": 5.5, "q4m": 5, "iq4nl": 4.5}
+    of_256 = {"q6k": 6.625, "q5k": 5.625, "q4k": 4.625, "iq4xs": 4.375, "q3k": 3.625, "q2k": 2.625}
+    for form, bits in (of_32 | of_256).items():
+        assert cost.weight_bytes(dbrx, form) == matrices * bits / 8 + tables * 8.5 / 8 + router_and_norms * 4
     assert cost.table_bytes(dbrx, "q4k") == tables // 2 * 8.5 / 8
     # Ours leaves both token tables in bfloat16 too.
     wide = router_and_norms + 2 * 616_562_688

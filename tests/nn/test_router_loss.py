@@ -12,7 +12,7 @@ from torch import Tensor
 from quadriga.errors import ConfigError
 from quadriga.nn.context import PackedContext
 from quadriga.nn.moe import RouterStats
-from quadriga.nn.router_loss import load_balancing_loss, router_z_loss
+from quadriga.nn.router_loss import document_balance, load_balancing_loss, router_z_loss
 from quadriga.nn.transformer import Transformer
 from tests.golden.checkpoints import FACTS
 from tests.golden.weights import TOKENS, ragged
@@ -82,6 +82,33 @@ def test_masked_rows_count_nowhere() -> None:
     for form in ("hf", "megablocks"):
         assert torch.equal(load_balancing_loss(stats, form=form, mask=mask), load_balancing_loss(short, form=form))
     assert torch.equal(router_z_loss(stats, mask=mask), router_z_loss(short))
+
+
+def test_documents_are_balanced_each_by_its_own_tokens() -> None:
+    """The mean over tokens of the loss of their document alone; what is masked counts nowhere."""
+    stats, bounds = random_stats(), torch.tensor([0, 4, 5, 21, 23, N])
+    mask = torch.ones(N, dtype=torch.bool)
+    mask[21:23] = False  # a padding document
+    mask[7] = False
+    expected = 0.0
+    for a, b in ((0, 4), (4, 5), (5, 21), (23, N)):
+        rows = [layer.probs[a:b][mask[a:b]].double().numpy() for layer in stats]
+        expected += len(rows[0]) * router_losses.megablocks_balance(rows, K)
+    assert document_balance(stats, mask, bounds).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_document_is_a_batch() -> None:
+    stats = random_stats()
+    found = document_balance(stats, torch.ones(N, dtype=torch.bool), torch.tensor([0, N])) / N
+    assert found.item() == pytest.approx(load_balancing_loss(stats, form="megablocks").item(), rel=1e-6)
+
+
+def test_documents_cannot_hide_each_other_s_imbalance() -> None:
+    logits = torch.tensor([[9.0, 0.0]] * 3 + [[0.0, 9.0]] * 3, requires_grad=True)
+    loss = document_balance([stats_of(logits, 1)], torch.ones(6, dtype=torch.bool), torch.tensor([0, 3, 6])) / 6
+    assert loss.item() == pytest.approx(2, abs=0.01)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert (grad[:3, 0] > 0).all() and (grad[3:, 1] > 0).all(), "each document's favourite is pushed down"
 
 
 def test_a_second_softmax_gives_another_loss() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quadriga.nn.context import PackedContext
-from quadriga.nn.router_loss import Usage, balance_loss, load_balancing_loss, router_z_loss
+from quadriga.nn.router_loss import Usage, balance_loss, document_balance, load_balancing_loss, router_z_loss
 from quadriga.train.batch import IGNORE, TrainingBatch
 from quadriga.train.config import RouterSection
 from quadriga.train.losses import NextToken
@@ -18,7 +18,7 @@ from quadriga.train.world import World
 from tests.train import runs
 
 
-@pytest.mark.parametrize("form", ["megablocks", "hf"])
+@pytest.mark.parametrize("form", ["megablocks", "hf", "document"])
 def test_the_objective_equals_a_naive_computation(form: str) -> None:
     model, batch = runs.model(), runs.source().rows(0, 0, 8)
     section = RouterSection(balance_loss=0.3, balance_form=form, z_loss=0.01)  # type: ignore[arg-type]
@@ -26,7 +26,10 @@ def test_the_objective_equals_a_naive_computation(form: str) -> None:
     out = model(batch.tokens, PackedContext(batch.bounds.diff().tolist()), with_stats=True)
     plain = F.cross_entropy(out.logits, batch.targets, reduction="sum")
     mask = batch.real()
-    balance = load_balancing_loss(out.router_stats, form=form, mask=mask)  # type: ignore[arg-type]
+    if form == "document":
+        balance = document_balance(out.router_stats, mask, batch.bounds) / mask.sum()
+    else:
+        balance = load_balancing_loss(out.router_stats, form=form, mask=mask)  # type: ignore[arg-type]
     z = router_z_loss(out.router_stats, mask=mask)
     n = batch.target_weight()
     assert float(metrics["loss"]) == pytest.approx(float(plain), rel=1e-5)

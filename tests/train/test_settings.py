@@ -12,10 +12,10 @@ import pytest
 
 from quadriga.errors import ConfigError, TrainingError
 from quadriga.model.cost import n_params
+from quadriga.train.architecture import model_config
 from quadriga.train.changes import changes, described
 from quadriga.train.config import GuardSection, RunConfig, ScheduleSection, parse_toml, read_toml
 from quadriga.train.guard import SpikeGuard
-from quadriga.train.initialise import model_config
 from quadriga.train.schedule import bias_share, learning_rate_share, unreached
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.toml"))
@@ -73,6 +73,10 @@ def test_a_small_file_is_enough() -> None:
         ("[ema]\ndecay = 1.0", "ema.decay must be within"),
         ("[parallel]\nmicro_rows = 0", "micro_rows must be at least 1"),
         ("[router]\nbias_fade = 2.0", "bias_fade must be within"),
+        (
+            "[router]\nbalance_form = 'document'\n[parallel]\ncontext = 2",
+            "'document' needs whole documents on a rank: leave parallel.tensor and parallel.context at 1, got 1 and 2",
+        ),
         ("[router]\nbias_fade = 0.1", "bias_fade is used with router.bias_rate above 0 only, got 0.1: leave it out"),
         ("[optimiser]\nmuon_learning_rate = 1.0", "muon_learning_rate is used with optimiser.name 'muon' only"),
         ("[optimiser]\nmomentum = 0.5", "momentum is used with optimiser.name 'muon' only"),
@@ -184,7 +188,7 @@ def test_bad_steps_do_not_enter_the_window_and_their_number_is_limited() -> None
 
 
 def test_the_aggregate_is_chosen_by_the_recipe() -> None:
-    from quadriga.train.initialise import model_config
+    from quadriga.train.architecture import model_config
 
     for kind in ("weighted_sum", "vote", "fuse"):
         config = parse_toml(

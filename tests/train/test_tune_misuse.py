@@ -39,6 +39,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("dpo", "[parallel]\ncontext = 2", "parallel.context cuts rows or layers, and objective 'dpo' compares whole"),
         ("grpo", "[parallel]\npipeline = 2", "parallel.pipeline cuts rows or layers, and objective 'grpo' compares"),
+        (
+            "sft",
+            "[parallel]\ncontext = 2\n[router]\nbalance_form = 'document'",
+            "balance_form 'document' needs whole documents on a rank",
+        ),
         ("sft", "[parallel]\ntensor = 2\n[lora]\nrank = 3", "an adapter's factors are of whole ones"),
         ("sft", "max_rows = 0", "max_rows must be at least 1, got 0"),
         ("sft", "max_bad_rows = -1", "max_bad_rows must be 0 or above, got -1"),

@@ -26,7 +26,7 @@ class Run:
 
     name: str
     size: str
-    """The name without a last ``-sN``, which is a seed."""
+    """What runs of other seeds have in common with it: see :func:`size_of`."""
     curve: tuple[tuple[float, float], ...]
     domains: dict[str, float]
     """Domain -> its loss at the end, nats a token."""
@@ -65,9 +65,13 @@ def load(path: Path) -> Run:
             curve.append((total, statistics.fmean(domains.values())))
     if not curve or curve[-1][0] < total:
         raise EvaluationError(f"{path}: the last step has no held-out loss, so the run is not at its end")
-    size, _, seed = path.name.rpartition("-s")
-    size = size if seed.isdigit() else path.name
-    return Run(path.name, size, tuple(curve), domains, tokens, statistics.median(speeds))
+    return Run(path.name, size_of(path.name), tuple(curve), domains, tokens, statistics.median(speeds))
+
+
+def size_of(run: str) -> str:
+    """A run's name without a last ``-sN``, which is a seed."""
+    size, _, seed = run.rpartition("-s")
+    return size if seed.isdigit() else run
 
 
 def flops_for(loss: float, line: Sequence[tuple[float, float]]) -> tuple[float, str]:

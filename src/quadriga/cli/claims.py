@@ -102,12 +102,17 @@ def record_command(
 
 @claims_app.command("page")
 def page_command(
-    write: Annotated[Path | None, typer.Option("--write", help="Into this file instead of standard output.")] = None,
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Into this file, with its pictures beside it, in images/.")
+    ] = None,
 ) -> None:
     """The page of all claims (docs/claims.md), from the records that come with this package."""
     from quadriga.bench.claims.page import page
+    from quadriga.bench.claims.picture import draw_all
 
     if write is None:
         print(page(), end="")
-    else:
-        write.write_text(page())
+        return
+    for picture in draw_all(write.parent):
+        print(picture, file=sys.stderr)
+    write.write_text(page())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 _CONTEXT = 4096
 _LEAST_BATCH = 16_000_000
 _LEAST_STEPS = 10_000
-_FORMATS_ABREAST = 3
-"""Of the formats that weights are served in, in the first table; the others stand in a second."""
+_FORMATS_ABREAST = (3, 5, 5)
+"""Of the formats that weights are served in, in each table."""
 
 
 def plan_command(
@@ -284,7 +285,9 @@ def _print_serving(model: str, table: dict[str, Any]) -> None:
 
     console, forms = Console(), list(dict.fromkeys(row["format"] for row in table["serving"]))
     title = Text(f"serve {model}, sequences of {table['context']} positions", style="bold")
-    for some in (forms[:_FORMATS_ABREAST], forms[_FORMATS_ABREAST:]):
+    assert sum(_FORMATS_ABREAST) == len(forms), "every format has its column"
+    for begin, n in zip(accumulate(_FORMATS_ABREAST, initial=0), _FORMATS_ABREAST, strict=False):
+        some = forms[begin : begin + n]
         rows = [row for row in table["serving"] if row["format"] in some]
         shown = Table(title=title, title_justify="left")
         _fill_serving(shown, some, rows)

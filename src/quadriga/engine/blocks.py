@@ -231,6 +231,8 @@ class BlockTable:
 
     def cut(self, n_columns: int) -> None:
         """Give the columns from ``n_columns`` on back, the last one first: it is of the least use to others."""
+        if n_columns >= len(self):
+            return
         for column in range(len(self) - 1, n_columns - 1, -1):
             for row, first in zip(self.rows, self._kept, strict=True):
                 block = row.pop()

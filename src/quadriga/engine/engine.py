@@ -345,8 +345,9 @@ class Engine:
             if isinstance(event, QuadrigaError):  # before the commit: nothing of it goes into the prefix cache
                 self.cancel(request_id)
         self.scheduler.commit(plan, new_tokens, finished)
-        for running in self._beside.running():
-            self.scheduler.hold(running)
+        if self._beside:
+            for running in self._beside.running():
+                self.scheduler.hold(running)
         self._steps += 1
         for request_id in finished:
             self._forget(request_id)
@@ -357,17 +358,14 @@ class Engine:
 
     def _forward(self, plan: PassPlan, batch: PassBatch) -> PassResult:
         """The pass, with what its requests want to know of it."""
-        adapters = None
-        if any(chunk.sequence.adapter for chunk in plan.chunks):
-            adapters = [chunk.sequence.adapter for chunk in plan.chunks for _ in chunk.tokens]
-        ids = [chunk.sequence.request_id for chunk in plan.chunks]
-        routing = any(
-            chunk.samples and i in self._active and self._active[i].request.routing
-            for i, chunk in zip(ids, plan.chunks, strict=True)
-        )
-        return self.runner.forward(
-            batch, adapters=adapters, hidden=any(i in self._embeds for i in ids), routing=routing
-        )
+        adapted = hidden = routing = False
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            adapted |= sequence.adapter != 0
+            hidden |= sequence.embeds
+            routing |= chunk.samples and self._active[sequence.request_id].request.routing
+        adapters = [chunk.sequence.adapter for chunk in plan.chunks for _ in chunk.tokens] if adapted else None
+        return self.runner.forward(batch, adapters=adapters, hidden=hidden, routing=routing)
 
     def _forget(self, request_id: int) -> None:
         """A request has ended well."""

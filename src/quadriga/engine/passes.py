@@ -24,8 +24,10 @@ def build_batch(plan: PassPlan) -> tuple[PassBatch, list[int]]:
     tables = [list[int]() for _ in plan.chunks[0].sequence.blocks.rows]
     rows: list[int] = []
     first_rows: list[int] = []
+    steers = False
     for chunk in plan.chunks:
         n = len(chunk.tokens)
+        steers |= chunk.sequence.steering is not None
         first_rows.append(len(rows))
         if chunk.sequence.all_logits:
             rows.extend(range(len(tokens), len(tokens) + n))
@@ -38,10 +40,12 @@ def build_batch(plan: PassPlan) -> tuple[PassBatch, list[int]]:
             table.extend(row)
         table_starts.append(len(tables[0]))
     ints: list[object] = [tokens, positions, starts, tables, table_starts, rows]
-    if any(chunk.after >= 0 for chunk in plan.chunks):
+    if plan.chunks[0].after >= 0:  # all sequences of a model have slots, or none has
         ints += [[chunk.before for chunk in plan.chunks], [chunk.after for chunk in plan.chunks]]
-    steering, steered = steering_of([(chunk.sequence.steering, len(chunk.tokens)) for chunk in plan.chunks])
-    arrays = (np.array(x, dtype=np.int32) for x in ints)
+    steering = steered = None
+    if steers:
+        steering, steered = steering_of([(chunk.sequence.steering, len(chunk.tokens)) for chunk in plan.chunks])
+    arrays = [np.array(x, dtype=np.int32) for x in ints]
     return PassBatch(*arrays, steering=steering, steered=steered), first_rows
 
 

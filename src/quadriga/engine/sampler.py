@@ -203,12 +203,11 @@ class Sampler:
         Raises:
             RequestError: as :meth:`sample`.
         """
-        require_finite([chosen.log_sum])
+        if not math.isfinite(chosen.log_sum):
+            raise RequestError(_NOT_FINITE)
         if chosen.token_id < 0:
-            if constrained:
-                raise RequestError(_NOTHING_ALLOWED)
-            require_finite([-math.inf])
-        top = tuple((token, logit - chosen.log_sum) for token, logit in chosen.top)
+            raise RequestError(_NOTHING_ALLOWED if constrained else _NOT_FINITE)
+        top = tuple([(token, logit - chosen.log_sum) for token, logit in chosen.top]) if chosen.top else ()
         token = chosen.token_id if instead is None else instead(chosen.token_id)
         # The row may be on a device, and reading one number of it means waiting for all.
         logit = chosen.logit if token == chosen.token_id else float(logits[token])

@@ -218,7 +218,8 @@ class Scheduler:
                     sequence.n_computed = chunk.start
             self._publish(sequence)
             sequence.blocks.cut(max(1, -(-sequence.n_computed // BLOCK_TOKENS)))  # rejected drafts
-            sequence.blocks.let_go(sequence.n_computed)
+            if self._windowed:
+                sequence.blocks.let_go(sequence.n_computed)
             if sequence.request_id in finished:
                 self._end(sequence)
 
@@ -262,6 +263,8 @@ class Scheduler:
 
     def _fill(self, prompts: list[Running], budget: int, chunks: dict[Running, Chunk]) -> int:
         """Give the budget to running and waiting prompts, in turn; what is left of it."""
+        if not prompts and not self.waiting:
+            return budget
         turn = self.waiting.turn_of
         queue = sorted(prompts, key=turn, reverse=True)
         blocked = False

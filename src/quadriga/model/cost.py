@@ -54,15 +54,19 @@ FORMATS = {
     "bf16": WeightFormat("bfloat16", "bfloat16", "bfloat16"),
     "q8": WeightFormat("q8_0", "bfloat16", "bfloat16"),
     "q4": WeightFormat("q4_0", "bfloat16", "bfloat16"),
-    # GGUF's blocks of 256 as the kernels use them, a byte for each scale and minimum.
-    **{form: WeightFormat(form, "q8_0", "float32") for form in ("q6k", "q5k", "q4k", "q3k", "q2k")},
+    # GGUF's blocks as the kernels use them: of 256, a byte for each scale and minimum.
+    **{
+        form: WeightFormat(form, "q8_0", "float32")
+        for form in ("q6k", "q5m", "q5k", "q5", "q4m", "q4k", "iq4nl", "iq4xs", "q3k", "q2k")
+    },
     # GGUF keeps norms and router in float32 whatever the file's type.
     "gguf-f16": WeightFormat("float16", "float16", "float32"),
     "gguf-q8_0": WeightFormat("q8_0", "q8_0", "float32"),
     "gguf-q4_0": WeightFormat("q4_0", "q4_0", "float32"),
 }
-"""Weight formats by name. Blocks of 32 with a 16-bit scale: 8.5 bits a weight in q8, 4.5 in q4; of 256, with scales of
-their own for every 16 or 32: 6.625 in q6k, 5.625 in q5k, 4.625 in q4k, 3.625 in q3k, 2.625 in q2k."""
+"""Weight formats by name. Blocks of 32 with a 16-bit scale: 8.5 bits a weight in q8, 5.5 in q5, 4.5 in q4 and iq4nl,
+with a minimum 6 in q5m, 5 in q4m; of 256, with scales of their own for every 16 or 32: 6.625 in q6k, 5.625 in q5k,
+4.625 in q4k, 4.375 in iq4xs, 3.625 in q3k, 2.625 in q2k."""
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
     hf            E * sum_j sum_e f[j, e] P[e] over the rows of all layers together     perfect balance: k
     megablocks    mean over layers of  E / (T k) * sum_e counts[e] P[e]                 perfect balance: 1
+    document      the same of each document's own tokens; mean of documents, by tokens  perfect balance: 1
 
 f[j, e] is the share of rows whose j-th choice is e, counts[e] = T * sum_j f[j, e], P[e] the mean probability. For one
 layer the first is k times the second, so the same weight means k times the strength: DBRX's published 0.05 is of the
 megablocks form (mosaicml/llm-foundry, databricks/megablocks@78eea65f), transformers applies it in its own. Only P
 carries a gradient; f and counts are constants, as in Switch Transformers (Fedus et al. 2021, eq. 4).
 
-A router of sigmoids has the same losses: P is the mean of its scores divided by their sum, which makes the second form
-DeepSeek-V3's complementary loss (eq. 17-20) over a batch in place of a sequence. A network that every token visits is
-in neither.
+A router of sigmoids has the same losses: P is the mean of its scores divided by their sum, which makes the third form
+DeepSeek-V3's complementary loss of a sequence (eq. 17-20), for a small weight beside a balancing bias, and the second
+one the same over a batch. A network that every token visits is in none.
 
 Probabilities go in once softmaxed. DBRX's first official file softmaxed them a second time inside its loss.
 """
@@ -27,7 +28,7 @@ from torch import Tensor
 from quadriga.errors import ConfigError
 from quadriga.nn.moe import RouterStats
 
-Form = Literal["hf", "megablocks"]
+Form = Literal["hf", "megablocks", "document"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,33 @@ def balance_loss(counts: Tensor, probs: Tensor, n_tokens: Tensor, top_k: int, fo
         case "megablocks":
             return n_experts / (top_k * n_layers) * ((counts / n_tokens) * (probs / n_tokens)).sum()
         case _:
-            raise ConfigError(f"the form of the balance loss must be 'hf' or 'megablocks', got {form!r}")
+            raise ConfigError(f"the form of the balance loss of a batch must be 'hf' or 'megablocks', got {form!r}")
+
+
+def document_balance(stats: Sequence[RouterStats], mask: Tensor, bounds: Tensor) -> Tensor:
+    """The balance loss of documents, each by its own tokens, summed over tokens: see the module docstring.
+
+    Args:
+        stats: one entry per layer.
+        mask: (N,) bool, False for tokens that count in nothing.
+        bounds: (documents + 1,) integers on the host: document i is tokens [bounds[i], bounds[i + 1]).
+
+    Returns:
+        a float32 scalar, to be divided by the number of tokens, differentiable through the probabilities.
+    """
+    lengths = bounds.diff().long()
+    place = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(mask.device)
+    n_tokens = lengths.new_zeros(len(lengths), device=mask.device).scatter_add_(0, place, mask.long()).clamp(min=1)
+    total = torch.zeros((), device=mask.device)
+    for layer in stats:
+        n_experts, top_k = layer.probs.shape[1], layer.expert_ids.shape[1]
+        slots = (place[:, None] * n_experts + layer.expert_ids).flatten()
+        counted = mask[:, None].expand(-1, top_k).flatten().to(layer.probs.dtype)
+        counts = counted.new_zeros(len(lengths) * n_experts).scatter_add_(0, slots, counted).view(-1, n_experts)
+        kept = torch.where(mask[:, None], layer.probs, 0.0)
+        probs = torch.zeros_like(counts).index_add_(0, place, kept)
+        total = total + n_experts / top_k * ((counts * probs).sum(1) / n_tokens).sum()
+    return total / len(stats)
 
 
 def load_balancing_loss(stats: Sequence[RouterStats], *, form: Form, mask: Tensor | None = None) -> Tensor:
@@ -77,7 +104,7 @@ def load_balancing_loss(stats: Sequence[RouterStats], *, form: Form, mask: Tenso
 
     Args:
         stats: one entry per layer, as the Transformer returned them.
-        form: see the module docstring.
+        form: "hf" or "megablocks": see the module docstring.
         mask: (N,) bool, False for padding tokens, which count neither in f nor in P.
 
     Returns:

@@ -3,8 +3,9 @@
     bias_e += rate * sign(mean load - load_e)        after every step, over the global batch
 
 (Wang et al. 2024; DeepSeek-V3 2.1.2.) The bias changes which experts are chosen, not the weights of their outputs, and
-has no gradient. DBRX's checkpoint formats cannot store it, so it fades to 0 towards the end of the run: the router
-learns to do without it, and the exported model is the model that was trained.
+has no gradient. Most checkpoint formats, DBRX's among them, cannot store it, so it fades to 0 towards the end of the
+run: the router learns to do without it, and the exported model is the model that was trained. Families whose routers
+have a correction of this kind get it added to theirs by the export, and need no fade.
 """
 
 from __future__ import annotations

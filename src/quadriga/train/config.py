@@ -171,13 +171,15 @@ class RouterSection(Section, frozen=True):
 
     balance_loss: float | None = None
     """Weight of the balance loss; None: the model's own (DBRX: 0.05)."""
-    balance_form: Literal["megablocks", "hf"] = "megablocks"
-    """Definition of the balance loss (``nn.router_loss``); with "hf" the same weight is top_k times stronger."""
+    balance_form: Literal["megablocks", "hf", "document"] = "megablocks"
+    """Definition of the balance loss (``nn.router_loss``); with "hf" the same weight is top_k times stronger.
+    "document" balances each document's own tokens, for a small weight beside ``bias_rate`` (DeepSeek-V3: 1e-4)."""
     z_loss: float = 0.0
     bias_rate: float = 0.0
     """Loss-free balancing: the change of an expert's bias per step, against its load. 0: off."""
     bias_fade: float = 0.2
-    """Fraction of the run at its end over which the bias fades to 0, because no checkpoint format can store it."""
+    """Fraction of the run at its end over which the bias fades to 0. 0: never, for a model whose family stores such a
+    bias (GLM-4.5, dots.llm1, ERNIE, MiniMax); other checkpoint formats have no place for it."""
 
     def __post_init__(self) -> None:
         _not_negative("router", balance_loss=self.balance_loss or 0.0, z_loss=self.z_loss, bias_rate=self.bias_rate)
@@ -215,6 +217,19 @@ class ParallelSection(Section, frozen=True):
         _positive("parallel", tensor=self.tensor, context=self.context, pipeline=self.pipeline)
         ok = self.micro_rows is None or self.micro_rows > 0
         _require(ok, f"parallel.micro_rows must be at least 1, got {self.micro_rows}")
+
+
+def require_whole_documents(router: RouterSection, parallel: ParallelSection) -> None:
+    """Check that documents are not cut where they are balanced each.
+
+    Raises:
+        ConfigError: ranks would have parts of rows.
+    """
+    _require(
+        router.balance_form != "document" or parallel.tensor * parallel.context == 1,
+        "router.balance_form 'document' needs whole documents on a rank: leave parallel.tensor and "
+        f"parallel.context at 1, got {parallel.tensor} and {parallel.context}",
+    )
 
 
 class GuardSection(Section, frozen=True):
@@ -320,6 +335,7 @@ class RunConfig(Section, frozen=True):
 
     def __post_init__(self) -> None:
         require_run(self.run)
+        require_whole_documents(self.router, self.parallel)
 
     @property
     def n_steps(self) -> int:

@@ -25,6 +25,7 @@ from quadriga.model.config import ModelConfig
 from quadriga.model.config_json import config_from_json
 from quadriga.model.weight_map import check_cover, parameter_shapes, source_index, source_shapes, whole
 from quadriga.train.run_directory import RunDirectory, newest, read_manifest
+from quadriga.train.schedule import bias_share
 from quadriga.train.shards import ShardReader
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,11 +57,7 @@ def export(
     folder, state, files = _checkpoint(RunDirectory(run), step)
     config = config_from_json(state["model"])
     reader = ShardReader([folder / name for name in files])
-    if "router_bias" in reader.names() and reader.whole("router_bias").abs().max() > 0 and not _faded(state, folder):
-        raise ConfigError(
-            f"{folder} chooses experts with a bias (router.bias_rate), which no checkpoint format can store. Export "
-            "the run's last checkpoint, where the bias is 0."
-        )
+    balancing = _balancing(reader, config, state, folder)
     kind = "ema" if any(name.startswith("ema/") for name in reader.names()) else "parameter"
     names = {name: f"{kind}/{name}" for name in parameter_shapes(config)}
     # A router's correction is trained by no gradient, so it has no average; and it keeps its float32.
@@ -69,6 +66,8 @@ def export(
         name: reader.whole(f"parameter/{name}") if name in fixed else reader.whole(stored).to(DTYPES[dtype])
         for name, stored in names.items()
     }
+    for name, bias in balancing.items():
+        parameters[name] = parameters[name] + bias
     write_hf(parameters, config, out, tokenizer_files)
     return int(folder.name.removeprefix("step-"))
 
@@ -87,11 +86,27 @@ def _checkpoint(run: RunDirectory, step: int | None) -> tuple[Path, dict[str, An
     return folder, manifest.state, list(manifest.files)
 
 
-def _faded(state: Mapping[str, Any], folder: Path) -> bool:
-    """True if the checkpoint is after the last step of a run whose bias fades to 0."""
+def _balancing(reader: ShardReader, config: ModelConfig, state: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
+    """Name of a router's stored correction -> what loss-free balancing adds to it; empty where the bias is 0.
+
+    Raises:
+        ConfigError: the bias is not 0, and the model's family stores none.
+    """
+    if "router_bias" not in reader.names():
+        return {}
     settings = state.get("settings", {})
-    done = int(folder.name.removeprefix("step-")) >= settings.get("n_steps", math.inf)
-    return bool(settings.get("router.bias_fade")) and done
+    n_steps, fade = settings.get("n_steps", math.inf), settings.get("router.bias_fade", 0.0)
+    share = bias_share(int(folder.name.removeprefix("step-")), n_steps, fade) if fade else 1.0
+    bias = reader.whole("router_bias") * share
+    if not bias.any():
+        return {}
+    names = [f"layers.{layer}.moe.router.correction" for layer, spec in config.moe_layers if spec.correction]
+    if len(names) < len(bias):
+        raise ConfigError(
+            f"{folder} chooses experts with a bias (router.bias_rate), which this family's checkpoints cannot store. "
+            "Export the run's last checkpoint, with router.bias_fade above 0: the bias is 0 there."
+        )
+    return dict(zip(names, bias, strict=True))
 
 
 def write_hf(

@@ -1,4 +1,4 @@
-"""The initial configuration and weights of a run's model.
+"""The initial weights of a run's model.
 
 New matrices are drawn from N(0, init_std^2); the projections back into the residual stream (wo, w_down) are divided by
 sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2; LLM Foundry does so for DBRX's family). Norms
@@ -14,7 +14,6 @@ the same bits:
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -23,77 +22,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quadriga.errors import ConfigError
 from quadriga.hub import catalogue
 from quadriga.io.open import open_checkpoint
 from quadriga.kernels.arrays import tensor
-from quadriga.model import families
-from quadriga.model.config import ModelConfig, MoESpec, RopeSpec, uniform
+from quadriga.model.config import ModelConfig
 from quadriga.model.weight_map import Box, parameter_shapes
 from quadriga.nn.load import load_parameters
 from quadriga.text.tokenizer import Tokenizer
-from quadriga.train.config import ModelSection
 from quadriga.train.corpus.words import mix
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """SplitMix64's step; its i-th number from key is mix(key + (i + 1) golden)."""
 _AT_ONCE = 1 << 20
 """Elements computed at once, so that what is between stays in cache."""
-
-
-def model_config(section: ModelSection, n_vocab: int, end_ids: tuple[int, ...] = ()) -> ModelConfig:
-    """The configuration of a new model: a preset with the section's sizes replacing its own.
-
-    Args:
-        n_vocab: size of the corpus's vocabulary; the embedding table gets at least as many rows.
-        end_ids: the ids that end a text.
-
-    Raises:
-        ConfigError: unknown preset, impossible sizes, or an embedding table smaller than the vocabulary.
-    """
-    assert section.preset is not None, "ModelSection checks that preset or start is given"
-    base = families.preset(section.preset)
-    rows = section.vocab_size or -(-n_vocab // 64) * 64
-    if rows < n_vocab:
-        raise ConfigError(f"model.vocab_size must be at least the corpus's {n_vocab} ids, got {rows}")
-    d_model = section.d_model or base.d_model
-    layer = base.only_layer("a model made from a preset")
-    attention = layer.attention
-    n_heads = section.n_heads or attention.n_heads
-    ffn = replace(layer.network, d_ff=section.d_ff or layer.network.d_ff * d_model // base.d_model)
-    if isinstance(ffn, MoESpec):
-        ffn = replace(
-            ffn,
-            n_experts=section.n_experts or ffn.n_experts,
-            top_k=section.top_k or ffn.top_k,
-            aggregate=section.aggregate or ffn.aggregate,
-        )
-    elif section.n_experts or section.top_k or section.aggregate:
-        raise ConfigError(
-            f"model.n_experts, model.top_k and model.aggregate need a preset with experts; {section.preset} is dense"
-        )
-    position = attention.position
-    if section.rope_theta is not None:
-        if not isinstance(position, RopeSpec):
-            raise ConfigError(f"model.rope_theta needs a preset with rotary positions; {section.preset} has none")
-        position = replace(position, theta=section.rope_theta)
-    mixer = replace(
-        attention,
-        n_heads=n_heads,
-        n_kv_heads=section.n_kv_heads or min(attention.n_kv_heads, n_heads),
-        head_dim=section.head_dim or d_model // n_heads,
-        position=position,
-    )
-    return replace(
-        base,
-        vocab_size=rows,
-        d_model=d_model,
-        max_seq_len=section.max_seq_len or base.max_seq_len,
-        layers=uniform(replace(layer, mixer=mixer, ffn=ffn), section.n_layers or base.n_layers),
-        bos_id=None,
-        eos_ids=end_ids,
-        pad_id=None,
-    )
 
 
 class NewWeights:

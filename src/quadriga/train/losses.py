@@ -5,7 +5,8 @@
 The trainer divides by the weight of the global batch, so the balance loss enters as its mean over micro-steps. Balance
 and z losses are computed over all tokens of a micro-step on all ranks: counts are summed over the ranks once per
 micro-step, in one message for all layers, and each rank adds the share of its own tokens. So value and gradient are the
-same for any number of ranks, also with idle experts or ranks.
+same for any number of ranks, also with idle experts or ranks. Documents are balanced where they are: no rank may have a
+part of one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from quadriga.kernels import training
 from quadriga.model.config import ModelConfig
 from quadriga.nn.linear import whole
 from quadriga.nn.moe import RouterStats
-from quadriga.nn.router_loss import Form, Usage, balance_loss
+from quadriga.nn.router_loss import Form, Usage, balance_loss, document_balance
 from quadriga.nn.transformer import Transformer
 from quadriga.train.batch import TrainingBatch
 from quadriga.train.config import RouterSection
@@ -106,7 +107,10 @@ class NextToken:
         together = self.world.sum(own, None if batch.stage is None else batch.stage.ranks)
         counts = together[:-2].view_as(usage.counts)
         n_tokens, weight = together[-2].clamp(min=1), together[-1]
-        balance = balance_loss(counts, usage.probs, n_tokens, self.top_k, self.balance_form)
+        if self.balance_form == "document":
+            balance = document_balance(stats, mask, batch.bounds) / n_tokens
+        else:
+            balance = balance_loss(counts, usage.probs, n_tokens, self.top_k, self.balance_form)
         if batch.stage is not None:
             balance = balance * batch.stage.mixture_share  # it is a mean over the layers
         squares = [layer.logits.logsumexp(-1).square() for layer in stats]

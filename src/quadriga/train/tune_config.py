@@ -28,6 +28,7 @@ from quadriga.train.config import (
     ScheduleSection,
     Section,
     require_run,
+    require_whole_documents,
 )
 
 Objectives = Literal["sft", "text", "distill", "dpo", "orpo", "grpo"]
@@ -290,6 +291,7 @@ class TuneConfig(Section, frozen=True):
                     "models: leave it at 1. With 'sft' and 'text' it may be above; this one runs over FSDP, "
                     "parallel.replicate and parallel.experts"
                 )
+        require_whole_documents(self.router, ranks)
         if ranks.tensor > 1 and self.lora is not None:
             raise ConfigError(
                 "parallel.tensor cuts matrices by heads and columns, and an adapter's factors are of whole ones: leave "

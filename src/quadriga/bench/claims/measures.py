@@ -6,14 +6,16 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from quadriga.bench import equal_loss
 from quadriga.bench.claims.steps import shared_folder
 from quadriga.errors import EvaluationError
+
+Curves = dict[str, list[tuple[float, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +24,39 @@ class Measured:
 
     Attributes:
         value: the figure beside the claim's.
-        low, high: the spread: the least and the most of repeated measurements; equal to ``value`` where nothing varies.
+        low, high: where it lies with 95 % confidence; equal to ``value`` where nothing varies, None where one
+            measurement of what varies says nothing about it.
         parts: label -> value: what ``value`` is made of.
         note: what must be said with it.
+        curves: training run -> its points of (floating-point operations so far, held-out loss).
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     parts: dict[str, float]
     note: str = ""
+    curves: Curves = field(default_factory=dict)
+
+
+# t of Student's distribution that 95 % lie within, by degrees of freedom from 1.
+_T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % confidence interval of the mean of measurements that vary, e.g. one a seed; (None, None) of one.
+
+    mean +- t s / sqrt(n), t of Student's distribution with n - 1 degrees of freedom (with more than 20: that of 20).
+    """
+    if len(values) < 2:
+        return None, None
+    t = _T95[min(len(values) - 1, len(_T95)) - 1]
+    reach = t * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - reach, mean + reach
 
 
 def _exactly(value: float, parts: dict[str, float], note: str = "") -> Measured:
@@ -98,6 +123,11 @@ def _seed(run: str) -> str:
     return run.rpartition("-s")[2]
 
 
+def _curves(runs: Sequence[equal_loss.Run]) -> Curves:
+    """Points that a picture needs, to five digits."""
+    return {run.name: [(float(f"{x:.5g}"), round(y, 5)) for x, y in run.curve if x > 0] for run in runs}
+
+
 def flops_to_equal_loss(folder: Path) -> Measured:
     """Arithmetic of dense models over a mixture's at its loss: equal-loss.csv, else the runs."""
     table = folder / "equal-loss.csv"
@@ -105,21 +135,48 @@ def flops_to_equal_loss(folder: Path) -> Measured:
         with table.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["dense_over_it"]]
         ratios = {row["run"]: float(row["dense_over_it"]) for row in rows}
-        bounds = {row["run"]: row["bound"] for row in rows}
-    else:
-        line = equal_loss.line_of([*_runs(folder, "nano-dense"), *_runs(folder, "nano-dense-2x")])
-        ratios, bounds = {}, {}
-        for run in _runs(folder, "nano"):
-            needed, bounds[run.name] = equal_loss.flops_for(run.loss, line)
-            ratios[run.name] = needed / run.flops
-    return _spread(ratios, bounds)
+        return _over_seeds(ratios, {row["run"]: row["bound"] for row in rows}, {})
+    dense = [*_runs(folder, "nano-dense"), *_runs(folder, "nano-dense-2x")]
+    return _dense_over(_runs(folder, "nano"), dense)
 
 
-def _spread(ratios: dict[str, float], bounds: dict[str, str]) -> Measured:
+def _dense_over(
+    mixtures: Sequence[equal_loss.Run], dense: Sequence[equal_loss.Run], losses: Mapping[str, float] | None = None
+) -> Measured:
+    """Arithmetic of the dense runs' line over each mixture's at its loss; ``losses`` replace the runs' own."""
+    line = equal_loss.line_of(dense, losses)
+    ratios, bounds = {}, {}
+    for run in mixtures:
+        needed, bounds[run.name] = equal_loss.flops_for(run.loss if losses is None else losses[run.name], line)
+        ratios[run.name] = needed / run.flops
+    return _over_seeds(ratios, bounds, _curves([*mixtures, *dense]))
+
+
+def flops_by_size(widths: Sequence[int]) -> Callable[[Path], Measured]:
+    """A measure: arithmetic of dense models over a mixture's at its loss, at several widths; the largest's value."""
+
+    def read(folder: Path) -> Measured:
+        runs = {width: _runs(folder, f"modern-{width}") for width in widths}
+        found = {
+            width: _dense_over(runs[width], [*_runs(folder, f"dense-{width}"), *_runs(folder, f"dense-2x-{width}")])
+            for width in widths
+        }
+        points = [(math.log10(runs[width][0].flops), found[width].value) for width in widths]
+        slope = statistics.linear_regression(*zip(*points, strict=True)).slope
+        notes = [f"{slope:+.2f} for ten times the arithmetic", *(one.note for one in found.values() if one.note)]
+        curves = {name: points for one in found.values() for name, points in one.curves.items()}
+        parts = {f"width {width}": one.value for width, one in found.items()}
+        return replace(found[max(widths)], parts=parts, note="; ".join(notes), curves=curves)
+
+    return read
+
+
+def _over_seeds(ratios: dict[str, float], bounds: dict[str, str], curves: Curves) -> Measured:
     values = list(ratios.values())
+    low, high = interval(values)
     only = ", ".join(f"{name} {sign}" for name, sign in bounds.items() if sign)
     note = f"only bounds, as the runs do not enclose the loss: {only}" if only else ""
-    return Measured(value=statistics.fmean(values), low=min(values), high=max(values), parts=ratios, note=note)
+    return Measured(value=statistics.fmean(values), low=low, high=high, parts=ratios, note=note, curves=curves)
 
 
 def compute_to_equal_bits(folder: Path) -> Measured:
@@ -128,15 +185,9 @@ def compute_to_equal_bits(folder: Path) -> Measured:
     dbrx = _runs(folder, "nano-dbrx")
     bits = {run.name: equal_loss.bits_per_byte(run, _tokens_per_byte(folder / "corpus-4096.json")) for run in mpt}
     bits |= {run.name: equal_loss.bits_per_byte(run, _tokens_per_byte(folder / "corpus-8192.json")) for run in dbrx}
-    line = equal_loss.line_of(mpt, bits)
-    ratios, bounds = {}, {}
-    for run in dbrx:
-        needed, bounds[run.name] = equal_loss.flops_for(bits[run.name], line)
-        ratios[run.name] = needed / run.flops
-    found = _spread(ratios, bounds)
+    found = _dense_over(dbrx, mpt, bits)
     shown = ", ".join(f"{name} {value:.3f}" for name, value in bits.items())
-    note = f"bits a byte: {shown}. {found.note}".rstrip(". ")
-    return Measured(value=found.value, low=found.low, high=found.high, parts=found.parts, note=note)
+    return replace(found, note=f"bits a byte: {shown}. {found.note}".rstrip(". "))
 
 
 def _tokens_per_byte(path: Path) -> dict[str, float]:
@@ -149,20 +200,23 @@ def loss_differences(*variants: str, than: str) -> Callable[[Path], Measured]:
     """A measure: held-out loss of each variant less that of the runs named ``than``, seed by seed; the best one's."""
 
     def read(folder: Path) -> Measured:
-        losses = {name: {_seed(run.name): run.loss for run in _runs(folder, name)} for name in (than, *variants)}
+        runs = {name: _runs(folder, name) for name in (than, *variants)}
+        losses = {name: {_seed(run.name): run.loss for run in some} for name, some in runs.items()}
         differences = {
             name: [loss - losses[than][seed] for seed, loss in losses[name].items() if seed in losses[than]]
             for name in variants
         }
         means = {name: statistics.fmean(some) for name, some in differences.items()}
         best = min(means, key=lambda name: means[name])
+        low, high = interval(differences[best])
         own = ", ".join(f"{name} {statistics.fmean(by_seed.values()):.4f}" for name, by_seed in losses.items())
         return Measured(
             value=means[best],
-            low=min(differences[best]),
-            high=max(differences[best]),
+            low=low,
+            high=high,
             parts=means,
             note=f"{best} less {than}, nats a token; losses: {own}",
+            curves=_curves([run for some in runs.values() for run in some]),
         )
 
     return read

@@ -1,9 +1,10 @@
-"""docs/claims.md: every claim, its command, its last result with the spread, and the verdict."""
+"""docs/claims.md: every claim, its command, its last result with the interval and a picture, and the verdict."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from quadriga.bench.claims.picture import picture_of
 from quadriga.bench.claims.registry import CLAIMS, Claim, Scale
 from quadriga.bench.claims.results import Record, newest, shown, verdict
 from quadriga.bench.claims.steps import Folders
@@ -20,10 +21,12 @@ quadriga claims run moe-flops --seeds 3 --threads 1       # training runs of hou
 quadriga claims run mpt-compute --seeds 1 --share 0.1     # a short try, marked as one
 ```
 
-**reproduced**: the value and its whole spread are within the bar. **partly reproduced**: only the value is. **not
-reproduced**: the value is not, or it was never run. Most claims are about a scale that no one here has: what is done
-instead is said with each. A plan is arithmetic, not a run. OUT is the claim's folder in `--runs`; SHARED lies beside it
-and holds what several claims need: a corpus, and the run of `recipes/nano.toml` that they compare with.
+Behind a value that varies stands an interval: 95 % confidence of the mean over seeds (Student's t), two standard errors
+of an accuracy, or the spread of a speed's rounds. **reproduced**: the value and its whole interval are within the bar.
+**partly reproduced**: only the value is, or one run is all there is. **not reproduced**: the value is not, or it was
+never run. Most claims are about a scale that no one here has: what is done instead is said with each. A plan is
+arithmetic, not a run. OUT is the claim's folder in `--runs`; SHARED lies beside it and holds what several claims need:
+a corpus, and the run of `recipes/nano.toml` that they compare with.
 """
 
 
@@ -57,6 +60,8 @@ def _section(claim: Claim, record: Record | None) -> list[str]:
     for step in claim.steps(Scale(seeds=1)):
         words = " ".join(step.words(_FOLDERS))
         lines.append(f"  - `quadriga {words}`" + (f" (from `recipes/{step.recipe}`)" if step.recipe else ""))
+    if picture := picture_of(claim, record):
+        lines += ["", f"![{claim.says}]({picture})"]
     return lines
 
 

@@ -9,7 +9,7 @@ import datetime
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +31,8 @@ class Record:
 
     claim: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     parts: dict[str, float]
     note: str
     scale: str
@@ -41,13 +41,15 @@ class Record:
     version: str
     commit: str
     date: str
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
 
 
 def verdict(claim: Claim, record: Record | None) -> Verdict:
-    """reproduced: the value and its whole spread are within the bar. partly: only the value is."""
+    """reproduced: the value and its whole interval are within the bar; partly: the value is, and not its interval."""
     if record is None or not _within(claim, record.value):
         return "not reproduced"
-    return "reproduced" if _within(claim, record.low) and _within(claim, record.high) else "partly reproduced"
+    ends = (record.low, record.high)
+    return "reproduced" if all(end is not None and _within(claim, end) for end in ends) else "partly reproduced"
 
 
 def _within(claim: Claim, value: float) -> bool:
@@ -104,6 +106,7 @@ def record(
         version=__version__,
         commit=of_commit or commit(),
         date=date or datetime.datetime.now(datetime.UTC).date().isoformat(),
+        curves={name: [list(point) for point in points] for name, points in measured.curves.items()},
     )
 
 
@@ -113,8 +116,9 @@ def machine() -> str:
 
 
 def as_text(one: Record) -> str:
-    """A record's file."""
-    return json.dumps(vars(one), indent=1, ensure_ascii=False) + "\n"
+    """A record's file: JSON, a line for each key."""
+    lines = (f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in vars(one).items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def newest(claim: Claim, out: Path) -> Record | None:
@@ -146,7 +150,10 @@ def shown(claim: Claim, one: Record | None) -> str:
     """The value with its spread and unit."""
     if one is None:
         return "never run"
-    spread = "" if one.low == one.high else f" ({one.low:.3g} to {one.high:.3g})"
+    if one.low is None or one.high is None:
+        spread = " (one run: no interval)"
+    else:
+        spread = "" if one.low == one.high else f" ({one.low:.3g} to {one.high:.3g})"
     return f"{one.value:.4g}{spread} {claim.unit}".strip()
 
 

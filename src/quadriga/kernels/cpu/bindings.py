@@ -8,7 +8,7 @@ import ctypes as c
 from enum import IntEnum
 from typing import Any
 
-HEADER_SHA256 = "fa719e29d1b2ff2b4b229c23560c4e8a4ad3520d22f0cd6d61db97d02f67bc07"
+HEADER_SHA256 = "1aff47134d6883bc608f018dcc60d75f5104d50e8033e15836cff250e1f61a02"
 BLOCK_TOKENS = 16
 KV_CHUNK = 256
 MOST_THREADS = 1024
@@ -427,6 +427,17 @@ class Step(c.Structure):
     ]
 
 
+class Sampled(c.Structure):
+    """struct qd_sampled"""
+
+    _fields_ = [
+        ("token", c.c_int32),
+        ("n_top", c.c_int32),
+        ("log_sum", c.c_float),
+        ("logit", c.c_float),
+    ]
+
+
 class Sampling(c.Structure):
     """struct qd_sampling"""
 
@@ -466,17 +477,7 @@ class Sampling(c.Structure):
         ("position", c.c_int64),
         ("top_ids", c.c_void_p),
         ("top_logits", c.c_void_p),
-    ]
-
-
-class Sampled(c.Structure):
-    """struct qd_sampled"""
-
-    _fields_ = [
-        ("token", c.c_int32),
-        ("n_top", c.c_int32),
-        ("log_sum", c.c_float),
-        ("logit", c.c_float),
+        ("chosen", Sampled),
     ]
 
 
@@ -538,8 +539,8 @@ STRUCTS: dict[str, type[c.Structure]] = {
     "qd_merge": Merge,
     "qd_batch": Batch,
     "qd_step": Step,
-    "qd_sampling": Sampling,
     "qd_sampled": Sampled,
+    "qd_sampling": Sampling,
     "qd_search": Search,
     "qd_store_counts": StoreCounts,
     "qd_allocations": Allocations,
@@ -672,10 +673,9 @@ PARAMETERS: dict[str, list[Any]] = {
     ],
     "qd_sample": [
         c.c_void_p,  # context
-        c.POINTER(Sampling),  # rows
+        c.c_void_p,  # rows
         c.c_int64,  # n
         c.c_int64,  # v
-        c.POINTER(Sampled),  # out
         c.POINTER(Message),  # why
     ],
     "qd_gather_rows": [

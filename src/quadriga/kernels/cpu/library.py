@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from quadriga import runtime
 from quadriga.errors import CheckpointError, ConfigError, EngineError, HardwareError, QuadrigaError
 from quadriga.kernels.cpu import bindings
@@ -64,6 +66,15 @@ class _OfThread(threading.local):
 
 
 _of_thread = _OfThread()
+
+
+def address(values: NDArray[Any]) -> int | None:
+    """Where a contiguous array lies; several times as fast as ``values.ctypes``, which counts a dozen times a step.
+
+    Raises:
+        TypeError: it is not contiguous, or may not be written to.
+    """
+    return c.addressof(c.c_char.from_buffer(values.data)) if values.size else None
 
 
 def call(function: Function, *arguments: Any) -> None:

@@ -26,7 +26,6 @@ from quadriga.kernels.cpu.layer_args import (
     DeltaNetArgs,
     FFNArgs,
     Floats,
-    Ints,
     LatentArgs,
     Mamba2Args,
     NormArgs,
@@ -34,11 +33,6 @@ from quadriga.kernels.cpu.layer_args import (
 )
 from quadriga.kernels.cpu.packing import Packed
 from quadriga.kernels.pass_batch import PassBatch
-
-
-def _address(values: Ints | Floats) -> int | None:
-    """Where a contiguous array lies; several times as fast as ``values.ctypes``, which counts a dozen times a step."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(values.data)) if values.size else None
 
 
 class Meeting(Protocol):
@@ -99,6 +93,7 @@ class Program:
         self._segments: list[ctypes.Array[bindings.Step]] = []
         self.d_model = d_model
         self.stream = np.zeros((max_tokens, d_model), dtype=np.float32)
+        self._stream_at = self.stream.ctypes.data
         """The residual stream of the last pass. Without :meth:`embed` a pass begins with what was put there."""
         self._meeting, self._meets_before = meeting, list[int]()
         self._parts = np.zeros(0 if meeting is None else meeting.size * max_tokens * d_model, dtype=np.float32)
@@ -343,31 +338,26 @@ class Program:
         """
         n, n_rows = len(batch.tokens), len(batch.rows)
         assert 0 < n <= self.max_tokens, f"a pass takes 1 to {self.max_tokens} tokens, got {n}"
-        tables = np.ascontiguousarray(np.atleast_2d(batch.tables))
-        assert len(tables) == self._n_groups, f"the cache has {self._n_groups} groups, got tables of {len(tables)}"
+        tables = np.ascontiguousarray(batch.tables)
+        n_groups = 1 if tables.ndim == 1 else len(tables)
+        assert n_groups == self._n_groups, f"the cache has {self._n_groups} groups, got tables of {n_groups}"
         if not self._segments:
             self._segments = self._cut()
         logits: Floats = np.empty((n_rows, self.vocab_size), dtype=np.float32)
-        args = bindings.Batch(
-            n_tokens=n,
-            n_sequences=len(batch.starts) - 1,
-            n_rows=n_rows,
-            tokens=_address(batch.tokens),
-            positions=_address(batch.positions),
-            starts=_address(batch.starts),
-            tables=_address(tables),
-            table_size=tables.shape[1],
-            table_starts=_address(batch.table_starts),
-            rows=_address(batch.rows),
-            logits=_address(logits),
-            hidden=self.stream.ctypes.data,
-            before=None if batch.before is None else batch.before.ctypes.data,
-            after=None if batch.after is None else batch.after.ctypes.data,
-        )
+        # Field by field: a third of the time that a structure takes to be made with all of them by name.
+        args = bindings.Batch()
+        args.n_tokens, args.n_sequences, args.n_rows = n, len(batch.starts) - 1, n_rows
+        args.tokens, args.positions = cpu.address(batch.tokens), cpu.address(batch.positions)
+        args.starts, args.rows = cpu.address(batch.starts), cpu.address(batch.rows)
+        args.tables, args.table_size = cpu.address(tables), tables.shape[-1]
+        args.table_starts = cpu.address(batch.table_starts)
+        args.logits, args.hidden = cpu.address(logits), self._stream_at
+        if batch.before is not None and batch.after is not None:
+            args.before, args.after = cpu.address(batch.before), cpu.address(batch.after)
         if self._meeting is None:
             self.context.run(self._segments[0], args)
             return logits
-        args.branches, args.n_branches, args.branch = _address(self._parts), self._meeting.size, self._meeting.index
+        args.branches, args.n_branches, args.branch = cpu.address(self._parts), self._meeting.size, self._meeting.index
         parts = self._parts[: self._meeting.size * n * self.d_model].reshape(self._meeting.size, n, self.d_model)
         for segment in self._segments[:-1]:
             self.context.run(segment, args)

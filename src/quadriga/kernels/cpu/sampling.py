@@ -7,6 +7,8 @@ alone.
 
 from __future__ import annotations
 
+import ctypes
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadriga.kernels.cpu import bindings
-from quadriga.kernels.cpu.library import Context
+from quadriga.kernels.cpu.library import Context, address
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int32]
@@ -66,7 +68,8 @@ class RowSettings:
         n_top: so many of the most probable tokens are listed.
 
     Attributes:
-        struct: the numbers, and where the arrays lie.
+        struct: the numbers, and where the arrays lie; at last what became of the row.
+        address: where it lies.
         lists: unused, early, ids that are moved, and by how much.
         allowed: see :meth:`set`.
         history: what :meth:`said` was given.
@@ -131,6 +134,8 @@ class RowSettings:
             top_ids=self._top_ids.ctypes.data,
             top_logits=self._top_logits.ctypes.data,
         )
+        self.address = ctypes.addressof(self.struct)
+        self._chosen = self.struct.chosen
 
     def set(self, position: int, *, early: bool, allowed: NDArray[np.bool_] | None) -> None:
         """What is different for every token.
@@ -158,9 +163,12 @@ class RowSettings:
         self._looked_at = history  # its memory must live until the row is sampled
         self.struct.history, self.struct.n_history = history.ctypes.data, len(history)
 
-    def top(self, n: int) -> tuple[tuple[int, float], ...]:
-        """The first n tokens that the last sampling listed, with their logits."""
-        return tuple(zip(self._top_ids[:n].tolist(), self._top_logits[:n].tolist(), strict=True))
+    def sampled(self) -> Sampled:
+        """What became of the row that was sampled last."""
+        chosen = self._chosen
+        n = chosen.n_top
+        top = tuple(zip(self._top_ids[:n].tolist(), self._top_logits[:n].tolist(), strict=True)) if n else ()
+        return Sampled(chosen.token, chosen.log_sum, chosen.logit, top)
 
 
 class TokenSampler(Protocol):
@@ -189,22 +197,17 @@ class RowSampler:
         return self._alone
 
     def sample(self, logits: Logits, places: Sequence[int], settings: Sequence[RowSettings]) -> list[Sampled]:
-        """Choose a token for some rows of logits (R, V) float32, contiguous; one setting for each place.
+        """Choose a token for some rows of logits (R, V) float32, contiguous; one setting for each place, all different.
 
         Raises:
             HardwareError: no memory is left for the intermediate results.
         """
-        logits = np.asarray(logits)
-        assert logits.flags.c_contiguous and logits.dtype == np.float32, "rows lie one after the other"
-        n, v = len(places), logits.shape[-1]
-        base, stride = logits.ctypes.data, 4 * v
-        rows, out = (bindings.Sampling * n)(), (bindings.Sampled * n)()
-        for i in range(n):
-            struct = settings[i].struct
-            struct.logits = base + places[i] * stride
-            rows[i] = struct
-        self._context.call(self._context.lib.qd_sample, rows, n, v, out)
-        return [
-            Sampled(one.token, one.log_sum, one.logit, setting.top(one.n_top) if one.n_top else ())
-            for one, setting in zip(out, settings, strict=True)
-        ]
+        values = logits if isinstance(logits, np.ndarray) else np.asarray(logits)
+        assert values.dtype.char == "f", "logits are float32"
+        v = values.shape[-1]
+        base, stride = address(values), 4 * v
+        for place, setting in zip(places, settings, strict=True):
+            setting.struct.logits = base + place * stride
+        rows = array("Q", [setting.address for setting in settings])
+        self._context.call(self._context.lib.qd_sample, rows.buffer_info()[0], len(rows), v)
+        return [setting.sampled() for setting in settings]

@@ -28,7 +28,10 @@ from quadriga.model.cost import (
 )
 from quadriga.model.plan.hardware import Box
 
-SERVED_FORMATS = ("bf16", "q8", "q4", "q6k", "q5k", "q4k", "q3k", "q2k")
+SERVED_FORMATS = (
+    *("bf16", "q8", "q4"),
+    *("q6k", "q5m", "q5k", "q5", "q4m", "q4k", "iq4nl", "iq4xs", "q3k", "q2k"),
+)
 
 RunsOn = Literal["kernels", "ranks", "torch"]
 """The CPU's kernels in one process, or in one on each machine (``--parallel``); plain torch on one GPU."""

@@ -244,15 +244,14 @@ QD_EXPORT int32_t qd_row_stats(qd_context* context, const float* logits, int64_t
   });
 }
 
-QD_EXPORT int32_t qd_sample(qd_context* context, const qd_sampling* rows, int64_t n, int64_t v, qd_sampled* out,
-                            qd_message* why) {
+QD_EXPORT int32_t qd_sample(qd_context* context, qd_sampling** rows, int64_t n, int64_t v, qd_message* why) {
   return in_turn(context, why, [&](qd_context& c) {
     check(v > 0 && v <= INT32_MAX, "a vocabulary has from 1 to 2^31 - 1 tokens", v);
     int64_t n_history = 0;
-    for (int64_t i = 0; i < n; ++i) n_history = rows[i].n_history > n_history ? rows[i].n_history : n_history;
+    for (int64_t i = 0; i < n; ++i) n_history = rows[i]->n_history > n_history ? rows[i]->n_history : n_history;
     c.reserve(&qd_context::Thread::a, sample_scratch(v, n_history));
     c.pool.run(n, 1, [&](int64_t begin, int64_t end, int thread) {
-      for (int64_t i = begin; i < end; ++i) c.kernels->sample(rows[i], v, c.of_thread[size_t(thread)].a.data(), out + i);
+      for (int64_t i = begin; i < end; ++i) c.kernels->sample(*rows[i], v, c.of_thread[size_t(thread)].a.data(), &rows[i]->chosen);
     });
   });
 }

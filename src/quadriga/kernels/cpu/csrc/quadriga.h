@@ -276,6 +276,14 @@ typedef struct {
                    * qd_mamba2 or qd_merge */
 } qd_step;
 
+/* What became of a row of logits. */
+typedef struct {
+  int32_t token;  /* -1: none may be chosen */
+  int32_t n_top;  /* listed: n_top, or as many as there are */
+  float log_sum;  /* log(sum(exp(logits))); not finite where a logit is not: no token then */
+  float logit;    /* the token's own, as it came */
+} qd_sampled;
+
 /* How one row of logits becomes a token. Fields whose count is 0 may be NULL. The order of it all is that of
  * engine/request.py: penalties, DRY and bias, temperature, top-k, typical, top-p, min-p, XTC, one draw. */
 typedef struct {
@@ -300,14 +308,8 @@ typedef struct {
   int64_t seed, position; /* the draw is Philox's for this key and counter */
   int32_t* top_ids;     /* (n_top,), the most probable first, the lower id first of equal ones */
   float* top_logits;    /* (n_top,) */
+  qd_sampled chosen;    /* what qd_sample found */
 } qd_sampling;
-
-typedef struct {
-  int32_t token;  /* -1: none may be chosen */
-  int32_t n_top;  /* listed: n_top, or as many as there are */
-  float log_sum;  /* log(sum(exp(logits))); not finite where a logit is not: no token then */
-  float logit;    /* the token's own, as it came */
-} qd_sampled;
 
 /* Blocks of sub-blocks whose scales are whole numbers under the block's own; quant/search.py says what is found, and in
  * which form. Without minima a number is one of low .. high, or one of the codebook, and a scale from least to most; with
@@ -388,8 +390,9 @@ int32_t qd_norm_rows(qd_context* context, const qd_norm* norm, const float* x, i
 int32_t qd_row_stats(qd_context* context, const float* logits, int64_t r, int64_t v, int32_t* best, float* log_sum,
                      qd_message* why);
 
-/* A token for each of n rows of logits (v,). Rows are independent of one another and of the number of threads. */
-int32_t qd_sample(qd_context* context, const qd_sampling* rows, int64_t n, int64_t v, qd_sampled* out, qd_message* why);
+/* A token for each of n rows of logits (v,): rows are n addresses, of different structs. Rows are independent of one another
+ * and of the number of threads. */
+int32_t qd_sample(qd_context* context, qd_sampling** rows, int64_t n, int64_t v, qd_message* why);
 
 /* What lies between the matrix products of a training step. dtype: QD_FORMAT_FLOAT32 or QD_FORMAT_BFLOAT16, of every
  * uint8_t pointer's numbers. Slots are sorted by expert; home (N, k) is where token n's slot j lies among the sorted

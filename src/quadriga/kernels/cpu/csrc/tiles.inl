@@ -38,7 +38,7 @@ template <class K> constexpr OfBytes kBytesTwoPlanes[] = {QD_UP_TO_6(QD_BYTES_TW
 static_assert(kWidth == kMostTwice || kWidth == 2 * kMostTwice, "a full panel is one part or two equal ones");
 
 struct Format {
-  int most_direct;           // tokens of a panel that are multiplied straight from packed lines, at most
+  int most_direct[2];        // [planes - 1] tokens of a panel that are multiplied straight from packed lines, at most
   const Direct* direct[2];   // [planes - 1][width - 1]
   const OfBytes* bytes[2];   // likewise, of unpacked groups
   Unpack unpack;             // NULL: never
@@ -46,13 +46,21 @@ struct Format {
   int64_t share;             // packed bytes of a group
 };
 
-template <class F> constexpr Format direct() { return {kWidth, {kOnePlane<F>, kTwoPlanes<F>}, {}, nullptr, 0, 0}; }
+template <class F> constexpr Format direct() { return {{kWidth, kWidth}, {kOnePlane<F>, kTwoPlanes<F>}, {}, nullptr, 0, 0}; }
 #if QD_AVX512 || QD_AVX2
 template <class F> constexpr Direct kFewOnePlane[] = {tile_groups<F, 1, 1>, tile_groups<F, 1, 2>};
 template <class F> constexpr Direct kFewTwoPlanes[] = {tile_groups<F, 2, 1>, tile_groups<F, 2, 2>};
 template <class F> constexpr Direct kRunsOnePlane[] = {tile_runs<F, 1, 1>, tile_runs<F, 1, 2>};
 template <class F> constexpr Direct kRunsTwoPlanes[] = {tile_runs<F, 2, 1>, tile_runs<F, 2, 2>};
+#define QD_RUNS_ONE_PLANE(m) tile_runs<F, 1, m>
+#define QD_RUNS_TWO_PLANES(m) tile_runs<F, 2, m>
+constexpr int kFive = kWidth, kFiveTwice = kMostTwice;  // a nibble and a bit are put together quicker than they go through memory
+template <class F> constexpr Direct kFiveOnePlane[] = {QD_WIDTHS(QD_RUNS_ONE_PLANE)};
+template <class F> constexpr Direct kFiveTwoPlanes[] = {QD_UP_TO_6(QD_RUNS_TWO_PLANES)};
 #else
+constexpr int kFive = kFew, kFiveTwice = kFew;
+template <class F> constexpr Direct kFiveOnePlane[1] = {};
+template <class F> constexpr Direct kFiveTwoPlanes[1] = {};
 template <class F> constexpr Direct kFewOnePlane[1] = {};
 template <class F> constexpr Direct kFewTwoPlanes[1] = {};
 template <class F> constexpr Direct kRunsOnePlane[1] = {};
@@ -60,14 +68,18 @@ template <class F> constexpr Direct kRunsTwoPlanes[1] = {};
 #endif
 // K: what it is when unpacked.
 template <class F, class K> constexpr Format of_codes() {
-  return {kFew, {kFewOnePlane<F>, kFewTwoPlanes<F>}, {kBytesOnePlane<K>, kBytesTwoPlanes<K>}, unpack_codes<F>, 0, F::block_bytes / F::groups};
+  return {{kFew, kFew}, {kFewOnePlane<F>, kFewTwoPlanes<F>}, {kBytesOnePlane<K>, kBytesTwoPlanes<K>}, unpack_codes<F>, 0, F::block_bytes / F::groups};
 }
 template <class F, class K> constexpr Format of_runs() {
-  return {kFew, {kRunsOnePlane<F>, kRunsTwoPlanes<F>}, {kBytesOnePlane<K>, kBytesTwoPlanes<K>}, unpack_runs<F>, F::zero, F::block_bytes / F::groups};
+  return {{kFew, kFew}, {kRunsOnePlane<F>, kRunsTwoPlanes<F>}, {kBytesOnePlane<K>, kBytesTwoPlanes<K>}, unpack_runs<F>, F::zero, F::block_bytes / F::groups};
+}
+
+template <class F, class K> constexpr Format of_five() {
+  return {{kFive, kFiveTwice}, {kFiveOnePlane<F>, kFiveTwoPlanes<F>}, {kBytesOnePlane<K>, kBytesTwoPlanes<K>}, unpack_runs<F>, F::zero, F::block_bytes / F::groups};
 }
 
 const Format kFormats[] = {  // from QD_FORMAT_Q8 on
-    direct<Q8>(), direct<Q4>(), direct<Q4M>(), direct<MX4>(), of_codes<IQ4NL, Bytes>(), of_runs<Q5, Small>(), of_runs<Q5M, SmallLeast>(),
+    direct<Q8>(), direct<Q4>(), direct<Q4M>(), direct<MX4>(), of_codes<IQ4NL, Bytes>(), of_five<Q5, Small>(), of_five<Q5M, SmallLeast>(),
     of_runs<Q2K, HalvesLeast>(), of_runs<Q3K, Halves>(), direct<Q4K>(), of_runs<Q5K, SmallLeast>(), of_runs<Q6K, Halves>(), of_codes<IQ4XS, Bytes>()};
 static_assert(sizeof kFormats / sizeof *kFormats == QD_FORMAT_IQ4XS - QD_FORMAT_Q8 + 1, "a row for each quantised format");
 
@@ -97,7 +109,7 @@ void tile_any(int kind, bool int16, const uint8_t* tile, int64_t cols, const uin
   const int planes = int16 ? 2 : 1;
   if (kind < QD_FORMAT_Q8) return kFloatTiles[kind][width - 1](tile, cols, panel, width, out, stride);
   const Format& format = kFormats[kind - QD_FORMAT_Q8];
-  if (width <= format.most_direct)
+  if (width <= format.most_direct[planes - 1])
     return in_parts(planes, width, [&](int first, int count) {
       format.direct[planes - 1][count - 1](tile, cols, panel + first, width, out + first * stride, stride);
     });

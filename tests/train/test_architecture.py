@@ -1,0 +1,118 @@
+"""New models from presets: sizes that are given, proportions that are kept, layers that differ; and what they store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quadriga.errors import ConfigError
+from quadriga.io.open import open_checkpoint
+from quadriga.model.config import DenseSpec, ModelConfig, MoESpec, RopeSpec
+from quadriga.model.cost import n_params
+from quadriga.nn.context import PackedContext
+from quadriga.nn.load import load_parameters
+from quadriga.nn.transformer import Transformer
+from quadriga.train.architecture import model_config
+from quadriga.train.config import ModelSection, RouterSection, RunConfig, read_toml
+from quadriga.train.export import export
+from tests.train import runs
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL: dict[str, Any] = {
+    "d_model": 24, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "head_dim": 8, "d_ff": 16, "n_experts": 5, "top_k": 2,
+}  # fmt: skip
+
+
+def small(preset: str, **changes: Any) -> ModelConfig:
+    return model_config(ModelSection(preset=preset, **SMALL | changes), 90)
+
+
+def test_the_first_layers_of_a_preset_with_proportions_kept() -> None:
+    config = small("dots.llm1")
+    dense, *mixtures = [layer.ffn for layer in config.layers]
+    assert isinstance(dense, DenseSpec) and dense.d_ff == 10944 * 16 // 1408
+    assert len(mixtures) == 2 and mixtures[0] is mixtures[1]
+    (spec,) = set(mixtures)
+    assert isinstance(spec, MoESpec) and spec.shared is not None
+    assert (spec.d_ff, spec.n_experts, spec.top_k, spec.shared.d_ff) == (16, 5, 2, 32)
+    assert (spec.score, spec.correction) == ("sigmoid", True)
+    attention = config.layers[2].attention
+    assert (attention.n_heads, attention.n_kv_heads, attention.head_dim) == (6, 2, 8)
+    assert attention.qk_norm is not None
+    assert (config.vocab_size, config.d_model, config.n_layers) == (128, 24, 3)
+
+
+def test_sizes_that_are_not_given_follow_the_width() -> None:
+    config = model_config(ModelSection(preset="dots.llm1", d_model=2048, n_layers=2), 90)
+    assert [layer.network.d_ff for layer in config.layers] == [10944 // 2, 1408 // 2]
+    spec = config.only_moe("this test")
+    assert (spec.n_experts, spec.top_k, spec.shared and spec.shared.d_ff) == (128, 6, 1408)
+
+
+def test_the_rotated_part_of_a_head_keeps_its_share() -> None:
+    position = small("glm-4.5-air").layers[0].attention.position  # 64 of 128 numbers turn
+    assert isinstance(position, RopeSpec) and position.dim == 4
+
+
+def test_windows_alternate_as_in_the_preset() -> None:
+    windows = [layer.attention.window for layer in small("gpt-oss-20b").layers]
+    assert windows == [128, None, 128]
+
+
+def test_a_dense_model_has_one_width() -> None:
+    config = small("llama2-7b", n_experts=None, top_k=None, n_layers=200)
+    assert {layer.network.d_ff for layer in config.layers} == {16} and config.n_layers == 200
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "message"),
+    [
+        ("dots.llm1", {"n_layers": 63}, "n_layers must be at most 62: dots.llm1 has layers of 2 kinds"),
+        ("deepseek-v3", {}, "layers of plain attention.*deepseek-v3 has LatentAttentionSpec"),
+        ("lfm2-8b-a1b", {}, "layers of plain attention.*lfm2-8b-a1b has ShortConvSpec"),
+        ("mpt-7b", {"n_experts": None, "top_k": None, "rope_theta": 1e4}, "needs a preset with rotary positions"),
+        ("llama2-7b", {}, "need a preset with experts; llama2-7b is dense"),
+    ],
+)
+def test_what_cannot_be_made_says_why(preset: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small(preset, **changes)
+
+
+def test_the_modern_recipe_has_the_active_size_of_nano() -> None:
+    sizes = {}
+    for name in ("nano", "modern"):
+        config = read_toml(ROOT / f"recipes/{name}.toml", RunConfig)
+        sizes[name] = n_params(model_config(config.model, 8192))
+    assert sizes["modern"].active == pytest.approx(sizes["nano"].active, rel=0.05)
+    assert sizes["modern"].total > 1.5 * sizes["nano"].total
+
+
+def test_a_balancing_bias_is_stored_where_the_family_has_a_place_for_it(tmp_path: Path) -> None:
+    """The exported model chooses as the trained one does, bias and all."""
+    config = small("dots.llm1", vocab_size=runs.VOCAB)
+    settings = runs.Settings(router=RouterSection(bias_rate=0.05, bias_fade=0.0, balance_form="document"))
+    run = runs.trainer(tmp_path / "run", settings, config=config)
+    run.train()
+    assert run.balancer is not None and run.balancer.bias.abs().min() > 0
+    export(tmp_path / "run", tmp_path / "hf", tokenizer_files={})
+    opened = open_checkpoint(tmp_path / "hf")
+    again = Transformer.from_parameters(opened.config, load_parameters(opened))
+    opened.close()
+    for layer, bias in zip((1, 2), run.balancer.bias, strict=True):
+        assert torch.equal(again.layers[layer].moe.router.correction, bias)
+    tokens = torch.arange(40) % runs.VOCAB
+    run.balancer.apply(run.step, settings.n_steps)
+    with torch.no_grad():
+        wanted, found = (one.eval()(tokens, PackedContext([40])).logits for one in (run.model, again))
+    assert torch.equal(wanted, found)
+
+
+def test_a_bias_without_a_place_is_not_exported(tmp_path: Path) -> None:
+    settings = runs.Settings(router=RouterSection(bias_rate=0.05, bias_fade=0.0))
+    runs.trainer(tmp_path / "run", settings).train()
+    with pytest.raises(ConfigError, match=r"this family's checkpoints cannot store\. Export the run's last checkpoint"):
+        export(tmp_path / "run", tmp_path / "hf", tokenizer_files={})
