@@ -73,6 +73,7 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(tiny: Live, field: st
         {"logit_bias": {"x": 1}},
         {"logit_bias": {"999": 1}},
         {"logit_bias": {"-1": 1}},
+        {"logit_bias": {"\u0663": 1}},
         {"logit_bias": {"1": 101}},
         {"max_tokens": 0},
         {"top_p": -0.1},
@@ -371,6 +372,34 @@ def test_broken_framing_is_refused(tiny: Live, raw: bytes) -> None:
 def test_pipelined_requests_are_all_answered(tiny: Live) -> None:
     one = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
     assert send(tiny, one * 5, n=5).count("HTTP/1.1 200") == 5
+
+
+OFFERS = [
+    b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAABAAMAAABk\r\n",  # Java's, always
+    b"upgrade: websocket\r\nConnection: keep-alive , upgrade\r\n",
+]
+
+
+@pytest.mark.parametrize("offer", OFFERS, ids=["h2c", "websocket"])
+@pytest.mark.parametrize("cut", [0, 30, -20, -1], ids=["whole", "in the head", "in the body", "before its last byte"])
+def test_an_offer_to_speak_another_protocol_changes_nothing(tiny: Live, offer: bytes, cut: int) -> None:
+    body = json.dumps(TEXT | {"temperature": 0}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n%s"
+    head += b"content-length: %d\r\n\r\n" % len(body)
+    plain, offered = (head % more + body for more in (b"", offer))
+    texts = []
+    with connect(tiny) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for raw in (plain, offered, offered, plain):  # on one connection
+            connection.sendall(raw[:cut] if cut else raw)
+            if cut:
+                assert tiny.client.get("/health").status_code == 200  # what has been sent is read by then
+                connection.sendall(raw[cut:])
+            answer = receive(connection)
+            assert answer.startswith("HTTP/1.1 200")
+            texts.append(json.loads(answer.partition("\r\n\r\n")[2])["choices"][0]["text"])
+    assert len(set(texts)) == 1
+    assert send(tiny, plain + offered + plain, n=3).count("HTTP/1.1 200") == 3, "ahead of the answers too"
 
 
 def test_http_1_0_is_answered(tiny: Live) -> None:
