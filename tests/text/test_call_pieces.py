@@ -77,6 +77,11 @@ def test_forced_calls_are_told_too() -> None:
     assert len(parts) > 10
 
 
+def test_forced_calls_may_stand_on_lines_of_their_own() -> None:
+    tools = Tools(FORMS["hermes"], SCHEMAS, forced=True)
+    assert [name for name, _ in whole(tools, FORCED.replace("}, {", "}\r\n\t,\n  {"))] == ["weather", "run"]
+
+
 def test_of_forced_calls_no_more_are_made_than_were_asked_for() -> None:
     tools = Tools(FORMS["hermes"], SCHEMAS, forced=True, most=1)
     assert whole(tools, FORCED) == [("weather", '{"city": "Oslo", "days": 3}')]
