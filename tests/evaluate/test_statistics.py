@@ -36,6 +36,10 @@ def test_a_jackknife_is_about_the_mean_of_what_is_left() -> None:
     assert figure.stderr == pytest.approx(sqrt(2 / 3 * sum((one - middle) ** 2 for one in left)))
 
 
+def test_a_ratio_that_is_all_one_item_s_has_no_error() -> None:
+    assert ratio([1.0, 6.0], [0.0, 3.0], lambda x: x) == Figure(7 / 3, None)
+
+
 def test_groups_have_equal_weight_whatever_their_size() -> None:
     figure = mean_of_groups({"a": [1.0, 1.0, 1.0, 0.0], "b": [0.0, 1.0]})
     assert figure.value == (0.75 + 0.5) / 2

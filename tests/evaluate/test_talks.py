@@ -237,6 +237,14 @@ def test_pairs_are_judged_in_both_orders_once(bench: Data, tmp_path: Path) -> No
         pairwise.compare(a, tmp_path / "none", "mt_bench", judge, bench, tmp_path / "again")
 
 
+def test_only_questions_that_both_runs_answered_are_judged(bench: Data, tmp_path: Path) -> None:
+    a, b = runs(tmp_path, a=[["x"], ["y"], ["z"]], b=[["u"], ["v"]])
+    judge = RuleModel(write=lambda text: "[[C]]")
+    assert pairwise.compare(a, b, "mt_bench", judge, bench, tmp_path / "out").n == 2
+    assert pairwise.compare(b, a, "mt_bench", judge, bench, tmp_path / "back").n == 2
+    assert judge.n_prompts == 8
+
+
 def test_runs_with_points_are_compared_too(tmp_path: Path) -> None:
     a, b = runs(tmp_path, a=[["four", "x"]], b=[["sixsix", "x"]])
     (one,) = flips.compare(a, b)

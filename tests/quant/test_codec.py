@@ -203,6 +203,14 @@ def test_importance_without_a_column_that_counts_is_none(name: str, importance: 
 
 
 @pytest.mark.parametrize("name", NORMAL_ERROR)
+def test_columns_that_were_never_seen_are_rounded_well_too(name: str) -> None:
+    values = np.random.default_rng(5).standard_normal((64, 512), dtype=np.float32)
+    seen = np.repeat(np.float32([1, 0]), 256)
+    error = (unpacked(codec.quantize(values, name, seen), name, values.shape) - values) ** 2
+    assert error[:, 256:].mean() < 1.1 * NORMAL_ERROR[name]
+
+
+@pytest.mark.parametrize("name", NORMAL_ERROR)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 def test_a_search_refuses_what_no_block_can_hold(name: str, bad: float) -> None:
     values = np.random.default_rng(8).standard_normal((5, 256), dtype=np.float32)

@@ -99,6 +99,14 @@ class Live:
                 return float(line.rsplit(" ", 1)[1])
         raise AssertionError(f"no metric {name}")
 
+    def loop_thread(self) -> str:
+        """The name of the thread that runs its event loop."""
+
+        async def name() -> str:
+            return threading.current_thread().name
+
+        return asyncio.run_coroutine_threadsafe(name(), self.loop).result(HANG_S)
+
     def connect(self, body: Any, path: str = "/v1/completions", receive_bytes: int = 0) -> socket.socket:
         """A connection on which a request has been sent."""
         host, port = self.url.removeprefix("http://").split(":")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from quadriga.errors import BusyError, GrammarError, QuadrigaError, RequestError
 from quadriga.server import grammars as desk_module
+from quadriga.server import llamacpp, text_routes
 from quadriga.server.accounts import Account, Allowance, Visit
 from quadriga.server.errors import ApiError
 from quadriga.server.grammars import GrammarDesk
@@ -113,6 +115,29 @@ def test_a_stream_speaks_in_every_pass_beside_texts_to_embed() -> None:
             assert {answer.result().status_code for answer in others} == {200}
         talker.close()
         assert live.settled()
+
+
+def test_long_answers_are_written_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of vectors, and what llama.cpp's route says of each token: the loop goes on meanwhile."""
+    writers = set[str]()
+
+    def noted(of: Any) -> Any:
+        return lambda body: writers.add(threading.current_thread().name) or of(body)
+
+    monkeypatch.setattr(text_routes, "part", noted(text_routes.part))
+    monkeypatch.setattr(llamacpp, "part", noted(llamacpp.part))
+    with running(tiny_llm(n_blocks=400, max_sequences=16), max_waiting=112) as live:
+        loop = live.loop_thread()
+        for path, body in (
+            ("/v1/embeddings", {"input": [[i] for i in range(100)]}),
+            ("/api/embed", {"model": "tiny", "input": [[i] for i in range(100)]}),
+            ("/completion", {"prompt": [[i] for i in range(60)], "n_predict": 4, "n_probs": 19}),
+        ):
+            assert live.post(path, body).status_code == 200
+            assert writers and loop not in writers, path
+            writers.clear()
+        live.post("/v1/embeddings", {"input": "a"})
+        assert writers == {loop}, "what is short is written at once"
 
 
 def test_embeddings_are_counted_capped_and_of_any_size_of_pass() -> None:

@@ -123,6 +123,15 @@ def test_what_agents_send_is_taken(tiny: Live, kind: type, body: dict[str, Any])
     assert ("message_stop" if kind is MessagesRequest else "response.incomplete") in text
 
 
+def test_a_stored_prompt_is_refused_where_there_could_be_one(tiny: Live) -> None:
+    asked = {"model": "tiny", "input": "hi", "max_output_tokens": 2}
+    refused = tiny.post("/v1/responses", asked | {"prompt": {"id": "pmpt_1"}})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "prompt"
+    assert tiny.post("/v1/responses", asked | {"prompt": None}).status_code == 200
+    chat = tiny.post("/v1/chat/completions", CHAT | {"prompt": "x"})
+    assert chat.status_code == 200 and chat.headers[HEADER] == "prompt"
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_change_the_question_is_refused_with_the_reason_and_in_the_docs(tiny: Live, name: str) -> None:
     refused = tiny.post("/v1/chat/completions", CHAT | {name: {"x": 1}})

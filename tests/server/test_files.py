@@ -150,6 +150,32 @@ def test_a_batch_goes_on_where_a_stop_left_it(tmp_path: Path) -> None:
         assert good["line-8"]["response"]["status_code"] == 200, "a line that was cut off is"
 
 
+def test_a_damaged_folder_keeps_no_server_from_starting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Facts that are cut off, of the wrong type or another's; bytes that are gone; answers that are no JSON."""
+    batch_id = left(tmp_path, 3)
+    (tmp_path / f"{batch_id}.output.part").write_bytes(b"\0" * 40 + b'\n{"custom_id": "line-2", "response": null}\n')
+    [whole] = tmp_path.glob("file-*.json")
+    for i, raw in enumerate(
+        [b"", b"[]", b"{}", b"\0" * 99, whole.read_bytes(), b'{"id": "file-%d", "bytes": "9"}' % 5]
+    ):
+        (tmp_path / f"file-{i}.json").write_bytes(raw)
+        (tmp_path / f"batch_{i}.json").write_bytes(raw)
+    gone = json.loads(whole.read_bytes()) | {"id": "file-" + "0" * 24}
+    (tmp_path / f"{gone['id']}.json").write_text(json.dumps(gone))
+    with server(tmp_path) as (live, store):
+        client = client_of(live)
+        assert gone["id"] not in [one.id for one in client.files.list()]
+        assert sum("is damaged and is passed over" in record.message for record in caplog.records) == 12
+        over = ended(client, batch_id)
+        assert over.status == "completed" and len(answers(client, over.output_file_id)) == 3
+        store.path(over.output_file_id).unlink()
+        with pytest.raises(openai.NotFoundError, match="gone from the disk"):
+            client.files.content(over.output_file_id)
+        for query, param in (("order=up", "order"), ("limit=\u0663", "limit")):
+            refused = live.client.get(f"/v1/files?{query}")
+            assert refused.status_code == 400 and refused.json()["error"]["param"] == param
+
+
 def test_a_batch_can_be_cancelled_and_expires(tmp_path: Path) -> None:
     with server(tmp_path) as (live, store):
         client = client_of(live)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import errno
 import hashlib
 import json
 import re
@@ -13,6 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from quadriga.server import protocol
 from quadriga.server.guard import Limits
@@ -73,6 +77,7 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(tiny: Live, field: st
         {"logit_bias": {"x": 1}},
         {"logit_bias": {"999": 1}},
         {"logit_bias": {"-1": 1}},
+        {"logit_bias": {"\u0663": 1}},
         {"logit_bias": {"1": 101}},
         {"max_tokens": 0},
         {"top_p": -0.1},
@@ -347,6 +352,40 @@ def test_a_head_that_never_ends_is_given_up() -> None:
             assert receive(second, 2).count("HTTP/1.1") <= 1, "it is closed: nor is a head waited for after an answer"
 
 
+def test_a_refusal_that_nobody_hears_closes_the_connection_all_the_same() -> None:
+    class Lost(asyncio.Transport):
+        closed = False
+
+        def is_closing(self) -> bool:
+            return self.closed
+
+        def write(self, data: Any) -> None:
+            pass
+
+        def can_write_eof(self) -> bool:
+            return True
+
+        def write_eof(self) -> None:
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+        def close(self) -> None:
+            self.closed = True
+
+    async def refuse() -> list[Any]:
+        config = uvicorn.Config(lambda *_: None, log_config=None)
+        one = protocol.GuardedProtocol(config=config, server_state=ServerState(), app_state={})
+        one.transport = Lost()
+        loop = asyncio.get_running_loop()
+        later: list[Any] = []
+        loop.call_later = lambda _, call: later.append(call)  # type: ignore[method-assign, assignment, misc]
+        one._too_slow()
+        return later
+
+    [close] = asyncio.run(refuse())
+    close()
+    assert close.__self__.closed
+
+
 def test_a_head_that_is_too_large_is_refused(tiny: Live) -> None:
     assert " 431 " in send(tiny, b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nx: " + b"a" * (10 << 20))
     many = b"".join(b"x-%d: y\r\n" % i for i in range(20_000))
@@ -371,6 +410,34 @@ def test_broken_framing_is_refused(tiny: Live, raw: bytes) -> None:
 def test_pipelined_requests_are_all_answered(tiny: Live) -> None:
     one = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
     assert send(tiny, one * 5, n=5).count("HTTP/1.1 200") == 5
+
+
+OFFERS = [
+    b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAABAAMAAABk\r\n",  # Java's, always
+    b"upgrade: websocket\r\nConnection: keep-alive , upgrade\r\n",
+]
+
+
+@pytest.mark.parametrize("offer", OFFERS, ids=["h2c", "websocket"])
+@pytest.mark.parametrize("cut", [0, 30, -20, -1], ids=["whole", "in the head", "in the body", "before its last byte"])
+def test_an_offer_to_speak_another_protocol_changes_nothing(tiny: Live, offer: bytes, cut: int) -> None:
+    body = json.dumps(TEXT | {"temperature": 0}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n%s"
+    head += b"content-length: %d\r\n\r\n" % len(body)
+    plain, offered = (head % more + body for more in (b"", offer))
+    texts = []
+    with connect(tiny) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for raw in (plain, offered, offered, plain):  # on one connection
+            connection.sendall(raw[:cut] if cut else raw)
+            if cut:
+                assert tiny.client.get("/health").status_code == 200  # what has been sent is read by then
+                connection.sendall(raw[cut:])
+            answer = receive(connection)
+            assert answer.startswith("HTTP/1.1 200")
+            texts.append(json.loads(answer.partition("\r\n\r\n")[2])["choices"][0]["text"])
+    assert len(set(texts)) == 1
+    assert send(tiny, plain + offered + plain, n=3).count("HTTP/1.1 200") == 3, "ahead of the answers too"
 
 
 def test_http_1_0_is_answered(tiny: Live) -> None:

@@ -55,6 +55,8 @@ def test_a_completion_says_why_it_ended_and_how_likely_it_was(tiny: Live) -> Non
     if not word.startswith("bytes:"):
         cut = tiny.post("/completion", {**GREEDY, "prompt": "ab", "stop": [word]}).json()
         assert (cut["stop_type"], cut["stopping_word"]) == ("word", word) and word not in cut["content"]
+    for same in ({"stop": ""}, {"stop": ["", ""]}, {"top_k": -7}):  # as llama.cpp has it: nothing, and all
+        assert tiny.post("/completion", {**GREEDY, "prompt": "ab", **same}).json()["content"] == said["content"]
     biased = tiny.post("/completion", {**GREEDY, "prompt": "ab", "logit_bias": [[256, 100]]}).json()
     assert (biased["stop_type"], biased["content"]) == ("eos", "")
 

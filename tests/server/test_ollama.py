@@ -92,7 +92,9 @@ def test_texts_to_embed_are_cut_to_the_context_unless_that_is_refused(tiny: Live
     assert tiny.post("/api/embeddings", {"model": "tiny", "prompt": long}).json()["embedding"] == made["embeddings"][0]
     refused = embedded(long, truncate=False)
     assert refused.status_code == 400 and "context" in refused.json()["error"]
-    assert embedded([]).json()["embeddings"] == []
+    assert embedded([]).json()["embeddings"] == embedded("").json()["embeddings"] == [], "it only loads the model"
+    assert tiny.post("/api/embeddings", {"model": "tiny", "prompt": ""}).json() == {"embedding": []}
+    assert embedded(["a", ""]).status_code == 400
 
 
 def test_a_limit_of_nothing_is_none(tiny: Live) -> None:
@@ -100,6 +102,16 @@ def test_a_limit_of_nothing_is_none(tiny: Live) -> None:
         "/api/generate", {"model": "tiny", "prompt": "a", "options": {"num_predict": 0}, "stream": False}
     )
     assert answer.json()["eval_count"] > 1
+
+
+def test_an_empty_stop_string_stops_nothing(tiny: Live) -> None:
+    def said(stop: Any) -> Any:
+        options = {"num_predict": 5, "temperature": 0, "stop": stop}
+        return tiny.post("/api/chat", {"model": "tiny", "messages": ASK, "stream": False, "options": options})
+
+    plain = said(None).json()["message"]
+    assert [said(stop).json().get("message") for stop in ("", [], ["", ""])] == [plain] * 3
+    assert said(["", plain["content"][1:2]]).json()["message"]["content"] == plain["content"][:1]
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_later_updates_clip_the_ratio_on_the_side_that_would_go_on() -> None:
     got = [g.clone() for g in gradients(model)]
     model.zero_grad()
     wanted = torch.zeros((), dtype=torch.float64)
-    n_clipped = 0
+    n_clipped, share = 0, 0.0
     for (ids, prompt), a in zip(documents, advantages, strict=True):
         now = naive_logp(model, ids, prompt, 0.8)
         with torch.no_grad():
@@ -106,9 +106,10 @@ def test_later_updates_clip_the_ratio_on_the_side_that_would_go_on() -> None:
             beyond = ratio > 1.3 if a > 0 else ratio < 0.9
             terms.append(torch.tensor(a * (1.3 if a > 0 else 0.9), dtype=torch.float64) if beyond else a * ratio)
             n_clipped += bool(beyond)
+            share += float(beyond) / (len(ids) - prompt) / 2  # of an answer's tokens, a mean over the samples
         wanted = wanted - torch.stack(terms).mean() / 2
     assert 0 < n_clipped < sum(len(ids) - prompt for ids, prompt in documents)
-    assert float(metrics["clipped"]) > 0
+    assert float(metrics["clipped"]) == pytest.approx(share)
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-9)
     wanted.backward()
     for mine, theirs in zip(got, gradients(model), strict=True):

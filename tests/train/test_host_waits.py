@@ -6,6 +6,7 @@ Counted where no GPU is: the meta device stands for one. Its tensors have no num
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ class PretendedGpu(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves((args, kwargs))):
             return func(*args, **kwargs)
+        self.calls[func._schema.name] += 1
         by_mask = any(isinstance(x, Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1:2]))
         if func in OF_UNKNOWN_SIZE or (func._schema.name in ("aten::index", "aten::index_put_") and by_mask):
             raise AssertionError(f"the host waits for the size of what {func} returns")
@@ -79,7 +82,8 @@ def test_a_step_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         parallel=sections.ParallelSection(micro_rows=4, dtype="bfloat16"),
         ema=sections.EmaSection(decay=0.9),
     )
-    config = runs.TINY.with_ffn(d_ff=32)  # whose grouped products torch does without the counts
+    # Widths whose grouped products torch does without the counts, and heads that fit Flash Attention.
+    config = runs.TINY.with_ffn(d_ff=32).with_mixer(head_dim=8)
     record = runs.Record()
     with PretendedGpu() as gpu, use("reference"):
         world = World(device=torch.device("meta"))
@@ -87,7 +91,11 @@ def test_a_step_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             tmp_path, settings, config=config, world=world, source=_Ready(rows), record=record, meta=True
         )
         gpu.waits.clear()
+        gpu.calls.clear()
         for _ in range(2):
             trainer.run_step()
     assert gpu.waits == ["aten._to_copy.default"] * 2, "the message of a step"
+    assert gpu.calls["torch_attn::_varlen_attn"] == 2 * 2 * config.n_layers, "one call a layer and micro-step"
+    assert gpu.calls["torch_attn::_varlen_attn_backward"] == 2 * 2 * config.n_layers
+    assert not any("scaled_dot_product" in name or name == "aten::softmax" for name in gpu.calls)
     assert len(record.steps) == 2 and record.steps[0].verdict is None

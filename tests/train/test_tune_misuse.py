@@ -11,6 +11,7 @@ import pytest
 
 from quadriga.errors import ConfigError, CorpusError
 from quadriga.text.tokenizer import load_directory
+from quadriga.train.batch import BatchSource
 from quadriga.train.config import parse_toml
 from quadriga.train.metrics import FILE, read
 from quadriga.train.rollouts import prompts_of
@@ -36,6 +37,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("objective", "text", "message"),
     [
+        ("dpo", "[parallel]\ncontext = 2", "parallel.context cuts rows or layers, and objective 'dpo' compares whole"),
+        ("grpo", "[parallel]\npipeline = 2", "parallel.pipeline cuts rows or layers, and objective 'grpo' compares"),
+        (
+            "sft",
+            "[parallel]\ncontext = 2\n[router]\nbalance_form = 'document'",
+            "balance_form 'document' needs whole documents on a rank",
+        ),
+        ("sft", "[parallel]\ntensor = 2\n[lora]\nrank = 3", "an adapter's factors are of whole ones"),
         ("sft", "max_rows = 0", "max_rows must be at least 1, got 0"),
         ("sft", "max_bad_rows = -1", "max_bad_rows must be 0 or above, got -1"),
         ("sft", "held_out_every = 1", "held_out_every must be at least 2"),
@@ -185,3 +194,21 @@ def test_a_run_does_not_resume_over_other_weights_without_a_word(
         with pytest.raises(ConfigError, match=rf"weights.{changed} was '\w+', is '\w+'.*--allow-change"):
             tune(config)
     assert tune(config, allow_change=refused).done
+
+
+def test_a_long_text_is_trained_on_or_held_out_as_a_whole(tmp_path: Path, base: Path) -> None:
+    """Every third row is held out, not every third piece of them: the rest of a text would tell its end."""
+    text = (
+        toml(tmp_path, base, "text").replace("held_out_every = 6", "held_out_every = 3").replace('label = "domain"', "")
+    )
+    rows = [json.dumps({"text": f"{name} " * 50}) for name in "abcdef"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    tokenizer = load_directory(base)
+    assert tokenizer is not None
+    made = read_data(parse_toml(text.replace("seq_len = 64", "seq_len = 16").encode(), TuneConfig), tokenizer)
+
+    def seen(source: BatchSource, n: int) -> set[str]:
+        return set(tokenizer.decode(source.rows(0, 0, n).tokens.tolist())) & set("abcdef")
+
+    assert seen(made.held_out["held out"], 40) == {"c", "f"}
+    assert seen(made.train, 40) == {"a", "b", "d", "e"}

@@ -1,4 +1,4 @@
-"""Tuning on two ranks is tuning on one: the same curve, a run resumed on another number, the same adapter."""
+"""Tuning on two or four ranks is tuning on one: the same curve, a run resumed on another number, the same adapter."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for case in tune_worker.CASES:
         tune_worker.run(tune_worker.config(where, case, 1))
     tune_worker.part(tune_worker.config(where, tune_worker.SHARED, 1, run="from-1"))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "tests.train.tune_worker", str(where),
-    ]  # fmt: skip
-    environment = {**runtime.child_environment(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * HANG_S)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for n_ranks in (2, 4):
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks),
+            "-m", "tests.train.tune_worker", str(where),
+        ]  # fmt: skip
+        environment = {**runtime.child_environment(), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * HANG_S)
+        assert done.returncode == 0, done.stderr[-3000:]
     assert tune(tune_worker.config(where, tune_worker.SHARED, 1, run="from-2")).done
     return where
 
@@ -52,12 +53,14 @@ def curve(run: Path) -> tuple[list[float], list[float], list[float]]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("case", tune_worker.CASES)
-def test_two_ranks_have_the_curve_of_one(folder: Path, case: str) -> None:
+@pytest.mark.parametrize(
+    ("n_ranks", "case"), [*((2, case) for case in tune_worker.CASES), *((4, case) for case in tune_worker.ON_FOUR)]
+)
+def test_several_ranks_have_the_curve_of_one(folder: Path, n_ranks: int, case: str) -> None:
     losses, norms, held_out = curve(folder / f"1-{case}")
     assert len(losses) == tune_worker.N_STEPS and len(held_out) == 2
     assert losses[-1] != losses[0]
-    for ours, theirs in zip(curve(folder / f"2-{case}"), (losses, norms, held_out), strict=True):
+    for ours, theirs in zip(curve(folder / f"{n_ranks}-{case}"), (losses, norms, held_out), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=2e-6)  # metrics are written with six digits
 
 
@@ -86,8 +89,12 @@ def test_one_rank_writes_the_adapter_that_two_wrote_byte_for_byte(folder: Path) 
 
 
 @pytest.mark.dist
-def test_two_ranks_write_the_whole_model(folder: Path) -> None:
-    one, two = (load_parameters(open_checkpoint(folder / f"{n}-full experts" / "model")) for n in (1, 2))
+@pytest.mark.parametrize(
+    ("n_ranks", "case"),
+    [(2, "full experts"), (4, "full experts"), (2, "full tensor"), (4, "full tensor"), (2, "full pipeline")],
+)
+def test_several_ranks_write_the_whole_model(folder: Path, n_ranks: int, case: str) -> None:
+    one, two = (load_parameters(open_checkpoint(folder / f"{n}-{case}" / "model")) for n in (1, n_ranks))
     assert one.keys() == two.keys()
     for name, values in two.items():
         np.testing.assert_allclose(values.numpy(), one[name].numpy(), rtol=1e-3, atol=1e-5, err_msg=name)

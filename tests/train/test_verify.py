@@ -65,6 +65,16 @@ def test_the_rows_that_plan_prints_are_rows_that_train(model: str, ranks: int) -
         assert plan.memory.state == 16 * plan.mesh.elements(config) < GPUS["H100"].memory_bytes
 
 
+def test_a_table_that_is_the_head_too_is_counted_in_the_first_and_the_last_stage() -> None:
+    tied = replace(PRESETS["dbrx-9b"], tied_embeddings=True)
+    specs = [ParallelSpec.of(32, pipeline=2), ParallelSpec.of(32, pipeline=4, tensor=2)]
+    walked(tied, specs)
+    alone = replace(tied, layers=tied.layers[:2])
+    table = alone.vocab_size * alone.d_model
+    both = 2 * ParallelSpec(pp=2).elements(alone) - ParallelSpec().elements(alone)
+    assert both == table + alone.d_model, "two stages of equal layers; the last one has the final norm too"
+
+
 def test_sixteen_experts_on_3072_ranks_are_cut_elsewhere() -> None:
     """One dimension of 16 for 3,072 ranks would gather 192 times the weights and leave most ranks without any."""
     config, spec = PRESETS["dbrx-132b"], ParallelSpec(1, 3072, 1)

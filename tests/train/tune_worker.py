@@ -49,8 +49,14 @@ CASES = {
     "distill": ("distill", LORA, EXPERTS),
     "grpo": ("grpo", LORA + GRPO, ""),
     "grpo full experts": ("grpo", GRPO, EXPERTS),
+    "lora context": ("sft", LORA, "context = 2\n"),
+    "lora pipeline": ("sft", LORA, "pipeline = 2\n"),
+    "full tensor": ("sft", "[ema]\ndecay = 0.5\n", "tensor = 2\n"),
+    "full pipeline": ("sft", "", "pipeline = 2\n"),
 }
-"""Name -> (objective, its sections, [parallel] on two ranks)."""
+"""Name -> (objective, its sections, [parallel] on several ranks)."""
+ON_FOUR = ("lora experts", "full experts", "dpo", "lora context", "full tensor", "lora pipeline")
+"""Cases that four ranks run too: the layout's two times what shards them."""
 N_STEPS, STOP = 6, 3
 SHARED = "lora experts"
 
@@ -61,7 +67,7 @@ def config(folder: Path, case: str, n_ranks: int, *, run: str | None = None) -> 
     own = folder / objective
     own.mkdir(exist_ok=True)
     text = toml(own, folder / "base", objective, run=str(folder / (run or f"{n_ranks}-{case}")))
-    text = text.replace("learning_rate = 2e-2", "learning_rate = 3e-3\neps = 1e-6")
+    text = text.replace("rows = 2\n", "rows = 4\n").replace("learning_rate = 2e-2", "learning_rate = 3e-3\neps = 1e-6")
     text = text.replace("steps = 12", f"steps = {N_STEPS}").replace("every = 12", f"every = {N_STEPS}")
     if objective == "distill":
         sections += f'[distill]\nteacher = "{folder / "teacher"}"\ntemperature = 1.5\nweight = 0.7\n'
@@ -89,10 +95,11 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     world = World.join("cpu", HANG_S)
-    for case in CASES:
+    for case in CASES if world.size == 2 else ON_FOUR:
         run(config(folder, case, world.size))
-    run(config(folder, SHARED, world.size, run="from-1"))
-    part(config(folder, SHARED, world.size, run=f"from-{world.size}"))
+    if world.size == 2:
+        run(config(folder, SHARED, world.size, run="from-1"))
+        part(config(folder, SHARED, world.size, run=f"from-{world.size}"))
     world.leave()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from quadriga.model.config import AttentionSpec, DenseSpec, QKNormSpec, RopeSpec
+from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, QKNormSpec, RopeSpec
 from quadriga.train import config as sections
 from quadriga.train.held_out import continuation, held_out_losses
 from quadriga.train.trainer import Trainer
@@ -25,7 +25,7 @@ from tests.waiting import HANG_S
 
 N_STEPS = 20
 LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
-    1: {"one": {}, "muon": {}},
+    1: {"one": {}, "muon": {}, "tied": {}},
     2: {
         "fsdp": {},
         "hsdp": {"replicate": 2},
@@ -33,6 +33,10 @@ LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
         "tensor": {"tensor": 2},
         "context": {"context": 2},
         "pipeline": {"pipeline": 2},
+        "muon tensor": {"tensor": 2},
+        "muon fsdp": {},
+        "tied pipeline": {"pipeline": 2},
+        "tied tensor": {"tensor": 2},
     },
     4: {
         "experts": {"experts": 4},
@@ -46,7 +50,10 @@ LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
         "pipeline": {"pipeline": 4},
         "pipeline x hsdp": {"pipeline": 2, "replicate": 2},
         "pipeline x tensor x experts": {"pipeline": 2, "tensor": 2, "experts": 2},
-        "muon": {"experts": 2},
+        "muon experts": {"experts": 2},
+        "muon tensor x experts": {"tensor": 2, "experts": 2},
+        "tied pipeline": {"pipeline": 4},
+        "tied pipeline x tensor": {"pipeline": 2, "tensor": 2},
     },
 }
 HALVES = AttentionSpec(
@@ -57,6 +64,7 @@ HALVES = AttentionSpec(
     position=RopeSpec(theta=10_000.0),
     qk_norm=QKNormSpec(over="head", eps=1e-5),
     qkv_bias=True,
+    out_bias=True,
     window=11,
 )
 MODEL = replace(
@@ -71,13 +79,24 @@ MODEL = replace(
 """Whatever is cut by heads: biases, norms of q and k, windows; a dense layer, and three with experts."""
 
 
+def kind(layout: str) -> str:
+    """Which of the single process's runs a layout computes, by its name in ``LAYOUTS[1]``."""
+    first = layout.split()[0]
+    return first if first in LAYOUTS[1] else "one"
+
+
+def model(layout: str) -> ModelConfig:
+    """The model of a layout: with "tied" its head is the table of embeddings."""
+    return replace(MODEL, tied_embeddings=kind(layout) == "tied")
+
+
 def settings(layout: str, n_ranks: int = 1, n_steps: int = N_STEPS) -> runs.Settings:
     """The settings of a layout: micro-steps of 4 rows, all kinds of balancing."""
     options = LAYOUTS[n_ranks][layout]
     return runs.Settings(
         n_steps=n_steps,
         schedule=sections.ScheduleSection(kind="constant", warmup_steps=4),
-        optimiser=sections.OptimiserSection(name="muon" if layout == "muon" else "adamw", learning_rate=3e-3),
+        optimiser=sections.OptimiserSection(name="muon" if kind(layout) == "muon" else "adamw", learning_rate=3e-3),
         router=sections.RouterSection(z_loss=1e-3, bias_rate=1e-3, bias_fade=0.0),
         parallel=sections.ParallelSection(device="cpu", micro_rows=4, timeout_s=HANG_S, **options),
         checkpoint=sections.CheckpointSection(every=N_STEPS // 2),
@@ -88,9 +107,10 @@ def settings(layout: str, n_ranks: int = 1, n_steps: int = N_STEPS) -> runs.Sett
 def curve(folder: Path, layout: str, then: str, world: World) -> list[float]:
     """A run of 20 steps, stopped in the middle and resumed under another layout; see :func:`results`."""
     record = runs.Record()
-    first = runs.trainer(folder, settings(layout, world.size), config=MODEL, record=record, world=world, meta=True)
+    config = model(layout)
+    first = runs.trainer(folder, settings(layout, world.size), config=config, record=record, world=world, meta=True)
     first.train(lambda: first.step == N_STEPS // 2 - 1)
-    second = runs.trainer(folder, settings(then, world.size), config=MODEL, record=record, world=world)
+    second = runs.trainer(folder, settings(then, world.size), config=config, record=record, world=world)
     assert second.resume()
     assert second.step == N_STEPS // 2
     second.train()
@@ -110,11 +130,11 @@ def main() -> None:
     world = World.join("cpu", HANG_S)
     saved_by_others = sorted(folder.glob("shared-*"))
     world.wait()
-    found, layouts = {}, [layout for layout in LAYOUTS[world.size] if layout != "muon"]
-    for layout, then in zip(layouts, layouts[1:] + layouts[:1], strict=True):
-        found[f"{layout}, then {then}"] = curve(folder / f"{world.size}-{layout}", layout, then, world)
-    if world.size == 4:
-        found["muon"] = curve(folder / "4-muon", "muon", "muon", world)
+    found = {}
+    for one in LAYOUTS[1]:
+        layouts = [layout for layout in LAYOUTS[world.size] if kind(layout) == one]
+        for layout, then in zip(layouts, layouts[1:] + layouts[:1], strict=True):
+            found[f"{layout}, then {then}"] = curve(folder / f"{world.size}-{layout}", layout, then, world)
     # Resume from a checkpoint of another number of ranks, if there is one.
     for other in saved_by_others:
         record = runs.Record()

@@ -10,7 +10,8 @@
                       tp neighbours, cut into shard x ep / tp parts, in replicate copies
 
 With pp > 1 all this is said of a stage, which has an even part of the layers; the first one has the embeddings, the
-last one the head. Stages are the outermost count, as what they exchange is the least.
+last one the head. Stages are the outermost count, as what they exchange is the least. A table that is the head
+too is in both.
 
 Ranks that share rows have an equal part of their tokens each, and outside attention and dense networks they are ranks
 of data parallelism like all others: so tp and cp say nothing of ep, and the other way round. With tp, the inputs of
@@ -148,11 +149,6 @@ class ParallelSpec:
     def _pipeline_problem(self, config: ModelConfig) -> str | None:
         if self.pp > config.n_layers:
             return f"parallel.pipeline must be at most the model's {config.n_layers} layers, got {self.pp}"
-        if self.pp > 1 and config.tied_embeddings:
-            return (
-                "parallel.pipeline cannot be above 1 where embeddings and head are one matrix, which the first and the "
-                "last stage would share. Leave it at 1"
-            )
         return None
 
     def _sharing_problem(self, config: ModelConfig) -> str | None:
@@ -226,8 +222,6 @@ def _heads_problem(layer: LayerSpec, tp: int) -> str | None:
             counts["heads"] = n
         case AttentionSpec(n_heads=n, n_kv_heads=n_kv):
             counts |= {"heads": n, "key/value heads": n_kv}
-            if mixer.out_bias:
-                return "parallel.tensor sums what ranks project, and this model adds a bias to that. Leave it at 1"
             if mixer.qk_norm is not None and mixer.qk_norm.over != "head":
                 return "parallel.tensor cannot share a norm of all heads together, which this model has. Leave it at 1"
     if isinstance(ffn, DenseSpec):
@@ -247,7 +241,8 @@ def _counted(config: ModelConfig, layers: range) -> Iterator[tuple[str, tuple[in
     for layer, n in Counter(config.layers[i] for i in layers).items():
         yield from ((name, shape, n) for name, shape in layer_shapes(layer, config.d_model).items())
     for name, shape in parameter_shapes(config).items():
-        here = layers.start == 0 if name.startswith("embed.") else layers.stop == config.n_layers
+        first, last = layers.start == 0, layers.stop == config.n_layers
+        here = first or (last and config.tied_embeddings) if name.startswith("embed.") else last
         if here and not name.startswith("layers."):
             yield name, shape, 1
 

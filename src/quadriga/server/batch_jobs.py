@@ -31,7 +31,7 @@ from starlette.responses import Response
 from quadriga.server.batches import MAX_LINES, Handler, Line, answer_of
 from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
-from quadriga.server.files import FileStore, owner_of, page, read_facts, shown, write_facts
+from quadriga.server.files import FileStore, owner_of, page, read_all, shown, write_facts
 from quadriga.server.schema import parse
 from quadriga.server.sse import json_response
 
@@ -82,8 +82,7 @@ class BatchJobs:
 
     def __init__(self, store: FileStore, desk: Desk) -> None:
         self._store, self._desk = store, desk
-        found = map(read_facts, sorted(store.folder.glob("batch_*.json")))
-        self._batches = {facts["id"]: facts for facts in found if facts is not None}
+        self._batches = {facts["id"]: facts for facts in read_all(store.folder, "batch_*.json", _FACTS)}
         self._work: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._under_way: dict[str, asyncio.Task[None]] = {}  # by owner
@@ -311,8 +310,16 @@ _TIMES = {
 }
 
 
+_FACTS = {
+    **dict.fromkeys(("id", "endpoint", "input_file_id", "status", "owner", "client"), str),
+    **dict.fromkeys(("created_at", "expires_at"), int),
+    "request_counts": dict,
+}
+
+
 class _Answers:
-    """The answers of a batch so far, on the disk; a last line that a stop cut off is taken away."""
+    """The answers of a batch so far, on the disk; what is damaged, as a last line that a stop cut off, is taken away,
+    with all behind it, and answered again."""
 
     def __init__(self, good: Path, bad: Path) -> None:
         self.ids = set[str]()
@@ -324,9 +331,13 @@ class _Answers:
         if path.exists():
             with path.open("rb") as lines:
                 for line in lines:
+                    try:
+                        answered = msgspec.json.decode(line, type=_Answered)
+                    except msgspec.DecodeError:
+                        break
                     if not line.endswith(b"\n"):
                         break
-                    self.ids.add(msgspec.json.decode(line, type=_Answered).custom_id)
+                    self.ids.add(answered.custom_id)
                     n, length = n + 1, length + len(line)
             os.truncate(path, length)
         return n

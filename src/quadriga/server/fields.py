@@ -97,7 +97,7 @@ def prune(body: Any, kind: type) -> list[str]:
     Args:
         body: changed in place.
         kind: the type of the request. Its class variable ``TOOL_KINDS``, where it has one, is the set of ``type`` that
-            its tools may have (None: no type).
+            its tools may have (None: no type); ``REFUSED`` are fields that mean something in its interface only.
 
     Returns:
         What was taken out: places such as ``tools[0].cache_hint``.
@@ -108,9 +108,10 @@ def prune(body: Any, kind: type) -> list[str]:
     found: Found = []
     if not isinstance(body, dict):
         return found
-    for name in _refused_of(kind) & body.keys():
+    refused = _refused_of(kind)
+    for name in refused.keys() & body.keys():
         if not _asks_nothing(body[name]):
-            raise ApiError(400, f"{name} is not supported: {REFUSED[name]}", param=name)
+            raise ApiError(400, f"{name} is not supported: {refused[name]}", param=name)
     kinds = getattr(kind, "TOOL_KINDS", None)
     if kinds is not None and isinstance(body.get("tools"), list):
         body["tools"] = [tool for i, tool in enumerate(body["tools"]) if _is_of(tool, kinds, f"tools[{i}]", found)]
@@ -166,9 +167,10 @@ def _is_of(tool: Any, kinds: frozenset[str | None], place: str, found: Found) ->
 
 
 @functools.cache
-def _refused_of(kind: type) -> frozenset[str]:
-    """The names of :data:`REFUSED` that the type has no field for."""
-    return frozenset(REFUSED) - {field.encode_name for field in msgspec.structs.fields(kind)}
+def _refused_of(kind: type) -> dict[str, str]:
+    """Those of :data:`REFUSED` that the type has no field for, and its own."""
+    own = {field.encode_name for field in msgspec.structs.fields(kind)}
+    return {name: why for name, why in (REFUSED | getattr(kind, "REFUSED", {})).items() if name not in own}
 
 
 @functools.cache

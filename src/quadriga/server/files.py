@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import secrets
 import time
@@ -26,7 +27,10 @@ from quadriga.server.guard import Limits, take_body
 from quadriga.server.multipart import boundary_of, take_apart
 from quadriga.server.sse import json_response
 
+_log = logging.getLogger(__name__)
+
 MAX_FILES = 10_000
+_FACTS = {"id": str, "bytes": int, "created_at": int, "filename": str, "purpose": str, "owner": str}
 _ID = re.compile(r"file-[0-9a-f]{24}")
 PURPOSES = ("batch", "assistants", "fine-tune", "vision", "user_data", "evals")
 
@@ -50,11 +54,10 @@ class FileStore:
             for left in folder.glob("*.part"):  # of uploads that a stop cut off
                 if not left.name.startswith("batch_"):
                     left.unlink()
-            self._facts = {
-                facts["id"]: facts for facts in map(read_facts, sorted(folder.glob("file-*.json"))) if facts is not None
-            }
+            found = read_all(folder, "file-*.json", _FACTS)
         except OSError as error:
             raise ConfigError(f"--files {folder} cannot be used: {error.strerror}. Name a folder to write to") from None
+        self._facts = {facts["id"]: facts for facts in found if self.path(facts["id"]).is_file()}
 
     def path(self, file_id: str) -> Path:
         """Where a file's bytes are."""
@@ -113,13 +116,24 @@ class FileStore:
         return sorted(mine, key=lambda facts: (-facts["created_at"], facts["id"]))
 
 
-def read_facts(path: Path) -> dict[str, Any] | None:
-    """What a file of facts says; None where it cannot be read."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+def read_all(folder: Path, pattern: str, needed: dict[str, type]) -> list[dict[str, Any]]:
+    """What files of facts say. One that is damaged is passed over, with a line in the log.
+
+    Args:
+        needed: keys that each has, ``id`` as its name, and of what type they are.
+    """
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        try:
+            facts = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            facts = None
+        whole = isinstance(facts, dict) and all(isinstance(facts.get(key), kind) for key, kind in needed.items())
+        if whole and facts["id"] == path.stem:
+            found.append(facts)
+        else:
+            _log.warning("%s is damaged and is passed over", path)
+    return found
 
 
 def write_facts(path: Path, facts: dict[str, Any]) -> None:
@@ -146,7 +160,7 @@ def page(request: Request, items: list[dict[str, Any]], most: int) -> Response:
         ApiError: 400, a limit that is none, or ``after`` names nothing.
     """
     limit, after = request.query_params.get("limit", str(min(most, 10_000))), request.query_params.get("after")
-    if not (limit.isdecimal() and len(limit) < 6 and 1 <= int(limit) <= most):
+    if not (limit.isascii() and limit.isdecimal() and len(limit) < 6 and 1 <= int(limit) <= most):
         raise ApiError(400, f"limit must be from 1 to {most}, got {limit[:40]!r}", param="limit")
     ids = [item["id"] for item in items]
     if after is not None and after not in ids:
@@ -199,7 +213,10 @@ class FileRoutes:
         """GET /v1/files."""
         purpose = request.query_params.get("purpose")
         mine = self._store.all(owner_of(request.state.caller))
-        if request.query_params.get("order", "desc") == "asc":
+        order = request.query_params.get("order", "desc")
+        if order not in ("asc", "desc"):
+            raise ApiError(400, f"order must be asc or desc, got {order[:40]!r}", param="order")
+        if order == "asc":
             mine.reverse()
         return page(request, [facts for facts in mine if purpose in (None, facts["purpose"])], MAX_FILES)
 
@@ -210,7 +227,10 @@ class FileRoutes:
     async def content(self, request: Request) -> Response:
         """GET /v1/files/{id}/content."""
         facts = self._store.get(request.path_params["id"], owner_of(request.state.caller))
-        return FileResponse(self._store.path(facts["id"]), media_type="application/octet-stream")
+        path = self._store.path(facts["id"])
+        if not path.is_file():
+            raise ApiError(404, f"the bytes of {facts['id']} are gone from the disk; delete it", code="not_found")
+        return FileResponse(path, media_type="application/octet-stream")
 
     async def delete(self, request: Request) -> Response:
         """DELETE /v1/files/{id}."""

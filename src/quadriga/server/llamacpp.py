@@ -20,7 +20,7 @@ from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
 from quadriga.server.schema import CompletionRequest, JsonSchema, ResponseFormat
 from quadriga.server.service import Service
-from quadriga.server.sse import EventSender, EventStream, json_response
+from quadriga.server.sse import EventSender, EventStream, json_response, part
 from quadriga.text.infill import marks_of
 
 MAX_PROBS = 20
@@ -113,7 +113,7 @@ def _as_completion(body: LlamaRequest, prompts: list[list[int]]) -> CompletionRe
         model=body.model,
         max_tokens=body.n_predict,
         temperature=body.temperature,
-        top_k=body.top_k,
+        top_k=max(-1, body.top_k),
         top_p=body.top_p,
         min_p=body.min_p,
         typical_p=body.typical_p,
@@ -128,7 +128,7 @@ def _as_completion(body: LlamaRequest, prompts: list[list[int]]) -> CompletionRe
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         seed=body.seed,
-        stop=body.stop,
+        stop=stops_of(body.stop),
         ignore_eos=body.ignore_eos,
         logit_bias={str(token): value for token, value in bias} if isinstance(bias, list) else bias,
         logprobs=body.n_probs,
@@ -137,19 +137,24 @@ def _as_completion(body: LlamaRequest, prompts: list[list[int]]) -> CompletionRe
     )
 
 
+def stops_of(given: str | list[str] | None) -> list[str]:
+    """Stop strings as llama.cpp and Ollama take them: an empty one stops nothing."""
+    return [stop for stop in ([given] if isinstance(given, str) else given or []) if stop]
+
+
 def _prompts(service: Service, given: str | list[str | int | list[int]] | None) -> list[list[int]]:
     """One prompt: a text, token ids, or both mixed; or several, in a list of texts and lists of ids."""
     if given is None or given == [] or given == "":
         raise ApiError(400, "prompt is a text, token ids, both mixed, or a list of such", param="prompt")
     if not isinstance(given, list):
         return [service.llm.prompt_ids(given)]
-    if not any(isinstance(part, int) for part in given):
-        return [service.llm.prompt_ids(part) for part in given if not isinstance(part, int)]
+    if not any(isinstance(one, int) for one in given):
+        return [service.llm.prompt_ids(one) for one in given if not isinstance(one, int)]
     ids: list[int] = []
-    for i, part in enumerate(given):
-        if isinstance(part, list):
+    for i, one in enumerate(given):
+        if isinstance(one, list):
             raise ApiError(400, "prompt mixes token ids and lists of them", param="prompt")
-        ids += [part] if isinstance(part, int) else service.llm.prompt_ids(part, add_special=i == 0)
+        ids += [one] if isinstance(one, int) else service.llm.prompt_ids(one, add_special=i == 0)
     return [service.llm.prompt_ids(ids)]
 
 
@@ -160,8 +165,8 @@ async def answer(service: Service, body: LlamaRequest, caller: Caller) -> Respon
     if not body.stream:
         await answers.collect()
         chat.record(service, answers)
-        made = [_whole(service, body, answers, choice, prompts[choice.index]) for choice in answers.choices]
-        return json_response(made[0] if len(made) == 1 else made)
+        size = answers.n_bytes(1 + body.n_probs if body.n_probs else 0) + 8 * sum(map(len, prompts))
+        return await service.work.write(size, _all, service, body, answers, prompts)
 
     async def produce(sender: EventSender) -> None:
         n_made, n_prompt = 0, len(prompts[0])
@@ -180,6 +185,11 @@ async def answer(service: Service, body: LlamaRequest, caller: Caller) -> Respon
             answers.close()
 
     return EventStream(produce)
+
+
+def _all(service: Service, body: LlamaRequest, answers: Answers, prompts: list[list[int]]) -> Response:
+    made = [part(_whole(service, body, answers, choice, prompts[choice.index])) for choice in answers.choices]
+    return json_response(made[0] if len(made) == 1 else made)
 
 
 def _whole(service: Service, body: LlamaRequest, answers: Answers, choice: Choice, prompt: list[int]) -> dict[str, Any]:
@@ -218,7 +228,7 @@ def _probs(service: Service, body: LlamaRequest, events: list[TokenEvent]) -> di
 
 def _end(service: Service, body: LlamaRequest, answers: Answers, choice: Choice, prompt: list[int]) -> dict[str, Any]:
     """What is known when it is over."""
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stops = stops_of(body.stop)
     word = completions.stop_hit(service, choice, stops)
     kind = "limit" if choice.finish_reason == "length" else "eos" if word is None else "word"
     tokenizer = service.llm._need_tokenizer()

@@ -21,6 +21,7 @@ from quadriga.server.answers import Answers
 from quadriga.server.caller import Caller
 from quadriga.server.errors import ApiError
 from quadriga.server.fleet import plain_name
+from quadriga.server.llamacpp import stops_of
 from quadriga.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -234,7 +235,7 @@ def _sampled(request: S, given: Options | None) -> S:
     request.max_tokens = -1 if limit is None or limit <= 0 else limit
     request.temperature, request.top_p, request.min_p = options.temperature, options.top_p, options.min_p
     request.top_k, request.typical_p = max(-1, options.top_k), options.typical_p
-    request.seed, request.stop = options.seed, options.stop
+    request.seed, request.stop = options.seed, stops_of(options.stop) or None
     request.repetition_penalty = options.repeat_penalty
     request.presence_penalty, request.frequency_penalty = options.presence_penalty, options.frequency_penalty
     return request
@@ -354,7 +355,7 @@ def _end(answers: Answers, called: bool) -> dict[str, Any]:
 
 async def embed(service: Service, body: OllamaEmbed, caller: Caller) -> Response:
     """POST /api/embed."""
-    if body.input == []:
+    if not body.input:  # only to have the model loaded
         known(service, body.model)
         return json_response({"model": body.model, "embeddings": []})
     given = await _cut(service, body.input, caller) if body.truncate else body.input
@@ -365,6 +366,9 @@ async def embed(service: Service, body: OllamaEmbed, caller: Caller) -> Response
 
 async def embeddings(service: Service, body: OllamaEmbeddings, caller: Caller) -> Response:
     """POST /api/embeddings."""
+    if not body.prompt:
+        known(service, body.model)
+        return json_response({"embedding": []})
     vectors, _, _ = await _vectors(service, body.model, await _cut(service, body.prompt, caller), None, caller)
     return json_response({"embedding": vectors[0]})
 
@@ -393,4 +397,5 @@ async def _vectors(
     began = time.perf_counter()
     request = EmbeddingRequest(model=known(service, model), input=given, dimensions=dimensions)
     vectors, n = await text_routes.vectors(service, request, caller)
-    return [vector.tolist() for vector in vectors], n, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    return await text_routes.written(service, vectors), n, seconds

@@ -6,13 +6,20 @@ connection and what it waits for each time.
 A client may also send its next request while an answer is under way. uvicorn then reads no more, and takes the next
 request for the one that is answered: it never learns that the client has left. Here what comes ahead of its time is
 kept, up to a size, so that the end of the connection is read, and it ends whatever the connection has.
+
+And a client may offer to speak another protocol (``Upgrade: h2c``, which Java's HTTP client does with every request).
+The offer is not taken, and the request is one like any other (RFC 9110, 7.8). The parser would read nothing behind its
+head, so that the body were lost: it gets the head again without the offer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sys
 from typing import Any
 
+import httptools
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -26,6 +33,8 @@ MAX_AHEAD_BYTES = 1 << 20
 """Of later requests, kept while an answer is under way; a client that sends more is cut off."""
 LINGER_S = 1.0
 """How long a refused connection is read on, so that its answer arrives."""
+
+_OFFERS = (b"upgrade", b"http2-settings")
 
 _ANSWER = b"HTTP/1.1 %s\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
@@ -43,6 +52,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._rest_due: asyncio.TimerHandle | None = None
         self._answered: RequestResponseCycle | None = None  # the request whose answer is under way, or was the last
         self._ahead = bytearray()
+        self._fed = b""  # what the parser is at
+        self._plain_head: bytes | None = None  # of a request with an offer, without it
 
     def connection_made(self, transport: Any) -> None:
         """A connection: its first head is due."""
@@ -115,7 +126,9 @@ class GuardedProtocol(HttpToolsProtocol):
             if begun > MAX_HEAD_BYTES and b"\r\n\r\n" not in data[: MAX_HEAD_BYTES + 4]:
                 self._refuse(b"431 Request Header Fields Too Large")
                 return
+        self._fed = data
         super().data_received(data)
+        self._fed = b""
         if self.pipeline:
             self.flow.resume_reading()  # the end of the connection is to be seen
 
@@ -128,11 +141,30 @@ class GuardedProtocol(HttpToolsProtocol):
         """A whole head."""
         self._in_head, self._head_bytes = False, 0
         self._stop_clock()
+        method = self.parser.get_method()
+        if self.parser.should_upgrade() and method != b"CONNECT":
+            lines = [b"%s %s HTTP/%s" % (method, self.url, self.parser.get_http_version().encode())]
+            self._plain_head = b"\r\n".join([*lines, *map(b": ".join, _without_offers(self.headers)), b"", b""])
+            return
         super().on_headers_complete()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """The parser has stopped behind a head with an offer: another one goes on without it."""
+        head, self._plain_head = self._plain_head, None
+        stopped = sys.exc_info()[1]
+        if head is None or not isinstance(stopped, httptools.HttpParserUpgrade):
+            return
+        rest = self._fed[stopped.args[0] :]
+        self.parser = httptools.HttpRequestParser(self)
+        with contextlib.suppress(AttributeError):  # an older httptools; as uvicorn does
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.data_received(head + rest)
 
     def on_message_complete(self) -> None:
         """A whole request: the next one may begin when it likes, within the keep-alive time."""
         self._in_head = True
+        if self._plain_head is not None:
+            return
         if self._rest_due is not None:
             self._rest_due.cancel()
             self._rest_due = None
@@ -162,5 +194,14 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.write(_ANSWER % status)
         # Closing with bytes unread would reset the connection, and the answer would be lost on its way.
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            with contextlib.suppress(OSError):  # it is gone, and nobody has noticed yet
+                self.transport.write_eof()
         asyncio.get_running_loop().call_later(LINGER_S, self.transport.close)
+
+
+def _without_offers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Headers without what offers another protocol."""
+    kept = [(name, value) for name, value in headers if name not in (*_OFFERS, b"connection")]
+    tokens = [token.strip() for name, value in headers if name == b"connection" for token in value.split(b",")]
+    tokens = [token for token in tokens if token and token.lower() not in _OFFERS]
+    return [*kept, (b"connection", b", ".join(tokens))] if tokens else kept

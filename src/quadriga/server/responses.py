@@ -92,6 +92,7 @@ class ResponsesRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/responses."""
 
     TOOL_KINDS: ClassVar[frozenset[str | None]] = frozenset({"function", "custom", "namespace"})
+    REFUSED: ClassVar[dict[str, str]] = {"prompt": "no prompts are stored here; send its text as input or instructions"}
 
     model: str | None = None
     input: str | list[Item]

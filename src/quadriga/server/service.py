@@ -186,7 +186,7 @@ class Service:
             raise ApiError(400, message, param="stop_token_ids")
         bias = {}
         for key, value in given_bias.items():
-            if not (key.isdecimal() and len(key) < 10):
+            if not (key.isascii() and key.isdecimal() and len(key) < 10):
                 raise ApiError(400, f"logit_bias keys are token ids, got {key[:40]!r}", param="logit_bias")
             if int(key) in bias:
                 raise ApiError(400, f"logit_bias names the token id {int(key)} twice", param="logit_bias")

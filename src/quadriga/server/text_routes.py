@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from starlette.responses import Response
 
 from quadriga.server import chat
@@ -31,6 +32,8 @@ from quadriga.server.tools import ToolUse
 from quadriga.text.chat import RenderedPrompt
 from quadriga.text.template_abilities import Abilities
 
+_NUMBER_BYTES = 20
+"""Of a number of a vector as JSON."""
 MAX_TEXT_BYTES = 1 << 20
 """UTF-8 bytes of a text where no context bounds it: some seconds of encoding at most, and as many tokens."""
 
@@ -123,15 +126,21 @@ def _as_chat(body: TokenizeRequest | TemplateRequest, messages: list[Message]) -
 
 async def embeddings(service: Service, body: EmbeddingRequest, caller: Caller) -> Response:
     """Texts as vectors of length 1: the mean of the last hidden states."""
-    data = []
     found, n = await vectors(service, body, caller)
-    for i, vector in enumerate(found):
-        shown: Any = vector.tolist()
-        if body.encoding_format == "base64":
-            shown = base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        data.append({"object": "embedding", "index": i, "embedding": shown})
+    shown = await written(service, found, as_base64=body.encoding_format == "base64")
+    data = [{"object": "embedding", "index": i, "embedding": one} for i, one in enumerate(shown)]
     usage = {"prompt_tokens": n, "total_tokens": n}
     return json_response({"object": "list", "data": data, "model": service.shown_name(body.model), "usage": usage})
+
+
+async def written(service: Service, found: list[Any], *, as_base64: bool = False) -> list[msgspec.Raw]:
+    """Vectors as JSON: lists of numbers, or their bytes as base64; many are written in a thread, one by one."""
+
+    def one(vector: Any) -> msgspec.Raw:
+        return part(base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_base64 else vector.tolist())
+
+    size = _NUMBER_BYTES * sum(vector.size for vector in found)
+    return await service.work.write(size, lambda: [one(vector) for vector in found])
 
 
 METHOD = "cosine of mean last hidden states"

@@ -219,6 +219,19 @@ class ParallelSection(Section, frozen=True):
         _require(ok, f"parallel.micro_rows must be at least 1, got {self.micro_rows}")
 
 
+def require_whole_documents(router: RouterSection, parallel: ParallelSection) -> None:
+    """Check that documents are not cut where they are balanced each.
+
+    Raises:
+        ConfigError: ranks would have parts of rows.
+    """
+    _require(
+        router.balance_form != "document" or parallel.tensor * parallel.context == 1,
+        "router.balance_form 'document' needs whole documents on a rank: leave parallel.tensor and "
+        f"parallel.context at 1, got {parallel.tensor} and {parallel.context}",
+    )
+
+
 class GuardSection(Section, frozen=True):
     """What to do with a step whose loss or gradient is not finite or far above the recent ones."""
 
@@ -322,11 +335,7 @@ class RunConfig(Section, frozen=True):
 
     def __post_init__(self) -> None:
         require_run(self.run)
-        _require(
-            self.router.balance_form != "document" or self.parallel.tensor * self.parallel.context == 1,
-            "router.balance_form 'document' needs whole documents on a rank: leave parallel.tensor and "
-            f"parallel.context at 1, got {self.parallel.tensor} and {self.parallel.context}",
-        )
+        require_whole_documents(self.router, self.parallel)
 
     @property
     def n_steps(self) -> int:

@@ -20,7 +20,7 @@ from quadriga.model.parallel_spec import ParallelSpec
 from quadriga.train.batch import TrainingBatch
 from quadriga.train.row_group import ALONE, RowGroup
 from quadriga.train.shards import Portion, local_parts
-from quadriga.train.stage import Stage
+from quadriga.train.stage import Stage, of_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +79,14 @@ class Layout:
         return rows if self.stage.count == 1 else replace(rows, stage=self.stage)
 
     def copies(self, name: str, parameter: Tensor) -> int:
-        """Number of ranks, of a stage, that hold the same part of a parameter."""
+        """Number of ranks that hold the same part of a parameter."""
+        twins = 2 if of_table(name) and self.stage.shares_table else 1
         parts = self.group.n_tensor if name in self.portions else 1
         if isinstance(parameter, DTensor):
             for axis, placement in enumerate(parameter.placements):
                 if not isinstance(placement, Replicate):
                     parts *= parameter.device_mesh.size(axis)
-        return self.spec.stage_ranks // parts
+        return twins * self.spec.stage_ranks // parts
 
     def portions_of(self, state: Mapping[str, Tensor]) -> dict[str, Portion]:
         """The same by the names of the saved state: ``parameter/NAME``, ``ema/NAME``, ``optimiser/NAME/KEY``."""
@@ -97,8 +98,12 @@ class Layout:
 
     def parts(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parts of the state that this rank saves, copied to the host."""
-        own = {name: x for name, x in state.items() if self.stage.first or "/" in name}
+        own = {name: x for name, x in state.items() if self.stage.first or self._saved_here(name)}
         return local_parts(own, self.rank, self.portions_of(own))
+
+    def _saved_here(self, name: str) -> bool:
+        """Whether a stage behind the first saves this: what all stages have is saved by the first."""
+        return "/" in name and not (of_table(parameter_of(name)) and self.stage.shares_table)
 
     def elsewhere(self, name: str) -> bool:
         """True for a saved tensor that belongs to another stage."""

@@ -6,13 +6,15 @@
                                                                                           (Jordan et al. 2024)
 
 Muon treats each expert of a stack as a separate matrix, all of a layer in one batched product; torch.optim.Muon
-accepts no stacks. A matrix that is sharded over ranks is gathered for its update; a stack of whole experts is not.
+accepts no stacks. A matrix that is sharded over ranks, or of which ranks have some heads each, is gathered for its
+update; a stack of whole experts is not.
 With Muon, norms, the router, embeddings and head are updated by AdamW. Norms and the router have no weight decay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from quadriga.train.config import OptimiserSection
+from quadriga.train.row_group import ALONE, RowGroup
+from quadriga.train.shards import Portion
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al. 2024): steep at 0, singular values end within [0.7, 1.2]."""
@@ -35,6 +39,14 @@ def decays(name: str) -> bool:
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """True for parameters that Muon updates: the matrices inside the layers, except the router."""
     return name.startswith("layers.") and parameter.ndim >= 2 and ".router." not in name and ".b_" not in name
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A matrix of which neighbouring ranks have a portion each."""
+
+    portion: Portion
+    group: RowGroup
 
 
 class Lion(torch.optim.Optimizer):
@@ -60,10 +72,21 @@ class Lion(torch.optim.Optimizer):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon: updates by the orthogonalised momentum; for matrices (R, C) and stacks of them (E, R, C)."""
+    """Muon: updates by the orthogonalised momentum; for matrices (R, C) and stacks of them (E, R, C).
 
-    def __init__(self, params: Iterable[dict[str, Any]], lr: float, momentum: float) -> None:
+    Args:
+        divided: of the matrices that are cut by heads (``tensor_parallel``), which portion this rank's is of the whole.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float,
+        divided: Mapping[Tensor, Divided] | None = None,
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+        self.divided = dict(divided or {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -75,8 +98,10 @@ class Muon(torch.optim.Optimizer):
                     continue
                 m = _momentum(self.state[p], p)
                 local(m).mul_(group["momentum"]).add_(local(p.grad))
-                update = orthogonal(p.grad.add(m, alpha=group["momentum"]))
-                scale = max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5
+                cut = self.divided.get(p)
+                update = orthogonal(p.grad.add(m, alpha=group["momentum"]), cut)
+                rows, columns = (p.shape if cut is None else cut.portion.shape(tuple(p.shape)))[-2:]
+                scale = max(1.0, rows / columns) ** 0.5
                 w = local(p)
                 w.mul_(1 - group["lr"] * group["weight_decay"])
                 w.add_(local(update), alpha=-group["lr"] * scale)
@@ -89,22 +114,29 @@ def _momentum(state: dict[str, Any], parameter: Tensor) -> Tensor:
     return momentum
 
 
-def orthogonal(update: Tensor) -> Tensor:
+def orthogonal(update: Tensor, cut: Divided | None = None) -> Tensor:
     """Apply :func:`newton_schulz` to every matrix; matrices that are sharded over ranks are gathered first."""
     if not isinstance(update, DTensor):
-        return newton_schulz(update)
+        return _orthogonal(update, cut)
     mesh, placements = update.device_mesh, update.placements
     if all(not isinstance(p, Shard) or p.dim < update.ndim - 2 for p in placements):
-        own = newton_schulz(update.to_local())
+        own = _orthogonal(update.to_local(), cut)
         made: Tensor = DTensor.from_local(own, mesh, placements, shape=update.shape, stride=update.stride())
         return made
     # Experts that are spread stay where they are; the rows or columns of the matrices are gathered.
     gathered = [Replicate() if isinstance(p, Shard) and p.dim >= update.ndim - 2 else p for p in placements]
     whole = update.redistribute(placements=gathered)
-    done = newton_schulz(whole.to_local())
+    done = _orthogonal(whole.to_local(), cut)
     spread: DTensor = DTensor.from_local(done, mesh, gathered, shape=whole.shape, stride=whole.stride())
     back: Tensor = spread.redistribute(placements=placements)
     return back
+
+
+def _orthogonal(update: Tensor, cut: Divided | None) -> Tensor:
+    if cut is None:
+        return newton_schulz(update)
+    whole = cut.portion.joined(cut.group.portions(update))
+    return cut.portion.take(newton_schulz(whole))
 
 
 def newton_schulz(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -131,9 +163,16 @@ class Optimiser:
     Args:
         parameters: name -> float32 master parameter, for the parameters to train.
         section: which optimiser, and its settings.
+        portions: of the parameters that are cut by heads; their neighbours are those of ``group``.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], section: OptimiserSection) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        section: OptimiserSection,
+        portions: Mapping[str, Portion] | None = None,
+        group: RowGroup = ALONE,
+    ) -> None:
         self.names = {parameter: name for name, parameter in parameters.items()}
         rest = dict(parameters)
         self.parts: list[torch.optim.Optimizer] = []
@@ -142,7 +181,10 @@ class Optimiser:
             rest = {name: p for name, p in rest.items() if name not in hidden}
             if hidden:
                 groups = _groups(hidden, section.weight_decay)
-                self.parts.append(Muon(groups, section.muon_learning_rate, section.momentum))
+                divided = {
+                    hidden[name]: Divided(one, group) for name, one in (portions or {}).items() if name in hidden
+                }
+                self.parts.append(Muon(groups, section.muon_learning_rate, section.momentum, divided))
         if rest:
             groups = _groups(rest, section.weight_decay)
             if section.name == "lion":

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import Shard
+from torch.nn.attention import varlen as varlen  # registers its operation
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from quadriga.errors import ConfigError
@@ -147,11 +148,12 @@ def prepare(
 
 
 _PRODUCTS = [
-    getattr(torch.ops.aten, name).default
-    for name in (
-        *("mm", "addmm", "_grouped_mm", "_scaled_dot_product_flash_attention"),
-        *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
-    )
+    *(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "_grouped_mm")),
+    *(
+        getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention").default
+        for kind in ("flash", "efficient", "cudnn")
+    ),
+    torch.ops.torch_attn._varlen_attn.default,
 ]
 """What recompute = "selective" keeps the results of; the rest costs memory traffic and hardly any arithmetic."""
 
@@ -229,6 +231,12 @@ def _stage(model: Transformer, objective: Objective, spec: ParallelSpec, world: 
             "parallel.pipeline is for pre-training with router.balance_form = 'megablocks': other losses do not add up "
             "over layers. Leave it at 1"
         )
+    for number in range(spec.pp):
+        if not _is_trained(model, spec.layers(model.config.n_layers, number)):
+            raise ConfigError(
+                f"parallel.pipeline = {spec.pp} leaves stage {number} nothing to train: take fewer stages, or an "
+                "adapter with targets in all layers"
+            )
     mesh = init_device_mesh(_kind(world), (spec.pp, spec.stage_ranks), mesh_dim_names=("stages", "ranks"))
     index = world.rank // spec.stage_ranks
     layers = spec.layers(model.config.n_layers, index)
@@ -241,7 +249,12 @@ def _stage(model: Transformer, objective: Objective, spec: ParallelSpec, world: 
         n_mixtures=len(mixtures),
         ranks=mesh["ranks"].get_group(),
         line=mesh["stages"].get_group(),
+        tied=model.config.tied_embeddings,
     )
+
+
+def _is_trained(model: Transformer, layers: range) -> bool:
+    return any(parameter.requires_grad for i in layers for parameter in model.layers[i].parameters())
 
 
 def _row_group(spec: ParallelSpec, world: World) -> RowGroup:

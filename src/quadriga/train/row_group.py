@@ -70,6 +70,10 @@ class RowGroup:
         """The sum of all tensor parts' x (tp N', ...), of which this rank keeps its own rows (N', ...)."""
         return x if self.tensor is None else _applied(_SumAndDeal, x, self.tensor)
 
+    def portions(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Every tensor part's x, of this one's shape, in their order; without a gradient."""
+        return (x,) if self.tensor is None else _gather(x[None], self.tensor).unbind()
+
     def whole_context(self, x: Tensor) -> Tensor:
         """x (N', ...) of all context parts, in the order of the rows: (cp N', ...)."""
         if self.context is None:

@@ -10,7 +10,7 @@ same, but store the table of boxes as a pickle; we never unpickle anything.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -42,10 +42,21 @@ class Portion:
     """In the order they lie in the rank's tensor."""
     size: int
     """Of the whole tensor's dimension."""
+    neighbours: tuple[tuple[Span, ...], ...] = ()
+    """The spans of all portions that make up the whole, this one among them; each is as large."""
 
     def take(self, whole: Tensor) -> Tensor:
         """This portion of a whole tensor, as a copy."""
         return torch.cat([whole.narrow(self.dim, a, b - a) for a, b in self.spans], dim=self.dim)
+
+    def joined(self, portions: Sequence[Tensor]) -> Tensor:
+        """The whole tensor, of all neighbours' portions in their order."""
+        out = portions[0].new_empty(self.shape(tuple(portions[0].shape)))
+        for spans, portion in zip(self.neighbours, portions, strict=True):
+            parts = torch.split(portion, [b - a for a, b in spans], dim=self.dim)
+            for (a, b), part in zip(spans, parts, strict=True):
+                out.narrow(self.dim, a, b - a).copy_(part)
+        return out
 
     def shape(self, own: tuple[int, ...]) -> tuple[int, ...]:
         """The whole tensor's shape, from the portion's."""
@@ -83,14 +94,10 @@ def own_box(x: Tensor) -> Box:
     return tuple((a, a + n) for a, n in zip(offset, shape, strict=True))
 
 
-def gathered(x: Tensor, *, keep: bool = True) -> Tensor:
-    """The whole of a tensor on the host; all ranks that hold parts of it must call this.
-
-    Args:
-        keep: False on ranks that only take part: they return an empty tensor, so that one whole is in memory once.
-    """
+def gathered(x: Tensor) -> Tensor:
+    """The whole of a tensor on the host; all ranks that hold parts of it must call this."""
     whole: Tensor = x.full_tensor().detach() if isinstance(x, DTensor) else x.detach()
-    return whole.cpu() if keep else whole.new_empty(0)
+    return whole.cpu()
 
 
 def writes(x: Tensor, rank: int) -> bool:

@@ -10,6 +10,7 @@ heads: what is around it are hooks.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from quadriga.model.parallel_spec import head_dim_of
 from quadriga.model.rank_mesh import RankMesh, RankPlace, Run, even_part
 from quadriga.model.rank_share import RankShare
 from quadriga.nn.attention import Attention
+from quadriga.nn.linear import Linear, linear
 from quadriga.nn.transformer import Block, Transformer
 from quadriga.train.row_group import RowGroup
 from quadriga.train.shards import Portion
@@ -32,11 +34,10 @@ class _EvenPlace(RankPlace):
         return even_part(n, self.mesh.group, self.index)
 
 
-def _share(model: Transformer, group: RowGroup) -> RankShare:
+def _share(model: Transformer, group: RowGroup, part: int) -> RankShare:
     place = _EvenPlace(
-        mesh=RankMesh(tp=group.n_tensor), rank=group.tensor_part, stage=0, index=group.tensor_part,
-        expert_part=0, tensor_part=group.tensor_part,
-    )  # fmt: skip
+        mesh=RankMesh(tp=group.n_tensor), rank=part, stage=0, index=part, expert_part=0, tensor_part=part
+    )
     return RankShare(model.config, place)
 
 
@@ -46,15 +47,14 @@ def cut_heads(model: Transformer, group: RowGroup) -> dict[str, Portion]:
     Returns:
         the parameters that were cut, and which portion of them the model has now.
     """
-    share, portions = _share(model, group), {}
+    shares, portions = [_share(model, group, part) for part in range(group.n_tensor)], {}
+    share = shares[group.tensor_part]
     for name, whole in list(model.named_parameters()):
         dim = head_dim_of(name)
         if dim is None:
             continue
-        selection = share.wanted[name][1]
-        spans = selection.rows if dim == 0 else selection.cols
-        assert spans is not None, "what head_dim_of names is cut"
-        portions[name] = portion = Portion(dim, spans, whole.shape[dim])
+        spans = [_spans(one, name, dim) for one in shares]
+        portions[name] = portion = Portion(dim, spans[group.tensor_part], whole.shape[dim], tuple(spans))
         owner, _, last = name.rpartition(".")
         part = nn.Parameter(portion.take(whole.detach()), requires_grad=whole.requires_grad)
         setattr(model.get_submodule(owner), last, part)
@@ -64,6 +64,13 @@ def cut_heads(model: Transformer, group: RowGroup) -> dict[str, Portion]:
     return portions
 
 
+def _spans(share: RankShare, name: str, dim: int) -> tuple[Run, ...]:
+    selection = share.wanted[name][1]
+    spans = selection.rows if dim == 0 else selection.cols
+    assert spans is not None, "what head_dim_of names is cut"
+    return spans
+
+
 def _let_meet(block: Block, share: RankShare, layer: int, group: RowGroup) -> None:
     assert block.attn is not None, "ParallelSpec refuses recurrent layers"
     own = share.config.layers[layer].mixer
@@ -71,10 +78,19 @@ def _let_meet(block: Block, share: RankShare, layer: int, group: RowGroup) -> No
     block.attn.spec = own
     if isinstance(block.attn, Attention) and isinstance(own.position, AlibiSpec):
         block.attn.slopes = torch.from_numpy(share.slopes(layer))
+    wo = block.attn.wo
+    if wo.bias is not None:
+        wo.forward = partial(_with_part_of_bias, wo, group.n_tensor)  # type: ignore[method-assign]
     for half in (block.attn, block.ffn):
         if half is not None:
             half.register_forward_pre_hook(_Gathers(group))
             half.register_forward_hook(_Sums(group))
+
+
+def _with_part_of_bias(projection: Linear, n_tensor: int, x: Tensor) -> Tensor:
+    """What a projection gives of these heads, with so much of its bias that the neighbours' sum has it once."""
+    assert projection.bias is not None, "asked for those that have one"
+    return linear(x, projection.weight) + projection.bias / n_tensor
 
 
 class _Gathers:

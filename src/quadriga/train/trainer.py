@@ -36,6 +36,7 @@ from quadriga.train.parallel import Fill, MasterWeights, prepare
 from quadriga.train.pipeline import Pipeline
 from quadriga.train.run_directory import RunDirectory, newest
 from quadriga.train.schedule import learning_rate_share, unreached
+from quadriga.train.stage import of_table
 from quadriga.train.step_report import Listener, StepReport
 from quadriga.train.world import World
 
@@ -110,12 +111,11 @@ class Trainer:
         self.evaluate, self.evaluate_every = evaluate, evaluate_every
         self.module = prepare(model, objective, settings.parallel, world, fill)
         self.layout = self.module.layout
-        if self.layout.portions and settings.optimiser.name == "muon":
-            raise ConfigError("optimiser.name = 'muon' needs whole matrices: parallel.tensor must be 1")
         self.masters = MasterWeights(model, settings.parallel.dtype, world)
         if not self.masters.by_name:
             raise ConfigError("at least one parameter must require a gradient to train, got none")
-        self.optimiser = Optimiser(self.masters.by_name, settings.optimiser)
+        portions, group = self.layout.portions, self.layout.group
+        self.optimiser = Optimiser(self.masters.by_name, settings.optimiser, portions, group)
         self.averages = {name: p.detach().clone() for name, p in self.masters.by_name.items() if settings.ema.decay}
         stage, dtype = self.layout.stage, self.layout.dtype
         self.balancer = BiasBalancer(model, settings.router, world, stage) if settings.router.bias_rate else None
@@ -343,7 +343,11 @@ class Trainer:
         """Accumulate the gradient of the mean loss in the master weights; returns metrics summed over micro-steps."""
         self.module.train()
         if self.pipeline is not None:
-            return self.pipeline.backward(batches, weight)
+            found = self.pipeline.backward(batches, weight)
+            for name, p in self.masters.by_name.items():
+                if self.layout.stage.shares_table and of_table(name) and p.grad is not None:
+                    self.layout.stage.sum_with_twin(local(p.grad))
+            return found
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, 1):
             self.module.sum_over_copies(number == len(batches))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from torch import Tensor
 
 from quadriga import runtime
 from quadriga.errors import ConfigError
@@ -25,6 +26,7 @@ from quadriga.io.conversion_plan import tokenizer_files
 from quadriga.io.open import Checkpoint, open_checkpoint
 from quadriga.kernels.arrays import array
 from quadriga.model.adapter_spec import LoraSpec, adapted_shapes
+from quadriga.model.weight_map import parameter_shapes
 from quadriga.nn import devices
 from quadriga.text.tokenizer import Tokenizer
 from quadriga.text.turn_ends import turn_ends
@@ -41,9 +43,9 @@ from quadriga.train.objectives import DPO, ORPO, Drawing, Reference
 from quadriga.train.rewards import reward_of
 from quadriga.train.rollouts import Questions, Repeated, Rollouts, RolloutTrainer, between_rollouts
 from quadriga.train.run import peak_flops
-from quadriga.train.run_directory import RunDirectory
+from quadriga.train.run_directory import RunDirectory, read_manifest
 from quadriga.train.services import Sampler, SamplerOptions, Services
-from quadriga.train.shards import gathered
+from quadriga.train.shards import ShardReader
 from quadriga.train.trackers import Watcher, trackers
 from quadriga.train.trainer import Trainer
 from quadriga.train.tune_config import TuneConfig
@@ -317,22 +319,27 @@ def _write(
 ) -> Path:
     """Write the adapter, or the model with its tokenizer as a Hugging Face directory; always float32.
 
-    With ``[ema]`` what is written is the average of the weights, as ``quadriga train --export`` writes it. All ranks
-    must call this: each has a part, and the first gathers and writes them.
+    With ``[ema]`` what is written is the average of the weights, as ``quadriga train --export`` writes it. The first
+    rank reads the run's last checkpoint, where the parts of all ranks and stages are; the others wait for it.
     """
-    kept = dict(trainer.model.named_buffers()) if spec is None else {}  # corrections of routers, which nothing trains
-    masters = {**kept, **trainer.masters.by_name, **trainer.averages}
     out = run.path / ("model" if spec is None else "adapter")
     if trainer.world.first:
         shutil.rmtree(out, ignore_errors=True)  # what an earlier end of this run wrote there
-    whole = {name: gathered(value, keep=trainer.world.first) for name, value in masters.items()}
-    if trainer.world.first and spec is not None:
-        pairs = {
-            name: (array(whole[f"{name}.delta.a"]), array(whole[f"{name}.delta.b"]))
-            for name in adapted_shapes(trainer.model.config, spec)
-        }
-        save(Adapter(spec=spec, factors=pairs, base=config.model), out)
-    elif trainer.world.first:
-        write_hf(whole, trainer.model.config, out, files)
+        folder = run.at(trainer.step)
+        reader = ShardReader([folder / name for name in read_manifest(folder).files])
+        averaged = {name for name in reader.names() if name.startswith("ema/")}
+
+        def whole(name: str) -> Tensor:
+            return reader.whole(f"ema/{name}" if f"ema/{name}" in averaged else f"parameter/{name}")
+
+        architecture = trainer.model.config
+        if spec is None:
+            write_hf({name: whole(name) for name in parameter_shapes(architecture)}, architecture, out, files)
+        else:
+            pairs = {
+                name: (array(whole(f"{name}.delta.a")), array(whole(f"{name}.delta.b")))
+                for name in adapted_shapes(architecture, spec)
+            }
+            save(Adapter(spec=spec, factors=pairs, base=config.model), out)
     trainer.world.wait()
     return out

@@ -28,6 +28,7 @@ from quadriga.train.config import (
     ScheduleSection,
     Section,
     require_run,
+    require_whole_documents,
 )
 
 Objectives = Literal["sft", "text", "distill", "dpo", "orpo", "grpo"]
@@ -263,12 +264,7 @@ class TuneConfig(Section, frozen=True):
                     f"router.{name} must be 0 with objective {self.objective!r}, which balances no experts; "
                     f"got {value:g}"
                 )
-        if max(self.parallel.tensor, self.parallel.context, self.parallel.pipeline) > 1:
-            raise ConfigError(
-                "parallel.tensor, parallel.context and parallel.pipeline cut heads, rows and layers, which tuning's "
-                "objectives and adapters need whole: leave them at 1. Tuning runs over FSDP, parallel.replicate and "
-                "parallel.experts"
-            )
+        self._refuse_cuts()
         if (self.objective == "distill") != (self.distill.teacher is not None):
             raise ConfigError("distill.teacher is given with objective 'distill', and with no other")
         updates = self.grpo.updates
@@ -283,6 +279,23 @@ class TuneConfig(Section, frozen=True):
             raise ConfigError(
                 "router.bias_fade must be above 0 with bias_rate: no checkpoint format can store the bias, so the "
                 "model that is written would not be the one that was tuned"
+            )
+
+    def _refuse_cuts(self) -> None:
+        """Refuse to cut what an objective or an adapter needs whole."""
+        ranks = self.parallel
+        for name in ("tensor", "context", "pipeline"):
+            if getattr(ranks, name) > 1 and self.objective not in ("sft", "text"):
+                raise ConfigError(
+                    f"parallel.{name} cuts rows or layers, and objective {self.objective!r} compares whole answers or "
+                    "models: leave it at 1. With 'sft' and 'text' it may be above; this one runs over FSDP, "
+                    "parallel.replicate and parallel.experts"
+                )
+        require_whole_documents(self.router, ranks)
+        if ranks.tensor > 1 and self.lora is not None:
+            raise ConfigError(
+                "parallel.tensor cuts matrices by heads and columns, and an adapter's factors are of whole ones: leave "
+                "it at 1, or tune without [lora]. parallel.context and parallel.pipeline may be above"
             )
 
     def _refuse_unused(self) -> None:

@@ -77,13 +77,15 @@ def _split(config: TuneConfig, make: Callable[[dict[str, Any]], list[T]], reject
     """(what is trained on, what is held out) of what ``make`` makes of the rows."""
     data = config.data
     found = chat_data.read([resolve(f) for f in data.files], make, rejects, limit=data.max_rows)
-    everything = [one for row in found for one in row]
     if data.held_out:
         kept = chat_data.read([resolve(f) for f in data.held_out], make, rejects)
-        return everything, [one for row in kept for one in row]
+        return [one for row in found for one in row], [one for row in kept for one in row]
+    # Whole rows: the pieces of a long text are on one side.
     every = data.held_out_every
-    test = [one for i, one in enumerate(everything) if i % every == every - 1]
-    return [one for i, one in enumerate(everything) if i % every != every - 1], test
+    parts: tuple[list[T], list[T]] = ([], [])
+    for i, row in enumerate(found):
+        parts[i % every == every - 1].extend(row)
+    return parts
 
 
 def _questions(config: TuneConfig, tokenizer: Tokenizer, rejects: Rejects) -> TuneRows:

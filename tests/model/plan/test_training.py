@@ -237,6 +237,7 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(ConfigError, match=message):
             parse_cluster(bad)
     assert parse_cluster("4xA100")[0] == 4
+    assert parse_cluster("440xa100-40gb")[1].memory_bytes == 40 * 10**9
 
 
 def test_logarithms_of_scale() -> None:

@@ -72,6 +72,18 @@ GPUS = {
             attention=0.50,
             price_per_hour=1.8,
         ),
+        Gpu(
+            name="A100-40GB",
+            memory_bytes=40 * 10**9,
+            peak_flops=312e12,
+            hbm_bytes_per_s=1.555e12,
+            node_bytes_per_s=300e9,
+            network_bytes_per_s=25e9,
+            per_node=8,
+            gemm=0.75,
+            attention=0.50,
+            price_per_hour=1.8,
+        ),
     )
 }
 
@@ -157,7 +169,7 @@ def parse_cluster(text: str) -> tuple[int, Gpu]:
     Raises:
         ConfigError: another format, an unknown accelerator, or incomplete nodes.
     """
-    match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*([A-Za-z0-9]+)\s*", text)
+    match = re.fullmatch(r"\s*(\d+)\s*[xX]\s*([A-Za-z0-9-]+)\s*", text)
     if match is None or int(match[1]) < 1:
         raise ConfigError(f"a cluster must look like 3072xH100, got {text!r}")
     name = match[2].upper()
