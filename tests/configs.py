@@ -123,6 +123,16 @@ def with_windows(config: ModelConfig) -> ModelConfig:
     )
 
 
+def with_sinks(config: ModelConfig) -> ModelConfig:
+    """``config`` as Granite Swash would have it: sinks, windows in the middle layers, others without positions."""
+    attn = replace(config.layers[0].attention, scale=0.3, sinks=True)
+    layers = [
+        replace(layer, mixer=replace(attn, window=7) if 0 < i < 3 else replace(attn, position=None), residual_scale=0.6)
+        for i, layer in enumerate(config.layers)
+    ]
+    return replace(config, layers=in_order(layers), embedding_scale=3.0, logit_scale=0.5)
+
+
 def changed(config: ModelConfig, **fields: Any) -> ModelConfig:
     """``config`` with fields of its layers (norm, mixer, ffn, post_norms, residual_scale), of itself, or its position or depth changed.
 

@@ -35,6 +35,7 @@ from tests.configs import (
     with_delta_rules,
     with_near_layers,
     with_single_branches,
+    with_sinks,
     with_state_spaces,
     with_windows,
 )
@@ -401,6 +402,25 @@ TINY: dict[str, ModelConfig] = {
             ffn=DenseSpec(d_ff=80, activation="gelu_tanh"),
         ),
         period=6,
+    ),
+    "granite_swa": with_sinks(
+        uniform_model(
+            family="granite_swa",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=_ATTN,
+            ffn=DenseSpec(d_ff=80, activation="silu"),
+            tied_embeddings=True,
+        )
+    ),
+    "granitemoe_swa": with_sinks(
+        uniform_model(
+            family="granitemoe_swa",
+            **_SIZES,
+            norm=NormSpec(kind="rms"),
+            mixer=_ATTN,
+            ffn=_moe(shared=DenseSpec(d_ff=56, activation="silu")),
+        )
     ),
     "mellum": with_near_layers(
         uniform_model(

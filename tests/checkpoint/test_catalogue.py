@@ -164,6 +164,8 @@ def test_the_hub_gives_weights_and_text_only(tmp_path: Path, monkeypatch: pytest
         pattern.endswith((".py", ".bin", ".pt", "*")) and pattern != "LICENSE*"
         for pattern in calls[0]["allow_patterns"]
     )
+    # Without which numbers that a quantiser packed mean nothing.
+    assert {"quantize_config.json", "quant_config.json", "hf_quant_config.json"} <= set(calls[0]["allow_patterns"])
     assert resolve("hf:org/model@v1.0") == folder
     assert len(calls) == 1
     assert verify("hf:org/model@v1.0") == []

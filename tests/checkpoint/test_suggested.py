@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from quadriga.errors import CheckpointError
+from quadriga.io.detect import locate
 from quadriga.io.suggested import Suggested, of_config, suggested
+from tests.checkpoint.models import TINY, write_hf
 
 
 def test_what_is_said_is_taken_and_the_rest_is_off() -> None:
@@ -29,3 +31,20 @@ def test_a_file_without_sampling_and_no_file_mean_the_defaults(tmp_path: Path) -
 def test_what_is_no_number_is_named(raw: dict) -> None:
     with pytest.raises(CheckpointError, match=f"{next(iter(raw))} in generation_config.json must be a number"):
         of_config(raw)
+
+
+def test_what_is_not_heeded_is_said(tmp_path: Path) -> None:
+    """transformers 4.57.6 writes its defaults of many of these keys, which say nothing."""
+    write_hf(tmp_path, TINY["llama2"])
+    nothing = {
+        "bad_words_ids": None, "suppress_tokens": [], "num_beams": 1, "typical_p": 1.0, "min_length": 0,
+        "guidance_scale": None, "temperature": 0.6, "eos_token_id": [2, 7],
+    }  # fmt: skip
+    (tmp_path / "generation_config.json").write_text(json.dumps(nothing))
+    assert locate(tmp_path).notes == ()
+    asked = {"suppress_tokens": [5], "num_beams": 4, "forced_bos_token_id": 0, "min_new_tokens": 3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(nothing | asked))
+    found = locate(tmp_path)
+    assert found.config.eos_ids == (2, 7)
+    (note,) = found.notes
+    assert "asks for forced_bos_token_id, min_new_tokens, num_beams, suppress_tokens, which" in note

@@ -226,3 +226,19 @@ def test_a_source_that_is_forgotten_leaves_no_file_open(tmp_path: Path, kind: st
         del source
     gc.collect()
     assert len(set(Path("/proc/self/fd").iterdir())) <= len(before)
+
+
+def test_an_index_that_a_larger_model_left_is_passed_over(tmp_path: Path) -> None:
+    """transformers takes model.safetensors where it is there; of an index that names it, all tensors must be in it."""
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    assert SafetensorsSource(tmp_path).read("a").tolist() == [1, 1]
+    save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    assert SafetensorsSource(tmp_path).read("a").tolist() == [1, 1]
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model.safetensors"}}))
+    with pytest.raises(CheckpointError, match="1 tensors missing"):
+        SafetensorsSource(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+    with pytest.raises(CheckpointError, match="in the same folder"):
+        SafetensorsSource(tmp_path)

@@ -22,7 +22,7 @@ NAMES = (
     *("lfm2", "lfm2moe", "qwen3next", "qwen35moe"),
     *("granitehybrid", "granitehybrid-groups", "granitehybrid-dense"),
     *("gemma4", "gemma4-dense"),
-    *("nemotron_h", "nemotron_h-dense", "mellum"),
+    *("nemotron_h", "nemotron_h-dense", "mellum", "granitemoe_swa"),
 )
 
 

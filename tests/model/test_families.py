@@ -41,6 +41,7 @@ from tests.configs import (
     with_delta_rules,
     with_near_layers,
     with_single_branches,
+    with_sinks,
     with_state_spaces,
     with_windows,
 )
@@ -370,6 +371,18 @@ TINY = {
             ffn=DenseSpec(d_ff=80, activation="gelu_tanh"),
         ),
         period=6,
+    ),
+    "granite_swa": with_sinks(changed(LLAMA, family="granite_swa", mixer=replace(ATTN, head_dim=8))),
+    "granitemoe_swa": with_sinks(
+        changed(
+            LLAMA,
+            family="granitemoe_swa",
+            mixer=replace(ATTN, head_dim=8),
+            ffn=replace(MOE, shared=DenseSpec(d_ff=56, activation="silu")),
+        )
+    ),
+    "granitemoe_swa-plain": with_sinks(
+        changed(LLAMA, family="granitemoe_swa", mixer=replace(ATTN, head_dim=8), ffn=MOE)
     ),
     "mellum": with_near_layers(changed(LLAMA, family="mellum", mixer=replace(ATTN, head_dim=10), ffn=MOE)),
     "nemotron_h": with_single_branches(
@@ -1193,6 +1206,55 @@ def test_gpt_oss_as_transformers_5_writes_it():
         config_from_hf(raw | {"rope_parameters": both, "swiglu_alpha": 1.5})
 
 
+def test_dbrx_as_transformers_5_writes_it() -> None:
+    """Version 5.24.0 adds a rotary base of 10000, which it takes itself (5.15 to 5.23 do so too)."""
+    again = DBRX_RELEASE | {
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "num_key_value_heads": 8,
+    }
+    config, notes = families.read_hf(again)
+    assert config == config_from_hf(DBRX_RELEASE)
+    assert [note for note in notes if "attn_config's, 500000" in note]
+    assert not families.read_hf(DBRX_RELEASE)[1]
+    equal = {"rope_theta": 500000.0, "rope_type": "default"}
+    assert families.read_hf(DBRX_RELEASE | {"rope_parameters": equal}) == (config, [])
+    for other in ({"rope_theta": 20000.0, "rope_type": "default"}, {"rope_theta": 10000.0, "rope_type": "yarn"}):
+        with pytest.raises(ConfigError, match="rope_parameters must be"):
+            config_from_hf(DBRX_RELEASE | {"rope_parameters": other})
+
+
+SOLAR = {  # as transformers 5.24.0 writes it
+    "model_type": "solar_open", "attention_bias": False, "hidden_act": "silu", "head_dim": 16, "hidden_size": 48,
+    "max_position_embeddings": 128, "moe_intermediate_size": 24, "n_group": 1, "n_routed_experts": 5,
+    "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 6, "num_experts_per_tok": 3,
+    "num_hidden_layers": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "routed_scaling_factor": 1.7,
+    "rope_parameters": {"rope_theta": 1000.0, "rope_type": "default"}, "tie_word_embeddings": False, "topk_group": 1,
+    "vocab_size": 97, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def test_solar_open_is_a_glm_of_fewer_parts() -> None:
+    config = config_from_hf(SOLAR)
+    layer = config.only_layer("Solar Open")
+    assert config.family == "glm4moe" and layer.attention.qk_norm is None and not layer.attention.qkv_bias
+    assert layer.attention.position == RopeSpec(theta=1000.0)
+    assert layer.moe == MoESpec(
+        d_ff=24, n_experts=5, top_k=3, activation="silu", score="sigmoid", correction=True, normalize_eps=1e-20,
+        routed_scale=1.7, shared=DenseSpec(d_ff=24, activation="silu"),
+    )  # fmt: skip
+    assert config_from_hf(SOLAR | {"intermediate_size": 77, "use_qk_norm": False}) == config
+    assert config_from_hf(family_of(config).config_to_hf(config)) == config
+    for change, says in (
+        ({"use_qk_norm": True}, "use_qk_norm must be False"),
+        ({"first_k_dense_replace": 1}, "first_k_dense_replace must be 0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
+        ({"rope_parameters": SOLAR["rope_parameters"] | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must"),
+        ({"rotary": 1}, "has the key 'rotary'"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            config_from_hf(SOLAR | change)
+
+
 def test_qwen3_moe_as_transformers_5_writes_it() -> None:
     raw = {k: v for k, v in QWEN3_30B_A3B_RELEASE.items() if k not in ("num_experts", "rope_theta", "rope_scaling")}
     raw |= {"num_local_experts": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}}
@@ -1558,7 +1620,7 @@ def test_something_that_is_no_config(raw):
 def test_an_unsupported_model_type_lists_the_supported_ones():
     with pytest.raises(
         ConfigError,
-        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_moe, olmoe, granite, granitemoe, granitemoeshared, granitemoehybrid, mistral, qwen2, smollm3, gpt_oss, glm4_moe, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, lfm2, lfm2_moe, qwen3_next, qwen3_5_moe, qwen3_5_moe_text, qwen3_5, qwen3_5_text, olmo2, olmo3, flex_olmo, phimoe, gemma2, gemma3, gemma3_text, gemma4, gemma4_text, nemotron_h, mellum, deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite; got 'gpt2'",
+        match=r"must be one of dbrx, mixtral, grok-1, grok1, llama, mpt, qwen3, qwen3_vl, qwen3_moe, qwen3_vl_moe, olmoe, granite, granitemoe, granitemoeshared, granitemoehybrid, granite_swa, granitemoe_swa, mistral, qwen2, smollm3, gpt_oss, glm4_moe, solar_open, qwen2_moe, dots1, ernie4_5_moe, hunyuan_v1_moe, minimax_m2, lfm2, lfm2_moe, qwen3_next, qwen3_5_moe, qwen3_5_moe_text, qwen3_5, qwen3_5_text, olmo2, olmo3, flex_olmo, phimoe, gemma2, gemma3, gemma3_text, gemma4, gemma4_text, nemotron_h, mellum, deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite; got 'gpt2'",
     ):
         config_from_hf({"model_type": "gpt2"})
 
@@ -2048,7 +2110,7 @@ def test_the_same_model_from_hf_and_gguf():
         (
             {"general.architecture": "gpt2"},
             {},
-            "must be one of dbrx, deepseek2, dots1, ernie4_5-moe, gemma2, gemma3, gemma4, glm4moe, gpt-oss, granite, granitehybrid, granitemoe, grok, hunyuan-moe, lfm2, lfm2moe, llama, mellum, minimax-m2, mpt, nemotron_h, nemotron_h_moe, olmo2, olmoe, qwen2, qwen2moe, qwen3, qwen35, qwen35moe, qwen3moe, qwen3next, smollm3; got 'gpt2'",
+            "must be one of dbrx, deepseek2, dots1, ernie4_5-moe, gemma2, gemma3, gemma4, glm4moe, gpt-oss, granite, granitehybrid, granitemoe, grok, hunyuan-moe, lfm2, lfm2moe, llama, mellum, minimax-m2, mpt, nemotron_h, nemotron_h_moe, olmo2, olmoe, qwen2, qwen2moe, qwen3, qwen35, qwen35moe, qwen3moe, qwen3next, qwen3vl, qwen3vlmoe, smollm3; got 'gpt2'",
         ),
     ],
 )

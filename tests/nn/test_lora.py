@@ -36,6 +36,8 @@ ALL = {
     "qwen3moe": ("attention", "router", "experts", "embeddings", "head"),
     "olmoe": ("attention", "router", "experts", "embeddings", "head"),
     "granitemoe": ("attention", "router", "experts", "embeddings"),
+    "granite_swa": ("attention", "ffn", "embeddings"),
+    "granitemoe_swa": ("attention", "router", "experts", "shared", "embeddings", "head"),
     "granitemoeshared": ("attention", "router", "experts", "shared", "embeddings"),
     "gpt_oss": ("attention", "router", "experts", "embeddings", "head"),
     "glm4moe": ("attention", "router", "experts", "ffn", "shared", "embeddings", "head"),

@@ -260,6 +260,16 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     ),
     "no norms of q and k in mellum": ("mellum", lambda c: c.with_mixer(qk_norm=None)),
     "mellum's weights not divided by their sum": ("mellum", lambda c: c.with_ffn(normalize_p=None)),
+    "granite's windows one key wider": ("granitemoe_swa", lambda c: near_layers_with(c, window=8)),
+    "granite's layers all turn": (
+        "granitemoe_swa",
+        lambda c: full_layers_with(c, position=c.layers[1].attention.position),
+    ),
+    "granite's layers turn by one base": (
+        "granitemoe_swa",
+        lambda c: near_layers_with(c, position=c.layers[1].attention.position),
+    ),
+    "granite without sinks": ("granitemoe_swa", lambda c: c.with_mixer(sinks=False)),
     "networks whose activation is not squared": ("nemotron_h-dense", lambda c: c.with_ffn(activation="relu")),
     "experts whose activation is not squared": ("nemotron_h", lambda c: mixtures_with(c, activation="relu")),
     "nemotron without its shared network": ("nemotron_h", lambda c: mixtures_with(c, shared=None)),
@@ -299,6 +309,7 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
     "embeddings not scaled": ("grok1", lambda c: replace(c, embedding_scale=1.0)),
 }
 FINER_THAN_BF16 = {
+    "granite's layers turn by one base",
     "groups of DeepSeek-V2 by their two best",
     "latents normed with another epsilon",
     "epsilon 3e-5",

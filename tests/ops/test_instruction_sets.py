@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from quadriga.kernels.cpu import library as cpu
 from quadriga.kernels.cpu import packing
-from quadriga.quant.packed import PACKED
+from quadriga.quant.packed import PACKED, QUANTISED
 
 HERE = cpu.isas_in_force()
 FORMS = ("float32", "bfloat16", *PACKED)
@@ -52,3 +52,23 @@ def test_packing_is_the_same_on_every_instruction_set(form: str) -> None:
         context = cpu.Context(1, isa)
         context.set_int16(True)
         assert np.allclose(packing.linear(matrix, one, context), numbers[:, :TOKENS].T, rtol=1e-4, atol=1e-5), isa
+
+
+@pytest.mark.parametrize("fine", [False, True], ids=["int8", "int16"])
+@pytest.mark.parametrize("form", QUANTISED)
+def test_activations_that_are_next_to_nothing_count_as_nothing(form: str, fine: bool) -> None:
+    """A group whose largest number is beyond what the quotient by it can be in float32; gates far below zero leave such."""
+    matrix, x = packing.pack(drawn(ROWS, COLS, seed=1), form), drawn(3, COLS, seed=2)
+    small, without, least = x.copy(), x.copy(), x.copy()
+    without[:, 64:96] = 0
+    for row, exponent in enumerate((-149, -130, -123)):
+        small[row, 64:96] = np.ldexp(np.sign(x[row, 64:96]), exponent)
+    least[:, 64:96] = np.ldexp(np.sign(x[:, 64:96]), -113)  # the least that is counted, in both
+    for isa in HERE:
+        context = cpu.Context(1, isa)
+        context.set_int16(fine)
+        expected = packing.linear(matrix, without, context)
+        assert np.isfinite(expected).all()
+        assert np.array_equal(packing.linear(matrix, small, context), expected), isa
+        alone = packing.linear(matrix, np.where(without == 0, least, 0), context)
+        assert 0 < np.abs(alone).max() < 1e-25, isa

@@ -251,6 +251,8 @@ def llama_attention(w: Weights, c: Config, layer: str, h: Array) -> Array:
         rope = c["rope_parameters"]["sliding_attention" if slides else "full_attention"]
         c = {**c, "rope_theta": rope["rope_theta"], "rope_scaling": None if slides else rope}
     turns = c["rope_theta"] if c.get("no_rope_layers", {number: 1})[number] else None
+    if "layer_rope_theta" in c:
+        turns = c["layer_rope_theta"][number] or None
     window = c.get("sliding_window") if slides and c.get("use_sliding_window", True) else None
     part = c.get("rotary_dim", q.shape[-1]) / q.shape[-1] * c.get("partial_rotary_factor", 1.0)
     options: dict[str, Any] = {"part": part, "scaling": c.get("rope_scaling")}
@@ -508,13 +510,18 @@ def granite(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
                 h[t] += r * (down @ (silu(gate @ m) * (up @ m)))
                 continue
             experts = layer + "block_sparse_moe."
-            logits = w[experts + "router.layer.weight"] @ m
+            router, inner, outer = (
+                ("router.weight", "experts.gate_up_proj", "experts.down_proj")
+                if c["model_type"] == "granitemoe_swa"
+                else ("router.layer.weight", "input_linear.weight", "output_linear.weight")
+            )
+            logits = w[experts + router] @ m
             chosen = np.argsort(-logits, kind="stable")[: c["num_experts_per_tok"]]
             made = np.zeros_like(m)
             for e, share in zip(chosen, softmax(logits[chosen]), strict=True):
-                gate, up = np.split(w[experts + "input_linear.weight"][e], 2)
-                made += share * (w[experts + "output_linear.weight"][e] @ (silu(gate @ m) * (up @ m)))
-            if c["model_type"] == "granitemoeshared":
+                gate, up = np.split(w[experts + inner][e], 2)
+                made += share * (w[experts + outer][e] @ (silu(gate @ m) * (up @ m)))
+            if layer + "shared_mlp.input_linear.weight" in w:
                 gate, up = np.split(w[layer + "shared_mlp.input_linear.weight"], 2)
                 made += w[layer + "shared_mlp.output_linear.weight"] @ (silu(gate @ m) * (up @ m))
             h[t] += r * made
@@ -931,6 +938,7 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "granite": granite,
     "granitemoe": granite,
     "granitemoeshared": granite,
+    "granitemoe_swa": granite,
     "gpt_oss": gpt_oss,
     "glm4_moe": sigmoid_mixture,
     "dots1": sigmoid_mixture,

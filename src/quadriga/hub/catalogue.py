@@ -29,6 +29,7 @@ from quadriga import runtime
 from quadriga.errors import CatalogueError
 from quadriga.hub.cache import cannot_write, full_disk, locked, need_room, sha256_of, size_of
 from quadriga.hub.download import Progress, from_index, watching
+from quadriga.io.quantised import BESIDE
 from quadriga.io.suggested import Suggested
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -171,6 +172,7 @@ _HUB_FILES = (
     "*.gguf",
     "config.json",
     "generation_config.json",
+    *BESIDE,
     "params.json",
     "tokenizer*.json",
     "tokenizer.model",

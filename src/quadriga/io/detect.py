@@ -20,6 +20,7 @@ from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.json_files import read_json
 from quadriga.io.quantised import config as quantised
 from quadriga.io.quantised.method import Method
+from quadriga.io.suggested import not_heeded
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
 from quadriga.model.families import own_params, rope_keys
@@ -83,7 +84,8 @@ def locate(path: Path, *, keep_open: bool = False) -> Located:
                 "cache are not rounded",
             ]
         if (path / "generation_config.json").is_file():
-            config = families.with_generation_config(config, read_json(path / "generation_config.json"))
+            generation = read_json(path / "generation_config.json")
+            config, notes = families.with_generation_config(config, generation), [*notes, *not_heeded(generation)]
         return Located("hf", path, config, tuple(notes), method)
     if _is_grok(path):
         return Located("grok", path, _grok_config(path))

@@ -258,7 +258,9 @@ def without_extras(
         or not (name in left_out or any(fnmatch.fnmatchcase(name, pattern) for pattern in family.ignored_tensors))
     }
     if config.tied_embeddings:
-        for copy, original in family.tied_copies.items():
+        table = next((piece.source for piece in pieces if piece.target == "embed.weight"), "")
+        for copy, usual in family.tied_copies.items():
+            original = usual if usual in kept else table  # which texts within larger models have under another name
             if copy in kept and copy not in used and original in kept:
                 if source is not None and not _same(source, copy, original, kept[copy]):
                     raise CheckpointError(

@@ -148,9 +148,12 @@ def _shards(path: Path) -> list[tuple[Path, set[str] | None]]:
         if path.suffix != ".safetensors":
             raise CheckpointError(_unsafe(path.name))
         return [(path, None)]
-    index = path / INDEX
-    if index.exists():
-        return _indexed_shards(path, index)
+    if (path / INDEX).exists():
+        shards = _indexed_shards(path, path / INDEX)
+        # A model saved over a larger one leaves its index: transformers takes the single file, where there is one.
+        if not (path / SINGLE).is_file() or path / SINGLE in [file for file, _ in shards]:
+            return _present(path, shards)
+        return [(path / SINGLE, None)]
     files = sorted(path.glob("*.safetensors"))
     if (path / SINGLE) in files:
         return [(path / SINGLE, None)]
@@ -183,13 +186,18 @@ def _indexed_shards(path: Path, index: Path) -> list[tuple[Path, set[str] | None
                 "the same folder"
             )
         by_file.setdefault(file, set()).add(tensor)
-    root = path.resolve()
-    for file in by_file:
-        if not (path / file).exists():
-            raise CheckpointError(f"shard {file} is named by {INDEX} but missing; fetch it again")
-        if (path / file).is_symlink() and not _stays_near((path / file).resolve(), root):
-            raise CheckpointError(f"shard {file} is a link that leaves the model's folder")
     return [(path / file, tensors) for file, tensors in sorted(by_file.items())]
+
+
+def _present(path: Path, shards: list[tuple[Path, set[str] | None]]) -> list[tuple[Path, set[str] | None]]:
+    """The shards, all of which must be there and in the model's folder."""
+    root = path.resolve()
+    for file, _ in shards:
+        if not file.exists():
+            raise CheckpointError(f"shard {file.name} is named by {INDEX} but missing; fetch it again")
+        if file.is_symlink() and not _stays_near(file.resolve(), root):
+            raise CheckpointError(f"shard {file.name} is a link that leaves the model's folder")
+    return shards
 
 
 def _stays_near(target: Path, root: Path) -> bool:

@@ -22,6 +22,35 @@ class Suggested:
     repetition_penalty: float = 1.0
 
 
+_OFF: Mapping[str, tuple[object, ...]] = {
+    **dict.fromkeys(
+        (
+            "bad_words_ids", "begin_suppress_tokens", "constraints", "exponential_decay_length_penalty",
+            "force_words_ids", "forced_bos_token_id", "forced_decoder_ids", "forced_eos_token_id", "sequence_bias",
+            "stop_strings", "suppress_tokens", "watermarking_config",
+        ),
+        ([], {}),
+    ),
+    **dict.fromkeys(
+        (
+            "diversity_penalty", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "min_length",
+            "min_new_tokens", "no_repeat_ngram_size", "penalty_alpha", "top_h",
+        ),
+        (0,),
+    ),
+    **dict.fromkeys(("guidance_scale", "length_penalty", "num_beams", "typical_p"), (1,)),
+}  # fmt: skip
+"""Keys that would change which tokens are chosen and are not heeded -> what of each says nothing, besides null."""
+
+
+def not_heeded(raw: Mapping[str, Any]) -> list[str]:
+    """What is said of keys of a parsed file that ask for other tokens than requests do; a request may ask for some."""
+    asked = [key for key, off in _OFF.items() if raw.get(key) is not None and raw[key] not in off]
+    if not asked:
+        return []
+    return [f"generation_config.json asks for {', '.join(sorted(asked))}, which only requests decide: not heeded"]
+
+
 def suggested(checkpoint: Path) -> Suggested:
     """What the file beside a checkpoint says; without one, or where it says nothing of sampling, the defaults.
 

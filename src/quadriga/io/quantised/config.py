@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quadriga.errors import ConfigError
 from quadriga.io.json_files import read_json
-from quadriga.io.quantised import auto_round, awq, bitsandbytes, compressed_config, fp8, gptq, modelopt
+from quadriga.io.quantised import BESIDE, auto_round, awq, bitsandbytes, compressed_config, fp8, gptq, modelopt
 from quadriga.io.quantised.method import Method
 from quadriga.model.families.keys import Keys
 
@@ -38,9 +38,6 @@ _METHODS: dict[str, Callable[[Keys], Method]] = {
 
 _OF_A_FAMILY = ("mxfp4",)
 """Read by the family that is published so (gpt-oss)."""
-
-_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-"""Files of settings beside a config.json without any, and whose they are."""
 
 
 def split(raw: Mapping[str, object], folder: Path | None = None) -> tuple[Mapping[str, object], Method | None]:
@@ -73,7 +70,7 @@ def _split_text(raw: Mapping[str, object], folder: Path | None) -> tuple[Mapping
     if isinstance(text, Mapping) and text.get("quantization_config") is not None:
         inner, method = split(text)
         return {**raw, "text_config": inner}, method
-    for name, of in _BESIDE.items():
+    for name, of in BESIDE.items():
         if folder is not None and (folder / name).is_file():
             return raw, _METHODS[of](Keys(read_json(folder / name), name))
     return raw, None

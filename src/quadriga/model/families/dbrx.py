@@ -39,6 +39,10 @@ SUB_IGNORED = PRETRAINED_KEYS | {
 }  # fmt: skip
 
 
+_NOT_ITS_OWN = {"rope_theta": 10_000.0, "rope_type": "default"}
+"""What transformers 5 writes beside attn_config's rope_theta, whatever that is: a default of its own."""
+
+
 def _config(*, d_model: int, n_heads: int, n_layers: int, max_seq_len: int) -> ModelConfig:
     """A member of the family: d_ff is 1.75 d_model, 16 experts of which 4 work, heads of 128, 8 key/value heads."""
     return uniform_model(
@@ -78,7 +82,7 @@ PRESETS = {
 
 
 def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
-    """Read DBRX's config.json; rope_theta is in attn_config and nowhere else."""
+    """Read DBRX's config.json; its rope_theta is in attn_config, whatever transformers 5 writes elsewhere."""
     keys = Keys(raw, "config.json")
     keys.must_be("model_type", "dbrx")
     keys.must_be("tie_word_embeddings", False)
@@ -111,6 +115,8 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
         eos_ids=keys.token_ids("eos_token_id"),
         pad_id=keys.token_id("pad_token_id"),
     )
+    if keys.value("rope_parameters") != _NOT_ITS_OWN:
+        keys.must_be("rope_parameters", {"rope_theta": attn.number("rope_theta"), "rope_type": "default"}, None)
     keys.must_be("num_key_value_heads", attn.integer("kv_n_heads"))  # transformers writes this copy of kv_n_heads
     for section in (attn, ffn):
         section.must_be("model_type", "", "dbrx")
@@ -121,6 +127,15 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     ffn.finish(SUB_IGNORED)
     keys.finish(IGNORED)
     return config
+
+
+def notes(raw: Mapping[str, object]) -> list[str]:
+    """What is said of a second rotary base in the file."""
+    attn = raw.get("attn_config")
+    own = attn.get("rope_theta") if isinstance(attn, Mapping) else None
+    if raw.get("rope_parameters") != _NOT_ITS_OWN or own == _NOT_ITS_OWN["rope_theta"]:
+        return []
+    return [f"the rotary base is attn_config's, {own}; the 10000 in rope_parameters is a default of transformers 5"]
 
 
 def _normalize_p(ffn: Keys) -> float | None:
@@ -290,4 +305,5 @@ FAMILY = Family(
     config_from_gguf=config_from_gguf,
     config_to_gguf=config_to_gguf,
     gguf_map=partial(copies, names=GGUF_NAMES),
+    notes=notes,
 )

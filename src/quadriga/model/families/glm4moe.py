@@ -3,7 +3,8 @@
 q, k and v have biases, the large ones a norm of every head's q and k besides. The first layers are dense. Checkpoints
 end with a layer for multi-token prediction, which no answer depends on: it is left out by name, and ``info`` says so.
 Sources: transformers 4.57.6 (configuration_glm4_moe, modeling_glm4_moe), llama.cpp (arch glm4moe, whose block_count has
-the additional layer in it and whose rotary halves lie as in Hugging Face's files).
+the additional layer in it and whose rotary halves lie as in Hugging Face's files). Solar Open (transformers 5.24.0,
+modular_solar_open) is the same with fewer parts, and becomes a GLM-4.5.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
 def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a GLM-4.5 config.json, as transformers 4 or 5 writes it."""
+    """Read a GLM-4.5 config.json, as transformers 4 or 5 writes it, or Solar Open's."""
+    if raw.get("model_type") == _SOLAR:
+        return config_from_hf(_of_solar(raw))
     keys = Keys(raw, "config.json")
     keys.must_be("model_type", "glm4_moe")
     keys.must_be("hidden_act", "silu")
@@ -122,6 +125,27 @@ def config_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     config = _model(common, deepseek_moe.ffns_from_hf(keys, common["n_layers"]), keys.flag("use_qk_norm"))
     keys.finish(PRETRAINED_KEYS)
     return config
+
+
+_SOLAR = "solar_open"
+
+
+def _of_solar(raw: Mapping[str, object]) -> Mapping[str, object]:
+    """Solar Open's config.json (Upstage, 2026) as GLM-4.5 would have it: no dense layers, norms of heads or halves.
+
+    Raises:
+        ConfigError: a key that asks for one of these.
+    """
+    keys = Keys(raw, "config.json")
+    keys.must_be("use_qk_norm", False, None)
+    keys.must_be("first_k_dense_replace", 0, None)
+    keys.must_be("partial_rotary_factor", 1.0, None)
+    rope = raw.get("rope_parameters")
+    if isinstance(rope, Mapping):
+        Keys(rope, "config.json: rope_parameters").must_be("partial_rotary_factor", 1.0, None)
+    no_layer_s = {"intermediate_size": keys.value("intermediate_size") or 1}
+    own = {"model_type": "glm4_moe", "use_qk_norm": False, "first_k_dense_replace": 0, "partial_rotary_factor": 1.0}
+    return {**raw, **no_layer_s, **own}
 
 
 def _model(common: dict[str, Any], ffns: list[DenseSpec | MoESpec], qk_norm: bool) -> ModelConfig:
@@ -228,7 +252,7 @@ def notes(raw: Mapping[str, object]) -> list[str]:
 FAMILY = Family(
     name="glm4moe",
     presets=PRESETS,
-    model_types=("glm4_moe",),
+    model_types=("glm4_moe", _SOLAR),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
     layouts={"hf": hf_layout, "hf5": hf5_layout},

@@ -24,7 +24,7 @@ from quadriga.model.config import (
     countable,
     uniform_model,
 )
-from quadriga.model.families import gguf_keys
+from quadriga.model.families import gguf_keys, qwen3_vl
 from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
 from quadriga.model.families.llama2 import (
@@ -45,6 +45,7 @@ from quadriga.model.weight_map import Piece, Shape
 
 IGNORED = PRETRAINED_KEYS | {"max_window_layers", "sliding_window"}
 """Both say how wide the windows of some layers are, and ``use_sliding_window`` that there are none."""
+_VL, _VL_MOE = "qwen3_vl", "qwen3_vl_moe"
 
 
 def _config(
@@ -87,7 +88,9 @@ MOE_PRESETS = {
 
 
 def dense_from_hf(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a dense Qwen3's config.json, as transformers 4 or 5 writes it."""
+    """Read a dense Qwen3's config.json, as transformers 4 or 5 writes it, or Qwen3-VL's."""
+    if raw.get("model_type") == _VL:
+        return dense_from_hf(qwen3_vl.text_of(raw, _VL))
     keys = Keys(raw, "config.json")
     keys.must_be("model_type", "qwen3")
     n_layers = keys.integer("num_hidden_layers")
@@ -96,7 +99,9 @@ def dense_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 
 
 def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
-    """Read a Qwen3-MoE's config.json, as transformers 4 or 5 writes it."""
+    """Read a Qwen3-MoE's config.json, as transformers 4 or 5 writes it, or Qwen3-VL-MoE's."""
+    if raw.get("model_type") == _VL_MOE:
+        return moe_from_hf(qwen3_vl.text_of(raw, _VL_MOE))
     keys = Keys(raw, "config.json")
     keys.must_be("model_type", "qwen3_moe")
     # transformers 5 writes Mixtral's name for it.
@@ -207,6 +212,16 @@ def hf5_layout(config: ModelConfig) -> list[Piece]:
     return hf_attention(config) + copies(config, HF_FFN | HF_ROUTER) + hf5_experts(config)
 
 
+def vl_layout(config: ModelConfig) -> list[Piece]:
+    """Qwen3-VL as published."""
+    return qwen3_vl.renamed(hf_attention(config) + copies(config, HF_FFN | HF_ROUTER) + qwen3_vl.experts(config))
+
+
+def vl5_layout(config: ModelConfig) -> list[Piece]:
+    """Qwen3-VL's mixtures as transformers 5 saves them."""
+    return qwen3_vl.renamed(hf5_layout(config))
+
+
 def hf_experts(config: ModelConfig) -> list[Piece]:
     """A matrix per expert, as transformers 4 names them in most mixtures."""
     name = _LAYER + "mlp.experts.{e}."
@@ -229,15 +244,15 @@ def gguf_map(config: ModelConfig) -> list[Piece]:
 
 
 def dense_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
-    """Read a GGUF of arch ``qwen3``."""
-    keys = gguf_keys.architecture_keys(metadata, "qwen3")
+    """Read a GGUF of arch ``qwen3``, or ``qwen3vl``."""
+    keys = qwen3_vl.gguf_keys_of(metadata, "qwen3")
     ffn = DenseSpec(d_ff=keys.integer("feed_forward_length"), activation="silu")
     return _from_gguf("qwen3", keys, ffn, metadata, shapes)
 
 
 def moe_from_gguf(metadata: Mapping[str, object], shapes: Mapping[str, Shape]) -> ModelConfig:
-    """Read a GGUF of arch ``qwen3moe``."""
-    keys = gguf_keys.architecture_keys(metadata, "qwen3moe")
+    """Read a GGUF of arch ``qwen3moe``, or ``qwen3vlmoe``."""
+    keys = qwen3_vl.gguf_keys_of(metadata, "qwen3moe")
     top_k, width = keys.integer("expert_used_count"), keys.integer("feed_forward_length")
     # llama.cpp: no expert_feed_forward_length means feed_forward_length / expert_used_count.
     named = keys.given("expert_feed_forward_length") and keys.integer("expert_feed_forward_length")
@@ -282,28 +297,34 @@ def moe_to_gguf(config: ModelConfig) -> dict[str, object]:
 DENSE = Family(
     name="qwen3",
     presets=DENSE_PRESETS,
-    model_types=("qwen3",),
+    model_types=("qwen3", _VL),
     config_from_hf=dense_from_hf,
     config_to_hf=dense_to_hf,
-    layouts={"hf": lambda config: hf_attention(config) + copies(config, HF_FFN)},
-    gguf_archs=("qwen3",),
+    layouts={"hf": lambda config: hf_attention(config) + copies(config, HF_FFN), "vl": vl_layout},
+    read_only=qwen3_vl.READ_ONLY,
+    gguf_archs=("qwen3", "qwen3vl"),
     config_from_gguf=dense_from_gguf,
     config_to_gguf=dense_to_gguf,
     gguf_map=gguf_map,
     counterpart="qwen3moe",
+    ignored_tensors=(qwen3_vl.PICTURES,),
+    notes=qwen3_vl.notes,
     tied_copies=HF_TIED,
 )
 MIXTURE = Family(
     name="qwen3moe",
     presets=MOE_PRESETS,
-    model_types=("qwen3_moe",),
+    model_types=("qwen3_moe", _VL_MOE),
     config_from_hf=moe_from_hf,
     config_to_hf=moe_to_hf,
-    layouts={"hf": hf_layout, "hf5": hf5_layout},
-    gguf_archs=("qwen3moe",),
+    layouts={"hf": hf_layout, "hf5": hf5_layout, "vl": vl_layout, "vl5": vl5_layout},
+    read_only=qwen3_vl.READ_ONLY,
+    gguf_archs=("qwen3moe", "qwen3vlmoe"),
     config_from_gguf=moe_from_gguf,
     config_to_gguf=moe_to_gguf,
     gguf_map=gguf_map,
     counterpart="qwen3",
+    ignored_tensors=(qwen3_vl.PICTURES,),
+    notes=qwen3_vl.notes,
     tied_copies=HF_TIED,
 )

@@ -1,6 +1,8 @@
 // Attention to one chunk of cached keys. Keys and values lie as tiles, so scores and weighted sums are the same
 // line-times-broadcast products as a matrix tile; every key line is read once for all query rows given.
 
+#include <cfloat>
+
 namespace {
 
 template <bool bf16>
@@ -303,6 +305,9 @@ QD_INLINE float int8_scale(const float* x, int d) {
   return top / 127.0f;
 }
 
+// What numbers are multiplied with to become whole ones; they are zeros where it would be infinite.
+QD_INLINE float whole_numbers(float scale) { return scale >= FLT_MIN ? 1.0f / scale : 0.0f; }
+
 void write_kv(int kv_format, int d, const float* k, const float* v, int slot, uint8_t* block) {
   const int padded = round_up_16(d);
   uint8_t* values = block + key_bytes(kv_format, d);
@@ -323,7 +328,7 @@ void write_kv(int kv_format, int d, const float* k, const float* v, int slot, ui
   float* scales = reinterpret_cast<float*>(values + value_bytes(kv_format, d));
   const float ks = int8_scale(k, d), vs = int8_scale(v, d);
   scales[slot] = ks, scales[16 + slot] = vs;
-  const float ki = ks > 0 ? 1.0f / ks : 0.0f, vi_ = vs > 0 ? 1.0f / vs : 0.0f;
+  const float ki = whole_numbers(ks), vi_ = whole_numbers(vs);
   int8_t* keys = reinterpret_cast<int8_t*>(block);
   for (int i = 0; i < d; ++i) keys[(i / 2) * 32 + slot * 2 + (i & 1)] = int8_t(std::nearbyint(k[i] * ki));
   int8_t* to = reinterpret_cast<int8_t*>(values) + int64_t(slot / 2) * padded * 2 + (slot & 1);
@@ -347,7 +352,7 @@ void write_latent(int kv_format, int rank, int d, const float* k, int slot, uint
   int8_t* keys = reinterpret_cast<int8_t*>(block);
   const auto part = [&](int first, int last, float* to) {
     *to = int8_scale(k + first, last - first);
-    const float inverse = *to > 0 ? 1.0f / *to : 0.0f;
+    const float inverse = whole_numbers(*to);
     for (int i = first; i < last; ++i) keys[(i / 2) * 32 + slot * 2 + (i & 1)] = int8_t(std::nearbyint(k[i] * inverse));
   };
   part(0, rank, scales + slot);

@@ -1,6 +1,8 @@
 // Activations as panels: rounded to whole numbers with a scale for every 32 columns, or as floats, in the order that products
 // take them; see layout.hpp.
 
+#include <cfloat>
+
 namespace {
 
 QD_INLINE void bytes_of(vi a, vi b, uint32_t* units) {  // 32 whole numbers within int8 as 8 units
@@ -22,13 +24,14 @@ QD_INLINE void bytes_of(vi a, vi b, uint32_t* units) {  // 32 whole numbers with
 #endif
 }
 
-// 32 numbers as whole ones with a scale; `stride` units lie between one unit and the next of this token.
+// 32 numbers as whole ones with a scale; `stride` units lie between one unit and the next of this token. Where all are so small
+// (below 2^-114) that the quotient would be infinite, they are zeros.
 template <int P>
 QD_INLINE void quantise_group(vf a, vf b, uint32_t* rec, int64_t stride) {
   constexpr float most = P == 1 ? 127.0f : 16256.0f;  // 127 * 128
   const float top = largest(vmax(vabs(a), vabs(b)));
   const float scale = top / most;
-  const vf inverse = all(top > 0.0f ? most / top : 0.0f);
+  const vf inverse = all(top > most / FLT_MAX ? most / top : 0.0f);
   const vf qa = nearest(a * inverse), qb = nearest(b * inverse);
   uint32_t units[16];
   if (P == 1) {
