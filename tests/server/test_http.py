@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import errno
 import hashlib
 import json
 import re
@@ -13,6 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from quadriga.server import protocol
 from quadriga.server.guard import Limits
@@ -346,6 +350,40 @@ def test_a_head_that_never_ends_is_given_up() -> None:
             assert " 408 " in receive(begun) and " 408 " in receive(silent)
             clock.advance(KEEP_ALIVE_S)
             assert receive(second, 2).count("HTTP/1.1") <= 1, "it is closed: nor is a head waited for after an answer"
+
+
+def test_a_refusal_that_nobody_hears_closes_the_connection_all_the_same() -> None:
+    class Lost(asyncio.Transport):
+        closed = False
+
+        def is_closing(self) -> bool:
+            return self.closed
+
+        def write(self, data: Any) -> None:
+            pass
+
+        def can_write_eof(self) -> bool:
+            return True
+
+        def write_eof(self) -> None:
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+        def close(self) -> None:
+            self.closed = True
+
+    async def refuse() -> list[Any]:
+        config = uvicorn.Config(lambda *_: None, log_config=None)
+        one = protocol.GuardedProtocol(config=config, server_state=ServerState(), app_state={})
+        one.transport = Lost()
+        loop = asyncio.get_running_loop()
+        later: list[Any] = []
+        loop.call_later = lambda _, call: later.append(call)  # type: ignore[method-assign, assignment, misc]
+        one._too_slow()
+        return later
+
+    [close] = asyncio.run(refuse())
+    close()
+    assert close.__self__.closed
 
 
 def test_a_head_that_is_too_large_is_refused(tiny: Live) -> None:

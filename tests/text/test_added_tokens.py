@@ -13,7 +13,7 @@ import pytest
 
 from quadriga.errors import TokenizerError
 from quadriga.text import gguf_vocabulary
-from quadriga.text.added_tokens import AddedToken, Splitter, looks_like_control
+from quadriga.text.added_tokens import AddedToken, Splitter, added_token, looks_like_control
 from quadriga.text.chat import CHATML, render
 from quadriga.text.sentencepiece_model import BYTE, UNUSED
 from quadriga.text.tokenizer import Tokenizer, load_directory, load_gguf
@@ -462,3 +462,11 @@ def test_a_decoder_that_is_not_understood_is_refused_by_name(decoder: dict[str, 
     name = "Strip" if decoder["type"] == "Sequence" else decoder["type"]
     with pytest.raises(TokenizerError, match=f"the decoder '{name}'"):
         load_directory(tmp_path)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_special_token_is_found_in_the_text_as_it_came_unless_its_entry_says_otherwise(special: bool) -> None:
+    entry = {"content": "<x>", "special": special}
+    assert added_token(entry, 7, "here").normalized is not special
+    for said in (False, True):
+        assert added_token({**entry, "normalized": said}, 7, "here").normalized is said

@@ -77,6 +77,17 @@ def test_forced_calls_are_told_too() -> None:
     assert len(parts) > 10
 
 
+def test_forced_calls_may_stand_on_lines_of_their_own() -> None:
+    tools = Tools(FORMS["hermes"], SCHEMAS, forced=True)
+    assert [name for name, _ in whole(tools, FORCED.replace("}, {", "}\r\n\t,\n  {"))] == ["weather", "run"]
+
+
+def test_of_forced_calls_no_more_are_made_than_were_asked_for() -> None:
+    tools = Tools(FORMS["hermes"], SCHEMAS, forced=True, most=1)
+    assert whole(tools, FORCED) == [("weather", '{"city": "Oslo", "days": 3}')]
+    assert [name for name, _ in told(tools, list(FORCED))[1]] == ["weather"]
+
+
 @pytest.mark.parametrize(("form", "text"), WORDS, ids=lambda value: str(value)[:40])
 def test_what_is_no_call_stays_words_unless_it_began_like_one(form: str, text: str) -> None:
     said, calls, parts = told(Tools(FORMS[form], SCHEMAS), list(text))

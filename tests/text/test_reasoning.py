@@ -14,6 +14,7 @@ ANSWERS = [
     ("<think>\nOne.\n Two.\n</think>\n\nThree.\n", False, "One.\n Two.", "Three.\n"),
     ("One.</think>Two <think>x</think>", True, "One.", "Two <think>x</think>"),
     ("\n\n</think>\n\nTwo", True, "", "Two"),
+    (" \n One.</think>Two", True, "One.", "Two"),
     ("  <think></think> a", False, "", "a"),
     ("<think>never ends </thin", False, "never ends </thin", ""),
     ("Just <think>words</think>", False, "", "Just <think>words</think>"),

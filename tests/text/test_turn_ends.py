@@ -150,6 +150,12 @@ def test_end_ends_a_thought_where_other_tokens_end_the_turn(tmp_path: Path, comp
     assert named(tokenizer, turn_ends(tokenizer)) == {EOS, *(company or ["<|end|>"])}
 
 
+@pytest.mark.parametrize("company", [["<|return|>"], ["<|call|>"], ["<|return|>", "<|calls|>"], ["<|flush|>"]])
+def test_end_ends_an_answer_beside_a_part_of_those_others(tmp_path: Path, company: list[str]) -> None:
+    tokenizer = tokenizer_of(tmp_path, None, ["<|end|>", *company])
+    assert named(tokenizer, turn_ends(tokenizer)) == {EOS, "<|end|>", *company}
+
+
 def test_an_added_token_that_is_not_special_ends_turns_where_the_template_says_so(tmp_path: Path) -> None:
     """GGUF files have <|im_end|> as a user-defined token; a vocabulary may have </s> for HTML."""
     added = ["<|im_start|>", "<|im_end|>"]

@@ -40,6 +40,8 @@ def test_which_parameters_decay_and_which_muon_updates() -> None:
     names = _parameters()
     assert [name for name in names if decays(name)] == ["embed.weight", "layers.0.attn.wo.weight", "layers.0.moe.w_up"]
     assert [n for n, p in names.items() if is_hidden_matrix(n, p)] == ["layers.0.attn.wo.weight", "layers.0.moe.w_up"]
+    biases = {f"layers.0.moe.b_{part}": torch.zeros(4, 8) for part in ("up", "gate", "down")}  # a row an expert
+    assert not [n for n, p in biases.items() if is_hidden_matrix(n, p) or decays(n)]
 
 
 def test_adamw() -> None:

@@ -194,7 +194,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.write(_ANSWER % status)
         # Closing with bytes unread would reset the connection, and the answer would be lost on its way.
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            with contextlib.suppress(OSError):  # it is gone, and nobody has noticed yet
+                self.transport.write_eof()
         asyncio.get_running_loop().call_later(LINGER_S, self.transport.close)
 
 
