@@ -5,8 +5,8 @@
 
     matrix products   2 N_active tokens (3, or 4 with everything recomputed) / (peak x gemm x D / (D + 900))
                       and less for few rows per expert
-    attention         the causal half of 4 L Hd T tokens x 3.5 (4.5) / (peak x attention); x (2 - rows / cp) on the
-                      rank with the ends of rows that context parallelism cuts
+    attention         the causal half of 4 L Hd T tokens x 3.5 (4.5) / (peak x attention); ranks that share a row have
+                      equal parts of it, early and late tokens alike
     memory passes     bytes moved by norms, residuals, activations, rotation and routing / HBM
     all-to-all        tokens to their experts and back, per pass (2; 3 if all is recomputed) / NVLink, or InfiniBand
                       beyond a node
@@ -273,8 +273,7 @@ def step_time(config: ModelConfig, gpu: Gpu, mesh: ParallelSpec, work: Work, sta
     rate = gpu.peak_flops * gpu.gemm * config.d_model / (config.d_model + stack.width_half)
     matrix = 2 * s.active * tokens * (2 + forwards) / rate * (1 - experts_share + experts_share / grouped)
     causal = attention_flops(config, work.seq_len) / 2 * tokens
-    latest = max(1.0, 2 - work.micro_rows / mesh.cp)  # the end of a row sees more keys than its beginning
-    attention = causal * latest * (2.5 + forwards) / (gpu.peak_flops * gpu.attention * stack.attention)
+    attention = causal * (2.5 + forwards) / (gpu.peak_flops * gpu.attention * stack.attention)
     passes = _pass_bytes(config) * tokens * (1 + forwards + (work.recompute == "selective") * 0.5)
     moved = passes / (gpu.hbm_bytes_per_s * _MEMORY)
     exchange = _all_to_all(config, gpu, mesh, tokens) * (1 + forwards)
