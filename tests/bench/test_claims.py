@@ -109,7 +109,8 @@ def test_every_claims_training_files_are_valid(one: Claim, tmp_path: Path, monke
         assert found.parallel.dtype == "float32" and str(found.seed) == path.stem.rpartition("-s")[2]
     assert all("{" not in word for words in program.calls for word in words)
     groups = {
-        "mpt-compute": (6, 0),
+        "mpt-compute": (2, 4),
+        "mpt-parts": (6, 6),
         "moe-flops": (4, 2),
         "moe-flops-sizes": (18, 0),
         "fine-grained": (2, 2),
@@ -172,6 +173,23 @@ def test_bits_a_byte_compare_vocabularies(tmp_path: Path) -> None:
     assert found.value == pytest.approx(2.0)
     bits = 7.0 * 0.25 / math.log(2)
     assert f"nano-dbrx-s1 {bits:.3f}" in found.note
+
+
+def test_parts_of_a_recipe_one_change_at_a_time(tmp_path: Path) -> None:
+    for size, per_byte in ((4096, 0.5), (8192, 0.25)):
+        rows = [{"split": "held_out", "domain": d, "tokens": 100 * per_byte, "text_bytes": 100} for d in ("en", "zh")]
+        (tmp_path / f"corpus-{size}.json").write_text(json.dumps({"content": rows}))
+    for seed in (1, 2):
+        for name, loss in (("a", 4.0), ("b", 7.6), ("c", 7.0 + 0.2 * seed)):
+            finished(tmp_path, f"{name}-s{seed}", 1e14, loss)
+    found = measures.bits_by_change({"a": "nothing", "b": "vocabulary", "c": "optimiser"})(tmp_path)
+    nats = {"vocabulary": 7.6 * 0.25 - 4.0 * 0.5, "optimiser": 0.25 * (7.3 - 7.6)}
+    assert found.parts == {name: pytest.approx(value / math.log(2)) for name, value in nats.items()}
+    assert found.value == found.parts["optimiser"] and found.note.startswith(
+        "optimiser helps least; bits a byte: a 2.885"
+    )
+    assert found.low is not None and found.high is not None
+    assert found.high - found.low == pytest.approx(2 * 12.706 * 0.25 * 0.1 / math.log(2))
 
 
 def test_the_gain_of_several_sizes_and_its_trend(tmp_path: Path) -> None:

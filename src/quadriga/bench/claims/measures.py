@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import statistics
@@ -188,6 +189,42 @@ def compute_to_equal_bits(folder: Path) -> Measured:
     found = _dense_over(dbrx, mpt, bits)
     shown = ", ".join(f"{name} {value:.3f}" for name, value in bits.items())
     return replace(found, note=f"bits a byte: {shown}. {found.note}".rstrip(". "))
+
+
+def bits_by_change(ladder: Mapping[str, str]) -> Callable[[Path], Measured]:
+    """A measure: bits a byte of each run less those of the run before it, seed by seed; the largest mean is its value.
+
+    Args:
+        ladder: run -> what it changes, in order; the first one changes nothing, and has a vocabulary of 4,096.
+    """
+
+    def read(folder: Path) -> Measured:
+        first = next(iter(ladder))
+        runs = {name: _runs(folder, name) for name in ladder}
+        sizes = {name: 4096 if name == first else 8192 for name in ladder}
+        counts = {size: _tokens_per_byte(folder / f"corpus-{size}.json") for size in set(sizes.values())}
+        bits = {
+            name: {_seed(run.name): equal_loss.bits_per_byte(run, counts[sizes[name]]) for run in some}
+            for name, some in runs.items()
+        }
+        changes = {
+            ladder[name]: [bits[name][seed] - bits[before][seed] for seed in bits[name] if seed in bits[before]]
+            for before, name in itertools.pairwise(ladder)
+        }
+        means = {change: statistics.fmean(some) for change, some in changes.items()}
+        least = max(means, key=lambda change: means[change])
+        low, high = interval(changes[least])
+        own = ", ".join(f"{name} {statistics.fmean(by_seed.values()):.3f}" for name, by_seed in bits.items())
+        return Measured(
+            value=means[least],
+            low=low,
+            high=high,
+            parts=means,
+            note=f"{least} helps least; bits a byte: {own}",
+            curves=_curves([run for some in runs.values() for run in some]),
+        )
+
+    return read
 
 
 def _tokens_per_byte(path: Path) -> dict[str, float]:

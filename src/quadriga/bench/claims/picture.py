@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from quadriga.bench.claims.registry import CLAIMS, Claim
@@ -46,15 +47,15 @@ def draw(record: Record, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), constrained_layout=True)
     kinds = list(dict.fromkeys(size_of(name) for name in record.curves))
     colours = {kind: _COLOURS[place % len(_COLOURS)] for place, kind in enumerate(kinds)}
+    exponent = math.floor(math.log10(max(points[-1][0] for points in record.curves.values())))
     labelled = set[str]()
     for name, points in record.curves.items():
         kind = size_of(name)
-        xs, ys = [x / 1e14 for x, _ in points], [y for _, y in points]
+        xs, ys = [x / 10**exponent for x, _ in points], [y for _, y in points]
         axis.plot(xs, ys, color=colours[kind], lw=1.2, label=None if kind in labelled else kind)
         axis.plot(xs[-1:], ys[-1:], "o", color=colours[kind], ms=4)
         labelled.add(kind)
-    axis.set_xscale("log")
-    axis.set_xlabel("floating-point operations, 1e14", fontsize=9)
+    axis.set_xlabel(f"floating-point operations, 1e{exponent}", fontsize=9)
     axis.set_ylabel("held-out loss, nats a token", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.legend(frameon=False, fontsize=8)

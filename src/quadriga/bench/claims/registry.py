@@ -68,7 +68,9 @@ class Claim:
     picture: str = ""
 
 
-NANO = "nano"  # the run of recipes/nano.toml as it stands, which several claims compare with
+NANO = "nano"  # the run of recipes/nano.toml as it stands
+SHARED = (NANO, "nano-mpt", "nano-dbrx")
+"""Runs that several claims have, so that they lie beside them."""
 
 
 def trained(scale: Scale, recipes: dict[str, tuple[str, Values]], tokens: dict[str, float] | None = None) -> list[Step]:
@@ -84,7 +86,7 @@ def trained(scale: Scale, recipes: dict[str, tuple[str, Values]], tokens: dict[s
             argv += [] if scale.threads is None else ["--threads", str(scale.threads)]
             own: Values = {"seed": seed, "parallel.dtype": scale.dtype} | changes
             times = scale.share * (tokens or {}).get(name, 1.0)
-            step = Step(name=run, argv=tuple(argv), recipe=recipe, changes=own, tokens=times, shared=name == NANO)
+            step = Step(name=run, argv=tuple(argv), recipe=recipe, changes=own, tokens=times, shared=name in SHARED)
             steps.append(step)
     return steps
 
@@ -142,6 +144,41 @@ def _mpt_compute(scale: Scale) -> list[Step]:
     }
     corpora = [*_corpus(4096), *_counts(4096), *_corpus(8192), *_counts(8192)]
     return [*corpora, *trained(scale, runs, {"nano-mpt-4x": 4.0})]
+
+
+_MUON: Values = {
+    "optimiser.name": "muon",
+    "optimiser.learning_rate": 2e-3,
+    "optimiser.muon_learning_rate": 0.01,
+    "optimiser.betas": None,
+    "optimiser.weight_decay": None,
+    "schedule.kind": "wsd",
+    "schedule.decay_share": 0.3,
+    "schedule.final_share": 0.02,
+}
+"""The optimiser and schedule of recipes/nano.toml, in MPT's recipe."""
+
+LADDER = {
+    "nano-mpt": "MPT's recipe",
+    "mpt-vocabulary": "a vocabulary of 8,192",
+    "mpt-muon": "Muon; warm-up, stable, decay",
+    "dense": "RoPE, shared keys, gated SiLU",
+    NANO: "16 experts of which 4 work",
+    "nano-dbrx": "a curriculum",
+}
+"""Runs from MPT's recipe to DBRX's, each with one more change: the run -> its change."""
+
+
+def _mpt_parts(scale: Scale) -> list[Step]:
+    runs = {
+        "nano-mpt": ("claims/nano-mpt.toml", _on(4096)),
+        "mpt-vocabulary": ("claims/nano-mpt.toml", _on(8192)),
+        "mpt-muon": ("claims/nano-mpt.toml", _on(8192) | _MUON),
+        "dense": ("nano-dense.toml", _on(8192)),
+        NANO: ("nano.toml", _on(8192)),
+        "nano-dbrx": ("claims/nano-dbrx.toml", _on(8192)),
+    }
+    return [*_corpus(4096), *_counts(4096), *_corpus(8192), *_counts(8192), *trained(scale, runs)]
 
 
 def _fine_grained(scale: Scale) -> list[Step]:
@@ -244,6 +281,17 @@ CLAIMS = (
         steps=_mpt_compute,
         measure=measures.compute_to_equal_bits,
         at_least=3.3,
+    ),
+    Claim(
+        name="mpt-parts",
+        says="(asked here) every part of the recipe helps: vocabulary, optimiser, layers, experts, curriculum",
+        published="none",
+        unit="bits a byte",
+        how="From MPT's recipe to DBRX's by one change at a time, 6M tokens each. The value is of the change that "
+        "helps least.",
+        steps=_mpt_parts,
+        measure=measures.bits_by_change(LADDER),
+        at_most=0.0,
     ),
     Claim(
         name="moe-flops",
