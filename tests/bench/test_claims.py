@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from typer.testing import CliRunner
@@ -24,6 +26,7 @@ from quadriga.errors import EvaluationError, QuadrigaError
 from quadriga.model.cost import n_params
 from quadriga.train.architecture import model_config
 from quadriga.train.config import ModelSection, RunConfig, parse_toml
+from tests.waiting import HANG_S, until
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = ROOT / "recipes"
@@ -35,16 +38,16 @@ class Program:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[list[str]] = []
         self.fails_at = ""
-        monkeypatch.setattr(subprocess, "run", self.run)
+        monkeypatch.setattr(steps, "_ended", self.run)
 
-    def run(self, command: list[str], **given: Any) -> subprocess.CompletedProcess[bytes]:
+    def run(self, command: list[str], output: IO[str], errors: IO[str]) -> int:
         words = command[3:]
         self.calls.append(words)
         code = int(bool(self.fails_at) and self.fails_at in words)
-        given["stderr"].write("it said\nwhy")
-        if given["stdout"] is not given["stderr"]:
-            given["stdout"].write(json.dumps(words))
-        return subprocess.CompletedProcess(command, code)
+        errors.write("it said\nwhy")
+        if output is not errors:
+            output.write(json.dumps(words))
+        return code
 
 
 THREE = [Step(name=name, argv=("info", name, "{out}/x", "{recipes}/y"), output=f"{name}.json") for name in "abc"]
@@ -68,6 +71,34 @@ def test_finished_steps_are_left_alone_and_a_failed_one_is_given_again(
     assert len(program.calls) == 4
     with pytest.raises(EvaluationError, match=r"a.json is of other settings: give another --runs"):
         run_steps([replace(THREE[0], argv=("info", "z"))], tmp_path, RECIPES, told.append)
+
+
+SLOW = """
+import pathlib, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path("saved").write_text("all"), sys.exit(3)))
+pathlib.Path("begun").touch()
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_claim_lets_its_command_save(tmp_path: Path, number: int) -> None:
+    """The command is asked to stop, and is waited for: nothing of it is left behind."""
+    program = f"""
+import signal, sys
+from pathlib import Path
+from quadriga.bench.claims import results
+from quadriga.bench.claims.steps import _ended
+from quadriga.cli import app
+results.run_steps = lambda *_: _ended([sys.executable, "-c", {SLOW!r}], sys.stdout, sys.stderr)
+app(["claims", "run", "combinations", "--runs", "r"])
+"""
+    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE) as claims:
+        assert until((tmp_path / "begun").exists)
+        claims.send_signal(number)
+        assert claims.wait(HANG_S) not in (0, -number)
+    assert (tmp_path / "saved").read_text() == "all"
 
 
 def test_the_file_of_a_run_is_its_recipe_with_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

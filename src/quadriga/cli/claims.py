@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -52,7 +53,10 @@ def run_command(
     precision: Annotated[str, typer.Option(help="Of training: bfloat16 or float32.")] = "bfloat16",
     json: options.Json = False,
 ) -> None:
-    """Run a claim's commands, or those that are left of them, and record the result."""
+    """Run a claim's commands, or those that are left of them, and record the result.
+
+    Ctrl-C and SIGTERM stop the command under way, which saves first; the same command goes on.
+    """
     from quadriga.bench.claims import registry, results
 
     one = registry.claim(claim)
@@ -65,7 +69,11 @@ def run_command(
         judge=judge,
         judge_model=judge_model,
     )
-    found = results.run(one, scale, runs, recipes, lambda text: print(text, file=sys.stderr, flush=True))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        found = results.run(one, scale, runs, recipes, lambda text: print(text, file=sys.stderr, flush=True))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     said = results.verdict(one, found)
     if json:
         print(options.as_json(vars(found) | {"verdict": said, "published": one.published}))

@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from quadriga.errors import EvaluationError, QuadrigaError
 from quadriga.train.data_config import parse_count
@@ -158,7 +158,7 @@ def _run(step: Step, folders: Folders) -> float:
     with log.open("w") as said:
         target = said if step.output is None else (out / f".{step.output}.new").open("w")
         command = [sys.executable, "-m", "quadriga", *step.words(folders)]
-        code = subprocess.run(command, stdout=target, stderr=said, stdin=subprocess.DEVNULL, check=False).returncode
+        code = _ended(command, target, said)
         if target is not said:
             target.close()
     if code:
@@ -167,6 +167,16 @@ def _run(step: Step, folders: Folders) -> float:
     if step.output is not None:
         (out / f".{step.output}.new").replace(out / step.output)
     return time.monotonic() - started
+
+
+def _ended(command: Sequence[str], output: IO[str], errors: IO[str]) -> int:
+    """Run a command to its end; where this process is asked to stop, so is the command, which saves first."""
+    with subprocess.Popen(command, stdout=output, stderr=errors, stdin=subprocess.DEVNULL) as child:
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()  # a second request: at a terminal, Ctrl-C reached it too
+            raise  # after the command's end, which the block waits for
 
 
 def write(path: Path, text: str) -> None:
