@@ -252,18 +252,26 @@ def test_more_than_lora_is_refused(tmp_path: Path) -> None:
         to_peft(adapter_for("dbrx"), TINY["dbrx"], tmp_path / "q", layout="fused")
 
 
-def test_factors_of_a_gate_that_is_a_vector_here_are_refused_with_the_reason(tmp_path: Path) -> None:
-    """What peft's all-linear makes of Qwen's shared experts."""
-    to_peft(adapter_for("qwen2moe", None), TINY["qwen2moe"], tmp_path)
+@pytest.mark.parametrize(
+    ("name", "module", "target"),
+    [
+        ("qwen2moe", "model.layers.1.mlp.shared_expert_gate", "layers.1.moe.shared_gate"),
+        ("deepseek_v3", "model.layers.1.self_attn.kv_b_proj", "layers.1.attn.wk_b.weight"),
+    ],
+)
+def test_factors_of_what_no_adapter_changes_here_are_refused_with_the_reason(
+    tmp_path: Path, name: str, module: str, target: str
+) -> None:
+    """What peft's all-linear makes of Qwen's shared experts and of DeepSeek's latents."""
+    to_peft(adapter_for(name, None), TINY[name], tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     held = load_file(file)
-    gate = "base_model.model.model.layers.1.mlp.shared_expert_gate"
-    held |= {f"{gate}.lora_A.weight": torch.ones(4, 48), f"{gate}.lora_B.weight": torch.ones(1, 4)}
+    stored = f"base_model.model.{module}"
+    held |= {f"{stored}.lora_A.weight": torch.ones(4, 48), f"{stored}.lora_B.weight": torch.ones(1, 4)}
     save_file(held, file)
     with pytest.raises(
         CheckpointError,
-        match=r"2 tensors fit no matrix of this model.*1 of the adapted modules are vectors here, which have no factors "
-        r"\(e.g. model.layers.1.mlp.shared_expert_gate, our layers.1.moe.shared_gate\): train the adapter with "
-        "'shared_expert_gate' in exclude_modules",
+        match=r"2 tensors fit no matrix of this model.*1 of the adapted modules have no factors here "
+        rf"\(e.g. {module}, our {target}\): train the adapter with '{module.rpartition('.')[2]}' in exclude_modules",
     ):
-        from_peft(tmp_path, TINY["qwen2moe"])
+        from_peft(tmp_path, TINY[name])

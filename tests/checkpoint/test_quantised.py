@@ -443,6 +443,14 @@ def test_an_index_without_its_shards_is_enough_for_a_dry_run(tmp_path: Path) -> 
     assert dry_run(tmp_path / "m").n_tensors == len(plain)
 
 
+def test_a_dry_run_passes_over_an_index_that_a_larger_model_left(tmp_path: Path) -> None:
+    plain = write(tmp_path / "m", GPTQ, gptq)
+    table = {"model.layers.99.mlp.up_proj.qweight": "model-00001-of-00002.safetensors"}
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    report = dry_run(tmp_path / "m")
+    assert (report.n_tensors, report.n_files, report.files_present) == (len(plain), 1, 1)
+
+
 def with_weights(**changes: object) -> dict[str, Any]:
     return compressed("pack-quantized", **({"num_bits": 4, "strategy": "group", "group_size": 32} | changes))
 

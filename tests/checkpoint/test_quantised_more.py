@@ -237,6 +237,14 @@ def test_bits_of_single_matrices_are_auto_round_s(tmp_path: Path) -> None:
     check(tmp_path, write(tmp_path, ROUND | {"extra_config": extra}, made))
 
 
+@pytest.mark.parametrize("name", ["auto-round", "auto-round as awq"])
+def test_matrices_that_auto_round_names_for_other_reasons_keep_bits_and_groups(tmp_path: Path, name: str) -> None:
+    """It writes what differs from the file's settings, and "sym" is not needed for reading."""
+    how, make, options = METHODS[name]
+    extra = {"model.layers.0.mlp.up_proj": {"sym": False}, ".*down.*": {"bits": 4, "group_size": 32}}
+    check(tmp_path, write(tmp_path, how | {"extra_config": extra}, make, **options))
+
+
 @pytest.mark.parametrize("where", ["self_attn", "self_attn.k_proj"])
 def test_scales_of_the_cache_are_left_out(tmp_path: Path, where: str) -> None:
     """By packed weights and by plain ones."""
@@ -257,6 +265,7 @@ def test_scales_of_the_cache_are_left_out(tmp_path: Path, where: str) -> None:
     ("file", "how", "make"),
     [
         ("quantize_config.json", {k: v for k, v in GPTQ.items() if k != "quant_method"}, gptq),
+        ("quantize_config.json", GPTQ | {"checkpoint_format": "gptq"}, gptq),
         ("quant_config.json", {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}, awq),
         (
             "hf_quant_config.json",

@@ -12,7 +12,7 @@ from quadriga.io.json_files import read_json
 from quadriga.io.mxfp4_source import of_numbers
 from quadriga.io.open import open_checkpoint, without_extras
 from quadriga.io.quantised import source as quantised
-from quadriga.io.safetensors import INDEX
+from quadriga.io.safetensors import INDEX, is_left_over
 from quadriga.model import families
 from quadriga.model.families.base import pick_layout
 from quadriga.model.weight_map import (
@@ -52,6 +52,8 @@ def dry_run(path: Path, *, pickles: bool = False) -> DryRun:
         if not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
             raise CheckpointError(f"{INDEX} must have a 'weight_map' from tensor names to file names")
     files = set(table.values())
+    if is_left_over(path, files):
+        files = set()
     if all((path / file).is_file() for file in files):
         checkpoint = open_checkpoint(path, pickles=pickles)
         checkpoint.close()

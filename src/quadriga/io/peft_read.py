@@ -74,7 +74,7 @@ def _not_adaptable(left: list[str], config: ModelConfig, layout: str) -> str:
         return ""
     module, target = next(iter(found.items()))
     return (
-        f". {len(found)} of the adapted modules are vectors here, which have no factors (e.g. {module}, our {target}): "
+        f". {len(found)} of the adapted modules have no factors here (e.g. {module}, our {target}): "
         f"train the adapter with {module.rpartition('.')[2]!r} in exclude_modules, or merge it with peft"
     )
 

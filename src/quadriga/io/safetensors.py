@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -150,10 +150,8 @@ def _shards(path: Path) -> list[tuple[Path, set[str] | None]]:
         return [(path, None)]
     if (path / INDEX).exists():
         shards = _indexed_shards(path, path / INDEX)
-        # A model saved over a larger one leaves its index: transformers takes the single file, where there is one.
-        if not (path / SINGLE).is_file() or path / SINGLE in [file for file, _ in shards]:
-            return _present(path, shards)
-        return [(path / SINGLE, None)]
+        stale = is_left_over(path, {file.name for file, _ in shards})
+        return [(path / SINGLE, None)] if stale else _present(path, shards)
     files = sorted(path.glob("*.safetensors"))
     if (path / SINGLE) in files:
         return [(path / SINGLE, None)]
@@ -187,6 +185,14 @@ def _indexed_shards(path: Path, index: Path) -> list[tuple[Path, set[str] | None
             )
         by_file.setdefault(file, set()).add(tensor)
     return [(path / file, tensors) for file, tensors in sorted(by_file.items())]
+
+
+def is_left_over(path: Path, named: Collection[str]) -> bool:
+    """Whether a larger model, over which this one was saved, left the index that names these files.
+
+    transformers takes the single file, where there is one.
+    """
+    return (path / SINGLE).is_file() and SINGLE not in named
 
 
 def _present(path: Path, shards: list[tuple[Path, set[str] | None]]) -> list[tuple[Path, set[str] | None]]:

@@ -58,7 +58,7 @@ def other_settings(keys: Keys, bits: int, size: int) -> tuple[tuple[str, int, in
         how.must_be("act_bits", 16, 32, None)
         how.finish(frozenset({"sym", "act_group_size", "act_sym", "act_data_type", "act_dynamic", "super_bits",
                               "super_group_size", "scale_dtype", "in_blocks"}))  # fmt: skip
-        if own_bits >= 16:
+        if own_bits >= 16 or (own_bits, own_size) == (bits, size):
             continue
         if own_bits not in (2, 3, 4, 8) or not (own_size == -1 or own_size > 0):
             raise ConfigError(

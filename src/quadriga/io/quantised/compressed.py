@@ -77,9 +77,7 @@ class Compressed:
             if "weight_zero_point" in parts and as_float32(parts.read("weight_zero_point")).any():
                 raise parts.fail("its part 'weight_zero_point' must be zero: the configuration says it is symmetric")
         elif self.strategy == "tensor":
-            zero = parts.expect("weight_zero_point", ("int8",))
-            if zero.shape not in ((), (1,), (1, 1)):
-                raise parts.fail(f"its part 'weight_zero_point' must be one number, got the shape {list(zero.shape)}")
+            one_number(parts, "weight_zero_point", ("int8",))
         else:
             packed_rows = -(-groups[0] * self.bits // 32)
             wanted = ("int32", (packed_rows, groups[1])) if self.packed else ("int8", groups)

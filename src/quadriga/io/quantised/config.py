@@ -72,5 +72,7 @@ def _split_text(raw: Mapping[str, object], folder: Path | None) -> tuple[Mapping
         return {**raw, "text_config": inner}, method
     for name, of in BESIDE.items():
         if folder is not None and (folder / name).is_file():
-            return raw, _METHODS[of](Keys(read_json(folder / name), name))
+            keys = Keys(read_json(folder / name), name)
+            keys.must_be("quant_method", of, None)
+            return raw, _METHODS[of](keys)
     return raw, None

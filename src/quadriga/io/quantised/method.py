@@ -133,9 +133,9 @@ NOT_ROUNDED = (
 """Parts that say how activations, or the keys and values of a cache, would be rounded, which they are not here."""
 
 
-def one_number(parts: Parts, part: str) -> None:
-    """Raise unless a part is a single number."""
-    info = parts.expect(part, FLOATS)
+def one_number(parts: Parts, part: str, dtypes: tuple[str, ...] = FLOATS) -> None:
+    """Raise unless a part is a single number of one of these dtypes."""
+    info = parts.expect(part, dtypes)
     if info.shape not in ((), (1,), (1, 1)):
         raise parts.fail(f"its part {part!r} must be one number, got the shape {list(info.shape)}")
 
