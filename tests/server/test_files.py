@@ -166,6 +166,7 @@ def test_a_damaged_folder_keeps_no_server_from_starting(tmp_path: Path, caplog: 
         client = client_of(live)
         assert gone["id"] not in [one.id for one in client.files.list()]
         assert sum("is damaged and is passed over" in record.message for record in caplog.records) == 12
+        assert sum(f"the bytes of {gone['id']}" in record.message for record in caplog.records) == 1
         over = ended(client, batch_id)
         assert over.status == "completed" and len(answers(client, over.output_file_id)) == 3
         store.path(over.output_file_id).unlink()

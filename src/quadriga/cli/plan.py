@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -286,8 +286,9 @@ def _print_serving(model: str, table: dict[str, Any]) -> None:
     console, forms = Console(), list(dict.fromkeys(row["format"] for row in table["serving"]))
     title = Text(f"serve {model}, sequences of {table['context']} positions", style="bold")
     assert sum(_FORMATS_ABREAST) == len(forms), "every format has its column"
-    for begin, n in zip(accumulate(_FORMATS_ABREAST, initial=0), _FORMATS_ABREAST, strict=False):
-        some = forms[begin : begin + n]
+    left = iter(forms)
+    for n in _FORMATS_ABREAST:
+        some = list(islice(left, n))
         rows = [row for row in table["serving"] if row["format"] in some]
         shown = Table(title=title, title_justify="left")
         _fill_serving(shown, some, rows)

@@ -6,7 +6,7 @@
 Among priorities first, then among clients, and where there is one client among its requests, rows are *fluent* that
 belong to whoever has the fewest answers alive, running or waiting, or up to twice as many. Equals so are all in every
 pass, a crowd leaves room to the few beside it, and a higher priority, which begins first, slows down nobody who speaks
-already. What was asked for in the background is never fluent beside anything else.
+already. What was asked for in the background is never fluent beside any other answer.
 """
 
 from __future__ import annotations

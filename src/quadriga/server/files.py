@@ -57,7 +57,12 @@ class FileStore:
             found = read_all(folder, "file-*.json", _FACTS)
         except OSError as error:
             raise ConfigError(f"--files {folder} cannot be used: {error.strerror}. Name a folder to write to") from None
-        self._facts = {facts["id"]: facts for facts in found if self.path(facts["id"]).is_file()}
+        self._facts: dict[str, dict[str, Any]] = {}
+        for facts in found:
+            if self.path(facts["id"]).is_file():
+                self._facts[facts["id"]] = facts
+            else:
+                _log.warning("the bytes of %s in %s are gone, and it is passed over", facts["id"], folder)
 
     def path(self, file_id: str) -> Path:
         """Where a file's bytes are."""

@@ -93,8 +93,8 @@ class Program:
         self._segments: list[ctypes.Array[bindings.Step]] = []
         self.d_model = d_model
         self.stream = np.zeros((max_tokens, d_model), dtype=np.float32)
-        self._stream_at = self.stream.ctypes.data
         """The residual stream of the last pass. Without :meth:`embed` a pass begins with what was put there."""
+        self._stream_at = self.stream.ctypes.data
         self._meeting, self._meets_before = meeting, list[int]()
         self._parts = np.zeros(0 if meeting is None else meeting.size * max_tokens * d_model, dtype=np.float32)
 
@@ -377,8 +377,8 @@ class Program:
         bias = None if norm.bias is None else np.ascontiguousarray(norm.bias)
         place = None if bias is None else bias.ctypes.data
         spec = bindings.Norm(weight.ctypes.data, cpu.NORMS[norm.kind], norm.eps, place)
-        source, norm_rows = self.stream.ctypes.data, self.context.lib.qd_norm_rows
-        self.context.call(norm_rows, spec, source, n_tokens, self.d_model, out.ctypes.data)
+        norm_rows = self.context.lib.qd_norm_rows
+        self.context.call(norm_rows, spec, self._stream_at, n_tokens, self.d_model, out.ctypes.data)
         return out
 
     def row_stats(self, logits: Floats) -> tuple[list[int], list[float]]:
