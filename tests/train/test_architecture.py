@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from quadriga.errors import ConfigError
 from quadriga.io.open import open_checkpoint
+from quadriga.model import families
 from quadriga.model.config import DenseSpec, ModelConfig, MoESpec, RopeSpec
 from quadriga.model.cost import n_params
+from quadriga.model.weight_map import parameter_shapes
 from quadriga.nn.context import PackedContext
 from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer
 from quadriga.train.architecture import model_config
 from quadriga.train.config import ModelSection, RouterSection, RunConfig, read_toml
-from quadriga.train.export import export
+from quadriga.train.export import export, write_hf
 from tests.train import runs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,6 +63,19 @@ def test_the_rotated_part_of_a_head_keeps_its_share() -> None:
 def test_windows_alternate_as_in_the_preset() -> None:
     windows = [layer.attention.window for layer in small("gpt-oss-20b").layers]
     assert windows == [128, None, 128]
+
+
+@pytest.mark.parametrize("preset", ["gemma-2-2b", "gemma-3-1b", "grok-1"])
+def test_embeddings_are_multiplied_by_the_root_of_the_new_width(preset: str) -> None:
+    experts = {} if preset == "grok-1" else {"n_experts": None, "top_k": None}
+    config = small(preset, n_layers=6, **experts)
+    assert config.embedding_scale == 24**0.5
+    written = families.family_of(config).config_to_hf(config)
+    assert families.config_from_hf(written) == config
+
+
+def test_a_factor_of_embeddings_that_is_not_of_the_width_stays() -> None:
+    assert small("granite-3.0-1b-a400m", head_dim=4).embedding_scale == 12.0
 
 
 def test_a_dense_model_has_one_width() -> None:
@@ -109,6 +125,19 @@ def test_a_balancing_bias_is_stored_where_the_family_has_a_place_for_it(tmp_path
     with torch.no_grad():
         wanted, found = (one.eval()(tokens, PackedContext([40])).logits for one in (run.model, again))
     assert torch.equal(wanted, found)
+
+
+def test_a_correction_keeps_its_float32_beside_narrow_weights(tmp_path: Path) -> None:
+    """Rounded to bfloat16, biases that differ by a thousandth would choose other experts."""
+    config = small("dots.llm1")
+    name = "layers.1.moe.router.correction"
+    parameters = {one: torch.zeros(shape, dtype=torch.bfloat16) for one, shape in parameter_shapes(config).items()}
+    parameters |= {one: values.float() for one, values in parameters.items() if one.endswith("correction")}
+    parameters[name] = 1 + torch.arange(5) / 1024
+    write_hf(parameters, config, tmp_path / "hf")
+    with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("model.layers.1.mlp.gate.e_score_correction_bias"), parameters[name])
+        assert file.get_tensor("model.embed_tokens.weight").dtype == torch.bfloat16
 
 
 def test_a_bias_without_a_place_is_not_exported(tmp_path: Path) -> None:

@@ -25,13 +25,13 @@ from quadriga.errors import CheckpointError, ConfigError
 from quadriga.hub import catalogue
 from quadriga.io.open import open_checkpoint
 from quadriga.nn.load import load_parameters
-from quadriga.train import report
+from quadriga.train import branch, report
 from quadriga.train.config import LogSection, RunConfig, parse_toml
 from quadriga.train.export import export
 from quadriga.train.held_out import HeldOutLoss
 from quadriga.train.metrics import FILE, MetricsFile, read
 from quadriga.train.run import train
-from quadriga.train.run_directory import RunDirectory
+from quadriga.train.run_directory import MANIFEST, Manifest, RunDirectory
 from quadriga.train.step_report import StepReport
 from quadriga.train.trackers import TensorBoard, trackers
 from quadriga.train.view import duration, load_bars, sparkline
@@ -264,8 +264,8 @@ def test_a_branch_is_the_run_that_its_settings_alone_would_have_been(corpus: Pat
     trunk = _wsd(tmp_path / "trunk", corpus)
     assert CliRunner().invoke(app, ["train", str(trunk)]).exit_code == 0
     before = _contents(tmp_path / "trunk")
-    branch = _wsd(tmp_path / "branch", corpus, "steps = 6\n")
-    words = ["train", str(branch), "--branch", str(tmp_path / "trunk"), "--step", "3"]
+    own = _wsd(tmp_path / "branch", corpus, "steps = 6\n")
+    words = ["train", str(own), "--branch", str(tmp_path / "trunk"), "--step", "3"]
     cut = CliRunner().invoke(app, [*words, "--stop-after", "1"])
     assert cut.exit_code == 0 and "step 4 of 6" in cut.output, cut.output
     done = CliRunner().invoke(app, words)
@@ -296,6 +296,25 @@ def test_a_branch_that_cannot_be_says_why(corpus: Path, finished: Path, tmp_path
         assert isinstance(found.exception, ConfigError | CheckpointError), found.output
         assert message in str(found.exception), str(found.exception)
     assert not (tmp_path / "other/checkpoints/step-00000003").exists()
+
+
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on removes the manifest first: what is left of its folder would be a run from nothing."""
+    trunk, run = RunDirectory(tmp_path / "trunk"), RunDirectory(tmp_path / "run")
+    trunk.part(3).mkdir(parents=True)
+    trunk.finish(Manifest(step=3, files={}, state={}))
+    run.checkpoints.mkdir(parents=True)
+
+    def checked(checkpoint: Path) -> None:
+        (checkpoint / MANIFEST).unlink()
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(branch, "read_manifest", checked)
+        with pytest.raises(CheckpointError, match="was removed while it was taken"):
+            branch.begin(branch.Branch(of=trunk.path, step=3), run)
+    assert run.steps() == []
 
 
 # What is shown -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 A preset whose layers differ gives its first ones, so that leading dense layers (dots.llm1) or turns of windows stay.
 What has no key of its own keeps its proportion: the width of shared experts and of dense layers to that of the experts,
-the rotated part of a head to the head.
+the rotated part of a head to the head, a factor of embeddings that is the root of d_model to d_model.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ def model_config(section: ModelSection, n_vocab: int, end_ids: tuple[int, ...] =
     rows = section.vocab_size or -(-n_vocab // 64) * 64
     if rows < n_vocab:
         raise ConfigError(f"model.vocab_size must be at least the corpus's {n_vocab} ids, got {rows}")
+    d_model = section.d_model or base.d_model
+    of_width = base.embedding_scale == base.d_model**0.5  # Gemma, Grok-1; Granite's is a number of its own
     return replace(
         base,
         vocab_size=rows,
-        d_model=section.d_model or base.d_model,
+        d_model=d_model,
+        embedding_scale=d_model**0.5 if of_width else base.embedding_scale,
         max_seq_len=section.max_seq_len or base.max_seq_len,
         layers=_layers(section, base),
         bos_id=None,

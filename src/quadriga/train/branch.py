@@ -16,7 +16,7 @@ from pathlib import Path
 
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.train.metrics import FILE
-from quadriga.train.run_directory import RunDirectory, newest, read_manifest
+from quadriga.train.run_directory import MANIFEST, RunDirectory, newest, read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,8 @@ def begin(branch: Branch, run: RunDirectory) -> None:
     shutil.rmtree(work, ignore_errors=True)
     try:
         shutil.copytree(source, work, copy_function=_link)
+        if not (work / MANIFEST).exists():  # the trunk goes on, and removes old checkpoints, their manifests first
+            raise CheckpointError(f"{source} was removed while it was taken into {run.path}: choose a later --step")
         if (trunk.path / FILE).exists():
             shutil.copyfile(trunk.path / FILE, run.path / FILE)
         work.rename(run.checkpoints / source.name)

@@ -8,7 +8,6 @@ The result is an ordinary checkpoint that `quadriga chat`, `quadriga convert` an
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,9 +94,8 @@ def _balancing(reader: ShardReader, config: ModelConfig, state: Mapping[str, Any
     if "router_bias" not in reader.names():
         return {}
     settings = state.get("settings", {})
-    n_steps, fade = settings.get("n_steps", math.inf), settings.get("router.bias_fade", 0.0)
-    share = bias_share(int(folder.name.removeprefix("step-")), n_steps, fade) if fade else 1.0
-    bias = reader.whole("router_bias") * share
+    n_steps, fade = settings.get("n_steps", 0), settings.get("router.bias_fade", 0.0)
+    bias = reader.whole("router_bias") * bias_share(int(folder.name.removeprefix("step-")), n_steps, fade)
     if not bias.any():
         return {}
     names = [f"layers.{layer}.moe.router.correction" for layer, spec in config.moe_layers if spec.correction]
@@ -118,7 +116,8 @@ def write_hf(
     pieces = build(config)
     check_cover(pieces, parameter_shapes(config), source_shapes(pieces))
     dtype = next(iter(parameters.values())).dtype
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in source_shapes(pieces).items()}
+    dtypes = {piece.source: parameters[piece.target].dtype for piece in pieces}  # a router's correction has its own
+    tensors = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in source_shapes(pieces).items()}
     for piece in pieces:
         target = piece.target_box or whole(piece.target_shape)
         values = parameters[piece.target][tuple(slice(*span) for span in target)]

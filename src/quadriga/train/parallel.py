@@ -228,8 +228,8 @@ def _stage(model: Transformer, objective: Objective, spec: ParallelSpec, world: 
         return Stage()
     if not isinstance(objective, StagedObjective) or getattr(objective, "balance_form", None) == "hf":
         raise ConfigError(
-            "parallel.pipeline is for pre-training with router.balance_form = 'megablocks': other losses do not add up "
-            "over layers. Leave it at 1"
+            "parallel.pipeline is for pre-training, 'sft' and 'text' with router.balance_form = 'megablocks' or "
+            "'document': other losses do not add up over layers. Leave it at 1"
         )
     for number in range(spec.pp):
         if not _is_trained(model, spec.layers(model.config.n_layers, number)):

@@ -277,8 +277,8 @@ class TuneConfig(Section, frozen=True):
         self._refuse_unused()
         if router.bias_rate and not router.bias_fade:
             raise ConfigError(
-                "router.bias_fade must be above 0 with bias_rate: no checkpoint format can store the bias, so the "
-                "model that is written would not be the one that was tuned"
+                "router.bias_fade must be above 0 with bias_rate: what tuning writes has no such bias, so it "
+                "would not be the model that was tuned"
             )
 
     def _refuse_cuts(self) -> None:
