@@ -266,8 +266,6 @@ def test_unknown_keys_and_impossible_values_are_refused() -> None:
                 parse_toml(f'objective = "{objective}"\n{good}[router]\n{key} = 0.1\n'.encode(), TuneConfig)
     with pytest.raises(ConfigError, match="bias_fade must be above 0"):
         parse_toml((good + "[router]\nbias_rate = 0.1\nbias_fade = 0.0\n").encode(), TuneConfig)
-    with pytest.raises(ConfigError, match=r"parallel.context and parallel.pipeline cut heads, rows"):
-        parse_toml((good + "[parallel]\ncontext = 2\n").encode(), TuneConfig)
     with pytest.raises(ConfigError, match="grpo needs samples >= 2"):
         parse_toml((good + "[grpo]\nsamples = 1\n").encode(), TuneConfig)
     with pytest.raises(ConfigError, match="temperature >= 1e-5"):
