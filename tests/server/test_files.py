@@ -156,7 +156,7 @@ def test_a_damaged_folder_keeps_no_server_from_starting(tmp_path: Path, caplog: 
     (tmp_path / f"{batch_id}.output.part").write_bytes(b"\0" * 40 + b'\n{"custom_id": "line-2", "response": null}\n')
     [whole] = tmp_path.glob("file-*.json")
     for i, raw in enumerate(
-        [b"", b"[]", b"{}", b"\0" * 99, whole.read_bytes(), b'{"id": "file-%d", "bytes": "9"}' % 5]
+        [b"", b"[]", b"{}", b"\0" * 99, whole.read_bytes(), b'{"id": "file-%d", "bytes": "9"}' % 5, b"[" * 100_000]
     ):
         (tmp_path / f"file-{i}.json").write_bytes(raw)
         (tmp_path / f"batch_{i}.json").write_bytes(raw)
@@ -165,7 +165,7 @@ def test_a_damaged_folder_keeps_no_server_from_starting(tmp_path: Path, caplog: 
     with server(tmp_path) as (live, store):
         client = client_of(live)
         assert gone["id"] not in [one.id for one in client.files.list()]
-        assert sum("is damaged and is passed over" in record.message for record in caplog.records) == 12
+        assert sum("is damaged and is passed over" in record.message for record in caplog.records) == 14
         assert sum(f"the bytes of {gone['id']}" in record.message for record in caplog.records) == 1
         over = ended(client, batch_id)
         assert over.status == "completed" and len(answers(client, over.output_file_id)) == 3

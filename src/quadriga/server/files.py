@@ -131,7 +131,7 @@ def read_all(folder: Path, pattern: str, needed: dict[str, type]) -> list[dict[s
     for path in sorted(folder.glob(pattern)):
         try:
             facts = json.loads(path.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             facts = None
         whole = isinstance(facts, dict) and all(isinstance(facts.get(key), kind) for key, kind in needed.items())
         if whole and facts["id"] == path.stem:
