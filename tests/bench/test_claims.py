@@ -94,10 +94,13 @@ from quadriga.cli import app
 results.run_steps = lambda *_: _ended([sys.executable, "-c", {SLOW!r}], sys.stdout, sys.stderr)
 app(["claims", "run", "combinations", "--runs", "r"])
 """
-    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE) as claims:
-        assert until((tmp_path / "begun").exists)
-        claims.send_signal(number)
-        assert claims.wait(HANG_S) not in (0, -number)
+    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.DEVNULL) as claims:
+        try:
+            assert until((tmp_path / "begun").exists)
+            claims.send_signal(number)
+            assert claims.wait(HANG_S) not in (0, -number)
+        finally:
+            claims.kill()
     assert (tmp_path / "saved").read_text() == "all"
 
 

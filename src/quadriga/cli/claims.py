@@ -69,11 +69,13 @@ def run_command(
         judge=judge,
         judge_model=judge_model,
     )
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Both: in a shell's background SIGINT is ignored from the start.
+    before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         found = results.run(one, scale, runs, recipes, lambda text: print(text, file=sys.stderr, flush=True))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     said = results.verdict(one, found)
     if json:
         print(options.as_json(vars(found) | {"verdict": said, "published": one.published}))
