@@ -402,7 +402,7 @@ def test_a_client_with_batches_is_answered_beside_them_as_if_they_were_not_there
             began = steps(live)
             while not ended:
                 gate.open()
-            assert steps(live) < began + 30, "ten tokens, and a pass or two before each"
+            assert steps(live) < began + 50, "ten tokens, and a few passes before each: how many depends on their time"
             assert own.result().status_code == 200 and not any(batch.done() for batch in batches)
             loop = engine._loop
             assert loop is not None

@@ -183,7 +183,9 @@ def test_impossible_layouts_are_refused() -> None:
         prepare(model, NextToken(runs.TINY, sections.RouterSection(), four), sections.ParallelSection(pipeline=2), four)
     model.requires_grad_(True)
     for form in (ORPO(0.1), NextToken(runs.TINY, sections.RouterSection(balance_form="hf"), four)):
-        with pytest.raises(ConfigError, match=r"pipeline is for pre-training with router.balance_form = 'megablocks'"):
+        with pytest.raises(
+            ConfigError, match=r"pipeline is for pre-training, 'sft' and 'text' with router.balance_form = 'megablocks'"
+        ):
             prepare(model, form, sections.ParallelSection(pipeline=2), four)
     mixers = {"mixer": ShortConvSpec(width=24, taps=3)}
     recurrent = replace(runs.TINY, layers=(runs.TINY.layers[0], replace(runs.TINY.layers[0], **mixers)))
