@@ -240,17 +240,16 @@ def test_the_gain_of_several_sizes_and_its_trend(tmp_path: Path) -> None:
 
 
 def test_the_sizes_of_a_claim_have_equal_work() -> None:
-    for width, kinds in registry.SIZES.items():
-        active = {}
-        for kind, (d_model, n_layers, d_ff) in kinds.items():
-            recipe = RECIPES / {"modern": "modern.toml"}.get(kind, f"nano-{kind}.toml")
-            values = tomllib.loads(recipe.read_text())["model"] | {
-                "d_model": d_model,
-                "n_layers": n_layers,
-                "d_ff": d_ff,
-            }
-            values |= {"n_heads": d_model // 32, "n_kv_heads": 1 if width < 192 else 2}
-            active[kind] = n_params(model_config(ModelSection(**values), 8192)).active_without_input
+    by_width: dict[str, dict[str, int]] = {}
+    for step in claim("moe-flops-sizes").steps(Scale(seeds=1)):
+        if step.recipe is not None:
+            kind, _, width = step.name.removesuffix("-s1").rpartition("-")
+            values = tomllib.loads((RECIPES / step.recipe).read_text())["model"]
+            values |= {key.removeprefix("model."): x for key, x in step.changes.items() if key.startswith("model.")}
+            found = n_params(model_config(ModelSection(**values), 8192))
+            by_width.setdefault(width, {})[kind] = found.active_without_input
+    assert [*by_width] == ["96", "128", "192"]
+    for width, active in by_width.items():
         assert active["modern"] == pytest.approx(active["dense"], rel=0.02), width
         assert active["dense-2x"] == pytest.approx(2 * active["dense"], rel=0.03), width
 
@@ -423,7 +422,7 @@ def test_a_record_with_curves_has_a_picture(tmp_path: Path) -> None:
 
 def test_pictures_of_the_page_are_there() -> None:
     for one in CLAIMS:
-        where = picture.picture_of(one, results.newest(one, Path("/nonexistent")))
+        where = picture.picture_of(one, results.newest(one))
         assert not where or (ROOT / "docs" / where).is_file(), f"quadriga claims page --write docs/claims.md: {where}"
 
 

@@ -740,23 +740,11 @@ MELLUM: dict[str, object] = {
 """Known to transformers from version 5 on."""
 
 GRANITE_SWA: dict[str, object] = {
+    **MODELS["granitemoeshared"],
     "model_type": "granitemoe_swa",
-    "attention_multiplier": 0.21,
-    "embedding_multiplier": 3.0,
-    "logits_scaling": 1.7,
-    "residual_multiplier": 0.6,
-    "num_local_experts": 5,
-    "num_experts_per_tok": 3,
-    "shared_intermediate_size": 56,
-    "router_aux_loss_coef": 0.001,
     "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
     "sliding_window": 7,
-    "rope_theta": 10000.0,
     "layer_rope_theta": [0, 1000.0, 10000.0, 0],
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    **_LLAMA,
 }
 """Granite Swash: windows, sinks, and layers without positions; known to transformers from version 5 on."""
 

@@ -26,6 +26,7 @@ from tests.checkpoint.models import TINY, write_hf
 from tests.runners import rank_worker
 from tests.runners.test_ranks import parameters_of
 from tests.text import vocabularies
+from tests.torchrun import environment, torchrun
 from tests.waiting import HANG_S
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,17 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_hf(path, config, parameters=parameters_of(config))
     (path / "tokenizer.json").write_text(json.dumps(vocabularies.bpe()))
     return path
-
-
-def environment() -> dict[str, str]:
-    return {**runtime.child_environment(), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-
-
-def torchrun(n: int, *words: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m", *words]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=2 * HANG_S, input=stdin
-    )
 
 
 @contextmanager

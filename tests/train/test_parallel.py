@@ -22,19 +22,13 @@ from quadriga.train.objectives import ORPO
 from quadriga.train.parallel import check_layout, prepare
 from quadriga.train.row_group import RowGroup
 from quadriga.train.world import World
+from tests.torchrun import torchrun
 from tests.train import runs, worker
 from tests.waiting import HANG_S
 
-ROOT = Path(__file__).parent.parent.parent
-
 
 def _torchrun(n_ranks: int, folder: Path) -> dict[str, list[float]]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks),
-        "-m", "tests.train.worker", str(folder),
-    ]  # fmt: skip
-    environment = {**runtime.child_environment(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * HANG_S)
+    done = torchrun(n_ranks, "tests.train.worker", str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, list[float]] = json.loads((folder / f"losses-{n_ranks}.json").read_text())
     return found

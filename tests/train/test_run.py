@@ -31,7 +31,7 @@ from quadriga.train.export import export
 from quadriga.train.held_out import HeldOutLoss
 from quadriga.train.metrics import FILE, MetricsFile, read
 from quadriga.train.run import train
-from quadriga.train.run_directory import MANIFEST, Manifest, RunDirectory
+from quadriga.train.run_directory import MANIFEST, Manifest, RunDirectory, chosen
 from quadriga.train.step_report import StepReport
 from quadriga.train.trackers import TensorBoard, trackers
 from quadriga.train.view import duration, load_bars, sparkline
@@ -307,11 +307,14 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_beginning(
     trunk.finish(Manifest(step=3, files={}, state={}))
     run.checkpoints.mkdir(parents=True)
 
-    def checked(checkpoint: Path) -> None:
-        (checkpoint / MANIFEST).unlink()
+    def then_removed(trunk: RunDirectory, step: int | None) -> tuple[Path, Manifest] | None:
+        found = chosen(trunk, step)
+        assert found is not None
+        (found[0] / MANIFEST).unlink()
+        return found
 
     with monkeypatch.context() as meanwhile:
-        meanwhile.setattr(branch, "read_manifest", checked)
+        meanwhile.setattr(branch, "chosen", then_removed)
         with pytest.raises(CheckpointError, match="was removed while it was taken"):
             branch.begin(branch.Branch(of=trunk.path, step=3), run)
     assert run.steps() == []

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from quadriga import runtime
 from quadriga.io.adapter import load
 from quadriga.io.open import open_checkpoint
 from quadriga.nn.load import load_parameters
 from quadriga.train.metrics import read
 from quadriga.train.tune import tune
+from tests.torchrun import torchrun
 from tests.train import tune_worker
 from tests.train.tune_runs import write_base
-from tests.waiting import HANG_S
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tune_worker.run(tune_worker.config(where, case, 1))
     tune_worker.part(tune_worker.config(where, tune_worker.SHARED, 1, run="from-1"))
     for n_ranks in (2, 4):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks),
-            "-m", "tests.train.tune_worker", str(where),
-        ]  # fmt: skip
-        environment = {**runtime.child_environment(), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * HANG_S)
+        done = torchrun(n_ranks, "tests.train.tune_worker", str(where))
         assert done.returncode == 0, done.stderr[-3000:]
     assert tune(tune_worker.config(where, tune_worker.SHARED, 1, run="from-2")).done
     return where

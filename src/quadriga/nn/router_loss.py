@@ -48,7 +48,7 @@ class Usage:
         assert stats, "a dense model has no router"
         first = stats[0].probs
         kept = torch.ones(len(first), dtype=torch.bool, device=first.device) if mask is None else mask
-        counts = torch.stack([_counts(layer, kept) for layer in stats])
+        counts = torch.stack([_counted(layer.expert_ids, kept, layer.probs.shape[1]) for layer in stats])
         probs = torch.stack([torch.where(kept[:, None], layer.probs, 0.0).sum(0) for layer in stats])
         return cls(counts.to(probs.dtype), probs, kept.sum().to(probs.dtype))
 
@@ -90,11 +90,10 @@ def document_balance(stats: Sequence[RouterStats], mask: Tensor, bounds: Tensor)
     total = torch.zeros((), device=mask.device)
     for layer in stats:
         n_experts, top_k = layer.probs.shape[1], layer.expert_ids.shape[1]
-        slots = (place[:, None] * n_experts + layer.expert_ids).flatten()
-        counted = mask[:, None].expand(-1, top_k).flatten().to(layer.probs.dtype)
-        counts = counted.new_zeros(len(lengths) * n_experts).scatter_add_(0, slots, counted).view(-1, n_experts)
+        slots = place[:, None] * n_experts + layer.expert_ids
+        counts = _counted(slots, mask, len(lengths) * n_experts).view(-1, n_experts)
         kept = torch.where(mask[:, None], layer.probs, 0.0)
-        probs = torch.zeros_like(counts).index_add_(0, place, kept)
+        probs = kept.new_zeros(counts.shape).index_add_(0, place, kept)
         total = total + n_experts / top_k * ((counts * probs).sum(1) / n_tokens).sum()
     return total / len(stats)
 
@@ -117,11 +116,10 @@ def load_balancing_loss(stats: Sequence[RouterStats], *, form: Form, mask: Tenso
     return balance_loss(usage.counts, usage.probs, usage.n_tokens, stats[0].expert_ids.shape[1], form)
 
 
-def _counts(layer: RouterStats, kept: Tensor) -> Tensor:
-    """(E,) int64 slots of each expert, of the tokens ``kept`` (N,). No row is selected: a host would have to wait."""
-    ids = layer.expert_ids
+def _counted(ids: Tensor, kept: Tensor, n: int) -> Tensor:
+    """(n,) how many of ids (N, k) are each, of the tokens ``kept`` (N,). No row is chosen: hosts would have to wait."""
     counted = kept[:, None].expand_as(ids).reshape(-1).to(ids.dtype)
-    return ids.new_zeros(layer.probs.shape[1]).scatter_add_(0, ids.reshape(-1), counted)
+    return ids.new_zeros(n).scatter_add_(0, ids.reshape(-1), counted)
 
 
 def router_z_loss(stats: Sequence[RouterStats], *, mask: Tensor | None = None) -> Tensor:

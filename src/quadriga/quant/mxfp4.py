@@ -48,6 +48,11 @@ def powers(scales: Bytes) -> Floats:
     return _E8M0[scales]
 
 
+def pairs(codes: Bytes) -> Floats:
+    """The numbers of codes that lie in pairs: (..., n) uint8 -> (..., 2 n) float32."""
+    return _PAIRS.view(np.uint64)[:, 0][codes].view(np.float32)  # one look-up of eight bytes
+
+
 def from_pairs(codes: Bytes, scales: Bytes) -> Floats:
     """Numbers whose codes lie in pairs.
 
@@ -58,7 +63,7 @@ def from_pairs(codes: Bytes, scales: Bytes) -> Floats:
     Returns:
         (..., 32) float32. 6 * 2^127 and 4 * 2^127, 3 and 2, are beyond float32 and infinite.
     """
-    values = _PAIRS.view(np.uint64)[:, 0][codes].view(np.float32)  # one look-up of eight bytes
+    values = pairs(codes)
     with np.errstate(over="ignore"):
         values *= _E8M0[scales][..., None]
     return values

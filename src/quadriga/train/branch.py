@@ -16,7 +16,7 @@ from pathlib import Path
 
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.train.metrics import FILE
-from quadriga.train.run_directory import MANIFEST, RunDirectory, newest, read_manifest
+from quadriga.train.run_directory import MANIFEST, RunDirectory, chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,30 +44,20 @@ def begin(branch: Branch, run: RunDirectory) -> None:
         raise ConfigError(f"a branch needs a folder of its own: {run.path} is the run that it leaves")
     if run.steps():
         return
-    source = _checkpoint(trunk, branch.step)
-    work = run.checkpoints / f"{source.name}.part"
-    shutil.rmtree(work, ignore_errors=True)
+    found = chosen(trunk, branch.step)
+    if found is None:
+        raise CheckpointError(f"{trunk.path} has no checkpoint to begin at")
+    source, manifest = found
+    work = run.part(manifest.step)
     try:
         shutil.copytree(source, work, copy_function=_link)
         if not (work / MANIFEST).exists():  # the trunk goes on, and removes old checkpoints, their manifests first
             raise CheckpointError(f"{source} was removed while it was taken into {run.path}: choose a later --step")
         if (trunk.path / FILE).exists():
             shutil.copyfile(trunk.path / FILE, run.path / FILE)
-        work.rename(run.checkpoints / source.name)
+        work.rename(run.at(manifest.step))
     except OSError as error:
         raise CheckpointError(f"cannot take {source} into {run.path}: {error.strerror or error}") from None
-
-
-def _checkpoint(trunk: RunDirectory, step: int | None) -> Path:
-    if step is None:
-        found = newest(trunk)
-        if found is None:
-            raise CheckpointError(f"{trunk.path} has no checkpoint to begin at")
-        return found[0]
-    if step not in trunk.steps():
-        raise CheckpointError(f"{trunk.path} has no checkpoint of step {step}; it has {trunk.steps()}")
-    read_manifest(trunk.at(step))
-    return trunk.at(step)
 
 
 def _link(source: str, target: str) -> None:

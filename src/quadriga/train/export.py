@@ -8,7 +8,7 @@ The result is an ordinary checkpoint that `quadriga chat`, `quadriga convert` an
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from quadriga.model import families
 from quadriga.model.config import ModelConfig
 from quadriga.model.config_json import config_from_json
 from quadriga.model.weight_map import check_cover, parameter_shapes, source_index, source_shapes, whole
-from quadriga.train.run_directory import RunDirectory, newest, read_manifest
+from quadriga.train.run_directory import RunDirectory, chosen
 from quadriga.train.schedule import bias_share
 from quadriga.train.shards import ShardReader
 
@@ -53,17 +53,18 @@ def export(
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if out.exists():
         raise CheckpointError(f"{out} must not exist: give another name, or remove it first")
-    folder, state, files = _checkpoint(RunDirectory(run), step)
-    config = config_from_json(state["model"])
-    reader = ShardReader([folder / name for name in files])
-    balancing = _balancing(reader, config, state, folder)
-    kind = "ema" if any(name.startswith("ema/") for name in reader.names()) else "parameter"
-    names = {name: f"{kind}/{name}" for name in parameter_shapes(config)}
-    # A router's correction is trained by no gradient, so it has no average; and it keeps its float32.
-    fixed = {name for name in names if name.endswith("router.correction")}
+    found = chosen(RunDirectory(run), step)
+    if found is None:
+        raise CheckpointError(f"{run} has no checkpoint")
+    folder, manifest = found
+    config = config_from_json(manifest.state["model"])
+    reader = ShardReader([folder / name for name in manifest.files])
+    balancing = _balancing(reader, config, manifest.state, folder)
+    whole_of = trained(reader)
     parameters = {
-        name: reader.whole(f"parameter/{name}") if name in fixed else reader.whole(stored).to(DTYPES[dtype])
-        for name, stored in names.items()
+        # A router's correction keeps its float32.
+        name: whole_of(name) if name.endswith("router.correction") else whole_of(name).to(DTYPES[dtype])
+        for name in parameter_shapes(config)
     }
     for name, bias in balancing.items():
         parameters[name] = parameters[name] + bias
@@ -71,18 +72,13 @@ def export(
     return int(folder.name.removeprefix("step-"))
 
 
-def _checkpoint(run: RunDirectory, step: int | None) -> tuple[Path, dict[str, Any], list[str]]:
-    if step is None:
-        found = newest(run)
-        if found is None:
-            raise CheckpointError(f"{run.path} has no checkpoint")
-        folder, manifest, _ = found
-    else:
-        if step not in run.steps():
-            raise CheckpointError(f"{run.path} has no checkpoint of step {step}; it has {run.steps()}")
-        folder = run.at(step)
-        manifest = read_manifest(folder)
-    return folder, manifest.state, list(manifest.files)
+def trained(reader: ShardReader) -> Callable[[str], Tensor]:
+    """Name of a parameter -> what a checkpoint has of it: its average where it is averaged, else the parameter.
+
+    A router's correction is trained by no gradient, so it has no average.
+    """
+    averaged = {name for name in reader.names() if name.startswith("ema/")}
+    return lambda name: reader.whole(f"ema/{name}" if f"ema/{name}" in averaged else f"parameter/{name}")
 
 
 def _balancing(reader: ShardReader, config: ModelConfig, state: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:

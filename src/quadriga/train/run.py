@@ -163,11 +163,13 @@ def _has_checkpoints(run: RunDirectory, world: World, resume: Resume, branch: Br
         )
     if resume == "must" and not has_some:
         raise ConfigError(f"{run.path} has no checkpoint to resume from: start it with --resume auto")
-    world.wait()
-    if branch is not None and world.first:
+    if branch is None:
+        return has_some
+    world.wait()  # all have looked
+    if world.first:
         begin(branch, run)
     world.wait()
-    return has_some or branch is not None
+    return True
 
 
 class _Evaluation:

@@ -181,6 +181,20 @@ def _verdicts(checkpoint: Path, manifest: Manifest, world: World) -> list[int]:
     return [int(verdict) for verdict in torch.stack(world.gather(found)).amax(0)] if len(found) else []
 
 
+def chosen(run: RunDirectory, step: int | None) -> tuple[Path, Manifest] | None:
+    """(folder, manifest) of the checkpoint of a step, or of the newest intact one; None if there is no checkpoint.
+
+    Raises:
+        CheckpointError: there is none of that step, or it is damaged.
+    """
+    if step is None:
+        found = newest(run)
+        return None if found is None else found[:2]
+    if step not in run.steps():
+        raise CheckpointError(f"{run.path} has no checkpoint of step {step}; it has {run.steps()}")
+    return run.at(step), read_manifest(run.at(step))
+
+
 def newest(run: RunDirectory, world: World | None = None) -> tuple[Path, Manifest, list[str]] | None:
     """(folder, manifest, errors of newer ones) of the newest intact checkpoint; None if there is no checkpoint.
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from torch import Tensor
 
 from quadriga import runtime
 from quadriga.errors import ConfigError
@@ -33,7 +32,7 @@ from quadriga.text.turn_ends import turn_ends
 from quadriga.train import report
 from quadriga.train.batch import BatchSource, Objective
 from quadriga.train.distill import Distillation, ServedDistillation, TaughtSource
-from quadriga.train.export import write_hf
+from quadriga.train.export import trained, write_hf
 from quadriga.train.grpo import GRPO
 from quadriga.train.held_out import HeldOut, held_out_losses, samples
 from quadriga.train.losses import NextToken
@@ -327,12 +326,7 @@ def _write(
         shutil.rmtree(out, ignore_errors=True)  # what an earlier end of this run wrote there
         folder = run.at(trainer.step)
         reader = ShardReader([folder / name for name in read_manifest(folder).files])
-        averaged = {name for name in reader.names() if name.startswith("ema/")}
-
-        def whole(name: str) -> Tensor:
-            return reader.whole(f"ema/{name}" if f"ema/{name}" in averaged else f"parameter/{name}")
-
-        architecture = trainer.model.config
+        whole, architecture = trained(reader), trainer.model.config
         if spec is None:
             write_hf({name: whole(name) for name in parameter_shapes(architecture)}, architecture, out, files)
         else:

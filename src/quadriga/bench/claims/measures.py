@@ -207,24 +207,32 @@ def bits_by_change(ladder: Mapping[str, str]) -> Callable[[Path], Measured]:
             name: {_seed(run.name): equal_loss.bits_per_byte(run, counts[sizes[name]]) for run in some}
             for name, some in runs.items()
         }
-        changes = {
-            ladder[name]: [bits[name][seed] - bits[before][seed] for seed in bits[name] if seed in bits[before]]
-            for before, name in itertools.pairwise(ladder)
-        }
-        means = {change: statistics.fmean(some) for change, some in changes.items()}
-        least = max(means, key=lambda change: means[change])
-        low, high = interval(changes[least])
+        differences = {ladder[name]: _by_seed(bits[name], bits[before]) for before, name in itertools.pairwise(ladder)}
+        least = max(differences, key=lambda change: statistics.fmean(differences[change]))
         own = ", ".join(f"{name} {statistics.fmean(by_seed.values()):.3f}" for name, by_seed in bits.items())
-        return Measured(
-            value=means[least],
-            low=low,
-            high=high,
-            parts=means,
-            note=f"{least} helps least; bits a byte: {own}",
-            curves=_curves([run for some in runs.values() for run in some]),
-        )
+        return _of_differences(differences, least, f"{least} helps least; bits a byte: {own}", runs)
 
     return read
+
+
+def _by_seed(values: Mapping[str, float], than: Mapping[str, float]) -> list[float]:
+    """Seed -> value of one kind of run less that of another, of the seeds that both have."""
+    return [value - than[seed] for seed, value in values.items() if seed in than]
+
+
+def _of_differences(
+    differences: Mapping[str, Sequence[float]], chosen: str, note: str, runs: Mapping[str, Sequence[equal_loss.Run]]
+) -> Measured:
+    """Differences seed by seed under several labels, of which one is the claim's."""
+    low, high = interval(differences[chosen])
+    return Measured(
+        value=statistics.fmean(differences[chosen]),
+        low=low,
+        high=high,
+        parts={label: statistics.fmean(some) for label, some in differences.items()},
+        note=note,
+        curves=_curves([run for some in runs.values() for run in some]),
+    )
 
 
 def _tokens_per_byte(path: Path) -> dict[str, float]:
@@ -239,22 +247,10 @@ def loss_differences(*variants: str, than: str) -> Callable[[Path], Measured]:
     def read(folder: Path) -> Measured:
         runs = {name: _runs(folder, name) for name in (than, *variants)}
         losses = {name: {_seed(run.name): run.loss for run in some} for name, some in runs.items()}
-        differences = {
-            name: [loss - losses[than][seed] for seed, loss in losses[name].items() if seed in losses[than]]
-            for name in variants
-        }
-        means = {name: statistics.fmean(some) for name, some in differences.items()}
-        best = min(means, key=lambda name: means[name])
-        low, high = interval(differences[best])
+        differences = {name: _by_seed(losses[name], losses[than]) for name in variants}
+        best = min(differences, key=lambda name: statistics.fmean(differences[name]))
         own = ", ".join(f"{name} {statistics.fmean(by_seed.values()):.4f}" for name, by_seed in losses.items())
-        return Measured(
-            value=means[best],
-            low=low,
-            high=high,
-            parts=means,
-            note=f"{best} less {than}, nats a token; losses: {own}",
-            curves=_curves([run for some in runs.values() for run in some]),
-        )
+        return _of_differences(differences, best, f"{best} less {than}, nats a token; losses: {own}", runs)
 
     return read
 

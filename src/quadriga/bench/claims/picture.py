@@ -15,9 +15,9 @@ _COLOURS = ("#1b6ca8", "#d98e04", "#5b8c5a", "#8a4b7d", "#8a8f98", "#b5453c", "#
 
 def picture_of(claim: Claim, record: Record | None) -> str:
     """Where a claim's picture lies in docs/; empty where it has none."""
-    if record is None or not record.curves:
-        return claim.picture if record is not None else ""
-    return f"images/claim-{claim.name}.svg"
+    if record is None:
+        return ""
+    return f"images/claim-{claim.name}.svg" if record.curves else claim.picture
 
 
 def draw_all(docs: Path) -> list[Path]:
@@ -28,7 +28,7 @@ def draw_all(docs: Path) -> list[Path]:
     """
     written = []
     for claim in CLAIMS:
-        record = newest(claim, docs / "no-runs")
+        record = newest(claim)
         if record is not None and record.curves:
             path = docs / picture_of(claim, record)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -117,7 +117,7 @@ def _moe_flops(scale: Scale) -> list[Step]:
     return [*_corpus(8192), *trained(scale, {name: (recipe, _on(8192)) for name, recipe in recipes.items()})]
 
 
-SIZES = {
+_SIZES = {
     96: {"modern": (96, 3, 40), "dense": (96, 3, 320), "dense-2x": (128, 5, 544)},
     128: {"modern": (128, 4, 56), "dense": (128, 4, 448), "dense-2x": (192, 5, 640)},
     192: {"modern": (192, 6, 80), "dense": (192, 6, 640), "dense-2x": (256, 8, 896)},
@@ -128,7 +128,7 @@ _RECIPE = {"modern": "modern.toml", "dense": "nano-dense.toml", "dense-2x": "nan
 
 def _moe_flops_sizes(scale: Scale) -> list[Step]:
     recipes = {}
-    for width, kinds in SIZES.items():
+    for width, kinds in _SIZES.items():
         for kind, (d_model, n_layers, d_ff) in kinds.items():
             heads = {"n_heads": d_model // 32, "n_kv_heads": 1 if width < 192 else 2}
             sizes = _on(8192, d_model=d_model, n_layers=n_layers, d_ff=d_ff, **heads)
@@ -158,26 +158,19 @@ _MUON: Values = {
 }
 """The optimiser and schedule of recipes/nano.toml, in MPT's recipe."""
 
-LADDER = {
-    "nano-mpt": "MPT's recipe",
-    "mpt-vocabulary": "a vocabulary of 8,192",
-    "mpt-muon": "Muon; warm-up, stable, decay",
-    "dense": "RoPE, shared keys, gated SiLU",
-    NANO: "16 experts of which 4 work",
-    "nano-dbrx": "a curriculum",
+_LADDER: dict[str, tuple[str, str, Values]] = {
+    "nano-mpt": ("MPT's recipe", "claims/nano-mpt.toml", _on(4096)),
+    "mpt-vocabulary": ("a vocabulary of 8,192", "claims/nano-mpt.toml", _on(8192)),
+    "mpt-muon": ("Muon; warm-up, stable, decay", "claims/nano-mpt.toml", _on(8192) | _MUON),
+    "dense": ("RoPE, shared keys, gated SiLU", "nano-dense.toml", _on(8192)),
+    NANO: ("16 experts of which 4 work", "nano.toml", _on(8192)),
+    "nano-dbrx": ("a curriculum", "claims/nano-dbrx.toml", _on(8192)),
 }
-"""Runs from MPT's recipe to DBRX's, each with one more change: the run -> its change."""
+"""Runs from MPT's recipe to DBRX's: the run -> what it changes of the one before, its recipe, its values."""
 
 
 def _mpt_parts(scale: Scale) -> list[Step]:
-    runs = {
-        "nano-mpt": ("claims/nano-mpt.toml", _on(4096)),
-        "mpt-vocabulary": ("claims/nano-mpt.toml", _on(8192)),
-        "mpt-muon": ("claims/nano-mpt.toml", _on(8192) | _MUON),
-        "dense": ("nano-dense.toml", _on(8192)),
-        NANO: ("nano.toml", _on(8192)),
-        "nano-dbrx": ("claims/nano-dbrx.toml", _on(8192)),
-    }
+    runs = {name: (recipe, values) for name, (_, recipe, values) in _LADDER.items()}
     return [*_corpus(4096), *_counts(4096), *_corpus(8192), *_counts(8192), *trained(scale, runs)]
 
 
@@ -290,7 +283,7 @@ CLAIMS = (
         how="From MPT's recipe to DBRX's by one change at a time, 6M tokens each. The value is of the change that "
         "helps least.",
         steps=_mpt_parts,
-        measure=measures.bits_by_change(LADDER),
+        measure=measures.bits_by_change({name: change for name, (change, _, _) in _LADDER.items()}),
         at_most=0.0,
     ),
     Claim(
@@ -314,7 +307,7 @@ CLAIMS = (
         "bias) at three widths, each beside dense models of its active size and of twice the work, 6M tokens. The "
         "value is the largest width's. For much larger models Open Athena reports 6.7 with 256 experts.",
         steps=_moe_flops_sizes,
-        measure=measures.flops_by_size(tuple(SIZES)),
+        measure=measures.flops_by_size(tuple(_SIZES)),
         at_least=2.0,
     ),
     Claim(

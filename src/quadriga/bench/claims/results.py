@@ -121,8 +121,11 @@ def as_text(one: Record) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def newest(claim: Claim, out: Path) -> Record | None:
+def newest(claim: Claim, out: Path | None = None) -> Record | None:
     """The newest record of a claim; None where it was never run.
+
+    Args:
+        out: the folder of the claims' runs here; None: only the record that comes with this package.
 
     Raises:
         EvaluationError: a record is damaged.
@@ -131,11 +134,10 @@ def newest(claim: Claim, out: Path) -> Record | None:
     return max(found, key=lambda one: one.date, default=None)
 
 
-def _files(claim: Claim, out: Path) -> list[tuple[str, str]]:
-    own = out / claim.name / FILE
+def _files(claim: Claim, out: Path | None) -> list[tuple[str, str]]:
     shipped = files("quadriga.bench.claims").joinpath("recorded", f"{claim.name}.json")
-    texts = [(str(own), own.read_text())] if own.is_file() else []
-    return [*texts, *([(str(shipped), shipped.read_text())] if shipped.is_file() else [])]
+    places = [shipped] if out is None else [out / claim.name / FILE, shipped]
+    return [(str(path), path.read_text()) for path in places if path.is_file()]
 
 
 def _read(path: str, text: str) -> Record:

@@ -22,7 +22,7 @@ from quadriga.io.quantised.fp8 import FLOAT8
 from quadriga.io.quantised.method import NOT_ROUNDED, Parts, one_number
 from quadriga.model.weight_map import Shape
 from quadriga.quant.dtypes import Array, as_float32
-from quadriga.quant.mxfp4 import E2M1, powers
+from quadriga.quant.mxfp4 import pairs, powers
 
 _KINDS: dict[str, tuple[str, str, int]] = {
     "nvfp4": ("weight_packed", FLOAT8, 16),
@@ -66,7 +66,7 @@ class Fp4:
         """See ``method.Method``: bfloat16, ModelOpt's float32."""
         part, _, size = _KINDS[self.kind]
         codes = parts.read(part, ((first, last), (0, parts.info(part).shape[1])))
-        values = E2M1[np.stack((codes & np.uint8(15), codes >> np.uint8(4)), axis=-1)].reshape(last - first, -1, size)
+        values = pairs(codes).reshape(last - first, -1, size)
         out = (values * self._scales(parts, first, last)[..., None]).reshape(last - first, -1)
         return out if self.kind == "modelopt" else out.astype(ml_dtypes.bfloat16)
 

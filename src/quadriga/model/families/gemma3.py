@@ -25,9 +25,10 @@ from quadriga.model.families import class_defaults, gemma_blocks, gguf_keys
 from quadriga.model.families.base import Family, MapBuilder, must_read_back, of_kind
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
 from quadriga.model.families.llama2 import HF_TIED, common_from_gguf
+from quadriga.model.families.pieces import WITHIN, under
 from quadriga.model.families.rope_keys import rope_from_hf, rope_to_hf, ropes_by_kind
 from quadriga.model.families.windows import kinds_of
-from quadriga.model.weight_map import Piece, Shape
+from quadriga.model.weight_map import Shape
 
 NAME, _TEXT = "gemma3", "gemma3_text"
 _LARGEST = 62
@@ -122,9 +123,7 @@ def _text_of(raw: Mapping[str, object]) -> tuple[Mapping[str, object], list[str]
     outer = Keys(raw, "config.json")
     if outer.text("model_type") != NAME:
         return class_defaults.filled(raw)
-    outer.section("text_config")  # raises unless it is one
-    section = raw["text_config"]
-    assert isinstance(section, Mapping), "it is a section"
+    section = outer.mapping("text_config")
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     said = {key: outer.value(key) for key in (*ids, "tie_word_embeddings") if outer.has(key)}
     outer.finish(PRETRAINED_KEYS | _PICTURES)
@@ -157,14 +156,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, object]:
 
 
 def _under(prefix: str) -> MapBuilder:
-    def layout(config: ModelConfig) -> list[Piece]:
-        old = "model."
-        return [
-            replace(piece, source=prefix + piece.source.removeprefix(old)) if piece.source.startswith(old) else piece
-            for piece in gemma_blocks.hf_map(config)
-        ]
-
-    return layout
+    return lambda config: under(prefix, gemma_blocks.hf_map(config))
 
 
 # GGUF ----------------------------------------------------------------------------------------------------------------
@@ -218,7 +210,7 @@ FAMILY = Family(
     layouts={
         "text": gemma_blocks.hf_map,
         "hf": _under("language_model.model."),
-        "hf5": _under("model.language_model."),
+        "hf5": _under(WITHIN),
     },
     gguf_archs=(NAME,),
     config_from_gguf=config_from_gguf,

@@ -148,10 +148,7 @@ def _text_of(raw: Mapping[str, object]) -> Keys:
     if outer.text("model_type") != "gemma4":
         outer.must_be("model_type", "gemma4_text")
         return outer
-    outer.section("text_config")  # raises unless it is one
-    section = raw["text_config"]
-    assert isinstance(section, Mapping), "it is a section"
-    text = Keys(section, "config.json: text_config")
+    text = outer.section("text_config")
     text.must_be("model_type", "gemma4_text")
     outer.must_be("tie_word_embeddings", text.value("tie_word_embeddings"))
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

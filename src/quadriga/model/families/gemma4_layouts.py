@@ -5,12 +5,10 @@ Sources: see :mod:`quadriga.model.families.gemma4`.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from quadriga.model.config import ModelConfig
 from quadriga.model.families import gguf_keys
 from quadriga.model.families.llama2 import GGUF_COMMON, GGUF_FFN, HF_COMMON, HF_FFN, hf_qkv
-from quadriga.model.families.pieces import copies, gate_up
+from quadriga.model.families.pieces import WITHIN, copies, gate_up, under
 from quadriga.model.families.qwen3 import GGUF_QK_NORMS, HF_QK_NORMS
 from quadriga.model.weight_map import Piece
 
@@ -60,11 +58,7 @@ def text_layout(config: ModelConfig) -> list[Piece]:
 
 def whole_layout(config: ModelConfig) -> list[Piece]:
     """The published checkpoints: the text within text and vision."""
-    old, new = "model.", "model.language_model."
-    return [
-        replace(piece, source=new + piece.source.removeprefix(old)) if piece.source.startswith(old) else piece
-        for piece in text_layout(config)
-    ]
+    return under(WITHIN, text_layout(config))
 
 
 def gguf_map(config: ModelConfig) -> list[Piece]:

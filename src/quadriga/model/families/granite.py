@@ -94,7 +94,12 @@ def shared_from_hf(raw: Mapping[str, object]) -> ModelConfig:
 def _mixture_from_hf(family: str, keys: Keys, shared: DenseSpec | None) -> ModelConfig:
     keys.must_be("model_type", family)
     keys.must_be("position_embedding_type", "rope")  # transformers 4.57 writes it; Granite 4 has layers without
-    moe = MoESpec(
+    return _from_hf(family, keys, mixture(keys, shared))
+
+
+def mixture(keys: Keys, shared: DenseSpec | None) -> MoESpec:
+    """The experts of a Granite's config.json, beside a network that every token visits or none."""
+    return MoESpec(
         d_ff=keys.integer("intermediate_size"),
         n_experts=keys.integer("num_local_experts"),
         top_k=keys.integer("num_experts_per_tok"),
@@ -102,7 +107,6 @@ def _mixture_from_hf(family: str, keys: Keys, shared: DenseSpec | None) -> Model
         aux_loss_weight=keys.number("router_aux_loss_coef"),
         shared=shared,
     )
-    return _from_hf(family, keys, moe)
 
 
 def _from_hf(family: str, keys: Keys, ffn: DenseSpec | MoESpec) -> ModelConfig:
@@ -128,7 +132,8 @@ def inverse(keys: Keys, key: str) -> float:
     return 1 / value if value else 0.0
 
 
-def _to_hf(config: ModelConfig, form: str) -> dict[str, object]:
+def blocks_to_hf(config: ModelConfig, form: str) -> dict[str, object]:
+    """The keys that all Granites write, of a model whose layers are alike."""
     layer = config.only_layer(form)
     raw = {
         **common_to_hf(config, form),
@@ -137,7 +142,7 @@ def _to_hf(config: ModelConfig, form: str) -> dict[str, object]:
         "embedding_multiplier": config.embedding_scale,
         "logits_scaling": logits_divisor(config),
     }
-    del raw["head_dim"]  # both classes take it from the other sizes
+    del raw["head_dim"]  # the classes take it from the other sizes
     return raw
 
 
@@ -152,7 +157,8 @@ def dense_to_hf(config: ModelConfig) -> dict[str, object]:
     """Write config.json as transformers 4.57.6 reads it."""
     form = "Granite's config.json"
     of_kind(config.only_layer(form).ffn, DenseSpec, form)
-    raw = {**_to_hf(config, form), "architectures": ["GraniteForCausalLM"], "model_type": "granite", "mlp_bias": False}
+    own = {"architectures": ["GraniteForCausalLM"], "model_type": "granite", "mlp_bias": False}
+    raw = {**blocks_to_hf(config, form), **own}
     must_read_back(config, dense_from_hf(raw), form)
     return raw
 
@@ -185,8 +191,12 @@ def shared_to_hf(config: ModelConfig) -> dict[str, object]:
 
 def _mixture_to_hf(config: ModelConfig, form: str) -> dict[str, object]:
     moe = of_kind(config.only_layer(form).ffn, MoESpec, form)
+    return {**blocks_to_hf(config, form), **mixture_to_hf(moe)}
+
+
+def mixture_to_hf(moe: MoESpec) -> dict[str, object]:
+    """The keys of :func:`mixture`, but for those of widths."""
     return {
-        **_to_hf(config, form),
         "num_local_experts": moe.n_experts,
         "num_experts_per_tok": moe.top_k,
         "router_aux_loss_coef": moe.aux_loss_weight,

@@ -24,12 +24,11 @@ from quadriga.model.config import (
     in_order,
     uniform,
 )
-from quadriga.model.families import windows
+from quadriga.model.families import granite, windows
 from quadriga.model.families.base import Family, must_read_back, of_kind
 from quadriga.model.families.gguf_keys import with_scale
-from quadriga.model.families.granite import HF_SHARED, inverse, logits_divisor
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
-from quadriga.model.families.llama2 import HF_COMMON, HF_FFN, HF_TIED, common_from_hf, common_to_hf, hf_qkv
+from quadriga.model.families.llama2 import HF_COMMON, HF_FFN, HF_TIED, common_from_hf, hf_qkv
 from quadriga.model.families.pieces import copies, gate_up, shared_gate_up
 from quadriga.model.weight_map import Piece
 
@@ -58,7 +57,7 @@ def _from_hf(name: str, keys: Keys, ffn: DenseSpec | MoESpec) -> ModelConfig:
         ),
         final_norm=norm,
         embedding_scale=keys.number("embedding_multiplier"),
-        logit_scale=inverse(keys, "logits_scaling"),
+        logit_scale=granite.inverse(keys, "logits_scaling"),
         tied_embeddings=keys.flag("tie_word_embeddings"),
         **common,
     )
@@ -88,15 +87,8 @@ def moe_from_hf(raw: Mapping[str, object]) -> ModelConfig:
     """Read a mixture's config.json, as transformers 5 writes it."""
     keys = Keys(raw, "config.json")
     width = keys.integer("shared_intermediate_size")
-    moe = MoESpec(
-        d_ff=keys.integer("intermediate_size"),
-        n_experts=keys.integer("num_local_experts"),
-        top_k=keys.integer("num_experts_per_tok"),
-        activation="silu",
-        aux_loss_weight=keys.number("router_aux_loss_coef"),
-        shared=DenseSpec(d_ff=width, activation="silu") if width else None,
-    )
-    return _from_hf(_MIXTURE, keys, moe)
+    shared = DenseSpec(d_ff=width, activation="silu") if width else None
+    return _from_hf(_MIXTURE, keys, granite.mixture(keys, shared))
 
 
 def _to_hf(config: ModelConfig, form: str) -> dict[str, object]:
@@ -104,17 +96,12 @@ def _to_hf(config: ModelConfig, form: str) -> dict[str, object]:
     turning = next((layer for layer in config.layers if layer.attention.position is not None), None)
     if turning is None:
         raise ConfigError(f"{form} cannot express this model: some layer must turn by position")
-    alike = replace(config, layers=uniform(turning, config.n_layers))
     raw = {
-        **common_to_hf(alike, form),
-        "attention_multiplier": turning.attention.score_scale,
-        "residual_multiplier": turning.residual_scale,
-        "embedding_multiplier": config.embedding_scale,
-        "logits_scaling": logits_divisor(config),
+        **granite.blocks_to_hf(replace(config, layers=uniform(turning, config.n_layers)), form),
         "layer_rope_theta": [of_kind(rope, RopeSpec, form).theta if rope else 0 for rope in ropes],
         **windows.to_hf(config.layers),
     }
-    del raw["head_dim"], raw["use_sliding_window"]  # the classes know neither
+    del raw["use_sliding_window"]  # the classes do not know it
     return raw
 
 
@@ -136,9 +123,7 @@ def moe_to_hf(config: ModelConfig) -> dict[str, object]:
         **_to_hf(config, form),
         "architectures": ["GraniteMoeSWAForCausalLM"],
         "model_type": _MIXTURE,
-        "num_local_experts": moe.n_experts,
-        "num_experts_per_tok": moe.top_k,
-        "router_aux_loss_coef": moe.aux_loss_weight,
+        **granite.mixture_to_hf(moe),
         "shared_intermediate_size": of_kind(moe.shared, DenseSpec, form).d_ff if moe.shared else 0,
     }
     must_read_back(config, moe_from_hf(raw), form)
@@ -150,7 +135,7 @@ _MOE = "model.layers.{i}.block_sparse_moe."
 _EXPERTS = {
     _MOE + "router.weight": "layers.{i}.moe.router.weight",
     _MOE + "experts.down_proj": "layers.{i}.moe.w_down",
-    HF_SHARED + "output_linear.weight": "layers.{i}.moe.shared.w_down",
+    granite.HF_SHARED + "output_linear.weight": "layers.{i}.moe.shared.w_down",
 }
 
 
@@ -160,7 +145,7 @@ def _dense_layout(config: ModelConfig) -> list[Piece]:
 
 def _moe_layout(config: ModelConfig) -> list[Piece]:
     experts = gate_up(config, _MOE + "experts.gate_up_proj")
-    shared = shared_gate_up(config, HF_SHARED + "input_linear.weight")
+    shared = shared_gate_up(config, granite.HF_SHARED + "input_linear.weight")
     return copies(config, HF_COMMON | _SINKS | _EXPERTS) + hf_qkv(config) + experts + shared
 
 

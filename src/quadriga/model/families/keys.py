@@ -213,6 +213,10 @@ class Keys:
         """A dict inside this one; it has a ``finish`` of its own."""
         return Keys(self._get(key), f"{self._where}: {key}")
 
+    def mapping(self, key: str) -> Mapping[str, object]:
+        """The same as it was parsed."""
+        return self.section(key)._raw
+
     def names(self) -> list[str]:
         """All keys. Counts as reading none of them."""
         return list(self._raw)

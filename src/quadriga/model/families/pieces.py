@@ -21,6 +21,18 @@ from quadriga.model.weight_map import Piece, Stride, parameter_shapes, whole
 
 ExpertPart = Literal["w_gate", "w_up", "w_down"]
 
+WITHIN = "model.language_model."
+"""What a text's tensors begin with, in place of "model.", within a model that sees pictures too."""
+
+
+def under(prefix: str, pieces: Sequence[Piece]) -> list[Piece]:
+    """The same pieces where names that begin with "model." begin with ``prefix`` instead."""
+    own = "model."
+    return [
+        replace(piece, source=prefix + piece.source.removeprefix(own)) if piece.source.startswith(own) else piece
+        for piece in pieces
+    ]
+
 
 def copies(config: ModelConfig, names: Mapping[str, str], *, transpose: bool = False) -> list[Piece]:
     """Pieces for tensors that are stored as we keep them, or transposed.

@@ -40,7 +40,7 @@ from quadriga.model.families.llama2 import (
     hf_qkv,
     with_networks,
 )
-from quadriga.model.families.pieces import copies, experts, gate_up
+from quadriga.model.families.pieces import WITHIN, copies, experts, gate_up, under
 from quadriga.model.weight_map import Piece, Shape
 
 IGNORED = PRETRAINED_KEYS | {"max_window_layers", "sliding_window"}
@@ -214,12 +214,12 @@ def hf5_layout(config: ModelConfig) -> list[Piece]:
 
 def vl_layout(config: ModelConfig) -> list[Piece]:
     """Qwen3-VL as published."""
-    return qwen3_vl.renamed(hf_attention(config) + copies(config, HF_FFN | HF_ROUTER) + qwen3_vl.experts(config))
+    return under(WITHIN, hf_attention(config) + copies(config, HF_FFN | HF_ROUTER) + qwen3_vl.experts(config))
 
 
 def vl5_layout(config: ModelConfig) -> list[Piece]:
     """Qwen3-VL's mixtures as transformers 5 saves them."""
-    return qwen3_vl.renamed(hf5_layout(config))
+    return under(WITHIN, hf5_layout(config))
 
 
 def hf_experts(config: ModelConfig) -> list[Piece]:

@@ -13,12 +13,12 @@ qwen3vl and qwen3vlmoe, whose tensors are those of qwen3 and qwen3moe. Sources: 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from quadriga.model.config import ModelConfig
 from quadriga.model.families.gguf_keys import architecture_keys
 from quadriga.model.families.keys import PRETRAINED_KEYS, Keys
 from quadriga.model.families.pieces import copies
+from quadriga.model.families.rope_keys import without_pictures
 from quadriga.model.weight_map import Piece
 
 PICTURES = "model.visual.*"
@@ -42,23 +42,15 @@ def text_of(raw: Mapping[str, object], model_type: str) -> Mapping[str, object]:
     """
     outer = Keys(raw, "config.json")
     outer.must_be("model_type", model_type)
-    outer.section("text_config")  # raises unless it is one
-    section = raw["text_config"]
-    assert isinstance(section, Mapping), "it is a section"
-    inner = Keys(section, "config.json: text_config")
+    inner, section = outer.section("text_config"), outer.mapping("text_config")
     inner.must_be("model_type", f"{model_type}_text")
     tied = outer.flag("tie_word_embeddings")
-    outer.has("eos_token_id"), outer.has("bos_token_id"), outer.has("pad_token_id")
-    outer.finish(PRETRAINED_KEYS | _KEYS_OF_PICTURES)
+    outer.finish(PRETRAINED_KEYS | _KEYS_OF_PICTURES | {"bos_token_id", "eos_token_id", "pad_token_id"})
     text = {**section, "model_type": model_type.replace("_vl", ""), "tie_word_embeddings": tied}
     if model_type.endswith("moe"):
         inner.must_be("norm_topk_prob", True)
         text = {"router_aux_loss_coef": _LOSS, "norm_topk_prob": True, **text}
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = text.get(key)
-        if isinstance(rope, Mapping):
-            text[key] = {k: value for k, value in rope.items() if k not in ("mrope_section", "mrope_interleaved")}
-    return text
+    return without_pictures(text, "rope_scaling", "rope_parameters")
 
 
 def gguf_keys_of(metadata: Mapping[str, object], arch: str) -> Keys:
@@ -68,15 +60,6 @@ def gguf_keys_of(metadata: Mapping[str, object], arch: str) -> Keys:
         return architecture_keys(metadata, arch)
     pictures = (f"{own}.rope.dimension_sections", f"{own}.n_deepstack_layers")
     return architecture_keys({key: value for key, value in metadata.items() if key not in pictures}, own)
-
-
-def renamed(pieces: list[Piece]) -> list[Piece]:
-    """The same pieces from the text within a model that sees pictures."""
-    old, new = "model.", "model.language_model."
-    return [
-        replace(piece, source=new + piece.source.removeprefix(old)) if piece.source.startswith(old) else piece
-        for piece in pieces
-    ]
 
 
 def experts(config: ModelConfig) -> list[Piece]:

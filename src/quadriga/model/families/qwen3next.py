@@ -56,6 +56,7 @@ from quadriga.model.families.qwen3next_layouts import (
     whole_layout,
     whole_split_layout,
 )
+from quadriga.model.families.rope_keys import without_pictures
 
 FULL, LINEAR = "full_attention", "linear_attention"
 
@@ -185,20 +186,13 @@ def _text_of(raw: Mapping[str, object], model_type: str) -> Keys:
     outer = Keys(raw, "config.json")
     where, text = "config.json", raw
     if outer.text("model_type") == model_type:
-        outer.section("text_config")  # raises unless it is one
-        section = raw["text_config"]
-        assert isinstance(section, Mapping), "it is a section"
-        where, text = "config.json: text_config", section
+        where, text = "config.json: text_config", outer.mapping("text_config")
         tied = Keys(text, where).value("tie_word_embeddings")
         outer.must_be("tie_word_embeddings", tied)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             outer.has(key)
         outer.finish(PRETRAINED_KEYS | _VISION)
-    rope = text.get("rope_parameters")
-    if isinstance(rope, Mapping):  # sections of a head that turn with height and width of pictures; for text all alike
-        rope = {key: value for key, value in rope.items() if key not in ("mrope_section", "mrope_interleaved")}
-        text = {**text, "rope_parameters": rope}
-    keys = Keys(text, where)
+    keys = Keys(without_pictures(text, "rope_parameters"), where)
     keys.must_be("model_type", model_type + "_text")
     keys.must_be("output_gate_type", "swish")
     return keys

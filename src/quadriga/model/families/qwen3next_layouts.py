@@ -23,7 +23,7 @@ from quadriga.model.families.llama2 import (
     HF_COMMON,
     HF_FFN,
 )
-from quadriga.model.families.pieces import copies, single_rows
+from quadriga.model.families.pieces import WITHIN, copies, single_rows, under
 from quadriga.model.families.qwen2moe import HF_SHARED
 from quadriga.model.families.qwen3 import GGUF_QK_NORMS, HF_QK_NORMS, HF_ROUTER, hf5_experts, hf_experts
 from quadriga.model.weight_map import Piece
@@ -188,23 +188,14 @@ def text5_layout(config: ModelConfig) -> list[Piece]:
     return _text_common(config) + hf5_experts(config)
 
 
-def _whole(pieces: list[Piece]) -> list[Piece]:
-    """The names of a text within those of text and vision."""
-    old, new = "model.", "model.language_model."
-    return [
-        replace(piece, source=new + piece.source.removeprefix(old)) if piece.source.startswith(old) else piece
-        for piece in pieces
-    ]
-
-
 def whole_layout(config: ModelConfig) -> list[Piece]:
     """The published checkpoints, text and vision: all experts in one tensor."""
-    return _whole(text5_layout(config))
+    return under(WITHIN, text5_layout(config))
 
 
 def whole_split_layout(config: ModelConfig) -> list[Piece]:
     """The same with a matrix per expert."""
-    return _whole(text_layout(config))
+    return under(WITHIN, text_layout(config))
 
 
 # GGUF ----------------------------------------------------------------------------------------------------------------

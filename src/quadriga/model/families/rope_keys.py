@@ -165,6 +165,19 @@ def _longrope_from_hf(keys: Keys, outer: Keys, max_seq_len: int) -> LongRopeScal
     )
 
 
+def without_pictures(text: Mapping[str, object], *sections: str) -> Mapping[str, object]:
+    """A text's keys whose sections of a rotation do not say which part of a head turns with pictures' height and width.
+
+    For text all parts turn alike.
+    """
+    found = dict(text)
+    for key in sections:
+        rope = text.get(key)
+        if isinstance(rope, Mapping):
+            found[key] = {name: x for name, x in rope.items() if name not in ("mrope_section", "mrope_interleaved")}
+    return found
+
+
 def ropes_by_kind(keys: Keys, head_dim: int, max_seq_len: int) -> tuple[RopeSpec, RopeSpec]:
     """The rotation of layers with a window, and of those that see all: ``rope_parameters`` has a section for each."""
     sections = keys.section("rope_parameters")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quadriga.errors import ConfigError
 
@@ -32,6 +32,19 @@ class Gpu:
     price_per_hour: float
     """US dollars; an assumption, which `--price` overrides."""
 
+
+_A100 = Gpu(
+    name="A100",
+    memory_bytes=80 * 10**9,
+    peak_flops=312e12,
+    hbm_bytes_per_s=2.04e12,
+    node_bytes_per_s=300e9,
+    network_bytes_per_s=25e9,
+    per_node=8,
+    gemm=0.75,
+    attention=0.50,
+    price_per_hour=1.8,
+)
 
 GPUS = {
     gpu.name: gpu
@@ -60,30 +73,8 @@ GPUS = {
             attention=0.35,
             price_per_hour=3.5,
         ),
-        Gpu(
-            name="A100",
-            memory_bytes=80 * 10**9,
-            peak_flops=312e12,
-            hbm_bytes_per_s=2.04e12,
-            node_bytes_per_s=300e9,
-            network_bytes_per_s=25e9,
-            per_node=8,
-            gemm=0.75,
-            attention=0.50,
-            price_per_hour=1.8,
-        ),
-        Gpu(
-            name="A100-40GB",
-            memory_bytes=40 * 10**9,
-            peak_flops=312e12,
-            hbm_bytes_per_s=1.555e12,
-            node_bytes_per_s=300e9,
-            network_bytes_per_s=25e9,
-            per_node=8,
-            gemm=0.75,
-            attention=0.50,
-            price_per_hour=1.8,
-        ),
+        _A100,
+        replace(_A100, name="A100-40GB", memory_bytes=40 * 10**9, hbm_bytes_per_s=1.555e12),
     )
 }
 
