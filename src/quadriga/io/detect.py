@@ -15,7 +15,7 @@ from typing import Literal
 
 from quadriga.errors import CheckpointError
 from quadriga.io import directory as engine_file
-from quadriga.io import gguf, own_files
+from quadriga.io import gguf, gguf_names, own_files
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.json_files import read_json
 from quadriga.io.quantised import config as quantised
@@ -95,12 +95,14 @@ def locate(path: Path, *, keep_open: bool = False) -> Located:
         raw = read_json(path / own_params.FILE)
         config, notes = own_params.from_params(raw, lambda d_model: own_files.table_rows(path, d_model))
         return Located("own", path, config, tuple(notes))
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1 or (files and gguf.are_parts(files)):
-        return _gguf(files[0], keep_open)
+    models = gguf_names.models(file.name for file in path.glob("*.gguf"))
+    if len(models) == 1:
+        return _gguf(path / models[0][0], keep_open)
+    if models:
+        raise CheckpointError(f"{path} has {len(models)} models. Give one: {', '.join(parts[0] for parts in models)}")
     raise CheckpointError(
-        f"{path} is no checkpoint: it needs a config.json with safetensors files, a {engine_file.MANIFEST}, one GGUF "
-        f"file (it has {len(files)}), a params.json with consolidated files (Meta, Mistral), or Grok-1's tensor files"
+        f"{path} is no checkpoint: it needs a config.json with safetensors files, a {engine_file.MANIFEST}, a GGUF "
+        "file, a params.json with consolidated files (Meta, Mistral), or Grok-1's tensor files"
     )
 
 
