@@ -152,47 +152,6 @@ def test_paths_are_taken_as_they_are(tmp_path: Path) -> None:
     assert resolve(str(tmp_path)) == tmp_path
 
 
-def hub(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]) -> list[dict[str, Any]]:
-    import huggingface_hub
-
-    calls: list[dict[str, Any]] = []
-
-    def snapshot_download(repository: str, **options: Any) -> None:
-        calls.append({"repository": repository, **options})
-        for name, content in files.items():
-            path = Path(options["local_dir"]) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return calls
-
-
-def test_the_hub_gives_weights_and_text_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QUADRIGA_CACHE", str(tmp_path))
-    calls = hub(monkeypatch, {"config.json": b"{}", "model.safetensors": b"x" * 100, ".cache/lock": b""})
-    folder = resolve("hf:org/model@v1.0")
-    assert (calls[0]["repository"], calls[0]["revision"]) == ("org/model", "v1.0")
-    assert not any(
-        pattern.endswith((".py", ".bin", ".pt", "*")) and pattern != "LICENSE*"
-        for pattern in calls[0]["allow_patterns"]
-    )
-    # Without which numbers that a quantiser packed mean nothing.
-    assert {"quantize_config.json", "quant_config.json", "hf_quant_config.json"} <= set(calls[0]["allow_patterns"])
-    assert resolve("hf:org/model@v1.0") == folder
-    assert len(calls) == 1
-    assert verify("hf:org/model@v1.0") == []
-    assert sorted(f.name for f in folder.iterdir()) == ["config.json", "entry.json", "model.safetensors"]
-
-
-def test_a_repository_without_weights_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QUADRIGA_CACHE", str(tmp_path))
-    hub(monkeypatch, {"config.json": b"{}"})
-    with pytest.raises(CatalogueError, match="must have safetensors or GGUF weights"):
-        resolve("hf:org/model")
-    assert cached() == []
-
-
 def test_a_model_of_this_package_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "__file__", str(tmp_path / "catalogue.py"))
     (tmp_path / "models").mkdir()

@@ -69,6 +69,18 @@ def test_parts_are_one_model(whole: Path, empty_first: bool) -> None:
         assert all(bits(loaded[name]) == bits(value) for name, value in expected.items())
 
 
+def test_a_folder_with_more_than_the_model(whole: Path) -> None:
+    """As other programs keep models: a projector of pictures and an importance matrix beside the parts."""
+    folder = whole.parent / "parts"
+    split(whole, folder)
+    for name in ("mmproj-F16.gguf", "imatrix_unsloth.gguf"):
+        (folder / name).write_bytes(b"no model")
+    assert open_checkpoint(folder).config == open_checkpoint(whole).config
+    whole.rename(folder / "model-Q8_0.gguf")
+    with pytest.raises(CheckpointError, match=r"has 2 models. Give one: model-00001-of-00003.gguf, model-Q8_0.gguf"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("fault", ["missing", "renamed", "mixed up", "twice", "incomplete"])
 def test_parts_that_do_not_belong_together(whole: Path, fault: str) -> None:
     folder = whole.parent / "parts"

@@ -131,6 +131,17 @@ def test_the_hash_follows_the_weights(tmp_path: Path) -> None:
     assert weights_hash("smollm2-135m-instruct") == "b179c9523d0e6a0f"
 
 
+def test_the_hash_follows_every_part_of_a_split_file(tmp_path: Path) -> None:
+    first, second = (tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2))
+    first.write_bytes(b"one")
+    second.write_bytes(b"two")
+    (tmp_path / "m-00001-of-00003.gguf").write_bytes(b"of another")
+    before = weights_hash(str(first))
+    assert weights_hash(str(second)) == before
+    second.write_bytes(b"owt")
+    assert weights_hash(str(first)) != before
+
+
 def test_a_model_without_a_tokenizer_is_refused() -> None:
     llm = tiny_llm()
     llm.tokenizer = None

@@ -747,6 +747,74 @@ GRANITE_SWA: dict[str, object] = {
     "layer_rope_theta": [0, 1000.0, 10000.0, 0],
 }
 """Granite Swash: windows, sinks, and layers without positions; known to transformers from version 5 on."""
+GRANITE_SWA_DENSE: dict[str, object] = {
+    **MODELS["granite"],
+    "model_type": "granite_swa",
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 9,
+    "layer_rope_theta": [1000.0, 0, 5000.0, 1000.0],
+}
+
+SOLAR_OPEN: dict[str, object] = {
+    "model_type": "solar_open",
+    "head_dim": 10,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+    "moe_intermediate_size": 56,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.7,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    **{key: value for key, value in _LLAMA.items() if key != "intermediate_size"},
+}
+
+_PICTURES = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_heads": 2,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+_QWEN3_VL = {
+    "head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 5000.0,
+        "mrope_section": [4, 2, 2],
+        "mrope_interleaved": True,
+    },
+    "attention_bias": False,
+    "hidden_act": "silu",
+    **_LLAMA,
+}
+QWEN3_VL: dict[str, object] = {
+    "model_type": "qwen3_vl",
+    "tie_word_embeddings": False,
+    "vision_config": {"model_type": "qwen3_vl", **_PICTURES},
+    "text_config": {"model_type": "qwen3_vl_text", **_QWEN3_VL},
+}
+"""The text of a model that reads pictures: its keys are a section."""
+QWEN3_VL_MOE: dict[str, object] = {
+    "model_type": "qwen3_vl_moe",
+    "tie_word_embeddings": False,
+    "vision_config": {"model_type": "qwen3_vl_moe", **_PICTURES},
+    "text_config": {
+        "model_type": "qwen3_vl_moe_text",
+        "moe_intermediate_size": 56,
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+        **_QWEN3_VL,
+    },
+}
 
 BESIDE_TRANSFORMERS = {
     "grok1": GROK1,
@@ -762,8 +830,17 @@ BESIDE_TRANSFORMERS = {
     "nemotron_h-dense": NEMOTRON_H_DENSE,
     "mellum": MELLUM,
     "granitemoe_swa": GRANITE_SWA,
+    "granite_swa": GRANITE_SWA_DENSE,
+    "solar_open": SOLAR_OPEN,
+    "qwen3_vl": QWEN3_VL,
+    "qwen3_vl_moe": QWEN3_VL_MOE,
 }
-"""Golden models without a golden file."""
+"""Golden models that transformers 4.57.6 does not know, or computes otherwise."""
+IN_TRANSFORMERS_5 = tuple(name for name in BESIDE_TRANSFORMERS if name != "grok1")
+"""Those of them whose golden files version 5.24.0 made (make_golden5.py)."""
+DIRECTIONS = 8
+FIXED = ("_correction_bias", ".expert_bias", ".layer_scalar")
+"""How the names of numbers end that transformers does not learn: corrections of the choice, scales of the stream."""
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -779,6 +856,18 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return (-2 + 0.5 * values).astype(np.float32)
     is_norm = len(shape) == 1
     return (1 + 0.2 * values if is_norm else 0.3 * values).astype(np.float32)
+
+
+def in_directions(name: str, values: np.ndarray) -> np.ndarray:
+    """A float64 tensor as its products with drawn directions, and at last its norm: (DIRECTIONS + 1,).
+
+    What two tensors differ by has products of its own norm, on average over directions, so a share of the norm that is
+    small in all of them is small.
+    """
+    seed = np.frombuffer(f"direction of {name}".encode(), dtype=np.uint8).astype(np.uint32)
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed.tolist())))
+    flat = values.astype(np.float64).ravel()
+    return np.append(rng.standard_normal((DIRECTIONS, flat.size)) @ flat, np.linalg.norm(flat))
 
 
 ADAPTER_ROWS = 6

@@ -1182,6 +1182,7 @@ def test_end_tokens_come_from_the_generation_config():
         config_from_hf(DBRX_RELEASE), {"eos_token_id": [100257, 100279], "temperature": 0.7, "do_sample": True}
     )
     assert config.eos_ids == (100_257, 100_279)
+    assert PRESETS["dbrx-132b"].eos_ids == config.eos_ids, "as the instruct release's generation_config.json has them"
     assert families.with_generation_config(LLAMA, {"bos_token_id": None}) == LLAMA
     with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id must be a token id or a list"):
         families.with_generation_config(LLAMA, {"eos_token_id": [2, "x"]})
@@ -2140,6 +2141,97 @@ def test_scaling_and_windows_in_gguf_are_read():
     )
     assert layer({"attention.sliding_window": 4096}).window == 4096
     assert layer({"attention.sliding_window": 8192}).window is None, "as long as the context"
+
+
+def _yarn(attention_factor, **fields):
+    return YarnScaling(**{"factor": 4.0, "original_max_seq_len": 1024, "attention_factor": attention_factor} | fields)
+
+
+def _long(scale, long_scale=None):
+    one, other = (1.0 + i / 64 for i in range(64)), (2.0 + i / 64 for i in range(64))
+    return LongRopeScaling(
+        short_factors=tuple(one),
+        long_factors=tuple(other),
+        original_max_seq_len=1024,
+        short_scale=scale,
+        long_scale=scale if long_scale is None else long_scale,
+    )
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+LONG = {
+    "type": "longrope",
+    "short_factor": [1.0 + i / 64 for i in range(64)],
+    "long_factor": [2.0 + i / 64 for i in range(64)],
+    "original_max_position_embeddings": 1024,
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"type": "linear", "factor": 2.5}, LinearScaling(factor=2.5)),
+        (YARN, _yarn(0.1 * math.log(4) + 1)),
+        (YARN | {"factor": 0.5}, _yarn(1.0, factor=0.5)),
+        (YARN | {"attention_factor": 1.7}, _yarn(1.7)),
+        (YARN | {"attention_factor": 1.7, "mscale": 0.5, "mscale_all_dim": 2.0}, _yarn(1.7)),
+        (
+            YARN | {"mscale": 0.5, "mscale_all_dim": 2.0},
+            _yarn((0.05 * math.log(4) + 1) / (0.2 * math.log(4) + 1)),
+        ),
+        (YARN | {"mscale": 0.5}, _yarn(0.1 * math.log(4) + 1)),
+        (YARN | {"original_max_position_embeddings": None}, _yarn(0.1 * math.log(4) + 1, original_max_seq_len=4096)),
+        (
+            YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+            _yarn(0.1 * math.log(4) + 1, beta_fast=16.0, beta_slow=2.0, truncate=False),
+        ),
+        (YARN | {"beta_fast": 0, "beta_slow": None}, _yarn(0.1 * math.log(4) + 1, beta_fast=32.0, beta_slow=1.0)),
+        (LONG, _long(math.sqrt(1 + math.log(4) / math.log(1024)))),
+        (LONG | {"factor": 4.0}, _long(math.sqrt(1 + math.log(4) / math.log(1024)))),
+        (LONG | {"attention_factor": 1.25}, _long(1.25)),
+        (LONG | {"short_mscale": 1.1, "long_mscale": 1.3}, _long(1.1, 1.3)),
+    ],
+)
+def test_a_scaling_is_what_transformers_computes(section, expected):
+    """Where a section leaves a number out, the formula's; 4096 positions, of which the scaling stretches 1024."""
+    config = config_from_hf(LLAMA2_70B_RELEASE | {"rope_scaling": section})
+    assert config.only_layer("this").mixer.position == RopeSpec(theta=10_000.0, scaling=expected)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "in_gguf"),
+    [
+        (LinearScaling(factor=2.5), True),
+        (Llama3Scaling(factor=6.0, low_freq_factor=1.5, high_freq_factor=3.0, original_max_seq_len=1024), False),
+        (_yarn(1.7, beta_fast=16.0, beta_slow=2.0), True),
+        (_yarn(0.75), True),
+        (_yarn(1.7, truncate=False), False),
+        (_long(1.25), False),
+    ],
+)
+def test_a_scaling_comes_back_from_both_formats(scaling, in_gguf):
+    config = PRESETS["llama2-7b"].with_mixer(position=RopeSpec(theta=54_321.0, scaling=scaling))
+    family = family_of(config)
+    assert config_from_hf(json.loads(json.dumps(family.config_to_hf(config)))) == config
+    if in_gguf:
+        metadata = family.config_to_gguf(config)
+        stored = {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in metadata.items()}
+        again = config_from_gguf({"general.architecture": "llama", **stored}, gguf_shapes(config))
+        if isinstance(scaling, YarnScaling):  # kept as a quotient in float32, whose last bit may differ
+            read = again.only_layer("this").mixer.position.scaling
+            assert read.attention_factor == pytest.approx(scaling.attention_factor, rel=2e-7)
+            exact = replace(read, attention_factor=scaling.attention_factor)
+            again = again.with_mixer(position=RopeSpec(theta=54_321.0, scaling=exact))
+        assert again == config
+
+
+def test_llama_cpp_multiplies_yarns_usual_factor():
+    """Its ``attn_factor`` is not the whole factor: ggml's rope_yarn multiplies by 1 + 0.1 ln(factor) besides."""
+    metadata = rope_keys.rope_to_gguf(RopeSpec(theta=1e4, scaling=_yarn(1.7)), 128, "llama")
+    assert metadata["llama.rope.scaling.attn_factor"] == pytest.approx(1.7 / (1 + 0.1 * math.log(4)))
+    assert "llama.rope.scaling.attn_factor" not in rope_keys.rope_to_gguf(
+        RopeSpec(theta=1e4, scaling=_yarn(0.1 * math.log(4) + 1)), 128, "llama"
+    )
 
 
 def test_llama3s_bands_go_through_gguf_as_factors():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.golden.checkpoints import FACTS, config_json, results, weights
-from tests.golden.weights import MODELS, TOKENS, draw, ragged
+from tests.golden.weights import IN_TRANSFORMERS_5, MODELS, TOKENS, draw, ragged
 from tests.oracles import numpy_models, router_losses
 
 BAR = 2e-5
@@ -27,7 +27,7 @@ def test_the_golden_files_are_of_the_right_version_and_these_weights() -> None:
     assert draw("pinned", (3,)).tolist() == FACTS["drawn"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *IN_TRANSFORMERS_5])
 def test_logits_equal_transformers(name: str) -> None:
     config, w = config_json(name), wide(name)
     oracle = numpy_models.ORACLES[config["model_type"]]

@@ -18,7 +18,7 @@ from quadriga.nn.transformer import ModelOutput, Transformer
 from quadriga.runners.torch import TorchRunner
 from tests.batches import batch, logits_of
 from tests.golden.checkpoints import FACTS, NAMES, config_json, oracle, results
-from tests.golden.weights import MODELS, PREFILL, TOKENS, WITH_PROBABILITIES, ragged
+from tests.golden.weights import IN_TRANSFORMERS_5, MODELS, PREFILL, TOKENS, WITH_PROBABILITIES, ragged
 from tests.nn.routing import exact, row_errors, worst_lag
 from tests.nn.wrong_models import FINER_THAN_BF16, MUTATIONS, left_to
 from tests.tolerance import faults, relative_error
@@ -45,7 +45,7 @@ def decode(model: Transformer) -> Tensor:
     return torch.cat([logits_of(runner, batch([([TOKENS[i]], i, blocks)])) for i in range(PREFILL, len(TOKENS))])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *IN_TRANSFORMERS_5])
 @torch.inference_mode()
 def test_prefill_decode_and_ragged_batches_equal_transformers(golden_model: LoadModel, name: str) -> None:
     model = golden_model(name)

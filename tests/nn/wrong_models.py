@@ -270,6 +270,22 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
         lambda c: near_layers_with(c, position=c.layers[1].attention.position),
     ),
     "granite without sinks": ("granitemoe_swa", lambda c: c.with_mixer(sinks=False)),
+    "granite's dense layers turn by one base": (
+        "granite_swa",
+        lambda c: near_layers_with(c, position=c.layers[0].attention.position),
+    ),
+    "granite's dense layers without windows": ("granite_swa", lambda c: c.with_mixer(window=None)),
+    "granite's dense layers without sinks": ("granite_swa", lambda c: c.with_mixer(sinks=False)),
+    "solar's weights not scaled": ("solar_open", lambda c: mixtures_with(c, routed_scale=1.0)),
+    "solar's choice without groups": ("solar_open", lambda c: mixtures_with(c, n_groups=1, top_k_groups=1)),
+    "solar's choice without its correction": ("solar_open", lambda c: mixtures_with(c, correction=False)),
+    "half of solar's heads turn": (
+        "solar_open",
+        lambda c: c.with_mixer(position=RopeSpec(theta=1000.0, dim=4)),
+    ),
+    "qwen3-vl turns by another base": ("qwen3_vl", lambda c: c.with_mixer(position=RopeSpec(theta=10_000.0))),
+    "no norms of q and k in qwen3-vl": ("qwen3_vl", lambda c: c.with_mixer(qk_norm=None)),
+    "qwen3-vl's weights not divided by their sum": ("qwen3_vl_moe", lambda c: mixtures_with(c, normalize_p=None)),
     "networks whose activation is not squared": ("nemotron_h-dense", lambda c: c.with_ffn(activation="relu")),
     "experts whose activation is not squared": ("nemotron_h", lambda c: mixtures_with(c, activation="relu")),
     "nemotron without its shared network": ("nemotron_h", lambda c: mixtures_with(c, shared=None)),
@@ -310,6 +326,8 @@ MUTATIONS: dict[str, tuple[str, Callable[[ModelConfig], ModelConfig]]] = {
 }
 FINER_THAN_BF16 = {
     "granite's layers turn by one base",
+    "granite's dense layers turn by one base",
+    "qwen3-vl's weights not divided by their sum",
     "groups of DeepSeek-V2 by their two best",
     "latents normed with another epsilon",
     "epsilon 3e-5",

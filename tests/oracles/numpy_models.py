@@ -338,6 +338,33 @@ def sigmoid_mixture(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
     return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
 
 
+def solar(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """Solar Open: LLaMA's attention, DeepSeek-V3's mixture in every layer: logits (T, V)."""
+    eps, c = c["rms_norm_eps"], {**c, "rope_theta": c["rope_parameters"]["rope_theta"]}
+    h = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = h + llama_attention(w, c, layer, h)
+        for t in range(len(tokens)):
+            m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
+            h[t] += of_networks(w, layer + "mlp.", deepseek_shares(w, c, layer, m), m)
+    return np.array([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"], eps) for x in h])
+
+
+def qwen3_vl(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
+    """The text of Qwen3-VL: Qwen3 under other names, a layer's experts in two tensors: logits (T, V)."""
+    text = {**c["text_config"], "tie_word_embeddings": c["tie_word_embeddings"], "norm_topk_prob": True}
+    text |= {"rope_theta": text["rope_parameters"]["rope_theta"]}
+    named = {name.replace("language_model.", ""): values for name, values in w.items()}
+    for name in [name for name in named if name.endswith(".experts.gate_up_proj")]:
+        where = name.removesuffix("gate_up_proj")
+        for e, both in enumerate(named[name]):
+            gate, up = np.split(both, 2, axis=1)  # (D, 2 F)
+            named |= {f"{where}{e}.gate_proj.weight": gate.T, f"{where}{e}.up_proj.weight": up.T}
+            named[f"{where}{e}.down_proj.weight"] = named[where + "down_proj"][e].T
+    return (fine_grained if "num_experts" in text else llama)(named, text, tokens)
+
+
 def olmo2(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
     """OLMo 2 and 3 and FlexOlmo, whose experts' weights are the softmax's: logits (T, V)."""
     eps = c["rms_norm_eps"]
@@ -505,7 +532,7 @@ def granite(w: Weights, c: Config, tokens: Sequence[int]) -> Array:
         h = h + r * llama_attention(w, c, layer, h)
         for t in range(len(tokens)):
             m = rms_norm(h[t], w[layer + "post_attention_layernorm.weight"], eps)
-            if c["model_type"] == "granite":
+            if c["model_type"] in ("granite", "granite_swa"):
                 gate, up, down = (w[f"{layer}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
                 h[t] += r * (down @ (silu(gate @ m) * (up @ m)))
                 continue
@@ -939,6 +966,10 @@ ORACLES: dict[str, Callable[[Weights, Config, Sequence[int]], Array]] = {
     "granitemoe": granite,
     "granitemoeshared": granite,
     "granitemoe_swa": granite,
+    "granite_swa": granite,
+    "solar_open": solar,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl,
     "gpt_oss": gpt_oss,
     "glm4_moe": sigmoid_mixture,
     "dots1": sigmoid_mixture,

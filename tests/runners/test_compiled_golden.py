@@ -19,7 +19,7 @@ from quadriga.nn.transformer import Transformer
 from quadriga.runners.compiled import CompiledModel, pack_parameters
 from tests.batches import batch, logits_of, passed
 from tests.golden.checkpoints import NAMES, oracle, results
-from tests.golden.weights import MODELS, PREFILL, TOKENS, ragged
+from tests.golden.weights import IN_TRANSFORMERS_5, MODELS, PREFILL, TOKENS, ragged
 from tests.nn.wrong_models import MUTATIONS, left_to
 
 LoadModel = Callable[..., Transformer]
@@ -53,7 +53,7 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize("isa", HERE)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *IN_TRANSFORMERS_5])
 def test_prefill_decode_and_ragged_batches_equal_transformers(golden_model: LoadModel, name: str, isa: str) -> None:
     model = build(golden_model(name), isa=isa)
     assert error(prefill(model), results()[f"{name}.prefill"]) <= BAR

@@ -69,7 +69,7 @@ def test_only_the_admin_pulls_and_only_where_the_store_is_served(monkeypatch: py
             for method, path, model in (("POST", "pull", "hf:org/new"), ("DELETE", "delete", "a")):
                 answer = live.client.request(method, f"/api/{path}", json={"model": model}, headers=headers)
                 assert answer.status_code == 403 and "--admin-key" in answer.json()["error"], answer.text
-        for name in ("/etc/passwd", "../x", "hf:../../x", "cl100k_base", "https://e.org/x", "hf.co/a/b:Q4", "\u0000"):
+        for name in ("/etc/passwd", "../x", "hf:../../x", "cl100k_base", "https://e.org/x", "hf.co/a/b:", "\u0000"):
             answer = live.post("/api/pull", {"model": name}, headers=ADMIN)
             assert answer.status_code == 404 and "no model" in answer.json()["error"], name
         shelf.on_demand._look = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from quadriga.text.tool_calls.early import CallPart
 from quadriga.text.tool_calls.forms import FORMS, form_of
 from quadriga.text.tool_calls.reader import MAX_FAILED, Reader, Tools
 
@@ -167,6 +168,32 @@ def test_calls_read_the_same_whole_and_in_any_pieces(
 @pytest.mark.parametrize(("form", "text"), WORDS, ids=lambda value: str(value)[:40])
 def test_what_is_no_call_stays_as_it_is(form: str, text: str, seed: int | None) -> None:
     assert read(form, text, seed) == (text, [])
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("seed", [None, 0, 1])
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        *((form, text) for form, text, _, calls in ANSWERS if len(calls) == 2),
+        ("forced", json.dumps([{"name": name, "arguments": {"city": "Oslo"}} for name in ("run", "weather", "run")])),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_no_answer_has_more_calls_than_it_may(form: str, text: str, seed: int | None, streams: bool) -> None:
+    """As where a request takes no parallel calls. Two calls of one block are words where none of it was told yet."""
+    tools = Tools(FORMS["hermes" if form == "forced" else form], SCHEMAS, forced=form == "forced", most=1)
+    reader, rng, at, pieces = Reader(tools, streams=streams), random.Random(seed), 0, list[Any]()
+    while at < len(text):
+        n = len(text) if seed is None else rng.choice([1, 1, 2, 3, 8, 30])
+        pieces += reader.push(text[at : at + n], last=at + n >= len(text))
+        at += n
+    begun = [piece for piece in pieces if isinstance(piece, dict) or (isinstance(piece, CallPart) and piece.name)]
+    assert reader.n_calls == len(begun) <= 1
+    if form == "forced":
+        assert begun and not any(isinstance(piece, str) for piece in pieces)
+    elif not begun:
+        assert "".join(pieces) == text
 
 
 def test_words_before_a_whole_answer_form_come_at_once() -> None:

@@ -303,5 +303,8 @@ def test_every_epoch_has_an_order_of_its_own_and_rows_depend_on_the_step_alone()
     assert not source.rows(0, 0, 2).tokens.equal(source.rows(source.steps_per_epoch, 0, 2).tokens)
     assert source.fingerprint == again.fingerprint
     assert source.fingerprint != ExampleSource(groups[1:], ("a", "b"), n_rows=2, seq_len=32, seed=1).fingerprint
+    for other in ({"seed": 2}, {"n_rows": 3}, {"seq_len": 33}, {"weigh": "groups"}, {"together": False}):
+        changed = ExampleSource(groups, ("a", "b"), **{"n_rows": 2, "seq_len": 32, "seed": 1} | other)  # type: ignore[arg-type]
+        assert changed.fingerprint != source.fingerprint, other
     with pytest.raises(CorpusError, match="must be at least the longest group's 11 tokens, got 8"):
         ExampleSource(groups, ("a", "b"), n_rows=2, seq_len=8)

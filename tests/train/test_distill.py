@@ -13,7 +13,7 @@ from torch import Tensor
 from quadriga.errors import ConfigError
 from quadriga.nn.context import PackedContext
 from quadriga.nn.transformer import random_parameters
-from quadriga.train.batch import TrainingBatch
+from quadriga.train.batch import IGNORE, TrainingBatch
 from quadriga.train.config import parse_toml
 from quadriga.train.distill import Distillation, FinalHidden, ServedDistillation, TaughtSource, Teacher
 from quadriga.train.metrics import read
@@ -149,6 +149,38 @@ def test_a_served_teacher_tells_its_top_k_as_texts() -> None:
     wanted.backward()
     for mine, theirs in zip(got, gradients(student), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_what_a_served_teacher_says_stands_where_it_was_said() -> None:
+    """The target after a text's last token is asked for; its most probable come first; texts of two tokens are left out."""
+    batch = TrainingBatch(
+        tokens=torch.tensor([5, 6, 7, 8, 9, 1, 3, 4]),
+        targets=torch.tensor([IGNORE, 7, 11, 9, IGNORE, IGNORE, IGNORE, 13]),
+        positions=torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]),
+        bounds=torch.tensor([0, 3, 6, 8], dtype=torch.int32),
+        domains=torch.tensor([0, 1, 0], dtype=torch.int16),
+    )
+    asked: list[list[int]] = []
+
+    class Source:
+        domains, fingerprint = ("a", "b"), "same"
+
+        def rows(self, step: int, first: int, last: int) -> TrainingBatch:
+            return batch
+
+    def ask(texts: Sequence[Sequence[int]], top_k: int) -> list[list[dict[str, float] | None]]:
+        assert top_k == 2
+        asked.extend(list(ids) for ids in texts)
+        return [
+            [None, *({"<40>": -0.5, f"<{t}>": -3.0, f"<{t + 1}>": -1.0, f"<{t + 2}>": -2.0} for t in ids[1:])]
+            for ids in texts
+        ]
+
+    made = TaughtSource(Source(), ask, Words(), 2).rows(0, 0, 1)  # type: ignore[arg-type]
+    assert asked == [[5, 6, 7, 11], [8, 9, 1], [3, 4, 13]]
+    nothing = [-1, -1]
+    assert made.ids.tolist() == [[7, 8], [8, 9], [12, 13], [10, 11], [2, 3], nothing, [5, 6], [14, 15]]
+    assert made.logps.tolist() == [[-1.0, -2.0] if row != nothing else [0.0, 0.0] for row in made.ids.tolist()]
 
 
 def test_a_student_learns_its_teachers_answers(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from quadriga.train.model_sampler import ModelSampler
 from quadriga.train.objectives import Drawing, Reference
 from quadriga.train.packing import ExampleSource
 from quadriga.train.rewards import Attempt
-from quadriga.train.rollouts import Questions, Rollouts, advantages_of
+from quadriga.train.rollouts import Questions, Rollouts, advantages_of, between_rollouts
+from quadriga.train.services import Weights
 from quadriga.train.tune_config import GrpoSection
 from quadriga.train.world import World
 from tests.nn.test_lora import model_of
@@ -205,3 +207,64 @@ def test_answers_of_no_advantage_are_left_out_where_there_is_no_penalty() -> Non
     assert float(rolled.totals["reward"]) == pytest.approx(1 + 1 / 3)
     assert float(rolled.totals["mixed"]) == 1.0 and float(rolled.totals["answer_tokens"]) == 4.0
     assert math.isclose(sum(rolled.advantages.tolist()), 0.0, abs_tol=1e-5)
+
+
+class Recorded:
+    """A ``Sampler`` whose answers are the question's last id and the end; what it is asked is kept."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[list[int]], dict[str, object]]] = []
+
+    def load(self, weights: Weights) -> None:
+        for _ in weights:
+            pass
+
+    def sample(self, prompts: Sequence[Sequence[int]], *, n: int, **how: object) -> list[list[list[int]]]:
+        self.asked.append(([list(prompt) for prompt in prompts], {"n": n, **how}))
+        return [[[prompt[-1], 2]] * n for prompt in prompts]
+
+
+def test_seeds_of_answers_follow_from_run_rollout_and_question_alone() -> None:
+    """So any number of ranks, and a resumed run, draw the same answers, and no two rollouts do."""
+    first, second = (5, 9), (7, 3, 8)
+    groups = [(Example(ids, (*[IGNORE] * (len(ids) - 1), ids[-1])),) for ids in (first, second)]
+
+    def seeds(run: int, rollout: int, order: Sequence[int]) -> dict[tuple[int, ...], int]:
+        sampler = Recorded()
+        questions = Questions(
+            {ids: Problem(ids, "", {}) for ids in (first, second)},
+            Numbers(),  # type: ignore[arg-type]
+            lambda some: [float(i) for i in range(len(some))],
+            frozenset({2}),
+        )
+        section = GrpoSection(samples=3, max_new_tokens=4, temperature=0.7, sampler="model", updates=2)
+        rollouts = Rollouts(model_of("mixtral", torch.float32), sampler, questions, section, seed=run)
+        batches = [
+            ExampleSource([groups[i]], ("prompt",), n_rows=1, seq_len=8, together=False).rows(0, 0, 1) for i in order
+        ]
+        made = rollouts(2 * rollout, batches)
+        assert rollouts(2 * rollout + 1, batches) is made, "the second update is on the same answers"
+        ((prompts, how),) = sampler.asked
+        assert (how["n"], how["max_new_tokens"], how["temperature"]) == (3, 4, 0.7)
+        return {tuple(ids): seed for ids, seed in zip(prompts, how["seeds"], strict=True)}  # type: ignore[call-overload]
+
+    found = seeds(1, 0, (0, 1))
+    assert seeds(1, 0, (1, 0)) == found and seeds(1, 0, (1,)) == {second: found[second]}
+    every = [*found.values(), *seeds(1, 1, (0, 1)).values(), *seeds(2, 0, (0, 1)).values()]
+    assert len(set(every)) == 6
+
+
+def test_a_run_that_is_to_stop_goes_on_to_the_last_update_on_its_answers() -> None:
+    trainer = SimpleNamespace(step=0)
+    asked = iter([False, False, True])
+    heeded = between_rollouts(lambda: next(asked), trainer, 3)  # type: ignore[arg-type]
+    stops = []
+    for trainer.step in range(6):
+        stops.append(heeded())
+    assert stops == [False, False, True, False, False, True], "asked once, it is not asked again"
+    asked = iter([True])
+    heeded = between_rollouts(lambda: next(asked), trainer, 3)  # type: ignore[arg-type]
+    stops = []
+    for trainer.step in range(3, 6):
+        stops.append(heeded())
+    assert stops == [False, False, True]

@@ -144,6 +144,7 @@ def test_prefetching_changes_nothing(corpus: Path) -> None:
     ahead = Prefetcher(open_source(_config(corpus)))
     for step in [0, 1, 2, 7, 8, 3, *range(4, plain.n_steps)]:
         assert torch.equal(ahead.rows(step, 1, 4).tokens, plain.rows(step, 1, 4).tokens)
+        assert all(step < key[0] <= step + 2 for key in ahead._ahead), "what a jump passes over is let go"
     assert ahead.n_rows(0) == plain.n_rows(0) and ahead.seq_len(0) == plain.seq_len(0)
     assert isinstance(ahead, Staged) and ahead.history(1) == plain.history(1) != []
     with pytest.raises(ConfigError, match="has begun in this run and must not change"):

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from quadriga.nn.transformer import Transformer
 from quadriga.train.config import OptimiserSection
 from quadriga.train.optim import Optimiser, decays, is_hidden_matrix, newton_schulz
+from tests.checkpoint.models import TINY
 
 
 def _parameters() -> dict[str, Tensor]:
@@ -42,6 +44,17 @@ def test_which_parameters_decay_and_which_muon_updates() -> None:
     assert [n for n, p in names.items() if is_hidden_matrix(n, p)] == ["layers.0.attn.wo.weight", "layers.0.moe.w_up"]
     biases = {f"layers.0.moe.b_{part}": torch.zeros(4, 8) for part in ("up", "gate", "down")}  # a row an expert
     assert not [n for n, p in biases.items() if is_hidden_matrix(n, p) or decays(n)]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_matrices_of_every_family_decay_and_nothing_else_does(name: str) -> None:
+    """By their shapes: a vector or a single number has no decay, nor has what belongs to the router."""
+    with torch.device("meta"):
+        model = Transformer(TINY[name])
+    for one, parameter in model.named_parameters():
+        matrix = parameter.ndim >= 2 and ".router." not in one and ".moe.b_" not in one  # of those a row an expert
+        assert decays(one) == matrix, one
+        assert is_hidden_matrix(one, parameter) == (matrix and one.startswith("layers.")), one
 
 
 def test_adamw() -> None:

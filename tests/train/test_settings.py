@@ -140,6 +140,7 @@ def test_schedules() -> None:
 def test_a_warm_up_that_is_cut_off_is_said() -> None:
     assert unreached(100, ScheduleSection(warmup_steps=99)) is None
     assert "ends at 12% of its peak" in str(unreached(12, ScheduleSection(warmup_steps=100)))
+    assert "ends at 100% of its peak and never decays" in str(unreached(100, ScheduleSection(warmup_steps=100)))
     wsd = ScheduleSection(kind="wsd", warmup_steps=81, decay_share=0.2)
     assert "the decay begins at step 80 of 100" in str(unreached(100, wsd))
     assert unreached(101, wsd) is None

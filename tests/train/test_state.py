@@ -18,7 +18,7 @@ from quadriga import runtime
 from quadriga.errors import CheckpointError, TrainingError
 from quadriga.train import config as sections
 from quadriga.train import run_directory
-from quadriga.train.run_directory import MANIFEST, RunDirectory, newest, read_manifest
+from quadriga.train.run_directory import MANIFEST, Manifest, RunDirectory, newest, read_manifest
 from quadriga.train.shards import Portion, ShardReader, encode, local_parts, parse_name
 from quadriga.train.storage import Files
 from quadriga.train.world import World
@@ -275,6 +275,37 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     section = sections.CheckpointSection(every=1, keep=2, keep_every=3)
     trainer(tmp_path, Settings(n_steps=8, checkpoint=section)).train()
     assert RunDirectory(tmp_path).steps() == [3, 6, 7, 8]
+
+
+def _checkpoint(run: RunDirectory, step: int, text: bytes) -> None:
+    run.part(step).mkdir(parents=True)
+    size, digest = run.files.write(run.part(step) / "rank-00000.safetensors", [text])
+    run.finish(Manifest(step=step, files={"rank-00000.safetensors": (size, digest)}, state={}))
+
+
+def test_a_checkpoint_of_the_same_step_takes_the_place_of_the_older_one(tmp_path: Path) -> None:
+    """After a rollback a step is saved a second time; its folder is not empty then."""
+    run = RunDirectory(tmp_path)
+    for text in (b"before the rollback", b"after it"):
+        _checkpoint(run, 7, text)
+        read_manifest(run.at(7))
+    assert (run.at(7) / "rank-00000.safetensors").read_bytes() == b"after it"
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000007"]
+
+
+def test_a_checkpoint_loses_its_manifest_before_its_tensors(tmp_path: Path) -> None:
+    """One whose removal is interrupted does not look complete, and the next start removes what is left of it."""
+    run = RunDirectory(tmp_path, Failing(None))
+    for step in (3, 5):
+        _checkpoint(run, step, b"tensors")
+    files = Failing(None)
+    RunDirectory(tmp_path, files).remove(run.at(3))
+    assert files.log[0] == "remove manifest.json" and run.steps() == [5]
+    (run.at(5) / MANIFEST).unlink()
+    _checkpoint(run, 6, b"tensors")
+    run.part(8).mkdir()
+    run.clean()
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000006"]
 
 
 def test_a_run_is_locked_by_one_process(tmp_path: Path) -> None:

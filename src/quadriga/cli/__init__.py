@@ -192,7 +192,11 @@ app.command(
 )(ps_command)
 app.command(
     "pull",
-    epilog=_example("quadriga pull smollm2-135m-instruct", "quadriga pull hf:ORG/REPO@REVISION"),
+    epilog=_example(
+        "quadriga pull smollm2-135m-instruct",
+        "quadriga pull hf:Qwen/Qwen3-30B-A3B@main",
+        "quadriga pull hf:unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M",
+    ),
 )(pull_command)
 app.command(
     "plan",

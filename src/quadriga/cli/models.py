@@ -18,7 +18,7 @@ def pull_command(
 ) -> None:
     """Fetch a model into the cache and check its hash; a path is only checked to exist.
 
-    hf:ORG/REPO@REVISION names a version.
+    hf:ORG/REPO@REVISION names a version, hf:ORG/REPO:Q4_K_M one GGUF file of several; a page's address does as well.
     """
     from quadriga.hub import catalogue
 

