@@ -8,7 +8,8 @@
 compressed-tensors rounds both to bfloat16; ModelOpt's are float32. MXFP4 is GGUF's block type of that name in another
 order (``quant.mxfp4``), and kept as it is; no format of ours has NVFP4's two scales.
 
-Sources: vllm-project/compressed-tensors 0.20.1 compressors/nvfp4, mxfp4; NVIDIA/Model-Optimizer modelopt/torch/quantization/qtensor/nvfp4_tensor.py.
+Sources: vllm-project/compressed-tensors 0.20.1 compressors/nvfp4, mxfp4; NVIDIA/Model-Optimizer
+modelopt/torch/quantization/qtensor/nvfp4_tensor.py.
 """
 
 from __future__ import annotations
