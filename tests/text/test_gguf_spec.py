@@ -139,8 +139,8 @@ def test_rules_that_several_families_share() -> None:
         ("minicpm5", "it'S 1234;\n", ["it", "'S", " ", "123", "4", ";\n"]),
         (
             "kimi-k2",
-            "getHTTP's\u6f22\u5b57x 1234;\n/",
-            ["get", "HTTP's", "\u6f22\u5b57", "x", " ", "123", "4", ";\n", "/"],
+            "getHTTP's x\u6f22\u5b57a 1234;\n/",
+            ["get", "HTTP's", " x", "\u6f22\u5b57", "a", " ", "123", "4", ";\n", "/"],
         ),
         ("hunyuan-dense", "x1234", ["x", "123", "4"]),
         ("kormo", "e\u0301 12", ["e", "\u0301", " ", "1", "2"]),
