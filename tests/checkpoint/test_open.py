@@ -14,10 +14,12 @@ from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io.detect import locate
 from quadriga.io.fingerprint import fingerprint
 from quadriga.io.open import open_checkpoint
+from quadriga.io.quantised.gptq import Gptq
 from quadriga.kernels.arrays import tensor
 from quadriga.model import families
 from quadriga.model.weight_map import source_shapes
 from quadriga.nn.load import load_parameters
+from tests.checkpoint import test_quantised
 from tests.checkpoint.models import TINY, bits, random_bits, write_hf
 
 LAYOUTS = [
@@ -249,3 +251,22 @@ def test_other_weights_have_another_fingerprint(tmp_path: Path, name: str) -> No
             save_file({**held, key: changed}, file)
             seen.add(fingerprint(open_checkpoint(tmp_path / "two")))
     assert len(seen) == len(held) + 1 + sum(map(len, stack.values()))
+
+
+def test_a_fingerprint_reads_packed_weights_as_they_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpacked, each of 16 rows of GPTQ's would be read across its whole tensor; any part that differs tells."""
+    test_quantised.write(tmp_path, test_quantised.GPTQ, test_quantised.gptq)
+
+    def never(*given: object) -> None:
+        raise AssertionError("nothing is unpacked")
+
+    monkeypatch.setattr(Gptq, "read", never)
+    found = {fingerprint(open_checkpoint(tmp_path))}
+    file = next(tmp_path.glob("*.safetensors"))
+    held = load_file(file)
+    parts = [key for key in held if "layers.0.self_attn.q_proj" in key]
+    assert len(parts) == 3
+    for key in parts:
+        save_file({**held, key: held[key].flip(0) + key.endswith("qzeros")}, file)
+        found.add(fingerprint(open_checkpoint(tmp_path)))
+    assert len(found) == len(parts) + 1

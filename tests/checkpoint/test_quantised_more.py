@@ -5,16 +5,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from quadriga.errors import CheckpointError, ConfigError
+from quadriga.io.detect import locate
 from quadriga.io.open import open_checkpoint
+from quadriga.io.packed import load_packed, packed_format
+from quadriga.kernels.cpu.packing import Packed
 from quadriga.model import families
+from quadriga.quant.packed import PACKED
 from tests.checkpoint.models import bits
 from tests.checkpoint.test_quantised import (
     AWQ,
@@ -39,14 +45,18 @@ from tests.checkpoint.test_quantised import (
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def fp4(rng: np.random.Generator, rows: int, cols: int, *, kind: str) -> Made:
-    """NVFP4 (compressed-tensors divides by its second scale, ModelOpt multiplies) or MXFP4, code by code."""
+def fp4(rng: np.random.Generator, rows: int, cols: int, *, kind: str, least: int = 100) -> Made:
+    """NVFP4 (compressed-tensors divides by its second scale, ModelOpt multiplies) or MXFP4, code by code.
+
+    Args:
+        least: the least of MXFP4's scales; below 104 their halves are none of float16's.
+    """
     size = 32 if kind == "mxfp4" else 16
     q = rng.integers(0, 16, (rows, cols))
     packed = (q[:, 0::2] + 16 * q[:, 1::2]).astype(np.uint8)
     outer = np.float32(rng.uniform(1, 3000))
     if kind == "mxfp4":
-        stored = rng.integers(100, 140, (rows, cols // size)).astype(np.uint8)
+        stored = rng.integers(least, 140, (rows, cols // size)).astype(np.uint8)
         scales = np.float32(2) ** (stored.astype(np.float32) - 127)
     else:
         stored = np.abs(float8(rng, rows, cols // size))
@@ -223,6 +233,41 @@ def test_the_numbers_are_the_method_s(tmp_path: Path, name: str) -> None:
     check(tmp_path, write(tmp_path, how, make, **options))
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_mxfp4_is_kept_bit_by_bit(tmp_path: Path, several: bool) -> None:
+    """In 4.5 bits a number where q8 takes 8.5; of several schemes the others become q8."""
+
+    def made(*args: Any) -> Made:
+        return fp4(*args, kind="mxfp4", least=104)
+
+    how = mixed(MXFP4, ROWS8) if several else MXFP4
+    plain = write(tmp_path, how, in_turn(_row8, made) if several else made)
+    checkpoint = open_checkpoint(tmp_path)
+    packed = load_packed(checkpoint).parameters
+    kinds = set()
+    for i in range(CONFIG.n_layers):
+        for ours, theirs in (
+            ("ffn.w_up", "mlp.up_proj"),
+            ("ffn.w_down", "mlp.down_proj"),
+            ("attn.wo.weight", "self_attn.o_proj"),
+        ):
+            matrix, name = packed[f"layers.{i}.{ours}"], f"model.layers.{i}.{theirs}.weight"
+            assert isinstance(matrix, Packed) and matrix.format == packed_format(
+                checkpoint, f"layers.{i}.{ours}", "keep"
+            )
+            kinds.add(matrix.format)
+            if matrix.format == "mx4":
+                assert checkpoint.source.tensors[name].dtype == "mxfp4"
+                np.testing.assert_array_equal(matrix.unpack(), plain[name].float().numpy())
+                assert matrix.data.nbytes == PACKED["mx4"].nbytes_of(*plain[name].shape)
+    assert kinds == ({"mx4", "q8"} if several else {"mx4"})
+    if not several:
+        matrix = packed["layers.1.attn.wqkv.weight"]
+        assert isinstance(matrix, Packed) and matrix.format == "mx4"
+        whole = torch.cat([plain[f"model.layers.1.self_attn.{part}_proj.weight"].float() for part in "qkv"])
+        np.testing.assert_array_equal(matrix.unpack(), whole.numpy())
+
+
 def test_bits_of_single_matrices_are_auto_round_s(tmp_path: Path) -> None:
     """extra_config has 8 bits for one matrix and leaves another as it was."""
     special = "model.layers.1.mlp.up_proj"
@@ -354,3 +399,29 @@ def test_parts_that_do_not_fit_are_named(
     write(tmp_path, how, make)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("how", "make", "says"),
+    [
+        (MXFP4, lambda *a: fp4(*a, kind="mxfp4"), "stand for; in memory they stay as they are: MXFP4 (as mx4);"),
+        (mixed(NVFP4, MXFP4), lambda *a: fp4(*a, kind="mxfp4"), "stay as they are: MXFP4 (as mx4);"),
+        (GPTQ | {"sym": True}, gptq, "stay as they are: 4 bits in order around 8 (as q4);"),
+        (NVFP4, lambda *a: fp4(*a, kind="nvfp4"), "the numbers they stand for; activations"),
+    ],
+)
+def test_info_says_what_stays_packed(tmp_path: Path, how: dict[str, Any], make: Callable[..., Made], says: str) -> None:
+    write(tmp_path, how, make)
+    assert any(says in note for note in locate(tmp_path).notes)
+
+
+def test_columns_as_rows_are_no_blocks(tmp_path: Path) -> None:
+    """A matrix that is stored the other way round would get other groups: it becomes q8."""
+    write(tmp_path, MXFP4, fp4, kind="mxfp4")
+    checkpoint = open_checkpoint(tmp_path)
+    turned = [
+        replace(piece, transpose=True) if piece.target.endswith("w_down") else piece for piece in checkpoint.pieces
+    ]
+    other = replace(checkpoint, pieces=turned)
+    assert packed_format(other, "layers.0.ffn.w_down", "keep") == "q8"
+    assert packed_format(other, "layers.0.ffn.w_up", "keep") == "mx4"

@@ -12,15 +12,15 @@ from safetensors import safe_open
 from quadriga.errors import ConfigError
 from quadriga.io.open import open_checkpoint
 from quadriga.model import families
-from quadriga.model.config import DenseSpec, ModelConfig, MoESpec, RopeSpec
+from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, MoESpec, RopeSpec
 from quadriga.model.cost import n_params
-from quadriga.model.weight_map import parameter_shapes
+from quadriga.model.weight_map import check_cover, parameter_shapes, source_shapes
 from quadriga.nn.context import PackedContext
 from quadriga.nn.load import load_parameters
 from quadriga.nn.transformer import Transformer
 from quadriga.train.architecture import model_config
 from quadriga.train.config import ModelSection, RouterSection, RunConfig, read_toml
-from quadriga.train.export import export, write_hf
+from quadriga.train.export import export, require_stored_bias, write_hf
 from tests.train import runs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -96,6 +96,70 @@ def test_a_dense_model_has_one_width() -> None:
 def test_what_cannot_be_made_says_why(preset: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small(preset, **changes)
+
+
+PLAIN = [
+    name for name, config in families.PRESETS.items() if all(type(x.mixer) is AttentionSpec for x in config.kinds())
+]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_accepted_can_be_exported(name: str) -> None:
+    """In the preset's sizes and in narrow ones, with a context as long as its window, shorter and longer; or it is
+    refused before it is trained."""
+    base = families.preset(name)
+    windows = [layer.attention.window for layer in base.kinds() if layer.attention.window is not None]
+    lengths = [None, 16, *(n for window in windows for n in (window, window + 1))]
+    made, refused = [], []
+    for sizes in ({}, {"d_model": 64, "n_heads": 4, "n_kv_heads": 4}, SMALL, {**SMALL, "head_dim": 4}):
+        if not base.is_moe:
+            sizes = {key: size for key, size in sizes.items() if key not in ("n_experts", "top_k")}
+        for max_seq_len in lengths:
+            try:
+                config = model_config(ModelSection(preset=name, max_seq_len=max_seq_len, **sizes), 90)
+            except ConfigError as error:
+                refused.append(str(error))
+                continue
+            family = families.family_of(config)
+            assert families.config_from_hf(family.config_to_hf(config)) == config
+            pieces = next(iter(family.layouts.values()))(config)
+            check_cover(pieces, parameter_shapes(config), source_shapes(pieces))
+            made.append(config.max_seq_len)
+    assert {base.max_seq_len, *filter(None, lengths)} <= set(made), refused
+    assert all("could not be exported" in message or "must divide" in message for message in refused), refused
+
+
+def test_a_window_that_hides_nothing_is_left_out_where_the_files_leave_it_out() -> None:
+    windows = {
+        n: small("mistral-7b-v0.1", n_experts=None, top_k=None, max_seq_len=n).layers[0].attention.window
+        for n in (4095, 4096, 4097)
+    }
+    assert windows == {4095: None, 4096: None, 4097: 4096}
+    assert small("gemma-2-2b", n_experts=None, top_k=None, max_seq_len=64).layers[0].attention.window == 4096
+
+
+def test_heads_keep_their_width_where_none_is_resized() -> None:
+    """qwen3-30b-a3b has 32 heads of 128 in a width of 2048, so the width says nothing about them."""
+    widths = [
+        model_config(ModelSection(preset="qwen3-30b-a3b", n_layers=2, **sizes), 90).layers[0].attention.head_dim
+        for sizes in ({}, {"d_model": 512}, {"n_heads": 8}, {"d_model": 512, "head_dim": 24})
+    ]
+    assert widths == [128, 16, 256, 24]
+
+
+def test_what_no_file_can_say_is_refused_before_it_is_trained() -> None:
+    with pytest.raises(ConfigError, match=r"could not be exported: DBRX's config.json.*head_dim: 8 would become 4"):
+        small("dbrx-132b")
+    assert small("dbrx-132b", head_dim=4, aggregate="vote").only_moe("this test").aggregate == "vote"
+
+
+def test_a_bias_that_stays_needs_a_place_before_it_is_trained() -> None:
+    stays, fades = RouterSection(bias_rate=0.1, bias_fade=0.0), RouterSection(bias_rate=0.1)
+    plain, biased = small("dbrx-132b", head_dim=4), small("dots.llm1")
+    with pytest.raises(ConfigError, match=r"bias_fade must be above 0 .* this family, dbrx, have no place"):
+        require_stored_bias(plain, stays)
+    require_stored_bias(plain, fades)
+    require_stored_bias(biased, stays)
 
 
 def test_the_modern_recipe_has_the_active_size_of_nano() -> None:

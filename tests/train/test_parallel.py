@@ -70,6 +70,9 @@ def test_an_odd_context_part_stays_in_one_piece() -> None:
 def test_two_ranks_compute_what_one_does(alone: dict[str, list[float]], tmp_path: Path) -> None:
     for layout, curve in _torchrun(2, tmp_path).items():
         _same(curve, alone[worker.kind(layout)], layout)
+    said = [(tmp_path / f"told-2-{rank}").read_text() for rank in (0, 1)]
+    assert said[0] == "ConfigError: there is no checkpoint; ValueError: odd"
+    assert said[1] == "ConfigError: there is no checkpoint; TrainingError: rank 0 failed: ValueError: odd"
 
 
 @pytest.mark.dist

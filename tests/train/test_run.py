@@ -295,7 +295,23 @@ def test_a_branch_that_cannot_be_says_why(corpus: Path, finished: Path, tmp_path
         found = CliRunner().invoke(app, ["train", str(other), *words])
         assert isinstance(found.exception, ConfigError | CheckpointError), found.output
         assert message in str(found.exception), str(found.exception)
-    assert not (tmp_path / "other/checkpoints/step-00000003").exists()
+        left = {path.name for path in (tmp_path / "other").rglob("*") if path.is_file()}
+        assert left == {"lock"}, "a branch that is refused may begin elsewhere"
+
+
+def test_a_branch_goes_on_only_where_it_began(corpus: Path, tmp_path: Path) -> None:
+    trunk, own = _wsd(tmp_path / "trunk", corpus), _wsd(tmp_path / "branch", corpus, "steps = 6\n")
+    assert CliRunner().invoke(app, ["train", str(trunk), "--stop-after", "4"]).exit_code == 0
+    words = ["train", str(own), "--branch", str(tmp_path / "trunk")]
+    assert CliRunner().invoke(app, [*words, "--step", "3", "--stop-after", "1"]).exit_code == 0
+    for others in ([*words, "--step", "4"], [*words[:3], str(tmp_path / "elsewhere"), "--step", "3"]):
+        found = CliRunner().invoke(app, others)
+        message = f"began at step 3 of {tmp_path / 'trunk'}: leave --branch and --step out"
+        assert isinstance(found.exception, ConfigError) and message in str(found.exception), found.output
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "step 6 of 6, done" in done.output, done.output
+    found = CliRunner().invoke(app, ["train", str(trunk), "--branch", str(tmp_path / "branch")])
+    assert "began not as a branch" in str(found.exception), found.output
 
 
 def test_a_checkpoint_that_its_run_removes_meanwhile_is_no_beginning(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from quadriga.errors import ConfigError
 from quadriga.model.config import AttentionSpec, DenseSpec, ModelConfig, QKNormSpec, RopeSpec
 from quadriga.train import config as sections
 from quadriga.train.held_out import continuation, held_out_losses
@@ -124,6 +125,22 @@ def results(run: Trainer, record: runs.Record) -> list[float]:
     return [*record.losses, *record.norms, held_out, *said]
 
 
+def told(world: World) -> str:
+    """What this rank says when rank 0 cannot do its part: an error of ours, or any other."""
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    said = []
+    for error in (ConfigError("there is no checkpoint"), ValueError("odd")):
+        try:
+            world.first_does(lambda: fail(error))  # noqa: B023
+        except Exception as found:
+            said.append(f"{type(found).__name__}: {found}")
+    world.first_does(lambda: None)
+    return "; ".join(said)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -146,6 +163,7 @@ def main() -> None:
         for reader in (1, 2):
             some = settings("experts x tensor x context", world.size, n_steps=10)
             runs.trainer(folder / f"shared-{reader}", some, config=MODEL, world=world).train()
+    (folder / f"told-{world.size}-{world.rank}").write_text(told(world))
     if world.first:
         (folder / f"losses-{world.size}.json").write_text(json.dumps(found))
     world.leave()

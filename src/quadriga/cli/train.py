@@ -99,6 +99,7 @@ def _print_plan(settings: object) -> None:
     from quadriga.model.cost import n_params
     from quadriga.train.architecture import model_config
     from quadriga.train.config import RunConfig
+    from quadriga.train.export import require_stored_bias
     from quadriga.train.schedule import unreached
 
     assert isinstance(settings, RunConfig)
@@ -113,5 +114,6 @@ def _print_plan(settings: object) -> None:
 
         vocabulary = open_corpora(settings.data)[0].manifest.tokenizer
         found = model_config(settings.model, vocabulary.n_vocab, (vocabulary.end_id,))
+        require_stored_bias(found, settings.router)
         count = n_params(found)
         print(f"  model: {count.total:,} parameters, {count.active:,} active, vocabulary {found.vocab_size}")

@@ -19,7 +19,7 @@ from quadriga.io import gguf, gguf_names, own_files
 from quadriga.io.gguf_source import GGUFSource
 from quadriga.io.json_files import read_json
 from quadriga.io.quantised import config as quantised
-from quadriga.io.quantised.method import Method
+from quadriga.io.quantised.method import KeepsBlocks, Method
 from quadriga.io.suggested import not_heeded
 from quadriga.model import families
 from quadriga.model.config import ModelConfig
@@ -78,11 +78,7 @@ def locate(path: Path, *, keep_open: bool = False) -> Located:
         raw, method = quantised.split(read_json(path / "config.json"), path)
         config, notes = families.read_hf(raw)
         if method is not None:
-            notes = [
-                *notes,
-                f"the weights are packed ({method.label}) and read as the numbers they stand for; activations and the "
-                "cache are not rounded",
-            ]
+            notes = [*notes, _packed_note(method)]
         if (path / "generation_config.json").is_file():
             generation = read_json(path / "generation_config.json")
             config, notes = families.with_generation_config(config, generation), [*notes, *not_heeded(generation)]
@@ -103,6 +99,15 @@ def locate(path: Path, *, keep_open: bool = False) -> Located:
     raise CheckpointError(
         f"{path} is no checkpoint: it needs a config.json with safetensors files, a {engine_file.MANIFEST}, a GGUF "
         "file, a params.json with consolidated files (Meta, Mistral), or Grok-1's tensor files"
+    )
+
+
+def _packed_note(method: Method) -> str:
+    kept = method.kept if isinstance(method, KeepsBlocks) else ""
+    how = f"; in memory they stay as they are: {kept}" if kept else ""
+    return (
+        f"the weights are packed ({method.label}) and read as the numbers they stand for{how}; activations and the "
+        "cache are not rounded"
     )
 
 

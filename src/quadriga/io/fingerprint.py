@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Iterator
 
 from quadriga.io.open import Checkpoint
+from quadriga.io.quantised.source import QuantisedSource
 from quadriga.model.weight_map import Box, Shape, whole
 from quadriga.quant.dtypes import raw_bytes
 
 _ROWS = 16
 _EDGE = 4096
-"""Most numbers of a row that are looked at: quantised formats unpack what is read."""
+"""Most numbers of a row that are looked at: GGUF's formats unpack what is read."""
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -19,13 +20,15 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
     A model that was trained further differs in nearly every number, so a few of each tensor tell; all of 132 billion
     would take longer to read than many runs. A change of single numbers elsewhere is not seen. The same weights in
-    another format or layout have another fingerprint.
+    another format or layout have another fingerprint. What a quantiser packed is not unpacked: a row of GPTQ's numbers
+    lies across its whole tensor.
     """
     digest = hashlib.sha256()
-    for name, info in sorted(checkpoint.source.tensors.items()):
+    source = checkpoint.source.stored if isinstance(checkpoint.source, QuantisedSource) else checkpoint.source
+    for name, info in sorted(source.tensors.items()):
         digest.update(f"{name} {info.shape}\0".encode())
         for box in _looked_at(info.shape):
-            digest.update(raw_bytes(checkpoint.source.read(name, box)).tobytes())
+            digest.update(raw_bytes(source.read(name, box)).tobytes())
     return digest.hexdigest()[:16]
 
 

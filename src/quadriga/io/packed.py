@@ -124,7 +124,7 @@ def packed_format(checkpoint: Checkpoint, name: str, form: str) -> str:
     one = next(iter(stored))
     if len(stored) == 1 and one in FROM_GGUF and (FROM_GGUF[one] not in OF_BLOCKS or _blocks_of(checkpoint, pieces)):
         return FROM_GGUF[one]
-    if stored == {"mxfp4"}:
+    if stored == {"mxfp4"} and (isinstance(checkpoint.source, Mxfp4Source) or _blocks_of(checkpoint, pieces)):
         return "mx4"
     if len(stored) == 1 and one in PACKED:
         return one

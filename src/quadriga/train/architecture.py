@@ -23,7 +23,8 @@ def model_config(section: ModelSection, n_vocab: int, end_ids: tuple[int, ...] =
         end_ids: the ids that end a text.
 
     Raises:
-        ConfigError: unknown preset, impossible sizes, or an embedding table smaller than the vocabulary.
+        ConfigError: unknown preset, impossible sizes, an embedding table smaller than the vocabulary, or a model that
+            the family's config.json has no words for, but for ``aggregate``.
     """
     assert section.preset is not None, "ModelSection checks that preset or start is given"
     base = families.preset(section.preset)
@@ -32,7 +33,7 @@ def model_config(section: ModelSection, n_vocab: int, end_ids: tuple[int, ...] =
         raise ConfigError(f"model.vocab_size must be at least the corpus's {n_vocab} ids, got {rows}")
     d_model = section.d_model or base.d_model
     of_width = base.embedding_scale == base.d_model**0.5  # Gemma, Grok-1; Granite's is a number of its own
-    return replace(
+    made = replace(
         base,
         vocab_size=rows,
         d_model=d_model,
@@ -43,6 +44,40 @@ def model_config(section: ModelSection, n_vocab: int, end_ids: tuple[int, ...] =
         eos_ids=end_ids,
         pad_id=None,
     )
+    return _expressible(made)
+
+
+def _expressible(config: ModelConfig) -> ModelConfig:
+    """The model as its family's files can say it: some have no windows that are as long as the context.
+
+    Such a window hides nothing. Other aggregates than the weighted sum have no words in any file: their runs are
+    compared, not exported.
+    """
+    try:
+        _write(config)
+    except ConfigError as error:
+        without = replace(config, layers=tuple(_without_idle_window(layer, config) for layer in config.layers))
+        try:
+            _write(without)
+        except ConfigError:
+            raise ConfigError(f"a model of these sizes could not be exported: {error}") from None
+        return without
+    return config
+
+
+def _write(config: ModelConfig) -> None:
+    layers = {kind: kind for kind in config.kinds()}
+    for kind in layers:
+        if isinstance(kind.ffn, MoESpec):
+            layers[kind] = replace(kind, ffn=replace(kind.ffn, aggregate="weighted_sum"))
+    summed = replace(config, layers=tuple(layers[layer] for layer in config.layers))
+    families.family_of(summed).config_to_hf(summed)
+
+
+def _without_idle_window(layer: LayerSpec, config: ModelConfig) -> LayerSpec:
+    window = layer.attention.window
+    idle = window is not None and window >= config.max_seq_len
+    return replace(layer, mixer=replace(layer.attention, window=None)) if idle else layer
 
 
 def _layers(section: ModelSection, base: ModelConfig) -> tuple[LayerSpec, ...]:
@@ -88,7 +123,8 @@ class _Resize:
     def _attention(self, spec: AttentionSpec) -> AttentionSpec:
         section = self.section
         n_heads = section.n_heads or spec.n_heads
-        head_dim = section.head_dim or (section.d_model or self.base.d_model) // n_heads
+        resized = section.d_model is not None or section.n_heads is not None
+        head_dim = section.head_dim or ((section.d_model or self.base.d_model) // n_heads if resized else spec.head_dim)
         position = spec.position
         if isinstance(position, RopeSpec):
             dim = None if position.dim is None else position.dim * head_dim // spec.head_dim // 2 * 2

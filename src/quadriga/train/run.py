@@ -21,7 +21,7 @@ import msgspec
 import torch
 
 from quadriga import runtime
-from quadriga.errors import ConfigError
+from quadriga.errors import ConfigError, QuadrigaError
 from quadriga.hub import catalogue
 from quadriga.model.config import ModelConfig
 from quadriga.nn import devices
@@ -29,15 +29,16 @@ from quadriga.nn.transformer import Transformer
 from quadriga.text.tokenizer import Tokenizer, load_directory
 from quadriga.train import report
 from quadriga.train.architecture import model_config
-from quadriga.train.branch import Branch, begin
+from quadriga.train.branch import Branch, begin, undo
 from quadriga.train.config import RunConfig
 from quadriga.train.distill import same_ids
+from quadriga.train.export import require_exportable, require_stored_bias
 from quadriga.train.held_out import HeldOutLoss, held_out_losses, samples
 from quadriga.train.initialise import NewWeights, StoredWeights
 from quadriga.train.loader import HeldOutSource, Prefetcher, open_corpora, open_held_out, open_source
 from quadriga.train.losses import NextToken
 from quadriga.train.metrics import MetricsFile
-from quadriga.train.run_directory import RunDirectory
+from quadriga.train.run_directory import RunDirectory, held
 from quadriga.train.trackers import Watcher, trackers
 from quadriga.train.trainer import Trainer
 from quadriga.train.view import Screen
@@ -85,7 +86,7 @@ def train(
     world = World.join(config.parallel.device, config.parallel.timeout_s)
     run = RunDirectory(Path(config.run).expanduser())
     try:
-        with run.locked() if world.first else contextlib.nullcontext(), _signals() as asked, devices.quick_float32(512):
+        with held(run, world), _signals() as asked, devices.quick_float32(512):
             return _train(config, run, world, resume, stopped, allow_change=allow_change, branch=branch)
     finally:
         world.leave()
@@ -101,7 +102,7 @@ def _train(
     allow_change: bool,
     branch: Branch | None,
 ) -> Outcome:
-    has_some = _has_checkpoints(run, world, resume, branch)
+    has_some = _has_checkpoints(run, resume, branch)
     corpora = open_source(config.data)
     if config.n_steps > corpora.n_steps:
         raise ConfigError(
@@ -110,6 +111,7 @@ def _train(
     source = Prefetcher(corpora, config.data.prefetch)
     tokenizer = corpus_tokenizer(config)
     architecture, weights = _weights(config, tokenizer)
+    require_stored_bias(architecture, config.router)
     longest = max(stage.seq_len for stage in config.data.stages)
     if longest > architecture.max_seq_len:
         raise ConfigError(
@@ -124,7 +126,7 @@ def _train(
         if isinstance(weights, StoredWeights):
             weights.close()
     if has_some:
-        trainer.resume(allow_change=allow_change)
+        _resume(trainer, branch, allow_change)
     peak = peak_flops(config.parallel.dtype, world)
     watchers = _listeners(config, run, trainer.step, peak) if world.first else []
     trainer.listen(watchers)
@@ -146,16 +148,12 @@ def _train(
     return Outcome(done, trainer.step, run.path)
 
 
-def _has_checkpoints(run: RunDirectory, world: World, resume: Resume, branch: Branch | None) -> bool:
+def _has_checkpoints(run: RunDirectory, resume: Resume, branch: Branch | None) -> bool:
     """Whether the run goes on from a checkpoint, its own or a trunk's.
 
     Raises:
         ConfigError: that is not what ``resume`` wants.
-        CheckpointError: there is nothing to branch from.
     """
-    if world.first:
-        run.clean()
-    world.wait()
     has_some = bool(run.steps())
     if resume == "never" and has_some:
         raise ConfigError(
@@ -163,13 +161,24 @@ def _has_checkpoints(run: RunDirectory, world: World, resume: Resume, branch: Br
         )
     if resume == "must" and not has_some:
         raise ConfigError(f"{run.path} has no checkpoint to resume from: start it with --resume auto")
-    if branch is None:
-        return has_some
-    world.wait()  # all have looked
-    if world.first:
-        begin(branch, run)
-    world.wait()
-    return True
+    return has_some or branch is not None
+
+
+def _resume(trainer: Trainer, branch: Branch | None, allow_change: bool) -> None:
+    """Continue from the run's newest checkpoint, which a branch gets here; a refused one leaves nothing behind."""
+    begun = False
+
+    def start() -> None:
+        nonlocal begun
+        begun = branch is not None and begin(branch, trainer.run)
+
+    trainer.world.first_does(start)
+    try:
+        trainer.resume(allow_change=allow_change)
+    except QuadrigaError:
+        if begun:
+            undo(trainer.run)
+        raise
 
 
 class _Evaluation:
@@ -229,6 +238,7 @@ def _weights(config: RunConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, NewW
                 f"the corpora must be tokenised with the vocabulary of model.start, {config.model.start}; theirs is "
                 f"another one, of {tokenizer.n_vocab} tokens. Prepare them again with `--tokenizer` and its tokenizer"
             )
+        require_exportable(stored.config)
         return stored.config, stored
     vocabulary = open_corpora(config.data)[0].manifest.tokenizer
     architecture = model_config(config.model, vocabulary.n_vocab, (vocabulary.end_id,))

@@ -138,6 +138,23 @@ class RunDirectory:
         self.files.remove_folder(checkpoint)
 
 
+@contextlib.contextmanager
+def held(run: RunDirectory, world: World) -> Iterator[None]:
+    """Hold a run's lock on rank 0 inside the block, which begins with a clean folder; all ranks must call this.
+
+    Raises:
+        TrainingError: on all ranks, as :meth:`RunDirectory.locked`.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            stack.enter_context(run.locked())
+            run.clean()
+
+        world.first_does(take)
+        yield
+
+
 def read_manifest(checkpoint: Path, world: World | None = None) -> Manifest:
     """Read the manifest of a complete checkpoint, and check size and hash of every file.
 

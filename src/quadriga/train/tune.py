@@ -8,7 +8,6 @@ on any number of ranks. Under torchrun every process runs this; rank 0 holds the
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from quadriga.text.turn_ends import turn_ends
 from quadriga.train import report
 from quadriga.train.batch import BatchSource, Objective
 from quadriga.train.distill import Distillation, ServedDistillation, TaughtSource
-from quadriga.train.export import trained, write_hf
+from quadriga.train.export import require_exportable, trained, write_hf
 from quadriga.train.grpo import GRPO
 from quadriga.train.held_out import HeldOut, held_out_losses, samples
 from quadriga.train.losses import NextToken
@@ -42,7 +41,7 @@ from quadriga.train.objectives import DPO, ORPO, Drawing, Reference
 from quadriga.train.rewards import reward_of
 from quadriga.train.rollouts import Questions, Repeated, Rollouts, RolloutTrainer, between_rollouts
 from quadriga.train.run import peak_flops
-from quadriga.train.run_directory import RunDirectory, read_manifest
+from quadriga.train.run_directory import RunDirectory, held, read_manifest
 from quadriga.train.services import Sampler, SamplerOptions, Services
 from quadriga.train.shards import ShardReader
 from quadriga.train.trackers import Watcher, trackers
@@ -99,10 +98,7 @@ def tune(
     world = World.join(config.parallel.device, config.parallel.timeout_s)
     run = RunDirectory(Path(config.run).expanduser())
     try:
-        with run.locked() if world.first else contextlib.nullcontext(), devices.quick_float32(config.data.seq_len):
-            if world.first:
-                run.clean()
-            world.wait()
+        with held(run, world), devices.quick_float32(config.data.seq_len):
             return _tune(config, run, world, stop, services or Services(), allow_change=allow_change)
     finally:
         world.leave()
@@ -122,6 +118,8 @@ def _tune(
         tokenizer = checkpoint.load_tokenizer(catalogue.cl100k_ranks)
         if tokenizer is None:
             raise ConfigError(f"tuning needs a model with a tokenizer; {config.model} has none")
+        if config.lora is None:
+            require_exportable(checkpoint.config)
         rows = read_data(config, tokenizer)
         _refuse_too_long(config, rows, checkpoint.config.max_seq_len)
         tuned = build_model(config, checkpoint, world)

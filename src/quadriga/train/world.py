@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quadriga import runtime
-from quadriga.errors import TrainingError
+from quadriga.errors import QuadrigaError, TrainingError
 from quadriga.nn import devices
 
 _CPU = torch.device("cpu")
@@ -84,6 +85,31 @@ class World:
     def wait(self) -> None:
         """Barrier: block until all ranks have called this."""
         self.gather(torch.zeros(1))
+
+    def first_does(self, action: Callable[[], None]) -> None:
+        """Do something on rank 0 while the others wait; if it fails, all ranks raise its error.
+
+        Raises:
+            Exception: what ``action`` raises; on other ranks a :class:`TrainingError` in place of an unexpected one.
+        """
+        wrong: Exception | None = None
+        if self.first:
+            try:
+                action()
+            except Exception as error:
+                wrong = error
+        if self.size > 1:
+            told = wrong
+            if wrong is not None and not isinstance(wrong, QuadrigaError):
+                told = TrainingError(f"rank 0 failed: {type(wrong).__name__}: {wrong}")
+            box = [told]
+            try:
+                dist.broadcast_object_list(box, src=0, group=self.watch)
+            except RuntimeError as error:
+                raise self.lost(error) from error
+            wrong = wrong or box[0]
+        if wrong is not None:
+            raise wrong
 
     @staticmethod
     def is_lost(error: RuntimeError) -> bool:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quadriga.errors import CheckpointError, ConfigError
 from quadriga.io.quantised.compressed import Compressed
 from quadriga.io.quantised.fp4 import Fp4
@@ -60,6 +63,22 @@ class Mixed:
     def read(self, parts: Parts, first: int, last: int) -> Array:
         """See ``method.Method``: as the weight's scheme has it."""
         return self._of(parts).read(parts, first, last)
+
+    @property
+    def kept(self) -> str:
+        """See ``method.KeepsBlocks``."""
+        return ", ".join(scheme.kept for scheme in self.schemes if isinstance(scheme, Fp4) and scheme.kept)
+
+    def block_format(self, parts: Parts) -> str | None:
+        """See ``method.KeepsBlocks``: as the weight's scheme has it."""
+        scheme = self._of(parts)
+        return scheme.block_format(parts) if isinstance(scheme, Fp4) else None
+
+    def raw(self, parts: Parts, first: int, last: int) -> NDArray[np.uint8]:
+        """See ``method.KeepsBlocks``."""
+        scheme = self._of(parts)
+        assert isinstance(scheme, Fp4), "a weight of blocks"
+        return scheme.raw(parts, first, last)
 
 
 def read_config(keys: Keys) -> Method:

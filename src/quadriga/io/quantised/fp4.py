@@ -5,8 +5,10 @@
     NAME.weight_global_scale (1,) float32            w = E2M1[code] * (scale / global), NVFP4 of compressed-tensors
     NAME.weight_scale_2 () float32                   w = E2M1[code] * (scale * scale_2), ModelOpt's
 
-compressed-tensors rounds both to bfloat16; ModelOpt's are float32. Sources: vllm-project/compressed-tensors 0.20.1
-compressors/nvfp4, mxfp4; NVIDIA/Model-Optimizer modelopt/torch/quantization/qtensor/nvfp4_tensor.py.
+compressed-tensors rounds both to bfloat16; ModelOpt's are float32. MXFP4 is GGUF's block type of that name in another
+order (``quant.mxfp4``), and kept as it is; no format of ours has NVFP4's two scales.
+
+Sources: vllm-project/compressed-tensors 0.20.1 compressors/nvfp4, mxfp4; NVIDIA/Model-Optimizer modelopt/torch/quantization/qtensor/nvfp4_tensor.py.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from quadriga.io.quantised.fp8 import FLOAT8
 from quadriga.io.quantised.method import NOT_ROUNDED, Parts, one_number
 from quadriga.model.weight_map import Shape
 from quadriga.quant.dtypes import Array, as_float32
-from quadriga.quant.mxfp4 import pairs, powers
+from quadriga.quant.mxfp4 import halves_of_pairs, pairs, powers
 
 _KINDS: dict[str, tuple[str, str, int]] = {
     "nvfp4": ("weight_packed", FLOAT8, 16),
@@ -69,6 +71,22 @@ class Fp4:
         values = pairs(codes).reshape(last - first, -1, size)
         out = (values * self._scales(parts, first, last)[..., None]).reshape(last - first, -1)
         return out if self.kind == "modelopt" else out.astype(ml_dtypes.bfloat16)
+
+    @property
+    def kept(self) -> str:
+        """See ``method.KeepsBlocks``."""
+        return "MXFP4 (as mx4)" if self.kind == "mxfp4" else ""
+
+    def block_format(self, parts: Parts) -> str | None:
+        """See ``method.KeepsBlocks``: MXFP4 is."""
+        return "mxfp4" if self.kind == "mxfp4" else None
+
+    def raw(self, parts: Parts, first: int, last: int) -> NDArray[np.uint8]:
+        """See ``method.KeepsBlocks``."""
+        n_codes, n_scales = (parts.info(part).shape[1] for part in ("weight_packed", "weight_scale"))
+        codes = parts.read("weight_packed", ((first, last), (0, n_codes))).reshape(last - first, n_scales, 16)
+        scales = parts.read("weight_scale", ((first, last), (0, n_scales))).view(np.uint8)
+        return np.concatenate((scales[..., None], halves_of_pairs(codes)), axis=2).reshape(last - first, -1)
 
     def _scales(self, parts: Parts, first: int, last: int) -> NDArray[np.float32]:
         stored = parts.read("weight_scale", ((first, last), (0, parts.info("weight_scale").shape[1])))

@@ -105,6 +105,11 @@ class Gptq:
             parts.expect("g_idx", ("int32",), (cols,))
         return rows, cols
 
+    @property
+    def kept(self) -> str:
+        """See ``method.KeepsBlocks``."""
+        return "4 bits in order around 8 (as q4)" if self.symmetric and self.bits == 4 else ""
+
     def block_format(self, parts: Parts) -> str | None:
         """See ``method.KeepsBlocks``: 4 bits around 8 in groups of whole 32s are q4_0, but for act order."""
         return self._of(parts)._block_format(parts)

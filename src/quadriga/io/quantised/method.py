@@ -105,6 +105,11 @@ class Method(Protocol):
 class KeepsBlocks(Method, Protocol):
     """A method some of whose weights are blocks of one of our own formats, in another order."""
 
+    @property
+    def kept(self) -> str:
+        """Which weights stay as they are in memory, in a few words for ``info``; "": none."""
+        ...
+
     def block_format(self, parts: Parts) -> str | None:
         """The block format of ``quant.formats`` that holds the weight without a number changing, or None."""
         ...

@@ -61,6 +61,11 @@ class QuantisedSource:
             source.close()
             raise
 
+    @property
+    def stored(self) -> TensorSource:
+        """The tensors as the files have them, packed parts and all."""
+        return self._source
+
     def _table(self) -> dict[str, TensorInfo]:
         weights = grouped(self._source.tensors, self._method)
         if not weights:
